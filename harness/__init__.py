@@ -1,0 +1,42 @@
+"""Submit once, walk away: training that is killed and goes on as if nothing had happened, bit for bit.
+
+Reading order, which is the order of a run:
+
+    train.py      the program: settings, task, the loop
+    run.py        the library that the loop is written with: init, track, batches, log, evaluate
+    config.py     every setting                           data/         which sample comes next
+    step.py       one optimizer step                      state.py      what survives a kill
+    checkpoint/   how it is written, found, verified      store.py      where files lie
+    ranks.py      the other processes                     stop.py       signals
+
+Imports only go down these layers, and each third-party library has one door:
+
+    train, cli
+    run, task
+    evaluation, ending, events
+    state, step, checkpoint
+    data
+    store, ranks, stop, config
+    errors
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from harness.errors import HarnessError
+
+if TYPE_CHECKING:
+    from harness.run import Run, init
+    from harness.task import Task
+
+__all__ = ["HarnessError", "Run", "Task", "init"]
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use, so that a command that needs no torch starts at once."""
+    import importlib
+
+    homes = {"Run": "harness.run", "init": "harness.run", "Task": "harness.task"}
+    if name not in homes:
+        raise AttributeError(f"module 'harness' has no attribute {name!r}")
+    return getattr(importlib.import_module(homes[name]), name)

@@ -1,0 +1,90 @@
+"""Attempts: claimed exclusively, numbered without gap or return, ended in words. The number is the fencing token."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import secrets
+import socket
+from dataclasses import dataclass
+from typing import Any
+
+from harness.checkpoint import format as fmt
+from harness.checkpoint.format import Manifest
+from harness.checkpoint.history import Survey
+from harness.errors import SupersededError
+from harness.store import LocalStore
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One life of the process group."""
+
+    number: int
+    run_id: str
+    nonce: str
+
+
+def now() -> str:
+    """The time for people to read; nothing is ever decided by it."""
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+
+
+def claim(store: LocalStore, found: Survey, went_on_from: Manifest | None, world_size: int, kind: str = "train") -> Attempt:
+    """Create the next attempt's record. Raises SupersededError if another start was faster."""
+    attempt = Attempt(found.greatest + 1, found.run_id or secrets.token_hex(8), secrets.token_hex(16))
+    record = {
+        "attempt": attempt.number,
+        "run_id": attempt.run_id,
+        "nonce": attempt.nonce,
+        "kind": kind,
+        "from": {"attempt": went_on_from.attempt, "step": went_on_from.step} if went_on_from else None,
+        "world_size": world_size,
+        "launch": os.environ.get("HARNESS_LAUNCH"),
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "time": now(),
+    }
+    key = fmt.attempt_key(attempt.number)
+    try:
+        store.create(key, _spell(record), attempt.number)
+    except FileExistsError:
+        if not holds(store, attempt):  # else: our own first try, whose reply was lost
+            raise SupersededError(
+                f"another start of this run was faster: attempt {attempt.number} of {store} is not ours",
+                remedy="Only one job may train a run. If the other one is gone, start this one again.",
+            ) from None
+    return attempt
+
+
+def holds(store: LocalStore, attempt: Attempt) -> bool:
+    """Whether the store shows this attempt's own record, by its nonce."""
+    try:
+        return bool(json.loads(store.read(fmt.attempt_key(attempt.number))).get("nonce") == attempt.nonce)
+    except (FileNotFoundError, ValueError):
+        return False
+
+
+def check_fence(store: LocalStore, attempt: Attempt) -> None:
+    """Raises SupersededError if a newer attempt has begun. Early notice only: what keeps a history clean is the lineage."""
+    matches = [match for entry in store.list(fmt.ATTEMPTS) if (match := fmt.ATTEMPT_NAME.match(entry.key))]
+    newest = max((int(match["attempt"]) for match in matches), default=attempt.number)
+    if newest > attempt.number:
+        raise SupersededError(
+            f"attempt {attempt.number} is superseded: attempt {newest} of {store} has begun",
+            remedy="This process writes nothing more; the newer attempt goes on.",
+        )
+
+
+def end(store: LocalStore, attempt: Attempt, why: str, **details: Any) -> bool:
+    """Record how an attempt ended: finished, stopped, failed or superseded. The first word stands; returns whether it was ours."""
+    try:
+        store.create(fmt.end_key(attempt.number), _spell({"why": why, "time": now()} | details), attempt.number)
+    except FileExistsError:
+        return False
+    return True
+
+
+def _spell(record: dict[str, Any]) -> bytes:
+    return (json.dumps(record, indent=1, sort_keys=True) + "\n").encode()

@@ -1,0 +1,145 @@
+"""Names and manifests: what a checkpoint is called, and what its manifest says."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from blake3 import blake3
+
+from harness.errors import DamagedError
+
+FORMAT_VERSION = 1
+CHECKPOINTS, ATTEMPTS, EVENTS = "checkpoints", "attempts", "events"
+FOLDERS = (CHECKPOINTS, ATTEMPTS, EVENTS)
+SET_ASIDE = ".damaged"
+
+CHECKPOINT_NAME = re.compile(r"^checkpoints/step_(?P<step>\d{8,})-(?P<attempt>\d{4,})\.(?P<kind>pt|json)(?P<aside>\.damaged)?$")
+ATTEMPT_NAME = re.compile(r"^attempts/(?P<attempt>\d{4,})(?P<end>\.end)?\.json$")
+
+Lineage = tuple[tuple[int, int], ...]
+
+
+def stem(step: int, attempt: int) -> str:
+    """The name of a checkpoint without its ending."""
+    return f"step_{step:08d}-{attempt:04d}"
+
+
+def data_key(step: int, attempt: int) -> str:
+    return f"{CHECKPOINTS}/{stem(step, attempt)}.pt"
+
+
+def manifest_key(step: int, attempt: int) -> str:
+    return f"{CHECKPOINTS}/{stem(step, attempt)}.json"
+
+
+def attempt_key(attempt: int) -> str:
+    return f"{ATTEMPTS}/{attempt:04d}.json"
+
+
+def end_key(attempt: int) -> str:
+    return f"{ATTEMPTS}/{attempt:04d}.end.json"
+
+
+def events_key(attempt: int) -> str:
+    return f"{EVENTS}/{attempt:04d}.jsonl"
+
+
+@dataclass(frozen=True)
+class DataFile:
+    """A data file as its manifest names it."""
+
+    name: str
+    size_bytes: int
+    digest: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a person or a lister wants to know of a checkpoint without opening it. A checkpoint exists if and only if this does."""
+
+    run_id: str
+    attempt: int
+    step: int
+    epoch: int
+    loss: float | None
+    metrics: dict[str, float]
+    world_size: int
+    lineage: Lineage
+    files: tuple[DataFile, ...]
+    classes: dict[str, str]
+    final: dict[str, int | None] | None
+    time: str
+    host: str
+    versions: dict[str, str]
+    config_digest: str
+    format_version: int = FORMAT_VERSION
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Newer is greater: by attempt first, never by step alone."""
+        return self.attempt, self.step
+
+    @property
+    def name(self) -> str:
+        return stem(self.step, self.attempt)
+
+    @property
+    def key(self) -> str:
+        return manifest_key(self.step, self.attempt)
+
+    @property
+    def data(self) -> DataFile:
+        return self.files[0]
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(file.size_bytes for file in self.files)
+
+
+def to_bytes(manifest: Manifest) -> bytes:
+    """The one and only spelling of a manifest; its last field is the digest of all the others."""
+    fields = dataclasses.asdict(manifest)
+    return _spell(fields | {"manifest_digest": _digest(fields)})
+
+
+def from_bytes(key: str, text: bytes) -> Manifest:
+    """Read a manifest back. Raises DamagedError unless every single byte is as it was written."""
+    try:
+        fields = json.loads(text)
+        said = fields.pop("manifest_digest")
+        version = fields["format_version"]
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise DamagedError(f"{key} is not a manifest", f"found: {type(error).__name__}: {str(error)[:100]}") from None
+    if version != FORMAT_VERSION and _digest(fields) == said:
+        raise NewerFormatError(f"{key} has format version {version}", f"expected: {FORMAT_VERSION}", "Read it with a newer harness.")
+    if _digest(fields) != said or _spell(fields | {"manifest_digest": said}) != text:
+        raise DamagedError(f"{key}: the manifest's own checksum does not match", f"expected: {said}")
+    try:
+        manifest = _build(fields)
+    except (TypeError, ValueError, KeyError) as error:
+        raise DamagedError(f"{key} is not a manifest", f"found: {type(error).__name__}: {error}") from None
+    if manifest.key != key or [file.name for file in manifest.files] != [f"{manifest.name}.pt"] or manifest.lineage[-1:] != (manifest.order,):
+        raise DamagedError(f"{key} speaks of another checkpoint", f"found: {manifest.key} with {[file.name for file in manifest.files]}")
+    return manifest
+
+
+class NewerFormatError(DamagedError):
+    """A whole manifest of a version that this harness cannot read: passed over, never set aside."""
+
+
+def _build(fields: dict[str, Any]) -> Manifest:
+    lineage = tuple((int(attempt), int(step)) for attempt, step in fields.pop("lineage"))
+    files = tuple(DataFile(str(file["name"]), int(file["size_bytes"]), str(file["digest"])) for file in fields.pop("files"))
+    return Manifest(lineage=lineage, files=files, **fields)
+
+
+def _spell(fields: dict[str, Any]) -> bytes:
+    return (json.dumps(fields, indent=1, sort_keys=True) + "\n").encode()
+
+
+def _digest(fields: dict[str, Any]) -> str:
+    return f"blake3:{blake3(json.dumps(fields, sort_keys=True).encode()).hexdigest()}"

@@ -1,0 +1,115 @@
+"""Commit a checkpoint: the data first, the manifest last."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from harness.checkpoint import format as fmt
+from harness.checkpoint.attempts import Attempt, check_fence, now
+from harness.checkpoint.format import DataFile, Lineage, Manifest
+from harness.checkpoint.history import extended
+from harness.checkpoint.load import verified
+from harness.errors import SaveError, StorageError
+from harness.store import CHUNK_BYTES, LocalStore
+
+
+@dataclass(frozen=True)
+class About:
+    """What the manifest repeats of the state, and the state cannot tell."""
+
+    world_size: int
+    lineage: Lineage
+    classes: dict[str, str]
+    config_digest: str
+    final: dict[str, int | None] | None = None
+
+
+def commit(store: LocalStore, attempt: Attempt, payload: dict[str, Any], about: About) -> Manifest:
+    """Write `payload` as the checkpoint of its step; when this returns it is durable, and it exists.
+
+    Raises SaveError if the store fails, SupersededError if a newer attempt has begun; then no checkpoint exists, and no file
+    of it is left if the store lets us delete it.
+    """
+    step = int(payload["step"])
+
+    def write(sink: Any) -> None:
+        torch.save(payload, sink)
+
+    return _commit(store, attempt, step, write, lambda file: _manifest(attempt, payload, about, file))
+
+
+def adopt(source: LocalStore, manifest: Manifest, store: LocalStore, attempt: Attempt, lineage: Lineage) -> Manifest:
+    """Copy a whole checkpoint, of this run or of another, as the first one of `attempt`.
+
+    Raises DamagedError if the source does not verify, SaveError as `commit` does.
+    """
+    def write(sink: Any) -> None:
+        with verified(source, manifest) as file:
+            while chunk := file.read(CHUNK_BYTES):
+                sink.write(chunk)
+
+    def build(file: DataFile) -> Manifest:
+        fields = {name: getattr(manifest, name) for name in manifest.__dataclass_fields__}
+        changed = {"run_id": attempt.run_id, "attempt": attempt.number, "files": (file,), "final": None, "time": now()}
+        return Manifest(**(fields | changed | {"lineage": extended(lineage, attempt.number, manifest.step)}))
+
+    return _commit(store, attempt, manifest.step, write, build)
+
+
+def _commit(
+    store: LocalStore, attempt: Attempt, step: int, write: Callable[[Any], None], build: Callable[[DataFile], Manifest]
+) -> Manifest:
+    key = fmt.data_key(step, attempt.number)
+    written = False
+    try:
+        with store.writer(key, attempt.number) as sink:
+            try:
+                write(sink)
+            except (RuntimeError, OSError, AttributeError) as error:  # torch's own words for a file that refuses
+                if sink.error is None:
+                    raise
+                raise StorageError(f"cannot write {key}: {sink.error.strerror}", f"found: {sink.error}") from error
+            sink.commit()
+            written = True
+            file = DataFile(f"{fmt.stem(step, attempt.number)}.pt", sink.size_bytes, sink.digest())
+        manifest = build(file)
+        check_fence(store, attempt)
+        store.create(manifest.key, fmt.to_bytes(manifest), attempt.number)
+    except FileExistsError as error:
+        raise SaveError(f"step {step} of attempt {attempt.number} is committed already: {error}") from error
+    except BaseException as error:
+        if written:
+            with contextlib.suppress(StorageError):
+                store.delete(key)
+        if isinstance(error, StorageError):
+            raise SaveError(f"the checkpoint of step {step} was not saved: {error.what}", error.found, error.remedy) from error
+        raise
+    return manifest
+
+
+def _manifest(attempt: Attempt, payload: dict[str, Any], about: About, file: DataFile) -> Manifest:
+    return Manifest(
+        run_id=attempt.run_id,
+        attempt=attempt.number,
+        step=payload["step"],
+        epoch=payload["epoch"],
+        loss=payload["loss"],
+        metrics=payload["metrics"],
+        world_size=about.world_size,
+        lineage=extended(about.lineage, attempt.number, payload["step"]),
+        files=(file,),
+        classes=about.classes,
+        final=about.final,
+        time=now(),
+        host=f"{socket.gethostname()}:{os.getpid()}",
+        versions={"torch": torch.__version__, "python": platform.python_version()},
+        config_digest=about.config_digest,
+    )

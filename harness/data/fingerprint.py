@@ -1,0 +1,55 @@
+"""A short name for what is in a dataset, so that a run does not go on with another one."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from harness.data.loading import is_iterable, kept_generators
+from harness.data.order import seed_cpu, seed_of
+
+SAMPLES = 64
+
+
+def fingerprint(dataset: Any) -> str:
+    """A short name for what is in a dataset.
+
+    Its own `fingerprint` if it has one; else its length and up to 64 samples, spread evenly, each loaded under fixed
+    randomness. An iterable dataset is named by its class only.
+    """
+    own = getattr(dataset, "fingerprint", None)
+    if isinstance(own, str):
+        return own
+    if is_iterable(dataset):
+        return type(dataset).__name__
+    size = len(dataset)
+    digest = hashlib.blake2b(str(size).encode(), digest_size=16)
+    spread = {at * (size - 1) // (SAMPLES - 1) for at in range(SAMPLES)} if size else set()
+    with kept_generators():
+        for sample in sorted(spread):
+            seed_cpu(seed_of("fingerprint", sample))
+            _digest_into(digest, dataset[sample])
+    return digest.hexdigest()
+
+
+def _digest_into(digest: Any, value: Any) -> None:
+    if isinstance(value, torch.Tensor):
+        value = value.detach().cpu().contiguous()
+        digest.update(f"{value.dtype}{tuple(value.shape)}".encode() + value.reshape(-1).view(torch.uint8).numpy().tobytes())
+    elif isinstance(value, np.ndarray):
+        digest.update(f"{value.dtype}{value.shape}".encode() + np.ascontiguousarray(value).tobytes())
+    elif isinstance(value, Mapping):
+        for key in value:
+            _digest_into(digest, str(key))
+            _digest_into(digest, value[key])
+    elif isinstance(value, list | tuple):
+        for item in value:
+            _digest_into(digest, item)
+    elif isinstance(value, str | bytes | int | float | bool | np.generic | None):
+        digest.update(repr(value).encode())
+    else:  # an image object, say: its repr would hold its address
+        digest.update(type(value).__name__.encode())

@@ -1,0 +1,201 @@
+"""From the order of samples to batches: each sample loaded under randomness of its own, by whichever process.
+
+A source yields one `Share` with its micro-batches after another. `MapSource` is for datasets with sample numbers,
+`StreamSource` for iterable ones, which are read in the main process and keep a state of their own on each rank.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
+
+from harness import stop
+from harness.data.order import Plan, Position, Share, seed_cpu, seed_of
+from harness.errors import UsageError
+from harness.ranks import World
+
+Collate = Callable[[list[Any]], Any]
+Batches = Iterator[tuple[Share, list[Any]]]
+
+
+@contextlib.contextmanager
+def kept_generators() -> Iterator[None]:
+    """What happens inside leaves Python's, NumPy's and torch's CPU generators as they were."""
+    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+        torch.set_rng_state(before[2])
+
+
+class _PlannedDataset(Dataset[Any]):
+    """Turns a share into its micro-batches, each sample under randomness of its own."""
+
+    def __init__(self, dataset: Any, collate: Collate, seed: int) -> None:
+        self.dataset, self.collate, self.seed = dataset, collate, seed
+
+    def __getitem__(self, share: Share) -> tuple[Share, list[Any]]:
+        batches = []
+        with kept_generators():
+            for number, micro in enumerate(share.micro_batches):
+                samples = []
+                for sample in micro:
+                    seed_cpu(seed_of(self.seed, "sample", share.epoch, sample))
+                    samples.append(self.dataset[sample])
+                seed_cpu(seed_of(self.seed, "collate", share.epoch, share.start, number, *micro[:1]))
+                batches.append(self.collate(samples))
+        return share, batches
+
+
+def _as_is(item: Any) -> Any:
+    return item
+
+
+def load(dataset: Any, shares: Iterable[Share], seed: int, collate: Collate | None, num_workers: int, *, pin: bool = False) -> Batches:
+    """Load the shares in order, ahead of their use if there are workers."""
+    loader: DataLoader[Any] = DataLoader(
+        _PlannedDataset(dataset, collate or default_collate, seed),
+        batch_size=None,
+        sampler=shares,  # type: ignore[arg-type]
+        collate_fn=_as_is,
+        num_workers=num_workers,
+        pin_memory=pin,
+        worker_init_fn=stop.shield_loader_worker if num_workers else None,
+        generator=torch.Generator().manual_seed(seed_of(seed, "loader")),  # else iter() draws from the global generator
+    )
+    return iter(loader)
+
+
+def is_iterable(dataset: object) -> bool:
+    """Whether samples come from an iterator instead of by number."""
+    return isinstance(dataset, IterableDataset) or not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__"))
+
+
+@dataclass
+class MapSource:
+    """A dataset with `__len__` and `__getitem__`."""
+
+    dataset: Any
+    plan: Plan
+    collate: Collate | None
+    num_workers: int
+    pin: bool
+
+    def steps_after(self, position: Position, epochs: int) -> int | None:
+        return self.plan.steps_after(position, epochs)
+
+    def shares(self, position: Position, epochs: int) -> Batches:
+        return load(self.dataset, self.plan.shares(position, epochs), self.plan.seed, self.collate, self.num_workers, pin=self.pin)
+
+    def state(self) -> None:
+        """Nothing: the position says it all."""
+
+    def restore(self, state: None) -> None:
+        """Nothing: the position says it all."""
+
+
+@dataclass
+class StreamSource:
+    """An iterable dataset with `state_dict` and `load_state_dict`; each rank reads its own, in the main process."""
+
+    dataset: Any
+    world: World
+    share_size: int
+    accumulate: int
+    collate: Collate
+    _state: Any = None
+
+    def steps_after(self, position: Position, epochs: int) -> int | None:
+        return None
+
+    def state(self) -> Any:
+        """The dataset's state right after the samples of the last share that was handed out."""
+        return self._state
+
+    def restore(self, state: Any) -> None:
+        self._state = state
+        if state is not None:
+            self.dataset.load_state_dict(state)
+
+    def shares(self, position: Position, epochs: int) -> Batches:
+        """A pass ends on all ranks as soon as one has too little left for a share; what is left over is not used.
+
+        To know whether a share is the last, the next one is read before it is handed out; the state is taken in between.
+        """
+        weights = (1 / self.accumulate,) * self.accumulate
+        held: tuple[Position, list[Any], Any] | None = None
+        for epoch in range(position.epoch, epochs):
+            used = position.sample if epoch == position.epoch else 0
+            iterator = iter(self.dataset)
+            while (samples := self._next(iterator)) is not None:
+                if held is not None:
+                    yield self._hand_out(held, weights, last=False)
+                used += self.share_size * self.world.size
+                held = Position(epoch, used), samples, copy.deepcopy(self.dataset.state_dict())
+            if held is not None:  # a pass is over: go on from the end of it, not from before the unused rest
+                held = Position(epoch + 1, 0), held[1], copy.deepcopy(self.dataset.state_dict())
+        if held is not None:
+            yield self._hand_out(held, weights, last=True)
+
+    def _next(self, iterator: Iterator[Any]) -> list[Any] | None:
+        samples = [sample for _, sample in zip(range(self.share_size), iterator, strict=False)]
+        short = int(len(samples) < self.share_size)
+        return None if self.world.agree([short])[0] else samples
+
+    def _hand_out(self, held: tuple[Position, list[Any], Any], weights: tuple[float, ...], *, last: bool) -> tuple[Share, list[Any]]:
+        after, samples, self._state = held
+        size = self.share_size // self.accumulate
+        batches = [self.collate(samples[at : at + size]) for at in range(0, self.share_size, size)]
+        epoch = after.epoch - (after.sample == 0)
+        return Share(epoch, after.sample, (), weights, after, last), batches
+
+
+def source(
+    dataset: Any,
+    world: World,
+    seed: int,
+    global_batch_size: int,
+    *,
+    accumulate: int,
+    shuffle: bool,
+    drop_last: bool,
+    order: Callable[[int], Sequence[int]] | None,
+    collate: Collate | None,
+    num_workers: int,
+) -> MapSource | StreamSource:
+    """What fits the dataset. Raises UsageError for a dataset or a batch size that a run could not go on with exactly."""
+    if is_iterable(dataset):
+        if not (hasattr(dataset, "state_dict") and hasattr(dataset, "load_state_dict")):
+            raise UsageError(
+                f"{type(dataset).__name__} cannot resume: an iterable dataset needs state_dict() and load_state_dict()",
+                remedy="Add both (where the iterator stands, as plain values), or bring a dataset with __len__ and __getitem__.",
+            )
+        Plan(global_batch_size, global_batch_size, accumulate, world.rank, world.size, seed).check()
+        return StreamSource(dataset, world, global_batch_size // world.size, accumulate, collate or default_collate)
+    size = len(dataset) if order is None else len(order(0))
+    plan = Plan(size, global_batch_size, accumulate, world.rank, world.size, seed, shuffle, drop_last, order)
+    plan.check()
+    return MapSource(dataset, plan, collate, num_workers, world.device.type == "cuda")
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """The batch with every tensor in it on the device."""
+    if isinstance(batch, torch.Tensor):
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, Mapping):
+        return {key: to_device(value, device) for key, value in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(to_device(item, device) for item in batch))
+    if isinstance(batch, list | tuple):
+        return type(batch)(to_device(item, device) for item in batch)
+    return batch

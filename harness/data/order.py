@@ -1,0 +1,143 @@
+"""The order of samples: pure functions of (seed, epoch, position)."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from harness.errors import UsageError
+
+
+def seed_of(*parts: int | str) -> int:
+    """A 63-bit seed that is a pure function of its parts."""
+    text = "/".join(str(part) for part in parts)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+
+
+def seed_cpu(seed: int) -> None:
+    """Seed Python, NumPy and torch's CPU generator; those of GPUs are left alone."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.default_generator.manual_seed(seed)
+
+
+@dataclass(frozen=True)
+class Position:
+    """How far a run is in its data."""
+
+    epoch: int = 0
+    sample: int = 0  # samples of this epoch that have been used, over all ranks
+
+
+@dataclass(frozen=True)
+class Share:
+    """One rank's part of one optimizer step: its micro-batches, and where the step leads to."""
+
+    epoch: int
+    start: int  # position of the step's first sample in the epoch
+    micro_batches: tuple[tuple[int, ...], ...]  # sample numbers of the dataset
+    weights: tuple[float, ...]  # what to multiply each micro-batch's mean loss with
+    after: Position
+    last: bool  # of the run, as far as the data goes
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a dataset of `size` samples is dealt out: to all ranks, over all epochs."""
+
+    size: int
+    global_batch_size: int
+    accumulate: int
+    rank: int
+    world_size: int
+    seed: int
+    shuffle: bool = True
+    drop_last: bool = True
+    order: Callable[[int], Sequence[int]] | None = None
+
+    def check(self) -> None:
+        """Raises UsageError for a batch that cannot be dealt out evenly."""
+        dealt = self.world_size * self.accumulate
+        if self.global_batch_size % dealt:
+            near = [n for n in range(max(1, self.global_batch_size - dealt), self.global_batch_size + dealt + 1) if n % dealt == 0]
+            raise UsageError(
+                "the global batch cannot be dealt out evenly",
+                f"found: train.global_batch_size={self.global_batch_size}, {self.world_size} rank(s), {self.accumulate} micro-batch(es) a rank",
+                f"Expected: a multiple of {dealt}, such as {' or '.join(map(str, near))}.",
+            )
+        if self.steps_per_epoch == 0:
+            raise UsageError(
+                "the dataset has fewer samples than one global batch",
+                f"found: {self.size} samples, train.global_batch_size={self.global_batch_size}",
+                "Take a smaller batch, or data.drop_last=false.",
+            )
+
+    @property
+    def steps_per_epoch(self) -> int:
+        whole, rest = divmod(self.size, self.global_batch_size)
+        return whole + (1 if rest and not self.drop_last else 0)
+
+    def steps_after(self, position: Position, epochs: int) -> int:
+        """How many steps are left from here to the end of the last epoch."""
+        used = sum(1 for _ in self._starts(0, position.sample))
+        return max(0, (epochs - position.epoch) * self.steps_per_epoch - used)
+
+    def shares(self, position: Position, epochs: int) -> Iterator[Share]:
+        """This rank's share of every step from `position` to the end of the last epoch."""
+        epoch, first = position.epoch, position.sample
+        while epoch < epochs:
+            samples = self.samples(epoch)
+            for start in self._starts(first, self.size):
+                end = min(start + self.global_batch_size, self.size)
+                last = end + (self.global_batch_size if self.drop_last else 1) > self.size
+                after = Position(epoch + 1, 0) if last else Position(epoch, end)
+                micro_batches, weights = self._deal(samples[start:end])
+                yield Share(epoch, start, micro_batches, weights, after, last and epoch + 1 == epochs)
+            epoch, first = epoch + 1, 0
+
+    def samples(self, epoch: int) -> Sequence[int]:
+        """The dataset's sample numbers in the order in which this epoch uses them."""
+        if self.order is not None:
+            samples = [int(sample) for sample in self.order(epoch)]
+            if len(samples) != self.size:
+                raise UsageError(
+                    f"order({epoch}) gives another number of samples than order(0)", f"found: {len(samples)}, expected: {self.size}",
+                    "Every epoch must have the same length.",
+                )  # fmt: skip
+            return samples
+        if not self.shuffle:
+            return range(self.size)
+        generator = torch.Generator().manual_seed(seed_of(self.seed, "order", epoch))
+        return torch.randperm(self.size, generator=generator).tolist()  # type: ignore[no-any-return]
+
+    def _starts(self, first: int, end: int) -> range:
+        """Where the steps begin whose first sample lies in [first, end)."""
+        limit = self.size - self.global_batch_size + 1 if self.drop_last else self.size
+        return range(first, min(limit, end), self.global_batch_size)
+
+    def _deal(self, batch: Sequence[int]) -> tuple[tuple[tuple[int, ...], ...], tuple[float, ...]]:
+        """This rank's micro-batches of a global batch, and the weight of each one's mean loss.
+
+        DDP averages gradients over ranks, so a micro-batch of n samples in a batch of m over W ranks weighs n * W / m. In a
+        whole batch that is 1 / accumulate. A rank that the short last batch leaves without a sample computes on the batch's
+        first sample with weight 0: it takes part in the collectives and changes nothing.
+        """
+        parts = self.world_size * self.accumulate
+        bounds = [len(batch) * part // parts for part in range(parts + 1)]
+        own = range(self.rank * self.accumulate, (self.rank + 1) * self.accumulate)
+        micro_batches = [tuple(batch[bounds[part] : bounds[part + 1]]) for part in own]
+        weights = [len(micro) * self.world_size / len(batch) for micro in micro_batches]
+        return tuple(micro or (batch[0],) for micro in micro_batches), tuple(weights)
+
+
+def accumulation(global_batch_size: int, world_size: int, micro_batch_size: int | None) -> int:
+    """How many micro-batches a rank's share of the global batch takes, at most `micro_batch_size` samples each."""
+    if micro_batch_size is None:
+        return 1
+    share = max(1, global_batch_size // world_size)
+    return next(parts for parts in range(-(-share // micro_batch_size), share + 1) if share % parts == 0)

@@ -1,0 +1,80 @@
+"""How an attempt ends: in its end record, and in words for people.
+
+An uncaught error is recorded by the rank that has it first. The record is created exclusively, so the first word stands: what
+the other ranks then see, a peer that is gone, does not hide the cause.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+import traceback
+from types import TracebackType
+from typing import Any
+
+from harness.checkpoint import attempts
+from harness.checkpoint.attempts import Attempt
+from harness.errors import HarnessError, LostRankError, StorageError, SupersededError, UsageError
+from harness.events import say
+from harness.ranks import World, own_rank
+from harness.store import LocalStore
+
+AFTER_OTHERS_S = 1.0
+
+
+def explain(error: HarnessError) -> str:
+    """What failed, the values, what to do."""
+    first, *rest = str(error).split("\n")
+    return "\n".join([f"harness: error: {first}", *(f"  {line.lstrip() if not line.startswith('  ') else line[2:]}" for line in rest)])
+
+
+class Ending:
+    """Watches over the end of this process's attempt, from now on."""
+
+    def __init__(self) -> None:
+        self._store: LocalStore | None = None
+        self._attempt: Attempt | None = None
+        self._world: World | None = None
+        self._default = sys.excepthook
+        sys.excepthook = self._on_error
+
+    def begun(self, store: LocalStore, attempt: Attempt, world: World) -> None:
+        """From here on there is an attempt to record the end of."""
+        self._store, self._attempt, self._world = store, attempt, world
+
+    def record(self, why: str, **details: Any) -> None:
+        """Record the attempt's end, on the writer. Nothing is raised: the checkpoints tell what can be gone on from."""
+        if self._world is not None and self._world.is_writer:
+            self._create(why, details)
+
+    def _create(self, why: str, details: dict[str, Any]) -> None:
+        if self._store is None or self._attempt is None:
+            return
+        try:
+            attempts.end(self._store, self._attempt, why, **details)
+        except StorageError as error:
+            say(f"harness: the end of attempt {self._attempt.number} is not recorded: {error.what}", sys.stderr)
+
+    def _on_error(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        sys.excepthook = self._default
+        own_fault = not isinstance(error, LostRankError)
+        if not own_fault:
+            time.sleep(AFTER_OTHERS_S)  # whoever really failed has the first word
+        why = "superseded" if isinstance(error, SupersededError) else "failed"
+        last = traceback.format_exception(kind, error, trace)[-1].strip()
+        self._create(why, {"error": str(error) if isinstance(error, HarnessError) else last, "rank": own_rank()})
+        if not isinstance(error, HarnessError):
+            self._default(kind, error, trace)
+            return
+        report(error)
+        sys.stdout.flush()
+        os._exit(error.exit_code)  # a hook cannot choose the exit code otherwise
+
+
+def report(error: HarnessError) -> None:
+    """Print an error for people: in full on rank 0, in one line on others, once where all ranks have the same."""
+    if own_rank() == 0:
+        say(explain(error), sys.stderr)
+    elif not isinstance(error, UsageError | SupersededError):
+        say(f"harness: error on rank {own_rank()}: {error.what}", sys.stderr)

@@ -1,0 +1,63 @@
+"""Every error that a user may meet, and the exit code that each one ends the process with.
+
+A message has three parts: what failed, the values (found, expected), and what to do.
+"""
+
+from __future__ import annotations
+
+EXIT_FINISHED = 0
+EXIT_FAILED = 1
+EXIT_STORAGE = 74
+EXIT_STOPPED = 75
+EXIT_SUPERSEDED = 76
+EXIT_USAGE = 78
+
+
+class HarnessError(Exception):
+    """A failure that is explained in words instead of a traceback."""
+
+    exit_code = EXIT_FAILED
+
+    def __init__(self, what: str, found: str = "", remedy: str = "") -> None:
+        self.what, self.found, self.remedy = what, found, remedy
+        super().__init__("\n".join(part for part in (what, found, remedy) if part))
+
+
+class UsageError(HarnessError):
+    """The configuration, the command line or the user's code asks for something impossible."""
+
+    exit_code = EXIT_USAGE
+
+
+class StorageError(HarnessError):
+    """A store cannot be listed, read or written."""
+
+    exit_code = EXIT_STORAGE
+
+
+class DamagedError(HarnessError):
+    """A checkpoint does not verify, or a run has history but nothing in it loads."""
+
+
+class SaveError(HarnessError):
+    """A checkpoint could not be committed; the previous one is whole."""
+
+
+class NonFiniteError(HarnessError):
+    """Loss, gradients or parameters are not finite."""
+
+
+class LostRankError(HarnessError):
+    """Another rank of this attempt died or does not answer."""
+
+
+class SupersededError(HarnessError):
+    """A newer attempt of the same run has begun; this one may not write any more."""
+
+    exit_code = EXIT_SUPERSEDED
+
+
+def by_exit_code(code: int, message: str) -> HarnessError:
+    """Rebuild on one rank the error that another rank has raised."""
+    kinds = {EXIT_USAGE: UsageError, EXIT_STORAGE: StorageError, EXIT_SUPERSEDED: SupersededError}
+    return kinds.get(code, HarnessError)(message)

@@ -1,0 +1,67 @@
+"""Evaluate on all ranks: each sample once, no padded duplicates, nothing of the training disturbed."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from harness import ranks, state
+from harness.data import loading
+from harness.data.order import Position, Share
+from harness.ranks import World
+
+
+def evaluate(
+    world: World,
+    tracked: list[Any],
+    dataset: Any,
+    fn: Callable[[Any], Mapping[str, Any]],
+    batch_size: int,
+    collate: loading.Collate | None,
+) -> dict[str, float]:
+    """The means over all samples of the sums that `fn` gives for each batch. Collective: every rank must call it."""
+    modules = [module for thing in tracked for module in _modules_of(thing)]
+    sums: dict[str, float] = {}
+    samples = range(world.rank * len(dataset) // world.size, (world.rank + 1) * len(dataset) // world.size)
+    generators = state.rng_state()
+    try:
+        for module in modules:
+            world.share_buffers(ranks.plain(module))
+        with _eval_mode(modules), torch.no_grad(), ranks.quiet_forward(list(modules)):
+            for _, batches in loading.load(dataset, _shares(samples, batch_size), 0, collate, num_workers=0):
+                for name, value in fn(loading.to_device(batches[0], world.device)).items():
+                    sums[name] = sums.get(name, 0.0) + float(value)
+    finally:
+        state.set_rng_state(generators)
+    parts = world.gather(sums)
+    names = dict.fromkeys(name for part in parts for name in part)
+    return {name: sum(part.get(name, 0.0) for part in parts) / len(dataset) for name in names}
+
+
+def _modules_of(thing: Any) -> Iterator[nn.Module]:
+    """A tracked module, or the module inside a tracked average of weights."""
+    inner = thing if isinstance(thing, nn.Module) else getattr(thing, "module", None)
+    if isinstance(inner, nn.Module):
+        yield inner
+
+
+def _shares(samples: range, batch_size: int) -> Iterator[Share]:
+    for at in range(0, len(samples), batch_size):
+        yield Share(0, samples[at], (tuple(samples[at : at + batch_size]),), (1.0,), Position(), last=False)
+
+
+@contextlib.contextmanager
+def _eval_mode(modules: list[nn.Module]) -> Iterator[None]:
+    """Each submodule's own mode is put back, also after an exception."""
+    modes = [(part, part.training) for module in modules for part in module.modules()]
+    try:
+        for module in modules:
+            module.eval()
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training

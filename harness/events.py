@@ -1,0 +1,134 @@
+"""What a run says: one line an event for machines, one live line for people. Neither can hurt the run.
+
+A full disk under the events, a closed terminal, a broken pipe: training goes on, and what is said goes nowhere.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TextIO
+
+from harness.checkpoint.attempts import now
+from harness.errors import StorageError
+from harness.store import LocalStore
+
+LIVE_EVERY_S, LINE_EVERY_S = 0.1, 10.0
+
+
+def say(text: str, stream: TextIO | None = None) -> None:
+    """Print a line for people. A stream that is gone is replaced, so that nothing trips over it again at exit."""
+    target = stream or sys.stdout
+    try:
+        print(text, file=target, flush=True)
+    except (OSError, ValueError):
+        _silence(target)
+
+
+def _silence(stream: TextIO) -> None:
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+class Ledger:
+    """The events of one attempt: `events/0003.jsonl`."""
+
+    def __init__(self, store: LocalStore, key: str) -> None:
+        self.store, self.key = store, key
+        self.lost = 0
+
+    def write(self, kind: str, **fields: Any) -> None:
+        """Append one event. A store that refuses is complained of once."""
+        line = json.dumps({"event": kind, "time": now()} | fields, default=str) + "\n"
+        try:
+            self.store.append(self.key, line.encode())
+        except (StorageError, OSError) as error:
+            if self.lost == 0:
+                say(f"harness: events are not recorded: {str(error).splitlines()[0]}", sys.stderr)
+            self.lost += 1
+
+
+@dataclass(frozen=True)
+class Moment:
+    """What the progress line shows of one step."""
+
+    step: int
+    end_step: int | None
+    epoch: int
+    epochs: int
+    values: dict[str, float]
+    samples_per_s: float
+    saved: str
+
+
+class Progress:
+    """A live line on a terminal; elsewhere a plain line every ten seconds, without control characters."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self.clock = clock
+        self.live = _is_terminal()
+        self._next_at = clock()
+        self._drawn = False
+
+    def show(self, moment: Moment, steps_per_s: float) -> None:
+        """Draw, unless the last drawing is too young."""
+        if self.clock() < self._next_at:
+            return
+        self._next_at = self.clock() + (LIVE_EVERY_S if self.live else LINE_EVERY_S)
+        text = _text(moment, steps_per_s)
+        if self.live:
+            try:
+                sys.stdout.write(f"\r\x1b[K{text}")
+                sys.stdout.flush()
+                self._drawn = True
+            except (OSError, ValueError):
+                self.live = False
+                _silence(sys.stdout)
+        else:
+            say(text)
+
+    def say(self, text: str) -> None:
+        """A lasting line, below the live one."""
+        say(("\r\x1b[K" if self._drawn else "") + text)
+        self._drawn = False
+
+
+def _is_terminal() -> bool:
+    try:
+        return sys.stdout.isatty()
+    except ValueError:
+        return False
+
+
+def _text(moment: Moment, steps_per_s: float) -> str:
+    total = f"/{moment.end_step}" if moment.end_step else ""
+    parts = [f"epoch {min(moment.epoch + 1, moment.epochs)}/{moment.epochs}", f"step {moment.step}{total}"]
+    parts += [f"{name} {value:.4g}" for name, value in moment.values.items()]
+    parts.append(f"{moment.samples_per_s:,.0f} samples/s")
+    if moment.end_step and steps_per_s > 0:
+        parts.append(f"{duration((moment.end_step - moment.step) / steps_per_s)} left")
+    parts.append(moment.saved)
+    return " · ".join(parts)
+
+
+def duration(seconds: float) -> str:
+    """45 s, 3:20, 2:03:20."""
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours}:{minutes:02d}:{rest:02d}"
+    return f"{minutes}:{rest:02d}" if minutes else f"{rest} s"
+
+
+def size(size_bytes: float) -> str:
+    """12.3 MB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if size_bytes < 1000 or unit == "GB":
+            break
+        size_bytes /= 1000
+    return f"{size_bytes:.0f} {unit}" if unit == "B" else f"{size_bytes:.1f} {unit}"

@@ -1,0 +1,327 @@
+"""The ranks of one attempt: join, agree, broadcast, who writes. The only door to torch.distributed.
+
+Control messages travel on a CPU (gloo) group of their own, so that they never mix with gradients. What may take long on the
+writer (a slow disk) is not waited for in a collective, whose time-out cannot tell slow from dead, but beside the writer's
+heartbeat: see `World.on_writer`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from harness.errors import EXIT_FAILED, HarnessError, LostRankError, UsageError, by_exit_code
+
+T = TypeVar("T")
+HEARTBEAT_S = 1.0
+
+
+@dataclass
+class World:
+    """The processes of one attempt, as seen from one of them."""
+
+    rank: int
+    size: int
+    device: torch.device
+    timeout_s: float
+    _group: Any = None
+    _store: Any = None
+    _calls: int = field(default=0)
+
+    @property
+    def is_writer(self) -> bool:
+        return self.rank == 0
+
+    def agree(self, values: list[int]) -> list[int]:
+        """Element-wise maximum over all ranks. Collective: every rank must call it."""
+        if self.size == 1:
+            return values
+        tensor = torch.tensor(values, dtype=torch.int64)
+        with _lost_rank_said():
+            dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self._group)
+        return [int(value) for value in tensor.tolist()]
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value, in the order of ranks, on every rank. Collective: every rank must call it."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        with _lost_rank_said():
+            dist.all_gather_object(values, value, group=self._group)
+        return values
+
+    def sum(self, values: list[float]) -> list[float]:
+        """Element-wise sum over all ranks, in float64. Collective: every rank must call it."""
+        tensor = torch.tensor(values, dtype=torch.float64)
+        if self.size > 1:
+            with _lost_rank_said():
+                dist.all_reduce(tensor, group=self._group)
+        return [float(value) for value in tensor.tolist()]
+
+    def share_buffers(self, module: nn.Module) -> None:
+        """Give every rank the writer's buffers, as DDP does before each forward pass. Collective: every rank must call it."""
+        if self.size > 1:
+            for buffer in module.buffers():
+                dist.broadcast(buffer, 0)
+
+    def on_writer(self, work: Callable[[], T], *, give_up: Callable[[], object] = lambda: None) -> T:
+        """Run `work` on the writer and give every rank its result (which JSON must be able to hold).
+
+        The others wait as long as the writer's heartbeat goes on: a slow disk may take hours, a stopped or dead writer is
+        noticed within `timeout_s`, or within seconds once `give_up` returns something true (the launcher is ending us).
+        An error of `work` is raised on every rank. Collective: every rank must call it.
+        """
+        if self.size == 1:
+            return work()
+        self._calls += 1
+        key = f"result/{self._calls}"
+        if not self.is_writer:
+            return self._await(key, give_up)
+        with _heart(lambda: self._store.add("heartbeat", 1)):
+            try:
+                result = work()
+            except HarnessError as error:
+                self._store.set(key, json.dumps({"code": error.exit_code, "error": str(error)}))
+                raise
+            except BaseException as error:
+                self._store.set(key, json.dumps({"code": EXIT_FAILED, "error": f"rank 0: {type(error).__name__}: {error}"}))
+                raise
+            self._store.set(key, json.dumps({"result": result}))
+        if self._calls > 2:  # everybody has read it: each has called this once more since
+            self._store.delete_key(f"result/{self._calls - 2}")
+        return result
+
+    def _await(self, key: str, give_up: Callable[[], object]) -> Any:
+        beat, beat_at, pause_s = -1, time.monotonic(), 0.0005
+        with _lost_rank_said():
+            while not self._store.check([key]):
+                time.sleep(pause_s)
+                pause_s = min(pause_s * 1.5, 0.05)
+                if (now := self._store.add("heartbeat", 0)) != beat:
+                    beat, beat_at = now, time.monotonic()
+                limit_s = min(5.0, self.timeout_s) if give_up() else self.timeout_s
+                if time.monotonic() - beat_at > limit_s:
+                    raise LostRankError("the writing rank does not answer", f"no sign of life for {limit_s:.0f} s", "See its log.")
+            reply = json.loads(self._store.get(key))
+        if "error" in reply:
+            raise by_exit_code(reply["code"], reply["error"])
+        return reply["result"]
+
+    def leave(self) -> None:
+        """Take the process group down. Collective: every rank must call it."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _heart(beat: Callable[[], object]) -> Iterator[None]:
+    """While the block runs, a thread shows that this process is alive."""
+    done = threading.Event()
+
+    def run() -> None:
+        with contextlib.suppress(RuntimeError):  # the store is gone with the launcher; the main thread will see it too
+            while not done.wait(HEARTBEAT_S):
+                beat()
+
+    thread = threading.Thread(target=run, daemon=True, name="heartbeat")
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+@contextlib.contextmanager
+def _lost_rank_said() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        line = str(error).splitlines()[0][:300] if str(error) else type(error).__name__
+        raise LostRankError("another rank of this attempt is lost", f"found: {line}", "The first error is in that rank's log.") from error
+
+
+def own_rank() -> int:
+    """This process's rank as the environment tells it, before anything is joined."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def check_environment() -> None:
+    """Refuse what would start rivals instead of ranks. Raises UsageError."""
+    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
+    if tasks > 1 and "RANK" not in os.environ:
+        raise UsageError(
+            f"{tasks} SLURM tasks were started without torchrun: they would be {tasks} rivals for one run, not {tasks} ranks",
+            "found: SLURM_STEP_NUM_TASKS is set, RANK is not",
+            "Start one torchrun a node: srun --ntasks-per-node=1 torchrun --nnodes=$SLURM_NNODES --nproc-per-node=GPUS "
+            "--rdzv-backend=c10d --rdzv-endpoint=$HEAD_NODE:29500 --rdzv-id=$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0} harness/train.py …",
+        )
+
+
+def join(timeout_s: float) -> World:
+    """Join the process group that torchrun describes, or the one that is there already, or be alone.
+
+    Raises UsageError. Collective: every rank must call it.
+    """
+    check_environment()
+    device = _device()
+    limit = datetime.timedelta(seconds=timeout_s)
+    if not dist.is_initialized():
+        backend = "cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo"
+        rank, size = own_rank(), int(os.environ.get("WORLD_SIZE", "1"))
+        with _lost_rank_said():
+            if "RANK" not in os.environ:
+                dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=limit)
+            elif (store := _restart_safe_store(limit)) is not None:
+                dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
+            else:
+                dist.init_process_group(backend, timeout=limit)
+    group = dist.new_group(backend="gloo", timeout=limit)
+    default_store = dist.distributed_c10d._get_default_store()  # no public way; every large trainer does this
+    return World(dist.get_rank(), dist.get_world_size(), device, timeout_s, group, dist.PrefixStore("harness", default_store))
+
+
+def _device() -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if local_rank >= torch.cuda.device_count():
+        raise UsageError(
+            f"local rank {local_rank} has no GPU of its own",
+            f"found: {torch.cuda.device_count()} visible GPUs",
+            "Start no more processes a node than it has GPUs (--nproc-per-node).",
+        )
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def _restart_safe_store(limit: datetime.timedelta) -> dist.Store | None:
+    """A fresh name space for each restart in place, or None where the default is right.
+
+    torchrun keeps one store over all its restarts, and a restarted group stumbles over the keys of the dead one: it hangs, or
+    dials addresses where nobody listens. On several nodes each agent counts restarts by itself, so there the count is no
+    common name.
+    """
+    env = os.environ
+    shared = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if not shared or env.get("LOCAL_WORLD_SIZE") != env.get("WORLD_SIZE"):
+        return None
+    store = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), is_master=False, timeout=limit)
+    return dist.PrefixStore(f"restart-{env.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+def wrappers(module: object) -> Iterator[object]:
+    """The module and everything that it wraps, outermost first: torch.compile's and DDP's shells, then the plain module."""
+    yield module
+    while True:
+        inner = getattr(module, "_orig_mod", None)
+        if inner is None and isinstance(module, DistributedDataParallel | nn.DataParallel):
+            inner = module.module
+        if inner is None:
+            return
+        module = inner
+        yield module
+
+
+def plain(module: Any) -> Any:
+    """What is inside the shells of DDP and torch.compile."""
+    return list(wrappers(module))[-1]
+
+
+def ddp_of(module: object) -> DistributedDataParallel | None:
+    """The DDP shell of a module, if it has one."""
+    return next((shell for shell in wrappers(module) if isinstance(shell, DistributedDataParallel)), None)
+
+
+def wrap(module: nn.Module, world: World) -> nn.Module:
+    """DistributedDataParallel on this rank's device; a module without trainable parameters stays as it is."""
+    if not any(parameter.requires_grad for parameter in module.parameters()):
+        return module
+    return DistributedDataParallel(module, device_ids=[world.device.index] if world.device.type == "cuda" else None)
+
+
+def check_resumable(name: str, module: object, world: World) -> None:
+    """Refuse a wrapping that no resume could make exact. Raises UsageError."""
+    shells = [type(shell).__name__ for shell in wrappers(module)]
+    sharded = isinstance(plain(module), nn.Module) and any(hasattr(parameter, "_local_tensor") for parameter in plain(module).parameters())
+    if sharded or "FullyShardedDataParallel" in shells or "ZeroRedundancyOptimizer" in shells:
+        raise UsageError(f"{name}: sharded state is not supported yet", f"found: {shells}", "Use DistributedDataParallel and a plain optimizer.")
+    ddp = ddp_of(module)
+    if ddp is None or world.size == 1:
+        return
+    if ddp.static_graph and world.size > 2:
+        raise UsageError(
+            f"{name}: DistributedDataParallel(static_graph=True) sums gradients in another order after a resume",
+            f"found: static_graph=True on {world.size} ranks",
+            "Leave static_graph out.",
+        )
+    if not ddp.broadcast_buffers and any(True for _ in ddp.module.buffers()):
+        raise UsageError(
+            f"{name}: with broadcast_buffers=False each rank has buffers of its own, and only the writer's are saved",
+            "found: DistributedDataParallel(broadcast_buffers=False) around a module with buffers",
+            "Leave broadcast_buffers out.",
+        )
+
+
+class _Touch(nn.Module):
+    """Depends on every parameter, in the order in which they were registered."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self._parameters_of = tuple(module.parameters())  # a tuple, so that they are not registered here a second time
+
+    def forward(self) -> torch.Tensor:
+        total = torch.zeros((), device=self._parameters_of[0].device)
+        for parameter in self._parameters_of:
+            if parameter.requires_grad:
+                total = total + parameter.sum().real.float()
+        return total
+
+
+def settle_buckets(module: object) -> None:
+    """Let DDP form its gradient buckets now, so that every later step sums gradients in one and the same order.
+
+    DDP groups gradients anew after the first backward pass of a process. From three ranks on that changes the order of
+    summation, so the first step after a resume would differ in the last bits from the same step in an uninterrupted run. One
+    backward pass through a stand-in for the module, whose gradients are dropped, brings a fresh and a resumed process to the
+    same buckets. Collective: every rank must call it.
+    """
+    ddp = ddp_of(module)
+    if ddp is None or ddp.find_unused_parameters:  # with the latter DDP never regroups
+        return
+    inner = ddp.module
+    ddp.module = _Touch(inner)
+    try:
+        with torch.enable_grad(), quiet_forward([ddp]):
+            ddp().backward()
+    finally:
+        ddp.module = inner
+    for parameter in inner.parameters():
+        parameter.grad = None
+
+
+@contextlib.contextmanager
+def quiet_forward(modules: list[object]) -> Iterator[None]:
+    """While the block runs, forward passes call no collective: ranks may call a different number of them."""
+    shells = [ddp for module in modules if (ddp := ddp_of(module)) is not None]
+    before = [shell.require_forward_param_sync for shell in shells]
+    try:
+        for shell in shells:
+            shell.require_forward_param_sync = False
+        yield
+    finally:
+        for shell, value in zip(shells, before, strict=True):
+            shell.require_forward_param_sync = value

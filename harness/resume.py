@@ -1,0 +1,54 @@
+"""May this run go on from that checkpoint? Pure checks, each with a way to insist."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from harness.errors import UsageError
+
+HOW_DEALT = ("global_batch_size", "shuffle", "drop_last", "seed")
+
+
+def check_data(now: Mapping[str, Any], before: Mapping[str, Any], accept: tuple[str, ...]) -> None:
+    """Raises UsageError if the run would go on with other data, or deal the same data out differently."""
+    differing = [name for name in now if now[name] != before.get(name)]
+    for names, insist in (([n for n in differing if n in HOW_DEALT], "config"), ([n for n in differing if n not in HOW_DEALT], "data")):
+        if names and insist not in accept:
+            raise UsageError(
+                "the data is not what this run was trained on so far"
+                if insist == "data"
+                else "the data would be dealt out differently from how this run began",
+                "\n".join(f"  {name}: found {now[name]!r}, expected {before.get(name)!r}" for name in names),
+                f"Put it back as it was, or take another run directory. To insist: resume.accept=[{insist}].",
+            )
+
+
+def check_tracked(tracked: Mapping[str, Any], payload: Mapping[str, Any]) -> None:
+    """Raises UsageError if state would be left behind."""
+    if not tracked:
+        raise UsageError("nothing is tracked: nothing would survive", remedy="Call run.track(model=…, optimizer=…) before the loop.")
+    saved = [key.removesuffix("_state_dict") for key in payload if key.endswith("_state_dict")]
+    if missing := [name for name in saved if name not in tracked]:
+        raise UsageError(
+            f"the checkpoint holds what is not tracked: {', '.join(missing)}",
+            f"found: {', '.join(tracked)}",
+            "Track the same names as before, or take a new run directory.",
+        )
+
+
+def check_trackable(name: str, thing: Any, tracked: Mapping[str, Any]) -> None:
+    """Raises UsageError for what has no state to give, or has a name that is taken."""
+    if name in tracked:
+        raise UsageError(f"two objects are tracked as {name!r}", remedy="Give each one a name of its own.")
+    if not (hasattr(thing, "state_dict") and hasattr(thing, "load_state_dict")):
+        raise UsageError(
+            f"{name} cannot be tracked",
+            f"found: a {type(thing).__name__} without state_dict and load_state_dict",
+            "Plain values go into run.state.",
+        )
+
+
+def reaches(final: Mapping[str, int | None], end: Mapping[str, int | None]) -> bool:
+    """Whether a run that was finished for `final` needs nothing more for `end`. Null means no limit."""
+    return all((final.get(name) or float("inf")) >= (end[name] or float("inf")) for name in ("epochs", "max_steps"))

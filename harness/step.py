@@ -1,0 +1,189 @@
+"""One optimizer step: forward, backward, clip, update. No files, no ranks."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from harness.config import TrainSettings
+from harness.errors import NonFiniteError, UsageError
+from harness.ranks import World, plain, wrap
+from harness.task import Task, named
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Stepper:
+    """A task made ready for its ranks: modules wrapped, optimizers, schedule, gradient scaler, averages; call it to make a step."""
+
+    def __init__(self, task: Task, settings: TrainSettings, world: World) -> None:
+        self.task, self.settings, self.device = task, settings, world.device
+        self.modules = {name: self._ready(module, world) for name, module in named(task.modules, "model").items()}
+        self.optimizers = named(task.optimizers, "optimizer")
+        self.schedulers = named(task.schedulers, "scheduler")
+        self.scaler = torch.amp.GradScaler(world.device.type, enabled=settings.precision == "fp16")
+        self.guard = FiniteGuard(settings.nonfinite, settings.nonfinite_limit)
+        self.averages: dict[str, Ema] = {}
+        if settings.ema_decay is not None:
+            lone = not isinstance(task.modules, Mapping)
+            self.averages = {"ema" if lone else f"{name}_ema": Ema(module, settings.ema_decay) for name, module in self.modules.items()}
+
+    def _ready(self, module: nn.Module, world: World) -> nn.Module:
+        wrapped = wrap(module.to(world.device), world)
+        return torch.compile(wrapped) if self.settings.compile else wrapped  # type: ignore[return-value]
+
+    @property
+    def tracked(self) -> dict[str, Any]:
+        """Everything whose state has to survive, by name."""
+        scaler = {"scaler": self.scaler} if self.scaler.is_enabled() else {}
+        return self.modules | self.optimizers | self.schedulers | scaler | self.averages | {"guard": self.guard}
+
+    def __call__(self, micro_batches: Sequence[Any], weights: Sequence[float], step: int) -> dict[str, torch.Tensor]:
+        """Forward, backward, clip, update, schedule; returns what to log."""
+        modules = list(self.modules.values())
+        for optimizer in self.optimizers.values():
+            optimizer.zero_grad()
+        loss = backward(self._loss, micro_batches, weights, modules, self.scaler.scale)
+        for optimizer in self.optimizers.values():
+            self.scaler.unscale_(optimizer)
+        norm = gradient_norm(modules, self.settings.clip_norm)
+        allowed = self.guard.allows(norm, step, may_overflow=lambda: self.scaler.is_enabled() and self.scaler.get_scale() > 1)
+        for optimizer in self.optimizers.values() if allowed else ():
+            self.scaler.step(optimizer)
+        self.scaler.update()
+        for scheduler in self.schedulers.values():
+            scheduler.step()
+        return {"loss": loss}
+
+    def average(self) -> None:
+        """Take the present weights into their moving averages."""
+        for average in self.averages.values():
+            average.update()
+
+    def _loss(self, batch: Any) -> torch.Tensor:
+        if self.task.loss is None:
+            raise UsageError("the task has neither `loss` nor `step`", remedy="Give Task(…, loss=…).")
+        with autocast(self.device, self.settings.precision):
+            return self.task.loss(self._as_given(self.modules), batch)
+
+    def evaluate(self, batch: Any) -> dict[str, Any]:
+        """The task's sums over one batch: with the plain modules, and with the averaged ones as `ema_…`."""
+        sums = self._sums({name: plain(module) for name, module in self.modules.items()}, batch)
+        if self.averages:
+            averaged = {name: average.module for name, average in zip(self.modules, self.averages.values(), strict=True)}
+            sums |= {f"ema_{name}": value for name, value in self._sums(averaged, batch).items()}
+        return sums
+
+    def _sums(self, modules: dict[str, nn.Module], batch: Any) -> dict[str, Any]:
+        with autocast(self.device, self.settings.precision):
+            if self.task.evaluate is not None:
+                return dict(self.task.evaluate(self._as_given(modules), batch))
+            if self.task.loss is None:
+                raise UsageError("the task has eval_data, but neither `evaluate` nor `loss`", remedy="Give Task(…, evaluate=…).")
+            return {"val_loss": self.task.loss(self._as_given(modules), batch) * batch_length(batch)}
+
+    def _as_given(self, modules: dict[str, Any]) -> Any:
+        return modules if isinstance(self.task.modules, Mapping) else modules["model"]
+
+
+def batch_length(batch: Any) -> int:
+    """The number of samples in a batch: the length of the first tensor in it."""
+    while not isinstance(batch, torch.Tensor):
+        batch = next(iter(batch.values() if isinstance(batch, Mapping) else batch))
+    return len(batch)
+
+
+def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:
+    """Mixed precision for the forward pass; nothing for fp32."""
+    return torch.autocast(device.type, DTYPES[precision]) if precision in DTYPES else contextlib.nullcontext()
+
+
+def backward(
+    losses: Callable[[Any], torch.Tensor],
+    micro_batches: Sequence[Any],
+    weights: Sequence[float],
+    modules: Sequence[nn.Module],
+    scale: Callable[[torch.Tensor], torch.Tensor] = lambda loss: loss,
+) -> torch.Tensor:
+    """Accumulate the gradients of all micro-batches; returns the weighted loss, a detached scalar.
+
+    Gradients are summed over ranks once, in the last backward pass. A loss that is not finite on one rank makes the gradients
+    not finite on all: the factor 1 + 0 * loss is exactly 1 for a finite loss and NaN otherwise.
+    """
+    total = torch.zeros(())
+    for at, (batch, weight) in enumerate(zip(micro_batches, weights, strict=True)):
+        with contextlib.ExitStack() as stack:
+            if at + 1 < len(micro_batches):
+                for module in modules:
+                    if hasattr(module, "no_sync"):
+                        stack.enter_context(module.no_sync())
+            loss = losses(batch)
+            poison = 1.0 + 0.0 * loss.detach()
+            scale(loss * weight * poison).backward()
+        total = total.to(loss.device) + loss.detach().float() * weight
+    return total
+
+
+def gradient_norm(modules: Sequence[nn.Module], clip_norm: float | None) -> torch.Tensor:
+    """The gradients' total L2 norm, a scalar on the device; gradients are clipped to `clip_norm` if it is given."""
+    parameters = [parameter for module in modules for parameter in module.parameters() if parameter.grad is not None]
+    return nn.utils.clip_grad_norm_(parameters, float("inf") if clip_norm is None else clip_norm)
+
+
+class FiniteGuard:
+    """Decides, on all ranks alike, whether an update may happen. Its count of skipped updates survives a kill."""
+
+    def __init__(self, policy: str, limit: int) -> None:
+        self.policy, self.limit = policy, limit
+        self.skipped_in_a_row = 0
+
+    def allows(self, norm: torch.Tensor, step: int, *, may_overflow: Callable[[], bool] = lambda: False) -> bool:
+        """Whether to update. Raises NonFiniteError as the policy says.
+
+        This is the one read of the device that a step needs; `ignore` leaves it out. `may_overflow` says that a gradient
+        scaler is still looking for its scale: its overflows are skipped, but not counted.
+        """
+        if self.policy == "ignore" or bool(torch.isfinite(norm)):
+            self.skipped_in_a_row = 0
+            return True
+        self.skipped_in_a_row += not may_overflow()
+        limit = 0 if self.policy == "stop" else self.limit
+        if self.skipped_in_a_row > limit:
+            raise NonFiniteError(
+                f"loss or gradients are not finite at step {step}",
+                f"found: gradient norm {float(norm)}, {self.skipped_in_a_row} step(s) in a row; allowed: {limit}",
+                "Lower the learning rate, clip gradients (train.clip_norm), check the data; train.nonfinite_limit sets how many are skipped.",
+            )
+        return False
+
+    def state_dict(self) -> dict[str, int]:
+        return {"skipped_in_a_row": self.skipped_in_a_row}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.skipped_in_a_row = state["skipped_in_a_row"]
+
+
+class Ema:
+    """An exponential moving average of a module's weights: average += (1 - decay) * (weight - average). Buffers are copied."""
+
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        self.source, self.decay = plain(module), decay
+        self.module = copy.deepcopy(self.source).requires_grad_(False).eval()
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Take the source's present weights into the average."""
+        torch._foreach_lerp_(list(self.module.parameters()), list(self.source.parameters()), 1 - self.decay)
+        for own, theirs in zip(self.module.buffers(), self.source.buffers(), strict=True):
+            own.copy_(theirs)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.module.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.module.load_state_dict(state)

@@ -1,0 +1,92 @@
+"""What a user brings: modules, optimizers, data, loss. Found by import path; nothing is registered anywhere."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from harness.errors import UsageError
+
+
+@dataclass
+class Task:
+    """What is trained. One module may be given as it is instead of a dict of one; likewise an optimizer or a scheduler.
+
+    * `loss(modules, batch)` returns the batch's mean loss, a scalar; it gets the modules as they were given here, ready for
+      training on all ranks.
+    * `evaluate(modules, batch)` returns sums over the batch's samples, as {"val_loss": …, "val_acc": …}; each is divided by
+      the number of samples. Without it, the mean of `loss` is taken as "val_loss".
+    * `step(run, batch)` replaces forward, backward and update for a task with several optimizers. It returns what to log.
+    """
+
+    modules: Any
+    optimizers: Any
+    train_data: Any
+    loss: Callable[[Any, Any], torch.Tensor] | None = None
+    eval_data: Any = None
+    evaluate: Callable[[Any, Any], Mapping[str, Any]] | None = None
+    schedulers: Any = field(default_factory=dict)
+    step: Callable[[Any, Any], Mapping[str, Any]] | None = None
+    collate: Callable[[list[Any]], Any] | None = None
+
+
+def named(given: Any, name: str) -> dict[str, Any]:
+    """A dict of objects: {"model": x} for a lone model, {"optimizer": x} for a lone optimizer."""
+    return dict(given) if isinstance(given, Mapping) else {name: given}
+
+
+def find(name: str, args: Mapping[str, Any]) -> Callable[..., Task]:
+    """Import the callable that `package.module:callable` names, and check that it takes the arguments.
+
+    The working directory can be imported from, however the process was started. Raises UsageError.
+    """
+    if os.getcwd() not in sys.path:  # torchrun puts the program's folder there instead
+        sys.path.insert(0, os.getcwd())
+    module_name, _, attribute = name.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not (module_name == error.name or module_name.startswith(f"{error.name}.")):
+            raise UsageError(
+                f"task.name={name}: importing {module_name} failed", f"found: {error}", "Install what is missing."
+            ) from error
+        raise UsageError(
+            f"task.name={name}: there is no module {module_name}",
+            f"searched: {', '.join(sys.path[:3])} …",
+            "Start from the folder that holds it, or install its package.",
+        ) from error
+    build = getattr(module, attribute, None)
+    if not callable(build):
+        raise UsageError(f"task.name={name}: {module_name} has no callable {attribute!r}", f"found: {build!r}", "Write package.module:callable.")
+    _check_args(name, build, args)
+    return build  # type: ignore[no-any-return]
+
+
+def _check_args(name: str, build: Callable[..., Any], args: Mapping[str, Any]) -> None:
+    signature = inspect.signature(build)
+    takes = [p.name for p in signature.parameters.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
+    unknown = [] if takes_any else [key for key in args if key not in takes]
+    missing = [p.name for p in signature.parameters.values() if p.name in takes and p.default is p.empty and p.name not in args]
+    problems = [f"  task.args.{key}={args[key]!r}: unknown" for key in unknown] + [f"  task.args.{key}: missing" for key in missing]
+    for key, value in args.items():
+        default = signature.parameters[key].default if key in signature.parameters else None
+        if isinstance(default, int | float | str) and not _fits(value, default):
+            problems.append(f"  task.args.{key}={value!r}: expected a {type(default).__name__}, such as {default!r}")
+    if problems:
+        raise UsageError(f"{name} does not take these arguments:", "\n".join(problems), f"It takes: {signature}.")
+
+
+def _fits(value: Any, default: Any) -> bool:
+    if value is None:
+        return True
+    if isinstance(default, float) and not isinstance(value, bool):
+        return isinstance(value, int | float)
+    return isinstance(value, type(default)) and (isinstance(value, bool) == isinstance(default, bool))

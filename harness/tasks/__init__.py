@@ -1,0 +1,1 @@
+"""The tasks that come with the harness. A user's own task is a file like these, anywhere that Python can import from."""

@@ -1,0 +1,90 @@
+"""The program: `torchrun harness/train.py --config FILE key=value …`. It builds the task and holds the loop."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+if __name__ == "__main__" and sys.path[0] == str(Path(__file__).resolve().parent):
+    # Started by its path, Python looks for modules in this folder, where `import harness` would find nothing, or another one.
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from typing import TYPE_CHECKING, Any
+
+from harness import config, ending
+from harness.errors import HarnessError
+
+if TYPE_CHECKING:
+    from harness.config import Config
+
+
+def train(settings: Config, stored: dict[str, Any]) -> None:
+    """Train the configured task to its end, from wherever its run stands."""
+    import harness
+    from harness import step, task
+    from harness.data.order import accumulation
+
+    build = task.find(settings.task.name, settings.task.args)
+    run = harness.init(
+        settings.run.dir,
+        remote=settings.run.remote,
+        seed=settings.train.seed,
+        save_every_s=settings.checkpoint.every_s,
+        save_every_steps=settings.checkpoint.every_steps,
+        keep_last=settings.checkpoint.keep_last,
+        keep_every_steps=settings.checkpoint.keep_every_steps,
+        keep_best=settings.checkpoint.keep_best,
+        best=settings.checkpoint.best,
+        config=stored,
+        accept=settings.resume.accept,
+        override=settings.resume.override,
+        deterministic=settings.train.deterministic,
+        timeout_s=settings.run.timeout_s,
+        log_every_steps=settings.log.every_steps,
+    )
+    job = build(**settings.task.args)
+    stepper = step.Stepper(job, settings.train, run.world)
+    run.track(**stepper.tracked)
+    accumulate = accumulation(settings.train.global_batch_size, run.world_size, settings.train.micro_batch_size)
+    for batch in run.batches(
+        job.train_data,
+        settings.train.global_batch_size,
+        accumulate=accumulate,
+        epochs=settings.train.epochs,
+        max_steps=settings.train.max_steps,
+        drop_last=settings.data.drop_last,
+        num_workers=settings.data.num_workers,
+        collate_fn=job.collate,
+    ):
+        values = job.step(run, batch) if job.step else stepper(batch if accumulate > 1 else [batch], run.weights, run.step)
+        stepper.average()
+        run.log(**values)
+        if job.eval_data is not None and run.due(settings.eval.every_steps):
+            run.evaluate(job.eval_data, stepper.evaluate, batch_size=settings.eval.batch_size, collate_fn=job.collate)
+    run.say("  ".join(f"{name} {value:.4f}" for name, value in run.metrics.items()))
+    if run.is_writer and (best := run.best_checkpoint()):
+        run.say(f"best checkpoint: {best}")
+    run.world.leave()
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Read the command line and train; errors that a user can mend are said in words."""
+    parser = argparse.ArgumentParser(
+        prog="harness/train.py",
+        description="Train a task; go on from the newest checkpoint if there is one.",
+        epilog="example: torchrun --standalone --nproc-per-node=2 harness/train.py --config configs/digits.yaml run.dir=runs/a",
+    )
+    parser.add_argument("--config", help="YAML file, relative to the working directory; without it the defaults train the digits")
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="settings that override the file's")
+    parsed = parser.parse_intermixed_args(arguments)
+    try:
+        settings, stored = config.load(parsed.config, parsed.settings)
+    except HarnessError as error:
+        ending.report(error)
+        sys.exit(error.exit_code)
+    train(settings, stored)
+
+
+if __name__ == "__main__":
+    main()
