@@ -172,7 +172,9 @@ def load(file: str | None, overrides: list[str]) -> tuple[Config, dict[str, Any]
     if not problems:
         problems += _broken_rules(merged)
     if problems:
-        raise UsageError(f"the configuration has {len(problems)} problem(s):", "\n".join(f"  {line}" for line in problems), "Nothing was started.")
+        raise UsageError(
+            f"the configuration has {len(problems)} problem(s):", "\n".join(f"  {line}" for line in problems), "Nothing was started."
+        )
     return OmegaConf.to_object(merged), OmegaConf.to_container(merged, resolve=False)  # type: ignore[return-value]
 
 

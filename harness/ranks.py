@@ -258,7 +258,9 @@ def check_resumable(name: str, module: object, world: World) -> None:
     shells = [type(shell).__name__ for shell in wrappers(module)]
     sharded = isinstance(plain(module), nn.Module) and any(hasattr(parameter, "_local_tensor") for parameter in plain(module).parameters())
     if sharded or "FullyShardedDataParallel" in shells or "ZeroRedundancyOptimizer" in shells:
-        raise UsageError(f"{name}: sharded state is not supported yet", f"found: {shells}", "Use DistributedDataParallel and a plain optimizer.")
+        raise UsageError(
+            f"{name}: sharded state is not supported yet", f"found: {shells}", "Use DistributedDataParallel and a plain optimizer."
+        )
     ddp = ddp_of(module)
     if ddp is None or world.size == 1:
         return

@@ -89,9 +89,7 @@ def init(
     store = LocalStore(directory)
     choice = load.choose(store, world, give_up=stop.requested)
     policy = retention.Policy(keep_last, keep_every_steps, keep_best, metric or best, direction == "max")
-    settings = Settings(
-        seed, save_every_s, save_every_steps, policy, dict(config or {}), tuple(accept), tuple(override), log_every_steps
-    )
+    settings = Settings(seed, save_every_s, save_every_steps, policy, dict(config or {}), tuple(accept), tuple(override), log_every_steps)
     return Run(world, store, choice, settings, ending)
 
 
@@ -107,7 +105,13 @@ class Run:
     """One training job, as seen from one rank of its present attempt."""
 
     def __init__(
-        self, world: World, store: LocalStore, choice: load.Choice, settings: Settings, ending: Ending, clock: Callable[[], float] = time.monotonic
+        self,
+        world: World,
+        store: LocalStore,
+        choice: load.Choice,
+        settings: Settings,
+        ending: Ending,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.world, self.store, self.clock = world, store, clock
         self.step = 0  # in the loop: the number of the step being made, from 1 on; afterwards: of the last one made
@@ -219,6 +223,7 @@ class Run:
             "fingerprint": fingerprint(dataset), "size": None if loading.is_iterable(dataset) else len(dataset),
             "global_batch_size": global_batch_size, "shuffle": shuffle and order is None, "drop_last": drop_last, "seed": self._settings.seed,
         }  # fmt: skip
+        self._global_batch_size = global_batch_size
         self._end = {"epochs": epochs, "max_steps": max_steps}
         self._end_step = _end_step(self.step, self._source.steps_after(self._position, epochs), max_steps)
         if not self._begin():
@@ -319,7 +324,9 @@ class Run:
                     f"found: {self.world.size} rank(s), expected: {len(entries)}",
                     "Start as many as before.",
                 )
-            self.say(f"harness: {len(entries)} rank(s) before, {self.world.size} now: the same samples in the same global batches, not bit for bit")
+            self.say(
+                f"harness: {len(entries)} rank(s) before, {self.world.size} now: the same samples in the same global batches, not bit for bit"
+            )
         if self.rank < len(entries):
             state.set_rng_state(entries[self.rank])
             self._source.restore(payload["data"]["iterators"][self.rank])
@@ -328,7 +335,9 @@ class Run:
 
     def _complete(self) -> None:
         if not self._save(final=True):
-            raise SaveError(f"the last checkpoint, of step {self.step}, was not saved", self._saver.words, "Mend the cause and start again.")
+            raise SaveError(
+                f"the last checkpoint, of step {self.step}, was not saved", self._saver.words, "Mend the cause and start again."
+            )
         self.finished = True
         self._saver.ended("finished", step=self.step)
         self.say(f"harness: finished at step {self.step}")
@@ -341,7 +350,11 @@ class Run:
         saved = self.step in (0, self._saver.saved_step)
         self._saver.ended("stopped", step=self.step, saved=saved, signals=names)
         if not saved:
-            raise SaveError(f"stopped by {'/'.join(names)} at step {self.step}, and not saved", self._saver.words, "Start again: the previous checkpoint is whole.")
+            raise SaveError(
+                f"stopped by {'/'.join(names)} at step {self.step}, and not saved",
+                self._saver.words,
+                "Start again: the previous checkpoint is whole.",
+            )
         self.say(f"harness: stopped by {'/'.join(names)} at step {self.step}, everything saved; start again to go on")
         self.world.on_writer(lambda: None)  # all leave together, after the writer has said all
         self.world.leave()
@@ -383,7 +396,8 @@ class Run:
             "loss": self._loss,
             "metrics": self.metrics,
             "rng": [generator for generator, _ in generators],
-            "data": self._data | {"epoch": self._position.epoch, "sample": self._position.sample, "iterators": [it for _, it in generators]},
+            "data": self._data
+            | {"epoch": self._position.epoch, "sample": self._position.sample, "iterators": [it for _, it in generators]},
             "state": self.state,
             "best": self._best,
             "config": self._settings.config,
@@ -400,7 +414,7 @@ class Run:
         self._saver.note("step", step=self.step, **values)
         if self.is_writer:
             rate = pace.steps_per_s(self.step)
-            samples_per_s = rate * self._data["global_batch_size"]
+            samples_per_s = rate * self._global_batch_size
             self._progress.show(Moment(self.step, self._end_step, self.epoch, epochs, values, samples_per_s, self._saver.words), rate)
 
     def best_checkpoint(self) -> Path | None:

@@ -7,11 +7,12 @@ from collections.abc import Callable
 from typing import Any
 
 from harness import config
-from harness.checkpoint import attempts, load, retention, save
+from harness.checkpoint import attempts, load, retention
 from harness.checkpoint import format as fmt
 from harness.checkpoint.attempts import Attempt
 from harness.checkpoint.format import Manifest
 from harness.checkpoint.history import going_on_from
+from harness.checkpoint.save import About, commit
 from harness.ending import Ending
 from harness.errors import SaveError, StorageError, UsageError
 from harness.events import Ledger, Progress
@@ -84,7 +85,7 @@ class Saver:
         except StorageError:
             return False
 
-    def save(self, step: int, payload: Callable[[], dict[str, Any]], about: Callable[[], save.About], give_up: Callable[[], object]) -> bool:
+    def save(self, step: int, payload: Callable[[], dict[str, Any]], about: Callable[[], About], give_up: Callable[[], object]) -> bool:
         """Commit a checkpoint of `step`; returns whether that succeeded, `words` say how.
 
         Raises SupersededError, NonFiniteError. Collective: every rank must call it.
@@ -99,10 +100,10 @@ class Saver:
         self.words = f"saved step {step} in {self._saved_at - began_at:.2g} s"
         return True
 
-    def _write(self, payload: dict[str, Any], about: save.About) -> str:
+    def _write(self, payload: dict[str, Any], about: About) -> str:
         assert self.attempt is not None and self.ledger is not None
         try:
-            manifest = save.commit(self.store, self.attempt, payload, about)
+            manifest = commit(self.store, self.attempt, payload, about)
         except SaveError as error:
             self.ledger.write("not_saved", step=payload["step"], error=str(error))
             return " ".join(str(error).split("\n"))
@@ -120,9 +121,9 @@ class Saver:
         except StorageError as error:
             self.ledger.write("not_deleted", error=str(error))
 
-    def about(self, classes: dict[str, str], settings: dict[str, Any], final: dict[str, int | None] | None) -> save.About:
+    def about(self, classes: dict[str, str], settings: dict[str, Any], final: dict[str, int | None] | None) -> About:
         """What goes into the manifest beside the state."""
-        return save.About(self.world.size, going_on_from(self.origin), classes, config.digest(settings), final)
+        return About(self.world.size, going_on_from(self.origin), classes, config.digest(settings), final)
 
     def note(self, kind: str, **fields: Any) -> None:
         """Add an event to the run's ledger; on the writer only."""

@@ -103,7 +103,9 @@ def restore(tracked: Mapping[str, Any], classes: Mapping[str, str], payload: Map
         state = payload.get(f"{name}_state_dict")
         if state is None:
             saved = [key.removesuffix("_state_dict") for key in payload if key.endswith("_state_dict")]
-            raise UsageError(f"{source} has no {name!r}", f"found: {', '.join(saved)}", "Track the same names as before, or take a new run directory.")
+            raise UsageError(
+                f"{source} has no {name!r}", f"found: {', '.join(saved)}", "Track the same names as before, or take a new run directory."
+            )
         if name in classes and classes[name] != class_name(thing):
             raise UsageError(
                 f"{name} is not what {source} was saved from", f"found: {class_name(thing)}, expected: {classes[name]}",
@@ -151,7 +153,9 @@ def check_tensors(name: str, own: Mapping[str, Any], saved: Mapping[str, Any], s
 
     rows = [("missing", key, shape(own[key]), "-") for key in own if key not in saved]
     rows += [("unexpected", key, "-", shape(saved[key])) for key in saved if key not in own]
-    rows += [("mis-shaped", key, shape(own[key]), shape(saved[key])) for key in own if key in saved and shape(own[key]) != shape(saved[key])]
+    rows += [
+        ("mis-shaped", key, shape(own[key]), shape(saved[key])) for key in own if key in saved and shape(own[key]) != shape(saved[key])
+    ]
     if rows:
         width = max(len(row[1]) for row in rows)
         table = "\n".join(f"  {kind:<10}  {key:<{width}}  {mine:>14}  {theirs:>14}" for kind, key, mine, theirs in rows[:40])
@@ -185,7 +189,17 @@ def apply_override(built: Mapping[str, Any], tracked: Mapping[str, Any]) -> list
                 group.update(_overridden(before, fresh))
                 said += [f"{name}[{at}].{key}: {before[key]} -> {group[key]}" for key in before if before[key] != group[key]]
         elif isinstance(plain(thing), torch.optim.lr_scheduler.LRScheduler):
-            progress = ("last_epoch", "_step_count", "_last_lr", "_is_initial", "T_cur", "_schedulers", "best", "num_bad_epochs", "cooldown_counter")
+            progress = (
+                "last_epoch",
+                "_step_count",
+                "_last_lr",
+                "_is_initial",
+                "T_cur",
+                "_schedulers",
+                "best",
+                "num_bad_epochs",
+                "cooldown_counter",
+            )
             values = vars(plain(thing))
             for key, value in built[name].items():
                 if key not in progress and type(value) in (int, float, str, bool, list) and values.get(key) != value:

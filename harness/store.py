@@ -5,7 +5,7 @@ The contract, whatever the store:
 * A key is a relative path with forward slashes. What is written under a key appears whole or not at all, and is durable
   when the call returns.
 * `create` is exclusive: of any number of rivals exactly one succeeds, also when a reply is lost.
-* `list` either returns everything that is there or raises; an unreachable store never looks like an empty one.
+* `entries` either returns everything that is there or raises; an unreachable store never looks like an empty one.
 * Any failure of the medium is a `StorageError` that names the key and the system's own words.
 
 `LocalStore` is for POSIX file systems. A file is written as: temporary name in the same folder, write, fsync, rename,
@@ -133,7 +133,7 @@ class LocalStore:
             raise StorageError(f"{self}: {key!r} is not a key of this store", remedy="Keys are relative paths without '..'.")
         return self.root.joinpath(*parts)
 
-    def list(self, folder: str) -> list[Entry]:
+    def entries(self, folder: str) -> list[Entry]:
         """Every regular file directly in `folder`, sorted by key; links are not followed. Empty if there is no folder."""
         found = []
         with _said(f"{self.root}/{folder}", "list"):
@@ -226,7 +226,7 @@ class LocalStore:
     def sweep(self, folders: tuple[str, ...], below_attempt: int) -> list[str]:
         """Delete the temporary files that attempts before `below_attempt` left; returns their keys."""
         swept = []
-        for entry in (entry for folder in folders for entry in self.list(folder)):
+        for entry in (entry for folder in folders for entry in self.entries(folder)):
             match = TEMP.match(entry.key)
             if match and int(match["attempt"]) < below_attempt:
                 self.delete(entry.key)
@@ -252,7 +252,9 @@ def _said(what: str, verb: str) -> Iterator[None]:
             raise StorageError(f"cannot {verb} {what}: the folder has vanished ({error})", remedy="Is the disk still mounted?") from error
         raise
     except OSError as error:
-        raise StorageError(f"cannot {verb} {what}: {error.strerror or error}", f"found: {error}", REMEDY.get(error.errno or 0, "")) from error
+        raise StorageError(
+            f"cannot {verb} {what}: {error.strerror or error}", f"found: {error}", REMEDY.get(error.errno or 0, "")
+        ) from error
 
 
 REMEDY = {

@@ -54,9 +54,7 @@ def find(name: str, args: Mapping[str, Any]) -> Callable[..., Task]:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name is None or not (module_name == error.name or module_name.startswith(f"{error.name}.")):
-            raise UsageError(
-                f"task.name={name}: importing {module_name} failed", f"found: {error}", "Install what is missing."
-            ) from error
+            raise UsageError(f"task.name={name}: importing {module_name} failed", f"found: {error}", "Install what is missing.") from error
         raise UsageError(
             f"task.name={name}: there is no module {module_name}",
             f"searched: {', '.join(sys.path[:3])} …",
@@ -64,7 +62,9 @@ def find(name: str, args: Mapping[str, Any]) -> Callable[..., Task]:
         ) from error
     build = getattr(module, attribute, None)
     if not callable(build):
-        raise UsageError(f"task.name={name}: {module_name} has no callable {attribute!r}", f"found: {build!r}", "Write package.module:callable.")
+        raise UsageError(
+            f"task.name={name}: {module_name} has no callable {attribute!r}", f"found: {build!r}", "Write package.module:callable."
+        )
     _check_args(name, build, args)
     return build  # type: ignore[no-any-return]
 

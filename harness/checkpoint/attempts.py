@@ -68,7 +68,7 @@ def holds(store: LocalStore, attempt: Attempt) -> bool:
 
 def check_fence(store: LocalStore, attempt: Attempt) -> None:
     """Raises SupersededError if a newer attempt has begun. Early notice only: what keeps a history clean is the lineage."""
-    matches = [match for entry in store.list(fmt.ATTEMPTS) if (match := fmt.ATTEMPT_NAME.match(entry.key))]
+    matches = [match for entry in store.entries(fmt.ATTEMPTS) if (match := fmt.ATTEMPT_NAME.match(entry.key))]
     newest = max((int(match["attempt"]) for match in matches), default=attempt.number)
     if newest > attempt.number:
         raise SupersededError(

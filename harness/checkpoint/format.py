@@ -122,7 +122,11 @@ def from_bytes(key: str, text: bytes) -> Manifest:
         manifest = _build(fields)
     except (TypeError, ValueError, KeyError) as error:
         raise DamagedError(f"{key} is not a manifest", f"found: {type(error).__name__}: {error}") from None
-    if manifest.key != key or [file.name for file in manifest.files] != [f"{manifest.name}.pt"] or manifest.lineage[-1:] != (manifest.order,):
+    if (
+        manifest.key != key
+        or [file.name for file in manifest.files] != [f"{manifest.name}.pt"]
+        or manifest.lineage[-1:] != (manifest.order,)
+    ):
         raise DamagedError(f"{key} speaks of another checkpoint", f"found: {manifest.key} with {[file.name for file in manifest.files]}")
     return manifest
 

@@ -11,9 +11,7 @@ from harness.checkpoint.format import Lineage, Manifest
 from harness.errors import DamagedError, StorageError
 from harness.store import TEMP, LocalStore
 
-REFUSED_FRESH = (
-    "To go on, put a good checkpoint back (harness verify RUN names what is damaged) or import one into a new run directory; to start over, take a new run.dir."
-)
+REFUSED_FRESH = "To go on, put a good checkpoint back (harness verify RUN names what is damaged) or import one into a new run directory; to start over, take a new run.dir."
 
 
 @dataclass
@@ -76,7 +74,7 @@ class Survey:
 def survey(store: LocalStore) -> Survey:
     """List and parse a run. Raises StorageError when the store cannot be listed or read."""
     found = Survey()
-    checkpoints = store.list(fmt.CHECKPOINTS)
+    checkpoints = store.entries(fmt.CHECKPOINTS)
     found.sizes = {entry.key: entry.size_bytes for entry in checkpoints if entry.key.endswith(".pt")}
     for entry in checkpoints:
         match = fmt.CHECKPOINT_NAME.match(entry.key)
@@ -109,7 +107,7 @@ def _read_manifest(store: LocalStore, key: str, found: Survey) -> None:
 
 
 def _read_attempts(store: LocalStore, found: Survey) -> None:
-    for entry in store.list(fmt.ATTEMPTS):
+    for entry in store.entries(fmt.ATTEMPTS):
         match = fmt.ATTEMPT_NAME.match(entry.key)
         if match is None:
             continue

@@ -51,6 +51,7 @@ def adopt(source: LocalStore, manifest: Manifest, store: LocalStore, attempt: At
 
     Raises DamagedError if the source does not verify, SaveError as `commit` does.
     """
+
     def write(sink: Any) -> None:
         with verified(source, manifest) as file:
             while chunk := file.read(CHUNK_BYTES):

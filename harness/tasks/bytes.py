@@ -41,7 +41,9 @@ def standard_library() -> np.ndarray[Any, np.dtype[np.uint8]]:
     folder = Path(sysconfig.get_paths()["stdlib"])
     files = sorted(folder.glob("*.py"))
     if not files:
-        raise UsageError("the Python standard library has no source files here", f"searched: {folder}/*.py", "Install Python with its sources.")
+        raise UsageError(
+            "the Python standard library has no source files here", f"searched: {folder}/*.py", "Install Python with its sources."
+        )
     return np.frombuffer(b"".join(file.read_bytes() for file in files), dtype=np.uint8)
 
 

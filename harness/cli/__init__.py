@@ -1,0 +1,67 @@
+"""The commands, one file each: a docstring that becomes the help, `add_arguments`, and `run`, which returns the exit code."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+
+from harness import ending
+from harness.errors import HarnessError
+from harness.events import say
+
+COMMANDS = {
+    "launch": "start torchrun on a configuration, and tell by the exit code how it ended",
+    "status": "finished, to be continued, or failed: and why",
+    "ls": "every checkpoint of a run",
+    "show": "what is in a checkpoint, without reading the tensors",
+    "verify": "read and check everything, name what is damaged",
+    "diff": "which tensors and settings of two checkpoints differ",
+    "prune": "delete what retention lets go, and what crashes left behind",
+    "rollback": "let a run go on from an older checkpoint",
+    "import": "let a checkpoint become the beginning of another run",
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; returns its exit code. Errors that a user can mend are said in words."""
+    given = sys.argv[1:] if arguments is None else arguments
+    if not given or given[0] not in COMMANDS:
+        return _overview(given)
+    name, *rest = given
+    module = importlib.import_module(f"harness.cli.{name.rstrip('_')}_" if name == "import" else f"harness.cli.{name}")
+    summary, _, details = (module.__doc__ or "").strip().partition("\n")
+    parser = argparse.ArgumentParser(
+        prog=f"harness {name}", description=f"{summary}\n{details}", formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    module.add_arguments(parser)
+    try:
+        return int(module.run(*_parsed(parser, rest)))
+    except HarnessError as error:
+        ending.report(error)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parsed(parser: argparse.ArgumentParser, rest: list[str]) -> tuple[argparse.Namespace, ...] | tuple[argparse.Namespace, list[str]]:
+    """A command that says `passes_on` gets what the parser does not know as a second argument."""
+    try:
+        if parser.get_default("passes_on"):
+            return parser.parse_known_args(rest)
+        return (parser.parse_args(rest),)
+    except SystemExit as stop:
+        if stop.code == 2:  # argparse's own code for a wrong command line; ours is the same for every usage error
+            raise SystemExit(78) from None
+        raise
+
+
+def _overview(given: list[str]) -> int:
+    asked = not given or given[0] in ("-h", "--help", "help")
+    width = max(map(len, COMMANDS))
+    lines = ["usage: harness COMMAND …", "", *(f"  {name:<{width}}  {text}" for name, text in COMMANDS.items())]
+    lines += ["", "harness COMMAND --help says more, with an example. To train: harness launch, or torchrun harness/train.py."]
+    if not asked:
+        lines.insert(0, f"harness: error: there is no command {given[0]!r}")
+    say("\n".join(lines), sys.stdout if asked else sys.stderr)
+    return 0 if asked else 78

@@ -1,0 +1,45 @@
+"""Let a run go on from an older checkpoint. The old one is copied as the first of a new attempt, which cuts off what came later.
+
+Nothing is deleted. A training process of the run that is still alive ends as superseded. A rollback is undone by rolling back to
+the checkpoint that was left, by its name.
+
+example: harness rollback runs/a 1200
+example: harness rollback runs/a step_00002000-0003
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from harness.checkpoint import attempts, save
+from harness.checkpoint.format import Manifest
+from harness.checkpoint.history import Survey, going_on_from
+from harness.cli import locate
+from harness.errors import UsageError
+from harness.events import say
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN")
+    parser.add_argument("to", metavar="STEP", help="a step of the run's history, or a checkpoint's name")
+
+
+def run(given: argparse.Namespace) -> int:
+    store, found = locate.run(given.run)
+    manifest = _find(found, given.to, str(store))
+    if manifest is found.head and manifest.final is None:
+        say(f"the run stands at {manifest.name} already; nothing to do")
+        return 0
+    attempt = attempts.claim(store, found, manifest, manifest.world_size, kind="rollback")
+    copy = save.adopt(store, manifest, store, attempt, going_on_from(manifest))
+    attempts.end(store, attempt, "stopped", step=copy.step, saved=True, saved_step=copy.step, by="rollback")
+    say(f"{copy.name}: the next start goes on from step {copy.step}, as {manifest.name} was")
+    return 0
+
+
+def _find(found: Survey, wanted: str, where: str) -> Manifest:
+    for manifest in found.history if wanted.isdigit() else found.manifests:
+        if wanted in (str(manifest.step), manifest.name):
+            return manifest
+    steps = ", ".join(str(m.step) for m in found.history) or "none"
+    raise UsageError(f"{where} has no checkpoint {wanted}", f"found: steps {steps}", "harness ls RUN shows all of them.")

@@ -1,0 +1,44 @@
+"""Read and check every byte of a run's checkpoints, or of one; exit 1 names what is damaged.
+
+example: harness verify runs/a
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from harness.checkpoint import load
+from harness.cli import locate
+from harness.errors import EXIT_FAILED, HarnessError
+from harness.events import say, size
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("path", metavar="RUN|CHECKPOINT")
+
+
+def run(given: argparse.Namespace) -> int:
+    if Path(given.path).is_dir() or "://" in given.path:
+        store, found = locate.run(given.path)
+        manifests, problems = found.manifests, [f"{key}: {why}" for key, why in (found.damaged | found.newer).items()]
+        problems += [f"{key}: of another run" for key in found.strangers]
+        notes = [f"{key}: set aside as damaged, does not count" for key in found.set_aside]
+        notes += [f"{key}: data without a manifest, does not count" for key in found.orphans]
+    else:
+        store, manifest = locate.checkpoint(given.path)
+        manifests, problems, notes = [manifest], [], []
+    for manifest in manifests:
+        try:
+            load.load(store, manifest)
+        except HarnessError as error:
+            problems.append(f"{manifest.name}: {error.what} {error.found}".rstrip())
+        else:
+            say(f"ok       {manifest.name}  {size(manifest.size_bytes)}")
+    for note in notes:
+        say(f"note     {note}")
+    for problem in problems:
+        say(f"DAMAGED  {problem}")
+    if not manifests and not problems:
+        say("no checkpoints")
+    return EXIT_FAILED if problems else 0
