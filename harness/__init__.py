@@ -3,7 +3,7 @@
 Reading order, which is the order of a run:
 
     train.py      the program: settings, task, the loop
-    run.py        the library that the loop is written with: init, track, batches, log, evaluate
+    run/          the library that the loop is written with: init, track, batches, log, evaluate
     config.py     every setting                           data/         which sample comes next
     step.py       one optimizer step                      state.py      what survives a kill
     checkpoint/   how it is written, found, verified      store.py      where files lie
@@ -12,11 +12,11 @@ Reading order, which is the order of a run:
 Imports only go down these layers, and each third-party library has one door:
 
     train, cli
-    run, task
-    evaluation, ending, events
+    run
+    events
     state, step, checkpoint
     data
-    store, ranks, stop, config
+    store, ranks, stop, config, task
     errors
 """
 

@@ -1,9 +1,13 @@
-"""Every error that a user may meet, and the exit code that each one ends the process with.
+"""Every error that a user may meet, how it is said, and the exit code that it ends the process with.
 
 A message has three parts: what failed, the values (found, expected), and what to do.
 """
 
 from __future__ import annotations
+
+import contextlib
+import os
+import sys
 
 EXIT_FINISHED = 0
 EXIT_FAILED = 1
@@ -61,3 +65,16 @@ def by_exit_code(code: int, message: str) -> HarnessError:
     """Rebuild on one rank the error that another rank has raised."""
     kinds = {EXIT_USAGE: UsageError, EXIT_STORAGE: StorageError, EXIT_SUPERSEDED: SupersededError}
     return kinds.get(code, HarnessError)(message)
+
+
+def report(error: HarnessError) -> None:
+    """Print an error for people: in full on rank 0, in one line on the others, once where all ranks have the same."""
+    rank = int(os.environ.get("RANK", "0"))
+    first, *rest = str(error).split("\n")
+    text = "\n".join([f"harness: error: {first}", *(f"  {line}" for line in rest)])
+    if rank != 0:
+        if isinstance(error, UsageError | SupersededError):
+            return
+        text = f"harness: error on rank {rank}: {first}"
+    with contextlib.suppress(OSError, ValueError):  # nobody reads; the exit code still tells
+        print(text, file=sys.stderr, flush=True)

@@ -88,7 +88,7 @@ class World:
         self._calls += 1
         key = f"result/{self._calls}"
         if not self.is_writer:
-            return self._await(key, give_up)
+            return self._await(key, give_up)  # type: ignore[no-any-return]
         with _heart(lambda: self._store.add("heartbeat", 1)):
             try:
                 result = work()
@@ -183,14 +183,14 @@ def join(timeout_s: float) -> World:
         rank, size = own_rank(), int(os.environ.get("WORLD_SIZE", "1"))
         with _lost_rank_said():
             if "RANK" not in os.environ:
-                dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=limit)
+                dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=limit)  # type: ignore[attr-defined]
             elif (store := _restart_safe_store(limit)) is not None:
                 dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
             else:
                 dist.init_process_group(backend, timeout=limit)
     group = dist.new_group(backend="gloo", timeout=limit)
     default_store = dist.distributed_c10d._get_default_store()  # no public way; every large trainer does this
-    return World(dist.get_rank(), dist.get_world_size(), device, timeout_s, group, dist.PrefixStore("harness", default_store))
+    return World(dist.get_rank(), dist.get_world_size(), device, timeout_s, group, dist.PrefixStore("harness", default_store))  # type: ignore[attr-defined]
 
 
 def _device() -> torch.device:
@@ -208,7 +208,7 @@ def _device() -> torch.device:
     return device
 
 
-def _restart_safe_store(limit: datetime.timedelta) -> dist.Store | None:
+def _restart_safe_store(limit: datetime.timedelta) -> Any:
     """A fresh name space for each restart in place, or None where the default is right.
 
     torchrun keeps one store over all its restarts, and a restarted group stumbles over the keys of the dead one: it hangs, or
@@ -219,8 +219,8 @@ def _restart_safe_store(limit: datetime.timedelta) -> dist.Store | None:
     shared = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     if not shared or env.get("LOCAL_WORLD_SIZE") != env.get("WORLD_SIZE"):
         return None
-    store = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), is_master=False, timeout=limit)
-    return dist.PrefixStore(f"restart-{env.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    store = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), is_master=False, timeout=limit)  # type: ignore[attr-defined]
+    return dist.PrefixStore(f"restart-{env.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)  # type: ignore[attr-defined]
 
 
 def wrappers(module: object) -> Iterator[object]:

@@ -121,10 +121,10 @@ def backward(
             if at + 1 < len(micro_batches):
                 for module in modules:
                     if hasattr(module, "no_sync"):
-                        stack.enter_context(module.no_sync())
+                        stack.enter_context(module.no_sync())  # type: ignore[operator]
             loss = losses(batch)
             poison = 1.0 + 0.0 * loss.detach()
-            scale(loss * weight * poison).backward()
+            scale(loss * weight * poison).backward()  # type: ignore[no-untyped-call]
         total = total.to(loss.device) + loss.detach().float() * weight
     return total
 
@@ -157,7 +157,7 @@ class FiniteGuard:
             raise NonFiniteError(
                 f"loss or gradients are not finite at step {step}",
                 f"found: gradient norm {float(norm)}, {self.skipped_in_a_row} step(s) in a row; allowed: {limit}",
-                "Lower the learning rate, clip gradients (train.clip_norm), check the data; train.nonfinite_limit sets how many are skipped.",
+                "Lower the learning rate, clip gradients (train.clip_norm), check the data; or raise train.nonfinite_limit.",
             )
         return False
 
@@ -183,7 +183,7 @@ class Ema:
             own.copy_(theirs)
 
     def state_dict(self) -> dict[str, Any]:
-        return self.module.state_dict()
+        return self.module.state_dict()  # type: ignore[no-any-return]
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.module.load_state_dict(state)

@@ -12,8 +12,8 @@ if __name__ == "__main__" and sys.path[0] == str(Path(__file__).resolve().parent
 
 from typing import TYPE_CHECKING, Any
 
-from harness import config, ending
-from harness.errors import HarnessError
+from harness import config
+from harness.errors import HarnessError, report
 
 if TYPE_CHECKING:
     from harness.config import Config
@@ -81,7 +81,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         settings, stored = config.load(parsed.config, parsed.settings)
     except HarnessError as error:
-        ending.report(error)
+        report(error)
         sys.exit(error.exit_code)
     train(settings, stored)
 

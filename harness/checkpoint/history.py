@@ -11,7 +11,10 @@ from harness.checkpoint.format import Lineage, Manifest
 from harness.errors import DamagedError, StorageError
 from harness.store import TEMP, LocalStore
 
-REFUSED_FRESH = "To go on, put a good checkpoint back (harness verify RUN names what is damaged) or import one into a new run directory; to start over, take a new run.dir."
+REFUSED_FRESH = (
+    "To go on, put a good checkpoint back (harness verify RUN names what is damaged) or import one into a new run directory; "
+    "to start over, take a new run.dir."
+)
 
 
 @dataclass

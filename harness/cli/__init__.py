@@ -6,8 +6,7 @@ import argparse
 import importlib
 import sys
 
-from harness import ending
-from harness.errors import HarnessError
+from harness.errors import HarnessError, report
 from harness.events import say
 
 COMMANDS = {
@@ -38,7 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return int(module.run(*_parsed(parser, rest)))
     except HarnessError as error:
-        ending.report(error)
+        report(error)
         return error.exit_code
     except KeyboardInterrupt:
         return 130

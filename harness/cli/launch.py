@@ -67,11 +67,11 @@ def _torchrun(arguments: list[str]) -> int | None:
     from torch.distributed.run import run as torchrun
 
     try:
-        parsed = parse_args(arguments)
+        parsed = parse_args(arguments)  # type: ignore[no-untyped-call]
     except SystemExit:
         raise UsageError("torchrun does not take these options", f"found: {' '.join(arguments)}", "See torchrun --help.") from None
     try:
-        torchrun(parsed)
+        torchrun(parsed)  # type: ignore[no-untyped-call]
     except SignalException as signal:
         say(f"harness launch: {signal}", sys.stderr)
         return None

@@ -15,6 +15,11 @@ from harness.data.order import seed_cpu, seed_of
 SAMPLES = 64
 
 
+def describe(dataset: Any) -> dict[str, Any]:
+    """What a checkpoint keeps of the data, to be compared when the run goes on."""
+    return {"fingerprint": fingerprint(dataset), "size": None if is_iterable(dataset) else len(dataset)}
+
+
 def fingerprint(dataset: Any) -> str:
     """A short name for what is in a dataset.
 

@@ -66,7 +66,7 @@ def load(dataset: Any, shares: Iterable[Share], seed: int, collate: Collate | No
     loader: DataLoader[Any] = DataLoader(
         _PlannedDataset(dataset, collate or default_collate, seed),
         batch_size=None,
-        sampler=shares,  # type: ignore[arg-type]
+        sampler=shares,
         collate_fn=_as_is,
         num_workers=num_workers,
         pin_memory=pin,

@@ -67,7 +67,7 @@ class Plan:
             near = [n for n in range(max(1, self.global_batch_size - dealt), self.global_batch_size + dealt + 1) if n % dealt == 0]
             raise UsageError(
                 "the global batch cannot be dealt out evenly",
-                f"found: train.global_batch_size={self.global_batch_size}, {self.world_size} rank(s), {self.accumulate} micro-batch(es) a rank",
+                f"found: train.global_batch_size={self.global_batch_size} on {self.world_size} rank(s) x {self.accumulate} micro-batch(es)",
                 f"Expected: a multiple of {dealt}, such as {' or '.join(map(str, near))}.",
             )
         if self.steps_per_epoch == 0:
@@ -113,7 +113,7 @@ class Plan:
         if not self.shuffle:
             return range(self.size)
         generator = torch.Generator().manual_seed(seed_of(self.seed, "order", epoch))
-        return torch.randperm(self.size, generator=generator).tolist()  # type: ignore[no-any-return]
+        return torch.randperm(self.size, generator=generator).tolist()
 
     def _starts(self, first: int, end: int) -> range:
         """Where the steps begin whose first sample lies in [first, end)."""

@@ -1,104 +1,33 @@
-"""The library that `harness/train.py` and a user's own loop are written with.
-
-    run = harness.init("runs/a", save_every_s=60, seed=1)
-    run.track(model=model, optimizer=optimizer)
-    for x, y in run.batches(dataset, global_batch_size=64, epochs=5):
-        …
-        run.log(loss=loss)
-
-What follows the `yield` in `batches` runs after the user's step. That is the step boundary, the one place where saving and
-stopping are agreed on by all ranks and done.
-"""
+"""The loop of a run: batches, step boundaries, and what is agreed on there."""
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from harness import config, evaluation, ranks, resume, state, stop
+from harness import config, ranks, state, stop
 from harness.checkpoint import load, retention
 from harness.checkpoint.format import CHECKPOINTS, FORMAT_VERSION
 from harness.checkpoint.history import survey
 from harness.data import loading
-from harness.data.fingerprint import fingerprint
+from harness.data.fingerprint import describe
 from harness.data.order import Position
-from harness.ending import Ending
 from harness.errors import SaveError, UsageError
 from harness.events import Moment, Progress
 from harness.ranks import World
-from harness.saver import Saver
+from harness.run.ending import Ending
+from harness.run.evaluation import evaluate
+from harness.run.pace import Pace
+from harness.run.resume import check_data, check_same_ranks, check_trackable, check_tracked, reaches
+from harness.run.saver import Saver
+from harness.run.settings import Settings
 from harness.store import LocalStore
 
 AGREE_EVERY_S = 0.25
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What `init` was told."""
-
-    seed: int = 0
-    save_every_s: float | None = 60.0
-    save_every_steps: int | None = None
-    policy: retention.Policy = field(default_factory=retention.Policy)
-    config: dict[str, Any] = field(default_factory=dict)
-    accept: tuple[str, ...] = ()
-    override: tuple[str, ...] = ()
-    log_every_steps: int = 10
-
-
-def init(
-    directory: str | Path,
-    *,
-    remote: str | None = None,
-    seed: int = 0,
-    save_every_s: float | None = 60.0,
-    save_every_steps: int | None = None,
-    keep_last: int = 3,
-    keep_every_steps: int | None = None,
-    keep_best: int = 1,
-    best: str = "val_loss:min",
-    config: Mapping[str, Any] | None = None,
-    accept: Sequence[str] = (),
-    override: Sequence[str] = (),
-    deterministic: bool = False,
-    timeout_s: float = 600.0,
-    log_every_steps: int = 10,
-) -> Run:
-    """Join the other ranks, catch signals, seed all generators, and find the newest checkpoint of the run in `directory`.
-
-    Everything here only reads; the run is claimed when training begins. `config` is any dict of plain values that training
-    depends on: it is kept in each checkpoint, and a run refuses to go on with another one unless `accept=["config"]`.
-    Raises UsageError, StorageError, DamagedError. Collective: every rank must call it.
-    """
-    if remote is not None:
-        raise UsageError("remote storage is not supported by this version", f"found: remote={remote!r}", "Leave it out.")
-    if deterministic:
-        _be_deterministic()
-    metric, _, direction = best.rpartition(":")
-    stop.install()
-    stop.die_with_launcher()
-    ending = Ending()
-    world = ranks.join(timeout_s)
-    state.seed_rank(seed, "build")  # alike on all ranks, so that they build the same model
-    store = LocalStore(directory)
-    choice = load.choose(store, world, give_up=stop.requested)
-    policy = retention.Policy(keep_last, keep_every_steps, keep_best, metric or best, direction == "max")
-    settings = Settings(seed, save_every_s, save_every_steps, policy, dict(config or {}), tuple(accept), tuple(override), log_every_steps)
-    return Run(world, store, choice, settings, ending)
-
-
-def _be_deterministic() -> None:
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    os.environ.setdefault("NCCL_ALGO", "Ring")
-    os.environ.setdefault("NCCL_PROTO", "Simple")
-    torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.benchmark = False
 
 
 class Run:
@@ -157,8 +86,6 @@ class Run:
         if self.is_writer:
             self._progress.say(text)
 
-    # -- before the loop ------------------------------------------------------------------------------------------------------
-
     def _take_up(self, payload: dict[str, Any]) -> None:
         """Check the settings against the checkpoint's, and take over from it what is not a tracked object."""
         settings = self._settings
@@ -177,7 +104,7 @@ class Run:
         if self._looping or self.finished:
             raise UsageError(f"track({', '.join(objects)}) came after the first batch", remedy="Track everything before the loop.")
         for name, thing in objects.items():
-            resume.check_trackable(name, thing, self.tracked)
+            check_trackable(name, thing, self.tracked)
             ranks.check_resumable(name, thing, self.world)
         self.tracked |= objects
         for thing in objects.values():
@@ -187,8 +114,6 @@ class Run:
             state.restore(objects, self._origin.classes, self._payload, self._origin.name)
             for line in state.apply_override(built, objects) if built else ():
                 self.say(f"harness: overridden: {line}")
-
-    # -- the loop -------------------------------------------------------------------------------------------------------------
 
     def batches(
         self,
@@ -219,10 +144,8 @@ class Run:
             dataset, self.world, self._settings.seed, global_batch_size,
             accumulate=accumulate, shuffle=shuffle, drop_last=drop_last, order=order, collate=collate_fn, num_workers=num_workers,
         )  # fmt: skip
-        self._data = {
-            "fingerprint": fingerprint(dataset), "size": None if loading.is_iterable(dataset) else len(dataset),
-            "global_batch_size": global_batch_size, "shuffle": shuffle and order is None, "drop_last": drop_last, "seed": self._settings.seed,
-        }  # fmt: skip
+        dealt = {"global_batch_size": global_batch_size, "shuffle": shuffle and order is None, "drop_last": drop_last}
+        self._data = describe(dataset) | dealt | {"seed": self._settings.seed}
         self._global_batch_size = global_batch_size
         self._end = {"epochs": epochs, "max_steps": max_steps}
         self._end_step = _end_step(self.step, self._source.steps_after(self._position, epochs), max_steps)
@@ -286,7 +209,7 @@ class Run:
         Collective: every rank must call it.
         """
         stop.unwatch()
-        self.metrics = evaluation.evaluate(self.world, list(self.tracked.values()), dataset, fn, batch_size, collate_fn)
+        self.metrics = evaluate(self.world, list(self.tracked.values()), dataset, fn, batch_size, collate_fn)
         value = self.metrics.get(self._settings.policy.metric)
         if value is not None:
             sign = 1 if self._settings.policy.higher_is_better else -1
@@ -295,15 +218,13 @@ class Run:
         self._saver.note("evaluated", step=self.step, **self.metrics)
         return self.metrics
 
-    # -- the beginning and the end of an attempt ------------------------------------------------------------------------------
-
     def _begin(self) -> bool:
         """Claim the attempt and set the generators; False if the run is finished, and then nothing was written."""
         payload, origin = self._payload or {}, self._origin
-        resume.check_tracked(self.tracked, payload)
+        check_tracked(self.tracked, payload)
         if payload:
-            resume.check_data(self._data, payload["data"], self._settings.accept)
-        if origin is not None and origin.final is not None and resume.reaches(origin.final, self._end):
+            check_data(self._data, payload["data"], self._settings.accept)
+        if origin is not None and origin.final is not None and reaches(origin.final, self._end):
             self.finished, self._payload = True, None
             self.say(f"harness: the run in {self.store} is finished: step {self.step} ({origin.name}); nothing to do")
             return False
@@ -318,15 +239,8 @@ class Run:
         """Each rank gets its own generators back; a rank that was not there before gets new ones, as all do in a fresh run."""
         entries = payload.get("rng", [])
         if entries and len(entries) != self.world.size:
-            if any(iterator is not None for iterator in payload["data"]["iterators"]):
-                raise UsageError(
-                    "an iterable dataset keeps its state per rank, so the number of ranks cannot change",
-                    f"found: {self.world.size} rank(s), expected: {len(entries)}",
-                    "Start as many as before.",
-                )
-            self.say(
-                f"harness: {len(entries)} rank(s) before, {self.world.size} now: the same samples in the same global batches, not bit for bit"
-            )
+            check_same_ranks(payload["data"]["iterators"], self.world.size)
+            self.say(f"harness: {len(entries)} rank(s) before, {self.world.size} now: same samples, same global batches, other last bits")
         if self.rank < len(entries):
             state.set_rng_state(entries[self.rank])
             self._source.restore(payload["data"]["iterators"][self.rank])
@@ -359,8 +273,6 @@ class Run:
         self.world.on_writer(lambda: None)  # all leave together, after the writer has said all
         self.world.leave()
         raise SystemExit(0)
-
-    # -- the step boundary ----------------------------------------------------------------------------------------------------
 
     def _agree(self, pace: Pace) -> tuple[bool, bool]:
         """Whether all stop now, whether all save now. Collective: every rank must call it."""
@@ -421,29 +333,6 @@ class Run:
         """The file of the best checkpoint of the run so far by the metric that `init` was told, or None."""
         ranked = retention.best(survey(self.store).history, self._settings.policy)
         return self.store.path(f"{CHECKPOINTS}/{ranked[0].data.name}") if ranked else None
-
-
-class Pace:
-    """How fast steps are being made, what is done at their boundaries left out of the short view."""
-
-    def __init__(self, clock: Callable[[], float], step: int) -> None:
-        self._clock = clock
-        self._first = self._recent = (clock(), step)
-
-    def pause(self, step: int) -> None:
-        """Something that is no step took time just now."""
-        self._recent = (self._clock(), step)
-
-    def steps_within(self, seconds: float, step: int) -> int:
-        """How many steps fit into so many seconds, from 1 to 1000, by those since the last call."""
-        at, before = self._recent
-        step_s = (self._clock() - at) / max(1, step - before)
-        self._recent = (self._clock(), step)
-        return max(1, min(1000, int(seconds / max(step_s, 1e-6))))
-
-    def steps_per_s(self, step: int) -> float:
-        at, before = self._first
-        return (step - before) / max(1e-9, self._clock() - at)
 
 
 def _end_step(step: int, steps_left: int | None, max_steps: int | None) -> int | None:

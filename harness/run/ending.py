@@ -15,18 +15,12 @@ from typing import Any
 
 from harness.checkpoint import attempts
 from harness.checkpoint.attempts import Attempt
-from harness.errors import HarnessError, LostRankError, StorageError, SupersededError, UsageError
+from harness.errors import HarnessError, LostRankError, StorageError, SupersededError, report
 from harness.events import say
 from harness.ranks import World, own_rank
 from harness.store import LocalStore
 
 AFTER_OTHERS_S = 1.0
-
-
-def explain(error: HarnessError) -> str:
-    """What failed, the values, what to do."""
-    first, *rest = str(error).split("\n")
-    return "\n".join([f"harness: error: {first}", *(f"  {line.lstrip() if not line.startswith('  ') else line[2:]}" for line in rest)])
 
 
 class Ending:
@@ -70,11 +64,3 @@ class Ending:
         report(error)
         sys.stdout.flush()
         os._exit(error.exit_code)  # a hook cannot choose the exit code otherwise
-
-
-def report(error: HarnessError) -> None:
-    """Print an error for people: in full on rank 0, in one line on others, once where all ranks have the same."""
-    if own_rank() == 0:
-        say(explain(error), sys.stderr)
-    elif not isinstance(error, UsageError | SupersededError):
-        say(f"harness: error on rank {own_rank()}: {error.what}", sys.stderr)

@@ -37,6 +37,16 @@ def check_tracked(tracked: Mapping[str, Any], payload: Mapping[str, Any]) -> Non
         )
 
 
+def check_same_ranks(iterators: list[Any], world_size: int) -> None:
+    """Raises UsageError if another number of ranks would have to share the state of iterable datasets."""
+    if any(iterator is not None for iterator in iterators):
+        raise UsageError(
+            "an iterable dataset keeps its state per rank, so the number of ranks cannot change",
+            f"found: {world_size} rank(s), expected: {len(iterators)}",
+            "Start as many as before.",
+        )
+
+
 def check_trackable(name: str, thing: Any, tracked: Mapping[str, Any]) -> None:
     """Raises UsageError for what has no state to give, or has a name that is taken."""
     if name in tracked:

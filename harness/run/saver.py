@@ -13,10 +13,10 @@ from harness.checkpoint.attempts import Attempt
 from harness.checkpoint.format import Manifest
 from harness.checkpoint.history import going_on_from
 from harness.checkpoint.save import About, commit
-from harness.ending import Ending
 from harness.errors import SaveError, StorageError, UsageError
 from harness.events import Ledger, Progress
 from harness.ranks import World
+from harness.run.ending import Ending
 from harness.store import LocalStore
 
 SHARED_WITHIN_S = 10.0

@@ -1,0 +1,79 @@
+"""The library that `harness/train.py` and a user's own loop are written with.
+
+    run = harness.init("runs/a", save_every_s=60, seed=1)
+    run.track(model=model, optimizer=optimizer)
+    for x, y in run.batches(dataset, global_batch_size=64, epochs=5):
+        …
+        run.log(loss=loss)
+
+What follows the `yield` in `batches` runs after the user's step. That is the step boundary, the one place where saving and
+stopping are agreed on by all ranks and done.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from harness import ranks, state, stop
+from harness.checkpoint import load, retention
+from harness.errors import UsageError
+from harness.run.ending import Ending
+from harness.run.loop import Run
+from harness.run.settings import Settings
+from harness.store import LocalStore
+
+__all__ = ["Run", "init"]
+
+
+def init(
+    directory: str | Path,
+    *,
+    remote: str | None = None,
+    seed: int = 0,
+    save_every_s: float | None = 60.0,
+    save_every_steps: int | None = None,
+    keep_last: int = 3,
+    keep_every_steps: int | None = None,
+    keep_best: int = 1,
+    best: str = "val_loss:min",
+    config: Mapping[str, Any] | None = None,
+    accept: Sequence[str] = (),
+    override: Sequence[str] = (),
+    deterministic: bool = False,
+    timeout_s: float = 600.0,
+    log_every_steps: int = 10,
+) -> Run:
+    """Join the other ranks, catch signals, seed all generators, and find the newest checkpoint of the run in `directory`.
+
+    Everything here only reads; the run is claimed when training begins. `config` is any dict of plain values that training
+    depends on: it is kept in each checkpoint, and a run refuses to go on with another one unless `accept=["config"]`.
+    Raises UsageError, StorageError, DamagedError. Collective: every rank must call it.
+    """
+    if remote is not None:
+        raise UsageError("remote storage is not supported by this version", f"found: remote={remote!r}", "Leave it out.")
+    if deterministic:
+        _be_deterministic()
+    metric, _, direction = best.rpartition(":")
+    stop.install()
+    stop.die_with_launcher()
+    ending = Ending()
+    world = ranks.join(timeout_s)
+    state.seed_rank(seed, "build")  # alike on all ranks, so that they build the same model
+    store = LocalStore(directory)
+    choice = load.choose(store, world, give_up=stop.requested)
+    policy = retention.Policy(keep_last, keep_every_steps, keep_best, metric or best, direction == "max")
+    settings = Settings(seed, save_every_s, save_every_steps, policy, dict(config or {}), tuple(accept), tuple(override), log_every_steps)
+    return Run(world, store, choice, settings, ending)
+
+
+def _be_deterministic() -> None:
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.environ.setdefault("NCCL_ALGO", "Ring")
+    os.environ.setdefault("NCCL_PROTO", "Simple")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False

@@ -1,0 +1,28 @@
+"""How fast steps are being made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+
+class Pace:
+    """How fast steps are being made, what is done at their boundaries left out of the short view."""
+
+    def __init__(self, clock: Callable[[], float], step: int) -> None:
+        self._clock = clock
+        self._first = self._recent = (clock(), step)
+
+    def pause(self, step: int) -> None:
+        """Something that is no step took time just now."""
+        self._recent = (self._clock(), step)
+
+    def steps_within(self, seconds: float, step: int) -> int:
+        """How many steps fit into so many seconds, from 1 to 1000, by those since the last call."""
+        at, before = self._recent
+        step_s = (self._clock() - at) / max(1, step - before)
+        self._recent = (self._clock(), step)
+        return max(1, min(1000, int(seconds / max(step_s, 1e-6))))
+
+    def steps_per_s(self, step: int) -> float:
+        at, before = self._first
+        return (step - before) / max(1e-9, self._clock() - at)

@@ -1,0 +1,22 @@
+"""What `init` was told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from harness.checkpoint import retention
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a run saves, what it keeps, and what it insists on."""
+
+    seed: int = 0
+    save_every_s: float | None = 60.0
+    save_every_steps: int | None = None
+    policy: retention.Policy = field(default_factory=retention.Policy)
+    config: dict[str, Any] = field(default_factory=dict)
+    accept: tuple[str, ...] = ()
+    override: tuple[str, ...] = ()
+    log_every_steps: int = 10

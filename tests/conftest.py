@@ -1,0 +1,139 @@
+"""What the tests share: real runs in real processes, killed as a cluster would kill them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+REPO = Path(__file__).resolve().parent.parent
+TRAIN = REPO / "harness" / "train.py"
+CLEAN = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "TORCHELASTIC", "HARNESS_"))}
+ENVIRONMENT = CLEAN | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(REPO), str(REPO / "tests")])}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="also the long storms and matrices")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Without --slow the slow ones are not part of the suite: deselected, not skipped."""
+    if config.getoption("--slow"):
+        return
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    config.hook.pytest_deselected(items=slow)
+    items[:] = [item for item in items if item not in slow]
+
+
+def torchrun(ranks: int, *settings: str, options: tuple[str, ...] = ()) -> list[str]:
+    """The command line that trains on so many processes of this machine."""
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *options, str(TRAIN), *settings]
+
+
+def alone(*settings: str) -> list[str]:
+    """The command line that trains in one process, without torchrun."""
+    return [sys.executable, str(TRAIN), *settings]
+
+
+def harness(*arguments: str) -> list[str]:
+    """A command line of the `harness` program."""
+    return [sys.executable, "-m", "harness", *arguments]
+
+
+def run(
+    command: list[str], *, cwd: Path | None = None, env: dict[str, str] | None = None, limit_s: float = 180
+) -> subprocess.CompletedProcess[str]:
+    """Run to the end; on expiry the whole tree is killed."""
+    process = start(command, cwd=cwd, env=env)
+    try:
+        out, err = process.communicate(timeout=limit_s)
+    except subprocess.TimeoutExpired:
+        kill_tree(process.pid)
+        out, err = process.communicate()
+        pytest.fail(f"still running after {limit_s} s: {command}\n{out}\n{err}")
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+def start(
+    command: list[str], *, cwd: Path | None = None, env: dict[str, str] | None = None, output: object = subprocess.PIPE
+) -> subprocess.Popen[str]:
+    """Start and go on."""
+    errors = subprocess.PIPE if output is subprocess.PIPE else subprocess.STDOUT
+    return subprocess.Popen(command, cwd=cwd, env=ENVIRONMENT | (env or {}), stdout=output, stderr=errors, text=True)  # type: ignore[call-overload]
+
+
+def tree(pid: int) -> list[psutil.Process]:
+    """A process and all that descend from it; torchrun gives its workers sessions of their own, so a group is not enough."""
+    try:
+        process = psutil.Process(pid)
+        return [process, *process.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def kill_tree(pid: int) -> None:
+    """SIGKILL to a process and all its descendants."""
+    for process in tree(pid):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+
+
+def workers_of(pid: int) -> list[psutil.Process]:
+    """torchrun's ranks, in their order."""
+    found = [p for p in tree(pid)[1:] if str(TRAIN) in " ".join(_command_of(p)) and p.ppid() == pid]
+    return sorted(found, key=lambda p: int(p.environ().get("RANK", "0")))
+
+
+def _command_of(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
+
+
+def events(directory: Path, kind: str | None = None) -> list[dict]:
+    """The run's events, in the order of attempts; a last line that is still being written is left out."""
+    found = []
+    for file in sorted(directory.glob("events/*.jsonl")):
+        for line in file.read_text().splitlines():
+            with contextlib.suppress(ValueError):
+                found.append(json.loads(line))
+    return [event for event in found if kind is None or event["event"] == kind]
+
+
+def wait_until(condition: Callable[[], object], what: str, limit_s: float = 60, every_s: float = 0.02) -> None:
+    """Wait for something to become true, and fail in words if it does not."""
+    until = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < until, f"not within {limit_s} s: {what}"
+        time.sleep(every_s)
+
+
+@pytest.fixture
+def started() -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """`start`, for processes that must not outlive the test."""
+    processes: list[subprocess.Popen[str]] = []
+
+    def begin(*arguments: object, **options: object) -> subprocess.Popen[str]:
+        processes.append(start(*arguments, **options))  # type: ignore[arg-type]
+        return processes[-1]
+
+    yield begin
+    for process in processes:
+        for member in tree(process.pid):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                member.send_signal(signal.SIGCONT)
+        kill_tree(process.pid)
+        process.wait()
+        for stream in (process.stdout, process.stderr):
+            if stream:
+                stream.close()

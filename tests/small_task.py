@@ -1,0 +1,60 @@
+"""A task of the tests: small enough to start in no time, random enough that every generator matters."""
+
+from __future__ import annotations
+
+import random
+import time
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from harness import Task
+
+
+class Noisy(torch.utils.data.Dataset):
+    """Points and a target; each sample is made noisy with torch's, NumPy's and Python's generator."""
+
+    def __init__(self, size: int) -> None:
+        generator = torch.Generator().manual_seed(size)
+        self.x = torch.randn(size, 12, generator=generator)
+        self.y = (self.x[:, :1] * self.x[:, 1:2]).tanh()
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, index: int):
+        return self.x[index] + 0.1 * torch.randn(12) + float(np.random.normal()) * 0.01 + random.gauss(0, 0.01), self.y[index]
+
+
+def loss(model, batch):
+    x, y = batch
+    return F.mse_loss(model(x), y)
+
+
+def build(size: int = 240, width: int = 32, lr: float = 1e-2, momentum: float = 0.9, sleep_s: float = 0.0, fail_at: int = -1) -> Task:
+    """`sleep_s` slows each forward pass of training down; `fail_at` raises in that one."""
+    model = nn.Sequential(
+        nn.Linear(12, width), nn.BatchNorm1d(width), nn.Tanh(), nn.Dropout(0.2), nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 1)
+    )
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum)
+    calls = 0
+
+    def slow_loss(model, batch):
+        nonlocal calls
+        calls += 1
+        if calls == fail_at:
+            raise ValueError(f"the task fails in forward pass {fail_at}")
+        time.sleep(sleep_s)
+        return loss(model, batch)
+
+    return Task(
+        modules=model,
+        optimizers=optimizer,
+        schedulers=torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step / 100)),
+        train_data=Noisy(size),
+        eval_data=Noisy(size // 4),
+        loss=slow_loss,
+        evaluate=lambda model, batch: {"val_loss": loss(model, batch) * len(batch[0])},
+    )
