@@ -1,0 +1,197 @@
+"""Killed anywhere, any number of times: the model is the one of an uninterrupted run, bit for bit."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import alone, events, kill_tree, run, start, torchrun, workers_of
+
+from harness.checkpoint import load
+from harness.checkpoint.history import survey
+from harness.cli.diff import differences
+from harness.store import LocalStore
+
+
+def differing(a: Path, b: Path) -> list[tuple[str, ...]]:
+    """What differs between the newest checkpoints of two runs; settings are left out, they name the directory."""
+    payloads = []
+    for directory in (a, b):
+        store = LocalStore(directory)
+        head = survey(store).head
+        assert head is not None and head.final is not None, f"{directory} is not finished"
+        payload = load.load(store, head)
+        payload.pop("config")
+        payloads.append(payload)
+    return list(differences(*payloads))
+
+
+def losses(directory: Path) -> dict[int, float]:
+    """The loss of each step; a step that was done again after a kill must have given the same."""
+    found: dict[int, float] = {}
+    for event in events(directory, "step"):
+        assert found.setdefault(event["step"], event["loss"]) == event["loss"], f"step {event['step']} came out differently when done again"
+    return found
+
+
+@dataclass(frozen=True)
+class Storm:
+    """How a run is killed: after a random number of events from each start, plus a moment; sometimes during start-up."""
+
+    seed: int
+    kills: int
+    most_events: int
+    startup_share: float = 0.2
+
+
+def storm(command: Callable[[int], list[str]], directory: Path, plan: Storm, log: Path) -> int:
+    """Start the run and kill its whole tree, again and again, then let it end; returns how many attempts were begun."""
+    chance = random.Random(plan.seed)
+    for attempt in range(plan.kills + 1):
+        with log.open("a") as output:
+            process = start(command(attempt), output=output)
+        try:
+            if attempt < plan.kills:
+                _kill_at_random(process.pid, process.poll, directory, chance, plan)
+            assert process.wait(timeout=240) == 0 or attempt < plan.kills, log.read_text()[-5000:]
+        finally:
+            kill_tree(process.pid)
+    return len(list(directory.glob("attempts/*[0-9].json")))
+
+
+def _kill_at_random(pid: int, ended: Callable[[], object], directory: Path, chance: random.Random, plan: Storm) -> None:
+    if chance.random() < plan.startup_share:
+        until, needed = time.monotonic() + chance.uniform(0.2, 8), 10**9
+    else:
+        until, needed = time.monotonic() + 120, len(events(directory)) + chance.randint(2, plan.most_events)
+    while ended() is None and time.monotonic() < until and len(events(directory)) < needed:
+        time.sleep(0.01)
+    time.sleep(chance.uniform(0, 0.1))
+    kill_tree(pid)
+
+
+DIGITS = (
+    "train.epochs=4", "train.ema_decay=0.98", "train.micro_batch_size=12", "log.every_steps=1", "eval.every_steps=20",
+    "checkpoint.every_steps=9", "checkpoint.every_s=1",
+)  # fmt: skip
+BYTES = (
+    "task.name=harness.tasks.bytes:build", "task.args.layers=2", "task.args.channels=48", "task.args.heads=2", "task.args.block_size=32",
+    "task.args.decay_steps=100", "task.args.eval_windows=24", "train.max_steps=100", "train.ema_decay=0.98", "train.global_batch_size=24",
+    "train.micro_batch_size=4", "train.precision=bf16", "log.every_steps=1", "eval.every_steps=40", "checkpoint.every_steps=7",
+    "checkpoint.every_s=1", "checkpoint.best=val_loss:min",
+)  # fmt: skip
+STORMS = [
+    pytest.param(2, DIGITS, Storm(1, 4, 60), id="digits-2"),
+    pytest.param(3, BYTES, Storm(2, 3, 50), id="bytes-3"),
+    *(pytest.param(ranks, task, Storm(seed, 12, 30), id=f"{name}-{ranks}-{seed}", marks=pytest.mark.slow)
+      for name, task in (("digits", DIGITS), ("bytes", BYTES)) for ranks in (2, 3) for seed in (11, 12)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("ranks", "task", "plan"), STORMS)
+def test_a_run_killed_at_random_moments_equals_the_uninterrupted_one(ranks: int, task: tuple[str, ...], plan: Storm, tmp_path: Path) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    done = run(torchrun(ranks, *task, f"run.dir={whole}", "data.num_workers=2"))
+    assert done.returncode == 0, done.stderr
+
+    def command(attempt: int) -> list[str]:  # the number of loader processes may change from attempt to attempt
+        return torchrun(ranks, *task, f"run.dir={killed}", f"data.num_workers={2 - attempt % 3}")
+
+    attempts = storm(command, killed, plan, tmp_path / "log")
+    assert attempts > 1, "no kill hit a running attempt"
+    assert differing(whole, killed) == []
+    assert losses(killed) == losses(whole)
+    assert len(losses(whole)) == survey(LocalStore(whole)).head.step
+
+
+@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_one_rank_killed_under_torchrun_is_restarted_in_place_and_nothing_is_lost(ranks: int, tmp_path: Path) -> None:
+    task = ("task.name=small_task:build", "task.args.sleep_s=0.02", "train.epochs=16", "log.every_steps=1", "checkpoint.every_steps=5",
+            "checkpoint.best=val_loss:min")  # fmt: skip
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert run(torchrun(ranks, *task, f"run.dir={whole}", "task.args.sleep_s=0")).returncode == 0
+    with (tmp_path / "log").open("w") as output:
+        process = start(torchrun(ranks, *task, f"run.dir={killed}", "resume.accept=[config]", options=("--max-restarts=3",)), output=output)
+    try:
+        for victim in (ranks - 1, 0):
+            seen = len(events(killed, "step"))
+            until = time.monotonic() + 60
+            while len(events(killed, "step")) < seen + 8:
+                assert time.monotonic() < until and process.poll() is None, (tmp_path / "log").read_text()
+                time.sleep(0.01)
+            workers_of(process.pid)[victim].kill()
+        assert process.wait(timeout=120) == 0, (tmp_path / "log").read_text()
+    finally:
+        kill_tree(process.pid)
+    assert len(list(killed.glob("attempts/*[0-9].json"))) == 3
+    assert differing(whole, killed) == []
+    assert losses(killed) == losses(whole)
+
+
+def test_with_other_numbers_of_ranks_the_same_samples_meet_in_the_same_global_batches(tmp_path: Path) -> None:
+    whole, changed, records = tmp_path / "whole", tmp_path / "changed", tmp_path / "records"
+    common = ("task.name=recording_task:build", "train.epochs=3", "train.global_batch_size=36", "data.drop_last=false",
+              "checkpoint.every_steps=2", "log.every_steps=1")  # fmt: skip
+    for name in ("whole", "changed"):
+        (records / name).mkdir(parents=True)
+    assert run(alone(*common, f"run.dir={whole}", f"task.args.folder={records}/whole")).returncode == 0
+    settings = (*common, f"run.dir={changed}", f"task.args.folder={records}/changed", "train.micro_batch_size=9")
+    for ranks, steps in ((2, 5), (1, 4), (2, None)):
+        seen = len(events(changed, "step"))
+        process = start(torchrun(ranks, *settings, f"task.args.sleep_s={0.05 if steps else 0}", "resume.accept=[config]"))
+        while steps and process.poll() is None and len(events(changed, "step")) < seen + steps:
+            time.sleep(0.01)
+        if steps:
+            kill_tree(process.pid)
+        out, err = process.communicate(timeout=120)
+        assert steps or process.returncode == 0, out + err
+
+    expected, got = batches(records / "whole"), batches(records / "changed")
+    assert got == expected
+    sizes = {ranks for file in (records / "changed").iterdir() for line in file.read_text().splitlines() for ranks in [json.loads(line)["ranks"]]}
+    assert sizes == {1, 2}
+    epoch_steps = -(-240 // 36)
+    for epoch in range(3):
+        used = [sample for step in range(epoch * epoch_steps + 1, (epoch + 1) * epoch_steps + 1) for sample in got[step]]
+        assert sorted(used) == list(range(240))
+
+
+def batches(folder: Path) -> dict[int, list[int]]:
+    """The samples of each step, over all ranks; a step done twice must have used the same."""
+    parts: dict[tuple[int, int, int], list[int]] = {}
+    for file in folder.iterdir():
+        for line in file.read_text().splitlines():
+            with contextlib.suppress(ValueError):  # the last line of a killed process
+                record = json.loads(line)
+                key = (record["step"], record["ranks"], record["rank"])
+                assert parts.setdefault(key, record["samples"]) == record["samples"]
+    found: dict[int, list[int]] = {}
+    for step, ranks in {(step, ranks) for step, ranks, _ in parts}:
+        if all((step, ranks, rank) in parts for rank in range(ranks)):
+            together = sorted(sample for rank in range(ranks) for sample in parts[step, ranks, rank])
+            assert found.setdefault(step, together) == together
+    return found
+
+
+def test_killed_processes_leave_nobody_behind(tmp_path: Path) -> None:
+    process = start(torchrun(2, "task.name=small_task:build", "task.args.sleep_s=0.05", "train.epochs=50", "data.num_workers=1", f"run.dir={tmp_path}/run",
+                             "log.every_steps=1"))  # fmt: skip
+    try:
+        while not events(tmp_path / "run", "step"):
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.02)
+        family = psutil.Process(process.pid).children(recursive=True)
+        assert len(family) >= 4, "two ranks with a loader process each"
+        process.kill()  # torchrun only
+        _, alive = psutil.wait_procs(family, timeout=2)
+        assert alive == []
+    finally:
+        kill_tree(process.pid)
+        process.communicate()
