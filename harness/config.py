@@ -160,6 +160,8 @@ def load(file: str | None, overrides: list[str]) -> tuple[Config, dict[str, Any]
     known = flatten(OmegaConf.to_container(OmegaConf.structured(Config)))  # type: ignore[arg-type]
     merged: DictConfig = OmegaConf.structured(Config)
     for name, value, origin in settings:
+        if value is None and any(other.startswith(f"{name}.") for other in known):
+            continue  # a section with nothing in it
         if name not in known and not name.startswith("task.args."):
             problems.append(f"{name}: unknown setting ({origin}){_nearest(name, list(known))}")
             continue
@@ -168,7 +170,8 @@ def load(file: str | None, overrides: list[str]) -> tuple[Config, dict[str, Any]
             OmegaConf.to_container(trial, resolve=True)
             merged = trial  # type: ignore[assignment]
         except OmegaConfBaseException as error:
-            problems.append(f"{name}={value!r} ({origin}): {str(error).splitlines()[0]}")
+            why = "what it stands for is missing or of the wrong type" if "${" in str(value) else str(error).splitlines()[0]
+            problems.append(f"{name}={value!r} ({origin}): {why}")  # as it was written: what it stands for may be secret
     if not problems:
         problems += _broken_rules(merged)
     if problems:
@@ -212,9 +215,9 @@ def _line_settings(overrides: list[str], problems: list[str]) -> list[tuple[str,
 
 
 def _broken_rules(merged: DictConfig) -> list[str]:
-    values = flatten(OmegaConf.to_container(merged, resolve=True))  # type: ignore[arg-type]
+    values, written = (flatten(OmegaConf.to_container(merged, resolve=resolve)) for resolve in (True, False))  # type: ignore[arg-type]
     return [
-        f"{name}={values[name]!r}: allowed is {allowed}"
+        f"{name}={written[name]!r}: allowed is {allowed}"
         for name, (holds, allowed) in RULES.items()
         if values.get(name) is not None and not holds(values[name])
     ]
@@ -240,6 +243,15 @@ def flatten(nested: dict[Any, Any], prefix: str = "") -> dict[str, Any]:
         name = f"{prefix}{key}"
         flat |= flatten(value, f"{name}.") if isinstance(value, dict) and value else {name: value}
     return flat
+
+
+def from_yaml(text: bytes) -> dict[str, Any]:
+    """Settings from YAML text; {} if it is none."""
+    try:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def to_yaml(settings: dict[str, Any]) -> str:

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TextIO
 
 from harness.checkpoint.attempts import now
@@ -27,12 +28,25 @@ def say(text: str, stream: TextIO | None = None) -> None:
     try:
         print(text, file=target, flush=True)
     except (OSError, ValueError):
-        _silence(target)
+        silence(target)
 
 
-def _silence(stream: TextIO) -> None:
+def silence(stream: TextIO) -> None:
+    """Let what is written to a broken stream go nowhere."""
     with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def fill_closed_streams() -> None:
+    """Give a process that was started with closed standard streams (`>&-`) some that go nowhere: else the next file that it
+    opens, a checkpoint perhaps, gets a stream's number, and what any library prints is written into it."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open("r" if number == 0 else "w"))  # noqa: SIM115 - for the process's whole life
 
 
 class Ledger:
@@ -88,7 +102,7 @@ class Progress:
                 self._drawn = True
             except (OSError, ValueError):
                 self.live = False
-                _silence(sys.stdout)
+                silence(sys.stdout)
         else:
             say(text)
 

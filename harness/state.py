@@ -31,6 +31,7 @@ from harness.data.order import seed_cpu, seed_of
 from harness.errors import NonFiniteError, UsageError
 from harness.ranks import plain
 
+Seen = dict[Any, tuple[torch.Tensor, torch.Tensor]]  # where a tensor lies -> itself and what is saved of it
 PLAIN = (bool, int, float, complex, str, bytes, type(None))
 
 
@@ -42,7 +43,7 @@ def capture(tracked: Mapping[str, Any]) -> dict[str, Any]:
     """
     for name, thing in tracked.items():
         _check_finite(name, plain(thing))
-    seen: dict[Any, torch.Tensor] = {}
+    seen: Seen = {}
     return {f"{name}_state_dict": _to_cpu(plain(thing).state_dict(), f"{name}_state_dict", seen) for name, thing in tracked.items()}
 
 
@@ -57,7 +58,7 @@ def _check_finite(name: str, thing: Any) -> None:
             )
 
 
-def _to_cpu(value: Any, where: str, seen: dict[Any, torch.Tensor]) -> Any:
+def _to_cpu(value: Any, where: str, seen: Seen) -> Any:
     if isinstance(value, torch.Tensor):
         return _tensor_to_cpu(value.detach(), seen)
     if isinstance(value, Mapping):
@@ -79,14 +80,17 @@ def _to_cpu(value: Any, where: str, seen: dict[Any, torch.Tensor]) -> Any:
     )
 
 
-def _tensor_to_cpu(tensor: torch.Tensor, seen: dict[Any, torch.Tensor]) -> torch.Tensor:
-    """Tied tensors stay tied; a view does not drag the whole storage that it looks into along."""
+def _tensor_to_cpu(tensor: torch.Tensor, seen: Seen) -> torch.Tensor:
+    """Tied tensors stay tied; a view does not drag the whole storage that it looks into along.
+
+    The original is kept beside its copy, so that its address is not given to another tensor while it stands for this one.
+    """
     storage = tensor.untyped_storage()
     place = (storage.data_ptr(), tensor.storage_offset(), tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype, tensor.device)
     if place not in seen:
         whole = tensor.numel() * tensor.element_size() == storage.nbytes()
-        seen[place] = tensor if tensor.device.type == "cpu" and whole else tensor.to("cpu", copy=True).contiguous()
-    return seen[place]
+        seen[place] = tensor, tensor if tensor.device.type == "cpu" and whole else tensor.to("cpu", copy=True).contiguous()
+    return seen[place][1]
 
 
 def plain_data(values: Mapping[str, Any]) -> dict[str, Any]:

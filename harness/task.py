@@ -42,10 +42,11 @@ def named(given: Any, name: str) -> dict[str, Any]:
     return dict(given) if isinstance(given, Mapping) else {name: given}
 
 
-def find(name: str, args: Mapping[str, Any]) -> Callable[..., Task]:
+def find(name: str, args: Mapping[str, Any], written: Mapping[str, Any] | None = None) -> Callable[..., Task]:
     """Import the callable that `package.module:callable` names, and check that it takes the arguments.
 
-    The working directory can be imported from, however the process was started. Raises UsageError.
+    `written` are the arguments as they may be shown, before anything secret was put in from the environment. The working
+    directory can be imported from, however the process was started. Raises UsageError.
     """
     if os.getcwd() not in sys.path:  # torchrun puts the program's folder there instead
         sys.path.insert(0, os.getcwd())
@@ -65,21 +66,21 @@ def find(name: str, args: Mapping[str, Any]) -> Callable[..., Task]:
         raise UsageError(
             f"task.name={name}: {module_name} has no callable {attribute!r}", f"found: {build!r}", "Write package.module:callable."
         )
-    _check_args(name, build, args)
+    _check_args(name, build, args, args if written is None else written)
     return build  # type: ignore[no-any-return]
 
 
-def _check_args(name: str, build: Callable[..., Any], args: Mapping[str, Any]) -> None:
+def _check_args(name: str, build: Callable[..., Any], args: Mapping[str, Any], written: Mapping[str, Any]) -> None:
     signature = inspect.signature(build)
     takes = [p.name for p in signature.parameters.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     takes_any = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
     unknown = [] if takes_any else [key for key in args if key not in takes]
     missing = [p.name for p in signature.parameters.values() if p.name in takes and p.default is p.empty and p.name not in args]
-    problems = [f"  task.args.{key}={args[key]!r}: unknown" for key in unknown] + [f"  task.args.{key}: missing" for key in missing]
+    problems = [f"  task.args.{key}={written.get(key)!r}: unknown" for key in unknown] + [f"  task.args.{key}: missing" for key in missing]
     for key, value in args.items():
         default = signature.parameters[key].default if key in signature.parameters else None
         if isinstance(default, int | float | str) and not _fits(value, default):
-            problems.append(f"  task.args.{key}={value!r}: expected a {type(default).__name__}, such as {default!r}")
+            problems.append(f"  task.args.{key}={written.get(key)!r}: expected a {type(default).__name__}, such as {default!r}")
     if problems:
         raise UsageError(f"{name} does not take these arguments:", "\n".join(problems), f"It takes: {signature}.")
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from harness import config
 from harness.errors import HarnessError, report
+from harness.events import fill_closed_streams
 
 if TYPE_CHECKING:
     from harness.config import Config
@@ -25,7 +26,7 @@ def train(settings: Config, stored: dict[str, Any]) -> None:
     from harness import step, task
     from harness.data.order import accumulation
 
-    build = task.find(settings.task.name, settings.task.args)
+    build = task.find(settings.task.name, settings.task.args, stored["task"]["args"])
     run = harness.init(
         settings.run.dir,
         remote=settings.run.remote,
@@ -70,6 +71,7 @@ def train(settings: Config, stored: dict[str, Any]) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Read the command line and train; errors that a user can mend are said in words."""
+    fill_closed_streams()
     parser = argparse.ArgumentParser(
         prog="harness/train.py",
         description="Train a task; go on from the newest checkpoint if there is one.",

@@ -33,8 +33,10 @@ def loss(model, batch):
     return F.mse_loss(model(x), y)
 
 
-def build(size: int = 240, width: int = 32, lr: float = 1e-2, momentum: float = 0.9, sleep_s: float = 0.0, fail_at: int = -1) -> Task:
-    """`sleep_s` slows each forward pass of training down; `fail_at` raises in that one."""
+def build(
+    size: int = 240, width: int = 32, lr: float = 1e-2, momentum: float = 0.9, sleep_s: float = 0.0, fail_at: int = -1, hang_at: int = -1
+) -> Task:
+    """`sleep_s` slows each forward pass of training down; `fail_at` raises in that one, `hang_at` never returns from it."""
     model = nn.Sequential(
         nn.Linear(12, width), nn.BatchNorm1d(width), nn.Tanh(), nn.Dropout(0.2), nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 1)
     )
@@ -46,7 +48,7 @@ def build(size: int = 240, width: int = 32, lr: float = 1e-2, momentum: float = 
         calls += 1
         if calls == fail_at:
             raise ValueError(f"the task fails in forward pass {fail_at}")
-        time.sleep(sleep_s)
+        time.sleep(3600 if calls == hang_at else sleep_s)
         return loss(model, batch)
 
     return Task(

@@ -40,8 +40,8 @@ def run(given: argparse.Namespace, rest: list[str]) -> int:
     ranks.check_environment()
     settings_given = [text for text in rest if "=" in text and not text.startswith("-")]
     options = [text for text in rest if text not in settings_given]
-    settings, _ = config.load(given.config, settings_given)
-    task.find(settings.task.name, settings.task.args)
+    settings, stored = config.load(given.config, settings_given)
+    task.find(settings.task.name, settings.task.args, stored["task"]["args"])
     if not any(option.startswith(("--nnodes", "--rdzv", "--standalone", "--master")) for option in options):
         options.append("--standalone")
         _check_batch(settings.train, given.nproc_per_node)

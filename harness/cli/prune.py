@@ -11,8 +11,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-import yaml
-
+from harness import config
 from harness.checkpoint import format as fmt
 from harness.checkpoint import load, retention
 from harness.checkpoint.history import Survey
@@ -73,10 +72,9 @@ def _left_behind(store: LocalStore, found: Survey) -> list[str]:
 
 def _policy(store: LocalStore, given: argparse.Namespace) -> retention.Policy:
     try:
-        settings: Any = yaml.safe_load(store.read("config.yaml")) or {}
-    except (FileNotFoundError, StorageError, yaml.YAMLError):
-        settings = {}
-    kept = settings.get("checkpoint", {}) if isinstance(settings, dict) else {}
+        kept: dict[str, Any] = config.from_yaml(store.read("config.yaml")).get("checkpoint") or {}
+    except (FileNotFoundError, StorageError):
+        kept = {}
     default = retention.Policy()
     best = given.best or kept.get("best", f"{default.metric}:min")
     return retention.Policy(

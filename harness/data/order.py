@@ -141,3 +141,9 @@ def accumulation(global_batch_size: int, world_size: int, micro_batch_size: int 
         return 1
     share = max(1, global_batch_size // world_size)
     return next(parts for parts in range(-(-share // micro_batch_size), share + 1) if share % parts == 0)
+
+
+def end_step(step: int, steps_left: int | None, max_steps: int | None) -> int | None:
+    """The number of the last step, by the data that is left and by the limit; None if neither tells."""
+    ends = ([] if steps_left is None else [step + steps_left]) + ([] if max_steps is None else [max(step, max_steps)])
+    return min(ends, default=None)

@@ -22,6 +22,7 @@ import torch
 from harness import ranks, state, stop
 from harness.checkpoint import load, retention
 from harness.errors import UsageError
+from harness.events import fill_closed_streams
 from harness.run.ending import Ending
 from harness.run.loop import Run
 from harness.run.settings import Settings
@@ -56,6 +57,7 @@ def init(
     """
     if remote is not None:
         raise UsageError("remote storage is not supported by this version", f"found: remote={remote!r}", "Leave it out.")
+    fill_closed_streams()
     if deterministic:
         _be_deterministic()
     metric, _, direction = best.rpartition(":")
@@ -63,6 +65,7 @@ def init(
     stop.die_with_launcher()
     ending = Ending()
     world = ranks.join(timeout_s)
+    ending.take_hook()
     state.seed_rank(seed, "build")  # alike on all ranks, so that they build the same model
     store = LocalStore(directory)
     choice = load.choose(store, world, give_up=stop.requested)

@@ -31,6 +31,11 @@ class Ending:
         self._attempt: Attempt | None = None
         self._world: World | None = None
         self._default = sys.excepthook
+        self.take_hook()
+
+    def take_hook(self) -> None:
+        """Be the one who is told of an uncaught error. Joining a process group puts torch's hook around ours, and what we print
+        is lost in its buffer when we leave the process from there: then take it back."""
         sys.excepthook = self._on_error
 
     def begun(self, store: LocalStore, attempt: Attempt, world: World) -> None:
@@ -59,6 +64,7 @@ class Ending:
         last = traceback.format_exception(kind, error, trace)[-1].strip()
         self._create(why, {"error": str(error) if isinstance(error, HarnessError) else last, "rank": own_rank()})
         if not isinstance(error, HarnessError):
+            say(f"harness: uncaught error on rank {own_rank()}:", sys.stderr)
             self._default(kind, error, trace)
             return
         report(error)

@@ -15,7 +15,7 @@ from harness.checkpoint.format import CHECKPOINTS, FORMAT_VERSION
 from harness.checkpoint.history import survey
 from harness.data import loading
 from harness.data.fingerprint import describe
-from harness.data.order import Position
+from harness.data.order import Position, end_step
 from harness.errors import SaveError, UsageError
 from harness.events import Moment, Progress
 from harness.ranks import World
@@ -148,7 +148,7 @@ class Run:
         self._data = describe(dataset) | dealt | {"seed": self._settings.seed}
         self._global_batch_size = global_batch_size
         self._end = {"epochs": epochs, "max_steps": max_steps}
-        self._end_step = _end_step(self.step, self._source.steps_after(self._position, epochs), max_steps)
+        self._end_step = end_step(self.step, self._source.steps_after(self._position, epochs), max_steps)
         if not self._begin():
             return
         self._looping = True
@@ -333,8 +333,3 @@ class Run:
         """The file of the best checkpoint of the run so far by the metric that `init` was told, or None."""
         ranked = retention.best(survey(self.store).history, self._settings.policy)
         return self.store.path(f"{CHECKPOINTS}/{ranked[0].data.name}") if ranked else None
-
-
-def _end_step(step: int, steps_left: int | None, max_steps: int | None) -> int | None:
-    ends = ([] if steps_left is None else [step + steps_left]) + ([] if max_steps is None else [max(step, max_steps)])
-    return min(ends, default=None)

@@ -1,0 +1,216 @@
+"""Asked to stop, all ranks leave at the same step with everything saved; left by one rank, the others do not wait for ever."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import TRAIN, alone, events, harness, run, torchrun, tree, wait_until, workers_of
+from test_storm import differing, losses
+
+TASK = ("task.name=small_task:build", "train.epochs=8", "log.every_steps=1", "checkpoint.best=val_loss:min", "resume.accept=[config]")
+Start = Callable[..., "subprocess.Popen[str]"]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("whole") / "run"
+    assert run(torchrun(2, *TASK, f"run.dir={directory}")).returncode == 0
+    return directory
+
+
+def after_steps(directory: Path, steps: int, process: subprocess.Popen[str]) -> None:
+    wait_until(lambda: len(events(directory, "step")) >= steps or process.poll() is not None, f"{steps} steps")
+    assert process.poll() is None, process.communicate()
+
+
+def test_a_stop_signal_to_any_process_saves_at_one_step_and_loses_none(whole: Path, tmp_path: Path, started: Start) -> None:
+    directory = tmp_path / "run"
+
+    def rank_1(pid: int) -> psutil.Process:
+        return workers_of(pid)[1]
+
+    def launcher(pid: int) -> psutil.Process:
+        return psutil.Process(pid)
+
+    for target, number in ((rank_1, signal.SIGUSR1), (launcher, signal.SIGTERM), (rank_1, signal.SIGTERM), (launcher, signal.SIGINT)):
+        seen = len(events(directory, "step"))
+        process = started(torchrun(2, *TASK, f"run.dir={directory}", "task.args.sleep_s=0.05"))
+        after_steps(directory, seen + 3, process)
+        target(process.pid).send_signal(number)
+        out, err = process.communicate(timeout=60)
+        assert f"stopped by {number.name}" in out, out + err
+        newest = max(directory.glob("attempts/*.end.json"))
+        end = json.loads(newest.read_text())
+        assert (end["why"], end["saved"], end["signals"]) == ("stopped", True, [number.name])
+        assert end["step"] == max(losses(directory)), "a step was made after the stop, or lost by it"
+        if target is rank_1:
+            assert process.returncode == 0
+    assert run(torchrun(2, *TASK, f"run.dir={directory}")).returncode == 0
+    steps = [event["step"] for event in events(directory, "step")]
+    assert steps == sorted(set(steps)), "a step was done twice"
+    assert differing(whole, directory) == []
+    assert losses(directory) == losses(whole)
+
+
+@pytest.mark.parametrize("delay_s", [0.5, 3.5, pytest.param(1.5, marks=pytest.mark.slow), pytest.param(5.0, marks=pytest.mark.slow)])
+def test_a_signal_during_start_up_ends_the_process_soon_and_the_run_goes_on(
+    delay_s: float, whole: Path, tmp_path: Path, started: Start
+) -> None:
+    directory = tmp_path / "run"
+    process = started(torchrun(2, *TASK, f"run.dir={directory}", "task.args.sleep_s=0.02"))
+    time.sleep(delay_s)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=45)
+    assert run(torchrun(2, *TASK, f"run.dir={directory}")).returncode == 0
+    assert differing(whole, directory) == []
+
+
+def test_two_signals_at_once_are_one_stop(tmp_path: Path, started: Start) -> None:
+    directory = tmp_path / "run"
+    process = started(alone(*TASK, f"run.dir={directory}", "task.args.sleep_s=0.05", "data.num_workers=1"))
+    after_steps(directory, 3, process)
+    for member in tree(process.pid):  # as SLURM does with proctrack/linuxproc: every descendant gets it, loader processes too
+        member.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGUSR1)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0 and "everything saved" in out, out + err
+    assert len(events(directory, "stopped")) == 1
+
+
+def test_a_second_interrupt_ends_a_process_that_cannot_save(tmp_path: Path, started: Start) -> None:
+    directory = tmp_path / "run"
+    process = started(alone(*TASK, f"run.dir={directory}", "task.args.sleep_s=60", "log.every_steps=1"))
+    wait_until(lambda: events(directory, "begun"), "the attempt")
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.2)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=5)
+    assert process.returncode == 130
+
+
+def test_a_stopped_peer_is_given_up_within_the_time_limit_and_the_run_goes_on(whole: Path, tmp_path: Path, started: Start) -> None:
+    directory = tmp_path / "run"
+    process = started(torchrun(2, *TASK, f"run.dir={directory}", "task.args.sleep_s=0.05", "run.timeout_s=3", "checkpoint.every_steps=2"))
+    after_steps(directory, 4, process)
+    frozen = workers_of(process.pid)[1]
+    frozen.suspend()
+    began = time.monotonic()
+    survivor = workers_of(process.pid)[0]
+    survivor.wait(timeout=30)
+    assert time.monotonic() - began < 12
+    frozen.kill()
+    process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert run(torchrun(2, *TASK, f"run.dir={directory}")).returncode == 0
+    assert differing(whole, directory) == []
+
+
+def test_a_step_that_never_ends_prints_its_stack_and_exits(tmp_path: Path) -> None:
+    done = run(alone(*TASK, f"run.dir={tmp_path}/run", "task.args.hang_at=6", "run.timeout_s=2"))
+    assert done.returncode == 1
+    assert "Timeout" in done.stderr and "slow_loss" in done.stderr, done.stderr
+
+
+PATIENCE = """
+import os, signal, sys, time
+from harness import ranks
+from harness.errors import LostRankError
+world = ranks.join(2.0)
+def work():
+    if sys.argv[1] == "slow":
+        time.sleep(6)
+    else:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    return "done"
+try:
+    print(world.rank, world.on_writer(work), flush=True)
+except LostRankError as error:
+    print(world.rank, "lost:", error.what, flush=True)
+    os._exit(0)
+"""
+
+
+def test_a_slow_writer_is_waited_for_beyond_the_time_limit_and_a_stopped_one_is_not(tmp_path: Path, started: Start) -> None:
+    program = tmp_path / "patience.py"
+    program.write_text(PATIENCE)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(program)]
+    done = run([*command, "slow"])
+    assert done.returncode == 0 and sorted(done.stdout.split("\n")[:2]) == ["0 done", "1 done"], done.stdout + done.stderr
+    process = started([*command, "stopped"])
+    line = process.stdout.readline()
+    assert line.startswith("1 lost: the writing rank does not answer"), line
+
+
+def test_launch_tells_by_its_exit_code_how_the_run_ended(whole: Path, tmp_path: Path, started: Start) -> None:
+    directory = tmp_path / "run"
+    command = harness("launch", "--nproc-per-node", "2", *TASK, f"run.dir={directory}")
+    process = started([*command, "task.args.sleep_s=0.05"])
+    after_steps(directory, 3, process)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 75 and "Traceback" not in err, out + err
+    assert run(harness("status", str(directory))).returncode == 75
+
+    assert run([*command, "train.epoch=2"]).returncode == 78
+    assert run([*command, "train.global_batch_size=47"]).returncode == 78
+    failed = run([*command, "task.args.fail_at=3"])
+    assert failed.returncode == 1 and "the task fails in forward pass 3" in failed.stderr
+    status = run(harness("status", str(directory)))
+    assert status.returncode == 1 and "the task fails in forward pass 3" in status.stdout
+
+    assert run(command).returncode == 0
+    assert run(harness("status", str(directory))).returncode == 0
+    before = sorted((path, path.stat().st_mtime_ns) for path in directory.rglob("*"))
+    again = run(command)
+    assert again.returncode == 0 and "is finished" in again.stdout
+    assert sorted((path, path.stat().st_mtime_ns) for path in directory.rglob("*")) == before
+    assert differing(whole, directory) == []
+
+
+def test_of_two_live_starts_the_later_takes_over_and_the_first_ends_superseded(whole: Path, tmp_path: Path, started: Start) -> None:
+    directory = tmp_path / "run"
+    command = harness(
+        "launch", "--nproc-per-node", "1", *TASK, f"run.dir={directory}", "train.micro_batch_size=48", "checkpoint.every_steps=2"
+    )
+    first = started([*command, "task.args.sleep_s=0.3"])
+    after_steps(directory, 3, first)
+    second = started(command)
+    out, err = second.communicate(timeout=90)
+    assert second.returncode == 0, out + err
+    out, err = first.communicate(timeout=90)
+    assert first.returncode == 76 and "superseded" in err, out + err
+    ends = {file.name: json.loads(file.read_text())["why"] for file in directory.glob("attempts/*.end.json")}
+    assert ends == {"0001.end.json": "superseded", "0002.end.json": "finished"}
+
+
+@pytest.mark.parametrize("way", ["module", "elsewhere"])
+def test_it_starts_as_a_module_and_from_any_working_directory(way: str, tmp_path: Path) -> None:
+    program = ["-m", "harness.train"] if way == "module" else [str(TRAIN)]
+    environment = {} if way == "module" else {"PYTHONPATH": ""}
+    (tmp_path / "own_task.py").write_text("from small_task import build\n" if way == "module" else OWN_TASK)
+    settings = ["task.name=own_task:build", "train.epochs=1", "run.dir=relative/run", "train.global_batch_size=8"]
+    done = run([sys.executable, *program, *settings], cwd=tmp_path, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "relative" / "run" / "config.yaml").exists()
+
+
+OWN_TASK = """
+import torch
+from harness import Task
+
+def build():
+    model = torch.nn.Linear(2, 1)
+    data = torch.utils.data.TensorDataset(torch.randn(32, 2))
+    return Task(modules=model, optimizers=torch.optim.SGD(model.parameters(), lr=0.1), train_data=data,
+                loss=lambda model, batch: model(batch[0]).square().mean())
+"""
