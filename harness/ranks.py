@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import itertools
 import json
 import os
 import threading
@@ -26,6 +27,8 @@ from harness.errors import EXIT_FAILED, HarnessError, LostRankError, UsageError,
 
 T = TypeVar("T")
 HEARTBEAT_S = 1.0
+
+_joined = itertools.count(1)  # a process may train one run after another; each gets a name space of its own in the store
 
 
 @dataclass
@@ -177,6 +180,7 @@ def join(timeout_s: float) -> World:
     """
     check_environment()
     device = _device()
+    join_number = next(_joined)
     limit = datetime.timedelta(seconds=timeout_s)
     if not dist.is_initialized():
         backend = "cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo"
@@ -184,13 +188,14 @@ def join(timeout_s: float) -> World:
         with _lost_rank_said():
             if "RANK" not in os.environ:
                 dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=limit)  # type: ignore[attr-defined]
-            elif (store := _restart_safe_store(limit)) is not None:
+            elif (store := _restart_safe_store(limit, join_number)) is not None:
                 dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
             else:
                 dist.init_process_group(backend, timeout=limit)
     group = dist.new_group(backend="gloo", timeout=limit)
     default_store = dist.distributed_c10d._get_default_store()  # no public way; every large trainer does this
-    return World(dist.get_rank(), dist.get_world_size(), device, timeout_s, group, dist.PrefixStore("harness", default_store))  # type: ignore[attr-defined]
+    store = dist.PrefixStore(f"harness-{join_number}", default_store)  # type: ignore[attr-defined]
+    return World(dist.get_rank(), dist.get_world_size(), device, timeout_s, group, store)
 
 
 def _device() -> torch.device:
@@ -208,7 +213,7 @@ def _device() -> torch.device:
     return device
 
 
-def _restart_safe_store(limit: datetime.timedelta) -> Any:
+def _restart_safe_store(limit: datetime.timedelta, join_number: int) -> Any:
     """A fresh name space for each restart in place, or None where the default is right.
 
     torchrun keeps one store over all its restarts, and a restarted group stumbles over the keys of the dead one: it hangs, or
@@ -220,7 +225,7 @@ def _restart_safe_store(limit: datetime.timedelta) -> Any:
     if not shared or env.get("LOCAL_WORLD_SIZE") != env.get("WORLD_SIZE"):
         return None
     store = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), is_master=False, timeout=limit)  # type: ignore[attr-defined]
-    return dist.PrefixStore(f"restart-{env.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)  # type: ignore[attr-defined]
+    return dist.PrefixStore(f"restart-{env.get('TORCHELASTIC_RESTART_COUNT', '0')}-{join_number}", store)  # type: ignore[attr-defined]
 
 
 def wrappers(module: object) -> Iterator[object]:

@@ -63,7 +63,7 @@ def _die_with_parent() -> None:
 
 def watch(limit_s: float) -> None:
     """From now on, a process that neither calls this again nor `unwatch` for `limit_s` seconds prints its stacks and exits."""
-    faulthandler.dump_traceback_later(limit_s, exit=True)
+    faulthandler.dump_traceback_later(limit_s, exit=True, file=2)  # by number: sys.stderr may be a notebook's, without a file
 
 
 def unwatch() -> None:

@@ -96,7 +96,9 @@ STORMS = [
 
 
 @pytest.mark.parametrize(("ranks", "task", "plan"), STORMS)
-def test_a_run_killed_at_random_moments_equals_the_uninterrupted_one(ranks: int, task: tuple[str, ...], plan: Storm, tmp_path: Path) -> None:
+def test_a_run_killed_at_random_moments_equals_the_uninterrupted_one(
+    ranks: int, task: tuple[str, ...], plan: Storm, tmp_path: Path
+) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     done = run(torchrun(ranks, *task, f"run.dir={whole}", "data.num_workers=2"))
     assert done.returncode == 0, done.stderr
@@ -155,7 +157,9 @@ def test_with_other_numbers_of_ranks_the_same_samples_meet_in_the_same_global_ba
 
     expected, got = batches(records / "whole"), batches(records / "changed")
     assert got == expected
-    sizes = {ranks for file in (records / "changed").iterdir() for line in file.read_text().splitlines() for ranks in [json.loads(line)["ranks"]]}
+    sizes = {
+        ranks for file in (records / "changed").iterdir() for line in file.read_text().splitlines() for ranks in [json.loads(line)["ranks"]]
+    }
     assert sizes == {1, 2}
     epoch_steps = -(-240 // 36)
     for epoch in range(3):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from harness.checkpoint import format as fmt
 from harness.checkpoint.attempts import Attempt, check_fence
@@ -38,6 +39,21 @@ def best(manifests: Iterable[Manifest], policy: Policy) -> list[Manifest]:
     """Those with a score, best first; of equal ones the older first."""
     scored = [(value, m) for m in manifests if (value := score(m, policy)) is not None]
     return [m for value, m in sorted(scored, key=lambda pair: (-pair[0], pair[1].order))]
+
+
+def better(metrics: Mapping[str, float], so_far: float | None, policy: Policy) -> tuple[float | None, bool]:
+    """The best value of the policy's metric, and whether it is from these metrics and worth a checkpoint."""
+    value = metrics.get(policy.metric)
+    if value is None or math.isnan(value):
+        return so_far, False
+    improved = so_far is None or (value > so_far if policy.higher_is_better else value < so_far)
+    return (value, policy.best > 0) if improved else (so_far, False)
+
+
+def best_file(store: LocalStore, policy: Policy) -> Path | None:
+    """The file of the best checkpoint in the run's history, or None."""
+    ranked = best(survey(store).history, policy)
+    return store.path(f"{fmt.CHECKPOINTS}/{ranked[0].data.name}") if ranked else None
 
 
 def to_delete(history: list[Manifest], verified: set[str], policy: Policy) -> list[Manifest]:

@@ -45,6 +45,7 @@ def run(given: argparse.Namespace, rest: list[str]) -> int:
     if not any(option.startswith(("--nnodes", "--rdzv", "--standalone", "--master")) for option in options):
         options.append("--standalone")
         _check_batch(settings.train, given.nproc_per_node)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # what torchrun would set, without its warning
     launch = os.environ["HARNESS_LAUNCH"] = secrets.token_hex(8)
     program = [str(Path(__file__).resolve().parent.parent / "train.py")]
     program += ["--config", given.config] if given.config else []

@@ -52,9 +52,10 @@ def _digest_into(digest: Any, value: Any) -> None:
             _digest_into(digest, str(key))
             _digest_into(digest, value[key])
     elif isinstance(value, list | tuple):
+        digest.update(f"{len(value)}:".encode())
         for item in value:
             _digest_into(digest, item)
     elif isinstance(value, str | bytes | int | float | bool | np.generic | None):
-        digest.update(repr(value).encode())
+        digest.update(repr(value).encode() + b"\0")
     else:  # an image object, say: its repr would hold its address
         digest.update(type(value).__name__.encode())

@@ -142,6 +142,8 @@ class StreamSource:
                     yield self._hand_out(held, weights, last=False)
                 used += self.share_size * self.world.size
                 held = Position(epoch, used), samples, copy.deepcopy(self.dataset.state_dict())
+            for _ in iterator:  # the rest, on a rank whose stream is longer: the next pass begins at the beginning everywhere
+                pass
             if held is not None:  # a pass is over: go on from the end of it, not from before the unused rest
                 held = Position(epoch + 1, 0), held[1], copy.deepcopy(self.dataset.state_dict())
         if held is not None:

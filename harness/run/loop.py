@@ -11,8 +11,7 @@ import torch
 
 from harness import config, ranks, state, stop
 from harness.checkpoint import load, retention
-from harness.checkpoint.format import CHECKPOINTS, FORMAT_VERSION
-from harness.checkpoint.history import survey
+from harness.checkpoint.format import FORMAT_VERSION
 from harness.data import loading
 from harness.data.fingerprint import describe
 from harness.data.order import Position, end_step
@@ -22,7 +21,7 @@ from harness.ranks import World
 from harness.run.ending import Ending
 from harness.run.evaluation import evaluate
 from harness.run.pace import Pace
-from harness.run.resume import check_data, check_same_ranks, check_trackable, check_tracked, reaches
+from harness.run.resume import check_data, check_same_ranks, check_some_steps, check_trackable, check_tracked, reaches
 from harness.run.saver import Saver
 from harness.run.settings import Settings
 from harness.store import LocalStore
@@ -51,6 +50,7 @@ class Run:
         self.tracked: dict[str, Any] = {}
         self.finished = False
         self._settings, self._origin, self._payload = settings, choice.manifest, choice.payload
+        choice.payload = None  # held here until it is restored, and by nobody else
         self._position = Position()
         self._loss: float | None = None
         self._best: float | None = None
@@ -140,6 +140,8 @@ class Run:
         """
         if self._looping:
             raise UsageError("batches() is called inside the loop over another batches()", remedy="Use evaluate() for evaluation.")
+        if self._saver.attempt is not None:
+            raise UsageError("batches() is called a second time", remedy="Loop once, over all epochs: run.batches(…, epochs=5).")
         self._source = loading.source(
             dataset, self.world, self._settings.seed, global_batch_size,
             accumulate=accumulate, shuffle=shuffle, drop_last=drop_last, order=order, collate=collate_fn, num_workers=num_workers,
@@ -156,6 +158,7 @@ class Run:
             if self._end_step is None or self.step < self._end_step:
                 yield from self._steps(epochs, accumulate)
             if not self.finished:  # there was nothing left to do
+                check_some_steps(self.step, global_batch_size)
                 self._complete()
         finally:
             self._looping = False
@@ -210,11 +213,7 @@ class Run:
         """
         stop.unwatch()
         self.metrics = evaluate(self.world, list(self.tracked.values()), dataset, fn, batch_size, collate_fn)
-        value = self.metrics.get(self._settings.policy.metric)
-        if value is not None:
-            sign = 1 if self._settings.policy.higher_is_better else -1
-            if self._best is None or sign * value > sign * self._best:
-                self._best, self._new_best = value, self._settings.policy.best > 0
+        self._best, self._new_best = retention.better(self.metrics, self._best, self._settings.policy)
         self._saver.note("evaluated", step=self.step, **self.metrics)
         return self.metrics
 
@@ -331,5 +330,4 @@ class Run:
 
     def best_checkpoint(self) -> Path | None:
         """The file of the best checkpoint of the run so far by the metric that `init` was told, or None."""
-        ranked = retention.best(survey(self.store).history, self._settings.policy)
-        return self.store.path(f"{CHECKPOINTS}/{ranked[0].data.name}") if ranked else None
+        return retention.best_file(self.store, self._settings.policy)

@@ -37,6 +37,16 @@ def check_tracked(tracked: Mapping[str, Any], payload: Mapping[str, Any]) -> Non
         )
 
 
+def check_some_steps(step: int, global_batch_size: int) -> None:
+    """Raises UsageError if the data ended before the first step of the run: that is no finished training."""
+    if step == 0:
+        raise UsageError(
+            "the dataset ended before the first step",
+            f"found: fewer samples than a share of the global batch of {global_batch_size}, on at least one rank",
+            "Take a smaller batch, or more data.",
+        )
+
+
 def check_same_ranks(iterators: list[Any], world_size: int) -> None:
     """Raises UsageError if another number of ranks would have to share the state of iterable datasets."""
     if any(iterator is not None for iterator in iterators):

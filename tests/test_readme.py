@@ -1,0 +1,39 @@
+"""The README's commands, run in their order in a fresh copy."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from conftest import CLEAN, REPO
+
+
+def test_every_command_and_every_program_of_the_readme_works(tmp_path: Path) -> None:
+    copy = tmp_path / "harness"
+    shutil.copytree(REPO, copy, ignore=shutil.ignore_patterns(".venv", ".git", "runs", "__pycache__", ".*_cache", "build"))
+    (copy / ".venv").symlink_to(Path(sys.prefix))
+    text = (REPO / "README.md").read_text()
+    blocks = re.findall(r"```(bash|python)\n(.*?)```", text, re.DOTALL)
+    assert len(blocks) >= 9
+    said = []
+    for number, (language, block) in enumerate(blocks):
+        if language == "python":
+            (copy / block.split("\n", 1)[0].removeprefix("# ")).write_text(block)
+            continue
+        script = copy / f"block_{number}.sh"
+        script.write_text(f"set -eo pipefail\n{block}")
+        environment = CLEAN | {"OMP_NUM_THREADS": "1"}
+        environment.pop("PYTHONPATH", None)
+        done = subprocess.run(["bash", script.name], cwd=copy, env=environment, capture_output=True, text=True, timeout=300)
+        said.append(done.stdout)
+        assert done.returncode == 0, f"{block}\n{done.stdout}\n{done.stderr}"
+    together = "\n".join(said)
+    assert "goes on from step" in together, "the run was not killed in the middle"
+    assert "equal, bit for bit" in said[1]
+    accuracy = re.search(r"val_acc ([\d.]+)", said[0])
+    assert accuracy and float(accuracy[1]) >= 0.97
+    assert os.listdir(copy / "runs")
