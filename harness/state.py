@@ -206,7 +206,8 @@ def apply_override(built: Mapping[str, Any], tracked: Mapping[str, Any]) -> list
             )
             values = vars(plain(thing))
             for key, value in built[name].items():
-                if key not in progress and type(value) in (int, float, str, bool, list) and values.get(key) != value:
+                settings = value if isinstance(value, list) else [value]  # base_lrs, say; not the functions of a LambdaLR
+                if key not in progress and all(type(item) in (int, float, str, bool) for item in settings) and values.get(key) != value:
                     said.append(f"{name}.{key}: {values.get(key)} -> {value}")
                     values[key] = value
     return said

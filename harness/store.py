@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import io
+import itertools
 import os
 import re
 import secrets
@@ -33,7 +34,7 @@ from blake3 import blake3
 from harness.errors import StorageError
 
 CHUNK_BYTES = 4 << 20
-TEMP = re.compile(r"^.+\.tmp-(?P<attempt>\d+)-[0-9a-f]+$")
+TEMP = re.compile(r"^.+\.tmp-(?P<attempt>[0-9]+)-[0-9a-f]+\Z")
 
 
 @dataclass(frozen=True)
@@ -109,11 +110,13 @@ class Sink(io.RawIOBase):
                 raise
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
-        with contextlib.suppress(OSError):  # the first error is the one to report, and an attempt sweeps what stays
+        # The first error is the one to report, and a later attempt sweeps what stays.
+        with contextlib.suppress(OSError):
+            if self._fd >= 0:
+                os.close(self._fd)
+        with contextlib.suppress(OSError):
             os.unlink(self._temp)
+        self._fd = -1
         self.close()
 
 
@@ -156,7 +159,7 @@ class LocalStore:
 
     def read(self, key: str) -> bytes:
         """The whole of a small file. Raises FileNotFoundError if it is not there."""
-        with self.open(key) as file, _said(key, "read"):
+        with _said(key, "read"), self.open(key) as file:
             return file.read()
 
     def open(self, key: str) -> BinaryIO:
@@ -217,11 +220,10 @@ class LocalStore:
         for folder in folders:
             with _said(f"{self.root}/{folder}", "make"):
                 path = self.path(folder)
+                missing = list(itertools.takewhile(lambda made: not made.is_dir(), (path, *path.parents)))
                 path.mkdir(parents=True, exist_ok=True)
-                for made in (path, *path.parents):
+                for made in missing:
                     _fsync_folder(made.parent)
-                    if made == self.root:
-                        break
 
     def sweep(self, folders: tuple[str, ...], below_attempt: int) -> list[str]:
         """Delete the temporary files that attempts before `below_attempt` left; returns their keys."""
@@ -248,13 +250,16 @@ def _said(what: str, verb: str) -> Iterator[None]:
     try:
         yield
     except (FileNotFoundError, FileExistsError) as error:
-        if verb in ("write", "create") and isinstance(error, FileNotFoundError):
+        if verb in ("write", "create", "delete") and isinstance(error, FileNotFoundError):
             raise StorageError(f"cannot {verb} {what}: the folder has vanished ({error})", remedy="Is the disk still mounted?") from error
         raise
     except OSError as error:
-        raise StorageError(
-            f"cannot {verb} {what}: {error.strerror or error}", f"found: {error}", REMEDY.get(error.errno or 0, "")
-        ) from error
+        raise in_words(verb, what, error) from error
+
+
+def in_words(verb: str, what: str, error: OSError) -> StorageError:
+    """What the medium said, and what to do about it."""
+    return StorageError(f"cannot {verb} {what}: {error.strerror or error}", f"found: errno {error.errno}", REMEDY.get(error.errno or 0, ""))
 
 
 REMEDY = {

@@ -12,21 +12,23 @@ if __name__ == "__main__" and sys.path[0] == str(Path(__file__).resolve().parent
 
 from typing import TYPE_CHECKING, Any
 
-from harness import config
+from harness import config, task
 from harness.errors import HarnessError, report
 from harness.events import fill_closed_streams
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from harness.config import Config
+    from harness.task import Task
 
 
-def train(settings: Config, stored: dict[str, Any]) -> None:
-    """Train the configured task to its end, from wherever its run stands."""
+def train(build: Callable[..., Task], settings: Config, stored: dict[str, Any]) -> None:
+    """Train the task that `build` makes to its end, from wherever its run stands."""
     import harness
-    from harness import step, task
+    from harness import step
     from harness.data.order import accumulation
 
-    build = task.find(settings.task.name, settings.task.args, stored["task"]["args"])
     run = harness.init(
         settings.run.dir,
         remote=settings.run.remote,
@@ -82,10 +84,11 @@ def main(arguments: list[str] | None = None) -> None:
     parsed = parser.parse_intermixed_args(arguments)
     try:
         settings, stored = config.load(parsed.config, parsed.settings)
+        build = task.find(settings.task.name, settings.task.args, stored["task"]["args"])
     except HarnessError as error:
         report(error)
         sys.exit(error.exit_code)
-    train(settings, stored)
+    train(build, settings, stored)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import time
 
@@ -34,9 +35,17 @@ def loss(model, batch):
 
 
 def build(
-    size: int = 240, width: int = 32, lr: float = 1e-2, momentum: float = 0.9, sleep_s: float = 0.0, fail_at: int = -1, hang_at: int = -1
+    size: int = 240,
+    width: int = 32,
+    lr: float = 1e-2,
+    momentum: float = 0.9,
+    sleep_s: float = 0.0,
+    fail_at: int = -1,
+    hang_at: int = -1,
+    leave_at: int = -1,
 ) -> Task:
-    """`sleep_s` slows each forward pass of training down; `fail_at` raises in that one, `hang_at` never returns from it."""
+    """`sleep_s` slows each forward pass of training down; `fail_at` raises in that one, `hang_at` never returns from it, at `leave_at`
+    the last rank exits as if it had finished."""
     model = nn.Sequential(
         nn.Linear(12, width), nn.BatchNorm1d(width), nn.Tanh(), nn.Dropout(0.2), nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 1)
     )
@@ -48,6 +57,8 @@ def build(
         calls += 1
         if calls == fail_at:
             raise ValueError(f"the task fails in forward pass {fail_at}")
+        if calls == leave_at and os.environ["RANK"] == "1":
+            os._exit(0)
         time.sleep(3600 if calls == hang_at else sleep_s)
         return loss(model, batch)
 

@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import traceback
 from collections import Counter
@@ -80,7 +81,7 @@ def life(root: Path, phases: list[str]) -> None:
     """What the next attempt does, up to its first commit and what that lets go; `phases` grows as it goes on."""
     store = LocalStore(root)
     found = survey(store)
-    origin = found.history[0]
+    origin = found.history[0] if found.history else None
     os.kill(os.getpid(), signal.SIGSTOP)
     phases.append("claim")
     store.prepare(fmt.FOLDERS)
@@ -89,11 +90,13 @@ def life(root: Path, phases: list[str]) -> None:
     phases.append("commit")
     manifest = commit(store, attempt, payload(NEW), about(going_on_from(origin)))
     phases.append("retention")
-    retention.apply(store, attempt, {origin.name, manifest.name}, retention.Policy(last=2, best=0))
+    retention.apply(store, attempt, {m.name for m in (origin, manifest) if m}, retention.Policy(last=2, best=0))
 
 
 def serve() -> None:
     """Fork a writer for each run directory named on stdin; say its number once it has stopped, and in the end how it ended."""
+    with tempfile.TemporaryDirectory() as folder:  # whatever Python and torch load on first use is loaded before the first fork
+        prepare(Path(folder) / "run")
     for line in sys.stdin:
         pid = os.fork()
         if pid == 0:
@@ -113,7 +116,8 @@ def _code_of(root: Path) -> int:
     except StorageError:
         kind = RAISED_STORAGE
     except BaseException:  # noqa: BLE001  whatever else it is, it is the finding
-        traceback.print_exc()
+        with contextlib.suppress(OSError):  # every write may be failing
+            traceback.print_exc()
         kind = RAISED_OTHER
     return 10 * (1 + PHASES.index(phases[-1])) + kind
 
@@ -135,6 +139,7 @@ class Server:
 
     def live(self, root: Path, *strace: str) -> int:
         """One life in `root` under strace; the writer's exit code, negative for a signal."""
+        self.errors.clear()
         self.process.stdin.write(f"{root}\n")
         self.process.stdin.flush()
         pid = self._line()
@@ -203,6 +208,7 @@ def points(servers: list[Server], template: Path, tmp_path_factory: pytest.TempP
 
 
 def traced(server: Server, template: Path, folder: Path) -> list[Point]:
+    """The system calls of a life that begins with a copy of `template`."""
     root = folder / "run"
     shutil.copytree(template, root)
     assert server.live(root, "-y", "-s", "0", "-o", f"{folder}/trace") == DONE
@@ -289,6 +295,176 @@ def test_a_kill_at_any_system_call_leaves_the_old_checkpoint_or_the_new_one(serv
     assert reached[0] == OLD and reached[-1] == NEW
 
 
+def fails_at(server: Server, template: Path, folder: Path, point: Point, error: str, when: str) -> None:
+    """Let one call fail, or all from there on, and check what was said of it and what is left."""
+    root = folder / f"{point.name}-{point.k}-{error}"
+    shutil.copytree(template, root)
+    code = server.live(root, "-o", "/dev/null", "-e", f"trace={point.name}", "-e", f"inject={point.name}:error={error}:when={when}")
+    phase, kind = divmod(code, 10)
+    where = f"{error} at {point.text} -> {PHASES[phase - 1] if phase else 'done'}, {kind}"
+    expected = {0: DONE, 1: RAISED_STORAGE, 2: RAISED_SAVE, 3: RAISED_STORAGE}
+    assert code >= 0 and expected[phase] == kind, f"{where}\n{''.join(server.errors)}"
+    committed = phase in (0, 3)
+    try:
+        assert check_whole(root) == (NEW if committed else OLD)
+        left = [file.name for file in (root / fmt.CHECKPOINTS).iterdir() if file.name.startswith(fmt.stem(NEW, 2))]
+        assert committed or not left, f"a failed save leaves {left}"
+        check_next_attempt(root)
+    except (AssertionError, HarnessError) as found:
+        raise AssertionError(f"{where}: {found}") from found
+    shutil.rmtree(root)
+
+
+def all_fail(servers: list[Server], template: Path, folder: Path, cases: list[tuple[Point, str]]) -> None:
+    """Run every case, then fail with all that went wrong."""
+
+    def one(server: Server, case: tuple[Point, str]) -> str | None:
+        try:
+            fails_at(server, template, folder, *case, when=str(case[0].k))
+        except AssertionError as found:
+            return str(found)
+        return None
+
+    wrong = [said for said in each(servers, cases, one) if said]
+    assert not wrong, f"{len(wrong)} of {len(cases)} cases:\n" + "\n".join(wrong)
+
+
+def creates(point: Point) -> bool:
+    return point.name in ("mkdir", "link", "rename") or "O_CREAT" in point.text
+
+
+def writes(point: Point) -> bool:
+    return point.name in ("write", "fsync") or (point.name == "close" and ".tmp-" in point.text)
+
+
+def test_a_call_that_fails_with_an_io_error_ends_in_words_and_never_in_half_a_checkpoint(servers, template, points, tmp_path):
+    all_fail(servers, template, tmp_path, [(point, "EIO") for point in points if point.on_store])
+
+
+def test_a_disk_that_is_full_for_one_call_ends_in_words_and_never_in_half_a_checkpoint(servers, template, points, tmp_path):
+    all_fail(servers, template, tmp_path, [(point, "ENOSPC") for point in points if point.on_store and (creates(point) or writes(point))])
+
+
+def test_a_file_system_that_turns_read_only_ends_in_words_and_never_in_half_a_checkpoint(servers, template, points, tmp_path):
+    cases = [(point, "EROFS") for point in points if point.on_store and (creates(point) or point.name == "unlink")]
+    all_fail(servers, template, tmp_path, cases)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("error", ["ENOSPC", "EROFS", "EDQUOT", "ESTALE", "EACCES", "EINTR"])
+def test_any_call_that_fails_in_any_way_ends_in_words_and_never_in_half_a_checkpoint(servers, template, points, tmp_path, error):
+    all_fail(servers, template, tmp_path, [(point, error) for point in points if point.on_store])
+
+
+@pytest.mark.parametrize(("begun", "error"), [("write", "ENOSPC"), ("write", "EDQUOT"), ("fsync", "EIO")])
+def test_a_disk_that_goes_on_failing_while_the_save_is_given_up_changes_no_words(servers, template, points, tmp_path, begun, error):
+    """Network file systems report a full disk at the write, and again when the file is closed and deleted."""
+    first = next(point for point in points if point.name == begun and f"{fmt.stem(NEW, 2)}.pt.tmp" in point.text)
+    at = points.index(first)
+    injected = ["-e", f"trace={begun},close,unlink", "-e", f"inject={begun}:error={error}:when={first.k}+"]
+    for name in ("close", "unlink"):
+        before = sum(point.name == name for point in points[:at])
+        injected += ["-e", f"inject={name}:error={error}:when={before + 1}+"]
+    shutil.copytree(template, tmp_path / "run")
+    code = servers[0].live(tmp_path / "run", "-o", "/dev/null", *injected)
+    assert code == 10 * (1 + PHASES.index("commit")) + RAISED_SAVE, "".join(servers[0].errors)
+    assert check_whole(tmp_path / "run") == OLD
+    check_next_attempt(tmp_path / "run")
+
+
+def test_each_file_is_durable_before_it_appears_and_its_folder_before_anything_builds_on_it(points):
+    """Without the first fsync a file full of zeros may come back after a power loss, without the second the old file, or none."""
+    texts = [point.text for point in points if point.on_store]
+
+    def at(*needles: str, last: bool = False) -> int:
+        found = [k for k, text in enumerate(texts) if all(needle in text for needle in needles)]
+        assert found, f"no call {needles}"
+        return found[-1] if last else found[0]
+
+    folder = f"/{fmt.CHECKPOINTS}>)"
+    appeared = []
+    for appears, kind in (("rename(", "pt"), ("link(", "json")):
+        temp = f"{fmt.stem(NEW, 2)}.{kind}.tmp-"
+        order = [at("write(", temp, last=True), at("fsync(", temp), at(appears, temp)]
+        order.append(next(k for k in range(order[-1], len(texts)) if texts[k].startswith("fsync(") and folder in texts[k]))
+        assert order == sorted(order), (kind, [texts[k] for k in order])
+        appeared += [order[2], order[3]]
+    assert appeared == sorted(appeared), "the data is durable before its manifest appears"
+    assert at("unlink(", f"{fmt.stem(10, 1)}.json") > appeared[-1], "nothing is deleted before the new one is durable"
+    claimed = at("link(", "/attempts/0002.json.tmp-")
+    assert at("write(", "/attempts/0002.json.tmp-") < at("fsync(", "/attempts/0002.json.tmp-") < claimed
+    assert any(text.startswith("fsync(") and f"/{fmt.ATTEMPTS}>)" in text for text in texts[claimed : appeared[0]])
+
+
+def test_on_delete_the_manifest_is_gone_for_good_before_its_data_goes(points):
+    texts = [point.text for point in points if point.on_store]
+    for step in (10, 20):
+        manifest, data = (
+            next(k for k, text in enumerate(texts) if text.startswith("unlink(") and f"{fmt.stem(step, 1)}.{kind}" in text)
+            for kind in ("json", "pt")
+        )
+        between = texts[manifest:data]
+        assert any(text.startswith("fsync(") and f"/{fmt.CHECKPOINTS}>)" in text for text in between), between
+
+
+ALONE = """
+import sys
+from harness.store import LocalStore
+store = LocalStore(sys.argv[1])
+store.prepare(("checkpoints", "attempts"))
+store.write("checkpoints/a.json", b"a", 1)
+store.rename("checkpoints/a.json", "checkpoints/a.json.damaged")
+"""
+
+
+def missing_fsyncs(root: Path, trace: Path) -> list[str]:
+    """Make a store and change a name in it, under strace; what of that was not made durable."""
+    check_strace()
+    command = ["strace", "-y", "-o", str(trace), "-e", "trace=mkdir,rename,fsync", sys.executable, "-c", ALONE, str(root)]
+    ran = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=60)
+    assert ran.returncode == 0, ran.stderr
+    calls = [line for line in trace.read_text().splitlines() if str(trace.parent) in line and line.endswith("= 0")]
+    changes = [(at, call) for at, call in enumerate(calls) if not call.startswith("fsync(")]
+    assert len(changes) >= 5
+    missing = []
+    for at, call in changes:
+        folder = Path(call.split('"')[-2]).parent
+        if not any(later.startswith("fsync(") and f"<{folder}>" in later for later in calls[at:]):
+            missing.append(call)
+    return missing
+
+
+def test_folders_that_are_made_and_names_that_are_changed_are_durable_at_once(tmp_path):
+    assert missing_fsyncs(tmp_path / "a", tmp_path / "trace") == []
+
+
+def test_folders_above_the_run_that_are_made_with_it_are_durable_too(tmp_path):
+    assert missing_fsyncs(tmp_path / "runs" / "of" / "mine", tmp_path / "trace") == []
+
+
+def test_a_kill_in_the_first_attempt_leaves_nothing_or_its_first_checkpoint(servers, tmp_path):
+    """With nothing to go on from, each kill leaves a directory in which a fresh start is allowed, or the whole first checkpoint."""
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    points = [point for point in traced(servers[0], empty, tmp_path / "count") if point.name != "exit_group"]
+
+    def kill(server: Server, point: Point) -> int | None:
+        root = tmp_path / f"{point.name}-{point.k}"
+        root.mkdir()
+        code = server.live(root, "-o", "/dev/null", "-e", f"trace={point.name}", "-e", f"inject={point.name}:signal=SIGKILL:when={point.k}")
+        found = survey(LocalStore(root))
+        if not found.manifests:
+            found.check_fresh_start(str(root), [])
+        for manifest in found.manifests:
+            assert same(load.load(LocalStore(root), manifest), payload(NEW))
+        shutil.rmtree(root)
+        return len(found.manifests) if code != DONE else None
+
+    counts = each(servers, points, kill)
+    assert {point.name for point, count in zip(points, counts, strict=True) if count is None} <= OF_THE_HEAP
+    counts = [count for count in counts if count is not None]
+    assert counts == sorted(counts) and set(counts) == {0, 1}
+
+
 if __name__ == "__main__":
-    _code_of_warm = None
     serve()

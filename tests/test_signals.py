@@ -115,6 +115,16 @@ def test_a_stopped_peer_is_given_up_within_the_time_limit_and_the_run_goes_on(wh
     assert differing(whole, directory) == []
 
 
+def test_a_rank_that_leaves_early_fails_the_attempt_at_once_and_the_run_goes_on(whole: Path, tmp_path: Path) -> None:
+    directory = tmp_path / "run"
+    began = time.monotonic()
+    done = run(torchrun(2, *TASK, f"run.dir={directory}", "task.args.leave_at=12", "checkpoint.every_steps=5"))
+    assert done.returncode == 1 and time.monotonic() - began < 150, "far below the 600 s that a rank is waited for"
+    assert json.loads((directory / "attempts" / "0001.end.json").read_text())["why"] == "failed"
+    assert run(torchrun(2, *TASK, f"run.dir={directory}")).returncode == 0
+    assert differing(whole, directory) == []
+
+
 def test_a_step_that_never_ends_prints_its_stack_and_exits(tmp_path: Path) -> None:
     done = run(alone(*TASK, f"run.dir={tmp_path}/run", "task.args.hang_at=6", "run.timeout_s=2"))
     assert done.returncode == 1

@@ -87,11 +87,14 @@ BYTES = (
     "train.micro_batch_size=4", "train.precision=bf16", "log.every_steps=1", "eval.every_steps=40", "checkpoint.every_steps=7",
     "checkpoint.every_s=1", "checkpoint.best=val_loss:min",
 )  # fmt: skip
+SMALL = ("task.name=small_task:build", "train.epochs=12", "log.every_steps=1", "checkpoint.every_steps=7", "checkpoint.best=val_loss:min")
 STORMS = [
     pytest.param(2, DIGITS, Storm(1, 4, 60), id="digits-2"),
     pytest.param(3, BYTES, Storm(2, 3, 50), id="bytes-3"),
     *(pytest.param(ranks, task, Storm(seed, 12, 30), id=f"{name}-{ranks}-{seed}", marks=pytest.mark.slow)
       for name, task in (("digits", DIGITS), ("bytes", BYTES)) for ranks in (2, 3) for seed in (11, 12)),
+    *(pytest.param(ranks, (*SMALL, setting), Storm(13, 6, 20), id=f"{setting}-{ranks}", marks=pytest.mark.slow)
+      for setting in ("train.precision=fp16", "train.compile=true") for ranks in (1, 3)),
 ]  # fmt: skip
 
 
@@ -185,8 +188,8 @@ def batches(folder: Path) -> dict[int, list[int]]:
 
 
 def test_killed_processes_leave_nobody_behind(tmp_path: Path) -> None:
-    process = start(torchrun(2, "task.name=small_task:build", "task.args.sleep_s=0.05", "train.epochs=50", "data.num_workers=1", f"run.dir={tmp_path}/run",
-                             "log.every_steps=1"))  # fmt: skip
+    settings = (*SMALL, "task.args.sleep_s=0.05", "train.epochs=50", "data.num_workers=1", f"run.dir={tmp_path}/run")
+    process = start(torchrun(2, *settings))
     try:
         while not events(tmp_path / "run", "step"):
             assert process.poll() is None, process.communicate()

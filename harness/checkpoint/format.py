@@ -17,8 +17,8 @@ CHECKPOINTS, ATTEMPTS, EVENTS = "checkpoints", "attempts", "events"
 FOLDERS = (CHECKPOINTS, ATTEMPTS, EVENTS)
 SET_ASIDE = ".damaged"
 
-CHECKPOINT_NAME = re.compile(r"^checkpoints/step_(?P<step>\d{8,})-(?P<attempt>\d{4,})\.(?P<kind>pt|json)(?P<aside>\.damaged)?$")
-ATTEMPT_NAME = re.compile(r"^attempts/(?P<attempt>\d{4,})(?P<end>\.end)?\.json$")
+CHECKPOINT_NAME = re.compile(r"^checkpoints/step_(?P<step>[0-9]{8,})-(?P<attempt>[0-9]{4,})\.(?P<kind>pt|json)(?P<aside>\.damaged)?\Z")
+ATTEMPT_NAME = re.compile(r"^attempts/(?P<attempt>[0-9]{4,})(?P<end>\.end)?\.json\Z")
 
 Lineage = tuple[tuple[int, int], ...]
 
@@ -112,7 +112,7 @@ def from_bytes(key: str, text: bytes) -> Manifest:
         fields = json.loads(text)
         said = fields.pop("manifest_digest")
         version = fields["format_version"]
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise DamagedError(f"{key} is not a manifest", f"found: {type(error).__name__}: {str(error)[:100]}") from None
     if version != FORMAT_VERSION and _digest(fields) == said:
         raise NewerFormatError(f"{key} has format version {version}", f"expected: {FORMAT_VERSION}", "Read it with a newer harness.")

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import struct
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, BinaryIO
 
 import torch
@@ -19,6 +21,18 @@ from harness.checkpoint.history import Survey, survey
 from harness.errors import DamagedError, HarnessError, StorageError
 from harness.ranks import World
 from harness.store import CHUNK_BYTES, LocalStore
+
+LISTINGS = 5  # how often a store is listed anew because what was listed is gone
+
+# What torch.load was seen to raise for bytes that are no checkpoint.
+UNPARSEABLE = (
+    RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile, EOFError, ValueError, LookupError, TypeError, AttributeError, struct.error
+)  # fmt: skip
+
+
+def first_line(error: BaseException) -> str:
+    """An error's kind and the first line of its message."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or ['no message'])[0][:200]}"
 
 
 def verified(store: LocalStore, manifest: Manifest) -> BinaryIO:
@@ -58,8 +72,8 @@ def load(store: LocalStore, manifest: Manifest) -> dict[str, Any]:
     with verified(store, manifest) as file:
         try:
             payload = torch.load(file, map_location="cpu", weights_only=True)
-        except (RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile, EOFError, ValueError, KeyError) as error:
-            raise DamagedError(f"{manifest.data.name} cannot be parsed", f"found: {str(error).splitlines()[0][:200]}") from None
+        except UNPARSEABLE as error:
+            raise DamagedError(f"{manifest.data.name} cannot be parsed", f"found: {first_line(error)}") from None
     if not isinstance(payload, dict) or payload.get("step") != manifest.step:
         raise DamagedError(f"{manifest.data.name} is not the checkpoint that its manifest describes")
     return payload
@@ -82,6 +96,15 @@ def choose(store: LocalStore, world: World, give_up: Callable[[], object] = lamb
     Raises DamagedError if there is a history but nothing in it loads, StorageError if the store cannot be listed.
     Collective: every rank must call it.
     """
+    for _ in range(LISTINGS):
+        choice, vanished = _choose_once(store, world, give_up)
+        if not vanished:
+            return choice
+    raise StorageError(f"checkpoints of {store} vanish while they are read", remedy="Is another process deleting them? Start again.")
+
+
+def _choose_once(store: LocalStore, world: World, give_up: Callable[[], object]) -> tuple[Choice, bool]:
+    """One listing and what comes of it; also whether something listed was deleted meanwhile, so that only a new listing tells."""
     choice = Choice(None)
 
     def look() -> list[str]:
@@ -98,8 +121,10 @@ def choose(store: LocalStore, world: World, give_up: Callable[[], object] = lamb
         problems = {rank: said for rank, said in enumerate(world.gather((problem, is_damaged))) if said[0]}
         if not problems:
             choice.manifest, choice.payload = manifest, payload
-            return choice
+            return choice, False
         del payload
+        if not world.on_writer(partial(store.exists, manifest.key), give_up=give_up):
+            return choice, True
         choice.notes += [f"passed over: {said[0]} (rank {rank})" for rank, said in list(problems.items())[:1]]
         if any(said[1] for said in problems.values()):
             choice.damaged.append(manifest.key)
@@ -109,7 +134,7 @@ def choose(store: LocalStore, world: World, give_up: Callable[[], object] = lamb
             choice.survey.check_fresh_start(str(store), choice.notes)
 
     world.on_writer(check_fresh, give_up=give_up)
-    return choice
+    return choice, False
 
 
 def _parse(text: str) -> Manifest:

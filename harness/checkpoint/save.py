@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import platform
 import socket
@@ -18,7 +19,7 @@ from harness.checkpoint.format import DataFile, Lineage, Manifest
 from harness.checkpoint.history import extended
 from harness.checkpoint.load import verified
 from harness.errors import SaveError, StorageError
-from harness.store import CHUNK_BYTES, LocalStore
+from harness.store import CHUNK_BYTES, LocalStore, in_words
 
 
 @dataclass(frozen=True)
@@ -68,18 +69,18 @@ def adopt(source: LocalStore, manifest: Manifest, store: LocalStore, attempt: At
 def _commit(
     store: LocalStore, attempt: Attempt, step: int, write: Callable[[Any], None], build: Callable[[DataFile], Manifest]
 ) -> Manifest:
-    key = fmt.data_key(step, attempt.number)
-    written = False
+    key, manifest_key = fmt.data_key(step, attempt.number), fmt.manifest_key(step, attempt.number)
     try:
+        if store.exists(manifest_key):
+            raise FileExistsError(manifest_key)
         with store.writer(key, attempt.number) as sink:
             try:
                 write(sink)
             except (RuntimeError, OSError, AttributeError) as error:  # torch's own words for a file that refuses
                 if sink.error is None:
                     raise
-                raise StorageError(f"cannot write {key}: {sink.error.strerror}", f"found: {sink.error}") from error
+                raise in_words("write", key, sink.error) from error
             sink.commit()
-            written = True
             file = DataFile(f"{fmt.stem(step, attempt.number)}.pt", sink.size_bytes, sink.digest())
         manifest = build(file)
         check_fence(store, attempt)
@@ -87,9 +88,9 @@ def _commit(
     except FileExistsError as error:
         raise SaveError(f"step {step} of attempt {attempt.number} is committed already: {error}") from error
     except BaseException as error:
-        if written:
-            with contextlib.suppress(StorageError):
-                store.delete(key)
+        with contextlib.suppress(StorageError):  # in this order: what keeps its manifest must keep its data
+            store.delete(manifest_key)
+            store.delete(key)
         if isinstance(error, StorageError):
             raise SaveError(f"the checkpoint of step {step} was not saved: {error.what}", error.found, error.remedy) from error
         raise
@@ -102,8 +103,8 @@ def _manifest(attempt: Attempt, payload: dict[str, Any], about: About, file: Dat
         attempt=attempt.number,
         step=payload["step"],
         epoch=payload["epoch"],
-        loss=payload["loss"],
-        metrics=payload["metrics"],
+        loss=payload["loss"] if payload["loss"] is not None and math.isfinite(payload["loss"]) else None,  # JSON has no NaN
+        metrics={name: value for name, value in payload["metrics"].items() if math.isfinite(value)},
         world_size=about.world_size,
         lineage=extended(about.lineage, attempt.number, payload["step"]),
         files=(file,),

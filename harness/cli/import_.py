@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 
-from harness.checkpoint import attempts, save
+from harness.checkpoint import attempts, load, save
 from harness.checkpoint import format as fmt
 from harness.checkpoint.history import survey
 from harness.cli import locate
@@ -27,6 +27,7 @@ def run(given: argparse.Namespace) -> int:
     found = survey(store)
     if found.greatest or found.manifests:
         raise UsageError(f"{store} holds a run already", f"found: attempt {found.greatest}", "Choose another directory.")
+    load.verified(source, manifest).close()  # before anything is written
     store.prepare(fmt.FOLDERS)
     attempt = attempts.claim(store, found, manifest, manifest.world_size, kind="import")
     copy = save.adopt(source, manifest, store, attempt, ())

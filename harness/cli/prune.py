@@ -36,7 +36,8 @@ def run(given: argparse.Namespace) -> int:
     good = {m.name for m in found.history if _verifies(store, m)}
     manifests = retention.to_delete(found.history, good, _policy(store, given))
     history = {m.name for m in found.history}
-    manifests += [m for m in found.manifests if m.name not in history]
+    if good:  # nothing is deleted before something better is there
+        manifests += [m for m in found.manifests if m.name not in history]
     keys = _left_behind(store, found) + (found.set_aside if given.set_aside else [])
     for manifest in manifests:
         say(f"{'delete' if given.yes else 'would delete'}  {manifest.name}" + ("" if manifest.name in history else "  (cut off)"))

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 
-from harness.checkpoint import attempts, save
+from harness.checkpoint import attempts, load, save
 from harness.checkpoint.format import Manifest
 from harness.checkpoint.history import Survey, going_on_from
 from harness.cli import locate
@@ -30,6 +30,7 @@ def run(given: argparse.Namespace) -> int:
     if manifest is found.head and manifest.final is None:
         say(f"the run stands at {manifest.name} already; nothing to do")
         return 0
+    load.verified(store, manifest).close()  # before anything is claimed
     attempt = attempts.claim(store, found, manifest, manifest.world_size, kind="rollback")
     copy = save.adopt(store, manifest, store, attempt, going_on_from(manifest))
     attempts.end(store, attempt, "stopped", step=copy.step, saved=True, saved_step=copy.step, by="rollback")

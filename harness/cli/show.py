@@ -7,7 +7,6 @@ example: harness show runs/a          (its newest)
 from __future__ import annotations
 
 import argparse
-import pickle
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch
 
 from harness import config
 from harness.checkpoint import format as fmt
+from harness.checkpoint import load
 from harness.cli import locate
 from harness.errors import DamagedError
 from harness.events import say, size
@@ -29,10 +29,8 @@ def run(given: argparse.Namespace) -> int:
     path = store.path(f"{fmt.CHECKPOINTS}/{manifest.data.name}")
     try:
         payload = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
-        raise DamagedError(
-            f"{path} cannot be read", f"found: {str(error).splitlines()[0]}", "harness verify says what is damaged."
-        ) from None
+    except (OSError, *load.UNPARSEABLE) as error:
+        raise DamagedError(f"{path} cannot be read", f"found: {load.first_line(error)}", "harness verify says what is damaged.") from None
     say(f"{path}\n")
     facts = [("step", str(manifest.step)), ("epoch", str(manifest.epoch)), ("loss", locate.number(manifest.loss))]
     facts += [(name, locate.number(value)) for name, value in manifest.metrics.items()]

@@ -21,7 +21,7 @@ from harness.ranks import World
 from harness.run.ending import Ending
 from harness.run.evaluation import evaluate
 from harness.run.pace import Pace
-from harness.run.resume import check_data, check_same_ranks, check_some_steps, check_trackable, check_tracked, reaches
+from harness.run.resume import check_data, check_loggable, check_same_ranks, check_some_steps, check_trackable, check_tracked, reaches
 from harness.run.saver import Saver
 from harness.run.settings import Settings
 from harness.store import LocalStore
@@ -194,7 +194,8 @@ class Run:
         self._finish = True
 
     def log(self, **values: Any) -> None:
-        """Say how this step went. A tensor is read only when it is shown or saved. Every rank should call it alike."""
+        """Say how this step went, in numbers. A tensor is read only when it is shown or saved. Every rank should call it alike."""
+        check_loggable(values)
         self._logged = {name: value.detach() if isinstance(value, torch.Tensor) else value for name, value in values.items()}
 
     def evaluate(

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from harness.errors import UsageError
 
 HOW_DEALT = ("global_batch_size", "shuffle", "drop_last", "seed")
@@ -67,6 +69,14 @@ def check_trackable(name: str, thing: Any, tracked: Mapping[str, Any]) -> None:
             f"found: a {type(thing).__name__} without state_dict and load_state_dict",
             "Plain values go into run.state.",
         )
+
+
+def check_loggable(values: Mapping[str, Any]) -> None:
+    """Raises UsageError for what is not one number; the device is not asked."""
+    for name, value in values.items():
+        is_number = value.numel() == 1 if isinstance(value, torch.Tensor) else hasattr(value, "__float__")
+        if not is_number:
+            raise UsageError(f"log({name}=…) takes one number", f"found: {str(value)[:200]}", "Log a number or a tensor with one element.")
 
 
 def reaches(final: Mapping[str, int | None], end: Mapping[str, int | None]) -> bool:

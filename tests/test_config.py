@@ -1,0 +1,236 @@
+"""Settings: where they come from, what is refused, what is kept, and what may change between two attempts."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import REPO, alone, run
+
+from harness import config
+from harness.errors import EXIT_USAGE, UsageError
+
+
+def problems_of(file: str | None, overrides: list[str]) -> str:
+    with pytest.raises(UsageError) as caught:
+        config.load(file, overrides)
+    assert caught.value.exit_code == EXIT_USAGE == 78
+    return str(caught.value)
+
+
+def written(path: Path, text: str) -> str:
+    path.write_text(text)
+    return str(path)
+
+
+def test_defaults_give_way_to_the_file_and_the_file_to_the_command_line(tmp_path):
+    file = written(tmp_path / "a.yaml", "train:\n  epochs: 7\n  seed: 8\n  clip_norm: null\n")
+    settings, stored = config.load(file, ["train.seed=9"])
+    assert (settings.train.global_batch_size, settings.train.epochs, settings.train.seed) == (48, 7, 9)
+    assert settings.train.clip_norm is None
+    assert stored["train"] == dataclasses.asdict(settings.train)
+    assert config.load(None, [])[0] == config.Config()
+
+
+def test_values_keep_the_type_of_their_setting():
+    settings, _ = config.load(
+        None, ["checkpoint.every_s=5", "train.max_steps=null", "resume.accept=[config,data]", "task.args.lr=1e-4", "run.dir=007"]
+    )
+    assert settings.checkpoint.every_s == 5.0 and isinstance(settings.checkpoint.every_s, float)
+    assert settings.train.max_steps is None
+    assert settings.resume.accept == ["config", "data"] and isinstance(settings.resume.accept, list)
+    assert settings.task.args == {"lr": 1e-4} and isinstance(settings.task.args, dict)
+    assert isinstance(settings.run.dir, str)
+
+
+def test_settings_cannot_be_changed_once_loaded():
+    settings, _ = config.load(None, [])
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        settings.train.epochs = 1
+
+
+def test_every_problem_is_listed_at_once(tmp_path):
+    file = written(tmp_path / "a.yaml", "train:\n  epochz: 3\n  seed: many\nrunn:\n  dir: x\n")
+    said = problems_of(file, ["train.global_batch_sise=4", "checkpoint.keep_last=few", "nonsense", "=3", "tain.compile=yes"])
+    for expected in (
+        "8 problem(s)", "train.epochz: unknown setting", "Did you mean train.epochs?", "train.seed='many'", "runn.dir: unknown setting",
+        "Did you mean run.dir?", "train.global_batch_sise: unknown", "Did you mean train.global_batch_size?", "checkpoint.keep_last='few'",
+        "'nonsense': expected key=value", "'=3': expected key=value", "Did you mean train.compile?", str(file), "command line",
+    ):  # fmt: skip
+        assert expected in said
+
+
+def test_every_impossible_value_is_listed_with_what_is_allowed():
+    impossible = [
+        "train.epochs=0", "train.max_steps=-1", "train.global_batch_size=0", "train.micro_batch_size=0", "train.seed=-1",
+        "train.precision=fp8", "train.clip_norm=0", "train.ema_decay=1", "train.nonfinite=retry", "train.nonfinite_limit=0",
+        "data.num_workers=-1", "eval.every_steps=0", "eval.batch_size=0", "checkpoint.every_s=0", "checkpoint.every_steps=0",
+        "checkpoint.keep_last=0", "checkpoint.keep_every_steps=0", "checkpoint.keep_best=-1", "checkpoint.best=val_acc",
+        "log.every_steps=0", "resume.accept=[all]", "run.timeout_s=0", "run.dir=s3://bucket/a", "task.name=no_callable",
+    ]  # fmt: skip
+    said = problems_of(None, impossible)
+    assert f"{len(impossible)} problem(s)" in said
+    for text in impossible:
+        (line,) = [line for line in said.splitlines() if line.strip().startswith(text.partition("=")[0] + "=")]
+        assert "allowed is" in line
+
+
+@pytest.mark.parametrize(
+    ("setting", "allowed"),
+    [("train.precision=fp8", "fp32, bf16 or fp16"), ("run.remote=s3://b/a", "not supported"), ("run.dir=''", "a local directory")],
+)
+def test_an_impossible_value_is_refused_in_words(setting, allowed):
+    assert allowed in problems_of(None, [setting])
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "train.epochs=2.5",
+        "train.epochs=true",
+        "train.epochs=null",
+        "train.compile=3.5",
+        "train.seed=[1]",
+        "task.args=3",
+        "resume.accept=data",
+    ],
+)
+def test_a_wrong_type_is_refused(setting):
+    name, _, value = setting.partition("=")
+    said = problems_of(None, [setting])
+    assert "1 problem(s)" in said and name in said and value in said.lower().replace("none", "null")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("train: [1\n", "cannot be read as YAML"),
+        ("- a\n- b\n", "expected names and values"),
+        ("just words\n", "just words: unknown setting"),
+        ("train:\n  epochs: 1\n  epochs: 2\n", "cannot be read as YAML"),
+        ("train:\n  epochs: ${nowhere.at.all}\n", "train.epochs"),
+    ],
+)
+def test_an_unreadable_file_is_refused_in_words(tmp_path, text, expected):
+    said = problems_of(written(tmp_path / "broken.yaml", text), ["train.seed=-"])
+    assert expected in said and "broken.yaml" in said
+    assert "2 problem(s)" in said, "the command line is checked all the same"
+
+
+def test_a_missing_file_a_folder_and_bytes_are_refused_in_words(tmp_path):
+    assert "no such file" in problems_of(str(tmp_path / "none.yaml"), [])
+    assert "cannot be read as YAML" in problems_of(str(tmp_path), [])
+    (tmp_path / "bytes.yaml").write_bytes(b"\xff\xfe\x00\x01")
+    assert "cannot be read as YAML" in problems_of(str(tmp_path / "bytes.yaml"), [])
+
+
+def test_an_empty_file_gives_the_defaults(tmp_path):
+    assert config.load(written(tmp_path / "empty.yaml", "# nothing\n"), [])[0] == config.Config()
+
+
+def test_secrets_are_given_to_the_task_and_kept_nowhere(monkeypatch, tmp_path):
+    monkeypatch.setenv("THE_SECRET", "hunter2")
+    file = written(tmp_path / "a.yaml", "task:\n  args:\n    token: ${oc.env:THE_SECRET}\n")
+    settings, stored = config.load(file, ["task.args.other=x-${oc.env:THE_SECRET}"])
+    assert settings.task.args == {"token": "hunter2", "other": "x-hunter2"}
+    assert stored["task"]["args"] == {"token": "${oc.env:THE_SECRET}", "other": "x-${oc.env:THE_SECRET}"}
+    assert "hunter2" not in config.to_yaml(stored) and "hunter2" not in str(stored)
+    assert "${oc.env:THE_SECRET}" in config.to_yaml(stored)
+
+
+@pytest.mark.parametrize("setting", ["train.epochs=${oc.env:THE_SECRET}", "train.precision=${oc.env:THE_SECRET}"])
+def test_secrets_do_not_reach_an_error_message(monkeypatch, setting):
+    monkeypatch.setenv("THE_SECRET", "hunter2")
+    assert "hunter2" not in problems_of(None, [setting])
+
+
+def test_a_missing_environment_variable_is_named(monkeypatch):
+    monkeypatch.delenv("NOT_THERE", raising=False)
+    assert "NOT_THERE" in problems_of(None, ["task.args.token=${oc.env:NOT_THERE}"])
+
+
+@pytest.mark.parametrize("file", sorted((REPO / "configs").glob("*.yaml")), ids=lambda file: file.name)
+def test_the_configs_of_the_repository_load(file):
+    from harness import task
+
+    settings, _ = config.load(str(file), [])
+    task.find(settings.task.name, settings.task.args)
+
+
+def test_the_digits_config_is_the_defaults():
+    assert config.load(str(REPO / "configs" / "digits.yaml"), [])[0] == config.Config()
+
+
+def stored_of(*overrides: str) -> dict:
+    return config.load(None, list(overrides))[1]
+
+
+@pytest.mark.parametrize(
+    "free",
+    [
+        "run.dir=elsewhere", "data.num_workers=2", "checkpoint.every_s=1", "log.every_steps=1", "train.epochs=99", "train.max_steps=5",
+        "eval.batch_size=9",
+    ],
+)  # fmt: skip
+def test_what_cannot_change_the_model_may_change(free):
+    (change,) = config.check_changes(stored_of(), stored_of(free), [], [])
+    assert change.is_free and change.name == free.partition("=")[0]
+
+
+@pytest.mark.parametrize(
+    "bound",
+    [
+        "train.seed=2", "train.global_batch_size=24", "train.precision=bf16", "train.clip_norm=null", "train.nonfinite=ignore",
+        "task.args.lr=1.0", "task.name=a:b", "data.drop_last=false", "train.ema_decay=0.9", "train.micro_batch_size=4",
+        "train.deterministic=true", "train.compile=true",
+    ],
+)  # fmt: skip
+def test_what_changes_the_model_may_change_only_on_insistence(bound):
+    name = bound.partition("=")[0]
+    old, new = stored_of(), stored_of(bound)
+    with pytest.raises(UsageError) as caught:
+        config.check_changes(old, new, [], [])
+    assert f"{name}: " in str(caught.value) and "resume.accept=[config]" in str(caught.value)
+    assert f"resume.override=[{name}]" in str(caught.value)
+    assert [change.name for change in config.check_changes(old, new, ["config"], [])] == [name]
+    assert [change.name for change in config.check_changes(old, new, [], [name])] == [name]
+    with pytest.raises(UsageError):
+        config.check_changes(old, new, ["data"], ["train.other"])
+
+
+def test_only_what_is_overridden_is_let_through():
+    old, new = stored_of("task.args.lr=1"), stored_of("task.args.lr=2", "train.seed=5", "run.dir=x")
+    with pytest.raises(UsageError) as caught:
+        config.check_changes(old, new, [], ["task.args.lr"])
+    assert "train.seed: 1 -> 5" in caught.value.found
+    assert "task.args.lr" not in caught.value.found and "run.dir" not in caught.value.found
+
+
+def test_settings_that_came_or_went_are_changes():
+    old, new = {"train": {"old": 1}, "task": {"args": {}}}, {"train": {"new": 2}, "task": {"args": {"lr": 1}}}
+    assert [str(change) for change in config.changes(old, new)] == [
+        "task.args.lr: None -> 1", "train.new: None -> 2", "train.old: 1 -> None",
+    ]  # fmt: skip
+    assert config.changes(old, old) == []
+
+
+def test_the_digest_tells_settings_apart_and_nothing_else():
+    assert config.digest(stored_of()) == config.digest(stored_of("train.seed=1"))
+    assert config.digest(stored_of()) != config.digest(stored_of("train.seed=2"))
+
+
+def test_the_stored_settings_load_again(tmp_path):
+    _, stored = config.load(None, ["task.args.lr=0.5", "train.max_steps=3"])
+    again, stored_again = config.load(written(tmp_path / "config.yaml", config.to_yaml(stored)), [])
+    assert stored_again == stored and again.task.args == {"lr": 0.5}
+    assert yaml.safe_load(config.to_yaml(stored)) == stored
+
+
+def test_a_wrong_command_line_ends_with_78_and_without_a_traceback(tmp_path):
+    ended = run(alone("nonsense=1", "train.epochs=none"), cwd=tmp_path)
+    assert ended.returncode == 78
+    assert "2 problem(s)" in ended.stderr and "nonsense: unknown setting" in ended.stderr
+    assert "Traceback" not in ended.stderr and ended.stdout == ""
+    assert list(tmp_path.iterdir()) == [], "nothing was started"

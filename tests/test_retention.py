@@ -1,0 +1,310 @@
+"""Retention: a pure function decides which checkpoints may go, and nothing good goes before something better is there."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from harness.checkpoint import attempts, load, retention
+from harness.checkpoint import format as fmt
+from harness.checkpoint.format import Manifest
+from harness.checkpoint.history import going_on_from, survey
+from harness.checkpoint.retention import Policy, to_delete
+from harness.checkpoint.save import About, commit
+from harness.errors import SupersededError
+from harness.store import LocalStore
+
+
+def manifest(step: int, attempt: int = 1, **metrics: float) -> Manifest:
+    file = fmt.DataFile(f"{fmt.stem(step, attempt)}.pt", 1, "blake3:0")
+    lineage = ((attempt, step),)
+    return Manifest("run", attempt, step, 0, None, metrics, 1, lineage, (file,), {}, None, "", "", {}, "")
+
+
+def names(manifests: list[Manifest]) -> set[str]:
+    return {m.name for m in manifests}
+
+
+values = st.one_of(st.none(), st.just(math.nan), st.just(math.inf), st.integers(-3, 3).map(float))
+orders = st.tuples(st.integers(1, 4), st.integers(1, 40))
+policies = st.builds(
+    Policy,
+    last=st.integers(0, 6),
+    every_steps=st.one_of(st.none(), st.integers(1, 10)),
+    best=st.integers(0, 3),
+    metric=st.sampled_from(["val_loss", "val_acc"]),
+    higher_is_better=st.booleans(),
+)
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> tuple[list[Manifest], set[str], Policy]:
+    """A history in any order, what of it is verified, and a policy."""
+    history = []
+    for attempt, step in draw(st.lists(orders, unique=True, max_size=12)):
+        value = draw(values)
+        history.append(manifest(step, attempt, **({} if value is None else {"val_loss": value})))
+    verified = {m.name for m in history if draw(st.booleans())}
+    return history, verified, draw(policies)
+
+
+def newest_first(manifests: list[Manifest]) -> list[Manifest]:
+    return sorted(manifests, key=lambda m: (m.attempt, m.step), reverse=True)
+
+
+@given(cases())
+def test_the_two_newest_verified_ones_always_stay(case):
+    history, verified, policy = case
+    gone = names(to_delete(history, verified, policy))
+    newest = newest_first([m for m in history if m.name in verified])
+    assert not gone & names(newest[: max(2, policy.last)])
+
+
+@given(cases())
+def test_nothing_goes_while_fewer_than_two_are_verified(case):
+    history, verified, policy = case
+    if sum(m.name in verified for m in history) < 2:
+        assert to_delete(history, verified, policy) == []
+
+
+@given(cases())
+def test_the_best_verified_one_stays(case):
+    history, verified, policy = case
+    gone = names(to_delete(history, verified, policy))
+    measured = [m for m in history if m.name in verified and not math.isnan(m.metrics.get(policy.metric, math.nan))]
+    if policy.best and measured:
+        pick = max if policy.higher_is_better else min
+        best_value = pick(m.metrics[policy.metric] for m in measured)
+        assert {m.name for m in measured if m.metrics[policy.metric] == best_value} - gone, "one of those with the best value"
+
+
+@given(cases())
+def test_every_checkpoint_at_a_multiple_stays(case):
+    history, verified, policy = case
+    gone = to_delete(history, verified, policy)
+    if policy.every_steps:
+        assert not [m for m in gone if m.step % policy.every_steps == 0]
+
+
+@given(cases())
+def test_unverified_ones_never_displace_verified_ones(case):
+    """What of the verified ones stays does not depend on which unverified ones, perhaps damaged, lie beside them."""
+    history, verified, policy = case
+    only_verified = [m for m in history if m.name in verified]
+    kept_without = names(only_verified) - names(to_delete(only_verified, verified, policy))
+    kept_with = names(only_verified) - names(to_delete(history, verified, policy))
+    assert kept_without <= kept_with
+
+
+@given(cases())
+def test_the_policy_is_carried_out(case):
+    """What goes is what has no place; with everything verified that is exactly the rule."""
+    history, _, policy = case
+    gone = names(to_delete(history, names(history), policy))
+    ordered = newest_first(history)
+    scored = [m for m in history if not math.isnan(m.metrics.get(policy.metric, math.nan))]
+    sign = -1 if policy.higher_is_better else 1
+    scored.sort(key=lambda m: (sign * m.metrics[policy.metric], m.attempt, m.step))
+    kept = names(ordered[: max(2, policy.last)]) | names(scored[: policy.best])
+    kept |= {m.name for m in history if policy.every_steps and m.step % policy.every_steps == 0}
+    assert gone == (names(history) - kept if len(history) >= 2 else set())
+
+
+@given(cases(), st.randoms(use_true_random=False))
+def test_the_decision_is_pure_and_does_not_depend_on_the_order_of_the_list(case, rng: random.Random):
+    history, verified, policy = case
+    before = copy.deepcopy((history, verified, policy))
+    first = to_delete(history, verified, policy)
+    assert to_delete(history, verified, policy) == first
+    assert repr((history, sorted(verified), policy)) == repr((before[0], sorted(before[1]), before[2])), "arguments are not changed"
+    shuffled = list(history)
+    rng.shuffle(shuffled)
+    assert [m.name for m in to_delete(shuffled, verified, policy)] == [m.name for m in first]
+    assert [m.order for m in first] == sorted(m.order for m in first), "the oldest goes first"
+    assert names(first) <= names(history)
+
+
+@given(cases())
+def test_carrying_it_out_leaves_nothing_more_to_carry_out(case):
+    history, verified, policy = case
+    gone = names(to_delete(history, verified, policy))
+    assert to_delete([m for m in history if m.name not in gone], verified, policy) == []
+
+
+def test_steps_are_ordered_as_numbers_and_attempts_before_steps():
+    history = [manifest(step) for step in (9, 10, 100)]
+    assert names(to_delete(history, names(history), Policy(last=2, best=0))) == {"step_00000009-0001"}
+    history = [manifest(100, 1), manifest(99_999_999, 1), manifest(100_000_000, 1), manifest(20, 9), manifest(10, 10)]
+    gone = to_delete(history, names(history), Policy(last=2, best=0))
+    assert [m.order for m in gone] == [(1, 100), (1, 99_999_999), (1, 100_000_000)]
+
+
+def test_of_equal_values_the_older_is_the_best():
+    history = [manifest(step, val_loss=0.5) for step in (1, 2, 3, 4)]
+    assert names(to_delete(history, names(history), Policy(last=2, best=1))) == {"step_00000002-0001"}
+
+
+# --- carried out on a store ---
+
+
+def payload(step: int, val_loss: float) -> dict:
+    return {
+        "model_state_dict": {"weight": torch.full((4,), float(step))},
+        "step": step,
+        "epoch": 0,
+        "loss": val_loss,
+        "metrics": {"val_loss": val_loss},
+    }
+
+
+class Life:
+    """An attempt on a real store."""
+
+    def __init__(self, store: LocalStore) -> None:
+        self.store = store
+        found = survey(store)
+        self.origin = found.history[0] if found.history else None
+        self.attempt = attempts.claim(store, found, self.origin, 1)
+        self.verified = {self.origin.name} if self.origin else set()
+
+    def save(self, step: int, val_loss: float = 1.0) -> Manifest:
+        made = commit(self.store, self.attempt, payload(step, val_loss), About(1, going_on_from(self.origin), {}, "-"))
+        self.verified.add(made.name)
+        return made
+
+    def apply(self, policy: Policy) -> list[str]:
+        return retention.apply(self.store, self.attempt, self.verified, policy)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> LocalStore:
+    store = LocalStore(tmp_path / "run")
+    store.prepare(fmt.FOLDERS)
+    return store
+
+
+def files(store: LocalStore) -> list[str]:
+    return sorted(path.name for path in (store.root / fmt.CHECKPOINTS).iterdir())
+
+
+def of(*orders: tuple[int, int]) -> list[str]:
+    """The files of the checkpoints (step, attempt)."""
+    return sorted(f"{fmt.stem(step, attempt)}.{kind}" for step, attempt in orders for kind in ("pt", "json"))
+
+
+def test_nine_ten_and_a_hundred_go_in_the_order_of_numbers(store):
+    life = Life(store)
+    for step in (9, 10, 100):
+        life.save(step)
+    assert life.apply(Policy(last=2, best=0)) == ["step_00000009-0001"]
+    assert files(store) == of((10, 1), (100, 1))
+
+
+def test_what_stays_still_loads(store):
+    life = Life(store)
+    for step, val_loss in ((1, 0.3), (2, 0.1), (3, 0.2), (4, 0.4), (5, 0.5), (6, 0.6)):
+        life.save(step, val_loss)
+    life.apply(Policy(last=2, best=1, every_steps=3))
+    assert files(store) == of((2, 1), (3, 1), (5, 1), (6, 1))
+    for left in survey(store).history:
+        assert load.load(store, left)["step"] == left.step
+
+
+def test_mixed_attempts_are_ordered_by_attempt_first(store):
+    first = Life(store)
+    for step in (10, 20, 30):
+        first.save(step)
+    second = Life(store)
+    second.save(40)
+    third = Life(store)
+    third.save(50)
+    assert third.verified == {fmt.stem(40, 2), fmt.stem(50, 3)}
+    third.apply(Policy(last=2, best=0))
+    assert files(store) == of((40, 2), (50, 3))
+
+
+def test_what_an_earlier_attempt_left_without_being_read_counts_for_nothing(store):
+    first = Life(store)
+    for step in (10, 20, 30):
+        first.save(step)
+    second = Life(store)
+    second.save(40)
+    second.verified -= {fmt.stem(30, 1)}  # as if it had gone on from nothing that it read
+    assert second.apply(Policy(last=2, best=0)) == []
+    second.save(50)
+    second.apply(Policy(last=2, best=0))
+    assert files(store) == of((40, 2), (50, 2))
+
+
+def test_a_damaged_one_takes_no_place_from_a_good_one(store):
+    life = Life(store)
+    for step in (10, 20, 30, 40):
+        life.save(step)
+    store.path(fmt.data_key(30, 1)).write_bytes(b"damaged")
+    life.verified = {fmt.stem(step, 1) for step in (10, 20, 40)}
+    life.apply(Policy(last=2, best=0))
+    assert files(store) == of((20, 1), (30, 1), (40, 1))
+
+
+def test_only_the_history_is_looked_at(store):
+    """What a later attempt has cut off may be what somebody rolls back to: only `harness prune` deletes it."""
+    first = Life(store)
+    for step in (10, 20, 30):
+        first.save(step)
+    second = Life(store)
+    second.origin = survey(store).manifests[0]
+    for step in (11, 12, 13):
+        second.save(step)
+    second.apply(Policy(last=2, best=0))
+    assert files(store) == of((20, 1), (30, 1), (12, 2), (13, 2))
+
+
+def test_data_that_earlier_attempts_left_without_a_manifest_goes_and_ones_own_stays(store):
+    first = Life(store)
+    first.save(10)
+    store.write(fmt.data_key(20, 1), b"orphan", 1)
+    second = Life(store)
+    second.save(30)
+    store.write(fmt.data_key(40, 2), b"being written", 2)
+    store.write(fmt.data_key(40, 3), b"of a newer one", 3)
+    assert second.apply(Policy(last=2, best=0)) == [fmt.data_key(20, 1)]
+    assert files(store) == sorted([*of((10, 1), (30, 2)), f"{fmt.stem(40, 2)}.pt", f"{fmt.stem(40, 3)}.pt"])
+
+
+def test_data_whose_manifest_is_damaged_is_no_leftover(store):
+    first = Life(store)
+    first.save(10)
+    first.save(20)
+    store.path(fmt.manifest_key(20, 1)).write_bytes(b"damaged")
+    second = Life(store)
+    second.save(30)
+    second.apply(Policy(last=2, best=0))
+    assert files(store) == of((10, 1), (20, 1), (30, 2))
+
+
+def test_an_attempt_that_is_superseded_deletes_nothing(store):
+    first = Life(store)
+    for step in (10, 20, 30, 40):
+        first.save(step)
+    store.write(fmt.data_key(5, 0), b"orphan", 0)
+    before = files(store)
+    Life(store)
+    with pytest.raises(SupersededError):
+        first.apply(Policy(last=2, best=0))
+    assert files(store) == before
+
+
+def test_a_policy_of_nothing_still_keeps_two(store):
+    life = Life(store)
+    for step in (1, 2, 3):
+        life.save(step)
+    life.apply(dataclasses.replace(Policy(), last=0, best=0))
+    assert files(store) == of((2, 1), (3, 1))
