@@ -98,6 +98,23 @@ def test_a_second_interrupt_ends_a_process_that_cannot_save(tmp_path: Path, star
     assert process.returncode == 130
 
 
+def test_an_attempt_whose_origin_vanishes_before_its_first_commit_saves_at_once(tmp_path: Path, started: Start) -> None:
+    directory = tmp_path / "run"
+    common = alone(*TASK, "train.epochs=200", f"run.dir={directory}", "checkpoint.every_s=null", "task.args.sleep_s=0.05")
+    first = started([*common, "checkpoint.every_steps=2"])
+    after_steps(directory, 6, first)
+    first.kill()
+    first.communicate()
+    seen = len(events(directory, "step"))
+    second = started(common)
+    after_steps(directory, seen + 3, second)
+    assert not list(directory.glob("checkpoints/*-0002.json")), "nothing but the origin holds the run so far"
+    for file in directory.glob("checkpoints/*-0001.*"):
+        file.unlink()
+    wait_until(lambda: list(directory.glob("checkpoints/*-0002.json")), "a checkpoint of the second attempt", limit_s=4)
+    second.kill()
+
+
 def test_a_stopped_peer_is_given_up_within_the_time_limit_and_the_run_goes_on(whole: Path, tmp_path: Path, started: Start) -> None:
     directory = tmp_path / "run"
     process = started(torchrun(2, *TASK, f"run.dir={directory}", "task.args.sleep_s=0.05", "run.timeout_s=3", "checkpoint.every_steps=2"))
@@ -166,7 +183,7 @@ def test_launch_tells_by_its_exit_code_how_the_run_ended(whole: Path, tmp_path: 
     command = harness("launch", "--nproc-per-node", "2", *TASK, f"run.dir={directory}")
     process = started([*command, "task.args.sleep_s=0.05"])
     after_steps(directory, 3, process)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGUSR1)  # plain torchrun would die of it at once, and orphan its workers
     out, err = process.communicate(timeout=60)
     assert process.returncode == 75 and "Traceback" not in err, out + err
     assert run(harness("status", str(directory))).returncode == 75

@@ -91,8 +91,8 @@ SMALL = ("task.name=small_task:build", "train.epochs=12", "log.every_steps=1", "
 STORMS = [
     pytest.param(2, DIGITS, Storm(1, 4, 60), id="digits-2"),
     pytest.param(3, BYTES, Storm(2, 3, 50), id="bytes-3"),
-    *(pytest.param(ranks, task, Storm(seed, 12, 30), id=f"{name}-{ranks}-{seed}", marks=pytest.mark.slow)
-      for name, task in (("digits", DIGITS), ("bytes", BYTES)) for ranks in (2, 3) for seed in (11, 12)),
+    *(pytest.param(ranks, task, Storm(11, 12, 30), id=f"{name}-{ranks}-long", marks=pytest.mark.slow)
+      for name, task in (("digits", DIGITS), ("bytes", BYTES)) for ranks in (2, 3)),
     *(pytest.param(ranks, (*SMALL, setting), Storm(13, 6, 20), id=f"{setting}-{ranks}", marks=pytest.mark.slow)
       for setting in ("train.precision=fp16", "train.compile=true") for ranks in (1, 3)),
 ]  # fmt: skip
