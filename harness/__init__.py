@@ -7,7 +7,8 @@ Reading order, which is the order of a run:
     config.py     every setting                           data/         which sample comes next
     step.py       one optimizer step                      state.py      what survives a kill
     checkpoint/   how it is written, found, verified      store.py      where files lie
-    ranks.py      the other processes                     stop.py       signals
+    ranks.py      the other processes                     ddp.py        modules wrapped for them
+    stop.py       signals                                 events.py     what is said
 
 Imports only go down these layers, and each third-party library has one door:
 
@@ -15,7 +16,7 @@ Imports only go down these layers, and each third-party library has one door:
     run
     events
     state, step, checkpoint
-    data
+    data, ddp
     store, ranks, stop, config, task
     errors
 """

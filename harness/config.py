@@ -172,8 +172,7 @@ def load(file: str | None, overrides: list[str]) -> tuple[Config, dict[str, Any]
         except OmegaConfBaseException as error:
             why = "what it stands for is missing or of the wrong type" if "${" in str(value) else str(error).splitlines()[0]
             problems.append(f"{name}={value!r} ({origin}): {why}")  # as it was written: what it stands for may be secret
-    if not problems:
-        problems += _broken_rules(merged)
+    problems += _broken_rules(merged)
     if problems:
         raise UsageError(
             f"the configuration has {len(problems)} problem(s):", "\n".join(f"  {line}" for line in problems), "Nothing was started."
@@ -289,7 +288,7 @@ def changes(old: dict[str, Any], new: dict[str, Any]) -> list[Change]:
 
 def check_changes(old: dict[str, Any], new: dict[str, Any], accept: Sequence[str], override: Sequence[str]) -> list[Change]:
     """What differs and is all right. Raises UsageError naming every change that would alter the trajectory and is not insisted on."""
-    found = changes(old, new)
+    found = [change for change in changes(old, new) if not change.name.startswith("resume.")]
     refused = [] if "config" in accept else [change for change in found if not change.is_free and change.name not in override]
     if refused:
         raise UsageError(

@@ -76,5 +76,6 @@ def report(error: HarnessError) -> None:
         if isinstance(error, UsageError | SupersededError):
             return
         text = f"harness: error on rank {rank}: {first}"
-    with contextlib.suppress(OSError, ValueError):  # nobody reads; the exit code still tells
-        print(text, file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # nobody reads; the exit code still tells
+        sys.stderr.write(text + "\n")  # in one piece, or two ranks' lines run together
+        sys.stderr.flush()

@@ -21,12 +21,12 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from harness.errors import EXIT_FAILED, HarnessError, LostRankError, UsageError, by_exit_code
 
 T = TypeVar("T")
 HEARTBEAT_S = 1.0
+LAG = 100  # calls; long before, a save has brought all ranks together
 
 _joined = itertools.count(1)  # a process may train one run after another; each gets a name space of its own in the store
 
@@ -102,8 +102,8 @@ class World:
                 self._store.set(key, json.dumps({"code": EXIT_FAILED, "error": f"rank 0: {type(error).__name__}: {error}"}))
                 raise
             self._store.set(key, json.dumps({"result": result}))
-        if self._calls > 2:  # everybody has read it: each has called this once more since
-            self._store.delete_key(f"result/{self._calls - 2}")
+        if self._calls > LAG:  # this is no barrier: the writer may be some calls ahead of those who still have to read
+            self._store.delete_key(f"result/{self._calls - LAG}")
         return result
 
     def _await(self, key: str, give_up: Callable[[], object]) -> Any:
@@ -154,6 +154,18 @@ def _lost_rank_said() -> Iterator[None]:
     except RuntimeError as error:
         line = str(error).splitlines()[0][:300] if str(error) else type(error).__name__
         raise LostRankError("another rank of this attempt is lost", f"found: {line}", "The first error is in that rank's log.") from error
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """Whether an error says no more than that another rank is gone: gloo's and NCCL's words for it, from inside DDP, say."""
+    told = (
+        "Connection closed by peer",
+        "Connection reset by peer",
+        "Connection refused",
+        "NCCL communicator was aborted",
+        "Timed out waiting",
+    )
+    return isinstance(error, LostRankError) or (isinstance(error, RuntimeError) and any(words in str(error) for words in told))
 
 
 def own_rank() -> int:
@@ -226,109 +238,3 @@ def _restart_safe_store(limit: datetime.timedelta, join_number: int) -> Any:
         return None
     store = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), is_master=False, timeout=limit)  # type: ignore[attr-defined]
     return dist.PrefixStore(f"restart-{env.get('TORCHELASTIC_RESTART_COUNT', '0')}-{join_number}", store)  # type: ignore[attr-defined]
-
-
-def wrappers(module: object) -> Iterator[object]:
-    """The module and everything that it wraps, outermost first: torch.compile's and DDP's shells, then the plain module."""
-    yield module
-    while True:
-        inner = getattr(module, "_orig_mod", None)
-        if inner is None and isinstance(module, DistributedDataParallel | nn.DataParallel):
-            inner = module.module
-        if inner is None:
-            return
-        module = inner
-        yield module
-
-
-def plain(module: Any) -> Any:
-    """What is inside the shells of DDP and torch.compile."""
-    return list(wrappers(module))[-1]
-
-
-def ddp_of(module: object) -> DistributedDataParallel | None:
-    """The DDP shell of a module, if it has one."""
-    return next((shell for shell in wrappers(module) if isinstance(shell, DistributedDataParallel)), None)
-
-
-def wrap(module: nn.Module, world: World) -> nn.Module:
-    """DistributedDataParallel on this rank's device; a module without trainable parameters stays as it is."""
-    if not any(parameter.requires_grad for parameter in module.parameters()):
-        return module
-    return DistributedDataParallel(module, device_ids=[world.device.index] if world.device.type == "cuda" else None)
-
-
-def check_resumable(name: str, module: object, world: World) -> None:
-    """Refuse a wrapping that no resume could make exact. Raises UsageError."""
-    shells = [type(shell).__name__ for shell in wrappers(module)]
-    sharded = isinstance(plain(module), nn.Module) and any(hasattr(parameter, "_local_tensor") for parameter in plain(module).parameters())
-    if sharded or "FullyShardedDataParallel" in shells or "ZeroRedundancyOptimizer" in shells:
-        raise UsageError(
-            f"{name}: sharded state is not supported yet", f"found: {shells}", "Use DistributedDataParallel and a plain optimizer."
-        )
-    ddp = ddp_of(module)
-    if ddp is None or world.size == 1:
-        return
-    if ddp.static_graph and world.size > 2:
-        raise UsageError(
-            f"{name}: DistributedDataParallel(static_graph=True) sums gradients in another order after a resume",
-            f"found: static_graph=True on {world.size} ranks",
-            "Leave static_graph out.",
-        )
-    if not ddp.broadcast_buffers and any(True for _ in ddp.module.buffers()):
-        raise UsageError(
-            f"{name}: with broadcast_buffers=False each rank has buffers of its own, and only the writer's are saved",
-            "found: DistributedDataParallel(broadcast_buffers=False) around a module with buffers",
-            "Leave broadcast_buffers out.",
-        )
-
-
-class _Touch(nn.Module):
-    """Depends on every parameter, in the order in which they were registered."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self._parameters_of = tuple(module.parameters())  # a tuple, so that they are not registered here a second time
-
-    def forward(self) -> torch.Tensor:
-        total = torch.zeros((), device=self._parameters_of[0].device)
-        for parameter in self._parameters_of:
-            if parameter.requires_grad:
-                total = total + parameter.sum().real.float()
-        return total
-
-
-def settle_buckets(module: object) -> None:
-    """Let DDP form its gradient buckets now, so that every later step sums gradients in one and the same order.
-
-    DDP groups gradients anew after the first backward pass of a process. From three ranks on that changes the order of
-    summation, so the first step after a resume would differ in the last bits from the same step in an uninterrupted run. One
-    backward pass through a stand-in for the module, whose gradients are dropped, brings a fresh and a resumed process to the
-    same buckets. Collective: every rank must call it.
-    """
-    ddp = ddp_of(module)
-    if ddp is None or ddp.find_unused_parameters:  # with the latter DDP never regroups
-        return
-    inner = ddp.module
-    ddp.module = _Touch(inner)
-    try:
-        with torch.enable_grad(), quiet_forward([ddp]):
-            ddp().backward()
-    finally:
-        ddp.module = inner
-    for parameter in inner.parameters():
-        parameter.grad = None
-
-
-@contextlib.contextmanager
-def quiet_forward(modules: list[object]) -> Iterator[None]:
-    """While the block runs, forward passes call no collective: ranks may call a different number of them."""
-    shells = [ddp for module in modules if (ddp := ddp_of(module)) is not None]
-    before = [shell.require_forward_param_sync for shell in shells]
-    try:
-        for shell in shells:
-            shell.require_forward_param_sync = False
-        yield
-    finally:
-        for shell, value in zip(shells, before, strict=True):
-            shell.require_forward_param_sync = value

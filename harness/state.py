@@ -19,19 +19,21 @@ from __future__ import annotations
 
 import copy
 import random
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from harness.data.order import seed_cpu, seed_of
+from harness.ddp import plain
 from harness.errors import NonFiniteError, UsageError
-from harness.ranks import plain
 
 Seen = dict[Any, tuple[torch.Tensor, torch.Tensor]]  # where a tensor lies -> itself and what is saved of it
+MOST_BITS = 2000  # of a number; the safe loader reads none that is much longer
 PLAIN = (bool, int, float, complex, str, bytes, type(None))
 
 
@@ -49,7 +51,8 @@ def capture(tracked: Mapping[str, Any]) -> dict[str, Any]:
 
 def _check_finite(name: str, thing: Any) -> None:
     if isinstance(thing, nn.Module):
-        broken = [key for key, parameter in thing.named_parameters() if not torch.isfinite(parameter).all()]
+        parameters = [(key, parameter) for key, parameter in thing.named_parameters() if not is_lazy(parameter)]
+        broken = [key for key, parameter in parameters if not torch.isfinite(parameter).all()]
         if broken:
             raise NonFiniteError(
                 f"{name} is not saved: parameters are not finite",
@@ -60,18 +63,22 @@ def _check_finite(name: str, thing: Any) -> None:
 
 def _to_cpu(value: Any, where: str, seen: Seen) -> Any:
     if isinstance(value, torch.Tensor):
-        return _tensor_to_cpu(value.detach(), seen)
+        return value if is_lazy(value) else _tensor_to_cpu(value.detach(), seen)
     if isinstance(value, Mapping):
-        items = ((key, _to_cpu(item, f"{where}[{key!r}]", seen)) for key, item in value.items())
-        return OrderedDict(items) if isinstance(value, OrderedDict) else dict(items)
+        items = ((_key(key, where), _to_cpu(item, f"{where}[{key!r}]", seen)) for key, item in value.items())
+        if not isinstance(value, OrderedDict):
+            return Counter(dict(items)) if isinstance(value, Counter) else dict(items)
+        ordered = OrderedDict(items)
+        if hasattr(value, "_metadata"):  # the versions of a module's parts: without them it takes the state for an old one
+            ordered._metadata = value._metadata  # type: ignore[attr-defined]
+        return ordered
     if isinstance(value, list | tuple):
         parts = [_to_cpu(item, f"{where}[{at}]", seen) for at, item in enumerate(value)]
         return tuple(parts) if isinstance(value, tuple) else parts
-    if isinstance(value, np.generic):
-        return value.item()
-    if isinstance(value, np.ndarray):
+    if isinstance(value, np.ndarray) and value.dtype != object:
         return torch.from_numpy(value.copy())
-    if type(value) in PLAIN:
+    value = value.item() if isinstance(value, np.generic) else value
+    if type(value) in PLAIN and not (isinstance(value, int) and value.bit_length() > MOST_BITS):
         return value
     raise UsageError(
         f"{where} cannot be saved as plain data",
@@ -80,11 +87,19 @@ def _to_cpu(value: Any, where: str, seen: Seen) -> Any:
     )
 
 
+def _key(key: Any, where: str) -> Any:
+    if isinstance(key, tuple):
+        return tuple(_key(part, where) for part in key)
+    return key if type(key) is torch.dtype else _to_cpu(key, f"{where}, key {key!r}", {})
+
+
 def _tensor_to_cpu(tensor: torch.Tensor, seen: Seen) -> torch.Tensor:
     """Tied tensors stay tied; a view does not drag the whole storage that it looks into along.
 
     The original is kept beside its copy, so that its address is not given to another tensor while it stands for this one.
     """
+    if tensor.layout is not torch.strided:
+        return tensor.to("cpu", copy=True)
     storage = tensor.untyped_storage()
     place = (storage.data_ptr(), tensor.storage_offset(), tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype, tensor.device)
     if place not in seen:
@@ -115,7 +130,7 @@ def restore(tracked: Mapping[str, Any], classes: Mapping[str, str], payload: Map
                 f"{name} is not what {source} was saved from", f"found: {class_name(thing)}, expected: {classes[name]}",
                 "Put the old one back, or take a new run directory.",
             )  # fmt: skip
-        if isinstance(plain(thing), nn.Module):
+        if isinstance(plain(thing), nn.Module) and not any(is_lazy(value) for value in plain(thing).state_dict().values()):
             check_tensors(name, plain(thing).state_dict(), state, source)
     for name, thing in tracked.items():
         _restore_one(name, plain(thing), payload[f"{name}_state_dict"], source)
@@ -138,10 +153,18 @@ def _mend_casts(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> N
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     numbers = [number for group in state["param_groups"] for number in group["params"]]
     for number, parameter in zip(numbers, parameters, strict=True):
-        for key, value in state["state"].get(number, {}).items():
-            held = optimizer.state[parameter].get(key)
-            if isinstance(value, torch.Tensor) and isinstance(held, torch.Tensor) and held.dtype != value.dtype:
-                optimizer.state[parameter][key] = value.to(held.device)
+        if number in state["state"]:
+            optimizer.state[parameter] = _mended(optimizer.state[parameter], state["state"][number])
+
+
+def _mended(held: Any, saved: Any) -> Any:
+    if isinstance(saved, torch.Tensor) and isinstance(held, torch.Tensor):
+        return held if held.dtype == saved.dtype else saved.to(held.device)
+    if isinstance(saved, Mapping) and isinstance(held, Mapping):
+        return {key: _mended(held[key], value) for key, value in saved.items()}
+    if isinstance(saved, list | tuple) and isinstance(held, list | tuple):
+        return type(saved)(_mended(mine, value) for mine, value in zip(held, saved, strict=True))
+    return held
 
 
 def class_name(thing: Any) -> str:
@@ -177,6 +200,53 @@ def as_built(thing: Any) -> dict[str, Any]:
     if isinstance(inner, torch.optim.Optimizer):
         return {"param_groups": [{key: value for key, value in group.items() if key != "params"} for group in inner.param_groups]}
     return copy.deepcopy(inner.state_dict()) if isinstance(inner, torch.optim.lr_scheduler.LRScheduler) else {}
+
+
+def check(tracked: Mapping[str, Any]) -> None:
+    """Raises UsageError, at the start and not at the first save, for state that cannot be saved or would be left behind."""
+    for name, thing in tracked.items():
+        _to_cpu(plain(thing).state_dict(), f"{name}_state_dict", {})
+    _check_covered(tracked)
+
+
+def _check_covered(tracked: Mapping[str, Any]) -> None:
+    """Raises UsageError if an optimizer updates parameters that no tracked object holds: they would start anew at each resume."""
+    things = {name: plain(thing) for name, thing in tracked.items()}
+    held: set[int] = set()
+    for thing in things.values():
+        if not isinstance(thing, torch.optim.Optimizer):
+            _collect_addresses(thing.state_dict(), held)
+    for name, thing in things.items():
+        if isinstance(thing, torch.optim.Optimizer):
+            groups = [parameter for group in thing.param_groups for parameter in group["params"] if not is_lazy(parameter)]
+            lost = [tuple(parameter.shape) for parameter in groups if parameter.numel() and parameter.data_ptr() not in held]
+            if lost:
+                raise UsageError(
+                    f"{name} updates {len(lost)} parameter(s) that belong to nothing tracked: they would be lost at a restart",
+                    f"found: shapes {', '.join(map(str, lost[:5]))}",
+                    "Track the module that holds them too.",
+                )
+
+
+def _collect_addresses(value: Any, into: set[int]) -> None:
+    if isinstance(value, torch.Tensor):
+        if value.layout is torch.strided and not is_lazy(value):
+            into.add(value.data_ptr())
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            _collect_addresses(item, into)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            _collect_addresses(item, into)
+
+
+def untracked_schedule(tracked: Mapping[str, Any]) -> str | None:
+    """The name of a tracked optimizer whose learning rate a scheduler moves while no scheduler is tracked; else None."""
+    things = {name: plain(thing) for name, thing in tracked.items()}
+    if any("scheduler" in type(thing).__module__ or "lr_scheduler" in type(thing).__module__ for thing in things.values()):
+        return None
+    moved = (n for n, t in things.items() if isinstance(t, torch.optim.Optimizer) and any("initial_lr" in g for g in t.param_groups))
+    return next(moved, None)
 
 
 def apply_override(built: Mapping[str, Any], tracked: Mapping[str, Any]) -> list[str]:

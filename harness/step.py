@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from harness.config import TrainSettings
+from harness.ddp import plain, wrap
 from harness.errors import NonFiniteError, UsageError
-from harness.ranks import World, plain, wrap
+from harness.ranks import World
 from harness.task import Task, named
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}

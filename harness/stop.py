@@ -10,18 +10,21 @@ import ctypes
 import faulthandler
 import os
 import signal
+import time
 from types import FrameType
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 PR_SET_PDEATHSIG = 1
 
 _requested: list[str] = []
+_alarm_set_at = [float("-inf")]
 
 
 def install() -> None:
     """Let the stop signals set the flag from now on. A second SIGINT ends the process at once."""
     for number in STOP_SIGNALS:
-        signal.signal(number, _handle)
+        if number is not signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # under nohup it stays ignored
+            signal.signal(number, _handle)
 
 
 def _handle(number: int, frame: FrameType | None) -> None:
@@ -62,10 +65,17 @@ def _die_with_parent() -> None:
 
 
 def watch(limit_s: float) -> None:
-    """From now on, a process that neither calls this again nor `unwatch` for `limit_s` seconds prints its stacks and exits."""
+    """From now on, a process that neither calls this again nor `unwatch` for `limit_s` seconds prints its stacks and exits.
+
+    To be called in each step: setting the alarm takes half a millisecond, so it is set again once a second at most.
+    """
+    if time.monotonic() - _alarm_set_at[0] < min(1.0, limit_s / 4):
+        return
+    _alarm_set_at[0] = time.monotonic()
     faulthandler.dump_traceback_later(limit_s, exit=True, file=2)  # by number: sys.stderr may be a notebook's, without a file
 
 
 def unwatch() -> None:
     """What follows may take as long as it likes."""
+    _alarm_set_at[0] = float("-inf")
     faulthandler.cancel_dump_traceback_later()

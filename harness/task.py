@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import inspect
 import os
@@ -19,6 +20,7 @@ from harness.errors import UsageError
 class Task:
     """What is trained. One module may be given as it is instead of a dict of one; likewise an optimizer or a scheduler.
 
+    * schedulers are stepped once an update.
     * `loss(modules, batch)` returns the batch's mean loss, a scalar; it gets the modules as they were given here, ready for
       training on all ranks.
     * `evaluate(modules, batch)` returns sums over the batch's samples, as {"val_loss": …, "val_acc": …}; each is divided by
@@ -58,16 +60,22 @@ def find(name: str, args: Mapping[str, Any], written: Mapping[str, Any] | None =
             raise UsageError(f"task.name={name}: importing {module_name} failed", f"found: {error}", "Install what is missing.") from error
         raise UsageError(
             f"task.name={name}: there is no module {module_name}",
-            f"searched: {', '.join(sys.path[:3])} …",
-            "Start from the folder that holds it, or install its package.",
+            f"searched from {os.getcwd()}",
+            "Leave out the .py." if module_name.endswith(".py") else "Start from the folder that holds it, or install its package.",
         ) from error
     build = getattr(module, attribute, None)
     if not callable(build):
-        raise UsageError(
-            f"task.name={name}: {module_name} has no callable {attribute!r}", f"found: {build!r}", "Write package.module:callable."
-        )
+        near = difflib.get_close_matches(attribute, dir(module), n=1)
+        hint = f"Did you mean {near[0]}?" if near else "Write package.module:callable."
+        raise UsageError(f"task.name={name}: {module_name} has no callable {attribute!r}", remedy=hint)
     _check_args(name, build, args, args if written is None else written)
     return build  # type: ignore[no-any-return]
+
+
+def defaults(build: Callable[..., Any]) -> dict[str, Any]:
+    """The arguments that `build` takes by default, as far as they are plain values: they belong to a run's settings too."""
+    found = {p.name: p.default for p in inspect.signature(build).parameters.values()}
+    return {name: value for name, value in found.items() if value is None or type(value) in (bool, int, float, str)}
 
 
 def _check_args(name: str, build: Callable[..., Any], args: Mapping[str, Any], written: Mapping[str, Any]) -> None:

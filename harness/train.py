@@ -85,9 +85,13 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         settings, stored = config.load(parsed.config, parsed.settings)
         build = task.find(settings.task.name, settings.task.args, stored["task"]["args"])
+        stored["task"]["args"] = task.defaults(build) | stored["task"]["args"]
+        import harness.run  # noqa: F401 - takes seconds, in which an interrupt needs no traceback
     except HarnessError as error:
         report(error)
         sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
     train(build, settings, stored)
 
 

@@ -170,7 +170,7 @@ def test_the_share_is_split_into_the_fewest_equal_micro_batches(batch, world_siz
 def test_a_batch_that_cannot_be_dealt_out_is_refused_with_the_nearest_that_can():
     with pytest.raises(UsageError) as caught:
         plans(100, 7, 1, 2)[0].check()
-    assert "train.global_batch_size=7 on 2 rank(s)" in caught.value.found and "6 or 8" in caught.value.remedy
+    assert "global_batch_size=7 on 2 rank(s)" in caught.value.found and "6 or 8" in caught.value.remedy
     with pytest.raises(UsageError) as caught:
         plans(5, 8, 1, 2)[0].check()
     assert "5 samples" in caught.value.found

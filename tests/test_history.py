@@ -498,7 +498,8 @@ def test_status_tells_finished_continue_failed_and_cannot_tell_apart(store, caps
     code, said = status(store, capsys)
     assert (code, said["state"], said["step"]) == (0, "finished", 20), "what is committed counts, also without an end record"
     Life(store).end("failed", error="later")
-    assert status(store, capsys)[0] == 0
+    code, said = status(store, capsys)
+    assert code == 1 and "later" in said["why"], "an attempt to extend a finished run failed"
 
 
 def test_a_store_that_cannot_be_listed_cannot_be_told(tmp_path, capsys):

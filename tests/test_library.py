@@ -151,7 +151,7 @@ def test_every_generator_goes_on_where_it_was(tmp_path):
         found = {}
         run_ = harness.init(directory, seed=1, save_every_steps=1)
         run_.track(model=net())
-        for _ in run_.batches(Noisy(40), 10, num_workers=leave_at % 2):
+        for _ in run_.batches(Noisy(40), 10, num_workers=leave_at % 2, epochs=1):
             found[run_.step] = draw()
             if run_.step == leave_at:
                 break
@@ -235,7 +235,7 @@ def test_misuse_of_track_is_said_in_words(tmp_path):
         run_.track(model=net())
     with pytest.raises(UsageError, match="without state_dict"):
         run_.track(count=3)
-    for _ in run_.batches(Noisy(20), 10):
+    for _ in run_.batches(Noisy(20), 10, epochs=1):
         with pytest.raises(UsageError, match="after the first batch"):
             run_.track(late=net())
     with pytest.raises(UsageError, match="after the first batch"):
@@ -245,26 +245,26 @@ def test_misuse_of_track_is_said_in_words(tmp_path):
 def test_nothing_tracked_is_refused_before_anything_is_written(tmp_path):
     run_ = harness.init(tmp_path / "a")
     with pytest.raises(UsageError, match="nothing is tracked"):
-        next(run_.batches(Noisy(20), 10))
+        next(run_.batches(Noisy(20), 10, epochs=1))
     assert not (tmp_path / "a").exists()
 
 
 def test_batches_inside_batches_are_refused_and_the_outer_loop_goes_on(tmp_path):
     run_, _ = tracked_run(tmp_path / "a")
     made = 0
-    for _ in run_.batches(Noisy(40), 10):
+    for _ in run_.batches(Noisy(40), 10, epochs=1):
         made += 1
         with pytest.raises(UsageError, match="inside the loop"):
-            next(run_.batches(Noisy(20), 10))
+            next(run_.batches(Noisy(20), 10, epochs=1))
     assert made == 4 and run_.finished
 
 
 def test_a_second_loop_of_one_run_is_refused_in_words(tmp_path):
-    """`for epoch in range(3): for batch in run.batches(…)` is an easy mistake; no other start is to blame for it."""
+    """`for epoch in range(3): for batch in run.batches(…, epochs=1)` is an easy mistake; no other start is to blame for it."""
     run_, _ = tracked_run(tmp_path / "a")
-    assert len(list(run_.batches(Noisy(40), 10))) == 4
+    assert len(list(run_.batches(Noisy(40), 10, epochs=1))) == 4
     with pytest.raises(UsageError, match="batches"):
-        next(run_.batches(Noisy(40), 10))
+        next(run_.batches(Noisy(40), 10, epochs=1))
 
 
 def test_tracked_names_have_to_stay(tmp_path):
@@ -282,7 +282,7 @@ def test_other_data_and_another_way_to_deal_it_out_are_refused(tmp_path):
         return next(run_.batches(dataset, batch, epochs=2, **options))
 
     run_, _ = tracked_run(tmp_path / "a")
-    list(run_.batches(Noisy(40), 10))
+    list(run_.batches(Noisy(40), 10, epochs=1))
     other = Noisy(40)
     other.x[7] += 1
     with pytest.raises(UsageError, match="not what this run was trained on"):
@@ -320,7 +320,7 @@ def test_settings_of_the_run_are_kept_and_compared(tmp_path):
 def test_plain_values_of_the_user_survive_and_others_are_refused(tmp_path):
     values = {"patience": 3, "best": 0.5, "name": "a", "list": [1, {"x": None}], "pair": (1, 2), "numpy": np.float64(0.25)}
     run_, _ = tracked_run(tmp_path / "a")
-    for _ in run_.batches(Noisy(20), 10):
+    for _ in run_.batches(Noisy(20), 10, epochs=1):
         run_.state |= values
     run_, _ = tracked_run(tmp_path / "a")
     assert run_.state == values and type(run_.state["numpy"]) is float
@@ -332,16 +332,16 @@ def test_plain_values_of_the_user_survive_and_others_are_refused(tmp_path):
 
 def test_accumulating_yields_lists_with_one_weight_each(tmp_path):
     run_, _ = tracked_run(tmp_path / "a")
-    shares = [(batches, run_.weights) for batches in run_.batches(Noisy(26), 12, accumulate=3, drop_last=False)]
+    shares = [(batches, run_.weights) for batches in run_.batches(Noisy(26), 12, accumulate=3, drop_last=False, epochs=1)]
     assert [[len(x) for x, _ in batches] for batches, _ in shares] == [[4, 4, 4], [4, 4, 4], [1, 1, 1]]
     assert [weights for _, weights in shares] == [pytest.approx((1 / 3,) * 3)] * 2 + [(0.0, 0.5, 0.5)]
     run_, _ = tracked_run(tmp_path / "b")
-    assert all(isinstance(batch, list) and len(batch) == 2 and len(batch[0]) == 12 for batch in run_.batches(Noisy(26), 12))
+    assert all(isinstance(batch, list) and len(batch) == 2 and len(batch[0]) == 12 for batch in run_.batches(Noisy(26), 12, epochs=1))
 
 
 def test_a_collate_function_and_an_order_are_used(tmp_path):
     run_, _ = tracked_run(tmp_path / "a")
-    batches = list(run_.batches([*range(6)], 2, collate_fn=tuple, order=lambda epoch: [5, 4, 3, 2, 1, 0]))
+    batches = list(run_.batches([*range(6)], 2, collate_fn=tuple, order=lambda epoch: [5, 4, 3, 2, 1, 0], epochs=1))
     assert batches == [(5, 4), (3, 2), (1, 0)]
 
 
@@ -433,7 +433,7 @@ def test_evaluating_changes_no_bit_of_the_training(tmp_path):
         model = net()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         run_.track(model=model, optimizer=optimizer)
-        for x, y in run_.batches(Noisy(40), 10):
+        for x, y in run_.batches(Noisy(40), 10, epochs=1):
             optimizer.zero_grad()
             F.mse_loss(model(x), y).backward()
             optimizer.step()
@@ -450,7 +450,7 @@ def test_evaluating_changes_no_bit_of_the_training(tmp_path):
 def test_metrics_are_saved_and_the_best_checkpoint_is_kept_as_a_file_of_its_own(tmp_path):
     scores = [0.9, 0.2, 0.5, 0.7, 0.6, 0.8]
     run_, model = tracked_run(tmp_path / "a", save_every_steps=1, keep_last=1, keep_best=1)
-    for _ in run_.batches(Noisy(60), 10):
+    for _ in run_.batches(Noisy(60), 10, epochs=1):
         with torch.no_grad():
             model[0].bias.fill_(run_.step)
         run_.evaluate([0.0], lambda batch: {"val_loss": scores[run_.step - 1], "other": float("nan")})
@@ -469,7 +469,7 @@ def test_a_new_best_is_saved_at_once_also_after_going_on(tmp_path):
 
     def trained(leave_at):
         run_, _ = tracked_run(tmp_path / "a", best="acc:min", keep_last=9)
-        for _ in run_.batches(Noisy(60), 10, max_steps=6):
+        for _ in run_.batches(Noisy(60), 10, max_steps=6, epochs=1):
             if run_.step in scores:
                 run_.evaluate([0.0], lambda batch: {"acc": scores[run_.step]})
             if run_.step == leave_at:
@@ -603,7 +603,7 @@ def test_parameters_that_are_not_finite_are_never_captured(broken):
 def test_a_nan_does_not_overwrite_the_last_good_checkpoint(tmp_path):
     run_, model = tracked_run(tmp_path / "a", save_every_steps=1)
     with pytest.raises(NonFiniteError):
-        for _ in run_.batches(Noisy(60), 10):
+        for _ in run_.batches(Noisy(60), 10, epochs=1):
             if run_.step == 3:
                 with torch.no_grad():
                     model[0].weight[0, 0] = float("nan")
@@ -863,7 +863,7 @@ y = torch.randn(17, 1, generator=torch.Generator().manual_seed(2), dtype=torch.f
 run.track(model=model)
 gradients = []
 seen = []
-for batches in run.batches(torch.utils.data.TensorDataset(x, y, torch.arange(17)), 8, accumulate=2, drop_last=False):
+for batches in run.batches(torch.utils.data.TensorDataset(x, y, torch.arange(17)), 8, accumulate=2, drop_last=False, epochs=1):
     model.zero_grad()
     for at, ((a, b, n), weight) in enumerate(zip(batches, run.weights)):
         (F.mse_loss(model(a), b) * weight).backward()

@@ -44,7 +44,7 @@ def verified(store: LocalStore, manifest: Manifest) -> BinaryIO:
     try:
         file = store.open(key)
     except FileNotFoundError as error:
-        raise DamagedError(f"{key} is missing", f"found: {error}", "Its manifest is there: somebody deleted the data.") from None
+        raise DamagedError(f"{key} is missing, or no regular file", remedy="Its manifest is there: somebody deleted the data.") from error
     try:
         size_bytes = os.fstat(file.fileno()).st_size
         if size_bytes != manifest.data.size_bytes:
@@ -73,6 +73,8 @@ def load(store: LocalStore, manifest: Manifest) -> dict[str, Any]:
         try:
             payload = torch.load(file, map_location="cpu", weights_only=True)
         except UNPARSEABLE as error:
+            if "not enough memory" in str(error):  # torch's own words; the file is whole
+                raise HarnessError(f"there is not enough memory to load {manifest.data.name}", first_line(error)) from error
             raise DamagedError(f"{manifest.data.name} cannot be parsed", f"found: {first_line(error)}") from None
     if not isinstance(payload, dict) or payload.get("step") != manifest.step:
         raise DamagedError(f"{manifest.data.name} is not the checkpoint that its manifest describes")
@@ -146,7 +148,7 @@ def _try(store: LocalStore, manifest: Manifest) -> tuple[dict[str, Any] | None, 
     try:
         return load(store, manifest), None, False
     except HarnessError as error:
-        return None, " ".join((error.what, error.found)).strip(), isinstance(error, DamagedError)
+        return None, error.what + (f" ({error.found})" if error.found else ""), isinstance(error, DamagedError)
 
 
 def set_aside(store: LocalStore, manifest_key: str) -> None:

@@ -17,8 +17,8 @@ from harness.checkpoint import format as fmt
 from harness.checkpoint.attempts import Attempt, check_fence, now
 from harness.checkpoint.format import DataFile, Lineage, Manifest
 from harness.checkpoint.history import extended
-from harness.checkpoint.load import verified
-from harness.errors import SaveError, StorageError
+from harness.checkpoint.load import UNPARSEABLE, first_line, verified
+from harness.errors import SaveError, StorageError, UsageError
 from harness.store import CHUNK_BYTES, LocalStore, in_words
 
 
@@ -31,6 +31,8 @@ class About:
     classes: dict[str, str]
     config_digest: str
     final: dict[str, int | None] | None = None
+    metrics: dict[str, float] | None = None  # measured on these very weights; None: those of the state
+    read_back: bool = False  # parse the file before it becomes a checkpoint
 
 
 def commit(store: LocalStore, attempt: Attempt, payload: dict[str, Any], about: About) -> Manifest:
@@ -44,7 +46,23 @@ def commit(store: LocalStore, attempt: Attempt, payload: dict[str, Any], about: 
     def write(sink: Any) -> None:
         torch.save(payload, sink)
 
-    return _commit(store, attempt, step, write, lambda file: _manifest(attempt, payload, about, file))
+    def build(file: DataFile) -> Manifest:
+        if about.read_back:
+            _check_readable(store, step, attempt)
+        return _manifest(attempt, payload, about, file)
+
+    return _commit(store, attempt, step, write, build)
+
+
+def _check_readable(store: LocalStore, step: int, attempt: Attempt) -> None:
+    """Raises UsageError for a file that is whole, but that `torch.load` refuses: nobody could go on from it."""
+    try:
+        torch.load(store.path(fmt.data_key(step, attempt.number)), map_location="cpu", weights_only=True, mmap=True)
+    except UNPARSEABLE as error:
+        raise UsageError(
+            "what is tracked can be saved, but not loaded again", f"found: {first_line(error)}",
+            "Keep to tensors, numbers, strings, lists and dicts in every state_dict() and in run.state.",
+        ) from error  # fmt: skip
 
 
 def adopt(source: LocalStore, manifest: Manifest, store: LocalStore, attempt: Attempt, lineage: Lineage) -> Manifest:
@@ -98,13 +116,14 @@ def _commit(
 
 
 def _manifest(attempt: Attempt, payload: dict[str, Any], about: About, file: DataFile) -> Manifest:
+    metrics = payload["metrics"] if about.metrics is None else about.metrics
     return Manifest(
         run_id=attempt.run_id,
         attempt=attempt.number,
         step=payload["step"],
         epoch=payload["epoch"],
         loss=payload["loss"] if payload["loss"] is not None and math.isfinite(payload["loss"]) else None,  # JSON has no NaN
-        metrics={name: value for name, value in payload["metrics"].items() if math.isfinite(value)},
+        metrics={name: value for name, value in metrics.items() if math.isfinite(value)},
         world_size=about.world_size,
         lineage=extended(about.lineage, attempt.number, payload["step"]),
         files=(file,),

@@ -38,6 +38,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(given: argparse.Namespace, rest: list[str]) -> int:
     ranks.check_environment()
+    if loops := [text for text in rest if text.endswith(".py")]:
+        raise UsageError(
+            "harness launch starts harness/train.py on a task", f"found: {', '.join(loops)}",
+            "Start a loop of your own with torchrun; harness status RUN then tells how it ended.",
+        )  # fmt: skip
     settings_given = [text for text in rest if "=" in text and not text.startswith("-")]
     options = [text for text in rest if text not in settings_given]
     settings, stored = config.load(given.config, settings_given)
@@ -74,7 +79,7 @@ def _torchrun(arguments: list[str]) -> int | None:
     try:
         torchrun(parsed)  # type: ignore[no-untyped-call]
     except SignalException as signal:
-        say(f"harness launch: {signal}", sys.stderr)
+        say(f"harness launch: ended by {signal.sigval.name}; start again to go on", sys.stderr)
         return None
     except ChildFailedError as error:
         rank, first = error.get_first_failure()
@@ -100,4 +105,6 @@ def _exit_code(directory: str, launch: str, code: int | None) -> int:
         if code == EXIT_FINISHED:  # a finished run starts no attempt
             return outcome(found).exit_code
         return EXIT_STOPPED if code is None else code
+    if end.get("why") == "failed":
+        say(f"harness launch: attempt {own} failed first on rank {end.get('rank')}: {end.get('error')}", sys.stderr)
     return {"finished": EXIT_FINISHED, "stopped": EXIT_STOPPED}.get(str(end.get("why")), EXIT_FAILED)

@@ -33,6 +33,8 @@ def checkpoint(path: str) -> tuple[LocalStore, Manifest]:
         if found.head is None:
             raise UsageError(f"the run in {store} has no checkpoint", remedy="harness ls shows what is there.")
         return store, found.head
+    if not file.exists():
+        raise UsageError(f"there is nothing at {path}", remedy="Give a run's directory, or a checkpoint's file.")
     key = f"{fmt.CHECKPOINTS}/{file.stem}.json"
     if fmt.CHECKPOINT_NAME.match(f"{fmt.CHECKPOINTS}/{file.name}") is None or file.parent.name != fmt.CHECKPOINTS:
         raise UsageError(

@@ -1,6 +1,6 @@
 """Say how a run stands: finished, to be continued, or failed, and why.
 
-Exit code: 0 finished · 75 to be continued (stopped, running, or killed) · 1 failed · 74 cannot tell.
+Exit code: 0 finished · 75 to be continued (stopped, running, or killed) · 1 failed · 74 cannot tell, or no such run.
 
 example: harness status runs/a
 """
@@ -12,6 +12,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from harness.checkpoint.format import CHECKPOINTS
 from harness.checkpoint.history import Survey
 from harness.cli import locate
 from harness.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_STOPPED, EXIT_STORAGE, UsageError
@@ -29,11 +30,15 @@ class Outcome:
 
 def outcome(found: Survey) -> Outcome:
     """A pure function of what is in the store. What is committed counts first, then how the newest attempt ended."""
-    head = found.head
-    if head is not None and head.final is not None:
-        return Outcome("finished", f"at step {head.step}", EXIT_FINISHED)
-    newest = max(found.attempts, default=None)
-    end = found.ends.get(newest) if newest is not None else None
+    head, newest = found.head, max(found.attempts, default=0)
+    whole = [m for m in found.history if found.sizes.get(f"{CHECKPOINTS}/{m.data.name}") == m.size_bytes]
+    if found.history and not whole:
+        return Outcome("failed", "there is a history, but the data of every checkpoint is missing or cut short", EXIT_FAILED)
+    if head is not None and head.final is not None and newest <= head.attempt:  # a newer attempt extends the run
+        if head in whole:
+            return Outcome("finished", f"at step {head.step}", EXIT_FINISHED)
+        return Outcome("to be continued", f"the last checkpoint's data is gone; a start goes on from step {whole[0].step}", EXIT_STOPPED)
+    end = found.ends.get(newest)
     if end is None:
         return Outcome("to be continued", "no end is recorded: it is running, or was killed", EXIT_STOPPED)
     if end.get("why") == "failed":

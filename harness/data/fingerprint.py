@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from harness.data.loading import is_iterable, kept_generators
-from harness.data.order import seed_cpu, seed_of
+from harness.data.loading import is_iterable
+from harness.data.order import kept_generators, seed_cpu, seed_of
 
 SAMPLES = 64
 
@@ -24,13 +24,18 @@ def fingerprint(dataset: Any) -> str:
     """A short name for what is in a dataset.
 
     Its own `fingerprint` if it has one; else its length and up to 64 samples, spread evenly, each loaded under fixed
-    randomness. An iterable dataset is named by its class only.
+    randomness; a dataset with randomness of its own is named without its content. An iterable dataset is named by its class only.
     """
     own = getattr(dataset, "fingerprint", None)
     if isinstance(own, str):
         return own
     if is_iterable(dataset):
         return type(dataset).__name__
+    first, second = _digest(dataset), _digest(dataset)
+    return first if first == second else f"{type(dataset).__name__}, its samples differ each time they are loaded"
+
+
+def _digest(dataset: Any) -> str:
     size = len(dataset)
     digest = hashlib.blake2b(str(size).encode(), digest_size=16)
     spread = {at * (size - 1) // (SAMPLES - 1) for at in range(SAMPLES)} if size else set()
@@ -45,6 +50,8 @@ def _digest_into(digest: Any, value: Any) -> None:
     if isinstance(value, torch.Tensor):
         value = value.detach().cpu().contiguous()
         digest.update(f"{value.dtype}{tuple(value.shape)}".encode() + value.reshape(-1).view(torch.uint8).numpy().tobytes())
+    elif isinstance(value, np.ndarray) and value.dtype == object:  # its bytes are addresses
+        _digest_into(digest, value.tolist())
     elif isinstance(value, np.ndarray):
         digest.update(f"{value.dtype}{value.shape}".encode() + np.ascontiguousarray(value).tobytes())
     elif isinstance(value, Mapping):

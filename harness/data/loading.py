@@ -6,36 +6,22 @@ A source yields one `Share` with its micro-batches after another. `MapSource` is
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import random
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
 from harness import stop
-from harness.data.order import Plan, Position, Share, seed_cpu, seed_of
+from harness.data.order import Plan, Position, Share, kept_generators, seed_cpu, seed_of
 from harness.errors import UsageError
 from harness.ranks import World
 
 Collate = Callable[[list[Any]], Any]
 Batches = Iterator[tuple[Share, list[Any]]]
-
-
-@contextlib.contextmanager
-def kept_generators() -> Iterator[None]:
-    """What happens inside leaves Python's, NumPy's and torch's CPU generators as they were."""
-    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    try:
-        yield
-    finally:
-        random.setstate(before[0])
-        np.random.set_state(before[1])
-        torch.set_rng_state(before[2])
 
 
 class _PlannedDataset(Dataset[Any]):
@@ -113,6 +99,7 @@ class StreamSource:
     share_size: int
     accumulate: int
     collate: Collate
+    seed: int
     _state: Any = None
 
     def steps_after(self, position: Position, epochs: int) -> int | None:
@@ -137,7 +124,7 @@ class StreamSource:
         for epoch in range(position.epoch, epochs):
             used = position.sample if epoch == position.epoch else 0
             iterator = iter(self.dataset)
-            while (samples := self._next(iterator)) is not None:
+            while (samples := self._next(iterator, epoch, used)) is not None:
                 if held is not None:
                     yield self._hand_out(held, weights, last=False)
                 used += self.share_size * self.world.size
@@ -149,8 +136,11 @@ class StreamSource:
         if held is not None:
             yield self._hand_out(held, weights, last=True)
 
-    def _next(self, iterator: Iterator[Any]) -> list[Any] | None:
-        samples = [sample for _, sample in zip(range(self.share_size), iterator, strict=False)]
+    def _next(self, iterator: Iterator[Any], epoch: int, used: int) -> list[Any] | None:
+        """A share's samples, under randomness of their own: they are read before the step before them is made."""
+        with kept_generators():
+            seed_cpu(seed_of(self.seed, "stream", self.world.rank, epoch, used))
+            samples = [sample for _, sample in zip(range(self.share_size), iterator, strict=False)]
         short = int(len(samples) < self.share_size)
         return None if self.world.agree([short])[0] else samples
 
@@ -176,6 +166,12 @@ def source(
     num_workers: int,
 ) -> MapSource | StreamSource:
     """What fits the dataset. Raises UsageError for a dataset or a batch size that a run could not go on with exactly."""
+    if isinstance(dataset, DataLoader):
+        raise UsageError(
+            "batches() takes the dataset itself, not a DataLoader",
+            "found: a DataLoader",
+            "Pass its dataset; batch size, shuffling, workers and collate_fn are arguments of batches(), the sampler is order=.",
+        )
     if is_iterable(dataset):
         if not (hasattr(dataset, "state_dict") and hasattr(dataset, "load_state_dict")):
             raise UsageError(
@@ -183,9 +179,11 @@ def source(
                 remedy="Add both (where the iterator stands, as plain values), or bring a dataset with __len__ and __getitem__.",
             )
         Plan(global_batch_size, global_batch_size, accumulate, world.rank, world.size, seed).check()
-        return StreamSource(dataset, world, global_batch_size // world.size, accumulate, collate or default_collate)
-    size = len(dataset) if order is None else len(order(0))
+        return StreamSource(dataset, world, global_batch_size // world.size, accumulate, collate or default_collate, seed)
+    size = len(dataset) if order is None else 0
     plan = Plan(size, global_batch_size, accumulate, world.rank, world.size, seed, shuffle, drop_last, order)
+    if order is not None:
+        plan = dataclasses.replace(plan, size=len(plan.ordered(0)))
     plan.check()
     return MapSource(dataset, plan, collate, num_workers, world.device.type == "cuda")
 

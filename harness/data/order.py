@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +25,18 @@ def seed_cpu(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.default_generator.manual_seed(seed)
+
+
+@contextlib.contextmanager
+def kept_generators() -> Iterator[None]:
+    """What happens inside leaves Python's, NumPy's and torch's CPU generators as they were."""
+    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+        torch.set_rng_state(before[2])
 
 
 @dataclass(frozen=True)
@@ -67,13 +80,13 @@ class Plan:
             near = [n for n in range(max(1, self.global_batch_size - dealt), self.global_batch_size + dealt + 1) if n % dealt == 0]
             raise UsageError(
                 "the global batch cannot be dealt out evenly",
-                f"found: train.global_batch_size={self.global_batch_size} on {self.world_size} rank(s) x {self.accumulate} micro-batch(es)",
+                f"found: global_batch_size={self.global_batch_size} on {self.world_size} rank(s) x {self.accumulate} micro-batch(es)",
                 f"Expected: a multiple of {dealt}, such as {' or '.join(map(str, near))}.",
             )
         if self.steps_per_epoch == 0:
             raise UsageError(
                 "the dataset has fewer samples than one global batch",
-                f"found: {self.size} samples, train.global_batch_size={self.global_batch_size}",
+                f"found: {self.size} samples, global_batch_size={self.global_batch_size}",
                 "Take a smaller batch, or data.drop_last=false.",
             )
 
@@ -103,7 +116,7 @@ class Plan:
     def samples(self, epoch: int) -> Sequence[int]:
         """The dataset's sample numbers in the order in which this epoch uses them."""
         if self.order is not None:
-            samples = [int(sample) for sample in self.order(epoch)]
+            samples = self.ordered(epoch)
             if len(samples) != self.size:
                 raise UsageError(
                     f"order({epoch}) gives another number of samples than order(0)", f"found: {len(samples)}, expected: {self.size}",
@@ -114,6 +127,13 @@ class Plan:
             return range(self.size)
         generator = torch.Generator().manual_seed(seed_of(self.seed, "order", epoch))
         return torch.randperm(self.size, generator=generator).tolist()
+
+    def ordered(self, epoch: int) -> list[int]:
+        """What the user's own `order` gives for an epoch, under randomness that follows from the epoch."""
+        assert self.order is not None
+        with kept_generators():
+            seed_cpu(seed_of(self.seed, "order", epoch))
+            return [int(sample) for sample in self.order(epoch)]
 
     def _starts(self, first: int, end: int) -> range:
         """Where the steps begin whose first sample lies in [first, end)."""

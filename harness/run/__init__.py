@@ -12,6 +12,7 @@ stopping are agreed on by all ranks and done.
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -60,17 +61,19 @@ def init(
     fill_closed_streams()
     if deterministic:
         _be_deterministic()
+    settings_kept = state.plain_data({"config": dict(config or {})})["config"]
     metric, _, direction = best.rpartition(":")
     stop.install()
     stop.die_with_launcher()
     ending = Ending()
     world = ranks.join(timeout_s)
+    atexit.register(world.leave)  # gloo's threads may abort a process that ends under them
     ending.take_hook()
     state.seed_rank(seed, "build")  # alike on all ranks, so that they build the same model
     store = LocalStore(directory)
     choice = load.choose(store, world, give_up=stop.requested)
     policy = retention.Policy(keep_last, keep_every_steps, keep_best, metric or best, direction == "max")
-    settings = Settings(seed, save_every_s, save_every_steps, policy, dict(config or {}), tuple(accept), tuple(override), log_every_steps)
+    settings = Settings(seed, save_every_s, save_every_steps, policy, settings_kept, tuple(accept), tuple(override), log_every_steps)
     return Run(world, store, choice, settings, ending)
 
 

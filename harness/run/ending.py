@@ -17,7 +17,7 @@ from harness.checkpoint import attempts
 from harness.checkpoint.attempts import Attempt
 from harness.errors import HarnessError, LostRankError, StorageError, SupersededError, report
 from harness.events import say
-from harness.ranks import World, own_rank
+from harness.ranks import World, is_lost_peer, own_rank
 from harness.store import LocalStore
 
 AFTER_OTHERS_S = 1.0
@@ -30,6 +30,7 @@ class Ending:
         self._store: LocalStore | None = None
         self._attempt: Attempt | None = None
         self._world: World | None = None
+        self.failed = False
         self._default = sys.excepthook
         self.take_hook()
 
@@ -56,10 +57,11 @@ class Ending:
             say(f"harness: the end of attempt {self._attempt.number} is not recorded: {error.what}", sys.stderr)
 
     def _on_error(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        sys.excepthook = self._default
-        own_fault = not isinstance(error, LostRankError)
-        if not own_fault:
+        sys.excepthook, self.failed = self._default, True
+        if is_lost_peer(error):
             time.sleep(AFTER_OTHERS_S)  # whoever really failed has the first word
+            if not isinstance(error, LostRankError):
+                error = LostRankError("another rank of this attempt is lost", f"found: {str(error).splitlines()[0][:200]}")
         why = "superseded" if isinstance(error, SupersededError) else "failed"
         last = traceback.format_exception(kind, error, trace)[-1].strip()
         self._create(why, {"error": str(error) if isinstance(error, HarnessError) else last, "rank": own_rank()})

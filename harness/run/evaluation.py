@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from harness import ranks, state
+from harness import ddp, state
 from harness.data import loading
 from harness.data.order import Position, Share
 from harness.ranks import World
@@ -30,8 +30,8 @@ def evaluate(
     generators = state.rng_state()
     try:
         for module in modules:
-            world.share_buffers(ranks.plain(module))
-        with _eval_mode(modules), torch.no_grad(), ranks.quiet_forward(list(modules)):
+            world.share_buffers(ddp.plain(module))
+        with _eval_mode(modules), torch.no_grad(), ddp.quiet_forward(list(modules)):
             for _, batches in loading.load(dataset, _shares(samples, batch_size), 0, collate, num_workers=0):
                 for name, value in fn(loading.to_device(batches[0], world.device)).items():
                     sums[name] = sums.get(name, 0.0) + float(value)

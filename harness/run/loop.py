@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from harness import config, ranks, state, stop
+from harness import config, ddp, state, stop
 from harness.checkpoint import load, retention
 from harness.checkpoint.format import FORMAT_VERSION
 from harness.data import loading
@@ -20,13 +20,23 @@ from harness.events import Moment, Progress
 from harness.ranks import World
 from harness.run.ending import Ending
 from harness.run.evaluation import evaluate
+from harness.run.measured import Measured
 from harness.run.pace import Pace
-from harness.run.resume import check_data, check_loggable, check_same_ranks, check_some_steps, check_trackable, check_tracked, reaches
+from harness.run.resume import (
+    check_data,
+    check_loggable,
+    check_one_loop,
+    check_some_steps,
+    check_trackable,
+    check_tracked,
+    reaches,
+    restore_generators,
+)
 from harness.run.saver import Saver
 from harness.run.settings import Settings
 from harness.store import LocalStore
 
-AGREE_EVERY_S = 0.25
+AGREE_EVERY_S, MOST_STEPS = 0.25, 100  # steps may become slower after they were counted
 
 
 class Run:
@@ -43,20 +53,18 @@ class Run:
     ) -> None:
         self.world, self.store, self.clock = world, store, clock
         self.step = 0  # in the loop: the number of the step being made, from 1 on; afterwards: of the last one made
-        self.epoch = 0
+        self.epoch = 0  # counted from 0
         self.state: dict[str, Any] = {}  # plain values of the user's that are saved with each checkpoint
-        self.metrics: dict[str, float] = {}  # what the last evaluation found
         self.weights: tuple[float, ...] = (1.0,)  # what to multiply each micro-batch's mean loss with
         self.tracked: dict[str, Any] = {}
         self.finished = False
         self._settings, self._origin, self._payload = settings, choice.manifest, choice.payload
         choice.payload = None  # held here until it is restored, and by nobody else
         self._position = Position()
-        self._loss: float | None = None
-        self._best: float | None = None
-        self._logged: dict[str, Any] = {}
-        self._new_best = self._finish = self._looping = False
-        self._next_agreement = 0
+        self._measured = Measured()
+        self._built: dict[str, Any] = {}
+        self._finish = self._looping = False
+        self._next_agreement, self._interval = 0, 1
         self._saver = Saver(store, world, choice, settings.policy, ending, clock)
         self._progress = Progress(clock)
         for note in choice.notes:
@@ -77,6 +85,11 @@ class Run:
         return self.world.device
 
     @property
+    def metrics(self) -> dict[str, float]:
+        """What the last evaluation found."""
+        return self._measured.metrics
+
+    @property
     def is_writer(self) -> bool:
         """Whether this is the one rank that writes and prints."""
         return self.world.is_writer
@@ -91,8 +104,8 @@ class Run:
         settings = self._settings
         for change in config.check_changes(payload["config"], settings.config, settings.accept, settings.override):
             self.say(f"harness: setting changed: {change}")
-        self.step, self.epoch = payload["step"], payload["epoch"]
-        self.state, self.metrics, self._loss, self._best = payload["state"], payload["metrics"], payload["loss"], payload["best"]
+        self.step, self.epoch, self.state = payload["step"], payload["epoch"], payload["state"]
+        self._measured.restore(payload)
         self._position = Position(payload["data"]["epoch"], payload["data"]["sample"])
 
     def track(self, **objects: Any) -> None:
@@ -105,14 +118,15 @@ class Run:
             raise UsageError(f"track({', '.join(objects)}) came after the first batch", remedy="Track everything before the loop.")
         for name, thing in objects.items():
             check_trackable(name, thing, self.tracked)
-            ranks.check_resumable(name, thing, self.world)
+            ddp.check_resumable(name, thing, self.world)
         self.tracked |= objects
         for thing in objects.values():
-            ranks.settle_buckets(thing)
+            ddp.settle_buckets(thing)
         if self._payload is not None and self._origin is not None:
-            built = {name: state.as_built(thing) for name, thing in objects.items()} if self._settings.override else None
-            state.restore(objects, self._origin.classes, self._payload, self._origin.name)
-            for line in state.apply_override(built, objects) if built else ():
+            self._built |= {name: state.as_built(thing) for name, thing in objects.items()} if self._settings.override else {}
+            # All of them, each time: a scheduler that is made and tracked later has moved its optimizer's learning rate.
+            state.restore(self.tracked, self._origin.classes, self._payload, self._origin.name)
+            for line in state.apply_override(self._built, self.tracked) if self._built else ():
                 self.say(f"harness: overridden: {line}")
 
     def batches(
@@ -121,7 +135,7 @@ class Run:
         global_batch_size: int,
         *,
         accumulate: int = 1,
-        epochs: int = 1,
+        epochs: int,
         max_steps: int | None = None,
         shuffle: bool = True,
         drop_last: bool = True,
@@ -131,24 +145,21 @@ class Run:
     ) -> Iterator[Any]:
         """Yield this rank's share of one optimizer step after another, on `run.device`, from where the run stands to its end.
 
-        `global_batch_size` counts samples over all ranks and micro-batches. With `accumulate` > 1 a share is a list of that
-        many micro-batches. `order(epoch)` gives the sample numbers in the order to use them, in place of a shuffle. With
-        `drop_last=False` multiply each micro-batch's mean loss with its entry of `run.weights`.
+        Loop once: `epochs` is their total. `global_batch_size` counts samples over all ranks and micro-batches. With
+        `accumulate` > 1 a share is a list of that many micro-batches. `order(epoch)` gives the sample numbers in the order to
+        use them, in place of a shuffle. With `drop_last=False` multiply each micro-batch's mean loss with its entry of
+        `run.weights`.
 
         When a stop was requested, the state is saved and SystemExit(0) raised: code after the loop is reached only when
         training is complete. Raises UsageError, SaveError, SupersededError. Collective: every rank must call it.
         """
-        if self._looping:
-            raise UsageError("batches() is called inside the loop over another batches()", remedy="Use evaluate() for evaluation.")
-        if self._saver.attempt is not None:
-            raise UsageError("batches() is called a second time", remedy="Loop once, over all epochs: run.batches(…, epochs=5).")
+        check_one_loop(self._looping, self._saver.attempt is not None or self.finished)
         self._source = loading.source(
             dataset, self.world, self._settings.seed, global_batch_size,
             accumulate=accumulate, shuffle=shuffle, drop_last=drop_last, order=order, collate=collate_fn, num_workers=num_workers,
         )  # fmt: skip
         dealt = {"global_batch_size": global_batch_size, "shuffle": shuffle and order is None, "drop_last": drop_last}
         self._data = describe(dataset) | dealt | {"seed": self._settings.seed}
-        self._global_batch_size = global_batch_size
         self._end = {"epochs": epochs, "max_steps": max_steps}
         self._end_step = end_step(self.step, self._source.steps_after(self._position, epochs), max_steps)
         if not self._begin():
@@ -158,8 +169,11 @@ class Run:
             if self._end_step is None or self.step < self._end_step:
                 yield from self._steps(epochs, accumulate)
             if not self.finished:  # there was nothing left to do
-                check_some_steps(self.step, global_batch_size)
                 self._complete()
+        except GeneratorExit:
+            if not self._saver.failed:
+                self.say(f"harness: the loop was left at step {self.step}: nothing more is saved; run.finish() would end the run")
+            raise
         finally:
             self._looping = False
             stop.unwatch()
@@ -169,7 +183,7 @@ class Run:
         pace = Pace(self.clock, self.step)
         for share, micro_batches in self._source.shares(self._position, epochs):
             self.step, self.epoch, self.weights = self.step + 1, share.epoch, share.weights
-            self._new_best, self._logged = False, {}
+            self._measured.begin_step()
             batch = loading.to_device(micro_batches, self.device)
             yield batch if accumulate > 1 else batch[0]
             self._position, self.epoch = share.after, share.after.epoch
@@ -179,11 +193,11 @@ class Run:
                 self._complete()
                 return
             stopping, timed = self._agree(pace) if self.step >= self._next_agreement else (False, False)
-            every = self._settings.save_every_steps
-            if stopping or timed or self._new_best or (every and self.step % every == 0):
+            if stopping or timed or self._measured.new_best or self._settings.saves_at(self.step):
                 self._save(final=False)
                 pace.pause(self.step)
             self._stop_if(stopping)
+            stop.watch(self.world.timeout_s)
 
     def due(self, every_steps: int | None) -> bool:
         """Whether something done every so many steps is due in this one; always so in the last step of the run."""
@@ -196,7 +210,7 @@ class Run:
     def log(self, **values: Any) -> None:
         """Say how this step went, in numbers. A tensor is read only when it is shown or saved. Every rank should call it alike."""
         check_loggable(values)
-        self._logged = {name: value.detach() if isinstance(value, torch.Tensor) else value for name, value in values.items()}
+        self._measured.log(values)
 
     def evaluate(
         self,
@@ -213,15 +227,18 @@ class Run:
         Collective: every rank must call it.
         """
         stop.unwatch()
-        self.metrics = evaluate(self.world, list(self.tracked.values()), dataset, fn, batch_size, collate_fn)
-        self._best, self._new_best = retention.better(self.metrics, self._best, self._settings.policy)
-        self._saver.note("evaluated", step=self.step, **self.metrics)
-        return self.metrics
+        found = evaluate(self.world, list(self.tracked.values()), dataset, fn, batch_size, collate_fn)
+        self._measured.evaluated(found, self._settings.policy)
+        self._saver.note("evaluated", step=self.step, **found)
+        return found
 
     def _begin(self) -> bool:
         """Claim the attempt and set the generators; False if the run is finished, and then nothing was written."""
         payload, origin = self._payload or {}, self._origin
         check_tracked(self.tracked, payload)
+        state.check(self.tracked)
+        if forgotten := state.untracked_schedule(self.tracked):
+            self.say(f"harness: warning: a scheduler moves the learning rate of {forgotten}, but is not tracked: no exact resume")
         if payload:
             check_data(self._data, payload["data"], self._settings.accept)
         if origin is not None and origin.final is not None and reaches(origin.final, self._end):
@@ -229,25 +246,15 @@ class Run:
             self.say(f"harness: the run in {self.store} is finished: step {self.step} ({origin.name}); nothing to do")
             return False
         attempt = self._saver.begin(self._settings.config, self._progress, stop.requested)
-        self._set_generators(payload)
+        if note := restore_generators(payload, self.world, self._source, self._settings.seed, self.step):
+            self.say(f"harness: {note}")
         self._payload = None  # from here on the live objects are the only copy
         source = f"goes on from step {self.step} ({origin.name})" if origin else "begins at step 0"
         self.say(f"harness: attempt {attempt.number} {source} in {self.store}")
         return True
 
-    def _set_generators(self, payload: dict[str, Any]) -> None:
-        """Each rank gets its own generators back; a rank that was not there before gets new ones, as all do in a fresh run."""
-        entries = payload.get("rng", [])
-        if entries and len(entries) != self.world.size:
-            check_same_ranks(payload["data"]["iterators"], self.world.size)
-            self.say(f"harness: {len(entries)} rank(s) before, {self.world.size} now: same samples, same global batches, other last bits")
-        if self.rank < len(entries):
-            state.set_rng_state(entries[self.rank])
-            self._source.restore(payload["data"]["iterators"][self.rank])
-        else:
-            state.seed_rank(self._settings.seed, "rank", self.rank, self.step)
-
     def _complete(self) -> None:
+        check_some_steps(self.step, self._data["global_batch_size"])
         if not self._save(final=True):
             raise SaveError(
                 f"the last checkpoint, of step {self.step}, was not saved", self._saver.words, "Mend the cause and start again."
@@ -255,6 +262,7 @@ class Run:
         self.finished = True
         self._saver.ended("finished", step=self.step)
         self.say(f"harness: finished at step {self.step}")
+        self.world.agree([0])  # all leave together: the writer may hold the store that the others read from
 
     def _stop_if(self, agreed: bool) -> None:
         """If so agreed, leave, on all ranks at this step, with the state saved. Raises SystemExit(0), or SaveError."""
@@ -269,30 +277,30 @@ class Run:
                 self._saver.words,
                 "Start again: the previous checkpoint is whole.",
             )
-        self.say(f"harness: stopped by {'/'.join(names)} at step {self.step}, everything saved; start again to go on")
-        self.world.on_writer(lambda: None)  # all leave together, after the writer has said all
+        what = "everything saved" if self.step else "before there was anything to save"
+        self.say(f"harness: stopped by {'/'.join(names)} at step {self.step}, {what}; start again to go on")
+        self.world.agree([0])  # all leave together, after the writer has said all
         self.world.leave()
         raise SystemExit(0)
 
     def _agree(self, pace: Pace) -> tuple[bool, bool]:
         """Whether all stop now, whether all save now. Collective: every rank must call it."""
-        interval = 1 if self.world.size == 1 else pace.steps_within(AGREE_EVERY_S, self.step)
+        interval = 1 if self.world.size == 1 else min(pace.steps_within(AGREE_EVERY_S, self.step), 2 * self._interval, MOST_STEPS)
         timed = self.is_writer and self._saver.is_due(self._settings.save_every_s)
         stopping, saving, interval = self.world.agree([int(stop.requested() is not None), int(timed), interval if self.is_writer else 0])
-        self._next_agreement = self.step + interval
-        stop.watch(self.world.timeout_s)
+        self._next_agreement, self._interval = self.step + interval, interval
         return bool(stopping), bool(saving)
 
     def _save(self, *, final: bool) -> bool:
         """Commit a checkpoint of this step; returns whether it was. Collective: every rank must call it."""
         stop.unwatch()
-        self._loss = self._read_log().get("loss", self._loss)
+        self._measured.read(self.world)
         generators = self.world.gather((state.rng_state(), self._source.state()))
         classes = {name: state.class_name(thing) for name, thing in self.tracked.items()}
         saved = self._saver.save(
             self.step,
             lambda: self._capture(generators),
-            lambda: self._saver.about(classes, self._settings.config, self._end if final else None),
+            lambda: self._saver.about(classes, self._settings.config, self._measured.of_this_step, self._end if final else None),
             stop.requested,
         )
         if not saved and not final:
@@ -305,29 +313,21 @@ class Run:
             "format_version": FORMAT_VERSION,
             "step": self.step,
             "epoch": self.epoch,
-            "loss": self._loss,
-            "metrics": self.metrics,
             "rng": [generator for generator, _ in generators],
             "data": self._data
             | {"epoch": self._position.epoch, "sample": self._position.sample, "iterators": [it for _, it in generators]},
             "state": self.state,
-            "best": self._best,
             "config": self._settings.config,
         }
-        return state.plain_data(values) | state.capture(self.tracked)
-
-    def _read_log(self) -> dict[str, float]:
-        """The means over ranks of what was logged in this step. Collective: every rank must call it."""
-        parts = self.world.gather({name: float(value) for name, value in self._logged.items()})
-        return {name: sum(part[name] for part in parts if name in part) / sum(name in part for part in parts) for name in parts[0]}
+        return state.plain_data(values | self._measured.state()) | state.capture(self.tracked)
 
     def _show(self, pace: Pace, epochs: int) -> None:
-        values = self._read_log()
+        values = self._measured.read(self.world)
         self._saver.note("step", step=self.step, **values)
         if self.is_writer:
             rate = pace.steps_per_s(self.step)
-            samples_per_s = rate * self._global_batch_size
-            self._progress.show(Moment(self.step, self._end_step, self.epoch, epochs, values, samples_per_s, self._saver.words), rate)
+            samples = rate * self._data["global_batch_size"]
+            self._progress.show(Moment(self.step, self._end_step, self.epoch, epochs, values, samples, self._saver.words), rate)
 
     def best_checkpoint(self) -> Path | None:
         """The file of the best checkpoint of the run so far by the metric that `init` was told, or None."""

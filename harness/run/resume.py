@@ -1,4 +1,4 @@
-"""May this run go on from that checkpoint? Pure checks, each with a way to insist."""
+"""May this run go on from that checkpoint? Checks in words, each with a way to insist."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from typing import Any
 
 import torch
 
+from harness import state
+from harness.data.loading import MapSource, StreamSource
 from harness.errors import UsageError
+from harness.ranks import World
 
 HOW_DEALT = ("global_batch_size", "shuffle", "drop_last", "seed")
 
@@ -69,6 +72,29 @@ def check_trackable(name: str, thing: Any, tracked: Mapping[str, Any]) -> None:
             f"found: a {type(thing).__name__} without state_dict and load_state_dict",
             "Plain values go into run.state.",
         )
+
+
+def restore_generators(payload: Mapping[str, Any], world: World, source: MapSource | StreamSource, seed: int, step: int) -> str | None:
+    """Give each rank its own generators back, and its own iterator; a rank that was not there before gets new ones, as all do in
+    a fresh run. Returns a word on what that means, if it means something. Raises UsageError."""
+    entries = payload.get("rng", [])
+    if world.rank < len(entries):
+        state.set_rng_state(entries[world.rank])
+    else:
+        state.seed_rank(seed, "rank", world.rank, step)
+    if len(entries) in (0, world.size):
+        source.restore(payload["data"]["iterators"][world.rank] if entries else None)
+        return None
+    check_same_ranks(payload["data"]["iterators"], world.size)
+    return f"{len(entries)} rank(s) before, {world.size} now: same samples, same global batches, other last bits"
+
+
+def check_one_loop(looping: bool, looped: bool) -> None:
+    """Raises UsageError for a second loop over batches, inside the first or after it."""
+    if looping:
+        raise UsageError("batches() is called inside the loop over another batches()", remedy="Use evaluate() for evaluation.")
+    if looped:
+        raise UsageError("batches() is called a second time", remedy="Loop once, over all epochs: run.batches(…, epochs=5).")
 
 
 def check_loggable(values: Mapping[str, Any]) -> None:

@@ -121,9 +121,17 @@ class Saver:
         except StorageError as error:
             self.ledger.write("not_deleted", error=str(error))
 
-    def about(self, classes: dict[str, str], settings: dict[str, Any], final: dict[str, int | None] | None) -> About:
-        """What goes into the manifest beside the state."""
-        return About(self.world.size, going_on_from(self.origin), classes, config.digest(settings), final)
+    def about(
+        self, classes: dict[str, str], settings: dict[str, Any], metrics: dict[str, float], final: dict[str, int | None] | None
+    ) -> About:
+        """What goes into the manifest beside the state; `metrics` are those of this very step."""
+        lineage = going_on_from(self.origin)
+        return About(self.world.size, lineage, classes, config.digest(settings), final, metrics, read_back=not self._committed)
+
+    @property
+    def failed(self) -> bool:
+        """Whether an uncaught error is ending this process."""
+        return self._ending.failed
 
     def note(self, kind: str, **fields: Any) -> None:
         """Add an event to the run's ledger; on the writer only."""

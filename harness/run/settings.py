@@ -20,3 +20,7 @@ class Settings:
     accept: tuple[str, ...] = ()
     override: tuple[str, ...] = ()
     log_every_steps: int = 10
+
+    def saves_at(self, step: int) -> bool:
+        """Whether a checkpoint of this step is due by its number."""
+        return bool(self.save_every_steps and step % self.save_every_steps == 0)
