@@ -65,14 +65,6 @@ class World:
             dist.all_gather_object(values, value, group=self._group)
         return values
 
-    def sum(self, values: list[float]) -> list[float]:
-        """Element-wise sum over all ranks, in float64. Collective: every rank must call it."""
-        tensor = torch.tensor(values, dtype=torch.float64)
-        if self.size > 1:
-            with _lost_rank_said():
-                dist.all_reduce(tensor, group=self._group)
-        return [float(value) for value in tensor.tolist()]
-
     def share_buffers(self, module: nn.Module) -> None:
         """Give every rank the writer's buffers, as DDP does before each forward pass. Collective: every rank must call it."""
         if self.size > 1:
