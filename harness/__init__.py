@@ -6,9 +6,10 @@ Reading order, which is the order of a run:
     run/          the library that the loop is written with: init, track, batches, log, evaluate
     config.py     every setting                           data/         which sample comes next
     step.py       one optimizer step                      state.py      what survives a kill
-    checkpoint/   how it is written, found, verified      store.py      where files lie
+    checkpoint/   how it is written, found, verified      store/        where files lie
     ranks.py      the other processes                     ddp.py        modules wrapped for them
     stop.py       signals                                 events.py     what is said
+    retry.py      what is tried again, and how long
 
 Imports only go down these layers, and each third-party library has one door:
 
@@ -17,7 +18,9 @@ Imports only go down these layers, and each third-party library has one door:
     events
     state, step, checkpoint
     data, ddp
-    store, ranks, stop, config, task
+    config
+    store, ranks, stop, task
+    retry
     errors
 """
 

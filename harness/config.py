@@ -18,14 +18,15 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from harness.errors import UsageError
+from harness.store import check_url, is_url, redacted
 
 
 @dataclass(frozen=True)
 class RunSettings:
     """Where a run lives."""
 
-    dir: str = "runs/digits"
-    remote: str | None = None
+    dir: str | None = "runs/digits"  # null: no disk worth using, straight to run.remote
+    remote: str | None = None  # s3://bucket/prefix, or another URL that fsspec opens
     timeout_s: float = 600.0  # the longest wait for another rank, and the longest step
 
 
@@ -84,6 +85,16 @@ class CheckpointSettings:
 
 
 @dataclass(frozen=True)
+class StoreSettings:
+    """How the remote store is treated; what is null is as in `checkpoint`."""
+
+    wait_s: float = 300.0  # for how long it may be unreachable: at the start, at the end, and for one request
+    keep_last: int | None = None
+    keep_every_steps: int | None = None
+    keep_best: int | None = None
+
+
+@dataclass(frozen=True)
 class LogSettings:
     """How often loss and rate go into the run's events."""
 
@@ -108,12 +119,13 @@ class Config:
     data: DataSettings = field(default_factory=DataSettings)
     eval: EvalSettings = field(default_factory=EvalSettings)
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
+    store: StoreSettings = field(default_factory=StoreSettings)
     log: LogSettings = field(default_factory=LogSettings)
     resume: ResumeSettings = field(default_factory=ResumeSettings)
 
 
 # What may change between two attempts without changing the model that comes out.
-FREE = ("run.", "data.num_workers", "checkpoint.", "log.", "resume.", "train.epochs", "train.max_steps", "eval.batch_size")
+FREE = ("run.", "data.num_workers", "checkpoint.", "store.", "log.", "resume.", "train.epochs", "train.max_steps", "eval.batch_size")
 
 
 def _positive(value: Any) -> bool:
@@ -121,8 +133,8 @@ def _positive(value: Any) -> bool:
 
 
 RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "run.dir": (lambda v: v.strip() != "" and "://" not in v, "a local directory"),
-    "run.remote": (lambda v: False, "null: remote storage is not supported by this version"),
+    "run.dir": (lambda v: v.strip() != "" and not is_url(v), "a local directory, or null"),
+    "run.remote": (lambda v: check_url(v) is None, "a URL like s3://bucket/prefix; credentials come from the environment, not from it"),
     "run.timeout_s": (_positive, "a number of seconds above 0"),
     "task.name": (lambda v: v.count(":") == 1 and all(v.split(":")), "package.module:callable"),
     "train.epochs": (_positive, "a whole number above 0"),
@@ -144,8 +156,12 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "checkpoint.keep_every_steps": (_positive, "a whole number above 0, or null"),
     "checkpoint.keep_best": (lambda v: v >= 0, "a whole number from 0 on"),
     "checkpoint.best": (lambda v: v.rpartition(":")[0] != "" and v.rpartition(":")[2] in ("max", "min"), "NAME:max or NAME:min"),
+    "store.wait_s": (lambda v: v >= 0, "a number of seconds from 0 on"),
+    "store.keep_last": (_positive, "a whole number above 0, or null"),
+    "store.keep_every_steps": (_positive, "a whole number above 0, or null"),
+    "store.keep_best": (lambda v: v >= 0, "a whole number from 0 on, or null"),
     "log.every_steps": (_positive, "a whole number above 0"),
-    "resume.accept": (lambda v: set(v) <= {"config", "data"}, "a list of: config, data"),
+    "resume.accept": (lambda v: set(v) <= {"config", "data", "remote"}, "a list of: config, data, remote"),
 }
 
 
@@ -173,6 +189,8 @@ def load(file: str | None, overrides: list[str]) -> tuple[Config, dict[str, Any]
             why = "what it stands for is missing or of the wrong type" if "${" in str(value) else str(error).splitlines()[0]
             problems.append(f"{name}={value!r} ({origin}): {why}")  # as it was written: what it stands for may be secret
     problems += _broken_rules(merged)
+    if merged.run.dir is None and merged.run.remote is None:
+        problems.append("run.dir=None: a run needs a place; give run.dir, run.remote, or both")
     if problems:
         raise UsageError(
             f"the configuration has {len(problems)} problem(s):", "\n".join(f"  {line}" for line in problems), "Nothing was started."
@@ -216,7 +234,7 @@ def _line_settings(overrides: list[str], problems: list[str]) -> list[tuple[str,
 def _broken_rules(merged: DictConfig) -> list[str]:
     values, written = (flatten(OmegaConf.to_container(merged, resolve=resolve)) for resolve in (True, False))  # type: ignore[arg-type]
     return [
-        f"{name}={written[name]!r}: allowed is {allowed}"
+        f"{name}={redacted(repr(written[name]))}: allowed is {allowed}"
         for name, (holds, allowed) in RULES.items()
         if values.get(name) is not None and not holds(values[name])
     ]

@@ -39,6 +39,12 @@ class StorageError(HarnessError):
     exit_code = EXIT_STORAGE
 
 
+class RefusedError(StorageError):
+    """A store says no for good: no such bucket, no permission, wrong credentials. Trying again would not help."""
+
+    exit_code = EXIT_USAGE
+
+
 class DamagedError(HarnessError):
     """A checkpoint does not verify, or a run has history but nothing in it loads."""
 
@@ -63,7 +69,7 @@ class SupersededError(HarnessError):
 
 def by_exit_code(code: int, message: str) -> HarnessError:
     """Rebuild on one rank the error that another rank has raised."""
-    kinds = {EXIT_USAGE: UsageError, EXIT_STORAGE: StorageError, EXIT_SUPERSEDED: SupersededError}
+    kinds: dict[int, type[HarnessError]] = {EXIT_USAGE: UsageError, EXIT_STORAGE: StorageError, EXIT_SUPERSEDED: SupersededError}
     return kinds.get(code, HarnessError)(message)
 
 

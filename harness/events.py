@@ -5,6 +5,7 @@ A full disk under the events, a closed terminal, a broken pipe: training goes on
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import json
 import os
@@ -20,6 +21,7 @@ from harness.errors import StorageError
 from harness.store import LocalStore
 
 LIVE_EVERY_S, LINE_EVERY_S = 0.1, 10.0
+MOST_KEPT = 50_000  # lines, some ten megabytes
 
 
 def say(text: str, stream: TextIO | None = None) -> None:
@@ -50,17 +52,29 @@ def fill_closed_streams() -> None:
 
 
 class Ledger:
-    """The events of one attempt: `events/0003.jsonl`."""
+    """The events of one attempt: `events/0003.jsonl` in a local store, and, `kept` here until then, segments in a remote one."""
 
-    def __init__(self, store: LocalStore, key: str) -> None:
+    def __init__(self, store: LocalStore | None, key: str, kept: bool = False) -> None:
         self.store, self.key = store, key
         self.lost = 0
+        self._kept: collections.deque[bytes] | None = collections.deque(maxlen=MOST_KEPT) if kept else None
+
+    def take(self) -> list[bytes]:
+        """The lines since the last call; of very many, the newest."""
+        taken: list[bytes] = []
+        while self._kept:
+            taken.append(self._kept.popleft())
+        return taken
 
     def write(self, kind: str, **fields: Any) -> None:
         """Append one event. A store that refuses is complained of once."""
-        line = json.dumps({"event": kind, "time": now()} | fields, default=str) + "\n"
+        line = (json.dumps({"event": kind, "time": now()} | fields, default=str) + "\n").encode()
+        if self._kept is not None:
+            self._kept.append(line)
+        if self.store is None:
+            return
         try:
-            self.store.append(self.key, line.encode())
+            self.store.append(self.key, line)
         except (StorageError, OSError) as error:
             if self.lost == 0:
                 say(f"harness: events are not recorded: {str(error).splitlines()[0]}", sys.stderr)
@@ -78,6 +92,34 @@ class Moment:
     values: dict[str, float]
     samples_per_s: float
     saved: str
+
+
+class Bar:
+    """A live line for a command that reads much: how far, how fast; nothing where nobody watches."""
+
+    def __init__(self, what: str, total_bytes: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self.what, self.total_bytes, self.clock = what, total_bytes, clock
+        self.done_bytes, self._began, self._next_at = 0, clock(), clock() + LIVE_EVERY_S
+        self.live = _is_terminal()
+
+    def __call__(self, more_bytes: int) -> None:
+        """So many bytes more are done."""
+        self.done_bytes += more_bytes
+        if self.live and self.clock() >= self._next_at:
+            self._next_at = self.clock() + LIVE_EVERY_S
+            rate = self.done_bytes / max(self.clock() - self._began, 1e-9)
+            left = duration(max(0, self.total_bytes - self.done_bytes) / max(rate, 1.0))
+            text = f"{self.what}  {size(self.done_bytes)} of {size(self.total_bytes)} · {size(rate)}/s · {left} left"
+            with contextlib.suppress(OSError, ValueError):
+                sys.stdout.write(f"\r\x1b[K{text}")
+                sys.stdout.flush()
+
+    def end(self) -> None:
+        """Take the line away again."""
+        if self.live:
+            with contextlib.suppress(OSError, ValueError):
+                sys.stdout.write("\r\x1b[K")
+                sys.stdout.flush()
 
 
 class Progress:

@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -26,6 +26,7 @@ from harness.errors import EXIT_FAILED, HarnessError, LostRankError, UsageError,
 
 T = TypeVar("T")
 HEARTBEAT_S = 1.0
+SHARED_AT_ONCE_BYTES = 16 << 20
 LAG = 100  # calls; long before, a save has brought all ranks together
 
 _joined = itertools.count(1)  # a process may train one run after another; each gets a name space of its own in the store
@@ -113,6 +114,21 @@ class World:
         if "error" in reply:
             raise by_exit_code(reply["code"], reply["error"])
         return reply["result"]
+
+    def share(self, file: BinaryIO | None, size_bytes: int, target: BinaryIO | None) -> None:
+        """Send the writer's `file`, which is `size_bytes` long, to the `target` of each rank that has one. Collective: every rank
+        must call it."""
+        if self.is_writer and file is not None:
+            file.seek(0)
+        buffer = torch.empty(min(SHARED_AT_ONCE_BYTES, size_bytes), dtype=torch.uint8)
+        for at in range(0, size_bytes, SHARED_AT_ONCE_BYTES):
+            part = buffer[: size_bytes - at]
+            if self.is_writer and file is not None:
+                part.numpy()[:] = bytearray(file.read(len(part)))
+            with _lost_rank_said():
+                dist.broadcast(part, 0, group=self._group)
+            if target is not None:
+                target.write(part.numpy().data)
 
     def leave(self) -> None:
         """Take the process group down. Collective: every rank must call it."""

@@ -39,6 +39,8 @@ def train(build: Callable[..., Task], settings: Config, stored: dict[str, Any]) 
         keep_every_steps=settings.checkpoint.keep_every_steps,
         keep_best=settings.checkpoint.keep_best,
         best=settings.checkpoint.best,
+        wait_s=settings.store.wait_s,
+        remote_keep={"last": settings.store.keep_last, "every_steps": settings.store.keep_every_steps, "best": settings.store.keep_best},
         config=stored,
         accept=settings.resume.accept,
         override=settings.resume.override,

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from s3_server import bucket, own_s3_server, s3_server  # noqa: F401 - fixtures
 
 REPO = Path(__file__).resolve().parent.parent
 TRAIN = REPO / "harness" / "train.py"

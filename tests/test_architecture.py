@@ -108,6 +108,7 @@ DOORS = {
     "sklearn": {"tasks"},
     "torch.distributed": {"ranks"},
     "fsspec": {"store"},
+    "s3fs": {"store"},
     "tenacity": {"retry"},
 }
 

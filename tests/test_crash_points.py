@@ -69,7 +69,7 @@ def prepare(root: Path) -> None:
     """A first attempt that committed steps 10, 20 and 30 and was killed while it saved the next two."""
     store = LocalStore(root)
     store.prepare(fmt.FOLDERS)
-    attempt = attempts.claim(store, survey(store), None, 1)
+    attempt = attempts.claim(survey(store), None, 1)
     for step in (10, 20, OLD):
         commit(store, attempt, payload(step), about(()))
     store.write(fmt.data_key(35, attempt.number), b"data without a manifest", attempt.number)
@@ -85,7 +85,7 @@ def life(root: Path, phases: list[str]) -> None:
     os.kill(os.getpid(), signal.SIGSTOP)
     phases.append("claim")
     store.prepare(fmt.FOLDERS)
-    attempt = attempts.claim(store, found, origin, 1)
+    attempt = attempts.claim(found, origin, 1)
     store.sweep(fmt.FOLDERS, attempt.number)
     phases.append("commit")
     manifest = commit(store, attempt, payload(NEW), about(going_on_from(origin)))
@@ -257,7 +257,7 @@ def check_next_attempt(root: Path) -> None:
     found = survey(store)
     origin = found.history[0]
     store.prepare(fmt.FOLDERS)
-    attempt = attempts.claim(store, found, origin, 1)
+    attempt = attempts.claim(found, origin, 1)
     assert attempt.number == found.greatest + 1
     store.sweep(fmt.FOLDERS, attempt.number)
     manifest = commit(store, attempt, payload(50), about(going_on_from(origin)))

@@ -49,7 +49,7 @@ def payload(step: int) -> dict:
 def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     store = LocalStore(tmp_path_factory.mktemp("template") / "run")
     store.prepare(fmt.FOLDERS)
-    attempt = attempts.claim(store, survey(store), None, 1)
+    attempt = attempts.claim(survey(store), None, 1)
     for step in STEPS:
         commit(store, attempt, payload(step), About(1, (), {"model": "Linear"}, "-"))
     return store.root

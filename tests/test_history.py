@@ -43,7 +43,7 @@ class Life:
         self.store = store
         found = survey(store)
         self.origin = found.history[0] if found.history else None
-        self.attempt = attempts.claim(store, found, self.origin, 1)
+        self.attempt = attempts.claim(found, self.origin, 1)
 
     def save(self, step: int, final: dict[str, int | None] | None = None) -> Manifest:
         about = About(1, going_on_from(self.origin), {"model": "Linear"}, "-", final)
@@ -299,10 +299,10 @@ def test_attempt_numbers_go_on_beyond_four_digits(store):
 
 def test_of_two_racing_claims_one_is_superseded(store):
     found = survey(store)
-    winner = attempts.claim(store, found, None, 1)
+    winner = attempts.claim(found, None, 1)
     record = store.read(fmt.attempt_key(1))
     with pytest.raises(SupersededError, match="faster"):
-        attempts.claim(store, found, None, 1)
+        attempts.claim(found, None, 1)
     assert store.read(fmt.attempt_key(1)) == record
     assert attempts.holds(store, winner)
     assert not attempts.holds(store, attempts.Attempt(1, winner.run_id, "another nonce"))
@@ -322,7 +322,7 @@ for rival in range(6):
         found = survey(store)
         os.read(go[0], 1)
         try:
-            attempts.claim(store, found, None, 1)
+            attempts.claim(found, None, 1)
             os._exit(0)
         except SupersededError:
             os._exit(76)
@@ -526,7 +526,7 @@ def test_attempts_that_died_before_their_first_commit_allow_a_fresh_start(store,
     store.write(fmt.data_key(10, 1), b"data without a manifest", 1)
     choice = load.choose(store, world)
     assert choice.manifest is None
-    assert attempts.claim(store, choice.survey, None, 1).number == 4
+    assert attempts.claim(choice.survey, None, 1).number == 4
 
 
 def drop_checkpoints(store: LocalStore) -> None:

@@ -172,7 +172,7 @@ class Life:
         self.store = store
         found = survey(store)
         self.origin = found.history[0] if found.history else None
-        self.attempt = attempts.claim(store, found, self.origin, 1)
+        self.attempt = attempts.claim(found, self.origin, 1)
         self.verified = {self.origin.name} if self.origin else set()
 
     def save(self, step: int, val_loss: float = 1.0) -> Manifest:

@@ -12,9 +12,9 @@ from typing import Any
 
 from harness.checkpoint import format as fmt
 from harness.checkpoint.format import Manifest
-from harness.checkpoint.history import Survey
+from harness.checkpoint.history import Survey, survey
 from harness.errors import SupersededError
-from harness.store import LocalStore
+from harness.store import Store
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,11 @@ def now() -> str:
     return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
 
 
-def claim(store: LocalStore, found: Survey, went_on_from: Manifest | None, world_size: int, kind: str = "train") -> Attempt:
-    """Create the next attempt's record. Raises SupersededError if another start was faster."""
+def claim(found: Survey, went_on_from: Manifest | None, world_size: int, kind: str = "train") -> Attempt:
+    """Create the next attempt's record in every store of the survey, the last one first: it is the authority.
+
+    Raises SupersededError if another start was faster.
+    """
     attempt = Attempt(found.greatest + 1, found.run_id or secrets.token_hex(8), secrets.token_hex(16))
     record = {
         "attempt": attempt.number,
@@ -41,24 +44,33 @@ def claim(store: LocalStore, found: Survey, went_on_from: Manifest | None, world
         "kind": kind,
         "from": {"attempt": went_on_from.attempt, "step": went_on_from.step} if went_on_from else None,
         "world_size": world_size,
+        "remote": str(found.stores[-1]) if len(found.stores) > 1 else None,
         "launch": os.environ.get("HARNESS_LAUNCH"),
         "host": socket.gethostname(),
         "pid": os.getpid(),
         "time": now(),
     }
     key = fmt.attempt_key(attempt.number)
-    try:
-        store.create(key, _spell(record), attempt.number)
-    except FileExistsError:
-        if not holds(store, attempt):  # else: our own first try, whose reply was lost
-            raise SupersededError(
-                f"another start of this run was faster: attempt {attempt.number} of {store} is not ours",
-                remedy="Only one job may train a run. If the other one is gone, start this one again.",
-            ) from None
+    for store in reversed(found.stores):
+        try:
+            store.create(key, _spell(record), attempt.number)
+        except FileExistsError:
+            if not holds(store, attempt):  # else: our own first try, whose reply was lost
+                raise SupersededError(
+                    f"another start of this run was faster: attempt {attempt.number} of {store} is not ours",
+                    remedy="Only one job may train a run. If the other one is gone, start this one again.",
+                ) from None
     return attempt
 
 
-def holds(store: LocalStore, attempt: Attempt) -> bool:
+def remembered(local: Store) -> str | None:
+    """The remote store that a run directory was last used with."""
+    records = survey(local).attempts
+    found = records[max(records)].get("remote") if records else None
+    return str(found) if found else None
+
+
+def holds(store: Store, attempt: Attempt) -> bool:
     """Whether the store shows this attempt's own record, by its nonce."""
     try:
         return bool(json.loads(store.read(fmt.attempt_key(attempt.number))).get("nonce") == attempt.nonce)
@@ -66,7 +78,7 @@ def holds(store: LocalStore, attempt: Attempt) -> bool:
         return False
 
 
-def check_fence(store: LocalStore, attempt: Attempt) -> None:
+def check_fence(store: Store, attempt: Attempt) -> None:
     """Raises SupersededError if a newer attempt has begun. Early notice only: what keeps a history clean is the lineage."""
     matches = [match for entry in store.entries(fmt.ATTEMPTS) if (match := fmt.ATTEMPT_NAME.match(entry.key))]
     newest = max((int(match["attempt"]) for match in matches), default=attempt.number)
@@ -77,7 +89,7 @@ def check_fence(store: LocalStore, attempt: Attempt) -> None:
         )
 
 
-def end(store: LocalStore, attempt: Attempt, why: str, **details: Any) -> bool:
+def end(store: Store, attempt: Attempt, why: str, **details: Any) -> bool:
     """Record how an attempt ended: finished, stopped, failed or superseded. The first word stands; returns whether it was ours."""
     try:
         store.create(fmt.end_key(attempt.number), _spell({"why": why, "time": now()} | details), attempt.number)

@@ -15,7 +15,6 @@ from harness.errors import DamagedError
 FORMAT_VERSION = 1
 CHECKPOINTS, ATTEMPTS, EVENTS = "checkpoints", "attempts", "events"
 FOLDERS = (CHECKPOINTS, ATTEMPTS, EVENTS)
-SET_ASIDE = ".damaged"
 
 CHECKPOINT_NAME = re.compile(r"^checkpoints/step_(?P<step>[0-9]{8,})-(?P<attempt>[0-9]{4,})\.(?P<kind>pt|json)(?P<aside>\.damaged)?\Z")
 ATTEMPT_NAME = re.compile(r"^attempts/(?P<attempt>[0-9]{4,})(?P<end>\.end)?\.json\Z")
@@ -46,6 +45,11 @@ def end_key(attempt: int) -> str:
 
 def events_key(attempt: int) -> str:
     return f"{EVENTS}/{attempt:04d}.jsonl"
+
+
+def segment_key(attempt: int, number: int) -> str:
+    """On a store that cannot append, the events of an attempt lie in numbered segments."""
+    return f"{EVENTS}/{attempt:04d}-{number:06d}.jsonl"
 
 
 @dataclass(frozen=True)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
 from harness.checkpoint import format as fmt
 from harness.checkpoint.format import Lineage, Manifest
-from harness.errors import DamagedError, StorageError
-from harness.store import TEMP, LocalStore
+from harness.errors import DamagedError, StorageError, UsageError
+from harness.store import TEMP, Store
 
+READERS = 8  # small files that are read at once from a remote store
 REFUSED_FRESH = (
     "To go on, put a good checkpoint back (harness verify RUN names what is damaged) or import one into a new run directory; "
     "to start over, take a new run.dir."
@@ -19,12 +22,15 @@ REFUSED_FRESH = (
 
 @dataclass
 class Survey:
-    """One listing of a store, parsed. What cannot be parsed is named, never guessed."""
+    """One listing of each of a run's stores, parsed. What cannot be parsed is named, never guessed."""
 
+    stores: tuple[Store, ...] = ()
+    parts: list[Survey] = field(default_factory=list)  # the same for each store by itself
     manifests: list[Manifest] = field(default_factory=list)  # readable ones, oldest first
     damaged: dict[str, str] = field(default_factory=dict)  # manifest key -> why it cannot be read
     newer: dict[str, str] = field(default_factory=dict)  # whole, but of a format we do not know
     set_aside: list[str] = field(default_factory=list)
+    marked: set[str] = field(default_factory=set)  # manifest keys whose copy was found damaged, on a store that cannot rename
     orphans: list[str] = field(default_factory=list)  # data without a manifest
     foreign: list[str] = field(default_factory=list)  # in the folder, but no checkpoint
     strangers: list[str] = field(default_factory=list)  # checkpoints of another run
@@ -55,6 +61,28 @@ class Survey:
         limits = dict(self.head.lineage)
         return [m for m in reversed(self.manifests) if m.step <= limits.get(m.attempt, -1)]
 
+    def copies(self, manifest: Manifest) -> list[Store]:
+        """The stores that have this very checkpoint, the local one first, those where it was found damaged last."""
+        pairs = [(store, part) for store, part in zip(self.stores, self.parts, strict=True) if manifest in part.manifests]
+        return [store for store, _ in sorted(pairs, key=lambda pair: manifest.key in pair[1].marked)]
+
+    @property
+    def candidates(self) -> list[Manifest]:
+        """What to go on from, best first: the history, but what was found damaged on every store that has it comes last."""
+        return sorted(self.history, key=lambda m: m.key in self.marked)
+
+    def check_one_run(self) -> None:
+        """Raises UsageError if the stores hold two runs, or one that was trained on both sides without the other."""
+        runs = {str(store): part.run_id for store, part in zip(self.stores, self.parts, strict=True) if part.run_id}
+        nonces = [{n: record["nonce"] for n, record in part.attempts.items() if "nonce" in record} for part in self.parts]
+        apart = [n for n in sorted(set().union(*nonces)) if len({own[n] for own in nonces if n in own}) > 1]
+        if len(set(runs.values())) > 1 or apart:
+            raise UsageError(
+                "run.dir and run.remote hold different runs",
+                "found: " + (", ".join(f"{run} in {store}" for store, run in runs.items()) if not apart else f"two attempts {apart[0]}"),
+                "Take another run.dir, or the run.remote that belongs to it.",
+            )
+
     def check_fresh_start(self, where: str, notes: list[str]) -> None:
         """Raises DamagedError unless nothing at all hints at a history: then, and only then, step 0 is right.
 
@@ -74,10 +102,31 @@ class Survey:
             )
 
 
-def survey(store: LocalStore) -> Survey:
-    """List and parse a run. Raises StorageError when the store cannot be listed or read."""
+def survey(*stores: Store) -> Survey:
+    """List and parse a run on its stores. Raises StorageError when one of them cannot be listed or read."""
+    parts = [_list(store) for store in stores]
+    if len(parts) == 1:
+        parts[0].stores, parts[0].parts = stores, parts
+        return parts[0]
+    whole = Survey(stores, parts)
+    for part in parts:  # the remote one last: its word on attempts stands
+        whole.attempts |= part.attempts
+        whole.ends |= part.ends
+        whole.newer |= part.newer
+        whole.greatest = max(whole.greatest, part.greatest)
+        for name in ("set_aside", "orphans", "foreign", "strangers"):
+            setattr(whole, name, sorted({*getattr(whole, name), *getattr(part, name)}))
+    readable = {m.key: m for part in parts for m in part.manifests}
+    whole.manifests = sorted((m for m in readable.values() if m.run_id == whole.run_id), key=lambda m: m.order)
+    whole.damaged = {key: why for part in parts for key, why in part.damaged.items() if key not in readable}
+    whole.marked = {key for key in readable if all(key in part.marked for part in parts if any(m.key == key for m in part.manifests))}
+    return whole
+
+
+def _list(store: Store) -> Survey:
     found = Survey()
     checkpoints = store.entries(fmt.CHECKPOINTS)
+    keys, manifests = {entry.key for entry in checkpoints}, list[str]()
     found.sizes = {entry.key: entry.size_bytes for entry in checkpoints if entry.key.endswith(".pt")}
     for entry in checkpoints:
         match = fmt.CHECKPOINT_NAME.match(entry.key)
@@ -86,41 +135,65 @@ def survey(store: LocalStore) -> Survey:
                 found.foreign.append(entry.key)
             continue
         found.greatest = max(found.greatest, int(match["attempt"]))
-        if match["aside"]:
+        if match["aside"] and (marked := entry.key.removesuffix(match["aside"])) in keys:
+            found.marked.add(marked)
+        elif match["aside"]:
             found.set_aside.append(entry.key)
         elif match["kind"] == "json":
-            _read_manifest(store, entry.key, found)
+            manifests.append(entry.key)
+    _read_manifests(store, manifests, found)
     _read_attempts(store, found)
     found.strangers = [m.key for m in found.manifests if m.run_id != found.run_id]
     found.manifests = sorted((m for m in found.manifests if m.run_id == found.run_id), key=lambda m: m.order)
-    named = {entry.key.removesuffix(".json") for entry in checkpoints if entry.key.endswith(".json")}
+    named = {key.removesuffix(".json") for key in keys if key.endswith(".json")}
     found.orphans = [key for key in found.sizes if fmt.CHECKPOINT_NAME.match(key) and key.removesuffix(".pt") not in named]
     return found
 
 
-def _read_manifest(store: LocalStore, key: str, found: Survey) -> None:
-    try:
-        found.manifests.append(fmt.from_bytes(key, store.read(key)))
-    except FileNotFoundError:  # retention deleted it between the listing and the reading
-        return
-    except fmt.NewerFormatError as error:
-        found.newer[key] = error.what
-    except DamagedError as error:
-        found.damaged[key] = error.what
+def _read_all(store: Store, keys: list[str]) -> Iterator[tuple[str, bytes]]:
+    """Small files by their keys, several at once from a remote store. Those deleted since they were listed are left out."""
 
-
-def _read_attempts(store: LocalStore, found: Survey) -> None:
-    for entry in store.entries(fmt.ATTEMPTS):
-        match = fmt.ATTEMPT_NAME.match(entry.key)
-        if match is None:
-            continue
-        number = int(match["attempt"])
-        found.greatest = max(found.greatest, number)
+    def read(key: str) -> bytes | None:
         try:
-            record = json.loads(store.read(entry.key))
-        except (ValueError, FileNotFoundError, StorageError):
+            return store.read(key)
+        except FileNotFoundError:
+            return None
+        except StorageError:
+            if store.is_local and key.startswith(fmt.ATTEMPTS):
+                return b""  # a bad sector under one record is no reason to refuse the run; a server that fails may hide anything
+            raise
+
+    if store.is_local:
+        texts = [read(key) for key in keys]
+    else:
+        with ThreadPoolExecutor(READERS, thread_name_prefix="list") as pool:
+            texts = list(pool.map(read, keys))
+    return ((key, text) for key, text in zip(keys, texts, strict=True) if text is not None)
+
+
+def _read_manifests(store: Store, keys: list[str], found: Survey) -> None:
+    for key, text in _read_all(store, keys):
+        try:
+            found.manifests.append(fmt.from_bytes(key, text))
+        except fmt.NewerFormatError as error:
+            found.newer[key] = error.what
+        except DamagedError as error:
+            found.damaged[key] = error.what
+
+
+def _read_attempts(store: Store, found: Survey) -> None:
+    matches = {entry.key: match for entry in store.entries(fmt.ATTEMPTS) if (match := fmt.ATTEMPT_NAME.match(entry.key))}
+    for match in matches.values():
+        found.greatest = max(found.greatest, int(match["attempt"]))
+        if not match["end"]:
+            found.attempts[int(match["attempt"])] = {}
+    for key, text in _read_all(store, list(matches)):
+        try:
+            record = json.loads(text)
+        except ValueError:
             record = {}
-        (found.ends if match["end"] else found.attempts)[number] = record if isinstance(record, dict) else {}
+        match = matches[key]
+        (found.ends if match["end"] else found.attempts)[int(match["attempt"])] = record if isinstance(record, dict) else {}
 
 
 def going_on_from(manifest: Manifest | None) -> Lineage:

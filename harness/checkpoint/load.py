@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import pickle
 import struct
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 from blake3 import blake3
 
 from harness.checkpoint import format as fmt
-from harness.checkpoint.format import Manifest
+from harness.checkpoint.format import DataFile, Manifest
 from harness.checkpoint.history import Survey, survey
 from harness.errors import DamagedError, HarnessError, StorageError
 from harness.ranks import World
-from harness.store import CHUNK_BYTES, LocalStore
+from harness.store import CHUNK_BYTES, LocalStore, Store
 
 LISTINGS = 5  # how often a store is listed anew because what was listed is gone
+Tell = Callable[[int], object]  # is told of so many bytes more
 
 # What torch.load was seen to raise for bytes that are no checkpoint.
 UNPARSEABLE = (
@@ -35,50 +39,129 @@ def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {(str(error).splitlines() or ['no message'])[0][:200]}"
 
 
-def verified(store: LocalStore, manifest: Manifest) -> BinaryIO:
-    """Open a checkpoint's data after reading all of it and comparing size and digest; the file stands at its beginning.
+def _not_told(size_bytes: int) -> None:
+    """Nobody waits for it in front of a terminal."""
 
-    Raises DamagedError if it is not what the manifest says, StorageError if it cannot be read.
-    """
+
+def checked(chunks: Iterator[bytes], expected: DataFile, where: str, tell: Tell = _not_told) -> Iterator[bytes]:
+    """The chunks of a data file, passed on. Raises DamagedError at their end, or as soon as there are too many, if they are not what
+    the manifest says: until then nothing may be done with them that cannot be undone."""
+    digest, size_bytes = blake3(), 0
+    for chunk in chunks:
+        size_bytes += len(chunk)
+        if size_bytes > expected.size_bytes:
+            break
+        digest.update(chunk)
+        tell(len(chunk))
+        yield chunk
+    if size_bytes != expected.size_bytes:
+        raise DamagedError(f"{where} has the wrong size", f"found: {size_bytes} bytes, expected: {expected.size_bytes}")
+    if f"blake3:{digest.hexdigest()}" != expected.digest:
+        raise DamagedError(
+            f"{where} is damaged: its checksum does not match", f"found: blake3:{digest.hexdigest()}, expected: {expected.digest}"
+        )
+
+
+def verified_chunks(store: Store, manifest: Manifest, tell: Tell = _not_told) -> Iterator[bytes]:
+    """A checkpoint's data, piece by piece; see `checked`. Raises DamagedError, StorageError."""
     key = f"{fmt.CHECKPOINTS}/{manifest.data.name}"
     try:
-        file = store.open(key)
+        yield from checked(store.chunks(key), manifest.data, key, tell)
     except FileNotFoundError as error:
-        raise DamagedError(f"{key} is missing, or no regular file", remedy="Its manifest is there: somebody deleted the data.") from error
+        raise _missing(key) from error
+
+
+def _missing(key: str) -> DamagedError:
+    return DamagedError(f"{key} is missing, or no regular file", remedy="Its manifest is there: somebody deleted the data.")
+
+
+def verified(store: Store, manifest: Manifest, scratch: LocalStore | None = None, tell: Tell = _not_told) -> BinaryIO:
+    """Open a checkpoint's data after reading all of it and comparing size and digest; the file stands at its beginning.
+
+    From a remote store it comes into a temporary file of `scratch`, for the caller to delete by its `name`, or into memory. Raises
+    DamagedError if it is not what the manifest says, StorageError if it cannot be read.
+    """
+    key = f"{fmt.CHECKPOINTS}/{manifest.data.name}"
+    if store.is_local:
+        try:
+            return _checked_file(store.open(key), manifest.data, key)
+        except FileNotFoundError as error:
+            raise _missing(key) from error
+    file: BinaryIO = scratch.scratch(key, manifest.attempt) if scratch else io.BytesIO()
+    try:
+        for chunk in verified_chunks(store, manifest, tell):
+            file.write(chunk)
+        file.seek(0)
+    except BaseException as error:
+        _drop(file)
+        if isinstance(error, OSError):
+            raise StorageError(f"cannot keep {key} while it is read", f"found: {error}", "Free some space in run.dir.") from error
+        raise
+    return file
+
+
+def _checked_file(file: BinaryIO, expected: DataFile, where: str) -> BinaryIO:
+    """The open file, back at its beginning, if it is what the manifest says; else it is closed. Raises DamagedError, StorageError."""
     try:
         size_bytes = os.fstat(file.fileno()).st_size
-        if size_bytes != manifest.data.size_bytes:
-            raise DamagedError(f"{key} has the wrong size", f"found: {size_bytes} bytes, expected: {manifest.data.size_bytes}")
-        digest = blake3()
-        while chunk := file.read(CHUNK_BYTES):
-            digest.update(chunk)
-        if f"blake3:{digest.hexdigest()}" != manifest.data.digest:
-            raise DamagedError(
-                f"{key} is damaged: its checksum does not match",
-                f"found: blake3:{digest.hexdigest()}, expected: {manifest.data.digest}",
-            )
+        if size_bytes != expected.size_bytes:
+            raise DamagedError(f"{where} has the wrong size", f"found: {size_bytes} bytes, expected: {expected.size_bytes}")
+        for _ in checked(iter(partial(file.read, CHUNK_BYTES), b""), expected, where):
+            pass
         file.seek(0)
     except OSError as error:
         file.close()
-        raise StorageError(f"cannot read {key}: {error.strerror}", f"found: {error}") from error
+        raise StorageError(f"cannot read {where}: {error.strerror}", f"found: {error}") from error
     except BaseException:
         file.close()
         raise
     return file
 
 
-def load(store: LocalStore, manifest: Manifest) -> dict[str, Any]:
-    """The whole checkpoint, on the CPU, nothing but plain data. Raises DamagedError or StorageError."""
-    with verified(store, manifest) as file:
-        try:
-            payload = torch.load(file, map_location="cpu", weights_only=True)
-        except UNPARSEABLE as error:
-            if "not enough memory" in str(error):  # torch's own words; the file is whole
-                raise HarnessError(f"there is not enough memory to load {manifest.data.name}", first_line(error)) from error
-            raise DamagedError(f"{manifest.data.name} cannot be parsed", f"found: {first_line(error)}") from None
+def _drop(file: BinaryIO | None) -> None:
+    """Close a file, and delete it if it is a temporary one."""
+    if file is None:
+        return
+    name = getattr(file, "name", None)
+    file.close()
+    if isinstance(name, str):
+        with contextlib.suppress(OSError):
+            os.unlink(name)
+
+
+def parse(file: BinaryIO, manifest: Manifest) -> dict[str, Any]:
+    """The whole checkpoint in a verified file, on the CPU, nothing but plain data. Raises DamagedError."""
+    try:
+        payload = torch.load(file, map_location="cpu", weights_only=True)
+    except UNPARSEABLE as error:
+        if "not enough memory" in str(error):  # torch's own words; the file is whole
+            raise HarnessError(f"there is not enough memory to load {manifest.data.name}", first_line(error)) from error
+        raise DamagedError(f"{manifest.data.name} cannot be parsed", f"found: {first_line(error)}") from None
     if not isinstance(payload, dict) or payload.get("step") != manifest.step:
         raise DamagedError(f"{manifest.data.name} is not the checkpoint that its manifest describes")
     return payload
+
+
+def load(store: Store, manifest: Manifest, tell: Tell = _not_told) -> dict[str, Any]:
+    """The whole checkpoint, on the CPU, nothing but plain data. Raises DamagedError or StorageError."""
+    with verified(store, manifest, tell=tell) as file:
+        return parse(file, manifest)
+
+
+def outline(store: Store, key: str) -> dict[str, Any]:
+    """What is in a checkpoint, with tensors of the right type and shape whose data is not read. Raises what `torch.load` raises."""
+    with store.open(key) as file:
+        return torch.load(file, map_location="meta", weights_only=True)  # type: ignore[no-any-return]
+
+
+def check(store: Store, manifest: Manifest, tell: Tell = _not_told) -> None:
+    """Read and compare every byte, keeping none. Raises DamagedError, StorageError."""
+    for _ in verified_chunks(store, manifest, tell):
+        pass
+    try:
+        outline(store, f"{fmt.CHECKPOINTS}/{manifest.data.name}")
+    except UNPARSEABLE as error:
+        raise DamagedError(f"{manifest.data.name} cannot be parsed", f"found: {first_line(error)}") from None
 
 
 @dataclass
@@ -88,71 +171,135 @@ class Choice:
     survey: Survey | None  # the writer's listing; None on the other ranks
     manifest: Manifest | None = None  # None: step 0
     payload: dict[str, Any] | None = None
-    damaged: list[str] = field(default_factory=list)  # manifest keys to set aside once an attempt is claimed
+    damaged: list[tuple[int, str]] = field(default_factory=list)  # which store's copy, by manifest key, to set aside once claimed
     notes: list[str] = field(default_factory=list)
 
 
-def choose(store: LocalStore, world: World, give_up: Callable[[], object] = lambda: None) -> Choice:
-    """Find and load the newest checkpoint of the run's history that verifies on every rank. Reads only.
+class Chooser:
+    """Finds and loads what a run goes on from, on all ranks together."""
 
-    Raises DamagedError if there is a history but nothing in it loads, StorageError if the store cannot be listed.
-    Collective: every rank must call it.
+    def __init__(self, stores: tuple[Store, ...], world: World, give_up: Callable[[], object]) -> None:
+        self.stores, self.world, self.give_up = stores, world, give_up
+        self.scratch = next((store for store in stores if isinstance(store, LocalStore)), None)
+        self._file: BinaryIO | None = None
+
+    def once(self) -> tuple[Choice, bool]:
+        """One listing and what comes of it; also whether something listed was deleted meanwhile, so that only a new listing tells."""
+        choice = Choice(None)
+        for text, places in self._on_writer(partial(self._look, choice)):
+            manifest = _parse_manifest(text)
+            for place in places:
+                payload, problem, is_damaged = self._try(self.stores[place], manifest)
+                if payload is not None:
+                    choice.manifest, choice.payload = manifest, payload
+                    choice.notes += self._why(choice.survey, manifest, self.stores[place])
+                    return choice, False
+                if not self._on_writer(partial(self.stores[place].exists, manifest.key)):
+                    return choice, True
+                choice.notes.append(f"passed over: {problem}" + (f" in {self.stores[place]}" if len(self.stores) > 1 else ""))
+                if is_damaged:
+                    choice.damaged.append((place, manifest.key))
+        self._on_writer(partial(self._check_fresh, choice))
+        return choice, False
+
+    def _on_writer(self, work: Callable[[], Any]) -> Any:
+        return self.world.on_writer(work, give_up=self.give_up)
+
+    def _look(self, choice: Choice) -> list[tuple[str, list[int]]]:
+        found = choice.survey = survey(*self.stores)
+        found.check_one_run()
+        choice.damaged = [(place, key) for place, part in enumerate(found.parts) for key in part.damaged if key not in part.marked]
+        choice.notes = [f"passed over: {why}" for part in found.parts for why in (part.damaged | part.newer).values()]
+        choice.notes += [f"ignored, not of this run: {key}" for key in found.foreign + found.strangers]
+        return [(fmt.to_bytes(m).decode(), [self.stores.index(copy) for copy in found.copies(m)]) for m in found.candidates]
+
+    def _check_fresh(self, choice: Choice) -> None:
+        if choice.survey is not None:
+            choice.survey.check_fresh_start(" and ".join(map(str, self.stores)), choice.notes)
+
+    def _why(self, found: Survey | None, manifest: Manifest, source: Store) -> list[str]:
+        if found is None or len(self.stores) < 2:
+            return []
+        heads = [f"{part.head.name if part.head else 'nothing'} in {store}" for store, part in zip(found.stores, found.parts, strict=True)]
+        return [f"taking {manifest.name} from {source}: the newest that verifies ({', '.join(heads)})"]
+
+    def _try(self, store: Store, manifest: Manifest) -> tuple[dict[str, Any] | None, str | None, bool]:
+        """The payload on every rank, or on none, and then what was wrong, and whether the data itself is."""
+        path, problem, is_damaged = self._on_writer(partial(self._open, store, manifest))
+        if problem:
+            return None, problem, is_damaged
+        payload: dict[str, Any] | None = None
+        said: tuple[str | None, bool] = (None, False)
+        try:
+            file = self._file if self.world.is_writer else _at(path, manifest)
+            if any(self.world.gather(file is None)):  # they see another disk, or there is none
+                received = io.BytesIO() if file is None else None
+                self.world.share(self._file, manifest.data.size_bytes, received)
+                file = file or received
+            assert file is not None
+            file.seek(0)
+            payload = parse(file, manifest)
+        except HarnessError as error:
+            said = _said(error)
+        problems = [(rank, said) for rank, said in enumerate(self.world.gather(said)) if said[0]]
+        if self.world.is_writer:
+            if store.is_local and self._file is not None:
+                self._file.close()
+            else:
+                _drop(self._file)
+        if not problems:
+            return payload, None, False
+        return None, f"{problems[0][1][0]} (rank {problems[0][0]})", any(said[1] for _, said in problems)
+
+    def _open(self, store: Store, manifest: Manifest) -> tuple[str | None, str | None, bool]:
+        """Where other processes of this machine find the verified data, or what is wrong with it, and whether it is damaged."""
+        for last in (store.is_local, True):
+            try:
+                self._file = verified(store, manifest, self.scratch)
+                break
+            except HarnessError as error:
+                if last or not isinstance(error, DamagedError):  # what came over a network may be whole when it is read again
+                    return None, *_said(error)
+        if store.is_local:
+            return store.where(f"{fmt.CHECKPOINTS}/{manifest.data.name}"), None, False
+        path = getattr(self._file, "name", None)
+        return (path if isinstance(path, str) else None), None, False
+
+
+def choose(stores: Store | tuple[Store, ...], world: World, give_up: Callable[[], object] = lambda: None) -> Choice:
+    """Find and load the newest checkpoint of the run's history that verifies on every rank. Nothing is changed.
+
+    The bytes leave a remote store once: the writer fetches them, the others read them from its disk or are sent them. A copy that is
+    damaged on one store is looked for on the other one first. Raises DamagedError if there is a history but nothing in it loads,
+    StorageError if a store cannot be listed. Collective: every rank must call it.
     """
+    chooser = Chooser((stores,) if isinstance(stores, Store) else stores, world, give_up)
     for _ in range(LISTINGS):
-        choice, vanished = _choose_once(store, world, give_up)
+        choice, vanished = chooser.once()
         if not vanished:
             return choice
-    raise StorageError(f"checkpoints of {store} vanish while they are read", remedy="Is another process deleting them? Start again.")
+    raise StorageError(f"checkpoints of {chooser.stores[-1]} vanish while they are read", remedy="Is another process deleting them?")
 
 
-def _choose_once(store: LocalStore, world: World, give_up: Callable[[], object]) -> tuple[Choice, bool]:
-    """One listing and what comes of it; also whether something listed was deleted meanwhile, so that only a new listing tells."""
-    choice = Choice(None)
-
-    def look() -> list[str]:
-        choice.survey = survey(store)
-        return [fmt.to_bytes(manifest).decode() for manifest in choice.survey.history]
-
-    manifests = [_parse(text) for text in world.on_writer(look, give_up=give_up)]
-    if choice.survey:
-        choice.damaged = list(choice.survey.damaged)
-        choice.notes = [f"passed over: {why}" for why in (choice.survey.damaged | choice.survey.newer).values()]
-        choice.notes += [f"ignored, not of this run: {key}" for key in choice.survey.foreign + choice.survey.strangers]
-    for manifest in manifests:
-        payload, problem, is_damaged = _try(store, manifest)
-        problems = {rank: said for rank, said in enumerate(world.gather((problem, is_damaged))) if said[0]}
-        if not problems:
-            choice.manifest, choice.payload = manifest, payload
-            return choice, False
-        del payload
-        if not world.on_writer(partial(store.exists, manifest.key), give_up=give_up):
-            return choice, True
-        choice.notes += [f"passed over: {said[0]} (rank {rank})" for rank, said in list(problems.items())[:1]]
-        if any(said[1] for said in problems.values()):
-            choice.damaged.append(manifest.key)
-
-    def check_fresh() -> None:
-        if choice.survey is not None:
-            choice.survey.check_fresh_start(str(store), choice.notes)
-
-    world.on_writer(check_fresh, give_up=give_up)
-    return choice, False
+def _at(path: str | None, manifest: Manifest) -> BinaryIO | None:
+    """The verified data under a path that the writer has named, or None if this process does not see it there."""
+    if path is None:
+        return None
+    try:
+        return _checked_file(Path(path).open("rb"), manifest.data, path)
+    except (OSError, HarnessError):
+        return None
 
 
-def _parse(text: str) -> Manifest:
+def _parse_manifest(text: str) -> Manifest:
     fields = json.loads(text)
     return fmt.from_bytes(fmt.manifest_key(fields["step"], fields["attempt"]), text.encode())
 
 
-def _try(store: LocalStore, manifest: Manifest) -> tuple[dict[str, Any] | None, str | None, bool]:
-    try:
-        return load(store, manifest), None, False
-    except HarnessError as error:
-        return None, error.what + (f" ({error.found})" if error.found else ""), isinstance(error, DamagedError)
+def _said(error: HarnessError) -> tuple[str, bool]:
+    return error.what + (f" ({error.found})" if error.found else ""), isinstance(error, DamagedError)
 
 
-def set_aside(store: LocalStore, manifest_key: str) -> None:
+def set_aside(store: Store, manifest_key: str) -> None:
     """Take a damaged checkpoint out of the run without deleting it; the manifest first, so that it exists no more at once."""
-    for key in (manifest_key, f"{manifest_key.removesuffix('.json')}.pt"):
-        if store.exists(key):
-            store.rename(key, key + fmt.SET_ASIDE)
+    store.set_aside((manifest_key, f"{manifest_key.removesuffix('.json')}.pt"))

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from harness.checkpoint import format as fmt
 from harness.checkpoint.attempts import Attempt, check_fence
 from harness.checkpoint.format import Manifest
 from harness.checkpoint.history import survey
-from harness.store import LocalStore
+from harness.errors import UsageError
+from harness.store import Store
 
 ALWAYS_KEPT = 2
 
@@ -25,6 +26,13 @@ class Policy:
     best: int = 1
     metric: str = "val_loss"
     higher_is_better: bool = False
+
+
+def changed(policy: Policy, by: Mapping[str, int | None]) -> Policy:
+    """The policy with other numbers of `last`, `every_steps` or `best`; None leaves one as it is. Raises UsageError."""
+    if unknown := sorted(set(by) - {"last", "every_steps", "best"}):
+        raise UsageError(f"nothing can be kept by {', '.join(unknown)}", "expected: last, every_steps, best")
+    return dataclasses.replace(policy, **{name: value for name, value in by.items() if value is not None})  # type: ignore[arg-type]
 
 
 def score(manifest: Manifest, policy: Policy) -> float | None:
@@ -50,10 +58,11 @@ def better(metrics: Mapping[str, float], so_far: float | None, policy: Policy) -
     return (value, policy.best > 0) if improved else (so_far, False)
 
 
-def best_file(store: LocalStore, policy: Policy) -> Path | None:
-    """The file of the best checkpoint in the run's history, or None."""
-    ranked = best(survey(store).history, policy)
-    return store.path(f"{fmt.CHECKPOINTS}/{ranked[0].data.name}") if ranked else None
+def best_file(stores: Sequence[Store], policy: Policy) -> str | None:
+    """The path or URL of the best checkpoint in the run's history, or None. Raises StorageError."""
+    found = survey(*stores)
+    ranked = best(found.history, policy)
+    return found.copies(ranked[0])[0].where(f"{fmt.CHECKPOINTS}/{ranked[0].data.name}") if ranked else None
 
 
 def to_delete(history: list[Manifest], verified: set[str], policy: Policy) -> list[Manifest]:
@@ -76,19 +85,22 @@ def _places(history: list[Manifest], policy: Policy) -> set[str]:
     return {m.name for m in kept}
 
 
-def apply(store: LocalStore, attempt: Attempt, verified: set[str], policy: Policy) -> list[str]:
-    """Delete what the policy lets go, and data that earlier attempts left without a manifest; returns the names.
+def apply(store: Store, attempt: Attempt, verified: set[str], policy: Policy, pinned: Collection[str] = ()) -> list[str]:
+    """Delete what the policy lets go but for the `pinned`, and data that earlier attempts left without a manifest; returns the names.
 
     Call it right after a commit of this attempt: that commit has cut off every earlier attempt, so what those left unfinished
-    can never count again. Raises SupersededError, StorageError.
+    can never count again. In a remote store it is left alone all the same: its owner may be alive elsewhere, and be confused.
+    Raises SupersededError, StorageError.
     """
     found = survey(store)
     gone = []
     for manifest in to_delete(found.history, verified, policy):
+        if manifest.name in pinned:
+            continue
         check_fence(store, attempt)
         delete(store, manifest)
         gone.append(manifest.name)
-    for key in found.orphans:
+    for key in found.orphans if store.is_local else ():
         match = fmt.CHECKPOINT_NAME.match(key)
         if match and int(match["attempt"]) < attempt.number:
             check_fence(store, attempt)
@@ -97,7 +109,7 @@ def apply(store: LocalStore, attempt: Attempt, verified: set[str], policy: Polic
     return gone
 
 
-def delete(store: LocalStore, manifest: Manifest) -> None:
+def delete(store: Store, manifest: Manifest) -> None:
     """The manifest first: what is left after a crash in between is no checkpoint."""
     store.delete(manifest.key)
     for file in manifest.files:

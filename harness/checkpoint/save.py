@@ -17,9 +17,9 @@ from harness.checkpoint import format as fmt
 from harness.checkpoint.attempts import Attempt, check_fence, now
 from harness.checkpoint.format import DataFile, Lineage, Manifest
 from harness.checkpoint.history import extended
-from harness.checkpoint.load import UNPARSEABLE, first_line, verified
+from harness.checkpoint.load import UNPARSEABLE, first_line, outline, verified_chunks
 from harness.errors import SaveError, StorageError, UsageError
-from harness.store import CHUNK_BYTES, LocalStore, in_words
+from harness.store import Store
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class About:
     read_back: bool = False  # parse the file before it becomes a checkpoint
 
 
-def commit(store: LocalStore, attempt: Attempt, payload: dict[str, Any], about: About) -> Manifest:
+def commit(store: Store, attempt: Attempt, payload: dict[str, Any], about: About) -> Manifest:
     """Write `payload` as the checkpoint of its step; when this returns it is durable, and it exists.
 
     Raises SaveError if the store fails, SupersededError if a newer attempt has begun; then no checkpoint exists, and no file
@@ -54,10 +54,10 @@ def commit(store: LocalStore, attempt: Attempt, payload: dict[str, Any], about: 
     return _commit(store, attempt, step, write, build)
 
 
-def _check_readable(store: LocalStore, step: int, attempt: Attempt) -> None:
+def _check_readable(store: Store, step: int, attempt: Attempt) -> None:
     """Raises UsageError for a file that is whole, but that `torch.load` refuses: nobody could go on from it."""
     try:
-        torch.load(store.path(fmt.data_key(step, attempt.number)), map_location="cpu", weights_only=True, mmap=True)
+        outline(store, fmt.data_key(step, attempt.number))
     except UNPARSEABLE as error:
         raise UsageError(
             "what is tracked can be saved, but not loaded again", f"found: {first_line(error)}",
@@ -65,16 +65,15 @@ def _check_readable(store: LocalStore, step: int, attempt: Attempt) -> None:
         ) from error  # fmt: skip
 
 
-def adopt(source: LocalStore, manifest: Manifest, store: LocalStore, attempt: Attempt, lineage: Lineage) -> Manifest:
+def adopt(source: Store, manifest: Manifest, store: Store, attempt: Attempt, lineage: Lineage) -> Manifest:
     """Copy a whole checkpoint, of this run or of another, as the first one of `attempt`.
 
     Raises DamagedError if the source does not verify, SaveError as `commit` does.
     """
 
     def write(sink: Any) -> None:
-        with verified(source, manifest) as file:
-            while chunk := file.read(CHUNK_BYTES):
-                sink.write(chunk)
+        for chunk in verified_chunks(source, manifest):  # complains at the end, before anything is committed
+            sink.write(chunk)
 
     def build(file: DataFile) -> Manifest:
         fields = {name: getattr(manifest, name) for name in manifest.__dataclass_fields__}
@@ -84,9 +83,7 @@ def adopt(source: LocalStore, manifest: Manifest, store: LocalStore, attempt: At
     return _commit(store, attempt, manifest.step, write, build)
 
 
-def _commit(
-    store: LocalStore, attempt: Attempt, step: int, write: Callable[[Any], None], build: Callable[[DataFile], Manifest]
-) -> Manifest:
+def _commit(store: Store, attempt: Attempt, step: int, write: Callable[[Any], None], build: Callable[[DataFile], Manifest]) -> Manifest:
     key, manifest_key = fmt.data_key(step, attempt.number), fmt.manifest_key(step, attempt.number)
     try:
         if store.exists(manifest_key):
@@ -95,9 +92,9 @@ def _commit(
             try:
                 write(sink)
             except (RuntimeError, OSError, AttributeError) as error:  # torch's own words for a file that refuses
-                if sink.error is None:
+                if sink.failure is None:
                     raise
-                raise in_words("write", key, sink.error) from error
+                raise sink.failure from error
             sink.commit()
             file = DataFile(f"{fmt.stem(step, attempt.number)}.pt", sink.size_bytes, sink.digest())
         manifest = build(file)

@@ -15,9 +15,11 @@ import torch
 
 from harness import config
 from harness.checkpoint import load
+from harness.checkpoint.format import Manifest
 from harness.cli import locate
 from harness.errors import EXIT_FAILED
-from harness.events import say
+from harness.events import Bar, say
+from harness.store import Store
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(given: argparse.Namespace) -> int:
-    a, b = (load.load(*locate.checkpoint(path)) for path in (given.a, given.b))
+    a, b = (_load(*locate.checkpoint(path)) for path in (given.a, given.b))
     settings = config.changes(a.pop("config"), b.pop("config"))
     for change in settings:
         say(f"setting  {change}" + ("  (does not count)" if change.is_free else ""))
@@ -36,6 +38,14 @@ def run(given: argparse.Namespace) -> int:
     counted = len(rows) + sum(not change.is_free for change in settings)
     say(f"{counted} difference(s)" if counted else "equal, bit for bit")
     return EXIT_FAILED if counted else 0
+
+
+def _load(store: Store, manifest: Manifest) -> dict[str, Any]:
+    bar = Bar(f"reading {manifest.name} from {store}", manifest.size_bytes)
+    try:
+        return load.load(store, manifest, bar)
+    finally:
+        bar.end()
 
 
 def differences(a: Any, b: Any, where: str = "") -> Iterator[tuple[str, str, str, str]]:

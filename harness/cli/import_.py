@@ -7,30 +7,30 @@ from __future__ import annotations
 
 import argparse
 
-from harness.checkpoint import attempts, load, save
+from harness.checkpoint import attempts, save
 from harness.checkpoint import format as fmt
 from harness.checkpoint.history import survey
 from harness.cli import locate
 from harness.errors import UsageError
 from harness.events import say
-from harness.store import LocalStore
+from harness.store import open_store
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", metavar="CHECKPOINT")
-    parser.add_argument("run", metavar="NEWRUN", help="a directory that holds no run yet")
+    parser.add_argument("run", metavar="NEWRUN", help="a directory or URL that holds no run yet")
 
 
 def run(given: argparse.Namespace) -> int:
     source, manifest = locate.checkpoint(given.checkpoint)
-    store = LocalStore(given.run)
+    store = open_store(given.run)
     found = survey(store)
     if found.greatest or found.manifests:
         raise UsageError(f"{store} holds a run already", f"found: attempt {found.greatest}", "Choose another directory.")
-    load.verified(source, manifest).close()  # before anything is written
+    locate.check(source, manifest)  # before anything is written
     store.prepare(fmt.FOLDERS)
-    attempt = attempts.claim(store, found, manifest, manifest.world_size, kind="import")
+    attempt = attempts.claim(found, manifest, manifest.world_size, kind="import")
     copy = save.adopt(source, manifest, store, attempt, ())
     attempts.end(store, attempt, "stopped", step=copy.step, saved=True, saved_step=copy.step, by="import")
-    say(f"{store} begins with {copy.name}, a copy of {source}/{fmt.CHECKPOINTS}/{manifest.data.name}")
+    say(f"{store} begins with {copy.name}, a copy of {source.where(f'{fmt.CHECKPOINTS}/{manifest.data.name}')}")
     return 0

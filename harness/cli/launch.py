@@ -24,7 +24,7 @@ from harness.cli.status import outcome
 from harness.data.order import Plan, accumulation
 from harness.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_STOPPED, EXIT_STORAGE, EXIT_SUPERSEDED, EXIT_USAGE, StorageError, UsageError
 from harness.events import say
-from harness.store import LocalStore
+from harness.store import open_store
 
 SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"  # torchrun dies of the last two otherwise, and orphans its workers
 SHUTDOWN_S = 300  # torchrun's default of 30 s cuts the save of a large model short
@@ -56,7 +56,7 @@ def run(given: argparse.Namespace, rest: list[str]) -> int:
     program += ["--config", given.config] if given.config else []
     own = [f"--nproc-per-node={given.nproc_per_node}", f"--signals-to-handle={SIGNALS}", f"--shutdown-timeout={SHUTDOWN_S}"]
     code = _torchrun([*own, *options, *program, *settings_given])
-    return _exit_code(settings.run.dir, launch, code)
+    return _exit_code(settings.run, launch, code)
 
 
 def _check_batch(train: config.TrainSettings, nproc: str) -> None:
@@ -89,10 +89,10 @@ def _torchrun(arguments: list[str]) -> int | None:
     return EXIT_FINISHED
 
 
-def _exit_code(directory: str, launch: str, code: int | None) -> int:
+def _exit_code(run: config.RunSettings, launch: str, code: int | None) -> int:
     """What the run says of the attempt that this launch started; where it says nothing, what torchrun says."""
     try:
-        found = survey(LocalStore(directory))
+        found = survey(open_store(run.dir or run.remote or ""))
     except StorageError:
         return EXIT_STORAGE
     own = max((number for number, record in found.attempts.items() if record.get("launch") == launch), default=None)

@@ -2,58 +2,102 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from harness.checkpoint import format as fmt
+from harness.checkpoint import load
+from harness.checkpoint.attempts import remembered
 from harness.checkpoint.format import Manifest
 from harness.checkpoint.history import Survey, survey
-from harness.errors import DamagedError, UsageError
-from harness.store import LocalStore
+from harness.errors import DamagedError, HarnessError, StorageError, UsageError
+from harness.events import Bar, say
+from harness.store import LocalStore, Store, is_url, open_store
+
+WAIT_S = 30.0  # somebody sits in front of it
 
 
-def run(path: str) -> tuple[LocalStore, Survey]:
-    """A run's directory and what is in it. Raises UsageError if there is no run, StorageError if it cannot be listed."""
-    _refuse_url(path)
-    store = LocalStore(path)
-    found = survey(store)
+def stores(path: str) -> tuple[Store, ...]:
+    """The store at a path or URL, and, of a run directory, the remote store that it remembers."""
+    store = open_store(path, WAIT_S)
+    remote = remembered(store) if isinstance(store, LocalStore) else None
+    return (store, open_store(remote, WAIT_S)) if remote else (store,)
+
+
+def run(*places: Store | str) -> tuple[Store, Survey]:
+    """A run's first store and what is in all those given. Raises UsageError if there is no run, StorageError if one cannot be listed."""
+    opened = [open_store(place, WAIT_S) if isinstance(place, str) else place for place in places]
+    found = survey(*opened)
+    found.check_one_run()
     if not (found.greatest or found.manifests or found.orphans):
         raise UsageError(
-            f"there is no run in {store}", "found: neither attempts nor checkpoints", "Give the run's directory, the one of run.dir."
+            f"there is no run in {opened[0]}",
+            "found: neither attempts nor checkpoints",
+            "Give the run's directory or URL.",
         )
-    return store, found
+    return opened[0], found
 
 
-def checkpoint(path: str) -> tuple[LocalStore, Manifest]:
+def everywhere(path: str) -> tuple[Store, Survey]:
+    """A run and what is in all its stores; if the remote one that a directory remembers cannot be reached, that is said."""
+    first, *others = stores(path)
+    try:
+        return run(first, *others)
+    except StorageError as error:
+        if not others:
+            raise
+        say(f"harness: warning: only what is in {first}: {error.what} ({error.found})", sys.stderr)
+        return run(first)
+
+
+def checkpoint(path: str) -> tuple[Store, Manifest]:
     """A checkpoint by its `.pt` or `.json` file, or a run's newest one. Raises UsageError, DamagedError."""
-    _refuse_url(path)
-    file = Path(path)
-    if file.is_dir():
+    if Path(path).is_dir() or (is_url(path) and not path.endswith((".pt", ".json"))):
         store, found = run(path)
         if found.head is None:
             raise UsageError(f"the run in {store} has no checkpoint", remedy="harness ls shows what is there.")
         return store, found.head
-    if not file.exists():
-        raise UsageError(f"there is nothing at {path}", remedy="Give a run's directory, or a checkpoint's file.")
-    key = f"{fmt.CHECKPOINTS}/{file.stem}.json"
-    if fmt.CHECKPOINT_NAME.match(f"{fmt.CHECKPOINTS}/{file.name}") is None or file.parent.name != fmt.CHECKPOINTS:
+    if not is_url(path):
+        if not Path(path).exists():
+            raise UsageError(f"there is nothing at {path}", remedy="Give a run's directory, or a checkpoint's file.")
+        path = str(Path(path).absolute())
+    place, _, name = path.rpartition("/")
+    root, _, folder = place.rpartition("/")
+    key = f"{fmt.CHECKPOINTS}/{name.rpartition('.')[0]}.json"
+    if fmt.CHECKPOINT_NAME.match(f"{fmt.CHECKPOINTS}/{name}") is None or folder != fmt.CHECKPOINTS:
         raise UsageError(
             f"{path} is not a checkpoint of this harness",
             "expected: RUN/checkpoints/step_00000120-0003.pt, or the run's directory",
             "harness ls RUN shows a run's checkpoints.",
         )
-    store = LocalStore(file.absolute().parent.parent)
+    store = open_store(root, WAIT_S)
     try:
         return store, fmt.from_bytes(key, store.read(key))
     except FileNotFoundError:
         raise DamagedError(
-            f"{path} has no manifest, so it is no checkpoint", f"searched: {store.path(key)}", "harness ls RUN shows those that are."
+            f"{path} has no manifest, so it is no checkpoint", f"searched: {store.where(key)}", "harness ls RUN shows those that are."
         ) from None
 
 
-def _refuse_url(path: str) -> None:
-    if "://" in path:
-        raise UsageError("remote storage is not supported by this version", f"found: {path}", "Give a local directory.")
+def verify(store: Store, *manifests: Manifest) -> Iterator[tuple[Manifest, str]]:
+    """Read and check every byte, behind a live line; each checkpoint with what is wrong with it, or ""."""
+    bar = Bar(f"reading {store}", sum(manifest.size_bytes for manifest in manifests))
+    for manifest in manifests:
+        try:
+            load.check(store, manifest, bar)
+            problem = ""
+        except HarnessError as error:
+            problem = f"{error.what} {error.found}".rstrip()
+        bar.end()
+        yield manifest, problem
+
+
+def check(store: Store, manifest: Manifest) -> None:
+    """Raises DamagedError unless every byte of the checkpoint is as it was written."""
+    for _, problem in verify(store, manifest):
+        if problem:
+            raise DamagedError(problem)
 
 
 def table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:

@@ -1,6 +1,7 @@
 """List every checkpoint of a run, newest first, and which one it would go on from.
 
-The column "data" compares sizes only; with --verify everything is read and checked.
+Of a run directory that has a remote store both are listed. The column "data" compares sizes only; with --verify everything is read
+and checked.
 
 example: harness ls runs/a
 """
@@ -12,13 +13,13 @@ import datetime
 import json
 
 from harness.checkpoint import format as fmt
-from harness.checkpoint import load
 from harness.checkpoint.format import Manifest
 from harness.checkpoint.history import Survey
 from harness.cli import locate
-from harness.errors import HarnessError
 from harness.events import duration, say, size
-from harness.store import LocalStore
+from harness.store import Store
+
+GOOD = ("size ok", "verified", "marked as damaged")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,10 +29,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(given: argparse.Namespace) -> int:
-    store, found = locate.run(given.run)
+    _, found = locate.everywhere(given.run)
     history = {manifest.name for manifest in found.history}
-    states = {m.name: _data_state(store, found, m, given.verify) for m in found.manifests}
-    chosen = next((m.name for m in found.history if states[m.name] in ("size ok", "verified")), None)
+    states = {m.name: _states(found, m, given.verify) for m in found.manifests}
+    chosen = next((m.name for m in found.candidates if any(state in GOOD for state in states[m.name].values())), None)
     rows = []
     for m in sorted(found.manifests, key=lambda m: m.order, reverse=True):
         note = "next start goes on from here" if m.name == chosen else "" if m.name in history else "cut off: not in the run's history"
@@ -47,7 +48,8 @@ def run(given: argparse.Namespace) -> int:
                 size(m.size_bytes),
                 _age(m.time),
                 str(m.attempt),
-                states[m.name],
+                " ".join(states[m.name]) or "-",
+                " ".join(dict.fromkeys(states[m.name].values())),
                 note,
             )
         )
@@ -56,7 +58,7 @@ def run(given: argparse.Namespace) -> int:
     others += [(key, "set aside as damaged") for key in found.set_aside]
     others += [(key, "data without a manifest: no checkpoint") for key in found.orphans]
     others += [(key, "of another run") for key in found.strangers] + [(key, "no checkpoint") for key in found.foreign]
-    header = ("checkpoint", "step", "epoch", "loss", "metrics", "size", "age", "attempt", "data", "note")
+    header = ("checkpoint", "step", "epoch", "loss", "metrics", "size", "age", "attempt", "where", "data", "note")
     if given.json:
         say(json.dumps({"checkpoints": [dict(zip(header, row, strict=True)) for row in rows], "others": dict(others)}, indent=1))
         return 0
@@ -66,16 +68,23 @@ def run(given: argparse.Namespace) -> int:
     return 0
 
 
-def _data_state(store: LocalStore, found: Survey, manifest: Manifest, verify: bool) -> str:
-    if found.sizes.get(f"{fmt.CHECKPOINTS}/{manifest.data.name}") != manifest.data.size_bytes:
-        return "WRONG SIZE" if f"{fmt.CHECKPOINTS}/{manifest.data.name}" in found.sizes else "MISSING"
-    if not verify:
-        return "size ok"
-    try:
-        load.verified(store, manifest).close()
-    except HarnessError:
-        return "DAMAGED"
-    return "verified"
+def _states(found: Survey, manifest: Manifest, verify: bool) -> dict[str, str]:
+    """How the data of a checkpoint is, in each store that has it."""
+    copies = found.copies(manifest)
+    return {
+        "local" if store.is_local else "remote": _state(store, part, manifest, verify)
+        for store, part in zip(found.stores, found.parts, strict=True)
+        if store in copies
+    }
+
+
+def _state(store: Store, part: Survey, manifest: Manifest, verify: bool) -> str:
+    key = f"{fmt.CHECKPOINTS}/{manifest.data.name}"
+    if part.sizes.get(key) != manifest.data.size_bytes:
+        return "WRONG SIZE" if key in part.sizes else "MISSING"
+    if verify:
+        return "DAMAGED" if any(problem for _, problem in locate.verify(store, manifest)) else "verified"
+    return "marked as damaged" if manifest.key in part.marked else "size ok"
 
 
 def _age(time: str) -> str:

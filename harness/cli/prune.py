@@ -3,22 +3,28 @@
 Without --yes it only says what it would delete. Everything is read and verified first, so that a damaged checkpoint never takes
 the place of a good one. Files that were set aside as damaged are listed, and deleted only with --set-aside.
 
+In a bucket it also finds uploads that were begun more than a day ago and never completed.
+
 example: harness prune runs/a --keep-last 1 --yes
+example: harness prune s3://bucket/a
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
 from typing import Any
 
 from harness import config
 from harness.checkpoint import format as fmt
-from harness.checkpoint import load, retention
+from harness.checkpoint import retention
 from harness.checkpoint.history import Survey
 from harness.cli import locate
-from harness.errors import HarnessError, StorageError
+from harness.errors import StorageError
 from harness.events import say
-from harness.store import TEMP, LocalStore
+from harness.store import SET_ASIDE, TEMP, Store
+from harness.store.bucket import Unfinished
+from harness.store.remote import RemoteStore
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,12 +39,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(given: argparse.Namespace) -> int:
     store, found = locate.run(given.run)
-    good = {m.name for m in found.history if _verifies(store, m)}
+    good = {m.name for m, problem in locate.verify(store, *found.history) if not problem}
     manifests = retention.to_delete(found.history, good, _policy(store, given))
     history = {m.name for m in found.history}
     if good:  # nothing is deleted before something better is there
         manifests += [m for m in found.manifests if m.name not in history]
-    keys = _left_behind(store, found) + (found.set_aside if given.set_aside else [])
+    keys = _left_behind(store, found) + (_set_aside(found) if given.set_aside else [])
+    uploads = _unfinished(store)
     for manifest in manifests:
         say(f"{'delete' if given.yes else 'would delete'}  {manifest.name}" + ("" if manifest.name in history else "  (cut off)"))
         if given.yes:
@@ -47,35 +54,48 @@ def run(given: argparse.Namespace) -> int:
         say(f"{'delete' if given.yes else 'would delete'}  {key}")
         if given.yes:
             store.delete(key)
-    if not given.set_aside and found.set_aside:
-        say(f"kept, set aside as damaged: {', '.join(found.set_aside)}")
-    if not manifests and not keys:
+    for upload in uploads:
+        say(f"{'abort' if given.yes else 'would abort'}  the upload of {upload.key}, begun {upload.began:%Y-%m-%d %H:%M}")
+        if given.yes and isinstance(store, RemoteStore):
+            store.abort(upload)
+    if not given.set_aside and _set_aside(found):
+        say(f"kept, set aside as damaged: {', '.join(_set_aside(found))}")
+    if not manifests and not keys and not uploads:
         say("nothing to delete")
     elif not given.yes:
         say("nothing was deleted; add --yes")
     return 0
 
 
-def _verifies(store: LocalStore, manifest: fmt.Manifest) -> bool:
-    try:
-        load.verified(store, manifest).close()
-    except HarnessError:
-        return False
-    return True
+def _set_aside(found: Survey) -> list[str]:
+    """Where a store renames, what was renamed; where it marks, the manifest first, then its data, then the mark."""
+    marked = [(key, f"{key.removesuffix('.json')}.pt", key + SET_ASIDE) for key in sorted(found.marked)]
+    return found.set_aside + [key for keys in marked for key in keys]
 
 
-def _left_behind(store: LocalStore, found: Survey) -> list[str]:
+def _unfinished(store: Store) -> list[Unfinished]:
+    """Uploads under this run's prefix that were begun more than a day ago, by the server's own clock; younger ones may be alive."""
+    if not isinstance(store, RemoteStore):
+        return []
+    oldest = store.now() - datetime.timedelta(days=1)
+    return [upload for upload in store.unfinished() if upload.began < oldest]
+
+
+def _left_behind(store: Store, found: Survey) -> list[str]:
     """Data without a manifest and temporary files, of attempts that a newer one has replaced: those may still be writing."""
     orphans = [key for key in found.orphans if (match := fmt.CHECKPOINT_NAME.match(key)) and int(match["attempt"]) < found.greatest]
     entries = [entry.key for folder in fmt.FOLDERS for entry in store.entries(folder)]
     return orphans + [key for key in entries if (match := TEMP.match(key)) and int(match["attempt"]) < found.greatest]
 
 
-def _policy(store: LocalStore, given: argparse.Namespace) -> retention.Policy:
+def _policy(store: Store, given: argparse.Namespace) -> retention.Policy:
     try:
-        kept: dict[str, Any] = config.from_yaml(store.read("config.yaml")).get("checkpoint") or {}
+        settings = config.from_yaml(store.read("config.yaml"))
     except (FileNotFoundError, StorageError):
-        kept = {}
+        settings = {}
+    kept: dict[str, Any] = settings.get("checkpoint") or {}
+    if not store.is_local:
+        kept |= {name: value for name, value in (settings.get("store") or {}).items() if value is not None}
     default = retention.Policy()
     best = given.best or kept.get("best", f"{default.metric}:min")
     return retention.Policy(

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 
-from harness.checkpoint import attempts, load, save
+from harness.checkpoint import attempts, save
 from harness.checkpoint.format import Manifest
 from harness.checkpoint.history import Survey, going_on_from
 from harness.cli import locate
@@ -25,15 +25,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(given: argparse.Namespace) -> int:
-    store, found = locate.run(given.run)
+    store, found = locate.run(*locate.stores(given.run))
     manifest = _find(found, given.to, str(store))
     if manifest is found.head and manifest.final is None:
         say(f"the run stands at {manifest.name} already; nothing to do")
         return 0
-    load.verified(store, manifest).close()  # before anything is claimed
-    attempt = attempts.claim(store, found, manifest, manifest.world_size, kind="rollback")
-    copy = save.adopt(store, manifest, store, attempt, going_on_from(manifest))
-    attempts.end(store, attempt, "stopped", step=copy.step, saved=True, saved_step=copy.step, by="rollback")
+    source, target = found.copies(manifest)[0], found.stores[-1]
+    locate.check(source, manifest)  # before anything is claimed
+    attempt = attempts.claim(found, manifest, manifest.world_size, kind="rollback")
+    copy = save.adopt(source, manifest, target, attempt, going_on_from(manifest))
+    for store in found.stores:
+        attempts.end(store, attempt, "stopped", step=copy.step, saved=True, saved_step=copy.step, by="rollback")
     say(f"{copy.name}: the next start goes on from step {copy.step}, as {manifest.name} was")
     return 0
 

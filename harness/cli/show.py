@@ -26,9 +26,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(given: argparse.Namespace) -> int:
     store, manifest = locate.checkpoint(given.checkpoint)
-    path = store.path(f"{fmt.CHECKPOINTS}/{manifest.data.name}")
+    key = f"{fmt.CHECKPOINTS}/{manifest.data.name}"
+    path = store.where(key)
     try:
-        payload = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        payload = load.outline(store, key)
     except (OSError, *load.UNPARSEABLE) as error:
         raise DamagedError(f"{path} cannot be read", f"found: {load.first_line(error)}", "harness verify says what is damaged.") from None
     say(f"{path}\n")

@@ -31,7 +31,7 @@ class Outcome:
 def outcome(found: Survey) -> Outcome:
     """A pure function of what is in the store. What is committed counts first, then how the newest attempt ended."""
     head, newest = found.head, max(found.attempts, default=0)
-    whole = [m for m in found.history if found.sizes.get(f"{CHECKPOINTS}/{m.data.name}") == m.size_bytes]
+    whole = [m for m in found.history if any(part.sizes.get(f"{CHECKPOINTS}/{m.data.name}") == m.size_bytes for part in found.parts)]
     if found.history and not whole:
         return Outcome("failed", "there is a history, but the data of every checkpoint is missing or cut short", EXIT_FAILED)
     if head is not None and head.final is not None and newest <= head.attempt:  # a newer attempt extends the run
@@ -61,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(given: argparse.Namespace) -> int:
     try:
-        store, found = locate.run(given.run)
+        store, found = locate.everywhere(given.run)
     except UsageError as error:
         say(f"cannot tell: {error.what}")
         return EXIT_STORAGE

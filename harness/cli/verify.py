@@ -1,5 +1,7 @@
 """Read and check every byte of a run's checkpoints, or of one; exit 1 names what is damaged.
 
+Of a run directory that has a remote store only the directory is read; name the remote to have that read.
+
 example: harness verify runs/a
 """
 
@@ -8,10 +10,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from harness.checkpoint import load
 from harness.cli import locate
-from harness.errors import EXIT_FAILED, HarnessError
+from harness.errors import EXIT_FAILED
 from harness.events import say, size
+from harness.store import is_url
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,20 +21,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(given: argparse.Namespace) -> int:
-    if Path(given.path).is_dir() or "://" in given.path:
+    if Path(given.path).is_dir() or (is_url(given.path) and not given.path.endswith((".pt", ".json"))):
         store, found = locate.run(given.path)
         manifests, problems = found.manifests, [f"{key}: {why}" for key, why in (found.damaged | found.newer).items()]
         problems += [f"{key}: of another run" for key in found.strangers]
         notes = [f"{key}: set aside as damaged, does not count" for key in found.set_aside]
+        notes += [f"{key}: was found damaged once, and is the last choice" for key in sorted(found.marked)]
         notes += [f"{key}: data without a manifest, does not count" for key in found.orphans]
     else:
         store, manifest = locate.checkpoint(given.path)
         manifests, problems, notes = [manifest], [], []
-    for manifest in manifests:
-        try:
-            load.load(store, manifest)
-        except HarnessError as error:
-            problems.append(f"{manifest.name}: {error.what} {error.found}".rstrip())
+    for manifest, problem in locate.verify(store, *manifests):
+        if problem:
+            problems.append(f"{manifest.name}: {problem}")
         else:
             say(f"ok       {manifest.name}  {size(manifest.size_bytes)}")
     for note in notes:

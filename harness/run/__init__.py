@@ -22,18 +22,18 @@ import torch
 
 from harness import ranks, state, stop
 from harness.checkpoint import load, retention
-from harness.errors import UsageError
 from harness.events import fill_closed_streams
 from harness.run.ending import Ending
 from harness.run.loop import Run
+from harness.run.places import check_remembered, listen, places
 from harness.run.settings import Settings
-from harness.store import LocalStore
+from harness.store import DEFAULT_WAIT_S
 
 __all__ = ["Run", "init"]
 
 
 def init(
-    directory: str | Path,
+    directory: str | Path | None,
     *,
     remote: str | None = None,
     seed: int = 0,
@@ -43,6 +43,8 @@ def init(
     keep_every_steps: int | None = None,
     keep_best: int = 1,
     best: str = "val_loss:min",
+    wait_s: float = DEFAULT_WAIT_S,
+    remote_keep: Mapping[str, int | None] | None = None,
     config: Mapping[str, Any] | None = None,
     accept: Sequence[str] = (),
     override: Sequence[str] = (),
@@ -50,15 +52,17 @@ def init(
     timeout_s: float = 600.0,
     log_every_steps: int = 10,
 ) -> Run:
-    """Join the other ranks, catch signals, seed all generators, and find the newest checkpoint of the run in `directory`.
+    """Join the other ranks, catch signals, seed all generators, and find the newest checkpoint of the run.
 
-    Everything here only reads; the run is claimed when training begins. `config` is any dict of plain values that training
-    depends on: it is kept in each checkpoint, and a run refuses to go on with another one unless `accept=["config"]`.
-    Raises UsageError, StorageError, DamagedError. Collective: every rank must call it.
+    The run lives in `directory`, in `remote` (a URL that fsspec opens, such as s3://bucket/prefix), or in both: then each checkpoint
+    is committed in the directory and copied in the background, and whichever has the newest that verifies is gone on from. The
+    remote may be unreachable for `wait_s` seconds. It keeps what the directory keeps, but for `remote_keep`: last, every_steps, best.
+
+    Nothing is changed here; the run is claimed when training begins. `config`, a dict of what training depends on, is kept in each
+    checkpoint; a run refuses to go on with another one unless `accept=["config"]`. Collective: every rank must call it.
     """
-    if remote is not None:
-        raise UsageError("remote storage is not supported by this version", f"found: remote={remote!r}", "Leave it out.")
     fill_closed_streams()
+    stores = places(directory, remote, wait_s)
     if deterministic:
         _be_deterministic()
     settings_kept = state.plain_data({"config": dict(config or {})})["config"]
@@ -70,11 +74,13 @@ def init(
     atexit.register(world.leave)  # gloo's threads may abort a process that ends under them
     ending.take_hook()
     state.seed_rank(seed, "build")  # alike on all ranks, so that they build the same model
-    store = LocalStore(directory)
-    choice = load.choose(store, world, give_up=stop.requested)
+    outage = listen(stores, world.is_writer)
+    world.on_writer(lambda: check_remembered(stores, tuple(accept)), give_up=stop.requested)
+    choice = load.choose(tuple(store.patient(wait_s, stop.requested) for store in stores), world, give_up=stop.requested)
     policy = retention.Policy(keep_last, keep_every_steps, keep_best, metric or best, direction == "max")
-    settings = Settings(seed, save_every_s, save_every_steps, policy, settings_kept, tuple(accept), tuple(override), log_every_steps)
-    return Run(world, store, choice, settings, ending)
+    both = policy, retention.changed(policy, remote_keep or {})
+    settings = Settings(seed, save_every_s, save_every_steps, *both, wait_s, settings_kept, tuple(accept), tuple(override), log_every_steps)
+    return Run(world, stores, choice, settings, ending, outage)
 
 
 def _be_deterministic() -> None:

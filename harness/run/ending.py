@@ -18,16 +18,17 @@ from harness.checkpoint.attempts import Attempt
 from harness.errors import HarnessError, LostRankError, StorageError, SupersededError, report
 from harness.events import say
 from harness.ranks import World, is_lost_peer, own_rank
-from harness.store import LocalStore
+from harness.store import Store
 
 AFTER_OTHERS_S = 1.0
+RECORD_S = 15.0  # for how long a remote store is asked to take the record
 
 
 class Ending:
     """Watches over the end of this process's attempt, from now on."""
 
     def __init__(self) -> None:
-        self._store: LocalStore | None = None
+        self._stores: tuple[Store, ...] = ()
         self._attempt: Attempt | None = None
         self._world: World | None = None
         self.failed = False
@@ -39,9 +40,9 @@ class Ending:
         is lost in its buffer when we leave the process from there: then take it back."""
         sys.excepthook = self._on_error
 
-    def begun(self, store: LocalStore, attempt: Attempt, world: World) -> None:
+    def begun(self, stores: tuple[Store, ...], attempt: Attempt, world: World) -> None:
         """From here on there is an attempt to record the end of."""
-        self._store, self._attempt, self._world = store, attempt, world
+        self._stores, self._attempt, self._world = stores, attempt, world
 
     def record(self, why: str, **details: Any) -> None:
         """Record the attempt's end, on the writer. Nothing is raised: the checkpoints tell what can be gone on from."""
@@ -49,12 +50,13 @@ class Ending:
             self._create(why, details)
 
     def _create(self, why: str, details: dict[str, Any]) -> None:
-        if self._store is None or self._attempt is None:
+        if self._attempt is None:
             return
-        try:
-            attempts.end(self._store, self._attempt, why, **details)
-        except StorageError as error:
-            say(f"harness: the end of attempt {self._attempt.number} is not recorded: {error.what}", sys.stderr)
+        for store in self._stores:
+            try:
+                attempts.end(store.patient(RECORD_S), self._attempt, why, **details)
+            except StorageError as error:
+                say(f"harness: the end of attempt {self._attempt.number} is not recorded: {error.what}", sys.stderr)
 
     def _on_error(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         sys.excepthook, self.failed = self._default, True

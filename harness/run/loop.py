@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from harness.ranks import World
 from harness.run.ending import Ending
 from harness.run.evaluation import evaluate
 from harness.run.measured import Measured
+from harness.run.outage import Outage
 from harness.run.pace import Pace
 from harness.run.resume import (
     check_data,
@@ -34,7 +34,7 @@ from harness.run.resume import (
 )
 from harness.run.saver import Saver
 from harness.run.settings import Settings
-from harness.store import LocalStore
+from harness.store import Store
 
 AGREE_EVERY_S, MOST_STEPS = 0.25, 100  # steps may become slower after they were counted
 
@@ -45,13 +45,14 @@ class Run:
     def __init__(
         self,
         world: World,
-        store: LocalStore,
+        stores: tuple[Store, ...],
         choice: load.Choice,
         settings: Settings,
         ending: Ending,
+        outage: Outage,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.world, self.store, self.clock = world, store, clock
+        self.world, self.store, self.clock = world, stores[0], clock
         self.step = 0  # in the loop: the number of the step being made, from 1 on; afterwards: of the last one made
         self.epoch = 0  # counted from 0
         self.state: dict[str, Any] = {}  # plain values of the user's that are saved with each checkpoint
@@ -63,9 +64,8 @@ class Run:
         self._position = Position()
         self._measured = Measured()
         self._built: dict[str, Any] = {}
-        self._finish = self._looping = False
-        self._next_agreement, self._interval = 0, 1
-        self._saver = Saver(store, world, choice, settings.policy, ending, clock)
+        self._finish, self._looping, self._next_agreement, self._interval = False, False, 0, 1
+        self._saver = Saver(stores, world, choice, settings, ending, outage, clock)
         self._progress = Progress(clock)
         for note in choice.notes:
             self.say(f"harness: {note}")
@@ -243,14 +243,15 @@ class Run:
             check_data(self._data, payload["data"], self._settings.accept)
         if origin is not None and origin.final is not None and reaches(origin.final, self._end):
             self.finished, self._payload = True, None
-            self.say(f"harness: the run in {self.store} is finished: step {self.step} ({origin.name}); nothing to do")
+            done = self._saver.hand_in(stop.requested)
+            self.say(f"harness: the run in {self.store} is finished: step {self.step} ({origin.name}); {done or 'nothing to do'}")
             return False
-        attempt = self._saver.begin(self._settings.config, self._progress, stop.requested)
+        attempt = self._saver.begin(self._progress, stop.requested)
         if note := restore_generators(payload, self.world, self._source, self._settings.seed, self.step):
             self.say(f"harness: {note}")
         self._payload = None  # from here on the live objects are the only copy
         source = f"goes on from step {self.step} ({origin.name})" if origin else "begins at step 0"
-        self.say(f"harness: attempt {attempt.number} {source} in {self.store}")
+        self.say(f"harness: attempt {attempt.number} {source} in {' and '.join(map(str, self._saver.stores))}")
         return True
 
     def _complete(self) -> None:
@@ -259,8 +260,8 @@ class Run:
             raise SaveError(
                 f"the last checkpoint, of step {self.step}, was not saved", self._saver.words, "Mend the cause and start again."
             )
+        self._saver.end("finished", stop.requested, step=self.step)
         self.finished = True
-        self._saver.ended("finished", step=self.step)
         self.say(f"harness: finished at step {self.step}")
         self.world.agree([0])  # all leave together: the writer may hold the store that the others read from
 
@@ -270,13 +271,14 @@ class Run:
             return
         names = sorted({name for name in self.world.gather(stop.requested()) if name})
         saved = self.step in (0, self._saver.saved_step)
-        self._saver.ended("stopped", step=self.step, saved=saved, signals=names)
+        self._saver.end("stopped", stop.requested, step=self.step, saved=saved, signals=names)
         if not saved:
             raise SaveError(
                 f"stopped by {'/'.join(names)} at step {self.step}, and not saved",
                 self._saver.words,
                 "Start again: the previous checkpoint is whole.",
             )
+
         what = "everything saved" if self.step else "before there was anything to save"
         self.say(f"harness: stopped by {'/'.join(names)} at step {self.step}, {what}; start again to go on")
         self.world.agree([0])  # all leave together, after the writer has said all
@@ -300,7 +302,7 @@ class Run:
         saved = self._saver.save(
             self.step,
             lambda: self._capture(generators),
-            lambda: self._saver.about(classes, self._settings.config, self._measured.of_this_step, self._end if final else None),
+            lambda: self._saver.about(classes, self._measured.of_this_step, self._end if final else None),
             stop.requested,
         )
         if not saved and not final:
@@ -325,10 +327,9 @@ class Run:
         values = self._measured.read(self.world)
         self._saver.note("step", step=self.step, **values)
         if self.is_writer:
-            rate = pace.steps_per_s(self.step)
-            samples = rate * self._data["global_batch_size"]
-            self._progress.show(Moment(self.step, self._end_step, self.epoch, epochs, values, samples, self._saver.words), rate)
+            rate, batch = pace.steps_per_s(self.step), self._data["global_batch_size"]
+            self._progress.show(Moment(self.step, self._end_step, self.epoch, epochs, values, rate * batch, self._saver.words), rate)
 
-    def best_checkpoint(self) -> Path | None:
-        """The file of the best checkpoint of the run so far by the metric that `init` was told, or None."""
-        return retention.best_file(self.store, self._settings.policy)
+    def best_checkpoint(self) -> str | None:
+        """The path or URL of the best checkpoint of the run so far by the metric that `init` was told, or None."""
+        return retention.best_file(self._saver.stores, self._settings.policy)

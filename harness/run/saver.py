@@ -10,58 +10,100 @@ from harness import config
 from harness.checkpoint import attempts, load, retention
 from harness.checkpoint import format as fmt
 from harness.checkpoint.attempts import Attempt
-from harness.checkpoint.format import Manifest
-from harness.checkpoint.history import going_on_from
+from harness.checkpoint.history import Survey, going_on_from
+from harness.checkpoint.replicate import replicate
 from harness.checkpoint.save import About, commit
 from harness.errors import SaveError, StorageError, UsageError
 from harness.events import Ledger, Progress
 from harness.ranks import World
 from harness.run.ending import Ending
-from harness.store import LocalStore
+from harness.run.outage import Outage
+from harness.run.settings import Settings
+from harness.run.uploader import Route, Uploader
+from harness.store import LocalStore, Store, probe
 
 SHARED_WITHIN_S = 10.0
+UPLOADED_THEN = "Start again: what is missing there is uploaded then."
+SAVE_S = 60.0  # for how long one request of a save is tried when training waits for it
 
 
 class Saver:
     """Everything that is written in an attempt goes through here; on the other ranks it only keeps count."""
 
     def __init__(
-        self, store: LocalStore, world: World, choice: load.Choice, policy: retention.Policy, ending: Ending, clock: Callable[[], float]
+        self,
+        stores: tuple[Store, ...],
+        world: World,
+        choice: load.Choice,
+        settings: Settings,
+        ending: Ending,
+        outage: Outage,
+        clock: Callable[[], float],
     ) -> None:
-        self.store, self.world, self.policy, self.clock = store, world, policy, clock
+        self.stores, self.world, self.settings, self.clock = stores, world, settings, clock
+        self.store = stores[0]  # where a checkpoint is committed; a second store gets a copy
         self.origin = choice.manifest
         self.saved_step: int | None = choice.manifest.step if choice.manifest else None
-        self.words = f"saved step {self.saved_step}" if choice.manifest else "nothing saved yet"
         self.attempt: Attempt | None = None
         self.ledger: Ledger | None = None
-        self._choice, self._ending = choice, ending
+        self._uploader: Uploader | None = None
+        self._words = f"saved step {self.saved_step}" if choice.manifest else "nothing saved yet"
+        self._choice, self._ending, self._outage = choice, ending, outage
         self._saved_at = clock()
         self._committed = False
         self._verified = {choice.manifest.name} if choice.manifest else set()
 
-    def begin(self, settings: dict[str, Any], progress: Progress, give_up: Callable[[], object]) -> Attempt:
+    @property
+    def words(self) -> str:
+        """How saving stands."""
+        return f"{self._words}, {self._uploader.words}" if self._uploader and len(self.stores) > 1 else self._words
+
+    def begin(self, progress: Progress, give_up: Callable[[], object]) -> Attempt:
         """Claim the next attempt. Raises SupersededError, StorageError, UsageError. Collective: every rank must call it."""
 
         def claim() -> list[Any]:
-            assert self._choice.survey is not None, "the writer has listed the store"
-            self.store.prepare(fmt.FOLDERS)
-            attempt = attempts.claim(self.store, self._choice.survey, self.origin, self.world.size)
-            self.store.sweep(fmt.FOLDERS, attempt.number)
-            for key in self._choice.damaged:
-                load.set_aside(self.store, key)
-                progress.say(f"harness: set aside: {key}")
-            self.store.write("config.yaml", config.to_yaml(settings).encode(), attempt.number)
-            self.ledger = Ledger(self.store, fmt.events_key(attempt.number))
-            name = self.origin.name if self.origin else None
-            self.ledger.write("begun", step=self.saved_step or 0, world_size=self.world.size, went_on_from=name)
+            attempt = self._claim(progress)
             return [attempt.number, attempt.run_id, attempt.nonce]
 
         number, run_id, nonce = self.world.on_writer(claim, give_up=give_up)
         self.attempt = Attempt(number, run_id, nonce)
-        self._ending.begun(self.store, self.attempt, self.world)
-        self._check_shared(self.attempt)
+        self._ending.begun(self.stores, self.attempt, self.world)
+        if len(self.stores) == 1 and self.store.is_local:
+            self._check_shared(self.attempt)
         self._saved_at = self.clock()
         return self.attempt
+
+    def _claim(self, progress: Progress) -> Attempt:
+        found = self._choice.survey
+        assert found is not None, "the writer has listed the stores"
+        for store in self.stores:
+            store.prepare(fmt.FOLDERS)
+            if not store.is_local:
+                probe.check(store)
+        attempt = attempts.claim(found, self.origin, self.world.size)
+        for place, key in self._choice.damaged:
+            load.set_aside(self.stores[place], key)
+            progress.say(f"harness: set aside: {key}" + (f" in {self.stores[place]}" if len(self.stores) > 1 else ""))
+        for store in self.stores:
+            store.sweep(fmt.FOLDERS, attempt.number)
+            store.write("config.yaml", config.to_yaml(self.settings.config).encode(), attempt.number)
+        self._listen(attempt, found)
+        return attempt
+
+    def _listen(self, attempt: Attempt, found: Survey) -> None:
+        """Begin to record what happens, and to copy what is committed."""
+        local = self.store if isinstance(self.store, LocalStore) else None
+        has_remote = local is None or len(self.stores) > 1
+        ledger = self.ledger = Ledger(local, fmt.events_key(attempt.number), kept=has_remote)
+        name = self.origin.name if self.origin else None
+        ledger.write("begun", step=self.saved_step or 0, world_size=self.world.size, went_on_from=name)
+        if has_remote:
+            self._outage.note = ledger.write
+            route = Route(local, self.stores[-1], self.settings.remote_policy)
+            self._uploader = Uploader(route, attempt, ledger, self._outage)
+            here = [m for m in found.history if local and m in found.parts[0].manifests]
+            there = [m for m in found.parts[-1].manifests if m.key not in found.parts[-1].marked]
+            self._uploader.start(here, there, self.origin)
 
     def _check_shared(self, attempt: Attempt) -> None:
         """Several nodes with a run directory each would be several runs: refuse unless every rank sees the claim."""
@@ -80,10 +122,20 @@ class Saver:
         """Whether it is time to save, by the clock or because what the attempt went on from is gone."""
         if every_s is not None and self.clock() - self._saved_at >= every_s:
             return True
+        if self._uploader and (self._uploader.has_failed or self._uploader.origin_is_gone):  # `save` says what failed
+            return True
+        if self.origin is None or self._committed or not self.origin_is_here:
+            return False
         try:  # until our first commit nothing but the origin holds the run: a zombie may have deleted it
-            return self.origin is not None and not self._committed and not self.store.exists(self.origin.key)
+            return not self.store.exists(self.origin.key)
         except StorageError:
             return False
+
+    @property
+    def origin_is_here(self) -> bool:
+        """Whether what the attempt went on from lay in the run directory."""
+        found = self._choice.survey
+        return self.store.is_local and found is not None and self.origin in found.parts[0].manifests
 
     def save(self, step: int, payload: Callable[[], dict[str, Any]], about: Callable[[], About], give_up: Callable[[], object]) -> bool:
         """Commit a checkpoint of `step`; returns whether that succeeded, `words` say how.
@@ -94,39 +146,64 @@ class Saver:
         failure = self.world.on_writer(lambda: self._write(payload(), about()), give_up=give_up)
         self._saved_at = self.clock()
         if failure:
-            self.words = failure
+            self._words = failure
             return False
         self.saved_step, self._committed = step, True
-        self.words = f"saved step {step} in {self._saved_at - began_at:.2g} s"
+        self._words = f"saved step {step} in {self._saved_at - began_at:.2g} s"
         return True
 
     def _write(self, payload: dict[str, Any], about: About) -> str:
         assert self.attempt is not None and self.ledger is not None
+        if self._uploader:
+            self._uploader.check()
+        store = self.store.patient(self.settings.wait_s if about.final else min(SAVE_S, self.settings.wait_s))
         try:
-            manifest = commit(self.store, self.attempt, payload, about)
+            manifest = commit(store, self.attempt, payload, about)
         except SaveError as error:
             self.ledger.write("not_saved", step=payload["step"], error=str(error))
             return " ".join(str(error).split("\n"))
         self._verified.add(manifest.name)
         self.ledger.write("saved", step=manifest.step, checkpoint=manifest.name, size_bytes=manifest.size_bytes)
-        self._let_go(manifest)
+        if self._uploader:
+            self._uploader.offer(manifest)
+        self._let_go(store)
         return ""
 
-    def _let_go(self, newest: Manifest) -> None:
+    def _let_go(self, store: Store) -> None:
         assert self.attempt is not None and self.ledger is not None
+        policy = self.settings.policy if store.is_local else self.settings.remote_policy
+        pinned = self._uploader.pinned() if self._uploader else ()
         try:
-            gone = retention.apply(self.store, self.attempt, self._verified, self.policy)
-            if gone:
-                self.ledger.write("deleted", names=gone)
+            gone = retention.apply(store, self.attempt, self._verified, policy, pinned)
         except StorageError as error:
             self.ledger.write("not_deleted", error=str(error))
+            return
+        if gone:
+            self.ledger.write("deleted", names=gone)
+        if self._uploader:
+            self._uploader.forget(gone)
 
-    def about(
-        self, classes: dict[str, str], settings: dict[str, Any], metrics: dict[str, float], final: dict[str, int | None] | None
-    ) -> About:
+    def hand_in(self, give_up: Callable[[], object]) -> str:
+        """Copy the last checkpoint of a finished run to the remote store if that lacks it, without an attempt; returns what was done.
+
+        Raises StorageError. Collective: every rank must call it.
+        """
+
+        def copy() -> str:
+            found, manifest = self._choice.survey, self.origin
+            assert found is not None and manifest is not None
+            missing = [store for store in found.stores[1:] if store not in found.copies(manifest)]
+            for store in missing:
+                store.prepare(fmt.FOLDERS)
+                replicate(found.copies(manifest)[0], manifest, store, Attempt(found.greatest, manifest.run_id, ""))
+            return f"{manifest.name} was missing in {missing[0]} and is there now" if missing else ""
+
+        return self.world.on_writer(copy, give_up=give_up)
+
+    def about(self, classes: dict[str, str], metrics: dict[str, float], final: dict[str, int | None] | None) -> About:
         """What goes into the manifest beside the state; `metrics` are those of this very step."""
-        lineage = going_on_from(self.origin)
-        return About(self.world.size, lineage, classes, config.digest(settings), final, metrics, read_back=not self._committed)
+        lineage, digest = going_on_from(self.origin), config.digest(self.settings.config)
+        return About(self.world.size, lineage, classes, digest, final, metrics, read_back=not self._committed)
 
     @property
     def failed(self) -> bool:
@@ -138,7 +215,23 @@ class Saver:
         if self.ledger:
             self.ledger.write(kind, **fields)
 
-    def ended(self, why: str, **details: Any) -> None:
-        """Record how the attempt ended."""
-        self.note(why, **details)
-        self._ending.record(why, saved_step=self.saved_step, **details)
+    def end(self, why: str, give_up: Callable[[], object], *, step: int, saved: bool = True, **details: Any) -> None:
+        """Wait until what was saved is in every store, and record how the attempt ended; nothing is written after it.
+
+        Raises StorageError if after `wait_s` a checkpoint is still not where it should be, SupersededError. Collective: every rank
+        must call it.
+        """
+        problem = self.world.on_writer(lambda: self._settle() if saved else "", give_up=give_up)
+        failure = StorageError(f"{why} at step {step}, but not everything is in the remote store", problem, UPLOADED_THEN)
+        if problem and why == "finished":
+            raise failure
+        self.note(why, step=step, saved=saved, **details)
+        if self._uploader:
+            self._uploader.close()
+        self._ending.record(why, saved_step=self.saved_step, step=step, saved=saved, uploaded=not problem, **details)
+        if problem:
+            raise failure
+
+    def _settle(self) -> str:
+        problem = self._uploader.settle(self.settings.wait_s) if self._uploader else ""
+        return problem and f"{problem} It lies in {self.store}."

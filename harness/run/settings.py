@@ -16,6 +16,8 @@ class Settings:
     save_every_s: float | None = 60.0
     save_every_steps: int | None = None
     policy: retention.Policy = field(default_factory=retention.Policy)
+    remote_policy: retention.Policy = field(default_factory=retention.Policy)
+    wait_s: float = 300.0
     config: dict[str, Any] = field(default_factory=dict)
     accept: tuple[str, ...] = ()
     override: tuple[str, ...] = ()

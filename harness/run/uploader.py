@@ -1,0 +1,203 @@
+"""The writer's second thread: copies what is committed in the run directory to the remote store, while training goes on."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+
+from harness.checkpoint import format as fmt
+from harness.checkpoint import replicate, retention
+from harness.checkpoint.attempts import Attempt, check_fence
+from harness.checkpoint.format import Manifest
+from harness.errors import DamagedError, StorageError
+from harness.events import Ledger
+from harness.run.outage import Outage
+from harness.store import LocalStore, Store
+
+REQUEST_S = 60.0  # for how long one request is tried; what fails then is done again as a whole
+AGAIN_S = 10.0  # after a failed upload
+IDLE_S = 20.0  # how often events are sent, and the origin is looked for, when there is nothing to upload
+END_S = 10.0  # how long the last events are worth a wait
+
+
+@dataclass(frozen=True)
+class Route:
+    """From where to where, and what is kept there. Without a run directory nothing but events goes this way."""
+
+    local: LocalStore | None
+    remote: Store
+    policy: retention.Policy
+
+
+class Uploader:
+    """Runs from `start` to `close`. What it finds out is told by `check`, on the thread that trains."""
+
+    def __init__(self, route: Route, attempt: Attempt, ledger: Ledger, outage: Outage, clock: Callable[[], float] = time.monotonic) -> None:
+        self.route, self.attempt, self.ledger, self.outage, self.clock = route, attempt, ledger, outage, clock
+        self.origin: Manifest | None = None  # looked after until there is something newer
+        self.origin_is_gone = False
+        self.step: int | None = None  # the newest that has arrived
+        self._failure: BaseException | None = None  # ends the run
+        self._problem = ""  # why the last upload failed; it is tried again
+        self._behind_since: str | None = None
+        self._history: dict[str, Manifest] = {}
+        self._there: set[str] = set()
+        self._verified: set[str] = set()
+        self._segments, self._segment = 0, b""
+        self._state = threading.Condition()
+        self._hurry = self._closing = False
+        self._thread = threading.Thread(target=self._run, daemon=True, name="uploader")
+
+    def start(self, history: Collection[Manifest], there: Collection[Manifest], origin: Manifest | None) -> None:
+        """`history` lies in the run directory, `there` in the remote store; `origin` was read whole."""
+        self._history = {m.name: m for m in history}
+        self._there = {m.name for m in there}
+        self._verified = {origin.name} & self._there if origin else set()
+        self.origin = origin
+        self.step = max((m.step for m in there), default=None)
+        self._thread.start()
+
+    def offer(self, manifest: Manifest) -> None:
+        """A checkpoint was committed: here, or, without a run directory, there."""
+        with self._state:
+            self.origin = None
+            self._history[manifest.name] = manifest
+            if self.route.local is None:
+                self._there.add(manifest.name)
+                self.step = manifest.step
+            self._state.notify_all()
+
+    def forget(self, names: Collection[str]) -> None:
+        """Retention has deleted these from the run directory."""
+        with self._state:
+            for name in names:
+                self._history.pop(name, None)
+
+    def pinned(self) -> set[str]:
+        """What must not be deleted from the run directory yet."""
+        return {manifest.name for manifest in self._wanted()}
+
+    def check(self) -> None:
+        """Raises what ends the run: SupersededError, or an error of our own."""
+        if self._failure is not None:
+            raise self._failure
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether `check` would raise."""
+        return self._failure is not None
+
+    @property
+    def words(self) -> str:
+        """For the progress line."""
+        if self._behind_since:
+            return f"NOT UPLOADED since {self._behind_since}"
+        return f"uploaded {self.step}" if self.step is not None else "nothing uploaded yet"
+
+    def settle(self, limit_s: float) -> str:
+        """Wait until everything is in the remote store; returns "" or what is wrong. What fails is tried again for `limit_s`; an
+        upload that is on its way then is waited for. Raises SupersededError.
+        """
+        began = self.clock()
+        with self._state:
+            self._hurry = True
+            self._state.notify_all()
+            while self._wanted() and self._failure is None:
+                if self._problem and self.clock() - began > limit_s:
+                    return self._problem
+                self._state.wait(0.2)
+        self.check()
+        return ""
+
+    def close(self) -> None:
+        """Send the last events, if that is quick, and end."""
+        with self._state:
+            self._closing = True
+            self._state.notify_all()
+        if self._thread.is_alive():
+            self._thread.join(END_S)
+
+    def _wanted(self) -> list[Manifest]:
+        with self._state:
+            return [] if self.route.local is None else replicate.wanted(list(self._history.values()), self._there, self.route.policy)
+
+    def _run(self) -> None:
+        try:
+            while not self._closing:
+                pause_s = self._turn()
+                with self._state:
+                    if not self._closing and not (pause_s == IDLE_S and self._wanted()):
+                        self._state.wait(min(pause_s, 1.0) if self._hurry else pause_s)
+            self._send_events()
+        except BaseException as error:  # noqa: BLE001 - a thread's error is nobody's: `check` raises it where it is seen
+            self._failure = error
+            with self._state:
+                self._state.notify_all()
+
+    def _turn(self) -> float:
+        """Do what is most urgent; returns how long to wait before the next."""
+        remote = self._store()
+        try:
+            for manifest in self._wanted()[:1]:
+                self._upload(manifest, remote)
+                return 0.0
+            if self.origin is not None:
+                check_fence(remote, self.attempt)
+                self.origin_is_gone = not remote.exists(self.origin.key)
+            self._send_events()
+        except StorageError as error:
+            return self._failed(error)
+        return IDLE_S
+
+    def _store(self) -> Store:
+        return self.route.remote.patient(REQUEST_S, lambda: self._closing)
+
+    def _upload(self, manifest: Manifest, remote: Store) -> None:
+        assert self.route.local is not None
+        began, self._problem = self.clock(), ""
+        try:
+            replicate.replicate(self.route.local, manifest, remote, self.attempt)
+        except DamagedError as error:  # the run directory's copy: there is nothing to send
+            self.forget([manifest.name])
+            self.ledger.write("not_uploaded", checkpoint=manifest.name, error=str(error))
+            self.outage.say(f"harness: warning: {manifest.name} cannot be uploaded: {error.what}")
+            return
+        with self._state:
+            self._there.add(manifest.name)
+            self._verified.add(manifest.name)
+            self.step = max(manifest.step, self.step or 0)
+            behind, self._behind_since = self._behind_since, None
+            self._state.notify_all()
+        seconds = round(self.clock() - began, 2)
+        self.ledger.write("uploaded", checkpoint=manifest.name, size_bytes=manifest.size_bytes, seconds=seconds)
+        if behind:
+            self.outage.say(f"harness: step {manifest.step} is in {self.route.remote}; nothing was uploaded since {behind}")
+        self._send_events()
+        self._let_go(remote)
+
+    def _failed(self, error: StorageError) -> float:
+        self.ledger.write("not_uploaded", error=str(error))
+        with self._state:
+            self._problem = " ".join(str(error).split("\n"))
+            first, self._behind_since = self._behind_since is None, self._behind_since or time.strftime("%H:%M:%S")
+        if first:
+            self.outage.say(
+                f"harness: warning: nothing can be uploaded since {self._behind_since}: {error.what} ({error.found}); training goes on, "
+                "checkpoints stay in run.dir"
+            )
+        return AGAIN_S
+
+    def _let_go(self, remote: Store) -> None:
+        try:
+            if gone := retention.apply(remote, self.attempt, self._verified, self.route.policy):
+                self.ledger.write("deleted", names=gone, store=str(remote))
+        except StorageError as error:
+            self.ledger.write("not_deleted", error=str(error), store=str(remote))
+
+    def _send_events(self) -> None:
+        self._segment = self._segment or b"".join(self.ledger.take())  # the same bytes again: the last try may have arrived
+        if self._segment:
+            self._store().create(fmt.segment_key(self.attempt.number, self._segments + 1), self._segment, self.attempt.number)
+            self._segments, self._segment = self._segments + 1, b""

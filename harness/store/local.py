@@ -1,0 +1,208 @@
+"""A directory of a POSIX file system.
+
+A file is written as: temporary name in the same folder, write, fsync, rename, fsync of the folder. Each step is needed: without
+the first fsync ext4 showed a file full of zeros after a power loss, without the second the old file came back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import itertools
+import os
+import secrets
+import stat
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+from harness.errors import StorageError
+from harness.store.base import CHUNK_BYTES, SET_ASIDE, TEMP, Entry, Sink, Store, check_key, in_words
+
+
+class LocalSink(Sink):
+    """A temporary file that becomes the real one."""
+
+    def __init__(self, store: LocalStore, key: str, attempt: int) -> None:
+        super().__init__(key)
+        self._path = store.path(key)
+        # The number tells who may sweep it; the rest keeps two rivals for one key apart.
+        self.temp = self._path.with_name(f"{self._path.name}.tmp-{attempt:04d}-{secrets.token_hex(4)}")
+        self._fd = -1
+
+    def __enter__(self) -> LocalSink:
+        with _said(self.key, "write"):
+            self._fd = os.open(self.temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        return self
+
+    def take(self, view: memoryview) -> None:
+        done = 0
+        while done < len(view):
+            done += os.write(self._fd, view[done:])
+
+    def commit(self, *, exclusive: bool = False) -> None:
+        with _said(self.key, "write"):
+            os.fsync(self._fd)
+            fd, self._fd = self._fd, -1
+            os.close(fd)
+            if exclusive:
+                self._link()
+            else:
+                os.replace(self.temp, self._path)
+            _fsync_folder(self._path.parent)
+
+    def _link(self) -> None:
+        """`link` refuses to overwrite, where `rename` would not. NFS may lose its reply: then the link count tells."""
+        try:
+            os.link(self.temp, self._path)
+        except OSError:
+            if os.stat(self.temp).st_nlink != 2:
+                raise
+
+    def discard(self) -> None:
+        # The first error is the one to report, and a later attempt sweeps what stays.
+        with contextlib.suppress(OSError):
+            if self._fd >= 0:
+                os.close(self._fd)
+        with contextlib.suppress(OSError):
+            os.unlink(self.temp)
+        self._fd = -1
+
+
+class LocalStore(Store):
+    """A directory of a POSIX file system."""
+
+    is_local = True
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = Path(root).expanduser().absolute()
+
+    def __str__(self) -> str:
+        return str(self.root)
+
+    def path(self, key: str) -> Path:
+        """Where a key lies. Raises StorageError for a key that leads out of the store."""
+        return self.root.joinpath(*check_key(self, key))
+
+    def where(self, key: str) -> str:
+        return str(self.path(key))
+
+    def entries(self, folder: str) -> list[Entry]:
+        found = []
+        with _said(f"{self.root}/{folder}", "list"):
+            try:
+                with os.scandir(self.path(folder)) as entries:
+                    for entry in entries:
+                        with contextlib.suppress(FileNotFoundError):  # deleted by its owner while we looked
+                            if entry.is_file(follow_symlinks=False):
+                                found.append(Entry(f"{folder}/{entry.name}", entry.stat(follow_symlinks=False).st_size))
+            except FileNotFoundError:
+                return []
+        return sorted(found, key=lambda entry: entry.key)
+
+    def exists(self, key: str) -> bool:
+        with _said(key, "look up"):
+            try:
+                return stat.S_ISREG(os.lstat(self.path(key)).st_mode)
+            except FileNotFoundError:
+                return False
+
+    def read(self, key: str) -> bytes:
+        with _said(key, "read"), self.open(key) as file:
+            return file.read()
+
+    def open(self, key: str) -> BinaryIO:
+        path = self.path(key)
+        with _said(key, "open"):
+            try:
+                fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            except OSError as error:
+                if error.errno == errno.ELOOP:
+                    raise FileNotFoundError(errno.ENOENT, "a link, not a file", str(path)) from None
+                raise
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                os.close(fd)
+                raise FileNotFoundError(errno.ENOENT, "not a regular file", str(path))
+            return os.fdopen(fd, "rb", buffering=1 << 20)
+
+    def chunks(self, key: str) -> Iterator[bytes]:
+        with self.open(key) as file, _said(key, "read"):
+            while chunk := file.read(CHUNK_BYTES):
+                yield chunk
+
+    def scratch(self, key: str, attempt: int) -> BinaryIO:
+        """A temporary file beside a key, to write and to read, at the path in its `name`; whoever asked for it deletes it."""
+        path = self.path(key)
+        with _said(key, "write"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            return open(path.with_name(f"{path.name}.tmp-{attempt:04d}-{secrets.token_hex(4)}"), "x+b")
+
+    def writer(self, key: str, attempt: int) -> LocalSink:
+        return LocalSink(self, key, attempt)
+
+    def create(self, key: str, data: bytes, attempt: int) -> None:
+        with self.writer(key, attempt) as sink:
+            sink.write(data)
+            sink.commit(exclusive=True)
+
+    def append(self, key: str, line: bytes) -> None:
+        """Add a line to a file; not made durable, and the only thing that ever grows under a key."""
+        with _said(key, "write"):
+            fd = os.open(self.path(key), os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+            try:
+                os.write(fd, line)
+            finally:
+                os.close(fd)
+
+    def set_aside(self, keys: Sequence[str]) -> None:
+        """A local file is renamed, so that nothing takes it for a checkpoint any more."""
+        for key in keys:
+            if self.exists(key):
+                with _said(key, "rename"):
+                    os.rename(self.path(key), self.path(key + SET_ASIDE))
+                    _fsync_folder(self.path(key).parent)
+
+    def delete(self, key: str) -> None:
+        with _said(key, "delete"):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self.path(key))
+            _fsync_folder(self.path(key).parent)
+
+    def prepare(self, folders: tuple[str, ...]) -> None:
+        for folder in folders:
+            with _said(f"{self.root}/{folder}", "make"):
+                path = self.path(folder)
+                missing = list(itertools.takewhile(lambda made: not made.is_dir(), (path, *path.parents)))
+                path.mkdir(parents=True, exist_ok=True)
+                for made in missing:
+                    _fsync_folder(made.parent)
+
+    def sweep(self, folders: tuple[str, ...], below_attempt: int) -> list[str]:
+        swept = []
+        for entry in (entry for folder in folders for entry in self.entries(folder)):
+            match = TEMP.match(entry.key)
+            if match and int(match["attempt"]) < below_attempt:
+                self.delete(entry.key)
+                swept.append(entry.key)
+        return swept
+
+
+def _fsync_folder(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def _said(what: str, verb: str) -> Iterator[None]:
+    """Turn a failure of the medium into a StorageError; what callers decide by passes through."""
+    try:
+        yield
+    except (FileNotFoundError, FileExistsError) as error:
+        if verb in ("write", "create", "delete") and isinstance(error, FileNotFoundError):
+            raise StorageError(f"cannot {verb} {what}: the folder has vanished ({error})", remedy="Is the disk still mounted?") from error
+        raise
+    except OSError as error:
+        raise in_words(verb, what, error) from error

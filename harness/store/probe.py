@@ -1,0 +1,60 @@
+"""Try out what a run will need of a store, before it is needed."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Callable
+
+from harness.errors import RefusedError, StorageError
+from harness.store.base import Store
+
+FOLDER = "probe"
+
+
+def checks(store: Store) -> list[tuple[str, Callable[[], None]]]:
+    """Named checks, to be made in this order; each raises StorageError. They leave nothing behind."""
+    key, ours, theirs = f"{FOLDER}/{secrets.token_hex(8)}", os.urandom(64), os.urandom(64)
+
+    def create_again() -> None:
+        try:
+            store.create(key, theirs, 0)
+        except FileExistsError:
+            return
+        raise RefusedError(
+            f"{store} does not create exclusively: a second create of one key succeeded",
+            "expected: a refusal (If-None-Match: * on S3)",
+            "Two attempts of one run could both think that they are the only one: use another store, or a newer server.",
+        )
+
+    def read_back() -> None:
+        if (found := store.read(key)) != ours:
+            raise StorageError(f"{store} gave back other bytes than were written", f"found: {found[:16]!r}…, expected: {ours[:16]!r}…")
+
+    def is_listed() -> None:
+        if key not in {entry.key for entry in store.entries(FOLDER)}:
+            raise StorageError(f"{store} does not list what was just written", f"searched: {store.where(key)}")
+
+    def delete() -> None:
+        store.delete(key)
+        if store.exists(key):
+            raise StorageError(f"{store} still has what was just deleted", f"found: {store.where(key)}")
+
+    return [
+        ("list", lambda: _discard(store.entries(FOLDER))),
+        ("create", lambda: store.create(key, ours, 0)),
+        ("create exclusively", create_again),
+        ("read back", read_back),
+        ("list what was written", is_listed),
+        ("delete", delete),
+    ]
+
+
+def check(store: Store) -> None:
+    """All of them, at the start of an attempt. Raises StorageError."""
+    for _, make in checks(store):
+        make()
+
+
+def _discard(result: object) -> None:
+    """Only the asking mattered."""

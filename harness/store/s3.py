@@ -1,0 +1,154 @@
+"""S3 through s3fs: one request a method, and nothing is tried again here.
+
+s3fs gives the connection, the credentials of the standard environment, and the loop that requests run in. Its own reading, writing and
+listing are not used: it caches listings, commits a file that was left by an exception, reads a torn file when a key is overwritten,
+and answers a missing bucket like an empty one.
+"""
+
+from __future__ import annotations
+
+import base64
+import datetime
+import email.utils
+import hashlib
+from typing import Any
+
+import fsspec.asyn
+import s3fs
+
+from harness.retry import answer
+from harness.store.bucket import Found, MissingError, Part, TakenError, Unfinished
+
+CONNECT_S, READ_S = 5.0, 20.0
+FIRST_PART_BYTES = 8 << 20
+ENCRYPTED = ("aws:kms", "aws:kms:dsse")  # then an ETag is no MD5
+
+
+class S3Bucket:
+    """A bucket, and a prefix in it."""
+
+    parallel = 4
+    tells_tags = True
+
+    def __init__(self, url: str) -> None:
+        self.name, _, prefix = url.partition("://")[2].partition("/")
+        self.prefix = f"{prefix.strip('/')}/" if prefix.strip("/") else ""
+        self.fs = s3fs.S3FileSystem(
+            skip_instance_cache=True,
+            use_listings_cache=False,
+            config_kwargs={
+                "connect_timeout": CONNECT_S,
+                "read_timeout": READ_S,
+                "retries": {"mode": "standard", "max_attempts": 1},
+                "max_pool_connections": 32,
+            },
+        )
+        self.fs.retries = 1
+
+    def _call(self, limit_s: float, method: str, **arguments: Any) -> dict[str, Any]:
+        async def call() -> dict[str, Any]:
+            reply: dict[str, Any] = await self.fs._call_s3(method, Bucket=self.name, **arguments)
+            if "Body" in reply:
+                async with reply["Body"] as body:
+                    reply["Body"] = await body.read()
+            return reply
+
+        try:
+            return fsspec.asyn.sync(self.fs.loop, call, timeout=limit_s)  # type: ignore[no-any-return]
+        except OSError as error:
+            status, code = answer(error)
+            if code in ("NoSuchKey", "NoSuchUpload") or (status == 404 and code != "NoSuchBucket"):
+                raise MissingError(str(error)) from error
+            if status == 412:
+                raise TakenError(str(error)) from error
+            raise
+
+    def renew(self) -> None:
+        """Read the credentials again."""
+        self.fs.connect(refresh=True)
+
+    def now(self, limit_s: float) -> datetime.datetime:
+        """The server's clock."""
+        headers = self._call(limit_s, "head_bucket")["ResponseMetadata"]["HTTPHeaders"]
+        return email.utils.parsedate_to_datetime(headers["date"])
+
+    def list_page(self, folder: str, token: str | None, limit_s: float) -> tuple[list[Found], str | None]:
+        """One page of what lies directly in `folder`, and how to ask for the next one. A missing bucket is an error."""
+        more = {"ContinuationToken": token} if token else {}
+        reply = self._call(limit_s, "list_objects_v2", Prefix=f"{self.prefix}{folder}/", Delimiter="/", **more)
+        found = [Found(o["Key"][len(self.prefix) :], o["Size"], o["ETag"].strip('"')) for o in reply.get("Contents", [])]
+        if not found and token is None:
+            self._call(limit_s, "head_bucket")  # not every server tells a missing bucket from an empty folder when listing
+        return found, reply.get("NextContinuationToken") if reply.get("IsTruncated") else None
+
+    def head(self, key: str, limit_s: float) -> Found | None:
+        try:
+            reply = self._call(limit_s, "head_object", Key=self.prefix + key)
+        except MissingError:
+            return None
+        etag = "" if _is_opaque(reply) else reply["ETag"].strip('"')
+        return Found(key, reply["ContentLength"], etag)
+
+    def get(self, key: str, start: int, end: int | None, limit_s: float) -> bytes:
+        """The bytes from `start` to before `end`, or all from `start` on."""
+        span = {} if start == 0 and end is None else {"Range": f"bytes={start}-{'' if end is None else end - 1}"}
+        return bytes(self._call(limit_s, "get_object", Key=self.prefix + key, **span)["Body"])
+
+    def put(self, key: str, data: bytes, exclusive: bool, limit_s: float) -> str:
+        """Raises TakenError when `exclusive` and the key exists; returns the ETag that the object ought to have."""
+        condition = {"IfNoneMatch": "*"} if exclusive else {}
+        self._call(limit_s, "put_object", Key=self.prefix + key, Body=data, ContentMD5=_md5(data)[1], **condition)
+        return _md5(data)[0].hex()
+
+    def delete(self, key: str, limit_s: float) -> None:
+        self._call(limit_s, "delete_object", Key=self.prefix + key)
+
+    def begin(self, key: str, limit_s: float) -> str:
+        """Begin an upload in parts; returns its id."""
+        return str(self._call(limit_s, "create_multipart_upload", Key=self.prefix + key)["UploadId"])
+
+    def part_bytes(self, number: int) -> int:
+        """How large part `number` is: growing, so that ten thousand parts hold any checkpoint without much memory for a small one."""
+        return FIRST_PART_BYTES << number // 2000
+
+    def part(self, key: str, upload: str, number: int, data: bytes, limit_s: float) -> Part:
+        digest, spelled = _md5(data)
+        reply = self._call(limit_s, "upload_part", Key=self.prefix + key, UploadId=upload, PartNumber=number, Body=data, ContentMD5=spelled)
+        return Part(number, reply["ETag"], digest)
+
+    def complete(self, key: str, upload: str, parts: list[Part], limit_s: float) -> str:
+        """Let the object appear; returns the ETag that it ought to have. Raises MissingError if the upload is gone: done, or aborted."""
+        named = {"Parts": [{"PartNumber": part.number, "ETag": part.tag} for part in parts]}
+        self._call(limit_s, "complete_multipart_upload", Key=self.prefix + key, UploadId=upload, MultipartUpload=named)
+        return self.tag_of(parts)
+
+    def tag_of(self, parts: list[Part]) -> str:
+        """The ETag of an object that was uploaded in these parts."""
+        return f"{hashlib.md5(b''.join(part.digest for part in parts), usedforsecurity=False).hexdigest()}-{len(parts)}"
+
+    def abort(self, key: str, upload: str, limit_s: float) -> None:
+        self._call(limit_s, "abort_multipart_upload", Key=self.prefix + key, UploadId=upload)
+
+    def unfinished(self, limit_s: float) -> list[Unfinished]:
+        """The uploads in parts under this prefix, and no others, that were never completed."""
+        found, marks = list[Unfinished](), dict[str, str]()
+        while True:
+            reply = self._call(limit_s, "list_multipart_uploads", Prefix=self.prefix, **marks)
+            found += [
+                Unfinished(upload["Key"][len(self.prefix) :], upload["UploadId"], upload["Initiated"])
+                for upload in reply.get("Uploads", [])
+                if upload["Key"].startswith(self.prefix)  # a server that ignores the prefix must not cost anybody an upload
+            ]
+            if not reply.get("IsTruncated"):
+                return found
+            marks = {"KeyMarker": reply["NextKeyMarker"], "UploadIdMarker": reply["NextUploadIdMarker"]}
+
+
+def _md5(data: bytes) -> tuple[bytes, str]:
+    digest = hashlib.md5(data, usedforsecurity=False).digest()
+    return digest, base64.b64encode(digest).decode()
+
+
+def _is_opaque(reply: dict[str, Any]) -> bool:
+    """Whether an object's ETag is no MD5: encrypted with a key of the user's. The server has checked each part's MD5 all the same."""
+    return reply.get("ServerSideEncryption") in ENCRYPTED or "SSECustomerAlgorithm" in reply
