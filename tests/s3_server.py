@@ -71,8 +71,9 @@ def _die_with_parent() -> None:
 class S3Server:
     """One server with its data, its log and its ports. start() after stop() or kill() is the same server again."""
 
-    def __init__(self, directory: Path, access_key: str | None = None, secret_key: str | None = None) -> None:
+    def __init__(self, directory: Path, access_key: str | None = None, secret_key: str | None = None, stays: bool = False) -> None:
         self.directory = directory
+        self.stays = stays  # when the process that started it ends
         self.access_key = access_key or secrets.token_hex(10)
         self.secret_key = secret_key or secrets.token_hex(20)
         self.log = directory / "server.log"
@@ -210,7 +211,8 @@ class S3Server:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                preexec_fn=_die_with_parent,
+                preexec_fn=None if self.stays else _die_with_parent,
+                start_new_session=self.stays,
             )
         client, until = self.client(read_timeout=5), time.monotonic() + limit_s
         while self.process.poll() is None and time.monotonic() < until:
@@ -253,3 +255,28 @@ def own_s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server
 def bucket(s3_server: S3Server) -> tuple[S3Server, str]:
     """The shared server and an empty bucket on it."""
     return s3_server, s3_server.make_bucket(f"test-{secrets.token_hex(6)}")
+
+
+def main() -> None:
+    """`scripts/s3 start | stop`: a server for trying things out, with the bucket `trial`."""
+    command, directory = sys.argv[1:]
+    home = Path(directory).absolute()
+    pid = home / "pid"
+    if command == "start":
+        shutil.rmtree(home, ignore_errors=True)
+        home.mkdir(parents=True)
+        server = S3Server(home, stays=True).start()
+        server.make_bucket("trial")
+        assert server.process is not None
+        pid.write_text(str(server.process.pid))
+        (home / "environment").write_text("".join(f"export {name}={value}\n" for name, value in server.environment.items()))
+        print(f"an S3 server answers at {server.url}, with the bucket trial; to use it: source {directory}/environment")
+    elif command == "stop" and pid.exists():
+        with contextlib.suppress(ProcessLookupError, FileNotFoundError):
+            if str(home) in Path(f"/proc/{pid.read_text()}/cmdline").read_text():  # else the number is somebody else's by now
+                os.kill(int(pid.read_text()), signal.SIGTERM)
+        shutil.rmtree(home, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -223,7 +223,7 @@ def test_a_secret_is_in_no_file_of_the_run(monkeypatch, tmp_path):
     assert text == []
 
 
-@pytest.mark.parametrize("given", [["run.remote=s3://bucket/a"], ["run.dir=s3://bucket/a"], ["--config", "none.yaml"]])
+@pytest.mark.parametrize("given", [["run.remote=bucket/a"], ["run.dir=null"], ["run.dir=s3://bucket/a"], ["--config", "none.yaml"]])
 def test_what_cannot_be_is_refused_before_anything_is_started(tmp_path, given, capfd):
     with pytest.raises(SystemExit) as ended:
         train.main(given)

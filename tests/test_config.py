@@ -79,7 +79,11 @@ def test_every_impossible_value_is_listed_with_what_is_allowed():
 
 @pytest.mark.parametrize(
     ("setting", "allowed"),
-    [("train.precision=fp8", "fp32, bf16 or fp16"), ("run.remote=s3://b/a", "not supported"), ("run.dir=''", "a local directory")],
+    [
+        ("train.precision=fp8", "fp32, bf16 or fp16"),
+        ("run.remote=s3://user:secret@b/a", "credentials come from the environment"),
+        ("run.dir=''", "a local directory"),
+    ],
 )
 def test_an_impossible_value_is_refused_in_words(setting, allowed):
     assert allowed in problems_of(None, [setting])

@@ -413,7 +413,7 @@ from harness.store import LocalStore
 store = LocalStore(sys.argv[1])
 store.prepare(("checkpoints", "attempts"))
 store.write("checkpoints/a.json", b"a", 1)
-store.rename("checkpoints/a.json", "checkpoints/a.json.damaged")
+store.set_aside(("checkpoints/a.json",))
 """
 
 

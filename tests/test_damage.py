@@ -495,7 +495,7 @@ def test_a_damaged_newest_is_passed_over_loudly_for_the_next_older_and_marked_to
     choice = load.choose(store, world)
     assert choice.manifest.step == 20
     assert torch.equal(choice.payload["model_state_dict"]["weight"], payload(20)["model_state_dict"]["weight"])
-    assert choice.damaged == [fmt.manifest_key(30, 1)]
+    assert choice.damaged == [(0, fmt.manifest_key(30, 1))]
     assert any("passed over" in note and NEWEST in note for note in choice.notes)
     assert tree(store.root) == before, "finding only reads"
 
@@ -505,7 +505,7 @@ def test_two_damaged_ones_are_passed_over_for_the_third(store, world):
     flip(data_path(store, 20), 100)
     choice = load.choose(store, world)
     assert choice.manifest.step == 10
-    assert choice.damaged == [fmt.manifest_key(30, 1), fmt.manifest_key(20, 1)]
+    assert choice.damaged == [(0, fmt.manifest_key(30, 1)), (0, fmt.manifest_key(20, 1))]
     assert len(choice.notes) == 2
 
 

@@ -154,7 +154,7 @@ def test_a_damaged_head_falls_back_within_its_lineage_and_not_to_what_it_cut_off
     store.path(fmt.data_key(20, 2)).write_bytes(b"damaged")
     choice = load.choose(store, world)
     assert choice.manifest.order == (1, 10)
-    assert choice.damaged == [fmt.manifest_key(20, 2)]
+    assert choice.damaged == [(0, fmt.manifest_key(20, 2))]
 
 
 def test_going_on_from_an_older_checkpoint_trims_all_earlier_attempts(store):

@@ -155,7 +155,7 @@ def _read_all(store: Store, keys: list[str]) -> Iterator[tuple[str, bytes]]:
 
     def read(key: str) -> bytes | None:
         try:
-            return store.read(key)
+            return store.read_once(key)
         except FileNotFoundError:
             return None
         except StorageError:
@@ -174,11 +174,23 @@ def _read_all(store: Store, keys: list[str]) -> Iterator[tuple[str, bytes]]:
 def _read_manifests(store: Store, keys: list[str], found: Survey) -> None:
     for key, text in _read_all(store, keys):
         try:
-            found.manifests.append(fmt.from_bytes(key, text))
+            found.manifests.append(_manifest(store, key, text))
+        except FileNotFoundError:  # deleted meanwhile
+            continue
         except fmt.NewerFormatError as error:
             found.newer[key] = error.what
         except DamagedError as error:
             found.damaged[key] = error.what
+
+
+def _manifest(store: Store, key: str, text: bytes) -> Manifest:
+    """What came over a network may be whole when it is read again. Raises DamagedError."""
+    try:
+        return fmt.from_bytes(key, text)
+    except DamagedError:
+        if store.is_local:
+            raise
+        return fmt.from_bytes(key, store.read(key))
 
 
 def _read_attempts(store: Store, found: Survey) -> None:

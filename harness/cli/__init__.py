@@ -11,6 +11,7 @@ from harness.events import say
 
 COMMANDS = {
     "launch": "start torchrun on a configuration, and tell by the exit code how it ended",
+    "doctor": "before an expensive run: check its directory, its bucket, their speed, and that all ranks agree",
     "status": "finished, to be continued, or failed: and why",
     "ls": "every checkpoint of a run",
     "show": "what is in a checkpoint, without reading the tensors",
@@ -48,7 +49,7 @@ def _parsed(parser: argparse.ArgumentParser, rest: list[str]) -> tuple[argparse.
     try:
         if parser.get_default("passes_on"):
             return parser.parse_known_args(rest)
-        return (parser.parse_args(rest),)
+        return (parser.parse_intermixed_args(rest),)
     except SystemExit as stop:
         if stop.code == 2:  # argparse's own code for a wrong command line; ours is the same for every usage error
             raise SystemExit(78) from None

@@ -53,6 +53,9 @@ class Ending:
         if self._attempt is None:
             return
         for store in self._stores:
+            is_writer = self._world is not None and self._world.is_writer
+            if store.is_local and not is_writer and not attempts.holds(store, self._attempt):
+                continue  # another node's disk
             try:
                 attempts.end(store.patient(RECORD_S), self._attempt, why, **details)
             except StorageError as error:

@@ -7,6 +7,28 @@ The contract, whatever the store:
 * `create` is exclusive: of any number of rivals exactly one succeeds, also when a reply is lost.
 * `entries` either returns everything that is there or raises; an unreachable store never looks like an empty one.
 * Any failure of the medium is a `StorageError` that names the key and what the medium said.
+
+What happens when something goes wrong with a remote store (`remote.py`, `../retry.py`; the run's side is `../run/uploader.py`):
+
+    the fault                                      what follows
+    500, 502, 503, 504, 429, SlowDown, time-outs   tried again, exponential waits with full jitter, until `store.wait_s` (a minute
+    resets, a reply cut short                      for a background upload) is over; each try is an event, a person reads one line
+    a lost reply of an exclusive create            the second try finds the key taken: read back, ours if it is ours to the byte
+    a lost reply of the last part                  what has arrived is compared: size, and the server's checksum or the bytes
+    a body damaged on its way up                   refused by the server by its MD5 and sent again; or found by the comparison
+    a body damaged on its way down, a torn read    the checkpoint's digest does not match: read again once, then the next older
+    expired credentials                            read anew from the environment, once
+    no such bucket, access denied, bad keys,       at once, in words, exit 78; in the middle of a run training goes on, and the
+    a clock that is far off                        upload is tried again every ten seconds
+    unreachable at the start                       waited for, then exit 74; never step 0
+    unreachable in the middle                      training goes on, checkpoints stay in run.dir; afterwards the newest, the best and
+                                                   every n-th are uploaded, not those that were overtaken
+    unreachable at the end                         waited for, then exit 74 and where the checkpoint lies; the next start uploads it
+    killed between data and manifest, or in parts  there is no checkpoint; `harness prune` finds what is left
+    another attempt has begun                      seen before each manifest: exit 76. Seen too late: cut off by the lineage
+    a store that ignores If-None-Match             found out before each attempt's claim: exit 78
+    an object damaged, cut short, gone, replaced   passed over for the other store's copy, then the next older; marked
+    a stale listing                                no cache is used
 """
 
 from __future__ import annotations

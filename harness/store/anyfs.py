@@ -20,6 +20,7 @@ from fsspec.spec import AbstractBufferedFile
 from harness.store.bucket import Found, MissingError, Part, TakenError, Unfinished
 
 PART_BYTES = 16 << 20
+MEMORY = threading.Lock()  # fsspec's own looks first and writes then
 
 
 class Collected:
@@ -68,15 +69,17 @@ class AnyBucket:
             entries = self.fs.ls(self._path(folder), detail=True)
         except FileNotFoundError:
             return [], None
-        names = [(entry["name"].rstrip("/").rsplit("/", 1)[-1], entry) for entry in entries if entry["type"] == "file"]
-        return [Found(f"{folder}/{name}", entry["size"], "") for name, entry in names], None
+        inside = f"{self._path(folder)}/"  # `ls` of a file names the file itself
+        files = [entry for entry in entries if entry["type"] == "file" and entry["name"].startswith(inside)]
+        return [Found(f"{folder}/{entry['name'][len(inside) :]}", entry["size"], "") for entry in files], None
 
     def head(self, key: str, limit_s: float) -> Found | None:
         self.fs.invalidate_cache()
         try:
-            return Found(key, self.fs.info(self._path(key))["size"], "")
+            info = self.fs.info(self._path(key))
         except FileNotFoundError:
             return None
+        return Found(key, info["size"], "") if info["type"] == "file" else None
 
     def get(self, key: str, start: int, end: int | None, limit_s: float) -> bytes:
         try:
@@ -86,7 +89,8 @@ class AnyBucket:
 
     def put(self, key: str, data: bytes, exclusive: bool, limit_s: float) -> str:
         try:
-            self.fs.pipe_file(self._path(key), data, mode="create" if exclusive else "overwrite")
+            with MEMORY if isinstance(self.fs, MemoryFileSystem) else contextlib.nullcontext():
+                self.fs.pipe_file(self._path(key), data, mode="create" if exclusive else "overwrite")
         except FileExistsError as error:
             raise TakenError(key) from error
         return ""

@@ -113,6 +113,10 @@ class Store(abc.ABC):
     def read(self, key: str) -> bytes:
         """The whole of a small file. Raises FileNotFoundError if it is not there."""
 
+    def read_once(self, key: str) -> bytes:
+        """As `read`, for a record that never changes: a store that takes long to ask may remember it."""
+        return self.read(key)
+
     @abc.abstractmethod
     def open(self, key: str) -> BinaryIO:
         """Open for reading, for seeking too. Raises FileNotFoundError if it is not there or is not a regular file."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 from collections.abc import Callable
@@ -12,9 +13,13 @@ from harness.store.base import Store
 FOLDER = "probe"
 
 
-def checks(store: Store) -> list[tuple[str, Callable[[], None]]]:
-    """Named checks, to be made in this order; each raises StorageError. They leave nothing behind."""
-    key, ours, theirs = f"{FOLDER}/{secrets.token_hex(8)}", os.urandom(64), os.urandom(64)
+def new_key() -> str:
+    return f"{FOLDER}/{secrets.token_hex(8)}"
+
+
+def checks(store: Store, key: str) -> list[tuple[str, Callable[[], None]]]:
+    """Named checks, to be made in this order; each raises StorageError. If one does, `key` is left behind."""
+    ours, theirs = os.urandom(64), os.urandom(64)
 
     def create_again() -> None:
         try:
@@ -51,9 +56,15 @@ def checks(store: Store) -> list[tuple[str, Callable[[], None]]]:
 
 
 def check(store: Store) -> None:
-    """All of them, at the start of an attempt. Raises StorageError."""
-    for _, make in checks(store):
-        make()
+    """All of them, at the start of an attempt; nothing is left behind. Raises StorageError."""
+    key = new_key()
+    try:
+        for _, make in checks(store, key):
+            make()
+    except StorageError:
+        with contextlib.suppress(StorageError):
+            store.patient(0).delete(key)
+        raise
 
 
 def _discard(result: object) -> None:

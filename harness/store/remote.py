@@ -15,6 +15,7 @@ import collections
 import contextlib
 import copy
 import datetime
+import errno
 import functools
 import io
 import json
@@ -47,6 +48,7 @@ class RemoteStore(Store):
         self.on_trouble: Callable[[str, Trouble], object] = nothing
         self.on_success: Callable[[], object] = nothing
         self.give_up: Callable[[], object] = nothing
+        self._records: dict[str, bytes] = {}
 
     def __str__(self) -> str:
         return self.url
@@ -99,6 +101,11 @@ class RemoteStore(Store):
     def read(self, key: str) -> bytes:
         return self.ask("read", self.where(key), functools.partial(self.bucket.get, key, 0, None))
 
+    def read_once(self, key: str) -> bytes:
+        if key not in self._records:
+            self._records[key] = self.read(key)
+        return self._records[key]
+
     def span(self, key: str, start: int, end: int) -> bytes:
         """The bytes from `start` to before `end`."""
 
@@ -150,6 +157,7 @@ class RemoteStore(Store):
 
     def set_aside(self, keys: Sequence[str]) -> None:
         """A remote copy is marked: the mark says that it is the last choice. What was seen broken here may be whole elsewhere."""
+        check_key(self, keys[0])
         mark = json.dumps({"damaged": keys[0], "time": datetime.datetime.now(datetime.timezone.utc).isoformat()})
         self.write(keys[0] + SET_ASIDE, mark.encode(), 0)
 
@@ -189,8 +197,17 @@ class RangeFile(io.RawIOBase):
         return self.at
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self.at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.at, io.SEEK_END: self.found.size_bytes}[whence]
+        target = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.at, io.SEEK_END: self.found.size_bytes}[whence]
+        if target < 0:
+            raise OSError(errno.EINVAL, f"cannot seek to {target}")
+        self.at = target
         return self.at
+
+    def readall(self) -> bytes:
+        starts = range(self.at, self.found.size_bytes, RANGE_BYTES)
+        data = b"".join(self.store.span(self.found.key, at, min(at + RANGE_BYTES, self.found.size_bytes)) for at in starts)
+        self.at += len(data)
+        return data
 
     def readinto(self, buffer: Any) -> int:
         end = min(self.at + len(buffer), self.found.size_bytes)

@@ -57,7 +57,7 @@ class S3Bucket:
             return fsspec.asyn.sync(self.fs.loop, call, timeout=limit_s)  # type: ignore[no-any-return]
         except OSError as error:
             status, code = answer(error)
-            if code in ("NoSuchKey", "NoSuchUpload") or (status == 404 and code != "NoSuchBucket"):
+            if status == 404 and code != "NoSuchBucket" and method != "head_bucket":
                 raise MissingError(str(error)) from error
             if status == 412:
                 raise TakenError(str(error)) from error
@@ -84,7 +84,8 @@ class S3Bucket:
     def head(self, key: str, limit_s: float) -> Found | None:
         try:
             reply = self._call(limit_s, "head_object", Key=self.prefix + key)
-        except MissingError:
+        except MissingError:  # a 404 without a body: the object, or the whole bucket?
+            self._call(limit_s, "head_bucket")
             return None
         etag = "" if _is_opaque(reply) else reply["ETag"].strip('"')
         return Found(key, reply["ContentLength"], etag)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime
+import email.utils
 import os
 import re
 
@@ -35,12 +37,26 @@ def explained(what: str, url: str, error: BaseException) -> StorageError:
         code = "AccessDenied"
     kinds = [type(cause).__name__ for cause in causes(error)]
     name = code or next((kind for kind in kinds if kind in REMEDIES), kinds[0])
-    said = f"found: {name}" + (f" ({status})" if status else "") + f", {redacted(_text(error))}"
+    text = _text(error) or ("no answer in time" if "Timeout" in name else "no words about it")
+    said = f"found: {name}" + (f" ({status})" if status else "") + f", {redacted(text)}"
     remedy = REMEDIES.get(name, "Is the server up, and reachable from here?" if is_transient(error) else "")
+    if name == "RequestTimeTooSkewed":
+        said += _skew(error)
     if name == "NoSuchBucket":
         what = f"{what}: there is no such bucket"
     refused = name in REMEDIES or (status in (400, 401, 403) and not is_transient(error))
     return (RefusedError if refused else StorageError)(redacted(what), said, remedy)
+
+
+def _skew(error: BaseException) -> str:
+    """How far this machine's clock is off, by the date of the server's answer."""
+    for cause in causes(error):
+        response = getattr(cause, "response", None) or {}
+        date = response.get("ResponseMetadata", {}).get("HTTPHeaders", {}).get("date")
+        if date:
+            server = email.utils.parsedate_to_datetime(date)
+            return f" It is {(datetime.datetime.now(datetime.timezone.utc) - server).total_seconds():+.0f} s here against the server."
+    return ""
 
 
 def _text(error: BaseException) -> str:
