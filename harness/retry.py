@@ -10,6 +10,7 @@ Sources: "Error retries and exponential backoff in AWS" and the S3 API's list of
 from __future__ import annotations
 
 import errno
+import random
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,8 +20,11 @@ import tenacity
 
 T = TypeVar("T")
 MOST_TRIES = 200
-LONGEST_WAIT_S = 20.0
+FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 20.0
 SLICE_S = 0.2  # how often a wait looks whether it has been given up
+
+# Not tenacity's own full jitter: it draws from Python's global generator, whose state belongs to the training.
+JITTER = random.Random()
 
 TRANSIENT_STATUS = frozenset({429, 500, 502, 503, 504})
 TRANSIENT_CODES = frozenset({
@@ -60,13 +64,20 @@ def answer(error: BaseException) -> tuple[int | None, str]:
     """The HTTP status and the error code that a server answered with; (None, "") if it did not answer."""
     for cause in causes(error):
         response = getattr(cause, "response", None)
-        if isinstance(response, dict):
+        if isinstance(response, dict):  # botocore's
             status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
             return status, str(response.get("Error", {}).get("Code", ""))
+    for cause in causes(error):
+        if _is_of_connection(cause):  # aiohttp makes an answer that breaks off from an error with a `code` of its own
+            break
         for name in ("status", "code"):  # other clients' spellings
-            if isinstance(value := getattr(cause, name, None), int):
+            if isinstance(cause, Exception) and isinstance(value := getattr(cause, name, None), int):
                 return value, ""
     return None, ""
+
+
+def _is_of_connection(error: BaseException) -> bool:
+    return any(kind.__name__ in TRANSIENT_KINDS for kind in type(error).__mro__)
 
 
 def is_expired(error: BaseException) -> bool:
@@ -82,7 +93,7 @@ def is_transient(error: BaseException) -> bool:
     if code:  # an error in the body of an answer that began well
         return code in TRANSIENT_CODES
     for cause in causes(error):
-        if any(kind.__name__ in TRANSIENT_KINDS for kind in type(cause).__mro__):
+        if _is_of_connection(cause):
             return True
         if isinstance(cause, OSError) and cause.errno in TRANSIENT_ERRNOS:
             return True
@@ -130,7 +141,7 @@ def retrying(
 
     attempts = tenacity.Retrying(
         retry=tenacity.retry_if_exception(may_try_again),
-        wait=tenacity.wait_random_exponential(multiplier=0.5, max=LONGEST_WAIT_S),
+        wait=lambda state: JITTER.uniform(0, min(LONGEST_WAIT_S, FIRST_WAIT_S * 2 ** min(state.attempt_number - 1, 20))),
         stop=enough,
         sleep=wait,
         before_sleep=told,

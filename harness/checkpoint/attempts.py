@@ -66,7 +66,8 @@ def claim(found: Survey, went_on_from: Manifest | None, world_size: int, kind: s
 def remembered(local: Store) -> str | None:
     """The remote store that a run directory was last used with."""
     records = survey(local).attempts
-    found = records[max(records)].get("remote") if records else None
+    readable = [number for number in sorted(records) if "nonce" in records[number]]
+    found = records[readable[-1]].get("remote") if readable else None
     return str(found) if found else None
 
 

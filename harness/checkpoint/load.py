@@ -149,9 +149,15 @@ def load(store: Store, manifest: Manifest, tell: Tell = _not_told) -> dict[str, 
 
 
 def outline(store: Store, key: str) -> dict[str, Any]:
-    """What is in a checkpoint, with tensors of the right type and shape whose data is not read. Raises what `torch.load` raises."""
+    """What is in a checkpoint, with tensors of the right type and shape whose data is not read. Raises StorageError, and
+    what `torch.load` raises."""
     with store.open(key) as file:
-        return torch.load(file, map_location="meta", weights_only=True)  # type: ignore[no-any-return]
+        try:
+            return torch.load(file, map_location="meta", weights_only=True)  # type: ignore[no-any-return]
+        except UNPARSEABLE as error:
+            if failure := getattr(getattr(file, "raw", None), "failure", None):
+                raise failure from error
+            raise
 
 
 def check(store: Store, manifest: Manifest, tell: Tell = _not_told) -> None:

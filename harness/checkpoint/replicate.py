@@ -10,7 +10,7 @@ from harness.checkpoint.attempts import Attempt, check_fence
 from harness.checkpoint.format import Manifest
 from harness.checkpoint.load import verified_chunks
 from harness.checkpoint.retention import Policy
-from harness.errors import DamagedError, SupersededError
+from harness.errors import DamagedError
 from harness.store import Store
 
 
@@ -37,12 +37,7 @@ def replicate(source: Store, manifest: Manifest, target: Store, attempt: Attempt
         for chunk in verified_chunks(source, manifest):
             sink.write(chunk)
         sink.commit()
-    try:
-        check_fence(target, attempt)
-    except SupersededError:
-        if manifest.attempt == attempt.number:  # nobody else ever writes it; an older one may be what the successor goes on from
-            target.delete(key)
-        raise
+    check_fence(target, attempt)  # the data stays: a successor may have copied it by now, and count on it
     try:
         target.create(manifest.key, text, attempt.number)
     except FileExistsError:

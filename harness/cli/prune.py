@@ -15,12 +15,10 @@ import argparse
 import datetime
 from typing import Any
 
-from harness import config
 from harness.checkpoint import format as fmt
-from harness.checkpoint import retention
+from harness.checkpoint import load, retention
 from harness.checkpoint.history import Survey
 from harness.cli import locate
-from harness.errors import StorageError
 from harness.events import say
 from harness.store import SET_ASIDE, TEMP, Store
 from harness.store.bucket import Unfinished
@@ -40,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(given: argparse.Namespace) -> int:
     store, found = locate.run(given.run)
     good = {m.name for m, problem in locate.verify(store, *found.history) if not problem}
-    manifests = retention.to_delete(found.history, good, _policy(store, given))
+    manifests = retention.to_delete(found.history, good, _policy(store, found, given))
     history = {m.name for m in found.history}
     if good:  # nothing is deleted before something better is there
         manifests += [m for m in found.manifests if m.name not in history]
@@ -88,11 +86,18 @@ def _left_behind(store: Store, found: Survey) -> list[str]:
     return orphans + [key for key in entries if (match := TEMP.match(key)) and int(match["attempt"]) < found.greatest]
 
 
-def _policy(store: Store, given: argparse.Namespace) -> retention.Policy:
-    try:
-        settings = config.from_yaml(store.read("config.yaml"))
-    except (FileNotFoundError, StorageError):
-        settings = {}
+def _settings(store: Store, found: Survey) -> dict[str, Any]:
+    """Those of the newest checkpoint that can be read: config.yaml may be of an attempt that was cut off."""
+    for manifest in found.history:
+        try:
+            return dict(load.outline(store, f"{fmt.CHECKPOINTS}/{manifest.data.name}").get("config") or {})
+        except (FileNotFoundError, *load.UNPARSEABLE):
+            continue
+    return {}
+
+
+def _policy(store: Store, found: Survey, given: argparse.Namespace) -> retention.Policy:
+    settings = _settings(store, found)
     kept: dict[str, Any] = settings.get("checkpoint") or {}
     if not store.is_local:
         kept |= {name: value for name, value in (settings.get("store") or {}).items() if value is not None}

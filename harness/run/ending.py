@@ -21,7 +21,7 @@ from harness.ranks import World, is_lost_peer, own_rank
 from harness.store import Store
 
 AFTER_OTHERS_S = 1.0
-RECORD_S = 15.0  # for how long a remote store is asked to take the record
+RECORD_S = 5.0  # for how long a remote store is asked to take the record
 
 
 class Ending:
@@ -44,15 +44,15 @@ class Ending:
         """From here on there is an attempt to record the end of."""
         self._stores, self._attempt, self._world = stores, attempt, world
 
-    def record(self, why: str, **details: Any) -> None:
+    def record(self, why: str, stores: tuple[Store, ...], **details: Any) -> None:
         """Record the attempt's end, on the writer. Nothing is raised: the checkpoints tell what can be gone on from."""
         if self._world is not None and self._world.is_writer:
-            self._create(why, details)
+            self._create(why, stores, details)
 
-    def _create(self, why: str, details: dict[str, Any]) -> None:
+    def _create(self, why: str, stores: tuple[Store, ...], details: dict[str, Any]) -> None:
         if self._attempt is None:
             return
-        for store in self._stores:
+        for store in stores:
             is_writer = self._world is not None and self._world.is_writer
             if store.is_local and not is_writer and not attempts.holds(store, self._attempt):
                 continue  # another node's disk
@@ -69,7 +69,7 @@ class Ending:
                 error = LostRankError("another rank of this attempt is lost", f"found: {str(error).splitlines()[0][:200]}")
         why = "superseded" if isinstance(error, SupersededError) else "failed"
         last = traceback.format_exception(kind, error, trace)[-1].strip()
-        self._create(why, {"error": str(error) if isinstance(error, HarnessError) else last, "rank": own_rank()})
+        self._create(why, self._stores, {"error": str(error) if isinstance(error, HarnessError) else last, "rank": own_rank()})
         if not isinstance(error, HarnessError):
             say(f"harness: uncaught error on rank {own_rank()}:", sys.stderr)
             self._default(kind, error, trace)

@@ -21,6 +21,8 @@ class Outage:
         self.say = say
         self.note: Callable[..., object] = lambda kind, **fields: None
         self.tries = 0  # in the whole life of this process
+        self.worked_at = clock()
+        self.last = "no answer yet"  # the last error
         self._since: float | None = None
         self._said = False
         self._lock = threading.Lock()
@@ -29,7 +31,7 @@ class Outage:
         """A request failed and will be tried again."""
         why = redacted(f"{type(trouble.error).__name__}: {trouble.error}".splitlines()[0][:200])
         with self._lock:
-            self.tries += 1
+            self.tries, self.last = self.tries + 1, why
             self._since = self.clock() if self._since is None else self._since
             speak = not self._said and self.clock() - self._since >= SILENT_S
             self._said = self._said or speak
@@ -41,6 +43,7 @@ class Outage:
     def on_success(self) -> None:
         """A request worked."""
         with self._lock:
+            self.worked_at = self.clock()
             since, said, self._since, self._said = self._since, self._said, None, False
         if since is not None and said:
             self.note("answers_again", after_s=round(self.clock() - since, 1))

@@ -19,7 +19,7 @@ from harness.ranks import World
 from harness.run.ending import Ending
 from harness.run.outage import Outage
 from harness.run.settings import Settings
-from harness.run.uploader import Route, Uploader
+from harness.run.uploader import END_S, Route, Uploader
 from harness.store import LocalStore, Store, probe
 
 SHARED_WITHIN_S = 10.0
@@ -221,16 +221,19 @@ class Saver:
         Raises StorageError if after `wait_s` a checkpoint is still not where it should be, SupersededError. Collective: every rank
         must call it.
         """
+        record = {"step": step, "saved": saved} | details
+        if why == "stopped":  # whoever stops us may not wait for the upload
+            self._ending.record(why, self.stores[:1], saved_step=self.saved_step, **record)
         problem = self.world.on_writer(lambda: self._settle() if saved else "", give_up=give_up)
         failure = StorageError(f"{why} at step {step}, but not everything is in the remote store", problem, UPLOADED_THEN)
         if problem and why == "finished":
             raise failure
-        self.note(why, step=step, saved=saved, **details)
+        self.note(why, **record)
         if self._uploader:
-            self._uploader.close()
-        self._ending.record(why, saved_step=self.saved_step, step=step, saved=saved, uploaded=not problem, **details)
+            self._uploader.close(1.0 if problem else END_S)
         if problem:
             raise failure
+        self._ending.record(why, self.stores, saved_step=self.saved_step, **record)
 
     def _settle(self) -> str:
         problem = self._uploader.settle(self.settings.wait_s) if self._uploader else ""

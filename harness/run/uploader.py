@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Collection
@@ -19,6 +20,7 @@ from harness.store import LocalStore, Store
 REQUEST_S = 60.0  # for how long one request is tried; what fails then is done again as a whole
 AGAIN_S = 10.0  # after a failed upload
 IDLE_S = 20.0  # how often events are sent, and the origin is looked for, when there is nothing to upload
+STALLED_S = 20.0  # after the limit, an upload without progress for so long is given up
 END_S = 10.0  # how long the last events are worth a wait
 
 
@@ -48,6 +50,7 @@ class Uploader:
         self._segments, self._segment = 0, b""
         self._state = threading.Condition()
         self._hurry = self._closing = False
+        self._give_up_at = math.inf  # from then on nothing is tried again
         self._thread = threading.Thread(target=self._run, daemon=True, name="uploader")
 
     def start(self, history: Collection[Manifest], there: Collection[Manifest], origin: Manifest | None) -> None:
@@ -62,7 +65,7 @@ class Uploader:
     def offer(self, manifest: Manifest) -> None:
         """A checkpoint was committed: here, or, without a run directory, there."""
         with self._state:
-            self.origin = None
+            self.origin, self.origin_is_gone = None, False
             self._history[manifest.name] = manifest
             if self.route.local is None:
                 self._there.add(manifest.name)
@@ -98,26 +101,26 @@ class Uploader:
 
     def settle(self, limit_s: float) -> str:
         """Wait until everything is in the remote store; returns "" or what is wrong. What fails is tried again for `limit_s`; an
-        upload that is on its way then is waited for. Raises SupersededError.
+        upload that makes progress then is waited for. Raises SupersededError.
         """
-        began = self.clock()
         with self._state:
-            self._hurry = True
+            self._hurry, self._give_up_at = True, self.clock() + limit_s
             self._state.notify_all()
             while self._wanted() and self._failure is None:
-                if self._problem and self.clock() - began > limit_s:
-                    return self._problem
+                late_s = self.clock() - self._give_up_at
+                if late_s > 0 and (self._problem or self.clock() - self.outage.worked_at > min(STALLED_S, limit_s)):
+                    return self._problem or f"{self.outage.name} does not answer: {self.outage.last}"
                 self._state.wait(0.2)
         self.check()
         return ""
 
-    def close(self) -> None:
+    def close(self, limit_s: float) -> None:
         """Send the last events, if that is quick, and end."""
         with self._state:
             self._closing = True
             self._state.notify_all()
         if self._thread.is_alive():
-            self._thread.join(END_S)
+            self._thread.join(limit_s)
 
     def _wanted(self) -> list[Manifest]:
         with self._state:
@@ -143,16 +146,23 @@ class Uploader:
             for manifest in self._wanted()[:1]:
                 self._upload(manifest, remote)
                 return 0.0
-            if self.origin is not None:
-                check_fence(remote, self.attempt)
-                self.origin_is_gone = not remote.exists(self.origin.key)
+            self._look_after_origin(remote)
             self._send_events()
         except StorageError as error:
             return self._failed(error)
         return IDLE_S
 
+    def _look_after_origin(self, remote: Store) -> None:
+        """Until the first commit nothing but the origin holds the run; and a newer attempt should be heard of early."""
+        if (origin := self.origin) is None:
+            return
+        check_fence(remote, self.attempt)
+        is_gone = not remote.exists(origin.key)
+        with self._state:
+            self.origin_is_gone = is_gone and self.origin is origin
+
     def _store(self) -> Store:
-        return self.route.remote.patient(REQUEST_S, lambda: self._closing)
+        return self.route.remote.patient(REQUEST_S, lambda: self._closing or self.clock() > self._give_up_at)
 
     def _upload(self, manifest: Manifest, remote: Store) -> None:
         assert self.route.local is not None

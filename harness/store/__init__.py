@@ -59,7 +59,8 @@ def check_url(url: str) -> str | None:
     parts = urlsplit(url)
     if not re.fullmatch(r"[a-z][a-z0-9+.-]*", parts.scheme) or not is_url(url):
         return "a URL like s3://bucket/prefix"
-    if "@" in parts.netloc or parts.query or parts.fragment:
+    has_password = "@" in parts.netloc + parts.path or (":" in parts.netloc and parts.scheme in ("s3", "s3a"))
+    if has_password or parts.query or parts.fragment:
         return "a URL without credentials or options: those come from the environment (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL …)"
     if not parts.netloc and parts.scheme not in ("file", "local", "memory"):
         return "a URL with a bucket: s3://bucket/prefix"
@@ -77,7 +78,7 @@ def open_store(place: str | Path, wait_s: float = DEFAULT_WAIT_S) -> Store:
     if not is_url(text):
         return LocalStore(text)
     if problem := check_url(text):
-        raise UsageError(f"{redacted(text).partition('?')[0]} is not a place for a run", f"expected: {problem}")
+        raise UsageError(f"{redacted(text)} is not a place for a run", f"expected: {problem}")
     if urlsplit(text).scheme in ("file", "local"):  # fsspec would overwrite what is to be created, and write in place
         return LocalStore(unquote(text.partition("://")[2]))
     from harness.store.remote import RemoteStore  # takes half a second to import, which a local run need not pay

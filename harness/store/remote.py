@@ -148,7 +148,11 @@ class RemoteStore(Store):
         try:
             self.ask("create", self.where(key), lambda left_s: self.bucket.put(key, data, True, left_s))
         except TakenError:
-            if self.read(key) != data:  # else: our own first try, whose reply was lost
+            try:
+                is_ours = self.read(key) == data  # our own first try, whose reply was lost
+            except MissingError:
+                is_ours = False
+            if not is_ours:
                 raise
 
     def delete(self, key: str) -> None:
@@ -186,6 +190,7 @@ class RangeFile(io.RawIOBase):
 
     def __init__(self, store: RemoteStore, found: Found) -> None:
         self.store, self.found, self.at = store, found, 0
+        self.failure: StorageError | None = None  # torch.load hides it behind an error of its own
 
     def readable(self) -> bool:
         return True
@@ -213,7 +218,11 @@ class RangeFile(io.RawIOBase):
         end = min(self.at + len(buffer), self.found.size_bytes)
         if end <= self.at:
             return 0
-        data = self.store.span(self.found.key, self.at, end)
+        try:
+            data = self.store.span(self.found.key, self.at, end)
+        except StorageError as error:
+            self.failure = error
+            raise
         buffer[: len(data)] = data
         self.at = end
         return len(data)

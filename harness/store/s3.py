@@ -39,7 +39,7 @@ class S3Bucket:
             config_kwargs={
                 "connect_timeout": CONNECT_S,
                 "read_timeout": READ_S,
-                "retries": {"mode": "standard", "max_attempts": 1},
+                "retries": {"mode": "standard", "total_max_attempts": 1},
                 "max_pool_connections": 32,
             },
         )

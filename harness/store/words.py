@@ -69,5 +69,5 @@ def redacted(text: str) -> str:
     for name in SECRETS:
         if len(value := os.environ.get(name, "")) >= 4:
             text = text.replace(value, "***")
-    text = re.sub(r"(://)[^/@\s]+@", r"\1***@", text)
-    return re.sub(r"(://[^\s?'\"]*)\?[^\s'\"]*", r"\1?***", text)
+    text = re.sub(r"(://)[^\s'\"?#]*@", r"\1***@", text)
+    return re.sub(r"(://[^\s?#'\"]*)[?#][^\s'\"]*", r"\1?***", text)
