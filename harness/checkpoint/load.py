@@ -193,7 +193,7 @@ class Chooser:
         """One listing and what comes of it; also whether something listed was deleted meanwhile, so that only a new listing tells."""
         choice = Choice(None)
         for text, places in self._on_writer(partial(self._look, choice)):
-            manifest = _parse_manifest(text)
+            manifest, not_fetched = _parse_manifest(text), ""
             for place in places:
                 payload, problem, is_damaged = self._try(self.stores[place], manifest)
                 if payload is not None:
@@ -205,6 +205,10 @@ class Chooser:
                 choice.notes.append(f"passed over: {problem}" + (f" in {self.stores[place]}" if len(self.stores) > 1 else ""))
                 if is_damaged:
                     choice.damaged.append((place, manifest.key))
+                elif not self.stores[place].is_local:
+                    not_fetched = str(problem)
+            if not_fetched:  # it may be whole, and going on from an older one would cut it off
+                raise StorageError(f"{manifest.name} cannot be fetched", not_fetched, "Start again when the store answers.")
         self._on_writer(partial(self._check_fresh, choice))
         return choice, False
 

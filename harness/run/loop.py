@@ -14,7 +14,7 @@ from harness.checkpoint.format import FORMAT_VERSION
 from harness.data import loading
 from harness.data.fingerprint import describe
 from harness.data.order import Position, end_step
-from harness.errors import SaveError, UsageError
+from harness.errors import UsageError
 from harness.events import Moment, Progress
 from harness.ranks import World
 from harness.run.ending import Ending
@@ -257,9 +257,7 @@ class Run:
     def _complete(self) -> None:
         check_some_steps(self.step, self._data["global_batch_size"])
         if not self._save(final=True):
-            raise SaveError(
-                f"the last checkpoint, of step {self.step}, was not saved", self._saver.words, "Mend the cause and start again."
-            )
+            raise self._saver.failure(f"the last checkpoint, of step {self.step}, was not saved", "Mend the cause and start again.")
         self._saver.end("finished", stop.requested, step=self.step)
         self.finished = True
         self.say(f"harness: finished at step {self.step}")
@@ -273,12 +271,8 @@ class Run:
         saved = self.step in (0, self._saver.saved_step)
         self._saver.end("stopped", stop.requested, step=self.step, saved=saved, signals=names)
         if not saved:
-            raise SaveError(
-                f"stopped by {'/'.join(names)} at step {self.step}, and not saved",
-                self._saver.words,
-                "Start again: the previous checkpoint is whole.",
-            )
-
+            remedy = "Start again: the previous checkpoint is whole."
+            raise self._saver.failure(f"stopped by {'/'.join(names)} at step {self.step}, and not saved", remedy)
         what = "everything saved" if self.step else "before there was anything to save"
         self.say(f"harness: stopped by {'/'.join(names)} at step {self.step}, {what}; start again to go on")
         self.world.agree([0])  # all leave together, after the writer has said all

@@ -13,7 +13,7 @@ from harness.checkpoint.attempts import Attempt
 from harness.checkpoint.history import Survey, going_on_from
 from harness.checkpoint.replicate import replicate
 from harness.checkpoint.save import About, commit
-from harness.errors import SaveError, StorageError, UsageError
+from harness.errors import HarnessError, SaveError, StorageError, UsageError
 from harness.events import Ledger, Progress
 from harness.ranks import World
 from harness.run.ending import Ending
@@ -24,7 +24,7 @@ from harness.store import LocalStore, Store, probe
 
 SHARED_WITHIN_S = 10.0
 UPLOADED_THEN = "Start again: what is missing there is uploaded then."
-SAVE_S = 60.0  # for how long one request of a save is tried when training waits for it
+SAVE_S = 30.0  # for how long one request of a save is tried when training waits for it
 
 
 class Saver:
@@ -57,6 +57,10 @@ class Saver:
     def words(self) -> str:
         """How saving stands."""
         return f"{self._words}, {self._uploader.words}" if self._uploader and len(self.stores) > 1 else self._words
+
+    def failure(self, what: str, remedy: str) -> HarnessError:
+        """The error to end with because a save failed: of a disk, or of a store that may answer again."""
+        return (SaveError if self.store.is_local else StorageError)(what, self._words, remedy)
 
     def begin(self, progress: Progress, give_up: Callable[[], object]) -> Attempt:
         """Claim the next attempt. Raises SupersededError, StorageError, UsageError. Collective: every rank must call it."""
