@@ -272,9 +272,11 @@ def main() -> None:
         (home / "environment").write_text("".join(f"export {name}={value}\n" for name, value in server.environment.items()))
         print(f"an S3 server answers at {server.url}, with the bucket trial; to use it: source {directory}/environment")
     elif command == "stop" and pid.exists():
+        process = Path(f"/proc/{pid.read_text()}/cmdline")
         with contextlib.suppress(ProcessLookupError, FileNotFoundError):
-            if str(home) in Path(f"/proc/{pid.read_text()}/cmdline").read_text():  # else the number is somebody else's by now
-                os.kill(int(pid.read_text()), signal.SIGTERM)
+            while str(home) in process.read_text():  # else the number is somebody else's by now
+                os.kill(int(pid.read_text()), signal.SIGKILL)  # its data is of no worth any more
+                time.sleep(0.05)
         shutil.rmtree(home, ignore_errors=True)
 
 

@@ -45,9 +45,9 @@ class Life:
         self.origin = found.history[0] if found.history else None
         self.attempt = attempts.claim(found, self.origin, 1)
 
-    def save(self, step: int, final: dict[str, int | None] | None = None) -> Manifest:
+    def save(self, step: int, final: dict[str, int | None] | None = None, config: dict[str, object] | None = None) -> Manifest:
         about = About(1, going_on_from(self.origin), {"model": "Linear"}, "-", final)
-        return commit(self.store, self.attempt, payload(step, self.attempt.number), about)
+        return commit(self.store, self.attempt, payload(step, self.attempt.number) | {"config": config or {}}, about)
 
     def save_blindly(self, step: int) -> Manifest:
         """As a zombie does that was suspended between its fence check and its manifest: nothing stops it."""
@@ -678,10 +678,12 @@ def test_prune_keeps_what_was_cut_off_while_nothing_better_loads(grown):
     load.load(grown, survey(grown).manifests[1])
 
 
-def test_prune_obeys_the_settings_of_the_run(grown):
-    grown.write("config.yaml", b"checkpoint:\n  keep_last: 2\n  keep_every_steps: 10\n  best: val_loss:min\n", 1)
+def test_prune_obeys_the_settings_of_the_newest_checkpoint_and_not_what_a_zombie_wrote_beside_it(grown):
+    life = Life(grown)
+    life.save(50, config={"checkpoint": {"keep_last": 2, "keep_every_steps": 10, "best": "val_loss:min"}})
+    grown.write("config.yaml", b"checkpoint:\n  keep_last: 1\n", 1)
     assert cli.main(["prune", str(grown.root), "--yes"]) == 0
-    assert [step for step, _ in orders(grown)] == [40, 30, 20, 10]
-    grown.write("config.yaml", b"checkpoint:\n  keep_last: 2\n  keep_best: 1\n  best: val_loss:max\n", 1)
+    assert [step for step, _ in orders(grown)] == [50, 40, 30, 20, 10]
+    life.save(55, config={"checkpoint": {"keep_last": 2, "keep_best": 1, "best": "val_loss:max"}})
     assert cli.main(["prune", str(grown.root), "--yes"]) == 0
-    assert [step for step, _ in orders(grown)] == [40, 30, 10]
+    assert [step for step, _ in orders(grown)] == [55, 50, 10]

@@ -177,6 +177,7 @@ class Choice:
     survey: Survey | None  # the writer's listing; None on the other ranks
     manifest: Manifest | None = None  # None: step 0
     payload: dict[str, Any] | None = None
+    place: int = 0  # which store it was read from
     damaged: list[tuple[int, str]] = field(default_factory=list)  # which store's copy, by manifest key, to set aside once claimed
     notes: list[str] = field(default_factory=list)
 
@@ -197,7 +198,7 @@ class Chooser:
             for place in places:
                 payload, problem, is_damaged = self._try(self.stores[place], manifest)
                 if payload is not None:
-                    choice.manifest, choice.payload = manifest, payload
+                    choice.manifest, choice.payload, choice.place = manifest, payload, place
                     choice.notes += self._why(choice.survey, manifest, self.stores[place])
                     return choice, False
                 if not self._on_writer(partial(self.stores[place].exists, manifest.key)):

@@ -51,7 +51,7 @@ class Saver:
         self._choice, self._ending, self._outage = choice, ending, outage
         self._saved_at = clock()
         self._committed = False
-        self._verified = {choice.manifest.name} if choice.manifest else set()
+        self._verified = self._read_from(self.store)
 
     @property
     def words(self) -> str:
@@ -94,6 +94,11 @@ class Saver:
         self._listen(attempt, found)
         return attempt
 
+    def _read_from(self, store: Store) -> set[str]:
+        """The name of what the attempt goes on from, if it was read whole from this very store."""
+        choice = self._choice
+        return {choice.manifest.name} if choice.manifest and self.stores[choice.place] is store else set()
+
     def _listen(self, attempt: Attempt, found: Survey) -> None:
         """Begin to record what happens, and to copy what is committed."""
         local = self.store if isinstance(self.store, LocalStore) else None
@@ -107,7 +112,7 @@ class Saver:
             self._uploader = Uploader(route, attempt, ledger, self._outage)
             here = [m for m in found.history if local and m in found.parts[0].manifests]
             there = [m for m in found.parts[-1].manifests if m.key not in found.parts[-1].marked]
-            self._uploader.start(here, there, self.origin)
+            self._uploader.start(here, there, self.origin, self._read_from(self.stores[-1]))
 
     def _check_shared(self, attempt: Attempt) -> None:
         """Several nodes with a run directory each would be several runs: refuse unless every rank sees the claim."""

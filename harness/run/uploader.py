@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import threading
 import time
@@ -45,6 +46,7 @@ class Uploader:
         self._problem = ""  # why the last upload failed; it is tried again
         self._behind_since: str | None = None
         self._history: dict[str, Manifest] = {}
+        self._newest: Manifest | None = None
         self._there: set[str] = set()
         self._verified: set[str] = set()
         self._segments, self._segment = 0, b""
@@ -53,11 +55,11 @@ class Uploader:
         self._give_up_at = math.inf  # from then on nothing is tried again
         self._thread = threading.Thread(target=self._run, daemon=True, name="uploader")
 
-    def start(self, history: Collection[Manifest], there: Collection[Manifest], origin: Manifest | None) -> None:
-        """`history` lies in the run directory, `there` in the remote store; `origin` was read whole."""
+    def start(self, history: Collection[Manifest], there: Collection[Manifest], origin: Manifest | None, verified: set[str]) -> None:
+        """`history` lies in the run directory, `there` in the remote store, where those `verified` were read whole."""
         self._history = {m.name: m for m in history}
         self._there = {m.name for m in there}
-        self._verified = {origin.name} & self._there if origin else set()
+        self._verified = set(verified)
         self.origin = origin
         self.step = max((m.step for m in there), default=None)
         self._thread.start()
@@ -66,7 +68,7 @@ class Uploader:
         """A checkpoint was committed: here, or, without a run directory, there."""
         with self._state:
             self.origin, self.origin_is_gone = None, False
-            self._history[manifest.name] = manifest
+            self._history[manifest.name] = self._newest = manifest
             if self.route.local is None:
                 self._there.add(manifest.name)
                 self.step = manifest.step
@@ -112,6 +114,8 @@ class Uploader:
                     return self._problem or f"{self.outage.name} does not answer: {self.outage.last}"
                 self._state.wait(0.2)
         self.check()
+        if self._newest is not None and self._newest.name not in self._there:  # the copy in the run directory is damaged
+            return self._problem or f"{self._newest.name} cannot be uploaded: its copy in the run directory is damaged"
         return ""
 
     def close(self, limit_s: float) -> None:
@@ -133,7 +137,8 @@ class Uploader:
                 with self._state:
                     if not self._closing and not (pause_s == IDLE_S and self._wanted()):
                         self._state.wait(min(pause_s, 1.0) if self._hurry else pause_s)
-            self._send_events()
+            with contextlib.suppress(StorageError):
+                self._send_events()
         except BaseException as error:  # noqa: BLE001 - a thread's error is nobody's: `check` raises it where it is seen
             self._failure = error
             with self._state:
@@ -150,6 +155,7 @@ class Uploader:
             self._send_events()
         except StorageError as error:
             return self._failed(error)
+        self._behind_since = None
         return IDLE_S
 
     def _look_after_origin(self, remote: Store) -> None:
@@ -171,8 +177,9 @@ class Uploader:
             replicate.replicate(self.route.local, manifest, remote, self.attempt)
         except DamagedError as error:  # the run directory's copy: there is nothing to send
             self.forget([manifest.name])
+            self._problem = f"{manifest.name} cannot be uploaded: {error.what}"
             self.ledger.write("not_uploaded", checkpoint=manifest.name, error=str(error))
-            self.outage.say(f"harness: warning: {manifest.name} cannot be uploaded: {error.what}")
+            self.outage.say(f"harness: warning: {self._problem}")
             return
         with self._state:
             self._there.add(manifest.name)
@@ -193,10 +200,8 @@ class Uploader:
             self._problem = " ".join(str(error).split("\n"))
             first, self._behind_since = self._behind_since is None, self._behind_since or time.strftime("%H:%M:%S")
         if first:
-            self.outage.say(
-                f"harness: warning: nothing can be uploaded since {self._behind_since}: {error.what} ({error.found}); training goes on, "
-                "checkpoints stay in run.dir"
-            )
+            stay = "training goes on" + (", checkpoints stay in run.dir" if self.route.local else "")
+            self.outage.say(f"harness: warning: nothing can be uploaded since {self._behind_since}: {error.what} ({error.found}); {stay}")
         return AGAIN_S
 
     def _let_go(self, remote: Store) -> None:
