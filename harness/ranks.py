@@ -132,6 +132,7 @@ class World:
 
     def leave(self) -> None:
         """Take the process group down. Collective: every rank must call it."""
+        self._group = self._store = None  # gloo's threads end with the last reference, not later with the interpreter
         if dist.is_initialized():
             dist.destroy_process_group()
 

@@ -68,7 +68,7 @@ def train(build: Callable[..., Task], settings: Config, stored: dict[str, Any]) 
         if job.eval_data is not None and run.due(settings.eval.every_steps):
             run.evaluate(job.eval_data, stepper.evaluate, batch_size=settings.eval.batch_size, collate_fn=job.collate)
     run.say("  ".join(f"{name} {value:.4f}" for name, value in run.metrics.items()))
-    if run.is_writer and (best := run.best_checkpoint()):
+    if best := run.best_checkpoint():
         run.say(f"best checkpoint: {best}")
     run.world.leave()
 

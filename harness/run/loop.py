@@ -325,5 +325,8 @@ class Run:
             self._progress.show(Moment(self.step, self._end_step, self.epoch, epochs, values, rate * batch, self._saver.words), rate)
 
     def best_checkpoint(self) -> str | None:
-        """The path or URL of the best checkpoint of the run so far by the metric that `init` was told, or None."""
-        return retention.best_file(self._saver.stores, self._settings.policy)
+        """The path or URL of the best checkpoint of the run so far by the metric that `init` was told, or None.
+
+        Collective: every rank must call it.
+        """
+        return self.world.on_writer(lambda: retention.best_file(self._saver.stores, self._settings.policy), give_up=stop.requested)
