@@ -360,7 +360,8 @@ def ranks(tmp_path: Path, size: int, directory: Path, steps: int, kind: str) -> 
     return done.returncode
 
 
-@pytest.mark.parametrize(("size", "kind"), [(3, "nested"), pytest.param(2, "sparse", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("size", "kind"), [(3, "nested"), (2, "sparse")])
 def test_ranks_without_torchrun_go_on_exactly_and_all_exit_well(size, kind, tmp_path):
     assert ranks(tmp_path, size, tmp_path / "whole", -1, kind) == 0
     assert ranks(tmp_path, size, tmp_path / "killed", 32, kind) != 0
@@ -368,5 +369,6 @@ def test_ranks_without_torchrun_go_on_exactly_and_all_exit_well(size, kind, tmp_
     assert list(differences(newest(tmp_path / "whole"), newest(tmp_path / "killed"))) == []
 
 
+@pytest.mark.slow
 def test_steps_that_become_slower_do_not_alarm_the_watch(tmp_path):
     assert ranks(tmp_path, 2, tmp_path / "run", -1, "slowing") == 0

@@ -137,6 +137,7 @@ def test_launch_knows_a_run_that_is_in_the_bucket_only(bucket: tuple[S3Server, s
     assert json.loads(home.read("attempts/0002.end.json"))["why"] == "finished"
 
 
+@pytest.mark.slow
 def test_the_bucket_has_a_policy_of_its_own(bucket: tuple[S3Server, str], tmp_path: Path) -> None:
     home, directory = Home(*bucket), tmp_path / "run"
     own = ("checkpoint.keep_last=5", "checkpoint.keep_best=0", "store.keep_last=1", "store.keep_best=1", "store.keep_every_steps=15",

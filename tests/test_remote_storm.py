@@ -124,7 +124,7 @@ def test_killed_and_started_elsewhere_the_run_in_the_bucket_equals_the_uninterru
 @pytest.mark.parametrize(
     ("where", "seed", "rate"),
     [
-        pytest.param("null", 5, 0.12, id="no-directory"),
+        pytest.param("null", 5, 0.12, id="no-directory", marks=pytest.mark.slow),
         pytest.param("here", 6, 0.2, id="directory", marks=pytest.mark.slow),
         pytest.param("null", 7, 0.2, id="no-directory-worse", marks=pytest.mark.slow),
     ],

@@ -115,6 +115,7 @@ def test_an_attempt_whose_origin_vanishes_before_its_first_commit_saves_at_once(
     second.kill()
 
 
+@pytest.mark.slow
 def test_a_stopped_peer_is_given_up_within_the_time_limit_and_the_run_goes_on(whole: Path, tmp_path: Path, started: Start) -> None:
     directory = tmp_path / "run"
     process = started(torchrun(2, *TASK, f"run.dir={directory}", "task.args.sleep_s=0.05", "run.timeout_s=3", "checkpoint.every_steps=2"))
@@ -132,6 +133,7 @@ def test_a_stopped_peer_is_given_up_within_the_time_limit_and_the_run_goes_on(wh
     assert differing(whole, directory) == []
 
 
+@pytest.mark.slow
 def test_a_rank_that_leaves_early_fails_the_attempt_at_once_and_the_run_goes_on(whole: Path, tmp_path: Path) -> None:
     directory = tmp_path / "run"
     began = time.monotonic()

@@ -89,7 +89,7 @@ BYTES = (
 )  # fmt: skip
 SMALL = ("task.name=small_task:build", "train.epochs=12", "log.every_steps=1", "checkpoint.every_steps=7", "checkpoint.best=val_loss:min")
 STORMS = [
-    pytest.param(2, DIGITS, Storm(1, 4, 60), id="digits-2"),
+    pytest.param(2, DIGITS, Storm(1, 4, 60), id="digits-2", marks=pytest.mark.slow),
     pytest.param(3, BYTES, Storm(2, 3, 50), id="bytes-3"),
     *(pytest.param(ranks, task, Storm(11, 12, 30), id=f"{name}-{ranks}-long", marks=pytest.mark.slow)
       for name, task in (("digits", DIGITS), ("bytes", BYTES)) for ranks in (2, 3)),
@@ -140,6 +140,7 @@ def test_one_rank_killed_under_torchrun_is_restarted_in_place_and_nothing_is_los
     assert losses(killed) == losses(whole)
 
 
+@pytest.mark.slow
 def test_with_other_numbers_of_ranks_the_same_samples_meet_in_the_same_global_batches(tmp_path: Path) -> None:
     whole, changed, records = tmp_path / "whole", tmp_path / "changed", tmp_path / "records"
     common = ("task.name=recording_task:build", "train.epochs=3", "train.global_batch_size=36", "data.drop_last=false",

@@ -5,7 +5,7 @@
     <run>/attempts/0003.json                    attempt 3: who, nonce, from which checkpoint it went on
     <run>/attempts/0003.end.json                how it ended: finished, stopped, failed, superseded
     <run>/events/0003.jsonl                     what happened, one line an event
-    <run>/config.yaml                           the settings of the newest attempt
+    <run>/config.yaml                           the settings of the newest attempt, for people to read
 
 The data file is what `torch.save` writes; `harness/state.py` lists what is in it. The manifest holds its size and its BLAKE3
 digest, computed while writing, and is sealed by a digest of its own.
@@ -18,6 +18,16 @@ digest, computed while writing, and is sealed by a digest of its own.
 * Step 0 is allowed only if nothing hints at a history.
 * A damaged checkpoint is passed over, loudly, for the next older one that every rank accepts, and set aside (`.damaged`).
 
+A run may live in two stores, a directory and a bucket; the same tree lies in both. Then
+
+* the history is that of both listings together; a checkpoint that is damaged here is looked for there before an older one is taken;
+* an attempt is claimed in the bucket, which is the authority, and recorded in the directory as well;
+* each checkpoint is committed in the directory, and copied under the same name, byte for byte, in the same order: data, then manifest;
+* what is found damaged in the bucket, on a second full reading, is not renamed but marked (`….json.damaged`): the last choice;
+* events lie there in segments (`events/0003-000001.jsonl`), as nothing can be appended;
+* data without a manifest may be on its way from a process that is alive elsewhere: only `harness prune` deletes it;
+* what could not be fetched is not taken for damaged: the start fails, and is tried again.
+
 Modules: `format` names and manifests, `history` what is there and what of it counts, `attempts` claim and fence, `save`, `load`,
-`retention`.
+`replicate` to the other store, `retention`.
 """
