@@ -11,10 +11,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 import pytest
 from s3_server import bucket, own_s3_server, s3_server  # noqa: F401 - fixtures
+
+if TYPE_CHECKING:
+    from harness.ranks import World
 
 REPO = Path(__file__).resolve().parent.parent
 TRAIN = REPO / "harness" / "train.py"
@@ -138,3 +142,17 @@ def started() -> Iterator[Callable[..., subprocess.Popen[str]]]:
         for stream in (process.stdout, process.stderr):
             if stream:
                 stream.close()
+
+
+@pytest.fixture(scope="module")
+def world() -> Iterator[World]:
+    """This process as the only rank, for what is collective."""
+    import torch.distributed
+
+    from harness import ranks
+
+    own = not torch.distributed.is_initialized()
+    world = ranks.join(60)
+    yield world
+    if own:
+        world.leave()

@@ -18,7 +18,7 @@ import pytest
 import torch
 from blake3 import blake3
 
-from harness import cli, ranks
+from harness import cli
 from harness.checkpoint import attempts, load
 from harness.checkpoint import format as fmt
 from harness.checkpoint.format import Manifest
@@ -60,15 +60,6 @@ def store(template: Path, tmp_path: Path) -> LocalStore:
     """A run with three good checkpoints of one attempt."""
     shutil.copytree(template, tmp_path / "run")
     return LocalStore(tmp_path / "run")
-
-
-@pytest.fixture(scope="module")
-def world() -> Iterator[ranks.World]:
-    own = not torch.distributed.is_initialized()
-    world = ranks.join(60)
-    yield world
-    if own:
-        world.leave()
 
 
 def manifest_of(store: LocalStore, step: int = 30) -> Manifest:

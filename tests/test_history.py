@@ -6,7 +6,6 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -68,15 +67,6 @@ def store(tmp_path: Path) -> LocalStore:
     store = LocalStore(tmp_path / "run")
     store.prepare(fmt.FOLDERS)
     return store
-
-
-@pytest.fixture(scope="module")
-def world() -> Iterator[ranks.World]:
-    own = not torch.distributed.is_initialized()
-    world = ranks.join(60)
-    yield world
-    if own:
-        world.leave()
 
 
 def orders(found: Survey | LocalStore) -> list[tuple[int, int]]:

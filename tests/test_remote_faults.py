@@ -627,7 +627,7 @@ def test_a_url_with_a_secret_is_refused_without_repeating_it(url):
 @pytest.mark.parametrize("name", ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"])
 def test_what_a_library_repeats_of_the_credentials_is_not_said(monkeypatch, name):
     monkeypatch.setenv(name, "hunter2hunter2")
-    error = explained("cannot read s3://hunter2hunter2/run", "s3://bucket/run", ValueError("the key hunter2hunter2 is wrong"))
+    error = explained("cannot read s3://hunter2hunter2/run", ValueError("the key hunter2hunter2 is wrong"))
     assert "hunter2" not in str(error) and "the key *** is wrong" in str(error)
     assert redacted("hunter2hunter2!") == "***!"
 

@@ -20,7 +20,7 @@ from fault_proxy import FaultProxy, Hold, Rule
 from remote_lives import Born, Life, Nursery, payload, shared_nursery
 from s3_server import S3Server, free_ports
 
-from harness import cli, ranks
+from harness import cli
 from harness.checkpoint import attempts, load
 from harness.checkpoint import format as fmt
 from harness.checkpoint.history import survey
@@ -112,15 +112,6 @@ def train(nursery: Nursery, place: Place, tmp_path: Path) -> Iterator[Callable[.
 
     yield begin
     nursery.end_all()
-
-
-@pytest.fixture(scope="module")
-def world() -> Iterator[ranks.World]:
-    own = not torch.distributed.is_initialized()
-    world = ranks.join(60)
-    yield world
-    if own:
-        world.leave()
 
 
 def machine(tmp_path: Path, name: str) -> LocalStore:

@@ -100,6 +100,11 @@ class Manifest:
         return self.files[0]
 
     @property
+    def data_key(self) -> str:
+        """Where the data lies, as `key` is where the manifest lies."""
+        return f"{CHECKPOINTS}/{self.data.name}"
+
+    @property
     def size_bytes(self) -> int:
         return sum(file.size_bytes for file in self.files)
 

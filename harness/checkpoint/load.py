@@ -64,7 +64,7 @@ def checked(chunks: Iterator[bytes], expected: DataFile, where: str, tell: Tell 
 
 def verified_chunks(store: Store, manifest: Manifest, tell: Tell = _not_told) -> Iterator[bytes]:
     """A checkpoint's data, piece by piece; see `checked`. Raises DamagedError, StorageError."""
-    key = f"{fmt.CHECKPOINTS}/{manifest.data.name}"
+    key = manifest.data_key
     try:
         yield from checked(store.chunks(key), manifest.data, key, tell)
     except FileNotFoundError as error:
@@ -81,7 +81,7 @@ def verified(store: Store, manifest: Manifest, scratch: LocalStore | None = None
     From a remote store it comes into a temporary file of `scratch`, for the caller to delete by its `name`, or into memory. Raises
     DamagedError if it is not what the manifest says, StorageError if it cannot be read.
     """
-    key = f"{fmt.CHECKPOINTS}/{manifest.data.name}"
+    key = manifest.data_key
     if store.is_local:
         try:
             return _checked_file(store.open(key), manifest.data, key)
@@ -165,7 +165,7 @@ def check(store: Store, manifest: Manifest, tell: Tell = _not_told) -> None:
     for _ in verified_chunks(store, manifest, tell):
         pass
     try:
-        outline(store, f"{fmt.CHECKPOINTS}/{manifest.data.name}")
+        outline(store, manifest.data_key)
     except UNPARSEABLE as error:
         raise DamagedError(f"{manifest.data.name} cannot be parsed", f"found: {first_line(error)}") from None
 
@@ -272,7 +272,7 @@ class Chooser:
                 if last or not isinstance(error, DamagedError):  # what came over a network may be whole when it is read again
                     return None, *_said(error)
         if store.is_local:
-            return store.where(f"{fmt.CHECKPOINTS}/{manifest.data.name}"), None, False
+            return store.where(manifest.data_key), None, False
         path = getattr(self._file, "name", None)
         return (path if isinstance(path, str) else None), None, False
 

@@ -31,7 +31,7 @@ def replicate(source: Store, manifest: Manifest, target: Store, attempt: Attempt
     Raises DamagedError if the source does not verify, SupersededError if `target` shows a newer attempt, StorageError. In each case
     no checkpoint appears there.
     """
-    text, key = fmt.to_bytes(manifest), f"{fmt.CHECKPOINTS}/{manifest.data.name}"
+    text, key = fmt.to_bytes(manifest), manifest.data_key
     check_fence(target, attempt)
     with target.writer(key, attempt.number) as sink:
         for chunk in verified_chunks(source, manifest):

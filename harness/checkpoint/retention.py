@@ -62,7 +62,7 @@ def best_file(stores: Sequence[Store], policy: Policy) -> str | None:
     """The path or URL of the best checkpoint in the run's history, or None. Raises StorageError."""
     found = survey(*stores)
     ranked = best(found.history, policy)
-    return found.copies(ranked[0])[0].where(f"{fmt.CHECKPOINTS}/{ranked[0].data.name}") if ranked else None
+    return found.copies(ranked[0])[0].where(ranked[0].data_key) if ranked else None
 
 
 def to_delete(history: list[Manifest], verified: set[str], policy: Policy) -> list[Manifest]:

@@ -139,11 +139,16 @@ def _examine(store: Store, settings: Config, size_bytes: int) -> Iterator[Findin
             shutil.rmtree(made, ignore_errors=True)
 
 
+def _nearest(store: LocalStore) -> Path:
+    """The run's directory, or, if it is still to be made, what it will be made in."""
+    return next(path for path in (store.root, *store.root.parents) if path.is_dir())
+
+
 def _scratch(store: Store) -> tuple[Store, Path | None]:
     """Where to try things out: in the remote store itself; beside a directory that may not exist yet, in one of our own."""
     if not isinstance(store, LocalStore):
         return store, None
-    parent = next(path for path in (store.root, *store.root.parents) if path.is_dir())
+    parent = _nearest(store)
     place = LocalStore(parent / f".harness-doctor-{secrets.token_hex(4)}")
     try:
         place.prepare((probe.FOLDER,))
@@ -156,7 +161,7 @@ def _mark(stores: list[Store]) -> str:
     """Leave a file where a run directory without a remote store has to be shared; returns its path, or ""."""
     if len(stores) > 1 or not isinstance(stores[0], LocalStore):
         return ""
-    parent = next(path for path in (stores[0].root, *stores[0].root.parents) if path.is_dir())
+    parent = _nearest(stores[0])
     mark = parent / f".harness-doctor-{secrets.token_hex(4)}"
     try:
         mark.touch()
@@ -197,7 +202,7 @@ def _speed(store: Store, place: Store, settings: Config, size_bytes: int) -> Ite
 
 
 def _room(store: LocalStore, settings: Config, size_bytes: int) -> Finding:
-    parent = next(path for path in (store.root, *store.root.parents) if path.is_dir())
+    parent = _nearest(store)
     kept = max(settings.checkpoint.keep_last, 2) + settings.checkpoint.keep_best + 1  # one is being written
     free = shutil.disk_usage(parent).free
     text = f"{store}: {size(free)} free, {kept} checkpoints take {size(kept * size_bytes)}"

@@ -32,5 +32,5 @@ def run(given: argparse.Namespace) -> int:
     attempt = attempts.claim(found, manifest, manifest.world_size, kind="import")
     copy = save.adopt(source, manifest, store, attempt, ())
     attempts.end(store, attempt, "stopped", step=copy.step, saved=True, saved_step=copy.step, by="import")
-    say(f"{store} begins with {copy.name}, a copy of {source.where(f'{fmt.CHECKPOINTS}/{manifest.data.name}')}")
+    say(f"{store} begins with {copy.name}, a copy of {source.where(manifest.data_key)}")
     return 0

@@ -51,9 +51,14 @@ def everywhere(path: str) -> tuple[Store, Survey]:
         return run(first)
 
 
+def is_run(path: str) -> bool:
+    """Whether a path or URL means a run, not one of its checkpoints."""
+    return Path(path).is_dir() or (is_url(path) and not path.endswith((".pt", ".json")))
+
+
 def checkpoint(path: str) -> tuple[Store, Manifest]:
     """A checkpoint by its `.pt` or `.json` file, or a run's newest one. Raises UsageError, DamagedError."""
-    if Path(path).is_dir() or (is_url(path) and not path.endswith((".pt", ".json"))):
+    if is_run(path):
         store, found = run(path)
         if found.head is None:
             raise UsageError(f"the run in {store} has no checkpoint", remedy="harness ls shows what is there.")

@@ -12,7 +12,6 @@ import argparse
 import datetime
 import json
 
-from harness.checkpoint import format as fmt
 from harness.checkpoint.format import Manifest
 from harness.checkpoint.history import Survey
 from harness.cli import locate
@@ -79,7 +78,7 @@ def _states(found: Survey, manifest: Manifest, verify: bool) -> dict[str, str]:
 
 
 def _state(store: Store, part: Survey, manifest: Manifest, verify: bool) -> str:
-    key = f"{fmt.CHECKPOINTS}/{manifest.data.name}"
+    key = manifest.data_key
     if part.sizes.get(key) != manifest.data.size_bytes:
         return "WRONG SIZE" if key in part.sizes else "MISSING"
     if verify:

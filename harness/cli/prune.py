@@ -90,7 +90,7 @@ def _settings(store: Store, found: Survey) -> dict[str, Any]:
     """Those of the newest checkpoint that can be read: config.yaml may be of an attempt that was cut off."""
     for manifest in found.history:
         try:
-            return dict(load.outline(store, f"{fmt.CHECKPOINTS}/{manifest.data.name}").get("config") or {})
+            return dict(load.outline(store, manifest.data_key).get("config") or {})
         except (FileNotFoundError, *load.UNPARSEABLE):
             continue
     return {}

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from harness import config
-from harness.checkpoint import format as fmt
 from harness.checkpoint import load
 from harness.cli import locate
 from harness.errors import DamagedError
@@ -26,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(given: argparse.Namespace) -> int:
     store, manifest = locate.checkpoint(given.checkpoint)
-    key = f"{fmt.CHECKPOINTS}/{manifest.data.name}"
+    key = manifest.data_key
     path = store.where(key)
     try:
         payload = load.outline(store, key)

@@ -12,7 +12,6 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from harness.checkpoint.format import CHECKPOINTS
 from harness.checkpoint.history import Survey
 from harness.cli import locate
 from harness.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_STOPPED, EXIT_STORAGE, UsageError
@@ -31,7 +30,7 @@ class Outcome:
 def outcome(found: Survey) -> Outcome:
     """A pure function of what is in the store. What is committed counts first, then how the newest attempt ended."""
     head, newest = found.head, max(found.attempts, default=0)
-    whole = [m for m in found.history if any(part.sizes.get(f"{CHECKPOINTS}/{m.data.name}") == m.size_bytes for part in found.parts)]
+    whole = [m for m in found.history if any(part.sizes.get(m.data_key) == m.size_bytes for part in found.parts)]
     if found.history and not whole:
         return Outcome("failed", "there is a history, but the data of every checkpoint is missing or cut short", EXIT_FAILED)
     if head is not None and head.final is not None and newest <= head.attempt:  # a newer attempt extends the run

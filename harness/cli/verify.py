@@ -8,12 +8,10 @@ example: harness verify runs/a
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from harness.cli import locate
 from harness.errors import EXIT_FAILED
 from harness.events import say, size
-from harness.store import is_url
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(given: argparse.Namespace) -> int:
-    if Path(given.path).is_dir() or (is_url(given.path) and not given.path.endswith((".pt", ".json"))):
+    if locate.is_run(given.path):
         store, found = locate.run(given.path)
         manifests, problems = found.manifests, [f"{key}: {why}" for key, why in (found.damaged | found.newer).items()]
         problems += [f"{key}: of another run" for key in found.strangers]

@@ -20,7 +20,6 @@ class Outage:
         self.name, self.clock = name, clock
         self.say = say
         self.note: Callable[..., object] = lambda kind, **fields: None
-        self.tries = 0  # in the whole life of this process
         self.worked_at = clock()
         self.last = "no answer yet"  # the last error
         self._since: float | None = None
@@ -31,7 +30,7 @@ class Outage:
         """A request failed and will be tried again."""
         why = redacted(f"{type(trouble.error).__name__}: {trouble.error}".splitlines()[0][:200])
         with self._lock:
-            self.tries, self.last = self.tries + 1, why
+            self.last = why
             self._since = self.clock() if self._since is None else self._since
             speak = not self._said and self.clock() - self._since >= SILENT_S
             self._said = self._said or speak
@@ -48,8 +47,3 @@ class Outage:
         if since is not None and said:
             self.note("answers_again", after_s=round(self.clock() - since, 1))
             self.say(f"harness: {self.name} answers again, after {self.clock() - since:.0f} s")
-
-    @property
-    def words(self) -> str:
-        """For the end of a run: how much had to be tried again."""
-        return f"{self.tries} request(s) to {self.name} had to be tried again" if self.tries else ""

@@ -51,7 +51,7 @@ class Uploader:
         self._verified: set[str] = set()
         self._segments, self._segment = 0, b""
         self._state = threading.Condition()
-        self._hurry = self._closing = False
+        self._closing = False
         self._give_up_at = math.inf  # from then on nothing is tried again
         self._thread = threading.Thread(target=self._run, daemon=True, name="uploader")
 
@@ -106,7 +106,7 @@ class Uploader:
         upload that makes progress then is waited for. Raises SupersededError.
         """
         with self._state:
-            self._hurry, self._give_up_at = True, self.clock() + limit_s
+            self._give_up_at = self.clock() + limit_s
             self._state.notify_all()
             while self._wanted() and self._failure is None:
                 late_s = self.clock() - self._give_up_at
@@ -136,7 +136,7 @@ class Uploader:
                 pause_s = self._turn()
                 with self._state:
                     if not self._closing and not (pause_s == IDLE_S and self._wanted()):
-                        self._state.wait(min(pause_s, 1.0) if self._hurry else pause_s)
+                        self._state.wait(min(pause_s, 1.0) if self._give_up_at < math.inf else pause_s)
             with contextlib.suppress(StorageError):
                 self._send_events()
         except BaseException as error:  # noqa: BLE001 - a thread's error is nobody's: `check` raises it where it is seen

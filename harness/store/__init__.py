@@ -39,6 +39,7 @@ from urllib.parse import unquote, urlsplit
 
 from harness.errors import UsageError
 from harness.store.base import CHUNK_BYTES, SET_ASIDE, TEMP, Entry, Sink, Store
+from harness.store.bucket import Bucket
 from harness.store.local import LocalStore
 from harness.store.words import redacted
 
@@ -86,7 +87,7 @@ def open_store(place: str | Path, wait_s: float = DEFAULT_WAIT_S) -> Store:
     return RemoteStore(text, _bucket(text), wait_s)
 
 
-def _bucket(url: str):  # type: ignore[no-untyped-def]
+def _bucket(url: str) -> Bucket:
     if urlsplit(url).scheme in ("s3", "s3a"):
         from harness.store.s3 import S3Bucket
 

@@ -33,7 +33,7 @@ from harness.store.words import explained
 
 T = TypeVar("T")
 RANGE_BYTES, READ_AHEAD = 8 << 20, 6
-REQUEST_S = 120.0  # the longest that a single request may take, however patient we are: a part of 16 MiB at a tenth of a MB/s
+REQUEST_S = 120.0  # the longest that a single request may take, however patient we are: a part of 8 MiB at 70 kB/s
 
 
 def nothing(*ignored: object) -> None:
@@ -74,7 +74,7 @@ class RemoteStore(Store):
         except (MissingError, TakenError, HarnessError):
             raise
         except Exception as error:  # every library below has errors of its own kind
-            raise explained(f"cannot {verb} {what}", self.url, error) from error
+            raise explained(f"cannot {verb} {what}", error) from error
         self.on_success()
         return result
 

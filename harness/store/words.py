@@ -28,7 +28,7 @@ REMEDIES = {
 }
 
 
-def explained(what: str, url: str, error: BaseException) -> StorageError:
+def explained(what: str, error: BaseException) -> StorageError:
     """A StorageError, or a RefusedError if trying again would not help."""
     status, code = answer(error)
     if status == 404 and code in ("404", "", "NoSuchBucket"):
