@@ -8,8 +8,8 @@ Reading order, which is the order of a run:
     step.py       one optimizer step                      state.py      what survives a kill
     checkpoint/   how it is written, found, verified      store/        where files lie
     ranks.py      the other processes                     ddp.py        modules wrapped for them
-    stop.py       signals                                 events.py     what is said
-    retry.py      what is tried again, and how long
+    stop/         signals, deadlines, the watchdog        events.py     what is said
+    retry.py      what is tried again, and how long       slurm.py      the job script
 
 Imports only go down these layers, and each third-party library has one door:
 
@@ -17,7 +17,7 @@ Imports only go down these layers, and each third-party library has one door:
     run
     events
     state, step, checkpoint
-    data, ddp
+    data, ddp, slurm
     config
     store, ranks, stop, task
     retry

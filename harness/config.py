@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +29,12 @@ class RunSettings:
     dir: str | None = "runs/digits"  # null: no disk worth using, straight to run.remote
     remote: str | None = None  # s3://bucket/prefix, or another URL that fsspec opens
     timeout_s: float = 600.0  # the longest wait for another rank, and the longest step
+    step_timeout_s: float | None = None  # the longest step; null: 300 s more than thirty times the longest so far, at most timeout_s
+    grace_s: float | None = None  # from SIGTERM to the kill; null: as SLURM says
+    margin_s: float = 30.0  # be gone so long before the job's time limit
+    scratch: bool = False  # run.dir is lost with the job
+    max_failures: int = 3  # in a row, without a new checkpoint between them, before a supervisor gives up
+    notices: str | None = None  # ask a cloud whether it takes this machine away: aws, gcp, azure
 
 
 @dataclass(frozen=True)
@@ -102,6 +109,27 @@ class LogSettings:
 
 
 @dataclass(frozen=True)
+class SlurmSettings:
+    """What `harness submit` asks SLURM for; what is null is not mentioned, so that the site's defaults stand."""
+
+    nodes: int = 1
+    gpus_per_node: int | None = None
+    procs_per_node: int | None = None  # training processes; null: one a GPU, else one a node
+    cpus_per_node: int | None = None
+    mem: str | None = None
+    time: str | None = None  # hours:minutes:seconds, or days-hours
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    job_name: str | None = None  # null: made from run.dir; no two jobs of one name run at once
+    extra: list[str] = field(default_factory=list)  # more options of sbatch, as in [--exclusive, --mail-type=END]
+    setup: list[str] = field(default_factory=list)  # shell lines before anything else: module load …, export …
+    container: str | None = None  # what harness and torchrun are run with: apptainer exec --nv image.sif
+    python: str | None = None  # null: the one that runs `harness submit`
+
+
+@dataclass(frozen=True)
 class ResumeSettings:
     """What to insist on when a run goes on."""
 
@@ -122,10 +150,13 @@ class Config:
     store: StoreSettings = field(default_factory=StoreSettings)
     log: LogSettings = field(default_factory=LogSettings)
     resume: ResumeSettings = field(default_factory=ResumeSettings)
+    slurm: SlurmSettings = field(default_factory=SlurmSettings)
 
 
 # What may change between two attempts without changing the model that comes out.
-FREE = ("run.", "data.num_workers", "checkpoint.", "store.", "log.", "resume.", "train.epochs", "train.max_steps", "eval.batch_size")
+FREE = (
+    "run.", "data.num_workers", "checkpoint.", "store.", "log.", "resume.", "slurm.", "train.epochs", "train.max_steps", "eval.batch_size"
+)  # fmt: skip
 
 
 def _positive(value: Any) -> bool:
@@ -136,6 +167,21 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "run.dir": (lambda v: v.strip() != "" and not is_url(v), "a local directory, or null"),
     "run.remote": (lambda v: check_url(v) is None, "a URL like s3://bucket/prefix; credentials come from the environment, not from it"),
     "run.timeout_s": (_positive, "a number of seconds above 0"),
+    "run.step_timeout_s": (_positive, "a number of seconds above 0, or null"),
+    "run.grace_s": (_positive, "a number of seconds above 0, or null"),
+    "run.margin_s": (lambda v: v >= 0, "a number of seconds from 0 on"),
+    "run.max_failures": (_positive, "a whole number above 0"),
+    "run.notices": (lambda v: v in ("aws", "gcp", "azure"), "aws, gcp or azure, or null"),
+    "slurm.nodes": (_positive, "a whole number above 0"),
+    "slurm.gpus_per_node": (_positive, "a whole number above 0, or null"),
+    "slurm.procs_per_node": (_positive, "a whole number above 0, or null"),
+    "slurm.cpus_per_node": (_positive, "a whole number above 0, or null"),
+    "slurm.time": (
+        lambda v: bool(re.fullmatch(r"\d+-\d+(:\d+){0,2}|\d+(:\d+){1,2}", v)),
+        "'hours:minutes:seconds', in quotes, or YAML makes a number of it",
+    ),
+    "slurm.job_name": (lambda v: bool(re.fullmatch(r"[\w.+-]+", v)), "letters, digits, and . + - _"),
+    "slurm.extra": (lambda v: all(o.startswith("-") and "\n" not in o for o in v), "options of sbatch, such as [--exclusive]"),
     "task.name": (lambda v: v.count(":") == 1 and all(v.split(":")), "package.module:callable"),
     "train.epochs": (_positive, "a whole number above 0"),
     "train.max_steps": (_positive, "a whole number above 0, or null"),

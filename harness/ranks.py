@@ -182,6 +182,11 @@ def own_rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def prints() -> bool:
+    """Whether this process is the rank whose output people read, before anything is joined."""
+    return own_rank() == 0
+
+
 def check_environment() -> None:
     """Refuse what would start rivals instead of ranks. Raises UsageError."""
     tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))

@@ -21,6 +21,7 @@ import tenacity
 T = TypeVar("T")
 MOST_TRIES = 200
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 20.0
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0  # between two starts of a whole run
 SLICE_S = 0.2  # how often a wait looks whether it has been given up
 
 # Not tenacity's own full jitter: it draws from Python's global generator, whose state belongs to the training.
@@ -98,6 +99,31 @@ def is_transient(error: BaseException) -> bool:
         if isinstance(cause, OSError) and cause.errno in TRANSIENT_ERRNOS:
             return True
     return False
+
+
+def until_enough(
+    work: Callable[[], T],
+    is_wanted_again: Callable[[T], bool],
+    *,
+    give_up: Callable[[], object] = lambda: None,
+    sleep: Callable[[float], object] = time.sleep,
+) -> T:
+    """Call `work` until its result is not wanted again, with exponential waits and jitter between; its last result is returned, also
+    when `give_up` returns something true."""
+
+    def wait(seconds: float) -> None:
+        end = time.monotonic() + seconds
+        while (left := end - time.monotonic()) > 0 and not give_up():
+            sleep(min(left, SLICE_S))
+
+    repeated = tenacity.Retrying(
+        retry=tenacity.retry_if_result(is_wanted_again),
+        wait=lambda state: min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2 ** min(state.attempt_number - 1, 20)) * JITTER.uniform(0.5, 1.0),
+        stop=lambda state: bool(give_up()),
+        sleep=wait,
+        retry_error_callback=lambda state: state.outcome.result() if state.outcome else None,
+    )
+    return repeated(work)
 
 
 def retrying(

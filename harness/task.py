@@ -50,8 +50,10 @@ def find(name: str, args: Mapping[str, Any], written: Mapping[str, Any] | None =
     `written` are the arguments as they may be shown, before anything secret was put in from the environment. The working
     directory can be imported from, however the process was started. Raises UsageError.
     """
-    if os.getcwd() not in sys.path:  # torchrun puts the program's folder there instead
-        sys.path.insert(0, os.getcwd())
+    pinned = os.environ.get("HARNESS_CODE")  # a submitted job's copy comes before what lies in its working directory by now
+    for folder in filter(None, (os.getcwd(), pinned)):  # torchrun puts the program's folder there instead
+        if folder not in sys.path or folder == pinned:
+            sys.path.insert(0, folder)
     module_name, _, attribute = name.partition(":")
     try:
         module = importlib.import_module(module_name)

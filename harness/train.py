@@ -12,7 +12,7 @@ if __name__ == "__main__" and sys.path[0] == str(Path(__file__).resolve().parent
 
 from typing import TYPE_CHECKING, Any
 
-from harness import config, task
+from harness import config, stop
 from harness.errors import HarnessError, report
 from harness.events import fill_closed_streams
 
@@ -41,13 +41,12 @@ def train(build: Callable[..., Task], settings: Config, stored: dict[str, Any]) 
         best=settings.checkpoint.best,
         wait_s=settings.store.wait_s,
         remote_keep={"last": settings.store.keep_last, "every_steps": settings.store.keep_every_steps, "best": settings.store.keep_best},
-        config=stored,
-        accept=settings.resume.accept,
-        override=settings.resume.override,
+        config=stored, accept=settings.resume.accept, override=settings.resume.override,
         deterministic=settings.train.deterministic,
-        timeout_s=settings.run.timeout_s,
+        timeout_s=settings.run.timeout_s, step_timeout_s=settings.run.step_timeout_s,
+        grace_s=settings.run.grace_s, margin_s=settings.run.margin_s, is_scratch=settings.run.scratch, notices=settings.run.notices,
         log_every_steps=settings.log.every_steps,
-    )
+    )  # fmt: skip
     job = build(**settings.task.args)
     stepper = step.Stepper(job, settings.train, run.world)
     run.track(**stepper.tracked)
@@ -84,16 +83,17 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--config", help="YAML file, relative to the working directory; without it the defaults train the digits")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings that override the file's")
     parsed = parser.parse_intermixed_args(arguments)
+    stop.install()  # before what takes seconds: a stop that comes while torch is loaded is a stop, not a crash
+    stop.die_with_launcher()
     try:
+        from harness import task
+
         settings, stored = config.load(parsed.config, parsed.settings)
         build = task.find(settings.task.name, settings.task.args, stored["task"]["args"])
         stored["task"]["args"] = task.defaults(build) | stored["task"]["args"]
-        import harness.run  # noqa: F401 - takes seconds, in which an interrupt needs no traceback
     except HarnessError as error:
         report(error)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        sys.exit(130)
     train(build, settings, stored)
 
 

@@ -123,6 +123,15 @@ def wait_until(condition: Callable[[], object], what: str, limit_s: float = 60, 
         time.sleep(every_s)
 
 
+@pytest.fixture(autouse=True)
+def unwatched() -> Iterator[None]:
+    """A loop that a test leaves open in this process is not taken for a hung one minutes later."""
+    from harness.stop import watchdog
+
+    yield
+    watchdog.close_living()
+
+
 @pytest.fixture
 def started() -> Iterator[Callable[..., subprocess.Popen[str]]]:
     """`start`, for processes that must not outlive the test."""

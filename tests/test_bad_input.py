@@ -38,7 +38,6 @@ def process_as_it_was(tmp_path, monkeypatch):
     hook, path, modules, generators = sys.excepthook, list(sys.path), set(sys.modules), state.rng_state()
     monkeypatch.chdir(tmp_path)
     yield
-    stop.unwatch()
     stop.clear()
     for number, handler in handlers.items():
         signal.signal(number, handler)

@@ -36,7 +36,6 @@ def process_as_it_was():
     handlers = {number: signal.getsignal(number) for number in stop.STOP_SIGNALS}
     hook, path, generators = sys.excepthook, list(sys.path), state.rng_state()
     yield
-    stop.unwatch()
     stop.clear()
     for number, handler in handlers.items():
         signal.signal(number, handler)

@@ -5,6 +5,9 @@
     <run>/attempts/0003.json                    attempt 3: who, nonce, from which checkpoint it went on
     <run>/attempts/0003.end.json                how it ended: finished, stopped, failed, superseded
     <run>/events/0003.jsonl                     what happened, one line an event
+    <run>/launches/1234.0.json, …0.end.json     what a supervisor (SLURM job 1234, its first life) started, and how that ended
+    <run>/requests/0003.stop-5f3a….json         attempt 3 is asked to stop, or to save
+    <run>/run.json                              the run was submitted: a job that does not find this stands before another disk
     <run>/config.yaml                           the settings of the newest attempt, for people to read
 
 The data file is what `torch.save` writes; `harness/state.py` lists what is in it. The manifest holds its size and its BLAKE3
@@ -29,5 +32,6 @@ A run may live in two stores, a directory and a bucket; the same tree lies in bo
 * what could not be fetched is not taken for damaged: the start fails, and is tried again.
 
 Modules: `format` names and manifests, `history` what is there and what of it counts, `attempts` claim and fence, `save`, `load`,
-`replicate` to the other store, `retention`.
+`replicate` to the other store, `retention`; `launches`, and `standing`, which tells from all that how a run stands and whether it is
+to be started again; `requests`.
 """

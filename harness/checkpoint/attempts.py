@@ -14,7 +14,7 @@ from harness.checkpoint import format as fmt
 from harness.checkpoint.format import Manifest
 from harness.checkpoint.history import Survey, survey
 from harness.errors import SupersededError
-from harness.store import Store
+from harness.store import LocalStore, Store
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ def claim(found: Survey, went_on_from: Manifest | None, world_size: int, kind: s
         "nonce": attempt.nonce,
         "kind": kind,
         "from": {"attempt": went_on_from.attempt, "step": went_on_from.step} if went_on_from else None,
+        "reached": found.reached,
         "world_size": world_size,
         "remote": str(found.stores[-1]) if len(found.stores) > 1 else None,
         "launch": os.environ.get("HARNESS_LAUNCH"),
@@ -97,6 +98,15 @@ def end(store: Store, attempt: Attempt, why: str, **details: Any) -> bool:
     except FileExistsError:
         return False
     return True
+
+
+def add_event(store: Store, attempt: Attempt, rank: int, line: bytes) -> None:
+    """Add a line to an attempt's events from a rank that does not keep them; on a store that cannot append, in a file of its own.
+    Raises StorageError."""
+    if not isinstance(store, LocalStore):
+        store.create(fmt.rank_events_key(attempt.number, rank), line, attempt.number)
+    elif holds(store, attempt):  # else another node's disk
+        store.append(fmt.events_key(attempt.number), line)
 
 
 def _spell(record: dict[str, Any]) -> bytes:

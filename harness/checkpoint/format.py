@@ -52,6 +52,11 @@ def segment_key(attempt: int, number: int) -> str:
     return f"{EVENTS}/{attempt:04d}-{number:06d}.jsonl"
 
 
+def rank_events_key(attempt: int, rank: int) -> str:
+    """The last word of a rank that does not keep the events."""
+    return f"{EVENTS}/{attempt:04d}-rank{rank}.jsonl"
+
+
 @dataclass(frozen=True)
 class DataFile:
     """A data file as its manifest names it."""

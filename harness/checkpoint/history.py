@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -60,6 +60,14 @@ class Survey:
             return []
         limits = dict(self.head.lineage)
         return [m for m in reversed(self.manifests) if m.step <= limits.get(m.attempt, -1)]
+
+    @property
+    def reached(self) -> int:
+        """The greatest step that was ever committed, as far as anything still tells."""
+        names = [fmt.CHECKPOINT_NAME.match(key) for key in (*self.damaged, *self.set_aside)]
+        steps = [int(match["step"]) for match in names if match] + [step for m in self.manifests for _, step in m.lineage]
+        steps += [int(record.get("reached") or 0) for record in self.attempts.values()]
+        return max([*steps, *(int(end.get("saved_step") or 0) for end in self.ends.values())], default=0)
 
     def copies(self, manifest: Manifest) -> list[Store]:
         """The stores that have this very checkpoint, the local one first, those where it was found damaged last."""
@@ -216,3 +224,8 @@ def going_on_from(manifest: Manifest | None) -> Lineage:
 def extended(lineage: Lineage, attempt: int, step: int) -> Lineage:
     """The lineage that a manifest of `attempt` at `step` carries."""
     return (*(entry for entry in lineage if entry[0] != attempt), (attempt, step))
+
+
+def reaches(final: Mapping[str, int | None], end: Mapping[str, int | None]) -> bool:
+    """Whether a run that was finished for `final` needs nothing more for `end`. Null means no limit."""
+    return all((final.get(name) or float("inf")) >= (end[name] or float("inf")) for name in ("epochs", "max_steps"))

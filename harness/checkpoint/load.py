@@ -185,8 +185,8 @@ class Choice:
 class Chooser:
     """Finds and loads what a run goes on from, on all ranks together."""
 
-    def __init__(self, stores: tuple[Store, ...], world: World, give_up: Callable[[], object]) -> None:
-        self.stores, self.world, self.give_up = stores, world, give_up
+    def __init__(self, stores: tuple[Store, ...], world: World, give_up: Callable[[], object], steps_back: Callable[[], bool]) -> None:
+        self.stores, self.world, self.give_up, self.steps_back = stores, world, give_up, steps_back
         self.scratch = next((store for store in stores if isinstance(store, LocalStore)), None)
         self._file: BinaryIO | None = None
 
@@ -222,7 +222,11 @@ class Chooser:
         choice.damaged = [(place, key) for place, part in enumerate(found.parts) for key in part.damaged if key not in part.marked]
         choice.notes = [f"passed over: {why}" for part in found.parts for why in (part.damaged | part.newer).values()]
         choice.notes += [f"ignored, not of this run: {key}" for key in found.foreign + found.strangers]
-        return [(fmt.to_bytes(m).decode(), [self.stores.index(copy) for copy in found.copies(m)]) for m in found.candidates]
+        candidates = found.candidates
+        if len(candidates) > 1 and self.steps_back():
+            choice.notes.append(f"going back behind {candidates[0].name}: every attempt to go on from it has died")
+            candidates = [*candidates[1:], candidates[0]]
+        return [(fmt.to_bytes(m).decode(), [self.stores.index(copy) for copy in found.copies(m)]) for m in candidates]
 
     def _check_fresh(self, choice: Choice) -> None:
         if choice.survey is not None:
@@ -277,14 +281,20 @@ class Chooser:
         return (path if isinstance(path, str) else None), None, False
 
 
-def choose(stores: Store | tuple[Store, ...], world: World, give_up: Callable[[], object] = lambda: None) -> Choice:
+def choose(
+    stores: Store | tuple[Store, ...],
+    world: World,
+    give_up: Callable[[], object] = lambda: None,
+    steps_back: Callable[[], bool] = lambda: False,
+) -> Choice:
     """Find and load the newest checkpoint of the run's history that verifies on every rank. Nothing is changed.
 
     The bytes leave a remote store once: the writer fetches them, the others read them from its disk or are sent them. A copy that is
-    damaged on one store is looked for on the other one first. Raises DamagedError if there is a history but nothing in it loads,
-    StorageError if a store cannot be listed. Collective: every rank must call it.
+    damaged on one store is looked for on the other one first. `steps_back`, asked on the writer, makes the newest the last choice.
+    Raises DamagedError if there is a history but nothing in it loads, StorageError if a store cannot be listed. Collective: every rank
+    must call it.
     """
-    chooser = Chooser((stores,) if isinstance(stores, Store) else stores, world, give_up)
+    chooser = Chooser((stores,) if isinstance(stores, Store) else stores, world, give_up, steps_back)
     for _ in range(LISTINGS):
         choice, vanished = chooser.once()
         if not vanished:

@@ -10,15 +10,19 @@ from harness.errors import HarnessError, report
 from harness.events import say
 
 COMMANDS = {
-    "launch": "start torchrun on a configuration, and tell by the exit code how it ended",
+    "launch": "train on this machine under supervision: start torchrun, and again after a crash",
+    "submit": "submit a run to SLURM, once",
+    "stop": "ask a running job to save and stop, through its store",
+    "save": "ask a running job to save now, through its store",
     "doctor": "before an expensive run: check its directory, its bucket, their speed, and that all ranks agree",
-    "status": "finished, to be continued, or failed: and why",
+    "status": "running, to be continued, finished, or failed: and why",
     "ls": "every checkpoint of a run",
     "show": "what is in a checkpoint, without reading the tensors",
     "verify": "read and check everything, name what is damaged",
     "diff": "which tensors and settings of two checkpoints differ",
     "prune": "delete what retention lets go, and what crashes left behind",
     "rollback": "let a run go on from an older checkpoint",
+    "supervise": "for job scripts: may this launch begin, shall there be another one",
     "import": "let a checkpoint become the beginning of another run",
 }
 

@@ -1,7 +1,9 @@
-"""Start torchrun on this machine's part of a run, and tell by the exit code how it ended.
+"""Train on this machine under supervision: torchrun is started, and started again after a crash.
 
-The configuration is checked before any process is spawned. Options that are not listed here go to torchrun; without any about
-nodes or rendezvous, one node is assumed.
+What fails is tried again with growing pauses, until `run.max_failures` launches in a row (3) have died without a new checkpoint: that is
+a crash loop, and no restart mends it. A signal to this process, the job's time limit, and `harness stop` end it. The configuration is
+checked before any process is spawned. Options that are not listed here go to torchrun; with several nodes torchrun is started once, and
+whoever started all of them supervises (see `harness submit`).
 
 Exit code: 0 finished · 75 stopped, start me again · 78 configuration or usage · 74 storage · 76 superseded by a newer attempt ·
 1 failed.
@@ -12,22 +14,38 @@ example: harness launch --nproc-per-node 2 --config configs/digits.yaml run.dir=
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import secrets
+import socket
+import subprocess
 import sys
+import time
 from pathlib import Path
-from typing import Any
 
-from harness import config, ranks, task
+from harness import config, ranks, retry, stop, task
+from harness.checkpoint import launches
 from harness.checkpoint.history import survey
-from harness.cli.status import outcome
+from harness.checkpoint.standing import outcome
+from harness.cli import supervise
 from harness.data.order import Plan, accumulation
-from harness.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_STOPPED, EXIT_STORAGE, EXIT_SUPERSEDED, EXIT_USAGE, StorageError, UsageError
+from harness.errors import (
+    EXIT_FAILED,
+    EXIT_FINISHED,
+    EXIT_STOPPED,
+    EXIT_STORAGE,
+    EXIT_SUPERSEDED,
+    EXIT_USAGE,
+    RefusedError,
+    StorageError,
+    UsageError,
+)
 from harness.events import say
-from harness.store import open_store
 
 SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"  # torchrun dies of the last two otherwise, and orphans its workers
 SHUTDOWN_S = 300  # torchrun's default of 30 s cuts the save of a large model short
+LOOK_S, RECORD_S = 0.1, 10.0
+ASKED_FOR = 130  # what `supervise` says of a stop by request: to be continued, by whoever wants to
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,7 +55,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(given: argparse.Namespace, rest: list[str]) -> int:
-    ranks.check_environment()
     if loops := [text for text in rest if text.endswith(".py")]:
         raise UsageError(
             "harness launch starts harness/train.py on a task", f"found: {', '.join(loops)}",
@@ -45,18 +62,26 @@ def run(given: argparse.Namespace, rest: list[str]) -> int:
         )  # fmt: skip
     settings_given = [text for text in rest if "=" in text and not text.startswith("-")]
     options = [text for text in rest if text not in settings_given]
+    training = (["--config", given.config] if given.config else []) + settings_given
+    if (name := launches.own()) is not None:  # a supervisor has checked all that, and starts this on each node
+        stop.die_with_parent()
+        code = _torchrun([f"--nproc-per-node={given.nproc_per_node}", *options], training)
+        if code == EXIT_STOPPED:
+            return EXIT_FINISHED  # the run's records tell; srun would take anything else for a crash, and end the other nodes
+        if code != EXIT_FINISHED:
+            _record(config.load(given.config, settings_given)[0], name, code)
+        return code
+    ranks.check_environment()
     settings, stored = config.load(given.config, settings_given)
     task.find(settings.task.name, settings.task.args, stored["task"]["args"])
-    if not any(option.startswith(("--nnodes", "--rdzv", "--standalone", "--master")) for option in options):
+    is_alone = not any(option.startswith(("--nnodes", "--rdzv", "--standalone", "--master")) for option in options)
+    if is_alone:
         options.append("--standalone")
         _check_batch(settings.train, given.nproc_per_node)
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # what torchrun would set, without its warning
-    launch = os.environ["HARNESS_LAUNCH"] = secrets.token_hex(8)
-    program = [str(Path(__file__).resolve().parent.parent / "train.py")]
-    program += ["--config", given.config] if given.config else []
-    own = [f"--nproc-per-node={given.nproc_per_node}", f"--signals-to-handle={SIGNALS}", f"--shutdown-timeout={SHUTDOWN_S}"]
-    code = _torchrun([*own, *options, *program, *settings_given])
-    return _exit_code(settings.run, launch, code)
+    if not is_alone:
+        code = _torchrun([f"--nproc-per-node={given.nproc_per_node}", *options], training)
+        return outcome(survey(*supervise.places(settings))).exit_code if code == EXIT_FINISHED else code  # it may have been asked to stop
+    return _supervise(settings, ["--nproc-per-node", given.nproc_per_node, *options, *training])
 
 
 def _check_batch(train: config.TrainSettings, nproc: str) -> None:
@@ -65,46 +90,95 @@ def _check_batch(train: config.TrainSettings, nproc: str) -> None:
         Plan(train.global_batch_size, train.global_batch_size, accumulate, 0, int(nproc), train.seed).check()
 
 
-def _torchrun(arguments: list[str]) -> int | None:
-    """Run torchrun in this process; returns the first failed worker's exit code, 0, or None if a signal ended it."""
+def _supervise(settings: config.Config, arguments: list[str]) -> int:
+    """Start this very command as a child that runs torchrun, until nothing is left to do or somebody wants it to stop."""
+    supervisor = f"launch-{secrets.token_hex(6)}"
+    stop.install()
+    count = misses = 0
+
+    def once() -> tuple[int, bool]:
+        nonlocal count, misses
+        if stop.requested():
+            return EXIT_STOPPED, False
+        name, count = f"{supervisor}.{count}", count + 1
+        try:
+            code, misses = supervise.before(settings, name), 0
+        except RefusedError:
+            raise
+        except StorageError as error:  # a store that cannot be read cannot count this failure either
+            misses += 1
+            if misses >= settings.run.max_failures:
+                raise
+            say(f"harness launch: {error.what}; trying again", sys.stderr)
+            return EXIT_STORAGE, True
+        if code != EXIT_STOPPED:
+            return code, False
+        code, kind = _child(name, arguments), stop.requested()
+        code = supervise.after(settings, name, code, stopped=kind is not None)
+        return code, code in (EXIT_STOPPED, EXIT_STORAGE) and kind is None and not _left_by_itself(settings, name)
+
+    code, _ = retry.until_enough(once, lambda result: result[1], give_up=stop.requested)
+    return EXIT_STOPPED if code == ASKED_FOR else code
+
+
+def _left_by_itself(settings: config.Config, name: str) -> bool:
+    """Whether the launch stopped because the whole machine goes away: its time limit, a cloud's notice."""
+    found = survey(*supervise.places(settings))
+    own = [number for number, record in found.attempts.items() if record.get("launch") == name]
+    end = found.ends.get(max(own, default=0), {})
+    return end.get("why") == "stopped" and bool(end.get("by"))
+
+
+def _child(name: str, arguments: list[str]) -> int:
+    """Run torchrun in a child of its own session, so that a terminal's signals come to it through us, once."""
+    command = [sys.executable, str(Path(__file__).resolve().parent.parent / "__main__.py"), "launch", *arguments]
+    child = subprocess.Popen(command, env=os.environ | {launches.ENVIRONMENT: name}, start_new_session=True)
+    forwarded = 0
+    while child.poll() is None:
+        for why in stop.requests()[forwarded:]:
+            stop.forward(child.pid, why)
+            forwarded += 1
+        time.sleep(LOOK_S)
+    return child.returncode if child.returncode >= 0 else 128 - child.returncode
+
+
+def _record(settings: config.Config, name: str, code: int) -> None:
+    """Leave word of a failure on this node, should no rank have got so far: srun's exit code may tell of another node only."""
+    for store in supervise.places(settings):
+        try:
+            launches.failed(store.patient(RECORD_S), name, code=code, error=f"torchrun failed on {socket.gethostname()}")
+        except StorageError as error:
+            say(f"harness launch: this failure is not recorded: {error.what}", sys.stderr)
+
+
+def _torchrun(options: list[str], training: list[str]) -> int:
+    """Run torchrun in this process; returns the exit code of the first worker that failed, or 75 if a signal ended it."""
+    for name in ("LOGLEVEL", "TORCH_CPP_LOG_LEVEL"):  # torchrun tells of each signal that it passes on, and of who left first, at length
+        os.environ.setdefault(name, "ERROR")
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.run import parse_args
+    from torch.distributed.run import get_args_parser, parse_args
     from torch.distributed.run import run as torchrun
 
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # what torchrun would set, without its warning
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SHUTDOWN_S))  # the workers plan by it
+    own = {"--signals-to-handle": SIGNALS, "--shutdown-timeout": os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]}
+    known = get_args_parser()._option_string_actions  # older versions lack them
+    program = str(Path(__file__).resolve().parent.parent / "train.py")
+    arguments = [*(f"{name}={value}" for name, value in own.items() if name in known), *options, program, *training]
     try:
         parsed = parse_args(arguments)  # type: ignore[no-untyped-call]
     except SystemExit:
         raise UsageError("torchrun does not take these options", f"found: {' '.join(arguments)}", "See torchrun --help.") from None
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.ERROR)
     try:
         torchrun(parsed)  # type: ignore[no-untyped-call]
     except SignalException as signal:
-        say(f"harness launch: ended by {signal.sigval.name}; start again to go on", sys.stderr)
-        return None
+        say(f"harness launch: ended by {signal.sigval.name}", sys.stderr)
+        return EXIT_STOPPED
     except ChildFailedError as error:
         rank, first = error.get_first_failure()
         say(f"harness launch: rank {rank} was the first to fail, with exit code {first.exitcode}", sys.stderr)
         codes = {failure.exitcode for failure in error.failures.values()}
         return next((code for code in (EXIT_USAGE, EXIT_SUPERSEDED, EXIT_STORAGE) if code in codes), EXIT_FAILED)
     return EXIT_FINISHED
-
-
-def _exit_code(run: config.RunSettings, launch: str, code: int | None) -> int:
-    """What the run says of the attempt that this launch started; where it says nothing, what torchrun says."""
-    try:
-        found = survey(open_store(run.dir or run.remote or ""))
-    except StorageError:
-        return EXIT_STORAGE
-    own = max((number for number, record in found.attempts.items() if record.get("launch") == launch), default=None)
-    end: dict[str, Any] | None = found.ends.get(own) if own is not None else None
-    if own is not None and (own < max(found.attempts) or (end or {}).get("why") == "superseded"):
-        return EXIT_SUPERSEDED
-    if code not in (EXIT_FINISHED, EXIT_FAILED, None):
-        return code
-    if end is None:
-        if code == EXIT_FINISHED:  # a finished run starts no attempt
-            return outcome(found).exit_code
-        return EXIT_STOPPED if code is None else code
-    if end.get("why") == "failed":
-        say(f"harness launch: attempt {own} failed first on rank {end.get('rank')}: {end.get('error')}", sys.stderr)
-    return {"finished": EXIT_FINISHED, "stopped": EXIT_STOPPED}.get(str(end.get("why")), EXIT_FAILED)

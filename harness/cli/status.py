@@ -1,4 +1,4 @@
-"""Say how a run stands: finished, to be continued, or failed, and why.
+"""Say how a run stands: running, to be continued, finished, or failed, and why; every attempt, and the steps that each one lost.
 
 Exit code: 0 finished · 75 to be continued (stopped, running, or killed) · 1 failed · 74 cannot tell, or no such run.
 
@@ -8,49 +8,43 @@ example: harness status runs/a
 from __future__ import annotations
 
 import argparse
+import contextlib
+import datetime
 import json
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
+from harness.checkpoint import format as fmt
+from harness.checkpoint import launches
 from harness.checkpoint.history import Survey
+from harness.checkpoint.standing import Outcome, in_words, outcome
 from harness.cli import locate
-from harness.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_STOPPED, EXIT_STORAGE, UsageError
-from harness.events import say
+from harness.errors import EXIT_STOPPED, EXIT_STORAGE, StorageError, UsageError
+from harness.events import duration, say
+from harness.store import Store
+
+ALIVE_S = 120.0  # events are written at least so often, or sent, while a run trains
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """How a run stands."""
+class Life:
+    """One attempt as the table shows it."""
 
-    state: str
-    why: str
-    exit_code: int
+    attempt: int
+    began: str | None
+    kind: str | None
+    launch: str | None
+    went_on_from: int  # the step
+    reached: int  # the last step that is known to have been made
+    saved: int  # the last step that was committed
+    ended: str | None
+    end: dict[str, Any] | None
 
-
-def outcome(found: Survey) -> Outcome:
-    """A pure function of what is in the store. What is committed counts first, then how the newest attempt ended."""
-    head, newest = found.head, max(found.attempts, default=0)
-    whole = [m for m in found.history if any(part.sizes.get(m.data_key) == m.size_bytes for part in found.parts)]
-    if found.history and not whole:
-        return Outcome("failed", "there is a history, but the data of every checkpoint is missing or cut short", EXIT_FAILED)
-    if head is not None and head.final is not None and newest <= head.attempt:  # a newer attempt extends the run
-        if head in whole:
-            return Outcome("finished", f"at step {head.step}", EXIT_FINISHED)
-        return Outcome("to be continued", f"the last checkpoint's data is gone; a start goes on from step {whole[0].step}", EXIT_STOPPED)
-    end = found.ends.get(newest)
-    if end is None:
-        return Outcome("to be continued", "no end is recorded: it is running, or was killed", EXIT_STOPPED)
-    if end.get("why") == "failed":
-        return Outcome("failed", str(end.get("error", "unknown error")), EXIT_FAILED)
-    return Outcome("to be continued", _in_words(end), EXIT_STOPPED)
-
-
-def _in_words(end: dict[str, Any]) -> str:
-    why = str(end.get("why", "unreadable end record"))
-    if why == "stopped":
-        saved = "saved" if end.get("saved") else "NOT saved"
-        return f"stopped by {'/'.join(end.get('signals', [])) or end.get('by', 'request')} at step {end.get('step')}, {saved}"
-    return f"failed: {end.get('error')}" if why == "failed" else why
+    @property
+    def lost(self) -> int:
+        """Steps that were made and have to be made again; of a killed attempt, those that the events still tell."""
+        return max(0, self.reached - self.saved)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,30 +58,67 @@ def run(given: argparse.Namespace) -> int:
     except UsageError as error:
         say(f"cannot tell: {error.what}")
         return EXIT_STORAGE
-    state = outcome(found)
-    attempts = [
-        {"attempt": n, "from": record.get("from"), "began": record.get("time"), "kind": record.get("kind"), "end": found.ends.get(n)}
-        for n, record in sorted(found.attempts.items())
-    ]
+    known = launches.read(found.stores)
+    lives = [_life(found, number) for number in sorted(found.attempts)]
+    stands = _alive(outcome(found, known), found, lives)
     head = found.head
     if given.json:
-        fields = {"state": state.state, "why": state.why, "step": head.step if head else 0, "checkpoint": head.name if head else None}
-        say(json.dumps(fields | {"run_id": found.run_id, "attempts": attempts}, indent=1))
-        return state.exit_code
-    say(f"{store}: {state.state} ({' '.join(state.why.split())})")
+        fields = {"state": stands.state, "why": stands.why, "step": head.step if head else 0, "checkpoint": head.name if head else None}
+        attempts = [asdict(life) | {"lost": life.lost} for life in lives]
+        starts = [{"launch": launch.name, "record": launch.record, "end": launch.end} for launch in known]
+        say(json.dumps(fields | {"run_id": found.run_id, "attempts": attempts, "launches": starts}, indent=1))
+        return stands.exit_code
+    say(f"{store}: {stands.state} ({' '.join(stands.why.split())})")
     say(f"newest checkpoint: {head.name if head else 'none'}" + (f", loss {locate.number(head.loss)}" if head else ""))
-    rows = []
-    for attempt in attempts:
-        origin: Any = attempt["from"]
-        end: Any = attempt["end"]
-        rows.append(
-            (
-                str(attempt["attempt"]),
-                str(attempt["began"]),
-                f"step {origin['step']}" if origin else "nothing",
-                str(end.get("time")) if end else "-",
-                " ".join(_in_words(end).split())[:100] if end else "no end recorded",
-            )
-        )
-    say("\n" + locate.table(("attempt", "began", "went on from", "ended", "how"), rows))
-    return state.exit_code
+    say("\n" + locate.table(("attempt", "launch", "began", "ended", "steps", "lost", "how"), [_row(life) for life in lives]))
+    for launch in known:
+        if launch.end and launch.end.get("error"):
+            say(f"launch {launch.name} never began to train: {' '.join(str(launch.end['error']).split())[:200]}")
+    return stands.exit_code
+
+
+def _row(life: Life) -> tuple[str, ...]:
+    how = " ".join(in_words(life.end).split())[:120] if life.end else "no end recorded"
+    steps = f"{life.went_on_from}–{life.reached}"
+    return str(life.attempt), life.launch or "-", life.began or "-", life.ended or "-", steps, str(life.lost), how
+
+
+def _life(found: Survey, number: int) -> Life:
+    record, end = found.attempts[number], found.ends.get(number)
+    origin = (record.get("from") or {}).get("step", 0)
+    committed = [m.step for m in found.manifests if m.attempt == number] + [s for m in found.manifests for a, s in m.lineage if a == number]
+    saved = max([origin, int((end or {}).get("saved_step") or 0), *committed])
+    made = [_last_step(found.stores, number)] if end is None or end.get("why") == "failed" else []
+    reached = max([saved, int((end or {}).get("step") or 0), *made])
+    names = record.get("time"), record.get("kind"), record.get("launch")
+    return Life(number, *names, origin, reached, saved, (end or {}).get("time"), end)
+
+
+def _events(stores: Sequence[Store], number: int) -> list[dict[str, Any]]:
+    """What is still there of an attempt's events, in the run directory or in segments."""
+    found = []
+    for store in stores:
+        with contextlib.suppress(StorageError, FileNotFoundError):
+            keys = [entry.key for entry in store.entries(fmt.EVENTS) if entry.key.startswith(f"{fmt.EVENTS}/{number:04d}")]
+            for line in b"".join(store.read(key) for key in keys[-20:]).splitlines():
+                with contextlib.suppress(ValueError):
+                    found.append(json.loads(line))
+    return [event for event in found if isinstance(event, dict)]
+
+
+def _last_step(stores: Sequence[Store], number: int) -> int:
+    return max((int(event.get("step") or 0) for event in _events(stores, number)), default=0)
+
+
+def _alive(stands: Outcome, found: Survey, lives: list[Life]) -> Outcome:
+    """Tell a run that trains from one that was killed, by how long ago it was last heard of; the clocks of two machines may differ."""
+    if stands.exit_code != EXIT_STOPPED or not lives or lives[-1].end is not None or not stands.why.startswith("no end"):
+        return stands
+    heard = [event["time"] for event in _events(found.stores, lives[-1].attempt) if "time" in event] + [lives[-1].began or ""]
+    try:
+        ago_s = (datetime.datetime.now(datetime.timezone.utc) - datetime.datetime.fromisoformat(max(heard))).total_seconds()
+    except ValueError:
+        return stands
+    if ago_s <= ALIVE_S:
+        return Outcome("running", f"heard of {duration(max(0, ago_s))} ago, at step {lives[-1].reached}", EXIT_STOPPED)
+    return Outcome("to be continued", f"no end is recorded, and nothing was heard for {duration(ago_s)}: hung, or killed", EXIT_STOPPED)

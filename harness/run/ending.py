@@ -6,14 +6,16 @@ the other ranks then see, a peer that is gone, does not hide the cause.
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
-from harness.checkpoint import attempts
+from harness.checkpoint import attempts, launches
 from harness.checkpoint.attempts import Attempt
 from harness.errors import HarnessError, LostRankError, StorageError, SupersededError, report
 from harness.events import say
@@ -22,6 +24,9 @@ from harness.store import Store
 
 AFTER_OTHERS_S = 1.0
 RECORD_S = 5.0  # for how long a remote store is asked to take the record
+MOST_TRACE = 6000  # characters
+# A rank whose last frame is there waits for another one.
+COLLECTIVES = ("torch/distributed", "torch/nn/parallel/distributed.py", "torch/autograd", "harness/ranks.py")
 
 
 class Ending:
@@ -32,6 +37,7 @@ class Ending:
         self._attempt: Attempt | None = None
         self._world: World | None = None
         self.failed = False
+        self.step: Callable[[], int | None] = lambda: None  # where the run stands
         self._default = sys.excepthook
         self.take_hook()
 
@@ -40,26 +46,42 @@ class Ending:
         is lost in its buffer when we leave the process from there: then take it back."""
         sys.excepthook = self._on_error
 
+    def watch(self, stores: tuple[Store, ...]) -> None:
+        """From here on there is a place for a record, if a supervisor has started this process."""
+        self._stores = stores
+
     def begun(self, stores: tuple[Store, ...], attempt: Attempt, world: World) -> None:
         """From here on there is an attempt to record the end of."""
         self._stores, self._attempt, self._world = stores, attempt, world
 
     def record(self, why: str, stores: tuple[Store, ...], **details: Any) -> None:
-        """Record the attempt's end, on the writer. Nothing is raised: the checkpoints tell what can be gone on from."""
-        if self._world is not None and self._world.is_writer:
+        """Record the end, of the attempt or of a launch that got to none, on the writer. Nothing is raised: the checkpoints tell
+        what can be gone on from."""
+        if self._world is None or self._world.is_writer:
             self._create(why, stores, details)
 
-    def _create(self, why: str, stores: tuple[Store, ...], details: dict[str, Any]) -> None:
-        if self._attempt is None:
-            return
+    def _create(self, why: str, stores: tuple[Store, ...], details: dict[str, Any]) -> bool:
+        """Whether the record is there, and ours."""
+        made = False
         for store in stores:
+            try:
+                made = self._create_in(store.patient(RECORD_S), why, details) or made
+            except StorageError as error:
+                say(f"harness: this end is not recorded: {error.what}", sys.stderr)
+        return made
+
+    def _create_in(self, store: Store, why: str, details: dict[str, Any]) -> bool:
+        if self._attempt is not None:
             is_writer = self._world is not None and self._world.is_writer
             if store.is_local and not is_writer and not attempts.holds(store, self._attempt):
-                continue  # another node's disk
-            try:
-                attempts.end(store.patient(RECORD_S), self._attempt, why, **details)
-            except StorageError as error:
-                say(f"harness: the end of attempt {self._attempt.number} is not recorded: {error.what}", sys.stderr)
+                return False  # another node's disk
+            return attempts.end(store, self._attempt, why, **details)
+        name = launches.own()
+        if name is None:
+            return False
+        if why == "failed":
+            return launches.failed(store, name, **details)
+        return store.exists(launches.key(name)) and launches.end(store, name, why, **details)
 
     def _on_error(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         sys.excepthook, self.failed = self._default, True
@@ -68,12 +90,34 @@ class Ending:
             if not isinstance(error, LostRankError):
                 error = LostRankError("another rank of this attempt is lost", f"found: {str(error).splitlines()[0][:200]}")
         why = "superseded" if isinstance(error, SupersededError) else "failed"
-        last = traceback.format_exception(kind, error, trace)[-1].strip()
-        self._create(why, self._stores, {"error": str(error) if isinstance(error, HarnessError) else last, "rank": own_rank()})
-        if not isinstance(error, HarnessError):
-            say(f"harness: uncaught error on rank {own_rank()}:", sys.stderr)
-            self._default(kind, error, trace)
+        lines = traceback.format_exception(kind, error, trace)
+        details = {"step": self.step(), "rank": own_rank()}
+        if isinstance(error, HarnessError):
+            self._create(why, self._stores, details | {"error": str(error), "code": error.exit_code})
+        else:
+            made = self._create(why, self._stores, details | {"error": lines[-1].strip(), "trace": "".join(lines)[-MOST_TRACE:]})
+            say(f"harness: uncaught error on rank {own_rank()}: {lines[-1].strip()}", sys.stderr)
+            if not (made and launches.own()):  # else the supervisor shows it, last
+                self._default(kind, error, trace)
             return
         report(error)
         sys.stdout.flush()
         os._exit(error.exit_code)  # a hook cannot choose the exit code otherwise
+
+    def hung(self, what: str, limit_s: float, stacks: str) -> None:
+        """Say and record where this process stands; for its watchdog, which ends it then."""
+        rank, step = own_rank(), self.step()
+        error = f"{what} took longer than {limit_s:.0f} s"
+        say(f"harness: rank {rank} hangs at step {step}: {error}; its stacks:\n{stacks}", sys.stderr)
+        say("harness: if that is work and no hang: raise run.step_timeout_s, or run.timeout_s", sys.stderr)
+        line = json.dumps({"event": "hang", "time": attempts.now(), "rank": rank, "step": step, "error": error, "stacks": stacks}) + "\n"
+        attempt = self._attempt
+        for store in self._stores if attempt else ():
+            try:
+                attempts.add_event(store.patient(RECORD_S), attempt, rank, line.encode())  # type: ignore[arg-type]
+            except StorageError as problem:
+                say(f"harness: not recorded: {problem.what}", sys.stderr)
+        frames = [line for line in stacks.splitlines() if line.startswith("  File ")]
+        if frames and any(part in frames[-1] for part in COLLECTIVES):
+            time.sleep(AFTER_OTHERS_S)  # the one that hangs has the first word
+        self._create("failed", self._stores, {"error": error, "rank": rank, "step": step, "trace": stacks[-MOST_TRACE:]})

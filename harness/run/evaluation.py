@@ -22,8 +22,10 @@ def evaluate(
     fn: Callable[[Any], Mapping[str, Any]],
     batch_size: int,
     collate: loading.Collate | None,
+    beat: Callable[[], object],
 ) -> dict[str, float]:
-    """The means over all samples of the sums that `fn` gives for each batch. Collective: every rank must call it."""
+    """The means over all samples of the sums that `fn` gives for each batch; `beat` is called before each. Collective: every rank must
+    call it."""
     modules = [module for thing in tracked for module in _modules_of(thing)]
     sums: dict[str, float] = {}
     samples = range(world.rank * len(dataset) // world.size, (world.rank + 1) * len(dataset) // world.size)
@@ -33,6 +35,7 @@ def evaluate(
             world.share_buffers(ddp.plain(module))
         with _eval_mode(modules), torch.no_grad(), ddp.quiet_forward(list(modules)):
             for _, batches in loading.load(dataset, _shares(samples, batch_size), 0, collate, num_workers=0):
+                beat()
                 for name, value in fn(loading.to_device(batches[0], world.device)).items():
                     sums[name] = sums.get(name, 0.0) + float(value)
     finally:

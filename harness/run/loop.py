@@ -11,6 +11,7 @@ import torch
 from harness import config, ddp, state, stop
 from harness.checkpoint import load, retention
 from harness.checkpoint.format import FORMAT_VERSION
+from harness.checkpoint.history import reaches
 from harness.data import loading
 from harness.data.fingerprint import describe
 from harness.data.order import Position, end_step
@@ -29,14 +30,13 @@ from harness.run.resume import (
     check_some_steps,
     check_trackable,
     check_tracked,
-    reaches,
     restore_generators,
 )
 from harness.run.saver import Saver
 from harness.run.settings import Settings
+from harness.run.stopping import Stopping
+from harness.run.watch import Watch
 from harness.store import Store
-
-AGREE_EVERY_S, MOST_STEPS = 0.25, 100  # steps may become slower after they were counted
 
 
 class Run:
@@ -64,7 +64,10 @@ class Run:
         self._position = Position()
         self._measured = Measured()
         self._built: dict[str, Any] = {}
-        self._finish, self._looping, self._next_agreement, self._interval = False, False, 0, 1
+        self._finish, self._looping = False, False
+        self._stopping = Stopping(world, settings, clock)
+        self._watch = Watch(world.timeout_s, settings.step_timeout_s, ending.hung, clock)
+        ending.step = lambda: self.step
         self._saver = Saver(stores, world, choice, settings, ending, outage, clock)
         self._progress = Progress(clock)
         for note in choice.notes:
@@ -176,11 +179,14 @@ class Run:
             raise
         finally:
             self._looping = False
-            stop.unwatch()
+            self._watch.close()
+            self._stopping.close()
 
     def _steps(self, epochs: int, accumulate: int) -> Iterator[Any]:
-        self._stop_if(bool(self.world.agree([int(stop.requested() is not None)])[0]))  # before this attempt's first step
+        if self._stopping.agree_at_once():  # before this attempt's first step
+            self._stop()
         pace = Pace(self.clock, self.step)
+        self._watch.first_step()
         for share, micro_batches in self._source.shares(self._position, epochs):
             self.step, self.epoch, self.weights = self.step + 1, share.epoch, share.weights
             self._measured.begin_step()
@@ -192,12 +198,13 @@ class Run:
             if self._finish or share.last or self.step == self._end_step:
                 self._complete()
                 return
-            stopping, timed = self._agree(pace) if self.step >= self._next_agreement else (False, False)
-            if stopping or timed or self._measured.new_best or self._settings.saves_at(self.step):
+            stopping, timed = self._stopping.agree(self.step, pace, self._is_due, self._time_to_leave_s)
+            if stopping:
+                self._stop()
+            if timed or self._measured.new_best or self._settings.saves_at(self.step):
                 self._save(final=False)
                 pace.pause(self.step)
-            self._stop_if(stopping)
-            stop.watch(self.world.timeout_s)
+            self._watch.step()
 
     def due(self, every_steps: int | None) -> bool:
         """Whether something done every so many steps is due in this one; always so in the last step of the run."""
@@ -226,8 +233,11 @@ class Run:
         with all tracked modules in eval mode; afterwards their modes and the generators are as they were, also if it raises.
         Collective: every rank must call it.
         """
-        stop.unwatch()
-        found = evaluate(self.world, list(self.tracked.values()), dataset, fn, batch_size, collate_fn)
+        found = evaluate(self.world, list(self.tracked.values()), dataset, fn, batch_size, collate_fn, self._watch.evaluation)
+        if self._looping:
+            self._watch.evaluated()
+        else:
+            self._watch.rest()
         self._measured.evaluated(found, self._settings.policy)
         self._saver.note("evaluated", step=self.step, **found)
         return found
@@ -246,7 +256,11 @@ class Run:
             done = self._saver.hand_in(stop.requested)
             self.say(f"harness: the run in {self.store} is finished: step {self.step} ({origin.name}); {done or 'nothing to do'}")
             return False
+        if self._stopping.agree_at_once():
+            self._saver.never_began()
+            self._stopping.leave("stopped before training began; start again", self.say)
         attempt = self._saver.begin(self._progress, stop.requested)
+        self._stopping.listen(self._saver.stores, attempt.number)
         if note := restore_generators(payload, self.world, self._source, self._settings.seed, self.step):
             self.say(f"harness: {note}")
         self._payload = None  # from here on the live objects are the only copy
@@ -258,38 +272,27 @@ class Run:
         check_some_steps(self.step, self._data["global_batch_size"])
         if not self._save(final=True):
             raise self._saver.failure(f"the last checkpoint, of step {self.step}, was not saved", "Mend the cause and start again.")
+        self._watch.rest()
         self._saver.end("finished", stop.requested, step=self.step)
         self.finished = True
         self.say(f"harness: finished at step {self.step}")
         self.world.agree([0])  # all leave together: the writer may hold the store that the others read from
 
-    def _stop_if(self, agreed: bool) -> None:
-        """If so agreed, leave, on all ranks at this step, with the state saved. Raises SystemExit(0), or SaveError."""
-        if not agreed:
-            return
-        names = sorted({name for name in self.world.gather(stop.requested()) if name})
-        saved = self.step in (0, self._saver.saved_step)
-        self._saver.end("stopped", stop.requested, step=self.step, saved=saved, signals=names)
-        if not saved:
-            remedy = "Start again: the previous checkpoint is whole."
-            raise self._saver.failure(f"stopped by {'/'.join(names)} at step {self.step}, and not saved", remedy)
-        what = "everything saved" if self.step else "before there was anything to save"
-        self.say(f"harness: stopped by {'/'.join(names)} at step {self.step}, {what}; start again to go on")
-        self.world.agree([0])  # all leave together, after the writer has said all
-        self.world.leave()
-        raise SystemExit(0)
+    def _stop(self) -> None:
+        """Leave, on all ranks at this step, with the state saved if there is time. Raises SystemExit(0), or SaveError."""
+        self._watch.rest()
+        self._stopping.stop(self._saver, self.step, lambda: self._save(final=False), self.say)
 
-    def _agree(self, pace: Pace) -> tuple[bool, bool]:
-        """Whether all stop now, whether all save now. Collective: every rank must call it."""
-        interval = 1 if self.world.size == 1 else min(pace.steps_within(AGREE_EVERY_S, self.step), 2 * self._interval, MOST_STEPS)
-        timed = self.is_writer and self._saver.is_due(self._settings.save_every_s)
-        stopping, saving, interval = self.world.agree([int(stop.requested() is not None), int(timed), interval if self.is_writer else 0])
-        self._next_agreement, self._interval = self.step + interval, interval
-        return bool(stopping), bool(saving)
+    def _is_due(self) -> bool:
+        return self._saver.is_due(self._settings.save_every_s)
+
+    def _time_to_leave_s(self) -> float:
+        """What is still to be done when it is time to leave: a step, a save, an upload."""
+        return self._watch.longest_s + self._saver.save_s + self._saver.upload_s
 
     def _save(self, *, final: bool) -> bool:
         """Commit a checkpoint of this step; returns whether it was. Collective: every rank must call it."""
-        stop.unwatch()
+        self._watch.saving()
         self._measured.read(self.world)
         generators = self.world.gather((state.rng_state(), self._source.state()))
         classes = {name: state.class_name(thing) for name, thing in self.tracked.items()}

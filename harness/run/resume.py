@@ -103,8 +103,3 @@ def check_loggable(values: Mapping[str, Any]) -> None:
         is_number = value.numel() == 1 if isinstance(value, torch.Tensor) else hasattr(value, "__float__")
         if not is_number:
             raise UsageError(f"log({name}=…) takes one number", f"found: {str(value)[:200]}", "Log a number or a tensor with one element.")
-
-
-def reaches(final: Mapping[str, int | None], end: Mapping[str, int | None]) -> bool:
-    """Whether a run that was finished for `final` needs nothing more for `end`. Null means no limit."""
-    return all((final.get(name) or float("inf")) >= (end[name] or float("inf")) for name in ("epochs", "max_steps"))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from typing import Any
 
 from harness import config
-from harness.checkpoint import attempts, load, retention
+from harness.checkpoint import attempts, load, requests, retention
 from harness.checkpoint import format as fmt
 from harness.checkpoint.attempts import Attempt
 from harness.checkpoint.history import Survey, going_on_from
@@ -24,6 +25,7 @@ from harness.store import LocalStore, Store, probe
 
 SHARED_WITHIN_S = 10.0
 UPLOADED_THEN = "Start again: what is missing there is uploaded then."
+LAST_S = 2.0  # before a kill, kept for the last records
 SAVE_S = 30.0  # for how long one request of a save is tried when training waits for it
 
 
@@ -43,6 +45,7 @@ class Saver:
         self.stores, self.world, self.settings, self.clock = stores, world, settings, clock
         self.store = stores[0]  # where a checkpoint is committed; a second store gets a copy
         self.origin = choice.manifest
+        self.save_s = 0.0  # how long the last save took
         self.saved_step: int | None = choice.manifest.step if choice.manifest else None
         self.attempt: Attempt | None = None
         self.ledger: Ledger | None = None
@@ -57,6 +60,15 @@ class Saver:
     def words(self) -> str:
         """How saving stands."""
         return f"{self._words}, {self._uploader.words}" if self._uploader and len(self.stores) > 1 else self._words
+
+    @property
+    def upload_s(self) -> float:
+        """How long the last upload took."""
+        return self._uploader.upload_s if self._uploader else 0.0
+
+    def never_began(self) -> None:
+        """Record that this launch was stopped before it claimed an attempt."""
+        self._ending.record("stopped", self.stores)
 
     def failure(self, what: str, remedy: str) -> HarnessError:
         """The error to end with because a save failed: of a disk, or of a store that may answer again."""
@@ -90,6 +102,7 @@ class Saver:
             progress.say(f"harness: set aside: {key}" + (f" in {self.stores[place]}" if len(self.stores) > 1 else ""))
         for store in self.stores:
             store.sweep(fmt.FOLDERS, attempt.number)
+            requests.sweep([store], attempt.number)
             store.write("config.yaml", config.to_yaml(self.settings.config).encode(), attempt.number)
         self._listen(attempt, found)
         return attempt
@@ -158,7 +171,8 @@ class Saver:
             self._words = failure
             return False
         self.saved_step, self._committed = step, True
-        self._words = f"saved step {step} in {self._saved_at - began_at:.2g} s"
+        self.save_s = self._saved_at - began_at
+        self._words = f"saved step {step} in {self.save_s:.2g} s"
         return True
 
     def _write(self, payload: dict[str, Any], about: About) -> str:
@@ -224,26 +238,35 @@ class Saver:
         if self.ledger:
             self.ledger.write(kind, **fields)
 
-    def end(self, why: str, give_up: Callable[[], object], *, step: int, saved: bool = True, **details: Any) -> None:
+    def end(
+        self,
+        why: str,
+        give_up: Callable[[], object],
+        *,
+        step: int,
+        saved: bool = True,
+        limit_s: Callable[[], float] = lambda: math.inf,
+        **details: Any,
+    ) -> None:
         """Wait until what was saved is in every store, and record how the attempt ended; nothing is written after it.
 
-        Raises StorageError if after `wait_s` a checkpoint is still not where it should be, SupersededError. Collective: every rank
-        must call it.
+        Raises StorageError if after `wait_s`, or when `limit_s()` seconds are over, a checkpoint is still not where it should be,
+        SupersededError. Collective: every rank must call it.
         """
         record = {"step": step, "saved": saved} | details
         if why == "stopped":  # whoever stops us may not wait for the upload
             self._ending.record(why, self.stores[:1], saved_step=self.saved_step, **record)
-        problem = self.world.on_writer(lambda: self._settle() if saved else "", give_up=give_up)
+        problem = self.world.on_writer(lambda: self._settle(limit_s() - LAST_S), give_up=give_up)
         failure = StorageError(f"{why} at step {step}, but not everything is in the remote store", problem, UPLOADED_THEN)
         if problem and why == "finished":
             raise failure
         self.note(why, **record)
         if self._uploader:
             self._uploader.close(1.0 if problem else END_S)
+        self._ending.record(why, self.stores, saved_step=self.saved_step, **record)
         if problem:
             raise failure
-        self._ending.record(why, self.stores, saved_step=self.saved_step, **record)
 
-    def _settle(self) -> str:
-        problem = self._uploader.settle(self.settings.wait_s) if self._uploader else ""
+    def _settle(self, limit_s: float) -> str:
+        problem = self._uploader.settle(max(0.0, min(self.settings.wait_s, limit_s))) if self._uploader else ""
         return problem and f"{problem} It lies in {self.store}."

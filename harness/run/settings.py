@@ -22,6 +22,11 @@ class Settings:
     accept: tuple[str, ...] = ()
     override: tuple[str, ...] = ()
     log_every_steps: int = 10
+    step_timeout_s: float | None = None
+    grace_s: float | None = None
+    margin_s: float = 30.0
+    is_scratch: bool = False
+    notices: str | None = None
 
     def saves_at(self, step: int) -> bool:
         """Whether a checkpoint of this step is due by its number."""

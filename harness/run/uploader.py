@@ -42,6 +42,7 @@ class Uploader:
         self.origin: Manifest | None = None  # looked after until there is something newer
         self.origin_is_gone = False
         self.step: int | None = None  # the newest that has arrived
+        self.upload_s = 0.0  # how long the last one took
         self._failure: BaseException | None = None  # ends the run
         self._problem = ""  # why the last upload failed; it is tried again
         self._behind_since: str | None = None
@@ -187,7 +188,8 @@ class Uploader:
             self.step = max(manifest.step, self.step or 0)
             behind, self._behind_since = self._behind_since, None
             self._state.notify_all()
-        seconds = round(self.clock() - began, 2)
+        self.upload_s = self.clock() - began
+        seconds = round(self.upload_s, 2)
         self.ledger.write("uploaded", checkpoint=manifest.name, size_bytes=manifest.size_bytes, seconds=seconds)
         if behind:
             self.outage.say(f"harness: step {manifest.step} is in {self.route.remote}; nothing was uploaded since {behind}")

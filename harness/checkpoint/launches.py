@@ -1,0 +1,129 @@
+"""Launches: what a supervisor (a SLURM job, `harness launch`) starts, each recorded in the run's stores.
+
+    launches/1234.0.json       created before anything is started: how far the run had ever come, what died since
+    launches/1234.0.failed.json   the first error, of a rank or of a node's launcher, where no attempt can tell it
+    launches/1234.0.end.json   how it ended, in its supervisor's view: stopped from outside, ended, or failed
+
+The part before the last dot names the supervisor, the number counts what it has started. One launch may hold several attempts, if
+torchrun restarts in place, or none, if it dies before training begins.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from harness.checkpoint.attempts import now
+from harness.checkpoint.history import Survey
+from harness.store import Store
+
+LAUNCHES = "launches"
+LAUNCH_NAME = re.compile(r"^launches/(?P<name>[0-9A-Za-z_-]+\.[0-9]+)(?P<end>\.end|\.failed)?\.json\Z")
+SUBMITTED = "run.json"  # that the run was submitted: without it, and without anything else, a job stands before an empty disk
+ENVIRONMENT = "HARNESS_LAUNCH"
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One start by a supervisor."""
+
+    name: str
+    record: dict[str, Any] = field(default_factory=dict)
+    end: dict[str, Any] | None = None
+
+    @property
+    def supervisor(self) -> str:
+        return self.name.rpartition(".")[0]
+
+    @property
+    def number(self) -> int:
+        return int(self.name.rpartition(".")[2])
+
+    @property
+    def greatest(self) -> int:
+        """The greatest attempt when it began."""
+        return int(self.record.get("greatest", 0))
+
+
+def own() -> str | None:
+    """The launch that this process belongs to, or None without a supervisor."""
+    return os.environ.get(ENVIRONMENT)
+
+
+def key(name: str) -> str:
+    return f"{LAUNCHES}/{name}.json"
+
+
+def is_name(text: str | None) -> bool:
+    """Whether this can be a launch's name."""
+    match = LAUNCH_NAME.match(key(text or ""))
+    return match is not None and not match["end"]
+
+
+def begin(stores: Iterable[Store], name: str, found: Survey, **details: Any) -> None:
+    """Record a launch before anything is started. Raises StorageError."""
+    record = {"launch": name, "reached": found.reached, "greatest": found.greatest, "host": socket.gethostname(), "time": now()}
+    for store in stores:
+        store.prepare((LAUNCHES,))
+        _create(store, key(name), record | details)
+
+
+def end(store: Store, name: str, why: str, **details: Any) -> bool:
+    """Record how a launch ended; the first word stands. Returns whether it was ours. Raises StorageError."""
+    return _create(store, f"{LAUNCHES}/{name}.end.json", {"why": why, "time": now()} | details)
+
+
+def failed(store: Store, name: str, **details: Any) -> bool:
+    """Record what a launch fails of, if it is one of this store; the first word stands. Returns whether it was ours. Raises
+    StorageError."""
+    return store.exists(key(name)) and _create(store, f"{LAUNCHES}/{name}.failed.json", {"why": "failed", "time": now()} | details)
+
+
+def _create(store: Store, key: str, record: dict[str, Any]) -> bool:
+    try:
+        store.create(key, (json.dumps(record, indent=1, sort_keys=True) + "\n").encode(), 0)
+    except FileExistsError:
+        return False
+    return True
+
+
+def read(stores: Sequence[Store]) -> list[Launch]:
+    """All launches of a run, in the order of their numbers. Raises StorageError."""
+    records: dict[str, dict[str, Any]] = {}
+    ends: dict[str, dict[str, Any]] = {}
+    failures: dict[str, dict[str, Any]] = {}
+    kinds = {None: records, ".end": ends, ".failed": failures}
+    for store in stores:
+        for entry in store.entries(LAUNCHES):
+            match = LAUNCH_NAME.match(entry.key)
+            if match is None:
+                continue
+            try:
+                content = json.loads(store.read_once(entry.key))
+            except (FileNotFoundError, ValueError):
+                content = {}
+            kinds[match["end"]].setdefault(match["name"], content if isinstance(content, dict) else {})
+    found = []
+    for name in records.keys() | ends.keys() | failures.keys():
+        end = ends.get(name)
+        if name in failures and (end is None or end.get("why") != "stopped"):  # what breaks while it is stopped is no failure
+            end = failures[name]
+        found.append(Launch(name, records.get(name, {}), end))
+    return sorted(found, key=lambda launch: (launch.greatest, launch.supervisor, launch.number))
+
+
+def steps_back(store: Store) -> bool:
+    """Whether this process's launch is the last that its supervisor makes: then the newest checkpoint, which may verify and still
+    kill whoever loads it, is not the one to go on from. Raises StorageError."""
+    name = own()
+    if name is None:
+        return False
+    try:
+        return bool(json.loads(store.read(key(name))).get("steps_back"))
+    except (FileNotFoundError, ValueError, AttributeError):
+        return False

@@ -1,0 +1,166 @@
+"""How a run stands, and whether whoever started it shall start it again: pure functions of what is in its stores.
+
+Stops are free: a preemption, a time limit, a request, a lost machine. What fails is counted by the supervisor that started it, and
+forgotten as soon as the run gets further than ever; so many failures in a row are a crash loop, which no restart mends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from harness.checkpoint.history import Survey
+from harness.checkpoint.launches import Launch
+from harness.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_STOPPED, EXIT_SUPERSEDED, EXIT_USAGE
+
+MOST_FAILURES = 3
+EXIT_ASKED = 130  # as a shell says of what somebody has interrupted
+ASKED = "harness stop"
+KILLED = {"why": "failed", "error": "killed: no end is recorded"}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run stands."""
+
+    state: str
+    why: str
+    exit_code: int
+
+
+@dataclass(frozen=True)
+class Failure:
+    """One death."""
+
+    what: str
+    error: str
+    step: int | None = None
+    rank: int | None = None
+    trace: str = ""
+    code: int = EXIT_FAILED
+    launch: str = ""
+    is_fruitless: bool = True  # the run has never got further since
+
+    def __str__(self) -> str:
+        where = (f" at step {self.step}" if self.step is not None else "") + (f" on rank {self.rank}" if self.rank is not None else "")
+        return f"{self.what} failed{where}: {' '.join(self.error.split())}"
+
+
+def failures(found: Survey, launches: Sequence[Launch], supervisor: str) -> list[Failure]:
+    """What this supervisor's launches died of since the run last got further than ever, oldest first."""
+    return [death for death in deaths(found, launches, supervisor) if death.is_fruitless]
+
+
+def deaths(found: Survey, launches: Sequence[Launch], supervisor: str) -> list[Failure]:
+    """All that this supervisor's launches died of, oldest first."""
+    died: list[tuple[int, int, Failure]] = []
+    for launch in launches:
+        if launch.supervisor != supervisor or (launch.end or {}).get("why") == "stopped":
+            continue
+        attempts = {n: record for n, record in found.attempts.items() if record.get("launch") == launch.name}
+        for number, record in attempts.items():
+            # Neither the attempt nor the launch has an end: the machine is lost, or it runs.
+            end = found.ends.get(number, KILLED if launch.end else {})
+            if end.get("why") == "failed":
+                is_fruitless = record.get("reached", -1) >= found.reached
+                died.append((launch.number, number, _failure(f"attempt {number}", end, launch.name, is_fruitless)))
+        if not attempts and launch.end is not None and launch.end.get("why") == "failed":
+            is_fruitless = launch.record.get("reached", -1) >= found.reached
+            died.append((launch.number, 0, _failure(f"launch {launch.name}", launch.end, launch.name, is_fruitless)))
+    return [failure for _, _, failure in sorted(died, key=lambda item: item[:2])]
+
+
+def _failure(what: str, end: dict[str, Any], launch: str, is_fruitless: bool) -> Failure:
+    error, trace = str(end.get("error", "unknown error")), str(end.get("trace", ""))
+    return Failure(what, error, end.get("step"), end.get("rank"), trace, int(end.get("code", EXIT_FAILED)), launch, is_fruitless)
+
+
+def crash_loop(failed: Sequence[Failure]) -> str:
+    """A crash loop in words."""
+    steps = {failure.step for failure in failed}
+    step = next(iter(steps)) if len(steps) == 1 else None
+    same = f", each at step {step}" if step is not None else ""
+    return f"{len(failed)} in a row died without a new checkpoint{same}; the first: {failed[0]}"
+
+
+def outcome(found: Survey, launches: Sequence[Launch] = ()) -> Outcome:
+    """What is committed counts first, then how the newest attempt, or a later launch that never got to one, ended."""
+    head, newest = found.head, max(found.attempts, default=0)
+    whole = [m for m in found.history if any(part.sizes.get(m.data_key) == m.size_bytes for part in found.parts)]
+    if found.history and not whole:
+        return Outcome("failed", "there is a history, but the data of every checkpoint is missing or cut short", EXIT_FAILED)
+    if head is not None and head.final is not None and newest <= head.attempt:  # a newer attempt extends the run
+        if head in whole:
+            return Outcome("finished", f"at step {head.step}", EXIT_FINISHED)
+        return Outcome("to be continued", f"the last checkpoint's data is gone; a start goes on from step {whole[0].step}", EXIT_STOPPED)
+    launch = _last(found, launches)
+    end = _end(found, launch)
+    if end is None:
+        return Outcome("to be continued", "no end is recorded: it is running, or was killed", EXIT_STOPPED)
+    if end.get("why") != "failed":
+        return Outcome("to be continued", in_words(end), EXIT_STOPPED)
+    if launch is not None and launch.end is not None and launch.end.get("why") == "stopped":
+        return Outcome("to be continued", f"ended from outside; what broke by that: {end.get('error')}", EXIT_STOPPED)
+    error = str(end.get("error", "unknown error"))
+    if launch is None or end.get("code") == EXIT_USAGE:
+        return Outcome("failed", error, EXIT_FAILED)
+    failed, most = failures(found, launches, launch.supervisor), int(launch.record.get("most_failures", MOST_FAILURES))
+    if len(failed) >= most:
+        return Outcome("failed", crash_loop(failed), EXIT_FAILED)
+    count = f"{len(failed)} of {most} in a row without a new checkpoint" if failed else "after new checkpoints"
+    return Outcome("to be continued", f"failed ({count}): {error}", EXIT_STOPPED)
+
+
+def _last(found: Survey, launches: Sequence[Launch]) -> Launch | None:
+    """The launch that the newest attempt belongs to, or a later one that never got to an attempt."""
+    newest = max(found.attempts, default=0)
+    names = {record.get("launch") for record in found.attempts.values()}
+    own = [launch for launch in launches if launch.name == found.attempts.get(newest, {}).get("launch")]
+    later = [launch for launch in launches if launch.greatest >= newest and launch.name not in names and launch.end is not None]
+    both = own + later
+    return both[-1] if both else None
+
+
+def _end(found: Survey, launch: Launch | None) -> dict[str, Any] | None:
+    """How what came last ended; None if nothing tells."""
+    newest = max(found.attempts, default=0)
+    if launch is None or launch.end is None:
+        return found.ends.get(newest)
+    if found.attempts.get(newest, {}).get("launch") != launch.name:
+        return launch.end
+    return found.ends.get(newest, {"why": "killed"} if launch.end.get("why") == "stopped" else KILLED)
+
+
+def verdict(found: Survey, launches: Sequence[Launch], name: str) -> tuple[Outcome, list[Failure]]:
+    """What the supervisor of a launch that has ended shall do: start again if, and only if, the exit code is 75. And what is to be
+    shown of it: all that failed in a row if that is the end, else what this launch died of."""
+    launch = next((launch for launch in launches if launch.name == name), Launch(name))
+    attempts = [number for number, record in found.attempts.items() if record.get("launch") == name]
+    newest = max(found.attempts, default=0)
+    latest = max(attempts, default=launch.greatest if launch.record else newest)
+    end = (found.ends.get(latest) if attempts else launch.end) or {}
+    died = deaths(found, launches, launch.supervisor)
+    failed = [death for death in died if death.launch == name]
+    if newest > latest or end.get("why") == "superseded":
+        return Outcome("superseded", f"attempt {newest} has begun elsewhere, and goes on", EXIT_SUPERSEDED), failed
+    stands = outcome(found, launches)
+    if stands.exit_code == EXIT_FINISHED:
+        return stands, failed
+    if end.get("by") == ASKED:
+        return Outcome("stopped", f"{in_words(end)}; not started again", EXIT_ASKED), failed
+    if end.get("why") == "failed" and end.get("code") == EXIT_USAGE:
+        return Outcome("failed", str(end.get("error")), EXIT_USAGE), failed
+    return stands, [death for death in died if death.is_fruitless] if stands.exit_code == EXIT_FAILED else failed
+
+
+def in_words(end: dict[str, Any]) -> str:
+    """An end record for people."""
+    why = str(end.get("why", "unreadable end record"))
+    if why == "stopped" and "step" not in end:
+        return "stopped before training began"
+    if why == "stopped":
+        saved = "saved" if end.get("saved") else "NOT saved"
+        by = "/".join(end.get("signals", [])) or end.get("by", "request")
+        return f"stopped by {by} at step {end.get('step')}, {saved}"
+    return f"failed: {end.get('error')}" if why == "failed" else why

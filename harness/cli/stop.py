@@ -1,0 +1,34 @@
+"""Ask a running job to save and stop, through its store: for those who may not signal it. It does so within seconds.
+
+Nobody starts it again then: its supervisor takes it for what you want. `harness launch`, or submitting it, goes on from that step.
+
+example: harness stop runs/a
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from harness.checkpoint import requests
+from harness.cli import locate
+from harness.errors import UsageError
+from harness.events import say
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN")
+
+
+def run(given: argparse.Namespace) -> int:
+    return ask(given.run, "stop")
+
+
+def ask(path: str, what: str) -> int:
+    """Leave a request for the newest attempt of a run in its store. Raises UsageError, StorageError."""
+    store, found = locate.run(*locate.stores(path))
+    newest = max(found.attempts, default=0)
+    if not newest or newest in found.ends:
+        raise UsageError(f"nothing trains {store} now", f"found: attempt {newest} has ended" if newest else "found: no attempt")
+    requests.leave(found.stores[-1], newest, what)
+    say(f"attempt {newest} of {store} is asked to {what}; harness status {path} tells what it does")
+    return 0

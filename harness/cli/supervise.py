@@ -1,0 +1,122 @@
+"""For job scripts: may this launch begin, and, after it, shall there be another one?
+
+`before` records the launch; `after` records its end, and says in its last lines what it died of. Both are told the launch's name by
+HARNESS_LAUNCH, a job's number and how often it was started, as in 1234.0, and the run by the same settings as the training. What
+fails is counted in the run's stores, so that a requeue does not forget it; a stop, a time limit, a lost machine is free.
+
+Exit code: 75 begin, or start again · 0 finished · 1 failed for good · 78 configuration or usage · 74 storage · 76 superseded by a
+newer start · 130 stopped by `harness stop`.
+
+example: harness supervise before --config configs/digits.yaml run.dir=runs/a
+example: harness supervise after --code 1 --config configs/digits.yaml run.dir=runs/a
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from harness import config
+from harness.checkpoint import launches
+from harness.checkpoint.history import Survey, reaches, survey
+from harness.checkpoint.standing import Failure, Outcome, crash_loop, failures, outcome, verdict
+from harness.config import Config
+from harness.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_STOPPED, EXIT_STORAGE, StorageError, UsageError
+from harness.events import say
+from harness.store import Store, open_store, redacted
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("when", choices=("before", "after"))
+    parser.add_argument("--config", help="YAML file, relative to the working directory")
+    parser.add_argument("--code", type=int, default=EXIT_FAILED, help="after: the exit code of what was launched")
+    parser.add_argument("--stopped", action="store_true", help="after: it was ended from outside; that is no failure")
+    parser.add_argument("--submitted", action="store_true", help="before: refuse unless the run's record is there, made by harness submit")
+    parser.add_argument("settings", nargs="*", metavar="key=value")
+
+
+def run(given: argparse.Namespace) -> int:
+    settings, _ = config.load(given.config, given.settings)
+    name = launches.own()
+    if name is None or not launches.is_name(name):
+        raise UsageError(
+            f"{launches.ENVIRONMENT} does not name a launch",
+            f"found: {name!r}",
+            "export HARNESS_LAUNCH=$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}",
+        )
+    if given.when == "before":
+        return before(settings, name, submitted=given.submitted)
+    return after(settings, name, given.code, stopped=given.stopped)
+
+
+def places(settings: Config) -> list[Store]:
+    """The run's stores, the directory first."""
+    return [open_store(place, settings.store.wait_s) for place in (settings.run.dir, settings.run.remote) if place is not None]
+
+
+def before(settings: Config, name: str, *, submitted: bool = False) -> int:
+    """Record the launch and return 75, or return how the run ended. Raises StorageError, UsageError."""
+    stores = [store.patient(settings.store.wait_s) for store in places(settings)]
+    if submitted and not any(store.exists(launches.SUBMITTED) for store in stores):
+        raise UsageError(
+            "this run was submitted, but its record is not here: the disk is another one, or empty",
+            f"searched: {' and '.join(store.where(launches.SUBMITTED) for store in stores)}",
+            "Put run.dir on a file system that all nodes share, or give the run a run.remote.",
+        )
+    found = survey(*stores)
+    found.check_one_run()
+    known = launches.read(stores)
+    stands = outcome(found, known)
+    if stands.exit_code == EXIT_FINISHED and _is_complete(found, settings):
+        say(f"harness: the run is finished, {stands.why}; nothing to do")
+        return EXIT_FINISHED
+    supervisor = name.rpartition(".")[0]
+    failed, most = failures(found, known, supervisor), settings.run.max_failures
+    if len(failed) >= most:
+        show(Outcome("failed", crash_loop(failed), EXIT_FAILED), failed)
+        return EXIT_FAILED
+    details = {"failures": len(failed), "most_failures": most, "steps_back": 0 < len(failed) == most - 1}
+    launches.begin(stores, name, found, **details)
+    return EXIT_STOPPED
+
+
+def _is_complete(found: Survey, settings: Config) -> bool:
+    """Whether the finished run is long enough for these settings, and everywhere."""
+    assert found.head is not None and found.head.final is not None
+    end = {"epochs": settings.train.epochs, "max_steps": settings.train.max_steps}
+    return reaches(found.head.final, end) and len(found.copies(found.head)) == len(found.stores)
+
+
+def after(settings: Config, name: str, code: int, *, stopped: bool) -> int:
+    """Record how the launch ended, and return what its supervisor shall do; 75 means: start again."""
+    try:
+        stores = [store.patient(settings.store.wait_s) for store in places(settings)]
+        found = survey(*stores)
+        why, details = _ended(found, name, code, stopped)
+        for store in stores:
+            launches.end(store, name, why, **details)
+        stands, failed = verdict(found, launches.read(stores), name)
+    except StorageError as error:
+        say(f"harness: cannot tell how the run stands: {redacted(str(error))}", sys.stderr)
+        return EXIT_STORAGE
+    show(stands, failed)
+    return stands.exit_code
+
+
+def _ended(found: Survey, name: str, code: int, stopped: bool) -> tuple[str, dict[str, object]]:
+    """How the launch ended, as far as its exit code tells; an attempt's own record says more."""
+    is_alone = not any(record.get("launch") == name for record in found.attempts.values())
+    if stopped or (is_alone and code == EXIT_FINISHED):  # a finished run was found out before; so no rank got to train for being stopped
+        return "stopped", {"code": code}
+    if is_alone:
+        return "failed", {"code": code, "error": f"no rank began to train (exit code {code}); the log above says why"}
+    return "ended", {"code": code}
+
+
+def show(stands: Outcome, failed: Sequence[Failure]) -> None:
+    """Say how the run stands, after the first traceback of what failed."""
+    for failure in failed[:1]:
+        if failure.trace:
+            say(f"harness: {failure.what}, the first error:\n{failure.trace.rstrip()}", sys.stderr)
+    say(f"harness: {stands.state}: {stands.why}", sys.stderr)

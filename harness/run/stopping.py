@@ -1,0 +1,111 @@
+"""When all ranks save, and when all leave: what only some may have heard of is agreed on at a step boundary."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from harness import stop
+from harness.checkpoint import requests
+from harness.checkpoint.standing import ASKED
+from harness.errors import StorageError
+from harness.ranks import World
+from harness.run.pace import Pace
+from harness.run.saver import Saver
+from harness.run.settings import Settings
+from harness.stop import deadline
+from harness.store import Store
+
+AGREE_EVERY_S, MOST_STEPS = 0.25, 100  # steps may become slower after they were counted
+LOOK_LOCAL_S, LOOK_REMOTE_S = 1.0, 5.0  # how often requests are looked for
+TIME_LIMIT = "time limit"
+
+
+class Stopping:
+    """What asks this run to save or to stop: signals, requests in its stores, the job's time limit, a cloud's notice."""
+
+    def __init__(self, world: World, settings: Settings, clock: Callable[[], float]) -> None:
+        self.world, self.settings = world, settings
+        self.deadline = deadline.Deadline(settings.grace_s, clock=clock)
+        self._next, self._interval = 0, 1
+        self._saves_asked = threading.Event()
+        self._over = threading.Event()
+
+    def listen(self, stores: Sequence[Store], attempt: int) -> None:
+        """Begin to look for what comes without a signal."""
+        if self.settings.notices and os.environ.get("LOCAL_RANK", "0") == "0":
+            from harness.stop import notices
+
+            notices.watch(self.settings.notices, stop.request)
+        if not self.world.is_writer:
+            return
+        self.deadline.ask()
+        for store in stores:
+            threading.Thread(target=self._look, args=(store, attempt), daemon=True, name="requests").start()
+
+    def close(self) -> None:
+        """Look no more."""
+        self._over.set()
+
+    def _look(self, store: Store, attempt: int) -> None:
+        seen: set[str] = set()
+        patient = store.patient(LOOK_REMOTE_S, self._over.is_set)
+        while not self._over.wait(LOOK_LOCAL_S if store.is_local else LOOK_REMOTE_S):
+            with contextlib.suppress(StorageError):  # saving and uploading say what is wrong with the store
+                for key, what in requests.pending(patient, attempt).items():
+                    if key not in seen:
+                        seen.add(key)
+                        self._saves_asked.set() if what == "save" else stop.request(ASKED)
+
+    def agree(self, step: int, pace: Pace, is_due: Callable[[], bool], needed_s: Callable[[], float]) -> tuple[bool, bool]:
+        """Whether all stop now, whether all save now. `is_due` and `needed_s` (to save, upload and leave) are asked on the writer.
+        Collective: every rank must call it."""
+        if step < self._next:
+            return False, False
+        interval = 1 if self.world.size == 1 else min(pace.steps_within(AGREE_EVERY_S, step), 2 * self._interval, MOST_STEPS)
+        saving = False
+        if self.world.is_writer:
+            saving = is_due() or self._saves_asked.is_set()
+            self._saves_asked.clear()
+            if stop.requested() is None and self.deadline.is_near(self.settings.margin_s + deadline.SAFETY * needed_s()):
+                stop.request(TIME_LIMIT)
+        words = [int(stop.requested() is not None), int(saving), interval if self.world.is_writer else 0]
+        stopping, save, interval = self.world.agree(words)
+        self._next, self._interval = step + interval, interval
+        return bool(stopping), bool(save)
+
+    def agree_at_once(self) -> bool:
+        """Whether any rank was asked to stop. Collective: every rank must call it."""
+        return bool(self.world.agree([int(stop.requested() is not None)])[0])
+
+    def stop(self, saver: Saver, step: int, save: Callable[[], bool], say: Callable[[str], None]) -> None:
+        """Leave, on all ranks, with the state saved if there is time. Raises SystemExit(0), or SaveError. Collective: every rank must
+        call it."""
+        names = sorted({name for found in self.world.gather(stop.requests()[:4]) for name in found})
+        has_remote = len(saver.stores) > 1
+        plan = deadline.plan(
+            self.deadline.left_s(), saver.save_s, saver.upload_s, has_remote=has_remote, is_scratch=self.settings.is_scratch
+        )
+        if plan.words:
+            say(f"harness: {plan.words}")
+        if step not in (0, saver.saved_step) and self.world.agree([int(plan.save and self.world.is_writer)])[0]:
+            save()
+        saved, by = step in (0, saver.saved_step), "/".join(names)
+        signals = [name for name in names if name.startswith("SIG")]
+        others = [name for name in names if not name.startswith("SIG")]
+        details: dict[str, Any] = {"saved": saved, "signals": signals, "by": others[0] if others else None, "plan": plan.words or None}
+        saver.end("stopped", stop.requested, step=step, limit_s=self.deadline.left_s, **details)
+        if not saved:
+            raise saver.failure(f"stopped by {by} at step {step}, and not saved", "Start again: the previous checkpoint is whole.")
+        what = "everything saved" if step else "before there was anything to save"
+        self.leave(f"stopped by {by} at step {step}, {what}; start again to go on", say)
+
+    def leave(self, words: str, say: Callable[[str], None]) -> None:
+        """Raises SystemExit(0), on all ranks together. Collective: every rank must call it."""
+        say(f"harness: {words}")
+        self.world.agree([0])  # all leave together, after the writer has said all
+        self.world.leave()
+        raise SystemExit(0)

@@ -1,0 +1,94 @@
+"""Signals, requests and deadlines become one flag: the only door to `signal`.
+
+A handler here does nothing but set the flag. Who acts on it is decided at a step boundary, by all ranks together: a handler
+that saved, or that called a collective, would dead-lock as soon as only some ranks got the signal.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import sys
+import time
+from types import FrameType
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
+PR_SET_PDEATHSIG = 1
+
+_requested: list[tuple[str, float]] = []
+
+
+def install() -> None:
+    """Let the stop signals set the flag from now on. A second SIGINT ends the process at once."""
+    for number in STOP_SIGNALS:
+        if number is not signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # under nohup it stays ignored
+            signal.signal(number, _handle)
+
+
+def _handle(number: int, frame: FrameType | None) -> None:
+    name = signal.Signals(number).name
+    if name == "SIGINT" and any(name == before for before, _ in _requested):
+        os._exit(128 + number)
+    request(name)
+
+
+def request(why: str) -> None:
+    """Set the flag: a signal's name, or words for whatever else asks to stop. From any thread."""
+    _requested.append((why, time.monotonic()))
+
+
+def requested() -> str | None:
+    """The first thing that asked this process to stop, or None."""
+    return _requested[0][0] if _requested else None
+
+
+def requests() -> list[str]:
+    """All that asked this process to stop, in the order of asking."""
+    return [why for why, _ in _requested]
+
+
+def signalled_at(name: str = "SIG") -> float | None:
+    """When (`time.monotonic`) the first signal came, or the first of this name; None if none did."""
+    return next((at for why, at in _requested if why.startswith(name)), None)
+
+
+def clear() -> None:
+    """Forget what was requested; for a process that starts a second run."""
+    _requested.clear()
+
+
+def forward(process_id: int, why: str) -> None:
+    """Send a signal, by its name, on to another process; one that is gone is no error."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(process_id, signal.Signals[why])
+
+
+def shield_loader_worker(worker_id: int = 0) -> None:
+    """For a data-loader worker: outlive the signals meant for its rank, and die with its rank."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    die_with_parent()
+
+
+def die_with_launcher() -> None:
+    """Under torchrun, die when it dies: a worker that outlives its launcher would go on writing as an orphan."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        die_with_parent()
+
+
+def die_with_parent() -> None:
+    """Be killed by the kernel when the parent dies, however it does; at once if it is dead already."""
+    parent = os.getppid()
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent or (parent == 1 and not _first_process_is_python()):
+        os._exit(1)
+
+
+def _first_process_is_python() -> bool:
+    """In a container the launcher itself may be process 1, which elsewhere is what adopts orphans."""
+    try:
+        return os.path.realpath("/proc/1/exe") == os.path.realpath(sys.executable)
+    except OSError:
+        return False
