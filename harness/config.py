@@ -126,7 +126,7 @@ class SlurmSettings:
     extra: list[str] = field(default_factory=list)  # more options of sbatch, as in [--exclusive, --mail-type=END]
     setup: list[str] = field(default_factory=list)  # shell lines before anything else: module load …, export …
     container: str | None = None  # what harness and torchrun are run with: apptainer exec --nv image.sif
-    python: str | None = None  # null: the one that runs `harness submit`
+    python: str | None = None  # null: the one that runs `harness submit`; in a container: python
 
 
 @dataclass(frozen=True)

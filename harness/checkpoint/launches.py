@@ -35,6 +35,7 @@ class Launch:
     name: str
     record: dict[str, Any] = field(default_factory=dict)
     end: dict[str, Any] | None = None
+    failure: dict[str, Any] | None = None  # what a rank, or a node's launcher, has said of it
 
     @property
     def supervisor(self) -> str:
@@ -110,10 +111,10 @@ def read(stores: Sequence[Store]) -> list[Launch]:
             kinds[match["end"]].setdefault(match["name"], content if isinstance(content, dict) else {})
     found = []
     for name in records.keys() | ends.keys() | failures.keys():
-        end = ends.get(name)
-        if name in failures and (end is None or end.get("why") != "stopped"):  # what breaks while it is stopped is no failure
-            end = failures[name]
-        found.append(Launch(name, records.get(name, {}), end))
+        end, failure = ends.get(name), failures.get(name) or None
+        if failure and (end is None or end.get("why") != "stopped"):  # what breaks while it is stopped is no failure
+            end = failure
+        found.append(Launch(name, records.get(name, {}), end, failure))
     return sorted(found, key=lambda launch: (launch.greatest, launch.supervisor, launch.number))
 
 

@@ -60,8 +60,11 @@ def deaths(found: Survey, launches: Sequence[Launch], supervisor: str) -> list[F
             continue
         attempts = {n: record for n, record in found.attempts.items() if record.get("launch") == launch.name}
         for number, record in attempts.items():
-            # Neither the attempt nor the launch has an end: the machine is lost, or it runs.
-            end = found.ends.get(number, KILLED if launch.end else {})
+            end = found.ends.get(number, KILLED)
+            if end.get("lost") or end is KILLED:
+                if launch.end is None:  # the machine that supervises is lost, or it runs
+                    continue
+                end = end | (launch.failure or {})  # torchrun knows who was killed, and how
             if end.get("why") == "failed":
                 is_fruitless = record.get("reached", -1) >= found.reached
                 died.append((launch.number, number, _failure(f"attempt {number}", end, launch.name, is_fruitless)))

@@ -65,11 +65,11 @@ def run(given: argparse.Namespace, rest: list[str]) -> int:
     training = (["--config", given.config] if given.config else []) + settings_given
     if (name := launches.own()) is not None:  # a supervisor has checked all that, and starts this on each node
         stop.die_with_parent()
-        code = _torchrun([f"--nproc-per-node={given.nproc_per_node}", *options], training)
+        code, words = _torchrun([f"--nproc-per-node={given.nproc_per_node}", *options], training)
         if code == EXIT_STOPPED:
             return EXIT_FINISHED  # the run's records tell; srun would take anything else for a crash, and end the other nodes
         if code != EXIT_FINISHED:
-            _record(config.load(given.config, settings_given)[0], name, code)
+            _record(config.load(given.config, settings_given)[0], name, code, words)
         return code
     ranks.check_environment()
     settings, stored = config.load(given.config, settings_given)
@@ -79,7 +79,9 @@ def run(given: argparse.Namespace, rest: list[str]) -> int:
         options.append("--standalone")
         _check_batch(settings.train, given.nproc_per_node)
     if not is_alone:
-        code = _torchrun([f"--nproc-per-node={given.nproc_per_node}", *options], training)
+        code, words = _torchrun([f"--nproc-per-node={given.nproc_per_node}", *options], training)
+        if words:
+            say(f"harness launch: {words}", sys.stderr)
         return outcome(survey(*supervise.places(settings))).exit_code if code == EXIT_FINISHED else code  # it may have been asked to stop
     return _supervise(settings, ["--nproc-per-node", given.nproc_per_node, *options, *training])
 
@@ -132,7 +134,9 @@ def _left_by_itself(settings: config.Config, name: str) -> bool:
 def _child(name: str, arguments: list[str]) -> int:
     """Run torchrun in a child of its own session, so that a terminal's signals come to it through us, once."""
     command = [sys.executable, str(Path(__file__).resolve().parent.parent / "__main__.py"), "launch", *arguments]
-    child = subprocess.Popen(command, env=os.environ | {launches.ENVIRONMENT: name}, start_new_session=True)
+    child = subprocess.Popen(
+        command, env={"TORCH_CPP_LOG_LEVEL": "ERROR"} | os.environ | {launches.ENVIRONMENT: name}, start_new_session=True
+    )
     forwarded = 0
     while child.poll() is None:
         for why in stop.requests()[forwarded:]:
@@ -142,21 +146,20 @@ def _child(name: str, arguments: list[str]) -> int:
     return child.returncode if child.returncode >= 0 else 128 - child.returncode
 
 
-def _record(settings: config.Config, name: str, code: int) -> None:
-    """Leave word of a failure on this node, should no rank have got so far: srun's exit code may tell of another node only."""
+def _record(settings: config.Config, name: str, code: int, words: str) -> None:
+    """Leave word of a failure on this node: a rank that was killed could not, and srun's exit code may tell of another node."""
     for store in supervise.places(settings):
         try:
-            launches.failed(store.patient(RECORD_S), name, code=code, error=f"torchrun failed on {socket.gethostname()}")
+            launches.failed(store.patient(RECORD_S), name, code=code, error=words)
         except StorageError as error:
             say(f"harness launch: this failure is not recorded: {error.what}", sys.stderr)
 
 
-def _torchrun(options: list[str], training: list[str]) -> int:
-    """Run torchrun in this process; returns the exit code of the first worker that failed, or 75 if a signal ended it."""
-    for name in ("LOGLEVEL", "TORCH_CPP_LOG_LEVEL"):  # torchrun tells of each signal that it passes on, and of who left first, at length
-        os.environ.setdefault(name, "ERROR")
+def _torchrun(options: list[str], training: list[str]) -> tuple[int, str]:
+    """Run torchrun in this process; returns the exit code of the first worker that failed, or 75 if a signal ended it, and words."""
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousError
     from torch.distributed.run import get_args_parser, parse_args
     from torch.distributed.run import run as torchrun
 
@@ -174,11 +177,13 @@ def _torchrun(options: list[str], training: list[str]) -> int:
     try:
         torchrun(parsed)  # type: ignore[no-untyped-call]
     except SignalException as signal:
-        say(f"harness launch: ended by {signal.sigval.name}", sys.stderr)
-        return EXIT_STOPPED
+        return EXIT_STOPPED, f"ended by {signal.sigval.name}"
+    except RendezvousError as error:
+        return EXIT_FAILED, f"{socket.gethostname()} did not meet the other nodes: {error}"
     except ChildFailedError as error:
         rank, first = error.get_first_failure()
-        say(f"harness launch: rank {rank} was the first to fail, with exit code {first.exitcode}", sys.stderr)
+        how = f"exit code {first.exitcode}" if first.exitcode > 0 else stop.name_of(-first.exitcode)
         codes = {failure.exitcode for failure in error.failures.values()}
-        return next((code for code in (EXIT_USAGE, EXIT_SUPERSEDED, EXIT_STORAGE) if code in codes), EXIT_FAILED)
-    return EXIT_FINISHED
+        code = next((code for code in (EXIT_USAGE, EXIT_SUPERSEDED, EXIT_STORAGE) if code in codes), EXIT_FAILED)
+        return code, f"rank {rank} of {socket.gethostname()} was the first to end, by {how}"
+    return EXIT_FINISHED, ""

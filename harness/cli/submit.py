@@ -112,7 +112,7 @@ def _job(settings: Config, given: argparse.Namespace, home: Path, folder: Path) 
         words,
         directory=shlex.quote(os.getcwd()),
         code=shlex.quote(str(folder / "code")),
-        python=shlex.quote(settings.slurm.python or sys.executable),
+        python=shlex.quote(settings.slurm.python or ("python" if settings.slurm.container else sys.executable)),
         most_failures=settings.run.max_failures,
         is_submitted=True,
     )

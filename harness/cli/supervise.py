@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from harness import config
 from harness.checkpoint import launches
 from harness.checkpoint.history import Survey, reaches, survey
-from harness.checkpoint.standing import Failure, Outcome, crash_loop, failures, outcome, verdict
+from harness.checkpoint.standing import EXIT_ASKED, Failure, Outcome, crash_loop, failures, outcome, verdict
 from harness.config import Config
 from harness.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_STOPPED, EXIT_STORAGE, StorageError, UsageError
 from harness.events import say
@@ -72,6 +72,11 @@ def before(settings: Config, name: str, *, submitted: bool = False) -> int:
         say(f"harness: the run is finished, {stands.why}; nothing to do")
         return EXIT_FINISHED
     supervisor = name.rpartition(".")[0]
+    for last in [launch for launch in known if launch.supervisor == supervisor][-1:]:
+        asked, _ = verdict(found, known, last.name)  # SLURM may have queued the job again before it could end itself
+        if asked.exit_code == EXIT_ASKED:
+            show(asked, [])
+            return EXIT_ASKED
     failed, most = failures(found, known, supervisor), settings.run.max_failures
     if len(failed) >= most:
         show(Outcome("failed", crash_loop(failed), EXIT_FAILED), failed)

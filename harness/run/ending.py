@@ -93,7 +93,8 @@ class Ending:
         lines = traceback.format_exception(kind, error, trace)
         details = {"step": self.step(), "rank": own_rank()}
         if isinstance(error, HarnessError):
-            self._create(why, self._stores, details | {"error": str(error), "code": error.exit_code})
+            lost = {"lost": True} if isinstance(error, LostRankError) else {}
+            self._create(why, self._stores, details | {"error": str(error), "code": error.exit_code} | lost)
         else:
             made = self._create(why, self._stores, details | {"error": lines[-1].strip(), "trace": "".join(lines)[-MOST_TRACE:]})
             say(f"harness: uncaught error on rank {own_rank()}: {lines[-1].strip()}", sys.stderr)

@@ -96,7 +96,12 @@ class Stopping:
         saved, by = step in (0, saver.saved_step), "/".join(names)
         signals = [name for name in names if name.startswith("SIG")]
         others = [name for name in names if not name.startswith("SIG")]
-        details: dict[str, Any] = {"saved": saved, "signals": signals, "by": others[0] if others else None, "plan": plan.words or None}
+        details: dict[str, Any] = {
+            "saved": saved,
+            "signals": signals,
+            "by": ASKED if ASKED in others else next(iter(others), None),
+            "plan": plan.words or None,
+        }
         saver.end("stopped", stop.requested, step=step, limit_s=self.deadline.left_s, **details)
         if not saved:
             raise saver.failure(f"stopped by {by} at step {step}, and not saved", "Start again: the previous checkpoint is whole.")

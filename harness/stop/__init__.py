@@ -28,7 +28,7 @@ def install() -> None:
 
 
 def _handle(number: int, frame: FrameType | None) -> None:
-    name = signal.Signals(number).name
+    name = name_of(number)
     if name == "SIGINT" and any(name == before for before, _ in _requested):
         os._exit(128 + number)
     request(name)
@@ -57,6 +57,11 @@ def signalled_at(name: str = "SIG") -> float | None:
 def clear() -> None:
     """Forget what was requested; for a process that starts a second run."""
     _requested.clear()
+
+
+def name_of(number: int) -> str:
+    """A signal's name."""
+    return signal.Signals(number).name
 
 
 def forward(process_id: int, why: str) -> None:

@@ -173,7 +173,10 @@ class LocalStore(Store):
             with _said(f"{self.root}/{folder}", "make"):
                 path = self.path(folder)
                 missing = list(itertools.takewhile(lambda made: not made.is_dir(), (path, *path.parents)))
-                path.mkdir(parents=True, exist_ok=True)
+                try:
+                    path.mkdir(parents=True, exist_ok=True)
+                except FileExistsError as error:
+                    raise in_words("make", str(path), NotADirectoryError(errno.ENOTDIR, "a file is in the way")) from error
                 for made in missing:
                     _fsync_folder(made.parent)
 
