@@ -47,7 +47,8 @@ id=${{SLURM_ARRAY_JOB_ID:+${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID}}   # of 
 id=${{id:-$SLURM_JOB_ID}}
 export TORCH_CPP_LOG_LEVEL=${{TORCH_CPP_LOG_LEVEL:-ERROR}}                # or who leaves last complains at length that the others are gone
 export HARNESS_LAUNCH=$SLURM_JOB_ID.${{SLURM_RESTART_COUNT:-0}}        # this life of the job
-export SLURM_JOB_END_TIME=${{SLURM_JOB_END_TIME:-$(date -d "$(squeue -h -j "$id" -o %e)" +%s 2>/dev/null)}}   # older SLURM sets none
+end=$(timeout 30 squeue -h -j "$id" -o %e)                            # SLURM says it by itself from 23.02 on
+[[ $end != 20* ]] || export SLURM_JOB_END_TIME=$(date -d "$end" +%s)
 [ -z "${{SLURM_CPUS_PER_TASK:-}}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK   # srun does not inherit it
 port=$((20000 + (7 * SLURM_JOB_ID + ${{SLURM_RESTART_COUNT:-0}}) % 10000))   # another one for each job on a node, and for each life
 

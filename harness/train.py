@@ -51,7 +51,7 @@ def train(build: Callable[..., Task], settings: Config, stored: dict[str, Any]) 
     stepper = step.Stepper(job, settings.train, run.world)
     run.track(**stepper.tracked)
     accumulate = accumulation(settings.train.global_batch_size, run.world_size, settings.train.micro_batch_size)
-    for batch in run.batches(
+    batches = run.batches(  # by name: an error lives to be told before the loop is let go
         job.train_data,
         settings.train.global_batch_size,
         accumulate=accumulate,
@@ -60,7 +60,8 @@ def train(build: Callable[..., Task], settings: Config, stored: dict[str, Any]) 
         drop_last=settings.data.drop_last,
         num_workers=settings.data.num_workers,
         collate_fn=job.collate,
-    ):
+    )
+    for batch in batches:
         values = job.step(run, batch) if job.step else stepper(batch if accumulate > 1 else [batch], run.weights, run.step)
         stepper.average()
         run.log(**values)

@@ -214,7 +214,7 @@ def test_of_two_live_starts_the_later_takes_over_and_the_first_ends_superseded(w
     command = harness(
         "launch", "--nproc-per-node", "1", *TASK, f"run.dir={directory}", "train.micro_batch_size=48", "checkpoint.every_steps=2"
     )
-    first = started([*command, "task.args.sleep_s=0.3"])
+    first = started([*command, "task.args.sleep_s=1.5"])
     after_steps(directory, 3, first)
     second = started(command)
     out, err = second.communicate(timeout=90)

@@ -97,6 +97,11 @@ def outcome(found: Survey, launches: Sequence[Launch] = ()) -> Outcome:
         if head in whole:
             return Outcome("finished", f"at step {head.step}", EXIT_FINISHED)
         return Outcome("to be continued", f"the last checkpoint's data is gone; a start goes on from step {whole[0].step}", EXIT_STOPPED)
+    return _ended(found, launches)
+
+
+def _ended(found: Survey, launches: Sequence[Launch]) -> Outcome:
+    """How a run stands that is not finished, by what came last."""
     launch = _last(found, launches)
     end = _end(found, launch)
     if end is None:
@@ -147,7 +152,8 @@ def verdict(found: Survey, launches: Sequence[Launch], name: str) -> tuple[Outco
     failed = [death for death in died if death.launch == name]
     if newest > latest or end.get("why") == "superseded":
         return Outcome("superseded", f"attempt {newest} has begun elsewhere, and goes on", EXIT_SUPERSEDED), failed
-    stands = outcome(found, launches)
+    wanted_more = not attempts and end.get("why") in ("failed", "stopped")  # if it was finished, this launch was to extend it
+    stands = _ended(found, launches) if wanted_more else outcome(found, launches)
     if stands.exit_code == EXIT_FINISHED:
         return stands, failed
     if end.get("by") == ASKED:

@@ -67,9 +67,8 @@ def before(settings: Config, name: str, *, submitted: bool = False) -> int:
     found = survey(*stores)
     found.check_one_run()
     known = launches.read(stores)
-    stands = outcome(found, known)
-    if stands.exit_code == EXIT_FINISHED and _is_complete(found, settings):
-        say(f"harness: the run is finished, {stands.why}; nothing to do")
+    if _is_complete(found, settings):
+        say(f"harness: the run is finished, {outcome(found).why}; nothing to do")
         return EXIT_FINISHED
     supervisor = name.rpartition(".")[0]
     for last in [launch for launch in known if launch.supervisor == supervisor][-1:]:
@@ -87,8 +86,9 @@ def before(settings: Config, name: str, *, submitted: bool = False) -> int:
 
 
 def _is_complete(found: Survey, settings: Config) -> bool:
-    """Whether the finished run is long enough for these settings, and everywhere."""
-    assert found.head is not None and found.head.final is not None
+    """Whether the run is finished, long enough for these settings, and everywhere."""
+    if outcome(found).exit_code != EXIT_FINISHED or found.head is None or found.head.final is None:
+        return False
     end = {"epochs": settings.train.epochs, "max_steps": settings.train.max_steps}
     return reaches(found.head.final, end) and len(found.copies(found.head)) == len(found.stores)
 
@@ -98,7 +98,8 @@ def after(settings: Config, name: str, code: int, *, stopped: bool) -> int:
     try:
         stores = [store.patient(settings.store.wait_s) for store in places(settings)]
         found = survey(*stores)
-        why, details = _ended(found, name, code, stopped)
+        is_over = code == EXIT_FINISHED and _is_complete(found, settings)
+        why, details = ("ended", {"code": code}) if is_over else _ended(found, name, code, stopped)
         for store in stores:
             launches.end(store, name, why, **details)
         stands, failed = verdict(found, launches.read(stores), name)

@@ -267,6 +267,6 @@ class Saver:
         if problem:
             raise failure
 
-    def _settle(self, limit_s: float) -> str:
+    def _settle(self, limit_s: float = math.inf) -> str:
         problem = self._uploader.settle(max(0.0, min(self.settings.wait_s, limit_s))) if self._uploader else ""
         return problem and f"{problem} It lies in {self.store}."
