@@ -173,7 +173,7 @@ def _torchrun(options: list[str], training: list[str]) -> tuple[int, str]:
         parsed = parse_args(arguments)  # type: ignore[no-untyped-call]
     except SystemExit:
         raise UsageError("torchrun does not take these options", f"found: {' '.join(arguments)}", "See torchrun --help.") from None
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.ERROR)
+    logging.disable(logging.WARNING)  # of each signal that torchrun passes on, at length
     try:
         torchrun(parsed)  # type: ignore[no-untyped-call]
     except SignalException as signal:

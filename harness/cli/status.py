@@ -70,17 +70,24 @@ def run(given: argparse.Namespace) -> int:
         return stands.exit_code
     say(f"{store}: {stands.state} ({' '.join(stands.why.split())})")
     say(f"newest checkpoint: {head.name if head else 'none'}" + (f", loss {locate.number(head.loss)}" if head else ""))
-    say("\n" + locate.table(("attempt", "launch", "began", "ended", "steps", "lost", "how"), [_row(life) for life in lives]))
+    say(
+        "\n"
+        + locate.table(
+            ("attempt", "launch", "began", "ended", "steps", "lost", "how"),
+            [_row(life, stands.state == "running" and life is lives[-1]) for life in lives],
+        )
+    )
     for launch in known:
         if launch.end and launch.end.get("error"):
             say(f"launch {launch.name} never began to train: {' '.join(str(launch.end['error']).split())[:200]}")
     return stands.exit_code
 
 
-def _row(life: Life) -> tuple[str, ...]:
+def _row(life: Life, runs: bool) -> tuple[str, ...]:
     how = " ".join(in_words(life.end).split())[:120] if life.end else "no end recorded"
     steps = f"{life.went_on_from}–{life.reached}"
-    return str(life.attempt), life.launch or "-", life.began or "-", life.ended or "-", steps, str(life.lost), how
+    lost = "-" if runs else str(life.lost)  # what is not saved yet is not lost yet
+    return str(life.attempt), life.launch or "-", life.began or "-", life.ended or "-", steps, lost, how
 
 
 def _life(found: Survey, number: int) -> Life:
