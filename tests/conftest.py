@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import psutil
 import pytest
 from s3_server import bucket, own_s3_server, s3_server  # noqa: F401 - fixtures
+from slurm_cluster import slurm, slurm_cluster  # noqa: F401 - fixtures
 
 if TYPE_CHECKING:
     from harness.ranks import World

@@ -60,18 +60,24 @@ def deaths(found: Survey, launches: Sequence[Launch], supervisor: str) -> list[F
             continue
         attempts = {n: record for n, record in found.attempts.items() if record.get("launch") == launch.name}
         for number, record in attempts.items():
-            end = found.ends.get(number, KILLED)
-            if end.get("lost") or end is KILLED:
-                if launch.end is None:  # the machine that supervises is lost, or it runs
-                    continue
-                end = end | (launch.failure or {})  # torchrun knows who was killed, and how
-            if end.get("why") == "failed":
+            end = _end_of(found, number, launch)
+            if end is not None and end.get("why") == "failed":
                 is_fruitless = record.get("reached", -1) >= found.reached
                 died.append((launch.number, number, _failure(f"attempt {number}", end, launch.name, is_fruitless)))
         if not attempts and launch.end is not None and launch.end.get("why") == "failed":
             is_fruitless = launch.record.get("reached", -1) >= found.reached
             died.append((launch.number, 0, _failure(f"launch {launch.name}", launch.end, launch.name, is_fruitless)))
     return [failure for _, _, failure in sorted(died, key=lambda item: item[:2])]
+
+
+def _end_of(found: Survey, number: int, launch: Launch) -> dict[str, Any] | None:
+    """How an attempt of a launch ended; None if nothing tells."""
+    end = found.ends.get(number, KILLED)
+    if end is not KILLED and not end.get("lost"):
+        return end
+    if launch.end is None:  # the machine that supervises is lost, or it runs
+        return None
+    return end | (launch.failure or {})  # who was killed could not tell; torchrun did
 
 
 def _failure(what: str, end: dict[str, Any], launch: str, is_fruitless: bool) -> Failure:
@@ -133,11 +139,9 @@ def _last(found: Survey, launches: Sequence[Launch]) -> Launch | None:
 def _end(found: Survey, launch: Launch | None) -> dict[str, Any] | None:
     """How what came last ended; None if nothing tells."""
     newest = max(found.attempts, default=0)
-    if launch is None or launch.end is None:
+    if launch is None:
         return found.ends.get(newest)
-    if found.attempts.get(newest, {}).get("launch") != launch.name:
-        return launch.end
-    return found.ends.get(newest, {"why": "killed"} if launch.end.get("why") == "stopped" else KILLED)
+    return _end_of(found, newest, launch) if found.attempts.get(newest, {}).get("launch") == launch.name else launch.end
 
 
 def verdict(found: Survey, launches: Sequence[Launch], name: str) -> tuple[Outcome, list[Failure]]:
