@@ -169,6 +169,7 @@ def test_what_dies_once_is_started_again_and_comes_out_equal(plan: str, error: s
         assert done.stdout.count(name) == 1, done.stdout
 
 
+@pytest.mark.slow
 def test_what_dies_again_and_again_is_tried_three_times_and_last_from_the_checkpoint_before(folder: Path) -> None:
     directory = folder / "run"
     settings = (*crashing(folder, "13-0-raise-99"), "checkpoint.every_steps=5")

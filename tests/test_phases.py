@@ -20,6 +20,8 @@ from s3_server import S3Server
 from test_launch import SMALL, STEPS, after_steps, begun, check_equal, ended, launch, left_behind, whole  # noqa: F401 - a fixture
 from test_storm import losses
 
+pytestmark = pytest.mark.slow
+
 Start = Callable[..., "subprocess.Popen[str]"]
 LIMIT_S = 120
 RECEIVERS = ("rank 0", "rank 1", "ranks", "torchrun", "every", "launch")
@@ -85,14 +87,10 @@ def check_nothing_lost(directory: Path, other: Path) -> None:
     check_equal(directory, other)
 
 
-def matrix(*fast: tuple[str, signal.Signals]) -> pytest.MarkDecorator:
+def matrix() -> pytest.MarkDecorator:
     """Every receiver, with both signals."""
-    numbers = (signal.SIGTERM, signal.SIGUSR1)
-    cases = [(whom, number) for whom in RECEIVERS for number in numbers]
-    marks = {case: () if case in fast else (pytest.mark.slow,) for case in cases}
-    return pytest.mark.parametrize(
-        ("whom", "number"), [pytest.param(*case, marks=marks[case], id=f"{case[0]}-{case[1].name}") for case in cases]
-    )
+    cases = [(whom, number) for whom in RECEIVERS for number in (signal.SIGTERM, signal.SIGUSR1)]
+    return pytest.mark.parametrize(("whom", "number"), [pytest.param(*case, id=f"{case[0]}-{case[1].name}") for case in cases])
 
 
 @functools.cache
@@ -113,17 +111,13 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("delay_s", "whom", "number"),
     [
-        (3.0, "launch", signal.SIGTERM),
+        pytest.param(3.0, "launch", signal.SIGTERM),
         *[
-            pytest.param(delay_s, whom, number, marks=pytest.mark.slow)
+            pytest.param(delay_s, whom, number)
             for delay_s in (0.3, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0)
             for whom, number in (("launch", signal.SIGUSR1), ("every", signal.SIGTERM))
         ],
-        *[
-            pytest.param(delay_s, "torchrun", number, marks=pytest.mark.slow)
-            for delay_s in (3.0, 4.0, 5.0, 6.0)
-            for number in (signal.SIGTERM, signal.SIGUSR1)
-        ],
+        *[pytest.param(delay_s, "torchrun", number) for delay_s in (3.0, 4.0, 5.0, 6.0) for number in (signal.SIGTERM, signal.SIGUSR1)],
     ],
 )
 def test_while_it_starts(
@@ -149,7 +143,6 @@ def test_while_it_starts(
     check_nothing_lost(directory, whole(2))
 
 
-@pytest.mark.slow
 @matrix()
 def test_while_the_task_is_built(
     whom: str,
@@ -168,7 +161,7 @@ def test_while_the_task_is_built(
     check_nothing_lost(tmp_path / "run", whole(2))
 
 
-@matrix(("rank 1", signal.SIGUSR1))
+@matrix()
 def test_in_a_step(
     whom: str,
     number: signal.Signals,
@@ -187,7 +180,6 @@ def test_in_a_step(
     check_nothing_lost(directory, whole(2))
 
 
-@pytest.mark.slow
 @matrix()
 def test_in_the_first_step(
     whom: str,
@@ -213,7 +205,6 @@ def temporary(directory: Path) -> list[Path]:
     )
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("last", [False, True], ids=["on the way", "at the end"])
 @matrix()
 def test_in_a_save(whom: str, number: signal.Signals, last: bool, shelf: Path, tmp_path: Path, started: Start) -> None:
@@ -231,7 +222,6 @@ def test_in_a_save(whom: str, number: signal.Signals, last: bool, shelf: Path, t
     check_equal(directory, other)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("every", [10, 100], ids=["on the way", "at the end"])
 @matrix()
 def test_in_an_evaluation(whom: str, number: signal.Signals, every: int, shelf: Path, tmp_path: Path, started: Start) -> None:
@@ -245,7 +235,6 @@ def test_in_an_evaluation(whom: str, number: signal.Signals, every: int, shelf: 
     check_nothing_lost(tmp_path / "run", other)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("step", [10, STEPS], ids=["on the way", "at the end"])
 @matrix()
 def test_in_an_upload(
@@ -273,7 +262,6 @@ def test_in_an_upload(
     check_nothing_lost(directory, whole(2))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("whom", RECEIVERS)
 @pytest.mark.parametrize("numbers", ["TERM TERM", "TERM USR1 CONT", "USR1 TERM INT", "TERM TERM TERM TERM"])
 def test_several_signals_are_one_stop(

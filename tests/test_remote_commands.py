@@ -63,6 +63,7 @@ def test_they_say_what_is_wrong_with_a_url(trained: Trained, command: Command) -
     assert ask("show", f"{home.url}/checkpoints/step_00000015-0001.pt")[0] == 1
 
 
+@pytest.mark.slow
 def test_show_and_ls_read_no_tensors(bucket: tuple[S3Server, str], command: Command) -> None:  # noqa: F811
     home = Home(*bucket)
     large = (*TASK, "task.args.width=1500", "train.max_steps=2", "run.dir=null", f"run.remote={home.url}")

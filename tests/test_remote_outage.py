@@ -45,7 +45,8 @@ def check_what_matters_arrived(home: Home, directory: Path, steps: int) -> None:
     assert uploaded < saved and len(saved - uploaded) >= 10, "what was overtaken was uploaded all the same"
 
 
-@pytest.mark.parametrize("how", ["killed", pytest.param("stopped", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["killed", "stopped"])
 def test_the_server_goes_away_in_mid_upload_and_training_goes_on(how: str, own_s3_server: S3Server, tmp_path: Path, started: Start) -> None:
     server, directory, log = own_s3_server, tmp_path / "run", tmp_path / "log"
     home = Home(server, server.make_bucket("outage"))
@@ -72,6 +73,7 @@ def test_the_server_goes_away_in_mid_upload_and_training_goes_on(how: str, own_s
     assert home.events("step")[-1]["step"] == steps
 
 
+@pytest.mark.slow
 def test_what_could_not_be_uploaded_at_the_end_is_said_and_uploaded_by_the_next_start(
     bucket: tuple[S3Server, str], tmp_path: Path, started: Start
 ) -> None:

@@ -40,7 +40,7 @@ def test_a_stop_signal_to_any_process_saves_at_one_step_and_loses_none(whole: Pa
     def launcher(pid: int) -> psutil.Process:
         return psutil.Process(pid)
 
-    for target, number in ((rank_1, signal.SIGUSR1), (launcher, signal.SIGTERM), (rank_1, signal.SIGTERM), (launcher, signal.SIGINT)):
+    for target, number in ((rank_1, signal.SIGUSR1), (launcher, signal.SIGTERM)):  # test_phases has them all
         seen = len(events(directory, "step"))
         process = started(torchrun(2, *TASK, f"run.dir={directory}", "task.args.sleep_s=0.05"))
         after_steps(directory, seen + 3, process)
@@ -60,7 +60,10 @@ def test_a_stop_signal_to_any_process_saves_at_one_step_and_loses_none(whole: Pa
     assert losses(directory) == losses(whole)
 
 
-@pytest.mark.parametrize("delay_s", [0.5, 3.5, pytest.param(1.5, marks=pytest.mark.slow), pytest.param(5.0, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "delay_s",
+    [pytest.param(0.5, marks=pytest.mark.slow), 3.5, pytest.param(1.5, marks=pytest.mark.slow), pytest.param(5.0, marks=pytest.mark.slow)],
+)
 def test_a_signal_during_start_up_ends_the_process_soon_and_the_run_goes_on(
     delay_s: float, whole: Path, tmp_path: Path, started: Start
 ) -> None:
@@ -172,6 +175,7 @@ except LostRankError as error:
 """
 
 
+@pytest.mark.slow
 def test_a_slow_writer_is_waited_for_beyond_the_time_limit_and_a_stopped_one_is_not(tmp_path: Path, started: Start) -> None:
     program = tmp_path / "patience.py"
     program.write_text(PATIENCE)
@@ -183,6 +187,7 @@ def test_a_slow_writer_is_waited_for_beyond_the_time_limit_and_a_stopped_one_is_
     assert line.startswith("1 lost: the writing rank does not answer"), line
 
 
+@pytest.mark.slow
 def test_launch_tells_by_its_exit_code_how_the_run_ended(whole: Path, tmp_path: Path, started: Start) -> None:
     directory = tmp_path / "run"
     command = harness("launch", "--nproc-per-node", "2", *TASK, f"run.dir={directory}")
@@ -209,6 +214,7 @@ def test_launch_tells_by_its_exit_code_how_the_run_ended(whole: Path, tmp_path: 
     assert differing(whole, directory) == []
 
 
+@pytest.mark.slow
 def test_of_two_live_starts_the_later_takes_over_and_the_first_ends_superseded(whole: Path, tmp_path: Path, started: Start) -> None:
     directory = tmp_path / "run"
     command = harness(

@@ -9,6 +9,8 @@ import pytest
 from conftest import wait_until
 from slurm_cluster import GRACE_S, SlurmCluster
 
+pytestmark = pytest.mark.slow  # what SLURM does, as the other tests rely on it
+
 # Two tasks that report a SIGTERM and end with 75, under a shell that reports its own and then waits for its end.
 JOB = """\
 #!/bin/bash
@@ -61,7 +63,6 @@ def test_a_job_runs_on_two_nodes(slurm: SlurmCluster, tmp_path: Path) -> None:
     assert (fields["Restarts"], fields["ExitCode"], fields["Requeue"]) == ("0", "0:0", "1")
 
 
-@pytest.mark.slow
 def test_in_the_grace_time_only_the_step_is_told(slurm: SlurmCluster, tmp_path: Path) -> None:
     job = Job(slurm, tmp_path, "-p", "low")
     asked = job.preempt()
@@ -114,7 +115,6 @@ def test_a_dead_node_is_a_restart_elsewhere(slurm: SlurmCluster, tmp_path: Path)
     assert job.lines("task-term") == 1 and job.lines("life 1") == 1 and slurm.restarts(job.id) == 1
 
 
-@pytest.mark.slow
 def test_a_dead_node_is_noticed(slurm: SlurmCluster, tmp_path: Path) -> None:
     job = Job(slurm, tmp_path)
     batch_host = slurm.fields(job.id)["BatchHost"]

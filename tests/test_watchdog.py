@@ -130,11 +130,11 @@ say([thread.name for thread in threading.enumerate() if thread.name == "watchdog
 
 
 def test_a_process_that_was_stopped_is_not_taken_for_one_that_hangs(started: Start) -> None:
-    stopped_s = 3.0  # longer than the limit
+    stopped_s = 5.0  # longer than the limit
     text = f"""
 watchdog.BACKSTOP_S = 60
 dog = watchdog.Watchdog(tell)
-dog.expect("work", 2.0)
+dog.expect("work", 4.0)
 time.sleep(0.4)
 say("begun")
 until = time.monotonic() + {stopped_s} + 0.4

@@ -79,8 +79,10 @@ def init(
     metric, _, direction = best.rpartition(":")
     policy = retention.Policy(keep_last, keep_every_steps, keep_best, metric or best, direction == "max")
     settings = Settings(
-        seed, save_every_s, save_every_steps, policy, retention.changed(policy, remote_keep or {}), wait_s, settings_kept, tuple(accept),
-        tuple(override), log_every_steps, step_timeout_s, grace_s, margin_s, is_scratch, notices,
+        seed=seed, save_every_s=save_every_s, save_every_steps=save_every_steps, wait_s=wait_s, config=settings_kept,
+        policy=policy, remote_policy=retention.changed(policy, remote_keep or {}), accept=tuple(accept), override=tuple(override),
+        log_every_steps=log_every_steps, step_timeout_s=step_timeout_s, grace_s=grace_s, margin_s=margin_s, is_scratch=is_scratch,
+        notices=notices,
     )  # fmt: skip
     return _start(directory, stores, settings, timeout_s)
 
