@@ -64,25 +64,23 @@ def init(
     is committed in the directory and copied in the background, and whichever has the newest that verifies is gone on from. The
     remote may be unreachable for `wait_s` seconds. It keeps what the directory keeps, but for `remote_keep`: last, every_steps, best.
 
-    A step may take `timeout_s` seconds, or `step_timeout_s`, before it counts as hung. `grace_s` is the time between SIGTERM and the kill
-    (None: as SLURM says), `margin_s` that between a stop and the job's time limit; `is_scratch` says that the directory is lost with
-    the job. `notices` is the cloud ("aws", "gcp", "azure") that tells when it takes a spot machine away.
+    A step may take `timeout_s` seconds, or `step_timeout_s`, before it counts as hung. `grace_s` lie between SIGTERM and the kill (None:
+    as SLURM says), `margin_s` between a stop and the job's time limit; `is_scratch`: the directory is lost with the job. `notices` is
+    the cloud ("aws", "gcp", "azure") that tells when it takes a spot machine away.
 
     Nothing is changed here; the run is claimed when training begins. `config`, a dict of what training depends on, is kept in each
     checkpoint; a run refuses to go on with another one unless `accept=["config"]`. Collective: every rank must call it.
     """
     fill_closed_streams()
     stores = places(directory, remote, wait_s)
-    if deterministic:
-        _be_deterministic()
-    settings_kept = state.plain_data({"config": dict(config or {})})["config"]
+    _be_deterministic(deterministic)
+    kept = state.plain_data({"config": dict(config or {})})["config"]
     metric, _, direction = best.rpartition(":")
     policy = retention.Policy(keep_last, keep_every_steps, keep_best, metric or best, direction == "max")
     settings = Settings(
-        seed=seed, save_every_s=save_every_s, save_every_steps=save_every_steps, wait_s=wait_s, config=settings_kept,
-        policy=policy, remote_policy=retention.changed(policy, remote_keep or {}), accept=tuple(accept), override=tuple(override),
-        log_every_steps=log_every_steps, step_timeout_s=step_timeout_s, grace_s=grace_s, margin_s=margin_s, is_scratch=is_scratch,
-        notices=notices,
+        seed=seed, save_every_s=save_every_s, save_every_steps=save_every_steps, wait_s=wait_s, config=kept, policy=policy,
+        remote_policy=retention.changed(policy, remote_keep or {}), accept=tuple(accept), override=tuple(override), grace_s=grace_s,
+        log_every_steps=log_every_steps, step_timeout_s=step_timeout_s, margin_s=margin_s, is_scratch=is_scratch, notices=notices,
     )  # fmt: skip
     return _start(directory, stores, settings, timeout_s)
 
@@ -104,7 +102,9 @@ def _start(directory: str | Path | None, stores: tuple[Store, ...], settings: Se
     return Run(world, stores, choice, settings, ending, outage)
 
 
-def _be_deterministic() -> None:
+def _be_deterministic(wanted: bool) -> None:
+    if not wanted:
+        return
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     os.environ.setdefault("NCCL_ALGO", "Ring")
     os.environ.setdefault("NCCL_PROTO", "Simple")
