@@ -311,12 +311,6 @@ def test_a_rank_that_hangs_with_the_interpreters_lock_is_given_up(rank: int, who
 
 
 @pytest.mark.slow
-def test_a_lone_process_that_hangs_with_the_interpreters_lock_is_ended(folder: Path) -> None:  # noqa: F811
-    done = run(alone(*crashing(folder, "13-0-lock-1"), "run.step_timeout_s=4"), cwd=folder, limit_s=120)
-    assert done.returncode == 1 and "in die" in done.stderr, done.stderr
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_is_stopped_is_left_within_the_limit_and_the_run_goes_on(
     rank: int,
