@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import alone, events, harness, run, tree, wait_until, workers_of
+from conftest import events, harness, run, tree, wait_until, workers_of
 from test_launch import SMALL, after_steps, begun, check_equal, crashing, ended, folder, launch, left_behind, whole  # noqa: F401 - fixtures
 
 from harness.run.ending import Ending
