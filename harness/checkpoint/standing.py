@@ -110,6 +110,8 @@ def _ended(found: Survey, launches: Sequence[Launch]) -> Outcome:
     """How a run stands that is not finished, by what came last."""
     launch = _last(found, launches)
     end = _end(found, launch)
+    if end is None and not found.attempts:
+        return Outcome("to be continued", "no attempt has begun", EXIT_STOPPED)
     if end is None:
         return Outcome("to be continued", "no end is recorded: it is running, or was killed", EXIT_STOPPED)
     if end.get("why") != "failed":

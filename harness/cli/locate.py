@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from harness.checkpoint import format as fmt
-from harness.checkpoint import load
+from harness.checkpoint import launches, load
 from harness.checkpoint.attempts import remembered
 from harness.checkpoint.format import Manifest
 from harness.checkpoint.history import Survey, survey
@@ -30,13 +30,18 @@ def run(*places: Store | str) -> tuple[Store, Survey]:
     opened = [open_store(place, WAIT_S) if isinstance(place, str) else place for place in places]
     found = survey(*opened)
     found.check_one_run()
-    if not (found.greatest or found.manifests or found.orphans):
+    if not (found.greatest or found.manifests or found.orphans or any(_was_submitted(store) for store in opened)):
         raise UsageError(
             f"there is no run in {opened[0]}",
             "found: neither attempts nor checkpoints",
             "Give the run's directory or URL.",
         )
     return opened[0], found
+
+
+def _was_submitted(store: Store) -> bool:
+    """Whether a supervisor knows the run, though no attempt has begun."""
+    return store.exists(launches.SUBMITTED) or bool(store.entries(launches.LAUNCHES))
 
 
 def everywhere(path: str) -> tuple[Store, Survey]:
