@@ -117,6 +117,8 @@ def _supervise(settings: config.Config, arguments: list[str]) -> int:
             return code, False
         code, kind = _child(name, arguments), stop.requested()
         code = supervise.after(settings, name, code, stopped=kind is not None)
+        if kind is not None and code == EXIT_STORAGE:
+            return EXIT_STOPPED, False  # it was stopped, and has said where the checkpoint lies; the next start asks the store again
         return code, code in (EXIT_STOPPED, EXIT_STORAGE) and kind is None and not _left_by_itself(settings, name)
 
     code, _ = retry.until_enough(once, lambda result: result[1], give_up=stop.requested)
