@@ -101,6 +101,13 @@ def is_transient(error: BaseException) -> bool:
     return False
 
 
+def _wait(seconds: float, give_up: Callable[[], object], clock: Callable[[], float], sleep: Callable[[float], object]) -> None:
+    """Sleep in slices, until it is over or given up."""
+    end = clock() + seconds
+    while (left := end - clock()) > 0 and not give_up():
+        sleep(min(left, SLICE_S))
+
+
 def until_enough(
     work: Callable[[], T],
     is_wanted_again: Callable[[T], bool],
@@ -110,17 +117,11 @@ def until_enough(
 ) -> T:
     """Call `work` until its result is not wanted again, with exponential waits and jitter between; its last result is returned, also
     when `give_up` returns something true."""
-
-    def wait(seconds: float) -> None:
-        end = time.monotonic() + seconds
-        while (left := end - time.monotonic()) > 0 and not give_up():
-            sleep(min(left, SLICE_S))
-
     repeated = tenacity.Retrying(
         retry=tenacity.retry_if_result(is_wanted_again),
         wait=lambda state: min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2 ** min(state.attempt_number - 1, 20)) * JITTER.uniform(0.5, 1.0),
         stop=lambda state: bool(give_up()),
-        sleep=wait,
+        sleep=lambda seconds: _wait(seconds, give_up, time.monotonic, sleep),
         retry_error_callback=lambda state: state.outcome.result() if state.outcome else None,
     )
     return repeated(work)
@@ -160,16 +161,11 @@ def retrying(
         if error is not None:
             on_trouble(Trouble(error, state.attempt_number, state.upcoming_sleep))
 
-    def wait(seconds: float) -> None:
-        end = clock() + seconds
-        while (left := end - clock()) > 0 and not give_up():
-            sleep(min(left, SLICE_S))
-
     attempts = tenacity.Retrying(
         retry=tenacity.retry_if_exception(may_try_again),
         wait=lambda state: JITTER.uniform(0, min(LONGEST_WAIT_S, FIRST_WAIT_S * 2 ** min(state.attempt_number - 1, 20))),
         stop=enough,
-        sleep=wait,
+        sleep=lambda seconds: _wait(seconds, give_up, clock, sleep),
         before_sleep=told,
         reraise=True,
     )

@@ -54,7 +54,7 @@ def claim(found: Survey, went_on_from: Manifest | None, world_size: int, kind: s
     key = fmt.attempt_key(attempt.number)
     for store in reversed(found.stores):
         try:
-            store.create(key, _spell(record), attempt.number)
+            store.create(key, spell(record), attempt.number)
         except FileExistsError:
             if not holds(store, attempt):  # else: our own first try, whose reply was lost
                 raise SupersededError(
@@ -93,8 +93,13 @@ def check_fence(store: Store, attempt: Attempt) -> None:
 
 def end(store: Store, attempt: Attempt, why: str, **details: Any) -> bool:
     """Record how an attempt ended: finished, stopped, failed or superseded. The first word stands; returns whether it was ours."""
+    return first_word(store, fmt.end_key(attempt.number), {"why": why, "time": now()} | details, attempt.number)
+
+
+def first_word(store: Store, key: str, record: dict[str, Any], attempt: int = 0) -> bool:
+    """Create a record that is made once, by whoever is first; returns whether it was us. Raises StorageError."""
     try:
-        store.create(fmt.end_key(attempt.number), _spell({"why": why, "time": now()} | details), attempt.number)
+        store.create(key, spell(record), attempt)
     except FileExistsError:
         return False
     return True
@@ -109,5 +114,6 @@ def add_event(store: Store, attempt: Attempt, rank: int, line: bytes) -> None:
         store.append(fmt.events_key(attempt.number), line)
 
 
-def _spell(record: dict[str, Any]) -> bytes:
+def spell(record: dict[str, Any]) -> bytes:
+    """A small record as it lies in a store."""
     return (json.dumps(record, indent=1, sort_keys=True) + "\n").encode()

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from harness.checkpoint.attempts import now
+from harness.checkpoint.attempts import first_word, now
 from harness.checkpoint.history import Survey
 from harness.store import Store
 
@@ -71,26 +71,23 @@ def begin(stores: Iterable[Store], name: str, found: Survey, **details: Any) -> 
     record = {"launch": name, "reached": found.reached, "greatest": found.greatest, "host": socket.gethostname(), "time": now()}
     for store in stores:
         store.prepare((LAUNCHES,))
-        _create(store, key(name), record | details)
+        first_word(store, key(name), record | details)
 
 
 def end(store: Store, name: str, why: str, **details: Any) -> bool:
     """Record how a launch ended; the first word stands. Returns whether it was ours. Raises StorageError."""
-    return _create(store, f"{LAUNCHES}/{name}.end.json", {"why": why, "time": now()} | details)
+    return first_word(store, f"{LAUNCHES}/{name}.end.json", {"why": why, "time": now()} | details)
 
 
 def failed(store: Store, name: str, **details: Any) -> bool:
     """Record what a launch fails of, if it is one of this store; the first word stands. Returns whether it was ours. Raises
     StorageError."""
-    return store.exists(key(name)) and _create(store, f"{LAUNCHES}/{name}.failed.json", {"why": "failed", "time": now()} | details)
+    return store.exists(key(name)) and first_word(store, f"{LAUNCHES}/{name}.failed.json", {"why": "failed", "time": now()} | details)
 
 
-def _create(store: Store, key: str, record: dict[str, Any]) -> bool:
-    try:
-        store.create(key, (json.dumps(record, indent=1, sort_keys=True) + "\n").encode(), 0)
-    except FileExistsError:
-        return False
-    return True
+def attempts_of(found: Survey, name: str) -> dict[int, dict[str, Any]]:
+    """The attempts that a launch has made, by number."""
+    return {number: record for number, record in found.attempts.items() if record.get("launch") == name}
 
 
 def read(stores: Sequence[Store]) -> list[Launch]:

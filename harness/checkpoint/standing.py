@@ -7,11 +7,11 @@ forgotten as soon as the run gets further than ever; so many failures in a row a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from harness.checkpoint.history import Survey
-from harness.checkpoint.launches import Launch
+from harness.checkpoint.launches import Launch, attempts_of
 from harness.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_STOPPED, EXIT_SUPERSEDED, EXIT_USAGE
 
 MOST_FAILURES = 3
@@ -27,6 +27,7 @@ class Outcome:
     state: str
     why: str
     exit_code: int
+    is_leaving: bool = False  # it stopped because the whole machine goes away: its time limit, a cloud's notice
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def deaths(found: Survey, launches: Sequence[Launch], supervisor: str) -> list[F
     for launch in launches:
         if launch.supervisor != supervisor or (launch.end or {}).get("why") == "stopped":
             continue
-        attempts = {n: record for n, record in found.attempts.items() if record.get("launch") == launch.name}
+        attempts = attempts_of(found, launch.name)
         for number, record in attempts.items():
             end = _end_of(found, number, launch)
             if end is not None and end.get("why") == "failed":
@@ -150,7 +151,7 @@ def verdict(found: Survey, launches: Sequence[Launch], name: str) -> tuple[Outco
     """What the supervisor of a launch that has ended shall do: start again if, and only if, the exit code is 75. And what is to be
     shown of it: all that failed in a row if that is the end, else what this launch died of."""
     launch = next((launch for launch in launches if launch.name == name), Launch(name))
-    attempts = [number for number, record in found.attempts.items() if record.get("launch") == name]
+    attempts = attempts_of(found, name)
     newest = max(found.attempts, default=0)
     latest = max(attempts, default=launch.greatest if launch.record else newest)
     end = (found.ends.get(latest) if attempts else launch.end) or {}
@@ -166,7 +167,8 @@ def verdict(found: Survey, launches: Sequence[Launch], name: str) -> tuple[Outco
         return Outcome("stopped", f"{in_words(end)}; not started again", EXIT_ASKED), failed
     if end.get("why") == "failed" and end.get("code") == EXIT_USAGE:
         return Outcome("failed", str(end.get("error")), EXIT_USAGE), failed
-    return stands, [death for death in died if death.is_fruitless] if stands.exit_code == EXIT_FAILED else failed
+    shown = [death for death in died if death.is_fruitless] if stands.exit_code == EXIT_FAILED else failed
+    return replace(stands, is_leaving=bool(end.get("why") == "stopped" and end.get("by"))), shown
 
 
 def in_words(end: dict[str, Any]) -> str:

@@ -26,9 +26,9 @@ from pathlib import Path
 from harness import config, ranks, retry, stop, task
 from harness.checkpoint import launches
 from harness.checkpoint.history import survey
-from harness.checkpoint.standing import outcome
+from harness.checkpoint.standing import EXIT_ASKED, outcome
 from harness.cli import supervise
-from harness.data.order import Plan, accumulation
+from harness.data.order import check_batch
 from harness.errors import (
     EXIT_FAILED,
     EXIT_FINISHED,
@@ -45,7 +45,6 @@ from harness.events import say
 SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"  # torchrun dies of the last two otherwise, and orphans its workers
 SHUTDOWN_S = 300  # torchrun's default of 30 s cuts the save of a large model short
 LOOK_S, RECORD_S = 0.1, 10.0
-ASKED_FOR = 130  # what `supervise` says of a stop by request: to be continued, by whoever wants to
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -74,22 +73,14 @@ def run(given: argparse.Namespace, rest: list[str]) -> int:
     ranks.check_environment()
     settings, stored = config.load(given.config, settings_given)
     task.find(settings.task.name, settings.task.args, stored["task"]["args"])
-    is_alone = not any(option.startswith(("--nnodes", "--rdzv", "--standalone", "--master")) for option in options)
-    if is_alone:
-        options.append("--standalone")
-        _check_batch(settings.train, given.nproc_per_node)
-    if not is_alone:
+    if any(option.startswith(("--nnodes", "--rdzv", "--standalone", "--master")) for option in options):
         code, words = _torchrun([f"--nproc-per-node={given.nproc_per_node}", *options], training)
         if words:
             say(f"harness launch: {words}", sys.stderr)
         return outcome(survey(*supervise.places(settings))).exit_code if code == EXIT_FINISHED else code  # it may have been asked to stop
-    return _supervise(settings, ["--nproc-per-node", given.nproc_per_node, *options, *training])
-
-
-def _check_batch(train: config.TrainSettings, nproc: str) -> None:
-    if nproc.isdigit() and int(nproc):
-        accumulate = accumulation(train.global_batch_size, int(nproc), train.micro_batch_size)
-        Plan(train.global_batch_size, train.global_batch_size, accumulate, 0, int(nproc), train.seed).check()
+    if given.nproc_per_node.isdigit() and int(given.nproc_per_node):
+        check_batch(settings.train.global_batch_size, int(given.nproc_per_node), settings.train.micro_batch_size)
+    return _supervise(settings, ["--nproc-per-node", given.nproc_per_node, "--standalone", *options, *training])
 
 
 def _supervise(settings: config.Config, arguments: list[str]) -> int:
@@ -116,21 +107,13 @@ def _supervise(settings: config.Config, arguments: list[str]) -> int:
         if code != EXIT_STOPPED:
             return code, False
         code, kind = _child(name, arguments), stop.requested()
-        code = supervise.after(settings, name, code, stopped=kind is not None)
-        if kind is not None and code == EXIT_STORAGE:
+        stands = supervise.after(settings, name, code, stopped=kind is not None)
+        if kind is not None and stands.exit_code == EXIT_STORAGE:
             return EXIT_STOPPED, False  # it was stopped, and has said where the checkpoint lies; the next start asks the store again
-        return code, code in (EXIT_STOPPED, EXIT_STORAGE) and kind is None and not _left_by_itself(settings, name)
+        return stands.exit_code, stands.exit_code in (EXIT_STOPPED, EXIT_STORAGE) and kind is None and not stands.is_leaving
 
     code, _ = retry.until_enough(once, lambda result: result[1], give_up=stop.requested)
-    return EXIT_STOPPED if code == ASKED_FOR else code
-
-
-def _left_by_itself(settings: config.Config, name: str) -> bool:
-    """Whether the launch stopped because the whole machine goes away: its time limit, a cloud's notice."""
-    found = survey(*supervise.places(settings))
-    own = [number for number, record in found.attempts.items() if record.get("launch") == name]
-    end = found.ends.get(max(own, default=0), {})
-    return end.get("why") == "stopped" and bool(end.get("by"))
+    return EXIT_STOPPED if code == EXIT_ASKED else code  # to be continued, by whoever wants to
 
 
 def _child(name: str, arguments: list[str]) -> int:

@@ -59,8 +59,9 @@ def run(given: argparse.Namespace) -> int:
         say(f"cannot tell: {error.what}")
         return EXIT_STORAGE
     known = launches.read(found.stores)
-    lives = [_life(found, number) for number in sorted(found.attempts)]
-    stands = _alive(outcome(found, known), found, lives)
+    told = {n: _events(found.stores, n) for n in found.attempts if found.ends.get(n, {"why": "failed"}).get("why") == "failed"}
+    lives = [_life(found, number, told.get(number, [])) for number in sorted(found.attempts)]
+    stands = _alive(outcome(found, known), lives, told)
     head = found.head
     if given.json:
         fields = {"state": stands.state, "why": stands.why, "step": head.step if head else 0, "checkpoint": head.name if head else None}
@@ -90,13 +91,13 @@ def _row(life: Life, runs: bool) -> tuple[str, ...]:
     return str(life.attempt), life.launch or "-", life.began or "-", life.ended or "-", steps, lost, how
 
 
-def _life(found: Survey, number: int) -> Life:
+def _life(found: Survey, number: int, told: list[dict[str, Any]]) -> Life:
+    """`told` are the events of an attempt whose end does not say how far it came."""
     record, end = found.attempts[number], found.ends.get(number)
     origin = (record.get("from") or {}).get("step", 0)
     committed = [m.step for m in found.manifests if m.attempt == number] + [s for m in found.manifests for a, s in m.lineage if a == number]
     saved = max([origin, int((end or {}).get("saved_step") or 0), *committed])
-    made = [_last_step(found.stores, number)] if end is None or end.get("why") == "failed" else []
-    reached = max([saved, int((end or {}).get("step") or 0), *made])
+    reached = max([saved, int((end or {}).get("step") or 0), *(int(event.get("step") or 0) for event in told)])
     names = record.get("time"), record.get("kind"), record.get("launch")
     return Life(number, *names, origin, reached, saved, (end or {}).get("time"), end)
 
@@ -113,15 +114,11 @@ def _events(stores: Sequence[Store], number: int) -> list[dict[str, Any]]:
     return [event for event in found if isinstance(event, dict)]
 
 
-def _last_step(stores: Sequence[Store], number: int) -> int:
-    return max((int(event.get("step") or 0) for event in _events(stores, number)), default=0)
-
-
-def _alive(stands: Outcome, found: Survey, lives: list[Life]) -> Outcome:
+def _alive(stands: Outcome, lives: list[Life], told: dict[int, list[dict[str, Any]]]) -> Outcome:
     """Tell a run that trains from one that was killed, by how long ago it was last heard of; the clocks of two machines may differ."""
     if stands.exit_code != EXIT_STOPPED or not lives or lives[-1].end is not None or not stands.why.startswith("no end"):
         return stands
-    heard = [event["time"] for event in _events(found.stores, lives[-1].attempt) if "time" in event] + [lives[-1].began or ""]
+    heard = [event["time"] for event in told[lives[-1].attempt] if "time" in event] + [lives[-1].began or ""]
     try:
         ago_s = (datetime.datetime.now(datetime.timezone.utc) - datetime.datetime.fromisoformat(max(heard))).total_seconds()
     except ValueError:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import os
 import re
 import shlex
@@ -22,10 +21,10 @@ from pathlib import Path
 
 from harness import config, slurm, task
 from harness.checkpoint import launches
-from harness.checkpoint.attempts import now
+from harness.checkpoint.attempts import first_word, now
 from harness.cli import supervise
 from harness.config import Config
-from harness.data.order import Plan, accumulation
+from harness.data.order import check_batch
 from harness.errors import HarnessError, StorageError, UsageError
 from harness.events import say
 
@@ -47,7 +46,8 @@ def run(given: argparse.Namespace) -> int:
     own = [f"slurm.{name}={_as_yaml(value)}" for name, value in flags.items() if value is not None]
     settings, stored = config.load(given.config, [*given.settings, *own])
     build = task.find(settings.task.name, settings.task.args, stored["task"]["args"])
-    _check_batch(settings)
+    ranks = settings.slurm.nodes * slurm.procs_per_node(settings.slurm)
+    check_batch(settings.train.global_batch_size, ranks, settings.train.micro_batch_size)  # not in an hour, when the job starts
     if settings.run.scratch and settings.run.remote is None:
         raise UsageError("run.scratch says that run.dir is lost with the job", "found: no run.remote", "Give the run a run.remote.")
     home = _home(settings)
@@ -74,13 +74,6 @@ def run(given: argparse.Namespace) -> int:
     job = _sbatch(folder / "job.sbatch")
     _say_how_to_watch(job, settings, home, folder)
     return 0
-
-
-def _check_batch(settings: Config) -> None:
-    """Refuse a batch that does not divide among the ranks now, not in an hour when the job starts. Raises UsageError."""
-    train, ranks = settings.train, settings.slurm.nodes * slurm.procs_per_node(settings.slurm)
-    Plan(train.global_batch_size, train.global_batch_size, accumulation(train.global_batch_size, ranks, train.micro_batch_size), 0, ranks,
-         train.seed).check()  # fmt: skip
 
 
 def _name(settings: Config) -> str:
@@ -123,10 +116,7 @@ def _record(settings: Config) -> None:
     stores = supervise.places(settings)
     for store in stores[-1:] if settings.run.scratch else stores:  # a scratch directory is another machine's
         store.prepare((launches.LAUNCHES,))
-        try:
-            store.create(launches.SUBMITTED, (json.dumps({"submitted": now()}) + "\n").encode(), 0)
-        except FileExistsError:
-            continue
+        first_word(store, launches.SUBMITTED, {"submitted": now()})
 
 
 def _sbatch(script: Path) -> str:

@@ -47,7 +47,7 @@ def run(given: argparse.Namespace) -> int:
         )
     if given.when == "before":
         return before(settings, name, submitted=given.submitted)
-    return after(settings, name, given.code, stopped=given.stopped)
+    return after(settings, name, given.code, stopped=given.stopped).exit_code
 
 
 def places(settings: Config) -> list[Store]:
@@ -93,8 +93,8 @@ def _is_complete(found: Survey, settings: Config) -> bool:
     return reaches(found.head.final, end) and len(found.copies(found.head)) == len(found.stores)
 
 
-def after(settings: Config, name: str, code: int, *, stopped: bool) -> int:
-    """Record how the launch ended, and return what its supervisor shall do; 75 means: start again."""
+def after(settings: Config, name: str, code: int, *, stopped: bool) -> Outcome:
+    """Record how the launch ended, and say and return what its supervisor shall do; 75 means: start again."""
     try:
         stores = [store.patient(settings.store.wait_s) for store in places(settings)]
         found = survey(*stores)
@@ -105,14 +105,14 @@ def after(settings: Config, name: str, code: int, *, stopped: bool) -> int:
         stands, failed = verdict(found, launches.read(stores), name)
     except StorageError as error:
         say(f"harness: cannot tell how the run stands: {redacted(str(error))}", sys.stderr)
-        return EXIT_STORAGE
+        return Outcome("unknown", error.what, EXIT_STORAGE)
     show(stands, failed)
-    return stands.exit_code
+    return stands
 
 
 def _ended(found: Survey, name: str, code: int, stopped: bool) -> tuple[str, dict[str, object]]:
     """How the launch ended, as far as its exit code tells; an attempt's own record says more."""
-    is_alone = not any(record.get("launch") == name for record in found.attempts.values())
+    is_alone = not launches.attempts_of(found, name)
     if stopped or (is_alone and code == EXIT_FINISHED):  # a finished run was found out before; so no rank got to train for being stopped
         return "stopped", {"code": code}
     if is_alone:

@@ -155,6 +155,12 @@ class Plan:
         return tuple(micro or (batch[0],) for micro in micro_batches), tuple(weights)
 
 
+def check_batch(global_batch_size: int, world_size: int, micro_batch_size: int | None) -> None:
+    """Raises UsageError for a batch that so many ranks cannot share evenly, before any of them is started."""
+    accumulate = accumulation(global_batch_size, world_size, micro_batch_size)
+    Plan(global_batch_size, global_batch_size, accumulate, 0, world_size, seed=0).check()
+
+
 def accumulation(global_batch_size: int, world_size: int, micro_batch_size: int | None) -> int:
     """How many micro-batches a rank's share of the global batch takes, at most `micro_batch_size` samples each."""
     if micro_batch_size is None:
