@@ -832,3 +832,16 @@ def test_a_launch_without_a_record_is_judged_by_its_attempts(store):
     found = survey(store)
     assert verdict(found, [], "100.0")[0].exit_code == 1, "nobody counts, so nobody starts it again"
     assert verdict(found, [Launch("100.0", {}, {"why": "ended"})], "100.0")[0].exit_code == 75
+
+
+def test_status_says_that_a_launch_never_began_only_where_it_made_no_attempt(run: Path, store: LocalStore, harness: Cli) -> None:
+    job = Job("100", store)
+    job.begin()
+    job.attempt(10, why="failed", error="ValueError: no", step=12, rank=0)
+    launches.failed(store, job.launch, code=1, error="rank 0 was the first to end")
+    job.end(code=1)
+    assert "never began" not in harness("status", run)[1]
+    job.begin()
+    launches.failed(store, job.launch, code=1, error="no module of that name")
+    job.end(code=1)
+    assert f"launch {job.launch} never began to train: no module of that name" in harness("status", run)[1]

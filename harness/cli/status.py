@@ -79,7 +79,7 @@ def run(given: argparse.Namespace) -> int:
         )
     )
     for launch in known:
-        if launch.end and launch.end.get("error"):
+        if launch.end and launch.end.get("error") and not launches.attempts_of(found, launch.name):
             say(f"launch {launch.name} never began to train: {' '.join(str(launch.end['error']).split())[:200]}")
     return stands.exit_code
 
