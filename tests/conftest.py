@@ -93,6 +93,21 @@ def kill_tree(pid: int) -> None:
             process.kill()
 
 
+def outliving(processes: list[psutil.Process], limit_s: float = 2) -> list[psutil.Process]:
+    """Which of them still run after so long; a dead one that nobody has reaped does not."""
+
+    def runs(process: psutil.Process) -> bool:
+        try:
+            return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return False
+
+    until = time.monotonic() + limit_s
+    while (alive := [process for process in processes if runs(process)]) and time.monotonic() < until:
+        time.sleep(0.02)
+    return alive
+
+
 def workers_of(pid: int) -> list[psutil.Process]:
     """torchrun's ranks, in their order."""
     found = [p for p in tree(pid)[1:] if str(TRAIN) in " ".join(_command_of(p)) and p.ppid() == pid]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import alone, events, harness, run, torchrun, tree, wait_until, workers_of
+from conftest import alone, events, harness, outliving, run, torchrun, tree, wait_until, workers_of
 from s3_server import free_ports
 from test_storm import differing, losses
 
@@ -362,8 +362,7 @@ def test_killed_it_takes_all_its_processes_with_it(tmp_path: Path, started: Star
     after_steps(directory, 3, process)
     workers = [worker for member in tree(process.pid) for worker in workers_of(member.pid)]
     process.kill()
-    _, alive = psutil.wait_procs(workers, timeout=2)
-    assert len(workers) == 2 and alive == [], "workers outlive what started them"
+    assert len(workers) == 2 and outliving(workers) == [], "workers outlive what started them"
     process.communicate()
     wait_until(lambda: not left_behind(directory), "the end of all processes", limit_s=2)
     assert ended(directory, "attempts") == ended(directory, "launches") == {}
@@ -380,8 +379,7 @@ def test_killed_it_is_no_failure_and_the_run_goes_on(whom: str, whole: Callable[
     targets = {"launch": [process], "torchrun": [child], "both": [process, child]}[whom]
     for target in targets:
         target.send_signal(signal.SIGKILL)
-    _, alive = psutil.wait_procs(workers, timeout=2)
-    assert alive == [], "workers outlive what started them"
+    assert outliving(workers) == [], "workers outlive what started them"
     if whom == "torchrun":
         out, err = process.communicate(timeout=60)
         assert process.returncode == 0, out + err

@@ -122,3 +122,18 @@ def test_stopped_in_an_outage_it_keeps_the_checkpoint_and_says_where_it_lies(
     assert run(harness("verify", str(directory)), env=home.env()).returncode == 0
     assert str(directory) in text, text
     assert code == (74 if program == "train" else 75), "a supervisor starts again what was stopped on request, and saved"
+
+
+@pytest.mark.slow
+def test_waiting_for_an_upload_is_not_taken_for_a_save_that_hangs(bucket: tuple[S3Server, str], tmp_path: Path, started: Start) -> None:
+    home, directory = Home(*bucket), tmp_path / "run"
+    patience = ("store.wait_s=10", "run.timeout_s=1")  # a save may take six seconds, an upload ten
+    settings = (*SHORT, *patience, "train.epochs=100", "task.args.sleep_s=0.05", f"run.dir={directory}", f"run.remote={home.url}")
+    with FaultProxy(home.server.host, home.server.port) as proxy:
+        process = started(alone(*settings), env=home.env(proxy))
+        wait_until(lambda: events(directory, "uploaded") or process.poll() is not None, "an upload")
+        proxy.down()
+        process.send_signal(signal.SIGTERM)
+        code, text = ended(process)
+    assert events(directory, "hang") == [], text
+    assert code == 74 and str(directory) in text, text

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import alone, events, kill_tree, run, start, torchrun, workers_of
+from conftest import alone, events, kill_tree, outliving, run, start, torchrun, workers_of
 
 from harness.checkpoint import load
 from harness.checkpoint.history import survey
@@ -198,8 +198,7 @@ def test_killed_processes_leave_nobody_behind(tmp_path: Path) -> None:
         family = psutil.Process(process.pid).children(recursive=True)
         assert len(family) >= 4, "two ranks with a loader process each"
         process.kill()  # torchrun only
-        _, alive = psutil.wait_procs(family, timeout=2)
-        assert alive == []
+        assert outliving(family) == []
     finally:
         kill_tree(process.pid)
         process.communicate()

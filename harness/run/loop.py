@@ -272,7 +272,6 @@ class Run:
         check_some_steps(self.step, self._data["global_batch_size"])
         if not self._save(final=True):
             raise self._saver.failure(f"the last checkpoint, of step {self.step}, was not saved", "Mend the cause and start again.")
-        self._watch.rest()
         self._saver.end("finished", stop.requested, step=self.step)
         self.finished = True
         self.say(f"harness: finished at step {self.step}")
@@ -302,6 +301,7 @@ class Run:
             lambda: self._saver.about(classes, self._measured.of_this_step, self._end if final else None),
             stop.requested,
         )
+        self._watch.rest()  # what may follow, an upload, is bounded by itself
         if not saved and not final:
             self.say(f"harness: NOT SAVED, training goes on: {self._saver.words}")
         return saved

@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Callable
 
 TICK_S = 0.5
-SUSPENDED_S = 3.0  # a tick that is so late was no hang: the whole process was stopped (SIGSTOP, scontrol suspend, a laptop's lid)
+SUSPENDED_S = 1.0  # a tick that is so late was no hang: the whole process was stopped (SIGSTOP, scontrol suspend, a laptop's lid)
 REPORT_S = 15.0  # for how long a hung process may try to say where it stands
 BACKSTOP_S = 1800.0  # also the longest suspension that a process survives: the C library's alarm goes on counting
 
