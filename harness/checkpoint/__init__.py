@@ -8,6 +8,7 @@
     <run>/launches/1234.0.json, …0.end.json     what a supervisor (SLURM job 1234, its first life) started, and how that ended
     <run>/requests/0003.stop-5f3a….json         attempt 3 is asked to stop, or to save
     <run>/run.json                              the run was submitted: a job that does not find this stands before another disk
+    <run>/files/samples/a.png                   what the user's own code keeps with the run: `Run.keep`
     <run>/config.yaml                           the settings of the newest attempt, for people to read
 
 The data file is what `torch.save` writes; `harness/state.py` lists what is in it. The manifest holds its size and its BLAKE3

@@ -10,11 +10,13 @@ from typing import Any
 
 from blake3 import blake3
 
-from harness.errors import DamagedError
+from harness.errors import DamagedError, StorageError, UsageError
+from harness.store.base import TEMP, check_key
 
 FORMAT_VERSION = 1
 CHECKPOINTS, ATTEMPTS, EVENTS = "checkpoints", "attempts", "events"
 FOLDERS = (CHECKPOINTS, ATTEMPTS, EVENTS)
+FILES = "files"  # the user's own, with subfolders; made when the first one comes, and nobody looks for checkpoints there
 
 CHECKPOINT_NAME = re.compile(r"^checkpoints/step_(?P<step>[0-9]{8,})-(?P<attempt>[0-9]{4,})\.(?P<kind>pt|json)(?P<aside>\.damaged)?\Z")
 ATTEMPT_NAME = re.compile(r"^attempts/(?P<attempt>[0-9]{4,})(?P<end>\.end)?\.json\Z")
@@ -55,6 +57,17 @@ def segment_key(attempt: int, number: int) -> str:
 def rank_events_key(attempt: int, rank: int) -> str:
     """The last word of a rank that does not keep the events."""
     return f"{EVENTS}/{attempt:04d}-rank{rank}.jsonl"
+
+
+def file_key(name: str) -> str:
+    """Where a file of the user's own lies. Raises UsageError for a name that leads out of their folder."""
+    try:
+        check_key(FILES, name)
+    except StorageError:
+        raise UsageError(f"{name!r} cannot be kept", remedy="Give a relative path without '..', such as samples/a.png.") from None
+    if TEMP.match(name):
+        raise UsageError(f"{name!r} cannot be kept", remedy="Name it otherwise: .tmp-NUMBER-… marks an unfinished file.")
+    return f"{FILES}/{name}"
 
 
 @dataclass(frozen=True)

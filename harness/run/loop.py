@@ -43,15 +43,9 @@ class Run:
     """One training job, as seen from one rank of its present attempt."""
 
     def __init__(
-        self,
-        world: World,
-        stores: tuple[Store, ...],
-        choice: load.Choice,
-        settings: Settings,
-        ending: Ending,
-        outage: Outage,
+        self, world: World, stores: tuple[Store, ...], choice: load.Choice, settings: Settings, ending: Ending, outage: Outage,
         clock: Callable[[], float] = time.monotonic,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.world, self.store, self.clock = world, stores[0], clock
         self.step = 0  # in the loop: the number of the step being made, from 1 on; afterwards: of the last one made
         self.epoch = 0  # counted from 0
@@ -59,7 +53,7 @@ class Run:
         self.weights: tuple[float, ...] = (1.0,)  # what to multiply each micro-batch's mean loss with
         self.tracked: dict[str, Any] = {}
         self.finished = False
-        self._settings, self._origin, self._payload = settings, choice.manifest, choice.payload
+        self._settings, self.origin, self._payload = settings, choice.manifest, choice.payload
         choice.payload = None  # held here until it is restored, and by nobody else
         self._position = Position()
         self._measured = Measured()
@@ -125,10 +119,10 @@ class Run:
         self.tracked |= objects
         for thing in objects.values():
             ddp.settle_buckets(thing)
-        if self._payload is not None and self._origin is not None:
+        if self._payload is not None and self.origin is not None:
             self._built |= {name: state.as_built(thing) for name, thing in objects.items()} if self._settings.override else {}
             # All of them, each time: a scheduler that is made and tracked later has moved its optimizer's learning rate.
-            state.restore(self.tracked, self._origin.classes, self._payload, self._origin.name)
+            state.restore(self.tracked, self.origin.classes, self._payload, self.origin.name)
             for line in state.apply_override(self._built, self.tracked) if self._built else ():
                 self.say(f"harness: overridden: {line}")
 
@@ -161,8 +155,7 @@ class Run:
             dataset, self.world, self._settings.seed, global_batch_size,
             accumulate=accumulate, shuffle=shuffle, drop_last=drop_last, order=order, collate=collate_fn, num_workers=num_workers,
         )  # fmt: skip
-        dealt = {"global_batch_size": global_batch_size, "shuffle": shuffle and order is None, "drop_last": drop_last}
-        self._data = describe(dataset) | dealt | {"seed": self._settings.seed}
+        self._data = describe(dataset, global_batch_size, shuffle and order is None, drop_last, self._settings.seed)
         self._end = {"epochs": epochs, "max_steps": max_steps}
         self._end_step = end_step(self.step, self._source.steps_after(self._position, epochs), max_steps)
         if not self._begin():
@@ -198,7 +191,7 @@ class Run:
             if self._finish or share.last or self.step == self._end_step:
                 self._complete()
                 return
-            stopping, timed = self._stopping.agree(self.step, pace, self._is_due, self._time_to_leave_s)
+            stopping, timed = self._stopping.agree(self.step, pace, self._saver.is_due, self._time_to_leave_s)
             if stopping:
                 self._stop()
             if timed or self._measured.new_best or self._settings.saves_at(self.step):
@@ -218,6 +211,14 @@ class Run:
         """Say how this step went, in numbers. A tensor is read only when it is shown or saved. Every rank should call it alike."""
         check_loggable(values)
         self._measured.log(values)
+
+    def keep(self, name: str, data: bytes) -> None:
+        """Keep a small file of yours with the run (a picture, a table): atomic, in every store of the run, as `files/NAME`.
+
+        On the writer only; elsewhere nothing happens. `name` may have subfolders; what was kept under it is replaced. A write that
+        fails does not stop training: it is said, and an event. Raises UsageError for a name that leads out, and outside the loop.
+        """
+        self._saver.keep(name, data)
 
     def evaluate(
         self,
@@ -244,7 +245,7 @@ class Run:
 
     def _begin(self) -> bool:
         """Claim the attempt and set the generators; False if the run is finished, and then nothing was written."""
-        payload, origin = self._payload or {}, self._origin
+        payload, origin = self._payload or {}, self.origin
         check_tracked(self.tracked, payload)
         state.check(self.tracked)
         if forgotten := state.untracked_schedule(self.tracked):
@@ -281,9 +282,6 @@ class Run:
         """Leave, on all ranks at this step, with the state saved if there is time. Raises SystemExit(0), or SaveError."""
         self._watch.rest()
         self._stopping.stop(self._saver, self.step, lambda: self._save(final=False), self.say)
-
-    def _is_due(self) -> bool:
-        return self._saver.is_due(self._settings.save_every_s)
 
     def _time_to_leave_s(self) -> float:
         """What is still to be done when it is time to leave: a step, a save, an upload."""

@@ -20,7 +20,7 @@ from harness.ranks import World
 from harness.run.ending import Ending
 from harness.run.outage import Outage
 from harness.run.settings import Settings
-from harness.run.uploader import END_S, Route, Uploader
+from harness.run.uploader import END_S, Route, Uploader, write_file
 from harness.store import LocalStore, Store, probe
 
 SHARED_WITHIN_S = 10.0
@@ -53,7 +53,7 @@ class Saver:
         self._words = f"saved step {self.saved_step}" if choice.manifest else "nothing saved yet"
         self._choice, self._ending, self._outage = choice, ending, outage
         self._saved_at = clock()
-        self._committed = False
+        self._committed, self._ended = False, False
         self._verified = self._read_from(self.store)
 
     @property
@@ -140,8 +140,9 @@ class Saver:
                 "Put run.dir on a file system that all nodes share.",
             )
 
-    def is_due(self, every_s: float | None) -> bool:
+    def is_due(self) -> bool:
         """Whether it is time to save, by the clock or because what the attempt went on from is gone."""
+        every_s = self.settings.save_every_s
         if every_s is not None and self.clock() - self._saved_at >= every_s:
             return True
         if self._uploader and (self._uploader.has_failed or self._uploader.origin_is_gone):  # `save` says what failed
@@ -206,6 +207,24 @@ class Saver:
         if self._uploader:
             self._uploader.forget(gone)
 
+    def keep(self, name: str, data: bytes) -> None:
+        """Write a file of the user's, on the writer: here at once, elsewhere in the background. What fails is said. Raises UsageError."""
+        key = fmt.file_key(name)
+        if self.attempt is None or self._ended:
+            raise UsageError(f"keep({name!r}) came outside the loop", remedy="Keep files between the first batch and the last.")
+        if not isinstance(data, bytes):
+            raise UsageError(f"keep({name!r}) takes bytes", f"found: {type(data).__name__}", "Text: text.encode().")
+        if self.ledger is None:
+            return
+        try:
+            if self.store.is_local:
+                write_file(self.store, key, data, self.attempt)
+        except StorageError as error:
+            self.ledger.write("not_kept", file=key, store=str(self.store), error=str(error))
+            self._outage.say(f"harness: warning: {key} is not in {self.store}: {error.what} ({error.found}); training goes on")
+        if self._uploader:
+            self._uploader.keep(key, data)
+
     def hand_in(self, give_up: Callable[[], object]) -> str:
         """Copy the last checkpoint of a finished run to the remote store if that lacks it, without an attempt; returns what was done.
 
@@ -253,7 +272,7 @@ class Saver:
         Raises StorageError if after `wait_s`, or when `limit_s()` seconds are over, a checkpoint is still not where it should be,
         SupersededError. Collective: every rank must call it.
         """
-        record = {"step": step, "saved": saved} | details
+        record, self._ended = {"step": step, "saved": saved} | details, True
         if why == "stopped":  # whoever stops us may not wait for the upload
             self._ending.record(why, self.stores[:1], saved_step=self.saved_step, **record)
         problem = self.world.on_writer(lambda: self._settle(limit_s() - LAST_S), give_up=give_up)

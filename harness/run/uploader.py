@@ -23,6 +23,16 @@ AGAIN_S = 10.0  # after a failed upload
 IDLE_S = 20.0  # how often events are sent, and the origin is looked for, when there is nothing to upload
 STALLED_S = 20.0  # after the limit, an upload without progress for so long is given up
 END_S = 10.0  # how long the last events are worth a wait
+MOST_KEPT_BYTES = 64 << 20  # of the user's files, in an outage
+
+
+def write_file(store: Store, key: str, data: bytes, attempt: Attempt) -> None:
+    """Write a file of the user's own, in a folder that may not be there yet. Raises StorageError."""
+    if store.is_local and store.exists(fmt.attempt_key(attempt.number)):  # a run directory that has vanished is not made anew
+        folders = (key.rpartition("/")[0],)
+        store.prepare(folders)
+        store.sweep(folders, attempt.number)
+    store.write(key, data, attempt.number)
 
 
 @dataclass(frozen=True)
@@ -51,6 +61,7 @@ class Uploader:
         self._there: set[str] = set()
         self._verified: set[str] = set()
         self._segments, self._segment = 0, b""
+        self._kept: dict[str, bytes] = {}  # the user's files that are still to be sent, the oldest first
         self._state = threading.Condition()
         self._closing = False
         self._give_up_at = math.inf  # from then on nothing is tried again
@@ -81,6 +92,16 @@ class Uploader:
             for name in names:
                 self._history.pop(name, None)
 
+    def keep(self, key: str, data: bytes) -> None:
+        """Send a file of the user's with the next turn; until then, the newest data of each name, and of very much the newest files."""
+        with self._state:
+            self._kept.pop(key, None)
+            self._kept[key] = data
+            while len(self._kept) > 1 and sum(map(len, self._kept.values())) > MOST_KEPT_BYTES:
+                oldest = next(iter(self._kept))
+                del self._kept[oldest]
+                self._not_kept(oldest, "too much is waiting to be sent")
+
     def pinned(self) -> set[str]:
         """What must not be deleted from the run directory yet."""
         return {manifest.name for manifest in self._wanted()}
@@ -109,12 +130,16 @@ class Uploader:
         with self._state:
             self._give_up_at = self.clock() + limit_s
             self._state.notify_all()
-            while self._wanted() and self._failure is None:
+            while (self._wanted() or self._kept) and self._failure is None:
                 late_s = self.clock() - self._give_up_at
                 if late_s > 0 and (self._problem or self.clock() - self.outage.worked_at > min(STALLED_S, limit_s)):
+                    if not self._wanted():  # no other start could send a file that only this process knows of
+                        break
                     return self._problem or f"{self.outage.name} does not answer: {self.outage.last}"
                 self._state.wait(0.2)
         self.check()
+        for key in list(self._kept):
+            self._not_kept(key, self._problem or self.outage.last)
         if self._newest is not None and self._newest.name not in self._there:  # the copy in the run directory is damaged
             return self._problem or f"{self._newest.name} cannot be uploaded: its copy in the run directory is damaged"
         return ""
@@ -154,10 +179,26 @@ class Uploader:
                 return 0.0
             self._look_after_origin(remote)
             self._send_events()
+            self._send_kept(remote)
         except StorageError as error:
             return self._failed(error)
         self._behind_since = None
         return IDLE_S
+
+    def _send_kept(self, remote: Store) -> None:
+        while self._kept and not self._wanted():
+            with self._state:
+                key, data = next(iter(self._kept.items()))
+            check_fence(remote, self.attempt)  # a newer attempt's file is not replaced by ours
+            write_file(remote, key, data, self.attempt)
+            with self._state:
+                if self._kept.get(key) is data:
+                    del self._kept[key]
+                self._state.notify_all()
+
+    def _not_kept(self, key: str, why: str) -> None:
+        self.ledger.write("not_kept", file=key, store=str(self.route.remote), error=why)
+        self.outage.say(f"harness: warning: {key} is not in {self.route.remote}: {why}")
 
     def _look_after_origin(self, remote: Store) -> None:
         """Until the first commit nothing but the origin holds the run; and a newer attempt should be heard of early."""
