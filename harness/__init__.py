@@ -4,16 +4,18 @@ Reading order, which is the order of a run:
 
     train.py      the program: settings, task, the loop
     run/          the library that the loop is written with: init, track, batches, log, evaluate
-    config.py     every setting                           data/         which sample comes next
+    config/       every setting                           data/         which sample comes next
     step.py       one optimizer step                      state.py      what survives a kill
     checkpoint/   how it is written, found, verified      store/        where files lie
     ranks.py      the other processes                     ddp.py        modules wrapped for them
     stop/         signals, deadlines, the watchdog        events.py     what is said
     retry.py      what is tried again, and how long       slurm.py      the job script
+    exchange/     files for others, and from others
 
 Imports only go down these layers, and each third-party library has one door:
 
     train, cli
+    exchange
     run
     events
     state, step, checkpoint
@@ -29,10 +31,28 @@ from typing import TYPE_CHECKING, Any
 from harness.errors import HarnessError
 
 if TYPE_CHECKING:
+    from harness.exchange.compare import compare
+    from harness.exchange.describe import describe
+    from harness.exchange.export import export
+    from harness.exchange.fit import load_weights, warm_start
+    from harness.exchange.importing import import_checkpoint
+    from harness.exchange.rebuild import load_model
     from harness.run import Run, init
     from harness.task import Task
 
-__all__ = ["HarnessError", "Run", "Task", "init"]
+__all__ = [
+    "HarnessError",
+    "Run",
+    "Task",
+    "compare",
+    "describe",
+    "export",
+    "import_checkpoint",
+    "init",
+    "load_model",
+    "load_weights",
+    "warm_start",
+]
 __version__ = "0.1.0"
 
 
@@ -40,7 +60,11 @@ def __getattr__(name: str) -> Any:
     """Import on first use, so that a command that needs no torch starts at once."""
     import importlib
 
-    homes = {"Run": "harness.run", "init": "harness.run", "Task": "harness.task"}
+    homes = {
+        "Run": "run", "init": "run", "Task": "task", "compare": "exchange.compare", "describe": "exchange.describe",
+        "export": "exchange.export", "import_checkpoint": "exchange.importing", "load_model": "exchange.rebuild",
+        "load_weights": "exchange.fit", "warm_start": "exchange.fit",
+    }  # fmt: skip
     if name not in homes:
         raise AttributeError(f"module 'harness' has no attribute {name!r}")
-    return getattr(importlib.import_module(homes[name]), name)
+    return getattr(importlib.import_module(f"harness.{homes[name]}"), name)

@@ -41,8 +41,8 @@ def shells_of(module: object) -> list[DistributedDataParallel]:
 
 
 def wrap(module: nn.Module, world: World) -> nn.Module:
-    """DistributedDataParallel on this rank's device; a module without trainable parameters stays as it is."""
-    if not any(parameter.requires_grad for parameter in module.parameters()):
+    """DistributedDataParallel on this rank's device; a module without trainable parameters, or in no group, stays as it is."""
+    if not world.joined or not any(parameter.requires_grad for parameter in module.parameters()):
         return module
     return DistributedDataParallel(module, device_ids=[world.device.index] if world.device.type == "cuda" else None)
 

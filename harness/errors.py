@@ -73,10 +73,15 @@ def by_exit_code(code: int, message: str) -> HarnessError:
     return kinds.get(code, HarnessError)(message)
 
 
+def printable(text: str) -> str:
+    """Text that came out of a file, without what a terminal would obey."""
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+
+
 def report(error: HarnessError) -> None:
     """Print an error for people: in full on rank 0, in one line on the others, once where all ranks have the same."""
     rank = int(os.environ.get("RANK", "0"))
-    first, *rest = str(error).split("\n")
+    first, *rest = printable(str(error)).split("\n")
     text = "\n".join([f"harness: error: {first}", *(f"  {line}" for line in rest)])
     if rank != 0:
         if isinstance(error, UsageError | SupersededError):

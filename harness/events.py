@@ -11,13 +11,13 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
 from harness.checkpoint.attempts import now
-from harness.errors import StorageError
+from harness.errors import StorageError, printable
 from harness.store import LocalStore
 
 LIVE_EVERY_S, LINE_EVERY_S = 0.1, 10.0
@@ -188,3 +188,15 @@ def size(size_bytes: float) -> str:
             break
         size_bytes /= 1000
     return f"{size_bytes:.0f} {unit}" if unit == "B" else f"{size_bytes:.1f} {unit}"
+
+
+def table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+    """Columns, aligned to the left, without lines."""
+    lines = [[printable(cell).replace("\n", " ") for cell in row] for row in [header, *rows]]
+    widths = [max(len(line[at]) for line in lines) for at in range(len(header))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)
+
+
+def number(value: float | None) -> str:
+    """Five digits, or - for what was not measured."""
+    return "-" if value is None else f"{value:.5g}"

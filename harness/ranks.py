@@ -48,6 +48,11 @@ class World:
     def is_writer(self) -> bool:
         return self.rank == 0
 
+    @property
+    def joined(self) -> bool:
+        """Whether there is a process group, be it of one; without one this stands for a process that does not train."""
+        return self._group is not None
+
     def agree(self, values: list[int]) -> list[int]:
         """Element-wise maximum over all ranks. Collective: every rank must call it."""
         if self.size == 1:
@@ -71,6 +76,12 @@ class World:
         if self.size > 1:
             for buffer in module.buffers():
                 dist.broadcast(buffer, 0)
+
+    def share_state(self, module: nn.Module) -> None:
+        """Give every rank the writer's parameters and buffers. Collective: every rank must call it."""
+        if self.size > 1:
+            for tensor in (*module.parameters(), *module.buffers()):
+                dist.broadcast(tensor.detach(), 0)
 
     def on_writer(self, work: Callable[[], T], *, give_up: Callable[[], object] = lambda: None) -> T:
         """Run `work` on the writer and give every rank its result (which JSON must be able to hold).

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from harness.config import SlurmSettings
+from harness.config.settings import SlurmSettings
 from harness.errors import UsageError
 
 MOST_BYTES, MOST_FILES = 1 << 20, 5000  # of one file; of all

@@ -30,7 +30,7 @@ from torch.nn.parameter import is_lazy
 
 from harness.data.order import seed_cpu, seed_of
 from harness.ddp import plain
-from harness.errors import NonFiniteError, UsageError
+from harness.errors import NonFiniteError, UsageError, printable
 
 Seen = dict[Any, tuple[torch.Tensor, torch.Tensor]]  # where a tensor lies -> itself and what is saved of it
 MOST_BITS = 2000  # of a number; the safe loader reads none that is much longer
@@ -133,10 +133,11 @@ def restore(tracked: Mapping[str, Any], classes: Mapping[str, str], payload: Map
         if isinstance(plain(thing), nn.Module) and not any(is_lazy(value) for value in plain(thing).state_dict().values()):
             check_tensors(name, plain(thing).state_dict(), state, source)
     for name, thing in tracked.items():
-        _restore_one(name, plain(thing), payload[f"{name}_state_dict"], source)
+        restore_one(name, plain(thing), payload[f"{name}_state_dict"], source)
 
 
-def _restore_one(name: str, thing: Any, state: Any, source: str) -> None:
+def restore_one(name: str, thing: Any, state: Any, source: str) -> None:
+    """Give one object its state back, bit for bit. Raises UsageError."""
     try:
         thing.load_state_dict(state)
     except (ValueError, KeyError, RuntimeError) as error:
@@ -174,24 +175,36 @@ def class_name(thing: Any) -> str:
 
 def check_tensors(name: str, own: Mapping[str, Any], saved: Mapping[str, Any], source: str) -> None:
     """Raises UsageError with a table of missing, unexpected and mis-shaped tensors, if there are any."""
+    if rows := mismatches(own, saved):
+        raise UsageError(
+            f"{source} is a checkpoint of another {name}: {len(rows)} tensor(s) differ",
+            mismatch_table(rows),
+            "Put the old model back, or take a new run directory.",
+        )
+
+
+def mismatches(own: Mapping[str, Any], saved: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
+    """What keeps one state dict from taking the place of another: (missing | unexpected | mis-shaped, name, own shape, saved shape)."""
 
     def shape(value: Any) -> str:
-        return "x".join(map(str, value.shape)) or "scalar" if isinstance(value, torch.Tensor) else type(value).__name__
+        if not isinstance(value, torch.Tensor):
+            return type(value).__name__
+        odd = "" if value.layout is torch.strided and not value.is_quantized else " quantized" if value.is_quantized else " sparse"
+        return ("x".join(map(str, value.shape)) or "scalar") + (" without data" if value.is_meta else odd)
 
     rows = [("missing", key, shape(own[key]), "-") for key in own if key not in saved]
     rows += [("unexpected", key, "-", shape(saved[key])) for key in saved if key not in own]
-    rows += [
+    return rows + [
         ("mis-shaped", key, shape(own[key]), shape(saved[key])) for key in own if key in saved and shape(own[key]) != shape(saved[key])
     ]
-    if rows:
-        width = max(len(row[1]) for row in rows)
-        table = "\n".join(f"  {kind:<10}  {key:<{width}}  {mine:>14}  {theirs:>14}" for kind, key, mine, theirs in rows[:40])
-        more = f"\n  … and {len(rows) - 40} more" if len(rows) > 40 else ""
-        raise UsageError(
-            f"{source} is a checkpoint of another {name}: {len(rows)} tensor(s) differ",
-            f"  {'':<10}  {'tensor':<{width}}  {'this model':>14}  {'checkpoint':>14}\n{table}{more}",
-            "Put the old model back, or take a new run directory.",
-        )
+
+
+def mismatch_table(rows: list[tuple[str, str, str, str]]) -> str:
+    """The mismatches for people, the first forty."""
+    width = max(len(row[1]) for row in rows)
+    lines = [f"  {'':<10}  {'tensor':<{width}}  {'this model':>14}  {'checkpoint':>14}"]
+    lines += [f"  {kind:<10}  {printable(key):<{width}}  {mine:>14}  {theirs:>14}" for kind, key, mine, theirs in rows[:40]]
+    return "\n".join([*lines, f"  … and {len(rows) - 40} more"] if len(rows) > 40 else lines)
 
 
 def as_built(thing: Any) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from harness.config import TrainSettings
+from harness.config.settings import TrainSettings
 from harness.ddp import plain, wrap
 from harness.errors import NonFiniteError, UsageError
 from harness.ranks import World
@@ -179,7 +179,8 @@ class Ema:
     @torch.no_grad()
     def update(self) -> None:
         """Take the source's present weights into the average."""
-        torch._foreach_lerp_(list(self.module.parameters()), list(self.source.parameters()), 1 - self.decay)
+        if own := list(self.module.parameters()):
+            torch._foreach_lerp_(own, list(self.source.parameters()), 1 - self.decay)
         for own, theirs in zip(self.module.buffers(), self.source.buffers(), strict=True):
             own.copy_(theirs)
 

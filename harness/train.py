@@ -48,6 +48,8 @@ def train(build: Callable[..., Task], settings: Config, stored: dict[str, Any]) 
         log_every_steps=settings.log.every_steps,
     )  # fmt: skip
     job = build(**settings.task.args)
+    if settings.init.from_ is not None:
+        harness.warm_start(run, job.modules, settings.init.from_, strict=settings.init.strict, rename=settings.init.rename)
     stepper = step.Stepper(job, settings.train, run.world)
     run.track(**stepper.tracked)
     accumulate = accumulation(settings.train.global_batch_size, run.world_size, settings.train.micro_batch_size)

@@ -22,7 +22,7 @@ from s3_server import S3Server
 
 from harness.checkpoint.format import CHECKPOINT_NAME
 from harness.cli import main
-from harness.cli.diff import differences
+from harness.exchange.compare import differences
 
 STEPS, EVERY = 40, 5
 TASK = (

@@ -468,7 +468,7 @@ def test_a_disk_that_is_full_for_a_while_costs_nothing(tmp_path, small_disk, cap
     assert [load.load(store, manifest)["step"] for manifest in survey(store).manifests] == [2, 10, 12]
     assert not [path for path in (small_disk / "a/checkpoints").iterdir() if ".tmp-" in path.name or "00000004" in path.name]
     trained(settings[0], "train.epochs=3", "checkpoint.every_steps=2", "run.dir=b", "task.args.bad_from=4")
-    from harness.cli.diff import differences
+    from harness.exchange.compare import differences
 
     ours, theirs = newest(small_disk / "a"), newest(tmp_path / "b")
     assert list(differences({**ours, "config": 0}, {**theirs, "config": 0})) == []

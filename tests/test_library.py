@@ -24,8 +24,9 @@ import harness
 from harness import cli, state, step, stop
 from harness.checkpoint import load
 from harness.checkpoint.history import survey
-from harness.config import TrainSettings
+from harness.config.settings import TrainSettings
 from harness.errors import NonFiniteError, UsageError
+from harness.exchange.compare import differences
 from harness.ranks import World
 from harness.store import LocalStore
 
@@ -447,7 +448,7 @@ def test_evaluating_changes_no_bit_of_the_training(tmp_path):
 
     one, other = trained(tmp_path / "a", False), trained(tmp_path / "b", True)
     for key in ("model_state_dict", "rng"):
-        assert list(cli.diff.differences(one[key], other[key])) == []
+        assert list(differences(one[key], other[key])) == []
     assert other["metrics"].keys() == {"v"}
 
 
@@ -517,7 +518,7 @@ def test_capturing_changes_no_live_object():
     before = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
     gradients = [parameter.grad.clone() for parameter in model.parameters()]
     captured = state.capture({"model": wrapped, "optimizer": optimizer})
-    assert list(cli.diff.differences(before, (model.state_dict(), optimizer.state_dict()))) == []
+    assert list(differences(before, (model.state_dict(), optimizer.state_dict()))) == []
     assert {key: (v.data_ptr(), v.device, v.requires_grad) for key, v in model.named_parameters()} == places
     assert all(torch.equal(p.grad, gradient) for p, gradient in zip(model.parameters(), gradients, strict=True))
     assert model.training and captured["model_state_dict"].keys() == model.state_dict().keys()
@@ -624,7 +625,7 @@ def test_the_state_of_an_optimizer_keeps_its_dtype():
     state.restore({"optimizer": fresh}, {"optimizer": "AdamW"}, captured, "here")
     assert {entry["exp_avg"].dtype for entry in fresh.state.values()} == {torch.bfloat16}
     assert {entry["exp_avg_sq"].dtype for entry in fresh.state.values()} == {torch.float32}
-    assert list(cli.diff.differences(captured["optimizer_state_dict"], fresh.state_dict())) == []
+    assert list(differences(captured["optimizer_state_dict"], fresh.state_dict())) == []
 
 
 def test_a_half_precision_model_keeps_full_precision_state():
@@ -634,7 +635,7 @@ def test_a_half_precision_model_keeps_full_precision_state():
     again = net().bfloat16()
     fresh = torch.optim.AdamW(again.parameters(), lr=0.1)
     state.restore({"model": again, "optimizer": fresh}, {}, captured, "here")
-    assert list(cli.diff.differences(captured, state.capture({"model": again, "optimizer": fresh}))) == []
+    assert list(differences(captured, state.capture({"model": again, "optimizer": fresh}))) == []
     assert {entry["exp_avg"].dtype for entry in fresh.state.values()} == {torch.float32}
 
 
@@ -651,7 +652,7 @@ def test_another_model_is_shown_as_a_table_and_nothing_is_changed():
     rows = [line.split() for line in said.splitlines()]
     assert ["missing", "5.weight", "1x1", "-"] in rows and ["unexpected", "4.bias", "-", "1"] in rows
     assert ["mis-shaped", "0.weight", "8x12", "16x12"] in rows
-    assert fresh.state_dict()["state"] == {} and list(cli.diff.differences(before, other.state_dict())) == []
+    assert fresh.state_dict()["state"] == {} and list(differences(before, other.state_dict())) == []
 
 
 def test_another_class_of_optimizer_is_refused():
@@ -685,7 +686,7 @@ def test_averaged_weights_survive(tmp_path):
     torch.testing.assert_close(average.module[0].weight, start + 0.1 * (1 - start))
     assert torch.all(average.module[1].running_mean == 5.0)
     other = restored(average, step.Ema(net(), 0.9), tmp_path)
-    assert list(cli.diff.differences(average.state_dict(), other.state_dict())) == []
+    assert list(differences(average.state_dict(), other.state_dict())) == []
     assert not other.module.training and not any(p.requires_grad for p in other.module.parameters())
 
 
@@ -726,7 +727,7 @@ def test_the_gradient_scaler_survives(tmp_path):
     assert other.scaler.state_dict() == one.scaler.state_dict()
     for stepper in (one, other):
         stepper([torch.ones(4, 12)], (1.0,), 4)
-    assert list(cli.diff.differences(state.capture(one.tracked), state.capture(other.tracked))) == []
+    assert list(differences(state.capture(one.tracked), state.capture(other.tracked))) == []
 
 
 def test_overflows_of_the_gradient_scaler_are_skipped_but_not_counted():
@@ -735,7 +736,7 @@ def test_overflows_of_the_gradient_scaler_are_skipped_but_not_counted():
     for at in range(4):
         stepper([torch.full((4, 12), 1e4)], (1.0,), at + 1)
     assert stepper.guard.skipped_in_a_row == 0 and stepper.scaler.get_scale() < 2**16
-    assert list(cli.diff.differences(before, stepper.modules["model"].state_dict())) == []
+    assert list(differences(before, stepper.modules["model"].state_dict())) == []
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -744,7 +745,7 @@ def test_a_loss_that_is_not_finite_stops_the_update_even_if_its_gradients_are_fi
     before = copy.deepcopy(stepper.modules["model"].state_dict())
     for at in range(2):
         stepper([torch.ones(4, 12)], (1.0,), at + 1)
-    assert list(cli.diff.differences(before, stepper.modules["model"].state_dict())) == []
+    assert list(differences(before, stepper.modules["model"].state_dict())) == []
     with pytest.raises(NonFiniteError, match="not finite at step 3"):
         stepper([torch.ones(4, 12)], (1.0,), 3)
 

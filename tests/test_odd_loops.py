@@ -17,7 +17,7 @@ import harness
 from harness import cli, state
 from harness.checkpoint import retention
 from harness.checkpoint.history import survey
-from harness.cli.diff import differences
+from harness.exchange.compare import differences
 from harness.errors import UsageError
 from harness.store import LocalStore
 

@@ -16,7 +16,7 @@ from slurm_cluster import GRACE_S, SlurmCluster
 from slurm_runs import STEPS, Submitted, assert_equal, submitted, train_whole
 from test_storm import losses
 
-from harness.cli.diff import differences
+from harness.exchange.compare import differences
 
 pytestmark = pytest.mark.slow
 

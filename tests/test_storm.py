@@ -16,7 +16,7 @@ from conftest import alone, events, kill_tree, outliving, run, start, torchrun, 
 
 from harness.checkpoint import load
 from harness.checkpoint.history import survey
-from harness.cli.diff import differences
+from harness.exchange.compare import differences
 from harness.store import LocalStore
 
 

@@ -23,7 +23,8 @@ COMMANDS = {
     "prune": "delete what retention lets go, and what crashes left behind",
     "rollback": "let a run go on from an older checkpoint",
     "supervise": "for job scripts: may this launch begin, shall there be another one",
-    "import": "let a checkpoint become the beginning of another run",
+    "export": "a model for others: weights, safetensors, TorchScript, torch.export …",
+    "import": "let a checkpoint, or anybody's file, become the beginning of a run",
 }
 
 

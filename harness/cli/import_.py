@@ -1,33 +1,78 @@
-"""Let a checkpoint become the beginning of another run, which goes on from there by itself: a fork.
+"""Let a checkpoint become the beginning of a run, which goes on from there by itself.
+
+FILE is a run or a checkpoint of this harness: then NEWRUN is a fork. Or it is a file that somebody else's script wrote, of torch.save,
+safetensors or TorchScript: then key=value (and --config) name the task, as for training; the task is built, what is recognised in the
+file is shown as a table, fitted into it, and becomes step k of NEWRUN. What does not fit is refused, or left out with
+init.strict=false; init.rename={'^backbone\\.': 'encoder.'} renames. Nothing in FILE is executed.
 
 example: harness import runs/a/checkpoints/step_00000120-0003.pt runs/b
+example: harness import theirs.pth runs/b task.name=my_task:build task.args.width=128
 """
 
 from __future__ import annotations
 
 import argparse
+import shlex
+import sys
 
 from harness.checkpoint import attempts, save
 from harness.checkpoint import format as fmt
-from harness.checkpoint.history import survey
 from harness.cli import locate
 from harness.errors import UsageError
 from harness.events import say
-from harness.store import open_store
+from harness.exchange.files import is_ours
+from harness.exchange.importing import empty_store, import_checkpoint
+from harness.store import is_url
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", metavar="CHECKPOINT")
+    parser.add_argument("file", metavar="FILE")
     parser.add_argument("run", metavar="NEWRUN", help="a directory or URL that holds no run yet")
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="of the new run; the task above all")
+    parser.add_argument("--config", metavar="FILE", help="the same as a YAML file")
+    parser.add_argument("--as", dest="parts", action="append", default=[], metavar="NAME=KEY", help="the task's NAME is KEY in the file")
+    parser.add_argument("--without", action="append", default=[], metavar="NAME", help="leave it out: it begins anew")
+    parser.add_argument("--epoch", type=int, help="to go on with, counted from 0; else as in the file")
+    parser.add_argument("--step", type=int, help="updates made so far; else as in the file, or by the epoch")
+    parser.add_argument("--trust", action="store_true", help="let the file run code when it is loaded")
+    parser.add_argument("--dry-run", action="store_true", help="write nothing")
 
 
 def run(given: argparse.Namespace) -> int:
-    source, manifest = locate.checkpoint(given.checkpoint)
-    store = open_store(given.run)
-    found = survey(store)
-    if found.greatest or found.manifests:
-        raise UsageError(f"{store} holds a run already", f"found: attempt {found.greatest}", "Choose another directory.")
+    if is_ours(given.file) and not (given.settings or given.config):
+        return _fork(given.file, given.run, given.dry_run)
+    wrong = [part for part in given.parts if not all(part.partition("="))]
+    if wrong:
+        raise UsageError(f"--as {wrong[0]} names nothing", remedy="Write --as generator=netG.")
+    if given.trust:
+        say(f"harness: warning: {given.file} may run any code while it is loaded", sys.stderr)
+    words = import_checkpoint(
+        given.file,
+        given.run,
+        config=given.config,
+        settings=given.settings,
+        parts=dict(part.split("=", 1) for part in given.parts),
+        without=given.without,
+        epoch=given.epoch,
+        step=given.step,
+        trust=given.trust,
+        dry_run=given.dry_run,
+    )
+    say(words)
+    if not given.dry_run:
+        config = ["--config", given.config] if given.config else []
+        place = f"run.{'remote' if is_url(given.run) else 'dir'}={given.run}"
+        say(f"to go on: {shlex.join(['harness', 'launch', '--nproc-per-node', '1', *config, *given.settings, place])}")
+    return 0
+
+
+def _fork(file: str, place: str, dry_run: bool) -> int:
+    source, manifest = locate.checkpoint(file)
+    store, found = empty_store(place)
     locate.check(source, manifest)  # before anything is written
+    if dry_run:
+        say(f"{store} would begin with {manifest.name}; nothing was written")
+        return 0
     store.prepare(fmt.FOLDERS)
     attempt = attempts.claim(found, manifest, manifest.world_size, kind="import")
     copy = save.adopt(source, manifest, store, attempt, ())

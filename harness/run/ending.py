@@ -20,6 +20,7 @@ from harness.checkpoint.attempts import Attempt
 from harness.errors import HarnessError, LostRankError, StorageError, SupersededError, report
 from harness.events import say
 from harness.ranks import World, is_lost_peer, own_rank
+from harness.run.hints import hint
 from harness.store import Store
 
 AFTER_OTHERS_S = 1.0
@@ -96,8 +97,10 @@ class Ending:
             lost = {"lost": True} if isinstance(error, LostRankError) else {}
             self._create(why, self._stores, details | {"error": str(error), "code": error.exit_code} | lost)
         else:
-            made = self._create(why, self._stores, details | {"error": lines[-1].strip(), "trace": "".join(lines)[-MOST_TRACE:]})
-            say(f"harness: uncaught error on rank {own_rank()}: {lines[-1].strip()}", sys.stderr)
+            told = f"harness: hint: {words}" if (words := hint(error)) else ""
+            trace_text = "".join(lines)[-MOST_TRACE:] + told
+            made = self._create(why, self._stores, details | {"error": lines[-1].strip(), "trace": trace_text})
+            say(f"harness: uncaught error on rank {own_rank()}: {lines[-1].strip()}\n{told}".rstrip(), sys.stderr)
             if not (made and launches.own()):  # else the supervisor shows it, last
                 self._default(kind, error, trace)
             return

@@ -121,7 +121,7 @@ class RemoteStore(Store):
         found = self.head(key)
         if found is None:
             raise MissingError(self.where(key))
-        return io.BufferedReader(RangeFile(self, found), buffer_size=1 << 18)
+        return io.BufferedReader(RangeFile(self, found), buffer_size=1 << 17)
 
     def chunks(self, key: str) -> Iterator[bytes]:
         found = self.head(key)

@@ -1,0 +1,47 @@
+"""Write a model for others: weights, a whole checkpoint, safetensors, TorchScript, a program of torch.export.
+
+CHECKPOINT is a run, one of its checkpoints, or any file that torch.save, safetensors or TorchScript wrote; a path or a URL, as OUT. The
+task that builds the model is that of the run; for other files name it: --config FILE, task.name=package.module:build.
+
+example: harness export runs/a model.pt
+example: harness export s3://bucket/a model.safetensors --format safetensors --which best
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from harness.events import say
+from harness.exchange import export as exchange
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", metavar="CHECKPOINT")
+    parser.add_argument("out", metavar="OUT", help="a path or URL that does not exist yet")
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="the task of a file that does not name it")
+    parser.add_argument("--format", choices=exchange.FORMATS, default="weights")
+    parser.add_argument("--which", default="newest", metavar="newest|best|STEP", help="of a run")
+    parser.add_argument("--ema", action="store_true", help="the averaged weights")
+    parser.add_argument("--module", metavar="NAME", help="of several modules")
+    parser.add_argument("--legacy", action="store_true", help="as PyTorch before 1.6 wrote")
+    parser.add_argument("--force", action="store_true", help="replace OUT")
+    parser.add_argument("--trust", action="store_true", help="let the file run code when it is loaded")
+    parser.add_argument("--config", metavar="FILE")
+
+
+def run(given: argparse.Namespace) -> int:
+    words = exchange.export(
+        given.checkpoint,
+        given.out,
+        given.format,
+        which=given.which,
+        ema=given.ema,
+        module=given.module,
+        legacy=given.legacy,
+        overwrite=given.force,
+        trust=given.trust,
+        config=given.config,
+        settings=given.settings,
+    )
+    say(f"wrote {given.out}\n\n{words}")
+    return 0

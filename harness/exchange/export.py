@@ -1,0 +1,227 @@
+"""Write a model for others: in the documents' own formats, for everybody's tools, or as a program that needs none of the code.
+
+Each is written to a temporary file, read back, compared with what it was made of, and only then appears, whole, under its name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from harness.checkpoint.load import first_line
+from harness.checkpoint.locate import WAIT_S
+from harness.config import Config
+from harness.config import load as load_settings
+from harness.errors import HarnessError, StorageError, UsageError
+from harness.exchange import compare, content, files, program, rebuild
+from harness.exchange.content import OPTIMIZER, Part
+from harness.exchange.files import Loaded
+from harness.store import CHUNK_BYTES, LocalStore, Store, is_url, open_store
+from harness.task import named
+
+PROGRAMS = ("torchscript", "exported")
+FORMATS = ("weights", "full", "module", "safetensors", *PROGRAMS)
+EVAL = "model.eval()  # or Dropout and BatchNorm go on as in training, and the answers are wrong"
+
+Write = Callable[[Path], list[str]]  # writes the file, checks it, and returns how to load it
+
+
+def export(
+    checkpoint: str | Path,
+    out: str | Path,
+    format: str = "weights",
+    *,
+    which: str | int = "newest",
+    ema: bool = False,
+    module: str | None = None,
+    legacy: bool = False,
+    overwrite: bool = False,
+    trust: bool = False,
+    config: str | None = None,
+    settings: Sequence[str] = (),
+) -> str:
+    """Write the model of a run, of a checkpoint or of anybody's file to a path or URL, whole or not at all; returns how to load it.
+
+    `format`: "weights" (the state dict), "full" (model, optimizer, epoch and loss under the keys of PyTorch's tutorial), "module" (the
+    pickled module), "safetensors", "torchscript" or "exported" (`torch.export`). Of several modules `module` names one. `ema`: the
+    averaged weights. `legacy`: as PyTorch before 1.6 wrote. `config` (a YAML file) and `settings` (["task.name=…"]) name the task where the
+    file does not. Raises UsageError, DamagedError, StorageError.
+    """
+    _check_asked(format, str(out), legacy, ema)
+    store, key = _destination(str(out), overwrite)
+    loaded = files.read_any(checkpoint, which, trust=trust)
+    held = rebuild.pick(rebuild.states(loaded, ema=ema), module, loaded.file.where)
+    if len(held) > 1 and format not in ("weights", "full"):
+        raise UsageError(f"{format} holds one module", f"found: {', '.join(held)}", f"Name one: --module {next(iter(held))}.")
+    if format in ("module", *PROGRAMS):
+        chosen = load_settings(config, list(settings))[0] if config or settings else rebuild.settings_of(loaded)
+        write = _of_code(loaded, chosen, format, next(iter(held)), ema, legacy)
+    else:
+        write = _of_data(loaded, held, format, lone=module is not None or len(held) == 1, legacy=legacy)
+    with _scratch(store, key) as path:
+        try:
+            lines = write(path)
+        except OSError as error:
+            raise StorageError(f"cannot write {out}", f"found: {error}", "Free some space, or name another place.") from error
+        _put(path, store, key)
+    return "\n".join(line.replace("OUT", Path(out).name) for line in lines)
+
+
+def _check_asked(format: str, out: str, legacy: bool, ema: bool) -> None:
+    if format not in FORMATS:
+        raise UsageError(f"there is no format {format!r}", f"expected: {', '.join(FORMATS)}")
+    if legacy and format not in ("weights", "full", "module"):
+        raise UsageError(f"{format} has no older form", remedy="--legacy is for weights, full and module.")
+    if format == "exported" and not out.endswith(".pt2"):
+        raise UsageError(f"torch.export.load reads no file that is called {Path(out).name}", remedy="Let its name end with .pt2.")
+    if ema and format == "full":
+        raise UsageError("the optimizer does not belong to the averaged weights", remedy="Take --format weights with --ema.")
+
+
+def _destination(out: str, overwrite: bool) -> tuple[Store, str]:
+    text = out if is_url(out) else str(Path(out).expanduser().absolute())
+    folder, _, key = text.rpartition("/")
+    if not key or (not is_url(out) and Path(out).is_dir()):
+        raise UsageError(f"{out} is a directory", remedy="Name a file.")
+    if not is_url(out) and not Path(folder or "/").is_dir():
+        raise UsageError(f"there is no folder {folder}", remedy="Make it first.")
+    store = open_store(folder or "/", WAIT_S)
+    if store.exists(key) and not overwrite:
+        raise UsageError(f"{out} is there already", remedy="Name another file, or insist: --force (overwrite=True).")
+    return store, key
+
+
+def _of_data(loaded: Loaded, held: Mapping[str, Part], format: str, *, lone: bool, legacy: bool) -> Write:
+    """What needs no code: state dicts as they are."""
+    first = next(iter(held.values())).value
+    if format == "safetensors":
+        return lambda path: _write_safetensors(path, loaded, first)
+    states = {f"{name}_state_dict": part.value for name, part in ({"model": next(iter(held.values()))} if lone else held).items()}
+    if format == "weights":
+        value = first if lone else states
+        lines = _reading('torch.load("OUT", weights_only=True){}', {name: "" if lone else f'["{name}"]' for name in states})
+        return lambda path: _write_torch(path, value, legacy, lines)
+    parts = content.recognise(loaded)
+    optimizers = {f"{part.name}_state_dict": part.value for part in parts if part.kind == OPTIMIZER}
+    if not optimizers:
+        raise UsageError(f"{loaded.file.where} holds no optimizer", remedy="Take --format weights.")
+    full = {"epoch": content.number_of(parts, "epoch")} | states | optimizers | {"loss": content.number_of(parts, "loss")}
+    begin, end = 'checkpoint = torch.load("OUT", weights_only=True)', 'epoch, loss = checkpoint["epoch"], checkpoint["loss"]'
+    lines = [begin, *_reading("checkpoint{}", {name: f'["{name}"]' for name in (*states, *optimizers)}, tuple(states)), end]
+    return lambda path: _write_torch(path, full, legacy, lines)
+
+
+def _reading(source: str, places: Mapping[str, str], modules: tuple[str, ...] = ()) -> list[str]:
+    """The lines that load each state dict from its place in a source; a module's also say what must not be forgotten."""
+    names = {key: key.removesuffix("_state_dict") for key in places}
+    return [
+        *(f"{name} = …  # built as for training" for name in names.values()),
+        *(f"{name}.load_state_dict({source.format(places[key])})" for key, name in names.items()),
+        *(EVAL.replace("model", name) for key, name in names.items() if not modules or key in modules),
+    ]
+
+
+def _of_code(loaded: Loaded, settings: Config, format: str, name: str, ema: bool, legacy: bool) -> Write:
+    """What is made by running the task's code."""
+    job = rebuild.build(settings)
+    modules = named(job.modules, "model")
+    name = name if name in modules or len(modules) > 1 else next(iter(modules))
+    chosen = rebuild.pick(modules, name, settings.task.name)
+    rebuild.fill(chosen, loaded, ema=ema)
+    model = chosen[name].eval()
+    if format == "module":
+        return lambda path: _write_module(path, model, legacy)
+    given = program.example(job, name, model, settings.task.name)
+    if format == "torchscript":
+        return lambda path: [*program.script(path, model, given), 'model = torch.jit.load("OUT")  # in eval mode; torch::jit::load in C++']
+    return lambda path: [*program.exported(path, model, given), 'model = torch.export.load("OUT").module()  # in eval mode, for good']
+
+
+def _save(path: Path, value: Any, legacy: bool) -> None:
+    with path.open("wb") as file:  # by a name, torch would write it itself, and have no word for a full disk
+        try:
+            torch.save(value, file, _use_new_zipfile_serialization=not legacy)
+        except RuntimeError as error:  # the old format's word for it
+            if "write()" not in str(error):
+                raise
+            raise OSError(str(error)) from error
+
+
+def _write_torch(path: Path, value: Any, legacy: bool, lines: list[str]) -> list[str]:
+    _save(path, value, legacy)
+    back = torch.load(path, map_location="cpu", weights_only=True)
+    _check_equal(path, value, back)
+    return lines
+
+
+def _write_safetensors(path: Path, loaded: Loaded, value: Mapping[str, Any]) -> list[str]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file, save_file
+
+    strange = [key for key, item in value.items() if not isinstance(item, torch.Tensor)]
+    if strange:
+        raise UsageError("safetensors holds tensors only", f"found: {', '.join(strange[:5])}", "Take --format weights.")
+    manifest = loaded.manifest
+    facts = {"run": manifest.run_id, "step": manifest.step, "epoch": manifest.epoch, "loss": manifest.loss} if manifest else {}
+    apart = {key: item.clone().contiguous() for key, item in value.items()}  # the format keeps no tensor twice; tied ones are written out
+    try:
+        save_file(apart, path, {"format": "pt"} | {name: str(fact) for name, fact in facts.items()})
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
+    _check_equal(path, apart, load_file(path))
+    return ["from safetensors.torch import load_file", *_reading('load_file("OUT")', {"model": ""})]
+
+
+def _write_module(path: Path, model: nn.Module, legacy: bool) -> list[str]:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            _save(path, model, legacy)
+            back = torch.load(path, map_location="cpu", weights_only=False)  # our own, just written
+    except (AttributeError, TypeError, RuntimeError, ValueError, LookupError) as error:
+        raise UsageError("the module cannot be pickled", f"found: {first_line(error)}", "Take --format weights.") from error
+    _check_equal(path, model.state_dict(), back.state_dict())
+    return [
+        "WARNING: this file is tied to the very code that it was made with, and loading it runs whatever is in it.",
+        "Give it to nobody who does not trust you; --format weights has neither fault.",
+        'model = torch.load("OUT", weights_only=False)',
+        EVAL,
+    ]
+
+
+def _check_equal(path: Path, wanted: Any, found: Any) -> None:
+    if wrong := list(compare.differences(wanted, found)):
+        raise HarnessError(f"{path} does not read back as it was written", f"found: {wrong[0][0]} differs", "Is the disk sound?")
+
+
+@contextlib.contextmanager
+def _scratch(store: Store, key: str) -> Iterator[Path]:
+    """A temporary file: beside its destination, or, of a remote one, where this machine keeps such."""
+    if isinstance(store, LocalStore):
+        file = store.scratch(key, 0)
+        file.close()
+        path = Path(file.name)
+    else:
+        handle, name = tempfile.mkstemp(suffix=".part")
+        os.close(handle)
+        path = Path(name)
+    try:
+        yield path
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            path.unlink()
+
+
+def _put(path: Path, store: Store, key: str) -> None:
+    with path.open("rb") as file, store.writer(key, 0) as sink:
+        while chunk := file.read(CHUNK_BYTES):
+            sink.write(chunk)
+        sink.commit()

@@ -1,0 +1,136 @@
+"""See what is in a pickle that names classes of its own, without loading one of them.
+
+A class or function that is not plainly harmless is replaced by a stand-in, which does nothing and keeps what it is given. So a pickled
+module shows its parameters, and a checkpoint with somebody's options in it the rest, on any machine and without running anything.
+"""
+
+from __future__ import annotations
+
+import collections
+import functools
+import io
+import pickle
+import zipfile
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+# They make tensors, and containers, of what they are given; the rest of torch's own are not needed for a look.
+REBUILD = ("_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_parameter", "_rebuild_parameter_with_state")
+
+
+class StandIn:
+    """In the place of an object whose class is not loaded; `state` is what it was to be built from."""
+
+    called = "an object"
+
+    def __init__(self, *given: Any, **named: Any) -> None:
+        self.state: Any = named or (list(given) if given else {})
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        if isinstance(self.state, dict):
+            self.state[key] = value
+
+    def append(self, value: Any) -> None:
+        """What is appended is not kept."""
+
+    def extend(self, values: Any) -> None:
+        """What is appended is not kept."""
+
+
+class NotLoaded(str):
+    """A word in the place of an object."""
+
+
+def _stand_in(name: str) -> type[StandIn]:
+    return type(name.rpartition(".")[2], (StandIn,), {"called": name})
+
+
+class Unpickler(pickle.Unpickler):
+    """What `torch.load` takes for its `pickle_module.Unpickler`."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("collections", "OrderedDict"):
+            return functools.partial(collections.OrderedDict)  # nothing in the pickle gets hold of the class, or of the functions below
+        if module == "torch._utils" and name in REBUILD:
+            return functools.partial(getattr(torch._utils, name))
+        if module == "torch" and (name in ("Size", "device") or isinstance(getattr(torch, name, None), torch.dtype)):
+            found = getattr(torch, name)
+            return found if isinstance(found, torch.dtype) else functools.partial(found)
+        return _stand_in(f"{module}.{name}")
+
+
+class ScriptUnpickler(Unpickler):
+    """Reads the main pickle of a TorchScript file; its tensors' data only `with_data`."""
+
+    def __init__(self, archive: zipfile.ZipFile, main: str, *, with_data: bool) -> None:
+        super().__init__(io.BytesIO(archive.read(main)))
+        self._archive, self._folder, self._with_data = archive, f"{main.removesuffix('data.pkl')}data", with_data
+
+    def persistent_load(self, saved: Any) -> Any:
+        kind, number, count = saved[1], saved[2], saved[4]
+        dtype = getattr(torch, kind.called.rpartition(".")[2]).dtype
+        size_bytes = count * dtype.itemsize
+        if self._with_data:
+            raw = bytearray(self._archive.read(f"{self._folder}/{number}"))
+            if len(raw) < size_bytes:
+                raise EOFError(f"{len(raw)} bytes of {size_bytes}")
+            storage = torch.frombuffer(raw, dtype=torch.uint8).untyped_storage() if raw else torch.UntypedStorage(0)  # type: ignore[no-untyped-call]
+        else:
+            storage = torch.UntypedStorage(size_bytes, device="meta")  # type: ignore[no-untyped-call]
+        return torch.storage.TypedStorage(wrap_storage=storage, dtype=dtype, _internal=True)  # type: ignore[no-untyped-call]
+
+
+def torchscript(archive: zipfile.ZipFile, *, with_data: bool) -> tuple[dict[str, torch.Tensor], bool]:
+    """The tensors in a TorchScript file by the names of their modules, and whether it is in training mode.
+
+    `torch.jit.load` would run code of the file's own (`__setstate__`), which can write to the disk.
+    """
+    main = min((name for name in archive.namelist() if name.rpartition("/")[2] == "data.pkl"), key=len)
+    root = ScriptUnpickler(archive, main, with_data=with_data).load()
+    is_training = isinstance(root, StandIn) and isinstance(root.state, dict) and bool(root.state.get("training"))
+    return collections.OrderedDict(_attributes(root)), is_training
+
+
+def _attributes(module: Any, prefix: str = "", depth: int = 0) -> Iterator[tuple[str, torch.Tensor]]:
+    state = module.state if isinstance(module, StandIn) and isinstance(module.state, dict) and depth < 100 else {}
+    for name, item in state.items():
+        if isinstance(item, torch.Tensor):
+            yield f"{prefix}{name}", item
+        else:
+            yield from _attributes(item, f"{prefix}{name}.", depth + 1)
+
+
+def load(file: Any, **options: Any) -> Any:
+    """As `pickle.load`."""
+    return Unpickler(file, **options).load()
+
+
+def opened(value: Any) -> Any:
+    """The same with each module's stand-in replaced by its state dict, and others by a word on them."""
+    if isinstance(value, StandIn):
+        if isinstance(value.state, dict) and "_parameters" in value.state:
+            return collections.OrderedDict(_parameters(value))
+        return NotLoaded(f"{value.called}, not loaded")
+    if isinstance(value, dict):
+        made = {key: opened(item) for key, item in value.items()}
+        return collections.OrderedDict(made) if isinstance(value, collections.OrderedDict) else made
+    if isinstance(value, list | tuple):
+        return [opened(item) for item in value]
+    return value
+
+
+def _parameters(module: StandIn, prefix: str = "", depth: int = 0) -> Iterator[tuple[str, torch.Tensor]]:
+    for kind in ("_parameters", "_buffers"):
+        held = module.state.get(kind)
+        for name, tensor in held.items() if isinstance(held, dict) else ():
+            if isinstance(tensor, torch.Tensor):
+                yield f"{prefix}{name}", tensor
+    inner = module.state.get("_modules")
+    for name, child in inner.items() if isinstance(inner, dict) and depth < 100 else ():
+        if isinstance(child, StandIn) and isinstance(child.state, dict):
+            yield from _parameters(child, f"{prefix}{name}.", depth + 1)

@@ -1,0 +1,106 @@
+"""Build a run's task anew and give its modules the weights of a checkpoint: a model that is ready to be used."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from harness import config, state, task
+from harness.config import Config
+from harness.errors import UsageError
+from harness.exchange import content, files
+from harness.exchange.content import MODULE, Part
+from harness.exchange.files import Loaded
+from harness.task import Task
+
+
+def load_model(
+    source: str | Path, which: str | int = "newest", *, ema: bool = False, module: str | None = None, into: nn.Module | None = None
+) -> Any:
+    """The model of a run, on the CPU, in eval mode, ready for inference.
+
+    `source` is a run (directory or URL) or one of its checkpoints; `which` its newest, its best, or the number of a step. The module is
+    rebuilt by the task that the run's settings name, whose code must be importable; `into` takes a module of your own instead, as for
+    a run with a loop of its own. Of several modules `module` names one, without it a dict of all is returned. `ema`: the averaged
+    weights. The generators of random numbers are left as they are. Raises UsageError, DamagedError, StorageError.
+    """
+    loaded = files.read_any(source, which)
+    if into is not None:
+        into_name = module or "model"
+        fill({into_name: into}, loaded, ema=ema)
+        return into.eval()
+    modules = task.named(build(settings_of(loaded)).modules, "model")
+    chosen = pick(modules, module, loaded.file.where)
+    fill(chosen, loaded, ema=ema)
+    for each in chosen.values():
+        each.eval()
+    return next(iter(chosen.values())) if module is not None or len(modules) == 1 else chosen
+
+
+def settings_of(loaded: Loaded) -> Config:
+    """The settings that a checkpoint was trained with. Raises UsageError if it holds none, or names no task."""
+    stored = loaded.value.get("config") if isinstance(loaded.value, Mapping) else None
+    if not isinstance(stored, Mapping) or not names_task(stored):
+        raise UsageError(
+            f"{loaded.file.where} does not say which task it is of, so its model cannot be built",
+            "found: the checkpoint of a loop of its own, or a file that somebody else's script wrote",
+            "Name the task (task.name=package.module:build), or in Python give a module: load_model(…, into=module).",
+        )
+    return config.restored(stored)
+
+
+def names_task(stored: Any) -> bool:
+    """Whether these are settings of this harness, and not what a loop of its own, or somebody's script, kept as its own."""
+    return isinstance(stored, Mapping) and isinstance(stored.get("task"), Mapping) and "name" in stored["task"]
+
+
+def build(settings: Config) -> Task:
+    """The task that the settings name. This process's generators are as before afterwards."""
+    found = task.find(settings.task.name, settings.task.args)
+    generators = state.rng_state()
+    try:
+        state.seed_rank(settings.train.seed, "build")  # as in training: data that is made up in `build` is the same
+        return found(**settings.task.args)
+    finally:
+        state.set_rng_state(generators)
+
+
+def pick(things: Mapping[str, Any], name: str | None, where: str) -> dict[str, Any]:
+    """The one of that name, or all. Raises UsageError."""
+    if name is not None and name not in things:
+        raise UsageError(f"{where} has no module {name!r}", f"found: {', '.join(things)}")
+    return dict(things) if name is None else {name: things[name]}
+
+
+def states(loaded: Loaded, *, ema: bool = False) -> dict[str, Part]:
+    """The state dicts of a file's modules, or their averages, by the modules' names. Raises UsageError."""
+    modules = {part.name: part for part in content.recognise(loaded) if part.kind == MODULE}
+    classes = loaded.manifest.classes if loaded.manifest else {}
+    of_weights = [name for name in modules if (name == "ema" or name.endswith("_ema")) and classes.get(name, "Ema") == "Ema"]
+    averages = {"model" if name == "ema" else name.removesuffix("_ema"): name for name in of_weights}
+    if not ema:
+        return {name: part for name, part in modules.items() if name not in averages.values()}
+    if not averages:
+        raise UsageError(
+            f"{loaded.file.where} holds no averaged weights",
+            f"found: {', '.join(modules)}",
+            "They are kept when train.ema_decay is set.",
+        )
+    return {name: modules[average] for name, average in averages.items()}
+
+
+def fill(modules: Mapping[str, nn.Module], loaded: Loaded, *, ema: bool = False) -> None:
+    """Load each module's weights, or their averages. Raises UsageError with a table if they do not fit."""
+    held = states(loaded, ema=ema)
+    modules = {name: each for name, each in modules.items() if each.state_dict()}
+    for name in modules:
+        if name not in held and len(modules) == len(held) == 1:
+            held = {name: next(iter(held.values()))}
+        if name not in held:
+            raise UsageError(f"{loaded.file.where} holds no weights of {name!r}", f"found: {', '.join(held)}")
+        state.check_tensors(name, modules[name].state_dict(), held[name].value, loaded.file.where)
+    for name, each in modules.items():
+        each.load_state_dict(held[name].value)
