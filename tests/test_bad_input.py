@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import json
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -22,6 +23,7 @@ from harness import state, stop, task, train
 from harness.checkpoint import load
 from harness.checkpoint.history import survey
 from harness.errors import DamagedError, HarnessError, NonFiniteError, SaveError, StorageError, UsageError
+from harness.run.hints import hint
 from harness.store import LocalStore
 
 SMALL = (
@@ -517,6 +519,45 @@ def test_an_error_of_the_task_keeps_its_traceback_and_is_recorded(tmp_path):
     assert ended.returncode == 1 and "Traceback" in ended.stderr and "ValueError: the task fails in forward pass 3" in ended.stderr
     assert end_of(tmp_path / "a")["why"] == "failed" and "the task fails in forward pass 3" in end_of(tmp_path / "a")["error"]
     assert steps_of(tmp_path / "a") == [2]
+
+
+MISTAKES = {
+    "a path as state": ('model.load_state_dict("model.pt")', "takes what torch.load returns, not a path"),
+    "another architecture": ("model.load_state_dict({})", "harness.load_weights(model, path) shows which"),
+    "parameters saved": ('torch.save(model.parameters(), "model.pt")', "save model.state_dict()"),
+    "a pickle": ('torch.save(model, "m.pt"); torch.load("m.pt", weights_only=True)', "`harness show FILE` names what"),
+    "another device": (
+        'raise RuntimeError("Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu!")',
+        "model.to(run.device)",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_classic_mistake_is_told_what_to_do_about_it(mistake, tmp_path):
+    line, words = MISTAKES[mistake]
+    with pytest.raises((TypeError, RuntimeError, pickle.UnpicklingError)) as caught:
+        exec(line, {"torch": torch, "model": torch.nn.Linear(2, 2)})
+    assert words in str(hint(caught.value))
+    assert hint(ValueError("something else")) is None
+
+
+def test_what_to_do_about_a_mistake_stands_below_the_error_and_in_the_record(tmp_path):
+    (tmp_path / "loop.py").write_text(
+        """
+import torch, harness
+
+run = harness.init("a")
+model = torch.nn.Linear(2, 2)
+run.track(model=model)
+for batch in run.batches(torch.zeros(8, 2), 4, epochs=1):
+    model.load_state_dict("model.pt")
+"""
+    )
+    ended = run([sys.executable, "loop.py"], cwd=tmp_path)
+    assert ended.returncode == 1 and "Traceback" in ended.stderr
+    assert "hint: load_state_dict takes what torch.load returns, not a path" in ended.stderr
+    assert "not a path" in end_of(tmp_path / "a")["trace"]
 
 
 def test_the_program_is_the_one_of_this_checkout():

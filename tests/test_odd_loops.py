@@ -17,8 +17,8 @@ import harness
 from harness import cli, state
 from harness.checkpoint import retention
 from harness.checkpoint.history import survey
-from harness.exchange.compare import differences
 from harness.errors import UsageError
+from harness.exchange.compare import differences
 from harness.store import LocalStore
 
 Make = Callable[["harness.Run"], Callable[[torch.Tensor], torch.Tensor]]

@@ -60,10 +60,8 @@ def test_a_stop_signal_to_any_process_saves_at_one_step_and_loses_none(whole: Pa
     assert losses(directory) == losses(whole)
 
 
-@pytest.mark.parametrize(
-    "delay_s",
-    [pytest.param(0.5, marks=pytest.mark.slow), 3.5, pytest.param(1.5, marks=pytest.mark.slow), pytest.param(5.0, marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("delay_s", [0.5, 1.5, 3.5, 5.0])
 def test_a_signal_during_start_up_ends_the_process_soon_and_the_run_goes_on(
     delay_s: float, whole: Path, tmp_path: Path, started: Start
 ) -> None:

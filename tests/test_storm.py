@@ -90,7 +90,7 @@ BYTES = (
 SMALL = ("task.name=small_task:build", "train.epochs=12", "log.every_steps=1", "checkpoint.every_steps=7", "checkpoint.best=val_loss:min")
 STORMS = [
     pytest.param(2, DIGITS, Storm(1, 4, 60), id="digits-2", marks=pytest.mark.slow),
-    pytest.param(3, BYTES, Storm(2, 3, 50), id="bytes-3"),
+    pytest.param(3, BYTES, Storm(2, 3, 50), id="bytes-3", marks=pytest.mark.slow),
     *(pytest.param(ranks, task, Storm(11, 12, 30), id=f"{name}-{ranks}-long", marks=pytest.mark.slow)
       for name, task in (("digits", DIGITS), ("bytes", BYTES)) for ranks in (2, 3)),
     *(pytest.param(ranks, (*SMALL, setting), Storm(13, 6, 20), id=f"{setting}-{ranks}", marks=pytest.mark.slow)

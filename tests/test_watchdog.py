@@ -133,8 +133,8 @@ def test_a_process_that_was_stopped_is_not_taken_for_one_that_hangs(started: Sta
     text = """
 watchdog.BACKSTOP_S = 60
 dog = watchdog.Watchdog(tell)
-dog.expect("work", 5.0)
-until = time.monotonic() + 7.0  # known before anybody is told, or the stop comes first
+dog.expect("work", 3.0)
+until = time.monotonic() + 5.0  # known before anybody is told, or the stop comes first
 say("begun")
 while time.monotonic() < until:
     time.sleep(0.05)
@@ -145,7 +145,7 @@ say("done")
     assert process.stdout.readline() == "begun\n"
     process.send_signal(signal.SIGSTOP)
     wait_until(lambda: psutil.Process(process.pid).status() == psutil.STATUS_STOPPED, "the stop")
-    time.sleep(6.0)  # longer than the limit
+    time.sleep(4.0)  # longer than the limit
     process.send_signal(signal.SIGCONT)
     out, err = process.communicate(timeout=20)
     assert (process.returncode, out) == (0, "done\n"), err
