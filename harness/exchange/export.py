@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pickle
 import tempfile
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from harness.checkpoint.locate import WAIT_S
 from harness.config import Config
 from harness.config import load as load_settings
 from harness.errors import HarnessError, StorageError, UsageError
+from harness.events import muted
 from harness.exchange import compare, content, files, program, rebuild
 from harness.exchange.content import OPTIMIZER, Part
 from harness.exchange.files import Loaded
@@ -182,11 +183,10 @@ def _write_safetensors(path: Path, loaded: Loaded, value: Mapping[str, Any]) -> 
 
 def _write_module(path: Path, model: nn.Module, legacy: bool) -> list[str]:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with muted():
             _save(path, model, legacy)
             back = torch.load(path, map_location="cpu", weights_only=False)  # our own, just written
-    except (AttributeError, TypeError, RuntimeError, ValueError, LookupError) as error:
+    except (pickle.PickleError, AttributeError, TypeError, RuntimeError, ValueError, LookupError) as error:
         raise UsageError("the module cannot be pickled", f"found: {first_line(error)}", "Take --format weights.") from error
     _check_equal(path, model.state_dict(), back.state_dict())
     return [

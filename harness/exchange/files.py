@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import io
-import logging
 import os
 import pickletools
 import re
 import tempfile
-import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -28,7 +26,7 @@ from harness.checkpoint.format import Manifest
 from harness.checkpoint.load import UNPARSEABLE, first_line
 from harness.checkpoint.locate import WAIT_S
 from harness.errors import DamagedError, HarnessError, StorageError, UsageError
-from harness.events import Bar, size
+from harness.events import Bar, muted, size
 from harness.exchange import headers, inert
 from harness.store import Store, is_url, open_store
 
@@ -58,7 +56,6 @@ class File:
     key: str
     kind: str
     size_bytes: int
-    names: tuple[str, ...] = ()  # of the records in a zip file
 
     @property
     def where(self) -> str:
@@ -121,12 +118,12 @@ def _identified_zip(store: Store, key: str, file: BinaryIO, size_bytes: int) -> 
     total = sum(record.file_size for record in records)
     if total > 4 * size_bytes + SLACK_BYTES:
         raise UsageError(f"{where} would unpack to {size(total)}", f"found: a file of {size(size_bytes)}", "No checkpoint is like that.")
-    names = tuple(record.filename for record in records)
+    names = [record.filename for record in records]
     ends = {name.rpartition("/")[2] for name in names}
     kind = TORCHSCRIPT if {"data.pkl", "constants.pkl"} <= ends else TORCH if "data.pkl" in ends else EXPORTED
     if kind == EXPORTED and "archive_format" not in ends:
         raise UsageError(f"{where} holds no model", f"found: a zip file with {', '.join(names[:3])}", "Expected: a file of torch.save.")
-    return File(store, key, kind, size_bytes, names)
+    return File(store, key, kind, size_bytes)
 
 
 def read_any(path: str | Path, which: str | int = locate.NEWEST, *, trust: bool = False) -> Loaded:
@@ -186,25 +183,19 @@ def _script(file: File, opened: BinaryIO, *, with_data: bool) -> Loaded:
 
 def _inert(file: File) -> Loaded:
     """What is in a pickle that wants to run code, which it does not get."""
-    with file.store.open(file.key) as opened, _said(file, opened), warnings.catch_warnings(), FakeTensorMode():
-        warnings.simplefilter("ignore")
+    with file.store.open(file.key) as opened, _said(file, opened), muted(), FakeTensorMode():
         value = inert.opened(torch.load(opened, weights_only=False, pickle_module=inert))
     return _checked(Loaded(file, value, {"wants": f"{', '.join(_wanted(file))} (not loaded)"}))
 
 
 def _without_data(opened: BinaryIO) -> Any:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of a pickle's protocol
-        before = logging.root.manager.disable
-        logging.disable(logging.CRITICAL)  # of what it cannot do it logs pages
+    with muted():
         try:
             with FakeTensorMode():
                 return torch.load(opened, weights_only=True)
         except NotImplementedError:  # quantized and some sparse tensors are never without data
             opened.seek(0)
             return torch.load(opened, map_location="cpu", weights_only=True)
-        finally:
-            logging.disable(before)
 
 
 def read(file: File, *, trust: bool = False) -> Loaded:
@@ -216,8 +207,7 @@ def read(file: File, *, trust: bool = False) -> Loaded:
         )
     if not trust:
         outline(file)  # what claims more than it holds is not tried
-    with _local(file) as path, _said(file, None), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with _local(file) as path, _said(file, trust=trust), muted():
         if file.kind == SAFETENSORS:
             from safetensors import safe_open
 
@@ -251,7 +241,7 @@ def _local(file: File) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _said(file: File, opened: BinaryIO | None) -> Iterator[None]:
+def _said(file: File, opened: BinaryIO | None = None, *, trust: bool = False) -> Iterator[None]:
     """Turn what a reader raises for a file that it cannot read into words."""
     try:
         yield
@@ -260,6 +250,12 @@ def _said(file: File, opened: BinaryIO | None) -> Iterator[None]:
     except Exception as error:
         if failure := getattr(getattr(opened, "raw", None), "failure", None):
             raise failure from error
+        if trust:
+            raise UsageError(
+                f"{file.where} cannot be loaded",
+                f"found: {first_line(error)}",
+                "The code that it names must be there: start where it lies.",
+            ) from error
         if not isinstance(error, UNREADABLE) and "safetensor" not in type(error).__name__.lower():
             raise
         if "not enough memory" in str(error):  # torch's own words; the file is whole

@@ -6,7 +6,6 @@ as an ordinary checkpoint: whoever goes on from it needs to know nothing of wher
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,7 @@ from harness.data import loading
 from harness.data.fingerprint import describe
 from harness.data.order import Plan
 from harness.errors import UsageError
-from harness.events import table
+from harness.events import muted, table
 from harness.exchange import content, files, fit, rebuild
 from harness.exchange.content import OPTIMIZER, SCALER, SCHEDULER, Part
 from harness.exchange.files import Loaded
@@ -275,7 +274,6 @@ def _misshaped(held: Any, parameter: torch.Tensor) -> bool:
 
 
 def _advance(scheduler: Any, steps: int) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that no optimizer step came before
+    with muted():  # it would warn that no optimizer step came before
         for _ in range(steps):
             scheduler.step()

@@ -9,8 +9,6 @@ from __future__ import annotations
 import contextlib
 import inspect
 import io
-import logging
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +22,7 @@ from torch.utils.data import DataLoader
 from harness import state
 from harness.checkpoint.load import first_line
 from harness.errors import HarnessError, UsageError
+from harness.events import muted
 from harness.task import Task
 
 SAMPLES = 8
@@ -127,15 +126,9 @@ def exported(path: Path, model: nn.Module, given: Example) -> list[str]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """The compilers log pages before they raise."""
-    before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
+    """The compilers print pages before they raise."""
+    with muted(), contextlib.redirect_stderr(io.StringIO()):
+        yield
 
 
 def _checked(made: Callable[..., Any], model: nn.Module, given: Example) -> str:
