@@ -45,7 +45,8 @@ def pictures(directory: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in sorted(directory.glob("files/samples/*"))}
 
 
-@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 3])
 def test_a_killed_gan_goes_on_to_the_same_networks_and_pictures(ranks: int, tmp_path: Path) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     done = run(torchrun(ranks, *SHORT, f"run.dir={whole}"))

@@ -29,6 +29,7 @@ def by_hand(started: Start, home: Home, directories: list[str], proxies: list[Fa
     return [ended(process) for process in processes]
 
 
+@pytest.mark.slow
 def test_ranks_that_do_not_see_the_writers_disk_are_sent_the_bytes_and_the_run_is_exact(
     trained: Trained,  # noqa: F811
     tmp_path: Path,

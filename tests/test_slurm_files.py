@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.config import SlurmSettings
+from harness.config.settings import SlurmSettings
 from harness.slurm import Job, script
 
 FOLDER = Path(__file__).resolve().parent.parent / "slurm"

@@ -116,7 +116,8 @@ def test_a_run_killed_at_random_moments_equals_the_uninterrupted_one(
     assert len(losses(whole)) == survey(LocalStore(whole)).head.step
 
 
-@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 3])
 def test_one_rank_killed_under_torchrun_is_restarted_in_place_and_nothing_is_lost(ranks: int, tmp_path: Path) -> None:
     task = ("task.name=small_task:build", "task.args.sleep_s=0.02", "train.epochs=16", "log.every_steps=1", "checkpoint.every_steps=5",
             "checkpoint.best=val_loss:min")  # fmt: skip

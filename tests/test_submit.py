@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from harness import cli, config, slurm
-from harness.config import SlurmSettings
+from harness.config.settings import SlurmSettings
 from harness.slurm import Job, script
 
 PACKAGE = Path(slurm.__file__).resolve().parent

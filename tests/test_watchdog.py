@@ -277,6 +277,7 @@ def check_hang_is_told(directory: Path, output: str, rank: int) -> None:
         assert f"rank {own} hangs at step 13" in logs[own] and ("in die" in logs[own]) == (own in (0, rank)), logs[own]
 
 
+@pytest.mark.slow
 def test_a_rank_that_hangs_is_told_of_and_the_run_goes_on(whole: Callable[[int], Path], folder: Path) -> None:  # noqa: F811
     directory = folder / "run"
     done = run(launch(2, *crashing(folder, "13-1-hang-1"), "checkpoint.every_steps=5", "run.step_timeout_s=4"), cwd=folder)

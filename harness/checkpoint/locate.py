@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from harness.checkpoint import format as fmt
@@ -45,7 +46,7 @@ def _was_submitted(store: Store) -> bool:
 
 def is_run(path: str) -> bool:
     """Whether a path or URL means a run, not one of its checkpoints or another file."""
-    return Path(path).is_dir() or (is_url(path) and not path.endswith(FILES))
+    return os.path.isdir(path) or (is_url(path) and not path.endswith(FILES))
 
 
 def is_checkpoint(path: str) -> bool:

@@ -34,19 +34,23 @@ def main(arguments: list[str] | None = None) -> int:
     if not given or given[0] not in COMMANDS:
         return _overview(given)
     name, *rest = given
+    try:
+        return _run(name, rest)
+    except HarnessError as error:
+        report(error)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+
+
+def _run(name: str, rest: list[str]) -> int:
     module = importlib.import_module(f"harness.cli.{name.rstrip('_')}_" if name == "import" else f"harness.cli.{name}")
     summary, _, details = (module.__doc__ or "").strip().partition("\n")
     parser = argparse.ArgumentParser(
         prog=f"harness {name}", description=f"{summary}\n{details}", formatter_class=argparse.RawDescriptionHelpFormatter
     )
     module.add_arguments(parser)
-    try:
-        return int(module.run(*_parsed(parser, rest)))
-    except HarnessError as error:
-        report(error)
-        return error.exit_code
-    except KeyboardInterrupt:
-        return 130
+    return int(module.run(*_parsed(parser, rest)))
 
 
 def _parsed(parser: argparse.ArgumentParser, rest: list[str]) -> tuple[argparse.Namespace, ...] | tuple[argparse.Namespace, list[str]]:

@@ -43,5 +43,5 @@ def run(given: argparse.Namespace) -> int:
         config=given.config,
         settings=given.settings,
     )
-    say(f"wrote {given.out}\n\n{words}")
+    say(f"wrote {given.out} {words}")
     return 0

@@ -185,7 +185,7 @@ def changes(old: dict[str, Any], new: dict[str, Any]) -> list[Change]:
 
 def check_changes(old: dict[str, Any], new: dict[str, Any], accept: Sequence[str], override: Sequence[str]) -> list[Change]:
     """What differs and is all right. Raises UsageError naming every change that would alter the trajectory and is not insisted on."""
-    found = [change for change in changes(old, new) if not change.name.startswith("resume.")]
+    found = [change for change in changes(old, new) if not change.name.startswith(("resume.", "init."))]  # those of this start only
     refused = [] if "config" in accept else [change for change in found if not change.is_free and change.name not in override]
     if refused:
         raise UsageError(

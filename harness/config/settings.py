@@ -216,6 +216,6 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "store.keep_best": (lambda v: v >= 0, "a whole number from 0 on, or null"),
     "log.every_steps": (_positive, "a whole number above 0"),
     "init.from": (lambda v: v.strip() != "" and (not is_url(v) or check_url(v) is None), "a path or a URL without credentials, or null"),
-    "init.rename": (lambda v: all(map(_is_pattern, v)), "{'regular expression': 'replacement'}"),
+    "init.rename": (lambda v: all(map(_is_pattern, v)), "{'expression': 'replacement'}, with regular expressions that Python's re takes"),
     "resume.accept": (lambda v: set(v) <= {"config", "data", "remote"}, "a list of: config, data, remote"),
 }

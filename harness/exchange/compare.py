@@ -91,6 +91,8 @@ def compare(a: str | Path, b: str | Path, *, weights_only: bool = False) -> Comp
 
 def _named(loaded: Loaded, weights_only: bool) -> dict[str, Any]:
     parts = list(rebuild.states(loaded).values()) if weights_only else content.recognise(loaded)
+    if loaded.manifest:  # what only a run has is not missing in other people's files
+        parts = [part for part in parts if part.kind not in (content.OTHER, content.NUMBER) or part.name in ("epoch", "step", "loss")]
     modules = [part.name for part in parts if part.kind == content.MODULE]
     lone = modules[0] if len(modules) == 1 else None
     return {"model" if part.name == lone else part.name: part.value for part in parts}

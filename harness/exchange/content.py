@@ -151,7 +151,7 @@ def _without(prefix: str, name: str) -> str:
 
 def _strange(value: Any) -> str:
     if isinstance(value, torch.Tensor):
-        return f"a tensor of shape {'x'.join(map(str, value.shape)) or 'scalar'}"
+        return f"a tensor of shape {'x'.join(map(str, value.shape))}" if value.dim() else "a tensor with one number"
     if isinstance(value, list | tuple) and value and all(isinstance(item, torch.Tensor) for item in value):
         return f"{len(value)} tensors without names, as of list(model.parameters())"
     if isinstance(value, NotLoaded):

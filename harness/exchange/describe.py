@@ -11,7 +11,7 @@ from harness.checkpoint.format import Manifest
 from harness.errors import UsageError
 from harness.events import number, size, table
 from harness.exchange import content, files, rebuild
-from harness.exchange.content import MODULE, OPTIMIZER
+from harness.exchange.content import MODULE, OPTIMIZER, SCALER, SCHEDULER
 from harness.exchange.files import Loaded
 
 Rows = Sequence[tuple[str, ...]]
@@ -49,7 +49,7 @@ def describe(path: str | Path, which: str | int = "newest") -> Description:
     of_file = [("format", loaded.file.kind), ("size", size(loaded.file.size_bytes))]
     facts = _of_run(manifest, value["data"]) if manifest else of_file
     facts += [(name, fact[:200]) for name, fact in loaded.metadata.items()]
-    shown = [part for part in parts if part.kind in (MODULE, OPTIMIZER) or not manifest]
+    shown = [part for part in parts if part.kind in (MODULE, OPTIMIZER, SCHEDULER, SCALER) or not manifest]
     rows = [
         (name, str(t.dtype).removeprefix("torch."), "x".join(map(str, t.shape)) or "scalar", size(t.numel() * t.element_size()))
         for name, t in files.tensors(value)

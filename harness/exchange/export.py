@@ -6,22 +6,26 @@ Each is written to a temporary file, read back, compared with what it was made o
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import pickle
+import secrets
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
 from torch import nn
 
 from harness.checkpoint.load import first_line
-from harness.checkpoint.locate import WAIT_S
+from harness.checkpoint.locate import WAIT_S, is_checkpoint
 from harness.config import Config
 from harness.config import load as load_settings
+from harness.data.order import kept_generators
 from harness.errors import HarnessError, StorageError, UsageError
-from harness.events import muted
+from harness.events import muted, number
 from harness.exchange import compare, content, files, program, rebuild
 from harness.exchange.content import OPTIMIZER, Part
 from harness.exchange.files import Loaded
@@ -56,8 +60,9 @@ def export(
     averaged weights. `legacy`: as PyTorch before 1.6 wrote. `config` (a YAML file) and `settings` (["task.name=…"]) name the task where the
     file does not. Raises UsageError, DamagedError, StorageError.
     """
-    _check_asked(format, str(out), legacy, ema)
-    store, key = _destination(str(out), overwrite)
+    out = str(out)
+    _check_asked(format, out, legacy, ema)
+    store, key = _destination(out, overwrite)
     loaded = files.read_any(checkpoint, which, trust=trust)
     held = rebuild.pick(rebuild.states(loaded, ema=ema), module, loaded.file.where)
     if len(held) > 1 and format not in ("weights", "full"):
@@ -67,13 +72,19 @@ def export(
         write = _of_code(loaded, chosen, format, next(iter(held)), ema, legacy)
     else:
         write = _of_data(loaded, held, format, lone=module is not None or len(held) == 1, legacy=legacy)
-    with _scratch(store, key) as path:
+    with _scratch(store, key) as path, kept_generators():  # a module may draw random numbers
         try:
             lines = write(path)
         except OSError as error:
             raise StorageError(f"cannot write {out}", f"found: {error}", "Free some space, or name another place.") from error
         _put(path, store, key)
-    return "\n".join(line.replace("OUT", Path(out).name) for line in lines)
+    name = json.dumps(Path(out).name, ensure_ascii=False)
+    return "\n".join([_origin(loaded), "", *(line.replace('"OUT"', name) for line in lines)])
+
+
+def _origin(loaded: Loaded) -> str:
+    metrics = loaded.manifest.metrics if loaded.manifest else {}
+    return f"from {loaded.file.where}" + "".join(f", {name} {number(value)}" for name, value in metrics.items())
 
 
 def _check_asked(format: str, out: str, legacy: bool, ema: bool) -> None:
@@ -88,14 +99,22 @@ def _check_asked(format: str, out: str, legacy: bool, ema: bool) -> None:
 
 
 def _destination(out: str, overwrite: bool) -> tuple[Store, str]:
-    text = out if is_url(out) else str(Path(out).expanduser().absolute())
-    folder, _, key = text.rpartition("/")
-    if not key or (not is_url(out) and Path(out).is_dir()):
-        raise UsageError(f"{out} is a directory", remedy="Name a file.")
-    if not is_url(out) and not Path(folder or "/").is_dir():
-        raise UsageError(f"there is no folder {folder}", remedy="Make it first.")
-    store = open_store(folder or "/", WAIT_S)
-    if store.exists(key) and not overwrite:
+    if is_checkpoint(out):
+        raise UsageError(f"{out} is where a run keeps its checkpoints", remedy="Name a file elsewhere.")
+    if is_url(out):
+        if not urlsplit(out).path.strip("/") or out.endswith("/"):
+            raise UsageError(f"{out} names no file", remedy="Name one: s3://bucket/model.pt.")
+        folder, _, key = out.rpartition("/")
+        store = open_store(folder, WAIT_S)
+        is_there = store.exists(key)
+    else:
+        path = Path(os.path.realpath(Path(out).expanduser()))  # what a link leads to
+        store, key, is_there = open_store(path.parent, WAIT_S), path.name, os.path.lexists(out)
+        if path.exists() and not path.is_file():
+            raise UsageError(f"{out} is {'a directory' if path.is_dir() else 'no plain file'}", remedy="Name a file.")
+        if not path.parent.is_dir():
+            raise UsageError(f"there is no folder {path.parent}", remedy="Make it first.")
+    if is_there and not overwrite:
         raise UsageError(f"{out} is there already", remedy="Name another file, or insist: --force (overwrite=True).")
     return store, key
 
@@ -108,7 +127,8 @@ def _of_data(loaded: Loaded, held: Mapping[str, Part], format: str, *, lone: boo
     states = {f"{name}_state_dict": part.value for name, part in ({"model": next(iter(held.values()))} if lone else held).items()}
     if format == "weights":
         value = first if lone else states
-        lines = _reading('torch.load("OUT", weights_only=True){}', {name: "" if lone else f'["{name}"]' for name in states})
+        places = {name: "" if lone else f'["{name}"]' for name in states}
+        lines = ["import torch", *_reading('torch.load("OUT", weights_only=True){}', places)]
         return lambda path: _write_torch(path, value, legacy, lines)
     parts = content.recognise(loaded)
     optimizers = {f"{part.name}_state_dict": part.value for part in parts if part.kind == OPTIMIZER}
@@ -116,7 +136,7 @@ def _of_data(loaded: Loaded, held: Mapping[str, Part], format: str, *, lone: boo
         raise UsageError(f"{loaded.file.where} holds no optimizer", remedy="Take --format weights.")
     full = {"epoch": content.number_of(parts, "epoch")} | states | optimizers | {"loss": content.number_of(parts, "loss")}
     begin, end = 'checkpoint = torch.load("OUT", weights_only=True)', 'epoch, loss = checkpoint["epoch"], checkpoint["loss"]'
-    lines = [begin, *_reading("checkpoint{}", {name: f'["{name}"]' for name in (*states, *optimizers)}, tuple(states)), end]
+    lines = ["import torch", begin, *_reading("checkpoint{}", {name: f'["{name}"]' for name in (*states, *optimizers)}, tuple(states)), end]
     return lambda path: _write_torch(path, full, legacy, lines)
 
 
@@ -141,19 +161,23 @@ def _of_code(loaded: Loaded, settings: Config, format: str, name: str, ema: bool
     if format == "module":
         return lambda path: _write_module(path, model, legacy)
     given = program.example(job, name, model, settings.task.name)
-    if format == "torchscript":
-        return lambda path: [*program.script(path, model, given), 'model = torch.jit.load("OUT")  # in eval mode; torch::jit::load in C++']
-    return lambda path: [*program.exported(path, model, given), 'model = torch.export.load("OUT").module()  # in eval mode, for good']
+    make, line = {
+        "torchscript": (program.script, 'model = torch.jit.load("OUT")  # in eval mode; torch::jit::load in C++'),
+        "exported": (program.exported, 'model = torch.export.load("OUT").module()  # in eval mode, for good'),
+    }[format]
+    return lambda path: [*make(path, model, given), "import torch", line]
 
 
 def _save(path: Path, value: Any, legacy: bool) -> None:
     with path.open("wb") as file:  # by a name, torch would write it itself, and have no word for a full disk
         try:
             torch.save(value, file, _use_new_zipfile_serialization=not legacy)
-        except RuntimeError as error:  # the old format's word for it
-            if "write()" not in str(error):
-                raise
-            raise OSError(str(error)) from error
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError | KeyboardInterrupt):  # the zip format hides it behind what it meets next
+                raise error.__context__ from None
+            if "write()" in str(error):  # the old format's words for it
+                raise OSError(str(error)) from error
+            raise
 
 
 def _write_torch(path: Path, value: Any, legacy: bool, lines: list[str]) -> list[str]:
@@ -167,9 +191,11 @@ def _write_safetensors(path: Path, loaded: Loaded, value: Mapping[str, Any]) -> 
     from safetensors import SafetensorError
     from safetensors.torch import load_file, save_file
 
-    strange = [key for key, item in value.items() if not isinstance(item, torch.Tensor)]
+    strange = [
+        k for k, item in value.items() if not isinstance(item, torch.Tensor) or item.layout is not torch.strided or item.is_quantized
+    ]
     if strange:
-        raise UsageError("safetensors holds tensors only", f"found: {', '.join(strange[:5])}", "Take --format weights.")
+        raise UsageError("safetensors holds plain tensors only", f"found: {', '.join(strange[:5])}", "Take --format weights.")
     manifest = loaded.manifest
     facts = {"run": manifest.run_id, "step": manifest.step, "epoch": manifest.epoch, "loss": manifest.loss} if manifest else {}
     apart = {key: item.clone().contiguous() for key, item in value.items()}  # the format keeps no tensor twice; tied ones are written out
@@ -190,8 +216,9 @@ def _write_module(path: Path, model: nn.Module, legacy: bool) -> list[str]:
         raise UsageError("the module cannot be pickled", f"found: {first_line(error)}", "Take --format weights.") from error
     _check_equal(path, model.state_dict(), back.state_dict())
     return [
-        "WARNING: this file is tied to the very code that it was made with, and loading it runs whatever is in it.",
-        "Give it to nobody who does not trust you; --format weights has neither fault.",
+        f"WARNING: this file is tied to the very code that it was made with, of {type(model).__module__}, which must be there to load it.",
+        "Loading it runs whatever is in it: give it to nobody who does not trust you. --format weights has neither fault.",
+        "import torch",
         'model = torch.load("OUT", weights_only=False)',
         EVAL,
     ]
@@ -204,20 +231,14 @@ def _check_equal(path: Path, wanted: Any, found: Any) -> None:
 
 @contextlib.contextmanager
 def _scratch(store: Store, key: str) -> Iterator[Path]:
-    """A temporary file: beside its destination, or, of a remote one, where this machine keeps such."""
-    if isinstance(store, LocalStore):
-        file = store.scratch(key, 0)
-        file.close()
-        path = Path(file.name)
-    else:
-        handle, name = tempfile.mkstemp(suffix=".part")
-        os.close(handle)
-        path = Path(name)
-    try:
-        yield path
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            path.unlink()
+    """The path of a temporary file: beside its destination, or, of a remote one, where this machine keeps such."""
+    name = f"{key}.tmp-0000-{secrets.token_hex(4)}"
+    with tempfile.TemporaryDirectory() if not isinstance(store, LocalStore) else contextlib.nullcontext(store.root) as folder:
+        path = Path(folder, name)
+        try:
+            yield path
+        finally:
+            path.unlink(missing_ok=True)
 
 
 def _put(path: Path, store: Store, key: str) -> None:

@@ -77,11 +77,7 @@ def find(path: str | Path) -> File:
     """The file at a path or URL. Raises UsageError for what is none or holds no model, DamagedError for what is cut short."""
     text = str(path)
     if not is_url(text):
-        if Path(text).is_dir():
-            raise UsageError(f"{text} is a directory, and no run", remedy="Name a file in it, or a run's directory.")
-        if not Path(text).is_file():
-            raise UsageError(f"there is no file {text}", remedy="Give a path or a URL.")
-        text = str(Path(text).resolve())  # a link may lead to it
+        text = str(_there(Path(text)).resolve())  # a link may lead to it
     folder, _, key = text.rpartition("/")
     store = open_store(folder or "/", WAIT_S)
     try:
@@ -89,6 +85,17 @@ def find(path: str | Path) -> File:
             return _identified(store, key, file)
     except FileNotFoundError:
         raise UsageError(f"there is no file {text}", remedy="Give a path or a URL.") from None
+
+
+def _there(path: Path) -> Path:
+    name = str(path)[:200]
+    try:
+        if path.is_file():
+            return path
+        what = f"{name} is a directory, and no run" if path.is_dir() else f"there is no file {name}"
+    except OSError as error:  # a folder on the way that may not be looked into, or no path at all
+        what = f"{name} cannot be looked at: {error.strerror}"
+    raise UsageError(what, f"found: from {Path.cwd()}", "Give a run, one of its checkpoints, or a file: a path or a URL.")
 
 
 def _identified(store: Store, key: str, file: BinaryIO) -> File:
@@ -173,19 +180,24 @@ def outline(file: File) -> Loaded:
             return _checked(_script(file, opened, with_data=False))
         if file.kind == EXPORTED:
             return Loaded(file, headers.exported(zipfile.ZipFile(opened)))
-        return _checked(Loaded(file, _without_data(opened)))
+        value = _without_data(opened)
+        inert.check_nesting(value)
+        return _checked(Loaded(file, value))
 
 
 def _script(file: File, opened: BinaryIO, *, with_data: bool) -> Loaded:
-    value, is_training = inert.torchscript(zipfile.ZipFile(opened), with_data=with_data)
+    with muted():
+        value, is_training = inert.torchscript(zipfile.ZipFile(opened), with_data=with_data)
     return Loaded(file, value, {"mode": "training: call eval() before using it" if is_training else "eval"})
 
 
 def _inert(file: File) -> Loaded:
     """What is in a pickle that wants to run code, which it does not get."""
     with file.store.open(file.key) as opened, _said(file, opened), muted(), FakeTensorMode():
-        value = inert.opened(torch.load(opened, weights_only=False, pickle_module=inert))
-    return _checked(Loaded(file, value, {"wants": f"{', '.join(_wanted(file))} (not loaded)"}))
+        whole = torch.load(opened, weights_only=False, pickle_module=inert)
+        inert.check_nesting(whole)
+        value = inert.opened(whole)
+    return _checked(Loaded(file, value, {"needs code": f"{', '.join(_wanted(file))} (not loaded)"}))
 
 
 def _without_data(opened: BinaryIO) -> Any:
@@ -264,7 +276,7 @@ def _said(file: File, opened: BinaryIO | None = None, *, trust: bool = False) ->
             raise WantsCodeError(
                 f"{file.where} wants to run code when it is loaded",
                 f"found: {', '.join(wanted[:8])}{' …' if len(wanted) > 8 else ''}",
-                "If you trust whoever wrote it: --trust (trust=True); `harness export FILE OUT --trust` makes a harmless file of it.",
+                "If you trust whoever wrote it: `harness export FILE OUT --trust` makes a harmless file of it; import takes --trust too.",
             ) from None
         raise DamagedError(f"{file.where} is damaged, or cut short: {_reason(error)}") from None
 

@@ -37,6 +37,8 @@ def load_weights(
     `part` names the state dict to take where there are several. Raises UsageError, before anything is changed, if something does not
     fit, or nothing; DamagedError, StorageError.
     """
+    if not isinstance(module, nn.Module):
+        raise UsageError("load_weights takes a module, and then a file", f"found: first a {type(module).__name__}")
     loaded = files.read_any(source, which, trust=trust)
     chosen = choose(["model"], content.recognise(loaded), {"model": part} if part else {}, loaded.file.where)["model"]
     return fit({"model": (module, chosen)}, strict=strict, rename=rename or {}, where=loaded.file.where)
@@ -53,7 +55,7 @@ def warm_start(
     """Let a run that has no checkpoint of its own begin with the weights in `source`, as `load_weights` takes them; the writer reads
     them, the others get them from it. Call it before `run.track`. Collective: every rank must call it."""
     if run.origin is not None:
-        run.say("harness: init.from is not read: the run has a checkpoint of its own")
+        run.say("harness: init.from is not read: the run has a checkpoint of its own; for other weights take another run directory")
         return
     mine = named(modules, "model")
 
@@ -94,19 +96,22 @@ def choose(names: Sequence[str], parts: Sequence[Part], called: Mapping[str, str
 
 def fit(pairs: Mapping[str, tuple[nn.Module, Part]], *, strict: bool, rename: Mapping[str, str], where: str) -> str:
     """Load each part into its module, all or none; returns what was done, as a table. Raises UsageError."""
-    fits = {name: _fitted(plain(module), _renamed(part.value, rename, where)) for name, (module, part) in pairs.items()}
+    saved = {name: _renamed(part.value, rename, where) for name, (_, part) in pairs.items()}
+    fits = {name: _fitted(plain(module), saved[name][0]) for name, (module, _) in pairs.items()}
     rows = [(kind, _full(name, key, fits), mine, theirs) for name, (_, _, found) in fits.items() for kind, key, mine, theirs in found]
     count = sum(len(taken) for _, taken, _ in fits.values())
     total = sum(len(whole) for whole, _, _ in fits.values())
+    idle = [pattern for pattern in rename if not any(pattern in used for _, used in saved.values())]
+    idle_note = f"init.rename: nothing is called like {', '.join(map(repr, idle))}." if idle else ""
     if not count or (strict and rows):
-        hints = [_hint(plain(module), _renamed(part.value, rename, where)) for module, part in pairs.values()]
+        hints = [_hint(plain(module), saved[name][0]) for name, (module, _) in pairs.items()]
         insist = "init.strict=false (strict=False) takes what fits." if count else "Nothing fits: is it the file of another model?"
         what = f"{where} does not fit: {count} of {total} tensors do, {len(rows)} do not"
-        raise UsageError(what, state.mismatch_table(rows), " ".join(filter(None, [*hints, insist])))
+        raise UsageError(what, state.mismatch_table(rows), " ".join(filter(None, [idle_note, *hints, insist])))
     for name, (module, _) in pairs.items():
         plain(module).load_state_dict(fits[name][0])
-    notes = "".join(f"; {part.note}" for _, part in pairs.values() if part.note)
-    text = f"loaded {count} of {total} tensors from {where}{notes}"
+    notes = [part.note for _, part in pairs.values() if part.note] + ([idle_note] if idle else [])
+    text = "; ".join([f"loaded {count} of {total} tensors from {where}", *notes])
     return f"{text}\n{state.mismatch_table(rows)}" if rows else text
 
 
@@ -114,17 +119,19 @@ def _full(name: str, key: str, several: Mapping[str, Any]) -> str:
     return f"{name}: {key}" if len(several) > 1 else key
 
 
-def _renamed(saved: Mapping[str, Any], rename: Mapping[str, str], where: str) -> dict[str, Any]:
-    renamed = {key: key for key in saved}
+def _renamed(saved: Mapping[str, Any], rename: Mapping[str, str], where: str) -> tuple[dict[str, Any], set[str]]:
+    """A state dict under its new names, and the patterns that something was called like."""
+    renamed, used = {key: key for key in saved}, set()
     for pattern, replacement in rename.items():
         try:
+            used |= {pattern} if any(re.search(pattern, new) for new in renamed.values()) else set()
             renamed = {key: re.sub(pattern, replacement, new) for key, new in renamed.items()}
         except (re.error, IndexError) as error:
             raise UsageError(f"init.rename: {pattern!r} -> {replacement!r} cannot be used", f"found: {error}") from None
     if len(set(renamed.values())) < len(renamed):
         twice = next(new for new in renamed.values() if list(renamed.values()).count(new) > 1)
         raise UsageError(f"init.rename gives two tensors of {where} one name", f"found: {twice}")
-    return {new: saved[key] for key, new in renamed.items()}
+    return {new: saved[key] for key, new in renamed.items()}, used
 
 
 def _fitted(module: nn.Module, saved: Mapping[str, Any]) -> tuple[dict[str, Any], list[str], list[tuple[str, str, str, str]]]:

@@ -7,7 +7,6 @@ as an ordinary checkpoint: whoever goes on from it needs to know nothing of wher
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import torch
 
 from harness import config as configuration
 from harness import state, task
-from harness.checkpoint import attempts, save
+from harness.checkpoint import attempts, locate, save
 from harness.checkpoint import format as fmt
 from harness.checkpoint.history import Survey, survey
 from harness.checkpoint.save import About
@@ -28,11 +27,11 @@ from harness.events import muted, table
 from harness.exchange import content, files, fit, rebuild
 from harness.exchange.content import OPTIMIZER, SCALER, SCHEDULER, Part
 from harness.exchange.files import Loaded
+from harness.exchange.position import Where, position
 from harness.ranks import World
 from harness.step import Ema, Stepper
 from harness.store import Store, open_store
 
-MOST = 10**9  # epochs or steps; more of them are no count
 BOOKKEEPING = {"last_epoch", "verbose", "_step_count", "_last_lr", "_is_initial", "_get_lr_called_within_step"}
 
 
@@ -57,6 +56,7 @@ def import_checkpoint(
     nothing was written.
     """
     if files.is_ours(str(file)):
+        locate.checkpoint(str(file))  # or it says what is wrong with it
         raise UsageError(f"{file} is a checkpoint of this harness", remedy="harness import FILE RUN without settings copies it: a fork.")
     store, found = empty_store(run)
     chosen, stored = configuration.load(config, list(settings))
@@ -65,7 +65,12 @@ def import_checkpoint(
     stored["task"]["args"] = task.defaults(built) | stored["task"]["args"]
     stored["run"] |= {"dir": None, "remote": str(store)} if not store.is_local else {"dir": str(run)}
     import_ = Import(loaded, chosen, parts or {}, without)
-    where = import_.position(epoch, step)
+    try:
+        where = import_.position(epoch, step)
+    except UsageError as error:
+        if config or any(setting.startswith("task.name=") for setting in settings):
+            raise
+        raise UsageError(error.what, error.found, f"{error.remedy} No task was named, so it is {chosen.task.name}: task.name=…") from error
     payload = state.plain_data(import_.payload(where, stored)) | state.capture(import_.tracked)
     words = f"{import_.shown()}\n\n" + "\n".join(import_.notes)
     if dry_run:
@@ -92,14 +97,6 @@ def _commit(store: Store, found: Survey, payload: dict[str, Any], classes: dict[
     return manifest
 
 
-@dataclass(frozen=True)
-class Where:
-    """How far training was."""
-
-    epoch: int
-    step: int
-
-
 class Import:
     """A task whose objects have taken what a file holds."""
 
@@ -119,25 +116,14 @@ class Import:
             raise UsageError(f"the task has no {', '.join(unknown)}", f"found: {', '.join(self.tracked)}")
 
     def position(self, epoch: int | None, step: int | None) -> Where:
-        """Epoch and step: as told, as in the file, or the one by the other. Then everything is taken over."""
-        per_epoch = self._steps_per_epoch()
-        given_epoch, given_step = self._whole("epoch", epoch), self._whole("step", step)
-        if given_epoch is None:
-            given_epoch = 0 if given_step is None or not per_epoch else given_step // per_epoch
-        if given_step is None and per_epoch is None and given_epoch:
-            raise UsageError("the number of updates made so far cannot be told", remedy="Say it: --step (step=…).")
-        where = Where(given_epoch, given_epoch * (per_epoch or 0) if given_step is None else given_step)
+        """Epoch and step: as told, or as in the file. Then everything is taken over."""
+        self._told = {name for name, value in (("epoch", epoch), ("step", step)) if value is not None}
+        where, note = position(self.parts, self._steps_per_epoch(), epoch, step)
         if where.epoch >= self.settings.train.epochs:
-            self.notes.append(f"epoch {where.epoch} is the end of train.epochs={self.settings.train.epochs}: set more to train on")
+            note = f"nothing is left to train: epoch {where.epoch} of train.epochs={self.settings.train.epochs}; set more. {note}".rstrip()
+        self.notes += [note] if note else []
         self._take(where)
         return where
-
-    def _whole(self, name: str, told: int | None) -> int | None:
-        """How many epochs or steps were made: as told, or as in the file. Raises UsageError for what is no such number."""
-        value = content.number_of(self.parts, name) if told is None else told
-        if value is None or (value == value and 0 <= value < MOST and value == int(value)):
-            return None if value is None else int(value)
-        raise UsageError(f"a run cannot go on from {name} {value}", f"found: in {self.loaded.file.where}", f"Say it: --{name} ({name}=…).")
 
     def _steps_per_epoch(self) -> int | None:
         data, train = self.job.train_data, self.settings.train
@@ -156,11 +142,7 @@ class Import:
         self.taken |= chosen
         for name, average in self.stepper.averages.items():
             self._take_average(name, average)
-        held = {name: self._held(name, SCHEDULER) for name in self.stepper.schedulers}
-        for name, scheduler in self.stepper.schedulers.items():
-            if held[name] is None:
-                _advance(scheduler, where.step)
-                self.notes.append(f"{name}: not taken from the file; its schedule is at step {where.step}")
+        held = {name: self._schedule(name, scheduler, where.step) for name, scheduler in self.stepper.schedulers.items()}
         own_rates = {id(s.optimizer) for name, s in self.stepper.schedulers.items() if held[name] is None and hasattr(s, "optimizer")}
         for name, optimizer in self.stepper.optimizers.items():
             self._take_optimizer(name, optimizer, keeps_rate=id(optimizer) in own_rates)
@@ -169,6 +151,22 @@ class Import:
                 self._take_scheduler(name, part)
         if "scaler" in self.tracked and (part := self._held("scaler", SCALER)):
             self.tracked["scaler"].load_state_dict(part.value)
+
+    def _schedule(self, name: str, scheduler: Any, step: int) -> Part | None:
+        """The file's state for a scheduler, if it counts updates as ours do; else the scheduler is brought to this step by itself."""
+        part = self._held(name, SCHEDULER)
+        of = next((own for own, optimizer in self.stepper.optimizers.items() if optimizer is getattr(scheduler, "optimizer", None)), None)
+        if part is not None and of is not None and self._held(of, OPTIMIZER) is None:
+            part = None  # the rates that it holds are another optimizer's
+        if part is not None and (name in self.named or part.value["last_epoch"] == step):
+            return part
+        self.taken.pop(name, None)
+        with muted():  # it would warn that no optimizer step came before
+            for _ in range(step):
+                scheduler.step()
+        why = f"the file's counts {part.value['last_epoch']}, epochs perhaps, not updates" if part else "not taken from the file"
+        self.notes.append(f"{name}: {why}; the task's own is brought to step {step}")
+        return None
 
     def _held(self, name: str, kind: str) -> Part | None:
         """The part of the file for a thing of the task's, or None."""
@@ -223,7 +221,10 @@ class Import:
                 f"found: {', '.join(sorted(theirs - own)) or 'nothing'}; expected: {', '.join(sorted(own - theirs)) or 'nothing'}",
                 f"Begin it anew: --without {name}.",
             )
+        before = dict(scheduler.state_dict())
         state.restore_one(name, scheduler, part.value, self.loaded.file.where)
+        changed = [f"{key} {before[key]} -> {part.value[key]}" for key in sorted(own) if _plainly(before[key]) != _plainly(part.value[key])]
+        self.notes += [f"{name}: as in the file: {', '.join(changed)}"] if changed else []
 
     def payload(self, where: Where, stored: dict[str, Any]) -> dict[str, Any]:
         """Everything of a checkpoint but the tracked objects; `harness/state.py` has the list."""
@@ -239,7 +240,7 @@ class Import:
     def shown(self) -> str:
         """What was recognised, and what of it was taken, as a table."""
         goes = {id(part): name for name, part in self.taken.items()}
-        used = {"epoch", "step", "loss"}
+        used = {"epoch", "step", "loss"} - self._told
         rows = [
             (part.name, part.key or "(the whole file)", content.summary(part), goes.get(id(part), part.name if part.name in used else "-"))
             for part in self.parts
@@ -273,7 +274,5 @@ def _misshaped(held: Any, parameter: torch.Tensor) -> bool:
     return any(isinstance(item, torch.Tensor) and item.dim() == parameter.dim() > 0 and item.shape != parameter.shape for item in kept)
 
 
-def _advance(scheduler: Any, steps: int) -> None:
-    with muted():  # it would warn that no optimizer step came before
-        for _ in range(steps):
-            scheduler.step()
+def _plainly(value: Any) -> str:
+    return str(sorted(value.items())) if isinstance(value, Mapping) else str(value)

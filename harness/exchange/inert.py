@@ -11,7 +11,7 @@ import functools
 import io
 import pickle
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -108,6 +108,22 @@ def _attributes(module: Any, prefix: str = "", depth: int = 0) -> Iterator[tuple
 def load(file: Any, **options: Any) -> Any:
     """As `pickle.load`."""
     return Unpickler(file, **options).load()
+
+
+def check_nesting(value: Any, most: int = 3_000_000, deepest: int = 200) -> None:
+    """Raises ValueError for what nobody can walk through: a small pickle may hold one list in another a thousand times over, or in
+    itself."""
+    todo, seen = [(value, 0)], 0
+    while todo:
+        item, depth = todo.pop()
+        seen += 1
+        if seen > most or depth > deepest:
+            raise ValueError("it is nested beyond reason")
+        inner = item.state if isinstance(item, StandIn) else item
+        if isinstance(inner, Mapping):
+            todo += [(each, depth + 1) for each in inner.values()]
+        elif isinstance(inner, list | tuple):
+            todo += [(each, depth + 1) for each in inner]
 
 
 def opened(value: Any) -> Any:

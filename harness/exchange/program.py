@@ -21,25 +21,32 @@ from torch.utils.data import DataLoader
 
 from harness import state
 from harness.checkpoint.load import first_line
+from harness.data.loading import is_iterable
 from harness.errors import HarnessError, UsageError
 from harness.events import muted
 from harness.task import Task
 
-SAMPLES = 8
+SAMPLES = 8  # at most, in the example
 RTOL, ATOL = 1e-4, 1e-5  # a program may sum in another order
 
 
 @dataclass(frozen=True)
 class Example:
-    """What a module is called with."""
+    """What a module is called with, and the length of its first tensor: the size of the batch."""
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
+    size: int
 
     def smaller(self, size: int) -> Example:
         """The same with the first `size` samples of each tensor that has one entry a sample."""
-        cut = pytree.tree_map_only(torch.Tensor, lambda t: t[:size] if t.dim() and len(t) == SAMPLES else t, (self.args, dict(self.kwargs)))
-        return Example(*cut)
+        whole = (self.args, dict(self.kwargs))
+        args, kwargs = pytree.tree_map_only(torch.Tensor, lambda t: t[:size] if self.is_cut(t) else t, whole)
+        return Example(args, kwargs, size)
+
+    def is_cut(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor has one entry a sample."""
+        return tensor.dim() > 0 and len(tensor) == self.size
 
     def tensors(self) -> list[torch.Tensor]:
         """All of them, each once."""
@@ -56,7 +63,8 @@ def example(job: Task, name: str, model: nn.Module, where: str) -> Example:
     caught: list[Example] = []
 
     def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        caught.append(Example(args, kwargs))
+        first = next((t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor) and t.dim()), None)
+        caught.append(Example(args, kwargs, 0 if first is None else len(first)))
         raise _Seen
 
     call = job.evaluate or job.loss
@@ -65,7 +73,8 @@ def example(job: Task, name: str, model: nn.Module, where: str) -> Example:
     hook = model.register_forward_pre_hook(see, with_kwargs=True)
     generators = state.rng_state()
     try:
-        data = job.train_data if job.eval_data is None else job.eval_data
+        held_out = job.eval_data is not None and (is_iterable(job.eval_data) or len(job.eval_data) > 1)
+        data = job.eval_data if held_out else job.train_data
         batch = next(iter(DataLoader(data, batch_size=SAMPLES, collate_fn=job.collate)))
         with contextlib.suppress(_Seen), torch.no_grad():
             call(job.modules, batch)
@@ -106,7 +115,7 @@ def exported(path: Path, model: nn.Module, given: Example) -> list[str]:
     """Write a program of torch.export, for batches of any size where the module allows. Returns words on it."""
     shapes = torch.export.ShapesCollection()  # type: ignore[no-untyped-call]
     for tensor in given.tensors():
-        if tensor.dim() and len(tensor) == SAMPLES:
+        if given.is_cut(tensor):
             shapes[tensor] = {0: torch.export.Dim.AUTO}
     whole = io.BytesIO()
     with _quiet():
@@ -134,11 +143,13 @@ def _quiet() -> Iterator[None]:
 def _checked(made: Callable[..., Any], model: nn.Module, given: Example) -> str:
     """Which batches the program answers as the module does. Raises HarnessError if it answers one of them otherwise."""
     _compare(made, model, given)
-    for size in (1, SAMPLES // 2 + 1):
+    for size in sorted({1, given.size // 2 + 1} - {given.size}) if given.size else ():
         try:
             _compare(made, model, given.smaller(size))
         except (RuntimeError, AssertionError, ValueError, TypeError, IndexError):  # it says so itself, and gives no answer
-            return f"checked on a real batch; it is for batches of exactly {SAMPLES} samples"
+            return f"checked on a real batch; it is for batches of exactly {given.size} samples"
+    if given.size < 2:
+        return "checked on one sample: whether it takes larger batches is not known"
     return "checked on real batches of several sizes"
 
 

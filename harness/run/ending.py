@@ -95,7 +95,9 @@ class Ending:
         details = {"step": self.step(), "rank": own_rank()}
         if isinstance(error, HarnessError):
             lost = {"lost": True} if isinstance(error, LostRankError) else {}
-            self._create(why, self._stores, details | {"error": str(error), "code": error.exit_code} | lost)
+            made = self._create(why, self._stores, details | {"error": str(error), "code": error.exit_code} | lost)
+            if not (made and launches.own()):  # else the supervisor shows it, last
+                report(error)
         else:
             told = f"harness: hint: {words}" if (words := hint(error)) else ""
             trace_text = "".join(lines)[-MOST_TRACE:] + told
@@ -104,7 +106,6 @@ class Ending:
             if not (made and launches.own()):  # else the supervisor shows it, last
                 self._default(kind, error, trace)
             return
-        report(error)
         sys.stdout.flush()
         os._exit(error.exit_code)  # a hook cannot choose the exit code otherwise
 
