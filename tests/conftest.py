@@ -139,6 +139,35 @@ def wait_until(condition: Callable[[], object], what: str, limit_s: float = 60, 
         time.sleep(every_s)
 
 
+@contextlib.contextmanager
+def undone() -> Iterator[None]:
+    """Training in this process catches signals, hooks into uncaught errors and joins a group: all of it is undone."""
+    import torch.distributed as dist
+
+    from harness import state, stop
+
+    handlers = {number: signal.getsignal(number) for number in stop.STOP_SIGNALS}
+    hook, path, generators = sys.excepthook, list(sys.path), state.rng_state()
+    try:
+        yield
+    finally:
+        stop.clear()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        sys.excepthook, sys.path[:] = hook, path
+        state.set_rng_state(generators)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+@pytest.fixture
+def process_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """For tests that train in this process, in a folder of their own: afterwards it is as before."""
+    monkeypatch.chdir(tmp_path)
+    with undone():
+        yield
+
+
 @pytest.fixture(autouse=True)
 def unwatched() -> Iterator[None]:
     """A loop that a test leaves open in this process is not taken for a hung one minutes later."""

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import signal
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +15,7 @@ import torch.distributed as dist
 from recipes import BATCH, Trained, TrainedPair
 from s3_server import S3Server
 
-from harness import state, stop, train
+from harness import train
 from harness.checkpoint import load
 from harness.checkpoint.history import survey
 from harness.cli import main
@@ -30,22 +28,6 @@ TASK = (
 PAIR = ("task.name=recipe_task:build_pair", *TASK[1:])
 MEMORY_LIMIT = 80 << 20
 BOMB_BYTES = 200 << 20
-
-
-@pytest.fixture(autouse=True)
-def process_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Training in this process catches signals, hooks into uncaught errors and joins a group: all of it is undone."""
-    handlers = {number: signal.getsignal(number) for number in stop.STOP_SIGNALS}
-    hook, path, generators = sys.excepthook, list(sys.path), state.rng_state()
-    monkeypatch.chdir(tmp_path)
-    yield
-    stop.clear()
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    sys.excepthook, sys.path[:] = hook, path
-    state.set_rng_state(generators)
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 @pytest.fixture(scope="session", name="done")

@@ -8,7 +8,6 @@ import json
 import os
 import pickle
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,10 +15,9 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from conftest import TRAIN, alone, events, harness, run, start, torchrun
 
-from harness import state, stop, task, train
+from harness import task, train
 from harness.checkpoint import load
 from harness.checkpoint.history import survey
 from harness.errors import DamagedError, HarnessError, NonFiniteError, SaveError, StorageError, UsageError
@@ -33,23 +31,17 @@ SMALL = (
 SMALL_TASK = ("task.name=small_task:build", *SMALL)
 
 
+pytestmark = pytest.mark.usefixtures("process_as_it_was")
+
+
 @pytest.fixture(autouse=True)
-def process_as_it_was(tmp_path, monkeypatch):
-    """Training in this process catches signals, hooks into uncaught errors and joins a group: all of it is undone."""
-    handlers = {number: signal.getsignal(number) for number in stop.STOP_SIGNALS}
-    hook, path, modules, generators = sys.excepthook, list(sys.path), set(sys.modules), state.rng_state()
-    monkeypatch.chdir(tmp_path)
+def tasks_forgotten():
+    """A task's module is another one in each test."""
+    modules = set(sys.modules)
     yield
-    stop.clear()
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    sys.excepthook, sys.path[:] = hook, path
-    state.set_rng_state(generators)
     for name in set(sys.modules) - modules:
         if name.startswith("task_of_"):
             del sys.modules[name]
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def trained(*settings: str) -> None:

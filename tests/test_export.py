@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,7 +29,7 @@ import safetensors.torch
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from conftest import ENVIRONMENT, kill_tree, run, start, wait_until
+from conftest import ENVIRONMENT, kill_tree, run, start, undone, wait_until
 from conftest import harness as program
 from export_task import CLASSES, WIDTH, Keyed, Net, Tied, samples, sequential
 from s3_server import S3Server
@@ -37,13 +37,14 @@ from test_bad_input import fill, small_disk  # noqa: F401 - a fixture
 from torch import nn
 
 import harness
-from harness import cli, state, stop, train
-from harness.checkpoint.history import survey
+from harness import cli, state, train
+from harness.checkpoint import attempts, load, save
+from harness.checkpoint.history import going_on_from, survey
 from harness.errors import DamagedError, UsageError
 from harness.exchange.compare import differences
 from harness.store import LocalStore
 
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+pytestmark = [pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning"), pytest.mark.usefixtures("process_as_it_was")]
 FORMATS = ("weights", "full", "module", "safetensors", "torchscript", "exported")
 SHORT = (
     "train.max_steps=6", "train.global_batch_size=8", "checkpoint.every_steps=2", "checkpoint.every_s=null", "checkpoint.keep_last=9",
@@ -60,30 +61,6 @@ OF_ENCODER = {
     "head_optimizer": "torch.optim.SGD(torch.nn.Linear(8, 3).parameters(), lr=1.0)",
 }  # fmt: skip
 INPUT = samples(48).tensors[0]
-
-
-@contextlib.contextmanager
-def undone() -> Iterator[None]:
-    """Training in this process catches signals, hooks into uncaught errors and joins a group: all of it is undone."""
-    handlers = {number: signal.getsignal(number) for number in stop.STOP_SIGNALS}
-    hook, path, generators = sys.excepthook, list(sys.path), state.rng_state()
-    try:
-        yield
-    finally:
-        stop.clear()
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        sys.excepthook, sys.path[:] = hook, path
-        state.set_rng_state(generators)
-        if dist.is_initialized():
-            dist.destroy_process_group()
-
-
-@pytest.fixture(autouse=True)
-def process_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.chdir(tmp_path)
-    with undone():
-        yield
 
 
 def trained(directory: Path, *settings: str, task: str = "export_task:build") -> Path:
@@ -787,6 +764,24 @@ def test_an_interrupted_export_leaves_no_torn_file(number: signal.Signals, tmp_p
 
 
 # --- load_model -----------------------------------------------------------------------------------------------------------------------
+
+
+def test_what_a_checkpoint_names_as_its_task_is_called_only_if_it_is_one(
+    averaged: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(averaged, tmp_path / "theirs")
+    store = LocalStore(tmp_path / "theirs")
+    found = survey(store)
+    payload = load.load(store, found.head)
+    payload["config"]["task"] = {"name": "os:mkdir", "args": {"path": str(tmp_path / "sprung")}}
+    attempt = attempts.claim(found, found.head, 1)
+    about = save.About(1, going_on_from(found.head), found.head.classes, "digest")
+    save.commit(store, attempt, payload | {"step": payload["step"] + 1}, about)
+    with pytest.raises(UsageError, match="os:mkdir, which the file names, is no task"):
+        harness.load_model(tmp_path / "theirs")
+    assert cli.main(["export", str(tmp_path / "theirs"), str(tmp_path / "x.pt"), "--format", "module"]) == 78
+    assert "is no task of this harness" in capsys.readouterr().err
+    assert not (tmp_path / "sprung").exists() and not (tmp_path / "x.pt").exists()
 
 
 def test_a_model_is_loaded_ready_for_use(averaged: Path) -> None:

@@ -18,7 +18,6 @@ from PIL import Image
 from remote_runs import Home, command  # noqa: F401 - a fixture
 from s3_server import S3Server
 from small_task import Noisy
-from test_library import process_as_it_was  # noqa: F401 - a fixture
 from test_storm import differing, losses
 from torch import nn
 
@@ -31,6 +30,7 @@ from harness.store import LocalStore
 from harness.tasks import gan
 from harness.tasks.digits import load_split
 
+pytestmark = pytest.mark.usefixtures("process_as_it_was")
 CONFIG = str(Path(__file__).resolve().parent.parent / "configs" / "gan.yaml")
 STEPS = 80
 SHORT = (

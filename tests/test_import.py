@@ -39,7 +39,6 @@ from recipe_runs import (  # noqa: F401 - fixtures among them
     manifest,
     newest,
     pair_,
-    process_as_it_was,
     put,
     refused,
     row,
@@ -55,6 +54,7 @@ from harness.data.order import Plan
 from harness.errors import UsageError
 from harness.store import LocalStore
 
+pytestmark = pytest.mark.usefixtures("process_as_it_was")
 KEEPS_ALL = [pytest.param(name, format, id=f"{name}, {format}") for name in RECIPES for format in SAVES
              if format == "zip" or RECIPES[name].has_old_format]  # fmt: skip
 FEW = ("tutorial general checkpoint", "imagenet")  # that are gone on from even in a hurry

@@ -7,7 +7,6 @@ import inspect
 import io
 import json
 import random
-import signal
 import sys
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from small_task import Noisy
 from torch import nn
 
 import harness
-from harness import cli, state, step, stop
+from harness import cli, state, step
 from harness.checkpoint import load
 from harness.checkpoint.history import survey
 from harness.config.settings import TrainSettings
@@ -30,20 +29,7 @@ from harness.exchange.compare import differences
 from harness.ranks import World
 from harness.store import LocalStore
 
-
-@pytest.fixture(autouse=True)
-def process_as_it_was():
-    """A run catches signals, hooks into uncaught errors and joins a group: all of it is undone after each test."""
-    handlers = {number: signal.getsignal(number) for number in stop.STOP_SIGNALS}
-    hook, path, generators = sys.excepthook, list(sys.path), state.rng_state()
-    yield
-    stop.clear()
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    sys.excepthook, sys.path[:] = hook, path
-    state.set_rng_state(generators)
-    if dist.is_initialized():
-        dist.destroy_process_group()
+pytestmark = pytest.mark.usefixtures("process_as_it_was")
 
 
 def net() -> nn.Module:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import run
-from test_library import newest, process_as_it_was  # noqa: F401 - a fixture
+from test_library import newest
 from torch import nn
 
 import harness
@@ -22,6 +22,9 @@ from harness.exchange.compare import differences
 from harness.store import LocalStore
 
 Make = Callable[["harness.Run"], Callable[[torch.Tensor], torch.Tensor]]
+
+
+pytestmark = pytest.mark.usefixtures("process_as_it_was")
 
 
 def points(size: int = 48) -> torch.utils.data.TensorDataset:

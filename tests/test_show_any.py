@@ -28,7 +28,6 @@ from recipe_runs import (  # noqa: F401 - fixtures among them
     manifest,
     newest,
     pair_,
-    process_as_it_was,
     put,
     refused,
     row,
@@ -40,6 +39,7 @@ from s3_server import S3Server
 import harness
 from harness import state
 
+pytestmark = pytest.mark.usefixtures("process_as_it_was")
 BIG_BYTES = 50 << 20
 FORMATS = ("zip", "old", "safetensors")
 PARAMETERS = 6 * 16 + 16 + 16 + 16 + 16 * 16 + 16 + 4 * 16 + 4

@@ -28,7 +28,6 @@ from recipe_runs import (  # noqa: F401 - fixtures among them
     manifest,
     newest,
     pair_,
-    process_as_it_was,
     put,
     refused,
     row,
@@ -42,6 +41,7 @@ from harness import config
 from harness.data.order import Plan
 from harness.errors import HarnessError, UsageError
 
+pytestmark = pytest.mark.usefixtures("process_as_it_was")
 Said = Callable[[], str]
 
 

@@ -30,7 +30,7 @@ from harness.exchange import compare, content, files, program, rebuild
 from harness.exchange.content import OPTIMIZER, Part
 from harness.exchange.files import Loaded
 from harness.store import CHUNK_BYTES, LocalStore, Store, is_url, open_store
-from harness.task import named
+from harness.task import Task, named
 
 PROGRAMS = ("torchscript", "exported")
 FORMATS = ("weights", "full", "module", "safetensors", *PROGRAMS)
@@ -68,8 +68,9 @@ def export(
     if len(held) > 1 and format not in ("weights", "full"):
         raise UsageError(f"{format} holds one module", f"found: {', '.join(held)}", f"Name one: --module {next(iter(held))}.")
     if format in ("module", *PROGRAMS):
-        chosen = load_settings(config, list(settings))[0] if config or settings else rebuild.settings_of(loaded)
-        write = _of_code(loaded, chosen, format, next(iter(held)), ema, legacy)
+        named_by_file = not (config or settings)
+        chosen = rebuild.settings_of(loaded) if named_by_file else load_settings(config, list(settings))[0]
+        write = _of_code(loaded, chosen, rebuild.build(chosen, named_by_file=named_by_file), format, next(iter(held)), ema, legacy)
     else:
         write = _of_data(loaded, held, format, lone=module is not None or len(held) == 1, legacy=legacy)
     with _scratch(store, key) as path, kept_generators():  # a module may draw random numbers
@@ -150,9 +151,8 @@ def _reading(source: str, places: Mapping[str, str], modules: tuple[str, ...] = 
     ]
 
 
-def _of_code(loaded: Loaded, settings: Config, format: str, name: str, ema: bool, legacy: bool) -> Write:
+def _of_code(loaded: Loaded, settings: Config, job: Task, format: str, name: str, ema: bool, legacy: bool) -> Write:
     """What is made by running the task's code."""
-    job = rebuild.build(settings)
     modules = named(job.modules, "model")
     name = name if name in modules or len(modules) > 1 else next(iter(modules))
     chosen = rebuild.pick(modules, name, settings.task.name)

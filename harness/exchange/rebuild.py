@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -32,7 +34,7 @@ def load_model(
         into_name = module or "model"
         fill({into_name: into}, loaded, ema=ema)
         return into.eval()
-    modules = task.named(build(settings_of(loaded)).modules, "model")
+    modules = task.named(build(settings_of(loaded), named_by_file=True).modules, "model")
     chosen = pick(modules, module, loaded.file.where)
     fill(chosen, loaded, ema=ema)
     for each in chosen.values():
@@ -57,9 +59,18 @@ def names_task(stored: Any) -> bool:
     return isinstance(stored, Mapping) and isinstance(stored.get("task"), Mapping) and "name" in stored["task"]
 
 
-def build(settings: Config) -> Task:
-    """The task that the settings name. This process's generators are as before afterwards."""
+def build(settings: Config, *, named_by_file: bool = False) -> Task:
+    """The task that the settings name. This process's generators are as before afterwards.
+
+    Settings that came with a file may name anything that can be called: only what has to do with tasks is. Raises UsageError.
+    """
     found = task.find(settings.task.name, settings.task.args)
+    around = {**vars(importlib.import_module(settings.task.name.partition(":")[0])), **getattr(found, "__globals__", {})}
+    if named_by_file and not any(value is Task or value is sys.modules["harness"] for value in around.values()):
+        raise UsageError(
+            f"{settings.task.name}, which the file names, is no task of this harness", "found: its module does not know harness.Task",
+            "If it is one, name it yourself: task.name=… (settings=), or load_model(…, into=module).",
+        )  # fmt: skip
     generators = state.rng_state()
     try:
         state.seed_rank(settings.train.seed, "build")  # as in training: data that is made up in `build` is the same
