@@ -404,7 +404,7 @@ def test_ignored_they_still_never_reach_a_checkpoint(tmp_path):
 # --- nobody listens -----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("redirection", [">&-", ">/dev/full", ">&- 2>&- <&-"])
+@pytest.mark.parametrize("redirection", [pytest.param(">&-", marks=pytest.mark.slow), ">/dev/full", ">&- 2>&- <&-"])
 def test_training_goes_on_when_nobody_can_be_told(tmp_path, redirection):
     command = " ".join(f"'{part}'" for part in alone(*SMALL_TASK, "run.dir=a", "train.epochs=2", "log.every_steps=1"))
     ended = run(["bash", "-c", f"{command} {redirection}"])

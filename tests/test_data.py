@@ -246,7 +246,7 @@ def test_loading_disturbs_no_global_generator(num_workers):
     assert generators() == before
     for _ in loader:
         assert generators() == before
-    describe(Noisy(24))
+    describe(Noisy(24), 8, True, True, 0)
     assert generators() == before
 
 
@@ -307,7 +307,8 @@ def test_the_fingerprint_tells_where_one_value_ends_and_the_next_begins():
 def test_a_dataset_may_name_itself():
     dataset = Noisy(30)
     dataset.fingerprint = "version 7"
-    assert describe(dataset) == {"fingerprint": "version 7", "size": 30}
+    dealt = {"global_batch_size": 10, "shuffle": True, "drop_last": False, "seed": 5}
+    assert describe(dataset, 10, True, False, 5) == {"fingerprint": "version 7", "size": 30} | dealt
 
 
 def test_another_order_takes_the_place_of_the_shuffle():

@@ -310,7 +310,7 @@ def counted(bucket: tuple[S3Server, str], monkeypatch: pytest.MonkeyPatch) -> It
     counter.close()
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", ["zip", *(pytest.param(format, marks=pytest.mark.slow) for format in FORMATS[1:])])
 def test_a_large_file_in_a_bucket_is_shown_for_a_small_part_of_its_bytes(
     format: str, tmp_path: Path, command: Command, counted: tuple[S3Server, str, Counter]
 ) -> None:

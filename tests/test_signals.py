@@ -31,6 +31,7 @@ def after_steps(directory: Path, steps: int, process: subprocess.Popen[str]) -> 
     assert process.poll() is None, process.communicate()
 
 
+@pytest.mark.slow
 def test_a_stop_signal_to_any_process_saves_at_one_step_and_loses_none(whole: Path, tmp_path: Path, started: Start) -> None:
     directory = tmp_path / "run"
 

@@ -7,9 +7,7 @@ program of torch.export. Its outline, every tensor without its data, is read fir
 from __future__ import annotations
 
 import contextlib
-import io
 import os
-import pickletools
 import re
 import tempfile
 import zipfile
@@ -28,7 +26,7 @@ from harness.checkpoint.locate import WAIT_S
 from harness.errors import DamagedError, HarnessError, StorageError, UsageError
 from harness.events import Bar, muted, size
 from harness.exchange import headers, inert
-from harness.store import Store, is_url, open_store
+from harness.store import Store, check_url, is_url, open_store, redacted
 
 TORCH, LEGACY, SAFETENSORS, TORCHSCRIPT, EXPORTED = "torch.save", "torch.save, before 1.6", "safetensors", "TorchScript", "torch.export"
 LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
@@ -161,6 +159,8 @@ def outline_any(path: str | Path, which: str | int = locate.NEWEST) -> Loaded:
 
 def is_ours(path: str) -> bool:
     """Whether a path or URL means a run or one of its checkpoints; in a bucket a file may be called anything."""
+    if is_url(path) and (problem := check_url(path)):
+        raise UsageError(f"{redacted(path)} is not a place for a file", f"expected: {problem}")
     if not locate.is_run(path):
         return locate.is_checkpoint(path)
     folder, _, key = path.rstrip("/").rpartition("/")
@@ -173,7 +173,7 @@ def _file_of(store: Store, manifest: Manifest) -> File:
 
 def outline(file: File) -> Loaded:
     """What is in a file, with tensors of the right type and shape whose data is not read. Raises UsageError, DamagedError, StorageError."""
-    with file.store.open(file.key) as opened, _said(file, opened):
+    with _opened(file) as opened, _said(file, opened):
         if file.kind == SAFETENSORS:
             return Loaded(file, *headers.safetensors(file.where, file.size_bytes, opened))
         if file.kind == TORCHSCRIPT:
@@ -183,6 +183,15 @@ def outline(file: File) -> Loaded:
         value = _without_data(opened)
         inert.check_nesting(value)
         return _checked(Loaded(file, value))
+
+
+def _opened(file: File) -> BinaryIO:
+    try:
+        return file.store.open(file.key)
+    except FileNotFoundError:
+        raise DamagedError(
+            f"{file.where} is missing", remedy="Somebody has deleted it. harness verify says what else is damaged."
+        ) from None
 
 
 def _script(file: File, opened: BinaryIO, *, with_data: bool) -> Loaded:
@@ -293,29 +302,9 @@ def _wanted(file: File) -> list[str]:
         return []
     with file.store.open(file.key) as opened:
         try:
-            if file.kind == TORCH:
-                return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(opened))
-            return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(_as_zip(opened)))
+            return inert.wanted(opened, is_zip=file.kind == TORCH)
         except UNREADABLE:
             return []
-
-
-def _as_zip(opened: BinaryIO) -> BinaryIO:
-    """The main pickle of an old file, the fourth, in the place where torch looks for that of a new one."""
-    for _ in range(3):
-        for _ in pickletools.genops(opened):
-            pass
-    start = opened.tell()
-    for _ in pickletools.genops(opened):
-        pass
-    length = opened.tell() - start
-    opened.seek(start)
-    made = io.BytesIO()
-    with zipfile.ZipFile(made, "w") as archive:
-        archive.writestr("old/data.pkl", opened.read(length))
-        archive.writestr("old/version", "3\n")
-    made.seek(0)
-    return made
 
 
 def _checked(loaded: Loaded) -> Loaded:
