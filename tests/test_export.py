@@ -773,12 +773,13 @@ def test_what_a_checkpoint_names_as_its_task_is_called_only_if_it_is_one(
     store = LocalStore(tmp_path / "theirs")
     found = survey(store)
     payload = load.load(store, found.head)
-    payload["config"]["task"] = {"name": "os:mkdir", "args": {"path": str(tmp_path / "sprung")}}
     attempt = attempts.claim(found, found.head, 1)
     about = save.About(1, going_on_from(found.head), found.head.classes, "digest")
-    save.commit(store, attempt, payload | {"step": payload["step"] + 1}, about)
-    with pytest.raises(UsageError, match="os:mkdir, which the file names, is no task"):
-        harness.load_model(tmp_path / "theirs")
+    for name, args in (("torch.hub:load", {"repo_or_dir": "x", "model": "y"}), ("os:mkdir", {"path": str(tmp_path / "sprung")})):
+        payload["step"], payload["config"]["task"] = payload["step"] + 1, {"name": name, "args": args}
+        save.commit(store, attempt, payload, about)
+        with pytest.raises(UsageError, match=f"{name}, which the file names, is no task"):
+            harness.load_model(tmp_path / "theirs")
     assert cli.main(["export", str(tmp_path / "theirs"), str(tmp_path / "x.pt"), "--format", "module"]) == 78
     assert "is no task of this harness" in capsys.readouterr().err
     assert not (tmp_path / "sprung").exists() and not (tmp_path / "x.pt").exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import sysconfig
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -65,18 +66,29 @@ def build(settings: Config, *, named_by_file: bool = False) -> Task:
     Settings that came with a file may name anything that can be called: only what has to do with tasks is. Raises UsageError.
     """
     found = task.find(settings.task.name, settings.task.args)
-    around = {**vars(importlib.import_module(settings.task.name.partition(":")[0])), **getattr(found, "__globals__", {})}
-    if named_by_file and not any(value is Task or value is sys.modules["harness"] for value in around.values()):
+    if named_by_file and not _may_be_task(settings.task.name, found):
         raise UsageError(
-            f"{settings.task.name}, which the file names, is no task of this harness", "found: its module does not know harness.Task",
+            f"{settings.task.name}, which the file names, is no task of this harness",
+            "found: an installed module that does not know harness.Task",
             "If it is one, name it yourself: task.name=… (settings=), or load_model(…, into=module).",
-        )  # fmt: skip
+        )
     generators = state.rng_state()
     try:
         state.seed_rank(settings.train.seed, "build")  # as in training: data that is made up in `build` is the same
         return found(**settings.task.args)
     finally:
         state.set_rng_state(generators)
+
+
+def _may_be_task(name: str, found: Any) -> bool:
+    """Whether its module knows what a task is, or is the user's own and no installed one, such as `os` or `torch.hub`."""
+    module = importlib.import_module(name.partition(":")[0])
+    around = {**vars(module), **getattr(found, "__globals__", {})}
+    if any(value is Task or value is sys.modules["harness"] for value in around.values()):
+        return True
+    file = str(getattr(module, "__file__", None) or "")
+    installed = {sysconfig.get_paths()[kind] for kind in ("stdlib", "platstdlib", "purelib", "platlib")}
+    return bool(file) and module.__name__.partition(".")[0] not in sys.stdlib_module_names and not file.startswith(tuple(installed))
 
 
 def pick(things: Mapping[str, Any], name: str | None, where: str) -> dict[str, Any]:
