@@ -19,6 +19,9 @@ from botocore.exceptions import BotoCoreError, ClientError  # noqa: E402
 LARGE = 64 << 20
 
 
+pytestmark = pytest.mark.slow  # of what other tests are made with, not of the harness
+
+
 @pytest.fixture
 def proxied(bucket: tuple[S3Server, str]) -> Iterator[tuple[FaultProxy, Any, Any, str]]:
     """A proxy before the shared server; a client that goes through it, one that does not, and a bucket."""

@@ -86,6 +86,7 @@ def damage(home: Home, step: int, how: str) -> None:
         raise AssertionError(how)
 
 
+@pytest.mark.slow
 def test_damaged_in_the_bucket_the_newest_whole_one_is_gone_on_from_and_the_others_are_marked(
     trained: Trained,  # noqa: F811
     bucket: tuple[S3Server, str],

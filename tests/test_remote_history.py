@@ -148,7 +148,10 @@ def weight(content: dict[str, Any]) -> torch.Tensor:
 
 # --- zombies: stopped at the very point, woken when their successor has gone on ---
 
-WHERE = ("bucket", "directory")  # where the zombie commits: in the bucket, or in its machine's directory with copies to the bucket
+WHERE = (
+    "bucket",
+    pytest.param("directory", marks=pytest.mark.slow),
+)  # where the zombie commits: in the bucket, or in its machine's directory with copies to the bucket
 
 
 def reached(hold: Hold, born: Born) -> None:
