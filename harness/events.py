@@ -8,18 +8,16 @@ from __future__ import annotations
 import collections
 import contextlib
 import json
-import logging
 import os
 import sys
 import time
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
 from harness.checkpoint.attempts import now
-from harness.errors import StorageError, printable
+from harness.errors import StorageError
 from harness.store import LocalStore
 
 LIVE_EVERY_S, LINE_EVERY_S = 0.1, 10.0
@@ -51,19 +49,6 @@ def fill_closed_streams() -> None:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
         if getattr(sys, name) is None:
             setattr(sys, name, Path(os.devnull).open("r" if number == 0 else "w"))  # noqa: SIM115 - for the process's whole life
-
-
-@contextlib.contextmanager
-def muted() -> Iterator[None]:
-    """While the block runs, what libraries log and warn of is not shown."""
-    before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
 
 
 class Ledger:
@@ -203,15 +188,3 @@ def size(size_bytes: float) -> str:
             break
         size_bytes /= 1000
     return f"{size_bytes:.0f} {unit}" if unit == "B" else f"{size_bytes:.1f} {unit}"
-
-
-def table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
-    """Columns, aligned to the left, without lines."""
-    lines = [[printable(cell).replace("\n", " ") for cell in row] for row in [header, *rows]]
-    widths = [max(len(line[at]) for line in lines) for at in range(len(header))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)
-
-
-def number(value: float | None) -> str:
-    """Five digits, or - for what was not measured."""
-    return "-" if value is None else f"{value:.5g}"

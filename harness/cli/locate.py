@@ -10,7 +10,8 @@ from harness.checkpoint.format import Manifest
 from harness.checkpoint.history import Survey
 from harness.checkpoint.locate import WAIT_S, checkpoint, is_run, run, stores
 from harness.errors import DamagedError, HarnessError, StorageError
-from harness.events import Bar, number, say, table
+from harness.events import Bar, say
+from harness.exchange.words import number, table
 from harness.store import Store
 
 __all__ = ["WAIT_S", "check", "checkpoint", "everywhere", "is_run", "number", "run", "stores", "table", "verify"]

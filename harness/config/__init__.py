@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from harness.config.settings import FREE, RULES, SPELLED, WHOLE, Config
 from harness.errors import UsageError
 from harness.store import redacted
 
-__all__ = ["Change", "Config", "changes", "check_changes", "digest", "flatten", "from_yaml", "load", "restored", "to_yaml"]
+__all__ = ["Change", "Config", "changes", "check_changes", "digest", "flatten", "from_yaml", "load", "nested", "to_yaml"]
 
 
 def load(file: str | None, overrides: list[str]) -> tuple[Config, dict[str, Any]]:
@@ -41,7 +41,7 @@ def load(file: str | None, overrides: list[str]) -> tuple[Config, dict[str, Any]
             problems.append(f"{name}: unknown setting ({origin}){_nearest(name, list(known))}")
             continue
         try:
-            trial = OmegaConf.merge(merged, OmegaConf.create(_nested(SPELLED.get(name, name), value)))
+            trial = OmegaConf.merge(merged, OmegaConf.create(nested(SPELLED.get(name, name), value)))
             OmegaConf.to_container(trial, resolve=True)
             merged = trial  # type: ignore[assignment]
         except (OmegaConfBaseException, TypeError) as error:  # a list where a section is
@@ -55,19 +55,6 @@ def load(file: str | None, overrides: list[str]) -> tuple[Config, dict[str, Any]
             f"the configuration has {len(problems)} problem(s):", "\n".join(f"  {line}" for line in problems), "Nothing was started."
         )
     return OmegaConf.to_object(merged), _plain(merged, resolve=False)  # type: ignore[return-value]
-
-
-def restored(stored: Mapping[str, Any]) -> Config:
-    """The settings that a checkpoint holds, with what they take from the environment put in. Raises UsageError."""
-    try:
-        settings = {SPELLED.get(name, name): value for name, value in flatten(dict(stored)).items()}
-        merged = OmegaConf.structured(Config)
-        for name, value in settings.items():
-            if value != {}:
-                merged = OmegaConf.merge(merged, OmegaConf.create(_nested(name, value)))
-        return OmegaConf.to_object(merged)  # type: ignore[return-value]
-    except OmegaConfBaseException as error:
-        raise UsageError("the checkpoint's settings cannot be read", f"found: {str(error).splitlines()[0]}") from None
 
 
 def _plain(settings: Any, *, resolve: bool) -> dict[str, Any]:
@@ -126,7 +113,8 @@ def _nearest(name: str, known: list[str]) -> str:
     return f". Did you mean {guess[0]}?" if guess else ""
 
 
-def _nested(name: str, value: Any) -> dict[str, Any]:
+def nested(name: str, value: Any) -> dict[str, Any]:
+    """{"a": {"b": 1}} of "a.b" and 1."""
     for part in reversed(name.split(".")):
         value = {part: value}
     return value  # type: ignore[no-any-return]

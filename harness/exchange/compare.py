@@ -11,9 +11,9 @@ import torch
 
 from harness import config
 from harness.config import Change
-from harness.events import table
 from harness.exchange import content, files, rebuild
 from harness.exchange.files import Loaded
+from harness.exchange.words import table
 
 _ABSENT = "absent"
 

@@ -9,10 +9,11 @@ from pathlib import Path
 from harness import config
 from harness.checkpoint.format import Manifest
 from harness.errors import UsageError
-from harness.events import number, size, table
+from harness.events import size
 from harness.exchange import content, files, rebuild
 from harness.exchange.content import MODULE, OPTIMIZER, SCALER, SCHEDULER
 from harness.exchange.files import Loaded
+from harness.exchange.words import number, table
 
 Rows = Sequence[tuple[str, ...]]
 

@@ -25,10 +25,10 @@ from harness.config import Config
 from harness.config import load as load_settings
 from harness.data.order import kept_generators
 from harness.errors import HarnessError, StorageError, UsageError
-from harness.events import muted, number
 from harness.exchange import compare, content, files, program, rebuild
 from harness.exchange.content import OPTIMIZER, Part
 from harness.exchange.files import Loaded
+from harness.exchange.words import muted, number
 from harness.store import CHUNK_BYTES, LocalStore, Store, is_url, open_store
 from harness.task import Task, named
 

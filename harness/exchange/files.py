@@ -24,8 +24,9 @@ from harness.checkpoint.format import Manifest
 from harness.checkpoint.load import UNPARSEABLE, first_line
 from harness.checkpoint.locate import WAIT_S
 from harness.errors import DamagedError, HarnessError, StorageError, UsageError
-from harness.events import Bar, muted, size
+from harness.events import Bar, size
 from harness.exchange import headers, inert
+from harness.exchange.words import muted
 from harness.store import Store, check_url, is_url, open_store, redacted
 
 TORCH, LEGACY, SAFETENSORS, TORCHSCRIPT, EXPORTED = "torch.save", "torch.save, before 1.6", "safetensors", "TorchScript", "torch.export"

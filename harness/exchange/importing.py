@@ -23,11 +23,11 @@ from harness.data import loading
 from harness.data.fingerprint import describe
 from harness.data.order import Plan
 from harness.errors import UsageError
-from harness.events import muted, table
 from harness.exchange import content, files, fit, rebuild
 from harness.exchange.content import OPTIMIZER, SCALER, SCHEDULER, Part
 from harness.exchange.files import Loaded
 from harness.exchange.position import Where, position
+from harness.exchange.words import muted, table
 from harness.ranks import World
 from harness.step import Ema, Stepper
 from harness.store import Store, open_store

@@ -23,7 +23,7 @@ from harness import state
 from harness.checkpoint.load import first_line
 from harness.data.loading import is_iterable
 from harness.errors import HarnessError, UsageError
-from harness.events import muted
+from harness.exchange.words import muted
 from harness.task import Task
 
 SAMPLES = 8  # at most, in the example

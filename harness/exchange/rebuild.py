@@ -11,8 +11,9 @@ from typing import Any
 
 from torch import nn
 
-from harness import config, state, task
+from harness import state, task
 from harness.config import Config
+from harness.config.stored import restored
 from harness.errors import UsageError
 from harness.exchange import content, files
 from harness.exchange.content import MODULE, Part
@@ -52,7 +53,7 @@ def settings_of(loaded: Loaded) -> Config:
             "found: the checkpoint of a loop of its own, or a file that somebody else's script wrote",
             "Name the task (task.name=package.module:build), or in Python give a module: load_model(…, into=module).",
         )
-    return config.restored(stored)
+    return restored(stored)
 
 
 def names_task(stored: Any) -> bool:
