@@ -17,10 +17,11 @@ that it loads with `weights_only=True`.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import random
 from collections import Counter, OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -336,6 +337,16 @@ def set_rng_state(state: Mapping[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     if state["cuda"] and torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["cuda"])
+
+
+@contextlib.contextmanager
+def kept_generators() -> Iterator[None]:
+    """What happens inside leaves this process's generators, those of its GPUs too, as they were."""
+    generators = rng_state()
+    try:
+        yield
+    finally:
+        set_rng_state(generators)
 
 
 def seed_rank(*parts: int | str) -> None:

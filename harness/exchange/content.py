@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from harness.errors import UsageError
 from harness.events import size
@@ -86,16 +87,12 @@ def _part(key: str, word: str, value: Any, ours: bool) -> Part:
         return Part(SCHEDULER, key, _called(word, "scheduler"), value)
     if isinstance(value, Mapping) and {"scale", "growth_factor"} <= set(value):
         return Part(SCALER, key, _called(word, "scaler"), value)
-    if isinstance(value, torch.Tensor) and value.numel() == 1 and not value.is_meta and not _is_fake(value):
+    if isinstance(value, torch.Tensor) and value.numel() == 1 and not value.is_meta and not isinstance(value, FakeTensor):
         value = value.item()
     value = value.item() if isinstance(value, np.generic) else value
     if isinstance(value, int | float) and not isinstance(value, bool):
         return Part(NUMBER, key, CALLED.get(word.lower(), word), value)
     return Part(OTHER, key, word, value, _strange(value))
-
-
-def _is_fake(value: torch.Tensor) -> bool:
-    return "Fake" in type(value).__name__
 
 
 def _called(word: str, kind: str) -> str:

@@ -23,12 +23,12 @@ from harness.checkpoint.load import first_line
 from harness.checkpoint.locate import WAIT_S, is_checkpoint
 from harness.config import Config
 from harness.config import load as load_settings
-from harness.data.order import kept_generators
 from harness.errors import HarnessError, StorageError, UsageError
 from harness.exchange import compare, content, files, program, rebuild
 from harness.exchange.content import OPTIMIZER, Part
 from harness.exchange.files import Loaded
 from harness.exchange.words import muted, number
+from harness.state import kept_generators
 from harness.store import CHUNK_BYTES, LocalStore, Store, is_url, open_store
 from harness.task import Task, named
 
@@ -67,13 +67,13 @@ def export(
     held = rebuild.pick(rebuild.states(loaded, ema=ema), module, loaded.file.where)
     if len(held) > 1 and format not in ("weights", "full"):
         raise UsageError(f"{format} holds one module", f"found: {', '.join(held)}", f"Name one: --module {next(iter(held))}.")
-    if format in ("module", *PROGRAMS):
-        named_by_file = not (config or settings)
-        chosen = rebuild.settings_of(loaded) if named_by_file else load_settings(config, list(settings))[0]
-        write = _of_code(loaded, chosen, rebuild.build(chosen, named_by_file=named_by_file), format, next(iter(held)), ema, legacy)
-    else:
-        write = _of_data(loaded, held, format, lone=module is not None or len(held) == 1, legacy=legacy)
-    with _scratch(store, key) as path, kept_generators():  # a module may draw random numbers
+    with kept_generators(), _scratch(store, key) as path:  # data and modules may draw random numbers
+        if format in ("module", *PROGRAMS):
+            named_by_file = not (config or settings)
+            chosen = rebuild.settings_of(loaded) if named_by_file else load_settings(config, list(settings))[0]
+            write = _of_code(loaded, chosen, rebuild.build(chosen, named_by_file=named_by_file), format, next(iter(held)), ema, legacy)
+        else:
+            write = _of_data(loaded, held, format, lone=module is not None or len(held) == 1, legacy=legacy)
         try:
             lines = write(path)
         except OSError as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -28,7 +27,9 @@ def position(parts: list[Part], per_epoch: int | None, epoch: int | None, step: 
     "epoch" may be the last one that was made or the one to go on with: the optimizer's count of updates, or the schedule's of epochs,
     tells which. `per_epoch` is the number of steps of an epoch, None if the data does not tell. Raises UsageError.
     """
-    updates = step if step is not None else _first(_whole(parts, "step"), _updates(parts))
+    updates = _whole(parts, "step") if step is None else step
+    if updates is None:
+        updates = _updates(parts)
     if epoch is None and (written := _whole(parts, "epoch")) is not None:
         epoch, note = _meant(written, updates, per_epoch, _schedule(parts))
     else:
@@ -48,10 +49,7 @@ def _meant(written: int, updates: int | None, per_epoch: int | None, schedule: i
     if written in made:
         return written, ""
     if written + 1 in made:
-        return (
-            written + 1,
-            f"epoch {written} is the last one that was made, as the file's other counts tell: goes on with {written + 1}",
-        )
+        return written + 1, f"epoch {written} is the last one that was made, as the file's other counts tell: goes on with {written + 1}"
     return written, f"epoch {written} is taken for the one to go on with; if it is the last one that was made: --epoch {written + 1}"
 
 
@@ -74,8 +72,3 @@ def _updates(parts: list[Part]) -> int | None:
 
 def _schedule(parts: list[Part]) -> int | None:
     return max((int(part.value["last_epoch"]) for part in parts if part.kind == SCHEDULER), default=None)
-
-
-def _first(*counts: int | None) -> int | None:
-    known: Iterable[int] = (count for count in counts if count is not None)
-    return next(iter(known), None)

@@ -19,7 +19,6 @@ from torch import nn
 from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader
 
-from harness import state
 from harness.checkpoint.load import first_line
 from harness.data.loading import is_iterable
 from harness.errors import HarnessError, UsageError
@@ -71,7 +70,6 @@ def example(job: Task, name: str, model: nn.Module, where: str) -> Example:
     if call is None:
         raise UsageError("the task has neither `evaluate` nor `loss`, so nothing tells what goes into the module", remedy="Give it one.")
     hook = model.register_forward_pre_hook(see, with_kwargs=True)
-    generators = state.rng_state()
     try:
         held_out = job.eval_data is not None and (is_iterable(job.eval_data) or len(job.eval_data) > 1)
         data = job.eval_data if held_out else job.train_data
@@ -80,7 +78,6 @@ def example(job: Task, name: str, model: nn.Module, where: str) -> Example:
             call(job.modules, batch)
     finally:
         hook.remove()
-        state.set_rng_state(generators)
     if not caught:
         raise UsageError(f"the task's evaluation does not call {name!r}, so nothing tells what goes into it", f"found: {where}")
     return caught[0]

@@ -7,7 +7,7 @@ import sys
 import sysconfig
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from torch import nn
 
@@ -47,7 +47,7 @@ def load_model(
 def settings_of(loaded: Loaded) -> Config:
     """The settings that a checkpoint was trained with. Raises UsageError if it holds none, or names no task."""
     stored = loaded.value.get("config") if isinstance(loaded.value, Mapping) else None
-    if not isinstance(stored, Mapping) or not names_task(stored):
+    if not names_task(stored):
         raise UsageError(
             f"{loaded.file.where} does not say which task it is of, so its model cannot be built",
             "found: the checkpoint of a loop of its own, or a file that somebody else's script wrote",
@@ -56,7 +56,7 @@ def settings_of(loaded: Loaded) -> Config:
     return restored(stored)
 
 
-def names_task(stored: Any) -> bool:
+def names_task(stored: Any) -> TypeGuard[Mapping[str, Any]]:
     """Whether these are settings of this harness, and not what a loop of its own, or somebody's script, kept as its own."""
     return isinstance(stored, Mapping) and isinstance(stored.get("task"), Mapping) and "name" in stored["task"]
 
@@ -73,12 +73,9 @@ def build(settings: Config, *, named_by_file: bool = False) -> Task:
             "found: an installed module that does not know harness.Task",
             "If it is one, name it yourself: task.name=… (settings=), or load_model(…, into=module).",
         )
-    generators = state.rng_state()
-    try:
+    with state.kept_generators():
         state.seed_rank(settings.train.seed, "build")  # as in training: data that is made up in `build` is the same
         return found(**settings.task.args)
-    finally:
-        state.set_rng_state(generators)
 
 
 def _may_be_task(name: str, found: Any) -> bool:

@@ -29,8 +29,7 @@ def evaluate(
     modules = [module for thing in tracked for module in _modules_of(thing)]
     sums: dict[str, float] = {}
     samples = range(world.rank * len(dataset) // world.size, (world.rank + 1) * len(dataset) // world.size)
-    generators = state.rng_state()
-    try:
+    with state.kept_generators():
         for module in modules:
             world.share_buffers(ddp.plain(module))
         with _eval_mode(modules), torch.no_grad(), ddp.quiet_forward(list(modules)):
@@ -38,8 +37,6 @@ def evaluate(
                 beat()
                 for name, value in fn(loading.to_device(batches[0], world.device)).items():
                     sums[name] = sums.get(name, 0.0) + float(value)
-    finally:
-        state.set_rng_state(generators)
     parts = world.gather(sums)
     names = dict.fromkeys(name for part in parts for name in part)
     return {name: sum(part.get(name, 0.0) for part in parts) / len(dataset) for name in names}
