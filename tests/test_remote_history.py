@@ -47,11 +47,11 @@ class Place:
         """The run's bucket as this process sees it, directly."""
         return open_store(self.url, 30)
 
-    def through_proxy(self, monkeypatch: pytest.MonkeyPatch, wait_s: float = 30) -> Store:
+    def through_proxy(self, monkeypatch: pytest.MonkeyPatch) -> Store:
         """The same through the proxy; connected at once, while the variable points there."""
         with monkeypatch.context() as patch:
             patch.setenv("AWS_ENDPOINT_URL", self.proxy.url)
-            store = open_store(self.url, wait_s)
+            store = open_store(self.url, 30)
             store.exists("nothing")
         self.proxy.clear()
         return store
@@ -710,7 +710,7 @@ def test_what_arrives_whole_when_it_is_read_again_is_not_damaged(place, both, wo
 
 def test_a_newest_checkpoint_that_cannot_be_fetched_is_not_passed_over_as_if_it_were_damaged(place, both, world, monkeypatch):
     """Unreachable is not damaged: going on from the older one would cut off what is whole."""
-    slow = place.through_proxy(monkeypatch, wait_s=1)
+    slow = place.through_proxy(monkeypatch).patient(3)  # the requests that succeed must have time to
     place.proxy.rules.append(Rule("500", "GET", fmt.data_key(20, 1)))
     with pytest.raises(StorageError):
         pytest.fail(str(load.choose(slow, world).notes))
@@ -803,7 +803,7 @@ def test_a_server_that_does_not_answer_at_the_start_is_74_and_never_step_0(nurse
 
 def test_a_server_that_goes_between_listing_and_claim_leaves_no_attempt_in_the_directory(train, place, tmp_path):
     hold = place.proxy.hold("PUT", fmt.attempt_key(1))
-    born = train("a", *SHORT, "store.wait_s=1", proxied=True)
+    born = train("a", *SHORT, "store.wait_s=5", proxied=True)
     reached(hold, born)
     place.proxy.down()
     hold.release(forward=False)
@@ -829,7 +829,7 @@ def test_a_finished_run_is_left_as_it_is(train, place, tmp_path, directory):
 
 def test_a_run_that_is_finished_but_for_its_last_upload_says_so_and_the_next_start_uploads_it(train, place, remote, tmp_path):
     place.proxy.rules.append(Rule("denied", "PUT", fmt.manifest_key(4, 1)))
-    first = train("a", *SHORT, "store.wait_s=1", proxied=True)
+    first = train("a", *SHORT, "store.wait_s=5", proxied=True)
     assert first.wait() not in (0, EXIT_SUPERSEDED), first.text
     assert "not everything is in the remote store" in first.text
     assert orders(LocalStore(tmp_path / "a"))[0] == (4, 1) and orders(remote) == [(2, 1)]
