@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 import pytest
+from hypothesis import HealthCheck, settings
 from s3_server import bucket, own_s3_server, s3_server  # noqa: F401 - fixtures
 from slurm_cluster import slurm, slurm_cluster  # noqa: F401 - fixtures
 
@@ -23,8 +24,13 @@ if TYPE_CHECKING:
 
 REPO = Path(__file__).resolve().parent.parent
 TRAIN = REPO / "harness" / "train.py"
+LONGEST_S = 400  # of a test that is not slow, or of what it is set up with: the slowest takes a minute, on a machine that is idle
 CLEAN = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "TORCHELASTIC", "HARNESS_"))}
 ENVIRONMENT = CLEAN | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(REPO), str(REPO / "tests")])}
+
+
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])  # a slow one is no finding
+settings.load_profile("any machine")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -38,6 +44,34 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     slow = [item for item in items if item.get_closest_marker("slow")]
     config.hook.pytest_deselected(items=slow)
     items[:] = [item for item in items if item not in slow]
+
+
+@contextlib.contextmanager
+def in_time(item: pytest.Item) -> Iterator[None]:
+    """What hangs fails with its stack, and the other tests go on."""
+
+    def ring(number: int, frame: object) -> None:
+        pytest.fail(f"it hangs: not over after {LONGEST_S} s")
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, 0 if item.get_closest_marker("slow") else LONGEST_S)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup(item: pytest.Item) -> Iterator[None]:
+    with in_time(item):
+        return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    with in_time(item):
+        return (yield)
 
 
 def torchrun(ranks: int, *settings: str, options: tuple[str, ...] = ()) -> list[str]:
@@ -66,6 +100,9 @@ def run(
         kill_tree(process.pid)
         out, err = process.communicate()
         pytest.fail(f"still running after {limit_s} s: {command}\n{out}\n{err}")
+    finally:
+        if process.poll() is None:  # the test was ended
+            kill_tree(process.pid)
     return subprocess.CompletedProcess(command, process.returncode, out, err)
 
 
@@ -93,8 +130,8 @@ def kill_tree(pid: int) -> None:
             process.kill()
 
 
-def outliving(processes: list[psutil.Process], limit_s: float = 2) -> list[psutil.Process]:
-    """Which of them still run after so long; a dead one that nobody has reaped does not."""
+def outliving(processes: list[psutil.Process], limit_s: float = 20) -> list[psutil.Process]:
+    """Which of them still run after so long; a dead one that nobody has reaped does not. They must have more to do than that."""
 
     def runs(process: psutil.Process) -> bool:
         try:
@@ -131,7 +168,7 @@ def events(directory: Path, kind: str | None = None) -> list[dict]:
     return [event for event in found if kind is None or event["event"] == kind]
 
 
-def wait_until(condition: Callable[[], object], what: str, limit_s: float = 60, every_s: float = 0.02) -> None:
+def wait_until(condition: Callable[[], object], what: str, limit_s: float = 150, every_s: float = 0.02) -> None:
     """Wait for something to become true, and fail in words if it does not."""
     until = time.monotonic() + limit_s
     while not condition():

@@ -145,7 +145,7 @@ class Born:
     def code(self) -> int | None:
         return self.nursery.codes.get(self.pid)
 
-    def wait(self, limit_s: float = 60) -> int:
+    def wait(self, limit_s: float = 150) -> int:
         """Its exit code, negative for a signal."""
         until = time.monotonic() + limit_s
         with self.nursery.told:
@@ -158,7 +158,7 @@ class Born:
         os.kill(self.pid, signal.SIGSTOP)
         self.wait_stopped()
 
-    def wait_stopped(self, limit_s: float = 30) -> None:
+    def wait_stopped(self, limit_s: float = 60) -> None:
         until = time.monotonic() + limit_s
         while psutil.Process(self.pid).status() != psutil.STATUS_STOPPED:
             assert time.monotonic() < until, self.text
@@ -218,7 +218,7 @@ class Nursery:
             self.process.stdin.write(json.dumps(order) + "\n")
             self.process.stdin.flush()
             while len(self._pids) == before:
-                assert self.told.wait(60), "the nursery does not answer"
+                assert self.told.wait(150), "the nursery does not answer"
             self._born.append(Born(self, self._pids[-1], output))
         return self._born[-1]
 

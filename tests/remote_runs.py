@@ -192,7 +192,7 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
     return execute
 
 
-def ended(process: subprocess.Popen[str], limit_s: float = 120) -> tuple[int, str]:
+def ended(process: subprocess.Popen[str], limit_s: float = 240) -> tuple[int, str]:
     """Wait for a process; its exit code and output."""
     out, err = process.communicate(timeout=limit_s)
     return process.returncode, out + (err or "")

@@ -421,7 +421,7 @@ def missing_fsyncs(root: Path, trace: Path) -> list[str]:
     """Make a store and change a name in it, under strace; what of that was not made durable."""
     check_strace()
     command = ["strace", "-y", "-o", str(trace), "-e", "trace=mkdir,rename,fsync", sys.executable, "-c", ALONE, str(root)]
-    ran = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=60)
+    ran = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=180)
     assert ran.returncode == 0, ran.stderr
     calls = [line for line in trace.read_text().splitlines() if str(trace.parent) in line and line.endswith("= 0")]
     changes = [(at, call) for at, call in enumerate(calls) if not call.startswith("fsync(")]

@@ -322,7 +322,7 @@ print(sorted(os.waitstatus_to_exitcode(os.wait()[1]) for _ in range(6)))
 
 
 def test_of_many_starts_at_once_every_number_has_one_owner(store):
-    ran = subprocess.run([sys.executable, "-c", RACE, str(store)], env=ENVIRONMENT, capture_output=True, text=True, timeout=60)
+    ran = subprocess.run([sys.executable, "-c", RACE, str(store)], env=ENVIRONMENT, capture_output=True, text=True, timeout=180)
     assert ran.returncode == 0, ran.stderr
     codes = json.loads(ran.stdout)
     records = sorted(path.name for path in (store.root / fmt.ATTEMPTS).iterdir())
