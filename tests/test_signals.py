@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 from conftest import TRAIN, alone, events, harness, run, torchrun, tree, wait_until, workers_of
+from test_launch import crashing, folder  # noqa: F401 - a fixture
 from test_storm import differing, losses
 
 TASK = ("task.name=small_task:build", "train.epochs=8", "log.every_steps=1", "checkpoint.best=val_loss:min", "resume.accept=[config]")
@@ -77,7 +78,7 @@ def test_a_signal_during_start_up_ends_the_process_soon_and_the_run_goes_on(
 
 def test_two_signals_at_once_are_one_stop(tmp_path: Path, started: Start) -> None:
     directory = tmp_path / "run"
-    process = started(alone(*TASK, f"run.dir={directory}", "task.args.sleep_s=0.05", "data.num_workers=1"))
+    process = started(alone(*TASK, f"run.dir={directory}", "train.epochs=400", "task.args.sleep_s=0.05", "data.num_workers=1"))
     after_steps(directory, 3, process)
     for member in tree(process.pid):  # as SLURM does with proctrack/linuxproc: every descendant gets it, loader processes too
         member.send_signal(signal.SIGTERM)
@@ -87,22 +88,27 @@ def test_two_signals_at_once_are_one_stop(tmp_path: Path, started: Start) -> Non
     assert len(events(directory, "stopped")) == 1
 
 
-def test_a_second_interrupt_ends_a_process_that_cannot_save(tmp_path: Path, started: Start) -> None:
-    directory = tmp_path / "run"
-    process = started(alone(*TASK, f"run.dir={directory}", "task.args.sleep_s=60", "log.every_steps=1"))
-    wait_until(lambda: events(directory, "begun"), "the attempt")
-    time.sleep(0.5)
+def is_pending(process: subprocess.Popen[str], number: signal.Signals) -> bool:
+    """Whether a process has not yet got a signal that it was sent; another one would be the same one then."""
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    return any(int(line.split()[1], 16) >> number - 1 & 1 for line in status.splitlines() if line.startswith(("SigPnd", "ShdPnd")))
+
+
+def test_a_second_interrupt_ends_a_process_that_cannot_save(folder: Path, started: Start) -> None:  # noqa: F811
+    process = started(alone(*crashing(folder, "1-0-hang-1")), cwd=folder)
+    wait_until(lambda: list(folder.glob("1-0-*.crashed")) or process.poll() is not None, "a step that never ends")
     process.send_signal(signal.SIGINT)
-    time.sleep(0.2)
+    wait_until(lambda: not is_pending(process, signal.SIGINT), "the signal")
+    time.sleep(0.3)
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=5)
+    process.communicate(timeout=60)
     assert process.returncode == 130
 
 
 def test_an_attempt_whose_origin_vanishes_before_its_first_commit_saves_at_once(tmp_path: Path, started: Start) -> None:
     directory = tmp_path / "run"
-    common = alone(*TASK, "train.epochs=200", f"run.dir={directory}", "checkpoint.every_s=null", "task.args.sleep_s=0.05")
+    common = alone(*TASK, "train.epochs=400", f"run.dir={directory}", "checkpoint.every_s=null", "task.args.sleep_s=0.05")
     first = started([*common, "checkpoint.every_steps=2"])
     after_steps(directory, 6, first)
     first.kill()
@@ -113,8 +119,9 @@ def test_an_attempt_whose_origin_vanishes_before_its_first_commit_saves_at_once(
     assert not list(directory.glob("checkpoints/*-0002.json")), "nothing but the origin holds the run so far"
     for file in directory.glob("checkpoints/*-0001.*"):
         file.unlink()
-    wait_until(lambda: list(directory.glob("checkpoints/*-0002.json")), "a checkpoint of the second attempt", limit_s=4)
+    wait_until(lambda: list(directory.glob("checkpoints/*-0002.json")), "a checkpoint of the second attempt")
     second.kill()
+    assert min(int(file.name[5:13]) for file in directory.glob("checkpoints/*-0002.json")) < 1000, "not at the end of the run"
 
 
 @pytest.mark.slow
@@ -147,7 +154,7 @@ def test_a_rank_that_leaves_early_fails_the_attempt_at_once_and_the_run_goes_on(
 
 
 def test_a_step_that_never_ends_prints_its_stack_and_exits(tmp_path: Path) -> None:
-    done = run(alone(*TASK, f"run.dir={tmp_path}/run", "task.args.hang_at=6", "run.timeout_s=2"))
+    done = run(alone(*TASK, f"run.dir={tmp_path}/run", "task.args.hang_at=6", "run.timeout_s=4"))
     assert done.returncode == 1
     assert "hangs at step 6" in done.stderr and "slow_loss" in done.stderr, done.stderr
     assert [event["rank"] for event in events(tmp_path / "run", "hang")] == [0]

@@ -190,7 +190,7 @@ def batches(folder: Path) -> dict[int, list[int]]:
 
 
 def test_killed_processes_leave_nobody_behind(tmp_path: Path) -> None:
-    settings = (*SMALL, "task.args.sleep_s=0.05", "train.epochs=50", "data.num_workers=1", f"run.dir={tmp_path}/run")
+    settings = (*SMALL, "task.args.sleep_s=0.05", "train.epochs=400", "data.num_workers=1", f"run.dir={tmp_path}/run")
     process = start(torchrun(2, *settings))
     try:
         while not events(tmp_path / "run", "step"):
