@@ -40,12 +40,13 @@ def build(
     lr: float = 1e-2,
     momentum: float = 0.9,
     sleep_s: float = 0.0,
+    sleep_from: int = 1,
     fail_at: int = -1,
     hang_at: int = -1,
     leave_at: int = -1,
 ) -> Task:
-    """`sleep_s` slows each forward pass of training down; `fail_at` raises in that one, `hang_at` never returns from it, at `leave_at`
-    the last rank exits as if it had finished."""
+    """`sleep_s` slows each forward pass of training down, from number `sleep_from` on; `fail_at` raises in that one, `hang_at` never
+    returns from it, at `leave_at` the last rank exits as if it had finished."""
     model = nn.Sequential(
         nn.Linear(12, width), nn.BatchNorm1d(width), nn.Tanh(), nn.Dropout(0.2), nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 1)
     )
@@ -59,7 +60,7 @@ def build(
             raise ValueError(f"the task fails in forward pass {fail_at}")
         if calls == leave_at and os.environ["RANK"] == "1":
             os._exit(0)
-        time.sleep(3600 if calls == hang_at else sleep_s)
+        time.sleep(3600 if calls == hang_at else sleep_s if calls >= sleep_from else 0)
         return loss(model, batch)
 
     return Task(

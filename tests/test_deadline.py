@@ -166,7 +166,7 @@ def test_a_program_that_hangs_is_given_up(programs, monkeypatch):
     began = time.monotonic()
     assert job_left_s(JOB) == math.inf
     assert slurm_grace_s(JOB) is None
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 15
 
 
 # --- when the process will be killed ---
@@ -189,15 +189,15 @@ def test_outside_of_slurm_nobody_is_asked_and_nothing_is_known(programs):
 
 @pytest.mark.parametrize("newer", [True, False])
 def test_the_time_limit_counts_down_and_is_near_when_what_is_needed_no_longer_fits(newer, programs):
-    programs.put("squeue", "echo 1:40")
+    programs.put("squeue", "echo 16:40")
     programs.put("scontrol", "exit 1")
-    found = asked(JOB | ({"SLURM_JOB_END_TIME": str(int(time.time()) + 100)} if newer else {}))
-    assert 97 < found.left_s() <= 100
-    assert found.is_near(101) and not found.is_near(90)
+    found = asked(JOB | ({"SLURM_JOB_END_TIME": str(int(time.time()) + 1000)} if newer else {}))
+    assert 970 < found.left_s() <= 1000
+    assert found.is_near(1001) and not found.is_near(900)
     at = time.monotonic()
-    found.clock = lambda: at + 95
-    assert 2 < found.left_s() <= 5
-    found.clock = lambda: at + 200
+    found.clock = lambda: at + 950
+    assert 20 < found.left_s() <= 50
+    found.clock = lambda: at + 2000
     assert found.left_s() == 0.0 and found.is_near(0)
 
 
@@ -220,7 +220,7 @@ def test_of_all_that_stops_a_run_only_sigterm_is_followed_by_a_kill(why, begins)
     found = Deadline(40.0, {})
     assert found.left_s() == math.inf
     stop.request(why)
-    assert (39 < found.left_s() <= 40) if begins else found.left_s() == math.inf
+    assert (30 < found.left_s() <= 40) if begins else found.left_s() == math.inf
 
 
 def test_the_grace_begins_with_the_first_sigterm_whatever_came_before():
@@ -230,7 +230,7 @@ def test_the_grace_begins_with_the_first_sigterm_whatever_came_before():
     stop.request("SIGTERM")
     offset = 10
     stop.request("SIGTERM")
-    assert 29 < found.left_s() <= 30
+    assert 20 < found.left_s() <= 30
     offset = 50
     assert found.left_s() == 0.0
 
@@ -242,7 +242,7 @@ def test_torchrun_kills_its_workers_after_any_signal_that_it_passes_on(why, valu
     found = Deadline(None, environment)
     assert found.left_s() == math.inf
     stop.request(why)
-    assert limit_s - 1 < found.left_s() <= limit_s
+    assert limit_s - 4 < found.left_s() <= limit_s
     assert Deadline(None, environment | {"TORCHELASTIC_RUN_ID": "x"}).left_s() <= limit_s
 
 
@@ -256,19 +256,21 @@ def test_torchruns_time_begins_with_its_signal_and_not_with_an_earlier_request()
     stop.request("harness stop")
     before = time.monotonic()
     wait_until(lambda: time.monotonic() > before + 0.3, "a moment")
+    signalled = time.monotonic()
     stop.request("SIGTERM")
-    assert Deadline(None, {"TORCHELASTIC_RUN_ID": "none", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "1"}).left_s() > 0.8
+    environment = {"TORCHELASTIC_RUN_ID": "none", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "1"}
+    assert Deadline(None, environment, clock=lambda: signalled).left_s() >= 1
 
 
 def test_the_nearest_of_all_ends_counts():
-    found = Deadline(50.0, {"TORCHELASTIC_RUN_ID": "none", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "20"})
-    found.job_end = time.monotonic() + 5
+    found = Deadline(500.0, {"TORCHELASTIC_RUN_ID": "none", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "200"})
+    found.job_end = time.monotonic() + 50
     stop.request("SIGTERM")
-    assert 4 < found.left_s() <= 5
+    assert 40 < found.left_s() <= 50
     found.job_end = math.inf
-    assert 19 < found.left_s() <= 20
-    found.grace_s = 3.0
-    assert 2 < found.left_s() <= 3
+    assert 190 < found.left_s() <= 200
+    found.grace_s = 30.0
+    assert 20 < found.left_s() <= 30
 
 
 # --- what is done with the time ---
@@ -339,11 +341,11 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_run_leaves_by_itself_before_its_time_limit_with_everything_saved(whole, tmp_path, live):
-    limit = int(time.time()) + 7
-    born = live("run.margin_s=3", "task.args.sleep_s=0.6", SLURM_JOB_ID="7", SLURM_JOB_END_TIME=str(limit))
+    limit = int(time.time()) + 37
+    born = live("run.margin_s=30", "task.args.sleep_s=0.8", SLURM_JOB_ID="7", SLURM_JOB_END_TIME=str(limit))
     assert born.wait() == 0, born.text
     left_s = limit - time.time()
-    assert 0 < left_s < 4, "not in time, or far too early"
+    assert 0 < left_s < 34, "not in time, or far too early"
     end = last_end(tmp_path / "run")
     assert (end["why"], end["by"], end["signals"], end["saved"]) == ("stopped", "time limit", [], True)
     assert end["step"] == end["saved_step"] == max(losses(tmp_path / "run")) > 0
@@ -355,9 +357,9 @@ def test_a_run_leaves_by_itself_before_its_time_limit_with_everything_saved(whol
 
 
 def test_a_run_leaves_by_itself_when_only_squeue_knows_its_limit(tmp_path, live, programs):
-    programs.put("squeue", "echo 0:04")
+    programs.put("squeue", "echo 0:33")
     programs.put("scontrol", "exec sleep 20")
-    born = live("run.margin_s=3", "task.args.sleep_s=0.2", SLURM_JOB_ID="7", PATH=programs.path)
+    born = live("run.margin_s=30", "task.args.sleep_s=0.7", SLURM_JOB_ID="7", PATH=programs.path)
     assert born.wait() == 0, born.text
     end = last_end(tmp_path / "run")
     assert (end["why"], end["by"], end["saved"]) == ("stopped", "time limit", True)
@@ -368,11 +370,14 @@ def test_a_controller_that_hangs_does_not_delay_a_run(tmp_path, live, programs):
     for name in ("squeue", "scontrol"):
         programs.put(name, f"touch {programs.folder}/asked; exec sleep 20")
     began = time.monotonic()
-    born = live("train.epochs=1", SLURM_JOB_ID="7", PATH=programs.path)
+    born = live("train.epochs=1", "task.args.sleep_s=0.1", SLURM_JOB_ID="7", PATH=programs.path)
     assert born.wait() == 0, born.text
     assert time.monotonic() - began < deadline.ASK_S
     assert last_end(tmp_path / "run")["why"] == "finished"
-    assert (programs.folder / "asked").exists()
+    wait_until((programs.folder / "asked").exists, "the question")
+
+
+SLOW_FROM_5 = ("task.args.sleep_from=5", "task.args.sleep_s=1.5")  # after a save in step 4; until that in step 8 there is time
 
 
 def checkpoints(directory: Path) -> dict[str, int]:
@@ -383,7 +388,7 @@ def checkpoints(directory: Path) -> dict[str, int]:
 def test_what_does_not_fit_into_the_grace_is_not_begun_and_the_checkpoint_before_stands(scratch, whole, tmp_path, live):
     directory = tmp_path / "run"
     places = ["run.scratch=true", f"run.remote=file://{tmp_path}/remote"] if scratch else []
-    born = live(*places, "run.grace_s=0.0001", "checkpoint.every_steps=4", "task.args.sleep_s=0.3")
+    born = live(*places, "run.grace_s=0.0001", "checkpoint.every_steps=4", *SLOW_FROM_5)
     wait_until(lambda: len(events(directory, "step")) >= 5 or born.code is not None, "step 5")
     if scratch:
         wait_until(lambda: list((tmp_path / "remote").glob("checkpoints/*.json")), "an upload")
@@ -405,7 +410,7 @@ def test_what_does_not_fit_into_the_grace_is_not_begun_and_the_checkpoint_before
 
 
 def test_a_short_grace_is_sigterms_alone(tmp_path, live):
-    born = live("run.grace_s=0.0001", "checkpoint.every_steps=4", "task.args.sleep_s=0.3")
+    born = live("run.grace_s=0.0001", "checkpoint.every_steps=4", *SLOW_FROM_5)
     wait_until(lambda: len(events(tmp_path / "run", "step")) >= 5 or born.code is not None, "step 5")
     os.kill(born.pid, signal.SIGUSR1)
     assert born.wait() == 0, born.text

@@ -22,8 +22,8 @@ from harness.checkpoint import format as fmt
 from harness.errors import StorageError
 from harness.store import LocalStore, Store, open_store
 
-TASK = ["task.name=small_task:build", "train.epochs=4", "log.every_steps=1", "checkpoint.every_s=null", "resume.accept=[config]"]
-SLOW = "task.args.sleep_s=0.2"  # sixteen steps and more: long enough to be asked in between
+TASK = ["task.name=small_task:build", "train.epochs=20", "log.every_steps=1", "checkpoint.every_s=null", "resume.accept=[config]"]
+SLOW = "task.args.sleep_s=0.2"  # a hundred steps: long enough to be asked in between, also by whoever is late
 Cli = Callable[..., tuple[int, str]]
 
 
@@ -172,18 +172,18 @@ def test_a_run_saves_when_it_is_asked_to_and_stops_saved_when_it_is_asked_to(who
     asked_at = time.monotonic()
     code, said = harness("save", directory)
     assert code == 0 and "attempt 1" in said and "asked to save" in said
-    wait_until(lambda: saved(directory), "a checkpoint", limit_s=20)
-    assert time.monotonic() - asked_at < 10
+    wait_until(lambda: saved(directory), "a checkpoint")
+    assert time.monotonic() - asked_at < 15, "at the end of the run, which takes 20"
     trains(born, directory, 3)
     assert len(saved(directory)) == 1, "one request, one checkpoint"
     assert harness("status", directory)[1].count("running") == 1
 
     assert harness("stop", directory)[0] == 0
-    assert born.wait(20) == 0, born.text
+    assert born.wait() == 0, born.text
     assert "stopped by harness stop" in born.text
     end = end_of(directory, 1)
     assert (end["why"], end["by"], end["signals"], end["saved"]) == ("stopped", "harness stop", [], True)
-    assert end["step"] == end["saved_step"] == max(losses(directory)) < 20
+    assert end["step"] == end["saved_step"] == max(losses(directory)) < 100
     assert len(saved(directory)) == 2
     assert harness("stop", directory)[0] == 78, "it has ended"
 
@@ -204,7 +204,7 @@ def test_what_one_attempt_was_asked_never_stops_a_later_one(tmp_path, live, harn
     os.kill(born.pid, signal.SIGSTOP)
     assert harness("stop", directory)[0] == 0
     born.kill()
-    born = live("task.args.sleep_s=0.12")
+    born = live("train.epochs=6", "task.args.sleep_s=0.12")
     trains(born, directory)
     # As a store shows it that is late to list, or a person who asks of what is gone: it is there while the second attempt trains.
     late = requests.leave(LocalStore(directory), 1, "stop")
@@ -220,7 +220,7 @@ def test_a_run_with_two_stores_obeys_what_is_asked_in_either(ask, tmp_path, live
     born = live(SLOW, f"run.remote=file://{remote}")
     trains(born, directory)
     assert harness("stop", directory if ask == "directory" else f"file://{remote}")[0] == 0
-    assert born.wait(20) == 0, born.text
+    assert born.wait() == 0, born.text
     for place in (directory, remote):
         assert end_of(place, 1)["by"] == "harness stop"
         assert saved(place) == [f"step_{end_of(place, 1)['step']:08d}-0001"]
@@ -231,9 +231,9 @@ def test_a_run_without_a_directory_obeys_too(tmp_path, live, harness):
     born = live(SLOW, "run.dir=null", f"run.remote=file://{remote}")
     wait_until(lambda: events(remote, "step") or born.code is not None, "a step")
     assert harness("save", f"file://{remote}")[0] == 0
-    wait_until(lambda: saved(remote), "a checkpoint", limit_s=20)
+    wait_until(lambda: saved(remote), "a checkpoint")
     assert harness("stop", f"file://{remote}")[0] == 0
-    assert born.wait(20) == 0, born.text
+    assert born.wait() == 0, born.text
     assert (end_of(remote, 1)["by"], end_of(remote, 1)["saved"]) == ("harness stop", True)
 
 
@@ -242,24 +242,26 @@ def test_a_folder_of_requests_that_vanishes_or_is_unreadable_stops_nobody(tmp_pa
     born = live(SLOW)
     trains(born, directory)
     harness("save", directory)
-    wait_until(lambda: saved(directory), "a checkpoint", limit_s=20)
+    wait_until(lambda: saved(directory), "a checkpoint")
     shutil.rmtree(directory / "requests")
     (directory / "requests").write_text("in the way")
     trains(born, directory, 6)
     (directory / "requests").unlink()
     assert harness("stop", directory)[0] == 0
-    assert born.wait(20) == 0, born.text
+    assert born.wait() == 0, born.text
     assert end_of(directory, 1)["by"] == "harness stop"
 
 
 def test_a_signal_and_a_request_together_are_one_stop(tmp_path, live, harness):
     directory = tmp_path / "run"
-    born = live("task.args.sleep_s=2.5")
-    wait_until(lambda: (directory / "attempts" / "0001.json").exists() or born.code is not None, "an attempt")
+    born = live("task.args.sleep_from=2", "task.args.sleep_s=2.5")
+    trains(born, directory)
+    born.stop()  # or it might obey the requests before the signal comes
     assert harness("stop", directory)[0] == 0
     assert harness("stop", directory)[0] == 0
     os.kill(born.pid, signal.SIGTERM)
-    assert born.wait(30) == 0, born.text
+    born.wake()
+    assert born.wait() == 0, born.text
     end = end_of(directory, 1)
     assert (end["why"], end["saved"]) == ("stopped", True)
     assert end["signals"] == ["SIGTERM"]
