@@ -18,7 +18,8 @@ import pytest
 from conftest import ENVIRONMENT
 
 from harness.errors import UsageError
-from harness.stop.notices import BASE_URLS, CLOUDS, MOST_BYTES, ask, watch
+from harness.stop import notices
+from harness.stop.notices import BASE_URLS, CLOUDS, MOST_BYTES, REQUEST_S, ask, watch
 
 TOKEN = "/latest/api/token"
 ACTION = "/latest/meta-data/spot/instance-action"
@@ -27,7 +28,7 @@ PREEMPTED = "/computeMetadata/v1/instance/preempted"
 EVENTS = "/metadata/scheduledevents?api-version=2020-07-01"
 ASKED = {"aws": ACTION, "gcp": PREEMPTED, "azure": EVENTS}
 EVERY_S = 0.05
-HANG_S = 3.0
+HANG_S = 20.0
 
 
 def events(*found: object) -> str:
@@ -52,6 +53,18 @@ NOTICE = {
     "azure": (events(event("Preempt", NotBefore="Mon, 19 Sep 2026 18:29:47 GMT")), "azure: Preempt at Mon, 19 Sep 2026 18:29:47 GMT"),
 }
 AWS_NOTICE, AWS_WORDS = NOTICE["aws"]
+
+
+@pytest.fixture(autouse=True)
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the service is well, what it says counts, and not how slow the machine is on which it runs beside the test."""
+    monkeypatch.setattr(notices, "REQUEST_S", 60.0)
+
+
+@pytest.fixture
+def impatience(patience: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in the program."""
+    monkeypatch.setattr(notices, "REQUEST_S", REQUEST_S)
 
 
 @dataclass
@@ -157,11 +170,11 @@ def watching(cloud: str, service: Service) -> Iterator[tuple[threading.Thread, l
         yield thread, heard
     finally:
         stop.set()
-        thread.join(5)
+        thread.join(60)
         assert not thread.is_alive()
 
 
-def eventually(happened: Callable[[], object], limit_s: float = 8.0) -> None:
+def eventually(happened: Callable[[], object], limit_s: float = 60.0) -> None:
     until = time.monotonic() + limit_s
     while not happened():
         assert time.monotonic() < until, "it never happened"
@@ -233,11 +246,11 @@ def test_an_answer_that_does_not_come_from_google_is_ignored(service):
 
 
 def test_an_unknown_cloud_is_refused_before_anything_is_started():
-    before = threading.active_count()
+    before = set(threading.enumerate())
     for start in (lambda: ask("ibm"), lambda: watch("ibm", print)):
         with pytest.raises(UsageError, match="found: ibm, expected: aws, gcp, azure"):
             start()
-    assert threading.active_count() == before
+    assert set(threading.enumerate()) <= before
 
 
 def test_what_is_asked_lies_on_this_machine_s_own_host():
@@ -327,11 +340,12 @@ def many_headers(handler: Handler) -> None:
 
 
 @pytest.mark.parametrize(("cloud", "fault"), [("aws", hang), ("gcp", hang), ("azure", hang), ("azure", dribble)])
-def test_a_service_that_hangs_costs_no_more_than_its_time_out(cloud, fault, service):
+def test_a_service_that_hangs_costs_no_more_than_its_time_out(cloud, fault, service, impatience):
     service.fault, service.fault_at = fault, ASKED[cloud]
     began = time.monotonic()
     assert ask(cloud, service.url) is None
-    assert 0.9 < time.monotonic() - began < 2.5
+    assert notices.REQUEST_S < 2.5
+    assert 0.9 < time.monotonic() - began < 15, "not as long as it hangs"
 
 
 @pytest.mark.parametrize("fault", [close, no_http, break_off, many_headers], ids=lambda fault: fault.__name__)
@@ -411,7 +425,7 @@ def test_an_answer_without_end_is_not_read_to_the_end(cloud, service):
     service.fault, service.fault_at = flood, ASKED[cloud]
     began = time.monotonic()
     assert ask(cloud, service.url) is None
-    assert time.monotonic() - began < 2.5
+    assert time.monotonic() - began < 30
     assert sent[0] < 1 << 25  # what the buffers of the connection hold
 
 
@@ -432,10 +446,12 @@ def test_a_redirect_is_not_followed(cloud, status, service, other):
 def test_a_proxy_in_the_environment_is_not_used(cloud, service, other):
     """In a process of its own, which finds it there when it begins."""
     proxies = dict.fromkeys(("http_proxy", "HTTP_PROXY", "all_proxy"), other.url) | {"no_proxy": "", "NO_PROXY": ""}
-    code = "import sys, harness.stop.notices, urllib.request as u; print(u.getproxies()['http'], harness.stop.notices.ask(*sys.argv[1:]))"
+    code = (
+        "import sys, harness.stop.notices as n, urllib.request as u; n.REQUEST_S = 60; print(u.getproxies()['http'], n.ask(*sys.argv[1:]))"
+    )
     service.says[ASKED[cloud]], words = NOTICE[cloud]
     done = subprocess.run(
-        [sys.executable, "-c", code, cloud, service.url], env=ENVIRONMENT | proxies, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", code, cloud, service.url], env=ENVIRONMENT | proxies, capture_output=True, text=True, timeout=180
     )
     assert (done.stdout, done.stderr) == (f"{other.url} {words}\n", "")
     assert other.asked == []
@@ -451,7 +467,7 @@ def test_who_watches_is_told_once_and_the_thread_ends(cloud, service):
         eventually(lambda: len(service.asked) >= 4)
         assert (heard, thread.is_alive()) == ([], True)
         service.says[ASKED[cloud]], words = NOTICE[cloud]
-        thread.join(5)
+        thread.join(60)
         assert (heard, thread.is_alive()) == ([words], False)
     asked = len(service.asked)
     time.sleep(4 * EVERY_S)
@@ -459,7 +475,7 @@ def test_who_watches_is_told_once_and_the_thread_ends(cloud, service):
 
 
 @each_cloud
-def test_watching_goes_on_after_a_bad_service(cloud, service):
+def test_watching_goes_on_after_a_bad_service(cloud, service, impatience):
     service.fault = hang
     with watching(cloud, service) as (thread, heard):
         eventually(lambda: service.asked)
@@ -469,7 +485,7 @@ def test_watching_goes_on_after_a_bad_service(cloud, service):
         assert (heard, thread.is_alive()) == ([], True)
         service.says[ASKED[cloud]], words = NOTICE[cloud]
         service.fault = None
-        thread.join(5)
+        thread.join(60)
         assert (heard, thread.is_alive()) == ([words], False)
 
 
@@ -479,20 +495,20 @@ def test_watching_ends_when_it_is_stopped_and_tells_nothing_more(service):
 
     def wait(handler: Handler) -> None:
         reached.set()
-        go_on.wait(5)
+        go_on.wait(60)
         handler.reply(200, "TRUE")
 
     service.fault = wait
     thread = watch("gcp", heard.append, base_url=service.url, every_s=60, stop=stop)
-    assert reached.wait(5)
+    assert reached.wait(60)
     stop.set()  # while it looks
     go_on.set()
-    thread.join(5)
+    thread.join(60)
     assert (heard, thread.is_alive()) == ([], False)
 
     service.fault, stop = None, threading.Event()
     thread = watch("gcp", heard.append, base_url=service.url, every_s=60, stop=stop)
     eventually(lambda: service.count("GET", PREEMPTED) >= 2)
     stop.set()  # while it waits
-    thread.join(5)
+    thread.join(30)
     assert (heard, thread.is_alive()) == ([], False)
