@@ -846,7 +846,7 @@ def build():
     return nn.Sequential(nn.Linear(12, 8), nn.Tanh(), nn.Linear(8, 1))
 
 out = {}
-run = harness.init(sys.argv[1] + "/weights", seed=1, timeout_s=20)
+run = harness.init(sys.argv[1] + "/weights", seed=1, timeout_s=100)
 plain = build().double()
 model = DistributedDataParallel(build().double())
 x = torch.randn(17, 12, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -870,7 +870,7 @@ out["gradient_error"] = worst
 out["used"] = sorted(n for part in used for micro in part for n in micro)
 out["draws"] = run.world.gather([torch.rand(1).item(), random.random(), float(np.random.rand())])
 
-run = harness.init(sys.argv[1] + "/evaluate", seed=1, timeout_s=20)
+run = harness.init(sys.argv[1] + "/evaluate", seed=1, timeout_s=100)
 model = DistributedDataParallel(nn.Sequential(nn.Linear(12, 8), nn.BatchNorm1d(8), nn.Linear(8, 1)))
 run.track(model=model)
 dataset = [torch.full((12,), float(at)) for at in range(5)]
@@ -888,7 +888,7 @@ for _ in run.batches(dataset, 4, epochs=1):
 out["calls"] = run.world.gather(calls)
 
 for name, leave_at in (("whole", 99), ("left", 3), ("left", 99)):
-    run = harness.init(sys.argv[1] + "/" + name, seed=1, save_every_steps=1, timeout_s=20)
+    run = harness.init(sys.argv[1] + "/" + name, seed=1, save_every_steps=1, timeout_s=100)
     run.track(model=nn.Linear(3, 1))
     found = []
     for batch in run.batches(Stream(9 if run.rank else 13), 4, epochs=2):
@@ -907,7 +907,7 @@ def two_ranks(tmp_path_factory) -> dict:
     folder = tmp_path_factory.mktemp("ranks")
     (folder / "program.py").write_text(TWO_RANKS)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    ended = run([*launcher, "program.py", str(folder)], cwd=folder, env={"PYTHONPATH": ENVIRONMENT["PYTHONPATH"]}, limit_s=120)
+    ended = run([*launcher, "program.py", str(folder)], cwd=folder, env={"PYTHONPATH": ENVIRONMENT["PYTHONPATH"]}, limit_s=240)
     assert ended.returncode == 0, ended.stderr
     (line,) = [line for line in ended.stdout.splitlines() if line.startswith("OUT")]
     return json.loads(line.removeprefix("OUT"))

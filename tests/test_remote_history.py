@@ -298,10 +298,10 @@ def test_a_woken_retention_asks_before_each_delete_whether_it_is_superseded(plac
 
     thread = threading.Thread(target=let_go)
     thread.start()
-    assert hold.reached.wait(30)
+    assert hold.reached.wait(100)
     Life(remote)
     hold.release()
-    thread.join(30)
+    thread.join(100)
     assert len(said) == 1
     assert [m.step for m in survey(remote).manifests] == [2, 3, 4, 5], "one delete was on its way, none came after"
 
@@ -317,12 +317,12 @@ def test_a_zombie_that_shares_its_directory_with_its_successor_takes_back_nothin
     hold = place.proxy.hold("PUT", f"{fmt.stem(5, 1)}.{'pt' if late == 'data' else 'json'}")
     thread = threading.Thread(target=lambda: _suppressed(lambda: replicate(local, manifest, zombie.stores[1], zombie.attempt)))
     thread.start()
-    assert hold.reached.wait(30)
+    assert hold.reached.wait(100)
     successor = Life(local, remote)
     assert successor.origin == manifest
     replicate(local, manifest, remote, successor.attempt)
     hold.release()
-    thread.join(30)
+    thread.join(100)
     assert orders(remote) == [(5, 1)]
     load.check(remote, survey(remote).head)
 
@@ -348,14 +348,14 @@ def test_a_run_that_is_superseded_during_its_very_last_upload_is_not_finished(tr
 def test_an_attempt_whose_origin_a_zombie_deletes_saves_at_once(train, place, remote):
     assert train(None, *SHORT).wait() == 0
     hold = place.proxy.hold("PUT", fmt.attempt_key(2))
-    second = train(None, "train.epochs=100", "task.args.sleep_s=0.02", "checkpoint.every_s=null", "resume.accept=[config]", proxied=True)
+    second = train(None, "train.epochs=400", "task.args.sleep_s=0.02", "checkpoint.every_s=null", "resume.accept=[config]", proxied=True)
     reached(hold, second)
     origin = survey(remote).head
     place.drop(origin.key, fmt.data_key(origin.step, 1))
     hold.release()
     while (head := survey(remote).head).attempt == 1:
         assert second.code is None, second.text
-    assert head.step < origin.step + 60, "not at the end of the run"
+    assert head.step < origin.step + 1000, "not at the end of the run"
 
 
 def test_a_first_save_while_the_uploader_looks_for_the_origin_is_a_save_like_any_other(train, place, remote, tmp_path):
@@ -610,7 +610,7 @@ def test_what_was_never_uploaded_wins_if_nobody_has_committed_since(remote, tmp_
 
 
 def test_what_was_never_uploaded_is_uploaded_by_the_next_attempt(train, place, remote, tmp_path):
-    place.proxy.rules.append(Rule("500", "PUT", f"{fmt.stem(4, 1)}.pt"))
+    place.proxy.rules.append(Rule("500", "PUT", f"/{fmt.CHECKPOINTS}/"))
     killed = train("a", *LONG, "checkpoint.every_steps=2", proxied=True)
     local = LocalStore(tmp_path / "a")
     while not local.exists(fmt.manifest_key(4, 1)):
@@ -618,7 +618,7 @@ def test_what_was_never_uploaded_is_uploaded_by_the_next_attempt(train, place, r
     killed.kill()
     newest = survey(local).head
     assert remote.exists(newest.key) is False
-    again = train("a", *LONG)
+    again = train("a", *LONG, "checkpoint.every_steps=2000")  # with nothing newer, which might come first
     while not remote.exists(newest.key):
         assert again.code is None, again.text
     load.check(remote, newest)
@@ -737,7 +737,7 @@ def test_what_vanishes_while_it_is_restored_means_list_again(place, remote, worl
     hold = place.proxy.hold("HEAD", fmt.data_key(20, 1))
 
     def go_on() -> None:
-        if hold.reached.wait(30):
+        if hold.reached.wait(100):
             alive.save(30)
             alive.save(40)
             alive.let_go(2)

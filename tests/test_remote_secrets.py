@@ -59,7 +59,7 @@ def test_a_denied_run_leaves_no_secret_anywhere(bucket: tuple[S3Server, str], tm
     ]
     processes = []
     for number, change in enumerate(cases):
-        command = alone(*TASK, f"run.dir={tmp_path}/{number}", f"run.remote={home.url}", "store.wait_s=5")  # noqa: F811
+        command = alone(*TASK, f"run.dir={tmp_path}/{number}", f"run.remote={home.url}", "store.wait_s=60")  # noqa: F811
         processes.append(started(command, env=home.env() | change))
     for process in processes:
         code, text = ended(process)
