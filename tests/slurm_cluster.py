@@ -154,7 +154,7 @@ class SlurmCluster:
 
     # The cluster and its parts.
 
-    def start(self, limit_s: float = 30) -> SlurmCluster:
+    def start(self, limit_s: float = 100) -> SlurmCluster:
         """Start all of it and wait until every node is idle. Call it from a thread that lives as long as the cluster shall."""
         for name in PROGRAMS:
             _program(name)
@@ -184,7 +184,7 @@ class SlurmCluster:
             time.sleep(0.02)
         shutil.rmtree(self.root, ignore_errors=True)
 
-    def start_controller(self, limit_s: float = 30) -> None:
+    def start_controller(self, limit_s: float = 100) -> None:
         """Start it (again), and wait until it answers."""
         self._begin_controller()
         self._wait(self._answers, "the controller answers", limit_s)
@@ -193,7 +193,7 @@ class SlurmCluster:
         """SIGKILL; jobs go on, and their end is reported once it is back. What was submitted in the last five seconds is lost."""
         self._kill("slurmctld")
 
-    def start_node(self, node: str, limit_s: float = 30) -> None:
+    def start_node(self, node: str, limit_s: float = 100) -> None:
         """Start a node's daemon, and wait until the node may take jobs (again)."""
         self._begin_node(node)
         usable = ("idle", "mixed", "allocated", "completing")
@@ -231,7 +231,7 @@ class SlurmCluster:
         answer = self.command("sinfo", "-h", "-N", "-p", "high", "-o", "%N %T", check=False)
         return dict(line.split(maxsplit=1) for line in answer.stdout.splitlines())
 
-    def idle(self, limit_s: float = 60) -> None:
+    def idle(self, limit_s: float = 150) -> None:
         """Cancel every job, bring every part back, and wait until no job is left and all nodes are idle."""
         if self._gone("slurmctld"):
             self.start_controller()
@@ -258,7 +258,7 @@ class SlurmCluster:
 
     # Jobs.
 
-    def command(self, *arguments: str, check: bool = True, limit_s: float = 60) -> subprocess.CompletedProcess[str]:
+    def command(self, *arguments: str, check: bool = True, limit_s: float = 180) -> subprocess.CompletedProcess[str]:
         """One of SLURM's commands, on this cluster."""
         done = subprocess.run(
             [_program(arguments[0]), *arguments[1:]], env=self._environment(), capture_output=True, text=True, timeout=limit_s
@@ -269,7 +269,7 @@ class SlurmCluster:
     def submit(self, script: Path, *options: str, environment: dict[str, str] | None = None) -> str:
         """sbatch; the number of the job. The job gets the environment of this process and what is given."""
         command = [_program("sbatch"), "--parsable", *options, str(script)]
-        done = subprocess.run(command, env=self._environment() | (environment or {}), capture_output=True, text=True, timeout=60)
+        done = subprocess.run(command, env=self._environment() | (environment or {}), capture_output=True, text=True, timeout=180)
         assert done.returncode == 0, f"{command} ended with {done.returncode}:\n{done.stdout}{done.stderr}"
         return done.stdout.strip().partition(";")[0]
 
@@ -283,7 +283,7 @@ class SlurmCluster:
         shown = self.command("scontrol", "show", "job", "-o", job, check=False).stdout
         return dict(re.findall(r"(?:^|(?<=\s))([A-Za-z:/_]+)=(.*?)(?=\s+[A-Z][A-Za-z:/_]*=|\s*$)", shown.strip()))
 
-    def wait_for(self, job: str, *states: str, limit_s: float = 60) -> str:
+    def wait_for(self, job: str, *states: str, limit_s: float = 150) -> str:
         """Wait until the job is in one of the states (without any: over for good); the state."""
         until = time.monotonic() + limit_s
         while (state := self.state(job)) not in (states or FINISHED):

@@ -147,12 +147,12 @@ class Submitted:
 
     # What happens to it.
 
-    def train(self, more: int = 4, limit_s: float = 90) -> None:
+    def train(self, more: int = 4, limit_s: float = 200) -> None:
         """Wait until it has made so many more steps."""
         seen = len(self.steps())
         self.wait(lambda: len(self.steps()) >= seen + more, f"{more} more steps", limit_s)
 
-    def wait(self, condition: Callable[[], object], what: str, limit_s: float = 90) -> None:
+    def wait(self, condition: Callable[[], object], what: str, limit_s: float = 200) -> None:
         until = time.monotonic() + limit_s
         while not condition():
             assert time.monotonic() < until, f"not within {limit_s} s: {what}\n{self.slurm.fields(self.job)}\n{self.log()[-6000:]}"
@@ -166,7 +166,7 @@ class Submitted:
             hog, "-p", "high", "-N", str(len(self.nodes().split(","))), "-w", self.nodes(), "--exclusive", "-o", "/dev/null"
         )
 
-    def ended(self, state: str = "COMPLETED", limit_s: float = 120) -> None:
+    def ended(self, state: str = "COMPLETED", limit_s: float = 300) -> None:
         """Wait until the job is over for good, and in this state."""
         found = self.slurm.wait_for(self.job, limit_s=limit_s)
         assert found == state, f"{self.slurm.fields(self.job)}\n{self.log()[-8000:]}"

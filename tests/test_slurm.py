@@ -42,8 +42,10 @@ def test_a_run_that_is_preempted_twice_finishes_as_if_it_never_was(slurm: SlurmC
     run.edit()
     for _ in range(2):
         run.train(4)
+        run.slow(2)  # however long SLURM takes, there are steps left
         run.preempt()
         wait_until(lambda: slurm.state(run.job) != "RUNNING", "the preemption")
+        run.slow(0.4)
     run.train(1)
     run.hasten()
     run.ended()
@@ -77,7 +79,7 @@ def test_what_always_crashes_is_started_three_times_and_then_fails_with_its_caus
 def test_a_finished_run_that_is_submitted_again_ends_without_starting_anything(slurm: SlurmCluster, whole: Path, tmp_path: Path) -> None:
     shutil.copytree(whole, tmp_path / "done")
     run = submitted(slurm, tmp_path, "done", "--partition", "high", "resume.accept=[config]")
-    run.ended(limit_s=20)
+    run.ended()
     assert run.log().strip() == "harness: the run is finished, at step 40; nothing to do"
     assert run.records("attempts").keys() == {"0001", "0001.end"} and not run.records("launches")
     assert_equal(whole, run.directory)
