@@ -377,7 +377,7 @@ def test_a_controller_that_hangs_does_not_delay_a_run(tmp_path, live, programs):
     wait_until((programs.folder / "asked").exists, "the question")
 
 
-SLOW_FROM_5 = ("task.args.sleep_from=5", "task.args.sleep_s=1.5")  # after a save in step 4; until that in step 8 there is time
+SLOW_FROM_5 = ("task.args.sleep_from=5", "task.args.sleep_s=1.0")  # after a save in step 4; until that in step 8 there is time
 
 
 def checkpoints(directory: Path) -> dict[str, int]:

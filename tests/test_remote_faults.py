@@ -339,7 +339,7 @@ def test_an_error_of_a_part_is_heard_while_writing_and_kept_for_who_hides_it(way
 
 def test_that_an_upload_cannot_be_aborted_does_not_hide_why_it_failed(way):
     way.fault(Rule("denied", "PUT", "partNumber=2"), Rule("500", "DELETE"))
-    error, elapsed_s = took(lambda: way.store(4).write(KEY, os.urandom(17 * MB), 1))
+    error, elapsed_s = took(lambda: way.store(3).write(KEY, os.urandom(17 * MB), 1))
     assert isinstance(error, RefusedError) and "AccessDenied" in error.found
     assert elapsed_s < 30
     assert way.held() == [] and way.uploads() == [f"run/{KEY}"], "harness prune finds it"

@@ -154,7 +154,7 @@ def test_a_rank_that_leaves_early_fails_the_attempt_at_once_and_the_run_goes_on(
 
 
 def test_a_step_that_never_ends_prints_its_stack_and_exits(tmp_path: Path) -> None:
-    done = run(alone(*TASK, f"run.dir={tmp_path}/run", "task.args.hang_at=6", "run.timeout_s=4"))
+    done = run(alone(*TASK, f"run.dir={tmp_path}/run", "task.args.hang_at=6", "run.timeout_s=3"))
     assert done.returncode == 1
     assert "hangs at step 6" in done.stderr and "slow_loss" in done.stderr, done.stderr
     assert [event["rank"] for event in events(tmp_path / "run", "hang")] == [0]

@@ -126,13 +126,13 @@ def test_rest_expect_and_close_prevent_it(started: Start) -> None:
 watchdog.BACKSTOP_S = 0.5
 dog = watchdog.Watchdog(tell)
 for _ in range(4):
-    dog.expect("a short piece", 2.0)
-    time.sleep(0.6)
+    dog.expect("a short piece", 1.6)
+    time.sleep(0.5)
 dog.rest()
-time.sleep(2.2)
-dog.expect("the next", 2.0)
+time.sleep(1.8)
+dog.expect("the next", 1.6)
 dog.close()
-time.sleep(2.2)
+time.sleep(1.8)
 dog.expect("what comes after the end", 0.1)
 time.sleep(0.5)
 say([thread.name for thread in threading.enumerate() if thread.name == "watchdog"])
