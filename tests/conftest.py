@@ -130,7 +130,7 @@ def kill_tree(pid: int) -> None:
             process.kill()
 
 
-def outliving(processes: list[psutil.Process], limit_s: float = 20) -> list[psutil.Process]:
+def outliving(processes: list[psutil.Process], limit_s: float = 5) -> list[psutil.Process]:
     """Which of them still run after so long; a dead one that nobody has reaped does not. They must have more to do than that."""
 
     def runs(process: psutil.Process) -> bool:
