@@ -5,7 +5,7 @@ Reading order, which is the order of a run:
     train.py      the program: settings, task, the loop
     run/          the library that the loop is written with: init, track, batches, log, evaluate
     config/       every setting                           data/         which sample comes next
-    step.py       one optimizer step                      state.py      what survives a kill
+    step.py       one optimizer step                      state/        what survives a kill
     checkpoint/   how it is written, found, verified      store/        where files lie
     ranks.py      the other processes                     ddp.py        modules wrapped for them
     stop/         signals, deadlines, the watchdog        events.py     what is said

@@ -175,10 +175,16 @@ class Ema:
     def __init__(self, module: nn.Module, decay: float) -> None:
         self.source, self.decay = plain(module), decay
         self.module = copy.deepcopy(self.source).requires_grad_(False).eval()
+        self._hook: Callable[..., object] = lambda *_: None
+
+    def register_step_pre_hook(self, hook: Callable[..., object]) -> None:
+        """Have `hook` called before each update, as an optimizer does: until then the average does not change."""
+        self._hook = hook
 
     @torch.no_grad()
     def update(self) -> None:
         """Take the source's present weights into the average."""
+        self._hook(self)
         if own := list(self.module.parameters()):
             torch._foreach_lerp_(own, list(self.source.parameters()), 1 - self.decay)
         for own, theirs in zip(self.module.buffers(), self.source.buffers(), strict=True):

@@ -38,7 +38,7 @@ def train(build: Callable[..., Task], settings: Config, stored: dict[str, Any]) 
         keep_last=settings.checkpoint.keep_last,
         keep_every_steps=settings.checkpoint.keep_every_steps,
         keep_best=settings.checkpoint.keep_best,
-        best=settings.checkpoint.best,
+        best=settings.checkpoint.best, snapshot=settings.checkpoint.snapshot, when_busy=settings.checkpoint.when_busy,
         wait_s=settings.store.wait_s,
         remote_keep={"last": settings.store.keep_last, "every_steps": settings.store.keep_every_steps, "best": settings.store.keep_best},
         config=stored, accept=settings.resume.accept, override=settings.resume.override,

@@ -41,6 +41,7 @@ from harness.run.ending import Ending
 from harness.run.places import listen
 from harness.run.saver import Saver
 from harness.run.settings import Settings
+from harness.state import Captured
 from harness.store import Store, open_store
 
 
@@ -104,7 +105,8 @@ def write(places: list[str], steps: list[int], wait_s: float, told: str) -> None
     for step in steps:
         final: dict[str, int | None] | None = {"epochs": 1, "max_steps": None} if step == steps[-1] else None
         content = payload(step, saver.attempt.number if saver.attempt else 0)
-        saved = saver.save(step, lambda content=content: content, lambda final=final: saver.about({}, {}, final), lambda: None)
+        captured = Captured(content, set(), {}, {})
+        saved = saver.save(lambda c=captured: c, lambda final=final: saver.about({}, {}, final), lambda: None, wait=True)
         if not saved and final:
             raise SaveError(f"the last checkpoint was not saved: {saver.words}")  # as the loop does
         tell(told, "c" if saved else "-", step)

@@ -392,6 +392,7 @@ def test_what_does_not_fit_into_the_grace_is_not_begun_and_the_checkpoint_before
     wait_until(lambda: len(events(directory, "step")) >= 5 or born.code is not None, "step 5")
     if scratch:
         wait_until(lambda: list((tmp_path / "remote").glob("checkpoints/*.json")), "an upload")
+    wait_until(lambda: events(directory, "saved") or born.code is not None, "the checkpoint of step 4")
     before = checkpoints(directory)
     assert sorted(before) == ["step_00000004-0001.json", "step_00000004-0001.pt"]
     os.kill(born.pid, signal.SIGTERM)

@@ -580,24 +580,26 @@ def test_plain_state_comes_back_as_it_was(tmp_path):
 
 
 @pytest.mark.parametrize("broken", [float("nan"), float("inf")])
-def test_parameters_that_are_not_finite_are_never_captured(broken):
+def test_parameters_that_are_not_finite_are_refused(broken):
     model = net()
     with torch.no_grad():
         model[4].weight[0, 3] = broken
-    with pytest.raises(NonFiniteError, match=r"NaN or Inf in 4.weight"):
-        state.capture({"model": model})
+    with pytest.raises(NonFiniteError, match=r"NaN or Inf in model.4.weight"):
+        state.check_finite({"model": model})
     masked = net()
     masked.register_buffer("mask", torch.full((3,), -float("inf")))
+    state.check_finite({"model": masked})
     assert torch.isinf(state.capture({"model": masked})["model_state_dict"]["mask"]).all(), "masks may be infinite"
 
 
 def test_a_nan_does_not_overwrite_the_last_good_checkpoint(tmp_path):
     run_, model = tracked_run(tmp_path / "a", save_every_steps=1)
+    run_.track(optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
     with pytest.raises(NonFiniteError):
         for _ in run_.batches(Noisy(60), 10, epochs=1):
             if run_.step == 3:
-                with torch.no_grad():
-                    model[0].weight[0, 0] = float("nan")
+                model[0].weight.grad = torch.full_like(model[0].weight, float("nan"))
+                run_.tracked["optimizer"].step()
     assert steps_of(tmp_path / "a") == [1, 2]
     assert [path.name for path in (tmp_path / "a/checkpoints").iterdir() if "00000003" in path.name] == []
 

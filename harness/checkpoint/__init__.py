@@ -11,7 +11,7 @@
     <run>/files/samples/a.png                   what the user's own code keeps with the run: `Run.keep`
     <run>/config.yaml                           the settings of the newest attempt, for people to read
 
-The data file is what `torch.save` writes; `harness/state.py` lists what is in it. The manifest holds its size and its BLAKE3
+The data file is what `torch.save` writes; `harness/state` lists what is in it. The manifest holds its size and its BLAKE3
 digest, computed while writing, and is sealed by a digest of its own.
 
 * A checkpoint exists if and only if its manifest exists: written last, deleted first. Nothing written under a name changes.

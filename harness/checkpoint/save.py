@@ -7,7 +7,7 @@ import math
 import os
 import platform
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from harness.checkpoint.format import DataFile, Lineage, Manifest
 from harness.checkpoint.history import extended
 from harness.checkpoint.load import UNPARSEABLE, first_line, outline, verified_chunks
 from harness.errors import SaveError, StorageError, UsageError
-from harness.store import Store
+from harness.store import Sink, Store
 
 
 @dataclass(frozen=True)
@@ -35,23 +35,29 @@ class About:
     read_back: bool = False  # parse the file before it becomes a checkpoint
 
 
-def commit(store: Store, attempt: Attempt, payload: dict[str, Any], about: About) -> Manifest:
+def commit(
+    store: Store,
+    attempt: Attempt,
+    payload: Mapping[str, Any],
+    about: About,
+    write: Callable[[Sink], None] | None = None,
+    check: Callable[[], None] = lambda: None,
+) -> Manifest:
     """Write `payload` as the checkpoint of its step; when this returns it is durable, and it exists.
 
-    Raises SaveError if the store fails, SupersededError if a newer attempt has begun; then no checkpoint exists, and no file
-    of it is left if the store lets us delete it.
+    With `write`, which writes the data in its own way, the payload need only hold what the manifest repeats. `check` is called when
+    the data is durable; what it raises passes through. Raises SaveError if the store fails, SupersededError if a newer attempt has
+    begun; then no checkpoint exists, and no file of it is left if the store lets us delete it.
     """
     step = int(payload["step"])
-
-    def write(sink: Any) -> None:
-        torch.save(payload, sink)
 
     def build(file: DataFile) -> Manifest:
         if about.read_back:
             _check_readable(store, step, attempt)
+        check()
         return _manifest(attempt, payload, about, file)
 
-    return _commit(store, attempt, step, write, build)
+    return _commit(store, attempt, step, write or (lambda sink: torch.save(payload, sink)), build)  # type: ignore[arg-type]
 
 
 def _check_readable(store: Store, step: int, attempt: Attempt) -> None:
@@ -83,7 +89,7 @@ def adopt(source: Store, manifest: Manifest, store: Store, attempt: Attempt, lin
     return _commit(store, attempt, manifest.step, write, build)
 
 
-def _commit(store: Store, attempt: Attempt, step: int, write: Callable[[Any], None], build: Callable[[DataFile], Manifest]) -> Manifest:
+def _commit(store: Store, attempt: Attempt, step: int, write: Callable[[Sink], None], build: Callable[[DataFile], Manifest]) -> Manifest:
     key, manifest_key = fmt.data_key(step, attempt.number), fmt.manifest_key(step, attempt.number)
     try:
         if store.exists(manifest_key):
@@ -112,7 +118,7 @@ def _commit(store: Store, attempt: Attempt, step: int, write: Callable[[Any], No
     return manifest
 
 
-def _manifest(attempt: Attempt, payload: dict[str, Any], about: About, file: DataFile) -> Manifest:
+def _manifest(attempt: Attempt, payload: Mapping[str, Any], about: About, file: DataFile) -> Manifest:
     metrics = payload["metrics"] if about.metrics is None else about.metrics
     return Manifest(
         run_id=attempt.run_id,

@@ -77,6 +77,8 @@ class CheckpointSettings:
     keep_every_steps: int | None = None
     keep_best: int = 1
     best: str = "val_acc:max"
+    snapshot: str = "overlapped"  # copied during the next forward and backward; at_once: training waits; checked: compared, to find bugs
+    when_busy: str = "wait"  # for the save before; skip: a save that the clock asks for is left out, and counted
 
 
 @dataclass(frozen=True)
@@ -210,6 +212,8 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "checkpoint.keep_every_steps": (_positive, "a whole number above 0, or null"),
     "checkpoint.keep_best": (lambda v: v >= 0, "a whole number from 0 on"),
     "checkpoint.best": (lambda v: v.rpartition(":")[0] != "" and v.rpartition(":")[2] in ("max", "min"), "NAME:max or NAME:min"),
+    "checkpoint.snapshot": (lambda v: v in ("overlapped", "checked", "at_once"), "overlapped, checked or at_once"),
+    "checkpoint.when_busy": (lambda v: v in ("wait", "skip"), "wait or skip"),
     "store.wait_s": (lambda v: v >= 0, "a number of seconds from 0 on"),
     "store.keep_last": (_positive, "a whole number above 0, or null"),
     "store.keep_every_steps": (_positive, "a whole number above 0, or null"),

@@ -71,6 +71,7 @@ def import_checkpoint(
         if config or any(setting.startswith("task.name=") for setting in settings):
             raise
         raise UsageError(error.what, error.found, f"{error.remedy} No task was named, so it is {chosen.task.name}: task.name=…") from error
+    state.check_finite(import_.tracked)
     payload = state.plain_data(import_.payload(where, stored)) | state.capture(import_.tracked)
     words = f"{import_.shown()}\n\n" + "\n".join(import_.notes)
     if dry_run:
@@ -227,7 +228,7 @@ class Import:
         self.notes += [f"{name}: as in the file: {', '.join(changed)}"] if changed else []
 
     def payload(self, where: Where, stored: dict[str, Any]) -> dict[str, Any]:
-        """Everything of a checkpoint but the tracked objects; `harness/state.py` has the list."""
+        """Everything of a checkpoint but the tracked objects; `harness/state` has the list."""
         train, loss = self.settings.train, content.number_of(self.parts, "loss")
         data = describe(self.job.train_data, train.global_batch_size, True, self.settings.data.drop_last, train.seed)
         return {

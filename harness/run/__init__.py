@@ -28,7 +28,7 @@ from harness.run.logs import divert
 from harness.run.loop import Run
 from harness.run.places import check_remembered, listen, places
 from harness.run.settings import Settings
-from harness.store import DEFAULT_WAIT_S, Store
+from harness.store import DEFAULT_WAIT_S
 
 __all__ = ["Run", "init"]
 
@@ -44,6 +44,8 @@ def init(
     keep_every_steps: int | None = None,
     keep_best: int = 1,
     best: str = "val_loss:min",
+    snapshot: str = "overlapped",
+    when_busy: str = "wait",
     wait_s: float = DEFAULT_WAIT_S,
     remote_keep: Mapping[str, int | None] | None = None,
     config: Mapping[str, Any] | None = None,
@@ -61,31 +63,31 @@ def init(
     """Join the other ranks, catch signals, seed all generators, and find the newest checkpoint of the run.
 
     The run lives in `directory`, in `remote` (a URL that fsspec opens, such as s3://bucket/prefix), or in both: then each checkpoint
-    is committed in the directory and copied in the background, and whichever has the newest that verifies is gone on from. The
-    remote may be unreachable for `wait_s` seconds. It keeps what the directory keeps, but for `remote_keep`: last, every_steps, best.
-
+    is committed in the directory and copied in the background, and the newest that verifies is gone on from, wherever it lies. The remote
+    may be unreachable for `wait_s` seconds. It keeps what the directory keeps, but for `remote_keep`: last, every_steps, best.
+    Saves run in the background. What an optimizer owns is copied during the next forward and backward passes; `snapshot="at_once"`: while
+    training waits; "checked": compared, too. A save that is due before the last has arrived waits for it, or (`when_busy="skip"`) is left
+    out if the clock asks for it.
     A step may take `timeout_s` seconds, or `step_timeout_s`, before it counts as hung. `grace_s` lie between SIGTERM and the kill (None:
     as SLURM says), `margin_s` between a stop and the job's time limit; `is_scratch`: the directory is lost with the job. `notices` is
-    the cloud ("aws", "gcp", "azure") that tells when it takes a spot machine away.
-
-    Nothing is changed here; the run is claimed when training begins. `config`, a dict of what training depends on, is kept in each
-    checkpoint; a run refuses to go on with another one unless `accept=["config"]`. Collective: every rank must call it.
+    the cloud ("aws", "gcp", "azure") that tells when it takes a spot machine away. `config`, what training depends on, is kept in each
+    checkpoint; a run refuses to go on with another unless `accept=["config"]`. Nothing is changed here; the run is claimed when training
+    begins. Collective: every rank must call it.
     """
-    fill_closed_streams()
-    stores = places(directory, remote, wait_s)
     _be_deterministic(deterministic)
-    kept = state.plain_data({"config": dict(config or {})})["config"]
-    metric, _, direction = best.rpartition(":")
-    policy = retention.Policy(keep_last, keep_every_steps, keep_best, metric or best, direction == "max")
+    policy = retention.Policy(keep_last, keep_every_steps, keep_best, best.rpartition(":")[0] or best, best.endswith(":max"))
     settings = Settings(
-        seed=seed, save_every_s=save_every_s, save_every_steps=save_every_steps, wait_s=wait_s, config=kept, policy=policy,
+        seed=seed, save_every_s=save_every_s, save_every_steps=save_every_steps, wait_s=wait_s, policy=policy,
         remote_policy=retention.changed(policy, remote_keep or {}), accept=tuple(accept), override=tuple(override), grace_s=grace_s,
         log_every_steps=log_every_steps, step_timeout_s=step_timeout_s, margin_s=margin_s, is_scratch=is_scratch, notices=notices,
+        snapshot=snapshot, when_busy=when_busy, config=state.plain_data({"config": dict(config or {})})["config"],
     )  # fmt: skip
-    return _start(directory, stores, settings, timeout_s)
+    return _start(directory, remote, settings, timeout_s)
 
 
-def _start(directory: str | Path | None, stores: tuple[Store, ...], settings: Settings, timeout_s: float) -> Run:
+def _start(directory: str | Path | None, remote: str | None, settings: Settings, timeout_s: float) -> Run:
+    fill_closed_streams()
+    stores = places(directory, remote, settings.wait_s)
     divert(directory)
     stop.install()
     stop.die_with_launcher()

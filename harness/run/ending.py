@@ -24,6 +24,7 @@ from harness.run.hints import hint
 from harness.store import Store
 
 AFTER_OTHERS_S = 1.0
+FINISH_S = 20.0  # for how long a checkpoint that is on its way is waited for; torchrun kills after 30 s
 RECORD_S = 5.0  # for how long a remote store is asked to take the record
 MOST_TRACE = 6000  # characters
 # A rank whose last frame is there waits for another one.
@@ -39,6 +40,7 @@ class Ending:
         self._world: World | None = None
         self.failed = False
         self.step: Callable[[], int | None] = lambda: None  # where the run stands
+        self.finish: Callable[[float], object] = lambda limit_s: None  # what may be on its way to the disk
         self._default = sys.excepthook
         self.take_hook()
 
@@ -86,6 +88,7 @@ class Ending:
 
     def _on_error(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         sys.excepthook, self.failed = self._default, True
+        self.finish(FINISH_S)
         if is_lost_peer(error):
             time.sleep(AFTER_OTHERS_S)  # whoever really failed has the first word
             if not isinstance(error, LostRankError):

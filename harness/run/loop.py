@@ -172,6 +172,7 @@ class Run:
             raise
         finally:
             self._looping = False
+            self._saver.background.close()
             self._watch.close()
             self._stopping.close()
 
@@ -185,6 +186,7 @@ class Run:
             self._measured.begin_step()
             batch = loading.to_device(micro_batches, self.device)
             yield batch if accumulate > 1 else batch[0]
+            self._saver.at_boundary(self.tracked)
             self._position, self.epoch = share.after, share.after.epoch
             if self.step % self._settings.log_every_steps == 0:
                 self._show(pace, epochs)
@@ -195,7 +197,7 @@ class Run:
             if stopping:
                 self._stop()
             if timed or self._measured.new_best or self._settings.saves_at(self.step):
-                self._save(final=False)
+                self._save()
                 pace.pause(self.step)
             self._watch.step()
 
@@ -265,13 +267,15 @@ class Run:
         if note := restore_generators(payload, self.world, self._source, self._settings.seed, self.step):
             self.say(f"harness: {note}")
         self._payload = None  # from here on the live objects are the only copy
+        if self.is_writer:
+            state.before_update(self.tracked, self._saver.background.before_update)
         source = f"goes on from step {self.step} ({origin.name})" if origin else "begins at step 0"
         self.say(f"harness: attempt {attempt.number} {source} in {' and '.join(map(str, self._saver.stores))}")
         return True
 
     def _complete(self) -> None:
         check_some_steps(self.step, self._data["global_batch_size"])
-        if not self._save(final=True):
+        if not self._save(final=True, wait=True):
             raise self._saver.failure(f"the last checkpoint, of step {self.step}, was not saved", "Mend the cause and start again.")
         self._saver.end("finished", stop.requested, step=self.step)
         self.finished = True
@@ -280,32 +284,31 @@ class Run:
 
     def _stop(self) -> None:
         """Leave, on all ranks at this step, with the state saved if there is time. Raises SystemExit(0), or SaveError."""
+        self._watch.saving()
+        self._saver.settle(stop.requested)
         self._watch.rest()
-        self._stopping.stop(self._saver, self.step, lambda: self._save(final=False), self.say)
+        self._stopping.stop(self._saver, self.step, lambda: self._save(wait=True), self.say)
 
     def _time_to_leave_s(self) -> float:
         """What is still to be done when it is time to leave: a step, a save, an upload."""
-        return self._watch.longest_s + self._saver.save_s + self._saver.upload_s
+        return self._watch.longest_s + self._saver.to_save_s + self._saver.upload_s
 
-    def _save(self, *, final: bool) -> bool:
-        """Commit a checkpoint of this step; returns whether it was. Collective: every rank must call it."""
+    def _save(self, *, final: bool = False, wait: bool = False) -> bool:
+        """Begin to commit a checkpoint of this step, or `wait` for it; False if nothing came of it. Collective: every rank must call it."""
         self._watch.saving()
         self._measured.read(self.world)
         generators = self.world.gather((state.rng_state(), self._source.state()))
         classes = {name: state.class_name(thing) for name, thing in self.tracked.items()}
         saved = self._saver.save(
-            self.step,
             lambda: self._capture(generators),
             lambda: self._saver.about(classes, self._measured.of_this_step, self._end if final else None),
-            stop.requested,
-        )
+            stop.requested, wait=wait,
+        )  # fmt: skip
         self._watch.rest()  # what may follow, an upload, is bounded by itself
-        if not saved and not final:
-            self.say(f"harness: NOT SAVED, training goes on: {self._saver.words}")
         return saved
 
-    def _capture(self, generators: list[Any]) -> dict[str, Any]:
-        """The whole checkpoint; `harness/state.py` says what belongs to it."""
+    def _capture(self, generators: list[Any]) -> state.Captured:
+        """The whole checkpoint; `harness/state` says what belongs to it."""
         values = {
             "format_version": FORMAT_VERSION,
             "step": self.step,
@@ -316,7 +319,7 @@ class Run:
             "state": self.state,
             "config": self._settings.config,
         }
-        return state.plain_data(values | self._measured.state()) | state.capture(self.tracked)
+        return state.captured(values | self._measured.state(), self.tracked)
 
     def _show(self, pace: Pace, epochs: int) -> None:
         values = self._measured.read(self.world)

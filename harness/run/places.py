@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
 
-from harness.checkpoint.attempts import remembered
+from harness.checkpoint import attempts
+from harness.checkpoint import format as fmt
+from harness.checkpoint.attempts import Attempt, remembered
+from harness.checkpoint.format import Manifest
+from harness.checkpoint.history import Survey
+from harness.checkpoint.replicate import replicate
 from harness.errors import UsageError
 from harness.events import say
+from harness.ranks import World
 from harness.run.outage import Outage
 from harness.store import LocalStore, Store, open_store
+
+SHARED_WITHIN_S = 10.0
 
 
 def places(directory: str | Path | None, remote: str | None, wait_s: float) -> tuple[Store, ...]:
@@ -45,3 +54,28 @@ def listen(stores: tuple[Store, ...], is_writer: bool) -> Outage:
     for store in stores:
         store.listen(outage.on_trouble, outage.on_success)
     return outage
+
+
+def check_shared(store: Store, attempt: Attempt, world: World) -> None:
+    """Several nodes with a run directory each would be several runs: refuse unless every rank sees the claim. Raises UsageError.
+    Collective: every rank must call it."""
+    until = time.monotonic() + (SHARED_WITHIN_S if world.size > 1 else 0)  # network file systems show it late
+    while not (seen := attempts.holds(store, attempt)) and time.monotonic() < until:
+        time.sleep(0.1)
+    blind = [rank for rank, sees in enumerate(world.gather(seen)) if not sees]
+    if blind:
+        raise UsageError(
+            f"the run directory is not shared: rank(s) {blind} do not see what rank 0 wrote",
+            f"found: {store}",
+            "Put run.dir on a file system that all nodes share.",
+        )
+
+
+def hand_in(found: Survey | None, last: Manifest | None) -> str:
+    """Copy the last checkpoint of a run to a store that lacks it, without an attempt; returns what was done. Raises StorageError."""
+    assert found is not None and last is not None, "there is a checkpoint that the run has come to"
+    missing = [store for store in found.stores[1:] if store not in found.copies(last)]
+    for store in missing:
+        store.prepare(fmt.FOLDERS)
+        replicate(found.copies(last)[0], last, store, Attempt(found.greatest, last.run_id, ""))
+    return f"{last.name} was missing in {missing[0]} and is there now" if missing else ""

@@ -4,26 +4,27 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from harness import config
+from harness import config, state
 from harness.checkpoint import attempts, load, requests, retention
 from harness.checkpoint import format as fmt
 from harness.checkpoint.attempts import Attempt
 from harness.checkpoint.history import Survey, going_on_from
-from harness.checkpoint.replicate import replicate
 from harness.checkpoint.save import About, commit
 from harness.errors import HarnessError, SaveError, StorageError, UsageError
 from harness.events import Ledger, Progress
 from harness.ranks import World
+from harness.run.background import Background, Job
 from harness.run.ending import Ending
 from harness.run.outage import Outage
+from harness.run.places import check_shared, hand_in
 from harness.run.settings import Settings
 from harness.run.uploader import END_S, Route, Uploader, write_file
-from harness.store import LocalStore, Store, probe
+from harness.state import Captured
+from harness.store import LocalStore, Sink, Store, probe
 
-SHARED_WITHIN_S = 10.0
 UPLOADED_THEN = "Start again: what is missing there is uploaded then."
 LAST_S = 2.0  # before a kill, kept for the last records
 SAVE_S = 30.0  # for how long one request of a save is tried when training waits for it
@@ -55,11 +56,19 @@ class Saver:
         self._saved_at = clock()
         self._committed, self._ended = False, False
         self._verified = self._read_from(self.store)
+        self.background = Background(self._finish, overlapped=settings.snapshot != "at_once", compare=settings.snapshot == "checked")
+        self._slow_words, self._has_room = "", False
+        self._say: Callable[[str], None] = lambda text: None
 
     @property
     def words(self) -> str:
         """How saving stands."""
         return f"{self._words}, {self._uploader.words}" if self._uploader and len(self.stores) > 1 else self._words
+
+    @property
+    def to_save_s(self) -> float:
+        """How long it takes to save now, after what is on its way."""
+        return self.save_s * (2 if self.background.is_busy else 1)
 
     @property
     def upload_s(self) -> float:
@@ -84,8 +93,9 @@ class Saver:
         number, run_id, nonce = self.world.on_writer(claim, give_up=give_up)
         self.attempt = Attempt(number, run_id, nonce)
         self._ending.begun(self.stores, self.attempt, self.world)
+        self._ending.finish = self.background.close
         if len(self.stores) == 1 and self.store.is_local:
-            self._check_shared(self.attempt)
+            check_shared(self.store, self.attempt, self.world)
         self._saved_at = self.clock()
         return self.attempt
 
@@ -105,6 +115,7 @@ class Saver:
             requests.sweep([store], attempt.number)
             store.write("config.yaml", config.to_yaml(self.settings.config).encode(), attempt.number)
         self._listen(attempt, found)
+        self._say = progress.say
         return attempt
 
     def _read_from(self, store: Store) -> set[str]:
@@ -127,24 +138,16 @@ class Saver:
             there = [m for m in found.parts[-1].manifests if m.key not in found.parts[-1].marked]
             self._uploader.start(here, there, self.origin, self._read_from(self.stores[-1]))
 
-    def _check_shared(self, attempt: Attempt) -> None:
-        """Several nodes with a run directory each would be several runs: refuse unless every rank sees the claim."""
-        until = time.monotonic() + (SHARED_WITHIN_S if self.world.size > 1 else 0)  # network file systems show it late
-        while not (seen := attempts.holds(self.store, attempt)) and time.monotonic() < until:
-            time.sleep(0.1)
-        blind = [rank for rank, sees in enumerate(self.world.gather(seen)) if not sees]
-        if blind:
-            raise UsageError(
-                f"the run directory is not shared: rank(s) {blind} do not see what rank 0 wrote",
-                f"found: {self.store}",
-                "Put run.dir on a file system that all nodes share.",
-            )
-
     def is_due(self) -> bool:
         """Whether it is time to save, by the clock or because what the attempt went on from is gone."""
+        if self.background.has_failed or self.background.wants_again:  # `save` says what failed
+            return True
         every_s = self.settings.save_every_s
         if every_s is not None and self.clock() - self._saved_at >= every_s:
-            return True
+            if self.settings.when_busy == "wait" or not self.background.is_busy:
+                return True
+            self._saved_at = self.clock()
+            self.note("skipped", why="the save before has not arrived yet")
         if self._uploader and (self._uploader.has_failed or self._uploader.origin_is_gone):  # `save` says what failed
             return True
         if self.origin is None or self._committed or not self.origin_is_here:
@@ -160,34 +163,78 @@ class Saver:
         found = self._choice.survey
         return self.store.is_local and found is not None and self.origin in found.parts[0].manifests
 
-    def save(self, step: int, payload: Callable[[], dict[str, Any]], about: Callable[[], About], give_up: Callable[[], object]) -> bool:
-        """Commit a checkpoint of `step`; returns whether that succeeded, `words` say how.
+    def save(
+        self, capture: Callable[[], Captured], about: Callable[[], About], give_up: Callable[[], object], *, wait: bool
+    ) -> bool:  # fmt: skip
+        """Begin to commit a checkpoint, once the one before has arrived, and `wait` for it if so told. Returns False if it came to
+        nothing; `words` say why.
 
-        Raises SupersededError, NonFiniteError. Collective: every rank must call it.
+        Raises SupersededError, NonFiniteError, also of the one before. Collective: every rank must call it.
         """
-        began_at = self.clock()
-        failure = self.world.on_writer(lambda: self._write(payload(), about()), give_up=give_up)
+        began_at = time.perf_counter()
+        is_saved = self._told(self.world.on_writer(lambda: self._begin(capture, about, began_at, wait), give_up=give_up))
         self._saved_at = self.clock()
-        if failure:
-            self._words = failure
-            return False
-        self.saved_step, self._committed = step, True
-        self.save_s = self._saved_at - began_at
-        self._words = f"saved step {step} in {self.save_s:.2g} s"
-        return True
+        return is_saved
 
-    def _write(self, payload: dict[str, Any], about: About) -> str:
-        assert self.attempt is not None and self.ledger is not None
+    def settle(self, give_up: Callable[[], object]) -> None:
+        """Wait until what is on its way has arrived, or has not: `saved_step` tells. Raises as `save`. Collective: every rank must call
+        it."""
+        self._told(self.world.on_writer(lambda: self._reply(self.background.wait()), give_up=give_up))
+
+    def _told(self, reply: list[Any]) -> bool:
+        """Every rank knows what the writer does."""
+        problem, self.saved_step, self._words = reply
+        return not problem
+
+    def _reply(self, problem: str) -> list[Any]:
+        return [problem, self.saved_step, self._words]
+
+    def _begin(self, capture: Callable[[], Captured], about: Callable[[], About], began_at: float, wait: bool) -> list[Any]:
+        self.background.wait()
         if self._uploader:
             self._uploader.check()
+        captured, told, problem = capture(), about(), ""
+        if not self.background.is_unable:
+            self.background.start(captured, told, began_at)
+            problem = self.background.wait() if wait else ""
+        if self.background.slow_words != self._slow_words:
+            self._slow_words = self.background.slow_words
+            self._say(f"harness: saves make training wait: {self._slow_words}")
+        if self.background.is_unable:  # there is no memory for a copy of the state, or more in it than plain tensors
+            self.background.wants_again = False
+            state.check_finite(captured.tracked)
+            problem = self._commit(captured.payload, told, began_at, None, lambda: None, dict)
+        return self._reply(problem)
+
+    def _finish(self, job: Job, write: Callable[[Sink], None], check: Callable[[], None]) -> None:
+        """Commit, in the background, what is copied."""
+
+        def costs() -> dict[str, float]:
+            return {"blocked_s": round(job.blocked_s, 6), "copy_s": round(job.snapshot.copy_s, 6)}
+
+        job.problem = self._commit(job.head, job.about, job.began_at, write, check, costs)
+
+    def _commit(
+        self, payload: Mapping[str, Any], about: About, began_at: float, write: Callable[[Sink], None] | None,
+        check: Callable[[], None], costs: Callable[[], dict[str, float]],
+    ) -> str:  # fmt: skip
+        """Commit a checkpoint and let old ones go, from whichever thread; returns why there is none, if training may go on."""
+        assert self.attempt is not None and self.ledger is not None
         store = self.store.patient(self.settings.wait_s if about.final else min(SAVE_S, self.settings.wait_s))
         try:
-            manifest = commit(store, self.attempt, payload, about)
+            manifest = commit(store, self.attempt, payload, about, write, check)
         except SaveError as error:
             self.ledger.write("not_saved", step=payload["step"], error=str(error))
-            return " ".join(str(error).split("\n"))
+            self._words = " ".join(str(error).split("\n"))
+            if not about.final:
+                self._say(f"harness: NOT SAVED, training goes on: {self._words}")
+            return self._words
+        self.save_s = time.perf_counter() - began_at
+        self.saved_step, self._committed = manifest.step, True
+        self._words = f"saved step {manifest.step} in {self.save_s:.2g} s"
         self._verified.add(manifest.name)
-        self.ledger.write("saved", step=manifest.step, checkpoint=manifest.name, size_bytes=manifest.size_bytes)
+        spent = {"seconds": round(self.save_s, 6)} | costs()
+        self.ledger.write("saved", step=manifest.step, checkpoint=manifest.name, size_bytes=manifest.size_bytes, **spent)
         if self._uploader:
             self._uploader.offer(manifest)
         self._let_go(store)
@@ -206,6 +253,13 @@ class Saver:
             self.ledger.write("deleted", names=gone)
         if self._uploader:
             self._uploader.forget(gone)
+
+    def at_boundary(self, tracked: Mapping[str, Any]) -> None:
+        """A step is over. After the first one all state is there that will be."""
+        if not self._has_room and self.world.is_writer:
+            self._has_room = True
+            self.background.make_room(state.size_bytes(tracked))
+        self.background.at_boundary()
 
     def keep(self, name: str, data: bytes) -> None:
         """Write a file of the user's, on the writer: here at once, elsewhere in the background. What fails is said. Raises UsageError."""
@@ -230,17 +284,7 @@ class Saver:
 
         Raises StorageError. Collective: every rank must call it.
         """
-
-        def copy() -> str:
-            found, manifest = self._choice.survey, self.origin
-            assert found is not None and manifest is not None
-            missing = [store for store in found.stores[1:] if store not in found.copies(manifest)]
-            for store in missing:
-                store.prepare(fmt.FOLDERS)
-                replicate(found.copies(manifest)[0], manifest, store, Attempt(found.greatest, manifest.run_id, ""))
-            return f"{manifest.name} was missing in {missing[0]} and is there now" if missing else ""
-
-        return self.world.on_writer(copy, give_up=give_up)
+        return self.world.on_writer(lambda: hand_in(self._choice.survey, self.origin), give_up=give_up)
 
     def about(self, classes: dict[str, str], metrics: dict[str, float], final: dict[str, int | None] | None) -> About:
         """What goes into the manifest beside the state; `metrics` are those of this very step."""

@@ -6,6 +6,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from harness.checkpoint import retention
+from harness.errors import UsageError
+
+SNAPSHOTS, WHEN_BUSY = ("overlapped", "checked", "at_once"), ("wait", "skip")
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,13 @@ class Settings:
     margin_s: float = 30.0
     is_scratch: bool = False
     notices: str | None = None
+    snapshot: str = "overlapped"
+    when_busy: str = "wait"
+
+    def __post_init__(self) -> None:
+        for name, value, allowed in (("snapshot", self.snapshot, SNAPSHOTS), ("when_busy", self.when_busy, WHEN_BUSY)):
+            if value not in allowed:
+                raise UsageError(f"{name} is none of {', '.join(allowed)}", f"found: {value!r}")
 
     def saves_at(self, step: int) -> bool:
         """Whether a checkpoint of this step is due by its number."""

@@ -8,13 +8,17 @@ import io
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 from blake3 import blake3
 
 from harness.errors import StorageError
 from harness.retry import Trouble
+
+if TYPE_CHECKING:
+    from harness.store.image import Image
 
 CHUNK_BYTES = 4 << 20
 TEMP = re.compile(r"^.+\.tmp-(?P<attempt>[0-9]+)-[0-9a-f]+\Z")
@@ -65,6 +69,12 @@ class Sink(io.RawIOBase):
         self._digest.update(view)
         self.size_bytes += len(view)
         return len(view)
+
+    def pour(self, image: Image, write: Callable[[Image, Path], str]) -> None:
+        """Take an image as the whole of the file. `write(image, path)` writes it to a local file, and returns its digest; a file that
+        is no local one takes it piece by piece. Raises StorageError."""
+        for chunk in image.chunks():
+            self.write(chunk)
 
     def digest(self) -> str:
         return f"blake3:{self._digest.hexdigest()}"

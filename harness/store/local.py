@@ -12,12 +12,15 @@ import itertools
 import os
 import secrets
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 from harness.errors import StorageError
 from harness.store.base import CHUNK_BYTES, SET_ASIDE, TEMP, Entry, Sink, Store, check_key, in_words
+
+if TYPE_CHECKING:
+    from harness.store.image import Image
 
 
 class LocalSink(Sink):
@@ -29,6 +32,7 @@ class LocalSink(Sink):
         # The number tells who may sweep it; the rest keeps two rivals for one key apart.
         self.temp = self._path.with_name(f"{self._path.name}.tmp-{attempt:04d}-{secrets.token_hex(4)}")
         self._fd = -1
+        self._poured = ""  # the digest of an image
 
     def __enter__(self) -> LocalSink:
         with _said(self.key, "write"):
@@ -39,6 +43,14 @@ class LocalSink(Sink):
         done = 0
         while done < len(view):
             done += os.write(self._fd, view[done:])
+
+    def pour(self, image: Image, write: Callable[[Image, Path], str]) -> None:
+        with _said(self.key, "write"):
+            self._poured = write(image, self.temp)
+        self.size_bytes = image.size_bytes
+
+    def digest(self) -> str:
+        return self._poured or super().digest()
 
     def commit(self, *, exclusive: bool = False) -> None:
         with _said(self.key, "write"):

@@ -1,0 +1,101 @@
+"""The process that writes checkpoints to the disk.
+
+A thread would do it in the time of the training thread: each of its calls takes Python's lock, and at a low priority it may be
+put to sleep while it holds it. This process shares nothing with training but the memory that it writes from. It decides nothing:
+what it has written is a temporary file until the training process gives it its name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import mmap
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from harness.errors import StorageError
+from harness.store.image import Image, pour
+
+NICE = 10  # gives way to training, but not for ever: on a machine with no idle core it still gets a tenth of one
+MODEST_IO = ("ionice", "-c", "2", "-n", "7")
+
+
+class Scribe:
+    """That process, as the one that trains sees it. It is started when there is something to write, and again if it has died."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def pour(self, image: Image, path: Path) -> str:
+        """Write an image to a file that is there; returns its digest. Raises OSError as writing here would, StorageError if the
+        process dies."""
+        process = self._alive(image)
+        assert process.stdin is not None and process.stdout is not None
+        line, cause = b"", None
+        try:
+            process.stdin.write(json.dumps({"path": str(path), "size_bytes": image.size_bytes, "fd": image.fd}).encode() + b"\n")
+            process.stdin.flush()
+            line = process.stdout.readline()
+        except OSError as error:
+            cause = error
+        if not line:
+            code = process.wait()
+            self._process = None
+            raise StorageError(
+                "the process that writes checkpoints has died", f"found: exit code {code}", "Was it out of memory?"
+            ) from cause
+        reply = json.loads(line)
+        if "errno" in reply:
+            raise OSError(reply["errno"], reply["error"], str(path))
+        return str(reply["digest"])
+
+    def _alive(self, image: Image) -> subprocess.Popen[bytes]:
+        if self._process is None or self._process.poll() is not None:
+            root = str(Path(__file__).resolve().parents[2])
+            paths = os.pathsep.join(path for path in (root, os.environ.get("PYTHONPATH", "")) if path)
+            modest = MODEST_IO if shutil.which(MODEST_IO[0]) else ()
+            self._process = subprocess.Popen(
+                [*modest, sys.executable, "-m", "harness.checkpoint.scribe"],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=(image.fd,), env=os.environ | {"PYTHONPATH": paths},
+            )  # fmt: skip
+        return self._process
+
+    def close(self) -> None:
+        """Let the process end, if it is there. Told in words: forked loader workers may hold its input open."""
+        process, self._process = self._process, None
+        if process is None or process.stdin is None or process.stdout is None:
+            return
+        with contextlib.suppress(OSError):
+            process.stdin.write(b"null\n")
+            process.stdin.flush()
+        process.wait()
+        with contextlib.suppress(OSError):
+            process.stdin.close()
+        process.stdout.close()
+
+
+def main() -> None:
+    """Write what is asked for on standard input, until that ends."""
+    from harness import stop
+
+    stop.shield_loader_worker()
+    os.nice(NICE)
+    memory: mmap.mmap | None = None
+    for line in sys.stdin:
+        job = json.loads(line)
+        if job is None:
+            return
+        try:
+            if memory is None or len(memory) < job["size_bytes"]:
+                memory = mmap.mmap(job["fd"], 0, prot=mmap.PROT_READ)
+            reply: dict[str, object] = {"digest": pour(memory, job["size_bytes"], job["path"])}
+        except OSError as error:
+            reply = {"errno": error.errno, "error": error.strerror}
+        print(json.dumps(reply), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,205 @@
+"""The writer's saving thread: a snapshot becomes a checkpoint while training goes on."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from harness.checkpoint.save import About
+from harness.checkpoint.scribe import Scribe
+from harness.errors import StorageError
+from harness.events import size
+from harness.state import Captured
+from harness.state.snapshot import Snapshot, UnevenError
+from harness.store import Sink
+from harness.store.image import Image
+
+HEAD = ("step", "epoch", "loss", "metrics")  # what the manifest repeats of the state
+MOST_REST_BYTES = 64 << 20  # of what may change at any time, the most that is worth a copy of its own
+TOUCHED_BYTES = 16 << 20
+
+
+class TornError(Exception):
+    """The state changed while it was copied."""
+
+
+@dataclass
+class Job:
+    """One checkpoint on its way from the training thread to where it exists."""
+
+    head: dict[str, object]
+    about: About
+    parameters: dict[int, tuple[str, torch.dtype]]
+    snapshot: Snapshot
+    began_at: float
+    is_compared: bool  # copied at once, to see whether it is still the same before the next update
+    blocked_s: float = 0.0  # for how long training has waited for it
+    problem: str = ""  # why there is no checkpoint, if training may go on all the same
+    is_torn: bool = False
+    sealed: threading.Event = field(default_factory=threading.Event)
+    done: threading.Event = field(default_factory=threading.Event)
+    failure: BaseException | None = None
+
+
+Finish = Callable[[Job, Callable[[Sink], None], Callable[[], None]], None]
+
+
+class Background:
+    """Takes one job at a time, in memory that is kept from one to the next."""
+
+    def __init__(self, finish: Finish, *, overlapped: bool, compare: bool) -> None:
+        """`finish(job, write, check)` commits what `write` writes. The first copy (`compare`: each one) is made at once, and compared
+        before the next update: were it not the same any more, this loop's state could not be copied while it runs."""
+        self._finish, self._overlapped = finish, overlapped
+        self._compare, self._compare_all = overlapped, compare
+        self._image, self._scribe = Image(), Scribe()
+        self._job: Job | None = None
+        self.is_unable = False  # nothing can be saved in the background
+        self.slow_words = ""  # why saves make training wait, if they do
+        self.wants_again = False  # what was to be saved was not, and can be
+        self._room_bytes = 0
+        self._room_bytes, self._is_used, self._touching = 0, False, threading.Lock()
+        self._closing = False
+        self._changed = threading.Condition()
+        self._thread = threading.Thread(target=self._run, daemon=True, name="saver")
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a checkpoint is on its way."""
+        return self._job is not None and not self._job.done.is_set()
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether `wait` would raise."""
+        return self._job is not None and self._job.failure is not None
+
+    def start(self, captured: Captured, about: About, began_at: float) -> None:
+        """Begin to save, what began to be made at `began_at` (`time.perf_counter`); for the training thread, at a step boundary, when
+        nothing is on its way. If it `is_unable` then, nothing was begun."""
+        self._is_used = True
+        compared, self._compare = self._compare, self._compare_all
+        try:
+            snapshot = Snapshot(captured.payload, captured.steady)
+            self._image.check_room(snapshot.size_bytes)
+            if snapshot.rest_bytes > MOST_REST_BYTES:
+                self._take_at_once(f"nothing tells when {size(snapshot.rest_bytes)} of the state change")
+            if self._overlapped and not compared:
+                snapshot.copy_rest()
+            else:
+                with self._touching:
+                    snapshot.copy_into(self._image)
+        except (UnevenError, StorageError) as error:
+            self.slow_words, self.is_unable = " ".join(str(error).split()), True
+            return
+        self.wants_again = False
+        head = {name: captured.payload[name] for name in HEAD}
+        job = Job(head, about, captured.parameters, snapshot, began_at, compared)
+        if self._overlapped is False:
+            job.sealed.set()
+        with self._changed:
+            self._job = job
+            if not self._thread.is_alive():
+                self._thread.start()
+            self._changed.notify()
+        job.blocked_s = time.perf_counter() - began_at
+
+    def make_room(self, size_bytes: int) -> None:
+        """Have memory ready for a state of this size: the first use of each page takes longer than a copy into it."""
+        with self._changed:
+            self._room_bytes = size_bytes + size_bytes // 100 + (1 << 20)  # headers, generators, and so on
+            if not self._thread.is_alive():
+                self._thread.start()
+            self._changed.notify()
+
+    def before_update(self) -> None:
+        """Wait until all is copied: what follows changes it. For the training thread."""
+        if (job := self._job) is not None and not job.sealed.is_set():
+            began = time.perf_counter()
+            if job.snapshot.is_torn(compare=job.is_compared):
+                self._take_at_once("the state changes between two updates")
+                job.is_torn = not job.is_compared
+            job.blocked_s += time.perf_counter() - began
+            job.sealed.set()
+
+    def _take_at_once(self, why: str) -> None:
+        self._overlapped, self.slow_words = False, f"{why}, so all is copied at once"
+
+    def at_boundary(self) -> None:
+        """Seal what is copied, if no update has: it may be long until the next."""
+        if (job := self._job) is not None and job.snapshot.copied.is_set():
+            self.before_update()
+
+    def wait(self) -> str:
+        """Wait until what is on its way has arrived; returns why it has not, if training may go on. Raises what is the end of it."""
+        if (job := self._job) is None:
+            return ""
+        self.before_update()
+        job.done.wait()
+        if job.failure is not None:
+            raise job.failure
+        return job.problem
+
+    def close(self, limit_s: float | None = None) -> None:
+        """Wait for what is on its way, at most so long and whatever comes of it, and give the memory back."""
+        if (job := self._job) is not None:
+            self.before_update()
+            if not job.done.wait(limit_s):
+                return
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+        if self._thread.is_alive():
+            self._thread.join()
+        self._scribe.close()
+        self._image.close()
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                while not (self.is_busy or self._room_bytes or self._closing):
+                    self._changed.wait()
+                if self._closing:
+                    return
+                job = self._job if self.is_busy else None
+            if job is None:
+                self._touch()
+            else:
+                self._save(job)
+                job.snapshot.release()
+                job.done.set()
+
+    def _touch(self) -> None:
+        """Use every page of the memory once, unless it is in use already."""
+        room_bytes, self._room_bytes = self._room_bytes, 0
+        for at in range(0, room_bytes, TOUCHED_BYTES):
+            with self._touching:
+                if self._is_used or self._closing:
+                    return
+                try:
+                    self._image.reserve(room_bytes)
+                except StorageError:
+                    return  # who saves is told
+                torch.frombuffer(self._image.memory, dtype=torch.uint8)[at : at + TOUCHED_BYTES].zero_()
+
+    def _save(self, job: Job) -> None:
+        try:
+            if not job.snapshot.copied.is_set():
+                job.snapshot.copy_into(self._image)
+            job.snapshot.check_finite(job.parameters)
+            self._finish(job, lambda sink: sink.pour(self._image, self._scribe.pour), lambda: self._check_whole(job))
+        except (UnevenError, StorageError) as error:  # of copying: whoever writes has words of his own
+            job.problem = self.slow_words = " ".join(str(error).split())
+            self.is_unable = self.wants_again = True
+        except TornError:
+            job.problem, self.wants_again = self.slow_words, True
+        except BaseException as error:  # noqa: BLE001 - a thread's error is nobody's: `wait` raises it where it is seen
+            job.failure = error
+
+    def _check_whole(self, job: Job) -> None:
+        job.sealed.wait()
+        if job.is_torn:
+            raise TornError("the state changed while it was copied")

@@ -1,0 +1,222 @@
+"""Take state: what is captured, as plain data, and when it may change again."""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from harness.ddp import plain
+from harness.errors import NonFiniteError, UsageError
+
+Seen = dict[Any, tuple[torch.Tensor, torch.Tensor]]  # where a tensor lies -> itself and what is saved of it
+MOST_BITS = 2000  # of a number; the safe loader reads none that is much longer
+HOOK = "register_step_pre_hook"  # who has it, as every optimizer of PyTorch's, changes in its own step and at no other time
+PLAIN = (bool, int, float, complex, str, bytes, type(None))
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A whole checkpoint as plain data on the CPU, most of it still the live memory."""
+
+    payload: dict[str, Any]
+    steady: set[int]  # addresses of what does not change before the next update
+    parameters: dict[int, tuple[str, torch.dtype]]  # by address: what has to be finite
+    tracked: Mapping[str, Any]
+
+
+def captured(values: Mapping[str, Any], tracked: Mapping[str, Any]) -> Captured:
+    """The values, which must be plain data, and the state of every tracked object. Raises UsageError, NonFiniteError as `parameters`."""
+    seen: Seen = {}
+    payload = plain_data(values) | capture(tracked, seen)
+    return Captured(payload, steady(tracked, seen), parameters(tracked, seen), tracked)
+
+
+def capture(tracked: Mapping[str, Any], seen: Seen | None = None) -> dict[str, Any]:
+    """The state of every tracked object under `NAME_state_dict`, on the CPU.
+
+    CPU tensors are not copied: write them out, or copy them, before the next update. `seen`, if given, is filled with what was
+    met. Raises UsageError for state that is not plain data.
+    """
+    seen = {} if seen is None else seen
+    return {f"{name}_state_dict": _to_cpu(plain(thing).state_dict(), f"{name}_state_dict", seen) for name, thing in tracked.items()}
+
+
+def check_finite(tracked: Mapping[str, Any]) -> None:
+    """Raises NonFiniteError for parameters that are not finite; buffers may hold -inf masks."""
+    broken = [f"{name}.{key}" for name, key, parameter in _parameters(tracked) if not is_finite(parameter.detach())]
+    if broken:
+        raise not_finite(broken)
+
+
+def parameters(tracked: Mapping[str, Any], seen: Seen) -> dict[int, tuple[str, torch.dtype]]:
+    """The address of each parameter's captured memory, with its name and type: for who checks there, later, that it is finite.
+
+    Raises NonFiniteError for a parameter that was not captured under its own shape, and is not finite now.
+    """
+    captured = {tensor.data_ptr(): saved.data_ptr() for tensor, saved in seen.values()}
+    found, elsewhere = {}, []
+    for name, key, parameter in _parameters(tracked):
+        if (address := captured.get(parameter.data_ptr())) is not None:
+            found[address] = f"{name}.{key}", parameter.dtype
+        elif not is_finite(parameter.detach()):
+            elsewhere.append(f"{name}.{key}")
+    if elsewhere:
+        raise not_finite(elsewhere)
+    return found
+
+
+def not_finite(names: list[str]) -> NonFiniteError:
+    """What to say of parameters that are not finite."""
+    return NonFiniteError(
+        "nothing is saved: parameters are not finite",
+        f"found: NaN or Inf in {', '.join(names[:5])}{' …' if len(names) > 5 else ''}",
+        "The newest checkpoint is from before. Lower the learning rate, clip gradients (train.clip_norm), or check the data.",
+    )
+
+
+def _parameters(tracked: Mapping[str, Any]) -> Iterator[tuple[str, str, nn.Parameter]]:
+    for name, thing in tracked.items():
+        inner = plain(thing)
+        for key, parameter in inner.named_parameters() if isinstance(inner, nn.Module) else ():
+            if not is_lazy(parameter):
+                yield name, key, parameter
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether there is neither NaN nor Inf in it: one pass for the least and the greatest tells, at a thirtieth of `isfinite`'s cost."""
+    if tensor.numel() == 0 or not (tensor.is_floating_point() or tensor.is_complex()):
+        return True
+    numbers = torch.view_as_real(tensor) if tensor.is_complex() else tensor.float() if tensor.itemsize == 1 else tensor
+    return bool(torch.isfinite(torch.stack(torch.aminmax(numbers))).all())
+
+
+def steady(tracked: Mapping[str, Any], seen: Seen) -> set[int]:
+    """The addresses of captured memory that changes only in updates, of which `before_update` tells: parameters, what optimizers keep
+    of them, averages; and copies, which nobody else knows of."""
+    found = {saved.untyped_storage().data_ptr() for tensor, saved in seen.values() if saved.data_ptr() != tensor.data_ptr()}
+    for thing in map(plain, tracked.values()):
+        own: Any = ()
+        if isinstance(thing, nn.Module):
+            own = [parameter for parameter in thing.parameters() if not is_lazy(parameter)]
+        elif isinstance(thing, torch.optim.Optimizer):
+            own = list(thing.state.values())
+        elif hasattr(thing, HOOK):
+            own = thing.state_dict()
+        found |= {tensor.data_ptr() for tensor in _tensors(own)}
+    return found
+
+
+def before_update(tracked: Mapping[str, Any], call: Callable[[], None]) -> None:
+    """Have `call` called before each update."""
+    for thing in map(plain, tracked.values()):
+        if hasattr(thing, HOOK):
+            getattr(thing, HOOK)(lambda *_: call())
+
+
+def _to_cpu(value: Any, where: str, seen: Seen) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value if is_lazy(value) else _tensor_to_cpu(value.detach(), seen)
+    if isinstance(value, Mapping):
+        items = ((_key(key, where), _to_cpu(item, f"{where}[{key!r}]", seen)) for key, item in value.items())
+        if not isinstance(value, OrderedDict):
+            return Counter(dict(items)) if isinstance(value, Counter) else dict(items)
+        ordered = OrderedDict(items)
+        if hasattr(value, "_metadata"):  # the versions of a module's parts: without them it takes the state for an old one
+            ordered._metadata = value._metadata  # type: ignore[attr-defined]
+        return ordered
+    if isinstance(value, list | tuple):
+        parts = [_to_cpu(item, f"{where}[{at}]", seen) for at, item in enumerate(value)]
+        return tuple(parts) if isinstance(value, tuple) else parts
+    if isinstance(value, np.ndarray) and value.dtype != object:
+        return torch.from_numpy(value.copy())
+    value = value.item() if isinstance(value, np.generic) else value
+    if type(value) in PLAIN and not (isinstance(value, int) and value.bit_length() > MOST_BITS):
+        return value
+    raise UsageError(
+        f"{where} cannot be saved as plain data",
+        f"found: a {type(value).__module__}.{type(value).__qualname__}",
+        "Checkpoints hold tensors, numbers, strings, lists and dicts: change the object's state_dict() accordingly.",
+    )
+
+
+def _key(key: Any, where: str) -> Any:
+    if isinstance(key, tuple):
+        return tuple(_key(part, where) for part in key)
+    return key if type(key) is torch.dtype else _to_cpu(key, f"{where}, key {key!r}", {})
+
+
+def _tensor_to_cpu(tensor: torch.Tensor, seen: Seen) -> torch.Tensor:
+    """Tied tensors stay tied; a view does not drag the whole storage that it looks into along.
+
+    The original is kept beside its copy, so that its address is not given to another tensor while it stands for this one.
+    """
+    if tensor.layout is not torch.strided:
+        return tensor.to("cpu", copy=True)
+    storage = tensor.untyped_storage()
+    place = (storage.data_ptr(), tensor.storage_offset(), tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype, tensor.device)
+    if place not in seen:
+        whole = tensor.numel() * tensor.element_size() == storage.nbytes()
+        seen[place] = tensor, tensor if tensor.device.type == "cpu" and whole else tensor.to("cpu", copy=True).contiguous()
+    return seen[place][1]
+
+
+def plain_data(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values with NumPy scalars turned into numbers. Raises UsageError naming what is not plain data."""
+    return {name: _to_cpu(value, name, {}) for name, value in values.items()}
+
+
+def check(tracked: Mapping[str, Any]) -> None:
+    """Raises UsageError, at the start and not at the first save, for state that cannot be saved or would be left behind."""
+    for name, thing in tracked.items():
+        _to_cpu(plain(thing).state_dict(), f"{name}_state_dict", {})
+    _check_covered(tracked)
+
+
+def _check_covered(tracked: Mapping[str, Any]) -> None:
+    """Raises UsageError if an optimizer updates parameters that no tracked object holds: they would start anew at each resume."""
+    things = {name: plain(thing) for name, thing in tracked.items()}
+    held: set[int] = set()
+    for thing in things.values():
+        if not isinstance(thing, torch.optim.Optimizer):
+            held |= {tensor.data_ptr() for tensor in _tensors(thing.state_dict())}
+    for name, thing in things.items():
+        if isinstance(thing, torch.optim.Optimizer):
+            groups = [parameter for group in thing.param_groups for parameter in group["params"] if not is_lazy(parameter)]
+            lost = [tuple(parameter.shape) for parameter in groups if parameter.numel() and parameter.data_ptr() not in held]
+            if lost:
+                raise UsageError(
+                    f"{name} updates {len(lost)} parameter(s) that belong to nothing tracked: they would be lost at a restart",
+                    f"found: shapes {', '.join(map(str, lost[:5]))}",
+                    "Track the module that holds them too.",
+                )
+
+
+def size_bytes(tracked: Mapping[str, Any]) -> int:
+    """How much memory a copy of the tensors of every tracked object takes."""
+    sizes = {tensor.data_ptr(): tensor.nbytes for thing in tracked.values() for tensor in _tensors(plain(thing).state_dict())}
+    return sum(sizes.values())
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        if value.layout is torch.strided and not is_lazy(value):
+            yield value
+    elif isinstance(value, Mapping | list | tuple):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _tensors(item)
+
+
+def untracked_schedule(tracked: Mapping[str, Any]) -> str | None:
+    """The name of a tracked optimizer whose learning rate a scheduler moves while no scheduler is tracked; else None."""
+    things = {name: plain(thing) for name, thing in tracked.items()}
+    if any("scheduler" in type(thing).__module__ or "lr_scheduler" in type(thing).__module__ for thing in things.values()):
+        return None
+    moved = (n for n, t in things.items() if isinstance(t, torch.optim.Optimizer) and any("initial_lr" in g for g in t.param_groups))
+    return next(moved, None)

@@ -1,0 +1,159 @@
+"""The state of one step, taken while training goes on.
+
+Between two updates nothing changes what an optimizer owns: its parameters and its own state. So these are copied in the
+background, during the next forward and backward passes, and the next `optimizer.step()` waits until that is done. What else there
+is (buffers change in the forward pass) is copied at once.
+
+The copy goes to where it will lie in the file: `torch.save` is asked for everything but the tensors' bytes, and where it left room
+for them they are put. So the memory holds the very file that `torch.save` would have written, and is written as it is.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+import torch
+
+from harness.state.capturing import is_finite, not_finite
+from harness.store.image import Image
+
+LONE = (torch.Tensor, torch.nn.Parameter)
+
+
+class UnevenError(Exception):
+    """The state holds more than plain tensors: it cannot be taken in the background."""
+
+
+class Snapshot:
+    """The state of one step: made at its boundary, copied in the background, sealed before anything may change."""
+
+    def __init__(self, payload: Mapping[str, Any], steady: Collection[int]) -> None:
+        """`steady` are the addresses of memory that does not change before the next update. Raises UnevenError."""
+        self.copied = threading.Event()
+        self.copy_s = 0.0
+        self.size_bytes = self.rest_bytes = 0  # of all tensors; of those that are not steady
+        self._payload: Any = payload
+        self._steady = steady
+        self._storages: dict[int, tuple[torch.UntypedStorage, int]] = {}  # by identity, in the order of the file: memory, address
+        self._copies: list[tuple[torch.Tensor, torch.Tensor, int]] = []  # of each: in the image, what it is of, where that lay
+        self._versions: list[tuple[torch.Tensor, int]] = []
+        for tensor in tensors_in(payload):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in self._storages:
+                self.size_bytes += storage.nbytes()
+                self._storages[storage._cdata] = storage, storage.data_ptr()
+                if storage.data_ptr() in steady:
+                    self._versions.append((tensor, _version(tensor)))
+                else:
+                    self.rest_bytes += storage.nbytes()
+
+    def copy_rest(self) -> None:
+        """Copy what is not steady, at once."""
+        for key, (storage, address) in self._storages.items():
+            if address not in self._steady:
+                self._storages[key] = storage.clone(), address  # type: ignore[no-untyped-call]
+
+    def copy_into(self, image: Image) -> None:
+        """Form the file in the image; `copied` is set in the end, whatever comes of it. For the background, after `copy_rest`, or for
+        the thread that trains. Raises UnevenError, StorageError."""
+        began = time.perf_counter()
+        try:
+            for at, storage, address in self._places(image):
+                memory = torch.frombuffer(image.memory, dtype=torch.uint8, count=storage.nbytes(), offset=at)
+                source = torch.empty(0, dtype=torch.uint8, device="cpu").set_(storage)
+                memory.copy_(source)
+                self._copies.append((memory, source, address))
+        finally:
+            self.copy_s = time.perf_counter() - began
+            self.copied.set()
+
+    def _places(self, image: Image) -> list[tuple[int, torch.UntypedStorage, int]]:
+        """Let `torch.save` write all but the tensors' bytes into the image; returns where those belong."""
+        outline = _Outline()
+        with torch.serialization.skip_data():
+            torch.save(self._payload, outline)  # type: ignore[arg-type]
+        self._payload = None
+        parts = [(storage, address) for storage, address in self._storages.values() if storage.nbytes()]
+        if [size_bytes for _, size_bytes in outline.holes] != [storage.nbytes() for storage, _ in parts]:
+            raise UnevenError("torch.save writes the tensors in another order than they are listed in")
+        image.reserve(outline.at)
+        assert image.memory is not None
+        for at, data in outline.written:
+            image.memory[at : at + len(data)] = data
+        return [(at, *part) for (at, _), part in zip(outline.holes, parts, strict=True)]
+
+    def is_torn(self, *, compare: bool) -> bool:
+        """Whether what was taken to be steady has changed while it was copied. Waits for the copy.
+
+        What PyTorch knows to have been written to tells by its version; what was written to behind its back (`parameter.data`)
+        only a comparison, for which `compare` asks. For the training thread, before an update.
+        """
+        self.copied.wait()
+        if any(_version(tensor) != version for tensor, version in self._versions):
+            return True
+        return compare and any(address in self._steady and not _equal(copy, source) for copy, source, address in self._copies)
+
+    def check_finite(self, parameters: Mapping[int, tuple[str, torch.dtype]]) -> None:
+        """Raises NonFiniteError if a parameter, which its memory's address tells, is not finite in the copy. For the background."""
+        typed = [(copy, *parameters[address]) for copy, _, address in self._copies if address in parameters]
+        if broken := [name for copy, name, dtype in typed if not is_finite(copy.view(dtype))]:
+            raise not_finite(broken)
+
+    def release(self) -> None:
+        """Look at live tensors no more."""
+        self._copies, self._versions, self._storages, self._payload = [], [], {}, None
+
+
+class _Outline:
+    """A file for `torch.save` that keeps what is written, and where room was left."""
+
+    def __init__(self) -> None:
+        self.at = 0
+        self.written: list[tuple[int, bytes]] = []
+        self.holes: list[tuple[int, int]] = []  # where, how long
+
+    def write(self, data: memoryview) -> int:
+        self.written.append((self.at, bytes(data)))
+        self.at += len(data)
+        return len(data)
+
+    def seek(self, offset: int, whence: int) -> int:
+        self.holes.append((self.at, offset))
+        self.at += offset
+        return self.at
+
+    def flush(self) -> None:
+        pass
+
+
+def tensors_in(value: Any) -> Iterator[torch.Tensor]:
+    """The tensors of plain data, in the order in which pickle comes to them. Raises UnevenError."""
+    if isinstance(value, torch.Tensor):
+        if value.layout is not torch.strided or value.is_quantized or value.device.type != "cpu" or type(value) not in LONE:
+            raise UnevenError("there is more in the state than plain tensors, such as sparse or quantized ones")
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from tensors_in(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from tensors_in(item)
+
+
+def _version(tensor: torch.Tensor) -> int:
+    """How often PyTorch has seen it written to; those that were made for inference do not count it."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two runs of bytes are the same; eight at a time, as comparing single ones takes eight times as long."""
+    whole = len(a) // 8 * 8
+    return torch.equal(_words(a[:whole]), _words(b[:whole])) and torch.equal(a[whole:], b[whole:])
+
+
+def _words(run: torch.Tensor) -> torch.Tensor:
+    """Bytes as words, if they begin where words may."""
+    return run.view(torch.int64) if run.data_ptr() % 8 == 0 and run.storage_offset() % 8 == 0 else run

@@ -1,0 +1,506 @@
+"""Saving while training goes on: what is saved is the state of the boundary, whatever the next step does, and nothing is left behind."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from blake3 import blake3
+from conftest import events, outliving, run, start, wait_until
+from test_library import newest, steps_of
+from torch import nn
+
+import harness
+from harness import state
+from harness.checkpoint import load
+from harness.checkpoint.history import survey
+from harness.checkpoint.scribe import Scribe
+from harness.errors import NonFiniteError, StorageError, UsageError
+from harness.exchange.compare import differences
+from harness.state.snapshot import Snapshot, UnevenError
+from harness.step import Ema
+from harness.store import LocalStore
+from harness.store.image import BLOCK_BYTES, DIRECT_FROM_BYTES, PIECE_BYTES, Image, free_memory_bytes, pour
+
+pytestmark = pytest.mark.usefixtures("process_as_it_was")
+
+
+class Big(nn.Module):
+    """Little work, much state: copying it takes longer than a forward and a backward pass."""
+
+    def __init__(self, rows: int = 100_000) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(16)
+        self.table = nn.Embedding(rows, 16, sparse=False)
+        self.out = nn.Linear(16, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(self.norm(x + self.table.weight[:8].sum(0)))
+
+
+def points(size: int = 64) -> torch.utils.data.TensorDataset:
+    return torch.utils.data.TensorDataset(torch.randn(size, 16, generator=torch.Generator().manual_seed(0)))
+
+
+def trained(
+    directory: Path,
+    make: Callable[[nn.Module], torch.optim.Optimizer] = lambda model: torch.optim.AdamW(model.parameters(), lr=0.01),
+    before: Callable[[nn.Module], None] = lambda model: None,
+    steps: int = 8,
+    model: nn.Module | None = None,
+    **options: object,
+) -> dict[int, dict]:
+    """A loop that saves every step; returns what a copy that training waited for says of each boundary."""
+    job = harness.init(directory, seed=1, save_every_s=None, save_every_steps=1, keep_last=99, **options)
+    model = model or Big()
+    optimizer, average = make(model), Ema(model, 0.9)
+    job.track(model=model, optimizer=optimizer, average=average)
+    seen: dict[int, dict] = {}
+    for (x,) in job.batches(points(8 * steps), global_batch_size=8, epochs=1):
+        seen[job.step - 1] = copy.deepcopy(state.capture(job.tracked))
+        before(model)
+        loss = model(x).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        average.update()
+    seen[job.step] = copy.deepcopy(state.capture(job.tracked))
+    return seen
+
+
+def check_saved(directory: Path, seen: dict[int, dict], steps: list[int]) -> None:
+    """Every checkpoint of these steps, and no other, is there and holds what was seen at its boundary, to the bit."""
+    store = LocalStore(directory)
+    manifests = {m.step: m for m in survey(store).manifests}
+    assert sorted(manifests) == steps
+    for step, manifest in manifests.items():
+        payload = load.load(store, manifest)
+        assert payload["step"] == step
+        assert list(differences({name: payload[name] for name in seen[step]}, seen[step])) == [], step
+
+
+OPTIMIZERS = {
+    "adamw": lambda model: torch.optim.AdamW(model.parameters(), lr=0.01),
+    "momentum": lambda model: torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9),
+    "tensor rate": lambda model: torch.optim.Adam(model.parameters(), lr=torch.tensor(0.01), foreach=False),
+    "part": lambda model: torch.optim.SGD(model.out.parameters(), lr=0.01),
+}
+
+
+@pytest.mark.parametrize("snapshot", ["overlapped", "checked", "at_once"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_what_is_saved_is_the_state_of_the_boundary(tmp_path, optimizer, snapshot, capfd):
+    seen = trained(tmp_path / "a", OPTIMIZERS[optimizer], snapshot=snapshot)
+    check_saved(tmp_path / "a", seen, list(range(1, 9)))
+    assert "training wait" not in capfd.readouterr().out
+
+
+def test_an_update_waits_until_its_state_is_copied_and_no_longer(tmp_path):
+    """The copy is slow here, as the memory that it goes to is used for the first time; forward and backward take no time at all."""
+    seen = trained(tmp_path / "a", model=Big(400_000), steps=3)
+    check_saved(tmp_path / "a", seen, [1, 2, 3])
+    first, second, last = events(tmp_path / "a", "saved")
+    assert first["blocked_s"] < first["seconds"] and second["blocked_s"] < second["seconds"]
+    assert 0 < second["copy_s"] < second["seconds"] and last["step"] == 3
+
+
+def clamp_in_secret(model: nn.Module) -> None:
+    for parameter in model.parameters():
+        parameter.data.clamp_(-0.01, 0.01)
+
+
+@torch.no_grad()
+def clamp_openly(model: nn.Module) -> None:
+    for parameter in model.parameters():
+        parameter.clamp_(-0.01, 0.01)
+
+
+@pytest.mark.parametrize("clamp", [clamp_in_secret, clamp_openly])
+def test_a_loop_that_changes_weights_before_its_update_is_found_out(tmp_path, clamp, capfd):
+    """As some GANs do. The first save shows it, as it is copied at once and compared; so are all others then."""
+    seen = trained(tmp_path / "a", before=clamp)
+    check_saved(tmp_path / "a", seen, list(range(1, 9)))
+    assert capfd.readouterr().out.count("saves make training wait: the state changes between two updates") == 1
+
+
+def test_a_snapshot_that_was_written_into_is_dropped_and_taken_again(tmp_path, capfd):
+    """The loop begins to do so later: the version that PyTorch counts of each tensor shows it, whichever came first, copy or change."""
+    calls = iter(range(99))
+    seen = trained(tmp_path / "a", before=lambda model: clamp_openly(model) if next(calls) >= 4 else None)
+    check_saved(tmp_path / "a", seen, [1, 2, 3, 5, 6, 7, 8])
+    assert capfd.readouterr().out.count("saves make training wait: the state changes between two updates") == 1
+
+
+def test_checked_finds_what_nothing_else_would(tmp_path, capfd):
+    calls = iter(range(99))
+    seen = trained(tmp_path / "a", before=lambda model: clamp_in_secret(model) if next(calls) >= 4 else None, snapshot="checked")
+    check_saved(tmp_path / "a", seen, list(range(1, 9)))
+    assert capfd.readouterr().out.count("saves make training wait: the state changes between two updates") == 1
+
+
+def test_what_nothing_tells_the_changes_of_is_copied_at_once(tmp_path, capfd):
+    """Buffers, here more of them than are worth a copy of their own, that each forward pass changes."""
+
+    class Counting(Big):
+        def __init__(self) -> None:
+            super().__init__(rows=100)
+            self.register_buffer("seen", torch.zeros(20_000_000))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.seen += 1
+            return super().forward(x)
+
+    seen = trained(tmp_path / "a", model=Counting(), steps=3)
+    check_saved(tmp_path / "a", seen, [1, 2, 3])
+    assert "nothing tells when 80.0 MB of the state change" in capfd.readouterr().out
+
+
+def test_a_state_of_more_than_plain_tensors_is_saved_while_training_waits(tmp_path, capfd):
+    class Sparse(nn.Module):
+        def state_dict(self) -> dict:  # type: ignore[override]
+            return {"graph": torch.eye(3).to_sparse()}
+
+        def load_state_dict(self, state: dict) -> None:  # type: ignore[override]
+            pass
+
+    job = harness.init(tmp_path / "a", save_every_s=None, save_every_steps=1)
+    model = nn.Linear(16, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    job.track(model=model, optimizer=optimizer, graph=Sparse())
+    for (x,) in job.batches(points(24), global_batch_size=8, epochs=1):
+        optimizer.zero_grad()
+        model(x).mean().backward()
+        optimizer.step()
+    assert steps_of(tmp_path / "a") == [1, 2, 3]
+    assert torch.equal(newest(tmp_path / "a")["graph_state_dict"]["graph"].to_dense(), torch.eye(3))
+    assert capfd.readouterr().out.count("saves make training wait: there is more in the state than plain tensors") == 1
+
+
+def test_without_memory_for_a_copy_saves_still_succeed(tmp_path):
+    """An address space with room for the model, but not for another one."""
+    ended = script(
+        tmp_path,
+        """
+        import resource
+        job = harness.init("a", save_every_s=None, save_every_steps=1)
+        model, optimizer = made(rows=4_000_000)
+        job.track(model=model, optimizer=optimizer)
+        for (x,) in job.batches(points(24), global_batch_size=8, epochs=1):
+            step(model, optimizer, x)
+            if job.step == 1:
+                used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+                resource.setrlimit(resource.RLIMIT_AS, (used + (300 << 20), used + (300 << 20)))
+        """,
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert "saves make training wait: there is not enough memory" in ended.stdout, ended.stdout
+    assert steps_of(tmp_path / "a") == [1, 2, 3] or steps_of(tmp_path / "a") == [2, 3]
+
+
+PRELUDE = """
+import os, signal, sys, time
+import torch
+from torch import nn
+import harness
+
+def points(size): return torch.utils.data.TensorDataset(torch.randn(size, 16, generator=torch.Generator().manual_seed(0)))
+
+def made(rows):
+    model = nn.ModuleList([nn.Embedding(rows, 16), nn.Linear(16, 1)])
+    return model, torch.optim.SGD(model.parameters(), lr=0.01, foreach=False)
+
+def step(model, optimizer, x):
+    optimizer.zero_grad(set_to_none=True)
+    model[1](x).square().mean().backward()
+    optimizer.step()
+
+def scribe():
+    import psutil
+    found = [p for p in psutil.Process().children() if "harness.checkpoint.scribe" in " ".join(p.cmdline())]
+    return found[0] if found else None
+"""
+
+
+def script(folder: Path, body: str) -> subprocess.CompletedProcess[str]:
+    """Run a training script of its own process to its end."""
+    (folder / "own.py").write_text(PRELUDE + textwrap.dedent(body))
+    return run([sys.executable, "own.py"], cwd=folder)
+
+
+def test_when_the_writing_process_dies_the_save_fails_and_the_next_one_succeeds(tmp_path):
+    ended = script(
+        tmp_path,
+        """
+        job = harness.init("a", save_every_s=None, save_every_steps=2)
+        model, optimizer = made(rows=1_000_000)
+        job.track(model=model, optimizer=optimizer)
+        for (x,) in job.batches(points(64), global_batch_size=8, epochs=1):
+            step(model, optimizer, x)
+            if job.step == 3:
+                while not os.path.exists("a/checkpoints/step_00000002-0001.json"): time.sleep(0.01)
+                scribe().send_signal(signal.SIGSTOP)
+            if job.step == 5:
+                scribe().kill()
+        """,
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert "NOT SAVED, training goes on" in ended.stdout and "the process that writes checkpoints has died" in ended.stdout
+    assert steps_of(tmp_path / "a") == [2, 6, 8]
+    assert not list((tmp_path / "a/checkpoints").glob("*4*")), "nothing of the failed one is left"
+
+
+def test_the_writing_process_dies_with_the_one_that_trains_and_commits_nothing(tmp_path):
+    (tmp_path / "own.py").write_text(
+        PRELUDE
+        + textwrap.dedent("""
+        job = harness.init("a", save_every_s=None, save_every_steps=2)
+        model, optimizer = made(rows=1_000_000)
+        job.track(model=model, optimizer=optimizer)
+        for (x,) in job.batches(points(64), global_batch_size=8, epochs=1):
+            step(model, optimizer, x)
+            if job.step == 3:
+                while not os.path.exists("a/checkpoints/step_00000002-0001.json"): time.sleep(0.01)
+                scribe().send_signal(signal.SIGSTOP)
+                print("stopped", flush=True)
+            if job.step == 5:
+                time.sleep(3600)
+        """)
+    )
+    process = start([sys.executable, "own.py"], cwd=tmp_path)
+    assert any("stopped" in line for line in process.stdout)
+    wait_until(lambda: list(tmp_path.glob("a/checkpoints/step_00000004-0001.pt.tmp-*")), "the second save has begun")
+    children = psutil.Process(process.pid).children(recursive=True)
+    assert any("scribe" in " ".join(child.cmdline()) for child in children)
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    process.stderr.close()
+    assert outliving(children) == []
+    assert steps_of(tmp_path / "a") == [2]
+
+
+def test_stop_signals_do_not_reach_the_writing_process(tmp_path):
+    """Terminals and some SLURM set-ups signal whole process trees, and the last save is still to be written then."""
+    scribe, image = Scribe(), Image()
+    image.reserve(1000)
+    (tmp_path / "x").touch()
+    scribe.pour(image, tmp_path / "x")
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
+        os.kill(scribe._process.pid, number)
+    assert scribe.pour(image, tmp_path / "x") == f"blake3:{blake3(bytes(1000)).hexdigest()}"
+    scribe.close()
+    image.close()
+
+
+def test_after_an_error_in_the_loop_what_was_being_saved_still_arrives(tmp_path):
+    ended = script(
+        tmp_path,
+        """
+        job = harness.init("a", save_every_s=None, save_every_steps=2)
+        model, optimizer = made(rows=1_000_000)
+        job.track(model=model, optimizer=optimizer)
+        for (x,) in job.batches(points(64), global_batch_size=8, epochs=1):
+            if job.step == 5:
+                raise ValueError("a bug")
+            step(model, optimizer, x)
+        """,
+    )
+    assert ended.returncode == 1 and "a bug" in ended.stderr
+    assert steps_of(tmp_path / "a") == [2, 4]
+
+
+def test_a_save_that_is_due_by_the_clock_is_left_out_while_one_is_on_its_way_if_so_told(tmp_path):
+    ended = script(
+        tmp_path,
+        """
+        job = harness.init("a", save_every_s=0.05, when_busy="skip")
+        model, optimizer = made(rows=1_000_000)
+        job.track(model=model, optimizer=optimizer)
+        for (x,) in job.batches(points(640), global_batch_size=8, epochs=1):
+            step(model, optimizer, x)
+            time.sleep(0.02)
+            if job.step == 20:
+                while scribe() is None: time.sleep(0.01)
+                scribe().send_signal(signal.SIGSTOP)
+            if job.step == 60:
+                scribe().send_signal(signal.SIGCONT)
+        """,
+    )
+    assert ended.returncode == 0, ended.stderr
+    skipped = events(tmp_path / "a", "skipped")
+    assert len(skipped) >= 2 and steps_of(tmp_path / "a")[-1] == 80
+    with pytest.raises(UsageError, match="when_busy is none of wait, skip"):
+        harness.init(tmp_path / "b", when_busy="never")
+
+
+def test_parameters_that_are_not_finite_end_the_run_at_the_next_boundary(tmp_path):
+
+    job = harness.init(tmp_path / "a", save_every_s=None, save_every_steps=2)
+    model = Big()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    job.track(model=model, optimizer=optimizer)
+    with pytest.raises(NonFiniteError, match=r"model\.table\.weight"):
+        for (x,) in job.batches(points(160), global_batch_size=8, epochs=1):
+            optimizer.zero_grad()
+            model(x).mean().backward()
+            if job.step == 4:
+                model.table.weight.grad[77_777, 3] = float("inf")
+            optimizer.step()
+    assert job.step <= 6 and steps_of(tmp_path / "a") == [2]
+
+
+def held() -> set[str]:
+    """Threads, processes and memory of saving that this process has."""
+    threads = {f"thread {t.ident}" for t in threading.enumerate() if t.name == "saver"}
+    processes = {f"process {p.pid}" for p in psutil.Process().children() if "harness.checkpoint.scribe" in " ".join(p.cmdline())}
+    return threads | processes | {f"memory {fd}" for fd in os.listdir("/proc/self/fd") if "memfd:checkpoint" in _target(fd)}
+
+
+def test_memory_and_processes_are_given_back_when_the_loop_is_over(tmp_path):
+    before = held()
+    trained(tmp_path / "a", steps=2)
+    assert held() - before == set()
+
+
+def _target(fd: str) -> str:
+    try:
+        return os.readlink(f"/proc/self/fd/{fd}")
+    except OSError:
+        return ""
+
+
+# --- the file ---
+
+
+def tree() -> dict:
+    """Everything that may be in a checkpoint, tied and empty tensors among it."""
+    tied = torch.randn(50, 7)
+    return {
+        "step": 3, "loss": 0.5, "none": None, "text": "é", "list": [torch.arange(5), (1, True)],
+        "a": {"x": tied, "y": tied, "empty": torch.empty(0, 4), "scalar": torch.tensor(2.5), "half": torch.randn(9).half()},
+        "b": torch.randn(1000, 11).to(torch.bfloat16), "c": torch.randn(3, dtype=torch.complex64), "d": torch.randn(4, 6).t(),
+        "view": torch.arange(10)[2:4].clone(), "flags": torch.tensor([True, False]),
+    }  # fmt: skip
+
+
+def snapped(payload: dict, image: Image, *, steady: bool) -> Snapshot:
+    addresses = {tensor.untyped_storage().data_ptr() for tensor in _leaves(payload)} if steady else set()
+    snapshot = Snapshot(payload, addresses)
+    snapshot.copy_rest()
+    snapshot.copy_into(image)
+    return snapshot
+
+
+def _leaves(value: object) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _leaves(item)
+
+
+@pytest.mark.parametrize("steady", [True, False])
+def test_the_image_is_the_file_that_torch_would_have_written(tmp_path, steady):
+    payload, image, path = tree(), Image(), tmp_path / "x.pt"
+    for _ in range(2):  # the second time in memory that is full of the first
+        snapped(payload, image, steady=steady)
+        path.touch()
+        pour(image.memory, image.size_bytes, str(path))
+        found = torch.load(path, weights_only=True)
+        assert list(differences(found, payload)) == []
+        assert found["a"]["x"].data_ptr() == found["a"]["y"].data_ptr(), "tied tensors stay tied"
+    with (tmp_path / "plain.pt").open("wb") as file:
+        torch.save(payload, file)
+    assert path.stat().st_size == (tmp_path / "plain.pt").stat().st_size
+    with zipfile.ZipFile(path) as ours, zipfile.ZipFile(tmp_path / "plain.pt") as theirs:
+        names = [(i.filename.partition("/")[2], i.file_size, i.header_offset) for i in ours.infolist()]
+        assert names == [(i.filename.partition("/")[2], i.file_size, i.header_offset) for i in theirs.infolist()]
+        assert ours.read(ours.infolist()[0]) == theirs.read(theirs.infolist()[0])
+    image.close()
+
+
+def test_a_change_while_it_is_copied_is_seen():
+    for change, compare in ((lambda t: t.add_(1), False), (lambda t: t.data.add_(1), True)):
+        payload, image = tree(), Image()
+        snapshot = snapped(payload, image, steady=True)
+        assert not snapshot.is_torn(compare=True)
+        change(payload["b"])
+        assert snapshot.is_torn(compare=compare)
+    payload = tree()
+    payload["b"][0, 0] = float("nan")
+    assert not snapped(payload, Image(), steady=True).is_torn(compare=True), "NaN is as good a value as any other here"
+
+
+def test_what_is_no_plain_tensor_is_left_to_torch():
+    for value in (torch.eye(2).to_sparse(), torch.nn.parameter.UninitializedParameter(), torch.empty(2, device="meta")):
+        with pytest.raises(UnevenError):
+            Snapshot({"step": 1, "value": value}, set())
+
+
+SIZES = (1, BLOCK_BYTES - 1, BLOCK_BYTES, BLOCK_BYTES + 1, DIRECT_FROM_BYTES, DIRECT_FROM_BYTES + 77, PIECE_BYTES, 2 * PIECE_BYTES + 4097)
+
+
+@pytest.mark.parametrize("where", ["disk", "memory"])
+def test_every_byte_arrives_and_is_digested(tmp_path, where):
+    folder = tmp_path if where == "disk" else Path("/dev/shm")
+    path, image = folder / f"poured-{os.getpid()}", Image()
+    image.reserve(SIZES[-1])
+    image.memory[:] = os.urandom(len(image.memory))
+    try:
+        for size_bytes in SIZES:
+            path.touch()
+            image.reserve(size_bytes)
+            digest = pour(image.memory, size_bytes, str(path))
+            data = bytes(image.memory[:size_bytes])
+            assert path.read_bytes() == data and digest == f"blake3:{blake3(data).hexdigest()}"
+            assert b"".join(image.chunks()) == data
+            path.unlink()
+    finally:
+        path.unlink(missing_ok=True)
+        image.close()
+
+
+def test_a_disk_that_fills_up_under_it_is_said_with_its_number(tmp_path):
+    image = Image()
+    image.reserve(3 * PIECE_BYTES)
+    path = tmp_path / "x"
+    path.touch()
+    child = os.fork()
+    if child == 0:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (PIECE_BYTES + 4096, PIECE_BYTES + 4096))
+        try:
+            pour(image.memory, image.size_bytes, str(path))
+        except OSError as error:
+            os._exit(error.errno or 0)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 27, "EFBIG"
+
+
+def test_memory_that_is_not_there_is_not_asked_for():
+    image = Image()
+    with pytest.raises(StorageError, match="not enough memory"):
+        image.reserve(2 * free_memory_bytes())
+    assert image.capacity_bytes == 0
+    image.reserve(10)
+    image.reserve(100_000)
+    assert len(image.memory) >= 100_000
+
+
+def test_costs_are_told_with_each_save(tmp_path):
+    trained(tmp_path / "a", steps=4)
+    for event in events(tmp_path / "a", "saved"):
+        assert event["blocked_s"] > 0 and 0 < event["copy_s"] < event["seconds"], json.dumps(event)
