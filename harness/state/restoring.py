@@ -38,20 +38,22 @@ def restore(tracked: Mapping[str, Any], classes: Mapping[str, str], payload: Map
 
 
 def restore_one(name: str, thing: Any, state: Any, source: str) -> None:
-    """Give one object its state back, bit for bit. Raises UsageError."""
+    """Give one object its state back, bit for bit, and let it keep nothing of `state`, which may be views of a whole checkpoint's memory:
+    a module copies, an optimizer is made to, all else is given a copy. Raises UsageError."""
     try:
-        thing.load_state_dict(state)
+        thing.load_state_dict(state if isinstance(thing, nn.Module | torch.optim.Optimizer) else copy.deepcopy(state))
     except (ValueError, KeyError, RuntimeError) as error:
         raise UsageError(
             f"{name} does not take the state in {source}", f"found: {str(error).splitlines()[0]}",
             "The model or its optimizer has changed: put the old one back, or take a new run directory.",
         ) from error  # fmt: skip
     if isinstance(thing, torch.optim.Optimizer):
-        _mend_casts(thing, state)
+        _mend_state(thing, state)
 
 
-def _mend_casts(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
-    """`Optimizer.load_state_dict` casts state to its parameter's dtype; state that was kept in another one is put back as saved."""
+def _mend_state(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+    """`Optimizer.load_state_dict` casts state to its parameter's dtype, and keeps as it is given what it need not: here it is as saved, in
+    tensors of its own."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     numbers = [number for group in state["param_groups"] for number in group["params"]]
     for number, parameter in zip(numbers, parameters, strict=True):
@@ -61,7 +63,8 @@ def _mend_casts(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> N
 
 def _mended(held: Any, saved: Any) -> Any:
     if isinstance(saved, torch.Tensor) and isinstance(held, torch.Tensor):
-        return held if held.dtype == saved.dtype else saved.to(held.device)
+        own = held if held.dtype == saved.dtype else saved.to(held.device)
+        return own.clone() if own is saved else own
     if isinstance(saved, Mapping) and isinstance(held, Mapping):
         return {key: _mended(held[key], value) for key, value in saved.items()}
     if isinstance(saved, list | tuple) and isinstance(held, list | tuple):
