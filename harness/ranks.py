@@ -126,11 +126,9 @@ class World:
             raise by_exit_code(reply["code"], reply["error"])
         return reply["result"]
 
-    def share(self, file: BinaryIO | None, size_bytes: int, target: BinaryIO | None) -> None:
-        """Send the writer's `file`, which is `size_bytes` long, to the `target` of each rank that has one. Collective: every rank
-        must call it."""
-        if self.is_writer and file is not None:
-            file.seek(0)
+    def share(self, file: BinaryIO | None, size_bytes: int) -> Iterator[bytes]:
+        """What the writer's `file` holds, which stands at its beginning and is `size_bytes` long, part by part. Collective: every rank must
+        call it, and take all parts."""
         buffer = torch.empty(min(SHARED_AT_ONCE_BYTES, size_bytes), dtype=torch.uint8)
         for at in range(0, size_bytes, SHARED_AT_ONCE_BYTES):
             part = buffer[: size_bytes - at]
@@ -138,8 +136,7 @@ class World:
                 part.numpy()[:] = bytearray(file.read(len(part)))
             with _lost_rank_said():
                 dist.broadcast(part, 0, group=self._group)
-            if target is not None:
-                target.write(part.numpy().data)
+            yield part.numpy().tobytes()
 
     def leave(self) -> None:
         """Take the process group down. Collective: every rank must call it."""

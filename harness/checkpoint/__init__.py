@@ -20,6 +20,7 @@ digest, computed while writing, and is sealed by a digest of its own.
   first committed manifest, and a process that was thought dead can write what it likes: nobody looks there any more.
 * An attempt's number is one more than any number in any name, created exclusively. It never repeats and never goes back.
 * Step 0 is allowed only if nothing hints at a history.
+* A checkpoint is read once, into memory that is sealed when its digest fits; that memory is what is parsed, on all ranks of a machine.
 * A damaged checkpoint is passed over, loudly, for the next older one that every rank accepts, and set aside (`.damaged`).
 
 A run may live in two stores, a directory and a bucket; the same tree lies in both. Then
@@ -33,6 +34,6 @@ A run may live in two stores, a directory and a bucket; the same tree lies in bo
 * what could not be fetched is not taken for damaged: the start fails, and is tried again.
 
 Modules: `format` names and manifests, `history` what is there and what of it counts, `attempts` claim and fence, `save`, `load`,
-`replicate` to the other store, `retention`; `launches`, and `standing`, which tells from all that how a run stands and whether it is
-to be started again; `requests`.
+`spread` to all ranks, `replicate` to the other store, `retention`; `launches`, and `standing`, which tells from all that how a run
+stands and whether it is to be started again; `requests`.
 """

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
+import copy
+import errno
 import json
 import os
 import pickle
@@ -12,8 +12,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from blake3 import blake3
@@ -21,9 +20,10 @@ from blake3 import blake3
 from harness.checkpoint import format as fmt
 from harness.checkpoint.format import DataFile, Manifest
 from harness.checkpoint.history import Survey, survey
+from harness.checkpoint.spread import spread
 from harness.errors import DamagedError, HarnessError, StorageError
 from harness.ranks import World
-from harness.store import CHUNK_BYTES, LocalStore, Store
+from harness.store import Memory, Offer, Store, keep
 
 LISTINGS = 5  # how often a store is listed anew because what was listed is gone
 Tell = Callable[[int], object]  # is told of so many bytes more
@@ -32,6 +32,7 @@ Tell = Callable[[int], object]  # is told of so many bytes more
 UNPARSEABLE = (
     RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile, EOFError, ValueError, LookupError, TypeError, AttributeError, struct.error
 )  # fmt: skip
+NO_ROOM = ("not enough memory", os.strerror(errno.ENOMEM))
 
 
 def first_line(error: BaseException) -> str:
@@ -55,7 +56,8 @@ def checked(chunks: Iterator[bytes], expected: DataFile, where: str, tell: Tell 
         tell(len(chunk))
         yield chunk
     if size_bytes != expected.size_bytes:
-        raise DamagedError(f"{where} has the wrong size", f"found: {size_bytes} bytes, expected: {expected.size_bytes}")
+        more = " or more" if size_bytes > expected.size_bytes else ""
+        raise DamagedError(f"{where} has the wrong size", f"found: {size_bytes} bytes{more}, expected: {expected.size_bytes}")
     if f"blake3:{digest.hexdigest()}" != expected.digest:
         raise DamagedError(
             f"{where} is damaged: its checksum does not match", f"found: blake3:{digest.hexdigest()}, expected: {expected.digest}"
@@ -75,77 +77,46 @@ def _missing(key: str) -> DamagedError:
     return DamagedError(f"{key} is missing, or no regular file", remedy="Its manifest is there: somebody deleted the data.")
 
 
-def verified(store: Store, manifest: Manifest, scratch: LocalStore | None = None, tell: Tell = _not_told) -> BinaryIO:
-    """Open a checkpoint's data after reading all of it and comparing size and digest; the file stands at its beginning.
+def verified(store: Store, manifest: Manifest, tell: Tell = _not_told) -> Memory:
+    """A checkpoint's data in memory, after comparing size and digest of those very bytes: what happens to the file afterwards does not
+    matter.
 
-    From a remote store it comes into a temporary file of `scratch`, for the caller to delete by its `name`, or into memory. Raises
-    DamagedError if it is not what the manifest says, StorageError if it cannot be read.
+    Raises DamagedError if it is not what the manifest says, StorageError if it cannot be read, HarnessError if there is no room.
     """
-    key = manifest.data_key
-    if store.is_local:
-        try:
-            return _checked_file(store.open(key), manifest.data, key)
-        except FileNotFoundError as error:
-            raise _missing(key) from error
-    file: BinaryIO = scratch.scratch(key, manifest.attempt) if scratch else io.BytesIO()
+    return keep(verified_chunks(store, manifest, tell), manifest.size_bytes, manifest.data.name)
+
+
+def parse(memory: Memory, manifest: Manifest) -> dict[str, Any]:
+    """The whole checkpoint in verified memory, on the CPU, nothing but plain data. Raises DamagedError.
+
+    The tensors in `..._state_dict` are views of that memory: no second copy is made unless they are written to, and it is free when the
+    last of them is. All else is small, and a copy, so that who keeps it does not keep the memory.
+    """
+    name = manifest.data.name
     try:
-        for chunk in verified_chunks(store, manifest, tell):
-            file.write(chunk)
-        file.seek(0)
-    except BaseException as error:
-        _drop(file)
-        if isinstance(error, OSError):
-            raise StorageError(f"cannot keep {key} while it is read", f"found: {error}", "Free some space in run.dir.") from error
-        raise
-    return file
-
-
-def _checked_file(file: BinaryIO, expected: DataFile, where: str) -> BinaryIO:
-    """The open file, back at its beginning, if it is what the manifest says; else it is closed. Raises DamagedError, StorageError."""
-    try:
-        size_bytes = os.fstat(file.fileno()).st_size
-        if size_bytes != expected.size_bytes:
-            raise DamagedError(f"{where} has the wrong size", f"found: {size_bytes} bytes, expected: {expected.size_bytes}")
-        for _ in checked(iter(partial(file.read, CHUNK_BYTES), b""), expected, where):
-            pass
-        file.seek(0)
-    except OSError as error:
-        file.close()
-        raise StorageError(f"cannot read {where}: {error.strerror}", f"found: {error}") from error
-    except BaseException:
-        file.close()
-        raise
-    return file
-
-
-def _drop(file: BinaryIO | None) -> None:
-    """Close a file, and delete it if it is a temporary one."""
-    if file is None:
-        return
-    name = getattr(file, "name", None)
-    file.close()
-    if isinstance(name, str):
-        with contextlib.suppress(OSError):
-            os.unlink(name)
-
-
-def parse(file: BinaryIO, manifest: Manifest) -> dict[str, Any]:
-    """The whole checkpoint in a verified file, on the CPU, nothing but plain data. Raises DamagedError."""
-    try:
-        payload = torch.load(file, map_location="cpu", weights_only=True)
+        payload = torch.load(memory.path, mmap=_is_plain_zip(memory), map_location="cpu", weights_only=True)
     except UNPARSEABLE as error:
-        if "not enough memory" in str(error):  # torch's own words; the file is whole
-            raise HarnessError(f"there is not enough memory to load {manifest.data.name}", first_line(error)) from error
-        raise DamagedError(f"{manifest.data.name} cannot be parsed", f"found: {first_line(error)}") from None
+        if any(words in str(error) for words in NO_ROOM):  # torch's own; the file is whole
+            raise HarnessError(f"there is not enough memory to load {name}", first_line(error)) from error
+        raise DamagedError(f"{name} cannot be parsed", f"found: {first_line(error)}") from None
     if not isinstance(payload, dict) or payload.get("step") != manifest.step:
-        raise DamagedError(f"{manifest.data.name} is not the checkpoint that its manifest describes")
-    return payload
+        raise DamagedError(f"{name} is not the checkpoint that its manifest describes")
+    return {key: value if str(key).endswith("_state_dict") else copy.deepcopy(value) for key, value in payload.items()}
+
+
+def _is_plain_zip(memory: Memory) -> bool:
+    """Whether tensors lie in it as they are; torch would map what is compressed as well, and does not map what is no zip file."""
+    with memory.open() as file:
+        try:
+            return all(record.compress_type == zipfile.ZIP_STORED for record in zipfile.ZipFile(file).infolist())
+        except UNPARSEABLE:
+            return False
 
 
 def load(store: Store, manifest: Manifest, tell: Tell = _not_told) -> dict[str, Any]:
     """The whole checkpoint, on the CPU, nothing but plain data. Raises DamagedError or StorageError."""
-    with verified(store, manifest, tell=tell) as file:
-        return parse(file, manifest)
+    with verified(store, manifest, tell) as memory:
+        return parse(memory, manifest)
 
 
 def outline(store: Store, key: str) -> dict[str, Any]:
@@ -187,8 +158,7 @@ class Chooser:
 
     def __init__(self, stores: tuple[Store, ...], world: World, give_up: Callable[[], object], steps_back: Callable[[], bool]) -> None:
         self.stores, self.world, self.give_up, self.steps_back = stores, world, give_up, steps_back
-        self.scratch = next((store for store in stores if isinstance(store, LocalStore)), None)
-        self._file: BinaryIO | None = None
+        self._memory: Memory | None = None  # the writer's
 
     def once(self) -> tuple[Choice, bool]:
         """One listing and what comes of it; also whether something listed was deleted meanwhile, so that only a new listing tells."""
@@ -240,45 +210,43 @@ class Chooser:
 
     def _try(self, store: Store, manifest: Manifest) -> tuple[dict[str, Any] | None, str | None, bool]:
         """The payload on every rank, or on none, and then what was wrong, and whether the data itself is."""
-        path, problem, is_damaged = self._on_writer(partial(self._open, store, manifest))
+        offer, problem, is_damaged = self._on_writer(partial(self._open, store, manifest))
         if problem:
             return None, problem, is_damaged
         payload: dict[str, Any] | None = None
         said: tuple[str | None, bool] = (None, False)
+        memory, self._memory = self._memory, None
         try:
-            file = self._file if self.world.is_writer else _at(path, manifest)
-            if any(self.world.gather(file is None)):  # they see another disk, or there is none
-                received = io.BytesIO() if file is None else None
-                self.world.share(self._file, manifest.data.size_bytes, received)
-                file = file or received
-            assert file is not None
-            file.seek(0)
-            payload = parse(file, manifest)
+            with self._spread(store, manifest, memory, Offer(**offer)) as own:
+                payload = parse(own, manifest)
         except HarnessError as error:
             said = _said(error)
         problems = [(rank, said) for rank, said in enumerate(self.world.gather(said)) if said[0]]
-        if self.world.is_writer:
-            if store.is_local and self._file is not None:
-                self._file.close()
-            else:
-                _drop(self._file)
         if not problems:
             return payload, None, False
         return None, f"{problems[0][1][0]} (rank {problems[0][0]})", any(said[1] for _, said in problems)
 
-    def _open(self, store: Store, manifest: Manifest) -> tuple[str | None, str | None, bool]:
+    def _open(self, store: Store, manifest: Manifest) -> tuple[dict[str, str] | None, str | None, bool]:
         """Where other processes of this machine find the verified data, or what is wrong with it, and whether it is damaged."""
         for last in (store.is_local, True):
             try:
-                self._file = verified(store, manifest, self.scratch)
-                break
+                self._memory = verified(store, manifest)
+                return vars(self._memory.offer), None, False
             except HarnessError as error:
                 if last or not isinstance(error, DamagedError):  # what came over a network may be whole when it is read again
                     return None, *_said(error)
-        if store.is_local:
-            return store.where(manifest.data_key), None, False
-        path = getattr(self._file, "name", None)
-        return (path if isinstance(path, str) else None), None, False
+        raise AssertionError("the last try returns")
+
+    def _spread(self, store: Store, manifest: Manifest, memory: Memory | None, offer: Offer) -> Memory:
+        expected, where = manifest.data, f"{manifest.data.name}, as it was sent to this rank,"
+
+        def receive(chunks: Iterator[bytes]) -> Memory:
+            return keep(checked(chunks, expected, where), expected.size_bytes, expected.name)
+
+        def read() -> Memory | None:
+            return verified(store, manifest) if store.is_local else None
+
+        return spread(self.world, memory, offer, expected.size_bytes, read, receive)
 
 
 def choose(
@@ -289,8 +257,8 @@ def choose(
 ) -> Choice:
     """Find and load the newest checkpoint of the run's history that verifies on every rank. Nothing is changed.
 
-    The bytes leave a remote store once: the writer fetches them, the others read them from its disk or are sent them. A copy that is
-    damaged on one store is looked for on the other one first. `steps_back`, asked on the writer, makes the newest the last choice.
+    The bytes leave a remote store once: the writer fetches them, the others map its memory or are sent them. A copy that is damaged on one
+    store is looked for on the other one first. `steps_back`, asked on the writer, makes the newest the last choice.
     Raises DamagedError if there is a history but nothing in it loads, StorageError if a store cannot be listed. Collective: every rank
     must call it.
     """
@@ -300,16 +268,6 @@ def choose(
         if not vanished:
             return choice
     raise StorageError(f"checkpoints of {chooser.stores[-1]} vanish while they are read", remedy="Is another process deleting them?")
-
-
-def _at(path: str | None, manifest: Manifest) -> BinaryIO | None:
-    """The verified data under a path that the writer has named, or None if this process does not see it there."""
-    if path is None:
-        return None
-    try:
-        return _checked_file(Path(path).open("rb"), manifest.data, path)
-    except (OSError, HarnessError):
-        return None
 
 
 def _parse_manifest(text: str) -> Manifest:

@@ -41,11 +41,12 @@ from harness.errors import UsageError
 from harness.store.base import CHUNK_BYTES, SET_ASIDE, TEMP, Entry, Sink, Store
 from harness.store.bucket import Bucket
 from harness.store.local import LocalStore
+from harness.store.memory import Memory, Offer, attached, keep
 from harness.store.words import redacted
 
 __all__ = [
-    "CHUNK_BYTES", "DEFAULT_WAIT_S", "SET_ASIDE", "TEMP", "Entry", "LocalStore", "Sink", "Store", "check_url", "is_url", "open_store",
-    "redacted",
+    "CHUNK_BYTES", "DEFAULT_WAIT_S", "SET_ASIDE", "TEMP", "Entry", "LocalStore", "Memory", "Offer", "Sink", "Store", "attached",
+    "check_url", "is_url", "keep", "open_store", "redacted",
 ]  # fmt: skip
 
 DEFAULT_WAIT_S = 300.0

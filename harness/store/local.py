@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from harness.errors import StorageError
-from harness.store.base import CHUNK_BYTES, SET_ASIDE, TEMP, Entry, Sink, Store, check_key, in_words
+from harness.store.base import SET_ASIDE, TEMP, Entry, Sink, Store, check_key, in_words
+
+READ_BYTES = 1 << 20  # still in the processor's cache when it has been digested and is copied
 
 if TYPE_CHECKING:
     from harness.store.image import Image
@@ -139,15 +141,8 @@ class LocalStore(Store):
 
     def chunks(self, key: str) -> Iterator[bytes]:
         with self.open(key) as file, _said(key, "read"):
-            while chunk := file.read(CHUNK_BYTES):
+            while chunk := os.read(file.fileno(), READ_BYTES):
                 yield chunk
-
-    def scratch(self, key: str, attempt: int) -> BinaryIO:
-        """A temporary file beside a key, to write and to read, at the path in its `name`; whoever asked for it deletes it."""
-        path = self.path(key)
-        with _said(key, "write"):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            return open(path.with_name(f"{path.name}.tmp-{attempt:04d}-{secrets.token_hex(4)}"), "x+b")
 
     def writer(self, key: str, attempt: int) -> LocalSink:
         return LocalSink(self, key, attempt)
