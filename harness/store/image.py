@@ -15,6 +15,7 @@ from pathlib import Path
 from blake3 import blake3
 
 from harness.errors import StorageError
+from harness.store.memory import create
 
 PIECE_BYTES = 16 << 20
 BLOCK_BYTES = 4096  # what O_DIRECT wants addresses, offsets and lengths to be multiples of
@@ -39,7 +40,7 @@ class Image:
             self.check_room(capacity_bytes)
             try:
                 if self.fd < 0:
-                    self.fd = os.memfd_create("checkpoint", os.MFD_CLOEXEC)
+                    self.fd = create("checkpoint")
                 os.ftruncate(self.fd, capacity_bytes)
                 self.memory = mmap.mmap(self.fd, capacity_bytes)  # the one before lives as long as somebody looks into it
             except OSError as error:

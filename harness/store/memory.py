@@ -79,7 +79,7 @@ def keep(chunks: Iterable[bytes], size_bytes: int, what: str) -> Memory:
     """
     name = f"harness-{secrets.token_hex(16)}"
     with _room(what, size_bytes):
-        memory = Memory(_create(name), name)
+        memory = Memory(create(name), name)
     try:
         for chunk in chunks:  # by this very thread, which has the chunk in its processor's cache: a second one made it slower
             with _room(what, size_bytes):
@@ -101,7 +101,8 @@ def _room(what: str, size_bytes: int) -> Iterator[None]:
         raise HarnessError(f"there is not enough memory to load {what}", found) from error
 
 
-def _create(name: str) -> int:
+def create(name: str) -> int:
+    """The descriptor of a new anonymous file. Raises OSError."""
     try:
         return os.memfd_create(name, os.MFD_CLOEXEC | NO_EXEC)
     except OSError as error:
