@@ -11,8 +11,8 @@
     <run>/files/samples/a.png                   what the user's own code keeps with the run: `Run.keep`
     <run>/config.yaml                           the settings of the newest attempt, for people to read
 
-The data file is what `torch.save` writes; `harness/state` lists what is in it. The manifest holds its size and its BLAKE3
-digest, computed while writing, and is sealed by a digest of its own.
+The data file is what `torch.save` writes, but for the CRC-32 of its tensors, which nobody checks; `harness/state` lists what is in it. The
+manifest holds its size and its BLAKE3 digest, computed while writing, and is sealed by a digest of its own.
 
 * A checkpoint exists if and only if its manifest exists: written last, deleted first. Nothing written under a name changes.
 * Every manifest carries its lineage: [(attempt, last step of it that counts), …]. The head is the newest readable manifest by
@@ -33,7 +33,7 @@ A run may live in two stores, a directory and a bucket; the same tree lies in bo
 * data without a manifest may be on its way from a process that is alive elsewhere: only `harness prune` deletes it;
 * what could not be fetched is not taken for damaged: the start fails, and is tried again.
 
-Modules: `format` names and manifests, `history` what is there and what of it counts, `attempts` claim and fence, `save`, `load`,
-`spread` to all ranks, `replicate` to the other store, `retention`; `launches`, and `standing`, which tells from all that how a run
-stands and whether it is to be started again; `requests`.
+Modules: `format` names and manifests, `history` what is there and what of it counts, `attempts` claim and fence, `save`, `scribe` (the
+process that writes), `load`, `spread` to all ranks, `replicate` to the other store, `retention`; `launches`, and `standing`, which tells
+from all that how a run stands and whether it is to be started again; `requests`.
 """
