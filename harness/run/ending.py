@@ -15,6 +15,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
+from harness import stop
 from harness.checkpoint import attempts, launches
 from harness.checkpoint.attempts import Attempt
 from harness.errors import HarnessError, LostRankError, StorageError, SupersededError, report
@@ -90,7 +91,9 @@ class Ending:
         sys.excepthook, self.failed = self._default, True
         self.finish(FINISH_S)
         if is_lost_peer(error):
-            time.sleep(AFTER_OTHERS_S)  # whoever really failed has the first word
+            until, before = time.monotonic() + AFTER_OTHERS_S, len(stop.requests())  # whoever really failed has the first word,
+            while time.monotonic() < until and len(stop.requests()) == before:  # and has ended when torchrun stops the others
+                time.sleep(0.01)
             if not isinstance(error, LostRankError):
                 error = LostRankError("another rank of this attempt is lost", f"found: {str(error).splitlines()[0][:200]}")
         why = "superseded" if isinstance(error, SupersededError) else "failed"
