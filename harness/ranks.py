@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import hashlib
 import itertools
 import json
 import os
@@ -27,6 +28,7 @@ from harness.errors import EXIT_FAILED, HarnessError, LostRankError, UsageError,
 T = TypeVar("T")
 HEARTBEAT_S = 1.0
 SHARED_AT_ONCE_BYTES = 16 << 20
+FEW = 15  # numbers in one message
 LAG = 100  # calls; long before, a save has brought all ranks together
 
 _joined = itertools.count(1)  # a process may train one run after another; each gets a name space of its own in the store
@@ -70,6 +72,21 @@ class World:
         with _lost_rank_said():
             dist.all_gather_object(values, value, group=self._group)
         return values
+
+    def gather_numbers(self, numbers: dict[str, float]) -> list[dict[str, float]]:
+        """`gather` for a few named numbers, in one small message if all ranks name the same. Collective: every rank must call it."""
+        if self.size == 1:
+            return [numbers]
+        names = repr(list(numbers)).encode()
+        name = int.from_bytes(hashlib.blake2b(names, digest_size=6).digest(), "big") if len(numbers) <= FEW else -1
+        row = torch.tensor([name, *numbers.values(), *[0.0] * FEW][: 1 + FEW], dtype=torch.float64)
+        rows = [torch.empty_like(row) for _ in range(self.size)]
+        with _lost_rank_said():
+            dist.all_gather(rows, row, group=self._group)
+        found = [[float(number) for number in row.tolist()] for row in rows]
+        if name == -1 or any(named != name for named, *_ in found):  # all ranks see the same, and go the same way
+            return self.gather(numbers)
+        return [dict(zip(numbers, values, strict=False)) for _, *values in found]
 
     def share_buffers(self, module: nn.Module) -> None:
         """Give every rank the writer's buffers, as DDP does before each forward pass. Collective: every rank must call it."""

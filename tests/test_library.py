@@ -947,3 +947,26 @@ def test_the_loop_of_the_documentation_is_the_loop_of_the_library():
     assert list(parameters)[1:3] == ["dataset", "global_batch_size"]
     assert {"accumulate", "epochs", "max_steps", "shuffle", "drop_last", "collate_fn", "num_workers", "order"} <= parameters.keys()
     assert {"remote", "seed", "save_every_s"} <= inspect.signature(harness.init).parameters.keys()
+
+
+LOGGING = """
+import harness, torch
+run = harness.init("run", save_every_s=None, log_every_steps=1)
+run.track(model=torch.nn.Linear(1, 1))
+for _ in run.batches(list(range(30)), global_batch_size=6, epochs=1):
+    values = {2: {"more": 1} if run.rank else {}, 3: {f"n{n}": n + run.rank for n in range(20)}, 4: {"nan": float("nan")}}
+    run.log(loss=torch.tensor(0.1) * (run.rank + 1), **values.get(run.step, {}))
+run.world.leave()
+"""
+
+
+def test_what_ranks_log_is_averaged_whether_they_name_the_same_or_not(tmp_path):
+    (tmp_path / "logging_.py").write_text(LOGGING)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3", "logging_.py"]
+    done = run(command, cwd=tmp_path, env=ENVIRONMENT)
+    assert done.returncode == 0, done.stderr
+    first, second, third, fourth, _ = events(tmp_path / "run", "step")
+    tenths = [float(torch.tensor(0.1) * rank) for rank in (1, 2, 3)]
+    assert first["loss"] == second["loss"] == third["loss"] == fourth["loss"] == sum(tenths) / 3
+    assert "more" not in second and [third[f"n{n}"] for n in range(20)] == [n + 1.0 for n in range(20)]
+    assert fourth["nan"] != fourth["nan"]

@@ -37,7 +37,7 @@ class Measured:
 
     def read(self, world: World) -> dict[str, float]:
         """The means over ranks of what was logged in this step. Collective: every rank must call it."""
-        parts = world.gather({name: float(value) for name, value in self._logged.items()})
+        parts = world.gather_numbers({name: float(value) for name, value in self._logged.items()})
         values = {name: sum(part[name] for part in parts if name in part) / sum(name in part for part in parts) for name in parts[0]}
         self.loss = values.get("loss", self.loss)
         return values
