@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_task import Noisy
 from torch import nn
+from torch.utils.data import Dataset, Subset, TensorDataset, random_split
 
 from harness.data import loading
 from harness.data.fingerprint import describe, fingerprint
@@ -418,3 +419,93 @@ def test_batches_of_any_shape_are_moved_whole():
 def test_seeds_depend_on_each_part():
     seeds = {seed_of(1, "sample", 2, 3), seed_of(1, "sample", 3, 2), seed_of(2, "sample", 2, 3), seed_of(1, "collate", 2, 3), seed_of(1)}
     assert len(seeds) == 5 and all(0 <= seed < 2**63 for seed in seeds)
+
+
+class AsItIs(Dataset):
+    """Hides what the dataset is."""
+
+    def __init__(self, dataset) -> None:
+        self.dataset = dataset
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, index):
+        return self.dataset[index]
+
+
+def tensors(size: int = 30) -> TensorDataset:
+    generator = torch.Generator().manual_seed(1)
+    shapes = [(3,), (), (1,), (2, 3, 3), (1, 4, 4), (3, 1, 1), (0,), (2, 1, 3, 2)]
+    floats = [torch.randn(size, *shape, generator=generator) for shape in shapes]
+    others = [torch.arange(size), floats[0].half(), floats[0].bfloat16(), floats[0].to(torch.complex64), floats[1] > 0]
+    return TensorDataset(*floats, *others)
+
+
+PLAIN = {
+    "whole": tensors,
+    "a part": lambda: Subset(tensors(), [3, 1, 1, -2, 7, 29, 0, 4]),
+    "a part of a part": lambda: Subset(Subset(tensors(), range(20, 30)), np.array([9, 0, 3, 3, 5, 1])),
+    "a part by a tensor": lambda: Subset(tensors(), torch.randperm(30)),
+    "a split": lambda: random_split(tensors(), [20, 10], torch.Generator().manual_seed(1))[0],
+}
+OTHERS = {
+    "a transposed tensor": lambda: TensorDataset(torch.randn(5, 30).T),
+    "channels last": lambda: TensorDataset(torch.randn(30, 3, 4, 4).to(memory_format=torch.channels_last)),
+    "a parameter": lambda: TensorDataset(torch.nn.Parameter(torch.randn(30, 2))),
+    "a sparse tensor": lambda: TensorDataset(torch.eye(30).to_sparse()),
+}
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize("name", [*PLAIN, "a transposed tensor", "channels last"])
+def test_tensors_that_are_taken_all_at_once_are_those_of_one_after_another(name, num_workers):
+    torch.manual_seed(2)
+    dataset = (PLAIN | OTHERS)[name]()
+    assert (loading.plain_tensors(dataset) is not None) == (name in PLAIN)
+    (plan,) = plans(len(dataset), 6, 2, 1, drop_last=False)
+    before = generators()
+    found, expected = batches_of(dataset, plan, num_workers), batches_of(AsItIs(dataset), plan)
+    assert generators() == before
+    assert_same(found, expected)
+    for (_, batches), (_, other_batches) in zip(found, expected, strict=True):
+        for batch, other in zip(batches, other_batches, strict=True):
+            assert type(batch) is type(other) is list
+            assert [(x.dtype, x.shape, x.stride()) for x in batch] == [(x.dtype, x.shape, x.stride()) for x in other]
+
+
+def test_what_is_more_than_tensors_is_asked_for_each_sample():
+    class Augmented(TensorDataset):
+        def __getitem__(self, index):
+            (x,) = super().__getitem__(index)
+            return (x + torch.rand(()) + random.random() + float(np.random.rand()),)
+
+    class Part(Subset):
+        def __getitem__(self, index):
+            return (super().__getitem__(index)[0] + random.random(),)
+
+        def __getitems__(self, indices):
+            return [self[index] for index in indices]
+
+    x = torch.randn(24, 2)
+    for dataset in (Augmented(x), Subset(Augmented(x), range(24)), Part(TensorDataset(x), range(24))):
+        assert loading.plain_tensors(dataset) is None
+        rows: dict[int, dict] = {}
+        for world_size in (1, 3):
+            shares = [pair for plan in plans(24, 12, 1, world_size) for pair in batches_of(dataset, plan, epochs=1)]
+            rows[world_size] = {n: row for share, (batch,) in shares for n, row in zip(share.micro_batches[0], batch[0], strict=True)}
+        assert rows[1].keys() == rows[3].keys() and all(torch.equal(rows[1][number], rows[3][number]) for number in range(24))
+    random.seed(seed_of(1, "sample", 0, 5))
+    assert torch.equal(rows[1][5], x[5] + random.random())
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_tensors_are_left_to_the_usual_way(name):
+    assert loading.plain_tensors(OTHERS[name]()) is None
+
+
+def test_another_collate_function_gets_the_samples():
+    (plan,) = plans(30, 6, 2, 1)
+    for share, batches in batches_of(tensors(), plan, collate=lambda samples: [sample[0] for sample in samples]):
+        for micro, batch in zip(share.micro_batches, batches, strict=True):
+            assert all(torch.equal(row, tensors().tensors[0][number]) for number, row in zip(micro, batch, strict=True))

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset, default_collate
 
 from harness import stop
 from harness.data.order import Plan, Position, Share, kept_generators, seed_cpu, seed_of
@@ -31,6 +31,10 @@ class _PlannedDataset(Dataset[Any]):
         self.dataset, self.collate, self.seed = dataset, collate, seed
 
     def __getitem__(self, share: Share) -> tuple[Share, list[Any]]:
+        if self.collate is default_collate and (tensors := plain_tensors(self.dataset)) is not None:
+            # default_collate's very values, a whole micro-batch at once, and nothing here can draw a random number.
+            numbers = [torch.tensor(_numbers(self.dataset, micro)) for micro in share.micro_batches]
+            return share, [[tensor[micro] for tensor in tensors] for micro in numbers]
         batches = []
         with kept_generators():
             for number, micro in enumerate(share.micro_batches):
@@ -43,14 +47,34 @@ class _PlannedDataset(Dataset[Any]):
         return share, batches
 
 
+def plain_tensors(dataset: Any) -> tuple[torch.Tensor, ...] | None:
+    """The tensors of a TensorDataset, or of a part of one; None for whatever may do more for a sample than to index tensors."""
+    while type(dataset) is Subset:
+        dataset = dataset.dataset
+    if type(dataset) is not TensorDataset:
+        return None
+    plain = all(type(tensor) is torch.Tensor and tensor.layout is torch.strided and tensor.is_contiguous() for tensor in dataset.tensors)
+    return dataset.tensors if plain else None
+
+
+def _numbers(dataset: Any, samples: Sequence[int]) -> Sequence[int]:
+    """The samples' numbers in the TensorDataset that this is a part of."""
+    while type(dataset) is Subset:
+        samples, dataset = [int(dataset.indices[sample]) for sample in samples], dataset.dataset
+    return samples
+
+
 def _as_is(item: Any) -> Any:
     return item
 
 
 def load(dataset: Any, shares: Iterable[Share], seed: int, collate: Collate | None, num_workers: int, *, pin: bool = False) -> Batches:
     """Load the shares in order, ahead of their use if there are workers."""
+    planned = _PlannedDataset(dataset, collate or default_collate, seed)
+    if num_workers == 0 and not pin:
+        return map(planned.__getitem__, shares)  # what a DataLoader does here, at less than its price
     loader: DataLoader[Any] = DataLoader(
-        _PlannedDataset(dataset, collate or default_collate, seed),
+        planned,
         batch_size=None,
         sampler=shares,
         collate_fn=_as_is,
@@ -81,7 +105,8 @@ class MapSource:
         return self.plan.steps_after(position, epochs)
 
     def shares(self, position: Position, epochs: int) -> Batches:
-        return load(self.dataset, self.plan.shares(position, epochs), self.plan.seed, self.collate, self.num_workers, pin=self.pin)
+        shares = self.plan.shares(position, epochs)
+        return load(self.dataset, shares, self.plan.seed, self.collate, self.num_workers, pin=self.pin)
 
     def state(self) -> None:
         """Nothing: the position says it all."""
@@ -190,6 +215,8 @@ def source(
 
 def to_device(batch: Any, device: torch.device) -> Any:
     """The batch with every tensor in it on the device."""
+    if device.type == "cpu":  # then there is no other
+        return batch
     if isinstance(batch, torch.Tensor):
         return batch.to(device, non_blocking=True)
     if isinstance(batch, Mapping):

@@ -16,7 +16,7 @@ from harness.errors import UsageError
 
 def seed_of(*parts: int | str) -> int:
     """A 63-bit seed that is a pure function of its parts."""
-    text = "/".join(str(part) for part in parts)
+    text = "/".join(map(str, parts))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
@@ -147,11 +147,10 @@ class Plan:
         whole batch that is 1 / accumulate. A rank that the short last batch leaves without a sample computes on the batch's
         first sample with weight 0: it takes part in the collectives and changes nothing.
         """
-        parts = self.world_size * self.accumulate
-        bounds = [len(batch) * part // parts for part in range(parts + 1)]
+        size, parts = len(batch), self.world_size * self.accumulate
         own = range(self.rank * self.accumulate, (self.rank + 1) * self.accumulate)
-        micro_batches = [tuple(batch[bounds[part] : bounds[part + 1]]) for part in own]
-        weights = [len(micro) * self.world_size / len(batch) for micro in micro_batches]
+        micro_batches = [tuple(batch[size * part // parts : size * (part + 1) // parts]) for part in own]
+        weights = [len(micro) * self.world_size / size for micro in micro_batches]
         return tuple(micro or (batch[0],) for micro in micro_batches), tuple(weights)
 
 
