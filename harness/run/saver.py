@@ -182,8 +182,10 @@ class Saver:
         self._told(self.world.on_writer(lambda: self._reply(self.background.wait()), give_up=give_up))
 
     def _told(self, reply: list[Any]) -> bool:
-        """Every rank knows what the writer does."""
-        problem, self.saved_step, self._words = reply
+        """Let every rank know what the writer does; itself may have got further meanwhile."""
+        problem, saved_step, words = reply
+        if not self.world.is_writer:
+            self.saved_step, self._words = saved_step, words
         return not problem
 
     def _reply(self, problem: str) -> list[Any]:
