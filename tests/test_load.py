@@ -140,19 +140,20 @@ def test_a_load_needs_the_memory_of_the_state_once_and_gives_it_back(large):
 
 
 def test_memory_is_free_when_the_last_tensor_is_gone(store):
-    before = set(os.listdir("/proc/self/fd"))
+    others, before = mapped(), set(os.listdir("/proc/self/fd"))
     loaded = load.load(store, the_one(store))
     assert set(os.listdir("/proc/self/fd")) == before
-    assert len(mapped()) == 1
+    assert len(mapped() - others) == 1
     del loaded
     gc.collect()
-    assert not mapped()
+    assert mapped() <= others
 
 
 def test_who_keeps_what_is_no_state_dict_does_not_keep_the_whole(store):
+    others = mapped()
     generators = load.load(store, the_one(store))["rng"]
     gc.collect()
-    assert not mapped()
+    assert mapped() <= others
     assert torch.equal(generators[0]["torch"], torch.arange(100))
 
 

@@ -41,7 +41,7 @@ class S3Bucket:
                 "read_timeout": READ_S,
                 "retries": {"mode": "standard", "total_max_attempts": 1},
                 "max_pool_connections": 32,
-                # Each part has its MD5, the whole its BLAKE3: a CRC-32 beside them is another pass over the bytes, and some servers refuse it.
+                # Each part has its MD5, the whole its BLAKE3: a CRC-32 beside them costs another pass, and some servers refuse it.
                 "request_checksum_calculation": "when_required",
                 "response_checksum_validation": "when_required",
             },
