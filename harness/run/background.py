@@ -40,6 +40,7 @@ class Job:
     blocked_s: float = 0.0  # for how long training has waited for it
     problem: str = ""  # why there is no checkpoint, if training may go on all the same
     is_torn: bool = False
+    released: threading.Event = field(default_factory=threading.Event)
     sealed: threading.Event = field(default_factory=threading.Event)
     done: threading.Event = field(default_factory=threading.Event)
     failure: BaseException | None = None
@@ -115,10 +116,16 @@ class Background:
                 self._thread.start()
             self._changed.notify()
 
+    def release(self) -> None:
+        """Let the copy begin: the training thread is about to compute. Sooner, both would be after Python's lock."""
+        if (job := self._job) is not None:
+            job.released.set()
+
     def before_update(self) -> None:
         """Wait until all is copied: what follows changes it. For the training thread."""
         if (job := self._job) is not None and not job.sealed.is_set():
             began = time.perf_counter()
+            job.released.set()
             if job.snapshot.is_torn(compare=job.is_compared):
                 self._take_at_once("the state changes between two updates")
                 job.is_torn = not job.is_compared
@@ -137,6 +144,7 @@ class Background:
         """Wait until what is on its way has arrived; returns why it has not, if training may go on. Raises what is the end of it."""
         if (job := self._job) is None:
             return ""
+        self.release()
         self.before_update()
         job.done.wait()
         if job.failure is not None:
@@ -146,6 +154,7 @@ class Background:
     def close(self, limit_s: float | None = None) -> None:
         """Wait for what is on its way, at most so long and whatever comes of it, and give the memory back."""
         if (job := self._job) is not None:
+            self.release()
             self.before_update()
             if not job.done.wait(limit_s):
                 return
@@ -186,6 +195,7 @@ class Background:
                 torch.frombuffer(self._image.memory, dtype=torch.uint8)[at : at + TOUCHED_BYTES].zero_()
 
     def _save(self, job: Job) -> None:
+        job.released.wait()
         try:
             if not job.snapshot.copied.is_set():
                 job.snapshot.copy_into(self._image)

@@ -185,6 +185,7 @@ class Run:
             self.step, self.epoch, self.weights = self.step + 1, share.epoch, share.weights
             self._measured.begin_step()
             batch = loading.to_device(micro_batches, self.device)
+            self._saver.background.release()
             yield batch if accumulate > 1 else batch[0]
             self._saver.at_boundary(self.tracked)
             self._position, self.epoch = share.after, share.after.epoch
@@ -237,10 +238,7 @@ class Run:
         Collective: every rank must call it.
         """
         found = evaluate(self.world, list(self.tracked.values()), dataset, fn, batch_size, collate_fn, self._watch.evaluation)
-        if self._looping:
-            self._watch.evaluated()
-        else:
-            self._watch.rest()
+        self._watch.evaluated() if self._looping else self._watch.rest()
         self._measured.evaluated(found, self._settings.policy)
         self._saver.note("evaluated", step=self.step, **found)
         return found
@@ -304,7 +302,7 @@ class Run:
             lambda: self._saver.about(classes, self._measured.of_this_step, self._end if final else None),
             stop.requested, wait=wait,
         )  # fmt: skip
-        self._watch.rest()  # what may follow, an upload, is bounded by itself
+        self._watch.rest()  # what may follow is bounded by itself
         return saved
 
     def _capture(self, generators: list[Any]) -> state.Captured:

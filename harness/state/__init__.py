@@ -22,10 +22,8 @@ from harness.state.capturing import (
     captured,
     check,
     check_finite,
-    parameters,
     plain_data,
     size_bytes,
-    steady,
     untracked_schedule,
 )
 from harness.state.generators import kept_generators, rng_state, seed_rank, set_rng_state
@@ -54,7 +52,6 @@ __all__ = [
     "kept_generators",
     "mismatch_table",
     "mismatches",
-    "parameters",
     "plain_data",
     "restore",
     "restore_one",
@@ -62,6 +59,5 @@ __all__ = [
     "seed_rank",
     "set_rng_state",
     "size_bytes",
-    "steady",
     "untracked_schedule",
 ]

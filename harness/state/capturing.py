@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from harness.ddp import plain
 from harness.errors import NonFiniteError, UsageError
 
 Seen = dict[Any, tuple[torch.Tensor, torch.Tensor]]  # where a tensor lies -> itself and what is saved of it
+Where = str | tuple[Any, Any]  # a name, or where something is and its key or number in there
 MOST_BITS = 2000  # of a number; the safe loader reads none that is much longer
 HOOK = "register_step_pre_hook"  # who has it, as every optimizer of PyTorch's, changes in its own step and at no other time
 PLAIN = (bool, int, float, complex, str, bytes, type(None))
@@ -32,10 +34,20 @@ class Captured:
 
 
 def captured(values: Mapping[str, Any], tracked: Mapping[str, Any]) -> Captured:
-    """The values, which must be plain data, and the state of every tracked object. Raises UsageError, NonFiniteError as `parameters`."""
+    """The values, which must be plain data, and the state of every tracked object. Raises UsageError, NonFiniteError as `parameters`.
+
+    Steady are parameters; what optimizers keep of them, and all else that tells of its updates; and copies, which nobody else knows of.
+    """
     seen: Seen = {}
-    payload = plain_data(values) | capture(tracked, seen)
-    return Captured(payload, steady(tracked, seen), parameters(tracked, seen), tracked)
+    payload, steady = plain_data(values), set[int]()
+    for name, thing in tracked.items():
+        before = len(seen)
+        payload |= capture({name: thing}, seen)
+        if hasattr(plain(thing), HOOK):
+            steady |= {saved.data_ptr() for _, saved in itertools.islice(seen.values(), before, None)}
+    named = parameters(tracked, seen)
+    steady |= named.keys() | {saved.data_ptr() for tensor, saved in seen.values() if saved is not tensor}
+    return Captured(payload, steady, named, tracked)
 
 
 def capture(tracked: Mapping[str, Any], seen: Seen | None = None) -> dict[str, Any]:
@@ -97,22 +109,6 @@ def is_finite(tensor: torch.Tensor) -> bool:
     return bool(torch.isfinite(torch.stack(torch.aminmax(numbers))).all())
 
 
-def steady(tracked: Mapping[str, Any], seen: Seen) -> set[int]:
-    """The addresses of captured memory that changes only in updates, of which `before_update` tells: parameters, what optimizers keep
-    of them, averages; and copies, which nobody else knows of."""
-    found = {saved.untyped_storage().data_ptr() for tensor, saved in seen.values() if saved.data_ptr() != tensor.data_ptr()}
-    for thing in map(plain, tracked.values()):
-        own: Any = ()
-        if isinstance(thing, nn.Module):
-            own = [parameter for parameter in thing.parameters() if not is_lazy(parameter)]
-        elif isinstance(thing, torch.optim.Optimizer):
-            own = list(thing.state.values())
-        elif hasattr(thing, HOOK):
-            own = thing.state_dict()
-        found |= {tensor.data_ptr() for tensor in _tensors(own)}
-    return found
-
-
 def before_update(tracked: Mapping[str, Any], call: Callable[[], None]) -> None:
     """Have `call` called before each update."""
     for thing in map(plain, tracked.values()):
@@ -120,36 +116,46 @@ def before_update(tracked: Mapping[str, Any], call: Callable[[], None]) -> None:
             getattr(thing, HOOK)(lambda *_: call())
 
 
-def _to_cpu(value: Any, where: str, seen: Seen) -> Any:
+def _to_cpu(value: Any, where: Where, seen: Seen) -> Any:
     if isinstance(value, torch.Tensor):
-        return value if is_lazy(value) else _tensor_to_cpu(value.detach(), seen)
-    if isinstance(value, Mapping):
-        items = ((_key(key, where), _to_cpu(item, f"{where}[{key!r}]", seen)) for key, item in value.items())
+        if is_lazy(value):
+            return value
+        return _tensor_to_cpu(value.detach() if type(value) is not torch.Tensor or value.requires_grad else value, seen)
+    if type(value) in PLAIN and not (type(value) is int and value.bit_length() > MOST_BITS):
+        return value
+    if isinstance(value, dict | Mapping):  # the former is asked much faster
+        items = {
+            key if type(key) is str else _key(key, where): item if type(item) is float else _to_cpu(item, (where, key), seen)
+            for key, item in value.items()
+        }
         if not isinstance(value, OrderedDict):
-            return Counter(dict(items)) if isinstance(value, Counter) else dict(items)
+            return Counter(items) if isinstance(value, Counter) else items
         ordered = OrderedDict(items)
         if hasattr(value, "_metadata"):  # the versions of a module's parts: without them it takes the state for an old one
             ordered._metadata = value._metadata  # type: ignore[attr-defined]
         return ordered
     if isinstance(value, list | tuple):
-        parts = [_to_cpu(item, f"{where}[{at}]", seen) for at, item in enumerate(value)]
+        parts = [_to_cpu(item, (where, at), seen) for at, item in enumerate(value)]
         return tuple(parts) if isinstance(value, tuple) else parts
     if isinstance(value, np.ndarray) and value.dtype != object:
         return torch.from_numpy(value.copy())
-    value = value.item() if isinstance(value, np.generic) else value
-    if type(value) in PLAIN and not (isinstance(value, int) and value.bit_length() > MOST_BITS):
-        return value
+    if isinstance(value, np.generic) and type(number := value.item()) in PLAIN:
+        return number
     raise UsageError(
-        f"{where} cannot be saved as plain data",
+        f"{_spelled(where)} cannot be saved as plain data",
         f"found: a {type(value).__module__}.{type(value).__qualname__}",
         "Checkpoints hold tensors, numbers, strings, lists and dicts: change the object's state_dict() accordingly.",
     )
 
 
-def _key(key: Any, where: str) -> Any:
+def _spelled(where: Where) -> str:
+    return where if isinstance(where, str) else f"{_spelled(where[0])}[{where[1]!r}]"
+
+
+def _key(key: Any, where: Where) -> Any:
     if isinstance(key, tuple):
         return tuple(_key(part, where) for part in key)
-    return key if type(key) is torch.dtype else _to_cpu(key, f"{where}, key {key!r}", {})
+    return key if type(key) is torch.dtype else _to_cpu(key, f"{_spelled(where)}, key {key!r}", {})
 
 
 def _tensor_to_cpu(tensor: torch.Tensor, seen: Seen) -> torch.Tensor:
@@ -160,10 +166,10 @@ def _tensor_to_cpu(tensor: torch.Tensor, seen: Seen) -> torch.Tensor:
     if tensor.layout is not torch.strided:
         return tensor.to("cpu", copy=True)
     storage = tensor.untyped_storage()
-    place = (storage.data_ptr(), tensor.storage_offset(), tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype, tensor.device)
+    place = (storage.data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
     if place not in seen:
-        whole = tensor.numel() * tensor.element_size() == storage.nbytes()
-        seen[place] = tensor, tensor if tensor.device.type == "cpu" and whole else tensor.to("cpu", copy=True).contiguous()
+        is_whole = tensor.is_cpu and tensor.nbytes == storage.nbytes()
+        seen[place] = tensor, tensor if is_whole else tensor.to("cpu", copy=True).contiguous()
     return seen[place][1]
 
 
@@ -204,13 +210,15 @@ def size_bytes(tracked: Mapping[str, Any]) -> int:
     return sum(sizes.values())
 
 
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
+def _tensors(value: Any, found: list[torch.Tensor] | None = None) -> list[torch.Tensor]:
+    found = [] if found is None else found
     if isinstance(value, torch.Tensor):
         if value.layout is torch.strided and not is_lazy(value):
-            yield value
-    elif isinstance(value, Mapping | list | tuple):
-        for item in value.values() if isinstance(value, Mapping) else value:
-            yield from _tensors(item)
+            found.append(value)
+    elif isinstance(value, dict | Mapping | list | tuple):
+        for item in value.values() if isinstance(value, dict | Mapping) else value:
+            _tensors(item, found)
+    return found
 
 
 def untracked_schedule(tracked: Mapping[str, Any]) -> str | None:

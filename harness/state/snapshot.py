@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -40,15 +40,16 @@ class Snapshot:
         self._storages: dict[int, tuple[torch.UntypedStorage, int]] = {}  # by identity, in the order of the file: memory, address
         self._copies: list[tuple[torch.Tensor, torch.Tensor, int]] = []  # of each: in the image, what it is of, where that lay
         self._versions: list[tuple[torch.Tensor, int]] = []
-        for tensor in tensors_in(payload):
+        for tensor in tensors_in(payload, []):
             storage = tensor.untyped_storage()
-            if storage._cdata not in self._storages:
-                self.size_bytes += storage.nbytes()
-                self._storages[storage._cdata] = storage, storage.data_ptr()
-                if storage.data_ptr() in steady:
+            if (identity := storage._cdata) not in self._storages:
+                address, size_bytes = storage.data_ptr(), storage.nbytes()
+                self.size_bytes += size_bytes
+                self._storages[identity] = storage, address
+                if address in steady:
                     self._versions.append((tensor, _version(tensor)))
                 else:
-                    self.rest_bytes += storage.nbytes()
+                    self.rest_bytes += size_bytes
 
     def copy_rest(self) -> None:
         """Copy what is not steady, at once."""
@@ -129,18 +130,16 @@ class _Outline:
         pass
 
 
-def tensors_in(value: Any) -> Iterator[torch.Tensor]:
-    """The tensors of plain data, in the order in which pickle comes to them. Raises UnevenError."""
+def tensors_in(value: Any, found: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The tensors of plain data, added to those found, in the order in which pickle comes to them. Raises UnevenError."""
     if isinstance(value, torch.Tensor):
-        if value.layout is not torch.strided or value.is_quantized or value.device.type != "cpu" or type(value) not in LONE:
+        if type(value) not in LONE or value.layout is not torch.strided or value.is_quantized or not value.is_cpu:
             raise UnevenError("there is more in the state than plain tensors, such as sparse or quantized ones")
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from tensors_in(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from tensors_in(item)
+        found.append(value)
+    elif isinstance(value, dict | list | tuple):
+        for item in value.values() if isinstance(value, dict) else value:
+            tensors_in(item, found)
+    return found
 
 
 def _version(tensor: torch.Tensor) -> int:
