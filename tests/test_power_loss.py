@@ -24,15 +24,18 @@ from harness.store import LocalStore
 
 SHUTDOWN, WITHOUT_FLUSH = 0x8004587D, 2
 SIZES_MIB = {"ext4": 64, "xfs": 320}
-OLD, NEW = b"old" * 100_000, b"new" * 100_000
+OLD, NEW = b"old" * 100_000, b"new" * 1_500_000  # the new one is large enough to be written around the page cache
 
 COMMIT = """
 import sys
 from harness.store import LocalStore
-store = LocalStore(sys.argv[1])
-data = b"new" * 100_000
+from harness.store.image import Image, pour
+store, image = LocalStore(sys.argv[1]), Image()
+data = b"new" * 1_500_000
+image.reserve(len(data))
+image.memory[: len(data)] = data
 with store.writer("checkpoints/step_00000002-0001.pt", 1) as sink:
-    sink.write(data)
+    sink.pour(image, lambda image, path: pour(image.memory, image.size_bytes, str(path)))
     sink.commit()
 store.create("checkpoints/step_00000002-0001.json", sink.digest().encode(), 1)
 store.write("config.yaml", data, 1)
@@ -107,7 +110,7 @@ def test_after_a_power_loss_at_any_system_call_the_old_or_the_new_is_whole(kind:
     fresh, image = tmp_path / "fresh.img", tmp_path / "disk.img"
     prepare(fresh, kind)
     cases = 0
-    for call in ("write", "fsync", "rename", "link", "unlink"):
+    for call in ("write", "pwrite64", "fsync", "rename", "link", "unlink"):
         for nth in range(1, 30):
             shutil.copyfile(fresh, image)
             with mounted(image, kind) as root:

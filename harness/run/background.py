@@ -40,8 +40,8 @@ class Job:
     blocked_s: float = 0.0  # for how long training has waited for it
     problem: str = ""  # why there is no checkpoint, if training may go on all the same
     is_torn: bool = False
-    released: threading.Event = field(default_factory=threading.Event)
-    sealed: threading.Event = field(default_factory=threading.Event)
+    released: threading.Event = field(default_factory=threading.Event)  # the copy may begin
+    sealed: threading.Event = field(default_factory=threading.Event)  # it is known whether it is whole
     done: threading.Event = field(default_factory=threading.Event)
     failure: BaseException | None = None
 
@@ -62,7 +62,6 @@ class Background:
         self.is_unable = False  # nothing can be saved in the background
         self.slow_words = ""  # why saves make training wait, if they do
         self.wants_again = False  # what was to be saved was not, and can be
-        self._room_bytes = 0
         self._room_bytes, self._is_used, self._touching = 0, False, threading.Lock()
         self._closing = False
         self._changed = threading.Condition()
@@ -99,7 +98,7 @@ class Background:
         self.wants_again = False
         head = {name: captured.payload[name] for name in HEAD}
         job = Job(head, about, captured.parameters, snapshot, began_at, compared)
-        if self._overlapped is False:
+        if not self._overlapped:
             job.sealed.set()
         with self._changed:
             self._job = job
@@ -178,7 +177,7 @@ class Background:
                 self._touch()
             else:
                 self._save(job)
-                job.snapshot.release()
+                job.snapshot.forget()
                 job.done.set()
 
     def _touch(self) -> None:

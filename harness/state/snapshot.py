@@ -20,8 +20,6 @@ import torch
 from harness.state.capturing import is_finite, not_finite
 from harness.store.image import Image
 
-LONE = (torch.Tensor, torch.nn.Parameter)
-
 
 class UnevenError(Exception):
     """The state holds more than plain tensors: it cannot be taken in the background."""
@@ -103,7 +101,7 @@ class Snapshot:
         if broken := [name for copy, name, dtype in typed if not is_finite(copy.view(dtype))]:
             raise not_finite(broken)
 
-    def release(self) -> None:
+    def forget(self) -> None:
         """Look at live tensors no more."""
         self._copies, self._versions, self._storages, self._payload = [], [], {}, None
 
@@ -133,7 +131,7 @@ class _Outline:
 def tensors_in(value: Any, found: list[torch.Tensor]) -> list[torch.Tensor]:
     """The tensors of plain data, added to those found, in the order in which pickle comes to them. Raises UnevenError."""
     if isinstance(value, torch.Tensor):
-        if type(value) not in LONE or value.layout is not torch.strided or value.is_quantized or not value.is_cpu:
+        if type(value) is not torch.Tensor or value.layout is not torch.strided or value.is_quantized or not value.is_cpu:
             raise UnevenError("there is more in the state than plain tensors, such as sparse or quantized ones")
         found.append(value)
     elif isinstance(value, dict | list | tuple):
