@@ -194,24 +194,19 @@ def test_without_memory_for_a_copy_saves_still_succeed(tmp_path):
     ended = script(
         tmp_path,
         """
-        import resource
-        job = harness.init("a", save_every_s=None, save_every_steps=1)
-        model, optimizer = made(rows=4_000_000)
-        job.track(model=model, optimizer=optimizer)
-        for (x,) in job.batches(points(24), global_batch_size=8, epochs=1):
-            step(model, optimizer, x)
-            if job.step == 1:
-                used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-                resource.setrlimit(resource.RLIMIT_AS, (used + (300 << 20), used + (300 << 20)))
+        if job.step == 1:
+            used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+            resource.setrlimit(resource.RLIMIT_AS, (used + (300 << 20), used + (300 << 20)))
         """,
-    )
+        size=24, rows=4_000_000, options="save_every_s=None, save_every_steps=1",
+    )  # fmt: skip
     assert ended.returncode == 0, ended.stderr
     assert "saves make training wait: there is not enough memory" in ended.stdout, ended.stdout
     assert steps_of(tmp_path / "a") == [1, 2, 3] or steps_of(tmp_path / "a") == [2, 3]
 
 
 PRELUDE = """
-import os, signal, sys, time
+import os, resource, signal, time
 import torch
 from torch import nn
 import harness
@@ -234,28 +229,39 @@ def scribe():
 """
 
 
-def script(folder: Path, body: str) -> subprocess.CompletedProcess[str]:
-    """Run a training script of its own process to its end."""
-    (folder / "own.py").write_text(PRELUDE + textwrap.dedent(body))
-    return run([sys.executable, "own.py"], cwd=folder)
+LOOP = """
+job = harness.init("a", {options})
+model, optimizer = made(rows={rows})
+job.track(model=model, optimizer=optimizer)
+for (x,) in job.batches(points({size}), global_batch_size=8, epochs=1):
+    step(model, optimizer, x)
+"""
+
+
+def written(
+    folder: Path, body: str, size: int = 64, rows: int = 1_000_000, options: str = "save_every_s=None, save_every_steps=2"
+) -> list[str]:
+    """The command line of a training script of its own process: the loop, with more to do in each step."""
+    loop = LOOP.format(options=options, rows=rows, size=size) + textwrap.indent(textwrap.dedent(body), "    ")
+    (folder / "own.py").write_text(PRELUDE + loop)
+    return [sys.executable, "own.py"]
+
+
+def script(folder: Path, body: str, **options: object) -> subprocess.CompletedProcess[str]:
+    """Run such a script to its end."""
+    return run(written(folder, body, **options), cwd=folder)  # type: ignore[arg-type]
+
+
+STOPPED = """
+if job.step == 3:
+    while not os.path.exists("a/checkpoints/step_00000002-0001.json"): time.sleep(0.01)
+    scribe().send_signal(signal.SIGSTOP)
+    print("stopped", flush=True)
+"""
 
 
 def test_when_the_writing_process_dies_the_save_fails_and_the_next_one_succeeds(tmp_path):
-    ended = script(
-        tmp_path,
-        """
-        job = harness.init("a", save_every_s=None, save_every_steps=2)
-        model, optimizer = made(rows=1_000_000)
-        job.track(model=model, optimizer=optimizer)
-        for (x,) in job.batches(points(64), global_batch_size=8, epochs=1):
-            step(model, optimizer, x)
-            if job.step == 3:
-                while not os.path.exists("a/checkpoints/step_00000002-0001.json"): time.sleep(0.01)
-                scribe().send_signal(signal.SIGSTOP)
-            if job.step == 5:
-                scribe().kill()
-        """,
-    )
+    ended = script(tmp_path, STOPPED + "if job.step == 5: scribe().kill()")
     assert ended.returncode == 0, ended.stderr
     assert "NOT SAVED, training goes on" in ended.stdout and "the process that writes checkpoints has died" in ended.stdout
     assert steps_of(tmp_path / "a") == [2, 6, 8]
@@ -263,23 +269,7 @@ def test_when_the_writing_process_dies_the_save_fails_and_the_next_one_succeeds(
 
 
 def test_the_writing_process_dies_with_the_one_that_trains_and_commits_nothing(tmp_path):
-    (tmp_path / "own.py").write_text(
-        PRELUDE
-        + textwrap.dedent("""
-        job = harness.init("a", save_every_s=None, save_every_steps=2)
-        model, optimizer = made(rows=1_000_000)
-        job.track(model=model, optimizer=optimizer)
-        for (x,) in job.batches(points(64), global_batch_size=8, epochs=1):
-            step(model, optimizer, x)
-            if job.step == 3:
-                while not os.path.exists("a/checkpoints/step_00000002-0001.json"): time.sleep(0.01)
-                scribe().send_signal(signal.SIGSTOP)
-                print("stopped", flush=True)
-            if job.step == 5:
-                time.sleep(3600)
-        """)
-    )
-    process = start([sys.executable, "own.py"], cwd=tmp_path)
+    process = start(written(tmp_path, STOPPED + "if job.step == 5: time.sleep(3600)"), cwd=tmp_path)
     assert any("stopped" in line for line in process.stdout)
     wait_until(lambda: list(tmp_path.glob("a/checkpoints/step_00000004-0001.pt.tmp-*")), "the second save has begun")
     children = psutil.Process(process.pid).children(recursive=True)
@@ -306,18 +296,7 @@ def test_stop_signals_do_not_reach_the_writing_process(tmp_path):
 
 
 def test_after_an_error_in_the_loop_what_was_being_saved_still_arrives(tmp_path):
-    ended = script(
-        tmp_path,
-        """
-        job = harness.init("a", save_every_s=None, save_every_steps=2)
-        model, optimizer = made(rows=1_000_000)
-        job.track(model=model, optimizer=optimizer)
-        for (x,) in job.batches(points(64), global_batch_size=8, epochs=1):
-            if job.step == 5:
-                raise ValueError("a bug")
-            step(model, optimizer, x)
-        """,
-    )
+    ended = script(tmp_path, 'if job.step == 5: raise ValueError("a bug")')
     assert ended.returncode == 1 and "a bug" in ended.stderr
     assert steps_of(tmp_path / "a") == [2, 4]
 
@@ -326,19 +305,15 @@ def test_a_save_that_is_due_by_the_clock_is_left_out_while_one_is_on_its_way_if_
     ended = script(
         tmp_path,
         """
-        job = harness.init("a", save_every_s=0.05, when_busy="skip")
-        model, optimizer = made(rows=1_000_000)
-        job.track(model=model, optimizer=optimizer)
-        for (x,) in job.batches(points(640), global_batch_size=8, epochs=1):
-            step(model, optimizer, x)
-            time.sleep(0.02)
-            if job.step == 20:
-                while scribe() is None: time.sleep(0.01)
-                scribe().send_signal(signal.SIGSTOP)
-            if job.step == 60:
-                scribe().send_signal(signal.SIGCONT)
+        time.sleep(0.02)
+        if job.step == 20:
+            while scribe() is None: time.sleep(0.01)
+            scribe().send_signal(signal.SIGSTOP)
+        if job.step == 60:
+            scribe().send_signal(signal.SIGCONT)
         """,
-    )
+        size=640, options='save_every_s=0.05, when_busy="skip"',
+    )  # fmt: skip
     assert ended.returncode == 0, ended.stderr
     skipped = events(tmp_path / "a", "skipped")
     assert len(skipped) >= 2 and steps_of(tmp_path / "a")[-1] == 80
