@@ -475,6 +475,36 @@ def test_memory_that_is_not_there_is_not_asked_for():
     assert len(image.memory) >= 100_000
 
 
+def grouped(root: Path, version: int, limits: dict[str, tuple[str, int, int]]) -> Path:
+    """A machine as Linux shows it: 100 MB are free; control groups by their path, each with its limit, its use and what is cached in it."""
+    top, names = {
+        2: ("sys/fs/cgroup", ("memory.max", "memory.current", "inactive_file")),
+        1: ("sys/fs/cgroup/memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")),
+    }[version]
+    files = {"proc/meminfo": "MemTotal: 500000 kB\nMemAvailable: 97656 kB\nHugePages_Total: 0\n"}
+    own = max(limits, default="", key=len)
+    files["proc/self/cgroup"] = f"0::{own or '/'}\n" if version == 2 else f"7:cpu,cpuacct:/x\n4:memory:{own or '/'}\n0::/\n"
+    for group, (most, used, cached) in limits.items():
+        files |= {f"{top}{group}/{names[0]}": f"{most}\n", f"{top}{group}/{names[1]}": f"{used}\n"}
+        files[f"{top}{group}/memory.stat"] = f"anon 5\n{names[2]} {cached}\nactive_file 9\n"
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    return root
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_free_memory_is_what_the_machine_has_and_the_jobs_groups_allow(tmp_path, version):
+    job = "/slurm/job_7/step_0"
+    roomy, tight = ("9000000000", 10, 0), ("60000000", 50_000_000, 20_000_000)
+    assert free_memory_bytes(grouped(tmp_path / "none", version, {})) == 99_999_744
+    assert free_memory_bytes(grouped(tmp_path / "roomy", version, {job: roomy})) == 99_999_744
+    assert free_memory_bytes(grouped(tmp_path / "own", version, {job: tight})) == 30_000_000
+    assert free_memory_bytes(grouped(tmp_path / "outer", version, {job: ("max", 1, 1), "/slurm/job_7": tight})) == 30_000_000
+    assert free_memory_bytes(grouped(tmp_path / "over", version, {job: ("1000", 5000, 0)})) == 0
+    assert 0 < free_memory_bytes() < 1 << 60
+
+
 def test_costs_are_told_with_each_save(tmp_path):
     trained(tmp_path / "a", steps=4)
     for event in events(tmp_path / "a", "saved"):

@@ -68,21 +68,36 @@ class Image:
         self.fd, self.memory, self.size_bytes, self.capacity_bytes = -1, None, 0, 0
 
 
-def free_memory_bytes() -> int:
-    """What the machine can give, and the job's control group allows; Linux's own estimates."""
+def free_memory_bytes(root: Path = Path("/")) -> int:
+    """What the machine can give, and what the job's control groups, of either version, still allow; by Linux's own estimates."""
     free = 1 << 60
-    with contextlib.suppress(OSError, ValueError, StopIteration):
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        free = 1024 * int(next(line for line in lines if line.startswith("MemAvailable")).split()[1])
-    with contextlib.suppress(OSError, ValueError, IndexError, StopIteration):
-        own = next(line for line in Path("/proc/self/cgroup").read_text().splitlines() if line.startswith("0::"))[3:]
-        group = Path("/sys/fs/cgroup") / own.strip("/")
-        for folder in (group, *group.parents):
-            if (folder / "memory.max").exists() and (most := (folder / "memory.max").read_text().strip()) != "max":
-                used = int((folder / "memory.current").read_text())
-                cached = next(line for line in (folder / "memory.stat").read_text().splitlines() if line.startswith("inactive_file "))
-                free = min(free, int(most) - used + int(cached.split()[1]))
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        free = 1024 * _numbers(root / "proc/meminfo")["MemAvailable:"]
+    with contextlib.suppress(OSError):
+        for line in (root / "proc/self/cgroup").read_text().splitlines():
+            _, kinds, own = line.split(":", 2)
+            if kinds == "":
+                free = min(free, _left_in(root / "sys/fs/cgroup", own, "memory.max", "memory.current", "inactive_file"))
+            elif "memory" in kinds.split(","):
+                names = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
+                free = min(free, _left_in(root / "sys/fs/cgroup/memory", own, *names))
     return max(0, free)
+
+
+def _left_in(top: Path, own: str, most: str, used: str, cached: str) -> int:
+    """What a control group and those that it is in leave of their limits; what is cached of files makes way."""
+    left, group = 1 << 60, top / own.strip("/")
+    for folder in (group, *group.parents):
+        with contextlib.suppress(OSError, ValueError, KeyError):  # a limit may be the word "max"
+            limit = int((folder / most).read_text())
+            left = min(left, limit - int((folder / used).read_text()) + _numbers(folder / "memory.stat")[cached])
+        if folder == top:
+            break
+    return left
+
+
+def _numbers(file: Path) -> dict[str, int]:
+    return {words[0]: int(words[1]) for line in file.read_text().splitlines() if len(words := line.split()) > 1}
 
 
 def pour(memory: mmap.mmap, size_bytes: int, path: str) -> str:
