@@ -29,6 +29,7 @@ T = TypeVar("T")
 HEARTBEAT_S = 1.0
 SHARED_AT_ONCE_BYTES = 16 << 20
 FEW = 15  # numbers in one message
+ALONE_S = 5.0  # for so long after a stop signal a rank waits for others to join
 LAG = 100  # calls; long before, a save has brought all ranks together
 
 _joined = itertools.count(1)  # a process may train one run after another; each gets a name space of its own in the store
@@ -224,29 +225,49 @@ def check_environment() -> None:
         )
 
 
-def join(timeout_s: float) -> World:
+def join(timeout_s: float, give_up: Callable[[], object] = lambda: None, leave: Callable[[], object] = lambda: None) -> World:
     """Join the process group that torchrun describes, or the one that is there already, or be alone.
 
-    Raises UsageError. Collective: every rank must call it.
+    A rank that waits for others cannot be interrupted. `leave` is called, from another thread, when it still waits some seconds after
+    `give_up` has returned something true: the others may have died of what only asks this one to stop. Raises UsageError. Collective:
+    every rank must call it.
     """
     check_environment()
     device = _device()
     join_number = next(_joined)
     limit = datetime.timedelta(seconds=timeout_s)
-    if not dist.is_initialized():
-        backend = "cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo"
-        rank, size = own_rank(), int(os.environ.get("WORLD_SIZE", "1"))
-        with _lost_rank_said():
+    with _lost_rank_said(), _not_for_ever(give_up, leave):
+        if not dist.is_initialized():
+            backend = "cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo"
+            rank, size = own_rank(), int(os.environ.get("WORLD_SIZE", "1"))
             if "RANK" not in os.environ:
                 dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=limit)  # type: ignore[attr-defined]
             elif (store := _restart_safe_store(limit, join_number)) is not None:
                 dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
             else:
                 dist.init_process_group(backend, timeout=limit)
-    group = dist.new_group(backend="gloo", timeout=limit)
+        group = dist.new_group(backend="gloo", timeout=limit)
     default_store = dist.distributed_c10d._get_default_store()  # no public way; every large trainer does this
     store = dist.PrefixStore(f"harness-{join_number}", default_store)  # type: ignore[attr-defined]
     return World(dist.get_rank(), dist.get_world_size(), device, timeout_s, group, store)
+
+
+@contextlib.contextmanager
+def _not_for_ever(give_up: Callable[[], object], leave: Callable[[], object]) -> Iterator[None]:
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(0.2):
+            if give_up():
+                if not over.wait(ALONE_S):
+                    leave()
+                return
+
+    threading.Thread(target=watch, daemon=True, name="join").start()
+    try:
+        yield
+    finally:
+        over.set()
 
 
 def _device() -> torch.device:

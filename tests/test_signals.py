@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 from conftest import TRAIN, alone, events, harness, run, torchrun, tree, wait_until, workers_of
+from s3_server import free_ports
 from test_launch import crashing, folder  # noqa: F401 - a fixture
 from test_storm import differing, losses
 
@@ -258,3 +260,21 @@ def build():
     return Task(modules=model, optimizers=torch.optim.SGD(model.parameters(), lr=0.1), train_data=data,
                 loss=lambda model, batch: model(batch[0]).square().mean())
 """
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_rank_that_waits_for_others_who_never_come_leaves_when_it_is_asked_to(tmp_path, started, number):
+    """The signal that ended them before they could listen only set this one's flag, in a wait that no handler interrupts."""
+    port = free_ports(1)[0]
+    group = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    process = started(alone("task.name=small_task:build", f"run.dir={tmp_path}/run"), env=group)
+    wait_until(lambda: _listens(port), "it waits for the others")
+    process.send_signal(number)
+    out, err = process.communicate(timeout=100)
+    assert process.returncode == 0 and "the other ranks did not come" in out, out + err
+    assert not (tmp_path / "run" / "checkpoints").exists(), "nothing began"
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as client:
+        return client.connect_ex(("127.0.0.1", port)) == 0

@@ -15,8 +15,8 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
-from harness.errors import StorageError
 from harness.store.image import Image, pour
 
 NICE = 10  # gives way to training, but not for ever: on a machine with no idle core it still gets a tenth of one
@@ -30,27 +30,26 @@ class Scribe:
         self._process: subprocess.Popen[bytes] | None = None
 
     def pour(self, image: Image, path: Path) -> str:
-        """Write an image to a file that is there; returns its digest. Raises OSError as writing here would, StorageError if the
-        process dies."""
-        process = self._alive(image)
-        assert process.stdin is not None and process.stdout is not None
-        line, cause = b"", None
+        """Write an image to a file that is there; returns its digest. If the process cannot be had, or dies, this one writes. Raises
+        OSError."""
         try:
-            process.stdin.write(json.dumps({"path": str(path), "size_bytes": image.size_bytes, "fd": image.fd}).encode() + b"\n")
-            process.stdin.flush()
-            line = process.stdout.readline()
-        except OSError as error:
-            cause = error
-        if not line:
-            code = process.wait()
-            self._process = None
-            raise StorageError(
-                "the process that writes checkpoints has died", f"found: exit code {code}", "Was it out of memory?"
-            ) from cause
-        reply = json.loads(line)
+            reply = self._ask(self._alive(image), {"path": str(path), "size_bytes": image.size_bytes, "fd": image.fd})
+        except OSError:  # it has died, or cannot be started
+            reply = None
+        if reply is None:
+            self.close()
+            assert image.memory is not None, "there is something in it"
+            return pour(image.memory, image.size_bytes, str(path))
         if "errno" in reply:
             raise OSError(reply["errno"], reply["error"], str(path))
         return str(reply["digest"])
+
+    def _ask(self, process: subprocess.Popen[bytes], job: dict[str, object]) -> dict[str, Any] | None:
+        assert process.stdin is not None and process.stdout is not None
+        process.stdin.write(json.dumps(job).encode() + b"\n")
+        process.stdin.flush()
+        line = process.stdout.readline()
+        return json.loads(line) if line.endswith(b"\n") else None
 
     def _alive(self, image: Image) -> subprocess.Popen[bytes]:
         if self._process is None or self._process.poll() is not None:
@@ -81,7 +80,7 @@ def main() -> None:
     """Write what is asked for on standard input, until that ends."""
     from harness import stop
 
-    stop.shield_loader_worker()
+    stop.shield_loader_worker()  # until here they are held back, as whoever starts this process does
     os.nice(NICE)
     memory: mmap.mmap | None = None
     for line in sys.stdin:

@@ -93,7 +93,8 @@ def _start(directory: str | Path | None, remote: str | None, settings: Settings,
     stop.die_with_launcher()
     ending = Ending()
     ending.watch(stores)
-    world = ranks.join(timeout_s)
+    with stop.noticed_at_once() as noticed:
+        world = ranks.join(timeout_s, noticed, ending.leave_alone)
     atexit.register(world.leave)  # gloo's threads may abort a process that ends under them
     ending.take_hook()
     state.seed_rank(settings.seed, "build")  # alike on all ranks, so that they build the same model

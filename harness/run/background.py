@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from harness import stop
 from harness.checkpoint.save import About
 from harness.checkpoint.scribe import Scribe
 from harness.errors import StorageError
@@ -166,6 +167,7 @@ class Background:
         self._image.close()
 
     def _run(self) -> None:
+        stop.hold_back()
         while True:
             with self._changed:
                 while not (self.is_busy or self._room_bytes or self._closing):

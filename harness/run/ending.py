@@ -18,7 +18,7 @@ from typing import Any
 from harness import stop
 from harness.checkpoint import attempts, launches
 from harness.checkpoint.attempts import Attempt
-from harness.errors import HarnessError, LostRankError, StorageError, SupersededError, report
+from harness.errors import EXIT_FINISHED, HarnessError, LostRankError, StorageError, SupersededError, report
 from harness.events import say
 from harness.ranks import World, is_lost_peer, own_rank
 from harness.run.hints import hint
@@ -57,6 +57,12 @@ class Ending:
     def begun(self, stores: tuple[Store, ...], attempt: Attempt, world: World) -> None:
         """From here on there is an attempt to record the end of."""
         self._stores, self._attempt, self._world = stores, attempt, world
+
+    def leave_alone(self) -> None:
+        """End this process, which was asked to stop and waits for ranks that do not come. From any thread."""
+        say("harness: stopped before training began: the other ranks did not come; start again")
+        self.record("stopped", self._stores)
+        os._exit(EXIT_FINISHED)
 
     def record(self, why: str, stores: tuple[Store, ...], **details: Any) -> None:
         """Record the end, of the attempt or of a launch that got to none, on the writer. Nothing is raised: the checkpoints tell

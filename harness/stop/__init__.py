@@ -11,7 +11,9 @@ import ctypes
 import os
 import signal
 import sys
+import threading
 import time
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
@@ -75,6 +77,34 @@ def shield_loader_worker(worker_id: int = 0) -> None:
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     die_with_parent()
+
+
+@contextlib.contextmanager
+def noticed_at_once() -> Iterator[Callable[[], bool]]:
+    """While the block runs, what it gives tells other threads whether a stop signal has come, also when the main thread cannot run its
+    handler, as it waits inside a library. For the main thread."""
+    reader, writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    came, lock = list[int](), threading.Lock()
+
+    def noticed() -> bool:
+        with lock, contextlib.suppress(OSError):  # nothing to read, or closed
+            came.extend(os.read(reader, 100))
+        return requested() is not None or any(number in STOP_SIGNALS for number in came)
+
+    try:
+        yield noticed
+    finally:
+        signal.set_wakeup_fd(before)
+        with lock:
+            os.close(writer)
+            os.close(reader)
+            reader = -1
+
+
+def hold_back() -> None:
+    """For a thread: let the stop signals come to others, and to no process that it starts until that one has made up its mind."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
 
 
 def die_with_launcher() -> None:
