@@ -102,8 +102,11 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.parametrize("snapshot", ["overlapped", "checked", "at_once"])
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+EVERY = [(optimizer, snapshot) for optimizer in OPTIMIZERS for snapshot in ("overlapped", "checked", "at_once")]
+CASES = [pytest.param(*case, marks=pytest.mark.slow) if case[0] != "adamw" and case[1] != "overlapped" else case for case in EVERY]
+
+
+@pytest.mark.parametrize(("optimizer", "snapshot"), CASES)
 def test_what_is_saved_is_the_state_of_the_boundary(tmp_path, optimizer, snapshot, capfd):
     seen = trained(tmp_path / "a", OPTIMIZERS[optimizer], snapshot=snapshot)
     check_saved(tmp_path / "a", seen, list(range(1, 9)))
