@@ -239,15 +239,21 @@ job = harness.init("a", {options})
 model, optimizer = made(rows={rows})
 job.track(model=model, optimizer=optimizer)
 for (x,) in job.batches(points({size}), global_batch_size=8, epochs=1):
+    {before}
     step(model, optimizer, x)
 """
 
 
 def written(
-    folder: Path, body: str, size: int = 64, rows: int = 1_000_000, options: str = "save_every_s=None, save_every_steps=2"
+    folder: Path,
+    body: str,
+    size: int = 64,
+    rows: int = 1_000_000,
+    options: str = "save_every_s=None, save_every_steps=2",
+    before: str = "pass",
 ) -> list[str]:
     """The command line of a training script of its own process: the loop, with more to do in each step."""
-    loop = LOOP.format(options=options, rows=rows, size=size) + textwrap.indent(textwrap.dedent(body), "    ")
+    loop = LOOP.format(options=options, rows=rows, size=size, before=before) + textwrap.indent(textwrap.dedent(body), "    ")
     (folder / "own.py").write_text(PRELUDE + loop)
     return [sys.executable, "own.py"]
 
@@ -315,6 +321,14 @@ def test_stop_signals_do_not_reach_the_writing_process(tmp_path):
     assert scribe.pour(image, tmp_path / "x") == f"blake3:{blake3(bytes(1000)).hexdigest()}"
     scribe.close()
     image.close()
+
+
+def test_a_save_arrives_though_the_next_update_is_long_in_coming(tmp_path):
+    """The step after a save does not update before that has arrived."""
+    waits = "while job.step in (3, 5) and not os.path.exists(f'a/checkpoints/step_0000000{job.step - 1}-0001.json'): time.sleep(0.05)"
+    ended = script(tmp_path, "pass", before=waits)
+    assert ended.returncode == 0, ended.stderr
+    assert steps_of(tmp_path / "a") == [4, 6, 8]
 
 
 def test_after_an_error_in_the_loop_what_was_being_saved_still_arrives(tmp_path):

@@ -22,6 +22,7 @@ from harness.store.image import Image
 HEAD = ("step", "epoch", "loss", "metrics")  # what the manifest repeats of the state
 MOST_REST_BYTES = 64 << 20  # of what may change at any time, the most that is worth a copy of its own
 TOUCHED_BYTES = 16 << 20
+SEALED_WITHIN_S = 5.0
 
 
 class TornError(Exception):
@@ -211,6 +212,7 @@ class Background:
             job.failure = error
 
     def _check_whole(self, job: Job) -> None:
-        job.sealed.wait()
+        if not job.sealed.wait(SEALED_WITHIN_S):  # it may be long until the next update, and what wrote meanwhile has been counted by now
+            self.before_update()
         if job.is_torn:
             raise TornError("the state changed while it was copied")
