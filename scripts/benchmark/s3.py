@@ -116,13 +116,14 @@ def by_harness(folder: str, size_mb: int) -> dict[str, float]:
         work = workload.build(size_mb)
         work.settle()
         run = harness.init(Path(folder, "run"), remote=f"s3://{BUCKET}/run", save_every_s=None, save_every_steps=1, keep_last=1)
-        run.track(model=work.model, optimizer=work.optimizer)
+        small = work.track(run)
         batches: Any = run.batches(work.dataset, 1, epochs=100)
         client, took_s = server.client(), 0.0
         for made in range(3):
             os.sync()
             began_at = time.perf_counter()
             (tokens,) = next(batches)
+            small.step()  # until the next update a checkpoint is not committed
             while made and not _is_there(client, f"run/checkpoints/step_{made:08d}-0001.json"):
                 time.sleep(0.01)
             took_s = time.perf_counter() - began_at

@@ -67,6 +67,13 @@ class Workload:
         self.forward_backward(self.dataset.tensors[0][:1])
         self.optimizer.step()
 
+    def track(self, run: Any) -> torch.optim.Optimizer:
+        """Have a harness run track it, and beside it a model of two numbers; its optimizer, the update by which costs nothing."""
+        small = nn.Linear(1, 1)
+        update = torch.optim.SGD(small.parameters(), lr=1e-5)
+        run.track(model=self.model, optimizer=self.optimizer, small=small, update=update)
+        return update
+
     def payload(self) -> dict[str, Any]:
         """What the tutorials save; the tensors are the live ones."""
         return {"model_state_dict": self.model.state_dict(), "optimizer_state_dict": self.optimizer.state_dict()}
