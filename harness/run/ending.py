@@ -97,8 +97,8 @@ class Ending:
         sys.excepthook, self.failed = self._default, True
         self.finish(FINISH_S)
         if is_lost_peer(error):
-            until, before = time.monotonic() + AFTER_OTHERS_S, len(stop.requests())  # whoever really failed has the first word,
-            while time.monotonic() < until and len(stop.requests()) == before:  # and has ended when torchrun stops the others
+            until = time.monotonic() + AFTER_OTHERS_S  # whoever really failed has the first word,
+            while time.monotonic() < until and not stop.requested():  # and has ended when torchrun stops the others
                 time.sleep(0.01)
             if not isinstance(error, LostRankError):
                 error = LostRankError("another rank of this attempt is lost", f"found: {str(error).splitlines()[0][:200]}")
