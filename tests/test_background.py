@@ -35,7 +35,7 @@ from harness.exchange.compare import differences
 from harness.state.snapshot import Snapshot, UnevenError
 from harness.step import Ema
 from harness.store import LocalStore
-from harness.store.image import BLOCK_BYTES, DIRECT_FROM_BYTES, PIECE_BYTES, Image, free_memory_bytes, pour
+from harness.store.image import BLOCK_BYTES, PIECE_BYTES, Image, free_memory_bytes, pour
 
 pytestmark = pytest.mark.usefixtures("process_as_it_was")
 
@@ -461,7 +461,8 @@ def test_what_is_no_plain_tensor_is_left_to_torch():
             Snapshot({"step": 1, "value": value}, set())
 
 
-SIZES = (1, BLOCK_BYTES - 1, BLOCK_BYTES, BLOCK_BYTES + 1, DIRECT_FROM_BYTES, DIRECT_FROM_BYTES + 77, PIECE_BYTES, 2 * PIECE_BYTES + 4097)
+DIRECT_FROM = 4 << 20
+SIZES = (1, BLOCK_BYTES - 1, BLOCK_BYTES, BLOCK_BYTES + 1, DIRECT_FROM, DIRECT_FROM + 77, PIECE_BYTES, 2 * PIECE_BYTES + 4097)
 
 
 @pytest.mark.parametrize("where", ["disk", "memory"])
@@ -474,7 +475,7 @@ def test_every_byte_arrives_and_is_digested(tmp_path, where):
         for size_bytes in SIZES:
             path.touch()
             image.reserve(size_bytes)
-            digest = pour(image.memory, size_bytes, str(path))
+            digest = pour(image.memory, size_bytes, str(path), DIRECT_FROM)
             data = bytes(image.memory[:size_bytes])
             assert path.read_bytes() == data and digest == f"blake3:{blake3(data).hexdigest()}"
             assert b"".join(image.chunks()) == data

@@ -24,7 +24,7 @@ from harness.store import LocalStore
 
 SHUTDOWN, WITHOUT_FLUSH = 0x8004587D, 2
 SIZES_MIB = {"ext4": 64, "xfs": 320}
-OLD, NEW = b"old" * 100_000, b"new" * 1_500_000  # the new one is large enough to be written around the page cache
+OLD, NEW = b"old" * 100_000, b"new" * 1_500_000  # the new one is written around the page cache
 
 COMMIT = """
 import sys
@@ -35,7 +35,7 @@ data = b"new" * 1_500_000
 image.reserve(len(data))
 image.memory[: len(data)] = data
 with store.writer("checkpoints/step_00000002-0001.pt", 1) as sink:
-    sink.pour(image, lambda image, path: pour(image.memory, image.size_bytes, str(path)))
+    sink.pour(image, lambda image, path: pour(image.memory, image.size_bytes, str(path), direct_from_bytes=1 << 20))
     sink.commit()
 store.create("checkpoints/step_00000002-0001.json", sink.digest().encode(), 1)
 store.write("config.yaml", data, 1)

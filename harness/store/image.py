@@ -18,10 +18,35 @@ from harness.errors import StorageError
 from harness.store.memory import create
 
 PIECE_BYTES = 16 << 20
+LENT_BYTES = 8 << 20
 BLOCK_BYTES = 4096  # what O_DIRECT wants addresses, offsets and lengths to be multiples of
-DIRECT_FROM_BYTES = 4 << 20  # smaller files go through the page cache, where the next start finds them
+DIRECT_FROM_BYTES = 256 << 20  # smaller files go through the page cache, where the next start finds them
 WRITERS = 2  # requests on their way to the disk at once: one leaves it idle between two
 SPARE = 0.9  # of the free memory, the most that is taken
+
+
+class Loan:
+    """Leave to read an image."""
+
+    def __init__(self, fd: int, size_bytes: int) -> None:
+        self._fd, self._size_bytes = fd, size_bytes
+        self._is_over, self._reading = False, threading.Lock()
+
+    def chunks(self) -> Iterator[bytes]:
+        """The file's bytes, piece by piece, until all were read or the loan is over."""
+        at = 0
+        while at < self._size_bytes:
+            with self._reading:
+                if self._is_over:
+                    return
+                chunk = os.pread(self._fd, min(LENT_BYTES, self._size_bytes - at), at)  # which, unlike a copy, lets Python's lock go
+            at += len(chunk)
+            yield chunk
+
+    def end(self) -> None:
+        """Wait for whoever reads just now; nobody does afterwards."""
+        with self._reading:
+            self._is_over = True
 
 
 class Image:
@@ -32,9 +57,11 @@ class Image:
         self.size_bytes = 0
         self.capacity_bytes = 0
         self.memory: mmap.mmap | None = None
+        self._loan = Loan(-1, 0)
 
     def reserve(self, size_bytes: int) -> None:
         """Make room for a file of this size; what was in it is no longer of use. Raises StorageError if there is no memory for it."""
+        self._loan.end()
         if size_bytes > self.capacity_bytes:
             capacity_bytes = -(-size_bytes // BLOCK_BYTES) * BLOCK_BYTES
             self.check_room(capacity_bytes)
@@ -54,6 +81,11 @@ class Image:
         if more_bytes > 0 and more_bytes > SPARE * (free_bytes := free_memory_bytes()):
             raise StorageError("there is not enough memory for a copy of the state", f"found: {free_bytes} bytes, needed: {more_bytes}")
 
+    def lend(self) -> Loan:
+        """Let somebody read what is in it, until it is needed for something else."""
+        self._loan = Loan(self.fd, self.size_bytes)
+        return self._loan
+
     def chunks(self) -> Iterator[memoryview]:
         """The file's bytes, piece by piece."""
         assert self.memory is not None, "there is something in it"
@@ -63,6 +95,7 @@ class Image:
 
     def close(self) -> None:
         """Give the memory back, as soon as nobody looks into it any more."""
+        self._loan.end()
         if self.fd >= 0:
             os.close(self.fd)
         self.fd, self.memory, self.size_bytes, self.capacity_bytes = -1, None, 0, 0
@@ -100,7 +133,7 @@ def _numbers(file: Path) -> dict[str, int]:
     return {words[0]: int(words[1]) for line in file.read_text().splitlines() if len(words := line.split()) > 1}
 
 
-def pour(memory: mmap.mmap, size_bytes: int, path: str) -> str:
+def pour(memory: mmap.mmap, size_bytes: int, path: str, direct_from_bytes: int = DIRECT_FROM_BYTES) -> str:
     """Write the first bytes of page-aligned memory, padded to whole blocks, to a file that is there; returns their digest.
 
     Around the page cache where the file system can do that: it neither costs the copy nor pushes out what others need. Digest and
@@ -108,7 +141,7 @@ def pour(memory: mmap.mmap, size_bytes: int, path: str) -> str:
     """
     flags = os.O_WRONLY | os.O_CLOEXEC
     try:
-        fd = os.open(path, flags | (os.O_DIRECT if size_bytes >= DIRECT_FROM_BYTES else 0))
+        fd = os.open(path, flags | (os.O_DIRECT if size_bytes >= direct_from_bytes else 0))
     except OSError as error:
         if error.errno != errno.EINVAL:
             raise
