@@ -26,11 +26,12 @@ class Found:
 
 @dataclass(frozen=True)
 class Part:
-    """One part of an upload: its number from 1 on, what the server calls it, and its own digest."""
+    """One part of an upload: its number from 1 on, what the server calls it, its digest, and the checksum that was sent with it, if any."""
 
     number: int
     tag: str
     digest: bytes
+    checksum: str = ""
 
 
 @dataclass(frozen=True)

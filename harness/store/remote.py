@@ -123,11 +123,11 @@ class RemoteStore(Store):
             raise MissingError(self.where(key))
         return io.BufferedReader(RangeFile(self, found), buffer_size=1 << 17)
 
-    def chunks(self, key: str) -> Iterator[bytes]:
+    def chunks(self, key: str, start: int = 0) -> Iterator[bytes]:
         found = self.head(key)
         if found is None:
             raise MissingError(self.where(key))
-        ranges = [(at, min(at + RANGE_BYTES, found.size_bytes)) for at in range(0, found.size_bytes, RANGE_BYTES)]
+        ranges = [(at, min(at + RANGE_BYTES, found.size_bytes)) for at in range(start, found.size_bytes, RANGE_BYTES)]
         ahead: collections.deque[Future[bytes]] = collections.deque()
         with ThreadPoolExecutor(READ_AHEAD, thread_name_prefix="download") as pool:
             try:
@@ -243,12 +243,14 @@ class RemoteSink(Sink):
     def take(self, view: memoryview) -> None:
         while len(view):
             wanted = self.store.bucket.part_bytes(len(self._parts) + 1) - len(self._buffer)
-            self._buffer += view[:wanted]
-            view = view[wanted:]
-            if len(view):  # the last part is sent by `commit`, which knows that it is the last
-                self._send()
+            piece, view = view[:wanted], view[wanted:]
+            if self._buffer or len(piece) < wanted:
+                self._buffer += piece
+            if len(piece) == wanted:
+                self._send(bytes(self._buffer or piece))
+                self._buffer.clear()
 
-    def _send(self) -> None:
+    def _send(self, data: bytes) -> None:
         bucket = self.store.bucket
         if self._upload is None:
             self._upload = self.store.ask("begin to upload", self.where, functools.partial(bucket.begin, self.key))
@@ -256,9 +258,8 @@ class RemoteSink(Sink):
         assert self._pool is not None
         if len(self._parts) >= bucket.parallel:
             self._parts[-bucket.parallel].result()  # wait until there is room, and hear of an error at once
-        send = functools.partial(bucket.part, self.key, self._upload, len(self._parts) + 1, bytes(self._buffer))
+        send = functools.partial(bucket.part, self.key, self._upload, len(self._parts) + 1, data)
         self._parts.append(self._pool.submit(self.store.ask, "upload a part of", self.where, send))
-        self._buffer.clear()
 
     def commit(self, *, exclusive: bool = False) -> None:
         bucket = self.store.bucket
@@ -269,7 +270,7 @@ class RemoteSink(Sink):
             if exclusive:
                 raise StorageError(f"{self.where} is too large to be created exclusively", f"found: {self.size_bytes} bytes")
             if self._buffer:
-                self._send()
+                self._send(bytes(self._buffer))
             tag = self._complete(self._upload, [part.result() for part in self._parts])
         self._check_arrived(tag)
         self._done = True

@@ -11,16 +11,19 @@ import base64
 import datetime
 import email.utils
 import hashlib
+import zlib
 from typing import Any
 
 import fsspec.asyn
 import s3fs
 
-from harness.retry import answer
+from harness.retry import answer, is_expired, is_transient
 from harness.store.bucket import Found, MissingError, Part, TakenError, Unfinished
 
 CONNECT_S, READ_S = 5.0, 20.0
 FIRST_PART_BYTES = 8 << 20
+CRC = "CRC32"
+REFUSED = (400, 501)  # by a server that knows nothing of such checksums
 ENCRYPTED = ("aws:kms", "aws:kms:dsse")  # then an ETag is no MD5
 
 
@@ -41,12 +44,15 @@ class S3Bucket:
                 "read_timeout": READ_S,
                 "retries": {"mode": "standard", "total_max_attempts": 1},
                 "max_pool_connections": 32,
-                # Each part has its MD5, the whole its BLAKE3: a CRC-32 beside them costs another pass, and some servers refuse it.
+                # Every body has a checksum of ours in a header that is signed: to sign the body itself is another pass over it.
+                "s3": {"payload_signing_enabled": False},
                 "request_checksum_calculation": "when_required",
                 "response_checksum_validation": "when_required",
             },
         )
         self.fs.retries = 1
+        self._knows_crc = True  # until the server shows that it does not
+        self._with_crc: set[str] = set()  # uploads for which it has said that it compares
 
     def _call(self, limit_s: float, method: str, **arguments: Any) -> dict[str, Any]:
         async def call() -> dict[str, Any]:
@@ -109,6 +115,17 @@ class S3Bucket:
 
     def begin(self, key: str, limit_s: float) -> str:
         """Begin an upload in parts; returns its id."""
+        if self._knows_crc:
+            try:
+                reply = self._call(limit_s, "create_multipart_upload", Key=self.prefix + key, ChecksumAlgorithm=CRC)
+            except OSError as error:
+                if answer(error)[0] not in REFUSED or is_transient(error) or is_expired(error):
+                    raise
+                self._knows_crc = False
+            else:
+                if reply.get("ChecksumAlgorithm") == CRC:
+                    self._with_crc.add(reply["UploadId"])
+                return str(reply["UploadId"])
         return str(self._call(limit_s, "create_multipart_upload", Key=self.prefix + key)["UploadId"])
 
     def part_bytes(self, number: int) -> int:
@@ -116,14 +133,20 @@ class S3Bucket:
         return FIRST_PART_BYTES << number // 2000
 
     def part(self, key: str, upload: str, number: int, data: bytes, limit_s: float) -> Part:
-        digest, spelled = _md5(data)
-        reply = self._call(limit_s, "upload_part", Key=self.prefix + key, UploadId=upload, PartNumber=number, Body=data, ContentMD5=spelled)
-        return Part(number, reply["ETag"], digest)
+        """Send a part, with a checksum that the server compares: a CRC-32, which costs a tenth of an MD5, if it has said that it does."""
+        crc = _crc(data) if upload in self._with_crc else ""
+        sent = {"ChecksumCRC32": crc} if crc else {"ContentMD5": _md5(data)[1]}
+        reply = self._call(limit_s, "upload_part", Key=self.prefix + key, UploadId=upload, PartNumber=number, Body=data, **sent)
+        digest = _tagged(reply["ETag"]) if crc and reply.get("ChecksumCRC32") == crc else _md5(data)[0]
+        return Part(number, reply["ETag"], digest, crc)
 
     def complete(self, key: str, upload: str, parts: list[Part], limit_s: float) -> str:
         """Let the object appear; returns the ETag that it ought to have. Raises MissingError if the upload is gone: done, or aborted."""
-        named = {"Parts": [{"PartNumber": part.number, "ETag": part.tag} for part in parts]}
-        self._call(limit_s, "complete_multipart_upload", Key=self.prefix + key, UploadId=upload, MultipartUpload=named)
+        named = [
+            {"PartNumber": part.number, "ETag": part.tag} | ({"ChecksumCRC32": part.checksum} if part.checksum else {}) for part in parts
+        ]
+        self._call(limit_s, "complete_multipart_upload", Key=self.prefix + key, UploadId=upload, MultipartUpload={"Parts": named})
+        self._with_crc.discard(upload)
         return self.tag_of(parts)
 
     def tag_of(self, parts: list[Part]) -> str:
@@ -131,6 +154,7 @@ class S3Bucket:
         return f"{hashlib.md5(b''.join(part.digest for part in parts), usedforsecurity=False).hexdigest()}-{len(parts)}"
 
     def abort(self, key: str, upload: str, limit_s: float) -> None:
+        self._with_crc.discard(upload)
         self._call(limit_s, "abort_multipart_upload", Key=self.prefix + key, UploadId=upload)
 
     def unfinished(self, limit_s: float) -> list[Unfinished]:
@@ -146,6 +170,19 @@ class S3Bucket:
             if not reply.get("IsTruncated"):
                 return found
             marks = {"KeyMarker": reply["NextKeyMarker"], "UploadIdMarker": reply["NextUploadIdMarker"]}
+
+
+def _crc(data: bytes) -> str:
+    """As S3 spells it."""
+    return base64.b64encode(zlib.crc32(data).to_bytes(4, "big")).decode()
+
+
+def _tagged(tag: str) -> bytes:
+    """The MD5 that the server has made of a part, which its ETag spells; of an encrypted one it is no MD5, and compared with nothing."""
+    try:
+        return bytes.fromhex(tag.strip('"'))
+    except ValueError:
+        return b""
 
 
 def _md5(data: bytes) -> tuple[bytes, str]:
