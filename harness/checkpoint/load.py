@@ -55,26 +55,29 @@ def checked(chunks: Iterator[bytes], expected: DataFile, where: str, tell: Tell 
         digest.update(chunk)
         tell(len(chunk))
         yield chunk
+    compare(size_bytes, f"blake3:{digest.hexdigest()}", expected, where)
+
+
+def compare(size_bytes: int, digest: str, expected: DataFile, where: str) -> None:
+    """Raises DamagedError if a data file is not what the manifest says."""
     if size_bytes != expected.size_bytes:
         more = " or more" if size_bytes > expected.size_bytes else ""
         raise DamagedError(f"{where} has the wrong size", f"found: {size_bytes} bytes{more}, expected: {expected.size_bytes}")
-    if f"blake3:{digest.hexdigest()}" != expected.digest:
-        raise DamagedError(
-            f"{where} is damaged: its checksum does not match", f"found: blake3:{digest.hexdigest()}, expected: {expected.digest}"
-        )
+    if digest != expected.digest:
+        raise DamagedError(f"{where} is damaged: its checksum does not match", f"found: {digest}, expected: {expected.digest}")
+
+
+def chunks(store: Store, key: str, start: int = 0) -> Iterator[bytes]:
+    """A checkpoint's data from `start` on, piece by piece, not verified. Raises DamagedError if it is not there, StorageError."""
+    try:
+        yield from store.chunks(key, start)
+    except FileNotFoundError as error:
+        raise DamagedError(f"{key} is missing, or no regular file", remedy="Its manifest is there: somebody deleted the data.") from error
 
 
 def verified_chunks(store: Store, manifest: Manifest, tell: Tell = _not_told) -> Iterator[bytes]:
     """A checkpoint's data, piece by piece; see `checked`. Raises DamagedError, StorageError."""
-    key = manifest.data_key
-    try:
-        yield from checked(store.chunks(key), manifest.data, key, tell)
-    except FileNotFoundError as error:
-        raise _missing(key) from error
-
-
-def _missing(key: str) -> DamagedError:
-    return DamagedError(f"{key} is missing, or no regular file", remedy="Its manifest is there: somebody deleted the data.")
+    return checked(chunks(store, manifest.data_key), manifest.data, manifest.data_key, tell)
 
 
 def verified(store: Store, manifest: Manifest, tell: Tell = _not_told) -> Memory:

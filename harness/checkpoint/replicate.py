@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 from harness.checkpoint import format as fmt
-from harness.checkpoint import retention
+from harness.checkpoint import load, retention
 from harness.checkpoint.attempts import Attempt, check_fence
 from harness.checkpoint.format import Manifest
-from harness.checkpoint.load import verified_chunks
 from harness.checkpoint.retention import Policy
 from harness.errors import DamagedError
 from harness.store import Store
@@ -26,20 +25,34 @@ def wanted(history: Sequence[Manifest], there: Collection[str], policy: Policy) 
 
 
 def replicate(source: Store, manifest: Manifest, target: Store, attempt: Attempt) -> None:
-    """Commit the same checkpoint, byte for byte, in another store: the data first, the manifest last.
+    """Commit the same checkpoint, byte for byte, in another store. Raises what `send` does."""
+    send(source, manifest.data_key, (), lambda: manifest, target, attempt)
 
-    Raises DamagedError if the source does not verify, SupersededError if `target` shows a newer attempt, StorageError. In each case
-    no checkpoint appears there.
+
+def send(
+    source: Store, key: str, early: Iterable[bytes], committed: Callable[[], Manifest | None], target: Store, attempt: Attempt
+) -> Manifest | None:
+    """Commit a checkpoint, byte for byte as in `source`, in another store: the data first, the manifest last.
+
+    It may begin before the checkpoint is committed in `source`, with the first bytes of its file from elsewhere, `early`. `committed`
+    waits for its manifest, and returns None if there will be none: then nothing appears. Raises DamagedError if what was sent is not what
+    the manifest says, SupersededError if `target` shows a newer attempt, StorageError. In each case no checkpoint appears there.
     """
-    text, key = fmt.to_bytes(manifest), manifest.data_key
     check_fence(target, attempt)
     with target.writer(key, attempt.number) as sink:
-        for chunk in verified_chunks(source, manifest):
+        for chunk in early:
             sink.write(chunk)
+        if (manifest := committed()) is None:
+            return None
+        for chunk in load.chunks(source, key, sink.size_bytes) if sink.size_bytes != manifest.size_bytes else ():
+            sink.write(chunk)
+        load.compare(sink.size_bytes, sink.digest(), manifest.data, key)
         sink.commit()
     check_fence(target, attempt)  # the data stays: a successor may have copied it by now, and count on it
+    text = fmt.to_bytes(manifest)
     try:
         target.create(manifest.key, text, attempt.number)
     except FileExistsError:
         if target.read(manifest.key) != text:
             raise DamagedError(f"{target} has another checkpoint under the name of {manifest.name}") from None
+    return manifest

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -17,7 +18,7 @@ from harness.events import size
 from harness.state import Captured
 from harness.state.snapshot import Snapshot, UnevenError
 from harness.store import Sink
-from harness.store.image import Image
+from harness.store.image import Image, Loan
 
 HEAD = ("step", "epoch", "loss", "metrics")  # what the manifest repeats of the state
 MOST_REST_BYTES = 64 << 20  # of what may change at any time, the most that is worth a copy of its own
@@ -33,7 +34,7 @@ class TornError(Exception):
 class Job:
     """One checkpoint on its way from the training thread to where it exists."""
 
-    head: dict[str, object]
+    head: dict[str, Any]
     about: About
     parameters: dict[int, tuple[str, torch.dtype]]
     snapshot: Snapshot
@@ -43,6 +44,7 @@ class Job:
     problem: str = ""  # why there is no checkpoint, if training may go on all the same
     is_torn: bool = False
     released: threading.Event = field(default_factory=threading.Event)  # the copy may begin
+    loan: Loan | None = None  # of the whole copy, once it is made
     sealed: threading.Event = field(default_factory=threading.Event)  # it is known whether it is whole
     done: threading.Event = field(default_factory=threading.Event)
     failure: BaseException | None = None
@@ -202,6 +204,7 @@ class Background:
             if not job.snapshot.copied.is_set():
                 job.snapshot.copy_into(self._image)
             job.snapshot.check_finite(job.parameters)
+            job.loan = self._image.lend()
             self._finish(job, lambda sink: sink.pour(self._image, self._scribe.pour), lambda: self._check_whole(job))
         except (UnevenError, StorageError) as error:  # of copying: whoever writes has words of his own
             job.problem = self.slow_words = " ".join(str(error).split())

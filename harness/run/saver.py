@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -214,7 +215,10 @@ class Saver:
         def costs() -> dict[str, float]:
             return {"blocked_s": round(job.blocked_s, 6), "copy_s": round(job.snapshot.copy_s, 6)}
 
-        job.problem = self._commit(job.head, job.about, job.began_at, write, check, costs)
+        assert self.attempt is not None and job.loan is not None
+        key = fmt.data_key(job.head["step"], self.attempt.number)
+        with self._uploader.ahead(key, job.loan) if self._uploader else contextlib.nullcontext():
+            job.problem = self._commit(job.head, job.about, job.began_at, write, check, costs)
 
     def _commit(
         self, payload: Mapping[str, Any], about: About, began_at: float, write: Callable[[Sink], None] | None,

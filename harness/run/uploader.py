@@ -6,7 +6,7 @@ import contextlib
 import math
 import threading
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 
 from harness.checkpoint import format as fmt
@@ -17,6 +17,7 @@ from harness.errors import DamagedError, StorageError
 from harness.events import Ledger
 from harness.run.outage import Outage
 from harness.store import LocalStore, Store
+from harness.store.image import Loan
 
 REQUEST_S = 60.0  # for how long one request is tried; what fails then is done again as a whole
 AGAIN_S = 10.0  # after a failed upload
@@ -44,6 +45,15 @@ class Route:
     policy: retention.Policy
 
 
+@dataclass
+class Early:
+    """A checkpoint that is being committed in the run directory: its bytes are in memory, as long as that is not needed."""
+
+    key: str
+    chunks: Iterable[bytes] = ()
+    is_decided: bool = False  # whether it is committed, or will never be
+
+
 class Uploader:
     """Runs from `start` to `close`. What it finds out is told by `check`, on the thread that trains."""
 
@@ -58,6 +68,7 @@ class Uploader:
         self._behind_since: str | None = None
         self._history: dict[str, Manifest] = {}
         self._newest: Manifest | None = None
+        self._early: Early | None = None
         self._there: set[str] = set()
         self._verified: set[str] = set()
         self._segments, self._segment = 0, b""
@@ -75,6 +86,21 @@ class Uploader:
         self.origin = origin
         self.step = max((m.step for m in there), default=None)
         self._thread.start()
+
+    @contextlib.contextmanager
+    def ahead(self, key: str, loan: Loan) -> Iterator[None]:
+        """Begin to send the data that is being written under `key` here, and is in memory. When the context ends it has been offered, or
+        will not be."""
+        early = Early(key, loan.chunks())
+        with self._state:
+            self._early = early if self.route.local is not None else None
+            self._state.notify_all()
+        try:
+            yield
+        finally:
+            with self._state:
+                early.is_decided = True
+                self._state.notify_all()
 
     def offer(self, manifest: Manifest) -> None:
         """A checkpoint was committed: here, or, without a run directory, there."""
@@ -161,7 +187,7 @@ class Uploader:
             while not self._closing:
                 pause_s = self._turn()
                 with self._state:
-                    if not self._closing and not (pause_s == IDLE_S and self._wanted()):
+                    if not self._closing and not (pause_s == IDLE_S and (self._wanted() or self._early)):
                         self._state.wait(min(pause_s, 1.0) if self._give_up_at < math.inf else pause_s)
             with contextlib.suppress(StorageError):
                 self._send_events()
@@ -174,8 +200,8 @@ class Uploader:
         """Do what is most urgent; returns how long to wait before the next."""
         remote = self._store()
         try:
-            for manifest in self._wanted()[:1]:
-                self._upload(manifest, remote)
+            if (early := self._next()) is not None:
+                self._upload(early, remote)
                 return 0.0
             self._look_after_origin(remote)
             self._send_events()
@@ -184,6 +210,24 @@ class Uploader:
             return self._failed(error)
         self._behind_since = None
         return IDLE_S
+
+    def _next(self) -> Early | None:
+        """What to send: the newest, though it may not be committed yet."""
+        with self._state:
+            early, self._early = self._early, None
+            keys = [manifest.data_key for manifest in self._wanted()]
+            if early is not None and (not early.is_decided or early.key in keys):
+                return early
+            return Early(keys[0]) if keys else None
+
+    def _committed(self, early: Early) -> Manifest | None:
+        """The manifest, as soon as it is known that there is one, or None if there is none."""
+        with self._state:
+            while True:
+                manifest = next((m for m in self._history.values() if m.data_key == early.key), None)
+                if manifest is not None or early.is_decided or self._closing:
+                    return manifest
+                self._state.wait()
 
     def _send_kept(self, remote: Store) -> None:
         while self._kept and not self._wanted():
@@ -212,16 +256,19 @@ class Uploader:
     def _store(self) -> Store:
         return self.route.remote.patient(REQUEST_S, lambda: self._closing or self.clock() > self._give_up_at)
 
-    def _upload(self, manifest: Manifest, remote: Store) -> None:
+    def _upload(self, early: Early, remote: Store) -> None:
         assert self.route.local is not None
         began, self._problem = self.clock(), ""
         try:
-            replicate.replicate(self.route.local, manifest, remote, self.attempt)
+            manifest = replicate.send(self.route.local, early.key, early.chunks, lambda: self._committed(early), remote, self.attempt)
         except DamagedError as error:  # the run directory's copy: there is nothing to send
-            self.forget([manifest.name])
-            self._problem = f"{manifest.name} cannot be uploaded: {error.what}"
-            self.ledger.write("not_uploaded", checkpoint=manifest.name, error=str(error))
+            name = early.key.rpartition("/")[2].removesuffix(".pt")
+            self.forget([name])
+            self._problem = f"{name} cannot be uploaded: {error.what}"
+            self.ledger.write("not_uploaded", checkpoint=name, error=str(error))
             self.outage.say(f"harness: warning: {self._problem}")
+            return
+        if manifest is None:
             return
         with self._state:
             self._there.add(manifest.name)

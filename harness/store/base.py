@@ -132,8 +132,8 @@ class Store(abc.ABC):
         """Open for reading, for seeking too. Raises FileNotFoundError if it is not there or is not a regular file."""
 
     @abc.abstractmethod
-    def chunks(self, key: str) -> Iterator[bytes]:
-        """The whole of a large file in order, piece by piece. Raises FileNotFoundError if it is not there."""
+    def chunks(self, key: str, start: int = 0) -> Iterator[bytes]:
+        """A large file from `start` on, in order, piece by piece. Raises FileNotFoundError if it is not there."""
 
     @abc.abstractmethod
     def writer(self, key: str, attempt: int) -> Sink:

@@ -139,8 +139,9 @@ class LocalStore(Store):
                 raise FileNotFoundError(errno.ENOENT, "not a regular file", str(path))
             return os.fdopen(fd, "rb", buffering=1 << 20)
 
-    def chunks(self, key: str) -> Iterator[bytes]:
+    def chunks(self, key: str, start: int = 0) -> Iterator[bytes]:
         with self.open(key) as file, _said(key, "read"):
+            os.lseek(file.fileno(), start, os.SEEK_SET)
             while chunk := os.read(file.fileno(), READ_BYTES):
                 yield chunk
 
