@@ -33,6 +33,7 @@ from harness.store.words import explained
 
 T = TypeVar("T")
 RANGE_BYTES, READ_AHEAD = 8 << 20, 6
+READY = 2  # parts in memory beside those on their way: one that takes long must not hold up the others
 REQUEST_S = 120.0  # the longest that a single request may take, however patient we are: a part of 8 MiB at 70 kB/s
 
 
@@ -228,6 +229,11 @@ class RangeFile(io.RawIOBase):
         return len(data)
 
 
+def _as_bytes(piece: memoryview) -> bytes:
+    """Without a copy, if it is a view of all of them."""
+    return piece.obj if isinstance(piece.obj, bytes) and len(piece.obj) == len(piece) else bytes(piece)
+
+
 class RemoteSink(Sink):
     """An upload: one request for a small file, parts in parallel for a large one, never more of it in memory than is on its way."""
 
@@ -247,7 +253,7 @@ class RemoteSink(Sink):
             if self._buffer or len(piece) < wanted:
                 self._buffer += piece
             if len(piece) == wanted:
-                self._send(bytes(self._buffer or piece))
+                self._send(bytes(self._buffer) if self._buffer else _as_bytes(piece))
                 self._buffer.clear()
 
     def _send(self, data: bytes) -> None:
@@ -256,8 +262,8 @@ class RemoteSink(Sink):
             self._upload = self.store.ask("begin to upload", self.where, functools.partial(bucket.begin, self.key))
             self._pool = ThreadPoolExecutor(bucket.parallel, thread_name_prefix="upload")
         assert self._pool is not None
-        if len(self._parts) >= bucket.parallel:
-            self._parts[-bucket.parallel].result()  # wait until there is room, and hear of an error at once
+        if len(self._parts) >= (most := bucket.parallel + READY):
+            self._parts[-most].result()  # wait until there is room, and hear of an error at once
         send = functools.partial(bucket.part, self.key, self._upload, len(self._parts) + 1, data)
         self._parts.append(self._pool.submit(self.store.ask, "upload a part of", self.where, send))
 

@@ -30,7 +30,7 @@ ENCRYPTED = ("aws:kms", "aws:kms:dsse")  # then an ETag is no MD5
 class S3Bucket:
     """A bucket, and a prefix in it."""
 
-    parallel = 4
+    parallel = 8
     tells_tags = True
 
     def __init__(self, url: str) -> None:
