@@ -13,8 +13,8 @@ from benchmark.bench import Bench
 from benchmark.findings import HARNESS, Finding, percentile
 
 ROW, RANKS = "p99", 2
-SAVES = 3  # a process; the first, which allocates, does not count
-SPACE = 8  # between two saves lies so much time as torch.save takes, times this
+SAVES = 5  # a process; the first, which allocates, does not count
+SPACE = 2  # between two saves lies so much time as torch.save takes, times this
 FEW = 200  # steps, of which the slowest of a hundred says little
 
 
@@ -37,8 +37,8 @@ def measure(bench: Bench) -> list[Finding]:
         ratio = tuple(sample["saving_s"] / sample["usual_s"] for sample in useful)
         what = "p99 step time while a save is running over p99 without"
         found.append(Finding(ROW, what, who, "x", ratio, most=1.3 if who == HARNESS else None, note=note))
-        longest = tuple(sample["longest_s"] * 1e3 for sample in useful)
-        found.append(Finding(ROW, "longest step while a save is running (its wait for the copy in it)", who, "ms", longest))
+        longest = tuple(sample["first_s"] * 1e3 for sample in useful)
+        found.append(Finding(ROW, "longest step that begins a save (its wait for the copy in it)", who, "ms", longest))
         usual = tuple(sample["usual_s"] * 1e3 for sample in useful)
         found.append(Finding(ROW, "p99 step time without a save", who, "ms", usual))
     return found
@@ -91,12 +91,17 @@ def pace(folder: str, size_mb: int) -> dict[str, float]:
 
 
 class Steps:
-    """The time of each step, sorted by whether a save was running while it was made."""
+    """The time of each step, sorted by whether a save was running while it was made.
+
+    The step that begins a save waits for the copy, or makes it: how long training is blocked is another row. Of a hundred steps it
+    would be the slowest anyway, and hide what the other ninety-nine feel.
+    """
 
     def __init__(self, every: int) -> None:
         self.every = every
         self.saving: list[float] = []
         self.usual: list[float] = []
+        self.first: list[float] = []
 
     def run(self, batches: Iterator[Any], train: Any, is_saving: Any) -> None:
         """`is_saving(step)`: whether the save of that step is still running."""
@@ -104,18 +109,18 @@ class Steps:
         for made in range(self.every * (SAVES + 1)):
             if made and made % self.every == 0:
                 last = made
-            is_beside = made == last or is_saving(last)  # the step with the boundary counts
+            is_beside = is_saving(last)
             began_at = time.perf_counter()
             (x,) = next(batches)
             train(x)
             took_s = time.perf_counter() - began_at
             if last > self.every:
-                (self.saving if is_beside else self.usual).append(took_s)
+                (self.first if made == last else self.saving if is_beside else self.usual).append(took_s)
 
     def result(self) -> dict[str, Any]:
         saving = self.saving or [0.0]
         return {
-            "steps": len(self.saving), "saving_s": percentile(saving, 0.99), "longest_s": max(saving),
+            "steps": len(self.saving), "saving_s": percentile(saving, 0.99), "first_s": max(self.first),
             "usual_s": percentile(self.usual, 0.99) if self.usual else 0.0,
         }  # fmt: skip
 

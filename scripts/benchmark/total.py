@@ -14,7 +14,7 @@ from benchmark.findings import HARNESS, Finding
 
 ROW, RANKS = "total", 2
 SAVES = 4  # a process; the first, which allocates, does not count
-SPACE = 8  # so much time as torch.save takes, times this, is given to a save
+SPACE = 5  # so much time as torch.save takes, times this, is given to a save
 
 
 def measure(bench: Bench) -> list[Finding]:
