@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 from blake3 import blake3
+from botocore.exceptions import ClientError
 from conftest import ENVIRONMENT, wait_until
 from fault_proxy import FaultProxy, Rule
 from s3_server import S3Server, free_ports
@@ -377,14 +378,42 @@ def test_a_create_that_was_changed_on_its_way_is_sent_again(way):
     assert way.stored() == b"whole" * 1000
 
 
-@pytest.mark.parametrize("size_bytes", [5000, 9 * MB], ids=["small", "large"])
-def test_a_changed_upload_is_sent_again_also_without_the_clients_newer_checksums(way, monkeypatch, size_bytes):
-    """Many servers that are not Amazon's want them switched off: then only Content-MD5 is left."""
-    monkeypatch.setenv("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
-    data, store = os.urandom(size_bytes), open_store(way.base.url, 60)
-    way.fault(Rule("flip_put", "PUT", first=1))
-    store.write(KEY, data, 1)
-    assert way.stored() == data
+class SilentS3(S3Bucket):
+    """As if the server had never heard of newer checksums than MD5."""
+
+    def _call(self, limit_s: float, method: str, **arguments: Any) -> dict[str, Any]:
+        arguments.pop("ChecksumAlgorithm", None)
+        return super()._call(limit_s, method, **arguments)
+
+
+class RefusingS3(S3Bucket):
+    """As if the server refused what it does not know."""
+
+    def _call(self, limit_s: float, method: str, **arguments: Any) -> dict[str, Any]:
+        if "ChecksumAlgorithm" in arguments:
+            said = {"Error": {"Code": "NotImplemented"}, "ResponseMetadata": {"HTTPStatusCode": 501}}
+            raise OSError("A header you provided implies functionality that is not implemented.") from ClientError(said, method)
+        return super()._call(limit_s, method, **arguments)
+
+
+@pytest.mark.parametrize("kind", [S3Bucket, SilentS3, RefusingS3])
+def test_a_part_that_was_changed_on_its_way_is_sent_again_whatever_checksum_the_server_knows(way, kind):
+    data, store = os.urandom(17 * MB), RemoteStore(way.base.url, kind(way.base.url), 60)
+    for _ in range(2):
+        way.fault(Rule("flip_put", "PUT", "partNumber=2", first=1))
+        store.write(KEY, data, 1)
+        assert way.stored() == data
+        parts = [request.headers for request in way.proxy.requests if "partNumber" in request.query]
+        assert len(parts) == 4
+        with_crc, with_md5 = ([name in headers for headers in parts] for name in ("x-amz-checksum-crc32", "content-md5"))
+        assert (all(with_crc), any(with_md5)) == ((True, False) if kind is S3Bucket else (False, True))
+        assert all(with_crc) or all(with_md5)
+
+
+def test_expired_credentials_are_no_refusal_of_a_checksum(way):
+    way.fault(Rule("expired", "POST", "uploads", first=1))
+    way.store().write(KEY, os.urandom(17 * MB), 1)
+    assert all("x-amz-checksum-crc32" in request.headers for request in way.proxy.requests if "partNumber" in request.query)
 
 
 def test_an_upload_that_is_always_changed_on_its_way_is_never_done(way):
