@@ -88,16 +88,17 @@ class _Touch(nn.Module):
         return total
 
 
-def settle_buckets(module: object) -> None:
+def settle_buckets(module: object, world: World) -> None:
     """Let DDP form its gradient buckets now, so that every later step sums gradients in one and the same order.
 
     DDP groups gradients anew after the first backward pass of a process. From three ranks on that changes the order of
     summation, so the first step after a resume would differ in the last bits from the same step in an uninterrupted run. One
     backward pass through a stand-in for the module, whose gradients are dropped, brings a fresh and a resumed process to the
-    same buckets. Collective: every rank must call it.
+    same buckets. Two numbers add up to the same in either order: two ranks are spared this, unless a hook of the user's sees the
+    buckets. Collective: every rank must call it.
     """
     for ddp in shells_of(module):
-        if ddp.find_unused_parameters:  # then DDP never regroups
+        if ddp.find_unused_parameters or (world.size < 3 and not ddp._comm_hooks):  # in the first case DDP never regroups
             continue
         inner = ddp.module
         ddp.module = _Touch(inner)

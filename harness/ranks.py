@@ -13,6 +13,7 @@ import hashlib
 import itertools
 import json
 import os
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -30,6 +31,7 @@ HEARTBEAT_S = 1.0
 SHARED_AT_ONCE_BYTES = 16 << 20
 FEW = 15  # numbers in one message
 ALONE_S = 5.0  # for so long after a stop signal a rank waits for others to join
+LISTENS_WITHIN_S = 10.0
 LAG = 100  # calls; long before, a save has brought all ranks together
 
 _joined = itertools.count(1)  # a process may train one run after another; each gets a name space of its own in the store
@@ -245,6 +247,7 @@ def join(timeout_s: float, give_up: Callable[[], object] = lambda: None, leave: 
             elif (store := _restart_safe_store(limit, join_number)) is not None:
                 dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
             else:
+                _await_store(rank)
                 dist.init_process_group(backend, timeout=limit)
         group = dist.new_group(backend="gloo", timeout=limit)
     default_store = dist.distributed_c10d._get_default_store()  # no public way; every large trainer does this
@@ -283,6 +286,16 @@ def _device() -> torch.device:
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
     return device
+
+
+def _await_store(rank: int) -> None:
+    """Wait until the first rank listens, where it does so itself: who dials too early is made to wait half a second."""
+    until = time.monotonic() + LISTENS_WITHIN_S
+    address = os.environ.get("MASTER_ADDR"), int(os.environ.get("MASTER_PORT", "0"))
+    while rank > 0 and address[0] and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" and time.monotonic() < until:
+        with contextlib.suppress(OSError), socket.create_connection(address, timeout=1.0):
+            return
+        time.sleep(0.005)
 
 
 def _restart_safe_store(limit: datetime.timedelta, join_number: int) -> Any:
