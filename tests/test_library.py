@@ -7,7 +7,9 @@ import inspect
 import io
 import json
 import random
+import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -36,8 +38,17 @@ def net() -> nn.Module:
     return nn.Sequential(nn.Linear(12, 16), nn.BatchNorm1d(16), nn.Tanh(), nn.Dropout(0.3), nn.Linear(16, 1))
 
 
-def train(directory: Path, *, leave_at: int | None = None, fail_at: int | None = None, epochs: int = 2, size: int = 60, **init: object):
-    """A loop as a user would write it; `leave_at` abandons it in that step, after the update."""
+def train(
+    directory: Path,
+    *,
+    leave_at: int | None = None,
+    fail_at: int | None = None,
+    epochs: int = 2,
+    size: int = 60,
+    each: Callable[[harness.Run], object] = lambda run: None,
+    **init: object,
+):
+    """A loop as a user would write it; `leave_at` abandons it in that step, after the update. `each` is called then, too."""
     run_ = harness.init(directory, **({"seed": 3, "save_every_s": None, "save_every_steps": 4} | init))  # type: ignore[arg-type]
     model = net()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
@@ -53,6 +64,7 @@ def train(directory: Path, *, leave_at: int | None = None, fail_at: int | None =
         scheduler.step()
         run_.state["steps"] = run_.state.get("steps", 0) + 1
         run_.log(loss=loss)
+        each(run_)
         if run_.step == leave_at:
             break
     return run_
@@ -98,6 +110,17 @@ def test_a_loop_that_was_left_goes_on_exactly(tmp_path, uninterrupted, leave_at)
     run_ = train(tmp_path / "a")
     assert run_.step == 12 and run_.state == {"steps": 12}
     assert cli.main(["diff", str(uninterrupted), str(tmp_path / "a")]) == 0
+
+
+def test_a_start_says_what_the_end_before_it_has_cost(tmp_path, capfd):
+    train(tmp_path / "a", leave_at=7, log_every_steps=1)
+    assert "made again" not in capfd.readouterr().out
+    train(tmp_path / "a", leave_at=10, log_every_steps=1)
+    assert re.search(r"goes on from step 4 \(\S+\) in \S+; saved \d+ s ago, 2 steps are made again\n", capfd.readouterr().out)
+    train(tmp_path / "a", log_every_steps=1)
+    assert re.search(r"goes on from step 8 \(\S+\) in \S+; saved \d+ s ago, one step is made again\n", capfd.readouterr().out)
+    train(tmp_path / "a", epochs=3)
+    assert re.search(r"goes on from step 12 \(\S+\) in \S+; saved \d+ s ago, no step is made again\n", capfd.readouterr().out)
 
 
 def test_the_comparison_sees_a_difference(tmp_path, uninterrupted, capfd):

@@ -33,7 +33,10 @@ A run may live in two stores, a directory and a bucket; the same tree lies in bo
 * data without a manifest may be on its way from a process that is alive elsewhere: only `harness prune` deletes it;
 * what could not be fetched is not taken for damaged: the start fails, and is tried again.
 
+The newest step may also lie in the memory of the machine that writes, in a store of its own (`tier`): it counts if it is newer than the
+head. Nothing else is ever looked for there, and no attempt is claimed there.
+
 Modules: `format` names and manifests, `history` what is there and what of it counts, `attempts` claim and fence, `save`, `scribe` (the
 process that writes), `load`, `spread` to all ranks, `replicate` to the other store, `retention`; `launches`, and `standing`, which tells
-from all that how a run stands and whether it is to be started again; `requests`.
+from all that how a run stands and whether it is to be started again; `past`, what earlier attempts tell; `tier`; `requests`.
 """

@@ -18,12 +18,13 @@ import torch
 from blake3 import blake3
 
 from harness.checkpoint import format as fmt
+from harness.checkpoint import tier
 from harness.checkpoint.format import DataFile, Manifest
 from harness.checkpoint.history import Survey, survey
 from harness.checkpoint.spread import spread
 from harness.errors import DamagedError, HarnessError, StorageError
 from harness.ranks import World
-from harness.store import Memory, Offer, Store, keep
+from harness.store import LocalStore, Memory, Offer, Store, keep
 
 LISTINGS = 5  # how often a store is listed anew because what was listed is gone
 Tell = Callable[[int], object]  # is told of so many bytes more
@@ -152,15 +153,24 @@ class Choice:
     manifest: Manifest | None = None  # None: step 0
     payload: dict[str, Any] | None = None
     place: int = 0  # which store it was read from
+    in_memory: bool = False  # it was none of them, but the tier: nothing on a disk has come so far
     damaged: list[tuple[int, str]] = field(default_factory=list)  # which store's copy, by manifest key, to set aside once claimed
     notes: list[str] = field(default_factory=list)
+
+    def read_from(self, place: int) -> set[str]:
+        """The name of what was chosen, if it was read whole from this very store."""
+        return {self.manifest.name} if self.manifest and self.place == place else set()
 
 
 class Chooser:
     """Finds and loads what a run goes on from, on all ranks together."""
 
-    def __init__(self, stores: tuple[Store, ...], world: World, give_up: Callable[[], object], steps_back: Callable[[], bool]) -> None:
+    def __init__(
+        self, stores: tuple[Store, ...], world: World, give_up: Callable[[], object], steps_back: Callable[[], bool], memory: LocalStore
+    ) -> None:
         self.stores, self.world, self.give_up, self.steps_back = stores, world, give_up, steps_back
+        self.sources: tuple[Store, ...] = (*stores, memory)
+        self.tier = memory
         self._memory: Memory | None = None  # the writer's
 
     def once(self) -> tuple[Choice, bool]:
@@ -169,17 +179,18 @@ class Chooser:
         for text, places in self._on_writer(partial(self._look, choice)):
             manifest, not_fetched = _parse_manifest(text), ""
             for place in places:
-                payload, problem, is_damaged = self._try(self.stores[place], manifest)
+                source, in_memory = self.sources[place], place == len(self.stores)
+                payload, problem, is_damaged = self._try(source, manifest)
                 if payload is not None:
-                    choice.manifest, choice.payload, choice.place = manifest, payload, place
-                    choice.notes += self._why(choice.survey, manifest, self.stores[place])
+                    choice.manifest, choice.payload, choice.place, choice.in_memory = manifest, payload, place, in_memory
+                    choice.notes += self._why(choice.survey, manifest, source)
                     return choice, False
-                if not self._on_writer(partial(self.stores[place].exists, manifest.key)):
+                if not self._on_writer(partial(source.exists, manifest.key)):
                     return choice, True
-                choice.notes.append(f"passed over: {problem}" + (f" in {self.stores[place]}" if len(self.stores) > 1 else ""))
-                if is_damaged:
+                choice.notes.append(f"passed over: {problem}" + (f" in {source}" if len(self.stores) > 1 or in_memory else ""))
+                if is_damaged and not in_memory:
                     choice.damaged.append((place, manifest.key))
-                elif not self.stores[place].is_local:
+                elif not source.is_local:
                     not_fetched = str(problem)
             if not_fetched:  # it may be whole, and going on from an older one would cut it off
                 raise StorageError(f"{manifest.name} cannot be fetched", not_fetched, "Start again when the store answers.")
@@ -195,17 +206,21 @@ class Chooser:
         choice.damaged = [(place, key) for place, part in enumerate(found.parts) for key in part.damaged if key not in part.marked]
         choice.notes = [f"passed over: {why}" for part in found.parts for why in (part.damaged | part.newer).values()]
         choice.notes += [f"ignored, not of this run: {key}" for key in found.foreign + found.strangers]
-        candidates = found.candidates
+        candidates = [(m, [self.stores.index(copy) for copy in found.copies(m)]) for m in found.candidates]
+        if (kept := tier.newest(self.tier, found)) is not None:
+            candidates.insert(0, (kept, [len(self.stores)]))
         if len(candidates) > 1 and self.steps_back():
-            choice.notes.append(f"going back behind {candidates[0].name}: every attempt to go on from it has died")
+            choice.notes.append(f"going back behind {candidates[0][0].name}: every attempt to go on from it has died")
             candidates = [*candidates[1:], candidates[0]]
-        return [(fmt.to_bytes(m).decode(), [self.stores.index(copy) for copy in found.copies(m)]) for m in candidates]
+        return [(fmt.to_bytes(m).decode(), places) for m, places in candidates]
 
     def _check_fresh(self, choice: Choice) -> None:
         if choice.survey is not None:
             choice.survey.check_fresh_start(" and ".join(map(str, self.stores)), choice.notes)
 
     def _why(self, found: Survey | None, manifest: Manifest, source: Store) -> list[str]:
+        if found is not None and source is self.tier:
+            return [f"taking {manifest.name} from this machine's memory: the disk has {found.head.name if found.head else 'nothing'}"]
         if found is None or len(self.stores) < 2:
             return []
         heads = [f"{part.head.name if part.head else 'nothing'} in {store}" for store, part in zip(found.stores, found.parts, strict=True)]
@@ -265,7 +280,8 @@ def choose(
     Raises DamagedError if there is a history but nothing in it loads, StorageError if a store cannot be listed. Collective: every rank
     must call it.
     """
-    chooser = Chooser((stores,) if isinstance(stores, Store) else stores, world, give_up, steps_back)
+    places = (stores,) if isinstance(stores, Store) else stores
+    chooser = Chooser(places, world, give_up, steps_back, tier.place(places[0]))
     for _ in range(LISTINGS):
         choice, vanished = chooser.once()
         if not vanished:

@@ -196,7 +196,7 @@ def _speed(store: Store, place: Store, settings: Config, size_bytes: int) -> Ite
     takes_s = size_bytes / rate
     yield Finding(f"{store}: {verb}: {size(rate)}/s, read: {size(back)}/s; a checkpoint takes about {max(takes_s, 0.1):.1f} s")
     every_s = settings.checkpoint.every_s
-    if every_s and takes_s > every_s:
+    if every_s not in (None, "auto") and takes_s > every_s:
         text = f"{store}: a checkpoint every {duration(every_s)} is more than it can take; some will be left out"
         yield Finding(text, warning=True)
 

@@ -8,43 +8,18 @@ example: harness status runs/a
 from __future__ import annotations
 
 import argparse
-import contextlib
 import datetime
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
-from harness.checkpoint import format as fmt
-from harness.checkpoint import launches
-from harness.checkpoint.history import Survey
+from harness.checkpoint import launches, past
 from harness.checkpoint.standing import Outcome, in_words, outcome
 from harness.cli import locate
-from harness.errors import EXIT_STOPPED, EXIT_STORAGE, StorageError, UsageError
+from harness.errors import EXIT_STOPPED, EXIT_STORAGE, UsageError
 from harness.events import duration, say
-from harness.store import Store
 
 ALIVE_S = 120.0  # events are written at least so often, or sent, while a run trains
-
-
-@dataclass(frozen=True)
-class Life:
-    """One attempt as the table shows it."""
-
-    attempt: int
-    began: str | None
-    kind: str | None
-    launch: str | None
-    went_on_from: int  # the step
-    reached: int  # the last step that is known to have been made
-    saved: int  # the last step that was committed
-    ended: str | None
-    end: dict[str, Any] | None
-
-    @property
-    def lost(self) -> int:
-        """Steps that were made and have to be made again; of a killed attempt, those that the events still tell."""
-        return max(0, self.reached - self.saved)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,8 +34,8 @@ def run(given: argparse.Namespace) -> int:
         say(f"cannot tell: {error.what}")
         return EXIT_STORAGE
     known = launches.read(found.stores)
-    told = {n: _events(found.stores, n) for n in found.attempts if found.ends.get(n, {"why": "failed"}).get("why") == "failed"}
-    lives = [_life(found, number, told.get(number, [])) for number in sorted(found.attempts)]
+    told = {n: past.events(found.stores, n) for n in found.attempts if found.ends.get(n, {"why": "failed"}).get("why") == "failed"}
+    lives = [past.life(found, number, told.get(number, [])) for number in sorted(found.attempts)]
     stands = _alive(outcome(found, known), lives, told)
     head = found.head
     if given.json:
@@ -84,37 +59,14 @@ def run(given: argparse.Namespace) -> int:
     return stands.exit_code
 
 
-def _row(life: Life, runs: bool) -> tuple[str, ...]:
+def _row(life: past.Life, runs: bool) -> tuple[str, ...]:
     how = " ".join(in_words(life.end).split())[:120] if life.end else "no end recorded"
     steps = f"{life.went_on_from}–{life.reached}"
     lost = "-" if runs else str(life.lost)  # what is not saved yet is not lost yet
     return str(life.attempt), life.launch or "-", life.began or "-", life.ended or "-", steps, lost, how
 
 
-def _life(found: Survey, number: int, told: list[dict[str, Any]]) -> Life:
-    """`told` are the events of an attempt whose end does not say how far it came."""
-    record, end = found.attempts[number], found.ends.get(number)
-    origin = (record.get("from") or {}).get("step", 0)
-    committed = [m.step for m in found.manifests if m.attempt == number] + [s for m in found.manifests for a, s in m.lineage if a == number]
-    saved = max([origin, int((end or {}).get("saved_step") or 0), *committed])
-    reached = max([saved, int((end or {}).get("step") or 0), *(int(event.get("step") or 0) for event in told)])
-    names = record.get("time"), record.get("kind"), record.get("launch")
-    return Life(number, *names, origin, reached, saved, (end or {}).get("time"), end)
-
-
-def _events(stores: Sequence[Store], number: int) -> list[dict[str, Any]]:
-    """What is still there of an attempt's events, in the run directory or in segments."""
-    found = []
-    for store in stores:
-        with contextlib.suppress(StorageError, FileNotFoundError):
-            keys = [entry.key for entry in store.entries(fmt.EVENTS) if entry.key.startswith(f"{fmt.EVENTS}/{number:04d}")]
-            for line in b"".join(store.read(key) for key in keys[-20:]).splitlines():
-                with contextlib.suppress(ValueError):
-                    found.append(json.loads(line))
-    return [event for event in found if isinstance(event, dict)]
-
-
-def _alive(stands: Outcome, lives: list[Life], told: dict[int, list[dict[str, Any]]]) -> Outcome:
+def _alive(stands: Outcome, lives: list[past.Life], told: dict[int, list[dict[str, Any]]]) -> Outcome:
     """Tell a run that trains from one that was killed, by how long ago it was last heard of; the clocks of two machines may differ."""
     if stands.exit_code != EXIT_STOPPED or not lives or lives[-1].end is not None or not stands.why.startswith("no end"):
         return stands

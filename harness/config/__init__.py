@@ -57,7 +57,7 @@ def from_yaml(text: bytes) -> dict[str, Any]:
 
 def to_yaml(settings: dict[str, Any]) -> str:
     """The settings as YAML text."""
-    if not settings:
+    if not settings:  # of who trains with the library alone
         return "{}\n"
     from harness.config import reading
 

@@ -72,13 +72,15 @@ class CheckpointSettings:
     """When checkpoints are written, and which are kept. The two newest are always kept."""
 
     every_steps: int | None = None
-    every_s: float | None = 60.0
+    every_s: Any = 60.0  # auto: as often as is worth it, by what saves and interruptions cost this run; null: not by the clock
     keep_last: int = 3
     keep_every_steps: int | None = None
     keep_best: int = 1
     best: str = "val_acc:max"
     snapshot: str = "overlapped"  # copied during the next forward and backward; at_once: training waits; checked: compared, to find bugs
     when_busy: str = "wait"  # for the save before; skip: a save that the clock asks for is left out, and counted
+    memory: bool = False  # keep the newest step in the machine's memory, too: a process that dies loses nothing
+    memory_every_steps: int = 1
 
 
 @dataclass(frozen=True)
@@ -207,13 +209,14 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "eval.every_steps": (_positive, "a whole number above 0, or null"),
     "eval.batch_size": (_positive, "a whole number above 0"),
     "checkpoint.every_steps": (_positive, "a whole number above 0, or null"),
-    "checkpoint.every_s": (_positive, "a number of seconds above 0, or null"),
+    "checkpoint.every_s": (lambda v: v == "auto" or (type(v) in (int, float) and v > 0), "a number of seconds above 0, auto, or null"),
     "checkpoint.keep_last": (_positive, "a whole number above 0"),
     "checkpoint.keep_every_steps": (_positive, "a whole number above 0, or null"),
     "checkpoint.keep_best": (lambda v: v >= 0, "a whole number from 0 on"),
     "checkpoint.best": (lambda v: v.rpartition(":")[0] != "" and v.rpartition(":")[2] in ("max", "min"), "NAME:max or NAME:min"),
     "checkpoint.snapshot": (lambda v: v in ("overlapped", "checked", "at_once"), "overlapped, checked or at_once"),
     "checkpoint.when_busy": (lambda v: v in ("wait", "skip"), "wait or skip"),
+    "checkpoint.memory_every_steps": (_positive, "a whole number above 0"),
     "store.wait_s": (lambda v: v >= 0, "a number of seconds from 0 on"),
     "store.keep_last": (_positive, "a whole number above 0, or null"),
     "store.keep_every_steps": (_positive, "a whole number above 0, or null"),

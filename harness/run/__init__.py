@@ -38,14 +38,9 @@ def init(
     *,
     remote: str | None = None,
     seed: int = 0,
-    save_every_s: float | None = 60.0,
-    save_every_steps: int | None = None,
-    keep_last: int = 3,
-    keep_every_steps: int | None = None,
-    keep_best: int = 1,
-    best: str = "val_loss:min",
-    snapshot: str = "overlapped",
-    when_busy: str = "wait",
+    save_every_s: float | str | None = 60.0, save_every_steps: int | None = None,
+    keep_last: int = 3, keep_every_steps: int | None = None, keep_best: int = 1, best: str = "val_loss:min",
+    snapshot: str = "overlapped", when_busy: str = "wait", memory: bool | int = False,
     wait_s: float = DEFAULT_WAIT_S,
     remote_keep: Mapping[str, int | None] | None = None,
     config: Mapping[str, Any] | None = None,
@@ -59,15 +54,18 @@ def init(
     margin_s: float = 30.0,
     is_scratch: bool = False,
     notices: str | None = None,
-) -> Run:
+) -> Run:  # fmt: skip
     """Join the other ranks, catch signals, seed all generators, and find the newest checkpoint of the run.
 
     The run lives in `directory`, in `remote` (a URL that fsspec opens, such as s3://bucket/prefix), or in both: then each checkpoint
     is committed in the directory and copied in the background, and the newest that verifies is gone on from, wherever it lies. The remote
     may be unreachable for `wait_s` seconds. It keeps what the directory keeps, but for `remote_keep`: last, every_steps, best.
+    It saves every `save_every_s` seconds; "auto": as often as is worth it, by what a save and what an interruption costs this run.
     Saves run in the background. What an optimizer owns is copied during the next forward and backward passes; `snapshot="at_once"`: while
     training waits; "checked": compared, too. A save that is due before the last has arrived waits for it, or (`when_busy="skip"`) is left
     out if the clock asks for it.
+    With `memory` each step is kept in the machine's memory as well (a number: every so many steps), unless the one before is still on its
+    way: a process that dies, on a machine that does not, loses nothing.
     A step may take `timeout_s` seconds, or `step_timeout_s`, before it counts as hung. `grace_s` lie between SIGTERM and the kill (None:
     as SLURM says), `margin_s` between a stop and the job's time limit; `is_scratch`: the directory is lost with the job. `notices` is
     the cloud ("aws", "gcp", "azure") that tells when it takes a spot machine away. `config`, what training depends on, is kept in each
@@ -80,7 +78,8 @@ def init(
         seed=seed, save_every_s=save_every_s, save_every_steps=save_every_steps, wait_s=wait_s, policy=policy,
         remote_policy=retention.changed(policy, remote_keep or {}), accept=tuple(accept), override=tuple(override), grace_s=grace_s,
         log_every_steps=log_every_steps, step_timeout_s=step_timeout_s, margin_s=margin_s, is_scratch=is_scratch, notices=notices,
-        snapshot=snapshot, when_busy=when_busy, config=state.plain_data({"config": dict(config or {})})["config"],
+        snapshot=snapshot, when_busy=when_busy, memory_every_steps=int(memory) or None,
+        config=state.plain_data({"config": dict(config or {})})["config"],
     )  # fmt: skip
     return _start(directory, remote, settings, timeout_s)
 

@@ -30,6 +30,9 @@ class TornError(Exception):
     """The state changed while it was copied."""
 
 
+Finish = Callable[["Job", Callable[[Sink], None], Callable[[], None]], None]
+
+
 @dataclass
 class Job:
     """One checkpoint on its way from the training thread to where it exists."""
@@ -39,6 +42,7 @@ class Job:
     parameters: dict[int, tuple[str, torch.dtype]]
     snapshot: Snapshot
     began_at: float
+    finish: Finish  # commits what is copied
     is_compared: bool  # copied at once, to see whether it is still the same before the next update
     blocked_s: float = 0.0  # for how long training has waited for it
     problem: str = ""  # why there is no checkpoint, if training may go on all the same
@@ -49,17 +53,18 @@ class Job:
     done: threading.Event = field(default_factory=threading.Event)
     failure: BaseException | None = None
 
-
-Finish = Callable[[Job, Callable[[Sink], None], Callable[[], None]], None]
+    def costs(self) -> dict[str, float]:
+        """What it has cost training so far, and how long the copy took, in seconds."""
+        return {"blocked_s": round(self.blocked_s, 6), "copy_s": round(self.snapshot.copy_s, 6)}
 
 
 class Background:
     """Takes one job at a time, in memory that is kept from one to the next."""
 
-    def __init__(self, finish: Finish, *, overlapped: bool, compare: bool) -> None:
-        """`finish(job, write, check)` commits what `write` writes. The first copy (`compare`: each one) is made at once, and compared
-        before the next update: were it not the same any more, this loop's state could not be copied while it runs."""
-        self._finish, self._overlapped = finish, overlapped
+    def __init__(self, *, overlapped: bool, compare: bool) -> None:
+        """The first copy (`compare`: each one) is made at once, and compared before the next update: were it not the same any more,
+        this loop's state could not be copied while it runs."""
+        self._overlapped = overlapped
         self._compare, self._compare_all = overlapped, compare
         self._image, self._scribe = Image(), Scribe()
         self._job: Job | None = None
@@ -76,14 +81,18 @@ class Background:
         """Whether a checkpoint is on its way."""
         return self._job is not None and not self._job.done.is_set()
 
+    def is_busy_with(self, finish: Finish) -> bool:
+        """Whether what is on its way is to be committed by that."""
+        return self.is_busy and self._job is not None and self._job.finish == finish
+
     @property
     def has_failed(self) -> bool:
         """Whether `wait` would raise."""
         return self._job is not None and self._job.failure is not None
 
-    def start(self, captured: Captured, about: About, began_at: float) -> None:
+    def start(self, captured: Captured, about: About, began_at: float, finish: Finish) -> None:
         """Begin to save, what began to be made at `began_at` (`time.perf_counter`); for the training thread, at a step boundary, when
-        nothing is on its way. If it `is_unable` then, nothing was begun."""
+        nothing is on its way. `finish(job, write, check)` commits what `write` writes. If it `is_unable` then, nothing was begun."""
         self._is_used = True
         compared, self._compare = self._compare, self._compare_all
         try:
@@ -101,7 +110,7 @@ class Background:
             return
         self.wants_again = False
         head = {name: captured.payload[name] for name in HEAD}
-        job = Job(head, about, captured.parameters, snapshot, began_at, compared)
+        job = Job(head, about, captured.parameters, snapshot, began_at, finish, compared)
         if not self._overlapped:
             job.sealed.set()
         with self._changed:
@@ -126,9 +135,9 @@ class Background:
 
     def before_update(self) -> None:
         """Wait until all is copied: what follows changes it. For the training thread."""
+        self.release()
         if (job := self._job) is not None and not job.sealed.is_set():
             began = time.perf_counter()
-            job.released.set()
             if job.snapshot.is_torn(compare=job.is_compared):
                 self._take_at_once("the state changes between two updates")
                 job.is_torn = not job.is_compared
@@ -147,7 +156,6 @@ class Background:
         """Wait until what is on its way has arrived; returns why it has not, if training may go on. Raises what is the end of it."""
         if (job := self._job) is None:
             return ""
-        self.release()
         self.before_update()
         job.done.wait()
         if job.failure is not None:
@@ -157,7 +165,6 @@ class Background:
     def close(self, limit_s: float | None = None) -> None:
         """Wait for what is on its way, at most so long and whatever comes of it, and give the memory back."""
         if (job := self._job) is not None:
-            self.release()
             self.before_update()
             if not job.done.wait(limit_s):
                 return
@@ -205,7 +212,7 @@ class Background:
                 job.snapshot.copy_into(self._image)
             job.snapshot.check_finite(job.parameters)
             job.loan = self._image.lend()
-            self._finish(job, lambda sink: sink.pour(self._image, self._scribe.pour), lambda: self._check_whole(job))
+            job.finish(job, lambda sink: sink.pour(self._image, self._scribe.pour), lambda: self._check_whole(job))
         except (UnevenError, StorageError) as error:  # of copying: whoever writes has words of his own
             job.problem = self.slow_words = " ".join(str(error).split())
             self.is_unable = self.wants_again = True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -118,7 +119,7 @@ class Run:
             ddp.check_resumable(name, thing, self.world)
         self.tracked |= objects
         for thing in objects.values():
-            ddp.settle_buckets(thing)
+            ddp.settle_buckets(thing, self.world)
         if self._payload is not None and self.origin is not None:
             self._built |= {name: state.as_built(thing) for name, thing in objects.items()} if self._settings.override else {}
             # All of them, each time: a scheduler that is made and tracked later has moved its optimizer's learning rate.
@@ -194,12 +195,14 @@ class Run:
             if self._finish or share.last or self.step == self._end_step:
                 self._complete()
                 return
-            stopping, timed = self._stopping.agree(self.step, pace, self._saver.is_due, self._time_to_leave_s)
+            stopping, timed = self._stopping.agree(self.step, self._end_step, pace, self._saver.is_due, self._time_to_leave_s)
             if stopping:
                 self._stop()
             if timed or self._measured.new_best or self._settings.saves_at(self.step):
                 self._save()
                 pace.pause(self.step)
+            elif self._settings.remembers_at(self.step):
+                self._save(in_memory=True)
             self._watch.step()
 
     def due(self, every_steps: int | None) -> bool:
@@ -268,7 +271,7 @@ class Run:
         if self.is_writer:
             state.before_update(self.tracked, self._saver.background.before_update)
         source = f"goes on from step {self.step} ({origin.name})" if origin else "begins at step 0"
-        self.say(f"harness: attempt {attempt.number} {source} in {' and '.join(map(str, self._saver.stores))}")
+        self.say(f"harness: attempt {attempt.number} {source} in {' and '.join(map(str, self._saver.stores))}{self._saver.resumed}")
         return True
 
     def _complete(self) -> None:
@@ -291,17 +294,16 @@ class Run:
         """What is still to be done when it is time to leave: a step, a save, an upload."""
         return self._watch.longest_s + self._saver.to_save_s + self._saver.upload_s
 
-    def _save(self, *, final: bool = False, wait: bool = False) -> bool:
-        """Begin to commit a checkpoint of this step, or `wait` for it; False if nothing came of it. Collective: every rank must call it."""
+    def _save(self, *, final: bool = False, wait: bool = False, in_memory: bool = False) -> bool:
+        """Begin to commit a checkpoint of this step, or `wait` for it, or to keep it `in_memory` only; False if nothing came of it.
+        Collective: every rank must call it."""
         self._watch.saving()
         self._measured.read(self.world)
-        generators = self.world.gather((state.rng_state(), self._source.state()))
+        capture = partial(self._capture, self.world.gather((state.rng_state(), self._source.state())))
         classes = {name: state.class_name(thing) for name, thing in self.tracked.items()}
-        saved = self._saver.save(
-            lambda: self._capture(generators),
-            lambda: self._saver.about(classes, self._measured.of_this_step, self._end if final else None),
-            stop.requested, wait=wait,
-        )  # fmt: skip
+        about = partial(self._saver.about, classes, self._measured.of_this_step, self._end if final else None)
+        save = self._saver.save
+        saved = self._saver.tier.remember(capture, about) if in_memory else save(capture, about, stop.requested, wait=wait)
         self._watch.rest()  # what may follow is bounded by itself
         return saved
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 
@@ -22,6 +23,11 @@ class Pace:
         step_s = (self._clock() - at) / max(1, step - before)
         self._recent = (self._clock(), step)
         return max(1, int(seconds / max(step_s, 1e-6)))
+
+    def left_s(self, step: int, end_step: int | None) -> float:
+        """How long it is until that step, if it is known."""
+        rate = self.steps_per_s(step)
+        return math.inf if end_step is None or not rate else (end_step - step) / rate
 
     def steps_per_s(self, step: int) -> float:
         at, before = self._first

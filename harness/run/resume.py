@@ -1,4 +1,4 @@
-"""May this run go on from that checkpoint? Checks in words, each with a way to insist."""
+"""May this run go on from that checkpoint? Checks in words, each with a way to insist; and what has to be made again."""
 
 from __future__ import annotations
 
@@ -8,8 +8,12 @@ from typing import Any
 import torch
 
 from harness import state
+from harness.checkpoint import past
+from harness.checkpoint.format import Manifest
+from harness.checkpoint.history import Survey
 from harness.data.loading import MapSource, StreamSource
 from harness.errors import UsageError
+from harness.events import duration
 from harness.ranks import World
 
 HOW_DEALT = ("global_batch_size", "shuffle", "drop_last", "seed")
@@ -103,3 +107,12 @@ def check_loggable(values: Mapping[str, Any]) -> None:
         is_number = value.numel() == 1 if isinstance(value, torch.Tensor) else hasattr(value, "__float__")
         if not is_number:
             raise UsageError(f"log({name}=…) takes one number", f"found: {str(value)[:200]}", "Log a number or a tensor with one element.")
+
+
+def resumed(found: Survey, origin: Manifest | None) -> str:
+    """What it has cost that an attempt ended, in words; "" if this is the first one."""
+    if origin is None:
+        return ""
+    again = past.steps_again(found, origin)
+    steps = {0: "no step is", 1: "one step is"}.get(again, f"{again} steps are")
+    return f"; saved {duration(past.age_s(origin))} ago, {steps} made again"

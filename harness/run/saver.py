@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from harness import config, state
-from harness.checkpoint import attempts, load, requests, retention
+from harness.checkpoint import attempts, load, requests, retention, tier
 from harness.checkpoint import format as fmt
 from harness.checkpoint.attempts import Attempt
 from harness.checkpoint.history import Survey, going_on_from
@@ -21,7 +21,10 @@ from harness.run.background import Background, Job
 from harness.run.ending import Ending
 from harness.run.outage import Outage
 from harness.run.places import check_shared, hand_in
+from harness.run.resume import resumed
 from harness.run.settings import Settings
+from harness.run.tier import Tier
+from harness.run.timer import Timer, lives
 from harness.run.uploader import END_S, Route, Uploader, write_file
 from harness.state import Captured
 from harness.store import LocalStore, Sink, Store, probe
@@ -44,21 +47,27 @@ class Saver:
         outage: Outage,
         clock: Callable[[], float],
     ) -> None:
-        self.stores, self.world, self.settings, self.clock = stores, world, settings, clock
+        self.stores, self.world, self.settings = stores, world, settings
         self.store = stores[0]  # where a checkpoint is committed; a second store gets a copy
         self.origin = choice.manifest
         self.save_s = 0.0  # how long the last save took
-        self.saved_step: int | None = choice.manifest.step if choice.manifest else None
+        self.saved_step: int | None = choice.manifest.step if choice.manifest and not choice.in_memory else None
         self.attempt: Attempt | None = None
         self.ledger: Ledger | None = None
         self._uploader: Uploader | None = None
-        self._words = f"saved step {self.saved_step}" if choice.manifest else "nothing saved yet"
+        self._words = "nothing saved yet" if self.saved_step is None else f"saved step {self.saved_step}"
         self._choice, self._ending, self._outage = choice, ending, outage
-        self._saved_at = clock()
-        self._committed, self._ended = False, False
-        self._verified = self._read_from(self.store)
-        self.background = Background(self._finish, overlapped=settings.snapshot != "at_once", compare=settings.snapshot == "checked")
-        self._slow_words, self._has_room = "", False
+        self.timer = Timer(settings.save_every_s, settings.when_busy, clock, self.note)
+        self._committed, self._ended, self._origin_is_here = False, False, False
+        self._verified = choice.read_from(0)
+        self.background = Background(overlapped=settings.snapshot != "at_once", compare=settings.snapshot == "checked")
+        self.tier = Tier(
+            tier.place(self.store),
+            self.background,
+            lambda text: self._say(text),
+            is_on=bool(settings.memory_every_steps and world.is_writer),
+        )
+        self._slow_words, self._has_room, self.resumed = "", False, ""
         self._say: Callable[[str], None] = lambda text: None
 
     @property
@@ -97,7 +106,7 @@ class Saver:
         self._ending.finish = self.background.close
         if len(self.stores) == 1 and self.store.is_local:
             check_shared(self.store, self.attempt, self.world)
-        self._saved_at = self.clock()
+        self.timer.begun()
         return self.attempt
 
     def _claim(self, progress: Progress) -> Attempt:
@@ -108,6 +117,7 @@ class Saver:
             if not store.is_local:
                 probe.check(store)
         attempt = attempts.claim(found, self.origin, self.world.size)
+        self.tier.begin(attempt, self.origin)
         for place, key in self._choice.damaged:
             load.set_aside(self.stores[place], key)
             progress.say(f"harness: set aside: {key}" + (f" in {self.stores[place]}" if len(self.stores) > 1 else ""))
@@ -116,18 +126,16 @@ class Saver:
             requests.sweep([store], attempt.number)
             store.write("config.yaml", config.to_yaml(self.settings.config).encode(), attempt.number)
         self._listen(attempt, found)
-        self._say = progress.say
+        self._say, self.resumed = progress.say, resumed(found, self.origin)
         return attempt
-
-    def _read_from(self, store: Store) -> set[str]:
-        """The name of what the attempt goes on from, if it was read whole from this very store."""
-        choice = self._choice
-        return {choice.manifest.name} if choice.manifest and self.stores[choice.place] is store else set()
 
     def _listen(self, attempt: Attempt, found: Survey) -> None:
         """Begin to record what happens, and to copy what is committed."""
         local = self.store if isinstance(self.store, LocalStore) else None
         has_remote = local is None or len(self.stores) > 1
+        self.timer.lives = lives(found)
+        here = [m for m in found.history if local and m in found.parts[0].manifests]
+        self._origin_is_here = self.origin in here
         ledger = self.ledger = Ledger(local, fmt.events_key(attempt.number), kept=has_remote)
         name = self.origin.name if self.origin else None
         ledger.write("begun", step=self.saved_step or 0, world_size=self.world.size, went_on_from=name)
@@ -135,34 +143,23 @@ class Saver:
             self._outage.note = ledger.write
             route = Route(local, self.stores[-1], self.settings.remote_policy)
             self._uploader = Uploader(route, attempt, ledger, self._outage)
-            here = [m for m in found.history if local and m in found.parts[0].manifests]
             there = [m for m in found.parts[-1].manifests if m.key not in found.parts[-1].marked]
-            self._uploader.start(here, there, self.origin, self._read_from(self.stores[-1]))
+            self._uploader.start(here, there, self.origin, self._choice.read_from(len(self.stores) - 1))
 
-    def is_due(self) -> bool:
-        """Whether it is time to save, by the clock or because what the attempt went on from is gone."""
-        if self.background.has_failed or self.background.wants_again:  # `save` says what failed
+    def is_due(self, left_s: float) -> bool:
+        """Whether it is time to save, by the clock or because what the attempt went on from is gone. The run ends in `left_s`."""
+        if self.background.has_failed or self.background.wants_again or (self._choice.in_memory and not self._committed):
+            return True  # `save` says what failed
+        if self.timer.is_due(left_s, self.save_s, self.background.is_busy_with(self._finish)):
             return True
-        every_s = self.settings.save_every_s
-        if every_s is not None and self.clock() - self._saved_at >= every_s:
-            if self.settings.when_busy == "wait" or not self.background.is_busy:
-                return True
-            self._saved_at = self.clock()
-            self.note("skipped", why="the save before has not arrived yet")
         if self._uploader and (self._uploader.has_failed or self._uploader.origin_is_gone):  # `save` says what failed
             return True
-        if self.origin is None or self._committed or not self.origin_is_here:
+        if self.origin is None or self._committed or not self._origin_is_here:
             return False
         try:  # until our first commit nothing but the origin holds the run: a zombie may have deleted it
             return not self.store.exists(self.origin.key)
         except StorageError:
             return False
-
-    @property
-    def origin_is_here(self) -> bool:
-        """Whether what the attempt went on from lay in the run directory."""
-        found = self._choice.survey
-        return self.store.is_local and found is not None and self.origin in found.parts[0].manifests
 
     def save(
         self, capture: Callable[[], Captured], about: Callable[[], About], give_up: Callable[[], object], *, wait: bool
@@ -174,7 +171,7 @@ class Saver:
         """
         began_at = time.perf_counter()
         is_saved = self._told(self.world.on_writer(lambda: self._begin(capture, about, began_at, wait), give_up=give_up))
-        self._saved_at = self.clock()
+        self.timer.begun()
         return is_saved
 
     def settle(self, give_up: Callable[[], object]) -> None:
@@ -198,7 +195,7 @@ class Saver:
             self._uploader.check()
         captured, told, problem = capture(), about(), ""
         if not self.background.is_unable:
-            self.background.start(captured, told, began_at)
+            self.background.start(captured, told, began_at, self._finish)
             problem = self.background.wait() if wait else ""
         if self.background.slow_words != self._slow_words:
             self._slow_words = self.background.slow_words
@@ -212,13 +209,10 @@ class Saver:
     def _finish(self, job: Job, write: Callable[[Sink], None], check: Callable[[], None]) -> None:
         """Commit, in the background, what is copied."""
 
-        def costs() -> dict[str, float]:
-            return {"blocked_s": round(job.blocked_s, 6), "copy_s": round(job.snapshot.copy_s, 6)}
-
         assert self.attempt is not None and job.loan is not None
         key = fmt.data_key(job.head["step"], self.attempt.number)
         with self._uploader.ahead(key, job.loan) if self._uploader else contextlib.nullcontext():
-            job.problem = self._commit(job.head, job.about, job.began_at, write, check, costs)
+            job.problem = self._commit(job.head, job.about, job.began_at, write, check, job.costs)
 
     def _commit(
         self, payload: Mapping[str, Any], about: About, began_at: float, write: Callable[[Sink], None] | None,
@@ -239,6 +233,7 @@ class Saver:
         self.saved_step, self._committed = manifest.step, True
         self._words = f"saved step {manifest.step} in {self.save_s:.2g} s"
         self._verified.add(manifest.name)
+        self.tier.drop(before=(manifest.attempt, manifest.step + 1))
         spent = {"seconds": round(self.save_s, 6)} | costs()
         self.ledger.write("saved", step=manifest.step, checkpoint=manifest.name, size_bytes=manifest.size_bytes, **spent)
         if self._uploader:
@@ -262,6 +257,7 @@ class Saver:
 
     def at_boundary(self, tracked: Mapping[str, Any]) -> None:
         """A step is over. After the first one all state is there that will be."""
+        self.timer.step(self.background.is_busy_with(self._finish), self.save_s)
         if not self._has_room and self.world.is_writer:
             self._has_room = True
             self.background.make_room(state.size_bytes(tracked))

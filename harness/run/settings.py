@@ -7,6 +7,7 @@ from typing import Any
 
 from harness.checkpoint import retention
 from harness.errors import UsageError
+from harness.run.timer import AUTO
 
 SNAPSHOTS, WHEN_BUSY = ("overlapped", "checked", "at_once"), ("wait", "skip")
 
@@ -16,7 +17,7 @@ class Settings:
     """How a run saves, what it keeps, and what it insists on."""
 
     seed: int = 0
-    save_every_s: float | None = 60.0
+    save_every_s: float | str | None = 60.0
     save_every_steps: int | None = None
     policy: retention.Policy = field(default_factory=retention.Policy)
     remote_policy: retention.Policy = field(default_factory=retention.Policy)
@@ -32,12 +33,19 @@ class Settings:
     notices: str | None = None
     snapshot: str = "overlapped"
     when_busy: str = "wait"
+    memory_every_steps: int | None = None
 
     def __post_init__(self) -> None:
         for name, value, allowed in (("snapshot", self.snapshot, SNAPSHOTS), ("when_busy", self.when_busy, WHEN_BUSY)):
             if value not in allowed:
                 raise UsageError(f"{name} is none of {', '.join(allowed)}", f"found: {value!r}")
+        if isinstance(self.save_every_s, str) and self.save_every_s != AUTO:
+            raise UsageError("save_every_s is a number of seconds, auto, or None", f"found: {self.save_every_s!r}")
 
     def saves_at(self, step: int) -> bool:
         """Whether a checkpoint of this step is due by its number."""
         return bool(self.save_every_steps and step % self.save_every_steps == 0)
+
+    def remembers_at(self, step: int) -> bool:
+        """Whether this step is to be kept in memory."""
+        return bool(self.memory_every_steps and step % self.memory_every_steps == 0)

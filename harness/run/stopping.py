@@ -60,15 +60,17 @@ class Stopping:
                         seen.add(key)
                         self._saves_asked.set() if what == "save" else stop.request(ASKED)
 
-    def agree(self, step: int, pace: Pace, is_due: Callable[[], bool], needed_s: Callable[[], float]) -> tuple[bool, bool]:
-        """Whether all stop now, whether all save now. `is_due` and `needed_s` (to save, upload and leave) are asked on the writer.
-        Collective: every rank must call it."""
+    def agree(
+        self, step: int, end_step: int | None, pace: Pace, is_due: Callable[[float], bool], needed_s: Callable[[], float]
+    ) -> tuple[bool, bool]:
+        """Whether all stop now, whether all save now. `is_due`, with so many seconds left to the end, and `needed_s` (to save, upload
+        and leave) are asked on the writer. Collective: every rank must call it."""
         if step < self._next:
             return False, False
         interval = 1 if self.world.size == 1 else min(pace.steps_within(AGREE_EVERY_S, step), 2 * self._interval, MOST_STEPS)
         saving = False
         if self.world.is_writer:
-            saving = is_due() or self._saves_asked.is_set()
+            saving = is_due(pace.left_s(step, end_step)) or self._saves_asked.is_set()
             self._saves_asked.clear()
             if stop.requested() is None and self.deadline.is_near(self.settings.margin_s + deadline.SAFETY * needed_s()):
                 stop.request(TIME_LIMIT)
