@@ -410,6 +410,26 @@ def test_a_part_that_was_changed_on_its_way_is_sent_again_whatever_checksum_the_
         assert all(with_crc) or all(with_md5)
 
 
+class MuteS3(S3Bucket):
+    """As if the server promised to compare, and did not."""
+
+    def _call(self, limit_s: float, method: str, **arguments: Any) -> dict[str, Any]:
+        promised = {"ChecksumAlgorithm": "CRC32"} if arguments.pop("ChecksumAlgorithm", None) else {}
+        arguments.pop("ChecksumCRC32", None)
+        for part in arguments.get("MultipartUpload", {}).get("Parts", ()):
+            part.pop("ChecksumCRC32")
+        return super()._call(limit_s, method, **arguments) | promised
+
+
+def test_a_server_that_does_not_say_what_it_compared_is_not_believed(way):
+    data, store = os.urandom(17 * MB), RemoteStore(way.base.url, MuteS3(way.base.url), 60)
+    store.write(KEY, data, 1)
+    assert way.stored() == data
+    way.fault(Rule("flip_put", "PUT", "partNumber=2", first=1))
+    with pytest.raises(StorageError, match="did not arrive as it was sent"):
+        store.write(KEY, data, 1)
+
+
 def test_expired_credentials_are_no_refusal_of_a_checksum(way):
     way.fault(Rule("expired", "POST", "uploads", first=1))
     way.store().write(KEY, os.urandom(17 * MB), 1)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -81,6 +83,25 @@ def test_who_goes_on_from_memory_and_is_stopped_at_once_saves_it(tmp_path, kept)
             wait_until(stop.requested, "the signal is noticed")
     assert ended.value.code == 0
     assert steps_of(tmp_path / "a") == [7] and not kept.root.exists()
+
+
+class Trap(io.StringIO):
+    """An output that has this process terminated when it hears some words."""
+
+    def write(self, text: str) -> int:
+        if "goes on from step 6 " in text:
+            os.kill(os.getpid(), signal.SIGTERM)
+            wait_until(stop.requested, "the signal is noticed")
+        return super().write(text)
+
+
+def test_who_goes_on_from_memory_and_is_stopped_before_the_first_step_puts_it_on_the_disk(tmp_path, kept, monkeypatch):
+    left_at(tmp_path / "a", 7)
+    monkeypatch.setattr(sys, "stdout", Trap())
+    with pytest.raises(SystemExit) as ended:
+        train(tmp_path / "a", **EACH)
+    assert ended.value.code == 0
+    assert steps_of(tmp_path / "a") == [6] and not kept.root.exists()
 
 
 @pytest.mark.parametrize("how", ["flipped", "cut short", "no data", "manifest torn"])
