@@ -20,7 +20,11 @@ from harness.checkpoint.attempts import Attempt
 from harness.checkpoint.format import Manifest
 from harness.checkpoint.history import survey
 from harness.checkpoint.replicate import send
+from harness.checkpoint.retention import Policy
 from harness.errors import DamagedError
+from harness.events import Ledger
+from harness.run.outage import Outage
+from harness.run.uploader import Route, Uploader
 from harness.store import LocalStore, open_store
 from harness.store.image import LENT_BYTES, Image
 
@@ -119,6 +123,23 @@ def test_nothing_appears_that_is_not_what_the_manifest_says(committed, home: Hom
             send(store, manifest.data_key, pieces, told, target, attempt)
     assert home.keys() == []
     assert "Uploads" not in home.client.list_multipart_uploads(Bucket=home.bucket)
+
+
+def test_one_that_is_never_committed_is_dropped_and_the_next_one_sent(committed, home: Home) -> None:
+    store, manifest, _ = committed
+    route = Route(store, open_store(home.url, 30), Policy())
+    uploader = Uploader(route, Attempt(1, manifest.run_id, ""), Ledger(store, "events/0001.jsonl", kept=True), Outage(home.url, print))
+    uploader.start([], [], None, set())
+    image = Image()
+    image.reserve(3 * LENT_BYTES)
+    with uploader.ahead("checkpoints/step_00000099-0001.pt", image.lend()):
+        wait_until(lambda: "Uploads" in home.client.list_multipart_uploads(Bucket=home.bucket), "it is being sent")
+    uploader.offer(manifest)
+    assert uploader.settle(60) == ""
+    uploader.close(10)
+    image.close()
+    assert home.steps() == [1]
+    check_like_the_directory(home, Path(str(store)))
 
 
 def test_what_is_lent_is_read_until_it_is_needed() -> None:
