@@ -252,9 +252,7 @@ try:
 except StorageError as error:
     print(error)
 """
-    said = child(
-        medium, code, "strace", "-f", "-qq", "-o", "/dev/null", "-P", str(data_path(medium)), "-e", "inject=sendfile:error=EIO:when=3"
-    )
+    said = child(medium, code, "strace", "-f", "-qq", "-o", "/dev/null", "-P", str(data_path(medium)), "-e", "inject=read:error=EIO:when=3")
     assert "cannot read checkpoints/step_00000010-0001.pt" in said and os.strerror(errno.EIO) in said
 
 

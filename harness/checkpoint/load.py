@@ -73,11 +73,7 @@ def chunks(store: Store, key: str, start: int = 0) -> Iterator[bytes]:
     try:
         yield from store.chunks(key, start)
     except FileNotFoundError as error:
-        raise _missing(key) from error
-
-
-def _missing(key: str) -> DamagedError:
-    return DamagedError(f"{key} is missing, or no regular file", remedy="Its manifest is there: somebody deleted the data.")
+        raise DamagedError(f"{key} is missing, or no regular file", remedy="Its manifest is there: somebody deleted the data.") from error
 
 
 def verified_chunks(store: Store, manifest: Manifest, tell: Tell = _not_told) -> Iterator[bytes]:
@@ -91,18 +87,7 @@ def verified(store: Store, manifest: Manifest, tell: Tell = _not_told) -> Memory
 
     Raises DamagedError if it is not what the manifest says, StorageError if it cannot be read, HarnessError if there is no room.
     """
-    if not isinstance(store, LocalStore) or manifest.size_bytes == 0:  # nothing can be mapped of an empty file
-        return keep(verified_chunks(store, manifest, tell), manifest.size_bytes, manifest.data.name)
-    try:
-        memory, size_bytes, digest = store.hold(manifest.data_key, manifest.size_bytes, manifest.data.name, tell)
-    except FileNotFoundError as error:
-        raise _missing(manifest.data_key) from error
-    try:
-        compare(size_bytes, digest, manifest.data, manifest.data_key)
-    except DamagedError:
-        memory.close()
-        raise
-    return memory
+    return keep(verified_chunks(store, manifest, tell), manifest.size_bytes, manifest.data.name)
 
 
 def parse(memory: Memory, manifest: Manifest) -> dict[str, Any]:

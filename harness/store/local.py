@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from harness.errors import StorageError
 from harness.store.base import SET_ASIDE, TEMP, Entry, Sink, Store, check_key, in_words
-from harness.store.memory import Memory, keep_file
 
 READ_BYTES = 1 << 20  # still in the processor's cache when it has been digested and is copied
 
@@ -139,11 +138,6 @@ class LocalStore(Store):
                 os.close(fd)
                 raise FileNotFoundError(errno.ENOENT, "not a regular file", str(path))
             return os.fdopen(fd, "rb", buffering=1 << 20)
-
-    def hold(self, key: str, size_bytes: int, what: str, tell: Callable[[int], object]) -> tuple[Memory, int, str]:
-        """The first `size_bytes` of a file in sealed memory, the file's size, and the digest of those bytes; see `keep_file`."""
-        with self.open(key) as file, _said(key, "read"):
-            return keep_file(file, size_bytes, what, tell)
 
     def chunks(self, key: str, start: int = 0) -> Iterator[bytes]:
         with self.open(key) as file, _said(key, "read"):

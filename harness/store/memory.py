@@ -10,21 +10,15 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import mmap
 import os
 import secrets
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import BinaryIO
-
-from blake3 import blake3
 
 from harness.errors import HarnessError
 
 NO_EXEC = 0x0008  # MFD_NOEXEC_SEAL: where vm.memfd_noexec=2 nothing else is allowed, and before Linux 6.3 it is unknown
-COPIED_BYTES = 4 << 20  # at once
-NO_ROOM = (errno.ENOMEM, errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 
 
@@ -96,48 +90,6 @@ def keep(chunks: Iterable[bytes], size_bytes: int, what: str) -> Memory:
         memory.close()
         raise
     return memory
-
-
-def keep_file(file: BinaryIO, size_bytes: int, what: str, tell: Callable[[int], object]) -> tuple[Memory, int, str]:
-    """The first `size_bytes` of a file, sealed; how large the file was found to be, and the BLAKE3 digest of what is kept.
-
-    The kernel copies, and another thread digests what is there already: to read and write took a tenth longer. `tell` is told of so many
-    bytes more. What reading raises passes through, and nothing is kept then. Raises HarnessError if there is not enough memory for `what`.
-    """
-    name, digest, done = f"harness-{secrets.token_hex(16)}", blake3(), 0
-    with _room(what, size_bytes):
-        memory = Memory(create(name), name)
-    try:
-        with _room(what, size_bytes):
-            os.ftruncate(memory.fd, size_bytes)
-            mapping = mmap.mmap(memory.fd, size_bytes, prot=mmap.PROT_READ)
-        with mapping, memoryview(mapping) as view, ThreadPoolExecutor(1, thread_name_prefix="digest") as second:
-            while copied := _copy(memory.fd, file.fileno(), done, min(COPIED_BYTES, size_bytes - done), what):
-                second.submit(digest.update, view[done : done + copied])
-                done += copied
-                tell(copied)
-        with _room(what, size_bytes):
-            fcntl.fcntl(memory.fd, fcntl.F_ADD_SEALS, SEALS)  # not while it is mapped
-        found_bytes = os.fstat(file.fileno()).st_size
-    except BaseException:
-        memory.close()
-        raise
-    return memory, done if done < size_bytes else found_bytes, f"blake3:{digest.hexdigest()}"
-
-
-def _copy(to: int, fd: int, at: int, count: int, what: str) -> int:
-    """Append what lies there in a file to memory; returns how many bytes that were. Raises OSError of reading, HarnessError."""
-    try:
-        return os.sendfile(to, fd, at, count) if count else 0
-    except OSError as error:
-        if error.errno in NO_ROOM:
-            with _room(what, count):
-                raise
-        if error.errno != errno.EINVAL:  # else a file system that the kernel cannot copy from
-            raise
-    data = os.pread(fd, count, at)
-    with _room(what, count):
-        return os.write(to, data)
 
 
 @contextlib.contextmanager
