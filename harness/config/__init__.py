@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from harness.config.settings import FREE, WHOLE, Config
+from harness.config.names import flatten, nested
+from harness.config.settings import FREE, Config
 from harness.errors import UsageError
 
 __all__ = ["Change", "Config", "changes", "check_changes", "digest", "flatten", "from_yaml", "load", "nested", "to_yaml"]
@@ -26,22 +27,6 @@ def load(file: str | None, overrides: list[str]) -> tuple[Config, dict[str, Any]
     from harness.config.reading import read
 
     return read(file, overrides)
-
-
-def nested(name: str, value: Any) -> dict[str, Any]:
-    """{"a": {"b": 1}} of "a.b" and 1."""
-    for part in reversed(name.split(".")):
-        value = {part: value}
-    return value  # type: ignore[no-any-return]
-
-
-def flatten(nested: dict[Any, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} becomes {"a.b": 1}; lists, empty dicts, and those whose names hold dots, are values."""
-    flat: dict[str, Any] = {}
-    for key, value in nested.items():
-        name = f"{prefix}{key}"
-        flat |= flatten(value, f"{name}.") if isinstance(value, dict) and value and name not in WHOLE else {name: value}
-    return flat
 
 
 def from_yaml(text: bytes) -> dict[str, Any]:

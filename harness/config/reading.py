@@ -10,7 +10,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from harness.config import flatten, nested
+from harness.config.names import flatten, nested
 from harness.config.settings import RULES, SPELLED, Config
 from harness.errors import UsageError
 from harness.store import redacted

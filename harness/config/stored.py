@@ -8,7 +8,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from harness.config import flatten, nested
+from harness.config.names import flatten, nested
 from harness.config.settings import SPELLED, Config
 from harness.errors import UsageError
 

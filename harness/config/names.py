@@ -1,0 +1,23 @@
+"""Settings by their dotted names, and as nested dicts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from harness.config.settings import WHOLE
+
+
+def nested(name: str, value: Any) -> dict[str, Any]:
+    """{"a": {"b": 1}} of "a.b" and 1."""
+    for part in reversed(name.split(".")):
+        value = {part: value}
+    return value  # type: ignore[no-any-return]
+
+
+def flatten(nested: dict[Any, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} becomes {"a.b": 1}; lists, empty dicts, and those whose names hold dots, are values."""
+    flat: dict[str, Any] = {}
+    for key, value in nested.items():
+        name = f"{prefix}{key}"
+        flat |= flatten(value, f"{name}.") if isinstance(value, dict) and value and name not in WHOLE else {name: value}
+    return flat
