@@ -17,7 +17,7 @@ from blake3 import blake3
 from harness.errors import StorageError
 from harness.store.memory import create
 
-PIECE_BYTES = 16 << 20
+PIECE_BYTES, DIGESTED_BYTES = 4 << 20, 256 << 10  # written and digested at once: who waits for this core waits for one of these
 LENT_BYTES = 8 << 20
 BLOCK_BYTES = 4096  # what O_DIRECT wants addresses, offsets and lengths to be multiples of
 DIRECT_FROM_BYTES = 256 << 20  # smaller files go through the page cache, where the next start finds them
@@ -171,8 +171,9 @@ def _write_all(fd: int, view: memoryview, size_bytes: int) -> str:
     for thread in threads:
         thread.start()
     digest = blake3()
-    for at in itertools.takewhile(lambda _: not errors, range(0, size_bytes, PIECE_BYTES)):
-        digest.update(view[at : min(at + PIECE_BYTES, size_bytes)])
+    for at in itertools.takewhile(lambda _: not errors, range(0, size_bytes, DIGESTED_BYTES)):
+        digest.update(view[at : min(at + DIGESTED_BYTES, size_bytes)])
+        os.sched_yield()  # else a rank whose turn it is waits until the kernel looks again, some milliseconds
     for thread in threads:
         thread.join()
     if not threads:
