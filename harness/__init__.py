@@ -10,11 +10,12 @@ Reading order, which is the order of a run:
     ranks.py      the other processes                     ddp.py        modules wrapped for them
     stop/         signals, deadlines, the watchdog        events.py     what is said
     retry.py      what is tried again, and how long       slurm.py      the job script
-    exchange/     files for others, and from others
+    exchange/     files for others, and from others        report/       what a run has spent its time on
 
 Imports only go down these layers, and each third-party library has one door:
 
     train, cli
+    report
     exchange
     run
     events

@@ -11,7 +11,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -21,6 +21,7 @@ from harness.errors import StorageError
 from harness.store import LocalStore
 
 LIVE_EVERY_S, LINE_EVERY_S = 0.1, 10.0
+SPENT_EVERY_S, ENDS = 1.0, ("finished", "stopped")
 MOST_KEPT = 50_000  # lines, some ten megabytes
 
 
@@ -54,9 +55,14 @@ def fill_closed_streams() -> None:
 class Ledger:
     """The events of one attempt: `events/0003.jsonl` in a local store, and, `kept` here until then, segments in a remote one."""
 
-    def __init__(self, store: LocalStore | None, key: str, kept: bool = False) -> None:
-        self.store, self.key = store, key
+    def __init__(
+        self, store: LocalStore | None, key: str, kept: bool = False, spent: Callable[[], dict[str, float]] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:  # fmt: skip
+        self.store, self.key, self.clock = store, key, clock
         self.lost = 0
+        self._spent, self._spent_at = spent, -SPENT_EVERY_S
+        self.listener: Callable[[Mapping[str, Any]], object] | None = None  # is told of each event, on the thread that writes it
         self._kept: collections.deque[bytes] | None = collections.deque(maxlen=MOST_KEPT) if kept else None
 
     def take(self) -> list[bytes]:
@@ -67,8 +73,13 @@ class Ledger:
         return taken
 
     def write(self, kind: str, **fields: Any) -> None:
-        """Append one event. A store that refuses is complained of once."""
-        line = (json.dumps({"event": kind, "time": now()} | fields, default=str) + "\n").encode()
+        """Append one event; one a second tells what the attempt's time was spent on. A store that refuses is complained of once."""
+        if self._spent is not None and (kind in ENDS or self.clock() - self._spent_at >= SPENT_EVERY_S):
+            self._spent_at, fields["spent"] = self.clock(), self._spent()
+        event = {"event": kind, "time": now()} | fields
+        if self.listener is not None:
+            self.listener(event)
+        line = (json.dumps(event, default=str) + "\n").encode()
         if self._kept is not None:
             self._kept.append(line)
         if self.store is None:
@@ -88,9 +99,9 @@ class Moment:
     step: int
     end_step: int | None
     epoch: int
-    epochs: int
+    epochs: int | None
     values: dict[str, float]
-    samples_per_s: float
+    rate: str
     saved: str
 
 
@@ -163,9 +174,10 @@ def _is_terminal() -> bool:
 
 def _text(moment: Moment, steps_per_s: float) -> str:
     total = f"/{moment.end_step}" if moment.end_step else ""
-    parts = [f"epoch {min(moment.epoch + 1, moment.epochs)}/{moment.epochs}", f"step {moment.step}{total}"]
+    parts = [f"epoch {min(moment.epoch + 1, moment.epochs)}/{moment.epochs}"] if moment.epochs else []
+    parts += [f"step {moment.step}{total}"]
     parts += [f"{name} {value:.4g}" for name, value in moment.values.items()]
-    parts.append(f"{moment.samples_per_s:,.0f} samples/s")
+    parts.append(moment.rate)
     if moment.end_step and steps_per_s > 0:
         parts.append(f"{duration((moment.end_step - moment.step) / steps_per_s)} left")
     parts.append(moment.saved)

@@ -37,6 +37,7 @@ from harness.errors import SaveError
 from harness.events import Progress
 from harness.run import ending as run_ending
 from harness.run import uploader
+from harness.run.account import Account
 from harness.run.ending import Ending
 from harness.run.places import listen
 from harness.run.saver import Saver
@@ -100,7 +101,7 @@ def write(places: list[str], steps: list[int], wait_s: float, told: str) -> None
     choice = load.choose(stores, world)
     policy = retention.Policy(last=2, best=0)
     settings = Settings(policy=policy, remote_policy=policy, wait_s=wait_s)
-    saver = Saver(stores, world, choice, settings, ending, outage, time.monotonic)
+    saver = Saver(stores, world, choice, settings, ending, outage, Account(), time.monotonic)
     saver.begin(Progress(), lambda: None)
     for step in steps:
         final: dict[str, int | None] | None = {"epochs": 1, "max_steps": None} if step == steps[-1] else None

@@ -179,7 +179,7 @@ def test_a_batch_that_cannot_be_dealt_out_is_refused_with_the_nearest_that_can()
 
 
 def batches_of(dataset, plan, num_workers=0, position=Position(), epochs=2, collate=None):  # noqa: B008
-    return list(loading.load(dataset, plan.shares(position, epochs), plan.seed, collate, num_workers))
+    return list(loading.load(dataset, plan.shares(position, epochs), plan.seed, collate, loading.Workers(num_workers)))
 
 
 def assert_same(one, other):
@@ -243,7 +243,7 @@ def test_loading_disturbs_no_global_generator(num_workers):
     (plan,) = plans(24, 6, 1, 1)
     torch.manual_seed(5), np.random.seed(5), random.seed(5)
     before = generators()
-    loader = loading.load(Noisy(24), plan.shares(Position(), 1), 1, noisy_collate, num_workers)
+    loader = loading.load(Noisy(24), plan.shares(Position(), 1), 1, noisy_collate, loading.Workers(num_workers))
     assert generators() == before
     for _ in loader:
         assert generators() == before
@@ -271,7 +271,7 @@ def test_going_on_in_mid_epoch_reads_nothing_that_is_thrown_away():
 
     read: list[int] = []
     (plan,) = plans(1000, 10, 1, 1)
-    loader = loading.load(Counting(1000), plan.shares(Position(0, 900), 1), 1, None, 0)
+    loader = loading.load(Counting(1000), plan.shares(Position(0, 900), 1), 1, None)
     next(loader)
     assert read == list(plan.samples(0)[900:910])
     assert sum(1 for _ in loader) == 9 and len(read) == 100
@@ -319,7 +319,7 @@ def test_another_order_takes_the_place_of_the_shuffle():
         return [9, 7, 5, 3, 1] if epoch % 2 == 0 else [0, 2, 4, 6, 8]
 
     source = loading.source(
-        Noisy(10), world, 1, 2, accumulate=1, shuffle=True, drop_last=False, order=order, collate=None, num_workers=0
+        Noisy(10), world, 1, 2, accumulate=1, shuffle=True, drop_last=False, order=order, collate=None, workers=loading.Workers()
     )  # fmt: skip
     dealt = [share.micro_batches[0] for share, _ in source.shares(Position(), 2)]
     assert dealt == [(9, 7), (5, 3), (1,), (0, 2), (4, 6), (8,)]
@@ -356,7 +356,8 @@ class Stream(torch.utils.data.IterableDataset):
 def stream_source(size: int, share: int, accumulate: int = 1, position: Position = Position(), state=None, epochs=3):  # noqa: B008
     world = World(0, 1, torch.device("cpu"), 10)
     source = loading.source(
-        Stream(size), world, 1, share, accumulate=accumulate, shuffle=True, drop_last=True, order=None, collate=None, num_workers=0
+        Stream(size), world, 1, share, accumulate=accumulate, shuffle=True, drop_last=True, order=None, collate=None,
+        workers=loading.Workers(),
     )  # fmt: skip
     source.restore(state)
     for share_, batches in source.shares(position, epochs):
@@ -399,7 +400,7 @@ def test_a_stream_that_cannot_tell_where_it_stands_is_refused():
             return iter(range(3))
 
     world = World(0, 1, torch.device("cpu"), 10)
-    options = {"accumulate": 1, "shuffle": True, "drop_last": True, "order": None, "collate": None, "num_workers": 0}
+    options = {"accumulate": 1, "shuffle": True, "drop_last": True, "order": None, "collate": None, "workers": loading.Workers()}
     with pytest.raises(UsageError, match="state_dict"):
         loading.source(Forgetful(), world, 1, 2, **options)
     with pytest.raises(UsageError, match="dealt out evenly"):

@@ -254,11 +254,6 @@ def test_a_sparse_buffer_and_a_lazy_module_go_on(tmp_path):
     assert loop(tmp_path, make).finished
 
 
-def test_a_dataloader_is_refused_with_the_way_to_do_it(tmp_path):
-    with pytest.raises(UsageError, match="takes the dataset itself, not a DataLoader"):
-        loop(tmp_path, simple, data=torch.utils.data.DataLoader(points()))
-
-
 def test_a_loop_over_epochs_around_the_loop_is_refused_also_when_the_run_is_finished(tmp_path):
     for _ in range(2):
         job = harness.init(tmp_path, seed=2)

@@ -14,6 +14,13 @@ import pytest
 from conftest import CLEAN, REPO
 
 
+def after(diff: str) -> str:
+    """The program that a diff of all of it leads to; at most four lines are new."""
+    lines = diff.splitlines()
+    assert 0 < sum(line.startswith("+") for line in lines) <= 4
+    return "\n".join(line[2:] for line in lines if not line.startswith("-")) + "\n"
+
+
 @pytest.mark.parametrize("most", [2, pytest.param(None, marks=pytest.mark.slow)], ids=["its beginning", "all of it"])
 def test_every_command_and_every_program_of_the_readme_works(most: int | None, tmp_path: Path) -> None:
     copy = tmp_path / "harness"
@@ -21,12 +28,13 @@ def test_every_command_and_every_program_of_the_readme_works(most: int | None, t
     (copy / ".venv").symlink_to(Path(sys.prefix))
     # It kills by name, on the whole machine: not the runs of whoever else tests this here.
     text = (REPO / "README.md").read_text().replace("runs/killed", f"runs/{secrets.token_hex(4)}-killed")
-    blocks = re.findall(r"```(bash|python)\n(.*?)```", text, re.DOTALL)
+    blocks = re.findall(r"```(bash|python|diff)\n(.*?)```", text, re.DOTALL)
     assert len(blocks) >= 9
     said = []
     for number, (language, block) in enumerate(blocks[:most]):
-        if language == "python":
-            (copy / block.split("\n", 1)[0].removeprefix("# ")).write_text(block)
+        if language != "bash":
+            program = after(block) if language == "diff" else block
+            (copy / program.split("\n", 1)[0].removeprefix("# ")).write_text(program)
             continue
         script = copy / f"block_{number}.sh"
         script.write_text(f"set -eo pipefail\n{block}")

@@ -284,9 +284,10 @@ def check_hang_is_told(directory: Path, output: str, rank: int) -> None:
     end = ended(directory, "attempts")["0001"]
     assert (end["why"], end["rank"], end["step"]) == ("failed", rank, 13), end
     assert "in die" in end["trace"] and "a step took longer than" in end["error"]
+    assert f"rank {rank} is stuck in die (" in (directory / "hangs/0001.txt").read_text().splitlines()[0]
     logs = {1: "".join(file.read_text() for file in directory.glob("logs/*-rank1.log")), 0: output}
     for own in (0, 1):
-        assert f"rank {own} hangs at step 13" in logs[own] and ("in die" in logs[own]) == (own in (0, rank)), logs[own]
+        assert f"rank {own} hangs at step 13" in logs[own] and ("in die\n" in logs[own]) == (own in (0, rank)), logs[own]
 
 
 @pytest.mark.slow

@@ -28,7 +28,7 @@ class Attempt:
 
 def now() -> str:
     """The time for people to read; nothing is ever decided by it."""
-    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="milliseconds")
 
 
 def claim(found: Survey, went_on_from: Manifest | None, world_size: int, kind: str = "train") -> Attempt:

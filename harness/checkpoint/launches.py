@@ -16,16 +16,19 @@ import re
 import socket
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from harness.checkpoint.attempts import first_word, now
 from harness.checkpoint.history import Survey
+from harness.errors import UsageError
 from harness.store import Store
 
 LAUNCHES = "launches"
 LAUNCH_NAME = re.compile(r"^launches/(?P<name>[0-9A-Za-z_-]+\.[0-9]+)(?P<end>\.end|\.failed)?\.json\Z")
 SUBMITTED = "run.json"  # that the run was submitted: without it, and without anything else, a job stands before an empty disk
 ENVIRONMENT = "HARNESS_LAUNCH"
+SUPERVISED = "HARNESS_RUN"  # where the supervisor of this process looks for its run
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,26 @@ def failed(store: Store, name: str, **details: Any) -> bool:
     """Record what a launch fails of, if it is one of this store; the first word stands. Returns whether it was ours. Raises
     StorageError."""
     return store.exists(key(name)) and first_word(store, f"{LAUNCHES}/{name}.failed.json", {"why": "failed", "time": now()} | details)
+
+
+def supervise(directory: str | None, remote: str | None) -> None:
+    """Let the processes that are started from here know which run is being supervised."""
+    os.environ[SUPERVISED] = json.dumps(_spelled(directory, remote))
+
+
+def _spelled(directory: str | Path | None, remote: str | None) -> list[str | None]:
+    return [str(Path(directory).expanduser().absolute()) if directory is not None else None, remote.rstrip("/") if remote else None]
+
+
+def check_supervised(directory: str | Path | None, remote: str | None) -> None:
+    """Raises UsageError if a supervisor watches over another run than the one that is begun here."""
+    here, told = _spelled(directory, remote), json.loads(os.environ.get(SUPERVISED, "null"))
+    if told is not None and told != here:
+        raise UsageError(
+            "the launcher supervises another run than this program's",
+            f"found: harness.init({here[0]!r}, remote={here[1]!r}), expected: run.dir={told[0]} run.remote={told[1]}",
+            "Name the same places to harness.init and on the command line.",
+        )
 
 
 def attempts_of(found: Survey, name: str) -> dict[int, dict[str, Any]]:

@@ -15,7 +15,8 @@ from harness.checkpoint.history import Survey
 from harness.errors import StorageError
 from harness.store import Store
 
-SEGMENTS = 20  # of an attempt's events, the last ones that are read
+TAIL_BYTES = 1 << 18  # of an attempt's events: a million steps are tens of megabytes
+FEW = 20  # steps whose times tell how fast they were
 
 
 @dataclass(frozen=True)
@@ -49,25 +50,55 @@ def life(found: Survey, number: int, told: list[dict[str, Any]]) -> Life:
     return Life(number, *names, origin, reached, saved, (end or {}).get("time"), end)
 
 
-def events(stores: Sequence[Store], number: int) -> list[dict[str, Any]]:
-    """What is still there of an attempt's events, in the run directory or in segments."""
+def events(stores: Sequence[Store], number: int, most_bytes: float = TAIL_BYTES) -> list[dict[str, Any]]:
+    """What is still there of an attempt's last events, in the run directory or in segments."""
     found = []
     for store in stores:
         with contextlib.suppress(StorageError, FileNotFoundError):
-            keys = [entry.key for entry in store.entries(fmt.EVENTS) if entry.key.startswith(f"{fmt.EVENTS}/{number:04d}")]
-            for line in b"".join(store.read(key) for key in keys[-SEGMENTS:]).splitlines():
-                with contextlib.suppress(ValueError):
+            for line in _tail(store, f"{fmt.EVENTS}/{number:04d}", most_bytes).splitlines():
+                with contextlib.suppress(ValueError):  # cut off at the beginning, or while it was written
                     found.append(json.loads(line))
     return [event for event in found if isinstance(event, dict)]
 
 
-def steps_again(found: Survey, origin: Manifest) -> int:
-    """How many steps were made after the checkpoint that is gone on from, as far as anything tells."""
-    reached = [origin.step]
-    for number in (number for number in found.attempts if number >= origin.attempt):
-        is_told = (found.ends.get(number) or {}).get("step") is not None
-        reached.append(life(found, number, [] if is_told else events(found.stores, number)).reached)
-    return max(reached) - origin.step
+def told(stores: Sequence[Store], number: int, most_bytes: float = TAIL_BYTES) -> list[dict[str, Any]]:
+    """The same, once: from the first store that knows of any, where each knows all."""
+    return next((found for store in stores if (found := events([store], number, most_bytes))), [])
+
+
+def _tail(store: Store, name: str, most_bytes: float) -> bytes:
+    """The last bytes of all events files that begin with that name."""
+    parts: list[bytes] = []
+    for entry in reversed([entry for entry in store.entries(fmt.EVENTS) if entry.key.startswith(name)]):
+        if most_bytes <= 0:
+            break
+        start = max(0, entry.size_bytes - most_bytes)
+        parts.append(b"".join(store.chunks(entry.key, int(start))) if start else store.read(entry.key))
+        most_bytes -= entry.size_bytes
+    return b"".join(reversed(parts))
+
+
+def steps_per_s(told: Sequence[dict[str, Any]]) -> float | None:
+    """How fast the last steps were that an attempt's events tell of; None if they tell of too few."""
+    timed = []
+    for event in told:
+        if event.get("event") == "step":
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                timed.append((datetime.datetime.fromisoformat(event["time"]).timestamp(), int(event["step"])))
+    (began, first), (ended, last) = (timed[-FEW], timed[-1]) if len(timed) >= FEW else (timed[0], timed[-1]) if timed else ((0, 0), (0, 0))
+    return (last - first) / (ended - began) if last > first and ended > began else None
+
+
+def steps_again(found: Survey, origin: Manifest | None, newest: list[dict[str, Any]]) -> int:
+    """How many steps were made after the checkpoint that is gone on from, or from the beginning on, as far as anything tells. `newest`
+    are the newest attempt's events."""
+    attempt, step = (origin.attempt, origin.step) if origin else (0, 0)
+    reached = [step]
+    for number in (number for number in found.attempts if number >= attempt):
+        is_known = (found.ends.get(number) or {}).get("step") is not None
+        last = newest if number == found.greatest else [] if is_known else told(found.stores, number)
+        reached.append(life(found, number, last).reached)
+    return max(reached) - step
 
 
 def age_s(manifest: Manifest) -> float:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import sys
 
-from harness.errors import HarnessError, report
+from harness import errors
+from harness.errors import HarnessError
 from harness.events import say
 
 COMMANDS = {
@@ -16,6 +18,8 @@ COMMANDS = {
     "save": "ask a running job to save now, through its store",
     "doctor": "before an expensive run: check its directory, its bucket, their speed, and that all ranks agree",
     "status": "running, to be continued, finished, or failed: and why",
+    "top": "several runs at once: state, step, rate, time left, last checkpoint, last problem",
+    "report": "what its time was spent on, over all attempts; --html draws it",
     "ls": "every checkpoint of a run",
     "show": "what is in a checkpoint, without reading the tensors",
     "verify": "read and check everything, name what is damaged",
@@ -37,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return _run(name, rest)
     except HarnessError as error:
-        report(error)
+        errors.report(error)  # by its module: the command of this name is one here
         return error.exit_code
     except KeyboardInterrupt:
         return 130
@@ -50,7 +54,13 @@ def _run(name: str, rest: list[str]) -> int:
         prog=f"harness {name}", description=f"{summary}\n{details}", formatter_class=argparse.RawDescriptionHelpFormatter
     )
     module.add_arguments(parser)
-    return int(module.run(*_parsed(parser, rest)))
+    return int(module.run(*_parsed(parser, with_loop(rest) if name in ("launch", "submit") else rest)))
+
+
+def with_loop(given: list[str]) -> list[str]:
+    """A program of the user's own, and all that follows it, as one setting."""
+    at = next((at for at, word in enumerate(given) if word.endswith(".py") and "=" not in word and not word.startswith("-")), None)
+    return given if at is None else [*given[:at], f"run.loop={json.dumps(given[at:], ensure_ascii=False)}"]
 
 
 def _parsed(parser: argparse.ArgumentParser, rest: list[str]) -> tuple[argparse.Namespace, ...] | tuple[argparse.Namespace, list[str]]:

@@ -5,10 +5,14 @@ a crash loop, and no restart mends it. A signal to this process, the job's time 
 checked before any process is spawned. Options that are not listed here go to torchrun; with several nodes torchrun is started once, and
 whoever started all of them supervises (see `harness submit`).
 
+A program of your own may be named after the settings, with its arguments: it is started in place of harness/train.py. `run.dir` and
+`run.remote` then say where its run lives, as it says to harness.init.
+
 Exit code: 0 finished · 75 stopped, start me again · 78 configuration or usage · 74 storage · 76 superseded by a newer attempt ·
 1 failed.
 
 example: harness launch --nproc-per-node 2 --config configs/digits.yaml run.dir=runs/a train.epochs=20
+example: harness launch --nproc-per-node 2 run.dir=runs/a my_loop.py --lr 0.1
 """
 
 from __future__ import annotations
@@ -54,33 +58,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(given: argparse.Namespace, rest: list[str]) -> int:
-    if loops := [text for text in rest if text.endswith(".py")]:
-        raise UsageError(
-            "harness launch starts harness/train.py on a task", f"found: {', '.join(loops)}",
-            "Start a loop of your own with torchrun; harness status RUN then tells how it ended.",
-        )  # fmt: skip
     settings_given = [text for text in rest if "=" in text and not text.startswith("-")]
     options = [text for text in rest if text not in settings_given]
+    settings, stored = config.load(given.config, settings_given)
     training = (["--config", given.config] if given.config else []) + settings_given
     if (name := launches.own()) is not None:  # a supervisor has checked all that, and starts this on each node
         stop.die_with_parent()
-        code, words = _torchrun([f"--nproc-per-node={given.nproc_per_node}", *options], training)
+        code, words = _torchrun([f"--nproc-per-node={given.nproc_per_node}", *options], training, settings)
         if code == EXIT_STOPPED:
             return EXIT_FINISHED  # the run's records tell; srun would take anything else for a crash, and end the other nodes
         if code != EXIT_FINISHED:
-            _record(config.load(given.config, settings_given)[0], name, code, words)
+            _record(settings, name, code, words)
         return code
     ranks.check_environment()
-    settings, stored = config.load(given.config, settings_given)
-    task.find(settings.task.name, settings.task.args, stored["task"]["args"])
+    if settings.run.loop:
+        check_loop(settings.run.loop)
+    else:
+        task.find(settings.task.name, settings.task.args, stored["task"]["args"])
     if any(option.startswith(("--nnodes", "--rdzv", "--standalone", "--master")) for option in options):
-        code, words = _torchrun([f"--nproc-per-node={given.nproc_per_node}", *options], training)
+        code, words = _torchrun([f"--nproc-per-node={given.nproc_per_node}", *options], training, settings)
         if words:
             say(f"harness launch: {words}", sys.stderr)
         return outcome(survey(*supervise.places(settings))).exit_code if code == EXIT_FINISHED else code  # it may have been asked to stop
-    if given.nproc_per_node.isdigit() and int(given.nproc_per_node):
+    if given.nproc_per_node.isdigit() and int(given.nproc_per_node) and not settings.run.loop:
         check_batch(settings.train.global_batch_size, int(given.nproc_per_node), settings.train.micro_batch_size)
     return _supervise(settings, ["--nproc-per-node", given.nproc_per_node, "--standalone", *options, *training])
+
+
+def check_loop(words: list[str]) -> Path:
+    """The file of a program of the user's own. Raises UsageError."""
+    file = Path(words[0]).expanduser().absolute()
+    if not file.is_file():
+        raise UsageError("there is no such program", f"found: no file {file}", "Name the .py file of your loop, from this folder.")
+    return file
 
 
 def _supervise(settings: config.Config, arguments: list[str]) -> int:
@@ -140,7 +150,17 @@ def _record(settings: config.Config, name: str, code: int, words: str) -> None:
             say(f"harness launch: this failure is not recorded: {error.what}", sys.stderr)
 
 
-def _torchrun(options: list[str], training: list[str]) -> tuple[int, str]:
+def _program(training: list[str], settings: config.Config) -> list[str]:
+    """What torchrun starts, with its arguments: train.py, or a program of the user's own, which finds this very package."""
+    package = Path(__file__).resolve().parent.parent
+    launches.supervise(settings.run.dir, settings.run.remote)
+    if not settings.run.loop:
+        return [str(package / "train.py"), *training]
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(package.parent), os.environ.get("PYTHONPATH"))))
+    return [str(check_loop(settings.run.loop)), *settings.run.loop[1:]]
+
+
+def _torchrun(options: list[str], training: list[str], settings: config.Config) -> tuple[int, str]:
     """Run torchrun in this process; returns the exit code of the first worker that failed, or 75 if a signal ended it, and words."""
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -152,8 +172,7 @@ def _torchrun(options: list[str], training: list[str]) -> tuple[int, str]:
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SHUTDOWN_S))  # the workers plan by it
     own = {"--signals-to-handle": SIGNALS, "--shutdown-timeout": os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]}
     known = get_args_parser()._option_string_actions  # older versions lack them
-    program = str(Path(__file__).resolve().parent.parent / "train.py")
-    arguments = [*(f"{name}={value}" for name, value in own.items() if name in known), *options, program, *training]
+    arguments = [*(f"{name}={value}" for name, value in own.items() if name in known), *options, *_program(training, settings)]
     try:
         parsed = parse_args(arguments)  # type: ignore[no-untyped-call]
     except SystemExit:

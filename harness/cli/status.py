@@ -8,18 +8,15 @@ example: harness status runs/a
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 from dataclasses import asdict
-from typing import Any
 
 from harness.checkpoint import launches, past
-from harness.checkpoint.standing import Outcome, in_words, outcome
+from harness.checkpoint.standing import in_words, outcome
 from harness.cli import locate
-from harness.errors import EXIT_STOPPED, EXIT_STORAGE, UsageError
-from harness.events import duration, say
-
-ALIVE_S = 120.0  # events are written at least so often, or sent, while a run trains
+from harness.errors import EXIT_STORAGE, UsageError
+from harness.events import say
+from harness.report.alive import alive
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,7 +33,7 @@ def run(given: argparse.Namespace) -> int:
     known = launches.read(found.stores)
     told = {n: past.events(found.stores, n) for n in found.attempts if found.ends.get(n, {"why": "failed"}).get("why") == "failed"}
     lives = [past.life(found, number, told.get(number, [])) for number in sorted(found.attempts)]
-    stands = _alive(outcome(found, known), lives, told)
+    stands = alive(outcome(found, known), lives, told.get(lives[-1].attempt, []) if lives else [])
     head = found.head
     if given.json:
         fields = {"state": stands.state, "why": stands.why, "step": head.step if head else 0, "checkpoint": head.name if head else None}
@@ -64,17 +61,3 @@ def _row(life: past.Life, runs: bool) -> tuple[str, ...]:
     steps = f"{life.went_on_from}–{life.reached}"
     lost = "-" if runs else str(life.lost)  # what is not saved yet is not lost yet
     return str(life.attempt), life.launch or "-", life.began or "-", life.ended or "-", steps, lost, how
-
-
-def _alive(stands: Outcome, lives: list[past.Life], told: dict[int, list[dict[str, Any]]]) -> Outcome:
-    """Tell a run that trains from one that was killed, by how long ago it was last heard of; the clocks of two machines may differ."""
-    if stands.exit_code != EXIT_STOPPED or not lives or lives[-1].end is not None or not stands.why.startswith("no end"):
-        return stands
-    heard = [event["time"] for event in told[lives[-1].attempt] if "time" in event] + [lives[-1].began or ""]
-    try:
-        ago_s = (datetime.datetime.now(datetime.timezone.utc) - datetime.datetime.fromisoformat(max(heard))).total_seconds()
-    except ValueError:
-        return stands
-    if ago_s <= ALIVE_S:
-        return Outcome("running", f"heard of {duration(max(0, ago_s))} ago, at step {lives[-1].reached}", EXIT_STOPPED)
-    return Outcome("to be continued", f"no end is recorded, and nothing was heard for {duration(ago_s)}: hung, or killed", EXIT_STOPPED)

@@ -4,6 +4,7 @@ The script, the code and the settings are copied into the run directory (beside 
 run.scratch), so that each life of the job runs what was submitted. Options not listed here are settings: slurm.account=…,
 slurm.constraint=…, slurm.setup=['module load cuda'], slurm.container='apptainer exec --nv image.sif', slurm.extra=[--exclusive].
 
+example: harness submit --nodes 2 --gpus-per-node 8 --time 04:00:00 run.dir=runs/a my_loop.py --lr 0.1
 example: harness submit --config configs/digits.yaml --nodes 2 --gpus-per-node 8 --time 04:00:00 --partition spot run.dir=runs/a
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import os
 import re
 import shlex
@@ -18,11 +20,13 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from harness import config, slurm, task
 from harness.checkpoint import launches
 from harness.checkpoint.attempts import first_word, now
 from harness.cli import supervise
+from harness.cli.launch import check_loop
 from harness.config import Config
 from harness.data.order import check_batch
 from harness.errors import HarnessError, StorageError, UsageError
@@ -45,9 +49,7 @@ def run(given: argparse.Namespace) -> int:
     flags = {flag.replace("-", "_"): getattr(given, flag.replace("-", "_")) for flag in FLAGS}
     own = [f"slurm.{name}={_as_yaml(value)}" for name, value in flags.items() if value is not None]
     settings, stored = config.load(given.config, [*given.settings, *own])
-    build = task.find(settings.task.name, settings.task.args, stored["task"]["args"])
-    ranks = settings.slurm.nodes * slurm.procs_per_node(settings.slurm)
-    check_batch(settings.train.global_batch_size, ranks, settings.train.micro_batch_size)  # not in an hour, when the job starts
+    code = _checked_code(settings, stored)  # not in an hour, when the job starts
     if settings.run.scratch and settings.run.remote is None:
         raise UsageError("run.scratch says that run.dir is lost with the job", "found: no run.remote", "Give the run a run.remote.")
     home = _home(settings)
@@ -61,9 +63,8 @@ def run(given: argparse.Namespace) -> int:
         raise UsageError(
             "there is no sbatch on this machine", remedy="Submit from a login node of the cluster; --dry-run prints the script."
         )
-    file = sys.modules[build.__module__].__file__
     try:
-        slurm.copy_code(folder / "code", Path.cwd(), Path(file).resolve() if file else None)
+        slurm.copy_code(folder / "code", Path.cwd(), code)
         if given.config:
             shutil.copyfile(given.config, folder / "config.yaml")
         (folder / "job.sbatch").write_text(text)
@@ -74,6 +75,17 @@ def run(given: argparse.Namespace) -> int:
     job = _sbatch(folder / "job.sbatch")
     _say_how_to_watch(job, settings, home, folder)
     return 0
+
+
+def _checked_code(settings: Config, stored: dict[str, Any]) -> Path | None:
+    """The file of the user's that the job will run, once it is sure that it can. Raises UsageError."""
+    if settings.run.loop:
+        return check_loop(settings.run.loop)
+    build = task.find(settings.task.name, settings.task.args, stored["task"]["args"])
+    ranks = settings.slurm.nodes * slurm.procs_per_node(settings.slurm)
+    check_batch(settings.train.global_batch_size, ranks, settings.train.micro_batch_size)
+    file = sys.modules[build.__module__].__file__
+    return Path(file).resolve() if file else None
 
 
 def _name(settings: Config) -> str:
@@ -98,6 +110,11 @@ def _job(settings: Config, given: argparse.Namespace, home: Path, folder: Path) 
     words = (["--config", str(folder / "config.yaml")] if given.config else []) + given.settings
     if settings.run.dir is not None and not settings.run.scratch:  # the job may start elsewhere
         words = [word for word in words if not word.startswith("run.dir=")] + [f"run.dir={_as_yaml(str(home))}"]
+    if settings.run.loop:  # the copy of it, if it is one of those that are copied
+        file = check_loop(settings.run.loop)
+        copied = folder / "code" / file.relative_to(Path.cwd()) if Path.cwd() in file.parents else file
+        loop = json.dumps([str(copied), *settings.run.loop[1:]], ensure_ascii=False)
+        words = [word for word in words if not word.startswith("run.loop=")] + [f"run.loop={loop}"]
     return slurm.Job(
         settings.slurm,
         _name(settings),

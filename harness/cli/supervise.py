@@ -22,8 +22,9 @@ from harness.checkpoint import launches
 from harness.checkpoint.history import Survey, reaches, survey
 from harness.checkpoint.standing import EXIT_ASKED, Failure, Outcome, crash_loop, failures, outcome, verdict
 from harness.config import Config
-from harness.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_STOPPED, EXIT_STORAGE, StorageError, UsageError
+from harness.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_STOPPED, EXIT_STORAGE, EXIT_USAGE, StorageError, UsageError
 from harness.events import say
+from harness.report.notify import notify
 from harness.store import Store, open_store, redacted
 
 
@@ -82,15 +83,18 @@ def before(settings: Config, name: str, *, submitted: bool = False) -> int:
         return EXIT_FAILED
     details = {"failures": len(failed), "most_failures": most, "steps_back": 0 < len(failed) == most - 1}
     launches.begin(stores, name, found, **details)
+    if found.attempts:
+        step = found.head.step if found.head else 0
+        notify(settings.notify, "resumed", str(stores[0]), f"goes on from step {step}", step=step, launch=name)
     return EXIT_STOPPED
 
 
 def _is_complete(found: Survey, settings: Config) -> bool:
-    """Whether the run is finished, long enough for these settings, and everywhere."""
+    """Whether the run is finished, long enough for these settings (a program of the user's own knows itself), and everywhere."""
     if outcome(found).exit_code != EXIT_FINISHED or found.head is None or found.head.final is None:
         return False
     end = {"epochs": settings.train.epochs, "max_steps": settings.train.max_steps}
-    return reaches(found.head.final, end) and len(found.copies(found.head)) == len(found.stores)
+    return (bool(settings.run.loop) or reaches(found.head.final, end)) and len(found.copies(found.head)) == len(found.stores)
 
 
 def after(settings: Config, name: str, code: int, *, stopped: bool) -> Outcome:
@@ -107,7 +111,17 @@ def after(settings: Config, name: str, code: int, *, stopped: bool) -> Outcome:
         say(f"harness: cannot tell how the run stands: {redacted(str(error))}", sys.stderr)
         return Outcome("unknown", error.what, EXIT_STORAGE)
     show(stands, failed)
+    if (kind := _notice(stands, failed)) is not None:
+        step = found.head.step if found.head else 0
+        notify(settings.notify, kind, str(stores[0]), stands.why, step=step, launch=name)
     return stands
+
+
+def _notice(stands: Outcome, failed: Sequence[Failure]) -> str | None:
+    """What those outside are told that this end is; None of one that is another start's business."""
+    if stands.exit_code == EXIT_STOPPED:
+        return "crashed" if failed else "stopped"
+    return {EXIT_FINISHED: "finished", EXIT_ASKED: "stopped", EXIT_FAILED: "failed", EXIT_USAGE: "failed"}.get(stands.exit_code)
 
 
 def _ended(found: Survey, name: str, code: int, stopped: bool) -> tuple[str, dict[str, object]]:

@@ -23,6 +23,7 @@ class RunSettings:
     scratch: bool = False  # run.dir is lost with the job
     max_failures: int = 3  # in a row, without a new checkpoint between them, before a supervisor gives up
     notices: str | None = None  # ask a cloud whether it takes this machine away: aws, gcp, azure
+    loop: list[str] = field(default_factory=list)  # launch and submit: a program of one's own in place of train.py, and its arguments
 
 
 @dataclass(frozen=True)
@@ -95,9 +96,20 @@ class StoreSettings:
 
 @dataclass(frozen=True)
 class LogSettings:
-    """How often loss and rate go into the run's events."""
+    """How often loss and rate go into the run's events, and who else is told."""
 
     every_steps: int = 10
+    to: list[str] = field(default_factory=list)  # tensorboard (in run.dir/tensorboard), wandb (WANDB_PROJECT … say which project)
+
+
+@dataclass(frozen=True)
+class NotifySettings:
+    """Who is told, by whoever supervises the run, when something happens to it."""
+
+    command: list[str] = field(default_factory=list)  # gets JSON on its standard input, and HARNESS_EVENT, HARNESS_TEXT
+    webhook_env: str | None = None  # the environment variable that holds a URL to POST the JSON to; the URL itself is a secret
+    on: list[str] = field(default_factory=lambda: ["resumed", "stopped", "failed", "finished"])  # and crashed: it is started again
+    timeout_s: float = 10.0
 
 
 @dataclass(frozen=True)
@@ -152,13 +164,14 @@ class Config:
     log: LogSettings = field(default_factory=LogSettings)
     init: InitSettings = field(default_factory=InitSettings)
     resume: ResumeSettings = field(default_factory=ResumeSettings)
+    notify: NotifySettings = field(default_factory=NotifySettings)
     slurm: SlurmSettings = field(default_factory=SlurmSettings)
 
 
 # What may change between two attempts without changing the model that comes out.
 FREE = (
-    "run.", "data.num_workers", "checkpoint.", "store.", "log.", "resume.", "slurm.", "train.epochs", "train.max_steps", "eval.batch_size",
-    "init.",  # read once, before the first checkpoint
+    "run.", "data.num_workers", "checkpoint.", "store.", "log.", "resume.", "slurm.", "notify.", "train.epochs", "train.max_steps",
+    "eval.batch_size", "init.",  # read once, before the first checkpoint
 )  # fmt: skip
 WHOLE = ("init.rename",)  # their names hold dots
 SPELLED = {"init.from": "init.from_"}  # a word of Python's, so no attribute can be called that
@@ -175,6 +188,7 @@ def _is_pattern(text: str) -> bool:
         return False
 
 
+NOTICES = ("resumed", "stopped", "crashed", "failed", "finished")
 RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "run.dir": (lambda v: v.strip() != "" and not is_url(v), "a local directory, or null"),
     "run.remote": (lambda v: check_url(v) is None, "a URL like s3://bucket/prefix; credentials come from the environment, not from it"),
@@ -183,6 +197,7 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "run.grace_s": (_positive, "a number of seconds above 0, or null"),
     "run.margin_s": (lambda v: v >= 0, "a number of seconds from 0 on"),
     "run.max_failures": (_positive, "a whole number above 0"),
+    "run.loop": (lambda v: not v or v[0].endswith(".py"), "a list: a .py file, and its arguments"),
     "run.notices": (lambda v: v in ("aws", "gcp", "azure"), "aws, gcp or azure, or null"),
     "slurm.nodes": (_positive, "a whole number above 0"),
     "slurm.gpus_per_node": (_positive, "a whole number above 0, or null"),
@@ -221,7 +236,11 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "store.keep_last": (_positive, "a whole number above 0, or null"),
     "store.keep_every_steps": (_positive, "a whole number above 0, or null"),
     "store.keep_best": (lambda v: v >= 0, "a whole number from 0 on, or null"),
+    "log.to": (lambda v: set(v) <= {"tensorboard", "wandb"}, "a list of: tensorboard, wandb"),
     "log.every_steps": (_positive, "a whole number above 0"),
+    "notify.webhook_env": (lambda v: bool(re.fullmatch(r"[A-Za-z_]\w*", v)), "the name of an environment variable, or null"),
+    "notify.on": (lambda v: set(v) <= set(NOTICES), f"a list of: {', '.join(NOTICES)}"),
+    "notify.timeout_s": (_positive, "a number of seconds above 0"),
     "init.from": (lambda v: v.strip() != "" and (not is_url(v) or check_url(v) is None), "a path or a URL without credentials, or null"),
     "init.rename": (lambda v: all(map(_is_pattern, v)), "{'expression': 'replacement'}, with regular expressions that Python's re takes"),
     "resume.accept": (lambda v: set(v) <= {"config", "data", "remote"}, "a list of: config, data, remote"),

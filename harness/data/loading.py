@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset, default_collate
@@ -22,6 +23,39 @@ from harness.ranks import World
 
 Collate = Callable[[list[Any]], Any]
 Batches = Iterator[tuple[Share, list[Any]]]
+
+
+@dataclass(frozen=True)
+class Workers:
+    """The processes that load ahead, and what else a DataLoader wants to know of them."""
+
+    number: int = 0
+    init: Callable[[int], object] | None = None
+    others: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def begin(self, number: int) -> None:
+        """In each of them."""
+        stop.shield_loader_worker(number)
+        if self.init is not None:
+            self.init(number)
+
+
+class Source(Protocol):
+    """Where the steps of a loop come from."""
+
+    is_own: bool  # whether the loop finds its data itself
+
+    def steps_after(self, position: Position, epochs: int) -> int | None:
+        """How many steps are left from here to the end of the last epoch, if that is known."""
+
+    def shares(self, position: Position, epochs: int) -> Batches:
+        """This rank's share of each of them, with its micro-batches."""
+
+    def state(self) -> Any:
+        """What this rank needs to go on, beside the position; plain data."""
+
+    def restore(self, state: Any) -> None:
+        """Take such a state over."""
 
 
 class _PlannedDataset(Dataset[Any]):
@@ -68,20 +102,23 @@ def _as_is(item: Any) -> Any:
     return item
 
 
-def load(dataset: Any, shares: Iterable[Share], seed: int, collate: Collate | None, num_workers: int, *, pin: bool = False) -> Batches:
+def load(
+    dataset: Any, shares: Iterable[Share], seed: int, collate: Collate | None, workers: Workers = Workers(), *, pin: bool = False
+) -> Batches:  # fmt: skip
     """Load the shares in order, ahead of their use if there are workers."""
     planned = _PlannedDataset(dataset, collate or default_collate, seed)
-    if num_workers == 0 and not pin:
+    if workers.number == 0 and not pin:
         return map(planned.__getitem__, shares)  # what a DataLoader does here, at less than its price
     loader: DataLoader[Any] = DataLoader(
         planned,
         batch_size=None,
         sampler=shares,
         collate_fn=_as_is,
-        num_workers=num_workers,
+        num_workers=workers.number,
         pin_memory=pin,
-        worker_init_fn=stop.shield_loader_worker if num_workers else None,
+        worker_init_fn=workers.begin if workers.number else None,
         generator=torch.Generator().manual_seed(seed_of(seed, "loader")),  # else iter() draws from the global generator
+        **workers.others,
     )
     return iter(loader)
 
@@ -98,15 +135,16 @@ class MapSource:
     dataset: Any
     plan: Plan
     collate: Collate | None
-    num_workers: int
+    workers: Workers
     pin: bool
+    is_own = False
 
     def steps_after(self, position: Position, epochs: int) -> int | None:
         return self.plan.steps_after(position, epochs)
 
     def shares(self, position: Position, epochs: int) -> Batches:
         shares = self.plan.shares(position, epochs)
-        return load(self.dataset, shares, self.plan.seed, self.collate, self.num_workers, pin=self.pin)
+        return load(self.dataset, shares, self.plan.seed, self.collate, self.workers, pin=self.pin)
 
     def state(self) -> None:
         """Nothing: the position says it all."""
@@ -126,6 +164,7 @@ class StreamSource:
     collate: Collate
     seed: int
     _state: Any = None
+    is_own = False
 
     def steps_after(self, position: Position, epochs: int) -> int | None:
         return None
@@ -177,6 +216,25 @@ class StreamSource:
         return Share(epoch, after.sample, (), weights, after, last), batches
 
 
+class OwnSource:
+    """For a loop that finds its data itself: steps are counted, as the samples of one endless epoch."""
+
+    is_own = True
+
+    def steps_after(self, position: Position, epochs: int) -> None:
+        """Nobody knows."""
+
+    def shares(self, position: Position, epochs: int) -> Batches:
+        for made in itertools.count(position.sample):
+            yield Share(0, made, (), (1.0,), Position(0, made + 1), last=False), []
+
+    def state(self) -> None:
+        """Nothing: the position says it all."""
+
+    def restore(self, state: None) -> None:
+        """Nothing: the position says it all."""
+
+
 def source(
     dataset: Any,
     world: World,
@@ -188,15 +246,9 @@ def source(
     drop_last: bool,
     order: Callable[[int], Sequence[int]] | None,
     collate: Collate | None,
-    num_workers: int,
-) -> MapSource | StreamSource:
+    workers: Workers,
+) -> Source:
     """What fits the dataset. Raises UsageError for a dataset or a batch size that a run could not go on with exactly."""
-    if isinstance(dataset, DataLoader):
-        raise UsageError(
-            "batches() takes the dataset itself, not a DataLoader",
-            "found: a DataLoader",
-            "Pass its dataset; batch size, shuffling, workers and collate_fn are arguments of batches(), the sampler is order=.",
-        )
     if is_iterable(dataset):
         if not (hasattr(dataset, "state_dict") and hasattr(dataset, "load_state_dict")):
             raise UsageError(
@@ -210,7 +262,7 @@ def source(
     if order is not None:
         plan = dataclasses.replace(plan, size=len(plan.ordered(0)))
     plan.check()
-    return MapSource(dataset, plan, collate, num_workers, world.device.type == "cuda")
+    return MapSource(dataset, plan, collate, workers, world.device.type == "cuda")
 
 
 def to_device(batch: Any, device: torch.device) -> Any:

@@ -23,11 +23,13 @@ import torch
 from harness import ranks, state, stop
 from harness.checkpoint import launches, load, retention
 from harness.events import fill_closed_streams
+from harness.run.account import RESTORE, Account, age_s
 from harness.run.ending import Ending
 from harness.run.logs import divert
 from harness.run.loop import Run
 from harness.run.places import check_remembered, listen, places
 from harness.run.settings import Settings
+from harness.run.waiting import watch
 from harness.store import DEFAULT_WAIT_S
 
 __all__ = ["Run", "init"]
@@ -54,45 +56,49 @@ def init(
     margin_s: float = 30.0,
     is_scratch: bool = False,
     notices: str | None = None,
+    log_to: Sequence[str] = (),
 ) -> Run:  # fmt: skip
     """Join the other ranks, catch signals, seed all generators, and find the newest checkpoint of the run.
 
-    The run lives in `directory`, in `remote` (a URL that fsspec opens, such as s3://bucket/prefix), or in both: then each checkpoint
-    is committed in the directory and copied in the background, and the newest that verifies is gone on from, wherever it lies. The remote
-    may be unreachable for `wait_s` seconds. It keeps what the directory keeps, but for `remote_keep`: last, every_steps, best.
-    It saves every `save_every_s` seconds; "auto": as often as is worth it, by what a save and what an interruption costs this run.
-    Saves run in the background. What an optimizer owns is copied during the next forward and backward passes; `snapshot="at_once"`: while
-    training waits; "checked": compared, too. A save that is due before the last has arrived waits for it, or (`when_busy="skip"`) is left
-    out if the clock asks for it.
-    With `memory` each step is kept in the machine's memory as well (a number: every so many steps), unless the one before is still on its
-    way: a process that dies, on a machine that does not, loses nothing.
-    A step may take `timeout_s` seconds, or `step_timeout_s`, before it counts as hung. `grace_s` lie between SIGTERM and the kill (None:
-    as SLURM says), `margin_s` between a stop and the job's time limit; `is_scratch`: the directory is lost with the job. `notices` is
-    the cloud ("aws", "gcp", "azure") that tells when it takes a spot machine away. `config`, what training depends on, is kept in each
-    checkpoint; a run refuses to go on with another unless `accept=["config"]`. Nothing is changed here; the run is claimed when training
-    begins. Collective: every rank must call it.
+    The run lives in `directory`, in `remote` (a URL that fsspec opens, such as s3://bucket/prefix), or in both: then each checkpoint is
+    committed in the directory and copied in the background, and the newest that verifies is gone on from, wherever it lies. The remote
+    may be unreachable for `wait_s` seconds. It keeps what the directory keeps, but for `remote_keep`: last, every_steps, best. It saves
+    every `save_every_s` seconds; "auto": as often as is worth it, by what a save and what an interruption costs this run. Saves run in
+    the background. What an optimizer owns is copied during the next forward and backward passes; `snapshot="at_once"`: while training
+    waits; "checked": compared, too. A save that is due before the last has arrived waits for it, or (`when_busy="skip"`) is left out if
+    the clock asks for it. With `memory` each step is kept in the machine's memory as well (a number: every so many steps), unless the
+    one before is still on its way: a process that dies, on a machine that does not, loses nothing. A step may take `timeout_s` seconds,
+    or `step_timeout_s`, before it counts as hung. `grace_s` lie between SIGTERM and the kill (None: as SLURM says), `margin_s` between
+    a stop and the job's time limit; `is_scratch`: the directory is lost with the job. `notices` is the cloud ("aws", "gcp", "azure")
+    that tells when it takes a spot machine away. `log_to` names who is told of all that is logged: "tensorboard", "wandb". `config`,
+    what training depends on, is kept in each checkpoint; a run refuses to go on with another unless `accept=["config"]`. Nothing is
+    changed here; the run is claimed when training begins. Collective: every rank must call it.
     """
+    ending = Ending()  # from here on a user's mistake is said in words
     _be_deterministic(deterministic)
     policy = retention.Policy(keep_last, keep_every_steps, keep_best, best.rpartition(":")[0] or best, best.endswith(":max"))
     settings = Settings(
         seed=seed, save_every_s=save_every_s, save_every_steps=save_every_steps, wait_s=wait_s, policy=policy,
         remote_policy=retention.changed(policy, remote_keep or {}), accept=tuple(accept), override=tuple(override), grace_s=grace_s,
         log_every_steps=log_every_steps, step_timeout_s=step_timeout_s, margin_s=margin_s, is_scratch=is_scratch, notices=notices,
-        snapshot=snapshot, when_busy=when_busy, memory_every_steps=int(memory) or None,
+        snapshot=snapshot, when_busy=when_busy, memory_every_steps=int(memory) or None, log_to=tuple(log_to),
         config=state.plain_data({"config": dict(config or {})})["config"],
     )  # fmt: skip
-    return _start(directory, remote, settings, timeout_s)
+    return _start(directory, remote, settings, timeout_s, ending)
 
 
-def _start(directory: str | Path | None, remote: str | None, settings: Settings, timeout_s: float) -> Run:
+def _start(directory: str | Path | None, remote: str | None, settings: Settings, timeout_s: float, ending: Ending) -> Run:
     fill_closed_streams()
+    account = Account(age_s=age_s())
+    launches.check_supervised(directory, remote)
     stores = places(directory, remote, settings.wait_s)
     divert(directory)
     stop.install()
     stop.die_with_launcher()
-    ending = Ending()
     ending.watch(stores)
-    with stop.noticed_at_once() as noticed:
+    if ranks.prints():
+        watch(account)
+    with stop.noticed_at_once() as noticed, account.joining():
         world = ranks.join(timeout_s, noticed, ending.leave_alone)
     atexit.register(world.leave)  # gloo's threads may abort a process that ends under them
     ending.take_hook()
@@ -100,8 +106,9 @@ def _start(directory: str | Path | None, remote: str | None, settings: Settings,
     outage = listen(stores, world.is_writer)
     world.on_writer(lambda: check_remembered(stores, settings.accept), give_up=stop.requested)
     patient = tuple(store.patient(settings.wait_s, stop.requested) for store in stores)
-    choice = load.choose(patient, world, give_up=stop.requested, steps_back=lambda: launches.steps_back(patient[-1]))
-    return Run(world, stores, choice, settings, ending, outage)
+    with account.during(RESTORE):
+        choice = load.choose(patient, world, give_up=stop.requested, steps_back=lambda: launches.steps_back(patient[-1]))
+    return Run(world, stores, choice, settings, ending, outage, account)
 
 
 def _be_deterministic(wanted: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable
@@ -61,10 +62,12 @@ class Job:
 class Background:
     """Takes one job at a time, in memory that is kept from one to the next."""
 
-    def __init__(self, *, overlapped: bool, compare: bool) -> None:
+    def __init__(
+        self, *, overlapped: bool, compare: bool, waiting: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
+    ) -> None:  # fmt: skip
         """The first copy (`compare`: each one) is made at once, and compared before the next update: were it not the same any more,
         this loop's state could not be copied while it runs."""
-        self._overlapped = overlapped
+        self._overlapped, self._waiting = overlapped, waiting
         self._compare, self._compare_all = overlapped, compare
         self._image, self._scribe = Image(), Scribe()
         self._job: Job | None = None
@@ -134,7 +137,12 @@ class Background:
             job.released.set()
 
     def before_update(self) -> None:
-        """Wait until all is copied: what follows changes it. For the training thread."""
+        """Wait until all is copied: what follows changes it. For the training thread, which says by `waiting` what it does meanwhile."""
+        if self._job is not None and not self._job.sealed.is_set():
+            with self._waiting():
+                self._seal()
+
+    def _seal(self) -> None:
         self.release()
         if (job := self._job) is not None and not job.sealed.is_set():
             began = time.perf_counter()
@@ -150,13 +158,13 @@ class Background:
     def at_boundary(self) -> None:
         """Seal what is copied, if no update has: it may be long until the next."""
         if (job := self._job) is not None and job.snapshot.copied.is_set():
-            self.before_update()
+            self._seal()
 
     def wait(self) -> str:
         """Wait until what is on its way has arrived; returns why it has not, if training may go on. Raises what is the end of it."""
         if (job := self._job) is None:
             return ""
-        self.before_update()
+        self._seal()
         job.done.wait()
         if job.failure is not None:
             raise job.failure
@@ -165,7 +173,7 @@ class Background:
     def close(self, limit_s: float | None = None) -> None:
         """Wait for what is on its way, at most so long and whatever comes of it, and give the memory back."""
         if (job := self._job) is not None:
-            self.before_update()
+            self._seal()
             if not job.done.wait(limit_s):
                 return
         with self._changed:
@@ -223,6 +231,6 @@ class Background:
 
     def _check_whole(self, job: Job) -> None:
         if not job.sealed.wait(SEALED_WITHIN_S):  # it may be long until the next update, and what wrote meanwhile has been counted by now
-            self.before_update()
+            self._seal()
         if job.is_torn:
             raise TornError("the state changed while it was copied")

@@ -6,21 +6,22 @@ the other ranks then see, a peer that is gone, does not hide the cause.
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import time
 import traceback
+import weakref
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
+import harness.run.hang as hang
 from harness import stop
 from harness.checkpoint import attempts, launches
 from harness.checkpoint.attempts import Attempt
 from harness.errors import EXIT_FINISHED, HarnessError, LostRankError, StorageError, SupersededError, report
 from harness.events import say
-from harness.ranks import World, is_lost_peer, own_rank
+from harness.ranks import World, is_lost_peer, last_collective, own_rank
 from harness.run.hints import hint
 from harness.store import Store
 
@@ -28,8 +29,6 @@ AFTER_OTHERS_S = 1.0
 FINISH_S = 20.0  # for how long a checkpoint that is on its way is waited for; torchrun kills after 30 s
 RECORD_S = 5.0  # for how long a remote store is asked to take the record
 MOST_TRACE = 6000  # characters
-# A rank whose last frame is there waits for another one.
-COLLECTIVES = ("torch/distributed", "torch/nn/parallel/distributed.py", "torch/autograd", "harness/ranks.py")
 
 
 class Ending:
@@ -49,6 +48,11 @@ class Ending:
         """Be the one who is told of an uncaught error. Joining a process group puts torch's hook around ours, and what we print
         is lost in its buffer when we leave the process from there: then take it back."""
         sys.excepthook = self._on_error
+
+    def of(self, run: Any) -> None:
+        """Whose `step` is told. The run is not kept for that: each thread keeps the hook that it was started under."""
+        kept = weakref.ref(run)
+        self.step = lambda: getattr(kept(), "step", None)
 
     def watch(self, stores: tuple[Store, ...]) -> None:
         """From here on there is a place for a record, if a supervisor has started this process."""
@@ -122,19 +126,20 @@ class Ending:
         os._exit(error.exit_code)  # a hook cannot choose the exit code otherwise
 
     def hung(self, what: str, limit_s: float, stacks: str) -> None:
-        """Say and record where this process stands; for its watchdog, which ends it then."""
-        rank, step = own_rank(), self.step()
-        error = f"{what} took longer than {limit_s:.0f} s"
+        """Say and record where this process stands, and where the others do; for its watchdog, which ends it then."""
+        rank, step, attempt, found = own_rank(), self.step(), self._attempt, hang.place(stacks)
+        error = f"{what} took longer than {limit_s:.0f} s" + ("" if found.waits else f": stuck in {found.words}")
         say(f"harness: rank {rank} hangs at step {step}: {error}; its stacks:\n{stacks}", sys.stderr)
         say("harness: if that is work and no hang: raise run.step_timeout_s, or run.timeout_s", sys.stderr)
-        line = json.dumps({"event": "hang", "time": attempts.now(), "rank": rank, "step": step, "error": error, "stacks": stacks}) + "\n"
-        attempt = self._attempt
+        line = hang.line(rank, step, error, stacks, last_collective())
         for store in self._stores if attempt else ():
             try:
-                attempts.add_event(store.patient(RECORD_S), attempt, rank, line.encode())  # type: ignore[arg-type]
+                attempts.add_event(store.patient(RECORD_S), attempt, rank, line)  # type: ignore[arg-type]
             except StorageError as problem:
                 say(f"harness: not recorded: {problem.what}", sys.stderr)
-        frames = [line for line in stacks.splitlines() if line.startswith("  File ")]
-        if frames and any(part in frames[-1] for part in COLLECTIVES):
+        if found.waits:
             time.sleep(AFTER_OTHERS_S)  # the one that hangs has the first word
         self._create("failed", self._stores, {"error": error, "rank": rank, "step": step, "trace": stacks[-MOST_TRACE:]})
+        if attempt is not None and self._world is not None:
+            words, where = hang.report(self._stores, attempt, self._world.size, RECORD_S)
+            say(f"harness: {words}; all stacks: {where}", sys.stderr)

@@ -13,6 +13,7 @@ from harness import ddp, state
 from harness.data import loading
 from harness.data.order import Position, Share
 from harness.ranks import World
+from harness.run.resume import check_loggable
 
 
 def evaluate(
@@ -33,10 +34,11 @@ def evaluate(
         for module in modules:
             world.share_buffers(ddp.plain(module))
         with _eval_mode(modules), torch.no_grad(), ddp.quiet_forward(list(modules)):
-            for _, batches in loading.load(dataset, _shares(samples, batch_size), 0, collate, num_workers=0):
+            for _, batches in loading.load(dataset, _shares(samples, batch_size), 0, collate):
                 beat()
                 for name, value in fn(loading.to_device(batches[0], world.device)).items():
                     sums[name] = sums.get(name, 0.0) + float(value)
+    check_loggable(sums)
     parts = world.gather(sums)
     names = dict.fromkeys(name for part in parts for name in part)
     return {name: sum(part.get(name, 0.0) for part in parts) / len(dataset) for name in names}

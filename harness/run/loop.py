@@ -7,36 +7,27 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-import torch
-
+import harness.run.resume as resume
 from harness import config, ddp, state, stop
 from harness.checkpoint import load, retention
 from harness.checkpoint.format import FORMAT_VERSION
 from harness.checkpoint.history import reaches
 from harness.data import loading
-from harness.data.fingerprint import describe
-from harness.data.order import Position, end_step
-from harness.errors import UsageError
+from harness.data.order import Position, Share, end_step
 from harness.events import Moment, Progress
 from harness.ranks import World
+from harness.run.account import DATA, EVALUATION, RESTORE, SAVE, Account
 from harness.run.ending import Ending
+from harness.run.epochs import by_epoch
 from harness.run.evaluation import evaluate
 from harness.run.measured import Measured
 from harness.run.outage import Outage
 from harness.run.pace import Pace
-from harness.run.resume import (
-    check_data,
-    check_loggable,
-    check_one_loop,
-    check_some_steps,
-    check_trackable,
-    check_tracked,
-    restore_generators,
-)
 from harness.run.saver import Saver
 from harness.run.settings import Settings
 from harness.run.stopping import Stopping
 from harness.run.watch import Watch
+from harness.run.work import Work, of_data, of_own
 from harness.store import Store
 
 
@@ -45,42 +36,30 @@ class Run:
 
     def __init__(
         self, world: World, stores: tuple[Store, ...], choice: load.Choice, settings: Settings, ending: Ending, outage: Outage,
-        clock: Callable[[], float] = time.monotonic,
+        account: Account, clock: Callable[[], float] = time.monotonic,
     ) -> None:  # fmt: skip
         self.world, self.store, self.clock = world, stores[0], clock
+        self.rank, self.world_size, self.device = world.rank, world.size, world.device
         self.step = 0  # in the loop: the number of the step being made, from 1 on; afterwards: of the last one made
         self.epoch = 0  # counted from 0
         self.state: dict[str, Any] = {}  # plain values of the user's that are saved with each checkpoint
         self.weights: tuple[float, ...] = (1.0,)  # what to multiply each micro-batch's mean loss with
-        self.tracked: dict[str, Any] = {}
-        self.finished = False
+        self.tracked, self._built = dict[str, Any](), dict[str, Any]()
+        self.finished = self._finish = self._looping = False
         self._settings, self.origin, self._payload = settings, choice.manifest, choice.payload
         choice.payload = None  # held here until it is restored, and by nobody else
-        self._position = Position()
-        self._measured = Measured()
-        self._built: dict[str, Any] = {}
-        self._finish, self._looping = False, False
+        self._position, self._share = Position(), Share(0, 0, (), (), Position(), last=False)  # the latter of the step being made
+        self._measured, self._account, self._ending = Measured(), account, ending
         self._stopping = Stopping(world, settings, clock)
         self._watch = Watch(world.timeout_s, settings.step_timeout_s, ending.hung, clock)
-        ending.step = lambda: self.step
-        self._saver = Saver(stores, world, choice, settings, ending, outage, clock)
+        ending.of(self)
+        self._saver = Saver(stores, world, choice, settings, ending, outage, account, clock)
         self._progress = Progress(clock)
+        account.say = self._progress.say
         for note in choice.notes:
             self.say(f"harness: {note}")
         if self._payload is not None:
             self._take_up(self._payload)
-
-    @property
-    def rank(self) -> int:
-        return self.world.rank
-
-    @property
-    def world_size(self) -> int:
-        return self.world.size
-
-    @property
-    def device(self) -> torch.device:
-        return self.world.device
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -106,16 +85,14 @@ class Run:
         self._measured.restore(payload)
         self._position = Position(payload["data"]["epoch"], payload["data"]["sample"])
 
-    def track(self, **objects: Any) -> None:
+    def track(self, **objects: Any) -> Run:
         """Name what has to survive: modules, optimizers, schedulers, anything with `state_dict` and `load_state_dict`.
 
         If the run has a checkpoint, each object gets its state back here, bit for bit. Call it after wrapping modules in
-        DistributedDataParallel and before `batches`. Raises UsageError. Collective: every rank must call it.
+        DistributedDataParallel and before the loop. Returns the run. Raises UsageError. Collective: every rank must call it.
         """
-        if self._looping or self.finished:
-            raise UsageError(f"track({', '.join(objects)}) came after the first batch", remedy="Track everything before the loop.")
         for name, thing in objects.items():
-            check_trackable(name, thing, self.tracked)
+            resume.check_trackable(name, thing, self.tracked, is_late=self._looping or self.finished)
             ddp.check_resumable(name, thing, self.world)
         self.tracked |= objects
         for thing in objects.values():
@@ -123,14 +100,16 @@ class Run:
         if self._payload is not None and self.origin is not None:
             self._built |= {name: state.as_built(thing) for name, thing in objects.items()} if self._settings.override else {}
             # All of them, each time: a scheduler that is made and tracked later has moved its optimizer's learning rate.
-            state.restore(self.tracked, self.origin.classes, self._payload, self.origin.name)
+            with self._account.during(RESTORE):
+                state.restore(self.tracked, self.origin.classes, self._payload, self.origin.name)
             for line in state.apply_override(self._built, self.tracked) if self._built else ():
                 self.say(f"harness: overridden: {line}")
+        return self
 
     def batches(
         self,
         dataset: Any,
-        global_batch_size: int,
+        global_batch_size: int | None = None,
         *,
         accumulate: int = 1,
         epochs: int,
@@ -146,64 +125,90 @@ class Run:
         Loop once: `epochs` is their total. `global_batch_size` counts samples over all ranks and micro-batches. With
         `accumulate` > 1 a share is a list of that many micro-batches. `order(epoch)` gives the sample numbers in the order to
         use them, in place of a shuffle. With `drop_last=False` multiply each micro-batch's mean loss with its entry of
-        `run.weights`.
+        `run.weights`. In place of a dataset a DataLoader may be given, alone: its dataset is dealt out as it would do it, its batch size
+        being that of a micro-batch on one rank.
 
         When a stop was requested, the state is saved and SystemExit(0) raised: code after the loop is reached only when
         training is complete. Raises UsageError, SaveError, SupersededError. Collective: every rank must call it.
         """
-        check_one_loop(self._looping, self._saver.attempt is not None or self.finished)
-        self._source = loading.source(
+        return self._loop(lambda: of_data(
             dataset, self.world, self._settings.seed, global_batch_size,
-            accumulate=accumulate, shuffle=shuffle, drop_last=drop_last, order=order, collate=collate_fn, num_workers=num_workers,
-        )  # fmt: skip
-        self._data = describe(dataset, global_batch_size, shuffle and order is None, drop_last, self._settings.seed)
-        self._end = {"epochs": epochs, "max_steps": max_steps}
-        self._end_step = end_step(self.step, self._source.steps_after(self._position, epochs), max_steps)
+            accumulate=accumulate, epochs=epochs, max_steps=max_steps, shuffle=shuffle, drop_last=drop_last, collate=collate_fn,
+            num_workers=num_workers, order=order,
+        ))  # fmt: skip
+
+    def by_epoch(self, batches: Iterator[Any]) -> Iterator[tuple[int, Iterator[Any]]]:
+        """Yield each epoch with its batches, of all that `batches` yields: for a loop in a loop.
+
+        What the outer loop does after the inner one (a scheduler's step, an evaluation) belongs to the epoch's last step, and is saved
+        with it. The epoch in which a run goes on yields what is left of it: count with `run.step`, not with `enumerate`. Run the inner
+        loop to its end. Raises UsageError, and as `batches`. Collective: every rank must call it.
+        """
+        return by_epoch(batches, lambda: self._share)
+
+    def steps(self, max_steps: int) -> Iterator[int]:
+        """Yield the numbers of the steps that are left of `range(max_steps)`, for a loop that finds its data itself.
+
+        It has to do so anew in each step, from the generators of Python, NumPy and torch, which are saved for each rank, or from what is
+        tracked: what a step leaves to the next in a variable is lost. Otherwise as `batches`. Collective: every rank must call it.
+        """
+        return self._loop(lambda: of_own(self._settings.seed, max_steps, lambda: self.step - 1))
+
+    def _loop(self, begin: Callable[[], Work]) -> Iterator[Any]:
+        resume.check_one_loop(self._looping, self._saver.attempt is not None or self.finished)
+        self._work = begin()
+        self._end_step = end_step(self.step, self._work.steps_after(self._position), self._work.max_steps)
         if not self._begin():
             return
         self._looping = True
         try:
             if self._end_step is None or self.step < self._end_step:
-                yield from self._steps(epochs, accumulate)
+                yield from self._steps()
             if not self.finished:  # there was nothing left to do
                 self._complete()
         except GeneratorExit:
-            if not self._saver.failed:
+            if not self._ending.failed:
                 self.say(f"harness: the loop was left at step {self.step}: nothing more is saved; run.finish() would end the run")
             raise
         finally:
             self._looping = False
+            self._account.closed.set()
             self._saver.background.close()
             self._watch.close()
             self._stopping.close()
 
-    def _steps(self, epochs: int, accumulate: int) -> Iterator[Any]:
+    def _steps(self) -> Iterator[Any]:
         if self._stopping.agree_at_once():  # before this attempt's first step
             self._stop()
-        pace = Pace(self.clock, self.step)
         self._watch.first_step()
-        for share, micro_batches in self._source.shares(self._position, epochs):
-            self.step, self.epoch, self.weights = self.step + 1, share.epoch, share.weights
+        self._account.on(DATA)
+        for share, micro_batches in self._work.shares(self._position):
+            self._share, self.step, self.epoch, self.weights = share, self.step + 1, share.epoch, share.weights
             self._measured.begin_step()
             batch = loading.to_device(micro_batches, self.device)
             self._saver.background.release()
-            yield batch if accumulate > 1 else batch[0]
+            self._account.train(self.step)
+            yield self._work.handed_out(batch)
+            self._account.step_made()
             self._saver.at_boundary(self.tracked)
             self._position, self.epoch = share.after, share.after.epoch
             if self.step % self._settings.log_every_steps == 0:
-                self._show(pace, epochs)
+                self._measured.hold(self.step)
             if self._finish or share.last or self.step == self._end_step:
                 self._complete()
                 return
-            stopping, timed = self._stopping.agree(self.step, self._end_step, pace, self._saver.is_due, self._time_to_leave_s)
+            met, stopping, timed = self._stopping.agree(self.step, self._end_step, self._pace, self._saver, self._watch)
+            if met and self._measured.holds:
+                self._show()
             if stopping:
                 self._stop()
             if timed or self._measured.new_best or self._settings.saves_at(self.step):
                 self._save()
-                pace.pause(self.step)
+                self._pace.pause(self.step)
             elif self._settings.remembers_at(self.step):
                 self._save(in_memory=True)
             self._watch.step()
+            self._account.on(DATA)
 
     def due(self, every_steps: int | None) -> bool:
         """Whether something done every so many steps is due in this one; always so in the last step of the run."""
@@ -215,7 +220,7 @@ class Run:
 
     def log(self, **values: Any) -> None:
         """Say how this step went, in numbers. A tensor is read only when it is shown or saved. Every rank should call it alike."""
-        check_loggable(values)
+        resume.check_loggable(values)
         self._measured.log(values)
 
     def keep(self, name: str, data: bytes) -> None:
@@ -240,7 +245,8 @@ class Run:
         with all tracked modules in eval mode; afterwards their modes and the generators are as they were, also if it raises.
         Collective: every rank must call it.
         """
-        found = evaluate(self.world, list(self.tracked.values()), dataset, fn, batch_size, collate_fn, self._watch.evaluation)
+        with self._account.during(EVALUATION):
+            found = evaluate(self.world, list(self.tracked.values()), dataset, fn, batch_size, collate_fn, self._watch.evaluation)
         self._watch.evaluated() if self._looping else self._watch.rest()
         self._measured.evaluated(found, self._settings.policy)
         self._saver.note("evaluated", step=self.step, **found)
@@ -249,25 +255,22 @@ class Run:
     def _begin(self) -> bool:
         """Claim the attempt and set the generators; False if the run is finished, and then nothing was written."""
         payload, origin = self._payload or {}, self.origin
-        check_tracked(self.tracked, payload)
-        state.check(self.tracked)
-        if forgotten := state.untracked_schedule(self.tracked):
-            self.say(f"harness: warning: a scheduler moves the learning rate of {forgotten}, but is not tracked: no exact resume")
-        if payload:
-            check_data(self._data, payload["data"], self._settings.accept)
-        if origin is not None and origin.final is not None and reaches(origin.final, self._end):
+        if warning := resume.check(self.tracked, payload, self._work.data, self._settings.accept):
+            self.say(f"harness: warning: {warning}")
+        if origin is not None and origin.final is not None and reaches(origin.final, self._work.end):
             self.finished, self._payload = True, None
             done = self._saver.hand_in(stop.requested)
             self.say(f"harness: the run in {self.store} is finished: step {self.step} ({origin.name}); {done or 'nothing to do'}")
             return False
         if self._stopping.agree_at_once():
-            self._saver.never_began()
+            self._ending.record("stopped", self._saver.stores)  # of a launch that has claimed no attempt
             self._stopping.leave("stopped before training began; start again", self.say)
         attempt = self._saver.begin(self._progress, stop.requested)
         self._stopping.listen(self._saver.stores, attempt.number)
-        if note := restore_generators(payload, self.world, self._source, self._settings.seed, self.step):
+        if note := resume.restore_generators(payload, self.world, self._work.source, self._settings.seed, self.step):
             self.say(f"harness: {note}")
         self._payload = None  # from here on the live objects are the only copy
+        self._pace = Pace(self.clock, self.step, self._account.steps_per_s)
         if self.is_writer:
             state.before_update(self.tracked, self._saver.background.before_update)
         source = f"goes on from step {self.step} ({origin.name})" if origin else "begins at step 0"
@@ -275,7 +278,7 @@ class Run:
         return True
 
     def _complete(self) -> None:
-        check_some_steps(self.step, self._data["global_batch_size"])
+        resume.check_some_steps(self.step, self._work.data["global_batch_size"])
         if not self._save(final=True, wait=True):
             raise self._saver.failure(f"the last checkpoint, of step {self.step}, was not saved", "Mend the cause and start again.")
         self._saver.end("finished", stop.requested, step=self.step)
@@ -290,20 +293,17 @@ class Run:
         self._watch.rest()
         self._stopping.stop(self._saver, self.step, lambda: self._save(wait=True), self.say)
 
-    def _time_to_leave_s(self) -> float:
-        """What is still to be done when it is time to leave: a step, a save, an upload."""
-        return self._watch.longest_s + self._saver.to_save_s + self._saver.upload_s
-
     def _save(self, *, final: bool = False, wait: bool = False, in_memory: bool = False) -> bool:
         """Begin to commit a checkpoint of this step, or `wait` for it, or to keep it `in_memory` only; False if nothing came of it.
         Collective: every rank must call it."""
         self._watch.saving()
-        self._measured.read(self.world)
-        capture = partial(self._capture, self.world.gather((state.rng_state(), self._source.state())))
-        classes = {name: state.class_name(thing) for name, thing in self.tracked.items()}
-        about = partial(self._saver.about, classes, self._measured.of_this_step, self._end if final else None)
-        save = self._saver.save
-        saved = self._saver.tier.remember(capture, about) if in_memory else save(capture, about, stop.requested, wait=wait)
+        with self._account.during(SAVE):
+            self._show()
+            capture = partial(self._capture, self.world.gather((state.rng_state(), self._work.source.state())))
+            classes = {name: state.class_name(thing) for name, thing in self.tracked.items()}
+            about = partial(self._saver.about, classes, self._measured.of_this_step, self._work.end if final else None)
+            save = self._saver.save
+            saved = self._saver.tier.remember(capture, about) if in_memory else save(capture, about, stop.requested, wait=wait)
         self._watch.rest()  # what may follow is bounded by itself
         return saved
 
@@ -314,19 +314,19 @@ class Run:
             "step": self.step,
             "epoch": self.epoch,
             "rng": [generator for generator, _ in generators],
-            "data": self._data
-            | {"epoch": self._position.epoch, "sample": self._position.sample, "iterators": [it for _, it in generators]},
+            "data": self._work.at(self._position, [iterator for _, iterator in generators]),
             "state": self.state,
             "config": self._settings.config,
         }
         return state.captured(values | self._measured.state(), self.tracked)
 
-    def _show(self, pace: Pace, epochs: int) -> None:
-        values = self._measured.read(self.world)
-        self._saver.note("step", step=self.step, **values)
-        if self.is_writer:
-            rate, batch = pace.steps_per_s(self.step), self._data["global_batch_size"]
-            self._progress.show(Moment(self.step, self._end_step, self.epoch, epochs, values, rate * batch, self._saver.words), rate)
+    def _show(self) -> None:
+        """Tell of the steps that were held. Collective: every rank must call it."""
+        work, rate = self._work, self._pace.steps_per_s(self.step)
+        for step, at, values in self._measured.read(self.world):
+            self._saver.note("step", step=step, time=at, of=self._end_step, **values)
+            if self.is_writer:
+                self._progress.show(Moment(step, self._end_step, self.epoch, work.epochs, values, work.rate(rate), self._saver.words), rate)
 
     def best_checkpoint(self) -> str | None:
         """The path or URL of the best checkpoint of the run so far by the metric that `init` was told, or None.

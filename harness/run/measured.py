@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from harness.checkpoint import retention
+from harness.checkpoint.attempts import now
 from harness.ranks import World
 
 
@@ -21,9 +22,20 @@ class Measured:
         self.of_this_step: dict[str, float] = {}  # metrics that were measured on the very weights of this step
         self.new_best = False
         self._logged: dict[str, Any] = {}
+        self._held: list[tuple[int, str, dict[str, Any]]] = []  # steps that are still to be told of, when they were, what they logged
+
+    @property
+    def holds(self) -> bool:
+        """Whether there are steps to be told of; on all ranks alike."""
+        return bool(self._held)
 
     def begin_step(self) -> None:
         self.of_this_step, self.new_best, self._logged = {}, False, {}
+
+    def hold(self, step: int) -> None:
+        """Keep what this step has logged until the ranks meet: to bring them together for each would make them wait for each other."""
+        copies = {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in self._logged.items()}
+        self._held.append((step, now(), copies))
 
     def log(self, values: Mapping[str, Any]) -> None:
         """Keep what a step logged; tensors are not read."""
@@ -35,12 +47,20 @@ class Measured:
         self.best, improved = retention.better(found, self.best, policy)
         self.new_best = self.new_best or improved
 
-    def read(self, world: World) -> dict[str, float]:
-        """The means over ranks of what was logged in this step. Collective: every rank must call it."""
-        parts = world.gather_numbers({name: float(value) for name, value in self._logged.items()})
-        values = {name: sum(part[name] for part in parts if name in part) / sum(name in part for part in parts) for name in parts[0]}
-        self.loss = values.get("loss", self.loss)
-        return values
+    def read(self, world: World) -> list[tuple[int, str, dict[str, float]]]:
+        """The steps that were held since the last call, when they were, and the means over ranks of what they logged; and `loss` is that
+        of the present step. Collective: every rank must call it."""
+        held, self._held = self._held, []
+        logged = dict(enumerate([*(values for _, _, values in held), self._logged]))
+        parts = world.gather_numbers({f"{at} {name}": float(value) for at, values in logged.items() for name, value in values.items()})
+        means = {key: sum(part[key] for part in parts if key in part) / sum(key in part for part in parts) for key in parts[0]}
+        self.loss = means.get(f"{len(held)} loss", self.loss)
+        named: list[dict[str, float]] = [{} for _ in held]
+        for key, mean in means.items():
+            row, _, name = key.partition(" ")
+            if int(row) < len(held):
+                named[int(row)][name] = mean
+        return [(step, at, values) for (step, at, _), values in zip(held, named, strict=True)]
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps of it."""

@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+TRUSTED_S = 20.0  # the first steps of an attempt are slow
+
 
 class Pace:
     """How fast steps are being made, what is done at their boundaries left out of the short view."""
 
-    def __init__(self, clock: Callable[[], float], step: int) -> None:
-        self._clock = clock
+    def __init__(self, clock: Callable[[], float], step: int, before: float | None = None) -> None:
+        """`before` is how many steps were made in a second until the attempt before this one ended."""
+        self._clock, self._before = clock, before
         self._first = self._recent = (clock(), step)
 
     def pause(self, step: int) -> None:
@@ -30,5 +33,7 @@ class Pace:
         return math.inf if end_step is None or not rate else (end_step - step) / rate
 
     def steps_per_s(self, step: int) -> float:
-        at, before = self._first
-        return (step - before) / max(1e-9, self._clock() - at)
+        """Over this attempt; at first what was seen before counts as well, as if it were so many seconds' worth."""
+        at, first = self._first
+        weight_s = TRUSTED_S if self._before else 0.0
+        return (step - first + weight_s * (self._before or 0.0)) / max(1e-9, self._clock() - at + weight_s)

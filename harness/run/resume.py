@@ -11,12 +11,25 @@ from harness import state
 from harness.checkpoint import past
 from harness.checkpoint.format import Manifest
 from harness.checkpoint.history import Survey
-from harness.data.loading import MapSource, StreamSource
+from harness.data.loading import Source
 from harness.errors import UsageError
 from harness.events import duration
 from harness.ranks import World
+from harness.run.account import Account
 
+DRAW = "The global generators of Python, NumPy and torch are saved for each rank: draw from them."
+EVERYWHERE = ("event", "kind", "time", "step", "of", "spent")
 HOW_DEALT = ("global_batch_size", "shuffle", "drop_last", "seed")
+
+
+def check(tracked: Mapping[str, Any], payload: Mapping[str, Any], data: Mapping[str, Any], accept: tuple[str, ...]) -> str:
+    """Raises UsageError if the run could not go on exactly, from this checkpoint or, later, from its own; returns a warning, or ""."""
+    check_tracked(tracked, payload)
+    state.check(tracked)
+    if payload:
+        check_data(data, payload["data"], accept)
+    forgotten = state.untracked_schedule(tracked)
+    return f"a scheduler moves the learning rate of {forgotten}, but is not tracked: no exact resume" if forgotten else ""
 
 
 def check_data(now: Mapping[str, Any], before: Mapping[str, Any], accept: tuple[str, ...]) -> None:
@@ -46,7 +59,7 @@ def check_tracked(tracked: Mapping[str, Any], payload: Mapping[str, Any]) -> Non
         )
 
 
-def check_some_steps(step: int, global_batch_size: int) -> None:
+def check_some_steps(step: int, global_batch_size: int | None) -> None:
     """Raises UsageError if the data ended before the first step of the run: that is no finished training."""
     if step == 0:
         raise UsageError(
@@ -66,19 +79,21 @@ def check_same_ranks(iterators: list[Any], world_size: int) -> None:
         )
 
 
-def check_trackable(name: str, thing: Any, tracked: Mapping[str, Any]) -> None:
-    """Raises UsageError for what has no state to give, or has a name that is taken."""
+def check_trackable(name: str, thing: Any, tracked: Mapping[str, Any], *, is_late: bool) -> None:
+    """Raises UsageError for what has no state to give, has a name that is taken, or comes when training has begun."""
+    if is_late:
+        raise UsageError(f"track({name}=…) came after the first batch", remedy="Track everything before the loop.")
     if name in tracked:
         raise UsageError(f"two objects are tracked as {name!r}", remedy="Give each one a name of its own.")
     if not (hasattr(thing, "state_dict") and hasattr(thing, "load_state_dict")):
         raise UsageError(
             f"{name} cannot be tracked",
             f"found: a {type(thing).__name__} without state_dict and load_state_dict",
-            "Plain values go into run.state.",
+            DRAW if "Generator" in type(thing).__name__ else "Plain values go into run.state.",
         )
 
 
-def restore_generators(payload: Mapping[str, Any], world: World, source: MapSource | StreamSource, seed: int, step: int) -> str | None:
+def restore_generators(payload: Mapping[str, Any], world: World, source: Source, seed: int, step: int) -> str | None:
     """Give each rank its own generators back, and its own iterator; a rank that was not there before gets new ones, as all do in
     a fresh run. Returns a word on what that means, if it means something. Raises UsageError."""
     entries = payload.get("rng", [])
@@ -90,29 +105,39 @@ def restore_generators(payload: Mapping[str, Any], world: World, source: MapSour
         source.restore(payload["data"]["iterators"][world.rank] if entries else None)
         return None
     check_same_ranks(payload["data"]["iterators"], world.size)
-    return f"{len(entries)} rank(s) before, {world.size} now: same samples, same global batches, other last bits"
+    same = "the loop finds its data itself, and other data now" if source.is_own else "same samples, same global batches, other last bits"
+    return f"{len(entries)} rank(s) before, {world.size} now: {same}"
 
 
 def check_one_loop(looping: bool, looped: bool) -> None:
-    """Raises UsageError for a second loop over batches, inside the first or after it."""
+    """Raises UsageError for a second loop, inside the first or after it."""
     if looping:
         raise UsageError("batches() is called inside the loop over another batches()", remedy="Use evaluate() for evaluation.")
     if looped:
-        raise UsageError("batches() is called a second time", remedy="Loop once, over all epochs: run.batches(…, epochs=5).")
+        raise UsageError(
+            "batches() is called a second time",
+            remedy="Loop once, over all epochs: run.batches(…, epochs=5). A loop over epochs around it: run.by_epoch(run.batches(…)).",
+        )
 
 
 def check_loggable(values: Mapping[str, Any]) -> None:
-    """Raises UsageError for what is not one number; the device is not asked."""
+    """Raises UsageError for what is not one number, or is called like what stands in every event; the device is not asked."""
     for name, value in values.items():
+        if name in EVERYWHERE:
+            raise UsageError(f"nothing that is logged can be called {name!r}", remedy=f"Every event has {', '.join(EVERYWHERE)}.")
         is_number = value.numel() == 1 if isinstance(value, torch.Tensor) else hasattr(value, "__float__")
         if not is_number:
             raise UsageError(f"log({name}=…) takes one number", f"found: {str(value)[:200]}", "Log a number or a tensor with one element.")
 
 
-def resumed(found: Survey, origin: Manifest | None) -> str:
-    """What it has cost that an attempt ended, in words; "" if this is the first one."""
+def resumed(found: Survey, origin: Manifest | None, account: Account) -> str:
+    """What it has cost that an attempt ended, in words; "" if there is nothing to go on from. The account is told of it, and how fast
+    the last attempt was."""
+    newest = past.told(found.stores, found.greatest) if found.greatest else []
+    account.steps_per_s = past.steps_per_s(newest)
+    again = past.steps_again(found, origin, newest)
+    account.redone_until = again + (origin.step if origin else 0)
     if origin is None:
         return ""
-    again = past.steps_again(found, origin)
     steps = {0: "no step is", 1: "one step is"}.get(again, f"{again} steps are")
     return f"; saved {duration(past.age_s(origin))} ago, {steps} made again"

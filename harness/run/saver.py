@@ -6,19 +6,23 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from harness import config, state
-from harness.checkpoint import attempts, load, requests, retention, tier
 from harness.checkpoint import format as fmt
+from harness.checkpoint import load, retention, tier
 from harness.checkpoint.attempts import Attempt
 from harness.checkpoint.history import Survey, going_on_from
 from harness.checkpoint.save import About, commit
 from harness.errors import HarnessError, SaveError, StorageError, UsageError
 from harness.events import Ledger, Progress
 from harness.ranks import World
+from harness.run.account import SAVE, Account
 from harness.run.background import Background, Job
+from harness.run.claim import claim
 from harness.run.ending import Ending
+from harness.run.metrics import Metrics
 from harness.run.outage import Outage
 from harness.run.places import check_shared, hand_in
 from harness.run.resume import resumed
@@ -27,7 +31,7 @@ from harness.run.tier import Tier
 from harness.run.timer import Timer, lives
 from harness.run.uploader import END_S, Route, Uploader, write_file
 from harness.state import Captured
-from harness.store import LocalStore, Sink, Store, probe
+from harness.store import LocalStore, Sink, Store
 
 UPLOADED_THEN = "Start again: what is missing there is uploaded then."
 LAST_S = 2.0  # before a kill, kept for the last records
@@ -45,6 +49,7 @@ class Saver:
         settings: Settings,
         ending: Ending,
         outage: Outage,
+        account: Account,
         clock: Callable[[], float],
     ) -> None:
         self.stores, self.world, self.settings = stores, world, settings
@@ -56,11 +61,12 @@ class Saver:
         self.ledger: Ledger | None = None
         self._uploader: Uploader | None = None
         self._words = "nothing saved yet" if self.saved_step is None else f"saved step {self.saved_step}"
-        self._choice, self._ending, self._outage = choice, ending, outage
+        self._choice, self._ending, self._outage, self.account = choice, ending, outage, account
         self.timer = Timer(settings.save_every_s, settings.when_busy, clock, self.note)
         self._committed, self._ended, self._origin_is_here = False, False, False
         self._verified = choice.read_from(0)
-        self.background = Background(overlapped=settings.snapshot != "at_once", compare=settings.snapshot == "checked")
+        overlapped, compare = settings.snapshot != "at_once", settings.snapshot == "checked"
+        self.background = Background(overlapped=overlapped, compare=compare, waiting=partial(account.during, SAVE))
         self.tier = Tier(
             tier.place(self.store),
             self.background,
@@ -68,6 +74,7 @@ class Saver:
             is_on=bool(settings.memory_every_steps and world.is_writer),
         )
         self._slow_words, self._has_room, self.resumed = "", False, ""
+        self.metrics: Metrics | None = None
         self._say: Callable[[str], None] = lambda text: None
 
     @property
@@ -84,10 +91,6 @@ class Saver:
     def upload_s(self) -> float:
         """How long the last upload took."""
         return self._uploader.upload_s if self._uploader else 0.0
-
-    def never_began(self) -> None:
-        """Record that this launch was stopped before it claimed an attempt."""
-        self._ending.record("stopped", self.stores)
 
     def failure(self, what: str, remedy: str) -> HarnessError:
         """The error to end with because a save failed: of a disk, or of a store that may answer again."""
@@ -112,21 +115,11 @@ class Saver:
     def _claim(self, progress: Progress) -> Attempt:
         found = self._choice.survey
         assert found is not None, "the writer has listed the stores"
-        for store in self.stores:
-            store.prepare(fmt.FOLDERS)
-            if not store.is_local:
-                probe.check(store)
-        attempt = attempts.claim(found, self.origin, self.world.size)
+        attempt = claim(self.stores, self._choice, self.world.size, self.settings, progress.say)
+        self.metrics = Metrics(self.settings.log_to, found, attempt.run_id, self.origin.step if self.origin else 0, progress.say)
         self.tier.begin(attempt, self.origin)
-        for place, key in self._choice.damaged:
-            load.set_aside(self.stores[place], key)
-            progress.say(f"harness: set aside: {key}" + (f" in {self.stores[place]}" if len(self.stores) > 1 else ""))
-        for store in self.stores:
-            store.sweep(fmt.FOLDERS, attempt.number)
-            requests.sweep([store], attempt.number)
-            store.write("config.yaml", config.to_yaml(self.settings.config).encode(), attempt.number)
         self._listen(attempt, found)
-        self._say, self.resumed = progress.say, resumed(found, self.origin)
+        self._say, self.resumed = progress.say, resumed(found, self.origin, self.account)
         return attempt
 
     def _listen(self, attempt: Attempt, found: Survey) -> None:
@@ -136,7 +129,8 @@ class Saver:
         self.timer.lives = lives(found)
         here = [m for m in found.history if local and m in found.parts[0].manifests]
         self._origin_is_here = self.origin in here
-        ledger = self.ledger = Ledger(local, fmt.events_key(attempt.number), kept=has_remote)
+        ledger = self.ledger = Ledger(local, fmt.events_key(attempt.number), kept=has_remote, spent=self.account.spent)
+        ledger.listener = self.metrics.on_event if self.metrics else None
         name = self.origin.name if self.origin else None
         ledger.write("begun", step=self.saved_step or 0, world_size=self.world.size, went_on_from=name)
         if has_remote:
@@ -293,11 +287,6 @@ class Saver:
         lineage, digest = going_on_from(self.origin), config.digest(self.settings.config)
         return About(self.world.size, lineage, classes, digest, final, metrics, read_back=not self._committed)
 
-    @property
-    def failed(self) -> bool:
-        """Whether an uncaught error is ending this process."""
-        return self._ending.failed
-
     def note(self, kind: str, **fields: Any) -> None:
         """Add an event to the run's ledger; on the writer only."""
         if self.ledger:
@@ -321,13 +310,16 @@ class Saver:
         record, self._ended = {"step": step, "saved": saved} | details, True
         if why == "stopped":  # whoever stops us may not wait for the upload
             self._ending.record(why, self.stores[:1], saved_step=self.saved_step, **record)
-        problem = self.world.on_writer(lambda: self._settle(limit_s() - LAST_S), give_up=give_up)
+        with self.account.during(SAVE):
+            problem = self.world.on_writer(lambda: self._settle(limit_s() - LAST_S), give_up=give_up)
         failure = StorageError(f"{why} at step {step}, but not everything is in the remote store", problem, UPLOADED_THEN)
         if problem and why == "finished":
             raise failure
         self.note(why, **record)
         if self._uploader:
             self._uploader.close(1.0 if problem else END_S)
+        if self.metrics:
+            self.metrics.close()
         self._ending.record(why, self.stores, saved_step=self.saved_step, **record)
         if problem:
             raise failure

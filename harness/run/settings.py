@@ -7,6 +7,7 @@ from typing import Any
 
 from harness.checkpoint import retention
 from harness.errors import UsageError
+from harness.run.metrics import check as check_metrics
 from harness.run.timer import AUTO
 
 SNAPSHOTS, WHEN_BUSY = ("overlapped", "checked", "at_once"), ("wait", "skip")
@@ -34,8 +35,10 @@ class Settings:
     snapshot: str = "overlapped"
     when_busy: str = "wait"
     memory_every_steps: int | None = None
+    log_to: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        check_metrics(self.log_to)
         for name, value, allowed in (("snapshot", self.snapshot, SNAPSHOTS), ("when_busy", self.when_busy, WHEN_BUSY)):
             if value not in allowed:
                 raise UsageError(f"{name} is none of {', '.join(allowed)}", f"found: {value!r}")

@@ -16,6 +16,7 @@ from harness.ranks import World
 from harness.run.pace import Pace
 from harness.run.saver import Saver
 from harness.run.settings import Settings
+from harness.run.watch import Watch
 from harness.stop import deadline
 from harness.store import Store
 
@@ -60,24 +61,22 @@ class Stopping:
                         seen.add(key)
                         self._saves_asked.set() if what == "save" else stop.request(ASKED)
 
-    def agree(
-        self, step: int, end_step: int | None, pace: Pace, is_due: Callable[[float], bool], needed_s: Callable[[], float]
-    ) -> tuple[bool, bool]:
-        """Whether all stop now, whether all save now. `is_due`, with so many seconds left to the end, and `needed_s` (to save, upload
-        and leave) are asked on the writer. Collective: every rank must call it."""
+    def agree(self, step: int, end_step: int | None, pace: Pace, saver: Saver, watch: Watch) -> tuple[bool, bool, bool]:
+        """Whether the ranks have met in this step, whether all stop now, whether all save now. Collective: every rank must call it."""
         if step < self._next:
-            return False, False
+            return False, False, False
         interval = 1 if self.world.size == 1 else min(pace.steps_within(AGREE_EVERY_S, step), 2 * self._interval, MOST_STEPS)
         saving = False
         if self.world.is_writer:
-            saving = is_due(pace.left_s(step, end_step)) or self._saves_asked.is_set()
+            saving = saver.is_due(pace.left_s(step, end_step)) or self._saves_asked.is_set()
             self._saves_asked.clear()
-            if stop.requested() is None and self.deadline.is_near(self.settings.margin_s + deadline.SAFETY * needed_s()):
+            needed_s = watch.longest_s + saver.to_save_s + saver.upload_s  # a step, a save, an upload, and gone
+            if stop.requested() is None and self.deadline.is_near(self.settings.margin_s + deadline.SAFETY * needed_s):
                 stop.request(TIME_LIMIT)
         words = [int(stop.requested() is not None), int(saving), interval if self.world.is_writer else 0]
         stopping, save, interval = self.world.agree(words)
         self._next, self._interval = step + interval, interval
-        return bool(stopping), bool(save)
+        return True, bool(stopping), bool(save)
 
     def agree_at_once(self) -> bool:
         """Whether any rank was asked to stop. Collective: every rank must call it."""

@@ -107,6 +107,12 @@ def hold_back() -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
 
 
+def kill_group(pid: int) -> None:
+    """End a process that leads a group of its own, with all that it has started; one that is gone is no error."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(pid, signal.SIGKILL)
+
+
 def die_with_launcher() -> None:
     """Under torchrun, die when it dies: a worker that outlives its launcher would go on writing as an orphan."""
     if "TORCHELASTIC_RUN_ID" in os.environ:

@@ -1,0 +1,43 @@
+"""Say what a run has spent its time on, over all its attempts: useful training, and everything else; and draw it.
+
+Every second since the run was submitted, or first started, is counted once. What a killed attempt did after its last sign of life is
+"cut off"; what a later one had to do anew is "made again".
+
+example: harness report runs/a --html report.html
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from harness.cli import locate
+from harness.errors import EXIT_FINISHED, StorageError
+from harness.events import say
+from harness.report import page, words
+from harness.report.timeline import timeline
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN")
+    parser.add_argument("--html", metavar="FILE", type=Path, help="also draw it, into one file that needs nothing else")
+    parser.add_argument("--json", action="store_true", help="for machines")
+
+
+def run(given: argparse.Namespace) -> int:
+    store, found = locate.everywhere(given.run)
+    time = timeline(found)
+    if given.json:
+        numbers = {"wall_s": time.wall_s, "useful": time.useful, "between_interruptions_s": time.between_interruptions_s}
+        say(json.dumps({"run": str(store), "state": time.stands.state} | numbers | asdict(time), indent=1))
+    else:
+        say(words.text(str(store), time))
+    if given.html is not None:
+        try:
+            given.html.write_text(page.page(str(store), time))
+        except OSError as error:
+            raise StorageError(f"cannot write {given.html}", f"found: {error}", "Name another file.") from error
+        say(f"drawn: {given.html}") if not given.json else None
+    return EXIT_FINISHED

@@ -1,0 +1,52 @@
+"""Look at several runs at once, from their stores: state, step, rate, time left, age of the last checkpoint, last problem.
+
+On a terminal it looks again every few seconds, until Ctrl-C; elsewhere, or with --once, it looks once.
+
+example: harness top runs/a runs/b s3://bucket/c
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+import time
+
+from harness.checkpoint.history import survey
+from harness.cli import locate
+from harness.errors import EXIT_FINISHED, HarnessError
+from harness.events import duration, say
+from harness.report.glance import glance
+
+HEADER = ("run", "state", "step", "rate", "left", "saved", "last problem")
+CLEAR = "\x1b[H\x1b[2J"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", metavar="RUN", nargs="+")
+    parser.add_argument("--once", action="store_true", help="look once")
+    parser.add_argument("--every", metavar="SECONDS", type=float, default=5.0, help="how often it looks (5)")
+
+
+def run(given: argparse.Namespace) -> int:
+    while True:
+        text = locate.table(HEADER, [_row(name) for name in given.runs])
+        if given.once or not sys.stdout.isatty():
+            say(text)
+            return EXIT_FINISHED
+        columns = shutil.get_terminal_size().columns
+        say(CLEAR + "\n".join(line[:columns] for line in text.splitlines()))
+        time.sleep(max(0.5, given.every))
+
+
+def _row(name: str) -> tuple[str, ...]:
+    """A run that cannot be looked at is a row too: the others are still of interest."""
+    try:
+        seen = glance(survey(*locate.stores(name)))
+    except HarnessError as error:
+        return name, "cannot tell", "-", "-", "-", "-", " ".join(f"{error.what} {error.found}".split())[:120]
+    step = f"{seen.step}/{seen.end_step}" if seen.end_step is not None else str(seen.step)
+    rate = f"{seen.steps_per_s:.3g}/s" if seen.steps_per_s is not None else "-"
+    left = duration(seen.left_s) if seen.left_s is not None else "-"
+    saved = f"{duration(seen.saved_s)} ago" if seen.saved_s is not None else "-"
+    return name, seen.state, step, rate, left, saved, seen.problem[:120] or "-"

@@ -1,0 +1,69 @@
+"""A DataLoader of the user's: what it would deal out, and how."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler, default_collate
+from torch.utils.data.distributed import DistributedSampler
+
+from harness.data.loading import Collate, Workers, is_iterable
+from harness.errors import UsageError
+
+KEPT = ("timeout", "prefetch_factor", "multiprocessing_context")
+
+
+@dataclass(frozen=True)
+class Adopted:
+    """What a DataLoader says."""
+
+    dataset: Any
+    batch_size: int  # of one rank's micro-batch
+    shuffle: bool
+    drop_last: bool
+    order: Callable[[int], Sequence[int]] | None
+    collate: Collate | None
+    workers: Workers
+
+
+def adopt(loader: object) -> Adopted | None:
+    """What a DataLoader says; None for anything else. Raises UsageError for one whose samples a run could not find again."""
+    if not isinstance(loader, DataLoader):
+        return None
+    batches: Any = loader.batch_sampler
+    if type(batches) is not BatchSampler:
+        raise UsageError(
+            "this DataLoader does not batch samples by a number of its own, so no run could go on in the middle of it",
+            f"found: batch_size={loader.batch_size}, a {type(batches).__name__} as batch_sampler",
+            "Give its dataset to batches(), and the order of samples, epoch by epoch, as order=.",
+        )
+    shuffle, order = (False, None) if is_iterable(loader.dataset) else _order(batches.sampler, len(loader.dataset))  # type: ignore[arg-type]
+    collate = None if loader.collate_fn is default_collate else loader.collate_fn
+    others = {name: getattr(loader, name) for name in KEPT} if loader.num_workers else {}
+    workers = Workers(loader.num_workers, loader.worker_init_fn, others)
+    return Adopted(loader.dataset, batches.batch_size, shuffle, batches.drop_last, order, collate, workers)
+
+
+def _order(sampler: Any, size: int) -> tuple[bool, Callable[[int], Sequence[int]] | None]:
+    """Whether the samples are shuffled, or in which order of the sampler's own they come."""
+    if type(sampler) is SequentialSampler:
+        return False, None
+    if type(sampler) is RandomSampler and not sampler.replacement and sampler.num_samples == size:
+        return True, None
+    if type(sampler) is DistributedSampler:  # each rank gets its share here, whatever this would give it
+        return sampler.shuffle, None
+    if getattr(sampler, "generator", None) is None and not hasattr(sampler, "num_replicas"):
+        return False, lambda epoch: _epoch_of(sampler, epoch)
+    raise UsageError(
+        "this DataLoader's sampler cannot be asked for the order of any epoch",
+        f"found: a {type(sampler).__name__} with a generator, or for one of several ranks",
+        "Leave its generator out (the run's seed is used then), or give the dataset to batches(), with order=.",
+    )
+
+
+def _epoch_of(sampler: Any, epoch: int) -> list[int]:
+    if hasattr(sampler, "set_epoch"):
+        sampler.set_epoch(epoch)
+    return [int(sample) for sample in sampler]

@@ -1,0 +1,164 @@
+"""Drawing, as SVG that needs nothing else: a bar of shares, a timeline of attempts, a curve."""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from harness.events import duration
+
+WIDTH, LEFT, RIGHT = 1000, 70, 20
+ROW, GAP = 22, 8
+MOST_POINTS = 1200  # of a curve
+STEPS_S = (1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 10800, 21600, 43200, 86400, 2 * 86400, 7 * 86400)
+
+
+@dataclass(frozen=True)
+class Scale:
+    """From values to pixels."""
+
+    low: float
+    high: float
+    begin: float
+    end: float
+
+    def __call__(self, value: float) -> float:
+        return self.begin + (value - self.low) / ((self.high - self.low) or 1.0) * (self.end - self.begin)
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A stretch of a row, in values, with its class and what is said when it is pointed at."""
+
+    begin: float
+    end: float
+    kind: str
+    said: str
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A point on a row: a tick for a save, a sign for an end."""
+
+    at: float
+    kind: str
+    sign: str
+    said: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """One attempt."""
+
+    name: str
+    bars: Sequence[Bar]
+    marks: Sequence[Mark]
+    words: str
+
+
+def shares(parts: Sequence[tuple[str, float, str]]) -> str:
+    """One bar; of each part the class, the share of the whole, and what is said of it."""
+    total, at, drawn = sum(share for _, share, _ in parts) or 1.0, 0.0, []
+    for kind, share, said in parts:
+        width = WIDTH * share / total
+        drawn.append(_rect(at, 0, width, 34, kind, said))
+        if width > 60:
+            drawn.append(f'<text class="inside in-{kind}" x="{at + 8:.1f}" y="22">{share / total:.0%}</text>')
+        at += width
+    return _svg(34, drawn)
+
+
+def timeline(rows: Sequence[Row], seconds: float) -> str:
+    """One row an attempt, over the seconds since the run began."""
+    scale = Scale(0.0, seconds, LEFT, WIDTH - RIGHT)
+    height = len(rows) * (ROW + GAP) + 34
+    drawn = []
+    for at in time_ticks(seconds):
+        x = scale(at)
+        drawn.append(f'<line class="grid" x1="{x:.1f}" y1="0" x2="{x:.1f}" y2="{height - 26}"/>')
+        drawn.append(f'<text class="tick" x="{x:.1f}" y="{height - 8}" text-anchor="middle">{duration(at) if at else "0"}</text>')
+    for number, row in enumerate(rows):
+        top = number * (ROW + GAP)
+        drawn.append(f'<text class="name" x="{LEFT - 10}" y="{top + 16}" text-anchor="end">{html.escape(row.name)}</text>')
+        drawn += [_rect(scale(bar.begin), top, max(1.0, scale(bar.end) - scale(bar.begin)), ROW, bar.kind, bar.said) for bar in row.bars]
+        drawn += [_mark(scale(mark.at), top, mark) for mark in row.marks]
+        if row.words and row.bars:
+            drawn.append(_beside(scale(row.bars[0].begin), scale(row.bars[-1].end), top, row.words))
+    return _svg(height, drawn)
+
+
+def curve(points: Sequence[tuple[float, float]], marks: Sequence[tuple[float, str]], what: str, over: str) -> str:
+    """A curve, with vertical lines where something happened."""
+    height, bottom = 280, 30
+    points = thinned([(x, y) for x, y in points if math.isfinite(y)])
+    if not points:
+        return ""
+    xs, ys = [x for x, _ in points], [y for _, y in points]
+    low, high = min(ys), max(ys)
+    low, high = (low - 0.5, high + 0.5) if low == high else (low, high)
+    x_scale, y_scale = Scale(min(xs), max(xs), LEFT, WIDTH - RIGHT), Scale(low, high, height - bottom - 10, 14)
+    drawn = []
+    for value in ticks(low, high, 5):
+        y = y_scale(value)
+        drawn.append(f'<line class="grid" x1="{LEFT}" y1="{y:.1f}" x2="{WIDTH - RIGHT}" y2="{y:.1f}"/>')
+        drawn.append(f'<text class="tick" x="{LEFT - 10}" y="{y + 4:.1f}" text-anchor="end">{value:g}</text>')
+    for value in ticks(min(xs), max(xs), 8):
+        drawn.append(f'<text class="tick" x="{x_scale(value):.1f}" y="{height - 10}" text-anchor="middle">{value:g}</text>')
+    for at, said in marks:
+        x = x_scale(min(max(at, min(xs)), max(xs)))
+        line = f'<line class="resume" x1="{x:.1f}" y1="8" x2="{x:.1f}" y2="{height - bottom}"/>'
+        drawn.append(f"<g>{line}<title>{html.escape(said)}</title></g>")
+    path = " ".join(f"{x_scale(x):.1f},{y_scale(y):.1f}" for x, y in points)
+    drawn.append(f'<polyline class="curve" points="{path}"><title>{html.escape(what)}</title></polyline>')
+    drawn.append(f'<text class="tick" x="{WIDTH - RIGHT}" y="{height - 10}" text-anchor="end">{html.escape(over)}</text>')
+    return _svg(height, drawn)
+
+
+def thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """At most so many points: the mean of each group of neighbours, and the last."""
+    size = -(-len(points) // MOST_POINTS) if points else 1
+    groups = [points[at : at + size] for at in range(0, len(points), size)]
+    found = [(sum(x for x, _ in group) / len(group), sum(y for _, y in group) / len(group)) for group in groups]
+    return [*found[:-1], points[-1]] if found else []
+
+
+def ticks(low: float, high: float, about: int) -> list[float]:
+    """Round numbers between the two."""
+    raw = (high - low) / about or 1.0
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = power * next(nice for nice in (1, 2, 5, 10) if nice * power >= raw)
+    return [round(count * step, 12) for count in range(math.ceil(low / step), math.floor(high / step) + 1)]
+
+
+def time_ticks(seconds: float) -> list[float]:
+    """Round times from 0 on, some eight of them."""
+    step = next((step for step in STEPS_S if seconds / step <= 9), STEPS_S[-1])
+    return [float(at) for at in range(0, int(seconds) + 1, step)]
+
+
+def _beside(begin: float, end: float, top: float, words: str) -> str:
+    """Words after a row's bar, or before it if there is no room."""
+    needed = 6.5 * len(words)
+    if end + 14 + needed < WIDTH:
+        return f'<text class="note" x="{end + 14:.1f}" y="{top + 16}">{html.escape(words)}</text>'
+    if begin - LEFT > needed + 10:
+        return f'<text class="note" x="{begin - 8:.1f}" y="{top + 16}" text-anchor="end">{html.escape(words)}</text>'
+    return ""
+
+
+def _rect(x: float, y: float, width: float, height: float, kind: str, said: str) -> str:
+    place = f'x="{x:.1f}" y="{y:.1f}" width="{max(0.0, width):.1f}" height="{height}"'
+    return f'<rect class="{kind}" {place}><title>{html.escape(said)}</title></rect>'
+
+
+def _mark(x: float, top: float, mark: Mark) -> str:
+    said = f"<title>{html.escape(mark.said)}</title>"
+    if not mark.sign:
+        return f'<g><line class="{mark.kind}" x1="{x:.1f}" y1="{top + 3}" x2="{x:.1f}" y2="{top + ROW - 3}"/>{said}</g>'
+    return f'<text class="sign {mark.kind}" x="{x:.1f}" y="{top + 17}" text-anchor="middle">{html.escape(mark.sign)}{said}</text>'
+
+
+def _svg(height: float, drawn: Sequence[str]) -> str:
+    return f'<svg viewBox="0 0 {WIDTH} {height}" role="img" xmlns="http://www.w3.org/2000/svg">{"".join(drawn)}</svg>'

@@ -1,0 +1,56 @@
+"""What a run is waiting for, said by the writer when it takes long."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+
+from harness.events import duration
+from harness.run.account import DATA, OVERHEAD, REDONE, RESTORE, SAVE, STARTUP, TRAINING, Account
+
+FIRST_S, LOOK_S = 10.0, 1.0  # said after so long, and then each time that it has taken twice as long
+WORDS = {
+    RESTORE: "the stores: finding and reading the checkpoint",
+    DATA: "the next batch",
+    OVERHEAD: "the other ranks",
+    SAVE: "a save to arrive",
+}
+JOINING = "the other ranks to join"
+
+
+def words(account: Account) -> str:
+    """What is being waited for, or "" while nothing is: a step may take as long as it likes, but the first one may have to compile."""
+    what = account.what
+    if what in (TRAINING, REDONE):
+        return "the first step, which may have to compile, and the other ranks in it" if account.is_first_step else ""
+    return (JOINING if account.is_joining else "") if what == STARTUP else WORDS.get(what, "")
+
+
+class Waiting:
+    """Says what an account waits for, when it has taken long."""
+
+    def __init__(self) -> None:
+        self._said: tuple[float, float] = (0.0, 0.0)  # since when, and after how long it is said next
+
+    def look(self, account: Account) -> None:
+        """Say it, if it is time to."""
+        began, next_s = self._said if self._said[0] == account.since else (account.since, FIRST_S)
+        waited_s, what = account.clock() - account.since, words(account)
+        if what and waited_s >= next_s:
+            account.say(f"harness: waiting for {what} ({duration(waited_s)})")
+            next_s = 2 * waited_s
+        self._said = (began, next_s)
+
+
+def watch(account: Account) -> None:
+    """Look at the account now and then, in a thread, until that is closed, or nobody has it any more."""
+    threading.Thread(target=_watch, args=(weakref.ref(account), account.closed), daemon=True, name="waiting").start()
+
+
+def _watch(kept: weakref.ref[Account], closed: threading.Event) -> None:
+    waiting = Waiting()
+    while not closed.wait(LOOK_S):
+        if (account := kept()) is None:
+            return
+        waiting.look(account)
+        del account
