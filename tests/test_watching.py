@@ -381,6 +381,7 @@ def test_top_shows_each_run_in_a_line(tmp_path: Path, capfd: pytest.CaptureFixtu
     assert "cannot tell" in none or "to be continued" in none
 
 
+@pytest.mark.slow
 def test_top_of_a_run_that_trains_tells_rate_and_time_left(tmp_path: Path, started: Callable[..., object]) -> None:
     settings = (*TASK, f"run.dir={tmp_path}/run", "task.args.sleep_s=0.1", "train.max_steps=300", "train.epochs=100")
     with (tmp_path / "log").open("w") as output:
