@@ -357,6 +357,7 @@ def test_the_report_of_a_hang_names_the_rank_and_the_line_first(tmp_path: Path) 
     text = (tmp_path / "runs/a/hangs/0001.txt").read_text()
     assert text.startswith("rank 1 is stuck in dawdle (my_loop.py:11); rank 0 waited for the others.\n"), text
     assert text.count("--- rank") == 2 and "in dawdle" in text and "all_reduce" in text.partition("--- rank 1")[0], text
+    assert text.count("last collective: gloo:") == 2, text
     assert "rank 1 is stuck in dawdle (my_loop.py:11); rank 0 waited for the others; all stacks: " in done.stderr, done.stderr
     end = json.loads((tmp_path / "runs/a/attempts/0001.end.json").read_text())
     assert end["rank"] == 1 and end["error"] == "a step took longer than 3 s: stuck in dawdle (my_loop.py:11)", end
