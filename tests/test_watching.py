@@ -350,6 +350,7 @@ for number in run.steps(100):
 """
 
 
+@pytest.mark.slow
 def test_the_report_of_a_hang_names_the_rank_and_the_line_first(tmp_path: Path) -> None:
     (tmp_path / "my_loop.py").write_text(HANGING)
     done = run([*torchrun(2)[:-1], str(tmp_path / "my_loop.py")], cwd=tmp_path)
