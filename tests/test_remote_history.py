@@ -391,14 +391,14 @@ def test_of_two_launches_by_hand_the_later_takes_over_and_the_first_ends_as_supe
     first = train("a", *KEEP_ALL, "train.epochs=400")
     while not orders(remote):
         assert first.code is None, first.text
-    second = train("b", *KEEP_ALL, "train.max_steps=60")
+    second = train("b", *KEEP_ALL, "train.epochs=400", "train.max_steps=400")  # more than the first makes until it sees the second
     assert second.wait() == 0, second.text
     assert first.wait() == EXIT_SUPERSEDED, first.text
     assert json.loads(place.get(fmt.end_key(1)))["why"] == "superseded"
     assert json.loads(place.get(fmt.end_key(2)))["why"] == "finished"
     history_is_one_line(remote)
     found = survey(remote)
-    assert found.head.order == (2, 60) and found.head.final
+    assert found.head.order == (2, 400) and found.head.final
     assert {m.attempt for m in found.history} == {1, 2}
     origin = json.loads(place.get(fmt.attempt_key(2)))["from"]
     assert max(m.step for m in found.history if m.attempt == 1) == origin["step"]
