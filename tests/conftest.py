@@ -74,6 +74,16 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
         return (yield)
 
 
+class Clock:
+    """Goes on when it is told to."""
+
+    def __init__(self, now: float) -> None:
+        self.now = now
+
+    def __call__(self) -> float:
+        return self.now
+
+
 def torchrun(ranks: int, *settings: str, options: tuple[str, ...] = ()) -> list[str]:
     """The command line that trains on so many processes of this machine."""
     return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *options, str(TRAIN), *settings]

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import events, harness, kill_tree, run, start, torchrun, wait_until, workers_of
+from conftest import Clock, events, harness, kill_tree, run, start, torchrun, wait_until, workers_of
 from fault_proxy import FaultProxy, Rule
 from remote_lives import Life
 from remote_runs import Home
@@ -32,21 +32,11 @@ from harness.store import LocalStore
 TASK = ("task.name=small_task:build", "train.epochs=6", "log.every_steps=1", "checkpoint.every_steps=5", "checkpoint.best=val_loss:min")
 
 
-class Clock:
-    """Goes on when told to."""
-
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
 # --- within an attempt ---
 
 
 def test_at_any_moment_the_time_is_spent_on_one_thing() -> None:
-    clock = Clock()
+    clock = Clock(100.0)
     account = Account(clock, age_s=2.0)
     clock.now += 3
     with account.during(RESTORE):
@@ -68,7 +58,7 @@ def test_at_any_moment_the_time_is_spent_on_one_thing() -> None:
 
 
 def test_events_tell_of_it_once_a_second_and_at_the_end(tmp_path: Path) -> None:
-    clock, store = Clock(), LocalStore(tmp_path)
+    clock, store = Clock(100.0), LocalStore(tmp_path)
     store.prepare(("events",))
     ledger = Ledger(store, "events/0001.jsonl", spent=lambda: {STARTUP: clock.now - 100}, clock=clock)
     for kind in ("begun", "step", "step", "step", "finished"):

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from conftest import events
+from conftest import Clock, events
 from test_background import Big
 from test_library import steps_of
 
@@ -15,16 +15,6 @@ from harness.checkpoint.history import Survey
 from harness.errors import UsageError
 from harness.run import timer
 from harness.run.timer import ASSUMED_S, FIRST_S, LEAST_S, MOST_S, Lives, Timer, best_s, lives
-
-
-class Clock:
-    """Goes on when it is told to."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 def saved_once(clock: Clock, auto: Timer, plain_s: float, beside_s: float, steps: int, save_s: float) -> None:
@@ -47,7 +37,7 @@ def test_the_interval_weighs_what_saves_cost_against_what_a_kill_costs():
 
 
 def test_a_number_of_seconds_is_what_it_says():
-    clock = Clock()
+    clock = Clock(1000.0)
     plain = Timer(10.0, "wait", clock)
     clock.now += 9.9
     assert not plain.is_due(math.inf, 0, is_busy=False)
@@ -62,7 +52,7 @@ def test_a_number_of_seconds_is_what_it_says():
 
 
 def test_what_is_left_out_because_one_is_on_its_way_is_told_and_due_again_later():
-    clock, told = Clock(), []
+    clock, told = Clock(1000.0), []
     skips = Timer(10.0, "skip", clock, lambda kind, **fields: told.append(kind))
     clock.now += 10
     assert not skips.is_due(math.inf, 0, is_busy=True) and told == ["skipped"]
@@ -72,7 +62,7 @@ def test_what_is_left_out_because_one_is_on_its_way_is_told_and_due_again_later(
 
 
 def test_the_end_is_saved_anyway():
-    clock = Clock()
+    clock = Clock(1000.0)
     plain = Timer(10.0, "wait", clock)
     clock.now += 100
     assert plain.is_due(3.1, 3.0, is_busy=False)
@@ -80,7 +70,7 @@ def test_the_end_is_saved_anyway():
 
 
 def test_auto_makes_room_between_saves_that_follow_one_another():
-    clock = Clock()
+    clock = Clock(1000.0)
     auto = Timer("auto", "wait", clock)
     for _ in range(3):
         auto.begun()
@@ -91,7 +81,7 @@ def test_auto_makes_room_between_saves_that_follow_one_another():
 
 @pytest.mark.parametrize("steps", [1, 8])
 def test_auto_measures_what_a_save_costs_and_tells_what_it_chooses(steps):
-    clock, told = Clock(), []
+    clock, told = Clock(1000.0), []
     auto = Timer("auto", "wait", clock, lambda kind, **fields: told.append((kind, fields)))
     auto.lives = Lives(seconds=7200, kills=2)
     assert auto.every_s == FIRST_S

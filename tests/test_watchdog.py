@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import events, harness, run, tree, wait_until, workers_of
+from conftest import Clock, events, harness, run, tree, wait_until, workers_of
 from test_launch import SMALL, after_steps, begun, check_equal, crashing, ended, folder, launch, left_behind, whole  # noqa: F401 - fixtures
 
 from harness.run.ending import Ending
@@ -185,23 +185,13 @@ def test_to_say_what_is_expected_costs_next_to_nothing() -> None:
 # --- how long what may take ---
 
 
-class Time:
-    """A clock that moves when told."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
 @pytest.fixture
-def watching() -> Iterator[Callable[..., tuple[Watch, Time, Callable[[], float | None]]]]:
+def watching() -> Iterator[Callable[..., tuple[Watch, Clock, Callable[[], float | None]]]]:
     """A watch by a clock of its own, and what it allows now, in seconds."""
     made: list[Watch] = []
 
-    def make(limit_s: float = 600.0, step_s: float | None = None) -> tuple[Watch, Time, Callable[[], float | None]]:
-        clock = Time()
+    def make(limit_s: float = 600.0, step_s: float | None = None) -> tuple[Watch, Clock, Callable[[], float | None]]:
+        clock = Clock(1000.0)
         watch = Watch(limit_s, step_s, lambda *_: None, clock)
         made.append(watch)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import events, harness, kill_tree, run, torchrun, wait_until, workers_of
+from conftest import Clock, events, harness, kill_tree, run, torchrun, wait_until, workers_of
 from test_library import train
 
 import harness as harness_package
@@ -32,23 +32,13 @@ pytestmark = pytest.mark.usefixtures("process_as_it_was")
 TASK = ("task.name=small_task:build", "log.every_steps=1", "checkpoint.every_steps=5", "checkpoint.best=val_loss:min")
 
 
-class Clock:
-    """Goes on when told to."""
-
-    def __init__(self) -> None:
-        self.now = 50.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
 # --- what it waits for ---
 
 
 @pytest.fixture
 def account() -> SimpleNamespace:
     """An account with a clock of its own, what looks at it, and what was said."""
-    clock, said = Clock(), list[str]()
+    clock, said = Clock(50.0), list[str]()
     account = Account(clock)
     account.say = said.append
     return SimpleNamespace(it=account, clock=clock, said=said, look=partial(Waiting().look, account))
@@ -111,7 +101,7 @@ def test_a_rank_that_others_do_not_join_says_so(tmp_path: Path, started: Callabl
 
 
 def test_the_rate_survives_a_resume_and_then_gives_way_to_what_is_seen():
-    clock = Clock()
+    clock = Clock(50.0)
     pace = Pace(clock, 100, before=4.0)
     assert pace.steps_per_s(100) == pytest.approx(4.0) and pace.left_s(100, 140) == pytest.approx(10.0)
     clock.now += TRUSTED_S

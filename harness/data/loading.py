@@ -98,7 +98,7 @@ def _numbers(dataset: Any, samples: Sequence[int]) -> Sequence[int]:
     return samples
 
 
-def _as_is(item: Any) -> Any:
+def as_is(item: Any) -> Any:
     return item
 
 
@@ -113,7 +113,7 @@ def load(
         planned,
         batch_size=None,
         sampler=shares,
-        collate_fn=_as_is,
+        collate_fn=as_is,
         num_workers=workers.number,
         pin_memory=pin,
         worker_init_fn=workers.begin if workers.number else None,

@@ -7,6 +7,7 @@ import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from harness.checkpoint import attempts, past
@@ -18,7 +19,7 @@ FOLDER = "hangs"
 OTHERS_S, LOOK_S = 3.0, 0.2  # for how long the other ranks' words are waited for
 # A rank whose last frame is there waits for another one.
 COLLECTIVES = ("torch/distributed", "torch/nn/parallel/distributed.py", "torch/autograd", "harness/ranks.py")
-LIBRARIES = ("/torch/", "/harness/", "/site-packages/", "/lib/python", "<frozen")
+LIBRARIES = ("/torch/", f"{Path(__file__).resolve().parents[1]}/", "/site-packages/", "/lib/python", "<frozen")
 FRAME = re.compile(r'^  File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>.+)$')
 
 

@@ -30,16 +30,16 @@ class Waiting:
     """Says what an account waits for, when it has taken long."""
 
     def __init__(self) -> None:
-        self._said: tuple[float, float] = (0.0, 0.0)  # since when, and after how long it is said next
+        self._since, self._next_s = -1.0, FIRST_S  # since when it waits, and after how long that is said
 
     def look(self, account: Account) -> None:
         """Say it, if it is time to."""
-        began, next_s = self._said if self._said[0] == account.since else (account.since, FIRST_S)
-        waited_s, what = account.clock() - account.since, words(account)
-        if what and waited_s >= next_s:
+        if account.since != self._since:
+            self._since, self._next_s = account.since, FIRST_S
+        waited_s, what = account.clock() - self._since, words(account)
+        if what and waited_s >= self._next_s:
             account.say(f"harness: waiting for {what} ({duration(waited_s)})")
-            next_s = 2 * waited_s
-        self._said = (began, next_s)
+            self._next_s = 2 * waited_s
 
 
 def watch(account: Account) -> None:

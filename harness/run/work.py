@@ -73,7 +73,7 @@ def of_data(
         collate=collate, workers=adopted.workers if adopted else loading.Workers(num_workers),
     )  # fmt: skip
     data = describe(dataset, global_batch_size, shuffle and order is None, drop_last, seed)
-    return Work(source, data, epochs, max_steps, _as_is if accumulate > 1 else _only)
+    return Work(source, data, epochs, max_steps, loading.as_is if accumulate > 1 else _only)
 
 
 def of_own(seed: int, max_steps: int, number: Callable[[], int]) -> Work:
@@ -81,10 +81,6 @@ def of_own(seed: int, max_steps: int, number: Callable[[], int]) -> Work:
     dealt = {"global_batch_size": None, "shuffle": None, "drop_last": None, "seed": seed}
     data = {"fingerprint": "found by the loop itself", "size": None} | dealt
     return Work(loading.OwnSource(), data, None, max_steps, lambda _: number())
-
-
-def _as_is(micro_batches: list[Any]) -> list[Any]:
-    return micro_batches
 
 
 def _only(micro_batches: list[Any]) -> Any:
