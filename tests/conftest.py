@@ -35,15 +35,21 @@ settings.load_profile("any machine")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also the long storms and matrices")
+    parser.addoption("--gpu", action="store_true", help="the tests that need a GPU, and no other")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """All tests but those of GPUs go without, also where there is one: their ranks are more than it could serve."""
+    if not config.getoption("--gpu"):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ENVIRONMENT["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Without --slow the slow ones are not part of the suite: deselected, not skipped."""
-    if config.getoption("--slow"):
-        return
-    slow = [item for item in items if item.get_closest_marker("slow")]
-    config.hook.pytest_deselected(items=slow)
-    items[:] = [item for item in items if item not in slow]
+    """Without --slow the slow ones are not part of the suite: deselected, not skipped. So with those that need a GPU."""
+    chosen = [item for item in items if bool(item.get_closest_marker("gpu")) == config.getoption("--gpu")]
+    chosen = [item for item in chosen if config.getoption("--slow") or not item.get_closest_marker("slow")]
+    config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+    items[:] = chosen
 
 
 @contextlib.contextmanager

@@ -67,7 +67,7 @@ def trained(
 ) -> dict[int, dict]:
     """A loop that saves every step; returns what a copy that training waited for says of each boundary."""
     job = harness.init(directory, seed=1, save_every_s=None, save_every_steps=1, keep_last=99, **options)
-    model = model or Big()
+    model = (model or Big()).to(job.device)
     optimizer, average = make(model), Ema(model, 0.9)
     job.track(model=model, optimizer=optimizer, average=average)
     seen: dict[int, dict] = {}

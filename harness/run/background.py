@@ -17,6 +17,7 @@ from harness.checkpoint.scribe import Scribe
 from harness.errors import StorageError
 from harness.events import size
 from harness.state import Captured
+from harness.state.crossing import Crossing
 from harness.state.snapshot import Snapshot, UnevenError
 from harness.store import Sink
 from harness.store.image import Image, Loan
@@ -56,7 +57,7 @@ class Job:
 
     def costs(self) -> dict[str, float]:
         """What it has cost training so far, and how long the copy took, in seconds."""
-        return {"blocked_s": round(self.blocked_s, 6), "copy_s": round(self.snapshot.copy_s, 6)}
+        return {"blocked_s": round(self.blocked_s + self.snapshot.held_s(), 6), "copy_s": round(self.snapshot.copy_s, 6)}
 
 
 class Background:
@@ -69,12 +70,13 @@ class Background:
         this loop's state could not be copied while it runs."""
         self._overlapped, self._waiting = overlapped, waiting
         self._compare, self._compare_all = overlapped, compare
-        self._image, self._scribe = Image(), Scribe()
+        self._image, self._scribe, self._crossing = Image(), Scribe(), Crossing()
         self._job: Job | None = None
         self.is_unable = False  # nothing can be saved in the background
         self.slow_words = ""  # why saves make training wait, if they do
         self.wants_again = False  # what was to be saved was not, and can be
         self._room_bytes, self._is_used, self._touching = 0, False, threading.Lock()
+        self._gpu: torch.device | None = None
         self._closing = False
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, daemon=True, name="saver")
@@ -99,7 +101,7 @@ class Background:
         self._is_used = True
         compared, self._compare = self._compare, self._compare_all
         try:
-            snapshot = Snapshot(captured.payload, captured.steady)
+            snapshot = Snapshot(captured.payload, captured.steady, captured.elsewhere(), self._crossing)
             self._image.check_room(snapshot.size_bytes)
             if snapshot.rest_bytes > MOST_REST_BYTES:
                 self._take_at_once(f"nothing tells when {size(snapshot.rest_bytes)} of the state change")
@@ -108,6 +110,7 @@ class Background:
             else:
                 with self._touching:
                     snapshot.copy_into(self._image)
+                self._crossing.hold()
         except (UnevenError, StorageError) as error:
             self.slow_words, self.is_unable = " ".join(str(error).split()), True
             return
@@ -123,8 +126,9 @@ class Background:
             self._changed.notify()
         job.blocked_s = time.perf_counter() - began_at
 
-    def make_room(self, size_bytes: int) -> None:
-        """Have memory ready for a state of this size: the first use of each page takes longer than a copy into it."""
+    def make_room(self, size_bytes: int, device: torch.device) -> None:
+        """Have memory ready for a state of this size, of this device: the first use of each page takes longer than a copy into it."""
+        self._gpu = device if device.type == "cuda" else None
         with self._changed:
             self._room_bytes = size_bytes + size_bytes // 100 + (1 << 20)  # headers, generators, and so on
             if not self._thread.is_alive():
@@ -182,6 +186,7 @@ class Background:
         if self._thread.is_alive():
             self._thread.join()
         self._scribe.close()
+        self._crossing.unpin()
         self._image.close()
 
     def _run(self) -> None:
@@ -212,12 +217,16 @@ class Background:
                 except StorageError:
                     return  # who saves is told
                 torch.frombuffer(self._image.memory, dtype=torch.uint8)[at : at + TOUCHED_BYTES].zero_()
+        with self._touching:
+            if not (self._is_used or self._closing) and self._image.memory is not None:
+                self._crossing.pin(self._image.memory, self._gpu)
 
     def _save(self, job: Job) -> None:
         job.released.wait()
         try:
             if not job.snapshot.copied.is_set():
                 job.snapshot.copy_into(self._image)
+            job.snapshot.arrive()
             job.snapshot.check_finite(job.parameters)
             job.loan = self._image.lend()
             job.finish(job, lambda sink: sink.pour(self._image, self._scribe.pour), lambda: self._check_whole(job))

@@ -197,7 +197,7 @@ class Saver:
         if self.background.is_unable:  # there is no memory for a copy of the state, or more in it than plain tensors
             self.background.wants_again = False
             state.check_finite(captured.tracked)
-            problem = self._commit(captured.payload, told, began_at, None, lambda: None, dict)
+            problem = self._commit(captured.fill(), told, began_at, None, lambda: None, dict)
         return self._reply(problem)
 
     def _finish(self, job: Job, write: Callable[[Sink], None], check: Callable[[], None]) -> None:
@@ -254,7 +254,7 @@ class Saver:
         self.timer.step(self.background.is_busy_with(self._finish), self.save_s)
         if not self._has_room and self.world.is_writer:
             self._has_room = True
-            self.background.make_room(state.size_bytes(tracked))
+            self.background.make_room(state.size_bytes(tracked), self.world.device)
         self.background.at_boundary()
 
     def keep(self, name: str, data: bytes) -> None:

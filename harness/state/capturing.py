@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,11 +16,21 @@ from torch.nn.parameter import is_lazy
 from harness.ddp import plain
 from harness.errors import NonFiniteError, UsageError
 
-Seen = dict[Any, tuple[torch.Tensor, torch.Tensor]]  # where a tensor lies -> itself and what is saved of it
 Where = str | tuple[Any, Any]  # a name, or where something is and its key or number in there
 MOST_BITS = 2000  # of a number; the safe loader reads none that is much longer
 HOOK = "register_step_pre_hook"  # who has it, as every optimizer of PyTorch's, changes in its own step and at no other time
 PLAIN = (bool, int, float, complex, str, bytes, type(None))
+
+
+class Met(NamedTuple):
+    """A tensor that was met, which is kept so that its address is not given to another one."""
+
+    tensor: torch.Tensor
+    source: torch.Tensor  # where its bytes are: itself, or a copy that nobody else knows of
+    saved: torch.Tensor  # what is saved of it: the source, or, if that is on a GPU, memory of its size without anything in it
+
+
+Seen = dict[Any, Met]  # by where they lie
 
 
 @dataclass(frozen=True)
@@ -31,6 +41,16 @@ class Captured:
     steady: set[int]  # addresses of what does not change before the next update
     parameters: dict[int, tuple[str, torch.dtype]]  # by address: what has to be finite
     tracked: Mapping[str, Any]
+    seen: Seen = field(default_factory=dict)
+
+    def elsewhere(self) -> dict[int, torch.Tensor]:
+        """By the address of memory without anything in it: the tensor on a GPU whose bytes belong there."""
+        return {met.saved.data_ptr(): met.source for met in self.seen.values() if met.saved is not met.source}
+
+    def fill(self) -> dict[str, Any]:
+        """The payload with nothing left out of it."""
+        _fill(self.seen)
+        return self.payload
 
 
 def captured(values: Mapping[str, Any], tracked: Mapping[str, Any]) -> Captured:
@@ -42,21 +62,27 @@ def captured(values: Mapping[str, Any], tracked: Mapping[str, Any]) -> Captured:
     payload, steady = plain_data(values), set[int]()
     for name, thing in tracked.items():
         before = len(seen)
-        payload |= capture({name: thing}, seen)
+        payload |= _capture({name: thing}, seen)
         if hasattr(plain(thing), HOOK):
-            steady |= {saved.data_ptr() for _, saved in itertools.islice(seen.values(), before, None)}
+            steady |= {met.saved.data_ptr() for met in itertools.islice(seen.values(), before, None)}
     named = parameters(tracked, seen)
-    steady |= named.keys() | {saved.data_ptr() for tensor, saved in seen.values() if saved is not tensor}
-    return Captured(payload, steady, named, tracked)
+    steady |= named.keys() | {met.saved.data_ptr() for met in seen.values() if met.source is not met.tensor}
+    return Captured(payload, steady, named, tracked, seen)
 
 
-def capture(tracked: Mapping[str, Any], seen: Seen | None = None) -> dict[str, Any]:
+def capture(tracked: Mapping[str, Any]) -> dict[str, Any]:
     """The state of every tracked object under `NAME_state_dict`, on the CPU.
 
-    CPU tensors are not copied: write them out, or copy them, before the next update. `seen`, if given, is filled with what was
-    met. Raises UsageError for state that is not plain data.
+    CPU tensors are not copied: write them out, or copy them, before the next update. Raises UsageError for state that is not plain
+    data.
     """
-    seen = {} if seen is None else seen
+    seen: Seen = {}
+    payload = _capture(tracked, seen)
+    _fill(seen)
+    return payload
+
+
+def _capture(tracked: Mapping[str, Any], seen: Seen) -> dict[str, Any]:
     return {f"{name}_state_dict": _to_cpu(plain(thing).state_dict(), f"{name}_state_dict", seen) for name, thing in tracked.items()}
 
 
@@ -72,7 +98,7 @@ def parameters(tracked: Mapping[str, Any], seen: Seen) -> dict[int, tuple[str, t
 
     Raises NonFiniteError for a parameter that was not captured under its own shape, and is not finite now.
     """
-    captured = {tensor.data_ptr(): saved.data_ptr() for tensor, saved in seen.values()}
+    captured = {met.tensor.data_ptr(): met.saved.data_ptr() for met in seen.values()}
     found, elsewhere = {}, []
     for name, key, parameter in _parameters(tracked):
         if (address := captured.get(parameter.data_ptr())) is not None:
@@ -159,23 +185,45 @@ def _key(key: Any, where: Where) -> Any:
 
 
 def _tensor_to_cpu(tensor: torch.Tensor, seen: Seen) -> torch.Tensor:
-    """Tied tensors stay tied; a view does not drag the whole storage that it looks into along.
-
-    The original is kept beside its copy, so that its address is not given to another tensor while it stands for this one.
-    """
+    """Tied tensors stay tied; a view does not drag the whole storage that it looks into along."""
     if tensor.layout is not torch.strided:
         return tensor.to("cpu", copy=True)
     storage = tensor.untyped_storage()
     place = (storage.data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
     if place not in seen:
-        is_whole = tensor.is_cpu and tensor.nbytes == storage.nbytes()
-        seen[place] = tensor, tensor if is_whole else tensor.to("cpu", copy=True).contiguous()
-    return seen[place][1]
+        is_whole = tensor.nbytes == storage.nbytes() and not tensor.storage_offset()
+        if tensor.is_cuda and (is_whole or tensor.is_contiguous()) and not (tensor.is_conj() or tensor.is_neg()):
+            seen[place] = Met(tensor, tensor, _without_data(tensor))
+        else:
+            saved = tensor if is_whole and tensor.is_cpu else tensor.to("cpu", copy=True).contiguous()
+            seen[place] = Met(tensor, saved, saved)
+    return seen[place].saved
+
+
+def _without_data(tensor: torch.Tensor) -> torch.Tensor:
+    """One like it on the CPU, in memory of its own that is not used, and so takes no room, until something is copied there."""
+    memory = torch.UntypedStorage(tensor.nbytes, device="cpu")  # type: ignore[no-untyped-call]
+    return torch.empty(0, dtype=tensor.dtype, device="cpu").set_(memory, 0, tensor.shape, tensor.stride())
+
+
+def _fill(seen: Seen) -> None:
+    for met in seen.values():
+        if met.saved is not met.source:
+            raw(met.saved).copy_(raw(met.source))
+
+
+def raw(tensor: torch.Tensor) -> torch.Tensor:
+    """The bytes of a tensor that is contiguous, or all of its memory, in the order in which they lie there."""
+    at_bytes = tensor.storage_offset() * tensor.itemsize
+    return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage(), at_bytes, (tensor.nbytes,), (1,))
 
 
 def plain_data(values: Mapping[str, Any]) -> dict[str, Any]:
     """The values with NumPy scalars turned into numbers. Raises UsageError naming what is not plain data."""
-    return {name: _to_cpu(value, name, {}) for name, value in values.items()}
+    seen: Seen = {}
+    payload = {name: _to_cpu(value, name, seen) for name, value in values.items()}
+    _fill(seen)
+    return payload
 
 
 def check(tracked: Mapping[str, Any]) -> None:

@@ -2,7 +2,7 @@
 
 Between two updates nothing changes what an optimizer owns: its parameters and its own state. So these are copied in the
 background, during the next forward and backward passes, and the next `optimizer.step()` waits until that is done. What else there
-is (buffers change in the forward pass) is copied at once.
+is (buffers change in the forward pass) is copied at once. What is on a GPU is copied on a stream of its own (`crossing`).
 
 The copy goes to where it will lie in the file: `torch.save` is asked for everything but the tensors' bytes, and where it left room
 for them they are put. So the memory holds the very file that `torch.save` would have written, and is written as it is.
@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from harness.state.capturing import is_finite, not_finite
+from harness.state.capturing import is_finite, not_finite, raw
+from harness.state.crossing import Crossing
 from harness.store.image import Image
 
 
@@ -28,13 +29,18 @@ class UnevenError(Exception):
 class Snapshot:
     """The state of one step: made at its boundary, copied in the background, sealed before anything may change."""
 
-    def __init__(self, payload: Mapping[str, Any], steady: Collection[int]) -> None:
-        """`steady` are the addresses of memory that does not change before the next update. Raises UnevenError."""
-        self.copied = threading.Event()
+    def __init__(
+        self, payload: Mapping[str, Any], steady: Collection[int], elsewhere: Mapping[int, torch.Tensor] | None = None,
+        crossing: Crossing | None = None,
+    ) -> None:  # fmt: skip
+        """`steady` are the addresses of memory that does not change before the next update; of what is `elsewhere`, on a GPU, the
+        address tells where it belongs. Raises UnevenError."""
+        self.copied = threading.Event()  # or, from a GPU, asked for: `crossing` tells the rest
         self.copy_s = 0.0
         self.size_bytes = self.rest_bytes = 0  # of all tensors; of those that are not steady
         self._payload: Any = payload
-        self._steady = steady
+        self._steady, self._elsewhere = steady, dict(elsewhere or {})
+        self._crossing, self._has_begun = crossing or Crossing(), False
         self._storages: dict[int, tuple[torch.UntypedStorage, int]] = {}  # by identity, in the order of the file: memory, address
         self._copies: list[tuple[torch.Tensor, torch.Tensor, int]] = []  # of each: in the image, what it is of, where that lay
         self._versions: list[tuple[torch.Tensor, int]] = []
@@ -45,26 +51,40 @@ class Snapshot:
                 self.size_bytes += size_bytes
                 self._storages[identity] = storage, address
                 if address in steady:
-                    self._versions.append((tensor, _version(tensor)))
+                    live = self._elsewhere.get(address, tensor)
+                    self._versions.append((live, _version(live)))
                 else:
                     self.rest_bytes += size_bytes
 
     def copy_rest(self) -> None:
-        """Copy what is not steady, at once."""
+        """Copy what is not steady, at once. For the training thread."""
         for key, (storage, address) in self._storages.items():
-            if address not in self._steady:
+            if address in self._elsewhere and address not in self._steady:
+                self._elsewhere[address] = raw(self._elsewhere[address]).clone()
+            elif address not in self._steady:
                 self._storages[key] = storage.clone(), address  # type: ignore[no-untyped-call]
+        self._begin()
+
+    def _begin(self) -> None:
+        if not self._has_begun:
+            self._crossing.begin({source.device for source in self._elsewhere.values()})
+            self._has_begun = True
 
     def copy_into(self, image: Image) -> None:
         """Form the file in the image; `copied` is set in the end, whatever comes of it. For the background, after `copy_rest`, or for
         the thread that trains. Raises UnevenError, StorageError."""
         began = time.perf_counter()
+        self._begin()
         try:
-            for at, storage, address in self._places(image):
-                memory = torch.frombuffer(image.memory, dtype=torch.uint8, count=storage.nbytes(), offset=at)
-                source = torch.empty(0, dtype=torch.uint8, device="cpu").set_(storage)
-                memory.copy_(source)
-                self._copies.append((memory, source, address))
+            places = self._places(image)
+            assert image.memory is not None
+            self._crossing.pin(image.memory)
+            with self._crossing.copying():
+                for at, storage, address in places:
+                    memory = torch.frombuffer(image.memory, dtype=torch.uint8, count=storage.nbytes(), offset=at)
+                    source = raw(self._elsewhere[address]) if address in self._elsewhere else _bytes_of(storage)
+                    memory.copy_(source, non_blocking=True)
+                    self._copies.append((memory, source, address))
         finally:
             self.copy_s = time.perf_counter() - began
             self.copied.set()
@@ -84,16 +104,30 @@ class Snapshot:
             image.memory[at : at + len(data)] = data
         return [(at, *part) for (at, _), part in zip(outline.holes, parts, strict=True)]
 
+    def arrive(self) -> None:
+        """Wait until all is in the image, and nothing of it still comes from a GPU."""
+        self.copied.wait()
+        self._crossing.arrive()
+        self.copy_s = max(self.copy_s, self._crossing.copy_s())
+
+    def held_s(self) -> float:
+        """For how long a GPU has waited for copies out of it, in seconds."""
+        return self._crossing.held_s()
+
     def is_torn(self, *, compare: bool) -> bool:
-        """Whether what was taken to be steady has changed while it was copied. Waits for the copy.
+        """Whether what was taken to be steady has changed while it was copied. Waits for the copy; of what is on a GPU, until it has
+        been asked for: what that computes from now on comes after it.
 
         What PyTorch knows to have been written to tells by its version; what was written to behind its back (`parameter.data`)
         only a comparison, for which `compare` asks. For the training thread, before an update.
         """
         self.copied.wait()
+        self._crossing.hold()
         if any(_version(tensor) != version for tensor, version in self._versions):
             return True
-        return compare and any(address in self._steady and not _equal(copy, source) for copy, source, address in self._copies)
+        if compare:
+            self.arrive()
+        return compare and any(address in self._steady and not _equal(copy, source.cpu()) for copy, source, address in self._copies)
 
     def check_finite(self, parameters: Mapping[int, tuple[str, torch.dtype]]) -> None:
         """Raises NonFiniteError if a parameter, which its memory's address tells, is not finite in the copy. For the background."""
@@ -103,7 +137,7 @@ class Snapshot:
 
     def forget(self) -> None:
         """Look at live tensors no more."""
-        self._copies, self._versions, self._storages, self._payload = [], [], {}, None
+        self._copies, self._versions, self._storages, self._elsewhere, self._payload = [], [], {}, {}, None
 
 
 class _Outline:
@@ -138,6 +172,10 @@ def tensors_in(value: Any, found: list[torch.Tensor]) -> list[torch.Tensor]:
         for item in value.values() if isinstance(value, dict) else value:
             tensors_in(item, found)
     return found
+
+
+def _bytes_of(storage: torch.UntypedStorage) -> torch.Tensor:
+    return torch.empty(0, dtype=torch.uint8, device="cpu").set_(storage)
 
 
 def _version(tensor: torch.Tensor) -> int:

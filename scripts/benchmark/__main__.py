@@ -22,6 +22,7 @@ ROWS = {
     "s3": "time until a checkpoint is whole in S3, beside raw clients",
     "load": "loading, verified, beside torch.load, which is not; cold, warm, memory",
     "overhead": "what the loop costs a step, beside DDP by hand, Fabric and Trainer",
+    "gpu": "what saves cost a model on a GPU that are due after every step; left out where there is no GPU",
     "restart": "from kill -9 of a rank to a new step, beside torchrun and torch.load",
 }
 

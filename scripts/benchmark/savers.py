@@ -103,13 +103,16 @@ def _dcp(work: Workload, *, process: bool, background: bool) -> Start:
 
     if process:
         _join_alone()
-    stager = DefaultStager(StagingOptions(False, process, background, False))  # kept: its buffers are allocated once
+    on_gpu = next(work.model.parameters()).is_cuda
+    options = StagingOptions(on_gpu, process, background, on_gpu)
+    kept = None if on_gpu else DefaultStager(options)  # its buffers are allocated once; PyTorch 2.11 closes one that pins them
     kind = AsyncCheckpointerType.PROCESS if process else AsyncCheckpointerType.THREAD
 
     def start(folder: Path) -> Pending:
         going = async_save(
-            work.payload(), checkpoint_id=folder / "checkpoint", async_checkpointer_type=kind, async_stager=stager, no_dist=not process
-        )
+            work.payload(), checkpoint_id=folder / "checkpoint", async_checkpointer_type=kind, no_dist=not process,
+            async_stager=kept or DefaultStager(options),
+        )  # fmt: skip
         staged, saved = (
             (going.staging_completion.result, going.upload_completion) if isinstance(going, AsyncSaveResponse) else (None, going)
         )

@@ -79,8 +79,8 @@ class Workload:
         return {"model_state_dict": self.model.state_dict(), "optimizer_state_dict": self.optimizer.state_dict()}
 
 
-def build(size_mb: int) -> Workload:
-    model = Gpt(size_mb)
+def build(size_mb: int, device: str = "cpu") -> Workload:
+    model = Gpt(size_mb).to(device)
     tokens = torch.randint(256, (SEQUENCES, CONTEXT + 1), dtype=torch.int64)
     return Workload(model, torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True), TensorDataset(tokens))
 

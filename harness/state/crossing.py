@@ -1,0 +1,107 @@
+"""From the memory of GPUs into the processor's, beside what they compute: on a stream of each GPU's own.
+
+The training thread says at a step boundary from where on the copies may begin, and before the update that they have to be over. Both
+are told to the GPU, which keeps to it when it gets there: the training thread waits for nothing but that the copies were asked for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+from collections.abc import Iterable, Iterator
+
+import torch
+
+PORTABLE = 1  # cudaHostRegisterPortable: for every GPU of this process
+
+
+class Crossing:
+    """The copies of one snapshot after another, into memory that is pinned once. With no GPU it does nothing."""
+
+    def __init__(self) -> None:
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
+        self._begun: dict[torch.device, torch.cuda.Event] = {}  # of the copies that are on their way
+        self._ended: dict[torch.device, torch.cuda.Event] = {}
+        self._held: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []  # before and after what training had to wait for
+        self._pinned: mmap.mmap | None = None
+        self._refused: mmap.mmap | None = None
+
+    def begin(self, devices: Iterable[torch.device]) -> None:
+        """What is copied is what there is after all that these GPUs have been told to compute. For the training thread."""
+        self._begun, self._ended, self._held = {}, {}, []
+        for device in devices:
+            if device not in self._streams:
+                self._streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            stream = self._streams[device]
+            stream.wait_stream(torch.cuda.current_stream(device))
+            self._begun[device] = _mark(stream)
+
+    @contextlib.contextmanager
+    def copying(self) -> Iterator[None]:
+        """What is copied inside, with `non_blocking`, is copied meanwhile."""
+        with contextlib.ExitStack() as streams:
+            for device in self._begun:
+                streams.enter_context(torch.cuda.stream(self._streams[device]))
+            yield
+            for device in self._begun:
+                self._ended[device] = _mark(self._streams[device])
+
+    def hold(self) -> None:
+        """What these GPUs are told to compute from now on comes after the copies. For the training thread."""
+        for device, ended in self._ended.items():
+            if not ended.query():  # type: ignore[no-untyped-call]
+                stream = torch.cuda.current_stream(device)
+                before = _mark(stream)
+                stream.wait_event(ended)
+                self._held.append((before, _mark(stream)))
+
+    def arrive(self) -> None:
+        """Wait until all is copied."""
+        for device, ended in self._ended.items():
+            with torch.cuda.device(device):  # else this thread would come to use the first GPU's memory too
+                ended.synchronize()
+
+    def copy_s(self) -> float:
+        """How long the copies took that have arrived, in seconds."""
+        return max((_between_s(self._begun[device], ended) for device, ended in self._ended.items()), default=0.0)
+
+    def held_s(self) -> float:
+        """For how long GPUs had nothing to compute because of `hold`, as far as they have got there, in seconds."""
+        over = [(before, after) for before, after in self._held if after.query()]  # type: ignore[no-untyped-call]
+        return sum(_between_s(before, after) for before, after in over)
+
+    def pin(self, memory: mmap.mmap, device: torch.device | None = None) -> None:
+        """Let GPUs write into this memory by themselves, which is several times as fast, and in place of what was pinned before. Where
+        that is refused they are helped by the processor."""
+        device = next(iter(self._begun), device)
+        if device is None or memory in (self._pinned, self._refused):
+            return
+        self.unpin()
+        with torch.cuda.device(device):
+            if int(torch.cuda.cudart().cudaHostRegister(_address(memory), len(memory), PORTABLE)) == 0:  # type: ignore[no-untyped-call]
+                self._pinned = memory
+                return
+            self._refused = memory
+            with contextlib.suppress(RuntimeError):  # who computes next in this thread would be told of it
+                torch.zeros(1, device=device)
+
+    def unpin(self) -> None:
+        """Let the memory go that was pinned, once nothing is copied into it."""
+        if self._pinned is not None:
+            self.arrive()
+            torch.cuda.cudart().cudaHostUnregister(_address(self._pinned))  # type: ignore[no-untyped-call]
+        self._pinned = self._refused = None
+
+
+def _mark(stream: torch.cuda.Stream) -> torch.cuda.Event:
+    event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    event.record(stream)
+    return event
+
+
+def _between_s(first: torch.cuda.Event, second: torch.cuda.Event) -> float:
+    return float(first.elapsed_time(second)) / 1000
+
+
+def _address(memory: mmap.mmap) -> int:
+    return torch.frombuffer(memory, dtype=torch.uint8).data_ptr()
