@@ -196,7 +196,8 @@ def test_what_dies_again_and_again_is_tried_three_times_and_last_from_the_checkp
 def test_crashes_with_progress_between_them_are_no_crash_loop(whole: Callable[[int], Path], folder: Path) -> None:
     directory = folder / "run"
     plan = ",".join(f"{step}-0-{how}-2" for step, how in ((7, "raise"), (14, "kill"), (21, "raise"), (28, "exit")))
-    done = run(launch(1, *crashing(folder, plan), "checkpoint.every_steps=5"), cwd=folder, limit_s=300)
+    slowly = "task.args.sleep_s=0.3"  # so that each save, which goes on in the background, is over when the crash comes some steps later
+    done = run(launch(1, *crashing(folder, plan), "checkpoint.every_steps=5", slowly), cwd=folder, limit_s=300)
     assert done.returncode == 0, done.stdout + done.stderr
     assert len(list(folder.glob("*.crashed"))) == 8 and len(begun(directory, "attempts")) == 9
     check_equal(directory, whole(1))
@@ -330,8 +331,8 @@ def test_harness_stop_ends_a_launch_and_the_next_goes_on(times: int, whole: Call
     directory, settings = tmp_path / "run", (*SMALL, f"run.dir={tmp_path}/run")
     process = started(launch(2, *settings, "task.args.sleep_s=0.2"))
     after_steps(directory, 3, process)
-    for _ in range(times):
-        assert run(harness("stop", str(directory))).returncode == 0
+    asking = [started(harness("stop", str(directory))) for _ in range(times)]  # at once: when the first has had its way, nobody is there
+    assert [one.wait(timeout=60) for one in asking] == [0] * times
     out, err = process.communicate(timeout=30)
     assert process.returncode == 75 and "not started again" in err, out + err
     assert len(begun(directory, "launches")) == 1 and left_behind(directory) == []
