@@ -46,7 +46,8 @@ from harness.errors import (
 )
 from harness.events import say
 
-SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"  # torchrun dies of the last two otherwise, and orphans its workers
+ITS_OWN = "SIGQUIT"  # the one signal that torchrun is to handle: all others are ours
+MOST_RAISED = 2  # by one torchrun ends its workers, by another it does so once more, a third makes it die, and them with it
 SHUTDOWN_S = 300  # torchrun's default of 30 s cuts the save of a large model short
 LOOK_S, RECORD_S = 0.1, 10.0
 
@@ -170,7 +171,7 @@ def _torchrun(options: list[str], training: list[str], settings: config.Config) 
 
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # what torchrun would set, without its warning
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SHUTDOWN_S))  # the workers plan by it
-    own = {"--signals-to-handle": SIGNALS, "--shutdown-timeout": os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]}
+    own = {"--signals-to-handle": ITS_OWN, "--shutdown-timeout": os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]}
     known = get_args_parser()._option_string_actions  # older versions lack them
     arguments = [*(f"{name}={value}" for name, value in own.items() if name in known), *options, *_program(training, settings)]
     try:
@@ -179,7 +180,8 @@ def _torchrun(options: list[str], training: list[str], settings: config.Config) 
         raise UsageError("torchrun does not take these options", f"found: {' '.join(arguments)}", "See torchrun --help.") from None
     logging.disable(logging.WARNING)  # of each signal that torchrun passes on, at length
     try:
-        torchrun(parsed)  # type: ignore[no-untyped-call]
+        with stop.raising(SignalException, MOST_RAISED):
+            torchrun(parsed)  # type: ignore[no-untyped-call]
     except SignalException as signal:
         return EXIT_STOPPED, f"ended by {signal.sigval.name}"
     except RendezvousError as error:

@@ -18,12 +18,13 @@ from types import FrameType
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 PR_SET_PDEATHSIG = 1
+AGAIN_S = 0.5  # what comes sooner is the same one, passed on by a launcher
 
 _requested: list[tuple[str, float]] = []
 
 
 def install() -> None:
-    """Let the stop signals set the flag from now on. A second SIGINT ends the process at once."""
+    """Let the stop signals set the flag from now on. A second SIGINT, of a person who insists, ends the process at once."""
     for number in STOP_SIGNALS:
         if number is not signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # under nohup it stays ignored
             signal.signal(number, _handle)
@@ -31,9 +32,32 @@ def install() -> None:
 
 def _handle(number: int, frame: FrameType | None) -> None:
     name = name_of(number)
-    if name == "SIGINT" and any(name == before for before, _ in _requested):
+    before = signalled_at(name)
+    if number == signal.SIGINT and before is not None and time.monotonic() - before > AGAIN_S:
         os._exit(128 + number)
     request(name)
+
+
+@contextlib.contextmanager
+def raising(error: Callable[[str, signal.Signals], Exception], most: int) -> Iterator[None]:
+    """While the block runs, in which others' code is to end by an error, the first so many stop signals raise one, and those after them
+    come to nothing. A second SIGINT ends the process at once."""
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        _handle(number, frame)
+        if len(_requested) <= most:
+            raise error(f"got {name_of(number)}", signal.Signals(number))
+
+    install()
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    for number, handler in before.items():
+        if handler is _handle:
+            signal.signal(number, handle)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def request(why: str) -> None:
