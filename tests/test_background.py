@@ -156,6 +156,29 @@ def test_checked_finds_what_nothing_else_would(tmp_path, capfd):
     assert capfd.readouterr().out.count("saves make training wait: the state changes between two updates") == 1
 
 
+def test_an_update_that_nothing_tells_of_is_found_out(tmp_path, capfd):
+    """The loop begins later to update by hand and behind PyTorch's back, as a CUDA graph does."""
+    job = harness.init(tmp_path / "a", seed=1, save_every_s=None, save_every_steps=1, keep_last=99)
+    model, seen = Big(), {}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    job.track(model=model, optimizer=optimizer)
+    for (x,) in job.batches(points(64), global_batch_size=8, epochs=1):
+        seen[job.step - 1] = copy.deepcopy(state.capture(job.tracked))
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        if job.step < 4:
+            optimizer.step()
+        else:
+            for parameter in model.parameters():
+                parameter.data.sub_(parameter.grad, alpha=0.01)
+            time.sleep(0.1)  # the copy is over when the step is
+    seen[job.step] = copy.deepcopy(state.capture(job.tracked))
+    saved = steps_of(tmp_path / "a")
+    check_saved(tmp_path / "a", seen, saved)
+    assert {1, 2, 8} <= set(saved)
+    assert capfd.readouterr().out.count("saves make training wait: the state changes between two updates") == 1
+
+
 def test_what_nothing_tells_the_changes_of_is_copied_at_once(tmp_path, capfd):
     """Buffers, here more of them than are worth a copy of their own, that each forward pass changes."""
 
@@ -371,6 +394,20 @@ def test_parameters_that_are_not_finite_end_the_run_at_the_next_boundary(tmp_pat
                 model.table.weight.grad[77_777, 3] = float("inf")
             optimizer.step()
     assert job.step <= 6 and steps_of(tmp_path / "a") == [2]
+
+
+def test_a_buffer_that_begins_where_a_parameter_does_hides_nothing_of_it(tmp_path):
+    class Headed(Big):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table.register_buffer("head", self.table.weight.data[:10])
+
+    def spoil(model: nn.Module) -> None:
+        with torch.no_grad():
+            model.table.weight[77_777, 3] = float("nan")
+
+    with pytest.raises(NonFiniteError, match=r"model\.table\.weight"):
+        trained(tmp_path / "a", model=Headed(), before=spoil)
 
 
 def held() -> set[str]:

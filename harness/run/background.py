@@ -49,6 +49,7 @@ class Job:
     blocked_s: float = 0.0  # for how long training has waited for it
     problem: str = ""  # why there is no checkpoint, if training may go on all the same
     is_torn: bool = False
+    is_passed: bool = False  # a step was made since
     released: threading.Event = field(default_factory=threading.Event)  # the copy may begin
     loan: Loan | None = None  # of the whole copy, once it is made
     sealed: threading.Event = field(default_factory=threading.Event)  # it is known whether it is whole
@@ -77,7 +78,7 @@ class Background:
         self.wants_again = False  # what was to be saved was not, and can be
         self._room_bytes, self._is_used, self._touching = 0, False, threading.Lock()
         self._gpu: torch.device | None = None
-        self._closing = False
+        self._closing, self._sealing = False, threading.Lock()
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, daemon=True, name="saver")
 
@@ -109,8 +110,7 @@ class Background:
                 snapshot.copy_rest()
             else:
                 with self._touching:
-                    snapshot.copy_into(self._image)
-                self._crossing.hold()
+                    snapshot.copy_at_once(self._image)
         except (UnevenError, StorageError) as error:
             self.slow_words, self.is_unable = " ".join(str(error).split()), True
             return
@@ -142,33 +142,42 @@ class Background:
 
     def before_update(self) -> None:
         """Wait until all is copied: what follows changes it. For the training thread, which says by `waiting` what it does meanwhile."""
+        if self._crossing.is_recorded():
+            return
         if self._job is not None and not self._job.sealed.is_set():
             with self._waiting():
                 self._seal()
+        self._crossing.hold()  # of an optimizer that is not the first, maybe on another stream
+        self._crossing.updates()
 
-    def _seal(self) -> None:
+    def _seal(self, *, is_told: bool = True) -> None:
+        """Find out whether what is copied is whole. Unless it `is_told` that there was no update until now, there may have been one that
+        no optimizer has announced and PyTorch has not counted: a CUDA graph's, or one that is made by hand."""
         self.release()
-        if (job := self._job) is not None and not job.sealed.is_set():
-            began = time.perf_counter()
-            if job.snapshot.is_torn(compare=job.is_compared):
-                self._take_at_once("the state changes between two updates")
-                job.is_torn = not job.is_compared
-            job.blocked_s += time.perf_counter() - began
-            job.sealed.set()
+        with self._sealing:
+            if (job := self._job) is not None and not job.sealed.is_set():
+                began = time.perf_counter()
+                if job.snapshot.is_torn(compare=job.is_compared or not is_told):
+                    self._take_at_once("the state changes between two updates")
+                    job.is_torn = not job.is_compared
+                job.blocked_s += time.perf_counter() - began
+                job.sealed.set()
 
     def _take_at_once(self, why: str) -> None:
         self._overlapped, self.slow_words = False, f"{why}, so all is copied at once"
 
     def at_boundary(self) -> None:
         """Seal what is copied, if no update has: it may be long until the next."""
-        if (job := self._job) is not None and job.snapshot.copied.is_set():
-            self._seal()
+        if (job := self._job) is not None:
+            job.is_passed = True
+            if job.snapshot.copied.is_set():
+                self._seal(is_told=False)
 
     def wait(self) -> str:
         """Wait until what is on its way has arrived; returns why it has not, if training may go on. Raises what is the end of it."""
         if (job := self._job) is None:
             return ""
-        self._seal()
+        self._seal(is_told=not job.is_passed)
         job.done.wait()
         if job.failure is not None:
             raise job.failure
@@ -177,7 +186,9 @@ class Background:
     def close(self, limit_s: float | None = None) -> None:
         """Wait for what is on its way, at most so long and whatever comes of it, and give the memory back."""
         if (job := self._job) is not None:
-            self._seal()
+            if job.snapshot.copied.wait(limit_s):
+                with contextlib.suppress(RuntimeError):  # of a GPU that has failed: whoever trains is told, and there may be more to record
+                    self._seal(is_told=not job.is_passed)
             if not job.done.wait(limit_s):
                 return
         with self._changed:
@@ -240,6 +251,6 @@ class Background:
 
     def _check_whole(self, job: Job) -> None:
         if not job.sealed.wait(SEALED_WITHIN_S):  # it may be long until the next update, and what wrote meanwhile has been counted by now
-            self._seal()
+            self._seal(is_told=False)
         if job.is_torn:
             raise TornError("the state changed while it was copied")

@@ -98,16 +98,20 @@ def parameters(tracked: Mapping[str, Any], seen: Seen) -> dict[int, tuple[str, t
 
     Raises NonFiniteError for a parameter that was not captured under its own shape, and is not finite now.
     """
-    captured = {met.tensor.data_ptr(): met.saved.data_ptr() for met in seen.values()}
+    captured = {_place(met.tensor): met.saved.data_ptr() for met in seen.values()}
     found, elsewhere = {}, []
     for name, key, parameter in _parameters(tracked):
-        if (address := captured.get(parameter.data_ptr())) is not None:
+        if (address := captured.get(_place(parameter))) is not None:
             found[address] = f"{name}.{key}", parameter.dtype
         elif not is_finite(parameter.detach()):
             elsewhere.append(f"{name}.{key}")
     if elsewhere:
         raise not_finite(elsewhere)
     return found
+
+
+def _place(tensor: torch.Tensor) -> tuple[object, ...]:
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
 
 
 def not_finite(names: list[str]) -> NonFiniteError:

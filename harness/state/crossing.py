@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import mmap
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterator
 
 import torch
 
@@ -20,34 +20,43 @@ class Crossing:
 
     def __init__(self) -> None:
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
-        self._begun: dict[torch.device, torch.cuda.Event] = {}  # of the copies that are on their way
+        self._devices: Collection[torch.device] = ()  # from which is copied
+        self._begun: dict[torch.device, torch.cuda.Event] = {}
         self._ended: dict[torch.device, torch.cuda.Event] = {}
         self._held: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []  # before and after what training had to wait for
+        self._updating: dict[torch.device, set[torch.cuda.Stream]] = {}  # where updates were asked for
         self._pinned: mmap.mmap | None = None
         self._refused: mmap.mmap | None = None
 
-    def begin(self, devices: Iterable[torch.device]) -> None:
-        """What is copied is what there is after all that these GPUs have been told to compute. For the training thread."""
-        self._begun, self._ended, self._held = {}, {}, []
+    def join(self, devices: Collection[torch.device]) -> None:
+        """From these is copied next. Have all that updates them come before what the training thread asks for from now on."""
+        self._devices, self._begun, self._ended, self._held = devices, {}, {}, []
         for device in devices:
             if device not in self._streams:
                 self._streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-            stream = self._streams[device]
-            stream.wait_stream(torch.cuda.current_stream(device))
-            self._begun[device] = _mark(stream)
+            for stream in self._updating.pop(device, ()):
+                torch.cuda.current_stream(device).wait_stream(stream)
+
+    def begin(self) -> None:
+        """What is copied is what there is after all that the training thread, who says this, has asked for until now."""
+        for device in self._devices:
+            self._streams[device].wait_stream(torch.cuda.current_stream(device))
 
     @contextlib.contextmanager
     def copying(self) -> Iterator[None]:
         """What is copied inside, with `non_blocking`, is copied meanwhile."""
         with contextlib.ExitStack() as streams:
-            for device in self._begun:
+            for device in self._devices:
                 streams.enter_context(torch.cuda.stream(self._streams[device]))
-            yield
-            for device in self._begun:
-                self._ended[device] = _mark(self._streams[device])
+                self._begun[device] = _mark(self._streams[device])
+            try:
+                yield
+            finally:
+                for device in self._devices:
+                    self._ended[device] = _mark(self._streams[device])
 
     def hold(self) -> None:
-        """What these GPUs are told to compute from now on comes after the copies. For the training thread."""
+        """What these GPUs are told to compute from now on, where the training thread tells it just now, comes after the copies."""
         for device, ended in self._ended.items():
             if not ended.query():  # type: ignore[no-untyped-call]
                 stream = torch.cuda.current_stream(device)
@@ -55,11 +64,26 @@ class Crossing:
                 stream.wait_event(ended)
                 self._held.append((before, _mark(stream)))
 
+    def updates(self) -> None:
+        """An update comes next, where the training thread asks for it."""
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            for device in self._devices or (torch.device("cuda", torch.cuda.current_device()),):
+                self._updating.setdefault(device, set()).add(torch.cuda.current_stream(device))
+
+    def is_recorded(self) -> bool:
+        """Whether what the training thread asks for is only recorded just now, for a CUDA graph: nothing happens, and nothing may."""
+        return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()  # type: ignore[no-untyped-call]
+
     def arrive(self) -> None:
         """Wait until all is copied."""
         for device, ended in self._ended.items():
             with torch.cuda.device(device):  # else this thread would come to use the first GPU's memory too
                 ended.synchronize()
+
+    def fetch(self, source: torch.Tensor) -> torch.Tensor:
+        """What is in one of the GPUs' memory since the last `begin`, or later; it computes on meanwhile."""
+        with torch.cuda.stream(self._streams.get(source.device)):
+            return source.cpu()
 
     def copy_s(self) -> float:
         """How long the copies took that have arrived, in seconds."""
@@ -73,7 +97,7 @@ class Crossing:
     def pin(self, memory: mmap.mmap, device: torch.device | None = None) -> None:
         """Let GPUs write into this memory by themselves, which is several times as fast, and in place of what was pinned before. Where
         that is refused they are helped by the processor."""
-        device = next(iter(self._begun), device)
+        device = next(iter(self._devices), device)
         if device is None or memory in (self._pinned, self._refused):
             return
         self.unpin()
@@ -88,13 +112,14 @@ class Crossing:
     def unpin(self) -> None:
         """Let the memory go that was pinned, once nothing is copied into it."""
         if self._pinned is not None:
-            self.arrive()
+            with contextlib.suppress(RuntimeError):  # a GPU that has failed copies nothing
+                self.arrive()
             torch.cuda.cudart().cudaHostUnregister(_address(self._pinned))  # type: ignore[no-untyped-call]
         self._pinned = self._refused = None
 
 
 def _mark(stream: torch.cuda.Stream) -> torch.cuda.Event:
-    event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    event = torch.cuda.Event(enable_timing=True, blocking=True)  # type: ignore[no-untyped-call]
     event.record(stream)
     return event
 

@@ -40,7 +40,7 @@ class Snapshot:
         self.size_bytes = self.rest_bytes = 0  # of all tensors; of those that are not steady
         self._payload: Any = payload
         self._steady, self._elsewhere = steady, dict(elsewhere or {})
-        self._crossing, self._has_begun = crossing or Crossing(), False
+        self._crossing = crossing or Crossing()
         self._storages: dict[int, tuple[torch.UntypedStorage, int]] = {}  # by identity, in the order of the file: memory, address
         self._copies: list[tuple[torch.Tensor, torch.Tensor, int]] = []  # of each: in the image, what it is of, where that lay
         self._versions: list[tuple[torch.Tensor, int]] = []
@@ -55,26 +55,27 @@ class Snapshot:
                     self._versions.append((live, _version(live)))
                 else:
                     self.rest_bytes += size_bytes
+        self._crossing.join({source.device for source in self._elsewhere.values()})
 
     def copy_rest(self) -> None:
         """Copy what is not steady, at once. For the training thread."""
         for key, (storage, address) in self._storages.items():
             if address in self._elsewhere and address not in self._steady:
-                self._elsewhere[address] = raw(self._elsewhere[address]).clone()
+                self._elsewhere[address] = _copy(raw(self._elsewhere[address]))
             elif address not in self._steady:
                 self._storages[key] = storage.clone(), address  # type: ignore[no-untyped-call]
-        self._begin()
+        self._crossing.begin()
 
-    def _begin(self) -> None:
-        if not self._has_begun:
-            self._crossing.begin({source.device for source in self._elsewhere.values()})
-            self._has_begun = True
+    def copy_at_once(self, image: Image) -> None:
+        """Copy all, in place of `copy_rest` and `copy_into`, before the training thread goes on. Raises as `copy_into`."""
+        self._crossing.begin()
+        self.copy_into(image)
+        self._crossing.hold()
 
     def copy_into(self, image: Image) -> None:
-        """Form the file in the image; `copied` is set in the end, whatever comes of it. For the background, after `copy_rest`, or for
-        the thread that trains. Raises UnevenError, StorageError."""
+        """Form the file in the image; `copied` is set in the end, whatever comes of it. For the background, after `copy_rest`. Raises
+        UnevenError, StorageError."""
         began = time.perf_counter()
-        self._begin()
         try:
             places = self._places(image)
             assert image.memory is not None
@@ -125,9 +126,11 @@ class Snapshot:
         self._crossing.hold()
         if any(_version(tensor) != version for tensor, version in self._versions):
             return True
-        if compare:
-            self.arrive()
-        return compare and any(address in self._steady and not _equal(copy, source.cpu()) for copy, source, address in self._copies)
+        if not compare:
+            return False
+        self.arrive()
+        self._crossing.begin()
+        return any(address in self._steady and not _equal(copy, self._crossing.fetch(source)) for copy, source, address in self._copies)
 
     def check_finite(self, parameters: Mapping[int, tuple[str, torch.dtype]]) -> None:
         """Raises NonFiniteError if a parameter, which its memory's address tells, is not finite in the copy. For the background."""
@@ -172,6 +175,13 @@ def tensors_in(value: Any, found: list[torch.Tensor]) -> list[torch.Tensor]:
         for item in value.values() if isinstance(value, dict) else value:
             tensors_in(item, found)
     return found
+
+
+def _copy(source: torch.Tensor) -> torch.Tensor:
+    try:
+        return source.clone()
+    except torch.OutOfMemoryError:  # a GPU that is full is no reason to end training: there is room here
+        return source.cpu()
 
 
 def _bytes_of(storage: torch.UntypedStorage) -> torch.Tensor:

@@ -134,9 +134,13 @@ def by_peer(folder: str, who: str, size_mb: int) -> dict[str, float]:
     work, steps, step_s = _built(size_mb)
     start, made, going = SAVERS[who](work), 0, threading.Thread()
     durable: list[Path] = []
+    errors: list[Exception] = []
 
     def finish(pending: Any, path: Path) -> None:
-        pending.durable()
+        try:
+            pending.durable()
+        except Exception as error:  # noqa: BLE001 - of whatever kind it is, by whomever: the loop raises it
+            errors.append(error)
         durable.append(path)
         for old in durable[-2:-1]:
             disk.remove(old)
@@ -144,6 +148,8 @@ def by_peer(folder: str, who: str, size_mb: int) -> dict[str, float]:
     def step() -> None:
         nonlocal made, going
         pending = None
+        if errors:
+            raise errors[0]
         if not going.is_alive():
             made += 1
             path = Path(folder, f"checkpoint-{made}")
