@@ -316,4 +316,4 @@ def test_one_crash_is_one_requeue(slurm: SlurmCluster, whole: Path, tmp_path: Pa
     run.ended()
     assert_equal(whole, run.directory)
     assert run.lives() == 2 and run.ends() == [("failed", False), ("finished", True)]
-    assert run.lost() == [2] and "ValueError: the task fails in step 13" in run.log()
+    assert run.records("attempts")["0002"]["from"]["step"] == 10 and "ValueError: the task fails in step 13" in run.log()
