@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -273,6 +274,32 @@ def test_a_loop_that_is_left_says_so_and_an_untracked_schedule_too(tmp_path, cap
     loop(tmp_path, make, leave_at=3)
     said = capsys.readouterr().out
     assert "the loop was left at step 3" in said and "a scheduler moves the learning rate of optimizer" in said
+    end = json.loads((tmp_path / "attempts/0001.end.json").read_text())
+    assert end["why"] == "failed" and end["step"] == 3 and "run.finish() would end the run" in end["error"]
+
+
+@pytest.mark.parametrize("how", ["untracked", "tracked", "wrapped"])
+def test_an_optimizer_that_updates_and_is_not_tracked_is_told_of_once(how, tmp_path, capsys):
+    class Wrapper:
+        """As those of other libraries are."""
+
+        def __init__(self, optimizer):
+            self.inner = optimizer
+            self.step, self.state_dict, self.load_state_dict = optimizer.step, optimizer.state_dict, optimizer.load_state_dict
+
+    job = harness.init(tmp_path)
+    step, other = simple(job), nn.Linear(2, 1)
+    second = torch.optim.Adam(other.parameters())
+    if how != "untracked":
+        job.track(other=other, second=second if how == "tracked" else Wrapper(second))
+    for (x,) in job.batches(points(), global_batch_size=8, epochs=1):
+        step(x)
+        other(torch.ones(2)).sum().backward()
+        second.step()
+    told = "warning: an optimizer (Adam) that is not tracked makes updates"
+    assert capsys.readouterr().out.count(told) == (how == "untracked")
+    torch.optim.SGD(other.parameters(), lr=0.1).step()
+    assert "warning" not in capsys.readouterr().out, "the loop is over"
 
 
 def test_only_what_was_measured_on_its_own_weights_makes_a_checkpoint_a_best_one(tmp_path):

@@ -339,12 +339,16 @@ def test_a_loop_inside_the_first_is_refused(first, tmp_path):
 
 LOOP = """\
 import sys
+if "--nothing" in sys.argv:
+    sys.exit()
 import torch, harness
 
 run = harness.init({where!r}, save_every_s=None, save_every_steps=2)
 model = torch.nn.Linear(2, 1)
 run.track(model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
 print("arguments", sys.argv[1:], flush=True)
+if "--no-loop" in sys.argv:
+    sys.exit()
 for number in run.steps(4):
     if number == 3 and run.origin is None and "--crash" in sys.argv:
         raise SystemExit("crashed on purpose")
@@ -379,6 +383,22 @@ def test_launch_refuses_to_watch_over_another_run_than_the_loops_own(program: Wr
     assert done.returncode == 78, done.stdout + done.stderr
     assert "the launcher supervises another run" in done.stdout + done.stderr and "runs/other" in done.stdout + done.stderr
     assert not (folder / "runs/other").exists()
+
+
+@pytest.mark.parametrize("how", ["--nothing", "--no-loop"])
+def test_a_program_that_trains_without_the_harness_is_not_started_again_for_ever(program: Write, how: str) -> None:
+    done = run(harness_command("launch", "--nproc-per-node", "2", "run.dir=runs/a", "my_loop.py", how), cwd=program("runs/a"))
+    assert done.returncode == 78, done.stdout + done.stderr
+    assert "no harness loop began in it" in done.stderr and "Traceback" not in done.stderr
+    assert done.stdout.count("arguments") == (how == "--no-loop"), "it was started once"
+
+
+@pytest.mark.parametrize("command", [("launch",), ("submit", "--dry-run")])
+def test_a_program_is_not_taken_for_that_of_the_default_run(program: Write, command: tuple[str, ...]) -> None:
+    folder = program("runs/a")
+    done = run(harness_command(*command, "my_loop.py"), cwd=folder)
+    assert done.returncode == 78 and "which run this program trains" in done.stderr and "run.dir=" in done.stderr, done.stderr
+    assert not (folder / "runs").exists()
 
 
 def test_launch_of_a_loop_that_is_not_there_names_it(tmp_path: Path) -> None:

@@ -80,6 +80,6 @@ def test_a_finished_run_that_is_submitted_again_ends_without_starting_anything(s
     shutil.copytree(whole, tmp_path / "done")
     run = submitted(slurm, tmp_path, "done", "--partition", "high", "resume.accept=[config]")
     run.ended()
-    assert run.log().strip() == "harness: the run is finished, at step 40; nothing to do"
+    assert run.log().strip() == f"harness: the run in {run.directory} is finished, at step 40; nothing to do"
     assert run.records("attempts").keys() == {"0001", "0001.end"} and not run.records("launches")
     assert_equal(whole, run.directory)

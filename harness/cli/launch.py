@@ -68,12 +68,15 @@ def run(given: argparse.Namespace, rest: list[str]) -> int:
         code, words = _torchrun([f"--nproc-per-node={given.nproc_per_node}", *options], training, settings)
         if code == EXIT_STOPPED:
             return EXIT_FINISHED  # the run's records tell; srun would take anything else for a crash, and end the other nodes
+        if code == EXIT_FINISHED and settings.run.loop and _trained_nothing(settings, name):
+            code, words = EXIT_USAGE, f"{settings.run.loop[0]} ended, and no harness loop began in it: see harness.init and run.batches"
         if code != EXIT_FINISHED:
             _record(settings, name, code, words)
         return code
     ranks.check_environment()
     if settings.run.loop:
         check_loop(settings.run.loop)
+        check_named(settings, settings_given)
     else:
         task.find(settings.task.name, settings.task.args, stored["task"]["args"])
     if any(option.startswith(("--nnodes", "--rdzv", "--standalone", "--master")) for option in options):
@@ -92,6 +95,23 @@ def check_loop(words: list[str]) -> Path:
     if not file.is_file():
         raise UsageError("there is no such program", f"found: no file {file}", "Name the .py file of your loop, from this folder.")
     return file
+
+
+def check_named(settings: config.Config, given: list[str]) -> None:
+    """Raises UsageError if nothing says which run a program of the user's own trains: the default is another one's."""
+    if settings.run.dir == config.Config().run.dir and not any(text.startswith(("run.dir=", "run.remote=")) for text in given):
+        raise UsageError("it is not said which run this program trains", remedy="Name it as to harness.init: run.dir=… or run.remote=…")
+
+
+def _trained_nothing(settings: config.Config, name: str) -> bool:
+    """Whether nothing was heard of the run in a launch whose processes all ended well: nobody trained, or stopped, or found it finished."""
+    try:
+        stores = [store.patient(RECORD_S) for store in supervise.places(settings)]
+        found, known = survey(*stores), launches.read(stores)
+    except StorageError:
+        return False
+    is_ended = any(launch.name == name and launch.end is not None for launch in known)
+    return not (is_ended or launches.attempts_of(found, name) or outcome(found).exit_code == EXIT_FINISHED)
 
 
 def _supervise(settings: config.Config, arguments: list[str]) -> int:

@@ -26,7 +26,7 @@ from harness import config, slurm, task
 from harness.checkpoint import launches
 from harness.checkpoint.attempts import first_word, now
 from harness.cli import supervise
-from harness.cli.launch import check_loop
+from harness.cli.launch import check_loop, check_named
 from harness.config import Config
 from harness.data.order import check_batch
 from harness.errors import HarnessError, StorageError, UsageError
@@ -49,6 +49,8 @@ def run(given: argparse.Namespace) -> int:
     flags = {flag.replace("-", "_"): getattr(given, flag.replace("-", "_")) for flag in FLAGS}
     own = [f"slurm.{name}={_as_yaml(value)}" for name, value in flags.items() if value is not None]
     settings, stored = config.load(given.config, [*given.settings, *own])
+    if settings.run.loop:
+        check_named(settings, given.settings)
     code = _checked_code(settings, stored)  # not in an hour, when the job starts
     if settings.run.scratch and settings.run.remote is None:
         raise UsageError("run.scratch says that run.dir is lost with the job", "found: no run.remote", "Give the run a run.remote.")

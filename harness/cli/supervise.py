@@ -69,7 +69,7 @@ def before(settings: Config, name: str, *, submitted: bool = False) -> int:
     found.check_one_run()
     known = launches.read(stores)
     if _is_complete(found, settings):
-        say(f"harness: the run is finished, {outcome(found).why}; nothing to do")
+        say(f"harness: the run in {stores[0]} is finished, {outcome(found).why}; nothing to do")
         return EXIT_FINISHED
     supervisor = name.rpartition(".")[0]
     for last in [launch for launch in known if launch.supervisor == supervisor][-1:]:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from harness import stop
+from harness import state, stop
 from harness.checkpoint.save import About
 from harness.checkpoint.scribe import Scribe
 from harness.errors import StorageError
@@ -78,6 +78,7 @@ class Background:
         self.wants_again = False  # what was to be saved was not, and can be
         self._room_bytes, self._is_used, self._touching = 0, False, threading.Lock()
         self._gpu: torch.device | None = None
+        self._unwatch: Callable[[], None] = lambda: None
         self._closing, self._sealing = False, threading.Lock()
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, daemon=True, name="saver")
@@ -140,6 +141,12 @@ class Background:
         if (job := self._job) is not None:
             job.released.set()
 
+    def watch_updates(self, tracked: Mapping[str, Any], say: Callable[[str], None]) -> None:
+        """Have each update of what is tracked come through `before_update`; of any other, what is lost by it is said."""
+        state.before_update(tracked, self.before_update)
+        lost = "that is not tracked makes updates: its state is lost at a restart; name it in run.track(…)"
+        self._unwatch = state.on_untracked_update(tracked, lambda kind: say(f"harness: warning: an optimizer ({kind}) {lost}"))
+
     def before_update(self) -> None:
         """Wait until all is copied: what follows changes it. For the training thread, which says by `waiting` what it does meanwhile."""
         if self._crossing.is_recorded():
@@ -185,6 +192,7 @@ class Background:
 
     def close(self, limit_s: float | None = None) -> None:
         """Wait for what is on its way, at most so long and whatever comes of it, and give the memory back."""
+        self._unwatch()
         if (job := self._job) is not None:
             if job.snapshot.copied.wait(limit_s):
                 with contextlib.suppress(RuntimeError):  # of a GPU that has failed: whoever trains is told, and there may be more to record

@@ -62,6 +62,13 @@ class Ending:
         """From here on there is an attempt to record the end of."""
         self._stores, self._attempt, self._world = stores, attempt, world
 
+    def left(self, say: Callable[[str], None]) -> None:
+        """The loop was broken off, by an error or by the program's own wish: then that is the end of the attempt."""
+        if not self.failed:
+            words = f"the loop was left at step {self.step()}: nothing more is saved; run.finish() would end the run"
+            say(f"harness: {words}")
+            self.record("failed", self._stores, step=self.step(), error=words)
+
     def leave_alone(self) -> None:
         """End this process, which was asked to stop and waits for ranks that do not come. From any thread."""
         say("harness: stopped before training began: the other ranks did not come; start again")

@@ -167,8 +167,7 @@ class Run:
             if not self.finished:  # there was nothing left to do
                 self._complete()
         except GeneratorExit:
-            if not self._ending.failed:
-                self.say(f"harness: the loop was left at step {self.step}: nothing more is saved; run.finish() would end the run")
+            self._ending.left(self.say)
             raise
         finally:
             self._looping = False
@@ -272,7 +271,7 @@ class Run:
         self._payload = None  # from here on the live objects are the only copy
         self._pace = Pace(self.clock, self.step, self._account.steps_per_s)
         if self.is_writer:
-            state.before_update(self.tracked, self._saver.background.before_update)
+            self._saver.background.watch_updates(self.tracked, self.say)
         source = f"goes on from step {self.step} ({origin.name})" if origin else "begins at step 0"
         self.say(f"harness: attempt {attempt.number} {source} in {' and '.join(map(str, self._saver.stores))}{self._saver.resumed}")
         return True

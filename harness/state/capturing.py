@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from harness.ddp import plain
 from harness.errors import NonFiniteError, UsageError
@@ -144,6 +145,21 @@ def before_update(tracked: Mapping[str, Any], call: Callable[[], None]) -> None:
     for thing in map(plain, tracked.values()):
         if hasattr(thing, HOOK):
             getattr(thing, HOOK)(lambda *_: call())
+
+
+def on_untracked_update(tracked: Mapping[str, Any], call: Callable[[str], None]) -> Callable[[], None]:
+    """Have `call` told the class, once, of an optimizer that updates and is neither tracked nor a part of what is; returns what ends
+    that."""
+    things = [plain(thing) for thing in tracked.values()]
+    parts = [part for thing in things for part in getattr(thing, "__dict__", {}).values()]
+    known, told = {id(thing) for thing in (*things, *parts)}, list[str]()
+
+    def look(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        if not told and id(optimizer) not in known:
+            told.append(type(optimizer).__name__)
+            call(*told)
+
+    return register_optimizer_step_pre_hook(look).remove
 
 
 def _to_cpu(value: Any, where: Where, seen: Seen) -> Any:
