@@ -335,6 +335,20 @@ def test_a_loop_inside_the_first_is_refused(first, tmp_path):
         next(job.batches(points(), 8, epochs=1))
 
 
+def test_arguments_that_are_no_such_numbers_are_all_named_before_anything_begins(tmp_path):
+    with pytest.raises(UsageError) as caught:
+        harness.init(tmp_path / "a", seed="x", save_every_steps=0, keep_last="3", wait_s=None, grace_s=None, save_every_s=0.5)
+    assert caught.value.what.startswith("4 arguments")
+    for words in ("seed='x'", "save_every_steps=0", "keep_last='3'", "wait_s=None, expected: a number from 0 on"):
+        assert words in caught.value.found
+    assert not (tmp_path / "a").exists()
+    job, *_ = begin(tmp_path / "a")
+    with pytest.raises(UsageError, match="epochs='3', expected: a whole number above 0"):
+        next(job.batches(points(), 8, epochs="3"))
+    with pytest.raises(UsageError, match=r"max_steps=2\.5"):
+        next(job.steps(2.5))
+
+
 # Under a launcher.
 
 LOOP = """\

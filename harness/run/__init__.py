@@ -28,7 +28,7 @@ from harness.run.ending import Ending
 from harness.run.logs import divert
 from harness.run.loop import Run
 from harness.run.places import check_remembered, listen, places
-from harness.run.settings import Settings
+from harness.run.settings import Settings, check_numbers
 from harness.run.waiting import watch
 from harness.store import DEFAULT_WAIT_S
 
@@ -46,8 +46,7 @@ def init(
     wait_s: float = DEFAULT_WAIT_S,
     remote_keep: Mapping[str, int | None] | None = None,
     config: Mapping[str, Any] | None = None,
-    accept: Sequence[str] = (),
-    override: Sequence[str] = (),
+    accept: Sequence[str] = (), override: Sequence[str] = (),
     deterministic: bool = False,
     timeout_s: float = 600.0,
     log_every_steps: int = 10,
@@ -60,21 +59,22 @@ def init(
 ) -> Run:  # fmt: skip
     """Join the other ranks, catch signals, seed all generators, and find the newest checkpoint of the run.
 
-    The run lives in `directory`, in `remote` (a URL that fsspec opens, such as s3://bucket/prefix), or in both: then each checkpoint is
-    committed in the directory and copied in the background, and the newest that verifies is gone on from, wherever it lies. The remote
-    may be unreachable for `wait_s` seconds. It keeps what the directory keeps, but for `remote_keep`: last, every_steps, best. It saves
-    every `save_every_s` seconds; "auto": as often as is worth it, by what a save and what an interruption costs this run. Saves run in
-    the background. What an optimizer owns is copied during the next forward and backward passes; `snapshot="at_once"`: while training
-    waits; "checked": compared, too. A save that is due before the last has arrived waits for it, or (`when_busy="skip"`) is left out if
-    the clock asks for it. With `memory` each step is kept in the machine's memory as well (a number: every so many steps), unless the
-    one before is still on its way: a process that dies, on a machine that does not, loses nothing. A step may take `timeout_s` seconds,
-    or `step_timeout_s`, before it counts as hung. `grace_s` lie between SIGTERM and the kill (None: as SLURM says), `margin_s` between
-    a stop and the job's time limit; `is_scratch`: the directory is lost with the job. `notices` is the cloud ("aws", "gcp", "azure")
-    that tells when it takes a spot machine away. `log_to` names who is told of all that is logged: "tensorboard", "wandb". `config`,
-    what training depends on, is kept in each checkpoint; a run refuses to go on with another unless `accept=["config"]`. Nothing is
-    changed here; the run is claimed when training begins. Collective: every rank must call it.
+    The run lives in `directory`, in `remote` (a URL for fsspec, as s3://bucket/prefix), or in both: then each checkpoint is committed in
+    the directory and copied in the background, and the newest that verifies is gone on from, wherever it lies. The remote may be
+    unreachable for `wait_s` seconds. It keeps what the directory keeps, but for `remote_keep`: last, every_steps, best. It saves every
+    `save_every_s` seconds; "auto": as often as is worth it, by what a save and what an interruption costs this run. Saves run in the
+    background. What an optimizer owns is copied during the next forward and backward passes; `snapshot="at_once"`: while training waits;
+    "checked": compared, too. A save that is due before the last has arrived waits for it, or (`when_busy="skip"`) is left out if the clock
+    asks for it. With `memory` each step (a number: every so many) is kept in the machine's memory as well, unless the one before is on its
+    way: a process that dies, on a machine that does not, loses nothing. A step may take `timeout_s` seconds, or `step_timeout_s`, before it
+    counts as hung. `grace_s` lie between SIGTERM and the kill (None: as SLURM says), `margin_s` between a stop and the job's time limit;
+    `is_scratch`: the directory is lost with the job. `notices` is the cloud ("aws", "gcp", "azure") that tells when it takes a spot machine
+    away. `log_to` names who is told of all that is logged: "tensorboard", "wandb". `config`, what training depends on, is kept in each
+    checkpoint; a run refuses to go on with another unless `accept=["config"]`. Nothing is changed here; the run is claimed when training
+    begins. Collective: every rank must call it.
     """
     ending = Ending()  # from here on a user's mistake is said in words
+    check_numbers(locals())
     _be_deterministic(deterministic)
     policy = retention.Policy(keep_last, keep_every_steps, keep_best, best.rpartition(":")[0] or best, best.endswith(":max"))
     settings = Settings(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import Any
 
 from harness.checkpoint import retention
@@ -11,6 +13,29 @@ from harness.run.metrics import check as check_metrics
 from harness.run.timer import AUTO
 
 SNAPSHOTS, WHEN_BUSY = ("overlapped", "checked", "at_once"), ("wait", "skip")
+
+NUMBERS = {  # a whole one, may it be 0, may it be None
+    "seed": (True, True, False), "epochs": (True, False, False), "max_steps": (True, False, True), "accumulate": (True, False, False),
+    "global_batch_size": (True, False, True), "num_workers": (True, True, False), "log_every_steps": (True, False, False),
+    "save_every_steps": (True, False, True), "save_every_s": (False, True, True), "wait_s": (False, True, False),
+    "keep_last": (True, False, False), "keep_every_steps": (True, False, True), "keep_best": (True, True, False),
+    "timeout_s": (False, False, False), "step_timeout_s": (False, False, True), "grace_s": (False, False, True),
+    "margin_s": (False, True, False),
+}  # fmt: skip
+
+
+def check_numbers(given: Mapping[str, Any]) -> None:
+    """Raises UsageError, with a line for each, if what stands in `NUMBERS` is not such a number."""
+    wrong = []
+    for name, (whole, zero, optional) in NUMBERS.items():
+        value = given.get(name, 1)
+        if (value is None and optional) or (name == "save_every_s" and value == AUTO):
+            continue
+        if not isinstance(value, Integral if whole else Real) or isinstance(value, bool) or float(value) < 0 or (not zero and value == 0):
+            also = ", auto" * (name == "save_every_s") + ", or None" * optional
+            wrong.append(f"found: {name}={value!r}, expected: a {'whole ' * whole}number {'from 0 on' if zero else 'above 0'}{also}")
+    if wrong:
+        raise UsageError(f"{len(wrong)} argument{'s are' if len(wrong) > 1 else ' is'} not as expected", "\n".join(wrong))
 
 
 @dataclass(frozen=True)
@@ -42,8 +67,6 @@ class Settings:
         for name, value, allowed in (("snapshot", self.snapshot, SNAPSHOTS), ("when_busy", self.when_busy, WHEN_BUSY)):
             if value not in allowed:
                 raise UsageError(f"{name} is none of {', '.join(allowed)}", f"found: {value!r}")
-        if isinstance(self.save_every_s, str) and self.save_every_s != AUTO:
-            raise UsageError("save_every_s is a number of seconds, auto, or None", f"found: {self.save_every_s!r}")
 
     def saves_at(self, step: int) -> bool:
         """Whether a checkpoint of this step is due by its number."""

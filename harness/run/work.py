@@ -12,6 +12,7 @@ from harness.data.fingerprint import describe
 from harness.data.order import Position
 from harness.errors import UsageError
 from harness.ranks import World
+from harness.run.settings import check_numbers
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ def of_data(
     num_workers: int, order: Callable[[int], Sequence[int]] | None,
 ) -> Work:  # fmt: skip
     """Steps over a dataset, or over that of a DataLoader. Raises UsageError."""
+    check_numbers(locals())
     adopted = adopt(dataset)
     if adopted is not None:
         if global_batch_size is not None or collate is not None or num_workers or order is not None:
@@ -77,7 +79,8 @@ def of_data(
 
 
 def of_own(seed: int, max_steps: int, number: Callable[[], int]) -> Work:
-    """Steps of a loop that finds its data itself, and gets their `number`."""
+    """Steps of a loop that finds its data itself, and gets their `number`. Raises UsageError."""
+    check_numbers({"max_steps": max_steps})
     dealt = {"global_batch_size": None, "shuffle": None, "drop_last": None, "seed": seed}
     data = {"fingerprint": "found by the loop itself", "size": None} | dealt
     return Work(loading.OwnSource(), data, None, max_steps, lambda _: number())
