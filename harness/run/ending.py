@@ -67,7 +67,7 @@ class Ending:
         if not self.failed:
             words = f"the loop was left at step {self.step()}: nothing more is saved; run.finish() would end the run"
             say(f"harness: {words}")
-            self.record("failed", self._stores, step=self.step(), error=words)
+            self.record("failed", self._stores, error=words)
 
     def leave_alone(self) -> None:
         """End this process, which was asked to stop and waits for ranks that do not come. From any thread."""
