@@ -100,7 +100,7 @@ def test_a_loop_goes_on_from_a_bucket_when_its_disk_is_gone(name: str, tmp_path:
     here = [*command(name)[:-1], str(folder / "loop.py")]
     for kill in range(3):
         with (folder / "log").open("w") as output:
-            process = start(here, cwd=folder, output=output, env=home.env() | {"SAMPLE_S": "0.02"})
+            process = start(here, cwd=folder, output=output, env=home.env() | {"SAMPLE_S": "0.05"})
         try:
             until, seen = time.monotonic() + 120, len(home.steps())
             while home.head()[0] <= kill or len(home.steps()) <= seen:

@@ -22,6 +22,7 @@ Start = Callable[..., "subprocess.Popen[str]"]
 COMMON = ("train.epochs=8", "log.every_steps=1", "checkpoint.best=val_loss:min", "resume.accept=[config]")
 SMALL, CRASHING = ("task.name=small_task:build", *COMMON), ("task.name=crashing_task:build", *COMMON)
 STEPS = 40
+SLOWLY = "task.args.sleep_s=0.3"  # so that a save, which goes on in the background, is over when a crash comes some steps later
 
 CRASHING_TASK = '''
 import ctypes, os, signal, time
@@ -196,8 +197,7 @@ def test_what_dies_again_and_again_is_tried_three_times_and_last_from_the_checkp
 def test_crashes_with_progress_between_them_are_no_crash_loop(whole: Callable[[int], Path], folder: Path) -> None:
     directory = folder / "run"
     plan = ",".join(f"{step}-0-{how}-2" for step, how in ((7, "raise"), (14, "kill"), (21, "raise"), (28, "exit")))
-    slowly = "task.args.sleep_s=0.3"  # so that each save, which goes on in the background, is over when the crash comes some steps later
-    done = run(launch(1, *crashing(folder, plan), "checkpoint.every_steps=5", slowly), cwd=folder, limit_s=300)
+    done = run(launch(1, *crashing(folder, plan), "checkpoint.every_steps=5", SLOWLY), cwd=folder, limit_s=300)
     assert done.returncode == 0, done.stdout + done.stderr
     assert len(list(folder.glob("*.crashed"))) == 8 and len(begun(directory, "attempts")) == 9
     check_equal(directory, whole(1))
@@ -246,10 +246,8 @@ def test_a_crash_before_any_attempt_exists_is_counted_and_said(whole: Callable[[
 @pytest.mark.parametrize("how", ["kill", "raise", "exit"])
 def test_torchrun_may_start_again_in_place(how: str, whole: Callable[[int], Path], folder: Path) -> None:
     directory = folder / "run"
-    command = harness(
-        "launch", "--nproc-per-node=2", "--max-restarts=2", *crashing(folder, f"13-1-{how}-1,22-0-{how}-1"), "checkpoint.every_steps=5"
-    )
-    done = run(command, cwd=folder)
+    settings = (*crashing(folder, f"13-1-{how}-1,23-0-{how}-1"), "checkpoint.every_steps=5", SLOWLY)
+    done = run(harness("launch", "--nproc-per-node=2", "--max-restarts=2", *settings), cwd=folder)
     assert done.returncode == 0, done.stdout + done.stderr
     assert len(begun(directory, "launches")) == 1
     attempts = begun(directory, "attempts")
