@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -274,8 +273,6 @@ def test_a_loop_that_is_left_says_so_and_an_untracked_schedule_too(tmp_path, cap
     loop(tmp_path, make, leave_at=3)
     said = capsys.readouterr().out
     assert "the loop was left at step 3" in said and "a scheduler moves the learning rate of optimizer" in said
-    end = json.loads((tmp_path / "attempts/0001.end.json").read_text())
-    assert end["why"] == "failed" and "left at step 3" in end["error"] and "run.finish() would end the run" in end["error"]
 
 
 @pytest.mark.parametrize("how", ["untracked", "tracked", "wrapped"])

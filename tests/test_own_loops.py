@@ -387,6 +387,8 @@ def test_launch_starts_a_loop_of_ones_own_with_its_arguments_and_again_after_a_c
     assert "arguments ['--config', 'theirs.yaml', 'key=value', '--crash']" in done.stdout
     assert "crashed on purpose" in done.stdout + done.stderr and "attempt 2 goes on from step 2" in done.stdout
     assert json.loads((folder / "runs/a/attempts/0002.end.json").read_text())["why"] == "finished"
+    end = json.loads((folder / "runs/a/attempts/0001.end.json").read_text())
+    assert end["why"] == "failed" and "the loop was left at step 4" in end["error"], "that is how it looks from here"
     again = run(harness_command(*words), cwd=folder)
     assert again.returncode == 0 and "is finished" in again.stdout and "arguments" not in again.stdout, again.stdout
 

@@ -6,6 +6,7 @@ the other ranks then see, a peer that is gone, does not hide the cause.
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
 import time
@@ -63,10 +64,14 @@ class Ending:
         self._stores, self._attempt, self._world = stores, attempt, world
 
     def left(self, say: Callable[[str], None]) -> None:
-        """The loop was broken off, by an error or by the program's own wish: then that is the end of the attempt."""
+        """The loop was broken off, by the program's own wish or by an error, which is told of later. If none is, that was the end."""
         if not self.failed:
             words = f"the loop was left at step {self.step()}: nothing more is saved; run.finish() would end the run"
             say(f"harness: {words}")
+            atexit.register(self._left, words)
+
+    def _left(self, words: str) -> None:
+        if not self.failed:
             self.record("failed", self._stores, error=words)
 
     def leave_alone(self) -> None:
