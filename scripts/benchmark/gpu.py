@@ -141,6 +141,7 @@ def by_peer(folder: str, who: str, size_mb: int) -> dict[str, float]:
             pending.durable()
         except Exception as error:  # noqa: BLE001 - of whatever kind it is, by whomever: the loop raises it
             errors.append(error)
+            return
         durable.append(path)
         for old in durable[-2:-1]:
             disk.remove(old)
