@@ -21,6 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import programs
 import psutil
 import small_task
 import torch
@@ -130,7 +131,7 @@ def race(place: str) -> None:
     attempts.claim(found, None, 1)
 
 
-LIVES: dict[str, Callable[..., None]] = {"train": train.main, "write": write, "race": race}
+LIVES: dict[str, Callable[..., None]] = {"train": train.main, "write": write, "race": race, "program": programs.program}
 
 
 class Born:

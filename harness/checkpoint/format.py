@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,8 @@ from blake3 import blake3
 from harness.errors import DamagedError, StorageError, UsageError
 from harness.store.base import TEMP, check_key
 
-FORMAT_VERSION = 1
+READABLE = (1, 2)  # the versions that this harness reads
+WITH_MORE = ("names", "kinds", "gradients", "attributes", "own")  # top-level keys that an older harness would drop silently
 CHECKPOINTS, ATTEMPTS, EVENTS = "checkpoints", "attempts", "events"
 FOLDERS = (CHECKPOINTS, ATTEMPTS, EVENTS)
 FILES = "files"  # the user's own, with subfolders; made when the first one comes, and nobody looks for checkpoints there
@@ -22,6 +24,11 @@ CHECKPOINT_NAME = re.compile(r"^checkpoints/step_(?P<step>[0-9]{8,})-(?P<attempt
 ATTEMPT_NAME = re.compile(r"^attempts/(?P<attempt>[0-9]{4,})(?P<end>\.end)?\.json\Z")
 
 Lineage = tuple[tuple[int, int], ...]
+
+
+def version_of(payload: Mapping[str, Any]) -> int:
+    """The format version of a checkpoint with this content: 2 if it holds state that an older harness would drop silently, else 1."""
+    return 2 if any(name in payload for name in WITH_MORE) or "kinds" in payload.get("data", ()) else 1
 
 
 def stem(step: int, attempt: int) -> str:
@@ -98,7 +105,7 @@ class Manifest:
     host: str
     versions: dict[str, str]
     config_digest: str
-    format_version: int = FORMAT_VERSION
+    format_version: int = 1
 
     @property
     def order(self) -> tuple[int, int]:
@@ -141,8 +148,9 @@ def from_bytes(key: str, text: bytes) -> Manifest:
         version = fields["format_version"]
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise DamagedError(f"{key} is not a manifest", f"found: {type(error).__name__}: {str(error)[:100]}") from None
-    if version != FORMAT_VERSION and _digest(fields) == said:
-        raise NewerFormatError(f"{key} has format version {version}", f"expected: {FORMAT_VERSION}", "Read it with a newer harness.")
+    if version not in READABLE and _digest(fields) == said:
+        expected = f"expected: at most {READABLE[-1]}"
+        raise NewerFormatError(f"{key} has format version {version}", expected, "Read it with a newer harness.")
     if _digest(fields) != said or _spell(fields | {"manifest_digest": said}) != text:
         raise DamagedError(f"{key}: the manifest's own checksum does not match", f"expected: {said}")
     try:
@@ -165,7 +173,8 @@ class NewerFormatError(DamagedError):
 def _build(fields: dict[str, Any]) -> Manifest:
     lineage = tuple((int(attempt), int(step)) for attempt, step in fields.pop("lineage"))
     files = tuple(DataFile(str(file["name"]), int(file["size_bytes"]), str(file["digest"])) for file in fields.pop("files"))
-    return Manifest(lineage=lineage, files=files, **fields)
+    known = {name: value for name, value in fields.items() if name in Manifest.__dataclass_fields__}
+    return Manifest(lineage=lineage, files=files, **known)
 
 
 def _spell(fields: dict[str, Any]) -> bytes:

@@ -136,4 +136,5 @@ def _manifest(attempt: Attempt, payload: Mapping[str, Any], about: About, file: 
         host=f"{socket.gethostname()}:{os.getpid()}",
         versions={"torch": torch.__version__, "python": platform.python_version()},
         config_digest=about.config_digest,
+        format_version=payload.get("format_version", 1),
     )

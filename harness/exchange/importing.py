@@ -232,7 +232,7 @@ class Import:
         train, loss = self.settings.train, content.number_of(self.parts, "loss")
         data = describe(self.job.train_data, train.global_batch_size, True, self.settings.data.drop_last, train.seed)
         return {
-            "format_version": fmt.FORMAT_VERSION,
+            "format_version": 1,
             "step": where.step, "epoch": where.epoch, "loss": None if loss is None else float(loss),
             "metrics": {}, "best": None, "rng": [], "state": {}, "config": stored,
             "data": data | {"epoch": where.epoch, "sample": 0, "iterators": []},

@@ -22,7 +22,7 @@ from harness.state.snapshot import Snapshot, UnevenError
 from harness.store import Sink
 from harness.store.image import Image, Loan
 
-HEAD = ("step", "epoch", "loss", "metrics")  # what the manifest repeats of the state
+HEAD = ("format_version", "step", "epoch", "loss", "metrics")  # what the manifest repeats of the state
 MOST_REST_BYTES = 64 << 20  # of what may change at any time, the most that is worth a copy of its own
 TOUCHED_BYTES = 16 << 20
 SEALED_WITHIN_S = 5.0

@@ -10,7 +10,7 @@ from typing import Any
 import harness.run.resume as resume
 from harness import config, ddp, state, stop
 from harness.checkpoint import load, retention
-from harness.checkpoint.format import FORMAT_VERSION
+from harness.checkpoint.format import version_of
 from harness.checkpoint.history import reaches
 from harness.data import loading
 from harness.data.order import Position, Share, end_step
@@ -309,7 +309,7 @@ class Run:
     def _capture(self, generators: list[Any]) -> state.Captured:
         """The whole checkpoint; `harness/state` says what belongs to it."""
         values = {
-            "format_version": FORMAT_VERSION,
+            "format_version": 1,
             "step": self.step,
             "epoch": self.epoch,
             "rng": [generator for generator, _ in generators],
@@ -317,7 +317,8 @@ class Run:
             "state": self.state,
             "config": self._settings.config,
         }
-        return state.captured(values | self._measured.state(), self.tracked)
+        values |= self._measured.state()
+        return state.captured(values | {"format_version": version_of(values)}, self.tracked)
 
     def _show(self) -> None:
         """Tell of the steps that were held. Collective: every rank must call it."""
