@@ -10,18 +10,19 @@ from typing import Any
 import harness.run.resume as resume
 from harness import config, ddp, state, stop
 from harness.checkpoint import load, retention
-from harness.checkpoint.format import version_of
 from harness.checkpoint.history import reaches
 from harness.data import loading
 from harness.data.order import Position, Share, end_step
 from harness.events import Moment, Progress
 from harness.ranks import World
 from harness.run.account import DATA, EVALUATION, RESTORE, SAVE, Account
+from harness.run.content import OfRank, content
 from harness.run.ending import Ending
 from harness.run.epochs import by_epoch
 from harness.run.evaluation import evaluate
 from harness.run.measured import Measured
 from harness.run.outage import Outage
+from harness.run.own import Own
 from harness.run.pace import Pace
 from harness.run.saver import Saver
 from harness.run.settings import Settings
@@ -50,6 +51,7 @@ class Run:
         choice.payload = None  # held here until it is restored, and by nobody else
         self._position, self._share = Position(), Share(0, 0, (), (), Position(), last=False)  # the latter of the step being made
         self._measured, self._account, self._ending = Measured(), account, ending
+        self._own = Own()
         self._stopping = Stopping(world, settings, clock)
         self._watch = Watch(world.timeout_s, settings.step_timeout_s, ending.hung, clock)
         ending.of(self)
@@ -268,6 +270,8 @@ class Run:
         self._stopping.listen(self._saver.stores, attempt.number)
         if note := resume.restore_generators(payload, self.world, self._work.source, self._settings.seed, self.step):
             self.say(f"harness: {note}")
+        if note := self._own.restore(payload, self.world):
+            self.say(f"harness: warning: {note}")
         self._payload = None  # from here on the live objects are the only copy
         self._pace = Pace(self.clock, self.step, self._account.steps_per_s)
         if self.is_writer:
@@ -298,7 +302,7 @@ class Run:
         self._watch.saving()
         with self._account.during(SAVE):
             self._show()
-            capture = partial(self._capture, self.world.gather((state.rng_state(), self._work.source.state())))
+            capture = partial(self._capture, self.world.gather((state.rng_state(), self._work.source.state(), self._own.state())))
             classes = {name: state.class_name(thing) for name, thing in self.tracked.items()}
             about = partial(self._saver.about, classes, self._measured.of_this_step, self._work.end if final else None)
             save = self._saver.save
@@ -306,19 +310,9 @@ class Run:
         self._watch.rest()  # what may follow is bounded by itself
         return saved
 
-    def _capture(self, generators: list[Any]) -> state.Captured:
-        """The whole checkpoint; `harness/state` says what belongs to it."""
-        values = {
-            "format_version": 1,
-            "step": self.step,
-            "epoch": self.epoch,
-            "rng": [generator for generator, _ in generators],
-            "data": self._work.at(self._position, [iterator for _, iterator in generators]),
-            "state": self.state,
-            "config": self._settings.config,
-        }
-        values |= self._measured.state()
-        return state.captured(values | {"format_version": version_of(values)}, self.tracked)
+    def _capture(self, of_ranks: list[OfRank]) -> state.Captured:
+        values = {"step": self.step, "epoch": self.epoch, "state": self.state, "config": self._settings.config} | self._measured.state()
+        return state.captured(content(of_ranks, self._work, self._position, values), self.tracked)
 
     def _show(self) -> None:
         """Tell of the steps that were held. Collective: every rank must call it."""

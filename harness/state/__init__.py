@@ -9,7 +9,11 @@
     state                         the user's plain values (`run.state`)
     best                          the best value so far of the metric that checkpoints are ranked by
     config                        the settings of the run
-    format_version                of this list
+    format_version                of this list: 2 if something of the next one is there
+
+What is there only if there is something to keep:
+
+      own                         one entry a rank, for what each has for itself
 
 Capturing never moves or changes a live module. Everything is plain: tensors, numbers, strings, lists, tuples and dicts, so
 that it loads with `weights_only=True`.
