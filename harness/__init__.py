@@ -11,10 +11,12 @@ Reading order, which is the order of a run:
     stop/         signals, deadlines, the watchdog        events.py     what is said
     retry.py      what is tried again, and how long       slurm.py      the job script
     exchange/     files for others, and from others        report/       what a run has spent its time on
+    drill/        faults on purpose, and what comes of them
 
 Imports only go down these layers, and each third-party library has one door:
 
     train, cli
+    drill
     report
     exchange
     run

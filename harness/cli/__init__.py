@@ -16,6 +16,7 @@ COMMANDS = {
     "submit": "submit a run to SLURM, once",
     "stop": "ask a running job to save and stop, through its store",
     "save": "ask a running job to save now, through its store",
+    "drill": "prove it on your own program: train undisturbed, then with faults, and compare bit for bit",
     "doctor": "before an expensive run: check its directory, its bucket, their speed, and that all ranks agree",
     "status": "running, to be continued, finished, or failed: and why",
     "top": "several runs at once: state, step, rate, time left, last checkpoint, last problem",
@@ -54,7 +55,7 @@ def _run(name: str, rest: list[str]) -> int:
         prog=f"harness {name}", description=f"{summary}\n{details}", formatter_class=argparse.RawDescriptionHelpFormatter
     )
     module.add_arguments(parser)
-    return int(module.run(*_parsed(parser, with_loop(rest) if name in ("launch", "submit") else rest)))
+    return int(module.run(*_parsed(parser, with_loop(rest) if name in ("launch", "submit", "drill") else rest)))
 
 
 def with_loop(given: list[str]) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import html
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from harness.events import duration
 from harness.report import chart, words
@@ -36,14 +37,27 @@ th { color: var(--soft); font-weight: 500; }
 """ + "\n".join(f"rect.{what} {{ fill: var(--{what}); }} .key.{what} {{ background: var(--{what}); }}" for what in WORDS)
 
 
-def page(name: str, time: Timeline) -> str:
-    """The whole file."""
+@dataclass(frozen=True)
+class Table:
+    """A section of its own: what it says, and a table."""
+
+    title: str
+    lines: Sequence[str]
+    header: tuple[str, ...]
+    rows: Sequence[tuple[str, ...]]
+
+
+def page(name: str, time: Timeline, more: Table | None = None) -> str:
+    """The whole file, with one more section if it is given."""
     facts = "".join(f'<p class="soft">{_text(fact)}</p>' for fact in words.facts(time))
     began = datetime.datetime.fromtimestamp(time.began, datetime.timezone.utc)
     sections = [
         f"<h1>{_text(name)}</h1>",
         f'<p class="soft">{_text(time.stands.state)} ({_text(" ".join(time.stands.why.split()))}); began {began:%Y-%m-%d %H:%M} UTC</p>',
         f'<p class="big">{time.useful:.1%} useful</p><p class="soft">{_text(words.headline(time))}</p>{facts}',
+        _section(more.title, "".join(f'<p class="soft">{_text(line)}</p>' for line in more.lines) + _table(more.header, more.rows))
+        if more
+        else "",
         _section("What the time went to", _shares(time)),
         _section("Attempts", _attempts(time)),
         _section("Loss", _loss(time)),

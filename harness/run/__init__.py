@@ -24,6 +24,7 @@ from harness import ranks, state, stop
 from harness.checkpoint import launches, load, retention
 from harness.events import fill_closed_streams
 from harness.run.account import RESTORE, Account, age_s
+from harness.run.drilled import redirected
 from harness.run.ending import Ending
 from harness.run.logs import divert
 from harness.run.loop import Run
@@ -88,6 +89,7 @@ def init(
 
 
 def _start(directory: str | Path | None, remote: str | None, settings: Settings, timeout_s: float, ending: Ending) -> Run:
+    directory, remote, settings = redirected(directory, remote, settings)
     fill_closed_streams()
     account = Account(age_s=age_s())
     launches.check_supervised(directory, remote)

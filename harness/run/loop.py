@@ -17,6 +17,7 @@ from harness.events import Moment, Progress
 from harness.ranks import World
 from harness.run.account import DATA, EVALUATION, RESTORE, SAVE, Account
 from harness.run.content import OfRank, content
+from harness.run.drilled import Traces
 from harness.run.ending import Ending
 from harness.run.epochs import by_epoch
 from harness.run.evaluation import evaluate
@@ -51,11 +52,12 @@ class Run:
         choice.payload = None  # held here until it is restored, and by nobody else
         self._position, self._share = Position(), Share(0, 0, (), (), Position(), last=False)  # the latter of the step being made
         self._measured, self._account, self._ending = Measured(), account, ending
-        self._own = Own()
+        self._own, self._traces = Own(), Traces(world)
         self._stopping = Stopping(world, settings, clock)
         self._watch = Watch(world.timeout_s, settings.step_timeout_s, ending.hung, clock)
         ending.of(self)
         self._saver = Saver(stores, world, choice, settings, ending, outage, account, clock)
+        self._saver.at_save = partial(self._traces.point, "save")
         self._progress = Progress(clock)
         account.say = self._progress.say
         for note in choice.notes:
@@ -134,7 +136,7 @@ class Run:
         training is complete. Raises UsageError, SaveError, SupersededError. Collective: every rank must call it.
         """
         return self._loop(lambda: of_data(
-            dataset, self.world, self._settings.seed, global_batch_size,
+            dataset, self.world, self._settings.seed, global_batch_size, self._traces.workers,
             accumulate=accumulate, epochs=epochs, max_steps=max_steps, shuffle=shuffle, drop_last=drop_last, collate=collate_fn,
             num_workers=num_workers, order=order,
         ))  # fmt: skip
@@ -159,7 +161,7 @@ class Run:
     def _loop(self, begin: Callable[[], Work]) -> Iterator[Any]:
         resume.check_one_loop(self._looping, self._saver.attempt is not None or self.finished)
         self._work = begin()
-        self._end_step = end_step(self.step, self._work.steps_after(self._position), self._work.max_steps)
+        self._end_step = self._traces.end_step(end_step(self.step, self._work.steps_after(self._position), self._work.max_steps))
         if not self._begin():
             return
         self._looping = True
@@ -189,8 +191,10 @@ class Run:
             batch = loading.to_device(micro_batches, self.device)
             self._saver.background.release()
             self._account.train(self.step)
+            self._traces.step_begins(self.step)
             yield self._work.handed_out(batch)
             self._account.step_made()
+            self._traces.step_made(self.step, share, batch, self._measured.logged, self.tracked)
             self._saver.at_boundary(self.tracked)
             self._position, self.epoch = share.after, share.after.epoch
             if self.step % self._settings.log_every_steps == 0:
@@ -246,6 +250,7 @@ class Run:
         with all tracked modules in eval mode; afterwards their modes and the generators are as they were, also if it raises.
         Collective: every rank must call it.
         """
+        self._traces.point("evaluation", self.step)
         with self._account.during(EVALUATION):
             found = evaluate(self.world, list(self.tracked.values()), dataset, fn, batch_size, collate_fn, self._watch.evaluation)
         self._watch.evaluated() if self._looping else self._watch.rest()
@@ -266,7 +271,9 @@ class Run:
         if self._stopping.agree_at_once():
             self._ending.record("stopped", self._saver.stores)  # of a launch that has claimed no attempt
             self._stopping.leave("stopped before training began; start again", self.say)
+        self._traces.point("startup", self.step)
         attempt = self._saver.begin(self._progress, stop.requested)
+        self._traces.begun(attempt.number, self.step)
         self._stopping.listen(self._saver.stores, attempt.number)
         if note := resume.restore_generators(payload, self.world, self._work.source, self._settings.seed, self.step):
             self.say(f"harness: {note}")

@@ -29,6 +29,11 @@ class Measured:
         """Whether there are steps to be told of; on all ranks alike."""
         return bool(self._held)
 
+    @property
+    def logged(self) -> Mapping[str, Any]:
+        """What the present step has logged so far."""
+        return self._logged
+
     def begin_step(self) -> None:
         self.of_this_step, self.new_best, self._logged = {}, False, {}
 

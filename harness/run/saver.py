@@ -76,6 +76,7 @@ class Saver:
         self._slow_words, self._has_room, self.resumed = "", False, ""
         self.metrics: Metrics | None = None
         self._say: Callable[[str], None] = lambda text: None
+        self.at_save: Callable[[int], None] = lambda step: None  # is told, in the background, of each checkpoint about to be written
 
     @property
     def words(self) -> str:
@@ -204,6 +205,7 @@ class Saver:
         """Commit, in the background, what is copied."""
 
         assert self.attempt is not None and job.loan is not None
+        self.at_save(job.head["step"])
         key = fmt.data_key(job.head["step"], self.attempt.number)
         with self._uploader.ahead(key, job.loan) if self._uploader else contextlib.nullcontext():
             job.problem = self._commit(job.head, job.about, job.began_at, write, check, job.costs)

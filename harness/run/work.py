@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -49,7 +50,7 @@ class Work:
 
 
 def of_data(
-    dataset: Any, world: World, seed: int, global_batch_size: int | None, *,
+    dataset: Any, world: World, seed: int, global_batch_size: int | None, as_drilled: Callable[[int], int], *,
     accumulate: int, epochs: int, max_steps: int | None, shuffle: bool, drop_last: bool, collate: loading.Collate | None,
     num_workers: int, order: Callable[[int], Sequence[int]] | None,
 ) -> Work:  # fmt: skip
@@ -70,9 +71,12 @@ def of_data(
             "batches() of a dataset needs global_batch_size",
             remedy="Give the number of samples in one update, over all ranks: batches(dataset, 64, …).",
         )
+    workers = adopted.workers if adopted else loading.Workers(num_workers)
+    if not loading.is_iterable(dataset):
+        workers = dataclasses.replace(workers, number=as_drilled(workers.number))
     source = loading.source(
         dataset, world, seed, global_batch_size, accumulate=accumulate, shuffle=shuffle, drop_last=drop_last, order=order,
-        collate=collate, workers=adopted.workers if adopted else loading.Workers(num_workers),
+        collate=collate, workers=workers,
     )  # fmt: skip
     data = describe(dataset, global_batch_size, shuffle and order is None, drop_last, seed)
     return Work(source, data, epochs, max_steps, loading.as_is if accumulate > 1 else _only)

@@ -1,0 +1,171 @@
+"""Prove it on your own program before the expensive run: train undisturbed, then with faults, and compare bit for bit.
+
+The program, or the task of --config, is run to its end, or for --steps steps, in a temporary folder. Then it is run again with --faults
+faults, drawn from --seed: killed in a step, while it starts, while it saves, at an epoch's end, in an evaluation, told to stop; with
+run.remote its disk is lost. Each step's samples, batch, loss, generators and state are compared, and so are the last checkpoints and
+the files that the program keeps. If they differ, it is run undisturbed once more, to tell whether the program is deterministic at all.
+
+The program needs no change. What the harness writes for it goes to the temporary folder (--keep keeps it); what the program writes by
+itself does not, so that is yours to look after: files below the working directory that were changed are listed. HARNESS_DRILL=1 is in
+its environment. One machine; options that are not listed here go to torchrun.
+
+Exit code: 0 equal · 1 not, or the program failed · 78 configuration or usage.
+
+example: harness drill --nproc-per-node 2 --steps 200 --faults 6 my_loop.py --lr 0.1
+example: harness drill --nproc-per-node 2 --config my.yaml --kinds kill,save
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from harness import config, stop, task
+from harness.cli import locate
+from harness.cli.launch import check_loop
+from harness.drill import verdict as verdicts
+from harness.drill.faults import KINDS, planned
+from harness.drill.lives import Life, Program, live
+from harness.drill.traces import Traces, read
+from harness.errors import EXIT_FAILED, EXIT_FINISHED, StorageError, UsageError
+from harness.events import duration, say
+
+SAVES = 20  # in a run, if the program does not say after how many steps it saves
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", help="YAML file, relative to the working directory")
+    parser.add_argument("--nproc-per-node", default="1", metavar="N", help="processes (torchrun's own option)")
+    parser.add_argument("--steps", type=int, metavar="N", help="end the run with this step, as run.finish() does; else at its own end")
+    parser.add_argument("--faults", type=int, default=6, metavar="N", help="how many (6)")
+    parser.add_argument("--kinds", metavar="A,B", help=f"of which kinds: {', '.join(KINDS)} (all that the run has)")
+    parser.add_argument("--seed", type=int, default=0, help="of the faults' order and places (0)")
+    parser.add_argument("--limit-s", type=float, default=3600.0, metavar="S", help="for all of it, in seconds (3600)")
+    parser.add_argument("--keep", type=Path, metavar="DIR", help="keep both runs here")
+    parser.add_argument("--json", action="store_true", help="for machines")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="draw the run that was hurt, and the table")
+    parser.set_defaults(passes_on=True)
+
+
+def run(given: argparse.Namespace, rest: list[str]) -> int:
+    chosen = _kinds(given)
+    program = _program(given, rest)
+    if given.keep is not None and given.keep.exists():
+        raise UsageError(f"{given.keep} is there already", remedy="Name a folder that is not: both runs are kept in it.")
+    stop.install()
+    before, until = _files(), time.monotonic() + given.limit_s
+    with _folder(given.keep) as folder:
+        _say(given, "what the program writes by itself is not redirected; HARNESS_DRILL=1 tells it that this is a drill")
+        plan = {"steps": given.steps, "save_every_steps": max(1, (given.steps or 20 * SAVES) // SAVES)}
+        whole = live(program, folder / "whole", plan, [], until, lambda text: None)
+        expected = read(whole.folder)
+        _check_traces(expected, whole)
+        _say(given, f"undisturbed: {expected.last_step} steps in {duration(whole.seconds)}")
+        kinds = chosen or [kind for kind in KINDS if _has(expected, whole, kind)]
+        faults = planned(given.faults, kinds, expected.last_step, given.seed)
+        hurt = live(program, folder / "hurt", plan, faults, until, lambda text: _say(given, text))
+        found = verdicts.verdict(whole, hurt, faults)
+        if not found.is_equal:
+            _say(given, "they differ: undisturbed once more, to see whether the program is deterministic")
+            again = live(program, folder / "again", plan, [], until, lambda text: None)
+            found = dataclasses.replace(found, is_deterministic=verdicts.is_alike(whole, again))
+        say(json.dumps(found.to_json(), indent=1) if given.json else verdicts.text(found))
+        verdicts.save(found, folder)
+        if given.html is not None:
+            _draw(given, hurt, found)
+    for changed in _changed(before):
+        _say(given, f"changed below this folder meanwhile: {changed}")
+    return EXIT_FINISHED if found.is_equal else EXIT_FAILED
+
+
+def _kinds(given: argparse.Namespace) -> list[str]:
+    chosen = [kind for kind in (given.kinds or "").split(",") if kind]
+    if unknown := [kind for kind in chosen if kind not in KINDS]:
+        raise UsageError("there is no such kind of fault", f"found: {', '.join(unknown)}", f"There are: {', '.join(KINDS)}.")
+    if given.faults < 1 or (given.steps is not None and given.steps < 1) or not given.limit_s > 0:
+        raise UsageError("--faults, --steps and --limit-s are numbers above 0")
+    return chosen
+
+
+def _program(given: argparse.Namespace, rest: list[str]) -> Program:
+    """What is drilled. Raises UsageError, before anything is started."""
+    settings_given = [word for word in rest if "=" in word and not word.startswith("-")]
+    settings, stored = config.load(given.config, settings_given)
+    if settings.run.loop:
+        check_loop(settings.run.loop)
+    else:
+        task.find(settings.task.name, settings.task.args, stored["task"]["args"])
+    words = [f"--nproc-per-node={given.nproc_per_node}", *(["--config", given.config] if given.config else []), *rest]
+    return Program(tuple(words), settings.run.remote is not None, Path(__file__).resolve().parent.parent / "__main__.py")
+
+
+def _has(traces: Traces, whole: Life, kind: str) -> bool:
+    """Whether a run has what this kind of fault needs."""
+    needs = KINDS[kind].needs
+    return needs == "" or needs in traces.has or (needs == "remote" and whole.has_remote) or (needs == "epochs" and traces.last_epoch > 0)
+
+
+def _check_traces(traces: Traces, whole: Life) -> None:
+    if not traces.steps:
+        raise UsageError(
+            "the program made no step in a loop of the harness",
+            f"found: no trace in {whole.folder}",
+            "Its loop has to be one over run.batches, run.by_epoch or run.steps.",
+        )
+
+
+@contextlib.contextmanager
+def _folder(keep: Path | None) -> Iterator[Path]:
+    folder = Path(tempfile.mkdtemp(prefix="harness-drill-")) if keep is None else keep.absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield folder
+    finally:
+        if keep is None:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _draw(given: argparse.Namespace, hurt: Life, found: verdicts.Verdict) -> None:
+    from harness.report import page
+    from harness.report.timeline import timeline
+
+    store, survey = locate.everywhere(str(hurt.run))
+    drill = page.Table("Drill", verdicts.headline(found), verdicts.HEADER, verdicts.table_of(found))
+    try:
+        given.html.write_text(page.page(str(store), timeline(survey), drill))
+    except OSError as error:
+        raise StorageError(f"cannot write {given.html}", f"found: {error}", "Name another file.") from error
+    _say(given, f"drawn: {given.html}")
+
+
+def _say(given: argparse.Namespace, text: str) -> None:
+    """Progress; beside JSON it goes to standard error."""
+    say(f"harness drill: {text}", sys.stderr if given.json else sys.stdout)
+
+
+def _files() -> dict[str, tuple[int, int]]:
+    """Files below the working directory, with size and time; a few thousand at most."""
+    found: dict[str, tuple[int, int]] = {}
+    for folder, folders, names in os.walk("."):
+        folders[:] = [name for name in folders if not name.startswith(".") and name != "__pycache__"]
+        for name in names:
+            with contextlib.suppress(OSError):
+                status = os.stat(os.path.join(folder, name))
+                found[os.path.join(folder, name)] = status.st_size, status.st_mtime_ns
+        if len(found) > 20_000:
+            break
+    return found
+
+
+def _changed(before: dict[str, tuple[int, int]]) -> list[str]:
+    after = _files()
+    return sorted(name for name in after if after[name] != before.get(name))[:10]

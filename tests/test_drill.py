@@ -1,0 +1,157 @@
+"""The drill: exact programs are found equal, others are not, with the right cause; nothing is left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import REPO, harness, run, wait_until
+
+from harness.drill.faults import KINDS, planned
+
+PROGRAM = """
+import sys
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+import harness
+
+run = harness.init({where})
+data = TensorDataset(torch.randn(160, 8), torch.randn(160, 1))
+model = nn.Sequential(nn.Linear(8, 16), nn.Dropout(0.2), nn.Linear(16, 1))
+model = nn.parallel.DistributedDataParallel(model) if run.world_size > 1 else model
+optimizer = torch.optim.AdamW(model.parameters(), lr=float(sys.argv[1]))
+run.track(model=model, optimizer=optimizer)
+hidden = [torch.Generator().manual_seed(0), 1.0]
+for epoch, batches in run.by_epoch(run.batches(data, 16, epochs=4)):
+    for x, y in batches:
+        {planted}
+        loss = (model(x) - y).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        run.log(loss=loss)
+    run.evaluate(data, lambda batch: dict(val_loss=(model(batch[0]) - batch[1]).square().sum()))
+run.keep
+"""
+
+
+def drill(folder: Path, *words: str, planted: str = "pass", where: str = "'elsewhere', seed=1", limit_s: float = 400) -> dict:
+    """Run a drill of the program with this line in its loop; what it found, with its exit code."""
+    (folder / "my_loop.py").write_text(PROGRAM.format(planted=planted, where=where))
+    done = run(harness("drill", "--json", "--steps", "32", *words, "my_loop.py", "0.05"), cwd=folder, limit_s=limit_s)
+    assert done.stdout, done.stderr
+    return json.loads(done.stdout) | {"code": done.returncode, "said": done.stderr}
+
+
+def test_faults_follow_from_the_seed_and_each_kind_comes_before_any_comes_twice():
+    faults = planned(9, ["kill", "save", "sigterm"], 100, seed=3)
+    assert faults == planned(9, ["kill", "save", "sigterm"], 100, seed=3) != planned(9, ["kill", "save", "sigterm"], 100, seed=4)
+    for three in (faults[:3], faults[3:6], faults[6:]):
+        assert {fault.kind for fault in three} == {"kill", "save", "sigterm"}
+    assert all(1 <= fault.step <= 100 for fault in faults)
+    assert [fault.step for fault in faults] == sorted(fault.step for fault in faults)
+    assert planned(2, ["startup", "first-step"], 100, seed=0)[0].step == 0
+
+
+def test_an_exact_program_is_equal_and_its_own_places_are_left_alone(tmp_path):
+    found = drill(tmp_path, "--faults", "3", "--kinds", "kill,sigterm,startup", "--html", "drill.html")
+    assert (found["code"], found["equal"]) == (0, True), found
+    assert [fault["equal"] for fault in found["faults"]] == [True] * 3
+    assert all(fault["step"] is not None and fault["back_s"] > 0 for fault in found["faults"])
+    assert not (tmp_path / "elsewhere").exists()
+    assert "drill.html" in found["said"] and "SIGKILL while it starts" in (tmp_path / "drill.html").read_text()
+
+
+def test_a_planted_generator_is_found_with_its_step_and_cause(tmp_path):
+    found = drill(tmp_path, "--faults", "1", "--kinds", "kill", planted="x = x + torch.randn(x.shape, generator=hidden[0])")
+    assert (found["code"], found["equal"], found["deterministic"]) == (1, False, True), found
+    assert found["first"]["what"] == "loss" and "the same samples" in found["cause"]
+    assert found["faults"][0]["equal"] is False
+    assert any("model_state_dict" in where for where, *_ in found["tensors"])
+
+
+def test_a_program_that_is_not_deterministic_is_told_apart(tmp_path):
+    found = drill(tmp_path, "--faults", "1", "--kinds", "kill", planted="x = x + int.from_bytes(__import__('os').urandom(2)) / 1e6")
+    assert (found["code"], found["deterministic"]) == (1, False)
+    assert found["cause"].startswith("not deterministic")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("--kinds", "kill,sigkil"), ("--faults", "0"), ("--steps", "0"), ("--limit-s", "0"), ("--keep", ".")],
+    ids=lambda words: " ".join(words),
+)
+def test_what_cannot_be_is_refused_before_anything_is_started(tmp_path, words):
+    (tmp_path / "my_loop.py").write_text("raise SystemExit('was started')")
+    done = run(harness("drill", *words, "my_loop.py"), cwd=tmp_path)
+    assert done.returncode == 78, done
+    assert "was started" not in done.stdout + done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_program_that_fails_by_itself_is_said_to(tmp_path):
+    (tmp_path / "my_loop.py").write_text("raise ValueError('it is mine')")
+    done = run(harness("drill", "my_loop.py"), cwd=tmp_path)
+    assert done.returncode == 1
+    assert (
+        "failed by itself" in done.stderr
+        and "it is mine" in done.stderr
+        and "Traceback (most recent call last):\n  File" not in done.stdout
+    )
+
+
+def test_killed_itself_it_leaves_no_process(tmp_path, started: Callable[..., object]):
+    (tmp_path / "my_loop.py").write_text(PROGRAM.format(planted="__import__('time').sleep(0.2)", where="'elsewhere', seed=1"))
+    process = started(harness("drill", "--keep", "kept", "my_loop.py", "0.05"), cwd=tmp_path)
+    wait_until(lambda: list(tmp_path.glob("kept/whole/traces-*")), "it trains")
+    below = psutil.Process(process.pid).children(recursive=True)  # type: ignore[attr-defined]
+    assert len(below) >= 3
+    os.kill(process.pid, signal.SIGKILL)  # type: ignore[attr-defined]
+    until = time.monotonic() + 20
+    while any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in below) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not [child for child in below if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1])
+def test_all_kinds_on_two_ranks_with_a_remote(tmp_path, seed):
+    words = ("--nproc-per-node", "2", "--faults", str(len(KINDS)), "--seed", str(seed))
+    found = drill(tmp_path, *words, where="'elsewhere', remote='s3://nobody/is-there', seed=1, save_every_steps=3", limit_s=1200)
+    assert (found["code"], found["equal"]) == (0, True), found
+    assert {fault["kind"] for fault in found["faults"]} == set(KINDS)
+    assert sum(fault["step"] is not None for fault in found["faults"]) >= len(KINDS) - 2
+
+
+PLANTED = {
+    "a module's attribute": ("hidden[1] *= 1.01; x = x * hidden[1]", "loss"),
+    "a queue": ("hidden.append(x[:1].mean()); x = x + sum(hidden[2:][-3:])", "loss"),
+    "other contents of the same samples": ("pass", "batch"),
+    "another schedule": ("hidden[1] *= 0.99; optimizer.param_groups[0]['betas'] = (0.9 * hidden[1], 0.99)", "state"),
+    "another draw": ("run.step % 7 or [torch.rand(1) for _ in range(1 + (hidden[1] == 1.0))] and hidden.__setitem__(1, 2.0)", "rng"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in PLANTED if PLANTED[name][0] != "pass"])
+def test_planted_faults_are_named(tmp_path, name):
+    planted, what = PLANTED[name]
+    found = drill(tmp_path, "--faults", "2", "--kinds", "kill,kill-rank", "--nproc-per-node", "2", planted=planted)
+    assert (found["code"], found["equal"], found["deterministic"]) == (1, False, True), found
+    assert found["first"]["what"] == what, found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ddp", "gpt", "gan", "stream"])
+def test_the_loops_that_were_changed_by_four_lines_are_exact(name, tmp_path):
+    ranks = "1" if name == "gan" else "2"
+    loop = str(REPO / "tests" / "loops" / f"{name}.py")
+    done = run(harness("drill", "--nproc-per-node", ranks, "--faults", "6", loop), cwd=tmp_path, limit_s=1200)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "equal, bit for bit" in done.stdout
