@@ -23,7 +23,18 @@ from torch.utils.data import DataLoader, TensorDataset
 import harness
 
 run = harness.init({where})
-data = TensorDataset(torch.randn(160, 8), torch.randn(160, 1))
+class Counting(TensorDataset):
+
+
+    asked = 0
+
+    def __getitem__(self, number):
+        self.asked += 1
+        x, y = super().__getitem__(number)
+        return x + self.asked * 1e-3, y
+
+
+data = {data}(torch.randn(160, 8), torch.randn(160, 1))
 model = nn.Sequential(nn.Linear(8, 16), nn.Dropout(0.2), nn.Linear(16, 1))
 model = nn.parallel.DistributedDataParallel(model) if run.world_size > 1 else model
 optimizer = torch.optim.AdamW(model.parameters(), lr=float(sys.argv[1]))
@@ -38,13 +49,17 @@ for epoch, batches in run.by_epoch(run.batches(data, 16, epochs=4)):
         optimizer.step()
         run.log(loss=loss)
     run.evaluate(data, lambda batch: dict(val_loss=(model(batch[0]) - batch[1]).square().sum()))
-run.keep
 """
 
 
-def drill(folder: Path, *words: str, planted: str = "pass", where: str = "'elsewhere', seed=1", limit_s: float = 400) -> dict:
+WHERE = "'elsewhere', seed=1"
+
+
+def drill(
+    folder: Path, *words: str, planted: str = "pass", data: str = "TensorDataset", where: str = WHERE, limit_s: float = 400
+) -> dict:  # fmt: skip
     """Run a drill of the program with this line in its loop; what it found, with its exit code."""
-    (folder / "my_loop.py").write_text(PROGRAM.format(planted=planted, where=where))
+    (folder / "my_loop.py").write_text(PROGRAM.format(planted=planted, data=data, where=where))
     done = run(harness("drill", "--json", "--steps", "32", *words, "my_loop.py", "0.05"), cwd=folder, limit_s=limit_s)
     assert done.stdout, done.stderr
     return json.loads(done.stdout) | {"code": done.returncode, "said": done.stderr}
@@ -107,7 +122,7 @@ def test_a_program_that_fails_by_itself_is_said_to(tmp_path):
 
 
 def test_killed_itself_it_leaves_no_process(tmp_path, started: Callable[..., object]):
-    (tmp_path / "my_loop.py").write_text(PROGRAM.format(planted="__import__('time').sleep(0.2)", where="'elsewhere', seed=1"))
+    (tmp_path / "my_loop.py").write_text(PROGRAM.format(planted="__import__('time').sleep(0.2)", data="TensorDataset", where=WHERE))
     process = started(harness("drill", "--keep", "kept", "my_loop.py", "0.05"), cwd=tmp_path)
     wait_until(lambda: list(tmp_path.glob("kept/whole/traces-*")), "it trains")
     below = psutil.Process(process.pid).children(recursive=True)  # type: ignore[attr-defined]
@@ -130,19 +145,19 @@ def test_all_kinds_on_two_ranks_with_a_remote(tmp_path, seed):
 
 
 PLANTED = {
-    "a module's attribute": ("hidden[1] *= 1.01; x = x * hidden[1]", "loss"),
-    "a queue": ("hidden.append(x[:1].mean()); x = x + sum(hidden[2:][-3:])", "loss"),
-    "other contents of the same samples": ("pass", "batch"),
-    "another schedule": ("hidden[1] *= 0.99; optimizer.param_groups[0]['betas'] = (0.9 * hidden[1], 0.99)", "state"),
-    "another draw": ("run.step % 7 or [torch.rand(1) for _ in range(1 + (hidden[1] == 1.0))] and hidden.__setitem__(1, 2.0)", "rng"),
+    "a generator": ("x = x + torch.randn(x.shape, generator=hidden[0])", "TensorDataset", "loss"),
+    "a variable": ("hidden[1] *= 1.01; x = x * hidden[1]", "TensorDataset", "loss"),
+    "a queue": ("hidden.append(x[:1].mean()); x = x + sum(hidden[2:][-3:])", "TensorDataset", "loss"),
+    "a schedule": ("hidden[1] *= 0.99; optimizer.param_groups[0]['betas'] = (0.9 * hidden[1], 0.99)", "TensorDataset", "state"),
+    "a counter in the dataset": ("pass", "Counting", "batch"),
 }
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in PLANTED if PLANTED[name][0] != "pass"])
+@pytest.mark.parametrize("name", PLANTED)
 def test_planted_faults_are_named(tmp_path, name):
-    planted, what = PLANTED[name]
-    found = drill(tmp_path, "--faults", "2", "--kinds", "kill,kill-rank", "--nproc-per-node", "2", planted=planted)
+    planted, data, what = PLANTED[name]
+    found = drill(tmp_path, "--faults", "2", "--kinds", "kill,kill-rank", "--nproc-per-node", "2", planted=planted, data=data)
     assert (found["code"], found["equal"], found["deterministic"]) == (1, False, True), found
     assert found["first"]["what"] == what, found
 

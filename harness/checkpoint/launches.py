@@ -28,6 +28,7 @@ LAUNCHES = "launches"
 LAUNCH_NAME = re.compile(r"^launches/(?P<name>[0-9A-Za-z_-]+\.[0-9]+)(?P<end>\.end|\.failed)?\.json\Z")
 SUBMITTED = "run.json"  # that the run was submitted: without it, and without anything else, a job stands before an empty disk
 ENVIRONMENT = "HARNESS_LAUNCH"
+REDIRECT = "HARNESS_REDIRECT"  # the folder in which a run lives under `harness drill`, whatever its program says
 SUPERVISED = "HARNESS_RUN"  # where the supervisor of this process looks for its run
 
 
@@ -100,7 +101,7 @@ def _spelled(directory: str | Path | None, remote: str | None) -> list[str | Non
 def check_supervised(directory: str | Path | None, remote: str | None) -> None:
     """Raises UsageError if a supervisor watches over another run than the one that is begun here."""
     here, told = _spelled(directory, remote), json.loads(os.environ.get(SUPERVISED, "null"))
-    if told is not None and told != here:
+    if told is not None and told != here and REDIRECT not in os.environ:  # there the program does not say where
         raise UsageError(
             "the launcher supervises another run than this program's",
             f"found: harness.init({here[0]!r}, remote={here[1]!r}), expected: run.dir={told[0]} run.remote={told[1]}",

@@ -70,6 +70,7 @@ def run(given: argparse.Namespace, rest: list[str]) -> int:
         expected = read(whole.folder)
         _check_traces(expected, whole)
         _say(given, f"undisturbed: {expected.last_step} steps in {duration(whole.seconds)}")
+        program = dataclasses.replace(program, has_remote=whole.has_remote)
         kinds = chosen or [kind for kind in KINDS if _has(expected, whole, kind)]
         faults = planned(given.faults, kinds, expected.last_step, given.seed)
         hurt = live(program, folder / "hurt", plan, faults, until, lambda text: _say(given, text))

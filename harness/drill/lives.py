@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from harness import stop
+from harness.checkpoint.launches import REDIRECT
 from harness.drill.faults import KINDS, Fault
 from harness.drill.traces import read
 from harness.errors import EXIT_FINISHED, EXIT_STOPPED, HarnessError
-from harness.run.drilled import DRILL, PLAN, REDIRECT, REMOTE, RUN
+from harness.run.drilled import DRILL, PLAN, REMOTE, RUN
 
 LOOK_S, GONE_WITHIN_S = 0.02, 20.0
 ANOTHER = ("SLURM_", "TORCHELASTIC_", "HARNESS_")  # variables of whatever starts the drill
@@ -89,7 +90,7 @@ def _one_launch(program: Program, life: Life, faults: list[Fault], until: float,
     """One `harness launch`, until it ends; its exit code, and whether it was hurt."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(ANOTHER)}
     environment |= {REDIRECT: str(life.folder), DRILL: "1", "WANDB_MODE": "disabled"}
-    remote = [f"run.remote=file://{life.folder / REMOTE}"] if program.has_remote or life.has_remote else []
+    remote = [f"run.remote=file://{life.folder / REMOTE}"] if program.has_remote else []
     own = [
         f"run.dir={life.run}",
         *remote,

@@ -25,12 +25,13 @@ import numpy as np
 import torch
 
 from harness import state
+from harness.checkpoint.launches import REDIRECT
 from harness.data.order import Share
 from harness.ddp import plain
 from harness.ranks import World
 from harness.run.settings import Settings
 
-REDIRECT, DRILL, PLAN = "HARNESS_REDIRECT", "HARNESS_DRILL", "plan.json"
+DRILL, PLAN = "HARNESS_DRILL", "plan.json"
 RUN, REMOTE = "run", "remote"
 MOST_BYTES = 64 << 20  # of state that is digested in each step; of more, only every so many steps
 WAITS_S = 60.0  # for who causes the fault
