@@ -112,6 +112,25 @@ requeue         # the last thing done
 """
 
 
+DRILL = r"""#!/bin/bash
+{options}
+#SBATCH --ntasks=1
+#
+# Drills a program: it is trained undisturbed, then with faults, and both are compared. Nothing of it goes to the run itself. One job,
+# one node; it is not queued again. The verdict stands at the end of this job's log, and its exit code is the drill's.
+
+cd {directory} || exit 78
+code={code}
+settings=({settings})
+
+# What the site needs.
+{setup}
+
+export HARNESS_CODE=$code                                            # the task is imported from there too
+exec {python} "$code/harness/__main__.py" drill --nproc-per-node={procs} {drill} "${{settings[@]}}"
+"""
+
+
 @dataclass(frozen=True)
 class Job:
     """What a job script is made of. `setup`, `directory`, `code` and `python` are shell text, `settings` are plain words."""
@@ -125,6 +144,7 @@ class Job:
     python: str = "python"
     most_failures: int = 3
     is_submitted: bool = False
+    drill: tuple[str, ...] | None = None  # options of `harness drill`, if that is what the job does
 
 
 def procs_per_node(slurm: SlurmSettings) -> int:
@@ -142,7 +162,7 @@ def script(job: Job) -> str:
     }  # fmt: skip
     lines = [f"#SBATCH --{name}={shlex.quote(str(value))}" for name, value in options.items() if value is not None]
     prefix = f"{slurm.container} " if slurm.container else ""
-    return TEMPLATE.format(
+    return (TEMPLATE if job.drill is None else DRILL).format(
         options="\n".join(lines + [f"#SBATCH {option}" for option in slurm.extra]),
         most=job.most_failures,
         directory=job.directory,
@@ -152,6 +172,7 @@ def script(job: Job) -> str:
         python=prefix + job.python,
         submitted=" --submitted" if job.is_submitted else "",
         procs=procs_per_node(slurm),
+        drill=shlex.join(job.drill or ()),
     )
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 from conftest import REPO, harness, run, wait_until
+from slurm_cluster import SlurmCluster
 
 from harness.drill.faults import KINDS, planned
 
@@ -170,3 +171,21 @@ def test_the_loops_that_were_changed_by_four_lines_are_exact(name, tmp_path):
     done = run(harness("drill", "--nproc-per-node", ranks, "--faults", "6", loop), cwd=tmp_path, limit_s=1200)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "equal, bit for bit" in done.stdout
+
+
+@pytest.mark.slow
+def test_a_drill_is_one_job_of_slurm(tmp_path, slurm: SlurmCluster):
+    (tmp_path / "my_loop.py").write_text(PROGRAM.format(planted="pass", data="TensorDataset", where=WHERE))
+    options = ("--drill", "--steps 32 --faults 2 --kinds kill,sigterm", "--procs-per-node", "2", "--time", "01:00:00", "--partition", "low")
+    done = run(harness("submit", *options, "run.dir=runs/a", "my_loop.py", "0.05"), cwd=tmp_path, env=slurm.environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    job = done.stdout.split()[1].rstrip(":")
+    assert slurm.wait_for(job, limit_s=400) == "COMPLETED", (tmp_path / f"runs/a/logs/slurm-{job}.out").read_text()
+    assert "equal, bit for bit: 32 steps, 2 faults" in (tmp_path / f"runs/a/logs/slurm-{job}.out").read_text()
+    assert not (tmp_path / "runs/a/attempts").exists() and not (tmp_path / "elsewhere").exists()
+
+
+def test_a_drill_on_several_nodes_is_refused(tmp_path):
+    (tmp_path / "my_loop.py").write_text("pass")
+    done = run(harness("submit", "--drill", "--dry-run", "--nodes", "2", "run.dir=runs/a", "my_loop.py"), cwd=tmp_path)
+    assert done.returncode == 78 and "a drill is for one node" in done.stderr, done

@@ -5,6 +5,7 @@ run.scratch), so that each life of the job runs what was submitted. Options not 
 slurm.constraint=…, slurm.setup=['module load cuda'], slurm.container='apptainer exec --nv image.sif', slurm.extra=[--exclusive].
 
 example: harness submit --nodes 2 --gpus-per-node 8 --time 04:00:00 run.dir=runs/a my_loop.py --lr 0.1
+example: harness submit --drill '--steps 200 --faults 6' --gpus-per-node 2 --time 01:00:00 run.dir=runs/a my_loop.py --lr 0.1
 example: harness submit --config configs/digits.yaml --nodes 2 --gpus-per-node 8 --time 04:00:00 --partition spot run.dir=runs/a
 """
 
@@ -41,6 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", help="YAML file, relative to the working directory")
     for flag, value in FLAGS.items():
         parser.add_argument(f"--{flag}", metavar=value, help=f"as slurm.{flag.replace('-', '_')}={value}")
+    parser.add_argument(
+        "--drill", nargs="?", const="", metavar="OPTIONS", help="drill the program on one node; with options of harness drill, in quotes"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the script; write and submit nothing")
     parser.add_argument("settings", nargs="*", metavar="key=value")
 
@@ -54,6 +58,8 @@ def run(given: argparse.Namespace) -> int:
     code = _checked_code(settings, stored)  # not in an hour, when the job starts
     if settings.run.scratch and settings.run.remote is None:
         raise UsageError("run.scratch says that run.dir is lost with the job", "found: no run.remote", "Give the run a run.remote.")
+    if given.drill is not None and settings.slurm.nodes != 1:
+        raise UsageError("a drill is for one node", f"found: slurm.nodes={settings.slurm.nodes}", "Leave the nodes out.")
     home = _home(settings)
     number = 1 + max((int(path.name) for path in home.glob("submitted/[0-9]*") if path.name.isdigit()), default=0)
     folder = home / "submitted" / f"{number:04d}"
@@ -73,9 +79,13 @@ def run(given: argparse.Namespace) -> int:
         (home / "logs").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise StorageError(f"cannot write {folder}", f"found: {error}", "Choose another run.dir, or free some space.") from error
-    _record(settings)
+    if given.drill is None:
+        _record(settings)
     job = _sbatch(folder / "job.sbatch")
-    _say_how_to_watch(job, settings, home, folder)
+    if given.drill is not None:
+        say(f"job {job}: a drill\n  script   {folder / 'job.sbatch'}\n  log      tail -F {home / 'logs' / f'slurm-{job}.out'}")
+    else:
+        _say_how_to_watch(job, settings, home, folder)
     return 0
 
 
@@ -127,6 +137,7 @@ def _job(settings: Config, given: argparse.Namespace, home: Path, folder: Path) 
         python=shlex.quote(settings.slurm.python or ("python" if settings.slurm.container else sys.executable)),
         most_failures=settings.run.max_failures,
         is_submitted=True,
+        drill=None if given.drill is None else tuple(shlex.split(given.drill)),
     )
 
 

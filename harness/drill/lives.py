@@ -88,7 +88,7 @@ def live(program: Program, folder: Path, plan: Mapping[str, Any], faults: list[F
 
 def _one_launch(program: Program, life: Life, faults: list[Fault], until: float, say: Callable[[str], None]) -> tuple[int, bool]:
     """One `harness launch`, until it ends; its exit code, and whether it was hurt."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(ANOTHER)}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(ANOTHER) or name == "HARNESS_CODE"}
     environment |= {REDIRECT: str(life.folder), DRILL: "1", "WANDB_MODE": "disabled"}
     remote = [f"run.remote=file://{life.folder / REMOTE}"] if program.has_remote else []
     own = [
