@@ -120,7 +120,7 @@ def _job(settings: Config, given: argparse.Namespace, home: Path, folder: Path) 
     return slurm.Job(
         settings.slurm,
         _name(settings),
-        str(home / "logs" / "slurm-%j.out"),
+        str(home / "logs").replace("%", "%%") + "/slurm-%j.out",  # SLURM puts something in the place of %x
         words,
         directory=shlex.quote(os.getcwd()),
         code=shlex.quote(str(folder / "code")),
