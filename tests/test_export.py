@@ -926,7 +926,7 @@ def test_the_callers_generators_are_not_disturbed(runs: Runs, averaged: Path, tm
     wanted = drawn()
     for what in (
         lambda: load_model(str(averaged)),
-        *[lambda format=format: harness.export(str(averaged), str(tmp_path / f"{format}.pt2"), format) for format in FORMATS],
+        *[lambda format=format: harness.export(str(averaged), str(tmp_path / f"{format}.pt2"), format, trust=True) for format in FORMATS],
         lambda: command("export", runs("random"), tmp_path / "x.ts", "--format", "torchscript"),
         lambda: command("export", runs("random"), tmp_path / "x.pt2", "--format", "exported"),
         lambda: harness.describe(str(averaged)),
@@ -951,7 +951,7 @@ def test_nothing_of_the_process_is_changed(averaged: Path, tmp_path: Path) -> No
 
     before = settings()
     load_model(str(averaged))
-    harness.export(str(averaged), str(tmp_path / "x.pt2"), "exported")
+    harness.export(str(averaged), str(tmp_path / "x.pt2"), "exported", trust=True)
     assert settings() == before and not dist.is_initialized()
 
 

@@ -18,9 +18,11 @@ from harness.checkpoint import scribe
 from harness.cli import main
 from harness.cli.launch import check_loop
 from harness.config.settings import SlurmSettings
-from harness.errors import UsageError
-from harness.exchange import rebuild
+from harness.errors import StorageError, UsageError
+from harness.exchange import once, rebuild
+from harness.exchange.describe import describe
 from harness.report import page, timeline
+from harness.store import LocalStore
 
 EVIL = '"><script>alert(1)</script>'
 
@@ -99,7 +101,7 @@ def test_submit_names_the_setting_and_keeps_a_percent_sign(tmp_path: Path, monke
     monkeypatch.chdir(tmp_path)
     assert main(["submit", "--dry-run", "--partition", "a\nb", "run.dir=r"]) == 78
     assert "slurm.partition" in capsys.readouterr().err
-    assert main(["submit", "--dry-run", "run.dir=r\nb"]) == 78
+    assert main(["submit", "--dry-run", 'run.dir="r\\nb"']) == 78
     assert main(["submit", "--dry-run", "run.dir=100%j"]) == 0
     assert "100%%j/logs/slurm-%" in capsys.readouterr().out
 
@@ -149,3 +151,19 @@ def test_a_folder_without_init_does_not_shadow_the_package(tmp_path: Path) -> No
     (tmp_path / "own.py").touch()
     assert check_loop([str(tmp_path / "own.py")])
     assert not (tmp_path / "sprung").exists()
+
+
+def test_each_block_of_a_file_is_fetched_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A module's pickle is looked at in several ways; the store is opened once, and asked for no range twice."""
+    torch.save(torch.nn.Linear(300, 300), tmp_path / "m.pt")
+    opened: list[str] = []
+    real = LocalStore.open
+    monkeypatch.setattr(LocalStore, "open", lambda self, key: opened.append(key) or real(self, key))
+    assert "needs code" in str(describe(tmp_path / "m.pt")) and opened == ["m.pt"]
+    source = (tmp_path / "m.pt").open("rb")
+    whole = once.Once(source, "m.pt")
+    whole.view().read(10)
+    with (tmp_path / "m.pt").open("ab") as file:
+        file.write(b"x")
+    with pytest.raises(StorageError, match="changed while it was read"):
+        whole.block(1)

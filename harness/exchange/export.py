@@ -58,7 +58,8 @@ def export(
     `format`: "weights" (the state dict), "full" (model, optimizer, epoch and loss under the keys of PyTorch's tutorial), "module" (the
     pickled module), "safetensors", "torchscript" or "exported" (`torch.export`). Of several modules `module` names one. `ema`: the
     averaged weights. `legacy`: as PyTorch before 1.6 wrote. `config` (a YAML file) and `settings` (["task.name=…"]) name the task where the
-    file does not; `trust` lets the file name a task that is not of this package, and a pickle run its code. Raises UsageError, DamagedError, StorageError.
+    file does not; `trust` lets the file name a task that is not of this package, and a pickle run its code.
+    Raises UsageError, DamagedError, StorageError.
     """
     out = str(out)
     _check_asked(format, out, legacy, ema)

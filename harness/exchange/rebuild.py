@@ -35,7 +35,8 @@ def load_model(
     `source` is a run (directory or URL) or one of its checkpoints; `which` its newest, its best, or the number of a step. The module is
     rebuilt by its task, with the arguments that the run's settings hold: a task of this package is called as they name it, one of your
     own only if you name it (`task="package.module:build"`) or trust whoever wrote the file to name it (`trust`). `into` takes a module of
-    your own instead, as for a run with a loop of its own. Of several modules `module` names one, without it a dict of all is returned. `ema`: the averaged
+    your own instead, as for a run with a loop of its own.
+    Of several modules `module` names one, without it a dict of all is returned. `ema`: the averaged
     weights. The generators of random numbers are left as they are. Raises UsageError, DamagedError, StorageError.
     """
     loaded = files.read_any(source, which)
@@ -94,7 +95,7 @@ def _check_named(name: str) -> None:
         raise UsageError(
             f"{name!r}, which the file names as its task, is code of your own or somebody else's, so it is not run unasked",
             "found: a name in a file; of those only harness.tasks.* are called",
-            f"Confirm it: load_model(…, task={name!r}), export(…, trust=True), or --trust; or name another: task.name=…, load_model(…, into=module).",
+            f"Confirm it: load_model(…, task={name!r}), export(…, trust=True), or --trust; or name another: task.name=…, into=module.",
         )
 
 

@@ -50,7 +50,8 @@ def page(name: str, time: Timeline) -> str:
         _section("Loss", _loss(time)),
         _section("Interruptions", _table(words.INTERRUPTION, [words.interruption(stretch) for stretch in time.interruptions])),
     ]
-    head = f'<meta charset="utf-8">{POLICY}<meta name="viewport" content="width=device-width"><title>{_text(name)}</title><style>{STYLE}</style>'
+    head = f'<meta charset="utf-8">{POLICY}<meta name="viewport" content="width=device-width">'
+    head += f"<title>{_text(name)}</title><style>{STYLE}</style>"
     return f'<!doctype html>\n<html lang="en"><head>{head}</head><body>\n{chr(10).join(filter(None, sections))}\n</body></html>\n'
 
 
