@@ -8,6 +8,7 @@ from __future__ import annotations
 import shlex
 import shutil
 import subprocess
+import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -155,6 +156,7 @@ def procs_per_node(slurm: SlurmSettings) -> int:
 def script(job: Job) -> str:
     """The text of the job script."""
     slurm = job.slurm
+    _check_plain(job)
     options = {
         "job-name": job.job_name, "output": job.output, "nodes": slurm.nodes, "gpus-per-node": slurm.gpus_per_node,
         "cpus-per-task": slurm.cpus_per_node, "mem": slurm.mem, "time": slurm.time, "partition": slurm.partition,
@@ -174,6 +176,22 @@ def script(job: Job) -> str:
         procs=procs_per_node(slurm),
         drill=shlex.join(job.drill or ()),
     )
+
+
+def _check_plain(job: Job) -> None:
+    """Refuse what would end a line of the script before its time, or hide in it. Raises UsageError."""
+    given: dict[str, object] = {f"slurm.{name}": value for name, value in vars(job.slurm).items()}
+    given |= {"the job's name": job.job_name, "the path of the log": job.output} | {
+        word.partition("=")[0][:40]: word for word in job.settings
+    }
+    given |= {"the working directory": job.directory, "the path of the code": job.code, "the path of Python": job.python}
+    for name, value in given.items():
+        allowed = "\n\t" if name == "slurm.setup" else ""  # it is shell text, and may be several lines
+        for text in value if isinstance(value, list) else [value]:
+            if any(unicodedata.category(c) in ("Cc", "Zl", "Zp") and c not in allowed for c in str(text)):
+                raise UsageError(
+                    f"{name} holds a control character", f"found: {str(text)!r}", "Take it out: a job script has no place for it."
+                )
 
 
 def copy_code(target: Path, directory: Path, task_file: Path | None) -> int:

@@ -118,7 +118,7 @@ def test_what_export_writes_is_shown(tmp_path: Path, done: Trained, command: Com
     cases += [(name, ()) for name in ("safetensors", "torchscript", "exported")]
     for number, (format, options) in enumerate(cases):
         out = tmp_path / (f"out{number}" if format != "exported" else "out.pt2")  # the only format whose own loader looks at the name
-        answer = command("export", tmp_path / "run", out, "--format", format, *options)
+        answer = command("export", tmp_path / "run", out, "--format", format, "--trust", *options)
         assert answer.code == 0, answer.err
         answer = command("show", out)
         assert answer.code == 0, answer.err

@@ -8,6 +8,7 @@ what it has written is a temporary file until the training process gives it its 
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import mmap
 import os
@@ -16,6 +17,14 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+if __name__ == "__main__":  # of all packages called `harness` the one that this file lies in, wherever it lies
+    sys.path += sys.argv[1:]
+    package = Path(__file__).resolve().parents[1]
+    spec = importlib.util.spec_from_file_location("harness", package / "__init__.py", submodule_search_locations=[str(package)])
+    assert spec is not None and spec.loader is not None
+    sys.modules["harness"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules["harness"])
 
 from harness.store.image import Image, pour
 
@@ -53,12 +62,11 @@ class Scribe:
 
     def _alive(self, image: Image) -> subprocess.Popen[bytes]:
         if self._process is None or self._process.poll() is not None:
-            root = str(Path(__file__).resolve().parents[2])
-            paths = os.pathsep.join(path for path in (root, os.environ.get("PYTHONPATH", "")) if path)
+            paths = [path for path in sys.path if path]  # of third parties' packages, after those that it finds by itself
             modest = MODEST_IO if shutil.which(MODEST_IO[0]) else ()
             self._process = subprocess.Popen(
-                [*modest, sys.executable, "-m", "harness.checkpoint.scribe"],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=(image.fd,), env=os.environ | {"PYTHONPATH": paths},
+                [*modest, sys.executable, "-I", str(Path(__file__).resolve()), *paths],  # -I: not what lies in the working directory
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=(image.fd,),
             )  # fmt: skip
         return self._process
 

@@ -94,6 +94,10 @@ def check_loop(words: list[str]) -> Path:
     file = Path(words[0]).expanduser().absolute()
     if not file.is_file():
         raise UsageError("there is no such program", f"found: no file {file}", "Name the .py file of your loop, from this folder.")
+    package = Path(__file__).resolve().parent.parent
+    for other in (file.resolve().parent / "harness" / "__init__.py", file.resolve().parent / "harness.py"):
+        if other.is_file() and other.parent != package:  # Python looks beside the program first
+            raise UsageError("the program would import another harness", f"found: {other}", f"Rename it; this one is {package}.")
     return file
 
 

@@ -109,6 +109,8 @@ def _name(settings: Config) -> str:
 
 def _as_yaml(word: str) -> str:
     """A word that is read as YAML, and stays what it is: 12:00:00 is no number, "a #1" no comment. A count stays a number."""
+    if not word.isprintable():
+        return json.dumps(word)  # between single quotes a line's end would become a space
     return word if word.isdigit() and not word.startswith("0") else "'" + word.replace("'", "''") + "'"
 
 
@@ -130,7 +132,7 @@ def _job(settings: Config, given: argparse.Namespace, home: Path, folder: Path) 
     return slurm.Job(
         settings.slurm,
         _name(settings),
-        str(home / "logs" / "slurm-%j.out"),
+        str(home / "logs").replace("%", "%%") + "/slurm-%j.out",  # SLURM puts something in the place of %x
         words,
         directory=shlex.quote(os.getcwd()),
         code=shlex.quote(str(folder / "code")),

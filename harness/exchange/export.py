@@ -58,7 +58,8 @@ def export(
     `format`: "weights" (the state dict), "full" (model, optimizer, epoch and loss under the keys of PyTorch's tutorial), "module" (the
     pickled module), "safetensors", "torchscript" or "exported" (`torch.export`). Of several modules `module` names one. `ema`: the
     averaged weights. `legacy`: as PyTorch before 1.6 wrote. `config` (a YAML file) and `settings` (["task.name=…"]) name the task where the
-    file does not. Raises UsageError, DamagedError, StorageError.
+    file does not; `trust` lets the file name a task that is not of this package, and a pickle run its code.
+    Raises UsageError, DamagedError, StorageError.
     """
     out = str(out)
     _check_asked(format, out, legacy, ema)
@@ -69,9 +70,11 @@ def export(
         raise UsageError(f"{format} holds one module", f"found: {', '.join(held)}", f"Name one: --module {next(iter(held))}.")
     with kept_generators(), _scratch(store, key) as path:  # data and modules may draw random numbers
         if format in ("module", *PROGRAMS):
-            named_by_file = not (config or settings)
-            chosen = rebuild.settings_of(loaded) if named_by_file else load_settings(config, list(settings))[0]
-            write = _of_code(loaded, chosen, rebuild.build(chosen, named_by_file=named_by_file), format, next(iter(held)), ema, legacy)
+            by_file = not (config or settings)
+            chosen = rebuild.settings_of(loaded) if by_file else load_settings(config, list(settings))[0]
+            write = _of_code(
+                loaded, chosen, rebuild.build(chosen, named_by_file=by_file and not trust), format, next(iter(held)), ema, legacy
+            )
         else:
             write = _of_data(loaded, held, format, lone=module is not None or len(held) == 1, legacy=legacy)
         try:

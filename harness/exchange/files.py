@@ -7,6 +7,7 @@ program of torch.export. Its outline, every tensor without its data, is read fir
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import re
 import tempfile
@@ -26,6 +27,7 @@ from harness.checkpoint.locate import WAIT_S
 from harness.errors import DamagedError, HarnessError, StorageError, UsageError
 from harness.events import Bar, size
 from harness.exchange import headers, inert
+from harness.exchange.once import Once
 from harness.exchange.words import muted
 from harness.store import Store, check_url, is_url, open_store, redacted
 
@@ -55,6 +57,7 @@ class File:
     key: str
     kind: str
     size_bytes: int
+    once: Once | None = field(default=None, compare=False, repr=False)  # its bytes, as far as they have been read
 
     @property
     def where(self) -> str:
@@ -80,8 +83,8 @@ def find(path: str | Path) -> File:
     folder, _, key = text.rpartition("/")
     store = open_store(folder or "/", WAIT_S)
     try:
-        with store.open(key) as file:
-            return _identified(store, key, file)
+        once = Once(store.open(key), store.where(key))
+        return dataclasses.replace(_identified(store, key, once.view()), once=once)
     except FileNotFoundError:
         raise UsageError(f"there is no file {text}", remedy="Give a path or a URL.") from None
 
@@ -187,6 +190,8 @@ def outline(file: File) -> Loaded:
 
 
 def _opened(file: File) -> BinaryIO:
+    if file.once is not None:
+        return file.once.view()
     try:
         return file.store.open(file.key)
     except FileNotFoundError:
@@ -203,7 +208,10 @@ def _script(file: File, opened: BinaryIO, *, with_data: bool) -> Loaded:
 
 def _inert(file: File) -> Loaded:
     """What is in a pickle that wants to run code, which it does not get."""
-    with file.store.open(file.key) as opened, _said(file, opened), muted(), FakeTensorMode():
+    with _opened(file) as opened, _said(file, opened), muted(), FakeTensorMode():
+        if file.kind == TORCH and torch._C.PyTorchFileReader(opened).has_record("constants.pkl"):
+            raise DamagedError(f"{file.where} is TorchScript to one reader and not to another", remedy="Do not load it.")
+        opened.seek(0)
         whole = torch.load(opened, weights_only=False, pickle_module=inert)
         inert.check_nesting(whole)
         value = inert.opened(whole)
@@ -301,7 +309,7 @@ def _wanted(file: File) -> list[str]:
     """The classes and functions that a pickle names beyond those that are safe."""
     if file.kind not in (TORCH, LEGACY):
         return []
-    with file.store.open(file.key) as opened:
+    with _opened(file) as opened:
         try:
             return inert.wanted(opened, is_zip=file.kind == TORCH)
         except UNREADABLE:

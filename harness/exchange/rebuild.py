@@ -2,33 +2,41 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
-import sysconfig
+import dataclasses
+import inspect
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeGuard
 
 from torch import nn
 
-from harness import state, task
+from harness import state
 from harness.config import Config
 from harness.config.stored import restored
 from harness.errors import UsageError
 from harness.exchange import content, files
 from harness.exchange.content import MODULE, Part
 from harness.exchange.files import Loaded
-from harness.task import Task
+from harness.task import Task, find, named
 
 
 def load_model(
-    source: str | Path, which: str | int = "newest", *, ema: bool = False, module: str | None = None, into: nn.Module | None = None
+    source: str | Path,
+    which: str | int = "newest",
+    *,
+    ema: bool = False,
+    module: str | None = None,
+    into: nn.Module | None = None,
+    task: str | None = None,
+    trust: bool = False,
 ) -> Any:
     """The model of a run, on the CPU, in eval mode, ready for inference.
 
     `source` is a run (directory or URL) or one of its checkpoints; `which` its newest, its best, or the number of a step. The module is
-    rebuilt by the task that the run's settings name, whose code must be importable; `into` takes a module of your own instead, as for
-    a run with a loop of its own. Of several modules `module` names one, without it a dict of all is returned. `ema`: the averaged
+    rebuilt by its task, with the arguments that the run's settings hold: a task of this package is called as they name it, one of your
+    own only if you name it (`task="package.module:build"`) or trust whoever wrote the file to name it (`trust`). `into` takes a module of
+    your own instead, as for a run with a loop of its own.
+    Of several modules `module` names one, without it a dict of all is returned. `ema`: the averaged
     weights. The generators of random numbers are left as they are. Raises UsageError, DamagedError, StorageError.
     """
     loaded = files.read_any(source, which)
@@ -36,7 +44,10 @@ def load_model(
         into_name = module or "model"
         fill({into_name: into}, loaded, ema=ema)
         return into.eval()
-    modules = task.named(build(settings_of(loaded), named_by_file=True).modules, "model")
+    settings = settings_of(loaded)
+    if task is not None:
+        settings = dataclasses.replace(settings, task=dataclasses.replace(settings.task, name=task))
+    modules = named(build(settings, named_by_file=task is None and not trust).modules, "model")
     chosen = pick(modules, module, loaded.file.where)
     fill(chosen, loaded, ema=ema)
     for each in chosen.values():
@@ -64,29 +75,28 @@ def names_task(stored: Any) -> TypeGuard[Mapping[str, Any]]:
 def build(settings: Config, *, named_by_file: bool = False) -> Task:
     """The task that the settings name. This process's generators are as before afterwards.
 
-    Settings that came with a file may name anything that can be called: only what has to do with tasks is. Raises UsageError.
+    Settings that came with a file may name anything that can be called: only the tasks of this package are. Raises UsageError.
     """
-    found = task.find(settings.task.name, settings.task.args)
-    if named_by_file and not _may_be_task(settings.task.name, found):
-        raise UsageError(
-            f"{settings.task.name}, which the file names, is no task of this harness",
-            "found: an installed module that does not know harness.Task",
-            "If it is one, name it yourself: task.name=… (settings=), or load_model(…, into=module).",
-        )
+    if named_by_file:
+        _check_named(settings.task.name)  # first: to import it is to run it
+    found = find(settings.task.name, settings.task.args)
+    module = settings.task.name.partition(":")[0]
+    if named_by_file and not (inspect.isfunction(found) and found.__module__ == module):
+        raise UsageError(f"{settings.task.name}, which the file names, is no task", f"found: something that {module} only imports")
     with state.kept_generators():
         state.seed_rank(settings.train.seed, "build")  # as in training: data that is made up in `build` is the same
         return found(**settings.task.args)
 
 
-def _may_be_task(name: str, found: Any) -> bool:
-    """Whether its module knows what a task is, or is the user's own and no installed one, such as `os` or `torch.hub`."""
-    module = importlib.import_module(name.partition(":")[0])
-    around = {**vars(module), **getattr(found, "__globals__", {})}
-    if any(value is Task or value is sys.modules["harness"] for value in around.values()):
-        return True
-    file = str(getattr(module, "__file__", None) or "")
-    installed = {sysconfig.get_paths()[kind] for kind in ("stdlib", "platstdlib", "purelib", "platlib")}
-    return bool(file) and module.__name__.partition(".")[0] not in sys.stdlib_module_names and not file.startswith(tuple(installed))
+def _check_named(name: str) -> None:
+    """Refuse a name out of a file unless it is of the tasks that come with this package; it is not imported. Raises UsageError."""
+    parts = name.partition(":")[0].split(".")
+    if parts[:-1] != ["harness", "tasks"] or not parts[-1].isidentifier():
+        raise UsageError(
+            f"{name!r}, which the file names as its task, is code of your own or somebody else's, so it is not run unasked",
+            "found: a name in a file; of those only harness.tasks.* are called",
+            f"Confirm it: load_model(…, task={name!r}), export(…, trust=True), or --trust; or name another: task.name=…, into=module.",
+        )
 
 
 def pick(things: Mapping[str, Any], name: str | None, where: str) -> dict[str, Any]:

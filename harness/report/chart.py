@@ -65,7 +65,7 @@ def shares(parts: Sequence[tuple[str, float, str]]) -> str:
         width = WIDTH * share / total
         drawn.append(_rect(at, 0, width, 34, kind, said))
         if width > 60:
-            drawn.append(f'<text class="inside in-{kind}" x="{at + 8:.1f}" y="22">{share / total:.0%}</text>')
+            drawn.append(f'<text class="inside in-{html.escape(kind)}" x="{at + 8:.1f}" y="22">{share / total:.0%}</text>')
         at += width
     return _svg(34, drawn)
 
@@ -150,14 +150,16 @@ def _beside(begin: float, end: float, top: float, words: str) -> str:
 
 def _rect(x: float, y: float, width: float, height: float, kind: str, said: str) -> str:
     place = f'x="{x:.1f}" y="{y:.1f}" width="{max(0.0, width):.1f}" height="{height}"'
-    return f'<rect class="{kind}" {place}><title>{html.escape(said)}</title></rect>'
+    return f'<rect class="{html.escape(kind)}" {place}><title>{html.escape(said)}</title></rect>'
 
 
 def _mark(x: float, top: float, mark: Mark) -> str:
     said = f"<title>{html.escape(mark.said)}</title>"
     if not mark.sign:
-        return f'<g><line class="{mark.kind}" x1="{x:.1f}" y1="{top + 3}" x2="{x:.1f}" y2="{top + ROW - 3}"/>{said}</g>'
-    return f'<text class="sign {mark.kind}" x="{x:.1f}" y="{top + 17}" text-anchor="middle">{html.escape(mark.sign)}{said}</text>'
+        return f'<g><line class="{html.escape(mark.kind)}" x1="{x:.1f}" y1="{top + 3}" x2="{x:.1f}" y2="{top + ROW - 3}"/>{said}</g>'
+    return (
+        f'<text class="sign {html.escape(mark.kind)}" x="{x:.1f}" y="{top + 17}" text-anchor="middle">{html.escape(mark.sign)}{said}</text>'
+    )
 
 
 def _svg(height: float, drawn: Sequence[str]) -> str:

@@ -14,10 +14,11 @@ from harness.report.timeline import LOST, WAITING, WORDS, Stretch, Timeline
 
 MOST_ROWS, MOST_TICKS = 40, 200
 SIGNS = {"finished": "■", "stopped": "◆", "failed": "✖", "killed": "✖", "running": "▶"}
+POLICY = """<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">"""
 STYLE = """
 :root { --ink: #1b1f24; --soft: #667079; --line: #dfe3e8; --paper: #ffffff;
   --training: #2f6fb4; --redone: #e08214; --lost: #c0392b; --waiting: #d5dae0; --startup: #9aa5b1; --restore: #7f6bb3;
-  --data: #d9b310; --evaluation: #2a9d8f; --save: #4c9f50; --overhead: #b7a6c9; }
+  --data: #d9b310; --evaluation: #2a9d8f; --save: #4c9f50; --overhead: #b7a6c9; --other: #8a8f98; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e6e9ed; --soft: #9aa5b1; --line: #333a42; --paper: #15181c; --waiting: #3a4149; } }
 body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 1060px; margin: 2em auto;
   padding: 0 1em; }
@@ -63,7 +64,8 @@ def page(name: str, time: Timeline, more: Table | None = None) -> str:
         _section("Loss", _loss(time)),
         _section("Interruptions", _table(words.INTERRUPTION, [words.interruption(stretch) for stretch in time.interruptions])),
     ]
-    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{_text(name)}</title><style>{STYLE}</style>'
+    head = f'<meta charset="utf-8">{POLICY}<meta name="viewport" content="width=device-width">'
+    head += f"<title>{_text(name)}</title><style>{STYLE}</style>"
     return f'<!doctype html>\n<html lang="en"><head>{head}</head><body>\n{chr(10).join(filter(None, sections))}\n</body></html>\n'
 
 
@@ -75,7 +77,7 @@ def _shares(time: Timeline) -> str:
     parts = [(what, seconds, f"{WORDS.get(what, what)}: {duration(seconds)}") for what, seconds in time.spent.items()]
     keys = list(time.spent)
     rows = [
-        (f'<span class="key {what}"></span>{_text(said)}', long, share)
+        (f'<span class="key {_text(what)}"></span>{_text(said)}', long, share)
         for what, (said, long, share, _) in zip(keys, words.rows(time), strict=True)
     ]
     cells = "".join(f"<tr><td>{said}</td><td>{long}</td><td>{share}</td></tr>" for said, long, share in rows)

@@ -20,12 +20,14 @@ from harness.checkpoint.standing import Outcome, in_words, outcome
 from harness.report.alive import alive
 from harness.store import Store
 
-WAITING, LOST = "waiting", "lost"
+WAITING, LOST, OTHER = "waiting", "lost", "other"
 WORDS = {
     "training": "useful training", "redone": "steps made again", LOST: "cut off by a kill", WAITING: "waiting to be started",
     "startup": "start-up", "restore": "restoring", "data": "waiting for data", "evaluation": "evaluation", "save": "saving",
-    "overhead": "the loop itself",
+    "overhead": "the loop itself", OTHER: "anything else",
 }  # fmt: skip
+
+ENDS = ("finished", "stopped", "failed", "killed", "running")
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,7 @@ def _stretch(life: past.Life, told: list[dict[str, Any]], *, is_running: bool) -
     began = spent_at[0][0] - sum(spent_at[0][1].values()) if spent_at else min(heard)
     ended = max(heard)
     how = (life.end or {}).get("why") or ("running" if is_running else "killed")
+    how = how if how in ENDS else "failed"  # records may come from a bucket that others write to
     why = in_words(life.end) if life.end else {"running": "it is running"}.get(how, "no end is recorded: killed")
     spent = dict(spent_at[-1][1]) if spent_at else {}
     rest = max(0.0, ended - began - sum(spent.values()))
@@ -175,4 +178,10 @@ def _seconds(time: object) -> float | None:
 
 
 def _numbers(spent: dict[str, Any]) -> dict[str, float]:
-    return {str(what): float(seconds) for what, seconds in spent.items() if isinstance(seconds, int | float)}
+    """Seconds by kind; kinds that are not known become one."""
+    found: dict[str, float] = {}
+    for what, seconds in spent.items():
+        if isinstance(seconds, int | float) and math.isfinite(seconds):
+            kind = what if what in WORDS else OTHER
+            found[kind] = found.get(kind, 0.0) + float(seconds)
+    return found
