@@ -7,6 +7,7 @@ import math
 import os
 import platform
 import socket
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -119,6 +120,7 @@ def _commit(store: Store, attempt: Attempt, step: int, write: Callable[[Sink], N
 
 
 def _manifest(attempt: Attempt, payload: Mapping[str, Any], about: About, file: DataFile) -> Manifest:
+    own = sys.modules["harness"].__version__  # that it stands there also tells that the file has all names that do not follow from it
     metrics = payload["metrics"] if about.metrics is None else about.metrics
     return Manifest(
         run_id=attempt.run_id,
@@ -134,7 +136,7 @@ def _manifest(attempt: Attempt, payload: Mapping[str, Any], about: About, file: 
         final=about.final,
         time=now(),
         host=f"{socket.gethostname()}:{os.getpid()}",
-        versions={"torch": torch.__version__, "python": platform.python_version()},
+        versions={"torch": torch.__version__, "python": platform.python_version(), "harness": own},
         config_digest=about.config_digest,
         format_version=payload.get("format_version", 1),
     )
