@@ -9,6 +9,7 @@ import json
 import random
 import re
 import sys
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 

@@ -18,7 +18,7 @@ from harness.checkpoint import format as fmt
 from harness.checkpoint.attempts import Attempt, check_fence, now
 from harness.checkpoint.format import DataFile, Lineage, Manifest
 from harness.checkpoint.history import extended
-from harness.checkpoint.load import UNPARSEABLE, first_line, outline, verified_chunks
+from harness.checkpoint.load import UNPARSEABLE, outline, reason, verified_chunks
 from harness.errors import SaveError, StorageError, UsageError
 from harness.store import Sink, Store
 
@@ -67,7 +67,7 @@ def _check_readable(store: Store, step: int, attempt: Attempt) -> None:
         outline(store, fmt.data_key(step, attempt.number))
     except UNPARSEABLE as error:
         raise UsageError(
-            "what is tracked can be saved, but not loaded again", f"found: {first_line(error)}",
+            "what is tracked can be saved, but not loaded again", f"found: {reason(error)}",
             "Keep to tensors, numbers, strings, lists and dicts in every state_dict() and in run.state.",
         ) from error  # fmt: skip
 

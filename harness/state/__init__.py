@@ -35,7 +35,7 @@ from harness.state.capturing import (
 )
 from harness.state.generators import kept_generators, rng_state, seed_rank, set_rng_state
 from harness.state.kinds import rebuilt
-from harness.state.naming import without_shells
+from harness.state.naming import to_live, without_shells
 from harness.state.restoring import check_tensors, class_name, mismatch_table, mismatches, restore, restore_one
 from harness.state.schedules import apply_override, as_built, other_settings
 from harness.state.untracked import gives_nothing, on_untracked_update, untracked_schedule
@@ -66,6 +66,7 @@ __all__ = [
     "seed_rank",
     "set_rng_state",
     "size_bytes",
+    "to_live",
     "untracked_schedule",
     "without_shells",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import nn
 def load(module: nn.Module, saved: Mapping[str, Any]) -> None:
     """`module.load_state_dict(saved)`, which has the first word; what is made room for is a buffer that is None, or empty, and was filled
     when it was saved. Raises what that raises."""
+    nested, saved = _nested(module, saved)
     repeated = _take_out_repeated(module)
     try:
         try:
@@ -22,6 +24,28 @@ def load(module: nn.Module, saved: Mapping[str, Any]) -> None:
             module.load_state_dict(saved)
     finally:
         _put_back(repeated)
+        for held, name, tensor in nested:
+            held[name] = tensor
+
+
+def _nested(module: nn.Module, saved: Mapping[str, Any]) -> tuple[list[tuple[Any, str, torch.Tensor]], Mapping[str, Any]]:
+    """The nested buffers as they were saved, for the places that they are taken out of, and the state without them: torch does not load
+    any."""
+    keys = {key for key, value in saved.items() if isinstance(value, torch.Tensor) and value.is_nested}
+    if not keys:
+        return [], saved
+    found: list[tuple[Any, str, torch.Tensor]] = []
+    for path, part in module.named_modules():
+        for name, held in part._buffers.items():
+            if (key := f"{path}.{name}".lstrip(".")) in keys and held is not None and held.is_nested:
+                found.append((part._buffers, name, saved[key].to(held.device)))
+                part._buffers[name] = None
+                keys.remove(key)
+    taken = {key: value for key, value in saved.items() if not (isinstance(value, torch.Tensor) and value.is_nested) or key in keys}
+    made: OrderedDict[str, Any] = OrderedDict(taken)
+    if hasattr(saved, "_metadata"):
+        made._metadata = saved._metadata  # type: ignore[attr-defined]
+    return found, made
 
 
 def decides(module: nn.Module, key: str) -> bool:

@@ -7,6 +7,7 @@ here is made of it: kinds of the standard library and of NumPy, and classes of t
 
 from __future__ import annotations
 
+import copy
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -52,7 +53,7 @@ def _of_array(array: np.ndarray[Any, Any]) -> tuple[str, Any] | None:
     own = array.copy(order="K")  # the order in memory is that of sums
     try:
         return "ndarray", torch.from_numpy(own)
-    except TypeError:  # text, dates, the other order of bytes
+    except (TypeError, ValueError):  # text, dates, the other order of bytes
         if array.dtype.hasobject or array.dtype.names:
             return None
         raw = np.frombuffer(own.tobytes(), dtype=np.uint8).copy()
@@ -136,10 +137,25 @@ def _array(rest: str, value: torch.Tensor) -> np.ndarray[Any, Any]:
 
 
 def _tensor(made: Any, value: Any) -> Any:
+    """In memory of its own: who copies a state need not know how to copy it."""
     if isinstance(value, torch.Tensor):
-        return value.as_subclass(made)
+        return value.clone().as_subclass(made)
     size, stride = torch.Size(value["size"]), tuple(value["stride"])
-    return made.__tensor_unflatten__(value["parts"], value["context"], size, stride)
+    return made.__tensor_unflatten__({name: part.clone() for name, part in value["parts"].items()}, value["context"], size, stride)
+
+
+def copied(value: Any) -> Any:
+    """A copy of what `rebuilt` gave, without another one of what is in memory of its own."""
+    return copy.deepcopy(value, {id(tensor): tensor for tensor in _of_own_kind(value)})
+
+
+def _of_own_kind(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        if type(value) is not torch.Tensor or value.is_nested:
+            yield value
+    elif isinstance(value, Mapping | list | tuple | deque):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _of_own_kind(item)
 
 
 def _class(name: str) -> type[torch.Tensor]:

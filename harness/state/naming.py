@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -115,20 +115,25 @@ def needed(tracked: Mapping[str, Any], payload: Mapping[str, Any]) -> dict[str, 
     sizes = numbered(payload)
     asked = [tuple(tracked), sizes, [len(state) for key, state in payload.items() if key.endswith("_state_dict")]]
     if not _last or _last[0] != asked or any(known() is not p for known, p in zip(_last[1], parameters, strict=False)):
-        found, told = names(tracked), derived(tracked, payload)
+        found, told = names(tracked), _derived_of(tracked, payload)
         said = {n: mine for n, mine in found.items() if n in sizes and mine != told.get(n) and (n in told or are_known(mine))}
         _last[:] = [asked, [weakref.ref(parameter) for parameter in parameters], said]
     return dict(_last[2])
 
 
-def derived(tracked: Mapping[str, Any], payload: Mapping[str, Any]) -> dict[str, Names]:
-    """The names that follow from a checkpoint itself, for each optimizer that has any.
+def _derived_of(tracked: Mapping[str, Any], payload: Mapping[str, Any]) -> dict[str, Names]:
+    modules = [name for name, thing in tracked.items() if isinstance(plain(thing), nn.Module)]
+    return derived(payload, modules, {called for called, _ in parameters_of(tracked)})
+
+
+def derived(payload: Mapping[str, Any], modules: Collection[str], parameters: Collection[str]) -> dict[str, Names]:
+    """The names that follow from a checkpoint itself, for each optimizer that has any, if one knows what is a parameter, and no buffer.
 
     An optimizer in a file without names is of all parameters of one module, or of several that follow each other, in their order: the
     first that fit by their number and are not taken yet. Two groups are those with more than one dimension, and the others, if so many
     are of each.
     """
-    held = _held(tracked, payload)
+    held = _held(payload, modules, parameters)
     left, told = list(held), dict[str, Names]()
     for name, sizes in numbered(payload).items():
         runs = (left[start:end] for start in range(len(left)) for end in range(start + 1, len(left) + 1))
@@ -146,15 +151,14 @@ def _in_groups(held: Mapping[str, int], sizes: list[int]) -> Names:
     return [list(called[sum(sizes[:at]) : sum(sizes[: at + 1])]) for at in range(len(sizes))]
 
 
-def _held(tracked: Mapping[str, Any], payload: Mapping[str, Any]) -> dict[str, dict[str, int]]:
+def _held(payload: Mapping[str, Any], modules: Collection[str], parameters: Collection[str]) -> dict[str, dict[str, int]]:
     """In the file's order, by module: the name of each parameter of which it has state, and how many dimensions that has."""
-    live = {called for called, _ in parameters_of(tracked)}
     held: dict[str, dict[str, int]] = {}
     for key, state in payload.items():
         name = key.removesuffix("_state_dict")
-        if name in tracked and isinstance(plain(tracked[name]), nn.Module):
+        if name in modules:
             clean = {called: f"{name}.{_clean(called, set())}" for called in state}
-            found = {clean[called]: _dims(value) for called, value in state.items() if clean[called] in live}
+            found = {clean[called]: _dims(value) for called, value in state.items() if clean[called] in parameters}
             held |= {name: found} if found else {}
     return held
 
@@ -182,4 +186,4 @@ def are_known(named: Names | None) -> bool:
 def saved_names(tracked: Mapping[str, Any], payload: Mapping[str, Any], *, says_all: bool) -> dict[str, Names]:
     """The names in a checkpoint, and, if it `says_all` that does not follow from it, those that do."""
     said: dict[str, Names] = payload.get("names", {})
-    return (derived(tracked, payload) if says_all else {}) | said
+    return (_derived_of(tracked, payload) if says_all else {}) | said

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import traceback
 from collections import Counter
 from collections.abc import Collection, Mapping
@@ -180,7 +179,7 @@ def restore_one(name: str, thing: Any, state: Any, source: str, *, is_cast: bool
         if isinstance(thing, nn.Module):
             buffers.load(thing, state)
         else:
-            thing.load_state_dict(state if is_torchs else copy.deepcopy(state))
+            thing.load_state_dict(state if is_torchs else kinds.copied(state))
     except REFUSALS as error:
         raise _refused(name, thing, state, source, error) from error
     if isinstance(thing, torch.optim.Optimizer):
