@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import pickle
+import re
 import struct
 import zipfile
 from collections.abc import Callable, Iterator
@@ -33,12 +34,19 @@ Tell = Callable[[int], object]  # is told of so many bytes more
 UNPARSEABLE = (
     RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile, EOFError, ValueError, LookupError, TypeError, AttributeError, struct.error
 )  # fmt: skip
+ESCAPES = re.compile(r"\x1b\[[0-9;]*m")  # that make text bold in a terminal
 NO_ROOM = ("not enough memory", os.strerror(errno.ENOMEM))
 
 
 def first_line(error: BaseException) -> str:
     """An error's kind and the first line of its message."""
     return f"{type(error).__name__}: {(str(error).splitlines() or ['no message'])[0][:200]}"
+
+
+def reason(error: BaseException) -> str:
+    """The line of a long message that tells why: torch's own, of a file that it does not load, is pages of advice with escape codes."""
+    told = re.search(r"WeightsUnpickler error: ([^\n]*)", str(error))
+    return ESCAPES.sub("", told[1])[:200] if told else ESCAPES.sub("", first_line(error))
 
 
 def _not_told(size_bytes: int) -> None:
@@ -102,7 +110,7 @@ def parse(memory: Memory, manifest: Manifest) -> dict[str, Any]:
     except UNPARSEABLE as error:
         if any(words in str(error) for words in NO_ROOM):  # torch's own; the file is whole
             raise HarnessError(f"there is not enough memory to load {name}", first_line(error)) from error
-        raise DamagedError(f"{name} cannot be parsed", f"found: {first_line(error)}") from None
+        raise DamagedError(f"{name} cannot be parsed", f"found: {reason(error)}") from None
     if not isinstance(payload, dict) or payload.get("step") != manifest.step:
         raise DamagedError(f"{name} is not the checkpoint that its manifest describes")
     return {key: value if str(key).endswith("_state_dict") else copy.deepcopy(value) for key, value in payload.items()}
@@ -142,7 +150,7 @@ def check(store: Store, manifest: Manifest, tell: Tell = _not_told) -> None:
     try:
         outline(store, manifest.data_key)
     except UNPARSEABLE as error:
-        raise DamagedError(f"{manifest.data.name} cannot be parsed", f"found: {first_line(error)}") from None
+        raise DamagedError(f"{manifest.data.name} cannot be parsed", f"found: {reason(error)}") from None
 
 
 @dataclass

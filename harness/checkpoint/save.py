@@ -7,6 +7,7 @@ import math
 import os
 import platform
 import socket
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,7 @@ from harness.checkpoint import format as fmt
 from harness.checkpoint.attempts import Attempt, check_fence, now
 from harness.checkpoint.format import DataFile, Lineage, Manifest
 from harness.checkpoint.history import extended
-from harness.checkpoint.load import UNPARSEABLE, first_line, outline, verified_chunks
+from harness.checkpoint.load import UNPARSEABLE, outline, reason, verified_chunks
 from harness.errors import SaveError, StorageError, UsageError
 from harness.store import Sink, Store
 
@@ -66,7 +67,7 @@ def _check_readable(store: Store, step: int, attempt: Attempt) -> None:
         outline(store, fmt.data_key(step, attempt.number))
     except UNPARSEABLE as error:
         raise UsageError(
-            "what is tracked can be saved, but not loaded again", f"found: {first_line(error)}",
+            "what is tracked can be saved, but not loaded again", f"found: {reason(error)}",
             "Keep to tensors, numbers, strings, lists and dicts in every state_dict() and in run.state.",
         ) from error  # fmt: skip
 
@@ -119,6 +120,7 @@ def _commit(store: Store, attempt: Attempt, step: int, write: Callable[[Sink], N
 
 
 def _manifest(attempt: Attempt, payload: Mapping[str, Any], about: About, file: DataFile) -> Manifest:
+    own = sys.modules["harness"].__version__  # that it stands there also tells that the file has all names that do not follow from it
     metrics = payload["metrics"] if about.metrics is None else about.metrics
     return Manifest(
         run_id=attempt.run_id,
@@ -134,7 +136,7 @@ def _manifest(attempt: Attempt, payload: Mapping[str, Any], about: About, file: 
         final=about.final,
         time=now(),
         host=f"{socket.gethostname()}:{os.getpid()}",
-        versions={"torch": torch.__version__, "python": platform.python_version()},
+        versions={"torch": torch.__version__, "python": platform.python_version(), "harness": own},
         config_digest=about.config_digest,
         format_version=payload.get("format_version", 1),
     )

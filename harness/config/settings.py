@@ -243,5 +243,5 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "notify.timeout_s": (_positive, "a number of seconds above 0"),
     "init.from": (lambda v: v.strip() != "" and (not is_url(v) or check_url(v) is None), "a path or a URL without credentials, or null"),
     "init.rename": (lambda v: all(map(_is_pattern, v)), "{'expression': 'replacement'}, with regular expressions that Python's re takes"),
-    "resume.accept": (lambda v: set(v) <= {"config", "data", "remote"}, "a list of: config, data, remote"),
+    "resume.accept": (lambda v: set(v) <= {"config", "data", "dtype", "remote"}, "a list of: config, data, dtype, remote"),
 }

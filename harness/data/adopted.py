@@ -33,6 +33,12 @@ def adopt(loader: object) -> Adopted | None:
     if not isinstance(loader, DataLoader):
         return None
     batches: Any = loader.batch_sampler
+    if type(loader).__name__ == "StatefulDataLoader":
+        raise UsageError(
+            "a StatefulDataLoader keeps its place itself, and so does the run: only one of them can",
+            f"found: a {type(loader).__module__}.{type(loader).__name__}",
+            "Give batches() a plain DataLoader with the same arguments. Or track this one, and loop with run.steps(…).",
+        )
     if type(batches) is not BatchSampler:
         raise UsageError(
             "this DataLoader does not batch samples by a number of its own, so no run could go on in the middle of it",

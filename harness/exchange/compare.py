@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+import harness.state.naming as naming
 from harness import config
 from harness.config import Change
 from harness.exchange import content, files, rebuild
@@ -30,7 +31,8 @@ def differences(a: Any, b: Any, where: str = "") -> Iterator[tuple[str, str, str
         if a.shape != b.shape or a.dtype != b.dtype or a.layout != b.layout or a.is_meta != b.is_meta:
             yield where, _word(a), _word(b), "-"
         elif not a.is_meta and not torch.equal(_bits(a), _bits(b)):
-            gap = (_dense(a).to(torch.float64) - _dense(b).to(torch.float64)).abs()
+            wide = torch.complex128 if a.is_complex() else torch.float64
+            gap = (_dense(a).to(wide) - _dense(b).to(wide)).abs()
             yield where, _word(a), _word(b), f"{gap.max().item():.3g} ({int((gap != 0).sum())} of {gap.numel()})"
     elif type(a) is not type(b) or (a != b and not (a != a and b != b)):
         yield where, _word(a), _word(b), f"{abs(a - b):.3g}" if isinstance(a, float) and isinstance(b, float) else "-"
@@ -38,7 +40,7 @@ def differences(a: Any, b: Any, where: str = "") -> Iterator[tuple[str, str, str
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
     """The bytes, so that NaN equals itself and 0.0 does not equal -0.0."""
-    plain = tensor.int_repr() if tensor.is_quantized else _dense(tensor)
+    plain = tensor.int_repr() if tensor.is_quantized else _dense(tensor).resolve_conj().resolve_neg()
     return plain.detach().contiguous().reshape(-1).view(torch.uint8)
 
 
@@ -63,16 +65,23 @@ class Comparison:
 
     settings: list[Change]
     rows: list[tuple[str, str, str, str]]
+    empty: tuple[str, ...] = ()  # what gave nothing to keep, in both
 
     @property
     def count(self) -> int:
-        """How many differences count: a setting that cannot change the model does not."""
-        return len(self.rows) + sum(not change.is_free for change in self.settings)
+        """How many differences count: a setting that cannot change the model does not, nor how a stream spells where it is."""
+        return sum(not _is_spelling(row) for row in self.rows) + sum(not change.is_free for change in self.settings)
 
     def __str__(self) -> str:
         lines = [f"setting  {change}" + ("  (does not count)" if change.is_free else "") for change in self.settings]
-        lines += [table(("where", "A", "B", "greatest difference"), self.rows)] if self.rows else []
+        shown = [(*row[:3], f"{row[3]} (does not count)" if _is_spelling(row) else row[3]) for row in self.rows]
+        lines += [table(("where", "A", "B", "greatest difference"), shown)] if shown else []
+        lines += [f"nothing is known of {name}: its state_dict() was empty, in both" for name in self.empty]
         return "\n".join([*lines, f"{self.count} difference(s)" if self.count else "equal, bit for bit"])
+
+
+def _is_spelling(row: tuple[str, str, str, str]) -> bool:
+    return row[0].startswith("data.iterators")
 
 
 def compare(a: str | Path, b: str | Path, *, weights_only: bool = False) -> Comparison:
@@ -84,9 +93,41 @@ def compare(a: str | Path, b: str | Path, *, weights_only: bool = False) -> Comp
     both = [files.read_any(path) for path in (a, b)]
     if all(loaded.manifest for loaded in both) and not weights_only:
         settings = config.changes(both[0].value.pop("config"), both[1].value.pop("config"))
-        return Comparison(settings, list(differences(both[0].value, both[1].value)))
+        return Comparison(settings, list(differences(*_by_name(both[0].value, both[1].value))), _empty(*both))
     one, other = (_named(loaded, weights_only) for loaded in both)
     return Comparison([], list(differences(one, other)))
+
+
+def _empty(a: Loaded, b: Loaded) -> tuple[str, ...]:
+    keys = [key for key in a.value if str(key).endswith("_state_dict") and a.value[key] == {} == b.value.get(key)]
+    names = [key.removesuffix("_state_dict") for key in keys]
+    classes = a.manifest.classes if a.manifest else {}
+    return tuple(name for name in names if classes.get(name) != "GradScaler")  # which has none when it is off
+
+
+def _by_name(a: dict[str, Any], b: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Two checkpoints with what optimizers keep under the names of parameters, where their numbers mean others in the one than in the
+    other."""
+    said = [value.get("names", {}) for value in (a, b)]
+    called = {name for names in said for groups in names.values() for group in groups for name in group if name}
+    modules = {name.partition(".")[0] for name in called}
+    told = [naming.derived(value, modules, called) | names for value, names in zip((a, b), said, strict=True)]
+    made = [{key: item for key, item in value.items() if key not in ("names", "format_version")} for value in (a, b)]
+    for name in {**said[0], **said[1]}:
+        mine, theirs = (names.get(name) for names in told)
+        if mine != theirs and naming.are_known(mine) and naming.are_known(theirs):
+            for value, names in zip(made, (mine, theirs), strict=True):
+                value[f"{name}_state_dict"] = _renumbered(value[f"{name}_state_dict"], names)
+    return made[0], made[1]
+
+
+def _renumbered(state: Mapping[str, Any], names: Any) -> dict[str, Any]:
+    groups = state["param_groups"]
+    called = {n: name for group, own in zip(groups, names, strict=True) for n, name in zip(group["params"], own, strict=True)}
+    renamed = [{**group, "params": sorted(called[number] for number in group["params"])} for group in groups]
+    bare = [{key: item for key, item in group.items() if key != "param_names"} for group in renamed]
+    entries = {called.get(number, number): entry for number, entry in state["state"].items()}
+    return {**state, "param_groups": sorted(bare, key=lambda group: list(group["params"])), "state": entries}
 
 
 def _named(loaded: Loaded, weights_only: bool) -> dict[str, Any]:

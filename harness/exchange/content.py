@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from harness import state
 from harness.errors import UsageError
 from harness.events import size
 from harness.exchange.files import Loaded, tensors
@@ -62,7 +63,7 @@ def recognise(loaded: Loaded) -> list[Part]:
     nested = any(is_state(item) or is_optimizer(item) or isinstance(item, nn.Module) for item in value.values())
     if is_state(value) and not nested:
         return [Part(MODULE, "", "model", *_bare(value))]
-    ours = "format_version" in value  # and then no shell's name is in it
+    ours = "format_version" in value  # and then no shell's name is in it, but, in older files, those of compiled parts
     parts = []
     for key, item in value.items():
         several = key in ("optimizer_states", "lr_schedulers") and isinstance(item, list)
@@ -81,7 +82,7 @@ def _part(key: str, word: str, value: Any, ours: bool) -> Part:
     if is_optimizer(value):
         return Part(OPTIMIZER, key, _called(word, "optimizer"), value, optimizer_kind(value))
     if is_state(value):
-        own = (word.removesuffix("_state_dict"), value) if ours else (_called(word, "model"), *_bare(value))
+        own = (word.removesuffix("_state_dict"), state.without_shells(None, value)) if ours else (_called(word, "model"), *_bare(value))
         return Part(MODULE, key, *own)
     if isinstance(value, Mapping) and "last_epoch" in value:
         return Part(SCHEDULER, key, _called(word, "scheduler"), value)

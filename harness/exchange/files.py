@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-import re
 import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -296,13 +295,7 @@ def _said(file: File, opened: BinaryIO | None = None, *, trust: bool = False) ->
                 f"found: {', '.join(wanted[:8])}{' …' if len(wanted) > 8 else ''}",
                 "If you trust whoever wrote it: `harness export FILE OUT --trust` makes a harmless file of it; import takes --trust too.",
             ) from None
-        raise DamagedError(f"{file.where} is damaged, or cut short: {_reason(error)}") from None
-
-
-def _reason(error: BaseException) -> str:
-    """The line of a long message that tells why."""
-    told = re.search(r"WeightsUnpickler error: (.*)", str(error))
-    return told[1][:200] if told else first_line(error)
+        raise DamagedError(f"{file.where} is damaged, or cut short: {load.reason(error)}") from None
 
 
 def _wanted(file: File) -> list[str]:

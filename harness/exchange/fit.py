@@ -96,7 +96,7 @@ def choose(names: Sequence[str], parts: Sequence[Part], called: Mapping[str, str
 
 def fit(pairs: Mapping[str, tuple[nn.Module, Part]], *, strict: bool, rename: Mapping[str, str], where: str) -> str:
     """Load each part into its module, all or none; returns what was done, as a table. Raises UsageError."""
-    saved = {name: _renamed(part.value, rename, where) for name, (_, part) in pairs.items()}
+    saved = {name: _renamed(state.to_live(plain(module), part.value), rename, where) for name, (module, part) in pairs.items()}
     fits = {name: _fitted(plain(module), saved[name][0]) for name, (module, _) in pairs.items()}
     rows = [(kind, _full(name, key, fits), mine, theirs) for name, (_, _, found) in fits.items() for kind, key, mine, theirs in found]
     count = sum(len(taken) for _, taken, _ in fits.values())

@@ -73,6 +73,7 @@ def import_checkpoint(
         raise UsageError(error.what, error.found, f"{error.remedy} No task was named, so it is {chosen.task.name}: task.name=…") from error
     state.check_finite(import_.tracked)
     payload = state.plain_data(import_.payload(where, stored)) | state.capture(import_.tracked)
+    payload["format_version"] = fmt.version_of(payload)
     words = f"{import_.shown()}\n\n" + "\n".join(import_.notes)
     if dry_run:
         return f"{words}\n\nnothing was written"

@@ -132,6 +132,8 @@ def fill(modules: Mapping[str, nn.Module], loaded: Loaded, *, ema: bool = False)
             held = {name: next(iter(held.values()))}
         if name not in held:
             raise UsageError(f"{loaded.file.where} holds no weights of {name!r}", f"found: {', '.join(held)}")
-        state.check_tensors(name, modules[name].state_dict(), held[name].value, loaded.file.where)
+    saved = {name: state.to_live(each, held[name].value) for name, each in modules.items()}
     for name, each in modules.items():
-        each.load_state_dict(held[name].value)
+        state.check_tensors(name, each.state_dict(), saved[name], loaded.file.where)
+    for name, each in modules.items():
+        each.load_state_dict(saved[name])

@@ -144,8 +144,8 @@ class Background:
     def watch_updates(self, tracked: Mapping[str, Any], say: Callable[[str], None]) -> None:
         """Have each update of what is tracked come through `before_update`; of any other, what is lost by it is said."""
         state.before_update(tracked, self.before_update)
-        lost = "that is not tracked makes updates: its state is lost at a restart; name it in run.track(…)"
-        self._unwatch = state.on_untracked_update(tracked, lambda kind: say(f"harness: warning: an optimizer ({kind}) {lost}"))
+        lost = "its state is lost at a restart; name it in run.track(…)"
+        self._unwatch = state.on_untracked_update(tracked, lambda words: say(f"harness: warning: an optimizer {words}: {lost}"))
 
     def before_update(self) -> None:
         """Wait until all is copied: what follows changes it. For the training thread, which says by `waiting` what it does meanwhile."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from harness import state
 from harness.checkpoint.format import version_of
 from harness.data.order import Position
 from harness.run.work import Work
+from harness.state import Captured
 
 OfRank = tuple[Any, Any, dict[str, Any]]  # what a rank gives of itself: its generators, its iterator, and what else it has for itself
 
@@ -17,4 +19,11 @@ def content(of_ranks: Sequence[OfRank], work: Work, position: Position, values: 
     generators, iterators, own = zip(*of_ranks, strict=True)
     payload = {"format_version": 1} | values
     payload |= {"rng": list(generators), "data": work.at(position, list(iterators))} | ({"own": list(own)} if any(own) else {})
-    return payload | {"format_version": version_of(payload)}
+    return payload
+
+
+def captured(of_ranks: Sequence[OfRank], work: Work, position: Position, values: dict[str, Any], tracked: Mapping[str, Any]) -> Captured:
+    """All of a checkpoint. Raises UsageError for what is not plain data, NonFiniteError."""
+    whole = state.captured(content(of_ranks, work, position, values), tracked)
+    whole.payload["format_version"] = version_of(whole.payload)
+    return whole

@@ -11,6 +11,10 @@ HINTS = (
     ),
     ("cannot pickle 'generator' object", "model.parameters() cannot be saved: save model.state_dict(), or let run.track(model=…) do it"),
     ("on a CUDA device but torch.cuda.is_available() is False", f"load to the CPU first, map_location='cpu', then place; {LOADS} does"),
+    (
+        "Tried to step",
+        "a OneCycleLR is at its end: resumed, it has the total_steps of the checkpoint; resume.override=[scheduler] takes those as built",
+    ),
     ("Weights only load failed", "the file wants to run code when it is loaded: `harness show FILE` names what, and runs nothing"),
     ("Can't get attribute", "a pickled module needs the very code that it was saved with: save and load state_dict() instead"),
     ("Expected all tensors to be on the same device", "batches are on run.device: model.to(run.device), before its optimizer is made"),

@@ -16,7 +16,7 @@ from harness.data.order import Position, Share, end_step
 from harness.events import Moment, Progress
 from harness.ranks import World
 from harness.run.account import DATA, EVALUATION, RESTORE, SAVE, Account
-from harness.run.content import OfRank, content
+from harness.run.content import OfRank, captured
 from harness.run.drilled import Traces
 from harness.run.ending import Ending
 from harness.run.epochs import by_epoch
@@ -28,6 +28,7 @@ from harness.run.pace import Pace
 from harness.run.saver import Saver
 from harness.run.settings import Settings
 from harness.run.stopping import Stopping
+from harness.run.values import Values
 from harness.run.watch import Watch
 from harness.run.work import Work, of_data, of_own
 from harness.store import Store
@@ -52,7 +53,7 @@ class Run:
         choice.payload = None  # held here until it is restored, and by nobody else
         self._position, self._share = Position(), Share(0, 0, (), (), Position(), last=False)  # the latter of the step being made
         self._measured, self._account, self._ending = Measured(), account, ending
-        self._own, self._traces = Own(), Traces(world)
+        self._own, self._values, self._traces = Own(), Values(), Traces(world)
         self._stopping = Stopping(world, settings, clock)
         self._watch = Watch(world.timeout_s, settings.step_timeout_s, ending.hung, clock)
         ending.of(self)
@@ -85,7 +86,7 @@ class Run:
         settings = self._settings
         for change in config.check_changes(payload["config"], settings.config, settings.accept, settings.override):
             self.say(f"harness: setting changed: {change}")
-        self.step, self.epoch, self.state = payload["step"], payload["epoch"], payload["state"]
+        self.step, self.epoch, self.state = payload["step"], payload["epoch"], state.rebuilt(payload, "state")
         self._measured.restore(payload)
         self._position = Position(payload["data"]["epoch"], payload["data"]["sample"])
 
@@ -101,13 +102,9 @@ class Run:
         self.tracked |= objects
         for thing in objects.values():
             ddp.settle_buckets(thing, self.world)
-        if self._payload is not None and self.origin is not None:
-            self._built |= {name: state.as_built(thing) for name, thing in objects.items()} if self._settings.override else {}
-            # All of them, each time: a scheduler that is made and tracked later has moved its optimizer's learning rate.
-            with self._account.during(RESTORE):
-                state.restore(self.tracked, self.origin.classes, self._payload, self.origin.name)
-            for line in state.apply_override(self._built, self.tracked) if self._built else ():
-                self.say(f"harness: overridden: {line}")
+        with self._account.during(RESTORE):
+            for line in resume.give_back(self.tracked, objects, self._built, self.origin, self._payload, self._settings):
+                self.say(f"harness: {line}")
         return self
 
     def batches(
@@ -196,6 +193,7 @@ class Run:
             self._account.step_made()
             self._traces.step_made(self.step, share, batch, self._measured.logged, self.tracked)
             self._saver.at_boundary(self.tracked)
+            self._values.look(self.state)
             self._position, self.epoch = share.after, share.after.epoch
             if self.step % self._settings.log_every_steps == 0:
                 self._measured.hold(self.step)
@@ -217,6 +215,7 @@ class Run:
 
     def due(self, every_steps: int | None) -> bool:
         """Whether something done every so many steps is due in this one; always so in the last step of the run."""
+        resume.check_begun(self._looping or self.finished or self._saver.attempt is not None)
         return self.step == self._end_step or bool(every_steps and self.step % every_steps == 0)
 
     def finish(self) -> None:
@@ -319,7 +318,7 @@ class Run:
 
     def _capture(self, of_ranks: list[OfRank]) -> state.Captured:
         values = {"step": self.step, "epoch": self.epoch, "state": self.state, "config": self._settings.config} | self._measured.state()
-        return state.captured(content(of_ranks, self._work, self._position, values), self.tracked)
+        return captured(of_ranks, self._work, self._position, values, self.tracked)
 
     def _show(self) -> None:
         """Tell of the steps that were held. Collective: every rank must call it."""

@@ -16,8 +16,10 @@ from harness.errors import UsageError
 from harness.events import duration
 from harness.ranks import World
 from harness.run.account import Account
+from harness.run.settings import Settings
 
 DRAW = "The global generators of Python, NumPy and torch are saved for each rank: draw from them."
+EMPTY = "nothing of it survives a kill. Let it give its values (torchmetrics: metric.persistent(True)), or do not track it."
 EVERYWHERE = ("event", "kind", "time", "step", "of", "spent")
 HOW_DEALT = ("global_batch_size", "shuffle", "drop_last", "seed")
 
@@ -44,6 +46,38 @@ def check_data(now: Mapping[str, Any], before: Mapping[str, Any], accept: tuple[
                 "\n".join(f"  {name}: found {now[name]!r}, expected {before.get(name)!r}" for name in names),
                 f"Put it back as it was, or take another run directory. To insist: resume.accept=[{insist}].",
             )
+
+
+def give_back(
+    tracked: Mapping[str, Any], new: Mapping[str, Any], built: dict[str, Any], origin: Manifest | None, payload: Mapping[str, Any] | None,
+    settings: Settings,
+) -> list[str]:  # fmt: skip
+    """Give what is tracked its state back, if there is any; returns what is to be said of that, and of what is newly tracked.
+
+    It is all of it, each time: a scheduler that is made and tracked later has moved its optimizer's learning rate. `built` is told how
+    each was built. Raises UsageError.
+    """
+    said = [f"warning: {name}.state_dict() is empty: {EMPTY}" for name, thing in new.items() if state.gives_nothing(thing)]
+    if payload is None or origin is None:
+        return said
+    built |= {name: state.as_built(thing) for name, thing in new.items()}
+    written = "harness" in origin.versions  # by one that says all names that do not follow from the file
+    notes = state.restore(tracked, origin.classes, payload, origin.name, settings.accept, says_names=written)
+    said += [f"warning: {note}" for note in notes]
+    if settings.override:
+        return said + [f"overridden: {line}" for line in state.apply_override(built, tracked)]
+    found = state.other_settings(built, {name: tracked[name] for name in new})
+    return said + [f"warning: {line}. The checkpoint's is taken; for the one as built: {_override(line)}" for line in found]
+
+
+def _override(line: str) -> str:
+    return f"resume.override=[{line.partition(':')[0]}]"
+
+
+def check_begun(begun: bool) -> None:
+    """Raises UsageError for a question that only a loop can answer."""
+    if not begun:
+        raise UsageError("run.due(…) was asked before the loop", remedy="Ask it in the loop over run.batches(…): there is no step before.")
 
 
 def check_tracked(tracked: Mapping[str, Any], payload: Mapping[str, Any]) -> None:

@@ -14,6 +14,9 @@
 What is there only if there is something to keep:
 
       own                         one entry a rank, for what each has for itself
+      names                       of each optimizer's parameters, group by group, where their order is not that of the tracked modules
+      kinds                       by its path, the kind of each value of the user's or of a state dict that is not plain itself: of
+                                  the standard library's or NumPy's, or a tensor of a class of its own
 
 Capturing never moves or changes a live module. Everything is plain: tensors, numbers, strings, lists, tuples and dicts, so
 that it loads with `weights_only=True`.
@@ -26,22 +29,16 @@ from harness.state.capturing import (
     captured,
     check,
     check_finite,
-    on_untracked_update,
+    check_user_state,
     plain_data,
     size_bytes,
-    untracked_schedule,
 )
 from harness.state.generators import kept_generators, rng_state, seed_rank, set_rng_state
-from harness.state.restoring import (
-    apply_override,
-    as_built,
-    check_tensors,
-    class_name,
-    mismatch_table,
-    mismatches,
-    restore,
-    restore_one,
-)
+from harness.state.kinds import rebuilt
+from harness.state.naming import to_live, without_shells
+from harness.state.restoring import check_tensors, class_name, mismatch_table, mismatches, restore, restore_one
+from harness.state.schedules import apply_override, as_built, other_settings
+from harness.state.untracked import gives_nothing, on_untracked_update, untracked_schedule
 
 __all__ = [
     "Captured",
@@ -53,17 +50,23 @@ __all__ = [
     "check",
     "check_finite",
     "check_tensors",
+    "check_user_state",
     "class_name",
+    "gives_nothing",
     "kept_generators",
     "mismatch_table",
     "mismatches",
     "on_untracked_update",
+    "other_settings",
     "plain_data",
+    "rebuilt",
     "restore",
     "restore_one",
     "rng_state",
     "seed_rank",
     "set_rng_state",
     "size_bytes",
+    "to_live",
     "untracked_schedule",
+    "without_shells",
 ]

@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import itertools
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+import harness.state.kinds as kinds
+import harness.state.naming as naming
 from harness.ddp import plain
 from harness.errors import NonFiniteError, UsageError
+from harness.state.kinds import PLAIN, Where
 
-Where = str | tuple[Any, Any]  # a name, or where something is and its key or number in there
 MOST_BITS = 2000  # of a number; the safe loader reads none that is much longer
 HOOK = "register_step_pre_hook"  # who has it, as every optimizer of PyTorch's, changes in its own step and at no other time
-PLAIN = (bool, int, float, complex, str, bytes, type(None))
 
 
 class Met(NamedTuple):
@@ -31,7 +30,12 @@ class Met(NamedTuple):
     saved: torch.Tensor  # what is saved of it: the source, or, if that is on a GPU, memory of its size without anything in it
 
 
-Seen = dict[Any, Met]  # by where they lie
+class Seen(dict[Any, Met]):
+    """What was met, by where it lies; and by its path the kind of what is not plain."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kinds: dict[str, str] = {}
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,7 @@ class Captured:
     steady: set[int]  # addresses of what does not change before the next update
     parameters: dict[int, tuple[str, torch.dtype]]  # by address: what has to be finite
     tracked: Mapping[str, Any]
-    seen: Seen = field(default_factory=dict)
+    seen: Seen = field(default_factory=Seen)
 
     def elsewhere(self) -> dict[int, torch.Tensor]:
         """By the address of memory without anything in it: the tensor on a GPU whose bytes belong there."""
@@ -59,32 +63,60 @@ def captured(values: Mapping[str, Any], tracked: Mapping[str, Any]) -> Captured:
 
     Steady are parameters; what optimizers keep of them, and all else that tells of its updates; and copies, which nobody else knows of.
     """
-    seen: Seen = {}
-    payload, steady = plain_data(values), set[int]()
+    seen = Seen()
+    payload, steady = _plain_values(values, seen), set[int]()
     for name, thing in tracked.items():
         before = len(seen)
         payload |= _capture({name: thing}, seen)
         if hasattr(plain(thing), HOOK):
             steady |= {met.saved.data_ptr() for met in itertools.islice(seen.values(), before, None)}
     named = parameters(tracked, seen)
+    payload |= _beside(tracked, payload, seen)
     steady |= named.keys() | {met.saved.data_ptr() for met in seen.values() if met.source is not met.tensor}
     return Captured(payload, steady, named, tracked, seen)
 
 
 def capture(tracked: Mapping[str, Any]) -> dict[str, Any]:
-    """The state of every tracked object under `NAME_state_dict`, on the CPU.
+    """The state of every tracked object under `NAME_state_dict`, on the CPU, and what stands beside it: `names`, `kinds`.
 
     CPU tensors are not copied: write them out, or copy them, before the next update. Raises UsageError for state that is not plain
     data.
     """
-    seen: Seen = {}
+    seen = Seen()
     payload = _capture(tracked, seen)
     _fill(seen)
-    return payload
+    return payload | _beside(tracked, payload, seen)
 
 
 def _capture(tracked: Mapping[str, Any], seen: Seen) -> dict[str, Any]:
-    return {f"{name}_state_dict": _to_cpu(plain(thing).state_dict(), f"{name}_state_dict", seen) for name, thing in tracked.items()}
+    return {f"{name}_state_dict": _to_cpu(state_of(thing), f"{name}_state_dict", seen) for name, thing in tracked.items()}
+
+
+def _plain_values(values: Mapping[str, Any], seen: Seen) -> dict[str, Any]:
+    """The values as plain data; of the user's own the kinds are kept, and must be known."""
+    kinds.check_values(values.get("state"), "state")
+    own = Seen()
+    payload = {name: _to_cpu(value, name, own) for name, value in values.items()}
+    _fill(own)
+    seen.kinds |= {path: kind for path, kind in own.kinds.items() if path.startswith("state[")}
+    return payload
+
+
+def _beside(tracked: Mapping[str, Any], payload: Mapping[str, Any], seen: Seen) -> dict[str, Any]:
+    """What stands beside the state of tracked objects, if there is anything to say: names of parameters, and kinds."""
+    names = naming.needed(tracked, payload)
+    return ({"names": names} if names else {}) | ({"kinds": dict(seen.kinds)} if seen.kinds else {})
+
+
+def state_of(thing: Any) -> Any:
+    """The state of a tracked object, without the names of the shells around it or around parts of it."""
+    inner = plain(thing)
+    return naming.without_shells(inner, inner.state_dict()) if isinstance(inner, nn.Module) else inner.state_dict()
+
+
+def check_user_state(values: Mapping[str, Any]) -> None:
+    """Raises UsageError for a value of the user's (`run.state`) that a checkpoint could not give back as what it is."""
+    kinds.check_values(values, "state")
 
 
 def check_finite(tracked: Mapping[str, Any]) -> None:
@@ -124,12 +156,12 @@ def not_finite(names: list[str]) -> NonFiniteError:
     )
 
 
-def _parameters(tracked: Mapping[str, Any]) -> Iterator[tuple[str, str, nn.Parameter]]:
+def _parameters(tracked: Mapping[str, Any]) -> Iterator[tuple[str, str, torch.Tensor]]:
     for name, thing in tracked.items():
         inner = plain(thing)
         for key, parameter in inner.named_parameters() if isinstance(inner, nn.Module) else ():
             if not is_lazy(parameter):
-                yield name, key, parameter
+                yield from ((name, key, part) for part in kinds.parts_of(parameter))
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
@@ -147,61 +179,61 @@ def before_update(tracked: Mapping[str, Any], call: Callable[[], None]) -> None:
             getattr(thing, HOOK)(lambda *_: call())
 
 
-def on_untracked_update(tracked: Mapping[str, Any], call: Callable[[str], None]) -> Callable[[], None]:
-    """Have `call` told the class, once, of an optimizer that updates and is neither tracked nor a part of what is; returns what ends
-    that."""
-    things = [plain(thing) for thing in tracked.values()]
-    parts = [part for thing in things for part in getattr(thing, "__dict__", {}).values()]
-    known, told = {id(thing) for thing in (*things, *parts)}, list[str]()
-
-    def look(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        if not told and id(optimizer) not in known:
-            told.append(type(optimizer).__name__)
-            call(*told)
-
-    return register_optimizer_step_pre_hook(look).remove
-
-
 def _to_cpu(value: Any, where: Where, seen: Seen) -> Any:
     if isinstance(value, torch.Tensor):
         if is_lazy(value):
             return value
-        return _tensor_to_cpu(value.detach() if type(value) is not torch.Tensor or value.requires_grad else value, seen)
+        bare = value.detach() if type(value) is not torch.Tensor or value.requires_grad else value
+        if bare.is_meta:
+            raise UsageError(
+                f"{kinds.spelled(where)} is a tensor without data", f"found: one on the device meta, of shape {tuple(bare.shape)}",
+                "Give it memory and values before run.track(…): module.to_empty(device=…), and its initialisation.",
+            )  # fmt: skip
+        if type(bare) is torch.Tensor and not bare.is_nested:
+            return _tensor_to_cpu(bare, seen)
+        return _of_kind(bare, where, seen)
     if type(value) in PLAIN and not (type(value) is int and value.bit_length() > MOST_BITS):
         return value
     if isinstance(value, dict | Mapping):  # the former is asked much faster
-        items = {
-            key if type(key) is str else _key(key, where): item if type(item) is float else _to_cpu(item, (where, key), seen)
-            for key, item in value.items()
-        }
-        if not isinstance(value, OrderedDict):
-            return Counter(items) if isinstance(value, Counter) else items
-        ordered = OrderedDict(items)
-        if hasattr(value, "_metadata"):  # the versions of a module's parts: without them it takes the state for an old one
-            ordered._metadata = value._metadata  # type: ignore[attr-defined]
-        return ordered
+        return _mapping_to_cpu(value, where, seen)
     if isinstance(value, list | tuple):
+        if isinstance(value, tuple) and hasattr(value, "_fields"):  # it would come back as a tuple without names
+            raise kinds.not_plain(where, value)
+        if type(value) is torch.Size:
+            seen.kinds[kinds.spelled(where)] = "torch.Size"
         parts = [_to_cpu(item, (where, at), seen) for at, item in enumerate(value)]
         return tuple(parts) if isinstance(value, tuple) else parts
-    if isinstance(value, np.ndarray) and value.dtype != object:
-        return torch.from_numpy(value.copy())
-    if isinstance(value, np.generic) and type(number := value.item()) in PLAIN:
-        return number
-    raise UsageError(
-        f"{_spelled(where)} cannot be saved as plain data",
-        f"found: a {type(value).__module__}.{type(value).__qualname__}",
-        "Checkpoints hold tensors, numbers, strings, lists and dicts: change the object's state_dict() accordingly.",
-    )
+    return value if isinstance(value, kinds.NATIVE) else _of_kind(value, where, seen)
 
 
-def _spelled(where: Where) -> str:
-    return where if isinstance(where, str) else f"{_spelled(where[0])}[{where[1]!r}]"
+def _mapping_to_cpu(value: Mapping[Any, Any], where: Where, seen: Seen) -> Any:
+    if isinstance(value, defaultdict):
+        return _of_kind(value, where, seen)
+    items = {}
+    for key, item in value.items():
+        name = key if type(key) is str else _key(key, where)
+        items[name] = item if type(item) is float else _to_cpu(item, (where, name), seen)
+    if not isinstance(value, OrderedDict):
+        return Counter(items) if isinstance(value, Counter) else items
+    ordered = OrderedDict(items)
+    if hasattr(value, "_metadata"):  # the versions of a module's parts: without them it takes the state for an old one
+        ordered._metadata = value._metadata  # type: ignore[attr-defined]
+    return ordered
+
+
+def _of_kind(value: Any, where: Where, seen: Seen) -> Any:
+    """What is written in the place of a value that is not plain; its kind is noted."""
+    found = kinds.taken_apart(value)
+    if found is None:
+        raise kinds.not_plain(where, value)
+    seen.kinds[kinds.spelled(where)] = found[0]
+    return _to_cpu(found[1], where, seen)
 
 
 def _key(key: Any, where: Where) -> Any:
     if isinstance(key, tuple):
         return tuple(_key(part, where) for part in key)
-    return key if type(key) is torch.dtype else _to_cpu(key, f"{_spelled(where)}, key {key!r}", {})
+    return key if type(key) is torch.dtype else _to_cpu(key, f"{kinds.spelled(where)}, key {key!r}", Seen())
 
 
 def _tensor_to_cpu(tensor: torch.Tensor, seen: Seen) -> torch.Tensor:
@@ -240,16 +272,13 @@ def raw(tensor: torch.Tensor) -> torch.Tensor:
 
 def plain_data(values: Mapping[str, Any]) -> dict[str, Any]:
     """The values with NumPy scalars turned into numbers. Raises UsageError naming what is not plain data."""
-    seen: Seen = {}
-    payload = {name: _to_cpu(value, name, seen) for name, value in values.items()}
-    _fill(seen)
-    return payload
+    return _plain_values(values, Seen())
 
 
 def check(tracked: Mapping[str, Any]) -> None:
     """Raises UsageError, at the start and not at the first save, for state that cannot be saved or would be left behind."""
     for name, thing in tracked.items():
-        _to_cpu(plain(thing).state_dict(), f"{name}_state_dict", {})
+        _to_cpu(state_of(thing), f"{name}_state_dict", Seen())
     _check_covered(tracked)
 
 
@@ -262,8 +291,8 @@ def _check_covered(tracked: Mapping[str, Any]) -> None:
             held |= {tensor.data_ptr() for tensor in _tensors(thing.state_dict())}
     for name, thing in things.items():
         if isinstance(thing, torch.optim.Optimizer):
-            groups = [parameter for group in thing.param_groups for parameter in group["params"] if not is_lazy(parameter)]
-            lost = [tuple(parameter.shape) for parameter in groups if parameter.numel() and parameter.data_ptr() not in held]
+            groups = [p for group in thing.param_groups for p in group["params"] if not is_lazy(p) and p.numel()]
+            lost = [tuple(p.shape) for p in groups if not {part.data_ptr() for part in kinds.parts_of(p)} <= held]
             if lost:
                 raise UsageError(
                     f"{name} updates {len(lost)} parameter(s) that belong to nothing tracked: they would be lost at a restart",
@@ -281,18 +310,9 @@ def size_bytes(tracked: Mapping[str, Any]) -> int:
 def _tensors(value: Any, found: list[torch.Tensor] | None = None) -> list[torch.Tensor]:
     found = [] if found is None else found
     if isinstance(value, torch.Tensor):
-        if value.layout is torch.strided and not is_lazy(value):
-            found.append(value)
+        if not is_lazy(value):
+            found += [part for part in kinds.parts_of(value) if part.layout is torch.strided]
     elif isinstance(value, dict | Mapping | list | tuple):
         for item in value.values() if isinstance(value, dict | Mapping) else value:
             _tensors(item, found)
     return found
-
-
-def untracked_schedule(tracked: Mapping[str, Any]) -> str | None:
-    """The name of a tracked optimizer whose learning rate a scheduler moves while no scheduler is tracked; else None."""
-    things = {name: plain(thing) for name, thing in tracked.items()}
-    if any("scheduler" in type(thing).__module__ or "lr_scheduler" in type(thing).__module__ for thing in things.values()):
-        return None
-    moved = (n for n, t in things.items() if isinstance(t, torch.optim.Optimizer) and any("initial_lr" in g for g in t.param_groups))
-    return next(moved, None)

@@ -1,0 +1,123 @@
+"""Load a module's state where plain loading would not: buffers that get their size in training, and tensors that repeat one memory."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def load(module: nn.Module, saved: Mapping[str, Any]) -> None:
+    """`module.load_state_dict(saved)`, which has the first word; what is made room for is a buffer that is None, or empty, and was filled
+    when it was saved. Raises what that raises."""
+    nested, saved = _nested(module, saved)
+    repeated = _take_out_repeated(module)
+    try:
+        try:
+            module.load_state_dict(saved)
+        except RuntimeError:
+            if not _make_room(module, saved):
+                raise
+            module.load_state_dict(saved)
+    finally:
+        _put_back(repeated)
+        for held, name, tensor in nested:
+            held[name] = tensor
+
+
+def _nested(module: nn.Module, saved: Mapping[str, Any]) -> tuple[list[tuple[Any, str, torch.Tensor]], Mapping[str, Any]]:
+    """The nested buffers as they were saved, for the places that they are taken out of, and the state without them: torch does not load
+    any."""
+    keys = {key for key, value in saved.items() if isinstance(value, torch.Tensor) and value.is_nested}
+    if not keys:
+        return [], saved
+    found: list[tuple[Any, str, torch.Tensor]] = []
+    for path, part in module.named_modules():
+        for name, held in part._buffers.items():
+            if (key := f"{path}.{name}".lstrip(".")) in keys and held is not None and held.is_nested:
+                found.append((part._buffers, name, saved[key].to(held.device)))
+                part._buffers[name] = None
+                keys.remove(key)
+    taken = {key: value for key, value in saved.items() if not (isinstance(value, torch.Tensor) and value.is_nested) or key in keys}
+    made: OrderedDict[str, Any] = OrderedDict(taken)
+    if hasattr(saved, "_metadata"):
+        made._metadata = saved._metadata  # type: ignore[attr-defined]
+    return found, made
+
+
+def decides(module: nn.Module, key: str) -> bool:
+    """Whether loading may well take what does not fit by its name or shape: extra state, a buffer without content, or the state of a part
+    that loads in a way of its own."""
+    path, _, name = key.rpartition(".")
+    if name == "_extra_state":
+        return True
+    owner, around = module, [module]
+    for step in path.split(".") if path else ():
+        if (inner := owner._modules.get(step)) is None:
+            return any(map(_loads_itself, around))
+        owner = inner
+        around.append(owner)
+    held = owner._buffers.get(name)
+    is_empty = name in owner._buffers and (held is None or held.numel() == 0)
+    return is_empty or any(map(_loads_itself, around))
+
+
+def _loads_itself(part: nn.Module) -> bool:
+    own = type(part).load_state_dict is not nn.Module.load_state_dict or bool(part._load_state_dict_pre_hooks)
+    is_torchs = type(part).__module__.startswith("torch.nn.modules")  # of batch norms, which read what older versions wrote
+    return own or (type(part)._load_from_state_dict is not nn.Module._load_from_state_dict and not is_torchs)
+
+
+def _make_room(module: nn.Module, saved: Mapping[str, Any]) -> bool:
+    """Give buffers without content the shape and type that they had when they were saved; whether there are any."""
+    made = False
+    for path, part in module.named_modules():
+        for name, held in part._buffers.items():
+            value = saved.get(f"{path}.{name}".lstrip("."))
+            if name in part._non_persistent_buffers_set or not isinstance(value, torch.Tensor):
+                continue
+            if held is None or (held.numel() == 0 and held.shape != value.shape):
+                part._buffers[name] = torch.zeros_like(value, device=_device(module) if held is None else held.device)
+                made = True
+    return made
+
+
+def _device(module: nn.Module) -> torch.device:
+    return next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
+
+
+Repeated = list[tuple[Any, str, torch.Tensor, torch.Tensor]]  # where it is held, its name, itself, and what stands in for it
+
+
+def _take_out_repeated(module: nn.Module) -> Repeated:
+    """Put a plain copy in the place of each buffer or parameter that has one number at several places (`expand`): none can be
+    written to as a whole."""
+    found: Repeated = []
+    for part in module.modules():
+        registered: tuple[Any, ...] = (part._buffers, part._parameters)
+        for held in registered:
+            for name, tensor in held.items():
+                if tensor is not None and _is_repeated(tensor):
+                    copy = tensor.detach().clone(memory_format=torch.contiguous_format)
+                    found.append((held, name, tensor, nn.Parameter(copy, tensor.requires_grad) if held is part._parameters else copy))
+                    held[name] = found[-1][3]
+    return found
+
+
+def _is_repeated(tensor: torch.Tensor) -> bool:
+    if type(tensor) not in (torch.Tensor, nn.Parameter) or tensor.is_nested or tensor.layout is not torch.strided:
+        return False
+    return any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def _put_back(repeated: Repeated) -> None:
+    """Write what was loaded where it is repeated from; what is not the same at all places stays in the copy."""
+    for held, name, tensor, loaded in repeated:
+        once = tuple(slice(0, 1) if stride == 0 else slice(None) for stride in tensor.stride())
+        with torch.no_grad():
+            tensor.detach()[once].copy_(loaded[once])
+            if torch.equal(tensor, loaded):
+                held[name] = tensor

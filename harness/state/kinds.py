@@ -1,0 +1,214 @@
+"""Kinds that are not plain: what is written in their place, and how they come back from it.
+
+A checkpoint holds plain values. Where one of them stands for something else (an array of NumPy's, a `defaultdict`, a tensor of a class of
+its own), the path to it and its kind are kept beside them, under `kinds`. Nothing that a file names is imported, and only what is listed
+here is made of it: kinds of the standard library and of NumPy, and classes of tensors that the program itself has imported.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from harness.errors import UsageError
+
+Where = str | tuple[Any, Any]  # a name, or where something is and its key or number in there
+PLAIN = (bool, int, float, complex, str, bytes, type(None))
+NATIVE = (torch.dtype, torch.device)  # torch's own loader knows them
+FACTORIES: dict[Any, str] = {None: "None", int: "int", float: "float", bool: "bool", str: "str", list: "list", tuple: "tuple", dict: "dict"}
+CONTAINERS = (dict, OrderedDict, defaultdict, Counter, list, tuple, deque, torch.Size)
+MADE = {name: factory for factory, name in FACTORIES.items()}
+
+
+def spelled(where: Where) -> str:
+    """A path as people and files write it: state['seen'][3]."""
+    return where if isinstance(where, str) else f"{spelled(where[0])}[{where[1]!r}]"
+
+
+def taken_apart(value: Any) -> tuple[str, Any] | None:
+    """The kind of a value that is not plain, and what to write in its place, which may hold more of them; None if it has none."""
+    if isinstance(value, torch.Tensor):
+        return _of_tensor(value)
+    if isinstance(value, np.ndarray):
+        return _of_array(value) if type(value) in (np.ndarray, np.memmap) else None
+    if isinstance(value, np.generic):
+        number = value.item()
+        name = type(value).__name__ if isinstance(number, str | bytes) else value.dtype.name
+        return (f"np.{name}", number) if type(number) in PLAIN else None
+    if isinstance(value, defaultdict):
+        made_by = next((name for factory, name in FACTORIES.items() if factory is value.default_factory), None)
+        return (f"defaultdict {made_by}", dict(value)) if made_by else None
+    if type(value) is deque:
+        return f"deque {value.maxlen}", list(value)
+    return ("torch.Size", tuple(value)) if type(value) is torch.Size else None
+
+
+def _of_array(array: np.ndarray[Any, Any]) -> tuple[str, Any] | None:
+    own = array.copy(order="K")  # the order in memory is that of sums
+    try:
+        return "ndarray", torch.from_numpy(own)
+    except (TypeError, ValueError):  # text, dates, the other order of bytes
+        if array.dtype.hasobject or array.dtype.names:
+            return None
+        raw = np.frombuffer(own.tobytes(), dtype=np.uint8).copy()
+        return f"ndarray {array.dtype.str} {'x'.join(map(str, array.shape))}", torch.from_numpy(raw)
+
+
+def _of_tensor(tensor: torch.Tensor) -> tuple[str, Any] | None:
+    if tensor.is_nested:
+        held: Any = tensor
+        is_plain = tensor.layout is torch.strided or (held._lengths is None and held._ragged_idx == 1)
+        return ("nested" if tensor.layout is torch.strided else "nested jagged", list(tensor.unbind())) if is_plain else None
+    kind = f"tensor {type(tensor).__module__}.{type(tensor).__qualname__}"
+    if is_traceable_wrapper_subclass(tensor):
+        names, context = tensor.__tensor_flatten__()
+        parts = {name: getattr(tensor, name) for name in names}
+        return kind, {"parts": parts, "context": context, "size": list(tensor.shape), "stride": list(tensor.stride())}
+    return None if vars(tensor) else (kind, tensor.as_subclass(torch.Tensor))
+
+
+def parts_of(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """The plain tensors that a tensor is made of: itself, if it is one."""
+    if type(tensor) in (torch.Tensor, torch.nn.Parameter) and not tensor.is_nested:
+        return [tensor]
+    if tensor.is_nested:
+        return list(tensor.unbind())
+    if is_traceable_wrapper_subclass(tensor):
+        names, _ = tensor.__tensor_flatten__()
+        return [part for name in names for part in parts_of(getattr(tensor, name))]
+    return [tensor]
+
+
+def rebuilt(payload: Mapping[str, Any], root: str) -> Any:
+    """What stands under a key of a checkpoint, in the kinds that it had. Raises UsageError for a kind that cannot be made."""
+    of_root = {path: kind for path, kind in payload.get("kinds", {}).items() if path == root or path.startswith(f"{root}[")}
+    return _rebuilt(payload[root], root, of_root) if of_root else payload[root]
+
+
+def _rebuilt(value: Any, where: Where, kinds: Mapping[str, str]) -> Any:
+    if isinstance(value, Mapping):
+        items = {key: _rebuilt(item, (where, key), kinds) for key, item in value.items()}
+        made: Any = type(value)(items) if isinstance(value, OrderedDict | Counter) else items
+        if hasattr(value, "_metadata"):
+            made._metadata = value._metadata
+    elif isinstance(value, list | tuple) and type(value) in (list, tuple):
+        made = type(value)(_rebuilt(item, (where, at), kinds) for at, item in enumerate(value))
+    else:
+        made = value
+    kind = kinds.get(path := spelled(where))
+    return made if kind is None else _made(path, kind, made)
+
+
+def _made(path: str, kind: str, value: Any) -> Any:
+    word, _, rest = kind.partition(" ")
+    try:
+        if word == "ndarray":
+            return _array(rest, value)
+        if word == "defaultdict":
+            return defaultdict(MADE[rest], value)
+        if word == "deque":
+            return deque(value, None if rest == "None" else int(rest))
+        if word == "nested":
+            return torch.nested.nested_tensor(value, layout=torch.jagged if rest else torch.strided)
+        if word == "tensor":
+            return _tensor(_class(rest), value)
+        if word == "torch.Size":
+            return torch.Size(value)
+        if word in ("np.str_", "np.bytes_"):
+            return np.str_(value) if word == "np.str_" else np.bytes_(value)
+        if word.startswith("np.") and word[3:] in np.sctypeDict:
+            return np.dtype(word[3:]).type(value)
+    except (KeyError, ValueError, TypeError, RuntimeError) as error:
+        raise UsageError(f"{path} cannot be made a {kind} again", f"found: {error}", "Was it written by a newer harness?") from error
+    raise UsageError(f"{path} is of a kind that this harness does not know", f"found: {kind}", "Read it with a newer harness.")
+
+
+def _array(rest: str, value: torch.Tensor) -> np.ndarray[Any, Any]:
+    if not rest:
+        return value.numpy().copy(order="K")
+    dtype, _, shape = rest.partition(" ")
+    return np.frombuffer(value.numpy().tobytes(), dtype=np.dtype(dtype)).reshape([int(n) for n in shape.split("x") if n]).copy()
+
+
+def _tensor(made: Any, value: Any) -> Any:
+    """In memory of its own: who copies a state need not know how to copy it."""
+    if isinstance(value, torch.Tensor):
+        return value.clone().as_subclass(made)
+    size, stride = torch.Size(value["size"]), tuple(value["stride"])
+    return made.__tensor_unflatten__({name: part.clone() for name, part in value["parts"].items()}, value["context"], size, stride)
+
+
+def copied(value: Any) -> Any:
+    """A copy of what `rebuilt` gave, without another one of what is in memory of its own."""
+    return copy.deepcopy(value, {id(tensor): tensor for tensor in _of_own_kind(value)})
+
+
+def _of_own_kind(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        if type(value) is not torch.Tensor or value.is_nested:
+            yield value
+    elif isinstance(value, Mapping | list | tuple | deque):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _of_own_kind(item)
+
+
+def _class(name: str) -> type[torch.Tensor]:
+    """The class of tensors of that name that the program has imported."""
+    for known in _subclasses(torch.Tensor):
+        if f"{known.__module__}.{known.__qualname__}" == name:
+            return known
+    raise KeyError(f"no class of tensors is called {name} in this program: import its package before run.track(…)")
+
+
+def _subclasses(base: type[torch.Tensor]) -> Iterator[type[torch.Tensor]]:
+    for each in base.__subclasses__():
+        yield each
+        yield from _subclasses(each)
+
+
+def check_values(value: Any, where: Where) -> None:
+    """Raises UsageError for what would come back as something else: classes of the user's, and what cannot be saved."""
+    if type(value) in PLAIN:
+        return
+    if isinstance(value, Mapping | list | tuple | deque):
+        if type(value) not in CONTAINERS:
+            plain = "tuple" if isinstance(value, tuple) else "dict" if isinstance(value, Mapping) else "list"
+            raise UsageError(
+                f"{spelled(where)} would not come back as what it is",
+                f"found: a {type(value).__module__}.{type(value).__qualname__}",
+                f"Put plain values there: {plain}(value), say.",
+            )
+        for key, item in value.items() if isinstance(value, Mapping) else enumerate(value):
+            if type(item) not in PLAIN:
+                check_values(item, (where, key))
+        if not isinstance(value, defaultdict) or taken_apart(value):
+            return
+    elif _is_leaf(value):
+        return
+    raise not_plain(where, value)
+
+
+def _is_leaf(value: Any) -> bool:
+    if isinstance(value, np.ndarray):
+        return type(value) in (np.ndarray, np.memmap) and not (value.dtype.hasobject or value.dtype.names)
+    return isinstance(value, (torch.Tensor, *NATIVE)) or taken_apart(value) is not None
+
+
+def not_plain(where: Where, value: Any) -> UsageError:
+    """What to say of a value that no checkpoint can hold."""
+    path, found = spelled(where), f"found: a {type(value).__module__}.{type(value).__qualname__}"
+    if isinstance(value, defaultdict):
+        found += f" whose factory is {getattr(value.default_factory, '__qualname__', value.default_factory)}"
+    if isinstance(value, set | frozenset):
+        found += ", which has no order that could be kept"
+    change = "Change the object's state_dict() accordingly."
+    if path.startswith(("state[", "own[", "config")):
+        change = "Keep what it is made of: vars(value), tuple(value), sorted(value), str(value), say."
+    held = "Checkpoints hold tensors, arrays, numbers, strings, lists and dicts."
+    return UsageError(f"{path} cannot be saved as plain data", found, f"{held} {change}")
