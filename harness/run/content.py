@@ -7,6 +7,7 @@ from typing import Any
 
 from harness.checkpoint.format import version_of
 from harness.data.order import Position
+from harness.run.own import lifted
 from harness.run.work import Work
 
 OfRank = tuple[Any, Any, dict[str, Any]]  # what a rank gives of itself: its generators, its iterator, and what else it has for itself
@@ -14,7 +15,8 @@ OfRank = tuple[Any, Any, dict[str, Any]]  # what a rank gives of itself: its gen
 
 def content(of_ranks: Sequence[OfRank], work: Work, position: Position, values: dict[str, Any]) -> dict[str, Any]:
     """The values, and with them what each rank gave and where the run stands in its data."""
-    generators, iterators, own = zip(*of_ranks, strict=True)
-    payload = {"format_version": 1} | values
-    payload |= {"rng": list(generators), "data": work.at(position, list(iterators))} | ({"own": list(own)} if any(own) else {})
+    generators, iterators, of_each = zip(*of_ranks, strict=True)
+    alike, own = lifted(of_each)
+    payload = {"format_version": 1} | values | alike
+    payload |= {"rng": list(generators), "data": work.at(position, list(iterators))} | ({"own": own} if any(own) else {})
     return payload | {"format_version": version_of(payload)}

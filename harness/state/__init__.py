@@ -13,7 +13,11 @@
 
 What is there only if there is something to keep:
 
-      own                         one entry a rank, for what each has for itself
+      gradients                   by parameter, what was written after the last step of its optimizer ("zeros": nothing but zeros)
+      attributes                  of tracked modules, what differs from them as built: modes, what is frozen, plain attributes, buffers
+                                  that are not persistent; each as built and now
+      own                         one entry a rank, for what each has for itself: gradients and attributes, if they differ by rank;
+                                  communication hooks; generators that are tracked
 
 Capturing never moves or changes a live module. Everything is plain: tensors, numbers, strings, lists, tuples and dicts, so
 that it loads with `weights_only=True`.
@@ -31,6 +35,7 @@ from harness.state.capturing import (
     size_bytes,
     untracked_schedule,
 )
+from harness.state.generator_objects import is_generator
 from harness.state.generators import kept_generators, rng_state, seed_rank, set_rng_state
 from harness.state.restoring import (
     apply_override,
@@ -54,6 +59,7 @@ __all__ = [
     "check_finite",
     "check_tensors",
     "class_name",
+    "is_generator",
     "kept_generators",
     "mismatch_table",
     "mismatches",

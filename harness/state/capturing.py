@@ -20,6 +20,7 @@ from harness.errors import NonFiniteError, UsageError
 Where = str | tuple[Any, Any]  # a name, or where something is and its key or number in there
 MOST_BITS = 2000  # of a number; the safe loader reads none that is much longer
 HOOK = "register_step_pre_hook"  # who has it, as every optimizer of PyTorch's, changes in its own step and at no other time
+COPIES = ("gradients", "attributes")  # of the values: nobody else knows of their tensors
 PLAIN = (bool, int, float, complex, str, bytes, type(None))
 
 
@@ -60,7 +61,8 @@ def captured(values: Mapping[str, Any], tracked: Mapping[str, Any]) -> Captured:
     Steady are parameters; what optimizers keep of them, and all else that tells of its updates; and copies, which nobody else knows of.
     """
     seen: Seen = {}
-    payload, steady = plain_data(values), set[int]()
+    payload = plain_data(values)
+    steady = {tensor.data_ptr() for tensor in _tensors([payload.get(name) for name in COPIES])}
     for name, thing in tracked.items():
         before = len(seen)
         payload |= _capture({name: thing}, seen)
