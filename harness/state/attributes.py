@@ -136,9 +136,10 @@ class _Watched:
         own = {key: value for key, value in vars(part).items() if _is_looked_at(part, key)}
         self.tensors = {key: (_place(tensor), _copied(tensor)) for key, tensor in _tensors(part).items()}
         self.odd = {key: id(value) for key, value in own.items() if not _is_plain(value)}
-        self._plain = {key: value for key, value in own.items() if key not in self.odd and type(value) not in (list, dict)}
-        self._others = [(key, id(value)) for key, value in own.items() if key in self.odd and key not in self.tensors]
-        self._has_mutable = len(self._plain) + len(self.odd) < len(own)
+        mutable = [key for key, value in own.items() if type(value) in (list, dict)]
+        self._same = {key: value for key, value in own.items() if key not in self.odd and key not in mutable}
+        self._odd = [(key, number) for key, number in self.odd.items() if key not in self.tensors]
+        self._has_mutable = any(key not in self.odd for key in mutable)
         self._size, self._children = len(vars(part)), list(part._modules.values())
         self._trained = self._which_are_trained()
 
@@ -154,10 +155,10 @@ class _Watched:
         return (
             self._has_mutable
             or len(now) != self._size
-            or any(now.get(key, ABSENT) is not value for key, value in self._plain.items())
-            or any(id(now.get(key)) != number for key, number in self._others)
-            or self._which_are_trained() != self._trained
-            or any(map(self._is_another, self.tensors))
+            or not self._same.items() <= now.items()
+            or (bool(self._odd) and any(id(now.get(key)) != number for key, number in self._odd))
+            or (bool(self._trained) and self._which_are_trained() != self._trained)
+            or (bool(self.tensors) and any(map(self._is_another, self.tensors)))
         )
 
     def differences(self, built: Values) -> dict[str, dict[str, Any]]:
@@ -185,7 +186,11 @@ class _Watched:
 
 def _values(part: nn.Module) -> Values:
     """All of a module that is plain, copied."""
-    own = {key: copy.deepcopy(value) for key, value in vars(part).items() if _is_looked_at(part, key) and _is_plain(value)}
+    own = {
+        key: copy.deepcopy(value) if type(value) in (list, dict, tuple) else value
+        for key, value in vars(part).items()
+        if _is_looked_at(part, key) and _is_plain(value)
+    }
     return own | {f"{key}{REQUIRES_GRAD}": parameter.requires_grad for key, parameter in part._parameters.items() if parameter is not None}
 
 

@@ -21,6 +21,7 @@ from harness.ddp import parts, plain
 from harness.errors import UsageError
 
 MARK = "_used_at"  # an attribute of a gradient: its version when the last step had used it
+NEVER = -1
 ZEROS = "zeros"  # what is kept of a gradient that is zero everywhere: none at all is another thing to an optimizer
 MOST_STEPS, MOST_S = 64, 60.0  # for so long a save waits for an update, at most
 Kept = dict[str, Any]  # by the parameter's name: its gradient, in parts if it is sparse, or ZEROS
@@ -133,7 +134,11 @@ class Gradients:
             )  # fmt: skip
         for name, gradient in kept.items():
             parameter = self._named[name]
-            parameter.grad = torch.zeros_like(parameter) if isinstance(gradient, str) else _tensor(gradient, parameter)
+            if isinstance(gradient, str):
+                parameter.grad = torch.zeros_like(parameter)
+                setattr(parameter.grad, MARK, NEVER)  # it lives on
+            else:
+                parameter.grad = _tensor(gradient, parameter)
 
 
 def named_parameters(tracked: Mapping[str, Any]) -> dict[str, nn.Parameter]:
