@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import random
 import signal
 from pathlib import Path
@@ -16,6 +17,7 @@ from test_library import newest, steps_of
 from torch import nn
 
 import harness
+from harness import state
 from harness.checkpoint import load
 from harness.checkpoint.history import survey
 from harness.errors import UsageError
@@ -414,9 +416,8 @@ def test_an_ordinary_model_has_nothing_to_keep(tmp_path, capsys):
     """With an evaluation of the program's own in each step, modules of torch that keep something to themselves, and all."""
 
     def make(run):
-        model = nn.Sequential(
-            nn.utils.parametrizations.spectral_norm(nn.Linear(8, 8)), nn.BatchNorm1d(8), nn.Unflatten(1, (2, 4)), nn.LSTM(4, 4, batch_first=True)
-        )  # fmt: skip
+        normed = nn.utils.parametrizations.spectral_norm(nn.Linear(8, 8))
+        model = nn.Sequential(normed, nn.BatchNorm1d(8), nn.Unflatten(1, (2, 4)), nn.LSTM(4, 4, batch_first=True))
         average = torch.optim.swa_utils.AveragedModel(model)
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
         run.track(model=model, optimizer=optimizer, average=average)
@@ -565,3 +566,70 @@ def hook(state, bucket):
     begin, end = source.index("state = power"), source.index("optimizer =")
     lived = live(tmp_path, f"{source[:begin]}model.register_comm_hook({state}, hook)\n{source[end:]}", "a", ranks=2)
     assert words in lived.text
+
+
+def swap_values(model: nn.Module, average: nn.Module) -> None:
+    for own, other in zip(model.parameters(), average.parameters(), strict=True):
+        kept = own.data.clone()
+        own.data.copy_(other.data)
+        other.data.copy_(kept)
+
+
+def swap_tensors(model: nn.Module, average: nn.Module) -> None:
+    for own, other in zip(model.parameters(), average.parameters(), strict=True):
+        own.data, other.data = other.data, own.data
+
+
+def reset(model: nn.Module, average: nn.Module) -> None:
+    for own, other in zip(model.parameters(), average.parameters(), strict=True):
+        own.data.lerp_(other.data, 0.5)
+
+
+def average_later(model: nn.Module, average: nn.Module) -> None:
+    for own, other in zip(average.parameters(), model.parameters(), strict=True):
+        own.data.mul_(0.9).add_(other.data, alpha=0.1)
+
+
+class Two(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.inner, self.out = nn.Linear(8, width), nn.Linear(width, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(self.inner(x))
+
+
+@pytest.mark.parametrize("width", [8, 100_000])
+@pytest.mark.parametrize(
+    ("at_head", "undo"),
+    [(swap_values, swap_values), (swap_tensors, swap_tensors), (swap_tensors, None), (reset, None), (average_later, None)],
+)
+def test_no_file_is_torn_by_what_is_written_behind_pytorchs_back(tmp_path, width, at_head, undo):
+    """At the loop's head, and not before the first save: then it is another state than that of the boundary before."""
+    seen: dict[int, dict] = {}
+
+    def make(run):
+        model, average = Two(width), Two(width)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1 / width, momentum=0.9)
+        run.track(model=model, optimizer=optimizer, average=average)
+
+        def step(x):
+            seen[run.step - 1] = copy.deepcopy(state.capture(run.tracked))
+            if run.step >= 5:
+                at_head(model, average)
+                if undo:
+                    undo(model, average)
+            optimizer.zero_grad()
+            loss = model(x).square().mean()
+            loss.backward()
+            optimizer.step()
+            return loss
+
+        return step
+
+    trained(tmp_path / "a", make, save_every_steps=2)
+    saved = payloads(tmp_path / "a")
+    assert {2, 12} <= set(saved) and len(saved) >= 5
+    for number, payload in saved.items():
+        if number in seen:
+            assert list(differences({name: payload[name] for name in seen[number]}, seen[number])) == [], number
