@@ -38,6 +38,7 @@ class Gradients:
         self._stepped: dict[int | None, int] = {}  # by optimizer: the step in which it has made its last update
         self._lasting: set[int | None] = set()  # optimizers whose gradients live on from one update to the next
         self._waiting: tuple[int, float] | None = None  # since which step and when a save waits
+        self._gaps: dict[int | None, int] = {}  # by optimizer: the most steps that it has let pass from one update to the next
         self._given_up: set[int | None] = set()  # optimizers that were waited for in vain
         self._tracked: Mapping[str, Any] = {}
         self._count = 0  # of the parameters that tracked optimizers have
@@ -72,8 +73,10 @@ class Gradients:
 
     def _used(self, optimizer: torch.optim.Optimizer) -> None:
         """Mark what an optimizer has used: it has just made its step."""
-        if id(optimizer) not in self._stepped:
+        if (last := self._stepped.get(id(optimizer))) is None:
             self._own(optimizer)
+        else:
+            self._gaps[id(optimizer)] = max(self._gaps.get(id(optimizer), 1), self._step() - last)
         self._stepped[id(optimizer)] = self._step()
         self._given_up.discard(id(optimizer))
         is_first = True
@@ -95,13 +98,15 @@ class Gradients:
         """Whether a save should wait for an update (never, unless it may), and whether there are gradients to keep if it does not.
 
         It waits for optimizers that have made no step in this turn of the loop. What one that has made one does not use is not
-        waited for: it will be there after the next as well, as the gradients are that a generator's loss leaves in its critic.
+        waited for: it will be there after the next as well, as the gradients are that a generator's loss leaves in its critic. Nor is
+        an optimizer for longer than it has taken from one update to the next so far.
         """
         self._look()
         owners = {self._owner.get(id(parameter)) for _, parameter in self._under_way()}
         awaited = {owner for owner in owners - self._given_up - {None} if self._stepped.get(owner) != self._step()}
         since, at = self._waiting or (self._step(), self._clock())
-        if may_wait and awaited and self._step() - since < MOST_STEPS and self._clock() - at < MOST_S:
+        most = max((min(MOST_STEPS, self._gaps.get(owner, MOST_STEPS)) for owner in awaited), default=0)
+        if may_wait and self._step() - since < most and self._clock() - at < MOST_S:
             self._waiting = since, at
             return True, True
         if may_wait:

@@ -24,7 +24,7 @@ for them they are put. So the memory holds the very file that `torch.save` would
 
 from __future__ import annotations
 
-import secrets
+import random
 import threading
 import time
 from collections.abc import Collection, Mapping
@@ -36,9 +36,9 @@ from harness.state.capturing import is_finite, not_finite, raw
 from harness.state.crossing import Crossing
 from harness.store.image import Image
 
-
 WHOLE_BYTES = 8 << 20  # up to which a state is copied whole at its boundary
 STRIDE_BYTES = 16 << 10  # of so many, of a tensor that is copied later, eight are compared
+OFFSETS = random.Random(0)  # of its own: a program's draws are not to be disturbed
 
 
 class UnevenError(Exception):
@@ -63,7 +63,7 @@ class Snapshot:
         self._storages: dict[int, tuple[torch.UntypedStorage, int]] = {}  # by identity, in the order of the file: memory, address
         self._copies: list[tuple[torch.Tensor, torch.Tensor, int]] = []  # of each: in the image, what it is of, where that lay
         self._versions: dict[int, tuple[torch.Tensor, int]] = {}  # by address
-        self._at = secrets.randbelow(STRIDE_BYTES // 8)
+        self._at = OFFSETS.randrange(STRIDE_BYTES // 8)
         self._samples: dict[int, torch.Tensor] = {}  # by address: what there was at the boundary
         for tensor in tensors_in(payload, []):
             storage = tensor.untyped_storage()
