@@ -33,6 +33,23 @@ def plain(module: Any) -> Any:
     return list(wrappers(module))[-1]
 
 
+def parts(module: object) -> list[tuple[str, nn.Module]]:
+    """Every part of a module, itself first, with its path in there; shells around parts have no name in it."""
+    found: dict[int, tuple[str, nn.Module]] = {}
+
+    def walk(part: nn.Module, path: str) -> None:
+        part = plain(part)
+        if id(part) not in found:
+            found[id(part)] = path, part
+            for name, child in part._modules.items():
+                if child is not None:
+                    walk(child, f"{path}.{name}" if path else name)
+
+    if isinstance(plain(module), nn.Module):
+        walk(plain(module), "")
+    return list(found.values())
+
+
 def shells_of(module: object) -> list[DistributedDataParallel]:
     """Every DDP shell in a tracked object: around it, or around a part of it."""
     found = [shell for shell in wrappers(module) if isinstance(shell, DistributedDataParallel)]

@@ -26,6 +26,7 @@ HEAD = ("format_version", "step", "epoch", "loss", "metrics")  # what the manife
 MOST_REST_BYTES = 64 << 20  # of what may change at any time, the most that is worth a copy of its own
 TOUCHED_BYTES = 16 << 20
 SEALED_WITHIN_S = 5.0
+CHANGES = "the state changes between two updates"
 
 
 class TornError(Exception):
@@ -107,7 +108,9 @@ class Background:
             self._image.check_room(snapshot.size_bytes)
             if snapshot.rest_bytes > MOST_REST_BYTES:
                 self._take_at_once(f"nothing tells when {size(snapshot.rest_bytes)} of the state change")
+            compared = compared and not snapshot.is_small
             if self._overlapped and not compared:
+                snapshot.distrust()
                 snapshot.copy_rest()
             else:
                 with self._touching:
@@ -165,7 +168,7 @@ class Background:
             if (job := self._job) is not None and not job.sealed.is_set():
                 began = time.perf_counter()
                 if job.snapshot.is_torn(compare=job.is_compared or not is_told):
-                    self._take_at_once("the state changes between two updates")
+                    self._take_at_once(CHANGES)
                     job.is_torn = not job.is_compared
                 job.blocked_s += time.perf_counter() - began
                 job.sealed.set()
@@ -246,6 +249,9 @@ class Background:
             if not job.snapshot.copied.is_set():
                 job.snapshot.copy_into(self._image)
             job.snapshot.arrive()
+            if job.snapshot.is_stirred():
+                self._take_at_once(CHANGES)
+                raise TornError("the state changed while it was copied")
             job.snapshot.check_finite(job.parameters)
             job.loan = self._image.lend()
             job.finish(job, lambda sink: sink.pour(self._image, self._scribe.pour), lambda: self._check_whole(job))

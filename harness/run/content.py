@@ -8,6 +8,7 @@ from typing import Any
 from harness import state
 from harness.checkpoint.format import version_of
 from harness.data.order import Position
+from harness.run.own import lifted
 from harness.run.work import Work
 from harness.state import Captured
 
@@ -16,10 +17,10 @@ OfRank = tuple[Any, Any, dict[str, Any]]  # what a rank gives of itself: its gen
 
 def content(of_ranks: Sequence[OfRank], work: Work, position: Position, values: dict[str, Any]) -> dict[str, Any]:
     """The values, and with them what each rank gave and where the run stands in its data."""
-    generators, iterators, own = zip(*of_ranks, strict=True)
-    payload = {"format_version": 1} | values
-    payload |= {"rng": list(generators), "data": work.at(position, list(iterators))} | ({"own": list(own)} if any(own) else {})
-    return payload
+    generators, iterators, of_each = zip(*of_ranks, strict=True)
+    alike, own = lifted(of_each)
+    payload = {"format_version": 1} | values | alike
+    return payload | {"rng": list(generators), "data": work.at(position, list(iterators))} | ({"own": own} if any(own) else {})
 
 
 def captured(of_ranks: Sequence[OfRank], work: Work, position: Position, values: dict[str, Any], tracked: Mapping[str, Any]) -> Captured:

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 import harness.run.resume as resume
-from harness import config, ddp, state, stop
+from harness import config, state, stop
 from harness.checkpoint import load, retention
 from harness.checkpoint.history import reaches
 from harness.data import loading
@@ -22,6 +22,7 @@ from harness.run.ending import Ending
 from harness.run.epochs import by_epoch
 from harness.run.evaluation import evaluate
 from harness.run.measured import Measured
+from harness.run.more import More
 from harness.run.outage import Outage
 from harness.run.own import Own
 from harness.run.pace import Pace
@@ -54,6 +55,7 @@ class Run:
         self._position, self._share = Position(), Share(0, 0, (), (), Position(), last=False)  # the latter of the step being made
         self._measured, self._account, self._ending = Measured(), account, ending
         self._own, self._values, self._traces = Own(), Values(), Traces(world)
+        self._more = More(world, self._own, lambda: self.step, self.say)
         self._stopping = Stopping(world, settings, clock)
         self._watch = Watch(world.timeout_s, settings.step_timeout_s, ending.hung, clock)
         ending.of(self)
@@ -98,13 +100,13 @@ class Run:
         """
         for name, thing in objects.items():
             resume.check_trackable(name, thing, self.tracked, is_late=self._looping or self.finished)
-            ddp.check_resumable(name, thing, self.world)
+        objects = self._more.track(objects, is_resumed=self._payload is not None)
         self.tracked |= objects
-        for thing in objects.values():
-            ddp.settle_buckets(thing, self.world)
         with self._account.during(RESTORE):
             for line in resume.give_back(self.tracked, objects, self._built, self.origin, self._payload, self._settings):
                 self.say(f"harness: {line}")
+            if self._payload is not None:
+                self._more.restored(self.tracked)
         return self
 
     def batches(
@@ -173,6 +175,7 @@ class Run:
         finally:
             self._looping = False
             self._account.closed.set()
+            self._more.close()
             self._saver.background.close()
             self._watch.close()
             self._stopping.close()
@@ -205,7 +208,7 @@ class Run:
                 self._show()
             if stopping:
                 self._stop()
-            if timed or self._measured.new_best or self._settings.saves_at(self.step):
+            if self._more.is_time(timed or self._measured.new_best or self._settings.saves_at(self.step), self._measured.new_best):
                 self._save()
                 self._pace.pause(self.step)
             elif self._settings.remembers_at(self.step):
@@ -276,8 +279,8 @@ class Run:
         self._stopping.listen(self._saver.stores, attempt.number)
         if note := resume.restore_generators(payload, self.world, self._work.source, self._settings.seed, self.step):
             self.say(f"harness: {note}")
-        if note := self._own.restore(payload, self.world):
-            self.say(f"harness: warning: {note}")
+        for note in self._more.begin(self.tracked, payload):
+            self.say(f"harness: {note}")
         self._payload = None  # from here on the live objects are the only copy
         self._pace = Pace(self.clock, self.step, self._account.steps_per_s)
         if self.is_writer:
@@ -308,6 +311,7 @@ class Run:
         self._watch.saving()
         with self._account.during(SAVE):
             self._show()
+            self._more.hold()
             capture = partial(self._capture, self.world.gather((state.rng_state(), self._work.source.state(), self._own.state())))
             classes = {name: state.class_name(thing) for name, thing in self.tracked.items()}
             about = partial(self._saver.about, classes, self._measured.of_this_step, self._work.end if final else None)
@@ -317,7 +321,8 @@ class Run:
         return saved
 
     def _capture(self, of_ranks: list[OfRank]) -> state.Captured:
-        values = {"step": self.step, "epoch": self.epoch, "state": self.state, "config": self._settings.config} | self._measured.state()
+        values = {"step": self.step, "epoch": self.epoch, "state": self.state, "config": self._settings.config}
+        values |= self._measured.state() | self._more.values()
         return captured(of_ranks, self._work, self._position, values, self.tracked)
 
     def _show(self) -> None:

@@ -6,10 +6,13 @@ checkpoint under `own`, a list with one entry a rank, each a dict by the part's 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from harness.ranks import World
+from harness.state.sameness import is_same
+
+ATTRIBUTES = "attributes"  # a part of which one copy is kept, at the top level, if all ranks have the same
 
 
 class Part(Protocol):
@@ -20,6 +23,14 @@ class Part(Protocol):
 
     def restore(self, state: Any) -> None:
         """Take over what `state` gave; None if it gave nothing."""
+
+
+def lifted(entries: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """What all ranks' entries have alike and need not be kept for each of them, and what is left of the entries."""
+    attributes = [entry.get(ATTRIBUTES) for entry in entries]
+    if attributes[0] is None or not all(is_same(attributes[0], other) for other in attributes[1:]):
+        return {}, list(entries)
+    return {ATTRIBUTES: attributes[0]}, [{name: part for name, part in entry.items() if name != ATTRIBUTES} for entry in entries]
 
 
 class Own:

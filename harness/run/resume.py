@@ -119,7 +119,7 @@ def check_trackable(name: str, thing: Any, tracked: Mapping[str, Any], *, is_lat
         raise UsageError(f"track({name}=…) came after the first batch", remedy="Track everything before the loop.")
     if name in tracked:
         raise UsageError(f"two objects are tracked as {name!r}", remedy="Give each one a name of its own.")
-    if not (hasattr(thing, "state_dict") and hasattr(thing, "load_state_dict")):
+    if not state.is_generator(thing) and not (hasattr(thing, "state_dict") and hasattr(thing, "load_state_dict")):
         raise UsageError(
             f"{name} cannot be tracked",
             f"found: a {type(thing).__name__} without state_dict and load_state_dict",

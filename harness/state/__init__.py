@@ -13,7 +13,11 @@
 
 What is there only if there is something to keep:
 
-      own                         one entry a rank, for what each has for itself
+      gradients                   by parameter, what was written after the last step of its optimizer ("zeros": nothing but zeros)
+      attributes                  of tracked modules, what differs from them as built: modes, what is frozen, plain attributes, buffers
+                                  that are not persistent; each as built and now
+      own                         one entry a rank, for what each has for itself: gradients and attributes, if they differ by rank;
+                                  communication hooks; generators that are tracked
       names                       of each optimizer's parameters, group by group, where their order is not that of the tracked modules
       kinds                       by its path, the kind of each value of the user's or of a state dict that is not plain itself: of
                                   the standard library's or NumPy's, or a tensor of a class of its own
@@ -33,6 +37,7 @@ from harness.state.capturing import (
     plain_data,
     size_bytes,
 )
+from harness.state.generator_objects import is_generator
 from harness.state.generators import kept_generators, rng_state, seed_rank, set_rng_state
 from harness.state.kinds import rebuilt
 from harness.state.naming import to_live, without_shells
@@ -53,6 +58,7 @@ __all__ = [
     "check_user_state",
     "class_name",
     "gives_nothing",
+    "is_generator",
     "kept_generators",
     "mismatch_table",
     "mismatches",

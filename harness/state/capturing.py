@@ -20,6 +20,7 @@ from harness.state.kinds import PLAIN, Where
 
 MOST_BITS = 2000  # of a number; the safe loader reads none that is much longer
 HOOK = "register_step_pre_hook"  # who has it, as every optimizer of PyTorch's, changes in its own step and at no other time
+COPIES = ("gradients", "attributes")  # of the values: nobody else knows of their tensors
 
 
 class Met(NamedTuple):
@@ -64,7 +65,8 @@ def captured(values: Mapping[str, Any], tracked: Mapping[str, Any]) -> Captured:
     Steady are parameters; what optimizers keep of them, and all else that tells of its updates; and copies, which nobody else knows of.
     """
     seen = Seen()
-    payload, steady = _plain_values(values, seen), set[int]()
+    payload = _plain_values(values, seen)
+    steady = {tensor.data_ptr() for tensor in _tensors([payload.get(name) for name in COPIES])}
     for name, thing in tracked.items():
         before = len(seen)
         payload |= _capture({name: thing}, seen)

@@ -1,0 +1,283 @@
+"""What a program changes of its modules while it trains, and no `state_dict` tells: what is frozen, modes, plain attributes, and buffers
+that are not persistent.
+
+Kept is the difference between now and the module as built, with the value as built beside it:
+
+    {"model": {"body.0": {"training": {"built": True, "now": False}, "p": {"built": 0.1, "now": 0.3}},
+               "body.1": {"weight.requires_grad": …, "buffer mask": {"built": DIGEST, "now": tensor}}}}
+
+As built is what the loop begins with, before anything of a checkpoint is put into it: a program may freeze a part after `track`. What a
+module's own `load_state_dict` has set by then counts as it was before that. A restore sets only what had changed, and only where the
+value as built is the one that it was then: otherwise the program is another one, and what it says stands.
+
+Taken are plain values, and tensors that were there from the beginning. Of what else becomes another object the names are told: an
+attribute that is empty at first and then stays what it became is a cache, and nobody's state.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import weakref
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from harness.ddp import parts
+from harness.state.sameness import is_same
+
+BARE = frozenset(vars(nn.Module())) - {"training"}  # what every module has for its own bookkeeping
+PLAIN = (bool, int, float, complex, str, bytes, type(None))
+MOST_ITEMS = 1000  # in a list or dict that is looked into
+COMPARED_BYTES = 64 << 10  # a tensor up to this size, on the CPU, is compared whole; a greater one by what PyTorch has counted
+SAMPLE = 8192  # elements of a greater one that its digest is made of
+REQUIRES_GRAD, BUFFER = ".requires_grad", "buffer "
+ABSENT = object()
+Place = tuple[weakref.ref[torch.Tensor], int] | None  # which tensor, and how often it was written to; None for none
+Values = dict[str, Any]  # of one module, by attribute; a tensor's is its digest
+Built = dict[str, dict[str, Values]]  # by object and module
+Changed = dict[str, dict[str, dict[str, dict[str, Any]]]]  # by object, module and attribute: "built" and "now", if there was any, is any
+
+
+def as_built(tracked: Mapping[str, Any]) -> Built:
+    """The values of every tracked module, and digests of its tensors that no `state_dict` tells of."""
+    return {
+        name: {path: _values(part) | {key: _digest(tensor) for key, tensor in _tensors(part).items()} for path, part in parts(thing)}
+        for name, thing in tracked.items()
+    }
+
+
+class Attributes:
+    """The attributes of all tracked modules, as seen from one rank."""
+
+    def __init__(self) -> None:
+        self._before: Built = {}  # as tracked, before anything was restored
+        self._after: Built = {}  # as tracked, after it was
+        self._built: Built = {}
+        self._tracked: Mapping[str, Any] = {}
+        self._watched: dict[str, list[_Watched]] = {}
+        self._odd: dict[str, int] = {}  # by name: the identity of what cannot be kept, when it was last looked at
+        self._told: set[str] = set()
+        self.lost: list[str] = []  # names of what changes and cannot be kept, to be told
+
+    def before_restore(self, tracked: Mapping[str, Any]) -> None:
+        """These are as built: nothing was restored into them so far."""
+        self._before |= as_built(tracked)
+
+    def after_restore(self, tracked: Mapping[str, Any]) -> None:
+        """All of these have their state back."""
+        self._after = as_built(tracked)
+
+    def begin(self, tracked: Mapping[str, Any]) -> None:
+        """The loop begins: what is changed from now on is kept."""
+        self._tracked, self._built = tracked, as_built(tracked)
+        for name, of_parts in self._before.items():
+            for path, before in of_parts.items():
+                here, after = self._built.get(name, {}).get(path, {}), self._after.get(name, {}).get(path, {})
+                for key, value in before.items():
+                    if key in here and key in after and is_same(here[key], after[key]):
+                        here[key] = value  # if it is another now, the module's own load_state_dict has made it so
+        self._watched = {name: [_Watched(path, part) for path, part in parts(thing)] for name, thing in tracked.items()}
+
+    def state(self) -> Changed | None:
+        """What differs from the modules as built, with tensors copied to the CPU; None if nothing does."""
+        changed = {name: found for name in self._tracked if (found := self._changed(name))}
+        return changed or None
+
+    def _changed(self, name: str) -> dict[str, dict[str, dict[str, Any]]]:
+        if any(one.has_other_parts() for one in self._watched[name]):
+            known = {id(one.part): one for one in self._watched[name]}
+            self._watched[name] = [known.get(id(part), _Watched(path, part)) for path, part in parts(self._tracked[name])]
+        found = {}
+        for one in self._watched[name]:
+            built = self._built[name].get(one.path)
+            if built is not None and one.may_have_changed():
+                self._look_at_odd(name, one)
+                if differs := one.differences(built):
+                    found[one.path] = differs
+        return found
+
+    def _look_at_odd(self, name: str, one: _Watched) -> None:
+        """Find what became another object, and cannot be kept."""
+        for key, value in vars(one.part).items():
+            if key.startswith("_") or key in BARE or key in one.tensors or _is_plain(value) or _is_of_a_graph(value):
+                continue
+            spelled = _joined(name, one.path, key)
+            before = self._odd.get(spelled, one.odd.get(key))
+            if before not in (None, id(value)) and spelled not in self._told:
+                self._told.add(spelled)
+                self.lost.append(spelled)
+            self._odd[spelled] = id(value)
+
+    def restore(self, changed: Changed) -> list[str]:
+        """Set again what had changed; returns, in words, what stays as the program has it now."""
+        said = []
+        for name, of_parts in changed.items():
+            modules = dict(parts(self._tracked.get(name)))
+            for path, of_part in of_parts.items():
+                here = self._built.get(name, {}).get(path, {})
+                for key, kept in of_part.items():
+                    then, now, built = kept.get("built", ABSENT), kept.get("now", ABSENT), here.get(key, ABSENT)
+                    if path in modules and is_same(then, built):
+                        _set(modules[path], key, now)
+                    elif not is_same(now, built):
+                        was = f"was built as {_spelled(then)} and had become {_spelled(now)}"
+                        said.append(f"{_joined(name, path, key)} {was}; it is built as {_spelled(built)} now, and that stands")
+        return said
+
+
+class _Watched:
+    """One module as the loop found it, and how to tell quickly that it still is."""
+
+    def __init__(self, path: str, part: nn.Module) -> None:
+        self.path, self.part = path, part
+        own = {key: value for key, value in vars(part).items() if _is_looked_at(part, key)}
+        self.tensors = {key: (_place(tensor), _copied(tensor)) for key, tensor in _tensors(part).items()}
+        self.odd = {key: id(value) for key, value in own.items() if not _is_plain(value)}
+        mutable = [key for key, value in own.items() if type(value) in (list, dict)]
+        self._same = {key: value for key, value in own.items() if key not in self.odd and key not in mutable}
+        self._odd = [(key, number) for key, number in self.odd.items() if key not in self.tensors]
+        self._has_mutable = any(key not in self.odd for key in mutable)
+        self._size, self._children = len(vars(part)), list(part._modules.values())
+        self._trained = self._which_are_trained()
+
+    def _which_are_trained(self) -> list[bool]:
+        return [parameter is not None and parameter.requires_grad for parameter in self.part._parameters.values()]
+
+    def has_other_parts(self) -> bool:
+        return list(self.part._modules.values()) != self._children
+
+    def may_have_changed(self) -> bool:
+        """Whether something may be another than it was when the loop began, or when this was first looked at."""
+        now = vars(self.part)
+        return (
+            self._has_mutable
+            or len(now) != self._size
+            or not self._same.items() <= now.items()
+            or (bool(self._odd) and any(id(now.get(key)) != number for key, number in self._odd))
+            or (bool(self._trained) and self._which_are_trained() != self._trained)
+            or (bool(self.tensors) and any(map(self._is_another, self.tensors)))
+        )
+
+    def differences(self, built: Values) -> dict[str, dict[str, Any]]:
+        """What is another than as built."""
+        now, found = _values(self.part), dict[str, dict[str, Any]]()
+        for key in dict.fromkeys((*built, *now)):
+            if key in self.tensors:
+                if self._is_another(key):
+                    found[key] = {"built": built.get(key)}
+                    if (tensor := _tensor(self.part, key)) is not None:
+                        found[key]["now"] = tensor.detach().to("cpu", copy=True)
+            elif key in now and not is_same(built.get(key, ABSENT), now[key]):
+                found[key] = ({"built": built[key]} if key in built else {}) | {"now": now[key]}
+            elif key not in now and key not in vars(self.part) and not key.endswith(REQUIRES_GRAD):
+                found[key] = {"built": built[key]}
+        return found
+
+    def _is_another(self, key: str) -> bool:
+        """Whether this tensor was replaced, or written to; if it is small, whether its values are others."""
+        now, (place, before) = _tensor(self.part, key), self.tensors[key]
+        if now is None or before is None or (now.shape, now.dtype, now.device) != (before.shape, before.dtype, before.device):
+            return not _is_at(place, now)
+        return not torch.equal(now.detach(), before)
+
+
+def _values(part: nn.Module) -> Values:
+    """All of a module that is plain, copied."""
+    own = {
+        key: copy.deepcopy(value) if type(value) in (list, dict, tuple) else value
+        for key, value in vars(part).items()
+        if _is_looked_at(part, key) and _is_plain(value)
+    }
+    return own | {f"{key}{REQUIRES_GRAD}": parameter.requires_grad for key, parameter in part._parameters.items() if parameter is not None}
+
+
+def _is_looked_at(part: nn.Module, key: str) -> bool:
+    """Whether this attribute may be the program's: what torch keeps for itself in its own classes is not."""
+    return key not in BARE and not (key.startswith("_") and type(part).__module__.partition(".")[0] == "torch")
+
+
+def _tensors(part: nn.Module) -> dict[str, torch.Tensor | None]:
+    """The buffers that are not persistent, be they empty, and the tensors that are plain attributes and of no graph."""
+    found = {key: value for key, value in vars(part).items() if isinstance(value, torch.Tensor) and _is_looked_at(part, key)}
+    buffers = {f"{BUFFER}{key}": part._buffers.get(key) for key in sorted(part._non_persistent_buffers_set)}
+    return {key: value for key, value in (found | buffers).items() if value is None or _is_simple(value)}
+
+
+def _tensor(part: nn.Module, key: str) -> torch.Tensor | None:
+    value = part._buffers.get(key.removeprefix(BUFFER)) if key.startswith(BUFFER) else vars(part).get(key)
+    return value if isinstance(value, torch.Tensor) and _is_simple(value) else None
+
+
+def _is_simple(tensor: torch.Tensor) -> bool:
+    return type(tensor) is torch.Tensor and tensor.layout is torch.strided and not tensor.requires_grad and not tensor.is_meta
+
+
+def _place(tensor: torch.Tensor | None) -> Place:
+    return None if tensor is None else (weakref.ref(tensor), 0 if tensor.is_inference() else tensor._version)
+
+
+def _is_at(place: Place, tensor: torch.Tensor | None) -> bool:
+    """Whether this is still that tensor, and nothing that PyTorch has counted was written to it."""
+    if place is None or tensor is None:
+        return place is None and tensor is None
+    return place[0]() is tensor and place[1] == (0 if tensor.is_inference() else tensor._version)
+
+
+def _copied(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    is_small = tensor is not None and tensor.is_cpu and tensor.nbytes <= COMPARED_BYTES
+    return tensor.detach().clone() if tensor is not None and is_small else None
+
+
+def _digest(tensor: torch.Tensor | None) -> str:
+    """Of a tensor's kind and values; of a great one only some."""
+    if tensor is None:
+        return "none"
+    flat = tensor.detach().reshape(-1)
+    some = flat[:: max(1, len(flat) // SAMPLE)].cpu().contiguous()
+    values = hashlib.blake2b(some.view(torch.uint8).numpy().tobytes() if len(some) else b"", digest_size=8).hexdigest()
+    return f"{'x'.join(map(str, tensor.shape)) or 'scalar'} {tensor.dtype} {values}"
+
+
+def _is_plain(value: Any) -> bool:
+    if type(value) in PLAIN:
+        return True
+    if type(value) in (list, tuple):
+        return len(value) <= MOST_ITEMS and all(map(_is_plain, value))
+    return type(value) is dict and len(value) <= MOST_ITEMS and all(type(k) in PLAIN and _is_plain(item) for k, item in value.items())
+
+
+def _is_of_a_graph(value: Any) -> bool:
+    """Whether this is what a forward pass has computed: a next one computes it anew."""
+    return isinstance(value, torch.Tensor) and value.grad_fn is not None
+
+
+def _set(part: nn.Module, key: str, now: Any) -> None:
+    if key.endswith(REQUIRES_GRAD) and isinstance(parameter := part._parameters.get(key.removesuffix(REQUIRES_GRAD)), nn.Parameter):
+        parameter.requires_grad_(now)
+    elif now is ABSENT and not key.startswith(BUFFER):
+        delattr(part, key)
+    elif not isinstance(now, torch.Tensor):
+        part._buffers.update({key.removeprefix(BUFFER): None}) if key.startswith(BUFFER) else setattr(part, key, now)
+    else:
+        before = _tensor(part, key)
+        like = before if before is not None else next(part.parameters(), now)
+        own = now.to(like.device, copy=True)
+        if before is not None and (before.shape, before.dtype) == (own.shape, own.dtype):
+            with torch.no_grad():
+                before.copy_(own)
+        elif key.startswith(BUFFER):
+            part._buffers[key.removeprefix(BUFFER)] = own
+        else:
+            setattr(part, key, own)
+
+
+def _spelled(value: Any) -> str:
+    text = "nothing" if value is ABSENT else f"a tensor {tuple(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _joined(*names: str) -> str:
+    return ".".join(filter(None, names))

@@ -1,0 +1,80 @@
+"""Random generators that a program has as objects: torch's, NumPy's and Python's, with their state as plain data."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from harness.errors import UsageError
+
+KINDS = (torch.Generator, np.random.Generator, np.random.RandomState, np.random.BitGenerator, random.Random)
+
+
+def is_generator(thing: object) -> bool:
+    """Whether this is a generator whose state can be kept. One that draws from the machine (`random.SystemRandom`) has none."""
+    return isinstance(thing, KINDS) and not isinstance(thing, random.SystemRandom)
+
+
+def generator_state(thing: Any) -> dict[str, Any]:
+    """The state of a generator, as plain data, beside what kind of generator it is of."""
+    if isinstance(thing, torch.Generator):
+        return {"kind": f"torch.Generator ({thing.device.type})", "state": thing.get_state()}
+    if isinstance(thing, random.Random):
+        version, words, gauss = thing.getstate()
+        return {"kind": "random.Random", "version": version, "words": torch.tensor(words, dtype=torch.int64), "gauss": gauss}
+    if isinstance(thing, np.random.RandomState):
+        state: Any = thing.get_state(legacy=False)
+        return {"kind": f"numpy.random.RandomState ({state['bit_generator']})", "state": _plain(state)}
+    bits = thing if isinstance(thing, np.random.BitGenerator) else thing.bit_generator
+    return {
+        "kind": f"numpy.random.{'BitGenerator' if bits is thing else 'Generator'} ({type(bits).__name__})",
+        "state": _plain(bits.state),
+        "spawned": _spawned(bits),
+    }
+
+
+def set_generator_state(name: str, thing: Any, state: Mapping[str, Any]) -> None:
+    """Give a generator the state back that `generator_state` gave. Raises UsageError if it is of another kind; `name` is told then."""
+    kind = generator_state(thing)["kind"]
+    if kind != state["kind"]:
+        raise UsageError(
+            f"the generator {name} is not what the checkpoint was saved from", f"found: {kind}, expected: {state['kind']}",
+            "Make it as before, or take a new run directory.",
+        )  # fmt: skip
+    if isinstance(thing, torch.Generator):
+        thing.set_state(state["state"])
+    elif isinstance(thing, random.Random):
+        thing.setstate((state["version"], tuple(state["words"].tolist()), state["gauss"]))
+    elif isinstance(thing, np.random.RandomState):
+        thing.set_state(_numpy(state["state"]))
+    else:
+        bits = thing if isinstance(thing, np.random.BitGenerator) else thing.bit_generator
+        bits.state = _numpy(state["state"])
+        if (missing := state["spawned"] - _spawned(bits)) > 0:
+            bits.seed_seq.spawn(missing)  # type: ignore[union-attr] # there is no other way to set how many children it has
+
+
+def _spawned(bits: Any) -> int:
+    """How many generators were made of this one by `spawn`: the next ones depend on it."""
+    return int(getattr(getattr(bits, "seed_seq", None), "n_children_spawned", 0))
+
+
+def _plain(value: Any) -> Any:
+    """A state of NumPy's as plain data; its arrays are unsigned, which not every release of torch can save."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, np.ndarray):
+        return {"dtype": str(value.dtype), "words": torch.from_numpy(value.astype(np.uint64).view(np.int64).copy())}
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def _numpy(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        if set(value) == {"dtype", "words"}:
+            return value["words"].numpy().view(np.uint64).astype(value["dtype"])
+        return {key: _numpy(item) for key, item in value.items()}
+    return value
