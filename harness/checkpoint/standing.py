@@ -237,7 +237,7 @@ def _equal_in_words(record: Mapping[str, Any]) -> str:
         return f"{steps}{some}, {equal} (in their samples: no loss is logged)"
     if not of_samples:
         return f"{steps}{some}, {equal} (in their losses: which samples they were of is not known)"
-    return f"{steps}{some}, {equal}" + (f" (of {of_samples} the samples)" if of_samples > compared else "")
+    return f"{steps}{some}, {equal}" + (f" (the samples of {of_samples})" if of_samples > compared else "")
 
 
 def _count(record: Mapping[str, Any], name: str) -> int:
