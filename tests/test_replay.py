@@ -14,6 +14,7 @@ from programs import HEAD, Outcome, killed_once, live
 from remote_runs import Home
 
 from harness.checkpoint import past, steps
+from harness.cli import main
 from harness.run import steplog
 from harness.store import LocalStore, Store, open_store
 
@@ -45,11 +46,17 @@ def told(folder: Path, kind: str) -> list[dict]:
     return [event for line in lines if (event := json.loads(line))["event"] == kind]
 
 
+def said(capsys: pytest.CaptureFixture[str], *command: str) -> str:
+    """What a command prints."""
+    main(list(command))
+    return capsys.readouterr().out
+
+
 def outcome(folder: Path, env: dict[str, str], then: dict[str, str] | None = None, **options: object) -> Outcome:
     return killed_once(folder, LOOP, env=env, then=then, die=9, **options)  # type: ignore[arg-type]
 
 
-def test_equal_steps_are_said_to_be_equal(tmp_path):
+def test_equal_steps_are_said_to_be_equal(tmp_path, capsys):
     lived = outcome(tmp_path, {})
     assert lived.is_equal, lived.rows
     assert "harness: 2 recomputed steps, all equal" in lived.resumed.text
@@ -57,11 +64,11 @@ def test_equal_steps_are_said_to_be_equal(tmp_path):
     (event,) = told(tmp_path, "replayed")
     assert (event["recomputed"], event["compared"], event["verdict"]) == (2, 2, "equal")
     for command in ("status", "report"):
-        assert "2 recomputed steps, all equal" in run(harness(command, str(tmp_path / "killed"))).stdout
+        assert "2 recomputed steps, all equal" in said(capsys, command, str(tmp_path / "killed"))
     assert not list(tmp_path.glob("*/events/*.steps")), "the last checkpoint is newer than all of them"
 
 
-def test_a_generator_that_nobody_tracks_is_caught_at_the_first_step(tmp_path):
+def test_a_generator_that_nobody_tracks_is_caught_at_the_first_step(tmp_path, capsys):
     lived = outcome(tmp_path, NOISY)
     assert lived.resumed.code == 0, "by default it is only said"
     assert lived.resumed.text.count("MISMATCH") == 1
@@ -72,8 +79,8 @@ def test_a_generator_that_nobody_tracks_is_caught_at_the_first_step(tmp_path):
     assert str(event["was"]) in lived.resumed.text and str(event["now"]) in lived.resumed.text
     assert not told(tmp_path, "replayed")
     for command in ("status", "report"):
-        assert "MISMATCH: step 7" in run(harness(command, str(tmp_path / "killed"))).stdout
-    assert json.loads(run(harness("status", "--json", str(tmp_path / "killed"))).stdout)["replays"]["2"]["verdict"] == "mismatch"
+        assert "MISMATCH: step 7" in said(capsys, command, str(tmp_path / "killed"))
+    assert json.loads(said(capsys, "status", "--json", str(tmp_path / "killed")))["replays"]["2"]["verdict"] == "mismatch"
 
 
 def test_other_samples_are_told_as_such(tmp_path):
@@ -130,9 +137,7 @@ def test_a_launcher_starts_again_after_a_kill_and_not_after_a_mismatch(tmp_path)
     (tmp_path / "loop.py").write_text(HEAD + LOOP)
     env = NOISY | {"ON_MISMATCH": "stop", "DIE": "9"}
     directory = tmp_path / "run"
-    lived = run(
-        harness("launch", f"run.dir={directory}", str(tmp_path / "loop.py"), str(directory)), env=env, cwd=tmp_path
-    )
+    lived = run(harness("launch", f"run.dir={directory}", str(tmp_path / "loop.py"), str(directory)), env=env, cwd=tmp_path)
     assert lived.returncode == 78, lived.stdout + lived.stderr
     assert "MISMATCH: step 7" in lived.stdout + lived.stderr
     assert sorted(path.name for path in directory.glob("attempts/*.end.json")) == ["0002.end.json"]

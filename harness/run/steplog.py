@@ -1,8 +1,7 @@
 """Writes down what each step was, while training goes on: a killed process leaves all but the last milliseconds of it.
 
 What is written is in the page cache at once, where it outlives the process. A thread of its own writes, because a write may wait for a
-disk. It is woken once and then looks every two milliseconds as long as steps come: to wake it for each of them would cost ten times what
-the write itself does.
+disk. As long as steps come it looks every five milliseconds: to wake it for each of them costs the training thread more than all the rest.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import os
+import queue
 import secrets
 import sys
 import threading
@@ -24,7 +24,7 @@ from harness.errors import StorageError
 from harness.events import say
 from harness.store import LocalStore, Store
 
-LOOK_S = 0.002
+LOOK_S, LOOKS = 0.005, 200  # after a second without a step it waits to be woken
 CLOSE_S = 2.0
 WORTH_BYTES = 256 << 10  # of lines that are not needed any more
 MOST_LINES = 100_000  # that wait, in an outage: some ten megabytes
@@ -42,12 +42,11 @@ class StepLog:
         self._arrived = dict.fromkeys(("here",) * (local is not None) + ("there",) * has_remote, 0)  # by store: its newest checkpoint
         kept = dict(zip(self._arrived, before.keys, strict=False))
         self._old = {place: dict(kept.get(place, {})) for place in self._arrived}
-        self._new: collections.deque[steps.Line] = collections.deque(maxlen=MOST_LINES)
+        self._new: queue.SimpleQueue[steps.Line | None] = queue.SimpleQueue()  # None: there is something else to do
         self._unsent: collections.deque[tuple[int, bytes]] = collections.deque(maxlen=MOST_LINES)
         self._segments, self._segment = 0, (0, b"")
         self._verdict: dict[str, dict[str, Any]] = {}  # by store that still lacks it
-        self._is_idle, self._closing = False, False
-        self._wake = threading.Event()
+        self._closing = False
         self._thread = threading.Thread(target=self._run, daemon=True, name="steps")
         self._thread.start()
 
@@ -58,10 +57,8 @@ class StepLog:
 
     def add(self, line: steps.Line) -> None:
         """Write a line, soon. For the thread that trains."""
-        self._new.append(line)
-        if self._is_idle:
-            self._is_idle = False
-            self._wake.set()
+        if self._new.qsize() < MOST_LINES:
+            self._new.put(line)
 
     def on_event(self, event: Mapping[str, Any]) -> None:
         """Take in that a checkpoint has arrived in a store. From any thread."""
@@ -69,46 +66,44 @@ class StepLog:
         match = fmt.CHECKPOINT_NAME.match(f"{fmt.CHECKPOINTS}/{event.get('checkpoint')}.pt") if place in self._arrived else None
         if place and match and int(match["attempt"]) == self.attempt:
             self._arrived[place] = max(self._arrived[place], int(match["step"]))
-            self._wake.set()
+            self._new.put(None)
 
     def tell(self, verdict: Mapping[str, Any]) -> None:
         """Record what came of comparing; the first word stands. From any thread."""
         self._verdict = {place: dict(verdict) for place in self._arrived}
-        self._wake.set()
+        self._new.put(None)
 
     def close(self) -> None:
         """Write what is still to be written, if that is quick, and end."""
         self._closing = True
-        self._wake.set()
+        self._new.put(None)
         self._thread.join(CLOSE_S)
 
     def _run(self) -> None:
         while not self._closing:
-            self._safely()
-            if self._new:
+            self._safely([self._new.get()])  # what comes after a pause wakes this thread, and is written at once
+            looks = 0
+            while not self._closing and looks < LOOKS:
                 time.sleep(LOOK_S)
-                continue
-            self._is_idle = True
-            if not self._new:  # what comes from here on wakes us
-                self._wake.wait()
-                self._wake.clear()
-            self._is_idle = False
-        self._safely()
+                looks = looks + 1 if self._new.empty() else 0
+                if not looks:
+                    self._safely([])
+        self._safely([])
         if self._file >= 0:
             os.close(self._file)
 
-    def _safely(self) -> None:
+    def _safely(self, first: list[steps.Line | None]) -> None:
         """Training does not depend on what is written here: a disk that fails is complained of, and left alone."""
         try:
-            self._turn()
+            self._turn(first)
         except (StorageError, OSError) as error:
             self._local = None
             say(f"harness: warning: what each step was is not recorded: {str(error).splitlines()[0]}", sys.stderr)
 
-    def _turn(self) -> None:
+    def _turn(self, first: list[steps.Line | None]) -> None:
         """Write what has come, and let go what is not needed any more."""
-        new = [self._new.popleft() for _ in range(len(self._new))]
-        lines = [(line.step, steps.pack(line)) for line in new]
+        new = first + [self._new.get() for _ in range(self._new.qsize())]
+        lines = [(line.step, steps.pack(line)) for line in new if line is not None]
         if "there" in self._arrived:
             self._unsent.extend(lines)
         if self._local is None:
