@@ -6,6 +6,7 @@ once, on a GPU as far as they were read for the log. Equal samples and another l
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from harness.checkpoint.attempts import Attempt
 from harness.checkpoint.format import Manifest
 from harness.checkpoint.history import Survey
 from harness.checkpoint.standing import DATA, DIFFERENT, EXPECTED, LOSS, SAME, replayed_in_words
-from harness.errors import UsageError
+from harness.errors import StorageError, UsageError
 from harness.events import Ledger
 from harness.ranks import World
 from harness.run.settings import Settings
@@ -49,7 +50,9 @@ class Replay:
         self.suspects: list[str] = []  # what may be the cause of a difference, in words: filled by whoever finds any
         self.log: StepLog | None = None
         self._world, self._settings, self._halt = world, settings, halt
-        self._is_half = str((settings.config.get("train") or {}).get("precision", "")) in ("bf16", "fp16")
+        precision = (settings.config.get("train") or {}).get("precision")
+        # Whether a loop of the user's own computes under autocast cannot be seen from here, and on a GPU most do.
+        self._is_half = precision in ("bf16", "fp16") or (precision is None and world.device.type != "cpu")
         self._failure: UsageError | None = None
         self._known: dict[int, Known] = {}
         self._step = self._origin = self._until = 0
@@ -74,9 +77,8 @@ class Replay:
         self._until = max([until, *self._known])
         self._is_on = self._until > self._origin
         local = found.stores[0] if isinstance(found.stores[0], LocalStore) else None
-        log = self.log = StepLog(
-            local, local is None or len(found.stores) > 1, attempt.number, {"attempt": attempt.number} | self._about, before
-        )
+        self._remote = found.stores[-1] if local is None or len(found.stores) > 1 else None
+        log = self.log = StepLog(local, self._remote is not None, attempt.number, {"attempt": attempt.number} | self._about, before)
         ledger.listeners.append(log.on_event)
 
     def _before(self, before: steps.Before) -> dict[int, Known]:
@@ -244,8 +246,12 @@ class Replay:
 
     def check(self) -> None:
         """Raises UsageError if the run is to end because a step is another one."""
-        if self._failure is not None:
-            raise self._failure
+        if self._failure is None:
+            return
+        if self.log is not None and (remote := self._remote) is not None:
+            with contextlib.suppress(StorageError):  # nobody sends anything after this
+                self.log.send(lambda: remote.patient(READ_S))
+        raise self._failure
 
     @property
     def has_failed(self) -> bool:

@@ -46,7 +46,7 @@ class StepLog:
         self._unsent: collections.deque[tuple[int, bytes]] = collections.deque(maxlen=MOST_LINES)
         self._segments, self._segment = 0, (0, b"")
         self._verdict: dict[str, dict[str, Any]] = {}  # by store that still lacks it
-        self._closing = False
+        self._sending, self._closing = threading.Lock(), False
         self._thread = threading.Thread(target=self._run, daemon=True, name="steps")
         self._thread.start()
 
@@ -113,8 +113,7 @@ class StepLog:
             self._last = max(self._last, *(step for step, _ in lines))
         if verdict := self._verdict.pop("here", None):
             first_word(self._local, steps.verdict_key(self.attempt), verdict, self.attempt)
-        for key in self._gone("here"):
-            self._local.delete(key)
+        self._let_go("here", self._local)
         if self._size and self._last <= self.safe_step:
             os.ftruncate(self._file, len(self._head))
             self._size = 0
@@ -153,17 +152,23 @@ class StepLog:
         os.close(self._file)
         self._file, self._size = file, len(records)
 
-    def _gone(self, place: str) -> list[str]:
-        """The files in a store that are not needed any more; they are not named again."""
+    def _let_go(self, place: str, store: Store) -> None:
+        """Delete the files in a store that are not needed any more."""
         old, safe = self._old[place], self.safe_step
-        found = [key for key, last in old.items() if safe and last <= safe]
-        for key in found:
+        for key in [key for key, last in old.items() if safe and last <= safe]:
+            store.delete(key)
             del old[key]
-        return found
 
     def send(self, remote: Callable[[], Store]) -> None:
-        """Send what was written since the last call, and let go there what is not needed any more. For the uploader's thread. Raises
+        """Send what was written since the last call, and let go there what is not needed any more. For a thread that may wait. Raises
         StorageError."""
+        if self._sending.acquire(timeout=CLOSE_S):  # else it is being sent
+            try:
+                self._send(remote)
+            finally:
+                self._sending.release()
+
+    def _send(self, remote: Callable[[], Store]) -> None:
         if not self._segment[1]:  # else the same bytes again: the last try may have arrived
             lines = [self._unsent.popleft() for _ in range(len(self._unsent))]
             needed = [(step, line) for step, line in lines if step > self.safe_step]
@@ -178,5 +183,4 @@ class StepLog:
         if verdict := self._verdict.get("there"):
             first_word(remote(), steps.verdict_key(self.attempt), verdict, self.attempt)
             self._verdict.pop("there", None)
-        for key in self._gone("there"):
-            remote().delete(key)
+        self._let_go("there", remote())
