@@ -59,6 +59,7 @@ def outcome(folder: Path, env: dict[str, str], then: dict[str, str] | None = Non
 def test_equal_steps_are_said_to_be_equal(tmp_path, capsys):
     lived = outcome(tmp_path, {})
     assert lived.is_equal, lived.rows
+    assert "2 steps are made again" in lived.resumed.text
     assert "harness: 2 recomputed steps, all equal" in lived.resumed.text
     assert "MISMATCH" not in lived.resumed.text
     (event,) = told(tmp_path, "replayed")
@@ -66,6 +67,9 @@ def test_equal_steps_are_said_to_be_equal(tmp_path, capsys):
     for command in ("status", "report"):
         assert "2 recomputed steps, all equal" in said(capsys, command, str(tmp_path / "killed"))
     assert not list(tmp_path.glob("*/events/*.steps")), "the last checkpoint is newer than all of them"
+    left = tmp_path / "killed" / "events" / "0001.steps"  # by a run that was killed as it let them go
+    left.write_bytes(steps.head({}) + steps.pack(LINES[0]))
+    assert "events/0001.steps" in said(capsys, "prune", str(tmp_path / "killed"), "--yes") and not left.exists()
 
 
 def test_a_generator_that_nobody_tracks_is_caught_at_the_first_step(tmp_path, capsys):
@@ -117,12 +121,16 @@ def test_a_loop_that_logs_no_loss_is_compared_in_its_samples(tmp_path):
     source = LOOP.replace("run.log(loss=loss)", "run.log(lr=0.05)")
     live(tmp_path, source, "killed", env=NOISY | {"DIE": "9"})
     lived = live(tmp_path, source, "killed", env=NOISY)
-    assert "2 recomputed steps, all equal (in their samples: no loss is logged)" in lived.text
+    assert "2 recomputed steps, all equal (in their samples: there is no loss to compare)" in lived.text
 
 
 def test_on_another_number_of_ranks_samples_are_compared_and_means_of_losses_about(tmp_path):
     source = LOOP.replace("nn.Linear(8, 1)", "nn.parallel.DistributedDataParallel(nn.Linear(8, 1))").replace(
         "init(", "init(log_every_steps=1, "
+    )
+    source = source.replace(
+        "    loss = (",
+        "    time.sleep(0.1 * (run.step > 3 and 'DIE' in os.environ))  # the ranks meet every quarter of a second\n    loss = (",
     )
     live(tmp_path, source, "killed", env={"DIE": "9"}, ranks=2)
     lived = live(tmp_path, source, "killed")

@@ -234,9 +234,9 @@ def _equal_in_words(record: Mapping[str, Any]) -> str:
     equal = f"all within {tolerance:g}, not exactly: {_listed(record, 'why')}" if tolerance else "all equal"
     some = f", {compared} compared" if compared < made else ""
     if not of_losses:
-        return f"{steps}{some}, {equal} (in their samples: no loss is logged)"
+        return f"{steps}{some}, {equal} (in their samples: there is no loss to compare)"
     if not of_samples:
-        return f"{steps}{some}, {equal} (in their losses: which samples they were of is not known)"
+        return f"{steps}{some}, {equal} (in their losses: the samples' numbers are not known)"
     return f"{steps}{some}, {equal}" + (f" (the samples of {of_samples})" if of_samples > compared else "")
 
 

@@ -61,24 +61,28 @@ class Replay:
         self._of_losses: set[int] = set()
         self._names: dict[str, int] = {}
 
-    def begin(
-        self, found: Survey, origin: Manifest | None, attempt: Attempt, ledger: Ledger, until: int, say: Callable[[str], object]
-    ) -> None:  # fmt: skip
-        """Read what earlier attempts have left of the steps after the checkpoint, of which up to `until` were made; for the writer."""
-        self._say, self._ledger, self._attempt = say, ledger, attempt.number
+    def read(self, found: Survey, origin: Manifest | None, attempt: Attempt, say: Callable[[str], object]) -> int:
+        """Read what earlier attempts have left of the steps after the checkpoint; for the writer. Returns the last of them, or 0."""
+        self._say, self._attempt, self._stores = say, attempt.number, found.stores
         self._about = identity.of_machine(self._world)
         self._records = found.attempts | {attempt.number: identity.of_program(self._settings)}
-        before, problem = steps.before((store.patient(READ_S) for store in found.stores), attempt.number)
+        self._left, problem = steps.before((store.patient(READ_S) for store in found.stores), attempt.number)
         if problem:
             say(f"harness: warning: what the steps were that are made again cannot be read: {problem}")
-        self._abouts = {number: log.about for number, log in before.logs.items()}
+        self._abouts = {number: log.about for number, log in self._left.logs.items()}
         self._origin = self._step = origin.step if origin else 0
-        self._known = self._before(before)
-        self._until = max([until, *self._known])
+        self._known = self._before(self._left)
+        self._left.logs.clear()
+        return max(self._known, default=0)
+
+    def begin(self, ledger: Ledger, until: int) -> None:
+        """Begin to write down and to compare; steps up to `until` were made before. For the writer."""
+        self._ledger, self._until = ledger, max([until, *self._known])
         self._is_on = self._until > self._origin
-        local = found.stores[0] if isinstance(found.stores[0], LocalStore) else None
-        self._remote = found.stores[-1] if local is None or len(found.stores) > 1 else None
-        log = self.log = StepLog(local, self._remote is not None, attempt.number, {"attempt": attempt.number} | self._about, before)
+        local = self._stores[0] if isinstance(self._stores[0], LocalStore) else None
+        self._remote = self._stores[-1] if local is None or len(self._stores) > 1 else None
+        about = {"attempt": self._attempt} | self._about
+        log = self.log = StepLog(local, self._remote is not None, self._attempt, about, self._left)
         ledger.listeners.append(log.on_event)
 
     def _before(self, before: steps.Before) -> dict[int, Known]:
@@ -202,11 +206,11 @@ class Replay:
             self._samples_only = True  # which do not depend on the number of ranks
         self._told(record | ({} if is_exact else {"tolerance": self._tolerance}), goes_on=self._samples_only)
         if self._settings.on_mismatch == "stop" and is_exact and not expected:
-            what, *rest = replayed_in_words(record).split("\n")
+            first, *values, _ = replayed_in_words(record).split("\n")
             self._failure = UsageError(
-                what,
-                "\n".join(rest),
-                "Nothing was saved since. To go on all the same: resume.on_mismatch=warn, or init(on_mismatch='warn').",
+                f"{first.partition(': ')[2]}; nothing was saved since",
+                "\n".join(values),
+                "To go on all the same: resume.on_mismatch=warn, or init(on_mismatch='warn').",
             )
             self._halt()
 

@@ -120,7 +120,8 @@ class Saver:
         attempt = claim(self.stores, self._choice, self.world.size, self.settings, progress.say)
         self.metrics = Metrics(self.settings.log_to, found, attempt.run_id, self.origin.step if self.origin else 0, progress.say)
         self.tier.begin(attempt, self.origin)
-        self._say, self.resumed = progress.say, resumed(found, self.origin, self.account)
+        self._say, last = progress.say, self.replay.read(found, self.origin, attempt, progress.say)
+        self.resumed = resumed(found, self.origin, self.account, last)
         self._listen(attempt, found)
         return attempt
 
@@ -133,9 +134,8 @@ class Saver:
         self._origin_is_here = self.origin in here
         ledger = self.ledger = Ledger(local, fmt.events_key(attempt.number), kept=has_remote, spent=self.account.spent)
         ledger.listeners += [self.metrics.on_event] if self.metrics else []
-        name = self.origin.name if self.origin else None
-        ledger.write("begun", step=self.saved_step or 0, world_size=self.world.size, went_on_from=name)
-        self.replay.begin(found, self.origin, attempt, ledger, self.account.redone_until, self._say)
+        ledger.write("begun", step=self.saved_step or 0, world_size=self.world.size, went_on_from=self.origin and self.origin.name)
+        self.replay.begin(ledger, self.account.redone_until)
         if has_remote:
             self._outage.note = ledger.write
             route = Route(local, self.stores[-1], self.settings.remote_policy)
