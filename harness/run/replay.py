@@ -59,6 +59,7 @@ class Replay:
         self._is_on = self._samples_only = False
         self._of_samples: set[int] = set()  # the steps whose samples were compared
         self._of_losses: set[int] = set()
+        self._loose: list[str] = []  # why losses were compared with a tolerance
         self._names: dict[str, int] = {}
 
     def read(self, found: Survey, origin: Manifest | None, attempt: Attempt, say: Callable[[str], object]) -> int:
@@ -178,6 +179,8 @@ class Replay:
         if not is_exact and step > self._origin + FEW:
             return
         self._of_losses.add(step)
+        if not is_exact:
+            self._loose = identity.unlike(self._abouts[number], self._about) or ["without deterministic"]
         if not _equal(was, loss, 0.0 if is_exact else self._tolerance):
             where = {} if rank == MEAN else {"rank": rank}
             self._differs(number, {"step": step, "what": LOSS, "name": name, "was": was, "now": loss} | where, is_exact=is_exact)
@@ -223,7 +226,7 @@ class Replay:
 
     def _told(self, record: dict[str, Any], *, goes_on: bool = False) -> None:
         assert self.log is not None
-        self._is_on = goes_on
+        self._is_on, self._known = goes_on, self._known if goes_on else {}
         self.log.tell(record)
         self._ledger.write("replayed" if record["verdict"] == SAME else "mismatch", **record)
         self._say(f"harness: {replayed_in_words(record)}")
@@ -234,19 +237,9 @@ class Replay:
         if made <= 0 or self._samples_only:
             return
         compared = self._of_losses or self._of_samples
-        abouts = [about for about in self._abouts.values() if about and not identity.is_exact(about, self._about)]
-        record: dict[str, Any] = {
-            "verdict": SAME,
-            "attempt": self._attempt,
-            "step": self._step,
-            "recomputed": made,
-            "compared": len(compared),
-        }
-        record |= {"of_samples": len(self._of_samples), "of_losses": len(self._of_losses)}
-        if abouts and self._of_losses:
-            why = identity.unlike(abouts[-1], self._about) or ["without deterministic"]
-            record |= {"tolerance": self._tolerance, "why": why}
-        self._told(record)
+        record: dict[str, Any] = {"verdict": SAME, "attempt": self._attempt, "step": self._step, "recomputed": made}
+        record |= {"compared": len(compared), "of_samples": len(self._of_samples), "of_losses": len(self._of_losses)}
+        self._told(record | ({"tolerance": self._tolerance, "why": self._loose} if self._loose else {}))
 
     def check(self) -> None:
         """Raises UsageError if the run is to end because a step is another one."""
