@@ -62,7 +62,7 @@ class Ledger:
         self.store, self.key, self.clock = store, key, clock
         self.lost = 0
         self._spent, self._spent_at = spent, -SPENT_EVERY_S
-        self.listener: Callable[[Mapping[str, Any]], object] | None = None  # is told of each event, on the thread that writes it
+        self.listeners: list[Callable[[Mapping[str, Any]], object]] = []  # are told of each event, on the thread that writes it
         self._kept: collections.deque[bytes] | None = collections.deque(maxlen=MOST_KEPT) if kept else None
 
     def take(self) -> list[bytes]:
@@ -77,8 +77,8 @@ class Ledger:
         if self._spent is not None and (kind in ENDS or self.clock() - self._spent_at >= SPENT_EVERY_S):
             self._spent_at, fields["spent"] = self.clock(), self._spent()
         event = {"event": kind, "time": now()} | fields
-        if self.listener is not None:
-            self.listener(event)
+        for listener in self.listeners:
+            listener(event)
         line = (json.dumps(event, default=str) + "\n").encode()
         if self._kept is not None:
             self._kept.append(line)

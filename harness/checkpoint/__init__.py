@@ -5,6 +5,8 @@
     <run>/attempts/0003.json                    attempt 3: who, nonce, from which checkpoint it went on
     <run>/attempts/0003.end.json                how it ended: finished, stopped, failed, superseded
     <run>/events/0003.jsonl                     what happened, one line an event
+    <run>/events/0003.steps                     what each step since the last checkpoint was
+    <run>/attempts/0003.replay.json             whether the steps that attempt 3 made again are what they were
     <run>/launches/1234.0.json, …0.end.json     what a supervisor (SLURM job 1234, its first life) started, and how that ended
     <run>/requests/0003.stop-5f3a….json         attempt 3 is asked to stop, or to save
     <run>/run.json                              the run was submitted: a job that does not find this stands before another disk
@@ -38,5 +40,6 @@ head. Nothing else is ever looked for there, and no attempt is claimed there.
 
 Modules: `format` names and manifests, `history` what is there and what of it counts, `attempts` claim and fence, `save`, `scribe` (the
 process that writes), `load`, `spread` to all ranks, `replicate` to the other store, `retention`; `launches`, and `standing`, which tells
-from all that how a run stands and whether it is to be started again; `past`, what earlier attempts tell; `tier`; `requests`.
+from all that how a run stands and whether it is to be started again; `past`, what earlier attempts tell; `steps`, what
+each step was; `tier`; `requests`.
 """

@@ -7,6 +7,7 @@ import json
 import os
 import secrets
 import socket
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,13 +32,15 @@ def now() -> str:
     return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="milliseconds")
 
 
-def claim(found: Survey, went_on_from: Manifest | None, world_size: int, kind: str = "train") -> Attempt:
-    """Create the next attempt's record in every store of the survey, the last one first: it is the authority.
+def claim(
+    found: Survey, went_on_from: Manifest | None, world_size: int, kind: str = "train", more: Mapping[str, Any] | None = None
+) -> Attempt:
+    """Create the next attempt's record, with `more` in it, in every store of the survey, the last one first: it is the authority.
 
     Raises SupersededError if another start was faster.
     """
     attempt = Attempt(found.greatest + 1, found.run_id or secrets.token_hex(8), secrets.token_hex(16))
-    record = {
+    record = dict(more or {}) | {
         "attempt": attempt.number,
         "run_id": attempt.run_id,
         "nonce": attempt.nonce,

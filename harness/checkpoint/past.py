@@ -69,7 +69,10 @@ def told(stores: Sequence[Store], number: int, most_bytes: float = TAIL_BYTES) -
 def _tail(store: Store, name: str, most_bytes: float) -> bytes:
     """The last bytes of all events files that begin with that name."""
     parts: list[bytes] = []
-    for entry in reversed([entry for entry in store.entries(fmt.EVENTS) if entry.key.startswith(name)]):
+    entries = [
+        entry for entry in store.entries(fmt.EVENTS) if entry.key.startswith(name) and entry.key.endswith(".jsonl")
+    ]  # what each step was is none
+    for entry in reversed(entries):
         if most_bytes <= 0:
             break
         start = max(0, entry.size_bytes - most_bytes)

@@ -6,17 +6,24 @@ forgotten as soon as the run gets further than ever; so many failures in a row a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from harness.checkpoint.history import Survey
 from harness.checkpoint.launches import Launch, attempts_of
-from harness.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_STOPPED, EXIT_SUPERSEDED, EXIT_USAGE
+from harness.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_STOPPED, EXIT_SUPERSEDED, EXIT_USAGE, printable
 
 MOST_FAILURES = 3
 EXIT_ASKED = 130  # as a shell says of what somebody has interrupted
 ASKED = "harness stop"
+SAME, DIFFERENT, EXPECTED = "equal", "mismatch", "expected"  # what came of comparing steps that were made again with what they were
+DATA, LOSS = "data", "loss"  # what differs first
+LOOK = {
+    DATA: "other samples: an order, a sampler or a dataset that is another one after a restart",
+    LOSS: "same samples: what is neither tracked nor one of the global generators (of Python, NumPy, torch), a logged number that carries "
+    "something over from step to step, or sick hardware",
+}
 KILLED = {"why": "failed", "error": "killed: no end is recorded"}
 
 
@@ -181,3 +188,68 @@ def in_words(end: dict[str, Any]) -> str:
         by = "/".join(end.get("signals", [])) or end.get("by", "request")
         return f"stopped by {by} at step {end.get('step')}, {saved}"
     return f"failed: {end.get('error')}" if why == "failed" else why
+
+
+def replays_in_words(records: Mapping[int, Mapping[str, Any]]) -> list[str]:
+    """The same of all attempts, by their numbers: each that made a step another, and of the others the sum."""
+    found = [replayed_in_words(record) for _, record in sorted(records.items()) if record.get("verdict") != SAME]
+    equal = [record for record in records.values() if record.get("verdict") == SAME]
+    if not equal:
+        return found
+    counts = ("recomputed", "compared", "of_losses", "of_samples")
+    whole = {name: sum(_count(record, name) for record in equal) for name in counts}
+    loosest = max(equal, key=lambda record: _tolerance(record) or 0.0)
+    return [*found, _equal_in_words(dict(loosest) | whole)]
+
+
+def replayed_in_words(record: Mapping[str, Any]) -> str:
+    """What came of comparing the steps that an attempt made again, for people: one line if they are equal, else several."""
+    said = {name: printable(str(value))[:200] for name, value in record.items()}
+    if record.get("verdict") == SAME:
+        return _equal_in_words(record)
+    what, name = said.get("what"), f" {said['name']}" if said.get("name", LOSS) != LOSS else ""
+    which = f"{what}{name}" + (f" on rank {said['rank']}" if record.get("rank") else "")
+    hosts, devices = (list(record.get(names) or ("?", "?")) for names in ("hosts", "devices"))
+    places = [printable(f"{host}, {device}")[:200] for host, device in zip(hosts, devices, strict=False)]
+    lines = [
+        f"was {said.get('was')} in attempt {said.get('before')} ({places[0]})",
+        f"is {said.get('now')} in attempt {said.get('attempt')} ({places[-1]})",
+    ]
+    step = f"step {said.get('step')}"
+    if record.get("verdict") == EXPECTED:
+        return f"{step} is not what it was, and was expected to differ: {_listed(record, 'expected')} ({which}: {', '.join(lines)})"
+    first = f"MISMATCH: {step} was made again, and is not what it was: {which}: {'other' if what == DATA else 'same'} samples"
+    suspects = _listed(record, "suspects")
+    return "\n".join(
+        [first, *(f"  {line}" for line in lines), f"  look at: {f'{suspects}; ' if suspects else ''}{LOOK.get(str(what), '')}"]
+    )
+
+
+def _equal_in_words(record: Mapping[str, Any]) -> str:
+    made, compared, of_losses, of_samples = (_count(record, name) for name in ("recomputed", "compared", "of_losses", "of_samples"))
+    steps = f"{made} recomputed step{'s' * (made != 1)}"
+    if not compared:
+        return f"{steps}, none compared: nothing is left of what they were"
+    tolerance = _tolerance(record)
+    equal = f"all within {tolerance:g}, not exactly: {_listed(record, 'why')}" if tolerance else "all equal"
+    some = f", {compared} compared" if compared < made else ""
+    if not of_losses:
+        return f"{steps}{some}, {equal} (in their samples: there is no loss to compare)"
+    if not of_samples:
+        return f"{steps}{some}, {equal} (in their losses: the samples' numbers are not known)"
+    return f"{steps}{some}, {equal}" + (f" (the samples of {of_samples})" if of_samples > compared else "")
+
+
+def _count(record: Mapping[str, Any], name: str) -> int:
+    value = record.get(name)
+    return value if isinstance(value, int) else 0
+
+
+def _tolerance(record: Mapping[str, Any]) -> float | None:
+    value = record.get("tolerance")
+    return value if isinstance(value, float) else None
+
+
+def _listed(record: Mapping[str, Any], name: str) -> str:
+    values = record.get(name)
+    return printable(", ".join(map(str, values)))[:1000] if isinstance(values, list) else ""

@@ -16,7 +16,7 @@ import datetime
 from typing import Any
 
 from harness.checkpoint import format as fmt
-from harness.checkpoint import load, retention
+from harness.checkpoint import load, retention, steps
 from harness.checkpoint.history import Survey
 from harness.cli import locate
 from harness.events import say
@@ -42,7 +42,7 @@ def run(given: argparse.Namespace) -> int:
     history = {m.name for m in found.history}
     if good:  # nothing is deleted before something better is there
         manifests += [m for m in found.manifests if m.name not in history]
-    keys = _left_behind(store, found) + (_set_aside(found) if given.set_aside else [])
+    keys = _left_behind(store, found) + _done(store, found) + (_set_aside(found) if given.set_aside else [])
     uploads = _unfinished(store)
     for manifest in manifests:
         say(f"{'delete' if given.yes else 'would delete'}  {manifest.name}" + ("" if manifest.name in history else "  (cut off)"))
@@ -84,6 +84,14 @@ def _left_behind(store: Store, found: Survey) -> list[str]:
     orphans = [key for key in found.orphans if (match := fmt.CHECKPOINT_NAME.match(key)) and int(match["attempt"]) < found.greatest]
     entries = [entry.key for folder in fmt.FOLDERS for entry in store.entries(folder)]
     return orphans + [key for key in entries if (match := TEMP.match(key)) and int(match["attempt"]) < found.greatest]
+
+
+def _done(store: Store, found: Survey) -> list[str]:
+    """What the steps of earlier attempts were, where the newest checkpoint is newer than all of them."""
+    by_attempt = steps.files(store)
+    newest = found.head.step if found.head else 0
+    earlier = [entries for attempt, entries in sorted(by_attempt.items()) if attempt < found.greatest]
+    return [entry.key for entries in earlier if steps.read(store, entries).last <= newest for entry in entries]
 
 
 def _settings(store: Store, found: Survey) -> dict[str, Any]:

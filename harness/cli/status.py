@@ -11,8 +11,8 @@ import argparse
 import json
 from dataclasses import asdict
 
-from harness.checkpoint import launches, past
-from harness.checkpoint.standing import in_words, outcome
+from harness.checkpoint import launches, past, steps
+from harness.checkpoint.standing import in_words, outcome, replays_in_words
 from harness.cli import locate
 from harness.errors import EXIT_STORAGE, UsageError
 from harness.events import say
@@ -34,12 +34,12 @@ def run(given: argparse.Namespace) -> int:
     told = {n: past.events(found.stores, n) for n in found.attempts if found.ends.get(n, {"why": "failed"}).get("why") == "failed"}
     lives = [past.life(found, number, told.get(number, [])) for number in sorted(found.attempts)]
     stands = alive(outcome(found, known), lives, told.get(lives[-1].attempt, []) if lives else [])
-    head = found.head
+    head, replays = found.head, steps.verdicts(found.stores)
     if given.json:
         fields = {"state": stands.state, "why": stands.why, "step": head.step if head else 0, "checkpoint": head.name if head else None}
         attempts = [asdict(life) | {"lost": life.lost} for life in lives]
         starts = [{"launch": launch.name, "record": launch.record, "end": launch.end} for launch in known]
-        say(json.dumps(fields | {"run_id": found.run_id, "attempts": attempts, "launches": starts}, indent=1))
+        say(json.dumps(fields | {"run_id": found.run_id, "attempts": attempts, "launches": starts, "replays": replays}, indent=1))
         return stands.exit_code
     say(f"{store}: {stands.state} ({' '.join(stands.why.split())})")
     say(f"newest checkpoint: {head.name if head else 'none'}" + (f", loss {locate.number(head.loss)}" if head else ""))
@@ -50,6 +50,8 @@ def run(given: argparse.Namespace) -> int:
             [_row(life, stands.state == "running" and life is lives[-1]) for life in lives],
         )
     )
+    for line in replays_in_words(replays):
+        say(f"\n{line}")
     for launch in known:
         if launch.end and launch.end.get("error") and not launches.attempts_of(found, launch.name):
             say(f"launch {launch.name} never began to train: {' '.join(str(launch.end['error']).split())[:200]}")

@@ -8,7 +8,7 @@ from typing import Any
 
 from harness.checkpoint import launches, past
 from harness.checkpoint.history import Survey
-from harness.checkpoint.standing import in_words, outcome
+from harness.checkpoint.standing import in_words, outcome, replayed_in_words
 from harness.report.alive import alive
 
 PROBLEMS = ("not_saved", "not_uploaded", "not_deleted", "not_kept", "hang", "retry")
@@ -43,6 +43,8 @@ def glance(found: Survey) -> Glance:
 def _problem(lives: Sequence[past.Life], told: Sequence[dict[str, Any]]) -> str:
     """The last thing that went wrong: in what runs now, else how an earlier attempt ended."""
     for event in reversed(told):
+        if event.get("event") == event.get("verdict") == "mismatch":  # one that was not expected
+            return replayed_in_words(event).splitlines()[0]
         if event.get("event") in PROBLEMS:
             return " ".join(f"{event['event'].replace('_', ' ')}: {event.get('error', '')}".split())
     for life in reversed(lives):

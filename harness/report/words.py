@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from statistics import median
 
+from harness.checkpoint.standing import replays_in_words
 from harness.events import duration
 from harness.exchange.words import table
 from harness.report.timeline import WORDS, Stretch, Timeline
@@ -25,7 +26,7 @@ def headline(time: Timeline) -> str:
 
 
 def facts(time: Timeline) -> list[str]:
-    """How often it is interrupted, and what a save costs."""
+    """How often it is interrupted, what a save costs, and whether the steps that were made again are what they were."""
     found = []
     if (between_s := time.between_interruptions_s) is not None:
         found.append(f"interrupted every {duration(between_s)} on average")
@@ -33,7 +34,7 @@ def facts(time: Timeline) -> list[str]:
         blocked, durable = (median(values) for values in ([s.blocked_s for s in saves], [s.durable_s for s in saves]))
         count = f"{len(saves)} save{'s' * (len(saves) != 1)}"
         found.append(f"{count}; one keeps training waiting for {blocked:.3g} s and is safe after {durable:.3g} s (medians)")
-    return found
+    return found + replays_in_words(time.replays)
 
 
 def rows(time: Timeline) -> list[tuple[str, str, str, str]]:

@@ -40,14 +40,13 @@ def init(
     directory: str | Path | None,
     *,
     remote: str | None = None,
-    seed: int = 0,
-    save_every_s: float | str | None = 60.0, save_every_steps: int | None = None,
+    seed: int = 0, save_every_s: float | str | None = 60.0, save_every_steps: int | None = None,
     keep_last: int = 3, keep_every_steps: int | None = None, keep_best: int = 1, best: str = "val_loss:min",
     snapshot: str = "overlapped", when_busy: str = "wait", memory: bool | int = False,
     wait_s: float = DEFAULT_WAIT_S,
     remote_keep: Mapping[str, int | None] | None = None,
     config: Mapping[str, Any] | None = None,
-    accept: Sequence[str] = (), override: Sequence[str] = (),
+    accept: Sequence[str] = (), override: Sequence[str] = (), on_mismatch: str = "warn",
     deterministic: bool = False,
     timeout_s: float = 600.0,
     log_every_steps: int = 10,
@@ -71,7 +70,8 @@ def init(
     counts as hung. `grace_s` lie between SIGTERM and the kill (None: as SLURM says), `margin_s` between a stop and the job's time limit;
     `is_scratch`: the directory is lost with the job. `notices` is the cloud ("aws", "gcp", "azure") that tells when it takes a spot machine
     away. `log_to` names who is told of all that is logged: "tensorboard", "wandb". `config`, what training depends on, is kept in each
-    checkpoint; a run refuses to go on with another unless `accept=["config"]`. Nothing is changed here; the run is claimed when training
+    checkpoint; a run refuses to go on with another unless `accept=["config"]`. A step that is made again is compared with what it was;
+    `on_mismatch="stop"` ends the run before its next save if it is another. Nothing is changed here; the run is claimed when training
     begins. Collective: every rank must call it.
     """
     ending = Ending()  # from here on a user's mistake is said in words
@@ -82,7 +82,7 @@ def init(
         seed=seed, save_every_s=save_every_s, save_every_steps=save_every_steps, wait_s=wait_s, policy=policy,
         remote_policy=retention.changed(policy, remote_keep or {}), accept=tuple(accept), override=tuple(override), grace_s=grace_s,
         log_every_steps=log_every_steps, step_timeout_s=step_timeout_s, margin_s=margin_s, is_scratch=is_scratch, notices=notices,
-        snapshot=snapshot, when_busy=when_busy, memory_every_steps=int(memory) or None, log_to=tuple(log_to),
+        snapshot=snapshot, when_busy=when_busy, memory_every_steps=int(memory) or None, log_to=tuple(log_to), on_mismatch=on_mismatch,
         config=state.plain_data({"config": dict(config or {})})["config"],
     )  # fmt: skip
     return _start(directory, remote, settings, timeout_s, ending)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import harness.run.identity as identity
 from harness import config
 from harness.checkpoint import attempts, load, requests
 from harness.checkpoint import format as fmt
@@ -19,7 +20,7 @@ def claim(stores: tuple[Store, ...], choice: load.Choice, world_size: int, setti
         store.prepare(fmt.FOLDERS)
         if not store.is_local:
             probe.check(store)
-    attempt = attempts.claim(choice.survey, choice.manifest, world_size)
+    attempt = attempts.claim(choice.survey, choice.manifest, world_size, more=identity.of_program(settings))
     for place, key in choice.damaged:
         load.set_aside(stores[place], key)
         say(f"harness: set aside: {key}" + (f" in {stores[place]}" if len(stores) > 1 else ""))

@@ -177,6 +177,7 @@ class Run:
             self._account.closed.set()
             self._more.close()
             self._saver.background.close()
+            self._saver.replay.close()
             self._watch.close()
             self._stopping.close()
 
@@ -197,6 +198,7 @@ class Run:
             self._traces.step_made(self.step, share, batch, self._measured.logged, self.tracked)
             self._saver.at_boundary(self.tracked)
             self._values.look(self.state)
+            self._saver.replay.step_made(self.step, share.digest, self._measured.logged)
             self._position, self.epoch = share.after, share.after.epoch
             if self.step % self._settings.log_every_steps == 0:
                 self._measured.hold(self.step)
@@ -328,7 +330,9 @@ class Run:
     def _show(self) -> None:
         """Tell of the steps that were held. Collective: every rank must call it."""
         work, rate = self._work, self._pace.steps_per_s(self.step)
-        for step, at, values in self._measured.read(self.world):
+        held = self._measured.read(self.world)
+        self._saver.replay.gathered(self._measured.by_rank)
+        for step, at, values in held:
             self._saver.note("step", step=step, time=at, of=self._end_step, **values)
             if self.is_writer:
                 self._progress.show(Moment(step, self._end_step, self.epoch, work.epochs, values, work.rate(rate), self._saver.words), rate)

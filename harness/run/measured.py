@@ -21,7 +21,8 @@ class Measured:
         self.best: float | None = None
         self.of_this_step: dict[str, float] = {}  # metrics that were measured on the very weights of this step
         self.new_best = False
-        self._logged: dict[str, Any] = {}
+        self.logged: dict[str, Any] = {}  # by this step
+        self.by_rank: list[tuple[int, int, str, float]] = []  # what `read` found last: step, rank, name, value
         self._held: list[tuple[int, str, dict[str, Any]]] = []  # steps that are still to be told of, when they were, what they logged
 
     @property
@@ -29,22 +30,17 @@ class Measured:
         """Whether there are steps to be told of; on all ranks alike."""
         return bool(self._held)
 
-    @property
-    def logged(self) -> Mapping[str, Any]:
-        """What the present step has logged so far."""
-        return self._logged
-
     def begin_step(self) -> None:
-        self.of_this_step, self.new_best, self._logged = {}, False, {}
+        self.of_this_step, self.new_best, self.logged = {}, False, {}
 
     def hold(self, step: int) -> None:
         """Keep what this step has logged until the ranks meet: to bring them together for each would make them wait for each other."""
-        copies = {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in self._logged.items()}
+        copies = {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in self.logged.items()}
         self._held.append((step, now(), copies))
 
     def log(self, values: Mapping[str, Any]) -> None:
         """Keep what a step logged; tensors are not read."""
-        self._logged = {name: value.detach() if isinstance(value, torch.Tensor) else value for name, value in values.items()}
+        self.logged = {name: value.detach() if isinstance(value, torch.Tensor) else value for name, value in values.items()}
 
     def evaluated(self, found: dict[str, float], policy: retention.Policy) -> None:
         """Take in what an evaluation found; several in one step add up."""
@@ -56,8 +52,15 @@ class Measured:
         """The steps that were held since the last call, when they were, and the means over ranks of what they logged; and `loss` is that
         of the present step. Collective: every rank must call it."""
         held, self._held = self._held, []
-        logged = dict(enumerate([*(values for _, _, values in held), self._logged]))
+        logged = dict(enumerate([*(values for _, _, values in held), self.logged]))
         parts = world.gather_numbers({f"{at} {name}": float(value) for at, values in logged.items() for name, value in values.items()})
+        self.by_rank = [
+            (held[at][0], rank, name, part[f"{at} {name}"])
+            for rank, part in enumerate(parts)
+            for at in range(len(held))
+            for name in logged[at]
+            if f"{at} {name}" in part
+        ]
         means = {key: sum(part[key] for part in parts if key in part) / sum(key in part for part in parts) for key in parts[0]}
         self.loss = means.get(f"{len(held)} loss", self.loss)
         named: list[dict[str, float]] = [{} for _ in held]

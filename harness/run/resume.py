@@ -164,12 +164,12 @@ def check_loggable(values: Mapping[str, Any]) -> None:
             raise UsageError(f"log({name}=…) takes one number", f"found: {str(value)[:200]}", "Log a number or a tensor with one element.")
 
 
-def resumed(found: Survey, origin: Manifest | None, account: Account) -> str:
+def resumed(found: Survey, origin: Manifest | None, account: Account, last: int) -> str:
     """What it has cost that an attempt ended, in words; "" if there is nothing to go on from. The account is told of it, and how fast
-    the last attempt was."""
+    the last attempt was. Step `last` is known to have been made, whatever the events tell."""
     newest = past.told(found.stores, found.greatest) if found.greatest else []
     account.steps_per_s = past.steps_per_s(newest)
-    again = past.steps_again(found, origin, newest)
+    again = max(past.steps_again(found, origin, newest), last - (origin.step if origin else 0))
     account.redone_until = again + (origin.step if origin else 0)
     if origin is None:
         return ""

@@ -25,6 +25,7 @@ from harness.run.ending import Ending
 from harness.run.metrics import Metrics
 from harness.run.outage import Outage
 from harness.run.places import check_shared, hand_in
+from harness.run.replay import Replay
 from harness.run.resume import resumed
 from harness.run.settings import Settings
 from harness.run.tier import Tier
@@ -73,6 +74,7 @@ class Saver:
             lambda text: self._say(text),
             is_on=bool(settings.memory_every_steps and world.is_writer),
         )
+        self.replay = Replay(world, settings, halt=partial(setattr, self.tier, "is_on", False))
         self._slow_words, self._has_room, self.resumed = "", False, ""
         self.metrics: Metrics | None = None
         self._say: Callable[[str], None] = lambda text: None
@@ -119,8 +121,9 @@ class Saver:
         attempt = claim(self.stores, self._choice, self.world.size, self.settings, progress.say)
         self.metrics = Metrics(self.settings.log_to, found, attempt.run_id, self.origin.step if self.origin else 0, progress.say)
         self.tier.begin(attempt, self.origin)
+        self._say, last = progress.say, self.replay.read(found, self.origin, attempt, progress.say)
+        self.resumed = resumed(found, self.origin, self.account, last)
         self._listen(attempt, found)
-        self._say, self.resumed = progress.say, resumed(found, self.origin, self.account)
         return attempt
 
     def _listen(self, attempt: Attempt, found: Survey) -> None:
@@ -131,13 +134,14 @@ class Saver:
         here = [m for m in found.history if local and m in found.parts[0].manifests]
         self._origin_is_here = self.origin in here
         ledger = self.ledger = Ledger(local, fmt.events_key(attempt.number), kept=has_remote, spent=self.account.spent)
-        ledger.listener = self.metrics.on_event if self.metrics else None
-        name = self.origin.name if self.origin else None
-        ledger.write("begun", step=self.saved_step or 0, world_size=self.world.size, went_on_from=name)
+        ledger.listeners += [self.metrics.on_event] if self.metrics else []
+        ledger.write("begun", step=self.saved_step or 0, world_size=self.world.size, went_on_from=self.origin and self.origin.name)
+        self.replay.begin(ledger, self.account.redone_until)
         if has_remote:
             self._outage.note = ledger.write
             route = Route(local, self.stores[-1], self.settings.remote_policy)
             self._uploader = Uploader(route, attempt, ledger, self._outage)
+            self._uploader.steps = self.replay.log
             there = [m for m in found.parts[-1].manifests if m.key not in found.parts[-1].marked]
             self._uploader.start(here, there, self.origin, self._choice.read_from(len(self.stores) - 1))
 
@@ -147,7 +151,7 @@ class Saver:
             return True  # `save` says what failed
         if self.timer.is_due(left_s, self.save_s, self.background.is_busy_with(self._finish)):
             return True
-        if self._uploader and (self._uploader.has_failed or self._uploader.origin_is_gone):  # `save` says what failed
+        if self.replay.has_failed or (self._uploader and (self._uploader.has_failed or self._uploader.origin_is_gone)):  # told by `save`
             return True
         if self.origin is None or self._committed or not self._origin_is_here:
             return False
@@ -186,6 +190,7 @@ class Saver:
 
     def _begin(self, capture: Callable[[], Captured], about: Callable[[], About], began_at: float, wait: bool) -> list[Any]:
         self.background.wait()
+        self.replay.check()
         if self._uploader:
             self._uploader.check()
         captured, told, problem = capture(), about(), ""
@@ -257,6 +262,7 @@ class Saver:
         if not self._has_room and self.world.is_writer:
             self._has_room = True
             self.background.make_room(state.size_bytes(tracked), self.world.device)
+            self.replay.look_at(tracked)
         self.background.at_boundary()
 
     def keep(self, name: str, data: bytes) -> None:
@@ -317,6 +323,7 @@ class Saver:
         failure = StorageError(f"{why} at step {step}, but not everything is in the remote store", problem, UPLOADED_THEN)
         if problem and why == "finished":
             raise failure
+        self.replay.close()
         self.note(why, **record)
         if self._uploader:
             self._uploader.close(1.0 if problem else END_S)

@@ -12,7 +12,7 @@ from harness.errors import UsageError
 from harness.run.metrics import check as check_metrics
 from harness.run.timer import AUTO
 
-SNAPSHOTS, WHEN_BUSY = ("overlapped", "checked", "at_once"), ("wait", "skip")
+SNAPSHOTS, WHEN_BUSY, ON_MISMATCH = ("overlapped", "checked", "at_once"), ("wait", "skip"), ("warn", "stop")
 
 NUMBERS = {  # a whole one, may it be 0, may it be None
     "seed": (True, True, False), "epochs": (True, False, False), "max_steps": (True, False, True), "accumulate": (True, False, False),
@@ -61,10 +61,13 @@ class Settings:
     when_busy: str = "wait"
     memory_every_steps: int | None = None
     log_to: tuple[str, ...] = ()
+    on_mismatch: str = "warn"
 
     def __post_init__(self) -> None:
         check_metrics(self.log_to)
-        for name, value, allowed in (("snapshot", self.snapshot, SNAPSHOTS), ("when_busy", self.when_busy, WHEN_BUSY)):
+        words = {"snapshot": SNAPSHOTS, "when_busy": WHEN_BUSY, "on_mismatch": ON_MISMATCH}
+        for name, allowed in words.items():
+            value = getattr(self, name)
             if value not in allowed:
                 raise UsageError(f"{name} is none of {', '.join(allowed)}", f"found: {value!r}")
 

@@ -16,6 +16,7 @@ from harness.checkpoint.format import Manifest
 from harness.errors import DamagedError, StorageError
 from harness.events import Ledger
 from harness.run.outage import Outage
+from harness.run.steplog import StepLog
 from harness.store import LocalStore, Store
 from harness.store.image import Loan
 
@@ -72,6 +73,7 @@ class Uploader:
         self._there: set[str] = set()
         self._verified: set[str] = set()
         self._segments, self._segment = 0, b""
+        self.steps: StepLog | None = None  # what it writes is sent, too
         self._kept: dict[str, bytes] = {}  # the user's files that are still to be sent, the oldest first
         self._state = threading.Condition()
         self._closing = False
@@ -306,3 +308,5 @@ class Uploader:
         if self._segment:
             self._store().create(fmt.segment_key(self.attempt.number, self._segments + 1), self._segment, self.attempt.number)
             self._segments, self._segment = self._segments + 1, b""
+        if self.steps:
+            self.steps.send(self._store)
