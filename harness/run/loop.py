@@ -16,6 +16,7 @@ from harness.data.order import Position, Share, end_step
 from harness.events import Moment, Progress
 from harness.ranks import World
 from harness.run.account import DATA, EVALUATION, RESTORE, SAVE, Account
+from harness.run.by_rank import ByRank, give_own
 from harness.run.content import OfRank, content
 from harness.run.ending import Ending
 from harness.run.epochs import by_epoch
@@ -56,6 +57,7 @@ class Run:
         self._watch = Watch(world.timeout_s, settings.step_timeout_s, ending.hung, clock)
         ending.of(self)
         self._saver = Saver(stores, world, choice, settings, ending, outage, account, clock)
+        self._by_rank = ByRank(world, self._own, self.say, self._saver.note)
         self._progress = Progress(clock)
         account.say = self._progress.say
         for note in choice.notes:
@@ -83,6 +85,7 @@ class Run:
         settings = self._settings
         for change in config.check_changes(payload["config"], settings.config, settings.accept, settings.override):
             self.say(f"harness: setting changed: {change}")
+        give_own(payload, self.world)
         self.step, self.epoch, self.state = payload["step"], payload["epoch"], payload["state"]
         self._measured.restore(payload)
         self._position = Position(payload["data"]["epoch"], payload["data"]["sample"])
@@ -302,7 +305,7 @@ class Run:
         self._watch.saving()
         with self._account.during(SAVE):
             self._show()
-            capture = partial(self._capture, self.world.gather((state.rng_state(), self._work.source.state(), self._own.state())))
+            capture = partial(self._capture, self._by_rank.of_ranks(self.tracked, self.state, self._work.source.state()))
             classes = {name: state.class_name(thing) for name, thing in self.tracked.items()}
             about = partial(self._saver.about, classes, self._measured.of_this_step, self._work.end if final else None)
             save = self._saver.save
