@@ -61,6 +61,7 @@ class Settings:
     when_busy: str = "wait"
     memory_every_steps: int | None = None
     log_to: tuple[str, ...] = ()
+    rehearse: bool = True
 
     def __post_init__(self) -> None:
         check_metrics(self.log_to)
