@@ -170,16 +170,17 @@ class ByRank:
                 )
 
 
-def give_own(payload: dict[str, Any], world: World) -> None:
-    """Put what this rank has kept for itself in the place of the writer's, and let go what the others have."""
+def give_own(payload: dict[str, Any], world: World) -> dict[str, Any]:
+    """Put what this rank has kept for itself in the place of the writer's, and let go what the others have; returns the payload."""
     entries = payload.get("own")
     if not entries or len(entries) != world.size:
-        return
+        return payload
     for key, kept in entries[world.rank].items():
         if key == STATE or key.endswith("_state_dict"):
             for path, value in kept or ():
                 payload[key] = put_leaf(payload[key], tuple(path), value)
     payload["own"] = [entry if rank == world.rank else dict.fromkeys(entry) for rank, entry in enumerate(entries)]
+    return payload
 
 
 def _is_alike(thing: Any, held: set[int]) -> bool:

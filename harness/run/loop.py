@@ -28,6 +28,7 @@ from harness.run.pace import Pace
 from harness.run.saver import Saver
 from harness.run.settings import Settings
 from harness.run.stopping import Stopping
+from harness.run.untracked import Suspects
 from harness.run.watch import Watch
 from harness.run.work import Work, of_data, of_own
 from harness.store import Store
@@ -46,7 +47,7 @@ class Run:
         self.epoch = 0  # counted from 0
         self.state: dict[str, Any] = {}  # plain values of the user's that are saved with each checkpoint
         self.weights: tuple[float, ...] = (1.0,)  # what to multiply each micro-batch's mean loss with
-        self.tracked, self._built = dict[str, Any](), dict[str, Any]()
+        self.tracked, self._built, self.suspects = dict[str, Any](), dict[str, Any](), list[str]()  # the last: alive, and not tracked
         self.finished = self._finish = self._looping = False
         self._settings, self.origin, self._payload = settings, choice.manifest, choice.payload
         choice.payload = None  # held here until it is restored, and by nobody else
@@ -58,12 +59,13 @@ class Run:
         ending.of(self)
         self._saver = Saver(stores, world, choice, settings, ending, outage, account, clock)
         self._by_rank = ByRank(world, self._own, self.say, self._saver.note)
+        self._suspects = Suspects(self.suspects, self.say, self._saver.note)
         self._progress = Progress(clock)
         account.say = self._progress.say
         for note in choice.notes:
             self.say(f"harness: {note}")
         if self._payload is not None:
-            self._take_up(self._payload)
+            self._take_up(give_own(self._payload, world))
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -85,7 +87,6 @@ class Run:
         settings = self._settings
         for change in config.check_changes(payload["config"], settings.config, settings.accept, settings.override):
             self.say(f"harness: setting changed: {change}")
-        give_own(payload, self.world)
         self.step, self.epoch, self.state = payload["step"], payload["epoch"], payload["state"]
         self._measured.restore(payload)
         self._position = Position(payload["data"]["epoch"], payload["data"]["sample"])
@@ -195,6 +196,7 @@ class Run:
             yield self._work.handed_out(batch)
             self._account.step_made()
             self._saver.at_boundary(self.tracked)
+            self._suspects.at_boundary()
             self._position, self.epoch = share.after, share.after.epoch
             if self.step % self._settings.log_every_steps == 0:
                 self._measured.hold(self.step)
@@ -279,6 +281,7 @@ class Run:
         self._pace = Pace(self.clock, self.step, self._account.steps_per_s)
         if self.is_writer:
             self._saver.background.watch_updates(self.tracked, self.say)
+            self._suspects.begin(self.tracked, self._work.source)
         source = f"goes on from step {self.step} ({origin.name})" if origin else "begins at step 0"
         self.say(f"harness: attempt {attempt.number} {source} in {' and '.join(map(str, self._saver.stores))}{self._saver.resumed}")
         return True

@@ -9,9 +9,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 MOST_ITEMS = 1000  # of one container
 ATOMS = (str, bytes, bytearray, int, float, complex, bool, type(None), type, types.ModuleType, np.generic, torch.dtype, torch.device)
+OF_MODULES = frozenset(vars(nn.Module()))  # what each module has; the parts in it come by their names
 
 
 def parts(value: Any) -> Iterator[tuple[str, Any]]:
@@ -39,6 +41,9 @@ def parts(value: Any) -> Iterator[tuple[str, Any]]:
     else:
         held = getattr(value, "__dict__", None)
         for name, item in list(held.items()) if isinstance(held, dict) else ():
+            if not isinstance(value, nn.Module) or name not in OF_MODULES:
+                yield f".{name}", item
+        for name, item in list(value._modules.items()) if isinstance(value, nn.Module) else ():
             yield f".{name}", item
         for kind in type(value).__mro__:
             slots = vars(kind).get("__slots__", ())
