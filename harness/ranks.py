@@ -76,6 +76,15 @@ class World:
             dist.all_gather_object(values, value, group=self._group)
         return values
 
+    def to_writer(self, value: T) -> list[T]:
+        """Every rank's value, in the order of ranks, on the writer; nothing elsewhere. Collective: every rank must call it."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] | None = [None] * self.size if self.is_writer else None
+        with _lost_rank_said():
+            dist.gather_object(value, values, dst=0, group=self._group)
+        return values or []
+
     def gather_numbers(self, numbers: dict[str, float]) -> list[dict[str, float]]:
         """`gather` for a few named numbers, in one small message if all ranks name the same. Collective: every rank must call it."""
         if self.size == 1:

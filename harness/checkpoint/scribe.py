@@ -15,6 +15,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ if __name__ == "__main__":  # of all packages called `harness` the one that this
     sys.modules["harness"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sys.modules["harness"])
 
+from harness.checkpoint.reread import Reading
 from harness.store.image import Image, pour
 
 NICE = 10  # gives way to training, but not for ever: on a machine with no idle core it still gets a tenth of one
@@ -37,6 +39,16 @@ class Scribe:
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
+        self._asking = threading.Lock()
+
+    def reread(self, path: str) -> dict[str, Any] | None:
+        """Have a piece of a file read back; what `Reading.more` gives, or an `error`. None if there is no process. From any thread: what
+        is to be written meanwhile waits for one piece at most."""
+        process = self._process
+        try:
+            return self._ask(process, {"reread": path}) if process is not None and process.poll() is None else None
+        except (OSError, ValueError):  # it has ended, or been let go
+            return None
 
     def pour(self, image: Image, path: Path) -> str:
         """Write an image to a file that is there; returns its digest. If the process cannot be had, or dies, this one writes. Raises
@@ -55,9 +67,10 @@ class Scribe:
 
     def _ask(self, process: subprocess.Popen[bytes], job: dict[str, object]) -> dict[str, Any] | None:
         assert process.stdin is not None and process.stdout is not None
-        process.stdin.write(json.dumps(job).encode() + b"\n")
-        process.stdin.flush()
-        line = process.stdout.readline()
+        with self._asking:
+            process.stdin.write(json.dumps(job).encode() + b"\n")
+            process.stdin.flush()
+            line = process.stdout.readline()
         return json.loads(line) if line.endswith(b"\n") else None
 
     def _alive(self, image: Image) -> subprocess.Popen[bytes]:
@@ -75,7 +88,7 @@ class Scribe:
         process, self._process = self._process, None
         if process is None or process.stdin is None or process.stdout is None:
             return
-        with contextlib.suppress(OSError):
+        with self._asking, contextlib.suppress(OSError):
             process.stdin.write(b"null\n")
             process.stdin.flush()
         process.wait()
@@ -91,10 +104,14 @@ def main() -> None:
     stop.shield_loader_worker()  # until here they are held back, as whoever starts this process does
     os.nice(NICE)
     memory: mmap.mmap | None = None
+    readings: dict[str, Reading] = {}
     for line in sys.stdin:
         job = json.loads(line)
         if job is None:
             return
+        if "reread" in job:
+            print(json.dumps(_reread(job["reread"], readings)), flush=True)
+            continue
         try:
             if memory is None or len(memory) < job["size_bytes"]:
                 memory = mmap.mmap(job["fd"], 0, prot=mmap.PROT_READ)
@@ -102,6 +119,15 @@ def main() -> None:
         except OSError as error:
             reply = {"errno": error.errno, "error": error.strerror}
         print(json.dumps(reply), flush=True)
+
+
+def _reread(path: str, readings: dict[str, Reading]) -> dict[str, Any]:
+    try:
+        if path not in readings:
+            readings[path] = Reading(path)
+        return readings[path].more()
+    except Exception as error:  # noqa: BLE001 - of reading only, and writing goes on
+        return {"error": f"{type(error).__name__}: {error}"}
 
 
 if __name__ == "__main__":

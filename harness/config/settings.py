@@ -82,6 +82,7 @@ class CheckpointSettings:
     when_busy: str = "wait"  # for the save before; skip: a save that the clock asks for is left out, and counted
     memory: bool = False  # keep the newest step in the machine's memory, too: a process that dies loses nothing
     memory_every_steps: int = 1
+    rehearse: bool = True  # read the first checkpoint of a new run back, and try whether all of it loads again
 
 
 @dataclass(frozen=True)

@@ -131,7 +131,7 @@ def _suspects(run: Path) -> list[str]:
     for file in sorted((run / "events").glob("[0-9]*.jsonl")):
         for event in past.events([store], int(file.name[:4])):
             if event.get("event") == "untracked":
-                found |= dict.fromkeys(str(path) for path in event.get("paths", []))
+                found |= dict.fromkeys(str(path) for path in event.get("names", []))
     return list(found)
 
 

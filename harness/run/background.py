@@ -85,6 +85,11 @@ class Background:
         self._thread = threading.Thread(target=self._run, daemon=True, name="saver")
 
     @property
+    def scribe(self) -> Scribe:
+        """The process that writes."""
+        return self._scribe
+
+    @property
     def is_busy(self) -> bool:
         """Whether a checkpoint is on its way."""
         return self._job is not None and not self._job.done.is_set()

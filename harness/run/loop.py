@@ -16,6 +16,7 @@ from harness.data.order import Position, Share, end_step
 from harness.events import Moment, Progress
 from harness.ranks import World
 from harness.run.account import DATA, EVALUATION, RESTORE, SAVE, Account
+from harness.run.by_rank import ByRank, give_own
 from harness.run.content import OfRank, captured
 from harness.run.drilled import Traces
 from harness.run.ending import Ending
@@ -29,6 +30,7 @@ from harness.run.pace import Pace
 from harness.run.saver import Saver
 from harness.run.settings import Settings
 from harness.run.stopping import Stopping
+from harness.run.untracked import Suspects
 from harness.run.values import Values
 from harness.run.watch import Watch
 from harness.run.work import Work, of_data, of_own
@@ -48,7 +50,7 @@ class Run:
         self.epoch = 0  # counted from 0
         self.state: dict[str, Any] = {}  # plain values of the user's that are saved with each checkpoint
         self.weights: tuple[float, ...] = (1.0,)  # what to multiply each micro-batch's mean loss with
-        self.tracked, self._built = dict[str, Any](), dict[str, Any]()
+        self.tracked, self._built, self.suspects = dict[str, Any](), dict[str, Any](), list[str]()  # the last: alive, and not tracked
         self.finished = self._finish = self._looping = False
         self._settings, self.origin, self._payload = settings, choice.manifest, choice.payload
         choice.payload = None  # held here until it is restored, and by nobody else
@@ -61,12 +63,15 @@ class Run:
         ending.of(self)
         self._saver = Saver(stores, world, choice, settings, ending, outage, account, clock)
         self._saver.at_save = partial(self._traces.point, "save")
+        self._by_rank = ByRank(world, self._own, self.say, self._saver.note)
+        self._suspects = Suspects(self.suspects, self.say, self._saver.note)
+        self._saver.replay.suspects = self.suspects
         self._progress = Progress(clock)
         account.say = self._progress.say
         for note in choice.notes:
             self.say(f"harness: {note}")
         if self._payload is not None:
-            self._take_up(self._payload)
+            self._take_up(give_own(self._payload, world))
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -199,6 +204,7 @@ class Run:
             self._saver.at_boundary(self.tracked)
             self._values.look(self.state)
             self._saver.replay.step_made(self.step, share.digest, self._measured.logged)
+            self._suspects.at_boundary()
             self._position, self.epoch = share.after, share.after.epoch
             if self.step % self._settings.log_every_steps == 0:
                 self._measured.hold(self.step)
@@ -287,6 +293,7 @@ class Run:
         self._pace = Pace(self.clock, self.step, self._account.steps_per_s)
         if self.is_writer:
             self._saver.background.watch_updates(self.tracked, self.say)
+            self._suspects.begin(self.tracked, self._work.source)
         source = f"goes on from step {self.step} ({origin.name})" if origin else "begins at step 0"
         self.say(f"harness: attempt {attempt.number} {source} in {' and '.join(map(str, self._saver.stores))}{self._saver.resumed}")
         return True
@@ -314,7 +321,7 @@ class Run:
         with self._account.during(SAVE):
             self._show()
             self._more.hold()
-            capture = partial(self._capture, self.world.gather((state.rng_state(), self._work.source.state(), self._own.state())))
+            capture = partial(self._capture, self._by_rank.of_ranks(self.tracked, self.state, self._work.source.state()))
             classes = {name: state.class_name(thing) for name, thing in self.tracked.items()}
             about = partial(self._saver.about, classes, self._measured.of_this_step, self._work.end if final else None)
             save = self._saver.save

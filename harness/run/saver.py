@@ -25,6 +25,7 @@ from harness.run.ending import Ending
 from harness.run.metrics import Metrics
 from harness.run.outage import Outage
 from harness.run.places import check_shared, hand_in
+from harness.run.rehearsal import Rehearsal
 from harness.run.replay import Replay
 from harness.run.resume import resumed
 from harness.run.settings import Settings
@@ -76,6 +77,8 @@ class Saver:
         )
         self.replay = Replay(world, settings, halt=partial(setattr, self.tier, "is_on", False))
         self._slow_words, self._has_room, self.resumed = "", False, ""
+        is_new = self.origin is None  # going on from a checkpoint is a rehearsal
+        self._rehearsal = Rehearsal(self.background.scribe, lambda text: self._say(text), self.note, is_on=settings.rehearse and is_new)
         self.metrics: Metrics | None = None
         self._say: Callable[[str], None] = lambda text: None
         self.at_save: Callable[[int], None] = lambda step: None  # is told, in the background, of each checkpoint about to be written
@@ -194,6 +197,7 @@ class Saver:
         if self._uploader:
             self._uploader.check()
         captured, told, problem = capture(), about(), ""
+        self._rehearsal.take(captured)
         if not self.background.is_unable:
             self.background.start(captured, told, began_at, self._finish)
             problem = self.background.wait() if wait else ""
@@ -213,11 +217,11 @@ class Saver:
         self.at_save(job.head["step"])
         key = fmt.data_key(job.head["step"], self.attempt.number)
         with self._uploader.ahead(key, job.loan) if self._uploader else contextlib.nullcontext():
-            job.problem = self._commit(job.head, job.about, job.began_at, write, check, job.costs)
+            job.problem = self._commit(job.head, job.about, job.began_at, write, check, job.costs, job.snapshot.places)
 
     def _commit(
         self, payload: Mapping[str, Any], about: About, began_at: float, write: Callable[[Sink], None] | None,
-        check: Callable[[], None], costs: Callable[[], dict[str, float]],
+        check: Callable[[], None], costs: Callable[[], dict[str, float]], places: Mapping[int, int] | None = None,
     ) -> str:  # fmt: skip
         """Commit a checkpoint and let old ones go, from whichever thread; returns why there is none, if training may go on."""
         assert self.attempt is not None and self.ledger is not None
@@ -240,6 +244,7 @@ class Saver:
         if self._uploader:
             self._uploader.offer(manifest)
         self._let_go(store)
+        self._rehearsal.begin(self.store, manifest, places or {})
         return ""
 
     def _let_go(self, store: Store) -> None:
@@ -316,6 +321,7 @@ class Saver:
         SupersededError. Collective: every rank must call it.
         """
         record, self._ended = {"step": step, "saved": saved} | details, True
+        self._rehearsal.close()
         if why == "stopped":  # whoever stops us may not wait for the upload
             self._ending.record(why, self.stores[:1], saved_step=self.saved_step, **record)
         with self.account.during(SAVE):

@@ -62,6 +62,7 @@ class Settings:
     memory_every_steps: int | None = None
     log_to: tuple[str, ...] = ()
     on_mismatch: str = "warn"
+    rehearse: bool = True
 
     def __post_init__(self) -> None:
         check_metrics(self.log_to)

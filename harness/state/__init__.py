@@ -28,6 +28,7 @@ that it loads with `weights_only=True`.
 
 from harness.state.capturing import (
     Captured,
+    as_captured,
     before_update,
     capture,
     captured,
@@ -49,6 +50,7 @@ __all__ = [
     "Captured",
     "apply_override",
     "as_built",
+    "as_captured",
     "before_update",
     "capture",
     "captured",

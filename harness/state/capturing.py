@@ -78,6 +78,12 @@ def captured(values: Mapping[str, Any], tracked: Mapping[str, Any]) -> Captured:
     return Captured(payload, steady, named, tracked, seen)
 
 
+def as_captured(name: str, value: Any) -> Captured:
+    """One value as plain data; what is on a GPU stays there until it is filled. Raises UsageError."""
+    seen = Seen()
+    return Captured({name: _to_cpu(value, name, seen)}, set(), {}, {}, seen)
+
+
 def capture(tracked: Mapping[str, Any]) -> dict[str, Any]:
     """The state of every tracked object under `NAME_state_dict`, on the CPU, and what stands beside it: `names`, `kinds`.
 

@@ -56,6 +56,7 @@ class Snapshot:
         address tells where it belongs. Raises UnevenError."""
         self.copied = threading.Event()  # or, from a GPU, asked for: `crossing` tells the rest
         self.copy_s = 0.0
+        self.places: dict[int, int] = {}  # by address: where in the file
         self.size_bytes = self.rest_bytes = 0  # of all tensors; of those that are not steady
         self._payload: Any = payload
         self._steady, self._elsewhere = set(steady), dict(elsewhere or {})
@@ -121,6 +122,7 @@ class Snapshot:
         began = time.perf_counter()
         try:
             places = self._places(image)
+            self.places = {address: at for at, _, address in places}
             assert image.memory is not None
             self._crossing.pin(image.memory)
             with self._crossing.copying():

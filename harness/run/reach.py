@@ -1,0 +1,80 @@
+"""What an object holds: its attributes and what lies in its containers. Never modules, classes, or what a library keeps globally."""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+MOST_ITEMS = 1000  # of one container
+ATOMS = (str, bytes, bytearray, int, float, complex, bool, type(None), type, types.ModuleType, np.generic, torch.dtype, torch.device)
+OF_MODULES = frozenset(vars(nn.Module()))  # what each module has; the parts in it come by their names
+
+
+def parts(value: Any) -> Iterator[tuple[str, Any]]:
+    """What it holds at once, with how that is written: ".rng", "[0]"."""
+    if isinstance(value, (*ATOMS, torch.Tensor, np.ndarray)):
+        return
+    if isinstance(value, Mapping) and type(value).__module__ in ("builtins", "collections"):
+        for at, (key, item) in enumerate(list(value.items())):
+            if at == MOST_ITEMS:
+                return
+            yield f"[{key!r:.40}]", item
+    elif isinstance(value, list | tuple | set | frozenset):
+        for at, item in enumerate(list(value)[:MOST_ITEMS]):
+            yield f"[{at}]", item
+    elif isinstance(value, functools.partial):
+        yield from ((".func", value.func), (".args", value.args), (".keywords", value.keywords))
+    elif isinstance(value, types.MethodType):
+        yield ".__self__", value.__self__
+    elif isinstance(value, types.FunctionType):
+        for name, cell in zip(value.__code__.co_freevars, value.__closure__ or (), strict=False):
+            try:
+                yield f".{name}", cell.cell_contents
+            except ValueError:  # not set yet
+                continue
+    else:
+        held = getattr(value, "__dict__", None)
+        for name, item in list(held.items()) if isinstance(held, dict) else ():
+            if not isinstance(value, nn.Module) or name not in OF_MODULES:
+                yield f".{name}", item
+        for name, item in list(value._modules.items()) if isinstance(value, nn.Module) else ():
+            yield f".{name}", item
+        for kind in type(value).__mro__:
+            slots = vars(kind).get("__slots__", ())
+            for name in (slots,) if isinstance(slots, str) else slots:
+                if (
+                    name not in ("__dict__", "__weakref__")
+                    and hasattr(type(value), name)
+                    and isinstance(vars(kind).get(name), types.MemberDescriptorType)
+                ):
+                    try:
+                        yield f".{name}", getattr(value, name)
+                    except AttributeError:
+                        continue
+
+
+def holds(value: Any, most_bytes: int, most_objects: int) -> str:
+    """What of it is not to be copied, in words: tensors, or too much; "" if all of it can be."""
+    seen: set[int] = set()
+    waiting, size_bytes = [value], 0
+    while waiting:
+        item = waiting.pop()
+        if id(item) in seen:
+            continue
+        seen.add(id(item))
+        if isinstance(item, torch.Tensor):
+            return "tensors"
+        if isinstance(item, np.ndarray):
+            size_bytes += item.nbytes
+        elif isinstance(item, str | bytes | bytearray | list | tuple | dict | set):
+            size_bytes += len(item) * 8
+        if size_bytes > most_bytes or len(seen) > most_objects or (isinstance(item, list | dict) and len(item) > MOST_ITEMS * 20):
+            return "too much to be copied"
+        waiting += [part for _, part in parts(item)]
+    return ""
