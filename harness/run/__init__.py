@@ -23,6 +23,7 @@ import torch
 from harness import ranks, state, stop
 from harness.checkpoint import launches, load, retention
 from harness.events import fill_closed_streams
+from harness.run import strays
 from harness.run.account import RESTORE, Account, age_s
 from harness.run.ending import Ending
 from harness.run.logs import divert
@@ -93,6 +94,7 @@ def _start(directory: str | Path | None, remote: str | None, settings: Settings,
     launches.check_supervised(directory, remote)
     stores = places(directory, remote, settings.wait_s)
     divert(directory)
+    strays.watch()
     stop.install()
     stop.die_with_launcher()
     ending.watch(stores)
