@@ -23,13 +23,13 @@ import torch
 from harness import ranks, state, stop
 from harness.checkpoint import launches, load, retention
 from harness.events import fill_closed_streams
-from harness.run import strays
 from harness.run.account import RESTORE, Account, age_s
 from harness.run.ending import Ending
 from harness.run.logs import divert
 from harness.run.loop import Run
 from harness.run.places import check_remembered, listen, places
 from harness.run.settings import Settings, check_numbers
+from harness.run.strays import watch as watch_loaders
 from harness.run.waiting import watch
 from harness.store import DEFAULT_WAIT_S
 
@@ -94,7 +94,7 @@ def _start(directory: str | Path | None, remote: str | None, settings: Settings,
     launches.check_supervised(directory, remote)
     stores = places(directory, remote, settings.wait_s)
     divert(directory)
-    strays.watch()
+    watch_loaders()
     stop.install()
     stop.die_with_launcher()
     ending.watch(stores)
