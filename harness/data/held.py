@@ -92,7 +92,7 @@ def _attributes(thing: Any) -> Iterator[tuple[str, Any]]:
         for name in (slots,) if isinstance(slots, str) else slots:
             with contextlib.suppress(AttributeError):
                 yield f".{name}", object.__getattribute__(thing, name)
-        if _is_library(getattr(_module(owner), "__file__", None) or "") or owner is object:
+        if is_library(getattr(_module(owner), "__file__", None) or "") or owner is object:
             continue
         for name, value in list(owner.__dict__.items()):
             if name not in AT_START and not (name.startswith("__") and not callable(value)):
@@ -105,7 +105,7 @@ def _inside_function(function: FunctionType) -> Iterator[tuple[str, Any]]:
             yield f": {name}", cell.cell_contents
     yield from ((": a default", value) for value in function.__defaults__ or ())
     yield from ((f": {name}", value) for name, value in (function.__kwdefaults__ or {}).items())
-    if not _is_library(function.__code__.co_filename):
+    if not is_library(function.__code__.co_filename):
         for name in _globals_read(function.__code__):
             if name in function.__globals__:
                 yield f": {name}", function.__globals__[name]
@@ -121,7 +121,7 @@ def _module(owner: type) -> ModuleType | None:
     return sys.modules.get(owner.__module__)
 
 
-def _is_library(file: str) -> bool:
+def is_library(file: str) -> bool:
     """Whether code is not the program's own."""
     return file.startswith(("<frozen", *LIBRARIES)) or "site-packages" in file or "dist-packages" in file
 

@@ -101,11 +101,6 @@ class _PlannedDataset(Dataset[Any]):
         }
 
 
-def is_planned(dataset: object) -> bool:
-    """Whether a loader's dataset is one that a run or an evaluation deals out."""
-    return isinstance(dataset, _PlannedDataset)
-
-
 def plain_tensors(dataset: Any) -> tuple[torch.Tensor, ...] | None:
     """The tensors of a TensorDataset, or of a part of one; None for whatever may do more for a sample than to index tensors."""
     while type(dataset) is Subset:

@@ -5,7 +5,6 @@ One copy reads on over a saved state, another one takes that state up: both must
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
 import hashlib
@@ -24,7 +23,7 @@ from harness.data.order import kept_generators
 from harness.data.stream import StreamSource, advice, begin_pass
 from harness.errors import UsageError
 
-MOST, BUDGET_S = 64, 10.0  # items before the saved state, and as many after it; for all of it
+MOST, AGAIN, BUDGET_S = 64, 3, 10.0  # items before the saved state, and as many after it; of another pass; for all of it
 LARGE_BYTES, LONG = 1 << 20, 10_000  # arrays and lists that are not copied item by item
 OFF = "batches(…, check_stream=False), or data.check_stream=false,"
 END = b"end of a pass"
@@ -54,7 +53,7 @@ def prove(source: StreamSource, through: Callable[[Any], Any], *, seeds_held: bo
 
     Raises UsageError if the stream would not go on as it was. Collective: every rank must call it.
     """
-    tried = attempt(source.dataset, through, seeds_held=seeds_held, clock=clock)
+    tried = attempt(source.dataset, through, tells_epoch=source.tells_epoch, seeds_held=seeds_held, clock=clock)
     unlike, seeds, untried = source.world.agree([int(not tried.is_exact), int(tried.seeds), int(bool(tried.untried))])
     kind = type(source.dataset).__name__
     if unlike:
@@ -71,82 +70,109 @@ def prove(source: StreamSource, through: Callable[[Any], Any], *, seeds_held: bo
     return f"whether {kind} goes on exactly after a kill could not be tried: {why}" if untried else ""
 
 
-def attempt(dataset: Any, through: Callable[[Any], Any], *, seeds_held: bool, clock: Callable[[], float] = time.monotonic) -> Tried:
+def attempt(
+    dataset: Any, through: Callable[[Any], Any], *, tells_epoch: bool = True, seeds_held: bool = True,
+    clock: Callable[[], float] = time.monotonic,
+) -> Tried:  # fmt: skip
     """Try it in copies of the dataset, as it is; then, with `seeds_held`, with the generators that it holds seeded for each item."""
     until = clock() + BUDGET_S
     shared = Randomness({"dataset": dataset})  # what copies have in common: generators of classes and modules
     shared.look()
     with shared.kept():
-        tried = _once(dataset, through, False, until - BUDGET_S / 2, clock)
+        tried = _once(_Reader(dataset, tells_epoch, False, until - BUDGET_S / 2, clock), through)
         if tried.is_exact or not (seeds_held and shared.held):
             return tried
-        seeded = _once(dataset, through, True, until, clock)
+        seeded = _once(_Reader(dataset, tells_epoch, True, until, clock), through)
     if seeded.is_exact and not seeded.untried:
         return Tried(seeds=True)
     return dataclasses.replace(tried, unlike=f"{tried.unlike} (it draws from {', '.join(one.path for one in shared.held[:3])})")
 
 
-def _once(dataset: Any, through: Callable[[Any], Any], seeds: bool, until: float, clock: Callable[[], float]) -> Tried:
-    reading_until = clock() + BUDGET_S / 6
+def _once(reader: _Reader, through: Callable[[Any], Any]) -> Tried:
     try:
-        with _copied(dataset) as one:
-            read = _read(one, 0, 0, 2 * MOST, lambda: clock() < reading_until, seeds, with_states=True)
+        read, left_at = reader.whole()
     except Exception as error:  # noqa: BLE001 # of the dataset's own code, or of what it is made of
         return Tried(untried=f"a copy of it cannot be made and read ({type(error).__name__}: {str(error)[:200]})")
-    if not (cuts := _cuts(read)):
-        return Tried(untried=f"it gives too little, or too slowly: {len(read)} item(s)")
+    if not (cuts := _cuts(read[:left_at])):
+        return Tried(untried=f"it gives too little, or too slowly: {left_at} item(s)")
     for at in cuts:
-        expected = [item.digest for item in read[at + 1 : at + 1 + MOST]]
+        expected = [item.digest for item in read[at + 1 :]]
+        state = through(read[at].state)
         try:
-            with _copied(dataset) as other:
-                other.load_state_dict(through(read[at].state))
-                found = _read(other, at + 1, read[at].passes, len(expected), lambda: clock() < until, seeds, with_states=False)
-        except UsageError:
-            raise
+            found = reader.restored(state, read[at].passes, at + 1, left_at)
         except Exception as error:  # noqa: BLE001
             return Tried(is_exact=False, unlike=f"a copy cannot take the state up ({type(error).__name__}: {str(error)[:200]})")
         if not found:
-            return Tried(untried=f"it gives too slowly: {len(read)} item(s) in {BUDGET_S / 6:.2g} s")
-        for number, (item, digest) in enumerate(zip(found, expected, strict=False), start=at + 2):
+            return Tried(untried=f"it gives too slowly: {left_at} item(s) in {BUDGET_S / 6:.2g} s")
+        for number, (item, digest) in enumerate(zip(found, expected, strict=False), start=at + 1):
             if item.digest != digest:
-                return Tried(is_exact=False, unlike=f"saved after item {at + 1} and restored in a copy, item {number} is another one")
+                which = f"item {number + 1}" if number < left_at else "the next pass"
+                return Tried(is_exact=False, unlike=f"saved after item {at + 1} and restored in a copy, {which} is another one")
     return Tried()
 
 
 def _cuts(read: list[_Item]) -> list[int]:
     """After which items to save: one in the middle of a pass, and one at the end of a pass."""
-    middle = [
-        at
-        for at in range(min(MOST, len(read) // 2))
-        if read[at].state is not None and read[at].digest != END and read[at + 1].digest != END
-    ]
+    middle = [at for at in range(len(read) // 2) if read[at].state is not None and END not in (read[at].digest, read[at + 1].digest)]
     ends = [at for at, item in enumerate(read[:-1]) if item.digest == END]
     return middle[-1:] + ends[:1]
 
 
-def _read(
-    dataset: Any, first: int, passes: int, count: int, has_time: Callable[[], bool], seeds: bool, *, with_states: bool
-) -> list[_Item]:  # fmt: skip
-    """Up to `count` items, the first of which has the number `first`, over the ends of passes."""
-    read: list[_Item] = []
-    randomness = Randomness({"dataset": dataset}, seeds)
-    while not (len(read) >= 2 and read[-1].digest == read[-2].digest == END):  # a pass that gave nothing
-        iterator = begin_pass(dataset, "proof", passes)
-        randomness.look()
-        is_over = False
-        while not is_over:
-            if len(read) == count or not has_time():
+@dataclass(frozen=True)
+class _Reader:
+    """How copies of a dataset are read."""
+
+    dataset: Any
+    tells_epoch: bool
+    seeds: bool
+    until: float
+    clock: Callable[[], float]
+
+    def whole(self) -> tuple[list[_Item], int]:
+        """What one reads from the beginning, as far as the time goes, and after how many items it leaves the pass and begins another."""
+        copy_, read = _Copy(_copied(self.dataset), self), list[_Item]()
+        until = self.clock() + BUDGET_S / 6
+        while len(read) < 2 * MOST and self.clock() < until and [item.digest for item in read[-2:]] != [END, END]:
+            number = len(read) + 1
+            read.append(copy_.next(with_state=number & (number - 1) == 0))  # after 1, 2, 4 … items: a state may be large
+        return read + copy_.another_pass(), len(read)
+
+    def restored(self, state: Any, epoch: int, first: int, left_at: int) -> list[_Item]:
+        """What one reads that takes up a state, from the item `first` on, with another pass after the same item."""
+        copy_, read = _Copy(_copied(self.dataset), self, first, epoch), list[_Item]()
+        copy_.dataset.load_state_dict(state)
+        while copy_.number < left_at:
+            if self.clock() > self.until:
                 return read
-            number = first + len(read)
-            with kept_generators():
-                randomness.seed("proof", number)
-                item = next(iterator, END)
-            is_over = item is END
-            passes += is_over
-            is_cut = with_states and (is_over or number & (number + 1) == 0)  # after 1, 2, 4 … items: a state may be large
-            state = copy.deepcopy(dataset.state_dict()) if is_cut else None
-            read.append(_Item(END if is_over else _digest(item), state, passes))
-    return read
+            read.append(copy_.next(with_state=False))
+        return read + copy_.another_pass()
+
+
+class _Copy:
+    """A copy that is read, each item under randomness that follows from its number."""
+
+    def __init__(self, dataset: Any, reader: _Reader, number: int = 0, epoch: int = 0) -> None:
+        self.dataset, self.number, self.epoch, self._reader = dataset, number, epoch, reader
+        self._randomness = Randomness({"dataset": dataset}, reader.seeds)
+        self._iterator: Iterator[Any] | None = None
+
+    def next(self, *, with_state: bool) -> _Item:
+        if self._iterator is None:
+            self._iterator = begin_pass(self.dataset, self.epoch, "proof", tells_epoch=self._reader.tells_epoch)
+            self._randomness.look()
+        with kept_generators():
+            self._randomness.seed("proof", self.number)
+            item = next(self._iterator, END)
+        self.number += 1
+        state = copy.deepcopy(self.dataset.state_dict()) if with_state or item is END else None
+        if item is END:
+            self._iterator, self.epoch = None, self.epoch + 1
+        return _Item(END if item is END else _digest(item), state, self.epoch)
+
+    def another_pass(self) -> list[_Item]:
+        """A state that stays behind a pass is seen in the next one, whose beginning is often too far away to be read on to."""
+        self._iterator, self.epoch = None, self.epoch + 1
+        return [self.next(with_state=False) for _ in range(AGAIN)]
 
 
 def _digest(item: Any) -> bytes:
@@ -163,8 +189,7 @@ def _pickled(value: Any) -> bytes:
         return type(value).__name__.encode()
 
 
-@contextlib.contextmanager
-def _copied(dataset: Any) -> Iterator[Any]:
+def _copied(dataset: Any) -> Any:
     """A copy that shares with the dataset what is large and is not written to when it is read."""
     memo: dict[int, Any] = {}
     for _, thing in walk({"dataset": dataset}):
@@ -176,4 +201,4 @@ def _copied(dataset: Any) -> Iterator[Any]:
         elif type(thing) is list and len(thing) > LONG:
             memo[id(thing)] = list(thing)
     with kept_generators():
-        yield copy.deepcopy(dataset, memo)
+        return copy.deepcopy(dataset, memo)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -16,7 +17,10 @@ from harness.ranks import World
 ENDLESS = sys.maxsize  # passes
 BY_NUMBER = "or bring a dataset with __len__ and __getitem__"
 ADVICE = {  # by the package that a stream comes from
-    "datasets": f"Leave out .shuffle(), whose buffer is lost, and shuffle the files once; {BY_NUMBER}: datasets.Dataset is one.",
+    "torchdata": f"What its workers draw is in no state: num_workers=0 reads here, under the run's own generators; {BY_NUMBER}.",
+    "datasets": f"Its shuffle buffer is lost: .shuffle(buffer_size=1) shuffles shards only; {BY_NUMBER}, as datasets.Dataset.",
+    "webdataset": f"torchdata's StatefulDataLoader(dataset, batch_size, …) counts what was read and skips it; {BY_NUMBER}.",
+    "streaming": "Give it by number, as run.batches(ByNumber(dataset), …), of a class with __len__ and __getitem__ that asks this one.",
 }
 
 
@@ -32,6 +36,7 @@ class StreamSource:
     seed: int
     samples_each: int = 1  # of an item: those of a loader are batches
     seeds_held: bool = True  # whether generators that the collate function holds are seeded for each share, as the global ones are
+    tells_epoch: bool = True  # whether a dataset that can be told its epoch is told
     reading: Randomness = field(init=False)
     _collating: Randomness = field(init=False)
     _state: Any = None
@@ -62,7 +67,7 @@ class StreamSource:
         held: tuple[Position, list[Any], Any] | None = None
         for epoch in range(position.epoch, epochs):
             used = position.sample if epoch == position.epoch else 0
-            iterator = begin_pass(self.dataset, self.seed, self.world.rank, epoch)
+            iterator = begin_pass(self.dataset, epoch, self.seed, self.world.rank, tells_epoch=self.tells_epoch)
             self.reading.look(), self._collating.look()
             while (samples := self._next(iterator, epoch, used)) is not None:
                 if held is not None:
@@ -100,21 +105,39 @@ class StreamSource:
         return Share(epoch, after.sample, (), weights, after, last), batches
 
 
-def begin_pass(dataset: Any, *parts: int | str) -> Iterator[Any]:
-    """Its iterator. What that draws at once, as a loader does for its workers, follows from the parts: a run that goes on makes it anew."""
+def begin_pass(dataset: Any, epoch: int, *parts: int | str, tells_epoch: bool) -> Iterator[Any]:
+    """Its iterator over an epoch. What that draws at once, as a loader does for its workers, follows from epoch and parts: a run that goes
+    on makes it anew."""
+    if tells_epoch and (tell := told_epoch(dataset)) is not None:
+        tell(epoch)
     with kept_generators():
-        seed_cpu(seed_of(*parts[:1], "pass", *parts[1:]))
+        seed_cpu(seed_of("pass", epoch, *parts))
         return iter(dataset)
+
+
+def told_epoch(dataset: Any) -> Callable[[int], object] | None:
+    """How an iterable dataset, or the one that a loader reads, is told its epoch; None if it has no way."""
+    return getattr(dataset, "set_epoch", getattr(getattr(dataset, "dataset", None), "set_epoch", None))
 
 
 def check_resumable(dataset: Any) -> None:
     """Raises UsageError for an iterable dataset that cannot tell where it stands."""
-    if not (hasattr(dataset, "state_dict") and hasattr(dataset, "load_state_dict")):
+    if not (hasattr(dataset, "load_state_dict") and _takes_nothing(getattr(dataset, "state_dict", None))):
         raise UsageError(
             f"{type(dataset).__name__} cannot resume: an iterable dataset needs state_dict() and load_state_dict()",
             remedy=advice(dataset)
             or "Add both (where the iterator stands, as plain values), or bring a dataset with __len__ and __getitem__.",
         )
+
+
+def _takes_nothing(function: Any) -> bool:
+    try:
+        inspect.signature(function).bind()
+    except TypeError:  # nothing to call, or not without arguments
+        return False
+    except ValueError:  # it does not tell
+        return True
+    return True
 
 
 def advice(dataset: Any) -> str:

@@ -11,11 +11,12 @@ from harness.data import loading, proof
 from harness.data.adopted import adopt
 from harness.data.fingerprint import DIFFER, describe, drawn_from
 from harness.data.held import find
-from harness.data.stream import StreamSource
+from harness.data.stream import StreamSource, told_epoch
 from harness.errors import UsageError
 from harness.ranks import World
 
 IN_STREAM = "held in the stream"  # generators that a stream holds are seeded for each share
+TOLD = "told the epoch"  # a stream that has set_epoch
 
 
 @dataclass(frozen=True)
@@ -76,12 +77,13 @@ class Dealing:
 
     def _proven(self, source: StreamSource, data: dict[str, Any], *, is_new: bool) -> Dealt:
         """Try the stream; generators that it holds are seeded only where that makes it exact."""
-        source.reading.seeds_held = data.get("kinds", {}).get("sample_rng") == IN_STREAM
+        kinds = data.get("kinds", {}) | ({"order": TOLD} if is_new and told_epoch(source.dataset) is not None else {})
+        source.reading.seeds_held, source.tells_epoch = kinds.get("sample_rng") == IN_STREAM, kinds.get("order") == TOLD
         note = ""
         if self.check_stream:
             may_seed = is_new or source.reading.seeds_held
             note = proof.prove(source, lambda kept: state.plain_data({"stream": kept})["stream"], seeds_held=may_seed)
-        kinds = data.get("kinds", {}) | ({"sample_rng": IN_STREAM} if source.reading.seeds_held else {})
+        kinds |= {"sample_rng": IN_STREAM} if source.reading.seeds_held else {}
         return Dealt(source, data | ({"kinds": kinds} if kinds else {}), (note,) if note else ())
 
 

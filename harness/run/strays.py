@@ -12,13 +12,14 @@ import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
-import torch
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
-from harness.data.loading import is_planned
+from harness.data import held, loading
 
+OWN = str(Path(loading.__file__).parent)
 _begun: weakref.WeakKeyDictionary[Any, _Begun] = weakref.WeakKeyDictionary()  # what reads a loader now
 
 
@@ -37,18 +38,19 @@ def watch() -> None:
     @functools.wraps(begin)
     def noted(self: Any, loader: Any, *others: Any) -> None:
         begin(self, loader, *others)
-        if not is_planned(loader.dataset):
-            _begun[self] = _Begun(weakref.ref(loader), _where())
+        if (where := _where()) is not None:
+            _begun[self] = _Begun(weakref.ref(loader), where)
 
     _BaseDataLoaderIter.__init__ = noted  # type: ignore[method-assign]
 
 
-def _where() -> str:
-    """The line of the program that began to read."""
-    libraries = (str(Path(torch.__file__).parent), __file__)
-    frame = sys._getframe(1)
-    while frame.f_back is not None and (frame.f_code.co_filename.startswith(libraries) or "torchdata" in frame.f_code.co_filename):
+def _where() -> str | None:
+    """The line of the program that began to read; None if it was the run itself, for what it deals out."""
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None and held.is_library(frame.f_code.co_filename):
         frame = frame.f_back
+    if frame is None or frame.f_code.co_filename.startswith(OWN):
+        return None
     return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
 
 
