@@ -23,7 +23,7 @@ from harness.data.order import kept_generators
 from harness.data.stream import StreamSource, advice, begin_pass
 from harness.errors import UsageError
 
-MOST, AGAIN, BUDGET_S = 64, 3, 10.0  # items before the saved state, and as many after it; of another pass; for all of it
+MOST, AGAIN, BUDGET_S = 64, 4, 10.0  # items before the saved state, and as many after it; of another pass; for all of it
 LARGE_BYTES, LONG = 1 << 20, 10_000  # arrays and lists that are not copied item by item
 OFF = "batches(…, check_stream=False), or data.check_stream=false,"
 END = b"end of a pass"
@@ -45,7 +45,7 @@ class _Item:
 
     digest: bytes
     state: Any
-    passes: int
+    epoch: int  # of what comes next
 
 
 def prove(source: StreamSource, through: Callable[[Any], Any], *, seeds_held: bool, clock: Callable[[], float] = time.monotonic) -> str:
@@ -93,29 +93,31 @@ def _once(reader: _Reader, through: Callable[[Any], Any]) -> Tried:
         read, left_at = reader.whole()
     except Exception as error:  # noqa: BLE001 # of the dataset's own code, or of what it is made of
         return Tried(untried=f"a copy of it cannot be made and read ({type(error).__name__}: {str(error)[:200]})")
-    if not (cuts := _cuts(read[:left_at])):
+    if not (cuts := _cuts(read, left_at)):
         return Tried(untried=f"it gives too little, or too slowly: {left_at} item(s)")
     for at in cuts:
         expected = [item.digest for item in read[at + 1 :]]
         state = through(read[at].state)
         try:
-            found = reader.restored(state, read[at].passes, at + 1, left_at)
+            found = reader.restored(state, read[at].epoch, at + 1, left_at, len(read))
         except Exception as error:  # noqa: BLE001
             return Tried(is_exact=False, unlike=f"a copy cannot take the state up ({type(error).__name__}: {str(error)[:200]})")
         if not found:
             return Tried(untried=f"it gives too slowly: {left_at} item(s) in {BUDGET_S / 6:.2g} s")
         for number, (item, digest) in enumerate(zip(found, expected, strict=False), start=at + 1):
             if item.digest != digest:
-                which = f"item {number + 1}" if number < left_at else "the next pass"
-                return Tried(is_exact=False, unlike=f"saved after item {at + 1} and restored in a copy, {which} is another one")
+                saved = f"after item {at + 1}" if at < left_at else "in the second pass"
+                which = f"item {number + 1}" if number < left_at else "what the next pass gives" if at < left_at else "what comes next"
+                return Tried(is_exact=False, unlike=f"saved {saved} and restored in a copy, {which} is another one")
     return Tried()
 
 
-def _cuts(read: list[_Item]) -> list[int]:
-    """After which items to save: one in the middle of a pass, and one at the end of a pass."""
-    middle = [at for at in range(len(read) // 2) if read[at].state is not None and END not in (read[at].digest, read[at + 1].digest)]
-    ends = [at for at, item in enumerate(read[:-1]) if item.digest == END]
-    return middle[-1:] + ends[:1]
+def _cuts(read: list[_Item], left_at: int) -> list[int]:
+    """After which items to save: one in the middle of a pass, one at the end of a pass, and the first of another one."""
+    inner = [at for at in range(len(read) - 1) if read[at].state is not None and END not in (read[at].digest, read[at + 1].digest)]
+    middle = [at for at in inner if at < left_at // 2]
+    ends = [at for at in range(left_at - 1) if read[at].digest == END]
+    return middle[-1:] + ends[:1] + [at for at in inner if at == left_at and (middle or ends)]
 
 
 @dataclass(frozen=True)
@@ -135,17 +137,21 @@ class _Reader:
         while len(read) < 2 * MOST and self.clock() < until and [item.digest for item in read[-2:]] != [END, END]:
             number = len(read) + 1
             read.append(copy_.next(with_state=number & (number - 1) == 0))  # after 1, 2, 4 … items: a state may be large
-        return read + copy_.another_pass(), len(read)
+        left_at = len(read)
+        copy_.leave_pass()
+        while left_at > 1 and len(read) < left_at + AGAIN and self.clock() < self.until:
+            read.append(copy_.next(with_state=len(read) == left_at))
+        return read, left_at
 
-    def restored(self, state: Any, epoch: int, first: int, left_at: int) -> list[_Item]:
-        """What one reads that takes up a state, from the item `first` on, with another pass after the same item."""
+    def restored(self, state: Any, epoch: int, first: int, left_at: int, until: int) -> list[_Item]:
+        """What one reads that takes up a state, from the item `first` on, which leaves the pass after the same item."""
         copy_, read = _Copy(_copied(self.dataset), self, first, epoch), list[_Item]()
         copy_.dataset.load_state_dict(state)
-        while copy_.number < left_at:
-            if self.clock() > self.until:
-                return read
+        while copy_.number < until and self.clock() < self.until:
+            if copy_.number == left_at > first:
+                copy_.leave_pass()
             read.append(copy_.next(with_state=False))
-        return read + copy_.another_pass()
+        return read
 
 
 class _Copy:
@@ -166,13 +172,12 @@ class _Copy:
         self.number += 1
         state = copy.deepcopy(self.dataset.state_dict()) if with_state or item is END else None
         if item is END:
-            self._iterator, self.epoch = None, self.epoch + 1
+            self.leave_pass()
         return _Item(END if item is END else _digest(item), state, self.epoch)
 
-    def another_pass(self) -> list[_Item]:
-        """A state that stays behind a pass is seen in the next one, whose beginning is often too far away to be read on to."""
+    def leave_pass(self) -> None:
+        """Begin another one with the next item: its end is often too far away to be read to, and what stays behind a pass is seen so."""
         self._iterator, self.epoch = None, self.epoch + 1
-        return [self.next(with_state=False) for _ in range(AGAIN)]
 
 
 def _digest(item: Any) -> bytes:
