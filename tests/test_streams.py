@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+from multiprocessing.shared_memory import SharedMemory
 
 import numpy as np
 import pytest
@@ -236,7 +237,18 @@ def test_what_cannot_be_tried_is_said():
             super().__init__()
             self.file = open("/dev/null")  # noqa: SIM115
 
-    assert "could not be tried" in proof.prove(source_of(Locked()), as_it_is, seeds_held=True)
+    class Sharing(Counting):
+        def __init__(self, memory):
+            super().__init__()
+            self.memory = [memory]
+
+    memory = SharedMemory(create=True, size=8)
+    try:
+        for stream in (Locked(), Sharing(memory)):
+            assert "could not be tried" in proof.prove(source_of(stream), as_it_is, seeds_held=True)
+    finally:
+        memory.close()
+        memory.unlink()
 
 
 def test_a_slow_stream_is_tried_within_its_time():

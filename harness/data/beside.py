@@ -26,6 +26,9 @@ class Together:
     def shares(self, position: Position, epochs: int) -> Batches:
         beside = {name: source.shares(self.positions.get(name, Position()), ENDLESS) for name, source in self.others.items()}
         for share, batches in self.main.shares(position, epochs):
+            if not batches:  # no step
+                yield share, batches
+                continue
             taken = {name: next(shares) for name, shares in beside.items()}
             self.positions = {name: its.after for name, (its, _) in taken.items()}
             yield share, [(batch, {name: more[at] for name, (_, more) in taken.items()}) for at, batch in enumerate(batches)]

@@ -12,6 +12,7 @@ import pickle
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from multiprocessing.shared_memory import SharedMemory
 from typing import Any
 
 import numpy as np
@@ -92,7 +93,7 @@ def _once(reader: _Reader, through: Callable[[Any], Any]) -> Tried:
     try:
         read, left_at = reader.whole()
     except Exception as error:  # noqa: BLE001 # of the dataset's own code, or of what it is made of
-        return Tried(untried=f"a copy of it cannot be made and read ({type(error).__name__}: {str(error)[:200]})")
+        return Tried(untried=f"no copy of it can be made and read ({type(error).__name__}: {str(error)[:200]})")
     if not (cuts := _cuts(read, left_at)):
         return Tried(untried=f"it gives too little, or too slowly: {left_at} item(s)")
     for at in cuts:
@@ -195,9 +196,11 @@ def _pickled(value: Any) -> bytes:
 
 
 def _copied(dataset: Any) -> Any:
-    """A copy that shares with the dataset what is large and is not written to when it is read."""
+    """A copy that shares with the dataset what is large and is not written to when it is read. Raises TypeError if it would share more."""
     memo: dict[int, Any] = {}
-    for _, thing in walk({"dataset": dataset}):
+    for path, thing in walk({"dataset": dataset}):
+        if isinstance(thing, SharedMemory):  # a copy attaches itself to the same
+            raise TypeError(f"{path} is memory that all copies share")
         if isinstance(thing, np.memmap) or (isinstance(thing, np.ndarray) and thing.nbytes > LARGE_BYTES):
             memo[id(thing)] = thing.view()
             memo[id(thing)].flags.writeable = False  # a stream that shuffles it in place is told so, in the copy

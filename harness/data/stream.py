@@ -20,7 +20,7 @@ ADVICE = {  # by the package that a stream comes from
     "torchdata": f"What its workers draw is in no state: num_workers=0 reads here, under the run's own generators; {BY_NUMBER}.",
     "datasets": f"Its shuffle buffer is lost: .shuffle(buffer_size=1) shuffles shards only; {BY_NUMBER}, as datasets.Dataset.",
     "webdataset": f"torchdata's StatefulDataLoader(dataset, batch_size, …) counts what was read and skips it; {BY_NUMBER}.",
-    "streaming": "Give it by number, as run.batches(ByNumber(dataset), …), of a class with __len__ and __getitem__ that asks this one.",
+    "streaming": "Read it through streaming's StreamingDataLoader, which has both.",
 }
 
 
