@@ -97,6 +97,8 @@ def crash_loop(failed: Sequence[Failure]) -> str:
 def outcome(found: Survey, launches: Sequence[Launch] = ()) -> Outcome:
     """What is committed counts first, then how the newest attempt, or a later launch that never got to one, ended."""
     head, newest = found.head, max(found.attempts, default=0)
+    if (error := found.unreadable_head) is not None:
+        return Outcome("not readable", f"{error.what}; {error.found}", EXIT_USAGE)
     whole = [m for m in found.history if any(part.sizes.get(m.data_key) == m.size_bytes for part in found.parts)]
     if found.history and not whole:
         return Outcome("failed", "there is a history, but the data of every checkpoint is missing or cut short", EXIT_FAILED)
@@ -174,6 +176,8 @@ def verdict(found: Survey, launches: Sequence[Launch], name: str) -> tuple[Outco
 def in_words(end: dict[str, Any]) -> str:
     """An end record for people."""
     why = str(end.get("why", "unreadable end record"))
+    if why == "stopped" and "error" in end:  # overtaken between looking and claiming
+        return f"to be started again: {end['error']}"
     if why == "stopped" and "step" not in end:
         return "stopped before training began"
     if why == "stopped":

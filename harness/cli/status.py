@@ -1,6 +1,7 @@
 """Say how a run stands: running, to be continued, finished, or failed, and why; every attempt, and the steps that each one lost.
 
-Exit code: 0 finished · 75 to be continued (stopped, running, or killed) · 1 failed · 74 cannot tell, or no such run.
+Exit code: 0 finished · 75 to be continued (stopped, running, or killed) · 1 failed · 74 cannot tell, or no such run · 78 its newest
+checkpoint is of a format that only a newer harness can read.
 
 example: harness status runs/a
 """
@@ -42,7 +43,8 @@ def run(given: argparse.Namespace) -> int:
         say(json.dumps(fields | {"run_id": found.run_id, "attempts": attempts, "launches": starts}, indent=1))
         return stands.exit_code
     say(f"{store}: {stands.state} ({' '.join(stands.why.split())})")
-    say(f"newest checkpoint: {head.name if head else 'none'}" + (f", loss {locate.number(head.loss)}" if head else ""))
+    newest = "newest checkpoint that can be read" if found.unreadable_head else "newest checkpoint"
+    say(f"{newest}: {head.name if head else 'none'}" + (f", loss {locate.number(head.loss)}" if head else ""))
     say(
         "\n"
         + locate.table(
