@@ -189,16 +189,24 @@ def test_who_claims_from_an_old_listing_leaves_to_be_started_again(store, world:
 
 
 LATE = """
-run = init(**({"keep_last": 1, "keep_best": 0} | {}))
-marker = sys.argv[1] + ".was-late"
-if os.environ.get("LATE") and not os.path.exists(marker):
-    if run.is_writer:
-        until = time.monotonic() + 60
-        last = lambda: max(os.listdir(sys.argv[1] + "/checkpoints"), default="")
-        begun = last()
-        while last() <= begun or time.monotonic() > until:
-            time.sleep(0.02)
-        open(marker, "w").close()
+run = init(keep_last=1, keep_best=0)
+looked, late = sys.argv[1] + ".looked", "LATE" in os.environ
+
+
+def wait(is_there):
+    until = time.monotonic() + 60
+    while not is_there() and time.monotonic() < until:
+        time.sleep(0.02)
+
+
+def newest():
+    return max(name for name in os.listdir(sys.argv[1] + "/checkpoints") if name.endswith(".json"))
+
+
+if late and not os.path.exists(looked):
+    seen = newest()
+    open(looked, "w").close()
+    wait(lambda: newest() > seen)
 torch.manual_seed(0)
 model = nn.Linear(8, 1)
 optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -207,7 +215,10 @@ for x, y in run.batches(points(), 16, epochs=8):
     optimizer.zero_grad()
     nn.functional.mse_loss(model(x), y).backward()
     optimizer.step()
-    time.sleep(0.05)
+    if run.step == 31 and not late:
+        wait(lambda: os.path.exists(looked))
+    if run.step == 37 and not late:
+        wait(lambda: os.path.exists(sys.argv[1] + "/attempts/0002.json"))
 """
 
 
@@ -232,6 +243,24 @@ def test_of_two_starts_the_late_one_trains_on_and_the_first_one_ends(how: str, t
     assert [found.ends[number]["why"] for number in (1, 2, 3)] == ["superseded", "stopped", "finished"], texts
     assert found.attempts[3]["from"]["attempt"] == 1, "on from what the first one had come to"
     assert outcome(found).exit_code == 0
+
+
+def test_who_is_overtaken_by_the_end_of_the_run_does_not_unfinish_it(store, world: World, capsys):
+    first, late = Job("a", store).begin(), Job("b", store)
+    life = first.attempt(20)
+    seen = load.choose(store, world)
+    late.begin()
+    life.save(30, {"epochs": 30, "max_steps": None})
+    attempts.end(store, life.attempt, "finished", step=30)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(launches.ENVIRONMENT, late.launch)
+        with pytest.raises(OvertakenError):
+            claim((store,), seen, 1, Settings(), lambda text: None)
+    found = survey(store)
+    assert outcome(found, launches.read([store])).exit_code == 0
+    assert [verdict(found, launches.read([store]), job.launch)[0].exit_code for job in (first, late)] == [0, 0]
+    code, said = command(capsys, "launch", f"run.dir={store}", "task.name=small_task:build")
+    assert code == 0 and "nothing to do" in said
 
 
 # --- housekeeping ---

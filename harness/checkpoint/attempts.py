@@ -7,6 +7,7 @@ import json
 import os
 import secrets
 import socket
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,8 +32,11 @@ def now() -> str:
     return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="milliseconds")
 
 
-def claim(found: Survey, went_on_from: Manifest | None, world_size: int, kind: str = "train") -> Attempt:
-    """Create the next attempt's record in every store of the survey, the last one first: it is the authority.
+def claim(
+    found: Survey, went_on_from: Manifest | None, world_size: int, kind: str = "train", environment: Mapping[str, Any] | None = None
+) -> Attempt:
+    """Create the next attempt's record in every store of the survey, the last one first: it is the authority. `environment` is what it
+    runs on, as `checkpoint/environment.py` compares it.
 
     Raises SupersededError if another start was faster.
     """
@@ -50,7 +54,7 @@ def claim(found: Survey, went_on_from: Manifest | None, world_size: int, kind: s
         "host": socket.gethostname(),
         "pid": os.getpid(),
         "time": now(),
-    }
+    } | ({"environment": dict(environment)} if environment else {})
     key = fmt.attempt_key(attempt.number)
     for store in reversed(found.stores):
         try:

@@ -12,7 +12,8 @@ import argparse
 import json
 from dataclasses import asdict
 
-from harness.checkpoint import launches, past
+from harness.checkpoint import environment, launches, past
+from harness.checkpoint.history import Survey
 from harness.checkpoint.standing import in_words, outcome
 from harness.cli import locate
 from harness.errors import EXIT_STORAGE, UsageError
@@ -38,7 +39,7 @@ def run(given: argparse.Namespace) -> int:
     head = found.head
     if given.json:
         fields = {"state": stands.state, "why": stands.why, "step": head.step if head else 0, "checkpoint": head.name if head else None}
-        attempts = [asdict(life) | {"lost": life.lost} for life in lives]
+        attempts = [asdict(life) | {"lost": life.lost} | _differs(found, life) for life in lives]
         starts = [{"launch": launch.name, "record": launch.record, "end": launch.end} for launch in known]
         say(json.dumps(fields | {"run_id": found.run_id, "attempts": attempts, "launches": starts}, indent=1))
         return stands.exit_code
@@ -52,10 +53,17 @@ def run(given: argparse.Namespace) -> int:
             [_row(life, stands.state == "running" and life is lives[-1]) for life in lives],
         )
     )
+    for line in environment.told(found):
+        say(line)
     for launch in known:
         if launch.end and launch.end.get("error") and not launches.attempts_of(found, launch.name):
             say(f"launch {launch.name} never began to train: {' '.join(str(launch.end['error']).split())[:200]}")
     return stands.exit_code
+
+
+def _differs(found: Survey, life: past.Life) -> dict[str, object]:
+    """What of the machine and the software is not as in the attempt that this one went on from."""
+    return {"differs": [asdict(difference) for difference in environment.changes(found, life.attempt)]}
 
 
 def _row(life: past.Life, runs: bool) -> tuple[str, ...]:

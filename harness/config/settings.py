@@ -148,6 +148,7 @@ class ResumeSettings:
 
     accept: list[str] = field(default_factory=list)
     override: list[str] = field(default_factory=list)
+    environment: str = "warn"  # where machine or software are not those that the checkpoint was made on; refuse: do not start
 
 
 @dataclass(frozen=True)
@@ -243,5 +244,6 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "notify.timeout_s": (_positive, "a number of seconds above 0"),
     "init.from": (lambda v: v.strip() != "" and (not is_url(v) or check_url(v) is None), "a path or a URL without credentials, or null"),
     "init.rename": (lambda v: all(map(_is_pattern, v)), "{'expression': 'replacement'}, with regular expressions that Python's re takes"),
+    "resume.environment": (lambda v: v in ("warn", "refuse"), "warn or refuse"),
     "resume.accept": (lambda v: set(v) <= {"config", "data", "remote"}, "a list of: config, data, remote"),
 }

@@ -10,10 +10,10 @@ import datetime
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from harness.checkpoint import launches, past
+from harness.checkpoint import environment, launches, past
 from harness.checkpoint.history import Survey
 from harness.checkpoint.launches import Launch
 from harness.checkpoint.standing import Outcome, in_words, outcome
@@ -66,6 +66,7 @@ class Timeline:
     ended: float
     stretches: list[Stretch]
     spent: dict[str, float]  # over all attempts and what lies between them; sums to `wall_s`
+    environment: list[str] = field(default_factory=list)  # the attempts that ran on another machine or software than the one before
 
     @property
     def wall_s(self) -> float:
@@ -100,7 +101,8 @@ def timeline(found: Survey) -> Timeline:
     lives = [past.life(found, number, told[number]) for number in numbers]
     stands = alive(outcome(found, known), lives, told[numbers[-1]] if numbers else [])
     seen = [_stretch(life, told[life.attempt], is_running=stands.state == "running" and life is lives[-1]) for life in lives]
-    return _whole(stands, [stretch for stretch in seen if stretch is not None], known, _submitted(found.stores))
+    whole = _whole(stands, [stretch for stretch in seen if stretch is not None], known, _submitted(found.stores))
+    return replace(whole, environment=environment.told(found))
 
 
 def _stretch(life: past.Life, told: list[dict[str, Any]], *, is_running: bool) -> Stretch | None:

@@ -56,6 +56,7 @@ def init(
     is_scratch: bool = False,
     notices: str | None = None,
     log_to: Sequence[str] = (),
+    environment: str = "warn",
 ) -> Run:  # fmt: skip
     """Join the other ranks, catch signals, seed all generators, and find the newest checkpoint of the run.
 
@@ -69,7 +70,8 @@ def init(
     way: a process that dies, on a machine that does not, loses nothing. A step may take `timeout_s` seconds, or `step_timeout_s`, before it
     counts as hung. `grace_s` lie between SIGTERM and the kill (None: as SLURM says), `margin_s` between a stop and the job's time limit;
     `is_scratch`: the directory is lost with the job. `notices` is the cloud ("aws", "gcp", "azure") that tells when it takes a spot machine
-    away. `log_to` names who is told of all that is logged: "tensorboard", "wandb". `config`, what training depends on, is kept in each
+    away. `log_to` names who is told of all that is logged: "tensorboard", "wandb". `environment`: what follows if machine or software are
+    not those that the checkpoint was made on: "warn", or "refuse". `config`, what training depends on, is kept in each
     checkpoint; a run refuses to go on with another unless `accept=["config"]`. Nothing is changed here; the run is claimed when training
     begins. Collective: every rank must call it.
     """
@@ -82,6 +84,7 @@ def init(
         remote_policy=retention.changed(policy, remote_keep or {}), accept=tuple(accept), override=tuple(override), grace_s=grace_s,
         log_every_steps=log_every_steps, step_timeout_s=step_timeout_s, margin_s=margin_s, is_scratch=is_scratch, notices=notices,
         snapshot=snapshot, when_busy=when_busy, memory_every_steps=int(memory) or None, log_to=tuple(log_to),
+        environment=environment,
         config=state.plain_data({"config": dict(config or {})})["config"],
     )  # fmt: skip
     return _start(directory, remote, settings, timeout_s, ending)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
 
 from harness import config
 from harness.checkpoint import attempts, load, requests
@@ -14,23 +16,26 @@ from harness.run.settings import Settings
 from harness.store import Store, probe
 
 
-def claim(stores: tuple[Store, ...], choice: load.Choice, world_size: int, settings: Settings, say: Callable[[str], object]) -> Attempt:
+def claim(
+    stores: tuple[Store, ...], choice: load.Choice, world_size: int, settings: Settings, say: Callable[[str], object],
+    environment: Mapping[str, Any] | None = None,
+) -> Attempt:  # fmt: skip
     """Claim the next attempt; for the writer. Raises SupersededError, OvertakenError, StorageError, UsageError."""
     assert choice.survey is not None, "the writer has listed the stores"
     for store in stores:
         store.prepare(fmt.FOLDERS)
         if not store.is_local:
             probe.check(store)
-    attempt = attempts.claim(choice.survey, choice.manifest, world_size)
+    attempt = attempts.claim(choice.survey, choice.manifest, world_size, environment=environment)
     _check_not_overtaken(stores, choice.survey, attempt)
     for place, key in choice.damaged:
-        if _done(lambda place=place, key=key: load.set_aside(stores[place], key), f"{key} is not set aside in {stores[place]}", say):
+        if _done(partial(load.set_aside, stores[place], key), f"{key} is not set aside in {stores[place]}", say):
             say(f"harness: set aside: {key}" + (f" in {stores[place]}" if len(stores) > 1 else ""))
     text = config.to_yaml(settings.config).encode()
     for store in stores:
-        _done(lambda store=store: store.sweep(fmt.FOLDERS, attempt.number), f"not all temporary files are deleted in {store}", say)
-        _done(lambda store=store: requests.sweep([store], attempt.number), f"not all old requests are deleted in {store}", say)
-        _done(lambda store=store: store.write("config.yaml", text, attempt.number), f"config.yaml is not written in {store}", say)
+        _done(partial(store.sweep, fmt.FOLDERS, attempt.number), f"not all temporary files are deleted in {store}", say)
+        _done(partial(requests.sweep, [store], attempt.number), f"not all old requests are deleted in {store}", say)
+        _done(partial(store.write, "config.yaml", text, attempt.number), f"config.yaml is not written in {store}", say)
     return attempt
 
 

@@ -13,6 +13,7 @@ from harness import config, state
 from harness.checkpoint import format as fmt
 from harness.checkpoint import load, retention, tier
 from harness.checkpoint.attempts import Attempt
+from harness.checkpoint.environment import Difference
 from harness.checkpoint.history import Survey, going_on_from
 from harness.checkpoint.save import About, commit
 from harness.errors import HarnessError, SaveError, StorageError, UsageError
@@ -22,6 +23,7 @@ from harness.run.account import SAVE, Account
 from harness.run.background import Background, Job
 from harness.run.claim import claim
 from harness.run.ending import Ending
+from harness.run.environment import Environment, check
 from harness.run.metrics import Metrics
 from harness.run.outage import Outage
 from harness.run.places import check_shared, hand_in
@@ -75,6 +77,7 @@ class Saver:
         )
         self._slow_words, self._has_room, self.resumed = "", False, ""
         self.metrics: Metrics | None = None
+        self.environment, self.differences = Environment(world), list[Difference]()  # to what the checkpoint was made on; on the writer
         self._say: Callable[[str], None] = lambda text: None
 
     @property
@@ -99,8 +102,10 @@ class Saver:
     def begin(self, progress: Progress, give_up: Callable[[], object]) -> Attempt:
         """Claim the next attempt. Raises SupersededError, StorageError, UsageError. Collective: every rank must call it."""
 
+        environment = self.environment.found()
+
         def claim() -> list[Any]:
-            attempt = self._claim(progress)
+            attempt = self._claim(progress, environment)
             return [attempt.number, attempt.run_id, attempt.nonce]
 
         number, run_id, nonce = self.world.on_writer(claim, give_up=give_up)
@@ -112,13 +117,16 @@ class Saver:
         self.timer.begun()
         return self.attempt
 
-    def _claim(self, progress: Progress) -> Attempt:
+    def _claim(self, progress: Progress, environment: dict[str, Any]) -> Attempt:
         found = self._choice.survey
         assert found is not None, "the writer has listed the stores"
-        attempt = claim(self.stores, self._choice, self.world.size, self.settings, progress.say)
+        self.differences = check(found, self.origin, environment, self.settings.environment, progress.say)
+        attempt = claim(self.stores, self._choice, self.world.size, self.settings, progress.say, environment)
         self.metrics = Metrics(self.settings.log_to, found, attempt.run_id, self.origin.step if self.origin else 0, progress.say)
         self.tier.begin(attempt, self.origin)
         self._listen(attempt, found)
+        if self.differences:
+            self.note("environment", differs=[vars(difference) for difference in self.differences])
         self._say, self.resumed = progress.say, resumed(found, self.origin, self.account)
         return attempt
 

@@ -12,7 +12,7 @@ from harness.errors import UsageError
 from harness.run.metrics import check as check_metrics
 from harness.run.timer import AUTO
 
-SNAPSHOTS, WHEN_BUSY = ("overlapped", "checked", "at_once"), ("wait", "skip")
+SNAPSHOTS, WHEN_BUSY, ENVIRONMENTS = ("overlapped", "checked", "at_once"), ("wait", "skip"), ("warn", "refuse")
 
 NUMBERS = {  # a whole one, may it be 0, may it be None
     "seed": (True, True, False), "epochs": (True, False, False), "max_steps": (True, False, True), "accumulate": (True, False, False),
@@ -61,10 +61,12 @@ class Settings:
     when_busy: str = "wait"
     memory_every_steps: int | None = None
     log_to: tuple[str, ...] = ()
+    environment: str = "warn"
 
     def __post_init__(self) -> None:
         check_metrics(self.log_to)
-        for name, value, allowed in (("snapshot", self.snapshot, SNAPSHOTS), ("when_busy", self.when_busy, WHEN_BUSY)):
+        words = (("snapshot", SNAPSHOTS), ("when_busy", WHEN_BUSY), ("environment", ENVIRONMENTS))
+        for name, value, allowed in ((name, getattr(self, name), allowed) for name, allowed in words):
             if value not in allowed:
                 raise UsageError(f"{name} is none of {', '.join(allowed)}", f"found: {value!r}")
 
