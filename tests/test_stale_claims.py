@@ -19,8 +19,8 @@ from test_damage import seal
 from test_standing import Job
 
 from harness import cli, retry
+from harness.checkpoint import attempts, launches, load, requests
 from harness.checkpoint import format as fmt
-from harness.checkpoint import launches, load, requests
 from harness.checkpoint.history import survey
 from harness.checkpoint.replicate import replicate
 from harness.checkpoint.save import About, commit
@@ -227,14 +227,15 @@ def test_of_two_starts_the_late_one_trains_on_and_the_first_one_ends(how: str, t
     program = tmp_path / "program.py"
     program.write_text(HEAD + LATE)
     run = tmp_path / "run"
-    if how == "launch":
-        words = harness("launch", f"run.dir={run}", str(program), str(run))
-    else:
-        own = torchrun(1, options=("--max-restarts=2",))
-        words = [*own[: next(i for i, word in enumerate(own) if word.endswith("train.py"))], str(program), str(run)]
-    first = started(words, env={})
+
+    def words(restarts: int) -> list[str]:
+        if how == "launch":
+            return harness("launch", f"run.dir={run}", str(program), str(run))
+        return [*torchrun(1, options=(f"--max-restarts={restarts}",))[:-1], str(program), str(run)]
+
+    first = started(words(0))
     wait_until(lambda: list(run.glob("checkpoints/*.json")), "a checkpoint")
-    late = started(words, env={"LATE": "1"})
+    late = started(words(1), env={"LATE": "1"})
     texts = [process.communicate(timeout=120) for process in (first, late)]
     assert late.returncode == 0, texts
     assert first.returncode == (EXIT_SUPERSEDED if how == "launch" else 1), texts
