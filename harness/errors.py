@@ -67,9 +67,17 @@ class SupersededError(HarnessError):
     exit_code = EXIT_SUPERSEDED
 
 
+class OvertakenError(HarnessError):
+    """What this start was to go on from is not the newest any more: it has to be started again, and nothing has failed."""
+
+    exit_code = EXIT_STOPPED
+
+
 def by_exit_code(code: int, message: str) -> HarnessError:
     """Rebuild on one rank the error that another rank has raised."""
-    kinds: dict[int, type[HarnessError]] = {EXIT_USAGE: UsageError, EXIT_STORAGE: StorageError, EXIT_SUPERSEDED: SupersededError}
+    kinds: dict[int, type[HarnessError]] = {
+        EXIT_USAGE: UsageError, EXIT_STORAGE: StorageError, EXIT_SUPERSEDED: SupersededError, EXIT_STOPPED: OvertakenError
+    }  # fmt: skip
     return kinds.get(code, HarnessError)(message)
 
 
@@ -84,7 +92,7 @@ def report(error: HarnessError) -> None:
     first, *rest = printable(str(error)).split("\n")
     text = "\n".join([f"harness: error: {first}", *(f"  {line}" for line in rest)])
     if rank != 0:
-        if isinstance(error, UsageError | SupersededError):
+        if isinstance(error, UsageError | SupersededError | OvertakenError):
             return
         text = f"harness: error on rank {rank}: {first}"
     with contextlib.suppress(OSError, ValueError, AttributeError):  # nobody reads; the exit code still tells

@@ -18,10 +18,13 @@ from typing import TypeVar
 
 import tenacity
 
+from harness.errors import StorageError
+
 T = TypeVar("T")
 MOST_TRIES = 200
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 20.0
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0  # between two starts of a whole run
+READ_AGAIN_S = (0.2, 0.8, 2.0)  # pauses before a disk that did not answer is asked again
 SLICE_S = 0.2  # how often a wait looks whether it has been given up
 
 # Not tenacity's own full jitter: it draws from Python's global generator, whose state belongs to the training.
@@ -125,6 +128,17 @@ def until_enough(
         retry_error_callback=lambda state: state.outcome.result() if state.outcome else None,
     )
     return repeated(work)
+
+
+def reading(read: Callable[[], T]) -> T:
+    """Call `read`, which asks a disk, and again after a pause while it raises StorageError: a server behind it may be away for a moment.
+    Its last error passes through."""
+    for pause_s in READ_AGAIN_S:
+        try:
+            return read()
+        except StorageError:
+            time.sleep(pause_s)
+    return read()
 
 
 def retrying(

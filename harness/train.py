@@ -45,6 +45,7 @@ def train(build: Callable[..., Task], settings: Config, stored: dict[str, Any]) 
         timeout_s=settings.run.timeout_s, step_timeout_s=settings.run.step_timeout_s,
         grace_s=settings.run.grace_s, margin_s=settings.run.margin_s, is_scratch=settings.run.scratch, notices=settings.run.notices,
         log_every_steps=settings.log.every_steps, log_to=settings.log.to, rehearse=settings.checkpoint.rehearse,
+        environment=settings.resume.environment,
     )  # fmt: skip
     job = build(**settings.task.args)
     if settings.init.from_ is not None:

@@ -24,7 +24,7 @@ from harness.checkpoint import format as fmt
 from harness.checkpoint.format import Manifest
 from harness.checkpoint.history import survey
 from harness.checkpoint.save import About, commit
-from harness.errors import DamagedError, StorageError
+from harness.errors import DamagedError, StorageError, UsageError
 from harness.store import LocalStore
 
 NOBODY = 65534
@@ -343,16 +343,14 @@ def test_a_field_that_is_not_known_is_ignored(store):
     assert survey(store).head.step == 30
 
 
-def test_a_manifest_of_a_later_format_is_passed_over_and_not_set_aside(store, world, capsys):
+def test_a_manifest_of_a_later_format_refuses_a_start_and_is_not_set_aside(store, world, capsys):
     later = json.loads(manifest_path(store).read_bytes()) | {"format_version": 99, "shards": {"of": "a later version"}}
     manifest_path(store).write_bytes(seal(later))
     found = survey(store)
     assert list(found.newer) == [fmt.manifest_key(30, 1)] and not found.damaged
-    choice = load.choose(store, world)
-    assert choice.manifest.step == 20
-    assert choice.damaged == []
-    assert any("format version 99" in note for note in choice.notes)
-    check_named(store, capsys, NEWEST)
+    with pytest.raises(UsageError, match="format version 99"):
+        load.choose(store, world)
+    assert manifest_path(store).exists()
 
 
 def test_a_later_format_with_a_flipped_bit_is_damaged(store):

@@ -404,4 +404,4 @@ def test_a_rank_without_room_is_named_and_the_others_do_not_wait_for_it(medium, 
     limited = ("prlimit", f"--fsize={10 << 20}")
     said = ended(started(medium, port, 2, 0, "the run"), started(medium, port, 2, 1, "nothing", *elsewhere, *limited))
     for _, text, _ in said:
-        assert "not enough memory to load" in text and "(rank 1)" in text and "not starting from step 0" in text
+        assert "not enough memory to load" in text and "(rank 1)" in text and "cannot be read" in text

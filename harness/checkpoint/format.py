@@ -6,7 +6,7 @@ import dataclasses
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from blake3 import blake3
@@ -107,6 +107,7 @@ class Manifest:
     versions: dict[str, str]
     config_digest: str
     format_version: int = 1
+    more: dict[str, Any] = field(default_factory=dict)  # fields that this harness does not know, which stand beside the others
 
     @property
     def order(self) -> tuple[int, int]:
@@ -138,6 +139,7 @@ class Manifest:
 def to_bytes(manifest: Manifest) -> bytes:
     """The one and only spelling of a manifest; its last field is the digest of all the others."""
     fields = dataclasses.asdict(manifest)
+    fields |= fields.pop("more")
     return _spell(fields | {"manifest_digest": _digest(fields)})
 
 
@@ -150,8 +152,7 @@ def from_bytes(key: str, text: bytes) -> Manifest:
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise DamagedError(f"{key} is not a manifest", f"found: {type(error).__name__}: {str(error)[:100]}") from None
     if version not in READABLE and _digest(fields) == said:
-        expected = f"expected: at most {READABLE[-1]}"
-        raise NewerFormatError(f"{key} has format version {version}", expected, "Read it with a newer harness.")
+        raise newer(key, version)
     if _digest(fields) != said or _spell(fields | {"manifest_digest": said}) != text:
         raise DamagedError(f"{key}: the manifest's own checksum does not match", f"expected: {said}")
     try:
@@ -167,15 +168,31 @@ def from_bytes(key: str, text: bytes) -> Manifest:
     return manifest
 
 
-class NewerFormatError(DamagedError):
-    """A whole manifest of a version that this harness cannot read: passed over, never set aside."""
+class NewerFormatError(UsageError):
+    """A whole checkpoint of a version that this harness cannot read: never set aside, never deleted, never gone on behind by itself."""
+
+
+def newer(key: str, version: object) -> NewerFormatError:
+    """The error for a checkpoint of a version that this harness cannot read."""
+    return NewerFormatError(
+        f"{key} has format version {version}",
+        f"expected: at most {READABLE[-1]}, all that this harness can read",
+        f"Use a harness that reads format version {version}. To leave that checkpoint behind: harness rollback RUN STEP.",
+    )
+
+
+def order_of(key: str) -> tuple[int, int]:
+    """The (attempt, step) that the name of a checkpoint's file bears."""
+    match = CHECKPOINT_NAME.match(key)
+    assert match is not None, "it was listed as one"
+    return int(match["attempt"]), int(match["step"])
 
 
 def _build(fields: dict[str, Any]) -> Manifest:
     lineage = tuple((int(attempt), int(step)) for attempt, step in fields.pop("lineage"))
     files = tuple(DataFile(str(file["name"]), int(file["size_bytes"]), str(file["digest"])) for file in fields.pop("files"))
-    known = {name: value for name, value in fields.items() if name in Manifest.__dataclass_fields__}
-    return Manifest(lineage=lineage, files=files, **known)
+    known = {name: fields.pop(name) for name in Manifest.__dataclass_fields__.keys() & fields.keys() - {"more"}}
+    return Manifest(lineage=lineage, files=files, more=fields, **known)
 
 
 def _spell(fields: dict[str, Any]) -> bytes:

@@ -6,11 +6,13 @@ import json
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from harness.checkpoint import format as fmt
 from harness.checkpoint.format import Lineage, Manifest
 from harness.errors import DamagedError, StorageError, UsageError
+from harness.retry import reading
 from harness.store import TEMP, Store
 
 READERS = 8  # small files that are read at once from a remote store
@@ -28,7 +30,7 @@ class Survey:
     parts: list[Survey] = field(default_factory=list)  # the same for each store by itself
     manifests: list[Manifest] = field(default_factory=list)  # readable ones, oldest first
     damaged: dict[str, str] = field(default_factory=dict)  # manifest key -> why it cannot be read
-    newer: dict[str, str] = field(default_factory=dict)  # whole, but of a format we do not know
+    newer: dict[str, fmt.NewerFormatError] = field(default_factory=dict)  # whole, but of a format that is newer than this harness
     set_aside: list[str] = field(default_factory=list)
     marked: set[str] = field(default_factory=set)  # manifest keys whose copy was found damaged, on a store that cannot rename
     orphans: list[str] = field(default_factory=list)  # data without a manifest
@@ -53,6 +55,14 @@ class Survey:
         return self.manifests[-1] if self.manifests else None
 
     @property
+    def unreadable_head(self) -> fmt.NewerFormatError | None:
+        """What is wrong if the run's newest checkpoint is of a newer format: to go on from an older one would cut it off."""
+        key = max(self.newer, key=fmt.order_of, default=None)
+        if key is None or (self.head is not None and self.head.order >= fmt.order_of(key)):
+            return None
+        return self.newer[key]
+
+    @property
     def history(self) -> list[Manifest]:
         """The checkpoints within the head's lineage, newest first. Others were cut off: written by an attempt after its
         successor's first commit, or left behind when a later attempt went on from an older one."""
@@ -64,7 +74,7 @@ class Survey:
     @property
     def reached(self) -> int:
         """The greatest step that was ever committed, as far as anything still tells."""
-        names = [fmt.CHECKPOINT_NAME.match(key) for key in (*self.damaged, *self.set_aside)]
+        names = [fmt.CHECKPOINT_NAME.match(key) for key in (*self.damaged, *self.newer, *self.set_aside)]
         steps = [int(match["step"]) for match in names if match] + [step for m in self.manifests for _, step in m.lineage]
         steps += [int(record.get("reached") or 0) for record in self.attempts.values()]
         return max([*steps, *(int(end.get("saved_step") or 0) for end in self.ends.values())], default=0)
@@ -91,12 +101,17 @@ class Survey:
                 "Take another run.dir, or the run.remote that belongs to it.",
             )
 
+    def check_readable(self) -> None:
+        """Raises NewerFormatError if the run's newest checkpoint is of a newer format."""
+        if (error := self.unreadable_head) is not None:
+            raise error
+
     def check_fresh_start(self, where: str, notes: list[str]) -> None:
         """Raises DamagedError unless nothing at all hints at a history: then, and only then, step 0 is right.
 
         `notes` say what was found wrong with each checkpoint that was tried.
         """
-        unusable = bool(self.manifests or self.damaged or self.newer or self.strangers)
+        unusable = bool(self.manifests or self.damaged or self.strangers)
         hints = (notes if unusable else []) + [f"{key} is set aside" for key in self.set_aside]
         for number, record in self.attempts.items():
             if record.get("from", "unreadable") is not None:
@@ -163,7 +178,7 @@ def _read_all(store: Store, keys: list[str]) -> Iterator[tuple[str, bytes]]:
 
     def read(key: str) -> bytes | None:
         try:
-            return store.read_once(key)
+            return reading(partial(store.read_once, key)) if store.is_local else store.read_once(key)
         except FileNotFoundError:
             return None
         except StorageError:
@@ -186,7 +201,7 @@ def _read_manifests(store: Store, keys: list[str], found: Survey) -> None:
         except FileNotFoundError:  # deleted meanwhile
             continue
         except fmt.NewerFormatError as error:
-            found.newer[key] = error.what
+            found.newer[key] = error
         except DamagedError as error:
             found.damaged[key] = error.what
 

@@ -23,8 +23,9 @@ from harness.checkpoint import tier
 from harness.checkpoint.format import DataFile, Manifest
 from harness.checkpoint.history import Survey, survey
 from harness.checkpoint.spread import spread
-from harness.errors import DamagedError, HarnessError, StorageError
+from harness.errors import DamagedError, HarnessError, StorageError, UsageError
 from harness.ranks import World
+from harness.retry import reading
 from harness.store import LocalStore, Memory, Offer, Store, keep
 
 LISTINGS = 5  # how often a store is listed anew because what was listed is gone
@@ -35,6 +36,8 @@ UNPARSEABLE = (
     RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile, EOFError, ValueError, LookupError, TypeError, AttributeError, struct.error
 )  # fmt: skip
 ESCAPES = re.compile(r"\x1b\[[0-9;]*m")  # that make text bold in a terminal
+NEWER, DAMAGED, UNREAD = "newer", "damaged", "unread"
+UNREAD_REMEDY = "It may be whole. Start again when it can be read; to leave it behind for good: harness rollback RUN STEP."
 NO_ROOM = ("not enough memory", os.strerror(errno.ENOMEM))
 
 
@@ -113,6 +116,7 @@ def parse(memory: Memory, manifest: Manifest) -> dict[str, Any]:
         raise DamagedError(f"{name} cannot be parsed", f"found: {reason(error)}") from None
     if not isinstance(payload, dict) or payload.get("step") != manifest.step:
         raise DamagedError(f"{name} is not the checkpoint that its manifest describes")
+    _check_version(payload, name)
     return {key: value if str(key).endswith("_state_dict") else copy.deepcopy(value) for key, value in payload.items()}
 
 
@@ -148,9 +152,26 @@ def check(store: Store, manifest: Manifest, tell: Tell = _not_told) -> None:
     for _ in verified_chunks(store, manifest, tell):
         pass
     try:
-        outline(store, manifest.data_key)
+        content = outline(store, manifest.data_key)
     except UNPARSEABLE as error:
         raise DamagedError(f"{manifest.data.name} cannot be parsed", f"found: {reason(error)}") from None
+    _check_version(content, manifest.data.name)
+
+
+def _check_version(payload: Any, name: str) -> None:
+    """Raises NewerFormatError if a file is of another version than this harness reads, whatever its manifest says."""
+    version = payload.get("format_version", 1) if isinstance(payload, dict) else 1
+    if type(version) is not int or version not in fmt.READABLE:
+        raise fmt.newer(name, version)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Why a checkpoint is not gone on from."""
+
+    words: str = ""
+    kind: str = ""  # NEWER: only another harness can read it; DAMAGED: it is not what was written; UNREAD: it may be whole
+    remedy: str = ""
 
 
 @dataclass
@@ -185,23 +206,26 @@ class Chooser:
         """One listing and what comes of it; also whether something listed was deleted meanwhile, so that only a new listing tells."""
         choice = Choice(None)
         for text, places in self._on_writer(partial(self._look, choice)):
-            manifest, not_fetched = _parse_manifest(text), ""
+            manifest, unread = _parse_manifest(text), list[str]()
             for place in places:
                 source, in_memory = self.sources[place], place == len(self.stores)
-                payload, problem, is_damaged = self._try(source, manifest)
+                payload, problem = self._try(source, manifest)
                 if payload is not None:
                     choice.manifest, choice.payload, choice.place, choice.in_memory = manifest, payload, place, in_memory
                     choice.notes += self._why(choice.survey, manifest, source)
                     return choice, False
                 if not self._on_writer(partial(source.exists, manifest.key)):
                     return choice, True
-                choice.notes.append(f"passed over: {problem}" + (f" in {source}" if len(self.stores) > 1 or in_memory else ""))
-                if is_damaged and not in_memory:
+                words = problem.words + (f" in {source}" if len(self.stores) > 1 or in_memory else "")
+                if problem.kind == NEWER:
+                    raise UsageError(words, remedy=problem.remedy)
+                choice.notes.append(f"passed over: {words}")
+                if problem.kind == UNREAD:
+                    unread.append(words)
+                elif not in_memory:
                     choice.damaged.append((place, manifest.key))
-                elif not source.is_local:
-                    not_fetched = str(problem)
-            if not_fetched:  # it may be whole, and going on from an older one would cut it off
-                raise StorageError(f"{manifest.name} cannot be fetched", not_fetched, "Start again when the store answers.")
+            if unread:  # it may be whole, and going on from an older one would cut it off
+                raise StorageError(f"{manifest.name} cannot be read", "; ".join(unread), UNREAD_REMEDY)
         self._on_writer(partial(self._check_fresh, choice))
         return choice, False
 
@@ -211,10 +235,12 @@ class Chooser:
     def _look(self, choice: Choice) -> list[tuple[str, list[int]]]:
         found = choice.survey = survey(*self.stores)
         found.check_one_run()
+        found.check_readable()
         choice.damaged = [(place, key) for place, part in enumerate(found.parts) for key in part.damaged if key not in part.marked]
-        choice.notes = [f"passed over: {why}" for part in found.parts for why in (part.damaged | part.newer).values()]
+        choice.notes = [f"passed over: {why}" for part in found.parts for why in part.damaged.values()]
         choice.notes += [f"ignored, not of this run: {key}" for key in found.foreign + found.strangers]
         candidates = [(m, [self.stores.index(copy) for copy in found.copies(m)]) for m in found.candidates]
+        tier.check_readable(self.tier, found)
         if (kept := tier.newest(self.tier, found)) is not None:
             candidates.insert(0, (kept, [len(self.stores)]))
         if len(candidates) > 1 and self.steps_back():
@@ -234,33 +260,34 @@ class Chooser:
         heads = [f"{part.head.name if part.head else 'nothing'} in {store}" for store, part in zip(found.stores, found.parts, strict=True)]
         return [f"taking {manifest.name} from {source}: the newest that verifies ({', '.join(heads)})"]
 
-    def _try(self, store: Store, manifest: Manifest) -> tuple[dict[str, Any] | None, str | None, bool]:
-        """The payload on every rank, or on none, and then what was wrong, and whether the data itself is."""
-        offer, problem, is_damaged = self._on_writer(partial(self._open, store, manifest))
-        if problem:
-            return None, problem, is_damaged
+    def _try(self, store: Store, manifest: Manifest) -> tuple[dict[str, Any] | None, Problem]:
+        """The payload on every rank, or on none, and then what was wrong."""
+        offer, said = self._on_writer(partial(self._open, store, manifest))
+        if said:
+            return None, Problem(*said)
         payload: dict[str, Any] | None = None
-        said: tuple[str | None, bool] = (None, False)
         memory, self._memory = self._memory, None
+        said = list[str]()
         try:
             with self._spread(store, manifest, memory, Offer(**offer)) as own:
                 payload = parse(own, manifest)
         except HarnessError as error:
             said = _said(error)
-        problems = [(rank, said) for rank, said in enumerate(self.world.gather(said)) if said[0]]
+        problems = [(rank, Problem(*said)) for rank, said in enumerate(self.world.gather(said)) if said]
         if not problems:
-            return payload, None, False
-        return None, f"{problems[0][1][0]} (rank {problems[0][0]})", any(said[1] for _, said in problems)
+            return payload, Problem()
+        rank, first = min(problems, key=lambda problem: (NEWER, DAMAGED, UNREAD).index(problem[1].kind))
+        return None, Problem(f"{first.words} (rank {rank})", first.kind, first.remedy)
 
-    def _open(self, store: Store, manifest: Manifest) -> tuple[dict[str, str] | None, str | None, bool]:
-        """Where other processes of this machine find the verified data, or what is wrong with it, and whether it is damaged."""
+    def _open(self, store: Store, manifest: Manifest) -> tuple[dict[str, str] | None, list[str]]:
+        """Where other processes of this machine find the verified data, or what is wrong with it."""
         for last in (store.is_local, True):
             try:
-                self._memory = verified(store, manifest)
-                return vars(self._memory.offer), None, False
+                self._memory = reading(partial(verified, store, manifest)) if store.is_local else verified(store, manifest)
+                return vars(self._memory.offer), []
             except HarnessError as error:
                 if last or not isinstance(error, DamagedError):  # what came over a network may be whole when it is read again
-                    return None, *_said(error)
+                    return None, _said(error)
         raise AssertionError("the last try returns")
 
     def _spread(self, store: Store, manifest: Manifest, memory: Memory | None, offer: Offer) -> Memory:
@@ -270,7 +297,7 @@ class Chooser:
             return keep(checked(chunks, expected, where), expected.size_bytes, expected.name)
 
         def read() -> Memory | None:
-            return verified(store, manifest) if store.is_local else None
+            return reading(partial(verified, store, manifest)) if store.is_local else None
 
         return spread(self.world, memory, offer, expected.size_bytes, read, receive)
 
@@ -302,8 +329,10 @@ def _parse_manifest(text: str) -> Manifest:
     return fmt.from_bytes(fmt.manifest_key(fields["step"], fields["attempt"]), text.encode())
 
 
-def _said(error: HarnessError) -> tuple[str, bool]:
-    return error.what + (f" ({error.found})" if error.found else ""), isinstance(error, DamagedError)
+def _said(error: HarnessError) -> list[str]:
+    """The fields of a Problem, which can be sent."""
+    kind = NEWER if isinstance(error, fmt.NewerFormatError) else DAMAGED if isinstance(error, DamagedError) else UNREAD
+    return [error.what + (f" ({error.found})" if error.found else ""), kind, error.remedy]
 
 
 def set_aside(store: Store, manifest_key: str) -> None:

@@ -84,6 +84,8 @@ def checkpoint(path: str, which: str | int = NEWEST) -> tuple[Store, Manifest]:
 
 
 def _chosen(store: Store, found: Survey, which: str | int) -> Manifest:
+    if which in (NEWEST, BEST):
+        found.check_readable()
     if found.head is None:
         raise UsageError(f"the run in {store} has no checkpoint", remedy="harness ls shows what is there.")
     if which == NEWEST:

@@ -9,7 +9,7 @@ import socket
 from collections.abc import Iterable
 
 from harness.checkpoint.attempts import now
-from harness.store import Store
+from harness.store import Store, delete_all
 
 REQUESTS = "requests"
 REQUEST_NAME = re.compile(r"^requests/(?P<attempt>[0-9]{4,})\.(?P<what>stop|save)-[0-9a-f]+\.json\Z")
@@ -30,8 +30,8 @@ def pending(store: Store, attempt: int) -> dict[str, str]:
 
 
 def sweep(stores: Iterable[Store], below_attempt: int) -> None:
-    """Delete what earlier attempts were asked for. Raises StorageError."""
+    """Delete what earlier attempts were asked for, as far as that can be. Raises StorageError if not all could: it may be another
+    user's, and then it stays, without harm, as it names another attempt."""
     for store in stores:
-        for entry in store.entries(REQUESTS):
-            if (match := REQUEST_NAME.match(entry.key)) and int(match["attempt"]) < below_attempt:
-                store.delete(entry.key)
+        names = (REQUEST_NAME.match(entry.key) for entry in store.entries(REQUESTS))
+        delete_all(store, [match.string for match in names if match and int(match["attempt"]) < below_attempt])

@@ -103,7 +103,9 @@ def crash_loop(failed: Sequence[Failure]) -> str:
 
 def outcome(found: Survey, launches: Sequence[Launch] = ()) -> Outcome:
     """What is committed counts first, then how the newest attempt, or a later launch that never got to one, ended."""
-    head, newest = found.head, max(found.attempts, default=0)
+    head, newest = found.head, max((number for number in found.attempts if not _is_overtaken(found, number)), default=0)
+    if (error := found.unreadable_head) is not None:
+        return Outcome("not readable", f"{error.what}; {error.found}", EXIT_USAGE)
     whole = [m for m in found.history if any(part.sizes.get(m.data_key) == m.size_bytes for part in found.parts)]
     if found.history and not whole:
         return Outcome("failed", "there is a history, but the data of every checkpoint is missing or cut short", EXIT_FAILED)
@@ -112,6 +114,12 @@ def outcome(found: Survey, launches: Sequence[Launch] = ()) -> Outcome:
             return Outcome("finished", f"at step {head.step}", EXIT_FINISHED)
         return Outcome("to be continued", f"the last checkpoint's data is gone; a start goes on from step {whole[0].step}", EXIT_STOPPED)
     return _ended(found, launches)
+
+
+def _is_overtaken(found: Survey, number: int) -> bool:
+    """Whether an attempt has only found, after its claim, that what it was to go on from is not the newest any more."""
+    end = found.ends.get(number) or {}
+    return end.get("why") == "stopped" and "error" in end
 
 
 def _ended(found: Survey, launches: Sequence[Launch]) -> Outcome:
@@ -164,6 +172,8 @@ def verdict(found: Survey, launches: Sequence[Launch], name: str) -> tuple[Outco
     end = (found.ends.get(latest) if attempts else launch.end) or {}
     died = deaths(found, launches, launch.supervisor)
     failed = [death for death in died if death.launch == name]
+    if end.get("why") == "finished" and (stands := outcome(found, launches)).exit_code == EXIT_FINISHED:
+        return stands, failed  # whatever has claimed an attempt since did not train
     if newest > latest or end.get("why") == "superseded":
         return Outcome("superseded", f"attempt {newest} has begun elsewhere, and goes on", EXIT_SUPERSEDED), failed
     wanted_more = not attempts and end.get("why") in ("failed", "stopped")  # if it was finished, this launch was to extend it
@@ -181,6 +191,8 @@ def verdict(found: Survey, launches: Sequence[Launch], name: str) -> tuple[Outco
 def in_words(end: dict[str, Any]) -> str:
     """An end record for people."""
     why = str(end.get("why", "unreadable end record"))
+    if why == "stopped" and "error" in end:  # found to be overtaken, after the claim
+        return f"to be started again: {end['error']}"
     if why == "stopped" and "step" not in end:
         return "stopped before training began"
     if why == "stopped":

@@ -13,6 +13,7 @@ import os
 import stat
 from pathlib import Path
 
+from harness.checkpoint import format as fmt
 from harness.checkpoint.format import Manifest
 from harness.checkpoint.history import Survey, survey
 from harness.store import LocalStore, Store
@@ -31,6 +32,15 @@ def newest(store: LocalStore, found: Survey) -> Manifest | None:
         return None
     there = [m for m in survey(store).manifests if m.run_id == found.run_id and m.attempt in found.attempts]
     return there[-1] if there and (found.head is None or there[-1].order > found.head.order) else None
+
+
+def check_readable(store: LocalStore, found: Survey) -> None:
+    """Raises NewerFormatError if what is in the tier is newer than all that was found on the disk, and of a newer format."""
+    there = survey(store) if is_ours(store) else Survey()
+    error, key = there.unreadable_head, max(there.newer, key=fmt.order_of, default="")
+    attempt, step = fmt.order_of(key) if error else (0, 0)
+    if error and attempt in found.attempts and (found.head is None or (attempt, step) > found.head.order):
+        raise error
 
 
 def is_ours(store: LocalStore) -> bool:

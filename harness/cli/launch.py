@@ -214,6 +214,6 @@ def _torchrun(options: list[str], training: list[str], settings: config.Config) 
         rank, first = error.get_first_failure()
         how = f"exit code {first.exitcode}" if first.exitcode > 0 else stop.name_of(-first.exitcode)
         codes = {failure.exitcode for failure in error.failures.values()}
-        code = next((code for code in (EXIT_USAGE, EXIT_SUPERSEDED, EXIT_STORAGE) if code in codes), EXIT_FAILED)
+        code = next((code for code in (EXIT_USAGE, EXIT_SUPERSEDED, EXIT_STORAGE, EXIT_STOPPED) if code in codes), EXIT_FAILED)
         return code, f"rank {rank} of {socket.gethostname()} was the first to end, by {how}"
     return EXIT_FINISHED, ""

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 
 from harness.checkpoint import load
-from harness.checkpoint.format import Manifest
+from harness.checkpoint.format import Manifest, NewerFormatError
 from harness.checkpoint.history import Survey
 from harness.checkpoint.locate import WAIT_S, checkpoint, is_run, run, stores
 from harness.errors import DamagedError, HarnessError, StorageError
@@ -29,15 +29,16 @@ def everywhere(path: str) -> tuple[Store, Survey]:
         return run(first)
 
 
-def verify(store: Store, *manifests: Manifest) -> Iterator[tuple[Manifest, str]]:
-    """Read and check every byte, behind a live line; each checkpoint with what is wrong with it, or ""."""
+def verify(store: Store, *manifests: Manifest) -> Iterator[tuple[Manifest, HarnessError | None]]:
+    """Read and check every byte, behind a live line; each checkpoint with what is wrong with it, or None."""
+    problem: HarnessError | None
     bar = Bar(f"reading {store}", sum(manifest.size_bytes for manifest in manifests))
     for manifest in manifests:
         try:
             load.check(store, manifest, bar)
-            problem = ""
+            problem = None
         except HarnessError as error:
-            problem = f"{error.what} {error.found}".rstrip()
+            problem = error
         bar.end()
         yield manifest, problem
 
@@ -45,5 +46,7 @@ def verify(store: Store, *manifests: Manifest) -> Iterator[tuple[Manifest, str]]
 def check(store: Store, manifest: Manifest) -> None:
     """Raises DamagedError unless every byte of the checkpoint is as it was written."""
     for _, problem in verify(store, manifest):
-        if problem:
-            raise DamagedError(problem)
+        if isinstance(problem, NewerFormatError):
+            raise problem
+        if problem is not None:
+            raise DamagedError(f"{problem.what} {problem.found}".rstrip())

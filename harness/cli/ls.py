@@ -31,7 +31,8 @@ def run(given: argparse.Namespace) -> int:
     _, found = locate.everywhere(given.run)
     history = {manifest.name for manifest in found.history}
     states = {m.name: _states(found, m, given.verify) for m in found.manifests}
-    chosen = next((m.name for m in found.candidates if any(state in GOOD for state in states[m.name].values())), None)
+    candidates = found.candidates if found.unreadable_head is None else []  # then no start goes on
+    chosen = next((m.name for m in candidates if any(state in GOOD for state in states[m.name].values())), None)
     rows = []
     for m in sorted(found.manifests, key=lambda m: m.order, reverse=True):
         note = "next start goes on from here" if m.name == chosen else "" if m.name in history else "cut off: not in the run's history"
@@ -53,7 +54,7 @@ def run(given: argparse.Namespace) -> int:
             )
         )
     others = [(key, f"damaged manifest: {why}") for key, why in found.damaged.items()]
-    others += [(key, why) for key, why in found.newer.items()]
+    others += [(key, f"{error.what.removeprefix(key).strip()}: {error.found}") for key, error in found.newer.items()]
     others += [(key, "set aside as damaged") for key in found.set_aside]
     others += [(key, "data without a manifest: no checkpoint") for key in found.orphans]
     others += [(key, "of another run") for key in found.strangers] + [(key, "no checkpoint") for key in found.foreign]

@@ -37,7 +37,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(given: argparse.Namespace) -> int:
     store, found = locate.run(given.run)
-    good = {m.name for m, problem in locate.verify(store, *found.history) if not problem}
+    found.check_readable()  # what its history is, only a newer harness knows
+    problems = {m.name: problem for m, problem in locate.verify(store, *found.history)}
+    for problem in problems.values():
+        if isinstance(problem, fmt.NewerFormatError):
+            raise problem
+    good = {name for name, problem in problems.items() if problem is None}
     manifests = retention.to_delete(found.history, good, _policy(store, found, given))
     history = {m.name for m in found.history}
     if good:  # nothing is deleted before something better is there

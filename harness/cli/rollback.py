@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(given: argparse.Namespace) -> int:
     store, found = locate.run(*locate.stores(given.run))
     manifest = _find(found, given.to, str(store))
-    if manifest is found.head and manifest.final is None:
+    if manifest is found.head and manifest.final is None and found.unreadable_head is None:
         say(f"the run stands at {manifest.name} already; nothing to do")
         return 0
     source, target = found.copies(manifest)[0], found.stores[-1]

@@ -1,6 +1,7 @@
 """Say how a run stands: running, to be continued, finished, or failed, and why; every attempt, and the steps that each one lost.
 
-Exit code: 0 finished · 75 to be continued (stopped, running, or killed) · 1 failed · 74 cannot tell, or no such run.
+Exit code: 0 finished · 75 to be continued (stopped, running, or killed) · 1 failed · 74 cannot tell, or no such run · 78 its newest
+checkpoint is of a format that only a newer harness can read.
 
 example: harness status runs/a
 """
@@ -11,7 +12,8 @@ import argparse
 import json
 from dataclasses import asdict
 
-from harness.checkpoint import launches, past, steps
+from harness.checkpoint import environment, launches, past, steps
+from harness.checkpoint.history import Survey
 from harness.checkpoint.standing import in_words, outcome, replays_in_words
 from harness.cli import locate
 from harness.errors import EXIT_STORAGE, UsageError
@@ -37,12 +39,13 @@ def run(given: argparse.Namespace) -> int:
     head, replays = found.head, steps.verdicts(found.stores)
     if given.json:
         fields = {"state": stands.state, "why": stands.why, "step": head.step if head else 0, "checkpoint": head.name if head else None}
-        attempts = [asdict(life) | {"lost": life.lost} for life in lives]
+        attempts = [asdict(life) | {"lost": life.lost} | _differs(found, life) for life in lives]
         starts = [{"launch": launch.name, "record": launch.record, "end": launch.end} for launch in known]
         say(json.dumps(fields | {"run_id": found.run_id, "attempts": attempts, "launches": starts, "replays": replays}, indent=1))
         return stands.exit_code
     say(f"{store}: {stands.state} ({' '.join(stands.why.split())})")
-    say(f"newest checkpoint: {head.name if head else 'none'}" + (f", loss {locate.number(head.loss)}" if head else ""))
+    newest = "newest checkpoint that can be read" if found.unreadable_head else "newest checkpoint"
+    say(f"{newest}: {head.name if head else 'none'}" + (f", loss {locate.number(head.loss)}" if head else ""))
     say(
         "\n"
         + locate.table(
@@ -50,12 +53,17 @@ def run(given: argparse.Namespace) -> int:
             [_row(life, stands.state == "running" and life is lives[-1]) for life in lives],
         )
     )
-    for line in replays_in_words(replays):
-        say(f"\n{line}")
+    for line in (*environment.told(found), *replays_in_words(replays)):
+        say(line)
     for launch in known:
         if launch.end and launch.end.get("error") and not launches.attempts_of(found, launch.name):
             say(f"launch {launch.name} never began to train: {' '.join(str(launch.end['error']).split())[:200]}")
     return stands.exit_code
+
+
+def _differs(found: Survey, life: past.Life) -> dict[str, object]:
+    """What of the machine and the software is not as in the attempt that this one went on from."""
+    return {"differs": [asdict(difference) for difference in environment.changes(found, life.attempt)]}
 
 
 def _row(life: past.Life, runs: bool) -> tuple[str, ...]:

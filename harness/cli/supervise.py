@@ -67,6 +67,7 @@ def before(settings: Config, name: str, *, submitted: bool = False) -> int:
         )
     found = survey(*stores)
     found.check_one_run()
+    found.check_readable()
     known = launches.read(stores)
     if _is_complete(found, settings):
         say(f"harness: the run in {stores[0]} is finished, {outcome(found).why}; nothing to do")

@@ -1,4 +1,7 @@
-"""Read and check every byte of a run's checkpoints, or of one; exit 1 names what is damaged.
+"""Read and check every byte of a run's checkpoints, or of one.
+
+Exit code: 0 whole · 1 something is damaged, and named · 78 nothing is, but there is a checkpoint of a format that only a newer harness
+can check.
 
 Of a run directory that has a remote store only the directory is read; name the remote to have that read.
 
@@ -9,8 +12,9 @@ from __future__ import annotations
 
 import argparse
 
+from harness.checkpoint.format import NewerFormatError
 from harness.cli import locate
-from harness.errors import EXIT_FAILED
+from harness.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_USAGE
 from harness.events import say, size
 
 
@@ -21,23 +25,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(given: argparse.Namespace) -> int:
     if locate.is_run(given.path):
         store, found = locate.run(given.path)
-        manifests, problems = found.manifests, [f"{key}: {why}" for key, why in (found.damaged | found.newer).items()]
+        manifests, problems = found.manifests, [f"{key}: {why}" for key, why in found.damaged.items()]
         problems += [f"{key}: of another run" for key in found.strangers]
+        newer = [f"{error.what}; {error.found}" for error in found.newer.values()]
         notes = [f"{key}: set aside as damaged, does not count" for key in found.set_aside]
         notes += [f"{key}: was found damaged once, and is the last choice" for key in sorted(found.marked)]
         notes += [f"{key}: data without a manifest, does not count" for key in found.orphans]
     else:
         store, manifest = locate.checkpoint(given.path)
-        manifests, problems, notes = [manifest], [], []
+        manifests, problems, newer, notes = [manifest], [], [], []
     for manifest, problem in locate.verify(store, *manifests):
-        if problem:
-            problems.append(f"{manifest.name}: {problem}")
+        if isinstance(problem, NewerFormatError):
+            newer.append(f"{problem.what}; {problem.found}")
+        elif problem is not None:
+            problems.append(f"{manifest.name}: {problem.what} {problem.found}".rstrip())
         else:
             say(f"ok       {manifest.name}  {size(manifest.size_bytes)}")
     for note in notes:
         say(f"note     {note}")
-    for problem in problems:
-        say(f"DAMAGED  {problem}")
-    if not manifests and not problems:
+    for words in problems:
+        say(f"DAMAGED  {words}")
+    for words in newer:
+        say(f"NEWER    {words}")
+    if not manifests and not problems and not newer:
         say("no checkpoints")
-    return EXIT_FAILED if problems else 0
+    return EXIT_FAILED if problems else EXIT_USAGE if newer else EXIT_FINISHED

@@ -10,6 +10,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from harness.config.defaults import defaults
 from harness.config.names import flatten, nested
 from harness.config.settings import RULES, SPELLED, Config
 from harness.errors import UsageError
@@ -20,8 +21,8 @@ def read(file: str | None, overrides: list[str]) -> tuple[Config, dict[str, Any]
     """See `harness.config.load`."""
     problems: list[str] = []
     settings = _file_settings(file, problems) + _line_settings(overrides, problems)
-    known = flatten(_plain(OmegaConf.structured(Config), resolve=False))
-    merged: DictConfig = OmegaConf.structured(Config)
+    merged = defaults()
+    known = flatten(_plain(merged, resolve=False))
     for name, value, origin in settings:
         if value is None and any(other.startswith(f"{name}.") for other in known):
             continue  # a section with nothing in it

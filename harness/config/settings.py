@@ -151,6 +151,7 @@ class ResumeSettings:
     accept: list[str] = field(default_factory=list)
     override: list[str] = field(default_factory=list)
     on_mismatch: str = "warn"  # a step that is made again is not what it was; stop: end before the next save
+    environment: str = "warn"  # where machine or software are not those that the checkpoint was made on; refuse: do not start
 
 
 @dataclass(frozen=True)
@@ -247,5 +248,6 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "init.from": (lambda v: v.strip() != "" and (not is_url(v) or check_url(v) is None), "a path or a URL without credentials, or null"),
     "init.rename": (lambda v: all(map(_is_pattern, v)), "{'expression': 'replacement'}, with regular expressions that Python's re takes"),
     "resume.on_mismatch": (lambda v: v in ("warn", "stop"), "warn or stop"),
+    "resume.environment": (lambda v: v in ("warn", "refuse"), "warn or refuse"),
     "resume.accept": (lambda v: set(v) <= {"config", "data", "dtype", "remote"}, "a list of: config, data, dtype, remote"),
 }

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from harness.checkpoint import launches, past, steps
+from harness.checkpoint import environment, launches, past, steps
 from harness.checkpoint.history import Survey
 from harness.checkpoint.launches import Launch
 from harness.checkpoint.standing import Outcome, in_words, outcome
@@ -69,6 +69,7 @@ class Timeline:
     stretches: list[Stretch]
     spent: dict[str, float]  # over all attempts and what lies between them; sums to `wall_s`
     replays: dict[int, dict[str, Any]] = field(default_factory=dict)  # what came of comparing steps made again, by attempt
+    environment: list[str] = field(default_factory=list)  # the attempts that ran on another machine or software than the one before
 
     @property
     def wall_s(self) -> float:
@@ -104,7 +105,7 @@ def timeline(found: Survey) -> Timeline:
     stands = alive(outcome(found, known), lives, told[numbers[-1]] if numbers else [])
     seen = [_stretch(life, told[life.attempt], is_running=stands.state == "running" and life is lives[-1]) for life in lives]
     whole = _whole(stands, [stretch for stretch in seen if stretch is not None], known, _submitted(found.stores))
-    return replace(whole, replays=steps.verdicts(found.stores))
+    return replace(whole, replays=steps.verdicts(found.stores), environment=environment.told(found))
 
 
 def _stretch(life: past.Life, told: list[dict[str, Any]], *, is_running: bool) -> Stretch | None:

@@ -34,7 +34,7 @@ def facts(time: Timeline) -> list[str]:
         blocked, durable = (median(values) for values in ([s.blocked_s for s in saves], [s.durable_s for s in saves]))
         count = f"{len(saves)} save{'s' * (len(saves) != 1)}"
         found.append(f"{count}; one keeps training waiting for {blocked:.3g} s and is safe after {durable:.3g} s (medians)")
-    return found + replays_in_words(time.replays)
+    return found + time.environment + replays_in_words(time.replays)
 
 
 def rows(time: Timeline) -> list[tuple[str, str, str, str]]:

@@ -55,7 +55,7 @@ def init(
     grace_s: float | None = None,
     margin_s: float = 30.0,
     is_scratch: bool = False, notices: str | None = None,
-    log_to: Sequence[str] = (), rehearse: bool = True,
+    log_to: Sequence[str] = (), rehearse: bool = True, environment: str = "warn",
 ) -> Run:  # fmt: skip
     """Join the other ranks, catch signals, seed all generators, and find the newest checkpoint of the run.
 
@@ -71,9 +71,9 @@ def init(
     `is_scratch`: the directory is lost with the job. `notices` is the cloud ("aws", "gcp", "azure") that tells when it takes a spot machine
     away. `log_to` names who is told of all that is logged: "tensorboard", "wandb". `rehearse`: the first checkpoint of a new run is read
     back and loaded into copies, to tell what a restart would fail of. `config`, what training depends on, is kept in each checkpoint; a run
-    refuses to go on with another unless `accept=["config"]`. A step that is made again is compared with what it was; `on_mismatch="stop"`
-    ends the run before its next save if it is another. Nothing is changed here; the run is claimed when training begins. Collective: every
-    rank must call it.
+    refuses to go on with another unless `accept=["config"]`. On another machine or software than the checkpoint was made on
+    `environment="refuse"` ends the start. A step that is made again is compared with what it was; `on_mismatch="stop"` ends the run before
+    its next save if it is another. Nothing is changed here; the run is claimed when training begins. Collective: every rank must call it.
     """
     ending = Ending()  # from here on a user's mistake is said in words
     check_numbers(locals())
@@ -84,7 +84,7 @@ def init(
         remote_policy=retention.changed(policy, remote_keep or {}), accept=tuple(accept), override=tuple(override), grace_s=grace_s,
         log_every_steps=log_every_steps, step_timeout_s=step_timeout_s, margin_s=margin_s, is_scratch=is_scratch, notices=notices,
         snapshot=snapshot, when_busy=when_busy, memory_every_steps=int(memory) or None, log_to=tuple(log_to), on_mismatch=on_mismatch,
-        rehearse=rehearse,
+        rehearse=rehearse, environment=environment,
         config=state.plain_data({"config": dict(config or {})})["config"],
     )  # fmt: skip
     return _start(directory, remote, settings, timeout_s, ending)

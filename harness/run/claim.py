@@ -2,30 +2,74 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
 
 import harness.run.identity as identity
 from harness import config
 from harness.checkpoint import attempts, load, requests
 from harness.checkpoint import format as fmt
 from harness.checkpoint.attempts import Attempt
+from harness.checkpoint.history import Survey, survey
+from harness.errors import OvertakenError, StorageError
 from harness.run.settings import Settings
 from harness.store import Store, probe
 
 
-def claim(stores: tuple[Store, ...], choice: load.Choice, world_size: int, settings: Settings, say: Callable[[str], object]) -> Attempt:
-    """Claim the next attempt; for the writer. Raises SupersededError, StorageError, UsageError."""
+def claim(
+    stores: tuple[Store, ...], choice: load.Choice, world_size: int, settings: Settings, say: Callable[[str], object],
+    environment: Mapping[str, Any] | None = None,
+) -> Attempt:  # fmt: skip
+    """Claim the next attempt; for the writer. Raises SupersededError, OvertakenError, StorageError, UsageError."""
     assert choice.survey is not None, "the writer has listed the stores"
     for store in stores:
         store.prepare(fmt.FOLDERS)
         if not store.is_local:
             probe.check(store)
-    attempt = attempts.claim(choice.survey, choice.manifest, world_size, more=identity.of_program(settings))
+    more = identity.of_program(settings) | ({"environment": dict(environment)} if environment else {})
+    attempt = attempts.claim(choice.survey, choice.manifest, world_size, more=more)
+    _check_not_overtaken(stores, choice.survey, attempt)
     for place, key in choice.damaged:
-        load.set_aside(stores[place], key)
-        say(f"harness: set aside: {key}" + (f" in {stores[place]}" if len(stores) > 1 else ""))
+        if _done(partial(load.set_aside, stores[place], key), f"{key} is not set aside in {stores[place]}", say):
+            say(f"harness: set aside: {key}" + (f" in {stores[place]}" if len(stores) > 1 else ""))
+    text = config.to_yaml(settings.config).encode()
     for store in stores:
-        store.sweep(fmt.FOLDERS, attempt.number)
-        requests.sweep([store], attempt.number)
-        store.write("config.yaml", config.to_yaml(settings.config).encode(), attempt.number)
+        _done(partial(store.sweep, fmt.FOLDERS, attempt.number), f"not all temporary files are deleted in {store}", say)
+        _done(partial(requests.sweep, [store], attempt.number), f"not all old requests are deleted in {store}", say)
+        _done(partial(store.write, "config.yaml", text, attempt.number), f"config.yaml is not written in {store}", say)
     return attempt
+
+
+def _check_not_overtaken(stores: tuple[Store, ...], before: Survey, attempt: Attempt) -> None:
+    """Raises OvertakenError if the run has got further since it was listed, which may be minutes ago: to go on from what was found then
+    would cut that off. The claim stands, so that whoever got further has ended; the next start goes on from there."""
+    now = survey(*stores)
+    was, head = _newest(before), _newest(now)
+    if was == head:
+        return
+    words = f"the run has got from {was or 'nothing'} to {head or 'nothing'} while this start was under way"
+    for store in stores:
+        attempts.end(store, attempt, "stopped", error=words, code=OvertakenError.exit_code)
+    raise OvertakenError(
+        words,
+        f"found: another process trained this run until attempt {attempt.number} was claimed here; it ends now",
+        "Start again: the next start goes on from what is newest. A supervisor does so by itself.",
+    )
+
+
+def _newest(found: Survey) -> str | None:
+    """The name of the newest checkpoint, whether it can be read or not."""
+    if found.unreadable_head is not None:
+        return fmt.stem(*reversed(fmt.order_of(max(found.newer, key=fmt.order_of))))
+    return found.head.name if found.head else None
+
+
+def _done(work: Callable[[], object], failure: str, say: Callable[[str], object]) -> bool:
+    """Tidy up: what it fails of is said, and is no reason not to train."""
+    try:
+        work()
+    except StorageError as error:
+        say(f"harness: warning: {failure}: {error.what}")
+        return False
+    return True

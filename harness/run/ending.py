@@ -20,7 +20,7 @@ import harness.run.hang as hang
 from harness import stop
 from harness.checkpoint import attempts, launches
 from harness.checkpoint.attempts import Attempt
-from harness.errors import EXIT_FINISHED, HarnessError, LostRankError, StorageError, SupersededError, report
+from harness.errors import EXIT_FINISHED, HarnessError, LostRankError, OvertakenError, StorageError, SupersededError, report
 from harness.events import say
 from harness.ranks import World, is_lost_peer, last_collective, own_rank
 from harness.run.hints import hint
@@ -121,7 +121,9 @@ class Ending:
         why = "superseded" if isinstance(error, SupersededError) else "failed"
         lines = traceback.format_exception(kind, error, trace)
         details = {"step": self.step(), "rank": own_rank()}
-        if isinstance(error, HarnessError):
+        if isinstance(error, OvertakenError):  # the attempt has its end record; its launch may go on, with another attempt
+            report(error)
+        elif isinstance(error, HarnessError):
             lost = {"lost": True} if isinstance(error, LostRankError) else {}
             made = self._create(why, self._stores, details | {"error": str(error), "code": error.exit_code} | lost)
             if not (made and launches.own()):  # else the supervisor shows it, last

@@ -13,6 +13,7 @@ from harness import config, state
 from harness.checkpoint import format as fmt
 from harness.checkpoint import load, retention, tier
 from harness.checkpoint.attempts import Attempt
+from harness.checkpoint.environment import Difference
 from harness.checkpoint.history import Survey, going_on_from
 from harness.checkpoint.save import About, commit
 from harness.errors import HarnessError, SaveError, StorageError, UsageError
@@ -22,6 +23,7 @@ from harness.run.account import SAVE, Account
 from harness.run.background import Background, Job
 from harness.run.claim import claim
 from harness.run.ending import Ending
+from harness.run.environment import Environment, check
 from harness.run.metrics import Metrics
 from harness.run.outage import Outage
 from harness.run.places import check_shared, hand_in
@@ -80,6 +82,7 @@ class Saver:
         is_new = self.origin is None  # going on from a checkpoint is a rehearsal
         self._rehearsal = Rehearsal(self.background.scribe, lambda text: self._say(text), self.note, is_on=settings.rehearse and is_new)
         self.metrics: Metrics | None = None
+        self.environment, self.differences = Environment(world), list[Difference]()  # to what the checkpoint was made on; on the writer
         self._say: Callable[[str], None] = lambda text: None
         self.at_save: Callable[[int], None] = lambda step: None  # is told, in the background, of each checkpoint about to be written
 
@@ -105,8 +108,10 @@ class Saver:
     def begin(self, progress: Progress, give_up: Callable[[], object]) -> Attempt:
         """Claim the next attempt. Raises SupersededError, StorageError, UsageError. Collective: every rank must call it."""
 
+        environment = self.environment.found()
+
         def claim() -> list[Any]:
-            attempt = self._claim(progress)
+            attempt = self._claim(progress, environment)
             return [attempt.number, attempt.run_id, attempt.nonce]
 
         number, run_id, nonce = self.world.on_writer(claim, give_up=give_up)
@@ -118,15 +123,19 @@ class Saver:
         self.timer.begun()
         return self.attempt
 
-    def _claim(self, progress: Progress) -> Attempt:
+    def _claim(self, progress: Progress, environment: dict[str, Any]) -> Attempt:
         found = self._choice.survey
         assert found is not None, "the writer has listed the stores"
-        attempt = claim(self.stores, self._choice, self.world.size, self.settings, progress.say)
+        self.differences = check(found, self.origin, environment, self.settings.environment, progress.say)
+        attempt = claim(self.stores, self._choice, self.world.size, self.settings, progress.say, environment)
         self.metrics = Metrics(self.settings.log_to, found, attempt.run_id, self.origin.step if self.origin else 0, progress.say)
         self.tier.begin(attempt, self.origin)
         self._say, last = progress.say, self.replay.read(found, self.origin, attempt, progress.say)
         self.resumed = resumed(found, self.origin, self.account, last)
         self._listen(attempt, found)
+        if self.differences:
+            self.note("environment", differs=[vars(difference) for difference in self.differences])
+            self.replay.suspects += map(str, self.differences)
         return attempt
 
     def _listen(self, attempt: Attempt, found: Survey) -> None:

@@ -12,7 +12,8 @@ from harness.errors import UsageError
 from harness.run.metrics import check as check_metrics
 from harness.run.timer import AUTO
 
-SNAPSHOTS, WHEN_BUSY, ON_MISMATCH = ("overlapped", "checked", "at_once"), ("wait", "skip"), ("warn", "stop")
+SNAPSHOTS, WHEN_BUSY = ("overlapped", "checked", "at_once"), ("wait", "skip")
+ON_MISMATCH, ENVIRONMENTS = ("warn", "stop"), ("warn", "refuse")
 
 NUMBERS = {  # a whole one, may it be 0, may it be None
     "seed": (True, True, False), "epochs": (True, False, False), "max_steps": (True, False, True), "accumulate": (True, False, False),
@@ -63,10 +64,11 @@ class Settings:
     log_to: tuple[str, ...] = ()
     on_mismatch: str = "warn"
     rehearse: bool = True
+    environment: str = "warn"
 
     def __post_init__(self) -> None:
         check_metrics(self.log_to)
-        words = {"snapshot": SNAPSHOTS, "when_busy": WHEN_BUSY, "on_mismatch": ON_MISMATCH}
+        words = {"snapshot": SNAPSHOTS, "when_busy": WHEN_BUSY, "on_mismatch": ON_MISMATCH, "environment": ENVIRONMENTS}
         for name, allowed in words.items():
             value = getattr(self, name)
             if value not in allowed:

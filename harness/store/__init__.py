@@ -38,7 +38,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from harness.errors import UsageError
-from harness.store.base import CHUNK_BYTES, SET_ASIDE, TEMP, Entry, Sink, Store
+from harness.store.base import CHUNK_BYTES, SET_ASIDE, TEMP, Entry, Sink, Store, delete_all
 from harness.store.bucket import Bucket
 from harness.store.local import LocalStore
 from harness.store.memory import Memory, Offer, attached, keep
@@ -46,7 +46,7 @@ from harness.store.words import redacted
 
 __all__ = [
     "CHUNK_BYTES", "DEFAULT_WAIT_S", "SET_ASIDE", "TEMP", "Entry", "LocalStore", "Memory", "Offer", "Sink", "Store", "attached",
-    "check_url", "is_url", "keep", "open_store", "redacted",
+    "check_url", "delete_all", "is_url", "keep", "open_store", "redacted",
 ]  # fmt: skip
 
 DEFAULT_WAIT_S = 300.0

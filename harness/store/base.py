@@ -166,6 +166,18 @@ class Store(abc.ABC):
         """Delete the temporary files that attempts before `below_attempt` left; returns their keys."""
 
 
+def delete_all(store: Store, keys: Sequence[str]) -> None:
+    """Delete as many of these files as can be. Raises StorageError, the first, if one cannot."""
+    failed = []
+    for key in keys:
+        try:
+            store.delete(key)
+        except StorageError as error:
+            failed.append(error)
+    if failed:
+        raise failed[0]
+
+
 def check_key(store: object, key: str) -> list[str]:
     """The parts of a key. Raises StorageError for one that leads out of the store."""
     parts = key.split("/")

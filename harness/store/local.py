@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from harness.errors import StorageError
-from harness.store.base import SET_ASIDE, TEMP, Entry, Sink, Store, check_key, in_words
+from harness.store.base import SET_ASIDE, TEMP, Entry, Sink, Store, check_key, delete_all, in_words
 
 READ_BYTES = 1 << 20  # still in the processor's cache when it has been digested and is copied
 
@@ -122,12 +122,12 @@ class LocalStore(Store):
                 return False
 
     def read(self, key: str) -> bytes:
-        with _said(key, "read"), self.open(key) as file:
+        with _said(key, "read", self.path(key)), self.open(key) as file:
             return file.read()
 
     def open(self, key: str) -> BinaryIO:
         path = self.path(key)
-        with _said(key, "open"):
+        with _said(key, "open", path):
             try:
                 fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
             except OSError as error:
@@ -140,7 +140,7 @@ class LocalStore(Store):
             return os.fdopen(fd, "rb", buffering=1 << 20)
 
     def chunks(self, key: str, start: int = 0) -> Iterator[bytes]:
-        with self.open(key) as file, _said(key, "read"):
+        with self.open(key) as file, _said(key, "read", self.path(key)):
             os.lseek(file.fileno(), start, os.SEEK_SET)
             while chunk := os.read(file.fileno(), READ_BYTES):
                 yield chunk
@@ -189,13 +189,10 @@ class LocalStore(Store):
                     _fsync_folder(made.parent)
 
     def sweep(self, folders: tuple[str, ...], below_attempt: int) -> list[str]:
-        swept = []
-        for entry in (entry for folder in folders for entry in self.entries(folder)):
-            match = TEMP.match(entry.key)
-            if match and int(match["attempt"]) < below_attempt:
-                self.delete(entry.key)
-                swept.append(entry.key)
-        return swept
+        entries = [entry.key for folder in folders for entry in self.entries(folder)]
+        old = [key for key in entries if (match := TEMP.match(key)) and int(match["attempt"]) < below_attempt]
+        delete_all(self, old)
+        return old
 
 
 def _fsync_folder(path: Path) -> None:
@@ -207,8 +204,8 @@ def _fsync_folder(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _said(what: str, verb: str) -> Iterator[None]:
-    """Turn a failure of the medium into a StorageError; what callers decide by passes through."""
+def _said(what: str, verb: str, path: Path | None = None) -> Iterator[None]:
+    """Turn a failure of the medium into a StorageError; what callers decide by passes through. `path` is what is read."""
     try:
         yield
     except (FileNotFoundError, FileExistsError) as error:
@@ -216,4 +213,17 @@ def _said(what: str, verb: str) -> Iterator[None]:
             raise StorageError(f"cannot {verb} {what}: the folder has vanished ({error})", remedy="Is the disk still mounted?") from error
         raise
     except OSError as error:
+        if error.errno == errno.ESTALE and path is not None and _is_gone(path):
+            raise FileNotFoundError(errno.ENOENT, "deleted while it was read", str(path)) from error
         raise in_words(verb, what, error) from error
+
+
+def _is_gone(path: Path) -> bool:
+    """Whether a file server that no longer knows an open file has deleted it, or has only been away."""
+    try:
+        os.lstat(path)
+    except FileNotFoundError:
+        return True
+    except OSError:
+        pass
+    return False
