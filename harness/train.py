@@ -40,12 +40,11 @@ def train(build: Callable[..., Task], settings: Config, stored: dict[str, Any]) 
         memory=settings.checkpoint.memory and settings.checkpoint.memory_every_steps,
         wait_s=settings.store.wait_s,
         remote_keep={"last": settings.store.keep_last, "every_steps": settings.store.keep_every_steps, "best": settings.store.keep_best},
-        config=stored, accept=settings.resume.accept, override=settings.resume.override, on_mismatch=settings.resume.on_mismatch,
-        deterministic=settings.train.deterministic,
-        timeout_s=settings.run.timeout_s, step_timeout_s=settings.run.step_timeout_s,
+        config=stored, accept=settings.resume.accept, override=settings.resume.override,
+        environment=settings.resume.environment, on_mismatch=settings.resume.on_mismatch,
+        deterministic=settings.train.deterministic, timeout_s=settings.run.timeout_s, step_timeout_s=settings.run.step_timeout_s,
         grace_s=settings.run.grace_s, margin_s=settings.run.margin_s, is_scratch=settings.run.scratch, notices=settings.run.notices,
         log_every_steps=settings.log.every_steps, log_to=settings.log.to, rehearse=settings.checkpoint.rehearse,
-        environment=settings.resume.environment,
     )  # fmt: skip
     job = build(**settings.task.args)
     if settings.init.from_ is not None:

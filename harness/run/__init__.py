@@ -45,9 +45,8 @@ def init(
     keep_last: int = 3, keep_every_steps: int | None = None, keep_best: int = 1, best: str = "val_loss:min",
     snapshot: str = "overlapped", when_busy: str = "wait", memory: bool | int = False,
     wait_s: float = DEFAULT_WAIT_S,
-    remote_keep: Mapping[str, int | None] | None = None,
-    config: Mapping[str, Any] | None = None,
-    accept: Sequence[str] = (), override: Sequence[str] = (), on_mismatch: str = "warn",
+    remote_keep: Mapping[str, int | None] | None = None, config: Mapping[str, Any] | None = None,
+    accept: Sequence[str] = (), override: Sequence[str] = (), environment: str = "warn", on_mismatch: str = "warn",
     deterministic: bool = False,
     timeout_s: float = 600.0,
     log_every_steps: int = 10,
@@ -55,7 +54,7 @@ def init(
     grace_s: float | None = None,
     margin_s: float = 30.0,
     is_scratch: bool = False, notices: str | None = None,
-    log_to: Sequence[str] = (), rehearse: bool = True, environment: str = "warn",
+    log_to: Sequence[str] = (), rehearse: bool = True,
 ) -> Run:  # fmt: skip
     """Join the other ranks, catch signals, seed all generators, and find the newest checkpoint of the run.
 
@@ -84,8 +83,7 @@ def init(
         remote_policy=retention.changed(policy, remote_keep or {}), accept=tuple(accept), override=tuple(override), grace_s=grace_s,
         log_every_steps=log_every_steps, step_timeout_s=step_timeout_s, margin_s=margin_s, is_scratch=is_scratch, notices=notices,
         snapshot=snapshot, when_busy=when_busy, memory_every_steps=int(memory) or None, log_to=tuple(log_to), on_mismatch=on_mismatch,
-        rehearse=rehearse, environment=environment,
-        config=state.plain_data({"config": dict(config or {})})["config"],
+        rehearse=rehearse, environment=environment, config=state.plain_data({"config": dict(config or {})})["config"],
     )  # fmt: skip
     return _start(directory, remote, settings, timeout_s, ending)
 
