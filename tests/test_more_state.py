@@ -235,6 +235,28 @@ def test_a_gradient_of_zeros_is_another_thing_than_none(tmp_path):
     goes_on(tmp_path, make, (4, 7, 11))
 
 
+@pytest.mark.parametrize("decay", [1.0, 0.9])
+def test_gradients_that_nobody_sets_to_zero_are_kept(tmp_path, decay):
+    def make(run):
+        model = nn.Linear(8, 1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        run.track(model=model, optimizer=optimizer)
+
+        def step(x):
+            loss = model(x).square().mean()
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            for parameter in model.parameters() if decay < 1 else ():
+                parameter.grad.mul_(decay)
+            return loss
+
+        return step
+
+    goes_on(tmp_path, make, (4, 8))
+    assert steps_of(tmp_path / "whole") == [3, 6, 9, 12]
+
+
 def test_a_save_waits_for_an_optimizer_that_never_steps_no_longer_than_it_must(tmp_path, monkeypatch):
     monkeypatch.setattr("harness.state.gradients.MOST_STEPS", 2)
 
