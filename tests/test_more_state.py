@@ -576,6 +576,7 @@ def test_the_state_of_a_communication_hook_is_each_ranks_own(tmp_path):
     [
         ("post_localSGD_hook.PostLocalSGDState(None, None, 1)", "groups of ranks train weights of their own"),
         ("type('State', (), {})()", "finished"),
+        ("late", "was registered after track"),
         ("setattr(odd := type('State', (), {})(), 'inner', object()) or odd", "cannot be saved: model: hook 0.0, inner"),
     ],
 )
@@ -586,7 +587,10 @@ def hook(state, bucket):
 """
     source = POWER.replace("import powerSGD_hook", f"import post_localSGD_hook{hook}")
     begin, end = source.index("state = power"), source.index("optimizer =")
-    lived = live(tmp_path, f"{source[:begin]}model.register_comm_hook({state}, hook)\n{source[end:]}", "a", ranks=2)
+    register = f"model.register_comm_hook({state}, hook)"
+    if state == "late":
+        register, source = "", source.replace("for x, y in", "model.register_comm_hook(type('State', (), {})(), hook)\nfor x, y in")
+    lived = live(tmp_path, f"{source[:begin]}{register}\n{source[end:]}", "a", ranks=2)
     assert words in lived.text
 
 
