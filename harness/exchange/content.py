@@ -81,7 +81,7 @@ def _part(key: str, word: str, value: Any, ours: bool) -> Part:
         value = value.state_dict()
     if is_optimizer(value):
         return Part(OPTIMIZER, key, _called(word, "optimizer"), value, optimizer_kind(value))
-    if is_state(value):
+    if is_state(value) and (word.endswith("_state_dict") or not ours):  # gradients, say, are no module
         own = (word.removesuffix("_state_dict"), state.without_shells(None, value)) if ours else (_called(word, "model"), *_bare(value))
         return Part(MODULE, key, *own)
     if isinstance(value, Mapping) and "last_epoch" in value:

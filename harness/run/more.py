@@ -25,10 +25,10 @@ class More:
     """All of it, as seen from one rank."""
 
     def __init__(self, world: World, own: Own, step: Callable[[], int], say: Callable[[str], None]) -> None:
-        self.world, self.own, self._say, self._step = world, own, say, step
+        self.world, self.own, self._step = world, own, step
         self._gradients, self._attributes = Gradients(step), Attributes()
         self._kept = _OwnGradients(self._gradients)
-        self._changed = _OwnAttributes(self._attributes)
+        self._changed = _OwnAttributes(self._attributes, say)
         self._hooks, self._generators = Hooks(), _Generators()
         self._waits, self._looked = (
             False,
@@ -44,7 +44,7 @@ class More:
         stateful = {name: thing for name, thing in objects.items() if not is_generator(thing)}
         for name, thing in stateful.items():
             ddp.check_resumable(name, thing, self.world)
-            check_hooks(name, thing, self.world)
+            self._hooks.known += check_hooks(name, thing, self.world)
         if taken := [name for name in objects if name in self._generators.things]:
             raise UsageError(f"two objects are tracked as {taken[0]!r}", remedy="Give each one a name of its own.")
         self._generators.things |= {name: thing for name, thing in objects.items() if is_generator(thing)}
@@ -95,10 +95,6 @@ class More:
         self._kept.are_alike = not self._looked[1] or len(set(self.world.gather(digest(kept)))) == 1
         self._kept.values = kept if not self._kept.are_alike or self.world.is_writer else {}
         self._gradients.saved()
-        for name in self._attributes.lost:
-            what = "becomes another object in training, and is not saved"
-            self._say(f"harness: warning: {name} {what}: if it is state, make it a plain value or a buffer")
-        self._attributes.lost.clear()
 
     def values(self) -> dict[str, Any]:
         """What a checkpoint holds of it at the top level; for the writer."""
@@ -125,11 +121,16 @@ class _OwnGradients:
 class _OwnAttributes:
     """Attributes that are others on each rank; where all have the same, they lie at the top level."""
 
-    def __init__(self, attributes: Attributes) -> None:
-        self._attributes, self.said = attributes, list[str]()
+    def __init__(self, attributes: Attributes, say: Callable[[str], None]) -> None:
+        self._attributes, self._say, self.said = attributes, say, list[str]()
 
     def state(self) -> Changed | None:
-        return self._attributes.state()
+        changed = self._attributes.state()
+        for name in self._attributes.lost:
+            what = "becomes another object in training, and is not saved"
+            self._say(f"harness: warning: {name} {what}: if it is state, make it a plain value or a buffer")
+        self._attributes.lost.clear()
+        return changed
 
     def restore(self, state: Changed | None) -> None:
         self.said += self._attributes.restore(state or {})

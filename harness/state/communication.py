@@ -38,12 +38,19 @@ class Hooks:
     """The communication hooks of all that is tracked, on one rank."""
 
     def __init__(self) -> None:
+        self.known: list[str] = []  # where there were hooks when their modules were tracked
         self._hooks: dict[str, Hook] = {}
         self._first: dict[str, Any] = {}
 
     def begin(self, tracked: Mapping[str, Any]) -> None:
         """The loop begins: what is changed from now on is kept. Raises UsageError for a hook whose state could not be."""
         self._hooks = {hook.where: hook for name, thing in tracked.items() for hook in _hooks(name, thing)}
+        if late := [where for where in self._hooks if where not in self.known]:
+            raise UsageError(
+                f"a communication hook that has a state was registered after track: {late[0]}",
+                "found: a hook that has not seen how DistributedDataParallel forms its buckets",
+                "Call register_comm_hook before run.track(…).",
+            )
         self._first = {where: _kept(hook) for where, hook in self._hooks.items()}
 
     def state(self) -> dict[str, Any] | None:
@@ -64,9 +71,10 @@ class Hooks:
                 _set(self._hooks[where], key, value)
 
 
-def check_hooks(name: str, module: object, world: World) -> None:
-    """Raises UsageError for a communication hook that no resume could make exact."""
-    for hook in _hooks(name, module):
+def check_hooks(name: str, module: object, world: World) -> list[str]:
+    """Where a module has communication hooks with a state. Raises UsageError for one that no resume could make exact."""
+    hooks = list(_hooks(name, module))
+    for hook in hooks:
         _kept(hook)
         if type(hook.state).__name__ == LOCAL_SGD and world.size > 1:
             subgroup = hook.state.subgroup
@@ -77,6 +85,7 @@ def check_hooks(name: str, module: object, world: World) -> None:
                     f"found: a {LOCAL_SGD} whose subgroup is {size}, gradients summed in it: {hook.state.post_local_gradient_allreduce}",
                     "Give it a subgroup of all ranks, or leave the hook out.",
                 )
+    return [hook.where for hook in hooks]
 
 
 def _hooks(name: str, module: object) -> Iterator[Hook]:

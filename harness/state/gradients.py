@@ -4,6 +4,9 @@ A loop that makes an update at each step has none at its boundaries: its gradien
 head throws away need not be kept. A loop that accumulates over several steps has some at most of them. Which they are is told by a mark:
 after each step of an optimizer, each gradient that it has used is given its present version. One without a mark is a new one; one with
 another version was written to since. A mark takes 0.15 us a parameter and step; gradients are looked at for a save only.
+
+Gradients that live on as the same tensors are kept as zeros, which is what `zero_grad(set_to_none=False)` makes of them; or as they are,
+if nothing does that: the next backward pass tells, once.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from harness.errors import UsageError
 
 MARK = "_used_at"  # an attribute of a gradient: its version when the last step had used it
 NEVER = -1
+USED = "used"  # under this is kept what was used by the last step, and is added to all the same
 ZEROS = "zeros"  # what is kept of a gradient that is zero everywhere: none at all is another thing to an optimizer
 MOST_STEPS, MOST_S = 64, 60.0  # for so long a save waits for an update, at most
 Kept = dict[str, Any]  # by the parameter's name: its gradient, in parts if it is sparse, or ZEROS
@@ -37,17 +41,13 @@ class Gradients:
         self._owner: dict[int, int | None] = {}  # by parameter: the optimizer that has it, each by identity
         self._stepped: dict[int | None, int] = {}  # by optimizer: the step in which it has made its last update
         self._lasting: set[int | None] = set()  # optimizers whose gradients live on from one update to the next
+        self._summed: set[int | None] = set()  # those of them whose gradients nobody sets to zero
         self._waiting: tuple[int, float] | None = None  # since which step and when a save waits
         self._gaps: dict[int | None, int] = {}  # by optimizer: the most steps that it has let pass from one update to the next
         self._given_up: set[int | None] = set()  # optimizers that were waited for in vain
         self._tracked: Mapping[str, Any] = {}
         self._count = 0  # of the parameters that tracked optimizers have
         self._unhook: Callable[[], None] = lambda: None
-
-    @property
-    def waits(self) -> bool:
-        """Whether a save that was due waits for an update."""
-        return self._waiting is not None
 
     def begin(self, tracked: Mapping[str, Any]) -> None:
         """Look at the gradients of these from now on."""
@@ -85,8 +85,23 @@ class Gradients:
                 if (gradient := parameter.grad) is not None:
                     if is_first:
                         is_first = False
-                        (self._lasting.add if hasattr(gradient, MARK) else self._lasting.discard)(id(optimizer))
+                        self._note_lasting(id(optimizer), parameter, gradient)
                     gradient._used_at = 0 if gradient.is_inference() else gradient._version
+
+    def _note_lasting(self, owner: int, parameter: nn.Parameter, gradient: torch.Tensor) -> None:
+        """Note whether an optimizer's gradients live on; if so, the next backward pass tells, once, whether they are set to zero before."""
+        if not hasattr(gradient, MARK):
+            self._lasting.discard(owner)
+        elif owner not in self._lasting:
+            self._lasting.add(owner)
+            if parameter.requires_grad and gradient.layout is torch.strided:
+
+                def look(_: torch.Tensor) -> None:
+                    handle.remove()
+                    if parameter.grad is gradient and bool(gradient.any()):
+                        self._summed.add(owner)
+
+                handle = parameter.register_hook(look)  # type: ignore[no-untyped-call]
 
     def _under_way(self) -> Iterator[tuple[str, nn.Parameter]]:
         for name, parameter in self._named.items():
@@ -126,6 +141,8 @@ class Gradients:
                 continue
             if name in under_way:
                 kept[name] = _plain(gradient)
+            elif self._owner.get(id(parameter)) in self._summed:
+                kept[name] = {USED: _plain(gradient)}
             elif self._owner.get(id(parameter)) in self._lasting:
                 kept[name] = ZEROS  # `zero_grad(set_to_none=False)` comes next
         return kept
@@ -139,11 +156,14 @@ class Gradients:
             )  # fmt: skip
         for name, gradient in kept.items():
             parameter = self._named[name]
-            if isinstance(gradient, str):
-                parameter.grad = torch.zeros_like(parameter)
+            is_used, kept_as = isinstance(gradient, dict) and USED in gradient, gradient
+            if is_used:
+                kept_as = gradient[USED]
+                self._summed.add(self._owner.get(id(parameter)))
+                self._lasting.add(self._owner.get(id(parameter)))
+            parameter.grad = torch.zeros_like(parameter) if isinstance(kept_as, str) else _tensor(kept_as, parameter)
+            if is_used or isinstance(kept_as, str):
                 setattr(parameter.grad, MARK, NEVER)  # it lives on
-            else:
-                parameter.grad = _tensor(gradient, parameter)
 
 
 def named_parameters(tracked: Mapping[str, Any]) -> dict[str, nn.Parameter]:
@@ -169,14 +189,19 @@ def named_parameters(tracked: Mapping[str, Any]) -> dict[str, nn.Parameter]:
 def digest(kept: Kept) -> str:
     """The same for the same gradients, bit for bit."""
     hasher = hashlib.blake2b(digest_size=16)
-    for name, gradient in kept.items():
-        hasher.update(f"{name}\0{type(gradient).__name__}\0".encode())
-        for part in gradient.values() if isinstance(gradient, dict) else (gradient,):
-            if isinstance(part, torch.Tensor):
-                hasher.update(f"{part.dtype}{tuple(part.shape)}{part.stride()}".encode())
-                hasher.update(part.contiguous().view(-1).view(torch.uint8).numpy().tobytes() if part.numel() else b"")
-            else:
-                hasher.update(str(part).encode())
+
+    def add(value: Any) -> None:
+        if isinstance(value, dict):
+            for key, item in value.items():
+                hasher.update(f"{key}\0".encode())
+                add(item)
+        elif isinstance(value, torch.Tensor):
+            hasher.update(f"{value.dtype}{tuple(value.shape)}{value.stride()}".encode())
+            hasher.update(value.contiguous().view(-1).view(torch.uint8).numpy().tobytes() if value.numel() else b"")
+        else:
+            hasher.update(f"{value}\0".encode())
+
+    add(kept)
     return hasher.hexdigest()
 
 

@@ -65,6 +65,7 @@ class Snapshot:
         self._copies: list[tuple[torch.Tensor, torch.Tensor, int]] = []  # of each: in the image, what it is of, where that lay
         self._versions: dict[int, tuple[torch.Tensor, int]] = {}  # by address
         self._at = OFFSETS.randrange(STRIDE_BYTES // 8)
+        self._small: list[tuple[torch.Tensor, torch.Tensor]] = []  # live, and as it was at the boundary
         self._samples: dict[int, torch.Tensor] = {}  # by address: what there was at the boundary
         for tensor in tensors_in(payload, []):
             storage = tensor.untyped_storage()
@@ -87,12 +88,17 @@ class Snapshot:
     def distrust(self) -> None:
         """Take nothing small for steady, and look at samples of all else. For the training thread, before `copy_rest`."""
         for storage, address in self._storages.values():
-            if self.is_small or storage.nbytes() < STRIDE_BYTES:
-                self._steady.discard(address)
+            if address not in self._steady:
+                continue
+            live = raw(self._elsewhere[address]) if address in self._elsewhere else _bytes_of(storage)
+            if storage.nbytes() >= STRIDE_BYTES and not self.is_small:
+                self._samples[address] = self._sample(live)
+                continue
+            self._steady.discard(address)
+            if self.is_small:
                 self._versions.pop(address, None)
-            elif address in self._steady:
-                live = self._elsewhere.get(address)
-                self._samples[address] = self._sample(_bytes_of(storage) if live is None else raw(live))
+            else:
+                self._small.append((live, live.clone()))  # a change of it tells that more has changed
 
     def _sample(self, data: torch.Tensor) -> torch.Tensor:
         """Eight bytes of each 16 KiB of at least as many, in memory of their own."""
@@ -175,6 +181,8 @@ class Snapshot:
             return False
         self.arrive()
         self._crossing.begin()
+        if any(not _equal(self._crossing.fetch(live), self._crossing.fetch(before)) for live, before in self._small):
+            return True
         return any(address in self._steady and not _equal(copy, self._crossing.fetch(source)) for copy, source, address in self._copies)
 
     def is_stirred(self) -> bool:
@@ -190,7 +198,8 @@ class Snapshot:
 
     def forget(self) -> None:
         """Look at live tensors no more."""
-        self._copies, self._versions, self._storages, self._elsewhere, self._samples, self._payload = [], {}, {}, {}, {}, None
+        self._copies, self._versions, self._storages, self._elsewhere, self._payload = [], {}, {}, {}, None
+        self._samples, self._small = {}, []
 
 
 class _Outline:
