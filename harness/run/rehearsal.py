@@ -49,8 +49,9 @@ class Rehearsal:
             return
         began = time.perf_counter()
         for name, thing in captured.tracked.items():
-            if not isinstance(plain(thing), torch.nn.Module | torch.optim.Optimizer):
-                self._add(*trial.of_object(name, plain(thing), captured.payload[f"{name}_state_dict"]))
+            saved = captured.payload.get(f"{name}_state_dict")
+            if saved is not None and not isinstance(plain(thing), torch.nn.Module | torch.optim.Optimizer):
+                self._add(*trial.of_object(name, plain(thing), saved))
         self._tried_s = time.perf_counter() - began
 
     def begin(self, store: Store, manifest: Manifest, places: Mapping[int, int]) -> None:
@@ -75,8 +76,8 @@ class Rehearsal:
         began = time.perf_counter()
         try:
             rows = reread.rows(captured.payload, lambda value: _content(value, places))
-            shapes = {name: trial.without_data(captured.payload[f"{name}_state_dict"]) for name in captured.tracked}
-            things = {name: plain(thing) for name, thing in captured.tracked.items()}
+            things = {name: plain(thing) for name, thing in captured.tracked.items() if f"{name}_state_dict" in captured.payload}
+            shapes = {name: trial.without_data(captured.payload[f"{name}_state_dict"]) for name in things}
             del captured  # its tensors may be ones that training has let go meanwhile
             self._add(*self._read(store, manifest, rows, bool(places)))
             for name, thing in things.items():
