@@ -152,11 +152,11 @@ class Net(nn.Module):
 
 class Table:
     def __init__(self):
-        self.rows = torch.zeros(3)
+        self.inner = nn.Linear(1, 3)
     def state_dict(self):
-        return {"rows": self.rows}
+        return {"rows": self.inner.bias}
     def load_state_dict(self, state):
-        self.rows = state["rows"]
+        raise AssertionError("not with tensors")
 """
 
 

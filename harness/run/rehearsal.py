@@ -21,6 +21,7 @@ from harness.checkpoint.format import Manifest
 from harness.checkpoint.scribe import Scribe
 from harness.ddp import plain
 from harness.state import Captured
+from harness.step import Ema
 from harness.store import LocalStore, Store
 
 MOST_SAID = 5
@@ -50,8 +51,8 @@ class Rehearsal:
         began = time.perf_counter()
         for name, thing in captured.tracked.items():
             saved = captured.payload.get(f"{name}_state_dict")
-            if saved is not None and not isinstance(plain(thing), torch.nn.Module | torch.optim.Optimizer):
-                self._add(*trial.of_object(name, plain(thing), saved))
+            if saved is not None and not isinstance(_inner(thing), torch.nn.Module | torch.optim.Optimizer):
+                self._add(*trial.of_object(name, _inner(thing), saved))
         self._tried_s = time.perf_counter() - began
 
     def begin(self, store: Store, manifest: Manifest, places: Mapping[int, int]) -> None:
@@ -76,7 +77,7 @@ class Rehearsal:
         began = time.perf_counter()
         try:
             rows = reread.rows(captured.payload, lambda value: _content(value, places))
-            things = {name: plain(thing) for name, thing in captured.tracked.items() if f"{name}_state_dict" in captured.payload}
+            things = {name: _inner(thing) for name, thing in captured.tracked.items() if f"{name}_state_dict" in captured.payload}
             shapes = {name: trial.without_data(captured.payload[f"{name}_state_dict"]) for name in things}
             del captured  # its tensors may be ones that training has let go meanwhile
             self._add(*self._read(store, manifest, rows, bool(places)))
@@ -115,6 +116,11 @@ class Rehearsal:
             self._say(f"harness: not rehearsed, so a restart will show whether it loads again: {', '.join(self._skipped)}")
         costs = {"seconds": round(seconds, 6), "training_s": round(self._tried_s, 6), "size_bytes": manifest.size_bytes}
         self._note("rehearsed", step=manifest.step, problems=self._problems, not_rehearsed=self._skipped, **costs)
+
+
+def _inner(thing: Any) -> Any:
+    """What gives a tracked object's state, inside its shells; of the averages of `step`, which is ours, the module."""
+    return thing.module if isinstance(thing, Ema) else plain(thing)
 
 
 def _content(value: Any, places: Mapping[int, int]) -> list[Any] | None:
