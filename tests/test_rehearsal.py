@@ -154,7 +154,7 @@ class Table:
     def __init__(self):
         self.inner = nn.Linear(1, 3)
     def state_dict(self):
-        return {"rows": self.inner.bias}
+        return {"rows": self.inner.bias, "best": np.float32(1)}
     def load_state_dict(self, state):
         raise AssertionError("not with tensors")
 """
@@ -165,7 +165,7 @@ def test_what_is_not_rehearsed_is_named_in_one_line(tmp_path):
         "model = Net(); optimizer = torch.optim.SGD(model.parameters(), 0.1); run.track(model=model, optimizer=optimizer, table=Table())"
     )
     event, text = rehearsed(tmp_path, track, CUSTOM)
-    assert event["problems"] == []
+    assert event["problems"] == ["table['best'] was a numpy.float32 and is a float afterwards"]
     assert event["not_rehearsed"] == ["table (it holds tensors)", "model (Net has a load_state_dict of its own)"]
     (line,) = [line for line in text.splitlines() if "not rehearsed" in line]
     assert "table (it holds tensors)" in line

@@ -50,7 +50,7 @@ class Rehearsal:
             return
         began = time.perf_counter()
         for name, thing in captured.tracked.items():
-            saved = captured.payload.get(f"{name}_state_dict")
+            saved = _as_loaded(captured.payload, f"{name}_state_dict")
             if saved is not None and not isinstance(_inner(thing), torch.nn.Module | torch.optim.Optimizer):
                 self._add(*trial.of_object(name, _inner(thing), saved))
         self._tried_s = time.perf_counter() - began
@@ -116,6 +116,11 @@ class Rehearsal:
             self._say(f"harness: not rehearsed, so a restart will show whether it loads again: {', '.join(self._skipped)}")
         costs = {"seconds": round(seconds, 6), "training_s": round(self._tried_s, 6), "size_bytes": manifest.size_bytes}
         self._note("rehearsed", step=manifest.step, problems=self._problems, not_rehearsed=self._skipped, **costs)
+
+
+def _as_loaded(payload: Mapping[str, Any], key: str) -> Any:
+    """What a restart would give an object to load; None if the checkpoint has nothing of it under that name."""
+    return payload.get(key)
 
 
 def _inner(thing: Any) -> Any:
