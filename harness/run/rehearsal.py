@@ -26,6 +26,7 @@ from harness.store import LocalStore, Store
 
 MOST_SAID = 5
 ENDS_WITHIN_S = 1.0
+READ_WITHIN_S = 600.0
 
 
 class Rehearsal:
@@ -94,7 +95,10 @@ class Rehearsal:
         if not isinstance(store, LocalStore):
             return [], f"{manifest.data.name} (it lies in {store})"
         path, reply = str(store.path(manifest.data_key)), dict[str, Any]()
+        until = time.monotonic() + READ_WITHIN_S
         while "digest" not in reply:
+            if time.monotonic() > until:
+                return [], f"{manifest.data.name} (to read it takes more than {READ_WITHIN_S:.0f} s)"
             answer = self._scribe.reread(path)
             if answer is None or "error" in answer or self._is_over:
                 return [], f"{manifest.data.name} ({(answer or {}).get('error', 'there is no process to read it')})"
