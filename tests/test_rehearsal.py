@@ -55,6 +55,7 @@ class Count:
 warmup, cosine = torch.optim.lr_scheduler.LinearLR(optimizer), torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10)
 scheduler = torch.optim.lr_scheduler.SequentialLR(optimizer, [warmup, cosine], [2])
 other = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+nn.utils.parametrizations.spectral_norm(model[0])
 ema = torch.optim.swa_utils.AveragedModel(model)
 scaler = torch.amp.GradScaler("cpu")
 run.track(model=model, optimizer=optimizer, scheduler=scheduler, other=other, ema=ema, scaler=scaler, count=Count())
