@@ -161,7 +161,7 @@ class ByRank:
     def _tell_of_big(self, given: list[OfRank]) -> None:
         for rank, (_, _, own) in enumerate(given):
             if self._is_told or not own:
-                return
+                continue
             sizes = {name: sum(leaf.size_bytes for leaf in leaves_of(state.as_captured(name, part)).values()) for name, part in own.items()}
             if (total := sum(sizes.values())) > MOST_BYTES:
                 self._is_told = True
