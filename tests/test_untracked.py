@@ -139,7 +139,7 @@ def test_what_the_program_lets_go_is_not_kept_alive(tmp_path):
 LOOPS = Path(__file__).parent / "loops"
 
 
-@pytest.mark.parametrize("loop", sorted(path.name for path in LOOPS.glob("*.py") if not path.name.startswith("plain")))
+@pytest.mark.parametrize("loop", ["ddp.py", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gan.py", "gpt.py", "stream.py"))])
 def test_no_loop_of_ours_is_suspected(tmp_path, loop):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

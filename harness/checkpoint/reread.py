@@ -18,7 +18,9 @@ from typing import Any
 
 from blake3 import blake3
 
-SLICE_BYTES, PIECE_BYTES = 64 << 20, 1 << 20  # read between two questions, and at once
+from harness.store.image import DIRECT_FROM_BYTES
+
+SLICE_BYTES, PIECE_BYTES = 16 << 20, 1 << 20  # read between two questions, and at once
 LOCAL_HEADER = struct.Struct("<26x2H")  # of a record in a zip file: at its end the lengths of name and extra field
 MOST_ROWS = 200_000
 MOST_TEXT = 80
@@ -38,6 +40,7 @@ class Reading:
     def __init__(self, path: str) -> None:
         self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - until the last slice
         self._digest = blake3()
+        self._is_large = os.fstat(self._file.fileno()).st_size >= DIRECT_FROM_BYTES  # written around the page cache, and read so
 
     def more(self) -> dict[str, Any]:
         """Read on; in the end `digest`, `size_bytes` and `rows`. Raises OSError, ValueError."""
@@ -47,6 +50,8 @@ class Reading:
             if not piece:
                 break
         else:
+            if self._is_large:
+                os.posix_fadvise(self._file.fileno(), 0, self._file.tell(), os.POSIX_FADV_DONTNEED)
             return {}
         with self._file:
             size_bytes = os.fstat(self._file.fileno()).st_size

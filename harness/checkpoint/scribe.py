@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from harness.checkpoint.reread import Reading
 from harness.store.image import Image, pour
 
 NICE = 10  # gives way to training, but not for ever: on a machine with no idle core it still gets a tenth of one
+READ_WITHIN_S = 20.0  # for how long, at most, writing waits for a piece that is read back
 MODEST_IO = ("ionice", "-c", "2", "-n", "7")
 
 
@@ -46,7 +48,7 @@ class Scribe:
         is to be written meanwhile waits for one piece at most."""
         process = self._process
         try:
-            return self._ask(process, {"reread": path}) if process is not None and process.poll() is None else None
+            return self._ask(process, {"reread": path}, self._asking) if process is not None and process.poll() is None else None
         except (OSError, ValueError):  # it has ended, or been let go
             return None
 
@@ -65,13 +67,26 @@ class Scribe:
             raise OSError(reply["errno"], reply["error"], str(path))
         return str(reply["digest"])
 
-    def _ask(self, process: subprocess.Popen[bytes], job: dict[str, object]) -> dict[str, Any] | None:
+    def _ask(
+        self, process: subprocess.Popen[bytes], job: dict[str, object], turn: contextlib.AbstractContextManager[Any] | None = None
+    ) -> dict[str, Any] | None:
         assert process.stdin is not None and process.stdout is not None
-        with self._asking:
+        with turn or self._turn(process):
             process.stdin.write(json.dumps(job).encode() + b"\n")
             process.stdin.flush()
             line = process.stdout.readline()
         return json.loads(line) if line.endswith(b"\n") else None
+
+    @contextlib.contextmanager
+    def _turn(self, process: subprocess.Popen[bytes]) -> Iterator[None]:
+        """One question at a time, of whoever writes. A process that does not come back from reading is given up: writing comes first."""
+        if not self._asking.acquire(timeout=READ_WITHIN_S):
+            process.kill()
+            self._asking.acquire()
+        try:
+            yield
+        finally:
+            self._asking.release()
 
     def _alive(self, image: Image) -> subprocess.Popen[bytes]:
         if self._process is None or self._process.poll() is not None:
@@ -88,7 +103,7 @@ class Scribe:
         process, self._process = self._process, None
         if process is None or process.stdin is None or process.stdout is None:
             return
-        with self._asking, contextlib.suppress(OSError):
+        with self._turn(process), contextlib.suppress(OSError):
             process.stdin.write(b"null\n")
             process.stdin.flush()
         process.wait()

@@ -42,10 +42,10 @@ class _Kept:
 
 @dataclass(frozen=True)
 class _Found:
-    """What one rank tells the others of an object: which leaves it has, and of those that are compared the digest and the size."""
+    """What one rank tells the others of an object: which leaves it has, and of those that are compared the digest."""
 
     structure: bytes
-    leaves: dict[Path, tuple[bytes, int]]
+    leaves: dict[Path, bytes]
     copies: frozenset[Path] = frozenset()  # those that are like a buffer of what DDP holds
 
 
@@ -95,32 +95,34 @@ class ByRank:
 
     def _states(self, tracked: Mapping[str, Any], values: Mapping[str, Any], in_full: bool) -> dict[str, state.Captured]:
         """What is looked at this time, by its name in the checkpoint."""
-        held = {id(parameter) for thing in tracked.values() for shell in ddp.shells_of(thing) for parameter in shell.parameters()}
+        if in_full:
+            held = {id(parameter) for thing in tracked.values() for shell in ddp.shells_of(thing) for parameter in shell.parameters()}
+            alike = {name for name, thing in tracked.items() if _is_alike(thing, held)}
+            self._trusted = {f"{name}_state_dict" for name in alike if self._trusts_ddp} - self._kept.keys()
         states = {STATE: state.as_captured(STATE, dict(values))}
         for name, thing in tracked.items():
             key = f"{name}_state_dict"
-            if not (in_full or key in self._small or key in self._kept):
-                continue
-            if self._trusts_ddp and key not in self._kept and _is_alike(thing, held):
-                self._trusted.add(key)
-                groups = getattr(ddp.plain(thing), "param_groups", ())
-                states[key] = state.as_captured(key, {"param_groups": [{k: v for k, v in g.items() if k != "params"} for g in groups]})
-            else:
-                states[key] = state.as_captured(key, ddp.plain(thing).state_dict())
+            if key in self._trusted:
+                groups = [
+                    {n: item for n, item in group.items() if n != "params"} for group in getattr(ddp.plain(thing), "param_groups", ())
+                ]
+                states[key] = state.as_captured(key, {"param_groups": groups})
+            elif in_full or key in self._small or key in self._kept:
+                states[key] = state.captured_one(name, thing)
         return states
 
     def _found(self, key: str, structure: bytes, leaves: Mapping[Path, Leaf]) -> _Found:
         known = self._passed.get(key, set()) | (self._kept[key].paths if key in self._kept else set())
         if () in known:
             return _Found(b"", {})
-        return _Found(structure, {path: (leaf.digest(), leaf.size_bytes) for path, leaf in leaves.items() if path not in known})
+        return _Found(structure, {path: leaf.digest() for path, leaf in leaves.items() if path not in known})
 
     def _compare(self, tracked: Mapping[str, Any], found: dict[str, _Found], leaves: Mapping[str, Any]) -> bool:
         """Find out what differs, and keep it for each rank from now on, if that is not too much; returns whether all has to be looked at
         anew. Collective: every rank must call it."""
         buffers = {leaf.digest() for leaf in _ddp_buffers(tracked)}
         found = {
-            key: _Found(one.structure, one.leaves, frozenset(p for p, (digest, _) in one.leaves.items() if digest in buffers))
+            key: _Found(one.structure, one.leaves, frozenset(p for p, digest in one.leaves.items() if digest in buffers))
             for key, one in found.items()
         }
         everyones = self._world.gather(found)
@@ -129,11 +131,12 @@ class ByRank:
             of_key = [theirs[key] for theirs in everyones if key in theirs]
             if len(of_key) < self._world.size:
                 continue
-            differing, size_bytes = _differing(of_key, [leaf.size_bytes for leaf in leaves[key].values()], self._world)
+            differing = _differing(of_key)
             copied = set() if () in differing else {path for path in differing if all(path in one.copies for one in of_key)}
             self._passed.setdefault(key, set()).update(copied)  # a moving average's, say: DDP gives each rank the writer's once more
             if differing := differing - copied:
-                self._take(key, differing, size_bytes)
+                own = sum(leaf.size_bytes for path, leaf in leaves[key].items() if () in differing or path in differing)
+                self._take(key, differing, self._world.agree([own])[0])
                 self._trusts_ddp = self._trusts_ddp and key not in self._trusted  # other settings make other updates
         return trusted and not self._trusts_ddp
 
@@ -158,7 +161,7 @@ class ByRank:
     def _tell_of_big(self, given: list[OfRank]) -> None:
         for rank, (_, _, own) in enumerate(given):
             if self._is_told or not own:
-                return
+                continue
             sizes = {name: sum(leaf.size_bytes for leaf in leaves_of(state.as_captured(name, part)).values()) for name, part in own.items()}
             if (total := sum(sizes.values())) > MOST_BYTES:
                 self._is_told = True
@@ -200,10 +203,8 @@ def _ddp_buffers(tracked: Mapping[str, Any]) -> list[Leaf]:
     return [leaf for shell in shells for leaf in leaves_of(state.as_captured("", dict(shell.module.named_buffers()))).values()]
 
 
-def _differing(found: list[_Found], sizes: list[int], world: World) -> tuple[set[Path], int]:
-    """The leaves that are not the same on all ranks, and how much they are on the rank that has most; the root for all of them, if they are
-    not the same leaves."""
+def _differing(found: list[_Found]) -> set[Path]:
+    """The leaves that are not the same on all ranks; the root, if they do not have the same leaves."""
     if len({one.structure for one in found}) > 1:
-        return {()}, max(world.gather(sum(sizes)))
-    paths = {path for path, (digest, _) in found[0].leaves.items() if any(one.leaves[path][0] != digest for one in found)}
-    return paths, max(sum(one.leaves[path][1] for path in paths) for one in found)
+        return {()}
+    return {path for path, digest in found[0].leaves.items() if any(one.leaves[path] != digest for one in found)}

@@ -68,7 +68,7 @@ def holds(value: Any, most_bytes: int, most_objects: int) -> str:
         if id(item) in seen:
             continue
         seen.add(id(item))
-        if isinstance(item, torch.Tensor):
+        if isinstance(item, torch.Tensor) or (isinstance(item, nn.Module) and (item._parameters or item._buffers)):
             return "tensors"
         if isinstance(item, np.ndarray):
             size_bytes += item.nbytes

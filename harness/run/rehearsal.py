@@ -21,10 +21,12 @@ from harness.checkpoint.format import Manifest
 from harness.checkpoint.scribe import Scribe
 from harness.ddp import plain
 from harness.state import Captured
+from harness.step import Ema
 from harness.store import LocalStore, Store
 
 MOST_SAID = 5
 ENDS_WITHIN_S = 1.0
+READ_WITHIN_S = 600.0
 
 
 class Rehearsal:
@@ -49,8 +51,9 @@ class Rehearsal:
             return
         began = time.perf_counter()
         for name, thing in captured.tracked.items():
-            if not isinstance(plain(thing), torch.nn.Module | torch.optim.Optimizer):
-                self._add(*trial.of_object(name, plain(thing), captured.payload[f"{name}_state_dict"]))
+            saved = _as_loaded(captured.payload, f"{name}_state_dict")
+            if saved is not None and not isinstance(_inner(thing), torch.nn.Module | torch.optim.Optimizer):
+                self._add(*trial.of_object(name, _inner(thing), saved))
         self._tried_s = time.perf_counter() - began
 
     def begin(self, store: Store, manifest: Manifest, places: Mapping[int, int]) -> None:
@@ -75,8 +78,8 @@ class Rehearsal:
         began = time.perf_counter()
         try:
             rows = reread.rows(captured.payload, lambda value: _content(value, places))
-            shapes = {name: trial.without_data(captured.payload[f"{name}_state_dict"]) for name in captured.tracked}
-            things = {name: plain(thing) for name, thing in captured.tracked.items()}
+            things = {name: _inner(thing) for name, thing in captured.tracked.items() if f"{name}_state_dict" in captured.payload}
+            shapes = {name: trial.without_data(captured.payload[f"{name}_state_dict"]) for name in things}
             del captured  # its tensors may be ones that training has let go meanwhile
             self._add(*self._read(store, manifest, rows, bool(places)))
             for name, thing in things.items():
@@ -92,7 +95,10 @@ class Rehearsal:
         if not isinstance(store, LocalStore):
             return [], f"{manifest.data.name} (it lies in {store})"
         path, reply = str(store.path(manifest.data_key)), dict[str, Any]()
+        until = time.monotonic() + READ_WITHIN_S
         while "digest" not in reply:
+            if time.monotonic() > until:
+                return [], f"{manifest.data.name} (to read it takes more than {READ_WITHIN_S:.0f} s)"
             answer = self._scribe.reread(path)
             if answer is None or "error" in answer or self._is_over:
                 return [], f"{manifest.data.name} ({(answer or {}).get('error', 'there is no process to read it')})"
@@ -114,6 +120,16 @@ class Rehearsal:
             self._say(f"harness: not rehearsed, so a restart will show whether it loads again: {', '.join(self._skipped)}")
         costs = {"seconds": round(seconds, 6), "training_s": round(self._tried_s, 6), "size_bytes": manifest.size_bytes}
         self._note("rehearsed", step=manifest.step, problems=self._problems, not_rehearsed=self._skipped, **costs)
+
+
+def _as_loaded(payload: Mapping[str, Any], key: str) -> Any:
+    """What a restart would give an object to load; None if the checkpoint has nothing of it under that name."""
+    return payload.get(key)
+
+
+def _inner(thing: Any) -> Any:
+    """What gives a tracked object's state, inside its shells; of the averages of `step`, which is ours, the module."""
+    return thing.module if isinstance(thing, Ema) else plain(thing)
 
 
 def _content(value: Any, places: Mapping[int, int]) -> list[Any] | None:

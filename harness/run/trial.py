@@ -33,10 +33,9 @@ def of_object(name: str, thing: Any, saved: Any) -> Found:
     """Try an object without tensors. For the training thread: code of the user's runs, inside which the generators are kept."""
     if isinstance(thing, torch.amp.GradScaler) or not hasattr(thing, "load_state_dict"):
         return [], ""  # nothing in it but numbers, and torch's own code
-    held = holds(_without_optimizer(thing), MOST_BYTES, MOST_OBJECTS)
-    if held:
-        return [], f"{name} (it holds {held})"
     before = thing.state_dict()
+    if held := holds(_without_optimizer(thing), MOST_BYTES, MOST_OBJECTS):
+        return list(_unlike(before, saved, name, kinds_only=True)), f"{name} (it holds {held})"
     with state.kept_generators():
         try:
             known = [thing.optimizer] if isinstance(thing, torch.optim.lr_scheduler.LRScheduler) else []
@@ -118,8 +117,8 @@ def _not_torchs(kind: type, names: tuple[str, ...]) -> str:
         owner = next((base for base in kind.__mro__ if name in vars(base)), None)
         if owner is None or owner is object:
             continue
-        is_plain = owner.__module__.startswith(("torch.nn.modules.", "torch.optim.")) or owner.__module__ == "torch.nn"
-        if not (is_plain or owner in (torch.optim.swa_utils.AveragedModel,)):
+        module = getattr(vars(owner)[name], "__module__", None) or owner.__module__  # parametrize makes classes with torch's functions
+        if not module.startswith(("torch.nn.", "torch.optim.")):
             return f"{kind.__name__} has a {name} of its own"
     return ""
 
@@ -173,7 +172,7 @@ def _without_optimizer(thing: Any) -> Any:
     return thing
 
 
-def _unlike(before: Any, after: Any, where: str) -> Iterator[str]:
+def _unlike(before: Any, after: Any, where: str, *, kinds_only: bool = False) -> Iterator[str]:
     """What is not the same, or not of the same kind, in words."""
     if isinstance(before, torch.Tensor) and isinstance(after, torch.Tensor):
         was, now = (f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}" for tensor in (before, after))
@@ -187,17 +186,21 @@ def _unlike(before: Any, after: Any, where: str) -> Iterator[str]:
             if key not in before or key not in after:
                 yield f"{at} is there {'before' if key in before else 'afterwards'} only"
             else:
-                yield from _unlike(before[key], after[key], at)
+                yield from _unlike(before[key], after[key], at, kinds_only=kinds_only)
     elif isinstance(before, list | tuple):
         if len(before) != len(after):
             yield f"{where} had {len(before)} things and has {len(after)} afterwards"
         for number, pair in enumerate(zip(before, after, strict=False)):
-            yield from _unlike(*pair, f"{where}[{number}]")
-    elif isinstance(before, np.ndarray):
-        if before.dtype != after.dtype or before.tobytes() != after.tobytes():
-            yield f"{where} is not the same afterwards"
-    elif isinstance(before, bool | int | float | complex | str | bytes | np.generic) and before != after and not _both_nan(before, after):
+            yield from _unlike(*pair, f"{where}[{number}]", kinds_only=kinds_only)
+    elif not kinds_only and not _is_same(before, after):
         yield f"{where} was {before!r:.80} and is {after!r:.80} afterwards"
+
+
+def _is_same(before: Any, after: Any) -> bool:
+    if isinstance(before, np.ndarray):
+        return bool(before.dtype == after.dtype and before.tobytes() == after.tobytes())
+    is_plain = isinstance(before, bool | int | float | complex | str | bytes | np.generic)
+    return not is_plain or bool(before == after) or _both_nan(before, after)
 
 
 def _both_nan(one: Any, other: Any) -> bool:

@@ -84,6 +84,12 @@ def as_captured(name: str, value: Any) -> Captured:
     return Captured({name: _to_cpu(value, name, seen)}, set(), {}, {}, seen)
 
 
+def captured_one(name: str, thing: Any) -> Captured:
+    """The state of one tracked object, as `as_captured`."""
+    seen: Seen = {}
+    return Captured(_capture({name: thing}, seen), set(), {}, {name: thing}, seen)
+
+
 def capture(tracked: Mapping[str, Any]) -> dict[str, Any]:
     """The state of every tracked object under `NAME_state_dict`, on the CPU, and what stands beside it: `names`, `kinds`.
 
