@@ -219,7 +219,7 @@ def _mend(optimizer: torch.optim.Optimizer, state: Any, *, is_cast: bool) -> Non
 def _mended(held: Any, saved: Any, *, is_cast: bool) -> Any:
     if isinstance(saved, torch.Tensor) and isinstance(held, torch.Tensor):
         own = held if held.dtype == saved.dtype or is_cast else saved.to(held.device)
-        return own.clone() if own is saved else own
+        return own.clone() if own is saved and type(own) is torch.Tensor else own  # one of a class of its own was made for this
     if isinstance(saved, Mapping) and isinstance(held, Mapping):
         return {key: _mended(held[key], value, is_cast=is_cast) if key in held else value for key, value in saved.items()}
     if isinstance(saved, list | tuple) and isinstance(held, list | tuple) and len(held) == len(saved):
