@@ -49,6 +49,13 @@ class DamagedError(HarnessError):
     """A checkpoint does not verify, or a run has history but nothing in it loads."""
 
 
+class ChangedError(DamagedError):
+    """A file is not the one any more that was begun to be read."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__(f"{where} changed while it was read", remedy="Try again when nobody writes to it.")
+
+
 class SaveError(HarnessError):
     """A checkpoint could not be committed; the previous one is whole."""
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import harness
 from harness import config, slurm
@@ -18,8 +20,8 @@ from harness.checkpoint import scribe
 from harness.cli import main
 from harness.cli.launch import check_loop
 from harness.config.settings import SlurmSettings
-from harness.errors import StorageError, UsageError
-from harness.exchange import once, rebuild
+from harness.errors import ChangedError, UsageError
+from harness.exchange import files, once, rebuild
 from harness.exchange.describe import describe
 from harness.report import page, timeline
 from harness.store import LocalStore
@@ -157,13 +159,71 @@ def test_each_block_of_a_file_is_fetched_once(tmp_path: Path, monkeypatch: pytes
     """A module's pickle is looked at in several ways; the store is opened once, and asked for no range twice."""
     torch.save(torch.nn.Linear(300, 300), tmp_path / "m.pt")
     opened: list[str] = []
-    real = LocalStore.open
+    asked: list[tuple[int, int]] = []
+    real, read = LocalStore.open, once.Once._read
     monkeypatch.setattr(LocalStore, "open", lambda self, key: opened.append(key) or real(self, key))
+    monkeypatch.setattr(once.Once, "_read", lambda self, wanted: asked.append(wanted) or read(self, wanted))
     assert "needs code" in str(describe(tmp_path / "m.pt")) and opened == ["m.pt"]
-    source = (tmp_path / "m.pt").open("rb")
-    whole = once.Once(source, "m.pt")
-    whole.view().read(10)
-    with (tmp_path / "m.pt").open("ab") as file:
-        file.write(b"x")
-    with pytest.raises(StorageError, match="changed while it was read"):
-        whole.block(1)
+    assert len(set(bytes_of(asked))) == len(bytes_of(asked))
+
+
+def bytes_of(ranges: list[tuple[int, int]]) -> list[int]:
+    return [at for start, end in ranges for at in range(start // once.BLOCK_BYTES, -(-end // once.BLOCK_BYTES))]
+
+
+def test_what_is_loaded_is_fetched_once_too_and_never_opened_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = {f"layer{n}.weight": torch.full((50, 50), float(n)) for n in range(30)}
+    paths = [tmp_path / name for name in ("new.pt", "old.pt", "m.safetensors")]
+    torch.save(state, paths[0])
+    torch.save(state, paths[1], _use_new_zipfile_serialization=False)
+    save_file(state, paths[2])
+    for path in paths:
+        asked: list[tuple[int, int]] = []
+        found = files.find(path)
+        assert found.once is not None
+        first, read = found.once.kept_bytes, found.once._read
+        monkeypatch.setattr(found.once, "_read", lambda wanted, asked=asked, read=read: asked.append(wanted) or read(wanted))
+        path.unlink()
+        path.write_bytes(b"another file")
+        loaded = files.read(found)
+        assert all(torch.equal(loaded.value[name], tensor) for name, tensor in state.items())
+        assert first + sum(end - start for start, end in asked) == found.size_bytes, "each byte once"
+
+
+def test_a_file_that_changes_meanwhile_is_refused_in_words(tmp_path: Path) -> None:
+    path = tmp_path / "m.pt"
+    torch.save({"weight": torch.zeros(300, 300)}, path)
+    for look in (files.outline, files.read):
+        found = files.find(path)
+        with path.open("ab") as file:
+            file.write(b"x" * 100)
+        with pytest.raises(ChangedError, match="changed while it was read"):
+            look(found) if look is files.read else found.once.span(100_000, 200_000)  # type: ignore[union-attr]
+    assert ChangedError("x").exit_code == 1
+
+
+def test_no_tensor_is_read_to_show_a_large_file(tmp_path: Path) -> None:
+    """A sparse file of 8 GB whose tensors nobody has written."""
+    path = tmp_path / "large.pt"
+    header = json.dumps(
+        {f"w{n}": {"dtype": "F32", "shape": [1 << 20], "data_offsets": [n << 22, (n + 1) << 22]} for n in range(2000)}
+    ).encode()
+    with path.open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + (2000 << 22))
+    found = files.find(path)
+    assert len(files.outline(found).value) == 2000 and found.once is not None
+    assert found.once.kept_bytes < len(header) + (1 << 20), "some 140 kB of 8 GB"
+
+
+def test_what_is_kept_of_a_file_that_is_shown_is_little(tmp_path: Path) -> None:
+    """Of a file of 300 tensors the pickle and the directory; before PyTorch 2.7, 4 kB more of each tensor."""
+    torch.save({f"layer{n}.weight": torch.zeros(64, 300) for n in range(300)}, tmp_path / "new.pt")
+    with zipfile.ZipFile(tmp_path / "new.pt") as new, zipfile.ZipFile(tmp_path / "old.pt", "w") as old:
+        for record in new.infolist():
+            if not record.filename.endswith((".format_version", ".storage_alignment")):
+                old.writestr(record, new.read(record))
+    for name, most in (("new.pt", 200_000), ("old.pt", 200_000 + 2 * 300 * once.BLOCK_BYTES)):
+        found = files.find(tmp_path / name)
+        files.outline(found)
+        assert found.once is not None and found.once.kept_bytes < most < found.size_bytes
