@@ -24,7 +24,7 @@ class HarnessError(Exception):
 
     def __init__(self, what: str, found: str = "", remedy: str = "") -> None:
         self.what, self.found, self.remedy = what, found, remedy
-        super().__init__("\n".join(part for part in (what, found, remedy) if part))
+        super().__init__(printable("\n".join(part for part in (what, found, remedy) if part)))  # a traceback may show it
 
 
 class UsageError(HarnessError):
@@ -88,7 +88,7 @@ def printable(text: str) -> str:
 def report(error: HarnessError) -> None:
     """Print an error for people: in full on rank 0, in one line on the others, once where all ranks have the same."""
     rank = int(os.environ.get("RANK", "0"))
-    first, *rest = printable(str(error)).split("\n")
+    first, *rest = str(error).split("\n")
     text = "\n".join([f"harness: error: {first}", *(f"  {line}" for line in rest)])
     if rank != 0:
         if isinstance(error, UsageError | SupersededError):

@@ -205,7 +205,7 @@ class Chooser:
         found.check_one_run()
         choice.damaged = [(place, key) for place, part in enumerate(found.parts) for key in part.damaged if key not in part.marked]
         choice.notes = [f"passed over: {why}" for part in found.parts for why in (part.damaged | part.newer).values()]
-        choice.notes += [f"ignored, not of this run: {key}" for key in found.foreign + found.strangers]
+        choice.notes += [f"ignored, not of this run: {' '.join(key.split())}" for key in found.foreign + found.strangers]
         candidates = [(m, [self.stores.index(copy) for copy in found.copies(m)]) for m in found.candidates]
         if (kept := tier.newest(self.tier, found)) is not None:
             candidates.insert(0, (kept, [len(self.stores)]))

@@ -11,6 +11,7 @@ import torch
 
 from harness import config
 from harness.config import Change
+from harness.errors import printable
 from harness.exchange import content, files, rebuild
 from harness.exchange.files import Loaded
 from harness.exchange.words import table
@@ -72,7 +73,7 @@ class Comparison:
     def __str__(self) -> str:
         lines = [f"setting  {change}" + ("  (does not count)" if change.is_free else "") for change in self.settings]
         lines += [table(("where", "A", "B", "greatest difference"), self.rows)] if self.rows else []
-        return "\n".join([*lines, f"{self.count} difference(s)" if self.count else "equal, bit for bit"])
+        return printable("\n".join([*lines, f"{self.count} difference(s)" if self.count else "equal, bit for bit"]))
 
 
 def compare(a: str | Path, b: str | Path, *, weights_only: bool = False) -> Comparison:
