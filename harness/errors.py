@@ -24,7 +24,7 @@ class HarnessError(Exception):
 
     def __init__(self, what: str, found: str = "", remedy: str = "") -> None:
         self.what, self.found, self.remedy = what, found, remedy
-        super().__init__("\n".join(part for part in (what, found, remedy) if part))
+        super().__init__(printable("\n".join(part for part in (what, found, remedy) if part)))  # a traceback may show it
 
 
 class UsageError(HarnessError):
@@ -47,6 +47,13 @@ class RefusedError(StorageError):
 
 class DamagedError(HarnessError):
     """A checkpoint does not verify, or a run has history but nothing in it loads."""
+
+
+class ChangedError(DamagedError):
+    """A file is not the one any more that was begun to be read."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__(f"{where} changed while it was read", remedy="Try again when nobody writes to it.")
 
 
 class SaveError(HarnessError):
@@ -89,7 +96,7 @@ def printable(text: str) -> str:
 def report(error: HarnessError) -> None:
     """Print an error for people: in full on rank 0, in one line on the others, once where all ranks have the same."""
     rank = int(os.environ.get("RANK", "0"))
-    first, *rest = printable(str(error)).split("\n")
+    first, *rest = str(error).split("\n")
     text = "\n".join([f"harness: error: {first}", *(f"  {line}" for line in rest)])
     if rank != 0:
         if isinstance(error, UsageError | SupersededError | OvertakenError):

@@ -17,19 +17,30 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from harness.checkpoint.attempts import now
-from harness.errors import StorageError
+from harness.errors import StorageError, printable
 from harness.store import LocalStore
 
 LIVE_EVERY_S, LINE_EVERY_S = 0.1, 10.0
+ERASED = "\r\x1b[K"  # the terminal's last line
 SPENT_EVERY_S, ENDS = 1.0, ("finished", "stopped")
 MOST_KEPT = 50_000  # lines, some ten megabytes
 
 
 def say(text: str, stream: TextIO | None = None) -> None:
-    """Print a line for people. A stream that is gone is replaced, so that nothing trips over it again at exit."""
-    target = stream or sys.stdout
+    """Print a line for people, without what a terminal would obey: names and records may be somebody else's. A stream that is gone is
+    replaced, so that nothing trips over it again at exit."""
+    _print(printable(text) + "\n", stream or sys.stdout)
+
+
+def redraw(text: str, start: str = ERASED) -> None:
+    """Print text in the place of what a terminal shows: of its last line, or of all."""
+    _print(start + printable(text), sys.stdout)
+
+
+def _print(text: str, target: TextIO) -> None:
     try:
-        print(text, file=target, flush=True)
+        target.write(text)
+        target.flush()
     except (OSError, ValueError):
         silence(target)
 
@@ -121,16 +132,12 @@ class Bar:
             rate = self.done_bytes / max(self.clock() - self._began, 1e-9)
             left = duration(max(0, self.total_bytes - self.done_bytes) / max(rate, 1.0))
             text = f"{self.what}  {size(self.done_bytes)} of {size(self.total_bytes)} · {size(rate)}/s · {left} left"
-            with contextlib.suppress(OSError, ValueError):
-                sys.stdout.write(f"\r\x1b[K{text}")
-                sys.stdout.flush()
+            redraw(text)
 
     def end(self) -> None:
         """Take the line away again."""
         if self.live:
-            with contextlib.suppress(OSError, ValueError):
-                sys.stdout.write("\r\x1b[K")
-                sys.stdout.flush()
+            redraw("")
 
 
 class Progress:
@@ -149,19 +156,16 @@ class Progress:
         self._next_at = self.clock() + (LIVE_EVERY_S if self.live else LINE_EVERY_S)
         text = _text(moment, steps_per_s)
         if self.live:
-            try:
-                sys.stdout.write(f"\r\x1b[K{text}")
-                sys.stdout.flush()
-                self._drawn = True
-            except (OSError, ValueError):
-                self.live = False
-                silence(sys.stdout)
+            redraw(text)
+            self._drawn = True
         else:
             say(text)
 
     def say(self, text: str) -> None:
         """A lasting line, below the live one."""
-        say(("\r\x1b[K" if self._drawn else "") + text)
+        if self._drawn:
+            redraw("")
+        say(text)
         self._drawn = False
 
 

@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -54,6 +55,9 @@ def find(name: str, args: Mapping[str, Any], written: Mapping[str, Any] | None =
     for folder in filter(None, (os.getcwd(), pinned)):  # torchrun puts the program's folder there instead
         if folder not in sys.path or folder == pinned:
             sys.path.insert(0, folder)
+    package = str(Path(__file__).resolve().parents[1])
+    if package not in sys.path:  # installed as editable: in a loader's spawned worker a mere folder `harness` would come before it
+        sys.path.append(package)
     module_name, _, attribute = name.partition(":")
     try:
         module = importlib.import_module(module_name)

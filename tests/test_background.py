@@ -252,7 +252,7 @@ def step(model, optimizer, x):
 
 def scribe():
     import psutil
-    found = [p for p in psutil.Process().children() if "harness.checkpoint.scribe" in " ".join(p.cmdline())]
+    found = [p for p in psutil.Process().children() if "checkpoint/scribe.py" in " ".join(p.cmdline())]
     return found[0] if found else None
 """
 
@@ -413,7 +413,7 @@ def test_a_buffer_that_begins_where_a_parameter_does_hides_nothing_of_it(tmp_pat
 def held() -> set[str]:
     """Threads, processes and memory of saving that this process has."""
     threads = {f"thread {t.ident}" for t in threading.enumerate() if t.name == "saver"}
-    processes = {f"process {p.pid}" for p in psutil.Process().children() if "harness.checkpoint.scribe" in " ".join(p.cmdline())}
+    processes = {f"process {p.pid}" for p in psutil.Process().children() if "checkpoint/scribe.py" in " ".join(p.cmdline())}
     return threads | processes | {f"memory {fd}" for fd in os.listdir("/proc/self/fd") if "memfd:checkpoint" in _target(fd)}
 
 

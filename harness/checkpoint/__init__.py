@@ -40,6 +40,6 @@ head. Nothing else is ever looked for there, and no attempt is claimed there.
 
 Modules: `format` names and manifests, `history` what is there and what of it counts, `attempts` claim and fence, `save`, `scribe` (the
 process that writes), `load`, `spread` to all ranks, `replicate` to the other store, `retention`; `launches`, and `standing`, which tells
-from all that how a run stands and whether it is to be started again; `past`, what earlier attempts tell; `steps`, what
-each step was; `tier`; `requests`.
+from all that how a run stands and whether it is to be started again; `past`, what earlier attempts tell; `records`, which of their fields
+are of their kind; `steps`, what each step was; `tier`; `requests`.
 """

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from harness.checkpoint import format as fmt
+from harness.checkpoint import records
 from harness.checkpoint.format import Manifest
 from harness.checkpoint.history import Survey, survey
 from harness.errors import SupersededError
@@ -78,8 +79,8 @@ def remembered(local: Store) -> str | None:
 def holds(store: Store, attempt: Attempt) -> bool:
     """Whether the store shows this attempt's own record, by its nonce."""
     try:
-        return bool(json.loads(store.read(fmt.attempt_key(attempt.number))).get("nonce") == attempt.nonce)
-    except (FileNotFoundError, ValueError):
+        return bool(records.parse(store.read(fmt.attempt_key(attempt.number))).get("nonce") == attempt.nonce)
+    except FileNotFoundError:
         return False
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from blake3 import blake3
 
+from harness.checkpoint import records
 from harness.errors import DamagedError, StorageError, UsageError
 from harness.store.base import TEMP, check_key
 
@@ -157,7 +158,7 @@ def from_bytes(key: str, text: bytes) -> Manifest:
         raise DamagedError(f"{key}: the manifest's own checksum does not match", f"expected: {said}")
     try:
         manifest = _build(fields)
-    except (TypeError, ValueError, KeyError) as error:
+    except (TypeError, ValueError, KeyError, OverflowError, RecursionError) as error:
         raise DamagedError(f"{key} is not a manifest", f"found: {type(error).__name__}: {error}") from None
     if (
         manifest.key != key
@@ -192,7 +193,32 @@ def _build(fields: dict[str, Any]) -> Manifest:
     lineage = tuple((int(attempt), int(step)) for attempt, step in fields.pop("lineage"))
     files = tuple(DataFile(str(file["name"]), int(file["size_bytes"]), str(file["digest"])) for file in fields.pop("files"))
     known = {name: fields.pop(name) for name in Manifest.__dataclass_fields__.keys() & fields.keys() - {"more"}}
-    return Manifest(lineage=lineage, files=files, more=fields, **known)
+    manifest = Manifest(lineage=lineage, files=files, more=fields, **known)
+    strange = [name for name, holds in KINDS.items() if not holds(getattr(manifest, name))]
+    if strange:
+        raise ValueError(f"{strange[0]} is not of its kind")
+    return manifest
+
+
+def _are_numbers(value: object) -> bool:
+    return isinstance(value, dict) and all(records.is_value(number) for number in value.values())
+
+
+def _are_limits(value: object) -> bool:
+    return value is None or (isinstance(value, dict) and all(limit is None or records.is_count(limit) for limit in value.values()))
+
+
+def _are_texts(value: object) -> bool:
+    return isinstance(value, dict) and all(isinstance(text, str) for text in value.values())
+
+
+KINDS: dict[str, Callable[[object], bool]] = {  # what a manifest with a right digest may still have wrong
+    **dict.fromkeys(("attempt", "step", "epoch", "world_size"), records.is_count),
+    "loss": lambda value: value is None or records.is_value(value), "metrics": _are_numbers, "final": _are_limits,
+    "classes": _are_texts, "run_id": lambda value: isinstance(value, str), "time": records.is_time,
+    "files": lambda value: all(records.is_count(file.size_bytes) for file in value),  # type: ignore[attr-defined]
+    "lineage": lambda value: all(records.is_count(number) for pair in value for number in pair),  # type: ignore[attr-defined]
+}  # fmt: skip
 
 
 def _spell(fields: dict[str, Any]) -> bytes:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -10,6 +9,7 @@ from functools import partial
 from typing import Any
 
 from harness.checkpoint import format as fmt
+from harness.checkpoint import records
 from harness.checkpoint.format import Lineage, Manifest
 from harness.errors import DamagedError, StorageError, UsageError
 from harness.retry import reading
@@ -223,12 +223,8 @@ def _read_attempts(store: Store, found: Survey) -> None:
         if not match["end"]:
             found.attempts[int(match["attempt"])] = {}
     for key, text in _read_all(store, list(matches)):
-        try:
-            record = json.loads(text)
-        except ValueError:
-            record = {}
         match = matches[key]
-        (found.ends if match["end"] else found.attempts)[int(match["attempt"])] = record if isinstance(record, dict) else {}
+        (found.ends if match["end"] else found.attempts)[int(match["attempt"])] = records.parse(text)
 
 
 def going_on_from(manifest: Manifest | None) -> Lineage:

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from harness.checkpoint import records
 from harness.checkpoint.attempts import first_word, now
 from harness.checkpoint.history import Survey
 from harness.errors import UsageError
@@ -116,26 +117,26 @@ def attempts_of(found: Survey, name: str) -> dict[int, dict[str, Any]]:
 
 def read(stores: Sequence[Store]) -> list[Launch]:
     """All launches of a run, in the order of their numbers. Raises StorageError."""
-    records: dict[str, dict[str, Any]] = {}
+    begun: dict[str, dict[str, Any]] = {}
     ends: dict[str, dict[str, Any]] = {}
     failures: dict[str, dict[str, Any]] = {}
-    kinds = {None: records, ".end": ends, ".failed": failures}
+    kinds = {None: begun, ".end": ends, ".failed": failures}
     for store in stores:
         for entry in store.entries(LAUNCHES):
             match = LAUNCH_NAME.match(entry.key)
             if match is None:
                 continue
             try:
-                content = json.loads(store.read_once(entry.key))
-            except (FileNotFoundError, ValueError):
+                content = records.parse(store.read_once(entry.key))
+            except FileNotFoundError:
                 content = {}
-            kinds[match["end"]].setdefault(match["name"], content if isinstance(content, dict) else {})
+            kinds[match["end"]].setdefault(match["name"], content)
     found = []
-    for name in records.keys() | ends.keys() | failures.keys():
+    for name in begun.keys() | ends.keys() | failures.keys():
         end, failure = ends.get(name), failures.get(name) or None
         if failure and (end is None or end.get("why") != "stopped"):  # what breaks while it is stopped is no failure
             end = failure
-        found.append(Launch(name, records.get(name, {}), end, failure))
+        found.append(Launch(name, begun.get(name, {}), end, failure))
     return sorted(found, key=lambda launch: (launch.greatest, launch.supervisor, launch.number))
 
 
@@ -146,6 +147,6 @@ def steps_back(store: Store) -> bool:
     if name is None:
         return False
     try:
-        return bool(json.loads(store.read(key(name))).get("steps_back"))
-    except (FileNotFoundError, ValueError, AttributeError):
+        return bool(records.parse(store.read(key(name))).get("steps_back"))
+    except FileNotFoundError:
         return False

@@ -109,7 +109,7 @@ def parse(memory: Memory, manifest: Manifest) -> dict[str, Any]:
     """
     name = manifest.data.name
     try:
-        payload = torch.load(memory.path, mmap=_is_plain_zip(memory), map_location="cpu", weights_only=True)
+        payload = torch.load(memory.path, mmap=is_plain_zip(memory), map_location="cpu", weights_only=True)
     except UNPARSEABLE as error:
         if any(words in str(error) for words in NO_ROOM):  # torch's own; the file is whole
             raise HarnessError(f"there is not enough memory to load {name}", first_line(error)) from error
@@ -120,7 +120,7 @@ def parse(memory: Memory, manifest: Manifest) -> dict[str, Any]:
     return {key: value if str(key).endswith("_state_dict") else copy.deepcopy(value) for key, value in payload.items()}
 
 
-def _is_plain_zip(memory: Memory) -> bool:
+def is_plain_zip(memory: Memory) -> bool:
     """Whether tensors lie in it as they are; torch would map what is compressed as well, and does not map what is no zip file."""
     with memory.open() as file:
         try:
@@ -238,7 +238,7 @@ class Chooser:
         found.check_readable()
         choice.damaged = [(place, key) for place, part in enumerate(found.parts) for key in part.damaged if key not in part.marked]
         choice.notes = [f"passed over: {why}" for part in found.parts for why in part.damaged.values()]
-        choice.notes += [f"ignored, not of this run: {key}" for key in found.foreign + found.strangers]
+        choice.notes += [f"ignored, not of this run: {' '.join(key.split())}" for key in found.foreign + found.strangers]
         candidates = [(m, [self.stores.index(copy) for copy in found.copies(m)]) for m in found.candidates]
         tier.check_readable(self.tier, found)
         if (kept := tier.newest(self.tier, found)) is not None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from harness.checkpoint import format as fmt
+from harness.checkpoint import records
 from harness.checkpoint.format import Manifest
 from harness.checkpoint.history import Survey
 from harness.errors import StorageError
@@ -56,9 +56,8 @@ def events(stores: Sequence[Store], number: int, most_bytes: float = TAIL_BYTES)
     for store in stores:
         with contextlib.suppress(StorageError, FileNotFoundError):
             for line in _tail(store, f"{fmt.EVENTS}/{number:04d}", most_bytes).splitlines():
-                with contextlib.suppress(ValueError):  # cut off at the beginning, or while it was written
-                    found.append(json.loads(line))
-    return [event for event in found if isinstance(event, dict)]
+                found.append(records.parse(line))  # nothing if it is cut off at the beginning, or while it was written
+    return [event for event in found if event]
 
 
 def told(stores: Sequence[Store], number: int, most_bytes: float = TAIL_BYTES) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +39,11 @@ MODEST_IO = ("ionice", "-c", "2", "-n", "7")
 class Scribe:
     """That process, as the one that trains sees it. It is started when there is something to write, and again if it has died."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_failure: Callable[[str], object] = lambda why: None) -> None:
+        """`on_failure` is told once why the process could not be had, or has died; the one that trains writes then."""
         self._process: subprocess.Popen[bytes] | None = None
+        self._on_failure: Callable[[str], object] | None = on_failure
+        self._has_answered, self._is_unable = False, False
         self._asking = threading.Lock()
 
     def reread(self, path: str) -> dict[str, Any] | None:
@@ -55,17 +58,29 @@ class Scribe:
     def pour(self, image: Image, path: Path) -> str:
         """Write an image to a file that is there; returns its digest. If the process cannot be had, or dies, this one writes. Raises
         OSError."""
-        try:
-            reply = self._ask(self._alive(image), {"path": str(path), "size_bytes": image.size_bytes, "fd": image.fd})
-        except OSError:  # it has died, or cannot be started
-            reply = None
+        reply, why = None, ""
+        if not self._is_unable:
+            try:
+                reply = self._ask(self._alive(image), {"path": str(path), "size_bytes": image.size_bytes, "fd": image.fd})
+            except OSError as error:  # it has died, or cannot be started
+                why = str(error)
         if reply is None:
-            self.close()
+            self._fail(why)
             assert image.memory is not None, "there is something in it"
             return pour(image.memory, image.size_bytes, str(path))
         if "errno" in reply:
             raise OSError(reply["errno"], reply["error"], str(path))
+        self._has_answered = True
         return str(reply["digest"])
+
+    def _fail(self, why: str) -> None:
+        """Let the process go, and tell of it once; one that never answered is not started again."""
+        process = self._process
+        self.close()
+        self._is_unable = not self._has_answered
+        if self._on_failure is not None:
+            told, self._on_failure = self._on_failure, None
+            told(why if process is None or process.returncode == 0 else f"it ended with {process.returncode}")
 
     def _ask(
         self, process: subprocess.Popen[bytes], job: dict[str, object], turn: contextlib.AbstractContextManager[Any] | None = None

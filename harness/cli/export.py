@@ -1,7 +1,8 @@
 """Write a model for others: weights, a whole checkpoint, safetensors, TorchScript, a program of torch.export.
 
 CHECKPOINT is a run, one of its checkpoints, or any file that torch.save, safetensors or TorchScript wrote; a path or a URL, as OUT. The
-task that builds the model is that of the run; for other files name it: --config FILE, task.name=package.module:build.
+task that builds the model (for module, torchscript, exported) is that of the run if it comes with this package. One of your own, which
+is code that a file names, you confirm by --trust, or name yourself, as for other files: --config FILE, task.name=package.module:build.
 
 example: harness export runs/a model.pt
 example: harness export s3://bucket/a model.safetensors --format safetensors --which best
@@ -25,7 +26,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--module", metavar="NAME", help="of several modules")
     parser.add_argument("--legacy", action="store_true", help="as PyTorch before 1.6 wrote")
     parser.add_argument("--force", action="store_true", help="replace OUT")
-    parser.add_argument("--trust", action="store_true", help="let the file run code when it is loaded")
+    parser.add_argument(
+        "--trust",
+        action="store_true",
+        help="let the file run code: a task of yours that it names, a pickle's own",
+    )
     parser.add_argument("--config", metavar="FILE")
 
 

@@ -25,6 +25,7 @@ import socket
 import subprocess
 import sys
 import time
+from importlib.machinery import all_suffixes
 from pathlib import Path
 
 from harness import config, ranks, retry, stop, task
@@ -78,6 +79,8 @@ def run(given: argparse.Namespace, rest: list[str]) -> int:
         check_loop(settings.run.loop)
         check_named(settings, settings_given)
     else:
+        if not os.environ.get("HARNESS_CODE"):  # which comes before the working directory
+            check_alone(Path.cwd(), "the task's code, and a loader's workers,")
         task.find(settings.task.name, settings.task.args, stored["task"]["args"])
     if any(option.startswith(("--nnodes", "--rdzv", "--standalone", "--master")) for option in options):
         code, words = _torchrun([f"--nproc-per-node={given.nproc_per_node}", *options], training, settings)
@@ -94,11 +97,18 @@ def check_loop(words: list[str]) -> Path:
     file = Path(words[0]).expanduser().absolute()
     if not file.is_file():
         raise UsageError("there is no such program", f"found: no file {file}", "Name the .py file of your loop, from this folder.")
-    package = Path(__file__).resolve().parent.parent
-    for other in (file.resolve().parent / "harness" / "__init__.py", file.resolve().parent / "harness.py"):
-        if other.is_file() and other.parent != package:  # Python looks beside the program first
-            raise UsageError("the program would import another harness", f"found: {other}", f"Rename it; this one is {package}.")
+    check_alone(file.resolve().parent, "the program")  # Python looks beside it first
     return file
+
+
+def check_alone(folder: Path, who: str) -> None:
+    """Raises UsageError if whoever imports from this folder first would get another package than this one. A folder without
+    __init__.py, or a clone, is none: then this one is found."""
+    package = Path(__file__).resolve().parent.parent
+    others = [folder / "harness" / "__init__.py", *(folder / f"harness{suffix}" for suffix in all_suffixes())]
+    for other in others:
+        if other.is_file() and other.resolve().parent != package:
+            raise UsageError(f"{who} would import another harness", f"found: {other}", f"Rename it, or move away; this one is {package}.")
 
 
 def check_named(settings: config.Config, given: list[str]) -> None:

@@ -15,7 +15,7 @@ import time
 from harness.checkpoint.history import survey
 from harness.cli import locate
 from harness.errors import EXIT_FINISHED, HarnessError
-from harness.events import duration, say
+from harness.events import duration, redraw, say
 from harness.report.glance import glance
 
 HEADER = ("run", "state", "step", "rate", "left", "saved", "last problem")
@@ -35,7 +35,7 @@ def run(given: argparse.Namespace) -> int:
             say(text)
             return EXIT_FINISHED
         columns = shutil.get_terminal_size().columns
-        say(CLEAR + "\n".join(line[:columns] for line in text.splitlines()))
+        redraw("\n".join(line[:columns] for line in text.splitlines()) + "\n", CLEAR)
         time.sleep(max(0.5, given.every))
 
 

@@ -12,6 +12,7 @@ import torch
 import harness.state.naming as naming
 from harness import config
 from harness.config import Change
+from harness.errors import printable
 from harness.exchange import content, files, rebuild
 from harness.exchange.files import Loaded
 from harness.exchange.words import table
@@ -77,7 +78,7 @@ class Comparison:
         shown = [(*row[:3], f"{row[3]} (does not count)" if _is_spelling(row) else row[3]) for row in self.rows]
         lines += [table(("where", "A", "B", "greatest difference"), shown)] if shown else []
         lines += [f"nothing is known of {name}: its state_dict() was empty, in both" for name in self.empty]
-        return "\n".join([*lines, f"{self.count} difference(s)" if self.count else "equal, bit for bit"])
+        return printable("\n".join([*lines, f"{self.count} difference(s)" if self.count else "equal, bit for bit"]))
 
 
 def _is_spelling(row: tuple[str, str, str, str]) -> bool:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from harness import config
 from harness.checkpoint.format import Manifest
-from harness.errors import UsageError
+from harness.errors import UsageError, printable
 from harness.events import size
 from harness.exchange import content, files, rebuild
 from harness.exchange.content import MODULE, OPTIMIZER, SCALER, SCHEDULER
@@ -33,7 +33,7 @@ class Description:
         sections += [table(("part", "in the file", "what"), self.parts)] if self.parts else []
         sections += [f"settings:\n{self.settings}"] if self.settings else []
         sections += [table(("tensor", "dtype", "shape", "size"), self.tensors)] if self.tensors else ["no tensors"]
-        return "\n\n".join(sections)
+        return printable("\n\n".join(sections))
 
 
 def describe(path: str | Path, which: str | int = "newest") -> Description:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -23,12 +22,12 @@ from harness.checkpoint import load, locate
 from harness.checkpoint.format import Manifest
 from harness.checkpoint.load import UNPARSEABLE, first_line
 from harness.checkpoint.locate import WAIT_S
-from harness.errors import DamagedError, HarnessError, StorageError, UsageError
+from harness.errors import DamagedError, HarnessError, UsageError
 from harness.events import Bar, size
 from harness.exchange import headers, inert
 from harness.exchange.once import Once
 from harness.exchange.words import muted
-from harness.store import Store, check_url, is_url, open_store, redacted
+from harness.store import Memory, Store, check_url, is_url, open_store, redacted
 
 TORCH, LEGACY, SAFETENSORS, TORCHSCRIPT, EXPORTED = "torch.save", "torch.save, before 1.6", "safetensors", "TorchScript", "torch.export"
 LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
@@ -157,7 +156,8 @@ def outline_any(path: str | Path, which: str | int = locate.NEWEST) -> Loaded:
         except WantsCodeError:
             return _inert(file)
     store, manifest = locate.checkpoint(str(path), which)
-    return Loaded(file := _file_of(store, manifest), outline(file).value, manifest=manifest)
+    file = _file_of(store, manifest)
+    return Loaded(file, outline(_once(file)).value, manifest=manifest)
 
 
 def is_ours(path: str) -> bool:
@@ -189,10 +189,17 @@ def outline(file: File) -> Loaded:
 
 
 def _opened(file: File) -> BinaryIO:
+    once = _once(file).once
+    assert once is not None, "it has just been opened"
+    return once.view()
+
+
+def _once(file: File) -> File:
+    """The same, opened."""
     if file.once is not None:
-        return file.once.view()
+        return file
     try:
-        return file.store.open(file.key)
+        return dataclasses.replace(file, once=Once(file.store.open(file.key), file.where))
     except FileNotFoundError:
         raise DamagedError(
             f"{file.where} is missing", remedy="Somebody has deleted it. harness verify says what else is damaged."
@@ -208,7 +215,7 @@ def _script(file: File, opened: BinaryIO, *, with_data: bool) -> Loaded:
 def _inert(file: File) -> Loaded:
     """What is in a pickle that wants to run code, which it does not get."""
     with _opened(file) as opened, _said(file, opened), muted(), FakeTensorMode():
-        if file.kind == TORCH and torch._C.PyTorchFileReader(opened).has_record("constants.pkl"):
+        if file.kind == TORCH and "constants.pkl" in torch._C.PyTorchFileReader(opened).get_all_records():
             raise DamagedError(f"{file.where} is TorchScript to one reader and not to another", remedy="Do not load it.")
         opened.seek(0)
         whole = torch.load(opened, weights_only=False, pickle_module=inert)
@@ -234,39 +241,40 @@ def read(file: File, *, trust: bool = False) -> Loaded:
             f"{file.where} is a program of torch.export, and PyTorch's own loader runs pickles that may be in it",
             remedy="If you trust whoever wrote it: --trust (trust=True). harness show works without.",
         )
-    if not trust:
-        outline(file)  # what claims more than it holds is not tried
-    with _local(file) as path, _said(file, trust=trust), muted():
-        if file.kind == SAFETENSORS:
-            from safetensors import safe_open
-
-            with safe_open(path, "pt") as opened:
-                return Loaded(file, {name: opened.get_tensor(name) for name in opened.keys()}, dict(opened.metadata() or {}))  # noqa: SIM118
-        with path.open("rb") as plain:
-            if file.kind == TORCHSCRIPT:
-                return _script(file, plain, with_data=True)
-            if file.kind == EXPORTED:
-                return Loaded(file, dict(torch.export.load(plain).state_dict))
-            return Loaded(file, torch.load(plain, map_location="cpu", weights_only=not trust))
+    with _sealed(file) as memory:
+        whole = dataclasses.replace(file, once=Once(memory.open(), file.where))
+        if not trust:
+            outline(whole)  # what claims more than it holds is not tried
+        with _said(whole, trust=trust), muted():
+            return _loaded(dataclasses.replace(file, once=None), memory, trust=trust)
 
 
-@contextlib.contextmanager
-def _local(file: File) -> Iterator[Path]:
-    """The file's path on this machine; of a remote one, of a temporary copy."""
-    if file.store.is_local:
-        yield Path(file.where)
-        return
-    with tempfile.NamedTemporaryFile(suffix=".part") as copy:
-        bar = Bar(f"reading {file.where}", file.size_bytes)
-        for chunk in file.store.chunks(file.key):
-            try:
-                copy.write(chunk)
-            except OSError as error:
-                raise StorageError(f"cannot keep {file.where} while it is read", f"found: {error}", "Free some space in TMPDIR.") from error
-            bar(len(chunk))
+def _loaded(file: File, memory: Memory, *, trust: bool) -> Loaded:
+    """What is in a file whose bytes are all in memory."""
+    if file.kind == SAFETENSORS:
+        from safetensors import safe_open
+
+        with safe_open(memory.path, "pt") as opened:
+            return Loaded(file, {name: opened.get_tensor(name) for name in opened.keys()}, dict(opened.metadata() or {}))  # noqa: SIM118
+    if file.kind == TORCH and load.is_plain_zip(memory):  # its tensors are views of that memory
+        return Loaded(file, torch.load(memory.path, mmap=True, map_location="cpu", weights_only=not trust))
+    with memory.open() as plain:
+        if file.kind == TORCHSCRIPT:
+            return _script(file, plain, with_data=True)
+        if file.kind == EXPORTED:
+            return Loaded(file, dict(torch.export.load(plain).state_dict))
+        return Loaded(file, torch.load(plain, map_location="cpu", weights_only=not trust))
+
+
+def _sealed(file: File) -> Memory:
+    """The whole file, in memory that nobody can change: what was looked at is what is loaded."""
+    once = _once(file).once
+    assert once is not None, "it has just been opened"
+    bar = Bar(f"reading {file.where}", file.size_bytes)
+    try:
+        return once.sealed(bar)
+    finally:
         bar.end()
-        copy.flush()
-        yield Path(copy.name)
 
 
 @contextlib.contextmanager

@@ -59,8 +59,8 @@ class Unpickler(pickle.Unpickler):
             return functools.partial(collections.OrderedDict)  # nothing in the pickle gets hold of the class, or of the functions below
         if module == "torch._utils" and name in REBUILD:
             return functools.partial(getattr(torch._utils, name))
-        if module == "torch" and (name in ("Size", "device") or isinstance(getattr(torch, name, None), torch.dtype)):
-            found = getattr(torch, name)
+        if module == "torch" and (name in ("Size", "device") or isinstance(vars(torch).get(name), torch.dtype)):
+            found = vars(torch)[name]  # `getattr` would import what torch imports on first use
             return found if isinstance(found, torch.dtype) else functools.partial(found)
         return _stand_in(f"{module}.{name}")
 
@@ -74,7 +74,7 @@ class ScriptUnpickler(Unpickler):
 
     def persistent_load(self, saved: Any) -> Any:
         kind, number, count = saved[1], saved[2], saved[4]
-        dtype = getattr(torch, kind.called.rpartition(".")[2]).dtype
+        dtype = torch.storage._storage_type_to_dtype_map()[kind.called.rpartition(".")[2]]
         size_bytes = count * dtype.itemsize
         if self._with_data:
             raw = bytearray(self._archive.read(f"{self._folder}/{number}"))

@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from harness.errors import printable
 from harness.events import duration
 
 WIDTH, LEFT, RIGHT = 1000, 70, 20
@@ -58,6 +59,11 @@ class Row:
     words: str
 
 
+def escaped(text: str) -> str:
+    """Text as a page shows it, in attributes too; what reorders or hides the text around it is spelled."""
+    return html.escape(printable(text))
+
+
 def shares(parts: Sequence[tuple[str, float, str]]) -> str:
     """One bar; of each part the class, the share of the whole, and what is said of it."""
     total, at, drawn = sum(share for _, share, _ in parts) or 1.0, 0.0, []
@@ -65,7 +71,7 @@ def shares(parts: Sequence[tuple[str, float, str]]) -> str:
         width = WIDTH * share / total
         drawn.append(_rect(at, 0, width, 34, kind, said))
         if width > 60:
-            drawn.append(f'<text class="inside in-{html.escape(kind)}" x="{at + 8:.1f}" y="22">{share / total:.0%}</text>')
+            drawn.append(f'<text class="inside in-{escaped(kind)}" x="{at + 8:.1f}" y="22">{share / total:.0%}</text>')
         at += width
     return _svg(34, drawn)
 
@@ -81,7 +87,7 @@ def timeline(rows: Sequence[Row], seconds: float) -> str:
         drawn.append(f'<text class="tick" x="{x:.1f}" y="{height - 8}" text-anchor="middle">{duration(at) if at else "0"}</text>')
     for number, row in enumerate(rows):
         top = number * (ROW + GAP)
-        drawn.append(f'<text class="name" x="{LEFT - 10}" y="{top + 16}" text-anchor="end">{html.escape(row.name)}</text>')
+        drawn.append(f'<text class="name" x="{LEFT - 10}" y="{top + 16}" text-anchor="end">{escaped(row.name)}</text>')
         drawn += [_rect(scale(bar.begin), top, max(1.0, scale(bar.end) - scale(bar.begin)), ROW, bar.kind, bar.said) for bar in row.bars]
         drawn += [_mark(scale(mark.at), top, mark) for mark in row.marks]
         if row.words and row.bars:
@@ -92,7 +98,7 @@ def timeline(rows: Sequence[Row], seconds: float) -> str:
 def curve(points: Sequence[tuple[float, float]], marks: Sequence[tuple[float, str]], what: str, over: str) -> str:
     """A curve, with vertical lines where something happened."""
     height, bottom = 280, 30
-    points = thinned([(x, y) for x, y in points if math.isfinite(y)])
+    points = thinned([(x, y if abs(y) > 1e-300 else 0.0) for x, y in points if math.isfinite(y)])
     if not points:
         return ""
     xs, ys = [x for x, _ in points], [y for _, y in points]
@@ -109,10 +115,10 @@ def curve(points: Sequence[tuple[float, float]], marks: Sequence[tuple[float, st
     for at, said in marks:
         x = x_scale(min(max(at, min(xs)), max(xs)))
         line = f'<line class="resume" x1="{x:.1f}" y1="8" x2="{x:.1f}" y2="{height - bottom}"/>'
-        drawn.append(f"<g>{line}<title>{html.escape(said)}</title></g>")
+        drawn.append(f"<g>{line}<title>{escaped(said)}</title></g>")
     path = " ".join(f"{x_scale(x):.1f},{y_scale(y):.1f}" for x, y in points)
-    drawn.append(f'<polyline class="curve" points="{path}"><title>{html.escape(what)}</title></polyline>')
-    drawn.append(f'<text class="tick" x="{WIDTH - RIGHT}" y="{height - 10}" text-anchor="end">{html.escape(over)}</text>')
+    drawn.append(f'<polyline class="curve" points="{path}"><title>{escaped(what)}</title></polyline>')
+    drawn.append(f'<text class="tick" x="{WIDTH - RIGHT}" y="{height - 10}" text-anchor="end">{escaped(over)}</text>')
     return _svg(height, drawn)
 
 
@@ -134,7 +140,7 @@ def ticks(low: float, high: float, about: int) -> list[float]:
 
 def time_ticks(seconds: float) -> list[float]:
     """Round times from 0 on, some eight of them."""
-    step = next((step for step in STEPS_S if seconds / step <= 9), STEPS_S[-1])
+    step = next((step for step in STEPS_S if seconds / step <= 9), STEPS_S[-1] * (1 + int(seconds / 9 / STEPS_S[-1])))
     return [float(at) for at in range(0, int(seconds) + 1, step)]
 
 
@@ -142,24 +148,22 @@ def _beside(begin: float, end: float, top: float, words: str) -> str:
     """Words after a row's bar, or before it if there is no room."""
     needed = 6.5 * len(words)
     if end + 14 + needed < WIDTH:
-        return f'<text class="note" x="{end + 14:.1f}" y="{top + 16}">{html.escape(words)}</text>'
+        return f'<text class="note" x="{end + 14:.1f}" y="{top + 16}">{escaped(words)}</text>'
     if begin - LEFT > needed + 10:
-        return f'<text class="note" x="{begin - 8:.1f}" y="{top + 16}" text-anchor="end">{html.escape(words)}</text>'
+        return f'<text class="note" x="{begin - 8:.1f}" y="{top + 16}" text-anchor="end">{escaped(words)}</text>'
     return ""
 
 
 def _rect(x: float, y: float, width: float, height: float, kind: str, said: str) -> str:
     place = f'x="{x:.1f}" y="{y:.1f}" width="{max(0.0, width):.1f}" height="{height}"'
-    return f'<rect class="{html.escape(kind)}" {place}><title>{html.escape(said)}</title></rect>'
+    return f'<rect class="{escaped(kind)}" {place}><title>{escaped(said)}</title></rect>'
 
 
 def _mark(x: float, top: float, mark: Mark) -> str:
-    said = f"<title>{html.escape(mark.said)}</title>"
+    said = f"<title>{escaped(mark.said)}</title>"
     if not mark.sign:
-        return f'<g><line class="{html.escape(mark.kind)}" x1="{x:.1f}" y1="{top + 3}" x2="{x:.1f}" y2="{top + ROW - 3}"/>{said}</g>'
-    return (
-        f'<text class="sign {html.escape(mark.kind)}" x="{x:.1f}" y="{top + 17}" text-anchor="middle">{html.escape(mark.sign)}{said}</text>'
-    )
+        return f'<g><line class="{escaped(mark.kind)}" x1="{x:.1f}" y1="{top + 3}" x2="{x:.1f}" y2="{top + ROW - 3}"/>{said}</g>'
+    return f'<text class="sign {escaped(mark.kind)}" x="{x:.1f}" y="{top + 17}" text-anchor="middle">{escaped(mark.sign)}{said}</text>'
 
 
 def _svg(height: float, drawn: Sequence[str]) -> str:

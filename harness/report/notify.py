@@ -16,6 +16,7 @@ from typing import Any
 
 from harness import stop
 from harness.config.settings import NotifySettings
+from harness.errors import printable
 from harness.events import say
 from harness.store import redacted
 
@@ -24,7 +25,7 @@ def notify(settings: NotifySettings, kind: str, run: str, text: str, **details: 
     """Tell of an event, if it was asked for. Raises nothing."""
     if kind not in settings.on:
         return
-    word = {"event": kind, "run": run, "text": f"{run}: {kind}: {text}"} | details
+    word = {"event": kind, "run": printable(run), "text": printable(f"{run}: {kind}: {text}")} | details
     if settings.command:
         _within(settings.timeout_s, "the command", lambda: _command(settings.command, word, settings.timeout_s))
     if settings.webhook_env is not None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import datetime
-import html
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from harness.events import duration
 from harness.report import chart, words
-from harness.report.chart import Bar, Mark, Row
+from harness.report.chart import Bar, Mark, Row, escaped
 from harness.report.timeline import LOST, WAITING, WORDS, Stretch, Timeline
 
 MOST_ROWS, MOST_TICKS = 40, 200
@@ -50,13 +49,14 @@ class Table:
 
 def page(name: str, time: Timeline, more: Table | None = None) -> str:
     """The whole file, with one more section if it is given."""
-    facts = "".join(f'<p class="soft">{_text(fact)}</p>' for fact in words.facts(time))
+    facts = "".join(f'<p class="soft">{escaped(fact)}</p>' for fact in words.facts(time))
     began = datetime.datetime.fromtimestamp(time.began, datetime.timezone.utc)
+    stands = f"{time.stands.state} ({' '.join(time.stands.why.split())})"
     sections = [
-        f"<h1>{_text(name)}</h1>",
-        f'<p class="soft">{_text(time.stands.state)} ({_text(" ".join(time.stands.why.split()))}); began {began:%Y-%m-%d %H:%M} UTC</p>',
-        f'<p class="big">{time.useful:.1%} useful</p><p class="soft">{_text(words.headline(time))}</p>{facts}',
-        _section(more.title, "".join(f'<p class="soft">{_text(line)}</p>' for line in more.lines) + _table(more.header, more.rows))
+        f"<h1>{escaped(name)}</h1>",
+        f'<p class="soft">{escaped(stands)}; began {began:%Y-%m-%d %H:%M} UTC</p>',
+        f'<p class="big">{time.useful:.1%} useful</p><p class="soft">{escaped(words.headline(time))}</p>{facts}',
+        _section(more.title, "".join(f'<p class="soft">{escaped(line)}</p>' for line in more.lines) + _table(more.header, more.rows))
         if more
         else "",
         _section("What the time went to", _shares(time)),
@@ -65,7 +65,7 @@ def page(name: str, time: Timeline, more: Table | None = None) -> str:
         _section("Interruptions", _table(words.INTERRUPTION, [words.interruption(stretch) for stretch in time.interruptions])),
     ]
     head = f'<meta charset="utf-8">{POLICY}<meta name="viewport" content="width=device-width">'
-    head += f"<title>{_text(name)}</title><style>{STYLE}</style>"
+    head += f"<title>{escaped(name)}</title><style>{STYLE}</style>"
     return f'<!doctype html>\n<html lang="en"><head>{head}</head><body>\n{chr(10).join(filter(None, sections))}\n</body></html>\n'
 
 
@@ -77,7 +77,7 @@ def _shares(time: Timeline) -> str:
     parts = [(what, seconds, f"{WORDS.get(what, what)}: {duration(seconds)}") for what, seconds in time.spent.items()]
     keys = list(time.spent)
     rows = [
-        (f'<span class="key {_text(what)}"></span>{_text(said)}', long, share)
+        (f'<span class="key {escaped(what)}"></span>{escaped(said)}', long, share)
         for what, (said, long, share, _) in zip(keys, words.rows(time), strict=True)
     ]
     cells = "".join(f"<tr><td>{said}</td><td>{long}</td><td>{share}</td></tr>" for said, long, share in rows)
@@ -131,10 +131,6 @@ def _loss(time: Timeline) -> str:
 def _table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     if not rows:
         return ""
-    head = "".join(f"<th>{_text(cell)}</th>" for cell in header)
-    body = "".join("<tr>" + "".join(f"<td>{_text(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    head = "".join(f"<th>{escaped(cell)}</th>" for cell in header)
+    body = "".join("<tr>" + "".join(f"<td>{escaped(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     return f"<table><tr>{head}</tr>{body}</table>"
-
-
-def _text(text: str) -> str:
-    return html.escape(text)

@@ -7,13 +7,12 @@ attempts nothing runs: until a supervisor starts the next one that is waiting, t
 from __future__ import annotations
 
 import datetime
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from harness.checkpoint import environment, launches, past, steps
+from harness.checkpoint import environment, launches, past, records, steps
 from harness.checkpoint.history import Survey
 from harness.checkpoint.launches import Launch
 from harness.checkpoint.standing import Outcome, in_words, outcome
@@ -27,6 +26,7 @@ WORDS = {
     "overhead": "the loop itself", OTHER: "anything else",
 }  # fmt: skip
 
+MOST_S = 1e11  # three thousand years
 ENDS = ("finished", "stopped", "failed", "killed", "running")
 
 
@@ -126,11 +126,12 @@ def _stretch(life: past.Life, told: list[dict[str, Any]], *, is_running: bool) -
     untold = LOST if how in ("killed", "failed") else "overhead"
     spent[untold] = spent.get(untold, 0.0) + rest
     saves = [
-        Save(at, int(event["step"]), float(event.get("seconds") or 0), float(event.get("blocked_s") or 0))
+        Save(at, event["step"], float(event.get("seconds") or 0), float(event.get("blocked_s") or 0))
         for at, event in timed
-        if event.get("event") == "saved"
+        if event.get("event") == "saved" and event.get("step") is not None
     ]
-    losses = [(int(event["step"]), float(event["loss"])) for _, event in timed if event.get("event") == "step" and "loss" in event]
+    steps = [event for _, event in timed if event.get("event") == "step" and event.get("step") is not None]
+    losses = [(event["step"], float(event["loss"])) for event in steps if "loss" in event]
     return Stretch(life, began, ended, spent, how, " ".join(why.split()), saves, losses)
 
 
@@ -166,8 +167,8 @@ def _submitted(stores: Sequence[Store]) -> float | None:
     """When the run was given to SLURM, if it was."""
     for store in stores:
         try:
-            return _seconds(json.loads(store.read(launches.SUBMITTED)).get("submitted"))
-        except (FileNotFoundError, ValueError, AttributeError):
+            return _seconds(records.parse(store.read(launches.SUBMITTED)).get("submitted"))
+        except FileNotFoundError:
             continue
     return None
 
@@ -176,7 +177,7 @@ def _seconds(time: object) -> float | None:
     """A recorded time, as seconds since the epoch."""
     try:
         return datetime.datetime.fromisoformat(str(time)).timestamp()
-    except ValueError:
+    except (ValueError, OverflowError, OSError):
         return None
 
 
@@ -184,7 +185,7 @@ def _numbers(spent: dict[str, Any]) -> dict[str, float]:
     """Seconds by kind; kinds that are not known become one."""
     found: dict[str, float] = {}
     for what, seconds in spent.items():
-        if isinstance(seconds, int | float) and math.isfinite(seconds):
+        if records.is_number(seconds) and 0 <= seconds < MOST_S:
             kind = what if what in WORDS else OTHER
             found[kind] = found.get(kind, 0.0) + float(seconds)
     return found

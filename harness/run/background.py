@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -15,7 +16,7 @@ from harness import state, stop
 from harness.checkpoint.save import About
 from harness.checkpoint.scribe import Scribe
 from harness.errors import StorageError
-from harness.events import size
+from harness.events import say, size
 from harness.state import Captured
 from harness.state.crossing import Crossing
 from harness.state.snapshot import Snapshot, UnevenError
@@ -27,6 +28,10 @@ MOST_REST_BYTES = 64 << 20  # of what may change at any time, the most that is w
 TOUCHED_BYTES = 16 << 20
 SEALED_WITHIN_S = 5.0
 CHANGES = "the state changes between two updates"
+
+
+def _no_scribe(why: str) -> None:
+    say(f"harness: warning: the process that writes checkpoints cannot be used ({why}): the one that trains writes them itself", sys.stderr)
 
 
 class TornError(Exception):
@@ -72,7 +77,7 @@ class Background:
         this loop's state could not be copied while it runs."""
         self._overlapped, self._waiting = overlapped, waiting
         self._compare, self._compare_all = overlapped, compare
-        self._image, self._scribe, self._crossing = Image(), Scribe(), Crossing()
+        self._image, self._scribe, self._crossing = Image(), Scribe(_no_scribe), Crossing()
         self._job: Job | None = None
         self.is_unable = False  # nothing can be saved in the background
         self.slow_words = ""  # why saves make training wait, if they do

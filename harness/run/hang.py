@@ -72,9 +72,8 @@ def tell(store: Store, attempt: Attempt, world_size: int) -> str:
     Each rank that can writes it, all the same. Raises StorageError."""
     until = time.monotonic() + OTHERS_S
     while True:
-        events = {
-            event["rank"]: event for event in past.events([store], attempt.number) if event.get("event") == "hang" and "rank" in event
-        }
+        hangs = [event for event in past.events([store], attempt.number) if event.get("event") == "hang" and event.get("rank") is not None]
+        events = {event["rank"]: event for event in hangs if {"step", "error", "stacks"} <= event.keys()}
         if len(events) >= world_size or time.monotonic() > until:
             break
         time.sleep(LOOK_S)

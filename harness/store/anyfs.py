@@ -17,10 +17,18 @@ import fsspec
 from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.spec import AbstractBufferedFile
 
+from harness.errors import ChangedError
 from harness.store.bucket import Found, MissingError, Part, TakenError, Unfinished
 
 PART_BYTES = 16 << 20
+# What the file systems of fsspec tell of a file that changes when it is written anew.
+VERSIONS = ("ETag", "etag", "generation", "md5Hash", "content_md5", "mtime", "last_modified", "LastModified", "updated", "created")
 MEMORY = threading.Lock()  # fsspec's own looks first and writes then
+
+
+def _version(info: dict[str, Any]) -> str:
+    told = [str(info[name]) for name in VERSIONS if info.get(name) is not None]
+    return " ".join([str(info["size"]), *told]) if told else ""
 
 
 class Collected:
@@ -79,13 +87,17 @@ class AnyBucket:
             info = self.fs.info(self._path(key))
         except FileNotFoundError:
             return None
-        return Found(key, info["size"], "") if info["type"] == "file" else None
+        return Found(key, info["size"], "", _version(info)) if info["type"] == "file" else None
 
-    def get(self, key: str, start: int, end: int | None, limit_s: float) -> bytes:
+    def get(self, key: str, start: int, end: int | None, limit_s: float, version: str = "") -> bytes:
+        """Raises ChangedError if the file is not this `version` any more when its bytes have come."""
         try:
-            return bytes(self.fs.cat_file(self._path(key), start=start, end=end))
+            data = bytes(self.fs.cat_file(self._path(key), start=start, end=end))
+            if version and _version(self.fs.info(self._path(key))) != version:  # fsspec knows no conditional read
+                raise ChangedError(self._path(key))
         except FileNotFoundError as error:
             raise MissingError(key) from error
+        return data
 
     def put(self, key: str, data: bytes, exclusive: bool, limit_s: float) -> str:
         try:

@@ -107,11 +107,12 @@ class RemoteStore(Store):
             self._records[key] = self.read(key)
         return self._records[key]
 
-    def span(self, key: str, start: int, end: int) -> bytes:
-        """The bytes from `start` to before `end`."""
+    def span(self, found: Found, start: int, end: int) -> bytes:
+        """The bytes from `start` to before `end` of this very object. Raises ChangedError, where the server tells, for another one."""
+        key = found.key
 
         def request(left_s: float) -> bytes:
-            data = self.bucket.get(key, start, end, left_s)
+            data = self.bucket.get(key, start, end, left_s, found.version)
             if len(data) != end - start:
                 raise ConnectionError(f"found: {len(data)} bytes, expected: {end - start}")
             return data
@@ -128,12 +129,15 @@ class RemoteStore(Store):
         found = self.head(key)
         if found is None:
             raise MissingError(self.where(key))
-        ranges = [(at, min(at + RANGE_BYTES, found.size_bytes)) for at in range(start, found.size_bytes, RANGE_BYTES)]
+        yield from self.spans(found, [(at, min(at + RANGE_BYTES, found.size_bytes)) for at in range(start, found.size_bytes, RANGE_BYTES)])
+
+    def spans(self, found: Found, ranges: Sequence[tuple[int, int]]) -> Iterator[bytes]:
+        """Ranges of an object, in order, several on their way at once."""
         ahead: collections.deque[Future[bytes]] = collections.deque()
         with ThreadPoolExecutor(READ_AHEAD, thread_name_prefix="download") as pool:
             try:
                 for start, end in ranges:
-                    ahead.append(pool.submit(self.span, key, start, end))
+                    ahead.append(pool.submit(self.span, found, start, end))
                     if len(ahead) == READ_AHEAD:
                         yield ahead.popleft().result()
                 while ahead:
@@ -191,7 +195,7 @@ class RangeFile(io.RawIOBase):
 
     def __init__(self, store: RemoteStore, found: Found) -> None:
         self.store, self.found, self.at = store, found, 0
-        self.failure: StorageError | None = None  # torch.load hides it behind an error of its own
+        self.failure: HarnessError | None = None  # torch.load hides it behind an error of its own
 
     def readable(self) -> bool:
         return True
@@ -209,9 +213,13 @@ class RangeFile(io.RawIOBase):
         self.at = target
         return self.at
 
+    def spans(self, ranges: Sequence[tuple[int, int]]) -> Iterator[bytes]:
+        """Ranges of it, in order, several on their way at once."""
+        return self.store.spans(self.found, ranges)
+
     def readall(self) -> bytes:
         starts = range(self.at, self.found.size_bytes, RANGE_BYTES)
-        data = b"".join(self.store.span(self.found.key, at, min(at + RANGE_BYTES, self.found.size_bytes)) for at in starts)
+        data = b"".join(self.store.span(self.found, at, min(at + RANGE_BYTES, self.found.size_bytes)) for at in starts)
         self.at += len(data)
         return data
 
@@ -220,8 +228,8 @@ class RangeFile(io.RawIOBase):
         if end <= self.at:
             return 0
         try:
-            data = self.store.span(self.found.key, self.at, end)
-        except StorageError as error:
+            data = self.store.span(self.found, self.at, end)
+        except HarnessError as error:
             self.failure = error
             raise
         buffer[: len(data)] = data

@@ -17,6 +17,7 @@ from typing import Any
 import fsspec.asyn
 import s3fs
 
+from harness.errors import ChangedError
 from harness.retry import answer, is_expired, is_transient
 from harness.store.bucket import Found, MissingError, Part, TakenError, Unfinished
 
@@ -98,12 +99,20 @@ class S3Bucket:
             self._call(limit_s, "head_bucket")
             return None
         etag = "" if _is_opaque(reply) else reply["ETag"].strip('"')
-        return Found(key, reply["ContentLength"], etag)
+        return Found(key, reply["ContentLength"], etag, reply.get("ETag", ""))
 
-    def get(self, key: str, start: int, end: int | None, limit_s: float) -> bytes:
-        """The bytes from `start` to before `end`, or all from `start` on."""
+    def get(self, key: str, start: int, end: int | None, limit_s: float, version: str = "") -> bytes:
+        """The bytes from `start` to before `end`, or all from `start` on. Raises ChangedError if the object is not this `version` any
+        more."""
         span = {} if start == 0 and end is None else {"Range": f"bytes={start}-{'' if end is None else end - 1}"}
-        return bytes(self._call(limit_s, "get_object", Key=self.prefix + key, **span)["Body"])
+        condition = {"IfMatch": version} if version else {}
+        try:
+            reply = self._call(limit_s, "get_object", Key=self.prefix + key, **span, **condition)
+        except TakenError:  # 412: what a condition asks for is not so
+            raise ChangedError(f"s3://{self.name}/{self.prefix}{key}") from None
+        if version and reply.get("ETag", version) != version:  # of a server that knows no such condition
+            raise ChangedError(f"s3://{self.name}/{self.prefix}{key}")
+        return bytes(reply["Body"])
 
     def put(self, key: str, data: bytes, exclusive: bool, limit_s: float) -> str:
         """Raises TakenError when `exclusive` and the key exists; returns the ETag that the object ought to have."""
