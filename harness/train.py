@@ -31,8 +31,7 @@ def train(build: Callable[..., Task], settings: Config, stored: dict[str, Any]) 
 
     run = harness.init(
         settings.run.dir,
-        remote=settings.run.remote,
-        seed=settings.train.seed,
+        remote=settings.run.remote, seed=settings.train.seed,
         save_every_s=settings.checkpoint.every_s,
         save_every_steps=settings.checkpoint.every_steps,
         keep_last=settings.checkpoint.keep_last, keep_every_steps=settings.checkpoint.keep_every_steps,
@@ -61,6 +60,7 @@ def train(build: Callable[..., Task], settings: Config, stored: dict[str, Any]) 
         max_steps=settings.train.max_steps,
         drop_last=settings.data.drop_last,
         num_workers=settings.data.num_workers,
+        check_stream=settings.data.check_stream,
         collate_fn=job.collate,
     )
     for batch in batches:

@@ -28,7 +28,8 @@ Lineage = tuple[tuple[int, int], ...]
 
 def version_of(payload: Mapping[str, Any]) -> int:
     """The format version of a checkpoint with this content: 2 if it holds state that an older harness would drop silently, else 1."""
-    return 2 if any(name in payload for name in WITH_MORE) or "kinds" in payload.get("data", ()) else 1
+    data = payload.get("data", ())
+    return 2 if any(name in payload for name in WITH_MORE) or "kinds" in data or "beside" in data else 1
 
 
 def stem(step: int, attempt: int) -> str:

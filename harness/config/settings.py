@@ -58,6 +58,7 @@ class DataSettings:
 
     num_workers: int = 0
     drop_last: bool = True
+    check_stream: bool = True  # try before training whether an iterable dataset's state brings back what it would have read next
 
 
 @dataclass(frozen=True)
@@ -170,8 +171,8 @@ class Config:
 
 # What may change between two attempts without changing the model that comes out.
 FREE = (
-    "run.", "data.num_workers", "checkpoint.", "store.", "log.", "resume.", "slurm.", "notify.", "train.epochs", "train.max_steps",
-    "eval.batch_size", "init.",  # read once, before the first checkpoint
+    "run.", "data.num_workers", "data.check_stream", "checkpoint.", "store.", "log.", "resume.", "slurm.", "notify.", "train.epochs",
+    "train.max_steps", "eval.batch_size", "init.",  # read once, before the first checkpoint
 )  # fmt: skip
 WHOLE = ("init.rename",)  # their names hold dots
 SPELLED = {"init.from": "init.from_"}  # a word of Python's, so no attribute can be called that

@@ -9,7 +9,7 @@ from typing import Any
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler, default_collate
 from torch.utils.data.distributed import DistributedSampler
 
-from harness.data.loading import Collate, Workers, is_iterable
+from harness.data.loading import Collate, Workers, as_first, is_iterable
 from harness.errors import UsageError
 
 KEPT = ("timeout", "prefetch_factor", "multiprocessing_context")
@@ -26,14 +26,17 @@ class Adopted:
     order: Callable[[int], Sequence[int]] | None
     collate: Collate | None
     workers: Workers
+    samples_each: int = 1  # of what the dataset yields: a loader with a state of its own is a stream of batches
 
 
 def adopt(loader: object) -> Adopted | None:
     """What a DataLoader says; None for anything else. Raises UsageError for one whose samples a run could not find again."""
     if not isinstance(loader, DataLoader):
         return None
+    if loader.batch_size is not None and is_iterable(loader.dataset) and hasattr(loader, "state_dict"):
+        return Adopted(loader, loader.batch_size, False, loader.drop_last, None, as_first, Workers(), loader.batch_size)
     batches: Any = loader.batch_sampler
-    if type(batches) is not BatchSampler:
+    if type(batches) is not BatchSampler and not _is_stateful(batches):
         raise UsageError(
             "this DataLoader does not batch samples by a number of its own, so no run could go on in the middle of it",
             f"found: batch_size={loader.batch_size}, a {type(batches).__name__} as batch_sampler",
@@ -46,13 +49,24 @@ def adopt(loader: object) -> Adopted | None:
     return Adopted(loader.dataset, batches.batch_size, shuffle, batches.drop_last, order, collate, workers)
 
 
+def _is_stateful(sampler: object) -> bool:
+    """Whether it is torchdata's own, which are torch's with a state."""
+    return type(sampler).__module__.startswith("torchdata.")
+
+
 def _order(sampler: Any, size: int) -> tuple[bool, Callable[[int], Sequence[int]] | None]:
     """Whether the samples are shuffled, or in which order of the sampler's own they come."""
     if type(sampler) is SequentialSampler:
         return False, None
-    if type(sampler) is RandomSampler and not sampler.replacement and sampler.num_samples == size:
+    if (
+        (type(sampler) is RandomSampler or (_is_stateful(sampler) and hasattr(sampler, "replacement")))
+        and not sampler.replacement
+        and sampler.num_samples == size
+    ):
         return True, None
-    if type(sampler) is DistributedSampler:  # each rank gets its share here, whatever this would give it
+    if type(sampler) is DistributedSampler or (
+        _is_stateful(sampler) and isinstance(sampler, DistributedSampler)
+    ):  # each rank gets its share here, whatever this would give it
         return sampler.shuffle, None
     if getattr(sampler, "generator", None) is None and not hasattr(sampler, "num_replicas"):
         return False, lambda epoch: _epoch_of(sampler, epoch)

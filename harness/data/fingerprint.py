@@ -3,67 +3,96 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 
+from harness.data.held import Randomness, find
 from harness.data.loading import is_iterable
-from harness.data.order import kept_generators, seed_cpu, seed_of
+from harness.data.order import kept_generators
 
 SAMPLES = 64
 
 
-def describe(dataset: Any, global_batch_size: int, shuffle: bool, drop_last: bool, seed: int) -> dict[str, Any]:
-    """What a checkpoint keeps of the data and how it is dealt out, to be compared when the run goes on."""
-    data = {"fingerprint": fingerprint(dataset), "size": None if is_iterable(dataset) else len(dataset)}
-    return data | {"global_batch_size": global_batch_size, "shuffle": shuffle, "drop_last": drop_last, "seed": seed}
+DIFFER = ", its samples differ each time they are loaded"
 
 
-def fingerprint(dataset: Any) -> str:
+def describe(
+    dataset: Any, global_batch_size: int, shuffle: bool, drop_last: bool, seed: int, *,
+    collate: Any = None, before: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """What a checkpoint keeps of the data and how it is dealt out, to be compared when the run goes on.
+
+    `before` is what the checkpoint that a run goes on from has of it: a run keeps its `kinds` to its end.
+    """
+    kinds = dict((before or {}).get("kinds", {}))
+    name = fingerprint(dataset, seeds_held=before is None or "sample_rng" in kinds)
+    data = {"fingerprint": name, "size": None if is_iterable(dataset) else len(dataset)}
+    data |= {"global_batch_size": global_batch_size, "shuffle": shuffle, "drop_last": drop_last, "seed": seed}
+    if before is None and find(drawn_from(dataset, collate)):  # after the fingerprint: some are made with the first sample
+        kinds["sample_rng"] = "held"
+    return data | ({"kinds": kinds} if kinds else {})
+
+
+def drawn_from(dataset: Any, collate: Any) -> dict[str, Any]:
+    """Where to look for generators that are seeded for each sample. What a stream holds may give its order: that is another matter."""
+    return {"collate_fn": collate} | ({} if is_iterable(dataset) else {"dataset": dataset})
+
+
+def fingerprint(dataset: Any, seeds_held: bool = True) -> str:
     """A short name for what is in a dataset.
 
     Its own `fingerprint` if it has one; else its length and up to 64 samples, spread evenly, each loaded under fixed
-    randomness; a dataset with randomness of its own is named without its content. An iterable dataset is named by its class only.
+    randomness; a dataset whose samples differ even so is named without its content. An iterable dataset is named by its class only.
     """
     own = getattr(dataset, "fingerprint", None)
     if isinstance(own, str):
         return own
     if is_iterable(dataset):
         return type(dataset).__name__
-    first, second = _digest(dataset), _digest(dataset)
-    return first if first == second else f"{type(dataset).__name__}, its samples differ each time they are loaded"
+    randomness = Randomness({"dataset": dataset}, seeds_held)
+    randomness.look()
+    first = _digest(dataset, randomness)
+    if randomness.look():  # made with the first sample
+        first = _digest(dataset, randomness)
+    return first if first == _digest(dataset, randomness) else type(dataset).__name__ + DIFFER
 
 
-def _digest(dataset: Any) -> str:
+def _digest(dataset: Any, randomness: Randomness) -> str:
     size = len(dataset)
     digest = hashlib.blake2b(str(size).encode(), digest_size=16)
     spread = {at * (size - 1) // (SAMPLES - 1) for at in range(SAMPLES)} if size else set()
-    with kept_generators():
+    with kept_generators(), randomness.kept():
         for sample in sorted(spread):
-            seed_cpu(seed_of("fingerprint", sample))
-            _digest_into(digest, dataset[sample])
+            randomness.seed("fingerprint", sample)
+            digest_into(digest, dataset[sample])
     return digest.hexdigest()
 
 
-def _digest_into(digest: Any, value: Any) -> None:
+def _kind(value: Any) -> bytes:
+    return type(value).__name__.encode()
+
+
+def digest_into(digest: Any, value: Any, other: Callable[[Any], bytes] = _kind) -> None:
+    """Add a sample to a digest; what is none of the kinds that samples are made of, by what `other` gives for it."""
     if isinstance(value, torch.Tensor):
         value = value.detach().cpu().contiguous()
         digest.update(f"{value.dtype}{tuple(value.shape)}".encode() + value.reshape(-1).view(torch.uint8).numpy().tobytes())
     elif isinstance(value, np.ndarray) and value.dtype == object:  # its bytes are addresses
-        _digest_into(digest, value.tolist())
+        digest_into(digest, value.tolist(), other)
     elif isinstance(value, np.ndarray):
         digest.update(f"{value.dtype}{value.shape}".encode() + np.ascontiguousarray(value).tobytes())
     elif isinstance(value, Mapping):
         for key in value:
-            _digest_into(digest, str(key))
-            _digest_into(digest, value[key])
+            digest_into(digest, str(key), other)
+            digest_into(digest, value[key], other)
     elif isinstance(value, list | tuple):
         digest.update(f"{len(value)}:".encode())
         for item in value:
-            _digest_into(digest, item)
+            digest_into(digest, item, other)
     elif isinstance(value, str | bytes | int | float | bool | np.generic | None):
         digest.update(repr(value).encode() + b"\0")
     else:  # an image object, say: its repr would hold its address
-        digest.update(type(value).__name__.encode())
+        digest.update(other(value))

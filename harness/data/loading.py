@@ -6,7 +6,6 @@ A source yields one `Share` with its micro-batches after another. `MapSource` is
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -17,8 +16,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset, default_collate
 
 from harness import stop
-from harness.data.order import Plan, Position, Share, kept_generators, seed_cpu, seed_of
-from harness.errors import UsageError
+from harness.data.held import Randomness
+from harness.data.order import Plan, Position, Share, kept_generators, seed_of
+from harness.data.stream import StreamSource, check_resumable
 from harness.ranks import World
 
 Collate = Callable[[list[Any]], Any]
@@ -61,24 +61,44 @@ class Source(Protocol):
 class _PlannedDataset(Dataset[Any]):
     """Turns a share into its micro-batches, each sample under randomness of its own."""
 
-    def __init__(self, dataset: Any, collate: Collate, seed: int) -> None:
+    def __init__(self, dataset: Any, collate: Collate, seed: int, seeds_held: bool = True) -> None:
         self.dataset, self.collate, self.seed = dataset, collate, seed
+        self.randomness = Randomness({"dataset": dataset, "collate_fn": collate}, seeds_held)
+        self._looked_at: int | None = None  # the last epoch that was begun in this process
+        self._is_new = True
 
     def __getitem__(self, share: Share) -> tuple[Share, list[Any]]:
         if self.collate is default_collate and (tensors := plain_tensors(self.dataset)) is not None:
             # default_collate's very values, a whole micro-batch at once, and nothing here can draw a random number.
             numbers = [torch.tensor(_numbers(self.dataset, micro)) for micro in share.micro_batches]
             return share, [[tensor[micro] for tensor in tensors] for micro in numbers]
+        if share.epoch != self._looked_at:  # generators may be made anew for each epoch
+            self._looked_at = share.epoch
+            self.randomness.look()
         batches = []
-        with kept_generators():
+        with kept_generators(), self.randomness.kept():
             for number, micro in enumerate(share.micro_batches):
-                samples = []
-                for sample in micro:
-                    seed_cpu(seed_of(self.seed, "sample", share.epoch, sample))
-                    samples.append(self.dataset[sample])
-                seed_cpu(seed_of(self.seed, "collate", share.epoch, share.start, number, *micro[:1]))
+                samples = [self._sample(share.epoch, sample) for sample in micro]
+                self.randomness.seed(self.seed, "collate", share.epoch, share.start, number, *micro[:1])
                 batches.append(self.collate(samples))
         return share, batches
+
+    def _sample(self, epoch: int, sample: int) -> Any:
+        self.randomness.seed(self.seed, "sample", epoch, sample)
+        value = self.dataset[sample]
+        if self._is_new:
+            self._is_new = False
+            if self.randomness.look():  # made with the first sample, which has drawn from it
+                return self._sample(epoch, sample)
+        return value
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Another process looks for itself: its generators are others."""
+        return self.__dict__ | {
+            "randomness": Randomness(self.randomness.roots, self.randomness.seeds_held),
+            "_looked_at": None,
+            "_is_new": True,
+        }
 
 
 def plain_tensors(dataset: Any) -> tuple[torch.Tensor, ...] | None:
@@ -98,15 +118,20 @@ def _numbers(dataset: Any, samples: Sequence[int]) -> Sequence[int]:
     return samples
 
 
+def as_first(items: list[Any]) -> Any:
+    return items[0]
+
+
 def as_is(item: Any) -> Any:
     return item
 
 
 def load(
-    dataset: Any, shares: Iterable[Share], seed: int, collate: Collate | None, workers: Workers = Workers(), *, pin: bool = False
+    dataset: Any, shares: Iterable[Share], seed: int, collate: Collate | None, workers: Workers = Workers(), *, pin: bool = False,
+    seeds_held: bool = True,
 ) -> Batches:  # fmt: skip
     """Load the shares in order, ahead of their use if there are workers."""
-    planned = _PlannedDataset(dataset, collate or default_collate, seed)
+    planned = _PlannedDataset(dataset, collate or default_collate, seed, seeds_held)
     if workers.number == 0 and not pin:
         return map(planned.__getitem__, shares)  # what a DataLoader does here, at less than its price
     loader: DataLoader[Any] = DataLoader(
@@ -137,6 +162,7 @@ class MapSource:
     collate: Collate | None
     workers: Workers
     pin: bool
+    seeds_held: bool = True  # whether generators that the dataset holds are seeded for each sample, as the global ones are
     is_own = False
 
     def steps_after(self, position: Position, epochs: int) -> int | None:
@@ -144,76 +170,13 @@ class MapSource:
 
     def shares(self, position: Position, epochs: int) -> Batches:
         shares = self.plan.shares(position, epochs)
-        return load(self.dataset, shares, self.plan.seed, self.collate, self.workers, pin=self.pin)
+        return load(self.dataset, shares, self.plan.seed, self.collate, self.workers, pin=self.pin, seeds_held=self.seeds_held)
 
     def state(self) -> None:
         """Nothing: the position says it all."""
 
     def restore(self, state: None) -> None:
         """Nothing: the position says it all."""
-
-
-@dataclass
-class StreamSource:
-    """An iterable dataset with `state_dict` and `load_state_dict`; each rank reads its own, in the main process."""
-
-    dataset: Any
-    world: World
-    share_size: int
-    accumulate: int
-    collate: Collate
-    seed: int
-    _state: Any = None
-    is_own = False
-
-    def steps_after(self, position: Position, epochs: int) -> int | None:
-        return None
-
-    def state(self) -> Any:
-        """The dataset's state right after the samples of the last share that was handed out."""
-        return self._state
-
-    def restore(self, state: Any) -> None:
-        self._state = state
-        if state is not None:
-            self.dataset.load_state_dict(state)
-
-    def shares(self, position: Position, epochs: int) -> Batches:
-        """A pass ends on all ranks as soon as one has too little left for a share; what is left over is not used.
-
-        To know whether a share is the last, the next one is read before it is handed out; the state is taken in between.
-        """
-        weights = (1 / self.accumulate,) * self.accumulate
-        held: tuple[Position, list[Any], Any] | None = None
-        for epoch in range(position.epoch, epochs):
-            used = position.sample if epoch == position.epoch else 0
-            iterator = iter(self.dataset)
-            while (samples := self._next(iterator, epoch, used)) is not None:
-                if held is not None:
-                    yield self._hand_out(held, weights, last=False)
-                used += self.share_size * self.world.size
-                held = Position(epoch, used), samples, copy.deepcopy(self.dataset.state_dict())
-            for _ in iterator:  # the rest, on a rank whose stream is longer: the next pass begins at the beginning everywhere
-                pass
-            if held is not None:  # a pass is over: go on from the end of it, not from before the unused rest
-                held = Position(epoch + 1, 0), held[1], copy.deepcopy(self.dataset.state_dict())
-        if held is not None:
-            yield self._hand_out(held, weights, last=True)
-
-    def _next(self, iterator: Iterator[Any], epoch: int, used: int) -> list[Any] | None:
-        """A share's samples, under randomness of their own: they are read before the step before them is made."""
-        with kept_generators():
-            seed_cpu(seed_of(self.seed, "stream", self.world.rank, epoch, used))
-            samples = [sample for _, sample in zip(range(self.share_size), iterator, strict=False)]
-        short = int(len(samples) < self.share_size)
-        return None if self.world.agree([short])[0] else samples
-
-    def _hand_out(self, held: tuple[Position, list[Any], Any], weights: tuple[float, ...], *, last: bool) -> tuple[Share, list[Any]]:
-        after, samples, self._state = held
-        size = self.share_size // self.accumulate
-        batches = [self.collate(samples[at : at + size]) for at in range(0, self.share_size, size)]
-        epoch = after.epoch - (after.sample == 0)
-        return Share(epoch, after.sample, (), weights, after, last), batches
 
 
 class OwnSource:
@@ -247,22 +210,21 @@ def source(
     order: Callable[[int], Sequence[int]] | None,
     collate: Collate | None,
     workers: Workers,
+    seeds_held: bool = True,
+    samples_each: int = 1,
 ) -> Source:
     """What fits the dataset. Raises UsageError for a dataset or a batch size that a run could not go on with exactly."""
     if is_iterable(dataset):
-        if not (hasattr(dataset, "state_dict") and hasattr(dataset, "load_state_dict")):
-            raise UsageError(
-                f"{type(dataset).__name__} cannot resume: an iterable dataset needs state_dict() and load_state_dict()",
-                remedy="Add both (where the iterator stands, as plain values), or bring a dataset with __len__ and __getitem__.",
-            )
+        check_resumable(dataset)
         Plan(global_batch_size, global_batch_size, accumulate, world.rank, world.size, seed).check()
-        return StreamSource(dataset, world, global_batch_size // world.size, accumulate, collate or default_collate, seed)
+        items = global_batch_size // world.size // samples_each
+        return StreamSource(dataset, world, items, accumulate, collate or default_collate, seed, samples_each, seeds_held)
     size = len(dataset) if order is None else 0
     plan = Plan(size, global_batch_size, accumulate, world.rank, world.size, seed, shuffle, drop_last, order)
     if order is not None:
         plan = dataclasses.replace(plan, size=len(plan.ordered(0)))
     plan.check()
-    return MapSource(dataset, plan, collate, workers, world.device.type == "cuda")
+    return MapSource(dataset, plan, collate, workers, world.device.type == "cuda", seeds_held)
 
 
 def to_device(batch: Any, device: torch.device) -> Any:

@@ -29,6 +29,7 @@ from harness.run.logs import divert
 from harness.run.loop import Run
 from harness.run.places import check_remembered, listen, places
 from harness.run.settings import Settings, check_numbers
+from harness.run.strays import watch as watch_loaders
 from harness.run.waiting import watch
 from harness.store import DEFAULT_WAIT_S
 
@@ -93,6 +94,7 @@ def _start(directory: str | Path | None, remote: str | None, settings: Settings,
     launches.check_supervised(directory, remote)
     stores = places(directory, remote, settings.wait_s)
     divert(directory)
+    watch_loaders()
     stop.install()
     stop.die_with_launcher()
     ending.watch(stores)

@@ -121,6 +121,8 @@ class Run:
         collate_fn: Callable[[list[Any]], Any] | None = None,
         num_workers: int = 0,
         order: Callable[[int], Sequence[int]] | None = None,
+        beside: Mapping[str, Any] | None = None,
+        check_stream: bool = True,
     ) -> Iterator[Any]:
         """Yield this rank's share of one optimizer step after another, on `run.device`, from where the run stands to its end.
 
@@ -130,13 +132,16 @@ class Run:
         `run.weights`. In place of a dataset a DataLoader may be given, alone: its dataset is dealt out as it would do it, its batch size
         being that of a micro-batch on one rank.
 
+        `beside={"unlabelled": other}` adds datasets or DataLoaders that go round in epochs of their own, in whole batches: a step yields
+        (batch, {"unlabelled": batch}). A stream is tried in copies before training, unless `check_stream=False`: is its state exact?
+
         When a stop was requested, the state is saved and SystemExit(0) raised: code after the loop is reached only when
         training is complete. Raises UsageError, SaveError, SupersededError. Collective: every rank must call it.
         """
         return self._loop(lambda: of_data(
             dataset, self.world, self._settings.seed, global_batch_size,
             accumulate=accumulate, epochs=epochs, max_steps=max_steps, shuffle=shuffle, drop_last=drop_last, collate=collate_fn,
-            num_workers=num_workers, order=order,
+            num_workers=num_workers, order=order, beside=beside or {}, check_stream=check_stream, before=(self._payload or {}).get("data"),
         ))  # fmt: skip
 
     def by_epoch(self, batches: Iterator[Any]) -> Iterator[tuple[int, Iterator[Any]]]:
@@ -183,7 +188,7 @@ class Run:
             self._stop()
         self._watch.first_step()
         self._account.on(DATA)
-        for share, micro_batches in self._work.shares(self._position):
+        for share, micro_batches in self._work.shares(self._position, self.tracked, self.say):
             self._share, self.step, self.epoch, self.weights = share, self.step + 1, share.epoch, share.weights
             self._measured.begin_step()
             batch = loading.to_device(micro_batches, self.device)
@@ -256,7 +261,7 @@ class Run:
     def _begin(self) -> bool:
         """Claim the attempt and set the generators; False if the run is finished, and then nothing was written."""
         payload, origin = self._payload or {}, self.origin
-        if warning := resume.check(self.tracked, payload, self._work.data, self._settings.accept):
+        for warning in (*resume.check(self.tracked, payload, self._work.data, self._settings.accept), *self._work.notes):
             self.say(f"harness: warning: {warning}")
         if origin is not None and origin.final is not None and reaches(origin.final, self._work.end):
             self.finished, self._payload = True, None

@@ -22,14 +22,14 @@ EVERYWHERE = ("event", "kind", "time", "step", "of", "spent")
 HOW_DEALT = ("global_batch_size", "shuffle", "drop_last", "seed")
 
 
-def check(tracked: Mapping[str, Any], payload: Mapping[str, Any], data: Mapping[str, Any], accept: tuple[str, ...]) -> str:
-    """Raises UsageError if the run could not go on exactly, from this checkpoint or, later, from its own; returns a warning, or ""."""
+def check(tracked: Mapping[str, Any], payload: Mapping[str, Any], data: Mapping[str, Any], accept: tuple[str, ...]) -> list[str]:
+    """Raises UsageError if the run could not go on exactly, from this checkpoint or, later, from its own; returns warnings."""
     check_tracked(tracked, payload)
     state.check(tracked)
     if payload:
         check_data(data, payload["data"], accept)
     forgotten = state.untracked_schedule(tracked)
-    return f"a scheduler moves the learning rate of {forgotten}, but is not tracked: no exact resume" if forgotten else ""
+    return [f"a scheduler moves the learning rate of {forgotten}, but is not tracked: no exact resume"] if forgotten else []
 
 
 def check_data(now: Mapping[str, Any], before: Mapping[str, Any], accept: tuple[str, ...]) -> None:

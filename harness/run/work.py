@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch.utils.data import DataLoader
+
 from harness.data import loading
-from harness.data.adopted import adopt
-from harness.data.fingerprint import describe
-from harness.data.order import Position
-from harness.errors import UsageError
+from harness.data.beside import Together
+from harness.data.order import Position, seed_of
 from harness.ranks import World
+from harness.run.dealing import Dealing
 from harness.run.settings import check_numbers
+from harness.run.strays import Strays
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,7 @@ class Work:
     epochs: int | None
     max_steps: int | None
     handed_out: Callable[[list[Any]], Any]  # what the user's loop gets, of a step's micro-batches
+    notes: tuple[str, ...] = ()  # what has to be said of it before training
 
     @property
     def end(self) -> dict[str, int | None]:
@@ -34,13 +38,18 @@ class Work:
         """How many steps are left of the data, if it tells."""
         return None if self.epochs is None else self.source.steps_after(position, self.epochs)
 
-    def shares(self, position: Position) -> loading.Batches:
-        """One step after another, from there on."""
-        return self.source.shares(position, self.epochs or 0)
+    def shares(self, position: Position, tracked: Mapping[str, Any], warn: Callable[[str], object]) -> loading.Batches:
+        """One step after another, from there on; and a look, after each, at what the program reads beside them."""
+        strays = Strays()
+        for share in self.source.shares(position, self.epochs or 0):
+            yield share
+            if words := strays.at_boundary(tracked):
+                warn(f"harness: warning: {words}")
 
     def at(self, position: Position, iterators: list[Any]) -> dict[str, Any]:
         """What a checkpoint keeps of the data and of where a run stands in it; of iterators one for each rank."""
-        return self.data | {"epoch": position.epoch, "sample": position.sample, "iterators": iterators}
+        beside = {"beside_at": self.source.at()} if isinstance(self.source, Together) else {}
+        return self.data | {"epoch": position.epoch, "sample": position.sample, "iterators": iterators} | beside
 
     def rate(self, steps_per_s: float) -> str:
         """How fast that is, in words."""
@@ -51,31 +60,27 @@ class Work:
 def of_data(
     dataset: Any, world: World, seed: int, global_batch_size: int | None, *,
     accumulate: int, epochs: int, max_steps: int | None, shuffle: bool, drop_last: bool, collate: loading.Collate | None,
-    num_workers: int, order: Callable[[int], Sequence[int]] | None,
+    num_workers: int, order: Callable[[int], Sequence[int]] | None, beside: Mapping[str, Any], check_stream: bool,
+    before: Mapping[str, Any] | None,
 ) -> Work:  # fmt: skip
-    """Steps over a dataset, or over that of a DataLoader. Raises UsageError."""
+    """Steps over a dataset, or over that of a DataLoader; `before` is what the checkpoint has of them. Raises UsageError. Collective:
+    every rank must call it."""
     check_numbers(locals())
-    adopted = adopt(dataset)
-    if adopted is not None:
-        if global_batch_size is not None or collate is not None or num_workers or order is not None:
-            raise UsageError(
-                "a DataLoader says itself how its dataset is dealt out",
-                "found: a DataLoader, and global_batch_size, collate_fn, num_workers or order beside it",
-                "Give the DataLoader alone, or its dataset.",
-            )
-        global_batch_size = adopted.batch_size * world.size * accumulate
-        dataset, shuffle, drop_last, collate, order = adopted.dataset, adopted.shuffle, adopted.drop_last, adopted.collate, adopted.order
-    if global_batch_size is None:
-        raise UsageError(
-            "batches() of a dataset needs global_batch_size",
-            remedy="Give the number of samples in one update, over all ranks: batches(dataset, 64, …).",
-        )
-    source = loading.source(
-        dataset, world, seed, global_batch_size, accumulate=accumulate, shuffle=shuffle, drop_last=drop_last, order=order,
-        collate=collate, workers=adopted.workers if adopted else loading.Workers(num_workers),
-    )  # fmt: skip
-    data = describe(dataset, global_batch_size, shuffle and order is None, drop_last, seed)
-    return Work(source, data, epochs, max_steps, loading.as_is if accumulate > 1 else _only)
+    dealing = Dealing(world, accumulate, shuffle, drop_last, check_stream)
+    main = dealing.deal(dataset, seed, global_batch_size, collate, num_workers, order, before)
+    work = Work(main.source, main.data, epochs, max_steps, loading.as_is if accumulate > 1 else _only, main.notes)
+    if not beside and "beside" not in (before or {}):
+        return work
+    dealt = {}
+    for name, other in beside.items():
+        size = None if isinstance(other, DataLoader) else main.data["global_batch_size"]
+        described = (before or {}).get("beside", {}).get(name)
+        dealt[name] = dealing.deal(other, seed_of(seed, "beside", name), size, None, 0, None, described, is_beside=True)
+    at = {name: Position(*position) for name, position in (before or {}).get("beside_at", {}).items()}
+    together = Together(main.source, {name: one.source for name, one in dealt.items()}, at)
+    data = main.data | {"beside": {name: one.data for name, one in dealt.items()}}
+    notes = main.notes + tuple(note for one in dealt.values() for note in one.notes)
+    return dataclasses.replace(work, source=together, data=data, notes=notes)
 
 
 def of_own(seed: int, max_steps: int, number: Callable[[], int]) -> Work:
