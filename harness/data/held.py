@@ -154,7 +154,7 @@ def seed_generator(generator: Any, seed: int) -> None:
 
 
 def _pcg64(seed: int) -> dict[str, Any]:
-    """A state of NumPy's default generator, in a quarter of the time that NumPy takes to seed one: any is valid with an odd increment."""
+    """A state of NumPy's default generator, in a quarter of the time that NumPy takes to seed one; the increment has to be odd."""
     words = hashlib.blake2b(str(seed).encode(), digest_size=32).digest()
     state = {"state": int.from_bytes(words[:16], "big"), "inc": int.from_bytes(words[16:], "big") | 1}
     return {"bit_generator": "PCG64", "state": state, "has_uint32": 0, "uinteger": 0}

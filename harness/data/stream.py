@@ -18,7 +18,7 @@ ENDLESS = sys.maxsize  # passes
 BY_NUMBER = "or bring a dataset with __len__ and __getitem__"
 ADVICE = {  # by the package that a stream comes from
     "torchdata": f"What its workers draw is in no state: num_workers=0 reads here, under the run's own generators; {BY_NUMBER}.",
-    "datasets": f"Its shuffle buffer is lost: .shuffle(buffer_size=1) shuffles shards only; {BY_NUMBER}, as datasets.Dataset.",
+    "datasets": f"Leave out .shuffle(): the content of its buffer is in no state. Shuffle the list of files or shards; {BY_NUMBER}.",
     "webdataset": f"torchdata's StatefulDataLoader(dataset, batch_size, …) counts what was read and skips it; {BY_NUMBER}.",
     "streaming": "Read it through streaming's StreamingDataLoader, which has both.",
 }

@@ -12,7 +12,7 @@ from harness.data import loading, proof
 from harness.data.adopted import adopt
 from harness.data.fingerprint import DIFFER, describe, drawn_from
 from harness.data.held import find
-from harness.data.stream import StreamSource, told_epoch
+from harness.data.stream import StreamSource, check_resumable, told_epoch
 from harness.errors import UsageError
 from harness.ranks import World
 
@@ -60,6 +60,8 @@ class Dealing:
             global_batch_size, samples_each = adopted.batch_size * self.world.size * self.accumulate, adopted.samples_each
             dataset, shuffle, drop_last, order = adopted.dataset, adopted.shuffle, adopted.drop_last, adopted.order
             collate, workers = adopted.collate, adopted.workers
+        elif loading.is_iterable(dataset):
+            check_resumable(dataset)
         if not (is_beside or loading.is_iterable(dataset)):
             workers = dataclasses.replace(workers, number=self.as_drilled(workers.number))
         drop_last = drop_last or is_beside  # a short batch of those would have no weights in the loop

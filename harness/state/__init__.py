@@ -5,7 +5,8 @@
                                   gradient scaler, averaged weights, and whatever else has state_dict and load_state_dict
     rng                           one entry a rank: Python, NumPy, torch's CPU generator, each GPU's generator
     data                          epoch, position in it, seed, global batch size, dataset size and fingerprint; for iterable
-                                  datasets the state of each rank's own iterator
+                                  datasets the state of each rank's own iterator; of second sources what they are and how far;
+                                  kinds: how samples are ordered and seeded, if otherwise than in a run of an older harness
     state                         the user's plain values (`run.state`)
     best                          the best value so far of the metric that checkpoints are ranked by
     config                        the settings of the run

@@ -86,7 +86,7 @@ def as_captured(name: str, value: Any) -> Captured:
 
 def captured_one(name: str, thing: Any) -> Captured:
     """The state of one tracked object, as `as_captured`."""
-    seen: Seen = {}
+    seen = Seen()
     return Captured(_capture({name: thing}, seen), set(), {}, {name: thing}, seen)
 
 
