@@ -42,7 +42,7 @@ def adopt(loader: object) -> Adopted | None:
     shuffle, order = (False, None) if is_iterable(loader.dataset) else _order(batches.sampler, len(loader.dataset))  # type: ignore[arg-type]
     collate = None if loader.collate_fn is default_collate else loader.collate_fn
     others = {name: getattr(loader, name) for name in KEPT} if loader.num_workers else {}
-    workers = Workers(loader.num_workers, loader.worker_init_fn, others)
+    workers = Workers(loader.num_workers, loader.worker_init_fn, others, loader.persistent_workers)
     return Adopted(loader.dataset, batches.batch_size, shuffle, batches.drop_last, order, collate, workers)
 
 

@@ -15,9 +15,11 @@ from harness.data.order import kept_generators, seed_cpu, seed_of
 SAMPLES = 64
 
 
-def describe(dataset: Any, global_batch_size: int, shuffle: bool, drop_last: bool, seed: int) -> dict[str, Any]:
-    """What a checkpoint keeps of the data and how it is dealt out, to be compared when the run goes on."""
-    data = {"fingerprint": fingerprint(dataset), "size": None if is_iterable(dataset) else len(dataset)}
+def describe(
+    dataset: Any, global_batch_size: int, shuffle: bool, drop_last: bool, seed: int, name: str | None = None
+) -> dict[str, Any]:  # fmt: skip
+    """What a checkpoint keeps of the data and how it is dealt out, to be compared when the run goes on; `name` is its fingerprint."""
+    data = {"fingerprint": fingerprint(dataset) if name is None else name, "size": None if is_iterable(dataset) else len(dataset)}
     return data | {"global_batch_size": global_batch_size, "shuffle": shuffle, "drop_last": drop_last, "seed": seed}
 
 

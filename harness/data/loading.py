@@ -17,12 +17,14 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset, default_collate
 
 from harness import stop
-from harness.data.order import Plan, Position, Share, kept_generators, seed_cpu, seed_of
+from harness.data.epoch import tell, told_of_epochs
+from harness.data.order import Border, Plan, Position, Share, kept_generators, seed_cpu, seed_of
 from harness.errors import UsageError
 from harness.ranks import World
 
 Collate = Callable[[list[Any]], Any]
 Batches = Iterator[tuple[Share, list[Any]]]
+Bordered = Iterator[tuple[Share | Border, list[Any]]]
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class Workers:
     number: int = 0
     init: Callable[[int], object] | None = None
     others: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    persistent: bool = False  # whether they outlive an epoch also where the loop is one over epochs
 
     def begin(self, number: int) -> None:
         """In each of them."""
@@ -45,11 +48,20 @@ class Source(Protocol):
 
     is_own: bool  # whether the loop finds its data itself
 
+    def begin(self, *, by_epoch: bool) -> None:
+        """Be told, before all that follows, whether the loop is one over epochs."""
+
+    def asked(self, ask: Callable[[Any], Any]) -> Any:
+        """What `ask` says of the dataset, asked in a process that loads it: user code never runs where others are still to be forked."""
+
     def steps_after(self, position: Position, epochs: int) -> int | None:
         """How many steps are left from here to the end of the last epoch, if that is known."""
 
-    def shares(self, position: Position, epochs: int) -> Batches:
-        """This rank's share of each of them, with its micro-batches."""
+    def shares(self, position: Position, epochs: int) -> Bordered:
+        """This rank's share of each of them, with its micro-batches; in a loop over epochs a border before each epoch's."""
+
+    def close(self) -> None:
+        """Nothing more is asked for: end the processes that load."""
 
     def state(self) -> Any:
         """What this rank needs to go on, beside the position; plain data."""
@@ -58,13 +70,35 @@ class Source(Protocol):
         """Take such a state over."""
 
 
+@dataclass(frozen=True)
+class Question:
+    """What is asked of the dataset in the place of a share."""
+
+    ask: Callable[[Any], Any]
+
+
+class _Dealt:
+    """The sampler of a DataLoader that gives, each time, what it has been given."""
+
+    items: Iterable[Share | Question] = ()
+
+    def __iter__(self) -> Iterator[Share | Question]:
+        return iter(self.items)
+
+
 class _PlannedDataset(Dataset[Any]):
     """Turns a share into its micro-batches, each sample under randomness of its own."""
 
-    def __init__(self, dataset: Any, collate: Collate, seed: int) -> None:
+    def __init__(self, dataset: Any, collate: Collate, seed: int, tells: bool = False) -> None:
         self.dataset, self.collate, self.seed = dataset, collate, seed
+        self._tells, self._told = tells, -1  # whether the dataset is told of each epoch here, and of which it has been
 
-    def __getitem__(self, share: Share) -> tuple[Share, list[Any]]:
+    def __getitem__(self, share: Share | Question) -> Any:
+        if isinstance(share, Question):
+            return share.ask(self.dataset)
+        if self._tells and share.epoch != self._told:
+            tell(self.dataset, share.epoch)
+            self._told = share.epoch
         if self.collate is default_collate and (tensors := plain_tensors(self.dataset)) is not None:
             # default_collate's very values, a whole micro-batch at once, and nothing here can draw a random number.
             numbers = [torch.tensor(_numbers(self.dataset, micro)) for micro in share.micro_batches]
@@ -102,25 +136,42 @@ def as_is(item: Any) -> Any:
     return item
 
 
-def load(
-    dataset: Any, shares: Iterable[Share], seed: int, collate: Collate | None, workers: Workers = Workers(), *, pin: bool = False
-) -> Batches:  # fmt: skip
-    """Load the shares in order, ahead of their use if there are workers."""
-    planned = _PlannedDataset(dataset, collate or default_collate, seed)
-    if workers.number == 0 and not pin:
-        return map(planned.__getitem__, shares)  # what a DataLoader does here, at less than its price
-    loader: DataLoader[Any] = DataLoader(
-        planned,
-        batch_size=None,
-        sampler=shares,
-        collate_fn=as_is,
-        num_workers=workers.number,
-        pin_memory=pin,
-        worker_init_fn=workers.begin if workers.number else None,
-        generator=torch.Generator().manual_seed(seed_of(seed, "loader")),  # else iter() draws from the global generator
-        **workers.others,
-    )
-    return iter(loader)
+class Loader:
+    """Loads shares in order, ahead of their use if there are workers."""
+
+    def __init__(
+        self, dataset: Any, seed: int, collate: Collate | None, workers: Workers = Workers(), *,
+        pin: bool = False, keeps: bool = False, tells: bool = False,
+    ) -> None:  # fmt: skip
+        """`keeps`: the workers live until this object is dropped, not only for one `over`. `tells`: the dataset is told of each epoch."""
+        self._planned, self._dealt = _PlannedDataset(dataset, collate or default_collate, seed, tells), _Dealt()
+        self._loader: DataLoader[Any] | None = None
+        if workers.number == 0 and not pin:
+            return
+        self._loader = DataLoader(
+            self._planned,
+            batch_size=None,
+            sampler=self._dealt,
+            collate_fn=as_is,
+            num_workers=workers.number,
+            pin_memory=pin,
+            worker_init_fn=workers.begin if workers.number else None,
+            generator=torch.Generator().manual_seed(seed_of(seed, "loader")),  # else iter() draws from the global generator
+            persistent_workers=keeps and workers.number > 0,
+            **workers.others,
+        )
+
+    def over(self, items: Iterable[Share | Question]) -> Iterator[Any]:
+        """Each share with its micro-batches, or the answer to a question. One at a time."""
+        if self._loader is None:
+            return map(self._planned.__getitem__, items)  # what a DataLoader does here, at less than its price
+        self._dealt.items = items
+        return iter(self._loader)
+
+
+def load(dataset: Any, shares: Iterable[Share], seed: int, collate: Collate | None, workers: Workers = Workers()) -> Batches:
+    """Load the shares in order, once."""
+    return Loader(dataset, seed, collate, workers).over(shares)
 
 
 def is_iterable(dataset: object) -> bool:
@@ -138,13 +189,59 @@ class MapSource:
     workers: Workers
     pin: bool
     is_own = False
+    _by_epoch: bool = False
+    _loader: Loader | None = None  # of workers that outlive an epoch
+
+    def begin(self, *, by_epoch: bool) -> None:
+        self._by_epoch = by_epoch
+
+    @property
+    def _keeps(self) -> bool:
+        """Whether the workers live from the beginning to the end. In a loop over epochs they begin with an epoch's inner loop, as
+        `iter(loader)` does, so that they have what the outer loop has set."""
+        return self.workers.persistent or not self._by_epoch
+
+    @property
+    def _tells(self) -> bool:
+        """Whether the dataset is told of its epoch where it is loaded; elsewhere that is the outer loop's, as with a DataLoader."""
+        return told_of_epochs(self.dataset) and (not self._by_epoch or (self.workers.persistent and self.workers.number > 0))
+
+    def asked(self, ask: Callable[[Any], Any]) -> Any:
+        """Without workers it is asked here; else the first of them is, or, where workers live for one epoch, one that ends with this."""
+        if not self.workers.number:
+            return ask(self.dataset)
+        loader = self._kept() if self._keeps else self._begun(dataclasses.replace(self.workers, number=1))
+        (answer,) = loader.over([Question(ask)])
+        return answer
+
+    def _begun(self, workers: Workers) -> Loader:
+        return Loader(self.dataset, self.plan.seed, self.collate, workers, pin=self.pin, keeps=self._keeps, tells=self._tells)
+
+    def _kept(self) -> Loader:
+        if self._loader is None:
+            self._loader = self._begun(self.workers)
+        return self._loader
+
+    def close(self) -> None:
+        self._loader = None
 
     def steps_after(self, position: Position, epochs: int) -> int | None:
         return self.plan.steps_after(position, epochs)
 
-    def shares(self, position: Position, epochs: int) -> Batches:
-        shares = self.plan.shares(position, epochs)
-        return load(self.dataset, shares, self.plan.seed, self.collate, self.workers, pin=self.pin)
+    def shares(self, position: Position, epochs: int) -> Bordered:
+        """Where something could tell the difference, nothing of an epoch is asked for before the one before it is used up."""
+        try:
+            if not (self._by_epoch or self._tells or self.plan.order):
+                yield from self._kept().over(self.plan.shares(position, epochs))
+                return
+            while position.epoch < epochs:
+                if self._by_epoch:
+                    yield Border(position.epoch), []
+                loader = self._kept() if self._keeps else self._begun(self.workers)
+                yield from loader.over(self.plan.of_epoch(position, epochs))
+                position = Position(position.epoch + 1)
+        finally:
+            self.close()
 
     def state(self) -> None:
         """Nothing: the position says it all."""
@@ -153,8 +250,21 @@ class MapSource:
         """Nothing: the position says it all."""
 
 
+class _Unasked:
+    """A source whose dataset is read in this process, if there is any, and which is not told of borders."""
+
+    def begin(self, *, by_epoch: bool) -> None:
+        """Nothing changes."""
+
+    def asked(self, ask: Callable[[Any], Any]) -> Any:
+        return ask(getattr(self, "dataset", None))
+
+    def close(self) -> None:
+        """There is nothing to end."""
+
+
 @dataclass
-class StreamSource:
+class StreamSource(_Unasked):
     """An iterable dataset with `state_dict` and `load_state_dict`; each rank reads its own, in the main process."""
 
     dataset: Any
@@ -216,7 +326,7 @@ class StreamSource:
         return Share(epoch, after.sample, (), weights, after, last), batches
 
 
-class OwnSource:
+class OwnSource(_Unasked):
     """For a loop that finds its data itself: steps are counted, as the samples of one endless epoch."""
 
     is_own = True

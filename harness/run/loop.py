@@ -12,13 +12,13 @@ from harness import config, ddp, state, stop
 from harness.checkpoint import load, retention
 from harness.checkpoint.history import reaches
 from harness.data import loading
-from harness.data.order import Position, Share, end_step
+from harness.data.order import Border, Position, Share, end_step
 from harness.events import Moment, Progress
 from harness.ranks import World
 from harness.run.account import DATA, EVALUATION, RESTORE, SAVE, Account
 from harness.run.content import OfRank, content
 from harness.run.ending import Ending
-from harness.run.epochs import by_epoch
+from harness.run.epochs import Batches, by_epoch
 from harness.run.evaluation import evaluate
 from harness.run.measured import Measured
 from harness.run.outage import Outage
@@ -133,11 +133,11 @@ class Run:
         When a stop was requested, the state is saved and SystemExit(0) raised: code after the loop is reached only when
         training is complete. Raises UsageError, SaveError, SupersededError. Collective: every rank must call it.
         """
-        return self._loop(lambda: of_data(
+        return Batches(lambda: of_data(
             dataset, self.world, self._settings.seed, global_batch_size,
             accumulate=accumulate, epochs=epochs, max_steps=max_steps, shuffle=shuffle, drop_last=drop_last, collate=collate_fn,
             num_workers=num_workers, order=order,
-        ))  # fmt: skip
+        ), self._loop)  # fmt: skip
 
     def by_epoch(self, batches: Iterator[Any]) -> Iterator[tuple[int, Iterator[Any]]]:
         """Yield each epoch with its batches, of all that `batches` yields: for a loop in a loop.
@@ -154,11 +154,12 @@ class Run:
         It has to do so anew in each step, from the generators of Python, NumPy and torch, which are saved for each rank, or from what is
         tracked: what a step leaves to the next in a variable is lost. Otherwise as `batches`. Collective: every rank must call it.
         """
-        return self._loop(lambda: of_own(self._settings.seed, max_steps, lambda: self.step - 1))
+        return Batches(lambda: of_own(self._settings.seed, max_steps, lambda: self.step - 1), self._loop)
 
-    def _loop(self, begin: Callable[[], Work]) -> Iterator[Any]:
+    def _loop(self, begin: Callable[[], Work], by_epoch: bool) -> Iterator[Any]:
         resume.check_one_loop(self._looping, self._saver.attempt is not None or self.finished)
         self._work = begin()
+        self._work.source.begin(by_epoch=by_epoch)
         self._end_step = end_step(self.step, self._work.steps_after(self._position), self._work.max_steps)
         if not self._begin():
             return
@@ -183,12 +184,20 @@ class Run:
             self._stop()
         self._watch.first_step()
         self._account.on(DATA)
+        is_begun = False
         for share, micro_batches in self._work.shares(self._position):
-            self._share, self.step, self.epoch, self.weights = share, self.step + 1, share.epoch, share.weights
-            self._measured.begin_step()
+            if not is_begun:
+                self.step, self.epoch = self.step + 1, share.epoch
+                self._measured.begin_step()
+            if not isinstance(share, Border):
+                self._share, self.weights = share, share.weights
             batch = loading.to_device(micro_batches, self.device)
             self._saver.background.release()
             self._account.train(self.step)
+            if is_begun := isinstance(share, Border):  # of this step the outer loop has something to do before its samples are loaded
+                yield share
+                self._account.on(DATA)
+                continue
             yield self._work.handed_out(batch)
             self._account.step_made()
             self._saver.at_boundary(self.tracked)
@@ -260,6 +269,7 @@ class Run:
             self.say(f"harness: warning: {warning}")
         if origin is not None and origin.final is not None and reaches(origin.final, self._work.end):
             self.finished, self._payload = True, None
+            self._work.source.close()
             done = self._saver.hand_in(stop.requested)
             self.say(f"harness: the run in {self.store} is finished: step {self.step} ({origin.name}); {done or 'nothing to do'}")
             return False

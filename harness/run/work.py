@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from harness.data import loading
 from harness.data.adopted import adopt
-from harness.data.fingerprint import describe
-from harness.data.order import Position
+from harness.data.fingerprint import describe, fingerprint
+from harness.data.order import Position, end_step
 from harness.errors import UsageError
 from harness.ranks import World
 from harness.run.settings import check_numbers
@@ -20,10 +21,26 @@ class Work:
     """Where the steps of a run come from, and where they end."""
 
     source: loading.Source
-    data: dict[str, Any]  # what a checkpoint keeps of it, to be compared when the run goes on
+    described: Callable[[], dict[str, Any]]
     epochs: int | None
     max_steps: int | None
     handed_out: Callable[[list[Any]], Any]  # what the user's loop gets, of a step's micro-batches
+
+    @property
+    def data(self) -> dict[str, Any]:
+        """What a checkpoint keeps of it, to be compared when the run goes on. The dataset is asked for samples, the first time."""
+        return self.described()
+
+    @property
+    def steps_per_epoch(self) -> int | None:
+        """How many steps a whole epoch has, if that is known."""
+        return self.source.steps_after(Position(), 1)
+
+    @property
+    def steps(self) -> int | None:
+        """How many steps the whole run has, in all its lives, if that is known."""
+        of_data = self.steps_after(Position())
+        return None if of_data is None and not self.source.is_own else end_step(0, of_data, self.max_steps)
 
     @property
     def end(self) -> dict[str, int | None]:
@@ -34,7 +51,7 @@ class Work:
         """How many steps are left of the data, if it tells."""
         return None if self.epochs is None else self.source.steps_after(position, self.epochs)
 
-    def shares(self, position: Position) -> loading.Batches:
+    def shares(self, position: Position) -> loading.Bordered:
         """One step after another, from there on."""
         return self.source.shares(position, self.epochs or 0)
 
@@ -74,8 +91,9 @@ def of_data(
         dataset, world, seed, global_batch_size, accumulate=accumulate, shuffle=shuffle, drop_last=drop_last, order=order,
         collate=collate, workers=adopted.workers if adopted else loading.Workers(num_workers),
     )  # fmt: skip
-    data = describe(dataset, global_batch_size, shuffle and order is None, drop_last, seed)
-    return Work(source, data, epochs, max_steps, loading.as_is if accumulate > 1 else _only)
+    size, shuffled = global_batch_size, shuffle and order is None
+    described = cache(lambda: describe(dataset, size, shuffled, drop_last, seed, source.asked(fingerprint)))
+    return Work(source, described, epochs, max_steps, loading.as_is if accumulate > 1 else _only)
 
 
 def of_own(seed: int, max_steps: int, number: Callable[[], int]) -> Work:
@@ -83,7 +101,7 @@ def of_own(seed: int, max_steps: int, number: Callable[[], int]) -> Work:
     check_numbers({"max_steps": max_steps})
     dealt = {"global_batch_size": None, "shuffle": None, "drop_last": None, "seed": seed}
     data = {"fingerprint": "found by the loop itself", "size": None} | dealt
-    return Work(loading.OwnSource(), data, None, max_steps, lambda _: number())
+    return Work(loading.OwnSource(), lambda: data, None, max_steps, lambda _: number())
 
 
 def _only(micro_batches: list[Any]) -> Any:
