@@ -14,6 +14,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,11 @@ from harness.store.image import Image, pour
 
 NICE = 10  # gives way to training, but not for ever: on a machine with no idle core it still gets a tenth of one
 MODEST_IO = ("ionice", "-c", "2", "-n", "7")
+
+# Loader workers are forked at each epoch's border, while this may be started from another thread. One that was forked in between would
+# hold the pipe by which `Popen` hears that its program runs, and `Popen` would wait for as long as that worker lives.
+_starting = threading.Lock()
+os.register_at_fork(before=_starting.acquire, after_in_parent=_starting.release, after_in_child=_starting.release)
 
 
 class Scribe:
@@ -56,10 +62,11 @@ class Scribe:
             root = str(Path(__file__).resolve().parents[2])
             paths = os.pathsep.join(path for path in (root, os.environ.get("PYTHONPATH", "")) if path)
             modest = MODEST_IO if shutil.which(MODEST_IO[0]) else ()
-            self._process = subprocess.Popen(
-                [*modest, sys.executable, "-m", "harness.checkpoint.scribe"],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=(image.fd,), env=os.environ | {"PYTHONPATH": paths},
-            )  # fmt: skip
+            with _starting:
+                self._process = subprocess.Popen(
+                    [*modest, sys.executable, "-m", "harness.checkpoint.scribe"],
+                    stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=(image.fd,), env=os.environ | {"PYTHONPATH": paths},
+                )  # fmt: skip
         return self._process
 
     def close(self) -> None:
