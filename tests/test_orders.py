@@ -183,3 +183,106 @@ def test_the_length_is_that_of_the_whole_run_in_each_life(limit, length, tmp_pat
     outcome = killed_once(tmp_path, SCHEDULED.replace("LIMIT", str(limit)))
     assert said(outcome.whole.text, "length") == said(outcome.resumed.text, "length") == [length]
     assert outcome.is_equal, outcome.rows
+
+
+LOADED = (
+    BEGIN
+    + """
+class Marked(Dataset):
+    data = points(40)
+
+    def __len__(self):
+        return 40
+
+    def __getitem__(self, index):
+        return *self.data[index], index
+
+
+data = Marked()
+SAMPLER
+used = []
+for epoch, batches in run.by_epoch(run.batches(DataLoader(data, 4, sampler=sampler), epochs=3)):
+    HEAD
+    for x, y, index in batches:
+        used += [(epoch, int(i)) for i in index]
+        losses = (model(x) - y).square()[:, 0]
+        optimizer.zero_grad()
+        losses.mean().backward()
+        optimizer.step()
+        STEP
+        die(run)
+print("used", *(f"{epoch}:{index}" for epoch, index in used), flush=True)
+"""
+)
+OWN = """
+class Own(Sampler):
+    def __init__(self):
+        self.generator = torch.Generator().manual_seed(5)
+
+    def __len__(self):
+        return 40
+
+    def __iter__(self):
+        return iter(torch.randperm(40, generator=self.generator).tolist())
+
+sampler = Own()
+"""
+NUMPY = OWN.replace("torch.Generator().manual_seed(5)", "np.random.default_rng(5)").replace(
+    "torch.randperm(40, generator=self.generator)", "self.generator.permutation(40)"
+)
+COUNTS = (
+    OWN.replace("self.generator = torch.Generator().manual_seed(5)", "self.count = 0")
+    .replace("        return iter(", "        self.count += 1\n        return iter(")
+    .replace("generator=self.generator", "generator=torch.Generator().manual_seed(self.count)")
+)
+WEIGHTED = "sampler = torch.utils.data.WeightedRandomSampler(torch.ones(40), 40, generator=GENERATOR)"
+REPEATED = "sampler = torch.utils.data.RandomSampler(data, True, 40, generator=torch.Generator().manual_seed(3))"
+SCORED = """
+class Scored(Sampler):
+    def __len__(self):
+        return 40
+
+    def __iter__(self):
+        with torch.no_grad():
+            return iter((model(data.data.tensors[0]) - data.data.tensors[1]).square()[:, 0].argsort().tolist())
+
+sampler = Scored()
+"""
+BY_EPOCH = OWN.replace("self.generator = torch.Generator().manual_seed(5)", "self.epoch = 0").replace(
+    "generator=self.generator", "generator=torch.Generator().manual_seed(self.epoch)"
+) + "Own.set_epoch = lambda self, epoch: setattr(self, 'epoch', epoch)\n"  # fmt: skip
+SCORE = "sampler.weights = torch.rand(40, generator=torch.Generator().manual_seed(int(1e6 * model.bias.item()) % 1000)).double()"
+
+
+def program(sampler: str, head: str = "pass", step: str = "pass") -> str:
+    return LOADED.replace("SAMPLER", sampler).replace("HEAD", head).replace("STEP", step)
+
+
+@pytest.mark.parametrize(
+    ("source", "stays"),
+    [
+        (program(OWN), True),
+        (program(NUMPY), True),
+        (program(COUNTS), True),
+        (program(REPEATED), True),
+        (program(WEIGHTED.replace("GENERATOR", "torch.Generator().manual_seed(3)")), True),
+        (program(WEIGHTED.replace("GENERATOR", "None"), step="sampler.weights[index] = losses.detach().double() + 0.01"), True),
+        (program(WEIGHTED.replace("GENERATOR", "None"), head=SCORE), True),
+        (program(SCORED), False),
+        (program(WEIGHTED.replace("GENERATOR", "None")), False),
+        (program(BY_EPOCH, head="sampler.set_epoch(epoch)"), False),
+    ],
+    ids=[
+        "its own generator", "of numpy", "counts", "with replacement", "weighted with a generator", "weights of the losses",
+        "weights set each epoch", "by the model", "weighted", "by the epoch",
+    ],
+)  # fmt: skip
+def test_an_epoch_goes_on_in_the_order_in_which_it_began_and_the_next_ones_as_they_would_have(source, stays, tmp_path):
+    from test_library import newest
+
+    outcome = killed_once(tmp_path, source, die=18)  # step 15 is saved, in the middle of the second epoch
+    assert outcome.killed.code == -signal.SIGKILL and outcome.whole.code == outcome.resumed.code == 0, outcome.resumed.text
+    whole, rest = said(outcome.whole.text, "used"), said(outcome.resumed.text, "used")
+    assert len(rest) == 60 and rest == whole[60:]
+    assert outcome.is_equal, outcome.rows
+    assert ("kinds" in newest(tmp_path / "killed")["data"]) == stays, "at the end no order is left, but maybe state of the sampler"

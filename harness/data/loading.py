@@ -18,12 +18,14 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, Tenso
 
 from harness import stop
 from harness.data.epoch import tell, told_of_epochs
+from harness.data.given import Given
 from harness.data.order import Border, Plan, Position, Share, kept_generators, seed_cpu, seed_of
 from harness.errors import UsageError
 from harness.ranks import World
 
 Collate = Callable[[list[Any]], Any]
 Batches = Iterator[tuple[Share, list[Any]]]
+Say = Callable[[str], object]
 Bordered = Iterator[tuple[Share | Border, list[Any]]]
 
 
@@ -48,8 +50,8 @@ class Source(Protocol):
 
     is_own: bool  # whether the loop finds its data itself
 
-    def begin(self, *, by_epoch: bool) -> None:
-        """Be told, before all that follows, whether the loop is one over epochs."""
+    def begin(self, position: Position, before: Mapping[str, Any] | None, say: Say, *, by_epoch: bool) -> None:
+        """Be told, before all that follows, where the run stands, what its checkpoint has of the data, and if its loop is over epochs."""
 
     def asked(self, ask: Callable[[Any], Any]) -> Any:
         """What `ask` says of the dataset, asked in a process that loads it: user code never runs where others are still to be forked."""
@@ -59,6 +61,9 @@ class Source(Protocol):
 
     def shares(self, position: Position, epochs: int) -> Bordered:
         """This rank's share of each of them, with its micro-batches; in a loop over epochs a border before each epoch's."""
+
+    def kept(self, position: Position) -> dict[str, Any]:
+        """What a checkpoint's data has to have beside the position, the same for all ranks. On every rank, at a step boundary."""
 
     def close(self) -> None:
         """Nothing more is asked for: end the processes that load."""
@@ -192,8 +197,13 @@ class MapSource:
     _by_epoch: bool = False
     _loader: Loader | None = None  # of workers that outlive an epoch
 
-    def begin(self, *, by_epoch: bool) -> None:
-        self._by_epoch = by_epoch
+    world: World | None = None
+    _say: Say = as_is
+
+    def begin(self, position: Position, before: Mapping[str, Any] | None, say: Say, *, by_epoch: bool) -> None:
+        self._by_epoch, self._say, self._size = by_epoch, say, len(self.dataset)
+        if isinstance(self.plan.order, Given) and (note := self.plan.order.begin(self.plan.ordered, position.epoch, before)):
+            say(note)
 
     @property
     def _keeps(self) -> bool:
@@ -232,16 +242,46 @@ class MapSource:
         """Where something could tell the difference, nothing of an epoch is asked for before the one before it is used up."""
         try:
             if not (self._by_epoch or self._tells or self.plan.order):
-                yield from self._kept().over(self.plan.shares(position, epochs))
+                for share, batches in self._kept().over(self.plan.shares(position, epochs)):
+                    if share.start == 0 and share.epoch:
+                        self._look_at_size()
+                    yield share, batches
                 return
             while position.epoch < epochs:
+                self._look_at_size()
                 if self._by_epoch:
                     yield Border(position.epoch), []
                 loader = self._kept() if self._keeps else self._begun(self.workers)
-                yield from loader.over(self.plan.of_epoch(position, epochs))
+                yield from loader.over(self._planned(position.epoch).of_epoch(position, epochs))
                 position = Position(position.epoch + 1)
         finally:
             self.close()
+
+    def _planned(self, epoch: int) -> Plan:
+        """The plan with an epoch's order in it: the same on all ranks. Collective: every rank must call it."""
+        if not isinstance(given := self.plan.order, Given):
+            return self.plan
+        samples = self.plan.samples(epoch)
+        if self.world is not None and self.world.size > 1:
+            name = seed_of(*samples)
+            if any(other != name for other in self.world.gather(name)):
+                self._say("the ranks' samplers give unlike orders: that of rank 0 is dealt out")
+                samples = self.world.gather(samples if self.world.is_writer else [])[0]
+        given.begun(epoch, samples)
+        return dataclasses.replace(self.plan, order=lambda _: samples)
+
+    def _look_at_size(self) -> None:
+        """Tell of a dataset that has grown or shrunk: it is dealt out as large as it was when the loop began."""
+        if (size := len(self.dataset)) != self._size:
+            self._say(
+                f"the dataset has {size} samples now, and {self._size} before: each epoch deals out the {self.plan.size} of the loop's"
+                " beginning; to train on others start again with resume.accept=[data], or in a new run directory"
+            )
+            self._size = size
+
+    def kept(self, position: Position) -> dict[str, Any]:
+        order = self.plan.order.kept(position, self.plan.ordered) if isinstance(self.plan.order, Given) else {}
+        return {"kinds": {"order": "kept"}, "order": order} if order else {}
 
     def state(self) -> None:
         """Nothing: the position says it all."""
@@ -253,8 +293,11 @@ class MapSource:
 class _Unasked:
     """A source whose dataset is read in this process, if there is any, and which is not told of borders."""
 
-    def begin(self, *, by_epoch: bool) -> None:
+    def begin(self, position: Position, before: Mapping[str, Any] | None, say: Say, *, by_epoch: bool) -> None:
         """Nothing changes."""
+
+    def kept(self, position: Position) -> dict[str, Any]:
+        return {}
 
     def asked(self, ask: Callable[[Any], Any]) -> Any:
         return ask(getattr(self, "dataset", None))
@@ -368,11 +411,12 @@ def source(
         Plan(global_batch_size, global_batch_size, accumulate, world.rank, world.size, seed).check()
         return StreamSource(dataset, world, global_batch_size // world.size, accumulate, collate or default_collate, seed)
     size = len(dataset) if order is None else 0
-    plan = Plan(size, global_batch_size, accumulate, world.rank, world.size, seed, shuffle, drop_last, order)
-    if order is not None:
-        plan = dataclasses.replace(plan, size=len(plan.ordered(0)))
+    given = order if order is None or isinstance(order, Given) else Given(order, dataset=dataset)
+    plan = Plan(size, global_batch_size, accumulate, world.rank, world.size, seed, shuffle, drop_last, given)
+    if given is not None:
+        plan = dataclasses.replace(plan, size=given.length(plan.ordered))
     plan.check()
-    return MapSource(dataset, plan, collate, workers, world.device.type == "cuda")
+    return MapSource(dataset, plan, collate, workers, world.device.type == "cuda", world=world)
 
 
 def to_device(batch: Any, device: torch.device) -> Any:

@@ -6,15 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from harness.checkpoint.format import version_of
-from harness.data.order import Position
-from harness.run.work import Work
 
 OfRank = tuple[Any, Any, dict[str, Any]]  # what a rank gives of itself: its generators, its iterator, and what else it has for itself
 
 
-def content(of_ranks: Sequence[OfRank], work: Work, position: Position, values: dict[str, Any]) -> dict[str, Any]:
-    """The values, and with them what each rank gave and where the run stands in its data."""
+def content(of_ranks: Sequence[OfRank], data: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    """The values, and with them what each rank gave; `data` says where the run stands in its data."""
     generators, iterators, own = zip(*of_ranks, strict=True)
     payload = {"format_version": 1} | values
-    payload |= {"rng": list(generators), "data": work.at(position, list(iterators))} | ({"own": list(own)} if any(own) else {})
+    payload |= {"rng": list(generators), "data": data | {"iterators": list(iterators)}} | ({"own": list(own)} if any(own) else {})
     return payload | {"format_version": version_of(payload)}

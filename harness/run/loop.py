@@ -159,7 +159,8 @@ class Run:
     def _loop(self, begin: Callable[[], Work], by_epoch: bool) -> Iterator[Any]:
         resume.check_one_loop(self._looping, self._saver.attempt is not None or self.finished)
         self._work = begin()
-        self._work.source.begin(by_epoch=by_epoch)
+        before = self._payload["data"] if self._payload else None
+        self._work.source.begin(self._position, before, lambda text: self.say(f"harness: warning: {text}"), by_epoch=by_epoch)
         self._end_step = end_step(self.step, self._work.steps_after(self._position), self._work.max_steps)
         if not self._begin():
             return
@@ -312,7 +313,8 @@ class Run:
         self._watch.saving()
         with self._account.during(SAVE):
             self._show()
-            capture = partial(self._capture, self.world.gather((state.rng_state(), self._work.source.state(), self._own.state())))
+            kept = self._work.source.kept(self._position)
+            capture = partial(self._capture, kept, self.world.gather((state.rng_state(), self._work.source.state(), self._own.state())))
             classes = {name: state.class_name(thing) for name, thing in self.tracked.items()}
             about = partial(self._saver.about, classes, self._measured.of_this_step, self._work.end if final else None)
             save = self._saver.save
@@ -320,9 +322,9 @@ class Run:
         self._watch.rest()  # what may follow is bounded by itself
         return saved
 
-    def _capture(self, of_ranks: list[OfRank]) -> state.Captured:
+    def _capture(self, kept: dict[str, Any], of_ranks: list[OfRank]) -> state.Captured:
         values = {"step": self.step, "epoch": self.epoch, "state": self.state, "config": self._settings.config} | self._measured.state()
-        return state.captured(content(of_ranks, self._work, self._position, values), self.tracked)
+        return state.captured(content(of_ranks, self._work.at(self._position, kept), values), self.tracked)
 
     def _show(self) -> None:
         """Tell of the steps that were held. Collective: every rank must call it."""

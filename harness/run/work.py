@@ -55,9 +55,9 @@ class Work:
         """One step after another, from there on."""
         return self.source.shares(position, self.epochs or 0)
 
-    def at(self, position: Position, iterators: list[Any]) -> dict[str, Any]:
-        """What a checkpoint keeps of the data and of where a run stands in it; of iterators one for each rank."""
-        return self.data | {"epoch": position.epoch, "sample": position.sample, "iterators": iterators}
+    def at(self, position: Position, kept: dict[str, Any]) -> dict[str, Any]:
+        """What a checkpoint keeps of the data, of where a run stands in it, and of what the source keeps."""
+        return self.data | {"epoch": position.epoch, "sample": position.sample} | kept
 
     def rate(self, steps_per_s: float) -> str:
         """How fast that is, in words."""
