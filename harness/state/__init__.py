@@ -5,7 +5,8 @@
                                   gradient scaler, averaged weights, and whatever else has state_dict and load_state_dict
     rng                           one entry a rank: Python, NumPy, torch's CPU generator, each GPU's generator
     data                          epoch, position in it, seed, global batch size, dataset size and fingerprint; for iterable
-                                  datasets the state of each rank's own iterator
+                                  datasets the state of each rank's own iterator; kinds and order, what is left of an epoch's order
+                                  and its sampler's state, only while it does not follow from (seed, epoch)
     state                         the user's plain values (`run.state`)
     best                          the best value so far of the metric that checkpoints are ranked by
     config                        the settings of the run
