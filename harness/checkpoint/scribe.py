@@ -35,6 +35,11 @@ NICE = 10  # gives way to training, but not for ever: on a machine with no idle 
 READ_WITHIN_S = 20.0  # for how long, at most, writing waits for a piece that is read back
 MODEST_IO = ("ionice", "-c", "2", "-n", "7")
 
+# Loader workers are forked at each epoch's border, while this may be started from another thread. One that was forked in between would
+# hold the pipe by which `Popen` hears that its program runs, and `Popen` would wait for as long as that worker lives.
+_starting = threading.Lock()
+os.register_at_fork(before=_starting.acquire, after_in_parent=_starting.release, after_in_child=_starting.release)
+
 
 class Scribe:
     """That process, as the one that trains sees it. It is started when there is something to write, and again if it has died."""
@@ -107,10 +112,11 @@ class Scribe:
         if self._process is None or self._process.poll() is not None:
             paths = [path for path in sys.path if path]  # of third parties' packages, after those that it finds by itself
             modest = MODEST_IO if shutil.which(MODEST_IO[0]) else ()
-            self._process = subprocess.Popen(
-                [*modest, sys.executable, "-I", str(Path(__file__).resolve()), *paths],  # -I: not what lies in the working directory
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=(image.fd,),
-            )  # fmt: skip
+            with _starting:
+                self._process = subprocess.Popen(
+                    [*modest, sys.executable, "-I", str(Path(__file__).resolve()), *paths],  # -I: not what lies in the working directory
+                    stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=(image.fd,),
+                )  # fmt: skip
         return self._process
 
     def close(self) -> None:

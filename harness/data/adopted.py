@@ -9,6 +9,7 @@ from typing import Any
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler, default_collate
 from torch.utils.data.distributed import DistributedSampler
 
+from harness.data.given import Given
 from harness.data.loading import Collate, Workers, as_first, is_iterable
 from harness.errors import UsageError
 
@@ -40,12 +41,12 @@ def adopt(loader: object) -> Adopted | None:
         raise UsageError(
             "this DataLoader does not batch samples by a number of its own, so no run could go on in the middle of it",
             f"found: batch_size={loader.batch_size}, a {type(batches).__name__} as batch_sampler",
-            "Give its dataset to batches(), and the order of samples, epoch by epoch, as order=.",
+            "Give its dataset to batches(), with the number of samples in an update, and their order, epoch by epoch, as order=.",
         )
-    shuffle, order = (False, None) if is_iterable(loader.dataset) else _order(batches.sampler, len(loader.dataset))  # type: ignore[arg-type]
+    shuffle, order = (False, None) if is_iterable(loader.dataset) else _order(batches.sampler, loader.dataset)
     collate = None if loader.collate_fn is default_collate else loader.collate_fn
     others = {name: getattr(loader, name) for name in KEPT} if loader.num_workers else {}
-    workers = Workers(loader.num_workers, loader.worker_init_fn, others)
+    workers = Workers(loader.num_workers, loader.worker_init_fn, others, loader.persistent_workers)
     return Adopted(loader.dataset, batches.batch_size, shuffle, batches.drop_last, order, collate, workers)
 
 
@@ -54,26 +55,23 @@ def _is_stateful(sampler: object) -> bool:
     return type(sampler).__module__.startswith("torchdata.")
 
 
-def _order(sampler: Any, size: int) -> tuple[bool, Callable[[int], Sequence[int]] | None]:
+def _order(sampler: Any, dataset: Any) -> tuple[bool, Callable[[int], Sequence[int]] | None]:
     """Whether the samples are shuffled, or in which order of the sampler's own they come."""
     if type(sampler) is SequentialSampler:
         return False, None
-    if (
-        (type(sampler) is RandomSampler or (_is_stateful(sampler) and hasattr(sampler, "replacement")))
-        and not sampler.replacement
-        and sampler.num_samples == size
-    ):
+    is_random = type(sampler) is RandomSampler or (_is_stateful(sampler) and hasattr(sampler, "replacement"))
+    if is_random and not sampler.replacement and sampler.num_samples == len(dataset):
         return True, None
     if type(sampler) is DistributedSampler or (
         _is_stateful(sampler) and isinstance(sampler, DistributedSampler)
     ):  # each rank gets its share here, whatever this would give it
         return sampler.shuffle, None
-    if getattr(sampler, "generator", None) is None and not hasattr(sampler, "num_replicas"):
-        return False, lambda epoch: _epoch_of(sampler, epoch)
+    if getattr(sampler, "num_replicas", 1) == 1:
+        return False, Given(lambda epoch: _epoch_of(sampler, epoch), sampler, dataset)
     raise UsageError(
-        "this DataLoader's sampler cannot be asked for the order of any epoch",
-        f"found: a {type(sampler).__name__} with a generator, or for one of several ranks",
-        "Leave its generator out (the run's seed is used then), or give the dataset to batches(), with order=.",
+        "this DataLoader's sampler gives each rank an order of its own, and the order here is one for all of them",
+        f"found: a {type(sampler).__name__} for rank {getattr(sampler, 'rank', '?')} of {sampler.num_replicas}",
+        "Make it for one rank that gets everything: num_replicas=1, rank=0. It is dealt out over the ranks here.",
     )
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
+from harness.data.given import KEPT
 from harness.data.held import Randomness, find
 from harness.data.loading import is_iterable
 from harness.data.order import kept_generators
@@ -21,19 +22,31 @@ DIFFER = ", its samples differ each time they are loaded"
 
 def describe(
     dataset: Any, global_batch_size: int, shuffle: bool, drop_last: bool, seed: int, *,
-    collate: Any = None, before: Mapping[str, Any] | None = None,
+    collate: Any = None, before: Mapping[str, Any] | None = None, asked: tuple[str, Sequence[str]] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """What a checkpoint keeps of the data and how it is dealt out, to be compared when the run goes on.
 
-    `before` is what the checkpoint that a run goes on from has of it: a run keeps its `kinds` to its end.
+    `before` is what the checkpoint that a run goes on from has of it: a run keeps its `kinds` to its end. `asked` is what `named` said of
+    it, in a process that loads it.
     """
-    kinds = dict((before or {}).get("kinds", {}))
-    name = fingerprint(dataset, seeds_held=before is None or "sample_rng" in kinds)
+    kinds = lasting((before or {}).get("kinds", {}))
+    name, held = asked or named(dataset, collate, seeds_held=before is None or "sample_rng" in kinds)
     data = {"fingerprint": name, "size": None if is_iterable(dataset) else len(dataset)}
     data |= {"global_batch_size": global_batch_size, "shuffle": shuffle, "drop_last": drop_last, "seed": seed}
-    if before is None and find(drawn_from(dataset, collate)):  # after the fingerprint: some are made with the first sample
+    if before is None and held:
         kinds["sample_rng"] = "held"
     return data | ({"kinds": kinds} if kinds else {})
+
+
+def lasting(kinds: Mapping[str, str]) -> dict[str, str]:
+    """Of the kinds in a checkpoint's data those that hold for the whole run: that an order is kept is said of one checkpoint."""
+    return {name: kind for name, kind in kinds.items() if (name, kind) != ("order", KEPT)}
+
+
+def named(dataset: Any, collate: Any, *, seeds_held: bool) -> tuple[str, list[str]]:
+    """A dataset's fingerprint, and the generators that are found in it afterwards: some are made with the first sample."""
+    name = fingerprint(dataset, seeds_held)
+    return name, [one.path for one in find(drawn_from(dataset, collate))]
 
 
 def drawn_from(dataset: Any, collate: Any) -> dict[str, Any]:

@@ -1,28 +1,22 @@
-"""From the order of samples to batches: each sample loaded under randomness of its own, by whichever process.
-
-A source yields one `Share` with its micro-batches after another. `MapSource` is for datasets with sample numbers,
-`StreamSource` for iterable ones, which are read in the main process and keep a state of their own on each rank.
-"""
+"""From the order of samples to batches: each sample loaded under randomness of its own, by whichever process."""
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset, default_collate
 
 from harness import stop
+from harness.data.epoch import tell
 from harness.data.held import Randomness
-from harness.data.order import Plan, Position, Share, kept_generators, seed_of
-from harness.data.stream import StreamSource, check_resumable
-from harness.ranks import World
+from harness.data.order import Share, kept_generators, seed_of
+from harness.data.source import Batches
 
 Collate = Callable[[list[Any]], Any]
-Batches = Iterator[tuple[Share, list[Any]]]
 
 
 @dataclass(frozen=True)
@@ -32,6 +26,7 @@ class Workers:
     number: int = 0
     init: Callable[[int], object] | None = None
     others: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    persistent: bool = False  # whether they outlive an epoch also where the loop is one over epochs
 
     def begin(self, number: int) -> None:
         """In each of them."""
@@ -40,34 +35,38 @@ class Workers:
             self.init(number)
 
 
-class Source(Protocol):
-    """Where the steps of a loop come from."""
+@dataclass(frozen=True)
+class Question:
+    """What is asked of the dataset in the place of a share."""
 
-    is_own: bool  # whether the loop finds its data itself
+    ask: Callable[[Any], Any]
 
-    def steps_after(self, position: Position, epochs: int) -> int | None:
-        """How many steps are left from here to the end of the last epoch, if that is known."""
 
-    def shares(self, position: Position, epochs: int) -> Batches:
-        """This rank's share of each of them, with its micro-batches."""
+class _Dealt:
+    """The sampler of a DataLoader that gives, each time, what it has been given."""
 
-    def state(self) -> Any:
-        """What this rank needs to go on, beside the position; plain data."""
+    items: Iterable[Share | Question] = ()
 
-    def restore(self, state: Any) -> None:
-        """Take such a state over."""
+    def __iter__(self) -> Iterator[Share | Question]:
+        return iter(self.items)
 
 
 class _PlannedDataset(Dataset[Any]):
     """Turns a share into its micro-batches, each sample under randomness of its own."""
 
-    def __init__(self, dataset: Any, collate: Collate, seed: int, seeds_held: bool = True) -> None:
+    def __init__(self, dataset: Any, collate: Collate, seed: int, *, seeds_held: bool = True, tells: bool = False) -> None:
         self.dataset, self.collate, self.seed = dataset, collate, seed
+        self._tells, self._told = tells, -1  # whether the dataset is told of each epoch here, and of which it has been
         self.randomness = Randomness({"dataset": dataset, "collate_fn": collate}, seeds_held)
         self._looked_at: int | None = None  # the last epoch that was begun in this process
         self._is_new = True
 
-    def __getitem__(self, share: Share) -> tuple[Share, list[Any]]:
+    def __getitem__(self, share: Share | Question) -> Any:
+        if isinstance(share, Question):
+            return share.ask(self.dataset)
+        if self._tells and share.epoch != self._told:
+            tell(self.dataset, share.epoch)
+            self._told = share.epoch
         if self.collate is default_collate and (tensors := plain_tensors(self.dataset)) is not None:
             # default_collate's very values, a whole micro-batch at once, and nothing here can draw a random number.
             numbers = [torch.tensor(_numbers(self.dataset, micro)) for micro in share.micro_batches]
@@ -98,6 +97,7 @@ class _PlannedDataset(Dataset[Any]):
             "randomness": Randomness(self.randomness.roots, self.randomness.seeds_held),
             "_looked_at": None,
             "_is_new": True,
+            "_told": -1,
         }
 
 
@@ -126,105 +126,49 @@ def as_is(item: Any) -> Any:
     return item
 
 
-def load(
-    dataset: Any, shares: Iterable[Share], seed: int, collate: Collate | None, workers: Workers = Workers(), *, pin: bool = False,
-    seeds_held: bool = True,
-) -> Batches:  # fmt: skip
-    """Load the shares in order, ahead of their use if there are workers."""
-    planned = _PlannedDataset(dataset, collate or default_collate, seed, seeds_held)
-    if workers.number == 0 and not pin:
-        return map(planned.__getitem__, shares)  # what a DataLoader does here, at less than its price
-    loader: DataLoader[Any] = DataLoader(
-        planned,
-        batch_size=None,
-        sampler=shares,
-        collate_fn=as_is,
-        num_workers=workers.number,
-        pin_memory=pin,
-        worker_init_fn=workers.begin if workers.number else None,
-        generator=torch.Generator().manual_seed(seed_of(seed, "loader")),  # else iter() draws from the global generator
-        **workers.others,
-    )
-    return iter(loader)
+class Loader:
+    """Loads shares in order, ahead of their use if there are workers."""
+
+    def __init__(
+        self, dataset: Any, seed: int, collate: Collate | None, workers: Workers = Workers(), *,
+        pin: bool = False, keeps: bool = False, tells: bool = False, seeds_held: bool = True,
+    ) -> None:  # fmt: skip
+        """`keeps`: the workers live until this object is dropped, not only for one `over`. `tells`: the dataset is told of each epoch.
+        `seeds_held`: generators that it holds are seeded for each sample, as the global ones are."""
+        self._planned = _PlannedDataset(dataset, collate or default_collate, seed, seeds_held=seeds_held, tells=tells)
+        self._dealt = _Dealt()
+        self._loader: DataLoader[Any] | None = None
+        if workers.number == 0 and not pin:
+            return
+        self._loader = DataLoader(
+            self._planned,
+            batch_size=None,
+            sampler=self._dealt,
+            collate_fn=as_is,
+            num_workers=workers.number,
+            pin_memory=pin,
+            worker_init_fn=workers.begin if workers.number else None,
+            generator=torch.Generator().manual_seed(seed_of(seed, "loader")),  # else iter() draws from the global generator
+            persistent_workers=keeps and workers.number > 0,
+            **workers.others,
+        )
+
+    def over(self, items: Iterable[Share | Question]) -> Iterator[Any]:
+        """Each share with its micro-batches, or the answer to a question. One at a time."""
+        if self._loader is None:
+            return map(self._planned.__getitem__, items)  # what a DataLoader does here, at less than its price
+        self._dealt.items = items
+        return iter(self._loader)
+
+
+def load(dataset: Any, shares: Iterable[Share], seed: int, collate: Collate | None, workers: Workers = Workers()) -> Batches:
+    """Load the shares in order, once."""
+    return Loader(dataset, seed, collate, workers).over(shares)
 
 
 def is_iterable(dataset: object) -> bool:
     """Whether samples come from an iterator instead of by number."""
     return isinstance(dataset, IterableDataset) or not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__"))
-
-
-@dataclass
-class MapSource:
-    """A dataset with `__len__` and `__getitem__`."""
-
-    dataset: Any
-    plan: Plan
-    collate: Collate | None
-    workers: Workers
-    pin: bool
-    seeds_held: bool = True  # whether generators that the dataset holds are seeded for each sample, as the global ones are
-    is_own = False
-
-    def steps_after(self, position: Position, epochs: int) -> int | None:
-        return self.plan.steps_after(position, epochs)
-
-    def shares(self, position: Position, epochs: int) -> Batches:
-        shares = self.plan.shares(position, epochs)
-        return load(self.dataset, shares, self.plan.seed, self.collate, self.workers, pin=self.pin, seeds_held=self.seeds_held)
-
-    def state(self) -> None:
-        """Nothing: the position says it all."""
-
-    def restore(self, state: None) -> None:
-        """Nothing: the position says it all."""
-
-
-class OwnSource:
-    """For a loop that finds its data itself: steps are counted, as the samples of one endless epoch."""
-
-    is_own = True
-
-    def steps_after(self, position: Position, epochs: int) -> None:
-        """Nobody knows."""
-
-    def shares(self, position: Position, epochs: int) -> Batches:
-        for made in itertools.count(position.sample):
-            yield Share(0, made, (), (1.0,), Position(0, made + 1), last=False), []
-
-    def state(self) -> None:
-        """Nothing: the position says it all."""
-
-    def restore(self, state: None) -> None:
-        """Nothing: the position says it all."""
-
-
-def source(
-    dataset: Any,
-    world: World,
-    seed: int,
-    global_batch_size: int,
-    *,
-    accumulate: int,
-    shuffle: bool,
-    drop_last: bool,
-    order: Callable[[int], Sequence[int]] | None,
-    collate: Collate | None,
-    workers: Workers,
-    seeds_held: bool = True,
-    samples_each: int = 1,
-) -> Source:
-    """What fits the dataset. Raises UsageError for a dataset or a batch size that a run could not go on with exactly."""
-    if is_iterable(dataset):
-        check_resumable(dataset)
-        Plan(global_batch_size, global_batch_size, accumulate, world.rank, world.size, seed).check()
-        items = global_batch_size // world.size // samples_each
-        return StreamSource(dataset, world, items, accumulate, collate or default_collate, seed, samples_each, seeds_held)
-    size = len(dataset) if order is None else 0
-    plan = Plan(size, global_batch_size, accumulate, world.rank, world.size, seed, shuffle, drop_last, order)
-    if order is not None:
-        plan = dataclasses.replace(plan, size=len(plan.ordered(0)))
-    plan.check()
-    return MapSource(dataset, plan, collate, workers, world.device.type == "cuda", seeds_held)
 
 
 def to_device(batch: Any, device: torch.device) -> Any:

@@ -67,6 +67,13 @@ class Share:
 
 
 @dataclass(frozen=True)
+class Border:
+    """Between two epochs, or before the first: the next one is known, and none of its samples has been asked for."""
+
+    epoch: int
+
+
+@dataclass(frozen=True)
 class Plan:
     """How a dataset of `size` samples is dealt out: to all ranks, over all epochs."""
 
@@ -109,16 +116,19 @@ class Plan:
 
     def shares(self, position: Position, epochs: int) -> Iterator[Share]:
         """This rank's share of every step from `position` to the end of the last epoch."""
-        epoch, first = position.epoch, position.sample
-        while epoch < epochs:
-            samples = self.samples(epoch)
-            for start in self._starts(first, self.size):
-                end = min(start + self.global_batch_size, self.size)
-                last = end + (self.global_batch_size if self.drop_last else 1) > self.size
-                after = Position(epoch + 1, 0) if last else Position(epoch, end)
-                micro_batches, weights = self._deal(samples[start:end])
-                yield Share(epoch, start, micro_batches, weights, after, last and epoch + 1 == epochs, digest_of(samples[start:end]))
-            epoch, first = epoch + 1, 0
+        while position.epoch < epochs:
+            yield from self.of_epoch(position, epochs)
+            position = Position(position.epoch + 1)
+
+    def of_epoch(self, position: Position, epochs: int) -> Iterator[Share]:
+        """This rank's share of every step from `position` to the end of its epoch. The order is asked for with the first of them."""
+        epoch, samples = position.epoch, self.samples(position.epoch)
+        for start in self._starts(position.sample, self.size):
+            end = min(start + self.global_batch_size, self.size)
+            last = end + (self.global_batch_size if self.drop_last else 1) > self.size
+            after = Position(epoch + 1, 0) if last else Position(epoch, end)
+            micro_batches, weights = self._deal(samples[start:end])
+            yield Share(epoch, start, micro_batches, weights, after, last and epoch + 1 == epochs, digest_of(samples[start:end]))
 
     def samples(self, epoch: int) -> Sequence[int]:
         """The dataset's sample numbers in the order in which this epoch uses them."""

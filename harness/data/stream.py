@@ -11,6 +11,7 @@ from typing import Any
 
 from harness.data.held import Randomness
 from harness.data.order import Position, Share, kept_generators, seed_cpu, seed_of
+from harness.data.source import Unasked
 from harness.errors import UsageError
 from harness.ranks import World
 
@@ -25,7 +26,7 @@ ADVICE = {  # by the package that a stream comes from
 
 
 @dataclass
-class StreamSource:
+class StreamSource(Unasked):
     """An iterable dataset with `state_dict` and `load_state_dict`."""
 
     dataset: Any

@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any
 
 from harness import state
-from harness.data import loading, proof
+from harness.data import loading, mapped, proof
 from harness.data.adopted import adopt
-from harness.data.fingerprint import DIFFER, describe, drawn_from
+from harness.data.fingerprint import DIFFER, describe, drawn_from, named
 from harness.data.held import find
+from harness.data.source import Source
 from harness.data.stream import StreamSource, check_resumable, told_epoch
 from harness.errors import UsageError
 from harness.ranks import World
@@ -21,12 +23,20 @@ TOLD = "told the epoch"  # a stream that has set_epoch
 
 
 @dataclass(frozen=True)
+class Described:
+    """What a checkpoint keeps of the data, and what has to be said of it."""
+
+    data: dict[str, Any]
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Dealt:
     """Where samples come from, what a checkpoint keeps of that, and what has to be said."""
 
-    source: loading.Source
-    data: dict[str, Any]
-    notes: tuple[str, ...]
+    source: Source
+    global_batch_size: int
+    described: Callable[[], Described]  # the dataset is asked for samples, the first time
 
 
 @dataclass(frozen=True)
@@ -70,18 +80,24 @@ class Dealing:
                 "batches() of a dataset needs global_batch_size",
                 remedy="Give the number of samples in one update, over all ranks: batches(dataset, 64, …).",
             )
-        data = describe(dataset, global_batch_size, shuffle and order is None, drop_last, seed, collate=collate, before=before)
-        held = [one.path for one in find(drawn_from(dataset, collate))]
-        seeds_held = before is None or "sample_rng" in data.get("kinds", {}) or not held
-        source = loading.source(
+        seeds_held = before is None or "sample_rng" in before.get("kinds", {}) or not find(drawn_from(dataset, collate))
+        source = mapped.source(
             dataset, self.world, seed, global_batch_size, accumulate=self.accumulate, shuffle=shuffle, drop_last=drop_last, order=order,
             collate=collate, workers=workers, seeds_held=seeds_held, samples_each=samples_each,
         )  # fmt: skip
+        about = partial(describe, dataset, global_batch_size, shuffle and order is None, drop_last, seed, before=before)
         if isinstance(source, StreamSource):
-            return self._proven(source, data, is_new=before is None)
-        return Dealt(source, data, _notes(dataset, data, held, seeds_held=seeds_held))
+            proven = self._proven(source, about(collate=collate), is_new=before is None)
+            return Dealt(source, global_batch_size, lambda: proven)
 
-    def _proven(self, source: StreamSource, data: dict[str, Any], *, is_new: bool) -> Dealt:
+        def described() -> Described:
+            asked = source.asked(partial(named, collate=collate, seeds_held=seeds_held))
+            data = about(asked=asked)
+            return Described(data, _notes(dataset, data, asked[1], seeds_held=seeds_held))
+
+        return Dealt(source, global_batch_size, cache(described))
+
+    def _proven(self, source: StreamSource, data: dict[str, Any], *, is_new: bool) -> Described:
         """Try the stream; generators that it holds are seeded only where that makes it exact."""
         kinds = data.get("kinds", {}) | ({"order": TOLD} if is_new and told_epoch(source.dataset) is not None else {})
         source.reading.seeds_held, source.tells_epoch = kinds.get("sample_rng") == IN_STREAM, kinds.get("order") == TOLD
@@ -90,7 +106,7 @@ class Dealing:
             may_seed = is_new or source.reading.seeds_held
             note = proof.prove(source, lambda kept: state.plain_data({"stream": kept})["stream"], seeds_held=may_seed)
         kinds |= {"sample_rng": IN_STREAM} if source.reading.seeds_held else {}
-        return Dealt(source, data | ({"kinds": kinds} if kinds else {}), (note,) if note else ())
+        return Described(data | ({"kinds": kinds} if kinds else {}), (note,) if note else ())
 
 
 def _notes(dataset: Any, data: Mapping[str, Any], held: list[str], *, seeds_held: bool) -> tuple[str, ...]:

@@ -1,39 +1,93 @@
-"""A loop over epochs around the loop over their batches."""
+"""What a loop goes over: the batches of all epochs, or a loop over epochs around the loop over their batches."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any
 
-from harness.data.order import Share
+from harness.data.order import Border, Share
 from harness.errors import UsageError
+from harness.run.work import Work
 
-END = object()
+END: Any = object()
+
+
+class Batches(Iterator[Any]):
+    """The batches of a run, from where it stands to its end. All begins with the first one that is asked for.
+
+    Its length is the number of steps of the whole run: the same in all its lives, and known before anything is tracked.
+    """
+
+    def __init__(self, begin: Callable[[], Work], loop: Callable[[Callable[[], Work], bool], Iterator[Any]]) -> None:
+        self.work, self._loop = cache(begin), loop
+        self._items: Iterator[Any] | None = None  # does not hold this object: to drop it is to leave the loop
+        self._by_epoch = False
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        if self._items is None:
+            self._items = self._loop(self.work, self._by_epoch)
+        return next(self._items)
+
+    def __len__(self) -> int:
+        return _known(self.work().steps)
+
+    def __bool__(self) -> bool:
+        return True
+
+    def with_borders(self) -> None:
+        """Have a border stand before the batches of each epoch, where the data allows it."""
+        self._by_epoch = True
+
+    def close(self) -> None:
+        """Leave the loop."""
+        if self._items is not None:
+            self._items.close()  # type: ignore[attr-defined] # of a generator
 
 
 def by_epoch(batches: Iterator[Any], at: Callable[[], Share]) -> Iterator[tuple[int, Iterator[Any]]]:
     """Each epoch and an iterator over its batches; `at` tells the share that was handed out last.
 
     To ask for the batch after an epoch's last one is what ends that step. So it is asked for when the outer loop comes round, with all
-    done that the user does once an epoch. Raises UsageError.
+    done that the user does once an epoch. An epoch is told of before any of its samples is loaded, unless what is given is not what
+    `Run.batches` has made but something around it. Raises UsageError.
     """
-    batch = next(batches, END)
-    while batch is not END:
-        epoch = _Epoch(batch, batches, at)
-        yield at().epoch, epoch
+    work = batches.work if isinstance(batches, Batches) else None
+    if isinstance(batches, Batches):
+        batches.with_borders()
+    bordered = _bordered(batches, at)
+    border = next(bordered, END)
+    while border is not END:
+        epoch = _Epoch(bordered, at, work)
+        yield border.epoch, epoch
         if not epoch.is_over:
             raise UsageError(
-                f"the loop over the batches of epoch {at().epoch} was left before its end, or never begun",
+                f"the loop over the batches of epoch {border.epoch} was left before its end, or never begun",
                 remedy="Run it to its end; run.finish() ends the run with this step.",
             )
-        batch = END if epoch.was_last else next(batches, END)
+        border = END if epoch.was_last else next(bordered, END)
+
+
+def _bordered(batches: Iterator[Any], at: Callable[[], Share]) -> Iterator[Any]:
+    """The batches, with a border before each epoch's also where there was none."""
+    epoch = -1
+    for batch in batches:
+        if isinstance(batch, Border):
+            epoch = batch.epoch
+        elif at().epoch != epoch:
+            epoch = at().epoch
+            yield Border(epoch)
+        yield batch
 
 
 class _Epoch:
-    """What is left of one epoch."""
+    """What is left of one epoch; its length is that of a whole one."""
 
-    def __init__(self, first: Any, batches: Iterator[Any], at: Callable[[], Share]) -> None:
-        self._next, self._batches, self._at = first, batches, at
+    def __init__(self, batches: Iterator[Any], at: Callable[[], Share], work: Callable[[], Work] | None) -> None:
+        self._batches, self._at, self._work = batches, at, work
         self._begun = self.is_over = self.was_last = False
 
     def __iter__(self) -> Iterator[Any]:
@@ -42,13 +96,25 @@ class _Epoch:
     def __next__(self) -> Any:
         if self.is_over:
             raise StopIteration
-        if self._begun:
-            if self._at().after.sample == 0:  # the outer loop asks for what comes next
-                self.is_over = True
-                raise StopIteration
-            self._next = next(self._batches, END)
-            if self._next is END:  # the run is complete in the middle of an epoch
-                self.is_over = self.was_last = True
-                raise StopIteration
+        if self._begun and self._at().after.sample == 0:  # the outer loop asks for what comes next
+            self.is_over = True
+            raise StopIteration
+        batch = next(self._batches, END)
+        if batch is END:  # the run is complete in the middle of an epoch
+            self.is_over = self.was_last = True
+            raise StopIteration
         self._begun = True
-        return self._next
+        return batch
+
+    def __len__(self) -> int:
+        return _known(self._work().steps_per_epoch if self._work else None)
+
+    def __bool__(self) -> bool:
+        return True
+
+
+def _known(length: int | None) -> int:
+    """The length. Raises TypeError, as `len` does for what has none."""
+    if length is None:
+        raise TypeError("how many steps there are is not known before they are made")
+    return length

@@ -12,7 +12,7 @@ from harness import config, state, stop
 from harness.checkpoint import load, retention
 from harness.checkpoint.history import reaches
 from harness.data import loading
-from harness.data.order import Position, Share, end_step
+from harness.data.order import Border, Position, Share, end_step
 from harness.events import Moment, Progress
 from harness.ranks import World
 from harness.run.account import DATA, EVALUATION, RESTORE, SAVE, Account
@@ -20,7 +20,7 @@ from harness.run.by_rank import ByRank, give_own
 from harness.run.content import OfRank, captured
 from harness.run.drilled import Traces
 from harness.run.ending import Ending
-from harness.run.epochs import by_epoch
+from harness.run.epochs import Batches, by_epoch
 from harness.run.evaluation import evaluate
 from harness.run.measured import Measured
 from harness.run.more import More
@@ -144,11 +144,11 @@ class Run:
         When a stop was requested, the state is saved and SystemExit(0) raised: code after the loop is reached only when
         training is complete. Raises UsageError, SaveError, SupersededError. Collective: every rank must call it.
         """
-        return self._loop(lambda: of_data(
+        return Batches(lambda: of_data(
             dataset, self.world, self._settings.seed, global_batch_size, self._traces.workers,
             accumulate=accumulate, epochs=epochs, max_steps=max_steps, shuffle=shuffle, drop_last=drop_last, collate=collate_fn,
             num_workers=num_workers, order=order, beside=beside or {}, check_stream=check_stream, before=(self._payload or {}).get("data"),
-        ))  # fmt: skip
+        ), self._loop)  # fmt: skip
 
     def by_epoch(self, batches: Iterator[Any]) -> Iterator[tuple[int, Iterator[Any]]]:
         """Yield each epoch with its batches, of all that `batches` yields: for a loop in a loop.
@@ -165,11 +165,13 @@ class Run:
         It has to do so anew in each step, from the generators of Python, NumPy and torch, which are saved for each rank, or from what is
         tracked: what a step leaves to the next in a variable is lost. Otherwise as `batches`. Collective: every rank must call it.
         """
-        return self._loop(lambda: of_own(self._settings.seed, max_steps, lambda: self.step - 1))
+        return Batches(lambda: of_own(self._settings.seed, max_steps, lambda: self.step - 1), self._loop)
 
-    def _loop(self, begin: Callable[[], Work]) -> Iterator[Any]:
+    def _loop(self, begin: Callable[[], Work], by_epoch: bool) -> Iterator[Any]:
         resume.check_one_loop(self._looping, self._saver.attempt is not None or self.finished)
         self._work = begin()
+        before = self._payload["data"] if self._payload else None
+        self._work.source.begin(self._position, before, lambda text: self.say(f"harness: warning: {text}"), by_epoch=by_epoch)
         self._end_step = self._traces.end_step(end_step(self.step, self._work.steps_after(self._position), self._work.max_steps))
         if not self._begin():
             return
@@ -196,12 +198,20 @@ class Run:
             self._stop()
         self._watch.first_step()
         self._account.on(DATA)
+        is_begun = False
         for share, micro_batches in self._work.shares(self._position, self.tracked, self.say):
-            self._share, self.step, self.epoch, self.weights = share, self.step + 1, share.epoch, share.weights
-            self._measured.begin_step()
+            if not is_begun:
+                self.step, self.epoch = self.step + 1, share.epoch
+                self._measured.begin_step()
+            if not isinstance(share, Border):
+                self._share, self.weights = share, share.weights
             batch = loading.to_device(micro_batches, self.device)
             self._saver.background.release()
             self._account.train(self.step)
+            if is_begun := isinstance(share, Border):  # of this step the outer loop has something to do before its samples are loaded
+                yield share
+                self._account.on(DATA)
+                continue
             self._traces.step_begins(self.step)
             yield self._work.handed_out(batch)
             self._account.step_made()
@@ -280,6 +290,7 @@ class Run:
             self.say(f"harness: warning: {warning}")
         if origin is not None and origin.final is not None and reaches(origin.final, self._work.end):
             self.finished, self._payload = True, None
+            self._work.source.close()
             done = self._saver.hand_in(stop.requested)
             self.say(f"harness: the run in {self.store} is finished: step {self.step} ({origin.name}); {done or 'nothing to do'}")
             return False
@@ -326,7 +337,8 @@ class Run:
         with self._account.during(SAVE):
             self._show()
             self._more.hold()
-            capture = partial(self._capture, self._by_rank.of_ranks(self.tracked, self.state, self._work.source.state()))
+            data = self._work.at(self._position)
+            capture = partial(self._capture, data, self._by_rank.of_ranks(self.tracked, self.state, self._work.source.state()))
             classes = {name: state.class_name(thing) for name, thing in self.tracked.items()}
             about = partial(self._saver.about, classes, self._measured.of_this_step, self._work.end if final else None)
             save = self._saver.save
@@ -334,10 +346,10 @@ class Run:
         self._watch.rest()  # what may follow is bounded by itself
         return saved
 
-    def _capture(self, of_ranks: list[OfRank]) -> state.Captured:
+    def _capture(self, data: dict[str, Any], of_ranks: list[OfRank]) -> state.Captured:
         values = {"step": self.step, "epoch": self.epoch, "state": self.state, "config": self._settings.config}
         values |= self._measured.state() | self._more.values()
-        return captured(of_ranks, self._work, self._position, values, self.tracked)
+        return captured(of_ranks, data, values, self.tracked)
 
     def _show(self) -> None:
         """Tell of the steps that were held. Collective: every rank must call it."""

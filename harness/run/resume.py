@@ -11,7 +11,8 @@ from harness import state
 from harness.checkpoint import past
 from harness.checkpoint.format import Manifest
 from harness.checkpoint.history import Survey
-from harness.data.loading import Source
+from harness.data.fingerprint import lasting
+from harness.data.source import Source
 from harness.errors import UsageError
 from harness.events import duration
 from harness.ranks import World
@@ -36,6 +37,7 @@ def check(tracked: Mapping[str, Any], payload: Mapping[str, Any], data: Mapping[
 
 def check_data(now: Mapping[str, Any], before: Mapping[str, Any], accept: tuple[str, ...]) -> None:
     """Raises UsageError if the run would go on with other data, or deal the same data out differently."""
+    before = dict(before) | ({"kinds": lasting(before["kinds"])} if "kinds" in before else {})
     differing = [name for name in now if now[name] != before.get(name)]
     for names, insist in (([n for n in differing if n in HOW_DEALT], "config"), ([n for n in differing if n not in HOW_DEALT], "data")):
         if names and insist not in accept:

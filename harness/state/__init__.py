@@ -6,7 +6,8 @@
     rng                           one entry a rank: Python, NumPy, torch's CPU generator, each GPU's generator
     data                          epoch, position in it, seed, global batch size, dataset size and fingerprint; for iterable
                                   datasets the state of each rank's own iterator; of second sources what they are and how far;
-                                  kinds: how samples are ordered and seeded, if otherwise than in a run of an older harness
+                                  kinds: how samples are ordered and seeded, if otherwise than in a run of an older harness; order: what
+                                  is left of an epoch's order, and its sampler's state, while it does not follow from (seed, epoch)
     state                         the user's plain values (`run.state`)
     best                          the best value so far of the metric that checkpoints are ranked by
     config                        the settings of the run

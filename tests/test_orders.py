@@ -1,0 +1,288 @@
+"""How samples are dealt out, epoch by epoch: as a plain DataLoader's loop would have it, and the same after a kill."""
+
+from __future__ import annotations
+
+import signal
+
+import pytest
+from programs import killed_once, live
+
+TRAIN = """
+    loss = (model(x) - y).square().mean()
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    die(run)
+"""
+BEGIN = """
+run = init()
+torch.manual_seed(0)
+model = nn.Linear(8, 1)
+optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
+run.track(model=model, optimizer=optimizer)
+"""
+
+# Each batch holds the epoch that the dataset believes in; a plain DataLoader's are printed first.
+TOLD = """
+class Told(Dataset):
+    def __init__(self):
+        self.epoch, self.level = -1, -1
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def __len__(self):
+        return 48
+
+    def __getitem__(self, index):
+        return torch.full((8,), index / 48), torch.tensor([float(self.epoch), float(self.level)])
+
+
+def line(name, seen):
+    print(name, *(f"{epoch:.0f}:{level:.0f}" for epoch, level in seen), flush=True)
+
+
+workers, persistent = WORKERS
+options = dict(batch_size=16, num_workers=workers, persistent_workers=persistent)
+data = Told()
+plain = DataLoader(data, **options)
+seen = []
+for epoch in range(3):
+    data.set_epoch(epoch)
+    data.level = 10 * epoch
+    seen += [y[0].tolist() for x, y in plain]
+line("plain", seen)
+del plain
+data = Told()
+""" + BEGIN + """
+seen = []
+for epoch, batches in run.by_epoch(run.batches(DataLoader(data, **options), epochs=3)):
+    data.set_epoch(epoch)
+    data.level = 10 * epoch
+    assert len(batches) == 3
+    for x, y in batches:
+        seen.append(y[0].tolist())
+        loss = (model(x) - y[:, :1]).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        die(run)
+line("ours", seen)
+"""  # fmt: skip
+
+
+def said(text: str, name: str) -> list[str]:
+    return next(line for line in text.splitlines() if line.startswith(f"{name} ")).split()[1:]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_epoch_is_told_of_before_its_first_sample_is_loaded_as_with_a_plain_loader(workers, tmp_path):
+    outcome = killed_once(tmp_path, TOLD.replace("WORKERS", f"{workers}, False"), die=5)
+    assert said(outcome.whole.text, "ours") == said(outcome.whole.text, "plain") == ["0:0"] * 3 + ["1:10"] * 3 + ["2:20"] * 3
+    assert said(outcome.resumed.text, "ours") == ["1:10"] * 3 + ["2:20"] * 3
+    assert outcome.killed.code == -signal.SIGKILL and outcome.is_equal, outcome.rows
+
+
+def test_workers_that_outlive_an_epoch_are_told_of_the_next_one(tmp_path):
+    outcome = killed_once(tmp_path, TOLD.replace("WORKERS", "2, True"), die=5)
+    assert [told.partition(":")[0] for told in said(outcome.whole.text, "ours")] == [*"000111222"]
+    assert outcome.is_equal, outcome.rows
+
+
+FLAT = TOLD.partition("workers, persistent")[0] + BEGIN + """
+seen = []
+from torch.utils.data import Subset
+for x, y in run.batches(Subset(Told(), range(40)), 16, epochs=3, num_workers=WORKERS):
+    seen.append(y[0].tolist())
+    loss = (model(x) - y[:, :1]).square().mean()
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    die(run)
+line("ours", seen)
+"""  # fmt: skip
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_in_one_loop_over_all_epochs_the_dataset_is_told_where_it_is_loaded(workers, tmp_path):
+    outcome = killed_once(tmp_path, FLAT.replace("WORKERS", str(workers)), die=5)
+    assert said(outcome.whole.text, "ours") == ["0:-1"] * 2 + ["1:-1"] * 2 + ["2:-1"] * 2
+    assert outcome.is_equal, outcome.rows
+
+
+OPENS = """
+class Opens(Dataset):
+    def __init__(self, path):
+        self.path, self.file = path, None
+
+    def __len__(self):
+        return 3000
+
+    def __getitem__(self, index):
+        if self.file is None:
+            self.file = open(self.path, "rb", buffering=0)
+            with open(self.path + ".opened", "a") as log:
+                log.write(f"{os.getpid() == parent}\\n")
+        self.file.seek(8 * index)
+        time.sleep(0)
+        return torch.tensor(np.frombuffer(self.file.read(8), dtype=np.int64).copy()), index
+
+
+parent = os.getpid()
+path = sys.argv[1] + ".bin"
+np.arange(3000, dtype=np.int64).tofile(path)
+""" + BEGIN.replace("8, 1", "1, 1") + """
+wrong = 0
+def over():
+    batches = run.batches(DataLoader(Opens(path), 20, shuffle=True, num_workers=2), epochs=1)
+    if LOOP == "flat":
+        yield from batches
+    else:
+        for _, inner in run.by_epoch(batches):
+            yield from inner
+for x, index in over():
+    wrong += int((x[:, 0] != index).sum())
+    loss = model(x.float() / 3000).square().mean()
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+print("wrong", wrong, flush=True)
+"""  # fmt: skip
+
+
+@pytest.mark.parametrize("loop", ["flat", "nested"])
+def test_a_dataset_with_workers_is_never_asked_for_a_sample_in_the_process_that_they_are_forked_from(loop, tmp_path):
+    lived = live(tmp_path, OPENS.replace("LOOP", f"'{loop}'"), "whole")
+    assert lived.code == 0, lived.text
+    assert said(lived.text, "wrong") == ["0"]
+    opened = (tmp_path / "whole.bin.opened").read_text().split()
+    assert set(opened) == {"False"} and len(opened) == (2 if loop == "flat" else 3)
+
+
+SCHEDULED = """
+run = init()
+torch.manual_seed(0)
+model = nn.Linear(8, 1)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+batches = run.batches(points(), 16, epochs=3, max_steps=LIMIT)
+scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, len(batches))
+print("length", len(batches), flush=True)
+run.track(model=model, optimizer=optimizer, scheduler=scheduler)
+for x, y in batches:
+    loss = (model(x) - y).square().mean()
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    scheduler.step()
+    die(run)
+"""
+
+
+@pytest.mark.parametrize(("limit", "length"), [(None, "30"), (17, "17")])
+def test_the_length_is_that_of_the_whole_run_in_each_life(limit, length, tmp_path):
+    outcome = killed_once(tmp_path, SCHEDULED.replace("LIMIT", str(limit)))
+    assert said(outcome.whole.text, "length") == said(outcome.resumed.text, "length") == [length]
+    assert outcome.is_equal, outcome.rows
+
+
+LOADED = (
+    BEGIN
+    + """
+class Marked(Dataset):
+    data = points(40)
+
+    def __len__(self):
+        return 40
+
+    def __getitem__(self, index):
+        return *self.data[index], index
+
+
+data = Marked()
+SAMPLER
+used = []
+for epoch, batches in run.by_epoch(run.batches(DataLoader(data, 4, sampler=sampler), epochs=3)):
+    HEAD
+    for x, y, index in batches:
+        used += [(epoch, int(i)) for i in index]
+        losses = (model(x) - y).square()[:, 0]
+        optimizer.zero_grad()
+        losses.mean().backward()
+        optimizer.step()
+        STEP
+        die(run)
+print("used", *(f"{epoch}:{index}" for epoch, index in used), flush=True)
+"""
+)
+OWN = """
+class Own(Sampler):
+    def __init__(self):
+        self.generator = torch.Generator().manual_seed(5)
+
+    def __len__(self):
+        return 40
+
+    def __iter__(self):
+        return iter(torch.randperm(40, generator=self.generator).tolist())
+
+sampler = Own()
+"""
+NUMPY = OWN.replace("torch.Generator().manual_seed(5)", "np.random.default_rng(5)").replace(
+    "torch.randperm(40, generator=self.generator)", "self.generator.permutation(40)"
+)
+COUNTS = (
+    OWN.replace("self.generator = torch.Generator().manual_seed(5)", "self.count = 0")
+    .replace("        return iter(", "        self.count += 1\n        return iter(")
+    .replace("generator=self.generator", "generator=torch.Generator().manual_seed(self.count)")
+)
+WEIGHTED = "sampler = torch.utils.data.WeightedRandomSampler(torch.ones(40), 40, generator=GENERATOR)"
+REPEATED = "sampler = torch.utils.data.RandomSampler(data, True, 40, generator=torch.Generator().manual_seed(3))"
+SCORED = """
+class Scored(Sampler):
+    def __len__(self):
+        return 40
+
+    def __iter__(self):
+        with torch.no_grad():
+            return iter((model(data.data.tensors[0]) - data.data.tensors[1]).square()[:, 0].argsort().tolist())
+
+sampler = Scored()
+"""
+BY_EPOCH = OWN.replace("self.generator = torch.Generator().manual_seed(5)", "self.epoch = 0").replace(
+    "generator=self.generator", "generator=torch.Generator().manual_seed(self.epoch)"
+) + "Own.set_epoch = lambda self, epoch: setattr(self, 'epoch', epoch)\n"  # fmt: skip
+SCORE = "sampler.weights = torch.rand(40, generator=torch.Generator().manual_seed(int(1e6 * model.bias.item()) % 1000)).double()"
+
+
+def program(sampler: str, head: str = "pass", step: str = "pass") -> str:
+    return LOADED.replace("SAMPLER", sampler).replace("HEAD", head).replace("STEP", step)
+
+
+@pytest.mark.parametrize(
+    ("source", "stays"),
+    [
+        (program(OWN), True),
+        (program(NUMPY), True),
+        (program(COUNTS), True),
+        (program(REPEATED), True),
+        (program(WEIGHTED.replace("GENERATOR", "torch.Generator().manual_seed(3)")), True),
+        (program(WEIGHTED.replace("GENERATOR", "None"), step="sampler.weights[index] = losses.detach().double() + 0.01"), True),
+        (program(WEIGHTED.replace("GENERATOR", "None"), head=SCORE), True),
+        (program(SCORED), False),
+        (program(WEIGHTED.replace("GENERATOR", "None")), False),
+        (program(BY_EPOCH, head="sampler.set_epoch(epoch)"), False),
+    ],
+    ids=[
+        "its own generator", "of numpy", "counts", "with replacement", "weighted with a generator", "weights of the losses",
+        "weights set each epoch", "by the model", "weighted", "by the epoch",
+    ],
+)  # fmt: skip
+def test_an_epoch_goes_on_in_the_order_in_which_it_began_and_the_next_ones_as_they_would_have(source, stays, tmp_path):
+    from test_library import newest
+
+    outcome = killed_once(tmp_path, source, die=18)  # step 15 is saved, in the middle of the second epoch
+    assert outcome.killed.code == -signal.SIGKILL and outcome.whole.code == outcome.resumed.code == 0, outcome.resumed.text
+    whole, rest = said(outcome.whole.text, "used"), said(outcome.resumed.text, "used")
+    assert len(rest) == 60 and rest == whole[60:]
+    assert outcome.is_equal, outcome.rows
+    assert ("kinds" in newest(tmp_path / "killed")["data"]) == stays, "at the end no order is left, but maybe state of the sampler"
