@@ -39,6 +39,8 @@ def _parallel(module: nn.Module) -> set[str]:
 
 
 def _clean(key: str, dropped: set[str]) -> str:
+    if not dropped and not any(shell in key for shell in SHELLS):
+        return key
     parts = key.split(".")
     return ".".join(part for at, part in enumerate(parts) if part not in SHELLS and ".".join(parts[: at + 1]) not in dropped)
 
