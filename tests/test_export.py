@@ -1202,7 +1202,7 @@ def test_code_that_has_changed_since_is_told_and_the_weights_are_still_given(
         for format in ("module", "torchscript", "exported"):
             refused(out, (78,), source, out / "x.pt2", "--format", format, words=wanted[change])
         with pytest.raises(UsageError, match=wanted[change]):
-            load_model(str(source), trust=True)
+            load_model(str(source))
         for format in ("weights", "safetensors", "full"):
             export(source, out / format, "--format", format)
         assert same(torch.load(out / "weights", weights_only=True), weights)

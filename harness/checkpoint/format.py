@@ -215,7 +215,7 @@ def _are_texts(value: object) -> bool:
 KINDS: dict[str, Callable[[object], bool]] = {  # what a manifest with a right digest may still have wrong
     **dict.fromkeys(("attempt", "step", "epoch", "world_size"), records.is_count),
     "loss": lambda value: value is None or records.is_value(value), "metrics": _are_numbers, "final": _are_limits,
-    "classes": _are_texts, "run_id": lambda value: isinstance(value, str), "time": records.is_time,
+    "classes": _are_texts, "run_id": lambda value: isinstance(value, str), "time": lambda value: isinstance(value, str),
     "files": lambda value: all(records.is_count(file.size_bytes) for file in value),  # type: ignore[attr-defined]
     "lineage": lambda value: all(records.is_count(number) for pair in value for number in pair),  # type: ignore[attr-defined]
 }  # fmt: skip

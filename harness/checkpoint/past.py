@@ -104,6 +104,8 @@ def steps_again(found: Survey, origin: Manifest | None, newest: list[dict[str, A
 
 
 def age_s(manifest: Manifest) -> float:
-    """How long ago it was written, by two clocks that may differ."""
+    """How long ago it was written, by two clocks that may differ; 0 if it does not tell."""
+    if not records.is_time(manifest.time):
+        return 0.0
     now = datetime.datetime.now(datetime.timezone.utc)
     return max(0.0, (now - datetime.datetime.fromisoformat(manifest.time)).total_seconds())

@@ -9,9 +9,9 @@ example: harness ls runs/a
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 
+from harness.checkpoint import past
 from harness.checkpoint.format import Manifest
 from harness.checkpoint.history import Survey
 from harness.cli import locate
@@ -46,7 +46,7 @@ def run(given: argparse.Namespace) -> int:
                 locate.number(m.loss),
                 metrics,
                 size(m.size_bytes),
-                _age(m.time),
+                duration(past.age_s(m)),
                 str(m.attempt),
                 " ".join(states[m.name]) or "-",
                 " ".join(dict.fromkeys(states[m.name].values())),
@@ -85,8 +85,3 @@ def _state(store: Store, part: Survey, manifest: Manifest, verify: bool) -> str:
     if verify:
         return "DAMAGED" if any(problem for _, problem in locate.verify(store, manifest)) else "verified"
     return "marked as damaged" if manifest.key in part.marked else "size ok"
-
-
-def _age(time: str) -> str:
-    then = datetime.datetime.fromisoformat(time)
-    return duration(max(0.0, (datetime.datetime.now(datetime.timezone.utc) - then).total_seconds()))
