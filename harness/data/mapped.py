@@ -38,8 +38,11 @@ class MapSource:
     _loader: Loader | None = None  # of workers that outlive an epoch
     _say: Say = as_is
 
+    def __post_init__(self) -> None:
+        self._size = len(self.dataset)
+
     def begin(self, position: Position, before: Mapping[str, Any] | None, say: Say, *, by_epoch: bool) -> None:
-        self._by_epoch, self._say, self._size = by_epoch, say, len(self.dataset)
+        self._by_epoch, self._say = by_epoch, say
         if isinstance(self.plan.order, Given) and (note := self.plan.order.begin(self.plan.ordered, position.epoch, before)):
             say(note)
 
