@@ -62,6 +62,11 @@ class Given:
         lost = self._put_back(saved["state"])
         return f"the sampler has no {', '.join(lost)} any more, which the checkpoint holds" if lost else ""
 
+    @property
+    def handled(self) -> set[int]:
+        """The sampler, and all of its state that is kept with an order, by identity."""
+        return {id(self._sampler), *(id(thing) for *_, thing in self._parts())}
+
     def length(self, answer: Callable[[int], list[int]]) -> int:
         """How many samples an epoch has."""
         if hasattr(self._sampler, "__len__"):

@@ -22,6 +22,7 @@ class Step:
     attempt: int
     epoch: int
     digests: dict[str, Any]
+    is_writers: bool = False
 
 
 @dataclass
@@ -47,19 +48,20 @@ def read(folder: Path) -> Traces:
     found = Traces()
     for file in sorted(folder.glob("traces-*.jsonl")):
         rank = attempt = 0
+        writes = False
         for line in _lines(file):
             if "pid" in line:
-                rank = int(line["rank"])
+                rank, writes = int(line["rank"]), bool(line["writes"])
                 found.pids.append((line["time"], rank, line["pid"]))
             elif "attempt" in line:
                 attempt = line["attempt"]
-                if rank == 0:
+                if writes:
                     found.starts.append((line["time"], attempt, line["goes_on_from"]))
             elif "has" in line:
                 found.has.add(line["has"])
             elif "step" in line:
                 digests = {name: line[name] for name in COMPARED if name in line}
-                found.steps.append(Step(rank, line["step"], line["time"], attempt, line["epoch"], digests))
+                found.steps.append(Step(rank, line["step"], line["time"], attempt, line["epoch"], digests, writes))
     found.steps.sort(key=lambda step: step.time)
     return found
 

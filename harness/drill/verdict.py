@@ -99,7 +99,7 @@ def is_alike(one: Life, other: Life) -> bool:
 
 def _rows(caused: Sequence[Caused], faults: Sequence[Fault], expected: Traces, found: Traces) -> list[Row]:
     differing = differences(expected, found)
-    own = [step for step in found.steps if step.rank == 0]
+    own = [step for step in found.steps if step.is_writers]
     rows, before = [], 0.0
     for number, one in enumerate(caused):
         until = caused[number + 1].at if number + 1 < len(caused) else float("inf")

@@ -69,7 +69,7 @@ class Traces:
         self._every, self._step_s, self._began, self._is_first = 1, 0.0, time.monotonic(), True
         self._waits_for: int | None = None
         self._is_hurt = False  # one fault a process
-        self._write(pid=os.getpid(), rank=world.rank)
+        self._write(pid=os.getpid(), rank=world.rank, writes=world.is_writer)
 
     def _write(self, **fields: Any) -> None:
         self._file.write(json.dumps({"time": time.time()} | fields) + "\n")

@@ -16,22 +16,19 @@ from harness.data.order import Border, Position, Share, end_step
 from harness.events import Moment, Progress
 from harness.ranks import World
 from harness.run.account import DATA, EVALUATION, RESTORE, SAVE, Account
-from harness.run.by_rank import ByRank, give_own
-from harness.run.content import OfRank, captured
+from harness.run.by_rank import give_own
+from harness.run.content import OfRank
 from harness.run.drilled import Traces
 from harness.run.ending import Ending
 from harness.run.epochs import Batches, by_epoch
 from harness.run.evaluation import evaluate
+from harness.run.keeping import Keeping
 from harness.run.measured import Measured
-from harness.run.more import More
 from harness.run.outage import Outage
-from harness.run.own import Own
 from harness.run.pace import Pace
 from harness.run.saver import Saver
 from harness.run.settings import Settings
 from harness.run.stopping import Stopping
-from harness.run.untracked import Suspects
-from harness.run.values import Values
 from harness.run.watch import Watch
 from harness.run.work import Work, of_data, of_own
 from harness.store import Store
@@ -50,22 +47,20 @@ class Run:
         self.epoch = 0  # counted from 0
         self.state: dict[str, Any] = {}  # plain values of the user's that are saved with each checkpoint
         self.weights: tuple[float, ...] = (1.0,)  # what to multiply each micro-batch's mean loss with
-        self.tracked, self._built, self.suspects = dict[str, Any](), dict[str, Any](), list[str]()  # the last: alive, and not tracked
+        self.tracked: dict[str, Any] = {}
         self.finished = self._finish = self._looping = False
         self._settings, self.origin, self._payload = settings, choice.manifest, choice.payload
         choice.payload = None  # held here until it is restored, and by nobody else
         self._position, self._share = Position(), Share(0, 0, (), (), Position(), last=False)  # the latter of the step being made
         self._measured, self._account, self._ending = Measured(), account, ending
-        self._own, self._values, self._traces = Own(), Values(), Traces(world)
-        self._more = More(world, self._own, lambda: self.step, self.say)
+        self._traces = Traces(world)
         self._stopping = Stopping(world, settings, clock)
         self._watch = Watch(world.timeout_s, settings.step_timeout_s, ending.hung, clock)
         ending.of(self)
         self._saver = Saver(stores, world, choice, settings, ending, outage, account, clock)
         self._saver.at_save = partial(self._traces.point, "save")
-        self._by_rank = ByRank(world, self._own, self.say, self._saver.note)
-        self._suspects = Suspects(self.suspects, self.say, self._saver.note)
-        self._saver.replay.suspects = self.suspects
+        self._keeping = Keeping(world, lambda: self.step, self.say, self._saver.note)
+        self.suspects = self._saver.replay.suspects = self._keeping.suspects
         self._progress = Progress(clock)
         account.say = self._progress.say
         for note in choice.notes:
@@ -103,33 +98,17 @@ class Run:
         If the run has a checkpoint, each object gets its state back here, bit for bit. Call it after wrapping modules in
         DistributedDataParallel and before the loop. Returns the run. Raises UsageError. Collective: every rank must call it.
         """
-        for name, thing in objects.items():
-            resume.check_trackable(name, thing, self.tracked, is_late=self._looping or self.finished)
-        objects = self._more.track(objects, is_resumed=self._payload is not None)
-        self.tracked |= objects
+        late = self._looping or self.finished
         with self._account.during(RESTORE):
-            for line in resume.give_back(self.tracked, objects, self._built, self.origin, self._payload, self._settings):
+            for line in self._keeping.track(self.tracked, objects, self.origin, self._payload, self._settings, is_late=late):
                 self.say(f"harness: {line}")
-            if self._payload is not None:
-                self._more.restored(self.tracked)
         return self
 
     def batches(
-        self,
-        dataset: Any,
-        global_batch_size: int | None = None,
-        *,
-        accumulate: int = 1,
-        epochs: int,
-        max_steps: int | None = None,
-        shuffle: bool = True,
-        drop_last: bool = True,
-        collate_fn: Callable[[list[Any]], Any] | None = None,
-        num_workers: int = 0,
-        order: Callable[[int], Sequence[int]] | None = None,
-        beside: Mapping[str, Any] | None = None,
-        check_stream: bool = True,
-    ) -> Iterator[Any]:
+        self, dataset: Any, global_batch_size: int | None = None, *, accumulate: int = 1, epochs: int, max_steps: int | None = None,
+        shuffle: bool = True, drop_last: bool = True, collate_fn: Callable[[list[Any]], Any] | None = None, num_workers: int = 0,
+        order: Callable[[int], Sequence[int]] | None = None, beside: Mapping[str, Any] | None = None, check_stream: bool = True,
+    ) -> Iterator[Any]:  # fmt: skip
         """Yield this rank's share of one optimizer step after another, on `run.device`, from where the run stands to its end.
 
         Loop once: `epochs` is their total. `global_batch_size` counts samples over all ranks and micro-batches. With
@@ -187,11 +166,8 @@ class Run:
         finally:
             self._looping = False
             self._account.closed.set()
-            self._more.close()
-            self._saver.background.close()
-            self._saver.replay.close()
-            self._watch.close()
-            self._stopping.close()
+            for part in (self._keeping, self._saver.background, self._saver.replay, self._watch, self._stopping):
+                part.close()
 
     def _steps(self) -> Iterator[Any]:
         if self._stopping.agree_at_once():  # before this attempt's first step
@@ -217,9 +193,8 @@ class Run:
             self._account.step_made()
             self._traces.step_made(self.step, share, batch, self._measured.logged, self.tracked)
             self._saver.at_boundary(self.tracked)
-            self._values.look(self.state)
+            self._keeping.at_boundary(self.state)
             self._saver.replay.step_made(self.step, share.digest, self._measured.logged)
-            self._suspects.at_boundary()
             self._position, self.epoch = share.after, share.after.epoch
             if self.step % self._settings.log_every_steps == 0:
                 self._measured.hold(self.step)
@@ -231,7 +206,7 @@ class Run:
                 self._show()
             if stopping:
                 self._stop()
-            if self._more.is_time(timed or self._measured.new_best or self._settings.saves_at(self.step), self._measured.new_best):
+            if self._keeping.is_time(timed or self._measured.new_best or self._settings.saves_at(self.step), self._measured.new_best):
                 self._save()
                 self._pace.pause(self.step)
             elif self._settings.remembers_at(self.step):
@@ -262,13 +237,9 @@ class Run:
         self._saver.keep(name, data)
 
     def evaluate(
-        self,
-        dataset: Any,
-        fn: Callable[[Any], Mapping[str, Any]],
-        *,
-        batch_size: int = 256,
+        self, dataset: Any, fn: Callable[[Any], Mapping[str, Any]], *, batch_size: int = 256,
         collate_fn: Callable[[list[Any]], Any] | None = None,
-    ) -> dict[str, float]:
+    ) -> dict[str, float]:  # fmt: skip
         """Evaluate on all ranks, each sample once; returns, and keeps in `run.metrics`, the means over all samples.
 
         `fn(batch)` returns sums over the batch's samples: {"val_loss": …, "val_acc": …}. It is called without gradients and
@@ -301,15 +272,13 @@ class Run:
         attempt = self._saver.begin(self._progress, stop.requested)
         self._traces.begun(attempt.number, self.step)
         self._stopping.listen(self._saver.stores, attempt.number)
-        if note := resume.restore_generators(payload, self.world, self._work.source, self._settings.seed, self.step):
-            self.say(f"harness: {note}")
-        for note in self._more.begin(self.tracked, payload):
+        notes = resume.restore_generators(payload, self.world, self._work.source, self._settings.seed, self.step)
+        for note in (*notes, *self._keeping.begin(self.tracked, payload, self._work.source)):
             self.say(f"harness: {note}")
         self._payload = None  # from here on the live objects are the only copy
         self._pace = Pace(self.clock, self.step, self._account.steps_per_s)
         if self.is_writer:
             self._saver.background.watch_updates(self.tracked, self.say)
-            self._suspects.begin(self.tracked, self._work.source)
         source = f"goes on from step {self.step} ({origin.name})" if origin else "begins at step 0"
         self.say(f"harness: attempt {attempt.number} {source} in {' and '.join(map(str, self._saver.stores))}{self._saver.resumed}")
         return True
@@ -336,9 +305,8 @@ class Run:
         self._watch.saving()
         with self._account.during(SAVE):
             self._show()
-            self._more.hold()
-            data = self._work.at(self._position)
-            capture = partial(self._capture, data, self._by_rank.of_ranks(self.tracked, self.state, self._work.source.state()))
+            of_ranks = self._keeping.of_ranks(self.tracked, self.state, self._work.source.state())
+            capture = partial(self._capture, self._work.at(self._position), of_ranks)
             classes = {name: state.class_name(thing) for name, thing in self.tracked.items()}
             about = partial(self._saver.about, classes, self._measured.of_this_step, self._work.end if final else None)
             save = self._saver.save
@@ -348,8 +316,7 @@ class Run:
 
     def _capture(self, data: dict[str, Any], of_ranks: list[OfRank]) -> state.Captured:
         values = {"step": self.step, "epoch": self.epoch, "state": self.state, "config": self._settings.config}
-        values |= self._measured.state() | self._more.values()
-        return captured(of_ranks, data, values, self.tracked)
+        return self._keeping.captured(of_ranks, data, values | self._measured.state(), self.tracked)
 
     def _show(self) -> None:
         """Tell of the steps that were held. Collective: every rank must call it."""

@@ -55,6 +55,11 @@ class More:
             ddp.settle_buckets(thing, self.world)
         return stateful
 
+    @property
+    def handled(self) -> set[int]:
+        """The generators that are tracked, by identity."""
+        return {id(thing) for thing in self._generators.things.values()}
+
     def restored(self, tracked: Mapping[str, Any]) -> None:
         """All of these have their state back."""
         self._attributes.after_restore(tracked)

@@ -129,9 +129,9 @@ def check_trackable(name: str, thing: Any, tracked: Mapping[str, Any], *, is_lat
         )
 
 
-def restore_generators(payload: Mapping[str, Any], world: World, source: Source, seed: int, step: int) -> str | None:
+def restore_generators(payload: Mapping[str, Any], world: World, source: Source, seed: int, step: int) -> list[str]:
     """Give each rank its own generators back, and its own iterator; a rank that was not there before gets new ones, as all do in
-    a fresh run. Returns a word on what that means, if it means something. Raises UsageError."""
+    a fresh run. Returns what has to be said of that. Raises UsageError."""
     entries = payload.get("rng", [])
     if world.rank < len(entries):
         state.set_rng_state(entries[world.rank])
@@ -139,10 +139,10 @@ def restore_generators(payload: Mapping[str, Any], world: World, source: Source,
         state.seed_rank(seed, "rank", world.rank, step)
     if len(entries) in (0, world.size):
         source.restore(payload["data"]["iterators"][world.rank] if entries else None)
-        return None
+        return []
     check_same_ranks(payload["data"]["iterators"], world.size)
     same = "the loop finds its data itself, and other data now" if source.is_own else "same samples, same global batches, other last bits"
-    return f"{len(entries)} rank(s) before, {world.size} now: {same}"
+    return [f"{len(entries)} rank(s) before, {world.size} now: {same}"]
 
 
 def check_one_loop(looping: bool, looped: bool) -> None:

@@ -46,16 +46,9 @@ class Saver:
     """Everything that is written in an attempt goes through here; on the other ranks it only keeps count."""
 
     def __init__(
-        self,
-        stores: tuple[Store, ...],
-        world: World,
-        choice: load.Choice,
-        settings: Settings,
-        ending: Ending,
-        outage: Outage,
-        account: Account,
-        clock: Callable[[], float],
-    ) -> None:
+        self, stores: tuple[Store, ...], world: World, choice: load.Choice, settings: Settings, ending: Ending, outage: Outage,
+        account: Account, clock: Callable[[], float],
+    ) -> None:  # fmt: skip
         self.stores, self.world, self.settings = stores, world, settings
         self.store = stores[0]  # where a checkpoint is committed; a second store gets a copy
         self.origin = choice.manifest
@@ -71,12 +64,8 @@ class Saver:
         self._verified = choice.read_from(0)
         overlapped, compare = settings.snapshot != "at_once", settings.snapshot == "checked"
         self.background = Background(overlapped=overlapped, compare=compare, waiting=partial(account.during, SAVE))
-        self.tier = Tier(
-            tier.place(self.store),
-            self.background,
-            lambda text: self._say(text),
-            is_on=bool(settings.memory_every_steps and world.is_writer),
-        )
+        in_memory = bool(settings.memory_every_steps and world.is_writer)
+        self.tier = Tier(tier.place(self.store), self.background, lambda text: self._say(text), is_on=in_memory)
         self.replay = Replay(world, settings, halt=partial(setattr, self.tier, "is_on", False))
         self._slow_words, self._has_room, self.resumed = "", False, ""
         is_new = self.origin is None  # going on from a checkpoint is a rehearsal
@@ -315,15 +304,9 @@ class Saver:
             self.ledger.write(kind, **fields)
 
     def end(
-        self,
-        why: str,
-        give_up: Callable[[], object],
-        *,
-        step: int,
-        saved: bool = True,
-        limit_s: Callable[[], float] = lambda: math.inf,
-        **details: Any,
-    ) -> None:
+        self, why: str, give_up: Callable[[], object], *, step: int, saved: bool = True,
+        limit_s: Callable[[], float] = lambda: math.inf, **details: Any,
+    ) -> None:  # fmt: skip
         """Wait until what was saved is in every store, and record how the attempt ended; nothing is written after it.
 
         Raises StorageError if after `wait_s`, or when `limit_s()` seconds are over, a checkpoint is still not where it should be,
