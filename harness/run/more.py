@@ -30,10 +30,8 @@ class More:
         self._kept = _OwnGradients(self._gradients)
         self._changed = _OwnAttributes(self._attributes, say)
         self._hooks, self._generators = Hooks(), _Generators()
-        self._waits, self._looked = (
-            False,
-            (-1, False),
-        )  # whether a save waits; in which step gradients were last looked at, and if there are any
+        self._waits = False  # whether a save waits
+        self._looked = -1, False  # in which step gradients were last looked at, and if there are any
         self._is_resumed = False
         for name, part in ((GRADIENTS, self._kept), (ATTRIBUTES, self._changed), ("hooks", self._hooks), ("generators", self._generators)):
             own.add(name, part)
