@@ -172,6 +172,8 @@ class FiniteGuard:
 class Ema:
     """An exponential moving average of a module's weights: average += (1 - decay) * (weight - average). Buffers are copied."""
 
+    copies_buffers = True
+
     def __init__(self, module: nn.Module, decay: float) -> None:
         self.source, self.decay = plain(module), decay
         self.module = copy.deepcopy(self.source).requires_grad_(False).eval()

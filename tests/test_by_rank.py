@@ -194,3 +194,33 @@ def test_what_is_too_big_to_be_kept_for_each_is_said_at_the_first_save(tmp_path)
     assert lived.codes == [0, 0], lived.texts
     assert "table is another one on each rank, and 71.3 MB of it differ: only the writer's is saved" in lived.text
     assert "own" not in newest(tmp_path / "whole")
+
+
+AVERAGED = (
+    """
+class Average(nn.Module):
+    def __init__(self, source):
+        super().__init__()
+        import copy
+        self.module = copy.deepcopy(source)
+
+    @torch.no_grad()
+    def update(self, source, step):
+        for own, theirs in zip(self.module.state_dict().values(), source.state_dict().values()):
+            own.lerp_(theirs, 1.0 if step <= 3 else 0.1) if own.is_floating_point() else own.copy_(theirs)
+"""
+    + DDP
+    + """
+average = Average(model.module)
+run.track(model=model, optimizer=optimizer, average=average)
+"""
+    + LOOP.replace("    die(run)", "    average.update(model.module, run.step)\n    die(run)")
+    + "print('last:', average.module[1].running_mean.tolist())\n"
+)
+
+
+def test_an_average_that_begins_as_a_copy_of_each_ranks_buffers_is_kept_for_each(tmp_path):
+    outcome = killed_once(tmp_path, AVERAGED, ranks=2, die=5)  # goes on from step 3, where it still is a copy
+    assert "goes on from step 3" in outcome.resumed.text
+    assert outcome.is_equal, outcome.rows
+    assert last(outcome.whole) == last(outcome.resumed) and len(set(last(outcome.whole))) == 2

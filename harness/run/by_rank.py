@@ -8,11 +8,12 @@ kept for each rank: in `own`, under the name that it has in the checkpoint, as p
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel
 
 from harness import ddp, state
 from harness.events import size
@@ -121,10 +122,9 @@ class ByRank:
         """Find out what differs, and keep it for each rank from now on, if that is not too much; returns whether all has to be looked at
         anew. Collective: every rank must call it."""
         buffers = {leaf.digest() for leaf in _ddp_buffers(tracked)}
-        found = {
-            key: _Found(one.structure, one.leaves, frozenset(p for p, digest in one.leaves.items() if digest in buffers))
-            for key, one in found.items()
-        }
+        for name in (name for name, thing in tracked.items() if _copies_buffers(thing) and f"{name}_state_dict" in found):
+            one = found[f"{name}_state_dict"]
+            found[f"{name}_state_dict"] = replace(one, copies=frozenset(p for p, digest in one.leaves.items() if digest in buffers))
         everyones = self._world.gather(found)
         trusted = self._trusts_ddp
         for key in found:
@@ -133,7 +133,7 @@ class ByRank:
                 continue
             differing = _differing(of_key)
             copied = set() if () in differing else {path for path in differing if all(path in one.copies for one in of_key)}
-            self._passed.setdefault(key, set()).update(copied)  # a moving average's, say: DDP gives each rank the writer's once more
+            self._passed.setdefault(key, set()).update(copied)
             if differing := differing - copied:
                 own = sum(leaf.size_bytes for path, leaf in leaves[key].items() if () in differing or path in differing)
                 self._take(key, differing, self._world.agree([own])[0])
@@ -192,6 +192,12 @@ def _is_alike(thing: Any, held: set[int]) -> bool:
     if isinstance(inner, Optimizer):
         return bool(held) and all(id(parameter) in held for group in inner.param_groups for parameter in group["params"])
     return any(isinstance(shell, DistributedDataParallel) for shell in ddp.wrappers(thing))
+
+
+def _copies_buffers(thing: Any) -> bool:
+    """Whether it is an average that copies a module's buffers at each update: what DDP gives each rank once more need not be kept. One that
+    only looks like a copy now (many averages begin as one) may go its own way at the next step."""
+    return getattr(thing, "copies_buffers", False) is True or (isinstance(thing, AveragedModel) and not thing.use_buffers)
 
 
 def _is_small(leaves: Mapping[Path, Leaf]) -> bool:
