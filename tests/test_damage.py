@@ -388,7 +388,7 @@ def test_foreign_files_are_named_and_neither_used_nor_counted_as_damage(store, w
     assert [m.step for m in found.manifests] == list(STEPS) and not found.damaged
     choice = load.choose(store, world)
     assert choice.manifest.step == 30 and choice.damaged == []
-    assert all(any(name in note for note in choice.notes) for name in FOREIGN)
+    assert all(any(" ".join(name.split()) in note for note in choice.notes) for name in FOREIGN)
     assert cli.main(["verify", str(store.root)]) == 0
     assert cli.main(["ls", str(store.root)]) == 0
     assert f"{NEWEST}.pt.bak" in capsys.readouterr().out
@@ -554,7 +554,7 @@ def test_if_only_later_formats_are_there_is_no_fresh_start(store, world):
     for step in STEPS:
         later = seal(json.loads(manifest_path(store, step).read_bytes()) | {"format_version": 99})
         manifest_path(store, step).write_bytes(later)
-    with pytest.raises(DamagedError, match="not starting from step 0"):
+    with pytest.raises(UsageError, match="format version 99"):
         load.choose(store, world)
 
 
@@ -582,15 +582,10 @@ def open_store(template: Path) -> Iterator[LocalStore]:
 
 def test_what_cannot_be_read_is_not_called_damaged(open_store, world):
     os.chmod(data_path(open_store), 0)
-    with as_nobody():
-        choice = load.choose(open_store, world)
-        assert choice.manifest.step == 20
-        assert choice.damaged == [], "it may be fine: it is not set aside"
-        assert any("Permission denied" in note and NEWEST in note for note in choice.notes)
-    for step in STEPS:
-        os.chmod(data_path(open_store, step), 0)
-    with as_nobody(), pytest.raises((DamagedError, StorageError)):
-        load.choose(open_store, world)
+    with as_nobody(), pytest.raises(StorageError, match="cannot be read") as refused:
+        load.choose(open_store, world)  # it may be whole, and going on from an older one would cut it off
+    assert "Permission denied" in str(refused.value) and NEWEST in str(refused.value)
+    assert survey(open_store).set_aside == []
 
 
 @pytest.mark.parametrize("folder", [fmt.CHECKPOINTS, fmt.ATTEMPTS])

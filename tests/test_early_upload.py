@@ -63,7 +63,7 @@ def test_it_is_sent_while_it_is_written_and_appears_after_it(
         wait_until(lambda: len(parts()) == 7 and set(parts()) == {200}, "all but the last part of 64 MB, which has to know that it is")
         assert steps_of(tmp_path / "a") == [2]
         assert "step_00000004" not in " ".join(home.keys())
-        (scribe,) = [p for p in psutil.Process(process.pid).children() if "harness.checkpoint.scribe" in " ".join(p.cmdline())]
+        (scribe,) = [p for p in psutil.Process(process.pid).children() if "checkpoint/scribe.py" in " ".join(p.cmdline())]
         scribe.resume()
         out, err = process.communicate(timeout=120)
         assert process.returncode == 0, out + err

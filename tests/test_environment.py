@@ -70,7 +70,7 @@ def test_only_what_was_imported_is_named_by_its_distribution():
 def test_a_rollback_runs_on_nothing_and_hands_on_what_its_checkpoint_was_made_on(tmp_path: Path):
     store = LocalStore(tmp_path)
     store.prepare(fmt.FOLDERS)
-    attempts.claim(survey(store), None, 1, environment=HERE)
+    attempts.claim(survey(store), None, 1, more={"environment": HERE})
     record = json.loads(store.read(fmt.attempt_key(1)))
     assert record.pop("environment") == HERE
     for number, more in ((2, {"kind": "rollback"}), (3, {"environment": HERE | {"cpu": "B"}})):

@@ -30,9 +30,15 @@ def of_machine(world: World) -> dict[str, Any]:
     }
 
 
+def setting(config: Mapping[str, Any], part: str, name: str) -> Any:
+    """One of harness/train.py's settings; None in a configuration of the user's own, which may call anything so."""
+    own = config.get(part)
+    return own.get(name) if isinstance(own, Mapping) else None
+
+
 def of_program(settings: Settings) -> dict[str, Any]:
     """The code of the program and of the task, and what this start insists on: whoever changes one of them expects other steps."""
-    task = str((settings.config.get("task") or {}).get("name") or "").partition(":")[0]
+    task = str(setting(settings.config, "task", "name") or "").partition(":")[0]
     code = {}
     for module in filter(None, ("__main__", task)):
         if path := getattr(sys.modules.get(module), "__file__", None):

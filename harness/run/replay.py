@@ -50,7 +50,7 @@ class Replay:
         self.suspects: list[str] = []  # what may be the cause of a difference, in words: filled by whoever finds any
         self.log: StepLog | None = None
         self._world, self._settings, self._halt = world, settings, halt
-        precision = (settings.config.get("train") or {}).get("precision")
+        precision = identity.setting(settings.config, "train", "precision")
         # Whether a loop of the user's own computes under autocast cannot be seen from here, and on a GPU most do.
         self._is_half = precision in ("bf16", "fp16") or (precision is None and world.device.type != "cpu")
         self._failure: UsageError | None = None
