@@ -20,6 +20,7 @@ from conftest import run, torchrun
 from fault_proxy import FaultProxy
 from s3_server import S3Server
 
+from harness.checkpoint import format as fmt
 from harness.checkpoint.format import CHECKPOINT_NAME
 from harness.cli import main
 from harness.exchange.compare import differences
@@ -78,12 +79,17 @@ class Home:
         return max(((int(match["attempt"]), int(match["step"])) for match in matches), default=(0, 0))
 
     def attempts(self) -> dict[int, dict[str, Any]]:
-        keys = [key for key in self.keys() if key.startswith("attempts/") and not key.endswith(".end.json")]
-        return {int(key[9:13]): json.loads(self.read(key)) for key in keys}
+        matches = {key: match for key in self.keys() if (match := fmt.ATTEMPT_NAME.match(key)) and not match["end"]}
+        return {int(match["attempt"]): json.loads(self.read(key)) for key, match in matches.items()}
 
     def events(self, kind: str | None = None) -> list[dict[str, Any]]:
         """From the segments, in the order of attempts."""
-        lines = [line for key in sorted(self.keys()) if key.startswith("events/") for line in self.read(key).splitlines()]
+        lines = [
+            line
+            for key in sorted(self.keys())
+            if key.startswith("events/") and key.endswith(".jsonl")
+            for line in self.read(key).splitlines()
+        ]
         return [event for event in map(json.loads, lines) if kind is None or event["event"] == kind]
 
     def data(self, manifest: dict[str, Any]) -> bytes:

@@ -46,9 +46,9 @@ def _check_not_overtaken(stores: tuple[Store, ...], before: Survey, attempt: Att
     would cut that off. The claim stands, so that whoever got further has ended; the next start goes on from there."""
     now = survey(*stores)
     was, head = _newest(before), _newest(now)
-    if was == head:
+    if head <= was:  # or it went back: what this start goes on from was deleted, and it has it in memory, and saves at once
         return
-    words = f"the run has got from {was or 'nothing'} to {head or 'nothing'} while this start was under way"
+    words = f"the run has got from {_said(was)} to {_said(head)} while this start was under way"
     for store in stores:
         attempts.end(store, attempt, "stopped", error=words, code=OvertakenError.exit_code)
     raise OvertakenError(
@@ -58,11 +58,14 @@ def _check_not_overtaken(stores: tuple[Store, ...], before: Survey, attempt: Att
     )
 
 
-def _newest(found: Survey) -> str | None:
-    """The name of the newest checkpoint, whether it can be read or not."""
-    if found.unreadable_head is not None:
-        return fmt.stem(*reversed(fmt.order_of(max(found.newer, key=fmt.order_of))))
-    return found.head.name if found.head else None
+def _newest(found: Survey) -> tuple[int, int]:
+    """The (attempt, step) of the newest checkpoint, whether it can be read or not; (0, 0) of none."""
+    orders = [fmt.order_of(key) for key in found.newer] if found.unreadable_head is not None else []
+    return max([*orders, found.head.order if found.head else (0, 0)])
+
+
+def _said(order: tuple[int, int]) -> str:
+    return fmt.stem(order[1], order[0]) if order[0] else "nothing"
 
 
 def _done(work: Callable[[], object], failure: str, say: Callable[[str], object]) -> bool:

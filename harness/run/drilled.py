@@ -27,7 +27,6 @@ import torch
 from harness import state
 from harness.checkpoint.launches import REDIRECT
 from harness.data.order import Share
-from harness.ddp import plain
 from harness.ranks import World
 from harness.run.settings import Settings
 
@@ -116,7 +115,7 @@ class Traces:
         own, held_bytes = {}, 0
         if step % self._every == 0:
             for name, thing in tracked.items():
-                for where, leaf in _leaves(plain(thing).state_dict(), name):
+                for where, leaf in _leaves(state.capture({name: thing})[f"{name}_state_dict"], name):
                     own[where] = digest(leaf)
                     held_bytes += leaf.nbytes if isinstance(leaf, torch.Tensor) else 0
             self._every = 1 + held_bytes // MOST_BYTES

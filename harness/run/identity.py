@@ -49,12 +49,12 @@ def of_program(settings: Settings) -> dict[str, Any]:
     accepted = [what for what in settings.accept if what != "remote"]
     insisted = [f"resume.accept=[{','.join(accepted)}]"] * bool(accepted)
     insisted += [f"resume.override=[{','.join(settings.override)}]"] * bool(settings.override)
-    return {"code": code, "insisted": insisted}
+    return {"sources": code, "insisted": insisted}
 
 
 def changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Whose code is another one now, of two attempts' records, in words."""
-    was, is_now = (record.get("code") for record in (before, now))
+    was, is_now = (record.get("sources") for record in (before, now))
     if not (isinstance(was, dict) and isinstance(is_now, dict)):
         return []
     return [f"{name} has changed" for name in sorted(was.keys() | is_now.keys()) if was.get(name) != is_now.get(name)]
