@@ -47,6 +47,8 @@ class Stepper:
     def __call__(self, micro_batches: Sequence[Any], weights: Sequence[float], step: int) -> dict[str, torch.Tensor]:
         """Forward, backward, clip, update, schedule; returns what to log."""
         modules = list(self.modules.values())
+        for optimizer in self.optimizers.values():
+            optimizer.zero_grad()
         loss = backward(self._loss, micro_batches, weights, modules, self.scaler.scale)
         for optimizer in self.optimizers.values():
             self.scaler.unscale_(optimizer)
@@ -55,8 +57,8 @@ class Stepper:
         for optimizer in self.optimizers.values() if allowed else ():
             self.scaler.step(optimizer)
         self.scaler.update()
-        for optimizer in self.optimizers.values():
-            optimizer.zero_grad()  # here, so that of a step without an update nothing is under way either, for which a save would wait
+        for optimizer in () if allowed else self.optimizers.values():
+            optimizer.zero_grad()  # nothing is under way then, for which a save would wait
         for scheduler in self.schedulers.values():
             scheduler.step()
         return {"loss": loss}
