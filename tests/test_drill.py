@@ -85,6 +85,7 @@ def test_an_exact_program_is_equal_and_its_own_places_are_left_alone(tmp_path):
     assert "drill.html" in found["said"] and "SIGKILL while it starts" in (tmp_path / "drill.html").read_text()
 
 
+@pytest.mark.slow
 def test_a_planted_generator_is_found_with_its_step_and_cause(tmp_path):
     found = drill(tmp_path, "--faults", "1", "--kinds", "kill", planted="x = x + torch.randn(x.shape, generator=hidden[0])")
     assert (found["code"], found["equal"], found["deterministic"]) == (1, False, True), found
@@ -93,6 +94,7 @@ def test_a_planted_generator_is_found_with_its_step_and_cause(tmp_path):
     assert any("model_state_dict" in where for where, *_ in found["tensors"])
 
 
+@pytest.mark.slow
 def test_a_program_that_is_not_deterministic_is_told_apart(tmp_path):
     found = drill(tmp_path, "--faults", "1", "--kinds", "kill", planted="x = x + int.from_bytes(__import__('os').urandom(2)) / 1e6")
     assert (found["code"], found["deterministic"]) == (1, False)

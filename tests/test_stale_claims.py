@@ -222,7 +222,7 @@ for x, y in run.batches(points(), 16, epochs=8):
 """
 
 
-@pytest.mark.parametrize("how", ["launch", "torchrun"])
+@pytest.mark.parametrize("how", [pytest.param("launch", marks=pytest.mark.slow), "torchrun"])
 def test_of_two_starts_the_late_one_trains_on_and_the_first_one_ends(how: str, tmp_path: Path, started: Start):
     program = tmp_path / "program.py"
     program.write_text(HEAD + LATE)
