@@ -6,11 +6,11 @@ import contextlib
 import io
 import os
 from collections.abc import Callable, Iterator
-from typing import Any, BinaryIO, cast
+from typing import BinaryIO, cast
 
-from harness.errors import ChangedError, HarnessError
+from harness.errors import ChangedError
 from harness.store import Memory, keep
-from harness.store.base import in_words
+from harness.store.base import Seekable, in_words
 
 BLOCK_BYTES = 4 << 10  # a zip file's reader looks at 30 bytes before each tensor: more would be kept of each
 AHEAD_BLOCKS = 256  # of what is read in order, the most that is fetched at once
@@ -113,40 +113,15 @@ class Once:
             self._source.close()
 
 
-class View(io.RawIOBase):
+class View(Seekable):
     """A position in it."""
 
     def __init__(self, once: Once) -> None:
-        self.once, self.at = once, 0
-        self.failure: HarnessError | None = None  # torch.load hides it behind an error of its own
+        super().__init__(once.size_bytes, once.span)
+        self.once = once  # which closes its file when nobody holds it any more
 
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self.at
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        target = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.at, io.SEEK_END: self.once.size_bytes}[whence]
-        if target < 0:
-            raise OSError(f"cannot seek to {target}")
-        self.at = target
-        return self.at
-
-    def readinto(self, buffer: Any) -> int:
-        end = min(self.at + len(buffer), self.once.size_bytes)
-        if len(buffer) <= BLOCK_BYTES:  # what only fills a buffer: not two blocks for it
+    def end_for(self, wanted_bytes: int) -> int:
+        end = super().end_for(wanted_bytes)
+        if wanted_bytes <= BLOCK_BYTES:  # what only fills a buffer: not two blocks for it
             end = min(end, (self.at // BLOCK_BYTES + 1) * BLOCK_BYTES)
-        if end <= self.at:
-            return 0
-        try:
-            data = self.once.span(self.at, end)
-        except HarnessError as error:
-            self.failure = error
-            raise
-        buffer[: len(data)] = data
-        self.at += len(data)
-        return len(data)
+        return end

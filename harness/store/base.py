@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from blake3 import blake3
 
-from harness.errors import StorageError
+from harness.errors import HarnessError, StorageError
 from harness.retry import Trouble
 
 if TYPE_CHECKING:
@@ -31,6 +31,47 @@ class Entry:
 
     key: str
     size_bytes: int
+
+
+class Seekable(io.RawIOBase):
+    """Something of a known size as a file to read from anywhere; `span` gives the bytes of a range."""
+
+    def __init__(self, size_bytes: int, span: Callable[[int, int], bytes]) -> None:
+        self.size_bytes, self.span, self.at = size_bytes, span, 0
+        self.failure: HarnessError | None = None  # torch.load hides it behind an error of its own
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self.at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        target = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.at, io.SEEK_END: self.size_bytes}[whence]
+        if target < 0:
+            raise OSError(errno.EINVAL, f"cannot seek to {target}")
+        self.at = target
+        return self.at
+
+    def readinto(self, buffer: Any) -> int:
+        end = self.end_for(len(buffer))
+        if end <= self.at:
+            return 0
+        try:
+            data = self.span(self.at, end)
+        except HarnessError as error:
+            self.failure = error
+            raise
+        buffer[: len(data)] = data
+        self.at += len(data)
+        return len(data)
+
+    def end_for(self, wanted_bytes: int) -> int:
+        """Where a read of so many bytes ends."""
+        return min(self.at + wanted_bytes, self.size_bytes)
 
 
 class Sink(io.RawIOBase):

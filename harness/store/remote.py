@@ -15,19 +15,18 @@ import collections
 import contextlib
 import copy
 import datetime
-import errno
 import functools
 import io
 import json
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, BinaryIO, TypeVar
+from typing import BinaryIO, TypeVar
 
 from blake3 import blake3
 
 from harness.errors import HarnessError, StorageError
 from harness.retry import Trouble, retrying
-from harness.store.base import SET_ASIDE, Entry, Sink, Store, check_key
+from harness.store.base import SET_ASIDE, Entry, Seekable, Sink, Store, check_key
 from harness.store.bucket import Bucket, Found, MissingError, Part, TakenError, Unfinished
 from harness.store.words import explained
 
@@ -190,51 +189,22 @@ class RemoteStore(Store):
         return self.ask("reach", self.url, self.bucket.now)
 
 
-class RangeFile(io.RawIOBase):
+class RangeFile(Seekable):
     """An object as a file to read from anywhere."""
 
     def __init__(self, store: RemoteStore, found: Found) -> None:
-        self.store, self.found, self.at = store, found, 0
-        self.failure: HarnessError | None = None  # torch.load hides it behind an error of its own
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self.at
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        target = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.at, io.SEEK_END: self.found.size_bytes}[whence]
-        if target < 0:
-            raise OSError(errno.EINVAL, f"cannot seek to {target}")
-        self.at = target
-        return self.at
+        super().__init__(found.size_bytes, lambda start, end: store.span(found, start, end))
+        self.store, self.found = store, found
 
     def spans(self, ranges: Sequence[tuple[int, int]]) -> Iterator[bytes]:
         """Ranges of it, in order, several on their way at once."""
         return self.store.spans(self.found, ranges)
 
     def readall(self) -> bytes:
-        starts = range(self.at, self.found.size_bytes, RANGE_BYTES)
-        data = b"".join(self.store.span(self.found, at, min(at + RANGE_BYTES, self.found.size_bytes)) for at in starts)
+        starts = range(self.at, self.size_bytes, RANGE_BYTES)
+        data = b"".join(self.span(at, min(at + RANGE_BYTES, self.size_bytes)) for at in starts)
         self.at += len(data)
         return data
-
-    def readinto(self, buffer: Any) -> int:
-        end = min(self.at + len(buffer), self.found.size_bytes)
-        if end <= self.at:
-            return 0
-        try:
-            data = self.store.span(self.found, self.at, end)
-        except HarnessError as error:
-            self.failure = error
-            raise
-        buffer[: len(data)] = data
-        self.at = end
-        return len(data)
 
 
 def _as_bytes(piece: memoryview) -> bytes:
