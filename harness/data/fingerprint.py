@@ -91,7 +91,7 @@ def _kind(value: Any) -> bytes:
 def digest_into(digest: Any, value: Any, other: Callable[[Any], bytes] = _kind) -> None:
     """Add a sample to a digest; what is none of the kinds that samples are made of, by what `other` gives for it."""
     if isinstance(value, torch.Tensor):
-        value = value.detach().cpu().contiguous()
+        value = (value if value.layout is torch.strided else value.to_dense()).detach().cpu().contiguous()
         digest.update(f"{value.dtype}{tuple(value.shape)}".encode() + value.reshape(-1).view(torch.uint8).numpy().tobytes())
     elif isinstance(value, np.ndarray) and value.dtype == object:  # its bytes are addresses
         digest_into(digest, value.tolist(), other)

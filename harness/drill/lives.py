@@ -157,8 +157,8 @@ def _afterwards(fault: Fault, life: Life) -> None:
 
 def _until_gone(life: Life) -> None:
     """Wait until no process of the run is left; they die with their launcher."""
-    limit = time.monotonic() + GONE_WITHIN_S
-    while time.monotonic() < limit and any(_lives(pid) for _, _, pid in read(life.folder).pids):
+    limit, pids = time.monotonic() + GONE_WITHIN_S, [pid for _, _, pid in read(life.folder).pids]
+    while time.monotonic() < limit and any(map(_lives, pids)):
         time.sleep(LOOK_S)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -84,9 +84,8 @@ class Difference:
     tensors: tuple[str, ...] = ()  # names of what differs in the state, in its order
 
 
-def first_difference(whole: Traces, other: Traces) -> Difference | None:
-    """The first step, in the order of steps, that another run made otherwise."""
-    found = differences(whole, other)
+def first_of(found: Sequence[Difference]) -> Difference | None:
+    """The first of them in the order of steps."""
     return min(found, key=lambda difference: (difference.step, difference.time), default=None)
 
 

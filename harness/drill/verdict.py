@@ -12,7 +12,7 @@ from typing import Any
 from harness.checkpoint import past
 from harness.drill.faults import KINDS, Fault
 from harness.drill.lives import Caused, Life
-from harness.drill.traces import Difference, Traces, differences, first_difference, read
+from harness.drill.traces import Difference, Traces, differences, first_of, read
 from harness.exchange.compare import compare
 from harness.exchange.words import table
 from harness.store import LocalStore
@@ -83,22 +83,22 @@ class Verdict:
 def verdict(whole: Life, hurt: Life, faults: Sequence[Fault]) -> Verdict:
     """Compare a run with faults with an undisturbed one: each step, the last checkpoint, the files that the program keeps."""
     expected, found = read(whole.folder), read(hurt.folder)
-    first = first_difference(expected, found)
+    differing = differences(expected, found)
+    first = first_of(differing)
     compared = compare(whole.run, hurt.run)
     files = _other_files(whole.run / "files", hurt.run / "files")
     is_equal = first is None and not compared.count and not files and expected.last_step == found.last_step
     suspects = [] if is_equal else _suspects(hurt.run)
-    rows = _rows(hurt.caused, faults, expected, found)
+    rows = _rows(hurt.caused, faults, found, differing)
     return Verdict(rows, expected.last_step, whole.seconds, hurt.seconds, is_equal, first, compared.rows[:100], files, None, suspects)
 
 
 def is_alike(one: Life, other: Life) -> bool:
     """Whether two undisturbed runs did the same."""
-    return first_difference(read(one.folder), read(other.folder)) is None and not compare(one.run, other.run).count
+    return not differences(read(one.folder), read(other.folder)) and not compare(one.run, other.run).count
 
 
-def _rows(caused: Sequence[Caused], faults: Sequence[Fault], expected: Traces, found: Traces) -> list[Row]:
-    differing = differences(expected, found)
+def _rows(caused: Sequence[Caused], faults: Sequence[Fault], found: Traces, differing: Sequence[Difference]) -> list[Row]:
     own = [step for step in found.steps if step.is_writers]
     rows, before = [], 0.0
     for number, one in enumerate(caused):

@@ -17,18 +17,17 @@ import json
 import os
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
 from harness import state
 from harness.checkpoint.launches import REDIRECT
+from harness.data.fingerprint import digest_into
 from harness.data.order import Share
 from harness.ranks import World
 from harness.run.settings import Settings
+from harness.state.leaves import leaves_of
 
 DRILL, PLAN = "HARNESS_DRILL", "plan.json"
 RUN, REMOTE = "run", "remote"
@@ -115,9 +114,9 @@ class Traces:
         own, held_bytes = {}, 0
         if step % self._every == 0:
             for name, thing in tracked.items():
-                for where, leaf in _leaves(state.capture({name: thing})[f"{name}_state_dict"], name):
-                    own[where] = digest(leaf)
-                    held_bytes += leaf.nbytes if isinstance(leaf, torch.Tensor) else 0
+                for path, leaf in leaves_of(state.captured_one(name, thing)).items():
+                    own[".".join(map(str, (name, *path)))] = digest(leaf.value())
+                    held_bytes += leaf.size_bytes
             self._every = 1 + held_bytes // MOST_BYTES
         seen = {"samples": share.micro_batches, "batch": batch, "loss": logged, "rng": state.rng_state()}
         self._write(step=step, epoch=share.epoch, state=own, **{name: digest(value) for name, value in seen.items()})
@@ -156,29 +155,5 @@ class Traces:
 def digest(value: Any) -> str:
     """A short digest of nested data by its contents."""
     found = hashlib.blake2b(digest_size=8)
-    for where, leaf in _leaves(value, ""):
-        found.update(where.encode())
-        if isinstance(leaf, torch.Tensor):
-            dense = leaf.detach() if leaf.layout is torch.strided and not leaf.is_quantized else leaf.detach().to_dense()
-            found.update(f"{leaf.dtype}{tuple(leaf.shape)}".encode())
-            found.update(dense.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        elif isinstance(leaf, np.ndarray) and leaf.dtype != object:
-            found.update(f"{leaf.dtype}{leaf.shape}".encode() + np.ascontiguousarray(leaf).tobytes())
-        elif isinstance(leaf, bool | int | float | complex | str | bytes | np.generic | None):
-            found.update(f"{type(leaf).__name__}{leaf!r}".encode())
-        else:  # its spelling may hold an address
-            found.update(type(leaf).__name__.encode())
+    digest_into(found, value, lambda other: repr(other).encode() if isinstance(other, complex) else type(other).__name__.encode())
     return found.hexdigest()
-
-
-def _leaves(value: Any, where: str) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from _leaves(item, f"{where}.{key}" if where else str(key))
-    elif isinstance(value, list | tuple) and not all(type(item) in (int, float, str) for item in value):
-        for at, item in enumerate(value):
-            yield from _leaves(item, f"{where}[{at}]")
-    elif isinstance(value, list | tuple):
-        yield where, repr(value)
-    else:
-        yield where, value
