@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import inspect
-import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -18,11 +17,11 @@ import numpy as np
 import torch
 from torch.utils.data import RandomSampler, Sampler, SequentialSampler, SubsetRandomSampler, WeightedRandomSampler
 
+from harness.data.generator_objects import generator_state, is_generator, set_generator_state
 from harness.data.order import Position
 from harness.errors import UsageError
 
 TORCHS = (RandomSampler, SequentialSampler, SubsetRandomSampler, WeightedRandomSampler)  # no second answer is asked of them
-GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 PLAIN = (bool, int, float, str, type(None))
 CHEAP_S = 0.02  # what takes longer is kept, not asked again
 MOST_BYTES = 2 << 30
@@ -170,7 +169,7 @@ def _attributes(owner: Any, path: str, met: set[int], depth: int) -> Iterator[tu
     for name, thing in getattr(owner, "__dict__", {}).items():
         if id(thing) in met:
             continue
-        if isinstance(thing, GENERATORS) or ((not path or isinstance(owner, Sampler)) and _is_plain(thing)):
+        if is_generator(thing) or ((not path or isinstance(owner, Sampler)) and _is_plain(thing)):
             yield path + name, owner, name, thing
         elif hasattr(thing, "__dict__") and not isinstance(thing, type | torch.nn.Module) and not callable(thing):
             yield from _attributes(thing, f"{path}{name}.", met, depth - 1)
@@ -188,7 +187,7 @@ def _drawn_from(function: Any, met: set[int]) -> Iterator[tuple[str, Any, str, A
         scope = inspect.getclosurevars(inspect.unwrap(function))
         things |= dict(scope.globals) | dict(scope.nonlocals) | dict(enumerate(function.__defaults__ or ()))
     for name, thing in things.items():
-        if isinstance(thing, GENERATORS):
+        if is_generator(thing):
             yield str(name), None, "", thing
         elif inspect.isfunction(thing) or inspect.ismethod(thing) or isinstance(thing, functools.partial):
             yield from ((f"{name}.{path}", *rest) for path, *rest in _drawn_from(thing, met))
@@ -206,14 +205,8 @@ def _is_plain(thing: Any) -> bool:
 
 def _value(thing: Any) -> Any:
     """A copy of a part's state, as plain data."""
-    if isinstance(thing, torch.Generator):
-        return thing.get_state()
-    if isinstance(thing, np.random.Generator):
-        return thing.bit_generator.state
-    if isinstance(thing, np.random.RandomState):
-        return thing.get_state(legacy=False)
-    if isinstance(thing, random.Random):
-        return thing.getstate()
+    if is_generator(thing):
+        return generator_state(thing)
     if isinstance(thing, torch.Tensor):
         return thing.detach().clone()
     if isinstance(thing, np.ndarray):
@@ -224,14 +217,8 @@ def _value(thing: Any) -> Any:
 
 
 def _set(owner: Any, name: str, thing: Any, value: Any) -> None:
-    if isinstance(thing, torch.Generator):
-        thing.set_state(value)
-    elif isinstance(thing, np.random.Generator):
-        thing.bit_generator.state = _as_numpy(value)
-    elif isinstance(thing, np.random.RandomState):
-        thing.set_state(_as_numpy(value))
-    elif isinstance(thing, random.Random):
-        thing.setstate((value[0], tuple(value[1]), value[2]))
+    if is_generator(thing):
+        set_generator_state(name or "of order=", thing, value)
     elif isinstance(thing, torch.Tensor) and isinstance(value, torch.Tensor) and thing.shape == value.shape:
         with torch.no_grad():
             thing.copy_(value)
@@ -241,12 +228,6 @@ def _set(owner: Any, name: str, thing: Any, value: Any) -> None:
         thing[:] = value
     else:
         setattr(owner, name, np.asarray(value) if isinstance(thing, np.ndarray) else value)
-
-
-def _as_numpy(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _as_numpy(item) for key, item in value.items()}
-    return value.numpy() if isinstance(value, torch.Tensor) else value
 
 
 def _digest(value: Any) -> str:

@@ -10,12 +10,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from harness import ddp
+from harness.data.generator_objects import generator_state, is_generator, set_generator_state
 from harness.errors import UsageError
 from harness.ranks import World
 from harness.run.own import ATTRIBUTES, Own
 from harness.state.attributes import Attributes, Changed
 from harness.state.communication import Hooks, check_hooks
-from harness.state.generator_objects import generator_state, is_generator, set_generator_state
 from harness.state.gradients import Gradients, Kept, digest
 
 GRADIENTS = "gradients"  # at the top level of a checkpoint if all ranks have the same, else each rank's own

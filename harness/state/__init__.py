@@ -28,6 +28,7 @@ Capturing never moves or changes a live module. Everything is plain: tensors, nu
 that it loads with `weights_only=True`.
 """
 
+from harness.data.generator_objects import is_generator
 from harness.state.capturing import (
     Captured,
     as_captured,
@@ -41,7 +42,6 @@ from harness.state.capturing import (
     plain_data,
     size_bytes,
 )
-from harness.state.generator_objects import is_generator
 from harness.state.generators import kept_generators, rng_state, seed_rank, set_rng_state
 from harness.state.kinds import rebuilt
 from harness.state.naming import to_live, without_shells

@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
+from harness.data.generator_objects import generator_state, is_generator, set_generator_state
 from harness.ddp import shells_of
 from harness.errors import UsageError
 from harness.ranks import World
-from harness.state.generator_objects import generator_state, is_generator, set_generator_state
 from harness.state.sameness import is_same
 
 PLAIN = (bool, int, float, complex, str, bytes, type(None))
