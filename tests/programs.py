@@ -35,6 +35,15 @@ def points(count=160):
     return TensorDataset(torch.randn(count, 8, generator=generator), torch.randn(count, 1, generator=generator))
 """
 
+STEP = """
+    loss = (model(x) - y).square().mean()
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    run.log(loss=loss)
+    die(run)
+"""  # of a loop over x and y: what follows its first line
+
 
 def die(run: Any) -> None:
     """Be killed in step `$DIE`, when what was saved before it has arrived."""

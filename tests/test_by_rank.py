@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from programs import killed_once, live
+from programs import STEP, killed_once, live
 from test_library import newest
 
 NORMALISER = """
@@ -28,15 +28,11 @@ model = nn.parallel.DistributedDataParallel(nn.Sequential(nn.Linear(8, 8), nn.Ba
 optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
 """
 
-LOOP = """
-for x, y in run.batches(points(), 16, epochs=2):
-    loss = (model(x) - y).square().mean()
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
-    run.log(loss=loss)
-    die(run)
-"""
+LOOP = (
+    """
+for x, y in run.batches(points(), 16, epochs=2):"""
+    + STEP
+)
 
 OWN = (
     NORMALISER

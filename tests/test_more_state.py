@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import undone
-from programs import killed_once, live
+from programs import STEP, killed_once, live
 from test_library import newest, steps_of
 from torch import nn
 
@@ -553,14 +553,8 @@ state = powerSGD_hook.PowerSGDState(None, matrix_approximation_rank=1, start_pow
 model.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
 optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
 run.track(model=model, optimizer=optimizer)
-for x, y in run.batches(points(), 16, epochs=1):
-    loss = (model(x) - y).square().mean()
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
-    run.log(loss=loss)
-    die(run)
-"""
+for x, y in run.batches(points(), 16, epochs=1):"""
+    + STEP
 )
 
 

@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import signal
 
-from programs import killed_once
+from programs import STEP, killed_once
 
-PLAIN = """
+PLAIN = (
+    """
 run = init()
 model = nn.Linear(8, 1)
 optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
 run.track(model=model, optimizer=optimizer)
-for x, y in run.batches(points(), 16, epochs=2):
-    loss = (model(x) - y).square().mean()
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
-    run.log(loss=loss)
-    die(run)
-"""
+for x, y in run.batches(points(), 16, epochs=2):"""
+    + STEP
+)
 
 
 def test_a_plain_loop_ends_as_the_one_that_was_not_killed(tmp_path):

@@ -8,24 +8,20 @@ import random
 import numpy as np
 import pytest
 import torch
-from programs import killed_once
+from programs import STEP, killed_once
 from test_library import newest
 
 from harness.data.held import Randomness, find
 
-LOOP = """
+LOOP = (
+    """
 run = init()
 model = nn.Linear(8, 1)
 optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
 run.track(model=model, optimizer=optimizer)
-for x, y in run.batches(DATA, epochs=2):
-    loss = (model(x) - y).square().mean()
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
-    run.log(loss=loss)
-    die(run)
-"""
+for x, y in run.batches(DATA, epochs=2):"""
+    + STEP
+)
 NOISY = """
 class Noisy(Dataset):
     def __init__(self):

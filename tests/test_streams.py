@@ -9,7 +9,7 @@ from multiprocessing.shared_memory import SharedMemory
 import numpy as np
 import pytest
 import torch
-from programs import killed_once, live
+from programs import STEP, killed_once, live
 from test_library import newest
 
 import harness
@@ -38,19 +38,15 @@ class Stream(IterableDataset):
     def load_state_dict(self, state):
         self.at, self.held = state["at"], list(state.get("held", []))
 """
-LOOP = """
+LOOP = (
+    """
 run = init()
 model = nn.Linear(8, 1)
 optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
 run.track(model=model, optimizer=optimizer)
-for x, y in run.batches(DATA, 8, epochs=2):
-    loss = (model(x) - y).square().mean()
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
-    run.log(loss=loss)
-    die(run)
-"""
+for x, y in run.batches(DATA, 8, epochs=2):"""
+    + STEP
+)
 
 
 def test_a_stream_whose_state_loses_its_shuffle_buffer_is_refused_before_training(tmp_path):
