@@ -228,6 +228,15 @@ def test_no_tensor_is_read_to_show_a_large_file(tmp_path: Path) -> None:
     assert found.once.kept_bytes < len(header) + (1 << 20), "some 140 kB of 8 GB"
 
 
+def test_bytes_that_have_come_are_not_asked_for_again_when_the_next_question_gets_no_answer(tmp_path: Path) -> None:
+    good, bad = both(tmp_path)
+    with WickedServer(good, bad, 99, tells=True, drops=4) as server:
+        describe(server.url)
+        assert server.drops == 0
+        blocks = bytes_of(server.ranges)
+        assert len(blocks) == len(set(blocks)) > 0
+
+
 def test_what_is_kept_of_a_file_that_is_shown_is_little(tmp_path: Path) -> None:
     """Of a file of 300 tensors the pickle and the directory; before PyTorch 2.7, 4 kB more of each tensor."""
     torch.save({f"layer{n}.weight": torch.zeros(64, 300) for n in range(300)}, tmp_path / "new.pt")
@@ -249,7 +258,15 @@ class Wicked(BaseHTTPRequestHandler):
     def _body(self) -> bytes:
         return self.server.good if len(self.server.ranges) < self.server.turns_after else self.server.bad
 
+    def _is_dropped(self) -> bool:
+        """Whether this question for what the file is gets no answer."""
+        dropped = bool(self.server.ranges and self.server.drops)
+        self.server.drops -= dropped
+        return dropped
+
     def do_HEAD(self) -> None:
+        if self._is_dropped():
+            return
         self.send_response(200)
         self.send_header("Content-Length", str(len(self._body())))
         self.send_header("Accept-Ranges", "bytes")
@@ -259,6 +276,8 @@ class Wicked(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         body, asked = self._body(), self.headers.get("Range", "")
+        if not asked and self._is_dropped():
+            return
         start, _, last = asked.removeprefix("bytes=").partition("-")
         part = body[int(start) : int(last) + 1] if asked else body
         self.server.ranges.append((int(start or 0), int(start or 0) + len(part)))
@@ -278,9 +297,10 @@ class Wicked(BaseHTTPRequestHandler):
 class WickedServer(ThreadingHTTPServer):
     """Its address is `url`."""
 
-    def __init__(self, good: bytes, bad: bytes, turns_after: int, *, tells: bool) -> None:
+    def __init__(self, good: bytes, bad: bytes, turns_after: int, *, tells: bool, drops: int = 0) -> None:
         super().__init__(("127.0.0.1", 0), Wicked)
         self.good, self.bad, self.turns_after, self.tells = good, bad, turns_after, tells
+        self.drops = drops  # so many questions, after the first bytes, get no answer
         self.ranges: list[tuple[int, int]] = []
         self.url = f"http://127.0.0.1:{self.server_port}/m.pt"
 

@@ -90,14 +90,18 @@ class AnyBucket:
         return Found(key, info["size"], "", _version(info)) if info["type"] == "file" else None
 
     def get(self, key: str, start: int, end: int | None, limit_s: float, version: str = "") -> bytes:
-        """Raises ChangedError if the file is not this `version` any more when its bytes have come."""
+        """The bytes, of whichever version: fsspec knows no conditional read."""
         try:
-            data = bytes(self.fs.cat_file(self._path(key), start=start, end=end))
-            if version and _version(self.fs.info(self._path(key))) != version:  # fsspec knows no conditional read
+            return bytes(self.fs.cat_file(self._path(key), start=start, end=end))
+        except FileNotFoundError as error:
+            raise MissingError(key) from error
+
+    def check_version(self, key: str, version: str, limit_s: float) -> None:
+        try:
+            if _version(self.fs.info(self._path(key))) != version:
                 raise ChangedError(self._path(key))
         except FileNotFoundError as error:
             raise MissingError(key) from error
-        return data
 
     def put(self, key: str, data: bytes, exclusive: bool, limit_s: float) -> str:
         try:

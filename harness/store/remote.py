@@ -116,7 +116,10 @@ class RemoteStore(Store):
                 raise ConnectionError(f"found: {len(data)} bytes, expected: {end - start}")
             return data
 
-        return self.ask("read", self.where(key), request)
+        data = self.ask("read", self.where(key), request)
+        if found.version:
+            self.ask("read", self.where(key), functools.partial(self.bucket.check_version, key, found.version))
+        return data
 
     def open(self, key: str) -> BinaryIO:
         found = self.head(key)
