@@ -118,7 +118,7 @@ class Submitted:
     def ends(self) -> list[tuple[str, bool]]:
         """How each attempt ended, and whether it had saved."""
         records = self.records("attempts")
-        names = [name for name in records if not name.endswith(".end")]
+        names = [name for name in records if name.isdigit()]
         return [(end.get("why", "killed"), bool(end.get("saved"))) for end in (records.get(f"{name}.end", {}) for name in names)]
 
     def lost(self) -> list[int]:

@@ -286,3 +286,89 @@ def test_an_epoch_goes_on_in_the_order_in_which_it_began_and_the_next_ones_as_th
     assert len(rest) == 60 and rest == whole[60:]
     assert outcome.is_equal, outcome.rows
     assert ("kinds" in newest(tmp_path / "killed")["data"]) == stays, "at the end no order is left, but maybe state of the sampler"
+
+
+ORDERED = (
+    BEGIN
+    + """
+data = TensorDataset(*points(40).tensors, torch.arange(40))
+generator = torch.Generator().manual_seed(5)
+ORDER
+used = []
+for x, y, index in run.batches(data, 4, epochs=3, order=order):
+    used += index.tolist()
+"""
+    + TRAIN
+    + """print("used", *used, flush=True)
+"""
+)
+ORDERS = {
+    "by the epoch": "def order(epoch):\n    return torch.randperm(40, generator=torch.Generator().manual_seed(epoch)).tolist()",
+    "by the global generator": "def order(epoch):\n    return torch.randperm(40).tolist()",
+    "by a generator": "def order(epoch):\n    return torch.randperm(40, generator=generator).tolist()",
+    "by the model": """def order(epoch):
+    with torch.no_grad():
+        return (model(data.tensors[0]) - data.tensors[1]).square()[:, 0].argsort().tolist()""",
+}
+
+
+@pytest.mark.parametrize("name", ORDERS)
+def test_an_order_that_a_function_gives_goes_on(name, tmp_path):
+    outcome = killed_once(tmp_path, ORDERED.replace("ORDER", ORDERS[name]), die=18)
+    assert outcome.killed.code == -signal.SIGKILL and outcome.whole.code == outcome.resumed.code == 0, outcome.resumed.text
+    whole, rest = said(outcome.whole.text, "used"), said(outcome.resumed.text, "used")
+    assert len(set(whole[:40])) == len(set(whole[40:80])) == 40 and rest == whole[60:]
+    assert outcome.is_equal, outcome.rows
+
+
+def test_an_order_that_cannot_be_found_again_is_refused_at_the_start(tmp_path):
+    source = ORDERED.replace("ORDER", "def order(epoch):\n    return sorted(range(40), key=lambda _: os.urandom(4))")
+    lived = live(tmp_path, source, "refused")
+    assert lived.code == 78 and "order= gives two orders for epoch 0" in lived.text, lived.text
+    assert not list((tmp_path / "refused" / "attempts").glob("*")), "no start was spent"
+
+
+def test_ranks_whose_samplers_disagree_are_told_and_dealt_the_order_of_the_first(tmp_path):
+    source = program(OWN.replace("manual_seed(5)", "manual_seed(5 + run.rank)")).replace("DataLoader(data, 4,", "DataLoader(data, 2,")
+    outcome = killed_once(tmp_path, source, die=18, ranks=2)
+    assert outcome.whole.code == outcome.resumed.code == 0, outcome.resumed.text
+    assert "the ranks' samplers give unlike orders: that of rank 0 is dealt out" in outcome.whole.text
+    used = [said(text, "used") for text in outcome.whole.texts]
+    for epoch in range(3):
+        assert len({*used[0][20 * epoch : 20 * epoch + 20], *used[1][20 * epoch : 20 * epoch + 20]}) == 40, "each sample once"
+    assert [said(text, "used") for text in outcome.resumed.texts] == [of[30:] for of in used]
+    assert outcome.is_equal, outcome.rows
+
+
+GROWS = (
+    BEGIN
+    + """
+class Grows(Dataset):
+    def __init__(self):
+        self.samples = list(zip(*points(40).tensors))
+
+    def __len__(self):
+        return len(self.samples)
+
+    def __getitem__(self, index):
+        return *self.samples[index], index
+
+
+data = Grows()
+used = []
+for x, y, index in run.batches(data, 4, epochs=3):
+    if run.step == 4 and GROWN:
+        data.samples += data.samples[:8]
+    used += index.tolist()
+"""
+    + TRAIN
+    + """print("used", *used, flush=True)
+"""
+)
+
+
+def test_a_dataset_that_grows_meanwhile_is_told_of_once_and_dealt_out_as_it_was(tmp_path):
+    grown, steady = (live(tmp_path, GROWS.replace("GROWN", grows), name) for name, grows in (("grown", "True"), ("steady", "False")))
+    assert grown.code == steady.code == 0, grown.text
+    assert grown.text.count("the dataset has 48 samples now, and 40 before") == 1
+    assert said(grown.text, "used") == said(steady.text, "used") and "samples now" not in steady.text

@@ -9,14 +9,19 @@ import psutil
 import pytest
 import torch
 from conftest import events, wait_until
+from programs import HEAD
 from remote_runs import Home
 from remote_runs import losses as remote_losses
 from s3_server import S3Server
 from slurm_cluster import GRACE_S, SlurmCluster
 from slurm_runs import STEPS, Submitted, assert_equal, submitted, train_whole
+from test_stale_claims import LATE
 from test_storm import losses
 
+from harness.checkpoint.history import survey
+from harness.errors import EXIT_SUPERSEDED
 from harness.exchange.compare import differences
+from harness.store import LocalStore
 
 pytestmark = pytest.mark.slow
 
@@ -317,3 +322,21 @@ def test_one_crash_is_one_requeue(slurm: SlurmCluster, whole: Path, tmp_path: Pa
     assert_equal(whole, run.directory)
     assert run.lives() == 2 and run.ends() == [("failed", False), ("finished", True)]
     assert run.records("attempts")["0002"]["from"]["step"] == 10 and "ValueError: the task fails in step 13" in run.log()
+
+
+def test_of_two_jobs_of_one_run_the_late_one_trains_on_and_the_first_one_ends(slurm: SlurmCluster, tmp_path: Path) -> None:
+    """Under another name, as else SLURM would let it wait. It has looked at the run before the first saved more and deleted what it saw,
+    and claims after that."""
+    work, directory = tmp_path / "work", tmp_path / "run"
+    work.mkdir()
+    (work / "loop.py").write_text(HEAD.replace("from programs import die", "") + LATE)
+    words = ["--nodes", "1", "--procs-per-node", "1", "--partition", "high", f"run.dir={directory}", "loop.py", str(directory)]
+    first = Submitted(slurm, work, directory, directory, words).submit()
+    first.wait(lambda: bool(list(directory.glob("checkpoints/*.json"))), "a checkpoint")
+    late = Submitted(slurm, work, directory, directory, ["slurm.extra=[--job-name=late]", *words], env={"LATE": "1"}).submit()
+    late.ended()
+    first.ended("FAILED")
+    assert slurm.fields(first.job)["ExitCode"] == f"{EXIT_SUPERSEDED}:0", first.log()
+    assert late.ends() == [("superseded", False), ("stopped", False), ("finished", True)], (first.log(), late.log())
+    found = survey(LocalStore(directory))
+    assert found.head.final is not None and found.head.step == 80 and found.attempts[3]["from"]["attempt"] == 1
