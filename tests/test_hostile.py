@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import json
 import shutil
 import subprocess
@@ -361,6 +362,24 @@ def test_a_server_that_answers_otherwise_the_nth_time_gets_nothing_run(
                 blocks = bytes_of(server.ranges)
                 assert len(blocks) == len(set(blocks)), "each byte was asked for once"
             assert not Path("sprung").exists(), f"{look} ran it after {turns_after} answers"
+
+
+def test_of_a_file_that_has_changed_nothing_is_asked_for_again(tmp_path: Path) -> None:
+    """Who cannot read it as a zip file tries other ways to read it: each would get other bytes."""
+    path = tmp_path / "file"
+    path.write_bytes(bytes(100_000))
+    with path.open("rb") as file:
+        whole = once.Once(file, "it")
+        assert whole.span(0, 10) == bytes(10)
+        path.write_bytes(b"x" * 100_001)
+        for look in (lambda: whole.span(50_000, 50_010), lambda: whole.span(50_000, 50_010), lambda: whole.sealed(lambda _: None)):
+            with pytest.raises(ChangedError):
+                look()
+        path.write_bytes(bytes(100_000))
+        os.utime(path, ns=(0, whole._known[2]))
+        with pytest.raises(ChangedError):
+            whole.span(50_000, 50_010)
+        assert whole.span(0, 10) == bytes(10), "what has come stays"
 
 
 def test_an_object_that_is_replaced_meanwhile_is_told(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ class Once:
         self._raw = cast(io.RawIOBase, source.raw if isinstance(source, io.BufferedReader) else source)  # its buffer would read more
         self.size_bytes = self._raw.seek(0, os.SEEK_END)
         self._known = self._identity()
+        self._changed: ChangedError | None = None
         self._blocks: dict[int, bytes] = {}
         self._next, self._ahead = -1, 0  # the block after the last that was fetched, and how many those were
 
@@ -43,9 +44,10 @@ class Once:
     def span(self, start: int, end: int) -> bytes:
         """Bytes of the file. Raises ChangedError if it is no longer the one that was opened, StorageError."""
         numbers = range(start // BLOCK_BYTES, -(-end // BLOCK_BYTES))
-        for number in numbers:
-            if number not in self._blocks:
-                self._fetch(number, next((known for known in numbers[number - numbers[0] :] if known in self._blocks), numbers[-1] + 1))
+        with self._asking():
+            for number in numbers:
+                if number not in self._blocks:
+                    self._fetch(number, next((known for known in numbers[number - numbers[0] :] if known in self._blocks), numbers[-1] + 1))
         whole = b"".join(self._blocks[number] for number in numbers)
         return whole[start - numbers[0] * BLOCK_BYTES :][: end - start]
 
@@ -84,7 +86,19 @@ class Once:
     def sealed(self, tell: Callable[[int], object]) -> Memory:
         """The whole file, in memory that nobody can change; what is known of it is not fetched again. `tell` is told of each piece's
         bytes. Raises as `span` does, and HarnessError if there is no room."""
-        return keep(self._pieces(tell), self.size_bytes, self.where)
+        with self._asking():
+            return keep(self._pieces(tell), self.size_bytes, self.where)
+
+    @contextlib.contextmanager
+    def _asking(self) -> Iterator[None]:
+        """Once the file has changed nothing of it is asked for: who tries to read it otherwise would ask for the same bytes again."""
+        if self._changed is not None:
+            raise self._changed
+        try:
+            yield
+        except ChangedError as error:
+            self._changed = error
+            raise
 
     def _pieces(self, tell: Callable[[int], object]) -> Iterator[bytes]:
         gaps = list(self._gaps())
