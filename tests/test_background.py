@@ -32,7 +32,7 @@ from harness.checkpoint.history import survey
 from harness.checkpoint.scribe import Scribe
 from harness.errors import NonFiniteError, StorageError, UsageError
 from harness.exchange.compare import differences
-from harness.state.snapshot import Snapshot, UnevenError
+from harness.state.snapshot import STRIDE_BYTES, Snapshot, UnevenError
 from harness.step import Ema
 from harness.store import LocalStore
 from harness.store.image import BLOCK_BYTES, PIECE_BYTES, Image, free_memory_bytes, pour
@@ -490,6 +490,41 @@ def test_a_change_while_it_is_copied_is_seen():
     payload = tree()
     payload["b"][0, 0] = float("nan")
     assert not snapped(payload, Image(), steady=True).is_torn(compare=True), "NaN is as good a value as any other here"
+
+
+NUMBERS = (1, 4095, 4096, 4097, 9001, 16384, 16385, 40_000, 70_001)  # numbers of four bytes, about the borders of what is sampled
+
+
+@pytest.mark.parametrize("size", NUMBERS)
+def test_a_whole_tensor_that_is_written_behind_pytorchs_back_is_noticed_whatever_its_size(size):
+    """When it is written after the boundary and before it is copied, in one of a state that is too large to be copied at once."""
+    payload = {f"{of}": torch.randn(of) for of in NUMBERS} | {"large": torch.randn(3_000_000), "tied": torch.randn(5)}
+    addresses = {tensor.untyped_storage().data_ptr() for tensor in payload.values()}
+    for change in (True, False):
+        snapshot, image = Snapshot(payload, addresses), Image()
+        assert not snapshot.is_small
+        snapshot.distrust()
+        snapshot.copy_rest()
+        if change:
+            payload[str(size)].data.add_(1)
+        snapshot.copy_into(image)
+        seen = snapshot.is_stirred() or snapshot.is_torn(compare=True)
+        assert seen == change
+        image.close()
+
+
+def test_of_a_large_tensor_each_run_of_a_strides_length_that_is_written_is_noticed():
+    payload = {"large": torch.randn(3_000_001)}
+    address = payload["large"].untyped_storage().data_ptr()
+    length = STRIDE_BYTES // 4
+    for first in (0, 1, 12_345, 2_999_999 - length):
+        snapshot, image = Snapshot(payload, {address}), Image()
+        snapshot.distrust()
+        snapshot.copy_rest()
+        payload["large"].data[first : first + length + 4].add_(1)
+        snapshot.copy_into(image)
+        assert snapshot.is_stirred(), first
+        image.close()
 
 
 def test_what_is_no_plain_tensor_is_left_to_torch():

@@ -10,9 +10,10 @@ the boundary, and that has to be read before the training thread goes on. To rea
 for 100 MB, measured), and nothing would be left of copying in the background. So there are three rules:
 
 * A state of up to 8 MB is copied whole at the boundary, and of a greater one every tensor of less than 16 KiB: nothing is assumed of them.
-* Of all else eight bytes of each 16 KiB are read at the boundary, at an offset that is another one each time (0.3 ms for 100 MB), and
-  are looked for in the copy before it is committed. Whoever writes whole tensors, as a swap does, or any run of 16 KiB, is found for
-  certain, whether he undoes it before the update or not; so no file is committed that is half of one and half of another.
+* Of all else eight bytes of each 64 KiB, and of each tensor, are read at the boundary, at an offset that is another one each time, and
+  are looked for in the copy before it is committed. Whoever writes whole tensors, as a swap does, or any run of 64 KiB, is found for
+  certain, whether he undoes it before the update or not; so no file is committed that is half of one and half of another. Most of its
+  price is that of a view of each tensor (some 2 us): all are read by one call.
 * The first copy of an attempt is made at once and compared whole before the next update: that finds loops which write single elements
   each time. Those that begin to do so later, and behind PyTorch's back, are found only with `snapshot="checked"`, which does this always.
 
@@ -37,7 +38,8 @@ from harness.state.crossing import Crossing
 from harness.store.image import Image
 
 WHOLE_BYTES = 8 << 20  # up to which a state is copied whole at its boundary
-STRIDE_BYTES = 16 << 10  # of so many, of a tensor that is copied later, eight are compared
+SMALL_BYTES = 16 << 10  # below which a tensor is copied whole at the boundary
+STRIDE_BYTES = 64 << 10  # of so many, of a tensor that is copied later, eight are compared
 OFFSETS = random.Random(0)  # of its own: a program's draws are not to be disturbed
 
 
@@ -64,9 +66,10 @@ class Snapshot:
         self._storages: dict[int, tuple[torch.UntypedStorage, int]] = {}  # by identity, in the order of the file: memory, address
         self._copies: list[tuple[torch.Tensor, torch.Tensor, int]] = []  # of each: in the image, what it is of, where that lay
         self._versions: dict[int, tuple[torch.Tensor, int]] = {}  # by address
-        self._at = OFFSETS.randrange(STRIDE_BYTES // 8)
-        self._small: list[tuple[torch.Tensor, torch.Tensor]] = []  # live, and as it was at the boundary
-        self._samples: dict[int, torch.Tensor] = {}  # by address: what there was at the boundary
+        self._taken: dict[int, torch.Tensor] = {}  # by identity: the bytes of memory that is not steady, as they were at the boundary
+        self._at = OFFSETS.random()  # where in each stride
+        self._small: dict[int, torch.Tensor] = {}  # by identity: bytes that should be steady, where the program has them
+        self._samples: list[tuple[list[int], torch.Tensor]] = []  # of each device: addresses, and what there was at the boundary
         for tensor in tensors_in(payload, []):
             storage = tensor.untyped_storage()
             if (identity := storage._cdata) not in self._storages:
@@ -87,33 +90,38 @@ class Snapshot:
 
     def distrust(self) -> None:
         """Take nothing small for steady, and look at samples of all else. For the training thread, before `copy_rest`."""
-        for storage, address in self._storages.values():
+        sampled: dict[torch.device, dict[int, torch.Tensor]] = {}
+        whole_bytes = self.size_bytes + 1 if self.is_small else SMALL_BYTES
+        for identity, (storage, address) in self._storages.items():
             if address not in self._steady:
                 continue
-            live = raw(self._elsewhere[address]) if address in self._elsewhere else _bytes_of(storage)
-            if storage.nbytes() >= STRIDE_BYTES and not self.is_small:
-                self._samples[address] = self._sample(live)
+            if storage.nbytes() >= whole_bytes:
+                live = self._elsewhere.get(address)
+                sample = _sample(storage, 0, storage.nbytes(), self._at) if live is None else _sample_of(raw(live), self._at)
+                sampled.setdefault(sample.device, {})[address] = sample
                 continue
             self._steady.discard(address)
             if self.is_small:
                 self._versions.pop(address, None)
-            else:
-                self._small.append((live, live.clone()))  # a change of it tells that more has changed
+            else:  # a change of it tells that more has changed
+                self._small[identity] = self._live(storage, address)
+        self._samples = [(list(of), torch.cat(list(of.values()))) for of in sampled.values()]
 
-    def _sample(self, data: torch.Tensor) -> torch.Tensor:
-        """Eight bytes of each 16 KiB of at least as many, in memory of their own."""
-        rows = data[: len(data) // STRIDE_BYTES * STRIDE_BYTES]
-        if data.storage_offset() % 8 == 0:
-            return rows.view(torch.int64)[self._at :: STRIDE_BYTES // 8].clone()
-        return rows.view(-1, STRIDE_BYTES)[:, 8 * self._at : 8 * self._at + 8].contiguous().view(torch.int64).view(-1)
+    def _live(self, storage: torch.UntypedStorage, address: int) -> torch.Tensor:
+        """The bytes of what is to be saved, where the program has them."""
+        return raw(self._elsewhere[address]) if address in self._elsewhere else _bytes_of(storage)
 
     def copy_rest(self) -> None:
         """Copy what is not steady, at once. For the training thread."""
-        for key, (storage, address) in self._storages.items():
-            if address in self._elsewhere and address not in self._steady:
-                self._elsewhere[address] = _copy(raw(self._elsewhere[address]))
-            elif address not in self._steady:
-                self._storages[key] = storage.clone(), address  # type: ignore[no-untyped-call]
+        here: dict[int, torch.Tensor] = {}
+        for identity, (storage, address) in self._storages.items():
+            if address not in self._steady:
+                live = self._small[identity] if identity in self._small else self._live(storage, address)
+                (self._taken if address in self._elsewhere else here)[identity] = live
+        self._taken = {identity: _copy(live) for identity, live in self._taken.items()}
+        if here:
+            copies = torch.split(torch.cat(list(here.values())), [len(live) for live in here.values()])
+            self._taken.update(zip(here, copies, strict=True))
         self._crossing.begin()
 
     def copy_at_once(self, image: Image) -> None:
@@ -128,33 +136,34 @@ class Snapshot:
         began = time.perf_counter()
         try:
             places = self._places(image)
-            self.places = {address: at for at, _, address in places}
+            self.places = {self._storages[identity][1]: at for at, identity in places}
             assert image.memory is not None
             self._crossing.pin(image.memory)
             with self._crossing.copying():
-                for at, storage, address in places:
+                for at, identity in places:
+                    storage, address = self._storages[identity]
                     memory = torch.frombuffer(image.memory, dtype=torch.uint8, count=storage.nbytes(), offset=at)
-                    source = raw(self._elsewhere[address]) if address in self._elsewhere else _bytes_of(storage)
+                    source = self._live(storage, address) if (taken := self._taken.get(identity)) is None else taken
                     memory.copy_(source, non_blocking=True)
                     self._copies.append((memory, source, address))
         finally:
             self.copy_s = time.perf_counter() - began
             self.copied.set()
 
-    def _places(self, image: Image) -> list[tuple[int, torch.UntypedStorage, int]]:
-        """Let `torch.save` write all but the tensors' bytes into the image; returns where those belong."""
+    def _places(self, image: Image) -> list[tuple[int, int]]:
+        """Let `torch.save` write all but the tensors' bytes into the image; returns where those belong, and of which memory they are."""
         outline = _Outline()
         with torch.serialization.skip_data():
             torch.save(self._payload, outline)  # type: ignore[arg-type]
         self._payload = None
-        parts = [(storage, address) for storage, address in self._storages.values() if storage.nbytes()]
-        if [size_bytes for _, size_bytes in outline.holes] != [storage.nbytes() for storage, _ in parts]:
+        parts = {identity: storage.nbytes() for identity, (storage, _) in self._storages.items() if storage.nbytes()}
+        if [size_bytes for _, size_bytes in outline.holes] != list(parts.values()):
             raise UnevenError("torch.save writes the tensors in another order than they are listed in")
         image.reserve(outline.at)
         assert image.memory is not None
         for at, data in outline.written:
             image.memory[at : at + len(data)] = data
-        return [(at, *part) for (at, _), part in zip(outline.holes, parts, strict=True)]
+        return [(at, identity) for (at, _), identity in zip(outline.holes, parts, strict=True)]
 
     def arrive(self) -> None:
         """Wait until all is in the image, and nothing of it still comes from a GPU."""
@@ -181,14 +190,16 @@ class Snapshot:
             return False
         self.arrive()
         self._crossing.begin()
-        if any(not _equal(self._crossing.fetch(live), self._crossing.fetch(before)) for live, before in self._small):
+        fetch = self._crossing.fetch
+        if any(not _equal(fetch(live), fetch(self._taken[identity])) for identity, live in self._small.items()):
             return True
-        return any(address in self._steady and not _equal(copy, self._crossing.fetch(source)) for copy, source, address in self._copies)
+        return any(address in self._steady and not _equal(copy, fetch(source)) for copy, source, address in self._copies)
 
     def is_stirred(self) -> bool:
         """Whether what was copied is not what there was at the boundary, by the samples of it. For the background, after `arrive`."""
-        pairs = ((copy, self._samples[address]) for copy, _, address in self._copies if address in self._samples)
-        return any(not torch.equal(self._sample(copy), self._crossing.fetch(sample)) for copy, sample in pairs)
+        copies = {address: copy for copy, _, address in self._copies}
+        found = ((torch.cat([_sample_of(copies[address], self._at) for address in of]), samples) for of, samples in self._samples)
+        return any(not torch.equal(copied, self._crossing.fetch(samples)) for copied, samples in found)
 
     def check_finite(self, parameters: Mapping[int, tuple[str, torch.dtype]]) -> None:
         """Raises NonFiniteError if a parameter, which its memory's address tells, is not finite in the copy. For the background."""
@@ -199,7 +210,7 @@ class Snapshot:
     def forget(self) -> None:
         """Look at live tensors no more."""
         self._copies, self._versions, self._storages, self._elsewhere, self._payload = [], {}, {}, {}, None
-        self._samples, self._small = {}, []
+        self._samples, self._small, self._taken = [], {}, {}
 
 
 class _Outline:
@@ -243,6 +254,21 @@ def _copy(source: torch.Tensor) -> torch.Tensor:
         return source.cpu()
 
 
+def _sample_of(run: torch.Tensor, where: float) -> torch.Tensor:
+    """As `_sample`, of a run of bytes; a copy, if words may not begin where the run does."""
+    if run.storage_offset() % 8 or run.data_ptr() % 8:
+        run = run.clone()
+    return _sample(run.untyped_storage(), run.storage_offset() // 8, len(run), where)
+
+
+def _sample(storage: torch.UntypedStorage, first: int, size_bytes: int, where: float) -> torch.Tensor:
+    """A view of eight bytes of each stride, of one at least, from that word on; `where` in the stride, from 0 to 1."""
+    words, stride = size_bytes // 8, STRIDE_BYTES // 8
+    at = int(where * min(words, stride))
+    count = -((at - words) // stride)
+    return torch.empty(0, dtype=torch.int64, device=storage.device).set_(storage, first + at, (count,), (stride,))
+
+
 def _bytes_of(storage: torch.UntypedStorage) -> torch.Tensor:
     return torch.empty(0, dtype=torch.uint8, device="cpu").set_(storage)
 
@@ -253,11 +279,8 @@ def _version(tensor: torch.Tensor) -> int:
 
 
 def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether two runs of bytes are the same; eight at a time, as comparing single ones takes eight times as long."""
+    """Whether two runs of bytes are the same; eight at a time where they may be, as comparing single ones takes eight times as long."""
     whole = len(a) // 8 * 8
-    return torch.equal(_words(a[:whole]), _words(b[:whole])) and torch.equal(a[whole:], b[whole:])
-
-
-def _words(run: torch.Tensor) -> torch.Tensor:
-    """Bytes as words, if they begin where words may."""
-    return run.view(torch.int64) if run.data_ptr() % 8 == 0 and run.storage_offset() % 8 == 0 else run
+    if all(run.data_ptr() % 8 == 0 and run.storage_offset() % 8 == 0 for run in (a, b)):
+        return torch.equal(a[:whole].view(torch.int64), b[:whole].view(torch.int64)) and torch.equal(a[whole:], b[whole:])
+    return torch.equal(a, b)
