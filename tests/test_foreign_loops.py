@@ -74,7 +74,8 @@ def life(begin: Start, name: str, folder: Path, more: int, number: int | None, e
     return log.read_text()
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] if name != "ddp" else []) for name in NAMES])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
 def test_a_loop_that_is_killed_and_stopped_ends_as_if_nothing_had_happened(name: str, tmp_path: Path, started: Start) -> None:
     untouched, folder = whole(name, tmp_path / "whole"), tmp_path / "killed"
     folder.mkdir()

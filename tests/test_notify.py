@@ -54,6 +54,7 @@ def hook() -> Iterator[Hook]:
     hook.server.server_close()
 
 
+@pytest.mark.slow
 def test_a_run_that_crashes_once_is_told_of_from_end_to_end(tmp_path: Path, hook: Hook) -> None:
     (tmp_path / "my_task.py").write_text(
         "import dataclasses, os, small_task\n"

@@ -363,9 +363,10 @@ def test_an_attempt_whose_origin_a_zombie_deletes_saves_at_once(train, place, re
 
 def test_a_first_save_while_the_uploader_looks_for_the_origin_is_a_save_like_any_other(train, place, remote, tmp_path):
     assert train("a", *SHORT).wait() == 0
-    hold = place.proxy.hold("GET", "attempts%2F", skip=1)
+    hold = place.proxy.hold("GET", "attempts%2F", skip=2)
     second = train("a", "train.max_steps=8", "checkpoint.every_steps=2", proxied=True)
     reached(hold, second)
+    assert remote.exists(fmt.attempt_key(2)), "the claim has been looked over"
     while not LocalStore(tmp_path / "a").exists(fmt.manifest_key(6, 2)):
         assert second.code is None, second.text
     hold.release()
@@ -389,6 +390,7 @@ def history_is_one_line(remote: Store) -> None:
 KEEP_ALL = ("checkpoint.keep_last=1000", "checkpoint.every_steps=5", "task.args.sleep_s=0.01")
 
 
+@pytest.mark.slow
 def test_of_two_launches_by_hand_the_later_takes_over_and_the_first_ends_as_superseded(train, place, remote, tmp_path):
     """The worst one: two machines, a directory each, one bucket, both alive to the end."""
     first = train("a", *KEEP_ALL, "train.epochs=400")

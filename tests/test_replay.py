@@ -141,6 +141,7 @@ def test_on_another_number_of_ranks_samples_are_compared_and_means_of_losses_abo
     assert lived.code == 0 and "expected to differ: 2 rank(s) before, 1 now" in lived.text
 
 
+@pytest.mark.slow
 def test_a_launcher_starts_again_after_a_kill_and_not_after_a_mismatch(tmp_path):
     (tmp_path / "loop.py").write_text(HEAD + LOOP)
     env = NOISY | {"ON_MISMATCH": "stop", "DIE": "9"}

@@ -268,6 +268,7 @@ def started_at(pid: int) -> float:
     return time.time() - (time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"))
 
 
+@pytest.mark.slow
 def test_the_time_of_a_run_with_kills_a_slow_bucket_and_evaluations_sums_to_wall_time(
     tmp_path: Path, s3_server: S3Server, started: Callable[..., object]
 ) -> None:

@@ -37,10 +37,11 @@ def crashing(slurm: SlurmCluster, tmp_path_factory: Folders) -> Submitted:
 
 
 @pytest.mark.usefixtures("crashing")
-def test_a_run_that_is_preempted_twice_finishes_as_if_it_never_was(slurm: SlurmCluster, whole: Path, tmp_path: Path) -> None:
-    run = submitted(slurm, tmp_path, "twice", "--partition", "low", 'slurm.extra=["--nodelist=n1,n2"]')
+@pytest.mark.parametrize("times", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_run_that_is_preempted_finishes_as_if_it_never_was(slurm: SlurmCluster, whole: Path, tmp_path: Path, times: int) -> None:
+    run = submitted(slurm, tmp_path, "preempted", "--partition", "low", 'slurm.extra=["--nodelist=n1,n2"]')
     run.edit()
-    for _ in range(2):
+    for _ in range(times):
         run.train(4)
         run.slow(2)  # however long SLURM takes, there are steps left
         run.preempt()
@@ -51,12 +52,12 @@ def test_a_run_that_is_preempted_twice_finishes_as_if_it_never_was(slurm: SlurmC
     run.ended()
     assert run.steps() == list(range(1, STEPS + 1)), "a step was lost, or done twice"
     assert_equal(whole, run.directory)
-    assert run.lives() == 3
-    assert run.ends() == [("stopped", True), ("stopped", True), ("finished", True)]
+    assert run.lives() == times + 1
+    assert run.ends() == [("stopped", True)] * times + [("finished", True)]
     log = run.log()
-    for line in ("attempt 1 begins at step 0", "attempt 3 goes on from step", "harness: finished at step 40"):
+    for line in ("attempt 1 begins at step 0", f"attempt {times + 1} goes on from step", "harness: finished at step 40"):
         assert log.count(line) == 1, log
-    assert log.count("everything saved; start again to go on") == 2 and log.rstrip().endswith("harness: finished: at step 40"), log
+    assert log.count("everything saved; start again to go on") == times and log.rstrip().endswith("harness: finished: at step 40"), log
     assert "Traceback" not in log and "Terminated" not in log, log
 
 

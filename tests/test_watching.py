@@ -232,6 +232,7 @@ for number in run.steps(16):
 """
 
 
+@pytest.mark.slow
 def test_one_curve_is_shown_after_three_kills(tmp_path: Path) -> None:
     (tmp_path / "killed.py").write_text(KILLED)
     env = {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "WANDB_CONFIG_DIR": str(tmp_path), "WANDB_CACHE_DIR": str(tmp_path)}
