@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -11,12 +11,23 @@ import torch
 
 from harness.errors import UsageError
 
+GLOBAL_GENERATORS = (random._inst, np.random.mtrand._rand, torch.default_generator)
 KINDS = (torch.Generator, np.random.Generator, np.random.RandomState, np.random.BitGenerator, random.Random)
 
 
 def is_generator(thing: object) -> bool:
     """Whether this is a generator whose state can be kept. One that draws from the machine (`random.SystemRandom`) has none."""
     return isinstance(thing, KINDS) and not isinstance(thing, random.SystemRandom)
+
+
+def generators_of(thing: Any) -> Iterator[tuple[str, Any]]:
+    """The generators that an object has as attributes, or in lists and dicts there, with how that is written."""
+    for name, value in list(vars(thing).items()):
+        if is_generator(value):
+            yield name, value
+        elif type(value) in (dict, list, tuple):
+            items = value.items() if type(value) is dict else enumerate(value)
+            yield from ((f"{name}[{key!r}]", item) for key, item in items if is_generator(item))
 
 
 def generator_state(thing: Any) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """What a run keeps that no tracked object's `state_dict` tells: gradients under way, changed attributes of modules, communication hooks.
 
-And generators, which are tracked as any object is, but are another one on each rank. Where there is none of it, a checkpoint is as it would
-be without this.
+And generators, which are tracked as any object is, but are another one on each rank; or are attributes of tracked modules and optimizers,
+whose `state_dict` does not tell of them. Where there is none of it, a checkpoint is as it would be without this.
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from harness import ddp
-from harness.data.generator_objects import generator_state, is_generator, set_generator_state
+from harness.data.generator_objects import GLOBAL_GENERATORS, generator_state, generators_of, is_generator, set_generator_state
 from harness.errors import UsageError
 from harness.ranks import World
 from harness.run.own import ATTRIBUTES, Own
-from harness.state.attributes import Attributes, Changed
+from harness.state.attributes import Attributes, Changed, parts
 from harness.state.communication import Hooks, check_hooks
 from harness.state.gradients import Gradients, Kept, digest
+from harness.state.sameness import is_same
 
 GRADIENTS = "gradients"  # at the top level of a checkpoint if all ranks have the same, else each rank's own
 
@@ -55,8 +56,8 @@ class More:
 
     @property
     def handled(self) -> set[int]:
-        """The generators that are tracked, by identity."""
-        return {id(thing) for thing in self._generators.things.values()}
+        """The generators that are kept, by identity."""
+        return {id(thing) for thing in self._generators.all.values()}
 
     def restored(self, tracked: Mapping[str, Any]) -> None:
         """All of these have their state back."""
@@ -64,7 +65,7 @@ class More:
 
     def begin(self, tracked: Mapping[str, Any], payload: Mapping[str, Any]) -> list[str]:
         """The loop begins: put back what was kept; returns in words what is not as it was. Raises UsageError."""
-        for part in (self._gradients, self._attributes, self._hooks):
+        for part in (self._gradients, self._attributes, self._hooks, self._generators):
             part.begin(tracked)
         notes = [note] if (note := self.own.restore(payload, self.world)) else []
         self._changed.restore(payload.get(ATTRIBUTES))
@@ -129,10 +130,10 @@ class _OwnAttributes:
 
     def state(self) -> Changed | None:
         changed = self._attributes.state()
-        for name in self._attributes.lost:
-            what = "becomes another object in training, and is not saved"
-            self._say(f"harness: warning: {name} {what}: if it is state, make it a plain value or a buffer")
-        self._attributes.lost.clear()
+        for name in self._attributes.unkept.names:
+            what = "changes in training, and is not saved"
+            self._say(f"harness: warning: {name} {what}: if it is state, make it a plain value, a buffer or part of a state_dict")
+        self._attributes.unkept.names.clear()
         return changed
 
     def restore(self, state: Changed | None) -> None:
@@ -140,21 +141,39 @@ class _OwnAttributes:
 
 
 class _Generators:
-    """The generators that are tracked, by name."""
+    """The generators that are tracked, and those that tracked modules and optimizers have as attributes, by name."""
 
     def __init__(self) -> None:
         self.things: dict[str, Any] = {}
         self.restored: set[str] = set()
+        self._held: dict[str, Any] = {}
+        self._built: dict[str, Any] = {}  # the state of each that is held, as the loop found it: only another one is kept
+
+    @property
+    def all(self) -> dict[str, Any]:
+        return self._held | self.things
+
+    def begin(self, tracked: Mapping[str, Any]) -> None:
+        """Find those that are held."""
+        known = {id(thing) for thing in (*self.things.values(), *GLOBAL_GENERATORS)}
+        for name, thing in tracked.items():
+            for path, part in parts(thing):
+                for key, value in generators_of(part):
+                    if id(value) not in known:
+                        known.add(id(value))
+                        self._held[".".join(filter(None, (name, path, key)))] = value
+        self._built = {name: generator_state(thing) for name, thing in self._held.items()}
 
     def state(self) -> dict[str, Any] | None:
-        return {name: generator_state(thing) for name, thing in self.things.items()} or None
+        found = {name: generator_state(thing) for name, thing in self.all.items()}
+        return {name: state for name, state in found.items() if name in self.things or not is_same(state, self._built[name])} or None
 
     def restore(self, state: Mapping[str, Any] | None) -> None:
-        if missing := [name for name in state or {} if name not in self.things]:
+        if missing := [name for name in state or {} if name not in self.all]:
             raise UsageError(
-                f"the checkpoint holds what is not tracked: {', '.join(missing)}", f"found: {', '.join(self.things) or 'no generator'}",
+                f"the checkpoint holds what is not tracked: {', '.join(missing)}", f"found: {', '.join(self.all) or 'no generator'}",
                 "Track the same names as before, or take a new run directory.",
             )  # fmt: skip
         for name, kept in (state or {}).items():
-            set_generator_state(name, self.things[name], kept)
+            set_generator_state(name, self.all[name], kept)
             self.restored.add(name)

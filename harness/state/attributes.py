@@ -1,5 +1,5 @@
 """What a program changes of its modules while it trains, and no `state_dict` tells: what is frozen, modes, plain attributes, and buffers
-that are not persistent.
+that are not persistent; and the same of its optimizers, if they are of classes that are not torch's.
 
 Kept is the difference between now and the module as built, with the value as built beside it:
 
@@ -10,8 +10,7 @@ As built is what the loop begins with, before anything of a checkpoint is put in
 module's own `load_state_dict` has set by then counts as it was before that. A restore sets only what had changed, and only where the
 value as built is the one that it was then: otherwise the program is another one, and what it says stands.
 
-Taken are plain values, and tensors that were there from the beginning. Of what else becomes another object the names are told: an
-attribute that is empty at first and then stays what it became is a cache, and nobody's state.
+Taken are plain values, and tensors that were there from the beginning. Of what else changes the names are told (`unkept`).
 """
 
 from __future__ import annotations
@@ -25,10 +24,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from harness.ddp import parts
+from harness import ddp
 from harness.state.sameness import is_same
+from harness.state.unkept import Unkept, is_programs
 
 BARE = frozenset(vars(nn.Module())) - {"training"}  # what every module has for its own bookkeeping
+OF_OPTIMIZERS = frozenset(vars(torch.optim.SGD([torch.zeros(1)], 0.1))) | {"step", "_opt_called"}  # the last two by schedulers
 PLAIN = (bool, int, float, complex, str, bytes, type(None))
 MOST_ITEMS = 1000  # in a list or dict that is looked into
 COMPARED_BYTES = 64 << 10  # a tensor up to this size, on the CPU, is compared whole; a greater one by what PyTorch has counted
@@ -38,7 +39,15 @@ ABSENT = object()
 Place = tuple[weakref.ref[torch.Tensor], int] | None  # which tensor, and how often it was written to; None for none
 Values = dict[str, Any]  # of one module, by attribute; a tensor's is its digest
 Built = dict[str, dict[str, Values]]  # by object and module
+Part = nn.Module | torch.optim.Optimizer
 Changed = dict[str, dict[str, dict[str, dict[str, Any]]]]  # by object, module and attribute: "built" and "now", if there was any, is any
+
+
+def parts(thing: Any) -> list[tuple[str, Any]]:
+    """A module's parts with their paths, itself first; an optimizer, unless its class is torch's."""
+    if isinstance(inner := ddp.plain(thing), torch.optim.Optimizer):
+        return [] if _is_torchs(inner) else [("", inner)]
+    return list(ddp.parts(thing))
 
 
 def as_built(tracked: Mapping[str, Any]) -> Built:
@@ -58,9 +67,7 @@ class Attributes:
         self._built: Built = {}
         self._tracked: Mapping[str, Any] = {}
         self._watched: dict[str, list[_Watched]] = {}
-        self._odd: dict[str, int] = {}  # by name: the identity of what cannot be kept, when it was last looked at
-        self._told: set[str] = set()
-        self.lost: list[str] = []  # names of what changes and cannot be kept, to be told
+        self.unkept = Unkept()
 
     def before_restore(self, tracked: Mapping[str, Any]) -> None:
         """These are as built: nothing was restored into them so far."""
@@ -80,10 +87,17 @@ class Attributes:
                     if key in here and key in after and is_same(here[key], after[key]):
                         here[key] = value  # if it is another now, the module's own load_state_dict has made it so
         self._watched = {name: [_Watched(path, part) for path, part in parts(thing)] for name, thing in tracked.items()}
+        for name, watched in self._watched.items():
+            for one in watched:
+                self.unkept.begin(_joined(name, one.path), one.odd_values())
 
     def state(self) -> Changed | None:
         """What differs from the modules as built, with tensors copied to the CPU; None if nothing does."""
         changed = {name: found for name in self._tracked if (found := self._changed(name))}
+        if self.unkept.is_time():
+            for name, watched in self._watched.items():
+                for one in watched:
+                    self.unkept.look(_joined(name, one.path), one.odd_values())
         return changed or None
 
     def _changed(self, name: str) -> dict[str, dict[str, dict[str, Any]]]:
@@ -93,23 +107,9 @@ class Attributes:
         found = {}
         for one in self._watched[name]:
             built = self._built[name].get(one.path)
-            if built is not None and one.may_have_changed():
-                self._look_at_odd(name, one)
-                if differs := one.differences(built):
-                    found[one.path] = differs
+            if built is not None and one.may_have_changed() and (differs := one.differences(built)):
+                found[one.path] = differs
         return found
-
-    def _look_at_odd(self, name: str, one: _Watched) -> None:
-        """Find what became another object, and cannot be kept."""
-        for key, value in vars(one.part).items():
-            if key.startswith("_") or key in BARE or key in one.tensors or _is_plain(value) or _is_of_a_graph(value):
-                continue
-            spelled = _joined(name, one.path, key)
-            before = self._odd.get(spelled, one.odd.get(key))
-            if before not in (None, id(value)) and spelled not in self._told:
-                self._told.add(spelled)
-                self.lost.append(spelled)
-            self._odd[spelled] = id(value)
 
     def restore(self, changed: Changed) -> list[str]:
         """Set again what had changed; returns, in words, what stays as the program has it now."""
@@ -129,25 +129,36 @@ class Attributes:
 
 
 class _Watched:
-    """One module as the loop found it, and how to tell quickly that it still is."""
+    """One module, or optimizer, as the loop found it, and how to tell quickly that it still is."""
 
-    def __init__(self, path: str, part: nn.Module) -> None:
+    def __init__(self, path: str, part: Part) -> None:
         self.path, self.part = path, part
         own = {key: value for key, value in vars(part).items() if _is_looked_at(part, key)}
         self.tensors = {key: (_place(tensor), _copied(tensor)) for key, tensor in _tensors(part).items()}
-        self.odd = {key: id(value) for key, value in own.items() if not _is_plain(value)}
+        odd = {key: id(value) for key, value in own.items() if not _is_plain(value)}
         mutable = [key for key, value in own.items() if type(value) in (list, dict)]
-        self._same = {key: value for key, value in own.items() if key not in self.odd and key not in mutable}
-        self._odd = [(key, number) for key, number in self.odd.items() if key not in self.tensors]
-        self._has_mutable = any(key not in self.odd for key in mutable)
-        self._size, self._children = len(vars(part)), list(part._modules.values())
+        self._same = {key: value for key, value in own.items() if key not in odd and key not in mutable}
+        self._odd = [(key, number) for key, number in odd.items() if key not in self.tensors]
+        self._has_mutable = any(key not in odd for key in mutable)
+        self._size, self._children = len(vars(part)), list(_own(part, "_modules").values())
         self._trained = self._which_are_trained()
 
     def _which_are_trained(self) -> list[bool]:
-        return [parameter is not None and parameter.requires_grad for parameter in self.part._parameters.values()]
+        return [parameter is not None and parameter.requires_grad for parameter in _own(self.part, "_parameters").values()]
+
+    def odd_values(self) -> dict[str, Any]:
+        """The attributes that are no plain data and no tensor that is kept, and whose change would be the program's doing."""
+        return {
+            key: value
+            for key, value in vars(self.part).items()
+            if key not in self.tensors
+            and _is_looked_at(self.part, key)
+            and not (key.startswith("_") and not is_programs(type(self.part)))
+            and not _is_plain(value)
+        }
 
     def has_other_parts(self) -> bool:
-        return list(self.part._modules.values()) != self._children
+        return list(_own(self.part, "_modules").values()) != self._children
 
     def may_have_changed(self) -> bool:
         """Whether something may be another than it was when the loop began, or when this was first looked at."""
@@ -184,30 +195,41 @@ class _Watched:
         return not torch.equal(now.detach(), before)
 
 
-def _values(part: nn.Module) -> Values:
+def _is_torchs(thing: Any) -> bool:
+    return type(thing).__module__.partition(".")[0] == "torch"
+
+
+def _own(part: Part, name: str) -> dict[str, Any]:
+    """A module's own parameters, buffers or parts; an optimizer has none."""
+    return getattr(part, name) if isinstance(part, nn.Module) else {}
+
+
+def _values(part: Part) -> Values:
     """All of a module that is plain, copied."""
     own = {
         key: copy.deepcopy(value) if type(value) in (list, dict, tuple) else value
         for key, value in vars(part).items()
         if _is_looked_at(part, key) and _is_plain(value)
     }
-    return own | {f"{key}{REQUIRES_GRAD}": parameter.requires_grad for key, parameter in part._parameters.items() if parameter is not None}
+    return own | {
+        f"{key}{REQUIRES_GRAD}": parameter.requires_grad for key, parameter in _own(part, "_parameters").items() if parameter is not None
+    }
 
 
-def _is_looked_at(part: nn.Module, key: str) -> bool:
+def _is_looked_at(part: Part, key: str) -> bool:
     """Whether this attribute may be the program's: what torch keeps for itself in its own classes is not."""
-    return key not in BARE and not (key.startswith("_") and type(part).__module__.partition(".")[0] == "torch")
+    return key not in (BARE if isinstance(part, nn.Module) else OF_OPTIMIZERS) and not (key.startswith("_") and _is_torchs(part))
 
 
-def _tensors(part: nn.Module) -> dict[str, torch.Tensor | None]:
+def _tensors(part: Part) -> dict[str, torch.Tensor | None]:
     """The buffers that are not persistent, be they empty, and the tensors that are plain attributes and of no graph."""
     found = {key: value for key, value in vars(part).items() if isinstance(value, torch.Tensor) and _is_looked_at(part, key)}
-    buffers = {f"{BUFFER}{key}": part._buffers.get(key) for key in sorted(part._non_persistent_buffers_set)}
+    buffers = {f"{BUFFER}{key}": _own(part, "_buffers").get(key) for key in sorted(_own(part, "_non_persistent_buffers_set"))}
     return {key: value for key, value in (found | buffers).items() if value is None or _is_simple(value)}
 
 
-def _tensor(part: nn.Module, key: str) -> torch.Tensor | None:
-    value = part._buffers.get(key.removeprefix(BUFFER)) if key.startswith(BUFFER) else vars(part).get(key)
+def _tensor(part: Part, key: str) -> torch.Tensor | None:
+    value = _own(part, "_buffers").get(key.removeprefix(BUFFER)) if key.startswith(BUFFER) else vars(part).get(key)
     return value if isinstance(value, torch.Tensor) and _is_simple(value) else None
 
 
@@ -249,29 +271,30 @@ def _is_plain(value: Any) -> bool:
     return type(value) is dict and len(value) <= MOST_ITEMS and all(type(k) in PLAIN and _is_plain(item) for k, item in value.items())
 
 
-def _is_of_a_graph(value: Any) -> bool:
-    """Whether this is what a forward pass has computed: a next one computes it anew."""
-    return isinstance(value, torch.Tensor) and value.grad_fn is not None
-
-
-def _set(part: nn.Module, key: str, now: Any) -> None:
-    if key.endswith(REQUIRES_GRAD) and isinstance(parameter := part._parameters.get(key.removesuffix(REQUIRES_GRAD)), nn.Parameter):
+def _set(part: Part, key: str, now: Any) -> None:
+    if key.endswith(REQUIRES_GRAD) and isinstance(
+        parameter := _own(part, "_parameters").get(key.removesuffix(REQUIRES_GRAD)), nn.Parameter
+    ):
         parameter.requires_grad_(now)
     elif now is ABSENT and not key.startswith(BUFFER):
         delattr(part, key)
     elif not isinstance(now, torch.Tensor):
-        part._buffers.update({key.removeprefix(BUFFER): None}) if key.startswith(BUFFER) else setattr(part, key, now)
+        _own(part, "_buffers").update({key.removeprefix(BUFFER): None}) if key.startswith(BUFFER) else setattr(part, key, now)
     else:
         before = _tensor(part, key)
-        like = before if before is not None else next(part.parameters(), now)
+        like = before if before is not None else next(part.parameters() if isinstance(part, nn.Module) else iter(_updated(part)), now)
         own = now.to(like.device, copy=True)
         if before is not None and (before.shape, before.dtype) == (own.shape, own.dtype):
             with torch.no_grad():
                 before.copy_(own)
         elif key.startswith(BUFFER):
-            part._buffers[key.removeprefix(BUFFER)] = own
+            _own(part, "_buffers")[key.removeprefix(BUFFER)] = own
         else:
             setattr(part, key, own)
+
+
+def _updated(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def _spelled(value: Any) -> str:
