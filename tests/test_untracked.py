@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import runpy
 import socket
 import subprocess
 import sys
@@ -67,6 +68,12 @@ FOUND = {
     "ema = torch.optim.swa_utils.AveragedModel(model)": ("ema.update_parameters(model)", "ema (AveragedModel)"),
     "scaler = torch.amp.GradScaler('cpu')": ("pass", "scaler (GradScaler)"),
     "mine = {'sampler': Draws(data)}": ("pass", "mine['sampler'] (Draws)"),
+    "teacher = nn.Linear(8, 1)": ("teacher.weight.data.lerp_(model.weight.data, 0.5)", "teacher (Linear)"),
+    "criterion = Centred()": ("criterion(x)", "criterion (Centred)"),
+    "mean = Mean(model)": ("mean.update(model)", "mean (Mean)"),
+    "pool = Pool()": ("pool.seen.append(x)", "pool (Pool)"),
+    "queue = torch.zeros(40, 8)": ("queue[run.step] = x[0]", "queue (Tensor)"),
+    "memory = np.zeros(40)": ("memory[run.step] = 1", "memory (ndarray)"),
 }
 
 MORE = (
@@ -87,6 +94,30 @@ class Draws(Sampler):
         return {"at": 1}
     def load_state_dict(self, state):
         pass
+
+class Centred(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("centre", torch.zeros(1))
+    def forward(self, x):
+        self.centre = self.centre * 0.9 + x.mean() * 0.1
+
+class Mean:
+    def __init__(self, model):
+        self.of = {name: tensor.data.clone() for name, tensor in model.named_parameters()}
+    def update(self, model):
+        for name, tensor in model.named_parameters():
+            self.of[name] = 0.9 * self.of[name] + 0.1 * tensor.data
+
+class Pool:
+    def __init__(self):
+        self.seen = []
+
+class Trainer:
+    def __init__(self, model):
+        self.model, self.x = model, torch.zeros(16, 8)
+    def set(self, x):
+        self.x, self.both = x, [x, x]
 """
 )
 
@@ -109,6 +140,9 @@ QUIET = {
     "no scaling": "scaler = torch.amp.GradScaler('cpu', enabled=False)",
     "global ones": "a, b, c = random._inst, np.random.mtrand._rand, torch.default_generator",
     "parts of a tracked schedule": "one, two = [torch.optim.lr_scheduler.StepLR(optimizer, n) for n in (2, 3)]",
+    "what does not change": "frozen = nn.BatchNorm1d(8).eval(); table = torch.zeros(4, 4); late = nn.Linear(8, 1)",
+    "a tracked object's tensors": "wrapped = nn.ModuleList([model]); weights = list(model.parameters()); weight = model.weight.data",
+    "a batch, a sum": "trainer = Trainer(model); total = torch.zeros(1); x = torch.zeros(16, 8)",
     "that schedule": "run.track(both=torch.optim.lr_scheduler.SequentialLR(optimizer, [one, two], [3]))",
 }
 HOLDER = (
@@ -126,7 +160,8 @@ class Holder:
 
 
 def test_nothing_is_said_of_what_need_not_be_tracked(tmp_path):
-    step = "val[0]; holder.rng.random(); random.random(); np.random.rand(); torch.rand(1); list(held)"
+    step = "trainer.set(x); frozen(x); total += loss.detach()"
+    step += "; val[0]; holder.rng.random(); random.random(); np.random.rand(); torch.rand(1); list(held)"
     assert named(tmp_path, "; ".join(QUIET.values()), step, HOLDER) == []
 
 
@@ -150,3 +185,89 @@ def test_no_loop_of_ours_is_suspected(tmp_path, loop):
     assert not re.search(
         "not tracked, so lost|not rehearsed|would fail or not be exact|another one on each rank", done.stdout + done.stderr
     )
+
+
+CARRIED = """
+class Stopper:
+    def __init__(self):
+        self.best, self.history, self.patience = 1e9, [], 3
+    def look(self, value):
+        self.best = min(self.best, value)
+        self.history.append(value)
+        return False
+
+def main():
+    run = init()
+    model = nn.RNN(8, 4, batch_first=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
+    run.track(model=model, optimizer=optimizer)
+    hidden, count, best, stopper, unused, gradients = torch.zeros(1, 16, 4), 0, 1e9, Stopper(), 3, [p for p in model.parameters()]
+    for x, y in run.batches(points(), 16, epochs=2):
+        out, hidden = model(x[:, None], hidden.detach())
+        optimizer.zero_grad()
+        loss = out.square().mean()
+        loss.backward()
+        optimizer.step()
+        count += 1
+        if loss < best:
+            best = loss.item()
+        means = [value.mean() for value in out]
+        if stopper.look(loss.item()):
+            run.finish()
+        run.log(loss=loss)
+
+main()
+"""
+
+
+def test_what_the_loop_carries_from_step_to_step_by_itself_is_named_once(tmp_path):
+    lived = live(tmp_path, CARRIED, "a")
+    assert lived.code == 0, lived.text
+    events = [json.loads(line) for line in (tmp_path / "a/events/0001.jsonl").read_text().splitlines()]
+    names = [name for event in events if event["event"] == "carried" for name in event["names"]]
+    own = [f"program.py: main(): {name}" for name in ("best", "count", "hidden", "stopper.best", "stopper.history")]
+    assert sorted(names) == own
+    assert "warning" not in lived.text and "What training depends on belongs in run.state" in lived.text
+
+
+LOOP_OF = """
+import sys
+from harness.run.carried import variables
+
+def batches():
+    found.append(variables(sys._getframe(1)))
+    yield 1
+
+found, a, b, c, d, e, f, h, k = [], 1, 1, 1, 1, 1, [0, 1], 1, 1
+def g():
+    a, b, c, d, e, f, h, k = 1, 1, 1, 1, 1, [0, 1], 1, 1
+    for x in batches():
+        BODY
+BODY_OUTSIDE
+"""
+
+
+@pytest.mark.parametrize(
+    ("body", "names"),
+    [
+        ("a = x; b = a", ""),
+        ("b = a; a = x", "a"),
+        ("a += 1", "a"),
+        ("f[0] += 1; f.append(a)", ""),
+        ("a, b = b, a", "a b"),
+        ("(a := a + 1)", "a"),
+        ("a = [b for b in f]", ""),
+        ("a = [a for b in f]", "a"),
+        ("a = {b: c for b in f for c in f}; c = 1", ""),
+        ("a = (lambda: b)(); b = 1", ""),
+        ("e: int = e + 1", "e"),
+        ("for h in f: k = h", ""),
+        ("for h in f: k = k + h", "k"),
+        ("a = a if x else b", "a"),
+    ],
+)
+def test_variables_are_carried_if_they_are_read_before_they_are_set(tmp_path, body, names):
+    path = tmp_path / "loop.py"
+    outside = f"for x in batches():\n    {body}\ng()\n"
+    path.write_text(LOOP_OF.replace("BODY_OUTSIDE", outside).replace("BODY", body))
+    assert runpy.run_path(str(path))["found"][:2] == [set(names.split())] * 2, "in a module, and in a function"

@@ -1,7 +1,9 @@
 """What lives and is not tracked: named at the first step boundary with the path to it, as its state would be lost at a restart.
 
 It is looked for once, on the writer, from the locals of the program's frames and from what the loop goes over, in attributes and
-containers; never in what libraries keep globally. A generator is named when it has been drawn from since.
+containers; never in what libraries keep globally. A generator is named when it has been drawn from since; a module (a teacher, a loss with
+a running centre), an object of the program's (an average by hand, a memory) or a tensor when numbers in it have changed that no tracked
+object holds.
 """
 
 from __future__ import annotations
@@ -10,10 +12,11 @@ import collections
 import inspect
 import random
 import sys
-import sysconfig
 import time
+import weakref
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -23,18 +26,22 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.optim.optimizer import register_optimizer_step_pre_hook
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 
+import harness.run.marks as marks
 from harness import ddp
+from harness.data.generator_objects import GLOBAL_GENERATORS
+from harness.run.carried import Carried, values_of
 from harness.run.reach import ATOMS, parts
+from harness.state.unkept import LIBRARIES, PLAIN, fingerprint, is_of_program
 
 DEPTH, WITHIN_S, MOST_OBJECTS = 4, 0.2, 20_000
 OPTIMIZER, SCHEDULER, SCALER, AVERAGE, GENERATOR, OTHER = "optimizer", "scheduler", "scaler", "average", "generator", "with state_dict"
+NUMBERS = "numbers"
+MOST_NAMES = 10  # in one line
 PACKAGE = Path(__file__).resolve().parents[1]
 OURS = ("harness.task", "harness.tasks", "harness.step")  # instances of our classes that hold what is the program's
 PLAIN_LIBRARY = ("builtins", "collections", "functools", "types", "argparse", "random", "__main__")
-LIBRARIES = tuple({str(Path(path).resolve()) for path in map(sysconfig.get_path, ("stdlib", "platstdlib", "purelib", "platlib"))})
-GLOBAL_GENERATORS = (random._inst, np.random.mtrand._rand, torch.default_generator)
 
 
 @dataclass
@@ -42,10 +49,24 @@ class _Candidate:
     """Something that has a state, and where it was found."""
 
     path: str
-    thing: Any
+    ask: Callable[[], Any]  # for the thing; None when the program has let it go
     kind: str
     of_workers: bool  # only worker processes draw from it
-    before: Any = None  # of a generator: its state when it was found
+    before: Any = None  # of a generator, and of numbers: as it was when it was found
+
+    values: dict[str, Any] = field(default_factory=dict)  # of one of the program's objects: its plain attributes
+
+    @property
+    def thing(self) -> Any:
+        return self.ask()
+
+    def values_changed(self) -> list[str]:
+        """The names of plain attributes that are not what they were, each once."""
+        now = _values(self.thing)
+        names = [name for name, value in self.values.items() if name in now and now[name] != value]
+        for name in names:
+            del self.values[name]
+        return [f"{self.path}.{name}" for name in names]
 
 
 class Suspects:
@@ -60,10 +81,12 @@ class Suspects:
         self._steps, self._next = 0, 0
         self._tracked: Mapping[str, Any] = {}
         self._unhook: Callable[[], None] = lambda: None
+        self._held, self._carried = set[int](), Carried(())
 
     def begin(self, tracked: Mapping[str, Any], source: Any) -> None:
         """Look for what lives, before the first step; `source` is where the loop's steps come from."""
         self._tracked, self._next = tracked, 1
+        self._carried = Carried((spelled, frame) for spelled, frame in _program_frames(sys._getframe(1)))
         self._unhook = register_optimizer_step_pre_hook(lambda optimizer, *_: self._stepped.update({id(optimizer): optimizer})).remove
         roots = [*_frames(sys._getframe(1)), *_of_source(source)]
         self._candidates = _find(roots, {id(thing) for thing in tracked.values()}, source)
@@ -75,12 +98,20 @@ class Suspects:
             return
         self._next *= 2
         self._unhook()
+        carried = self._carried.changed(sys._getframe(1))
         if self._candidates:
             kept = self._kept()
+            self._held = self._addresses()
             found = [one for one in self._candidates if id(one.thing) not in kept and self._is_lost(one)]
             self._tell(found)
-            self._candidates = [one for one in self._candidates if one.kind == GENERATOR and one not in found]
+            carried += [name for one in self._candidates if one not in found and id(one.thing) not in kept for name in one.values_changed()]
+            self._candidates = [one for one in self._candidates if one.kind in (GENERATOR, NUMBERS) and one not in found]
         self._stepped = {}
+        if carried:
+            names = [*carried[:MOST_NAMES], *[f"{len(carried) - MOST_NAMES} more"] * (len(carried) > MOST_NAMES)]
+            anew = "what the loop itself carries from step to step begins anew after a restart"
+            self._say(f"harness: {anew}: {', '.join(names)}. What training depends on belongs in run.state.")
+            self._note("carried", names=carried)
 
     def _kept(self) -> set[int]:
         """What is tracked, what that holds, and what is handled otherwise, by identity."""
@@ -100,7 +131,15 @@ class Suspects:
         if one.kind == SCHEDULER:
             optimizer = getattr(thing, "optimizer", None)
             return optimizer is None or id(optimizer) in tracked or id(optimizer) in self._stepped
+        if one.kind == NUMBERS:
+            return thing is not None and bool(one.before.changed(marks.of(thing), self._held))
         return one.kind != GENERATOR or one.of_workers or _drawn(thing) != one.before
+
+    def _addresses(self) -> set[int]:
+        """Where the numbers of tracked objects lie."""
+        if not any(one.kind == NUMBERS for one in self._candidates):
+            return set()
+        return {mark.address for thing in map(ddp.plain, self._tracked.values()) for mark in marks.of(thing).arrays.values()}
 
     def _tell(self, found: Iterable[_Candidate]) -> None:
         names = [f"{one.path} ({type(one.thing).__name__})" for one in found]
@@ -108,8 +147,8 @@ class Suspects:
             self.names += names
             self._note("untracked", names=names)
             self._say(
-                f"harness: warning: not tracked, so lost at a restart: {', '.join(names)}. Name it in run.track(…); of a generator: draw "
-                "from the global ones, which are saved."
+                f"harness: warning: not tracked, so lost at a restart: {', '.join(names)}. Name it in run.track(…), and keep tensors and "
+                "arrays in run.state; of a generator: draw from the global ones, which are saved."
             )
 
 
@@ -126,14 +165,30 @@ def _find(roots: list[tuple[str, Any]], tracked: set[int], source: Any) -> list[
         return id(part) not in tracked and not is_others
 
     of_data = {id(thing) for _, thing, _ in _walk(_of_source(source), until, enters)} if in_workers else set()
-    found = []
+    found, inside = [], set[int]()  # the parts of modules that were found
     for path, thing, _ in _walk(roots, until, enters):
         kind = _kind(thing)
         is_stream = thing is own_dataset and not hasattr(source, "plan")  # whose state is saved for each rank
-        if kind and not is_stream and not any(thing is one for one in GLOBAL_GENERATORS):
-            before = _drawn(thing) if kind == GENERATOR else None
-            found.append(_Candidate(path, thing, kind, id(thing) in of_data, before))
+        if not kind or is_stream or id(thing) in inside or any(thing is one for one in GLOBAL_GENERATORS):
+            continue
+        if isinstance(thing, nn.Module):
+            inside |= {id(part) for part in thing.modules()}
+        before = _drawn(thing) if kind == GENERATOR else marks.of(thing) if kind == NUMBERS else None
+        values = _values(thing) if kind == NUMBERS else {}
+        found.append(_Candidate(path, _asked(thing, kind), kind, id(thing) in of_data, before, values))
     return found
+
+
+def _values(thing: Any) -> dict[str, Any]:
+    """The plain attributes of one of the program's objects, as they are now."""
+    if not is_of_program(thing):
+        return {}
+    return {name: fingerprint(value) for name, value in list(vars(thing).items()) if isinstance(value, (*PLAIN, list, dict, deque))}
+
+
+def _asked(thing: Any, kind: str) -> Callable[[], Any]:
+    """How to get at a thing later; what may be large is not kept alive by that."""
+    return weakref.ref(thing) if kind == NUMBERS else lambda: thing
 
 
 def _walk(roots: Iterable[tuple[str, Any]], until: float, enters: Callable[[Any, str, Any], bool]) -> Iterator[tuple[str, Any, int]]:
@@ -173,9 +228,14 @@ def _kind(thing: Any) -> str:
     if _is_generator(thing):
         return GENERATOR
     if isinstance(thing, nn.Module):
-        return AVERAGE if isinstance(thing, torch.optim.swa_utils.AveragedModel) or "EMA" in name.upper() else ""
-    if not (_has_method(thing, "state_dict") and _has_method(thing, "load_state_dict")) or isinstance(thing, DataLoader):
+        return AVERAGE if isinstance(thing, torch.optim.swa_utils.AveragedModel) or "EMA" in name.upper() else NUMBERS
+    if isinstance(thing, torch.Tensor | np.ndarray):
+        return NUMBERS if type(thing) in (torch.Tensor, np.ndarray) and marks.is_array(thing) else ""
+    if isinstance(thing, DataLoader):
         return ""
+    if not (_has_method(thing, "state_dict") and _has_method(thing, "load_state_dict")):
+        is_its_own = is_of_program(thing) and hasattr(thing, "__weakref__") and not isinstance(thing, Dataset | Sampler)
+        return NUMBERS if is_its_own else ""
     if name == "GradScaler":
         return SCALER if thing.is_enabled() else ""
     return SCHEDULER if name.endswith("Scheduler") else OTHER
@@ -207,23 +267,27 @@ def _plain(value: Any) -> Any:
     return hash(value.tobytes()) if isinstance(value, np.ndarray) else value
 
 
+def _program_frames(frame: FrameType | None) -> Iterator[tuple[str, FrameType]]:
+    """The frames of the program's own code, innermost first, with the beginning of how a variable of theirs is written."""
+    while frame is not None:
+        code = frame.f_code
+        if _is_programs(code.co_filename):
+            file, is_function = Path(code.co_filename).name, bool(code.co_flags & inspect.CO_OPTIMIZED)
+            yield f"{file}: {code.co_name}(): " if is_function else f"{file}: ", frame
+        frame = frame.f_back
+
+
 def _frames(frame: FrameType | None) -> Iterator[tuple[str, Any]]:
     """The variables of the program's frames, innermost first, each with its name behind the frame's."""
     seen = set[int]()
-    while frame is not None:
-        code, module = frame.f_code, frame.f_globals
-        if _is_programs(code.co_filename):
+    for spelled, inner in _program_frames(frame):
+        code, module = inner.f_code, inner.f_globals
+        if code.co_flags & inspect.CO_OPTIMIZED:
+            yield from [(spelled + name, value) for name, value in values_of(inner).items()]
+        if id(module) not in seen and not str(module.get("__file__") or code.co_filename).startswith(str(PACKAGE)):
+            seen.add(id(module))
             file = Path(code.co_filename).name
-            is_function = bool(code.co_flags & inspect.CO_OPTIMIZED)
-            if is_function:
-                local = frame.f_locals
-                yield from [(f"{file}: {code.co_name}(): {name}", value) for name, value in local.items()]
-                if type(local) is dict and sys.gettrace() is None and sys.getrefcount(local) <= 3:
-                    local.clear()  # of Python before 3.13 a copy, which would keep alive what the program lets go
-            if id(module) not in seen and not str(module.get("__file__") or code.co_filename).startswith(str(PACKAGE)):
-                seen.add(id(module))
-                yield from [(f"{file}: {name}", value) for name, value in list(module.items()) if not name.startswith("__")]
-        frame = frame.f_back
+            yield from [(f"{file}: {name}", value) for name, value in list(module.items()) if not name.startswith("__")]
 
 
 def _is_programs(file: str) -> bool:
