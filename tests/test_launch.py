@@ -102,7 +102,9 @@ def crashing(folder: Path, plan: str) -> tuple[str, ...]:
 
 def begun(directory: Path, kind: str) -> dict[str, dict]:
     """The records of attempts or launches by their names, in order."""
-    files = sorted(file for file in directory.glob(f"{kind}/*.json") if not file.name.endswith((".end.json", ".failed.json", ".replay.json")))
+    files = sorted(
+        file for file in directory.glob(f"{kind}/*.json") if not file.name.endswith((".end.json", ".failed.json", ".replay.json"))
+    )
     return {file.name.removesuffix(".json"): json.loads(file.read_text()) for file in files}
 
 

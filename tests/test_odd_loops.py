@@ -272,7 +272,20 @@ def test_a_loop_that_is_left_says_so_and_an_untracked_schedule_too(tmp_path, cap
 
     loop(tmp_path, make, leave_at=3)
     said = capsys.readouterr().out
-    assert "the loop was left at step 3" in said and "a scheduler moves the learning rate of optimizer" in said
+    assert "the loop was left at step 3: nothing more is saved; run.finish() would end the run" in said
+    assert "a scheduler moves the learning rate of optimizer" in said
+
+
+def test_a_loop_that_is_left_after_it_asked_for_its_end_is_told_that_this_was_too_early(tmp_path, capsys):
+    job = harness.init(tmp_path, seed=2)
+    step = simple(job)
+    for batch in job.batches(points(), global_batch_size=8, epochs=1):
+        step(batch[0])
+        if job.step == 3:
+            job.finish()
+            break
+    said = capsys.readouterr().out
+    assert "left at step 3: nothing more is saved; run.finish() ends the run when the loop asks for its next batch" in said
 
 
 @pytest.mark.parametrize("how", ["untracked", "tracked", "wrapped"])

@@ -63,10 +63,15 @@ class Ending:
         """From here on there is an attempt to record the end of."""
         self._stores, self._attempt, self._world = stores, attempt, world
 
-    def left(self, say: Callable[[str], None]) -> None:
+    def left(self, say: Callable[[str], None], *, is_finishing: bool) -> None:
         """The loop was broken off, by the program's own wish or by an error, which is told of later. If none is, that was the end."""
         if not self.failed:
-            words = f"the loop was left at step {self.step()}: nothing more is saved; run.finish() would end the run"
+            what = (
+                "ends the run when the loop asks for its next batch: go on to there, without a break"
+                if is_finishing
+                else "would end the run"
+            )
+            words = f"the loop was left at step {self.step()}: nothing more is saved; run.finish() {what}"
             say(f"harness: {words}")
             atexit.register(self._left, words)
 

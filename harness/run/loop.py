@@ -161,7 +161,7 @@ class Run:
             if not self.finished:  # there was nothing left to do
                 self._complete()
         except GeneratorExit:
-            self._ending.left(self.say)
+            self._ending.left(self.say, is_finishing=self._finish)
             raise
         finally:
             self._looping = False
