@@ -168,6 +168,26 @@ def test_a_folder_without_init_does_not_shadow_the_package(tmp_path: Path) -> No
     assert not (tmp_path / "sprung").exists()
 
 
+def test_an_editable_install_is_found_beside_a_folder_of_that_name(tmp_path: Path) -> None:
+    """The tests' environment has one: a finder of setuptools' would come after such a folder, a plain path does not."""
+    (tmp_path / "harness").mkdir()
+    done = run([sys.executable, "-c", "import harness; print(harness.__file__)"], cwd=tmp_path, env={"PYTHONPATH": ""})
+    assert done.stdout.strip() == harness.__file__, done.stdout + done.stderr
+
+
+def test_a_package_of_that_name_in_the_working_directory_is_named_before_anything_starts(tmp_path: Path) -> None:
+    (tmp_path / "harness").mkdir()
+    (tmp_path / "harness" / "__init__.py").write_text("open('sprung', 'w')\n")
+    (tmp_path / "own.py").write_text("import harness\n")
+    environment = {"PYTHONPATH": str(Path(harness.__file__).parents[1]), "PATH": "/usr/bin"}
+    for words in (["task.name=mine:build"], ["own.py"]):
+        code = f"import sys; sys.path.remove(''); from harness import cli; sys.exit(cli.main(['launch', 'run.dir=run', *{words!r}]))"
+        done = run([sys.executable, "-c", code], cwd=tmp_path, env=environment)
+        assert done.returncode == 78, done.stderr
+        assert str(tmp_path / "harness") in done.stderr and "Traceback" not in done.stderr, done.stderr
+        assert not (tmp_path / "run").exists() and not (tmp_path / "sprung").exists()
+
+
 def test_each_block_of_a_file_is_fetched_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A module's pickle is looked at in several ways; the store is opened once, and asked for no range twice."""
     torch.save(torch.nn.Linear(300, 300), tmp_path / "m.pt")

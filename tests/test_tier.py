@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import shutil
 import signal
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import events, kill_tree, run, torchrun, wait_until, workers_of
+from test_damage import seal
 from test_library import Noisy, net, newest, steps_of, train, uninterrupted  # noqa: F401  a fixture
 from test_storm import differing
 
@@ -21,6 +23,7 @@ import harness
 from harness import cli, stop
 from harness.checkpoint import tier
 from harness.checkpoint.history import survey
+from harness.errors import UsageError
 from harness.run import tier as writers
 from harness.store import LocalStore
 
@@ -125,6 +128,17 @@ def test_what_is_damaged_in_memory_is_passed_over(tmp_path, kept, uninterrupted,
     said = capfd.readouterr().out
     assert "goes on from step 4 " in said and ("passed over" in said or how == "manifest torn")
     assert not kept.root.exists() and list_differences(tmp_path / "a", uninterrupted) == []
+
+
+def test_what_a_newer_version_has_kept_in_memory_is_not_passed_over(tmp_path, kept):
+    left_at(tmp_path / "a", 7)
+    (manifest,) = survey(kept).manifests
+    path = kept.root / manifest.key
+    path.write_bytes(seal(json.loads(path.read_bytes()) | {"format_version": 99}))
+    before = {file: file.read_bytes() for file in kept.root.rglob("*") if file.is_file()}
+    with pytest.raises(UsageError, match="format version 99"):
+        train(tmp_path / "a", **EACH)
+    assert {file: file.read_bytes() for file in kept.root.rglob("*") if file.is_file()} == before
 
 
 def test_what_is_older_than_the_disk_is_let_go(tmp_path, kept, uninterrupted, capfd):  # noqa: F811
