@@ -8,6 +8,7 @@ state.
 from __future__ import annotations
 
 import collections
+import contextlib
 import itertools
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
@@ -59,8 +60,9 @@ class Marks:
 def of(thing: Any) -> Marks:
     """The marks of what an object holds: a module's parameters and buffers, or what lies in attributes and in containers there."""
     found = Marks()
-    for name, where, array in itertools.islice(_arrays(thing, found.containers), MOST):
-        found.arrays[name] = _mark(where, array)
+    with contextlib.suppress(RuntimeError):  # a thread of the program's changes it just now
+        for name, where, array in itertools.islice(_arrays(thing, found.containers), MOST):
+            found.arrays[name] = _mark(where, array)
     return found
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import collections
 import functools
 import hashlib
+import itertools
 import sys
 import sysconfig
 from collections.abc import Mapping, Set
@@ -20,7 +21,7 @@ import numpy as np
 import torch
 from torch import nn
 
-MOST_ITEMS = 1000  # of one container
+MOST_ITEMS = 5000  # that are looked at for one value
 DEPTH = 3
 PLAIN = (bool, int, float, complex, str, bytes, type(None))
 LIBRARIES = tuple({str(Path(path).resolve()) for path in map(sysconfig.get_path, ("stdlib", "platstdlib", "purelib", "platlib"))})
@@ -62,27 +63,38 @@ class Unkept:
             self._before[spelled] = now
 
 
-def fingerprint(value: Any, depth: int = DEPTH) -> Print:
-    """Something that is another one when the value has changed, as far as that shows without reading a device or much memory."""
+def fingerprint(value: Any) -> Print:
+    """Something that is another one when the value has changed, as far as that shows without reading a device, or looking at more than
+    some thousand objects."""
+    try:
+        return _print(value, DEPTH, [MOST_ITEMS])
+    except RuntimeError:  # a thread of the program's changes it just now
+        return None
+
+
+def _print(value: Any, depth: int, left: list[int]) -> Print:
+    left[0] -= 1
     if isinstance(value, torch.Tensor):
         return None if value.grad_fn is not None else (id(value), 0 if value.is_inference() else value._version)
     if isinstance(value, np.ndarray):
-        return id(value), hashlib.blake2b(
+        return id(value), b"" if value.dtype == object else hashlib.blake2b(
             value.reshape(-1)[:MOST_ITEMS].tobytes(), digest_size=8
-        ).digest() if value.dtype != object else b""
+        ).digest()
     if isinstance(value, PLAIN):
         return value
-    if depth == 0:
+    if depth == 0 or left[0] < 0:
         return id(value)
-    if isinstance(value, Mapping):
-        items = [(key if isinstance(key, PLAIN) else id(key), item) for key, item in list(value.items())[:MOST_ITEMS]]
-        return (len(value), *[(key, fingerprint(item, depth - 1)) for key, item in items]) if items else None
+    if isinstance(value, dict):
+        items = itertools.islice(value.items(), left[0])
+        return (
+            (len(value), *[(k if isinstance(k, PLAIN) else id(k), _print(item, depth - 1, left)) for k, item in items]) if value else None
+        )
     if isinstance(value, list | tuple | collections.deque):
-        return (len(value), *[fingerprint(item, depth - 1) for item in list(value)[:MOST_ITEMS]]) if len(value) else None
+        return (len(value), *[_print(item, depth - 1, left) for item in itertools.islice(value, left[0])]) if len(value) else None
     if isinstance(value, Set):
-        return (len(value), hash(frozenset(map(id, value)))) if value else None
+        return (len(value), hash(frozenset(map(id, value))) if len(value) <= MOST_ITEMS else 0) if value else None
     if is_of_program(value) and isinstance(own := getattr(value, "__dict__", None), dict):
-        return (id(value), *[(key, fingerprint(item, depth - 1)) for key, item in own.items()])
+        return (id(value), *[(key, _print(item, depth - 1, left)) for key, item in list(own.items())])
     return id(value)
 
 
