@@ -531,7 +531,7 @@ def test_an_exported_file_is_a_source_again(tmp_path: Path, command: Command) ->
     weights = dict(newest(tmp_path / "old")["model_state_dict"])
     for format, options in (("weights", ()), ("full", ("--legacy",)), ("safetensors", ()), ("torchscript", ())):
         out = tmp_path / f"{format}.out"
-        answer = command("export", tmp_path / "old", out, "--format", format, *options)
+        answer = command("export", tmp_path / "old", out, "--format", format, "--trust", *options)
         assert answer.code == 0, answer.out + answer.err
         assert differing(begins(tmp_path, out, name=f"from-{format}"), weights) == [], format
 
