@@ -103,7 +103,7 @@ DOORS = {
     "yaml": {"config"},
     "signal": {"stop"},
     "faulthandler": {"stop"},
-    "ctypes": {"stop"},
+    "ctypes": {"stop", "state"},
     "blake3": {"store", "checkpoint"},
     "sklearn": {"tasks"},
     "PIL": {"tasks"},

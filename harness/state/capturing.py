@@ -145,11 +145,10 @@ def parameters(tracked: Mapping[str, Any], seen: Seen) -> dict[int, tuple[str, t
 
     Raises NonFiniteError for a parameter that was not captured under its own shape, and is not finite now.
     """
-    captured = {_place(met.tensor): met.saved.data_ptr() for met in seen.values()}
     found, elsewhere = {}, []
     for name, key, parameter in _parameters(tracked):
-        if (address := captured.get(_place(parameter))) is not None:
-            found[address] = f"{name}.{key}", parameter.dtype
+        if (met := seen.get(_place(parameter))) is not None:
+            found[met.saved.data_ptr()] = f"{name}.{key}", parameter.dtype
         elif not is_finite(parameter.detach()):
             elsewhere.append(f"{name}.{key}")
     if elsewhere:
@@ -158,7 +157,8 @@ def parameters(tracked: Mapping[str, Any], seen: Seen) -> dict[int, tuple[str, t
 
 
 def _place(tensor: torch.Tensor) -> tuple[object, ...]:
-    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+    """By what a tensor that was met is found again."""
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device
 
 
 def not_finite(names: list[str]) -> NonFiniteError:
@@ -225,7 +225,7 @@ def _mapping_to_cpu(value: Mapping[Any, Any], where: Where, seen: Seen) -> Any:
         return _of_kind(value, where, seen)
     items = {}
     for key, item in value.items():
-        name = key if type(key) is str else _key(key, where)
+        name = key if type(key) is str or (type(key) is int and key.bit_length() <= MOST_BITS) else _key(key, where)
         items[name] = item if type(item) is float else _to_cpu(item, (where, name), seen)
     if not isinstance(value, OrderedDict):
         return Counter(items) if isinstance(value, Counter) else items
@@ -254,16 +254,16 @@ def _tensor_to_cpu(tensor: torch.Tensor, seen: Seen) -> torch.Tensor:
     """Tied tensors stay tied; a view does not drag the whole storage that it looks into along."""
     if tensor.layout is not torch.strided:
         return tensor.to("cpu", copy=True)
-    storage = tensor.untyped_storage()
-    place = (storage.data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
-    if place not in seen:
-        is_whole = tensor.nbytes == storage.nbytes() and not tensor.storage_offset()
+    place = _place(tensor)
+    if (met := seen.get(place)) is None:
+        is_whole = tensor.nbytes == tensor.untyped_storage().nbytes() and not tensor.storage_offset()
         if tensor.is_cuda and (is_whole or tensor.is_contiguous()) and not (tensor.is_conj() or tensor.is_neg()):
-            seen[place] = Met(tensor, tensor, _without_data(tensor))
+            met = Met(tensor, tensor, _without_data(tensor))
         else:
             saved = tensor if is_whole and tensor.is_cpu else tensor.to("cpu", copy=True).contiguous()
-            seen[place] = Met(tensor, saved, saved)
-    return seen[place].saved
+            met = Met(tensor, saved, saved)
+        seen[place] = met
+    return met.saved
 
 
 def _without_data(tensor: torch.Tensor) -> torch.Tensor:

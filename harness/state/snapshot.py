@@ -10,10 +10,10 @@ the boundary, and that has to be read before the training thread goes on. To rea
 for 100 MB, measured), and nothing would be left of copying in the background. So there are three rules:
 
 * A state of up to 8 MB is copied whole at the boundary, and of a greater one every tensor of less than 16 KiB: nothing is assumed of them.
-* Of all else eight bytes of each 64 KiB, and of each tensor, are read at the boundary, at an offset that is another one each time, and
-  are looked for in the copy before it is committed. Whoever writes whole tensors, as a swap does, or any run of 64 KiB, is found for
-  certain, whether he undoes it before the update or not; so no file is committed that is half of one and half of another. Most of its
-  price is that of a view of each tensor (some 2 us): all are read by one call.
+* Of all else eight bytes of each MiB, and of each tensor, are read at the boundary, at an offset that is another one each time, and
+  are looked for in the copy before it is committed. Whoever writes whole tensors, as a swap does, or any run of 1 MiB, is found for
+  certain, whether he undoes it before the update or not; so no file is committed that is half of one and half of another. They are read
+  by their address: to make a tensor that is a view of another takes ten times as long as to read what is there.
 * The first copy of an attempt is made at once and compared whole before the next update: that finds loops which write single elements
   each time. Those that begin to do so later, and behind PyTorch's back, are found only with `snapshot="checked"`, which does this always.
 
@@ -25,10 +25,12 @@ for them they are put. So the memory holds the very file that `torch.save` would
 
 from __future__ import annotations
 
+import ctypes
 import random
 import threading
 import time
-from collections.abc import Collection, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -39,7 +41,9 @@ from harness.store.image import Image
 
 WHOLE_BYTES = 8 << 20  # up to which a state is copied whole at its boundary
 SMALL_BYTES = 16 << 10  # below which a tensor is copied whole at the boundary
-STRIDE_BYTES = 64 << 10  # of so many, of a tensor that is copied later, eight are compared
+STRIDE_BYTES = 1 << 20  # of so many, of a tensor that is copied later, eight are compared
+WORD_BYTES = 8
+READ_BYTES = 64 << 10  # below which memory is read faster than a tensor for its copy is made
 OFFSETS = random.Random(0)  # of its own: a program's draws are not to be disturbed
 
 
@@ -64,12 +68,13 @@ class Snapshot:
         self._steady, self._elsewhere = set(steady), dict(elsewhere or {})
         self._crossing = crossing or Crossing()
         self._storages: dict[int, tuple[torch.UntypedStorage, int]] = {}  # by identity, in the order of the file: memory, address
-        self._copies: list[tuple[torch.Tensor, torch.Tensor, int]] = []  # of each: in the image, what it is of, where that lay
+        self._copies: dict[int, torch.Tensor] = {}  # by address: the copy in the image
+        self._sources: dict[int, torch.Tensor] = {}  # by address: what is copied of it after the boundary
         self._versions: dict[int, tuple[torch.Tensor, int]] = {}  # by address
-        self._taken: dict[int, torch.Tensor] = {}  # by identity: the bytes of memory that is not steady, as they were at the boundary
+        self._taken: dict[int, bytes | torch.Tensor] = {}  # by identity: the bytes of memory that is not steady, at the boundary
         self._at = OFFSETS.random()  # where in each stride
-        self._small: dict[int, torch.Tensor] = {}  # by identity: bytes that should be steady, where the program has them
-        self._samples: list[tuple[list[int], torch.Tensor]] = []  # of each device: addresses, and what there was at the boundary
+        self._small: list[int] = []  # identities of what should be steady, and is copied at the boundary all the same
+        self._samples: list[tuple[list[int], bytes | torch.Tensor]] = []  # of each device: addresses, what there was at the boundary
         for tensor in tensors_in(payload, []):
             storage = tensor.untyped_storage()
             if (identity := storage._cdata) not in self._storages:
@@ -90,38 +95,40 @@ class Snapshot:
 
     def distrust(self) -> None:
         """Take nothing small for steady, and look at samples of all else. For the training thread, before `copy_rest`."""
-        sampled: dict[torch.device, dict[int, torch.Tensor]] = {}
         whole_bytes = self.size_bytes + 1 if self.is_small else SMALL_BYTES
+        here, elsewhere = dict[int, bytes](), defaultdict[torch.device, dict[int, torch.Tensor]](dict)
         for identity, (storage, address) in self._storages.items():
             if address not in self._steady:
                 continue
-            if storage.nbytes() >= whole_bytes:
-                live = self._elsewhere.get(address)
-                sample = _sample(storage, 0, storage.nbytes(), self._at) if live is None else _sample_of(raw(live), self._at)
-                sampled.setdefault(sample.device, {})[address] = sample
+            if (size_bytes := storage.nbytes()) >= whole_bytes:
+                if (live := self._elsewhere.get(address)) is None:
+                    here[address] = _read(address, size_bytes, self._at)
+                else:
+                    elsewhere[live.device][address] = _sample(raw(live), self._at)
                 continue
             self._steady.discard(address)
             if self.is_small:
                 self._versions.pop(address, None)
             else:  # a change of it tells that more has changed
-                self._small[identity] = self._live(storage, address)
-        self._samples = [(list(of), torch.cat(list(of.values()))) for of in sampled.values()]
+                self._small.append(identity)
+        self._samples = [(list(of), torch.cat(list(of.values()))) for of in elsewhere.values()]
+        self._samples.append((list(here), b"".join(here.values())))
 
     def _live(self, storage: torch.UntypedStorage, address: int) -> torch.Tensor:
         """The bytes of what is to be saved, where the program has them."""
         return raw(self._elsewhere[address]) if address in self._elsewhere else _bytes_of(storage)
 
+    def _copy_of(self, identity: int) -> bytes | torch.Tensor:
+        """A copy of what is to be saved, as it is just now."""
+        storage, address = self._storages[identity]
+        if address not in self._elsewhere and storage.nbytes() < READ_BYTES:
+            return ctypes.string_at(address, storage.nbytes())
+        return _copy(self._live(storage, address))
+
     def copy_rest(self) -> None:
         """Copy what is not steady, at once. For the training thread."""
-        here: dict[int, torch.Tensor] = {}
-        for identity, (storage, address) in self._storages.items():
-            if address not in self._steady:
-                live = self._small[identity] if identity in self._small else self._live(storage, address)
-                (self._taken if address in self._elsewhere else here)[identity] = live
-        self._taken = {identity: _copy(live) for identity, live in self._taken.items()}
-        if here:
-            copies = torch.split(torch.cat(list(here.values())), [len(live) for live in here.values()])
-            self._taken.update(zip(here, copies, strict=True))
+        rest = (identity for identity, (_, address) in self._storages.items() if address not in self._steady)
+        self._taken = {identity: self._copy_of(identity) for identity in rest}
         self._crossing.begin()
 
     def copy_at_once(self, image: Image) -> None:
@@ -143,9 +150,13 @@ class Snapshot:
                 for at, identity in places:
                     storage, address = self._storages[identity]
                     memory = torch.frombuffer(image.memory, dtype=torch.uint8, count=storage.nbytes(), offset=at)
-                    source = self._live(storage, address) if (taken := self._taken.get(identity)) is None else taken
-                    memory.copy_(source, non_blocking=True)
-                    self._copies.append((memory, source, address))
+                    if isinstance(taken := self._taken.get(identity), bytes):
+                        image.memory[at : at + len(taken)] = taken
+                    else:
+                        source = self._live(storage, address) if taken is None else taken
+                        memory.copy_(source, non_blocking=True)
+                        self._sources[address] = source
+                    self._copies[address] = memory
         finally:
             self.copy_s = time.perf_counter() - began
             self.copied.set()
@@ -191,26 +202,30 @@ class Snapshot:
         self.arrive()
         self._crossing.begin()
         fetch = self._crossing.fetch
-        if any(not _equal(fetch(live), fetch(self._taken[identity])) for identity, live in self._small.items()):
+        if any(not _is_same(self._copy_of(of), self._taken[of], fetch) for of in self._small):
             return True
-        return any(address in self._steady and not _equal(copy, fetch(source)) for copy, source, address in self._copies)
+        sources = {address: source for address, source in self._sources.items() if address in self._steady}
+        return any(not _equal(self._copies[address], fetch(source)) for address, source in sources.items())
 
     def is_stirred(self) -> bool:
         """Whether what was copied is not what there was at the boundary, by the samples of it. For the background, after `arrive`."""
-        copies = {address: copy for copy, _, address in self._copies}
-        found = ((torch.cat([_sample_of(copies[address], self._at) for address in of]), samples) for of, samples in self._samples)
-        return any(not torch.equal(copied, self._crossing.fetch(samples)) for copied, samples in found)
+        for of, samples in self._samples:
+            known = samples if isinstance(samples, bytes) else self._crossing.fetch(samples).numpy().tobytes()
+            copies = (self._copies[address] for address in of)
+            if b"".join(_read(copy.data_ptr(), len(copy), self._at) for copy in copies) != known:
+                return True
+        return False
 
     def check_finite(self, parameters: Mapping[int, tuple[str, torch.dtype]]) -> None:
         """Raises NonFiniteError if a parameter, which its memory's address tells, is not finite in the copy. For the background."""
-        typed = [(copy, *parameters[address]) for copy, _, address in self._copies if address in parameters]
+        typed = [(copy, *parameters[address]) for address, copy in self._copies.items() if address in parameters]
         if broken := [name for copy, name, dtype in typed if not is_finite(copy.view(dtype))]:
             raise not_finite(broken)
 
     def forget(self) -> None:
         """Look at live tensors no more."""
-        self._copies, self._versions, self._storages, self._elsewhere, self._payload = [], {}, {}, {}, None
-        self._samples, self._small, self._taken = [], {}, {}
+        self._copies, self._sources, self._versions, self._storages, self._elsewhere = {}, {}, {}, {}, {}
+        self._samples, self._small, self._taken, self._payload = [], [], {}, None
 
 
 class _Outline:
@@ -254,19 +269,31 @@ def _copy(source: torch.Tensor) -> torch.Tensor:
         return source.cpu()
 
 
-def _sample_of(run: torch.Tensor, where: float) -> torch.Tensor:
-    """As `_sample`, of a run of bytes; a copy, if words may not begin where the run does."""
-    if run.storage_offset() % 8 or run.data_ptr() % 8:
-        run = run.clone()
-    return _sample(run.untyped_storage(), run.storage_offset() // 8, len(run), where)
+def _words(size_bytes: int, where: float) -> range:
+    """Which words of a memory are looked at: one of each stride, and one at least; `where` in the stride, from 0 to 1."""
+    words, stride = size_bytes // WORD_BYTES, STRIDE_BYTES // WORD_BYTES
+    return range(int(where * min(words, stride)), words, stride)
 
 
-def _sample(storage: torch.UntypedStorage, first: int, size_bytes: int, where: float) -> torch.Tensor:
-    """A view of eight bytes of each stride, of one at least, from that word on; `where` in the stride, from 0 to 1."""
-    words, stride = size_bytes // 8, STRIDE_BYTES // 8
-    at = int(where * min(words, stride))
-    count = -((at - words) // stride)
-    return torch.empty(0, dtype=torch.int64, device=storage.device).set_(storage, first + at, (count,), (stride,))
+def _read(address: int, size_bytes: int, where: float) -> bytes:
+    """Those words, of memory of this process."""
+    words = _words(size_bytes, where)
+    return memoryview((ctypes.c_int64 * words.stop).from_address(address))[words.start :: words.step].tobytes()
+
+
+def _sample(run: torch.Tensor, where: float) -> torch.Tensor:
+    """Those words of a run of bytes, wherever it is; of a copy, if words may not begin where the run does."""
+    whole = run[: len(run) // WORD_BYTES * WORD_BYTES]
+    if whole.storage_offset() % WORD_BYTES or whole.data_ptr() % WORD_BYTES:
+        whole = whole.clone()
+    words = _words(len(run), where)
+    return whole.view(torch.int64)[words.start :: words.step]
+
+
+def _is_same(now: bytes | torch.Tensor, then: bytes | torch.Tensor, fetch: Callable[[torch.Tensor], torch.Tensor]) -> bool:
+    if isinstance(now, bytes) or isinstance(then, bytes):
+        return now == then
+    return _equal(fetch(now), fetch(then))
 
 
 def _bytes_of(storage: torch.UntypedStorage) -> torch.Tensor:
