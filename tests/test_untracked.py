@@ -174,6 +174,70 @@ def test_what_the_program_lets_go_is_not_kept_alive(tmp_path):
 LOOPS = Path(__file__).parent / "loops"
 
 
+ODD = {
+    "slots": """
+class Odd:
+    __slots__ = ("count", "__weakref__")
+    def __init__(self):
+        self.count = 0
+""",
+    "every question raises": """
+class Odd:
+    def __getattribute__(self, name):
+        raise LookupError(f"no {name} here")
+""",
+    "another class than it is": """
+class Odd:
+    @property
+    def __class__(self):
+        raise ValueError("who asks?")
+""",
+    "a dict without items": """
+class Odd(dict):
+    def __init__(self):
+        super().__init__(a=1)
+    def items(self):
+        raise KeyError("none")
+    __iter__ = keys = values = items
+""",
+    "attributes that cannot be compared": """
+class Value:
+    __hash__ = None
+    def __eq__(self, other):
+        raise TypeError("not with that")
+class Odd:
+    def __init__(self):
+        self.held, self.key = [Value()], {"a": Value()}
+""",
+}
+
+
+WHERE = {
+    "in a variable": "odds = [Odd(), {'odd': Odd()}]",
+    "in the dataset": "data.odd = Odd()",
+    "in the model": "model.__dict__['odd'] = Odd()",
+}
+
+
+@pytest.mark.parametrize("setup", WHERE.values(), ids=WHERE)
+@pytest.mark.parametrize("before", ODD.values(), ids=ODD)
+def test_an_object_that_answers_with_an_error_is_never_the_runs_failure(tmp_path, before, setup):
+    assert named(tmp_path, setup, before=before) == []
+
+
+def test_what_is_installed_for_another_python_is_a_library_all_the_same(tmp_path):
+    """As where a virtual environment lies on top of another, or a site keeps its libraries in a folder of its own."""
+    package = tmp_path / "opt/python/lib/site-packages"
+    package.mkdir(parents=True)
+    (package / "elsewhere.py").write_text("class Counter:\n    def __init__(self):\n        self.count = 0\n")
+    before = f"import sys\nsys.path.append({str(package)!r})\nimport elsewhere"
+    source = PROGRAM.replace("BEFORE", before).replace("SETUP", "counter = elsewhere.Counter()").replace("STEP", "counter.count += 1")
+    assert "counter" not in live(tmp_path, source, "whole").text
+    source = source.replace(str(package), str(package.parent))
+    (package / "elsewhere.py").rename(package.parent / "elsewhere.py")
+    assert "counter.count" in live(tmp_path, source, "mine").text
+
+
 @pytest.mark.parametrize("loop", ["ddp.py", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gan.py", "gpt.py", "stream.py"))])
 def test_no_loop_of_ours_is_suspected(tmp_path, loop):
     with socket.socket() as probe:

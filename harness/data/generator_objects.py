@@ -17,7 +17,7 @@ KINDS = (torch.Generator, np.random.Generator, np.random.RandomState, np.random.
 
 def is_generator(thing: object) -> bool:
     """Whether this is a generator whose state can be kept. One that draws from the machine (`random.SystemRandom`) has none."""
-    return isinstance(thing, KINDS) and not isinstance(thing, random.SystemRandom)
+    return issubclass(type(thing), KINDS) and not issubclass(type(thing), random.SystemRandom)
 
 
 def generators_of(thing: Any) -> Iterator[tuple[str, Any]]:

@@ -12,6 +12,7 @@ import dis
 import functools
 import hashlib
 import itertools
+import os
 import random
 import site
 import sys
@@ -19,6 +20,7 @@ import sysconfig
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -30,7 +32,9 @@ from harness.data.order import seed_cpu, seed_of
 OBJECTS, DEPTH, FIRST = 20_000, 12, 64  # looked at in all; how deep; and of each list or dict
 LEAVES = (str, bytes, bytearray, int, float, complex, type(None), type, ModuleType, CodeType, torch.dtype, torch.device, torch.Size)
 AT_START = {"__init__", "__new__", "__len__", "__init_subclass__"}  # what these draw from is not drawn from for a sample
-LIBRARIES = (*(sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")), site.getusersitepackages())
+INSTALLED = {"site-packages", "dist-packages"}  # folders of libraries, whichever Python they are of
+_FOLDERS = (*(sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")), site.getusersitepackages())
+LIBRARIES = tuple({f"{path}{os.sep}" for folder in _FOLDERS for path in (folder, Path(folder).resolve())})
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,7 @@ def walk(roots: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     ahead = deque((name, root, 0) for name, root in roots.items())
     while ahead and len(seen) < OBJECTS:
         path, thing, depth = ahead.popleft()
-        if isinstance(thing, LEAVES) or id(thing) in seen or type(thing).__module__.startswith("harness.run"):
+        if not tells_its_class(thing) or isinstance(thing, LEAVES) or id(thing) in seen or type(thing).__module__.startswith("harness.run"):
             continue
         seen[id(thing)] = thing
         yield path, thing
@@ -122,9 +126,20 @@ def _module(owner: type) -> ModuleType | None:
     return sys.modules.get(owner.__module__)
 
 
+def tells_its_class(thing: Any) -> bool:
+    """Whether an object may be asked what it is; a proxy of what is not there yet raises, and nothing is to be found in it."""
+    try:
+        return thing.__class__ is not None
+    except Exception:  # noqa: BLE001 - whatever it raises
+        return False
+
+
+@functools.lru_cache(10_000)
 def is_library(file: str) -> bool:
-    """Whether code is not the program's own."""
-    return file.startswith(("<frozen", *LIBRARIES)) or "site-packages" in file or "dist-packages" in file
+    """Whether code is not the program's own, by the file that it is in."""
+    if file.startswith("<"):
+        return file.startswith("<frozen")
+    return bool(INSTALLED.intersection(Path(file).parts)) or file.startswith(LIBRARIES) or str(Path(file).resolve()).startswith(LIBRARIES)
 
 
 def _engine(thing: Any) -> Any:

@@ -60,7 +60,7 @@ class Marks:
 def of(thing: Any) -> Marks:
     """The marks of what an object holds: a module's parameters and buffers, or what lies in attributes and in containers there."""
     found = Marks()
-    with contextlib.suppress(RuntimeError):  # a thread of the program's changes it just now
+    with contextlib.suppress(Exception):  # a thread of the program's changes it just now, or a class of its own answers with an error
         for name, where, array in itertools.islice(_arrays(thing, found.containers), MOST):
             found.arrays[name] = _mark(where, array)
     return found

@@ -9,6 +9,7 @@ object holds.
 from __future__ import annotations
 
 import collections
+import contextlib
 import inspect
 import random
 import sys
@@ -31,9 +32,10 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 import harness.run.marks as marks
 from harness import ddp
 from harness.data.generator_objects import GLOBAL_GENERATORS
+from harness.data.held import is_library, tells_its_class
 from harness.run.carried import Carried, values_of
 from harness.run.reach import ATOMS, parts
-from harness.state.unkept import LIBRARIES, PLAIN, fingerprint, is_of_program
+from harness.state.unkept import PLAIN, fingerprint, is_of_program
 
 DEPTH, WITHIN_S, MOST_OBJECTS = 4, 0.2, 20_000
 OPTIMIZER, SCHEDULER, SCALER, AVERAGE, GENERATOR, OTHER = "optimizer", "scheduler", "scaler", "average", "generator", "with state_dict"
@@ -85,11 +87,22 @@ class Suspects:
 
     def begin(self, tracked: Mapping[str, Any], source: Any) -> None:
         """Look for what lives, before the first step; `source` is where the loop's steps come from."""
-        self._tracked, self._next = tracked, 1
-        self._carried = Carried((spelled, frame) for spelled, frame in _program_frames(sys._getframe(1)))
+        self._tracked, self._next, frame = tracked, 1, sys._getframe(1)
         self._unhook = register_optimizer_step_pre_hook(lambda optimizer, *_: self._stepped.update({id(optimizer): optimizer})).remove
-        roots = [*_frames(sys._getframe(1)), *_of_source(source)]
-        self._candidates = _find(roots, {id(thing) for thing in tracked.values()}, source)
+        with self._harmless():
+            self._carried = Carried(_program_frames(frame))
+            roots = [*_frames(frame), *_of_source(source)]
+            self._candidates = _find(roots, {id(thing) for thing in tracked.values()}, source)
+
+    @contextlib.contextmanager
+    def _harmless(self) -> Iterator[None]:
+        """What a program's objects raise when they are looked at is told, and no more is looked for: it is never the run's failure."""
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001
+            self._candidates, self._carried = [], Carried(())
+            self._say(f"harness: warning: what is not tracked cannot be looked for in this program: {type(error).__name__}: {error}")
+            self._note("not_looked", error=f"{type(error).__name__}: {error}")
 
     def at_boundary(self) -> None:
         """A step is over. After steps 1, 2, 4, 8 … generators are looked at again."""
@@ -98,7 +111,12 @@ class Suspects:
             return
         self._next *= 2
         self._unhook()
-        carried = self._carried.changed(sys._getframe(1))
+        with self._harmless():
+            self._look(sys._getframe(1))
+        self._stepped = {}
+
+    def _look(self, frame: FrameType) -> None:
+        carried = self._carried.changed(frame)
         if self._candidates:
             kept = self._kept()
             self._held = self._addresses()
@@ -106,7 +124,6 @@ class Suspects:
             self._tell(found)
             carried += [name for one in self._candidates if one not in found and id(one.thing) not in kept for name in one.values_changed()]
             self._candidates = [one for one in self._candidates if one.kind in (GENERATOR, NUMBERS) and one not in found]
-        self._stepped = {}
         if carried:
             names = [*carried[:MOST_NAMES], *[f"{len(carried) - MOST_NAMES} more"] * (len(carried) > MOST_NAMES)]
             anew = "what the loop itself carries from step to step begins anew after a restart"
@@ -183,7 +200,8 @@ def _values(thing: Any) -> dict[str, Any]:
     """The plain attributes of one of the program's objects, as they are now."""
     if not is_of_program(thing):
         return {}
-    return {name: fingerprint(value) for name, value in list(vars(thing).items()) if isinstance(value, (*PLAIN, list, dict, deque))}
+    own = getattr(thing, "__dict__", {})
+    return {name: fingerprint(value) for name, value in list(own.items()) if isinstance(value, (*PLAIN, list, dict, deque))}
 
 
 def _asked(thing: Any, kind: str) -> Callable[[], Any]:
@@ -194,7 +212,7 @@ def _asked(thing: Any, kind: str) -> Callable[[], Any]:
 def _walk(roots: Iterable[tuple[str, Any]], until: float, enters: Callable[[Any, str, Any], bool]) -> Iterator[tuple[str, Any, int]]:
     """What the roots hold, breadth first: path, object, depth. What `enters(holder, name, object)` refuses is left out."""
     seen: set[int] = set()
-    waiting = collections.deque((path, thing, 0) for path, thing in roots if enters(None, "", thing))
+    waiting = collections.deque((path, thing, 0) for path, thing in roots if tells_its_class(thing) and enters(None, "", thing))
     while waiting and len(seen) < MOST_OBJECTS and time.perf_counter() < until:
         path, thing, depth = waiting.popleft()
         if id(thing) in seen or _is_a_librarys(thing):
@@ -203,7 +221,9 @@ def _walk(roots: Iterable[tuple[str, Any]], until: float, enters: Callable[[Any,
         yield path, thing, depth
         if depth < DEPTH and not _is_generator(thing):
             waiting += [
-                (path + name, part, depth + 1) for name, part in parts(thing) if not isinstance(part, ATOMS) and enters(thing, name, part)
+                (path + name, part, depth + 1)
+                for name, part in parts(thing)
+                if tells_its_class(part) and not isinstance(part, ATOMS) and enters(thing, name, part)
             ]
 
 
@@ -296,7 +316,7 @@ def _is_programs(file: str) -> bool:
     path = Path(file)
     if path.is_relative_to(PACKAGE):
         return path == PACKAGE / "train.py" or path.parent == PACKAGE / "tasks"
-    return not ({"site-packages", "dist-packages"} & set(path.parts)) and not str(path.resolve()).startswith(LIBRARIES)
+    return not is_library(file)
 
 
 def _of_source(source: Any) -> list[tuple[str, Any]]:

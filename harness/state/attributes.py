@@ -223,17 +223,17 @@ def _is_looked_at(part: Part, key: str) -> bool:
 
 def _tensors(part: Part) -> dict[str, torch.Tensor | None]:
     """The buffers that are not persistent, be they empty, and the tensors that are plain attributes and of no graph."""
-    found = {key: value for key, value in vars(part).items() if isinstance(value, torch.Tensor) and _is_looked_at(part, key)}
+    found = {key: value for key, value in vars(part).items() if issubclass(type(value), torch.Tensor) and _is_looked_at(part, key)}
     buffers = {f"{BUFFER}{key}": _own(part, "_buffers").get(key) for key in sorted(_own(part, "_non_persistent_buffers_set"))}
     return {key: value for key, value in (found | buffers).items() if value is None or _is_simple(value)}
 
 
 def _tensor(part: Part, key: str) -> torch.Tensor | None:
     value = _own(part, "_buffers").get(key.removeprefix(BUFFER)) if key.startswith(BUFFER) else vars(part).get(key)
-    return value if isinstance(value, torch.Tensor) and _is_simple(value) else None
+    return value if value is not None and _is_simple(value) else None
 
 
-def _is_simple(tensor: torch.Tensor) -> bool:
+def _is_simple(tensor: Any) -> bool:
     return type(tensor) is torch.Tensor and tensor.layout is torch.strided and not tensor.requires_grad and not tensor.is_meta
 
 

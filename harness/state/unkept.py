@@ -11,8 +11,8 @@ import collections
 import functools
 import hashlib
 import itertools
+import os
 import sys
-import sysconfig
 from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,12 @@ import numpy as np
 import torch
 from torch import nn
 
+from harness.data.held import is_library
+
 MOST_ITEMS = 5000  # that are looked at for one value
 DEPTH = 3
 PLAIN = (bool, int, float, complex, str, bytes, type(None))
-LIBRARIES = tuple({str(Path(path).resolve()) for path in map(sysconfig.get_path, ("stdlib", "platstdlib", "purelib", "platlib"))})
-PACKAGE = str(Path(__file__).resolve().parents[1])
+PACKAGE = f"{Path(__file__).resolve().parents[1]}{os.sep}"
 
 Print = Any  # of a value; None of what is empty, or computed anew
 
@@ -68,7 +69,7 @@ def fingerprint(value: Any) -> Print:
     some thousand objects."""
     try:
         return _print(value, DEPTH, [MOST_ITEMS])
-    except RuntimeError:  # a thread of the program's changes it just now
+    except Exception:  # noqa: BLE001 - a thread of the program's changes it just now, or a class of its own answers with an error
         return None
 
 
@@ -111,4 +112,4 @@ def is_programs(kind: type) -> bool:
 @functools.lru_cache(1000)
 def _is_programs_module(name: str) -> bool:
     file = getattr(sys.modules.get(name), "__file__", None)
-    return name == "__main__" or bool(file and not str(Path(file).resolve()).startswith((*LIBRARIES, PACKAGE)))
+    return name == "__main__" or bool(file and not is_library(file) and not str(Path(file).resolve()).startswith(PACKAGE))
