@@ -141,6 +141,39 @@ def test_a_loop_that_changes_weights_before_its_update_is_found_out(tmp_path, cl
     assert capfd.readouterr().out.count("saves make training wait: the state changes between two updates") == 1
 
 
+FAILS = """
+class Data(torch.utils.data.Dataset):
+    def __len__(self):
+        return 64
+    def __getitem__(self, at):
+        if run.step == 6:
+            raise ValueError("no such sample")
+        return torch.zeros(1024)
+
+run = harness.init("a", seed=1, save_every_s=None, save_every_steps=2)
+model = torch.nn.Sequential(*(torch.nn.Linear(1024, 1024) for _ in range(3)))
+optimizer = torch.optim.AdamW(model.parameters())
+run.track(model=model, optimizer=optimizer)
+for x in run.batches(Data(), 2, epochs=1, shuffle=False):
+    loss = model(x).sum()
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+"""
+
+
+def test_what_is_saved_when_the_next_batch_cannot_be_loaded_is_committed_and_nobody_waits(tmp_path):
+    """The error comes between a step's boundary, where its copy is asked for, and the next batch, with which it begins."""
+    path = tmp_path / "program.py"
+    path.write_text("import torch, harness\n" + FAILS)
+    ended = subprocess.run([sys.executable, str(path)], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert ended.returncode != 0 and "no such sample" in ended.stderr
+    assert steps_of(tmp_path / "a") == [2, 4, 6]
+    lines = (tmp_path / "a/events/0001.jsonl").read_text().splitlines()
+    ends = [json.loads(line) for line in lines if json.loads(line)["event"] in ("saved", "failed")]
+    assert ends[-1]["event"] != "saved" or ends[-1]["step"] == 6
+
+
 def test_a_snapshot_that_was_written_into_is_dropped_and_taken_again(tmp_path, capfd):
     """The loop begins to do so later: the version that PyTorch counts of each tensor shows it, whichever came first, copy or change."""
     calls = iter(range(99))

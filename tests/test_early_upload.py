@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -140,6 +141,19 @@ def test_one_that_is_never_committed_is_dropped_and_the_next_one_sent(committed,
     image.close()
     assert home.steps() == [1]
     check_like_the_directory(home, Path(str(store)))
+
+
+def test_what_retention_deletes_before_it_was_sent_is_waited_for_by_nobody(committed, home: Home) -> None:
+    store, manifest, _ = committed
+    route = Route(store, open_store(home.url, 30), Policy())
+    uploader = Uploader(route, Attempt(1, manifest.run_id, ""), Ledger(store, "events/0001.jsonl", kept=True), Outage(home.url, print))
+    uploader.offer(manifest)
+    early = uploader._next()
+    uploader.forget([manifest.name])
+    waiting = threading.Thread(target=uploader._committed, args=(early,), daemon=True)
+    waiting.start()
+    waiting.join(5)
+    assert not waiting.is_alive()
 
 
 def test_what_is_lent_is_read_until_it_is_needed() -> None:

@@ -404,7 +404,55 @@ def test_what_changed_of_modules_comes_back_after_two_resumes(tmp_path, capsys):
     assert attributes["body.1"]["training"] == {"built": True, "now": False}
     assert attributes["body.2"] == {"p": {"built": 0.1, "now": 0.4}}
     assert attributes["body.0"] == {f"{name}.requires_grad": {"built": False, "now": True} for name in ("weight", "bias")}
-    assert set(attributes[""]) == {"calls", "history", "scales", "mean", "buffer mask"}
+    assert set(attributes[""]) == {"calls", "history", "scales", "mean", "cache", "buffer mask"}
+
+
+class Becoming(nn.Module):
+    """Has attributes that become something of another kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Linear(8, 1)
+        self.mean = None  # made by the first forward pass, then carried on
+        self.start, self.shift, self.gone = torch.full((8,), 0.1), torch.full((8,), 0.2), torch.full((8,), 0.3)
+        self.warm, self.pair = 1, ([], 0.5)
+        self.big = None
+        self.register_buffer("once", torch.full((8,), 0.4), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        now = x.detach().mean(0)
+        self.mean = now if self.mean is None else 0.9 * self.mean + 0.1 * now
+        self.late = getattr(self, "late", 0 * now) + now
+        for shift in (self.mean, self.late, self.start, self.shift, getattr(self, "gone", None), self.once):
+            x = x if shift is None else x - 0.1 * shift
+        return self.body(x) * (0.5 if self.warm is True else 1.0) + len(self.pair[0])
+
+
+def test_attributes_that_become_something_of_another_kind_come_back(tmp_path, capsys):
+    def make(run: harness.Run):
+        model = Becoming()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+        run.track(model=model, optimizer=optimizer)
+
+        def step(x):
+            if run.step == 3:
+                model.start, model.shift, model.once, model.warm = None, 0.25, None, True
+                model.pair[0].append(1)
+                del model.gone
+            optimizer.zero_grad()
+            loss = model(x).square().mean()
+            loss.backward()
+            optimizer.step()
+            return loss
+
+        return step
+
+    goes_on(tmp_path, make, (2, 4, 7))
+    trained(tmp_path / "twice", make, leave_at=4)
+    trained(tmp_path / "twice", make, leave_at=7)
+    assert trained(tmp_path / "twice", make).finished
+    assert equal(tmp_path / "whole", tmp_path / "twice") == []
+    assert "changes in training" not in capsys.readouterr().out
 
 
 def test_a_program_that_builds_another_value_has_its_way_and_both_are_told(tmp_path, capsys):
@@ -424,7 +472,7 @@ def test_what_cannot_be_kept_is_named_once(tmp_path, capsys):
     class Odd(Changing):
         def forward(self, x):
             self.act = torch.tanh if self.calls > 2 else torch.relu
-            self.seen = x.detach().sum()
+            self.seen = x.detach().sum().expand(20_000).clone()  # more than is kept of what is made on the way
             return super().forward(x)
 
     trained(tmp_path / "a", changing(build=Odd))

@@ -26,6 +26,7 @@ from harness.errors import UsageError
 
 MOST, AGAIN, BUDGET_S = 64, 4, 10.0  # items before the saved state, and as many after it; of another pass; for all of it
 LARGE_BYTES, LONG = 1 << 20, 10_000  # arrays and lists that are not copied item by item
+MOST_BYTES = 1 << 30  # of tensors in a copy
 OFF = "batches(…, check_stream=False), or data.check_stream=false,"
 END = b"end of a pass"
 
@@ -196,16 +197,19 @@ def _pickled(value: Any) -> bytes:
 
 
 def _copied(dataset: Any) -> Any:
-    """A copy that shares with the dataset what is large and is not written to when it is read. Raises TypeError if it would share more."""
-    memo: dict[int, Any] = {}
+    """A copy that shares with the dataset large arrays, which it cannot write to. Raises TypeError if it would share more, or be too
+    large."""
+    memo, size_bytes = dict[int, Any](), 0
     for path, thing in walk({"dataset": dataset}):
         if isinstance(thing, SharedMemory):  # a copy attaches itself to the same
             raise TypeError(f"{path} is memory that all copies share")
         if isinstance(thing, np.memmap) or (isinstance(thing, np.ndarray) and thing.nbytes > LARGE_BYTES):
             memo[id(thing)] = thing.view()
             memo[id(thing)].flags.writeable = False  # a stream that shuffles it in place is told so, in the copy
-        elif isinstance(thing, torch.Tensor) and thing.nbytes > LARGE_BYTES:
-            memo[id(thing)] = thing
+        elif (
+            isinstance(thing, torch.Tensor) and (size_bytes := size_bytes + thing.nbytes) > MOST_BYTES
+        ):  # to share it would let it be changed
+            raise TypeError(f"{path} and what else there is are more than {MOST_BYTES >> 20} MiB of tensors, too much to be copied")
         elif type(thing) is list and len(thing) > LONG:
             memo[id(thing)] = list(thing)
     with kept_generators():

@@ -206,6 +206,7 @@ class Background:
     def close(self, limit_s: float | None = None) -> None:
         """Wait for what is on its way, at most so long and whatever comes of it, and give the memory back."""
         self._unwatch()
+        self.release()  # of a loop that was left between its boundary and its next batch
         if (job := self._job) is not None:
             if job.snapshot.copied.wait(limit_s):
                 with contextlib.suppress(RuntimeError):  # of a GPU that has failed: whoever trains is told, and there may be more to record

@@ -7,6 +7,7 @@ has none.
 from __future__ import annotations
 
 import functools
+import os
 import sys
 import weakref
 from collections.abc import Mapping
@@ -19,7 +20,7 @@ from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 from harness.data import held, loading
 
-OWN = str(Path(loading.__file__).parent)
+OWN = f"{Path(loading.__file__).parent}{os.sep}"
 _begun: weakref.WeakKeyDictionary[Any, _Begun] = weakref.WeakKeyDictionary()  # what reads a loader now
 
 
@@ -47,7 +48,7 @@ def watch() -> None:
 def _where() -> str | None:
     """The line of the program that began to read; None if it was the run itself, for what it deals out."""
     frame: FrameType | None = sys._getframe(2)
-    while frame is not None and held.is_library(frame.f_code.co_filename):
+    while frame is not None and held.is_library(file := frame.f_code.co_filename) and not file.startswith(OWN):  # it may be installed
         frame = frame.f_back
     if frame is None or frame.f_code.co_filename.startswith(OWN):
         return None

@@ -220,7 +220,7 @@ class Uploader:
             keys = [manifest.data_key for manifest in self._wanted()]
             if early is not None and (not early.is_decided or early.key in keys):
                 return early
-            return Early(keys[0]) if keys else None
+            return Early(keys[0], is_decided=True) if keys else None
 
     def _committed(self, early: Early) -> Manifest | None:
         """The manifest, as soon as it is known that there is one, or None if there is none."""

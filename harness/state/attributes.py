@@ -121,7 +121,7 @@ class Attributes:
                 for key, kept in of_part.items():
                     then, now, built = kept.get("built", ABSENT), kept.get("now", ABSENT), here.get(key, ABSENT)
                     if path in modules and is_same(then, built):
-                        _set(modules[path], key, now)
+                        _set(modules[path], key, now, kept.get("device"))
                     elif not is_same(now, built):
                         was = f"was built as {_spelled(then)} and had become {_spelled(now)}"
                         said.append(f"{_joined(name, path, key)} {was}; it is built as {_spelled(built)} now, and that stands")
@@ -136,11 +136,11 @@ class _Watched:
         own = {key: value for key, value in vars(part).items() if _is_looked_at(part, key)}
         self.tensors = {key: (_place(tensor), _copied(tensor)) for key, tensor in _tensors(part).items()}
         odd = {key: id(value) for key, value in own.items() if not _is_plain(value)}
-        mutable = [key for key, value in own.items() if type(value) in (list, dict)]
+        mutable = [key for key, value in own.items() if _is_mutable(value)]
         self._same = {key: value for key, value in own.items() if key not in odd and key not in mutable}
         self._odd = [(key, number) for key, number in odd.items() if key not in self.tensors]
         self._has_mutable = any(key not in odd for key in mutable)
-        self._size, self._children = len(vars(part)), list(_own(part, "_modules").values())
+        self._kinds, self._children = list(map(type, vars(part).values())), list(_own(part, "_modules").values())
         self._trained = self._which_are_trained()
 
     def _which_are_trained(self) -> list[bool]:
@@ -151,7 +151,7 @@ class _Watched:
         return {
             key: value
             for key, value in vars(self.part).items()
-            if key not in self.tensors
+            if not (_is_simple(value) if key in self.tensors else _is_small(value))
             and _is_looked_at(self.part, key)
             and not (key.startswith("_") and not is_programs(type(self.part)))
             and not _is_plain(value)
@@ -165,7 +165,7 @@ class _Watched:
         now = vars(self.part)
         return (
             self._has_mutable
-            or len(now) != self._size
+            or list(map(type, now.values())) != self._kinds  # True is equal to 1
             or not self._same.items() <= now.items()
             or (bool(self._odd) and any(id(now.get(key)) != number for key, number in self._odd))
             or (bool(self._trained) and self._which_are_trained() != self._trained)
@@ -175,16 +175,20 @@ class _Watched:
     def differences(self, built: Values) -> dict[str, dict[str, Any]]:
         """What is another than as built."""
         now, found = _values(self.part), dict[str, dict[str, Any]]()
-        for key in dict.fromkeys((*built, *now)):
-            if key in self.tensors:
-                if self._is_another(key):
-                    found[key] = {"built": built.get(key)}
+        of_part = vars(self.part)
+        made = [key for key, value in of_part.items() if key not in self.tensors and _is_small(value) and _is_looked_at(self.part, key)]
+        for key in dict.fromkeys((*built, *now, *made)):
+            was = {"built": built[key]} if key in built else {}
+            if key in self.tensors or key in made:
+                if key in made or self._is_another(key):
                     if (tensor := _tensor(self.part, key)) is not None:
-                        found[key]["now"] = tensor.detach().to("cpu", copy=True)
+                        found[key] = was | _kept(self.part, tensor)
+                    elif key in now or key.startswith(BUFFER) or key not in of_part:  # else it is told as what cannot be kept
+                        found[key] = was | ({"now": now[key]} if key in now else {})
             elif key in now and not is_same(built.get(key, ABSENT), now[key]):
-                found[key] = ({"built": built[key]} if key in built else {}) | {"now": now[key]}
-            elif key not in now and key not in vars(self.part) and not key.endswith(REQUIRES_GRAD):
-                found[key] = {"built": built[key]}
+                found[key] = was | {"now": now[key]}
+            elif key not in now and key not in of_part and not key.endswith(REQUIRES_GRAD):
+                found[key] = was
         return found
 
     def _is_another(self, key: str) -> bool:
@@ -233,6 +237,21 @@ def _tensor(part: Part, key: str) -> torch.Tensor | None:
     return value if value is not None and _is_simple(value) else None
 
 
+def _is_small(value: Any) -> bool:
+    """Whether a tensor that an attribute became is kept: a greater one is a cache more often than a state, and is told when it changes."""
+    return _is_simple(value) and value.grad_fn is None and value.nbytes <= COMPARED_BYTES
+
+
+def _kept(part: Part, tensor: torch.Tensor) -> dict[str, Any]:
+    """A tensor as a checkpoint has it; where it belongs, if that is not where the other tensors of its module are."""
+    elsewhere = {"device": tensor.device.type} if _device(part, tensor).type != tensor.device.type else {}
+    return {"now": tensor.detach().to("cpu", copy=True)} | elsewhere
+
+
+def _device(part: Part, otherwise: torch.Tensor) -> torch.device:
+    return next(part.parameters() if isinstance(part, nn.Module) else iter(_updated(part)), otherwise).device
+
+
 def _is_simple(tensor: Any) -> bool:
     return type(tensor) is torch.Tensor and tensor.layout is torch.strided and not tensor.requires_grad and not tensor.is_meta
 
@@ -271,7 +290,11 @@ def _is_plain(value: Any) -> bool:
     return type(value) is dict and len(value) <= MOST_ITEMS and all(type(k) in PLAIN and _is_plain(item) for k, item in value.items())
 
 
-def _set(part: Part, key: str, now: Any) -> None:
+def _is_mutable(value: Any) -> bool:
+    return type(value) in (list, dict) or (type(value) is tuple and any(map(_is_mutable, value)))
+
+
+def _set(part: Part, key: str, now: Any, device: str | None) -> None:
     if key.endswith(REQUIRES_GRAD) and isinstance(
         parameter := _own(part, "_parameters").get(key.removesuffix(REQUIRES_GRAD)), nn.Parameter
     ):
@@ -282,8 +305,7 @@ def _set(part: Part, key: str, now: Any) -> None:
         _own(part, "_buffers").update({key.removeprefix(BUFFER): None}) if key.startswith(BUFFER) else setattr(part, key, now)
     else:
         before = _tensor(part, key)
-        like = before if before is not None else next(part.parameters() if isinstance(part, nn.Module) else iter(_updated(part)), now)
-        own = now.to(like.device, copy=True)
+        own = now.to(device or (before.device if before is not None else _device(part, now)), copy=True)
         if before is not None and (before.shape, before.dtype) == (own.shape, own.dtype):
             with torch.no_grad():
                 before.copy_(own)
