@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import copy
+import os
 import random
+import subprocess
+import sys
 from multiprocessing.shared_memory import SharedMemory
 
 import numpy as np
 import pytest
 import torch
-from programs import STEP, killed_once, live
+from conftest import REPO
+from programs import HEAD, STEP, killed_once, live
 from test_library import newest
 
 import harness
@@ -410,6 +414,21 @@ def test_one_that_is_read_within_a_step_is_not(tmp_path, workers):
     for name, loop in CLOSED.items():
         lived = live(tmp_path, READ_BESIDE.replace("WORKERS", str(workers)) + loop, name.replace(" ", ""))
         assert lived.code == 0 and "warning" not in lived.text, (name, lived.text)
+
+
+@pytest.mark.parametrize("name", ["of the run", "evaluation"])
+def test_the_runs_own_is_not_where_the_package_is_installed(tmp_path, name):
+    installed = tmp_path / "lib/site-packages"
+    installed.mkdir(parents=True)
+    (installed / "harness").symlink_to(REPO / "harness")
+    path = tmp_path / "program.py"
+    path.write_text(
+        HEAD.replace("from programs import die", "") + READ_BESIDE.replace("WORKERS", "1") + CLOSED[name] + "\nprint(harness.__file__)"
+    )
+    env = os.environ | {"PYTHONPATH": str(installed)}
+    ended = subprocess.run([sys.executable, str(path), str(tmp_path / "a")], env=env, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 0 and str(installed) in ended.stdout, ended.stderr
+    assert "warning" not in ended.stdout + ended.stderr
 
 
 def test_a_loader_with_a_state_is_a_stream_of_its_batches(tmp_path):
