@@ -103,14 +103,16 @@ class World:
     def share_buffers(self, module: nn.Module) -> None:
         """Give every rank the writer's buffers, as DDP does before each forward pass. Collective: every rank must call it."""
         if self.size > 1:
-            for buffer in module.buffers():
-                dist.broadcast(buffer, 0)
+            with _lost_rank_said():
+                for buffer in module.buffers():
+                    dist.broadcast(buffer, 0)
 
     def share_state(self, module: nn.Module) -> None:
         """Give every rank the writer's parameters and buffers. Collective: every rank must call it."""
         if self.size > 1:
-            for tensor in (*module.parameters(), *module.buffers()):
-                dist.broadcast(tensor.detach(), 0)
+            with _lost_rank_said():
+                for tensor in (*module.parameters(), *module.buffers()):
+                    dist.broadcast(tensor.detach(), 0)
 
     def on_writer(self, work: Callable[[], T], *, give_up: Callable[[], object] = lambda: None) -> T:
         """Run `work` on the writer and give every rank its result (which JSON must be able to hold).

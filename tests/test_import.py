@@ -453,6 +453,20 @@ def test_parts_are_left_out_when_that_is_said(tmp_path: Path, done: Trained, com
     assert "optimiser" in nothing.err
 
 
+def test_a_module_is_left_out_too_and_averages_are_taken_by_the_name_that_is_said(tmp_path: Path, done: Trained, command: Command) -> None:
+    other = recipes.trained(seed=6, epochs=1)
+    torch.save({"model": done.model.state_dict(), "polyak": other.model.state_dict(), "epoch": 2}, tmp_path / "a.pt")
+    answer = command("import", tmp_path / "a.pt", tmp_path / "none", *TASK, "--without", "model")
+    assert answer.code == 0, answer.err
+    assert "model: not taken from the file" in " ".join(answer.out.split())
+    assert len(differing(dict(newest(tmp_path / "none")["model_state_dict"]), dict(done.model.state_dict()))) > 3
+    averaged = (*TASK, "train.ema_decay=0.9", "--as", "model=model")
+    answer = command("import", tmp_path / "a.pt", tmp_path / "run", *averaged, "--as", "ema=polyak")
+    assert answer.code == 0, answer.err
+    assert differing(dict(newest(tmp_path / "run")["ema_state_dict"]), dict(other.model.state_dict())) == []
+    refused(command("import", tmp_path / "a.pt", tmp_path / "no", *averaged, "--as", "ema=nowhere"), tmp_path / "no")
+
+
 def test_settings_may_come_from_a_file(tmp_path: Path, done: Trained, command: Command) -> None:
     (tmp_path / "a.yaml").write_text("task: {name: 'recipe_task:build', args: {optimizer: sgd}}\ntrain: {global_batch_size: 24}\n")
     file = made("imagenet", tmp_path, done)

@@ -37,8 +37,8 @@ BUFFER = re.compile(r"(^|\.)(running_mean|running_var|num_batches_tracked)\Z")  
 COMPILED = re.compile(r"(^|\.)_orig_mod\.")
 # What the names of an optimizer's settings, or of what it keeps for each parameter, tell.
 KINDS = (
-    ("betas", "Adam, AdamW or one of their kind"), ("dampening", "SGD"), ("alpha", "RMSprop"), ("lr_decay", "Adagrad"), ("rho", "Adadelta"),
-    ("etas", "Rprop"), ("history_size", "LBFGS"), ("lambd", "ASGD"), ("beta2_decay", "Adafactor"), ("ns_steps", "Muon"),
+    ("betas", "Adam, AdamW or one of their kind"), ("dampening", "SGD"), ("lambd", "ASGD"), ("alpha", "RMSprop"), ("lr_decay", "Adagrad"),
+    ("rho", "Adadelta"), ("etas", "Rprop"), ("history_size", "LBFGS"), ("beta2_decay", "Adafactor"), ("ns_steps", "Muon"),
 )  # fmt: skip
 
 

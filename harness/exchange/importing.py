@@ -137,11 +137,13 @@ class Import:
 
     def _take(self, where: Where) -> None:
         modules = self.stepper.modules
-        chosen = fit.choose(list(modules), self.parts, self.named, self.loaded.file.where)
-        pairs = {name: (modules[name], part) for name, part in chosen.items()}
-        init = self.settings.init
-        self.notes.append(fit.fit(pairs, strict=init.strict, rename=init.rename, where=self.loaded.file.where))
-        self.taken |= chosen
+        init, wanted = self.settings.init, [name for name in modules if name not in self.without]
+        if wanted:
+            chosen = fit.choose(wanted, self.parts, self.named, self.loaded.file.where, partly=not init.strict)
+            pairs = {name: (modules[name], part) for name, part in chosen.items()}
+            self.notes.append(fit.fit(pairs, strict=init.strict, rename=init.rename, where=self.loaded.file.where))
+            self.taken |= chosen
+        self.notes += [f"{name}: not taken from the file; begins anew" for name in modules if name not in self.taken]
         for name, average in self.stepper.averages.items():
             self._take_average(name, average)
         held = {name: self._schedule(name, scheduler, where.step) for name, scheduler in self.stepper.schedulers.items()}
@@ -193,7 +195,13 @@ class Import:
         return found[0] if found else None
 
     def _take_average(self, name: str, average: Ema) -> None:
-        part = next((part for part in self.parts if part.kind == content.MODULE and part.name == name), None)
+        modules = [part for part in self.parts if part.kind == content.MODULE]
+        called = [part for part in modules if self.named.get(name) in (part.key, part.name)]
+        if name in self.named and not called:
+            raise UsageError(
+                f"the file has no {content.MODULE} {self.named[name]!r}", f"found: {', '.join(p.key for p in modules) or 'none'}"
+            )
+        part = next(iter(called or [part for part in modules if part.name == name]), None)
         if part is None or name in self.without:
             average.module.load_state_dict(average.source.state_dict())
             self.notes.append(f"{name}: begins with the imported weights")
