@@ -154,8 +154,8 @@ class Ending:
         for store in self._stores if attempt else ():
             try:
                 attempts.add_event(store.patient(RECORD_S), attempt, rank, line)  # type: ignore[arg-type]
-            except StorageError as problem:
-                say(f"harness: not recorded: {problem.what}", sys.stderr)
+            except (StorageError, FileExistsError) as problem:
+                say(f"harness: not recorded: {problem.what if isinstance(problem, StorageError) else problem}", sys.stderr)
         if found.waits:
             time.sleep(AFTER_OTHERS_S)  # the one that hangs has the first word
         self._create("failed", self._stores, {"error": error, "rank": rank, "step": step, "trace": stacks[-MOST_TRACE:]})
