@@ -416,6 +416,42 @@ def test_one_that_is_read_within_a_step_is_not(tmp_path, workers):
         assert lived.code == 0 and "warning" not in lived.text, (name, lived.text)
 
 
+BEGINS = """
+class Numbers(Dataset):
+    def __len__(self):
+        return 64
+    def __getitem__(self, at):
+        return torch.randn(8), torch.randn(1)
+run = init()
+model = nn.Linear(8, 1)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+BEFORE
+run.track(model=model, optimizer=optimizer)
+for x, y in run.batches(Numbers(), 8, epochs=1, num_workers=2):
+    pass
+"""
+ENDS = {
+    "a stop": ("os.kill(os.getpid(), signal.SIGTERM)", 0, "stopped before training began"),
+    "an error": ("type(run)._pace = property(lambda self: None)", 1, "AttributeError"),  # what is set when all else has begun
+}
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_what_ends_when_its_workers_live_and_before_its_first_step_does_not_wait_for_them(tmp_path, end):
+    """Workers outlive the signals of their rank, and so the one by which multiprocessing ends them as well."""
+    before, code, said = ENDS[end]
+    path = tmp_path / "program.py"
+    path.write_text(HEAD.replace("from programs import die", "") + BEGINS.replace("BEFORE", before))
+    command = [sys.executable, str(path), str(tmp_path / "a")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        out, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == code and said in out, out
+    assert "AssertionError" not in out
+
+
 @pytest.mark.parametrize("name", ["of the run", "evaluation"])
 def test_the_runs_own_is_not_where_the_package_is_installed(tmp_path, name):
     installed = tmp_path / "lib/site-packages"

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import dataclasses
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -126,6 +129,17 @@ def as_is(item: Any) -> Any:
     return item
 
 
+_READING: weakref.WeakSet[Any] = weakref.WeakSet()  # passes over loaders, which have workers as long as they are there
+
+
+def _end_workers() -> None:
+    """End what is left of workers when this process exits: they do not heed the signal by which multiprocessing ends them, and waits."""
+    for reading in list(_READING):
+        if getattr(reading, "_workers", None):
+            with contextlib.suppress(Exception):  # of one that was never whole
+                reading._shutdown_workers()
+
+
 class Loader:
     """Loads shares in order, ahead of their use if there are workers."""
 
@@ -158,7 +172,11 @@ class Loader:
         if self._loader is None:
             return map(self._planned.__getitem__, items)  # what a DataLoader does here, at less than its price
         self._dealt.items = items
-        return iter(self._loader)
+        reading = iter(self._loader)
+        _READING.add(reading)
+        atexit.unregister(_end_workers)
+        atexit.register(_end_workers)  # before what PyTorch and multiprocessing have registered so far
+        return reading
 
 
 def load(dataset: Any, shares: Iterable[Share], seed: int, collate: Collate | None, workers: Workers = Workers()) -> Batches:
