@@ -94,6 +94,15 @@ def trained(directory: Path, make, *, leave_at: int = 0, stop_at: int = 0, **opt
     return run
 
 
+def updated(model: nn.Module, optimizer: torch.optim.Optimizer, x: torch.Tensor) -> torch.Tensor:
+    """A step of a loop that has nothing odd about it; returns the loss."""
+    optimizer.zero_grad()
+    loss = model(x).square().mean()
+    loss.backward()
+    optimizer.step()
+    return loss
+
+
 def goes_on(tmp_path: Path, make, steps: tuple[int, ...], **options) -> None:
     """Left at each of the steps, and stopped there, it ends as the one that was neither."""
     trained(tmp_path / "whole", make, **options)
@@ -382,11 +391,7 @@ def changing(p: float = 0.1, build=Changing):
             if run.step in (5, 8):
                 model.history.append(run.step)
                 model.scales["loss"] *= 0.5
-            optimizer.zero_grad()
-            loss = model(x).square().mean()
-            loss.backward()
-            optimizer.step()
-            return loss
+            return updated(model, optimizer, x)
 
         return step
 
@@ -416,7 +421,6 @@ class Becoming(nn.Module):
         self.mean = None  # made by the first forward pass, then carried on
         self.start, self.shift, self.gone = torch.full((8,), 0.1), torch.full((8,), 0.2), torch.full((8,), 0.3)
         self.warm, self.pair = 1, ([], 0.5)
-        self.big = None
         self.register_buffer("once", torch.full((8,), 0.4), persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -439,11 +443,7 @@ def test_attributes_that_become_something_of_another_kind_come_back(tmp_path, ca
                 model.start, model.shift, model.once, model.warm = None, 0.25, None, True
                 model.pair[0].append(1)
                 del model.gone
-            optimizer.zero_grad()
-            loss = model(x).square().mean()
-            loss.backward()
-            optimizer.step()
-            return loss
+            return updated(model, optimizer, x)
 
         return step
 
@@ -687,11 +687,7 @@ def test_no_file_is_torn_by_what_is_written_behind_pytorchs_back(tmp_path, width
                 at_head(model, average)
                 if undo:
                     undo(model, average)
-            optimizer.zero_grad()
-            loss = model(x).square().mean()
-            loss.backward()
-            optimizer.step()
-            return loss
+            return updated(model, optimizer, x)
 
         return step
 
@@ -798,11 +794,7 @@ def test_an_optimizers_tensors_that_are_in_no_state_dict_are_told(tmp_path, caps
         run.track(model=model, optimizer=optimizer)
 
         def step(x):
-            optimizer.zero_grad()
-            loss = model(x).square().mean()
-            loss.backward()
-            optimizer.step()
-            return loss
+            return updated(model, optimizer, x)
 
         return step
 

@@ -416,6 +416,15 @@ def test_one_that_is_read_within_a_step_is_not(tmp_path, workers):
         assert lived.code == 0 and "warning" not in lived.text, (name, lived.text)
 
 
+def on_its_own(folder, source, limit_s=120, **env):
+    """The program in a process that nothing was loaded into before."""
+    path = folder / "program.py"
+    path.write_text(HEAD.replace("from programs import die", "") + source)
+    command = [sys.executable, str(path), str(folder / "a")]
+    shown = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.run(command, env=os.environ | env, timeout=limit_s, **shown)
+
+
 BEGINS = """
 class Numbers(Dataset):
     def __len__(self):
@@ -440,16 +449,9 @@ ENDS = {
 def test_what_ends_when_its_workers_live_and_before_its_first_step_does_not_wait_for_them(tmp_path, end):
     """Workers outlive the signals of their rank, and so the one by which multiprocessing ends them as well."""
     before, code, said = ENDS[end]
-    path = tmp_path / "program.py"
-    path.write_text(HEAD.replace("from programs import die", "") + BEGINS.replace("BEFORE", before))
-    command = [sys.executable, str(path), str(tmp_path / "a")]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    try:
-        out, _ = process.communicate(timeout=60)
-    finally:
-        process.kill()
-    assert process.returncode == code and said in out, out
-    assert "AssertionError" not in out
+    ended = on_its_own(tmp_path, BEGINS.replace("BEFORE", before), limit_s=60)
+    assert ended.returncode == code and said in ended.stdout, ended.stdout
+    assert "AssertionError" not in ended.stdout
 
 
 @pytest.mark.parametrize("name", ["of the run", "evaluation"])
@@ -457,14 +459,10 @@ def test_the_runs_own_is_not_where_the_package_is_installed(tmp_path, name):
     installed = tmp_path / "lib/site-packages"
     installed.mkdir(parents=True)
     (installed / "harness").symlink_to(REPO / "harness")
-    path = tmp_path / "program.py"
-    path.write_text(
-        HEAD.replace("from programs import die", "") + READ_BESIDE.replace("WORKERS", "1") + CLOSED[name] + "\nprint(harness.__file__)"
-    )
-    env = os.environ | {"PYTHONPATH": str(installed)}
-    ended = subprocess.run([sys.executable, str(path), str(tmp_path / "a")], env=env, capture_output=True, text=True, timeout=120)
-    assert ended.returncode == 0 and str(installed) in ended.stdout, ended.stderr
-    assert "warning" not in ended.stdout + ended.stderr
+    source = READ_BESIDE.replace("WORKERS", "1") + CLOSED[name] + "\nprint(harness.__file__)"
+    ended = on_its_own(tmp_path, source, PYTHONPATH=str(installed))
+    assert ended.returncode == 0 and str(installed) in ended.stdout, ended.stdout
+    assert "warning" not in ended.stdout
 
 
 def test_a_loader_with_a_state_is_a_stream_of_its_batches(tmp_path):

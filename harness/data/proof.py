@@ -206,10 +206,10 @@ def _copied(dataset: Any) -> Any:
         if isinstance(thing, np.memmap) or (isinstance(thing, np.ndarray) and thing.nbytes > LARGE_BYTES):
             memo[id(thing)] = thing.view()
             memo[id(thing)].flags.writeable = False  # a stream that shuffles it in place is told so, in the copy
-        elif (
-            isinstance(thing, torch.Tensor) and (size_bytes := size_bytes + thing.nbytes) > MOST_BYTES
-        ):  # to share it would let it be changed
-            raise TypeError(f"{path} and what else there is are more than {MOST_BYTES >> 20} MiB of tensors, too much to be copied")
+        elif isinstance(thing, torch.Tensor):  # no view of one is safe from being written to
+            size_bytes += thing.nbytes
+            if size_bytes > MOST_BYTES:
+                raise TypeError(f"{path} and what else there is are more than {MOST_BYTES >> 20} MiB of tensors, too much to be copied")
         elif type(thing) is list and len(thing) > LONG:
             memo[id(thing)] = list(thing)
     with kept_generators():

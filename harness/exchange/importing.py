@@ -178,9 +178,7 @@ class Import:
             return None
         of_kind = [part for part in self.parts if part.kind == kind]
         if name in self.named:
-            found = [part for part in of_kind if self.named[name] in (part.key, part.name)]
-            if not found:
-                raise UsageError(f"the file has no {kind} {self.named[name]!r}", f"found: {', '.join(p.key for p in of_kind) or 'none'}")
+            found = self._called(name, kind)
         else:
             several = {OPTIMIZER: self.stepper.optimizers, SCHEDULER: self.stepper.schedulers}.get(kind, {})
             found = [part for part in of_kind if part.name == name] or (of_kind if len(of_kind) == 1 and len(several) < 2 else [])
@@ -194,14 +192,17 @@ class Import:
             self.taken[name] = found[0]
         return found[0] if found else None
 
+    def _called(self, name: str, kind: str) -> list[Part]:
+        """The parts of the file that were said to be a thing of the task's. Raises UsageError if there is none."""
+        of_kind = [part for part in self.parts if part.kind == kind]
+        found = [part for part in of_kind if self.named[name] in (part.key, part.name)]
+        if not found:
+            raise UsageError(f"the file has no {kind} {self.named[name]!r}", f"found: {', '.join(p.key for p in of_kind) or 'none'}")
+        return found
+
     def _take_average(self, name: str, average: Ema) -> None:
-        modules = [part for part in self.parts if part.kind == content.MODULE]
-        called = [part for part in modules if self.named.get(name) in (part.key, part.name)]
-        if name in self.named and not called:
-            raise UsageError(
-                f"the file has no {content.MODULE} {self.named[name]!r}", f"found: {', '.join(p.key for p in modules) or 'none'}"
-            )
-        part = next(iter(called or [part for part in modules if part.name == name]), None)
+        alike = [part for part in self.parts if part.kind == content.MODULE and part.name == name]
+        part = next(iter(self._called(name, content.MODULE) if name in self.named else alike), None)
         if part is None or name in self.without:
             average.module.load_state_dict(average.source.state_dict())
             self.notes.append(f"{name}: begins with the imported weights")

@@ -173,23 +173,31 @@ class _Watched:
         )
 
     def differences(self, built: Values) -> dict[str, dict[str, Any]]:
-        """What is another than as built."""
+        """What is another than as built, but for what cannot be kept."""
         now, found = _values(self.part), dict[str, dict[str, Any]]()
-        of_part = vars(self.part)
-        made = [key for key, value in of_part.items() if key not in self.tensors and _is_small(value) and _is_looked_at(self.part, key)]
+        made = [
+            key for key, value in vars(self.part).items() if key not in self.tensors and _is_small(value) and _is_looked_at(self.part, key)
+        ]
         for key in dict.fromkeys((*built, *now, *made)):
-            was = {"built": built[key]} if key in built else {}
-            if key in self.tensors or key in made:
-                if key in made or self._is_another(key):
-                    if (tensor := _tensor(self.part, key)) is not None:
-                        found[key] = was | _kept(self.part, tensor)
-                    elif key in now or key.startswith(BUFFER) or key not in of_part:  # else it is told as what cannot be kept
-                        found[key] = was | ({"now": now[key]} if key in now else {})
-            elif key in now and not is_same(built.get(key, ABSENT), now[key]):
-                found[key] = was | {"now": now[key]}
-            elif key not in now and key not in of_part and not key.endswith(REQUIRES_GRAD):
-                found[key] = was
+            if (key in made or self._has_changed(key, built, now)) and (kept := self._kept(key, now)) is not None:
+                found[key] = ({"built": built[key]} if key in built else {}) | kept
         return found
+
+    def _has_changed(self, key: str, built: Values, now: Values) -> bool:
+        if key in self.tensors:
+            return self._is_another(key)
+        if key in now:
+            return not is_same(built.get(key, ABSENT), now[key])
+        return key not in vars(self.part) and not key.endswith(REQUIRES_GRAD)
+
+    def _kept(self, key: str, now: Values) -> dict[str, Any] | None:
+        """What an attribute is now, as a checkpoint has it: nothing of one that is gone; None if it cannot be kept."""
+        if (tensor := _tensor(self.part, key)) is not None:
+            elsewhere = {"device": tensor.device.type} if _device(self.part, tensor).type != tensor.device.type else {}
+            return {"now": tensor.detach().to("cpu", copy=True)} | elsewhere
+        if key in now:
+            return {"now": now[key]}
+        return {} if key.startswith(BUFFER) or key not in vars(self.part) else None
 
     def _is_another(self, key: str) -> bool:
         """Whether this tensor was replaced, or written to; if it is small, whether its values are others."""
@@ -239,16 +247,11 @@ def _tensor(part: Part, key: str) -> torch.Tensor | None:
 
 def _is_small(value: Any) -> bool:
     """Whether a tensor that an attribute became is kept: a greater one is a cache more often than a state, and is told when it changes."""
-    return _is_simple(value) and value.grad_fn is None and value.nbytes <= COMPARED_BYTES
-
-
-def _kept(part: Part, tensor: torch.Tensor) -> dict[str, Any]:
-    """A tensor as a checkpoint has it; where it belongs, if that is not where the other tensors of its module are."""
-    elsewhere = {"device": tensor.device.type} if _device(part, tensor).type != tensor.device.type else {}
-    return {"now": tensor.detach().to("cpu", copy=True)} | elsewhere
+    return _is_simple(value) and value.nbytes <= COMPARED_BYTES
 
 
 def _device(part: Part, otherwise: torch.Tensor) -> torch.device:
+    """Where a module's parameters are, or those that an optimizer updates."""
     return next(part.parameters() if isinstance(part, nn.Module) else iter(_updated(part)), otherwise).device
 
 
