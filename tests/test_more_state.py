@@ -455,6 +455,27 @@ def test_attributes_that_become_something_of_another_kind_come_back(tmp_path, ca
     assert "changes in training" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("becomes", [object(), nn.Parameter(torch.ones(8)), {"held": object()}], ids=["object", "trained", "container"])
+def test_a_tensor_that_becomes_what_cannot_be_kept_is_named(tmp_path, capsys, becomes):
+    """Once is enough: what a restart would build is the tensor."""
+
+    def make(run: harness.Run):
+        model = Becoming()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        run.track(model=model, optimizer=optimizer)
+
+        def step(x):
+            if run.step == 2:
+                vars(model)["unused"] = becomes
+            return updated(model, optimizer, x)
+
+        model.unused = torch.zeros(8)
+        return step
+
+    trained(tmp_path / "a", make)
+    assert "model.unused changes in training" in capsys.readouterr().out
+
+
 def test_a_program_that_builds_another_value_has_its_way_and_both_are_told(tmp_path, capsys):
     trained(tmp_path / "a", changing(), leave_at=7)
     model: dict[str, nn.Module] = {}

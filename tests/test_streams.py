@@ -416,6 +416,33 @@ def test_one_that_is_read_within_a_step_is_not(tmp_path, workers):
         assert lived.code == 0 and "warning" not in lived.text, (name, lived.text)
 
 
+def test_a_stream_that_shuffles_a_large_tensor_in_place_is_not_changed_by_being_tried(tmp_path):
+    source = """
+class Shuffled(IterableDataset):
+    def __init__(self):
+        self.numbers, self.at = torch.arange(300_000, dtype=torch.float64), 0
+    def __iter__(self):
+        while self.at < 96:
+            self.numbers.copy_(self.numbers[torch.randperm(len(self.numbers))])
+            self.at += 1
+            yield torch.full((8,), self.numbers[0].item() / 3e5), torch.zeros(1)
+    def state_dict(self):
+        return {"at": self.at}
+    def load_state_dict(self, state):
+        self.at = state["at"]
+run = init()
+data, model = Shuffled(), nn.Linear(8, 1)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+run.track(model=model, optimizer=optimizer)
+try:
+    next(iter(run.batches(data, 8, epochs=1)))
+finally:
+    print("as it was" if data.at == 0 and torch.equal(data.numbers, torch.arange(300_000.0)) else "changed")
+"""
+    lived = live(tmp_path, source, "whole")
+    assert "as it was" in lived.text, lived.text
+
+
 def on_its_own(folder, source, limit_s=120, **env):
     """The program in a process that nothing was loaded into before."""
     path = folder / "program.py"

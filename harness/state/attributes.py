@@ -89,7 +89,9 @@ class Attributes:
         self._watched = {name: [_Watched(path, part) for path, part in parts(thing)] for name, thing in tracked.items()}
         for name, watched in self._watched.items():
             for one in watched:
-                self.unkept.begin(_joined(name, one.path), one.odd_values())
+                of_part = vars(one.part)  # of tensors too: what one becomes may be odd
+                kept = {key: of_part[key] for key in one.tensors if key in of_part}
+                self.unkept.begin(_joined(name, one.path), one.odd_values() | kept)
 
     def state(self) -> Changed | None:
         """What differs from the modules as built, with tensors copied to the CPU; None if nothing does."""
