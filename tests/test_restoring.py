@@ -190,6 +190,25 @@ def test_another_dtype_is_refused_unless_it_is_accepted():
     stepped(model, other["optimizer"])
 
 
+def test_what_is_kept_of_parameters_of_the_same_dtype_stays_exact_beside_accepted_ones():
+    def made(dtype):
+        first, second = net(4, 4, 4).to(dtype), net(4, 4, 4).bfloat16()
+        both = torch.optim.Adam([*first.parameters(), *second.parameters()])
+        return {"first": first, "second": second, "optimizer": both}
+
+    one = made(torch.float32)
+    for parameter in one["optimizer"].param_groups[0]["params"]:  # in single precision, as some optimizers keep it of half parameters
+        one["optimizer"].state[parameter] = {"step": torch.tensor(1.0), "exp_avg": torch.randn(parameter.shape)}
+    payload = saved_and_read(state.capture(one))
+    other = made(torch.bfloat16)
+    said = state.restore(other, {}, payload, "it", ["dtype"])
+    assert said == ["first: 4 tensor(s) are bfloat16 now, and were float32: no exact resume"]
+    kept = [entry["exp_avg"] for entry in other["optimizer"].state_dict()["state"].values()]
+    assert [moment.dtype for moment in kept] == [torch.bfloat16] * 4 + [torch.float32] * 4
+    saved = payload["optimizer_state_dict"]["state"]
+    assert all(torch.equal(kept[at], saved[at]["exp_avg"]) for at in range(4, 8))
+
+
 # --- kinds ---
 
 
@@ -651,6 +670,17 @@ def test_conjugate_and_complex_tensors_are_compared():
     assert not list(differences({"x": a.conj()}, {"x": a.conj().resolve_conj()}))
     ((where, _, _, gap),) = differences({"x": a.conj()}, {"x": a})
     assert where == "x" and gap == "4 (2 of 2)"
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize:UserWarning")
+def test_quantized_tensors_of_the_same_integers_and_another_scale_differ():
+    a, b = (torch.quantize_per_tensor(torch.arange(4.0) * scale, scale, 0, torch.qint8) for scale in (1.0, 2.0))
+    scales, zeros = torch.tensor([0.1, 0.2]), torch.zeros(2, dtype=torch.int64)
+    c, d = (torch.quantize_per_channel(torch.zeros(2, 3), scales * by, zeros, 0, torch.qint8) for by in (1, 2))
+    assert not list(differences([a, c], [a.clone(), c.clone()]))
+    ((where, _, _, gap),) = differences({"x": a}, {"x": b})
+    assert where == "x" and gap == "3 (3 of 4)"
+    assert [where for where, *_ in differences([c], [d])] == ["[0]"]
 
 
 def test_a_question_before_the_loop_is_answered_in_words(tmp_path):

@@ -31,7 +31,7 @@ def differences(a: Any, b: Any, where: str = "") -> Iterator[tuple[str, str, str
     elif isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
         if a.shape != b.shape or a.dtype != b.dtype or a.layout != b.layout or a.is_meta != b.is_meta:
             yield where, _word(a), _word(b), "-"
-        elif not a.is_meta and not torch.equal(_bits(a), _bits(b)):
+        elif not a.is_meta and not (torch.equal(_bits(a), _bits(b)) and _scale(a) == _scale(b)):
             wide = torch.complex128 if a.is_complex() else torch.float64
             gap = (_dense(a).to(wide) - _dense(b).to(wide)).abs()
             yield where, _word(a), _word(b), f"{gap.max().item():.3g} ({int((gap != 0).sum())} of {gap.numel()})"
@@ -43,6 +43,15 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
     """The bytes, so that NaN equals itself and 0.0 does not equal -0.0."""
     plain = tensor.int_repr() if tensor.is_quantized else _dense(tensor).resolve_conj().resolve_neg()
     return plain.detach().contiguous().reshape(-1).view(torch.uint8)
+
+
+def _scale(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """What a quantized tensor's integers stand for; of any other, nothing."""
+    if not tensor.is_quantized:
+        return ()
+    if tensor.qscheme() in (torch.per_tensor_affine, torch.per_tensor_symmetric):
+        return tensor.q_scale(), tensor.q_zero_point()
+    return tensor.q_per_channel_axis(), tensor.q_per_channel_scales().tolist(), tensor.q_per_channel_zero_points().tolist()
 
 
 def _dense(tensor: torch.Tensor) -> torch.Tensor:

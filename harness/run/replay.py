@@ -60,7 +60,7 @@ class Replay:
         self._of_samples: set[int] = set()  # the steps whose samples were compared
         self._of_losses: set[int] = set()
         self._loose: list[str] = []  # why losses were compared with a tolerance
-        self._names: dict[str, int] = {}
+        self._names: dict[str, int | None] = {}  # by what is logged: its short name, if it is a loss
 
     def read(self, found: Survey, origin: Manifest | None, attempt: Attempt, say: Callable[[str], object]) -> int:
         """Read what earlier attempts have left of the steps after the checkpoint; for the writer. Returns the last of them, or 0."""
@@ -113,13 +113,13 @@ class Replay:
 
     def step_made(self, step: int, samples: bytes | None, logged: Mapping[str, Any]) -> None:
         """A step is over, and has logged that; what lies on a device is not asked for. For the thread that trains."""
-        if self.log is None or self._failure is not None:
+        if (log := self.log) is None or self._failure is not None:
             return
-        self._step = step
-        rank, losses = self._world.rank, []
+        self._step, rank, losses = step, self._world.rank, []
         for name, value in logged.items():
-            if "loss" in name.lower() and not (isinstance(value, torch.Tensor) and value.device.type != "cpu"):
-                losses.append((self._name(name), name, float(value)))
+            short = self._names[name] if name in self._names else self._name(name)
+            if short is not None and not (isinstance(value, torch.Tensor) and not value.is_cpu):
+                losses.append((short, name, float(value)))
         if self._is_on:
             self._compare_samples(step, samples)
             for short, name, loss in losses:
@@ -131,9 +131,9 @@ class Replay:
             if self._failure is not None:
                 return  # what this step is now is not what it is to be compared with
         first = losses[0] if losses else (0, "", None)
-        self.log.add(steps.Line(step, samples, rank, first[0], first[2]))
+        log.add(steps.Line(step, samples, rank, first[0], first[2]))
         for short, _, loss in losses[1:]:
-            self.log.add(steps.Line(step, None, rank, short, loss))
+            log.add(steps.Line(step, None, rank, short, loss))
 
     def gathered(self, values: Iterable[tuple[int, int, str, float]]) -> None:
         """Take in what the ranks have told each other for the log: step, rank, name and value. For the thread that trains."""
@@ -141,24 +141,24 @@ class Replay:
             return
         ranks: dict[tuple[int, str], list[float]] = {}
         for step, rank, name, value in values:
-            if "loss" not in name.lower():
+            if (short := self._name(name)) is None:
                 continue
             ranks.setdefault((step, name), []).append(value)
             if rank == self._world.rank and self._world.device.type == "cpu":
                 continue  # known at once
-            short = self._name(name)
             self._compare_loss(step, rank, short, name, value)
             if self._failure is None:
                 self.log.add(steps.Line(step, None, rank, short, value))
         for (step, name), all_ranks in ranks.items():
             if len(all_ranks) == self._world.size:
-                self._compare_loss(step, MEAN, self._name(name), name, sum(all_ranks) / len(all_ranks))
+                self._compare_loss(step, MEAN, steps.name_of(name), name, sum(all_ranks) / len(all_ranks))
         if self._is_on and self._step >= self._until:
             self._over()
 
-    def _name(self, name: str) -> int:
+    def _name(self, name: str) -> int | None:
+        """The short name of a loss; None for what is no loss."""
         if name not in self._names:
-            self._names[name] = steps.name_of(name)
+            self._names[name] = steps.name_of(name) if "loss" in name.lower() else None
         return self._names[name]
 
     def _compare_samples(self, step: int, samples: bytes | None) -> None:

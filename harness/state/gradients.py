@@ -73,20 +73,24 @@ class Gradients:
 
     def _used(self, optimizer: torch.optim.Optimizer) -> None:
         """Mark what an optimizer has used: it has just made its step."""
-        if (last := self._stepped.get(id(optimizer))) is None:
+        owner, step = id(optimizer), self._step()
+        if (last := self._stepped.get(owner)) is None:
             self._own(optimizer)
-        else:
-            self._gaps[id(optimizer)] = max(self._gaps.get(id(optimizer), 1), self._step() - last)
-        self._stepped[id(optimizer)] = self._step()
-        self._given_up.discard(id(optimizer))
+        elif (gap := max(1, step - last)) > self._gaps.get(owner, 0):
+            self._gaps[owner] = gap
+        self._stepped[owner] = step
+        self._given_up.discard(owner)
         is_first = True
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 if (gradient := parameter.grad) is not None:
                     if is_first:
                         is_first = False
-                        self._note_lasting(id(optimizer), parameter, gradient)
-                    gradient._used_at = 0 if gradient.is_inference() else gradient._version
+                        self._note_lasting(owner, parameter, gradient)
+                    try:
+                        gradient._used_at = gradient._version
+                    except RuntimeError:  # one that was made for inference does not count its versions
+                        gradient._used_at = 0
 
     def _note_lasting(self, owner: int, parameter: nn.Parameter, gradient: torch.Tensor) -> None:
         """Note whether an optimizer's gradients live on; if so, the next backward pass tells, once, whether they are set to zero before."""

@@ -42,6 +42,7 @@ def restore(
     UsageError, before anything is changed, on a mismatch.
     """
     said: list[str] = []
+    cast: set[int] = set()  # by identity: parameters of another dtype than before
     states = {name: _state_for(name, plain(thing), payload, source) for name, thing in tracked.items()}
     for name, thing in tracked.items():
         if name in classes and classes[name] != class_name(thing):
@@ -50,12 +51,12 @@ def restore(
                 "Put the old one back, or take a new run directory.",
             )  # fmt: skip
         if isinstance(plain(thing), nn.Module) and not any(is_lazy(value) for value in plain(thing).state_dict().values()):
-            said += _check_module(name, plain(thing), states[name], source, accept)
+            said += _check_module(name, plain(thing), states[name], source, accept, cast)
     are_all_there = all(key.removesuffix("_state_dict") in tracked for key in payload if key.endswith("_state_dict"))
     if are_all_there:  # else the names of some are not known yet: all are given their state again with the rest
         states |= _by_name(tracked, payload, states, source, says_names=says_names)
     for name, thing in tracked.items():
-        restore_one(name, plain(thing), states[name], source, is_cast=bool(said))
+        restore_one(name, plain(thing), states[name], source, cast=cast)
     return said
 
 
@@ -69,10 +70,12 @@ def _state_for(name: str, thing: Any, payload: Mapping[str, Any], source: str) -
     return naming.to_live(thing, state) if isinstance(thing, nn.Module) else state
 
 
-def _check_module(name: str, module: nn.Module, saved: Mapping[str, Any], source: str, accept: Collection[str]) -> list[str]:
-    """Raises UsageError for other parameters, and for other dtypes unless they are accepted; these are returned in words. Of what gets its
-    size in training the module's own `load_state_dict` decides."""
-    own, parameters = module.state_dict(), {key for key, _ in module.named_parameters(remove_duplicate=False)}
+def _check_module(
+    name: str, module: nn.Module, saved: Mapping[str, Any], source: str, accept: Collection[str], found: set[int]
+) -> list[str]:  # fmt: skip
+    """Raises UsageError for other parameters, and for other dtypes unless they are accepted; these are returned in words, and the
+    identities of such parameters added to those found. Of what gets its size in training the module's own `load_state_dict` decides."""
+    own, parameters = module.state_dict(), dict(module.named_parameters(remove_duplicate=False))
     rows = mismatches(own, saved)
     if any(key in parameters or not buffers.decides(module, key) for _, key, *_ in rows):
         raise _of_another(name, rows, source)
@@ -85,6 +88,7 @@ def _check_module(name: str, module: nn.Module, saved: Mapping[str, Any], source
             "\n".join(shown + ([f"  … and {len(cast) - 5} more"] if len(cast) > 5 else [])),
             "Build it in the old one, or take a new run directory. To go on from rounded values all the same: resume.accept=[dtype].",
         )
+    found |= {id(parameters[key]) for key, *_ in cast if key in parameters}
     changes = Counter((was, now) for _, was, now in cast)
     return [f"{name}: {count} tensor(s) are {now} now, and were {was}: no exact resume" for (was, now), count in changes.items()]
 
@@ -170,10 +174,10 @@ def _check_moments(name: str, optimizer: torch.optim.Optimizer, state: Mapping[s
             )
 
 
-def restore_one(name: str, thing: Any, state: Any, source: str, *, is_cast: bool = False) -> None:
+def restore_one(name: str, thing: Any, state: Any, source: str, *, cast: Collection[int] = ()) -> None:
     """Give one object its state back, bit for bit, and let it keep nothing of `state`, which may be views of a whole checkpoint's memory:
-    a module copies, an optimizer of torch's is made to, all else is given a copy. `is_cast`: parameters have another dtype than
-    before, and so has what is kept of them. Raises UsageError."""
+    a module copies, an optimizer of torch's is made to, all else is given a copy. `cast`: by identity, parameters that have
+    another dtype than before, and so has what is kept of them. Raises UsageError."""
     is_torchs = isinstance(thing, torch.optim.Optimizer) and type(thing).load_state_dict is torch.optim.Optimizer.load_state_dict
     try:
         if isinstance(thing, nn.Module):
@@ -183,7 +187,7 @@ def restore_one(name: str, thing: Any, state: Any, source: str, *, is_cast: bool
     except REFUSALS as error:
         raise _refused(name, thing, state, source, error) from error
     if isinstance(thing, torch.optim.Optimizer):
-        _mend(thing, state, is_cast=is_cast)
+        _mend(thing, state, cast)
 
 
 def _refused(name: str, thing: Any, state: Any, source: str, error: Exception) -> UsageError:
@@ -199,21 +203,21 @@ def _refused(name: str, thing: Any, state: Any, source: str, error: Exception) -
     )
 
 
-def _mend(optimizer: torch.optim.Optimizer, state: Any, *, is_cast: bool) -> None:
+def _mend(optimizer: torch.optim.Optimizer, state: Any, cast: Collection[int]) -> None:
     """`Optimizer.load_state_dict` casts state to its parameter's dtype, and keeps as it is given what it need not: here it is as saved, in
     tensors of its own. So is the state of an optimizer inside, if it is there in the form of torch's."""
     inside = [part for part in vars(optimizer).values() if isinstance(part, torch.optim.Optimizer)]
     if inside and isinstance(state, Mapping):
         states = [part for part in state.values() if naming.numbered({"_state_dict": part})]
         for part, saved in zip(inside, states, strict=False) if len(inside) == len(states) else ():
-            _mend(part, saved, is_cast=is_cast)
+            _mend(part, saved, cast)
     if not naming.numbered({"_state_dict": state}) or not isinstance(state.get("state"), Mapping):
         return
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     numbers = [number for group in state["param_groups"] for number in group["params"]]
     for number, parameter in zip(numbers, parameters, strict=False):
         if number in state["state"] and parameter in optimizer.state:
-            optimizer.state[parameter] = _mended(optimizer.state[parameter], state["state"][number], is_cast=is_cast)
+            optimizer.state[parameter] = _mended(optimizer.state[parameter], state["state"][number], is_cast=id(parameter) in cast)
 
 
 def _mended(held: Any, saved: Any, *, is_cast: bool) -> Any:
