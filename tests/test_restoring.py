@@ -672,6 +672,14 @@ def test_conjugate_and_complex_tensors_are_compared():
     assert where == "x" and gap == "4 (2 of 2)"
 
 
+def test_a_tensor_and_its_conjugate_are_two():
+    a = torch.tensor([1 + 2j, 3 - 1j])
+    values = {"step": 1, "state": {"a": a, "again": a, "conjugate": a.conj(), "wide": a.view(2, 1)}}
+    found = saved_and_read(state.captured(values, {}).fill())["state"]
+    assert all(torch.equal(found[name], value) for name, value in values["state"].items())
+    assert found["a"].data_ptr() == found["again"].data_ptr()
+
+
 @pytest.mark.filterwarnings("ignore:torch.quantize:UserWarning")
 def test_quantized_tensors_of_the_same_integers_and_another_scale_differ():
     a, b = (torch.quantize_per_tensor(torch.arange(4.0) * scale, scale, 0, torch.qint8) for scale in (1.0, 2.0))

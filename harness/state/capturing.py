@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -31,12 +30,25 @@ class Met(NamedTuple):
     saved: torch.Tensor  # what is saved of it: the source, or, if that is on a GPU, memory of its size without anything in it
 
 
-class Seen(dict[Any, Met]):
-    """What was met, by where it lies; and by its path the kind of what is not plain."""
+class Seen:
+    """What was met, in that order and by where it lies; and by its path the kind of what is not plain."""
 
     def __init__(self) -> None:
-        super().__init__()
+        self.all: list[Met] = []
         self.kinds: dict[str, str] = {}
+        self._first: dict[int, Met] = {}  # by address
+        self._others: dict[Any, Met] = {}  # what looks in another way into memory in which one was met
+
+    def find(self, tensor: torch.Tensor) -> Met | None:
+        """What was met of this very memory, seen in the same way."""
+        first = self._first.get(tensor.data_ptr())
+        return first if first is None or _is_like(first.tensor, tensor) else self._others.get(_place(tensor))
+
+    def add(self, met: Met) -> None:
+        """Note one that was not found."""
+        self.all.append(met)
+        if self._first.setdefault(met.tensor.data_ptr(), met) is not met:
+            self._others[_place(met.tensor)] = met
 
 
 @dataclass(frozen=True)
@@ -51,7 +63,7 @@ class Captured:
 
     def elsewhere(self) -> dict[int, torch.Tensor]:
         """By the address of memory without anything in it: the tensor on a GPU whose bytes belong there."""
-        return {met.saved.data_ptr(): met.source for met in self.seen.values() if met.saved is not met.source}
+        return {met.saved.data_ptr(): met.source for met in self.seen.all if met.saved is not met.source}
 
     def fill(self) -> dict[str, Any]:
         """The payload with nothing left out of it."""
@@ -68,13 +80,13 @@ def captured(values: Mapping[str, Any], tracked: Mapping[str, Any]) -> Captured:
     payload = _plain_values(values, seen)
     steady = {tensor.data_ptr() for tensor in _tensors([payload.get(name) for name in COPIES])}
     for name, thing in tracked.items():
-        before = len(seen)
+        before = len(seen.all)
         payload |= _capture({name: thing}, seen)
         if hasattr(plain(thing), HOOK):
-            steady |= {met.saved.data_ptr() for met in itertools.islice(seen.values(), before, None)}
+            steady |= {met.saved.data_ptr() for met in seen.all[before:]}
     named = parameters(tracked, seen)
     payload |= _beside(tracked, payload, seen)
-    steady |= named.keys() | {met.saved.data_ptr() for met in seen.values() if met.source is not met.tensor}
+    steady |= named.keys() | {met.saved.data_ptr() for met in seen.all if met.source is not met.tensor}
     return Captured(payload, steady, named, tracked, seen)
 
 
@@ -147,7 +159,7 @@ def parameters(tracked: Mapping[str, Any], seen: Seen) -> dict[int, tuple[str, t
     """
     found, elsewhere = {}, []
     for name, key, parameter in _parameters(tracked):
-        if (met := seen.get(_place(parameter))) is not None:
+        if (met := seen.find(parameter)) is not None:
             found[met.saved.data_ptr()] = f"{name}.{key}", parameter.dtype
         elif not is_finite(parameter.detach()):
             elsewhere.append(f"{name}.{key}")
@@ -156,9 +168,14 @@ def parameters(tracked: Mapping[str, Any], seen: Seen) -> dict[int, tuple[str, t
     return found
 
 
+def _is_like(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors that begin at the same address are the same."""
+    return a is b or _place(a) == _place(b)
+
+
 def _place(tensor: torch.Tensor) -> tuple[object, ...]:
-    """By what a tensor that was met is found again."""
-    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+    """By what a tensor is found again among others of the same address."""
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.is_conj(), tensor.is_neg()
 
 
 def not_finite(names: list[str]) -> NonFiniteError:
@@ -195,9 +212,12 @@ def before_update(tracked: Mapping[str, Any], call: Callable[[], None]) -> None:
 
 def _to_cpu(value: Any, where: Where, seen: Seen) -> Any:
     if isinstance(value, torch.Tensor):
-        if is_lazy(value):
+        if type(value) is torch.Tensor and not value.requires_grad:
+            bare = value
+        elif is_lazy(value):
             return value
-        bare = value.detach() if type(value) is not torch.Tensor or value.requires_grad else value
+        else:
+            bare = value.detach()
         if bare.is_meta:
             raise UsageError(
                 f"{kinds.spelled(where)} is a tensor without data", f"found: one on the device meta, of shape {tuple(bare.shape)}",
@@ -254,15 +274,14 @@ def _tensor_to_cpu(tensor: torch.Tensor, seen: Seen) -> torch.Tensor:
     """Tied tensors stay tied; a view does not drag the whole storage that it looks into along."""
     if tensor.layout is not torch.strided:
         return tensor.to("cpu", copy=True)
-    place = _place(tensor)
-    if (met := seen.get(place)) is None:
+    if (met := seen.find(tensor)) is None:
         is_whole = tensor.nbytes == tensor.untyped_storage().nbytes() and not tensor.storage_offset()
         if tensor.is_cuda and (is_whole or tensor.is_contiguous()) and not (tensor.is_conj() or tensor.is_neg()):
             met = Met(tensor, tensor, _without_data(tensor))
         else:
             saved = tensor if is_whole and tensor.is_cpu else tensor.to("cpu", copy=True).contiguous()
             met = Met(tensor, saved, saved)
-        seen[place] = met
+        seen.add(met)
     return met.saved
 
 
@@ -273,7 +292,7 @@ def _without_data(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _fill(seen: Seen) -> None:
-    for met in seen.values():
+    for met in seen.all:
         if met.saved is not met.source:
             raw(met.saved).copy_(raw(met.source))
 
