@@ -476,6 +476,31 @@ def test_a_tensor_that_becomes_what_cannot_be_kept_is_named(tmp_path, capsys, be
     assert "model.unused changes in training" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("becomes", [torch.ones(8, requires_grad=True), torch.eye(8).to_sparse()], ids=["trained", "sparse"])
+def test_a_buffer_that_becomes_what_cannot_be_kept_is_named_and_not_taken_for_gone(tmp_path, capsys, becomes):
+    seen = []
+
+    def make(run: harness.Run):
+        model = Becoming()
+        model.register_buffer("unused", torch.zeros(8), persistent=False)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        run.track(model=model, optimizer=optimizer)
+
+        def step(x):
+            seen.append(model.unused)
+            if run.step == 2:
+                model.unused = becomes
+            return updated(model, optimizer, x)
+
+        return step
+
+    trained(tmp_path / "a", make, leave_at=4)
+    assert "model.buffer unused changes in training" in capsys.readouterr().out
+    seen.clear()
+    trained(tmp_path / "a", make)
+    assert seen[0] is not None  # as built, which was said
+
+
 def test_a_program_that_builds_another_value_has_its_way_and_both_are_told(tmp_path, capsys):
     trained(tmp_path / "a", changing(), leave_at=7)
     model: dict[str, nn.Module] = {}

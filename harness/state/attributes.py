@@ -89,8 +89,7 @@ class Attributes:
         self._watched = {name: [_Watched(path, part) for path, part in parts(thing)] for name, thing in tracked.items()}
         for name, watched in self._watched.items():
             for one in watched:
-                of_part = vars(one.part)  # of tensors too: what one becomes may be odd
-                kept = {key: of_part[key] for key in one.tensors if key in of_part}
+                kept = {key: value for key in one.tensors if (value := _value(one.part, key)) is not None}  # what one becomes may be odd
                 self.unkept.begin(_joined(name, one.path), one.odd_values() | kept)
 
     def state(self) -> Changed | None:
@@ -150,7 +149,8 @@ class _Watched:
 
     def odd_values(self) -> dict[str, Any]:
         """The attributes that are no plain data and no tensor that is kept, and whose change would be the program's doing."""
-        return {
+        buffers = {key: _value(self.part, key) for key in self.tensors if key.startswith(BUFFER)}
+        return {key: value for key, value in buffers.items() if value is not None and not _is_simple(value)} | {
             key: value
             for key, value in vars(self.part).items()
             if not (_is_simple(value) if key in self.tensors else _is_small(value))
@@ -199,7 +199,7 @@ class _Watched:
             return {"now": tensor.detach().to("cpu", copy=True)} | elsewhere
         if key in now:
             return {"now": now[key]}
-        return {} if key.startswith(BUFFER) or key not in vars(self.part) else None
+        return {} if _value(self.part, key) is None and key not in vars(self.part) else None
 
     def _is_another(self, key: str) -> bool:
         """Whether this tensor was replaced, or written to; if it is small, whether its values are others."""
@@ -242,8 +242,13 @@ def _tensors(part: Part) -> dict[str, torch.Tensor | None]:
     return {key: value for key, value in (found | buffers).items() if value is None or _is_simple(value)}
 
 
+def _value(part: Part, key: str) -> Any:
+    """What an attribute or a buffer is, whatever that may be; None of one that is gone."""
+    return _own(part, "_buffers").get(key.removeprefix(BUFFER)) if key.startswith(BUFFER) else vars(part).get(key)
+
+
 def _tensor(part: Part, key: str) -> torch.Tensor | None:
-    value = _own(part, "_buffers").get(key.removeprefix(BUFFER)) if key.startswith(BUFFER) else vars(part).get(key)
+    value = _value(part, key)
     return value if value is not None and _is_simple(value) else None
 
 
