@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from harness.config.settings import TrainSettings
-from harness.ddp import plain, wrap
+from harness.config.schema import TrainSettings
+from harness.distributed.ddp import plain, wrap
+from harness.distributed.ranks import World
 from harness.errors import NonFiniteError, UsageError
-from harness.ranks import World
 from harness.task import Task, named
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}

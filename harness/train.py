@@ -12,9 +12,9 @@ if __name__ == "__main__" and sys.path[0] == str(Path(__file__).resolve().parent
 
 from typing import TYPE_CHECKING, Any
 
-from harness import config, stop
+from harness import config, preemption
 from harness.errors import HarnessError, report
-from harness.events import fill_closed_streams
+from harness.text import fill_closed_streams
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -27,7 +27,7 @@ def train(build: Callable[..., Task], settings: Config, stored: dict[str, Any]) 
     """Train the task that `build` makes to its end, from wherever its run stands."""
     import harness
     from harness import step
-    from harness.data.order import accumulation
+    from harness.data.plan import accumulation
 
     run = harness.init(
         settings.run.dir,
@@ -86,8 +86,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--config", help="YAML file, relative to the working directory; without it the defaults train the digits")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings that override the file's")
     parsed = parser.parse_intermixed_args(arguments)
-    stop.install()  # before what takes seconds: a stop that comes while torch is loaded is a stop, not a crash
-    stop.die_with_launcher()
+    preemption.install()  # before what takes seconds: a stop that comes while torch is loaded is a stop, not a crash
+    preemption.die_with_launcher()
     try:
         from harness import task
 

@@ -20,7 +20,7 @@ from s3_server import bucket, own_s3_server, s3_server  # noqa: F401 - fixtures
 from slurm_cluster import slurm, slurm_cluster  # noqa: F401 - fixtures
 
 if TYPE_CHECKING:
-    from harness.ranks import World
+    from harness.distributed.ranks import World
 
 REPO = Path(__file__).resolve().parent.parent
 TRAIN = REPO / "harness" / "train.py"
@@ -197,14 +197,14 @@ def undone() -> Iterator[None]:
     """Training in this process catches signals, hooks into uncaught errors and joins a group: all of it is undone."""
     import torch.distributed as dist
 
-    from harness import state, stop
+    from harness import preemption, state
 
-    handlers = {number: signal.getsignal(number) for number in stop.STOP_SIGNALS}
+    handlers = {number: signal.getsignal(number) for number in preemption.STOP_SIGNALS}
     hook, path, generators = sys.excepthook, list(sys.path), state.rng_state()
     try:
         yield
     finally:
-        stop.clear()
+        preemption.clear()
         for number, handler in handlers.items():
             signal.signal(number, handler)
         sys.excepthook, sys.path[:] = hook, path
@@ -224,7 +224,7 @@ def process_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
 @pytest.fixture(autouse=True)
 def unwatched() -> Iterator[None]:
     """A loop that a test leaves open in this process is not taken for a hung one minutes later."""
-    from harness.stop import watchdog
+    from harness.preemption import watchdog
 
     yield
     watchdog.close_living()
@@ -256,7 +256,7 @@ def world() -> Iterator[World]:
     """This process as the only rank, for what is collective."""
     import torch.distributed
 
-    from harness import ranks
+    from harness.distributed import ranks
 
     own = not torch.distributed.is_initialized()
     world = ranks.join(60)

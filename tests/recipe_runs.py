@@ -17,7 +17,7 @@ from s3_server import S3Server
 
 from harness import train
 from harness.checkpoint import load
-from harness.checkpoint.history import survey
+from harness.checkpoint.catalog import survey
 from harness.cli import main
 from harness.store import LocalStore
 

@@ -27,24 +27,25 @@ import small_task
 import torch
 from conftest import ENVIRONMENT
 
-from harness import ranks, train
+from harness import train
+from harness.arguments import Settings
 from harness.checkpoint import attempts, load, retention
 from harness.checkpoint import format as fmt
+from harness.checkpoint.catalog import going_on_from, survey
+from harness.checkpoint.commit import About, commit
 from harness.checkpoint.format import Manifest
-from harness.checkpoint.history import going_on_from, survey
 from harness.checkpoint.replicate import replicate
-from harness.checkpoint.save import About, commit
+from harness.distributed import ranks
 from harness.errors import SaveError
-from harness.events import Progress
-from harness.run import ending as run_ending
-from harness.run import uploader
-from harness.run.account import Account
-from harness.run.ending import Ending
-from harness.run.places import listen
-from harness.run.saver import Saver
-from harness.run.settings import Settings
+from harness.monitoring.console import Progress
+from harness.monitoring.goodput import Account
+from harness.saving import uploader
+from harness.saving.checkpointer import Saver
+from harness.saving.locations import listen
 from harness.state import Captured
 from harness.store import Store, open_store
+from harness.supervision import exit_record as run_ending
+from harness.supervision.exit_record import Ending
 
 
 def payload(step: int, seed: int = 0) -> dict[str, Any]:
@@ -240,7 +241,7 @@ class Nursery:
 
 
 def _serve() -> None:
-    import harness.store.s3  # noqa: F401 - what a life imports is imported before the first fork
+    import harness.store.s3_client  # noqa: F401 - what a life imports is imported before the first fork
 
     small_task.build()  # an optimizer imports half of torch when the first one is made
     rest = b""

@@ -40,7 +40,7 @@ def imported(tree: ast.AST, *, own: bool = True) -> set[str]:
 
 
 def part_of(name: str) -> str:
-    """harness.data.order belongs to "data"; what harness exports lazily belongs to where it comes from."""
+    """harness.data.plan belongs to "data"; what harness exports lazily belongs to where it comes from."""
     part = name.split(".")[1] if "." in name else ""
     return {"init": "run", "Run": "run", "Task": "task", "HarnessError": "errors", "__main__": "cli"}.get(part, part)
 
@@ -101,16 +101,16 @@ def test_there_are_no_import_cycles():
 DOORS = {
     "omegaconf": {"config"},
     "yaml": {"config"},
-    "signal": {"stop"},
-    "faulthandler": {"stop"},
-    "ctypes": {"stop", "state"},
-    "blake3": {"store", "checkpoint"},
+    "signal": {"preemption"},
+    "faulthandler": {"preemption"},
+    "ctypes": {"preemption", "state"},
+    "blake3": {"store", "checkpoint", "saving"},
     "sklearn": {"tasks"},
     "PIL": {"tasks"},
     "safetensors": {"exchange"},
-    "torch.utils.tensorboard": {"run"},
-    "wandb": {"run"},
-    "torch.distributed": {"ranks"},
+    "torch.utils.tensorboard": {"monitoring"},
+    "wandb": {"monitoring"},
+    "torch.distributed": {"distributed"},
     "fsspec": {"store"},
     "s3fs": {"store"},
     "tenacity": {"retry"},
@@ -152,7 +152,7 @@ def test_functions_fit_on_a_screen_and_modules_in_the_head(file):
 
 @BY_NAME
 def test_only_one_module_knows_which_rank_writes(file):
-    if MODULES[file] in ("harness.ranks", "harness.errors"):  # the latter decides who prints an error
+    if MODULES[file] in ("harness.distributed.ranks", "harness.errors"):  # the latter decides who prints an error
         return
     for node in ast.walk(TREES[file]):
         if isinstance(node, ast.Compare):

@@ -28,14 +28,14 @@ from torch import nn
 import harness
 from harness import state
 from harness.checkpoint import load
-from harness.checkpoint.history import survey
-from harness.checkpoint.scribe import Scribe
+from harness.checkpoint.catalog import survey
 from harness.errors import NonFiniteError, StorageError, UsageError
 from harness.exchange.compare import differences
+from harness.saving.writer_process import Scribe
 from harness.state.snapshot import STRIDE_BYTES, Snapshot, UnevenError
 from harness.step import Ema
 from harness.store import LocalStore
-from harness.store.image import BLOCK_BYTES, PIECE_BYTES, Image, free_memory_bytes, pour
+from harness.store.staging_buffer import BLOCK_BYTES, PIECE_BYTES, Image, free_memory_bytes, pour
 
 pytestmark = pytest.mark.usefixtures("process_as_it_was")
 
@@ -284,7 +284,7 @@ def step(model, optimizer, x):
 
 def scribe():
     import psutil
-    found = [p for p in psutil.Process().children() if "checkpoint/scribe.py" in " ".join(p.cmdline())]
+    found = [p for p in psutil.Process().children() if "saving/writer_process.py" in " ".join(p.cmdline())]
     return found[0] if found else None
 """
 
@@ -445,7 +445,7 @@ def test_a_buffer_that_begins_where_a_parameter_does_hides_nothing_of_it(tmp_pat
 def held() -> set[str]:
     """Threads, processes and memory of saving that this process has."""
     threads = {f"thread {t.ident}" for t in threading.enumerate() if t.name == "saver"}
-    processes = {f"process {p.pid}" for p in psutil.Process().children() if "checkpoint/scribe.py" in " ".join(p.cmdline())}
+    processes = {f"process {p.pid}" for p in psutil.Process().children() if "saving/writer_process.py" in " ".join(p.cmdline())}
     return threads | processes | {f"memory {fd}" for fd in os.listdir("/proc/self/fd") if "memfd:checkpoint" in _target(fd)}
 
 

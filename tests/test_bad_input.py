@@ -20,10 +20,10 @@ from conftest import TRAIN, alone, events, harness, run, start, torchrun
 
 from harness import task, train
 from harness.checkpoint import load
-from harness.checkpoint.history import survey
+from harness.checkpoint.catalog import survey
 from harness.errors import DamagedError, HarnessError, NonFiniteError, SaveError, StorageError, UsageError
-from harness.run.hints import hint
 from harness.store import LocalStore
+from harness.supervision.error_hints import hint
 
 SMALL = (
     "task.args.size=48", "train.global_batch_size=12", "checkpoint.best=val_loss:min", "eval.every_steps=null",
@@ -154,7 +154,7 @@ def test_slurm_tasks_without_torchrun_are_refused_with_the_right_line(tmp_path):
 
 
 def test_one_slurm_task_and_those_of_torchrun_are_right(monkeypatch):
-    from harness import ranks
+    from harness.distributed import ranks
 
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
     ranks.check_environment()

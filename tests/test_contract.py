@@ -23,11 +23,11 @@ from blake3 import blake3
 from s3_server import S3Server, free_ports
 
 from harness.checkpoint import format as fmt
-from harness.checkpoint.history import survey
+from harness.checkpoint.catalog import survey
 from harness.errors import RefusedError, StorageError
 from harness.store import SET_ASIDE, Entry, LocalStore, Store, open_store, probe
 from harness.store.remote import RemoteStore
-from harness.store.s3 import S3Bucket
+from harness.store.s3_client import S3Bucket
 
 MB = 1 << 20
 FOLDERS = (*fmt.FOLDERS, probe.FOLDER, "checkpoints/deeper", "checkpoints2")

@@ -28,12 +28,12 @@ from conftest import ENVIRONMENT
 
 from harness.checkpoint import attempts, load, retention
 from harness.checkpoint import format as fmt
-from harness.checkpoint.history import going_on_from, survey
-from harness.checkpoint.save import About, commit
+from harness.checkpoint.catalog import going_on_from, survey
+from harness.checkpoint.commit import About, commit
 from harness.errors import HarnessError, SaveError, StorageError
 from harness.state.snapshot import Snapshot
 from harness.store import TEMP, LocalStore
-from harness.store.image import Image, pour
+from harness.store.staging_buffer import Image, pour
 
 OLD, NEW = 30, 40
 LANES = 2

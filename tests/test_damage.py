@@ -21,9 +21,9 @@ from blake3 import blake3
 from harness import cli
 from harness.checkpoint import attempts, load
 from harness.checkpoint import format as fmt
+from harness.checkpoint.catalog import survey
+from harness.checkpoint.commit import About, commit
 from harness.checkpoint.format import Manifest
-from harness.checkpoint.history import survey
-from harness.checkpoint.save import About, commit
 from harness.errors import DamagedError, StorageError, UsageError
 from harness.store import LocalStore
 

@@ -17,11 +17,11 @@ from small_task import Noisy
 from torch import nn
 from torch.utils.data import Dataset, Subset, TensorDataset, random_split
 
-from harness.data import loading, mapped
+from harness.data import dataset_source, loading
 from harness.data.fingerprint import describe, fingerprint
-from harness.data.order import Plan, Position, accumulation, seed_of
+from harness.data.plan import Plan, Position, accumulation, seed_of
+from harness.distributed.ranks import World
 from harness.errors import UsageError
-from harness.ranks import World
 
 SIZES = st.tuples(st.integers(1, 70), st.integers(1, 4), st.integers(1, 3), st.integers(1, 3), st.booleans(), st.integers(0, 5))
 
@@ -318,7 +318,7 @@ def test_another_order_takes_the_place_of_the_shuffle():
     def order(epoch: int) -> list[int]:
         return [9, 7, 5, 3, 1] if epoch % 2 == 0 else [0, 2, 4, 6, 8]
 
-    source = mapped.source(
+    source = dataset_source.source(
         Noisy(10), world, 1, 2, accumulate=1, shuffle=True, drop_last=False, order=order, collate=None, workers=loading.Workers()
     )  # fmt: skip
     dealt = [share.micro_batches[0] for share, _ in source.shares(Position(), 2)]
@@ -355,7 +355,7 @@ class Stream(torch.utils.data.IterableDataset):
 
 def stream_source(size: int, share: int, accumulate: int = 1, position: Position = Position(), state=None, epochs=3):  # noqa: B008
     world = World(0, 1, torch.device("cpu"), 10)
-    source = mapped.source(
+    source = dataset_source.source(
         Stream(size), world, 1, share, accumulate=accumulate, shuffle=True, drop_last=True, order=None, collate=None,
         workers=loading.Workers(),
     )  # fmt: skip
@@ -402,9 +402,9 @@ def test_a_stream_that_cannot_tell_where_it_stands_is_refused():
     world = World(0, 1, torch.device("cpu"), 10)
     options = {"accumulate": 1, "shuffle": True, "drop_last": True, "order": None, "collate": None, "workers": loading.Workers()}
     with pytest.raises(UsageError, match="state_dict"):
-        mapped.source(Forgetful(), world, 1, 2, **options)
+        dataset_source.source(Forgetful(), world, 1, 2, **options)
     with pytest.raises(UsageError, match="dealt out evenly"):
-        mapped.source(Stream(9), World(0, 2, torch.device("cpu"), 10), 1, 3, **options)
+        dataset_source.source(Stream(9), World(0, 2, torch.device("cpu"), 10), 1, 3, **options)
 
 
 def test_batches_of_any_shape_are_moved_whole():

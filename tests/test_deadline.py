@@ -21,9 +21,9 @@ from hypothesis import strategies as st
 from remote_lives import Born, shared_nursery
 from test_storm import differing, losses
 
-from harness import cli, stop
-from harness.stop import deadline
-from harness.stop.deadline import SAFETY, Deadline, job_left_s, parse_left, plan, slurm_grace_s
+from harness import cli, preemption
+from harness.preemption import deadline
+from harness.preemption.deadline import SAFETY, Deadline, job_left_s, parse_left, plan, slurm_grace_s
 
 JOB = {"SLURM_JOB_ID": "7", "SLURM_JOB_PARTITION": "low"}
 SHOWS = """case "$1 $2 $3" in
@@ -60,9 +60,9 @@ def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Programs:
 
 @pytest.fixture(autouse=True)
 def nothing_requested() -> Iterator[None]:
-    stop.clear()
+    preemption.clear()
     yield
-    stop.clear()
+    preemption.clear()
 
 
 # --- what SLURM says ---
@@ -219,17 +219,17 @@ def test_a_grace_that_was_told_is_not_asked_for(programs):
 def test_of_all_that_stops_a_run_only_sigterm_is_followed_by_a_kill(why, begins):
     found = Deadline(40.0, {})
     assert found.left_s() == math.inf
-    stop.request(why)
+    preemption.request(why)
     assert (30 < found.left_s() <= 40) if begins else found.left_s() == math.inf
 
 
 def test_the_grace_begins_with_the_first_sigterm_whatever_came_before():
     found, offset = Deadline(40.0, {}), 0.0
     found.clock = lambda: time.monotonic() + offset
-    stop.request("SIGUSR1")
-    stop.request("SIGTERM")
+    preemption.request("SIGUSR1")
+    preemption.request("SIGTERM")
     offset = 10
-    stop.request("SIGTERM")
+    preemption.request("SIGTERM")
     assert 20 < found.left_s() <= 30
     offset = 50
     assert found.left_s() == 0.0
@@ -241,23 +241,23 @@ def test_torchrun_kills_its_workers_after_any_signal_that_it_passes_on(why, valu
     environment = {"TORCHELASTIC_RUN_ID": "none"} | ({} if value is None else {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": value})
     found = Deadline(None, environment)
     assert found.left_s() == math.inf
-    stop.request(why)
+    preemption.request(why)
     assert limit_s - 4 < found.left_s() <= limit_s
     assert Deadline(None, environment | {"TORCHELASTIC_RUN_ID": "x"}).left_s() <= limit_s
 
 
 def test_torchrun_kills_nobody_for_what_is_no_signal():
     found = Deadline(None, {"TORCHELASTIC_RUN_ID": "none"})
-    stop.request("harness stop")
+    preemption.request("harness stop")
     assert found.left_s() == math.inf
 
 
 def test_torchruns_time_begins_with_its_signal_and_not_with_an_earlier_request():
-    stop.request("harness stop")
+    preemption.request("harness stop")
     before = time.monotonic()
     wait_until(lambda: time.monotonic() > before + 0.3, "a moment")
     signalled = time.monotonic()
-    stop.request("SIGTERM")
+    preemption.request("SIGTERM")
     environment = {"TORCHELASTIC_RUN_ID": "none", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "1"}
     assert Deadline(None, environment, clock=lambda: signalled).left_s() >= 1
 
@@ -265,7 +265,7 @@ def test_torchruns_time_begins_with_its_signal_and_not_with_an_earlier_request()
 def test_the_nearest_of_all_ends_counts():
     found = Deadline(500.0, {"TORCHELASTIC_RUN_ID": "none", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "200"})
     found.job_end = time.monotonic() + 50
-    stop.request("SIGTERM")
+    preemption.request("SIGTERM")
     assert 40 < found.left_s() <= 50
     found.job_end = math.inf
     assert 190 < found.left_s() <= 200

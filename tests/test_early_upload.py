@@ -18,16 +18,16 @@ from test_background import STOPPED, clamp_openly, trained, written
 from test_library import steps_of
 
 from harness.checkpoint.attempts import Attempt
+from harness.checkpoint.catalog import survey
 from harness.checkpoint.format import Manifest
-from harness.checkpoint.history import survey
 from harness.checkpoint.replicate import send
 from harness.checkpoint.retention import Policy
 from harness.errors import DamagedError
-from harness.events import Ledger
-from harness.run.outage import Outage
-from harness.run.uploader import Route, Uploader
+from harness.monitoring.event_log import Ledger
+from harness.monitoring.store_health import Outage
+from harness.saving.uploader import Route, Uploader
 from harness.store import LocalStore, open_store
-from harness.store.image import LENT_BYTES, Image
+from harness.store.staging_buffer import LENT_BYTES, Image
 
 MB = 1 << 20
 
@@ -64,7 +64,7 @@ def test_it_is_sent_while_it_is_written_and_appears_after_it(
         wait_until(lambda: len(parts()) == 7 and set(parts()) == {200}, "all but the last part of 64 MB, which has to know that it is")
         assert steps_of(tmp_path / "a") == [2]
         assert "step_00000004" not in " ".join(home.keys())
-        (scribe,) = [p for p in psutil.Process(process.pid).children() if "checkpoint/scribe.py" in " ".join(p.cmdline())]
+        (scribe,) = [p for p in psutil.Process(process.pid).children() if "saving/writer_process.py" in " ".join(p.cmdline())]
         scribe.resume()
         out, err = process.communicate(timeout=120)
         assert process.returncode == 0, out + err

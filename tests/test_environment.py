@@ -12,11 +12,11 @@ from programs import live
 from harness import cli
 from harness.checkpoint import attempts
 from harness.checkpoint import format as fmt
-from harness.checkpoint.environment import DISTRIBUTIONS, NOT_EXACT, Difference, changes, differences, in_words, recorded
-from harness.checkpoint.history import survey
+from harness.checkpoint.catalog import survey
 from harness.errors import EXIT_USAGE
-from harness.run.environment import hardware, imported, software
+from harness.selfcheck.environment import hardware, imported, software
 from harness.store import LocalStore
+from harness.supervision.machine_record import DISTRIBUTIONS, NOT_EXACT, Difference, changes, differences, in_words, recorded
 
 HERE = {"torch": "2.1", "cpu": "A", "threads": 1, "NCCL_ALGO": None, DISTRIBUTIONS: {"pandas": "1.0", "timm": "1.0"}}
 

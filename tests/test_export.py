@@ -38,8 +38,8 @@ from torch import nn
 
 import harness
 from harness import cli, state, train
-from harness.checkpoint import attempts, load, save
-from harness.checkpoint.history import going_on_from, survey
+from harness.checkpoint import attempts, commit, load
+from harness.checkpoint.catalog import going_on_from, survey
 from harness.errors import DamagedError, UsageError
 from harness.exchange.compare import differences
 from harness.store import LocalStore
@@ -784,14 +784,14 @@ def test_what_a_checkpoint_names_as_its_task_is_called_only_if_it_is_one(
     found = survey(store)
     payload = load.load(store, found.head)
     attempt = attempts.claim(found, found.head, 1)
-    about = save.About(1, going_on_from(found.head), found.head.classes, "digest")
+    about = commit.About(1, going_on_from(found.head), found.head.classes, "digest")
     for name, args in (
         ("torch.hub:load", {"repo_or_dir": "x", "model": "y"}),
         ("os:mkdir", {"path": str(tmp_path / "sprung")}),
         ("export_task:build", {"kind": "net"}),
     ):
         payload["step"], payload["config"]["task"] = payload["step"] + 1, {"name": name, "args": args}
-        save.commit(store, attempt, payload, about)
+        commit.commit(store, attempt, payload, about)
         with pytest.raises(UsageError, match=f"{name}'?, which the file names as its task"):
             harness.load_model(tmp_path / "theirs")
     assert cli.main(["export", str(tmp_path / "theirs"), str(tmp_path / "x.pt"), "--format", "module"]) == 78

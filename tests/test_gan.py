@@ -23,9 +23,9 @@ from torch import nn
 
 import harness
 from harness.checkpoint import load
-from harness.checkpoint.history import survey
+from harness.checkpoint.catalog import survey
 from harness.errors import UsageError
-from harness.run import uploader
+from harness.saving import uploader
 from harness.store import LocalStore
 from harness.tasks import gan
 from harness.tasks.digits import load_split

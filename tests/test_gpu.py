@@ -19,9 +19,9 @@ from torch import nn
 import harness as harness_package
 from harness import state
 from harness.exchange.compare import differences
-from harness.state.crossing import Crossing
+from harness.state.gpu_copy import Crossing
 from harness.state.snapshot import Snapshot
-from harness.store.image import Image, pour
+from harness.store.staging_buffer import Image, pour
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("process_as_it_was")]
 BUSY = 20_000_000  # numbers in a large state

@@ -12,12 +12,13 @@ import pytest
 import torch
 from conftest import ENVIRONMENT
 
-from harness import cli, ranks
+from harness import cli
 from harness.checkpoint import attempts, load, retention
 from harness.checkpoint import format as fmt
+from harness.checkpoint.catalog import Survey, going_on_from, survey
+from harness.checkpoint.commit import About, commit
 from harness.checkpoint.format import Manifest
-from harness.checkpoint.history import Survey, going_on_from, survey
-from harness.checkpoint.save import About, commit
+from harness.distributed import ranks
 from harness.errors import DamagedError, HarnessError, SupersededError
 from harness.store import LocalStore
 
@@ -302,7 +303,7 @@ def test_of_two_racing_claims_one_is_superseded(store):
 RACE = """
 import os, sys
 from harness.checkpoint import attempts
-from harness.checkpoint.history import survey
+from harness.checkpoint.catalog import survey
 from harness.errors import SupersededError
 from harness.store import LocalStore
 store, go = LocalStore(sys.argv[1]), os.pipe()

@@ -25,19 +25,20 @@ from s3_server import S3Server
 from safetensors.torch import save_file
 
 import harness
-from harness import config, slurm
+from harness import config
 from harness.checkpoint import format as fmt
-from harness.checkpoint import scribe
-from harness.checkpoint.standing import Failure, Outcome
 from harness.cli import main, supervise
 from harness.cli.launch import check_loop
-from harness.config.settings import NotifySettings, SlurmSettings
+from harness.config.schema import NotifySettings, SlurmSettings
 from harness.errors import ChangedError, HarnessError, UsageError
-from harness.exchange import files, once, rebuild
+from harness.exchange import files, rebuild, single_read
 from harness.exchange.describe import describe
 from harness.report import page, timeline
-from harness.report.notify import notify
+from harness.saving import writer_process
 from harness.store import LocalStore, open_store
+from harness.supervision import job_script
+from harness.supervision.notify import notify
+from harness.supervision.restart_policy import Failure, Outcome
 
 EVIL = '"><script>alert(1)</script>'
 
@@ -102,14 +103,14 @@ PLACES = ["partition", "account", "qos", "constraint", "mem", "time", "job_name"
 
 @pytest.mark.parametrize("bad", ["a\ntouch sprung", "a\x1b[2J", "a\rb", "a\u2028b", "a\x00"])
 def test_a_control_character_does_not_get_into_a_job_script(bad: str) -> None:
-    plain = slurm.Job(SlurmSettings(), "job", "log", ["a=b"])
-    assert slurm.script(plain)
-    jobs = [slurm.Job(SlurmSettings(**{place: bad}), "job", "log", []) for place in PLACES]  # type: ignore[arg-type]
-    jobs += [slurm.Job(SlurmSettings(extra=[bad]), "job", "log", []), slurm.Job(SlurmSettings(), bad, "log", [])]
-    jobs += [slurm.Job(SlurmSettings(), "job", bad, []), slurm.Job(SlurmSettings(), "job", "log", ["a=b", bad])]
+    plain = job_script.Job(SlurmSettings(), "job", "log", ["a=b"])
+    assert job_script.script(plain)
+    jobs = [job_script.Job(SlurmSettings(**{place: bad}), "job", "log", []) for place in PLACES]  # type: ignore[arg-type]
+    jobs += [job_script.Job(SlurmSettings(extra=[bad]), "job", "log", []), job_script.Job(SlurmSettings(), bad, "log", [])]
+    jobs += [job_script.Job(SlurmSettings(), "job", bad, []), job_script.Job(SlurmSettings(), "job", "log", ["a=b", bad])]
     for job in jobs:
         with pytest.raises(UsageError, match="control character"):
-            slurm.script(job)
+            job_script.script(job)
 
 
 def test_submit_names_the_setting_and_keeps_a_percent_sign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
@@ -127,7 +128,11 @@ def test_the_writing_process_is_this_package_wherever_it_is_started(tmp_path: Pa
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     done = subprocess.run(
-        [sys.executable, "-I", scribe.__file__, str(tmp_path)], input=json.dumps(None) + "\n", text=True, capture_output=True, check=False
+        [sys.executable, "-I", writer_process.__file__, str(tmp_path)],
+        input=json.dumps(None) + "\n",
+        text=True,
+        capture_output=True,
+        check=False,
     )
     assert done.returncode == 0 and not done.stderr and not (tmp_path / "sprung").exists()
 
@@ -143,7 +148,7 @@ def test_the_writing_process_is_started_and_writes(tmp_path: Path, monkeypatch: 
     started: list[Any] = []
     real = subprocess.Popen
     monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: started.append(real(*a, **k)) or started[-1])
-    writer = scribe.Scribe()
+    writer = writer_process.Scribe()
     process = writer._alive(SimpleNamespace(fd=1))  # type: ignore[arg-type]
     writer.close()
     assert process.returncode == 0 and not (tmp_path / "sprung").exists()
@@ -193,15 +198,15 @@ def test_each_block_of_a_file_is_fetched_once(tmp_path: Path, monkeypatch: pytes
     torch.save(torch.nn.Linear(300, 300), tmp_path / "m.pt")
     opened: list[str] = []
     asked: list[tuple[int, int]] = []
-    real, read = LocalStore.open, once.Once._read
+    real, read = LocalStore.open, single_read.Once._read
     monkeypatch.setattr(LocalStore, "open", lambda self, key: opened.append(key) or real(self, key))
-    monkeypatch.setattr(once.Once, "_read", lambda self, wanted: asked.append(wanted) or read(self, wanted))
+    monkeypatch.setattr(single_read.Once, "_read", lambda self, wanted: asked.append(wanted) or read(self, wanted))
     assert "needs code" in str(describe(tmp_path / "m.pt")) and opened == ["m.pt"]
     assert len(set(bytes_of(asked))) == len(bytes_of(asked))
 
 
 def bytes_of(ranges: list[tuple[int, int]]) -> list[int]:
-    return [at for start, end in ranges for at in range(start // once.BLOCK_BYTES, -(-end // once.BLOCK_BYTES))]
+    return [at for start, end in ranges for at in range(start // single_read.BLOCK_BYTES, -(-end // single_read.BLOCK_BYTES))]
 
 
 def test_what_is_loaded_is_fetched_once_too_and_never_opened_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -265,7 +270,7 @@ def test_what_is_kept_of_a_file_that_is_shown_is_little(tmp_path: Path) -> None:
         for record in new.infolist():
             if not record.filename.endswith((".format_version", ".storage_alignment")):
                 old.writestr(record, new.read(record))
-    for name, most in (("new.pt", 200_000), ("old.pt", 200_000 + 2 * 300 * once.BLOCK_BYTES)):
+    for name, most in (("new.pt", 200_000), ("old.pt", 200_000 + 2 * 300 * single_read.BLOCK_BYTES)):
         found = files.find(tmp_path / name)
         files.outline(found)
         assert found.once is not None and found.once.kept_bytes < most < found.size_bytes
@@ -389,7 +394,7 @@ def test_of_a_file_that_has_changed_nothing_is_asked_for_again(tmp_path: Path) -
     path = tmp_path / "file"
     path.write_bytes(bytes(100_000))
     with path.open("rb") as file:
-        whole = once.Once(file, "it")
+        whole = single_read.Once(file, "it")
         assert whole.span(0, 10) == bytes(10)
         path.write_bytes(b"x" * 100_001)
         for look in (lambda: whole.span(50_000, 50_010), lambda: whole.span(50_000, 50_010), lambda: whole.sealed(lambda _: None)):

@@ -49,8 +49,8 @@ from s3_server import S3Server
 
 import harness
 from harness import state
-from harness.checkpoint.history import survey
-from harness.data.order import Plan
+from harness.checkpoint.catalog import survey
+from harness.data.plan import Plan
 from harness.errors import UsageError
 from harness.store import LocalStore
 

@@ -25,11 +25,11 @@ from torch import nn
 import harness
 from harness import cli, state, step
 from harness.checkpoint import load
-from harness.checkpoint.history import survey
-from harness.config.settings import TrainSettings
+from harness.checkpoint.catalog import survey
+from harness.config.schema import TrainSettings
+from harness.distributed.ranks import World
 from harness.errors import NonFiniteError, UsageError
 from harness.exchange.compare import differences
-from harness.ranks import World
 from harness.store import LocalStore
 
 pytestmark = pytest.mark.usefixtures("process_as_it_was")
@@ -888,7 +888,7 @@ for batches in run.batches(torch.utils.data.TensorDataset(x, y, torch.arange(17)
         seen += [n.tolist()] if weight else []
     gradients.append([p.grad.clone() for p in model.parameters()])
 used = run.world.gather(seen)
-order = torch.randperm(17, generator=torch.Generator().manual_seed(harness.data.order.seed_of(1, "order", 0)))
+order = torch.randperm(17, generator=torch.Generator().manual_seed(harness.data.plan.seed_of(1, "order", 0)))
 worst = 0.0
 for step, batch in enumerate(order.split(8)):
     expected = torch.autograd.grad(F.mse_loss(plain(x[batch]), y[batch]), list(plain.parameters()))

@@ -26,18 +26,18 @@ from conftest import ENVIRONMENT
 from harness import state
 from harness.checkpoint import attempts, load
 from harness.checkpoint import format as fmt
+from harness.checkpoint.catalog import survey
+from harness.checkpoint.commit import About, commit
 from harness.checkpoint.format import Manifest
-from harness.checkpoint.history import survey
-from harness.checkpoint.save import About, commit
 from harness.errors import DamagedError
 from harness.store import LocalStore, Offer, attached, keep
-from harness.store.memory import SEALS
+from harness.store.sealed_memory import SEALS
 
 LARGE_BYTES, MEDIUM_BYTES = 300 << 20, 40 << 20  # the latter is sent in three parts
 PRELUDE = """
 import os, sys, threading, time
 from harness.checkpoint import load
-from harness.checkpoint.history import survey
+from harness.checkpoint.catalog import survey
 from harness.store import LocalStore
 store = LocalStore(sys.argv[1])
 """
@@ -318,7 +318,7 @@ def test_another_file_in_the_place_of_an_offered_memory_is_not_used(tmp_path):
 
 RANK = """
 import json
-from harness import ranks
+from harness.distributed import ranks
 if os.environ["SEES"] == "nothing":
     store = LocalStore("/nonexistent")
 world = ranks.join(60)

@@ -19,7 +19,7 @@ from torch import nn
 import harness
 from harness import state
 from harness.checkpoint import load
-from harness.checkpoint.history import survey
+from harness.checkpoint.catalog import survey
 from harness.errors import UsageError
 from harness.exchange.compare import differences
 from harness.store import LocalStore
@@ -267,7 +267,7 @@ def test_gradients_that_nobody_sets_to_zero_are_kept(tmp_path, decay):
 
 
 def test_a_save_waits_for_an_optimizer_that_never_steps_no_longer_than_it_must(tmp_path, monkeypatch):
-    monkeypatch.setattr("harness.state.gradients.MOST_STEPS", 2)
+    monkeypatch.setattr("harness.tracking.gradients.MOST_STEPS", 2)
 
     def make(run):
         model, later = nn.Linear(8, 1), nn.Linear(8, 1)

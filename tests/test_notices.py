@@ -18,8 +18,8 @@ import pytest
 from conftest import ENVIRONMENT
 
 from harness.errors import UsageError
-from harness.stop import notices
-from harness.stop.notices import BASE_URLS, CLOUDS, MOST_BYTES, REQUEST_S, ask, watch
+from harness.preemption import spot_notices
+from harness.preemption.spot_notices import BASE_URLS, CLOUDS, MOST_BYTES, REQUEST_S, ask, watch
 
 TOKEN = "/latest/api/token"
 ACTION = "/latest/meta-data/spot/instance-action"
@@ -58,13 +58,13 @@ AWS_NOTICE, AWS_WORDS = NOTICE["aws"]
 @pytest.fixture(autouse=True)
 def patience(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the service is well, what it says counts, and not how slow the machine is on which it runs beside the test."""
-    monkeypatch.setattr(notices, "REQUEST_S", 60.0)
+    monkeypatch.setattr(spot_notices, "REQUEST_S", 60.0)
 
 
 @pytest.fixture
 def impatience(patience: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """As in the program."""
-    monkeypatch.setattr(notices, "REQUEST_S", REQUEST_S)
+    monkeypatch.setattr(spot_notices, "REQUEST_S", REQUEST_S)
 
 
 @dataclass
@@ -344,7 +344,7 @@ def test_a_service_that_hangs_costs_no_more_than_its_time_out(cloud, fault, serv
     service.fault, service.fault_at = fault, ASKED[cloud]
     began = time.monotonic()
     assert ask(cloud, service.url) is None
-    assert notices.REQUEST_S < 2.5
+    assert spot_notices.REQUEST_S < 2.5
     assert 0.9 < time.monotonic() - began < 15, "not as long as it hangs"
 
 
@@ -446,9 +446,8 @@ def test_a_redirect_is_not_followed(cloud, status, service, other):
 def test_a_proxy_in_the_environment_is_not_used(cloud, service, other):
     """In a process of its own, which finds it there when it begins."""
     proxies = dict.fromkeys(("http_proxy", "HTTP_PROXY", "all_proxy"), other.url) | {"no_proxy": "", "NO_PROXY": ""}
-    code = (
-        "import sys, harness.stop.notices as n, urllib.request as u; n.REQUEST_S = 60; print(u.getproxies()['http'], n.ask(*sys.argv[1:]))"
-    )
+    imports = "import sys, harness.preemption.spot_notices as n, urllib.request as u"
+    code = f"{imports}; n.REQUEST_S = 60; print(u.getproxies()['http'], n.ask(*sys.argv[1:]))"
     service.says[ASKED[cloud]], words = NOTICE[cloud]
     done = subprocess.run(
         [sys.executable, "-c", code, cloud, service.url], env=ENVIRONMENT | proxies, capture_output=True, text=True, timeout=180

@@ -15,9 +15,9 @@ import pytest
 from conftest import harness, outliving, run
 
 from harness import config
-from harness.config.settings import NotifySettings
+from harness.config.schema import NotifySettings
 from harness.errors import UsageError
-from harness.report.notify import notify
+from harness.supervision.notify import notify
 
 KEEP = "import sys, os\nopen(sys.argv[1], 'a').write(os.environ['HARNESS_EVENT'] + ' ' + sys.stdin.read() + '\\n')\n"
 FAST = ("task.name=small_task:build", "train.epochs=2", "checkpoint.every_steps=3", "checkpoint.best=val_loss:min")

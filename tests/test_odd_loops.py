@@ -16,7 +16,7 @@ from torch import nn
 import harness
 from harness import cli, state
 from harness.checkpoint import retention
-from harness.checkpoint.history import survey
+from harness.checkpoint.catalog import survey
 from harness.errors import UsageError
 from harness.exchange.compare import differences
 from harness.store import LocalStore

@@ -18,10 +18,10 @@ from torch.utils.data import BatchSampler, DataLoader, SequentialSampler, Subset
 from torch.utils.data.distributed import DistributedSampler
 
 import harness
-from harness.checkpoint import launches
-from harness.data.adopted import adopt
+from harness.data.dataloader import adopt
 from harness.errors import UsageError
 from harness.exchange.compare import differences
+from harness.supervision import launches
 
 pytestmark = pytest.mark.usefixtures("process_as_it_was")
 PER_EPOCH = 6  # of the 48 points, in batches of 8

@@ -29,7 +29,7 @@ OLD, NEW = b"old" * 100_000, b"new" * 1_500_000  # the new one is written around
 COMMIT = """
 import sys
 from harness.store import LocalStore
-from harness.store.image import Image, pour
+from harness.store.staging_buffer import Image, pour
 store, image = LocalStore(sys.argv[1]), Image()
 data = b"new" * 1_500_000
 image.reserve(len(data))

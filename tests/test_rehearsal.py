@@ -8,7 +8,7 @@ import pytest
 import torch
 from programs import live
 
-from harness.checkpoint import reread
+from harness.saving import readback
 
 TRAINED = """
 run = init()
@@ -175,7 +175,7 @@ def test_what_is_not_rehearsed_is_named_in_one_line(tmp_path):
 def test_bytes_that_come_back_otherwise_are_told(tmp_path):
     torch.save({"step": 1, "a": torch.zeros(4), "b": torch.ones(4)}, tmp_path / "a.pt")
     with (tmp_path / "a.pt").open("rb", buffering=0) as file:
-        rows = reread.file_rows(file)
+        rows = readback.file_rows(file)
     swapped = [[path, kind, [*content[:4], content[4] + 64] if kind == "tensor" else content] for path, kind, content in rows]
-    assert [words.split()[0] for words in reread.unlike(rows, swapped)] == ["a", "b"]
-    assert reread.unlike(rows, rows[:-1]) == ["b is not in the file"]
+    assert [words.split()[0] for words in readback.unlike(rows, swapped)] == ["a", "b"]
+    assert readback.unlike(rows, rows[:-1]) == ["b is not in the file"]

@@ -19,14 +19,14 @@ from fault_proxy import FaultProxy, Rule
 from remote_lives import Born, Life, Nursery, payload, shared_nursery
 from s3_server import S3Server
 
-from harness import ranks
 from harness.checkpoint import attempts, load
 from harness.checkpoint import format as fmt
-from harness.checkpoint.history import Survey, going_on_from, survey
-from harness.checkpoint.save import About, commit
+from harness.checkpoint.catalog import Survey, going_on_from, survey
+from harness.checkpoint.commit import About, commit
+from harness.distributed import ranks
 from harness.store import TEMP, LocalStore, Store, open_store
 from harness.store.remote import RemoteStore
-from harness.store.s3 import S3Bucket
+from harness.store.s3_client import S3Bucket
 
 OLD, DAMAGED, STEPS = 20, 30, [40, 50, 60]
 WHERE = ("bucket", "directory")

@@ -29,11 +29,11 @@ from harness.checkpoint.load import verified_chunks
 from harness.cli import prune
 from harness.errors import DamagedError, RefusedError, StorageError, UsageError
 from harness.store import Store, open_store, probe, redacted
-from harness.store.anyfs import AnyBucket
 from harness.store.bucket import Found
+from harness.store.explain import explained
+from harness.store.fsspec_client import AnyBucket
 from harness.store.remote import RemoteStore
-from harness.store.s3 import S3Bucket
-from harness.store.words import explained
+from harness.store.s3_client import S3Bucket
 
 MB = 1 << 20
 KEY = "checkpoints/a.pt"

@@ -23,10 +23,10 @@ from s3_server import S3Server, free_ports
 from harness import cli
 from harness.checkpoint import attempts, load
 from harness.checkpoint import format as fmt
-from harness.checkpoint.history import survey
+from harness.checkpoint.catalog import survey
 from harness.checkpoint.replicate import replicate
 from harness.errors import DamagedError, RefusedError, StorageError, SupersededError, UsageError
-from harness.run.places import check_remembered
+from harness.saving.locations import check_remembered
 from harness.store import LocalStore, Store, open_store
 
 EXIT_STORAGE, EXIT_STOPPED, EXIT_SUPERSEDED, EXIT_USAGE = 74, 75, 76, 78  # the contract, in figures

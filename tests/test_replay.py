@@ -13,10 +13,10 @@ from conftest import harness, kill_tree, run, torchrun, wait_until
 from programs import HEAD, Outcome, killed_once, live
 from remote_runs import Home
 
-from harness.checkpoint import past, steps
 from harness.cli import main
-from harness.run import steplog
+from harness.selfcheck import step_log, step_records
 from harness.store import LocalStore, Store, open_store
+from harness.supervision import attempt_history
 
 LOOP = """
 run = init(on_mismatch=os.environ.get("ON_MISMATCH", "warn"))
@@ -68,7 +68,7 @@ def test_equal_steps_are_said_to_be_equal(tmp_path, capsys):
         assert "2 recomputed steps, all equal" in said(capsys, command, str(tmp_path / "killed"))
     assert not list(tmp_path.glob("*/events/*.steps")), "the last checkpoint is newer than all of them"
     left = tmp_path / "killed" / "events" / "0001.steps"  # by a run that was killed as it let them go
-    left.write_bytes(steps.head({}) + steps.pack(LINES[0]))
+    left.write_bytes(step_records.head({}) + step_records.pack(LINES[0]))
     assert "events/0001.steps" in said(capsys, "prune", str(tmp_path / "killed"), "--yes") and not left.exists()
 
 
@@ -177,41 +177,41 @@ def environment(variables: dict[str, str]) -> Iterator[None]:
         yield
 
 
-def read_back(store: Store, attempt: int) -> steps.Before:
-    before, problem = steps.before([store], attempt)
+def read_back(store: Store, attempt: int) -> step_records.Before:
+    before, problem = step_records.before([store], attempt)
     assert not problem
     return before
 
 
-LINES = [steps.Line(step, bytes([step] * 8), 0, 7, step / 3) for step in range(1, 21)]
+LINES = [step_records.Line(step, bytes([step] * 8), 0, 7, step / 3) for step in range(1, 21)]
 
 
 def test_a_damaged_file_gives_what_is_whole_in_it(tmp_path):
-    content = steps.head({"attempt": 1}) + b"".join(map(steps.pack, LINES))
-    about, lines = steps.parse(content)
+    content = step_records.head({"attempt": 1}) + b"".join(map(step_records.pack, LINES))
+    about, lines = step_records.parse(content)
     assert (about["attempt"], lines) == (1, LINES)
-    assert steps.parse(content[:-3])[1] == LINES[:-1], "torn"
-    at = len(content) - 3 * steps.RECORD.size
-    assert steps.parse(content[:at] + b"\xff" + content[at + 1 :])[1] == LINES[:17] + LINES[18:]
-    assert steps.parse(content.replace(b'"steps": 1', b'"steps": 9')) == ({}, [])
+    assert step_records.parse(content[:-3])[1] == LINES[:-1], "torn"
+    at = len(content) - 3 * step_records.RECORD.size
+    assert step_records.parse(content[:at] + b"\xff" + content[at + 1 :])[1] == LINES[:17] + LINES[18:]
+    assert step_records.parse(content.replace(b'"steps": 1', b'"steps": 9')) == ({}, [])
     for hostile in (b"", b"\n", b"{" * 100_000, b"[]\n" + content, b"\xff" * 1000 + b"\n", os.urandom(5000)):
-        assert steps.parse(hostile) == ({}, [])
+        assert step_records.parse(hostile) == ({}, [])
     events = LocalStore(tmp_path)
     events.prepare(("events",))
     with (tmp_path / "events" / "0001.steps").open("wb") as file:
         file.write(content)
         file.truncate(1 << 40)  # holds nothing
     assert read_back(events, 2).logs[1].lines == LINES
-    assert past.events([events], 1) == []
+    assert attempt_history.events([events], 1) == []
 
 
 def test_lines_are_dropped_when_every_store_has_a_newer_checkpoint(tmp_path, bucket):
     (tmp_path / "events").mkdir()
-    (tmp_path / "events" / "0001.steps").write_bytes(steps.head({}) + b"".join(map(steps.pack, LINES[:4])))
+    (tmp_path / "events" / "0001.steps").write_bytes(step_records.head({}) + b"".join(map(step_records.pack, LINES[:4])))
     with environment(bucket[0].environment):
         local, remote = LocalStore(tmp_path), open_store(Home(*bucket).url, 30)
         remote.prepare(("events",))
-        log = steplog.StepLog(local, True, 2, {"attempt": 2}, steps.before([local, remote], 2)[0])
+        log = step_log.StepLog(local, True, 2, {"attempt": 2}, step_records.before([local, remote], 2)[0])
         for line in LINES[:9]:
             log.add(line)
         wait_until(lambda: read_back(local, 3).after(8), "they are written")
@@ -235,13 +235,13 @@ def test_lines_are_dropped_when_every_store_has_a_newer_checkpoint(tmp_path, buc
 def test_of_very_many_lines_the_file_keeps_those_that_are_needed(tmp_path):
     (tmp_path / "events").mkdir()
     store = LocalStore(tmp_path)
-    log = steplog.StepLog(store, False, 1, {}, steps.before([store], 1)[0])
+    log = step_log.StepLog(store, False, 1, {}, step_records.before([store], 1)[0])
     for step in range(1, 10_001):
-        log.add(steps.Line(step, bytes(8)))
+        log.add(step_records.Line(step, bytes(8)))
     wait_until(lambda: len(read_back(store, 2).after(0)) == 10_000, "they are written")
     log.on_event({"event": "saved", "checkpoint": "step_00009990-0001"})
     wait_until(lambda: len(read_back(store, 2).logs[1].lines) == 10, "the last ten are left")
-    log.add(steps.Line(10_001, bytes(8)))
+    log.add(step_records.Line(10_001, bytes(8)))
     log.close()
     assert [line.step for line in read_back(store, 2).logs[1].lines] == list(range(9_991, 10_002))
     assert [path.name for path in (tmp_path / "events").iterdir()] == ["0001.steps"]

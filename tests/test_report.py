@@ -18,16 +18,17 @@ from remote_lives import Life
 from remote_runs import Home
 from s3_server import S3Server
 
-from harness.checkpoint import attempts, launches
+from harness.checkpoint import attempts
 from harness.checkpoint.attempts import Attempt
-from harness.checkpoint.history import survey
+from harness.checkpoint.catalog import survey
 from harness.cli import main
-from harness.events import Ledger
-from harness.report import chart, words
+from harness.monitoring.event_log import Ledger
+from harness.monitoring.goodput import DATA, RESTORE, SAVE, STARTUP, Account
+from harness.report import chart, phrases
 from harness.report.page import page
 from harness.report.timeline import Timeline, timeline
-from harness.run.account import DATA, RESTORE, SAVE, STARTUP, Account
 from harness.store import LocalStore
+from harness.supervision import launches
 
 TASK = ("task.name=small_task:build", "train.epochs=6", "log.every_steps=1", "checkpoint.every_steps=5", "checkpoint.best=val_loss:min")
 
@@ -83,7 +84,7 @@ class Made:
         self.store, self.monkeypatch = LocalStore(directory), monkeypatch
 
     def at(self, seconds: float) -> None:
-        for module in (attempts, launches, __import__("harness.events", fromlist=["now"])):
+        for module in (attempts, launches, __import__("harness.monitoring.event_log", fromlist=["now"])):
             self.monkeypatch.setattr(module, "now", lambda: at(seconds))
 
     def launch(self, name: str, seconds: float) -> None:
@@ -173,7 +174,7 @@ def test_a_start_in_place_is_no_wait_in_the_queue(made: Made) -> None:
 def test_a_run_that_never_began_has_nothing_to_tell(made: Made) -> None:
     found = made.timeline()
     assert (found.wall_s, found.useful, found.stretches) == (0, 0, [])
-    assert "never interrupted" in words.text("it", found) and page("it", found)
+    assert "never interrupted" in phrases.text("it", found) and page("it", found)
 
 
 # --- shown ---

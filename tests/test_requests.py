@@ -17,10 +17,11 @@ from remote_lives import Born, Life, shared_nursery
 from test_storm import differing, losses
 
 from harness import cli
-from harness.checkpoint import attempts, requests
+from harness.checkpoint import attempts
 from harness.checkpoint import format as fmt
 from harness.errors import StorageError
 from harness.store import LocalStore, Store, open_store
+from harness.supervision import control_requests
 
 TASK = ["task.name=small_task:build", "train.epochs=20", "log.every_steps=1", "checkpoint.every_s=null", "resume.accept=[config]"]
 SLOW = "task.args.sleep_s=0.2"  # a hundred steps: long enough to be asked in between, also by whoever is late
@@ -86,27 +87,27 @@ def saved(directory: Path) -> list[str]:
 
 
 def test_a_request_is_seen_by_the_attempt_that_it_names_and_by_no_other(store):
-    assert requests.pending(store, 3) == {}
-    stop, save = requests.leave(store, 3, "stop"), requests.leave(store, 3, "save")
-    again, other = requests.leave(store, 3, "save"), requests.leave(store, 30, "stop")
-    assert requests.pending(store, 3) == {stop: "stop", save: "save", again: "save"}
-    assert requests.pending(store, 30) == {other: "stop"}
-    assert [requests.pending(store, number) for number in (0, 1, 4, 33, 300)] == [{}] * 5
+    assert control_requests.pending(store, 3) == {}
+    stop, save = control_requests.leave(store, 3, "stop"), control_requests.leave(store, 3, "save")
+    again, other = control_requests.leave(store, 3, "save"), control_requests.leave(store, 30, "stop")
+    assert control_requests.pending(store, 3) == {stop: "stop", save: "save", again: "save"}
+    assert control_requests.pending(store, 30) == {other: "stop"}
+    assert [control_requests.pending(store, number) for number in (0, 1, 4, 33, 300)] == [{}] * 5
     assert len({stop, save, again, other}) == 4
 
 
 def test_what_earlier_attempts_were_asked_for_is_swept_and_nothing_else(store):
-    old, new, later = (requests.leave(store, number, "stop") for number in (3, 4, 12345))
-    requests.sweep([store], 4)
-    assert requests.pending(store, 3) == {}
-    assert requests.pending(store, 4) == {new: "stop"} and requests.pending(store, 12345) == {later: "stop"}
+    old, new, later = (control_requests.leave(store, number, "stop") for number in (3, 4, 12345))
+    control_requests.sweep([store], 4)
+    assert control_requests.pending(store, 3) == {}
+    assert control_requests.pending(store, 4) == {new: "stop"} and control_requests.pending(store, 12345) == {later: "stop"}
     assert not store.exists(old)
-    requests.sweep([store], 4)
+    control_requests.sweep([store], 4)
 
 
 def test_what_is_no_request_is_neither_obeyed_nor_swept(tmp_path):
     store = LocalStore(tmp_path)
-    store.prepare((requests.REQUESTS,))
+    store.prepare((control_requests.REQUESTS,))
     names = [
         "0003.stop",
         "0003.stop.json",
@@ -118,8 +119,8 @@ def test_what_is_no_request_is_neither_obeyed_nor_swept(tmp_path):
     ]
     for name in names:
         store.path(f"requests/{name}").write_text("{}")
-    assert requests.pending(store, 3) == {}
-    requests.sweep([store], 99)
+    assert control_requests.pending(store, 3) == {}
+    control_requests.sweep([store], 99)
     assert sorted(os.listdir(tmp_path / "requests")) == sorted(names)
 
 
@@ -127,9 +128,9 @@ def test_a_store_that_cannot_be_listed_is_no_answer(tmp_path):
     store = LocalStore(tmp_path)
     (tmp_path / "requests").write_text("in the way")
     with pytest.raises(StorageError):
-        requests.pending(store, 1)
+        control_requests.pending(store, 1)
     with pytest.raises(StorageError):
-        requests.leave(store, 1, "stop")
+        control_requests.leave(store, 1, "stop")
 
 
 # --- whom a request can be left for ---
@@ -154,10 +155,10 @@ def test_the_newest_attempt_is_asked_in_the_store_that_all_its_nodes_see(tmp_pat
     Life(directory, remote)
     Life(directory, remote)
     assert harness("stop", tmp_path / "run")[0] == 0
-    assert set(requests.pending(remote, 2).values()) == {"stop"}
-    assert requests.pending(remote, 1) == {} and requests.pending(directory, 2) == {}
+    assert set(control_requests.pending(remote, 2).values()) == {"stop"}
+    assert control_requests.pending(remote, 1) == {} and control_requests.pending(directory, 2) == {}
     assert harness("save", str(remote))[0] == 0
-    assert sorted(requests.pending(remote, 2).values()) == ["save", "stop"]
+    assert sorted(control_requests.pending(remote, 2).values()) == ["save", "stop"]
 
 
 # --- real runs ---
@@ -207,8 +208,8 @@ def test_what_one_attempt_was_asked_never_stops_a_later_one(tmp_path, live, harn
     born = live("train.epochs=6", "task.args.sleep_s=0.12")
     trains(born, directory)
     # As a store shows it that is late to list, or a person who asks of what is gone: it is there while the second attempt trains.
-    late = requests.leave(LocalStore(directory), 1, "stop")
-    future = requests.leave(LocalStore(directory), 3, "stop")
+    late = control_requests.leave(LocalStore(directory), 1, "stop")
+    future = control_requests.leave(LocalStore(directory), 3, "stop")
     assert born.wait() == 0, born.text
     assert end_of(directory, 2)["why"] == "finished"
     assert {Path(late).name, Path(future).name} == set(os.listdir(directory / "requests"))

@@ -19,7 +19,7 @@ from harness import state
 from harness.checkpoint.format import version_of
 from harness.errors import UsageError
 from harness.exchange.compare import compare, differences
-from harness.state import schedules, untracked
+from harness.state import foreign_optimizers, lr_schedules
 
 LOOP = """
 for x, y in run.batches(points(), 16, epochs=int(os.environ.get("EPOCHS", 2))):
@@ -502,7 +502,7 @@ class Wraps(torch.optim.Optimizer):
 def test_an_inner_optimizer_whose_momentum_nobody_keeps_is_told(shares):
     model, said = net(3, 3), []
     tracked = {"model": model, "optimizer": Wraps(list(model.parameters()), shares=shares)}
-    end = untracked.on_untracked_update(tracked, said.append)
+    end = foreign_optimizers.on_untracked_update(tracked, said.append)
     stepped(model, tracked["optimizer"])
     end()
     expected = ["(SGD) inside 'optimizer' makes updates, and no tracked object's state_dict() holds what it keeps"]
@@ -551,9 +551,13 @@ def test_an_empty_state_dict_is_told_and_nothing_else_is():
         def state_dict(self):
             return {}
 
-    assert untracked.gives_nothing(Metric()) and untracked.gives_nothing(nn.Sequential(Metric())) and untracked.gives_nothing(Empty(3))
+    assert (
+        foreign_optimizers.gives_nothing(Metric())
+        and foreign_optimizers.gives_nothing(nn.Sequential(Metric()))
+        and foreign_optimizers.gives_nothing(Empty(3))
+    )
     for fine in (nn.ReLU(), nn.MSELoss(), nn.Linear(1, 1), torch.amp.GradScaler("cpu", enabled=False), Custom({"a": 1}), nn.Sequential()):
-        assert not untracked.gives_nothing(fine), fine
+        assert not foreign_optimizers.gives_nothing(fine), fine
 
 
 EMPTY = """
@@ -625,12 +629,12 @@ def test_only_settings_of_a_schedule_are_told(recwarn):
         for _ in range(7):
             before.step(1.0) if "Plateau" in type(before).__name__ else before.step()
         for now, expected in ((same, []), (other, [where] if where else [])):
-            built = {"s": schedules.as_built(now)}
+            built = {"s": lr_schedules.as_built(now)}
             now.load_state_dict(copy.deepcopy(before.state_dict()))
-            told = [line.partition(":")[0] for line in schedules.other_settings(built, {"s": now})]
+            told = [line.partition(":")[0] for line in lr_schedules.other_settings(built, {"s": now})]
             assert told == expected, type(now)
-            schedules.apply_override(built, {"s": now})
-            assert schedules.other_settings(built, {"s": now}) == []
+            lr_schedules.apply_override(built, {"s": now})
+            assert lr_schedules.other_settings(built, {"s": now}) == []
 
 
 # --- messages ---

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 
 from harness.checkpoint import attempts, load, retention
 from harness.checkpoint import format as fmt
+from harness.checkpoint.catalog import going_on_from, survey
+from harness.checkpoint.commit import About, commit
 from harness.checkpoint.format import Manifest
-from harness.checkpoint.history import going_on_from, survey
 from harness.checkpoint.retention import Policy, to_delete
-from harness.checkpoint.save import About, commit
 from harness.errors import SupersededError
 from harness.store import LocalStore
 

@@ -11,7 +11,7 @@ import torch
 from programs import STEP, killed_once
 from test_library import newest
 
-from harness.data.held import Randomness, find
+from harness.data.held_generators import Randomness, find
 
 LOOP = (
     """

@@ -18,7 +18,7 @@ from s3_server import free_ports
 from test_launch import crashing, ended, folder  # noqa: F401 - a fixture
 from test_storm import differing, losses
 
-from harness.stop import AGAIN_S
+from harness.preemption import AGAIN_S
 
 TASK = ("task.name=small_task:build", "train.epochs=8", "log.every_steps=1", "checkpoint.best=val_loss:min", "resume.accept=[config]")
 Start = Callable[..., "subprocess.Popen[str]"]
@@ -168,7 +168,7 @@ def test_a_step_that_never_ends_prints_its_stack_and_exits(tmp_path: Path) -> No
 
 PATIENCE = """
 import os, signal, sys, time
-from harness import ranks
+from harness.distributed import ranks
 from harness.errors import LostRankError
 world = ranks.join(2.0)
 def work():

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from harness.config.settings import SlurmSettings
-from harness.slurm import Job, script
+from harness.config.schema import SlurmSettings
+from harness.supervision.job_script import Job, script
 
 FOLDER = Path(__file__).resolve().parent.parent / "slurm"
 PYTHON = '"$SLURM_SUBMIT_DIR/.venv/bin/python"'

@@ -18,7 +18,7 @@ from slurm_runs import STEPS, Submitted, assert_equal, submitted, train_whole
 from test_stale_claims import LATE
 from test_storm import losses
 
-from harness.checkpoint.history import survey
+from harness.checkpoint.catalog import survey
 from harness.errors import EXIT_SUPERSEDED
 from harness.exchange.compare import differences
 from harness.store import LocalStore

@@ -19,12 +19,13 @@ from test_damage import seal
 from test_standing import Job
 
 from harness import cli, retry
-from harness.checkpoint import attempts, launches, load, requests
+from harness.arguments import Settings
+from harness.checkpoint import attempts, load
 from harness.checkpoint import format as fmt
-from harness.checkpoint.history import survey
+from harness.checkpoint.catalog import survey
+from harness.checkpoint.commit import About, commit
 from harness.checkpoint.replicate import replicate
-from harness.checkpoint.save import About, commit
-from harness.checkpoint.standing import in_words, outcome, verdict
+from harness.distributed.ranks import World
 from harness.errors import (
     EXIT_STOPPED,
     EXIT_STORAGE,
@@ -35,11 +36,11 @@ from harness.errors import (
     SupersededError,
     UsageError,
 )
-from harness.ranks import World
-from harness.run.claim import claim
-from harness.run.settings import Settings
+from harness.saving.claim import claim
 from harness.store import LocalStore
 from harness.store import local as local_store
+from harness.supervision import control_requests, launches
+from harness.supervision.restart_policy import in_words, outcome, verdict
 
 Start = Callable[..., "subprocess.Popen[str]"]
 
@@ -272,10 +273,10 @@ def test_what_cannot_be_tidied_up_is_said_and_training_begins(store, world: Worl
     life.save(10)
     life.save(20)
     path_of(store, fmt.data_key(20, 1)).write_bytes(b"damaged")
-    foreign = requests.leave(store, 1, "stop")
+    foreign = control_requests.leave(store, 1, "stop")
     stale = path_of(store, f"{fmt.CHECKPOINTS}/x.pt.tmp-0001-0123")
     stale.write_bytes(b"")
-    swept = [path_of(store, f"{fmt.CHECKPOINTS}/y.pt.tmp-0001-0123"), path_of(store, requests.leave(store, 1, "save"))]
+    swept = [path_of(store, f"{fmt.CHECKPOINTS}/y.pt.tmp-0001-0123"), path_of(store, control_requests.leave(store, 1, "save"))]
     swept[0].write_bytes(b"")
     barred = {str(path_of(store, foreign)), str(stale), str(path_of(store, fmt.manifest_key(20, 1))), str(path_of(store, "config.yaml"))}
 
@@ -296,7 +297,7 @@ def test_what_cannot_be_tidied_up_is_said_and_training_begins(store, world: Worl
     assert attempt.number == 2 and choice.manifest.step == 10
     assert len(said) == 4 and all(line.startswith("harness: warning: ") for line in said), said
     assert not any(path.exists() for path in swept), "what can be tidied up is"
-    assert requests.pending(store, 2) == {}
+    assert control_requests.pending(store, 2) == {}
 
 
 # --- what cannot be read is not damaged ---

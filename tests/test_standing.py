@@ -18,12 +18,13 @@ from remote_lives import Life, shared_nursery
 from test_storm import differing, losses
 
 from harness import cli
-from harness.checkpoint import attempts, launches
+from harness.checkpoint import attempts
 from harness.checkpoint import format as fmt
-from harness.checkpoint.history import survey
-from harness.checkpoint.launches import Launch
-from harness.checkpoint.standing import Failure, Outcome, crash_loop, failures, outcome, verdict
+from harness.checkpoint.catalog import survey
 from harness.store import LocalStore, Store, open_store
+from harness.supervision import launches
+from harness.supervision.launches import Launch
+from harness.supervision.restart_policy import Failure, Outcome, crash_loop, failures, outcome, verdict
 
 FINAL = {"epochs": 30, "max_steps": None}  # as the defaults say
 Cli = Callable[..., tuple[int, str]]

@@ -12,7 +12,7 @@ import pytest
 from conftest import alone, events, harness, kill_tree, outliving, run, start, torchrun, workers_of
 
 from harness.checkpoint import load
-from harness.checkpoint.history import survey
+from harness.checkpoint.catalog import survey
 from harness.exchange.compare import differences
 from harness.store import LocalStore
 

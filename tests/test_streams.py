@@ -17,11 +17,11 @@ from programs import HEAD, STEP, killed_once, live
 from test_library import newest
 
 import harness
-from harness.data import proof
+from harness.data import stream_check
 from harness.data.stream import StreamSource
+from harness.distributed.ranks import World
 from harness.errors import UsageError
 from harness.exchange.compare import differences
-from harness.ranks import World
 
 STREAM = """
 class Stream(IterableDataset):
@@ -220,7 +220,7 @@ def as_it_is(state):
 def test_what_a_state_loses_is_found(stream, is_exact, seeds):
     dataset, state = stream(), copy.deepcopy(stream().__dict__)
     before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist(), Counting.shared.bit_generator.state
-    tried = proof.attempt(dataset, as_it_is)
+    tried = stream_check.attempt(dataset, as_it_is)
     assert (tried.is_exact, tried.seeds, tried.untried) == (is_exact, seeds, "")
     assert bool(tried.unlike) != is_exact
     after = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist(), Counting.shared.bit_generator.state
@@ -245,7 +245,7 @@ def test_what_cannot_be_tried_is_said():
     memory = SharedMemory(create=True, size=8)
     try:
         for stream in (Locked(), Sharing(memory)):
-            assert "could not be tried" in proof.prove(source_of(stream), as_it_is, seeds_held=True)
+            assert "could not be tried" in stream_check.prove(source_of(stream), as_it_is, seeds_held=True)
     finally:
         memory.close()
         memory.unlink()
@@ -260,12 +260,12 @@ def test_a_slow_stream_is_tried_within_its_time():
             return self.at
 
     Slow.takes_s = 0.1
-    assert proof.attempt(Slow(), as_it_is, clock=lambda: now[0]) == proof.Tried()
-    assert now[0] < proof.BUDGET_S
+    assert stream_check.attempt(Slow(), as_it_is, clock=lambda: now[0]) == stream_check.Tried()
+    assert now[0] < stream_check.BUDGET_S
     Slow.takes_s = 2.0
     began = now[0]
-    assert "too slowly" in proof.attempt(Slow(), as_it_is, clock=lambda: now[0]).untried
-    assert now[0] - began < proof.BUDGET_S
+    assert "too slowly" in stream_check.attempt(Slow(), as_it_is, clock=lambda: now[0]).untried
+    assert now[0] - began < stream_check.BUDGET_S
 
 
 def test_a_large_array_is_not_copied_and_not_written_to():
@@ -279,13 +279,13 @@ def test_a_large_array_is_not_copied_and_not_written_to():
             yield from super().__iter__()
 
     dataset = Large()
-    assert "ValueError" in proof.attempt(dataset, as_it_is).untried
+    assert "ValueError" in stream_check.attempt(dataset, as_it_is).untried
     assert dataset.numbers[:3].tolist() == [0, 1, 2]
 
 
 def test_a_refusal_says_what_to_do():
     with pytest.raises(UsageError, match="would not go on exactly") as caught:
-        proof.prove(source_of(Sticking()), as_it_is, seeds_held=True)
+        stream_check.prove(source_of(Sticking()), as_it_is, seeds_held=True)
     assert "what the next pass gives is another one" in str(caught.value) and "check_stream=False" in str(caught.value)
 
 

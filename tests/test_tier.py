@@ -20,11 +20,11 @@ from test_library import Noisy, net, newest, steps_of, train, uninterrupted  # n
 from test_storm import differing
 
 import harness
-from harness import cli, stop
-from harness.checkpoint import tier
-from harness.checkpoint.history import survey
+from harness import cli, preemption
+from harness.checkpoint import memory_copy
+from harness.checkpoint.catalog import survey
 from harness.errors import UsageError
-from harness.run import tier as writers
+from harness.saving import memory_tier as writers
 from harness.store import LocalStore
 
 pytestmark = pytest.mark.usefixtures("process_as_it_was")
@@ -35,7 +35,7 @@ ON_DISK = EACH | {"save_every_steps": 4}
 @pytest.fixture
 def kept(tmp_path: Path) -> Iterator[LocalStore]:
     """What the run `a` keeps in memory; nothing of it is left to other tests."""
-    store = tier.place(LocalStore(tmp_path / "a"))
+    store = memory_copy.place(LocalStore(tmp_path / "a"))
     yield store
     shutil.rmtree(store.root, ignore_errors=True)
 
@@ -83,7 +83,7 @@ def test_who_goes_on_from_memory_and_is_stopped_at_once_saves_it(tmp_path, kept)
     with pytest.raises(SystemExit) as ended:
         for _ in run_.batches(Noisy(60), global_batch_size=10, epochs=2):
             os.kill(os.getpid(), signal.SIGTERM)
-            wait_until(stop.requested, "the signal is noticed")
+            wait_until(preemption.requested, "the signal is noticed")
     assert ended.value.code == 0
     assert steps_of(tmp_path / "a") == [7] and not kept.root.exists()
 
@@ -94,7 +94,7 @@ class Trap(io.StringIO):
     def write(self, text: str) -> int:
         if "goes on from step 6 " in text:
             os.kill(os.getpid(), signal.SIGTERM)
-            wait_until(stop.requested, "the signal is noticed")
+            wait_until(preemption.requested, "the signal is noticed")
         return super().write(text)
 
 

@@ -11,10 +11,10 @@ from test_background import Big
 from test_library import steps_of
 
 import harness
-from harness.checkpoint.history import Survey
+from harness.checkpoint.catalog import Survey
 from harness.errors import UsageError
-from harness.run import timer
-from harness.run.timer import ASSUMED_S, FIRST_S, LEAST_S, MOST_S, Lives, Timer, best_s, lives
+from harness.saving import save_policy
+from harness.saving.save_policy import ASSUMED_S, FIRST_S, LEAST_S, MOST_S, Lives, Timer, best_s, lives
 
 
 def saved_once(clock: Clock, auto: Timer, plain_s: float, beside_s: float, steps: int, save_s: float) -> None:
@@ -116,7 +116,7 @@ def test_of_the_attempts_before_those_count_as_killed_that_had_not_saved():
 @pytest.mark.usefixtures("process_as_it_was")
 def test_a_run_chooses_by_itself(tmp_path, monkeypatch):
     for name in ("FIRST_S", "LEAST_S"):
-        monkeypatch.setattr(timer, name, 1e-3)
+        monkeypatch.setattr(save_policy, name, 1e-3)
     job = harness.init(tmp_path / "a", seed=1, save_every_s="auto", keep_last=99)
     model = Big()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)

@@ -296,7 +296,7 @@ def test_what_the_loop_carries_from_step_to_step_by_itself_is_named_once(tmp_pat
 
 LOOP_OF = """
 import sys
-from harness.run.carried import variables
+from harness.untracked.loop_variables import variables
 
 def batches():
     found.append(variables(sys._getframe(1)))

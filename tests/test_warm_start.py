@@ -38,7 +38,7 @@ from s3_server import S3Server, free_ports
 
 import harness
 from harness import config
-from harness.data.order import Plan
+from harness.data.plan import Plan
 from harness.errors import HarnessError, UsageError
 
 pytestmark = pytest.mark.usefixtures("process_as_it_was")

@@ -16,9 +16,9 @@ import pytest
 from conftest import Clock, events, harness, run, tree, wait_until, workers_of
 from test_launch import SMALL, after_steps, begun, check_equal, crashing, ended, folder, launch, left_behind, whole  # noqa: F401 - fixtures
 
-from harness.run.ending import Ending
-from harness.run.watch import LEARNED_S, LEARNED_TIMES, Watch
-from harness.stop.watchdog import Watchdog
+from harness.monitoring.step_timeouts import LEARNED_S, LEARNED_TIMES, Watch
+from harness.preemption.watchdog import Watchdog
+from harness.supervision.exit_record import Ending
 
 Start = Callable[..., "subprocess.Popen[str]"]
 
@@ -46,7 +46,7 @@ def test_a_rank_that_waits_for_another_one_leaves_it_the_first_word(stacks: str,
 
 PROGRAM = """
 import ctypes, sys, threading, time
-from harness.stop import watchdog
+from harness.preemption import watchdog
 watchdog.TICK_S, watchdog.SUSPENDED_S = 0.1, 0.5
 
 def tell(what, limit_s, stacks):

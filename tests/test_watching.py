@@ -18,15 +18,16 @@ from conftest import Clock, events, harness, kill_tree, run, torchrun, wait_unti
 from test_library import train
 
 import harness as harness_package
-from harness.checkpoint import attempts, past
-from harness.checkpoint.history import survey
+from harness.checkpoint import attempts
+from harness.checkpoint.catalog import survey
 from harness.cli import main
 from harness.errors import UsageError
-from harness.run import hang, metrics
-from harness.run.account import DATA, OVERHEAD, RESTORE, STARTUP, TRAINING, Account
-from harness.run.pace import TRUSTED_S, Pace
-from harness.run.waiting import Waiting
+from harness.monitoring import trackers
+from harness.monitoring.goodput import DATA, OVERHEAD, RESTORE, STARTUP, TRAINING, Account
+from harness.monitoring.throughput import TRUSTED_S, Pace
+from harness.monitoring.wait_notices import Waiting
 from harness.store import LocalStore
+from harness.supervision import attempt_history, hang_report
 
 pytestmark = pytest.mark.usefixtures("process_as_it_was")
 TASK = ("task.name=small_task:build", "log.every_steps=1", "checkpoint.every_steps=5", "checkpoint.best=val_loss:min")
@@ -114,12 +115,12 @@ def test_the_rate_is_that_of_the_last_steps_which_the_events_tell_of():
     def step(number: int, at: float) -> dict:
         return {"event": "step", "step": number, "time": f"2026-01-01T00:00:{at:06.3f}+00:00"}
 
-    assert past.steps_per_s([]) is None and past.steps_per_s([step(1, 1)]) is None
+    assert attempt_history.steps_per_s([]) is None and attempt_history.steps_per_s([step(1, 1)]) is None
     slow = [step(number, number / 2) for number in range(1, 11)]
     fast = [step(10 + number, 5 + number / 10) for number in range(1, 31)]
-    assert past.steps_per_s(slow) == pytest.approx(2.0)
-    assert past.steps_per_s([*slow, {"event": "saved", "step": 3}, *fast]) == pytest.approx(10.0)
-    assert past.steps_per_s([{"event": "step", "step": 1}, {"event": "step", "time": "soon", "step": 2}]) is None
+    assert attempt_history.steps_per_s(slow) == pytest.approx(2.0)
+    assert attempt_history.steps_per_s([*slow, {"event": "saved", "step": 3}, *fast]) == pytest.approx(10.0)
+    assert attempt_history.steps_per_s([{"event": "step", "step": 1}, {"event": "step", "time": "soon", "step": 2}]) is None
 
 
 def test_of_many_events_only_the_end_is_read(tmp_path: Path) -> None:
@@ -127,12 +128,12 @@ def test_of_many_events_only_the_end_is_read(tmp_path: Path) -> None:
     store.prepare(("events",))
     lines = "".join(json.dumps({"event": "step", "step": step}) + "\n" for step in range(100_000))
     (tmp_path / "events/0001.jsonl").write_text(lines)
-    told = past.events([store], 1)
+    told = attempt_history.events([store], 1)
     assert told[-1]["step"] == 99_999 and 1000 < len(told) < 20_000
-    assert len(past.events([store], 1, float("inf"))) == 100_000
+    assert len(attempt_history.events([store], 1, float("inf"))) == 100_000
     for number in (1, 2, 3):
         (tmp_path / f"events/0002-{number:06d}.jsonl").write_text(json.dumps({"event": "step", "step": number}) + "\n")
-    assert [event["step"] for event in past.events([store], 2)] == [1, 2, 3]
+    assert [event["step"] for event in attempt_history.events([store], 2)] == [1, 2, 3]
 
 
 def test_a_resumed_run_knows_its_rate_and_what_is_left_at_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -251,8 +252,8 @@ def test_what_was_cut_off_is_no_part_of_the_curve(tmp_path: Path) -> None:
     train(tmp_path / "a", leave_at=7, log_every_steps=1)
     train(tmp_path / "a", leave_at=6, log_every_steps=1)
     store = LocalStore(tmp_path / "a")
-    assert list(metrics.history(survey(store), 100)) == [1, 2, 3, 4, 5], "step 6 is of an attempt that others have cut off"
-    assert list(metrics.history(survey(store), 3)) == [1, 2, 3]
+    assert list(trackers.history(survey(store), 100)) == [1, 2, 3, 4, 5], "step 6 is of an attempt that others have cut off"
+    assert list(trackers.history(survey(store), 3)) == [1, 2, 3]
 
 
 def test_who_fails_to_listen_is_left_alone_and_said(
@@ -262,7 +263,7 @@ def test_who_fails_to_listen_is_left_alone_and_said(
         if step == 3:
             raise OSError("the disk is full")
 
-    monkeypatch.setattr(metrics.TensorBoard, "log", refuse)
+    monkeypatch.setattr(trackers.TensorBoard, "log", refuse)
     assert train(tmp_path / "a", log_every_steps=1, log_to=["tensorboard"]).finished
     assert capfd.readouterr().out.count("nothing more is told to tensorboard: OSError: the disk is full") == 1
 
@@ -270,7 +271,7 @@ def test_who_fails_to_listen_is_left_alone_and_said(
 def test_who_is_not_known_or_not_installed_is_refused_before_anything_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageError, match="none of tensorboard, wandb"):
         harness_package.init(tmp_path / "a", log_to=["mlflow"])
-    monkeypatch.setattr(metrics.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match="tensorboard is not installed") as caught:
         harness_package.init(tmp_path / "a", log_to=["tensorboard"])
     assert caught.value.remedy == "pip install tensorboard" and not (tmp_path / "a").exists()
@@ -294,9 +295,11 @@ COLLECTIVE = stack("/env/lib/python3.12/site-packages/torch/distributed/c10d.py"
 
 
 def test_the_place_of_a_rank_is_the_last_line_of_the_users_own() -> None:
-    assert hang.place(f"thread MainThread:\n{OWN}{LIBRARY}") == hang.Place("loss (my_task.py:7)", waits=False)
-    assert hang.place(OWN + COLLECTIVE) == hang.Place("loss (my_task.py:7)", waits=True)
-    assert hang.place(LIBRARY).words == "linear (functional.py:9)" and hang.place("nothing") == hang.Place("an unknown place", waits=False)
+    assert hang_report.place(f"thread MainThread:\n{OWN}{LIBRARY}") == hang_report.Place("loss (my_task.py:7)", waits=False)
+    assert hang_report.place(OWN + COLLECTIVE) == hang_report.Place("loss (my_task.py:7)", waits=True)
+    assert hang_report.place(LIBRARY).words == "linear (functional.py:9)" and hang_report.place("nothing") == hang_report.Place(
+        "an unknown place", waits=False
+    )
 
 
 @pytest.mark.parametrize(
@@ -312,8 +315,8 @@ def test_the_place_of_a_rank_is_the_last_line_of_the_users_own() -> None:
 )  # fmt: skip
 def test_one_sentence_tells_who_is_stuck_and_who_waits(ranks: dict[int, str], size: int, words: str) -> None:
     told = [{"rank": rank, "step": 5, "error": "e", "stacks": stacks} for rank, stacks in ranks.items()]
-    assert hang.sentence(told, size) == words
-    text = hang.page(told, size)
+    assert hang_report.sentence(told, size) == words
+    text = hang_report.page(told, size)
     assert text.startswith(words + ".\n\n--- rank 0, step 5: e") and text.count("--- rank") == len(ranks)
 
 

@@ -13,8 +13,8 @@ from typing import Any
 
 from harness.checkpoint import format as fmt
 from harness.checkpoint import records
+from harness.checkpoint.catalog import Survey, survey
 from harness.checkpoint.format import Manifest
-from harness.checkpoint.history import Survey, survey
 from harness.errors import SupersededError
 from harness.store import LocalStore, Store
 

@@ -19,12 +19,12 @@ import torch
 from blake3 import blake3
 
 from harness.checkpoint import format as fmt
-from harness.checkpoint import tier
+from harness.checkpoint import memory_copy
+from harness.checkpoint.broadcast import spread
+from harness.checkpoint.catalog import Survey, survey
 from harness.checkpoint.format import DataFile, Manifest
-from harness.checkpoint.history import Survey, survey
-from harness.checkpoint.spread import spread
+from harness.distributed.ranks import World
 from harness.errors import DamagedError, HarnessError, StorageError, UsageError
-from harness.ranks import World
 from harness.retry import reading
 from harness.store import LocalStore, Memory, Offer, Store, keep
 
@@ -240,8 +240,8 @@ class Chooser:
         choice.notes = [f"passed over: {why}" for part in found.parts for why in part.damaged.values()]
         choice.notes += [f"ignored, not of this run: {' '.join(key.split())}" for key in found.foreign + found.strangers]
         candidates = [(m, [self.stores.index(copy) for copy in found.copies(m)]) for m in found.candidates]
-        tier.check_readable(self.tier, found)
-        if (kept := tier.newest(self.tier, found)) is not None:
+        memory_copy.check_readable(self.tier, found)
+        if (kept := memory_copy.newest(self.tier, found)) is not None:
             candidates.insert(0, (kept, [len(self.stores)]))
         if len(candidates) > 1 and self.steps_back():
             choice.notes.append(f"going back behind {candidates[0][0].name}: every attempt to go on from it has died")
@@ -316,7 +316,7 @@ def choose(
     must call it.
     """
     places = (stores,) if isinstance(stores, Store) else stores
-    chooser = Chooser(places, world, give_up, steps_back, tier.place(places[0]))
+    chooser = Chooser(places, world, give_up, steps_back, memory_copy.place(places[0]))
     for _ in range(LISTINGS):
         choice, vanished = chooser.once()
         if not vanished:

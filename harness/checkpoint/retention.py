@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 from harness.checkpoint import format as fmt
 from harness.checkpoint.attempts import Attempt, check_fence
+from harness.checkpoint.catalog import survey
 from harness.checkpoint.format import Manifest
-from harness.checkpoint.history import survey
 from harness.errors import UsageError
 from harness.store import Store
 

@@ -9,7 +9,7 @@ import sys
 
 from harness import errors
 from harness.errors import HarnessError
-from harness.events import say
+from harness.text import say
 
 COMMANDS = {
     "launch": "train on this machine under supervision: start torchrun, and again after a crash",

@@ -12,8 +12,8 @@ from __future__ import annotations
 import argparse
 
 from harness.errors import EXIT_FAILED
-from harness.events import say
 from harness.exchange.compare import compare
+from harness.text import say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -25,14 +25,15 @@ from pathlib import Path
 
 import torch
 
-from harness import config, ranks
-from harness.checkpoint.history import survey
+from harness import config
+from harness.checkpoint.catalog import survey
 from harness.cli import locate
 from harness.config import Config
+from harness.distributed import ranks
 from harness.errors import EXIT_USAGE, HarnessError, StorageError
-from harness.events import duration, say, size
 from harness.store import CHUNK_BYTES, LocalStore, Store, is_url, open_store, probe
 from harness.store.remote import RemoteStore
+from harness.text import duration, say, size
 
 SAMPLE_MB = 64
 SKEW_WARN_S, SKEW_FAIL_S = 60.0, 900.0  # S3 refuses requests that are a quarter of an hour off

@@ -29,15 +29,15 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from harness import config, stop, task
+from harness import config, preemption, task
 from harness.cli import locate
 from harness.cli.launch import check_loop
 from harness.drill import verdict as verdicts
 from harness.drill.faults import KINDS, planned
-from harness.drill.lives import Life, Program, live
+from harness.drill.program_runs import Life, Program, live
 from harness.drill.traces import Traces, read
 from harness.errors import EXIT_FAILED, EXIT_FINISHED, StorageError, UsageError
-from harness.events import duration, say
+from harness.text import duration, say
 
 SAVES = 20  # in a run, if the program does not say after how many steps it saves
 
@@ -61,7 +61,7 @@ def run(given: argparse.Namespace, rest: list[str]) -> int:
     program = _program(given, rest)
     if given.keep is not None and given.keep.exists():
         raise UsageError(f"{given.keep} is there already", remedy="Name a folder that is not: both runs are kept in it.")
-    stop.install()
+    preemption.install()
     before, until = _files(), time.monotonic() + given.limit_s
     with _folder(given.keep) as folder:
         _say(given, "what the program writes by itself is not redirected; HARNESS_DRILL=1 tells it that this is a drill")

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import argparse
 
-from harness.events import say
 from harness.exchange import export as exchange
+from harness.text import say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -15,14 +15,14 @@ import argparse
 import shlex
 import sys
 
-from harness.checkpoint import attempts, save
+from harness.checkpoint import attempts, commit
 from harness.checkpoint import format as fmt
 from harness.cli import locate
 from harness.errors import UsageError
-from harness.events import say
 from harness.exchange.files import is_ours
 from harness.exchange.importing import empty_store, import_checkpoint
 from harness.store import is_url
+from harness.text import say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -75,7 +75,7 @@ def _fork(file: str, place: str, dry_run: bool) -> int:
         return 0
     store.prepare(fmt.FOLDERS)
     attempt = attempts.claim(found, manifest, manifest.world_size, kind="import")
-    copy = save.adopt(source, manifest, store, attempt, ())
+    copy = commit.adopt(source, manifest, store, attempt, ())
     attempts.end(store, attempt, "stopped", step=copy.step, saved=True, saved_step=copy.step, by="import")
     say(f"{store} begins with {copy.name}, a copy of {source.where(manifest.data_key)}")
     return 0

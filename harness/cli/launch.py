@@ -28,12 +28,11 @@ import time
 from importlib.machinery import all_suffixes
 from pathlib import Path
 
-from harness import config, ranks, retry, stop, task
-from harness.checkpoint import launches
-from harness.checkpoint.history import survey
-from harness.checkpoint.standing import EXIT_ASKED, outcome
+from harness import config, preemption, retry, task
+from harness.checkpoint.catalog import survey
 from harness.cli import supervise
-from harness.data.order import check_batch
+from harness.data.plan import check_batch
+from harness.distributed import ranks
 from harness.errors import (
     EXIT_FAILED,
     EXIT_FINISHED,
@@ -45,7 +44,9 @@ from harness.errors import (
     StorageError,
     UsageError,
 )
-from harness.events import say
+from harness.supervision import launches
+from harness.supervision.restart_policy import EXIT_ASKED, outcome
+from harness.text import say
 
 ITS_OWN = "SIGQUIT"  # the one signal that torchrun is to handle: all others are ours
 MOST_RAISED = 2  # by one torchrun ends its workers, by another it does so once more, a third makes it die, and them with it
@@ -65,7 +66,7 @@ def run(given: argparse.Namespace, rest: list[str]) -> int:
     settings, stored = config.load(given.config, settings_given)
     training = (["--config", given.config] if given.config else []) + settings_given
     if (name := launches.own()) is not None:  # a supervisor has checked all that, and starts this on each node
-        stop.die_with_parent()
+        preemption.die_with_parent()
         code, words = _torchrun([f"--nproc-per-node={given.nproc_per_node}", *options], training, settings)
         if code == EXIT_STOPPED:
             return EXIT_FINISHED  # the run's records tell; srun would take anything else for a crash, and end the other nodes
@@ -131,12 +132,12 @@ def _trained_nothing(settings: config.Config, name: str) -> bool:
 def _supervise(settings: config.Config, arguments: list[str]) -> int:
     """Start this very command as a child that runs torchrun, until nothing is left to do or somebody wants it to stop."""
     supervisor = f"launch-{secrets.token_hex(6)}"
-    stop.install()
+    preemption.install()
     count = misses = 0
 
     def once() -> tuple[int, bool]:
         nonlocal count, misses
-        if stop.requested():
+        if preemption.requested():
             return EXIT_STOPPED, False
         name, count = f"{supervisor}.{count}", count + 1
         try:
@@ -151,13 +152,13 @@ def _supervise(settings: config.Config, arguments: list[str]) -> int:
             return EXIT_STORAGE, True
         if code != EXIT_STOPPED:
             return code, False
-        code, kind = _child(name, arguments), stop.requested()
+        code, kind = _child(name, arguments), preemption.requested()
         stands = supervise.after(settings, name, code, stopped=kind is not None)
         if kind is not None and stands.exit_code == EXIT_STORAGE:
             return EXIT_STOPPED, False  # it was stopped, and has said where the checkpoint lies; the next start asks the store again
         return stands.exit_code, stands.exit_code in (EXIT_STOPPED, EXIT_STORAGE) and kind is None and not stands.is_leaving
 
-    code, _ = retry.until_enough(once, lambda result: result[1], give_up=stop.requested)
+    code, _ = retry.until_enough(once, lambda result: result[1], give_up=preemption.requested)
     return EXIT_STOPPED if code == EXIT_ASKED else code  # to be continued, by whoever wants to
 
 
@@ -169,8 +170,8 @@ def _child(name: str, arguments: list[str]) -> int:
     )
     forwarded = 0
     while child.poll() is None:
-        for why in stop.requests()[forwarded:]:
-            stop.forward(child.pid, why)
+        for why in preemption.requests()[forwarded:]:
+            preemption.forward(child.pid, why)
             forwarded += 1
         time.sleep(LOOK_S)
     return child.returncode if child.returncode >= 0 else 128 - child.returncode
@@ -214,7 +215,7 @@ def _torchrun(options: list[str], training: list[str], settings: config.Config) 
         raise UsageError("torchrun does not take these options", f"found: {' '.join(arguments)}", "See torchrun --help.") from None
     logging.disable(logging.WARNING)  # of each signal that torchrun passes on, at length
     try:
-        with stop.raising(SignalException, MOST_RAISED):
+        with preemption.raising(SignalException, MOST_RAISED):
             torchrun(parsed)  # type: ignore[no-untyped-call]
     except SignalException as signal:
         return EXIT_STOPPED, f"ended by {signal.sigval.name}"
@@ -222,7 +223,7 @@ def _torchrun(options: list[str], training: list[str], settings: config.Config) 
         return EXIT_FAILED, f"{socket.gethostname()} did not meet the other nodes: {error}"
     except ChildFailedError as error:
         rank, first = error.get_first_failure()
-        how = f"exit code {first.exitcode}" if first.exitcode > 0 else stop.name_of(-first.exitcode)
+        how = f"exit code {first.exitcode}" if first.exitcode > 0 else preemption.name_of(-first.exitcode)
         codes = {failure.exitcode for failure in error.failures.values()}
         code = next((code for code in (EXIT_USAGE, EXIT_SUPERSEDED, EXIT_STORAGE, EXIT_STOPPED) if code in codes), EXIT_FAILED)
         return code, f"rank {rank} of {socket.gethostname()} was the first to end, by {how}"

@@ -6,13 +6,13 @@ import sys
 from collections.abc import Iterator
 
 from harness.checkpoint import load
+from harness.checkpoint.catalog import Survey
 from harness.checkpoint.format import Manifest, NewerFormatError
-from harness.checkpoint.history import Survey
-from harness.checkpoint.locate import WAIT_S, checkpoint, is_run, run, stores
 from harness.errors import DamagedError, HarnessError, StorageError
-from harness.events import Bar, say
-from harness.exchange.words import number, table
+from harness.monitoring.console import Bar
 from harness.store import Store
+from harness.supervision.run_address import WAIT_S, checkpoint, is_run, run, stores
+from harness.text import number, say, table
 
 __all__ = ["WAIT_S", "check", "checkpoint", "everywhere", "is_run", "number", "run", "stores", "table", "verify"]
 

@@ -11,12 +11,12 @@ from __future__ import annotations
 import argparse
 import json
 
-from harness.checkpoint import past
+from harness.checkpoint.catalog import Survey
 from harness.checkpoint.format import Manifest
-from harness.checkpoint.history import Survey
 from harness.cli import locate
-from harness.events import duration, say, size
 from harness.store import Store
+from harness.supervision import attempt_history
+from harness.text import duration, say, size
 
 GOOD = ("size ok", "verified", "marked as damaged")
 
@@ -46,7 +46,7 @@ def run(given: argparse.Namespace) -> int:
                 locate.number(m.loss),
                 metrics,
                 size(m.size_bytes),
-                duration(past.age_s(m)),
+                duration(attempt_history.age_s(m)),
                 str(m.attempt),
                 " ".join(states[m.name]) or "-",
                 " ".join(dict.fromkeys(states[m.name].values())),

@@ -16,13 +16,14 @@ import datetime
 from typing import Any
 
 from harness.checkpoint import format as fmt
-from harness.checkpoint import load, retention, steps
-from harness.checkpoint.history import Survey
+from harness.checkpoint import load, retention
+from harness.checkpoint.catalog import Survey
 from harness.cli import locate
-from harness.events import say
+from harness.selfcheck import step_records
 from harness.store import SET_ASIDE, TEMP, Store
 from harness.store.bucket import Unfinished
 from harness.store.remote import RemoteStore
+from harness.text import say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -93,10 +94,10 @@ def _left_behind(store: Store, found: Survey) -> list[str]:
 
 def _done(store: Store, found: Survey) -> list[str]:
     """What the steps of earlier attempts were, where the newest checkpoint is newer than all of them."""
-    by_attempt = steps.files(store)
+    by_attempt = step_records.files(store)
     newest = found.head.step if found.head else 0
     earlier = [entries for attempt, entries in sorted(by_attempt.items()) if attempt < found.greatest]
-    return [entry.key for entries in earlier if steps.read(store, entries).last <= newest for entry in entries]
+    return [entry.key for entries in earlier if step_records.read(store, entries).last <= newest for entry in entries]
 
 
 def _settings(store: Store, found: Survey) -> dict[str, Any]:

@@ -15,9 +15,9 @@ from pathlib import Path
 
 from harness.cli import locate
 from harness.errors import EXIT_FINISHED, StorageError
-from harness.events import say
-from harness.report import page, words
+from harness.report import page, phrases
 from harness.report.timeline import timeline
+from harness.text import say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,7 +33,7 @@ def run(given: argparse.Namespace) -> int:
         numbers = {"wall_s": time.wall_s, "useful": time.useful, "between_interruptions_s": time.between_interruptions_s}
         say(json.dumps({"run": str(store), "state": time.stands.state} | numbers | asdict(time), indent=1))
     else:
-        say(words.text(str(store), time))
+        say(phrases.text(str(store), time))
     if given.html is not None:
         try:
             given.html.write_text(page.page(str(store), time))

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import argparse
 
-from harness.checkpoint import attempts, save
+from harness.checkpoint import attempts, commit
+from harness.checkpoint.catalog import Survey, going_on_from
 from harness.checkpoint.format import Manifest
-from harness.checkpoint.history import Survey, going_on_from
 from harness.cli import locate
 from harness.errors import UsageError
-from harness.events import say
+from harness.text import say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,7 +33,7 @@ def run(given: argparse.Namespace) -> int:
     source, target = found.copies(manifest)[0], found.stores[-1]
     locate.check(source, manifest)  # before anything is claimed
     attempt = attempts.claim(found, manifest, manifest.world_size, kind="rollback")
-    copy = save.adopt(source, manifest, target, attempt, going_on_from(manifest))
+    copy = commit.adopt(source, manifest, target, attempt, going_on_from(manifest))
     for store in found.stores:
         attempts.end(store, attempt, "stopped", step=copy.step, saved=True, saved_step=copy.step, by="rollback")
     say(f"{copy.name}: the next start goes on from step {copy.step}, as {manifest.name} was")

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import argparse
 
-from harness.events import say
 from harness.exchange.describe import describe
+from harness.text import say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

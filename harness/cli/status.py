@@ -12,13 +12,14 @@ import argparse
 import json
 from dataclasses import asdict
 
-from harness.checkpoint import environment, launches, past, steps
-from harness.checkpoint.history import Survey
-from harness.checkpoint.standing import in_words, outcome, replays_in_words
+from harness.checkpoint.catalog import Survey
 from harness.cli import locate
 from harness.errors import EXIT_STORAGE, UsageError
-from harness.events import say
-from harness.report.alive import alive
+from harness.report.liveness import alive
+from harness.selfcheck import step_records
+from harness.supervision import attempt_history, launches, machine_record
+from harness.supervision.restart_policy import in_words, outcome, replays_in_words
+from harness.text import say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,10 +34,12 @@ def run(given: argparse.Namespace) -> int:
         say(f"cannot tell: {error.what}")
         return EXIT_STORAGE
     known = launches.read(found.stores)
-    told = {n: past.events(found.stores, n) for n in found.attempts if found.ends.get(n, {"why": "failed"}).get("why") == "failed"}
-    lives = [past.life(found, number, told.get(number, [])) for number in sorted(found.attempts)]
+    told = {
+        n: attempt_history.events(found.stores, n) for n in found.attempts if found.ends.get(n, {"why": "failed"}).get("why") == "failed"
+    }
+    lives = [attempt_history.life(found, number, told.get(number, [])) for number in sorted(found.attempts)]
     stands = alive(outcome(found, known), lives, told.get(lives[-1].attempt, []) if lives else [])
-    head, replays = found.head, steps.verdicts(found.stores)
+    head, replays = found.head, step_records.verdicts(found.stores)
     if given.json:
         fields = {"state": stands.state, "why": stands.why, "step": head.step if head else 0, "checkpoint": head.name if head else None}
         attempts = [asdict(life) | {"lost": life.lost} | _differs(found, life) for life in lives]
@@ -53,7 +56,7 @@ def run(given: argparse.Namespace) -> int:
             [_row(life, stands.state == "running" and life is lives[-1]) for life in lives],
         )
     )
-    for line in (*environment.told(found), *replays_in_words(replays)):
+    for line in (*machine_record.told(found), *replays_in_words(replays)):
         say(line)
     for launch in known:
         if launch.end and launch.end.get("error") and not launches.attempts_of(found, launch.name):
@@ -61,12 +64,12 @@ def run(given: argparse.Namespace) -> int:
     return stands.exit_code
 
 
-def _differs(found: Survey, life: past.Life) -> dict[str, object]:
+def _differs(found: Survey, life: attempt_history.Life) -> dict[str, object]:
     """What of the machine and the software is not as in the attempt that this one went on from."""
-    return {"differs": [asdict(difference) for difference in environment.changes(found, life.attempt)]}
+    return {"differs": [asdict(difference) for difference in machine_record.changes(found, life.attempt)]}
 
 
-def _row(life: past.Life, runs: bool) -> tuple[str, ...]:
+def _row(life: attempt_history.Life, runs: bool) -> tuple[str, ...]:
     how = " ".join(in_words(life.end).split())[:120] if life.end else "no end recorded"
     steps = f"{life.went_on_from}–{life.reached}"
     lost = "-" if runs else str(life.lost)  # what is not saved yet is not lost yet

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import argparse
 
-from harness.checkpoint import requests
 from harness.cli import locate
 from harness.errors import UsageError
-from harness.events import say
+from harness.supervision import control_requests
+from harness.text import say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,6 +29,6 @@ def ask(path: str, what: str) -> int:
     newest = max(found.attempts, default=0)
     if not newest or newest in found.ends:
         raise UsageError(f"nothing trains {store} now", f"found: attempt {newest} has ended" if newest else "found: no attempt")
-    requests.leave(found.stores[-1], newest, what)
+    control_requests.leave(found.stores[-1], newest, what)
     say(f"attempt {newest} of {store} is asked to {what}; harness status {path} tells what it does")
     return 0

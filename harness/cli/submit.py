@@ -23,15 +23,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from harness import config, slurm, task
-from harness.checkpoint import launches
+from harness import config, task
 from harness.checkpoint.attempts import first_word, now
 from harness.cli import supervise
 from harness.cli.launch import check_loop, check_named
 from harness.config import Config
-from harness.data.order import check_batch
+from harness.data.plan import check_batch
 from harness.errors import HarnessError, StorageError, UsageError
-from harness.events import say
+from harness.supervision import job_script, launches
+from harness.text import say
 
 FLAGS = {
     "nodes": "N", "gpus-per-node": "N", "procs-per-node": "N", "time": "HH:MM:SS", "partition": "NAME", "account": "NAME", "qos": "NAME"
@@ -63,7 +63,7 @@ def run(given: argparse.Namespace) -> int:
     home = _home(settings)
     number = 1 + max((int(path.name) for path in home.glob("submitted/[0-9]*") if path.name.isdigit()), default=0)
     folder = home / "submitted" / f"{number:04d}"
-    text = slurm.script(_job(settings, given, home, folder))
+    text = job_script.script(_job(settings, given, home, folder))
     if given.dry_run:
         say(text)
         return 0
@@ -72,7 +72,7 @@ def run(given: argparse.Namespace) -> int:
             "there is no sbatch on this machine", remedy="Submit from a login node of the cluster; --dry-run prints the script."
         )
     try:
-        slurm.copy_code(folder / "code", Path.cwd(), code)
+        job_script.copy_code(folder / "code", Path.cwd(), code)
         if given.config:
             shutil.copyfile(given.config, folder / "config.yaml")
         (folder / "job.sbatch").write_text(text)
@@ -94,7 +94,7 @@ def _checked_code(settings: Config, stored: dict[str, Any]) -> Path | None:
     if settings.run.loop:
         return check_loop(settings.run.loop)
     build = task.find(settings.task.name, settings.task.args, stored["task"]["args"])
-    ranks = settings.slurm.nodes * slurm.procs_per_node(settings.slurm)
+    ranks = settings.slurm.nodes * job_script.procs_per_node(settings.slurm)
     check_batch(settings.train.global_batch_size, ranks, settings.train.micro_batch_size)
     file = sys.modules[build.__module__].__file__
     return Path(file).resolve() if file else None
@@ -120,7 +120,7 @@ def _home(settings: Config) -> Path:
     return Path(settings.run.dir if is_shared and settings.run.dir else _name(settings)).expanduser().absolute()
 
 
-def _job(settings: Config, given: argparse.Namespace, home: Path, folder: Path) -> slurm.Job:
+def _job(settings: Config, given: argparse.Namespace, home: Path, folder: Path) -> job_script.Job:
     words = (["--config", str(folder / "config.yaml")] if given.config else []) + given.settings
     if settings.run.dir is not None and not settings.run.scratch:  # the job may start elsewhere
         words = [word for word in words if not word.startswith("run.dir=")] + [f"run.dir={_as_yaml(str(home))}"]
@@ -129,7 +129,7 @@ def _job(settings: Config, given: argparse.Namespace, home: Path, folder: Path) 
         copied = folder / "code" / file.relative_to(Path.cwd()) if Path.cwd() in file.parents else file
         loop = json.dumps([str(copied), *settings.run.loop[1:]], ensure_ascii=False)
         words = [word for word in words if not word.startswith("run.loop=")] + [f"run.loop={loop}"]
-    return slurm.Job(
+    return job_script.Job(
         settings.slurm,
         _name(settings),
         str(home / "logs").replace("%", "%%") + "/slurm-%j.out",  # SLURM puts something in the place of %x
@@ -160,7 +160,7 @@ def _sbatch(script: Path) -> str:
 
 def _say_how_to_watch(job: str, settings: Config, home: Path, folder: Path) -> None:
     run = settings.run.dir if not settings.run.scratch and settings.run.dir else settings.run.remote
-    say(f"job {job}: {settings.slurm.nodes} node(s), {slurm.procs_per_node(settings.slurm)} process(es) on each")
+    say(f"job {job}: {settings.slurm.nodes} node(s), {job_script.procs_per_node(settings.slurm)} process(es) on each")
     say(f"  script   {folder / 'job.sbatch'}")
     say(f"  log      tail -F {home / 'logs' / f'slurm-{job}.out'}")
     say(f"  status   harness status {run}")

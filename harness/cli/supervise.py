@@ -18,14 +18,14 @@ import sys
 from collections.abc import Sequence
 
 from harness import config
-from harness.checkpoint import launches
-from harness.checkpoint.history import Survey, reaches, survey
-from harness.checkpoint.standing import EXIT_ASKED, Failure, Outcome, crash_loop, failures, outcome, verdict
+from harness.checkpoint.catalog import Survey, reaches, survey
 from harness.config import Config
 from harness.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_STOPPED, EXIT_STORAGE, EXIT_USAGE, StorageError, UsageError
-from harness.events import say
-from harness.report.notify import notify
 from harness.store import Store, open_store, redacted
+from harness.supervision import launches
+from harness.supervision.notify import notify
+from harness.supervision.restart_policy import EXIT_ASKED, Failure, Outcome, crash_loop, failures, outcome, verdict
+from harness.text import say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

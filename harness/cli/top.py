@@ -12,11 +12,11 @@ import shutil
 import sys
 import time
 
-from harness.checkpoint.history import survey
+from harness.checkpoint.catalog import survey
 from harness.cli import locate
 from harness.errors import EXIT_FINISHED, HarnessError
-from harness.events import duration, redraw, say
-from harness.report.glance import glance
+from harness.report.summary import glance
+from harness.text import duration, redraw, say
 
 HEADER = ("run", "state", "step", "rate", "left", "saved", "last problem")
 CLEAR = "\x1b[H\x1b[2J"

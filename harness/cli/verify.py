@@ -15,7 +15,7 @@ import argparse
 from harness.checkpoint.format import NewerFormatError
 from harness.cli import locate
 from harness.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_USAGE
-from harness.events import say, size
+from harness.text import say, size
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from harness.config.names import flatten, nested
-from harness.config.settings import FREE, Config
+from harness.config.schema import FREE, Config
 from harness.errors import UsageError
 
 __all__ = ["Change", "Config", "changes", "check_changes", "digest", "flatten", "from_yaml", "load", "nested", "to_yaml"]
@@ -24,7 +24,7 @@ def load(file: str | None, overrides: list[str]) -> tuple[Config, dict[str, Any]
     Returns the settings, and the same as plain dicts for files: there `${oc.env:NAME}` stays as it was written, so that
     nothing secret is kept. Raises UsageError with one line for each thing that is wrong.
     """
-    from harness.config.reading import read
+    from harness.config.loader import read
 
     return read(file, overrides)
 
@@ -44,9 +44,9 @@ def to_yaml(settings: dict[str, Any]) -> str:
     """The settings as YAML text."""
     if not settings:  # of who trains with the library alone
         return "{}\n"
-    from harness.config import reading
+    from harness.config import loader
 
-    return reading.to_yaml(settings)
+    return loader.to_yaml(settings)
 
 
 def digest(settings: dict[str, Any]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from omegaconf import DictConfig, OmegaConf
 
-from harness.config.settings import Config
+from harness.config.schema import Config
 
 
 def defaults() -> DictConfig:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from harness.config.settings import WHOLE
+from harness.config.schema import WHOLE
 
 
 def nested(name: str, value: Any) -> dict[str, Any]:

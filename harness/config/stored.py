@@ -10,7 +10,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from harness.config.defaults import defaults
 from harness.config.names import flatten, nested
-from harness.config.settings import SPELLED, Config
+from harness.config.schema import SPELLED, Config
 from harness.errors import UsageError
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from harness.data.order import Position
+from harness.data.plan import Position
 from harness.data.source import Bordered, Say, Source
 from harness.data.stream import ENDLESS
 

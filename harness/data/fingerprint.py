@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from harness.data.given import KEPT
-from harness.data.held import Randomness, find
+from harness.data.given_order import KEPT
+from harness.data.held_generators import Randomness, find
 from harness.data.loading import is_iterable
-from harness.data.order import kept_generators
+from harness.data.plan import kept_generators
 
 SAMPLES = 64
 

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset, default_collate
 
-from harness import stop
+from harness import preemption
 from harness.data.epoch import tell
-from harness.data.held import Randomness
-from harness.data.order import Share, kept_generators, seed_of
+from harness.data.held_generators import Randomness
+from harness.data.plan import Share, kept_generators, seed_of
 from harness.data.source import Batches
 
 Collate = Callable[[list[Any]], Any]
@@ -33,7 +33,7 @@ class Workers:
 
     def begin(self, number: int) -> None:
         """In each of them."""
-        stop.shield_loader_worker(number)
+        preemption.shield_loader_worker(number)
         if self.init is not None:
             self.init(number)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
-from harness.data.order import Border, Position, Share
+from harness.data.plan import Border, Position, Share
 
 Batches = Iterator[tuple[Share, list[Any]]]
 Bordered = Iterator[tuple[Share | Border, list[Any]]]

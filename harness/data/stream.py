@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from harness.data.held import Randomness
-from harness.data.order import Position, Share, kept_generators, seed_cpu, seed_of
+from harness.data.held_generators import Randomness
+from harness.data.plan import Position, Share, kept_generators, seed_cpu, seed_of
 from harness.data.source import Unasked
+from harness.distributed.ranks import World
 from harness.errors import UsageError
-from harness.ranks import World
 
 ENDLESS = sys.maxsize  # passes
 BY_NUMBER = "or bring a dataset with __len__ and __getitem__"

@@ -9,13 +9,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from harness.checkpoint import past
 from harness.drill.faults import KINDS, Fault
-from harness.drill.lives import Caused, Life
+from harness.drill.program_runs import Caused, Life
 from harness.drill.traces import Difference, Traces, differences, first_of, read
 from harness.exchange.compare import compare
-from harness.exchange.words import table
 from harness.store import LocalStore
+from harness.supervision import attempt_history
+from harness.text import table
 
 CAUSES = {
     "samples": "other samples: their order follows from something that is in no checkpoint, such as a sampler's own generator, weights "
@@ -129,7 +129,7 @@ def _suspects(run: Path) -> list[str]:
     """What the run itself has found that it cannot keep."""
     store, found = LocalStore(run), dict[str, None]()
     for file in sorted((run / "events").glob("[0-9]*.jsonl")):
-        for event in past.events([store], int(file.name[:4])):
+        for event in attempt_history.events([store], int(file.name[:4])):
             if event.get("event") == "untracked":
                 found |= dict.fromkeys(str(path) for path in event.get("names", []))
     return list(found)

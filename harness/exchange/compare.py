@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
-import harness.state.naming as naming
+import harness.state.parameter_names as parameter_names
 from harness import config
 from harness.config import Change
 from harness.errors import printable
-from harness.exchange import content, files, rebuild
+from harness.exchange import files, rebuild, recognise
 from harness.exchange.files import Loaded
-from harness.exchange.words import table
+from harness.text import table
 
 _ABSENT = "absent"
 
@@ -121,11 +121,11 @@ def _by_name(a: dict[str, Any], b: dict[str, Any]) -> tuple[dict[str, Any], dict
     said = [value.get("names", {}) for value in (a, b)]
     called = {name for names in said for groups in names.values() for group in groups for name in group if name}
     modules = {name.partition(".")[0] for name in called}
-    told = [naming.derived(value, modules, called) | names for value, names in zip((a, b), said, strict=True)]
+    told = [parameter_names.derived(value, modules, called) | names for value, names in zip((a, b), said, strict=True)]
     made = [{key: item for key, item in value.items() if key not in ("names", "format_version")} for value in (a, b)]
     for name in {**said[0], **said[1]}:
         mine, theirs = (names.get(name) for names in told)
-        if mine != theirs and naming.are_known(mine) and naming.are_known(theirs):
+        if mine != theirs and parameter_names.are_known(mine) and parameter_names.are_known(theirs):
             for value, names in zip(made, (mine, theirs), strict=True):
                 value[f"{name}_state_dict"] = _renumbered(value[f"{name}_state_dict"], names)
     return made[0], made[1]
@@ -141,9 +141,9 @@ def _renumbered(state: Mapping[str, Any], names: Any) -> dict[str, Any]:
 
 
 def _named(loaded: Loaded, weights_only: bool) -> dict[str, Any]:
-    parts = list(rebuild.states(loaded).values()) if weights_only else content.recognise(loaded)
+    parts = list(rebuild.states(loaded).values()) if weights_only else recognise.recognise(loaded)
     if loaded.manifest:  # what only a run has is not missing in other people's files
-        parts = [part for part in parts if part.kind not in (content.OTHER, content.NUMBER) or part.name in ("epoch", "step", "loss")]
-    modules = [part.name for part in parts if part.kind == content.MODULE]
+        parts = [part for part in parts if part.kind not in (recognise.OTHER, recognise.NUMBER) or part.name in ("epoch", "step", "loss")]
+    modules = [part.name for part in parts if part.kind == recognise.MODULE]
     lone = modules[0] if len(modules) == 1 else None
     return {"model" if part.name == lone else part.name: part.value for part in parts}

@@ -9,11 +9,10 @@ from pathlib import Path
 from harness import config
 from harness.checkpoint.format import Manifest
 from harness.errors import UsageError, printable
-from harness.events import size
-from harness.exchange import content, files, rebuild
-from harness.exchange.content import MODULE, OPTIMIZER, SCALER, SCHEDULER
+from harness.exchange import files, rebuild, recognise
 from harness.exchange.files import Loaded
-from harness.exchange.words import number, table
+from harness.exchange.recognise import MODULE, OPTIMIZER, SCALER, SCHEDULER
+from harness.text import number, size, table
 
 Rows = Sequence[tuple[str, ...]]
 
@@ -43,7 +42,7 @@ def describe(path: str | Path, which: str | int = "newest") -> Description:
     loaded = files.outline_any(path, which)
     manifest, value = loaded.manifest, loaded.value
     try:
-        parts = content.recognise(loaded)
+        parts = recognise.recognise(loaded)
     except UsageError:
         parts = []  # then the tensors speak for themselves
     stored = value.get("config") if isinstance(value, Mapping) else None
@@ -64,9 +63,9 @@ def describe(path: str | Path, which: str | int = "newest") -> Description:
     )
 
 
-def _summary(part: content.Part, loaded: Loaded) -> str:
+def _summary(part: recognise.Part, loaded: Loaded) -> str:
     kind = loaded.manifest.classes.get(part.name) if loaded.manifest else None
-    words = content.summary(part)
+    words = recognise.summary(part)
     return f"{kind}: {words.removeprefix(part.note).lstrip('; ')}" if kind else words
 
 

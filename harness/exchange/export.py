@@ -20,17 +20,17 @@ import torch
 from torch import nn
 
 from harness.checkpoint.load import first_line
-from harness.checkpoint.locate import WAIT_S, is_checkpoint
 from harness.config import Config
 from harness.config import load as load_settings
 from harness.errors import HarnessError, StorageError, UsageError
-from harness.exchange import compare, content, files, program, rebuild
-from harness.exchange.content import OPTIMIZER, Part
+from harness.exchange import compare, files, program, rebuild, recognise
 from harness.exchange.files import Loaded
-from harness.exchange.words import muted, number
+from harness.exchange.recognise import OPTIMIZER, Part
 from harness.state import kept_generators
 from harness.store import CHUNK_BYTES, LocalStore, Store, is_url, open_store
+from harness.supervision.run_address import WAIT_S, is_checkpoint
 from harness.task import Task, named
+from harness.text import muted, number
 
 PROGRAMS = ("torchscript", "exported")
 FORMATS = ("weights", "full", "module", "safetensors", *PROGRAMS)
@@ -134,11 +134,11 @@ def _of_data(loaded: Loaded, held: Mapping[str, Part], format: str, *, lone: boo
         places = {name: "" if lone else f'["{name}"]' for name in states}
         lines = ["import torch", *_reading('torch.load("OUT", weights_only=True){}', places)]
         return lambda path: _write_torch(path, value, legacy, lines)
-    parts = content.recognise(loaded)
+    parts = recognise.recognise(loaded)
     optimizers = {f"{part.name}_state_dict": part.value for part in parts if part.kind == OPTIMIZER}
     if not optimizers:
         raise UsageError(f"{loaded.file.where} holds no optimizer", remedy="Take --format weights.")
-    full = {"epoch": content.number_of(parts, "epoch")} | states | optimizers | {"loss": content.number_of(parts, "loss")}
+    full = {"epoch": recognise.number_of(parts, "epoch")} | states | optimizers | {"loss": recognise.number_of(parts, "loss")}
     begin, end = 'checkpoint = torch.load("OUT", weights_only=True)', 'epoch, loss = checkpoint["epoch"], checkpoint["loss"]'
     lines = ["import torch", begin, *_reading("checkpoint{}", {name: f'["{name}"]' for name in (*states, *optimizers)}, tuple(states)), end]
     return lambda path: _write_torch(path, full, legacy, lines)

@@ -18,16 +18,17 @@ from typing import Any, BinaryIO
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from harness.checkpoint import load, locate
+from harness.checkpoint import load
 from harness.checkpoint.format import Manifest
 from harness.checkpoint.load import UNPARSEABLE, first_line
-from harness.checkpoint.locate import WAIT_S
 from harness.errors import DamagedError, HarnessError, UsageError
-from harness.events import Bar, size
-from harness.exchange import headers, inert
-from harness.exchange.once import Once
-from harness.exchange.words import muted
+from harness.exchange import headers, safe_unpickle
+from harness.exchange.single_read import Once
+from harness.monitoring.console import Bar
 from harness.store import Memory, Store, check_url, is_url, open_store, redacted
+from harness.supervision import run_address
+from harness.supervision.run_address import WAIT_S
+from harness.text import muted, size
 
 TORCH, LEGACY, SAFETENSORS, TORCHSCRIPT, EXPORTED = "torch.save", "torch.save, before 1.6", "safetensors", "TorchScript", "torch.export"
 LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
@@ -133,20 +134,20 @@ def _identified_zip(store: Store, key: str, file: BinaryIO, size_bytes: int) -> 
     return File(store, key, kind, size_bytes)
 
 
-def read_any(path: str | Path, which: str | int = locate.NEWEST, *, trust: bool = False) -> Loaded:
+def read_any(path: str | Path, which: str | int = run_address.NEWEST, *, trust: bool = False) -> Loaded:
     """All that is in a checkpoint of a run, verified, or in any other file. Raises UsageError, DamagedError, StorageError."""
     if not is_ours(str(path)):
-        if which != locate.NEWEST:
+        if which != run_address.NEWEST:
             raise UsageError(f"{path} is one file: there is nothing to choose from", f"found: {which}", "Name a run to choose from it.")
         return read(find(path), trust=trust)
-    store, manifest = locate.checkpoint(str(path), which)
+    store, manifest = run_address.checkpoint(str(path), which)
     bar = Bar(f"reading {manifest.name} from {store}", manifest.size_bytes)
     payload = load.load(store, manifest, bar)
     bar.end()
     return Loaded(_file_of(store, manifest), payload, manifest=manifest)
 
 
-def outline_any(path: str | Path, which: str | int = locate.NEWEST) -> Loaded:
+def outline_any(path: str | Path, which: str | int = run_address.NEWEST) -> Loaded:
     """What is in a checkpoint of a run, or in any other file, without the tensors' data. Raises as `read_any` does, but for a pickle
     that wants to run code: then there are words where its objects would be."""
     if not is_ours(str(path)):
@@ -155,7 +156,7 @@ def outline_any(path: str | Path, which: str | int = locate.NEWEST) -> Loaded:
             return outline(file)
         except WantsCodeError:
             return _inert(file)
-    store, manifest = locate.checkpoint(str(path), which)
+    store, manifest = run_address.checkpoint(str(path), which)
     file = _file_of(store, manifest)
     return Loaded(file, outline(_once(file)).value, manifest=manifest)
 
@@ -164,8 +165,8 @@ def is_ours(path: str) -> bool:
     """Whether a path or URL means a run or one of its checkpoints; in a bucket a file may be called anything."""
     if is_url(path) and (problem := check_url(path)):
         raise UsageError(f"{redacted(path)} is not a place for a file", f"expected: {problem}")
-    if not locate.is_run(path):
-        return locate.is_checkpoint(path)
+    if not run_address.is_run(path):
+        return run_address.is_checkpoint(path)
     folder, _, key = path.rstrip("/").rpartition("/")
     return not is_url(path) or folder.endswith(("/", ":")) or not open_store(folder, WAIT_S).exists(key)
 
@@ -184,7 +185,7 @@ def outline(file: File) -> Loaded:
         if file.kind == EXPORTED:
             return Loaded(file, headers.exported(zipfile.ZipFile(opened)))
         value = _without_data(opened)
-        inert.check_nesting(value)
+        safe_unpickle.check_nesting(value)
         return _checked(Loaded(file, value))
 
 
@@ -208,7 +209,7 @@ def _once(file: File) -> File:
 
 def _script(file: File, opened: BinaryIO, *, with_data: bool) -> Loaded:
     with muted():
-        value, is_training = inert.torchscript(zipfile.ZipFile(opened), with_data=with_data)
+        value, is_training = safe_unpickle.torchscript(zipfile.ZipFile(opened), with_data=with_data)
     return Loaded(file, value, {"mode": "training: call eval() before using it" if is_training else "eval"})
 
 
@@ -218,9 +219,9 @@ def _inert(file: File) -> Loaded:
         if file.kind == TORCH and "constants.pkl" in torch._C.PyTorchFileReader(opened).get_all_records():
             raise DamagedError(f"{file.where} is TorchScript to one reader and not to another", remedy="Do not load it.")
         opened.seek(0)
-        whole = torch.load(opened, weights_only=False, pickle_module=inert)
-        inert.check_nesting(whole)
-        value = inert.opened(whole)
+        whole = torch.load(opened, weights_only=False, pickle_module=safe_unpickle)
+        safe_unpickle.check_nesting(whole)
+        value = safe_unpickle.opened(whole)
     return _checked(Loaded(file, value, {"needs code": f"{', '.join(_wanted(file))} (not loaded)"}))
 
 
@@ -312,7 +313,7 @@ def _wanted(file: File) -> list[str]:
         return []
     with _opened(file) as opened:
         try:
-            return inert.wanted(opened, is_zip=file.kind == TORCH)
+            return safe_unpickle.wanted(opened, is_zip=file.kind == TORCH)
         except UNREADABLE:
             return []
 

@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 import torch
 
 from harness.errors import DamagedError
-from harness.events import size
+from harness.text import size
 
 HEADER_BYTES = 100 << 20  # of a safetensors file, at most, as in its specification
 

@@ -14,23 +14,24 @@ import torch
 
 from harness import config as configuration
 from harness import state, task
-from harness.checkpoint import attempts, locate, save
+from harness.checkpoint import attempts, commit
 from harness.checkpoint import format as fmt
-from harness.checkpoint.history import Survey, survey
-from harness.checkpoint.save import About
+from harness.checkpoint.catalog import Survey, survey
+from harness.checkpoint.commit import About
 from harness.config import Config
 from harness.data import loading
 from harness.data.fingerprint import describe
-from harness.data.order import Plan
+from harness.data.plan import Plan
+from harness.distributed.ranks import World
 from harness.errors import UsageError
-from harness.exchange import content, files, fit, rebuild
-from harness.exchange.content import OPTIMIZER, SCALER, SCHEDULER, Part
+from harness.exchange import files, rebuild, recognise, weights
 from harness.exchange.files import Loaded
-from harness.exchange.position import Where, position
-from harness.exchange.words import muted, table
-from harness.ranks import World
+from harness.exchange.progress import Where, position
+from harness.exchange.recognise import OPTIMIZER, SCALER, SCHEDULER, Part
 from harness.step import Ema, Stepper
 from harness.store import Store, open_store
+from harness.supervision import run_address
+from harness.text import muted, table
 
 BOOKKEEPING = {"last_epoch", "verbose", "_step_count", "_last_lr", "_is_initial", "_get_lr_called_within_step"}
 
@@ -56,7 +57,7 @@ def import_checkpoint(
     nothing was written.
     """
     if files.is_ours(str(file)):
-        locate.checkpoint(str(file))  # or it says what is wrong with it
+        run_address.checkpoint(str(file))  # or it says what is wrong with it
         raise UsageError(f"{file} is a checkpoint of this harness", remedy="harness import FILE RUN without settings copies it: a fork.")
     store, found = empty_store(run)
     chosen, stored = configuration.load(config, list(settings))
@@ -94,7 +95,7 @@ def _commit(store: Store, found: Survey, payload: dict[str, Any], classes: dict[
     store.prepare(fmt.FOLDERS)
     attempt = attempts.claim(found, None, 1, kind="import")
     about = About(1, (), classes, configuration.digest(payload["config"]), metrics={}, read_back=True)
-    manifest = save.commit(store, attempt, payload, about)
+    manifest = commit.commit(store, attempt, payload, about)
     attempts.end(store, attempt, "stopped", step=manifest.step, saved=True, saved_step=manifest.step, by="import")
     return manifest
 
@@ -104,7 +105,7 @@ class Import:
 
     def __init__(self, loaded: Loaded, settings: Config, named: Mapping[str, str], without: Collection[str]) -> None:
         self.loaded, self.settings, self.named, self.without = loaded, settings, dict(named), set(without)
-        self.parts = content.recognise(loaded)
+        self.parts = recognise.recognise(loaded)
         self.job = rebuild.build(settings)
         world = World(0, 1, torch.device("cpu"), settings.run.timeout_s)
         self.stepper = Stepper(self.job, settings.train, world)
@@ -139,9 +140,9 @@ class Import:
         modules = self.stepper.modules
         init, wanted = self.settings.init, [name for name in modules if name not in self.without]
         if wanted:
-            chosen = fit.choose(wanted, self.parts, self.named, self.loaded.file.where, partly=not init.strict)
+            chosen = weights.choose(wanted, self.parts, self.named, self.loaded.file.where, partly=not init.strict)
             pairs = {name: (modules[name], part) for name, part in chosen.items()}
-            self.notes.append(fit.fit(pairs, strict=init.strict, rename=init.rename, where=self.loaded.file.where))
+            self.notes.append(weights.fit(pairs, strict=init.strict, rename=init.rename, where=self.loaded.file.where))
             self.taken |= chosen
         self.notes += [f"{name}: not taken from the file; begins anew" for name in modules if name not in self.taken]
         for name, average in self.stepper.averages.items():
@@ -201,14 +202,14 @@ class Import:
         return found
 
     def _take_average(self, name: str, average: Ema) -> None:
-        alike = [part for part in self.parts if part.kind == content.MODULE and part.name == name]
-        part = next(iter(self._called(name, content.MODULE) if name in self.named else alike), None)
+        alike = [part for part in self.parts if part.kind == recognise.MODULE and part.name == name]
+        part = next(iter(self._called(name, recognise.MODULE) if name in self.named else alike), None)
         if part is None or name in self.without:
             average.module.load_state_dict(average.source.state_dict())
             self.notes.append(f"{name}: begins with the imported weights")
         else:
             self.taken[name] = part
-            fit.fit({name: (average.module, part)}, strict=True, rename=self.settings.init.rename, where=self.loaded.file.where)
+            weights.fit({name: (average.module, part)}, strict=True, rename=self.settings.init.rename, where=self.loaded.file.where)
 
     def _take_optimizer(self, name: str, optimizer: torch.optim.Optimizer, *, keeps_rate: bool) -> None:
         part = self._held(name, OPTIMIZER)
@@ -239,7 +240,7 @@ class Import:
 
     def payload(self, where: Where, stored: dict[str, Any]) -> dict[str, Any]:
         """Everything of a checkpoint but the tracked objects; `harness/state` has the list."""
-        train, loss = self.settings.train, content.number_of(self.parts, "loss")
+        train, loss = self.settings.train, recognise.number_of(self.parts, "loss")
         data = describe(self.job.train_data, train.global_batch_size, True, self.settings.data.drop_last, train.seed)
         return {
             "format_version": 1,
@@ -253,7 +254,12 @@ class Import:
         goes = {id(part): name for name, part in self.taken.items()}
         used = {"epoch", "step", "loss"} - self._told
         rows = [
-            (part.name, part.key or "(the whole file)", content.summary(part), goes.get(id(part), part.name if part.name in used else "-"))
+            (
+                part.name,
+                part.key or "(the whole file)",
+                recognise.summary(part),
+                goes.get(id(part), part.name if part.name in used else "-"),
+            )
             for part in self.parts
         ]
         return table(("part", "in the file", "what", "becomes"), rows)
@@ -261,7 +267,7 @@ class Import:
 
 def _check_optimizer(name: str, optimizer: torch.optim.Optimizer, part: Part) -> None:
     """Raises UsageError for the state of another kind of optimizer, or of other parameters."""
-    kind = content.optimizer_kind(optimizer.state_dict())
+    kind = recognise.optimizer_kind(optimizer.state_dict())
     if kind != part.note:
         raise UsageError(
             f"{name} is {type(optimizer).__name__}, and what the file holds is of another kind", f"found: {part.note}",

@@ -22,8 +22,8 @@ from torch.utils.data import DataLoader
 from harness.checkpoint.load import first_line
 from harness.data.loading import is_iterable
 from harness.errors import HarnessError, UsageError
-from harness.exchange.words import muted
 from harness.task import Task
+from harness.text import muted
 
 SAMPLES = 8  # at most, in the example
 RTOL, ATOL = 1e-4, 1e-5  # a program may sum in another order

@@ -14,9 +14,9 @@ from harness import state
 from harness.config import Config
 from harness.config.stored import restored
 from harness.errors import UsageError
-from harness.exchange import content, files
-from harness.exchange.content import MODULE, Part
+from harness.exchange import files, recognise
 from harness.exchange.files import Loaded
+from harness.exchange.recognise import MODULE, Part
 from harness.task import Task, find, named
 
 
@@ -108,7 +108,7 @@ def pick(things: Mapping[str, Any], name: str | None, where: str) -> dict[str, A
 
 def states(loaded: Loaded, *, ema: bool = False) -> dict[str, Part]:
     """The state dicts of a file's modules, or their averages, by the modules' names. Raises UsageError."""
-    modules = {part.name: part for part in content.recognise(loaded) if part.kind == MODULE}
+    modules = {part.name: part for part in recognise.recognise(loaded) if part.kind == MODULE}
     classes = loaded.manifest.classes if loaded.manifest else {}
     of_weights = [name for name in modules if (name == "ema" or name.endswith("_ema")) and classes.get(name, "Ema") == "Ema"]
     averages = {"model" if name == "ema" else name.removesuffix("_ema"): name for name in of_weights}

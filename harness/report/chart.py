@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from harness.errors import printable
-from harness.events import duration
+from harness.text import duration
 
 WIDTH, LEFT, RIGHT = 1000, 70, 20
 ROW, GAP = 22, 8

@@ -6,10 +6,10 @@ import datetime
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from harness.events import duration
-from harness.report import chart, words
+from harness.report import chart, phrases
 from harness.report.chart import Bar, Mark, Row, escaped
 from harness.report.timeline import LOST, WAITING, WORDS, Stretch, Timeline
+from harness.text import duration
 
 MOST_ROWS, MOST_TICKS = 40, 200
 SIGNS = {"finished": "■", "stopped": "◆", "failed": "✖", "killed": "✖", "running": "▶"}
@@ -49,20 +49,20 @@ class Table:
 
 def page(name: str, time: Timeline, more: Table | None = None) -> str:
     """The whole file, with one more section if it is given."""
-    facts = "".join(f'<p class="soft">{escaped(fact)}</p>' for fact in words.facts(time))
+    facts = "".join(f'<p class="soft">{escaped(fact)}</p>' for fact in phrases.facts(time))
     began = datetime.datetime.fromtimestamp(time.began, datetime.timezone.utc)
     stands = f"{time.stands.state} ({' '.join(time.stands.why.split())})"
     sections = [
         f"<h1>{escaped(name)}</h1>",
         f'<p class="soft">{escaped(stands)}; began {began:%Y-%m-%d %H:%M} UTC</p>',
-        f'<p class="big">{time.useful:.1%} useful</p><p class="soft">{escaped(words.headline(time))}</p>{facts}',
+        f'<p class="big">{time.useful:.1%} useful</p><p class="soft">{escaped(phrases.headline(time))}</p>{facts}',
         _section(more.title, "".join(f'<p class="soft">{escaped(line)}</p>' for line in more.lines) + _table(more.header, more.rows))
         if more
         else "",
         _section("What the time went to", _shares(time)),
         _section("Attempts", _attempts(time)),
         _section("Loss", _loss(time)),
-        _section("Interruptions", _table(words.INTERRUPTION, [words.interruption(stretch) for stretch in time.interruptions])),
+        _section("Interruptions", _table(phrases.INTERRUPTION, [phrases.interruption(stretch) for stretch in time.interruptions])),
     ]
     head = f'<meta charset="utf-8">{POLICY}<meta name="viewport" content="width=device-width">'
     head += f"<title>{escaped(name)}</title><style>{STYLE}</style>"
@@ -78,7 +78,7 @@ def _shares(time: Timeline) -> str:
     keys = list(time.spent)
     rows = [
         (f'<span class="key {escaped(what)}"></span>{escaped(said)}', long, share)
-        for what, (said, long, share, _) in zip(keys, words.rows(time), strict=True)
+        for what, (said, long, share, _) in zip(keys, phrases.rows(time), strict=True)
     ]
     cells = "".join(f"<tr><td>{said}</td><td>{long}</td><td>{share}</td></tr>" for said, long, share in rows)
     return f'{chart.shares(parts)}<table style="margin-top:1em;max-width:30em">{cells}</table>'

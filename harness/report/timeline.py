@@ -12,12 +12,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from harness.checkpoint import environment, launches, past, records, steps
-from harness.checkpoint.history import Survey
-from harness.checkpoint.launches import Launch
-from harness.checkpoint.standing import Outcome, in_words, outcome
-from harness.report.alive import alive
+from harness.checkpoint import records
+from harness.checkpoint.catalog import Survey
+from harness.report.liveness import alive
+from harness.selfcheck import step_records
 from harness.store import Store
+from harness.supervision import attempt_history, launches, machine_record
+from harness.supervision.launches import Launch
+from harness.supervision.restart_policy import Outcome, in_words, outcome
 
 WAITING, LOST, OTHER = "waiting", "lost", "other"
 WORDS = {
@@ -44,7 +46,7 @@ class Save:
 class Stretch:
     """One attempt."""
 
-    life: past.Life
+    life: attempt_history.Life
     began: float  # of its first process; seconds since the epoch
     ended: float  # or when it was last heard of
     spent: dict[str, float]  # seconds
@@ -100,15 +102,15 @@ def timeline(found: Survey) -> Timeline:
     """Read all that a run's stores tell of its time. Raises StorageError."""
     known = launches.read(found.stores)
     numbers = sorted(number for number, record in found.attempts.items() if record.get("kind", "train") == "train")
-    told = {number: past.told(found.stores, number, math.inf) for number in numbers}
-    lives = [past.life(found, number, told[number]) for number in numbers]
+    told = {number: attempt_history.told(found.stores, number, math.inf) for number in numbers}
+    lives = [attempt_history.life(found, number, told[number]) for number in numbers]
     stands = alive(outcome(found, known), lives, told[numbers[-1]] if numbers else [])
     seen = [_stretch(life, told[life.attempt], is_running=stands.state == "running" and life is lives[-1]) for life in lives]
     whole = _whole(stands, [stretch for stretch in seen if stretch is not None], known, _submitted(found.stores))
-    return replace(whole, replays=steps.verdicts(found.stores), environment=environment.told(found))
+    return replace(whole, replays=step_records.verdicts(found.stores), environment=machine_record.told(found))
 
 
-def _stretch(life: past.Life, told: list[dict[str, Any]], *, is_running: bool) -> Stretch | None:
+def _stretch(life: attempt_history.Life, told: list[dict[str, Any]], *, is_running: bool) -> Stretch | None:
     """One attempt, or None of one that has left nothing to tell when it was."""
     timed = [(at, event) for event in told if (at := _seconds(event.get("time"))) is not None]
     spent_at = [(at, _numbers(event["spent"])) for at, event in timed if isinstance(event.get("spent"), dict)]

@@ -20,19 +20,21 @@ from typing import Any
 
 import torch
 
-from harness import ranks, state, stop
-from harness.checkpoint import launches, load, retention
-from harness.events import fill_closed_streams
-from harness.run.account import RESTORE, Account, age_s
-from harness.run.drilled import redirected
-from harness.run.ending import Ending
-from harness.run.logs import divert
+from harness import preemption, state
+from harness.arguments import Settings, check_numbers
+from harness.checkpoint import load, retention
+from harness.distributed import ranks
+from harness.monitoring.goodput import RESTORE, Account, age_s
+from harness.monitoring.rank_logs import divert
+from harness.monitoring.wait_notices import watch
+from harness.run.drill_hooks import redirected
 from harness.run.loop import Run
-from harness.run.places import check_remembered, listen, places
-from harness.run.settings import Settings, check_numbers
-from harness.run.strays import watch as watch_loaders
-from harness.run.waiting import watch
+from harness.saving.locations import check_remembered, listen, places
 from harness.store import DEFAULT_WAIT_S
+from harness.supervision import launches
+from harness.supervision.exit_record import Ending
+from harness.text import fill_closed_streams
+from harness.untracked.stray_loaders import watch as watch_loaders
 
 __all__ = ["Run", "init"]
 
@@ -96,21 +98,21 @@ def _start(directory: str | Path | None, remote: str | None, settings: Settings,
     stores = places(directory, remote, settings.wait_s)
     divert(directory)
     watch_loaders()
-    stop.install()
-    stop.die_with_launcher()
+    preemption.install()
+    preemption.die_with_launcher()
     ending.watch(stores)
     if ranks.prints():
         watch(account)
-    with stop.noticed_at_once() as noticed, account.joining():
+    with preemption.noticed_at_once() as noticed, account.joining():
         world = ranks.join(timeout_s, noticed, ending.leave_alone)
     atexit.register(world.leave)  # gloo's threads may abort a process that ends under them
     ending.take_hook()
     state.seed_rank(settings.seed, "build")  # alike on all ranks, so that they build the same model
     outage = listen(stores, world.is_writer)
-    world.on_writer(lambda: check_remembered(stores, settings.accept), give_up=stop.requested)
-    patient = tuple(store.patient(settings.wait_s, stop.requested) for store in stores)
+    world.on_writer(lambda: check_remembered(stores, settings.accept), give_up=preemption.requested)
+    patient = tuple(store.patient(settings.wait_s, preemption.requested) for store in stores)
     with account.during(RESTORE):
-        choice = load.choose(patient, world, give_up=stop.requested, steps_back=lambda: launches.steps_back(patient[-1]))
+        choice = load.choose(patient, world, give_up=preemption.requested, steps_back=lambda: launches.steps_back(patient[-1]))
     return Run(world, stores, choice, settings, ending, outage, account)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
 
-from harness.data.order import Border, Share
+from harness.data.plan import Border, Share
 from harness.errors import UsageError
 from harness.run.work import Work
 

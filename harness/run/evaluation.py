@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from harness import ddp, state
+from harness import state
 from harness.data import loading
-from harness.data.order import Position, Share
-from harness.ranks import World
-from harness.run.resume import check_loggable
+from harness.data.plan import Position, Share
+from harness.distributed import ddp
+from harness.distributed.ranks import World
+from harness.run.resume_checks import check_loggable
 
 
 def evaluate(

@@ -7,31 +7,31 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-import harness.run.resume as resume
-from harness import config, state, stop
+import harness.run.resume_checks as resume_checks
+from harness import config, preemption, state
+from harness.arguments import Settings
 from harness.checkpoint import load, retention
-from harness.checkpoint.history import reaches
+from harness.checkpoint.catalog import reaches
 from harness.data import loading
-from harness.data.order import Border, Position, Share, end_step
-from harness.events import Moment, Progress
-from harness.ranks import World
-from harness.run.account import DATA, EVALUATION, RESTORE, SAVE, Account
-from harness.run.by_rank import give_own
-from harness.run.content import OfRank
-from harness.run.drilled import Traces
-from harness.run.ending import Ending
+from harness.data.plan import Border, Position, Share, end_step
+from harness.distributed.ranks import World
+from harness.monitoring.console import Moment, Progress
+from harness.monitoring.goodput import DATA, EVALUATION, RESTORE, SAVE, Account
+from harness.monitoring.metric_buffer import Measured
+from harness.monitoring.step_timeouts import Watch
+from harness.monitoring.store_health import Outage
+from harness.monitoring.throughput import Pace
+from harness.run.drill_hooks import Traces
 from harness.run.epochs import Batches, by_epoch
 from harness.run.evaluation import evaluate
-from harness.run.keeping import Keeping
-from harness.run.measured import Measured
-from harness.run.outage import Outage
-from harness.run.pace import Pace
-from harness.run.saver import Saver
-from harness.run.settings import Settings
-from harness.run.stopping import Stopping
-from harness.run.watch import Watch
+from harness.run.kept_state import Keeping
+from harness.run.stop_agreement import Stopping
 from harness.run.work import Work, of_data, of_own
+from harness.saving.checkpointer import Saver
 from harness.store import Store
+from harness.supervision.exit_record import Ending
+from harness.tracking.payload import OfRank
+from harness.tracking.rank_differences import give_own
 
 
 class Run:
@@ -147,7 +147,7 @@ class Run:
         return Batches(lambda: of_own(self._settings.seed, max_steps, lambda: self.step - 1), self._loop)
 
     def _loop(self, begin: Callable[[], Work], by_epoch: bool) -> Iterator[Any]:
-        resume.check_one_loop(self._looping, self._saver.attempt is not None or self.finished)
+        resume_checks.check_one_loop(self._looping, self._saver.attempt is not None or self.finished)
         self._work = begin()
         before = self._payload["data"] if self._payload else None
         self._work.source.begin(self._position, before, lambda text: self.say(f"harness: warning: {text}"), by_epoch=by_epoch)
@@ -216,7 +216,7 @@ class Run:
 
     def due(self, every_steps: int | None) -> bool:
         """Whether something done every so many steps is due in this one; always so in the last step of the run."""
-        resume.check_begun(self._looping or self.finished or self._saver.attempt is not None)
+        resume_checks.check_begun(self._looping or self.finished or self._saver.attempt is not None)
         return self.step == self._end_step or bool(every_steps and self.step % every_steps == 0)
 
     def finish(self) -> None:
@@ -225,7 +225,7 @@ class Run:
 
     def log(self, **values: Any) -> None:
         """Say how this step went, in numbers. A tensor is read only when it is shown or saved. Every rank should call it alike."""
-        resume.check_loggable(values)
+        resume_checks.check_loggable(values)
         self._measured.log(values)
 
     def keep(self, name: str, data: bytes) -> None:
@@ -257,22 +257,22 @@ class Run:
     def _begin(self) -> bool:
         """Claim the attempt and set the generators; False if the run is finished, and then nothing was written."""
         payload, origin = self._payload or {}, self.origin
-        for warning in (*resume.check(self.tracked, payload, self._work.data, self._settings.accept), *self._work.notes):
+        for warning in (*resume_checks.check(self.tracked, payload, self._work.data, self._settings.accept), *self._work.notes):
             self.say(f"harness: warning: {warning}")
         if origin is not None and origin.final is not None and reaches(origin.final, self._work.end):
             self.finished, self._payload = True, None
             self._work.source.close()
-            done = self._saver.hand_in(stop.requested)
+            done = self._saver.hand_in(preemption.requested)
             self.say(f"harness: the run in {self.store} is finished: step {self.step} ({origin.name}); {done or 'nothing to do'}")
             return False
         if self._stopping.agree_at_once():
             self._ending.record("stopped", self._saver.stores)  # of a launch that has claimed no attempt
             self._stopping.leave("stopped before training began; start again", self.say)
         self._traces.point("startup", self.step)
-        attempt = self._saver.begin(self._progress, stop.requested)
+        attempt = self._saver.begin(self._progress, preemption.requested)
         self._traces.begun(attempt.number, self.step)
         self._stopping.listen(self._saver.stores, attempt.number)
-        notes = resume.restore_generators(payload, self.world, self._work.source, self._settings.seed, self.step)
+        notes = resume_checks.restore_generators(payload, self.world, self._work.source, self._settings.seed, self.step)
         for note in (*notes, *self._keeping.begin(self.tracked, payload, self._work.source)):
             self.say(f"harness: {note}")
         self._payload = None  # from here on the live objects are the only copy
@@ -284,10 +284,10 @@ class Run:
         return True
 
     def _complete(self) -> None:
-        resume.check_some_steps(self.step, self._work.data["global_batch_size"])
+        resume_checks.check_some_steps(self.step, self._work.data["global_batch_size"])
         if not self._save(final=True, wait=True):
             raise self._saver.failure(f"the last checkpoint, of step {self.step}, was not saved", "Mend the cause and start again.")
-        self._saver.end("finished", stop.requested, step=self.step)
+        self._saver.end("finished", preemption.requested, step=self.step)
         self.finished = True
         self.say(f"harness: finished at step {self.step}")
         self.world.agree([0])  # all leave together: the writer may hold the store that the others read from
@@ -295,7 +295,7 @@ class Run:
     def _stop(self) -> None:
         """Leave, on all ranks at this step, with the state saved if there is time. Raises SystemExit(0), or SaveError."""
         self._watch.saving()
-        self._saver.settle(stop.requested)
+        self._saver.settle(preemption.requested)
         self._watch.rest()
         self._stopping.stop(self._saver, self.step, lambda: self._save(wait=True), self.say)
 
@@ -310,7 +310,7 @@ class Run:
             classes = {name: state.class_name(thing) for name, thing in self.tracked.items()}
             about = partial(self._saver.about, classes, self._measured.of_this_step, self._work.end if final else None)
             save = self._saver.save
-            saved = self._saver.tier.remember(capture, about) if in_memory else save(capture, about, stop.requested, wait=wait)
+            saved = self._saver.tier.remember(capture, about) if in_memory else save(capture, about, preemption.requested, wait=wait)
         self._watch.rest()  # what may follow is bounded by itself
         return saved
 
@@ -333,4 +333,4 @@ class Run:
 
         Collective: every rank must call it.
         """
-        return self.world.on_writer(lambda: retention.best_file(self._saver.stores, self._settings.policy), give_up=stop.requested)
+        return self.world.on_writer(lambda: retention.best_file(self._saver.stores, self._settings.policy), give_up=preemption.requested)

@@ -10,15 +10,15 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
+from harness.arguments import check_numbers
 from harness.data import loading
 from harness.data.beside import Together
-from harness.data.mapped import OwnSource
-from harness.data.order import Position, end_step, seed_of
+from harness.data.dataset_source import OwnSource
+from harness.data.plan import Position, end_step, seed_of
 from harness.data.source import Bordered, Source
-from harness.ranks import World
-from harness.run.dealing import Dealing, Described
-from harness.run.settings import check_numbers
-from harness.run.strays import Strays
+from harness.distributed.ranks import World
+from harness.run.data_sharding import Dealing, Described
+from harness.untracked.stray_loaders import Strays
 
 
 @dataclass(frozen=True)

@@ -42,12 +42,12 @@ from harness.state.capturing import (
     plain_data,
     size_bytes,
 )
-from harness.state.generators import kept_generators, rng_state, seed_rank, set_rng_state
+from harness.state.foreign_optimizers import gives_nothing, on_untracked_update, untracked_schedule
 from harness.state.kinds import rebuilt
-from harness.state.naming import to_live, without_shells
+from harness.state.lr_schedules import apply_override, as_built, other_settings
+from harness.state.parameter_names import to_live, without_shells
 from harness.state.restoring import check_tensors, class_name, mismatch_table, mismatches, restore, restore_one
-from harness.state.schedules import apply_override, as_built, other_settings
-from harness.state.untracked import gives_nothing, on_untracked_update, untracked_schedule
+from harness.state.rng import kept_generators, rng_state, seed_rank, set_rng_state
 
 __all__ = [
     "Captured",

@@ -12,8 +12,8 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 import harness.state.kinds as kinds
-import harness.state.naming as naming
-from harness.ddp import plain
+import harness.state.parameter_names as parameter_names
+from harness.distributed.ddp import plain
 from harness.errors import NonFiniteError, UsageError
 from harness.state.kinds import PLAIN, Where
 
@@ -130,14 +130,14 @@ def _plain_values(values: Mapping[str, Any], seen: Seen) -> dict[str, Any]:
 
 def _beside(tracked: Mapping[str, Any], payload: Mapping[str, Any], seen: Seen) -> dict[str, Any]:
     """What stands beside the state of tracked objects, if there is anything to say: names of parameters, and kinds."""
-    names = naming.needed(tracked, payload)
+    names = parameter_names.needed(tracked, payload)
     return ({"names": names} if names else {}) | ({"kinds": dict(seen.kinds)} if seen.kinds else {})
 
 
 def state_of(thing: Any) -> Any:
     """The state of a tracked object, without the names of the shells around it or around parts of it."""
     inner = plain(thing)
-    return naming.without_shells(inner, inner.state_dict()) if isinstance(inner, nn.Module) else inner.state_dict()
+    return parameter_names.without_shells(inner, inner.state_dict()) if isinstance(inner, nn.Module) else inner.state_dict()
 
 
 def check_user_state(values: Mapping[str, Any]) -> None:

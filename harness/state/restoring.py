@@ -13,10 +13,10 @@ from torch.nn.parameter import is_lazy
 
 import harness.state.buffers as buffers
 import harness.state.kinds as kinds
-import harness.state.naming as naming
-from harness.ddp import plain
+import harness.state.parameter_names as parameter_names
+from harness.distributed.ddp import plain
 from harness.errors import UsageError, printable
-from harness.state.naming import Names
+from harness.state.parameter_names import Names
 
 DTYPE = "dtype"  # what to accept, to go on in another precision
 REFUSALS = (ValueError, LookupError, RuntimeError, TypeError, AttributeError, AssertionError)  # of a load_state_dict, whoever wrote it
@@ -67,7 +67,7 @@ def _state_for(name: str, thing: Any, payload: Mapping[str, Any], source: str) -
             f"{source} has no {name!r}", f"found: {', '.join(saved)}", "Track the same names as before, or take a new run directory."
         )
     state = kinds.rebuilt(payload, f"{name}_state_dict")
-    return naming.to_live(thing, state) if isinstance(thing, nn.Module) else state
+    return parameter_names.to_live(thing, state) if isinstance(thing, nn.Module) else state
 
 
 def _check_module(
@@ -101,15 +101,15 @@ def _by_name(
     tracked: Mapping[str, Any], payload: Mapping[str, Any], states: Mapping[str, Any], source: str, *, says_names: bool
 ) -> dict[str, Any]:  # fmt: skip
     """The state of each optimizer with its parameters in the order of the living one. Raises UsageError for other parameters."""
-    live, saved = naming.names(tracked), naming.saved_names(tracked, payload, says_all=says_names)
+    live, saved = parameter_names.names(tracked), parameter_names.saved_names(tracked, payload, says_all=says_names)
     ordered = {}
     for name, mine in live.items():
         optimizer, state = plain(tracked[name]), states[name]
-        if name not in naming.numbered({f"{name}_state_dict": state}):
+        if name not in parameter_names.numbered({f"{name}_state_dict": state}):
             continue  # a state dict of its own
         _check_groups(name, optimizer, state, source)
         theirs = saved.get(name)
-        if theirs is not None and naming.are_known(theirs) and naming.are_known(mine):
+        if theirs is not None and parameter_names.are_known(theirs) and parameter_names.are_known(mine):
             state = ordered[name] = _ordered(name, mine, theirs, state, source)
         _check_moments(name, optimizer, state, source)
     return ordered
@@ -208,10 +208,10 @@ def _mend(optimizer: torch.optim.Optimizer, state: Any, cast: Collection[int]) -
     tensors of its own. So is the state of an optimizer inside, if it is there in the form of torch's."""
     inside = [part for part in vars(optimizer).values() if isinstance(part, torch.optim.Optimizer)]
     if inside and isinstance(state, Mapping):
-        states = [part for part in state.values() if naming.numbered({"_state_dict": part})]
+        states = [part for part in state.values() if parameter_names.numbered({"_state_dict": part})]
         for part, saved in zip(inside, states, strict=False) if len(inside) == len(states) else ():
             _mend(part, saved, cast)
-    if not naming.numbered({"_state_dict": state}) or not isinstance(state.get("state"), Mapping):
+    if not parameter_names.numbered({"_state_dict": state}) or not isinstance(state.get("state"), Mapping):
         return
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     numbers = [number for group in state["param_groups"] for number in group["params"]]

@@ -36,8 +36,8 @@ from typing import Any
 import torch
 
 from harness.state.capturing import is_finite, not_finite, raw
-from harness.state.crossing import Crossing
-from harness.store.image import Image
+from harness.state.gpu_copy import Crossing
+from harness.store.staging_buffer import Image
 
 WHOLE_BYTES = 8 << 20  # up to which a state is copied whole at its boundary
 SMALL_BYTES = 16 << 10  # below which a tensor is copied whole at the boundary

@@ -40,9 +40,9 @@ from urllib.parse import unquote, urlsplit
 from harness.errors import UsageError
 from harness.store.base import CHUNK_BYTES, SET_ASIDE, TEMP, Entry, Sink, Store, delete_all
 from harness.store.bucket import Bucket
+from harness.store.explain import redacted
 from harness.store.local import LocalStore
-from harness.store.memory import Memory, Offer, attached, keep
-from harness.store.words import redacted
+from harness.store.sealed_memory import Memory, Offer, attached, keep
 
 __all__ = [
     "CHUNK_BYTES", "DEFAULT_WAIT_S", "SET_ASIDE", "TEMP", "Entry", "LocalStore", "Memory", "Offer", "Sink", "Store", "attached",
@@ -90,10 +90,10 @@ def open_store(place: str | Path, wait_s: float = DEFAULT_WAIT_S) -> Store:
 
 def _bucket(url: str) -> Bucket:
     if urlsplit(url).scheme in ("s3", "s3a"):
-        from harness.store.s3 import S3Bucket
+        from harness.store.s3_client import S3Bucket
 
         return S3Bucket(url)
-    from harness.store.anyfs import AnyBucket
+    from harness.store.fsspec_client import AnyBucket
 
     try:
         return AnyBucket(url)

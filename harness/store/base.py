@@ -18,7 +18,7 @@ from harness.errors import HarnessError, StorageError
 from harness.retry import Trouble
 
 if TYPE_CHECKING:
-    from harness.store.image import Image
+    from harness.store.staging_buffer import Image
 
 CHUNK_BYTES = 4 << 20
 TEMP = re.compile(r"^.+\.tmp-(?P<attempt>[0-9]+)-[0-9a-f]+\Z")

@@ -22,7 +22,7 @@ from harness.store.base import SET_ASIDE, TEMP, Entry, Sink, Store, check_key, d
 READ_BYTES = 1 << 20  # still in the processor's cache when it has been digested and is copied
 
 if TYPE_CHECKING:
-    from harness.store.image import Image
+    from harness.store.staging_buffer import Image
 
 
 class LocalSink(Sink):

@@ -28,7 +28,7 @@ from harness.errors import HarnessError, StorageError
 from harness.retry import Trouble, retrying
 from harness.store.base import SET_ASIDE, Entry, Seekable, Sink, Store, check_key
 from harness.store.bucket import Bucket, Found, MissingError, Part, TakenError, Unfinished
-from harness.store.words import explained
+from harness.store.explain import explained
 
 T = TypeVar("T")
 RANGE_BYTES, READ_AHEAD = 8 << 20, 6

@@ -108,15 +108,16 @@ def by_torch(folder: str, run: str, state: str) -> dict[str, float]:
 
 
 def by_harness(folder: str, run: str, state: str) -> dict[str, float]:
-    from harness.checkpoint import load, locate
+    from harness.checkpoint import load
+    from harness.supervision import run_address
 
-    return _measured(run, state, lambda path: load.load(*locate.checkpoint(str(path))))
+    return _measured(run, state, lambda path: load.load(*run_address.checkpoint(str(path))))
 
 
 def at_start(folder: str, run: str, state: str) -> dict[str, float]:
     """The search among all checkpoints of the run is in it."""
-    from harness import ranks
     from harness.checkpoint import load
+    from harness.distributed import ranks
     from harness.store import open_store
 
     world, store = ranks.join(60.0), open_store(run, 30.0)

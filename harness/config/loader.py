@@ -1,0 +1,107 @@
+"""Settings as they are read: defaults < YAML file < `key=value`. Who trains with the library alone does not wait for these imports."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from harness.config.defaults import defaults
+from harness.config.names import flatten, nested
+from harness.config.schema import RULES, SPELLED, Config
+from harness.errors import UsageError
+from harness.store import redacted
+
+
+def read(file: str | None, overrides: list[str]) -> tuple[Config, dict[str, Any]]:
+    """See `harness.config.load`."""
+    problems: list[str] = []
+    settings = _file_settings(file, problems) + _line_settings(overrides, problems)
+    merged = defaults()
+    known = flatten(_plain(merged, resolve=False))
+    for name, value, origin in settings:
+        if value is None and any(other.startswith(f"{name}.") for other in known):
+            continue  # a section with nothing in it
+        if name not in known and not name.startswith("task.args."):
+            problems.append(f"{name}: unknown setting ({origin}){_nearest(name, list(known))}")
+            continue
+        try:
+            trial = OmegaConf.merge(merged, OmegaConf.create(nested(SPELLED.get(name, name), value)))
+            OmegaConf.to_container(trial, resolve=True)
+            merged = trial  # type: ignore[assignment]
+        except (OmegaConfBaseException, TypeError) as error:  # a list where a section is
+            why = "what it stands for is missing or of the wrong type" if "${" in str(value) else str(error).splitlines()[0]
+            problems.append(f"{name}={value!r} ({origin}): {why}")  # as it was written: what it stands for may be secret
+    problems += _broken_rules(merged)
+    if merged.run.dir is None and merged.run.remote is None:
+        problems.append("run.dir=None: a run needs a place; give run.dir, run.remote, or both")
+    if problems:
+        raise UsageError(
+            f"the configuration has {len(problems)} problem(s):", "\n".join(f"  {line}" for line in problems), "Nothing was started."
+        )
+    return OmegaConf.to_object(merged), _plain(merged, resolve=False)  # type: ignore[return-value]
+
+
+def _plain(settings: Any, *, resolve: bool) -> dict[str, Any]:
+    """The settings as nested dicts, spelled as people write them."""
+    nested: Any = OmegaConf.to_container(settings, resolve=resolve)
+    nested["init"]["from"] = nested["init"].pop("from_")
+    return nested  # type: ignore[no-any-return]
+
+
+def _file_settings(file: str | None, problems: list[str]) -> list[tuple[str, Any, str]]:
+    if file is None:
+        return []
+    try:
+        content = OmegaConf.to_container(OmegaConf.load(file))
+    except FileNotFoundError:
+        problems.append(f"--config {file}: no such file (relative to {Path.cwd()})")
+        return []
+    except (OSError, yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        problems.append(f"--config {file}: cannot be read as YAML: {' '.join(str(error).split())}")
+        return []
+    if not isinstance(content, dict):
+        problems.append(f"--config {file}: expected names and values, found a {type(content).__name__}")
+        return []
+    return [(name, value, str(file)) for name, value in flatten(content).items()]
+
+
+def _line_settings(overrides: list[str], problems: list[str]) -> list[tuple[str, Any, str]]:
+    found = []
+    for text in overrides:
+        name, equals, _ = text.partition("=")
+        if not equals or not name:
+            problems.append(f"{text!r}: expected key=value")
+            continue
+        try:
+            parsed = OmegaConf.to_container(OmegaConf.from_dotlist([text]))
+        except (OmegaConfBaseException, yaml.YAMLError) as error:
+            problems.append(f"{text!r}: cannot be read: {' '.join(str(error).split())}")
+            continue
+        found += [(key, value, "command line") for key, value in flatten(parsed).items()]  # type: ignore[arg-type]
+    return found
+
+
+def _broken_rules(merged: DictConfig) -> list[str]:
+    values, written = (flatten(_plain(merged, resolve=resolve)) for resolve in (True, False))
+    return [
+        f"{name}={redacted(repr(written[name]))}: allowed is {allowed}"
+        for name, (holds, allowed) in RULES.items()
+        if values.get(name) is not None and not holds(values[name])
+    ]
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    by_leaf = [other for other in known if other.split(".")[-1] == name.split(".")[-1]]
+    guess = by_leaf[:1] or close
+    return f". Did you mean {guess[0]}?" if guess else ""
+
+
+def to_yaml(settings: dict[str, Any]) -> str:
+    """The settings as YAML text."""
+    return OmegaConf.to_yaml(OmegaConf.create(settings))

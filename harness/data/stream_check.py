@@ -1,0 +1,216 @@
+"""Does a stream's state bring back what it would have read next? Tried before training, in copies, with what is read put back.
+
+One copy reads on over a saved state, another one takes that state up: both must read the same.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+import pickle
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from multiprocessing.shared_memory import SharedMemory
+from typing import Any
+
+import numpy as np
+import torch
+
+from harness.data.fingerprint import digest_into
+from harness.data.held_generators import Randomness, walk
+from harness.data.plan import kept_generators
+from harness.data.stream import StreamSource, advice, begin_pass
+from harness.errors import UsageError
+
+MOST, AGAIN, BUDGET_S = 64, 4, 10.0  # items before the saved state, and as many after it; of another pass; for all of it
+LARGE_BYTES, LONG = 1 << 20, 10_000  # arrays and lists that are not copied item by item
+MOST_BYTES = 1 << 30  # of tensors in a copy
+OFF = "batches(…, check_stream=False), or data.check_stream=false,"
+END = b"end of a pass"
+
+
+@dataclass(frozen=True)
+class Tried:
+    """How it went: exact, exact if generators that the stream holds are seeded for each share, or not; and why, in words."""
+
+    is_exact: bool = True
+    seeds: bool = False
+    untried: str = ""
+    unlike: str = ""
+
+
+@dataclass(frozen=True)
+class _Item:
+    """Something read, or the end of a pass; and where the stream stood after it."""
+
+    digest: bytes
+    state: Any
+    epoch: int  # of what comes next
+
+
+def prove(source: StreamSource, through: Callable[[Any], Any], *, seeds_held: bool, clock: Callable[[], float] = time.monotonic) -> str:
+    """Try it; returns a warning if that was not possible, or "". `through` makes of a state what a checkpoint brings back.
+
+    Raises UsageError if the stream would not go on as it was. Collective: every rank must call it.
+    """
+    tried = attempt(source.dataset, through, tells_epoch=source.tells_epoch, seeds_held=seeds_held, clock=clock)
+    unlike, seeds, untried = source.world.agree([int(not tried.is_exact), int(tried.seeds), int(bool(tried.untried))])
+    kind = type(source.dataset).__name__
+    if unlike:
+        remedy = (
+            advice(source.dataset) or "Put all that decides what comes next (a buffer, a generator) into its state_dict, or leave it out."
+        )
+        raise UsageError(
+            f"{kind} would not go on exactly: its state_dict does not bring back what it would have read next",
+            f"found: {tried.unlike or 'on another rank'}",
+            f"{remedy} {OFF} goes on all the same.",
+        )
+    source.reading.seeds_held = bool(seeds)
+    why = tried.untried or "on another rank it could not be tried"
+    return f"whether {kind} goes on exactly after a kill could not be tried: {why}" if untried else ""
+
+
+def attempt(
+    dataset: Any, through: Callable[[Any], Any], *, tells_epoch: bool = True, seeds_held: bool = True,
+    clock: Callable[[], float] = time.monotonic,
+) -> Tried:  # fmt: skip
+    """Try it in copies of the dataset, as it is; then, with `seeds_held`, with the generators that it holds seeded for each item."""
+    until = clock() + BUDGET_S
+    shared = Randomness({"dataset": dataset})  # what copies have in common: generators of classes and modules
+    shared.look()
+    with shared.kept():
+        tried = _once(_Reader(dataset, tells_epoch, False, until - BUDGET_S / 2, clock), through)
+        if tried.is_exact or not (seeds_held and shared.held):
+            return tried
+        seeded = _once(_Reader(dataset, tells_epoch, True, until, clock), through)
+    if seeded.is_exact and not seeded.untried:
+        return Tried(seeds=True)
+    return dataclasses.replace(tried, unlike=f"{tried.unlike} (it draws from {', '.join(one.path for one in shared.held[:3])})")
+
+
+def _once(reader: _Reader, through: Callable[[Any], Any]) -> Tried:
+    try:
+        read, left_at = reader.whole()
+    except Exception as error:  # noqa: BLE001 # of the dataset's own code, or of what it is made of
+        return Tried(untried=f"no copy of it can be made and read ({type(error).__name__}: {str(error)[:200]})")
+    if not (cuts := _cuts(read, left_at)):
+        return Tried(untried=f"it gives too little, or too slowly: {left_at} item(s)")
+    for at in cuts:
+        expected = [item.digest for item in read[at + 1 :]]
+        state = through(read[at].state)
+        try:
+            found = reader.restored(state, read[at].epoch, at + 1, left_at, len(read))
+        except Exception as error:  # noqa: BLE001
+            return Tried(is_exact=False, unlike=f"a copy cannot take the state up ({type(error).__name__}: {str(error)[:200]})")
+        if not found:
+            return Tried(untried=f"it gives too slowly: {left_at} item(s) in {BUDGET_S / 6:.2g} s")
+        for number, (item, digest) in enumerate(zip(found, expected, strict=False), start=at + 1):
+            if item.digest != digest:
+                saved = f"after item {at + 1}" if at < left_at else "in the second pass"
+                which = f"item {number + 1}" if number < left_at else "what the next pass gives" if at < left_at else "what comes next"
+                return Tried(is_exact=False, unlike=f"saved {saved} and restored in a copy, {which} is another one")
+    return Tried()
+
+
+def _cuts(read: list[_Item], left_at: int) -> list[int]:
+    """After which items to save: one in the middle of a pass, one at the end of a pass, and the first of another one."""
+    inner = [at for at in range(len(read) - 1) if read[at].state is not None and END not in (read[at].digest, read[at + 1].digest)]
+    middle = [at for at in inner if at < left_at // 2]
+    ends = [at for at in range(left_at - 1) if read[at].digest == END]
+    return middle[-1:] + ends[:1] + [at for at in inner if at == left_at and (middle or ends)]
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """How copies of a dataset are read."""
+
+    dataset: Any
+    tells_epoch: bool
+    seeds: bool
+    until: float
+    clock: Callable[[], float]
+
+    def whole(self) -> tuple[list[_Item], int]:
+        """What one reads from the beginning, as far as the time goes, and after how many items it leaves the pass and begins another."""
+        copy_, read = _Copy(_copied(self.dataset), self), list[_Item]()
+        until = self.clock() + BUDGET_S / 6
+        while len(read) < 2 * MOST and self.clock() < until and [item.digest for item in read[-2:]] != [END, END]:
+            number = len(read) + 1
+            read.append(copy_.next(with_state=number & (number - 1) == 0))  # after 1, 2, 4 … items: a state may be large
+        left_at = len(read)
+        copy_.leave_pass()
+        while left_at > 1 and len(read) < left_at + AGAIN and self.clock() < self.until:
+            read.append(copy_.next(with_state=len(read) == left_at))
+        return read, left_at
+
+    def restored(self, state: Any, epoch: int, first: int, left_at: int, until: int) -> list[_Item]:
+        """What one reads that takes up a state, from the item `first` on, which leaves the pass after the same item."""
+        copy_, read = _Copy(_copied(self.dataset), self, first, epoch), list[_Item]()
+        copy_.dataset.load_state_dict(state)
+        while copy_.number < until and self.clock() < self.until:
+            if copy_.number == left_at > first:
+                copy_.leave_pass()
+            read.append(copy_.next(with_state=False))
+        return read
+
+
+class _Copy:
+    """A copy that is read, each item under randomness that follows from its number."""
+
+    def __init__(self, dataset: Any, reader: _Reader, number: int = 0, epoch: int = 0) -> None:
+        self.dataset, self.number, self.epoch, self._reader = dataset, number, epoch, reader
+        self._randomness = Randomness({"dataset": dataset}, reader.seeds)
+        self._iterator: Iterator[Any] | None = None
+
+    def next(self, *, with_state: bool) -> _Item:
+        if self._iterator is None:
+            self._iterator = begin_pass(self.dataset, self.epoch, "proof", tells_epoch=self._reader.tells_epoch)
+            self._randomness.look()
+        with kept_generators():
+            self._randomness.seed("proof", self.number)
+            item = next(self._iterator, END)
+        self.number += 1
+        state = copy.deepcopy(self.dataset.state_dict()) if with_state or item is END else None
+        if item is END:
+            self.leave_pass()
+        return _Item(END if item is END else _digest(item), state, self.epoch)
+
+    def leave_pass(self) -> None:
+        """Begin another one with the next item: its end is often too far away to be read to, and what stays behind a pass is seen so."""
+        self._iterator, self.epoch = None, self.epoch + 1
+
+
+def _digest(item: Any) -> bytes:
+    digest = hashlib.blake2b(digest_size=16)
+    digest_into(digest, item, _pickled)
+    return digest.digest()
+
+
+def _pickled(value: Any) -> bytes:
+    """An image object, say."""
+    try:
+        return pickle.dumps(value)
+    except (pickle.PicklingError, TypeError, AttributeError):
+        return type(value).__name__.encode()
+
+
+def _copied(dataset: Any) -> Any:
+    """A copy that shares with the dataset large arrays, which it cannot write to. Raises TypeError if it would share more, or be too
+    large."""
+    memo, size_bytes = dict[int, Any](), 0
+    for path, thing in walk({"dataset": dataset}):
+        if isinstance(thing, SharedMemory):  # a copy attaches itself to the same
+            raise TypeError(f"{path} is memory that all copies share")
+        if isinstance(thing, np.memmap) or (isinstance(thing, np.ndarray) and thing.nbytes > LARGE_BYTES):
+            memo[id(thing)] = thing.view()
+            memo[id(thing)].flags.writeable = False  # a stream that shuffles it in place is told so, in the copy
+        elif isinstance(thing, torch.Tensor):  # no view of one is safe from being written to
+            size_bytes += thing.nbytes
+            if size_bytes > MOST_BYTES:
+                raise TypeError(f"{path} and what else there is are more than {MOST_BYTES >> 20} MiB of tensors, too much to be copied")
+        elif type(thing) is list and len(thing) > LONG:
+            memo[id(thing)] = list(thing)
+    with kept_generators():
+        return copy.deepcopy(dataset, memo)

@@ -1,0 +1,182 @@
+"""Recognise what is in a file that somebody else's script wrote: which part is a module's state, which an optimizer's, how far it was."""
+
+from __future__ import annotations
+
+import re
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from harness import state
+from harness.errors import UsageError
+from harness.exchange.files import Loaded, tensors
+from harness.exchange.safe_unpickle import NotLoaded
+from harness.text import size
+
+MODULE, OPTIMIZER, SCHEDULER, SCALER, NUMBER, OTHER = "module", "optimizer", "scheduler", "scaler", "number", "other"
+# What the same thing is called in other people's scripts, in lower case.
+NAMES = {
+    "model": "state_dict model model_state model_state_dict model_dict model_weights net network weights params module",
+    "optimizer": "optimizer optim opt optimizer_state optimizer_state_dict optimizer_states optim_state optim_dict "
+    "optim_state_dict opt_state opt_state_dict",
+    "scheduler": "scheduler lr_scheduler lr_schedulers scheduler_state scheduler_state_dict lr_scheduler_state_dict sched",
+    "scaler": "scaler scaler_state scaler_state_dict grad_scaler amp_scaler",
+    "ema": "ema ema_state ema_state_dict model_ema ema_model state_dict_ema ema_weights averaged_model",
+    "epoch": "epoch epochs start_epoch current_epoch epoch_num epoch_idx",
+    "step": "step steps global_step global_steps num_steps step_num iteration iterations iter iter_num iter_count n_iter num_updates",
+    "loss": "loss train_loss val_loss best_loss",
+}
+CALLED = {word: name for name, words in NAMES.items() for word in words.split()}
+BUFFER = re.compile(r"(^|\.)(running_mean|running_var|num_batches_tracked)\Z")  # those of BatchNorm; others cannot be told from parameters
+COMPILED = re.compile(r"(^|\.)_orig_mod\.")
+# What the names of an optimizer's settings, or of what it keeps for each parameter, tell.
+KINDS = (
+    ("betas", "Adam, AdamW or one of their kind"), ("dampening", "SGD"), ("lambd", "ASGD"), ("alpha", "RMSprop"), ("lr_decay", "Adagrad"),
+    ("rho", "Adadelta"), ("etas", "Rprop"), ("history_size", "LBFGS"), ("beta2_decay", "Adafactor"), ("ns_steps", "Muon"),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Part:
+    """One thing in a file: what it is, what it is called there, and what it would be called here."""
+
+    kind: str
+    key: str
+    name: str
+    value: Any
+    note: str = ""
+
+
+def recognise(loaded: Loaded) -> list[Part]:
+    """The parts of a file, in its order. Raises UsageError for one in which nothing has a name."""
+    value, where = loaded.value, loaded.file.where
+    if isinstance(value, nn.Module):
+        value = value.state_dict()
+    if not isinstance(value, Mapping):
+        raise UsageError(f"{where} holds no state dict", f"found: {_strange(value)}", "Save model.state_dict(), or a dict that holds it.")
+    nested = any(is_state(item) or is_optimizer(item) or isinstance(item, nn.Module) for item in value.values())
+    if is_state(value) and not nested:
+        return [Part(MODULE, "", "model", *_bare(value))]
+    ours = "format_version" in value  # and then no shell's name is in it, but, in older files, those of compiled parts
+    parts = []
+    for key, item in value.items():
+        several = key in ("optimizer_states", "lr_schedulers") and isinstance(item, list)
+        for at, one in enumerate(item) if several else [(0, item)]:
+            part = _part(f"{key}[{at}]" if several else str(key), str(key), one, ours)
+            parts.append(part if at == 0 else Part(part.kind, part.key, f"{part.name}{at}", part.value, part.note))
+    if not any(part.kind == MODULE for part in parts):
+        found = ", ".join(f"{part.key} ({part.note or part.kind})" for part in parts[:8])
+        raise UsageError(f"{where} holds no module's state dict", f"found: {found or 'nothing'}", "Save model.state_dict() with it.")
+    return parts
+
+
+def _part(key: str, word: str, value: Any, ours: bool) -> Part:
+    if isinstance(value, nn.Module):
+        value = value.state_dict()
+    if is_optimizer(value):
+        return Part(OPTIMIZER, key, _called(word, "optimizer"), value, optimizer_kind(value))
+    if is_state(value) and (word.endswith("_state_dict") or not ours):  # gradients, say, are no module
+        own = (word.removesuffix("_state_dict"), state.without_shells(None, value)) if ours else (_called(word, "model"), *_bare(value))
+        return Part(MODULE, key, *own)
+    if isinstance(value, Mapping) and "last_epoch" in value:
+        return Part(SCHEDULER, key, _called(word, "scheduler"), value)
+    if isinstance(value, Mapping) and {"scale", "growth_factor"} <= set(value):
+        return Part(SCALER, key, _called(word, "scaler"), value)
+    if isinstance(value, torch.Tensor) and value.numel() == 1 and not value.is_meta and not isinstance(value, FakeTensor):
+        value = value.item()
+    value = value.item() if isinstance(value, np.generic) else value
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return Part(NUMBER, key, CALLED.get(word.lower(), word), value)
+    return Part(OTHER, key, word, value, _strange(value))
+
+
+def _called(word: str, kind: str) -> str:
+    """model_state_dict is "model", modelA_state_dict is "modelA", netG is "netG"."""
+    return CALLED.get(word.lower()) or re.sub(r"_(state_dict|state|dict|weights|params)$", "", word) or kind
+
+
+def is_state(value: Any) -> bool:
+    """Whether this looks like a module's state dict: names and tensors, and nothing else."""
+    if not isinstance(value, Mapping) or not value:
+        return False
+    plain = [item for key, item in value.items() if not str(key).endswith("_extra_state")]
+    return bool(plain) and all(isinstance(item, torch.Tensor) for item in plain) and all(isinstance(key, str) for key in value)
+
+
+def is_optimizer(value: Any) -> bool:
+    """Whether this looks like an optimizer's state dict."""
+    return isinstance(value, Mapping) and isinstance(value.get("param_groups"), list) and isinstance(value.get("state"), Mapping)
+
+
+def optimizer_kind(state: Mapping[str, Any]) -> str:
+    """Which optimizer a state dict is of, as far as the names of its settings tell."""
+    settings = {name for group in state["param_groups"] for name in group}
+    return next((kind for name, kind in KINDS if name in settings), "an optimizer")
+
+
+def _bare(state: Mapping[str, Any]) -> tuple[Mapping[str, Any], str]:
+    """A state dict without what DataParallel, DDP, torch.compile and AveragedModel put before its names, and a word on that."""
+    bare = {name: name for name in state if name != "n_averaged"}
+    stripped = []
+    while True:
+        if bare and all(name.startswith("module.") for name in bare.values()):
+            stripped.append("module.")
+        elif any(COMPILED.search(name) for name in bare.values()):
+            stripped.append("_orig_mod.")
+        else:
+            break
+        bare = {name: _without(stripped[-1], new) for name, new in bare.items()}
+    if not stripped or len(set(bare.values())) < len(bare):
+        return state, ""
+    made = OrderedDict((new, state[name]) for name, new in bare.items())
+    if hasattr(state, "_metadata"):  # the versions of a module's parts
+        versions = state._metadata
+        for prefix in stripped:
+            versions = OrderedDict((_without(prefix, f"{name}.").removesuffix("."), version) for name, version in versions.items())
+        made._metadata = versions  # type: ignore[attr-defined]
+    return made, f"without {' and '.join(map(repr, dict.fromkeys(stripped)))} before its names"
+
+
+def _without(prefix: str, name: str) -> str:
+    return name.removeprefix(prefix) if prefix == "module." else COMPILED.sub(r"\1", name)
+
+
+def _strange(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"a tensor of shape {'x'.join(map(str, value.shape))}" if value.dim() else "a tensor with one number"
+    if isinstance(value, list | tuple) and value and all(isinstance(item, torch.Tensor) for item in value):
+        return f"{len(value)} tensors without names, as of list(model.parameters())"
+    if isinstance(value, NotLoaded):
+        return str(value)
+    if isinstance(value, str):
+        return f"the text {value[:60]!r}"
+    return f"a {type(value).__name__}" + (f" of {len(value)}" if isinstance(value, list | tuple | Mapping) else "")
+
+
+def summary(part: Part) -> str:
+    """What a part is, in a few words."""
+    if part.kind == NUMBER:
+        return f"{part.value:.6g}" if isinstance(part.value, float) else str(part.value)
+    if part.kind == MODULE:
+        held = dict(tensors(part.value))
+        learned = sum(t.numel() for name, t in held.items() if not BUFFER.search(name) and (t.is_floating_point() or t.is_complex()))
+        total = size(sum(t.numel() * t.element_size() for t in held.values()))
+        return ", ".join(filter(None, (f"{len(held)} tensors, {learned:,} parameters, {total}", part.note)))
+    if part.kind == OPTIMIZER:
+        groups = part.value["param_groups"]
+        rates = ", ".join(f"{group['lr']:.4g}" for group in groups if isinstance(group.get("lr"), float))
+        return f"{part.note}; {sum(len(group['params']) for group in groups)} parameters, learning rate {rates or 'unknown'}"
+    if part.kind == SCHEDULER:
+        return f"after {part.value['last_epoch']} steps"
+    return part.note or part.kind
+
+
+def number_of(parts: list[Part], name: str) -> float | None:
+    """The first number that is called so, or None."""
+    return next((part.value for part in parts if part.kind == NUMBER and part.name == name), None)

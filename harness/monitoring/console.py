@@ -1,0 +1,97 @@
+"""What a person sees of a run: one live line on a terminal, a plain line now and then elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from harness.text import duration, redraw, say, size
+
+LIVE_EVERY_S, LINE_EVERY_S = 0.1, 10.0
+
+
+@dataclass(frozen=True)
+class Moment:
+    """What the progress line shows of one step."""
+
+    step: int
+    end_step: int | None
+    epoch: int
+    epochs: int | None
+    values: dict[str, float]
+    rate: str
+    saved: str
+
+
+class Bar:
+    """A live line for a command that reads much: how far, how fast; nothing where nobody watches."""
+
+    def __init__(self, what: str, total_bytes: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self.what, self.total_bytes, self.clock = what, total_bytes, clock
+        self.done_bytes, self._began, self._next_at = 0, clock(), clock() + LIVE_EVERY_S
+        self.live = _is_terminal()
+
+    def __call__(self, more_bytes: int) -> None:
+        """So many bytes more are done."""
+        self.done_bytes += more_bytes
+        if self.live and self.clock() >= self._next_at:
+            self._next_at = self.clock() + LIVE_EVERY_S
+            rate = self.done_bytes / max(self.clock() - self._began, 1e-9)
+            left = duration(max(0, self.total_bytes - self.done_bytes) / max(rate, 1.0))
+            text = f"{self.what}  {size(self.done_bytes)} of {size(self.total_bytes)} · {size(rate)}/s · {left} left"
+            redraw(text)
+
+    def end(self) -> None:
+        """Take the line away again."""
+        if self.live:
+            redraw("")
+
+
+class Progress:
+    """A live line on a terminal; elsewhere a plain line every ten seconds, without control characters."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self.clock = clock
+        self.live = _is_terminal()
+        self._next_at = clock()
+        self._drawn = False
+
+    def show(self, moment: Moment, steps_per_s: float) -> None:
+        """Draw, unless the last drawing is too young."""
+        if self.clock() < self._next_at:
+            return
+        self._next_at = self.clock() + (LIVE_EVERY_S if self.live else LINE_EVERY_S)
+        text = _text(moment, steps_per_s)
+        if self.live:
+            redraw(text)
+            self._drawn = True
+        else:
+            say(text)
+
+    def say(self, text: str) -> None:
+        """A lasting line, below the live one."""
+        if self._drawn:
+            redraw("")
+        say(text)
+        self._drawn = False
+
+
+def _is_terminal() -> bool:
+    try:
+        return sys.stdout.isatty()
+    except ValueError:
+        return False
+
+
+def _text(moment: Moment, steps_per_s: float) -> str:
+    total = f"/{moment.end_step}" if moment.end_step else ""
+    parts = [f"epoch {min(moment.epoch + 1, moment.epochs)}/{moment.epochs}"] if moment.epochs else []
+    parts += [f"step {moment.step}{total}"]
+    parts += [f"{name} {value:.4g}" for name, value in moment.values.items()]
+    parts.append(moment.rate)
+    if moment.end_step and steps_per_s > 0:
+        parts.append(f"{duration((moment.end_step - moment.step) / steps_per_s)} left")
+    parts.append(moment.saved)
+    return " · ".join(parts)

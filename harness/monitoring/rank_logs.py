@@ -1,0 +1,33 @@
+"""One readable stream: the writer's. What the other ranks of a supervised run print goes to files in the run directory."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from pathlib import Path
+
+from harness.distributed.ranks import own_rank, prints
+from harness.supervision import launches
+from harness.text import say
+
+LOGS = "logs"
+
+
+def divert(directory: str | Path | None) -> None:
+    """Send this rank's output to a file, unless it is the one that people read, or nobody supervises the run."""
+    name = launches.own()
+    if name is None or directory is None or prints():
+        return
+    folder = Path(directory).expanduser() / LOGS
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = os.open(folder / f"{name}-rank{own_rank()}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        say(f"harness: rank {own_rank()} prints here: {error}", sys.stderr)
+        return
+    with contextlib.suppress(OSError, ValueError):
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+            os.dup2(file, stream.fileno())
+    os.close(file)

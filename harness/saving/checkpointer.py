@@ -1,0 +1,337 @@
+"""The writer's side of an attempt: claim it, commit its checkpoints, let the old ones go."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+from harness import config, state
+from harness.arguments import Settings
+from harness.checkpoint import format as fmt
+from harness.checkpoint import load, memory_copy, retention
+from harness.checkpoint.attempts import Attempt
+from harness.checkpoint.catalog import Survey, going_on_from
+from harness.checkpoint.commit import About, commit
+from harness.distributed.ranks import World
+from harness.errors import HarnessError, SaveError, StorageError, UsageError
+from harness.monitoring.console import Progress
+from harness.monitoring.event_log import Ledger
+from harness.monitoring.goodput import SAVE, Account
+from harness.monitoring.resume_notice import resumed
+from harness.monitoring.store_health import Outage
+from harness.monitoring.trackers import Metrics
+from harness.saving.async_saver import Background, Job
+from harness.saving.claim import claim
+from harness.saving.locations import check_shared, hand_in
+from harness.saving.memory_tier import Tier
+from harness.saving.rehearsal import Rehearsal
+from harness.saving.save_policy import Timer, lives
+from harness.saving.uploader import END_S, Route, Uploader, write_file
+from harness.selfcheck.environment import Environment, check
+from harness.selfcheck.recomputed import Replay
+from harness.state import Captured
+from harness.store import LocalStore, Sink, Store
+from harness.supervision.exit_record import Ending
+from harness.supervision.machine_record import Difference
+
+UPLOADED_THEN = "Start again: what is missing there is uploaded then."
+LAST_S = 2.0  # before a kill, kept for the last records
+SAVE_S = 30.0  # for how long one request of a save is tried when training waits for it
+
+
+class Saver:
+    """Everything that is written in an attempt goes through here; on the other ranks it only keeps count."""
+
+    def __init__(
+        self, stores: tuple[Store, ...], world: World, choice: load.Choice, settings: Settings, ending: Ending, outage: Outage,
+        account: Account, clock: Callable[[], float],
+    ) -> None:  # fmt: skip
+        self.stores, self.world, self.settings = stores, world, settings
+        self.store = stores[0]  # where a checkpoint is committed; a second store gets a copy
+        self.origin = choice.manifest
+        self.save_s = 0.0  # how long the last save took
+        self.saved_step: int | None = choice.manifest.step if choice.manifest and not choice.in_memory else None
+        self.attempt: Attempt | None = None
+        self.ledger: Ledger | None = None
+        self._uploader: Uploader | None = None
+        self._words = "nothing saved yet" if self.saved_step is None else f"saved step {self.saved_step}"
+        self._choice, self._ending, self._outage, self.account = choice, ending, outage, account
+        self.timer = Timer(settings.save_every_s, settings.when_busy, clock, self.note)
+        self._committed, self._ended, self._origin_is_here = False, False, False
+        self._verified = choice.read_from(0)
+        overlapped, compare = settings.snapshot != "at_once", settings.snapshot == "checked"
+        self.background = Background(overlapped=overlapped, compare=compare, waiting=partial(account.during, SAVE))
+        in_memory = bool(settings.memory_every_steps and world.is_writer)
+        self.tier = Tier(memory_copy.place(self.store), self.background, lambda text: self._say(text), is_on=in_memory)
+        self.replay = Replay(world, settings, halt=partial(setattr, self.tier, "is_on", False))
+        self._slow_words, self._has_room, self.resumed = "", False, ""
+        is_new = self.origin is None  # going on from a checkpoint is a rehearsal
+        self._rehearsal = Rehearsal(self.background.scribe, lambda text: self._say(text), self.note, is_on=settings.rehearse and is_new)
+        self.metrics: Metrics | None = None
+        self.environment, self.differences = Environment(world), list[Difference]()  # to what the checkpoint was made on; on the writer
+        self._say: Callable[[str], None] = lambda text: None
+        self.at_save: Callable[[int], None] = lambda step: None  # is told, in the background, of each checkpoint about to be written
+
+    @property
+    def words(self) -> str:
+        """How saving stands."""
+        return f"{self._words}, {self._uploader.words}" if self._uploader and len(self.stores) > 1 else self._words
+
+    @property
+    def to_save_s(self) -> float:
+        """How long it takes to save now, after what is on its way."""
+        return self.save_s * (2 if self.background.is_busy else 1)
+
+    @property
+    def upload_s(self) -> float:
+        """How long the last upload took."""
+        return self._uploader.upload_s if self._uploader else 0.0
+
+    def failure(self, what: str, remedy: str) -> HarnessError:
+        """The error to end with because a save failed: of a disk, or of a store that may answer again."""
+        return (SaveError if self.store.is_local else StorageError)(what, self._words, remedy)
+
+    def begin(self, progress: Progress, give_up: Callable[[], object]) -> Attempt:
+        """Claim the next attempt. Raises SupersededError, StorageError, UsageError. Collective: every rank must call it."""
+
+        environment = self.environment.found()
+
+        def claim() -> list[Any]:
+            attempt = self._claim(progress, environment)
+            return [attempt.number, attempt.run_id, attempt.nonce]
+
+        number, run_id, nonce = self.world.on_writer(claim, give_up=give_up)
+        self.attempt = Attempt(number, run_id, nonce)
+        self._ending.begun(self.stores, self.attempt, self.world)
+        self._ending.finish = self.background.close
+        if len(self.stores) == 1 and self.store.is_local:
+            check_shared(self.store, self.attempt, self.world)
+        self.timer.begun()
+        return self.attempt
+
+    def _claim(self, progress: Progress, environment: dict[str, Any]) -> Attempt:
+        found = self._choice.survey
+        assert found is not None, "the writer has listed the stores"
+        self.differences = check(found, self.origin, environment, self.settings.environment, progress.say)
+        attempt = claim(self.stores, self._choice, self.world.size, self.settings, progress.say, environment)
+        self.metrics = Metrics(self.settings.log_to, found, attempt.run_id, self.origin.step if self.origin else 0, progress.say)
+        self.tier.begin(attempt, self.origin)
+        self._say, last = progress.say, self.replay.read(found, self.origin, attempt, progress.say)
+        self.resumed = resumed(found, self.origin, self.account, last)
+        self._listen(attempt, found)
+        if self.differences:
+            self.note("environment", differs=[vars(difference) for difference in self.differences])
+            self.replay.suspects += map(str, self.differences)
+        return attempt
+
+    def _listen(self, attempt: Attempt, found: Survey) -> None:
+        """Begin to record what happens, and to copy what is committed."""
+        local = self.store if isinstance(self.store, LocalStore) else None
+        has_remote = local is None or len(self.stores) > 1
+        self.timer.lives = lives(found)
+        here = [m for m in found.history if local and m in found.parts[0].manifests]
+        self._origin_is_here = self.origin in here
+        ledger = self.ledger = Ledger(local, fmt.events_key(attempt.number), kept=has_remote, spent=self.account.spent)
+        ledger.listeners += [self.metrics.on_event] if self.metrics else []
+        ledger.write("begun", step=self.saved_step or 0, world_size=self.world.size, went_on_from=self.origin and self.origin.name)
+        self.replay.begin(ledger, self.account.redone_until)
+        if has_remote:
+            self._outage.note = ledger.write
+            route = Route(local, self.stores[-1], self.settings.remote_policy)
+            self._uploader = Uploader(route, attempt, ledger, self._outage)
+            self._uploader.steps = self.replay.log
+            there = [m for m in found.parts[-1].manifests if m.key not in found.parts[-1].marked]
+            self._uploader.start(here, there, self.origin, self._choice.read_from(len(self.stores) - 1))
+
+    def is_due(self, left_s: float) -> bool:
+        """Whether it is time to save, by the clock or because what the attempt went on from is gone. The run ends in `left_s`."""
+        if self.background.has_failed or self.background.wants_again or (self._choice.in_memory and not self._committed):
+            return True  # `save` says what failed
+        if self.timer.is_due(left_s, self.save_s, self.background.is_busy_with(self._finish)):
+            return True
+        if self.replay.has_failed or (self._uploader and (self._uploader.has_failed or self._uploader.origin_is_gone)):  # told by `save`
+            return True
+        if self.origin is None or self._committed or not self._origin_is_here:
+            return False
+        try:  # until our first commit nothing but the origin holds the run: a zombie may have deleted it
+            return not self.store.exists(self.origin.key)
+        except StorageError:
+            return False
+
+    def save(
+        self, capture: Callable[[], Captured], about: Callable[[], About], give_up: Callable[[], object], *, wait: bool
+    ) -> bool:  # fmt: skip
+        """Begin to commit a checkpoint, once the one before has arrived, and `wait` for it if so told. Returns False if it came to
+        nothing; `words` say why.
+
+        Raises SupersededError, NonFiniteError, also of the one before. Collective: every rank must call it.
+        """
+        began_at = time.perf_counter()
+        is_saved = self._told(self.world.on_writer(lambda: self._begin(capture, about, began_at, wait), give_up=give_up))
+        self.timer.begun()
+        return is_saved
+
+    def settle(self, give_up: Callable[[], object]) -> None:
+        """Wait until what is on its way has arrived, or has not: `saved_step` tells. Raises as `save`. Collective: every rank must call
+        it."""
+        self._told(self.world.on_writer(lambda: self._reply(self.background.wait()), give_up=give_up))
+
+    def _told(self, reply: list[Any]) -> bool:
+        """Let every rank know what the writer does; itself may have got further meanwhile."""
+        problem, saved_step, words = reply
+        if not self.world.is_writer:
+            self.saved_step, self._words = saved_step, words
+        return not problem
+
+    def _reply(self, problem: str) -> list[Any]:
+        return [problem, self.saved_step, self._words]
+
+    def _begin(self, capture: Callable[[], Captured], about: Callable[[], About], began_at: float, wait: bool) -> list[Any]:
+        self.background.wait()
+        self.replay.check()
+        if self._uploader:
+            self._uploader.check()
+        captured, told, problem = capture(), about(), ""
+        self._rehearsal.take(captured)
+        if not self.background.is_unable:
+            self.background.start(captured, told, began_at, self._finish)
+            problem = self.background.wait() if wait else ""
+        if self.background.slow_words != self._slow_words:
+            self._slow_words = self.background.slow_words
+            self._say(f"harness: saves make training wait: {self._slow_words}")
+        if self.background.is_unable:  # there is no memory for a copy of the state, or more in it than plain tensors
+            self.background.wants_again = False
+            state.check_finite(captured.tracked)
+            problem = self._commit(captured.fill(), told, began_at, None, lambda: None, dict)
+        return self._reply(problem)
+
+    def _finish(self, job: Job, write: Callable[[Sink], None], check: Callable[[], None]) -> None:
+        """Commit, in the background, what is copied."""
+
+        assert self.attempt is not None and job.loan is not None
+        self.at_save(job.head["step"])
+        key = fmt.data_key(job.head["step"], self.attempt.number)
+        with self._uploader.ahead(key, job.loan) if self._uploader else contextlib.nullcontext():
+            job.problem = self._commit(job.head, job.about, job.began_at, write, check, job.costs, job.snapshot.places)
+
+    def _commit(
+        self, payload: Mapping[str, Any], about: About, began_at: float, write: Callable[[Sink], None] | None,
+        check: Callable[[], None], costs: Callable[[], dict[str, float]], places: Mapping[int, int] | None = None,
+    ) -> str:  # fmt: skip
+        """Commit a checkpoint and let old ones go, from whichever thread; returns why there is none, if training may go on."""
+        assert self.attempt is not None and self.ledger is not None
+        store = self.store.patient(self.settings.wait_s if about.final else min(SAVE_S, self.settings.wait_s))
+        try:
+            manifest = commit(store, self.attempt, payload, about, write, check)
+        except SaveError as error:
+            self.ledger.write("not_saved", step=payload["step"], error=str(error))
+            self._words = " ".join(str(error).split("\n"))
+            if not about.final:
+                self._say(f"harness: NOT SAVED, training goes on: {self._words}")
+            return self._words
+        self.save_s = time.perf_counter() - began_at
+        self.saved_step, self._committed = manifest.step, True
+        self._words = f"saved step {manifest.step} in {self.save_s:.2g} s"
+        self._verified.add(manifest.name)
+        self.tier.drop(before=(manifest.attempt, manifest.step + 1))
+        spent = {"seconds": round(self.save_s, 6)} | costs()
+        self.ledger.write("saved", step=manifest.step, checkpoint=manifest.name, size_bytes=manifest.size_bytes, **spent)
+        if self._uploader:
+            self._uploader.offer(manifest)
+        self._let_go(store)
+        self._rehearsal.begin(self.store, manifest, places or {})
+        return ""
+
+    def _let_go(self, store: Store) -> None:
+        assert self.attempt is not None and self.ledger is not None
+        policy = self.settings.policy if store.is_local else self.settings.remote_policy
+        pinned = self._uploader.pinned() if self._uploader else ()
+        try:
+            gone = retention.apply(store, self.attempt, self._verified, policy, pinned)
+        except StorageError as error:
+            self.ledger.write("not_deleted", error=str(error))
+            return
+        if gone:
+            self.ledger.write("deleted", names=gone)
+        if self._uploader:
+            self._uploader.forget(gone)
+
+    def at_boundary(self, tracked: Mapping[str, Any]) -> None:
+        """A step is over. After the first one all state is there that will be."""
+        self.timer.step(self.background.is_busy_with(self._finish), self.save_s)
+        if not self._has_room and self.world.is_writer:
+            self._has_room = True
+            self.background.make_room(state.size_bytes(tracked), self.world.device)
+            self.replay.look_at(tracked)
+        self.background.at_boundary()
+
+    def keep(self, name: str, data: bytes) -> None:
+        """Write a file of the user's, on the writer: here at once, elsewhere in the background. What fails is said. Raises UsageError."""
+        key = fmt.file_key(name)
+        if self.attempt is None or self._ended:
+            raise UsageError(f"keep({name!r}) came outside the loop", remedy="Keep files between the first batch and the last.")
+        if not isinstance(data, bytes):
+            raise UsageError(f"keep({name!r}) takes bytes", f"found: {type(data).__name__}", "Text: text.encode().")
+        if self.ledger is None:
+            return
+        try:
+            if self.store.is_local:
+                write_file(self.store, key, data, self.attempt)
+        except StorageError as error:
+            self.ledger.write("not_kept", file=key, store=str(self.store), error=str(error))
+            self._outage.say(f"harness: warning: {key} is not in {self.store}: {error.what} ({error.found}); training goes on")
+        if self._uploader:
+            self._uploader.keep(key, data)
+
+    def hand_in(self, give_up: Callable[[], object]) -> str:
+        """Copy the last checkpoint of a finished run to the remote store if that lacks it, without an attempt; returns what was done.
+
+        Raises StorageError. Collective: every rank must call it.
+        """
+        return self.world.on_writer(lambda: hand_in(self._choice.survey, self.origin), give_up=give_up)
+
+    def about(self, classes: dict[str, str], metrics: dict[str, float], final: dict[str, int | None] | None) -> About:
+        """What goes into the manifest beside the state; `metrics` are those of this very step."""
+        lineage, digest = going_on_from(self.origin), config.digest(self.settings.config)
+        return About(self.world.size, lineage, classes, digest, final, metrics, read_back=not self._committed)
+
+    def note(self, kind: str, **fields: Any) -> None:
+        """Add an event to the run's ledger; on the writer only."""
+        if self.ledger:
+            self.ledger.write(kind, **fields)
+
+    def end(
+        self, why: str, give_up: Callable[[], object], *, step: int, saved: bool = True,
+        limit_s: Callable[[], float] = lambda: math.inf, **details: Any,
+    ) -> None:  # fmt: skip
+        """Wait until what was saved is in every store, and record how the attempt ended; nothing is written after it.
+
+        Raises StorageError if after `wait_s`, or when `limit_s()` seconds are over, a checkpoint is still not where it should be,
+        SupersededError. Collective: every rank must call it.
+        """
+        record, self._ended = {"step": step, "saved": saved} | details, True
+        self._rehearsal.close()
+        if why == "stopped":  # whoever stops us may not wait for the upload
+            self._ending.record(why, self.stores[:1], saved_step=self.saved_step, **record)
+        with self.account.during(SAVE):
+            problem = self.world.on_writer(lambda: self._settle(limit_s() - LAST_S), give_up=give_up)
+        failure = StorageError(f"{why} at step {step}, but not everything is in the remote store", problem, UPLOADED_THEN)
+        if problem and why == "finished":
+            raise failure
+        self.replay.close()
+        self.note(why, **record)
+        if self._uploader:
+            self._uploader.close(1.0 if problem else END_S)
+        if self.metrics:
+            self.metrics.close()
+        self._ending.record(why, self.stores, saved_step=self.saved_step, **record)
+        if problem:
+            raise failure
+
+    def _settle(self, limit_s: float = math.inf) -> str:
+        problem = self._uploader.settle(max(0.0, min(self.settings.wait_s, limit_s))) if self._uploader else ""
+        return problem and f"{problem} It lies in {self.store}."

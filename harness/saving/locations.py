@@ -1,0 +1,81 @@
+"""Where a run lives: a directory, a remote store, or both, the directory first."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+from harness.checkpoint import attempts
+from harness.checkpoint import format as fmt
+from harness.checkpoint.attempts import Attempt, remembered
+from harness.checkpoint.catalog import Survey
+from harness.checkpoint.format import Manifest
+from harness.checkpoint.replicate import replicate
+from harness.distributed.ranks import World
+from harness.errors import UsageError
+from harness.monitoring.store_health import Outage
+from harness.store import LocalStore, Store, open_store
+from harness.text import say
+
+SHARED_WITHIN_S = 10.0
+
+
+def places(directory: str | Path | None, remote: str | None, wait_s: float) -> tuple[Store, ...]:
+    """The stores of a run; the last one is the authority on attempts. Raises UsageError."""
+    stores: list[Store] = [] if directory is None else [LocalStore(directory)]
+    if remote is not None:
+        stores.append(open_store(remote, wait_s))
+    if not stores:
+        raise UsageError("a run needs a place", "found: neither a directory nor a remote store", "Give one of them, or both.")
+    if len({str(store) for store in stores}) < len(stores):
+        raise UsageError("run.dir and run.remote are the same place", f"found: {stores[0]}", "Leave run.remote out, or name another.")
+    return tuple(stores)
+
+
+def check_remembered(stores: tuple[Store, ...], accept: tuple[str, ...]) -> None:
+    """Raises UsageError if a run directory that has a remote store is to be used without it, or with another one."""
+    local = stores[0]
+    if not isinstance(local, LocalStore) or "remote" in accept:
+        return
+    before = remembered(local)
+    now = str(stores[1]) if len(stores) > 1 else None
+    if before is not None and before != now:
+        raise UsageError(
+            f"{local} belongs to a run whose remote store is another one",
+            f"found: run.remote={now or 'null'}, expected: {before}",
+            "What is newest may be there. Name it, or insist: resume.accept=[remote].",
+        )
+
+
+def listen(stores: tuple[Store, ...], is_writer: bool) -> Outage:
+    """Let what goes wrong with the remote store be said, by the writer."""
+    outage = Outage(str(stores[-1]), (lambda text: say(text, sys.stderr)) if is_writer else lambda text: None)
+    for store in stores:
+        store.listen(outage.on_trouble, outage.on_success)
+    return outage
+
+
+def check_shared(store: Store, attempt: Attempt, world: World) -> None:
+    """Several nodes with a run directory each would be several runs: refuse unless every rank sees the claim. Raises UsageError.
+    Collective: every rank must call it."""
+    until = time.monotonic() + (SHARED_WITHIN_S if world.size > 1 else 0)  # network file systems show it late
+    while not (seen := attempts.holds(store, attempt)) and time.monotonic() < until:
+        time.sleep(0.1)
+    blind = [rank for rank, sees in enumerate(world.gather(seen)) if not sees]
+    if blind:
+        raise UsageError(
+            f"the run directory is not shared: rank(s) {blind} do not see what rank 0 wrote",
+            f"found: {store}",
+            "Put run.dir on a file system that all nodes share.",
+        )
+
+
+def hand_in(found: Survey | None, last: Manifest | None) -> str:
+    """Copy the last checkpoint of a run to a store that lacks it, without an attempt; returns what was done. Raises StorageError."""
+    assert found is not None and last is not None, "there is a checkpoint that the run has come to"
+    missing = [store for store in found.stores[1:] if store not in found.copies(last)]
+    for store in missing:
+        store.prepare(fmt.FOLDERS)
+        replicate(found.copies(last)[0], last, store, Attempt(found.greatest, last.run_id, ""))
+    return f"{last.name} was missing in {missing[0]} and is there now" if missing else ""

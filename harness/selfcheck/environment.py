@@ -1,0 +1,145 @@
+"""What "the same hardware and software" means for this process, found out once an attempt; and what follows if it is another one."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import re
+import sys
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from harness.checkpoint.catalog import Survey
+from harness.checkpoint.format import Manifest
+from harness.distributed.ranks import World
+from harness.errors import UsageError
+from harness.supervision.machine_record import DISTRIBUTIONS, NOT_EXACT, Difference, differences, in_words, recorded
+
+VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NCCL_ALGO", "NCCL_PROTO", "CUBLAS_WORKSPACE_CONFIG")
+HERE_ALREADY = ("torch", "numpy")
+REFUSE = "refuse"
+
+
+class Environment:
+    """Finds out; which distributions are installed takes a moment, so it begins to ask when it is made, on the writer."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self._installed = None
+        if world.is_writer:
+            with_thread = ThreadPoolExecutor(1, thread_name_prefix="environment")
+            self._installed = with_thread.submit(importlib.metadata.packages_distributions)
+            with_thread.shutdown(wait=False)
+
+    def found(self) -> dict[str, Any]:
+        """All of it, on the writer; {} on the others. Collective: every rank must call it."""
+        own = hardware(self.world.device)
+        ranks = self.world.gather(own)
+        if self._installed is None:
+            return {}
+        unlike = {f"rank {rank}": other for rank, other in enumerate(ranks) if other != own}
+        return own | software(self.world.device) | {"ranks unlike rank 0": unlike, DISTRIBUTIONS: imported(self._installed.result())}
+
+
+def hardware(device: torch.device) -> dict[str, Any]:
+    """What this rank computes on."""
+    is_cuda = device.type == "cuda"
+    return {
+        "cpu": _cpu(),
+        "cpu instructions": torch.backends.cpu.get_cpu_capability(),
+        "device": torch.cuda.get_device_name(device) if is_cuda else device.type,
+        "driver": _driver() if is_cuda else None,
+    }
+
+
+def software(device: torch.device) -> dict[str, Any]:
+    """What decides about the last bits beside hardware: versions, numbers of threads, and flags."""
+    found: dict[str, Any] = {
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+        "threads": torch.get_num_threads(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "float32 matmul precision": _asked(torch.get_float32_matmul_precision),
+        **{name: os.environ.get(name) for name in VARIABLES},
+    }
+    if device.type != "cuda":
+        return found
+    cudnn = torch.backends.cudnn
+    return found | {
+        "CUDA": torch.version.cuda,
+        "cuDNN": cudnn.version(),  # type: ignore[no-untyped-call]
+        "NCCL": _asked(lambda: ".".join(map(str, torch.cuda.nccl.version()))),  # type: ignore[no-untyped-call]
+        "TF32 in matmul": _asked(lambda: torch.backends.cuda.matmul.allow_tf32),
+        "TF32 in cuDNN": _asked(lambda: cudnn.allow_tf32),
+        "cuDNN deterministic": cudnn.deterministic,
+        "cuDNN benchmark": cudnn.benchmark,
+    }
+
+
+def _asked(flag: Callable[[], Any]) -> Any:
+    """What torch answers; it refuses to, if flags were set in its old way and in its new one."""
+    try:
+        return flag()
+    except (RuntimeError, AttributeError) as error:
+        return f"unknown: {str(error).splitlines()[0][:80]}"
+
+
+def _cpu() -> str:
+    try:
+        name = re.search(r"^(?:model name|Model|cpu model)\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        name = None
+    return name[1].strip() if name else platform.processor() or platform.machine()
+
+
+def _driver() -> str | None:
+    try:
+        version = re.search(r"\b\d+\.\d+(?:\.\d+)?\b", Path("/proc/driver/nvidia/version").read_text())
+    except OSError:
+        return None
+    return version[0] if version else None
+
+
+def imported(installed: Mapping[str, list[str]]) -> dict[str, str]:
+    """The distributions of what this program has imported so far, and their versions. `installed` says which ones a package is of."""
+    tops = {name.partition(".")[0] for name in tuple(sys.modules)}
+    names = {name for top in tops for name in installed.get(top, ()) if name.lower() not in HERE_ALREADY}
+    versions = {}
+    for name in sorted(names):
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:  # removed since
+            continue
+    return versions
+
+
+def check(found: Survey, origin: Manifest | None, now: Mapping[str, Any], insist: str, say: Callable[[str], object]) -> list[Difference]:
+    """Say how the machine and the software differ from those that the checkpoint was written on; for the writer, before the claim.
+
+    Raises UsageError instead if `insist` is "refuse" and results would differ.
+    """
+    if origin is None:
+        return []
+    before = recorded(found, origin.attempt)
+    if before is None:
+        if found.attempts.get(origin.attempt, {}).get("kind") == "train":
+            say(f"harness: it is not recorded which machine and software {origin.name} was made on")
+        return []
+    differing = differences(before, now)
+    inexact = [difference for difference in differing if not difference.is_exact]
+    if inexact and insist == REFUSE:
+        raise UsageError(
+            f"this is not the machine and software that {origin.name} was made on: {NOT_EXACT}",
+            "\n".join(f"  {difference.name}: found {difference.now!r}, expected {difference.before!r}" for difference in inexact),
+            "Start it where it was started before. To go on all the same: resume.environment=warn.",
+        )
+    if differing:
+        say(f"harness: not as {origin.name} was made: {in_words(differing)}")
+    return differing

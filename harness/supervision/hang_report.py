@@ -1,0 +1,112 @@
+"""Where each rank of an attempt that hangs stands, as one page that begins with one sentence."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from harness.checkpoint import attempts
+from harness.checkpoint.attempts import Attempt
+from harness.errors import StorageError
+from harness.store import Store
+from harness.supervision import attempt_history
+
+FOLDER = "hangs"
+OTHERS_S, LOOK_S = 3.0, 0.2  # for how long the other ranks' words are waited for
+# A rank whose last frame is there waits for another one.
+COLLECTIVES = ("torch/distributed", "torch/nn/parallel/distributed.py", "torch/autograd", "harness/distributed/ranks.py")
+LIBRARIES = ("/torch/", f"{Path(__file__).resolve().parents[1]}/", "/site-packages/", "/lib/python", "<frozen")
+FRAME = re.compile(r'^  File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>.+)$')
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a rank stands: the last line of the user's own code, and whether it waits for other ranks there."""
+
+    words: str
+    waits: bool
+
+
+def place(stacks: str) -> Place:
+    """By the main thread's stack, which comes last."""
+    frames = [match for line in stacks.splitlines() if (match := FRAME.match(line))]
+    if not frames:
+        return Place("an unknown place", False)
+    own = [match for match in frames if not any(part in match["file"] for part in LIBRARIES)]
+    match = (own or frames)[-1]
+    words = f"{match['function']} ({match['file'].rpartition('/')[2]}:{match['line']})"
+    return Place(words, any(part in frames[-1]["file"] for part in COLLECTIVES))
+
+
+def sentence(told: Sequence[dict[str, Any]], world_size: int) -> str:
+    """Who is stuck, and who waits. `told` are the hang events of those ranks that could still tell."""
+    places = {int(event["rank"]): place(str(event.get("stacks", ""))) for event in told}
+    stuck = {rank: found for rank, found in places.items() if not found.waits}
+    waiting = [rank for rank, found in places.items() if found.waits]
+    silent = [rank for rank in range(world_size) if rank not in places]
+    parts = [f"rank {rank} is stuck in {found.words}" for rank, found in sorted(stuck.items())]
+    if silent:
+        parts.append(f"{_ranks(silent)} said nothing: stopped, dead, or busy outside of Python")
+    if waiting and (stuck or silent):
+        parts.append(f"{_ranks(waiting)} waited for the others")
+    elif waiting:
+        parts += [f"rank {rank} waits for the others in {places[rank].words}" for rank in sorted(waiting)]
+    return "; ".join(parts)
+
+
+def page(told: Sequence[dict[str, Any]], world_size: int) -> str:
+    """The sentence, then what each rank was at, its last collective if that is known, and the stacks of all its threads."""
+    parts = [sentence(told, world_size) + "."]
+    for event in sorted(told, key=lambda event: int(event["rank"])):
+        last = f"\nlast collective: {event['collective']}" if event.get("collective") else ""
+        parts.append(f"--- rank {event['rank']}, step {event['step']}: {event['error']}{last}\n\n{event['stacks']}")
+    return "\n\n".join(parts) + "\n"
+
+
+def tell(store: Store, attempt: Attempt, world_size: int) -> str:
+    """Write the page, `hangs/0003.txt`, once all ranks have left their word in the events, or have had time to; returns its sentence.
+    Each rank that can writes it, all the same. Raises StorageError."""
+    until = time.monotonic() + OTHERS_S
+    while True:
+        hangs = [
+            event
+            for event in attempt_history.events([store], attempt.number)
+            if event.get("event") == "hang" and event.get("rank") is not None
+        ]
+        events = {event["rank"]: event for event in hangs if {"step", "error", "stacks"} <= event.keys()}
+        if len(events) >= world_size or time.monotonic() > until:
+            break
+        time.sleep(LOOK_S)
+    told = list(events.values())
+    if not store.is_local or attempts.holds(store, attempt):
+        store.prepare((FOLDER,))
+        store.write(f"{FOLDER}/{attempt.number:04d}.txt", page(told, world_size).encode(), attempt.number)
+    return sentence(told, world_size)
+
+
+def report(stores: Sequence[Store], attempt: Attempt, world_size: int, patience_s: float) -> tuple[str, str]:
+    """`tell` in every store that takes it; the sentence, and where the page is."""
+    words = where = ""
+    for store in stores:
+        try:
+            words = tell(store.patient(patience_s), attempt, world_size) or words
+            where = where or store.where(f"{FOLDER}/{attempt.number:04d}.txt")
+        except StorageError:
+            continue
+    return words, where
+
+
+def line(rank: int, step: int | None, error: str, stacks: str, collective: str) -> bytes:
+    """The event that a rank leaves."""
+    event = {"event": "hang", "time": attempts.now(), "rank": rank, "step": step, "error": error, "stacks": stacks}
+    return (json.dumps(event | ({"collective": collective} if collective else {})) + "\n").encode()
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    listed = ", ".join(map(str, sorted(ranks)))
+    return f"rank {listed}" if len(ranks) == 1 else f"ranks {listed}"

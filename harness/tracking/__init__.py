@@ -1,0 +1,1 @@
+"""What a run keeps beside each tracked object's `state_dict`."""
