@@ -49,7 +49,7 @@ TRANSIENT_ERRNOS = frozenset({
 
 
 @dataclass(frozen=True)
-class Trouble:
+class RetryEvent:
     """One failure that is about to be tried again."""
 
     error: BaseException
@@ -145,7 +145,7 @@ def retrying(
     work: Callable[[float], T],
     limit_s: float,
     *,
-    on_trouble: Callable[[Trouble], object] = lambda trouble: None,
+    on_trouble: Callable[[RetryEvent], object] = lambda trouble: None,
     renew: Callable[[], object] | None = None,
     give_up: Callable[[], object] = lambda: None,
     clock: Callable[[], float] = time.monotonic,
@@ -173,7 +173,7 @@ def retrying(
     def told(state: tenacity.RetryCallState) -> None:
         error = state.outcome.exception() if state.outcome else None
         if error is not None:
-            on_trouble(Trouble(error, state.attempt_number, state.upcoming_sleep))
+            on_trouble(RetryEvent(error, state.attempt_number, state.upcoming_sleep))
 
     attempts = tenacity.Retrying(
         retry=tenacity.retry_if_exception(may_try_again),

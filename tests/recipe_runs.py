@@ -17,7 +17,7 @@ from s3_server import S3Server
 
 from harness import train
 from harness.checkpoint import load
-from harness.checkpoint.catalog import survey
+from harness.checkpoint.catalog import read_catalog
 from harness.cli import main
 from harness.store import LocalStore
 
@@ -83,11 +83,11 @@ def command_(capsys: pytest.CaptureFixture[str]) -> Command:
 def newest(directory: Path) -> dict[str, Any]:
     """The newest checkpoint, verified and read."""
     store = LocalStore(directory)
-    return load.load(store, survey(store).head)
+    return load.load(store, read_catalog(store).head)
 
 
 def manifest(directory: Path) -> Any:
-    return survey(LocalStore(directory)).head
+    return read_catalog(LocalStore(directory)).head
 
 
 def differing(a: Any, b: Any, where: str = "") -> list[str]:

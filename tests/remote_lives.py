@@ -31,21 +31,21 @@ from harness import train
 from harness.arguments import Settings
 from harness.checkpoint import attempts, load, retention
 from harness.checkpoint import format as fmt
-from harness.checkpoint.catalog import going_on_from, survey
+from harness.checkpoint.catalog import going_on_from, read_catalog
 from harness.checkpoint.commit import About, commit
 from harness.checkpoint.format import Manifest
 from harness.checkpoint.replicate import replicate
 from harness.distributed import ranks
 from harness.errors import SaveError
-from harness.monitoring.console import Progress
-from harness.monitoring.goodput import Account
+from harness.monitoring.console import Console
+from harness.monitoring.goodput import Goodput
 from harness.saving import uploader
-from harness.saving.checkpointer import Saver
+from harness.saving.checkpointer import Checkpointer
 from harness.saving.locations import listen
 from harness.state import Captured
 from harness.store import Store, open_store
 from harness.supervision import exit_record as run_ending
-from harness.supervision.exit_record import Ending
+from harness.supervision.exit_record import ExitRecord
 
 
 def payload(step: int, seed: int = 0) -> dict[str, Any]:
@@ -67,7 +67,7 @@ class Life:
 
     def __init__(self, *stores: Store) -> None:
         self.stores = stores
-        found = survey(*stores)
+        found = read_catalog(*stores)
         found.check_one_run()
         self.origin = found.candidates[0] if found.candidates else None
         for store in stores:
@@ -98,13 +98,13 @@ def write(places: list[str], steps: list[int], wait_s: float, told: str) -> None
     # The program's own patience with a failing upload and with the last record is for people who wait; here all of it is `wait_s`.
     uploader.REQUEST_S = run_ending.RECORD_S = wait_s
     stores = tuple(open_store(place, wait_s) for place in places)
-    ending, world = Ending(), ranks.join(60)
+    ending, world = ExitRecord(), ranks.join(60)
     outage = listen(stores, True)
     choice = load.choose(stores, world)
     policy = retention.Policy(last=2, best=0)
     settings = Settings(policy=policy, remote_policy=policy, wait_s=wait_s)
-    saver = Saver(stores, world, choice, settings, ending, outage, Account(), time.monotonic)
-    saver.begin(Progress(), lambda: None)
+    saver = Checkpointer(stores, world, choice, settings, ending, outage, Goodput(), time.monotonic)
+    saver.begin(Console(), lambda: None)
     for step in steps:
         final: dict[str, int | None] | None = {"epochs": 1, "max_steps": None} if step == steps[-1] else None
         content = payload(step, saver.attempt.number if saver.attempt else 0)
@@ -127,7 +127,7 @@ def tell(told: str, what: str, step: int) -> None:
 def race(place: str) -> None:
     """Look, stop, and when woken claim what was seen to be the next attempt."""
     store = open_store(place, 30)
-    found = survey(store)
+    found = read_catalog(store)
     os.kill(os.getpid(), signal.SIGSTOP)
     attempts.claim(found, None, 1)
 

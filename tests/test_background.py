@@ -28,14 +28,14 @@ from torch import nn
 import harness
 from harness import state
 from harness.checkpoint import load
-from harness.checkpoint.catalog import survey
+from harness.checkpoint.catalog import read_catalog
 from harness.errors import NonFiniteError, StorageError, UsageError
 from harness.exchange.compare import differences
-from harness.saving.writer_process import Scribe
-from harness.state.snapshot import STRIDE_BYTES, Snapshot, UnevenError
+from harness.saving.writer_process import WriterProcess
+from harness.state.snapshot import STRIDE_BYTES, Snapshot, UnsupportedStateError
 from harness.step import Ema
 from harness.store import LocalStore
-from harness.store.staging_buffer import BLOCK_BYTES, PIECE_BYTES, Image, free_memory_bytes, pour
+from harness.store.staging_buffer import BLOCK_BYTES, PIECE_BYTES, StagingBuffer, free_memory_bytes, write_to
 
 pytestmark = pytest.mark.usefixtures("process_as_it_was")
 
@@ -86,7 +86,7 @@ def trained(
 def check_saved(directory: Path, seen: dict[int, dict], steps: list[int]) -> None:
     """Every checkpoint of these steps, and no other, is there and holds what was seen at its boundary, to the bit."""
     store = LocalStore(directory)
-    manifests = {m.step: m for m in survey(store).manifests}
+    manifests = {m.step: m for m in read_catalog(store).manifests}
     assert sorted(manifests) == steps
     for step, manifest in manifests.items():
         payload = load.load(store, manifest)
@@ -331,7 +331,7 @@ def test_when_the_writing_process_dies_the_one_that_trains_writes_itself(tmp_pat
     assert ended.returncode == 0 and "NOT SAVED" not in ended.stdout, ended.stdout + ended.stderr
     assert steps_of(tmp_path / "a") == [4, 6, 8]
     store = LocalStore(tmp_path / "a")
-    for manifest in survey(store).manifests:
+    for manifest in read_catalog(store).manifests:
         load.check(store, manifest)
 
 
@@ -367,7 +367,7 @@ def test_the_writing_process_dies_with_the_one_that_trains_and_commits_nothing(t
 
 def test_stop_signals_do_not_reach_the_writing_process(tmp_path):
     """Terminals and some SLURM set-ups signal whole process trees, and the last save is still to be written then."""
-    scribe, image = Scribe(), Image()
+    scribe, image = WriterProcess(), StagingBuffer()
     image.reserve(1000)
     (tmp_path / "x").touch()
     scribe.pour(image, tmp_path / "x")
@@ -476,7 +476,7 @@ def tree() -> dict:
     }  # fmt: skip
 
 
-def snapped(payload: dict, image: Image, *, steady: bool) -> Snapshot:
+def snapped(payload: dict, image: StagingBuffer, *, steady: bool) -> Snapshot:
     addresses = {tensor.untyped_storage().data_ptr() for tensor in _leaves(payload)} if steady else set()
     snapshot = Snapshot(payload, addresses)
     snapshot.copy_rest()
@@ -494,11 +494,11 @@ def _leaves(value: object) -> Iterator[torch.Tensor]:
 
 @pytest.mark.parametrize("steady", [True, False])
 def test_the_image_is_the_file_that_torch_would_have_written(tmp_path, steady):
-    payload, image, path = tree(), Image(), tmp_path / "x.pt"
+    payload, image, path = tree(), StagingBuffer(), tmp_path / "x.pt"
     for _ in range(2):  # the second time in memory that is full of the first
         snapped(payload, image, steady=steady)
         path.touch()
-        pour(image.memory, image.size_bytes, str(path))
+        write_to(image.memory, image.size_bytes, str(path))
         found = torch.load(path, weights_only=True)
         assert list(differences(found, payload)) == []
         assert found["a"]["x"].data_ptr() == found["a"]["y"].data_ptr(), "tied tensors stay tied"
@@ -514,14 +514,14 @@ def test_the_image_is_the_file_that_torch_would_have_written(tmp_path, steady):
 
 def test_a_change_while_it_is_copied_is_seen():
     for change, compare in ((lambda t: t.add_(1), False), (lambda t: t.data.add_(1), True)):
-        payload, image = tree(), Image()
+        payload, image = tree(), StagingBuffer()
         snapshot = snapped(payload, image, steady=True)
         assert not snapshot.is_torn(compare=True)
         change(payload["b"])
         assert snapshot.is_torn(compare=compare)
     payload = tree()
     payload["b"][0, 0] = float("nan")
-    assert not snapped(payload, Image(), steady=True).is_torn(compare=True), "NaN is as good a value as any other here"
+    assert not snapped(payload, StagingBuffer(), steady=True).is_torn(compare=True), "NaN is as good a value as any other here"
 
 
 NUMBERS = (1, 4095, 4096, 4097, 9001, 16384, 16385, 40_000, 70_001)  # numbers of four bytes, about the borders of what is sampled
@@ -533,7 +533,7 @@ def test_a_whole_tensor_that_is_written_behind_pytorchs_back_is_noticed_whatever
     payload = {f"{of}": torch.randn(of) for of in NUMBERS} | {"large": torch.randn(3_000_000), "tied": torch.randn(5)}
     addresses = {tensor.untyped_storage().data_ptr() for tensor in payload.values()}
     for change in (True, False):
-        snapshot, image = Snapshot(payload, addresses), Image()
+        snapshot, image = Snapshot(payload, addresses), StagingBuffer()
         assert not snapshot.is_small
         snapshot.distrust()
         snapshot.copy_rest()
@@ -550,7 +550,7 @@ def test_of_a_large_tensor_each_run_of_a_strides_length_that_is_written_is_notic
     address = payload["large"].untyped_storage().data_ptr()
     length = STRIDE_BYTES // 4
     for first in (0, 1, 12_345, 2_999_999 - length):
-        snapshot, image = Snapshot(payload, {address}), Image()
+        snapshot, image = Snapshot(payload, {address}), StagingBuffer()
         snapshot.distrust()
         snapshot.copy_rest()
         payload["large"].data[first : first + length + 4].add_(1)
@@ -561,7 +561,7 @@ def test_of_a_large_tensor_each_run_of_a_strides_length_that_is_written_is_notic
 
 def test_what_is_no_plain_tensor_is_left_to_torch():
     for value in (torch.eye(2).to_sparse(), torch.nn.parameter.UninitializedParameter(), torch.empty(2, device="meta")):
-        with pytest.raises(UnevenError):
+        with pytest.raises(UnsupportedStateError):
             Snapshot({"step": 1, "value": value}, set())
 
 
@@ -572,14 +572,14 @@ SIZES = (1, BLOCK_BYTES - 1, BLOCK_BYTES, BLOCK_BYTES + 1, DIRECT_FROM, DIRECT_F
 @pytest.mark.parametrize("where", ["disk", "memory"])
 def test_every_byte_arrives_and_is_digested(tmp_path, where):
     folder = tmp_path if where == "disk" else Path("/dev/shm")
-    path, image = folder / f"poured-{os.getpid()}", Image()
+    path, image = folder / f"poured-{os.getpid()}", StagingBuffer()
     image.reserve(SIZES[-1])
     image.memory[:] = os.urandom(len(image.memory))
     try:
         for size_bytes in SIZES:
             path.touch()
             image.reserve(size_bytes)
-            digest = pour(image.memory, size_bytes, str(path), DIRECT_FROM)
+            digest = write_to(image.memory, size_bytes, str(path), DIRECT_FROM)
             data = bytes(image.memory[:size_bytes])
             assert path.read_bytes() == data and digest == f"blake3:{blake3(data).hexdigest()}"
             assert b"".join(image.chunks()) == data
@@ -590,7 +590,7 @@ def test_every_byte_arrives_and_is_digested(tmp_path, where):
 
 
 def test_a_disk_that_fills_up_under_it_is_said_with_its_number(tmp_path):
-    image = Image()
+    image = StagingBuffer()
     image.reserve(3 * PIECE_BYTES)
     path = tmp_path / "x"
     path.touch()
@@ -599,7 +599,7 @@ def test_a_disk_that_fills_up_under_it_is_said_with_its_number(tmp_path):
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (PIECE_BYTES + 4096, PIECE_BYTES + 4096))
         try:
-            pour(image.memory, image.size_bytes, str(path))
+            write_to(image.memory, image.size_bytes, str(path))
         except OSError as error:
             os._exit(error.errno or 0)
         os._exit(0)
@@ -607,7 +607,7 @@ def test_a_disk_that_fills_up_under_it_is_said_with_its_number(tmp_path):
 
 
 def test_memory_that_is_not_there_is_not_asked_for():
-    image = Image()
+    image = StagingBuffer()
     with pytest.raises(StorageError, match="not enough memory"):
         image.reserve(2 * free_memory_bytes())
     assert image.capacity_bytes == 0

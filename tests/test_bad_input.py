@@ -20,7 +20,7 @@ from conftest import TRAIN, alone, events, harness, run, start, torchrun
 
 from harness import task, train
 from harness.checkpoint import load
-from harness.checkpoint.catalog import survey
+from harness.checkpoint.catalog import read_catalog
 from harness.errors import DamagedError, HarnessError, NonFiniteError, SaveError, StorageError, UsageError
 from harness.store import LocalStore
 from harness.supervision.error_hints import hint
@@ -58,13 +58,13 @@ def refused(kind: type[HarnessError], *settings: str) -> HarnessError:
 
 
 def steps_of(directory: Path) -> list[int]:
-    return [manifest.step for manifest in survey(LocalStore(directory)).manifests]
+    return [manifest.step for manifest in read_catalog(LocalStore(directory)).manifests]
 
 
 def newest(directory: Path) -> dict:
     """The newest checkpoint, verified and read."""
     store = LocalStore(directory)
-    return load.load(store, survey(store).head)
+    return load.load(store, read_catalog(store).head)
 
 
 def end_of(directory: Path, attempt: int = 1) -> dict:
@@ -72,7 +72,7 @@ def end_of(directory: Path, attempt: int = 1) -> dict:
 
 
 def attempts_of(directory: Path) -> int:
-    return len(survey(LocalStore(directory)).attempts)
+    return len(read_catalog(LocalStore(directory)).attempts)
 
 
 numbers = itertools.count()
@@ -362,7 +362,7 @@ NAN_LOSS = "value = value * float('nan') if bad_from <= calls < bad_to else valu
 
 def all_finite(directory: Path) -> bool:
     store = LocalStore(directory)
-    payloads = [load.load(store, manifest) for manifest in survey(store).manifests]
+    payloads = [load.load(store, manifest) for manifest in read_catalog(store).manifests]
     assert payloads
     return all(torch.isfinite(value).all() for payload in payloads for value in payload["model_state_dict"].values())
 
@@ -373,9 +373,9 @@ def test_a_few_losses_that_are_not_finite_are_skipped(tmp_path):
     trained(*settings, "run.dir=a", "task.args.bad_from=4", "task.args.bad_to=7")
     assert steps_of(tmp_path / "a") == list(range(1, 13)) and all_finite(tmp_path / "a")
     store = LocalStore(tmp_path / "a")
-    guards = [load.load(store, manifest)["guard_state_dict"]["skipped_in_a_row"] for manifest in survey(store).manifests]
+    guards = [load.load(store, manifest)["guard_state_dict"]["skipped_in_a_row"] for manifest in read_catalog(store).manifests]
     assert guards == [0, 0, 0, 1, 2, 3, 0, 0, 0, 0, 0, 0]
-    weights = [load.load(store, manifest)["model_state_dict"]["0.weight"] for manifest in survey(store).manifests]
+    weights = [load.load(store, manifest)["model_state_dict"]["0.weight"] for manifest in read_catalog(store).manifests]
     assert torch.equal(weights[2], weights[5]) and not torch.equal(weights[5], weights[6])
 
 
@@ -468,7 +468,7 @@ def test_a_disk_that_is_full_for_a_while_costs_nothing(tmp_path, small_disk, cap
     assert "The disk is full" in said and "No space left" in said
     assert steps_of(small_disk / "a") == [2, 10, 12] and newest(small_disk / "a")["step"] == 12
     store = LocalStore(small_disk / "a")
-    assert [load.load(store, manifest)["step"] for manifest in survey(store).manifests] == [2, 10, 12]
+    assert [load.load(store, manifest)["step"] for manifest in read_catalog(store).manifests] == [2, 10, 12]
     assert not [path for path in (small_disk / "a/checkpoints").iterdir() if ".tmp-" in path.name or "00000004" in path.name]
     trained(settings[0], "train.epochs=3", "checkpoint.every_steps=2", "run.dir=b", "task.args.bad_from=4")
     from harness.exchange.compare import differences

@@ -23,11 +23,11 @@ from blake3 import blake3
 from s3_server import S3Server, free_ports
 
 from harness.checkpoint import format as fmt
-from harness.checkpoint.catalog import survey
+from harness.checkpoint.catalog import read_catalog
 from harness.errors import RefusedError, StorageError
 from harness.store import SET_ASIDE, Entry, LocalStore, Store, open_store, probe
 from harness.store.remote import RemoteStore
-from harness.store.s3_client import S3Bucket
+from harness.store.s3_client import S3Client
 
 MB = 1 << 20
 FOLDERS = (*fmt.FOLDERS, probe.FOLDER, "checkpoints/deeper", "checkpoints2")
@@ -442,10 +442,10 @@ def test_what_is_set_aside_is_no_longer_chosen_first_and_not_lost(place):
     old, new = checkpoint(place.store, 1), checkpoint(place.store, 2)
     keys = [new.key, fmt.data_key(2, 1)]
     before = {key: place.store.read(key) for key in keys}
-    assert survey(place.store).candidates == [new, old]
+    assert read_catalog(place.store).candidates == [new, old]
     for _ in range(2):  # a second attempt may find it damaged as well
         place.store.set_aside(keys)
-        found = survey(place.store)
+        found = read_catalog(place.store)
         if place.kind == "local":  # renamed: no checkpoint any more, and its history ends before it
             assert (found.candidates, found.marked) == ([old], set())
             assert sorted(found.set_aside) == sorted(key + SET_ASIDE for key in keys)
@@ -527,7 +527,7 @@ def questions(store: Store) -> dict[str, Callable[[], object]]:
         "create": lambda: store.create("checkpoints/a.pt", b"x", 1),
         "delete": lambda: store.delete("checkpoints/a.pt"),
         "set_aside": lambda: store.set_aside(["checkpoints/a.pt"]),
-        "survey": lambda: survey(store),
+        "survey": lambda: read_catalog(store),
         "probe": lambda: probe.check(store),
         "unfinished": lambda: store.unfinished(),  # type: ignore[attr-defined]
         "now": lambda: store.now(),  # type: ignore[attr-defined]
@@ -548,7 +548,7 @@ def test_a_missing_bucket_is_refused_by_name_and_never_looks_empty(s3_place):
     assert wrong == {}
 
 
-class SilentListings(S3Bucket):
+class SilentListings(S3Client):
     """A server that lists nothing of a bucket that is not there, as some do, instead of saying so."""
 
     def _call(self, limit_s: float, method: str, **arguments: Any) -> dict[str, Any]:

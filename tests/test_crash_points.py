@@ -28,12 +28,12 @@ from conftest import ENVIRONMENT
 
 from harness.checkpoint import attempts, load, retention
 from harness.checkpoint import format as fmt
-from harness.checkpoint.catalog import going_on_from, survey
+from harness.checkpoint.catalog import going_on_from, read_catalog
 from harness.checkpoint.commit import About, commit
 from harness.errors import HarnessError, SaveError, StorageError
 from harness.state.snapshot import Snapshot
 from harness.store import TEMP, LocalStore
-from harness.store.staging_buffer import Image, pour
+from harness.store.staging_buffer import StagingBuffer, write_to
 
 OLD, NEW = 30, 40
 LANES = 2
@@ -71,7 +71,7 @@ def prepare(root: Path) -> None:
     """A first attempt that committed steps 10, 20 and 30 and was killed while it saved the next two."""
     store = LocalStore(root)
     store.prepare(fmt.FOLDERS)
-    attempt = attempts.claim(survey(store), None, 1)
+    attempt = attempts.claim(read_catalog(store), None, 1)
     for step in (10, 20, OLD):
         commit(store, attempt, payload(step), about(()))
     store.write(fmt.data_key(35, attempt.number), b"data without a manifest", attempt.number)
@@ -81,16 +81,16 @@ def prepare(root: Path) -> None:
 
 def commit_image(store: LocalStore, attempt: attempts.Attempt, values: dict, told: About) -> fmt.Manifest:
     """As a run commits, but that this process itself writes what otherwise another one does for it."""
-    image, snapshot = Image(), Snapshot(values, set())
+    image, snapshot = StagingBuffer(), Snapshot(values, set())
     snapshot.copy_rest()
     snapshot.copy_into(image)
-    return commit(store, attempt, values, told, lambda sink: sink.pour(image, lambda i, path: pour(i.memory, i.size_bytes, str(path))))
+    return commit(store, attempt, values, told, lambda sink: sink.pour(image, lambda i, path: write_to(i.memory, i.size_bytes, str(path))))
 
 
 def life(root: Path, phases: list[str]) -> None:
     """What the next attempt does, up to its first commit and what that lets go; `phases` grows as it goes on."""
     store = LocalStore(root)
-    found = survey(store)
+    found = read_catalog(store)
     origin = found.history[0] if found.history else None
     os.kill(os.getpid(), signal.SIGSTOP)
     phases.append("claim")
@@ -251,7 +251,7 @@ def each(servers: list[Server], todo: list, act: Callable) -> list:
 def check_whole(root: Path) -> int:
     """Every checkpoint that exists is whole, and the one to go on from is the old or the new; returns its step."""
     store = LocalStore(root)
-    found = survey(store)
+    found = read_catalog(store)
     assert not found.damaged and not found.set_aside and not found.foreign
     for manifest in found.manifests:
         assert same(load.load(store, manifest), payload(manifest.step)), manifest.name
@@ -264,7 +264,7 @@ def check_whole(root: Path) -> int:
 def check_next_attempt(root: Path) -> None:
     """Recovery is the normal start: it claims, sweeps, commits, and leaves nothing of earlier attempts but checkpoints."""
     store = LocalStore(root)
-    found = survey(store)
+    found = read_catalog(store)
     origin = found.history[0]
     store.prepare(fmt.FOLDERS)
     attempt = attempts.claim(found, origin, 1)
@@ -272,7 +272,7 @@ def check_next_attempt(root: Path) -> None:
     store.sweep(fmt.FOLDERS, attempt.number)
     manifest = commit(store, attempt, payload(50), about(going_on_from(origin)))
     retention.apply(store, attempt, {origin.name, manifest.name}, retention.Policy(last=2, best=0))
-    after = survey(store)
+    after = read_catalog(store)
     assert [m.step for m in after.history] == [50, origin.step]
     assert not after.orphans
     temps = [match for folder in fmt.FOLDERS for entry in store.entries(folder) if (match := TEMP.match(entry.key))]
@@ -467,7 +467,7 @@ def test_a_kill_in_the_first_attempt_leaves_nothing_or_its_first_checkpoint(serv
         root = tmp_path / f"{point.name}-{point.k}"
         root.mkdir()
         code = server.live(root, "-o", "/dev/null", "-e", f"trace={point.name}", "-e", f"inject={point.name}:signal=SIGKILL:when={point.k}")
-        found = survey(LocalStore(root))
+        found = read_catalog(LocalStore(root))
         if not found.manifests:
             found.check_fresh_start(str(root), [])
         for manifest in found.manifests:

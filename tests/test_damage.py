@@ -21,7 +21,7 @@ from blake3 import blake3
 from harness import cli
 from harness.checkpoint import attempts, load
 from harness.checkpoint import format as fmt
-from harness.checkpoint.catalog import survey
+from harness.checkpoint.catalog import read_catalog
 from harness.checkpoint.commit import About, commit
 from harness.checkpoint.format import Manifest
 from harness.errors import DamagedError, StorageError, UsageError
@@ -49,7 +49,7 @@ def payload(step: int) -> dict:
 def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     store = LocalStore(tmp_path_factory.mktemp("template") / "run")
     store.prepare(fmt.FOLDERS)
-    attempt = attempts.claim(survey(store), None, 1)
+    attempt = attempts.claim(read_catalog(store), None, 1)
     for step in STEPS:
         commit(store, attempt, payload(step), About(1, (), {"model": "Linear"}, "-"))
     return store.root
@@ -63,7 +63,7 @@ def store(template: Path, tmp_path: Path) -> LocalStore:
 
 
 def manifest_of(store: LocalStore, step: int = 30) -> Manifest:
-    return next(m for m in survey(store).manifests if m.step == step)
+    return next(m for m in read_catalog(store).manifests if m.step == step)
 
 
 def data_path(store: LocalStore, step: int = 30) -> Path:
@@ -289,7 +289,7 @@ def test_a_damaged_manifest_is_named_whatever_part_of_it_is_hit(store, capsys):
     places = [0, 1, whole.index(b'"attempt"') + 3, whole.index(b'"step": ') + 8, whole.index(b'"manifest_digest"') + 30, len(whole) - 1]
     for at in places:
         flip(manifest_path(store), at, 1)
-        found = survey(store)
+        found = read_catalog(store)
         assert list(found.damaged) == [fmt.manifest_key(30, 1)] and [m.step for m in found.manifests] == [10, 20]
         check_named(store, capsys, NEWEST)
         check_named(store, capsys, NEWEST, data_path(store))
@@ -299,7 +299,7 @@ def test_a_damaged_manifest_is_named_whatever_part_of_it_is_hit(store, capsys):
 @pytest.mark.parametrize("text", [b"", b"null", b"[]", b"1", b"{}", b'"x"', b"\xff\xfe", bytes(700), b"{" * 100_000, b'{"a":' * 20_000])
 def test_what_is_no_manifest_at_all_is_damaged(store, capsys, text):
     manifest_path(store).write_bytes(text)
-    assert list(survey(store).damaged) == [fmt.manifest_key(30, 1)]
+    assert list(read_catalog(store).damaged) == [fmt.manifest_key(30, 1)]
     check_named(store, capsys, NEWEST)
 
 
@@ -324,7 +324,7 @@ def test_what_is_no_manifest_at_all_is_damaged(store, capsys, text):
 def test_a_sealed_manifest_that_speaks_of_something_else_is_damaged(store, capsys, changes):
     (store.root / "x").write_bytes(b"secret")
     manifest_path(store).write_bytes(seal(json.loads(manifest_path(store).read_bytes()) | changes))
-    found = survey(store)
+    found = read_catalog(store)
     assert list(found.damaged) == [fmt.manifest_key(30, 1)]
     assert found.head.step == 20
     check_named(store, capsys, NEWEST)
@@ -334,19 +334,19 @@ def test_a_sealed_manifest_that_speaks_of_something_else_is_damaged(store, capsy
 def test_a_manifest_under_another_name_is_damaged(store, capsys):
     shutil.copy(manifest_path(store, 30), manifest_path(store, 40))
     shutil.copy(data_path(store, 30), data_path(store, 40))
-    assert list(survey(store).damaged) == [fmt.manifest_key(40, 1)]
-    assert survey(store).head.step == 30
+    assert list(read_catalog(store).damaged) == [fmt.manifest_key(40, 1)]
+    assert read_catalog(store).head.step == 30
 
 
 def test_a_field_that_is_not_known_is_ignored(store):
     manifest_path(store).write_bytes(seal(json.loads(manifest_path(store).read_bytes()) | {"surplus": 1}))
-    assert survey(store).head.step == 30
+    assert read_catalog(store).head.step == 30
 
 
 def test_a_manifest_of_a_later_format_refuses_a_start_and_is_not_set_aside(store, world, capsys):
     later = json.loads(manifest_path(store).read_bytes()) | {"format_version": 99, "shards": {"of": "a later version"}}
     manifest_path(store).write_bytes(seal(later))
-    found = survey(store)
+    found = read_catalog(store)
     assert list(found.newer) == [fmt.manifest_key(30, 1)] and not found.damaged
     with pytest.raises(UsageError, match="format version 99"):
         load.choose(store, world)
@@ -356,7 +356,7 @@ def test_a_manifest_of_a_later_format_refuses_a_start_and_is_not_set_aside(store
 def test_a_later_format_with_a_flipped_bit_is_damaged(store):
     later = seal(json.loads(manifest_path(store).read_bytes()) | {"format_version": 99})
     manifest_path(store).write_bytes(later.replace(b'"epoch": 0', b'"epoch": 1'))
-    found = survey(store)
+    found = read_catalog(store)
     assert list(found.damaged) == [fmt.manifest_key(30, 1)] and not found.newer
 
 
@@ -383,7 +383,7 @@ def test_foreign_files_are_named_and_neither_used_nor_counted_as_damage(store, w
         shutil.copy(manifest_path(store), store.root / fmt.CHECKPOINTS / name)
     (store.root / fmt.CHECKPOINTS / "step_00000050-0001.json").symlink_to(manifest_path(store))
     (store.root / fmt.CHECKPOINTS / "step_00000060-0001.json").mkdir()
-    found = survey(store)
+    found = read_catalog(store)
     assert sorted(found.foreign) == sorted(f"{fmt.CHECKPOINTS}/{name}" for name in FOREIGN)
     assert [m.step for m in found.manifests] == list(STEPS) and not found.damaged
     choice = load.choose(store, world)
@@ -520,7 +520,7 @@ def test_what_is_set_aside_is_kept_counts_no_more_and_still_forbids_a_fresh_star
     for step in STEPS:
         load.set_aside(store, fmt.manifest_key(step, 1))
         assert not data_path(store, step).exists() and data_path(store, step).with_name(f"{fmt.stem(step, 1)}.pt.damaged").exists()
-    found = survey(store)
+    found = read_catalog(store)
     assert found.manifests == [] and found.orphans == [] and len(found.set_aside) == 6
     assert cli.main(["verify", str(store.root)]) == 0
     assert capsys.readouterr().out.count("set aside") == 6
@@ -539,15 +539,15 @@ def test_setting_aside_takes_the_manifest_away_first(store):
     with pytest.raises(StorageError):
         load.set_aside(store, fmt.manifest_key(30, 1))
     assert not manifest_path(store).exists() and data_path(store).exists()
-    assert survey(store).head.step == 20
+    assert read_catalog(store).head.step == 20
 
 
 def test_setting_aside_what_is_gone_already_is_fine(store):
     data_path(store).unlink()
     load.set_aside(store, fmt.manifest_key(30, 1))
     load.set_aside(store, fmt.manifest_key(30, 1))
-    assert survey(store).set_aside == [f"{fmt.manifest_key(30, 1)}.damaged"]
-    assert survey(store).head.step == 20
+    assert read_catalog(store).set_aside == [f"{fmt.manifest_key(30, 1)}.damaged"]
+    assert read_catalog(store).head.step == 20
 
 
 def test_if_only_later_formats_are_there_is_no_fresh_start(store, world):
@@ -585,7 +585,7 @@ def test_what_cannot_be_read_is_not_called_damaged(open_store, world):
     with as_nobody(), pytest.raises(StorageError, match="cannot be read") as refused:
         load.choose(open_store, world)  # it may be whole, and going on from an older one would cut it off
     assert "Permission denied" in str(refused.value) and NEWEST in str(refused.value)
-    assert survey(open_store).set_aside == []
+    assert read_catalog(open_store).set_aside == []
 
 
 @pytest.mark.parametrize("folder", [fmt.CHECKPOINTS, fmt.ATTEMPTS])

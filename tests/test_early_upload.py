@@ -18,16 +18,16 @@ from test_background import STOPPED, clamp_openly, trained, written
 from test_library import steps_of
 
 from harness.checkpoint.attempts import Attempt
-from harness.checkpoint.catalog import survey
+from harness.checkpoint.catalog import read_catalog
 from harness.checkpoint.format import Manifest
 from harness.checkpoint.replicate import send
 from harness.checkpoint.retention import Policy
 from harness.errors import DamagedError
-from harness.monitoring.event_log import Ledger
-from harness.monitoring.store_health import Outage
+from harness.monitoring.event_log import EventLog
+from harness.monitoring.store_health import StoreHealth
 from harness.saving.uploader import Route, Uploader
 from harness.store import LocalStore, open_store
-from harness.store.staging_buffer import LENT_BYTES, Image
+from harness.store.staging_buffer import LENT_BYTES, StagingBuffer
 
 MB = 1 << 20
 
@@ -88,7 +88,7 @@ def committed(home: Home, tmp_path: Path, process_as_it_was: None) -> tuple[Loca
     """A checkpoint in a run directory, and its bytes as they are lent."""
     trained(tmp_path / "a", steps=1)
     store = LocalStore(tmp_path / "a")
-    (manifest,) = survey(store).manifests
+    (manifest,) = read_catalog(store).manifests
     data = store.read(manifest.data_key)
     assert len(data) > 2 * LENT_BYTES
     return store, manifest, [data[at : at + LENT_BYTES] for at in range(0, len(data), LENT_BYTES)]
@@ -129,9 +129,11 @@ def test_nothing_appears_that_is_not_what_the_manifest_says(committed, home: Hom
 def test_one_that_is_never_committed_is_dropped_and_the_next_one_sent(committed, home: Home) -> None:
     store, manifest, _ = committed
     route = Route(store, open_store(home.url, 30), Policy())
-    uploader = Uploader(route, Attempt(1, manifest.run_id, ""), Ledger(store, "events/0001.jsonl", kept=True), Outage(home.url, print))
+    uploader = Uploader(
+        route, Attempt(1, manifest.run_id, ""), EventLog(store, "events/0001.jsonl", kept=True), StoreHealth(home.url, print)
+    )
     uploader.start([], [], None, set())
-    image = Image()
+    image = StagingBuffer()
     image.reserve(3 * LENT_BYTES)
     with uploader.ahead("checkpoints/step_00000099-0001.pt", image.lend()):
         wait_until(lambda: "Uploads" in home.client.list_multipart_uploads(Bucket=home.bucket), "it is being sent")
@@ -146,7 +148,9 @@ def test_one_that_is_never_committed_is_dropped_and_the_next_one_sent(committed,
 def test_what_retention_deletes_before_it_was_sent_is_waited_for_by_nobody(committed, home: Home) -> None:
     store, manifest, _ = committed
     route = Route(store, open_store(home.url, 30), Policy())
-    uploader = Uploader(route, Attempt(1, manifest.run_id, ""), Ledger(store, "events/0001.jsonl", kept=True), Outage(home.url, print))
+    uploader = Uploader(
+        route, Attempt(1, manifest.run_id, ""), EventLog(store, "events/0001.jsonl", kept=True), StoreHealth(home.url, print)
+    )
     uploader.offer(manifest)
     early = uploader._next()
     uploader.forget([manifest.name])
@@ -157,7 +161,7 @@ def test_what_retention_deletes_before_it_was_sent_is_waited_for_by_nobody(commi
 
 
 def test_what_is_lent_is_read_until_it_is_needed() -> None:
-    image, data = Image(), os.urandom(2 * LENT_BYTES + 77)
+    image, data = StagingBuffer(), os.urandom(2 * LENT_BYTES + 77)
 
     def fill() -> Iterator[bytes]:
         image.reserve(len(data))

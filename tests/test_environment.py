@@ -12,7 +12,7 @@ from programs import live
 from harness import cli
 from harness.checkpoint import attempts
 from harness.checkpoint import format as fmt
-from harness.checkpoint.catalog import survey
+from harness.checkpoint.catalog import read_catalog
 from harness.errors import EXIT_USAGE
 from harness.selfcheck.environment import hardware, imported, software
 from harness.store import LocalStore
@@ -70,13 +70,13 @@ def test_only_what_was_imported_is_named_by_its_distribution():
 def test_a_rollback_runs_on_nothing_and_hands_on_what_its_checkpoint_was_made_on(tmp_path: Path):
     store = LocalStore(tmp_path)
     store.prepare(fmt.FOLDERS)
-    attempts.claim(survey(store), None, 1, more={"environment": HERE})
+    attempts.claim(read_catalog(store), None, 1, more={"environment": HERE})
     record = json.loads(store.read(fmt.attempt_key(1)))
     assert record.pop("environment") == HERE
     for number, more in ((2, {"kind": "rollback"}), (3, {"environment": HERE | {"cpu": "B"}})):
         fields = record | {"attempt": number, "from": {"attempt": number - 1, "step": 10}} | more
         store.create(fmt.attempt_key(number), attempts.spell(fields), number)
-    found = survey(store)
+    found = read_catalog(store)
     assert recorded(found, 2) == HERE
     assert changes(found, 2) == [] and changes(found, 3) == [Difference("cpu", "A", "B")]
 
@@ -90,7 +90,7 @@ def test_another_machine_is_said_in_the_resume_in_status_and_in_the_report(tmp_p
 
     refused = live(tmp_path, PROGRAM, "run", env={"THREADS": "2", "INSIST": "refuse"})
     assert refused.code == EXIT_USAGE and "threads: found 2, expected 1" in refused.text, refused.text
-    assert max(survey(LocalStore(tmp_path / "run")).attempts) == 1, "before the claim"
+    assert max(read_catalog(LocalStore(tmp_path / "run")).attempts) == 1, "before the claim"
 
     resumed = live(tmp_path, PROGRAM, "run", env={"THREADS": "2"})
     line = f"threads: 1 -> 2 ({NOT_EXACT})"

@@ -39,7 +39,7 @@ from torch import nn
 import harness
 from harness import cli, state, train
 from harness.checkpoint import attempts, commit, load
-from harness.checkpoint.catalog import going_on_from, survey
+from harness.checkpoint.catalog import going_on_from, read_catalog
 from harness.errors import DamagedError, UsageError
 from harness.exchange.compare import differences
 from harness.store import LocalStore
@@ -161,7 +161,7 @@ def code_in(printed: str, make: Mapping[str, str] = MAKE) -> list[str]:
 
 def manifests(directory: Path) -> list[Any]:
     """Of a run's checkpoints, oldest first."""
-    return sorted(survey(LocalStore(directory)).manifests, key=lambda manifest: manifest.step)
+    return sorted(read_catalog(LocalStore(directory)).manifests, key=lambda manifest: manifest.step)
 
 
 def payload_of(directory: Path, step: int | None = None) -> dict[str, Any]:
@@ -781,7 +781,7 @@ def test_what_a_checkpoint_names_as_its_task_is_called_only_if_it_is_one(
 ) -> None:
     shutil.copytree(averaged, tmp_path / "theirs")
     store = LocalStore(tmp_path / "theirs")
-    found = survey(store)
+    found = read_catalog(store)
     payload = load.load(store, found.head)
     attempt = attempts.claim(found, found.head, 1)
     about = commit.About(1, going_on_from(found.head), found.head.classes, "digest")

@@ -23,7 +23,7 @@ from torch import nn
 
 import harness
 from harness.checkpoint import load
-from harness.checkpoint.catalog import survey
+from harness.checkpoint.catalog import read_catalog
 from harness.errors import UsageError
 from harness.saving import uploader
 from harness.store import LocalStore
@@ -65,7 +65,7 @@ def test_a_killed_gan_goes_on_to_the_same_networks_and_pictures(ranks: int, tmp_
     assert differing(whole, killed) == []
     assert losses(killed) == losses(whole)
     store = LocalStore(killed)
-    payload = load.load(store, survey(store).head)
+    payload = load.load(store, read_catalog(store).head)
     assert {f"{name}_state_dict" for name in TRACKED} <= set(payload)
     assert all(payload[f"{name}_optimizer_state_dict"]["state"] for name in TRACKED[:2])
     assert list(pictures(whole)) == [f"step_{step:08d}.png" for step in (25, 50, 75, 80)]

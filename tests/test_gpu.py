@@ -19,9 +19,9 @@ from torch import nn
 import harness as harness_package
 from harness import state
 from harness.exchange.compare import differences
-from harness.state.gpu_copy import Crossing
+from harness.state.gpu_copy import GpuCopy
 from harness.state.snapshot import Snapshot
-from harness.store.staging_buffer import Image, pour
+from harness.store.staging_buffer import StagingBuffer, write_to
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("process_as_it_was")]
 BUSY = 20_000_000  # numbers in a large state
@@ -60,7 +60,7 @@ def test_tensors_of_every_layout_are_captured_and_come_back(tmp_path):
 
 @pytest.mark.parametrize("steady", [True, False])
 def test_the_image_is_the_file_that_torch_would_have_written(tmp_path, steady):
-    tracked, image, crossing, path = {"custom": Custom(layouts())}, Image(), Crossing(), tmp_path / "x.pt"
+    tracked, image, crossing, path = {"custom": Custom(layouts())}, StagingBuffer(), GpuCopy(), tmp_path / "x.pt"
     for _ in range(2):  # the second time in memory that is pinned, and full of the first
         captured = state.captured({"step": 1}, tracked)
         addresses = {met.saved.data_ptr() for met in captured.seen.all} if steady else set()
@@ -70,7 +70,7 @@ def test_the_image_is_the_file_that_torch_would_have_written(tmp_path, steady):
         snapshot.arrive()
         assert not snapshot.is_torn(compare=True)
         path.touch()
-        pour(image.memory, image.size_bytes, str(path))
+        write_to(image.memory, image.size_bytes, str(path))
         found = torch.load(path, weights_only=True)
         expected = {"step": 1} | state.capture(tracked)
         assert list(differences(found, expected)) == []

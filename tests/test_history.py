@@ -15,7 +15,7 @@ from conftest import ENVIRONMENT
 from harness import cli
 from harness.checkpoint import attempts, load, retention
 from harness.checkpoint import format as fmt
-from harness.checkpoint.catalog import Survey, going_on_from, survey
+from harness.checkpoint.catalog import Catalog, going_on_from, read_catalog
 from harness.checkpoint.commit import About, commit
 from harness.checkpoint.format import Manifest
 from harness.distributed import ranks
@@ -41,7 +41,7 @@ class Life:
 
     def __init__(self, store: LocalStore) -> None:
         self.store = store
-        found = survey(store)
+        found = read_catalog(store)
         self.origin = found.history[0] if found.history else None
         self.attempt = attempts.claim(found, self.origin, 1)
 
@@ -70,9 +70,9 @@ def store(tmp_path: Path) -> LocalStore:
     return store
 
 
-def orders(found: Survey | LocalStore) -> list[tuple[int, int]]:
+def orders(found: Catalog | LocalStore) -> list[tuple[int, int]]:
     """(step, attempt) of the history, newest first."""
-    found = survey(found) if isinstance(found, LocalStore) else found
+    found = read_catalog(found) if isinstance(found, LocalStore) else found
     return [(m.step, m.attempt) for m in found.history]
 
 
@@ -158,9 +158,9 @@ def test_going_on_from_an_older_checkpoint_trims_all_earlier_attempts(store):
     third = Life(store)
     third.save(50)
     back = Life(store)
-    back.origin = next(m for m in survey(store).manifests if m.order == (1, 10))
+    back.origin = next(m for m in read_catalog(store).manifests if m.order == (1, 10))
     back.save(11)
-    assert survey(store).head.lineage == ((1, 10), (4, 11))
+    assert read_catalog(store).head.lineage == ((1, 10), (4, 11))
     assert orders(store) == [(11, 4), (10, 1)]
     after = Life(store)
     after.save(12)
@@ -176,7 +176,7 @@ def test_going_on_from_an_older_checkpoint_of_the_middle_trims_that_attempt_and_
     third = Life(store)
     third.save(40)
     back = Life(store)
-    back.origin = next(m for m in survey(store).manifests if m.order == (2, 20))
+    back.origin = next(m for m in read_catalog(store).manifests if m.order == (2, 20))
     back.save(21)
     assert orders(store) == [(21, 4), (20, 2), (10, 1)]
 
@@ -195,7 +195,7 @@ def test_within_an_attempt_and_across_attempts_steps_are_ordered_as_numbers(stor
         first.save(step)
     assert [step for step, _ in orders(store)] == [100_000_000, 99_999_999, 100, 10, 9]
     back = Life(store)
-    back.origin = next(m for m in survey(store).manifests if m.step == 9)
+    back.origin = next(m for m in read_catalog(store).manifests if m.step == 9)
     back.save(11)
     assert orders(store) == [(11, 2), (9, 1)], "the newer attempt is newer, whatever its step"
 
@@ -218,7 +218,7 @@ def test_committing_a_step_again_leaves_the_committed_data_as_it_was(store):
     life = Life(store)
     life.save(10)
     commit_again(life, 10)
-    loaded = load.load(store, survey(store).head)
+    loaded = load.load(store, read_catalog(store).head)
     assert torch.equal(loaded["model_state_dict"]["weight"], payload(10, 1)["model_state_dict"]["weight"])
 
 
@@ -283,13 +283,13 @@ def test_attempt_numbers_go_on_beyond_four_digits(store):
     assert life.attempt.number == 10_000
     life.save(10)
     Life(store)
-    assert survey(store).greatest == 10_001
+    assert read_catalog(store).greatest == 10_001
     with pytest.raises(SupersededError):
         life.save(20)
 
 
 def test_of_two_racing_claims_one_is_superseded(store):
-    found = survey(store)
+    found = read_catalog(store)
     winner = attempts.claim(found, None, 1)
     record = store.read(fmt.attempt_key(1))
     with pytest.raises(SupersededError, match="faster"):
@@ -303,14 +303,14 @@ def test_of_two_racing_claims_one_is_superseded(store):
 RACE = """
 import os, sys
 from harness.checkpoint import attempts
-from harness.checkpoint.catalog import survey
+from harness.checkpoint.catalog import read_catalog
 from harness.errors import SupersededError
 from harness.store import LocalStore
 store, go = LocalStore(sys.argv[1]), os.pipe()
 for rival in range(6):
     if os.fork() == 0:
         os.close(go[1])
-        found = survey(store)
+        found = read_catalog(store)
         os.read(go[0], 1)
         try:
             attempts.claim(found, None, 1)
@@ -355,7 +355,7 @@ def test_the_first_word_about_an_end_stands(store):
     life = Life(store)
     assert life.end("failed", error="the cause")
     assert not life.end("stopped")
-    assert survey(store).ends[1]["error"] == "the cause"
+    assert read_catalog(store).ends[1]["error"] == "the cause"
 
 
 # --- rollback and import ---
@@ -426,16 +426,16 @@ def test_a_finished_run_that_is_rolled_back_is_finished_no_more(store):
     assert cli.main(["rollback", str(store.root), "20"]) == 0
     assert cli.main(["status", str(store.root)]) == 75
     assert orders(store) == [(20, 2), (20, 1), (10, 1)]
-    assert survey(store).head.final is None
+    assert read_catalog(store).head.final is None
 
 
 def test_an_import_forks_a_run_of_its_own(grown, world, tmp_path):
     before = {path: path.read_bytes() for path in grown.root.rglob("*") if path.is_file()}
     fork = LocalStore(tmp_path / "fork")
     assert cli.main(["import", str(grown.path(fmt.data_key(20, 1))), str(fork.root)]) == 0
-    found = survey(fork)
+    found = read_catalog(fork)
     assert orders(found) == [(20, 1)] and found.head.lineage == ((1, 20),)
-    assert found.run_id != survey(grown).run_id and found.head.run_id == found.run_id
+    assert found.run_id != read_catalog(grown).run_id and found.head.run_id == found.run_id
     assert fork.read(fmt.data_key(20, 1)) == grown.read(fmt.data_key(20, 1))
     assert load.choose(fork, world).manifest.step == 20
     Life(fork).save(21)
@@ -457,7 +457,7 @@ def test_an_import_into_a_run_is_refused(grown, tmp_path):
 def test_an_import_of_a_damaged_checkpoint_brings_no_checkpoint(grown, tmp_path):
     grown.path(fmt.data_key(20, 1)).write_bytes(b"damaged")
     assert cli.main(["import", str(grown.path(fmt.data_key(20, 1))), str(tmp_path / "fork")]) == 1
-    assert survey(LocalStore(tmp_path / "fork")).manifests == []
+    assert read_catalog(LocalStore(tmp_path / "fork")).manifests == []
 
 
 # --- how a run stands ---
@@ -576,7 +576,7 @@ def test_checkpoints_of_another_run_are_ignored_loudly(store, world, tmp_path, c
     Life(store).save(10)
     for key in (fmt.manifest_key(90, 3), fmt.data_key(90, 3)):
         shutil.copy(other.path(key), store.path(key))
-    found = survey(store)
+    found = read_catalog(store)
     assert found.strangers == [fmt.manifest_key(90, 3)]
     assert orders(found) == [(10, 1)]
     choice = load.choose(store, world)
@@ -607,7 +607,7 @@ def test_a_run_whose_attempt_records_are_lost_is_still_the_run_of_its_checkpoint
     shutil.rmtree(store.root / fmt.ATTEMPTS)
     store.prepare(fmt.FOLDERS)
     assert load.choose(store, world).manifest.step == 10
-    assert Life(store).attempt.run_id == survey(store).manifests[0].run_id
+    assert Life(store).attempt.run_id == read_catalog(store).manifests[0].run_id
 
 
 # --- prune ---
@@ -639,16 +639,16 @@ def test_prune_deletes_what_rollbacks_cut_off_and_crashes_left_and_keeps_what_ma
     for key in left:
         grown.path(key).write_bytes(b"x")
     assert cli.main(["prune", str(grown.root), "--keep-last", "3", "--yes"]) == 0
-    assert [(m.step, m.attempt) for m in survey(grown).manifests] == [(10, 1), (20, 1), (20, 3)]
+    assert [(m.step, m.attempt) for m in read_catalog(grown).manifests] == [(10, 1), (20, 1), (20, 3)]
     assert {key: grown.exists(key) for key in left} == left
 
 
 def test_prune_keeps_what_is_set_aside_unless_told(grown, capsys):
     load.set_aside(grown, fmt.manifest_key(30, 2))
     assert cli.main(["prune", str(grown.root), "--yes"]) == 0
-    assert len(survey(grown).set_aside) == 2
+    assert len(read_catalog(grown).set_aside) == 2
     assert cli.main(["prune", str(grown.root), "--yes", "--set-aside"]) == 0
-    assert survey(grown).set_aside == []
+    assert read_catalog(grown).set_aside == []
 
 
 def test_prune_lets_no_damaged_checkpoint_take_the_place_of_a_good_one(grown):
@@ -664,9 +664,9 @@ def test_prune_keeps_what_was_cut_off_while_nothing_better_loads(grown):
     for attempt in (1, 3):
         grown.path(fmt.data_key(10, attempt)).write_bytes(b"damaged")
     assert cli.main(["prune", str(grown.root), "--yes"]) == 0
-    good = [m.order for m in survey(grown).manifests if m.step != 10]
+    good = [m.order for m in read_catalog(grown).manifests if m.step != 10]
     assert len(good) >= 2, "they were the only checkpoints left that load"
-    load.load(grown, survey(grown).manifests[1])
+    load.load(grown, read_catalog(grown).manifests[1])
 
 
 def test_prune_obeys_the_settings_of_the_newest_checkpoint_and_not_what_a_zombie_wrote_beside_it(grown):

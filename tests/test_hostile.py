@@ -93,7 +93,7 @@ def test_a_report_shows_what_records_hold_as_text() -> None:
     stretch = timeline._stretch(life, [{"time": "2026-01-01T00:00:09+00:00", "spent": {EVIL: 3.0}}], is_running=False)
     assert stretch is not None and stretch.how == "failed"
     stands = type("Stands", (), {"state": EVIL, "why": EVIL, "exit_code": 1})()
-    raw = timeline.Stretch(life, 0.0, 9.0, {EVIL: 3.0}, EVIL, EVIL)
+    raw = timeline.AttemptSpan(life, 0.0, 9.0, {EVIL: 3.0}, EVIL, EVIL)
     text = page.page(EVIL, timeline.Timeline(stands, 0.0, 9.0, [raw], {EVIL: 3.0}))
     assert "<script" not in text and 'http-equiv="Content-Security-Policy"' in text and "default-src 'none'" in text
 
@@ -148,7 +148,7 @@ def test_the_writing_process_is_started_and_writes(tmp_path: Path, monkeypatch: 
     started: list[Any] = []
     real = subprocess.Popen
     monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: started.append(real(*a, **k)) or started[-1])
-    writer = writer_process.Scribe()
+    writer = writer_process.WriterProcess()
     process = writer._alive(SimpleNamespace(fd=1))  # type: ignore[arg-type]
     writer.close()
     assert process.returncode == 0 and not (tmp_path / "sprung").exists()
@@ -198,9 +198,9 @@ def test_each_block_of_a_file_is_fetched_once(tmp_path: Path, monkeypatch: pytes
     torch.save(torch.nn.Linear(300, 300), tmp_path / "m.pt")
     opened: list[str] = []
     asked: list[tuple[int, int]] = []
-    real, read = LocalStore.open, single_read.Once._read
+    real, read = LocalStore.open, single_read.SingleRead._read
     monkeypatch.setattr(LocalStore, "open", lambda self, key: opened.append(key) or real(self, key))
-    monkeypatch.setattr(single_read.Once, "_read", lambda self, wanted: asked.append(wanted) or read(self, wanted))
+    monkeypatch.setattr(single_read.SingleRead, "_read", lambda self, wanted: asked.append(wanted) or read(self, wanted))
     assert "needs code" in str(describe(tmp_path / "m.pt")) and opened == ["m.pt"]
     assert len(set(bytes_of(asked))) == len(bytes_of(asked))
 
@@ -394,7 +394,7 @@ def test_of_a_file_that_has_changed_nothing_is_asked_for_again(tmp_path: Path) -
     path = tmp_path / "file"
     path.write_bytes(bytes(100_000))
     with path.open("rb") as file:
-        whole = single_read.Once(file, "it")
+        whole = single_read.SingleRead(file, "it")
         assert whole.span(0, 10) == bytes(10)
         path.write_bytes(b"x" * 100_001)
         for look in (lambda: whole.span(50_000, 50_010), lambda: whole.span(50_000, 50_010), lambda: whole.sealed(lambda _: None)):

@@ -49,7 +49,7 @@ from s3_server import S3Server
 
 import harness
 from harness import state
-from harness.checkpoint.catalog import survey
+from harness.checkpoint.catalog import read_catalog
 from harness.data.plan import Plan
 from harness.errors import UsageError
 from harness.store import LocalStore
@@ -68,7 +68,7 @@ def extra_of(recipe: recipes.Recipe) -> list[str]:
 
 def check_imported(directory: Path, recipe: recipes.Recipe, done: Trained) -> None:
     """The run's only checkpoint is what the script had, bit for bit."""
-    payload, found = newest(directory), survey(LocalStore(directory))
+    payload, found = newest(directory), read_catalog(LocalStore(directory))
     assert [m.step for m in found.manifests] == [done.step]
     assert differing(payload["model_state_dict"], dict(done.model.state_dict())) == []
     if recipe.optimizer:
@@ -1079,7 +1079,7 @@ sys.exit(main(["import", {str(file)!r}, {str(directory)!r}, *{TASK!r}]))
         shutil.rmtree(directory, ignore_errors=True)
         died = run([sys.executable, "-c", code, str(left)])
         assert died.returncode == -signal.SIGKILL, died.stdout + died.stderr
-        assert survey(LocalStore(directory)).manifests == [] or manifest(directory).step == 20
+        assert read_catalog(LocalStore(directory)).manifests == [] or manifest(directory).step == 20
         again = run(program("import", str(file), str(directory), *TASK))
         if again.returncode:
             assert again.returncode == 78 and str(directory) in again.stderr, again.stderr

@@ -25,7 +25,7 @@ from torch import nn
 import harness
 from harness import cli, state, step
 from harness.checkpoint import load
-from harness.checkpoint.catalog import survey
+from harness.checkpoint.catalog import read_catalog
 from harness.config.schema import TrainSettings
 from harness.distributed.ranks import World
 from harness.errors import NonFiniteError, UsageError
@@ -72,12 +72,12 @@ def train(
 
 
 def steps_of(directory: Path) -> list[int]:
-    return [manifest.step for manifest in survey(LocalStore(directory)).manifests]
+    return [manifest.step for manifest in read_catalog(LocalStore(directory)).manifests]
 
 
 def newest(directory: Path) -> dict:
     store = LocalStore(directory)
-    return load.load(store, survey(store).head)
+    return load.load(store, read_catalog(store).head)
 
 
 def listing(directory: Path) -> dict[str, tuple[int, int]]:
@@ -94,7 +94,7 @@ def uninterrupted(tmp_path_factory):
 def test_a_plain_loop_trains_to_its_end(tmp_path):
     run_ = train(tmp_path / "a")
     assert run_.finished and run_.step == 12 and run_.epoch == 2 and run_.state == {"steps": 12}
-    head = survey(LocalStore(tmp_path / "a")).head
+    head = read_catalog(LocalStore(tmp_path / "a")).head
     assert (head.step, head.epoch, head.final) == (12, 2, {"epochs": 2, "max_steps": None})
     assert head.loss == pytest.approx(newest(tmp_path / "a")["loss"]) and head.loss > 0
     assert head.classes == {"model": "Sequential", "optimizer": "AdamW", "scheduler": "StepLR"}
@@ -476,7 +476,7 @@ def test_metrics_are_saved_and_the_best_checkpoint_is_kept_as_a_file_of_its_own(
     payload = torch.load(best, weights_only=True)
     assert payload["step"] == 2 and payload["metrics"]["val_loss"] == 0.2 and payload["best"] == 0.2
     assert torch.all(payload["model_state_dict"]["0.bias"] == 2)
-    by_step = {manifest.step: manifest.metrics["val_loss"] for manifest in survey(run_.store).manifests}
+    by_step = {manifest.step: manifest.metrics["val_loss"] for manifest in read_catalog(run_.store).manifests}
     assert by_step == {2: 0.2, 5: 0.6, 6: 0.8}
 
 

@@ -26,18 +26,18 @@ from conftest import ENVIRONMENT
 from harness import state
 from harness.checkpoint import attempts, load
 from harness.checkpoint import format as fmt
-from harness.checkpoint.catalog import survey
+from harness.checkpoint.catalog import read_catalog
 from harness.checkpoint.commit import About, commit
 from harness.checkpoint.format import Manifest
 from harness.errors import DamagedError
-from harness.store import LocalStore, Offer, attached, keep
+from harness.store import Handle, LocalStore, attached, keep
 from harness.store.sealed_memory import SEALS
 
 LARGE_BYTES, MEDIUM_BYTES = 300 << 20, 40 << 20  # the latter is sent in three parts
 PRELUDE = """
 import os, sys, threading, time
 from harness.checkpoint import load
-from harness.checkpoint.catalog import survey
+from harness.checkpoint.catalog import read_catalog
 from harness.store import LocalStore
 store = LocalStore(sys.argv[1])
 """
@@ -52,7 +52,7 @@ def payload(tensors: int, numel: int) -> dict:
 def committed(root: Path, tensors: int, numel: int) -> LocalStore:
     store = LocalStore(root)
     store.prepare(fmt.FOLDERS)
-    commit(store, attempts.claim(survey(store), None, 1), payload(tensors, numel), About(1, (), {"model": "Linear"}, "-"))
+    commit(store, attempts.claim(read_catalog(store), None, 1), payload(tensors, numel), About(1, (), {"model": "Linear"}, "-"))
     return store
 
 
@@ -74,7 +74,7 @@ def medium(tmp_path_factory: pytest.TempPathFactory) -> LocalStore:
 
 
 def the_one(store: LocalStore) -> Manifest:
-    return survey(store).manifests[0]
+    return read_catalog(store).manifests[0]
 
 
 def data_path(store: LocalStore) -> Path:
@@ -110,7 +110,7 @@ def held():
     kib = {name: int(value.split()[0]) for name, value in found.items()}
     return (kib["Pss_Anon"] << 10) + max(kib["Pss_Shmem"] << 10, sum(files.values()))
 
-manifest = survey(store).manifests[0]
+manifest = read_catalog(store).manifests[0]
 before = most = held()
 done = False
 
@@ -178,7 +178,7 @@ def test_nothing_that_is_restored_keeps_the_memory_of_the_load(tmp_path, kind):
     store = LocalStore(tmp_path / "run")
     store.prepare(fmt.FOLDERS)
     saved = state.capture(tracked)
-    commit(store, attempts.claim(survey(store), None, 1), payload(1, 1) | saved, About(1, (), {}, "-"))
+    commit(store, attempts.claim(read_catalog(store), None, 1), payload(1, 1) | saved, About(1, (), {}, "-"))
     loaded = load.load(store, the_one(store))
     state.restore(tracked, {}, loaded, "a test")
     del loaded
@@ -195,7 +195,7 @@ def test_too_little_memory_is_said_in_words_and_is_no_damage(medium, room):
     code = f"""
 import resource
 from harness.errors import HarnessError, DamagedError
-manifest = survey(store).manifests[0]
+manifest = read_catalog(store).manifests[0]
 used = int(open("/proc/self/statm").read().split()[0]) * 4096
 resource.setrlimit(resource.{room}, (used + (30 << 20),) * 2 if "{room}" == "RLIMIT_AS" else (30 << 20,) * 2)
 try:
@@ -248,7 +248,7 @@ def test_a_disk_that_fails_while_it_is_read_is_no_damage(medium):
     code = """
 from harness.errors import StorageError
 try:
-    load.load(store, survey(store).manifests[0])
+    load.load(store, read_catalog(store).manifests[0])
 except StorageError as error:
     print(error)
 """
@@ -303,14 +303,14 @@ def test_another_file_in_the_place_of_an_offered_memory_is_not_used(tmp_path):
         os.mkfifo(tmp_path / "fifo")
         wrong = [other.offer.path, *(tmp_path / kind for kind in ("file", "link", "fifo")), "/dev/null", "/proc/1/fd/0", "/proc/0/fd/1"]
         for path in wrong:
-            assert attached(Offer(str(path), name), 3) is None, path
+            assert attached(Handle(str(path), name), 3) is None, path
         assert attached(memory.offer, 4) is None
-        assert attached(Offer(memory.offer.path, f"{name}0"), 3) is None
+        assert attached(Handle(memory.offer.path, f"{name}0"), 3) is None
         fd = os.memfd_create(name, os.MFD_ALLOW_SEALING)
         os.write(fd, b"abc")
-        assert attached(Offer(f"/proc/self/fd/{fd}", name), 3) is None, "somebody may still write to it"
+        assert attached(Handle(f"/proc/self/fd/{fd}", name), 3) is None, "somebody may still write to it"
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, SEALS)
-        attached(Offer(f"/proc/self/fd/{fd}", name), 3).close()
+        attached(Handle(f"/proc/self/fd/{fd}", name), 3).close()
         os.close(fd)
 
 

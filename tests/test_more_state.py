@@ -19,7 +19,7 @@ from torch import nn
 import harness
 from harness import state
 from harness.checkpoint import load
-from harness.checkpoint.catalog import survey
+from harness.checkpoint.catalog import read_catalog
 from harness.errors import UsageError
 from harness.exchange.compare import differences
 from harness.store import LocalStore
@@ -142,7 +142,7 @@ def test_a_loop_that_accumulates_by_hand_goes_on_exactly_from_any_step(tmp_path)
 
 def payloads(directory: Path) -> dict[int, dict]:
     store = LocalStore(directory)
-    return {manifest.step: load.load(store, manifest) for manifest in survey(store).manifests}
+    return {manifest.step: load.load(store, manifest) for manifest in read_catalog(store).manifests}
 
 
 @pytest.mark.parametrize("head", [True, False])

@@ -16,7 +16,7 @@ from torch import nn
 import harness
 from harness import cli, state
 from harness.checkpoint import retention
-from harness.checkpoint.catalog import survey
+from harness.checkpoint.catalog import read_catalog
 from harness.errors import UsageError
 from harness.exchange.compare import differences
 from harness.store import LocalStore
@@ -203,7 +203,7 @@ def test_what_could_be_saved_but_not_loaded_is_refused_at_the_first_save(value, 
 
     with pytest.raises(UsageError, match=r"plain data|loaded again"):
         loop(tmp_path, make)
-    assert survey(LocalStore(tmp_path)).manifests == []
+    assert read_catalog(LocalStore(tmp_path)).manifests == []
 
 
 def test_a_tracked_object_that_cannot_be_saved_is_refused_before_the_first_step(tmp_path):
@@ -321,11 +321,11 @@ def test_only_what_was_measured_on_its_own_weights_makes_a_checkpoint_a_best_one
         if job.step in accuracies:
             job.evaluate(points(8), lambda batch: {"acc": accuracies[job.step] * len(batch[0])})
             job.evaluate(points(8), lambda batch: {"other": len(batch[0])})
-    kept = {m.step: m.metrics for m in survey(LocalStore(tmp_path)).history}
+    kept = {m.step: m.metrics for m in read_catalog(LocalStore(tmp_path)).history}
     assert kept == {2: {"acc": 0.5, "other": 1.0}, 4: {"acc": 0.9, "other": 1.0}, 5: {}, 6: {}}
     assert job.metrics == {"acc": 0.9, "other": 1.0}
     assert [
-        m.step for m in retention.best(survey(LocalStore(tmp_path)).history, retention.Policy(metric="acc", higher_is_better=True))
+        m.step for m in retention.best(read_catalog(LocalStore(tmp_path)).history, retention.Policy(metric="acc", higher_is_better=True))
     ] == [4, 2]
 
 

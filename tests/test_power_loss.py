@@ -29,13 +29,13 @@ OLD, NEW = b"old" * 100_000, b"new" * 1_500_000  # the new one is written around
 COMMIT = """
 import sys
 from harness.store import LocalStore
-from harness.store.staging_buffer import Image, pour
-store, image = LocalStore(sys.argv[1]), Image()
+from harness.store.staging_buffer import StagingBuffer, write_to
+store, image = LocalStore(sys.argv[1]), StagingBuffer()
 data = b"new" * 1_500_000
 image.reserve(len(data))
 image.memory[: len(data)] = data
 with store.writer("checkpoints/step_00000002-0001.pt", 1) as sink:
-    sink.pour(image, lambda image, path: pour(image.memory, image.size_bytes, str(path), direct_from_bytes=1 << 20))
+    sink.pour(image, lambda image, path: write_to(image.memory, image.size_bytes, str(path), direct_from_bytes=1 << 20))
     sink.commit()
 store.create("checkpoints/step_00000002-0001.json", sink.digest().encode(), 1)
 store.write("config.yaml", data, 1)

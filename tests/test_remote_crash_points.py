@@ -21,12 +21,12 @@ from s3_server import S3Server
 
 from harness.checkpoint import attempts, load
 from harness.checkpoint import format as fmt
-from harness.checkpoint.catalog import Survey, going_on_from, survey
+from harness.checkpoint.catalog import Catalog, going_on_from, read_catalog
 from harness.checkpoint.commit import About, commit
 from harness.distributed import ranks
 from harness.store import TEMP, LocalStore, Store, open_store
 from harness.store.remote import RemoteStore
-from harness.store.s3_client import S3Bucket
+from harness.store.s3_client import S3Client
 
 OLD, DAMAGED, STEPS = 20, 30, [40, 50, 60]
 WHERE = ("bucket", "directory")
@@ -56,7 +56,7 @@ class Lives:
     def store(self, prefix: str) -> Store:
         """A prefix of the bucket, over the one connection that there is."""
         bucket = copy.copy(self._base.bucket)
-        assert isinstance(bucket, S3Bucket)
+        assert isinstance(bucket, S3Client)
         bucket.prefix = f"{prefix}/"
         return RemoteStore(f"s3://{self.name}/{prefix}", bucket, 30)
 
@@ -88,9 +88,9 @@ class Case:
         lines = [line.split() for line in (self.folder / "told").read_text().splitlines()]
         return max((int(step) for kind, step in lines if kind == what), default=OLD)
 
-    def check(self) -> Survey:
+    def check(self) -> Catalog:
         """A fresh attempt in a new directory finds what was said to be there, whole, and commits the next one."""
-        found = survey(self.remote)
+        found = read_catalog(self.remote)
         whole = [m for m in found.history if self._is_whole(m)]
         assert len(whole) >= 2, "the two newest are kept"
         assert not found.foreign and not found.strangers and not found.damaged
@@ -101,7 +101,7 @@ class Case:
         life = Life(fresh, self.remote)
         life.origin = chosen
         life.copied(99)
-        after = survey(self.remote)
+        after = read_catalog(self.remote)
         assert (after.head.step, after.head.attempt) == (99, found.greatest + 1)
         assert after.history[1] == chosen
         self._choose(self.remote, 99)
@@ -288,7 +288,7 @@ def test_a_server_that_fails_from_any_request_on_ends_in_words_and_leaves_the_la
 def large(lives: Lives) -> Case:
     """A run whose newest checkpoint is fetched in three ranges."""
     case = lives.new("directory", [70])
-    found = survey(case.remote)
+    found = read_catalog(case.remote)
     attempt = attempts.claim(found, found.history[1], 1)
     generator = torch.Generator().manual_seed(5)
     content = payload(OLD + 1, attempt.number)
@@ -312,13 +312,13 @@ def test_a_kill_in_the_middle_of_a_download_leaves_nothing_behind(lives):
             wait_until(lambda hold=hold: hold.reached.is_set(), "the range is asked for", every_s=0.01)
             assert born.kill() == -9
         assert case.local.entries(fmt.CHECKPOINTS) == []
-        found = survey(case.local, case.remote)
-        assert survey(case.local).manifests == [] and found.head.step == OLD + 1 and found.greatest == 2, "nothing was claimed"
+        found = read_catalog(case.local, case.remote)
+        assert read_catalog(case.local).manifests == [] and found.head.step == OLD + 1 and found.greatest == 2, "nothing was claimed"
     assert files(case.folder) <= {"told", "output"}, "it came into memory, and nowhere else"
     with FaultProxy(lives.server.host, lives.server.port) as proxy:
         born = case.begin(proxy)
         assert born.wait() == 0, born.text
-    found = survey(case.local, case.remote)
+    found = read_catalog(case.local, case.remote)
     assert [m.order for m in found.history[:2]] == [(3, 70), (2, OLD + 1)]
     assert not [entry for folder in fmt.FOLDERS for entry in case.local.entries(folder) if TEMP.match(entry.key)]
 
@@ -330,4 +330,4 @@ def test_a_download_that_is_cut_off_is_fetched_again_and_never_taken_for_whole(l
         born = case.begin(proxy)
         assert born.wait() == 0, born.text
         assert sum(request.fault is not None for request in proxy.requests) == 2
-    assert survey(case.remote).history[1].order == (2, OLD + 1), born.text
+    assert read_catalog(case.remote).history[1].order == (2, OLD + 1), born.text

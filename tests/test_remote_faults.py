@@ -31,9 +31,9 @@ from harness.errors import DamagedError, RefusedError, StorageError, UsageError
 from harness.store import Store, open_store, probe, redacted
 from harness.store.bucket import Found
 from harness.store.explain import explained
-from harness.store.fsspec_client import AnyBucket
+from harness.store.fsspec_client import FsspecClient
 from harness.store.remote import RemoteStore
-from harness.store.s3_client import S3Bucket
+from harness.store.s3_client import S3Client
 
 MB = 1 << 20
 KEY = "checkpoints/a.pt"
@@ -378,7 +378,7 @@ def test_a_create_that_was_changed_on_its_way_is_sent_again(way):
     assert way.stored() == b"whole" * 1000
 
 
-class SilentS3(S3Bucket):
+class SilentS3(S3Client):
     """As if the server had never heard of newer checksums than MD5."""
 
     def _call(self, limit_s: float, method: str, **arguments: Any) -> dict[str, Any]:
@@ -386,7 +386,7 @@ class SilentS3(S3Bucket):
         return super()._call(limit_s, method, **arguments)
 
 
-class RefusingS3(S3Bucket):
+class RefusingS3(S3Client):
     """As if the server refused what it does not know."""
 
     def _call(self, limit_s: float, method: str, **arguments: Any) -> dict[str, Any]:
@@ -396,7 +396,7 @@ class RefusingS3(S3Bucket):
         return super()._call(limit_s, method, **arguments)
 
 
-@pytest.mark.parametrize("kind", [S3Bucket, SilentS3, RefusingS3])
+@pytest.mark.parametrize("kind", [S3Client, SilentS3, RefusingS3])
 def test_a_part_that_was_changed_on_its_way_is_sent_again_whatever_checksum_the_server_knows(way, kind):
     data, store = os.urandom(17 * MB), RemoteStore(way.base.url, kind(way.base.url), 60)
     for _ in range(2):
@@ -406,11 +406,11 @@ def test_a_part_that_was_changed_on_its_way_is_sent_again_whatever_checksum_the_
         parts = [request.headers for request in way.proxy.requests if "partNumber" in request.query]
         assert len(parts) == 4
         with_crc, with_md5 = ([name in headers for headers in parts] for name in ("x-amz-checksum-crc32", "content-md5"))
-        assert (all(with_crc), any(with_md5)) == ((True, False) if kind is S3Bucket else (False, True))
+        assert (all(with_crc), any(with_md5)) == ((True, False) if kind is S3Client else (False, True))
         assert all(with_crc) or all(with_md5)
 
 
-class MuteS3(S3Bucket):
+class MuteS3(S3Client):
     """As if the server promised to compare, and did not."""
 
     def _call(self, limit_s: float, method: str, **arguments: Any) -> dict[str, Any]:
@@ -444,7 +444,7 @@ def test_an_upload_that_is_always_changed_on_its_way_is_never_done(way):
     assert way.held() == []
 
 
-class CarelessS3(S3Bucket):
+class CarelessS3(S3Client):
     """Sends other bytes, and says that all is well: a server that compares nothing."""
 
     def put(self, key: str, data: bytes, exclusive: bool, limit_s: float) -> str:
@@ -453,7 +453,7 @@ class CarelessS3(S3Bucket):
         return right
 
 
-class CarelessMemory(AnyBucket):
+class CarelessMemory(FsspecClient):
     """Keeps other bytes."""
 
     def put(self, key: str, data: bytes, exclusive: bool, limit_s: float) -> str:
@@ -470,7 +470,7 @@ def test_what_a_store_keeps_wrongly_is_noticed_before_it_counts(way, size_bytes)
             store.write(KEY, os.urandom(size_bytes), 1)
 
 
-class OddTags(S3Bucket):
+class OddTags(S3Client):
     """ETags that are no MD5, as of some servers."""
 
     def head(self, key: str, limit_s: float) -> Found | None:
@@ -808,7 +808,7 @@ class ClockAhead(RemoteStore):
 def test_an_upload_is_found_by_prune_only_when_it_is_older_than_a_day_by_the_servers_clock(way, started):
     kill_while_uploading(way, started, way.base.url)
     assert way.held() == [] and way.uploads() == ["run/checkpoints/step_00000002-0001.pt"]
-    store = ClockAhead(way.base.url, S3Bucket(way.base.url), 60)
+    store = ClockAhead(way.base.url, S3Client(way.base.url), 60)
     found = {}
     for hours in (-48, 0, 23.9, 24.1, 1000):
         store.ahead = datetime.timedelta(hours=hours)
@@ -841,7 +841,7 @@ def test_prune_ends_old_uploads_of_this_run_and_of_no_other(way, a_day_later, mo
     assert way.held() == ["run/attempts/0001.json"]
 
 
-class IgnoresPrefix(S3Bucket):
+class IgnoresPrefix(S3Client):
     """A server that lists the uploads of the whole bucket, whatever it is asked for."""
 
     def _call(self, limit_s: float, method: str, **arguments: Any) -> dict[str, Any]:

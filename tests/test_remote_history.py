@@ -23,7 +23,7 @@ from s3_server import S3Server, free_ports
 from harness import cli
 from harness.checkpoint import attempts, load
 from harness.checkpoint import format as fmt
-from harness.checkpoint.catalog import survey
+from harness.checkpoint.catalog import read_catalog
 from harness.checkpoint.replicate import replicate
 from harness.errors import DamagedError, RefusedError, StorageError, SupersededError, UsageError
 from harness.saving.locations import check_remembered
@@ -123,7 +123,7 @@ def machine(tmp_path: Path, name: str) -> LocalStore:
 
 def orders(*stores: Store) -> list[tuple[int, int]]:
     """(step, attempt) of the history, newest first."""
-    return [(m.step, m.attempt) for m in survey(*stores).history]
+    return [(m.step, m.attempt) for m in read_catalog(*stores).history]
 
 
 def names(attempt: int) -> tuple[str, ...]:
@@ -280,7 +280,7 @@ def test_a_zombie_stopped_in_its_retention_deletes_nothing_that_its_successor_ne
         key for key in before if key not in left and not key.endswith(".steps")
     }  # of its own steps it needs no longer those before its checkpoint
     assert {key.rsplit("/", 1)[1].rsplit(".", 1)[0] for key in gone} == {doomed}, "what was on its way, and its data"
-    history = survey(remote).history
+    history = read_catalog(remote).history
     assert kept <= {m.name for m in history} and doomed not in kept
     for manifest in history:
         load.check(remote, manifest)
@@ -306,7 +306,7 @@ def test_a_woken_retention_asks_before_each_delete_whether_it_is_superseded(plac
     hold.release()
     thread.join(100)
     assert len(said) == 1
-    assert [m.step for m in survey(remote).manifests] == [2, 3, 4, 5], "one delete was on its way, none came after"
+    assert [m.step for m in read_catalog(remote).manifests] == [2, 3, 4, 5], "one delete was on its way, none came after"
 
 
 @pytest.mark.parametrize("late", ["data", "manifest"])
@@ -327,7 +327,7 @@ def test_a_zombie_that_shares_its_directory_with_its_successor_takes_back_nothin
     hold.release()
     thread.join(100)
     assert orders(remote) == [(5, 1)]
-    load.check(remote, survey(remote).head)
+    load.check(remote, read_catalog(remote).head)
 
 
 def _suppressed(work: Callable[[], object]) -> None:
@@ -342,7 +342,7 @@ def test_a_run_that_is_superseded_during_its_very_last_upload_is_not_finished(tr
     successor = Life(remote)
     hold.release()
     assert born.wait() == EXIT_SUPERSEDED, born.text
-    assert {survey(store).ends[1]["why"] for store in (remote, LocalStore(tmp_path / "a"))} == {"superseded"}
+    assert {read_catalog(store).ends[1]["why"] for store in (remote, LocalStore(tmp_path / "a"))} == {"superseded"}
     assert fmt.manifest_key(4, 1) not in place.tags()
     successor.save(3)
     assert orders(remote)[0] == (3, 2)
@@ -353,10 +353,10 @@ def test_an_attempt_whose_origin_a_zombie_deletes_saves_at_once(train, place, re
     hold = place.proxy.hold("PUT", fmt.attempt_key(2))
     second = train(None, "train.epochs=400", "task.args.sleep_s=0.02", "checkpoint.every_s=null", "resume.accept=[config]", proxied=True)
     reached(hold, second)
-    origin = survey(remote).head
+    origin = read_catalog(remote).head
     place.drop(origin.key, fmt.data_key(origin.step, 1))
     hold.release()
-    while (head := survey(remote).head).attempt == 1:
+    while (head := read_catalog(remote).head).attempt == 1:
         assert second.code is None, second.text
     assert head.step < origin.step + 1000, "not at the end of the run"
 
@@ -379,7 +379,7 @@ def test_a_first_save_while_the_uploader_looks_for_the_origin_is_a_save_like_any
 
 def history_is_one_line(remote: Store) -> None:
     """Exactly one manifest for each step, each attempt's after its predecessor's, all of them whole."""
-    history = survey(remote).history
+    history = read_catalog(remote).history
     steps = [m.step for m in history]
     assert len(steps) == len(set(steps))
     assert history == sorted(history, key=lambda m: m.order, reverse=True) and steps == sorted(steps, reverse=True)
@@ -406,12 +406,12 @@ def test_of_two_launches_by_hand_the_later_takes_over_and_the_first_ends_as_supe
     last = 1 + starts
     assert json.loads(place.get(fmt.end_key(last)))["why"] == "finished"
     history_is_one_line(remote)
-    found = survey(remote)
+    found = read_catalog(remote)
     assert found.head.order == (last, 400) and found.head.final
     assert {m.attempt for m in found.history} == {1, last}
     origin = json.loads(place.get(fmt.attempt_key(last)))["from"]
     assert max(m.step for m in found.history if m.attempt == 1) == origin["step"]
-    assert survey(LocalStore(tmp_path / "a")).ends[1]["why"] == "superseded"
+    assert read_catalog(LocalStore(tmp_path / "a")).ends[1]["why"] == "superseded"
 
 
 def test_two_starts_at_the_same_moment_make_one_history(train, place, remote):
@@ -422,7 +422,7 @@ def test_two_starts_at_the_same_moment_make_one_history(train, place, remote):
         assert all(born.code is None for born in both)
     hold.release()
     assert sorted(born.wait() for born in both) == [0, EXIT_SUPERSEDED]
-    found = survey(remote)
+    found = read_catalog(remote)
     assert found.greatest == 1 and found.head.order == (1, 20) and found.head.final
     history_is_one_line(remote)
 
@@ -451,7 +451,7 @@ def test_a_claim_whose_reply_is_lost_is_recognised_as_ours(train, place, remote)
 def test_a_claim_whose_reply_is_lost_and_that_a_rival_made_is_not_ours(place, remote, monkeypatch):
     """The same answer to the second try, and a record that differs in nothing but what a nonce makes differ."""
     slow = place.through_proxy(monkeypatch)
-    found = survey(slow)
+    found = read_catalog(slow)
     ours = attempts.claim(found, None, 1)
     rival = json.loads(place.get(fmt.attempt_key(1))) | {"nonce": "0" * 32}
     place.put(fmt.attempt_key(1), (json.dumps(rival, indent=1, sort_keys=True) + "\n").encode())
@@ -490,7 +490,7 @@ def test_an_attempt_number_never_repeats_while_any_name_on_either_store_bears_it
             local.path(key).write_bytes(b"")
         else:
             place.put(key, b"")
-        assert survey(local, remote).greatest == number, key
+        assert read_catalog(local, remote).greatest == number, key
     life = Life(local, remote)
     assert life.attempt.number == 7 + len(BEARS_SEVEN)
     assert attempts.holds(local, life.attempt) and attempts.holds(remote, life.attempt)
@@ -505,7 +505,7 @@ def test_a_new_directory_goes_on_with_the_buckets_numbers_and_run(remote, tmp_pa
 
 
 def test_who_claimed_in_the_bucket_and_died_before_the_directory_has_used_the_number_up(remote, tmp_path):
-    attempts.claim(survey(remote), None, 1)
+    attempts.claim(read_catalog(remote), None, 1)
     local = machine(tmp_path, "a")
     life = Life(local, remote)
     assert life.attempt.number == 2
@@ -586,7 +586,7 @@ def test_a_run_that_was_trained_on_both_sides_without_the_other_is_refused(remot
     Life(local).save(20)
     Life(remote).save(30)
     with pytest.raises(UsageError, match="two attempts 2"):
-        survey(local, remote).check_one_run()
+        read_catalog(local, remote).check_one_run()
 
 
 # --- which side is newest ---
@@ -625,7 +625,7 @@ def test_what_was_never_uploaded_is_uploaded_by_the_next_attempt(train, place, r
     while not local.exists(fmt.manifest_key(4, 1)):
         assert killed.code is None, killed.text
     killed.kill()
-    newest = survey(local).head
+    newest = read_catalog(local).head
     assert remote.exists(newest.key) is False
     again = train("a", *LONG, "checkpoint.every_steps=2000")  # with nothing newer, which might come first
     while not remote.exists(newest.key):
@@ -756,7 +756,7 @@ def test_what_vanishes_while_it_is_restored_means_list_again(place, remote, worl
     thread.start()
     choice = load.choose(slow, world)
     thread.join()
-    assert [m.step for m in survey(remote).history] == [40, 30]
+    assert [m.step for m in read_catalog(remote).history] == [40, 30]
     assert choice.manifest.step == 40 and choice.damaged == []
 
 
@@ -845,7 +845,7 @@ def test_a_run_that_is_finished_but_for_its_last_upload_says_so_and_the_next_sta
     again = train("a", *SHORT)
     assert again.wait() == 0, again.text
     assert "was missing in" in again.text
-    found = survey(remote)
+    found = read_catalog(remote)
     assert found.head.order == (1, 4) and found.head.final and found.greatest == 1
     load.check(remote, found.head)
 
@@ -858,4 +858,4 @@ def test_the_whole_program_alone_goes_on_from_the_bucket_on_another_machine(trai
     ran = run(alone(*settings, "checkpoint.every_steps=2", "train.max_steps=8"), env=place.server.environment)
     assert ran.returncode == 0, ran.stderr
     assert "goes on from step 4 (step_00000004-0001)" in ran.stdout
-    assert [m.order for m in survey(remote).history][:2] == [(2, 8), (2, 6)]
+    assert [m.order for m in read_catalog(remote).history][:2] == [(2, 8), (2, 6)]

@@ -20,10 +20,10 @@ from s3_server import S3Server
 
 from harness.checkpoint import attempts
 from harness.checkpoint.attempts import Attempt
-from harness.checkpoint.catalog import survey
+from harness.checkpoint.catalog import read_catalog
 from harness.cli import main
-from harness.monitoring.event_log import Ledger
-from harness.monitoring.goodput import DATA, RESTORE, SAVE, STARTUP, Account
+from harness.monitoring.event_log import EventLog
+from harness.monitoring.goodput import DATA, RESTORE, SAVE, STARTUP, Goodput
 from harness.report import chart, phrases
 from harness.report.page import page
 from harness.report.timeline import Timeline, timeline
@@ -38,7 +38,7 @@ TASK = ("task.name=small_task:build", "train.epochs=6", "log.every_steps=1", "ch
 
 def test_at_any_moment_the_time_is_spent_on_one_thing() -> None:
     clock = Clock(100.0)
-    account = Account(clock, age_s=2.0)
+    account = Goodput(clock, age_s=2.0)
     clock.now += 3
     with account.during(RESTORE):
         clock.now += 4
@@ -61,7 +61,7 @@ def test_at_any_moment_the_time_is_spent_on_one_thing() -> None:
 def test_events_tell_of_it_once_a_second_and_at_the_end(tmp_path: Path) -> None:
     clock, store = Clock(100.0), LocalStore(tmp_path)
     store.prepare(("events",))
-    ledger = Ledger(store, "events/0001.jsonl", spent=lambda: {STARTUP: clock.now - 100}, clock=clock)
+    ledger = EventLog(store, "events/0001.jsonl", spent=lambda: {STARTUP: clock.now - 100}, clock=clock)
     for kind in ("begun", "step", "step", "step", "finished"):
         ledger.write(kind)
         clock.now += 0.6
@@ -89,7 +89,7 @@ class Made:
 
     def launch(self, name: str, seconds: float) -> None:
         self.at(seconds)
-        launches.begin([self.store], name, survey(self.store))
+        launches.begin([self.store], name, read_catalog(self.store))
 
     def attempt(self, seconds: float, spent: dict[str, float], launch: str | None = None) -> Life:
         """Claim one, that began so many seconds into the day and had spent this when it did."""
@@ -103,14 +103,14 @@ class Made:
 
     def event(self, attempt: Attempt, when: float, kind: str, **fields: object) -> None:
         self.at(when)
-        Ledger(self.store, f"events/{attempt.number:04d}.jsonl").write(kind, **fields)
+        EventLog(self.store, f"events/{attempt.number:04d}.jsonl").write(kind, **fields)
 
     def end(self, attempt: Attempt, seconds: float, why: str, **details: object) -> None:
         self.at(seconds)
         attempts.end(self.store, attempt, why, **details)
 
     def timeline(self) -> Timeline:
-        return timeline(survey(self.store))
+        return timeline(read_catalog(self.store))
 
 
 @pytest.fixture
@@ -295,7 +295,7 @@ def test_the_time_of_a_run_with_kills_a_slow_bucket_and_evaluations_sums_to_wall
                 process.wait()
     ended = (directory / "attempts" / "0003.end.json").stat().st_mtime
     wall_s = ended - began
-    found = timeline(survey(LocalStore(directory)))
+    found = timeline(read_catalog(LocalStore(directory)))
     assert found.wall_s == pytest.approx(wall_s, rel=0.01)
     assert sum(found.spent.values()) == pytest.approx(wall_s, rel=0.01), found.spent
     assert {"training", "redone", "lost", "waiting", "startup", "restore", "evaluation", "save", "data"} <= found.spent.keys()

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from harness.checkpoint import attempts, load, retention
 from harness.checkpoint import format as fmt
-from harness.checkpoint.catalog import going_on_from, survey
+from harness.checkpoint.catalog import going_on_from, read_catalog
 from harness.checkpoint.commit import About, commit
 from harness.checkpoint.format import Manifest
 from harness.checkpoint.retention import Policy, to_delete
@@ -170,7 +170,7 @@ class Life:
 
     def __init__(self, store: LocalStore) -> None:
         self.store = store
-        found = survey(store)
+        found = read_catalog(store)
         self.origin = found.history[0] if found.history else None
         self.attempt = attempts.claim(found, self.origin, 1)
         self.verified = {self.origin.name} if self.origin else set()
@@ -214,7 +214,7 @@ def test_what_stays_still_loads(store):
         life.save(step, val_loss)
     life.apply(Policy(last=2, best=1, every_steps=3))
     assert files(store) == of((2, 1), (3, 1), (5, 1), (6, 1))
-    for left in survey(store).history:
+    for left in read_catalog(store).history:
         assert load.load(store, left)["step"] == left.step
 
 
@@ -260,7 +260,7 @@ def test_only_the_history_is_looked_at(store):
     for step in (10, 20, 30):
         first.save(step)
     second = Life(store)
-    second.origin = survey(store).manifests[0]
+    second.origin = read_catalog(store).manifests[0]
     for step in (11, 12, 13):
         second.save(step)
     second.apply(Policy(last=2, best=0))

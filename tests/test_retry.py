@@ -12,7 +12,7 @@ import aiohttp
 import botocore.exceptions as boto
 import pytest
 
-from harness.retry import LONGEST_WAIT_S, MOST_TRIES, SLICE_S, Trouble, answer, is_expired, is_transient, retrying
+from harness.retry import LONGEST_WAIT_S, MOST_TRIES, SLICE_S, RetryEvent, answer, is_expired, is_transient, retrying
 
 
 class Time:
@@ -98,7 +98,7 @@ def attempt(time: Time, work: Callable[[float], Any], limit_s: float, **options:
     ids=lambda error: f"{type(error).__name__} {answer(error)} {str(error)[:30]}",
 )
 def test_what_may_pass_is_tried_again(error):
-    time, told = Time(), list[Trouble]()
+    time, told = Time(), list[RetryEvent]()
     work = Work(time, error)
     assert is_transient(error) and not is_expired(error)
     assert attempt(time, work, 60, on_trouble=told.append) == "done"
@@ -131,7 +131,7 @@ def test_what_may_pass_is_tried_again(error):
     ids=lambda error: f"{type(error).__name__} {answer(error)} {str(error)[:30]}",
 )
 def test_what_does_not_pass_is_raised_at_once_as_it_is(error):
-    time, told = Time(), list[Trouble]()
+    time, told = Time(), list[RetryEvent]()
     work = Work(time, error)
     with pytest.raises(type(error)) as caught:
         attempt(time, work, 600, on_trouble=told.append)
@@ -202,7 +202,7 @@ def test_waits_are_exponential_with_full_jitter_and_a_ceiling():
     waits: list[list[float]] = [[] for _ in range(12)]
     for _ in range(300):
         time = Time()
-        told = list[Trouble]()
+        told = list[RetryEvent]()
         assert attempt(time, Work(time, *[replied(503)] * 12), 1e6, on_trouble=told.append) == "done"
         assert sum(time.sleeps) == pytest.approx(sum(trouble.wait_s for trouble in told)), "what is told is what is waited"
         for trouble in told:
@@ -275,7 +275,7 @@ def test_an_error_of_the_renewal_passes_through():
 
 
 def test_success_at_once_is_neither_told_nor_waited_for():
-    time, told = Time(), list[Trouble]()
+    time, told = Time(), list[RetryEvent]()
     work = Work(time)
     assert attempt(time, work, 60, on_trouble=told.append) == "done"
     assert (work.left_s, time.sleeps, told) == ([60], [], [])

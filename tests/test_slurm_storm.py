@@ -18,7 +18,7 @@ from slurm_runs import STEPS, Submitted, assert_equal, submitted, train_whole
 from test_stale_claims import LATE
 from test_storm import losses
 
-from harness.checkpoint.catalog import survey
+from harness.checkpoint.catalog import read_catalog
 from harness.errors import EXIT_SUPERSEDED
 from harness.exchange.compare import differences
 from harness.store import LocalStore
@@ -338,5 +338,5 @@ def test_of_two_jobs_of_one_run_the_late_one_trains_on_and_the_first_one_ends(sl
     first.ended("FAILED")
     assert slurm.fields(first.job)["ExitCode"] == f"{EXIT_SUPERSEDED}:0", first.log()
     assert late.ends() == [("superseded", False), ("stopped", False), ("finished", True)], (first.log(), late.log())
-    found = survey(LocalStore(directory))
+    found = read_catalog(LocalStore(directory))
     assert found.head.final is not None and found.head.step == 80 and found.attempts[3]["from"]["attempt"] == 1

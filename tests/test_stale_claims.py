@@ -22,7 +22,7 @@ from harness import cli, retry
 from harness.arguments import Settings
 from harness.checkpoint import attempts, load
 from harness.checkpoint import format as fmt
-from harness.checkpoint.catalog import survey
+from harness.checkpoint.catalog import read_catalog
 from harness.checkpoint.commit import About, commit
 from harness.checkpoint.replicate import replicate
 from harness.distributed.ranks import World
@@ -87,7 +87,7 @@ def test_a_newer_format_at_the_head_refuses_a_start_in_whichever_store(stores, w
         life.copied(step)
     shutil.rmtree(path_of(stores[1], fmt.CHECKPOINTS))
     stores[1].prepare(fmt.FOLDERS)
-    replicate(stores[0], survey(stores[0]).head, stores[1], life.attempt)
+    replicate(stores[0], read_catalog(stores[0]).head, stores[1], life.attempt)
     key = make_newer(stores[1], 30)
     for path in (path_of(stores[0], key), path_of(stores[0], fmt.data_key(30, 1))):
         path.unlink()
@@ -145,11 +145,11 @@ def test_fields_that_are_not_known_go_on_with_a_copy(stores):
     manifest = life.save(10)
     text = seal(json.loads(path_of(stores[0], manifest.key).read_bytes()) | {"surplus": [1], "more": {"x": None}})
     path_of(stores[0], manifest.key).write_bytes(text)
-    found = survey(stores[0]).head
+    found = read_catalog(stores[0]).head
     assert fmt.to_bytes(found) == text
     replicate(stores[0], found, stores[1], life.attempt)
     assert path_of(stores[1], manifest.key).read_bytes() == text
-    assert survey(*stores).copies(found) == list(stores)
+    assert read_catalog(*stores).copies(found) == list(stores)
 
 
 # --- a claim from a listing that is not true any more ---
@@ -177,7 +177,7 @@ def test_who_claims_from_an_old_listing_leaves_to_be_started_again(store, world:
     now = tree(store)
     assert before.items() <= now.items(), "the late one deletes and replaces nothing"
     job.end(code=0)
-    found = survey(store)
+    found = read_catalog(store)
     assert "to be started again" in in_words(found.ends[2])
     stands, failed = verdict(found, launches.read([store]), job.launch)
     assert (stands.exit_code, failed) == (EXIT_STOPPED, []), "that is no failure"
@@ -240,7 +240,7 @@ def test_of_two_starts_the_late_one_trains_on_and_the_first_one_ends(how: str, t
     texts = [process.communicate(timeout=120) for process in (first, late)]
     assert late.returncode == 0, texts
     assert first.returncode == (EXIT_SUPERSEDED if how == "launch" else 1), texts
-    found = survey(LocalStore(run))
+    found = read_catalog(LocalStore(run))
     assert found.head.final is not None and found.head.step == 80
     assert [found.ends[number]["why"] for number in (1, 2, 3)] == ["superseded", "stopped", "finished"], texts
     assert found.attempts[3]["from"]["attempt"] == 1, "on from what the first one had come to"
@@ -258,7 +258,7 @@ def test_who_is_overtaken_by_the_end_of_the_run_does_not_unfinish_it(store, worl
         patch.setenv(launches.ENVIRONMENT, late.launch)
         with pytest.raises(OvertakenError):
             claim((store,), seen, 1, Settings(), lambda text: None)
-    found = survey(store)
+    found = read_catalog(store)
     assert outcome(found, launches.read([store])).exit_code == 0
     assert [verdict(found, launches.read([store]), job.launch)[0].exit_code for job in (first, late)] == [0, 0]
     code, said = command(capsys, "launch", f"run.dir={store}", "task.name=small_task:build")

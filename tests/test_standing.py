@@ -20,7 +20,7 @@ from test_storm import differing, losses
 from harness import cli
 from harness.checkpoint import attempts
 from harness.checkpoint import format as fmt
-from harness.checkpoint.catalog import survey
+from harness.checkpoint.catalog import read_catalog
 from harness.store import LocalStore, Store, open_store
 from harness.supervision import launches
 from harness.supervision.launches import Launch
@@ -42,7 +42,7 @@ class Job:
 
     def begin(self, **details: Any) -> Job:
         self.count += 1
-        launches.begin(self.stores, self.launch, survey(*self.stores), **details)
+        launches.begin(self.stores, self.launch, read_catalog(*self.stores), **details)
         return self
 
     def attempt(self, *steps: int, why: str | None = None, final: bool = False, **details: Any) -> Life:
@@ -81,15 +81,15 @@ class Job:
 
     @property
     def failures(self) -> list[Failure]:
-        return failures(survey(*self.stores), launches.read(self.stores), self.name)
+        return failures(read_catalog(*self.stores), launches.read(self.stores), self.name)
 
     @property
     def verdict(self) -> Outcome:
-        return verdict(survey(*self.stores), launches.read(self.stores), self.launch)[0]
+        return verdict(read_catalog(*self.stores), launches.read(self.stores), self.launch)[0]
 
     @property
     def outcome(self) -> Outcome:
-        return outcome(survey(*self.stores), launches.read(self.stores))
+        return outcome(read_catalog(*self.stores), launches.read(self.stores))
 
 
 @pytest.fixture
@@ -341,7 +341,7 @@ def test_whatever_happens_the_count_is_what_a_person_would_count(happenings):
             deaths += launch_end == "ended" and not lives
             counted[name] += 0 if launch_end == "stopped" else deaths
             assert {name: len(job.failures) for name, job in jobs.items()} == counted
-            assert survey(store).reached == reached
+            assert read_catalog(store).reached == reached
     finally:
         shutil.rmtree(place)
 
@@ -830,7 +830,7 @@ def test_a_launch_without_a_record_is_judged_by_its_attempts(store):
     job = Job("100", store)
     job.count = 1
     job.attempt(why="failed", error="no")
-    found = survey(store)
+    found = read_catalog(store)
     assert verdict(found, [], "100.0")[0].exit_code == 1, "nobody counts, so nobody starts it again"
     assert verdict(found, [Launch("100.0", {}, {"why": "ended"})], "100.0")[0].exit_code == 75
 

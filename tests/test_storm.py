@@ -12,7 +12,7 @@ import pytest
 from conftest import alone, events, harness, kill_tree, outliving, run, start, torchrun, workers_of
 
 from harness.checkpoint import load
-from harness.checkpoint.catalog import survey
+from harness.checkpoint.catalog import read_catalog
 from harness.exchange.compare import differences
 from harness.store import LocalStore
 
@@ -22,7 +22,7 @@ def differing(a: Path, b: Path) -> list[tuple[str, ...]]:
     payloads = []
     for directory in (a, b):
         store = LocalStore(directory)
-        head = survey(store).head
+        head = read_catalog(store).head
         assert head is not None and head.final is not None, f"{directory} is not finished"
         payload = load.load(store, head)
         payload.pop("config")

@@ -22,7 +22,7 @@ from test_storm import differing
 import harness
 from harness import cli, preemption
 from harness.checkpoint import memory_copy
-from harness.checkpoint.catalog import survey
+from harness.checkpoint.catalog import read_catalog
 from harness.errors import UsageError
 from harness.saving import memory_tier as writers
 from harness.store import LocalStore
@@ -41,7 +41,7 @@ def kept(tmp_path: Path) -> Iterator[LocalStore]:
 
 
 def in_memory(store: LocalStore) -> list[int]:
-    return [manifest.step for manifest in survey(store).manifests]
+    return [manifest.step for manifest in read_catalog(store).manifests]
 
 
 def left_at(directory: Path, step: int, **options: object) -> None:
@@ -132,7 +132,7 @@ def test_what_is_damaged_in_memory_is_passed_over(tmp_path, kept, uninterrupted,
 
 def test_what_a_newer_version_has_kept_in_memory_is_not_passed_over(tmp_path, kept):
     left_at(tmp_path / "a", 7)
-    (manifest,) = survey(kept).manifests
+    (manifest,) = read_catalog(kept).manifests
     path = kept.root / manifest.key
     path.write_bytes(seal(json.loads(path.read_bytes()) | {"format_version": 99}))
     before = {file: file.read_bytes() for file in kept.root.rglob("*") if file.is_file()}
@@ -214,7 +214,7 @@ def test_a_newer_attempts_is_not_taken_away(tmp_path, kept):
     """By a zombie, which keeps steps of its own."""
     left_at(tmp_path / "a", 7)
     left_at(tmp_path / "a", 9)
-    zombie = writers.Tier(kept, None, print, is_on=True)  # type: ignore[arg-type]  it has nothing on its way
+    zombie = writers.MemoryTier(kept, None, print, is_on=True)  # type: ignore[arg-type]  it has nothing on its way
     zombie.drop(before=(1, 99))
     assert in_memory(kept) == [8]
 

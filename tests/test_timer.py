@@ -11,13 +11,13 @@ from test_background import Big
 from test_library import steps_of
 
 import harness
-from harness.checkpoint.catalog import Survey
+from harness.checkpoint.catalog import Catalog
 from harness.errors import UsageError
 from harness.saving import save_policy
-from harness.saving.save_policy import ASSUMED_S, FIRST_S, LEAST_S, MOST_S, Lives, Timer, best_s, lives
+from harness.saving.save_policy import ASSUMED_S, FIRST_S, LEAST_S, MOST_S, KillHistory, SavePolicy, best_interval_s, kill_history
 
 
-def saved_once(clock: Clock, auto: Timer, plain_s: float, beside_s: float, steps: int, save_s: float) -> None:
+def saved_once(clock: Clock, auto: SavePolicy, plain_s: float, beside_s: float, steps: int, save_s: float) -> None:
     """Twenty steps, then a save that `steps` steps feel."""
     for _ in range(20):
         clock.now += plain_s
@@ -29,16 +29,16 @@ def saved_once(clock: Clock, auto: Timer, plain_s: float, beside_s: float, steps
 
 
 def test_the_interval_weighs_what_saves_cost_against_what_a_kill_costs():
-    assert best_s(0.5, 3600, 1) == pytest.approx(60)  # sqrt(2 * 0.5 * 3600)
-    assert best_s(2, 3600, 1) == pytest.approx(120), "four times the cost, half as often"
-    assert best_s(0.5, 900, 1) == pytest.approx(30), "four times the kills, twice as often"
-    assert best_s(0, 3600, 1) == LEAST_S and best_s(1e6, 1e6, 1) == MOST_S
-    assert best_s(0.001, 3600, 40) == 40, "the one before has arrived"
+    assert best_interval_s(0.5, 3600, 1) == pytest.approx(60)  # sqrt(2 * 0.5 * 3600)
+    assert best_interval_s(2, 3600, 1) == pytest.approx(120), "four times the cost, half as often"
+    assert best_interval_s(0.5, 900, 1) == pytest.approx(30), "four times the kills, twice as often"
+    assert best_interval_s(0, 3600, 1) == LEAST_S and best_interval_s(1e6, 1e6, 1) == MOST_S
+    assert best_interval_s(0.001, 3600, 40) == 40, "the one before has arrived"
 
 
 def test_a_number_of_seconds_is_what_it_says():
     clock = Clock(1000.0)
-    plain = Timer(10.0, "wait", clock)
+    plain = SavePolicy(10.0, "wait", clock)
     clock.now += 9.9
     assert not plain.is_due(math.inf, 0, is_busy=False)
     clock.now += 0.1
@@ -46,14 +46,14 @@ def test_a_number_of_seconds_is_what_it_says():
     plain.begun()
     assert not plain.is_due(math.inf, 0, is_busy=False)
     clock.now += 1e6
-    assert not Timer(None, "wait", clock).is_due(math.inf, 0, is_busy=False)
+    assert not SavePolicy(None, "wait", clock).is_due(math.inf, 0, is_busy=False)
     saved_once(clock, plain, 0.1, 0.5, 5, 1)
     assert plain.every_s == 10
 
 
 def test_what_is_left_out_because_one_is_on_its_way_is_told_and_due_again_later():
     clock, told = Clock(1000.0), []
-    skips = Timer(10.0, "skip", clock, lambda kind, **fields: told.append(kind))
+    skips = SavePolicy(10.0, "skip", clock, lambda kind, **fields: told.append(kind))
     clock.now += 10
     assert not skips.is_due(math.inf, 0, is_busy=True) and told == ["skipped"]
     assert not skips.is_due(math.inf, 0, is_busy=False), "it was left out"
@@ -63,7 +63,7 @@ def test_what_is_left_out_because_one_is_on_its_way_is_told_and_due_again_later(
 
 def test_the_end_is_saved_anyway():
     clock = Clock(1000.0)
-    plain = Timer(10.0, "wait", clock)
+    plain = SavePolicy(10.0, "wait", clock)
     clock.now += 100
     assert plain.is_due(3.1, 3.0, is_busy=False)
     assert not plain.is_due(2.9, 3.0, is_busy=False), "that one would arrive when the run is over"
@@ -71,7 +71,7 @@ def test_the_end_is_saved_anyway():
 
 def test_auto_makes_room_between_saves_that_follow_one_another():
     clock = Clock(1000.0)
-    auto = Timer("auto", "wait", clock)
+    auto = SavePolicy("auto", "wait", clock)
     for _ in range(3):
         auto.begun()
         clock.now += 40
@@ -82,13 +82,13 @@ def test_auto_makes_room_between_saves_that_follow_one_another():
 @pytest.mark.parametrize("steps", [1, 8])
 def test_auto_measures_what_a_save_costs_and_tells_what_it_chooses(steps):
     clock, told = Clock(1000.0), []
-    auto = Timer("auto", "wait", clock, lambda kind, **fields: told.append((kind, fields)))
-    auto.lives = Lives(seconds=7200, kills=2)
+    auto = SavePolicy("auto", "wait", clock, lambda kind, **fields: told.append((kind, fields)))
+    auto.lives = KillHistory(seconds=7200, kills=2)
     assert auto.every_s == FIRST_S
     for _ in range(3):
         saved_once(clock, auto, plain_s=0.1, beside_s=0.1 + 0.4 / steps, steps=steps, save_s=1.5)
     between_s = (ASSUMED_S + 7200 + clock.now - 1000) / 3
-    assert auto.every_s == pytest.approx(best_s(0.4, between_s, 1.5), rel=0.01)
+    assert auto.every_s == pytest.approx(best_interval_s(0.4, between_s, 1.5), rel=0.01)
     ((kind, fields),) = told
     assert kind == "interval" and fields["cost_s"] == pytest.approx(0.4) and fields["kills"] == 2
     assert fields["every_s"] == pytest.approx(auto.every_s, rel=0.02) and "2 kills in 2:00:" in fields["why"]
@@ -102,7 +102,7 @@ def at(minute: int) -> str:
 
 
 def test_of_the_attempts_before_those_count_as_killed_that_had_not_saved():
-    found = Survey()
+    found = Catalog()
     found.attempts = {number: {"kind": "train", "time": at(0)} for number in range(1, 6)} | {6: {"kind": "import", "time": at(0)}, 7: {}}
     found.ends = {
         1: {"why": "stopped", "saved": True, "time": at(10)},
@@ -110,7 +110,7 @@ def test_of_the_attempts_before_those_count_as_killed_that_had_not_saved():
         3: {"why": "stopped", "saved": False, "time": at(5)},
         4: {"why": "finished", "time": at(1)},
     }  # of the fifth nothing is recorded
-    assert lives(found) == Lives(seconds=36 * 60, kills=3)
+    assert kill_history(found) == KillHistory(seconds=36 * 60, kills=3)
 
 
 @pytest.mark.usefixtures("process_as_it_was")

@@ -16,9 +16,9 @@ import pytest
 from conftest import Clock, events, harness, run, tree, wait_until, workers_of
 from test_launch import SMALL, after_steps, begun, check_equal, crashing, ended, folder, launch, left_behind, whole  # noqa: F401 - fixtures
 
-from harness.monitoring.step_timeouts import LEARNED_S, LEARNED_TIMES, Watch
+from harness.monitoring.step_timeouts import LEARNED_S, LEARNED_TIMES, StepTimeouts
 from harness.preemption.watchdog import Watchdog
-from harness.supervision.exit_record import Ending
+from harness.supervision.exit_record import ExitRecord
 
 Start = Callable[..., "subprocess.Popen[str]"]
 
@@ -39,7 +39,7 @@ def test_a_rank_that_waits_for_another_one_leaves_it_the_first_word(stacks: str,
     slept: list[float] = []
     monkeypatch.setattr(time, "sleep", slept.append)
     hook = sys.excepthook
-    Ending().hung("a step", 3.0, stacks)
+    ExitRecord().hung("a step", 3.0, stacks)
     sys.excepthook = hook
     assert bool(slept) == waits
 
@@ -186,13 +186,13 @@ def test_to_say_what_is_expected_costs_next_to_nothing() -> None:
 
 
 @pytest.fixture
-def watching() -> Iterator[Callable[..., tuple[Watch, Clock, Callable[[], float | None]]]]:
+def watching() -> Iterator[Callable[..., tuple[StepTimeouts, Clock, Callable[[], float | None]]]]:
     """A watch by a clock of its own, and what it allows now, in seconds."""
-    made: list[Watch] = []
+    made: list[StepTimeouts] = []
 
-    def make(limit_s: float = 600.0, step_s: float | None = None) -> tuple[Watch, Clock, Callable[[], float | None]]:
+    def make(limit_s: float = 600.0, step_s: float | None = None) -> tuple[StepTimeouts, Clock, Callable[[], float | None]]:
         clock = Clock(1000.0)
-        watch = Watch(limit_s, step_s, lambda *_: None, clock)
+        watch = StepTimeouts(limit_s, step_s, lambda *_: None, clock)
         made.append(watch)
 
         def allowed() -> float | None:

@@ -19,13 +19,13 @@ from test_library import train
 
 import harness as harness_package
 from harness.checkpoint import attempts
-from harness.checkpoint.catalog import survey
+from harness.checkpoint.catalog import read_catalog
 from harness.cli import main
 from harness.errors import UsageError
 from harness.monitoring import trackers
-from harness.monitoring.goodput import DATA, OVERHEAD, RESTORE, STARTUP, TRAINING, Account
-from harness.monitoring.throughput import TRUSTED_S, Pace
-from harness.monitoring.wait_notices import Waiting
+from harness.monitoring.goodput import DATA, OVERHEAD, RESTORE, STARTUP, TRAINING, Goodput
+from harness.monitoring.throughput import TRUSTED_S, Throughput
+from harness.monitoring.wait_notices import WaitNotices
 from harness.store import LocalStore
 from harness.supervision import attempt_history, hang_report
 
@@ -40,9 +40,9 @@ TASK = ("task.name=small_task:build", "log.every_steps=1", "checkpoint.every_ste
 def account() -> SimpleNamespace:
     """An account with a clock of its own, what looks at it, and what was said."""
     clock, said = Clock(50.0), list[str]()
-    account = Account(clock)
+    account = Goodput(clock)
     account.say = said.append
-    return SimpleNamespace(it=account, clock=clock, said=said, look=partial(Waiting().look, account))
+    return SimpleNamespace(it=account, clock=clock, said=said, look=partial(WaitNotices().look, account))
 
 
 @pytest.mark.parametrize(("what", "words"), [(DATA, "the next batch"), (OVERHEAD, "the other ranks"), (RESTORE, "the stores")])
@@ -103,7 +103,7 @@ def test_a_rank_that_others_do_not_join_says_so(tmp_path: Path, started: Callabl
 
 def test_the_rate_survives_a_resume_and_then_gives_way_to_what_is_seen():
     clock = Clock(50.0)
-    pace = Pace(clock, 100, before=4.0)
+    pace = Throughput(clock, 100, before=4.0)
     assert pace.steps_per_s(100) == pytest.approx(4.0) and pace.left_s(100, 140) == pytest.approx(10.0)
     clock.now += TRUSTED_S
     assert pace.steps_per_s(100 + int(2 * TRUSTED_S)) == pytest.approx(3.0)
@@ -241,7 +241,7 @@ def test_one_curve_is_shown_after_three_kills(tmp_path: Path) -> None:
         done = run([sys.executable, "killed.py", str(kill_at)], cwd=tmp_path, env=env)
         assert done.returncode == (-signal.SIGKILL if kill_at else 0) and "warning" not in done.stdout, done.stdout + done.stderr
     directory = tmp_path / "runs/a"
-    found, run_id = offline(directory), survey(LocalStore(directory)).run_id
+    found, run_id = offline(directory), read_catalog(LocalStore(directory)).run_id
     assert len(found) == 4 and all(f"run-{run_id}" in name for name in found), "one run there, whatever was killed here"
     assert list(told(directory)) == list(range(1, 17))
     assert list(found.values())[-1] == told(directory)
@@ -252,8 +252,8 @@ def test_what_was_cut_off_is_no_part_of_the_curve(tmp_path: Path) -> None:
     train(tmp_path / "a", leave_at=7, log_every_steps=1)
     train(tmp_path / "a", leave_at=6, log_every_steps=1)
     store = LocalStore(tmp_path / "a")
-    assert list(trackers.history(survey(store), 100)) == [1, 2, 3, 4, 5], "step 6 is of an attempt that others have cut off"
-    assert list(trackers.history(survey(store), 3)) == [1, 2, 3]
+    assert list(trackers.history(read_catalog(store), 100)) == [1, 2, 3, 4, 5], "step 6 is of an attempt that others have cut off"
+    assert list(trackers.history(read_catalog(store), 3)) == [1, 2, 3]
 
 
 def test_who_fails_to_listen_is_left_alone_and_said(

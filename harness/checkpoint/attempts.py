@@ -13,7 +13,7 @@ from typing import Any
 
 from harness.checkpoint import format as fmt
 from harness.checkpoint import records
-from harness.checkpoint.catalog import Survey, survey
+from harness.checkpoint.catalog import Catalog, read_catalog
 from harness.checkpoint.format import Manifest
 from harness.errors import SupersededError
 from harness.store import LocalStore, Store
@@ -34,7 +34,7 @@ def now() -> str:
 
 
 def claim(
-    found: Survey, went_on_from: Manifest | None, world_size: int, kind: str = "train", more: Mapping[str, Any] | None = None
+    found: Catalog, went_on_from: Manifest | None, world_size: int, kind: str = "train", more: Mapping[str, Any] | None = None
 ) -> Attempt:
     """Create the next attempt's record, with `more` in it, in every store of the survey, the last one first: it is the authority.
 
@@ -70,7 +70,7 @@ def claim(
 
 def remembered(local: Store) -> str | None:
     """The remote store that a run directory was last used with."""
-    records = survey(local).attempts
+    records = read_catalog(local).attempts
     readable = [number for number in sorted(records) if "nonce" in records[number]]
     found = records[readable[-1]].get("remote") if readable else None
     return str(found) if found else None

@@ -9,17 +9,17 @@ from pathlib import Path
 
 from harness.distributed.ranks import World
 from harness.errors import HarnessError, LostRankError
-from harness.store import Memory, Offer, attached
+from harness.store import Handle, SealedMemory, attached
 
 
-def spread(
+def broadcast(
     world: World,
-    memory: Memory | None,
-    offer: Offer,
+    memory: SealedMemory | None,
+    offer: Handle,
     size_bytes: int,
-    read: Callable[[], Memory | None],
-    receive: Callable[[Iterator[bytes]], Memory],
-) -> Memory:
+    read: Callable[[], SealedMemory | None],
+    receive: Callable[[Iterator[bytes]], SealedMemory],
+) -> SealedMemory:
     """The `size_bytes` that the writer has verified in its `memory`, and told all ranks of by `offer`, on each of them.
 
     Ranks on the writer's machine parse the very pages that it has verified and sealed. On another machine one rank `read`s the data
@@ -55,8 +55,8 @@ def _machine() -> str:
 
 
 def _sent(
-    world: World, memory: Memory | None, size_bytes: int, receive: Callable[[Iterator[bytes]], Memory] | None
-) -> tuple[Memory | None, HarnessError | None]:
+    world: World, memory: SealedMemory | None, size_bytes: int, receive: Callable[[Iterator[bytes]], SealedMemory] | None
+) -> tuple[SealedMemory | None, HarnessError | None]:
     """What the writer sends, for a rank that wants to `receive` it, or what is wrong; the others take part all the same."""
     received, problem = None, None
     with memory.open() if memory is not None else contextlib.nullcontext() as source:

@@ -23,11 +23,11 @@ REFUSED_FRESH = (
 
 
 @dataclass
-class Survey:
+class Catalog:
     """One listing of each of a run's stores, parsed. What cannot be parsed is named, never guessed."""
 
     stores: tuple[Store, ...] = ()
-    parts: list[Survey] = field(default_factory=list)  # the same for each store by itself
+    parts: list[Catalog] = field(default_factory=list)  # the same for each store by itself
     manifests: list[Manifest] = field(default_factory=list)  # readable ones, oldest first
     damaged: dict[str, str] = field(default_factory=dict)  # manifest key -> why it cannot be read
     newer: dict[str, fmt.NewerFormatError] = field(default_factory=dict)  # whole, but of a format that is newer than this harness
@@ -125,13 +125,13 @@ class Survey:
             )
 
 
-def survey(*stores: Store) -> Survey:
+def read_catalog(*stores: Store) -> Catalog:
     """List and parse a run on its stores. Raises StorageError when one of them cannot be listed or read."""
     parts = [_list(store) for store in stores]
     if len(parts) == 1:
         parts[0].stores, parts[0].parts = stores, parts
         return parts[0]
-    whole = Survey(stores, parts)
+    whole = Catalog(stores, parts)
     for part in parts:  # the remote one last: its word on attempts stands
         whole.attempts |= part.attempts
         whole.ends |= part.ends
@@ -146,8 +146,8 @@ def survey(*stores: Store) -> Survey:
     return whole
 
 
-def _list(store: Store) -> Survey:
-    found = Survey()
+def _list(store: Store) -> Catalog:
+    found = Catalog()
     checkpoints = store.entries(fmt.CHECKPOINTS)
     keys, manifests = {entry.key for entry in checkpoints}, list[str]()
     found.sizes = {entry.key: entry.size_bytes for entry in checkpoints if entry.key.endswith(".pt")}
@@ -194,7 +194,7 @@ def _read_all(store: Store, keys: list[str]) -> Iterator[tuple[str, bytes]]:
     return ((key, text) for key, text in zip(keys, texts, strict=True) if text is not None)
 
 
-def _read_manifests(store: Store, keys: list[str], found: Survey) -> None:
+def _read_manifests(store: Store, keys: list[str], found: Catalog) -> None:
     for key, text in _read_all(store, keys):
         try:
             found.manifests.append(_manifest(store, key, text))
@@ -216,7 +216,7 @@ def _manifest(store: Store, key: str, text: bytes) -> Manifest:
         return fmt.from_bytes(key, store.read(key))
 
 
-def _read_attempts(store: Store, found: Survey) -> None:
+def _read_attempts(store: Store, found: Catalog) -> None:
     matches = {entry.key: match for entry in store.entries(fmt.ATTEMPTS) if (match := fmt.ATTEMPT_NAME.match(entry.key))}
     for match in matches.values():
         found.greatest = max(found.greatest, int(match["attempt"]))

@@ -20,13 +20,13 @@ from blake3 import blake3
 
 from harness.checkpoint import format as fmt
 from harness.checkpoint import memory_copy
-from harness.checkpoint.broadcast import spread
-from harness.checkpoint.catalog import Survey, survey
+from harness.checkpoint.broadcast import broadcast
+from harness.checkpoint.catalog import Catalog, read_catalog
 from harness.checkpoint.format import DataFile, Manifest
 from harness.distributed.ranks import World
 from harness.errors import DamagedError, HarnessError, StorageError, UsageError
 from harness.retry import reading
-from harness.store import LocalStore, Memory, Offer, Store, keep
+from harness.store import Handle, LocalStore, SealedMemory, Store, keep
 
 LISTINGS = 5  # how often a store is listed anew because what was listed is gone
 Tell = Callable[[int], object]  # is told of so many bytes more
@@ -92,7 +92,7 @@ def verified_chunks(store: Store, manifest: Manifest, tell: Tell = _not_told) ->
     return checked(chunks(store, manifest.data_key), manifest.data, manifest.data_key, tell)
 
 
-def verified(store: Store, manifest: Manifest, tell: Tell = _not_told) -> Memory:
+def verified(store: Store, manifest: Manifest, tell: Tell = _not_told) -> SealedMemory:
     """A checkpoint's data in memory, after comparing size and digest of those very bytes: what happens to the file afterwards does not
     matter.
 
@@ -101,7 +101,7 @@ def verified(store: Store, manifest: Manifest, tell: Tell = _not_told) -> Memory
     return keep(verified_chunks(store, manifest, tell), manifest.size_bytes, manifest.data.name)
 
 
-def parse(memory: Memory, manifest: Manifest) -> dict[str, Any]:
+def parse(memory: SealedMemory, manifest: Manifest) -> dict[str, Any]:
     """The whole checkpoint in verified memory, on the CPU, nothing but plain data. Raises DamagedError.
 
     The tensors in `..._state_dict` are views of that memory: no second copy is made unless they are written to, and it is free when the
@@ -120,7 +120,7 @@ def parse(memory: Memory, manifest: Manifest) -> dict[str, Any]:
     return {key: value if str(key).endswith("_state_dict") else copy.deepcopy(value) for key, value in payload.items()}
 
 
-def is_plain_zip(memory: Memory) -> bool:
+def is_plain_zip(memory: SealedMemory) -> bool:
     """Whether tensors lie in it as they are; torch would map what is compressed as well, and does not map what is no zip file."""
     with memory.open() as file:
         try:
@@ -175,10 +175,10 @@ class Problem:
 
 
 @dataclass
-class Choice:
+class ResumePoint:
     """What a run goes on from, and what was passed over on the way."""
 
-    survey: Survey | None  # the writer's listing; None on the other ranks
+    survey: Catalog | None  # the writer's listing; None on the other ranks
     manifest: Manifest | None = None  # None: step 0
     payload: dict[str, Any] | None = None
     place: int = 0  # which store it was read from
@@ -200,11 +200,11 @@ class Chooser:
         self.stores, self.world, self.give_up, self.steps_back = stores, world, give_up, steps_back
         self.sources: tuple[Store, ...] = (*stores, memory)
         self.tier = memory
-        self._memory: Memory | None = None  # the writer's
+        self._memory: SealedMemory | None = None  # the writer's
 
-    def once(self) -> tuple[Choice, bool]:
+    def once(self) -> tuple[ResumePoint, bool]:
         """One listing and what comes of it; also whether something listed was deleted meanwhile, so that only a new listing tells."""
-        choice = Choice(None)
+        choice = ResumePoint(None)
         for text, places in self._on_writer(partial(self._look, choice)):
             manifest, unread = _parse_manifest(text), list[str]()
             for place in places:
@@ -232,8 +232,8 @@ class Chooser:
     def _on_writer(self, work: Callable[[], Any]) -> Any:
         return self.world.on_writer(work, give_up=self.give_up)
 
-    def _look(self, choice: Choice) -> list[tuple[str, list[int]]]:
-        found = choice.survey = survey(*self.stores)
+    def _look(self, choice: ResumePoint) -> list[tuple[str, list[int]]]:
+        found = choice.survey = read_catalog(*self.stores)
         found.check_one_run()
         found.check_readable()
         choice.damaged = [(place, key) for place, part in enumerate(found.parts) for key in part.damaged if key not in part.marked]
@@ -248,11 +248,11 @@ class Chooser:
             candidates = [*candidates[1:], candidates[0]]
         return [(fmt.to_bytes(m).decode(), places) for m, places in candidates]
 
-    def _check_fresh(self, choice: Choice) -> None:
+    def _check_fresh(self, choice: ResumePoint) -> None:
         if choice.survey is not None:
             choice.survey.check_fresh_start(" and ".join(map(str, self.stores)), choice.notes)
 
-    def _why(self, found: Survey | None, manifest: Manifest, source: Store) -> list[str]:
+    def _why(self, found: Catalog | None, manifest: Manifest, source: Store) -> list[str]:
         if found is not None and source is self.tier:
             return [f"taking {manifest.name} from this machine's memory: the disk has {found.head.name if found.head else 'nothing'}"]
         if found is None or len(self.stores) < 2:
@@ -269,7 +269,7 @@ class Chooser:
         memory, self._memory = self._memory, None
         said = list[str]()
         try:
-            with self._spread(store, manifest, memory, Offer(**offer)) as own:
+            with self._spread(store, manifest, memory, Handle(**offer)) as own:
                 payload = parse(own, manifest)
         except HarnessError as error:
             said = _said(error)
@@ -290,16 +290,16 @@ class Chooser:
                     return None, _said(error)
         raise AssertionError("the last try returns")
 
-    def _spread(self, store: Store, manifest: Manifest, memory: Memory | None, offer: Offer) -> Memory:
+    def _spread(self, store: Store, manifest: Manifest, memory: SealedMemory | None, offer: Handle) -> SealedMemory:
         expected, where = manifest.data, f"{manifest.data.name}, as it was sent to this rank,"
 
-        def receive(chunks: Iterator[bytes]) -> Memory:
+        def receive(chunks: Iterator[bytes]) -> SealedMemory:
             return keep(checked(chunks, expected, where), expected.size_bytes, expected.name)
 
-        def read() -> Memory | None:
+        def read() -> SealedMemory | None:
             return reading(partial(verified, store, manifest)) if store.is_local else None
 
-        return spread(self.world, memory, offer, expected.size_bytes, read, receive)
+        return broadcast(self.world, memory, offer, expected.size_bytes, read, receive)
 
 
 def choose(
@@ -307,7 +307,7 @@ def choose(
     world: World,
     give_up: Callable[[], object] = lambda: None,
     steps_back: Callable[[], bool] = lambda: False,
-) -> Choice:
+) -> ResumePoint:
     """Find and load the newest checkpoint of the run's history that verifies on every rank. Nothing is changed.
 
     The bytes leave a remote store once: the writer fetches them, the others map its memory or are sent them. A copy that is damaged on one

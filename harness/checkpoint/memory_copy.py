@@ -14,7 +14,7 @@ import stat
 from pathlib import Path
 
 from harness.checkpoint import format as fmt
-from harness.checkpoint.catalog import Survey, survey
+from harness.checkpoint.catalog import Catalog, read_catalog
 from harness.checkpoint.format import Manifest
 from harness.store import LocalStore, Store
 
@@ -26,17 +26,17 @@ def place(run: Store) -> LocalStore:
     return LocalStore(ROOT / f"harness-{os.getuid()}-{hashlib.sha256(str(run).encode()).hexdigest()[:16]}")
 
 
-def newest(store: LocalStore, found: Survey) -> Manifest | None:
+def newest(store: LocalStore, found: Catalog) -> Manifest | None:
     """What is in the tier, if that is newer than all that was found on the disk, and of the same run."""
     if not is_ours(store):
         return None
-    there = [m for m in survey(store).manifests if m.run_id == found.run_id and m.attempt in found.attempts]
+    there = [m for m in read_catalog(store).manifests if m.run_id == found.run_id and m.attempt in found.attempts]
     return there[-1] if there and (found.head is None or there[-1].order > found.head.order) else None
 
 
-def check_readable(store: LocalStore, found: Survey) -> None:
+def check_readable(store: LocalStore, found: Catalog) -> None:
     """Raises NewerFormatError if what is in the tier is newer than all that was found on the disk, and of a newer format."""
-    there = survey(store) if is_ours(store) else Survey()
+    there = read_catalog(store) if is_ours(store) else Catalog()
     error, key = there.unreadable_head, max(there.newer, key=fmt.order_of, default="")
     attempt, step = fmt.order_of(key) if error else (0, 0)
     if error and attempt in found.attempts and (found.head is None or (attempt, step) > found.head.order):

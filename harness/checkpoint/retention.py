@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from harness.checkpoint import format as fmt
 from harness.checkpoint.attempts import Attempt, check_fence
-from harness.checkpoint.catalog import survey
+from harness.checkpoint.catalog import read_catalog
 from harness.checkpoint.format import Manifest
 from harness.errors import UsageError
 from harness.store import Store
@@ -60,7 +60,7 @@ def better(metrics: Mapping[str, float], so_far: float | None, policy: Policy) -
 
 def best_file(stores: Sequence[Store], policy: Policy) -> str | None:
     """The path or URL of the best checkpoint in the run's history, or None. Raises StorageError."""
-    found = survey(*stores)
+    found = read_catalog(*stores)
     ranked = best(found.history, policy)
     return found.copies(ranked[0])[0].where(ranked[0].data_key) if ranked else None
 
@@ -92,7 +92,7 @@ def apply(store: Store, attempt: Attempt, verified: set[str], policy: Policy, pi
     can never count again. In a remote store it is left alone all the same: its owner may be alive elsewhere, and be confused.
     Raises SupersededError, StorageError.
     """
-    found = survey(store)
+    found = read_catalog(store)
     gone = []
     for manifest in to_delete(found.history, verified, policy):
         if manifest.name in pinned:

@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 
 from harness import config
-from harness.checkpoint.catalog import survey
+from harness.checkpoint.catalog import read_catalog
 from harness.cli import locate
 from harness.config import Config
 from harness.distributed import ranks
@@ -105,7 +105,7 @@ def _size(stores: list[Store], size_mb: float | None) -> int:
         return int(size_mb * 1e6)
     for store in stores:
         try:
-            if head := survey(store).head:
+            if head := read_catalog(store).head:
                 return head.size_bytes
         except StorageError:  # the checks will say so
             continue
@@ -221,7 +221,7 @@ def _facts(settings: Config, stores: list[Store]) -> dict[str, str]:
     facts["GPU"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     for store in stores:
         try:
-            found = survey(store)
+            found = read_catalog(store)
             facts[f"what is in {store}"] = f"attempt {found.greatest}, {found.head.name if found.head else 'no checkpoint'}"
         except StorageError as error:
             facts[f"what is in {store}"] = error.what

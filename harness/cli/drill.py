@@ -34,7 +34,7 @@ from harness.cli import locate
 from harness.cli.launch import check_loop
 from harness.drill import verdict as verdicts
 from harness.drill.faults import KINDS, planned
-from harness.drill.program_runs import Life, Program, live
+from harness.drill.program_runs import Program, ProgramRun, run_program
 from harness.drill.traces import Traces, read
 from harness.errors import EXIT_FAILED, EXIT_FINISHED, StorageError, UsageError
 from harness.text import duration, say
@@ -66,18 +66,18 @@ def run(given: argparse.Namespace, rest: list[str]) -> int:
     with _folder(given.keep) as folder:
         _say(given, "what the program writes by itself is not redirected; HARNESS_DRILL=1 tells it that this is a drill")
         plan = {"steps": given.steps, "save_every_steps": max(1, (given.steps or 20 * SAVES) // SAVES)}
-        whole = live(program, folder / "whole", plan, [], until, lambda text: None)
+        whole = run_program(program, folder / "whole", plan, [], until, lambda text: None)
         expected = read(whole.folder)
         _check_traces(expected, whole)
         _say(given, f"undisturbed: {expected.last_step} steps in {duration(whole.seconds)}")
         program = dataclasses.replace(program, has_remote=whole.has_remote)
         kinds = chosen or [kind for kind in KINDS if _has(expected, whole, kind)]
         faults = planned(given.faults, kinds, expected.last_step, given.seed)
-        hurt = live(program, folder / "hurt", plan, faults, until, lambda text: _say(given, text))
+        hurt = run_program(program, folder / "hurt", plan, faults, until, lambda text: _say(given, text))
         found = verdicts.verdict(whole, hurt, faults)
         if not found.is_equal:
             _say(given, "they differ: undisturbed once more, to see whether the program is deterministic")
-            again = live(program, folder / "again", plan, [], until, lambda text: None)
+            again = run_program(program, folder / "again", plan, [], until, lambda text: None)
             found = dataclasses.replace(found, is_deterministic=verdicts.is_alike(whole, again))
         say(json.dumps(found.to_json(), indent=1) if given.json else verdicts.text(found))
         verdicts.save(found, folder)
@@ -109,13 +109,13 @@ def _program(given: argparse.Namespace, rest: list[str]) -> Program:
     return Program(tuple(words), settings.run.remote is not None, Path(__file__).resolve().parent.parent / "__main__.py")
 
 
-def _has(traces: Traces, whole: Life, kind: str) -> bool:
+def _has(traces: Traces, whole: ProgramRun, kind: str) -> bool:
     """Whether a run has what this kind of fault needs."""
     needs = KINDS[kind].needs
     return needs == "" or needs in traces.has or (needs == "remote" and whole.has_remote) or (needs == "epochs" and traces.last_epoch > 0)
 
 
-def _check_traces(traces: Traces, whole: Life) -> None:
+def _check_traces(traces: Traces, whole: ProgramRun) -> None:
     if not traces.steps:
         raise UsageError(
             "the program made no step in a loop of the harness",
@@ -135,7 +135,7 @@ def _folder(keep: Path | None) -> Iterator[Path]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _draw(given: argparse.Namespace, hurt: Life, found: verdicts.Verdict) -> None:
+def _draw(given: argparse.Namespace, hurt: ProgramRun, found: verdicts.Verdict) -> None:
     from harness.report import page
     from harness.report.timeline import timeline
 

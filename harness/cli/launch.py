@@ -29,7 +29,7 @@ from importlib.machinery import all_suffixes
 from pathlib import Path
 
 from harness import config, preemption, retry, task
-from harness.checkpoint.catalog import survey
+from harness.checkpoint.catalog import read_catalog
 from harness.cli import supervise
 from harness.data.plan import check_batch
 from harness.distributed import ranks
@@ -87,7 +87,9 @@ def run(given: argparse.Namespace, rest: list[str]) -> int:
         code, words = _torchrun([f"--nproc-per-node={given.nproc_per_node}", *options], training, settings)
         if words:
             say(f"harness launch: {words}", sys.stderr)
-        return outcome(survey(*supervise.places(settings))).exit_code if code == EXIT_FINISHED else code  # it may have been asked to stop
+        return (
+            outcome(read_catalog(*supervise.places(settings))).exit_code if code == EXIT_FINISHED else code
+        )  # it may have been asked to stop
     if given.nproc_per_node.isdigit() and int(given.nproc_per_node) and not settings.run.loop:
         check_batch(settings.train.global_batch_size, int(given.nproc_per_node), settings.train.micro_batch_size)
     return _supervise(settings, ["--nproc-per-node", given.nproc_per_node, "--standalone", *options, *training])
@@ -122,7 +124,7 @@ def _trained_nothing(settings: config.Config, name: str) -> bool:
     """Whether nothing was heard of the run in a launch whose processes all ended well: nobody trained, or stopped, or found it finished."""
     try:
         stores = [store.patient(RECORD_S) for store in supervise.places(settings)]
-        found, known = survey(*stores), launches.read(stores)
+        found, known = read_catalog(*stores), launches.read(stores)
     except StorageError:
         return False
     is_ended = any(launch.name == name and launch.end is not None for launch in known)

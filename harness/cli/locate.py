@@ -6,10 +6,10 @@ import sys
 from collections.abc import Iterator
 
 from harness.checkpoint import load
-from harness.checkpoint.catalog import Survey
+from harness.checkpoint.catalog import Catalog
 from harness.checkpoint.format import Manifest, NewerFormatError
 from harness.errors import DamagedError, HarnessError, StorageError
-from harness.monitoring.console import Bar
+from harness.monitoring.console import ProgressBar
 from harness.store import Store
 from harness.supervision.run_address import WAIT_S, checkpoint, is_run, run, stores
 from harness.text import number, say, table
@@ -17,7 +17,7 @@ from harness.text import number, say, table
 __all__ = ["WAIT_S", "check", "checkpoint", "everywhere", "is_run", "number", "run", "stores", "table", "verify"]
 
 
-def everywhere(path: str) -> tuple[Store, Survey]:
+def everywhere(path: str) -> tuple[Store, Catalog]:
     """A run and what is in all its stores; if the remote one that a directory remembers cannot be reached, that is said."""
     first, *others = stores(path)
     try:
@@ -32,7 +32,7 @@ def everywhere(path: str) -> tuple[Store, Survey]:
 def verify(store: Store, *manifests: Manifest) -> Iterator[tuple[Manifest, HarnessError | None]]:
     """Read and check every byte, behind a live line; each checkpoint with what is wrong with it, or None."""
     problem: HarnessError | None
-    bar = Bar(f"reading {store}", sum(manifest.size_bytes for manifest in manifests))
+    bar = ProgressBar(f"reading {store}", sum(manifest.size_bytes for manifest in manifests))
     for manifest in manifests:
         try:
             load.check(store, manifest, bar)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 
-from harness.checkpoint.catalog import Survey
+from harness.checkpoint.catalog import Catalog
 from harness.checkpoint.format import Manifest
 from harness.cli import locate
 from harness.store import Store
@@ -68,7 +68,7 @@ def run(given: argparse.Namespace) -> int:
     return 0
 
 
-def _states(found: Survey, manifest: Manifest, verify: bool) -> dict[str, str]:
+def _states(found: Catalog, manifest: Manifest, verify: bool) -> dict[str, str]:
     """How the data of a checkpoint is, in each store that has it."""
     copies = found.copies(manifest)
     return {
@@ -78,7 +78,7 @@ def _states(found: Survey, manifest: Manifest, verify: bool) -> dict[str, str]:
     }
 
 
-def _state(store: Store, part: Survey, manifest: Manifest, verify: bool) -> str:
+def _state(store: Store, part: Catalog, manifest: Manifest, verify: bool) -> str:
     key = manifest.data_key
     if part.sizes.get(key) != manifest.data.size_bytes:
         return "WRONG SIZE" if key in part.sizes else "MISSING"

@@ -17,7 +17,7 @@ from typing import Any
 
 from harness.checkpoint import format as fmt
 from harness.checkpoint import load, retention
-from harness.checkpoint.catalog import Survey
+from harness.checkpoint.catalog import Catalog
 from harness.cli import locate
 from harness.selfcheck import step_records
 from harness.store import SET_ASIDE, TEMP, Store
@@ -71,7 +71,7 @@ def run(given: argparse.Namespace) -> int:
     return 0
 
 
-def _set_aside(found: Survey) -> list[str]:
+def _set_aside(found: Catalog) -> list[str]:
     """Where a store renames, what was renamed; where it marks, the manifest first, then its data, then the mark."""
     marked = [(key, f"{key.removesuffix('.json')}.pt", key + SET_ASIDE) for key in sorted(found.marked)]
     return found.set_aside + [key for keys in marked for key in keys]
@@ -85,14 +85,14 @@ def _unfinished(store: Store) -> list[Unfinished]:
     return [upload for upload in store.unfinished() if upload.began < oldest]
 
 
-def _left_behind(store: Store, found: Survey) -> list[str]:
+def _left_behind(store: Store, found: Catalog) -> list[str]:
     """Data without a manifest and temporary files, of attempts that a newer one has replaced: those may still be writing."""
     orphans = [key for key in found.orphans if (match := fmt.CHECKPOINT_NAME.match(key)) and int(match["attempt"]) < found.greatest]
     entries = [entry.key for folder in fmt.FOLDERS for entry in store.entries(folder)]
     return orphans + [key for key in entries if (match := TEMP.match(key)) and int(match["attempt"]) < found.greatest]
 
 
-def _done(store: Store, found: Survey) -> list[str]:
+def _done(store: Store, found: Catalog) -> list[str]:
     """What the steps of earlier attempts were, where the newest checkpoint is newer than all of them."""
     by_attempt = step_records.files(store)
     newest = found.head.step if found.head else 0
@@ -100,7 +100,7 @@ def _done(store: Store, found: Survey) -> list[str]:
     return [entry.key for entries in earlier if step_records.read(store, entries).last <= newest for entry in entries]
 
 
-def _settings(store: Store, found: Survey) -> dict[str, Any]:
+def _settings(store: Store, found: Catalog) -> dict[str, Any]:
     """Those of the newest checkpoint that can be read: config.yaml may be of an attempt that was cut off."""
     for manifest in found.history:
         try:
@@ -110,7 +110,7 @@ def _settings(store: Store, found: Survey) -> dict[str, Any]:
     return {}
 
 
-def _policy(store: Store, found: Survey, given: argparse.Namespace) -> retention.Policy:
+def _policy(store: Store, found: Catalog, given: argparse.Namespace) -> retention.Policy:
     settings = _settings(store, found)
     kept: dict[str, Any] = settings.get("checkpoint") or {}
     if not store.is_local:

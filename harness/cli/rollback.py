@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 
 from harness.checkpoint import attempts, commit
-from harness.checkpoint.catalog import Survey, going_on_from
+from harness.checkpoint.catalog import Catalog, going_on_from
 from harness.checkpoint.format import Manifest
 from harness.cli import locate
 from harness.errors import UsageError
@@ -40,7 +40,7 @@ def run(given: argparse.Namespace) -> int:
     return 0
 
 
-def _find(found: Survey, wanted: str, where: str) -> Manifest:
+def _find(found: Catalog, wanted: str, where: str) -> Manifest:
     for manifest in found.history if wanted.isdigit() else found.manifests:
         if wanted in (str(manifest.step), manifest.name):
             return manifest

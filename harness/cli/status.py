@@ -12,7 +12,7 @@ import argparse
 import json
 from dataclasses import asdict
 
-from harness.checkpoint.catalog import Survey
+from harness.checkpoint.catalog import Catalog
 from harness.cli import locate
 from harness.errors import EXIT_STORAGE, UsageError
 from harness.report.liveness import alive
@@ -37,7 +37,7 @@ def run(given: argparse.Namespace) -> int:
     told = {
         n: attempt_history.events(found.stores, n) for n in found.attempts if found.ends.get(n, {"why": "failed"}).get("why") == "failed"
     }
-    lives = [attempt_history.life(found, number, told.get(number, [])) for number in sorted(found.attempts)]
+    lives = [attempt_history.summarise(found, number, told.get(number, [])) for number in sorted(found.attempts)]
     stands = alive(outcome(found, known), lives, told.get(lives[-1].attempt, []) if lives else [])
     head, replays = found.head, step_records.verdicts(found.stores)
     if given.json:
@@ -64,12 +64,12 @@ def run(given: argparse.Namespace) -> int:
     return stands.exit_code
 
 
-def _differs(found: Survey, life: attempt_history.Life) -> dict[str, object]:
+def _differs(found: Catalog, life: attempt_history.AttemptSummary) -> dict[str, object]:
     """What of the machine and the software is not as in the attempt that this one went on from."""
     return {"differs": [asdict(difference) for difference in machine_record.changes(found, life.attempt)]}
 
 
-def _row(life: attempt_history.Life, runs: bool) -> tuple[str, ...]:
+def _row(life: attempt_history.AttemptSummary, runs: bool) -> tuple[str, ...]:
     how = " ".join(in_words(life.end).split())[:120] if life.end else "no end recorded"
     steps = f"{life.went_on_from}–{life.reached}"
     lost = "-" if runs else str(life.lost)  # what is not saved yet is not lost yet

@@ -18,7 +18,7 @@ import sys
 from collections.abc import Sequence
 
 from harness import config
-from harness.checkpoint.catalog import Survey, reaches, survey
+from harness.checkpoint.catalog import Catalog, reaches, read_catalog
 from harness.config import Config
 from harness.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_STOPPED, EXIT_STORAGE, EXIT_USAGE, StorageError, UsageError
 from harness.store import Store, open_store, redacted
@@ -65,7 +65,7 @@ def before(settings: Config, name: str, *, submitted: bool = False) -> int:
             f"searched: {' and '.join(store.where(launches.SUBMITTED) for store in stores)}",
             "Put run.dir on a file system that all nodes share, or give the run a run.remote.",
         )
-    found = survey(*stores)
+    found = read_catalog(*stores)
     found.check_one_run()
     found.check_readable()
     known = launches.read(stores)
@@ -90,7 +90,7 @@ def before(settings: Config, name: str, *, submitted: bool = False) -> int:
     return EXIT_STOPPED
 
 
-def _is_complete(found: Survey, settings: Config) -> bool:
+def _is_complete(found: Catalog, settings: Config) -> bool:
     """Whether the run is finished, long enough for these settings (a program of the user's own knows itself), and everywhere."""
     if outcome(found).exit_code != EXIT_FINISHED or found.head is None or found.head.final is None:
         return False
@@ -102,7 +102,7 @@ def after(settings: Config, name: str, code: int, *, stopped: bool) -> Outcome:
     """Record how the launch ended, and say and return what its supervisor shall do; 75 means: start again."""
     try:
         stores = [store.patient(settings.store.wait_s) for store in places(settings)]
-        found = survey(*stores)
+        found = read_catalog(*stores)
         is_over = code == EXIT_FINISHED and _is_complete(found, settings)
         why, details = ("ended", {"code": code}) if is_over else _ended(found, name, code, stopped)
         for store in stores:
@@ -125,7 +125,7 @@ def _notice(stands: Outcome, failed: Sequence[Failure]) -> str | None:
     return {EXIT_FINISHED: "finished", EXIT_ASKED: "stopped", EXIT_FAILED: "failed", EXIT_USAGE: "failed"}.get(stands.exit_code)
 
 
-def _ended(found: Survey, name: str, code: int, stopped: bool) -> tuple[str, dict[str, object]]:
+def _ended(found: Catalog, name: str, code: int, stopped: bool) -> tuple[str, dict[str, object]]:
     """How the launch ended, as far as its exit code tells; an attempt's own record says more."""
     is_alone = not launches.attempts_of(found, name)
     if stopped or (is_alone and code == EXIT_FINISHED):  # a finished run was found out before; so no rank got to train for being stopped

@@ -12,10 +12,10 @@ import shutil
 import sys
 import time
 
-from harness.checkpoint.catalog import survey
+from harness.checkpoint.catalog import read_catalog
 from harness.cli import locate
 from harness.errors import EXIT_FINISHED, HarnessError
-from harness.report.summary import glance
+from harness.report.summary import summarise
 from harness.text import duration, redraw, say
 
 HEADER = ("run", "state", "step", "rate", "left", "saved", "last problem")
@@ -42,7 +42,7 @@ def run(given: argparse.Namespace) -> int:
 def _row(name: str) -> tuple[str, ...]:
     """A run that cannot be looked at is a row too: the others are still of interest."""
     try:
-        seen = glance(survey(*locate.stores(name)))
+        seen = summarise(read_catalog(*locate.stores(name)))
     except HarnessError as error:
         return name, "cannot tell", "-", "-", "-", "-", " ".join(f"{error.what} {error.found}".split())[:120]
     step = f"{seen.step}/{seen.end_step}" if seen.end_step is not None else str(seen.step)

@@ -14,7 +14,7 @@ ORDERS = "beside_orders"
 
 
 @dataclass
-class Together:
+class CombinedSource:
     """A source whose epochs count, and others beside it, by name: each micro-batch comes with one of each of them."""
 
     main: Source

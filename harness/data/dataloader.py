@@ -9,7 +9,7 @@ from typing import Any
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler, default_collate
 from torch.utils.data.distributed import DistributedSampler
 
-from harness.data.given_order import Given
+from harness.data.given_order import GivenOrder
 from harness.data.loading import Collate, Workers, as_first, is_iterable
 from harness.errors import UsageError
 
@@ -17,7 +17,7 @@ KEPT = ("timeout", "prefetch_factor", "multiprocessing_context")
 
 
 @dataclass(frozen=True)
-class Adopted:
+class FromDataLoader:
     """What a DataLoader says."""
 
     dataset: Any
@@ -30,12 +30,12 @@ class Adopted:
     samples_each: int = 1  # of what the dataset yields: a loader with a state of its own is a stream of batches
 
 
-def adopt(loader: object) -> Adopted | None:
+def adopt(loader: object) -> FromDataLoader | None:
     """What a DataLoader says; None for anything else. Raises UsageError for one whose samples a run could not find again."""
     if not isinstance(loader, DataLoader):
         return None
     if loader.batch_size is not None and is_iterable(loader.dataset) and hasattr(loader, "state_dict"):
-        return Adopted(loader, loader.batch_size, False, loader.drop_last, None, as_first, Workers(), loader.batch_size)
+        return FromDataLoader(loader, loader.batch_size, False, loader.drop_last, None, as_first, Workers(), loader.batch_size)
     batches: Any = loader.batch_sampler
     if type(batches) is not BatchSampler and not _is_stateful(batches):
         raise UsageError(
@@ -47,7 +47,7 @@ def adopt(loader: object) -> Adopted | None:
     collate = None if loader.collate_fn is default_collate else loader.collate_fn
     others = {name: getattr(loader, name) for name in KEPT} if loader.num_workers else {}
     workers = Workers(loader.num_workers, loader.worker_init_fn, others, loader.persistent_workers)
-    return Adopted(loader.dataset, batches.batch_size, shuffle, batches.drop_last, order, collate, workers)
+    return FromDataLoader(loader.dataset, batches.batch_size, shuffle, batches.drop_last, order, collate, workers)
 
 
 def _is_stateful(sampler: object) -> bool:
@@ -67,7 +67,7 @@ def _order(sampler: Any, dataset: Any) -> tuple[bool, Callable[[int], Sequence[i
     ):  # each rank gets its share here, whatever this would give it
         return sampler.shuffle, None
     if getattr(sampler, "num_replicas", 1) == 1:
-        return False, Given(lambda epoch: _epoch_of(sampler, epoch), sampler, dataset)
+        return False, GivenOrder(lambda epoch: _epoch_of(sampler, epoch), sampler, dataset)
     raise UsageError(
         "this DataLoader's sampler gives each rank an order of its own, and the order here is one for all of them",
         f"found: a {type(sampler).__name__} for rank {getattr(sampler, 'rank', '?')} of {sampler.num_replicas}",

@@ -14,7 +14,7 @@ from typing import Any
 from torch.utils.data import default_collate
 
 from harness.data.epoch import told_of_epochs
-from harness.data.given_order import KEPT, Given
+from harness.data.given_order import KEPT, GivenOrder
 from harness.data.loading import Collate, Loader, Question, Workers, as_is, is_iterable
 from harness.data.plan import Border, Plan, Position, Share, seed_of
 from harness.data.source import Batches, Bordered, Say, Source, Unasked
@@ -43,7 +43,7 @@ class MapSource:
 
     def begin(self, position: Position, before: Mapping[str, Any] | None, say: Say, *, by_epoch: bool) -> None:
         self._by_epoch, self._say = by_epoch, say
-        if isinstance(self.plan.order, Given) and (note := self.plan.order.begin(self.plan.ordered, position.epoch, before)):
+        if isinstance(self.plan.order, GivenOrder) and (note := self.plan.order.begin(self.plan.ordered, position.epoch, before)):
             say(note)
 
     @property
@@ -103,7 +103,7 @@ class MapSource:
 
     def _planned(self, epoch: int) -> Plan:
         """The plan with an epoch's order in it: the same on all ranks. Collective: every rank must call it."""
-        if not isinstance(given := self.plan.order, Given):
+        if not isinstance(given := self.plan.order, GivenOrder):
             return self.plan
         samples = self.plan.samples(epoch)
         if self.world.size > 1:
@@ -124,7 +124,7 @@ class MapSource:
             self._size = size
 
     def kept(self, position: Position) -> dict[str, Any]:
-        order = self.plan.order.kept(position, self.plan.ordered) if isinstance(self.plan.order, Given) else {}
+        order = self.plan.order.kept(position, self.plan.ordered) if isinstance(self.plan.order, GivenOrder) else {}
         return {"kinds": {"order": KEPT}, "order": order} if order else {}
 
     def state(self) -> None:
@@ -175,7 +175,7 @@ def source(
         items = global_batch_size // world.size // samples_each
         return StreamSource(dataset, world, items, accumulate, collate or default_collate, seed, samples_each, seeds_held)
     size = len(dataset) if order is None else 0
-    given = order if order is None or isinstance(order, Given) else Given(order, dataset=dataset)
+    given = order if order is None or isinstance(order, GivenOrder) else GivenOrder(order, dataset=dataset)
     plan = Plan(size, global_batch_size, accumulate, world.rank, world.size, seed, shuffle, drop_last, given)
     if given is not None:
         plan = dataclasses.replace(plan, size=given.length(plan.ordered))

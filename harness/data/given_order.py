@@ -32,7 +32,7 @@ KEPT = "kept"  # of an order: it lies in the checkpoint
 State = dict[str, Any]
 
 
-class Given:
+class GivenOrder:
     """What gives the order, with all that can be found of its state: generators, and plain attributes of a sampler."""
 
     def __init__(self, ask: Callable[[int], Sequence[int]], sampler: Any = None, dataset: Any = None) -> None:

@@ -38,14 +38,14 @@ LIBRARIES = tuple({f"{path}{os.sep}" for folder in _FOLDERS for path in (folder,
 
 
 @dataclass(frozen=True)
-class Held:
+class HeldGenerator:
     """A generator, and the path to it from the dataset or the collate function."""
 
     path: str
     generator: Any
 
 
-def find(roots: Mapping[str, Any]) -> list[Held]:
+def find(roots: Mapping[str, Any]) -> list[HeldGenerator]:
     """The generators that are reached from the roots, but for those of Python, NumPy and torch themselves."""
     known = {id(torch.default_generator), id(random._inst), id(np.random.mtrand._rand)}
     found = []
@@ -53,7 +53,7 @@ def find(roots: Mapping[str, Any]) -> list[Held]:
         engine = _engine(thing)
         if engine is not None and known.isdisjoint((id(thing), id(engine))):
             known |= {id(thing), id(engine)}
-            found.append(Held(path, thing))
+            found.append(HeldGenerator(path, thing))
     return found
 
 
@@ -198,7 +198,7 @@ class Randomness:
 
     roots: Mapping[str, Any]
     seeds_held: bool = True
-    held: list[Held] = field(default_factory=list)
+    held: list[HeldGenerator] = field(default_factory=list)
 
     def look(self) -> bool:
         """Look for generators, again too; whether there are some that were not there before."""

@@ -44,7 +44,7 @@ class Caused:
 
 
 @dataclass
-class Life:
+class ProgramRun:
     """A run of the drill, in a folder of its own."""
 
     folder: Path
@@ -65,13 +65,15 @@ class InterruptedDrillError(HarnessError):
     """The drill was asked to stop, or its time was over."""
 
 
-def live(program: Program, folder: Path, plan: Mapping[str, Any], faults: list[Fault], until: float, say: Callable[[str], None]) -> Life:
+def run_program(
+    program: Program, folder: Path, plan: Mapping[str, Any], faults: list[Fault], until: float, say: Callable[[str], None]
+) -> ProgramRun:
     """Let the program train from the beginning to its end, with these faults; what it prints is in the folder's output.txt.
 
     Raises HarnessError if it fails of anything else; InterruptedDrillError if the time, `until` by `time.monotonic`, is over.
     """
     folder.mkdir(parents=True)
-    life = Life(folder, dict(plan))
+    life = ProgramRun(folder, dict(plan))
     began = time.monotonic()
     while True:
         (folder / PLAN).write_text(json.dumps(life.plan | {"faults": [fault.plan() for fault in faults]}))
@@ -86,7 +88,7 @@ def live(program: Program, folder: Path, plan: Mapping[str, Any], faults: list[F
             )
 
 
-def _one_launch(program: Program, life: Life, faults: list[Fault], until: float, say: Callable[[str], None]) -> tuple[int, bool]:
+def _one_launch(program: Program, life: ProgramRun, faults: list[Fault], until: float, say: Callable[[str], None]) -> tuple[int, bool]:
     """One `harness launch`, until it ends; its exit code, and whether it was hurt."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(ANOTHER) or name == "HARNESS_CODE"}
     environment |= {REDIRECT: str(life.folder), DRILL: "1", "WANDB_MODE": "disabled"}
@@ -135,7 +137,7 @@ def _settings_first(words: tuple[str, ...], own: list[str]) -> list[str]:
     return [*(word for word in words if not word.startswith(names)), *own]
 
 
-def _cause(fault: Fault, process: subprocess.Popen[bytes], life: Life) -> None:
+def _cause(fault: Fault, process: subprocess.Popen[bytes], life: ProgramRun) -> None:
     kind = KINDS[fault.kind]
     target = process.pid
     if kind.whom == "rank":
@@ -147,7 +149,7 @@ def _cause(fault: Fault, process: subprocess.Popen[bytes], life: Life) -> None:
         (life.folder / f"go-{fault.number}").touch()
 
 
-def _afterwards(fault: Fault, life: Life) -> None:
+def _afterwards(fault: Fault, life: ProgramRun) -> None:
     """What is different when the next process starts."""
     if fault.kind == "lost-disk":
         shutil.rmtree(life.run, ignore_errors=True)
@@ -155,7 +157,7 @@ def _afterwards(fault: Fault, life: Life) -> None:
         life.plan["workers"] = WORKERS[life.plan.get("workers") == WORKERS[0]]
 
 
-def _until_gone(life: Life) -> None:
+def _until_gone(life: ProgramRun) -> None:
     """Wait until no process of the run is left; they die with their launcher."""
     limit, pids = time.monotonic() + GONE_WITHIN_S, [pid for _, _, pid in read(life.folder).pids]
     while time.monotonic() < limit and any(map(_lives, pids)):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.drill.faults import KINDS, Fault
-from harness.drill.program_runs import Caused, Life
+from harness.drill.program_runs import Caused, ProgramRun
 from harness.drill.traces import Difference, Traces, differences, first_of, read
 from harness.exchange.compare import compare
 from harness.store import LocalStore
@@ -80,7 +80,7 @@ class Verdict:
         }  # fmt: skip
 
 
-def verdict(whole: Life, hurt: Life, faults: Sequence[Fault]) -> Verdict:
+def verdict(whole: ProgramRun, hurt: ProgramRun, faults: Sequence[Fault]) -> Verdict:
     """Compare a run with faults with an undisturbed one: each step, the last checkpoint, the files that the program keeps."""
     expected, found = read(whole.folder), read(hurt.folder)
     differing = differences(expected, found)
@@ -93,7 +93,7 @@ def verdict(whole: Life, hurt: Life, faults: Sequence[Fault]) -> Verdict:
     return Verdict(rows, expected.last_step, whole.seconds, hurt.seconds, is_equal, first, compared.rows[:100], files, None, suspects)
 
 
-def is_alike(one: Life, other: Life) -> bool:
+def is_alike(one: ProgramRun, other: ProgramRun) -> bool:
     """Whether two undisturbed runs did the same."""
     return not differences(read(one.folder), read(other.folder)) and not compare(one.run, other.run).count
 

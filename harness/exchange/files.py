@@ -23,9 +23,9 @@ from harness.checkpoint.format import Manifest
 from harness.checkpoint.load import UNPARSEABLE, first_line
 from harness.errors import DamagedError, HarnessError, UsageError
 from harness.exchange import headers, safe_unpickle
-from harness.exchange.single_read import Once
-from harness.monitoring.console import Bar
-from harness.store import Memory, Store, check_url, is_url, open_store, redacted
+from harness.exchange.single_read import SingleRead
+from harness.monitoring.console import ProgressBar
+from harness.store import SealedMemory, Store, check_url, is_url, open_store, redacted
 from harness.supervision import run_address
 from harness.supervision.run_address import WAIT_S
 from harness.text import muted, size
@@ -56,7 +56,7 @@ class File:
     key: str
     kind: str
     size_bytes: int
-    once: Once | None = field(default=None, compare=False, repr=False)  # its bytes, as far as they have been read
+    once: SingleRead | None = field(default=None, compare=False, repr=False)  # its bytes, as far as they have been read
 
     @property
     def where(self) -> str:
@@ -82,7 +82,7 @@ def find(path: str | Path) -> File:
     folder, _, key = text.rpartition("/")
     store = open_store(folder or "/", WAIT_S)
     try:
-        once = Once(store.open(key), store.where(key))
+        once = SingleRead(store.open(key), store.where(key))
         return dataclasses.replace(_identified(store, key, once.view()), once=once)
     except FileNotFoundError:
         raise UsageError(f"there is no file {text}", remedy="Give a path or a URL.") from None
@@ -141,7 +141,7 @@ def read_any(path: str | Path, which: str | int = run_address.NEWEST, *, trust: 
             raise UsageError(f"{path} is one file: there is nothing to choose from", f"found: {which}", "Name a run to choose from it.")
         return read(find(path), trust=trust)
     store, manifest = run_address.checkpoint(str(path), which)
-    bar = Bar(f"reading {manifest.name} from {store}", manifest.size_bytes)
+    bar = ProgressBar(f"reading {manifest.name} from {store}", manifest.size_bytes)
     payload = load.load(store, manifest, bar)
     bar.end()
     return Loaded(_file_of(store, manifest), payload, manifest=manifest)
@@ -200,7 +200,7 @@ def _once(file: File) -> File:
     if file.once is not None:
         return file
     try:
-        return dataclasses.replace(file, once=Once(file.store.open(file.key), file.where))
+        return dataclasses.replace(file, once=SingleRead(file.store.open(file.key), file.where))
     except FileNotFoundError:
         raise DamagedError(
             f"{file.where} is missing", remedy="Somebody has deleted it. harness verify says what else is damaged."
@@ -243,14 +243,14 @@ def read(file: File, *, trust: bool = False) -> Loaded:
             remedy="If you trust whoever wrote it: --trust (trust=True). harness show works without.",
         )
     with _sealed(file) as memory:
-        whole = dataclasses.replace(file, once=Once(memory.open(), file.where))
+        whole = dataclasses.replace(file, once=SingleRead(memory.open(), file.where))
         if not trust:
             outline(whole)  # what claims more than it holds is not tried
         with _said(whole, trust=trust), muted():
             return _loaded(dataclasses.replace(file, once=None), memory, trust=trust)
 
 
-def _loaded(file: File, memory: Memory, *, trust: bool) -> Loaded:
+def _loaded(file: File, memory: SealedMemory, *, trust: bool) -> Loaded:
     """What is in a file whose bytes are all in memory."""
     if file.kind == SAFETENSORS:
         from safetensors import safe_open
@@ -267,11 +267,11 @@ def _loaded(file: File, memory: Memory, *, trust: bool) -> Loaded:
         return Loaded(file, torch.load(plain, map_location="cpu", weights_only=not trust))
 
 
-def _sealed(file: File) -> Memory:
+def _sealed(file: File) -> SealedMemory:
     """The whole file, in memory that nobody can change: what was looked at is what is loaded."""
     once = _once(file).once
     assert once is not None, "it has just been opened"
-    bar = Bar(f"reading {file.where}", file.size_bytes)
+    bar = ProgressBar(f"reading {file.where}", file.size_bytes)
     try:
         return once.sealed(bar)
     finally:

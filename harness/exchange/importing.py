@@ -16,7 +16,7 @@ from harness import config as configuration
 from harness import state, task
 from harness.checkpoint import attempts, commit
 from harness.checkpoint import format as fmt
-from harness.checkpoint.catalog import Survey, survey
+from harness.checkpoint.catalog import Catalog, read_catalog
 from harness.checkpoint.commit import About
 from harness.config import Config
 from harness.data import loading
@@ -82,16 +82,16 @@ def import_checkpoint(
     return f"{words}\n\n{store} begins with {manifest.name}, at epoch {where.epoch}"
 
 
-def empty_store(run: str | Path) -> tuple[Store, Survey]:
+def empty_store(run: str | Path) -> tuple[Store, Catalog]:
     """A place where a run may begin, and that nothing is in it. Raises UsageError."""
     store = open_store(run)
-    found = survey(store)
+    found = read_catalog(store)
     if found.greatest or found.manifests:
         raise UsageError(f"{store} holds a run already", f"found: attempt {found.greatest}", "Choose another directory.")
     return store, found
 
 
-def _commit(store: Store, found: Survey, payload: dict[str, Any], classes: dict[str, str]) -> fmt.Manifest:
+def _commit(store: Store, found: Catalog, payload: dict[str, Any], classes: dict[str, str]) -> fmt.Manifest:
     store.prepare(fmt.FOLDERS)
     attempt = attempts.claim(found, None, 1, kind="import")
     about = About(1, (), classes, configuration.digest(payload["config"]), metrics={}, read_back=True)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import BinaryIO, cast
 
 from harness.errors import ChangedError
-from harness.store import Memory, keep
+from harness.store import SealedMemory, keep
 from harness.store.base import Seekable, in_words
 
 BLOCK_BYTES = 4 << 10  # a zip file's reader looks at 30 bytes before each tensor: more would be kept of each
@@ -19,7 +19,7 @@ PIECE_BYTES = 8 << 20  # of what is read whole
 Range = tuple[int, int]  # in bytes: the first, and the one after the last
 
 
-class Once:
+class SingleRead:
     """The bytes of an open file, by blocks, as many as were asked for. Whoever answers differently the second time is not asked again."""
 
     def __init__(self, source: BinaryIO, where: str) -> None:
@@ -83,7 +83,7 @@ class Once:
             return ()
         return (found.st_ino, found.st_size, found.st_mtime_ns)
 
-    def sealed(self, tell: Callable[[int], object]) -> Memory:
+    def sealed(self, tell: Callable[[int], object]) -> SealedMemory:
         """The whole file, in memory that nobody can change; what is known of it is not fetched again. `tell` is told of each piece's
         bytes. Raises as `span` does, and HarnessError if there is no room."""
         with self._asking():
@@ -130,7 +130,7 @@ class Once:
 class View(Seekable):
     """A position in it."""
 
-    def __init__(self, once: Once) -> None:
+    def __init__(self, once: SingleRead) -> None:
         super().__init__(once.size_bytes, once.span)
         self.once = once  # which closes its file when nobody holds it any more
 

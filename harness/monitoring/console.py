@@ -13,7 +13,7 @@ LIVE_EVERY_S, LINE_EVERY_S = 0.1, 10.0
 
 
 @dataclass(frozen=True)
-class Moment:
+class StepSummary:
     """What the progress line shows of one step."""
 
     step: int
@@ -25,7 +25,7 @@ class Moment:
     saved: str
 
 
-class Bar:
+class ProgressBar:
     """A live line for a command that reads much: how far, how fast; nothing where nobody watches."""
 
     def __init__(self, what: str, total_bytes: int, clock: Callable[[], float] = time.monotonic) -> None:
@@ -49,7 +49,7 @@ class Bar:
             redraw("")
 
 
-class Progress:
+class Console:
     """A live line on a terminal; elsewhere a plain line every ten seconds, without control characters."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -58,7 +58,7 @@ class Progress:
         self._next_at = clock()
         self._drawn = False
 
-    def show(self, moment: Moment, steps_per_s: float) -> None:
+    def show(self, moment: StepSummary, steps_per_s: float) -> None:
         """Draw, unless the last drawing is too young."""
         if self.clock() < self._next_at:
             return
@@ -85,7 +85,7 @@ def _is_terminal() -> bool:
         return False
 
 
-def _text(moment: Moment, steps_per_s: float) -> str:
+def _text(moment: StepSummary, steps_per_s: float) -> str:
     total = f"/{moment.end_step}" if moment.end_step else ""
     parts = [f"epoch {min(moment.epoch + 1, moment.epochs)}/{moment.epochs}"] if moment.epochs else []
     parts += [f"step {moment.step}{total}"]

@@ -18,7 +18,7 @@ SPENT_EVERY_S, ENDS = 1.0, ("finished", "stopped")
 MOST_KEPT = 50_000  # lines, some ten megabytes
 
 
-class Ledger:
+class EventLog:
     """The events of one attempt: `events/0003.jsonl` in a local store, and, `kept` here until then, segments in a remote one."""
 
     def __init__(

@@ -30,7 +30,7 @@ def age_s() -> float:
         return 0.0
 
 
-class Account:
+class Goodput:
     """Seconds by what they were spent on, from the start of this process on. For the training thread; `spent` may be read from any."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic, age_s: float = 0.0) -> None:

@@ -12,7 +12,7 @@ from harness.checkpoint.attempts import now
 from harness.distributed.ranks import World
 
 
-class Measured:
+class MetricBuffer:
     """Values of the present step, and those that are carried on."""
 
     def __init__(self) -> None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from harness.checkpoint.catalog import Survey
+from harness.checkpoint.catalog import Catalog
 from harness.checkpoint.format import Manifest
-from harness.monitoring.goodput import Account
+from harness.monitoring.goodput import Goodput
 from harness.supervision import attempt_history
 from harness.text import duration
 
 
-def resumed(found: Survey, origin: Manifest | None, account: Account, last: int) -> str:
+def resumed(found: Catalog, origin: Manifest | None, account: Goodput, last: int) -> str:
     """What it has cost that an attempt ended, in words; "" if there is nothing to go on from. The account is told of it, and how fast
     the last attempt was. Step `last` is known to have been made, whatever the events tell."""
     newest = attempt_history.told(found.stores, found.greatest) if found.greatest else []

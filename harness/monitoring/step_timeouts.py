@@ -11,7 +11,7 @@ LEARNED_S, LEARNED_TIMES = 300.0, 30.0  # a step may take five minutes more than
 COMPILING_TIMES, SAVING_TIMES = 3.0, 6.0  # of the limit for a step: what is compiled, and what goes to a slow disk
 
 
-class Watch:
+class StepTimeouts:
     """The watchdog, told what the run is doing. `limit_s` is the most that a step may take; its own limit is learned, or set as `step_s`.
     What compiles may take three times as long, saving six times."""
 

@@ -7,13 +7,13 @@ import threading
 import time
 from collections.abc import Callable
 
-from harness.retry import Trouble
+from harness.retry import RetryEvent
 from harness.store import redacted
 
 SILENT_S = 5.0  # what passes within this time is not worth a line
 
 
-class Outage:
+class StoreHealth:
     """Listens to a remote store's requests, from any thread."""
 
     def __init__(self, name: str, say: Callable[[str], None], clock: Callable[[], float] = time.monotonic) -> None:
@@ -26,7 +26,7 @@ class Outage:
         self._said = False
         self._lock = threading.Lock()
 
-    def on_trouble(self, what: str, trouble: Trouble) -> None:
+    def on_trouble(self, what: str, trouble: RetryEvent) -> None:
         """A request failed and will be tried again."""
         why = redacted(f"{type(trouble.error).__name__}: {trouble.error}".splitlines()[0][:200])
         with self._lock:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 TRUSTED_S = 20.0  # the first steps of an attempt are slow
 
 
-class Pace:
+class Throughput:
     """How fast steps are being made, what is done at their boundaries left out of the short view."""
 
     def __init__(self, clock: Callable[[], float], step: int, before: float | None = None) -> None:

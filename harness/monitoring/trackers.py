@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from harness.checkpoint.catalog import Survey
+from harness.checkpoint.catalog import Catalog
 from harness.errors import UsageError
 from harness.store import LocalStore, Store
 from harness.supervision import attempt_history
@@ -32,7 +32,7 @@ def values_of(event: Mapping[str, Any]) -> Values:
     return {prefix + name: float(value) for name, value in event.items() if name not in ("step", "of") and type(value) in (int, float)}
 
 
-def history(found: Survey, until: int) -> dict[int, Values]:
+def history(found: Catalog, until: int) -> dict[int, Values]:
     """What the steps up to that one logged, each as the last attempt has it that made it, in their order."""
     steps: dict[int, Values] = {}
     for number in sorted(found.attempts):
@@ -100,10 +100,10 @@ def check(names: Sequence[str]) -> None:
             raise UsageError(f"log_to: {name} is not installed", remedy=f"pip install {name}")
 
 
-class Metrics:
+class Trackers:
     """All who are told; for the writer. `on_event` is called by threads, too, but only the training thread's events hold numbers."""
 
-    def __init__(self, names: Sequence[str], found: Survey, run_id: str, step: int, say: Callable[[str], object]) -> None:
+    def __init__(self, names: Sequence[str], found: Catalog, run_id: str, step: int, say: Callable[[str], object]) -> None:
         """Open them, and tell them what was logged up to the step that the run goes on from."""
         self._say = say
         self._told: dict[str, TensorBoard | WeightsAndBiases] = {}

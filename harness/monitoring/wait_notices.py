@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import weakref
 
-from harness.monitoring.goodput import DATA, OVERHEAD, REDONE, RESTORE, SAVE, STARTUP, TRAINING, Account
+from harness.monitoring.goodput import DATA, OVERHEAD, REDONE, RESTORE, SAVE, STARTUP, TRAINING, Goodput
 from harness.text import duration
 
 FIRST_S, LOOK_S = 10.0, 1.0  # said after so long, and then each time that it has taken twice as long
@@ -18,7 +18,7 @@ WORDS = {
 JOINING = "the other ranks to join"
 
 
-def words(account: Account) -> str:
+def words(account: Goodput) -> str:
     """What is being waited for, or "" while nothing is: a step may take as long as it likes, but the first one may have to compile."""
     what = account.what
     if what in (TRAINING, REDONE):
@@ -26,13 +26,13 @@ def words(account: Account) -> str:
     return (JOINING if account.is_joining else "") if what == STARTUP else WORDS.get(what, "")
 
 
-class Waiting:
+class WaitNotices:
     """Says what an account waits for, when it has taken long."""
 
     def __init__(self) -> None:
         self._since, self._next_s = -1.0, FIRST_S  # since when it waits, and after how long that is said
 
-    def look(self, account: Account) -> None:
+    def look(self, account: Goodput) -> None:
         """Say it, if it is time to."""
         if account.since != self._since:
             self._since, self._next_s = account.since, FIRST_S
@@ -42,13 +42,13 @@ class Waiting:
             self._next_s = 2 * waited_s
 
 
-def watch(account: Account) -> None:
+def watch(account: Goodput) -> None:
     """Look at the account now and then, in a thread, until that is closed, or nobody has it any more."""
     threading.Thread(target=_watch, args=(weakref.ref(account), account.closed), daemon=True, name="waiting").start()
 
 
-def _watch(kept: weakref.ref[Account], closed: threading.Event) -> None:
-    waiting = Waiting()
+def _watch(kept: weakref.ref[Goodput], closed: threading.Event) -> None:
+    waiting = WaitNotices()
     while not closed.wait(LOOK_S):
         if (account := kept()) is None:
             return

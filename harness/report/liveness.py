@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from harness.errors import EXIT_STOPPED
-from harness.supervision.attempt_history import Life
+from harness.supervision.attempt_history import AttemptSummary
 from harness.supervision.restart_policy import Outcome
 from harness.text import duration
 
 ALIVE_S = 120.0  # events are written at least so often, or sent, while a run trains
 
 
-def alive(stands: Outcome, lives: Sequence[Life], told: Sequence[dict[str, Any]]) -> Outcome:
+def alive(stands: Outcome, lives: Sequence[AttemptSummary], told: Sequence[dict[str, Any]]) -> Outcome:
     """Tell a run that trains from one that was killed, by how long ago it was last heard of; the clocks of two machines may differ.
     `told` are the last attempt's events."""
     if stands.exit_code != EXIT_STOPPED or not lives or lives[-1].end is not None or not stands.why.startswith("no end"):

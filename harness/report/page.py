@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from harness.report import chart, phrases
 from harness.report.chart import Bar, Mark, Row, escaped
-from harness.report.timeline import LOST, WAITING, WORDS, Stretch, Timeline
+from harness.report.timeline import LOST, WAITING, WORDS, AttemptSpan, Timeline
 from harness.text import duration
 
 MOST_ROWS, MOST_TICKS = 40, 200
@@ -91,7 +91,7 @@ def _attempts(time: Timeline) -> str:
     return f'{note}{chart.timeline([_row(stretch, time) for stretch in shown], time.wall_s)}<p class="soft">{legend}</p>' if shown else ""
 
 
-def _row(stretch: Stretch, time: Timeline) -> Row:
+def _row(stretch: AttemptSpan, time: Timeline) -> Row:
     """Start-up and restoring come first in an attempt, what is made again next, and what was cut off last."""
     began, ended = stretch.began - time.began, stretch.ended - time.began
     bars, at = [], began

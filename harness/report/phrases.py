@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from statistics import median
 
-from harness.report.timeline import WORDS, Stretch, Timeline
+from harness.report.timeline import WORDS, AttemptSpan, Timeline
 from harness.supervision.restart_policy import replays_in_words
 from harness.text import duration, table
 
@@ -46,7 +46,7 @@ def rows(time: Timeline) -> list[tuple[str, str, str, str]]:
     return found
 
 
-def interruption(stretch: Stretch) -> tuple[str, ...]:
+def interruption(stretch: AttemptSpan) -> tuple[str, ...]:
     """One attempt that ended before the run did: which, after how long, how far it had come, what was lost, and why."""
     life = stretch.life
     after = duration(stretch.ended - stretch.began)

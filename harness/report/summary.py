@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from harness.checkpoint.catalog import Survey
+from harness.checkpoint.catalog import Catalog
 from harness.report.liveness import alive
 from harness.supervision import attempt_history, launches
 from harness.supervision.restart_policy import in_words, outcome, replayed_in_words
@@ -15,7 +15,7 @@ PROBLEMS = ("not_saved", "not_uploaded", "not_deleted", "not_kept", "hang", "ret
 
 
 @dataclass(frozen=True)
-class Glance:
+class Summary:
     """What one line tells of a run."""
 
     state: str
@@ -27,22 +27,22 @@ class Glance:
     problem: str
 
 
-def glance(found: Survey) -> Glance:
+def summarise(found: Catalog) -> Summary:
     """Look at a run. Raises StorageError."""
     numbers = sorted(found.attempts)
     told = attempt_history.told(found.stores, numbers[-1]) if numbers else []
-    lives = [attempt_history.life(found, number, told if number == numbers[-1] else []) for number in numbers]
+    lives = [attempt_history.summarise(found, number, told if number == numbers[-1] else []) for number in numbers]
     stands = alive(outcome(found, launches.read(found.stores)), lives, told)
     step = lives[-1].reached if lives else 0
     end_step = next((event["of"] for event in reversed(told) if isinstance(event.get("of"), int)), None)
     rate = attempt_history.steps_per_s(told) if stands.state == "running" else None
     left_s = (end_step - step) / rate if rate and end_step is not None else None
-    return Glance(
+    return Summary(
         stands.state, step, end_step, rate, left_s, attempt_history.age_s(found.head) if found.head else None, _problem(lives, told)
     )
 
 
-def _problem(lives: Sequence[attempt_history.Life], told: Sequence[dict[str, Any]]) -> str:
+def _problem(lives: Sequence[attempt_history.AttemptSummary], told: Sequence[dict[str, Any]]) -> str:
     """The last thing that went wrong: in what runs now, else how an earlier attempt ended."""
     for event in reversed(told):
         if event.get("event") == event.get("verdict") == "mismatch":  # one that was not expected

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from harness.checkpoint import records
-from harness.checkpoint.catalog import Survey
+from harness.checkpoint.catalog import Catalog
 from harness.report.liveness import alive
 from harness.selfcheck import step_records
 from harness.store import Store
@@ -43,10 +43,10 @@ class Save:
 
 
 @dataclass(frozen=True)
-class Stretch:
+class AttemptSpan:
     """One attempt."""
 
-    life: attempt_history.Life
+    life: attempt_history.AttemptSummary
     began: float  # of its first process; seconds since the epoch
     ended: float  # or when it was last heard of
     spent: dict[str, float]  # seconds
@@ -68,7 +68,7 @@ class Timeline:
     stands: Outcome
     began: float
     ended: float
-    stretches: list[Stretch]
+    stretches: list[AttemptSpan]
     spent: dict[str, float]  # over all attempts and what lies between them; sums to `wall_s`
     replays: dict[int, dict[str, Any]] = field(default_factory=dict)  # what came of comparing steps made again, by attempt
     environment: list[str] = field(default_factory=list)  # the attempts that ran on another machine or software than the one before
@@ -87,7 +87,7 @@ class Timeline:
         return [save for stretch in self.stretches for save in stretch.saves]
 
     @property
-    def interruptions(self) -> list[Stretch]:
+    def interruptions(self) -> list[AttemptSpan]:
         """The attempts that ended before the run did; all but the last have a successor."""
         return [stretch for stretch in self.stretches if stretch.is_interrupted]
 
@@ -98,19 +98,19 @@ class Timeline:
         return sum(stretch.ended - stretch.began for stretch in self.stretches) / count if count else None
 
 
-def timeline(found: Survey) -> Timeline:
+def timeline(found: Catalog) -> Timeline:
     """Read all that a run's stores tell of its time. Raises StorageError."""
     known = launches.read(found.stores)
     numbers = sorted(number for number, record in found.attempts.items() if record.get("kind", "train") == "train")
     told = {number: attempt_history.told(found.stores, number, math.inf) for number in numbers}
-    lives = [attempt_history.life(found, number, told[number]) for number in numbers]
+    lives = [attempt_history.summarise(found, number, told[number]) for number in numbers]
     stands = alive(outcome(found, known), lives, told[numbers[-1]] if numbers else [])
     seen = [_stretch(life, told[life.attempt], is_running=stands.state == "running" and life is lives[-1]) for life in lives]
     whole = _whole(stands, [stretch for stretch in seen if stretch is not None], known, _submitted(found.stores))
     return replace(whole, replays=step_records.verdicts(found.stores), environment=machine_record.told(found))
 
 
-def _stretch(life: attempt_history.Life, told: list[dict[str, Any]], *, is_running: bool) -> Stretch | None:
+def _stretch(life: attempt_history.AttemptSummary, told: list[dict[str, Any]], *, is_running: bool) -> AttemptSpan | None:
     """One attempt, or None of one that has left nothing to tell when it was."""
     timed = [(at, event) for event in told if (at := _seconds(event.get("time"))) is not None]
     spent_at = [(at, _numbers(event["spent"])) for at, event in timed if isinstance(event.get("spent"), dict)]
@@ -134,10 +134,10 @@ def _stretch(life: attempt_history.Life, told: list[dict[str, Any]], *, is_runni
     ]
     steps = [event for _, event in timed if event.get("event") == "step" and event.get("step") is not None]
     losses = [(event["step"], float(event["loss"])) for event in steps if "loss" in event]
-    return Stretch(life, began, ended, spent, how, " ".join(why.split()), saves, losses)
+    return AttemptSpan(life, began, ended, spent, how, " ".join(why.split()), saves, losses)
 
 
-def _whole(stands: Outcome, stretches: list[Stretch], known: Sequence[Launch], submitted: float | None) -> Timeline:
+def _whole(stands: Outcome, stretches: list[AttemptSpan], known: Sequence[Launch], submitted: float | None) -> Timeline:
     """Put the attempts one after another, with what lies between them. Where two overlap, the earlier one has the time."""
     starts = {launch.name: at for launch in known if (at := _seconds(launch.record.get("time"))) is not None}
     ends = [at for launch in known if (at := _seconds((launch.end or {}).get("time"))) is not None]

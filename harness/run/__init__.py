@@ -24,7 +24,7 @@ from harness import preemption, state
 from harness.arguments import Settings, check_numbers
 from harness.checkpoint import load, retention
 from harness.distributed import ranks
-from harness.monitoring.goodput import RESTORE, Account, age_s
+from harness.monitoring.goodput import RESTORE, Goodput, age_s
 from harness.monitoring.rank_logs import divert
 from harness.monitoring.wait_notices import watch
 from harness.run.drill_hooks import redirected
@@ -32,7 +32,7 @@ from harness.run.loop import Run
 from harness.saving.locations import check_remembered, listen, places
 from harness.store import DEFAULT_WAIT_S
 from harness.supervision import launches
-from harness.supervision.exit_record import Ending
+from harness.supervision.exit_record import ExitRecord
 from harness.text import fill_closed_streams
 from harness.untracked.stray_loaders import watch as watch_loaders
 
@@ -76,7 +76,7 @@ def init(
     `environment="refuse"` ends the start. A step that is made again is compared with what it was; `on_mismatch="stop"` ends the run before
     its next save if it is another. Nothing is changed here; the run is claimed when training begins. Collective: every rank must call it.
     """
-    ending = Ending()  # from here on a user's mistake is said in words
+    ending = ExitRecord()  # from here on a user's mistake is said in words
     check_numbers(locals())
     _be_deterministic(deterministic)
     policy = retention.Policy(keep_last, keep_every_steps, keep_best, best.rpartition(":")[0] or best, best.endswith(":max"))
@@ -90,10 +90,10 @@ def init(
     return _start(directory, remote, settings, timeout_s, ending)
 
 
-def _start(directory: str | Path | None, remote: str | None, settings: Settings, timeout_s: float, ending: Ending) -> Run:
+def _start(directory: str | Path | None, remote: str | None, settings: Settings, timeout_s: float, ending: ExitRecord) -> Run:
     directory, remote, settings = redirected(directory, remote, settings)
     fill_closed_streams()
-    account = Account(age_s=age_s())
+    account = Goodput(age_s=age_s())
     launches.check_supervised(directory, remote)
     stores = places(directory, remote, settings.wait_s)
     divert(directory)

@@ -40,7 +40,7 @@ class Dealt:
 
 
 @dataclass(frozen=True)
-class Dealing:
+class DataSharding:
     """What all sources of one loop have in common."""
 
     world: World

@@ -8,27 +8,27 @@ from typing import Any
 import harness.run.resume_checks as resume_checks
 from harness.arguments import Settings
 from harness.checkpoint.format import Manifest
-from harness.data.given_order import Given
+from harness.data.given_order import GivenOrder
 from harness.data.held_generators import find
 from harness.data.source import Source
 from harness.distributed.ranks import World
 from harness.state import Captured
-from harness.tracking.extra_state import More
+from harness.tracking.extra_state import ExtraState
 from harness.tracking.payload import OfRank, captured
-from harness.tracking.rank_differences import ByRank
-from harness.tracking.rank_entries import Own
-from harness.tracking.user_state import Values
-from harness.untracked.finder import Suspects
+from harness.tracking.rank_differences import RankDifferences
+from harness.tracking.rank_entries import RankEntries
+from harness.tracking.user_state import UserState
+from harness.untracked.finder import UntrackedFinder
 
 
-class Keeping:
+class KeptState:
     """All of that, as seen from one rank."""
 
     def __init__(self, world: World, step: Callable[[], int], say: Callable[[str], None], note: Callable[..., None]) -> None:
         self.suspects: list[str] = []  # what lives in the program and is not tracked, by the path to it
-        self._is_writer, own = world.is_writer, Own()
-        self._values, self._more, self._by_rank = Values(), More(world, own, step, say), ByRank(world, own, say, note)
-        self._untracked, self._built = Suspects(self.suspects, say, note), dict[str, Any]()
+        self._is_writer, own = world.is_writer, RankEntries()
+        self._values, self._more, self._by_rank = UserState(), ExtraState(world, own, step, say), RankDifferences(world, own, say, note)
+        self._untracked, self._built = UntrackedFinder(self.suspects, say, note), dict[str, Any]()
 
     def track(
         self, tracked: dict[str, Any], objects: Mapping[str, Any], origin: Manifest | None, payload: Mapping[str, Any] | None,
@@ -87,5 +87,5 @@ def _handled_by(source: Any) -> set[int]:
         if getattr(one, "seeds_held", True):
             found |= {id(held.generator) for held in find(roots)}
         order = getattr(getattr(one, "plan", None), "order", None)
-        found |= order.handled if isinstance(order, Given) else set()
+        found |= order.handled if isinstance(order, GivenOrder) else set()
     return found

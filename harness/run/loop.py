@@ -15,21 +15,21 @@ from harness.checkpoint.catalog import reaches
 from harness.data import loading
 from harness.data.plan import Border, Position, Share, end_step
 from harness.distributed.ranks import World
-from harness.monitoring.console import Moment, Progress
-from harness.monitoring.goodput import DATA, EVALUATION, RESTORE, SAVE, Account
-from harness.monitoring.metric_buffer import Measured
-from harness.monitoring.step_timeouts import Watch
-from harness.monitoring.store_health import Outage
-from harness.monitoring.throughput import Pace
+from harness.monitoring.console import Console, StepSummary
+from harness.monitoring.goodput import DATA, EVALUATION, RESTORE, SAVE, Goodput
+from harness.monitoring.metric_buffer import MetricBuffer
+from harness.monitoring.step_timeouts import StepTimeouts
+from harness.monitoring.store_health import StoreHealth
+from harness.monitoring.throughput import Throughput
 from harness.run.drill_hooks import Traces
 from harness.run.epochs import Batches, by_epoch
 from harness.run.evaluation import evaluate
-from harness.run.kept_state import Keeping
-from harness.run.stop_agreement import Stopping
+from harness.run.kept_state import KeptState
+from harness.run.stop_agreement import StopAgreement
 from harness.run.work import Work, of_data, of_own
-from harness.saving.checkpointer import Saver
+from harness.saving.checkpointer import Checkpointer
 from harness.store import Store
-from harness.supervision.exit_record import Ending
+from harness.supervision.exit_record import ExitRecord
 from harness.tracking.payload import OfRank
 from harness.tracking.rank_differences import give_own
 
@@ -38,8 +38,8 @@ class Run:
     """One training job, as seen from one rank of its present attempt."""
 
     def __init__(
-        self, world: World, stores: tuple[Store, ...], choice: load.Choice, settings: Settings, ending: Ending, outage: Outage,
-        account: Account, clock: Callable[[], float] = time.monotonic,
+        self, world: World, stores: tuple[Store, ...], choice: load.ResumePoint, settings: Settings, ending: ExitRecord,
+        outage: StoreHealth, account: Goodput, clock: Callable[[], float] = time.monotonic,
     ) -> None:  # fmt: skip
         self.world, self.store, self.clock = world, stores[0], clock
         self.rank, self.world_size, self.device = world.rank, world.size, world.device
@@ -52,16 +52,16 @@ class Run:
         self._settings, self.origin, self._payload = settings, choice.manifest, choice.payload
         choice.payload = None  # held here until it is restored, and by nobody else
         self._position, self._share = Position(), Share(0, 0, (), (), Position(), last=False)  # the latter of the step being made
-        self._measured, self._account, self._ending = Measured(), account, ending
+        self._measured, self._account, self._ending = MetricBuffer(), account, ending
         self._traces = Traces(world)
-        self._stopping = Stopping(world, settings, clock)
-        self._watch = Watch(world.timeout_s, settings.step_timeout_s, ending.hung, clock)
+        self._stopping = StopAgreement(world, settings, clock)
+        self._watch = StepTimeouts(world.timeout_s, settings.step_timeout_s, ending.hung, clock)
         ending.of(self)
-        self._saver = Saver(stores, world, choice, settings, ending, outage, account, clock)
+        self._saver = Checkpointer(stores, world, choice, settings, ending, outage, account, clock)
         self._saver.at_save = partial(self._traces.point, "save")
-        self._keeping = Keeping(world, lambda: self.step, self.say, self._saver.note)
+        self._keeping = KeptState(world, lambda: self.step, self.say, self._saver.note)
         self.suspects = self._saver.replay.suspects = self._keeping.suspects
-        self._progress = Progress(clock)
+        self._progress = Console(clock)
         account.say = self._progress.say
         for note in choice.notes:
             self.say(f"harness: {note}")
@@ -276,7 +276,7 @@ class Run:
         for note in (*notes, *self._keeping.begin(self.tracked, payload, self._work.source)):
             self.say(f"harness: {note}")
         self._payload = None  # from here on the live objects are the only copy
-        self._pace = Pace(self.clock, self.step, self._account.steps_per_s)
+        self._pace = Throughput(self.clock, self.step, self._account.steps_per_s)
         if self.is_writer:
             self._saver.background.watch_updates(self.tracked, self.say)
         source = f"goes on from step {self.step} ({origin.name})" if origin else "begins at step 0"
@@ -326,7 +326,8 @@ class Run:
         for step, at, values in held:
             self._saver.note("step", step=step, time=at, of=self._end_step, **values)
             if self.is_writer:
-                self._progress.show(Moment(step, self._end_step, self.epoch, work.epochs, values, work.rate(rate), self._saver.words), rate)
+                shown = StepSummary(step, self._end_step, self.epoch, work.epochs, values, work.rate(rate), self._saver.words)
+                self._progress.show(shown, rate)
 
     def best_checkpoint(self) -> str | None:
         """The path or URL of the best checkpoint of the run so far by the metric that `init` was told, or None.

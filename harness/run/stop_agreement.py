@@ -12,10 +12,10 @@ from harness import preemption
 from harness.arguments import Settings
 from harness.distributed.ranks import World
 from harness.errors import StorageError
-from harness.monitoring.step_timeouts import Watch
-from harness.monitoring.throughput import Pace
+from harness.monitoring.step_timeouts import StepTimeouts
+from harness.monitoring.throughput import Throughput
 from harness.preemption import deadline
-from harness.saving.checkpointer import Saver
+from harness.saving.checkpointer import Checkpointer
 from harness.store import Store
 from harness.supervision import control_requests
 from harness.supervision.restart_policy import ASKED
@@ -25,7 +25,7 @@ LOOK_LOCAL_S, LOOK_REMOTE_S = 1.0, 5.0  # how often requests are looked for
 TIME_LIMIT = "time limit"
 
 
-class Stopping:
+class StopAgreement:
     """What asks this run to save or to stop: signals, requests in its stores, the job's time limit, a cloud's notice."""
 
     def __init__(self, world: World, settings: Settings, clock: Callable[[], float]) -> None:
@@ -61,7 +61,7 @@ class Stopping:
                         seen.add(key)
                         self._saves_asked.set() if what == "save" else preemption.request(ASKED)
 
-    def agree(self, step: int, end_step: int | None, pace: Pace, saver: Saver, watch: Watch) -> tuple[bool, bool, bool]:
+    def agree(self, step: int, end_step: int | None, pace: Throughput, saver: Checkpointer, watch: StepTimeouts) -> tuple[bool, bool, bool]:
         """Whether the ranks have met in this step, whether all stop now, whether all save now. Collective: every rank must call it."""
         if step < self._next:
             return False, False, False
@@ -82,7 +82,7 @@ class Stopping:
         """Whether any rank was asked to stop. Collective: every rank must call it."""
         return bool(self.world.agree([int(preemption.requested() is not None)])[0])
 
-    def stop(self, saver: Saver, step: int, save: Callable[[], bool], say: Callable[[str], None]) -> None:
+    def stop(self, saver: Checkpointer, step: int, save: Callable[[], bool], say: Callable[[str], None]) -> None:
         """Leave, on all ranks, with the state saved if there is time. Raises SystemExit(0), or SaveError. Collective: every rank must
         call it."""
         names = sorted({name for found in self.world.gather(preemption.requests()[:4]) for name in found})

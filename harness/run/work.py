@@ -12,13 +12,13 @@ from torch.utils.data import DataLoader
 
 from harness.arguments import check_numbers
 from harness.data import loading
-from harness.data.beside import Together
+from harness.data.beside import CombinedSource
 from harness.data.dataset_source import OwnSource
 from harness.data.plan import Position, end_step, seed_of
 from harness.data.source import Bordered, Source
 from harness.distributed.ranks import World
-from harness.run.data_sharding import Dealing, Described
-from harness.untracked.stray_loaders import Strays
+from harness.run.data_sharding import DataSharding, Described
+from harness.untracked.stray_loaders import StrayLoaders
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Work:
 
     def shares(self, position: Position, tracked: Mapping[str, Any], warn: Callable[[str], object]) -> Bordered:
         """One step after another, from there on; and a look, after each, at what the program reads beside them."""
-        strays = Strays()
+        strays = StrayLoaders()
         for share in self.source.shares(position, self.epochs or 0):
             yield share
             if words := strays.at_boundary(tracked):
@@ -90,7 +90,7 @@ def of_data(
     """Steps over a dataset, or over that of a DataLoader; `before` is what the checkpoint has of them. Raises UsageError. Collective:
     every rank must call it."""
     check_numbers(locals())
-    dealing = Dealing(world, accumulate, shuffle, drop_last, check_stream, as_drilled)
+    dealing = DataSharding(world, accumulate, shuffle, drop_last, check_stream, as_drilled)
     main = dealing.deal(dataset, seed, global_batch_size, collate, num_workers, order, before)
     work = Work(main.source, main.described, epochs, max_steps, loading.as_is if accumulate > 1 else _only)
     if not beside and "beside" not in (before or {}):
@@ -107,7 +107,7 @@ def of_data(
         data = main.described().data | {"beside": {name: one.data for name, one in others.items()}}
         return Described(data, main.described().notes + tuple(note for one in others.values() for note in one.notes))
 
-    source = Together(main.source, {name: one.source for name, one in dealt.items()}, at)
+    source = CombinedSource(main.source, {name: one.source for name, one in dealt.items()}, at)
     return dataclasses.replace(work, source=source, described=cache(together))
 
 

@@ -15,12 +15,12 @@ import torch
 from harness import preemption, state
 from harness.checkpoint.commit import About
 from harness.errors import StorageError
-from harness.saving.writer_process import Scribe
+from harness.saving.writer_process import WriterProcess
 from harness.state import Captured
-from harness.state.gpu_copy import Crossing
-from harness.state.snapshot import Snapshot, UnevenError
+from harness.state.gpu_copy import GpuCopy
+from harness.state.snapshot import Snapshot, UnsupportedStateError
 from harness.store import Sink
-from harness.store.staging_buffer import Image, Loan
+from harness.store.staging_buffer import ReadLease, StagingBuffer
 from harness.text import say, size
 
 HEAD = ("format_version", "step", "epoch", "loss", "metrics")  # what the manifest repeats of the state
@@ -34,7 +34,7 @@ def _no_scribe(why: str) -> None:
     say(f"harness: warning: the process that writes checkpoints cannot be used ({why}): the one that trains writes them itself", sys.stderr)
 
 
-class TornError(Exception):
+class MutatedDuringCopyError(Exception):
     """The state changed while it was copied."""
 
 
@@ -57,7 +57,7 @@ class Job:
     is_torn: bool = False
     is_passed: bool = False  # a step was made since
     released: threading.Event = field(default_factory=threading.Event)  # the copy may begin
-    loan: Loan | None = None  # of the whole copy, once it is made
+    loan: ReadLease | None = None  # of the whole copy, once it is made
     sealed: threading.Event = field(default_factory=threading.Event)  # it is known whether it is whole
     done: threading.Event = field(default_factory=threading.Event)
     failure: BaseException | None = None
@@ -67,7 +67,7 @@ class Job:
         return {"blocked_s": round(self.blocked_s + self.snapshot.held_s(), 6), "copy_s": round(self.snapshot.copy_s, 6)}
 
 
-class Background:
+class AsyncSaver:
     """Takes one job at a time, in memory that is kept from one to the next."""
 
     def __init__(
@@ -77,7 +77,7 @@ class Background:
         this loop's state could not be copied while it runs."""
         self._overlapped, self._waiting = overlapped, waiting
         self._compare, self._compare_all = overlapped, compare
-        self._image, self._scribe, self._crossing = Image(), Scribe(_no_scribe), Crossing()
+        self._image, self._scribe, self._crossing = StagingBuffer(), WriterProcess(_no_scribe), GpuCopy()
         self._job: Job | None = None
         self.is_unable = False  # nothing can be saved in the background
         self.slow_words = ""  # why saves make training wait, if they do
@@ -90,7 +90,7 @@ class Background:
         self._thread = threading.Thread(target=self._run, daemon=True, name="saver")
 
     @property
-    def scribe(self) -> Scribe:
+    def scribe(self) -> WriterProcess:
         """The process that writes."""
         return self._scribe
 
@@ -125,7 +125,7 @@ class Background:
             else:
                 with self._touching:
                     snapshot.copy_at_once(self._image)
-        except (UnevenError, StorageError) as error:
+        except (UnsupportedStateError, StorageError) as error:
             self.slow_words, self.is_unable = " ".join(str(error).split()), True
             return
         self.wants_again = False
@@ -262,14 +262,14 @@ class Background:
             job.snapshot.arrive()
             if job.snapshot.is_stirred():
                 self._take_at_once(CHANGES)
-                raise TornError("the state changed while it was copied")
+                raise MutatedDuringCopyError("the state changed while it was copied")
             job.snapshot.check_finite(job.parameters)
             job.loan = self._image.lend()
             job.finish(job, lambda sink: sink.pour(self._image, self._scribe.pour), lambda: self._check_whole(job))
-        except (UnevenError, StorageError) as error:  # of copying: whoever writes has words of his own
+        except (UnsupportedStateError, StorageError) as error:  # of copying: whoever writes has words of his own
             job.problem = self.slow_words = " ".join(str(error).split())
             self.is_unable = self.wants_again = True
-        except TornError:
+        except MutatedDuringCopyError:
             job.problem, self.wants_again = self.slow_words, True
         except BaseException as error:  # noqa: BLE001 - a thread's error is nobody's: `wait` raises it where it is seen
             job.failure = error
@@ -278,4 +278,4 @@ class Background:
         if not job.sealed.wait(SEALED_WITHIN_S):  # it may be long until the next update, and what wrote meanwhile has been counted by now
             self._seal(is_told=False)
         if job.is_torn:
-            raise TornError("the state changed while it was copied")
+            raise MutatedDuringCopyError("the state changed while it was copied")

@@ -14,28 +14,28 @@ from harness.arguments import Settings
 from harness.checkpoint import format as fmt
 from harness.checkpoint import load, memory_copy, retention
 from harness.checkpoint.attempts import Attempt
-from harness.checkpoint.catalog import Survey, going_on_from
+from harness.checkpoint.catalog import Catalog, going_on_from
 from harness.checkpoint.commit import About, commit
 from harness.distributed.ranks import World
 from harness.errors import HarnessError, SaveError, StorageError, UsageError
-from harness.monitoring.console import Progress
-from harness.monitoring.event_log import Ledger
-from harness.monitoring.goodput import SAVE, Account
+from harness.monitoring.console import Console
+from harness.monitoring.event_log import EventLog
+from harness.monitoring.goodput import SAVE, Goodput
 from harness.monitoring.resume_notice import resumed
-from harness.monitoring.store_health import Outage
-from harness.monitoring.trackers import Metrics
-from harness.saving.async_saver import Background, Job
+from harness.monitoring.store_health import StoreHealth
+from harness.monitoring.trackers import Trackers
+from harness.saving.async_saver import AsyncSaver, Job
 from harness.saving.claim import claim
 from harness.saving.locations import check_shared, hand_in
-from harness.saving.memory_tier import Tier
+from harness.saving.memory_tier import MemoryTier
 from harness.saving.rehearsal import Rehearsal
-from harness.saving.save_policy import Timer, lives
+from harness.saving.save_policy import SavePolicy, kill_history
 from harness.saving.uploader import END_S, Route, Uploader, write_file
 from harness.selfcheck.environment import Environment, check
-from harness.selfcheck.recomputed import Replay
+from harness.selfcheck.recomputed import RecomputedSteps
 from harness.state import Captured
 from harness.store import LocalStore, Sink, Store
-from harness.supervision.exit_record import Ending
+from harness.supervision.exit_record import ExitRecord
 from harness.supervision.machine_record import Difference
 
 UPLOADED_THEN = "Start again: what is missing there is uploaded then."
@@ -43,12 +43,12 @@ LAST_S = 2.0  # before a kill, kept for the last records
 SAVE_S = 30.0  # for how long one request of a save is tried when training waits for it
 
 
-class Saver:
+class Checkpointer:
     """Everything that is written in an attempt goes through here; on the other ranks it only keeps count."""
 
     def __init__(
-        self, stores: tuple[Store, ...], world: World, choice: load.Choice, settings: Settings, ending: Ending, outage: Outage,
-        account: Account, clock: Callable[[], float],
+        self, stores: tuple[Store, ...], world: World, choice: load.ResumePoint, settings: Settings, ending: ExitRecord,
+        outage: StoreHealth, account: Goodput, clock: Callable[[], float],
     ) -> None:  # fmt: skip
         self.stores, self.world, self.settings = stores, world, settings
         self.store = stores[0]  # where a checkpoint is committed; a second store gets a copy
@@ -56,22 +56,22 @@ class Saver:
         self.save_s = 0.0  # how long the last save took
         self.saved_step: int | None = choice.manifest.step if choice.manifest and not choice.in_memory else None
         self.attempt: Attempt | None = None
-        self.ledger: Ledger | None = None
+        self.ledger: EventLog | None = None
         self._uploader: Uploader | None = None
         self._words = "nothing saved yet" if self.saved_step is None else f"saved step {self.saved_step}"
         self._choice, self._ending, self._outage, self.account = choice, ending, outage, account
-        self.timer = Timer(settings.save_every_s, settings.when_busy, clock, self.note)
+        self.timer = SavePolicy(settings.save_every_s, settings.when_busy, clock, self.note)
         self._committed, self._ended, self._origin_is_here = False, False, False
         self._verified = choice.read_from(0)
         overlapped, compare = settings.snapshot != "at_once", settings.snapshot == "checked"
-        self.background = Background(overlapped=overlapped, compare=compare, waiting=partial(account.during, SAVE))
+        self.background = AsyncSaver(overlapped=overlapped, compare=compare, waiting=partial(account.during, SAVE))
         in_memory = bool(settings.memory_every_steps and world.is_writer)
-        self.tier = Tier(memory_copy.place(self.store), self.background, lambda text: self._say(text), is_on=in_memory)
-        self.replay = Replay(world, settings, halt=partial(setattr, self.tier, "is_on", False))
+        self.tier = MemoryTier(memory_copy.place(self.store), self.background, lambda text: self._say(text), is_on=in_memory)
+        self.replay = RecomputedSteps(world, settings, halt=partial(setattr, self.tier, "is_on", False))
         self._slow_words, self._has_room, self.resumed = "", False, ""
         is_new = self.origin is None  # going on from a checkpoint is a rehearsal
         self._rehearsal = Rehearsal(self.background.scribe, lambda text: self._say(text), self.note, is_on=settings.rehearse and is_new)
-        self.metrics: Metrics | None = None
+        self.metrics: Trackers | None = None
         self.environment, self.differences = Environment(world), list[Difference]()  # to what the checkpoint was made on; on the writer
         self._say: Callable[[str], None] = lambda text: None
         self.at_save: Callable[[int], None] = lambda step: None  # is told, in the background, of each checkpoint about to be written
@@ -95,7 +95,7 @@ class Saver:
         """The error to end with because a save failed: of a disk, or of a store that may answer again."""
         return (SaveError if self.store.is_local else StorageError)(what, self._words, remedy)
 
-    def begin(self, progress: Progress, give_up: Callable[[], object]) -> Attempt:
+    def begin(self, progress: Console, give_up: Callable[[], object]) -> Attempt:
         """Claim the next attempt. Raises SupersededError, StorageError, UsageError. Collective: every rank must call it."""
 
         environment = self.environment.found()
@@ -113,12 +113,12 @@ class Saver:
         self.timer.begun()
         return self.attempt
 
-    def _claim(self, progress: Progress, environment: dict[str, Any]) -> Attempt:
+    def _claim(self, progress: Console, environment: dict[str, Any]) -> Attempt:
         found = self._choice.survey
         assert found is not None, "the writer has listed the stores"
         self.differences = check(found, self.origin, environment, self.settings.environment, progress.say)
         attempt = claim(self.stores, self._choice, self.world.size, self.settings, progress.say, environment)
-        self.metrics = Metrics(self.settings.log_to, found, attempt.run_id, self.origin.step if self.origin else 0, progress.say)
+        self.metrics = Trackers(self.settings.log_to, found, attempt.run_id, self.origin.step if self.origin else 0, progress.say)
         self.tier.begin(attempt, self.origin)
         self._say, last = progress.say, self.replay.read(found, self.origin, attempt, progress.say)
         self.resumed = resumed(found, self.origin, self.account, last)
@@ -128,14 +128,14 @@ class Saver:
             self.replay.suspects += map(str, self.differences)
         return attempt
 
-    def _listen(self, attempt: Attempt, found: Survey) -> None:
+    def _listen(self, attempt: Attempt, found: Catalog) -> None:
         """Begin to record what happens, and to copy what is committed."""
         local = self.store if isinstance(self.store, LocalStore) else None
         has_remote = local is None or len(self.stores) > 1
-        self.timer.lives = lives(found)
+        self.timer.lives = kill_history(found)
         here = [m for m in found.history if local and m in found.parts[0].manifests]
         self._origin_is_here = self.origin in here
-        ledger = self.ledger = Ledger(local, fmt.events_key(attempt.number), kept=has_remote, spent=self.account.spent)
+        ledger = self.ledger = EventLog(local, fmt.events_key(attempt.number), kept=has_remote, spent=self.account.spent)
         ledger.listeners += [self.metrics.on_event] if self.metrics else []
         ledger.write("begun", step=self.saved_step or 0, world_size=self.world.size, went_on_from=self.origin and self.origin.name)
         self.replay.begin(ledger, self.account.redone_until)

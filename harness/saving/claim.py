@@ -12,14 +12,14 @@ from harness.arguments import Settings
 from harness.checkpoint import attempts, load
 from harness.checkpoint import format as fmt
 from harness.checkpoint.attempts import Attempt
-from harness.checkpoint.catalog import Survey, survey
+from harness.checkpoint.catalog import Catalog, read_catalog
 from harness.errors import OvertakenError, StorageError
 from harness.store import Store, probe
 from harness.supervision import control_requests
 
 
 def claim(
-    stores: tuple[Store, ...], choice: load.Choice, world_size: int, settings: Settings, say: Callable[[str], object],
+    stores: tuple[Store, ...], choice: load.ResumePoint, world_size: int, settings: Settings, say: Callable[[str], object],
     environment: Mapping[str, Any] | None = None,
 ) -> Attempt:  # fmt: skip
     """Claim the next attempt; for the writer. Raises SupersededError, OvertakenError, StorageError, UsageError."""
@@ -42,10 +42,10 @@ def claim(
     return attempt
 
 
-def _check_not_overtaken(stores: tuple[Store, ...], before: Survey, attempt: Attempt) -> None:
+def _check_not_overtaken(stores: tuple[Store, ...], before: Catalog, attempt: Attempt) -> None:
     """Raises OvertakenError if the run has got further since it was listed, which may be minutes ago: to go on from what was found then
     would cut that off. The claim stands, so that whoever got further has ended; the next start goes on from there."""
-    now = survey(*stores)
+    now = read_catalog(*stores)
     was, head = _newest(before), _newest(now)
     if head <= was:  # or it went back: what this start goes on from was deleted, and it has it in memory, and saves at once
         return
@@ -59,7 +59,7 @@ def _check_not_overtaken(stores: tuple[Store, ...], before: Survey, attempt: Att
     )
 
 
-def _newest(found: Survey) -> tuple[int, int]:
+def _newest(found: Catalog) -> tuple[int, int]:
     """The (attempt, step) of the newest checkpoint, whether it can be read or not; (0, 0) of none."""
     orders = [fmt.order_of(key) for key in found.newer] if found.unreadable_head is not None else []
     return max([*orders, found.head.order if found.head else (0, 0)])

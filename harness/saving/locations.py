@@ -9,12 +9,12 @@ from pathlib import Path
 from harness.checkpoint import attempts
 from harness.checkpoint import format as fmt
 from harness.checkpoint.attempts import Attempt, remembered
-from harness.checkpoint.catalog import Survey
+from harness.checkpoint.catalog import Catalog
 from harness.checkpoint.format import Manifest
 from harness.checkpoint.replicate import replicate
 from harness.distributed.ranks import World
 from harness.errors import UsageError
-from harness.monitoring.store_health import Outage
+from harness.monitoring.store_health import StoreHealth
 from harness.store import LocalStore, Store, open_store
 from harness.text import say
 
@@ -48,9 +48,9 @@ def check_remembered(stores: tuple[Store, ...], accept: tuple[str, ...]) -> None
         )
 
 
-def listen(stores: tuple[Store, ...], is_writer: bool) -> Outage:
+def listen(stores: tuple[Store, ...], is_writer: bool) -> StoreHealth:
     """Let what goes wrong with the remote store be said, by the writer."""
-    outage = Outage(str(stores[-1]), (lambda text: say(text, sys.stderr)) if is_writer else lambda text: None)
+    outage = StoreHealth(str(stores[-1]), (lambda text: say(text, sys.stderr)) if is_writer else lambda text: None)
     for store in stores:
         store.listen(outage.on_trouble, outage.on_success)
     return outage
@@ -71,7 +71,7 @@ def check_shared(store: Store, attempt: Attempt, world: World) -> None:
         )
 
 
-def hand_in(found: Survey | None, last: Manifest | None) -> str:
+def hand_in(found: Catalog | None, last: Manifest | None) -> str:
     """Copy the last checkpoint of a run to a store that lacks it, without an attempt; returns what was done. Raises StorageError."""
     assert found is not None and last is not None, "there is a checkpoint that the run has come to"
     missing = [store for store in found.stores[1:] if store not in found.copies(last)]

@@ -11,12 +11,12 @@ from harness import state
 from harness.checkpoint import format as fmt
 from harness.checkpoint import retention
 from harness.checkpoint.attempts import Attempt
-from harness.checkpoint.catalog import survey
+from harness.checkpoint.catalog import read_catalog
 from harness.checkpoint.commit import About, commit
 from harness.checkpoint.format import Manifest
 from harness.checkpoint.memory_copy import is_ours
 from harness.errors import SaveError, StorageError
-from harness.saving.async_saver import Background, Job
+from harness.saving.async_saver import AsyncSaver, Job
 from harness.state import Captured
 from harness.store import LocalStore, Sink
 from harness.store.staging_buffer import SPARE, free_memory_bytes
@@ -24,10 +24,10 @@ from harness.store.staging_buffer import SPARE, free_memory_bytes
 COPIES = 2  # the newest, and the next while it is written; the copy that they are made from is there anyway
 
 
-class Tier:
+class MemoryTier:
     """Keeps the newest checkpoint in memory, as long as there is room, and takes away what is no longer of use."""
 
-    def __init__(self, store: LocalStore, background: Background, say: Callable[[str], None], *, is_on: bool) -> None:
+    def __init__(self, store: LocalStore, background: AsyncSaver, say: Callable[[str], None], *, is_on: bool) -> None:
         self.store, self.background, self.is_on = store, background, is_on
         self._say, self._has_room = say, False
         self._attempt: Attempt | None = None
@@ -95,7 +95,7 @@ class Tier:
         """Let go what is older than (attempt, step); what a newer attempt has kept stays."""
         if is_ours(self.store):
             with contextlib.suppress(StorageError):
-                for manifest in survey(self.store).manifests:
+                for manifest in read_catalog(self.store).manifests:
                     if manifest.order < before:
                         retention.delete(self.store, manifest)
             self._leave_if_empty()

@@ -19,7 +19,7 @@ from harness import preemption
 from harness.checkpoint.format import Manifest
 from harness.distributed.ddp import plain
 from harness.saving import readback
-from harness.saving.writer_process import Scribe
+from harness.saving.writer_process import WriterProcess
 from harness.state import Captured
 from harness.step import Ema
 from harness.store import LocalStore, Store
@@ -32,7 +32,7 @@ READ_WITHIN_S = 600.0
 class Rehearsal:
     """Of one attempt, on the writer."""
 
-    def __init__(self, scribe: Scribe, say: Callable[[str], None], note: Callable[..., None], *, is_on: bool) -> None:
+    def __init__(self, scribe: WriterProcess, say: Callable[[str], None], note: Callable[..., None], *, is_on: bool) -> None:
         self._is_on = is_on
         self._scribe, self._say, self._note = scribe, say, note
         self._captured: Captured | None = None

@@ -11,7 +11,7 @@ from statistics import median
 from typing import Any
 
 from harness.arguments import AUTO
-from harness.checkpoint.catalog import Survey
+from harness.checkpoint.catalog import Catalog
 from harness.text import duration
 
 FIRST_S = 30.0  # until a save has been measured
@@ -22,14 +22,14 @@ COSTS, STEPS = 5, 50  # the last ones count
 
 
 @dataclass(frozen=True)
-class Lives:
+class KillHistory:
     """What earlier attempts tell: for how long they ran, and how many were killed, which costs what was not saved."""
 
     seconds: float = 0.0
     kills: int = 0
 
 
-def lives(found: Survey) -> Lives:
+def kill_history(found: Catalog) -> KillHistory:
     """Of all attempts to train. Who stopped on request had saved; who was killed is last heard of by a checkpoint."""
     seconds, kills = 0.0, 0
     for number, record in found.attempts.items():
@@ -39,7 +39,7 @@ def lives(found: Survey) -> Lives:
         heard = [m.time for m in found.manifests if m.attempt == number] + ([end["time"]] if "time" in end else [])
         kills += not end or end.get("why") == "failed" or end.get("saved") is False
         seconds += max((_between_s(record["time"], time) for time in heard), default=0.0)
-    return Lives(seconds, kills)
+    return KillHistory(seconds, kills)
 
 
 def _between_s(before: str, after: str) -> float:
@@ -47,7 +47,7 @@ def _between_s(before: str, after: str) -> float:
     return max(0.0, (datetime.datetime.fromisoformat(after) - datetime.datetime.fromisoformat(before)).total_seconds())
 
 
-def best_s(cost_s: float, between_kills_s: float, save_s: float) -> float:
+def best_interval_s(cost_s: float, between_kills_s: float, save_s: float) -> float:
     """The interval that loses the least time: saves cost C each, a kill costs half an interval; sqrt(2 C M).
 
     A save takes `save_s` to arrive: one is not begun before the last has. Source: Young, A first order approximation to the optimum
@@ -60,7 +60,7 @@ def _not_told(kind: str, **fields: Any) -> None:
     """Who needs no record."""
 
 
-class Timer:
+class SavePolicy:
     """Tells whether it is time; for the writer's training thread."""
 
     def __init__(
@@ -69,7 +69,7 @@ class Timer:
         """`note` is told of each save that is left out and of each interval that is chosen."""
         self.is_auto = every_s == AUTO
         self.every_s: float | None = FIRST_S if isinstance(every_s, str) else every_s
-        self.lives = Lives()
+        self.lives = KillHistory()
         self._skips = when_busy == "skip"
         self._clock, self._note = clock, note
         self._began_at = self._saved_at = self._stepped_at = clock()
@@ -119,7 +119,7 @@ class Timer:
         self._costs.append(max(0.0, sum(beside) - len(beside) * median(self._plain)))
         cost_s, seconds = median(self._costs), self.lives.seconds + self._clock() - self._began_at
         between_s = (ASSUMED_S + seconds) / (1 + self.lives.kills)
-        self.every_s = best_s(cost_s, between_s, save_s)
+        self.every_s = best_interval_s(cost_s, between_s, save_s)
         if abs(self.every_s - self._told_s) > TOLD_FROM * self._told_s:
             self._told_s = self.every_s
             kills = f"{self.lives.kills} kill{'s' * (self.lives.kills != 1)} in {duration(seconds)}"

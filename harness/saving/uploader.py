@@ -14,11 +14,11 @@ from harness.checkpoint import replicate, retention
 from harness.checkpoint.attempts import Attempt, check_fence
 from harness.checkpoint.format import Manifest
 from harness.errors import DamagedError, StorageError
-from harness.monitoring.event_log import Ledger
-from harness.monitoring.store_health import Outage
+from harness.monitoring.event_log import EventLog
+from harness.monitoring.store_health import StoreHealth
 from harness.selfcheck.step_log import StepLog
 from harness.store import LocalStore, Store
-from harness.store.staging_buffer import Loan
+from harness.store.staging_buffer import ReadLease
 
 REQUEST_S = 60.0  # for how long one request is tried; what fails then is done again as a whole
 AGAIN_S = 10.0  # after a failed upload
@@ -47,7 +47,7 @@ class Route:
 
 
 @dataclass
-class Early:
+class EarlyUpload:
     """A checkpoint that is being committed in the run directory: its bytes are in memory, as long as that is not needed."""
 
     key: str
@@ -58,7 +58,9 @@ class Early:
 class Uploader:
     """Runs from `start` to `close`. What it finds out is told by `check`, on the thread that trains."""
 
-    def __init__(self, route: Route, attempt: Attempt, ledger: Ledger, outage: Outage, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, route: Route, attempt: Attempt, ledger: EventLog, outage: StoreHealth, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self.route, self.attempt, self.ledger, self.outage, self.clock = route, attempt, ledger, outage, clock
         self.origin: Manifest | None = None  # looked after until there is something newer
         self.origin_is_gone = False
@@ -69,7 +71,7 @@ class Uploader:
         self._behind_since: str | None = None
         self._history: dict[str, Manifest] = {}
         self._newest: Manifest | None = None
-        self._early: Early | None = None
+        self._early: EarlyUpload | None = None
         self._there: set[str] = set()
         self._verified: set[str] = set()
         self._segments, self._segment = 0, b""
@@ -90,10 +92,10 @@ class Uploader:
         self._thread.start()
 
     @contextlib.contextmanager
-    def ahead(self, key: str, loan: Loan) -> Iterator[None]:
+    def ahead(self, key: str, loan: ReadLease) -> Iterator[None]:
         """Begin to send the data that is being written under `key` here, and is in memory. When the context ends it has been offered, or
         will not be."""
-        early = Early(key, loan.chunks())
+        early = EarlyUpload(key, loan.chunks())
         with self._state:
             self._early = early if self.route.local is not None else None
             self._state.notify_all()
@@ -213,16 +215,16 @@ class Uploader:
         self._behind_since = None
         return IDLE_S
 
-    def _next(self) -> Early | None:
+    def _next(self) -> EarlyUpload | None:
         """What to send: the newest, though it may not be committed yet."""
         with self._state:
             early, self._early = self._early, None
             keys = [manifest.data_key for manifest in self._wanted()]
             if early is not None and (not early.is_decided or early.key in keys):
                 return early
-            return Early(keys[0], is_decided=True) if keys else None
+            return EarlyUpload(keys[0], is_decided=True) if keys else None
 
-    def _committed(self, early: Early) -> Manifest | None:
+    def _committed(self, early: EarlyUpload) -> Manifest | None:
         """The manifest, as soon as it is known that there is one, or None if there is none."""
         with self._state:
             while True:
@@ -258,7 +260,7 @@ class Uploader:
     def _store(self) -> Store:
         return self.route.remote.patient(REQUEST_S, lambda: self._closing or self.clock() > self._give_up_at)
 
-    def _upload(self, early: Early, remote: Store) -> None:
+    def _upload(self, early: EarlyUpload, remote: Store) -> None:
         assert self.route.local is not None
         began, self._problem = self.clock(), ""
         try:

@@ -29,7 +29,7 @@ if __name__ == "__main__":  # of all packages called `harness` the one that this
     spec.loader.exec_module(sys.modules["harness"])
 
 from harness.saving.readback import Reading
-from harness.store.staging_buffer import Image, pour
+from harness.store.staging_buffer import StagingBuffer, write_to
 
 NICE = 10  # gives way to training, but not for ever: on a machine with no idle core it still gets a tenth of one
 READ_WITHIN_S = 20.0  # for how long, at most, writing waits for a piece that is read back
@@ -41,7 +41,7 @@ _starting = threading.Lock()
 os.register_at_fork(before=_starting.acquire, after_in_parent=_starting.release, after_in_child=_starting.release)
 
 
-class Scribe:
+class WriterProcess:
     """That process, as the one that trains sees it. It is started when there is something to write, and again if it has died."""
 
     def __init__(self, on_failure: Callable[[str], object] = lambda why: None) -> None:
@@ -60,7 +60,7 @@ class Scribe:
         except (OSError, ValueError):  # it has ended, or been let go
             return None
 
-    def pour(self, image: Image, path: Path) -> str:
+    def pour(self, image: StagingBuffer, path: Path) -> str:
         """Write an image to a file that is there; returns its digest. If the process cannot be had, or dies, this one writes. Raises
         OSError."""
         reply, why = None, ""
@@ -72,7 +72,7 @@ class Scribe:
         if reply is None:
             self._fail(why)
             assert image.memory is not None, "there is something in it"
-            return pour(image.memory, image.size_bytes, str(path))
+            return write_to(image.memory, image.size_bytes, str(path))
         if "errno" in reply:
             raise OSError(reply["errno"], reply["error"], str(path))
         self._has_answered = True
@@ -108,7 +108,7 @@ class Scribe:
         finally:
             self._asking.release()
 
-    def _alive(self, image: Image) -> subprocess.Popen[bytes]:
+    def _alive(self, image: StagingBuffer) -> subprocess.Popen[bytes]:
         if self._process is None or self._process.poll() is not None:
             paths = [path for path in sys.path if path]  # of third parties' packages, after those that it finds by itself
             modest = MODEST_IO if shutil.which(MODEST_IO[0]) else ()
@@ -151,7 +151,7 @@ def main() -> None:
         try:
             if memory is None or len(memory) < job["size_bytes"]:
                 memory = mmap.mmap(job["fd"], 0, prot=mmap.PROT_READ)
-            reply: dict[str, object] = {"digest": pour(memory, job["size_bytes"], job["path"])}
+            reply: dict[str, object] = {"digest": write_to(memory, job["size_bytes"], job["path"])}
         except OSError as error:
             reply = {"errno": error.errno, "error": error.strerror}
         print(json.dumps(reply), flush=True)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from harness.checkpoint.catalog import Survey
+from harness.checkpoint.catalog import Catalog
 from harness.checkpoint.format import Manifest
 from harness.distributed.ranks import World
 from harness.errors import UsageError
@@ -120,7 +120,7 @@ def imported(installed: Mapping[str, list[str]]) -> dict[str, str]:
     return versions
 
 
-def check(found: Survey, origin: Manifest | None, now: Mapping[str, Any], insist: str, say: Callable[[str], object]) -> list[Difference]:
+def check(found: Catalog, origin: Manifest | None, now: Mapping[str, Any], insist: str, say: Callable[[str], object]) -> list[Difference]:
     """Say how the machine and the software differ from those that the checkpoint was written on; for the writer, before the claim.
 
     Raises UsageError instead if `insist` is "refuse" and results would differ.

@@ -17,11 +17,11 @@ import torch
 import harness.selfcheck.identity as identity
 from harness.arguments import Settings
 from harness.checkpoint.attempts import Attempt
-from harness.checkpoint.catalog import Survey
+from harness.checkpoint.catalog import Catalog
 from harness.checkpoint.format import Manifest
 from harness.distributed.ranks import World
 from harness.errors import StorageError, UsageError
-from harness.monitoring.event_log import Ledger
+from harness.monitoring.event_log import EventLog
 from harness.selfcheck import step_records
 from harness.selfcheck.step_log import StepLog
 from harness.store import LocalStore
@@ -42,7 +42,7 @@ class Known:
     losses: dict[tuple[int, int], tuple[int, float]] = field(default_factory=dict)  # by rank, or MEAN, and short name
 
 
-class Replay:
+class RecomputedSteps:
     """Writes down what each step is, and compares those that are made again; on the other ranks it does nothing."""
 
     def __init__(self, world: World, settings: Settings, halt: Callable[[], object]) -> None:
@@ -62,7 +62,7 @@ class Replay:
         self._loose: list[str] = []  # why losses were compared with a tolerance
         self._names: dict[str, int | None] = {}  # by what is logged: its short name, if it is a loss
 
-    def read(self, found: Survey, origin: Manifest | None, attempt: Attempt, say: Callable[[str], object]) -> int:
+    def read(self, found: Catalog, origin: Manifest | None, attempt: Attempt, say: Callable[[str], object]) -> int:
         """Read what earlier attempts have left of the steps after the checkpoint; for the writer. Returns the last of them, or 0."""
         self._say, self._attempt, self._stores = say, attempt.number, found.stores
         self._about = identity.of_machine(self._world)
@@ -76,7 +76,7 @@ class Replay:
         self._left.logs.clear()
         return max(self._known, default=0)
 
-    def begin(self, ledger: Ledger, until: int) -> None:
+    def begin(self, ledger: EventLog, until: int) -> None:
         """Begin to write down and to compare; steps up to `until` were made before. For the writer."""
         self._ledger, self._until = ledger, max([until, *self._known])
         self._is_on = self._until > self._origin

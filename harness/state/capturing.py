@@ -22,7 +22,7 @@ HOOK = "register_step_pre_hook"  # who has it, as every optimizer of PyTorch's, 
 COPIES = ("gradients", "attributes")  # of the values: nobody else knows of their tensors
 
 
-class Met(NamedTuple):
+class TensorRef(NamedTuple):
     """A tensor that was met, which is kept so that its address is not given to another one."""
 
     tensor: torch.Tensor
@@ -30,21 +30,21 @@ class Met(NamedTuple):
     saved: torch.Tensor  # what is saved of it: the source, or, if that is on a GPU, memory of its size without anything in it
 
 
-class Seen:
+class TensorRefs:
     """What was met, in that order and by where it lies; and by its path the kind of what is not plain."""
 
     def __init__(self) -> None:
-        self.all: list[Met] = []
+        self.all: list[TensorRef] = []
         self.kinds: dict[str, str] = {}
-        self._first: dict[int, Met] = {}  # by address
-        self._others: dict[Any, Met] = {}  # what looks in another way into memory in which one was met
+        self._first: dict[int, TensorRef] = {}  # by address
+        self._others: dict[Any, TensorRef] = {}  # what looks in another way into memory in which one was met
 
-    def find(self, tensor: torch.Tensor) -> Met | None:
+    def find(self, tensor: torch.Tensor) -> TensorRef | None:
         """What was met of this very memory, seen in the same way."""
         first = self._first.get(tensor.data_ptr())
         return first if first is None or _is_like(first.tensor, tensor) else self._others.get(_place(tensor))
 
-    def add(self, met: Met) -> None:
+    def add(self, met: TensorRef) -> None:
         """Note one that was not found."""
         self.all.append(met)
         if self._first.setdefault(met.tensor.data_ptr(), met) is not met:
@@ -59,7 +59,7 @@ class Captured:
     steady: set[int]  # addresses of what does not change before the next update
     parameters: dict[int, tuple[str, torch.dtype]]  # by address: what has to be finite
     tracked: Mapping[str, Any]
-    seen: Seen = field(default_factory=Seen)
+    seen: TensorRefs = field(default_factory=TensorRefs)
 
     def elsewhere(self) -> dict[int, torch.Tensor]:
         """By the address of memory without anything in it: the tensor on a GPU whose bytes belong there."""
@@ -76,7 +76,7 @@ def captured(values: Mapping[str, Any], tracked: Mapping[str, Any]) -> Captured:
 
     Steady are parameters; what optimizers keep of them, and all else that tells of its updates; and copies, which nobody else knows of.
     """
-    seen = Seen()
+    seen = TensorRefs()
     payload = _plain_values(values, seen)
     steady = {tensor.data_ptr() for tensor in _tensors([payload.get(name) for name in COPIES])}
     for name, thing in tracked.items():
@@ -92,13 +92,13 @@ def captured(values: Mapping[str, Any], tracked: Mapping[str, Any]) -> Captured:
 
 def as_captured(name: str, value: Any) -> Captured:
     """One value as plain data; what is on a GPU stays there until it is filled. Raises UsageError."""
-    seen = Seen()
+    seen = TensorRefs()
     return Captured({name: _to_cpu(value, name, seen)}, set(), {}, {}, seen)
 
 
 def captured_one(name: str, thing: Any) -> Captured:
     """The state of one tracked object, as `as_captured`."""
-    seen = Seen()
+    seen = TensorRefs()
     return Captured(_capture({name: thing}, seen), set(), {}, {name: thing}, seen)
 
 
@@ -108,27 +108,27 @@ def capture(tracked: Mapping[str, Any]) -> dict[str, Any]:
     CPU tensors are not copied: write them out, or copy them, before the next update. Raises UsageError for state that is not plain
     data.
     """
-    seen = Seen()
+    seen = TensorRefs()
     payload = _capture(tracked, seen)
     _fill(seen)
     return payload | _beside(tracked, payload, seen)
 
 
-def _capture(tracked: Mapping[str, Any], seen: Seen) -> dict[str, Any]:
+def _capture(tracked: Mapping[str, Any], seen: TensorRefs) -> dict[str, Any]:
     return {f"{name}_state_dict": _to_cpu(state_of(thing), f"{name}_state_dict", seen) for name, thing in tracked.items()}
 
 
-def _plain_values(values: Mapping[str, Any], seen: Seen) -> dict[str, Any]:
+def _plain_values(values: Mapping[str, Any], seen: TensorRefs) -> dict[str, Any]:
     """The values as plain data; of the user's own the kinds are kept, and must be known."""
     kinds.check_values(values.get("state"), "state")
-    own = Seen()
+    own = TensorRefs()
     payload = {name: _to_cpu(value, name, own) for name, value in values.items()}
     _fill(own)
     seen.kinds |= {path: kind for path, kind in own.kinds.items() if path.startswith("state[")}
     return payload
 
 
-def _beside(tracked: Mapping[str, Any], payload: Mapping[str, Any], seen: Seen) -> dict[str, Any]:
+def _beside(tracked: Mapping[str, Any], payload: Mapping[str, Any], seen: TensorRefs) -> dict[str, Any]:
     """What stands beside the state of tracked objects, if there is anything to say: names of parameters, and kinds."""
     names = parameter_names.needed(tracked, payload)
     return ({"names": names} if names else {}) | ({"kinds": dict(seen.kinds)} if seen.kinds else {})
@@ -152,7 +152,7 @@ def check_finite(tracked: Mapping[str, Any]) -> None:
         raise not_finite(broken)
 
 
-def parameters(tracked: Mapping[str, Any], seen: Seen) -> dict[int, tuple[str, torch.dtype]]:
+def parameters(tracked: Mapping[str, Any], seen: TensorRefs) -> dict[int, tuple[str, torch.dtype]]:
     """The address of each parameter's captured memory, with its name and type: for who checks there, later, that it is finite.
 
     Raises NonFiniteError for a parameter that was not captured under its own shape, and is not finite now.
@@ -210,7 +210,7 @@ def before_update(tracked: Mapping[str, Any], call: Callable[[], None]) -> None:
             getattr(thing, HOOK)(lambda *_: call())
 
 
-def _to_cpu(value: Any, where: Where, seen: Seen) -> Any:
+def _to_cpu(value: Any, where: Where, seen: TensorRefs) -> Any:
     if isinstance(value, torch.Tensor):
         if type(value) is torch.Tensor and not value.requires_grad:
             bare = value
@@ -240,7 +240,7 @@ def _to_cpu(value: Any, where: Where, seen: Seen) -> Any:
     return value if isinstance(value, kinds.NATIVE) else _of_kind(value, where, seen)
 
 
-def _mapping_to_cpu(value: Mapping[Any, Any], where: Where, seen: Seen) -> Any:
+def _mapping_to_cpu(value: Mapping[Any, Any], where: Where, seen: TensorRefs) -> Any:
     if isinstance(value, defaultdict):
         return _of_kind(value, where, seen)
     items = {}
@@ -255,7 +255,7 @@ def _mapping_to_cpu(value: Mapping[Any, Any], where: Where, seen: Seen) -> Any:
     return ordered
 
 
-def _of_kind(value: Any, where: Where, seen: Seen) -> Any:
+def _of_kind(value: Any, where: Where, seen: TensorRefs) -> Any:
     """What is written in the place of a value that is not plain; its kind is noted."""
     found = kinds.taken_apart(value)
     if found is None:
@@ -267,20 +267,20 @@ def _of_kind(value: Any, where: Where, seen: Seen) -> Any:
 def _key(key: Any, where: Where) -> Any:
     if isinstance(key, tuple):
         return tuple(_key(part, where) for part in key)
-    return key if type(key) is torch.dtype else _to_cpu(key, f"{kinds.spelled(where)}, key {key!r}", Seen())
+    return key if type(key) is torch.dtype else _to_cpu(key, f"{kinds.spelled(where)}, key {key!r}", TensorRefs())
 
 
-def _tensor_to_cpu(tensor: torch.Tensor, seen: Seen) -> torch.Tensor:
+def _tensor_to_cpu(tensor: torch.Tensor, seen: TensorRefs) -> torch.Tensor:
     """Tied tensors stay tied; a view does not drag the whole storage that it looks into along."""
     if tensor.layout is not torch.strided:
         return tensor.to("cpu", copy=True)
     if (met := seen.find(tensor)) is None:
         is_whole = tensor.nbytes == tensor.untyped_storage().nbytes() and not tensor.storage_offset()
         if tensor.is_cuda and (is_whole or tensor.is_contiguous()) and not (tensor.is_conj() or tensor.is_neg()):
-            met = Met(tensor, tensor, _without_data(tensor))
+            met = TensorRef(tensor, tensor, _without_data(tensor))
         else:
             saved = tensor if is_whole and tensor.is_cpu else tensor.to("cpu", copy=True).contiguous()
-            met = Met(tensor, saved, saved)
+            met = TensorRef(tensor, saved, saved)
         seen.add(met)
     return met.saved
 
@@ -291,7 +291,7 @@ def _without_data(tensor: torch.Tensor) -> torch.Tensor:
     return torch.empty(0, dtype=tensor.dtype, device="cpu").set_(memory, 0, tensor.shape, tensor.stride())
 
 
-def _fill(seen: Seen) -> None:
+def _fill(seen: TensorRefs) -> None:
     for met in seen.all:
         if met.saved is not met.source:
             raw(met.saved).copy_(raw(met.source))
@@ -305,13 +305,13 @@ def raw(tensor: torch.Tensor) -> torch.Tensor:
 
 def plain_data(values: Mapping[str, Any]) -> dict[str, Any]:
     """The values with NumPy scalars turned into numbers. Raises UsageError naming what is not plain data."""
-    return _plain_values(values, Seen())
+    return _plain_values(values, TensorRefs())
 
 
 def check(tracked: Mapping[str, Any]) -> None:
     """Raises UsageError, at the start and not at the first save, for state that cannot be saved or would be left behind."""
     for name, thing in tracked.items():
-        _to_cpu(state_of(thing), f"{name}_state_dict", Seen())
+        _to_cpu(state_of(thing), f"{name}_state_dict", TensorRefs())
     _check_covered(tracked)
 
 

@@ -15,7 +15,7 @@ import torch
 PORTABLE = 1  # cudaHostRegisterPortable: for every GPU of this process
 
 
-class Crossing:
+class GpuCopy:
     """The copies of one snapshot after another, into memory that is pinned once. With no GPU it does nothing."""
 
     def __init__(self) -> None:

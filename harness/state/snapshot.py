@@ -36,8 +36,8 @@ from typing import Any
 import torch
 
 from harness.state.capturing import is_finite, not_finite, raw
-from harness.state.gpu_copy import Crossing
-from harness.store.staging_buffer import Image
+from harness.state.gpu_copy import GpuCopy
+from harness.store.staging_buffer import StagingBuffer
 
 WHOLE_BYTES = 8 << 20  # up to which a state is copied whole at its boundary
 SMALL_BYTES = 16 << 10  # below which a tensor is copied whole at the boundary
@@ -47,7 +47,7 @@ READ_BYTES = 64 << 10  # below which memory is read faster than a tensor for its
 OFFSETS = random.Random(0)  # of its own: a program's draws are not to be disturbed
 
 
-class UnevenError(Exception):
+class UnsupportedStateError(Exception):
     """The state holds more than plain tensors: it cannot be taken in the background."""
 
 
@@ -56,7 +56,7 @@ class Snapshot:
 
     def __init__(
         self, payload: Mapping[str, Any], steady: Collection[int], elsewhere: Mapping[int, torch.Tensor] | None = None,
-        crossing: Crossing | None = None,
+        crossing: GpuCopy | None = None,
     ) -> None:  # fmt: skip
         """`steady` are the addresses of memory that does not change before the next update; of what is `elsewhere`, on a GPU, the
         address tells where it belongs. Raises UnevenError."""
@@ -66,7 +66,7 @@ class Snapshot:
         self.size_bytes = self.rest_bytes = 0  # of all tensors; of those that are not steady
         self._payload: Any = payload
         self._steady, self._elsewhere = set(steady), dict(elsewhere or {})
-        self._crossing = crossing or Crossing()
+        self._crossing = crossing or GpuCopy()
         self._storages: dict[int, tuple[torch.UntypedStorage, int]] = {}  # by identity, in the order of the file: memory, address
         self._copies: dict[int, torch.Tensor] = {}  # by address: the copy in the image
         self._sources: dict[int, torch.Tensor] = {}  # by address: what is copied of it after the boundary
@@ -131,13 +131,13 @@ class Snapshot:
         self._taken = {identity: self._copy_of(identity) for identity in rest}
         self._crossing.begin()
 
-    def copy_at_once(self, image: Image) -> None:
+    def copy_at_once(self, image: StagingBuffer) -> None:
         """Copy all, in place of `copy_rest` and `copy_into`, before the training thread goes on. Raises as `copy_into`."""
         self._crossing.begin()
         self.copy_into(image)
         self._crossing.hold()
 
-    def copy_into(self, image: Image) -> None:
+    def copy_into(self, image: StagingBuffer) -> None:
         """Form the file in the image; `copied` is set in the end, whatever comes of it. For the background, after `copy_rest`. Raises
         UnevenError, StorageError."""
         began = time.perf_counter()
@@ -161,7 +161,7 @@ class Snapshot:
             self.copy_s = time.perf_counter() - began
             self.copied.set()
 
-    def _places(self, image: Image) -> list[tuple[int, int]]:
+    def _places(self, image: StagingBuffer) -> list[tuple[int, int]]:
         """Let `torch.save` write all but the tensors' bytes into the image; returns where those belong, and of which memory they are."""
         outline = _Outline()
         with torch.serialization.skip_data():
@@ -169,7 +169,7 @@ class Snapshot:
         self._payload = None
         parts = {identity: storage.nbytes() for identity, (storage, _) in self._storages.items() if storage.nbytes()}
         if [size_bytes for _, size_bytes in outline.holes] != list(parts.values()):
-            raise UnevenError("torch.save writes the tensors in another order than they are listed in")
+            raise UnsupportedStateError("torch.save writes the tensors in another order than they are listed in")
         image.reserve(outline.at)
         assert image.memory is not None
         for at, data in outline.written:
@@ -254,7 +254,7 @@ def tensors_in(value: Any, found: list[torch.Tensor]) -> list[torch.Tensor]:
     """The tensors of plain data, added to those found, in the order in which pickle comes to them. Raises UnevenError."""
     if isinstance(value, torch.Tensor):
         if type(value) is not torch.Tensor or value.layout is not torch.strided or value.is_quantized or not value.is_cpu:
-            raise UnevenError("there is more in the state than plain tensors, such as sparse or quantized ones")
+            raise UnsupportedStateError("there is more in the state than plain tensors, such as sparse or quantized ones")
         found.append(value)
     elif isinstance(value, dict | list | tuple):
         for item in value.values() if isinstance(value, dict) else value:

@@ -39,14 +39,29 @@ from urllib.parse import unquote, urlsplit
 
 from harness.errors import UsageError
 from harness.store.base import CHUNK_BYTES, SET_ASIDE, TEMP, Entry, Sink, Store, delete_all
-from harness.store.bucket import Bucket
+from harness.store.bucket import ObjectClient
 from harness.store.explain import redacted
 from harness.store.local import LocalStore
-from harness.store.sealed_memory import Memory, Offer, attached, keep
+from harness.store.sealed_memory import Handle, SealedMemory, attached, keep
 
 __all__ = [
-    "CHUNK_BYTES", "DEFAULT_WAIT_S", "SET_ASIDE", "TEMP", "Entry", "LocalStore", "Memory", "Offer", "Sink", "Store", "attached",
-    "check_url", "delete_all", "is_url", "keep", "open_store", "redacted",
+    "CHUNK_BYTES",
+    "DEFAULT_WAIT_S",
+    "SET_ASIDE",
+    "TEMP",
+    "Entry",
+    "Handle",
+    "LocalStore",
+    "SealedMemory",
+    "Sink",
+    "Store",
+    "attached",
+    "check_url",
+    "delete_all",
+    "is_url",
+    "keep",
+    "open_store",
+    "redacted",
 ]  # fmt: skip
 
 DEFAULT_WAIT_S = 300.0
@@ -88,14 +103,14 @@ def open_store(place: str | Path, wait_s: float = DEFAULT_WAIT_S) -> Store:
     return RemoteStore(text, _bucket(text), wait_s)
 
 
-def _bucket(url: str) -> Bucket:
+def _bucket(url: str) -> ObjectClient:
     if urlsplit(url).scheme in ("s3", "s3a"):
-        from harness.store.s3_client import S3Bucket
+        from harness.store.s3_client import S3Client
 
-        return S3Bucket(url)
-    from harness.store.fsspec_client import AnyBucket
+        return S3Client(url)
+    from harness.store.fsspec_client import FsspecClient
 
     try:
-        return AnyBucket(url)
+        return FsspecClient(url)
     except (ImportError, ValueError) as error:
         raise UsageError(f"{url} cannot be opened", f"found: {error}", "Install the package that fsspec needs for it.") from None

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from blake3 import blake3
 
 from harness.errors import HarnessError, StorageError
-from harness.retry import Trouble
+from harness.retry import RetryEvent
 
 if TYPE_CHECKING:
-    from harness.store.staging_buffer import Image
+    from harness.store.staging_buffer import StagingBuffer
 
 CHUNK_BYTES = 4 << 20
 TEMP = re.compile(r"^.+\.tmp-(?P<attempt>[0-9]+)-[0-9a-f]+\Z")
@@ -111,7 +111,7 @@ class Sink(io.RawIOBase):
         self.size_bytes += len(view)
         return len(view)
 
-    def pour(self, image: Image, write: Callable[[Image, Path], str]) -> None:
+    def pour(self, image: StagingBuffer, write: Callable[[StagingBuffer, Path], str]) -> None:
         """Take an image as the whole of the file. `write(image, path)` writes it to a local file, and returns its digest; a file that
         is no local one takes it piece by piece. Raises StorageError."""
         for chunk in image.chunks():
@@ -149,7 +149,7 @@ class Store(abc.ABC):
         """The same store, with each request tried for `limit_s` seconds, or until `give_up` returns something true."""
         return self  # a disk is asked once
 
-    def listen(self, on_trouble: Callable[[str, Trouble], object], on_success: Callable[[], object]) -> None:  # noqa: B027 - a disk has nothing to tell
+    def listen(self, on_trouble: Callable[[str, RetryEvent], object], on_success: Callable[[], object]) -> None:  # noqa: B027 - a disk has nothing to tell
         """Tell of each failure that is tried again, and of each request that worked, from whichever thread makes it."""
 
     @abc.abstractmethod

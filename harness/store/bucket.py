@@ -45,7 +45,7 @@ class Unfinished:
     began: datetime.datetime
 
 
-class Bucket(Protocol):
+class ObjectClient(Protocol):
     """One request a method, each given the seconds that it may take. Errors are the library's own, but for MissingError and TakenError."""
 
     parallel: int  # how many parts may be on their way at once

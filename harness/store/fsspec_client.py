@@ -50,7 +50,7 @@ class Collected:
         self._data.clear()
 
 
-class AnyBucket:
+class FsspecClient:
     """A folder of a file system that fsspec opens."""
 
     parallel = 1  # fsspec's files are written in order

@@ -22,7 +22,7 @@ from harness.store.base import SET_ASIDE, TEMP, Entry, Sink, Store, check_key, d
 READ_BYTES = 1 << 20  # still in the processor's cache when it has been digested and is copied
 
 if TYPE_CHECKING:
-    from harness.store.staging_buffer import Image
+    from harness.store.staging_buffer import StagingBuffer
 
 
 class LocalSink(Sink):
@@ -46,7 +46,7 @@ class LocalSink(Sink):
         while done < len(view):
             done += os.write(self._fd, view[done:])
 
-    def pour(self, image: Image, write: Callable[[Image, Path], str]) -> None:
+    def pour(self, image: StagingBuffer, write: Callable[[StagingBuffer, Path], str]) -> None:
         with _said(self.key, "write"):
             self._poured = write(image, self.temp)
         self.size_bytes = image.size_bytes

@@ -25,9 +25,9 @@ from typing import BinaryIO, TypeVar
 from blake3 import blake3
 
 from harness.errors import HarnessError, StorageError
-from harness.retry import Trouble, retrying
+from harness.retry import RetryEvent, retrying
 from harness.store.base import SET_ASIDE, Entry, Seekable, Sink, Store, check_key
-from harness.store.bucket import Bucket, Found, MissingError, Part, TakenError, Unfinished
+from harness.store.bucket import Found, MissingError, ObjectClient, Part, TakenError, Unfinished
 from harness.store.explain import explained
 
 T = TypeVar("T")
@@ -43,9 +43,9 @@ def nothing(*ignored: object) -> None:
 class RemoteStore(Store):
     """A prefix in a bucket, or a folder of another remote file system."""
 
-    def __init__(self, url: str, bucket: Bucket, limit_s: float) -> None:
+    def __init__(self, url: str, bucket: ObjectClient, limit_s: float) -> None:
         self.url, self.bucket, self.limit_s = url.rstrip("/"), bucket, limit_s
-        self.on_trouble: Callable[[str, Trouble], object] = nothing
+        self.on_trouble: Callable[[str, RetryEvent], object] = nothing
         self.on_success: Callable[[], object] = nothing
         self.give_up: Callable[[], object] = nothing
         self._records: dict[str, bytes] = {}
@@ -58,7 +58,7 @@ class RemoteStore(Store):
         twin.limit_s, twin.give_up = limit_s, give_up
         return twin
 
-    def listen(self, on_trouble: Callable[[str, Trouble], object], on_success: Callable[[], object]) -> None:
+    def listen(self, on_trouble: Callable[[str, RetryEvent], object], on_success: Callable[[], object]) -> None:
         self.on_trouble, self.on_success = on_trouble, on_success
 
     def ask(self, verb: str, what: str, request: Callable[[float], T]) -> T:

@@ -28,7 +28,7 @@ REFUSED = (400, 501)  # by a server that knows nothing of such checksums
 ENCRYPTED = ("aws:kms", "aws:kms:dsse")  # then an ETag is no MD5
 
 
-class S3Bucket:
+class S3Client:
     """A bucket, and a prefix in it."""
 
     parallel = 8

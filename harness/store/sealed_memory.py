@@ -23,7 +23,7 @@ SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SE
 
 
 @dataclass(frozen=True)
-class Offer:
+class Handle:
     """Where other processes of this machine find a sealed memory, and how they know it.
 
     In another container, or on another machine, the path may lead to somebody else's file, even to one with the same numbers: the name
@@ -34,7 +34,7 @@ class Offer:
     name: str
 
 
-class Memory:
+class SealedMemory:
     """The bytes; a context manager that lets them go."""
 
     def __init__(self, fd: int, name: str) -> None:
@@ -46,8 +46,8 @@ class Memory:
         return f"/proc/self/fd/{self.fd}"
 
     @property
-    def offer(self) -> Offer:
-        return Offer(f"/proc/{os.getpid()}/fd/{self.fd}", self._name)
+    def offer(self) -> Handle:
+        return Handle(f"/proc/{os.getpid()}/fd/{self.fd}", self._name)
 
     def append(self, chunk: bytes) -> None:
         """Written, not mapped and stored into: where there is no memory a write fails, but a store kills the process."""
@@ -65,21 +65,21 @@ class Memory:
         if fd >= 0:
             os.close(fd)
 
-    def __enter__(self) -> Memory:
+    def __enter__(self) -> SealedMemory:
         return self
 
     def __exit__(self, *ignored: object) -> None:
         self.close()
 
 
-def keep(chunks: Iterable[bytes], size_bytes: int, what: str) -> Memory:
+def keep(chunks: Iterable[bytes], size_bytes: int, what: str) -> SealedMemory:
     """All the chunks, at most `size_bytes` together, sealed.
 
     What `chunks` raises passes through, and nothing is kept then. Raises HarnessError if there is not enough memory for `what`.
     """
     name = f"harness-{secrets.token_hex(16)}"
     with _room(what, size_bytes):
-        memory = Memory(create(name), name)
+        memory = SealedMemory(create(name), name)
     try:
         for chunk in chunks:  # by this very thread, which has the chunk in its processor's cache: a second one made it slower
             with _room(what, size_bytes):
@@ -111,7 +111,7 @@ def create(name: str) -> int:
         return os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
 
 
-def attached(offer: Offer, size_bytes: int) -> Memory | None:
+def attached(offer: Handle, size_bytes: int) -> SealedMemory | None:
     """What another process of this machine has offered, without a copy; None if this process does not see it, or sees another file."""
     expected = f"/memfd:{offer.name} (deleted)"
     try:
@@ -120,7 +120,7 @@ def attached(offer: Offer, size_bytes: int) -> Memory | None:
         fd = os.open(offer.path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
         return None
-    memory = Memory(fd, offer.name)
+    memory = SealedMemory(fd, offer.name)
     with contextlib.suppress(OSError):
         sealed = fcntl.fcntl(fd, fcntl.F_GET_SEALS) & SEALS == SEALS
         if os.readlink(memory.path) == expected and sealed and os.fstat(fd).st_size == size_bytes:

@@ -25,7 +25,7 @@ WRITERS = 2  # requests on their way to the disk at once: one leaves it idle bet
 SPARE = 0.9  # of the free memory, the most that is taken
 
 
-class Loan:
+class ReadLease:
     """Leave to read an image."""
 
     def __init__(self, fd: int, size_bytes: int) -> None:
@@ -49,7 +49,7 @@ class Loan:
             self._is_over = True
 
 
-class Image:
+class StagingBuffer:
     """Shared memory without a name, which another process can map by its descriptor `fd`."""
 
     def __init__(self) -> None:
@@ -57,7 +57,7 @@ class Image:
         self.size_bytes = 0
         self.capacity_bytes = 0
         self.memory: mmap.mmap | None = None
-        self._loan = Loan(-1, 0)
+        self._loan = ReadLease(-1, 0)
 
     def reserve(self, size_bytes: int) -> None:
         """Make room for a file of this size; what was in it is no longer of use. Raises StorageError if there is no memory for it."""
@@ -81,9 +81,9 @@ class Image:
         if more_bytes > 0 and more_bytes > SPARE * (free_bytes := free_memory_bytes()):
             raise StorageError("there is not enough memory for a copy of the state", f"found: {free_bytes} bytes, needed: {more_bytes}")
 
-    def lend(self) -> Loan:
+    def lend(self) -> ReadLease:
         """Let somebody read what is in it, until it is needed for something else."""
-        self._loan = Loan(self.fd, self.size_bytes)
+        self._loan = ReadLease(self.fd, self.size_bytes)
         return self._loan
 
     def chunks(self) -> Iterator[memoryview]:
@@ -133,7 +133,7 @@ def _numbers(file: Path) -> dict[str, int]:
     return {words[0]: int(words[1]) for line in file.read_text().splitlines() if len(words := line.split()) > 1}
 
 
-def pour(memory: mmap.mmap, size_bytes: int, path: str, direct_from_bytes: int = DIRECT_FROM_BYTES) -> str:
+def write_to(memory: mmap.mmap, size_bytes: int, path: str, direct_from_bytes: int = DIRECT_FROM_BYTES) -> str:
     """Write the first bytes of page-aligned memory, padded to whole blocks, to a file that is there; returns their digest.
 
     Around the page cache where the file system can do that: it neither costs the copy nor pushes out what others need. Digest and

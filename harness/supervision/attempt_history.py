@@ -10,7 +10,7 @@ from typing import Any
 
 from harness.checkpoint import format as fmt
 from harness.checkpoint import records
-from harness.checkpoint.catalog import Survey
+from harness.checkpoint.catalog import Catalog
 from harness.checkpoint.format import Manifest
 from harness.errors import StorageError
 from harness.store import Store
@@ -20,7 +20,7 @@ FEW = 20  # steps whose times tell how fast they were
 
 
 @dataclass(frozen=True)
-class Life:
+class AttemptSummary:
     """One attempt, in short."""
 
     attempt: int
@@ -39,7 +39,7 @@ class Life:
         return max(0, self.reached - self.saved)
 
 
-def life(found: Survey, number: int, told: list[dict[str, Any]]) -> Life:
+def summarise(found: Catalog, number: int, told: list[dict[str, Any]]) -> AttemptSummary:
     """`told` are the events of an attempt whose end does not say how far it came."""
     record, end = found.attempts[number], found.ends.get(number)
     origin = (record.get("from") or {}).get("step", 0)
@@ -47,7 +47,7 @@ def life(found: Survey, number: int, told: list[dict[str, Any]]) -> Life:
     saved = max([origin, int((end or {}).get("saved_step") or 0), *committed])
     reached = max([saved, int((end or {}).get("step") or 0), *(int(event.get("step") or 0) for event in told)])
     names = record.get("time"), record.get("kind"), record.get("launch")
-    return Life(number, *names, origin, reached, saved, (end or {}).get("time"), end)
+    return AttemptSummary(number, *names, origin, reached, saved, (end or {}).get("time"), end)
 
 
 def events(stores: Sequence[Store], number: int, most_bytes: float = TAIL_BYTES) -> list[dict[str, Any]]:
@@ -91,7 +91,7 @@ def steps_per_s(told: Sequence[dict[str, Any]]) -> float | None:
     return (last - first) / (ended - began) if last > first and ended > began else None
 
 
-def steps_again(found: Survey, origin: Manifest | None, newest: list[dict[str, Any]]) -> int:
+def steps_again(found: Catalog, origin: Manifest | None, newest: list[dict[str, Any]]) -> int:
     """How many steps were made after the checkpoint that is gone on from, or from the beginning on, as far as anything tells. `newest`
     are the newest attempt's events."""
     attempt, step = (origin.attempt, origin.step) if origin else (0, 0)
@@ -99,7 +99,7 @@ def steps_again(found: Survey, origin: Manifest | None, newest: list[dict[str, A
     for number in (number for number in found.attempts if number >= attempt):
         is_known = (found.ends.get(number) or {}).get("step") is not None
         last = newest if number == found.greatest else [] if is_known else told(found.stores, number)
-        reached.append(life(found, number, last).reached)
+        reached.append(summarise(found, number, last).reached)
     return max(reached) - step
 
 

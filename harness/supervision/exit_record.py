@@ -33,7 +33,7 @@ RECORD_S = 5.0  # for how long a remote store is asked to take the record
 MOST_TRACE = 6000  # characters
 
 
-class Ending:
+class ExitRecord:
     """Watches over the end of this process's attempt, from now on."""
 
     def __init__(self) -> None:

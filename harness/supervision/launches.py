@@ -21,7 +21,7 @@ from typing import Any
 
 from harness.checkpoint import records
 from harness.checkpoint.attempts import first_word, now
-from harness.checkpoint.catalog import Survey
+from harness.checkpoint.catalog import Catalog
 from harness.errors import UsageError
 from harness.store import Store
 
@@ -71,7 +71,7 @@ def is_name(text: str | None) -> bool:
     return match is not None and not match["end"]
 
 
-def begin(stores: Iterable[Store], name: str, found: Survey, **details: Any) -> None:
+def begin(stores: Iterable[Store], name: str, found: Catalog, **details: Any) -> None:
     """Record a launch before anything is started. Raises StorageError."""
     record = {"launch": name, "reached": found.reached, "greatest": found.greatest, "host": socket.gethostname(), "time": now()}
     for store in stores:
@@ -110,7 +110,7 @@ def check_supervised(directory: str | Path | None, remote: str | None) -> None:
         )
 
 
-def attempts_of(found: Survey, name: str) -> dict[int, dict[str, Any]]:
+def attempts_of(found: Catalog, name: str) -> dict[int, dict[str, Any]]:
     """The attempts that a launch has made, by number."""
     return {number: record for number, record in found.attempts.items() if record.get("launch") == name}
 

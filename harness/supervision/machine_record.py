@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from harness.checkpoint.catalog import Survey
+from harness.checkpoint.catalog import Catalog
 
 DISTRIBUTIONS = "distributions"  # what was imported beside torch and NumPy, and its version; may change what is trained, or not
 NOT_EXACT = "state exact, trajectory no longer bit for bit"
@@ -43,7 +43,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Diffe
     ]
 
 
-def recorded(found: Survey, attempt: int) -> Mapping[str, Any] | None:
+def recorded(found: Catalog, attempt: int) -> Mapping[str, Any] | None:
     """What an attempt ran on, or the one whose checkpoint a rollback has copied; None if no record tells."""
     record = found.attempts.get(attempt, {})
     seen = set[int]()
@@ -55,7 +55,7 @@ def recorded(found: Survey, attempt: int) -> Mapping[str, Any] | None:
     return environment if isinstance(environment, dict) else None
 
 
-def changes(found: Survey, attempt: int) -> list[Difference]:
+def changes(found: Catalog, attempt: int) -> list[Difference]:
     """How an attempt's machine and software differ from those of the attempt that it went on from, as far as the records tell."""
     record = found.attempts.get(attempt, {})
     origin, now = record.get("from") or {}, recorded(found, attempt)
@@ -71,6 +71,6 @@ def in_words(differing: Sequence[Difference]) -> str:
     return "; ".join(parts + ([f"other versions of what the program imports: {', '.join(others)}"] if others else []))
 
 
-def told(found: Survey) -> list[str]:
+def told(found: Catalog) -> list[str]:
     """A line for each attempt that ran on something else than what it went on from."""
     return [f"attempt {number}: {in_words(differing)}" for number in sorted(found.attempts) if (differing := changes(found, number))]

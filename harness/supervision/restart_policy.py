@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from harness.checkpoint.catalog import Survey
+from harness.checkpoint.catalog import Catalog
 from harness.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_STOPPED, EXIT_SUPERSEDED, EXIT_USAGE, printable
 from harness.supervision.launches import Launch, attempts_of
 
@@ -55,12 +55,12 @@ class Failure:
         return f"{self.what} failed{where}: {' '.join(self.error.split())}"
 
 
-def failures(found: Survey, launches: Sequence[Launch], supervisor: str) -> list[Failure]:
+def failures(found: Catalog, launches: Sequence[Launch], supervisor: str) -> list[Failure]:
     """What this supervisor's launches died of since the run last got further than ever, oldest first."""
     return [death for death in deaths(found, launches, supervisor) if death.is_fruitless]
 
 
-def deaths(found: Survey, launches: Sequence[Launch], supervisor: str) -> list[Failure]:
+def deaths(found: Catalog, launches: Sequence[Launch], supervisor: str) -> list[Failure]:
     """All that this supervisor's launches died of, oldest first."""
     died: list[tuple[int, int, Failure]] = []
     for launch in launches:
@@ -78,7 +78,7 @@ def deaths(found: Survey, launches: Sequence[Launch], supervisor: str) -> list[F
     return [failure for _, _, failure in sorted(died, key=lambda item: item[:2])]
 
 
-def _end_of(found: Survey, number: int, launch: Launch) -> dict[str, Any] | None:
+def _end_of(found: Catalog, number: int, launch: Launch) -> dict[str, Any] | None:
     """How an attempt of a launch ended; None if nothing tells."""
     end = found.ends.get(number, KILLED)
     if end is not KILLED and not end.get("lost"):
@@ -101,7 +101,7 @@ def crash_loop(failed: Sequence[Failure]) -> str:
     return f"{len(failed)} in a row died without a new checkpoint{same}; the first: {failed[0]}"
 
 
-def outcome(found: Survey, launches: Sequence[Launch] = ()) -> Outcome:
+def outcome(found: Catalog, launches: Sequence[Launch] = ()) -> Outcome:
     """What is committed counts first, then how the newest attempt, or a later launch that never got to one, ended."""
     head, newest = found.head, max((number for number in found.attempts if not _is_overtaken(found, number)), default=0)
     if (error := found.unreadable_head) is not None:
@@ -116,13 +116,13 @@ def outcome(found: Survey, launches: Sequence[Launch] = ()) -> Outcome:
     return _ended(found, launches)
 
 
-def _is_overtaken(found: Survey, number: int) -> bool:
+def _is_overtaken(found: Catalog, number: int) -> bool:
     """Whether an attempt has only found, after its claim, that what it was to go on from is not the newest any more."""
     end = found.ends.get(number) or {}
     return end.get("why") == "stopped" and "error" in end
 
 
-def _ended(found: Survey, launches: Sequence[Launch]) -> Outcome:
+def _ended(found: Catalog, launches: Sequence[Launch]) -> Outcome:
     """How a run stands that is not finished, by what came last."""
     launch = _last(found, launches)
     end = _end(found, launch)
@@ -144,7 +144,7 @@ def _ended(found: Survey, launches: Sequence[Launch]) -> Outcome:
     return Outcome("to be continued", f"failed ({count}): {error}", EXIT_STOPPED)
 
 
-def _last(found: Survey, launches: Sequence[Launch]) -> Launch | None:
+def _last(found: Catalog, launches: Sequence[Launch]) -> Launch | None:
     """The launch that the newest attempt belongs to, or a later one that never got to an attempt."""
     newest = max(found.attempts, default=0)
     names = {record.get("launch") for record in found.attempts.values()}
@@ -154,7 +154,7 @@ def _last(found: Survey, launches: Sequence[Launch]) -> Launch | None:
     return both[-1] if both else None
 
 
-def _end(found: Survey, launch: Launch | None) -> dict[str, Any] | None:
+def _end(found: Catalog, launch: Launch | None) -> dict[str, Any] | None:
     """How what came last ended; None if nothing tells."""
     newest = max(found.attempts, default=0)
     if launch is None:
@@ -162,7 +162,7 @@ def _end(found: Survey, launch: Launch | None) -> dict[str, Any] | None:
     return _end_of(found, newest, launch) if found.attempts.get(newest, {}).get("launch") == launch.name else launch.end
 
 
-def verdict(found: Survey, launches: Sequence[Launch], name: str) -> tuple[Outcome, list[Failure]]:
+def verdict(found: Catalog, launches: Sequence[Launch], name: str) -> tuple[Outcome, list[Failure]]:
     """What the supervisor of a launch that has ended shall do: start again if, and only if, the exit code is 75. And what is to be
     shown of it: all that failed in a row if that is the end, else what this launch died of."""
     launch = next((launch for launch in launches if launch.name == name), Launch(name))

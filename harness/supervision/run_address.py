@@ -8,7 +8,7 @@ from pathlib import Path
 from harness.checkpoint import format as fmt
 from harness.checkpoint import load, retention
 from harness.checkpoint.attempts import remembered
-from harness.checkpoint.catalog import Survey, survey
+from harness.checkpoint.catalog import Catalog, read_catalog
 from harness.checkpoint.format import Manifest
 from harness.errors import DamagedError, UsageError
 from harness.store import LocalStore, Store, is_url, open_store
@@ -26,10 +26,10 @@ def stores(path: str) -> tuple[Store, ...]:
     return (store, open_store(remote, WAIT_S)) if remote else (store,)
 
 
-def run(*places: Store | str) -> tuple[Store, Survey]:
+def run(*places: Store | str) -> tuple[Store, Catalog]:
     """A run's first store and what is in all those given. Raises UsageError if there is no run, StorageError if one cannot be listed."""
     opened = [open_store(place, WAIT_S) if isinstance(place, str) else place for place in places]
-    found = survey(*opened)
+    found = read_catalog(*opened)
     found.check_one_run()
     if not (found.greatest or found.manifests or found.orphans or any(_was_submitted(store) for store in opened)):
         raise UsageError(
@@ -84,7 +84,7 @@ def checkpoint(path: str, which: str | int = NEWEST) -> tuple[Store, Manifest]:
         ) from None
 
 
-def _chosen(store: Store, found: Survey, which: str | int) -> Manifest:
+def _chosen(store: Store, found: Catalog, which: str | int) -> Manifest:
     if which in (NEWEST, BEST):
         found.check_readable()
     if found.head is None:
@@ -100,7 +100,7 @@ def _chosen(store: Store, found: Survey, which: str | int) -> Manifest:
     return max(of_step, key=lambda manifest: manifest.order)
 
 
-def _best(store: Store, found: Survey, head: Manifest) -> Manifest:
+def _best(store: Store, found: Catalog, head: Manifest) -> Manifest:
     """The checkpoint with the best value that the newest one knows of; its metric stands in the settings, or is whose value it is."""
     payload = load.outline(store, head.data_key)
     metric, _, direction = str(payload["config"].get("checkpoint", {}).get("best", "")).rpartition(":")

@@ -26,7 +26,7 @@ from torch import nn
 
 from harness.distributed import ddp
 from harness.tracking.sameness import is_same
-from harness.untracked.unkept_values import Unkept, is_programs
+from harness.untracked.unkept_values import UnkeptValues, is_programs
 
 BARE = frozenset(vars(nn.Module())) - {"training"}  # what every module has for its own bookkeeping
 OF_OPTIMIZERS = frozenset(vars(torch.optim.SGD([torch.zeros(1)], 0.1))) | {"step", "_opt_called"}  # the last two by schedulers
@@ -67,7 +67,7 @@ class Attributes:
         self._built: Built = {}
         self._tracked: Mapping[str, Any] = {}
         self._watched: dict[str, list[_Watched]] = {}
-        self.unkept = Unkept()
+        self.unkept = UnkeptValues()
 
     def before_restore(self, tracked: Mapping[str, Any]) -> None:
         """These are as built: nothing was restored into them so far."""

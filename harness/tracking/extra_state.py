@@ -16,16 +16,16 @@ from harness.errors import UsageError
 from harness.tracking.attributes import Attributes, Changed, parts
 from harness.tracking.comm_hooks import Hooks, check_hooks
 from harness.tracking.gradients import Gradients, Kept, digest
-from harness.tracking.rank_entries import ATTRIBUTES, Own
+from harness.tracking.rank_entries import ATTRIBUTES, RankEntries
 from harness.tracking.sameness import is_same
 
 GRADIENTS = "gradients"  # at the top level of a checkpoint if all ranks have the same, else each rank's own
 
 
-class More:
+class ExtraState:
     """All of it, as seen from one rank."""
 
-    def __init__(self, world: World, own: Own, step: Callable[[], int], say: Callable[[str], None]) -> None:
+    def __init__(self, world: World, own: RankEntries, step: Callable[[], int], say: Callable[[str], None]) -> None:
         self.world, self.own, self._step = world, own, step
         self._gradients, self._attributes = Gradients(step), Attributes()
         self._kept = _OwnGradients(self._gradients)

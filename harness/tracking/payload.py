@@ -13,7 +13,7 @@ from harness.tracking.rank_entries import lifted
 OfRank = tuple[Any, Any, dict[str, Any]]  # what a rank gives of itself: its generators, its iterator, and what else it has for itself
 
 
-def content(of_ranks: Sequence[OfRank], data: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+def assembled(of_ranks: Sequence[OfRank], data: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
     """The values, and with them what each rank gave; `data` says where the run stands in its data."""
     generators, iterators, of_each = zip(*of_ranks, strict=True)
     alike, own = lifted(of_each)
@@ -23,6 +23,6 @@ def content(of_ranks: Sequence[OfRank], data: dict[str, Any], values: dict[str, 
 
 def captured(of_ranks: Sequence[OfRank], data: dict[str, Any], values: dict[str, Any], tracked: Mapping[str, Any]) -> Captured:
     """All of a checkpoint. Raises UsageError for what is not plain data, NonFiniteError."""
-    whole = state.captured(content(of_ranks, data, values), tracked)
+    whole = state.captured(assembled(of_ranks, data, values), tracked)
     whole.payload["format_version"] = version_of(whole.payload)
     return whole

@@ -20,7 +20,7 @@ from harness.distributed import ddp
 from harness.distributed.ranks import World
 from harness.text import size
 from harness.tracking.payload import OfRank
-from harness.tracking.rank_entries import Own
+from harness.tracking.rank_entries import RankEntries
 from harness.tracking.tensor_leaves import Leaf, Path, leaves_of, put_leaf, short_digest
 
 SMALL_BYTES = 1 << 20  # of an object that is compared at each save, the most
@@ -51,10 +51,10 @@ class _Found:
     copies: frozenset[Path] = frozenset()  # those that are like a buffer of what DDP holds
 
 
-class ByRank:
+class RankDifferences:
     """Compares the tracked objects of all ranks whenever a checkpoint is made."""
 
-    def __init__(self, world: World, own: Own, say: Callable[[str], None], note: Callable[..., None]) -> None:
+    def __init__(self, world: World, own: RankEntries, say: Callable[[str], None], note: Callable[..., None]) -> None:
         self._world, self._own, self._say, self._note = world, own, say, note
         self._kept: dict[str, _Kept] = {}
         self._passed: dict[str, set[Path]] = {}  # what differs and need not be kept, or cannot be

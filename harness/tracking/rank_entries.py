@@ -33,7 +33,7 @@ def lifted(entries: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], list[dict
     return {ATTRIBUTES: attributes[0]}, [{name: part for name, part in entry.items() if name != ATTRIBUTES} for entry in entries]
 
 
-class Own:
+class RankEntries:
     """The parts of one rank, by name."""
 
     def __init__(self) -> None:

@@ -12,7 +12,7 @@ from harness.state.kinds import PLAIN
 MOST = 100  # new items in one container that are looked at; the next save looks at all
 
 
-class Values:
+class UserState:
     """What of `run.state` has been seen. Looked at is what is new by its name, its identity or its length: microseconds a step."""
 
     def __init__(self) -> None:

@@ -24,7 +24,7 @@ SAMPLES = 8  # numbers of each array
 MODULE, ATTRIBUTE = -1, 0  # where an array was found, if not in a container, whose identity it is else
 
 
-class Mark(NamedTuple):
+class ArrayMark(NamedTuple):
     """An array as it was: where it was found, its address, how often PyTorch has seen it written to, and some of its numbers."""
 
     where: int
@@ -32,7 +32,7 @@ class Mark(NamedTuple):
     version: int
     some: str | None
 
-    def is_other(self, now: Mark) -> bool:
+    def is_other(self, now: ArrayMark) -> bool:
         """Whether it has changed."""
         if self.where != now.where:
             return False
@@ -42,13 +42,13 @@ class Mark(NamedTuple):
 
 
 @dataclass
-class Marks:
+class ArrayMarks:
     """The arrays of an object by name, and which containers it has."""
 
-    arrays: dict[str, Mark] = field(default_factory=dict)
+    arrays: dict[str, ArrayMark] = field(default_factory=dict)
     containers: set[int] = field(default_factory=set)
 
-    def changed(self, now: Marks, held: Collection[int]) -> list[str]:
+    def changed(self, now: ArrayMarks, held: Collection[int]) -> list[str]:
         """The names of arrays that are not what they were, or are new in a container; but for those whose memory somebody else holds."""
         return [
             name
@@ -57,9 +57,9 @@ class Marks:
         ]
 
 
-def of(thing: Any) -> Marks:
+def of(thing: Any) -> ArrayMarks:
     """The marks of what an object holds: a module's parameters and buffers, or what lies in attributes and in containers there."""
-    found = Marks()
+    found = ArrayMarks()
     with contextlib.suppress(Exception):  # a thread of the program's changes it just now, or a class of its own answers with an error
         for name, where, array in itertools.islice(_arrays(thing, found.containers), MOST):
             found.arrays[name] = _mark(where, array)
@@ -92,12 +92,12 @@ def _is_marked(tensor: torch.Tensor) -> bool:
     return tensor.layout is torch.strided and not (is_lazy(tensor) or tensor.is_meta)
 
 
-def _mark(where: int, array: Any) -> Mark:
+def _mark(where: int, array: Any) -> ArrayMark:
     if isinstance(array, np.ndarray):
-        return Mark(where, array.__array_interface__["data"][0], 0, str(array.flat[:: max(1, array.size // SAMPLES)].tolist()))
+        return ArrayMark(where, array.__array_interface__["data"][0], 0, str(array.flat[:: max(1, array.size // SAMPLES)].tolist()))
     version = 0 if array.is_inference() else array._version
     if type(array) not in (torch.Tensor, nn.Parameter):
-        return Mark(where, id(array), version, None)
+        return ArrayMark(where, id(array), version, None)
     is_read = array.is_cpu and array.is_contiguous()
     some = str(array.detach().reshape(-1)[:: max(1, array.numel() // SAMPLES)].tolist()) if is_read else None
-    return Mark(where, array.data_ptr(), version, some)
+    return ArrayMark(where, array.data_ptr(), version, some)

@@ -33,7 +33,7 @@ import harness.untracked.array_changes as array_changes
 from harness.data.generator_objects import GLOBAL_GENERATORS
 from harness.data.held_generators import is_library, tells_its_class
 from harness.distributed import ddp
-from harness.untracked.loop_variables import Carried, values_of
+from harness.untracked.loop_variables import LoopVariables, values_of
 from harness.untracked.object_walk import ATOMS, parts
 from harness.untracked.unkept_values import PLAIN, fingerprint, is_of_program
 
@@ -71,7 +71,7 @@ class _Candidate:
         return [f"{self.path}.{name}" for name in names]
 
 
-class Suspects:
+class UntrackedFinder:
     """What of the program's lives and is not tracked, by the path to it; `names` grows as it is found."""
 
     def __init__(self, names: list[str], say: Callable[[str], None], note: Callable[..., None]) -> None:
@@ -83,14 +83,14 @@ class Suspects:
         self._steps, self._next = 0, 0
         self._tracked: Mapping[str, Any] = {}
         self._unhook: Callable[[], None] = lambda: None
-        self._held, self._carried = set[int](), Carried(())
+        self._held, self._carried = set[int](), LoopVariables(())
 
     def begin(self, tracked: Mapping[str, Any], source: Any) -> None:
         """Look for what lives, before the first step; `source` is where the loop's steps come from."""
         self._tracked, self._next, frame = tracked, 1, sys._getframe(1)
         self._unhook = register_optimizer_step_pre_hook(lambda optimizer, *_: self._stepped.update({id(optimizer): optimizer})).remove
         with self._harmless():
-            self._carried = Carried(_program_frames(frame))
+            self._carried = LoopVariables(_program_frames(frame))
             roots = [*_frames(frame), *_of_source(source)]
             self._candidates = _find(roots, {id(thing) for thing in tracked.values()}, source)
 
@@ -100,7 +100,7 @@ class Suspects:
         try:
             yield
         except Exception as error:  # noqa: BLE001
-            self._candidates, self._carried = [], Carried(())
+            self._candidates, self._carried = [], LoopVariables(())
             self._say(f"harness: warning: what is not tracked cannot be looked for in this program: {type(error).__name__}: {error}")
             self._note("not_looked", error=f"{type(error).__name__}: {error}")
 

@@ -23,7 +23,7 @@ VALUES = (*PLAIN, torch.Tensor, np.ndarray, np.generic)
 MOST_SOURCE = 1 << 20  # characters that are parsed
 
 
-class Carried:
+class LoopVariables:
     """The variables of the frames that the loop runs in, as they were before its first step."""
 
     def __init__(self, frames: Iterable[tuple[str, FrameType]]) -> None:

@@ -57,7 +57,7 @@ def _where() -> str | None:
     return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
 
 
-class Strays:
+class StrayLoaders:
     """The passes that were under way at the last step boundary."""
 
     def __init__(self) -> None:

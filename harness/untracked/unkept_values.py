@@ -31,7 +31,7 @@ PACKAGE = f"{Path(__file__).resolve().parents[1]}{os.sep}"
 Print = Any  # of a value; None of what is empty, or computed anew
 
 
-class Unkept:
+class UnkeptValues:
     """The names of attributes that change and cannot be kept, each once."""
 
     def __init__(self) -> None:
