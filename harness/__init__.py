@@ -1,19 +1,21 @@
-"""Submit once, walk away: training that is killed and goes on as if nothing had happened, bit for bit.
+"""A fault-tolerant training harness for PyTorch: a killed run resumes bit for bit.
 
 Reading order, which is the order of a run:
 
     train.py        the program: settings, task, the loop
-    run/            the library that the loop is written with: init, track, batches, log, evaluate
-    config/         every setting                         data/         which sample comes next
-    step.py         one optimizer step                    state/        what survives a kill
-    tracking/       what is kept beside a state_dict      untracked/    what is not kept, by its name
-    saving/         the writer's side of a save           checkpoint/   the format: committed, found, verified
-    selfcheck/      recomputed steps, compared            store/        where files lie
-    distributed/    the other processes                   preemption/   signals, deadlines, the watchdog
-    supervision/    launches, restarts, the job script    monitoring/   events, console, goodput, trackers
-    exchange/       files for others, and from others     report/       what a run has spent its time on
-    drill/          faults on purpose                     retry.py      what is tried again, and how long
-    text.py         lines, tables, durations              arguments.py  what `init` was given
+    run/            the training-loop library: init, track, batches, log, evaluate
+    config/         all settings                       data/         order and loading of samples
+    step.py         one optimizer step                 state/        capture and restore of state
+    tracking/       state outside of state_dicts       untracked/    warnings about untracked state
+    saving/         saves, as made by the writer       checkpoint/   format: commit, find, verify
+    selfcheck/      comparison of recomputed steps     store/        local and remote file stores
+    distributed/    ranks and DDP                      preemption/   signals, deadlines, watchdog
+    supervision/    launches, restarts, job script     monitoring/   events, goodput, trackers
+    exchange/       export and import of files         report/       summary of a run's time
+    drill/          injected faults                    retry.py      retries of failed requests
+    text.py         lines, tables, durations           arguments.py  validated arguments of `init`
+    task.py         the task that a user defines       errors.py     errors and exit codes
+    cli/            the commands                       tasks/        example tasks
 
 Imports only go down these layers, and each third-party library has one door:
 
@@ -68,14 +70,21 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    """Import on first use, so that a command that needs no torch starts at once."""
+    """Import a public name on first use, so that a command that needs no torch starts at once."""
     import importlib
 
     homes = {
-        "Run": "run", "init": "run", "Task": "task", "compare": "exchange.compare", "describe": "exchange.describe",
-        "export": "exchange.export", "import_checkpoint": "exchange.importing", "load_model": "exchange.rebuild",
-        "load_weights": "exchange.weights", "warm_start": "exchange.weights",
-    }  # fmt: skip
+        "Run": "run",
+        "init": "run",
+        "Task": "task",
+        "compare": "exchange.compare",
+        "describe": "exchange.describe",
+        "export": "exchange.export",
+        "import_checkpoint": "exchange.importing",
+        "load_model": "exchange.rebuild",
+        "load_weights": "exchange.weights",
+        "warm_start": "exchange.weights",
+    }
     if name not in homes:
         raise AttributeError(f"module 'harness' has no attribute {name!r}")
     return getattr(importlib.import_module(f"harness.{homes[name]}"), name)

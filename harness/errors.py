@@ -1,6 +1,6 @@
-"""Every error that a user may meet, how it is said, and the exit code that it ends the process with.
+"""The errors that a user may see, how they are printed, and their exit codes.
 
-A message has three parts: what failed, the values (found, expected), and what to do.
+A message has three parts: what failed, the values (found, expected), and the remedy.
 """
 
 from __future__ import annotations
@@ -18,17 +18,18 @@ EXIT_USAGE = 78
 
 
 class HarnessError(Exception):
-    """A failure that is explained in words instead of a traceback."""
+    """A failure that is reported by a message, without a traceback."""
 
     exit_code = EXIT_FAILED
 
     def __init__(self, what: str, found: str = "", remedy: str = "") -> None:
         self.what, self.found, self.remedy = what, found, remedy
-        super().__init__(printable("\n".join(part for part in (what, found, remedy) if part)))  # a traceback may show it
+        # A traceback may print the message: remove control characters.
+        super().__init__(printable("\n".join(part for part in (what, found, remedy) if part)))
 
 
 class UsageError(HarnessError):
-    """The configuration, the command line or the user's code asks for something impossible."""
+    """The configuration, the command line or the user's code is invalid."""
 
     exit_code = EXIT_USAGE
 
@@ -40,24 +41,29 @@ class StorageError(HarnessError):
 
 
 class RefusedError(StorageError):
-    """A store says no for good: no such bucket, no permission, wrong credentials. Trying again would not help."""
+    """A store refuses permanently: no such bucket, no permission, wrong credentials.
+
+    A retry would not help.
+    """
 
     exit_code = EXIT_USAGE
 
 
 class DamagedError(HarnessError):
-    """A checkpoint does not verify, or a run has history but nothing in it loads."""
+    """A checkpoint does not verify, or a run has a history but none of its checkpoints loads."""
 
 
 class ChangedError(DamagedError):
-    """A file is not the one any more that was begun to be read."""
+    """A file was replaced or changed while it was read."""
 
     def __init__(self, where: str) -> None:
-        super().__init__(f"{where} changed while it was read", remedy="Try again when nobody writes to it.")
+        super().__init__(
+            f"{where} changed while it was read", remedy="Try again when nobody writes to it."
+        )
 
 
 class SaveError(HarnessError):
-    """A checkpoint could not be committed; the previous one is whole."""
+    """A checkpoint could not be committed; the previous one is intact."""
 
 
 class NonFiniteError(HarnessError):
@@ -69,32 +75,43 @@ class LostRankError(HarnessError):
 
 
 class SupersededError(HarnessError):
-    """A newer attempt of the same run has begun; this one may not write any more."""
+    """A newer attempt of the same run has begun; this one must not write any more."""
 
     exit_code = EXIT_SUPERSEDED
 
 
 class OvertakenError(HarnessError):
-    """What this start was to go on from is not the newest any more: it has to be started again, and nothing has failed."""
+    """The resume point of this start is not the newest checkpoint any more.
+
+    Nothing has failed; the run must be started again.
+    """
 
     exit_code = EXIT_STOPPED
 
 
 def by_exit_code(code: int, message: str) -> HarnessError:
-    """Rebuild on one rank the error that another rank has raised."""
+    """Rebuild an error that another rank raised, from its exit code and message."""
     kinds: dict[int, type[HarnessError]] = {
-        EXIT_USAGE: UsageError, EXIT_STORAGE: StorageError, EXIT_SUPERSEDED: SupersededError, EXIT_STOPPED: OvertakenError
-    }  # fmt: skip
+        EXIT_USAGE: UsageError,
+        EXIT_STORAGE: StorageError,
+        EXIT_SUPERSEDED: SupersededError,
+        EXIT_STOPPED: OvertakenError,
+    }
     return kinds.get(code, HarnessError)(message)
 
 
 def printable(text: str) -> str:
-    """Text that came out of a file, without what a terminal would obey."""
-    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+    """Escape the control characters of a text, except newlines and tabs."""
+    return "".join(
+        c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text
+    )
 
 
 def report(error: HarnessError) -> None:
-    """Print an error for people: in full on rank 0, in one line on the others, once where all ranks have the same."""
+    """Print an error to stderr: in full on rank 0, in one line on other ranks.
+
+    Errors that all ranks raise alike are printed on rank 0 only.
+    """
     rank = int(os.environ.get("RANK", "0"))
     first, *rest = str(error).split("\n")
     text = "\n".join([f"harness: error: {first}", *(f"  {line}" for line in rest)])
@@ -102,6 +119,7 @@ def report(error: HarnessError) -> None:
         if isinstance(error, UsageError | SupersededError | OvertakenError):
             return
         text = f"harness: error on rank {rank}: {first}"
-    with contextlib.suppress(OSError, ValueError, AttributeError):  # nobody reads; the exit code still tells
-        sys.stderr.write(text + "\n")  # in one piece, or two ranks' lines run together
+    # stderr may be closed; the exit code still reports the error.
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        sys.stderr.write(text + "\n")  # one write: else the lines of two ranks may interleave
         sys.stderr.flush()

@@ -1,8 +1,9 @@
-"""What may pass by itself, and how long it is tried again. The only door to tenacity.
+"""Retries: which errors are transient, and for how long a request is repeated.
 
-There is one owner of retries: the libraries below are told to try once. A permanent error is raised at once; a transient one is
-tried again with exponential waits and full jitter, bounded in number and in seconds. The limit is one request's: a transfer of many
-parts goes on as long as each of them arrives within it.
+This is the only module that imports tenacity, and the only owner of retries: the libraries below
+are configured to try once. A permanent error is raised at once. A transient error is retried with
+exponential waits and full jitter, bounded in number and in seconds. The limit applies to one
+request: a transfer of many parts continues as long as each part arrives within it.
 
 Sources: "Error retries and exponential backoff in AWS" and the S3 API's list of error codes.
 """
@@ -24,33 +25,72 @@ T = TypeVar("T")
 MOST_TRIES = 200
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 20.0
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0  # between two starts of a whole run
-READ_AGAIN_S = (0.2, 0.8, 2.0)  # pauses before a disk that did not answer is asked again
-SLICE_S = 0.2  # how often a wait looks whether it has been given up
+READ_AGAIN_S = (0.2, 0.8, 2.0)  # pauses between attempts to read from a disk
+SLICE_S = 0.2  # how often a wait checks whether to give up
 
-# Not tenacity's own full jitter: it draws from Python's global generator, whose state belongs to the training.
+# Not tenacity's own full jitter: it draws from Python's global generator, whose state belongs to
+# the training.
 JITTER = random.Random()
 
 TRANSIENT_STATUS = frozenset({429, 500, 502, 503, 504})
-TRANSIENT_CODES = frozenset({
-    "SlowDown", "RequestTimeout", "RequestTimeoutException", "InternalError", "ServiceUnavailable", "TooManyRequests",
-    "TooManyRequestsException", "RequestLimitExceeded", "PriorRequestNotComplete", "OperationAborted", "ConditionalRequestConflict",
-    "BadDigest", "IncompleteBody", "XAmzContentSHA256Mismatch", "XAmzContentChecksumMismatch",
-})  # fmt: skip
-EXPIRED_CODES = frozenset({"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "RequestExpired"})
-# Errors of connections, by name: this module knows none of the libraries (botocore, aiohttp, fsspec) that they come from.
-TRANSIENT_KINDS = frozenset({
-    "ConnectionError", "TimeoutError", "HTTPClientError", "ClientPayloadError", "ClientConnectionError", "IncompleteRead",
-    "IncompleteReadError", "ResponseParserError", "ResponseStreamingError", "FlexibleChecksumError", "FSTimeoutError",
-    "CredentialRetrievalError", "gaierror",
-})  # fmt: skip
-TRANSIENT_ERRNOS = frozenset({
-    errno.EAGAIN, errno.EBUSY, errno.EPIPE, errno.ECONNRESET, errno.ECONNREFUSED, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ETIMEDOUT
-})  # fmt: skip
+TRANSIENT_CODES = frozenset(
+    {
+        "SlowDown",
+        "RequestTimeout",
+        "RequestTimeoutException",
+        "InternalError",
+        "ServiceUnavailable",
+        "TooManyRequests",
+        "TooManyRequestsException",
+        "RequestLimitExceeded",
+        "PriorRequestNotComplete",
+        "OperationAborted",
+        "ConditionalRequestConflict",
+        "BadDigest",
+        "IncompleteBody",
+        "XAmzContentSHA256Mismatch",
+        "XAmzContentChecksumMismatch",
+    }
+)
+EXPIRED_CODES = frozenset(
+    {"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "RequestExpired"}
+)
+# Connection errors by class name: this module imports none of the libraries that raise them
+# (botocore, aiohttp, fsspec).
+TRANSIENT_KINDS = frozenset(
+    {
+        "ConnectionError",
+        "TimeoutError",
+        "HTTPClientError",
+        "ClientPayloadError",
+        "ClientConnectionError",
+        "IncompleteRead",
+        "IncompleteReadError",
+        "ResponseParserError",
+        "ResponseStreamingError",
+        "FlexibleChecksumError",
+        "FSTimeoutError",
+        "CredentialRetrievalError",
+        "gaierror",
+    }
+)
+TRANSIENT_ERRNOS = frozenset(
+    {
+        errno.EAGAIN,
+        errno.EBUSY,
+        errno.EPIPE,
+        errno.ECONNRESET,
+        errno.ECONNREFUSED,
+        errno.EHOSTUNREACH,
+        errno.ENETUNREACH,
+        errno.ETIMEDOUT,
+    }
+)
 
 
 @dataclass(frozen=True)
 class RetryEvent:
-    """One failure that is about to be tried again."""
+    """A failed try that is about to be repeated after `wait_s` seconds."""
 
     error: BaseException
     tries: int
@@ -58,24 +98,30 @@ class RetryEvent:
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:
-    """An error and what it was raised from: libraries translate what a server said into errors of their own."""
+    """Yield an error and its chain of causes.
+
+    Libraries translate the answer of a server into errors of their own.
+    """
     while error is not None:
         yield error
         error = error.__cause__
 
 
 def answer(error: BaseException) -> tuple[int | None, str]:
-    """The HTTP status and the error code that a server answered with; (None, "") if it did not answer."""
+    """Return the HTTP status and the error code of a server's answer; (None, "") without one."""
     for cause in causes(error):
         response = getattr(cause, "response", None)
         if isinstance(response, dict):  # botocore's
             status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
             return status, str(response.get("Error", {}).get("Code", ""))
     for cause in causes(error):
-        if _is_of_connection(cause):  # aiohttp makes an answer that breaks off from an error with a `code` of its own
+        # aiohttp reports an answer that breaks off by an error that has a `code` of its own.
+        if _is_of_connection(cause):
             break
-        for name in ("status", "code"):  # other clients' spellings
-            if isinstance(cause, Exception) and isinstance(value := getattr(cause, name, None), int):
+        for name in ("status", "code"):  # the attribute's name in other clients
+            if isinstance(cause, Exception) and isinstance(
+                value := getattr(cause, name, None), int
+            ):
                 return value, ""
     return None, ""
 
@@ -85,16 +131,16 @@ def _is_of_connection(error: BaseException) -> bool:
 
 
 def is_expired(error: BaseException) -> bool:
-    """Whether the credentials were good, but are too old."""
+    """Return whether the credentials have expired."""
     return answer(error)[1] in EXPIRED_CODES
 
 
 def is_transient(error: BaseException) -> bool:
-    """Whether the same request may succeed a moment later."""
+    """Return whether the same request may succeed a moment later."""
     status, code = answer(error)
     if status is not None and status >= 300:
         return status in TRANSIENT_STATUS or code in TRANSIENT_CODES or "Throttl" in code
-    if code:  # an error in the body of an answer that began well
+    if code:  # an error in the body of an answer whose status is no error
         return code in TRANSIENT_CODES
     for cause in causes(error):
         if _is_of_connection(cause):
@@ -104,8 +150,20 @@ def is_transient(error: BaseException) -> bool:
     return False
 
 
-def _wait(seconds: float, give_up: Callable[[], object], clock: Callable[[], float], sleep: Callable[[float], object]) -> None:
-    """Sleep in slices, until it is over or given up."""
+def _wait(
+    seconds: float,
+    give_up: Callable[[], object],
+    clock: Callable[[], float],
+    sleep: Callable[[float], object],
+) -> None:
+    """Sleep in slices until the time is over or `give_up` returns something true.
+
+    Args:
+        seconds: Time to sleep.
+        give_up: Returns something true to end the wait.
+        clock: Returns the time in seconds.
+        sleep: Sleeps for a number of seconds.
+    """
     end = clock() + seconds
     while (left := end - clock()) > 0 and not give_up():
         sleep(min(left, SLICE_S))
@@ -118,11 +176,22 @@ def until_enough(
     give_up: Callable[[], object] = lambda: None,
     sleep: Callable[[float], object] = time.sleep,
 ) -> T:
-    """Call `work` until its result is not wanted again, with exponential waits and jitter between; its last result is returned, also
-    when `give_up` returns something true."""
+    """Call `work` until its result needs no repetition; return its last result.
+
+    The waits between calls grow exponentially, from 1 s to 60 s, with jitter.
+
+    Args:
+        work: Returns a result.
+        is_wanted_again: Returns True for a result after which `work` is called again.
+        give_up: Returns something true to end the waits; the last result is returned then, too.
+        sleep: Sleeps for a number of seconds.
+    """
     repeated = tenacity.Retrying(
         retry=tenacity.retry_if_result(is_wanted_again),
-        wait=lambda state: min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2 ** min(state.attempt_number - 1, 20)) * JITTER.uniform(0.5, 1.0),
+        wait=lambda state: (
+            min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2 ** min(state.attempt_number - 1, 20))
+            * JITTER.uniform(0.5, 1.0)
+        ),
         stop=lambda state: bool(give_up()),
         sleep=lambda seconds: _wait(seconds, give_up, time.monotonic, sleep),
         retry_error_callback=lambda state: state.outcome.result() if state.outcome else None,
@@ -131,8 +200,10 @@ def until_enough(
 
 
 def reading(read: Callable[[], T]) -> T:
-    """Call `read`, which asks a disk, and again after a pause while it raises StorageError: a server behind it may be away for a moment.
-    Its last error passes through."""
+    """Call `read`, which reads from a disk; repeat it after a pause while it raises StorageError.
+
+    A file server may be unreachable for a moment. The last error is raised.
+    """
     for pause_s in READ_AGAIN_S:
         try:
             return read()
@@ -151,10 +222,18 @@ def retrying(
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], object] = time.sleep,
 ) -> T:
-    """Call `work(seconds that are left)` until it succeeds; its last error passes through.
+    """Call `work` until it succeeds; raise its last error if it does not.
 
-    `on_trouble` is told of each failure that is tried again. Expired credentials are renewed once. A wait ends, and nothing is
-    tried any more, once `give_up` returns something true.
+    A permanent error is raised at once; after `MOST_TRIES` tries, a transient one is raised, too.
+
+    Args:
+        work: Function of the number of seconds that are left.
+        limit_s: Seconds for all tries together.
+        on_trouble: Called with the event of each failure that is retried.
+        renew: Renews expired credentials; it is called at most once. None: they are not renewed.
+        give_up: Returns something true to end a wait and all further tries.
+        clock: Returns the time in seconds.
+        sleep: Sleeps for a number of seconds.
     """
     until = clock() + limit_s
     renewed = False
@@ -168,7 +247,11 @@ def retrying(
         return is_transient(error)
 
     def enough(state: tenacity.RetryCallState) -> bool:
-        return state.attempt_number >= MOST_TRIES or clock() + state.upcoming_sleep >= until or bool(give_up())
+        return (
+            state.attempt_number >= MOST_TRIES
+            or clock() + state.upcoming_sleep >= until
+            or bool(give_up())
+        )
 
     def told(state: tenacity.RetryCallState) -> None:
         error = state.outcome.exception() if state.outcome else None
@@ -177,7 +260,9 @@ def retrying(
 
     attempts = tenacity.Retrying(
         retry=tenacity.retry_if_exception(may_try_again),
-        wait=lambda state: JITTER.uniform(0, min(LONGEST_WAIT_S, FIRST_WAIT_S * 2 ** min(state.attempt_number - 1, 20))),
+        wait=lambda state: JITTER.uniform(
+            0, min(LONGEST_WAIT_S, FIRST_WAIT_S * 2 ** min(state.attempt_number - 1, 20))
+        ),
         stop=enough,
         sleep=lambda seconds: _wait(seconds, give_up, clock, sleep),
         before_sleep=told,

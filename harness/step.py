@@ -1,4 +1,4 @@
-"""One optimizer step: forward, backward, clip, update. No files, no ranks."""
+"""One optimizer step: forward, backward, clip, update; without files or collectives of its own."""
 
 from __future__ import annotations
 
@@ -20,11 +20,18 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Stepper:
-    """A task made ready for its ranks: modules wrapped, optimizers, schedule, gradient scaler, averages; call it to make a step."""
+    """A task prepared for its ranks; calling it makes one optimizer step.
+
+    It holds the modules, wrapped for DDP and compiled if the settings say so, the optimizers, the
+    schedulers, the gradient scaler, and the moving averages of the weights.
+    """
 
     def __init__(self, task: Task, settings: TrainSettings, world: World) -> None:
         self.task, self.settings, self.device = task, settings, world.device
-        self.modules = {name: self._ready(module, world) for name, module in named(task.modules, "model").items()}
+        self.modules = {
+            name: self._ready(module, world)
+            for name, module in named(task.modules, "model").items()
+        }
         self.optimizers = named(task.optimizers, "optimizer")
         self.schedulers = named(task.schedulers, "scheduler")
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=settings.precision == "fp16")
@@ -32,20 +39,46 @@ class Stepper:
         self.averages: dict[str, Ema] = {}
         if settings.ema_decay is not None:
             lone = not isinstance(task.modules, Mapping)
-            self.averages = {"ema" if lone else f"{name}_ema": Ema(module, settings.ema_decay) for name, module in self.modules.items()}
+            self.averages = {
+                "ema" if lone else f"{name}_ema": Ema(module, settings.ema_decay)
+                for name, module in self.modules.items()
+            }
 
     def _ready(self, module: nn.Module, world: World) -> nn.Module:
         wrapped = wrap(module.to(world.device), world)
-        return torch.compile(wrapped) if self.settings.compile else wrapped  # type: ignore[return-value]
+        return (
+            torch.compile(wrapped)  # type: ignore[return-value]
+            if self.settings.compile
+            else wrapped
+        )
 
     @property
     def tracked(self) -> dict[str, Any]:
-        """Everything whose state has to survive, by name."""
+        """All objects whose state must survive a restart, by name."""
         scaler = {"scaler": self.scaler} if self.scaler.is_enabled() else {}
-        return self.modules | self.optimizers | self.schedulers | scaler | self.averages | {"guard": self.guard}
+        return (
+            self.modules
+            | self.optimizers
+            | self.schedulers
+            | scaler
+            | self.averages
+            | {"guard": self.guard}
+        )
 
-    def __call__(self, micro_batches: Sequence[Any], weights: Sequence[float], step: int) -> dict[str, torch.Tensor]:
-        """Forward, backward, clip, update, schedule; returns what to log."""
+    def __call__(
+        self, micro_batches: Sequence[Any], weights: Sequence[float], step: int
+    ) -> dict[str, torch.Tensor]:
+        """Run forward, backward, clip, update and schedule; return the values to log.
+
+        Args:
+            micro_batches: The micro-batches of this rank.
+            weights: The factor for the mean loss of each micro-batch.
+            step: Number of the step, for error messages.
+
+        Raises:
+            NonFiniteError: The gradients are not finite, and the policy does not allow a skip.
+            UsageError: The task has no loss.
+        """
         modules = list(self.modules.values())
         for optimizer in self.optimizers.values():
             optimizer.zero_grad()
@@ -53,32 +86,47 @@ class Stepper:
         for optimizer in self.optimizers.values():
             self.scaler.unscale_(optimizer)
         norm = gradient_norm(modules, self.settings.clip_norm)
-        allowed = self.guard.allows(norm, step, may_overflow=lambda: self.scaler.is_enabled() and self.scaler.get_scale() > 1)
+        allowed = self.guard.allows(
+            norm,
+            step,
+            may_overflow=lambda: self.scaler.is_enabled() and self.scaler.get_scale() > 1,
+        )
         for optimizer in self.optimizers.values() if allowed else ():
             self.scaler.step(optimizer)
         self.scaler.update()
         for optimizer in () if allowed else self.optimizers.values():
-            optimizer.zero_grad()  # nothing is under way then, for which a save would wait
+            optimizer.zero_grad()  # a save would wait for the update of remaining gradients
         for scheduler in self.schedulers.values():
             scheduler.step()
         return {"loss": loss}
 
     def average(self) -> None:
-        """Take the present weights into their moving averages."""
+        """Update the moving averages with the present weights."""
         for average in self.averages.values():
             average.update()
 
     def _loss(self, batch: Any) -> torch.Tensor:
         if self.task.loss is None:
-            raise UsageError("the task has neither `loss` nor `step`", remedy="Give Task(…, loss=…).")
+            raise UsageError(
+                "the task has neither `loss` nor `step`", remedy="Give Task(…, loss=…)."
+            )
         with autocast(self.device, self.settings.precision):
             return self.task.loss(self._as_given(self.modules), batch)
 
     def evaluate(self, batch: Any) -> dict[str, Any]:
-        """The task's sums over one batch: with the plain modules, and with the averaged ones as `ema_…`."""
+        """Return the sums of the task over one batch.
+
+        The sums with averaged modules, if there are any, have names that begin with `ema_`.
+
+        Raises:
+            UsageError: The task has neither `evaluate` nor `loss`.
+        """
         sums = self._sums({name: plain(module) for name, module in self.modules.items()}, batch)
         if self.averages:
-            averaged = {name: average.module for name, average in zip(self.modules, self.averages.values(), strict=True)}
+            averaged = {
+                name: average.module
+                for name, average in zip(self.modules, self.averages.values(), strict=True)
+            }
             sums |= {f"ema_{name}": value for name, value in self._sums(averaged, batch).items()}
         return sums
 
@@ -87,23 +135,32 @@ class Stepper:
             if self.task.evaluate is not None:
                 return dict(self.task.evaluate(self._as_given(modules), batch))
             if self.task.loss is None:
-                raise UsageError("the task has eval_data, but neither `evaluate` nor `loss`", remedy="Give Task(…, evaluate=…).")
-            return {"val_loss": self.task.loss(self._as_given(modules), batch) * batch_length(batch)}
+                raise UsageError(
+                    "the task has eval_data, but neither `evaluate` nor `loss`",
+                    remedy="Give Task(…, evaluate=…).",
+                )
+            return {
+                "val_loss": self.task.loss(self._as_given(modules), batch) * batch_length(batch)
+            }
 
     def _as_given(self, modules: dict[str, Any]) -> Any:
         return modules if isinstance(self.task.modules, Mapping) else modules["model"]
 
 
 def batch_length(batch: Any) -> int:
-    """The number of samples in a batch: the length of the first tensor in it."""
+    """Return the number of samples in a batch: the length of the first tensor in it."""
     while not isinstance(batch, torch.Tensor):
         batch = next(iter(batch.values() if isinstance(batch, Mapping) else batch))
     return len(batch)
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:
-    """Mixed precision for the forward pass; nothing for fp32."""
-    return torch.autocast(device.type, DTYPES[precision]) if precision in DTYPES else contextlib.nullcontext()
+    """Return the context of the forward pass: autocast for bf16 and fp16, nothing for fp32."""
+    return (
+        torch.autocast(device.type, DTYPES[precision])
+        if precision in DTYPES
+        else contextlib.nullcontext()
+    )
 
 
 def backward(
@@ -113,10 +170,18 @@ def backward(
     modules: Sequence[nn.Module],
     scale: Callable[[torch.Tensor], torch.Tensor] = lambda loss: loss,
 ) -> torch.Tensor:
-    """Accumulate the gradients of all micro-batches; returns the weighted loss, a detached scalar.
+    """Accumulate the gradients of all micro-batches; return the weighted loss, a detached scalar.
 
-    Gradients are summed over ranks once, in the last backward pass. A loss that is not finite on one rank makes the gradients
-    not finite on all: the factor 1 + 0 * loss is exactly 1 for a finite loss and NaN otherwise.
+    Gradients are summed over ranks once, in the last backward pass. A loss that is not finite on
+    one rank makes the gradients not finite on all ranks: the factor 1 + 0 * loss is exactly 1 for a
+    finite loss and NaN otherwise.
+
+    Args:
+        losses: Function from a micro-batch to its mean loss, a scalar.
+        micro_batches: The micro-batches of this rank.
+        weights: The factor for the mean loss of each micro-batch.
+        modules: The modules; DDP modules do not communicate before the last micro-batch.
+        scale: Scales a loss before its backward pass, as a gradient scaler does.
     """
     total = torch.zeros(())
     for at, (batch, weight) in enumerate(zip(micro_batches, weights, strict=True)):
@@ -133,23 +198,46 @@ def backward(
 
 
 def gradient_norm(modules: Sequence[nn.Module], clip_norm: float | None) -> torch.Tensor:
-    """The gradients' total L2 norm, a scalar on the device; gradients are clipped to `clip_norm` if it is given."""
-    parameters = [parameter for module in modules for parameter in module.parameters() if parameter.grad is not None]
+    """Return the total L2 norm of the gradients, a scalar on the device.
+
+    The gradients are clipped to `clip_norm`, unless it is None.
+    """
+    parameters = [
+        parameter
+        for module in modules
+        for parameter in module.parameters()
+        if parameter.grad is not None
+    ]
     return nn.utils.clip_grad_norm_(parameters, float("inf") if clip_norm is None else clip_norm)
 
 
 class FiniteGuard:
-    """Decides, on all ranks alike, whether an update may happen. Its count of skipped updates survives a kill."""
+    """A guard that decides whether an update may happen, with the same result on all ranks.
+
+    The gradients of all ranks are the same, and so is their norm. The number of updates skipped in
+    a row is saved in checkpoints.
+    """
 
     def __init__(self, policy: str, limit: int) -> None:
         self.policy, self.limit = policy, limit
         self.skipped_in_a_row = 0
 
-    def allows(self, norm: torch.Tensor, step: int, *, may_overflow: Callable[[], bool] = lambda: False) -> bool:
-        """Whether to update. Raises NonFiniteError as the policy says.
+    def allows(
+        self, norm: torch.Tensor, step: int, *, may_overflow: Callable[[], bool] = lambda: False
+    ) -> bool:
+        """Return whether to update.
 
-        This is the one read of the device that a step needs; `ignore` leaves it out. `may_overflow` says that a gradient
-        scaler is still looking for its scale: its overflows are skipped, but not counted.
+        This is the only read of the device that a step needs; the policy "ignore" avoids it.
+
+        Args:
+            norm: Total norm of the gradients, a scalar on the device.
+            step: Number of the step, for the error message.
+            may_overflow: Returns True while a gradient scaler can still lower its scale. The update
+                is then skipped, but not counted.
+
+        Raises:
+            NonFiniteError: The norm is not finite, and more updates in a row would be skipped than
+                the policy allows: none for "stop", the limit for "skip".
         """
         if self.policy == "ignore" or bool(torch.isfinite(norm)):
             self.skipped_in_a_row = 0
@@ -159,20 +247,27 @@ class FiniteGuard:
         if self.skipped_in_a_row > limit:
             raise NonFiniteError(
                 f"loss or gradients are not finite at step {step}",
-                f"found: gradient norm {float(norm)}, {self.skipped_in_a_row} step(s) in a row; allowed: {limit}",
-                "Lower the learning rate, clip gradients (train.clip_norm), check the data; or raise train.nonfinite_limit.",
+                f"found: gradient norm {float(norm)}, {self.skipped_in_a_row} step(s) in a row; "
+                f"allowed: {limit}",
+                "Lower the learning rate, clip gradients (train.clip_norm), check the data; or "
+                "raise train.nonfinite_limit.",
             )
         return False
 
     def state_dict(self) -> dict[str, int]:
+        """Return the number of updates skipped in a row."""
         return {"skipped_in_a_row": self.skipped_in_a_row}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
+        """Restore the number of updates skipped in a row."""
         self.skipped_in_a_row = state["skipped_in_a_row"]
 
 
 class Ema:
-    """An exponential moving average of a module's weights: average += (1 - decay) * (weight - average). Buffers are copied."""
+    """An exponential moving average of a module's weights; buffers are copied.
+
+    average += (1 - decay) * (weight - average)
+    """
 
     copies_buffers = True
 
@@ -182,12 +277,15 @@ class Ema:
         self._hook: Callable[..., object] = lambda *_: None
 
     def register_step_pre_hook(self, hook: Callable[..., object]) -> None:
-        """Have `hook` called before each update, as an optimizer does: until then the average does not change."""
+        """Call `hook` before each update, as an optimizer does.
+
+        The average is constant until then.
+        """
         self._hook = hook
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take the source's present weights into the average."""
+        """Update the average with the present weights of the source module."""
         self._hook(self)
         if own := list(self.module.parameters()):
             torch._foreach_lerp_(own, list(self.source.parameters()), 1 - self.decay)
@@ -195,7 +293,9 @@ class Ema:
             own.copy_(theirs)
 
     def state_dict(self) -> dict[str, Any]:
+        """Return the state of the averaged module."""
         return self.module.state_dict()  # type: ignore[no-any-return]
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the state of the averaged module."""
         self.module.load_state_dict(state)

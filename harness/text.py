@@ -1,4 +1,4 @@
-"""Text for people: lines that a terminal cannot be harmed by, tables, durations and sizes."""
+"""Text for people: lines without terminal control sequences, tables, durations and sizes."""
 
 from __future__ import annotations
 
@@ -13,17 +13,19 @@ from typing import TextIO
 
 from harness.errors import printable
 
-ERASED = "\r\x1b[K"  # the terminal's last line
+ERASED = "\r\x1b[K"  # erases the last line of the terminal
 
 
 def say(text: str, stream: TextIO | None = None) -> None:
-    """Print a line for people, without what a terminal would obey: names and records may be somebody else's. A stream that is gone is
-    replaced, so that nothing trips over it again at exit."""
+    """Print a line without control characters, which names and records of others may contain.
+
+    A broken stream is redirected to /dev/null, so that it raises no further error at exit.
+    """
     _print(printable(text) + "\n", stream or sys.stdout)
 
 
 def redraw(text: str, start: str = ERASED) -> None:
-    """Print text in the place of what a terminal shows: of its last line, or of all."""
+    """Print text over the last line of the terminal; `start` may erase the whole screen instead."""
     _print(start + printable(text), sys.stdout)
 
 
@@ -36,25 +38,29 @@ def _print(text: str, target: TextIO) -> None:
 
 
 def silence(stream: TextIO) -> None:
-    """Let what is written to a broken stream go nowhere."""
+    """Redirect a broken stream to /dev/null."""
     with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def fill_closed_streams() -> None:
-    """Give a process that was started with closed standard streams (`>&-`) some that go nowhere: else the next file that it
-    opens, a checkpoint perhaps, gets a stream's number, and what any library prints is written into it."""
+    """Open /dev/null for standard streams that were closed when the process was started (`>&-`).
+
+    Otherwise the next file that the process opens, perhaps a checkpoint, gets the file descriptor
+    of a standard stream, and the output of any library is written into it.
+    """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free descriptor, which is this one
         if getattr(sys, name) is None:
-            setattr(sys, name, Path(os.devnull).open("r" if number == 0 else "w"))  # noqa: SIM115 - for the process's whole life
+            # It stays open as long as the process lives.
+            setattr(sys, name, Path(os.devnull).open("r" if number == 0 else "w"))  # noqa: SIM115
 
 
 def duration(seconds: float) -> str:
-    """45 s, 3:20, 2:03:20."""
+    """Format a duration in seconds: 45 s, 3:20, 2:03:20."""
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:
@@ -63,7 +69,7 @@ def duration(seconds: float) -> str:
 
 
 def size(size_bytes: float) -> str:
-    """12.3 MB."""
+    """Format a size in bytes with a decimal unit: 12.3 MB."""
     for unit in ("B", "kB", "MB", "GB"):
         if size_bytes < 1000 or unit == "GB":
             break
@@ -72,20 +78,23 @@ def size(size_bytes: float) -> str:
 
 
 def table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
-    """Columns, aligned to the left, without lines."""
+    """Format rows as left-aligned columns without rules."""
     lines = [[printable(cell).replace("\n", " ") for cell in row] for row in [header, *rows]]
     widths = [max(len(line[at]) for line in lines) for at in range(len(header))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    )
 
 
 def number(value: float | None) -> str:
-    """Five digits, or - for what was not measured."""
+    """Format a number with five digits, or as "-" if it is None."""
     return "-" if value is None else f"{value:.5g}"
 
 
 @contextlib.contextmanager
 def muted() -> Iterator[None]:
-    """While the block runs, what libraries log and warn of is not shown."""
+    """Suppress log messages and warnings of libraries while the block runs."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:

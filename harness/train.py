@@ -1,4 +1,7 @@
-"""The program: `torchrun harness/train.py --config FILE key=value …`. It builds the task and holds the loop."""
+"""The training program: `torchrun harness/train.py --config FILE key=value …`.
+
+It builds the task and contains the training loop.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,8 @@ import sys
 from pathlib import Path
 
 if __name__ == "__main__" and sys.path[0] == str(Path(__file__).resolve().parent):
-    # Started by its path, Python looks for modules in this folder, where `import harness` would find nothing, or another one.
+    # If this file is started by its path, Python looks for modules in this folder. `import harness`
+    # would find no package there, or another one.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from typing import TYPE_CHECKING, Any
@@ -20,39 +24,33 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from harness.config import Config
+    from harness.config.schema import InitSettings
+    from harness.run import Run
     from harness.task import Task
 
 
 def train(build: Callable[..., Task], settings: Config, stored: dict[str, Any]) -> None:
-    """Train the task that `build` makes to its end, from wherever its run stands."""
-    import harness
+    """Train the task that `build` returns, from the resume point of its run to its end.
+
+    Args:
+        build: Function that returns the task.
+        settings: The settings of the run.
+        stored: The settings as plain data, as they are stored in each checkpoint.
+    """
     from harness import step
     from harness.data.plan import accumulation
 
-    run = harness.init(
-        settings.run.dir,
-        remote=settings.run.remote, seed=settings.train.seed,
-        save_every_s=settings.checkpoint.every_s,
-        save_every_steps=settings.checkpoint.every_steps,
-        keep_last=settings.checkpoint.keep_last, keep_every_steps=settings.checkpoint.keep_every_steps,
-        keep_best=settings.checkpoint.keep_best,
-        best=settings.checkpoint.best, snapshot=settings.checkpoint.snapshot, when_busy=settings.checkpoint.when_busy,
-        memory=settings.checkpoint.memory and settings.checkpoint.memory_every_steps,
-        wait_s=settings.store.wait_s,
-        remote_keep={"last": settings.store.keep_last, "every_steps": settings.store.keep_every_steps, "best": settings.store.keep_best},
-        config=stored, accept=settings.resume.accept, override=settings.resume.override,
-        environment=settings.resume.environment, on_mismatch=settings.resume.on_mismatch,
-        deterministic=settings.train.deterministic, timeout_s=settings.run.timeout_s, step_timeout_s=settings.run.step_timeout_s,
-        grace_s=settings.run.grace_s, margin_s=settings.run.margin_s, is_scratch=settings.run.scratch, notices=settings.run.notices,
-        log_every_steps=settings.log.every_steps, log_to=settings.log.to, rehearse=settings.checkpoint.rehearse,
-    )  # fmt: skip
+    run = start(settings, stored)
     job = build(**settings.task.args)
-    if settings.init.from_ is not None:
-        harness.warm_start(run, job.modules, settings.init.from_, strict=settings.init.strict, rename=settings.init.rename)
+    warm_start(run, job, settings.init)
     stepper = step.Stepper(job, settings.train, run.world)
     run.track(**stepper.tracked)
-    accumulate = accumulation(settings.train.global_batch_size, run.world_size, settings.train.micro_batch_size)
-    batches = run.batches(  # by name: an error lives to be told before the loop is let go
+    accumulate = accumulation(
+        settings.train.global_batch_size, run.world_size, settings.train.micro_batch_size
+    )
+    # The name keeps the iterator alive until an error in the loop is reported. Without it, the
+    # iterator would be closed first, and its message would come before the error.
+    batches = run.batches(
         job.train_data,
         settings.train.global_batch_size,
         accumulate=accumulate,
@@ -64,29 +62,108 @@ def train(build: Callable[..., Task], settings: Config, stored: dict[str, Any]) 
         collate_fn=job.collate,
     )
     for batch in batches:
-        values = job.step(run, batch) if job.step else stepper(batch if accumulate > 1 else [batch], run.weights, run.step)
+        values = (
+            job.step(run, batch)
+            if job.step
+            else stepper(batch if accumulate > 1 else [batch], run.weights, run.step)
+        )
         stepper.average()
         run.log(**values)
         if job.eval_data is not None and run.due(settings.eval.every_steps):
-            run.evaluate(job.eval_data, stepper.evaluate, batch_size=settings.eval.batch_size, collate_fn=job.collate)
+            run.evaluate(
+                job.eval_data,
+                stepper.evaluate,
+                batch_size=settings.eval.batch_size,
+                collate_fn=job.collate,
+            )
     run.say("  ".join(f"{name} {value:.4f}" for name, value in run.metrics.items()))
     if best := run.best_checkpoint():
         run.say(f"best checkpoint: {best}")
     run.world.leave()
 
 
+def start(settings: Config, stored: dict[str, Any]) -> Run:
+    """Join the other ranks and return the run, at its resume point.
+
+    Collective: every rank must call it.
+    """
+    import harness
+
+    return harness.init(
+        settings.run.dir,
+        remote=settings.run.remote,
+        seed=settings.train.seed,
+        save_every_s=settings.checkpoint.every_s,
+        save_every_steps=settings.checkpoint.every_steps,
+        keep_last=settings.checkpoint.keep_last,
+        keep_every_steps=settings.checkpoint.keep_every_steps,
+        keep_best=settings.checkpoint.keep_best,
+        best=settings.checkpoint.best,
+        snapshot=settings.checkpoint.snapshot,
+        when_busy=settings.checkpoint.when_busy,
+        memory=settings.checkpoint.memory and settings.checkpoint.memory_every_steps,
+        wait_s=settings.store.wait_s,
+        remote_keep={
+            "last": settings.store.keep_last,
+            "every_steps": settings.store.keep_every_steps,
+            "best": settings.store.keep_best,
+        },
+        config=stored,
+        accept=settings.resume.accept,
+        override=settings.resume.override,
+        environment=settings.resume.environment,
+        on_mismatch=settings.resume.on_mismatch,
+        deterministic=settings.train.deterministic,
+        timeout_s=settings.run.timeout_s,
+        step_timeout_s=settings.run.step_timeout_s,
+        grace_s=settings.run.grace_s,
+        margin_s=settings.run.margin_s,
+        is_scratch=settings.run.scratch,
+        notices=settings.run.notices,
+        log_every_steps=settings.log.every_steps,
+        log_to=settings.log.to,
+        rehearse=settings.checkpoint.rehearse,
+    )
+
+
+def warm_start(run: Run, job: Task, settings: InitSettings) -> None:
+    """Load the weights that `init.from` names, if any, into the modules of a new run.
+
+    Collective: every rank must call it.
+    """
+    import harness
+
+    if settings.from_ is not None:
+        harness.warm_start(
+            run,
+            job.modules,
+            settings.from_,
+            strict=settings.strict,
+            rename=settings.rename,
+        )
+
+
 def main(arguments: list[str] | None = None) -> None:
-    """Read the command line and train; errors that a user can mend are said in words."""
+    """Read the command line and train; errors in the settings are printed without a traceback."""
     fill_closed_streams()
     parser = argparse.ArgumentParser(
         prog="harness/train.py",
         description="Train a task; go on from the newest checkpoint if there is one.",
-        epilog="example: torchrun --standalone --nproc-per-node=2 harness/train.py --config configs/digits.yaml run.dir=runs/a",
+        epilog="example: torchrun --standalone --nproc-per-node=2 harness/train.py "
+        "--config configs/digits.yaml run.dir=runs/a",
     )
-    parser.add_argument("--config", help="YAML file, relative to the working directory; without it the defaults train the digits")
-    parser.add_argument("settings", nargs="*", metavar="key=value", help="settings that override the file's")
+    parser.add_argument(
+        "--config",
+        help="YAML file, relative to the working directory; without it the defaults train the "
+        "digits",
+    )
+    parser.add_argument(
+        "settings", nargs="*", metavar="key=value", help="settings that override the file's"
+    )
     parsed = parser.parse_intermixed_args(arguments)
-    preemption.install()  # before what takes seconds: a stop that comes while torch is loaded is a stop, not a crash
+    # Before the imports, which take seconds: a stop signal during the import of torch must count as
+    # a stop, not as a crash.
+    preemption.install()
     preemption.die_with_launcher()
     try:
         from harness import task

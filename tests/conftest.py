@@ -256,10 +256,10 @@ def world() -> Iterator[World]:
     """This process as the only rank, for what is collective."""
     import torch.distributed
 
-    from harness.distributed import ranks
-
     own = not torch.distributed.is_initialized()
-    world = ranks.join(60)
+    from harness.distributed import join
+
+    world = join.join(60)
     yield world
     if own:
         world.leave()

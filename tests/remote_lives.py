@@ -29,13 +29,13 @@ from conftest import ENVIRONMENT
 
 from harness import train
 from harness.arguments import Settings
-from harness.checkpoint import attempts, load, retention
+from harness.checkpoint import attempts, resume, retention
 from harness.checkpoint import format as fmt
 from harness.checkpoint.catalog import going_on_from, read_catalog
 from harness.checkpoint.commit import About, commit
 from harness.checkpoint.format import Manifest
 from harness.checkpoint.replicate import replicate
-from harness.distributed import ranks
+from harness.distributed import join
 from harness.errors import SaveError
 from harness.monitoring.console import Console
 from harness.monitoring.goodput import Goodput
@@ -98,9 +98,9 @@ def write(places: list[str], steps: list[int], wait_s: float, told: str) -> None
     # The program's own patience with a failing upload and with the last record is for people who wait; here all of it is `wait_s`.
     uploader.REQUEST_S = run_ending.RECORD_S = wait_s
     stores = tuple(open_store(place, wait_s) for place in places)
-    ending, world = ExitRecord(), ranks.join(60)
+    ending, world = ExitRecord(), join.join(60)
     outage = listen(stores, True)
-    choice = load.choose(stores, world)
+    choice = resume.choose(stores, world)
     policy = retention.Policy(last=2, best=0)
     settings = Settings(policy=policy, remote_policy=policy, wait_s=wait_s)
     saver = Checkpointer(stores, world, choice, settings, ending, outage, Goodput(), time.monotonic)

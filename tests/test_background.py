@@ -32,7 +32,8 @@ from harness.checkpoint.catalog import read_catalog
 from harness.errors import NonFiniteError, StorageError, UsageError
 from harness.exchange.compare import differences
 from harness.saving.writer_process import WriterProcess
-from harness.state.snapshot import STRIDE_BYTES, Snapshot, UnsupportedStateError
+from harness.state.raw_bytes import STRIDE_BYTES
+from harness.state.snapshot import Snapshot, UnsupportedStateError
 from harness.step import Ema
 from harness.store import LocalStore
 from harness.store.staging_buffer import BLOCK_BYTES, PIECE_BYTES, StagingBuffer, free_memory_bytes, write_to
@@ -356,7 +357,7 @@ def test_the_writing_process_dies_with_the_one_that_trains_and_commits_nothing(t
     assert any("stopped" in line for line in process.stdout)
     wait_until(lambda: list(tmp_path.glob("a/checkpoints/step_00000004-0001.pt.tmp-*")), "the second save has begun")
     children = psutil.Process(process.pid).children(recursive=True)
-    assert any("scribe" in " ".join(child.cmdline()) for child in children)
+    assert any("writer_process" in " ".join(child.cmdline()) for child in children)
     process.kill()
     process.wait()
     process.stdout.close()

@@ -154,15 +154,15 @@ def test_slurm_tasks_without_torchrun_are_refused_with_the_right_line(tmp_path):
 
 
 def test_one_slurm_task_and_those_of_torchrun_are_right(monkeypatch):
-    from harness.distributed import ranks
+    from harness.distributed import join
 
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
-    ranks.check_environment()
+    join.check_environment()
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
     with pytest.raises(UsageError):
-        ranks.check_environment()
+        join.check_environment()
     monkeypatch.setenv("RANK", "0")
-    ranks.check_environment()
+    join.check_environment()
 
 
 def test_a_task_that_is_not_there_ends_with_78_and_without_a_traceback(tmp_path):

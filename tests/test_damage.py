@@ -19,7 +19,7 @@ import torch
 from blake3 import blake3
 
 from harness import cli
-from harness.checkpoint import attempts, load
+from harness.checkpoint import attempts, load, resume
 from harness.checkpoint import format as fmt
 from harness.checkpoint.catalog import read_catalog
 from harness.checkpoint.commit import About, commit
@@ -349,7 +349,7 @@ def test_a_manifest_of_a_later_format_refuses_a_start_and_is_not_set_aside(store
     found = read_catalog(store)
     assert list(found.newer) == [fmt.manifest_key(30, 1)] and not found.damaged
     with pytest.raises(UsageError, match="format version 99"):
-        load.choose(store, world)
+        resume.choose(store, world)
     assert manifest_path(store).exists()
 
 
@@ -386,7 +386,7 @@ def test_foreign_files_are_named_and_neither_used_nor_counted_as_damage(store, w
     found = read_catalog(store)
     assert sorted(found.foreign) == sorted(f"{fmt.CHECKPOINTS}/{name}" for name in FOREIGN)
     assert [m.step for m in found.manifests] == list(STEPS) and not found.damaged
-    choice = load.choose(store, world)
+    choice = resume.choose(store, world)
     assert choice.manifest.step == 30 and choice.damaged == []
     assert all(any(" ".join(name.split()) in note for note in choice.notes) for name in FOREIGN)
     assert cli.main(["verify", str(store.root)]) == 0
@@ -426,7 +426,7 @@ def test_a_pickle_that_would_run_code_is_refused_though_its_digest_fits(store, w
     manifest = forge(store, 40, data)
     with pytest.raises(DamagedError, match="cannot be parsed"):
         load.load(store, manifest)
-    assert load.choose(store, world).manifest.step == 30
+    assert resume.choose(store, world).manifest.step == 30
     check_named_among(store, capsys, fmt.stem(40, 1))
     cli.main(["show", str(data_path(store, 40))])
     assert not (tmp_path / "canary").exists()
@@ -464,7 +464,7 @@ def test_data_that_cannot_be_parsed_is_damage_in_words_though_its_digest_fits(st
         except Exception as error:  # noqa: BLE001  whatever else it is, it is the finding
             wrong.append(f"{len(data)} bytes, {data[:12]!r}: {type(error).__name__}: {error}")
     assert not wrong, f"{len(wrong)} of {len(cases)}:\n" + "\n".join(wrong[:12])
-    assert load.choose(store, world).manifest.step == 30
+    assert resume.choose(store, world).manifest.step == 30
 
 
 # --- which one is chosen ---
@@ -472,7 +472,7 @@ def test_data_that_cannot_be_parsed_is_damage_in_words_though_its_digest_fits(st
 
 def test_the_newest_is_chosen_and_nothing_is_written(store, world):
     before = tree(store.root)
-    choice = load.choose(store, world)
+    choice = resume.choose(store, world)
     assert choice.manifest.step == 30 and choice.payload["step"] == 30
     assert choice.damaged == [] and choice.notes == []
     assert tree(store.root) == before
@@ -485,7 +485,7 @@ def test_a_damaged_newest_is_passed_over_loudly_for_the_next_older_and_marked_to
     else:
         flip(data_path(store) if kind == "data" else manifest_path(store), 300)
     before = tree(store.root)
-    choice = load.choose(store, world)
+    choice = resume.choose(store, world)
     assert choice.manifest.step == 20
     assert torch.equal(choice.payload["model_state_dict"]["weight"], payload(20)["model_state_dict"]["weight"])
     assert choice.damaged == [(0, fmt.manifest_key(30, 1))]
@@ -496,7 +496,7 @@ def test_a_damaged_newest_is_passed_over_loudly_for_the_next_older_and_marked_to
 def test_two_damaged_ones_are_passed_over_for_the_third(store, world):
     flip(data_path(store, 30), 100)
     flip(data_path(store, 20), 100)
-    choice = load.choose(store, world)
+    choice = resume.choose(store, world)
     assert choice.manifest.step == 10
     assert choice.damaged == [(0, fmt.manifest_key(30, 1)), (0, fmt.manifest_key(20, 1))]
     assert len(choice.notes) == 2
@@ -511,25 +511,25 @@ def test_if_everything_is_damaged_there_is_no_fresh_start(store, world, kind):
             flip(data_path(store, step) if kind == "data" else manifest_path(store, step), 300)
     before = tree(store.root)
     with pytest.raises(DamagedError, match="not starting from step 0") as caught:
-        load.choose(store, world)
+        resume.choose(store, world)
     assert all(fmt.stem(step, 1) in str(caught.value) for step in STEPS)
     assert tree(store.root) == before
 
 
 def test_what_is_set_aside_is_kept_counts_no_more_and_still_forbids_a_fresh_start(store, world, capsys):
     for step in STEPS:
-        load.set_aside(store, fmt.manifest_key(step, 1))
+        resume.set_aside(store, fmt.manifest_key(step, 1))
         assert not data_path(store, step).exists() and data_path(store, step).with_name(f"{fmt.stem(step, 1)}.pt.damaged").exists()
     found = read_catalog(store)
     assert found.manifests == [] and found.orphans == [] and len(found.set_aside) == 6
     assert cli.main(["verify", str(store.root)]) == 0
     assert capsys.readouterr().out.count("set aside") == 6
     with pytest.raises(DamagedError, match="not starting from step 0"):
-        load.choose(store, world)
+        resume.choose(store, world)
     for path in (store.root / fmt.ATTEMPTS).iterdir():
         path.unlink()
     with pytest.raises(DamagedError, match="not starting from step 0"):
-        load.choose(store, world)
+        resume.choose(store, world)
 
 
 def test_setting_aside_takes_the_manifest_away_first(store):
@@ -537,15 +537,15 @@ def test_setting_aside_takes_the_manifest_away_first(store):
     blocked = store.path(f"{fmt.data_key(30, 1)}.damaged")
     (blocked / "in the way").mkdir(parents=True)
     with pytest.raises(StorageError):
-        load.set_aside(store, fmt.manifest_key(30, 1))
+        resume.set_aside(store, fmt.manifest_key(30, 1))
     assert not manifest_path(store).exists() and data_path(store).exists()
     assert read_catalog(store).head.step == 20
 
 
 def test_setting_aside_what_is_gone_already_is_fine(store):
     data_path(store).unlink()
-    load.set_aside(store, fmt.manifest_key(30, 1))
-    load.set_aside(store, fmt.manifest_key(30, 1))
+    resume.set_aside(store, fmt.manifest_key(30, 1))
+    resume.set_aside(store, fmt.manifest_key(30, 1))
     assert read_catalog(store).set_aside == [f"{fmt.manifest_key(30, 1)}.damaged"]
     assert read_catalog(store).head.step == 20
 
@@ -555,7 +555,7 @@ def test_if_only_later_formats_are_there_is_no_fresh_start(store, world):
         later = seal(json.loads(manifest_path(store, step).read_bytes()) | {"format_version": 99})
         manifest_path(store, step).write_bytes(later)
     with pytest.raises(UsageError, match="format version 99"):
-        load.choose(store, world)
+        resume.choose(store, world)
 
 
 @contextlib.contextmanager
@@ -583,7 +583,7 @@ def open_store(template: Path) -> Iterator[LocalStore]:
 def test_what_cannot_be_read_is_not_called_damaged(open_store, world):
     os.chmod(data_path(open_store), 0)
     with as_nobody(), pytest.raises(StorageError, match="cannot be read") as refused:
-        load.choose(open_store, world)  # it may be whole, and going on from an older one would cut it off
+        resume.choose(open_store, world)  # it may be whole, and going on from an older one would cut it off
     assert "Permission denied" in str(refused.value) and NEWEST in str(refused.value)
     assert read_catalog(open_store).set_aside == []
 
@@ -593,10 +593,10 @@ def test_a_store_that_cannot_be_listed_is_never_a_fresh_start(open_store, world,
     os.chmod(open_store.root / folder, 0)
     try:
         with as_nobody(), pytest.raises(StorageError, match=folder):
-            load.choose(open_store, world)
+            resume.choose(open_store, world)
         shutil.rmtree(open_store.root / fmt.CHECKPOINTS)
         (open_store.root / fmt.CHECKPOINTS).write_bytes(b"")
         with pytest.raises(StorageError, match=fmt.CHECKPOINTS):
-            load.choose(open_store, world)
+            resume.choose(open_store, world)
     finally:
         os.chmod(open_store.root / folder, 0o755)

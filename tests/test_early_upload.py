@@ -25,6 +25,7 @@ from harness.checkpoint.retention import Policy
 from harness.errors import DamagedError
 from harness.monitoring.event_log import EventLog
 from harness.monitoring.store_health import StoreHealth
+from harness.saving.upload_queue import UploadQueue
 from harness.saving.uploader import Route, Uploader
 from harness.store import LocalStore, open_store
 from harness.store.staging_buffer import LENT_BYTES, StagingBuffer
@@ -145,16 +146,13 @@ def test_one_that_is_never_committed_is_dropped_and_the_next_one_sent(committed,
     check_like_the_directory(home, Path(str(store)))
 
 
-def test_what_retention_deletes_before_it_was_sent_is_waited_for_by_nobody(committed, home: Home) -> None:
-    store, manifest, _ = committed
-    route = Route(store, open_store(home.url, 30), Policy())
-    uploader = Uploader(
-        route, Attempt(1, manifest.run_id, ""), EventLog(store, "events/0001.jsonl", kept=True), StoreHealth(home.url, print)
-    )
-    uploader.offer(manifest)
-    early = uploader._next()
-    uploader.forget([manifest.name])
-    waiting = threading.Thread(target=uploader._committed, args=(early,), daemon=True)
+def test_what_retention_deletes_before_it_was_sent_is_waited_for_by_nobody(committed) -> None:
+    _, manifest, _ = committed
+    queue = UploadQueue(Policy(), threading.Condition(), is_on=True)
+    queue.add(manifest)
+    early = queue.next()
+    queue.forget([manifest.name])
+    waiting = threading.Thread(target=queue.committed, args=(early,), daemon=True)
     waiting.start()
     waiting.join(5)
     assert not waiting.is_alive()

@@ -25,7 +25,7 @@ import harness
 from harness.checkpoint import load
 from harness.checkpoint.catalog import read_catalog
 from harness.errors import UsageError
-from harness.saving import uploader
+from harness.monitoring import kept_files
 from harness.store import LocalStore
 from harness.tasks import gan
 from harness.tasks.digits import load_split
@@ -229,7 +229,7 @@ def test_a_remote_that_is_a_directory_gets_the_folders_too(tmp_path: Path) -> No
 
 
 def test_files_that_are_kept_in_an_outage_arrive_afterwards(home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(uploader, "MOST_KEPT_BYTES", 1000)
+    monkeypatch.setattr(kept_files, "MOST_KEPT_BYTES", 1000)
     with FaultProxy(home.server.host, home.server.port) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
 

@@ -13,7 +13,7 @@ import torch
 from conftest import ENVIRONMENT
 
 from harness import cli
-from harness.checkpoint import attempts, load, retention
+from harness.checkpoint import attempts, load, resume, retention
 from harness.checkpoint import format as fmt
 from harness.checkpoint.catalog import Catalog, going_on_from, read_catalog
 from harness.checkpoint.commit import About, commit
@@ -94,7 +94,7 @@ def test_a_zombie_that_commits_a_greater_step_after_its_successor_is_ignored_and
     zombie.save_blindly(30)
     zombie.save_blindly(99)
     assert orders(store) == [(20, 2), (10, 1)]
-    assert load.choose(store, world).manifest.order == (2, 20)
+    assert resume.choose(store, world).manifest.order == (2, 20)
     listed = notes(store, capsys)
     assert "cut off" in listed[fmt.stem(99, 1)] and "cut off" in listed[fmt.stem(30, 1)]
     assert listed[fmt.stem(20, 2)] == "next start goes on from here"
@@ -129,7 +129,7 @@ def test_a_bare_claim_only_fences(store, world):
     first.save(20)
     claimed = Life(store)
     assert orders(store) == [(20, 1), (10, 1)]
-    assert load.choose(store, world).manifest.order == (1, 20)
+    assert resume.choose(store, world).manifest.order == (1, 20)
     with pytest.raises(SupersededError):
         first.save(30)
     assert claimed.attempt.number == 2
@@ -143,7 +143,7 @@ def test_a_damaged_head_falls_back_within_its_lineage_and_not_to_what_it_cut_off
     successor.save(20)
     zombie.save_blindly(99)
     store.path(fmt.data_key(20, 2)).write_bytes(b"damaged")
-    choice = load.choose(store, world)
+    choice = resume.choose(store, world)
     assert choice.manifest.order == (1, 10)
     assert choice.damaged == [(0, fmt.manifest_key(20, 2))]
 
@@ -247,7 +247,7 @@ def test_what_a_living_attempt_deletes_between_listing_and_reading_means_list_ag
 
     watched = Interrupted(world.rank, world.size, world.device, world.timeout_s)
     watched.meanwhile = goes_on
-    choice = load.choose(store, watched)
+    choice = resume.choose(store, watched)
     assert choice.manifest.step == 40
     assert choice.damaged == [], "nothing of it is damaged"
 
@@ -377,7 +377,7 @@ def test_after_a_rollback_the_next_start_goes_on_from_there(grown, world, capsys
     files = {path: path.read_bytes() for path in grown.root.rglob("*") if path.is_file()}
     assert cli.main(["rollback", str(grown.root), "20"]) == 0
     assert orders(grown) == [(20, 3), (20, 1), (10, 1)]
-    choice = load.choose(grown, world)
+    choice = resume.choose(grown, world)
     assert choice.manifest.order == (3, 20)
     assert torch.equal(choice.payload["model_state_dict"]["weight"], payload(20, 1)["model_state_dict"]["weight"])
     assert all(path.read_bytes() == data for path, data in files.items()), "nothing is deleted or changed"
@@ -399,7 +399,7 @@ def test_a_rollback_is_undone_by_name(grown, world):
     assert cli.main(["rollback", str(grown.root), "10"]) == 0
     assert cli.main(["rollback", str(grown.root), fmt.stem(40, 2)]) == 0
     assert orders(grown) == [(40, 4), (40, 2), (30, 2), (20, 1), (10, 1)]
-    choice = load.choose(grown, world)
+    choice = resume.choose(grown, world)
     assert torch.equal(choice.payload["model_state_dict"]["weight"], payload(40, 2)["model_state_dict"]["weight"])
 
 
@@ -415,7 +415,7 @@ def test_a_rollback_to_what_is_not_there_changes_nothing(grown, capsys):
 def test_a_rollback_to_a_damaged_checkpoint_does_not_move_the_run(grown, world):
     grown.path(fmt.data_key(20, 1)).write_bytes(b"damaged")
     assert cli.main(["rollback", str(grown.root), "20"]) == 1
-    assert load.choose(grown, world).manifest.order == (2, 40)
+    assert resume.choose(grown, world).manifest.order == (2, 40)
 
 
 def test_a_finished_run_that_is_rolled_back_is_finished_no_more(store):
@@ -437,7 +437,7 @@ def test_an_import_forks_a_run_of_its_own(grown, world, tmp_path):
     assert orders(found) == [(20, 1)] and found.head.lineage == ((1, 20),)
     assert found.run_id != read_catalog(grown).run_id and found.head.run_id == found.run_id
     assert fork.read(fmt.data_key(20, 1)) == grown.read(fmt.data_key(20, 1))
-    assert load.choose(fork, world).manifest.step == 20
+    assert resume.choose(fork, world).manifest.step == 20
     Life(fork).save(21)
     assert orders(fork) == [(21, 2), (20, 1)]
     assert {path: path.read_bytes() for path in grown.root.rglob("*") if path.is_file()} == before
@@ -505,8 +505,8 @@ def test_a_store_that_cannot_be_listed_cannot_be_told(tmp_path, capsys):
 
 
 def test_an_empty_directory_is_a_fresh_start(store, world, tmp_path):
-    assert load.choose(store, world).manifest is None
-    assert load.choose(LocalStore(tmp_path / "none"), world).manifest is None
+    assert resume.choose(store, world).manifest is None
+    assert resume.choose(LocalStore(tmp_path / "none"), world).manifest is None
     assert not (tmp_path / "none").exists()
 
 
@@ -515,7 +515,7 @@ def test_attempts_that_died_before_their_first_commit_allow_a_fresh_start(store,
     Life(store).end("failed", error="x", saved_step=None)
     Life(store).end("stopped", step=0, saved=False, saved_step=None)
     store.write(fmt.data_key(10, 1), b"data without a manifest", 1)
-    choice = load.choose(store, world)
+    choice = resume.choose(store, world)
     assert choice.manifest is None
     assert attempts.claim(choice.survey, None, 1).number == 4
 
@@ -531,7 +531,7 @@ def test_a_fresh_start_is_refused_after_an_attempt_that_went_on_from_something(s
     drop_checkpoints(store)
     before = sorted(store.root.rglob("*"))
     with pytest.raises(DamagedError, match=r"attempts/0002\.json"):
-        load.choose(store, world)
+        resume.choose(store, world)
     assert sorted(store.root.rglob("*")) == before
 
 
@@ -540,7 +540,7 @@ def test_a_fresh_start_is_refused_if_an_attempt_record_cannot_be_read(store, wor
     Life(store)
     store.path(fmt.attempt_key(1)).write_bytes(record)
     with pytest.raises(DamagedError, match=r"attempts/0001\.json"):
-        load.choose(store, world)
+        resume.choose(store, world)
 
 
 def test_a_fresh_start_is_refused_after_an_attempt_that_ended_with_something_saved(store, world):
@@ -549,20 +549,20 @@ def test_a_fresh_start_is_refused_after_an_attempt_that_ended_with_something_sav
     life.end("stopped", step=10, saved=True, saved_step=10)
     drop_checkpoints(store)
     with pytest.raises(DamagedError, match=r"attempts/0001\.end\.json"):
-        load.choose(store, world)
+        resume.choose(store, world)
 
 
 @pytest.mark.parametrize("name", ["step_00000010-0001.pt.damaged", "step_00000010-0001.json.damaged"])
 def test_a_fresh_start_is_refused_if_something_is_set_aside(store, world, name):
     store.path(f"{fmt.CHECKPOINTS}/{name}").write_bytes(b"")
     with pytest.raises(DamagedError, match="set aside"):
-        load.choose(store, world)
+        resume.choose(store, world)
 
 
 def test_a_fresh_start_is_refused_if_a_manifest_is_there_that_cannot_be_read(store, world):
     store.path(fmt.manifest_key(10, 1)).write_bytes(b"")
     with pytest.raises(DamagedError, match=fmt.stem(10, 1)):
-        load.choose(store, world)
+        resume.choose(store, world)
 
 
 # --- checkpoints of another run ---
@@ -579,7 +579,7 @@ def test_checkpoints_of_another_run_are_ignored_loudly(store, world, tmp_path, c
     found = read_catalog(store)
     assert found.strangers == [fmt.manifest_key(90, 3)]
     assert orders(found) == [(10, 1)]
-    choice = load.choose(store, world)
+    choice = resume.choose(store, world)
     assert choice.manifest.step == 10 and choice.damaged == []
     assert any(fmt.stem(90, 3) in note and "not of this run" in note for note in choice.notes)
     assert cli.main(["verify", str(store.root)]) == 1
@@ -599,14 +599,14 @@ def test_only_checkpoints_of_another_run_are_no_fresh_start(store, world, tmp_pa
     for key in (fmt.manifest_key(90, 1), fmt.data_key(90, 1)):
         shutil.copy(other.path(key), store.path(key))
     with pytest.raises(DamagedError, match=fmt.stem(90, 1)):
-        load.choose(store, world)
+        resume.choose(store, world)
 
 
 def test_a_run_whose_attempt_records_are_lost_is_still_the_run_of_its_checkpoints(store, world):
     Life(store).save(10)
     shutil.rmtree(store.root / fmt.ATTEMPTS)
     store.prepare(fmt.FOLDERS)
-    assert load.choose(store, world).manifest.step == 10
+    assert resume.choose(store, world).manifest.step == 10
     assert Life(store).attempt.run_id == read_catalog(store).manifests[0].run_id
 
 
@@ -644,7 +644,7 @@ def test_prune_deletes_what_rollbacks_cut_off_and_crashes_left_and_keeps_what_ma
 
 
 def test_prune_keeps_what_is_set_aside_unless_told(grown, capsys):
-    load.set_aside(grown, fmt.manifest_key(30, 2))
+    resume.set_aside(grown, fmt.manifest_key(30, 2))
     assert cli.main(["prune", str(grown.root), "--yes"]) == 0
     assert len(read_catalog(grown).set_aside) == 2
     assert cli.main(["prune", str(grown.root), "--yes", "--set-aside"]) == 0

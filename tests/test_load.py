@@ -318,12 +318,13 @@ def test_another_file_in_the_place_of_an_offered_memory_is_not_used(tmp_path):
 
 RANK = """
 import json
-from harness.distributed import ranks
+from harness.checkpoint import resume
+from harness.distributed import join
 if os.environ["SEES"] == "nothing":
     store = LocalStore("/nonexistent")
-world = ranks.join(60)
+world = join.join(60)
 try:
-    choice = load.choose(store, world)
+    choice = resume.choose(store, world)
     maps = {line.split()[4] for line in open("/proc/self/maps") if "/memfd:harness-" in line}
     said = [sorted(maps), float(choice.payload["model_state_dict"]["layer.9"][-1]), choice.notes if world.is_writer else []]
 except Exception as error:

@@ -19,11 +19,11 @@ from fault_proxy import FaultProxy, Rule
 from remote_lives import Born, Life, Nursery, payload, shared_nursery
 from s3_server import S3Server
 
-from harness.checkpoint import attempts, load
+from harness.checkpoint import attempts, load, resume
 from harness.checkpoint import format as fmt
 from harness.checkpoint.catalog import Catalog, going_on_from, read_catalog
 from harness.checkpoint.commit import About, commit
-from harness.distributed import ranks
+from harness.distributed import join, ranks
 from harness.store import TEMP, LocalStore, Store, open_store
 from harness.store.remote import RemoteStore
 from harness.store.s3_client import S3Client
@@ -119,7 +119,7 @@ class Case:
         return self._choose_in((store,), at_least)
 
     def _choose_in(self, stores: tuple[Store, ...], at_least: int) -> fmt.Manifest:
-        choice = load.choose(stores, self.lives.world)
+        choice = resume.choose(stores, self.lives.world)
         assert choice.manifest is not None and choice.payload is not None
         assert choice.manifest.step >= at_least and choice.manifest.order != (1, DAMAGED)
         expected = payload(choice.manifest.step, choice.manifest.attempt)
@@ -131,7 +131,7 @@ class Case:
 def lives(s3_server: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lives]:
     name = s3_server.make_bucket("crash-points")
     own = not torch.distributed.is_initialized()
-    world, nursery = ranks.join(60), shared_nursery()
+    world, nursery = join.join(60), shared_nursery()
     with pytest.MonkeyPatch.context() as patch:
         for variable, value in s3_server.environment.items():
             patch.setenv(variable, value)

@@ -21,7 +21,7 @@ from remote_lives import Born, Life, Nursery, payload, shared_nursery
 from s3_server import S3Server, free_ports
 
 from harness import cli
-from harness.checkpoint import attempts, load
+from harness.checkpoint import attempts, load, resume
 from harness.checkpoint import format as fmt
 from harness.checkpoint.catalog import read_catalog
 from harness.checkpoint.replicate import replicate
@@ -250,7 +250,7 @@ def test_a_zombie_stopped_after_its_manifest_is_gone_on_from_and_adds_nothing_to
     successor.save(6)
     wakes_and_is_told(zombie, hold, place, 1, tmp_path, where)
     assert orders(remote) == [(6, 2), (5, 1)]
-    assert load.choose(remote, world).manifest.order == (2, 6)
+    assert resume.choose(remote, world).manifest.order == (2, 6)
 
 
 @pytest.mark.parametrize("where", WHERE)
@@ -599,7 +599,7 @@ def test_a_stale_directory_that_is_newer_by_step_but_older_by_attempt_loses_agai
     new = Life(elsewhere, remote)
     new.copied(20)
     old.save(90)
-    choice = load.choose((stale, remote), world)
+    choice = resume.choose((stale, remote), world)
     assert choice.manifest.order == (2, 20)
     assert torch.equal(weight(choice.payload), weight(payload(20, 2)))
     assert orders(stale, remote) == [(20, 2), (10, 1)]
@@ -612,10 +612,10 @@ def test_what_was_never_uploaded_wins_if_nobody_has_committed_since(remote, tmp_
     life.copied(10)
     life.save(20)
     Life(machine(tmp_path, "b"), remote)
-    choice = load.choose((local, remote), world)
+    choice = resume.choose((local, remote), world)
     assert choice.manifest.order == (1, 20), "a bare claim elsewhere cuts nothing off"
     assert torch.equal(weight(choice.payload), weight(payload(20, 1)))
-    assert load.choose(remote, world).manifest.order == (1, 10)
+    assert resume.choose(remote, world).manifest.order == (1, 10)
 
 
 def test_what_was_never_uploaded_is_uploaded_by_the_next_attempt(train, place, remote, tmp_path):
@@ -671,7 +671,7 @@ def test_a_damaged_copy_is_looked_for_on_the_other_store_before_an_older_one_is_
     place, remote, both, world, damaged, step, passed_over
 ):
     damage(place, both, *damaged)
-    choice = load.choose((both, remote), world)
+    choice = resume.choose((both, remote), world)
     assert choice.manifest.step == step
     assert torch.equal(weight(choice.payload), weight(payload(step, 1)))
     assert choice.damaged == [(side, fmt.manifest_key(number, 1)) for side, number in passed_over]
@@ -679,7 +679,7 @@ def test_a_damaged_copy_is_looked_for_on_the_other_store_before_an_older_one_is_
 
 def test_a_manifest_that_is_damaged_on_one_store_is_read_from_the_other(place, remote, both, world):
     both.path(fmt.manifest_key(20, 1)).write_bytes(b"{")
-    choice = load.choose((both, remote), world)
+    choice = resume.choose((both, remote), world)
     assert choice.manifest.step == 20 and choice.damaged == [(0, fmt.manifest_key(20, 1))]
     place.put(fmt.manifest_key(10, 1), b"{")
     assert orders(both, remote) == [(20, 1), (10, 1)]
@@ -689,7 +689,7 @@ def test_all_copies_damaged_is_no_fresh_start(place, remote, both, world):
     damage(place, both, *((side, step) for side in ("local", "remote") for step in (10, 20)))
     before, tags = snapshot(both.root), place.tags()
     with pytest.raises(DamagedError, match="not starting from step 0"):
-        load.choose((both, remote), world)
+        resume.choose((both, remote), world)
     assert snapshot(both.root) == before and place.tags() == tags
 
 
@@ -713,7 +713,7 @@ def test_a_damaged_remote_copy_is_marked_after_a_second_full_read_and_not_rename
 def test_what_arrives_whole_when_it_is_read_again_is_not_damaged(place, both, world, monkeypatch):
     slow = place.through_proxy(monkeypatch)
     place.proxy.rules.append(Rule("flip_get", "GET", fmt.data_key(20, 1), first=1))
-    choice = load.choose(slow, world)
+    choice = resume.choose(slow, world)
     assert choice.manifest.step == 20 and choice.damaged == []
 
 
@@ -722,17 +722,17 @@ def test_a_newest_checkpoint_that_cannot_be_fetched_is_not_passed_over_as_if_it_
     slow = place.through_proxy(monkeypatch).patient(3)  # the requests that succeed must have time to
     place.proxy.rules.append(Rule("500", "GET", fmt.data_key(20, 1)))
     with pytest.raises(StorageError):
-        pytest.fail(str(load.choose(slow, world).notes))
-    choice = load.choose((both, slow), world)
+        pytest.fail(str(resume.choose(slow, world).notes))
+    choice = resume.choose((both, slow), world)
     assert choice.manifest.step == 20, "the directory has it"
 
 
 def test_a_marked_copy_is_the_last_choice_but_a_choice(place, remote, both, world):
     remote.set_aside([fmt.manifest_key(20, 1)])
-    assert load.choose(remote, world).manifest.step == 10
-    assert load.choose((both, remote), world).manifest.step == 20, "the directory's copy has no mark"
+    assert resume.choose(remote, world).manifest.step == 10
+    assert resume.choose((both, remote), world).manifest.step == 20, "the directory's copy has no mark"
     damage(place, both, ("remote", 10))
-    choice = load.choose(remote, world)
+    choice = resume.choose(remote, world)
     assert choice.manifest.step == 20, "what was seen broken there may be whole here"
     assert torch.equal(weight(choice.payload), weight(payload(20, 1)))
 
@@ -754,7 +754,7 @@ def test_what_vanishes_while_it_is_restored_means_list_again(place, remote, worl
 
     thread = threading.Thread(target=go_on)
     thread.start()
-    choice = load.choose(slow, world)
+    choice = resume.choose(slow, world)
     thread.join()
     assert [m.step for m in read_catalog(remote).history] == [40, 30]
     assert choice.manifest.step == 40 and choice.damaged == []
@@ -775,26 +775,26 @@ HINTS: dict[str, tuple[str, bytes]] = {
 def test_step_0_is_refused_if_either_store_hints_at_a_history(place, remote, tmp_path, world, side):
     for at, (hint, (key, data)) in enumerate(HINTS.items()):
         local = machine(tmp_path, f"a{at}")
-        assert load.choose((local, remote), world).manifest is None
+        assert resume.choose((local, remote), world).manifest is None
         if side == "bucket":
             place.put(key, data)
         else:
             local.path(key).write_bytes(data)
         before, tags = snapshot(tmp_path), place.tags()
         with pytest.raises(DamagedError, match="not starting from step 0"):
-            pytest.fail(f"{hint}: {load.choose((local, remote), world)}")
+            pytest.fail(f"{hint}: {resume.choose((local, remote), world)}")
         assert snapshot(tmp_path) == before and place.tags() == tags
         place.drop(key)
 
 
 def test_attempts_that_went_on_from_nothing_allow_step_0_on_two_stores(remote, tmp_path, world):
     Life(machine(tmp_path, "a"), remote)
-    assert load.choose((machine(tmp_path, "b"), remote), world).manifest is None
+    assert resume.choose((machine(tmp_path, "b"), remote), world).manifest is None
 
 
 def test_a_missing_bucket_is_a_wrong_setting_and_not_an_empty_run(train, place, tmp_path, world):
     with pytest.raises(RefusedError, match="no such bucket"):
-        load.choose(open_store("s3://there-is-no-such-bucket/run", 5), world)
+        resume.choose(open_store("s3://there-is-no-such-bucket/run", 5), world)
     born = train("a", *SHORT, remote="s3://there-is-no-such-bucket/run")
     assert born.wait() == EXIT_USAGE, born.text
     assert "no such bucket" in born.text and "Traceback" not in born.text

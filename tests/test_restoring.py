@@ -19,7 +19,8 @@ from harness import state
 from harness.checkpoint.format import version_of
 from harness.errors import UsageError
 from harness.exchange.compare import compare, differences
-from harness.state import foreign_optimizers, lr_schedules
+from harness.state import lr_schedules
+from harness.untracked import foreign_optimizers
 
 LOOP = """
 for x, y in run.batches(points(), 16, epochs=int(os.environ.get("EPOCHS", 2))):

@@ -168,9 +168,9 @@ def test_a_step_that_never_ends_prints_its_stack_and_exits(tmp_path: Path) -> No
 
 PATIENCE = """
 import os, signal, sys, time
-from harness.distributed import ranks
+from harness.distributed import join
 from harness.errors import LostRankError
-world = ranks.join(2.0)
+world = join.join(2.0)
 def work():
     if sys.argv[1] == "slow":
         time.sleep(6)

@@ -20,7 +20,7 @@ from test_standing import Job
 
 from harness import cli, retry
 from harness.arguments import Settings
-from harness.checkpoint import attempts, load
+from harness.checkpoint import attempts, resume
 from harness.checkpoint import format as fmt
 from harness.checkpoint.catalog import read_catalog
 from harness.checkpoint.commit import About, commit
@@ -40,7 +40,8 @@ from harness.saving.claim import claim
 from harness.store import LocalStore
 from harness.store import local as local_store
 from harness.supervision import control_requests, launches
-from harness.supervision.restart_policy import in_words, outcome, verdict
+from harness.supervision.restart_messages import in_words
+from harness.supervision.restart_policy import outcome, verdict
 
 Start = Callable[..., "subprocess.Popen[str]"]
 
@@ -93,7 +94,7 @@ def test_a_newer_format_at_the_head_refuses_a_start_in_whichever_store(stores, w
         path.unlink()
     before = tree(stores[0]), tree(stores[1])
     with pytest.raises(UsageError, match="format version 99") as error:
-        load.choose(stores, world)
+        resume.choose(stores, world)
     assert error.value.exit_code == EXIT_USAGE and "Use a harness that reads format version 99" in str(error.value)
     assert (tree(stores[0]), tree(stores[1])) == before
 
@@ -105,7 +106,7 @@ def test_a_newer_format_that_was_cut_off_is_in_nobodys_way(store, world: World, 
     key = make_newer(store, 20)
     code, said = command(capsys, "rollback", str(store), "10")
     assert code == 0, said
-    assert load.choose(store, world).manifest.order == (2, 10)
+    assert resume.choose(store, world).manifest.order == (2, 10)
     assert command(capsys, "prune", str(store), "--keep-last", "1", "--yes")[0] == 0
     assert path_of(store, key).exists() and path_of(store, fmt.data_key(20, 1)).exists(), "what nobody here can read is nobody's to delete"
 
@@ -134,7 +135,7 @@ def test_a_file_of_a_newer_format_than_its_manifest_says_refuses_a_start_and_is_
     assert made.format_version == 1
     before = tree(store)
     with pytest.raises(UsageError, match="format version 3"):
-        load.choose(store, world)
+        resume.choose(store, world)
     code, said = command(capsys, "verify", str(store))
     assert code == EXIT_USAGE and "NEWER" in said and "DAMAGED" not in said
     assert tree(store) == before
@@ -159,7 +160,7 @@ def test_who_claims_from_an_old_listing_leaves_to_be_started_again(store, world:
     job = Job("b", store)
     first = Life(store)
     first.save(20)
-    seen = load.choose(store, world)
+    seen = resume.choose(store, world)
     first.save(50)
     first.save(60)
     store.delete(fmt.manifest_key(20, 1))  # as retention does
@@ -184,7 +185,7 @@ def test_who_claims_from_an_old_listing_leaves_to_be_started_again(store, world:
     assert not stands.is_leaving
     code, text = command(capsys, "status", str(store))
     assert code == EXIT_STOPPED and "to be started again: the run has got from step_00000020-0001 to step_00000060-0001" in text
-    again = load.choose(store, world)
+    again = resume.choose(store, world)
     assert again.manifest.order == (1, 60)
     assert claim((store,), again, 1, Settings(), said.append).number == 3
 
@@ -250,7 +251,7 @@ def test_of_two_starts_the_late_one_trains_on_and_the_first_one_ends(how: str, t
 def test_who_is_overtaken_by_the_end_of_the_run_does_not_unfinish_it(store, world: World, capsys):
     first, late = Job("a", store).begin(), Job("b", store)
     life = first.attempt(20)
-    seen = load.choose(store, world)
+    seen = resume.choose(store, world)
     late.begin()
     life.save(30, {"epochs": 30, "max_steps": None})
     attempts.end(store, life.attempt, "finished", step=30)
@@ -292,7 +293,7 @@ def test_what_cannot_be_tidied_up_is_said_and_training_begins(store, world: Worl
     monkeypatch.setattr(local_store.os, "rename", refuse(os.rename, 0))
     monkeypatch.setattr(local_store.os, "replace", refuse(os.replace, 1))
     said: list[str] = []
-    choice = load.choose(store, world)
+    choice = resume.choose(store, world)
     attempt = claim((store,), choice, 1, Settings(), said.append)
     assert attempt.number == 2 and choice.manifest.step == 10
     assert len(said) == 4 and all(line.startswith("harness: warning: ") for line in said), said
@@ -342,11 +343,11 @@ def finished(store: LocalStore) -> LocalStore:
 @pytest.mark.parametrize("key", [fmt.data_key(20, 1), fmt.manifest_key(20, 1)], ids=["data", "manifest"])
 def test_what_cannot_be_read_now_is_read_again_and_then_fails_the_start(finished, world: World, monkeypatch, number: int, key: str):
     failing(monkeypatch, path_of(finished, key), number, 2)
-    assert load.choose(finished, world).manifest.step == 20
+    assert resume.choose(finished, world).manifest.step == 20
     failing(monkeypatch, path_of(finished, key), number, float("inf"))
     before = set(tree(finished))
     with pytest.raises(StorageError, match=os.strerror(number)) as error:
-        load.choose(finished, world)
+        resume.choose(finished, world)
     assert error.value.exit_code == EXIT_STORAGE
     assert set(tree(finished)) == before
 
@@ -356,7 +357,7 @@ def test_what_cannot_be_read_in_one_store_is_read_from_the_other(stores, world: 
     life.copied(10)
     life.copied(20)
     failing(monkeypatch, path_of(stores[0], fmt.data_key(20, 1)), errno.EIO, float("inf"))
-    choice = load.choose(stores, world)
+    choice = resume.choose(stores, world)
     assert (choice.manifest.step, choice.place, choice.damaged) == (20, 1, [])
 
 
@@ -367,5 +368,5 @@ def test_a_stale_handle_of_a_file_that_was_deleted_is_a_file_that_was_deleted(fi
             path.unlink(missing_ok=True)
 
     failing(monkeypatch, path_of(finished, key), errno.ESTALE, 1, at_first=delete)
-    choice = load.choose(finished, world)
+    choice = resume.choose(finished, world)
     assert (choice.manifest.step, choice.damaged) == (10, [])

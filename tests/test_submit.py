@@ -20,10 +20,10 @@ from hypothesis import strategies as st
 
 from harness import cli, config
 from harness.config.schema import SlurmSettings
-from harness.supervision import job_script
+from harness.supervision import code_copy
 from harness.supervision.job_script import Job, script
 
-PACKAGE = Path(job_script.__file__).resolve().parent
+PACKAGE = Path(code_copy.__file__).resolve().parents[1]
 TASK = "def build(**anything):\n    return anything\n"
 ODD = [
     "task.args.a=two words", "task.args.b='it''s \"quoted\"'", "task.args.c=$HOME $(id) `id` $$ $1", "task.args.d='# no comment'",
@@ -530,7 +530,7 @@ def test_our_own_task_takes_nothing_of_the_working_directory_with_it(place, subm
 
 def test_too_many_files_are_refused_in_words(place, submit, sbatch, monkeypatch):
     name = add_task(place)
-    monkeypatch.setattr(job_script, "MOST_FILES", len(OUR_FILES) + 10)
+    monkeypatch.setattr(code_copy, "MOST_FILES", len(OUR_FILES) + 10)
     for number in range(10):
         (place / f"{number}.py").touch()
     code, said = submit(f"task.name={name}", "run.dir=../run")

@@ -1,45 +1,69 @@
-"""Checkpoints: the format, how one is committed, found, verified and let go.
+"""Checkpoints: the format, and how a checkpoint is committed, found, verified and deleted.
 
-    <run>/checkpoints/step_00000120-0003.pt     the data of step 120, written by attempt 3
-    <run>/checkpoints/step_00000120-0003.json   its manifest
-    <run>/attempts/0003.json                    attempt 3: who, nonce, from which checkpoint it went on
+The files of a run:
+
+    <run>/checkpoints/step_00000120-0003.pt     data of step 120, written by attempt 3
+    <run>/checkpoints/step_00000120-0003.json   manifest of that checkpoint
+    <run>/attempts/0003.json                    attempt 3: host, pid, nonce, the resume point
     <run>/attempts/0003.end.json                how it ended: finished, stopped, failed, superseded
-    <run>/events/0003.jsonl                     what happened, one line an event
-    <run>/events/0003.steps                     what each step since the last checkpoint was
-    <run>/attempts/0003.replay.json             whether the steps that attempt 3 made again are what they were
-    <run>/launches/1234.0.json, …0.end.json     what a supervisor (SLURM job 1234, its first life) started, and how that ended
-    <run>/requests/0003.stop-5f3a….json         attempt 3 is asked to stop, or to save
-    <run>/run.json                              the run was submitted: a job that does not find this stands before another disk
-    <run>/files/samples/a.png                   what the user's own code keeps with the run: `Run.keep`
-    <run>/config.yaml                           the settings of the newest attempt, for people to read
+    <run>/events/0003.jsonl                     event log of attempt 3, one event per line
+    <run>/events/0003.steps                     samples and losses of each step since the last
+                                                checkpoint
+    <run>/attempts/0003.replay.json             whether the steps that attempt 3 recomputed were
+                                                equal to the original ones
+    <run>/launches/1234.0.json                  what a supervisor started (SLURM job 1234, its first
+                                                launch)
+    <run>/launches/1234.0.end.json              how that launch ended
+    <run>/requests/0003.stop-5f3a….json         request to attempt 3 to stop, or to save
+    <run>/run.json                              marks a run as submitted; a job that does not find
+                                                this file has another disk mounted
+    <run>/files/samples/a.png                   files that the user's code keeps with the run:
+                                                `Run.keep`
+    <run>/config.yaml                           settings of the newest attempt, for people to read
 
-The data file is what `torch.save` writes, but for the CRC-32 of its tensors, which nobody checks; `harness/state` lists what is in it. The
-manifest holds its size and its BLAKE3 digest, computed while writing, and is sealed by a digest of its own.
+The data file is a `torch.save` file except for the CRC-32 of its tensors, which no reader checks.
+`harness/state` lists its content. The manifest holds the size and the BLAKE3 digest of the data
+file, which is computed during the write. The manifest also holds a digest of its own fields.
 
-* A checkpoint exists if and only if its manifest exists: written last, deleted first. Nothing written under a name changes.
-* Every manifest carries its lineage: [(attempt, last step of it that counts), …]. The head is the newest readable manifest by
-  (attempt, step); the history is what lies within the head's lineage. So a newer attempt cuts its predecessors off with its
-  first committed manifest, and a process that was thought dead can write what it likes: nobody looks there any more.
-* An attempt's number is one more than any number in any name, created exclusively. It never repeats and never goes back.
-* Step 0 is allowed only if nothing hints at a history.
-* A checkpoint is read once, into memory that is sealed when its digest fits; that memory is what is parsed, on all ranks of a machine.
-* A damaged checkpoint is passed over, loudly, for the next older one that every rank accepts, and set aside (`.damaged`).
+* A checkpoint exists if and only if its manifest exists. The manifest is written last and deleted
+  first. A file never changes after it was written under its name.
+* Every manifest carries its lineage: [(attempt, last step of it that counts), …]. The head is the
+  newest readable manifest by (attempt, step). The history is the set of checkpoints within the
+  head's lineage. A newer attempt therefore cuts its predecessors off with its first committed
+  manifest. A stale process that still runs may write more checkpoints: no reader considers them.
+* The number of an attempt is one more than the greatest number in any file name. Its record is
+  created exclusively. A number is never reused and never decreases.
+* A run starts from step 0 only if nothing hints at a history.
+* A checkpoint is read once, into memory that is sealed when its digest matches. All ranks of a
+  machine parse that memory.
+* A damaged checkpoint is skipped with a notice, in favour of the next older one that every rank
+  accepts, and set aside (`.damaged`).
 
-A run may live in two stores, a directory and a bucket; the same tree lies in both. Then
+A run may live in two stores, a directory and a bucket. Both hold the same tree. Then:
 
-* the history is that of both listings together; a checkpoint that is damaged here is looked for there before an older one is taken;
-* an attempt is claimed in the bucket, which is the authority, and recorded in the directory as well;
-* each checkpoint is committed in the directory, and copied under the same name, byte for byte, in the same order: data, then manifest;
-* what is found damaged in the bucket, on a second full reading, is not renamed but marked (`….json.damaged`): the last choice;
-* events lie there in segments (`events/0003-000001.jsonl`), as nothing can be appended;
-* data without a manifest may be on its way from a process that is alive elsewhere: only `harness prune` deletes it;
-* what could not be fetched is not taken for damaged: the start fails, and is tried again.
+* The history comes from both listings together. If a checkpoint is damaged in one store, the other
+  store's copy is tried before an older checkpoint.
+* An attempt is claimed in the bucket, which is the authority, and recorded in the directory too.
+* Each checkpoint is committed in the directory, then copied to the bucket under the same name, byte
+  for byte, in the same order: data, then manifest.
+* A copy in the bucket that is damaged in a second full read as well is not renamed. It is marked
+  (`….json.damaged`) and becomes the last choice.
+* The bucket holds the event log in segments (`events/0003-000001.jsonl`), because an object cannot
+  be appended to.
+* Data without a manifest in the bucket may be in flight from a live process elsewhere. Only
+  `harness prune` deletes it.
+* A checkpoint that could not be fetched does not count as damaged. The start fails and is retried.
 
-The newest step may also lie in the memory of the machine that writes, in a store of its own (`tier`): it counts if it is newer than the
-head. Nothing else is ever looked for there, and no attempt is claimed there.
+The newest step may also lie in the memory of the machine that writes, in a store of its own (the
+memory tier). It counts if it is newer than the head. No other file is ever looked up there, and no
+attempt is claimed there.
 
-Modules: `format` names and manifests, `history` what is there and what of it counts, `attempts` claim and fence, `save`, `scribe` (the
-process that writes), `load`, `spread` to all ranks, `replicate` to the other store, `retention`; `launches`, and `standing`, which tells
-from all that how a run stands and whether it is to be started again; `past`, what earlier attempts tell; `records`, which of their fields
-are of their kind; `steps`, what each step was; `tier`; `requests`.
+Modules: `format` (names and manifests), `records` (field validation of small JSON records),
+`attempts` (claim and fence), `catalog` (listing of a run and its history), `commit`, `load`,
+`broadcast` (verified bytes to all ranks), `replicate` (copies to the other store), `retention`,
+`memory_copy` (memory tier). Related modules elsewhere: `harness.saving.writer_process` (the process
+that writes), `harness.supervision.launches`, `harness.supervision.restart_policy` (derives the
+state of a run and whether to restart it), `harness.supervision.attempt_history`,
+`harness.supervision.control_requests`, `harness.selfcheck.step_records` (samples and losses of each
+step).
 """

@@ -1,4 +1,9 @@
-"""Attempts: claimed exclusively, numbered without gap or return, ended in words. The number is the fencing token."""
+"""Claim, fence and end attempts.
+
+An attempt is claimed exclusively. Attempts are numbered in increasing order, without gaps, and no
+number is reused. The number is the fencing token. An end record states in words how an attempt
+ended.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +26,7 @@ from harness.store import LocalStore, Store
 
 @dataclass(frozen=True)
 class Attempt:
-    """One life of the process group."""
+    """One attempt of a run: one life of the process group."""
 
     number: int
     run_id: str
@@ -29,24 +34,42 @@ class Attempt:
 
 
 def now() -> str:
-    """The time for people to read; nothing is ever decided by it."""
+    """Return the current UTC time in ISO format, for people to read; no decision depends on it."""
     return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="milliseconds")
 
 
 def claim(
-    found: Catalog, went_on_from: Manifest | None, world_size: int, kind: str = "train", more: Mapping[str, Any] | None = None
+    found: Catalog,
+    went_on_from: Manifest | None,
+    world_size: int,
+    kind: str = "train",
+    more: Mapping[str, Any] | None = None,
 ) -> Attempt:
-    """Create the next attempt's record, with `more` in it, in every store of the survey, the last one first: it is the authority.
+    """Create the record of the next attempt in every store of the catalog and return the attempt.
 
-    Raises SupersededError if another start was faster.
+    The last store comes first, because it is the authority.
+
+    Args:
+        found: Catalog of the run's stores.
+        went_on_from: Checkpoint that the attempt resumes from; None for step 0.
+        world_size: Number of ranks.
+        kind: Kind of the attempt, "train", "import" or "rollback".
+        more: Additional fields of the record; the fields set here take precedence.
+
+    Raises:
+        SupersededError: Another start has claimed the number first.
     """
-    attempt = Attempt(found.greatest + 1, found.run_id or secrets.token_hex(8), secrets.token_hex(16))
+    attempt = Attempt(
+        found.greatest + 1, found.run_id or secrets.token_hex(8), secrets.token_hex(16)
+    )
     record = dict(more or {}) | {
         "attempt": attempt.number,
         "run_id": attempt.run_id,
         "nonce": attempt.nonce,
         "kind": kind,
-        "from": {"attempt": went_on_from.attempt, "step": went_on_from.step} if went_on_from else None,
+        "from": {"attempt": went_on_from.attempt, "step": went_on_from.step}
+        if went_on_from
+        else None,
         "reached": found.reached,
         "world_size": world_size,
         "remote": str(found.stores[-1]) if len(found.stores) > 1 else None,
@@ -60,16 +83,18 @@ def claim(
         try:
             store.create(key, spell(record), attempt.number)
         except FileExistsError:
-            if not holds(store, attempt):  # else: our own first try, whose reply was lost
+            if not holds(store, attempt):  # else an earlier try succeeded and its reply was lost
                 raise SupersededError(
-                    f"another start of this run was faster: attempt {attempt.number} of {store} is not ours",
-                    remedy="Only one job may train a run. If the other one is gone, start this one again.",
+                    f"another start of this run was faster: "
+                    f"attempt {attempt.number} of {store} is not ours",
+                    remedy="Only one job may train a run. "
+                    "If the other one is gone, start this one again.",
                 ) from None
     return attempt
 
 
 def remembered(local: Store) -> str | None:
-    """The remote store that a run directory was last used with."""
+    """Return the remote store that a run directory was last used with, or None."""
     records = read_catalog(local).attempts
     readable = [number for number in sorted(records) if "nonce" in records[number]]
     found = records[readable[-1]].get("remote") if readable else None
@@ -77,16 +102,25 @@ def remembered(local: Store) -> str | None:
 
 
 def holds(store: Store, attempt: Attempt) -> bool:
-    """Whether the store shows this attempt's own record, by its nonce."""
+    """Return whether the store holds this attempt's own record, identified by its nonce."""
     try:
-        return bool(records.parse(store.read(fmt.attempt_key(attempt.number))).get("nonce") == attempt.nonce)
+        return bool(
+            records.parse(store.read(fmt.attempt_key(attempt.number))).get("nonce") == attempt.nonce
+        )
     except FileNotFoundError:
         return False
 
 
 def check_fence(store: Store, attempt: Attempt) -> None:
-    """Raises SupersededError if a newer attempt has begun. Early notice only: what keeps a history clean is the lineage."""
-    matches = [match for entry in store.entries(fmt.ATTEMPTS) if (match := fmt.ATTEMPT_NAME.match(entry.key))]
+    """Raise SupersededError if a newer attempt has begun.
+
+    The check only gives early notice. The lineage in the manifests is what protects the history.
+    """
+    matches = [
+        match
+        for entry in store.entries(fmt.ATTEMPTS)
+        if (match := fmt.ATTEMPT_NAME.match(entry.key))
+    ]
     newest = max((int(match["attempt"]) for match in matches), default=attempt.number)
     if newest > attempt.number:
         raise SupersededError(
@@ -96,12 +130,36 @@ def check_fence(store: Store, attempt: Attempt) -> None:
 
 
 def end(store: Store, attempt: Attempt, why: str, **details: Any) -> bool:
-    """Record how an attempt ended: finished, stopped, failed or superseded. The first word stands; returns whether it was ours."""
-    return first_word(store, fmt.end_key(attempt.number), {"why": why, "time": now()} | details, attempt.number)
+    """Record how an attempt ended: finished, stopped, failed or superseded.
+
+    The first record stays; later ones are ignored.
+
+    Args:
+        store: Store that receives the record.
+        attempt: Attempt that ended.
+        why: One of the four words above.
+        details: Additional fields of the record.
+
+    Returns:
+        True if this call has created the record.
+    """
+    return first_word(
+        store, fmt.end_key(attempt.number), {"why": why, "time": now()} | details, attempt.number
+    )
 
 
 def first_word(store: Store, key: str, record: dict[str, Any], attempt: int = 0) -> bool:
-    """Create a record that is made once, by whoever is first; returns whether it was us. Raises StorageError."""
+    """Create a record that only the first caller creates; return whether this call created it.
+
+    Args:
+        store: Store that receives the record.
+        key: Key of the record.
+        record: Fields of the record.
+        attempt: Number of the attempt that writes.
+
+    Raises:
+        StorageError: The store fails.
+    """
     try:
         store.create(key, spell(record), attempt)
     except FileExistsError:
@@ -110,14 +168,25 @@ def first_word(store: Store, key: str, record: dict[str, Any], attempt: int = 0)
 
 
 def add_event(store: Store, attempt: Attempt, rank: int, line: bytes) -> None:
-    """Add a line to an attempt's events from a rank that does not keep them; on a store that cannot append, in a file of its own.
-    Raises StorageError."""
+    """Add a line to an attempt's event log from a rank that does not write the log.
+
+    On a store that cannot append, the line becomes a file of its own.
+
+    Args:
+        store: Store of the run.
+        attempt: Attempt that the event belongs to.
+        rank: Rank that reports the event.
+        line: The event, one line of JSON.
+
+    Raises:
+        StorageError: The store fails.
+    """
     if not isinstance(store, LocalStore):
         store.create(fmt.rank_events_key(attempt.number, rank), line, attempt.number)
-    elif holds(store, attempt):  # else another node's disk
+    elif holds(store, attempt):  # else the directory is on another node's disk
         store.append(fmt.events_key(attempt.number), line)
 
 
 def spell(record: dict[str, Any]) -> bytes:
-    """A small record as it lies in a store."""
+    """Serialise a small record to the bytes that a store holds."""
     return (json.dumps(record, indent=1, sort_keys=True) + "\n").encode()

@@ -1,4 +1,4 @@
-"""Give every rank a checkpoint's verified bytes, with one copy of them on each machine."""
+"""Broadcast the verified bytes of a checkpoint to all ranks, with one copy per machine."""
 
 from __future__ import annotations
 
@@ -20,11 +20,24 @@ def broadcast(
     read: Callable[[], SealedMemory | None],
     receive: Callable[[Iterator[bytes]], SealedMemory],
 ) -> SealedMemory:
-    """The `size_bytes` that the writer has verified in its `memory`, and told all ranks of by `offer`, on each of them.
+    """Return, on every rank, the bytes that rank 0 (the writer) has verified.
 
-    Ranks on the writer's machine parse the very pages that it has verified and sealed. On another machine one rank `read`s the data
-    itself, if it sees it, or `receive`s it from the writer; both verify. The others there parse that rank's pages. Whoever cannot open
-    another's memory gets its own. Raises HarnessError on a rank that cannot have it. Collective: every rank must call it.
+    Ranks on the writer's machine map the same pages that the writer has verified and sealed. On
+    every other machine one rank reads the data from the store if it can, or receives it from the
+    writer; both ways verify the data. The other ranks of that machine map this rank's pages. A rank
+    that cannot open another rank's memory gets its own copy.
+    Collective: every rank must call it.
+
+    Args:
+        world: The process group.
+        memory: The verified data on the writer; None on the other ranks.
+        offer: Handle of the writer's memory, known to all ranks.
+        size_bytes: Size of the data.
+        read: Reads and verifies the data from the store; returns None if this rank does not see it.
+        receive: Verifies and keeps the data that the writer sends in parts.
+
+    Raises:
+        HarnessError: This rank cannot get the data.
     """
     problem: HarnessError | None = None
     memory = memory or attached(offer, size_bytes)
@@ -35,10 +48,13 @@ def broadcast(
         own = lacking[world.rank]
         leads = own is not None and (is_last or lacking.index(own) == world.rank)
         if leads:
-            with contextlib.suppress(HarnessError):  # what is wrong with it here does not matter if it can be sent
+            # A read error does not matter if the writer can send the data.
+            with contextlib.suppress(HarnessError):
                 memory = read()
         if any(world.gather(leads and memory is None)):
-            received, problem = _sent(world, memory, size_bytes, receive if leads and memory is None else None)
+            received, problem = _sent(
+                world, memory, size_bytes, receive if leads and memory is None else None
+            )
             memory = memory or received
         offers = world.gather(memory.offer if leads and memory is not None else None)
         found = None if own is None else offers[lacking.index(own)]
@@ -50,14 +66,35 @@ def broadcast(
 
 
 def _machine() -> str:
-    """The same text on ranks that may see each other's memory under /proc."""
-    return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
+    """Return a text that is equal on ranks that may see each other's memory under /proc."""
+    return (
+        f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} "
+        f"{os.readlink('/proc/self/ns/pid')}"
+    )
 
 
 def _sent(
-    world: World, memory: SealedMemory | None, size_bytes: int, receive: Callable[[Iterator[bytes]], SealedMemory] | None
+    world: World,
+    memory: SealedMemory | None,
+    size_bytes: int,
+    receive: Callable[[Iterator[bytes]], SealedMemory] | None,
 ) -> tuple[SealedMemory | None, HarnessError | None]:
-    """What the writer sends, for a rank that wants to `receive` it, or what is wrong; the others take part all the same."""
+    """Send the writer's data to all ranks; keep it on ranks that have a `receive`.
+
+    All ranks must take part.
+
+    Args:
+        world: The process group.
+        memory: The verified data; rank 0 sends it.
+        size_bytes: Size of the data.
+        receive: Verifies and keeps the received data; None on ranks that do not need it.
+
+    Returns:
+        The received data, or None, and the error of `receive`, or None.
+
+    Raises:
+        LostRankError: Another rank is lost.
+    """
     received, problem = None, None
     with memory.open() if memory is not None else contextlib.nullcontext() as source:
         parts = world.share(source, size_bytes)
@@ -67,6 +104,6 @@ def _sent(
             raise
         except HarnessError as error:
             problem = error
-        for _ in parts:  # to the end, also where nothing is wanted, or no more: the others wait
+        for _ in parts:  # every rank must take all parts, or the other ranks hang
             pass
     return received, problem

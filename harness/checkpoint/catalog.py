@@ -1,4 +1,4 @@
-"""What is in a store, and what of it is the run's history. Everything here only reads."""
+"""List and parse the files of a run and derive its history. This module never writes."""
 
 from __future__ import annotations
 
@@ -15,35 +15,45 @@ from harness.errors import DamagedError, StorageError, UsageError
 from harness.retry import reading
 from harness.store import TEMP, Store
 
-READERS = 8  # small files that are read at once from a remote store
+READERS = 8  # small files that are read concurrently from a remote store
 REFUSED_FRESH = (
-    "To go on, put a good checkpoint back (harness verify RUN names what is damaged) or import one into a new run directory; "
+    "To go on, put a good checkpoint back (harness verify RUN names what is damaged) "
+    "or import one into a new run directory; "
     "to start over, take a new run.dir."
 )
 
 
 @dataclass
 class Catalog:
-    """One listing of each of a run's stores, parsed. What cannot be parsed is named, never guessed."""
+    """One parsed listing of each of a run's stores.
+
+    A file that cannot be parsed is listed by its name; its content is never guessed.
+    """
 
     stores: tuple[Store, ...] = ()
-    parts: list[Catalog] = field(default_factory=list)  # the same for each store by itself
+    parts: list[Catalog] = field(default_factory=list)  # one catalog per store
     manifests: list[Manifest] = field(default_factory=list)  # readable ones, oldest first
     damaged: dict[str, str] = field(default_factory=dict)  # manifest key -> why it cannot be read
-    newer: dict[str, fmt.NewerFormatError] = field(default_factory=dict)  # whole, but of a format that is newer than this harness
+    # Manifest key -> error: intact, but in a format that only a newer harness can read.
+    newer: dict[str, fmt.NewerFormatError] = field(default_factory=dict)
     set_aside: list[str] = field(default_factory=list)
-    marked: set[str] = field(default_factory=set)  # manifest keys whose copy was found damaged, on a store that cannot rename
+    # Manifest keys whose copy was found damaged, on a store that cannot rename.
+    marked: set[str] = field(default_factory=set)
     orphans: list[str] = field(default_factory=list)  # data without a manifest
-    foreign: list[str] = field(default_factory=list)  # in the folder, but no checkpoint
+    foreign: list[str] = field(default_factory=list)  # files in the folder that are no checkpoint
     strangers: list[str] = field(default_factory=list)  # checkpoints of another run
-    sizes: dict[str, int] = field(default_factory=dict)  # data key -> bytes on the store
-    attempts: dict[int, dict[str, Any]] = field(default_factory=dict)  # number -> record; {} if it cannot be read
-    ends: dict[int, dict[str, Any]] = field(default_factory=dict)
-    greatest: int = 0  # the greatest attempt number that any name bears
+    sizes: dict[str, int] = field(default_factory=dict)  # data key -> bytes in the store
+    # Attempt number -> record; {} if the record cannot be read.
+    attempts: dict[int, dict[str, Any]] = field(default_factory=dict)
+    ends: dict[int, dict[str, Any]] = field(default_factory=dict)  # attempt number -> end record
+    greatest: int = 0  # greatest attempt number in any file name
 
     @property
     def run_id(self) -> str | None:
-        """The run that the directory belongs to, by its first readable attempt record, else by its newest checkpoint."""
+        """Return the ID of the run that the stores belong to, or None.
+
+        The ID comes from the first readable attempt record, else from the newest checkpoint.
+        """
         for number in sorted(self.attempts):
             if "run_id" in self.attempts[number]:
                 return str(self.attempts[number]["run_id"])
@@ -51,12 +61,15 @@ class Catalog:
 
     @property
     def head(self) -> Manifest | None:
-        """The newest readable manifest by (attempt, step), never by step alone."""
+        """Return the newest readable manifest by (attempt, step), never by step alone."""
         return self.manifests[-1] if self.manifests else None
 
     @property
     def unreadable_head(self) -> fmt.NewerFormatError | None:
-        """What is wrong if the run's newest checkpoint is of a newer format: to go on from an older one would cut it off."""
+        """Return the error if the run's newest checkpoint has a newer format, else None.
+
+        A resume from an older checkpoint would cut the newest one off.
+        """
         key = max(self.newer, key=fmt.order_of, default=None)
         if key is None or (self.head is not None and self.head.order >= fmt.order_of(key)):
             return None
@@ -64,8 +77,11 @@ class Catalog:
 
     @property
     def history(self) -> list[Manifest]:
-        """The checkpoints within the head's lineage, newest first. Others were cut off: written by an attempt after its
-        successor's first commit, or left behind when a later attempt went on from an older one."""
+        """Return the checkpoints within the head's lineage, newest first.
+
+        The others were cut off. Either an attempt wrote them after its successor's first commit, or
+        a later attempt resumed from an older checkpoint.
+        """
         if self.head is None:
             return []
         limits = dict(self.head.lineage)
@@ -73,66 +89,117 @@ class Catalog:
 
     @property
     def reached(self) -> int:
-        """The greatest step that was ever committed, as far as anything still tells."""
-        names = [fmt.CHECKPOINT_NAME.match(key) for key in (*self.damaged, *self.newer, *self.set_aside)]
-        steps = [int(match["step"]) for match in names if match] + [step for m in self.manifests for _, step in m.lineage]
+        """Return the greatest step that was ever committed, as far as any file still shows it."""
+        names = [
+            fmt.CHECKPOINT_NAME.match(key) for key in (*self.damaged, *self.newer, *self.set_aside)
+        ]
+        steps = [int(match["step"]) for match in names if match] + [
+            step for m in self.manifests for _, step in m.lineage
+        ]
         steps += [int(record.get("reached") or 0) for record in self.attempts.values()]
-        return max([*steps, *(int(end.get("saved_step") or 0) for end in self.ends.values())], default=0)
+        return max(
+            [*steps, *(int(end.get("saved_step") or 0) for end in self.ends.values())], default=0
+        )
 
     def copies(self, manifest: Manifest) -> list[Store]:
-        """The stores that have this very checkpoint, the local one first, those where it was found damaged last."""
-        pairs = [(store, part) for store, part in zip(self.stores, self.parts, strict=True) if manifest in part.manifests]
-        return [store for store, _ in sorted(pairs, key=lambda pair: manifest.key in pair[1].marked)]
+        """Return the stores that have exactly this checkpoint, in store order (local first).
+
+        Stores whose copy was found damaged come last.
+        """
+        pairs = [
+            (store, part)
+            for store, part in zip(self.stores, self.parts, strict=True)
+            if manifest in part.manifests
+        ]
+        return [
+            store for store, _ in sorted(pairs, key=lambda pair: manifest.key in pair[1].marked)
+        ]
 
     @property
     def candidates(self) -> list[Manifest]:
-        """What to go on from, best first: the history, but what was found damaged on every store that has it comes last."""
+        """Return the checkpoints to resume from, best first: the history, newest first.
+
+        A checkpoint that was found damaged in every store that has it comes last.
+        """
         return sorted(self.history, key=lambda m: m.key in self.marked)
 
     def check_one_run(self) -> None:
-        """Raises UsageError if the stores hold two runs, or one that was trained on both sides without the other."""
-        runs = {str(store): part.run_id for store, part in zip(self.stores, self.parts, strict=True) if part.run_id}
-        nonces = [{n: record["nonce"] for n, record in part.attempts.items() if "nonce" in record} for part in self.parts]
-        apart = [n for n in sorted(set().union(*nonces)) if len({own[n] for own in nonces if n in own}) > 1]
+        """Raise UsageError unless all stores hold the same run with the same attempts.
+
+        The second case is a run that was trained on both stores separately: the stores hold
+        different attempts under the same number.
+        """
+        runs = {
+            str(store): part.run_id
+            for store, part in zip(self.stores, self.parts, strict=True)
+            if part.run_id
+        }
+        nonces = [
+            {n: record["nonce"] for n, record in part.attempts.items() if "nonce" in record}
+            for part in self.parts
+        ]
+        apart = [
+            n
+            for n in sorted(set().union(*nonces))
+            if len({own[n] for own in nonces if n in own}) > 1
+        ]
         if len(set(runs.values())) > 1 or apart:
             raise UsageError(
                 "run.dir and run.remote hold different runs",
-                "found: " + (", ".join(f"{run} in {store}" for store, run in runs.items()) if not apart else f"two attempts {apart[0]}"),
+                "found: "
+                + (
+                    ", ".join(f"{run} in {store}" for store, run in runs.items())
+                    if not apart
+                    else f"two attempts {apart[0]}"
+                ),
                 "Take another run.dir, or the run.remote that belongs to it.",
             )
 
     def check_readable(self) -> None:
-        """Raises NewerFormatError if the run's newest checkpoint is of a newer format."""
+        """Raise NewerFormatError if the run's newest checkpoint has a newer format."""
         if (error := self.unreadable_head) is not None:
             raise error
 
     def check_fresh_start(self, where: str, notes: list[str]) -> None:
-        """Raises DamagedError unless nothing at all hints at a history: then, and only then, step 0 is right.
+        """Raise DamagedError if anything hints at a history.
 
-        `notes` say what was found wrong with each checkpoint that was tried.
+        Only a run without such a hint may start from step 0.
+
+        `notes` describe the problem of each checkpoint that was tried. `where` names the stores.
         """
         unusable = bool(self.manifests or self.damaged or self.strangers)
         hints = (notes if unusable else []) + [f"{key} is set aside" for key in self.set_aside]
         for number, record in self.attempts.items():
             if record.get("from", "unreadable") is not None:
-                hints.append(f"{fmt.attempt_key(number)}: went on from {record.get('from', 'an unreadable record')}")
-        hints += [f"{fmt.end_key(n)}: saved step {end['saved_step']}" for n, end in self.ends.items() if end.get("saved_step")]
+                hints.append(
+                    f"{fmt.attempt_key(number)}: "
+                    f"went on from {record.get('from', 'an unreadable record')}"
+                )
+        hints += [
+            f"{fmt.end_key(n)}: saved step {end['saved_step']}"
+            for n, end in self.ends.items()
+            if end.get("saved_step")
+        ]
         if hints:
             raise DamagedError(
-                f"{where} has a history, but no checkpoint that can be loaded; not starting from step 0",
+                f"{where} has a history, but no checkpoint that can be loaded; "
+                "not starting from step 0",
                 "\n".join(f"  {hint}" for hint in hints),
                 REFUSED_FRESH,
             )
 
 
 def read_catalog(*stores: Store) -> Catalog:
-    """List and parse a run on its stores. Raises StorageError when one of them cannot be listed or read."""
+    """List and parse a run in all of its stores.
+
+    Raises StorageError if one of them cannot be listed or read.
+    """
     parts = [_list(store) for store in stores]
     if len(parts) == 1:
         parts[0].stores, parts[0].parts = stores, parts
         return parts[0]
     whole = Catalog(stores, parts)
-    for part in parts:  # the remote one last: its word on attempts stands
+    for part in parts:  # the remote part is last and takes precedence
         whole.attempts |= part.attempts
         whole.ends |= part.ends
         whole.newer |= part.newer
@@ -140,9 +207,17 @@ def read_catalog(*stores: Store) -> Catalog:
         for name in ("set_aside", "orphans", "foreign", "strangers"):
             setattr(whole, name, sorted({*getattr(whole, name), *getattr(part, name)}))
     readable = {m.key: m for part in parts for m in part.manifests}
-    whole.manifests = sorted((m for m in readable.values() if m.run_id == whole.run_id), key=lambda m: m.order)
-    whole.damaged = {key: why for part in parts for key, why in part.damaged.items() if key not in readable}
-    whole.marked = {key for key in readable if all(key in part.marked for part in parts if any(m.key == key for m in part.manifests))}
+    whole.manifests = sorted(
+        (m for m in readable.values() if m.run_id == whole.run_id), key=lambda m: m.order
+    )
+    whole.damaged = {
+        key: why for part in parts for key, why in part.damaged.items() if key not in readable
+    }
+    whole.marked = {
+        key
+        for key in readable
+        if all(key in part.marked for part in parts if any(m.key == key for m in part.manifests))
+    }
     return whole
 
 
@@ -150,7 +225,9 @@ def _list(store: Store) -> Catalog:
     found = Catalog()
     checkpoints = store.entries(fmt.CHECKPOINTS)
     keys, manifests = {entry.key for entry in checkpoints}, list[str]()
-    found.sizes = {entry.key: entry.size_bytes for entry in checkpoints if entry.key.endswith(".pt")}
+    found.sizes = {
+        entry.key: entry.size_bytes for entry in checkpoints if entry.key.endswith(".pt")
+    }
     for entry in checkpoints:
         match = fmt.CHECKPOINT_NAME.match(entry.key)
         if match is None:
@@ -167,23 +244,36 @@ def _list(store: Store) -> Catalog:
     _read_manifests(store, manifests, found)
     _read_attempts(store, found)
     found.strangers = [m.key for m in found.manifests if m.run_id != found.run_id]
-    found.manifests = sorted((m for m in found.manifests if m.run_id == found.run_id), key=lambda m: m.order)
+    found.manifests = sorted(
+        (m for m in found.manifests if m.run_id == found.run_id), key=lambda m: m.order
+    )
     named = {key.removesuffix(".json") for key in keys if key.endswith(".json")}
-    found.orphans = [key for key in found.sizes if fmt.CHECKPOINT_NAME.match(key) and key.removesuffix(".pt") not in named]
+    found.orphans = [
+        key
+        for key in found.sizes
+        if fmt.CHECKPOINT_NAME.match(key) and key.removesuffix(".pt") not in named
+    ]
     return found
 
 
 def _read_all(store: Store, keys: list[str]) -> Iterator[tuple[str, bytes]]:
-    """Small files by their keys, several at once from a remote store. Those deleted since they were listed are left out."""
+    """Read small files and yield (key, content), concurrently from a remote store.
+
+    A file that was deleted since the listing is left out.
+    """
 
     def read(key: str) -> bytes | None:
         try:
-            return reading(partial(store.read_once, key)) if store.is_local else store.read_once(key)
+            return (
+                reading(partial(store.read_once, key)) if store.is_local else store.read_once(key)
+            )
         except FileNotFoundError:
             return None
         except StorageError:
             if store.is_local and key.startswith(fmt.ATTEMPTS):
-                return b""  # a bad sector under one record is no reason to refuse the run; a server that fails may hide anything
+                # A bad sector under one record is no reason to refuse the run. A failing server is
+                # one: it may hide anything.
+                return b""
             raise
 
     if store.is_local:
@@ -198,7 +288,7 @@ def _read_manifests(store: Store, keys: list[str], found: Catalog) -> None:
     for key, text in _read_all(store, keys):
         try:
             found.manifests.append(_manifest(store, key, text))
-        except FileNotFoundError:  # deleted meanwhile
+        except FileNotFoundError:  # deleted since the first read
             continue
         except fmt.NewerFormatError as error:
             found.newer[key] = error
@@ -207,7 +297,10 @@ def _read_manifests(store: Store, keys: list[str], found: Catalog) -> None:
 
 
 def _manifest(store: Store, key: str, text: bytes) -> Manifest:
-    """What came over a network may be whole when it is read again. Raises DamagedError."""
+    """Parse a manifest, and read it again from a remote store if it is damaged.
+
+    Data that was damaged on the network may be intact in the second read. Raises DamagedError.
+    """
     try:
         return fmt.from_bytes(key, text)
     except DamagedError:
@@ -217,26 +310,41 @@ def _manifest(store: Store, key: str, text: bytes) -> Manifest:
 
 
 def _read_attempts(store: Store, found: Catalog) -> None:
-    matches = {entry.key: match for entry in store.entries(fmt.ATTEMPTS) if (match := fmt.ATTEMPT_NAME.match(entry.key))}
+    matches = {
+        entry.key: match
+        for entry in store.entries(fmt.ATTEMPTS)
+        if (match := fmt.ATTEMPT_NAME.match(entry.key))
+    }
     for match in matches.values():
         found.greatest = max(found.greatest, int(match["attempt"]))
         if not match["end"]:
             found.attempts[int(match["attempt"])] = {}
     for key, text in _read_all(store, list(matches)):
         match = matches[key]
-        (found.ends if match["end"] else found.attempts)[int(match["attempt"])] = records.parse(text)
+        (found.ends if match["end"] else found.attempts)[int(match["attempt"])] = records.parse(
+            text
+        )
 
 
 def going_on_from(manifest: Manifest | None) -> Lineage:
-    """The lineage of an attempt that goes on from this checkpoint: everything after it, of all attempts, is cut off."""
+    """Return the lineage of an attempt that resumes from this checkpoint.
+
+    It cuts off every later checkpoint of all attempts.
+    """
     return manifest.lineage if manifest else ()
 
 
 def extended(lineage: Lineage, attempt: int, step: int) -> Lineage:
-    """The lineage that a manifest of `attempt` at `step` carries."""
+    """Return the lineage that a manifest of `attempt` at `step` carries."""
     return (*(entry for entry in lineage if entry[0] != attempt), (attempt, step))
 
 
 def reaches(final: Mapping[str, int | None], end: Mapping[str, int | None]) -> bool:
-    """Whether a run that was finished for `final` needs nothing more for `end`. Null means no limit."""
-    return all((final.get(name) or float("inf")) >= (end[name] or float("inf")) for name in ("epochs", "max_steps"))
+    """Return whether a run that finished with the limits `final` also satisfies the limits `end`.
+
+    None means no limit.
+    """
+    return all(
+        (final.get(name) or float("inf")) >= (end[name] or float("inf"))
+        for name in ("epochs", "max_steps")
+    )

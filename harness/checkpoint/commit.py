@@ -25,14 +25,15 @@ from harness.store import Sink, Store
 
 @dataclass(frozen=True)
 class About:
-    """What the manifest repeats of the state, and the state cannot tell."""
+    """Manifest fields that the captured state does not contain, and options of the commit."""
 
     world_size: int
     lineage: Lineage
     classes: dict[str, str]
     config_digest: str
     final: dict[str, int | None] | None = None
-    metrics: dict[str, float] | None = None  # measured on these very weights; None: those of the state
+    # Measured on exactly these weights; None: the metrics of the state.
+    metrics: dict[str, float] | None = None
     read_back: bool = False  # parse the file before it becomes a checkpoint
 
 
@@ -44,11 +45,25 @@ def commit(
     write: Callable[[Sink], None] | None = None,
     check: Callable[[], None] = lambda: None,
 ) -> Manifest:
-    """Write `payload` as the checkpoint of its step; when this returns it is durable, and it exists.
+    """Write `payload` as the checkpoint of its step, durably.
 
-    With `write`, which writes the data in its own way, the payload need only hold what the manifest repeats. `check` is called when
-    the data is durable; what it raises passes through. Raises SaveError if the store fails, SupersededError if a newer attempt has
-    begun; then no checkpoint exists, and no file of it is left if the store lets us delete it.
+    On return, the checkpoint exists and is durable. After an error no checkpoint exists, and none
+    of its files remain if the store can delete them. The exception is a checkpoint that was
+    committed already: it stays.
+
+    Args:
+        store: Store that receives the checkpoint.
+        attempt: Attempt that writes.
+        payload: Content of the checkpoint. With `write` it need only hold the fields that the
+            manifest repeats.
+        about: Manifest fields that the payload does not contain.
+        write: Writes the data file; by default `torch.save` writes `payload`.
+        check: Called when the data is durable; its exceptions pass through.
+
+    Raises:
+        SaveError: The store fails, or this checkpoint is committed already.
+        SupersededError: A newer attempt has begun.
+        UsageError: `about.read_back` is set and `torch.load` refuses the file.
     """
     step = int(payload["step"])
 
@@ -58,39 +73,80 @@ def commit(
         check()
         return _manifest(attempt, payload, about, file)
 
-    return _commit(store, attempt, step, write or (lambda sink: torch.save(payload, sink)), build)  # type: ignore[arg-type]
+    return _commit(
+        store,
+        attempt,
+        step,
+        write or (lambda sink: torch.save(payload, sink)),  # type: ignore[arg-type]
+        build,
+    )
 
 
 def _check_readable(store: Store, step: int, attempt: Attempt) -> None:
-    """Raises UsageError for a file that is whole, but that `torch.load` refuses: nobody could go on from it."""
+    """Raise UsageError if the file is intact but `torch.load` refuses it.
+
+    No run could resume from such a file.
+    """
     try:
         outline(store, fmt.data_key(step, attempt.number))
     except UNPARSEABLE as error:
         raise UsageError(
-            "what is tracked can be saved, but not loaded again", f"found: {reason(error)}",
-            "Keep to tensors, numbers, strings, lists and dicts in every state_dict() and in run.state.",
-        ) from error  # fmt: skip
+            "what is tracked can be saved, but not loaded again",
+            f"found: {reason(error)}",
+            "Keep to tensors, numbers, strings, lists and dicts "
+            "in every state_dict() and in run.state.",
+        ) from error
 
 
-def adopt(source: Store, manifest: Manifest, store: Store, attempt: Attempt, lineage: Lineage) -> Manifest:
-    """Copy a whole checkpoint, of this run or of another, as the first one of `attempt`.
+def adopt(
+    source: Store, manifest: Manifest, store: Store, attempt: Attempt, lineage: Lineage
+) -> Manifest:
+    """Copy a checkpoint of this run or of another run as the first checkpoint of `attempt`.
 
-    Raises DamagedError if the source does not verify, SaveError as `commit` does.
+    Args:
+        source: Store that holds the checkpoint.
+        manifest: Manifest of the checkpoint in `source`.
+        store: Store that receives the copy.
+        attempt: Attempt that writes the copy.
+        lineage: Lineage of the attempt, without the entry of the copy.
+
+    Returns:
+        Manifest of the copy.
+
+    Raises:
+        DamagedError: The source does not verify.
+        SaveError: As for `commit`.
+        SupersededError: A newer attempt has begun.
     """
 
     def write(sink: Any) -> None:
-        for chunk in verified_chunks(source, manifest):  # complains at the end, before anything is committed
+        # DamagedError is raised at the end of the data, before anything is committed.
+        for chunk in verified_chunks(source, manifest):
             sink.write(chunk)
 
     def build(file: DataFile) -> Manifest:
         fields = {name: getattr(manifest, name) for name in manifest.__dataclass_fields__}
-        changed = {"run_id": attempt.run_id, "attempt": attempt.number, "files": (file,), "final": None, "time": now()}
-        return Manifest(**(fields | changed | {"lineage": extended(lineage, attempt.number, manifest.step)}))
+        changed = {
+            "run_id": attempt.run_id,
+            "attempt": attempt.number,
+            "files": (file,),
+            "final": None,
+            "time": now(),
+        }
+        return Manifest(
+            **(fields | changed | {"lineage": extended(lineage, attempt.number, manifest.step)})
+        )
 
     return _commit(store, attempt, manifest.step, write, build)
 
 
-def _commit(store: Store, attempt: Attempt, step: int, write: Callable[[Sink], None], build: Callable[[DataFile], Manifest]) -> Manifest:
+def _commit(
+    store: Store,
+    attempt: Attempt,
+    step: int,
+    write: Callable[[Sink], None],
+    build: Callable[[DataFile], Manifest],
+) -> Manifest:
     key, manifest_key = fmt.data_key(step, attempt.number), fmt.manifest_key(step, attempt.number)
     try:
         if store.exists(manifest_key):
@@ -98,7 +154,8 @@ def _commit(store: Store, attempt: Attempt, step: int, write: Callable[[Sink], N
         with store.writer(key, attempt.number) as sink:
             try:
                 write(sink)
-            except (RuntimeError, OSError, AttributeError) as error:  # torch's own words for a file that refuses
+            # torch.save hides a failed write behind one of these errors.
+            except (RuntimeError, OSError, AttributeError) as error:
                 if sink.failure is None:
                     raise
                 raise sink.failure from error
@@ -108,26 +165,39 @@ def _commit(store: Store, attempt: Attempt, step: int, write: Callable[[Sink], N
         check_fence(store, attempt)
         store.create(manifest.key, fmt.to_bytes(manifest), attempt.number)
     except FileExistsError as error:
-        raise SaveError(f"step {step} of attempt {attempt.number} is committed already: {error}") from error
+        raise SaveError(
+            f"step {step} of attempt {attempt.number} is committed already: {error}"
+        ) from error
     except BaseException as error:
-        with contextlib.suppress(StorageError):  # in this order: what keeps its manifest must keep its data
+        # The manifest goes first: if it cannot be deleted, its data must stay.
+        with contextlib.suppress(StorageError):
             store.delete(manifest_key)
             store.delete(key)
         if isinstance(error, StorageError):
-            raise SaveError(f"the checkpoint of step {step} was not saved: {error.what}", error.found, error.remedy) from error
+            raise SaveError(
+                f"the checkpoint of step {step} was not saved: {error.what}",
+                error.found,
+                error.remedy,
+            ) from error
         raise
     return manifest
 
 
-def _manifest(attempt: Attempt, payload: Mapping[str, Any], about: About, file: DataFile) -> Manifest:
-    own = sys.modules["harness"].__version__  # that it stands there also tells that the file has all names that do not follow from it
+def _manifest(
+    attempt: Attempt, payload: Mapping[str, Any], about: About, file: DataFile
+) -> Manifest:
+    # Its presence also means that the file has all names that cannot be derived from the file.
+    own = sys.modules["harness"].__version__
     metrics = payload["metrics"] if about.metrics is None else about.metrics
     return Manifest(
         run_id=attempt.run_id,
         attempt=attempt.number,
         step=payload["step"],
         epoch=payload["epoch"],
-        loss=payload["loss"] if payload["loss"] is not None and math.isfinite(payload["loss"]) else None,  # JSON has no NaN
+        # JSON has no NaN.
+        loss=payload["loss"]
+        if payload["loss"] is not None and math.isfinite(payload["loss"])
+        else None,
         metrics={name: value for name, value in metrics.items() if math.isfinite(value)},
         world_size=about.world_size,
         lineage=extended(about.lineage, attempt.number, payload["step"]),

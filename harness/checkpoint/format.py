@@ -1,4 +1,4 @@
-"""Names and manifests: what a checkpoint is called, and what its manifest says."""
+"""Names of a checkpoint's files, and the content of its manifest."""
 
 from __future__ import annotations
 
@@ -15,73 +15,101 @@ from harness.checkpoint import records
 from harness.errors import DamagedError, StorageError, UsageError
 from harness.store.base import TEMP, check_key
 
-READABLE = (1, 2)  # the versions that this harness reads
-WITH_MORE = ("names", "kinds", "gradients", "attributes", "own")  # top-level keys that an older harness would drop silently
+READABLE = (1, 2)  # format versions that this harness reads
+# Top-level keys that an older harness would drop silently.
+WITH_MORE = ("names", "kinds", "gradients", "attributes", "own")
 CHECKPOINTS, ATTEMPTS, EVENTS = "checkpoints", "attempts", "events"
 FOLDERS = (CHECKPOINTS, ATTEMPTS, EVENTS)
-FILES = "files"  # the user's own, with subfolders; made when the first one comes, and nobody looks for checkpoints there
+# The user's own files, with subfolders. The folder is created with the first file and is never
+# searched for checkpoints.
+FILES = "files"
 
-CHECKPOINT_NAME = re.compile(r"^checkpoints/step_(?P<step>[0-9]{8,})-(?P<attempt>[0-9]{4,})\.(?P<kind>pt|json)(?P<aside>\.damaged)?\Z")
+CHECKPOINT_NAME = re.compile(
+    r"^checkpoints/step_(?P<step>[0-9]{8,})-(?P<attempt>[0-9]{4,})"
+    r"\.(?P<kind>pt|json)(?P<aside>\.damaged)?\Z"
+)
 ATTEMPT_NAME = re.compile(r"^attempts/(?P<attempt>[0-9]{4,})(?P<end>\.end)?\.json\Z")
 
 Lineage = tuple[tuple[int, int], ...]
 
 
 def version_of(payload: Mapping[str, Any]) -> int:
-    """The format version of a checkpoint with this content: 2 if it holds state that an older harness would drop silently, else 1."""
+    """Return the format version of a checkpoint with this content.
+
+    The version is 2 if the content has state that an older harness would drop silently, else 1.
+    """
     data = payload.get("data", ())
-    return 2 if any(name in payload for name in WITH_MORE) or "kinds" in data or "beside" in data else 1
+    return (
+        2
+        if any(name in payload for name in WITH_MORE) or "kinds" in data or "beside" in data
+        else 1
+    )
 
 
 def stem(step: int, attempt: int) -> str:
-    """The name of a checkpoint without its ending."""
+    """Return the name of a checkpoint without a file extension."""
     return f"step_{step:08d}-{attempt:04d}"
 
 
 def data_key(step: int, attempt: int) -> str:
+    """Return the key of a checkpoint's data file."""
     return f"{CHECKPOINTS}/{stem(step, attempt)}.pt"
 
 
 def manifest_key(step: int, attempt: int) -> str:
+    """Return the key of a checkpoint's manifest."""
     return f"{CHECKPOINTS}/{stem(step, attempt)}.json"
 
 
 def attempt_key(attempt: int) -> str:
+    """Return the key of an attempt's record."""
     return f"{ATTEMPTS}/{attempt:04d}.json"
 
 
 def end_key(attempt: int) -> str:
+    """Return the key of the record of how an attempt ended."""
     return f"{ATTEMPTS}/{attempt:04d}.end.json"
 
 
 def events_key(attempt: int) -> str:
+    """Return the key of an attempt's event log on a store that can append."""
     return f"{EVENTS}/{attempt:04d}.jsonl"
 
 
 def segment_key(attempt: int, number: int) -> str:
-    """On a store that cannot append, the events of an attempt lie in numbered segments."""
+    """Return the key of one segment of an attempt's event log on a store that cannot append."""
     return f"{EVENTS}/{attempt:04d}-{number:06d}.jsonl"
 
 
 def rank_events_key(attempt: int, rank: int) -> str:
-    """The last word of a rank that does not keep the events."""
+    """Return the key of the last event of a rank that does not write the event log."""
     return f"{EVENTS}/{attempt:04d}-rank{rank}.jsonl"
 
 
 def file_key(name: str) -> str:
-    """Where a file of the user's own lies. Raises UsageError for a name that leads out of their folder."""
+    """Return the key of a user's file.
+
+    Raises UsageError for a name that leads out of the folder of these files, or that is reserved
+    for temporary files.
+    """
     try:
         check_key(FILES, name)
     except StorageError:
-        raise UsageError(f"{name!r} cannot be kept", remedy="Give a relative path without '..', such as samples/a.png.") from None
+        raise UsageError(
+            f"{name!r} cannot be kept",
+            remedy="Give a relative path without '..', such as samples/a.png.",
+        ) from None
     if TEMP.match(name):
-        raise UsageError(f"{name!r} cannot be kept", remedy="Name it otherwise: .tmp-NUMBER-… marks an unfinished file.")
+        raise UsageError(
+            f"{name!r} cannot be kept",
+            remedy="Name it otherwise: .tmp-NUMBER-… marks an unfinished file.",
+        )
     return f"{FILES}/{name}"
 
 
 @dataclass(frozen=True)
 class DataFile:
-    """A data file as its manifest names it."""
+    """The entry of a data file in its manifest."""
 
     name: str
     size_bytes: int
@@ -90,7 +118,10 @@ class DataFile:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a person or a lister wants to know of a checkpoint without opening it. A checkpoint exists if and only if this does."""
+    """The description of a checkpoint that people and listings use without opening its data.
+
+    A checkpoint exists if and only if its manifest exists.
+    """
 
     run_id: str
     attempt: int
@@ -108,82 +139,105 @@ class Manifest:
     versions: dict[str, str]
     config_digest: str
     format_version: int = 1
-    more: dict[str, Any] = field(default_factory=dict)  # fields that this harness does not know, which stand beside the others
+    # Fields that this harness does not know; in the file they are at the top level as well.
+    more: dict[str, Any] = field(default_factory=dict)
 
     @property
     def order(self) -> tuple[int, int]:
-        """Newer is greater: by attempt first, never by step alone."""
+        """Return the sort key, greater for newer checkpoints: attempt first, never step alone."""
         return self.attempt, self.step
 
     @property
     def name(self) -> str:
+        """Return the name of the checkpoint, without a file extension."""
         return stem(self.step, self.attempt)
 
     @property
     def key(self) -> str:
+        """Return the key of the manifest."""
         return manifest_key(self.step, self.attempt)
 
     @property
     def data(self) -> DataFile:
+        """Return the entry of the data file."""
         return self.files[0]
 
     @property
     def data_key(self) -> str:
-        """Where the data lies, as `key` is where the manifest lies."""
+        """Return the key of the data file."""
         return f"{CHECKPOINTS}/{self.data.name}"
 
     @property
     def size_bytes(self) -> int:
+        """Return the size of all data files together, in bytes."""
         return sum(file.size_bytes for file in self.files)
 
 
 def to_bytes(manifest: Manifest) -> bytes:
-    """The one and only spelling of a manifest; its last field is the digest of all the others."""
+    """Serialise a manifest to its only valid form, with the digest of all its fields."""
     fields = dataclasses.asdict(manifest)
     fields |= fields.pop("more")
     return _spell(fields | {"manifest_digest": _digest(fields)})
 
 
 def from_bytes(key: str, text: bytes) -> Manifest:
-    """Read a manifest back. Raises DamagedError unless every single byte is as it was written."""
+    """Parse the manifest under `key`.
+
+    Raises DamagedError unless every byte is as it was written, NewerFormatError if the manifest is
+    intact but its format version is not readable.
+    """
     try:
         fields = json.loads(text)
         said = fields.pop("manifest_digest")
         version = fields["format_version"]
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-        raise DamagedError(f"{key} is not a manifest", f"found: {type(error).__name__}: {str(error)[:100]}") from None
+        raise DamagedError(
+            f"{key} is not a manifest", f"found: {type(error).__name__}: {str(error)[:100]}"
+        ) from None
     if version not in READABLE and _digest(fields) == said:
         raise newer(key, version)
     if _digest(fields) != said or _spell(fields | {"manifest_digest": said}) != text:
-        raise DamagedError(f"{key}: the manifest's own checksum does not match", f"expected: {said}")
+        raise DamagedError(
+            f"{key}: the manifest's own checksum does not match", f"expected: {said}"
+        )
     try:
         manifest = _build(fields)
     except (TypeError, ValueError, KeyError, OverflowError, RecursionError) as error:
-        raise DamagedError(f"{key} is not a manifest", f"found: {type(error).__name__}: {error}") from None
+        raise DamagedError(
+            f"{key} is not a manifest", f"found: {type(error).__name__}: {error}"
+        ) from None
     if (
         manifest.key != key
         or [file.name for file in manifest.files] != [f"{manifest.name}.pt"]
         or manifest.lineage[-1:] != (manifest.order,)
     ):
-        raise DamagedError(f"{key} speaks of another checkpoint", f"found: {manifest.key} with {[file.name for file in manifest.files]}")
+        raise DamagedError(
+            f"{key} speaks of another checkpoint",
+            f"found: {manifest.key} with {[file.name for file in manifest.files]}",
+        )
     return manifest
 
 
 class NewerFormatError(UsageError):
-    """A whole checkpoint of a version that this harness cannot read: never set aside, never deleted, never gone on behind by itself."""
+    """An intact checkpoint has a format version that this harness cannot read.
+
+    Such a checkpoint is never set aside or deleted, and no run resumes from an older checkpoint by
+    itself.
+    """
 
 
 def newer(key: str, version: object) -> NewerFormatError:
-    """The error for a checkpoint of a version that this harness cannot read."""
+    """Return the error for a checkpoint whose format version this harness cannot read."""
     return NewerFormatError(
         f"{key} has format version {version}",
         f"expected: at most {READABLE[-1]}, all that this harness can read",
-        f"Use a harness that reads format version {version}. To leave that checkpoint behind: harness rollback RUN STEP.",
+        f"Use a harness that reads format version {version}. "
+        "To leave that checkpoint behind: harness rollback RUN STEP.",
     )
 
 
 def order_of(key: str) -> tuple[int, int]:
-    """The (attempt, step) that the name of a checkpoint's file bears."""
+    """Return the (attempt, step) in the name of a checkpoint's file."""
     match = CHECKPOINT_NAME.match(key)
     assert match is not None, "it was listed as one"
     return int(match["attempt"]), int(match["step"])
@@ -191,8 +245,14 @@ def order_of(key: str) -> tuple[int, int]:
 
 def _build(fields: dict[str, Any]) -> Manifest:
     lineage = tuple((int(attempt), int(step)) for attempt, step in fields.pop("lineage"))
-    files = tuple(DataFile(str(file["name"]), int(file["size_bytes"]), str(file["digest"])) for file in fields.pop("files"))
-    known = {name: fields.pop(name) for name in Manifest.__dataclass_fields__.keys() & fields.keys() - {"more"}}
+    files = tuple(
+        DataFile(str(file["name"]), int(file["size_bytes"]), str(file["digest"]))
+        for file in fields.pop("files")
+    )
+    known = {
+        name: fields.pop(name)
+        for name in Manifest.__dataclass_fields__.keys() & fields.keys() - {"more"}
+    }
     manifest = Manifest(lineage=lineage, files=files, more=fields, **known)
     strange = [name for name, holds in KINDS.items() if not holds(getattr(manifest, name))]
     if strange:
@@ -205,20 +265,35 @@ def _are_numbers(value: object) -> bool:
 
 
 def _are_limits(value: object) -> bool:
-    return value is None or (isinstance(value, dict) and all(limit is None or records.is_count(limit) for limit in value.values()))
+    return value is None or (
+        isinstance(value, dict)
+        and all(limit is None or records.is_count(limit) for limit in value.values())
+    )
 
 
 def _are_texts(value: object) -> bool:
     return isinstance(value, dict) and all(isinstance(text, str) for text in value.values())
 
 
-KINDS: dict[str, Callable[[object], bool]] = {  # what a manifest with a right digest may still have wrong
+# Checks of field types: a manifest with a correct digest may still have wrong types.
+KINDS: dict[str, Callable[[object], bool]] = {
     **dict.fromkeys(("attempt", "step", "epoch", "world_size"), records.is_count),
-    "loss": lambda value: value is None or records.is_value(value), "metrics": _are_numbers, "final": _are_limits,
-    "classes": _are_texts, "run_id": lambda value: isinstance(value, str), "time": lambda value: isinstance(value, str),
-    "files": lambda value: all(records.is_count(file.size_bytes) for file in value),  # type: ignore[attr-defined]
-    "lineage": lambda value: all(records.is_count(number) for pair in value for number in pair),  # type: ignore[attr-defined]
-}  # fmt: skip
+    "loss": lambda value: value is None or records.is_value(value),
+    "metrics": _are_numbers,
+    "final": _are_limits,
+    "classes": _are_texts,
+    "run_id": lambda value: isinstance(value, str),
+    "time": lambda value: isinstance(value, str),
+    "files": lambda value: all(
+        records.is_count(file.size_bytes)
+        for file in value  # type: ignore[attr-defined]
+    ),
+    "lineage": lambda value: all(
+        records.is_count(number)
+        for pair in value  # type: ignore[attr-defined]
+        for number in pair
+    ),
+}
 
 
 def _spell(fields: dict[str, Any]) -> bytes:

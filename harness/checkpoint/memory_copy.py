@@ -1,8 +1,10 @@
-"""The memory tier: the newest checkpoint in this machine's memory, for a process that dies and is started again on it.
+"""The memory tier: the newest checkpoint in this machine's memory, for a restart on this machine.
 
-It is a store like any other, in /dev/shm: the same format, committed in the same way, verified before it is used. A checkpoint in it
-counts if it is newer than all that is on the disk; then it is gone on from, and what is on the disk stays what a lost machine falls
-back on. It is let go when the disk has something as new. Who dies for good leaves it behind: /dev/shm/harness-UID-….
+The tier is an ordinary store in /dev/shm: it has the same format and the same commit, and its data
+is verified before use. A checkpoint in it counts if it is newer than every checkpoint on the disk.
+The run then resumes from it, while the checkpoint on the disk remains the fallback after the loss
+of the machine. The tier is deleted when the disk has a checkpoint that is as new. A run that dies
+and is not restarted leaves it behind: /dev/shm/harness-UID-….
 """
 
 from __future__ import annotations
@@ -22,30 +24,52 @@ ROOT = Path("/dev/shm")
 
 
 def place(run: Store) -> LocalStore:
-    """Where the tier of a run lies, by the run's own place."""
-    return LocalStore(ROOT / f"harness-{os.getuid()}-{hashlib.sha256(str(run).encode()).hexdigest()[:16]}")
+    """Return the store of a run's memory tier, derived from the path of the run."""
+    return LocalStore(
+        ROOT / f"harness-{os.getuid()}-{hashlib.sha256(str(run).encode()).hexdigest()[:16]}"
+    )
 
 
 def newest(store: LocalStore, found: Catalog) -> Manifest | None:
-    """What is in the tier, if that is newer than all that was found on the disk, and of the same run."""
+    """Return the tier's newest checkpoint of this run if it is newer than the disk's, else None."""
     if not is_ours(store):
         return None
-    there = [m for m in read_catalog(store).manifests if m.run_id == found.run_id and m.attempt in found.attempts]
-    return there[-1] if there and (found.head is None or there[-1].order > found.head.order) else None
+    there = [
+        m
+        for m in read_catalog(store).manifests
+        if m.run_id == found.run_id and m.attempt in found.attempts
+    ]
+    return (
+        there[-1] if there and (found.head is None or there[-1].order > found.head.order) else None
+    )
 
 
 def check_readable(store: LocalStore, found: Catalog) -> None:
-    """Raises NewerFormatError if what is in the tier is newer than all that was found on the disk, and of a newer format."""
+    """Raise NewerFormatError if the tier's newest checkpoint has a newer format and is the newest.
+
+    It counts only if the run has its attempt and it is newer than every checkpoint on the disk.
+    """
     there = read_catalog(store) if is_ours(store) else Catalog()
     error, key = there.unreadable_head, max(there.newer, key=fmt.order_of, default="")
     attempt, step = fmt.order_of(key) if error else (0, 0)
-    if error and attempt in found.attempts and (found.head is None or (attempt, step) > found.head.order):
+    if (
+        error
+        and attempt in found.attempts
+        and (found.head is None or (attempt, step) > found.head.order)
+    ):
         raise error
 
 
 def is_ours(store: LocalStore) -> bool:
-    """Whether it is there, and nobody else has made it or may write to it: /dev/shm is everybody's."""
+    """Return whether the tier exists, belongs to this user and is closed to all other users.
+
+    The check is needed because /dev/shm is shared by all users.
+    """
     with contextlib.suppress(OSError):
         status = os.lstat(store.root)
-        return stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and not status.st_mode & 0o077
+        return (
+            stat.S_ISDIR(status.st_mode)
+            and status.st_uid == os.getuid()
+            and not status.st_mode & 0o077
+        )
     return False

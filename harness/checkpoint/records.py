@@ -1,4 +1,7 @@
-"""Small records as they are read: whoever may write to a bucket may have written them, so each field is of its kind, or left out."""
+"""Parse small JSON records and drop every field whose value is not of the expected type.
+
+Anyone with write access to a bucket may have written such a record, so no field is trusted.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,11 @@ import json
 import math
 from typing import Any
 
-MOST = 1 << 62  # no step, attempt or process has a greater number
+MOST = 1 << 62  # exclusive limit for the number of a step, an attempt or a process
 
 
 def parse(text: bytes) -> dict[str, Any]:
-    """What a record holds; {} of one that cannot be read."""
+    """Return the valid fields of a record; {} if the record cannot be parsed."""
     try:
         found = json.loads(text)
     except (ValueError, RecursionError):
@@ -20,29 +23,46 @@ def parse(text: bytes) -> dict[str, Any]:
 
 
 def plain(record: dict[str, Any]) -> dict[str, Any]:
-    """The record without the fields that are not of their kind; those of other names are as they were."""
-    return {name: value for name, value in record.items() if name not in KINDS or KINDS[name](value)}
+    """Return the record without the fields whose value is not of the expected type.
+
+    Fields whose name is not in `KINDS` are kept unchanged.
+    """
+    return {
+        name: value for name, value in record.items() if name not in KINDS or KINDS[name](value)
+    }
 
 
 def is_value(value: object) -> bool:
-    """A loss, or what was measured: any number that a float holds, NaN and infinities too."""
+    """Return whether the value is a loss or a metric: a float or an int.
+
+    NaN and infinities are valid. An int must be smaller than 2**62 in magnitude.
+    """
     return isinstance(value, float) or (isinstance(value, int) and abs(value) < MOST)
 
 
 def is_number(value: object) -> bool:
-    """One that can be drawn: none that sums of few make infinite."""
-    return is_value(value) and (not math.isfinite(value) or abs(value) < 1e300)  # type: ignore[arg-type]
+    """Return whether the value can be plotted: not finite, or less than 1e300 in magnitude.
+
+    The limit ensures that the sum of a few finite values stays finite.
+    """
+    return is_value(value) and (
+        not math.isfinite(value) or abs(value) < 1e300  # type: ignore[arg-type]
+    )
 
 
 def is_count(value: object) -> bool:
-    """A number of a step, an attempt, a rank."""
+    """Return whether the value is a valid number of a step, an attempt or a rank."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < MOST
 
 
 def is_time(value: object) -> bool:
-    """A time with its zone, as `attempts.now` spells it."""
+    """Return whether the value is an ISO time with a UTC offset, as `attempts.now` formats it."""
     try:
-        return isinstance(value, str) and datetime.datetime.fromisoformat(value).timestamp() > 0 and value[-6:-5] in ("+", "-")
+        return (
+            isinstance(value, str)
+            and datetime.datetime.fromisoformat(value).timestamp() > 0
+            and value[-6:-5] in ("+", "-")
+        )
     except (ValueError, OverflowError, OSError):
         return False
 
@@ -72,16 +92,40 @@ def _is_texts(value: object) -> bool:
 
 
 def _is_origin(value: object) -> bool:
-    return value is None or (isinstance(value, dict) and is_count(value.get("attempt")) and is_count(value.get("step")))
+    return value is None or (
+        isinstance(value, dict) and is_count(value.get("attempt")) and is_count(value.get("step"))
+    )
 
 
 KINDS = (
     dict.fromkeys(
-        ("run_id", "nonce", "kind", "host", "why", "error", "trace", "by", "event", "submitted", "stacks", "collective"), _is_text
+        (
+            "run_id",
+            "nonce",
+            "kind",
+            "host",
+            "why",
+            "error",
+            "trace",
+            "by",
+            "event",
+            "submitted",
+            "stacks",
+            "collective",
+        ),
+        _is_text,
     )
     | dict.fromkeys(("remote", "launch"), _is_text_or_none)
-    | dict.fromkeys(("attempt", "reached", "world_size", "greatest", "most_failures", "failures"), is_count)
+    | dict.fromkeys(
+        ("attempt", "reached", "world_size", "greatest", "most_failures", "failures"), is_count
+    )
     | dict.fromkeys(("step", "saved_step", "rank", "of"), _is_count_or_none)
     | dict.fromkeys(("loss", "seconds", "blocked_s", "copy_s"), is_number)
-    | {"from": _is_origin, "time": is_time, "code": _is_code, "spent": _is_mapping, "signals": _is_texts}
+    | {
+        "from": _is_origin,
+        "time": is_time,
+        "code": _is_code,
+        "spent": _is_mapping,
+        "signals": _is_texts,
+    }
 )

@@ -1,4 +1,4 @@
-"""Copy checkpoints from one of a run's stores to the other, and say which of them."""
+"""Copy checkpoints from one of a run's stores to the other, and select those to copy."""
 
 from __future__ import annotations
 
@@ -14,9 +14,14 @@ from harness.store import Store
 
 
 def wanted(history: Sequence[Manifest], there: Collection[str], policy: Policy) -> list[Manifest]:
-    """What still has to be copied, the most urgent first: the newest, then the best, then every n-th.
+    """Return the checkpoints still to be copied: the newest, then the best, then every n-th.
 
-    What was overtaken while the other store could not be reached is not worth its way. `there` names what that store has.
+    A checkpoint that was overtaken while the other store was unreachable is not copied.
+
+    Args:
+        history: Checkpoints of the source store.
+        there: Names of the checkpoints that the target store has.
+        policy: Retention policy, which defines the best and the n-th checkpoints.
     """
     newest_first = sorted(history, key=lambda m: m.order, reverse=True)
     urgent = newest_first[:1] + retention.best(newest_first, policy)[: policy.best]
@@ -25,18 +30,48 @@ def wanted(history: Sequence[Manifest], there: Collection[str], policy: Policy) 
 
 
 def replicate(source: Store, manifest: Manifest, target: Store, attempt: Attempt) -> None:
-    """Commit the same checkpoint, byte for byte, in another store. Raises what `send` does."""
+    """Commit the same checkpoint, byte for byte, in another store.
+
+    Args:
+        source: Store that holds the checkpoint.
+        manifest: Manifest of the checkpoint.
+        target: Store that receives the copy.
+        attempt: Attempt that writes the copy.
+
+    Raises:
+        The same errors as `send`.
+    """
     send(source, manifest.data_key, (), lambda: manifest, target, attempt)
 
 
 def send(
-    source: Store, key: str, early: Iterable[bytes], committed: Callable[[], Manifest | None], target: Store, attempt: Attempt
+    source: Store,
+    key: str,
+    early: Iterable[bytes],
+    committed: Callable[[], Manifest | None],
+    target: Store,
+    attempt: Attempt,
 ) -> Manifest | None:
-    """Commit a checkpoint, byte for byte as in `source`, in another store: the data first, the manifest last.
+    """Commit a byte-for-byte copy of a checkpoint of `source` in another store, manifest last.
 
-    It may begin before the checkpoint is committed in `source`, with the first bytes of its file from elsewhere, `early`. `committed`
-    waits for its manifest, and returns None if there will be none: then nothing appears. Raises DamagedError if what was sent is not what
-    the manifest says, SupersededError if `target` shows a newer attempt, StorageError. In each case no checkpoint appears there.
+    The copy may begin before the checkpoint is committed in `source`. After an error no checkpoint
+    appears in `target`.
+
+    Args:
+        source: Store that holds the checkpoint, or will hold it.
+        key: Key of its data file.
+        early: First bytes of the data file, from another place than `source`.
+        committed: Waits for the manifest; returns None if the checkpoint will not be committed.
+        target: Store that receives the copy.
+        attempt: Attempt that writes the copy.
+
+    Returns:
+        The manifest, or None if `committed` has returned None; then `target` receives nothing.
+
+    Raises:
+        DamagedError: The sent data does not match the manifest.
+        SupersededError: `target` shows a newer attempt.
+        StorageError: A store fails.
     """
     check_fence(target, attempt)
     with target.writer(key, attempt.number) as sink:
@@ -44,15 +79,22 @@ def send(
             sink.write(chunk)
         if (manifest := committed()) is None:
             return None
-        for chunk in load.chunks(source, key, sink.size_bytes) if sink.size_bytes != manifest.size_bytes else ():
+        for chunk in (
+            load.chunks(source, key, sink.size_bytes)
+            if sink.size_bytes != manifest.size_bytes
+            else ()
+        ):
             sink.write(chunk)
         load.compare(sink.size_bytes, sink.digest(), manifest.data, key)
         sink.commit()
-    check_fence(target, attempt)  # the data stays: a successor may have copied it by now, and count on it
+    # If this raises, the data stays: a successor may rely on the same data by now.
+    check_fence(target, attempt)
     text = fmt.to_bytes(manifest)
     try:
         target.create(manifest.key, text, attempt.number)
     except FileExistsError:
         if target.read(manifest.key) != text:
-            raise DamagedError(f"{target} has another checkpoint under the name of {manifest.name}") from None
+            raise DamagedError(
+                f"{target} has another checkpoint under the name of {manifest.name}"
+            ) from None
     return manifest

@@ -1,4 +1,8 @@
-"""Which checkpoints may go. The decision is a pure function; carrying it out lists the attempts again before each delete."""
+"""Retention: select the checkpoints to delete, and delete them.
+
+The selection is a pure function. The deletion lists the attempts again before each delete, so that
+a superseded attempt deletes nothing more.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +23,11 @@ ALWAYS_KEPT = 2
 
 @dataclass(frozen=True)
 class Policy:
-    """Keep the newest `last`, every checkpoint whose step is a multiple of `every_steps`, and the `best` by `metric`."""
+    """Which checkpoints to keep.
+
+    These are the newest `last`, every checkpoint whose step is a multiple of `every_steps`, and the
+    `best` by `metric`.
+    """
 
     last: int = 3
     every_steps: int | None = None
@@ -29,14 +37,25 @@ class Policy:
 
 
 def changed(policy: Policy, by: Mapping[str, int | None]) -> Policy:
-    """The policy with other numbers of `last`, `every_steps` or `best`; None leaves one as it is. Raises UsageError."""
+    """Return the policy with other values of `last`, `every_steps` or `best`.
+
+    None leaves a value unchanged. Raises UsageError for any other name.
+    """
     if unknown := sorted(set(by) - {"last", "every_steps", "best"}):
-        raise UsageError(f"nothing can be kept by {', '.join(unknown)}", "expected: last, every_steps, best")
-    return dataclasses.replace(policy, **{name: value for name, value in by.items() if value is not None})  # type: ignore[arg-type]
+        raise UsageError(
+            f"nothing can be kept by {', '.join(unknown)}", "expected: last, every_steps, best"
+        )
+    return dataclasses.replace(
+        policy,
+        **{name: value for name, value in by.items() if value is not None},  # type: ignore[arg-type]
+    )
 
 
 def score(manifest: Manifest, policy: Policy) -> float | None:
-    """How good a checkpoint is by the policy's metric, greater is better; None if that was not measured."""
+    """Return the score of a checkpoint by the policy's metric; greater is better.
+
+    Returns None if the metric was not measured or is NaN.
+    """
     value = manifest.metrics.get(policy.metric)
     if value is None or math.isnan(value):
         return None
@@ -44,13 +63,25 @@ def score(manifest: Manifest, policy: Policy) -> float | None:
 
 
 def best(manifests: Iterable[Manifest], policy: Policy) -> list[Manifest]:
-    """Those with a score, best first; of equal ones the older first."""
+    """Return the checkpoints that have a score, best first; of equal ones the older first."""
     scored = [(value, m) for m in manifests if (value := score(m, policy)) is not None]
     return [m for value, m in sorted(scored, key=lambda pair: (-pair[0], pair[1].order))]
 
 
-def better(metrics: Mapping[str, float], so_far: float | None, policy: Policy) -> tuple[float | None, bool]:
-    """The best value of the policy's metric, and whether it is from these metrics and worth a checkpoint."""
+def better(
+    metrics: Mapping[str, float], so_far: float | None, policy: Policy
+) -> tuple[float | None, bool]:
+    """Return the best value of the policy's metric, and whether to save a checkpoint for it.
+
+    Args:
+        metrics: New measurements.
+        so_far: Best value so far, or None.
+        policy: Retention policy.
+
+    Returns:
+        The best value including `metrics`, and True if `metrics` have improved it and the policy
+        keeps best checkpoints.
+    """
     value = metrics.get(policy.metric)
     if value is None or math.isnan(value):
         return so_far, False
@@ -59,17 +90,22 @@ def better(metrics: Mapping[str, float], so_far: float | None, policy: Policy) -
 
 
 def best_file(stores: Sequence[Store], policy: Policy) -> str | None:
-    """The path or URL of the best checkpoint in the run's history, or None. Raises StorageError."""
+    """Return the path or URL of the best checkpoint in the run's history, or None.
+
+    Raises StorageError.
+    """
     found = read_catalog(*stores)
     ranked = best(found.history, policy)
     return found.copies(ranked[0])[0].where(ranked[0].data_key) if ranked else None
 
 
 def to_delete(history: list[Manifest], verified: set[str], policy: Policy) -> list[Manifest]:
-    """The checkpoints that may go, oldest first.
+    """Return the checkpoints that the policy does not keep, oldest first.
 
-    `verified` names those that were read whole, or written, by this attempt. Only they fill a place of the policy; one that
-    was not verified is kept as well if it would have a place, but takes none from another: it may be damaged.
+    `verified` names the checkpoints that this attempt has written or read in full. Only these count
+    towards the numbers of the policy. An unverified checkpoint may be damaged: it is kept if it
+    would be among those numbers, but it does not displace a verified one. Nothing is deleted while
+    fewer than `ALWAYS_KEPT` checkpoints are verified.
     """
     kept = _places(history, policy) | _places([m for m in history if m.name in verified], policy)
     if sum(m.name in verified for m in history) < ALWAYS_KEPT:
@@ -85,12 +121,28 @@ def _places(history: list[Manifest], policy: Policy) -> set[str]:
     return {m.name for m in kept}
 
 
-def apply(store: Store, attempt: Attempt, verified: set[str], policy: Policy, pinned: Collection[str] = ()) -> list[str]:
-    """Delete what the policy lets go but for the `pinned`, and data that earlier attempts left without a manifest; returns the names.
+def apply(
+    store: Store, attempt: Attempt, verified: set[str], policy: Policy, pinned: Collection[str] = ()
+) -> list[str]:
+    """Delete checkpoints that the policy does not keep, and unfinished data of earlier attempts.
 
-    Call it right after a commit of this attempt: that commit has cut off every earlier attempt, so what those left unfinished
-    can never count again. In a remote store it is left alone all the same: its owner may be alive elsewhere, and be confused.
-    Raises SupersededError, StorageError.
+    Call it right after a commit of this attempt. That commit has cut off every earlier attempt, so
+    data that those left without a manifest can never count again. In a remote store such data stays
+    all the same: its owner may be alive elsewhere and would fail without it.
+
+    Args:
+        store: Store to delete from.
+        attempt: The current attempt.
+        verified: Names of the checkpoints that this attempt has written or read in full.
+        policy: Retention policy.
+        pinned: Names of checkpoints that must stay.
+
+    Returns:
+        Names of the deleted checkpoints and keys of the deleted data files.
+
+    Raises:
+        SupersededError: A newer attempt has begun.
+        StorageError: The store fails.
     """
     found = read_catalog(store)
     gone = []
@@ -110,7 +162,10 @@ def apply(store: Store, attempt: Attempt, verified: set[str], policy: Policy, pi
 
 
 def delete(store: Store, manifest: Manifest) -> None:
-    """The manifest first: what is left after a crash in between is no checkpoint."""
+    """Delete a checkpoint, manifest first.
+
+    Data that remains after a crash in between is no checkpoint.
+    """
     store.delete(manifest.key)
     for file in manifest.files:
         store.delete(f"{fmt.CHECKPOINTS}/{file.name}")

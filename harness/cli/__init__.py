@@ -1,4 +1,8 @@
-"""The commands, one file each: a docstring that becomes the help, `add_arguments`, and `run`, which returns the exit code."""
+"""The commands of `harness`, one module each.
+
+The docstring of a command's module is its help text. The module has two functions:
+`add_arguments` adds the arguments to the parser, and `run` returns the exit code.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +20,10 @@ COMMANDS = {
     "submit": "submit a run to SLURM, once",
     "stop": "ask a running job to save and stop, through its store",
     "save": "ask a running job to save now, through its store",
-    "drill": "prove it on your own program: train undisturbed, then with faults, and compare bit for bit",
-    "doctor": "before an expensive run: check its directory, its bucket, their speed, and that all ranks agree",
+    "drill": "prove it on your own program: "
+    "train undisturbed, then with faults, and compare bit for bit",
+    "doctor": "before an expensive run: "
+    "check its directory, its bucket, their speed, and that all ranks agree",
     "status": "running, to be continued, finished, or failed: and why",
     "top": "several runs at once: state, step, rate, time left, last checkpoint, last problem",
     "report": "what its time was spent on, over all attempts; --html draws it",
@@ -34,7 +40,13 @@ COMMANDS = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; returns its exit code. Errors that a user can mend are said in words."""
+    """Run one command and return its exit code.
+
+    A HarnessError is printed as a message without a traceback.
+
+    Args:
+        arguments: Name of the command and its arguments; None: those of this process.
+    """
     given = sys.argv[1:] if arguments is None else arguments
     if not given or given[0] not in COMMANDS:
         return _overview(given)
@@ -42,45 +54,85 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return _run(name, rest)
     except HarnessError as error:
-        errors.report(error)  # by its module: the command of this name is one here
+        # Not imported by name: `report` is also the name of a command in this package.
+        errors.report(error)
         return error.exit_code
     except KeyboardInterrupt:
         return 130
 
 
 def _run(name: str, rest: list[str]) -> int:
-    module = importlib.import_module(f"harness.cli.{name.rstrip('_')}_" if name == "import" else f"harness.cli.{name}")
+    """Import the command's module, parse the arguments and return the exit code."""
+    module = importlib.import_module(
+        f"harness.cli.{name.rstrip('_')}_" if name == "import" else f"harness.cli.{name}"
+    )
     summary, _, details = (module.__doc__ or "").strip().partition("\n")
     parser = argparse.ArgumentParser(
-        prog=f"harness {name}", description=f"{summary}\n{details}", formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=f"harness {name}",
+        description=f"{summary}\n{details}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     module.add_arguments(parser)
-    return int(module.run(*_parsed(parser, with_loop(rest) if name in ("launch", "submit", "drill") else rest)))
+    return int(
+        module.run(
+            *_parsed(parser, with_loop(rest) if name in ("launch", "submit", "drill") else rest)
+        )
+    )
 
 
 def with_loop(given: list[str]) -> list[str]:
-    """A program of the user's own, and all that follows it, as one setting."""
-    at = next((at for at, word in enumerate(given) if word.endswith(".py") and "=" not in word and not word.startswith("-")), None)
-    return given if at is None else [*given[:at], f"run.loop={json.dumps(given[at:], ensure_ascii=False)}"]
+    """Replace the user's program and all words after it by the setting `run.loop`.
+
+    The program is the first word that ends with .py and is neither an option nor a setting. Without
+    one, the words are returned unchanged.
+    """
+    at = next(
+        (
+            at
+            for at, word in enumerate(given)
+            if word.endswith(".py") and "=" not in word and not word.startswith("-")
+        ),
+        None,
+    )
+    return (
+        given
+        if at is None
+        else [*given[:at], f"run.loop={json.dumps(given[at:], ensure_ascii=False)}"]
+    )
 
 
-def _parsed(parser: argparse.ArgumentParser, rest: list[str]) -> tuple[argparse.Namespace, ...] | tuple[argparse.Namespace, list[str]]:
-    """A command that says `passes_on` gets what the parser does not know as a second argument."""
+def _parsed(
+    parser: argparse.ArgumentParser, rest: list[str]
+) -> tuple[argparse.Namespace, ...] | tuple[argparse.Namespace, list[str]]:
+    """Parse the arguments of a command and return the arguments for its `run`.
+
+    A command that sets the parser default `passes_on` gets the unknown arguments as a second one.
+    """
     try:
         if parser.get_default("passes_on"):
             return parser.parse_known_args(rest)
         return (parser.parse_intermixed_args(rest),)
     except SystemExit as stop:
-        if stop.code == 2:  # argparse's own code for a wrong command line; ours is the same for every usage error
+        # argparse exits with 2 for a wrong command line. Here, every usage error exits with 78.
+        if stop.code == 2:
             raise SystemExit(78) from None
         raise
 
 
 def _overview(given: list[str]) -> int:
+    """Print the list of commands and return the exit code: 0 if it was asked for, else 78."""
     asked = not given or given[0] in ("-h", "--help", "help")
     width = max(map(len, COMMANDS))
-    lines = ["usage: harness COMMAND …", "", *(f"  {name:<{width}}  {text}" for name, text in COMMANDS.items())]
-    lines += ["", "harness COMMAND --help says more, with an example. To train: harness launch, or torchrun harness/train.py."]
+    lines = [
+        "usage: harness COMMAND …",
+        "",
+        *(f"  {name:<{width}}  {text}" for name, text in COMMANDS.items()),
+    ]
+    lines += [
+        "",
+        "harness COMMAND --help says more, with an example. "
+        "To train: harness launch, or torchrun harness/train.py.",
+    ]
     if not asked:
         lines.insert(0, f"harness: error: there is no command {given[0]!r}")
     say("\n".join(lines), sys.stdout if asked else sys.stderr)

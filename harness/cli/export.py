@@ -1,8 +1,10 @@
-"""Write a model for others: weights, a whole checkpoint, safetensors, TorchScript, a program of torch.export.
+"""Write a model for use elsewhere: weights, checkpoint, safetensors, TorchScript or torch.export.
 
-CHECKPOINT is a run, one of its checkpoints, or any file that torch.save, safetensors or TorchScript wrote; a path or a URL, as OUT. The
-task that builds the model (for module, torchscript, exported) is that of the run if it comes with this package. One of your own, which
-is code that a file names, you confirm by --trust, or name yourself, as for other files: --config FILE, task.name=package.module:build.
+CHECKPOINT is a run, one of its checkpoints, or any file that torch.save, safetensors or TorchScript
+wrote. Both CHECKPOINT and OUT are a path or a URL. The formats module, torchscript and exported
+need the task that builds the model. It is the run's task if that comes with this package. A task of
+your own is code that a file names: confirm it by --trust, or name it yourself, as for files of
+other programs: --config FILE, task.name=package.module:build.
 
 example: harness export runs/a model.pt
 example: harness export s3://bucket/a model.safetensors --format safetensors --which best
@@ -17,9 +19,12 @@ from harness.text import say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `harness export`."""
     parser.add_argument("checkpoint", metavar="CHECKPOINT")
     parser.add_argument("out", metavar="OUT", help="a path or URL that does not exist yet")
-    parser.add_argument("settings", nargs="*", metavar="key=value", help="the task of a file that does not name it")
+    parser.add_argument(
+        "settings", nargs="*", metavar="key=value", help="the task of a file that does not name it"
+    )
     parser.add_argument("--format", choices=exchange.FORMATS, default="weights")
     parser.add_argument("--which", default="newest", metavar="newest|best|STEP", help="of a run")
     parser.add_argument("--ema", action="store_true", help="the averaged weights")
@@ -35,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(given: argparse.Namespace) -> int:
+    """Export the model, print the lines of code that load it, and return 0."""
     words = exchange.export(
         given.checkpoint,
         given.out,

@@ -1,138 +1,259 @@
-"""Train on this machine under supervision: torchrun is started, and started again after a crash.
+r"""Train on this machine under supervision: torchrun is started, and started again after a crash.
 
-What fails is tried again with growing pauses, until `run.max_failures` launches in a row (3) have died without a new checkpoint: that is
-a crash loop, and no restart mends it. A signal to this process, the job's time limit, and `harness stop` end it. The configuration is
-checked before any process is spawned. Options that are not listed here go to torchrun; with several nodes torchrun is started once, and
-whoever started all of them supervises (see `harness submit`).
+A failed launch is repeated, with growing pauses, until `run.max_failures` launches in a row (3)
+have died without a new checkpoint. That is a crash loop, which no restart can mend. A signal to
+this process, the job's time limit and `harness stop` also end the supervision. The configuration is
+checked before any process is started. Options that are not listed here go to torchrun. With several
+nodes torchrun is started only once, and the job that starts it on all nodes supervises (see
+`harness submit`).
 
-A program of your own may be named after the settings, with its arguments: it is started in place of harness/train.py. `run.dir` and
-`run.remote` then say where its run lives, as it says to harness.init.
+A program of your own may follow the settings, with its arguments: it is started in place of
+harness/train.py. `run.dir` and `run.remote` must then name the same stores as the program's call of
+harness.init.
 
-Exit code: 0 finished · 75 stopped, start me again · 78 configuration or usage · 74 storage · 76 superseded by a newer attempt ·
-1 failed.
+Exit code: 0 finished · 75 stopped, to be started again · 78 configuration or usage · 74 storage ·
+76 superseded by a newer attempt · 1 failed.
 
-example: harness launch --nproc-per-node 2 --config configs/digits.yaml run.dir=runs/a train.epochs=20
+example: harness launch --nproc-per-node 2 --config configs/digits.yaml run.dir=runs/a \
+             train.epochs=20
 example: harness launch --nproc-per-node 2 run.dir=runs/a my_loop.py --lr 0.1
 """
 
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import secrets
-import socket
 import subprocess
 import sys
 import time
-from importlib.machinery import all_suffixes
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from harness import config, preemption, retry, task
 from harness.checkpoint.catalog import read_catalog
 from harness.cli import supervise
+from harness.config import Config
+from harness.config.user_program import check_alone, check_loop, check_named
 from harness.data.plan import check_batch
-from harness.distributed import ranks
+from harness.distributed import join
 from harness.errors import (
-    EXIT_FAILED,
     EXIT_FINISHED,
     EXIT_STOPPED,
     EXIT_STORAGE,
-    EXIT_SUPERSEDED,
     EXIT_USAGE,
     RefusedError,
     StorageError,
-    UsageError,
 )
 from harness.supervision import launches
 from harness.supervision.restart_policy import EXIT_ASKED, outcome
 from harness.text import say
 
-ITS_OWN = "SIGQUIT"  # the one signal that torchrun is to handle: all others are ours
-MOST_RAISED = 2  # by one torchrun ends its workers, by another it does so once more, a third makes it die, and them with it
-SHUTDOWN_S = 300  # torchrun's default of 30 s cuts the save of a large model short
+if TYPE_CHECKING:
+    from harness.distributed.torchrun import WorkersEnd
+
+# Interval between two looks at the child process; retry limit for recording a failure.
 LOOK_S, RECORD_S = 0.1, 10.0
 
 
+@dataclass(frozen=True)
+class CommandLine:
+    """The command line of `harness launch`, with the settings that it results in."""
+
+    nproc_per_node: str
+    options: list[str]  # other options of torchrun
+    config_file: str | None
+    settings_given: list[str]  # key=value
+    settings: Config
+    stored: dict[str, Any]  # the settings without resolved secrets
+
+    @property
+    def training(self) -> list[str]:
+        """Return the arguments of train.py."""
+        return (["--config", self.config_file] if self.config_file else []) + self.settings_given
+
+    @property
+    def is_for_several_nodes(self) -> bool:
+        """Return whether torchrun is told how to meet other nodes."""
+        return any(
+            option.startswith(("--nnodes", "--rdzv", "--standalone", "--master"))
+            for option in self.options
+        )
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `harness launch`."""
     parser.add_argument("--config", help="YAML file, relative to the working directory")
-    parser.add_argument("--nproc-per-node", default="1", metavar="N", help="processes on this node (torchrun's own option)")
+    parser.add_argument(
+        "--nproc-per-node",
+        default="1",
+        metavar="N",
+        help="processes on this node (torchrun's own option)",
+    )
     parser.set_defaults(passes_on=True)
 
 
 def run(given: argparse.Namespace, rest: list[str]) -> int:
+    """Train, under supervision if this process has no supervisor; return the exit code.
+
+    A process that a supervisor has started (HARNESS_LAUNCH is set) runs torchrun once and records a
+    failure. With options for several nodes, torchrun also runs only once. Otherwise this process
+    supervises.
+
+    Args:
+        given: The arguments that the parser knows.
+        rest: The others: settings, the program, and options for torchrun.
+
+    Raises:
+        UsageError: The settings, the program or the options are invalid.
+        StorageError: A store cannot be read.
+    """
+    line = _command_line(given, rest)
+    # A supervisor starts this on each node, after it has made the checks below.
+    if (name := launches.own()) is not None:
+        return _run_supervised(line, name)
+    join.check_environment()
+    _check_code(line)
+    if line.is_for_several_nodes:
+        return _run_once(line)
+    if line.nproc_per_node.isdigit() and int(line.nproc_per_node) and not line.settings.run.loop:
+        check_batch(
+            line.settings.train.global_batch_size,
+            int(line.nproc_per_node),
+            line.settings.train.micro_batch_size,
+        )
+    return _supervise(
+        line.settings,
+        ["--nproc-per-node", line.nproc_per_node, "--standalone", *line.options, *line.training],
+    )
+
+
+def _command_line(given: argparse.Namespace, rest: list[str]) -> CommandLine:
+    """Divide the command line into settings and options, and load the settings.
+
+    `given` and `rest` are the arguments of `run`. Raises UsageError.
+    """
     settings_given = [text for text in rest if "=" in text and not text.startswith("-")]
     options = [text for text in rest if text not in settings_given]
     settings, stored = config.load(given.config, settings_given)
-    training = (["--config", given.config] if given.config else []) + settings_given
-    if (name := launches.own()) is not None:  # a supervisor has checked all that, and starts this on each node
-        preemption.die_with_parent()
-        code, words = _torchrun([f"--nproc-per-node={given.nproc_per_node}", *options], training, settings)
-        if code == EXIT_STOPPED:
-            return EXIT_FINISHED  # the run's records tell; srun would take anything else for a crash, and end the other nodes
-        if code == EXIT_FINISHED and settings.run.loop and _trained_nothing(settings, name):
-            code, words = EXIT_USAGE, f"{settings.run.loop[0]} ended, and no harness loop began in it: see harness.init and run.batches"
-        if code != EXIT_FINISHED:
-            _record(settings, name, code, words)
-        return code
-    ranks.check_environment()
+    return CommandLine(
+        given.nproc_per_node, options, given.config, settings_given, settings, stored
+    )
+
+
+def _check_code(line: CommandLine) -> None:
+    """Check that the user's program or task can be started. Raises UsageError."""
+    settings = line.settings
     if settings.run.loop:
         check_loop(settings.run.loop)
-        check_named(settings, settings_given)
-    else:
-        if not os.environ.get("HARNESS_CODE"):  # which comes before the working directory
-            check_alone(Path.cwd(), "the task's code, and a loader's workers,")
-        task.find(settings.task.name, settings.task.args, stored["task"]["args"])
-    if any(option.startswith(("--nnodes", "--rdzv", "--standalone", "--master")) for option in options):
-        code, words = _torchrun([f"--nproc-per-node={given.nproc_per_node}", *options], training, settings)
-        if words:
-            say(f"harness launch: {words}", sys.stderr)
-        return (
-            outcome(read_catalog(*supervise.places(settings))).exit_code if code == EXIT_FINISHED else code
-        )  # it may have been asked to stop
-    if given.nproc_per_node.isdigit() and int(given.nproc_per_node) and not settings.run.loop:
-        check_batch(settings.train.global_batch_size, int(given.nproc_per_node), settings.train.micro_batch_size)
-    return _supervise(settings, ["--nproc-per-node", given.nproc_per_node, "--standalone", *options, *training])
+        check_named(settings, line.settings_given)
+        return
+    # If HARNESS_CODE is set, its folder comes before the working directory in the search path.
+    if not os.environ.get("HARNESS_CODE"):
+        check_alone(Path.cwd(), "the task's code, and a loader's workers,")
+    task.find(settings.task.name, settings.task.args, line.stored["task"]["args"])
 
 
-def check_loop(words: list[str]) -> Path:
-    """The file of a program of the user's own. Raises UsageError."""
-    file = Path(words[0]).expanduser().absolute()
-    if not file.is_file():
-        raise UsageError("there is no such program", f"found: no file {file}", "Name the .py file of your loop, from this folder.")
-    check_alone(file.resolve().parent, "the program")  # Python looks beside it first
-    return file
+def _run_supervised(line: CommandLine, name: str) -> int:
+    """Run torchrun once for the supervisor of the launch `name`; return the exit code.
+
+    A failure is recorded in the run's stores. Raises UsageError for an invalid program or options.
+    """
+    preemption.die_with_parent()
+    end = _run_torchrun(line)
+    code, error = end.exit_code, end.error
+    if code == EXIT_STOPPED:
+        # The run's records show the stop. srun would treat any other exit code as a crash and end
+        # the other nodes.
+        return EXIT_FINISHED
+    loop = line.settings.run.loop
+    if code == EXIT_FINISHED and loop and _trained_nothing(line.settings, name):
+        code, error = (
+            EXIT_USAGE,
+            f"{loop[0]} ended, and no harness loop began in it: see harness.init and run.batches",
+        )
+    if code != EXIT_FINISHED:
+        _record(line.settings, name, code, error)
+    return code
 
 
-def check_alone(folder: Path, who: str) -> None:
-    """Raises UsageError if whoever imports from this folder first would get another package than this one. A folder without
-    __init__.py, or a clone, is none: then this one is found."""
-    package = Path(__file__).resolve().parent.parent
-    others = [folder / "harness" / "__init__.py", *(folder / f"harness{suffix}" for suffix in all_suffixes())]
-    for other in others:
-        if other.is_file() and other.resolve().parent != package:
-            raise UsageError(f"{who} would import another harness", f"found: {other}", f"Rename it, or move away; this one is {package}.")
+def _run_once(line: CommandLine) -> int:
+    """Run torchrun once, without a supervisor, and print a failure; return the exit code.
+
+    Raises:
+        UsageError: The program or the options are invalid.
+        StorageError: A store cannot be read.
+    """
+    end = _run_torchrun(line)
+    if end.error:
+        say(f"harness launch: {end.error}", sys.stderr)
+    if end.exit_code != EXIT_FINISHED:
+        return end.exit_code
+    # After a stop on request, torchrun also ends with 0; the run's records show the difference.
+    return outcome(read_catalog(*supervise.places(line.settings))).exit_code
 
 
-def check_named(settings: config.Config, given: list[str]) -> None:
-    """Raises UsageError if nothing says which run a program of the user's own trains: the default is another one's."""
-    if settings.run.dir == config.Config().run.dir and not any(text.startswith(("run.dir=", "run.remote=")) for text in given):
-        raise UsageError("it is not said which run this program trains", remedy="Name it as to harness.init: run.dir=… or run.remote=…")
+def _run_torchrun(line: CommandLine) -> WorkersEnd:
+    """Run torchrun in this process. Raises UsageError for an invalid program or options."""
+    from harness.distributed import torchrun  # a supervisor does not need it
+
+    processes = f"--nproc-per-node={line.nproc_per_node}"
+    return torchrun.run([processes, *line.options, *_program(line)])
 
 
-def _trained_nothing(settings: config.Config, name: str) -> bool:
-    """Whether nothing was heard of the run in a launch whose processes all ended well: nobody trained, or stopped, or found it finished."""
+def _program(line: CommandLine) -> list[str]:
+    """Return the program that torchrun starts, with its arguments.
+
+    It is train.py or the user's program. The environment is prepared for it: HARNESS_RUN names the
+    run, and PYTHONPATH lets a user's program import this package. Raises UsageError.
+    """
+    package, run = Path(__file__).resolve().parent.parent, line.settings.run
+    launches.supervise(run.dir, run.remote)
+    if not run.loop:
+        return [str(package / "train.py"), *line.training]
+    os.environ["PYTHONPATH"] = os.pathsep.join(
+        filter(None, (str(package.parent), os.environ.get("PYTHONPATH")))
+    )
+    return [str(check_loop(run.loop)), *run.loop[1:]]
+
+
+def _trained_nothing(settings: Config, name: str) -> bool:
+    """Return whether the stores show no trace of training in a launch that ended well.
+
+    No attempt has begun in the launch, no end was recorded for it, and the run is not finished.
+    Returns False if a store cannot be read.
+    """
     try:
         stores = [store.patient(RECORD_S) for store in supervise.places(settings)]
         found, known = read_catalog(*stores), launches.read(stores)
     except StorageError:
         return False
     is_ended = any(launch.name == name and launch.end is not None for launch in known)
-    return not (is_ended or launches.attempts_of(found, name) or outcome(found).exit_code == EXIT_FINISHED)
+    return not (
+        is_ended or launches.attempts_of(found, name) or outcome(found).exit_code == EXIT_FINISHED
+    )
 
 
-def _supervise(settings: config.Config, arguments: list[str]) -> int:
-    """Start this very command as a child that runs torchrun, until nothing is left to do or somebody wants it to stop."""
+def _record(settings: Config, name: str, code: int, words: str) -> None:
+    """Record a failure on this node in the run's stores.
+
+    A rank that was killed could not record it, and srun's exit code may be that of another node. A
+    StorageError is printed only.
+    """
+    for store in supervise.places(settings):
+        try:
+            launches.failed(store.patient(RECORD_S), name, code=code, error=words)
+        except StorageError as error:
+            say(f"harness launch: this failure is not recorded: {error.what}", sys.stderr)
+
+
+def _supervise(settings: Config, arguments: list[str]) -> int:
+    """Run this command as a child that runs torchrun, until the run is done or stopped.
+
+    Returns the exit code. Raises RefusedError, or another StorageError if the stores could not be
+    read or written before `run.max_failures` launches in a row.
+    """
     supervisor = f"launch-{secrets.token_hex(6)}"
     preemption.install()
     count = misses = 0
@@ -146,7 +267,8 @@ def _supervise(settings: config.Config, arguments: list[str]) -> int:
             code, misses = supervise.before(settings, name), 0
         except RefusedError:
             raise
-        except StorageError as error:  # a store that cannot be read cannot count this failure either
+        except StorageError as error:
+            # A store that cannot be read cannot count this failure either, so it is counted here.
             misses += 1
             if misses >= settings.run.max_failures:
                 raise
@@ -157,18 +279,35 @@ def _supervise(settings: config.Config, arguments: list[str]) -> int:
         code, kind = _child(name, arguments), preemption.requested()
         stands = supervise.after(settings, name, code, stopped=kind is not None)
         if kind is not None and stands.exit_code == EXIT_STORAGE:
-            return EXIT_STOPPED, False  # it was stopped, and has said where the checkpoint lies; the next start asks the store again
-        return stands.exit_code, stands.exit_code in (EXIT_STOPPED, EXIT_STORAGE) and kind is None and not stands.is_leaving
+            # The launch was stopped and has printed the path of the checkpoint. The next start
+            # tries the store again.
+            return EXIT_STOPPED, False
+        return stands.exit_code, stands.exit_code in (
+            EXIT_STOPPED,
+            EXIT_STORAGE,
+        ) and kind is None and not stands.is_leaving
 
     code, _ = retry.until_enough(once, lambda result: result[1], give_up=preemption.requested)
-    return EXIT_STOPPED if code == EXIT_ASKED else code  # to be continued, by whoever wants to
+    # A run that was stopped by `harness stop` can be continued by a new start.
+    return EXIT_STOPPED if code == EXIT_ASKED else code
 
 
 def _child(name: str, arguments: list[str]) -> int:
-    """Run torchrun in a child of its own session, so that a terminal's signals come to it through us, once."""
-    command = [sys.executable, str(Path(__file__).resolve().parent.parent / "__main__.py"), "launch", *arguments]
+    """Run torchrun in a child process and return its exit code (128 + N after signal N).
+
+    The child has a session of its own. A terminal's signals therefore reach it only through this
+    process, and only once.
+    """
+    command = [
+        sys.executable,
+        str(Path(__file__).resolve().parent.parent / "__main__.py"),
+        "launch",
+        *arguments,
+    ]
     child = subprocess.Popen(
-        command, env={"TORCH_CPP_LOG_LEVEL": "ERROR"} | os.environ | {launches.ENVIRONMENT: name}, start_new_session=True
+        command,
+        env={"TORCH_CPP_LOG_LEVEL": "ERROR"} | os.environ | {launches.ENVIRONMENT: name},
+        start_new_session=True,
     )
     forwarded = 0
     while child.poll() is None:
@@ -177,56 +316,3 @@ def _child(name: str, arguments: list[str]) -> int:
             forwarded += 1
         time.sleep(LOOK_S)
     return child.returncode if child.returncode >= 0 else 128 - child.returncode
-
-
-def _record(settings: config.Config, name: str, code: int, words: str) -> None:
-    """Leave word of a failure on this node: a rank that was killed could not, and srun's exit code may tell of another node."""
-    for store in supervise.places(settings):
-        try:
-            launches.failed(store.patient(RECORD_S), name, code=code, error=words)
-        except StorageError as error:
-            say(f"harness launch: this failure is not recorded: {error.what}", sys.stderr)
-
-
-def _program(training: list[str], settings: config.Config) -> list[str]:
-    """What torchrun starts, with its arguments: train.py, or a program of the user's own, which finds this very package."""
-    package = Path(__file__).resolve().parent.parent
-    launches.supervise(settings.run.dir, settings.run.remote)
-    if not settings.run.loop:
-        return [str(package / "train.py"), *training]
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(package.parent), os.environ.get("PYTHONPATH"))))
-    return [str(check_loop(settings.run.loop)), *settings.run.loop[1:]]
-
-
-def _torchrun(options: list[str], training: list[str], settings: config.Config) -> tuple[int, str]:
-    """Run torchrun in this process; returns the exit code of the first worker that failed, or 75 if a signal ended it, and words."""
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.elastic.rendezvous import RendezvousError
-    from torch.distributed.run import get_args_parser, parse_args
-    from torch.distributed.run import run as torchrun
-
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # what torchrun would set, without its warning
-    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SHUTDOWN_S))  # the workers plan by it
-    own = {"--signals-to-handle": ITS_OWN, "--shutdown-timeout": os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]}
-    known = get_args_parser()._option_string_actions  # older versions lack them
-    arguments = [*(f"{name}={value}" for name, value in own.items() if name in known), *options, *_program(training, settings)]
-    try:
-        parsed = parse_args(arguments)  # type: ignore[no-untyped-call]
-    except SystemExit:
-        raise UsageError("torchrun does not take these options", f"found: {' '.join(arguments)}", "See torchrun --help.") from None
-    logging.disable(logging.WARNING)  # of each signal that torchrun passes on, at length
-    try:
-        with preemption.raising(SignalException, MOST_RAISED):
-            torchrun(parsed)  # type: ignore[no-untyped-call]
-    except SignalException as signal:
-        return EXIT_STOPPED, f"ended by {signal.sigval.name}"
-    except RendezvousError as error:
-        return EXIT_FAILED, f"{socket.gethostname()} did not meet the other nodes: {error}"
-    except ChildFailedError as error:
-        rank, first = error.get_first_failure()
-        how = f"exit code {first.exitcode}" if first.exitcode > 0 else preemption.name_of(-first.exitcode)
-        codes = {failure.exitcode for failure in error.failures.values()}
-        code = next((code for code in (EXIT_USAGE, EXIT_SUPERSEDED, EXIT_STORAGE, EXIT_STOPPED) if code in codes), EXIT_FAILED)
-        return code, f"rank {rank} of {socket.gethostname()} was the first to end, by {how}"
-    return EXIT_FINISHED, ""

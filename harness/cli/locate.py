@@ -1,4 +1,4 @@
-"""What RUN and CHECKPOINT on a command line mean, and how tables look."""
+"""Resolve RUN and CHECKPOINT on a command line, and format tables."""
 
 from __future__ import annotations
 
@@ -14,11 +14,27 @@ from harness.store import Store
 from harness.supervision.run_address import WAIT_S, checkpoint, is_run, run, stores
 from harness.text import number, say, table
 
-__all__ = ["WAIT_S", "check", "checkpoint", "everywhere", "is_run", "number", "run", "stores", "table", "verify"]
+__all__ = [
+    "WAIT_S",
+    "check",
+    "checkpoint",
+    "everywhere",
+    "is_run",
+    "number",
+    "run",
+    "stores",
+    "table",
+    "verify",
+]
 
 
 def everywhere(path: str) -> tuple[Store, Catalog]:
-    """A run and what is in all its stores; if the remote one that a directory remembers cannot be reached, that is said."""
+    """Return a run's first store, and the catalog of all its stores.
+
+    If the remote store that a run directory remembers cannot be reached, a warning is printed and
+    the catalog is that of the directory alone. Raises UsageError if there is no run, StorageError
+    if the first store cannot be listed.
+    """
     first, *others = stores(path)
     try:
         return run(first, *others)
@@ -30,7 +46,11 @@ def everywhere(path: str) -> tuple[Store, Catalog]:
 
 
 def verify(store: Store, *manifests: Manifest) -> Iterator[tuple[Manifest, HarnessError | None]]:
-    """Read and check every byte, behind a live line; each checkpoint with what is wrong with it, or None."""
+    """Read and check every byte of checkpoints, and show a progress bar.
+
+    Yields:
+        Each checkpoint with the error that was found in it, or None.
+    """
     problem: HarnessError | None
     bar = ProgressBar(f"reading {store}", sum(manifest.size_bytes for manifest in manifests))
     for manifest in manifests:
@@ -44,7 +64,12 @@ def verify(store: Store, *manifests: Manifest) -> Iterator[tuple[Manifest, Harne
 
 
 def check(store: Store, manifest: Manifest) -> None:
-    """Raises DamagedError unless every byte of the checkpoint is as it was written."""
+    """Verify every byte of a checkpoint.
+
+    Raises:
+        NewerFormatError: Only a newer harness can read the checkpoint.
+        DamagedError: The check has found any other error.
+    """
     for _, problem in verify(store, manifest):
         if isinstance(problem, NewerFormatError):
             raise problem

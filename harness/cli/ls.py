@@ -1,7 +1,7 @@
 """List every checkpoint of a run, newest first, and which one it would go on from.
 
-Of a run directory that has a remote store both are listed. The column "data" compares sizes only; with --verify everything is read
-and checked.
+For a run directory that has a remote store, both stores are listed. The column "data" compares
+sizes only; with --verify all data is read and checked.
 
 example: harness ls runs/a
 """
@@ -19,57 +19,110 @@ from harness.supervision import attempt_history
 from harness.text import duration, say, size
 
 GOOD = ("size ok", "verified", "marked as damaged")
+HEADER = (
+    "checkpoint",
+    "step",
+    "epoch",
+    "loss",
+    "metrics",
+    "size",
+    "age",
+    "attempt",
+    "where",
+    "data",
+    "note",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `harness ls`."""
     parser.add_argument("run", metavar="RUN")
     parser.add_argument("--verify", action="store_true", help="read and check the data of each")
     parser.add_argument("--json", action="store_true", help="for machines")
 
 
 def run(given: argparse.Namespace) -> int:
+    """Print the checkpoints and the other files of a run, and return 0."""
     _, found = locate.everywhere(given.run)
-    history = {manifest.name for manifest in found.history}
-    states = {m.name: _states(found, m, given.verify) for m in found.manifests}
-    candidates = found.candidates if found.unreadable_head is None else []  # then no start goes on
-    chosen = next((m.name for m in candidates if any(state in GOOD for state in states[m.name].values())), None)
-    rows = []
-    for m in sorted(found.manifests, key=lambda m: m.order, reverse=True):
-        note = "next start goes on from here" if m.name == chosen else "" if m.name in history else "cut off: not in the run's history"
-        note = f"final; {note}".rstrip("; ") if m.final else note
-        metrics = " ".join(f"{name}={value:.4g}" for name, value in m.metrics.items())
-        rows.append(
-            (
-                m.name,
-                str(m.step),
-                str(m.epoch),
-                locate.number(m.loss),
-                metrics,
-                size(m.size_bytes),
-                duration(attempt_history.age_s(m)),
-                str(m.attempt),
-                " ".join(states[m.name]) or "-",
-                " ".join(dict.fromkeys(states[m.name].values())),
-                note,
-            )
-        )
-    others = [(key, f"damaged manifest: {why}") for key, why in found.damaged.items()]
-    others += [(key, f"{error.what.removeprefix(key).strip()}: {error.found}") for key, error in found.newer.items()]
-    others += [(key, "set aside as damaged") for key in found.set_aside]
-    others += [(key, "data without a manifest: no checkpoint") for key in found.orphans]
-    others += [(key, "of another run") for key in found.strangers] + [(key, "no checkpoint") for key in found.foreign]
-    header = ("checkpoint", "step", "epoch", "loss", "metrics", "size", "age", "attempt", "where", "data", "note")
+    rows, others = _checkpoints(found, given.verify), _others(found)
     if given.json:
-        say(json.dumps({"checkpoints": [dict(zip(header, row, strict=True)) for row in rows], "others": dict(others)}, indent=1))
+        checkpoints = [dict(zip(HEADER, row, strict=True)) for row in rows]
+        say(json.dumps({"checkpoints": checkpoints, "others": dict(others)}, indent=1))
         return 0
-    say(locate.table(header, rows) if rows else "no checkpoints")
+    say(locate.table(HEADER, rows) if rows else "no checkpoints")
     if others:
         say("\n" + locate.table(("other files", "what"), others))
     return 0
 
 
+def _checkpoints(found: Catalog, verify: bool) -> list[tuple[str, ...]]:
+    """Return a table row for each checkpoint, newest first.
+
+    `verify` reads and checks the data of each.
+    """
+    history = {manifest.name for manifest in found.history}
+    states = {m.name: _states(found, m, verify) for m in found.manifests}
+    chosen = _chosen(found, states)
+    rows = []
+    for m in sorted(found.manifests, key=lambda m: m.order, reverse=True):
+        note = (
+            "next start goes on from here"
+            if m.name == chosen
+            else ""
+            if m.name in history
+            else "cut off: not in the run's history"
+        )
+        rows.append(_row(m, states[m.name], f"final; {note}".rstrip("; ") if m.final else note))
+    return rows
+
+
+def _chosen(found: Catalog, states: dict[str, dict[str, str]]) -> str | None:
+    """Return the name of the checkpoint from which the next start resumes, or None.
+
+    `states` are the results of `_states`, by the name of the checkpoint.
+    """
+    # No start resumes from anything while only a newer harness can read the newest checkpoint.
+    candidates = found.candidates if found.unreadable_head is None else []
+    return next(
+        (m.name for m in candidates if any(state in GOOD for state in states[m.name].values())),
+        None,
+    )
+
+
+def _row(m: Manifest, states: dict[str, str], note: str) -> tuple[str, ...]:
+    """Return the table row of a checkpoint: one cell for each name in `HEADER`."""
+    return (
+        m.name,
+        str(m.step),
+        str(m.epoch),
+        locate.number(m.loss),
+        " ".join(f"{name}={value:.4g}" for name, value in m.metrics.items()),
+        size(m.size_bytes),
+        duration(attempt_history.age_s(m)),
+        str(m.attempt),
+        " ".join(states) or "-",
+        " ".join(dict.fromkeys(states.values())),
+        note,
+    )
+
+
+def _others(found: Catalog) -> list[tuple[str, str]]:
+    """Return the key of each file that is no readable checkpoint of the run, and what it is."""
+    return [
+        *((key, f"damaged manifest: {why}") for key, why in found.damaged.items()),
+        *(
+            (key, f"{error.what.removeprefix(key).strip()}: {error.found}")
+            for key, error in found.newer.items()
+        ),
+        *((key, "set aside as damaged") for key in found.set_aside),
+        *((key, "data without a manifest: no checkpoint") for key in found.orphans),
+        *((key, "of another run") for key in found.strangers),
+        *((key, "no checkpoint") for key in found.foreign),
+    ]
+
+
 def _states(found: Catalog, manifest: Manifest, verify: bool) -> dict[str, str]:
-    """How the data of a checkpoint is, in each store that has it."""
+    """Return the state of a checkpoint's data in each store that has it: local, remote."""
     copies = found.copies(manifest)
     return {
         "local" if store.is_local else "remote": _state(store, part, manifest, verify)
@@ -79,9 +132,21 @@ def _states(found: Catalog, manifest: Manifest, verify: bool) -> dict[str, str]:
 
 
 def _state(store: Store, part: Catalog, manifest: Manifest, verify: bool) -> str:
+    """Return the state of a checkpoint's data in one store.
+
+    Args:
+        store: The store.
+        part: Catalog of this store.
+        manifest: Manifest of the checkpoint.
+        verify: Read and check the data; otherwise only its size is compared.
+    """
     key = manifest.data_key
     if part.sizes.get(key) != manifest.data.size_bytes:
         return "WRONG SIZE" if key in part.sizes else "MISSING"
     if verify:
-        return "DAMAGED" if any(problem for _, problem in locate.verify(store, manifest)) else "verified"
+        return (
+            "DAMAGED"
+            if any(problem for _, problem in locate.verify(store, manifest))
+            else "verified"
+        )
     return "marked as damaged" if manifest.key in part.marked else "size ok"

@@ -1,7 +1,8 @@
 """Delete what the run's retention lets go, and what crashes and rollbacks left behind.
 
-Without --yes it only says what it would delete. Everything is read and verified first, so that a damaged checkpoint never takes
-the place of a good one. Files that were set aside as damaged are listed, and deleted only with --set-aside.
+Without --yes it only prints what it would delete. All checkpoints of the run's history are read and
+verified first, so that a damaged checkpoint never displaces a good one. Files that were set aside
+as damaged are listed; they are deleted only with --set-aside.
 
 In a bucket it also finds uploads that were begun more than a day ago and never completed.
 
@@ -27,18 +28,35 @@ from harness.text import say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `harness prune`."""
     parser.add_argument("run", metavar="RUN")
-    parser.add_argument("--keep-last", type=int, metavar="N", help="instead of the run's checkpoint.keep_last")
-    parser.add_argument("--keep-every-steps", type=int, metavar="N", help="instead of checkpoint.keep_every_steps")
-    parser.add_argument("--keep-best", type=int, metavar="N", help="instead of checkpoint.keep_best")
+    parser.add_argument(
+        "--keep-last", type=int, metavar="N", help="instead of the run's checkpoint.keep_last"
+    )
+    parser.add_argument(
+        "--keep-every-steps", type=int, metavar="N", help="instead of checkpoint.keep_every_steps"
+    )
+    parser.add_argument(
+        "--keep-best", type=int, metavar="N", help="instead of checkpoint.keep_best"
+    )
     parser.add_argument("--best", metavar="NAME:max|min", help="instead of checkpoint.best")
-    parser.add_argument("--set-aside", action="store_true", help="also what was set aside as damaged")
+    parser.add_argument(
+        "--set-aside", action="store_true", help="also what was set aside as damaged"
+    )
     parser.add_argument("--yes", action="store_true", help="delete, do not only say so")
 
 
 def run(given: argparse.Namespace) -> int:
+    """Print the files to delete, delete them with --yes, and return 0.
+
+    Raises:
+        NewerFormatError: Only a newer harness can read a checkpoint of the run's history.
+        UsageError: There is no run.
+        StorageError: The store fails.
+    """
     store, found = locate.run(given.run)
-    found.check_readable()  # what its history is, only a newer harness knows
+    # Raises if only a newer harness can derive the run's history.
+    found.check_readable()
     problems = {m.name: problem for m, problem in locate.verify(store, *found.history)}
     for problem in problems.values():
         if isinstance(problem, fmt.NewerFormatError):
@@ -46,12 +64,20 @@ def run(given: argparse.Namespace) -> int:
     good = {name for name, problem in problems.items() if problem is None}
     manifests = retention.to_delete(found.history, good, _policy(store, found, given))
     history = {m.name for m in found.history}
-    if good:  # nothing is deleted before something better is there
+    # Checkpoints that were cut off are kept as long as the history has no intact one.
+    if good:
         manifests += [m for m in found.manifests if m.name not in history]
-    keys = _left_behind(store, found) + _done(store, found) + (_set_aside(found) if given.set_aside else [])
+    keys = (
+        _left_behind(store, found)
+        + _done(store, found)
+        + (_set_aside(found) if given.set_aside else [])
+    )
     uploads = _unfinished(store)
     for manifest in manifests:
-        say(f"{'delete' if given.yes else 'would delete'}  {manifest.name}" + ("" if manifest.name in history else "  (cut off)"))
+        say(
+            f"{'delete' if given.yes else 'would delete'}  {manifest.name}"
+            + ("" if manifest.name in history else "  (cut off)")
+        )
         if given.yes:
             retention.delete(store, manifest)
     for key in keys:
@@ -59,7 +85,10 @@ def run(given: argparse.Namespace) -> int:
         if given.yes:
             store.delete(key)
     for upload in uploads:
-        say(f"{'abort' if given.yes else 'would abort'}  the upload of {upload.key}, begun {upload.began:%Y-%m-%d %H:%M}")
+        say(
+            f"{'abort' if given.yes else 'would abort'}  the upload of {upload.key}, "
+            f"begun {upload.began:%Y-%m-%d %H:%M}"
+        )
         if given.yes and isinstance(store, RemoteStore):
             store.abort(upload)
     if not given.set_aside and _set_aside(found):
@@ -72,13 +101,22 @@ def run(given: argparse.Namespace) -> int:
 
 
 def _set_aside(found: Catalog) -> list[str]:
-    """Where a store renames, what was renamed; where it marks, the manifest first, then its data, then the mark."""
-    marked = [(key, f"{key.removesuffix('.json')}.pt", key + SET_ASIDE) for key in sorted(found.marked)]
+    """Return the keys of the files that were set aside as damaged, in the order of deletion.
+
+    Where the store can rename, these are the renamed files. Where it marks instead, each
+    checkpoint's manifest comes first, then its data, then the mark.
+    """
+    marked = [
+        (key, f"{key.removesuffix('.json')}.pt", key + SET_ASIDE) for key in sorted(found.marked)
+    ]
     return found.set_aside + [key for keys in marked for key in keys]
 
 
 def _unfinished(store: Store) -> list[Unfinished]:
-    """Uploads under this run's prefix that were begun more than a day ago, by the server's own clock; younger ones may be alive."""
+    """Return the uploads under this run's prefix that were begun more than a day ago.
+
+    The age is measured by the server's own clock. Younger uploads may still be in flight.
+    """
     if not isinstance(store, RemoteStore):
         return []
     oldest = store.now() - datetime.timedelta(days=1)
@@ -86,22 +124,46 @@ def _unfinished(store: Store) -> list[Unfinished]:
 
 
 def _left_behind(store: Store, found: Catalog) -> list[str]:
-    """Data without a manifest and temporary files, of attempts that a newer one has replaced: those may still be writing."""
-    orphans = [key for key in found.orphans if (match := fmt.CHECKPOINT_NAME.match(key)) and int(match["attempt"]) < found.greatest]
+    """Return the keys of data without a manifest and of temporary files.
+
+    Those of the newest attempt are left out, because it may still be writing.
+    """
+    orphans = [
+        key
+        for key in found.orphans
+        if (match := fmt.CHECKPOINT_NAME.match(key)) and int(match["attempt"]) < found.greatest
+    ]
     entries = [entry.key for folder in fmt.FOLDERS for entry in store.entries(folder)]
-    return orphans + [key for key in entries if (match := TEMP.match(key)) and int(match["attempt"]) < found.greatest]
+    return orphans + [
+        key
+        for key in entries
+        if (match := TEMP.match(key)) and int(match["attempt"]) < found.greatest
+    ]
 
 
 def _done(store: Store, found: Catalog) -> list[str]:
-    """What the steps of earlier attempts were, where the newest checkpoint is newer than all of them."""
+    """Return the keys of the step records of earlier attempts that are no longer needed.
+
+    They are not needed if the newest checkpoint is at or after the last step that they record.
+    """
     by_attempt = step_records.files(store)
     newest = found.head.step if found.head else 0
-    earlier = [entries for attempt, entries in sorted(by_attempt.items()) if attempt < found.greatest]
-    return [entry.key for entries in earlier if step_records.read(store, entries).last <= newest for entry in entries]
+    earlier = [
+        entries for attempt, entries in sorted(by_attempt.items()) if attempt < found.greatest
+    ]
+    return [
+        entry.key
+        for entries in earlier
+        if step_records.read(store, entries).last <= newest
+        for entry in entries
+    ]
 
 
 def _settings(store: Store, found: Catalog) -> dict[str, Any]:
-    """Those of the newest checkpoint that can be read: config.yaml may be of an attempt that was cut off."""
+    """Return the settings of the newest checkpoint in the history that can be read; {} without one.
+
+    The file config.yaml may belong to an attempt that was cut off.
+    """
     for manifest in found.history:
         try:
             return dict(load.outline(store, manifest.data_key).get("config") or {})
@@ -111,10 +173,18 @@ def _settings(store: Store, found: Catalog) -> dict[str, Any]:
 
 
 def _policy(store: Store, found: Catalog, given: argparse.Namespace) -> retention.Policy:
+    """Return the retention policy: the command line first, then the run's settings.
+
+    For a remote store, the settings `store.*` take precedence over `checkpoint.*`.
+    """
     settings = _settings(store, found)
     kept: dict[str, Any] = settings.get("checkpoint") or {}
     if not store.is_local:
-        kept |= {name: value for name, value in (settings.get("store") or {}).items() if value is not None}
+        kept |= {
+            name: value
+            for name, value in (settings.get("store") or {}).items()
+            if value is not None
+        }
     default = retention.Policy()
     best = given.best or kept.get("best", f"{default.metric}:min")
     return retention.Policy(

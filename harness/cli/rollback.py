@@ -1,7 +1,8 @@
-"""Let a run go on from an older checkpoint. The old one is copied as the first of a new attempt, which cuts off what came later.
+"""Let a run go on from an older checkpoint.
 
-Nothing is deleted. A training process of the run that is still alive ends as superseded. A rollback is undone by rolling back to
-the checkpoint that was left, by its name.
+The older checkpoint is copied as the first one of a new attempt, which cuts off all later
+checkpoints. Nothing is deleted. A training process of the run that is still alive ends as
+superseded. To undo a rollback, roll back to the former newest checkpoint, by its name.
 
 example: harness rollback runs/a 1200
 example: harness rollback runs/a step_00002000-0003
@@ -20,11 +21,22 @@ from harness.text import say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `harness rollback`."""
     parser.add_argument("run", metavar="RUN")
-    parser.add_argument("to", metavar="STEP", help="a step of the run's history, or a checkpoint's name")
+    parser.add_argument(
+        "to", metavar="STEP", help="a step of the run's history, or a checkpoint's name"
+    )
 
 
 def run(given: argparse.Namespace) -> int:
+    """Copy the older checkpoint as a new attempt and return 0; do nothing if it is the newest one.
+
+    Raises:
+        UsageError: There is no run, or it has no such checkpoint.
+        DamagedError: The checkpoint does not verify.
+        SupersededError: A newer attempt has begun.
+        StorageError: A store fails.
+    """
     store, found = locate.run(*locate.stores(given.run))
     manifest = _find(found, given.to, str(store))
     if manifest is found.head and manifest.final is None and found.unreadable_head is None:
@@ -35,14 +47,27 @@ def run(given: argparse.Namespace) -> int:
     attempt = attempts.claim(found, manifest, manifest.world_size, kind="rollback")
     copy = commit.adopt(source, manifest, target, attempt, going_on_from(manifest))
     for store in found.stores:
-        attempts.end(store, attempt, "stopped", step=copy.step, saved=True, saved_step=copy.step, by="rollback")
+        attempts.end(
+            store,
+            attempt,
+            "stopped",
+            step=copy.step,
+            saved=True,
+            saved_step=copy.step,
+            by="rollback",
+        )
     say(f"{copy.name}: the next start goes on from step {copy.step}, as {manifest.name} was")
     return 0
 
 
 def _find(found: Catalog, wanted: str, where: str) -> Manifest:
+    """Return the checkpoint with this step in the history, or with this name. Raises UsageError."""
     for manifest in found.history if wanted.isdigit() else found.manifests:
         if wanted in (str(manifest.step), manifest.name):
             return manifest
     steps = ", ".join(str(m.step) for m in found.history) or "none"
-    raise UsageError(f"{where} has no checkpoint {wanted}", f"found: steps {steps}", "harness ls RUN shows all of them.")
+    raise UsageError(
+        f"{where} has no checkpoint {wanted}",
+        f"found: steps {steps}",
+        "harness ls RUN shows all of them.",
+    )

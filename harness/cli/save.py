@@ -1,4 +1,6 @@
-"""Ask a running job to save a checkpoint now, through its store. It does so within seconds, and trains on.
+"""Ask a running job to save a checkpoint now, through its store.
+
+It saves within seconds and continues to train.
 
 example: harness save runs/a
 """
@@ -11,8 +13,10 @@ from harness.cli.stop import ask
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `harness save`."""
     parser.add_argument("run", metavar="RUN")
 
 
 def run(given: argparse.Namespace) -> int:
+    """Leave the request and return 0. Raises UsageError, StorageError."""
     return ask(given.run, "save")

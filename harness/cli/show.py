@@ -1,7 +1,8 @@
-"""Show what is in a file: progress, settings, what was recognised, and the table of tensors, whose data is not read.
+"""Show what is in a file: progress, settings, recognised parts, and the table of tensors.
 
-FILE is a run (its newest checkpoint), a checkpoint, or a file that somebody else's script wrote: of torch.save, also before 1.6,
-safetensors, TorchScript, torch.export. Nothing in it is executed.
+The data of the tensors is not read where the format allows that. FILE is a run (its newest
+checkpoint), a checkpoint, or a file that another program wrote with torch.save (also before 1.6),
+safetensors, TorchScript or torch.export. Nothing in it is executed.
 
 example: harness show runs/a
 example: harness show s3://bucket/theirs/model.safetensors
@@ -16,9 +17,14 @@ from harness.text import say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `harness show`."""
     parser.add_argument("file", metavar="FILE")
 
 
 def run(given: argparse.Namespace) -> int:
+    """Print the description of the file and return 0.
+
+    Raises UsageError, DamagedError, StorageError.
+    """
     say(str(describe(given.file)))
     return 0

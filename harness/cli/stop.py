@@ -1,6 +1,7 @@
-"""Ask a running job to save and stop, through its store: for those who may not signal it. It does so within seconds.
+"""Ask a running job to save and stop, through its store: for those who may not signal it.
 
-Nobody starts it again then: its supervisor takes it for what you want. `harness launch`, or submitting it, goes on from that step.
+The job does both within seconds. Its supervisor does not start it again, because the stop was
+requested. `harness launch`, or submitting it again, resumes from that step.
 
 example: harness stop runs/a
 """
@@ -16,19 +17,33 @@ from harness.text import say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `harness stop`."""
     parser.add_argument("run", metavar="RUN")
 
 
 def run(given: argparse.Namespace) -> int:
+    """Leave the request and return 0. Raises UsageError, StorageError."""
     return ask(given.run, "stop")
 
 
 def ask(path: str, what: str) -> int:
-    """Leave a request for the newest attempt of a run in its store. Raises UsageError, StorageError."""
+    """Leave a request for the newest attempt of a run in its store, and return 0.
+
+    Args:
+        path: Directory or URL of the run.
+        what: "stop" or "save".
+
+    Raises:
+        UsageError: There is no run, or its newest attempt has ended.
+        StorageError: The store fails.
+    """
     store, found = locate.run(*locate.stores(path))
     newest = max(found.attempts, default=0)
     if not newest or newest in found.ends:
-        raise UsageError(f"nothing trains {store} now", f"found: attempt {newest} has ended" if newest else "found: no attempt")
+        raise UsageError(
+            f"nothing trains {store} now",
+            f"found: attempt {newest} has ended" if newest else "found: no attempt",
+        )
     control_requests.leave(found.stores[-1], newest, what)
     say(f"attempt {newest} of {store} is asked to {what}; harness status {path} tells what it does")
     return 0

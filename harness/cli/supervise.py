@@ -1,11 +1,13 @@
-"""For job scripts: may this launch begin, and, after it, shall there be another one?
+"""Decide for a job script whether a launch may begin, and whether another one must follow it.
 
-`before` records the launch; `after` records its end, and says in its last lines what it died of. Both are told the launch's name by
-HARNESS_LAUNCH, a job's number and how often it was started, as in 1234.0, and the run by the same settings as the training. What
-fails is counted in the run's stores, so that a requeue does not forget it; a stop, a time limit, a lost machine is free.
+`before` records the launch. `after` records its end and prints the cause of a failure in its last
+lines. HARNESS_LAUNCH holds the launch's name: the job's number and how often it was started, as in
+1234.0. The settings name the run, and are the same as for training. Failures are counted in the
+run's stores, so that they are not forgotten when the job is queued again. A stop on request or
+before the time limit, and the loss of a machine, do not count as failures.
 
-Exit code: 75 begin, or start again · 0 finished · 1 failed for good · 78 configuration or usage · 74 storage · 76 superseded by a
-newer start · 130 stopped by `harness stop`.
+Exit code: 75 begin, or start again · 0 finished · 1 failed for good · 78 configuration or usage ·
+74 storage · 76 superseded by a newer start · 130 stopped by `harness stop`.
 
 example: harness supervise before --config configs/digits.yaml run.dir=runs/a
 example: harness supervise after --code 1 --config configs/digits.yaml run.dir=runs/a
@@ -20,24 +22,52 @@ from collections.abc import Sequence
 from harness import config
 from harness.checkpoint.catalog import Catalog, reaches, read_catalog
 from harness.config import Config
-from harness.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_STOPPED, EXIT_STORAGE, EXIT_USAGE, StorageError, UsageError
+from harness.errors import (
+    EXIT_FAILED,
+    EXIT_FINISHED,
+    EXIT_STOPPED,
+    EXIT_STORAGE,
+    EXIT_USAGE,
+    StorageError,
+    UsageError,
+)
 from harness.store import Store, open_store, redacted
 from harness.supervision import launches
 from harness.supervision.notify import notify
-from harness.supervision.restart_policy import EXIT_ASKED, Failure, Outcome, crash_loop, failures, outcome, verdict
+from harness.supervision.restart_policy import (
+    EXIT_ASKED,
+    Failure,
+    Outcome,
+    crash_loop,
+    failures,
+    outcome,
+    verdict,
+)
 from harness.text import say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `harness supervise`."""
     parser.add_argument("when", choices=("before", "after"))
     parser.add_argument("--config", help="YAML file, relative to the working directory")
-    parser.add_argument("--code", type=int, default=EXIT_FAILED, help="after: the exit code of what was launched")
-    parser.add_argument("--stopped", action="store_true", help="after: it was ended from outside; that is no failure")
-    parser.add_argument("--submitted", action="store_true", help="before: refuse unless the run's record is there, made by harness submit")
+    parser.add_argument(
+        "--code", type=int, default=EXIT_FAILED, help="after: the exit code of what was launched"
+    )
+    parser.add_argument(
+        "--stopped",
+        action="store_true",
+        help="after: it was ended from outside; that is no failure",
+    )
+    parser.add_argument(
+        "--submitted",
+        action="store_true",
+        help="before: refuse unless the run's record is there, made by harness submit",
+    )
     parser.add_argument("settings", nargs="*", metavar="key=value")
 
 
 def run(given: argparse.Namespace) -> int:
+    """Run `before` or `after` and return the exit code. Raises UsageError, StorageError."""
     settings, _ = config.load(given.config, given.settings)
     name = launches.own()
     if name is None or not launches.is_name(name):
@@ -52,12 +82,31 @@ def run(given: argparse.Namespace) -> int:
 
 
 def places(settings: Config) -> list[Store]:
-    """The run's stores, the directory first."""
-    return [open_store(place, settings.store.wait_s) for place in (settings.run.dir, settings.run.remote) if place is not None]
+    """Return the run's stores, the directory first."""
+    return [
+        open_store(place, settings.store.wait_s)
+        for place in (settings.run.dir, settings.run.remote)
+        if place is not None
+    ]
 
 
 def before(settings: Config, name: str, *, submitted: bool = False) -> int:
-    """Record the launch and return 75, or return how the run ended. Raises StorageError, UsageError."""
+    """Record the launch and return 75, or return the exit code of a run that needs no launch.
+
+    Args:
+        settings: Settings of the run.
+        name: Name of the launch.
+        submitted: Raise UsageError unless a store has the record of `harness submit`.
+
+    Returns:
+        75 if the launch may begin; 0 if the run is finished; 1 after a crash loop; 130 if
+        `harness stop` has stopped it.
+
+    Raises:
+        StorageError: A store cannot be read or written.
+        UsageError: The record of `harness submit` is missing, or the stores hold different runs, or
+            only a newer harness can read the newest checkpoint.
+    """
     stores = [store.patient(settings.store.wait_s) for store in places(settings)]
     if submitted and not any(store.exists(launches.SUBMITTED) for store in stores):
         raise UsageError(
@@ -74,7 +123,8 @@ def before(settings: Config, name: str, *, submitted: bool = False) -> int:
         return EXIT_FINISHED
     supervisor = name.rpartition(".")[0]
     for last in [launch for launch in known if launch.supervisor == supervisor][-1:]:
-        asked, _ = verdict(found, known, last.name)  # SLURM may have queued the job again before it could end itself
+        # After `harness stop`, SLURM may have queued the job again before it could end itself.
+        asked, _ = verdict(found, known, last.name)
         if asked.exit_code == EXIT_ASKED:
             show(asked, [])
             return EXIT_ASKED
@@ -82,24 +132,51 @@ def before(settings: Config, name: str, *, submitted: bool = False) -> int:
     if len(failed) >= most:
         show(Outcome("failed", crash_loop(failed), EXIT_FAILED), failed)
         return EXIT_FAILED
-    details = {"failures": len(failed), "most_failures": most, "steps_back": 0 < len(failed) == most - 1}
+    details = {
+        "failures": len(failed),
+        "most_failures": most,
+        "steps_back": 0 < len(failed) == most - 1,
+    }
     launches.begin(stores, name, found, **details)
     if found.attempts:
         step = found.head.step if found.head else 0
-        notify(settings.notify, "resumed", str(stores[0]), f"goes on from step {step}", step=step, launch=name)
+        notify(
+            settings.notify,
+            "resumed",
+            str(stores[0]),
+            f"goes on from step {step}",
+            step=step,
+            launch=name,
+        )
     return EXIT_STOPPED
 
 
 def _is_complete(found: Catalog, settings: Config) -> bool:
-    """Whether the run is finished, long enough for these settings (a program of the user's own knows itself), and everywhere."""
+    """Return whether the run is finished, and its final checkpoint is in every store.
+
+    The run must also be as long as these settings require. A program of the user's own decides that
+    itself.
+    """
     if outcome(found).exit_code != EXIT_FINISHED or found.head is None or found.head.final is None:
         return False
     end = {"epochs": settings.train.epochs, "max_steps": settings.train.max_steps}
-    return (bool(settings.run.loop) or reaches(found.head.final, end)) and len(found.copies(found.head)) == len(found.stores)
+    return (bool(settings.run.loop) or reaches(found.head.final, end)) and len(
+        found.copies(found.head)
+    ) == len(found.stores)
 
 
 def after(settings: Config, name: str, code: int, *, stopped: bool) -> Outcome:
-    """Record how the launch ended, and say and return what its supervisor shall do; 75 means: start again."""
+    """Record how the launch ended; print and return what its supervisor must do.
+
+    An exit code of 75 in the outcome means that the supervisor must start again. If a store fails,
+    the exit code is 74.
+
+    Args:
+        settings: Settings of the run.
+        name: Name of the launch.
+        code: Exit code of the launch.
+        stopped: Whether the launch was ended from outside, which is no failure.
+    """
     try:
         stores = [store.patient(settings.store.wait_s) for store in places(settings)]
         found = read_catalog(*stores)
@@ -119,24 +196,46 @@ def after(settings: Config, name: str, code: int, *, stopped: bool) -> Outcome:
 
 
 def _notice(stands: Outcome, failed: Sequence[Failure]) -> str | None:
-    """What those outside are told that this end is; None of one that is another start's business."""
+    """Return the kind of notification for this end of a launch.
+
+    Returns None for a superseded launch, because another start continues the run.
+    """
     if stands.exit_code == EXIT_STOPPED:
         return "crashed" if failed else "stopped"
-    return {EXIT_FINISHED: "finished", EXIT_ASKED: "stopped", EXIT_FAILED: "failed", EXIT_USAGE: "failed"}.get(stands.exit_code)
+    return {
+        EXIT_FINISHED: "finished",
+        EXIT_ASKED: "stopped",
+        EXIT_FAILED: "failed",
+        EXIT_USAGE: "failed",
+    }.get(stands.exit_code)
 
 
 def _ended(found: Catalog, name: str, code: int, stopped: bool) -> tuple[str, dict[str, object]]:
-    """How the launch ended, as far as its exit code tells; an attempt's own record says more."""
+    """Return how the launch ended, and the details for its record.
+
+    Only the exit code is known here. The end records of attempts hold more.
+
+    Args:
+        found: Catalog of the run's stores.
+        name: Name of the launch.
+        code: Exit code of the launch.
+        stopped: Whether the launch was ended from outside.
+    """
     is_alone = not launches.attempts_of(found, name)
-    if stopped or (is_alone and code == EXIT_FINISHED):  # a finished run was found out before; so no rank got to train for being stopped
+    # `before` detects a finished run. Exit code 0 without an attempt therefore means that the
+    # launch was stopped before any rank began to train.
+    if stopped or (is_alone and code == EXIT_FINISHED):
         return "stopped", {"code": code}
     if is_alone:
-        return "failed", {"code": code, "error": f"no rank began to train (exit code {code}); the log above says why"}
+        return "failed", {
+            "code": code,
+            "error": f"no rank began to train (exit code {code}); the log above says why",
+        }
     return "ended", {"code": code}
 
 
 def show(stands: Outcome, failed: Sequence[Failure]) -> None:
-    """Say how the run stands, after the first traceback of what failed."""
+    """Print the state of the run, after the traceback of the first failure."""
     for failure in failed[:1]:
         if failure.trace:
             say(f"harness: {failure.what}, the first error:\n{failure.trace.rstrip()}", sys.stderr)

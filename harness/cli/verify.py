@@ -1,9 +1,10 @@
 """Read and check every byte of a run's checkpoints, or of one.
 
-Exit code: 0 whole · 1 something is damaged, and named · 78 nothing is, but there is a checkpoint of a format that only a newer harness
-can check.
+For a run directory that has a remote store, only the directory is read. Name the remote store to
+check it.
 
-Of a run directory that has a remote store only the directory is read; name the remote to have that read.
+Exit code: 0 intact · 1 something is damaged, and is named · 78 nothing is damaged, but only a newer
+harness can check one of the checkpoints.
 
 example: harness verify runs/a
 """
@@ -19,17 +20,27 @@ from harness.text import say, size
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `harness verify`."""
     parser.add_argument("path", metavar="RUN|CHECKPOINT")
 
 
 def run(given: argparse.Namespace) -> int:
+    """Print the result for each checkpoint and return the exit code.
+
+    Raises UsageError, DamagedError, StorageError.
+    """
     if locate.is_run(given.path):
         store, found = locate.run(given.path)
-        manifests, problems = found.manifests, [f"{key}: {why}" for key, why in found.damaged.items()]
+        manifests, problems = (
+            found.manifests,
+            [f"{key}: {why}" for key, why in found.damaged.items()],
+        )
         problems += [f"{key}: of another run" for key in found.strangers]
         newer = [f"{error.what}; {error.found}" for error in found.newer.values()]
         notes = [f"{key}: set aside as damaged, does not count" for key in found.set_aside]
-        notes += [f"{key}: was found damaged once, and is the last choice" for key in sorted(found.marked)]
+        notes += [
+            f"{key}: was found damaged once, and is the last choice" for key in sorted(found.marked)
+        ]
         notes += [f"{key}: data without a manifest, does not count" for key in found.orphans]
     else:
         store, manifest = locate.checkpoint(given.path)

@@ -1,6 +1,9 @@
-"""Settings: read, checked, compared, kept. They all stand in `settings.py`. The only door to omegaconf, which is imported on first use.
+"""Read, check, compare and store the settings of a run.
 
-Defaults < YAML file < `key=value`. `load` reports every problem at once: name, value, what is allowed, the nearest known name.
+All settings are defined in `schema.py`. This package is the only one that uses omegaconf, which is
+imported on first use. A `key=value` argument overrides the YAML file, which overrides the defaults.
+`load` reports every problem at once, with the name, the value, the allowed values and the nearest
+known name.
 """
 
 from __future__ import annotations
@@ -15,14 +18,33 @@ from harness.config.names import flatten, nested
 from harness.config.schema import FREE, Config
 from harness.errors import UsageError
 
-__all__ = ["Change", "Config", "changes", "check_changes", "digest", "flatten", "from_yaml", "load", "nested", "to_yaml"]
+__all__ = [
+    "Change",
+    "Config",
+    "changes",
+    "check_changes",
+    "digest",
+    "flatten",
+    "from_yaml",
+    "load",
+    "nested",
+    "to_yaml",
+]
 
 
 def load(file: str | None, overrides: list[str]) -> tuple[Config, dict[str, Any]]:
     """Merge the defaults, a YAML file and `key=value` settings.
 
-    Returns the settings, and the same as plain dicts for files: there `${oc.env:NAME}` stays as it was written, so that
-    nothing secret is kept. Raises UsageError with one line for each thing that is wrong.
+    Args:
+        file: Path of the YAML file, or None.
+        overrides: Texts of the form `key=value`.
+
+    Returns:
+        The settings, and the same settings as plain dicts to be stored. In the dicts
+        `${oc.env:NAME}` stays unresolved, so that no secret is stored.
+
+    Raises:
+        UsageError: With one line for each problem.
     """
     from harness.config.loader import read
 
@@ -30,7 +52,7 @@ def load(file: str | None, overrides: list[str]) -> tuple[Config, dict[str, Any]
 
 
 def from_yaml(text: bytes) -> dict[str, Any]:
-    """Settings from YAML text; {} if it is none."""
+    """Return the settings in YAML text; {} if it is not YAML or not a mapping."""
     import yaml
 
     try:
@@ -41,8 +63,9 @@ def from_yaml(text: bytes) -> dict[str, Any]:
 
 
 def to_yaml(settings: dict[str, Any]) -> str:
-    """The settings as YAML text."""
-    if not settings:  # of who trains with the library alone
+    """Return the settings as YAML text."""
+    # A run that uses only the library has no settings. It does not need to import omegaconf.
+    if not settings:
         return "{}\n"
     from harness.config import loader
 
@@ -50,8 +73,10 @@ def to_yaml(settings: dict[str, Any]) -> str:
 
 
 def digest(settings: dict[str, Any]) -> str:
-    """A short name for a set of settings."""
-    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    """Return the first 16 hex digits of the SHA-256 of the settings."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[
+        :16
+    ]
 
 
 @dataclass(frozen=True)
@@ -64,6 +89,7 @@ class Change:
 
     @property
     def is_free(self) -> bool:
+        """Return True if the setting may change without changing the trained model."""
         return self.name.startswith(FREE)
 
     def __str__(self) -> str:
@@ -71,21 +97,47 @@ class Change:
 
 
 def changes(old: dict[str, Any], new: dict[str, Any]) -> list[Change]:
-    """Every setting that differs, by name."""
+    """Return every setting that differs, sorted by name; `task.args` itself is left out."""
     was, now = flatten(old), flatten(new)
     names = sorted((was.keys() | now.keys()) - {"task.args"})
-    return [Change(name, was.get(name), now.get(name)) for name in names if was.get(name) != now.get(name)]
+    return [
+        Change(name, was.get(name), now.get(name))
+        for name in names
+        if was.get(name) != now.get(name)
+    ]
 
 
-def check_changes(old: dict[str, Any], new: dict[str, Any], accept: Sequence[str], override: Sequence[str]) -> list[Change]:
-    """What differs and is all right. Raises UsageError naming every change that would alter the trajectory and is not insisted on."""
-    found = [change for change in changes(old, new) if not change.name.startswith(("resume.", "init."))]  # those of this start only
-    refused = [] if "config" in accept else [change for change in found if not change.is_free and change.name not in override]
+def check_changes(
+    old: dict[str, Any], new: dict[str, Any], accept: Sequence[str], override: Sequence[str]
+) -> list[Change]:
+    """Return the changes of the settings, if all of them are allowed.
+
+    Settings of `resume` and `init` are not compared, since they concern only this start.
+
+    Args:
+        old: Settings of the previous attempt.
+        new: Settings of this attempt.
+        accept: Value of `resume.accept`; "config" allows every change.
+        override: Value of `resume.override`: names of settings that may change.
+
+    Raises:
+        UsageError: With every change that would alter the training trajectory and is not allowed.
+    """
+    found = [
+        change for change in changes(old, new) if not change.name.startswith(("resume.", "init."))
+    ]
+    refused = (
+        []
+        if "config" in accept
+        else [change for change in found if not change.is_free and change.name not in override]
+    )
     if refused:
         raise UsageError(
             "the configuration is not the one that this run was trained with so far:",
             "\n".join(f"  {change}" for change in refused),
-            "Put the old values back, or take another run.dir. To insist: resume.accept=[config]; to apply a changed optimizer setting "
-            f"to the restored optimizer: resume.override=[{','.join(change.name for change in refused)}].",
+            "Put the old values back, or take another run.dir. "
+            "To insist: resume.accept=[config]; to apply a changed optimizer setting "
+            "to the restored optimizer: "
+            f"resume.override=[{','.join(change.name for change in refused)}].",
         )
     return found

@@ -1,4 +1,4 @@
-"""The defaults, as something that settings can be merged into."""
+"""Create an omegaconf object with the defaults, into which settings can be merged."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ from harness.config.schema import Config
 
 
 def defaults() -> DictConfig:
-    """All settings with their types and defaults. omegaconf before 2.4, which Hydra needs, takes what is made of a frozen dataclass for
-    settings that nobody may change, section by section."""
+    """Return all settings with their types and defaults.
+
+    Hydra needs omegaconf before 2.4. That version makes each section of a frozen dataclass
+    read-only, so the flag is removed from every section.
+    """
     settings: DictConfig = OmegaConf.structured(Config)
     for node in (settings, *(settings[name] for name in settings)):
         OmegaConf.set_readonly(node, False)

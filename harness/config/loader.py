@@ -1,4 +1,8 @@
-"""Settings as they are read: defaults < YAML file < `key=value`. Who trains with the library alone does not wait for these imports."""
+"""Merge the settings: `key=value` overrides the YAML file, which overrides the defaults.
+
+The module is imported on first use, so that a run that uses only the library does not wait for its
+imports.
+"""
 
 from __future__ import annotations
 
@@ -18,42 +22,53 @@ from harness.store import redacted
 
 
 def read(file: str | None, overrides: list[str]) -> tuple[Config, dict[str, Any]]:
-    """See `harness.config.load`."""
+    """Read and check the settings; see `harness.config.load`."""
     problems: list[str] = []
     settings = _file_settings(file, problems) + _line_settings(overrides, problems)
     merged = defaults()
     known = flatten(_plain(merged, resolve=False))
     for name, value, origin in settings:
         if value is None and any(other.startswith(f"{name}.") for other in known):
-            continue  # a section with nothing in it
+            continue  # an empty section
         if name not in known and not name.startswith("task.args."):
             problems.append(f"{name}: unknown setting ({origin}){_nearest(name, list(known))}")
             continue
         try:
-            trial = OmegaConf.merge(merged, OmegaConf.create(nested(SPELLED.get(name, name), value)))
+            trial = OmegaConf.merge(
+                merged, OmegaConf.create(nested(SPELLED.get(name, name), value))
+            )
             OmegaConf.to_container(trial, resolve=True)
             merged = trial  # type: ignore[assignment]
-        except (OmegaConfBaseException, TypeError) as error:  # a list where a section is
-            why = "what it stands for is missing or of the wrong type" if "${" in str(value) else str(error).splitlines()[0]
-            problems.append(f"{name}={value!r} ({origin}): {why}")  # as it was written: what it stands for may be secret
+        # TypeError: a list is given in place of a section.
+        except (OmegaConfBaseException, TypeError) as error:
+            why = (
+                "what it stands for is missing or of the wrong type"
+                if "${" in str(value)
+                else str(error).splitlines()[0]
+            )
+            # Print the unresolved value, since the resolved one may be secret.
+            problems.append(f"{name}={value!r} ({origin}): {why}")
     problems += _broken_rules(merged)
     if merged.run.dir is None and merged.run.remote is None:
         problems.append("run.dir=None: a run needs a place; give run.dir, run.remote, or both")
     if problems:
         raise UsageError(
-            f"the configuration has {len(problems)} problem(s):", "\n".join(f"  {line}" for line in problems), "Nothing was started."
+            f"the configuration has {len(problems)} problem(s):",
+            "\n".join(f"  {line}" for line in problems),
+            "Nothing was started.",
         )
     return OmegaConf.to_object(merged), _plain(merged, resolve=False)  # type: ignore[return-value]
 
 
 def _plain(settings: Any, *, resolve: bool) -> dict[str, Any]:
-    """The settings as nested dicts, spelled as people write them."""
+    """Return the settings as nested dicts, with `init.from` as users write it."""
     nested: Any = OmegaConf.to_container(settings, resolve=resolve)
     nested["init"]["from"] = nested["init"].pop("from_")
     return nested  # type: ignore[no-any-return]
 
 
 def _file_settings(file: str | None, problems: list[str]) -> list[tuple[str, Any, str]]:
+    """Return name, value and origin of each setting in the file; append errors to `problems`."""
     if file is None:
         return []
     try:
@@ -65,12 +80,15 @@ def _file_settings(file: str | None, problems: list[str]) -> list[tuple[str, Any
         problems.append(f"--config {file}: cannot be read as YAML: {' '.join(str(error).split())}")
         return []
     if not isinstance(content, dict):
-        problems.append(f"--config {file}: expected names and values, found a {type(content).__name__}")
+        problems.append(
+            f"--config {file}: expected names and values, found a {type(content).__name__}"
+        )
         return []
     return [(name, value, str(file)) for name, value in flatten(content).items()]
 
 
 def _line_settings(overrides: list[str], problems: list[str]) -> list[tuple[str, Any, str]]:
+    """Return name, value and origin of each `key=value`; append errors to `problems`."""
     found = []
     for text in overrides:
         name, equals, _ = text.partition("=")
@@ -82,11 +100,15 @@ def _line_settings(overrides: list[str], problems: list[str]) -> list[tuple[str,
         except (OmegaConfBaseException, yaml.YAMLError) as error:
             problems.append(f"{text!r}: cannot be read: {' '.join(str(error).split())}")
             continue
-        found += [(key, value, "command line") for key, value in flatten(parsed).items()]  # type: ignore[arg-type]
+        found += [
+            (key, value, "command line")
+            for key, value in flatten(parsed).items()  # type: ignore[arg-type]
+        ]
     return found
 
 
 def _broken_rules(merged: DictConfig) -> list[str]:
+    """Return a message for each setting that violates its rule; null violates none."""
     values, written = (flatten(_plain(merged, resolve=resolve)) for resolve in (True, False))
     return [
         f"{name}={redacted(repr(written[name]))}: allowed is {allowed}"
@@ -96,6 +118,7 @@ def _broken_rules(merged: DictConfig) -> list[str]:
 
 
 def _nearest(name: str, known: list[str]) -> str:
+    """Return a suggestion for an unknown name: one with the same last part, else a similar one."""
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     by_leaf = [other for other in known if other.split(".")[-1] == name.split(".")[-1]]
     guess = by_leaf[:1] or close
@@ -103,5 +126,5 @@ def _nearest(name: str, known: list[str]) -> str:
 
 
 def to_yaml(settings: dict[str, Any]) -> str:
-    """The settings as YAML text."""
+    """Return the settings as YAML text."""
     return OmegaConf.to_yaml(OmegaConf.create(settings))

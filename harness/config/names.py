@@ -1,4 +1,4 @@
-"""Settings by their dotted names, and as nested dicts."""
+"""Convert settings between dotted names and nested dicts."""
 
 from __future__ import annotations
 
@@ -8,16 +8,23 @@ from harness.config.schema import WHOLE
 
 
 def nested(name: str, value: Any) -> dict[str, Any]:
-    """{"a": {"b": 1}} of "a.b" and 1."""
+    """Return nested dicts for a dotted name: {"a": {"b": 1}} for "a.b" and 1."""
     for part in reversed(name.split(".")):
         value = {part: value}
     return value  # type: ignore[no-any-return]
 
 
 def flatten(nested: dict[Any, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} becomes {"a.b": 1}; lists, empty dicts, and those whose names hold dots, are values."""
+    """Convert nested dicts to dotted names: {"a": {"b": 1}} becomes {"a.b": 1}.
+
+    Lists, empty dicts and the dicts named in `WHOLE`, whose keys contain dots, are not split.
+    """
     flat: dict[str, Any] = {}
     for key, value in nested.items():
         name = f"{prefix}{key}"
-        flat |= flatten(value, f"{name}.") if isinstance(value, dict) and value and name not in WHOLE else {name: value}
+        flat |= (
+            flatten(value, f"{name}.")
+            if isinstance(value, dict) and value and name not in WHOLE
+            else {name: value}
+        )
     return flat

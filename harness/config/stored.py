@@ -1,4 +1,4 @@
-"""Settings out of a checkpoint."""
+"""Restore the settings that a checkpoint contains."""
 
 from __future__ import annotations
 
@@ -15,13 +15,21 @@ from harness.errors import UsageError
 
 
 def restored(stored: Mapping[str, Any]) -> Config:
-    """The settings that a checkpoint holds, with what they take from the environment put in. Raises UsageError."""
+    """Return the settings of a checkpoint, with `${oc.env:NAME}` resolved from the environment.
+
+    Raises:
+        UsageError: A setting is unknown, has the wrong type, or cannot be resolved.
+    """
     try:
         settings = {SPELLED.get(name, name): value for name, value in flatten(dict(stored)).items()}
         merged = defaults()
         for name, value in settings.items():
             if value != {}:
-                merged = OmegaConf.merge(merged, OmegaConf.create(nested(name, value)))  # type: ignore[assignment]
+                merged = OmegaConf.merge(  # type: ignore[assignment]
+                    merged, OmegaConf.create(nested(name, value))
+                )
         return OmegaConf.to_object(merged)  # type: ignore[return-value]
     except OmegaConfBaseException as error:
-        raise UsageError("the checkpoint's settings cannot be read", f"found: {str(error).splitlines()[0]}") from None
+        raise UsageError(
+            "the checkpoint's settings cannot be read", f"found: {str(error).splitlines()[0]}"
+        ) from None

@@ -1,4 +1,4 @@
-"""A DataLoader of the user's: what it would deal out, and how."""
+"""Take over the settings of a user's DataLoader: dataset, batching, sample order and workers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler, default_collate
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    RandomSampler,
+    SequentialSampler,
+    default_collate,
+)
 from torch.utils.data.distributed import DistributedSampler
 
 from harness.data.given_order import GivenOrder
@@ -18,64 +24,103 @@ KEPT = ("timeout", "prefetch_factor", "multiprocessing_context")
 
 @dataclass(frozen=True)
 class FromDataLoader:
-    """What a DataLoader says."""
+    """The settings of a DataLoader that the harness takes over."""
 
     dataset: Any
-    batch_size: int  # of one rank's micro-batch
+    batch_size: int  # samples in one rank's micro-batch
     shuffle: bool
     drop_last: bool
     order: Callable[[int], Sequence[int]] | None
     collate: Collate | None
     workers: Workers
-    samples_each: int = 1  # of what the dataset yields: a loader with a state of its own is a stream of batches
+    # Samples in one item of `dataset`. A loader with a state of its own is a stream of batches.
+    samples_each: int = 1
 
 
 def adopt(loader: object) -> FromDataLoader | None:
-    """What a DataLoader says; None for anything else. Raises UsageError for one whose samples a run could not find again."""
+    """Return the settings of a DataLoader, or None for any other object.
+
+    A DataLoader over an iterable dataset that has a `state_dict` itself (torchdata's
+    StatefulDataLoader) becomes the dataset: it is read as a stream of batches.
+
+    Raises:
+        UsageError: A run could not find the samples again. The DataLoader has no fixed batch size,
+            or its sampler gives each rank a different order.
+    """
     if not isinstance(loader, DataLoader):
         return None
-    if loader.batch_size is not None and is_iterable(loader.dataset) and hasattr(loader, "state_dict"):
-        return FromDataLoader(loader, loader.batch_size, False, loader.drop_last, None, as_first, Workers(), loader.batch_size)
+    if (
+        loader.batch_size is not None
+        and is_iterable(loader.dataset)
+        and hasattr(loader, "state_dict")
+    ):
+        return FromDataLoader(
+            loader,
+            loader.batch_size,
+            False,
+            loader.drop_last,
+            None,
+            as_first,
+            Workers(),
+            loader.batch_size,
+        )
     batches: Any = loader.batch_sampler
     if type(batches) is not BatchSampler and not _is_stateful(batches):
         raise UsageError(
-            "this DataLoader does not batch samples by a number of its own, so no run could go on in the middle of it",
+            "this DataLoader does not batch samples by a number of its own, so no run could go on"
+            " in the middle of it",
             f"found: batch_size={loader.batch_size}, a {type(batches).__name__} as batch_sampler",
-            "Give its dataset to batches(), with the number of samples in an update, and their order, epoch by epoch, as order=.",
+            "Give its dataset to batches(), with the number of samples in an update, and their"
+            " order, epoch by epoch, as order=.",
         )
-    shuffle, order = (False, None) if is_iterable(loader.dataset) else _order(batches.sampler, loader.dataset)
+    shuffle, order = (
+        (False, None) if is_iterable(loader.dataset) else _order(batches.sampler, loader.dataset)
+    )
     collate = None if loader.collate_fn is default_collate else loader.collate_fn
     others = {name: getattr(loader, name) for name in KEPT} if loader.num_workers else {}
     workers = Workers(loader.num_workers, loader.worker_init_fn, others, loader.persistent_workers)
-    return FromDataLoader(loader.dataset, batches.batch_size, shuffle, batches.drop_last, order, collate, workers)
+    return FromDataLoader(
+        loader.dataset, batches.batch_size, shuffle, batches.drop_last, order, collate, workers
+    )
 
 
 def _is_stateful(sampler: object) -> bool:
-    """Whether it is torchdata's own, which are torch's with a state."""
+    """Return whether the sampler is torchdata's: one of torch's samplers with a state."""
     return type(sampler).__module__.startswith("torchdata.")
 
 
 def _order(sampler: Any, dataset: Any) -> tuple[bool, Callable[[int], Sequence[int]] | None]:
-    """Whether the samples are shuffled, or in which order of the sampler's own they come."""
+    """Return whether to shuffle the samples, and the sampler's own order, if it has one.
+
+    Raises:
+        UsageError: The sampler gives each rank a different order.
+    """
     if type(sampler) is SequentialSampler:
         return False, None
-    is_random = type(sampler) is RandomSampler or (_is_stateful(sampler) and hasattr(sampler, "replacement"))
+    is_random = type(sampler) is RandomSampler or (
+        _is_stateful(sampler) and hasattr(sampler, "replacement")
+    )
     if is_random and not sampler.replacement and sampler.num_samples == len(dataset):
         return True, None
+    # The harness splits the samples over the ranks itself, whatever this sampler would do.
     if type(sampler) is DistributedSampler or (
         _is_stateful(sampler) and isinstance(sampler, DistributedSampler)
-    ):  # each rank gets its share here, whatever this would give it
+    ):
         return sampler.shuffle, None
     if getattr(sampler, "num_replicas", 1) == 1:
         return False, GivenOrder(lambda epoch: _epoch_of(sampler, epoch), sampler, dataset)
     raise UsageError(
-        "this DataLoader's sampler gives each rank an order of its own, and the order here is one for all of them",
-        f"found: a {type(sampler).__name__} for rank {getattr(sampler, 'rank', '?')} of {sampler.num_replicas}",
-        "Make it for one rank that gets everything: num_replicas=1, rank=0. It is dealt out over the ranks here.",
+        "this DataLoader's sampler gives each rank an order of its own, and the order here is one"
+        " for all of them",
+        f"found: a {type(sampler).__name__} for rank {getattr(sampler, 'rank', '?')}"
+        f" of {sampler.num_replicas}",
+        "Make it for one rank that gets everything: num_replicas=1, rank=0. It is dealt out over"
+        " the ranks here.",
     )
 
 
 def _epoch_of(sampler: Any, epoch: int) -> list[int]:
+    """Return the sampler's order for an epoch."""
     if hasattr(sampler, "set_epoch"):
         sampler.set_epoch(epoch)
     return [int(sample) for sample in sampler]

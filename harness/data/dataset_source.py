@@ -1,6 +1,9 @@
-"""Sources of steps: `MapSource` for datasets with sample numbers, `OwnSource` for loops that find their data themselves; `source` chooses.
+"""Sources of steps for map-style datasets and for loops that find their data themselves.
 
-`StreamSource`, for iterable datasets, which are read in the main process and keep a state of their own on each rank, is in `stream`.
+`MapSource` serves datasets with sample numbers, `OwnSource` serves loops that find their data
+themselves. `StreamSource`, in `stream`, serves iterable datasets, which are read in the main
+process and keep a state of their own on each rank. The function `source` chooses between
+`MapSource` and `StreamSource`.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ from harness.distributed.ranks import World
 
 @dataclass
 class MapSource:
-    """A dataset with `__len__` and `__getitem__`."""
+    """A source for a dataset with `__len__` and `__getitem__`."""
 
     dataset: Any
     plan: Plan
@@ -32,58 +35,96 @@ class MapSource:
     workers: Workers
     pin: bool
     world: World
-    seeds_held: bool = True  # whether generators that the dataset holds are seeded for each sample, as the global ones are
+    # Whether generators that the dataset holds are seeded for each sample, as the global ones are.
+    seeds_held: bool = True
     is_own = False
     _by_epoch: bool = False
-    _loader: Loader | None = None  # of workers that outlive an epoch
+    _loader: Loader | None = None  # kept if its workers outlive an epoch
     _say: Say = as_is
 
     def __post_init__(self) -> None:
         self._size = len(self.dataset)
 
-    def begin(self, position: Position, before: Mapping[str, Any] | None, say: Say, *, by_epoch: bool) -> None:
+    def begin(
+        self, position: Position, before: Mapping[str, Any] | None, say: Say, *, by_epoch: bool
+    ) -> None:
+        """Store the settings of the loop, restore a given order, and report its notice, if any."""
         self._by_epoch, self._say = by_epoch, say
-        if isinstance(self.plan.order, GivenOrder) and (note := self.plan.order.begin(self.plan.ordered, position.epoch, before)):
+        if isinstance(self.plan.order, GivenOrder) and (
+            note := self.plan.order.begin(self.plan.ordered, position.epoch, before)
+        ):
             say(note)
 
     @property
     def _keeps(self) -> bool:
-        """Whether the workers live from the beginning to the end. In a loop over epochs they begin with an epoch's inner loop, as
-        `iter(loader)` does, so that they have what the outer loop has set."""
+        """Return whether the workers live from the beginning of the loop to its end.
+
+        In a loop over epochs, workers that are not persistent start with an epoch's inner loop, as
+        with `iter(loader)`, so that they see what the outer loop has set.
+        """
         return self.workers.persistent or not self._by_epoch
 
     @property
     def _tells(self) -> bool:
-        """Whether the dataset is told of its epoch where it is loaded; elsewhere that is the outer loop's, as with a DataLoader."""
-        return told_of_epochs(self.dataset) and (not self._by_epoch or (self.workers.persistent and self.workers.number > 0))
+        """Return whether the process that loads the dataset calls its `set_epoch`.
+
+        Otherwise the user's outer loop has to call it, as with a DataLoader.
+        """
+        return told_of_epochs(self.dataset) and (
+            not self._by_epoch or (self.workers.persistent and self.workers.number > 0)
+        )
 
     def asked(self, ask: Callable[[Any], Any]) -> Any:
-        """Without workers it is asked here; else the first of them is, or, where workers live for one epoch, one that ends with this."""
+        """Evaluate `ask` on the dataset, in a process that loads it.
+
+        Without workers that is this process, otherwise the first worker. Where workers live for
+        one epoch only, it is a single worker that ends after the answer.
+        """
         if not self.workers.number:
             return ask(self.dataset)
-        loader = self._kept() if self._keeps else self._begun(dataclasses.replace(self.workers, number=1))
+        loader = (
+            self._kept()
+            if self._keeps
+            else self._begun(dataclasses.replace(self.workers, number=1))
+        )
         (answer,) = loader.over([Question(ask)])
         return answer
 
     def _begun(self, workers: Workers) -> Loader:
+        """Create a loader with these workers."""
         return Loader(
-            self.dataset, self.plan.seed, self.collate, workers,
-            pin=self.pin, keeps=self._keeps, tells=self._tells, seeds_held=self.seeds_held,
-        )  # fmt: skip
+            self.dataset,
+            self.plan.seed,
+            self.collate,
+            workers,
+            pin=self.pin,
+            keeps=self._keeps,
+            tells=self._tells,
+            seeds_held=self.seeds_held,
+        )
 
     def _kept(self) -> Loader:
+        """Return the loader that outlives an epoch; create it at the first call."""
         if self._loader is None:
             self._loader = self._begun(self.workers)
         return self._loader
 
     def close(self) -> None:
+        """Drop the loader, which ends its workers."""
         self._loader = None
 
     def steps_after(self, position: Position, epochs: int) -> int | None:
+        """Return the number of steps from `position` to the end of the last epoch."""
         return self.plan.steps_after(position, epochs)
 
     def shares(self, position: Position, epochs: int) -> Bordered:
-        """Where something could tell the difference, nothing of an epoch is asked for before the one before it is used up."""
+        """Yield this rank's share of each step with its micro-batches.
+
+        In a loop over epochs, a border comes before the shares of each epoch.
+        Nothing of an epoch is requested before the previous epoch is used up, wherever that makes
+        a difference: in a loop over epochs, with a `set_epoch` that is called here, and with a
+        given order. In all other cases the loader may load ahead into the next epoch.
+        """
         try:
             if not (self._by_epoch or self._tells or self.plan.order):
                 for share, batches in self._kept().over(self.plan.shares(position, epochs)):
@@ -102,7 +143,11 @@ class MapSource:
             self.close()
 
     def _planned(self, epoch: int) -> Plan:
-        """The plan with an epoch's order in it: the same on all ranks. Collective: every rank must call it."""
+        """Return the plan with the order of an epoch fixed, the same on all ranks.
+
+        If the ranks' orders differ, rank 0's order is used, with a warning.
+        Collective: every rank must call it.
+        """
         if not isinstance(given := self.plan.order, GivenOrder):
             return self.plan
         samples = self.plan.samples(epoch)
@@ -115,42 +160,56 @@ class MapSource:
         return dataclasses.replace(self.plan, order=lambda _: samples)
 
     def _look_at_size(self) -> None:
-        """Tell of a dataset that has grown or shrunk: it is dealt out as large as it was when the loop began."""
+        """Warn if the dataset has grown or shrunk.
+
+        The plan keeps the size that the dataset had when the loop began.
+        """
         if (size := len(self.dataset)) != self._size:
             self._say(
-                f"the dataset has {size} samples now, and {self._size} before: each epoch deals out the {self.plan.size} of the loop's"
-                " beginning; to train on others start again with resume.accept=[data], or in a new run directory"
+                f"the dataset has {size} samples now, and {self._size} before: each epoch deals out"
+                f" the {self.plan.size} of the loop's"
+                " beginning; to train on others start again with resume.accept=[data], or in a new"
+                " run directory"
             )
             self._size = size
 
     def kept(self, position: Position) -> dict[str, Any]:
-        order = self.plan.order.kept(position, self.plan.ordered) if isinstance(self.plan.order, GivenOrder) else {}
+        """Return the order if the checkpoint has to store it, else {}."""
+        order = (
+            self.plan.order.kept(position, self.plan.ordered)
+            if isinstance(self.plan.order, GivenOrder)
+            else {}
+        )
         return {"kinds": {"order": KEPT}, "order": order} if order else {}
 
     def state(self) -> None:
-        """Nothing: the position says it all."""
+        """Return None: the position is the whole state."""
 
     def restore(self, state: None) -> None:
-        """Nothing: the position says it all."""
+        """Do nothing: the position is the whole state."""
 
 
 class OwnSource(Unasked):
-    """For a loop that finds its data itself: steps are counted, as the samples of one endless epoch."""
+    """A source for a loop that finds its data itself.
+
+    It counts steps as the samples of one endless epoch.
+    """
 
     is_own = True
 
     def steps_after(self, position: Position, epochs: int) -> None:
-        """Nobody knows."""
+        """Return None: the number of steps is unknown."""
 
     def shares(self, position: Position, epochs: int) -> Batches:
+        """Yield one share for each step, without micro-batches, and without end."""
         for made in itertools.count(position.sample):
             yield Share(0, made, (), (1.0,), Position(0, made + 1), last=False), []
 
     def state(self) -> None:
-        """Nothing: the position says it all."""
+        """Return None: the position is the whole state."""
 
     def restore(self, state: None) -> None:
-        """Nothing: the position says it all."""
+        """Do nothing: the position is the whole state."""
 
 
 def source(
@@ -168,16 +227,51 @@ def source(
     seeds_held: bool = True,
     samples_each: int = 1,
 ) -> Source:
-    """What fits the dataset. Raises UsageError for a dataset or a batch size that a run could not go on with exactly."""
+    """Return a `StreamSource` for an iterable dataset, else a `MapSource`.
+
+    Args:
+        dataset: The dataset.
+        world: The ranks over which it is dealt out.
+        seed: The seed of the order and of each sample's randomness.
+        global_batch_size: The samples in one step, over all ranks.
+        accumulate: The micro-batches in a rank's share of a step.
+        shuffle: Whether the samples are shuffled. `order` overrides it; streams ignore it.
+        drop_last: Whether the incomplete last batch of an epoch is dropped. Streams ignore it.
+        order: A function from an epoch to its sample numbers. Streams ignore it.
+        collate: The collate function; None means torch's `default_collate`.
+        workers: The loader's worker processes. Streams ignore them.
+        seeds_held: Whether held generators are seeded too, as the global ones are.
+        samples_each: The samples in one item of a stream.
+
+    Raises:
+        UsageError: A run could not resume exactly with this dataset or this batch size.
+    """
     if is_iterable(dataset):
         check_resumable(dataset)
         Plan(global_batch_size, global_batch_size, accumulate, world.rank, world.size, seed).check()
         items = global_batch_size // world.size // samples_each
-        return StreamSource(dataset, world, items, accumulate, collate or default_collate, seed, samples_each, seeds_held)
+        return StreamSource(
+            dataset,
+            world,
+            items,
+            accumulate,
+            collate or default_collate,
+            seed,
+            samples_each,
+            seeds_held,
+        )
     size = len(dataset) if order is None else 0
-    given = order if order is None or isinstance(order, GivenOrder) else GivenOrder(order, dataset=dataset)
-    plan = Plan(size, global_batch_size, accumulate, world.rank, world.size, seed, shuffle, drop_last, given)
+    given = (
+        order
+        if order is None or isinstance(order, GivenOrder)
+        else GivenOrder(order, dataset=dataset)
+    )
+    plan = Plan(
+        size, global_batch_size, accumulate, world.rank, world.size, seed, shuffle, drop_last, given
+    )
     if given is not None:
         plan = dataclasses.replace(plan, size=given.length(plan.ordered))
     plan.check()
-    return MapSource(dataset, plan, collate, workers, world.device.type == "cuda", world, seeds_held)
+    return MapSource(
+        dataset, plan, collate, workers, world.device.type == "cuda", world, seeds_held
+    )

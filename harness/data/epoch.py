@@ -1,4 +1,4 @@
-"""Datasets that are told of their epoch, and what differs from one epoch to the next."""
+"""Datasets with a `set_epoch` method, which makes their samples differ between epochs."""
 
 from __future__ import annotations
 
@@ -9,17 +9,18 @@ from torch.utils.data import ConcatDataset, StackDataset, Subset
 
 
 def told_of_epochs(dataset: Any) -> bool:
-    """Whether it, or a dataset that it is made of, wants to be told of the epoch."""
+    """Return whether the dataset, or a dataset that it is made of, has a `set_epoch`."""
     return any(True for _ in _listeners(dataset))
 
 
 def tell(dataset: Any, epoch: int) -> None:
-    """Tell it, and the datasets that it is made of, that an epoch begins."""
+    """Call `set_epoch` of the dataset or, if it has none, of the datasets that it is made of."""
     for listener in _listeners(dataset):
         listener.set_epoch(epoch)
 
 
 def _listeners(dataset: Any) -> Iterator[Any]:
+    """Yield the datasets whose `set_epoch` has to be called."""
     if callable(getattr(dataset, "set_epoch", None)):
         yield dataset
     elif isinstance(dataset, Subset):

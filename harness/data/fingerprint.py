@@ -1,4 +1,4 @@
-"""A short name for what is in a dataset, so that a run does not go on with another one."""
+"""Fingerprints of a dataset's content, so that a run does not resume with another dataset."""
 
 from __future__ import annotations
 
@@ -21,44 +21,81 @@ DIFFER = ", its samples differ each time they are loaded"
 
 
 def describe(
-    dataset: Any, global_batch_size: int, shuffle: bool, drop_last: bool, seed: int, *,
-    collate: Any = None, before: Mapping[str, Any] | None = None, asked: tuple[str, Sequence[str]] | None = None,
-) -> dict[str, Any]:  # fmt: skip
-    """What a checkpoint keeps of the data and how it is dealt out, to be compared when the run goes on.
+    dataset: Any,
+    global_batch_size: int,
+    shuffle: bool,
+    drop_last: bool,
+    seed: int,
+    *,
+    collate: Any = None,
+    before: Mapping[str, Any] | None = None,
+    asked: tuple[str, Sequence[str]] | None = None,
+) -> dict[str, Any]:
+    """Return the record of the data, and of how it is dealt out, for a checkpoint.
 
-    `before` is what the checkpoint that a run goes on from has of it: a run keeps its `kinds` to its end. `asked` is what `named` said of
-    it, in a process that loads it.
+    A resumed run compares its own record with that of the checkpoint.
+
+    Args:
+        dataset: The dataset.
+        global_batch_size: The samples in one step, over all ranks.
+        shuffle: Whether the samples are shuffled.
+        drop_last: Whether the incomplete last batch of an epoch is dropped.
+        seed: The seed of the order.
+        collate: The collate function, which may hold generators.
+        before: The record in the checkpoint that the run resumes from; None in a new run. A run
+            keeps its `kinds` to its end.
+        asked: What `named` returned in a process that loads the dataset; None to call it here.
     """
     kinds = lasting((before or {}).get("kinds", {}))
-    name, held = asked or named(dataset, collate, seeds_held=before is None or "sample_rng" in kinds)
+    name, held = asked or named(
+        dataset, collate, seeds_held=before is None or "sample_rng" in kinds
+    )
     data = {"fingerprint": name, "size": None if is_iterable(dataset) else len(dataset)}
-    data |= {"global_batch_size": global_batch_size, "shuffle": shuffle, "drop_last": drop_last, "seed": seed}
+    data |= {
+        "global_batch_size": global_batch_size,
+        "shuffle": shuffle,
+        "drop_last": drop_last,
+        "seed": seed,
+    }
     if before is None and held:
         kinds["sample_rng"] = "held"
     return data | ({"kinds": kinds} if kinds else {})
 
 
 def lasting(kinds: Mapping[str, str]) -> dict[str, str]:
-    """Of the kinds in a checkpoint's data those that hold for the whole run: that an order is kept is said of one checkpoint."""
+    """Return those kinds in a checkpoint's data record that hold for the whole run.
+
+    The kind of a stored order is left out, because it holds for one checkpoint only.
+    """
     return {name: kind for name, kind in kinds.items() if (name, kind) != ("order", KEPT)}
 
 
 def named(dataset: Any, collate: Any, *, seeds_held: bool) -> tuple[str, list[str]]:
-    """A dataset's fingerprint, and the generators that are found in it afterwards: some are made with the first sample."""
+    """Return a dataset's fingerprint, and the paths of the generators that are found in it.
+
+    The search comes after the fingerprint, because some generators are created with the first
+    sample. It covers the roots of `drawn_from`.
+    """
     name = fingerprint(dataset, seeds_held)
     return name, [one.path for one in find(drawn_from(dataset, collate))]
 
 
 def drawn_from(dataset: Any, collate: Any) -> dict[str, Any]:
-    """Where to look for generators that are seeded for each sample. What a stream holds may give its order: that is another matter."""
+    """Return the roots of the search for generators that are seeded for each sample.
+
+    An iterable dataset is no root: the generators that it holds may determine its order, so they
+    are handled separately.
+    """
     return {"collate_fn": collate} | ({} if is_iterable(dataset) else {"dataset": dataset})
 
 
 def fingerprint(dataset: Any, seeds_held: bool = True) -> str:
-    """A short name for what is in a dataset.
+    """Return a short name for the content of a dataset.
 
-    Its own `fingerprint` if it has one; else its length and up to 64 samples, spread evenly, each loaded under fixed
-    randomness; a dataset whose samples differ even so is named without its content. An iterable dataset is named by its class only.
+    The name is the dataset's own `fingerprint`, if it has one. Otherwise it is a digest of its
+    length and of up to 64 samples, spread evenly, each loaded under fixed randomness. If the
+    samples differ even so, the name is the class with a remark, without the content. An iterable
+    dataset is named by its class only.
     """
     own = getattr(dataset, "fingerprint", None)
     if isinstance(own, str):
@@ -68,12 +105,13 @@ def fingerprint(dataset: Any, seeds_held: bool = True) -> str:
     randomness = Randomness({"dataset": dataset}, seeds_held)
     randomness.look()
     first = _digest(dataset, randomness)
-    if randomness.look():  # made with the first sample
+    if randomness.look():  # some are created with the first sample
         first = _digest(dataset, randomness)
     return first if first == _digest(dataset, randomness) else type(dataset).__name__ + DIFFER
 
 
 def _digest(dataset: Any, randomness: Randomness) -> str:
+    """Return a digest of a dataset's length and of up to `SAMPLES` samples, spread evenly."""
     size = len(dataset)
     digest = hashlib.blake2b(str(size).encode(), digest_size=16)
     spread = {at * (size - 1) // (SAMPLES - 1) for at in range(SAMPLES)} if size else set()
@@ -85,18 +123,32 @@ def _digest(dataset: Any, randomness: Randomness) -> str:
 
 
 def _kind(value: Any) -> bytes:
+    """Return the name of a value's class."""
     return type(value).__name__.encode()
 
 
 def digest_into(digest: Any, value: Any, other: Callable[[Any], bytes] = _kind) -> None:
-    """Add a sample to a digest; what is none of the kinds that samples are made of, by what `other` gives for it."""
+    """Add a sample to a digest.
+
+    For an object of a class that has no rule here, the bytes that `other` returns are added.
+    """
     if isinstance(value, torch.Tensor):
-        value = (value if value.layout is torch.strided else value.to_dense()).detach().cpu().contiguous()
-        digest.update(f"{value.dtype}{tuple(value.shape)}".encode() + value.reshape(-1).view(torch.uint8).numpy().tobytes())
-    elif isinstance(value, np.ndarray) and value.dtype == object:  # its bytes are addresses
+        value = (
+            (value if value.layout is torch.strided else value.to_dense())
+            .detach()
+            .cpu()
+            .contiguous()
+        )
+        digest.update(
+            f"{value.dtype}{tuple(value.shape)}".encode()
+            + value.reshape(-1).view(torch.uint8).numpy().tobytes()
+        )
+    elif isinstance(value, np.ndarray) and value.dtype == object:  # its buffer holds addresses
         digest_into(digest, value.tolist(), other)
     elif isinstance(value, np.ndarray):
-        digest.update(f"{value.dtype}{value.shape}".encode() + np.ascontiguousarray(value).tobytes())
+        digest.update(
+            f"{value.dtype}{value.shape}".encode() + np.ascontiguousarray(value).tobytes()
+        )
     elif isinstance(value, Mapping):
         for key in value:
             digest_into(digest, str(key), other)
@@ -107,5 +159,5 @@ def digest_into(digest: Any, value: Any, other: Callable[[Any], bytes] = _kind) 
             digest_into(digest, item, other)
     elif isinstance(value, str | bytes | int | float | bool | np.generic | None):
         digest.update(repr(value).encode() + b"\0")
-    else:  # an image object, say: its repr would hold its address
+    else:  # for example an image object, whose repr contains its address
         digest.update(other(value))

@@ -1,4 +1,4 @@
-"""Random generators that a program has as objects: torch's, NumPy's and Python's, with their state as plain data."""
+"""Random generator objects of torch, NumPy and Python, and their state as plain data."""
 
 from __future__ import annotations
 
@@ -12,16 +12,28 @@ import torch
 from harness.errors import UsageError
 
 GLOBAL_GENERATORS = (random._inst, np.random.mtrand._rand, torch.default_generator)
-KINDS = (torch.Generator, np.random.Generator, np.random.RandomState, np.random.BitGenerator, random.Random)
+KINDS = (
+    torch.Generator,
+    np.random.Generator,
+    np.random.RandomState,
+    np.random.BitGenerator,
+    random.Random,
+)
 
 
 def is_generator(thing: object) -> bool:
-    """Whether this is a generator whose state can be kept. One that draws from the machine (`random.SystemRandom`) has none."""
+    """Return whether an object is a generator whose state can be saved.
+
+    `random.SystemRandom` draws from the operating system and has no state.
+    """
     return issubclass(type(thing), KINDS) and not issubclass(type(thing), random.SystemRandom)
 
 
 def generators_of(thing: Any) -> Iterator[tuple[str, Any]]:
-    """The generators that an object has as attributes, or in lists and dicts there, with how that is written."""
+    """Yield the generators in an object's attributes, each with its path.
+
+    Lists, tuples and dicts that are attributes are searched too, one level deep.
+    """
     for name, value in list(vars(thing).items()):
         if is_generator(value):
             yield name, value
@@ -31,31 +43,46 @@ def generators_of(thing: Any) -> Iterator[tuple[str, Any]]:
 
 
 def generator_state(thing: Any) -> dict[str, Any]:
-    """The state of a generator, as plain data, beside what kind of generator it is of."""
+    """Return the kind of a generator and its state, as plain data."""
     if isinstance(thing, torch.Generator):
         return {"kind": f"torch.Generator ({thing.device.type})", "state": thing.get_state()}
     if isinstance(thing, random.Random):
         version, words, gauss = thing.getstate()
-        return {"kind": "random.Random", "version": version, "words": torch.tensor(words, dtype=torch.int64), "gauss": gauss}
+        return {
+            "kind": "random.Random",
+            "version": version,
+            "words": torch.tensor(words, dtype=torch.int64),
+            "gauss": gauss,
+        }
     if isinstance(thing, np.random.RandomState):
         state: Any = thing.get_state(legacy=False)
-        return {"kind": f"numpy.random.RandomState ({state['bit_generator']})", "state": _plain(state)}
+        return {
+            "kind": f"numpy.random.RandomState ({state['bit_generator']})",
+            "state": _plain(state),
+        }
     bits = thing if isinstance(thing, np.random.BitGenerator) else thing.bit_generator
     return {
-        "kind": f"numpy.random.{'BitGenerator' if bits is thing else 'Generator'} ({type(bits).__name__})",
+        "kind": f"numpy.random.{'BitGenerator' if bits is thing else 'Generator'}"
+        f" ({type(bits).__name__})",
         "state": _plain(bits.state),
         "spawned": _spawned(bits),
     }
 
 
 def set_generator_state(name: str, thing: Any, state: Mapping[str, Any]) -> None:
-    """Give a generator the state back that `generator_state` gave. Raises UsageError if it is of another kind; `name` is told then."""
+    """Restore a generator's state from what `generator_state` returned.
+
+    Raises:
+        UsageError: The generator is of another kind than the saved one. The message contains
+            `name`.
+    """
     kind = generator_state(thing)["kind"]
     if kind != state["kind"]:
         raise UsageError(
-            f"the generator {name} is not what the checkpoint was saved from", f"found: {kind}, expected: {state['kind']}",
+            f"the generator {name} is not what the checkpoint was saved from",
+            f"found: {kind}, expected: {state['kind']}",
             "Make it as before, or take a new run directory.",
-        )  # fmt: skip
+        )
     if isinstance(thing, torch.Generator):
         thing.set_state(state["state"])
     elif isinstance(thing, random.Random):
@@ -66,24 +93,33 @@ def set_generator_state(name: str, thing: Any, state: Mapping[str, Any]) -> None
         bits = thing if isinstance(thing, np.random.BitGenerator) else thing.bit_generator
         bits.state = _numpy(state["state"])
         if (missing := state["spawned"] - _spawned(bits)) > 0:
-            bits.seed_seq.spawn(missing)  # type: ignore[union-attr] # there is no other way to set how many children it has
+            # There is no other way to set the number of children.
+            bits.seed_seq.spawn(missing)  # type: ignore[union-attr]
 
 
 def _spawned(bits: Any) -> int:
-    """How many generators were made of this one by `spawn`: the next ones depend on it."""
+    """Return how many generators were spawned from this one; the next ones depend on it."""
     return int(getattr(getattr(bits, "seed_seq", None), "n_children_spawned", 0))
 
 
 def _plain(value: Any) -> Any:
-    """A state of NumPy's as plain data; its arrays are unsigned, which not every release of torch can save."""
+    """Return a NumPy state as plain data.
+
+    Its arrays are unsigned, which not every release of torch can save, so they become int64
+    tensors.
+    """
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, np.ndarray):
-        return {"dtype": str(value.dtype), "words": torch.from_numpy(value.astype(np.uint64).view(np.int64).copy())}
+        return {
+            "dtype": str(value.dtype),
+            "words": torch.from_numpy(value.astype(np.uint64).view(np.int64).copy()),
+        }
     return value.item() if isinstance(value, np.generic) else value
 
 
 def _numpy(value: Any) -> Any:
+    """Return the NumPy state from which `_plain` made `value`."""
     if isinstance(value, Mapping):
         if set(value) == {"dtype", "words"}:
             return value["words"].numpy().view(np.uint64).astype(value["dtype"])

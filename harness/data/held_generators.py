@@ -1,8 +1,9 @@
-"""Generators of random numbers that a dataset, its transforms or a collate function hold: found, and seeded for each sample.
+"""Find the random generators held by datasets, transforms and collate functions, and seed them.
 
-They are found by walking what is reached from there: attributes, lists, tuples, dicts, partial functions, closures, what a function
-takes by default, and the globals that the program's own functions read. The walk is bounded by numbers, not by a clock: it must find
-the same in each life of a run.
+A held generator is seeded for each sample. The search walks over the objects reachable from the
+dataset and the collate function: attributes, lists, tuples, dicts, partial functions, closures,
+default arguments, and the globals that the program's own functions read. The walk is bounded by
+counts, not by a clock, because it must find the same generators in each attempt of a run.
 """
 
 from __future__ import annotations
@@ -29,24 +30,47 @@ import torch
 
 from harness.data.plan import seed_cpu, seed_of
 
-OBJECTS, DEPTH, FIRST = 20_000, 12, 64  # looked at in all; how deep; and of each list or dict
-LEAVES = (str, bytes, bytearray, int, float, complex, type(None), type, ModuleType, CodeType, torch.dtype, torch.device, torch.Size)
-AT_START = {"__init__", "__new__", "__len__", "__init_subclass__"}  # what these draw from is not drawn from for a sample
-INSTALLED = {"site-packages", "dist-packages"}  # folders of libraries, whichever Python they are of
-_FOLDERS = (*(sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")), site.getusersitepackages())
-LIBRARIES = tuple({f"{path}{os.sep}" for folder in _FOLDERS for path in (folder, Path(folder).resolve())})
+OBJECTS, DEPTH, FIRST = 20_000, 12, 64  # objects in all; depth; items of each list or dict
+LEAVES = (
+    str,
+    bytes,
+    bytearray,
+    int,
+    float,
+    complex,
+    type(None),
+    type,
+    ModuleType,
+    CodeType,
+    torch.dtype,
+    torch.device,
+    torch.Size,
+)
+# These methods do not run when a sample is loaded, so no sample draws from their generators.
+AT_START = {"__init__", "__new__", "__len__", "__init_subclass__"}
+INSTALLED = {"site-packages", "dist-packages"}  # folders of libraries, of any Python version
+_FOLDERS = (
+    *(sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")),
+    site.getusersitepackages(),
+)
+LIBRARIES = tuple(
+    {f"{path}{os.sep}" for folder in _FOLDERS for path in (folder, Path(folder).resolve())}
+)
 
 
 @dataclass(frozen=True)
 class HeldGenerator:
-    """A generator, and the path to it from the dataset or the collate function."""
+    """A generator and the path to it from the dataset or the collate function."""
 
     path: str
     generator: Any
 
 
 def find(roots: Mapping[str, Any]) -> list[HeldGenerator]:
-    """The generators that are reached from the roots, but for those of Python, NumPy and torch themselves."""
+    """Return the generators that are reachable from the roots, each once.
+
+    The global generators of Python, NumPy and torch are left out.
+    """
     known = {id(torch.default_generator), id(random._inst), id(np.random.mtrand._rand)}
     found = []
     for path, thing in walk(roots):
@@ -58,12 +82,21 @@ def find(roots: Mapping[str, Any]) -> list[HeldGenerator]:
 
 
 def walk(roots: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Everything that is reached from the roots within the bounds, nearest first, each once, with the path to it."""
-    seen: dict[int, Any] = {}  # holds what it has seen: the number of an object that is gone would be another's
+    """Yield each object that is reachable from the roots within the bounds, with its path.
+
+    The nearest objects come first. Each object comes once.
+    """
+    # Holds the objects themselves, because the id of a deleted object may be used again.
+    seen: dict[int, Any] = {}
     ahead = deque((name, root, 0) for name, root in roots.items())
     while ahead and len(seen) < OBJECTS:
         path, thing, depth = ahead.popleft()
-        if not tells_its_class(thing) or isinstance(thing, LEAVES) or id(thing) in seen or type(thing).__module__.startswith("harness.run"):
+        if (
+            not tells_its_class(thing)
+            or isinstance(thing, LEAVES)
+            or id(thing) in seen
+            or type(thing).__module__.startswith("harness.run")
+        ):
             continue
         seen[id(thing)] = thing
         yield path, thing
@@ -72,13 +105,20 @@ def walk(roots: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _inside(thing: Any) -> Iterator[tuple[str, Any]]:
-    """What an object is made of, and how it is reached from there; no code of the object's is run."""
+    """Yield the parts of an object, each with its path from the object.
+
+    No code of the object is run.
+    """
     if isinstance(thing, torch.Tensor | np.ndarray):
         return
     if isinstance(thing, dict):
-        yield from ((f"[{key!r}]", value) for key, value in itertools.islice(dict.items(thing), FIRST))
+        yield from (
+            (f"[{key!r}]", value) for key, value in itertools.islice(dict.items(thing), FIRST)
+        )
     elif isinstance(thing, list | tuple | deque):
-        yield from ((f"[{at}]", value) for at, value in enumerate(itertools.islice(iter(thing), FIRST)))
+        yield from (
+            (f"[{at}]", value) for at, value in enumerate(itertools.islice(iter(thing), FIRST))
+        )
     elif isinstance(thing, functools.partial):
         yield from ((".func", thing.func), (".args", thing.args), (".keywords", thing.keywords))
     elif isinstance(thing, MethodType):
@@ -90,8 +130,12 @@ def _inside(thing: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _attributes(thing: Any) -> Iterator[tuple[str, Any]]:
+    """Yield an object's attributes and slots, and the attributes of its non-library classes."""
     with contextlib.suppress(AttributeError):
-        yield from ((f".{name}", value) for name, value in dict(object.__getattribute__(thing, "__dict__")).items())
+        yield from (
+            (f".{name}", value)
+            for name, value in dict(object.__getattribute__(thing, "__dict__")).items()
+        )
     for owner in type(thing).__mro__:
         slots = owner.__dict__.get("__slots__", ())
         for name in (slots,) if isinstance(slots, str) else slots:
@@ -101,12 +145,14 @@ def _attributes(thing: Any) -> Iterator[tuple[str, Any]]:
             continue
         for name, value in list(owner.__dict__.items()):
             if name not in AT_START and not (name.startswith("__") and not callable(value)):
-                yield f".{name}", getattr(value, "__func__", getattr(value, "fget", value))  # of a class method, or a property
+                # The function of a class method or a property.
+                yield f".{name}", getattr(value, "__func__", getattr(value, "fget", value))
 
 
 def _inside_function(function: FunctionType) -> Iterator[tuple[str, Any]]:
+    """Yield what a function has in its closure and defaults, and the globals that it reads."""
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=False):
-        with contextlib.suppress(ValueError):  # not filled yet
+        with contextlib.suppress(ValueError):  # the cell is still empty
             yield f": {name}", cell.cell_contents
     yield from ((": a default", value) for value in function.__defaults__ or ())
     yield from ((f": {name}", value) for name, value in (function.__kwdefaults__ or {}).items())
@@ -117,8 +163,14 @@ def _inside_function(function: FunctionType) -> Iterator[tuple[str, Any]]:
 
 
 def _globals_read(code: CodeType) -> list[str]:
+    """Return the names of the globals that code, and the code nested in it, reads."""
     names = [step.argval for step in dis.get_instructions(code) if step.opname == "LOAD_GLOBAL"]
-    within = [name for inner in code.co_consts if isinstance(inner, CodeType) for name in _globals_read(inner)]
+    within = [
+        name
+        for inner in code.co_consts
+        if isinstance(inner, CodeType)
+        for name in _globals_read(inner)
+    ]
     return list(dict.fromkeys(names + within))
 
 
@@ -127,23 +179,30 @@ def _module(owner: type) -> ModuleType | None:
 
 
 def tells_its_class(thing: Any) -> bool:
-    """Whether an object may be asked what it is; a proxy of what is not there yet raises, and nothing is to be found in it."""
+    """Return whether the class of an object can be read.
+
+    A proxy of an object that does not exist yet raises, and there is nothing to find in it.
+    """
     try:
         return thing.__class__ is not None
-    except Exception:  # noqa: BLE001 - whatever it raises
+    except Exception:  # noqa: BLE001 - a proxy may raise any error
         return False
 
 
 @functools.lru_cache(10_000)
 def is_library(file: str) -> bool:
-    """Whether code is not the program's own, by the file that it is in."""
+    """Return whether the code in a file belongs to a library, not to the program itself."""
     if file.startswith("<"):
         return file.startswith("<frozen")
-    return bool(INSTALLED.intersection(Path(file).parts)) or file.startswith(LIBRARIES) or str(Path(file).resolve()).startswith(LIBRARIES)
+    return (
+        bool(INSTALLED.intersection(Path(file).parts))
+        or file.startswith(LIBRARIES)
+        or str(Path(file).resolve()).startswith(LIBRARIES)
+    )
 
 
 def _engine(thing: Any) -> Any:
-    """What holds the numbers of a generator that can be seeded; None for anything else."""
+    """Return the object with the state of a generator that can be seeded; None for the rest."""
     if isinstance(thing, np.random.Generator):
         return _engine(thing.bit_generator)
     if isinstance(thing, np.random.BitGenerator):
@@ -156,7 +215,7 @@ def _engine(thing: Any) -> Any:
 
 
 def seed_generator(generator: Any, seed: int) -> None:
-    """Seed a generator of any kind that is found."""
+    """Seed a generator of any kind that `find` returns."""
     if isinstance(generator, torch.Generator):
         generator.manual_seed(seed)
     elif isinstance(generator, random.Random):
@@ -169,13 +228,20 @@ def seed_generator(generator: Any, seed: int) -> None:
 
 
 def _pcg64(seed: int) -> dict[str, Any]:
-    """A state of NumPy's default generator, in a quarter of the time that NumPy takes to seed one; the increment has to be odd."""
+    """Return a state of PCG64, NumPy's default generator, for a seed.
+
+    This takes a quarter of the time that NumPy takes to seed one. The increment has to be odd.
+    """
     words = hashlib.blake2b(str(seed).encode(), digest_size=32).digest()
-    state = {"state": int.from_bytes(words[:16], "big"), "inc": int.from_bytes(words[16:], "big") | 1}
+    state = {
+        "state": int.from_bytes(words[:16], "big"),
+        "inc": int.from_bytes(words[16:], "big") | 1,
+    }
     return {"bit_generator": "PCG64", "state": state, "has_uint32": 0, "uinteger": 0}
 
 
 def _state_of(generator: Any) -> Any:
+    """Return the state of a generator."""
     if isinstance(generator, random.Random):
         return generator.getstate()
     if isinstance(generator, torch.Generator | np.random.RandomState):
@@ -184,6 +250,7 @@ def _state_of(generator: Any) -> Any:
 
 
 def _set_state(generator: Any, state: Any) -> None:
+    """Set a generator to a state that `_state_of` returned."""
     if isinstance(generator, random.Random):
         generator.setstate(state)
     elif isinstance(generator, torch.Generator | np.random.RandomState):
@@ -194,31 +261,35 @@ def _set_state(generator: Any, state: Any) -> None:
 
 @dataclass
 class Randomness:
-    """All that a sample may draw from: the global generators of the process, and those that are held, if these are to be seeded."""
+    """All generators that a sample may draw from.
+
+    These are the global generators of the process and, if they are to be seeded, those that are
+    held by the roots.
+    """
 
     roots: Mapping[str, Any]
     seeds_held: bool = True
     held: list[HeldGenerator] = field(default_factory=list)
 
     def look(self) -> bool:
-        """Look for generators, again too; whether there are some that were not there before."""
+        """Search for held generators (again); return whether there are new ones."""
         before = {id(one.generator) for one in self.held}
         self.held = find(self.roots) if self.seeds_held else []
         return any(id(one.generator) not in before for one in self.held)
 
     def seed(self, *parts: int | str) -> None:
-        """Seed all of them from the parts."""
+        """Seed all generators, global and held, from the parts."""
         seed_cpu(seed_of(*parts))
         self.seed_held(*parts)
 
     def seed_held(self, *parts: int | str) -> None:
-        """Seed those that are held, each in its own way, by its path."""
+        """Seed each held generator from the parts and its own path."""
         for one in self.held:
             seed_generator(one.generator, seed_of(*parts, one.path))
 
     @contextlib.contextmanager
     def kept(self) -> Iterator[None]:
-        """What happens inside leaves those that are held as they were."""
+        """Restore the states of the held generators when the block ends."""
         before = [(one.generator, _state_of(one.generator)) for one in self.held]
         try:
             yield

@@ -1,4 +1,4 @@
-"""From the order of samples to batches: each sample loaded under randomness of its own, by whichever process."""
+"""Load batches in a given order of samples, each sample under its own seed, in any process."""
 
 from __future__ import annotations
 
@@ -11,7 +11,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset, default_collate
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    Subset,
+    TensorDataset,
+    default_collate,
+)
 
 from harness import preemption
 from harness.data.epoch import tell
@@ -24,15 +31,15 @@ Collate = Callable[[list[Any]], Any]
 
 @dataclass(frozen=True)
 class Workers:
-    """The processes that load ahead, and what else a DataLoader wants to know of them."""
+    """The worker processes that load ahead, with further DataLoader options for them."""
 
     number: int = 0
     init: Callable[[int], object] | None = None
     others: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    persistent: bool = False  # whether they outlive an epoch also where the loop is one over epochs
+    persistent: bool = False  # whether they outlive an epoch even in a loop over epochs
 
     def begin(self, number: int) -> None:
-        """In each of them."""
+        """Initialise a worker process; called in each of them."""
         preemption.shield_loader_worker(number)
         if self.init is not None:
             self.init(number)
@@ -40,13 +47,13 @@ class Workers:
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked of the dataset in the place of a share."""
+    """A question about the dataset, sent to the loader in place of a share."""
 
     ask: Callable[[Any], Any]
 
 
 class _Dealt:
-    """The sampler of a DataLoader that gives, each time, what it has been given."""
+    """A sampler for a DataLoader that yields the items that were last assigned to it."""
 
     items: Iterable[Share | Question] = ()
 
@@ -55,47 +62,62 @@ class _Dealt:
 
 
 class _PlannedDataset(Dataset[Any]):
-    """Turns a share into its micro-batches, each sample under randomness of its own."""
+    """A dataset that turns a share into its micro-batches, each sample under its own seed."""
 
-    def __init__(self, dataset: Any, collate: Collate, seed: int, *, seeds_held: bool = True, tells: bool = False) -> None:
+    def __init__(
+        self,
+        dataset: Any,
+        collate: Collate,
+        seed: int,
+        *,
+        seeds_held: bool = True,
+        tells: bool = False,
+    ) -> None:
         self.dataset, self.collate, self.seed = dataset, collate, seed
-        self._tells, self._told = tells, -1  # whether the dataset is told of each epoch here, and of which it has been
+        # Whether `set_epoch` of the dataset is called here, and the epoch of the last call.
+        self._tells, self._told = tells, -1
         self.randomness = Randomness({"dataset": dataset, "collate_fn": collate}, seeds_held)
         self._looked_at: int | None = None  # the last epoch that was begun in this process
         self._is_new = True
 
     def __getitem__(self, share: Share | Question) -> Any:
+        """Return the share with its micro-batches, or the answer to the question."""
         if isinstance(share, Question):
             return share.ask(self.dataset)
         if self._tells and share.epoch != self._told:
             tell(self.dataset, share.epoch)
             self._told = share.epoch
         if self.collate is default_collate and (tensors := plain_tensors(self.dataset)) is not None:
-            # default_collate's very values, a whole micro-batch at once, and nothing here can draw a random number.
+            # This gives the same values as default_collate, a whole micro-batch at once. Nothing
+            # here can draw a random number.
             numbers = [torch.tensor(_numbers(self.dataset, micro)) for micro in share.micro_batches]
             return share, [[tensor[micro] for tensor in tensors] for micro in numbers]
-        if share.epoch != self._looked_at:  # generators may be made anew for each epoch
+        if share.epoch != self._looked_at:  # generators may be created anew for each epoch
             self._looked_at = share.epoch
             self.randomness.look()
         batches = []
         with kept_generators(), self.randomness.kept():
             for number, micro in enumerate(share.micro_batches):
                 samples = [self._sample(share.epoch, sample) for sample in micro]
-                self.randomness.seed(self.seed, "collate", share.epoch, share.start, number, *micro[:1])
+                self.randomness.seed(
+                    self.seed, "collate", share.epoch, share.start, number, *micro[:1]
+                )
                 batches.append(self.collate(samples))
         return share, batches
 
     def _sample(self, epoch: int, sample: int) -> Any:
+        """Load a sample under its own seed."""
         self.randomness.seed(self.seed, "sample", epoch, sample)
         value = self.dataset[sample]
         if self._is_new:
             self._is_new = False
-            if self.randomness.look():  # made with the first sample, which has drawn from it
+            # The first sample may create generators, and has drawn from them unseeded.
+            if self.randomness.look():
                 return self._sample(epoch, sample)
         return value
 
     def __getstate__(self) -> dict[str, Any]:
-        """Another process looks for itself: its generators are others."""
+        """Return the state without the generators: another process has others, and finds them."""
         return self.__dict__ | {
             "randomness": Randomness(self.randomness.roots, self.randomness.seeds_held),
             "_looked_at": None,
@@ -105,51 +127,86 @@ class _PlannedDataset(Dataset[Any]):
 
 
 def plain_tensors(dataset: Any) -> tuple[torch.Tensor, ...] | None:
-    """The tensors of a TensorDataset, or of a part of one; None for whatever may do more for a sample than to index tensors."""
+    """Return the tensors of a TensorDataset or of a Subset of one, else None.
+
+    None also stands for tensors that are not dense and contiguous, and for subclasses, which may
+    do more for a sample than to index tensors.
+    """
     while type(dataset) is Subset:
         dataset = dataset.dataset
     if type(dataset) is not TensorDataset:
         return None
-    plain = all(type(tensor) is torch.Tensor and tensor.layout is torch.strided and tensor.is_contiguous() for tensor in dataset.tensors)
+    plain = all(
+        type(tensor) is torch.Tensor and tensor.layout is torch.strided and tensor.is_contiguous()
+        for tensor in dataset.tensors
+    )
     return dataset.tensors if plain else None
 
 
 def _numbers(dataset: Any, samples: Sequence[int]) -> Sequence[int]:
-    """The samples' numbers in the TensorDataset that this is a part of."""
+    """Return the numbers of the samples in the TensorDataset of which this is a Subset."""
     while type(dataset) is Subset:
         samples, dataset = [int(dataset.indices[sample]) for sample in samples], dataset.dataset
     return samples
 
 
 def as_first(items: list[Any]) -> Any:
+    """Return the first item; the collate function for items that are batches already."""
     return items[0]
 
 
 def as_is(item: Any) -> Any:
+    """Return the item unchanged."""
     return item
 
 
-_READING: weakref.WeakSet[Any] = weakref.WeakSet()  # passes over loaders, which have workers as long as they are there
+# Iterators of DataLoaders. Each has worker processes as long as it exists.
+_READING: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 def _end_workers() -> None:
-    """End what is left of workers when this process exits: they do not heed the signal by which multiprocessing ends them, and waits."""
+    """End the remaining workers when this process exits.
+
+    Workers do not react to the signal with which multiprocessing ends child processes at exit, and
+    multiprocessing would wait for them.
+    """
     for reading in list(_READING):
         if getattr(reading, "_workers", None):
-            with contextlib.suppress(Exception):  # of one that was never whole
+            with contextlib.suppress(Exception):  # the iterator may be only half built
                 reading._shutdown_workers()
 
 
 class Loader:
-    """Loads shares in order, ahead of their use if there are workers."""
+    """A loader of shares, in order, ahead of their use if there are workers."""
 
     def __init__(
-        self, dataset: Any, seed: int, collate: Collate | None, workers: Workers = Workers(), *,
-        pin: bool = False, keeps: bool = False, tells: bool = False, seeds_held: bool = True,
-    ) -> None:  # fmt: skip
-        """`keeps`: the workers live until this object is dropped, not only for one `over`. `tells`: the dataset is told of each epoch.
-        `seeds_held`: generators that it holds are seeded for each sample, as the global ones are."""
-        self._planned = _PlannedDataset(dataset, collate or default_collate, seed, seeds_held=seeds_held, tells=tells)
+        self,
+        dataset: Any,
+        seed: int,
+        collate: Collate | None,
+        workers: Workers = Workers(),
+        *,
+        pin: bool = False,
+        keeps: bool = False,
+        tells: bool = False,
+        seeds_held: bool = True,
+    ) -> None:
+        """Create the loader.
+
+        Args:
+            dataset: The dataset.
+            seed: The seed from which the randomness of each sample follows.
+            collate: The collate function; None means torch's `default_collate`.
+            workers: The worker processes; with none, shares are loaded in this process.
+            pin: Whether batches are copied to pinned memory.
+            keeps: Whether the workers live until this object is dropped, not only for one `over`.
+            tells: Whether `set_epoch` of the dataset is called here for each epoch.
+            seeds_held: Whether generators held by the dataset are seeded for each sample, as the
+                global ones are.
+        """
+        self._planned = _PlannedDataset(
+            dataset, collate or default_collate, seed, seeds_held=seeds_held, tells=tells
+        )
         self._dealt = _Dealt()
         self._loader: DataLoader[Any] | None = None
         if workers.number == 0 and not pin:
@@ -162,36 +219,58 @@ class Loader:
             num_workers=workers.number,
             pin_memory=pin,
             worker_init_fn=workers.begin if workers.number else None,
-            generator=torch.Generator().manual_seed(seed_of(seed, "loader")),  # else iter() draws from the global generator
+            # Without a generator, iter() would draw from the global one.
+            generator=torch.Generator().manual_seed(seed_of(seed, "loader")),
             persistent_workers=keeps and workers.number > 0,
             **workers.others,
         )
 
     def over(self, items: Iterable[Share | Question]) -> Iterator[Any]:
-        """Each share with its micro-batches, or the answer to a question. One at a time."""
+        """Return an iterator over the shares with their micro-batches, or answers to questions.
+
+        Only one such iterator may be in use at a time.
+        """
         if self._loader is None:
-            return map(self._planned.__getitem__, items)  # what a DataLoader does here, at less than its price
+            # A DataLoader would do the same here, at a higher cost.
+            return map(self._planned.__getitem__, items)
         self._dealt.items = items
         reading = iter(self._loader)
         _READING.add(reading)
         atexit.unregister(_end_workers)
-        atexit.register(_end_workers)  # before what PyTorch and multiprocessing have registered so far
+        # At exit it runs before what PyTorch and multiprocessing have registered so far.
+        atexit.register(_end_workers)
         return reading
 
 
-def load(dataset: Any, shares: Iterable[Share], seed: int, collate: Collate | None, workers: Workers = Workers()) -> Batches:
-    """Load the shares in order, once."""
+def load(
+    dataset: Any,
+    shares: Iterable[Share],
+    seed: int,
+    collate: Collate | None,
+    workers: Workers = Workers(),
+) -> Batches:
+    """Load the shares in order, once.
+
+    Args:
+        dataset: The dataset.
+        shares: The shares to load.
+        seed: The seed from which the randomness of each sample follows.
+        collate: The collate function; None means torch's `default_collate`.
+        workers: The worker processes.
+    """
     return Loader(dataset, seed, collate, workers).over(shares)
 
 
 def is_iterable(dataset: object) -> bool:
-    """Whether samples come from an iterator instead of by number."""
-    return isinstance(dataset, IterableDataset) or not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__"))
+    """Return whether samples come from an iterator instead of by number."""
+    return isinstance(dataset, IterableDataset) or not (
+        hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
+    )
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
-    """The batch with every tensor in it on the device."""
-    if device.type == "cpu":  # then there is no other
+    """Return the batch with every tensor in it copied to the device."""
+    if device.type == "cpu":  # batches are on the CPU already
         return batch
     if isinstance(batch, torch.Tensor):
         return batch.to(device, non_blocking=True)

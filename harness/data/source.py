@@ -1,8 +1,13 @@
-"""Where the steps of a loop come from: what every source is asked for."""
+"""The interface of a source, which provides the steps of a loop, and several sources in one loop.
+
+In a loop over several sources, such as labelled and unlabelled data, each has epochs of its own.
+"""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from harness.data.plan import Border, Position, Share
@@ -11,48 +16,161 @@ Batches = Iterator[tuple[Share, list[Any]]]
 Bordered = Iterator[tuple[Share | Border, list[Any]]]
 Say = Callable[[str], object]
 
+ENDLESS = sys.maxsize  # as the number of epochs
+ORDERS = "beside_orders"
+
 
 class Source(Protocol):
-    """Where the steps of a loop come from."""
+    """A provider of the steps of a loop."""
 
     is_own: bool  # whether the loop finds its data itself
 
-    def begin(self, position: Position, before: Mapping[str, Any] | None, say: Say, *, by_epoch: bool) -> None:
-        """Be told, before all that follows, where the run stands, what its checkpoint has of the data, and if its loop is over epochs."""
+    def begin(
+        self, position: Position, before: Mapping[str, Any] | None, say: Say, *, by_epoch: bool
+    ) -> None:
+        """Prepare the source; called before the methods below.
+
+        Args:
+            position: The position of the run in its data.
+            before: The data record of the checkpoint; None in a new run.
+            say: A function that shows a warning to the user.
+            by_epoch: Whether the user's loop is one over epochs.
+        """
 
     def asked(self, ask: Callable[[Any], Any]) -> Any:
-        """What `ask` says of the dataset, asked in a process that loads it: user code never runs where others are still to be forked."""
+        """Evaluate `ask` on the dataset, in a process that loads it.
+
+        User code must not run in a process from which others are still to be forked.
+        """
 
     def steps_after(self, position: Position, epochs: int) -> int | None:
-        """How many steps are left from here to the end of the last epoch, if that is known."""
+        """Return the number of steps to the end of the last epoch, or None if it is unknown."""
 
     def shares(self, position: Position, epochs: int) -> Bordered:
-        """This rank's share of each of them, with its micro-batches; in a loop over epochs a border before each epoch's."""
+        """Yield this rank's share of each of these steps, with its micro-batches.
+
+        In a loop over epochs, a border comes before the shares of each epoch.
+        """
 
     def kept(self, position: Position) -> dict[str, Any]:
-        """What a checkpoint's data has to have beside the position, the same for all ranks. On every rank, at a step boundary."""
+        """Return what a checkpoint's data record needs besides the position.
+
+        The result is the same for all ranks. Every rank calls this, at a step boundary.
+        """
 
     def close(self) -> None:
-        """Nothing more is asked for: end the processes that load."""
+        """End the loading processes; nothing more will be requested."""
 
     def state(self) -> Any:
-        """What this rank needs to go on, beside the position; plain data."""
+        """Return what this rank needs to resume, besides the position, as plain data."""
 
     def restore(self, state: Any) -> None:
-        """Take such a state over."""
+        """Restore a state that `state` returned."""
 
 
 class Unasked:
-    """A source whose dataset is read in this process, if there is any, and which is not told of borders."""
+    """Defaults for a source that reads its dataset, if any, in this process.
 
-    def begin(self, position: Position, before: Mapping[str, Any] | None, say: Say, *, by_epoch: bool) -> None:
-        """Nothing changes."""
+    Such a source yields no borders.
+    """
+
+    def begin(
+        self, position: Position, before: Mapping[str, Any] | None, say: Say, *, by_epoch: bool
+    ) -> None:
+        """Do nothing."""
 
     def kept(self, position: Position) -> dict[str, Any]:
+        """Return {}: the position is enough."""
         return {}
 
     def asked(self, ask: Callable[[Any], Any]) -> Any:
+        """Evaluate `ask` on the dataset, or on None if there is none, in this process."""
         return ask(getattr(self, "dataset", None))
 
     def close(self) -> None:
-        """There is nothing to end."""
+        """Do nothing: there are no processes to end."""
+
+
+@dataclass
+class CombinedSource:
+    """A main source, whose epochs count, and other sources by name.
+
+    Each micro-batch of the main source comes with one micro-batch of every other source.
+    """
+
+    main: Source
+    others: Mapping[str, Source]
+    # The position of each other source after the step that was handed out last.
+    positions: dict[str, Position] = field(default_factory=dict)
+    is_own = False
+
+    def begin(
+        self, position: Position, before: Mapping[str, Any] | None, say: Say, *, by_epoch: bool
+    ) -> None:
+        """Begin the main source at `position`, and every other source at its own position."""
+        self.main.begin(position, before, say, by_epoch=by_epoch)
+        orders = (before or {}).get(ORDERS, {})
+        for name, source in self.others.items():
+            own = None if before is None else orders.get(name, {})
+            source.begin(self.positions.get(name, Position()), own, say, by_epoch=False)
+
+    def asked(self, ask: Callable[[Any], Any]) -> Any:
+        """Evaluate `ask` on the dataset of the main source."""
+        return self.main.asked(ask)
+
+    def close(self) -> None:
+        """Close all sources."""
+        for source in (self.main, *self.others.values()):
+            source.close()
+
+    def kept(self, position: Position) -> dict[str, Any]:
+        """Return the main source's entries, and the others' positions and orders to be kept."""
+        orders = {
+            name: source.kept(self.positions.get(name, Position()))
+            for name, source in self.others.items()
+        }
+        kept = {name: order for name, order in orders.items() if order}
+        at = {name: [its.epoch, its.sample] for name, its in self.positions.items()}
+        return self.main.kept(position) | {"beside_at": at} | ({ORDERS: kept} if kept else {})
+
+    def steps_after(self, position: Position, epochs: int) -> int | None:
+        """Return the number of steps left, which the main source determines."""
+        return self.main.steps_after(position, epochs)
+
+    def shares(self, position: Position, epochs: int) -> Bordered:
+        """Yield the main source's shares; pair each micro-batch with one of every other source."""
+        beside = {
+            name: source.shares(self.positions.get(name, Position()), ENDLESS)
+            for name, source in self.others.items()
+        }
+        for share, batches in self.main.shares(position, epochs):
+            if not batches:  # an epoch border, not a step
+                yield share, batches
+                continue
+            # The other sources yield no borders: they begin with by_epoch=False.
+            taken: dict[str, Any] = {name: next(shares) for name, shares in beside.items()}
+            self.positions = {name: its.after for name, (its, _) in taken.items()}
+            yield (
+                share,
+                [
+                    (batch, {name: more[at] for name, (_, more) in taken.items()})
+                    for at, batch in enumerate(batches)
+                ],
+            )
+
+    def state(self) -> Any:
+        """Return the states of all sources, or None if no source has one."""
+        states = {name: source.state() for name, source in self.others.items()}
+        main = self.main.state()
+        return (
+            None
+            if main is None and not any(state is not None for state in states.values())
+            else {"main": main, "beside": states}
+        )
+
+    def restore(self, state: Any) -> None:
+        """Restore all sources from what `state` returned."""
+        parts = state if state is not None else {"main": None, "beside": {}}
+        self.main.restore(parts["main"])
+        for name, source in self.others.items():
+            source.restore(parts["beside"].get(name))

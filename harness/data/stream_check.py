@@ -1,6 +1,7 @@
-"""Does a stream's state bring back what it would have read next? Tried before training, in copies, with what is read put back.
+"""Check before training that a stream's state restores what it would have read next.
 
-One copy reads on over a saved state, another one takes that state up: both must read the same.
+The check reads copies of the dataset. What they share with it is restored afterwards. One copy
+reads on past a saved state, another copy restores that state: both must read the same.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from harness.data.plan import kept_generators
 from harness.data.stream import StreamSource, advice, begin_pass
 from harness.errors import UsageError
 
-MOST, AGAIN, BUDGET_S = 64, 4, 10.0  # items before the saved state, and as many after it; of another pass; for all of it
+# Items before the saved state, and as many after it; items of another pass; seconds for the check.
+MOST, AGAIN, BUDGET_S = 64, 4, 10.0
 LARGE_BYTES, LONG = 1 << 20, 10_000  # arrays and lists that are not copied item by item
 MOST_BYTES = 1 << 30  # of tensors in a copy
 OFF = "batches(…, check_stream=False), or data.check_stream=false,"
@@ -33,7 +35,12 @@ END = b"end of a pass"
 
 @dataclass(frozen=True)
 class Tried:
-    """How it went: exact, exact if generators that the stream holds are seeded for each share, or not; and why, in words."""
+    """The outcome of a check.
+
+    The stream is exact, or exact if the generators that it holds are seeded for each share
+    (`seeds`), or not exact (`unlike` holds the reason). `untried` holds the reason why no check was
+    possible.
+    """
 
     is_exact: bool = True
     seeds: bool = False
@@ -43,42 +50,79 @@ class Tried:
 
 @dataclass(frozen=True)
 class _Item:
-    """Something read, or the end of a pass; and where the stream stood after it."""
+    """An item that was read, or the end of a pass, with the stream's state after it."""
 
     digest: bytes
     state: Any
-    epoch: int  # of what comes next
+    epoch: int  # of the next item
 
 
-def prove(source: StreamSource, through: Callable[[Any], Any], *, seeds_held: bool, clock: Callable[[], float] = time.monotonic) -> str:
-    """Try it; returns a warning if that was not possible, or "". `through` makes of a state what a checkpoint brings back.
+def prove(
+    source: StreamSource,
+    through: Callable[[Any], Any],
+    *,
+    seeds_held: bool,
+    clock: Callable[[], float] = time.monotonic,
+) -> str:
+    """Check a stream on all ranks; return a warning if that was not possible, else "".
 
-    Raises UsageError if the stream would not go on as it was. Collective: every rank must call it.
+    The result also decides whether the generators that the stream holds are seeded while it is
+    read.
+
+    Args:
+        source: The source of the stream.
+        through: A function that turns a state into what a checkpoint restores.
+        seeds_held: Whether held generators may be seeded, if only that makes the stream exact.
+        clock: A clock in seconds.
+
+    Raises UsageError if a resumed stream would differ. Collective: every rank must call it.
     """
-    tried = attempt(source.dataset, through, tells_epoch=source.tells_epoch, seeds_held=seeds_held, clock=clock)
-    unlike, seeds, untried = source.world.agree([int(not tried.is_exact), int(tried.seeds), int(bool(tried.untried))])
+    tried = attempt(
+        source.dataset, through, tells_epoch=source.tells_epoch, seeds_held=seeds_held, clock=clock
+    )
+    unlike, seeds, untried = source.world.agree(
+        [int(not tried.is_exact), int(tried.seeds), int(bool(tried.untried))]
+    )
     kind = type(source.dataset).__name__
     if unlike:
         remedy = (
-            advice(source.dataset) or "Put all that decides what comes next (a buffer, a generator) into its state_dict, or leave it out."
+            advice(source.dataset)
+            or "Put all that decides what comes next (a buffer, a generator) into its state_dict,"
+            " or leave it out."
         )
         raise UsageError(
-            f"{kind} would not go on exactly: its state_dict does not bring back what it would have read next",
+            f"{kind} would not go on exactly: its state_dict does not bring back what it would have"
+            " read next",
             f"found: {tried.unlike or 'on another rank'}",
             f"{remedy} {OFF} goes on all the same.",
         )
     source.reading.seeds_held = bool(seeds)
     why = tried.untried or "on another rank it could not be tried"
-    return f"whether {kind} goes on exactly after a kill could not be tried: {why}" if untried else ""
+    return (
+        f"whether {kind} goes on exactly after a kill could not be tried: {why}" if untried else ""
+    )
 
 
 def attempt(
-    dataset: Any, through: Callable[[Any], Any], *, tells_epoch: bool = True, seeds_held: bool = True,
+    dataset: Any,
+    through: Callable[[Any], Any],
+    *,
+    tells_epoch: bool = True,
+    seeds_held: bool = True,
     clock: Callable[[], float] = time.monotonic,
-) -> Tried:  # fmt: skip
-    """Try it in copies of the dataset, as it is; then, with `seeds_held`, with the generators that it holds seeded for each item."""
+) -> Tried:
+    """Check copies of the dataset as it is, and then, if needed, with its generators seeded.
+
+    Args:
+        dataset: The iterable dataset.
+        through: A function that turns a state into what a checkpoint restores.
+        tells_epoch: Whether to call the dataset's `set_epoch`, if it has one.
+        seeds_held: Whether to check again with held generators seeded for each item.
+        clock: A clock in seconds.
+    """
     until = clock() + BUDGET_S
-    shared = Randomness({"dataset": dataset})  # what copies have in common: generators of classes and modules
+    # Copies have the generators of classes and modules in common.
+    shared = Randomness({"dataset": dataset})
     shared.look()
     with shared.kept():
         tried = _once(_Reader(dataset, tells_epoch, False, until - BUDGET_S / 2, clock), through)
@@ -87,14 +131,21 @@ def attempt(
         seeded = _once(_Reader(dataset, tells_epoch, True, until, clock), through)
     if seeded.is_exact and not seeded.untried:
         return Tried(seeds=True)
-    return dataclasses.replace(tried, unlike=f"{tried.unlike} (it draws from {', '.join(one.path for one in shared.held[:3])})")
+    return dataclasses.replace(
+        tried,
+        unlike=f"{tried.unlike} (it draws from {', '.join(one.path for one in shared.held[:3])})",
+    )
 
 
 def _once(reader: _Reader, through: Callable[[Any], Any]) -> Tried:
+    """Check one way of reading the dataset."""
     try:
         read, left_at = reader.whole()
-    except Exception as error:  # noqa: BLE001 # of the dataset's own code, or of what it is made of
-        return Tried(untried=f"no copy of it can be made and read ({type(error).__name__}: {str(error)[:200]})")
+    except Exception as error:  # noqa: BLE001 # any error in the dataset's code
+        return Tried(
+            untried="no copy of it can be made and read"
+            f" ({type(error).__name__}: {str(error)[:200]})"
+        )
     if not (cuts := _cuts(read, left_at)):
         return Tried(untried=f"it gives too little, or too slowly: {left_at} item(s)")
     for at in cuts:
@@ -103,20 +154,41 @@ def _once(reader: _Reader, through: Callable[[Any], Any]) -> Tried:
         try:
             found = reader.restored(state, read[at].epoch, at + 1, left_at, len(read))
         except Exception as error:  # noqa: BLE001
-            return Tried(is_exact=False, unlike=f"a copy cannot take the state up ({type(error).__name__}: {str(error)[:200]})")
+            return Tried(
+                is_exact=False,
+                unlike="a copy cannot take the state up"
+                f" ({type(error).__name__}: {str(error)[:200]})",
+            )
         if not found:
             return Tried(untried=f"it gives too slowly: {left_at} item(s) in {BUDGET_S / 6:.2g} s")
         for number, (item, digest) in enumerate(zip(found, expected, strict=False), start=at + 1):
             if item.digest != digest:
                 saved = f"after item {at + 1}" if at < left_at else "in the second pass"
-                which = f"item {number + 1}" if number < left_at else "what the next pass gives" if at < left_at else "what comes next"
-                return Tried(is_exact=False, unlike=f"saved {saved} and restored in a copy, {which} is another one")
+                which = (
+                    f"item {number + 1}"
+                    if number < left_at
+                    else "what the next pass gives"
+                    if at < left_at
+                    else "what comes next"
+                )
+                return Tried(
+                    is_exact=False,
+                    unlike=f"saved {saved} and restored in a copy, {which} is another one",
+                )
     return Tried()
 
 
 def _cuts(read: list[_Item], left_at: int) -> list[int]:
-    """After which items to save: one in the middle of a pass, one at the end of a pass, and the first of another one."""
-    inner = [at for at in range(len(read) - 1) if read[at].state is not None and END not in (read[at].digest, read[at + 1].digest)]
+    """Return the indices of the items after which to save the state.
+
+    One lies in the middle of a pass, one at the end of a pass, and one is the first item of
+    another pass.
+    """
+    inner = [
+        at
+        for at in range(len(read) - 1)
+        if read[at].state is not None and END not in (read[at].digest, read[at + 1].digest)
+    ]
     middle = [at for at in inner if at < left_at // 2]
     ends = [at for at in range(left_at - 1) if read[at].digest == END]
     return middle[-1:] + ends[:1] + [at for at in inner if at == left_at and (middle or ends)]
@@ -124,7 +196,7 @@ def _cuts(read: list[_Item], left_at: int) -> list[int]:
 
 @dataclass(frozen=True)
 class _Reader:
-    """How copies of a dataset are read."""
+    """The way in which copies of a dataset are read."""
 
     dataset: Any
     tells_epoch: bool
@@ -133,12 +205,21 @@ class _Reader:
     clock: Callable[[], float]
 
     def whole(self) -> tuple[list[_Item], int]:
-        """What one reads from the beginning, as far as the time goes, and after how many items it leaves the pass and begins another."""
+        """Read a copy from the beginning, as far as the time allows.
+
+        Returns:
+            The items, and the number of items after which the copy left its pass for another one.
+        """
         copy_, read = _Copy(_copied(self.dataset), self), list[_Item]()
         until = self.clock() + BUDGET_S / 6
-        while len(read) < 2 * MOST and self.clock() < until and [item.digest for item in read[-2:]] != [END, END]:
+        while (
+            len(read) < 2 * MOST
+            and self.clock() < until
+            and [item.digest for item in read[-2:]] != [END, END]
+        ):
             number = len(read) + 1
-            read.append(copy_.next(with_state=number & (number - 1) == 0))  # after 1, 2, 4 … items: a state may be large
+            # A state may be large, so it is saved only after 1, 2, 4 … items.
+            read.append(copy_.next(with_state=number & (number - 1) == 0))
         left_at = len(read)
         copy_.leave_pass()
         while left_at > 1 and len(read) < left_at + AGAIN and self.clock() < self.until:
@@ -146,7 +227,15 @@ class _Reader:
         return read, left_at
 
     def restored(self, state: Any, epoch: int, first: int, left_at: int, until: int) -> list[_Item]:
-        """What one reads that takes up a state, from the item `first` on, which leaves the pass after the same item."""
+        """Read a copy that restores a state, and leave the pass after the same item as `whole`.
+
+        Args:
+            state: The state to restore.
+            epoch: The pass to which the next item belongs.
+            first: The number of the next item.
+            left_at: The number of items after which `whole` left its pass.
+            until: The number of items that `whole` read.
+        """
         copy_, read = _Copy(_copied(self.dataset), self, first, epoch), list[_Item]()
         copy_.dataset.load_state_dict(state)
         while copy_.number < until and self.clock() < self.until:
@@ -157,7 +246,7 @@ class _Reader:
 
 
 class _Copy:
-    """A copy that is read, each item under randomness that follows from its number."""
+    """A copy that is read, each item under a seed that follows from its number."""
 
     def __init__(self, dataset: Any, reader: _Reader, number: int = 0, epoch: int = 0) -> None:
         self.dataset, self.number, self.epoch, self._reader = dataset, number, epoch, reader
@@ -165,8 +254,11 @@ class _Copy:
         self._iterator: Iterator[Any] | None = None
 
     def next(self, *, with_state: bool) -> _Item:
+        """Read the next item; capture the state after it if asked to, or at the end of a pass."""
         if self._iterator is None:
-            self._iterator = begin_pass(self.dataset, self.epoch, "proof", tells_epoch=self._reader.tells_epoch)
+            self._iterator = begin_pass(
+                self.dataset, self.epoch, "proof", tells_epoch=self._reader.tells_epoch
+            )
             self._randomness.look()
         with kept_generators():
             self._randomness.seed("proof", self.number)
@@ -178,18 +270,23 @@ class _Copy:
         return _Item(END if item is END else _digest(item), state, self.epoch)
 
     def leave_pass(self) -> None:
-        """Begin another one with the next item: its end is often too far away to be read to, and what stays behind a pass is seen so."""
+        """Leave the pass, so that the next item begins another one.
+
+        The end of a pass is often too far away to be reached. Leaving the pass early still shows
+        which state outlasts a pass.
+        """
         self._iterator, self.epoch = None, self.epoch + 1
 
 
 def _digest(item: Any) -> bytes:
+    """Return a digest of an item."""
     digest = hashlib.blake2b(digest_size=16)
     digest_into(digest, item, _pickled)
     return digest.digest()
 
 
 def _pickled(value: Any) -> bytes:
-    """An image object, say."""
+    """Return the pickle of an object (an image, say), or its class name if it has no pickle."""
     try:
         return pickle.dumps(value)
     except (pickle.PicklingError, TypeError, AttributeError):
@@ -197,19 +294,30 @@ def _pickled(value: Any) -> bytes:
 
 
 def _copied(dataset: Any) -> Any:
-    """A copy that shares with the dataset large arrays, which it cannot write to. Raises TypeError if it would share more, or be too
-    large."""
+    """Return a copy of a dataset that shares its large arrays and list items, but no tensors.
+
+    The copy cannot write to the arrays. Tensors are copied, because no view of one is read-only.
+
+    Raises:
+        TypeError: The copy would share more, or its tensors are too large to be copied.
+    """
     memo, size_bytes = dict[int, Any](), 0
     for path, thing in walk({"dataset": dataset}):
-        if isinstance(thing, SharedMemory):  # a copy attaches itself to the same
+        if isinstance(thing, SharedMemory):  # a copy attaches to the same memory
             raise TypeError(f"{path} is memory that all copies share")
-        if isinstance(thing, np.memmap) or (isinstance(thing, np.ndarray) and thing.nbytes > LARGE_BYTES):
+        if isinstance(thing, np.memmap) or (
+            isinstance(thing, np.ndarray) and thing.nbytes > LARGE_BYTES
+        ):
             memo[id(thing)] = thing.view()
-            memo[id(thing)].flags.writeable = False  # a stream that shuffles it in place is told so, in the copy
-        elif isinstance(thing, torch.Tensor):  # no view of one is safe from being written to
+            # If the stream shuffles the array in place, the copy raises an error.
+            memo[id(thing)].flags.writeable = False
+        elif isinstance(thing, torch.Tensor):  # no view of a tensor is read-only
             size_bytes += thing.nbytes
             if size_bytes > MOST_BYTES:
-                raise TypeError(f"{path} and what else there is are more than {MOST_BYTES >> 20} MiB of tensors, too much to be copied")
+                raise TypeError(
+                    f"{path} and what else there is are more than {MOST_BYTES >> 20} MiB"
+                    " of tensors, too much to be copied"
+                )
         elif type(thing) is list and len(thing) > LONG:
             memo[id(thing)] = list(thing)
     with kept_generators():

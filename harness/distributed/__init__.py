@@ -1,1 +1,1 @@
-"""The processes of one attempt, and modules that are wrapped for several of them."""
+"""The process group of one attempt, and modules that are wrapped for several ranks."""

@@ -1,7 +1,7 @@
-"""Prove on a program itself that nothing can hurt it: it is run undisturbed, then with faults, and both must have done the same.
+"""Fault injection test of a program: an undisturbed run and a run with faults must be equal.
 
-faults.py   which faults there are, and when they come
-lives.py    the processes: started, hurt, started again, until the run is finished
-traces.py   what each step left behind (`run/drilled.py` writes it), and the first step that is another one
-verdict.py  what that says of the program: equal, or the first step and tensor that differ, and the likely cause
+faults.py         the kinds of faults, and when each fault of a drill is due
+program_runs.py   starts the program, injects the faults, restarts it until the run is finished
+traces.py         reads the traces of all steps (`run/drill_hooks.py` writes them), compares them
+verdict.py        the result: equal, or the first step and tensor that differ with the likely cause
 """

@@ -1,4 +1,4 @@
-"""Which faults there are, and when they come: a pure function of a seed."""
+"""The kinds of faults, and the schedule of a drill, which is a pure function of a seed."""
 
 from __future__ import annotations
 
@@ -10,19 +10,23 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Kind:
-    """One way to hurt a run: where the run has to be for it, what is done to it, in words."""
+    """A kind of fault: the point of the run at which it is due, and the signal that is sent."""
 
-    point: str  # of `run/drilled.py`
-    words: str
+    point: str  # name of the point in `run/drill_hooks.py`
+    words: str  # description for people
     signal: str = "SIGKILL"
-    whom: str = "tree"  # the whole tree, one rank, or the launcher
-    needs: str = ""  # what not every run has: a remote, an evaluation, a second epoch, workers
+    whom: str = "tree"  # the whole process tree ("tree"), one rank ("rank"), or the launcher
+    # Feature of the run without which the fault cannot occur: remote, evaluation, epochs (more than
+    # one) or workers; "" if every run has it.
+    needs: str = ""
 
 
 KINDS = {
     "kill": Kind("step", "SIGKILL of the whole tree"),
     "kill-rank": Kind("step", "SIGKILL of one rank", whom="rank"),
-    "sigterm": Kind("step", "SIGTERM to the launcher, as before a preemption", "SIGTERM", "launcher"),
+    "sigterm": Kind(
+        "step", "SIGTERM to the launcher, as before a preemption", "SIGTERM", "launcher"
+    ),
     "sigusr1": Kind("step", "SIGUSR1 to the launcher, as from a scheduler", "SIGUSR1", "launcher"),
     "startup": Kind("startup", "SIGKILL while it starts"),
     "first-step": Kind("first", "SIGKILL in the first step after a start"),
@@ -32,7 +36,7 @@ KINDS = {
     "lost-disk": Kind("step", "SIGKILL, and run.dir is lost", needs="remote"),
     "workers": Kind("step", "SIGKILL, and another num_workers afterwards", needs="workers"),
 }
-AT_ONCE = ("startup", "first-step")  # whenever the next process comes there
+AT_ONCE = ("startup", "first-step")  # due as soon as the next process reaches the point
 
 
 @dataclass(frozen=True)
@@ -41,16 +45,27 @@ class Fault:
 
     number: int
     kind: str
-    step: int  # it comes in this step, or when the run is at its place for the first time after it
-    share: float  # how far into the step, 0 to 1
+    step: int  # due when the run reaches the point of its kind in this step or a later one
+    # From 0 to 1. Delay within the step, relative to the duration of the previous step; for
+    # "kill-rank" it also selects the rank.
+    share: float
 
     def plan(self) -> dict[str, Any]:
-        """What the run has to know of it."""
+        """Return the entry of the fault in the plan that the run reads."""
         return asdict(self) | {"point": KINDS[self.kind].point}
 
 
 def planned(count: int, kinds: Sequence[str], last_step: int, seed: int) -> list[Fault]:
-    """So many faults of these kinds, spread over the steps of a run; each kind comes once before any comes twice."""
+    """Draw a schedule of faults that is spread over the steps of a run.
+
+    Each kind occurs once before any kind occurs twice.
+
+    Args:
+        count: Number of faults.
+        kinds: Kinds to draw from; without any kind there are no faults.
+        last_step: Last step of the run.
+        seed: Seed of the generator; the same seed gives the same schedule.
+    """
     draw = random.Random(seed)
     order: list[str] = []
     while len(order) < count and kinds:
@@ -58,5 +73,7 @@ def planned(count: int, kinds: Sequence[str], last_step: int, seed: int) -> list
     found = []
     for number, kind in enumerate(order[:count]):
         step = 1 + int((number + draw.random()) * last_step / count)
-        found.append(Fault(number, kind, 0 if kind in AT_ONCE else min(step, last_step), draw.random()))
+        found.append(
+            Fault(number, kind, 0 if kind in AT_ONCE else min(step, last_step), draw.random())
+        )
     return found

@@ -1,4 +1,4 @@
-"""The processes of a drill: a run is started, hurt as planned, and started again, until it is finished."""
+"""Processes of a drill: start a run, inject the planned faults, restart it until it is finished."""
 
 from __future__ import annotations
 
@@ -21,26 +21,27 @@ from harness.run.drill_hooks import DRILL, PLAN, REMOTE, RUN
 from harness.supervision.launches import REDIRECT
 
 LOOK_S, GONE_WITHIN_S = 0.02, 20.0
-ANOTHER = ("SLURM_", "TORCHELASTIC_", "HARNESS_")  # variables of whatever starts the drill
-WORKERS = (2, 0)  # num_workers of a life whose predecessor had another number
+# Prefixes of environment variables that belong to the launcher or job that starts the drill.
+ANOTHER = ("SLURM_", "TORCHELASTIC_", "HARNESS_")
+WORKERS = (2, 0)  # values of num_workers, used in turn after each "workers" fault
 
 
 @dataclass(frozen=True)
 class Program:
-    """What is drilled, as it is given to `harness launch`: options, settings, a program with its arguments."""
+    """The program under test, with its command line for `harness launch`."""
 
-    words: tuple[str, ...]
+    words: tuple[str, ...]  # options, settings, the program with its arguments
     has_remote: bool
     code: Path  # the package's `__main__.py`
 
 
 @dataclass
 class Caused:
-    """A fault that was caused."""
+    """A fault that was injected."""
 
     fault: Fault
     at: float  # seconds since the epoch
-    step: int  # that the run was in
+    step: int  # the step that the run was in
 
 
 @dataclass
@@ -48,35 +49,59 @@ class ProgramRun:
     """A run of the drill, in a folder of its own."""
 
     folder: Path
-    plan: dict[str, Any]
-    caused: list[Caused] = field(default_factory=list)
-    seconds: float = 0.0
+    plan: dict[str, Any]  # what `run/drill_hooks.py` reads, without the faults
+    caused: list[Caused] = field(default_factory=list)  # in the order of time
+    seconds: float = 0.0  # wall time of all launches
 
     @property
     def run(self) -> Path:
+        """Return the run directory."""
         return self.folder / RUN
 
     @property
     def has_remote(self) -> bool:
+        """Return whether the run has used a remote store."""
         return (self.folder / REMOTE).is_dir()
 
 
 class InterruptedDrillError(HarnessError):
-    """The drill was asked to stop, or its time was over."""
+    """The drill received a stop signal, or its time limit has passed."""
 
 
 def run_program(
-    program: Program, folder: Path, plan: Mapping[str, Any], faults: list[Fault], until: float, say: Callable[[str], None]
+    program: Program,
+    folder: Path,
+    plan: Mapping[str, Any],
+    faults: list[Fault],
+    until: float,
+    say: Callable[[str], None],
 ) -> ProgramRun:
-    """Let the program train from the beginning to its end, with these faults; what it prints is in the folder's output.txt.
+    """Train from the first step to the last, with these faults and a restart after each launch.
 
-    Raises HarnessError if it fails of anything else; InterruptedDrillError if the time, `until` by `time.monotonic`, is over.
+    The output of the program is in `output.txt` of the folder.
+
+    Args:
+        program: The program under test.
+        folder: Folder of the run; it must not exist.
+        plan: What `run/drill_hooks.py` reads, without the faults.
+        faults: Faults to inject, one after another.
+        until: Time limit by `time.monotonic`.
+        say: Prints a line for each injected fault.
+
+    Returns:
+        The finished run. Faults whose point was not reached are missing in `caused`.
+
+    Raises:
+        HarnessError: A launch failed in which no fault was injected.
+        InterruptedDrillError: The time limit has passed, or this process received a stop signal.
     """
     folder.mkdir(parents=True)
     life = ProgramRun(folder, dict(plan))
     began = time.monotonic()
     while True:
-        (folder / PLAN).write_text(json.dumps(life.plan | {"faults": [fault.plan() for fault in faults]}))
+        (folder / PLAN).write_text(
+            json.dumps(life.plan | {"faults": [fault.plan() for fault in faults]})
+        )
         code, was_hurt = _one_launch(program, life, faults, until, say)
         life.seconds = time.monotonic() - began
         if code == EXIT_FINISHED:
@@ -84,42 +109,49 @@ def run_program(
         if not was_hurt and code != EXIT_STOPPED:
             tail = "\n".join((folder / "output.txt").read_text(errors="replace").splitlines()[-12:])
             raise HarnessError(
-                f"the program failed by itself, with exit code {code}", tail, f"All that it printed: {folder / 'output.txt'}."
+                f"the program failed by itself, with exit code {code}",
+                tail,
+                f"All that it printed: {folder / 'output.txt'}.",
             )
 
 
-def _one_launch(program: Program, life: ProgramRun, faults: list[Fault], until: float, say: Callable[[str], None]) -> tuple[int, bool]:
-    """One `harness launch`, until it ends; its exit code, and whether it was hurt."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(ANOTHER) or name == "HARNESS_CODE"}
-    environment |= {REDIRECT: str(life.folder), DRILL: "1", "WANDB_MODE": "disabled"}
-    remote = [f"run.remote=file://{life.folder / REMOTE}"] if program.has_remote else []
-    own = [
-        f"run.dir={life.run}",
-        *remote,
-        "log.to=[]",
-        "notify.command=[]",
-        "notify.webhook_env=null",
-        f"run.max_failures={len(faults) + 3}",
-    ]
-    command = [sys.executable, str(program.code), "launch", *_settings_first(program.words, own)]
+def _one_launch(
+    program: Program,
+    life: ProgramRun,
+    faults: list[Fault],
+    until: float,
+    say: Callable[[str], None],
+) -> tuple[int, bool]:
+    """Run one `harness launch` to its end and inject the faults that become due.
+
+    Args:
+        program: The program under test.
+        life: The run; injected faults are added to it.
+        faults: All faults of the drill.
+        until: Time limit by `time.monotonic`.
+        say: Prints a line for each injected fault.
+
+    Returns:
+        The exit code, and whether a fault was injected.
+
+    Raises:
+        InterruptedDrillError: The time limit has passed, or this process received a stop signal.
+    """
     caused = len(life.caused)
     with (life.folder / "output.txt").open("a") as output:
         process = subprocess.Popen(
-            command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output, preexec_fn=preemption.die_with_parent
+            _command(program, life, len(faults)),
+            env=_environment(life.folder),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            preexec_fn=preemption.die_with_parent,
         )
         try:
             while process.poll() is None:
-                if time.monotonic() > until or preemption.requested():
-                    why = f"stopped by {preemption.requested()}" if preemption.requested() else "the time for the drill is over"
-                    raise InterruptedDrillError(
-                        why, f"found: {len(life.caused)} of {len(faults)} faults caused", "Give it more: --limit-s."
-                    )
+                _check_may_go_on(life, len(faults), until)
                 for fault in faults[len(life.caused) :][:1]:
-                    if (reached := life.folder / f"reached-{fault.number}.json").exists():
-                        step = int(json.loads(reached.read_text())["step"])
-                        say(f"step {step}: {KINDS[fault.kind].words}")
-                        life.caused.append(Caused(fault, time.time(), step))
-                        _cause(fault, process, life)
+                    _cause_if_due(fault, process, life, say)
                 time.sleep(LOOK_S)
         finally:
             if process.poll() is None:
@@ -131,10 +163,71 @@ def _one_launch(program: Program, life: ProgramRun, faults: list[Fault], until: 
     return process.returncode, len(life.caused) > caused
 
 
+def _environment(folder: Path) -> dict[str, str]:
+    """Return the environment variables of a launch, with those that make it part of a drill."""
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(ANOTHER) or name == "HARNESS_CODE"
+    }
+    return environment | {REDIRECT: str(folder), DRILL: "1", "WANDB_MODE": "disabled"}
+
+
+def _command(program: Program, life: ProgramRun, faults: int) -> list[str]:
+    """Return the command line of a launch; `faults` is the number of faults of the drill."""
+    remote = [f"run.remote=file://{life.folder / REMOTE}"] if program.has_remote else []
+    own = [
+        f"run.dir={life.run}",
+        *remote,
+        "log.to=[]",
+        "notify.command=[]",
+        "notify.webhook_env=null",
+        f"run.max_failures={faults + 3}",
+    ]
+    return [sys.executable, str(program.code), "launch", *_settings_first(program.words, own)]
+
+
 def _settings_first(words: tuple[str, ...], own: list[str]) -> list[str]:
-    """The words of a launch with these settings of ours in place of what they say of the same."""
+    """Return the command line with our settings in place of its own settings of the same names."""
     names = tuple(f"{setting.partition('=')[0]}=" for setting in own)
     return [*(word for word in words if not word.startswith(names)), *own]
+
+
+def _check_may_go_on(life: ProgramRun, faults: int, until: float) -> None:
+    """Raise InterruptedDrillError after the time limit or a stop signal to this process."""
+    if time.monotonic() <= until and not preemption.requested():
+        return
+    why = (
+        f"stopped by {preemption.requested()}"
+        if preemption.requested()
+        else "the time for the drill is over"
+    )
+    raise InterruptedDrillError(
+        why,
+        f"found: {len(life.caused)} of {faults} faults caused",
+        "Give it more: --limit-s.",
+    )
+
+
+def _cause_if_due(
+    fault: Fault,
+    process: subprocess.Popen[bytes],
+    life: ProgramRun,
+    say: Callable[[str], None],
+) -> None:
+    """Inject a fault if the run has reached its point.
+
+    Args:
+        fault: The next fault.
+        process: The launcher.
+        life: The run; the injected fault is added to it.
+        say: Prints a line for the injected fault.
+    """
+    if (reached := life.folder / f"reached-{fault.number}.json").exists():
+        step = int(json.loads(reached.read_text())["step"])
+        say(f"step {step}: {KINDS[fault.kind].words}")
+        life.caused.append(Caused(fault, time.time(), step))
+        _cause(fault, process, life)
 
 
 def _cause(fault: Fault, process: subprocess.Popen[bytes], life: ProgramRun) -> None:
@@ -145,12 +238,14 @@ def _cause(fault: Fault, process: subprocess.Popen[bytes], life: ProgramRun) -> 
         ranks = sorted(newest)
         target = newest[ranks[int(fault.share * len(ranks))]]
     preemption.forward(target, kind.signal)
-    if kind.whom != "tree":  # the ranks may go on: they meet it at the end of their step
+    # The writer waits for this file at the end of its step. The signal has been sent, so the ranks
+    # may continue to the step boundary at which they act on it.
+    if kind.whom != "tree":
         (life.folder / f"go-{fault.number}").touch()
 
 
 def _afterwards(fault: Fault, life: ProgramRun) -> None:
-    """What is different when the next process starts."""
+    """Apply what a fault changes before the next launch: the lost disk, or the worker count."""
     if fault.kind == "lost-disk":
         shutil.rmtree(life.run, ignore_errors=True)
     if fault.kind == "workers":
@@ -158,13 +253,20 @@ def _afterwards(fault: Fault, life: ProgramRun) -> None:
 
 
 def _until_gone(life: ProgramRun) -> None:
-    """Wait until no process of the run is left; they die with their launcher."""
+    """Wait until no process of the run is left, at most GONE_WITHIN_S seconds.
+
+    The ranks die with their launcher.
+    """
     limit, pids = time.monotonic() + GONE_WITHIN_S, [pid for _, _, pid in read(life.folder).pids]
     while time.monotonic() < limit and any(map(_lives, pids)):
         time.sleep(LOOK_S)
 
 
 def _lives(pid: int) -> bool:
+    """Return whether this PID is that of a live process of a drill.
+
+    An unrelated process may have reused the PID. A zombie is not alive.
+    """
     try:
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
         return state not in "ZX" and DRILL.encode() in Path(f"/proc/{pid}/environ").read_bytes()

@@ -1,4 +1,4 @@
-"""What the steps of a run left behind, and the first that is another one than it was."""
+"""Read the traces that the steps of a run have written, and find the steps that differ."""
 
 from __future__ import annotations
 
@@ -9,42 +9,49 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-COMPARED = ("samples", "batch", "loss", "state", "rng")  # in the order in which one leads to the next
+# In the order of cause and effect: the first one that differs is nearest to the cause.
+COMPARED = ("samples", "batch", "loss", "state", "rng")
 
 
 @dataclass(frozen=True)
 class Step:
-    """One step of one rank, as one process made it."""
+    """Trace of one step of one rank, made by one process."""
 
     rank: int
     step: int
-    time: float
+    time: float  # end of the step, in seconds since the epoch
     attempt: int
     epoch: int
-    digests: dict[str, Any]
-    is_writers: bool = False
+    digests: dict[str, Any]  # by the names in COMPARED; that of the state is a dict by tensor name
+    is_writers: bool = False  # whether the writer made it
 
 
 @dataclass
 class Traces:
-    """What all processes of a run have left behind, in the order of their making."""
+    """Traces of all processes of a run; the steps are in the order of time."""
 
     steps: list[Step] = field(default_factory=list)
-    starts: list[tuple[float, int, int]] = field(default_factory=list)  # of the writer: when, attempt, the step gone on from
-    pids: list[tuple[float, int, int]] = field(default_factory=list)  # when, rank, process
-    has: set[str] = field(default_factory=set)  # what the run was seen to have: evaluations, workers
+    # Starts of the writer: (time, attempt, step that it resumes from).
+    starts: list[tuple[float, int, int]] = field(default_factory=list)
+    pids: list[tuple[float, int, int]] = field(default_factory=list)  # (time, rank, PID)
+    has: set[str] = field(default_factory=set)  # features in use: "evaluation", "workers"
 
     @property
     def last_step(self) -> int:
+        """Return the greatest step; 0 if there is none."""
         return max((step.step for step in self.steps), default=0)
 
     @property
     def last_epoch(self) -> int:
+        """Return the greatest epoch; 0 if there is no step."""
         return max((step.epoch for step in self.steps), default=0)
 
 
 def read(folder: Path) -> Traces:
-    """All traces in a folder; a line that was being written is left out."""
+    """Read all traces in a folder.
+
+    A line that was cut off while it was written is ignored.
+    """
     found = Traces()
     for file in sorted(folder.glob("traces-*.jsonl")):
         rank = attempt = 0
@@ -61,7 +68,9 @@ def read(folder: Path) -> Traces:
                 found.has.add(line["has"])
             elif "step" in line:
                 digests = {name: line[name] for name in COMPARED if name in line}
-                found.steps.append(Step(rank, line["step"], line["time"], attempt, line["epoch"], digests, writes))
+                found.steps.append(
+                    Step(rank, line["step"], line["time"], attempt, line["epoch"], digests, writes)
+                )
     found.steps.sort(key=lambda step: step.time)
     return found
 
@@ -74,23 +83,26 @@ def _lines(file: Path) -> Iterator[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Difference:
-    """The first step that is another one."""
+    """A step that differs from the same step of the undisturbed run."""
 
     step: int
     rank: int
     attempt: int
     time: float
-    what: str  # of COMPARED
-    tensors: tuple[str, ...] = ()  # names of what differs in the state, in its order
+    what: str  # the first of COMPARED that differs
+    tensors: tuple[str, ...] = ()  # names of the state entries that differ, in the state's order
 
 
 def first_of(found: Sequence[Difference]) -> Difference | None:
-    """The first of them in the order of steps."""
+    """Return the difference of the smallest step; of equal steps, the earliest."""
     return min(found, key=lambda difference: (difference.step, difference.time), default=None)
 
 
 def differences(whole: Traces, other: Traces) -> list[Difference]:
-    """All steps that another run made otherwise, in the order of their making."""
+    """Find all steps of another run that differ from the undisturbed run, in the order of time.
+
+    Steps that the undisturbed run has not made are not compared.
+    """
     expected = {(step.rank, step.step): step.digests for step in whole.steps}
     found = []
     for step in other.steps:
@@ -99,10 +111,17 @@ def differences(whole: Traces, other: Traces) -> list[Difference]:
             continue
         for name in COMPARED:
             mine, theirs = step.digests.get(name), wanted.get(name)
-            if name == "state" and not (mine and theirs):  # of a large state not each step is digested
+            # A large state is not digested in every step.
+            if name == "state" and not (mine and theirs):
                 continue
             if mine != theirs:
-                tensors = tuple(key for key in theirs if mine.get(key) != theirs[key]) if name == "state" and theirs and mine else ()
-                found.append(Difference(step.step, step.rank, step.attempt, step.time, name, tensors))
+                tensors = (
+                    tuple(key for key in theirs if mine.get(key) != theirs[key])
+                    if name == "state" and theirs and mine
+                    else ()
+                )
+                found.append(
+                    Difference(step.step, step.rank, step.attempt, step.time, name, tensors)
+                )
                 break
     return found

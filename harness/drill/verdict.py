@@ -1,4 +1,4 @@
-"""What a drill says of a program: equal, or what differs first, and the likely cause."""
+"""Result of a drill: equal, or the first difference with its likely cause."""
 
 from __future__ import annotations
 
@@ -17,116 +17,186 @@ from harness.store import LocalStore
 from harness.supervision import attempt_history
 from harness.text import table
 
+# Likely cause, by the first of COMPARED that differs.
 CAUSES = {
-    "samples": "other samples: their order follows from something that is in no checkpoint, such as a sampler's own generator, weights "
-    "that training changes, or a dataset that is another one at each start",
-    "batch": "the same samples, but with other contents: the dataset, its transforms or collate_fn hold randomness or state of their own "
-    "(a generator, a counter, an open file)",
-    "loss": "the same samples, but another loss: the step reads something that is in no checkpoint, such as a generator, a module's "
-    "attribute or mode, a queue, a variable of the loop",
-    "state": "the same samples and the same loss, but another update: gradients, an optimizer, a schedule or an average hold something "
-    "that is in no checkpoint",
-    "rng": "the step itself is the same, but the global generators of Python, NumPy or torch were drawn from more or less often",
+    "samples": "other samples: their order follows from something that is in no checkpoint, "
+    "such as a sampler's own generator, weights that training changes, "
+    "or a dataset that is another one at each start",
+    "batch": "the same samples, but with other contents: the dataset, its transforms or collate_fn "
+    "hold randomness or state of their own (a generator, a counter, an open file)",
+    "loss": "the same samples, but another loss: the step reads something that is in no "
+    "checkpoint, such as a generator, a module's attribute or mode, a queue, "
+    "a variable of the loop",
+    "state": "the same samples and the same loss, but another update: gradients, an optimizer, "
+    "a schedule or an average hold something that is in no checkpoint",
+    "rng": "the step itself is the same, but the global generators of Python, NumPy or torch "
+    "were drawn from more or less often",
 }
 
 
 @dataclass(frozen=True)
 class Row:
-    """What came of one fault."""
+    """Outcome of one fault."""
 
     fault: Fault
-    step: int | None  # that the run was in; None: the run was never there
-    lost: int | None  # steps that had to be made again
-    back_s: float | None  # from the fault until the first step that was never made before
-    equal: bool | None  # whether all steps until the next fault were as in the undisturbed run; None: there was none
+    step: int | None  # the step that the run was in; None if the fault's point was not reached
+    lost: int | None  # number of recomputed steps; None if no attempt started after the fault
+    back_s: float | None  # from the fault to the end of the first new step; None if there was none
+    # Whether all steps from this fault to the next one were as in the undisturbed run; None if
+    # there were no steps.
+    equal: bool | None
 
     @property
     def words(self) -> str:
+        """Return the description of the fault's kind."""
         return KINDS[self.fault.kind].words
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What came of a drill."""
+    """Result of a drill."""
 
-    rows: list[Row]
-    steps: int
-    whole_s: float
-    hurt_s: float
+    rows: list[Row]  # one per fault
+    steps: int  # number of the undisturbed run's last step
+    whole_s: float  # wall time of the undisturbed run
+    hurt_s: float  # wall time of the run with faults
     is_equal: bool
     first: Difference | None  # the first step that differs
-    tensors: list[tuple[str, str, str, str]]  # what differs in the last checkpoints: where, undisturbed, hurt, by how much
-    files: list[str]  # kept by the program, and other ones now
-    is_deterministic: bool | None  # whether two undisturbed runs are alike; None: it was not asked
-    suspects: list[str]
+    # Differences of the last checkpoints: (path, undisturbed, with faults, greatest difference).
+    tensors: list[tuple[str, str, str, str]]
+    files: list[str]  # names of the program's kept files that differ
+    is_deterministic: bool | None  # whether two undisturbed runs are equal; None if not tested
+    suspects: list[str]  # paths of objects that the run has reported as untracked
 
     @property
     def cause(self) -> str:
-        """The likely cause, in words; "" if nothing differs."""
+        """Return the likely cause in words; "" if nothing differs."""
         if self.is_equal:
             return ""
         if self.is_deterministic is False:
-            return "not deterministic: two undisturbed runs differ as well" + (f", first in step {self.first.step}" if self.first else "")
+            return "not deterministic: two undisturbed runs differ as well" + (
+                f", first in step {self.first.step}" if self.first else ""
+            )
         if self.first is None:
             return "all steps were the same, but not what was kept at the end"
         return CAUSES[self.first.what]
 
     def to_json(self) -> dict[str, Any]:
-        rows = [asdict(row.fault) | {"step": row.step, "lost": row.lost, "back_s": row.back_s, "equal": row.equal} for row in self.rows]
+        """Return the verdict as data that JSON can hold."""
+        rows = [
+            asdict(row.fault)
+            | {"step": row.step, "lost": row.lost, "back_s": row.back_s, "equal": row.equal}
+            for row in self.rows
+        ]
         return {
-            "equal": self.is_equal, "steps": self.steps, "faults": rows, "whole_s": self.whole_s, "hurt_s": self.hurt_s,
-            "first": asdict(self.first) if self.first else None, "tensors": self.tensors, "files": self.files,
-            "deterministic": self.is_deterministic, "cause": self.cause or None, "suspects": self.suspects,
-        }  # fmt: skip
+            "equal": self.is_equal,
+            "steps": self.steps,
+            "faults": rows,
+            "whole_s": self.whole_s,
+            "hurt_s": self.hurt_s,
+            "first": asdict(self.first) if self.first else None,
+            "tensors": self.tensors,
+            "files": self.files,
+            "deterministic": self.is_deterministic,
+            "cause": self.cause or None,
+            "suspects": self.suspects,
+        }
 
 
 def verdict(whole: ProgramRun, hurt: ProgramRun, faults: Sequence[Fault]) -> Verdict:
-    """Compare a run with faults with an undisturbed one: each step, the last checkpoint, the files that the program keeps."""
+    """Compare a run with faults with an undisturbed run.
+
+    The traces of all steps, the last checkpoints, and the files that the program keeps are compared
+    bit for bit.
+
+    Args:
+        whole: The undisturbed run.
+        hurt: The run with faults.
+        faults: All planned faults; `hurt.caused` has the injected ones.
+
+    Returns:
+        The verdict, with at most 100 differences of the checkpoints; determinism is not tested.
+    """
     expected, found = read(whole.folder), read(hurt.folder)
     differing = differences(expected, found)
     first = first_of(differing)
     compared = compare(whole.run, hurt.run)
     files = _other_files(whole.run / "files", hurt.run / "files")
-    is_equal = first is None and not compared.count and not files and expected.last_step == found.last_step
+    is_equal = (
+        first is None and not compared.count and not files and expected.last_step == found.last_step
+    )
     suspects = [] if is_equal else _suspects(hurt.run)
     rows = _rows(hurt.caused, faults, found, differing)
-    return Verdict(rows, expected.last_step, whole.seconds, hurt.seconds, is_equal, first, compared.rows[:100], files, None, suspects)
+    return Verdict(
+        rows,
+        expected.last_step,
+        whole.seconds,
+        hurt.seconds,
+        is_equal,
+        first,
+        compared.rows[:100],
+        files,
+        None,
+        suspects,
+    )
 
 
 def is_alike(one: ProgramRun, other: ProgramRun) -> bool:
-    """Whether two undisturbed runs did the same."""
-    return not differences(read(one.folder), read(other.folder)) and not compare(one.run, other.run).count
+    """Return whether two undisturbed runs have equal steps and equal last checkpoints."""
+    return (
+        not differences(read(one.folder), read(other.folder))
+        and not compare(one.run, other.run).count
+    )
 
 
-def _rows(caused: Sequence[Caused], faults: Sequence[Fault], found: Traces, differing: Sequence[Difference]) -> list[Row]:
+def _rows(
+    caused: Sequence[Caused],
+    faults: Sequence[Fault],
+    found: Traces,
+    differing: Sequence[Difference],
+) -> list[Row]:
+    """Return the outcome of each fault; faults that were not injected come last."""
     own = [step for step in found.steps if step.is_writers]
     rows, before = [], 0.0
     for number, one in enumerate(caused):
         until = caused[number + 1].at if number + 1 < len(caused) else float("inf")
         attempts = [attempt for at, attempt, _ in found.starts if at <= one.at]
-        reached = max((step.step for step in own if step.attempt <= max(attempts, default=0)), default=0)
+        reached = max(
+            (step.step for step in own if step.attempt <= max(attempts, default=0)), default=0
+        )
         origin = next((step for at, _, step in found.starts if at > one.at), None)
         has_trained = any(before < at <= one.at for at, _, _ in found.starts)
         lost = None if origin is None else max(0, reached - origin) if has_trained else 0
-        back = next((step.time - one.at for step in own if step.time > one.at and step.step > reached), None)
+        back = next(
+            (step.time - one.at for step in own if step.time > one.at and step.step > reached), None
+        )
         made = [step for step in found.steps if one.at < step.time <= until]
-        equal = None if not made else not any(one.at < difference.time <= until for difference in differing)
+        equal = (
+            None
+            if not made
+            else not any(one.at < difference.time <= until for difference in differing)
+        )
         rows.append(Row(one.fault, one.step, lost, back, equal))
         before = one.at
     return rows + [Row(fault, None, None, None, None) for fault in faults[len(caused) :]]
 
 
 def _other_files(whole: Path, hurt: Path) -> list[str]:
+    """Return the names of the files that differ or exist in only one of two folders."""
+
     def digests(folder: Path) -> dict[str, str]:
         files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
-        return {str(file.relative_to(folder)): hashlib.blake2b(file.read_bytes()).hexdigest() for file in files}
+        return {
+            str(file.relative_to(folder)): hashlib.blake2b(file.read_bytes()).hexdigest()
+            for file in files
+        }
 
     one, other = digests(whole), digests(hurt)
     return sorted(name for name in one.keys() | other.keys() if one.get(name) != other.get(name))
 
 
 def _suspects(run: Path) -> list[str]:
-    """What the run itself has found that it cannot keep."""
+    """Return the paths of live objects that the run has reported as untracked."""
     store, found = LocalStore(run), dict[str, None]()
     for file in sorted((run / "events").glob("[0-9]*.jsonl")):
         for event in attempt_history.events([store], int(file.name[:4])):
@@ -139,37 +209,53 @@ HEADER = ("step", "fault", "steps lost", "s to the next new step", "steps since"
 
 
 def table_of(verdict: Verdict) -> list[tuple[str, ...]]:
-    """A line a fault, as `HEADER` names it."""
+    """Return a row per fault, with the columns of `HEADER`."""
     return [
         (
-            "-" if row.step is None else str(row.step), row.words, "-" if row.lost is None else str(row.lost),
+            "-" if row.step is None else str(row.step),
+            row.words,
+            "-" if row.lost is None else str(row.lost),
             "-" if row.back_s is None else f"{row.back_s:.1f}",
-            "not reached" if row.step is None else {None: "-", True: "equal", False: "DIFFERS"}[row.equal],
+            "not reached"
+            if row.step is None
+            else {None: "-", True: "equal", False: "DIFFERS"}[row.equal],
         )
         for row in verdict.rows
-    ]  # fmt: skip
+    ]
 
 
 def text(verdict: Verdict) -> str:
-    """The verdict for people."""
+    """Format the verdict for people."""
     lines = [table(HEADER, table_of(verdict))] if verdict.rows else []
     return "\n".join([*lines, *headline(verdict)])
 
 
 def headline(verdict: Verdict) -> list[str]:
-    """What came of it all, and, if they differ, where and why."""
+    """Return lines with the overall result and, if the runs differ, where and why."""
     if verdict.is_equal:
-        return [f"equal, bit for bit: {verdict.steps} steps, {sum(row.step is not None for row in verdict.rows)} faults"]
+        return [
+            f"equal, bit for bit: {verdict.steps} steps, "
+            f"{sum(row.step is not None for row in verdict.rows)} faults"
+        ]
     lines = ["NOT EQUAL to the undisturbed run"]
     if (first := verdict.first) is not None:
-        lines.append(f"  first: step {first.step}, rank {first.rank}, attempt {first.attempt}: {first.what}")
-        lines += [f"  first tensor: {first.tensors[0]}, {len(first.tensors)} in all"] if first.tensors else []
-    lines += [f"  in the last checkpoint: {where}: {mine}, {theirs}, by {gap}" for where, mine, theirs, gap in verdict.tensors[:5]]
+        lines.append(
+            f"  first: step {first.step}, rank {first.rank}, attempt {first.attempt}: {first.what}"
+        )
+        lines += (
+            [f"  first tensor: {first.tensors[0]}, {len(first.tensors)} in all"]
+            if first.tensors
+            else []
+        )
+    lines += [
+        f"  in the last checkpoint: {where}: {mine}, {theirs}, by {gap}"
+        for where, mine, theirs, gap in verdict.tensors[:5]
+    ]
     lines += [f"  a file that the program keeps: {name}" for name in verdict.files[:5]]
     lines.append(f"  likely cause: {verdict.cause}")
     return lines + [f"  alive and not tracked: {path}" for path in verdict.suspects]
 
 
 def save(verdict: Verdict, folder: Path) -> None:
-    """Leave the verdict where the drill's runs are kept."""
+    """Write the verdict to `drill.json` in the folder of the drill."""
     (folder / "drill.json").write_text(json.dumps(verdict.to_json(), indent=1) + "\n")

@@ -1,20 +1,32 @@
-"""Files for others, and from others: what people do with a saved model beside training on.
+"""Exchange model files with other tools: everything done with a saved model besides training.
 
-    what                                      command                     in Python
-    use a trained model                                                   harness.load_model(RUN, which="best")
-    give it away                              harness export              harness.export(RUN, "model.pt", "weights")
-    go on with somebody else's checkpoint     harness import              harness.import_checkpoint("theirs.pth", RUN, settings=[…])
-    begin with somebody else's weights        init.from=… init.rename=…   harness.load_weights(model, "theirs.pth", strict=False)
-    see what is in a file                     harness show                print(harness.describe("theirs.pth"))
-    see what differs                          harness diff                harness.compare(A, B)
+Uses, with the command or setting and the Python function for each:
 
-* A file is what its bytes say, not its name. Its outline is read before it is: what claims more than it holds is not tried.
-* Nothing from outside is executed: `weights_only=True`, or no pickle at all. What wants more is refused with the names of the classes
-  that it wants; `trust` insists.
-* Everything is loaded to the CPU, whatever it was saved on, and placed afterwards.
-* All of what fits is taken, or nothing; what does not fit is shown in a table.
-* What is written is read back and compared before it appears under its name.
+* Use a trained model: `harness.load_model(RUN, which="best")`.
+* Export a model: `harness export`, or `harness.export(RUN, "model.pt", "weights")`.
+* Continue training from somebody else's checkpoint: `harness import`, or
+  `harness.import_checkpoint("theirs.pth", RUN, settings=[…])`.
+* Start training from somebody else's weights: `init.from=… init.rename=…`, or
+  `harness.load_weights(model, "theirs.pth", strict=False)`.
+* Show what a file contains: `harness show`, or `print(harness.describe("theirs.pth"))`.
+* Show how two files differ: `harness diff`, or `harness.compare(A, B)`.
 
-Modules: `files` (which format, read safely), `headers` (formats that are not torch's), `content` (what is what in a file), `fit` (into a
-module; warm start), `rebuild` (a run's model), `export`, `program` (TorchScript, torch.export), `importing`, `describe`, `compare`.
+Rules:
+
+* The format of a file is determined by its bytes, not by its name. The outline of a file (its
+  tensors without their data) is read first; a file that claims more data than it holds is not
+  loaded.
+* No code from outside is executed: files are read with `weights_only=True`, or without unpickling.
+  A file that needs more is refused, and the error names the classes that it needs; `trust`
+  overrides the refusal.
+* Everything is loaded to the CPU, whatever device it was saved on, and placed afterwards.
+* Loading is all or nothing: everything that fits is loaded, or nothing is. A table shows what does
+  not fit.
+* A written file is read back and compared before it appears under its final name.
+
+Modules: `files` (read any file safely), `formats` (detect, outline and write the file formats),
+`single_read` (fetch each byte range once), `safe_unpickle` (read pickles without their classes),
+`recognise` (find the parts of a file), `weights` (load weights into a module; warm start),
+`rebuild` (build a run's model), `export`, `program` (pickled module, TorchScript, torch.export),
+`importing`, `training_state` (epoch and step, optimizers, schedulers), `describe`, `compare`.
 """

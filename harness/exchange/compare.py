@@ -1,4 +1,4 @@
-"""What differs between two files, tensor for tensor."""
+"""Compare two files tensor by tensor."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 import harness.state.parameter_names as parameter_names
 from harness import config
 from harness.config import Change
-from harness.errors import printable
+from harness.errors import HarnessError, printable
 from harness.exchange import files, rebuild, recognise
 from harness.exchange.files import Loaded
 from harness.text import table
@@ -21,37 +21,86 @@ _ABSENT = "absent"
 
 
 def differences(a: Any, b: Any, where: str = "") -> Iterator[tuple[str, str, str, str]]:
-    """Every leaf that differs between two nested structures: where, both sides, and by how much at most."""
+    """Yield every leaf that differs between two nested structures.
+
+    Tensors are compared bit for bit; meta tensors only by shape, dtype and layout. Two NaN numbers
+    are equal.
+
+    Args:
+        a: First structure of mappings, lists, tuples and leaves.
+        b: Second structure.
+        where: Path that leads to `a` and `b`, such as `data.epoch` or `rng[0]`.
+
+    Yields:
+        Path, text for A, text for B, and the greatest difference ("-" where it has no meaning).
+    """
     if isinstance(a, Mapping) and isinstance(b, Mapping):
         for key in [*a, *(key for key in b if key not in a)]:
-            yield from differences(a.get(key, _ABSENT), b.get(key, _ABSENT), f"{where}.{key}" if where else str(key))
+            yield from differences(
+                a.get(key, _ABSENT), b.get(key, _ABSENT), f"{where}.{key}" if where else str(key)
+            )
     elif isinstance(a, list | tuple) and isinstance(b, list | tuple) and len(a) == len(b):
         for at, (one, other) in enumerate(zip(a, b, strict=True)):
             yield from differences(one, other, f"{where}[{at}]")
     elif isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
-        if a.shape != b.shape or a.dtype != b.dtype or a.layout != b.layout or a.is_meta != b.is_meta:
+        if (
+            a.shape != b.shape
+            or a.dtype != b.dtype
+            or a.layout != b.layout
+            or a.is_meta != b.is_meta
+        ):
             yield where, _word(a), _word(b), "-"
         elif not a.is_meta and not (torch.equal(_bits(a), _bits(b)) and _scale(a) == _scale(b)):
             wide = torch.complex128 if a.is_complex() else torch.float64
             gap = (_dense(a).to(wide) - _dense(b).to(wide)).abs()
-            yield where, _word(a), _word(b), f"{gap.max().item():.3g} ({int((gap != 0).sum())} of {gap.numel()})"
+            yield (
+                where,
+                _word(a),
+                _word(b),
+                f"{gap.max().item():.3g} ({int((gap != 0).sum())} of {gap.numel()})",
+            )
     elif type(a) is not type(b) or (a != b and not (a != a and b != b)):
-        yield where, _word(a), _word(b), f"{abs(a - b):.3g}" if isinstance(a, float) and isinstance(b, float) else "-"
+        yield (
+            where,
+            _word(a),
+            _word(b),
+            f"{abs(a - b):.3g}" if isinstance(a, float) and isinstance(b, float) else "-",
+        )
+
+
+def check_equal(path: Path, wanted: Any, found: Any) -> None:
+    """Check that a file reads back as it was written.
+
+    Raises:
+        HarnessError: The two structures differ.
+    """
+    if wrong := list(differences(wanted, found)):
+        raise HarnessError(
+            f"{path} does not read back as it was written",
+            f"found: {wrong[0][0]} differs",
+            "Is the disk sound?",
+        )
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    """The bytes, so that NaN equals itself and 0.0 does not equal -0.0."""
-    plain = tensor.int_repr() if tensor.is_quantized else _dense(tensor).resolve_conj().resolve_neg()
+    """Return a tensor's bytes, so that NaN equals itself and 0.0 does not equal -0.0."""
+    plain = (
+        tensor.int_repr() if tensor.is_quantized else _dense(tensor).resolve_conj().resolve_neg()
+    )
     return plain.detach().contiguous().reshape(-1).view(torch.uint8)
 
 
 def _scale(tensor: torch.Tensor) -> tuple[Any, ...]:
-    """What a quantized tensor's integers stand for; of any other, nothing."""
+    """Return the scale and zero point of a quantized tensor; () for any other tensor."""
     if not tensor.is_quantized:
         return ()
     if tensor.qscheme() in (torch.per_tensor_affine, torch.per_tensor_symmetric):
         return tensor.q_scale(), tensor.q_zero_point()
-    return tensor.q_per_channel_axis(), tensor.q_per_channel_scales().tolist(), tensor.q_per_channel_zero_points().tolist()
+    return (
+        tensor.q_per_channel_axis(),
+        tensor.q_per_channel_scales().tolist(),
+        tensor.q_per_channel_zero_points().tolist(),
+    )
 
 
 def _dense(tensor: torch.Tensor) -> torch.Tensor:
@@ -71,23 +120,42 @@ def _word(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What differs: settings, and rows (where, A, B, greatest difference)."""
+    """The differences of two files: settings, and rows (path, A, B, greatest difference)."""
 
     settings: list[Change]
     rows: list[tuple[str, str, str, str]]
-    empty: tuple[str, ...] = ()  # what gave nothing to keep, in both
+    empty: tuple[str, ...] = ()  # objects whose state_dict() was empty in both files
 
     @property
     def count(self) -> int:
-        """How many differences count: a setting that cannot change the model does not, nor how a stream spells where it is."""
-        return sum(not _is_spelling(row) for row in self.rows) + sum(not change.is_free for change in self.settings)
+        """Return the number of differences that count.
+
+        A setting that cannot change the model does not count. Neither does the stored position of
+        a data iterator, because equal positions can be stored in different forms.
+        """
+        return sum(not _is_spelling(row) for row in self.rows) + sum(
+            not change.is_free for change in self.settings
+        )
 
     def __str__(self) -> str:
-        lines = [f"setting  {change}" + ("  (does not count)" if change.is_free else "") for change in self.settings]
-        shown = [(*row[:3], f"{row[3]} (does not count)" if _is_spelling(row) else row[3]) for row in self.rows]
+        lines = [
+            f"setting  {change}" + ("  (does not count)" if change.is_free else "")
+            for change in self.settings
+        ]
+        shown = [
+            (*row[:3], f"{row[3]} (does not count)" if _is_spelling(row) else row[3])
+            for row in self.rows
+        ]
         lines += [table(("where", "A", "B", "greatest difference"), shown)] if shown else []
-        lines += [f"nothing is known of {name}: its state_dict() was empty, in both" for name in self.empty]
-        return printable("\n".join([*lines, f"{self.count} difference(s)" if self.count else "equal, bit for bit"]))
+        lines += [
+            f"nothing is known of {name}: its state_dict() was empty, in both"
+            for name in self.empty
+        ]
+        return printable(
+            "\n".join(
+                [*lines, f"{self.count} difference(s)" if self.count else "equal, bit for bit"]
+            )
+        )
 
 
 def _is_spelling(row: tuple[str, str, str, str]) -> bool:
@@ -95,34 +163,69 @@ def _is_spelling(row: tuple[str, str, str, str]) -> bool:
 
 
 def compare(a: str | Path, b: str | Path, *, weights_only: bool = False) -> Comparison:
-    """What differs between two runs, checkpoints or files of any kind; its `count` is 0 if they are equal bit for bit.
+    """Compare two runs, checkpoints or files of any kind.
 
-    Of two checkpoints of this harness everything is compared; of others what was recognised, by what it is called here. With
-    `weights_only` only the modules count. Raises UsageError, DamagedError, StorageError.
+    Two checkpoints of this harness are compared completely. For other files, only the recognised
+    parts are compared, under the names that this harness gives them.
+
+    Args:
+        a: Path or URL of the first run, checkpoint or file.
+        b: Path or URL of the second one.
+        weights_only: Compare only the state of the modules.
+
+    Returns:
+        The comparison; its `count` is 0 if the two are equal bit for bit.
+
+    Raises:
+        UsageError: A path leads to no file, or a file cannot be used.
+        DamagedError: A file is damaged or cut short.
+        StorageError: A store cannot be read.
     """
     both = [files.read_any(path) for path in (a, b)]
     if all(loaded.manifest for loaded in both) and not weights_only:
         settings = config.changes(both[0].value.pop("config"), both[1].value.pop("config"))
-        return Comparison(settings, list(differences(*_by_name(both[0].value, both[1].value))), _empty(*both))
+        return Comparison(
+            settings, list(differences(*_by_name(both[0].value, both[1].value))), _empty(*both)
+        )
     one, other = (_named(loaded, weights_only) for loaded in both)
     return Comparison([], list(differences(one, other)))
 
 
 def _empty(a: Loaded, b: Loaded) -> tuple[str, ...]:
-    keys = [key for key in a.value if str(key).endswith("_state_dict") and a.value[key] == {} == b.value.get(key)]
+    keys = [
+        key
+        for key in a.value
+        if str(key).endswith("_state_dict") and a.value[key] == {} == b.value.get(key)
+    ]
     names = [key.removesuffix("_state_dict") for key in keys]
     classes = a.manifest.classes if a.manifest else {}
-    return tuple(name for name in names if classes.get(name) != "GradScaler")  # which has none when it is off
+    # A disabled GradScaler has an empty state.
+    return tuple(name for name in names if classes.get(name) != "GradScaler")
 
 
 def _by_name(a: dict[str, Any], b: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Two checkpoints with what optimizers keep under the names of parameters, where their numbers mean others in the one than in the
-    other."""
+    """Key optimizer state by parameter name where two checkpoints number parameters differently.
+
+    Only optimizers whose parameter names are known in both checkpoints are converted.
+    """
     said = [value.get("names", {}) for value in (a, b)]
-    called = {name for names in said for groups in names.values() for group in groups for name in group if name}
+    called = {
+        name
+        for names in said
+        for groups in names.values()
+        for group in groups
+        for name in group
+        if name
+    }
     modules = {name.partition(".")[0] for name in called}
-    told = [parameter_names.derived(value, modules, called) | names for value, names in zip((a, b), said, strict=True)]
-    made = [{key: item for key, item in value.items() if key not in ("names", "format_version")} for value in (a, b)]
+    told = [
+        parameter_names.derived(value, modules, called) | names
+        for value, names in zip((a, b), said, strict=True)
+    ]
+    made = [
+        {key: item for key, item in value.items() if key not in ("names", "format_version")}
+        for value in (a, b)
+    ]
     for name in {**said[0], **said[1]}:
         mine, theirs = (names.get(name) for names in told)
         if mine != theirs and parameter_names.are_known(mine) and parameter_names.are_known(theirs):
@@ -133,17 +236,33 @@ def _by_name(a: dict[str, Any], b: dict[str, Any]) -> tuple[dict[str, Any], dict
 
 def _renumbered(state: Mapping[str, Any], names: Any) -> dict[str, Any]:
     groups = state["param_groups"]
-    called = {n: name for group, own in zip(groups, names, strict=True) for n, name in zip(group["params"], own, strict=True)}
-    renamed = [{**group, "params": sorted(called[number] for number in group["params"])} for group in groups]
+    called = {
+        n: name
+        for group, own in zip(groups, names, strict=True)
+        for n, name in zip(group["params"], own, strict=True)
+    }
+    renamed = [
+        {**group, "params": sorted(called[number] for number in group["params"])}
+        for group in groups
+    ]
     bare = [{key: item for key, item in group.items() if key != "param_names"} for group in renamed]
     entries = {called.get(number, number): entry for number, entry in state["state"].items()}
-    return {**state, "param_groups": sorted(bare, key=lambda group: list(group["params"])), "state": entries}
+    return {
+        **state,
+        "param_groups": sorted(bare, key=lambda group: list(group["params"])),
+        "state": entries,
+    }
 
 
 def _named(loaded: Loaded, weights_only: bool) -> dict[str, Any]:
     parts = list(rebuild.states(loaded).values()) if weights_only else recognise.recognise(loaded)
-    if loaded.manifest:  # what only a run has is not missing in other people's files
-        parts = [part for part in parts if part.kind not in (recognise.OTHER, recognise.NUMBER) or part.name in ("epoch", "step", "loss")]
+    if loaded.manifest:  # do not report entries that only a run has as missing elsewhere
+        parts = [
+            part
+            for part in parts
+            if part.kind not in (recognise.OTHER, recognise.NUMBER)
+            or part.name in ("epoch", "step", "loss")
+        ]
     modules = [part.name for part in parts if part.kind == recognise.MODULE]
     lone = modules[0] if len(modules) == 1 else None
     return {"model" if part.name == lone else part.name: part.value for part in parts}

@@ -1,10 +1,11 @@
-"""Build a run's task anew and give its modules the weights of a checkpoint: a model that is ready to be used."""
+"""Rebuild a run's model for inference: build its task and load a checkpoint's weights into it."""
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -12,6 +13,7 @@ from torch import nn
 
 from harness import state
 from harness.config import Config
+from harness.config import load as load_settings
 from harness.config.stored import restored
 from harness.errors import UsageError
 from harness.exchange import files, recognise
@@ -30,14 +32,29 @@ def load_model(
     task: str | None = None,
     trust: bool = False,
 ) -> Any:
-    """The model of a run, on the CPU, in eval mode, ready for inference.
+    """Load the model of a run on the CPU, in eval mode, ready for inference.
 
-    `source` is a run (directory or URL) or one of its checkpoints; `which` its newest, its best, or the number of a step. The module is
-    rebuilt by its task, with the arguments that the run's settings hold: a task of this package is called as they name it, one of your
-    own only if you name it (`task="package.module:build"`) or trust whoever wrote the file to name it (`trust`). `into` takes a module of
-    your own instead, as for a run with a loop of its own.
-    Of several modules `module` names one, without it a dict of all is returned. `ema`: the averaged
-    weights. The generators of random numbers are left as they are. Raises UsageError, DamagedError, StorageError.
+    The run's task rebuilds the module with the arguments stored in the run's settings. A task of
+    this package is called by the name in the settings. Any other task is called only if the caller
+    names it (`task`) or trusts the file (`trust`). The random number generators are unchanged.
+
+    Args:
+        source: Directory or URL of a run, or one of its checkpoints.
+        which: Checkpoint of a run: "newest", "best" or a step.
+        ema: Load the averaged weights.
+        module: Name of the module to return, where there are several.
+        into: Module to load the weights into, instead of building the task; for a run with a
+            training loop of its own.
+        task: Task to build instead of the stored one: "package.module:build".
+        trust: Let the file name a task that is not of this package.
+
+    Returns:
+        The module, or a dict of all modules if there are several and `module` is None.
+
+    Raises:
+        UsageError: The source cannot be used, names no task, or does not fit the module.
+        DamagedError: The checkpoint is damaged.
+        StorageError: The store cannot be read.
     """
     loaded = files.read_any(source, which)
     if into is not None:
@@ -55,63 +72,145 @@ def load_model(
     return next(iter(chosen.values())) if module is not None or len(modules) == 1 else chosen
 
 
+@dataclass(frozen=True)
+class Rebuilt:
+    """One module of a task, in eval mode and with the weights of a file."""
+
+    job: Task
+    task_name: str
+    name: str
+    module: nn.Module
+
+
+def one_module(
+    loaded: Loaded,
+    name: str,
+    *,
+    config: str | None,
+    settings: Sequence[str],
+    ema: bool,
+    trust: bool,
+) -> Rebuilt:
+    """Build the task of a file and load the file's weights into one of its modules.
+
+    Args:
+        loaded: The source file.
+        name: Name of the module; a task's only module may have another name.
+        config: YAML file of settings that name the task; by default the file names it.
+        settings: The same as a list: ["task.name=…"].
+        ema: Load the averaged weights.
+        trust: Let the file name a task from outside this package.
+
+    Raises:
+        UsageError: No task is named, the task cannot be built or has no such module, or the weights
+            do not fit into it.
+    """
+    by_file = not (config or settings)
+    chosen = settings_of(loaded) if by_file else load_settings(config, list(settings))[0]
+    job = build(chosen, named_by_file=by_file and not trust)
+    modules = named(job.modules, "model")
+    name = name if name in modules or len(modules) > 1 else next(iter(modules))
+    found = pick(modules, name, chosen.task.name)
+    fill(found, loaded, ema=ema)
+    return Rebuilt(job, chosen.task.name, name, found[name].eval())
+
+
 def settings_of(loaded: Loaded) -> Config:
-    """The settings that a checkpoint was trained with. Raises UsageError if it holds none, or names no task."""
+    """Return the settings that a checkpoint was trained with.
+
+    Raises:
+        UsageError: The file holds no settings, or they name no task.
+    """
     stored = loaded.value.get("config") if isinstance(loaded.value, Mapping) else None
     if not names_task(stored):
         raise UsageError(
             f"{loaded.file.where} does not say which task it is of, so its model cannot be built",
-            "found: the checkpoint of a loop of its own, or a file that somebody else's script wrote",
-            "Name the task (task.name=package.module:build), or in Python give a module: load_model(…, into=module).",
+            "found: the checkpoint of a loop of its own, "
+            "or a file that somebody else's script wrote",
+            "Name the task (task.name=package.module:build), "
+            "or in Python give a module: load_model(…, into=module).",
         )
     return restored(stored)
 
 
 def names_task(stored: Any) -> TypeGuard[Mapping[str, Any]]:
-    """Whether these are settings of this harness, and not what a loop of its own, or somebody's script, kept as its own."""
-    return isinstance(stored, Mapping) and isinstance(stored.get("task"), Mapping) and "name" in stored["task"]
+    """Return whether these are settings of this harness that name a task.
+
+    A custom training loop or somebody else's script may store a "config" of another form.
+    """
+    return (
+        isinstance(stored, Mapping)
+        and isinstance(stored.get("task"), Mapping)
+        and "name" in stored["task"]
+    )
 
 
 def build(settings: Config, *, named_by_file: bool = False) -> Task:
-    """The task that the settings name. This process's generators are as before afterwards.
+    """Build the task that the settings name; leave this process's random generators unchanged.
 
-    Settings that came with a file may name anything that can be called: only the tasks of this package are. Raises UsageError.
+    Args:
+        settings: The settings, with the task's name and arguments.
+        named_by_file: The name came with a file. Such a name may stand for any callable, so only
+            tasks of this package are called.
+
+    Raises:
+        UsageError: The task cannot be found, or the file may not name it.
     """
     if named_by_file:
-        _check_named(settings.task.name)  # first: to import it is to run it
+        _check_named(settings.task.name)  # check before the import, which runs code
     found = find(settings.task.name, settings.task.args)
     module = settings.task.name.partition(":")[0]
     if named_by_file and not (inspect.isfunction(found) and found.__module__ == module):
-        raise UsageError(f"{settings.task.name}, which the file names, is no task", f"found: something that {module} only imports")
+        raise UsageError(
+            f"{settings.task.name}, which the file names, is no task",
+            f"found: something that {module} only imports",
+        )
     with state.kept_generators():
-        state.seed_rank(settings.train.seed, "build")  # as in training: data that is made up in `build` is the same
+        # Seed as in training, so that data generated in `build` is the same.
+        state.seed_rank(settings.train.seed, "build")
         return found(**settings.task.args)
 
 
 def _check_named(name: str) -> None:
-    """Refuse a name out of a file unless it is of the tasks that come with this package; it is not imported. Raises UsageError."""
+    """Refuse a task named by a file unless it comes with this package; import nothing.
+
+    Raises:
+        UsageError: The task is not in `harness.tasks`.
+    """
     parts = name.partition(":")[0].split(".")
     if parts[:-1] != ["harness", "tasks"] or not parts[-1].isidentifier():
         raise UsageError(
-            f"{name!r}, which the file names as its task, is code of your own or somebody else's, so it is not run unasked",
+            f"{name!r}, which the file names as its task, is code of your own or somebody else's, "
+            "so it is not run unasked",
             "found: a name in a file; of those only harness.tasks.* are called",
-            f"Confirm it: load_model(…, task={name!r}), export(…, trust=True), or --trust; or name another: task.name=…, into=module.",
+            f"Confirm it: load_model(…, task={name!r}), export(…, trust=True), or --trust; "
+            "or name another: task.name=…, into=module.",
         )
 
 
 def pick(things: Mapping[str, Any], name: str | None, where: str) -> dict[str, Any]:
-    """The one of that name, or all. Raises UsageError."""
+    """Return the entry called `name`, or all if it is None; raise UsageError if it is missing."""
     if name is not None and name not in things:
         raise UsageError(f"{where} has no module {name!r}", f"found: {', '.join(things)}")
     return dict(things) if name is None else {name: things[name]}
 
 
 def states(loaded: Loaded, *, ema: bool = False) -> dict[str, Part]:
-    """The state dicts of a file's modules, or their averages, by the modules' names. Raises UsageError."""
+    """Return the state dicts of a file's modules, or of their averages, by module name.
+
+    Raises:
+        UsageError: The file holds no module, or no averaged weights with `ema`.
+    """
     modules = {part.name: part for part in recognise.recognise(loaded) if part.kind == MODULE}
     classes = loaded.manifest.classes if loaded.manifest else {}
-    of_weights = [name for name in modules if (name == "ema" or name.endswith("_ema")) and classes.get(name, "Ema") == "Ema"]
-    averages = {"model" if name == "ema" else name.removesuffix("_ema"): name for name in of_weights}
+    of_weights = [
+        name
+        for name in modules
+        if (name == "ema" or name.endswith("_ema")) and classes.get(name, "Ema") == "Ema"
+    ]
+    averages = {
+        "model" if name == "ema" else name.removesuffix("_ema"): name for name in of_weights
+    }
     if not ema:
         return {name: part for name, part in modules.items() if name not in averages.values()}
     if not averages:
@@ -124,14 +223,21 @@ def states(loaded: Loaded, *, ema: bool = False) -> dict[str, Part]:
 
 
 def fill(modules: Mapping[str, nn.Module], loaded: Loaded, *, ema: bool = False) -> None:
-    """Load each module's weights, or their averages. Raises UsageError with a table if they do not fit."""
+    """Load a file's weights, or their averages, into the modules.
+
+    Raises:
+        UsageError: A module has no weights in the file, or they do not fit; the message then holds
+            a table. No module has been changed.
+    """
     held = states(loaded, ema=ema)
     modules = {name: each for name, each in modules.items() if each.state_dict()}
     for name in modules:
         if name not in held and len(modules) == len(held) == 1:
             held = {name: next(iter(held.values()))}
         if name not in held:
-            raise UsageError(f"{loaded.file.where} holds no weights of {name!r}", f"found: {', '.join(held)}")
+            raise UsageError(
+                f"{loaded.file.where} holds no weights of {name!r}", f"found: {', '.join(held)}"
+            )
     saved = {name: state.to_live(each, held[name].value) for name, each in modules.items()}
     for name, each in modules.items():
         state.check_tensors(name, each.state_dict(), saved[name], loaded.file.where)

@@ -1,4 +1,8 @@
-"""Recognise what is in a file that somebody else's script wrote: which part is a module's state, which an optimizer's, how far it was."""
+"""Recognise the parts of a file that somebody else's script wrote, and look them up.
+
+The parts are the state dicts of modules, optimizers, schedulers and gradient scalers, and numbers
+such as the epoch.
+"""
 
 from __future__ import annotations
 
@@ -15,36 +19,57 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from harness import state
 from harness.errors import UsageError
-from harness.exchange.files import Loaded, tensors
+from harness.exchange.files import Loaded
 from harness.exchange.safe_unpickle import NotLoaded
-from harness.text import size
 
-MODULE, OPTIMIZER, SCHEDULER, SCALER, NUMBER, OTHER = "module", "optimizer", "scheduler", "scaler", "number", "other"
-# What the same thing is called in other people's scripts, in lower case.
+MODULE, OPTIMIZER, SCHEDULER, SCALER, NUMBER, OTHER = (
+    "module",
+    "optimizer",
+    "scheduler",
+    "scaler",
+    "number",
+    "other",
+)
+# Keys that other people's scripts use for each name, in lower case.
 NAMES = {
-    "model": "state_dict model model_state model_state_dict model_dict model_weights net network weights params module",
-    "optimizer": "optimizer optim opt optimizer_state optimizer_state_dict optimizer_states optim_state optim_dict "
+    "model": "state_dict model model_state model_state_dict model_dict model_weights net network "
+    "weights params module",
+    "optimizer": "optimizer optim opt optimizer_state optimizer_state_dict optimizer_states "
+    "optim_state optim_dict "
     "optim_state_dict opt_state opt_state_dict",
-    "scheduler": "scheduler lr_scheduler lr_schedulers scheduler_state scheduler_state_dict lr_scheduler_state_dict sched",
+    "scheduler": "scheduler lr_scheduler lr_schedulers scheduler_state scheduler_state_dict "
+    "lr_scheduler_state_dict sched",
     "scaler": "scaler scaler_state scaler_state_dict grad_scaler amp_scaler",
-    "ema": "ema ema_state ema_state_dict model_ema ema_model state_dict_ema ema_weights averaged_model",
+    "ema": "ema ema_state ema_state_dict model_ema ema_model state_dict_ema ema_weights "
+    "averaged_model",
     "epoch": "epoch epochs start_epoch current_epoch epoch_num epoch_idx",
-    "step": "step steps global_step global_steps num_steps step_num iteration iterations iter iter_num iter_count n_iter num_updates",
+    "step": "step steps global_step global_steps num_steps step_num iteration iterations iter "
+    "iter_num iter_count n_iter num_updates",
     "loss": "loss train_loss val_loss best_loss",
 }
 CALLED = {word: name for name, words in NAMES.items() for word in words.split()}
-BUFFER = re.compile(r"(^|\.)(running_mean|running_var|num_batches_tracked)\Z")  # those of BatchNorm; others cannot be told from parameters
 COMPILED = re.compile(r"(^|\.)_orig_mod\.")
-# What the names of an optimizer's settings, or of what it keeps for each parameter, tell.
+# The kind of optimizer that has a setting of a given name in its parameter groups; first match.
 KINDS = (
-    ("betas", "Adam, AdamW or one of their kind"), ("dampening", "SGD"), ("lambd", "ASGD"), ("alpha", "RMSprop"), ("lr_decay", "Adagrad"),
-    ("rho", "Adadelta"), ("etas", "Rprop"), ("history_size", "LBFGS"), ("beta2_decay", "Adafactor"), ("ns_steps", "Muon"),
-)  # fmt: skip
+    ("betas", "Adam, AdamW or one of their kind"),
+    ("dampening", "SGD"),
+    ("lambd", "ASGD"),
+    ("alpha", "RMSprop"),
+    ("lr_decay", "Adagrad"),
+    ("rho", "Adadelta"),
+    ("etas", "Rprop"),
+    ("history_size", "LBFGS"),
+    ("beta2_decay", "Adafactor"),
+    ("ns_steps", "Muon"),
+)
 
 
 @dataclass(frozen=True)
 class Part:
-    """One thing in a file: what it is, what it is called there, and what it would be called here."""
+    """One entry of a file: its kind, its key in the file, its name in this harness, its value.
+
+    `note` holds further facts, such as the kind of optimizer or the prefixes that were removed.
+    """
 
     kind: str
     key: str
@@ -54,25 +79,46 @@ class Part:
 
 
 def recognise(loaded: Loaded) -> list[Part]:
-    """The parts of a file, in its order. Raises UsageError for one in which nothing has a name."""
+    """Return the parts of a file, in the order of the file.
+
+    Raises:
+        UsageError: The file is not a mapping, or it holds no module's state dict.
+    """
     value, where = loaded.value, loaded.file.where
     if isinstance(value, nn.Module):
         value = value.state_dict()
     if not isinstance(value, Mapping):
-        raise UsageError(f"{where} holds no state dict", f"found: {_strange(value)}", "Save model.state_dict(), or a dict that holds it.")
-    nested = any(is_state(item) or is_optimizer(item) or isinstance(item, nn.Module) for item in value.values())
+        raise UsageError(
+            f"{where} holds no state dict",
+            f"found: {_strange(value)}",
+            "Save model.state_dict(), or a dict that holds it.",
+        )
+    nested = any(
+        is_state(item) or is_optimizer(item) or isinstance(item, nn.Module)
+        for item in value.values()
+    )
     if is_state(value) and not nested:
         return [Part(MODULE, "", "model", *_bare(value))]
-    ours = "format_version" in value  # and then no shell's name is in it, but, in older files, those of compiled parts
+    # A checkpoint of this harness. Its names hold no wrapper prefixes, except those of compiled
+    # parts in older files.
+    ours = "format_version" in value
     parts = []
     for key, item in value.items():
         several = key in ("optimizer_states", "lr_schedulers") and isinstance(item, list)
         for at, one in enumerate(item) if several else [(0, item)]:
             part = _part(f"{key}[{at}]" if several else str(key), str(key), one, ours)
-            parts.append(part if at == 0 else Part(part.kind, part.key, f"{part.name}{at}", part.value, part.note))
+            parts.append(
+                part
+                if at == 0
+                else Part(part.kind, part.key, f"{part.name}{at}", part.value, part.note)
+            )
     if not any(part.kind == MODULE for part in parts):
         found = ", ".join(f"{part.key} ({part.note or part.kind})" for part in parts[:8])
-        raise UsageError(f"{where} holds no module's state dict", f"found: {found or 'nothing'}", "Save model.state_dict() with it.")
+        raise UsageError(
+            f"{where} holds no module's state dict",
+            f"found: {found or 'nothing'}",
+            "Save model.state_dict() with it.",
+        )
     return parts
 
 
@@ -81,14 +127,24 @@ def _part(key: str, word: str, value: Any, ours: bool) -> Part:
         value = value.state_dict()
     if is_optimizer(value):
         return Part(OPTIMIZER, key, _called(word, "optimizer"), value, optimizer_kind(value))
-    if is_state(value) and (word.endswith("_state_dict") or not ours):  # gradients, say, are no module
-        own = (word.removesuffix("_state_dict"), state.without_shells(None, value)) if ours else (_called(word, "model"), *_bare(value))
+    # A checkpoint of this harness also holds other dicts of tensors, such as gradients.
+    if is_state(value) and (word.endswith("_state_dict") or not ours):
+        own = (
+            (word.removesuffix("_state_dict"), state.without_shells(None, value))
+            if ours
+            else (_called(word, "model"), *_bare(value))
+        )
         return Part(MODULE, key, *own)
     if isinstance(value, Mapping) and "last_epoch" in value:
         return Part(SCHEDULER, key, _called(word, "scheduler"), value)
     if isinstance(value, Mapping) and {"scale", "growth_factor"} <= set(value):
         return Part(SCALER, key, _called(word, "scaler"), value)
-    if isinstance(value, torch.Tensor) and value.numel() == 1 and not value.is_meta and not isinstance(value, FakeTensor):
+    if (
+        isinstance(value, torch.Tensor)
+        and value.numel() == 1
+        and not value.is_meta
+        and not isinstance(value, FakeTensor)
+    ):
         value = value.item()
     value = value.item() if isinstance(value, np.generic) else value
     if isinstance(value, int | float) and not isinstance(value, bool):
@@ -97,31 +153,53 @@ def _part(key: str, word: str, value: Any, ours: bool) -> Part:
 
 
 def _called(word: str, kind: str) -> str:
-    """model_state_dict is "model", modelA_state_dict is "modelA", netG is "netG"."""
-    return CALLED.get(word.lower()) or re.sub(r"_(state_dict|state|dict|weights|params)$", "", word) or kind
+    """Return the harness's name for a key of a file.
+
+    `model_state_dict` becomes "model", `modelA_state_dict` becomes "modelA", `netG` stays "netG".
+    """
+    return (
+        CALLED.get(word.lower())
+        or re.sub(r"_(state_dict|state|dict|weights|params)$", "", word)
+        or kind
+    )
 
 
 def is_state(value: Any) -> bool:
-    """Whether this looks like a module's state dict: names and tensors, and nothing else."""
+    """Return whether a value looks like a module's state dict: a mapping of names to tensors.
+
+    Only entries whose name ends in `_extra_state` may hold something other than a tensor.
+    """
     if not isinstance(value, Mapping) or not value:
         return False
     plain = [item for key, item in value.items() if not str(key).endswith("_extra_state")]
-    return bool(plain) and all(isinstance(item, torch.Tensor) for item in plain) and all(isinstance(key, str) for key in value)
+    return (
+        bool(plain)
+        and all(isinstance(item, torch.Tensor) for item in plain)
+        and all(isinstance(key, str) for key in value)
+    )
 
 
 def is_optimizer(value: Any) -> bool:
-    """Whether this looks like an optimizer's state dict."""
-    return isinstance(value, Mapping) and isinstance(value.get("param_groups"), list) and isinstance(value.get("state"), Mapping)
+    """Return whether a value looks like an optimizer's state dict."""
+    return (
+        isinstance(value, Mapping)
+        and isinstance(value.get("param_groups"), list)
+        and isinstance(value.get("state"), Mapping)
+    )
 
 
 def optimizer_kind(state: Mapping[str, Any]) -> str:
-    """Which optimizer a state dict is of, as far as the names of its settings tell."""
+    """Return the kind of optimizer of a state dict, inferred from the names of its settings."""
     settings = {name for group in state["param_groups"] for name in group}
     return next((kind for name, kind in KINDS if name in settings), "an optimizer")
 
 
 def _bare(state: Mapping[str, Any]) -> tuple[Mapping[str, Any], str]:
-    """A state dict without what DataParallel, DDP, torch.compile and AveragedModel put before its names, and a word on that."""
+    """Return a state dict without the name prefixes of wrappers, and a note on what was removed.
+
+    The wrappers are DataParallel, DDP, torch.compile and AveragedModel. A state dict without such
+    prefixes, or with names that would then collide, is returned unchanged with an empty note.
+    """
     bare = {name: name for name in state if name != "n_averaged"}
     stripped = []
     while True:
@@ -135,10 +213,13 @@ def _bare(state: Mapping[str, Any]) -> tuple[Mapping[str, Any], str]:
     if not stripped or len(set(bare.values())) < len(bare):
         return state, ""
     made = OrderedDict((new, state[name]) for name, new in bare.items())
-    if hasattr(state, "_metadata"):  # the versions of a module's parts
+    if hasattr(state, "_metadata"):  # the versions of the submodules
         versions = state._metadata
         for prefix in stripped:
-            versions = OrderedDict((_without(prefix, f"{name}.").removesuffix("."), version) for name, version in versions.items())
+            versions = OrderedDict(
+                (_without(prefix, f"{name}.").removesuffix("."), version)
+                for name, version in versions.items()
+            )
         made._metadata = versions  # type: ignore[attr-defined]
     return made, f"without {' and '.join(map(repr, dict.fromkeys(stripped)))} before its names"
 
@@ -149,34 +230,67 @@ def _without(prefix: str, name: str) -> str:
 
 def _strange(value: Any) -> str:
     if isinstance(value, torch.Tensor):
-        return f"a tensor of shape {'x'.join(map(str, value.shape))}" if value.dim() else "a tensor with one number"
-    if isinstance(value, list | tuple) and value and all(isinstance(item, torch.Tensor) for item in value):
+        return (
+            f"a tensor of shape {'x'.join(map(str, value.shape))}"
+            if value.dim()
+            else "a tensor with one number"
+        )
+    if (
+        isinstance(value, list | tuple)
+        and value
+        and all(isinstance(item, torch.Tensor) for item in value)
+    ):
         return f"{len(value)} tensors without names, as of list(model.parameters())"
     if isinstance(value, NotLoaded):
         return str(value)
     if isinstance(value, str):
         return f"the text {value[:60]!r}"
-    return f"a {type(value).__name__}" + (f" of {len(value)}" if isinstance(value, list | tuple | Mapping) else "")
-
-
-def summary(part: Part) -> str:
-    """What a part is, in a few words."""
-    if part.kind == NUMBER:
-        return f"{part.value:.6g}" if isinstance(part.value, float) else str(part.value)
-    if part.kind == MODULE:
-        held = dict(tensors(part.value))
-        learned = sum(t.numel() for name, t in held.items() if not BUFFER.search(name) and (t.is_floating_point() or t.is_complex()))
-        total = size(sum(t.numel() * t.element_size() for t in held.values()))
-        return ", ".join(filter(None, (f"{len(held)} tensors, {learned:,} parameters, {total}", part.note)))
-    if part.kind == OPTIMIZER:
-        groups = part.value["param_groups"]
-        rates = ", ".join(f"{group['lr']:.4g}" for group in groups if isinstance(group.get("lr"), float))
-        return f"{part.note}; {sum(len(group['params']) for group in groups)} parameters, learning rate {rates or 'unknown'}"
-    if part.kind == SCHEDULER:
-        return f"after {part.value['last_epoch']} steps"
-    return part.note or part.kind
+    return f"a {type(value).__name__}" + (
+        f" of {len(value)}" if isinstance(value, list | tuple | Mapping) else ""
+    )
 
 
 def number_of(parts: list[Part], name: str) -> float | None:
-    """The first number that is called so, or None."""
+    """Return the first number of that name, or None."""
     return next((part.value for part in parts if part.kind == NUMBER and part.name == name), None)
+
+
+def called(parts: list[Part], kind: str, wanted: str) -> Part:
+    """Return the part of a kind whose key or name is `wanted`.
+
+    Raises:
+        UsageError: The file has no part of this kind and name.
+    """
+    of_kind = [part for part in parts if part.kind == kind]
+    found = next((part for part in of_kind if wanted in (part.key, part.name)), None)
+    if found is None:
+        raise UsageError(
+            f"the file has no {kind} {wanted!r}",
+            f"found: {', '.join(part.key for part in of_kind) or 'none'}",
+        )
+    return found
+
+
+def meant_for(parts: list[Part], kind: str, name: str, *, is_lone: bool) -> Part | None:
+    """Return the part of a kind for an object of the task, or None if the file has no such part.
+
+    Args:
+        parts: The recognised parts of the file.
+        kind: Kind of the object.
+        name: Name of the object; the part of that name is meant for it.
+        is_lone: The task has no other object of this kind, so it may take the file's only part.
+
+    Raises:
+        UsageError: The assignment is ambiguous.
+    """
+    of_kind = [part for part in parts if part.kind == kind]
+    found = [part for part in of_kind if part.name == name] or (
+        of_kind if len(of_kind) == 1 and is_lone else []
+    )
+    if not found and of_kind:
+        raise UsageError(
+            f"which {kind} of the file is {name!r} cannot be told",
+            f"found: {', '.join(part.key for part in of_kind)}",
+            f"Name it: --as {name}={of_kind[0].key}, or leave it out: --without {name}.",
+        )
+    return found[0] if found else None

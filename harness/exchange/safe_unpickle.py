@@ -1,7 +1,9 @@
-"""See what is in a pickle that names classes of its own, without loading one of them.
+"""Inspect a pickle that names classes of its own, without loading any of them.
 
-A class or function that is not plainly harmless is replaced by a stand-in, which does nothing and keeps what it is given. So a pickled
-module shows its parameters, and a checkpoint with somebody's options in it the rest, on any machine and without running anything.
+A stand-in replaces every class or function that is not known to be harmless. It does nothing and
+keeps the data that it receives. The parameters of a pickled module can therefore be shown, and so
+can the contents of a checkpoint that also holds somebody's options object. This works on any
+machine and runs no code of the file.
 """
 
 from __future__ import annotations
@@ -17,12 +19,18 @@ from typing import Any, BinaryIO
 
 import torch
 
-# They make tensors, and containers, of what they are given; the rest of torch's own are not needed for a look.
-REBUILD = ("_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_parameter", "_rebuild_parameter_with_state")
+# These functions only make tensors and parameters from their arguments. Inspection needs no other
+# functions of `torch._utils`.
+REBUILD = (
+    "_rebuild_tensor",
+    "_rebuild_tensor_v2",
+    "_rebuild_parameter",
+    "_rebuild_parameter_with_state",
+)
 
 
 class StandIn:
-    """In the place of an object whose class is not loaded; `state` is what it was to be built from."""
+    """Stands in for an object whose class is not loaded; `state` holds the object's data."""
 
     called = "an object"
 
@@ -37,14 +45,14 @@ class StandIn:
             self.state[key] = value
 
     def append(self, value: Any) -> None:
-        """What is appended is not kept."""
+        """Discard the value."""
 
     def extend(self, values: Any) -> None:
-        """What is appended is not kept."""
+        """Discard the values."""
 
 
 class NotLoaded(str):
-    """A word in the place of an object."""
+    """A text in place of an object that was not loaded."""
 
 
 def _stand_in(name: str) -> type[StandIn]:
@@ -52,27 +60,36 @@ def _stand_in(name: str) -> type[StandIn]:
 
 
 class Unpickler(pickle.Unpickler):
-    """What `torch.load` takes for its `pickle_module.Unpickler`."""
+    """The `pickle_module.Unpickler` of this module for `torch.load`; it loads no unsafe class."""
 
     def find_class(self, module: str, name: str) -> Any:
+        """Return a harmless constructor or dtype of that name, else a new stand-in class."""
+        # A `partial` keeps the pickle from reaching the class or function that it wraps.
         if (module, name) == ("collections", "OrderedDict"):
-            return functools.partial(collections.OrderedDict)  # nothing in the pickle gets hold of the class, or of the functions below
+            return functools.partial(collections.OrderedDict)
         if module == "torch._utils" and name in REBUILD:
             return functools.partial(getattr(torch._utils, name))
-        if module == "torch" and (name in ("Size", "device") or isinstance(vars(torch).get(name), torch.dtype)):
-            found = vars(torch)[name]  # `getattr` would import what torch imports on first use
+        if module == "torch" and (
+            name in ("Size", "device") or isinstance(vars(torch).get(name), torch.dtype)
+        ):
+            found = vars(torch)[name]  # `getattr` could trigger a lazy import of torch
             return found if isinstance(found, torch.dtype) else functools.partial(found)
         return _stand_in(f"{module}.{name}")
 
 
 class ScriptUnpickler(Unpickler):
-    """Reads the main pickle of a TorchScript file; its tensors' data only `with_data`."""
+    """Reads the main pickle of a TorchScript file, with its tensors' data only if `with_data`."""
 
     def __init__(self, archive: zipfile.ZipFile, main: str, *, with_data: bool) -> None:
         super().__init__(io.BytesIO(archive.read(main)))
-        self._archive, self._folder, self._with_data = archive, f"{main.removesuffix('data.pkl')}data", with_data
+        self._archive, self._folder, self._with_data = (
+            archive,
+            f"{main.removesuffix('data.pkl')}data",
+            with_data,
+        )
 
     def persistent_load(self, saved: Any) -> Any:
+        """Return the storage that a persistent id names; a meta storage without `with_data`."""
         kind, number, count = saved[1], saved[2], saved[4]
         dtype = torch.storage._storage_type_to_dtype_map()[kind.called.rpartition(".")[2]]
         size_bytes = count * dtype.itemsize
@@ -80,25 +97,51 @@ class ScriptUnpickler(Unpickler):
             raw = bytearray(self._archive.read(f"{self._folder}/{number}"))
             if len(raw) < size_bytes:
                 raise EOFError(f"{len(raw)} bytes of {size_bytes}")
-            storage = torch.frombuffer(raw, dtype=torch.uint8).untyped_storage() if raw else torch.UntypedStorage(0)  # type: ignore[no-untyped-call]
+            storage = (
+                torch.frombuffer(raw, dtype=torch.uint8).untyped_storage()
+                if raw
+                else torch.UntypedStorage(0)  # type: ignore[no-untyped-call]
+            )
         else:
-            storage = torch.UntypedStorage(size_bytes, device="meta")  # type: ignore[no-untyped-call]
-        return torch.storage.TypedStorage(wrap_storage=storage, dtype=dtype, _internal=True)  # type: ignore[no-untyped-call]
+            storage = torch.UntypedStorage(  # type: ignore[no-untyped-call]
+                size_bytes,
+                device="meta",
+            )
+        return torch.storage.TypedStorage(  # type: ignore[no-untyped-call]
+            wrap_storage=storage,
+            dtype=dtype,
+            _internal=True,
+        )
 
 
-def torchscript(archive: zipfile.ZipFile, *, with_data: bool) -> tuple[dict[str, torch.Tensor], bool]:
-    """The tensors in a TorchScript file by the names of their modules, and whether it is in training mode.
+def torchscript(
+    archive: zipfile.ZipFile, *, with_data: bool
+) -> tuple[dict[str, torch.Tensor], bool]:
+    """Return a TorchScript file's tensors by qualified name, and whether it is in training mode.
 
-    `torch.jit.load` would run code of the file's own (`__setstate__`), which can write to the disk.
+    `torch.jit.load` is not used because it would run the file's own code (`__setstate__`), which
+    can write to the disk.
     """
-    main = min((name for name in archive.namelist() if name.rpartition("/")[2] == "data.pkl"), key=len)
+    main = min(
+        (name for name in archive.namelist() if name.rpartition("/")[2] == "data.pkl"), key=len
+    )
     root = ScriptUnpickler(archive, main, with_data=with_data).load()
-    is_training = isinstance(root, StandIn) and isinstance(root.state, dict) and bool(root.state.get("training"))
+    is_training = (
+        isinstance(root, StandIn)
+        and isinstance(root.state, dict)
+        and bool(root.state.get("training"))
+    )
     return collections.OrderedDict(_attributes(root)), is_training
 
 
-def _attributes(module: Any, prefix: str = "", depth: int = 0) -> Iterator[tuple[str, torch.Tensor]]:
-    state = module.state if isinstance(module, StandIn) and isinstance(module.state, dict) and depth < 100 else {}
+def _attributes(
+    module: Any, prefix: str = "", depth: int = 0
+) -> Iterator[tuple[str, torch.Tensor]]:
+    state = (
+        module.state
+        if isinstance(module, StandIn) and isinstance(module.state, dict) and depth < 100
+        else {}
+    )
     for name, item in state.items():
         if isinstance(item, torch.Tensor):
             yield f"{prefix}{name}", item
@@ -107,12 +150,14 @@ def _attributes(module: Any, prefix: str = "", depth: int = 0) -> Iterator[tuple
 
 
 def wanted(opened: BinaryIO, *, is_zip: bool) -> list[str]:
-    """The classes and functions that the pickle of a torch.save file names beyond those that PyTorch holds for harmless."""
-    return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(opened if is_zip else _as_zip(opened)))
+    """Return the globals in a torch.save file's pickle that PyTorch does not consider safe."""
+    return sorted(
+        torch.serialization.get_unsafe_globals_in_checkpoint(opened if is_zip else _as_zip(opened))
+    )
 
 
 def _as_zip(opened: BinaryIO) -> BinaryIO:
-    """The main pickle of an old file, the fourth, in the place where torch looks for that of a new one."""
+    """Repack the main pickle of a legacy file, its fourth, as a zip file that torch can scan."""
     for _ in range(3):
         for _ in pickletools.genops(opened):
             pass
@@ -130,13 +175,20 @@ def _as_zip(opened: BinaryIO) -> BinaryIO:
 
 
 def load(file: Any, **options: Any) -> Any:
-    """As `pickle.load`."""
+    """Load a pickle like `pickle.load`, with this module's `Unpickler`."""
     return Unpickler(file, **options).load()
 
 
 def check_nesting(value: Any, most: int = 3_000_000, deepest: int = 200) -> None:
-    """Raises ValueError for what nobody can walk through: a small pickle may hold one list in another a thousand times over, or in
-    itself."""
+    """Raise ValueError for a structure that is too large or too deep to traverse.
+
+    A small pickle may nest a list in another a thousand times over, or in itself.
+
+    Args:
+        value: The structure.
+        most: Greatest number of items; an item that is reached twice counts twice.
+        deepest: Greatest depth.
+    """
     todo, seen = [(value, 0)], 0
     while todo:
         item, depth = todo.pop()
@@ -151,7 +203,10 @@ def check_nesting(value: Any, most: int = 3_000_000, deepest: int = 200) -> None
 
 
 def opened(value: Any) -> Any:
-    """The same with each module's stand-in replaced by its state dict, and others by a word on them."""
+    """Replace the stand-in of each module by its state dict, and other stand-ins by a text.
+
+    Tuples become lists.
+    """
     if isinstance(value, StandIn):
         if isinstance(value.state, dict) and "_parameters" in value.state:
             return collections.OrderedDict(_parameters(value))
@@ -164,7 +219,9 @@ def opened(value: Any) -> Any:
     return value
 
 
-def _parameters(module: StandIn, prefix: str = "", depth: int = 0) -> Iterator[tuple[str, torch.Tensor]]:
+def _parameters(
+    module: StandIn, prefix: str = "", depth: int = 0
+) -> Iterator[tuple[str, torch.Tensor]]:
     for kind in ("_parameters", "_buffers"):
         held = module.state.get(kind)
         for name, tensor in held.items() if isinstance(held, dict) else ():

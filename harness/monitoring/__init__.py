@@ -1,1 +1,1 @@
-"""What a run records and shows: events, console, trackers, goodput, and whether its parts still answer."""
+"""Monitoring of a run: event log, console, trackers, goodput, time-outs and store health."""

@@ -1,4 +1,4 @@
-"""What a person sees of a run: one live line on a terminal, a plain line now and then elsewhere."""
+"""Console output of a run: one live line on a terminal, plain lines at intervals elsewhere."""
 
 from __future__ import annotations
 
@@ -14,43 +14,55 @@ LIVE_EVERY_S, LINE_EVERY_S = 0.1, 10.0
 
 @dataclass(frozen=True)
 class StepSummary:
-    """What the progress line shows of one step."""
+    """The contents of the progress line for one step."""
 
     step: int
-    end_step: int | None
-    epoch: int
-    epochs: int | None
-    values: dict[str, float]
-    rate: str
-    saved: str
+    end_step: int | None  # last step of the run; None if unknown
+    epoch: int  # from 0 on
+    epochs: int | None  # of the whole run; None if the data has no epochs
+    values: dict[str, float]  # logged values, as means over ranks
+    rate: str  # throughput, formatted
+    saved: str  # state of saving and uploading
 
 
 class ProgressBar:
-    """A live line for a command that reads much: how far, how fast; nothing where nobody watches."""
+    """A live line with the progress of a command that reads much data.
 
-    def __init__(self, what: str, total_bytes: int, clock: Callable[[], float] = time.monotonic) -> None:
+    It shows bytes, throughput and remaining time. Nothing is printed if stdout is not a terminal.
+    """
+
+    def __init__(
+        self, what: str, total_bytes: int, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self.what, self.total_bytes, self.clock = what, total_bytes, clock
         self.done_bytes, self._began, self._next_at = 0, clock(), clock() + LIVE_EVERY_S
         self.live = _is_terminal()
 
     def __call__(self, more_bytes: int) -> None:
-        """So many bytes more are done."""
+        """Add `more_bytes` to the bytes done; redraw the line, at most every `LIVE_EVERY_S`."""
         self.done_bytes += more_bytes
         if self.live and self.clock() >= self._next_at:
             self._next_at = self.clock() + LIVE_EVERY_S
             rate = self.done_bytes / max(self.clock() - self._began, 1e-9)
             left = duration(max(0, self.total_bytes - self.done_bytes) / max(rate, 1.0))
-            text = f"{self.what}  {size(self.done_bytes)} of {size(self.total_bytes)} · {size(rate)}/s · {left} left"
+            text = (
+                f"{self.what}  {size(self.done_bytes)} of {size(self.total_bytes)}"
+                f" · {size(rate)}/s · {left} left"
+            )
             redraw(text)
 
     def end(self) -> None:
-        """Take the line away again."""
+        """Erase the line."""
         if self.live:
             redraw("")
 
 
 class Console:
-    """A live line on a terminal; elsewhere a plain line every ten seconds, without control characters."""
+    """The progress line of a run.
+
+    On a terminal it is one live line. Elsewhere it is a plain line every ten seconds, without
+    control characters.
+    """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.clock = clock
@@ -59,7 +71,11 @@ class Console:
         self._drawn = False
 
     def show(self, moment: StepSummary, steps_per_s: float) -> None:
-        """Draw, unless the last drawing is too young."""
+        """Print the progress line, unless the last one was printed too short a time ago.
+
+        The shortest interval is `LIVE_EVERY_S` on a terminal, else `LINE_EVERY_S`. `steps_per_s`
+        is the throughput from which the remaining time is computed.
+        """
         if self.clock() < self._next_at:
             return
         self._next_at = self.clock() + (LIVE_EVERY_S if self.live else LINE_EVERY_S)
@@ -71,7 +87,7 @@ class Console:
             say(text)
 
     def say(self, text: str) -> None:
-        """A lasting line, below the live one."""
+        """Print a permanent line in place of the live line; the next `show` draws that again."""
         if self._drawn:
             redraw("")
         say(text)
@@ -87,7 +103,9 @@ def _is_terminal() -> bool:
 
 def _text(moment: StepSummary, steps_per_s: float) -> str:
     total = f"/{moment.end_step}" if moment.end_step else ""
-    parts = [f"epoch {min(moment.epoch + 1, moment.epochs)}/{moment.epochs}"] if moment.epochs else []
+    parts = (
+        [f"epoch {min(moment.epoch + 1, moment.epochs)}/{moment.epochs}"] if moment.epochs else []
+    )
     parts += [f"step {moment.step}{total}"]
     parts += [f"{name} {value:.4g}" for name, value in moment.values.items()]
     parts.append(moment.rate)

@@ -1,4 +1,7 @@
-"""The events of an attempt: one line an event, for machines. A full disk under them never hurts the run."""
+"""The event log of an attempt: machine-readable, one JSON line per event.
+
+A full disk never stops the run: a failed write is reported once and counted.
+"""
 
 from __future__ import annotations
 
@@ -9,38 +12,82 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from harness.checkpoint import format as fmt
 from harness.checkpoint.attempts import now
 from harness.errors import StorageError
-from harness.store import LocalStore
+from harness.store import LocalStore, Store
 from harness.text import say
 
 SPENT_EVERY_S, ENDS = 1.0, ("finished", "stopped")
-MOST_KEPT = 50_000  # lines, some ten megabytes
+MOST_KEPT = 50_000  # lines waiting for the upload: about ten megabytes
 
 
 class EventLog:
-    """The events of one attempt: `events/0003.jsonl` in a local store, and, `kept` here until then, segments in a remote one."""
+    """The events of one attempt.
+
+    In a local store they are appended to one file, such as `events/0003.jsonl`. For a remote store
+    they are buffered here until `send` writes them as a segment.
+
+    Args:
+        store: Local store, or None if the run has only a remote one.
+        key: Key of the events file in the local store.
+        kept: Whether lines are buffered for a remote store.
+        spent: Function that returns the goodput accounting in seconds. It is recorded with an event
+            at most every `SPENT_EVERY_S`, and always with the events in `ENDS`. None: it is not
+            recorded.
+        clock: Function that returns the current time in seconds.
+    """
 
     def __init__(
-        self, store: LocalStore | None, key: str, kept: bool = False, spent: Callable[[], dict[str, float]] | None = None,
+        self,
+        store: LocalStore | None,
+        key: str,
+        kept: bool = False,
+        spent: Callable[[], dict[str, float]] | None = None,
         clock: Callable[[], float] = time.monotonic,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.store, self.key, self.clock = store, key, clock
         self.lost = 0
         self._spent, self._spent_at = spent, -SPENT_EVERY_S
-        self.listeners: list[Callable[[Mapping[str, Any]], object]] = []  # are told of each event, on the thread that writes it
-        self._kept: collections.deque[bytes] | None = collections.deque(maxlen=MOST_KEPT) if kept else None
+        # Called with each event, on the thread that writes it.
+        self.listeners: list[Callable[[Mapping[str, Any]], object]] = []
+        self._kept: collections.deque[bytes] | None = (
+            collections.deque(maxlen=MOST_KEPT) if kept else None
+        )
+        self._segments, self._segment = 0, b""  # how many were sent; the one that is being sent
 
-    def take(self) -> list[bytes]:
-        """The lines since the last call; of very many, the newest."""
+    def send(self, remote: Store, attempt: int) -> None:
+        """Send the lines since the last call, but no more than the newest `MOST_KEPT`.
+
+        Called by the upload thread only.
+
+        Args:
+            remote: Remote store.
+            attempt: Number of the attempt whose events these are.
+
+        Raises:
+            StorageError: The segment is not sent. The next call sends it again.
+        """
+        # A failed segment is sent again with the same bytes, as the last try may have arrived.
+        self._segment = self._segment or self._take()
+        if self._segment:
+            remote.create(fmt.segment_key(attempt, self._segments + 1), self._segment, attempt)
+            self._segments, self._segment = self._segments + 1, b""
+
+    def _take(self) -> bytes:
         taken: list[bytes] = []
         while self._kept:
             taken.append(self._kept.popleft())
-        return taken
+        return b"".join(taken)
 
     def write(self, kind: str, **fields: Any) -> None:
-        """Append one event; one a second tells what the attempt's time was spent on. A store that refuses is complained of once."""
-        if self._spent is not None and (kind in ENDS or self.clock() - self._spent_at >= SPENT_EVERY_S):
+        """Append one event; about one event per second includes the goodput accounting.
+
+        The first failed write is reported on stderr. All failed writes are counted in `lost`.
+        """
+        if self._spent is not None and (
+            kind in ENDS or self.clock() - self._spent_at >= SPENT_EVERY_S
+        ):
             self._spent_at, fields["spent"] = self.clock(), self._spent()
         event = {"event": kind, "time": now()} | fields
         for listener in self.listeners:

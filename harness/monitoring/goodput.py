@@ -1,4 +1,7 @@
-"""What an attempt spends its time on: at any moment on one thing, so that all of it sums to wall time."""
+"""Goodput accounting: attribute the wall time of an attempt to phases.
+
+An attempt is in exactly one phase at any moment, so the phases sum to the wall time.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,11 @@ _asked = itertools.count()
 
 
 def age_s() -> float:
-    """How long ago this process was started; 0 where the kernel does not tell, and for the second run that a process begins."""
+    """Return the age of this process in seconds, which is the start-up time of its first run.
+
+    Returns 0 if the kernel does not report the start time, and from the second call on: a later run
+    in the same process has no such start-up time.
+    """
     if next(_asked):
         return 0.0
     try:
@@ -31,38 +38,49 @@ def age_s() -> float:
 
 
 class Goodput:
-    """Seconds by what they were spent on, from the start of this process on. For the training thread; `spent` may be read from any."""
+    """The seconds spent in each phase, since the start of this process.
+
+    Only the training thread changes phases. Any thread may call `spent`.
+
+    Args:
+        clock: Function that returns the current time in seconds.
+        age_s: Age of the process in seconds, counted as start-up.
+    """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic, age_s: float = 0.0) -> None:
-        self.redone_until = 0  # the last step that an earlier attempt had made, too
-        self.steps_per_s: float | None = None  # how fast that one was, at its end
+        self.redone_until = 0  # last step that an earlier attempt had made
+        # Throughput at the end of the newest earlier attempt, if known.
+        self.steps_per_s: float | None = None
         self.clock = clock
-        self.closed = threading.Event()  # nothing more is spent
+        self.closed = threading.Event()  # set when the loop has ended; ends the wait notices
         self.say: Callable[[str], object] = say
-        self.is_joining = False  # of what is start-up: for the other ranks
+        self.is_joining = False  # the start-up may be waiting for the other ranks
         self.is_first_step = True
         self._spent = {STARTUP: age_s}
         self.what, self.since = STARTUP, clock()
 
     def on(self, what: str) -> str:
-        """From now on it is spent on that; returns on what it was spent until now."""
+        """Switch the goodput phase; return the previous one."""
         now, before = self.clock(), self.what
         self._spent[before] = self._spent.get(before, 0.0) + now - self.since
         self.what, self.since = what, now
         return before
 
     def train(self, step: int) -> None:
-        """From now on it is spent on making that step, or on making it again."""
+        """Switch to the phase for step `step`.
+
+        That is `REDONE` for a step that an earlier attempt had made, else `TRAINING`.
+        """
         self.on(TRAINING if step > self.redone_until else REDONE)
 
     def step_made(self) -> None:
-        """The step is over; what follows is the loop's own."""
+        """Switch to `OVERHEAD` at the end of a step: what follows is work of the loop itself."""
         self.on(OVERHEAD)
         self.is_first_step = False
 
     @contextlib.contextmanager
     def during(self, what: str) -> Iterator[None]:
-        """What the block takes is spent on that."""
+        """Attribute the time of the block to a phase, then switch back to the previous phase."""
         before = self.on(what)
         try:
             yield
@@ -70,14 +88,14 @@ class Goodput:
             self.on(before)
 
     def spent(self) -> dict[str, float]:
-        """All of it until now, in seconds."""
+        """Return the seconds spent in each phase until now, rounded to milliseconds."""
         what, since, spent = self.what, self.since, dict(self._spent)
         spent[what] = spent.get(what, 0.0) + self.clock() - since
         return {what: round(seconds, 3) for what, seconds in spent.items()}
 
     @contextlib.contextmanager
     def joining(self) -> Iterator[None]:
-        """In the block this process may have to wait for the other ranks."""
+        """Attribute the block to start-up, marked as a wait for the other ranks."""
         self.on(STARTUP)
         self.is_joining = True
         try:

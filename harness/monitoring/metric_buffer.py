@@ -1,4 +1,4 @@
-"""What a run has measured: the losses that were logged, the metrics of evaluations, the best so far."""
+"""The measurements of a run: logged losses, metrics of evaluations, and the best metric so far."""
 
 from __future__ import annotations
 
@@ -13,47 +13,79 @@ from harness.distributed.ranks import World
 
 
 class MetricBuffer:
-    """Values of the present step, and those that are carried on."""
+    """The values of the present step, and those that last beyond it or wait to be gathered."""
 
     def __init__(self) -> None:
         self.loss: float | None = None
         self.metrics: dict[str, float] = {}  # of the last evaluation
         self.best: float | None = None
-        self.of_this_step: dict[str, float] = {}  # metrics that were measured on the very weights of this step
+        # Metrics that were measured on exactly the weights of this step.
+        self.of_this_step: dict[str, float] = {}
         self.new_best = False
         self.logged: dict[str, Any] = {}  # by this step
-        self.by_rank: list[tuple[int, int, str, float]] = []  # what `read` found last: step, rank, name, value
-        self._held: list[tuple[int, str, dict[str, Any]]] = []  # steps that are still to be told of, when they were, what they logged
+        # Result of the last `read`: step, rank, name, value.
+        self.by_rank: list[tuple[int, int, str, float]] = []
+        # Steps that `read` has not returned yet: step, time, logged values.
+        self._held: list[tuple[int, str, dict[str, Any]]] = []
 
     @property
     def holds(self) -> bool:
-        """Whether there are steps to be told of; on all ranks alike."""
+        """Return whether steps wait for `read`; the result is the same on all ranks."""
         return bool(self._held)
 
     def begin_step(self) -> None:
+        """Clear the values of the previous step."""
         self.of_this_step, self.new_best, self.logged = {}, False, {}
 
     def hold(self, step: int) -> None:
-        """Keep what this step has logged until the ranks meet: to bring them together for each would make them wait for each other."""
-        copies = {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in self.logged.items()}
+        """Buffer the values that this step has logged until the next `read`.
+
+        Gathering them in each step would make the ranks wait for each other.
+        """
+        copies = {
+            name: value.clone() if isinstance(value, torch.Tensor) else value
+            for name, value in self.logged.items()
+        }
         self._held.append((step, now(), copies))
 
     def log(self, values: Mapping[str, Any]) -> None:
-        """Keep what a step logged; tensors are not read."""
-        self.logged = {name: value.detach() if isinstance(value, torch.Tensor) else value for name, value in values.items()}
+        """Set the logged values of this step; tensors are not read from the device."""
+        self.logged = {
+            name: value.detach() if isinstance(value, torch.Tensor) else value
+            for name, value in values.items()
+        }
 
     def evaluated(self, found: dict[str, float], policy: retention.Policy) -> None:
-        """Take in what an evaluation found; several in one step add up."""
+        """Add the metrics of an evaluation, and update the best value of the policy's metric.
+
+        The metrics of several evaluations in one step are merged.
+        """
         self.of_this_step = self.metrics = self.of_this_step | found
         self.best, improved = retention.better(found, self.best, policy)
         self.new_best = self.new_best or improved
 
     def read(self, world: World) -> list[tuple[int, str, dict[str, float]]]:
-        """The steps that were held since the last call, when they were, and the means over ranks of what they logged; and `loss` is that
-        of the present step. Collective: every rank must call it."""
+        """Return the steps buffered since the last call, with the means over ranks of their values.
+
+        This also sets `loss` to the mean loss of the present step, if it logged one, and `by_rank`
+        to the values of each rank in the buffered steps. A mean is over the ranks that have logged
+        the name. Names that rank 0 has not logged have no mean; names that this rank has not logged
+        are not in `by_rank`.
+
+        Collective: every rank must call it.
+
+        Returns:
+            For each step its number, its time, and the means by name.
+        """
         held, self._held = self._held, []
         logged = dict(enumerate([*(values for _, _, values in held), self.logged]))
-        parts = world.gather_numbers({f"{at} {name}": float(value) for at, values in logged.items() for name, value in values.items()})
+        parts = world.gather_numbers(
+            {
+                f"{at} {name}": float(value)
+                for at, values in logged.items()
+                for name, value in values.items()
+            }
+        )
         self.by_rank = [
             (held[at][0], rank, name, part[f"{at} {name}"])
             for rank, part in enumerate(parts)
@@ -61,7 +93,11 @@ class MetricBuffer:
             for name in logged[at]
             if f"{at} {name}" in part
         ]
-        means = {key: sum(part[key] for part in parts if key in part) / sum(key in part for part in parts) for key in parts[0]}
+        means = {
+            key: sum(part[key] for part in parts if key in part)
+            / sum(key in part for part in parts)
+            for key in parts[0]
+        }
         self.loss = means.get(f"{len(held)} loss", self.loss)
         named: list[dict[str, float]] = [{} for _ in held]
         for key, mean in means.items():
@@ -71,9 +107,9 @@ class MetricBuffer:
         return [(step, at, values) for (step, at, _), values in zip(held, named, strict=True)]
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps of it."""
+        """Return the values that are saved in a checkpoint."""
         return {"loss": self.loss, "metrics": self.metrics, "best": self.best}
 
     def restore(self, payload: Mapping[str, Any]) -> None:
-        """Take over what a checkpoint kept."""
+        """Restore the values from a checkpoint's payload."""
         self.loss, self.metrics, self.best = payload["loss"], payload["metrics"], payload["best"]

@@ -1,4 +1,7 @@
-"""One readable stream: the writer's. What the other ranks of a supervised run print goes to files in the run directory."""
+"""Redirect the output of all ranks but rank 0 (the writer) to files in the run directory.
+
+This applies to supervised runs. Their output then is one readable stream, that of the writer.
+"""
 
 from __future__ import annotations
 
@@ -15,14 +18,22 @@ LOGS = "logs"
 
 
 def divert(directory: str | Path | None) -> None:
-    """Send this rank's output to a file, unless it is the one that people read, or nobody supervises the run."""
+    """Redirect this rank's stdout and stderr to a file in `logs`.
+
+    Nothing is redirected on rank 0, whose output people read, without a supervisor, or without a
+    run directory. If the file cannot be opened, the error is printed and nothing is redirected.
+    """
     name = launches.own()
     if name is None or directory is None or prints():
         return
     folder = Path(directory).expanduser() / LOGS
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = os.open(folder / f"{name}-rank{own_rank()}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+        file = os.open(
+            folder / f"{name}-rank{own_rank()}.log",
+            os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC,
+            0o666,
+        )
     except OSError as error:
         say(f"harness: rank {own_rank()} prints here: {error}", sys.stderr)
         return

@@ -1,4 +1,4 @@
-"""What a resume costs, in words: how old the checkpoint is, and how many steps are to be recomputed."""
+"""The cost of a resume as text: the checkpoint's age and the number of steps to recompute."""
 
 from __future__ import annotations
 
@@ -10,11 +10,22 @@ from harness.text import duration
 
 
 def resumed(found: Catalog, origin: Manifest | None, account: Goodput, last: int) -> str:
-    """What it has cost that an attempt ended, in words; "" if there is nothing to go on from. The account is told of it, and how fast
-    the last attempt was. Step `last` is known to have been made, whatever the events tell."""
+    """Return the cost of a resume as text; "" if there is no resume point.
+
+    This also sets two values of `account`: the last step that an earlier attempt had made, and the
+    throughput at the end of the newest attempt.
+
+    Args:
+        found: The catalog of the run's stores.
+        origin: The resume point; None for step 0.
+        account: The goodput accounting.
+        last: A step that is known to have been made, even if no event shows it; or 0.
+    """
     newest = attempt_history.told(found.stores, found.greatest) if found.greatest else []
     account.steps_per_s = attempt_history.steps_per_s(newest)
-    again = max(attempt_history.steps_again(found, origin, newest), last - (origin.step if origin else 0))
+    again = max(
+        attempt_history.steps_again(found, origin, newest), last - (origin.step if origin else 0)
+    )
     account.redone_until = again + (origin.step if origin else 0)
     if origin is None:
         return ""

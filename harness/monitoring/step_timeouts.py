@@ -1,4 +1,4 @@
-"""How long each part of a run may take before it counts as hung."""
+"""Time-outs of the parts of a run, after which the run counts as hung."""
 
 from __future__ import annotations
 
@@ -7,26 +7,46 @@ from collections.abc import Callable
 
 from harness.preemption.watchdog import OnHang, Watchdog
 
-LEARNED_S, LEARNED_TIMES = 300.0, 30.0  # a step may take five minutes more than thirty times the longest so far
-COMPILING_TIMES, SAVING_TIMES = 3.0, 6.0  # of the limit for a step: what is compiled, and what goes to a slow disk
+# A step may take five minutes more than thirty times the longest step so far.
+LEARNED_S, LEARNED_TIMES = 300.0, 30.0
+# Multiples of `limit_s` for work that may have to compile, and for saves to a slow disk.
+COMPILING_TIMES, SAVING_TIMES = 3.0, 6.0
 
 
 class StepTimeouts:
-    """The watchdog, told what the run is doing. `limit_s` is the most that a step may take; its own limit is learned, or set as `step_s`.
-    What compiles may take three times as long, saving six times."""
+    """The watchdog of a run, with the time-out of each kind of work.
 
-    def __init__(self, limit_s: float, step_s: float | None, on_hang: OnHang, clock: Callable[[], float] = time.monotonic) -> None:
+    The time-out of a step is `step_s`. Without it, it is learned from the longest step so far, at
+    most `limit_s`. Work that may have to compile may take three times `limit_s`, a save six times.
+
+    Args:
+        limit_s: The longest time-out of a step in seconds, unless `step_s` is given.
+        step_s: Time-out of a step in seconds; None: it is learned.
+        on_hang: Callback that reports a hang.
+        clock: Function that returns the current time in seconds.
+    """
+
+    def __init__(
+        self,
+        limit_s: float,
+        step_s: float | None,
+        on_hang: OnHang,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.limit_s, self.step_s, self.clock = limit_s, step_s, clock
         self.longest_s = 0.0
         self._dog = Watchdog(on_hang, clock)
         self._step_began: float | None = None
 
     def first_step(self) -> None:
-        """A step may have to compile."""
+        """Start the time-out of the first step, which may have to compile."""
         self._dog.expect("the first step", COMPILING_TIMES * self.limit_s)
 
     def step(self) -> None:
-        """At each step boundary."""
+        """Start the time-out of the next step; called at each step boundary.
+
+        The duration of the step that ended here updates `longest_s`.
+        """
         now = self.clock()
         if self._step_began is not None:
             self.longest_s = max(self.longest_s, now - self._step_began)
@@ -35,25 +55,27 @@ class StepTimeouts:
         self._dog.expect("a step", self.step_s or min(self.limit_s, learned_s))
 
     def evaluation(self) -> None:
-        """At each batch of an evaluation, the first of which may have to compile."""
+        """Start the time-out of a batch of an evaluation; the first batch may have to compile."""
         self._pause()
         self._dog.expect("a batch of an evaluation", COMPILING_TIMES * self.limit_s)
 
     def evaluated(self) -> None:
-        """The rest of the step goes on."""
+        """Start the time-out of the rest of a step after an evaluation: `limit_s` seconds."""
         self._dog.expect("a step", self.limit_s)
 
     def saving(self) -> None:
+        """Start the time-out of a save."""
         self._pause()
         self._dog.expect("saving", SAVING_TIMES * self.limit_s)
 
     def rest(self) -> None:
-        """What follows has limits of its own, or is the user's."""
+        """Stop the time-out: what follows has time-outs of its own, or is the user's code."""
         self._pause()
         self._dog.rest()
 
     def close(self) -> None:
+        """End the watchdog."""
         self._dog.close()
 
     def _pause(self) -> None:
-        self._step_began = None  # what takes long now is no step
+        self._step_began = None  # time that is not spent on a step must not raise the time-out

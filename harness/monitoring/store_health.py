@@ -1,4 +1,8 @@
-"""What is said of a remote store that does not answer: each try is an event, but a person reads one line."""
+"""Report a remote store that does not answer.
+
+Each failed try is recorded as an event. Only one line is printed for a whole outage, and one when
+the store answers again.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +14,24 @@ from collections.abc import Callable
 from harness.retry import RetryEvent
 from harness.store import redacted
 
-SILENT_S = 5.0  # what passes within this time is not worth a line
+SILENT_S = 5.0  # a shorter outage is not printed
 
 
 class StoreHealth:
-    """Listens to a remote store's requests, from any thread."""
+    """The health of a remote store, as observed from its requests in any thread.
 
-    def __init__(self, name: str, say: Callable[[str], None], clock: Callable[[], float] = time.monotonic) -> None:
+    `note` records an event; the checkpointer sets it to the event log. `worked_at` is the time of
+    the last successful request.
+
+    Args:
+        name: Name of the store in messages.
+        say: Function that prints a line.
+        clock: Function that returns the current time in seconds.
+    """
+
+    def __init__(
+        self, name: str, say: Callable[[str], None], clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self.name, self.clock = name, clock
         self.say = say
         self.note: Callable[..., object] = lambda kind, **fields: None
@@ -27,7 +42,12 @@ class StoreHealth:
         self._lock = threading.Lock()
 
     def on_trouble(self, what: str, trouble: RetryEvent) -> None:
-        """A request failed and will be tried again."""
+        """Record a failed request that will be retried; print a warning for a long outage.
+
+        Args:
+            what: The request, for the event.
+            trouble: The retry event.
+        """
         why = redacted(f"{type(trouble.error).__name__}: {trouble.error}".splitlines()[0][:200])
         with self._lock:
             self.last = why
@@ -35,12 +55,17 @@ class StoreHealth:
             speak = not self._said and self.clock() - self._since >= SILENT_S
             self._said = self._said or speak
             began = datetime.datetime.now() - datetime.timedelta(seconds=self.clock() - self._since)
-        self.note("retry", what=what, tries=trouble.tries, wait_s=round(trouble.wait_s, 2), error=why)
+        self.note(
+            "retry", what=what, tries=trouble.tries, wait_s=round(trouble.wait_s, 2), error=why
+        )
         if speak:
-            self.say(f"harness: warning: {self.name} does not answer since {began:%H:%M:%S}; trying again ({why})")
+            self.say(
+                f"harness: warning: {self.name} does not answer since {began:%H:%M:%S}; "
+                f"trying again ({why})"
+            )
 
     def on_success(self) -> None:
-        """A request worked."""
+        """Record a successful request; report the end of an outage that was printed."""
         with self._lock:
             self.worked_at = self.clock()
             since, said, self._since, self._said = self._since, self._said, None, False

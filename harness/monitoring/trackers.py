@@ -1,7 +1,9 @@
-"""What a run logs, also for TensorBoard and Weights & Biases: one curve over all attempts, whatever was killed in between.
+"""Log the values of a run to TensorBoard and Weights & Biases, as one curve over all attempts.
 
-The events are the truth. At each start what they tell of the steps that count is given anew to who may have lost some of it, or has seen
-steps that are to be made again. Nothing here can hurt the run: what fails is said once, and then left alone.
+The events are authoritative. At each start, the values of the steps up to the resume point are read
+from the events and logged again: a tracker may have lost some of them, or may have logged steps
+that will be recomputed. A tracker cannot stop the run: if one fails, that is reported once, and the
+tracker is not used any more.
 """
 
 from __future__ import annotations
@@ -20,20 +22,28 @@ from harness.store import LocalStore, Store
 from harness.supervision import attempt_history
 
 CLOSE_S = 10.0
-KINDS = {"step": "", "evaluated": "eval/"}  # the events that hold numbers, and what their names are prefixed with
+# The kinds of events that hold numbers, and the prefix of their names.
+KINDS = {"step": "", "evaluated": "eval/"}
 Values = dict[str, float]
 
 
 def values_of(event: Mapping[str, Any]) -> Values:
-    """The numbers of an event, by the names that a curve has."""
+    """Return the numbers of an event by the names of their curves; {} if it holds none."""
     prefix = KINDS.get(str(event.get("event")))
     if prefix is None:
         return {}
-    return {prefix + name: float(value) for name, value in event.items() if name not in ("step", "of") and type(value) in (int, float)}
+    return {
+        prefix + name: float(value)
+        for name, value in event.items()
+        if name not in ("step", "of") and type(value) in (int, float)
+    }
 
 
 def history(found: Catalog, until: int) -> dict[int, Values]:
-    """What the steps up to that one logged, each as the last attempt has it that made it, in their order."""
+    """Return the logged values of the steps up to `until`, in the order of steps.
+
+    If several attempts made a step, its values are those of the last one.
+    """
     steps: dict[int, Values] = {}
     for number in sorted(found.attempts):
         began = (found.attempts[number].get("from") or {}).get("step", 0)
@@ -45,7 +55,13 @@ def history(found: Catalog, until: int) -> dict[int, Values]:
 
 
 class TensorBoard:
-    """A folder of the run directory. Each attempt's file tells all of it, and makes TensorBoard forget the files before."""
+    """Event files of TensorBoard in a folder of the run directory.
+
+    The file of each attempt holds the whole curve, and makes TensorBoard discard earlier files.
+
+    Raises:
+        OSError: The store is remote, but TensorBoard's files need a disk.
+    """
 
     def __init__(self, store: Store, run_id: str, before: Mapping[int, Values]) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -57,31 +73,43 @@ class TensorBoard:
             self.log(step, values)
 
     def log(self, step: int, values: Values) -> None:
+        """Log the values of a step."""
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
+        """Write buffered values and close the file."""
         self._writer.close()
 
 
 class WeightsAndBiases:
-    """One run there, named by this run's id; project, entity and key come from the standard environment (WANDB_PROJECT …). It takes
-    each step once: what is made again, and comes out the same, it leaves out."""
+    """One run of Weights & Biases with the id of this run.
+
+    Project, entity and key come from its standard environment variables (WANDB_PROJECT …). It
+    accepts each step once: it ignores recomputed steps, whose values are the same.
+    """
 
     def __init__(self, store: Store, run_id: str, before: Mapping[int, Values]) -> None:
         import wandb
 
         folder = str(store) if isinstance(store, LocalStore) else None
-        self._run: Any = wandb.init(id=run_id, resume="allow", dir=folder, project=os.environ.get("WANDB_PROJECT", "harness"))
+        self._run: Any = wandb.init(
+            id=run_id,
+            resume="allow",
+            dir=folder,
+            project=os.environ.get("WANDB_PROJECT", "harness"),
+        )
         known = int(self._run.starting_step or 0)
         for step, values in before.items():
             if step >= known:
                 self.log(step, values)
 
     def log(self, step: int, values: Values) -> None:
+        """Log the values of a step."""
         self._run.log(values, step=step)
 
     def close(self) -> None:
+        """Upload buffered values and end the session of this attempt."""
         self._run.finish()
 
 
@@ -92,7 +120,11 @@ MAKERS: dict[str, Callable[[Store, str, Mapping[int, Values]], TensorBoard | Wei
 
 
 def check(names: Sequence[str]) -> None:
-    """Raises UsageError for a name that is not known, or whose library is not installed."""
+    """Check the names of trackers.
+
+    Raises:
+        UsageError: A name is unknown, or its library is not installed.
+    """
     for name in names:
         if name not in MAKERS:
             raise UsageError(f"log_to: {name!r} is none of {', '.join(MAKERS)}")
@@ -101,10 +133,28 @@ def check(names: Sequence[str]) -> None:
 
 
 class Trackers:
-    """All who are told; for the writer. `on_event` is called by threads, too, but only the training thread's events hold numbers."""
+    """The trackers of a run, on the writer.
 
-    def __init__(self, names: Sequence[str], found: Catalog, run_id: str, step: int, say: Callable[[str], object]) -> None:
-        """Open them, and tell them what was logged up to the step that the run goes on from."""
+    `on_event` is called by other threads, too, but only events of the training thread hold numbers.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        found: Catalog,
+        run_id: str,
+        step: int,
+        say: Callable[[str], object],
+    ) -> None:
+        """Open the trackers, and log the values up to the resume point.
+
+        Args:
+            names: Names of the trackers.
+            found: The catalog of the run's stores.
+            run_id: Id of the run.
+            step: Step of the resume point.
+            say: Prints a line.
+        """
         self._say = say
         self._told: dict[str, TensorBoard | WeightsAndBiases] = {}
         before = history(found, step) if names else {}
@@ -115,15 +165,17 @@ class Trackers:
         self._told[name] = MAKERS[name](store, run_id, before)
 
     def on_event(self, event: Mapping[str, Any]) -> None:
-        """Tell of an event, if it holds numbers."""
+        """Log the numbers of an event to all trackers, if it holds any."""
         if self._told and (values := values_of(event)):
             for name, teller in list(self._told.items()):
                 self._safely(name, partial(teller.log, int(event["step"]), values))
 
     def close(self) -> None:
-        """Let them write what they still hold, if that is quick."""
+        """Close the trackers, which write buffered values; wait at most `CLOSE_S` for each."""
         for name, teller in list(self._told.items()):
-            thread = threading.Thread(target=self._safely, args=(name, teller.close), daemon=True, name=name)
+            thread = threading.Thread(
+                target=self._safely, args=(name, teller.close), daemon=True, name=name
+            )
             thread.start()
             thread.join(CLOSE_S)
         self._told.clear()
@@ -131,6 +183,9 @@ class Trackers:
     def _safely(self, name: str, work: Callable[[], object]) -> None:
         try:
             work()
-        except Exception as error:  # noqa: BLE001 - somebody else's library, and training does not depend on it
+        # The errors of these libraries are not known, and training does not depend on them.
+        except Exception as error:  # noqa: BLE001
             self._told.pop(name, None)
-            self._say(f"harness: warning: nothing more is told to {name}: {type(error).__name__}: {error}")
+            self._say(
+                f"harness: warning: nothing more is told to {name}: {type(error).__name__}: {error}"
+            )

@@ -1,14 +1,25 @@
-"""What a run is waiting for, said by the writer when it takes long."""
+"""Wait notices: print on the writer what the run is waiting for, if it takes long."""
 
 from __future__ import annotations
 
 import threading
 import weakref
 
-from harness.monitoring.goodput import DATA, OVERHEAD, REDONE, RESTORE, SAVE, STARTUP, TRAINING, Goodput
+from harness.monitoring.goodput import (
+    DATA,
+    OVERHEAD,
+    REDONE,
+    RESTORE,
+    SAVE,
+    STARTUP,
+    TRAINING,
+    Goodput,
+)
 from harness.text import duration
 
-FIRST_S, LOOK_S = 10.0, 1.0  # said after so long, and then each time that it has taken twice as long
+# Seconds of waiting until the first notice, and between two checks. The following notices come each
+# time that the wait has doubled.
+FIRST_S, LOOK_S = 10.0, 1.0
 WORDS = {
     RESTORE: "the stores: finding and reading the checkpoint",
     DATA: "the next batch",
@@ -19,21 +30,29 @@ JOINING = "the other ranks to join"
 
 
 def words(account: Goodput) -> str:
-    """What is being waited for, or "" while nothing is: a step may take as long as it likes, but the first one may have to compile."""
+    """Return what the run is waiting for; "" if nothing, or if no notice is needed.
+
+    A step is no wait, however long it takes, except for the first one, which may have to compile.
+    """
     what = account.what
     if what in (TRAINING, REDONE):
-        return "the first step, which may have to compile, and the other ranks in it" if account.is_first_step else ""
+        return (
+            "the first step, which may have to compile, and the other ranks in it"
+            if account.is_first_step
+            else ""
+        )
     return (JOINING if account.is_joining else "") if what == STARTUP else WORDS.get(what, "")
 
 
 class WaitNotices:
-    """Says what an account waits for, when it has taken long."""
+    """The wait notices of one run, which are printed when a wait takes long."""
 
     def __init__(self) -> None:
-        self._since, self._next_s = -1.0, FIRST_S  # since when it waits, and after how long that is said
+        # Start of the present phase, and the seconds after which the next notice is printed.
+        self._since, self._next_s = -1.0, FIRST_S
 
     def look(self, account: Goodput) -> None:
-        """Say it, if it is time to."""
+        """Print a notice if it is time for one."""
         if account.since != self._since:
             self._since, self._next_s = account.since, FIRST_S
         waited_s, what = account.clock() - self._since, words(account)
@@ -43,8 +62,13 @@ class WaitNotices:
 
 
 def watch(account: Goodput) -> None:
-    """Look at the account now and then, in a thread, until that is closed, or nobody has it any more."""
-    threading.Thread(target=_watch, args=(weakref.ref(account), account.closed), daemon=True, name="waiting").start()
+    """Check the goodput accounting every `LOOK_S` seconds, in a thread.
+
+    The thread ends when the accounting is closed or garbage-collected.
+    """
+    threading.Thread(
+        target=_watch, args=(weakref.ref(account), account.closed), daemon=True, name="waiting"
+    ).start()
 
 
 def _watch(kept: weakref.ref[Goodput], closed: threading.Event) -> None:

@@ -1,7 +1,9 @@
-"""Signals, requests and deadlines become one flag: the only door to `signal`.
+"""Turn stop signals, deadlines and other stop requests into one flag per process.
 
-A handler here does nothing but set the flag. Who acts on it is decided at a step boundary, by all ranks together: a handler
-that saved, or that called a collective, would dead-lock as soon as only some ranks got the signal.
+This is the only module that uses `signal`. A handler does nothing but set the flag, except that a
+second SIGINT ends the process. All ranks decide together at a step boundary how to act on it: a
+handler that saved a checkpoint or called a collective would deadlock if only some ranks received
+the signal.
 """
 
 from __future__ import annotations
@@ -18,19 +20,26 @@ from types import FrameType
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 PR_SET_PDEATHSIG = 1
-AGAIN_S = 0.5  # what comes sooner is the same one, passed on by a launcher
+# A second SIGINT within this time is the same one, forwarded by a launcher.
+AGAIN_S = 0.5
 
-_requested: list[tuple[str, float]] = []
+_requested: list[tuple[str, float]] = []  # reason, and `time.monotonic` of the request
 
 
 def install() -> None:
-    """Let the stop signals set the flag from now on. A second SIGINT, of a person who insists, ends the process at once."""
+    """Install the handlers that let stop signals set the flag.
+
+    A second SIGINT, more than `AGAIN_S` seconds after the first, ends the process at once. SIGHUP
+    stays ignored if it is ignored now.
+    """
     for number in STOP_SIGNALS:
-        if number is not signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # under nohup it stays ignored
+        # Under nohup, SIGHUP is ignored and stays so.
+        if number is not signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _handle)
 
 
 def _handle(number: int, frame: FrameType | None) -> None:
+    """Set the flag for a signal; exit at once on a second SIGINT after `AGAIN_S` seconds."""
     name = name_of(number)
     before = signalled_at(name)
     if number == signal.SIGINT and before is not None and time.monotonic() - before > AGAIN_S:
@@ -40,8 +49,15 @@ def _handle(number: int, frame: FrameType | None) -> None:
 
 @contextlib.contextmanager
 def raising(error: Callable[[str, signal.Signals], Exception], most: int) -> Iterator[None]:
-    """While the block runs, in which others' code is to end by an error, the first so many stop signals raise one, and those after them
-    come to nothing. A second SIGINT ends the process at once."""
+    """Let the first stop signals raise an error inside the block.
+
+    The block runs code of others that can only be ended by an error. Signals after the first `most`
+    set the flag but raise nothing. A second SIGINT ends the process at once.
+
+    Args:
+        error: Function that makes the error from a message and the signal.
+        most: Number of signals that raise an error.
+    """
 
     def handle(number: int, frame: FrameType | None) -> None:
         _handle(number, frame)
@@ -61,43 +77,54 @@ def raising(error: Callable[[str, signal.Signals], Exception], most: int) -> Ite
 
 
 def request(why: str) -> None:
-    """Set the flag: a signal's name, or words for whatever else asks to stop. From any thread."""
+    """Request a stop; may be called from any thread.
+
+    Args:
+        why: Name of the signal, or a description of any other reason to stop.
+    """
     _requested.append((why, time.monotonic()))
 
 
 def requested() -> str | None:
-    """The first thing that asked this process to stop, or None."""
+    """Return the first reason to stop this process, or None if no stop was requested."""
     return _requested[0][0] if _requested else None
 
 
 def requests() -> list[str]:
-    """All that asked this process to stop, in the order of asking."""
+    """Return all reasons to stop this process, in the order of the requests."""
     return [why for why, _ in _requested]
 
 
 def signalled_at(name: str = "SIG") -> float | None:
-    """When (`time.monotonic`) the first signal came, or the first of this name; None if none did."""
+    """Return the `time.monotonic` time of the first stop signal, or None if there was none.
+
+    Args:
+        name: Prefix of the signal's name, for the time of the first signal of this name.
+    """
     return next((at for why, at in _requested if why.startswith(name)), None)
 
 
 def clear() -> None:
-    """Forget what was requested; for a process that starts a second run."""
+    """Clear all stop requests, for a process that starts a second run."""
     _requested.clear()
 
 
 def name_of(number: int) -> str:
-    """A signal's name."""
+    """Return the name of a signal."""
     return signal.Signals(number).name
 
 
 def forward(process_id: int, why: str) -> None:
-    """Send a signal, by its name, on to another process; one that is gone is no error."""
+    """Forward a signal, given by name, to a process; a process that is gone is no error."""
     with contextlib.suppress(ProcessLookupError):
         os.kill(process_id, signal.Signals[why])
 
 
 def shield_loader_worker(worker_id: int = 0) -> None:
-    """For a data-loader worker: outlive the signals meant for its rank, and die with its rank."""
+    """Prepare a data-loader worker to ignore the stop signals and to die with its rank.
+
+    The stop signals are meant for the rank, which still needs its workers until it stops.
+    """
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     die_with_parent()
@@ -105,14 +132,17 @@ def shield_loader_worker(worker_id: int = 0) -> None:
 
 @contextlib.contextmanager
 def noticed_at_once() -> Iterator[Callable[[], bool]]:
-    """While the block runs, what it gives tells other threads whether a stop signal has come, also when the main thread cannot run its
-    handler, as it waits inside a library. For the main thread."""
+    """Yield a function with which other threads detect a stop signal at once.
+
+    It also works while the main thread cannot run its signal handler because it waits inside a
+    library. Only the main thread may enter the block.
+    """
     reader, writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     came, lock = list[int](), threading.Lock()
 
     def noticed() -> bool:
-        with lock, contextlib.suppress(OSError):  # nothing to read, or closed
+        with lock, contextlib.suppress(OSError):  # the pipe is empty or closed
             came.extend(os.read(reader, 100))
         return requested() is not None or any(number in STOP_SIGNALS for number in came)
 
@@ -127,24 +157,34 @@ def noticed_at_once() -> Iterator[Callable[[], bool]]:
 
 
 def hold_back() -> None:
-    """For a thread: let the stop signals come to others, and to no process that it starts until that one has made up its mind."""
+    """Block the stop signals in the calling thread.
+
+    The kernel delivers them to other threads. A process that the thread starts inherits the mask,
+    so that the signals stay blocked there until the process unblocks them.
+    """
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
 
 
 def kill_group(pid: int) -> None:
-    """End a process that leads a group of its own, with all that it has started; one that is gone is no error."""
+    """Send SIGKILL to a process group, given by its leader; a group that is gone is no error."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(pid, signal.SIGKILL)
 
 
 def die_with_launcher() -> None:
-    """Under torchrun, die when it dies: a worker that outlives its launcher would go on writing as an orphan."""
+    """Under torchrun, let the kernel kill this process when the launcher dies.
+
+    A worker that outlives its launcher would continue to write as an orphan.
+    """
     if "TORCHELASTIC_RUN_ID" in os.environ:
         die_with_parent()
 
 
 def die_with_parent() -> None:
-    """Be killed by the kernel when the parent dies, however it does; at once if it is dead already."""
+    """Let the kernel send SIGKILL to this process when its parent dies, for whatever reason.
+
+    The process exits with code 1 at once if the parent is dead already.
+    """
     parent = os.getppid()
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent or (parent == 1 and not _first_process_is_python()):
@@ -152,7 +192,10 @@ def die_with_parent() -> None:
 
 
 def _first_process_is_python() -> bool:
-    """In a container the launcher itself may be process 1, which elsewhere is what adopts orphans."""
+    """Return True if process 1 runs this Python interpreter.
+
+    In a container the launcher itself may be process 1. Elsewhere process 1 adopts orphans.
+    """
     try:
         return os.path.realpath("/proc/1/exe") == os.path.realpath(sys.executable)
     except OSError:

@@ -1,10 +1,11 @@
-"""Whether a cloud is about to take this machine away, as its metadata service tells those who ask.
+"""Poll a cloud's metadata service for notices that this machine will be reclaimed.
 
-The service is asked by a thread of its own, which only tells what it heard: what follows is decided elsewhere, by all ranks
-together. Nothing that the service does, or that another says in its place, costs more than the notice.
+A thread of its own queries the service and only reports the notice. All ranks decide together
+elsewhere how to act on it. If the service misbehaves, or something else answers in its place, at
+most the notice is lost or wrong.
 
-Sources: AWS "Spot Instance interruption notices" and "EC2 instance rebalance recommendations", Google "Preemptible VM instances",
-Azure "Scheduled Events for Linux VMs".
+Sources: AWS "Spot Instance interruption notices" and "EC2 instance rebalance recommendations",
+Google "Preemptible VM instances", Azure "Scheduled Events for Linux VMs".
 """
 
 from __future__ import annotations
@@ -21,31 +22,37 @@ from typing import Any
 from harness.errors import UsageError
 
 CLOUDS = ("aws", "gcp", "azure")
-# Addresses that only this machine's own host answers on. They are no settings: whoever could set them could choose what is asked.
-BASE_URLS = {"aws": "http://169.254.169.254", "gcp": "http://metadata.google.internal", "azure": "http://169.254.169.254"}
+# Addresses that only the host of this machine answers. They are not settings, since whoever could
+# set them could choose the target of the requests.
+BASE_URLS = {
+    "aws": "http://169.254.169.254",
+    "gcp": "http://metadata.google.internal",
+    "azure": "http://169.254.169.254",
+}
 
-REQUEST_S = 1.0
-MOST_BYTES = 1 << 16
-LONGEST_TIME = 64  # characters of a point in time, which goes into our words
-TOKEN_S = 6 * 3600  # the longest that AWS gives
+REQUEST_S = 1.0  # time limit of a request
+MOST_BYTES = 1 << 16  # limit of a response body
+LONGEST_TIME = 64  # limit of a time stamp in characters, since it becomes part of a message
+TOKEN_S = 6 * 3600  # the longest lifetime of a token that AWS allows
 AWS_ACTIONS = ("terminate", "stop", "hibernate")
 AZURE_TYPES = ("Preempt", "Terminate")
 
-# Only what is added here can happen: no proxy, no redirect, no scheme but http, and an answer of any status is an answer.
+# Only the handlers added here are active: no proxy, no redirect and no scheme except http. A
+# response of any status is returned instead of raising an error.
 _opener = urllib.request.OpenerDirector()
 _opener.add_handler(urllib.request.HTTPHandler())
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What the service said. The body of one that is too long is empty."""
+    """A response of the metadata service; the body is empty if it was too long."""
 
     status: int
     flavor: str | None
     body: bytes
 
     def fields(self) -> dict[str, Any]:
-        """The JSON object that was asked for; without content if it is not there or is something else."""
+        """Return the JSON object of the body; {} if the status is not 200 or there is no object."""
         try:
             found = json.loads(self.body) if self.status == 200 else None
         except (ValueError, RecursionError):
@@ -54,7 +61,13 @@ class Answer:
 
 
 def ask(cloud: str, base_url: str | None = None) -> str | None:
-    """Look once: the words of a notice, or None. A service that is absent, slow or talks nonsense has given none."""
+    """Query the service once and return the text of a notice, or None.
+
+    A service that is absent, slow or returns an invalid response has given no notice.
+
+    Raises:
+        UsageError: There is no such cloud.
+    """
     return _look(cloud, _base_url(cloud, base_url), {})
 
 
@@ -66,9 +79,20 @@ def watch(
     every_s: float = 5.0,
     stop: threading.Event | None = None,
 ) -> threading.Thread:
-    """Start a daemon thread that looks every `every_s` seconds and calls `on_notice(words)` once, when notice is given.
+    """Start a daemon thread that polls the service and reports the first notice.
 
-    It then ends, as it does once `stop` is set. `on_notice` runs in that thread: it may set a flag, but not call a collective.
+    The thread ends after the first notice, or once `stop` is set.
+
+    Args:
+        cloud: "aws", "gcp" or "azure".
+        on_notice: Callback for the text of the notice, called once. It runs in the polling thread,
+            so it may set a flag but must not call a collective.
+        base_url: Address of the service in place of the cloud's own.
+        every_s: Seconds between two polls.
+        stop: Event that ends the thread.
+
+    Raises:
+        UsageError: There is no such cloud.
     """
     base = _base_url(cloud, base_url)
     ended = stop or threading.Event()
@@ -88,13 +112,26 @@ def watch(
 
 
 def _base_url(cloud: str, given: str | None) -> str:
+    """Return the address of the service. Raises UsageError if there is no such cloud."""
     if cloud not in CLOUDS:
-        raise UsageError("there is no such cloud", f"found: {cloud}, expected: {', '.join(CLOUDS)}", "name one of them, or none")
+        raise UsageError(
+            "there is no such cloud",
+            f"found: {cloud}, expected: {', '.join(CLOUDS)}",
+            "name one of them, or none",
+        )
     return given or BASE_URLS[cloud]
 
 
 def _look(cloud: str, base: str, token: dict[str, str]) -> str | None:
-    """`token` is AWS's, as a header, and is kept from look to look. The first request without an answer ends the look."""
+    """Query the service once and return the text of a notice, or None.
+
+    The first request without a response ends the query.
+
+    Args:
+        cloud: Name of the cloud.
+        base: Address of the service.
+        token: The token of AWS as a request header, kept from query to query.
+    """
     try:
         if cloud == "aws":
             return _aws(base, token)
@@ -104,9 +141,14 @@ def _look(cloud: str, base: str, token: dict[str, str]) -> str | None:
 
 
 def _aws(base: str, token: dict[str, str]) -> str | None:
-    for _ in range(2):  # the second time with a new token
+    """Query AWS for an interruption notice or a rebalance recommendation, with an IMDSv2 token."""
+    for _ in range(2):  # the second pass uses a new token, after a status 401
         if not token:
-            given = _request(f"{base}/latest/api/token", {"X-aws-ec2-metadata-token-ttl-seconds": str(TOKEN_S)}, "PUT")
+            given = _request(
+                f"{base}/latest/api/token",
+                {"X-aws-ec2-metadata-token-ttl-seconds": str(TOKEN_S)},
+                "PUT",
+            )
             value = given.body.decode("latin-1")
             if given.status != 200 or not value or not (value.isascii() and value.isprintable()):
                 return None
@@ -124,32 +166,61 @@ def _aws(base: str, token: dict[str, str]) -> str | None:
 
 
 def _gcp(base: str) -> str | None:
-    answer = _request(f"{base}/computeMetadata/v1/instance/preempted", {"Metadata-Flavor": "Google"})
-    is_google = answer.flavor == "Google"  # elsewhere the name may lead to anybody
-    return "gcp spot: preempted" if is_google and answer.status == 200 and answer.body.strip() == b"TRUE" else None
+    """Query Google for a preemption."""
+    answer = _request(
+        f"{base}/computeMetadata/v1/instance/preempted", {"Metadata-Flavor": "Google"}
+    )
+    # Outside Google Cloud the host name may resolve to any server.
+    is_google = answer.flavor == "Google"
+    return (
+        "gcp spot: preempted"
+        if is_google and answer.status == 200 and answer.body.strip() == b"TRUE"
+        else None
+    )
 
 
 def _azure(base: str) -> str | None:
-    """An event of another machine of the same scale set is told here too, and taken for one of ours: likely it is in our job."""
-    events = _request(f"{base}/metadata/scheduledevents?api-version=2020-07-01", {"Metadata": "true"}).fields().get("Events")
+    """Query Azure for a scheduled preemption or termination.
+
+    Azure also reports events of other machines of the same scale set. They count as events of this
+    machine, since those machines probably belong to the same job.
+    """
+    events = (
+        _request(f"{base}/metadata/scheduledevents?api-version=2020-07-01", {"Metadata": "true"})
+        .fields()
+        .get("Events")
+    )
     for event in events if isinstance(events, list) else []:
         if isinstance(event, dict) and event.get("EventType") in AZURE_TYPES:
-            return f"azure: {event['EventType']}{_at(event.get('NotBefore'))}"  # it is blank once the event has begun
+            # `NotBefore` is blank once the event has begun.
+            return f"azure: {event['EventType']}{_at(event.get('NotBefore'))}"
     return None
 
 
 def _at(when: object) -> str:
-    """A point in time as the service wrote it; "" for anything that would not read as one."""
-    return f" at {when}" if isinstance(when, str) and 0 < len(when) <= LONGEST_TIME and when.isprintable() else ""
+    """Return " at " and the time stamp of the service; "" if it is not a short printable text."""
+    return (
+        f" at {when}"
+        if isinstance(when, str) and 0 < len(when) <= LONGEST_TIME and when.isprintable()
+        else ""
+    )
 
 
 def _request(url: str, headers: dict[str, str], method: str = "GET") -> Answer:
+    """Send one request and read the response. Raises OSError or HTTPException without one."""
     until = time.monotonic() + REQUEST_S
     body = b""
     response: http.client.HTTPResponse
-    with _opener.open(urllib.request.Request(url, headers=headers, method=method), timeout=REQUEST_S) as response:
+    with _opener.open(
+        urllib.request.Request(url, headers=headers, method=method), timeout=REQUEST_S
+    ) as response:
         while len(body) <= MOST_BYTES and (block := response.read1(MOST_BYTES + 1 - len(body))):
             body += block
-            if time.monotonic() > until:  # the time-out above is for each block, and blocks can be small
+            # The time-out of `open` holds for each block, and blocks can be small.
+            if time.monotonic() > until:
                 raise TimeoutError(f"{url}: no end of the answer within {REQUEST_S} s")
-    return Answer(response.status, response.headers.get("Metadata-Flavor"), body if len(body) <= MOST_BYTES else b"")
+    return Answer(
+        response.status,
+        response.headers.get("Metadata-Flavor"),
+        body if len(body) <= MOST_BYTES else b"",
+    )

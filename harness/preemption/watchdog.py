@@ -1,4 +1,7 @@
-"""A process that makes no progress says where it stands, and ends: whoever started it starts it again."""
+"""End a process that makes no progress, after reporting the stack of each thread.
+
+The launcher or supervisor that started the process restarts it.
+"""
 
 from __future__ import annotations
 
@@ -11,26 +14,43 @@ import traceback
 from collections.abc import Callable
 
 TICK_S = 0.5
-SUSPENDED_S = 1.0  # a tick that is so late was no hang: the whole process was stopped (SIGSTOP, scontrol suspend, a laptop's lid)
-REPORT_S = 15.0  # for how long a hung process may try to say where it stands
-BACKSTOP_S = 1800.0  # also the longest suspension that a process survives: the C library's alarm goes on counting
+# A tick that is this late is no hang: the whole process was stopped (SIGSTOP, scontrol suspend, a
+# closed laptop).
+SUSPENDED_S = 1.0
+REPORT_S = 15.0  # time limit of `on_hang`
+# Margin of the faulthandler timer. It is also the longest suspension that a process survives, since
+# that timer keeps running during a suspension.
+BACKSTOP_S = 1800.0
 
-OnHang = Callable[[str, float, str], object]  # what was awaited, the limit, every thread's stack
+OnHang = Callable[[str, float, str], object]  # the work, its limit in seconds, all stacks
 
 
 _living: list[Watchdog] = []
 
 
 def close_living() -> None:
-    """Watch over no work any more: of a loop that was left open, say in a notebook, when the next run begins."""
+    """Close all open watchdogs, such as that of an earlier run's loop left open in a notebook."""
     while _living:
         _living.pop().close()
 
 
 class Watchdog:
-    """Told by `expect` before each piece of work how long that may take; what takes longer ends the process with exit code 1."""
+    """A thread that ends the process with exit code 1 if work exceeds its time limit.
 
-    def __init__(self, on_hang: OnHang, clock: Callable[[], float] = time.monotonic, leave: Callable[[int], object] = os._exit) -> None:
+    `expect` sets the limit before each piece of work. A new watchdog closes the previous ones.
+
+    Args:
+        on_hang: Callback that reports a hang, called before the process ends.
+        clock: Function that returns the current time in seconds.
+        leave: Function that ends the process with an exit code.
+    """
+
+    def __init__(
+        self,
+        on_hang: OnHang,
+        clock: Callable[[], float] = time.monotonic,
+        leave: Callable[[int], object] = os._exit,
+    ) -> None:
         self.clock, self._on_hang, self._leave = clock, on_hang, leave
         close_living()
         _living.append(self)
@@ -39,24 +59,28 @@ class Watchdog:
         self._over = threading.Event()
 
     def expect(self, what: str, limit_s: float) -> None:
-        """From now on, `what` may take `limit_s` seconds, until the next call of this or of `rest`. Costs less than a microsecond."""
+        """Allow `what` to take `limit_s` seconds, until the next call of `expect` or `rest`.
+
+        A call costs less than a microsecond, except for the first, which starts the thread.
+        """
         self._awaited = (self.clock() + limit_s, what, limit_s)
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, daemon=True, name="watchdog")
             self._thread.start()
 
     def rest(self) -> None:
-        """What follows may take as long as it likes."""
+        """Remove the time limit until the next call of `expect`."""
         self._awaited = None
 
     def close(self) -> None:
-        """End the thread."""
+        """End the thread and cancel the faulthandler timer."""
         self._over.set()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()
         faulthandler.cancel_dump_traceback_later()
 
     def _run(self) -> None:
+        """Check the time limit at each tick until `close`."""
         before = self.clock()
         while not self._over.wait(TICK_S):
             now = self.clock()
@@ -73,10 +97,14 @@ class Watchdog:
             elif now > until and self._awaited is awaited:
                 self._hung(what, limit_s)
                 return
-            # Should this very thread not get to run, because something holds the interpreter's lock, the C library's alarm rings.
-            faulthandler.dump_traceback_later(max(until - now, 0) + limit_s + BACKSTOP_S, exit=True, file=2)
+            # If something holds the GIL, this thread cannot run. The timer of faulthandler, which
+            # does not need the GIL, then ends the process.
+            faulthandler.dump_traceback_later(
+                max(until - now, 0) + limit_s + BACKSTOP_S, exit=True, file=2
+            )
 
     def _hung(self, what: str, limit_s: float) -> None:
+        """Report the hang and end the process, also if the report takes too long."""
         alarm = threading.Timer(REPORT_S, self._leave, (1,))
         alarm.daemon = True
         alarm.start()
@@ -87,9 +115,13 @@ class Watchdog:
 
 
 def stacks() -> str:
-    """Where every Python thread of this process is, the main thread last."""
+    """Return the stacks of all Python threads except the calling one, the main thread last."""
     names = {thread.ident: thread.name for thread in threading.enumerate()}
     own, main = threading.get_ident(), threading.main_thread().ident
     frames = sorted(sys._current_frames().items(), key=lambda item: item[0] == main)
-    parts = [f"thread {names.get(ident, ident)}:\n{''.join(traceback.format_stack(frame))}" for ident, frame in frames if ident != own]
+    parts = [
+        f"thread {names.get(ident, ident)}:\n{''.join(traceback.format_stack(frame))}"
+        for ident, frame in frames
+        if ident != own
+    ]
     return "\n".join(parts)

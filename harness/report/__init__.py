@@ -1,5 +1,9 @@
-"""What a run has spent its time on, over all its attempts: read from its stores, as a table and as a picture.
+"""Goodput report of a run over all its attempts, read from its stores, as a table or as HTML.
 
-`timeline` turns records and events into seconds by what they were spent on, which sum to wall time; `words` and `page` show them, the
-latter as one HTML file that asks for nothing from outside; `chart` draws.
+timeline   turns records and events into seconds per category; the categories sum to wall time
+phrases    formats the timeline as text for a terminal
+page       formats it as one self-contained HTML file that loads nothing from the network
+chart      draws the SVG charts of the page
+liveness   distinguishes a running run from a killed one
+summary    summarises a run in one line, for `harness top`
 """

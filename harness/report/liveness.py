@@ -1,4 +1,4 @@
-"""Whether a run is alive, for people who look at it from outside."""
+"""Determine from outside, by the records in the stores of a run, whether the run is alive."""
 
 from __future__ import annotations
 
@@ -11,19 +11,51 @@ from harness.supervision.attempt_history import AttemptSummary
 from harness.supervision.restart_policy import Outcome
 from harness.text import duration
 
-ALIVE_S = 120.0  # events are written at least so often, or sent, while a run trains
+# A run that trains is assumed to write, or upload, events at least this often.
+ALIVE_S = 120.0
 
 
-def alive(stands: Outcome, lives: Sequence[AttemptSummary], told: Sequence[dict[str, Any]]) -> Outcome:
-    """Tell a run that trains from one that was killed, by how long ago it was last heard of; the clocks of two machines may differ.
-    `told` are the last attempt's events."""
-    if stands.exit_code != EXIT_STOPPED or not lives or lives[-1].end is not None or not stands.why.startswith("no end"):
+def alive(
+    stands: Outcome, lives: Sequence[AttemptSummary], told: Sequence[dict[str, Any]]
+) -> Outcome:
+    """Distinguish a run that trains from one that was killed, by its last sign of life.
+
+    That is the last event, or the start of the attempt. Its age compares the clocks of two
+    machines, which may differ.
+
+    Args:
+        stands: State of the run by its records alone.
+        lives: Summaries of the attempts, oldest first.
+        told: Events of the last attempt.
+
+    Returns:
+        "running" if the last sign of life is at most ALIVE_S seconds old, else "to be continued".
+        `stands` unchanged, if it is not that of an attempt without an end, or if no time is
+        recorded.
+    """
+    if (
+        stands.exit_code != EXIT_STOPPED
+        or not lives
+        or lives[-1].end is not None
+        or not stands.why.startswith("no end")
+    ):
         return stands
     heard = [event["time"] for event in told if "time" in event] + [lives[-1].began or ""]
     try:
-        ago_s = (datetime.datetime.now(datetime.timezone.utc) - datetime.datetime.fromisoformat(max(heard))).total_seconds()
+        ago_s = (
+            datetime.datetime.now(datetime.timezone.utc)
+            - datetime.datetime.fromisoformat(max(heard))
+        ).total_seconds()
     except ValueError:
         return stands
     if ago_s <= ALIVE_S:
-        return Outcome("running", f"heard of {duration(max(0, ago_s))} ago, at step {lives[-1].reached}", EXIT_STOPPED)
-    return Outcome("to be continued", f"no end is recorded, and nothing was heard for {duration(ago_s)}: hung, or killed", EXIT_STOPPED)
+        return Outcome(
+            "running",
+            f"heard of {duration(max(0, ago_s))} ago, at step {lives[-1].reached}",
+            EXIT_STOPPED,
+        )
+    return Outcome(
+        "to be continued",
+        f"no end is recorded, and nothing was heard for {duration(ago_s)}: hung, or killed",
+        EXIT_STOPPED,
+    )

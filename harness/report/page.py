@@ -1,4 +1,4 @@
-"""A run's time as one HTML file, to be looked at rather than read; it asks for nothing from outside."""
+"""Format the timeline of a run as one self-contained HTML file; it loads nothing from outside."""
 
 from __future__ import annotations
 
@@ -13,20 +13,32 @@ from harness.text import duration
 
 MOST_ROWS, MOST_TICKS = 40, 200
 SIGNS = {"finished": "■", "stopped": "◆", "failed": "✖", "killed": "✖", "running": "▶"}
-POLICY = """<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">"""
+POLICY = (
+    '<meta http-equiv="Content-Security-Policy" '
+    """content="default-src 'none'; style-src 'unsafe-inline'">"""
+)
+# A backslash at the end of a line joins it with the next one.
 STYLE = """
 :root { --ink: #1b1f24; --soft: #667079; --line: #dfe3e8; --paper: #ffffff;
-  --training: #2f6fb4; --redone: #e08214; --lost: #c0392b; --waiting: #d5dae0; --startup: #9aa5b1; --restore: #7f6bb3;
-  --data: #d9b310; --evaluation: #2a9d8f; --save: #4c9f50; --overhead: #b7a6c9; --other: #8a8f98; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6e9ed; --soft: #9aa5b1; --line: #333a42; --paper: #15181c; --waiting: #3a4149; } }
-body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 1060px; margin: 2em auto;
+  --training: #2f6fb4; --redone: #e08214; --lost: #c0392b; --waiting: #d5dae0; \
+--startup: #9aa5b1; --restore: #7f6bb3;
+  --data: #d9b310; --evaluation: #2a9d8f; --save: #4c9f50; \
+--overhead: #b7a6c9; --other: #8a8f98; }
+@media (prefers-color-scheme: dark) { \
+:root { --ink: #e6e9ed; --soft: #9aa5b1; --line: #333a42; --paper: #15181c; --waiting: #3a4149; } }
+body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); \
+max-width: 1060px; margin: 2em auto;
   padding: 0 1em; }
-h1 { font-size: 1.3em; margin: 0; word-break: break-all; } h2 { font-size: 1.05em; margin: 2.2em 0 .6em; }
-.big { font-size: 2.6em; font-weight: 650; letter-spacing: -.02em; margin: .3em 0 0; } .soft { color: var(--soft); margin: .2em 0; }
-svg { width: 100%; height: auto; display: block; } text { font: 12px system-ui, sans-serif; fill: var(--ink); }
+h1 { font-size: 1.3em; margin: 0; word-break: break-all; } \
+h2 { font-size: 1.05em; margin: 2.2em 0 .6em; }
+.big { font-size: 2.6em; font-weight: 650; letter-spacing: -.02em; margin: .3em 0 0; } \
+.soft { color: var(--soft); margin: .2em 0; }
+svg { width: 100%; height: auto; display: block; } \
+text { font: 12px system-ui, sans-serif; fill: var(--ink); }
 .tick, .note { fill: var(--soft); } .inside { fill: #fff; font-weight: 600; }
 .in-waiting { fill: var(--ink); } .grid { stroke: var(--line); } .sign { font-size: 15px; }
-.saved { stroke: #fff; stroke-width: 1.5; } .finished { fill: var(--save); } .stopped { fill: var(--redone); }
+.saved { stroke: #fff; stroke-width: 1.5; } .finished { fill: var(--save); } \
+.stopped { fill: var(--redone); }
 .failed, .killed { fill: var(--lost); } .running { fill: var(--training); }
 .curve { fill: none; stroke: var(--training); stroke-width: 1.6; }
 .resume { stroke: var(--redone); stroke-dasharray: 4 3; stroke-width: 1.3; }
@@ -34,12 +46,15 @@ table { border-collapse: collapse; width: 100%; }
 td, th { text-align: left; padding: .25em .8em .25em 0; border-bottom: 1px solid var(--line); }
 th { color: var(--soft); font-weight: 500; }
 .key { display: inline-block; width: .8em; height: .8em; border-radius: 2px; margin-right: .5em; }
-""" + "\n".join(f"rect.{what} {{ fill: var(--{what}); }} .key.{what} {{ background: var(--{what}); }}" for what in WORDS)
+""" + "\n".join(
+    f"rect.{what} {{ fill: var(--{what}); }} .key.{what} {{ background: var(--{what}); }}"
+    for what in WORDS
+)
 
 
 @dataclass(frozen=True)
 class Table:
-    """A section of its own: what it says, and a table."""
+    """An additional section of the page: a title, lines of text, and a table."""
 
     title: str
     lines: Sequence[str]
@@ -48,25 +63,45 @@ class Table:
 
 
 def page(name: str, time: Timeline, more: Table | None = None) -> str:
-    """The whole file, with one more section if it is given."""
+    """Return the whole HTML file as text.
+
+    Args:
+        name: Name of the run, for the title.
+        time: Timeline of the run.
+        more: An additional section, after the headline and the facts.
+    """
     facts = "".join(f'<p class="soft">{escaped(fact)}</p>' for fact in phrases.facts(time))
     began = datetime.datetime.fromtimestamp(time.began, datetime.timezone.utc)
     stands = f"{time.stands.state} ({' '.join(time.stands.why.split())})"
     sections = [
         f"<h1>{escaped(name)}</h1>",
         f'<p class="soft">{escaped(stands)}; began {began:%Y-%m-%d %H:%M} UTC</p>',
-        f'<p class="big">{time.useful:.1%} useful</p><p class="soft">{escaped(phrases.headline(time))}</p>{facts}',
-        _section(more.title, "".join(f'<p class="soft">{escaped(line)}</p>' for line in more.lines) + _table(more.header, more.rows))
+        f'<p class="big">{time.useful:.1%} useful</p>'
+        f'<p class="soft">{escaped(phrases.headline(time))}</p>{facts}',
+        _section(
+            more.title,
+            "".join(f'<p class="soft">{escaped(line)}</p>' for line in more.lines)
+            + _table(more.header, more.rows),
+        )
         if more
         else "",
         _section("What the time went to", _shares(time)),
         _section("Attempts", _attempts(time)),
         _section("Loss", _loss(time)),
-        _section("Interruptions", _table(phrases.INTERRUPTION, [phrases.interruption(stretch) for stretch in time.interruptions])),
+        _section(
+            "Interruptions",
+            _table(
+                phrases.INTERRUPTION,
+                [phrases.interruption(stretch) for stretch in time.interruptions],
+            ),
+        ),
     ]
     head = f'<meta charset="utf-8">{POLICY}<meta name="viewport" content="width=device-width">'
     head += f"<title>{escaped(name)}</title><style>{STYLE}</style>"
-    return f'<!doctype html>\n<html lang="en"><head>{head}</head><body>\n{chr(10).join(filter(None, sections))}\n</body></html>\n'
+    return (
+        f'<!doctype html>\n<html lang="en"><head>{head}</head><body>\n'
+        f"{chr(10).join(filter(None, sections))}\n</body></html>\n"
+    )
 
 
 def _section(title: str, body: str) -> str:
@@ -74,25 +109,43 @@ def _section(title: str, body: str) -> str:
 
 
 def _shares(time: Timeline) -> str:
-    parts = [(what, seconds, f"{WORDS.get(what, what)}: {duration(seconds)}") for what, seconds in time.spent.items()]
+    parts = [
+        (what, seconds, f"{WORDS.get(what, what)}: {duration(seconds)}")
+        for what, seconds in time.spent.items()
+    ]
     keys = list(time.spent)
     rows = [
         (f'<span class="key {escaped(what)}"></span>{escaped(said)}', long, share)
         for what, (said, long, share, _) in zip(keys, phrases.rows(time), strict=True)
     ]
-    cells = "".join(f"<tr><td>{said}</td><td>{long}</td><td>{share}</td></tr>" for said, long, share in rows)
+    cells = "".join(
+        f"<tr><td>{said}</td><td>{long}</td><td>{share}</td></tr>" for said, long, share in rows
+    )
     return f'{chart.shares(parts)}<table style="margin-top:1em;max-width:30em">{cells}</table>'
 
 
 def _attempts(time: Timeline) -> str:
     shown = time.stretches[-MOST_ROWS:]
-    note = f'<p class="soft">the last {MOST_ROWS} of {len(time.stretches)}</p>' if len(shown) < len(time.stretches) else ""
+    note = (
+        f'<p class="soft">the last {MOST_ROWS} of {len(time.stretches)}</p>'
+        if len(shown) < len(time.stretches)
+        else ""
+    )
     legend = "white ticks: saves · ■ finished · ◆ stopped, saved · ✖ killed or failed · ▶ running"
-    return f'{note}{chart.timeline([_row(stretch, time) for stretch in shown], time.wall_s)}<p class="soft">{legend}</p>' if shown else ""
+    return (
+        f"{note}{chart.timeline([_row(stretch, time) for stretch in shown], time.wall_s)}"
+        f'<p class="soft">{legend}</p>'
+        if shown
+        else ""
+    )
 
 
 def _row(stretch: AttemptSpan, time: Timeline) -> Row:
-    """Start-up and restoring come first in an attempt, what is made again next, and what was cut off last."""
+    """Return the row of an attempt in the timeline.
+
+    The bars are drawn in the order of start-up, restoring, recomputed steps, training, and the time
+    cut off by a kill. The training bar includes all other categories; its tooltip lists them.
+    """
     began, ended = stretch.began - time.began, stretch.ended - time.began
     bars, at = [], began
     for what in ("startup", "restore", "redone"):
@@ -109,22 +162,38 @@ def _row(stretch: AttemptSpan, time: Timeline) -> Row:
     if cut:
         bars.append(Bar(ended - cut, ended, LOST, f"{WORDS[LOST]}: {duration(cut)}"))
     saves = stretch.saves[:: -(-len(stretch.saves) // MOST_TICKS) or 1]
-    marks = [Mark(save.at - time.began, "saved", "", f"step {save.step} saved in {save.durable_s:.2g} s") for save in saves]
+    marks = [
+        Mark(save.at - time.began, "saved", "", f"step {save.step} saved in {save.durable_s:.2g} s")
+        for save in saves
+    ]
     marks.append(Mark(ended, stretch.how, SIGNS.get(stretch.how, "✖"), stretch.why))
     lost = f", {stretch.life.lost} lost" if stretch.is_interrupted and stretch.life.lost else ""
-    return Row(f"#{stretch.life.attempt}", bars, marks, f"steps {stretch.life.went_on_from}–{stretch.life.reached}{lost}")
+    return Row(
+        f"#{stretch.life.attempt}",
+        bars,
+        marks,
+        f"steps {stretch.life.went_on_from}–{stretch.life.reached}{lost}",
+    )
 
 
 def _loss(time: Timeline) -> str:
-    """The loss of each step, as the last attempt made it that made it."""
+    """Draw the loss curve, with a mark at each step that a later attempt resumes from.
+
+    A step that was recomputed has the loss of the last attempt that made it.
+    """
     last: dict[int, float] = {}
     for stretch in time.stretches:
         last |= dict(stretch.losses)
     marks = [
-        (float(stretch.life.went_on_from), f"attempt {stretch.life.attempt} goes on from step {stretch.life.went_on_from}")
+        (
+            float(stretch.life.went_on_from),
+            f"attempt {stretch.life.attempt} goes on from step {stretch.life.went_on_from}",
+        )
         for stretch in time.stretches[1:]
     ]
-    drawn = chart.curve([(float(step), loss) for step, loss in sorted(last.items())], marks, "loss", "steps")
+    drawn = chart.curve(
+        [(float(step), loss) for step, loss in sorted(last.items())], marks, "loss", "steps"
+    )
     return drawn and f'{drawn}<p class="soft">dashed: where an attempt went on</p>'
 
 
@@ -132,5 +201,7 @@ def _table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     if not rows:
         return ""
     head = "".join(f"<th>{escaped(cell)}</th>" for cell in header)
-    body = "".join("<tr>" + "".join(f"<td>{escaped(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{escaped(cell)}</td>" for cell in row) + "</tr>" for row in rows
+    )
     return f"<table><tr>{head}</tr>{body}</table>"

@@ -1,7 +1,10 @@
-"""The time of a run, from when it was submitted until it was last heard of: each second is spent on one thing.
+"""Wall time of a run by category, from its submission to its last sign of life.
 
-Within an attempt its own account tells (`run/account.py`), up to the last event; what a killed attempt did after that is lost. Between
-attempts nothing runs: until a supervisor starts the next one that is waiting, then it is start-up.
+Each second counts in exactly one category. Within an attempt, the categories come from the
+attempt's own goodput accounting (`monitoring/goodput.py`), which its events report. The time
+between the last report and the end of the attempt, or its last sign of life, counts as cut off if
+the attempt was killed or failed, else as overhead. Between two attempts nothing runs: that time is
+waiting until a supervisor starts the next launch, then start-up.
 """
 
 from __future__ import annotations
@@ -19,37 +22,50 @@ from harness.selfcheck import step_records
 from harness.store import Store
 from harness.supervision import attempt_history, launches, machine_record
 from harness.supervision.launches import Launch
-from harness.supervision.restart_policy import Outcome, in_words, outcome
+from harness.supervision.restart_messages import in_words
+from harness.supervision.restart_policy import Outcome, outcome
 
 WAITING, LOST, OTHER = "waiting", "lost", "other"
+# Categories of time, in the order of the report, and their names for people.
 WORDS = {
-    "training": "useful training", "redone": "steps made again", LOST: "cut off by a kill", WAITING: "waiting to be started",
-    "startup": "start-up", "restore": "restoring", "data": "waiting for data", "evaluation": "evaluation", "save": "saving",
-    "overhead": "the loop itself", OTHER: "anything else",
-}  # fmt: skip
+    "training": "useful training",
+    "redone": "steps made again",
+    LOST: "cut off by a kill",
+    WAITING: "waiting to be started",
+    "startup": "start-up",
+    "restore": "restoring",
+    "data": "waiting for data",
+    "evaluation": "evaluation",
+    "save": "saving",
+    "overhead": "the loop itself",
+    OTHER: "anything else",
+}
 
-MOST_S = 1e11  # three thousand years
+MOST_S = 1e11  # three thousand years; a recorded duration beyond it is invalid
 ENDS = ("finished", "stopped", "failed", "killed", "running")
 
 
 @dataclass(frozen=True)
 class Save:
-    """One checkpoint that was committed."""
+    """One committed checkpoint."""
 
     at: float  # seconds since the epoch
     step: int
-    durable_s: float  # from its step until it was on the disk, or in the remote store if there is no disk
-    blocked_s: float  # for how long training waited for it
+    # From its step until it was on the disk, or in the remote store if there is no disk.
+    durable_s: float
+    blocked_s: float  # how long training waited for it
 
 
 @dataclass(frozen=True)
 class AttemptSpan:
-    """One attempt."""
+    """One attempt and its time by category."""
 
     life: attempt_history.AttemptSummary
-    began: float  # of its first process; seconds since the epoch
-    ended: float  # or when it was last heard of
-    spent: dict[str, float]  # seconds
+    # Start of the process that reports the time, else the first sign of life; seconds since the
+    # epoch.
+    began: float
+    ended: float  # end, or last sign of life; seconds since the epoch
+    spent: dict[str, float]  # seconds by category
     how: str  # finished, stopped, failed, killed, or running
     why: str
     saves: list[Save] = field(default_factory=list)
@@ -57,63 +73,109 @@ class AttemptSpan:
 
     @property
     def is_interrupted(self) -> bool:
-        """Whether it ended before the run did."""
+        """Return whether the attempt ended before the run was finished."""
         return self.how in ("stopped", "failed", "killed")
 
 
 @dataclass(frozen=True)
 class Timeline:
-    """All of a run."""
+    """The attempts of a run and its wall time by category."""
 
     stands: Outcome
-    began: float
-    ended: float
+    began: float  # seconds since the epoch
+    ended: float  # seconds since the epoch
     stretches: list[AttemptSpan]
-    spent: dict[str, float]  # over all attempts and what lies between them; sums to `wall_s`
-    replays: dict[int, dict[str, Any]] = field(default_factory=dict)  # what came of comparing steps made again, by attempt
-    environment: list[str] = field(default_factory=list)  # the attempts that ran on another machine or software than the one before
+    # Seconds by category over all attempts and the gaps between them; they sum to `wall_s`.
+    spent: dict[str, float]
+    # Attempt -> result of comparing the steps that it recomputed with the original ones.
+    replays: dict[int, dict[str, Any]] = field(default_factory=dict)
+    # A line for each attempt on other hardware or software than the attempt that it resumed from.
+    environment: list[str] = field(default_factory=list)
 
     @property
     def wall_s(self) -> float:
+        """Return the time from the run's submission or first start to its last sign of life."""
         return self.ended - self.began
 
     @property
     def useful(self) -> float:
-        """The share of training that counts."""
+        """Return the share of wall time that was useful training, 0 to 1."""
         return self.spent.get("training", 0.0) / self.wall_s if self.wall_s else 0.0
 
     @property
     def saves(self) -> list[Save]:
+        """Return the committed checkpoints of all attempts."""
         return [save for stretch in self.stretches for save in stretch.saves]
 
     @property
     def interruptions(self) -> list[AttemptSpan]:
-        """The attempts that ended before the run did; all but the last have a successor."""
+        """Return the attempts that ended before the run was finished.
+
+        All but the last have a successor.
+        """
         return [stretch for stretch in self.stretches if stretch.is_interrupted]
 
     @property
     def between_interruptions_s(self) -> float | None:
-        """The mean time that attempts have run until they were interrupted; None if none was."""
+        """Return the running time of all attempts, in seconds, per interruption.
+
+        Returns None if no attempt was interrupted.
+        """
         count = len(self.interruptions)
-        return sum(stretch.ended - stretch.began for stretch in self.stretches) / count if count else None
+        return (
+            sum(stretch.ended - stretch.began for stretch in self.stretches) / count
+            if count
+            else None
+        )
 
 
 def timeline(found: Catalog) -> Timeline:
-    """Read all that a run's stores tell of its time. Raises StorageError."""
+    """Build the timeline of a run from the records and events in its stores.
+
+    Only training attempts count, not imports and rollbacks. Raises StorageError.
+    """
     known = launches.read(found.stores)
-    numbers = sorted(number for number, record in found.attempts.items() if record.get("kind", "train") == "train")
+    numbers = sorted(
+        number
+        for number, record in found.attempts.items()
+        if record.get("kind", "train") == "train"
+    )
     told = {number: attempt_history.told(found.stores, number, math.inf) for number in numbers}
     lives = [attempt_history.summarise(found, number, told[number]) for number in numbers]
     stands = alive(outcome(found, known), lives, told[numbers[-1]] if numbers else [])
-    seen = [_stretch(life, told[life.attempt], is_running=stands.state == "running" and life is lives[-1]) for life in lives]
-    whole = _whole(stands, [stretch for stretch in seen if stretch is not None], known, _submitted(found.stores))
-    return replace(whole, replays=step_records.verdicts(found.stores), environment=machine_record.told(found))
+    seen = [
+        _stretch(
+            life, told[life.attempt], is_running=stands.state == "running" and life is lives[-1]
+        )
+        for life in lives
+    ]
+    whole = _whole(
+        stands,
+        [stretch for stretch in seen if stretch is not None],
+        known,
+        _submitted(found.stores),
+    )
+    return replace(
+        whole, replays=step_records.verdicts(found.stores), environment=machine_record.told(found)
+    )
 
 
-def _stretch(life: attempt_history.AttemptSummary, told: list[dict[str, Any]], *, is_running: bool) -> AttemptSpan | None:
-    """One attempt, or None of one that has left nothing to tell when it was."""
+def _stretch(
+    life: attempt_history.AttemptSummary, told: list[dict[str, Any]], *, is_running: bool
+) -> AttemptSpan | None:
+    """Return the span of one attempt; None if no record or event of it has a time.
+
+    Args:
+        life: Summary of the attempt.
+        told: All events of the attempt.
+        is_running: Whether the attempt is alive.
+    """
     timed = [(at, event) for event in told if (at := _seconds(event.get("time"))) is not None]
-    spent_at = [(at, _numbers(event["spent"])) for at, event in timed if isinstance(event.get("spent"), dict)]
+    spent_at = [
+        (at, _numbers(event["spent"]))
+        for at, event in timed
+        if isinstance(event.get("spent"), dict)
+    ]
     claimed, end = _seconds(life.began), _seconds(life.ended)
     heard = [at for at, _ in timed] + [at for at in (claimed, end) if at is not None]
     if not heard:
@@ -121,25 +183,52 @@ def _stretch(life: attempt_history.AttemptSummary, told: list[dict[str, Any]], *
     began = spent_at[0][0] - sum(spent_at[0][1].values()) if spent_at else min(heard)
     ended = max(heard)
     how = (life.end or {}).get("why") or ("running" if is_running else "killed")
-    how = how if how in ENDS else "failed"  # records may come from a bucket that others write to
-    why = in_words(life.end) if life.end else {"running": "it is running"}.get(how, "no end is recorded: killed")
+    # Others may write to the bucket: a record may hold any word.
+    how = how if how in ENDS else "failed"
+    why = (
+        in_words(life.end)
+        if life.end
+        else {"running": "it is running"}.get(how, "no end is recorded: killed")
+    )
     spent = dict(spent_at[-1][1]) if spent_at else {}
     rest = max(0.0, ended - began - sum(spent.values()))
     untold = LOST if how in ("killed", "failed") else "overhead"
     spent[untold] = spent.get(untold, 0.0) + rest
     saves = [
-        Save(at, event["step"], float(event.get("seconds") or 0), float(event.get("blocked_s") or 0))
+        Save(
+            at, event["step"], float(event.get("seconds") or 0), float(event.get("blocked_s") or 0)
+        )
         for at, event in timed
         if event.get("event") == "saved" and event.get("step") is not None
     ]
-    steps = [event for _, event in timed if event.get("event") == "step" and event.get("step") is not None]
+    steps = [
+        event
+        for _, event in timed
+        if event.get("event") == "step" and event.get("step") is not None
+    ]
     losses = [(event["step"], float(event["loss"])) for event in steps if "loss" in event]
     return AttemptSpan(life, began, ended, spent, how, " ".join(why.split()), saves, losses)
 
 
-def _whole(stands: Outcome, stretches: list[AttemptSpan], known: Sequence[Launch], submitted: float | None) -> Timeline:
-    """Put the attempts one after another, with what lies between them. Where two overlap, the earlier one has the time."""
-    starts = {launch.name: at for launch in known if (at := _seconds(launch.record.get("time"))) is not None}
+def _whole(
+    stands: Outcome, stretches: list[AttemptSpan], known: Sequence[Launch], submitted: float | None
+) -> Timeline:
+    """Join the attempts and the gaps between them to the timeline of the run.
+
+    Where two attempts overlap, the earlier one gets the time. The time of the later one is scaled
+    down to the rest.
+
+    Args:
+        stands: State of the run.
+        stretches: Spans of the attempts.
+        known: Launches of the run.
+        submitted: When the run was submitted to SLURM, in seconds since the epoch, or None.
+    """
+    starts = {
+        launch.name: at
+        for launch in known
+        if (at := _seconds(launch.record.get("time"))) is not None
+    }
     ends = [at for launch in known if (at := _seconds((launch.end or {}).get("time"))) is not None]
     firsts = [submitted, *starts.values(), *(stretch.began for stretch in stretches)]
     began = cursor = min((at for at in firsts if at is not None), default=0.0)
@@ -148,25 +237,37 @@ def _whole(stands: Outcome, stretches: list[AttemptSpan], known: Sequence[Launch
     for stretch in sorted(stretches, key=lambda stretch: stretch.life.attempt):
         gap = max(0.0, stretch.began - cursor)
         started = starts.get(stretch.life.launch or "")
-        own_start = max(0.0, stretch.began - max(started, cursor)) if started is not None else 0.0  # the launcher's, torchrun's
-        if stretch.life.launch is not None and stretch.life.launch == launch:  # started again in place
+        # How long the launcher and torchrun took to start the attempt.
+        own_start = max(0.0, stretch.began - max(started, cursor)) if started is not None else 0.0
+        # torchrun restarted the workers in place: the gap is all start-up.
+        if stretch.life.launch is not None and stretch.life.launch == launch:
             own_start = gap
-        for what, seconds in ((WAITING, gap - min(gap, own_start)), ("startup", min(gap, own_start))):
+        for what, seconds in (
+            (WAITING, gap - min(gap, own_start)),
+            ("startup", min(gap, own_start)),
+        ):
             spent[what] = spent.get(what, 0.0) + seconds
         seen = max(0.0, stretch.ended - max(cursor, stretch.began))
         share = seen / sum(stretch.spent.values()) if sum(stretch.spent.values()) > 0 else 0.0
         for what, seconds in stretch.spent.items():
             spent[what] = spent.get(what, 0.0) + share * seconds
         cursor, launch = max(cursor, stretch.ended), stretch.life.launch
-    if stretches and ends and max(ends) > cursor:  # its launcher had something left to do
+    # The launcher ended after the last attempt.
+    if stretches and ends and max(ends) > cursor:
         spent["overhead"] = spent.get("overhead", 0.0) + max(ends) - cursor
         cursor = max(ends)
     ordered = {what: spent[what] for what in WORDS if spent.get(what)}
-    return Timeline(stands, began, cursor, stretches, ordered | {what: s for what, s in spent.items() if what not in WORDS and s})
+    return Timeline(
+        stands,
+        began,
+        cursor,
+        stretches,
+        ordered | {what: s for what, s in spent.items() if what not in WORDS and s},
+    )
 
 
 def _submitted(stores: Sequence[Store]) -> float | None:
-    """When the run was given to SLURM, if it was."""
+    """Return when the run was submitted to SLURM, in seconds since the epoch, or None."""
     for store in stores:
         try:
             return _seconds(records.parse(store.read(launches.SUBMITTED)).get("submitted"))
@@ -176,7 +277,7 @@ def _submitted(stores: Sequence[Store]) -> float | None:
 
 
 def _seconds(time: object) -> float | None:
-    """A recorded time, as seconds since the epoch."""
+    """Convert a recorded ISO time to seconds since the epoch; None if it is not valid."""
     try:
         return datetime.datetime.fromisoformat(str(time)).timestamp()
     except (ValueError, OverflowError, OSError):
@@ -184,7 +285,7 @@ def _seconds(time: object) -> float | None:
 
 
 def _numbers(spent: dict[str, Any]) -> dict[str, float]:
-    """Seconds by kind; kinds that are not known become one."""
+    """Return the valid entries of a report; unknown categories are added up as OTHER."""
     found: dict[str, float] = {}
     for what, seconds in spent.items():
         if records.is_number(seconds) and 0 <= seconds < MOST_S:

@@ -1,4 +1,4 @@
-"""The library that `harness/train.py` and a user's own loop are written with.
+"""The library with which `harness/train.py` and user training loops are written.
 
     run = harness.init("runs/a", save_every_s=60, seed=1)
     run.track(model=model, optimizer=optimizer)
@@ -6,13 +6,14 @@
         …
         run.log(loss=loss)
 
-What follows the `yield` in `batches` runs after the user's step. That is the step boundary, the one place where saving and
-stopping are agreed on by all ranks and done.
+The code after the `yield` in `Run._steps`, which `batches` drives, runs after the user's step. This
+is the step boundary: the only place where all ranks agree on saving and stopping, and do both.
 """
 
 from __future__ import annotations
 
 import atexit
+import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,8 +23,8 @@ import torch
 
 from harness import preemption, state
 from harness.arguments import Settings, check_numbers
-from harness.checkpoint import load, retention
-from harness.distributed import ranks
+from harness.checkpoint import resume, retention
+from harness.distributed import join, ranks
 from harness.monitoring.goodput import RESTORE, Goodput, age_s
 from harness.monitoring.rank_logs import divert
 from harness.monitoring.wait_notices import watch
@@ -43,54 +44,171 @@ def init(
     directory: str | Path | None,
     *,
     remote: str | None = None,
-    seed: int = 0, save_every_s: float | str | None = 60.0, save_every_steps: int | None = None,
-    keep_last: int = 3, keep_every_steps: int | None = None, keep_best: int = 1, best: str = "val_loss:min",
-    snapshot: str = "overlapped", when_busy: str = "wait", memory: bool | int = False,
+    seed: int = 0,
+    save_every_s: float | str | None = 60.0,
+    save_every_steps: int | None = None,
+    keep_last: int = 3,
+    keep_every_steps: int | None = None,
+    keep_best: int = 1,
+    best: str = "val_loss:min",
+    snapshot: str = "overlapped",
+    when_busy: str = "wait",
+    memory: bool | int = False,
     wait_s: float = DEFAULT_WAIT_S,
-    remote_keep: Mapping[str, int | None] | None = None, config: Mapping[str, Any] | None = None,
-    accept: Sequence[str] = (), override: Sequence[str] = (), environment: str = "warn", on_mismatch: str = "warn",
+    remote_keep: Mapping[str, int | None] | None = None,
+    config: Mapping[str, Any] | None = None,
+    accept: Sequence[str] = (),
+    override: Sequence[str] = (),
+    environment: str = "warn",
+    on_mismatch: str = "warn",
     deterministic: bool = False,
     timeout_s: float = 600.0,
     log_every_steps: int = 10,
     step_timeout_s: float | None = None,
     grace_s: float | None = None,
     margin_s: float = 30.0,
-    is_scratch: bool = False, notices: str | None = None,
-    log_to: Sequence[str] = (), rehearse: bool = True,
-) -> Run:  # fmt: skip
-    """Join the other ranks, catch signals, seed all generators, and find the newest checkpoint of the run.
+    is_scratch: bool = False,
+    notices: str | None = None,
+    log_to: Sequence[str] = (),
+    rehearse: bool = True,
+) -> Run:
+    """Join the process group, catch signals, seed all generators, and find the newest checkpoint.
 
-    The run lives in `directory`, in `remote` (a URL for fsspec, as s3://bucket/prefix), or in both: then each checkpoint is committed in
-    the directory and copied in the background, and the newest that verifies is gone on from, wherever it lies. The remote may be
-    unreachable for `wait_s` seconds. It keeps what the directory keeps, but for `remote_keep`: last, every_steps, best. It saves every
-    `save_every_s` seconds; "auto": as often as is worth it, by what a save and what an interruption costs this run. Saves run in the
-    background. What an optimizer owns is copied during the next forward and backward passes; `snapshot="at_once"`: while training waits;
-    "checked": compared, too. A save that is due before the last has arrived waits for it, or (`when_busy="skip"`) is left out if the clock
-    asks for it. With `memory` each step (a number: every so many) is kept in the machine's memory as well, unless the one before is on its
-    way: a process that dies, on a machine that does not, loses nothing. A step may take `timeout_s` seconds, or `step_timeout_s`, before it
-    counts as hung. `grace_s` lie between SIGTERM and the kill (None: as SLURM says), `margin_s` between a stop and the job's time limit;
-    `is_scratch`: the directory is lost with the job. `notices` is the cloud ("aws", "gcp", "azure") that tells when it takes a spot machine
-    away. `log_to` names who is told of all that is logged: "tensorboard", "wandb". `rehearse`: the first checkpoint of a new run is read
-    back and loaded into copies, to tell what a restart would fail of. `config`, what training depends on, is kept in each checkpoint; a run
-    refuses to go on with another unless `accept=["config"]`. On another machine or software than the checkpoint was made on
-    `environment="refuse"` ends the start. A step that is made again is compared with what it was; `on_mismatch="stop"` ends the run before
-    its next save if it is another. Nothing is changed here; the run is claimed when training begins. Collective: every rank must call it.
+    A run is stored in `directory`, in `remote`, or in both. With both, each checkpoint is committed
+    in the directory and uploaded in the background. The run resumes from the newest checkpoint that
+    verifies, in whichever store it is found. Saves run in the background. `init` changes nothing in
+    the run; the run is claimed when training begins.
+
+    Collective: every rank must call it.
+
+    Args:
+        directory: Local or shared directory of the run. None: the run is stored only in `remote`.
+        remote: URL of a remote store that fsspec opens, such as s3://bucket/prefix. None: no remote
+            store.
+        seed: Seed of the generators of Python, NumPy and torch and of the order of samples.
+        save_every_s: Seconds between two saves, 60 by default. "auto": the interval is chosen
+            from the measured cost of a save and of an interruption of this run. None: no saves by
+            the clock.
+        save_every_steps: Also save in every step whose number is a multiple of this. None: no saves
+            by step number.
+        keep_last: Number of newest checkpoints that retention keeps. The two newest are always
+            kept.
+        keep_every_steps: Also keep every checkpoint whose step is a multiple of this. None: no
+            such rule.
+        keep_best: Number of best checkpoints to keep, as measured by `best`. 0: none.
+        best: Metric that ranks checkpoints, as "NAME:min" or "NAME:max". Default: the lowest
+            `val_loss`.
+        snapshot: How optimizer-owned state is copied for a save. "overlapped" (default): during
+            the next forward and backward passes. "at_once": while training waits. "checked": while
+            training waits, and each copy is compared with the state before the next update, to
+            detect mutation; "overlapped" does this for the first save only.
+        when_busy: What to do with a save that is due while the previous one is still in flight.
+            "wait" (default): wait for the previous one. "skip": leave out a save that the clock
+            asks for.
+        memory: Also keep the newest step in the memory of the machine (the memory tier), every
+            step (True) or every so many steps (a number), unless the previous save is still in
+            flight. A process that dies then loses nothing as long as its machine stays up. False
+            (default): no memory tier.
+        wait_s: Seconds for which the remote store may be unreachable, 300 by default.
+        remote_keep: Retention in the remote store where it differs from that of the directory:
+            `last`, `every_steps` and `best`. None, for one of them or for all: as in the directory.
+        config: Plain data that training depends on. It is stored in each checkpoint, and a resume
+            with a different config is refused unless `accept` contains "config". None: {}.
+        accept: Differences from the checkpoint that are accepted in a resume: "config" (other
+            settings, or data that is sharded differently), "data" (another dataset), "dtype"
+            (parameters in another precision), "remote" (another remote store). Default: none.
+        override: Names of changed config settings to apply. If there are any, optimizers and
+            schedulers keep the settings that they are built with, in place of those of the
+            checkpoint. Default: the settings of the checkpoint.
+        environment: What to do when hardware or software differ from those that the checkpoint was
+            made on. "warn" (default): print a warning. "refuse": end the start.
+        on_mismatch: What to do when a recomputed step differs from the step that an earlier attempt
+            recorded. "warn" (default): print a warning. "stop": end the run before its next save.
+        deterministic: True: use deterministic algorithms of torch, cuDNN, cuBLAS and NCCL. False
+            (default): these libraries choose.
+        timeout_s: Seconds, 600 by default: the longest wait for another rank, and the longest step.
+            The first step and a batch of an evaluation may take three times as long, a save six
+            times as long.
+        log_every_steps: Steps between two records of the logged values, 10 by default.
+        step_timeout_s: Seconds that a step may take before it counts as hung. None: 300 s more than
+            thirty times the longest step so far, at most `timeout_s`.
+        grace_s: Seconds between SIGTERM and SIGKILL. None: as configured in SLURM, if the run is a
+            SLURM job.
+        margin_s: Seconds to leave between a stop and the time limit of the job, 30 by default.
+        is_scratch: True: the directory is lost with the job, and a save before a stop counts only
+            if it is uploaded. False (default): the directory outlives the job.
+        notices: Cloud whose metadata service announces that a spot machine is taken away: "aws",
+            "gcp" or "azure". None: no service is polled.
+        log_to: Trackers that receive all logged values: "tensorboard", "wandb". Default: none.
+        rehearse: True (default): read the first checkpoint of a new run back and load it into
+            copies, in order to report what a restart would fail on. False: skip this.
+
+    Returns:
+        The run, at its resume point. `Run.track` restores the state of objects.
+
+    Raises:
+        UsageError: An argument is invalid, or the run must not resume with these arguments.
+        StorageError: A store cannot be listed or read.
+        DamagedError: The run has a history, but no checkpoint of it loads.
+        LostRankError: Another rank died or did not answer.
     """
-    ending = ExitRecord()  # from here on a user's mistake is said in words
-    check_numbers(locals())
+    arguments = dict(locals())
+    ending = ExitRecord()  # from here on user errors are reported without a traceback
+    check_numbers(arguments)
     _be_deterministic(deterministic)
-    policy = retention.Policy(keep_last, keep_every_steps, keep_best, best.rpartition(":")[0] or best, best.endswith(":max"))
-    settings = Settings(
-        seed=seed, save_every_s=save_every_s, save_every_steps=save_every_steps, wait_s=wait_s, policy=policy,
-        remote_policy=retention.changed(policy, remote_keep or {}), accept=tuple(accept), override=tuple(override), grace_s=grace_s,
-        log_every_steps=log_every_steps, step_timeout_s=step_timeout_s, margin_s=margin_s, is_scratch=is_scratch, notices=notices,
-        snapshot=snapshot, when_busy=when_busy, memory_every_steps=int(memory) or None, log_to=tuple(log_to), on_mismatch=on_mismatch,
-        rehearse=rehearse, environment=environment, config=state.plain_data({"config": dict(config or {})})["config"],
-    )  # fmt: skip
-    return _start(directory, remote, settings, timeout_s, ending)
+    return _start(directory, remote, _settings(arguments), timeout_s, ending)
 
 
-def _start(directory: str | Path | None, remote: str | None, settings: Settings, timeout_s: float, ending: ExitRecord) -> Run:
+def _settings(arguments: Mapping[str, Any]) -> Settings:
+    """Return the settings for the arguments of `init`, which are given by name.
+
+    Raises:
+        UsageError: An argument is invalid.
+    """
+    best = arguments["best"]
+    policy = retention.Policy(
+        arguments["keep_last"],
+        arguments["keep_every_steps"],
+        arguments["keep_best"],
+        best.rpartition(":")[0] or best,
+        best.endswith(":max"),
+    )
+    remote_policy = retention.changed(policy, arguments["remote_keep"] or {})
+    converted = {
+        "policy": policy,
+        "remote_policy": remote_policy,
+        "accept": tuple(arguments["accept"]),
+        "override": tuple(arguments["override"]),
+        "memory_every_steps": int(arguments["memory"]) or None,
+        "log_to": tuple(arguments["log_to"]),
+        "config": state.plain_data({"config": dict(arguments["config"] or {})})["config"],
+    }
+    fields = {field.name for field in dataclasses.fields(Settings)}
+    unchanged = {name: value for name, value in arguments.items() if name in fields}
+    return Settings(**(unchanged | converted))
+
+
+def _start(
+    directory: str | Path | None,
+    remote: str | None,
+    settings: Settings,
+    timeout_s: float,
+    ending: ExitRecord,
+) -> Run:
+    """Join the process group, seed the generators, and return the run at its resume point.
+
+    Collective: every rank must call it.
+
+    Args:
+        directory: As in `init`.
+        remote: As in `init`.
+        settings: The settings of the run; under `harness drill` others replace some of them.
+        timeout_s: As in `init`.
+        ending: Record of how this process ends.
+
+    Raises:
+        UsageError, StorageError, DamagedError, LostRankError: As `init`.
+    """
     directory, remote, settings = redirected(directory, remote, settings)
     fill_closed_streams()
     account = Goodput(age_s=age_s())
@@ -104,15 +222,20 @@ def _start(directory: str | Path | None, remote: str | None, settings: Settings,
     if ranks.prints():
         watch(account)
     with preemption.noticed_at_once() as noticed, account.joining():
-        world = ranks.join(timeout_s, noticed, ending.leave_alone)
-    atexit.register(world.leave)  # gloo's threads may abort a process that ends under them
+        world = join.join(timeout_s, noticed, ending.leave_alone)
+    atexit.register(world.leave)  # else gloo threads may abort a process that exits
     ending.take_hook()
-    state.seed_rank(settings.seed, "build")  # alike on all ranks, so that they build the same model
+    state.seed_rank(settings.seed, "build")  # the same on all ranks: equal models
     outage = listen(stores, world.is_writer)
     world.on_writer(lambda: check_remembered(stores, settings.accept), give_up=preemption.requested)
     patient = tuple(store.patient(settings.wait_s, preemption.requested) for store in stores)
     with account.during(RESTORE):
-        choice = load.choose(patient, world, give_up=preemption.requested, steps_back=lambda: launches.steps_back(patient[-1]))
+        choice = resume.choose(
+            patient,
+            world,
+            give_up=preemption.requested,
+            steps_back=lambda: launches.steps_back(patient[-1]),
+        )
     return Run(world, stores, choice, settings, ending, outage, account)
 
 

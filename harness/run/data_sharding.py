@@ -1,4 +1,7 @@
-"""How a dataset, or that of a DataLoader, is dealt out to the ranks; and what has to be said of it before training."""
+"""Shard a dataset, or the dataset of a DataLoader, over the ranks, and describe the data.
+
+The description is stored in each checkpoint; its notes are the warnings to print before training.
+"""
 
 from __future__ import annotations
 
@@ -18,13 +21,13 @@ from harness.data.stream import StreamSource, check_resumable, told_epoch
 from harness.distributed.ranks import World
 from harness.errors import UsageError
 
-IN_STREAM = "held in the stream"  # generators that a stream holds are seeded for each share
-TOLD = "told the epoch"  # a stream that has set_epoch
+IN_STREAM = "held in the stream"  # generators inside a stream are seeded for each share
+TOLD = "told the epoch"  # the stream has set_epoch
 
 
 @dataclass(frozen=True)
 class Described:
-    """What a checkpoint keeps of the data, and what has to be said of it."""
+    """The description of the data that a checkpoint stores, and the warnings about the data."""
 
     data: dict[str, Any]
     notes: tuple[str, ...] = ()
@@ -32,60 +35,165 @@ class Described:
 
 @dataclass(frozen=True)
 class Dealt:
-    """Where samples come from, what a checkpoint keeps of that, and what has to be said."""
+    """A source of samples that is sharded over the ranks, with its global batch size."""
 
     source: Source
     global_batch_size: int
-    described: Callable[[], Described]  # the dataset is asked for samples, the first time
+    described: Callable[[], Described]  # the first call loads samples of the dataset
+
+
+@dataclass(frozen=True)
+class LoadSettings:
+    """How one dataset is batched, ordered and loaded."""
+
+    dataset: Any
+    global_batch_size: int | None
+    shuffle: bool
+    drop_last: bool
+    order: Callable[[int], Sequence[int]] | None
+    collate: loading.Collate | None
+    workers: loading.Workers
+    samples_each: int = 1  # samples in one item of the dataset
 
 
 @dataclass(frozen=True)
 class DataSharding:
-    """What all sources of one loop have in common."""
+    """The settings that all sources of one loop share."""
 
     world: World
     accumulate: int
     shuffle: bool
     drop_last: bool
     check_stream: bool
-    as_drilled: Callable[[int], int]  # how many workers there are, where so many are wanted
+    as_drilled: Callable[[int], int]  # requested number of workers -> number to use
 
     def deal(
-        self, dataset: Any, seed: int, global_batch_size: int | None, collate: loading.Collate | None, num_workers: int,
-        order: Callable[[int], Sequence[int]] | None, before: Mapping[str, Any] | None, *, is_beside: bool = False,
-    ) -> Dealt:  # fmt: skip
-        """Deal out a dataset, or that of a DataLoader, `is_beside` in whole batches only; `before` is what the checkpoint has of it.
+        self,
+        dataset: Any,
+        seed: int,
+        global_batch_size: int | None,
+        collate: loading.Collate | None,
+        num_workers: int,
+        order: Callable[[int], Sequence[int]] | None,
+        before: Mapping[str, Any] | None,
+        *,
+        is_beside: bool = False,
+    ) -> Dealt:
+        """Shard a dataset, or the dataset of a DataLoader, over the ranks.
 
-        Raises UsageError. Collective: every rank must call it.
+        Collective: every rank must call it.
+
+        Args:
+            dataset: A map-style dataset, a resumable iterable dataset, or a DataLoader.
+            seed: Seed of the order of samples.
+            global_batch_size: Samples in one optimizer step, over all ranks and micro-batches. None
+                for a DataLoader: its batch size is that of a micro-batch on one rank.
+            collate: Collate function; None for the default one, and for a DataLoader.
+            num_workers: Number of loader processes of this rank; 0 for a DataLoader.
+            order: Function from an epoch to its sample numbers, in place of a shuffle; None for a
+                DataLoader.
+            before: The description of this data in the checkpoint, or None.
+            is_beside: True for data beside the main source: only whole batches are used.
+
+        Raises:
+            UsageError: These arguments do not go together, or a run could not resume exactly.
         """
-        shuffle, drop_last, workers, samples_each = self.shuffle, self.drop_last, loading.Workers(num_workers), 1
-        adopted = adopt(dataset)
-        if adopted is not None:
-            if global_batch_size is not None or collate is not None or num_workers or order is not None:
-                raise UsageError(
-                    "a DataLoader says itself how its dataset is dealt out",
-                    "found: a DataLoader, and global_batch_size, collate_fn, num_workers or order beside it",
-                    "Give the DataLoader alone, or its dataset.",
-                )
-            global_batch_size, samples_each = adopted.batch_size * self.world.size * self.accumulate, adopted.samples_each
-            dataset, shuffle, drop_last, order = adopted.dataset, adopted.shuffle, adopted.drop_last, adopted.order
-            collate, workers = adopted.collate, adopted.workers
-        elif loading.is_iterable(dataset):
-            check_resumable(dataset)
-        if not (is_beside or loading.is_iterable(dataset)):
-            workers = dataclasses.replace(workers, number=self.as_drilled(workers.number))
-        drop_last = drop_last or is_beside  # a short batch of those would have no weights in the loop
-        if global_batch_size is None:
+        given = LoadSettings(
+            dataset,
+            global_batch_size,
+            self.shuffle,
+            self.drop_last,
+            order,
+            collate,
+            loading.Workers(num_workers),
+        )
+        settings = self._load_settings(given, is_beside=is_beside)
+        if settings.global_batch_size is None:
             raise UsageError(
                 "batches() of a dataset needs global_batch_size",
-                remedy="Give the number of samples in one update, over all ranks: batches(dataset, 64, …).",
+                remedy="Give the number of samples in one update, over all ranks: "
+                "batches(dataset, 64, …).",
             )
-        seeds_held = before is None or "sample_rng" in before.get("kinds", {}) or not find(drawn_from(dataset, collate))
+        return self._sharded(settings, settings.global_batch_size, seed, before)
+
+    def _load_settings(self, given: LoadSettings, *, is_beside: bool) -> LoadSettings:
+        """Return the settings to load with: those given, or those of a DataLoader.
+
+        Raises:
+            UsageError: The dataset cannot resume, or settings are given beside a DataLoader.
+        """
+        settings = given
+        adopted = adopt(given.dataset)
+        if adopted is not None:
+            _check_alone(given)
+            settings = LoadSettings(
+                adopted.dataset,
+                adopted.batch_size * self.world.size * self.accumulate,
+                adopted.shuffle,
+                adopted.drop_last,
+                adopted.order,
+                adopted.collate,
+                adopted.workers,
+                adopted.samples_each,
+            )
+        elif loading.is_iterable(given.dataset):
+            check_resumable(given.dataset)
+        workers = settings.workers
+        if not (is_beside or loading.is_iterable(settings.dataset)):
+            workers = dataclasses.replace(workers, number=self.as_drilled(workers.number))
+        # `run.weights` holds the weights of the main source only: no short batches beside it.
+        drop_last = settings.drop_last or is_beside
+        return dataclasses.replace(settings, workers=workers, drop_last=drop_last)
+
+    def _sharded(
+        self,
+        settings: LoadSettings,
+        global_batch_size: int,
+        seed: int,
+        before: Mapping[str, Any] | None,
+    ) -> Dealt:
+        """Return the source of a dataset, with the function that describes its data.
+
+        Collective: every rank must call it.
+
+        Args:
+            settings: How the dataset is loaded.
+            global_batch_size: As in `deal`; for a DataLoader too.
+            seed: As in `deal`.
+            before: As in `deal`.
+
+        Raises:
+            UsageError: A run could not resume exactly with this dataset or this batch size.
+        """
+        dataset, collate = settings.dataset, settings.collate
+        seeds_held = (
+            before is None
+            or "sample_rng" in before.get("kinds", {})
+            or not find(drawn_from(dataset, collate))
+        )
         source = dataset_source.source(
-            dataset, self.world, seed, global_batch_size, accumulate=self.accumulate, shuffle=shuffle, drop_last=drop_last, order=order,
-            collate=collate, workers=workers, seeds_held=seeds_held, samples_each=samples_each,
-        )  # fmt: skip
-        about = partial(describe, dataset, global_batch_size, shuffle and order is None, drop_last, seed, before=before)
+            dataset,
+            self.world,
+            seed,
+            global_batch_size,
+            accumulate=self.accumulate,
+            shuffle=settings.shuffle,
+            drop_last=settings.drop_last,
+            order=settings.order,
+            collate=collate,
+            workers=settings.workers,
+            seeds_held=seeds_held,
+            samples_each=settings.samples_each,
+        )
+        about = partial(
+            describe,
+            dataset,
+            global_batch_size,
+            settings.shuffle and settings.order is None,
+            settings.drop_last,
+            seed,
+            before=before,
+        )
         if isinstance(source, StreamSource):
             proven = self._proven(source, about(collate=collate), is_new=before is None)
             return Dealt(source, global_batch_size, lambda: proven)
@@ -98,26 +206,74 @@ class DataSharding:
         return Dealt(source, global_batch_size, cache(described))
 
     def _proven(self, source: StreamSource, data: dict[str, Any], *, is_new: bool) -> Described:
-        """Try the stream; generators that it holds are seeded only where that makes it exact."""
-        kinds = data.get("kinds", {}) | ({"order": TOLD} if is_new and told_epoch(source.dataset) is not None else {})
-        source.reading.seeds_held, source.tells_epoch = kinds.get("sample_rng") == IN_STREAM, kinds.get("order") == TOLD
+        """Test whether the stream resumes exactly, and return its description.
+
+        The generators that the stream holds are seeded only if that makes it exact.
+        """
+        kinds = data.get("kinds", {}) | (
+            {"order": TOLD} if is_new and told_epoch(source.dataset) is not None else {}
+        )
+        source.reading.seeds_held, source.tells_epoch = (
+            kinds.get("sample_rng") == IN_STREAM,
+            kinds.get("order") == TOLD,
+        )
         note = ""
         if self.check_stream:
             may_seed = is_new or source.reading.seeds_held
-            note = stream_check.prove(source, lambda kept: state.plain_data({"stream": kept})["stream"], seeds_held=may_seed)
+            note = stream_check.prove(
+                source,
+                lambda kept: state.plain_data({"stream": kept})["stream"],
+                seeds_held=may_seed,
+            )
         kinds |= {"sample_rng": IN_STREAM} if source.reading.seeds_held else {}
         return Described(data | ({"kinds": kinds} if kinds else {}), (note,) if note else ())
 
 
-def _notes(dataset: Any, data: Mapping[str, Any], held: list[str], *, seeds_held: bool) -> tuple[str, ...]:
-    """What is not exact after a kill, in words."""
+def _check_alone(given: LoadSettings) -> None:
+    """Check that a DataLoader is given without settings that it has itself.
+
+    Raises:
+        UsageError: A batch size, a collate function, workers or an order are given beside it.
+    """
+    if (
+        given.global_batch_size is not None
+        or given.collate is not None
+        or given.workers.number
+        or given.order is not None
+    ):
+        raise UsageError(
+            "a DataLoader says itself how its dataset is dealt out",
+            "found: a DataLoader, and global_batch_size, collate_fn, num_workers or order "
+            "beside it",
+            "Give the DataLoader alone, or its dataset.",
+        )
+
+
+def _notes(
+    dataset: Any, data: Mapping[str, Any], held: list[str], *, seeds_held: bool
+) -> tuple[str, ...]:
+    """Return warnings about what does not resume exactly after a kill.
+
+    Args:
+        dataset: The dataset, for its class name.
+        data: Description of the data, with its fingerprint.
+        held: Paths to the generators that the dataset or its collate function hold.
+        seeds_held: Whether these generators are seeded for each sample.
+    """
     if not seeds_held:
-        words = "this run began before generators that are held were seeded for each sample, and goes on as it began"
-        return (f"{words}: what is drawn from {', '.join(held[:3])} is other after a kill; a new run seeds it",)
+        words = (
+            "this run began before generators that are held were seeded for each sample, and goes "
+            "on as it began"
+        )
+        return (
+            f"{words}: what is drawn from {', '.join(held[:3])} is other after a kill; a new run "
+            "seeds it",
+        )
     if not data["fingerprint"].endswith(DIFFER):
         return ()
     seeded = ", ".join(["those of Python, NumPy and torch", *held[:3]])
     return (
-        f"samples of {type(dataset).__name__} differ each time they are loaded, although all generators that are found were seeded"
-        f" alike ({seeded}): after a kill they are other ones. Draw from the global generators, or from one that is held in an attribute.",
+        f"samples of {type(dataset).__name__} differ each time they are loaded, although all "
+        f"generators that are found were seeded alike ({seeded}): after a kill they are other ones."
+        " Draw from the global generators, or from one that is held in an attribute.",
     )

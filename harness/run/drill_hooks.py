@@ -1,12 +1,15 @@
-"""A run under `harness drill`: what it writes goes elsewhere, each step leaves its traces, and where a fault is due it waits for it.
+"""Hooks for a run under `harness drill`: redirect its stores, trace each step, wait for faults.
 
-    HARNESS_REDIRECT=DIR    the run lives in DIR/run, and in DIR/remote if the program names a remote, whatever directory and remote it
-                            names; nobody outside is told of it (log_to, notices)
-    HARNESS_DRILL=1         beside it, so that a program can know. DIR/plan.json says where the run ends, how often it saves, and the faults
+    HARNESS_REDIRECT=DIR    The stores of the run are DIR/run and, if the program names a remote,
+                            DIR/remote, whatever directory and remote the program names. Trackers
+                            and cloud notices (log_to, notices) are off.
+    HARNESS_DRILL=1         Set beside HARNESS_REDIRECT, so that a program can detect a drill.
+                            DIR/plan.json holds the last step, the save interval and the faults.
 
-Each process writes DIR/traces-TIME-RANK.jsonl: which attempt it is of, and of each step what it trained on, the loss, and digests of
-everything that it holds. Where a fault is due the writer creates DIR/reached-N.json, and waits at the end of that step for DIR/go-N,
-or for its end.
+Each process writes DIR/traces-TIME-RANK.jsonl: the attempt that it belongs to, and for each step
+digests of its samples, the batch, the logged loss, the generators, and all tracked state. When a
+fault is due, the writer creates DIR/reached-N.json. At the end of that step it waits for DIR/go-N,
+or until the fault ends it.
 """
 
 from __future__ import annotations
@@ -31,14 +34,14 @@ from harness.tracking.tensor_leaves import leaves_of
 
 DRILL, PLAN = "HARNESS_DRILL", "plan.json"
 RUN, REMOTE = "run", "remote"
-MOST_BYTES = 64 << 20  # of state that is digested in each step; of more, only every so many steps
-WAITS_S = 60.0  # for who causes the fault
+MOST_BYTES = 64 << 20  # of state to digest in each step; larger state is digested less often
+WAITS_S = 60.0  # the longest wait for `harness drill` to cause the fault
 
 
 def redirected(
     directory: str | Path | None, remote: str | None, settings: Settings
-) -> tuple[str | Path | None, str | None, Settings]:  # fmt: skip
-    """Where a run lives that the program wants there, and how."""
+) -> tuple[str | Path | None, str | None, Settings]:
+    """Return the stores and settings of the run: the program's own, or those of a drill."""
     if REDIRECT not in os.environ:
         return directory, remote, settings
     folder = Path(os.environ[REDIRECT]).absolute()
@@ -48,14 +51,14 @@ def redirected(
 
 
 def plan() -> dict[str, Any]:
-    """What `harness drill` has planned for this run; {} without a drill."""
+    """Return the plan of `harness drill` for this run; {} without a drill."""
     if DRILL not in os.environ or REDIRECT not in os.environ:
         return {}
     return json.loads(Path(os.environ[REDIRECT], PLAN).read_text())  # type: ignore[no-any-return]
 
 
 class Traces:
-    """What this process leaves behind for `harness drill`; without a drill, nothing."""
+    """The traces that this process writes for `harness drill`; without a drill, nothing."""
 
     def __init__(self, world: World) -> None:
         self._plan = plan()
@@ -63,34 +66,36 @@ class Traces:
         if not self.is_on:
             return
         self.folder, self._is_writer = Path(os.environ[REDIRECT]), world.is_writer
-        self._file = (self.folder / f"traces-{time.time_ns()}-{world.rank}.jsonl").open("a", buffering=1)
+        self._file = (self.folder / f"traces-{time.time_ns()}-{world.rank}.jsonl").open(
+            "a", buffering=1
+        )
         self._every, self._step_s, self._began, self._is_first = 1, 0.0, time.monotonic(), True
         self._waits_for: int | None = None
-        self._is_hurt = False  # one fault a process
+        self._is_hurt = False  # at most one fault per process
         self._write(pid=os.getpid(), rank=world.rank, writes=world.is_writer)
 
     def _write(self, **fields: Any) -> None:
         self._file.write(json.dumps({"time": time.time()} | fields) + "\n")
 
     def end_step(self, end_step: int | None) -> int | None:
-        """The number of the last step: the drill may end a run sooner."""
+        """Return the number of the last step; a drill may end the run earlier."""
         wanted = self._plan.get("steps")
         return end_step if wanted is None else wanted if end_step is None else min(wanted, end_step)
 
     def workers(self, number: int) -> int:
-        """How many processes load ahead, where the program wants so many."""
+        """Return the number of loader processes; `number` is the one that the program requests."""
         if self.is_on:
             self._write(has="workers")
         wanted = self._plan.get("workers")
         return number if wanted is None else int(wanted)
 
     def begun(self, attempt: int, step: int) -> None:
-        """An attempt goes on from a step."""
+        """Record that an attempt resumes from a step."""
         if self.is_on:
             self._write(attempt=attempt, goes_on_from=step)
 
     def step_begins(self, step: int) -> None:
-        """The loop is about to be handed a batch."""
+        """Note that the loop is about to receive a batch; arm a fault that is due in this step."""
         if not self.is_on:
             return
         self._began = time.monotonic()
@@ -102,8 +107,23 @@ class Traces:
                 break
         self._is_first = False
 
-    def step_made(self, step: int, share: Share, batch: Any, logged: Mapping[str, Any], tracked: Mapping[str, Any]) -> None:
-        """The user's step on a batch is over; nothing of it is saved yet."""
+    def step_made(
+        self,
+        step: int,
+        share: Share,
+        batch: Any,
+        logged: Mapping[str, Any],
+        tracked: Mapping[str, Any],
+    ) -> None:
+        """Trace a step after the user's code for it has run and before anything of it is saved.
+
+        Args:
+            step: Number of the step.
+            share: The samples of this rank in the step.
+            batch: What the loop received.
+            logged: The values that the step logged.
+            tracked: The tracked objects, by name.
+        """
         if not self.is_on:
             return
         self._step_s = time.monotonic() - self._began
@@ -118,11 +138,21 @@ class Traces:
                     own[".".join(map(str, (name, *path)))] = digest(leaf.value())
                     held_bytes += leaf.size_bytes
             self._every = 1 + held_bytes // MOST_BYTES
-        seen = {"samples": share.micro_batches, "batch": batch, "loss": logged, "rng": state.rng_state()}
-        self._write(step=step, epoch=share.epoch, state=own, **{name: digest(value) for name, value in seen.items()})
+        seen = {
+            "samples": share.micro_batches,
+            "batch": batch,
+            "loss": logged,
+            "rng": state.rng_state(),
+        }
+        self._write(
+            step=step,
+            epoch=share.epoch,
+            state=own,
+            **{name: digest(value) for name, value in seen.items()},
+        )
 
     def point(self, name: str, step: int) -> None:
-        """The run has come to a place where a fault may be due; wait there for it."""
+        """Mark a point of the run where a fault may be due, and wait for the fault if it is."""
         if not self.is_on:
             return
         if name == "evaluation":
@@ -134,9 +164,17 @@ class Traces:
     def _due(self, name: str, step: int) -> dict[str, Any] | None:
         if not self._is_writer or self._is_hurt:
             return None
-        faults = (f for f in self._plan["faults"] if not (self.folder / f"reached-{f['number']}.json").exists())
+        faults = (
+            f
+            for f in self._plan["faults"]
+            if not (self.folder / f"reached-{f['number']}.json").exists()
+        )
         fault = next(faults, None)
-        return fault if fault is not None and fault["point"] == name and step >= fault["step"] else None
+        return (
+            fault
+            if fault is not None and fault["point"] == name and step >= fault["step"]
+            else None
+        )
 
     def _reach(self, fault: Mapping[str, Any], step: int) -> None:
         number = fault["number"]
@@ -153,7 +191,13 @@ class Traces:
 
 
 def digest(value: Any) -> str:
-    """A short digest of nested data by its contents."""
+    """Return a short digest of the contents of nested data."""
     found = hashlib.blake2b(digest_size=8)
-    digest_into(found, value, lambda other: repr(other).encode() if isinstance(other, complex) else type(other).__name__.encode())
+    digest_into(
+        found,
+        value,
+        lambda other: (
+            repr(other).encode() if isinstance(other, complex) else type(other).__name__.encode()
+        ),
+    )
     return found.hexdigest()

@@ -1,4 +1,4 @@
-"""What a loop goes over: the batches of all epochs, or a loop over epochs around the loop over their batches."""
+"""Iterators for the training loop: the batches of all epochs, or epochs of batches."""
 
 from __future__ import annotations
 
@@ -14,14 +14,18 @@ END: Any = object()
 
 
 class Batches(Iterator[Any]):
-    """The batches of a run, from where it stands to its end. All begins with the first one that is asked for.
+    """The batches of a run, from its resume point to its end.
 
-    Its length is the number of steps of the whole run: the same in all its lives, and known before anything is tracked.
+    The loop starts when the first batch is requested. The length is the number of steps of the
+    whole run: it is the same in all attempts, and known before any object is tracked.
     """
 
-    def __init__(self, begin: Callable[[], Work], loop: Callable[[Callable[[], Work], bool], Iterator[Any]]) -> None:
+    def __init__(
+        self, begin: Callable[[], Work], loop: Callable[[Callable[[], Work], bool], Iterator[Any]]
+    ) -> None:
         self.work, self._loop = cache(begin), loop
-        self._items: Iterator[Any] | None = None  # does not hold this object: to drop it is to leave the loop
+        # The generator holds no reference to this object: dropping this object ends the loop.
+        self._items: Iterator[Any] | None = None
         self._by_epoch = False
 
     def __iter__(self) -> Iterator[Any]:
@@ -39,21 +43,27 @@ class Batches(Iterator[Any]):
         return True
 
     def with_borders(self) -> None:
-        """Have a border stand before the batches of each epoch, where the data allows it."""
+        """Put a `Border` before the batches of each epoch, if the source supports it."""
         self._by_epoch = True
 
     def close(self) -> None:
         """Leave the loop."""
         if self._items is not None:
-            self._items.close()  # type: ignore[attr-defined] # of a generator
+            self._items.close()  # type: ignore[attr-defined] # it is a generator
 
 
-def by_epoch(batches: Iterator[Any], at: Callable[[], Share]) -> Iterator[tuple[int, Iterator[Any]]]:
-    """Each epoch and an iterator over its batches; `at` tells the share that was handed out last.
+def by_epoch(
+    batches: Iterator[Any], at: Callable[[], Share]
+) -> Iterator[tuple[int, Iterator[Any]]]:
+    """Yield each epoch and an iterator over its batches; `at` returns the share yielded last.
 
-    To ask for the batch after an epoch's last one is what ends that step. So it is asked for when the outer loop comes round, with all
-    done that the user does once an epoch. An epoch is told of before any of its samples is loaded, unless what is given is not what
-    `Run.batches` has made but something around it. Raises UsageError.
+    A step ends when the next batch is requested. The batch after the last one of an epoch is
+    therefore requested only when the outer loop continues: the user's code at the end of the epoch
+    has run by then. An epoch is yielded before any of its samples is loaded, unless `batches` is a
+    wrapper around the iterator of `Run.batches`.
+
+    Raises:
+        UsageError: The loop over the batches of an epoch was left before its end.
     """
     work = batches.work if isinstance(batches, Batches) else None
     if isinstance(batches, Batches):
@@ -65,14 +75,15 @@ def by_epoch(batches: Iterator[Any], at: Callable[[], Share]) -> Iterator[tuple[
         yield border.epoch, epoch
         if not epoch.is_over:
             raise UsageError(
-                f"the loop over the batches of epoch {border.epoch} was left before its end, or never begun",
+                f"the loop over the batches of epoch {border.epoch} was left before its end, or "
+                "never begun",
                 remedy="Run it to its end; run.finish() ends the run with this step.",
             )
         border = END if epoch.was_last else next(bordered, END)
 
 
 def _bordered(batches: Iterator[Any], at: Callable[[], Share]) -> Iterator[Any]:
-    """The batches, with a border before each epoch's also where there was none."""
+    """Yield the batches, and add a border before each epoch that has none."""
     epoch = -1
     for batch in batches:
         if isinstance(batch, Border):
@@ -84,9 +95,11 @@ def _bordered(batches: Iterator[Any], at: Callable[[], Share]) -> Iterator[Any]:
 
 
 class _Epoch:
-    """What is left of one epoch; its length is that of a whole one."""
+    """The rest of one epoch; its length is that of a whole epoch."""
 
-    def __init__(self, batches: Iterator[Any], at: Callable[[], Share], work: Callable[[], Work] | None) -> None:
+    def __init__(
+        self, batches: Iterator[Any], at: Callable[[], Share], work: Callable[[], Work] | None
+    ) -> None:
         self._batches, self._at, self._work = batches, at, work
         self._begun = self.is_over = self.was_last = False
 
@@ -96,7 +109,7 @@ class _Epoch:
     def __next__(self) -> Any:
         if self.is_over:
             raise StopIteration
-        if self._begun and self._at().after.sample == 0:  # the outer loop asks for what comes next
+        if self._begun and self._at().after.sample == 0:  # the outer loop requests the next batch
             self.is_over = True
             raise StopIteration
         batch = next(self._batches, END)
@@ -114,7 +127,7 @@ class _Epoch:
 
 
 def _known(length: int | None) -> int:
-    """The length. Raises TypeError, as `len` does for what has none."""
+    """Return the length. Raise TypeError if it is unknown, as `len` does."""
     if length is None:
         raise TypeError("how many steps there are is not known before they are made")
     return length

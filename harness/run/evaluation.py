@@ -1,4 +1,4 @@
-"""Evaluate on all ranks: each sample once, no padded duplicates, nothing of the training disturbed."""
+"""Evaluate on all ranks: each sample once, no padded duplicates, no effect on the training."""
 
 from __future__ import annotations
 
@@ -26,11 +26,27 @@ def evaluate(
     collate: loading.Collate | None,
     beat: Callable[[], object],
 ) -> dict[str, float]:
-    """The means over all samples of the sums that `fn` gives for each batch; `beat` is called before each. Collective: every rank must
-    call it."""
+    """Return the means over all samples of the sums that `fn` returns for each batch.
+
+    Collective: every rank must call it.
+
+    Args:
+        world: The ranks; each one evaluates a contiguous part of the samples.
+        tracked: The tracked objects; their modules are in eval mode meanwhile.
+        dataset: A dataset with `__len__` and `__getitem__`.
+        fn: Function from a batch on the device to named sums over its samples.
+        batch_size: Samples in one batch of one rank.
+        collate: Collate function; None for the default one.
+        beat: Called before each batch.
+
+    Raises:
+        UsageError: `fn` uses a name that every event has.
+    """
     modules = [module for thing in tracked for module in _modules_of(thing)]
     sums: dict[str, float] = {}
-    samples = range(world.rank * len(dataset) // world.size, (world.rank + 1) * len(dataset) // world.size)
+    samples = range(
+        world.rank * len(dataset) // world.size, (world.rank + 1) * len(dataset) // world.size
+    )
     with state.kept_generators():
         for module in modules:
             world.share_buffers(ddp.plain(module))
@@ -46,7 +62,7 @@ def evaluate(
 
 
 def _modules_of(thing: Any) -> Iterator[nn.Module]:
-    """A tracked module, or the module inside a tracked average of weights."""
+    """Yield a tracked module, or the module inside a tracked average of weights."""
     inner = thing if isinstance(thing, nn.Module) else getattr(thing, "module", None)
     if isinstance(inner, nn.Module):
         yield inner
@@ -54,12 +70,14 @@ def _modules_of(thing: Any) -> Iterator[nn.Module]:
 
 def _shares(samples: range, batch_size: int) -> Iterator[Share]:
     for at in range(0, len(samples), batch_size):
-        yield Share(0, samples[at], (tuple(samples[at : at + batch_size]),), (1.0,), Position(), last=False)
+        yield Share(
+            0, samples[at], (tuple(samples[at : at + batch_size]),), (1.0,), Position(), last=False
+        )
 
 
 @contextlib.contextmanager
 def _eval_mode(modules: list[nn.Module]) -> Iterator[None]:
-    """Each submodule's own mode is put back, also after an exception."""
+    """Put modules into eval mode; restore the mode of each submodule, also after an exception."""
     modes = [(part, part.training) for module in modules for part in module.modules()]
     try:
         for module in modules:

@@ -1,4 +1,7 @@
-"""What a run keeps of its program beside the position in the data, and what it finds of it that it cannot keep."""
+"""The state of the program that a checkpoint holds beside the position in the data.
+
+State that is found in the program but cannot be saved is reported.
+"""
 
 from __future__ import annotations
 
@@ -22,20 +25,53 @@ from harness.untracked.finder import UntrackedFinder
 
 
 class KeptState:
-    """All of that, as seen from one rank."""
+    """The state of the program that a run saves, as seen from one rank."""
 
-    def __init__(self, world: World, step: Callable[[], int], say: Callable[[str], None], note: Callable[..., None]) -> None:
-        self.suspects: list[str] = []  # what lives in the program and is not tracked, by the path to it
+    def __init__(
+        self,
+        world: World,
+        step: Callable[[], int],
+        say: Callable[[str], None],
+        note: Callable[..., None],
+    ) -> None:
+        # Paths to state in the program that is not tracked.
+        self.suspects: list[str] = []
         self._is_writer, own = world.is_writer, RankEntries()
-        self._values, self._more, self._by_rank = UserState(), ExtraState(world, own, step, say), RankDifferences(world, own, say, note)
+        self._values, self._more, self._by_rank = (
+            UserState(),
+            ExtraState(world, own, step, say),
+            RankDifferences(world, own, say, note),
+        )
         self._untracked, self._built = UntrackedFinder(self.suspects, say, note), dict[str, Any]()
 
     def track(
-        self, tracked: dict[str, Any], objects: Mapping[str, Any], origin: Manifest | None, payload: Mapping[str, Any] | None,
-        settings: Settings, *, is_late: bool,
-    ) -> list[str]:  # fmt: skip
-        """Add the objects to what is tracked, and give all of it its state back; returns what is to be said. Raises UsageError.
-        Collective: every rank must call it."""
+        self,
+        tracked: dict[str, Any],
+        objects: Mapping[str, Any],
+        origin: Manifest | None,
+        payload: Mapping[str, Any] | None,
+        settings: Settings,
+        *,
+        is_late: bool,
+    ) -> list[str]:
+        """Add objects to the tracked ones, restore the state of all of them, and return messages.
+
+        Collective: every rank must call it.
+
+        Args:
+            tracked: The tracked objects by name; the new ones that have a `state_dict` are added.
+            objects: The new objects, by name.
+            origin: Manifest of the resume point, or None.
+            payload: Contents of the checkpoint at the resume point, or None.
+            settings: Validated arguments of `harness.init`.
+            is_late: True if training has begun.
+
+        Returns:
+            Warnings and notices to print.
+
+        Raises:
+            UsageError: An object cannot be tracked, or the checkpoint does not fit the objects.
+        """
         for name, thing in objects.items():
             resume_checks.check_trackable(name, thing, tracked, is_late=is_late)
         stateful = self._more.track(objects, is_resumed=payload is not None)
@@ -45,9 +81,17 @@ class KeptState:
             self._more.restored(tracked)
         return said
 
-    def begin(self, tracked: Mapping[str, Any], payload: Mapping[str, Any], source: Source) -> list[str]:
-        """The loop begins: put back what is no object's state, and look for what lives untracked; returns what is to be said. Raises
-        UsageError."""
+    def begin(
+        self, tracked: Mapping[str, Any], payload: Mapping[str, Any], source: Source
+    ) -> list[str]:
+        """Restore the state outside of `state_dict`s, look for untracked state, return messages.
+
+        The loop calls it once, before the first step.
+
+        Raises:
+            UsageError: The checkpoint holds a generator, gradient or communication hook that the
+                program does not have, or a hook was registered after `track`.
+        """
         said = self._more.begin(tracked, payload)
         if self._is_writer:
             self._untracked.handled |= self._more.handled | _handled_by(source)
@@ -55,35 +99,71 @@ class KeptState:
         return said
 
     def at_boundary(self, values: Mapping[str, Any]) -> None:
-        """A step is over; `values` are the user's own. Raises UsageError for what no checkpoint could give back."""
+        """Check `run.state` (`values`) and untracked state at a step boundary.
+
+        Raises:
+            UsageError: A value cannot be restored from a checkpoint.
+        """
         self._values.look(values)
         self._untracked.at_boundary()
 
     def is_time(self, is_due: bool, cannot_wait: bool) -> bool:
-        """Whether to save now what is due: with gradients under way a save may wait for the next update."""
+        """Return whether to save now; a save that is due may wait for the next update.
+
+        It waits if there are accumulated gradients that the next update will use, unless
+        `cannot_wait`.
+        """
         return self._more.is_time(is_due, cannot_wait)
 
-    def of_ranks(self, tracked: Mapping[str, Any], values: Mapping[str, Any], iterator: Any) -> list[OfRank]:
-        """What each rank gives of itself for a checkpoint; on the writer only. Collective: every rank must call it."""
+    def of_ranks(
+        self, tracked: Mapping[str, Any], values: Mapping[str, Any], iterator: Any
+    ) -> list[OfRank]:
+        """Collect the state of each rank for a checkpoint, and return it on the writer only.
+
+        Collective: every rank must call it.
+
+        Args:
+            tracked: The tracked objects, by name.
+            values: `run.state`.
+            iterator: State of this rank's iterator over the data, as plain data.
+        """
         self._more.hold()
         return self._by_rank.of_ranks(tracked, values, iterator)
 
     def captured(
-        self, of_ranks: Sequence[OfRank], data: dict[str, Any], values: dict[str, Any], tracked: Mapping[str, Any]
-    ) -> Captured:  # fmt: skip
-        """All of a checkpoint. Raises UsageError for what is not plain data, NonFiniteError."""
+        self,
+        of_ranks: Sequence[OfRank],
+        data: dict[str, Any],
+        values: dict[str, Any],
+        tracked: Mapping[str, Any],
+    ) -> Captured:
+        """Capture the contents of a checkpoint.
+
+        Args:
+            of_ranks: The state of each rank, from `of_ranks`.
+            data: Description of the data and the position in it.
+            values: Values at the top level of the checkpoint, as plain data.
+            tracked: The tracked objects, by name.
+
+        Raises:
+            UsageError: State is not plain data.
+            NonFiniteError: A parameter is not finite.
+        """
         return captured(of_ranks, data, values | self._more.values(), tracked)
 
     def close(self) -> None:
-        """The loop is over."""
+        """Release the hooks; the loop calls it at its end."""
         self._more.close()
 
 
 def _handled_by(source: Any) -> set[int]:
-    """By identity what a source seeds for each sample, keeps with an order, or was seen to have in its state."""
+    """Return the ids of objects that the source seeds for each sample or saves with an order."""
     found: set[int] = set()
     for one in (getattr(source, "main", source), *getattr(source, "others", {}).values()):
-        roots = {"dataset": getattr(one, "dataset", None), "collate_fn": getattr(one, "collate", None)}
+        roots = {
+            "dataset": getattr(one, "dataset", None),
+            "collate_fn": getattr(one, "collate", None),
+        }
         if getattr(one, "seeds_held", True):
             found |= {id(held.generator) for held in find(roots)}
         order = getattr(getattr(one, "plan", None), "order", None)

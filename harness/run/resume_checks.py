@@ -1,4 +1,7 @@
-"""May this run go on from that checkpoint? Checks in words, each with a way to insist; and what has to be made again."""
+"""Check whether a run may resume from a checkpoint, and restore tracked objects and generators.
+
+Each error message of a check names the setting that accepts the difference, if there is one.
+"""
 
 from __future__ import annotations
 
@@ -14,58 +17,124 @@ from harness.data.fingerprint import lasting
 from harness.data.source import Source
 from harness.distributed.ranks import World
 from harness.errors import UsageError
+from harness.untracked import foreign_optimizers
 
 DRAW = "The global generators of Python, NumPy and torch are saved for each rank: draw from them."
-EMPTY = "nothing of it survives a kill. Let it give its values (torchmetrics: metric.persistent(True)), or do not track it."
+EMPTY = (
+    "nothing of it survives a kill. Let it give its values (torchmetrics: metric.persistent(True)),"
+    " or do not track it."
+)
 EVERYWHERE = ("event", "kind", "time", "step", "of", "spent")
 HOW_DEALT = ("global_batch_size", "shuffle", "drop_last", "seed")
 
 
-def check(tracked: Mapping[str, Any], payload: Mapping[str, Any], data: Mapping[str, Any], accept: tuple[str, ...]) -> list[str]:
-    """Raises UsageError if the run could not go on exactly, from this checkpoint or, later, from its own; returns warnings."""
+def check(
+    tracked: Mapping[str, Any],
+    payload: Mapping[str, Any],
+    data: Mapping[str, Any],
+    accept: tuple[str, ...],
+) -> list[str]:
+    """Check that the run can resume exactly, now and later from its own checkpoints.
+
+    Args:
+        tracked: The tracked objects, by name.
+        payload: Contents of the checkpoint at the resume point; {} for a new run.
+        data: Description of the data that the loop uses now.
+        accept: Names of the differences that are accepted.
+
+    Returns:
+        Warnings to print.
+
+    Raises:
+        UsageError: The run could not resume exactly.
+    """
     check_tracked(tracked, payload)
     state.check(tracked)
     if payload:
         check_data(data, payload["data"], accept)
-    forgotten = state.untracked_schedule(tracked)
-    return [f"a scheduler moves the learning rate of {forgotten}, but is not tracked: no exact resume"] if forgotten else []
+    forgotten = foreign_optimizers.untracked_schedule(tracked)
+    return (
+        [f"a scheduler moves the learning rate of {forgotten}, but is not tracked: no exact resume"]
+        if forgotten
+        else []
+    )
 
 
 def check_data(now: Mapping[str, Any], before: Mapping[str, Any], accept: tuple[str, ...]) -> None:
-    """Raises UsageError if the run would go on with other data, or deal the same data out differently."""
+    """Check that the data, and how it is sharded, are the same as in the checkpoint.
+
+    Raises:
+        UsageError: The data differs and `accept` lacks "data", or the sharding differs and `accept`
+            lacks "config".
+    """
     before = dict(before) | ({"kinds": lasting(before["kinds"])} if "kinds" in before else {})
     differing = [name for name in now if now[name] != before.get(name)]
-    for names, insist in (([n for n in differing if n in HOW_DEALT], "config"), ([n for n in differing if n not in HOW_DEALT], "data")):
+    for names, insist in (
+        ([n for n in differing if n in HOW_DEALT], "config"),
+        ([n for n in differing if n not in HOW_DEALT], "data"),
+    ):
         if names and insist not in accept:
             raise UsageError(
                 "the data is not what this run was trained on so far"
                 if insist == "data"
                 else "the data would be dealt out differently from how this run began",
-                "\n".join(f"  {name}: found {now[name]!r}, expected {before.get(name)!r}" for name in names),
-                f"Put it back as it was, or take another run directory. To insist: resume.accept=[{insist}].",
+                "\n".join(
+                    f"  {name}: found {now[name]!r}, expected {before.get(name)!r}"
+                    for name in names
+                ),
+                "Put it back as it was, or take another run directory. To insist: "
+                f"resume.accept=[{insist}].",
             )
 
 
 def give_back(
-    tracked: Mapping[str, Any], new: Mapping[str, Any], built: dict[str, Any], origin: Manifest | None, payload: Mapping[str, Any] | None,
+    tracked: Mapping[str, Any],
+    new: Mapping[str, Any],
+    built: dict[str, Any],
+    origin: Manifest | None,
+    payload: Mapping[str, Any] | None,
     settings: Settings,
-) -> list[str]:  # fmt: skip
-    """Give what is tracked its state back, if there is any; returns what is to be said of that, and of what is newly tracked.
+) -> list[str]:
+    """Restore the state of all tracked objects, if there is a checkpoint.
 
-    It is all of it, each time: a scheduler that is made and tracked later has moved its optimizer's learning rate. `built` is told how
-    each was built. Raises UsageError.
+    All objects are restored at each call, not only the new ones: a scheduler that is created after
+    its optimizer was restored has changed the learning rate of the optimizer.
+
+    Args:
+        tracked: All tracked objects, by name.
+        new: Those of them that were added by this call of `track`.
+        built: Settings with which each object was built; those of the new objects are added.
+        origin: Manifest of the resume point, or None.
+        payload: Contents of the checkpoint at the resume point, or None.
+        settings: Validated arguments of `harness.init`.
+
+    Returns:
+        Warnings and notices to print.
+
+    Raises:
+        UsageError: The checkpoint does not fit the objects.
     """
-    said = [f"warning: {name}.state_dict() is empty: {EMPTY}" for name, thing in new.items() if state.gives_nothing(thing)]
+    said = [
+        f"warning: {name}.state_dict() is empty: {EMPTY}"
+        for name, thing in new.items()
+        if foreign_optimizers.gives_nothing(thing)
+    ]
     if payload is None or origin is None:
         return said
     built |= {name: state.as_built(thing) for name, thing in new.items()}
-    written = "harness" in origin.versions  # by one that says all names that do not follow from the file
-    notes = state.restore(tracked, origin.classes, payload, origin.name, settings.accept, says_names=written)
+    # Only newer versions of harness store every parameter name that the file does not imply.
+    written = "harness" in origin.versions
+    notes = state.restore(
+        tracked, origin.classes, payload, origin.name, settings.accept, says_names=written
+    )
     said += [f"warning: {note}" for note in notes]
     if settings.override:
         return said + [f"overridden: {line}" for line in state.apply_override(built, tracked)]
     found = state.other_settings(built, {name: tracked[name] for name in new})
-    return said + [f"warning: {line}. The checkpoint's is taken; for the one as built: {_override(line)}" for line in found]
+    return said + [
+        f"warning: {line}. The checkpoint's is taken; for the one as built: {_override(line)}"
+        for line in found
+    ]
 
 
 def _override(line: str) -> str:
@@ -73,15 +142,21 @@ def _override(line: str) -> str:
 
 
 def check_begun(begun: bool) -> None:
-    """Raises UsageError for a question that only a loop can answer."""
+    """Raise UsageError if `run.due` is called before the loop."""
     if not begun:
-        raise UsageError("run.due(…) was asked before the loop", remedy="Ask it in the loop over run.batches(…): there is no step before.")
+        raise UsageError(
+            "run.due(…) was asked before the loop",
+            remedy="Ask it in the loop over run.batches(…): there is no step before.",
+        )
 
 
 def check_tracked(tracked: Mapping[str, Any], payload: Mapping[str, Any]) -> None:
-    """Raises UsageError if state would be left behind."""
+    """Raise UsageError if nothing is tracked, or an object of the checkpoint is not tracked."""
     if not tracked:
-        raise UsageError("nothing is tracked: nothing would survive", remedy="Call run.track(model=…, optimizer=…) before the loop.")
+        raise UsageError(
+            "nothing is tracked: nothing would survive",
+            remedy="Call run.track(model=…, optimizer=…) before the loop.",
+        )
     saved = [key.removesuffix("_state_dict") for key in payload if key.endswith("_state_dict")]
     if missing := [name for name in saved if name not in tracked]:
         raise UsageError(
@@ -92,17 +167,24 @@ def check_tracked(tracked: Mapping[str, Any], payload: Mapping[str, Any]) -> Non
 
 
 def check_some_steps(step: int, global_batch_size: int | None) -> None:
-    """Raises UsageError if the data ended before the first step of the run: that is no finished training."""
+    """Raise UsageError if the data ended before the first step of the run.
+
+    Without this check, a run without any step would count as finished.
+    """
     if step == 0:
         raise UsageError(
             "the dataset ended before the first step",
-            f"found: fewer samples than a share of the global batch of {global_batch_size}, on at least one rank",
+            f"found: fewer samples than a share of the global batch of {global_batch_size}, on at "
+            "least one rank",
             "Take a smaller batch, or more data.",
         )
 
 
 def check_same_ranks(iterators: list[Any], world_size: int) -> None:
-    """Raises UsageError if another number of ranks would have to share the state of iterable datasets."""
+    """Raise UsageError if the states of iterable datasets are those of another number of ranks.
+
+    Call it only when the number of ranks has changed.
+    """
     if any(iterator is not None for iterator in iterators):
         raise UsageError(
             "an iterable dataset keeps its state per rank, so the number of ranks cannot change",
@@ -112,12 +194,26 @@ def check_same_ranks(iterators: list[Any], world_size: int) -> None:
 
 
 def check_trackable(name: str, thing: Any, tracked: Mapping[str, Any], *, is_late: bool) -> None:
-    """Raises UsageError for what has no state to give, has a name that is taken, or comes when training has begun."""
+    """Raise UsageError if an object cannot be tracked.
+
+    Args:
+        name: Name of the object; it must not be taken.
+        thing: The object: a generator, or one with `state_dict` and `load_state_dict`.
+        tracked: The objects that are tracked already, by name.
+        is_late: True if training has begun; then nothing can be tracked any more.
+    """
     if is_late:
-        raise UsageError(f"track({name}=…) came after the first batch", remedy="Track everything before the loop.")
+        raise UsageError(
+            f"track({name}=…) came after the first batch",
+            remedy="Track everything before the loop.",
+        )
     if name in tracked:
-        raise UsageError(f"two objects are tracked as {name!r}", remedy="Give each one a name of its own.")
-    if not state.is_generator(thing) and not (hasattr(thing, "state_dict") and hasattr(thing, "load_state_dict")):
+        raise UsageError(
+            f"two objects are tracked as {name!r}", remedy="Give each one a name of its own."
+        )
+    if not state.is_generator(thing) and not (
+        hasattr(thing, "state_dict") and hasattr(thing, "load_state_dict")
+    ):
         raise UsageError(
             f"{name} cannot be tracked",
             f"found: a {type(thing).__name__} without state_dict and load_state_dict",
@@ -125,9 +221,27 @@ def check_trackable(name: str, thing: Any, tracked: Mapping[str, Any], *, is_lat
         )
 
 
-def restore_generators(payload: Mapping[str, Any], world: World, source: Source, seed: int, step: int) -> list[str]:
-    """Give each rank its own generators back, and its own iterator; a rank that was not there before gets new ones, as all do in
-    a fresh run. Returns what has to be said of that. Raises UsageError."""
+def restore_generators(
+    payload: Mapping[str, Any], world: World, source: Source, seed: int, step: int
+) -> list[str]:
+    """Restore the generators and the iterator of this rank.
+
+    A rank that the checkpoint does not have gets newly seeded generators, as every rank does in a
+    new run.
+
+    Args:
+        payload: Contents of the checkpoint at the resume point; {} for a new run.
+        world: The ranks of this attempt.
+        source: Source of the steps, which restores its iterator.
+        seed: Seed of the run.
+        step: Number of the step at the resume point.
+
+    Returns:
+        A notice if the number of ranks has changed, else [].
+
+    Raises:
+        UsageError: The data is an iterable dataset and the number of ranks has changed.
+    """
     entries = payload.get("rng", [])
     if world.rank < len(entries):
         state.set_rng_state(entries[world.rank])
@@ -137,26 +251,46 @@ def restore_generators(payload: Mapping[str, Any], world: World, source: Source,
         source.restore(payload["data"]["iterators"][world.rank] if entries else None)
         return []
     check_same_ranks(payload["data"]["iterators"], world.size)
-    same = "the loop finds its data itself, and other data now" if source.is_own else "same samples, same global batches, other last bits"
+    same = (
+        "the loop finds its data itself, and other data now"
+        if source.is_own
+        else "same samples, same global batches, other last bits"
+    )
     return [f"{len(entries)} rank(s) before, {world.size} now: {same}"]
 
 
 def check_one_loop(looping: bool, looped: bool) -> None:
-    """Raises UsageError for a second loop, inside the first or after it."""
+    """Raise UsageError for a second loop, inside the first one or after it."""
     if looping:
-        raise UsageError("batches() is called inside the loop over another batches()", remedy="Use evaluate() for evaluation.")
+        raise UsageError(
+            "batches() is called inside the loop over another batches()",
+            remedy="Use evaluate() for evaluation.",
+        )
     if looped:
         raise UsageError(
             "batches() is called a second time",
-            remedy="Loop once, over all epochs: run.batches(…, epochs=5). A loop over epochs around it: run.by_epoch(run.batches(…)).",
+            remedy="Loop once, over all epochs: run.batches(…, epochs=5). A loop over epochs "
+            "around it: run.by_epoch(run.batches(…)).",
         )
 
 
 def check_loggable(values: Mapping[str, Any]) -> None:
-    """Raises UsageError for what is not one number, or is called like what stands in every event; the device is not asked."""
+    """Raise UsageError if a value is not one number, or has a name that every event has.
+
+    No value is read from the device.
+    """
     for name, value in values.items():
         if name in EVERYWHERE:
-            raise UsageError(f"nothing that is logged can be called {name!r}", remedy=f"Every event has {', '.join(EVERYWHERE)}.")
-        is_number = value.numel() == 1 if isinstance(value, torch.Tensor) else hasattr(value, "__float__")
+            raise UsageError(
+                f"nothing that is logged can be called {name!r}",
+                remedy=f"Every event has {', '.join(EVERYWHERE)}.",
+            )
+        is_number = (
+            value.numel() == 1 if isinstance(value, torch.Tensor) else hasattr(value, "__float__")
+        )
         if not is_number:
-            raise UsageError(f"log({name}=…) takes one number", f"found: {str(value)[:200]}", "Log a number or a tensor with one element.")
+            raise UsageError(
+                f"log({name}=…) takes one number",
+                f"found: {str(value)[:200]}",
+                "Log a number or a tensor with one element.",
+            )

@@ -1,4 +1,7 @@
-"""When all ranks save, and when all leave: what only some may have heard of is agreed on at a step boundary."""
+"""Agreement of all ranks, at a step boundary, on when to save and when to stop.
+
+Only some ranks may have received a signal or a request.
+"""
 
 from __future__ import annotations
 
@@ -20,13 +23,17 @@ from harness.store import Store
 from harness.supervision import control_requests
 from harness.supervision.restart_policy import ASKED
 
-AGREE_EVERY_S, MOST_STEPS = 0.25, 100  # steps may become slower after they were counted
-LOOK_LOCAL_S, LOOK_REMOTE_S = 1.0, 5.0  # how often requests are looked for
+AGREE_EVERY_S, MOST_STEPS = 0.25, 100  # a limit in steps, too: steps may become slower
+LOOK_LOCAL_S, LOOK_REMOTE_S = 1.0, 5.0  # how often requests are polled
 TIME_LIMIT = "time limit"
 
 
 class StopAgreement:
-    """What asks this run to save or to stop: signals, requests in its stores, the job's time limit, a cloud's notice."""
+    """The requests to save or to stop this run, and the agreement of all ranks on them.
+
+    Requests come from signals, control requests in the stores, the time limit of the job, and the
+    spot notice of a cloud.
+    """
 
     def __init__(self, world: World, settings: Settings, clock: Callable[[], float]) -> None:
         self.world, self.settings = world, settings
@@ -36,7 +43,7 @@ class StopAgreement:
         self._over = threading.Event()
 
     def listen(self, stores: Sequence[Store], attempt: int) -> None:
-        """Begin to look for what comes without a signal."""
+        """Start the threads that poll for requests that come without a signal."""
         if self.settings.notices and os.environ.get("LOCAL_RANK", "0") == "0":
             from harness.preemption import spot_notices
 
@@ -45,54 +52,114 @@ class StopAgreement:
             return
         self.deadline.ask()
         for store in stores:
-            threading.Thread(target=self._look, args=(store, attempt), daemon=True, name="requests").start()
+            threading.Thread(
+                target=self._look, args=(store, attempt), daemon=True, name="requests"
+            ).start()
 
     def close(self) -> None:
-        """Look no more."""
+        """Stop polling."""
         self._over.set()
 
     def _look(self, store: Store, attempt: int) -> None:
         seen: set[str] = set()
         patient = store.patient(LOOK_REMOTE_S, self._over.is_set)
         while not self._over.wait(LOOK_LOCAL_S if store.is_local else LOOK_REMOTE_S):
-            with contextlib.suppress(StorageError):  # saving and uploading say what is wrong with the store
+            with contextlib.suppress(StorageError):  # saves and uploads report store errors
                 for key, what in control_requests.pending(patient, attempt).items():
                     if key not in seen:
                         seen.add(key)
                         self._saves_asked.set() if what == "save" else preemption.request(ASKED)
 
-    def agree(self, step: int, end_step: int | None, pace: Throughput, saver: Checkpointer, watch: StepTimeouts) -> tuple[bool, bool, bool]:
-        """Whether the ranks have met in this step, whether all stop now, whether all save now. Collective: every rank must call it."""
+    def agree(
+        self,
+        step: int,
+        end_step: int | None,
+        pace: Throughput,
+        saver: Checkpointer,
+        watch: StepTimeouts,
+    ) -> tuple[bool, bool, bool]:
+        """Agree on whether to save and whether to stop, about every `AGREE_EVERY_S` seconds.
+
+        In the steps between, nothing is communicated. A single rank decides in every step.
+
+        Collective: every rank must call it.
+
+        Args:
+            step: Number of the step that was just made.
+            end_step: Number of the last step of the run, or None if unknown.
+            pace: Throughput, from which the steps until the next agreement are computed.
+            saver: Reports whether a save is due, and how long a save and an upload take.
+            watch: Reports how long a step takes.
+
+        Returns:
+            Whether the ranks communicated in this step, whether all stop now, and whether all save
+            now.
+        """
         if step < self._next:
             return False, False, False
-        interval = 1 if self.world.size == 1 else min(pace.steps_within(AGREE_EVERY_S, step), 2 * self._interval, MOST_STEPS)
+        interval = (
+            1
+            if self.world.size == 1
+            else min(pace.steps_within(AGREE_EVERY_S, step), 2 * self._interval, MOST_STEPS)
+        )
         saving = False
         if self.world.is_writer:
             saving = saver.is_due(pace.left_s(step, end_step)) or self._saves_asked.is_set()
             self._saves_asked.clear()
-            needed_s = watch.longest_s + saver.to_save_s + saver.upload_s  # a step, a save, an upload, and gone
-            if preemption.requested() is None and self.deadline.is_near(self.settings.margin_s + deadline.SAFETY * needed_s):
+            # Before the time limit there must be time for one more step, a save and an upload.
+            needed_s = watch.longest_s + saver.to_save_s + saver.upload_s
+            if preemption.requested() is None and self.deadline.is_near(
+                self.settings.margin_s + deadline.SAFETY * needed_s
+            ):
                 preemption.request(TIME_LIMIT)
-        words = [int(preemption.requested() is not None), int(saving), interval if self.world.is_writer else 0]
+        words = [
+            int(preemption.requested() is not None),
+            int(saving),
+            interval if self.world.is_writer else 0,
+        ]
         stopping, save, interval = self.world.agree(words)
         self._next, self._interval = step + interval, interval
         return True, bool(stopping), bool(save)
 
     def agree_at_once(self) -> bool:
-        """Whether any rank was asked to stop. Collective: every rank must call it."""
+        """Return whether any rank was asked to stop. Collective: every rank must call it."""
         return bool(self.world.agree([int(preemption.requested() is not None)])[0])
 
-    def stop(self, saver: Checkpointer, step: int, save: Callable[[], bool], say: Callable[[str], None]) -> None:
-        """Leave, on all ranks, with the state saved if there is time. Raises SystemExit(0), or SaveError. Collective: every rank must
-        call it."""
-        names = sorted({name for found in self.world.gather(preemption.requests()[:4]) for name in found})
+    def stop(
+        self, saver: Checkpointer, step: int, save: Callable[[], bool], say: Callable[[str], None]
+    ) -> None:
+        """Save if there is time, and leave on all ranks.
+
+        Collective: every rank must call it.
+
+        Args:
+            saver: Holds the number of the last saved step, and records the end of the attempt.
+            step: Number of the last step that was made; 0 if there was none.
+            save: Saves this step and waits for it.
+            say: Prints a line on the writer.
+
+        Raises:
+            SystemExit: With code 0, if everything is saved or there was nothing to save.
+            SaveError: The state could not be saved.
+            StorageError: The same, if there is only a remote store; or the upload is incomplete.
+        """
+        names = sorted(
+            {name for found in self.world.gather(preemption.requests()[:4]) for name in found}
+        )
         has_remote = len(saver.stores) > 1
         plan = deadline.plan(
-            self.deadline.left_s(), saver.save_s, saver.upload_s, has_remote=has_remote, is_scratch=self.settings.is_scratch
+            self.deadline.left_s(),
+            saver.save_s,
+            saver.upload_s,
+            has_remote=has_remote,
+            is_scratch=self.settings.is_scratch,
         )
         if plan.words:
             say(f"harness: {plan.words}")
-        if step not in (0, saver.saved_step) and self.world.agree([int(plan.save and self.world.is_writer)])[0]:
+        if (
+            step not in (0, saver.saved_step)
+            and self.world.agree([int(plan.save and self.world.is_writer)])[0]
+        ):
             save()
         saved, by = step in (0, saver.saved_step), "/".join(names)
         signals = [name for name in names if name.startswith("SIG")]
@@ -103,15 +170,20 @@ class StopAgreement:
             "by": ASKED if ASKED in others else next(iter(others), None),
             "plan": plan.words or None,
         }
-        saver.end("stopped", preemption.requested, step=step, limit_s=self.deadline.left_s, **details)
+        saver.end(
+            "stopped", preemption.requested, step=step, limit_s=self.deadline.left_s, **details
+        )
         if not saved:
-            raise saver.failure(f"stopped by {by} at step {step}, and not saved", "Start again: the previous checkpoint is whole.")
+            raise saver.failure(
+                f"stopped by {by} at step {step}, and not saved",
+                "Start again: the previous checkpoint is whole.",
+            )
         what = "everything saved" if step else "before there was anything to save"
         self.leave(f"stopped by {by} at step {step}, {what}; start again to go on", say)
 
     def leave(self, words: str, say: Callable[[str], None]) -> None:
-        """Raises SystemExit(0), on all ranks together. Collective: every rank must call it."""
+        """Leave: raise SystemExit(0) on all ranks. Collective: every rank must call it."""
         say(f"harness: {words}")
-        self.world.agree([0])  # all leave together, after the writer has said all
+        self.world.agree([0])  # all ranks leave together, after the writer has printed
         self.world.leave()
         raise SystemExit(0)

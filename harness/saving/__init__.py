@@ -1,1 +1,1 @@
-"""From a step's state to a checkpoint that is committed, while training goes on: the writer's side."""
+"""Save a step's state as a committed checkpoint while training goes on (on rank 0, the writer)."""

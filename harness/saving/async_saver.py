@@ -1,4 +1,4 @@
-"""The writer's saving thread: a snapshot becomes a checkpoint while training goes on."""
+"""Turn a snapshot into a checkpoint on the writer's saving thread while training goes on."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,73 +14,71 @@ import torch
 from harness import preemption, state
 from harness.checkpoint.commit import About
 from harness.errors import StorageError
+from harness.saving.save_job import Finish, Job, MutatedDuringCopyError
 from harness.saving.writer_process import WriterProcess
 from harness.state import Captured
 from harness.state.gpu_copy import GpuCopy
 from harness.state.snapshot import Snapshot, UnsupportedStateError
-from harness.store import Sink
-from harness.store.staging_buffer import ReadLease, StagingBuffer
+from harness.store.staging_buffer import StagingBuffer
 from harness.text import say, size
+from harness.untracked.foreign_optimizers import on_untracked_update
 
-HEAD = ("format_version", "step", "epoch", "loss", "metrics")  # what the manifest repeats of the state
-MOST_REST_BYTES = 64 << 20  # of what may change at any time, the most that is worth a copy of its own
+# The entries of the state that the manifest repeats.
+HEAD = (
+    "format_version",
+    "step",
+    "epoch",
+    "loss",
+    "metrics",
+)
+# Limit of the state that may change at any time. Up to this size it gets a copy of its own.
+MOST_REST_BYTES = 64 << 20
 TOUCHED_BYTES = 16 << 20
 SEALED_WITHIN_S = 5.0
 CHANGES = "the state changes between two updates"
 
 
 def _no_scribe(why: str) -> None:
-    say(f"harness: warning: the process that writes checkpoints cannot be used ({why}): the one that trains writes them itself", sys.stderr)
-
-
-class MutatedDuringCopyError(Exception):
-    """The state changed while it was copied."""
-
-
-Finish = Callable[["Job", Callable[[Sink], None], Callable[[], None]], None]
-
-
-@dataclass
-class Job:
-    """One checkpoint on its way from the training thread to where it exists."""
-
-    head: dict[str, Any]
-    about: About
-    parameters: dict[int, tuple[str, torch.dtype]]
-    snapshot: Snapshot
-    began_at: float
-    finish: Finish  # commits what is copied
-    is_compared: bool  # copied at once, to see whether it is still the same before the next update
-    blocked_s: float = 0.0  # for how long training has waited for it
-    problem: str = ""  # why there is no checkpoint, if training may go on all the same
-    is_torn: bool = False
-    is_passed: bool = False  # a step was made since
-    released: threading.Event = field(default_factory=threading.Event)  # the copy may begin
-    loan: ReadLease | None = None  # of the whole copy, once it is made
-    sealed: threading.Event = field(default_factory=threading.Event)  # it is known whether it is whole
-    done: threading.Event = field(default_factory=threading.Event)
-    failure: BaseException | None = None
-
-    def costs(self) -> dict[str, float]:
-        """What it has cost training so far, and how long the copy took, in seconds."""
-        return {"blocked_s": round(self.blocked_s + self.snapshot.held_s(), 6), "copy_s": round(self.snapshot.copy_s, 6)}
+    say(
+        f"harness: warning: the process that writes checkpoints cannot be used ({why}): "
+        "the one that trains writes them itself",
+        sys.stderr,
+    )
 
 
 class AsyncSaver:
-    """Takes one job at a time, in memory that is kept from one to the next."""
+    """A saver that handles one job at a time; its staging buffer is reused from job to job."""
 
     def __init__(
-        self, *, overlapped: bool, compare: bool, waiting: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
-    ) -> None:  # fmt: skip
-        """The first copy (`compare`: each one) is made at once, and compared before the next update: were it not the same any more,
-        this loop's state could not be copied while it runs."""
+        self,
+        *,
+        overlapped: bool,
+        compare: bool,
+        waiting: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
+    ) -> None:
+        """Initialise the saver; its thread and the writer process start when they are needed.
+
+        Unless the state is small, the first copy is made at once and compared with the state before
+        the next update. If they differ, the state of this loop cannot be copied while the loop
+        runs.
+
+        Args:
+            overlapped: copy in the background while training goes on; if False, copy everything
+                at once, at the step boundary.
+            compare: compare every copy in this way, not only the first one.
+            waiting: a context that the training thread enters while it waits for a copy.
+        """
         self._overlapped, self._waiting = overlapped, waiting
         self._compare, self._compare_all = overlapped, compare
-        self._image, self._scribe, self._crossing = StagingBuffer(), WriterProcess(_no_scribe), GpuCopy()
+        self._image, self._scribe, self._crossing = (
+            StagingBuffer(),
+            WriterProcess(_no_scribe),
+            GpuCopy(),
+        )
         self._job: Job | None = None
-        self.is_unable = False  # nothing can be saved in the background
+        self.is_unable = False  # True if states cannot be saved in the background
         self.slow_words = ""  # why saves make training wait, if they do
-        self.wants_again = False  # what was to be saved was not, and can be
+        self.wants_again = False  # True if a save was dropped and should be repeated
         self._room_bytes, self._is_used, self._touching = 0, False, threading.Lock()
         self._gpu: torch.device | None = None
         self._unwatch: Callable[[], None] = lambda: None
@@ -91,33 +88,47 @@ class AsyncSaver:
 
     @property
     def scribe(self) -> WriterProcess:
-        """The process that writes."""
+        """Return the handle on the writer process."""
         return self._scribe
 
     @property
     def is_busy(self) -> bool:
-        """Whether a checkpoint is on its way."""
+        """Return whether a save is in flight."""
         return self._job is not None and not self._job.done.is_set()
 
     def is_busy_with(self, finish: Finish) -> bool:
-        """Whether what is on its way is to be committed by that."""
+        """Return whether a save is in flight that `finish` will commit."""
         return self.is_busy and self._job is not None and self._job.finish == finish
 
     @property
     def has_failed(self) -> bool:
-        """Whether `wait` would raise."""
+        """Return whether `wait` would raise."""
         return self._job is not None and self._job.failure is not None
 
     def start(self, captured: Captured, about: About, began_at: float, finish: Finish) -> None:
-        """Begin to save, what began to be made at `began_at` (`time.perf_counter`); for the training thread, at a step boundary, when
-        nothing is on its way. `finish(job, write, check)` commits what `write` writes. If it `is_unable` then, nothing was begun."""
+        """Begin to save a captured state.
+
+        For the training thread, at a step boundary, with no save in flight. If `is_unable` is True
+        afterwards, no save has begun.
+
+        Args:
+            captured: the state to save.
+            about: the manifest entries that are not part of the state.
+            began_at: when the save began, by `time.perf_counter`.
+            finish: called on the saving thread as `finish(job, write, check)`; it commits what
+                `write` writes.
+        """
         self._is_used = True
         compared, self._compare = self._compare, self._compare_all
         try:
-            snapshot = Snapshot(captured.payload, captured.steady, captured.elsewhere(), self._crossing)
+            snapshot = Snapshot(
+                captured.payload, captured.steady, captured.elsewhere(), self._crossing
+            )
             self._image.check_room(snapshot.size_bytes)
             if snapshot.rest_bytes > MOST_REST_BYTES:
-                self._take_at_once(f"nothing tells when {size(snapshot.rest_bytes)} of the state change")
+                self._take_at_once(
+                    f"nothing tells when {size(snapshot.rest_bytes)} of the state change"
+                )
             compared = compared and not snapshot.is_small
             if self._overlapped and not compared:
                 snapshot.distrust()
@@ -141,38 +152,64 @@ class AsyncSaver:
         job.blocked_s = time.perf_counter() - began_at
 
     def make_room(self, size_bytes: int, device: torch.device) -> None:
-        """Have memory ready for a state of this size, of this device: the first use of each page takes longer than a copy into it."""
+        """Prepare the staging buffer in the background, before it is needed.
+
+        The first use of each page takes longer than a copy into it.
+
+        Args:
+            size_bytes: the size of the state.
+            device: the device of the state; for a GPU the buffer is pinned.
+        """
         self._gpu = device if device.type == "cuda" else None
         with self._changed:
-            self._room_bytes = size_bytes + size_bytes // 100 + (1 << 20)  # headers, generators, and so on
+            # One percent and 1 MiB more, for headers, generator states and so on.
+            self._room_bytes = size_bytes + size_bytes // 100 + (1 << 20)
             if not self._thread.is_alive():
                 self._thread.start()
             self._changed.notify()
 
     def release(self) -> None:
-        """Let the copy begin: the training thread is about to compute. Sooner, both would be after Python's lock."""
+        """Allow the copy to begin; call it when the training thread is about to compute.
+
+        If the copy began earlier, the two threads would compete for the GIL.
+        """
         if (job := self._job) is not None:
             job.released.set()
 
     def watch_updates(self, tracked: Mapping[str, Any], say: Callable[[str], None]) -> None:
-        """Have each update of what is tracked come through `before_update`; of any other, what is lost by it is said."""
+        """Have `before_update` called before each update of tracked state.
+
+        An optimizer that makes updates and is not tracked loses its state at a restart. `say`
+        prints a warning about it.
+        """
         state.before_update(tracked, self.before_update)
         lost = "its state is lost at a restart; name it in run.track(…)"
-        self._unwatch = state.on_untracked_update(tracked, lambda words: say(f"harness: warning: an optimizer {words}: {lost}"))
+        self._unwatch = on_untracked_update(
+            tracked, lambda words: say(f"harness: warning: an optimizer {words}: {lost}")
+        )
 
     def before_update(self) -> None:
-        """Wait until all is copied: what follows changes it. For the training thread, which says by `waiting` what it does meanwhile."""
+        """Wait until the state is copied, as the update that follows changes it.
+
+        For the training thread, which waits inside the `waiting` context. A copy from a GPU need
+        only be enqueued: the GPU makes the update after it. Nothing is done while a CUDA graph is
+        recorded.
+        """
         if self._crossing.is_recorded():
             return
         if self._job is not None and not self._job.sealed.is_set():
             with self._waiting():
                 self._seal()
-        self._crossing.hold()  # of an optimizer that is not the first, maybe on another stream
+        self._crossing.hold()  # a second optimizer may update on another stream
         self._crossing.updates()
 
     def _seal(self, *, is_told: bool = True) -> None:
-        """Find out whether what is copied is whole. Unless it `is_told` that there was no update until now, there may have been one that
-        no optimizer has announced and PyTorch has not counted: a CUDA graph's, or one that is made by hand."""
+        """Determine whether the state was mutated during the copy, and seal the job.
+
+        `is_told` means that there was certainly no update since the capture. Otherwise there may
+        have been one that no optimizer has announced and PyTorch has not counted, as by a CUDA
+        graph or by hand. The copy is then compared with the state.
+        """
         self.release()
         with self._sealing:
             if (job := self._job) is not None and not job.sealed.is_set():
@@ -187,14 +224,25 @@ class AsyncSaver:
         self._overlapped, self.slow_words = False, f"{why}, so all is copied at once"
 
     def at_boundary(self) -> None:
-        """Seal what is copied, if no update has: it may be long until the next."""
+        """Seal a copy that is complete, if no update has sealed it.
+
+        It may be long until the next update.
+        """
         if (job := self._job) is not None:
             job.is_passed = True
             if job.snapshot.copied.is_set():
                 self._seal(is_told=False)
 
     def wait(self) -> str:
-        """Wait until what is on its way has arrived; returns why it has not, if training may go on. Raises what is the end of it."""
+        """Wait for the save in flight.
+
+        Returns:
+            "" if the checkpoint is committed or there was nothing to wait for; else why there is no
+            checkpoint, if training may go on.
+
+        Raises:
+            BaseException: the error of the save, if it ends training.
+        """
         if (job := self._job) is None:
             return ""
         self._seal(is_told=not job.is_passed)
@@ -204,12 +252,17 @@ class AsyncSaver:
         return job.problem
 
     def close(self, limit_s: float | None = None) -> None:
-        """Wait for what is on its way, at most so long and whatever comes of it, and give the memory back."""
+        """Wait for the save in flight, whatever its result, and free the memory.
+
+        The copy and the commit are waited for, each for at most `limit_s` seconds. If the save is
+        still in flight then, nothing is freed.
+        """
         self._unwatch()
         self.release()  # of a loop that was left between its boundary and its next batch
         if (job := self._job) is not None:
             if job.snapshot.copied.wait(limit_s):
-                with contextlib.suppress(RuntimeError):  # of a GPU that has failed: whoever trains is told, and there may be more to record
+                # A failed GPU raises on the training thread, too. The exit may have more to record.
+                with contextlib.suppress(RuntimeError):
                     self._seal(is_told=not job.is_passed)
             if not job.done.wait(limit_s):
                 return
@@ -239,7 +292,7 @@ class AsyncSaver:
                 job.done.set()
 
     def _touch(self) -> None:
-        """Use every page of the memory once, unless it is in use already."""
+        """Touch every page of the staging buffer once and pin it, unless it is in use already."""
         room_bytes, self._room_bytes = self._room_bytes, 0
         for at in range(0, room_bytes, TOUCHED_BYTES):
             with self._touching:
@@ -248,8 +301,10 @@ class AsyncSaver:
                 try:
                     self._image.reserve(room_bytes)
                 except StorageError:
-                    return  # who saves is told
-                torch.frombuffer(self._image.memory, dtype=torch.uint8)[at : at + TOUCHED_BYTES].zero_()
+                    return  # the next save reports it
+                torch.frombuffer(self._image.memory, dtype=torch.uint8)[
+                    at : at + TOUCHED_BYTES
+                ].zero_()
         with self._touching:
             if not (self._is_used or self._closing) and self._image.memory is not None:
                 self._crossing.pin(self._image.memory, self._gpu)
@@ -265,17 +320,23 @@ class AsyncSaver:
                 raise MutatedDuringCopyError("the state changed while it was copied")
             job.snapshot.check_finite(job.parameters)
             job.loan = self._image.lend()
-            job.finish(job, lambda sink: sink.pour(self._image, self._scribe.pour), lambda: self._check_whole(job))
-        except (UnsupportedStateError, StorageError) as error:  # of copying: whoever writes has words of his own
+            job.finish(
+                job,
+                lambda sink: sink.pour(self._image, self._scribe.pour),
+                lambda: self._check_whole(job),
+            )
+        # Raised by the copy; `finish` reports errors of writing itself.
+        except (UnsupportedStateError, StorageError) as error:
             job.problem = self.slow_words = " ".join(str(error).split())
             self.is_unable = self.wants_again = True
         except MutatedDuringCopyError:
             job.problem, self.wants_again = self.slow_words, True
-        except BaseException as error:  # noqa: BLE001 - a thread's error is nobody's: `wait` raises it where it is seen
+        except BaseException as error:  # noqa: BLE001 - `wait` raises it on the training thread
             job.failure = error
 
     def _check_whole(self, job: Job) -> None:
-        if not job.sealed.wait(SEALED_WITHIN_S):  # it may be long until the next update, and what wrote meanwhile has been counted by now
+        # It may be long until the next update, and PyTorch has counted any write until now.
+        if not job.sealed.wait(SEALED_WITHIN_S):
             self._seal(is_told=False)
         if job.is_torn:
             raise MutatedDuringCopyError("the state changed while it was copied")

@@ -1,4 +1,4 @@
-"""How an attempt begins: claimed in every store, with what earlier ones left behind taken away."""
+"""Begin an attempt: claim it in every store and clean up what earlier attempts left behind."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import harness.selfcheck.identity as identity
 from harness import config
 from harness.arguments import Settings
-from harness.checkpoint import attempts, load
+from harness.checkpoint import attempts, resume
 from harness.checkpoint import format as fmt
 from harness.checkpoint.attempts import Attempt
 from harness.checkpoint.catalog import Catalog, read_catalog
@@ -19,48 +19,99 @@ from harness.supervision import control_requests
 
 
 def claim(
-    stores: tuple[Store, ...], choice: load.ResumePoint, world_size: int, settings: Settings, say: Callable[[str], object],
+    stores: tuple[Store, ...],
+    choice: resume.ResumePoint,
+    world_size: int,
+    settings: Settings,
+    say: Callable[[str], object],
     environment: Mapping[str, Any] | None = None,
-) -> Attempt:  # fmt: skip
-    """Claim the next attempt; for the writer. Raises SupersededError, OvertakenError, StorageError, UsageError."""
+) -> Attempt:
+    """Claim the next attempt in every store; for the writer.
+
+    The claim also sets damaged checkpoints aside, deletes temporary files and requests of earlier
+    attempts, and writes config.yaml. If one of these fails, a warning is printed and training goes
+    on.
+
+    Args:
+        stores: the stores of the run; the last one is the authority on attempts.
+        choice: the resume point, with the writer's listing of the stores.
+        world_size: the number of ranks, for the attempt's record.
+        settings: the validated settings of the run.
+        say: prints a line to the user.
+        environment: the software and hardware of this start, for the attempt's record.
+
+    Raises:
+        SupersededError: another start has claimed this attempt.
+        OvertakenError: the run has got further since the stores were listed.
+        StorageError: a store cannot be read or written, or a remote store fails the probe.
+        UsageError: passed through, if anything called here raises it.
+    """
     assert choice.survey is not None, "the writer has listed the stores"
     for store in stores:
         store.prepare(fmt.FOLDERS)
         if not store.is_local:
             probe.check(store)
-    more = identity.of_program(settings) | ({"environment": dict(environment)} if environment else {})
+    more = identity.of_program(settings) | (
+        {"environment": dict(environment)} if environment else {}
+    )
     attempt = attempts.claim(choice.survey, choice.manifest, world_size, more=more)
     _check_not_overtaken(stores, choice.survey, attempt)
     for place, key in choice.damaged:
-        if _done(partial(load.set_aside, stores[place], key), f"{key} is not set aside in {stores[place]}", say):
+        if _done(
+            partial(resume.set_aside, stores[place], key),
+            f"{key} is not set aside in {stores[place]}",
+            say,
+        ):
             say(f"harness: set aside: {key}" + (f" in {stores[place]}" if len(stores) > 1 else ""))
     text = config.to_yaml(settings.config).encode()
     for store in stores:
-        _done(partial(store.sweep, fmt.FOLDERS, attempt.number), f"not all temporary files are deleted in {store}", say)
-        _done(partial(control_requests.sweep, [store], attempt.number), f"not all old requests are deleted in {store}", say)
-        _done(partial(store.write, "config.yaml", text, attempt.number), f"config.yaml is not written in {store}", say)
+        _done(
+            partial(store.sweep, fmt.FOLDERS, attempt.number),
+            f"not all temporary files are deleted in {store}",
+            say,
+        )
+        _done(
+            partial(control_requests.sweep, [store], attempt.number),
+            f"not all old requests are deleted in {store}",
+            say,
+        )
+        _done(
+            partial(store.write, "config.yaml", text, attempt.number),
+            f"config.yaml is not written in {store}",
+            say,
+        )
     return attempt
 
 
 def _check_not_overtaken(stores: tuple[Store, ...], before: Catalog, attempt: Attempt) -> None:
-    """Raises OvertakenError if the run has got further since it was listed, which may be minutes ago: to go on from what was found then
-    would cut that off. The claim stands, so that whoever got further has ended; the next start goes on from there."""
+    """Raise OvertakenError if the run has got further since the stores were listed.
+
+    The listing may be minutes old, and resuming from it would cut off the newer checkpoints. The
+    claim remains in force, so the process that got further is fenced off and ends. The claimed
+    attempt is recorded as stopped, and the next start resumes from the newest checkpoint.
+    """
     now = read_catalog(*stores)
     was, head = _newest(before), _newest(now)
-    if head <= was:  # or it went back: what this start goes on from was deleted, and it has it in memory, and saves at once
+    # An older head means that the resume point was deleted. This start holds it in memory and
+    # saves it at once.
+    if head <= was:
         return
     words = f"the run has got from {_said(was)} to {_said(head)} while this start was under way"
     for store in stores:
         attempts.end(store, attempt, "stopped", error=words, code=OvertakenError.exit_code)
     raise OvertakenError(
         words,
-        f"found: another process trained this run until attempt {attempt.number} was claimed here; it ends now",
+        "found: another process trained this run until "
+        f"attempt {attempt.number} was claimed here; it ends now",
         "Start again: the next start goes on from what is newest. A supervisor does so by itself.",
     )
 
 
 def _newest(found: Catalog) -> tuple[int, int]:
-    """The (attempt, step) of the newest checkpoint, whether it can be read or not; (0, 0) of none."""
+    """Return the (attempt, step) of the newest checkpoint, readable or not.
+
+    Returns (0, 0) if there is no checkpoint.
+    """
     orders = [fmt.order_of(key) for key in found.newer] if found.unreadable_head is not None else []
     return max([*orders, found.head.order if found.head else (0, 0)])
 
@@ -70,7 +121,10 @@ def _said(order: tuple[int, int]) -> str:
 
 
 def _done(work: Callable[[], object], failure: str, say: Callable[[str], object]) -> bool:
-    """Tidy up: what it fails of is said, and is no reason not to train."""
+    """Run a clean-up task; return False after a warning if it raises StorageError.
+
+    A failed clean-up is no reason not to train.
+    """
     try:
         work()
     except StorageError as error:

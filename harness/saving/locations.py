@@ -1,4 +1,4 @@
-"""Where a run lives: a directory, a remote store, or both, the directory first."""
+"""Open and check the stores of a run: a directory, a remote store, or both, directory first."""
 
 from __future__ import annotations
 
@@ -22,19 +22,40 @@ SHARED_WITHIN_S = 10.0
 
 
 def places(directory: str | Path | None, remote: str | None, wait_s: float) -> tuple[Store, ...]:
-    """The stores of a run; the last one is the authority on attempts. Raises UsageError."""
+    """Return the stores of a run; the last one is the authority on attempts.
+
+    Args:
+        directory: the run directory, or None.
+        remote: the URL of the remote store, or None.
+        wait_s: how long a request to the remote store is retried, in seconds.
+
+    Raises:
+        UsageError: no store is given, or both are the same one.
+    """
     stores: list[Store] = [] if directory is None else [LocalStore(directory)]
     if remote is not None:
         stores.append(open_store(remote, wait_s))
     if not stores:
-        raise UsageError("a run needs a place", "found: neither a directory nor a remote store", "Give one of them, or both.")
+        raise UsageError(
+            "a run needs a place",
+            "found: neither a directory nor a remote store",
+            "Give one of them, or both.",
+        )
     if len({str(store) for store in stores}) < len(stores):
-        raise UsageError("run.dir and run.remote are the same place", f"found: {stores[0]}", "Leave run.remote out, or name another.")
+        raise UsageError(
+            "run.dir and run.remote are the same place",
+            f"found: {stores[0]}",
+            "Leave run.remote out, or name another.",
+        )
     return tuple(stores)
 
 
 def check_remembered(stores: tuple[Store, ...], accept: tuple[str, ...]) -> None:
-    """Raises UsageError if a run directory that has a remote store is to be used without it, or with another one."""
+    """Raise UsageError if a run directory is used without, or with another than, its remote store.
+
+    The attempt records in the directory name the remote store that it was last used with. The
+    check is skipped if `accept` contains "remote".
+    """
     local = stores[0]
     if not isinstance(local, LocalStore) or "remote" in accept:
         return
@@ -49,17 +70,26 @@ def check_remembered(stores: tuple[Store, ...], accept: tuple[str, ...]) -> None
 
 
 def listen(stores: tuple[Store, ...], is_writer: bool) -> StoreHealth:
-    """Let what goes wrong with the remote store be said, by the writer."""
-    outage = StoreHealth(str(stores[-1]), (lambda text: say(text, sys.stderr)) if is_writer else lambda text: None)
+    """Return a StoreHealth that listens to the stores; only the writer prints its messages."""
+    outage = StoreHealth(
+        str(stores[-1]), (lambda text: say(text, sys.stderr)) if is_writer else lambda text: None
+    )
     for store in stores:
         store.listen(outage.on_trouble, outage.on_success)
     return outage
 
 
 def check_shared(store: Store, attempt: Attempt, world: World) -> None:
-    """Several nodes with a run directory each would be several runs: refuse unless every rank sees the claim. Raises UsageError.
-    Collective: every rank must call it."""
-    until = time.monotonic() + (SHARED_WITHIN_S if world.size > 1 else 0)  # network file systems show it late
+    """Check that every rank sees the claim in the run directory.
+
+    Several nodes with a run directory each would be several runs.
+    Collective: every rank must call it.
+
+    Raises:
+        UsageError: at least one rank does not see the claim.
+    """
+    # Network file systems may show the claim late.
+    until = time.monotonic() + (SHARED_WITHIN_S if world.size > 1 else 0)
     while not (seen := attempts.holds(store, attempt)) and time.monotonic() < until:
         time.sleep(0.1)
     blind = [rank for rank, sees in enumerate(world.gather(seen)) if not sees]
@@ -72,7 +102,16 @@ def check_shared(store: Store, attempt: Attempt, world: World) -> None:
 
 
 def hand_in(found: Catalog | None, last: Manifest | None) -> str:
-    """Copy the last checkpoint of a run to a store that lacks it, without an attempt; returns what was done. Raises StorageError."""
+    """Copy the last checkpoint of a run to a store that lacks it, without claiming an attempt.
+
+    Returns:
+        A description of what was done, or "" if no store lacked the checkpoint.
+
+    Raises:
+        StorageError: a store cannot be read or written.
+        DamagedError: the copy that is read is damaged.
+        SupersededError: a newer attempt has begun.
+    """
     assert found is not None and last is not None, "there is a checkpoint that the run has come to"
     missing = [store for store in found.stores[1:] if store not in found.copies(last)]
     for store in missing:

@@ -1,4 +1,7 @@
-"""The writer's side of the memory tier; `harness/checkpoint/memory_copy.py` says what that is."""
+"""Save checkpoints to the memory tier; runs on the writer (rank 0).
+
+`harness/checkpoint/memory_copy.py` describes the memory tier itself.
+"""
 
 from __future__ import annotations
 
@@ -16,25 +19,49 @@ from harness.checkpoint.commit import About, commit
 from harness.checkpoint.format import Manifest
 from harness.checkpoint.memory_copy import is_ours
 from harness.errors import SaveError, StorageError
-from harness.saving.async_saver import AsyncSaver, Job
+from harness.saving.async_saver import AsyncSaver
+from harness.saving.save_job import Job
 from harness.state import Captured
 from harness.store import LocalStore, Sink
 from harness.store.staging_buffer import SPARE, free_memory_bytes
 
-COPIES = 2  # the newest, and the next while it is written; the copy that they are made from is there anyway
+# How many checkpoints must fit: the newest one, and the next one while it is written. The staging
+# buffer that they are written from is allocated in any case.
+COPIES = 2
 
 
 class MemoryTier:
-    """Keeps the newest checkpoint in memory, as long as there is room, and takes away what is no longer of use."""
+    """The newest checkpoint of a run, kept in /dev/shm as long as there is room for it.
 
-    def __init__(self, store: LocalStore, background: AsyncSaver, say: Callable[[str], None], *, is_on: bool) -> None:
+    The tier deletes checkpoints that are outdated, and turns itself off when it fails.
+
+    Args:
+        store: the store in /dev/shm.
+        background: copies the state and calls the tier to commit it.
+        say: prints a line to the user.
+        is_on: whether checkpoints are kept in memory at all.
+    """
+
+    def __init__(
+        self, store: LocalStore, background: AsyncSaver, say: Callable[[str], None], *, is_on: bool
+    ) -> None:
         self.store, self.background, self.is_on = store, background, is_on
         self._say, self._has_room = say, False
         self._attempt: Attempt | None = None
 
     def remember(self, capture: Callable[[], Captured], about: Callable[[], About]) -> bool:
-        """Begin to keep a step, unless something is on its way, or there is no room, which is said; returns whether it has begun. For the
-        thread that trains."""
+        """Begin to keep a checkpoint of this step in memory. For the training thread.
+
+        Nothing is done if the tier is off, if a save is in flight, or if states cannot be copied in
+        the background. If there is not enough memory, the tier reports that and turns itself off.
+
+        Args:
+            capture: returns the state to keep.
+            about: returns the manifest entries that are not part of the state.
+
+        Returns:
+            Whether the state was passed to the background saver.
+        """
         if not self.is_on or self.background.is_busy or self.background.is_unable:
             return False
         began_at, captured = time.perf_counter(), capture()
@@ -50,16 +77,23 @@ class MemoryTier:
         if self._has_room:
             return
         memory = os.statvfs(self.store.root.parent)
-        free_bytes, needed_bytes = min(memory.f_bavail * memory.f_frsize, free_memory_bytes()), COPIES * size_bytes
+        free_bytes, needed_bytes = (
+            min(memory.f_bavail * memory.f_frsize, free_memory_bytes()),
+            COPIES * size_bytes,
+        )
         if needed_bytes > SPARE * free_bytes:
-            raise StorageError("there is not enough memory", f"found: {free_bytes} bytes, needed: {needed_bytes}")
+            raise StorageError(
+                "there is not enough memory", f"found: {free_bytes} bytes, needed: {needed_bytes}"
+            )
         self._has_room = True
 
     def _make(self) -> None:
         with contextlib.suppress(FileExistsError):
             os.mkdir(self.store.root, 0o700)
         if not is_ours(self.store):
-            raise StorageError(f"{self.store} is somebody else's", "found: another owner, or rights for others")
+            raise StorageError(
+                f"{self.store} is somebody else's", "found: another owner, or rights for others"
+            )
         self.store.prepare((fmt.CHECKPOINTS,))
 
     def _turn_off(self, error: Exception) -> None:
@@ -68,7 +102,10 @@ class MemoryTier:
         self._let_go(None)
 
     def begin(self, attempt: Attempt, origin: Manifest | None) -> None:
-        """Let go what earlier attempts have left, whole or not, but for the checkpoint that is gone on from."""
+        """Delete what earlier attempts left in memory, except the resume point.
+
+        Incomplete checkpoints are deleted as well.
+        """
         self._attempt = attempt
         self._let_go(origin)
 
@@ -81,7 +118,10 @@ class MemoryTier:
             self._leave_if_empty()
 
     def _keep(self, job: Job, write: Callable[[Sink], None], check: Callable[[], None]) -> None:
-        """Commit a checkpoint here, and let the one before go. What this fails of is said, and costs training nothing."""
+        """Commit a checkpoint to the memory tier and delete the older ones.
+
+        If the tier cannot be written, it reports that and turns itself off; training goes on.
+        """
         try:
             self._make()
             assert self._attempt is not None, "a loop runs"
@@ -92,7 +132,10 @@ class MemoryTier:
             self.drop(before=manifest.order)
 
     def drop(self, before: tuple[int, int]) -> None:
-        """Let go what is older than (attempt, step); what a newer attempt has kept stays."""
+        """Delete the checkpoints that are older than `before`, an (attempt, step) pair.
+
+        Checkpoints of a newer attempt stay.
+        """
         if is_ours(self.store):
             with contextlib.suppress(StorageError):
                 for manifest in read_catalog(self.store).manifests:
@@ -102,5 +145,5 @@ class MemoryTier:
 
     def _leave_if_empty(self) -> None:
         for folder in (self.store.root / fmt.CHECKPOINTS, self.store.root):
-            with contextlib.suppress(OSError):  # there is something in it
+            with contextlib.suppress(OSError):  # the folder is not empty
                 folder.rmdir()

@@ -1,7 +1,9 @@
-"""Read a checkpoint's file back in the process that wrote it: its digest, and a row for each thing in it. Without torch.
+"""Read a checkpoint file back in the process that wrote it, without torch.
 
-The pickle in the file is taken apart by names that stand for nothing: no class that it names is imported. A row is [path, kind, content];
-of a tensor the content is its type, shape, strides, offset, and at which byte of the file its memory begins.
+The result is the digest of the file and a row for each item in it. The pickle in the file is parsed
+with stand-ins: no class that it names is imported. A row is [path, kind, content]. The content of a
+tensor is its dtype, shape, strides, storage offset, and the byte of the file at which its storage
+begins.
 """
 
 from __future__ import annotations
@@ -20,30 +22,49 @@ from blake3 import blake3
 
 from harness.store.staging_buffer import DIRECT_FROM_BYTES
 
-SLICE_BYTES, PIECE_BYTES = 16 << 20, 1 << 20  # read between two questions, and at once
-LOCAL_HEADER = struct.Struct("<26x2H")  # of a record in a zip file: at its end the lengths of name and extra field
+SLICE_BYTES, PIECE_BYTES = 16 << 20, 1 << 20  # how much is read per request, and per system call
+# The local header of a record in a zip file; it ends with the lengths of name and extra field.
+LOCAL_HEADER = struct.Struct("<26x2H")
 MOST_ROWS = 200_000
 MOST_TEXT = 80
 DTYPES = {
-    "DoubleStorage": "float64", "FloatStorage": "float32", "HalfStorage": "float16", "BFloat16Storage": "bfloat16", "LongStorage": "int64",
-    "IntStorage": "int32", "ShortStorage": "int16", "CharStorage": "int8", "ByteStorage": "uint8", "BoolStorage": "bool",
-    "ComplexDoubleStorage": "complex128", "ComplexFloatStorage": "complex64",
-}  # fmt: skip
+    "DoubleStorage": "float64",
+    "FloatStorage": "float32",
+    "HalfStorage": "float16",
+    "BFloat16Storage": "bfloat16",
+    "LongStorage": "int64",
+    "IntStorage": "int32",
+    "ShortStorage": "int16",
+    "CharStorage": "int8",
+    "ByteStorage": "uint8",
+    "BoolStorage": "bool",
+    "ComplexDoubleStorage": "complex128",
+    "ComplexFloatStorage": "complex64",
+}
 
 Row = list[Any]
-OfTensor = Callable[[Any], Any]  # the content of a tensor's row; None for what is no tensor
+OfTensor = Callable[[Any], Any]  # returns the content of a tensor's row; None for anything else
 
 
 class Reading:
-    """One file, read slice by slice."""
+    """A file that is read slice by slice."""
 
     def __init__(self, path: str) -> None:
-        self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - until the last slice
+        self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - open until the last slice
         self._digest = blake3()
-        self._is_large = os.fstat(self._file.fileno()).st_size >= DIRECT_FROM_BYTES  # written around the page cache, and read so
+        # A large file is written around the page cache, and reading must not fill the cache either.
+        self._is_large = os.fstat(self._file.fileno()).st_size >= DIRECT_FROM_BYTES
 
     def more(self) -> dict[str, Any]:
-        """Read on; in the end `digest`, `size_bytes` and `rows`. Raises OSError, ValueError."""
+        """Read the next slice.
+
+        Returns:
+            {}, or after the last slice `digest`, `size_bytes` and `rows`.
+
+        Raises:
+            OSError: the file cannot be read.
+            ValueError: the file is no checkpoint; see `file_rows` for other errors.
+        """
         for _ in range(SLICE_BYTES // PIECE_BYTES):
             piece = self._file.read(PIECE_BYTES)
             self._digest.update(piece)
@@ -55,11 +76,20 @@ class Reading:
             return {}
         with self._file:
             size_bytes = os.fstat(self._file.fileno()).st_size
-            return {"digest": f"blake3:{self._digest.hexdigest()}", "size_bytes": size_bytes, "rows": file_rows(self._file)}
+            return {
+                "digest": f"blake3:{self._digest.hexdigest()}",
+                "size_bytes": size_bytes,
+                "rows": file_rows(self._file),
+            }
 
 
 def file_rows(file: Any) -> list[Row]:
-    """The rows of a checkpoint's file. Raises ValueError for what is none."""
+    """Return the rows of a checkpoint file.
+
+    Raises:
+        ValueError: the zip file has no data.pkl.
+        zipfile.BadZipFile: the file is no zip file.
+    """
     with zipfile.ZipFile(file) as records:
         infos = {info.filename.split("/", 1)[-1]: info for info in records.infolist()}
         if "data.pkl" not in infos:
@@ -68,14 +98,16 @@ def file_rows(file: Any) -> list[Row]:
         for name, info in infos.items():
             if name.startswith("data/"):
                 header = os.pread(file.fileno(), LOCAL_HEADER.size, info.header_offset)
-                places[name[5:]] = info.header_offset + LOCAL_HEADER.size + sum(LOCAL_HEADER.unpack(header))
+                places[name[5:]] = (
+                    info.header_offset + LOCAL_HEADER.size + sum(LOCAL_HEADER.unpack(header))
+                )
         with records.open(infos["data.pkl"]) as pickled:
             value = _Inert(pickled, places).load()
     return rows(value, lambda item: item.content() if isinstance(item, _Tensor) else None)
 
 
 def rows(value: Any, of_tensor: OfTensor) -> list[Row]:
-    """A row for each thing in plain data, in its order; of very many, the first."""
+    """Return a row for each item in plain data, in its order; the first MOST_ROWS at most."""
     found: list[Row] = []
     for row in _rows(value, "", of_tensor):
         found.append(row)
@@ -85,7 +117,7 @@ def rows(value: Any, of_tensor: OfTensor) -> list[Row]:
 
 
 def unlike(before: list[Row], after: list[Row]) -> list[str]:
-    """What differs between the rows of what was captured and those of what was read, in words."""
+    """Return a message for each difference between captured rows and rows read from the file."""
     read, words = {row[0]: row for row in after}, []
     for path, kind, content in before:
         row = read.pop(path, None)
@@ -103,13 +135,19 @@ def _rows(value: Any, where: str, of_tensor: OfTensor) -> Iterator[Row]:
         yield [where, type(value).__name__, len(value)]
         for key, item in value.items():
             yield from _rows(item, f"{where}[{key!r}]" if where else str(key), of_tensor)
-    elif isinstance(value, list | tuple) and not all(type(item) in (bool, int, float, str) for item in value):
+    elif isinstance(value, list | tuple) and not all(
+        type(item) in (bool, int, float, str) for item in value
+    ):
         yield [where, type(value).__name__, len(value)]
         for at, item in enumerate(value):
             yield from _rows(item, f"{where}[{at}]", of_tensor)
     else:
         text = repr(value)
-        short = text if len(text) <= MOST_TEXT else hashlib.blake2b(text.encode(errors="replace"), digest_size=16).hexdigest()
+        short = (
+            text
+            if len(text) <= MOST_TEXT
+            else hashlib.blake2b(text.encode(errors="replace"), digest_size=16).hexdigest()
+        )
         yield [where, type(value).__name__, short]
 
 
@@ -133,8 +171,8 @@ class _Tensor:
         return [self.dtype, list(self.shape), list(self.stride), self.at, place]
 
 
-class dtype:  # noqa: N801 - its rows are those of the one in torch
-    """A type of numbers, by name."""
+class dtype:  # noqa: N801 - rows contain the class name, which must be that of torch.dtype
+    """A stand-in for `torch.dtype`, which holds only the name."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -149,13 +187,21 @@ class dtype:  # noqa: N801 - its rows are those of the one in torch
         return hash(self.name)
 
 
-def _rebuilt(storage: _Storage, at: int, shape: Any, stride: Any, requires_grad: bool = False, hooks: Any = None, *rest: Any) -> _Tensor:
+def _rebuilt(
+    storage: _Storage,
+    at: int,
+    shape: Any,
+    stride: Any,
+    requires_grad: bool = False,
+    hooks: Any = None,
+    *rest: Any,
+) -> _Tensor:
     named = next((item.name for item in rest if isinstance(item, dtype)), storage.dtype)
     return _Tensor(storage, at, tuple(shape), tuple(stride), named)
 
 
 class _Other:
-    """What stands for anything else."""
+    """A stand-in for every other class or function."""
 
     def __init__(self, *parts: Any) -> None:
         pass
@@ -171,27 +217,39 @@ class _Other:
 
 
 class _Inert(pickle.Unpickler):
-    """Takes a pickle apart, and makes nothing of what it names but plain data."""
+    """An unpickler that builds only plain data and stand-ins, and imports nothing."""
 
     def __init__(self, file: Any, places: Mapping[str, int]) -> None:
         super().__init__(file)
         self._places = places
 
     def find_class(self, module: str, name: str) -> Any:
-        """What stands for it here."""
+        """Return the stand-in for a class or function that the pickle names."""
         if module == "collections" and name in ("OrderedDict", "Counter"):
             return OrderedDict if name == "OrderedDict" else Counter
-        if module in ("builtins", "__builtin__") and name in ("complex", "bytearray", "set", "frozenset"):
-            return {"complex": complex, "bytearray": bytearray, "set": set, "frozenset": frozenset}[name]
+        if module in ("builtins", "__builtin__") and name in (
+            "complex",
+            "bytearray",
+            "set",
+            "frozenset",
+        ):
+            return {"complex": complex, "bytearray": bytearray, "set": set, "frozenset": frozenset}[
+                name
+            ]
         if (module, name) == ("_codecs", "encode"):
             return lambda text, encoding: text.encode("latin1")
         if module == "torch._utils" and name in ("_rebuild_tensor_v2", "_rebuild_tensor_v3"):
             return _rebuilt
-        if module == "torch" and not name.endswith("Storage") and name.islower() and name != "device":
+        if (
+            module == "torch"
+            and not name.endswith("Storage")
+            and name.islower()
+            and name != "device"
+        ):
             return dtype(name)
         return name if name.endswith("Storage") else _Other
 
     def persistent_load(self, pid: Any) -> Any:
-        """A tensor's memory, by where it lies."""
+        """Return a tensor's storage: its dtype, its position in the file and its size."""
         _, kind, key, _, size = pid
         return _Storage(DTYPES.get(kind, str(kind)), self._places.get(str(key), -1), int(size))

@@ -1,8 +1,15 @@
-"""A rehearsal of the next start, once an attempt, at its first save: what could not be gone on from is said then, not after a kill.
+"""Rehearse the next start once per attempt, at its first save.
 
-In two parts. The file is read back in the process that wrote it, and compared with what was captured. And the state is loaded: of torch's
-own modules and optimizers in the background, into copies whose tensors have no data; of all else that holds no tensors into a copy, on the
-training thread, as only there the generators can be kept, which such an object may set. What cannot be copied is not rehearsed.
+State that a restart could not load is then reported at once, not after a kill. The rehearsal has
+two parts:
+
+* The file is read back in the process that wrote it, and compared with the captured state.
+* The state is loaded. For torch's own modules and optimizers this happens in the background, into
+  copies whose tensors have no data. Any other object that holds no tensors is copied and loaded on
+  the training thread. Such an object may set random generators, and only the training thread can
+  restore them.
+
+Objects that cannot be copied are not rehearsed.
 """
 
 from __future__ import annotations
@@ -30,9 +37,23 @@ READ_WITHIN_S = 600.0
 
 
 class Rehearsal:
-    """Of one attempt, on the writer."""
+    """The rehearsal of one attempt, on the writer.
 
-    def __init__(self, scribe: WriterProcess, say: Callable[[str], None], note: Callable[..., None], *, is_on: bool) -> None:
+    Args:
+        scribe: the handle on the writer process.
+        say: prints a line to the user.
+        note: adds an event to the event log.
+        is_on: whether to rehearse at all.
+    """
+
+    def __init__(
+        self,
+        scribe: WriterProcess,
+        say: Callable[[str], None],
+        note: Callable[..., None],
+        *,
+        is_on: bool,
+    ) -> None:
         self._is_on = is_on
         self._scribe, self._say, self._note = scribe, say, note
         self._captured: Captured | None = None
@@ -43,28 +64,42 @@ class Rehearsal:
         self._tried_s, self._is_over = 0.0, False
 
     def take(self, captured: Captured) -> None:
-        """Try what has to be tried on the training thread, at the step boundary of the save."""
+        """Rehearse the objects that need the training thread, at the step boundary of the save."""
         if self._thread is not None or not self._is_on:
             return
-        is_tried, self._captured = self._captured is not None, captured  # a save before this one came to nothing
+        # If an earlier save failed, its objects were rehearsed already.
+        is_tried, self._captured = self._captured is not None, captured
         if is_tried:
             return
         began = time.perf_counter()
         for name, thing in captured.tracked.items():
             saved = _as_loaded(captured.payload, f"{name}_state_dict")
-            if saved is not None and not isinstance(_inner(thing), torch.nn.Module | torch.optim.Optimizer):
+            if saved is not None and not isinstance(
+                _inner(thing), torch.nn.Module | torch.optim.Optimizer
+            ):
                 self._add(*trial_load.of_object(name, _inner(thing), saved))
         self._tried_s = time.perf_counter() - began
 
     def begin(self, store: Store, manifest: Manifest, places: Mapping[int, int]) -> None:
-        """What was taken is committed: read it back, and try the rest. `places` tells where in the file the memory with an address is."""
+        """Read back the committed checkpoint and rehearse the remaining objects, in the background.
+
+        Args:
+            store: the store of the checkpoint.
+            manifest: the manifest of the checkpoint.
+            places: where each tensor's memory begins in the file, by address.
+        """
         captured, self._captured = self._captured, None
         if captured is not None:
-            self._thread = threading.Thread(target=self._run, args=(store, manifest, captured, dict(places)), daemon=True, name="rehearsal")
+            self._thread = threading.Thread(
+                target=self._run,
+                args=(store, manifest, captured, dict(places)),
+                daemon=True,
+                name="rehearsal",
+            )
             self._thread.start()
 
     def close(self) -> None:
-        """Let it be: training is over."""
+        """Abandon the rehearsal, as training is over."""
         self._is_over = True
         if self._thread is not None:
             self._thread.join(ENDS_WITHIN_S)
@@ -73,39 +108,67 @@ class Rehearsal:
         self._problems += problems
         self._skipped += [skipped] if skipped else []
 
-    def _run(self, store: Store, manifest: Manifest, captured: Captured, places: dict[int, int]) -> None:
+    def _run(
+        self, store: Store, manifest: Manifest, captured: Captured, places: dict[int, int]
+    ) -> None:
         preemption.hold_back()
         began = time.perf_counter()
         try:
             rows = readback.rows(captured.payload, lambda value: _content(value, places))
-            things = {name: _inner(thing) for name, thing in captured.tracked.items() if f"{name}_state_dict" in captured.payload}
-            shapes = {name: trial_load.without_data(captured.payload[f"{name}_state_dict"]) for name in things}
-            del captured  # its tensors may be ones that training has let go meanwhile
+            things = {
+                name: _inner(thing)
+                for name, thing in captured.tracked.items()
+                if f"{name}_state_dict" in captured.payload
+            }
+            shapes = {
+                name: trial_load.without_data(captured.payload[f"{name}_state_dict"])
+                for name in things
+            }
+            del captured  # training may have dropped some of its tensors meanwhile
             self._add(*self._read(store, manifest, rows, bool(places)))
             for name, thing in things.items():
                 if isinstance(thing, torch.nn.Module | torch.optim.Optimizer) and not self._is_over:
                     self._add(*trial_load.of_torchs(name, thing, shapes[name]))
-        except Exception as error:  # noqa: BLE001 - whatever goes wrong here is no reason to end training
+        except Exception as error:  # noqa: BLE001 - a failed rehearsal must not end training
             self._skipped.append(f"the rest ({type(error).__name__}: {error})")
         if not self._is_over:
             self._tell(manifest, time.perf_counter() - began)
 
-    def _read(self, store: Store, manifest: Manifest, rows: list[readback.Row], has_places: bool) -> tuple[list[str], str]:
-        """Read the file back; returns what is wrong with it, and why it was not read."""
+    def _read(
+        self, store: Store, manifest: Manifest, rows: list[readback.Row], has_places: bool
+    ) -> tuple[list[str], str]:
+        """Read the file back; return what is wrong with it, and why it was not read.
+
+        Args:
+            store: the store of the checkpoint.
+            manifest: the manifest of the checkpoint.
+            rows: the rows of the captured state.
+            has_places: whether the rows hold the position of each tensor in the file.
+        """
         if not isinstance(store, LocalStore):
             return [], f"{manifest.data.name} (it lies in {store})"
         path, reply = str(store.path(manifest.data_key)), dict[str, Any]()
         until = time.monotonic() + READ_WITHIN_S
         while "digest" not in reply:
             if time.monotonic() > until:
-                return [], f"{manifest.data.name} (to read it takes more than {READ_WITHIN_S:.0f} s)"
+                return (
+                    [],
+                    f"{manifest.data.name} (to read it takes more than {READ_WITHIN_S:.0f} s)",
+                )
             answer = self._scribe.reread(path)
             if answer is None or "error" in answer or self._is_over:
-                return [], f"{manifest.data.name} ({(answer or {}).get('error', 'there is no process to read it')})"
+                return (
+                    [],
+                    f"{manifest.data.name} "
+                    f"({(answer or {}).get('error', 'there is no process to read it')})",
+                )
             reply = answer
         if reply["digest"] != manifest.data.digest:
-            return [f"{manifest.data.name} is not read as it was written: {reply['digest']}, expected {manifest.data.digest}"], ""
-        if not has_places:  # `torch.save` has written it by itself
+            return [
+                f"{manifest.data.name} is not read as it was written: "
+                f"{reply['digest']}, expected {manifest.data.digest}"
+            ], ""
+        if not has_places:  # `torch.save` has written the file directly
             for row in (*rows, *reply["rows"]):
                 if row[1] == "tensor":
                     row[2] = row[2][:3]
@@ -113,27 +176,46 @@ class Rehearsal:
 
     def _tell(self, manifest: Manifest, seconds: float) -> None:
         for problem in self._problems[:MOST_SAID]:
-            self._say(f"harness: warning: a restart from step {manifest.step} would fail or not be exact: {problem}")
+            self._say(
+                f"harness: warning: a restart from step {manifest.step} "
+                f"would fail or not be exact: {problem}"
+            )
         if len(self._problems) > MOST_SAID:
-            self._say(f"harness: warning: … and {len(self._problems) - MOST_SAID} more, in the run's events")
+            self._say(
+                f"harness: warning: … and {len(self._problems) - MOST_SAID} more, "
+                "in the run's events"
+            )
         if self._skipped:
-            self._say(f"harness: not rehearsed, so a restart will show whether it loads again: {', '.join(self._skipped)}")
-        costs = {"seconds": round(seconds, 6), "training_s": round(self._tried_s, 6), "size_bytes": manifest.size_bytes}
-        self._note("rehearsed", step=manifest.step, problems=self._problems, not_rehearsed=self._skipped, **costs)
+            self._say(
+                "harness: not rehearsed, so a restart will show whether it loads again: "
+                f"{', '.join(self._skipped)}"
+            )
+        costs = {
+            "seconds": round(seconds, 6),
+            "training_s": round(self._tried_s, 6),
+            "size_bytes": manifest.size_bytes,
+        }
+        self._note(
+            "rehearsed",
+            step=manifest.step,
+            problems=self._problems,
+            not_rehearsed=self._skipped,
+            **costs,
+        )
 
 
 def _as_loaded(payload: Mapping[str, Any], key: str) -> Any:
-    """What a restart would give an object to load; None if the checkpoint has nothing of it under that name."""
+    """Return the state that a restart would load; None if the checkpoint has no such entry."""
     return payload.get(key)
 
 
 def _inner(thing: Any) -> Any:
-    """What gives a tracked object's state, inside its shells; of the averages of `step`, which is ours, the module."""
+    """Return the object inside the wrappers, whose state is saved; of `Ema`, its module."""
     return thing.module if isinstance(thing, Ema) else plain(thing)
 
 
 def _content(value: Any, places: Mapping[int, int]) -> list[Any] | None:
-    """A tensor's row."""
+    """Return the content of a tensor's row; None for anything else."""
     if not isinstance(value, torch.Tensor):
         return None
     if value.layout is not torch.strided or type(value) is not torch.Tensor or value.is_quantized:

@@ -1,4 +1,7 @@
-"""When the clock asks for a save: every so many seconds, or as often as is worth it by what saves and interruptions cost this run."""
+"""Decide when the clock asks for a save.
+
+The interval is fixed, or is chosen from the measured cost of saves and interruptions of this run.
+"""
 
 from __future__ import annotations
 
@@ -14,79 +17,128 @@ from harness.arguments import AUTO
 from harness.checkpoint.catalog import Catalog
 from harness.text import duration
 
-FIRST_S = 30.0  # until a save has been measured
+FIRST_S = 30.0  # interval until a save has been measured
 LEAST_S, MOST_S = 5.0, 1800.0
-ASSUMED_S = 4 * 3600.0  # between two kills, before there was any; counts like one that came after so long
-TOLD_FROM = 0.1  # of the interval, a change that is told
-COSTS, STEPS = 5, 50  # the last ones count
+# Assumed time between two kills before the first one. It counts like one kill after that time.
+ASSUMED_S = 4 * 3600.0
+TOLD_FROM = 0.1  # relative change of the interval above which it is recorded
+COSTS, STEPS = 5, 50  # how many of the last save costs and step times are used
 
 
 @dataclass(frozen=True)
 class KillHistory:
-    """What earlier attempts tell: for how long they ran, and how many were killed, which costs what was not saved."""
+    """How long earlier attempts ran, in seconds, and how many were killed.
+
+    A kill costs the steps that were not saved.
+    """
 
     seconds: float = 0.0
     kills: int = 0
 
 
 def kill_history(found: Catalog) -> KillHistory:
-    """Of all attempts to train. Who stopped on request had saved; who was killed is last heard of by a checkpoint."""
+    """Return the total run time and the number of kills of all training attempts.
+
+    An attempt that stopped on request had saved, so it does not count as killed. One that failed,
+    or ended without a save, does. The last trace of a killed attempt is a checkpoint, so its run
+    time ends there.
+    """
     seconds, kills = 0.0, 0
     for number, record in found.attempts.items():
         if record.get("kind") != "train":
             continue
         end = found.ends.get(number, {})
-        heard = [m.time for m in found.manifests if m.attempt == number] + ([end["time"]] if "time" in end else [])
+        heard = [m.time for m in found.manifests if m.attempt == number] + (
+            [end["time"]] if "time" in end else []
+        )
         kills += not end or end.get("why") == "failed" or end.get("saved") is False
         seconds += max((_between_s(record["time"], time) for time in heard), default=0.0)
     return KillHistory(seconds, kills)
 
 
 def _between_s(before: str, after: str) -> float:
-    """An estimate, and nothing but an estimate, is made of two machines' clocks."""
-    return max(0.0, (datetime.datetime.fromisoformat(after) - datetime.datetime.fromisoformat(before)).total_seconds())
+    """Return the seconds between two time stamps, at least 0.
+
+    The stamps may be from the clocks of two machines, so the result is only good for estimates.
+    """
+    return max(
+        0.0,
+        (
+            datetime.datetime.fromisoformat(after) - datetime.datetime.fromisoformat(before)
+        ).total_seconds(),
+    )
 
 
 def best_interval_s(cost_s: float, between_kills_s: float, save_s: float) -> float:
-    """The interval that loses the least time: saves cost C each, a kill costs half an interval; sqrt(2 C M).
+    """Return the save interval that loses the least time, in seconds.
 
-    A save takes `save_s` to arrive: one is not begun before the last has. Source: Young, A first order approximation to the optimum
-    checkpoint interval, 1974; Daly, 2006.
+    A save costs C = `cost_s`, and a kill costs half an interval on average. With a mean time
+    between kills of M = `between_kills_s`, the optimal interval is sqrt(2 C M). Source: Young, A
+    first order approximation to the optimum checkpoint interval, 1974; Daly, 2006.
+
+    A save takes `save_s` until it is committed, and the next one does not begin before that, so the
+    interval is not shorter. The result is limited to the range from LEAST_S to MOST_S.
     """
     return min(max(math.sqrt(2 * cost_s * between_kills_s), LEAST_S, save_s), MOST_S)
 
 
 def _not_told(kind: str, **fields: Any) -> None:
-    """Who needs no record."""
+    """Discard an event; the default of `note`."""
 
 
 class SavePolicy:
-    """Tells whether it is time; for the writer's training thread."""
+    """The clock's decision when to save; for the writer's training thread."""
 
     def __init__(
-        self, every_s: float | str | None, when_busy: str, clock: Callable[[], float], note: Callable[..., Any] = _not_told
+        self,
+        every_s: float | str | None,
+        when_busy: str,
+        clock: Callable[[], float],
+        note: Callable[..., Any] = _not_told,
     ) -> None:
-        """`note` is told of each save that is left out and of each interval that is chosen."""
+        """Initialise the policy.
+
+        Args:
+            every_s: the interval in seconds, AUTO to choose it from measurements, or None for no
+                saves by the clock.
+            when_busy: "skip" to skip a save that is due while another one is in flight.
+            clock: returns the time in seconds.
+            note: records an event for each save that is skipped and each interval that is chosen.
+        """
         self.is_auto = every_s == AUTO
         self.every_s: float | None = FIRST_S if isinstance(every_s, str) else every_s
         self.lives = KillHistory()
         self._skips = when_busy == "skip"
         self._clock, self._note = clock, note
         self._began_at = self._saved_at = self._stepped_at = clock()
-        self._plain: deque[float] = deque(maxlen=STEPS)  # seconds of steps with no save beside them
-        self._beside: list[float] = []  # and of those since a save began, to the one in which it arrived
+        self._plain: deque[float] = deque(maxlen=STEPS)  # seconds of steps with no save in flight
+        # Seconds of the steps since a save began, up to the step in which it was committed.
+        self._beside: list[float] = []
         self._is_beside, self._save_s = False, 0.0
         self._costs: deque[float] = deque(maxlen=COSTS)
         self._told_s = 0.0
 
     def begun(self) -> None:
-        """A save begins; the one before has arrived, or was waited for."""
+        """Record that a save begins; the previous one is committed, or was waited for."""
         self._weigh()
         self._saved_at, self._is_beside = self._clock(), True
 
     def is_due(self, left_s: float, save_s: float, is_busy: bool) -> bool:
-        """Whether it is time, with `left_s` until the run's end, which is saved anyway. The last save took `save_s`, or is on its way."""
-        if self.every_s is None or left_s <= save_s or self._clock() - self._saved_at < self.every_s:
+        """Return whether a save is due.
+
+        A due save that is skipped is recorded as an event, and the interval starts again.
+
+        Args:
+            left_s: the time until the end of the run, in seconds. The end is saved in any case, so
+                no save is due if the end is nearer than a save takes.
+            save_s: how long the last committed save took, in seconds.
+            is_busy: whether a save is in flight.
+        """
+        if (
+            self.every_s is None
+            or left_s <= save_s
+            or self._clock() - self._saved_at < self.every_s
+        ):
             return False
         if self._skips and is_busy:
             self._saved_at = self._clock()
@@ -95,7 +147,12 @@ class SavePolicy:
         return True
 
     def step(self, is_saving: bool, save_s: float) -> None:
-        """A step is over, a save beside it or not: what it takes longer is what the save costs."""
+        """Record the duration of a step; the extra time of steps during a save is its cost.
+
+        Args:
+            is_saving: whether a save is in flight.
+            save_s: how long the last committed save took, in seconds.
+        """
         if not self.is_auto:
             return
         now = self._clock()
@@ -109,11 +166,11 @@ class SavePolicy:
             self._weigh()
 
     def _weigh(self) -> None:
-        """What did the save cost beside which these steps were made?"""
+        """Estimate what the last save cost from the steps made during it, and set the interval."""
         beside, self._beside, save_s = self._beside, [], self._save_s
         if not beside:
             return
-        if not self._plain:  # one save follows the other: there is nothing to compare with
+        if not self._plain:  # saves follow each other, so there is no step to compare with
             self.every_s = max(self.every_s or 0.0, 2 * save_s)
             return
         self._costs.append(max(0.0, sum(beside) - len(beside) * median(self._plain)))
@@ -124,5 +181,9 @@ class SavePolicy:
             self._told_s = self.every_s
             kills = f"{self.lives.kills} kill{'s' * (self.lives.kills != 1)} in {duration(seconds)}"
             why = f"a save costs {cost_s:.2g} s of training and takes {save_s:.2g} s; {kills}"
-            chosen = {"every_s": round(self.every_s, 1), "cost_s": round(cost_s, 4), "between_kills_s": round(between_s)}
+            chosen = {
+                "every_s": round(self.every_s, 1),
+                "cost_s": round(cost_s, 4),
+                "between_kills_s": round(between_s),
+            }
             self._note("interval", **chosen, kills=self.lives.kills, why=why)

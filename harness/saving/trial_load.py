@@ -1,4 +1,4 @@
-"""Load one object's state into a copy of it, and see whether it is the same afterwards."""
+"""Load one object's state into a copy of the object, and check that the state is the same then."""
 
 from __future__ import annotations
 
@@ -16,62 +16,120 @@ from harness import state
 from harness.errors import UsageError
 from harness.untracked.object_walk import holds
 
-MOST_BYTES, MOST_OBJECTS = 64 << 20, 20_000  # of what is copied
-LOADS = ("state_dict", "load_state_dict", "__setstate__", "__deepcopy__", "__reduce_ex__", "__reduce__")  # what has to be torch's own
-OF_MODULE = (*LOADS, "_load_from_state_dict", "_save_to_state_dict", "get_extra_state", "set_extra_state", "__setattr__", "__getattr__")
-HOOKS = ("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks")
+MOST_BYTES, MOST_OBJECTS = 64 << 20, 20_000  # limits of an object that is copied
+# The methods that must be torch's own.
+LOADS = (
+    "state_dict",
+    "load_state_dict",
+    "__setstate__",
+    "__deepcopy__",
+    "__reduce_ex__",
+    "__reduce__",
+)
+OF_MODULE = (
+    *LOADS,
+    "_load_from_state_dict",
+    "_save_to_state_dict",
+    "get_extra_state",
+    "set_extra_state",
+    "__setattr__",
+    "__getattr__",
+)
+HOOKS = (
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
 OF_OPTIMIZER = tuple(
     f"_optimizer_{name}"
-    for name in ("state_dict_pre_hooks", "state_dict_post_hooks", "load_state_dict_pre_hooks", "load_state_dict_post_hooks")
+    for name in (
+        "state_dict_pre_hooks",
+        "state_dict_post_hooks",
+        "load_state_dict_pre_hooks",
+        "load_state_dict_post_hooks",
+    )
 )
 SOURCE = "the checkpoint"
 
-Found = tuple[list[str], str]  # what is wrong, in words, and why it was not tried
+Found = tuple[list[str], str]  # the problems found, and why the object was not tried
 
 
 def of_object(name: str, thing: Any, saved: Any) -> Found:
-    """Try an object without tensors. For the training thread: code of the user's runs, inside which the generators are kept."""
+    """Try to load an object that holds no tensors. For the training thread.
+
+    The user's code runs, and the random generators are restored after it. If the object holds
+    tensors, or is too large to copy, only the types in its state are compared.
+
+    Args:
+        name: the name of the tracked object.
+        thing: the object inside the wrappers.
+        saved: its state in the checkpoint.
+    """
     if isinstance(thing, torch.amp.GradScaler) or not hasattr(thing, "load_state_dict"):
-        return [], ""  # nothing in it but numbers, and torch's own code
+        return [], ""  # it holds only numbers, and runs torch's own code
     before = thing.state_dict()
     if held := holds(_without_optimizer(thing), MOST_BYTES, MOST_OBJECTS):
         return list(_unlike(before, saved, name, kinds_only=True)), f"{name} (it holds {held})"
     with state.kept_generators():
         try:
-            known = [thing.optimizer] if isinstance(thing, torch.optim.lr_scheduler.LRScheduler) else []
+            known = (
+                [thing.optimizer] if isinstance(thing, torch.optim.lr_scheduler.LRScheduler) else []
+            )
             double = copy.deepcopy(thing, {id(optimizer): optimizer for optimizer in known})
-        except Exception as error:  # noqa: BLE001 - it is code of the user's
+        except Exception as error:  # noqa: BLE001 - the user's code may raise anything
             return [], f"{name} (it cannot be copied: {_line(error)})"
         if double is thing:
             return [], f"{name} (its copy is itself)"
         try:
             state.restore_one(name, double, saved, SOURCE)
             after = double.state_dict()
-        except Exception as error:  # noqa: BLE001 - it is code of the user's
+        except Exception as error:  # noqa: BLE001 - the user's code may raise anything
             return [f"{name} cannot be loaded again: {_line(error)}"], ""
     return list(_unlike(before, after, name)), ""
 
 
 def of_torchs(name: str, thing: Any, saved: Any) -> Found:
-    """Try a module or an optimizer, if it is loaded by torch's own code, in a copy without data, from state without data."""
+    """Try to load a module or an optimizer that is loaded by torch's own code only.
+
+    Neither the copy of the object nor the state that is loaded into it has data.
+
+    Args:
+        name: the name of the tracked object.
+        thing: the module or optimizer inside the wrappers.
+        saved: its state without data; see `without_data`.
+    """
     foreign = _foreign(thing)
     if foreign:
         return [], f"{name} ({foreign})"
     if isinstance(thing, nn.Module) and (shared := list(_shared(thing))):
         return [
-            f"{name}.{key} cannot be loaded again: its elements share memory, it is expanded; register its clone()" for key in shared
+            f"{name}.{key} cannot be loaded again: "
+            "its elements share memory, it is expanded; register its clone()"
+            for key in shared
         ], ""
     double = _module(thing, {}) if isinstance(thing, nn.Module) else _optimizer(thing)
     try:
         state.restore_one(name, double, saved, SOURCE)
         after = without_data(double.state_dict())
-    except (UsageError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, NotImplementedError) as error:
+    except (
+        UsageError,
+        RuntimeError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        NotImplementedError,
+    ) as error:
         return [f"{name} cannot be loaded again: {_line(error)}"], ""
     return list(_unlike(saved, after, name)), ""
 
 
 def without_data(value: Any) -> Any:
-    """The same, with tensors that have no data."""
+    """Return the value with its tensors replaced by tensors on the meta device, without data.
+
+    Quantized tensors and those of another layout than strided are not replaced.
+    """
     if isinstance(value, torch.Tensor):
         return _meta(value)
     if isinstance(value, Mapping):
@@ -95,18 +153,31 @@ def _meta(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _shared(module: nn.Module) -> Iterator[str]:
-    """The names of tensors that nothing can be copied into: torch refuses it, but not for a copy without data."""
+    """Yield the names of tensors that nothing can be copied into, as their elements share memory.
+
+    torch refuses to load into such a tensor, but not into its copy without data.
+    """
     for key, tensor in (*module.named_parameters(), *module.named_buffers()):
-        if any(size > 1 and not step for size, step in zip(tensor.shape, tensor.stride(), strict=True)):
+        if any(
+            size > 1 and not step for size, step in zip(tensor.shape, tensor.stride(), strict=True)
+        ):
             yield key
 
 
 def _foreign(thing: Any) -> str:
-    """What of it is not loaded by torch's own code; "" for nothing."""
+    """Return which part of an object is not loaded by torch's own code; "" if there is none."""
     if isinstance(thing, torch.optim.Optimizer):
-        return _not_torchs(type(thing), LOADS) or _hooked(thing, OF_OPTIMIZER) or _odd(_values(thing.state))
+        return (
+            _not_torchs(type(thing), LOADS)
+            or _hooked(thing, OF_OPTIMIZER)
+            or _odd(_values(thing.state))
+        )
     for part in thing.modules():
-        odd = _not_torchs(type(part), OF_MODULE) or _hooked(part, HOOKS) or _odd((*part._parameters.values(), *part._buffers.values()))
+        odd = (
+            _not_torchs(type(part), OF_MODULE)
+            or _hooked(part, HOOKS)
+            or _odd((*part._parameters.values(), *part._buffers.values()))
+        )
         if odd:
             return odd
     return ""
@@ -117,21 +188,34 @@ def _not_torchs(kind: type, names: tuple[str, ...]) -> str:
         owner = next((base for base in kind.__mro__ if name in vars(base)), None)
         if owner is None or owner is object:
             continue
-        module = getattr(vars(owner)[name], "__module__", None) or owner.__module__  # parametrize makes classes with torch's functions
+        # torch's parametrize creates classes whose functions are torch's own.
+        module = getattr(vars(owner)[name], "__module__", None) or owner.__module__
         if not module.startswith(("torch.nn.", "torch.optim.")):
             return f"{kind.__name__} has a {name} of its own"
     return ""
 
 
 def _hooked(thing: Any, names: tuple[str, ...]) -> str:
-    return next((f"{type(thing).__name__} has hooks: {name.strip('_')}" for name in names if getattr(thing, name, None)), "")
+    return next(
+        (
+            f"{type(thing).__name__} has hooks: {name.strip('_')}"
+            for name in names
+            if getattr(thing, name, None)
+        ),
+        "",
+    )
 
 
 def _odd(values: Any) -> str:
-    """Tensors of other classes have code of their own."""
+    """Return a description of the first tensor that is not a plain strided one; "" if all are.
+
+    Tensors of other classes have code of their own.
+    """
     for value in values:
         if isinstance(value, torch.Tensor) and (
-            type(value) not in (torch.Tensor, nn.Parameter, nn.Buffer) or value.layout is not torch.strided or value.is_nested
+            type(value) not in (torch.Tensor, nn.Parameter, nn.Buffer)
+            or value.layout is not torch.strided
+            or value.is_nested
         ):
             return f"it holds a {type(value).__name__}, {str(value.layout).removeprefix('torch.')}"
     return ""
@@ -143,13 +227,23 @@ def _values(states: Mapping[Any, Any]) -> Iterator[Any]:
 
 
 def _module(module: nn.Module, known: dict[int, nn.Module]) -> nn.Module:
-    """A copy whose tensors have no data. Its other attributes are the module's own: torch's loading writes to none of them."""
+    """Return a copy of a module whose tensors have no data.
+
+    The copy shares its other attributes with the module: torch's loading writes to none of them.
+    `known` holds the copies made so far, by the identity of the module.
+    """
     if id(module) not in known:
         double = known[id(module)] = object.__new__(type(module))
         vars(double).update(vars(module))
-        parameters = {key: None if one is None else nn.Parameter(_meta(one), one.requires_grad) for key, one in module._parameters.items()}
+        parameters = {
+            key: None if one is None else nn.Parameter(_meta(one), one.requires_grad)
+            for key, one in module._parameters.items()
+        }
         buffers = {key: None if one is None else _meta(one) for key, one in module._buffers.items()}
-        inner = {key: None if one is None else _module(one, known) for key, one in module._modules.items()}
+        inner = {
+            key: None if one is None else _module(one, known)
+            for key, one in module._modules.items()
+        }
         vars(double).update(_parameters=parameters, _buffers=buffers, _modules=inner)
     return known[id(module)]
 
@@ -158,7 +252,8 @@ def _optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     double: torch.optim.Optimizer = object.__new__(type(optimizer))
     vars(double).update(vars(optimizer))
     double.param_groups = [
-        dict(group) | {"params": [nn.Parameter(_meta(one), one.requires_grad) for one in group["params"]]}
+        dict(group)
+        | {"params": [nn.Parameter(_meta(one), one.requires_grad) for one in group["params"]]}
         for group in optimizer.param_groups
     ]
     double.state = defaultdict(dict)
@@ -166,16 +261,33 @@ def _optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
 
 
 def _without_optimizer(thing: Any) -> Any:
-    """What of it is copied: of a scheduler all but its optimizer."""
+    """Return the part of an object whose size counts: a scheduler's without its optimizer.
+
+    The sub-schedulers of a scheduler are left out as well.
+    """
     if isinstance(thing, torch.optim.lr_scheduler.LRScheduler):
-        return {key: value for key, value in vars(thing).items() if key not in ("optimizer", "_schedulers")}
+        return {
+            key: value
+            for key, value in vars(thing).items()
+            if key not in ("optimizer", "_schedulers")
+        }
     return thing
 
 
 def _unlike(before: Any, after: Any, where: str, *, kinds_only: bool = False) -> Iterator[str]:
-    """What is not the same, or not of the same kind, in words."""
+    """Yield a message for each difference between two states.
+
+    Args:
+        before: the state before loading.
+        after: the state after loading.
+        where: the path to the state, for the messages.
+        kinds_only: compare types, shapes and keys, but not values.
+    """
     if isinstance(before, torch.Tensor) and isinstance(after, torch.Tensor):
-        was, now = (f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}" for tensor in (before, after))
+        was, now = (
+            f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
+            for tensor in (before, after)
+        )
         if was != now:
             yield f"{where} was {was} and is {now} afterwards"
     elif type(before) is not type(after):
@@ -204,12 +316,19 @@ def _is_same(before: Any, after: Any) -> bool:
 
 
 def _both_nan(one: Any, other: Any) -> bool:
-    return isinstance(one, float) and isinstance(other, float) and math.isnan(one) and math.isnan(other)
+    return (
+        isinstance(one, float)
+        and isinstance(other, float)
+        and math.isnan(one)
+        and math.isnan(other)
+    )
 
 
 def _kind(value: Any) -> str:
     kind = type(value)
-    return kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+    return (
+        kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+    )
 
 
 def _line(error: BaseException) -> str:

@@ -1,4 +1,8 @@
-"""The writer's second thread: copies what is committed in the run directory to the remote store, while training goes on."""
+"""Upload committed checkpoints from the run directory to the remote store while training goes on.
+
+The upload thread is the second thread of the writer (rank 0). It also uploads the events, the step
+log and the user's files.
+"""
 
 from __future__ import annotations
 
@@ -6,250 +10,245 @@ import contextlib
 import math
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
-from harness.checkpoint import format as fmt
 from harness.checkpoint import replicate, retention
 from harness.checkpoint.attempts import Attempt, check_fence
 from harness.checkpoint.format import Manifest
 from harness.errors import DamagedError, StorageError
 from harness.monitoring.event_log import EventLog
+from harness.monitoring.kept_files import KeptFiles
 from harness.monitoring.store_health import StoreHealth
+from harness.monitoring.upload_status import UploadStatus
+from harness.saving.upload_queue import EarlyUpload, UploadQueue
 from harness.selfcheck.step_log import StepLog
 from harness.store import LocalStore, Store
 from harness.store.staging_buffer import ReadLease
 
-REQUEST_S = 60.0  # for how long one request is tried; what fails then is done again as a whole
-AGAIN_S = 10.0  # after a failed upload
-IDLE_S = 20.0  # how often events are sent, and the origin is looked for, when there is nothing to upload
-STALLED_S = 20.0  # after the limit, an upload without progress for so long is given up
-END_S = 10.0  # how long the last events are worth a wait
-MOST_KEPT_BYTES = 64 << 20  # of the user's files, in an outage
-
-
-def write_file(store: Store, key: str, data: bytes, attempt: Attempt) -> None:
-    """Write a file of the user's own, in a folder that may not be there yet. Raises StorageError."""
-    if store.is_local and store.exists(fmt.attempt_key(attempt.number)):  # a run directory that has vanished is not made anew
-        folders = (key.rpartition("/")[0],)
-        store.prepare(folders)
-        store.sweep(folders, attempt.number)
-    store.write(key, data, attempt.number)
+REQUEST_S = 60.0  # retry limit of one request; after it the whole upload starts again
+AGAIN_S = 10.0  # pause after a failed upload
+# Interval at which events are sent, and the resume point is checked, with nothing to upload.
+IDLE_S = 20.0
+STALLED_S = 20.0  # after its time limit, an upload without progress for this long is given up
+END_S = 10.0  # how long to wait for the last events to be sent
 
 
 @dataclass(frozen=True)
 class Route:
-    """From where to where, and what is kept there. Without a run directory nothing but events goes this way."""
+    """The source and the target of the uploads, and the retention policy of the target.
+
+    Without a run directory (`local` is None) no checkpoints are copied, as they are committed in
+    the remote store. Events, the step log and the user's files are still uploaded.
+    """
 
     local: LocalStore | None
     remote: Store
     policy: retention.Policy
 
 
-@dataclass
-class EarlyUpload:
-    """A checkpoint that is being committed in the run directory: its bytes are in memory, as long as that is not needed."""
-
-    key: str
-    chunks: Iterable[bytes] = ()
-    is_decided: bool = False  # whether it is committed, or will never be
-
-
 class Uploader:
-    """Runs from `start` to `close`. What it finds out is told by `check`, on the thread that trains."""
+    """The upload thread, which runs from `start` to `close`.
+
+    Its errors are raised by `check` on the training thread.
+
+    Args:
+        route: the source and the target of the uploads.
+        attempt: the attempt that uploads.
+        ledger: the event log.
+        outage: the health of the remote store; also prints warnings.
+        steps: the step log, whose records are uploaded, too.
+        clock: returns the time in seconds.
+    """
 
     def __init__(
-        self, route: Route, attempt: Attempt, ledger: EventLog, outage: StoreHealth, clock: Callable[[], float] = time.monotonic
+        self,
+        route: Route,
+        attempt: Attempt,
+        ledger: EventLog,
+        outage: StoreHealth,
+        steps: StepLog | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.route, self.attempt, self.ledger, self.outage, self.clock = route, attempt, ledger, outage, clock
-        self.origin: Manifest | None = None  # looked after until there is something newer
+        self.route, self.attempt, self.ledger = route, attempt, ledger
+        self.outage, self.steps, self.clock = outage, steps, clock
+        self.origin: Manifest | None = None  # the resume point, checked until the first commit
         self.origin_is_gone = False
-        self.step: int | None = None  # the newest that has arrived
-        self.upload_s = 0.0  # how long the last one took
-        self._failure: BaseException | None = None  # ends the run
-        self._problem = ""  # why the last upload failed; it is tried again
-        self._behind_since: str | None = None
-        self._history: dict[str, Manifest] = {}
-        self._newest: Manifest | None = None
-        self._early: EarlyUpload | None = None
-        self._there: set[str] = set()
+        self._failure: BaseException | None = None  # the error that ends the run
         self._verified: set[str] = set()
-        self._segments, self._segment = 0, b""
-        self.steps: StepLog | None = None  # what it writes is sent, too
-        self._kept: dict[str, bytes] = {}  # the user's files that are still to be sent, the oldest first
         self._state = threading.Condition()
-        self._closing = False
-        self._give_up_at = math.inf  # from then on nothing is tried again
+        self._queue = UploadQueue(route.policy, self._state, is_on=route.local is not None)
+        self._files = KeptFiles(route.remote, attempt, ledger, outage, self._state)
+        self._status = UploadStatus(
+            route.remote, ledger, outage, self._state, has_local=route.local is not None
+        )
+        self._give_up_at = math.inf  # requests are not retried after this time
         self._thread = threading.Thread(target=self._run, daemon=True, name="uploader")
 
-    def start(self, history: Collection[Manifest], there: Collection[Manifest], origin: Manifest | None, verified: set[str]) -> None:
-        """`history` lies in the run directory, `there` in the remote store, where those `verified` were read whole."""
-        self._history = {m.name: m for m in history}
-        self._there = {m.name for m in there}
+    def start(
+        self,
+        history: Collection[Manifest],
+        there: Collection[Manifest],
+        origin: Manifest | None,
+        verified: set[str],
+    ) -> None:
+        """Start the upload thread.
+
+        Args:
+            history: the checkpoints of the run's history that are in the run directory.
+            there: the checkpoints that are in the remote store.
+            origin: the resume point.
+            verified: names of the checkpoints that were read whole from the remote store.
+        """
+        self._queue.begin(history, there)
+        self._status.begin(there)
         self._verified = set(verified)
         self.origin = origin
-        self.step = max((m.step for m in there), default=None)
         self._thread.start()
 
-    @contextlib.contextmanager
-    def ahead(self, key: str, loan: ReadLease) -> Iterator[None]:
-        """Begin to send the data that is being written under `key` here, and is in memory. When the context ends it has been offered, or
-        will not be."""
-        early = EarlyUpload(key, loan.chunks())
-        with self._state:
-            self._early = early if self.route.local is not None else None
-            self._state.notify_all()
-        try:
-            yield
-        finally:
-            with self._state:
-                early.is_decided = True
-                self._state.notify_all()
+    def ahead(self, key: str, loan: ReadLease) -> AbstractContextManager[None]:
+        """Begin to upload a checkpoint that is being written to the run directory.
+
+        The bytes come from the staging buffer. When the context ends, the checkpoint has been
+        passed to `offer` or will never be. Without a run directory nothing is uploaded early.
+
+        Args:
+            key: the key of the data file.
+            loan: the read lease on the staging buffer.
+        """
+        return self._queue.ahead(key, loan)
 
     def offer(self, manifest: Manifest) -> None:
-        """A checkpoint was committed: here, or, without a run directory, there."""
+        """Register a committed checkpoint for upload.
+
+        Without a run directory it is committed in the remote store already.
+        """
         with self._state:
             self.origin, self.origin_is_gone = None, False
-            self._history[manifest.name] = self._newest = manifest
             if self.route.local is None:
-                self._there.add(manifest.name)
-                self.step = manifest.step
-            self._state.notify_all()
+                self._status.committed_there(manifest.step)
+            self._queue.add(manifest)
 
     def forget(self, names: Collection[str]) -> None:
-        """Retention has deleted these from the run directory."""
-        with self._state:
-            for name in names:
-                self._history.pop(name, None)
+        """Drop the checkpoints that retention has deleted from the run directory."""
+        self._queue.forget(names)
 
     def keep(self, key: str, data: bytes) -> None:
-        """Send a file of the user's with the next turn; until then, the newest data of each name, and of very much the newest files."""
-        with self._state:
-            self._kept.pop(key, None)
-            self._kept[key] = data
-            while len(self._kept) > 1 and sum(map(len, self._kept.values())) > MOST_KEPT_BYTES:
-                oldest = next(iter(self._kept))
-                del self._kept[oldest]
-                self._not_kept(oldest, "too much is waiting to be sent")
+        """Queue one of the user's files for upload; see `KeptFiles.add`."""
+        self._files.add(key, data)
 
     def pinned(self) -> set[str]:
-        """What must not be deleted from the run directory yet."""
-        return {manifest.name for manifest in self._wanted()}
+        """Return the names of checkpoints that must not be deleted from the run directory yet."""
+        return {manifest.name for manifest in self._queue.wanted()}
 
     def check(self) -> None:
-        """Raises what ends the run: SupersededError, or an error of our own."""
+        """Raise the error that ends the run, if any: SupersededError, or an internal error."""
         if self._failure is not None:
             raise self._failure
 
     @property
     def has_failed(self) -> bool:
-        """Whether `check` would raise."""
+        """Return whether `check` would raise."""
         return self._failure is not None
 
     @property
     def words(self) -> str:
-        """For the progress line."""
-        if self._behind_since:
-            return f"NOT UPLOADED since {self._behind_since}"
-        return f"uploaded {self.step}" if self.step is not None else "nothing uploaded yet"
+        """Return the state of the uploads, for the progress line."""
+        return self._status.words
+
+    @property
+    def upload_s(self) -> float:
+        """Return how long the last upload took, in seconds."""
+        return self._status.upload_s
 
     def settle(self, limit_s: float) -> str:
-        """Wait until everything is in the remote store; returns "" or what is wrong. What fails is tried again for `limit_s`; an
-        upload that makes progress then is waited for. Raises SupersededError.
+        """Wait until everything is in the remote store.
+
+        Failed uploads are retried for `limit_s` seconds. An upload that still makes progress then
+        is waited for. User's files that could not be sent are reported.
+
+        Returns:
+            "" on success, else a description of the problem.
+
+        Raises:
+            SupersededError: a newer attempt has begun.
         """
         with self._state:
             self._give_up_at = self.clock() + limit_s
             self._state.notify_all()
-            while (self._wanted() or self._kept) and self._failure is None:
+            while self._has_work and self._failure is None:
                 late_s = self.clock() - self._give_up_at
-                if late_s > 0 and (self._problem or self.clock() - self.outage.worked_at > min(STALLED_S, limit_s)):
-                    if not self._wanted():  # no other start could send a file that only this process knows of
+                silent_s = self.clock() - self.outage.worked_at
+                if late_s > 0 and (self._status.problem or silent_s > min(STALLED_S, limit_s)):
+                    # Only the user's files are left. No later start could send them, as only this
+                    # process holds them.
+                    if not self._queue.wanted():
                         break
-                    return self._problem or f"{self.outage.name} does not answer: {self.outage.last}"
+                    silent = f"{self.outage.name} does not answer: {self.outage.last}"
+                    return self._status.problem or silent
                 self._state.wait(0.2)
         self.check()
-        for key in list(self._kept):
-            self._not_kept(key, self._problem or self.outage.last)
-        if self._newest is not None and self._newest.name not in self._there:  # the copy in the run directory is damaged
-            return self._problem or f"{self._newest.name} cannot be uploaded: its copy in the run directory is damaged"
+        self._files.report_unsent(self._status.problem or self.outage.last)
+        # Nothing is left to upload, so the copy in the run directory must be damaged.
+        if (missing := self._queue.missing_newest) is not None:
+            return (
+                self._status.problem
+                or f"{missing.name} cannot be uploaded: its copy in the run directory is damaged"
+            )
         return ""
 
     def close(self, limit_s: float) -> None:
-        """Send the last events, if that is quick, and end."""
-        with self._state:
-            self._closing = True
-            self._state.notify_all()
+        """End the thread; wait at most `limit_s` seconds for it to send the last events."""
+        self._queue.close()
         if self._thread.is_alive():
             self._thread.join(limit_s)
 
-    def _wanted(self) -> list[Manifest]:
-        with self._state:
-            return [] if self.route.local is None else replicate.wanted(list(self._history.values()), self._there, self.route.policy)
+    @property
+    def _has_work(self) -> bool:
+        """Return whether a checkpoint or one of the user's files is still to be sent."""
+        return bool(self._queue.wanted()) or not self._files.is_empty
 
     def _run(self) -> None:
         try:
-            while not self._closing:
+            while not self._queue.is_closed:
                 pause_s = self._turn()
                 with self._state:
-                    if not self._closing and not (pause_s == IDLE_S and (self._wanted() or self._early)):
-                        self._state.wait(min(pause_s, 1.0) if self._give_up_at < math.inf else pause_s)
+                    goes_on = pause_s == IDLE_S and self._queue.has_next
+                    if not self._queue.is_closed and not goes_on:
+                        self._state.wait(
+                            min(pause_s, 1.0) if self._give_up_at < math.inf else pause_s
+                        )
             with contextlib.suppress(StorageError):
                 self._send_events()
-        except BaseException as error:  # noqa: BLE001 - a thread's error is nobody's: `check` raises it where it is seen
+        except BaseException as error:  # noqa: BLE001 - `check` raises it on the training thread
             self._failure = error
             with self._state:
                 self._state.notify_all()
 
     def _turn(self) -> float:
-        """Do what is most urgent; returns how long to wait before the next."""
+        """Do the most urgent work; return how many seconds to wait before the next turn."""
         remote = self._store()
         try:
-            if (early := self._next()) is not None:
+            if (early := self._queue.next()) is not None:
                 self._upload(early, remote)
                 return 0.0
             self._look_after_origin(remote)
             self._send_events()
-            self._send_kept(remote)
+            while not self._files.is_empty and not self._queue.wanted():
+                self._files.send_oldest(remote)
         except StorageError as error:
-            return self._failed(error)
-        self._behind_since = None
+            self._status.report_failure(error)
+            return AGAIN_S
+        self._status.caught_up()
         return IDLE_S
 
-    def _next(self) -> EarlyUpload | None:
-        """What to send: the newest, though it may not be committed yet."""
-        with self._state:
-            early, self._early = self._early, None
-            keys = [manifest.data_key for manifest in self._wanted()]
-            if early is not None and (not early.is_decided or early.key in keys):
-                return early
-            return EarlyUpload(keys[0], is_decided=True) if keys else None
-
-    def _committed(self, early: EarlyUpload) -> Manifest | None:
-        """The manifest, as soon as it is known that there is one, or None if there is none."""
-        with self._state:
-            while True:
-                manifest = next((m for m in self._history.values() if m.data_key == early.key), None)
-                if manifest is not None or early.is_decided or self._closing:
-                    return manifest
-                self._state.wait()
-
-    def _send_kept(self, remote: Store) -> None:
-        while self._kept and not self._wanted():
-            with self._state:
-                key, data = next(iter(self._kept.items()))
-            check_fence(remote, self.attempt)  # a newer attempt's file is not replaced by ours
-            write_file(remote, key, data, self.attempt)
-            with self._state:
-                if self._kept.get(key) is data:
-                    del self._kept[key]
-                self._state.notify_all()
-
-    def _not_kept(self, key: str, why: str) -> None:
-        self.ledger.write("not_kept", file=key, store=str(self.route.remote), error=why)
-        self.outage.say(f"harness: warning: {key} is not in {self.route.remote}: {why}")
-
     def _look_after_origin(self, remote: Store) -> None:
-        """Until the first commit nothing but the origin holds the run; and a newer attempt should be heard of early."""
+        """Check whether the resume point still exists, and whether a newer attempt has begun.
+
+        Until the first commit only the resume point holds the state of the run. A newer attempt
+        should be noticed early.
+        """
         if (origin := self.origin) is None:
             return
         check_fence(remote, self.attempt)
@@ -258,45 +257,37 @@ class Uploader:
             self.origin_is_gone = is_gone and self.origin is origin
 
     def _store(self) -> Store:
-        return self.route.remote.patient(REQUEST_S, lambda: self._closing or self.clock() > self._give_up_at)
+        return self.route.remote.patient(
+            REQUEST_S, lambda: self._queue.is_closed or self.clock() > self._give_up_at
+        )
 
     def _upload(self, early: EarlyUpload, remote: Store) -> None:
         assert self.route.local is not None
-        began, self._problem = self.clock(), ""
+        began = self.clock()
+        self._status.upload_begins()
         try:
-            manifest = replicate.send(self.route.local, early.key, early.chunks, lambda: self._committed(early), remote, self.attempt)
-        except DamagedError as error:  # the run directory's copy: there is nothing to send
+            manifest = replicate.send(
+                self.route.local,
+                early.key,
+                early.chunks,
+                lambda: self._queue.committed(early),
+                remote,
+                self.attempt,
+            )
+        except DamagedError as error:  # the run directory's copy is damaged: nothing can be sent
             name = early.key.rpartition("/")[2].removesuffix(".pt")
-            self.forget([name])
-            self._problem = f"{name} cannot be uploaded: {error.what}"
-            self.ledger.write("not_uploaded", checkpoint=name, error=str(error))
-            self.outage.say(f"harness: warning: {self._problem}")
+            self._queue.forget([name])
+            self._status.report_damage(name, error)
             return
         if manifest is None:
             return
         with self._state:
-            self._there.add(manifest.name)
             self._verified.add(manifest.name)
-            self.step = max(manifest.step, self.step or 0)
-            behind, self._behind_since = self._behind_since, None
-            self._state.notify_all()
-        self.upload_s = self.clock() - began
-        seconds = round(self.upload_s, 2)
-        self.ledger.write("uploaded", checkpoint=manifest.name, size_bytes=manifest.size_bytes, seconds=seconds)
-        if behind:
-            self.outage.say(f"harness: step {manifest.step} is in {self.route.remote}; nothing was uploaded since {behind}")
+            behind = self._status.arrived(manifest.step)
+            self._queue.arrived(manifest)
+        self._status.report_upload(manifest, self.clock() - began, behind)
         self._send_events()
         self._let_go(remote)
-
-    def _failed(self, error: StorageError) -> float:
-        self.ledger.write("not_uploaded", error=str(error))
-        with self._state:
-            self._problem = " ".join(str(error).split("\n"))
-            first, self._behind_since = self._behind_since is None, self._behind_since or time.strftime("%H:%M:%S")
-        if first:
-            stay = "training goes on" + (", checkpoints stay in run.dir" if self.route.local else "")
-            self.outage.say(f"harness: warning: nothing can be uploaded since {self._behind_since}: {error.what} ({error.found}); {stay}")
-        return AGAIN_S
 
     def _let_go(self, remote: Store) -> None:
         try:
@@ -306,9 +297,6 @@ class Uploader:
             self.ledger.write("not_deleted", error=str(error), store=str(remote))
 
     def _send_events(self) -> None:
-        self._segment = self._segment or b"".join(self.ledger.take())  # the same bytes again: the last try may have arrived
-        if self._segment:
-            self._store().create(fmt.segment_key(self.attempt.number, self._segments + 1), self._segment, self.attempt.number)
-            self._segments, self._segment = self._segments + 1, b""
+        self.ledger.send(self._store(), self.attempt.number)
         if self.steps:
             self.steps.send(self._store)

@@ -1,8 +1,9 @@
-"""The process that writes checkpoints to the disk.
+"""Write checkpoints to the disk in a process of its own.
 
-A thread would do it in the time of the training thread: each of its calls takes Python's lock, and at a low priority it may be
-put to sleep while it holds it. This process shares nothing with training but the memory that it writes from. It decides nothing:
-what it has written is a temporary file until the training process gives it its name.
+A thread would slow the training thread down: each of its calls takes the GIL, and at a low priority
+it may be descheduled while it holds the GIL. This process shares nothing with training but the
+memory that it writes from. It makes no decisions: a file that it has written is a temporary file
+until the training process renames it.
 """
 
 from __future__ import annotations
@@ -20,10 +21,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__":  # of all packages called `harness` the one that this file lies in, wherever it lies
+# As a script: import the `harness` package that contains this file, and no other one of that name.
+if __name__ == "__main__":
     sys.path += sys.argv[1:]
     package = Path(__file__).resolve().parents[1]
-    spec = importlib.util.spec_from_file_location("harness", package / "__init__.py", submodule_search_locations=[str(package)])
+    spec = importlib.util.spec_from_file_location(
+        "harness", package / "__init__.py", submodule_search_locations=[str(package)]
+    )
     assert spec is not None and spec.loader is not None
     sys.modules["harness"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sys.modules["harness"])
@@ -31,43 +35,72 @@ if __name__ == "__main__":  # of all packages called `harness` the one that this
 from harness.saving.readback import Reading
 from harness.store.staging_buffer import StagingBuffer, write_to
 
-NICE = 10  # gives way to training, but not for ever: on a machine with no idle core it still gets a tenth of one
-READ_WITHIN_S = 20.0  # for how long, at most, writing waits for a piece that is read back
+# The process gives way to training, but does not starve: on a machine with no idle core it still
+# gets a tenth of one.
+NICE = 10
+READ_WITHIN_S = 20.0  # how long a write waits at most for a slice that is read back
 MODEST_IO = ("ionice", "-c", "2", "-n", "7")
 
-# Loader workers are forked at each epoch's border, while this may be started from another thread. One that was forked in between would
-# hold the pipe by which `Popen` hears that its program runs, and `Popen` would wait for as long as that worker lives.
+# Loader workers are forked at each epoch boundary, while another thread may start the writer
+# process. A worker that is forked in between would inherit the pipe through which `Popen` learns
+# that its program runs, and `Popen` would wait for as long as that worker lives.
 _starting = threading.Lock()
-os.register_at_fork(before=_starting.acquire, after_in_parent=_starting.release, after_in_child=_starting.release)
+os.register_at_fork(
+    before=_starting.acquire, after_in_parent=_starting.release, after_in_child=_starting.release
+)
 
 
 class WriterProcess:
-    """That process, as the one that trains sees it. It is started when there is something to write, and again if it has died."""
+    """The training process's handle on the writer process.
+
+    The process is started when there is something to write, and again if it has died.
+    """
 
     def __init__(self, on_failure: Callable[[str], object] = lambda why: None) -> None:
-        """`on_failure` is told once why the process could not be had, or has died; the one that trains writes then."""
+        """Initialise the handle; the process is not started yet.
+
+        `on_failure` is called once, with the reason, when the process cannot be started or has
+        died. The training process then writes the file itself.
+        """
         self._process: subprocess.Popen[bytes] | None = None
         self._on_failure: Callable[[str], object] | None = on_failure
         self._has_answered, self._is_unable = False, False
         self._asking = threading.Lock()
 
     def reread(self, path: str) -> dict[str, Any] | None:
-        """Have a piece of a file read back; what `Reading.more` gives, or an `error`. None if there is no process. From any thread: what
-        is to be written meanwhile waits for one piece at most."""
+        """Have the process read back the next slice of a file. May be called from any thread.
+
+        A write that is requested meanwhile waits for one slice at most.
+
+        Returns:
+            The result of `Reading.more`, or a dict with an `error`; None if there is no process.
+        """
         process = self._process
         try:
-            return self._ask(process, {"reread": path}, self._asking) if process is not None and process.poll() is None else None
-        except (OSError, ValueError):  # it has ended, or been let go
+            return (
+                self._ask(process, {"reread": path}, self._asking)
+                if process is not None and process.poll() is None
+                else None
+            )
+        except (OSError, ValueError):  # the process has ended, or `close` has closed the pipes
             return None
 
     def pour(self, image: StagingBuffer, path: Path) -> str:
-        """Write an image to a file that is there; returns its digest. If the process cannot be had, or dies, this one writes. Raises
-        OSError."""
+        """Write a staging buffer to an existing file; return the digest of the file.
+
+        If the writer process cannot be started, or dies, the calling process writes the file.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
         reply, why = None, ""
         if not self._is_unable:
             try:
-                reply = self._ask(self._alive(image), {"path": str(path), "size_bytes": image.size_bytes, "fd": image.fd})
-            except OSError as error:  # it has died, or cannot be started
+                reply = self._ask(
+                    self._alive(image),
+                    {"path": str(path), "size_bytes": image.size_bytes, "fd": image.fd},
+                )
+            except OSError as error:  # the process has died, or cannot be started
                 why = str(error)
         if reply is None:
             self._fail(why)
@@ -79,16 +112,26 @@ class WriterProcess:
         return str(reply["digest"])
 
     def _fail(self, why: str) -> None:
-        """Let the process go, and tell of it once; one that never answered is not started again."""
+        """End the process and report the failure once.
+
+        A process that has never answered is not started again.
+        """
         process = self._process
         self.close()
         self._is_unable = not self._has_answered
         if self._on_failure is not None:
             told, self._on_failure = self._on_failure, None
-            told(why if process is None or process.returncode == 0 else f"it ended with {process.returncode}")
+            told(
+                why
+                if process is None or process.returncode == 0
+                else f"it ended with {process.returncode}"
+            )
 
     def _ask(
-        self, process: subprocess.Popen[bytes], job: dict[str, object], turn: contextlib.AbstractContextManager[Any] | None = None
+        self,
+        process: subprocess.Popen[bytes],
+        job: dict[str, object],
+        turn: contextlib.AbstractContextManager[Any] | None = None,
     ) -> dict[str, Any] | None:
         assert process.stdin is not None and process.stdout is not None
         with turn or self._turn(process):
@@ -99,7 +142,10 @@ class WriterProcess:
 
     @contextlib.contextmanager
     def _turn(self, process: subprocess.Popen[bytes]) -> Iterator[None]:
-        """One question at a time, of whoever writes. A process that does not come back from reading is given up: writing comes first."""
+        """Wait for the current request to end; used for writes and to end the process.
+
+        Writing has priority: a process that does not return from a read in time is killed.
+        """
         if not self._asking.acquire(timeout=READ_WITHIN_S):
             process.kill()
             self._asking.acquire()
@@ -110,17 +156,29 @@ class WriterProcess:
 
     def _alive(self, image: StagingBuffer) -> subprocess.Popen[bytes]:
         if self._process is None or self._process.poll() is not None:
-            paths = [path for path in sys.path if path]  # of third parties' packages, after those that it finds by itself
+            # For third-party packages; the process appends these to the paths that it finds itself.
+            paths = [path for path in sys.path if path]
             modest = MODEST_IO if shutil.which(MODEST_IO[0]) else ()
             with _starting:
                 self._process = subprocess.Popen(
-                    [*modest, sys.executable, "-I", str(Path(__file__).resolve()), *paths],  # -I: not what lies in the working directory
-                    stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=(image.fd,),
-                )  # fmt: skip
+                    [
+                        *modest,
+                        sys.executable,
+                        "-I",  # import nothing from the working directory
+                        str(Path(__file__).resolve()),
+                        *paths,
+                    ],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    pass_fds=(image.fd,),
+                )
         return self._process
 
     def close(self) -> None:
-        """Let the process end, if it is there. Told in words: forked loader workers may hold its input open."""
+        """End the process if it is running.
+
+        It is asked to end by a message, as forked loader workers may hold its input open.
+        """
         process, self._process = self._process, None
         if process is None or process.stdin is None or process.stdout is None:
             return
@@ -134,10 +192,11 @@ class WriterProcess:
 
 
 def main() -> None:
-    """Write what is asked for on standard input, until that ends."""
+    """Serve the requests on standard input, one JSON line each, until it ends or a null arrives."""
     from harness import preemption
 
-    preemption.shield_loader_worker()  # until here they are held back, as whoever starts this process does
+    # Until here the stop signals are blocked: the thread that starts this process has blocked them.
+    preemption.shield_loader_worker()
     os.nice(NICE)
     memory: mmap.mmap | None = None
     readings: dict[str, Reading] = {}
@@ -162,7 +221,7 @@ def _reread(path: str, readings: dict[str, Reading]) -> dict[str, Any]:
         if path not in readings:
             readings[path] = Reading(path)
         return readings[path].more()
-    except Exception as error:  # noqa: BLE001 - of reading only, and writing goes on
+    except Exception as error:  # noqa: BLE001 - only the read has failed; writing goes on
         return {"error": f"{type(error).__name__}: {error}"}
 
 

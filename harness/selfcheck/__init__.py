@@ -1,1 +1,4 @@
-"""A resume that checks itself: recomputed steps are compared with what they were, on the same machine and software or not."""
+"""Self-check of a resume: compare recomputed steps with the original ones.
+
+The comparison works on the same machine and software and on others.
+"""

@@ -1,4 +1,7 @@
-"""What "the same hardware and software" means for this process, found out once an attempt; and what follows if it is another one."""
+"""Detect the hardware and software of this process, once per attempt, and report differences.
+
+The differences are those from the hardware and software on which the resume point was written.
+"""
 
 from __future__ import annotations
 
@@ -19,15 +22,31 @@ from harness.checkpoint.catalog import Catalog
 from harness.checkpoint.format import Manifest
 from harness.distributed.ranks import World
 from harness.errors import UsageError
-from harness.supervision.machine_record import DISTRIBUTIONS, NOT_EXACT, Difference, differences, in_words, recorded
+from harness.supervision.machine_record import (
+    DISTRIBUTIONS,
+    NOT_EXACT,
+    Difference,
+    differences,
+    in_words,
+    recorded,
+)
 
-VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NCCL_ALGO", "NCCL_PROTO", "CUBLAS_WORKSPACE_CONFIG")
+VARIABLES = (
+    "OMP_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "NCCL_ALGO",
+    "NCCL_PROTO",
+    "CUBLAS_WORKSPACE_CONFIG",
+)
 HERE_ALREADY = ("torch", "numpy")
 REFUSE = "refuse"
 
 
 class Environment:
-    """Finds out; which distributions are installed takes a moment, so it begins to ask when it is made, on the writer."""
+    """The detection of hardware and software.
+
+    Listing the installed distributions takes a moment, so rank 0 starts it in a thread on creation.
+    """
 
     def __init__(self, world: World) -> None:
         self.world = world
@@ -38,17 +57,24 @@ class Environment:
             with_thread.shutdown(wait=False)
 
     def found(self) -> dict[str, Any]:
-        """All of it, on the writer; {} on the others. Collective: every rank must call it."""
+        """Return hardware and software on rank 0, and {} on the other ranks.
+
+        Collective: every rank must call it.
+        """
         own = hardware(self.world.device)
         ranks = self.world.gather(own)
         if self._installed is None:
             return {}
         unlike = {f"rank {rank}": other for rank, other in enumerate(ranks) if other != own}
-        return own | software(self.world.device) | {"ranks unlike rank 0": unlike, DISTRIBUTIONS: imported(self._installed.result())}
+        return (
+            own
+            | software(self.world.device)
+            | {"ranks unlike rank 0": unlike, DISTRIBUTIONS: imported(self._installed.result())}
+        )
 
 
 def hardware(device: torch.device) -> dict[str, Any]:
-    """What this rank computes on."""
+    """Return the hardware that this rank computes on."""
     is_cuda = device.type == "cuda"
     return {
         "cpu": _cpu(),
@@ -59,7 +85,10 @@ def hardware(device: torch.device) -> dict[str, Any]:
 
 
 def software(device: torch.device) -> dict[str, Any]:
-    """What decides about the last bits beside hardware: versions, numbers of threads, and flags."""
+    """Return what determines the last bits of a result apart from the hardware.
+
+    These are versions, the number of threads, environment variables and flags.
+    """
     found: dict[str, Any] = {
         "torch": torch.__version__,
         "numpy": np.__version__,
@@ -75,7 +104,9 @@ def software(device: torch.device) -> dict[str, Any]:
     return found | {
         "CUDA": torch.version.cuda,
         "cuDNN": cudnn.version(),  # type: ignore[no-untyped-call]
-        "NCCL": _asked(lambda: ".".join(map(str, torch.cuda.nccl.version()))),  # type: ignore[no-untyped-call]
+        "NCCL": _asked(
+            lambda: ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
+        ),
         "TF32 in matmul": _asked(lambda: torch.backends.cuda.matmul.allow_tf32),
         "TF32 in cuDNN": _asked(lambda: cudnn.allow_tf32),
         "cuDNN deterministic": cudnn.deterministic,
@@ -84,7 +115,10 @@ def software(device: torch.device) -> dict[str, Any]:
 
 
 def _asked(flag: Callable[[], Any]) -> Any:
-    """What torch answers; it refuses to, if flags were set in its old way and in its new one."""
+    """Return the value of a torch flag, or the reason why it is unknown.
+
+    torch raises an error if flags were set with both its old and its new API.
+    """
     try:
         return flag()
     except (RuntimeError, AttributeError) as error:
@@ -93,7 +127,11 @@ def _asked(flag: Callable[[], Any]) -> Any:
 
 def _cpu() -> str:
     try:
-        name = re.search(r"^(?:model name|Model|cpu model)\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        name = re.search(
+            r"^(?:model name|Model|cpu model)\s*:\s*(.+)$",
+            Path("/proc/cpuinfo").read_text(),
+            re.MULTILINE,
+        )
     except OSError:
         name = None
     return name[1].strip() if name else platform.processor() or platform.machine()
@@ -101,29 +139,55 @@ def _cpu() -> str:
 
 def _driver() -> str | None:
     try:
-        version = re.search(r"\b\d+\.\d+(?:\.\d+)?\b", Path("/proc/driver/nvidia/version").read_text())
+        version = re.search(
+            r"\b\d+\.\d+(?:\.\d+)?\b", Path("/proc/driver/nvidia/version").read_text()
+        )
     except OSError:
         return None
     return version[0] if version else None
 
 
 def imported(installed: Mapping[str, list[str]]) -> dict[str, str]:
-    """The distributions of what this program has imported so far, and their versions. `installed` says which ones a package is of."""
+    """Return the versions of the distributions of all modules imported so far.
+
+    torch and NumPy are left out. `installed` maps a top-level package to its distributions.
+    """
     tops = {name.partition(".")[0] for name in tuple(sys.modules)}
-    names = {name for top in tops for name in installed.get(top, ()) if name.lower() not in HERE_ALREADY}
+    names = {
+        name for top in tops for name in installed.get(top, ()) if name.lower() not in HERE_ALREADY
+    }
     versions = {}
     for name in sorted(names):
         try:
             versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:  # removed since
+        except importlib.metadata.PackageNotFoundError:  # removed since the listing
             continue
     return versions
 
 
-def check(found: Catalog, origin: Manifest | None, now: Mapping[str, Any], insist: str, say: Callable[[str], object]) -> list[Difference]:
-    """Say how the machine and the software differ from those that the checkpoint was written on; for the writer, before the claim.
+def check(
+    found: Catalog,
+    origin: Manifest | None,
+    now: Mapping[str, Any],
+    insist: str,
+    say: Callable[[str], object],
+) -> list[Difference]:
+    """Report how hardware and software differ from those that wrote the resume point.
 
-    Raises UsageError instead if `insist` is "refuse" and results would differ.
+    Called on rank 0, before the claim.
+
+    Args:
+        found: Catalog of the run's stores.
+        origin: The resume point; None for step 0.
+        now: Hardware and software of this attempt.
+        insist: Value of resume.environment.
+        say: Prints a line for the user.
+
+    Returns:
+        The differences; empty if there are none or if no record exists.
+
+    Raises:
+        UsageError: `insist` is "refuse" and results would differ.
     """
     if origin is None:
         return []
@@ -137,7 +201,10 @@ def check(found: Catalog, origin: Manifest | None, now: Mapping[str, Any], insis
     if inexact and insist == REFUSE:
         raise UsageError(
             f"this is not the machine and software that {origin.name} was made on: {NOT_EXACT}",
-            "\n".join(f"  {difference.name}: found {difference.now!r}, expected {difference.before!r}" for difference in inexact),
+            "\n".join(
+                f"  {difference.name}: found {difference.now!r}, expected {difference.before!r}"
+                for difference in inexact
+            ),
             "Start it where it was started before. To go on all the same: resume.environment=warn.",
         )
     if differing:

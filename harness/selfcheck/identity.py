@@ -1,4 +1,7 @@
-"""What an attempt runs, and on what: as far as two attempts must be alike for their steps to be equal bit for bit."""
+"""The program and the machine of an attempt, as far as they determine its steps.
+
+Two attempts must agree in them for their steps to be equal bit for bit.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import os
 import socket
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +19,15 @@ import torch
 from harness.arguments import Settings
 from harness.distributed.ranks import World
 
-ALIKE = ("torch", "device", "world_size", "threads", "deterministic")  # what must be alike for the same bits
+# Fields that must be equal for bitwise equal steps.
+ALIKE = ("torch", "device", "world_size", "threads", "deterministic")
 
 
 def of_machine(world: World) -> dict[str, Any]:
-    """What the steps are made on and with; for the writer, whose machine stands for those of all ranks."""
+    """Return the machine and software that compute the steps.
+
+    Called on rank 0, whose machine represents those of all ranks.
+    """
     return {
         "host": socket.gethostname(),
         "device": _device(world.device),
@@ -31,20 +39,28 @@ def of_machine(world: World) -> dict[str, Any]:
 
 
 def setting(config: Mapping[str, Any], part: str, name: str) -> Any:
-    """One of harness/train.py's settings; None in a configuration of the user's own, which may call anything so."""
+    """Return one setting of harness/train.py, or None if the configuration does not have it.
+
+    In a configuration of the user's own, `part` may be any value; one that is no mapping gives
+    None.
+    """
     own = config.get(part)
     return own.get(name) if isinstance(own, Mapping) else None
 
 
 def of_program(settings: Settings) -> dict[str, Any]:
-    """The code of the program and of the task, and what this start insists on: whoever changes one of them expects other steps."""
+    """Return digests of the program's and the task's source, and the accepted deviations.
+
+    A user who changes the source, or sets resume.accept or resume.override, expects different
+    steps.
+    """
     task = str(setting(settings.config, "task", "name") or "").partition(":")[0]
     code = {}
     for module in filter(None, ("__main__", task)):
         if path := getattr(sys.modules.get(module), "__file__", None):
             try:
                 code[Path(path).name] = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
-            except OSError:  # it has no file any more: nothing is known of it
+            except OSError:  # the file no longer exists, so its digest is unknown
                 continue
     accepted = [what for what in settings.accept if what != "remote"]
     insisted = [f"resume.accept=[{','.join(accepted)}]"] * bool(accepted)
@@ -52,22 +68,54 @@ def of_program(settings: Settings) -> dict[str, Any]:
     return {"sources": code, "insisted": insisted}
 
 
-def changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Whose code is another one now, of two attempts' records, in words."""
+@dataclass(frozen=True)
+class AttemptIdentities:
+    """The machine and the program of the current attempt and of earlier ones."""
+
+    attempt: int  # the current one
+    machine: Mapping[str, Any]  # of the current attempt
+    machines: Mapping[int, Mapping[str, Any]]  # of each earlier attempt that has step records
+    programs: Mapping[int, Mapping[str, Any]]  # record of each attempt, the current one included
+
+    def is_exact(self, number: int) -> bool:
+        """Return whether the steps of an attempt and of this one must be equal bit for bit."""
+        before, now = self.machines[number], self.machine
+        return bool(now.get("deterministic")) and all(
+            before.get(name) == now.get(name) for name in ALIKE
+        )
+
+    def unlike(self, number: int) -> list[str]:
+        """Return the fields of `ALIKE` that differ since an attempt, with both values, in words."""
+        before, now = self.machines[number], self.machine
+        return [
+            f"{name}: {before.get(name)} before, {now.get(name)} now"
+            for name in ALIKE
+            if before.get(name) != now.get(name)
+        ]
+
+    def expected(self, number: int) -> list[str]:
+        """Return the deliberate changes since an attempt that explain other steps, in words."""
+        later = [
+            self.programs[other]
+            for other in sorted(self.programs)
+            if number < other <= self.attempt
+        ]
+        insisted = [str(what) for record in later for what in record.get("insisted") or ()]
+        rolled = ["rollback" for record in later if record.get("kind") == "rollback"]
+        changed = _changed(self.programs.get(number, {}), self.programs[self.attempt])
+        return list(dict.fromkeys(insisted + rolled + changed))
+
+
+def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Return which source files differ between the records of two attempts, in words."""
     was, is_now = (record.get("sources") for record in (before, now))
     if not (isinstance(was, dict) and isinstance(is_now, dict)):
         return []
-    return [f"{name} has changed" for name in sorted(was.keys() | is_now.keys()) if was.get(name) != is_now.get(name)]
-
-
-def is_exact(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
-    """Whether the steps of two attempts are equal bit for bit, if nothing is wrong."""
-    return bool(now.get("deterministic")) and all(before.get(name) == now.get(name) for name in ALIKE)
-
-
-def unlike(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What differs of what must be alike for the same bits, with both values."""
-    return [f"{name}: {before.get(name)} before, {now.get(name)} now" for name in ALIKE if before.get(name) != now.get(name)]
+    return [
+        f"{name} has changed"
+        for name in sorted(was.keys() | is_now.keys())
+        if was.get(name) != is_now.get(name)
+    ]
 
 
 def _device(device: torch.device) -> str:
@@ -75,6 +123,8 @@ def _device(device: torch.device) -> str:
         return torch.cuda.get_device_name(device)
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+        return next(
+            line.partition(":")[2].strip() for line in lines if line.startswith("model name")
+        )
     except (OSError, StopIteration):
         return os.uname().machine

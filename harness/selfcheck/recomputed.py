@@ -1,15 +1,15 @@
-"""A resume that checks itself: after a kill the steps since the checkpoint are made again, and each is compared with what it was.
+"""Compare recomputed steps with the original ones.
 
-Of each step the digest of its samples' numbers is known, and the losses that were logged (whatever has "loss" in its name), on a CPU at
-once, on a GPU as far as they were read for the log. Equal samples and another loss mean that something lives that no checkpoint holds.
+After a kill, the steps since the checkpoint are recomputed, and each is compared with the step log.
+The log has the digest of the sample numbers of each step, and the logged losses (every value with
+"loss" in its name): on a CPU at once, on a GPU as far as they were read for the log. Equal samples
+with a different loss mean that some state is in no checkpoint.
 """
 
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,96 +23,117 @@ from harness.distributed.ranks import World
 from harness.errors import StorageError, UsageError
 from harness.monitoring.event_log import EventLog
 from harness.selfcheck import step_records
+from harness.selfcheck.known_steps import MEAN, KnownSteps
+from harness.selfcheck.step_comparison import LossTolerance, StepComparison, StepDifference
 from harness.selfcheck.step_log import StepLog
 from harness.store import LocalStore
-from harness.supervision.restart_policy import DATA, DIFFERENT, EXPECTED, LOSS, SAME, replayed_in_words
+from harness.supervision.restart_messages import (
+    DIFFERENT,
+    EXPECTED,
+    LOSS,
+    SAME,
+    replayed_in_words,
+)
 
-READ_S = 10.0  # for how long one request for what the steps were is tried
-FEW = 10  # so many steps are compared where two runs that nobody interrupts differ, too
-TOLERANCE, HALF_TOLERANCE = 1e-3, 1e-2  # relative
-HALF = (torch.float16, torch.bfloat16)
-MEAN = -1  # in place of a rank
-
-
-@dataclass
-class Known:
-    """What one step was, each value with the newest attempt that has it."""
-
-    samples: tuple[int, bytes] | None = None
-    losses: dict[tuple[int, int], tuple[int, float]] = field(default_factory=dict)  # by rank, or MEAN, and short name
+READ_S = 10.0  # retry limit of one request for step records
 
 
 class RecomputedSteps:
-    """Writes down what each step is, and compares those that are made again; on the other ranks it does nothing."""
+    """Records each step and compares recomputed steps with the original ones.
+
+    It is active on rank 0 (the writer); on the other ranks it does nothing.
+    """
 
     def __init__(self, world: World, settings: Settings, halt: Callable[[], object]) -> None:
-        """`halt` is called when a difference is to end the run."""
-        self.suspects: list[str] = []  # what may be the cause of a difference, in words: filled by whoever finds any
+        """Create an inactive comparison.
+
+        Args:
+            world: The process group.
+            settings: Validated arguments of `harness.init`.
+            halt: Called when a difference must end the run.
+        """
+        # Possible causes of a difference, in words; other modules append to it.
+        self.suspects: list[str] = []
         self.log: StepLog | None = None
         self._world, self._settings, self._halt = world, settings, halt
-        precision = identity.setting(settings.config, "train", "precision")
-        # Whether a loop of the user's own computes under autocast cannot be seen from here, and on a GPU most do.
-        self._is_half = precision in ("bf16", "fp16") or (precision is None and world.device.type != "cpu")
+        self._tolerance = LossTolerance(
+            identity.setting(settings.config, "train", "precision"), world.device
+        )
         self._failure: UsageError | None = None
-        self._known: dict[int, Known] = {}
         self._step = self._origin = self._until = 0
         self._is_on = self._samples_only = False
-        self._of_samples: set[int] = set()  # the steps whose samples were compared
-        self._of_losses: set[int] = set()
-        self._loose: list[str] = []  # why losses were compared with a tolerance
-        self._names: dict[str, int | None] = {}  # by what is logged: its short name, if it is a loss
+        # By what is logged: its short name if it is a loss, else None.
+        self._names: dict[str, int | None] = {}
 
-    def read(self, found: Catalog, origin: Manifest | None, attempt: Attempt, say: Callable[[str], object]) -> int:
-        """Read what earlier attempts have left of the steps after the checkpoint; for the writer. Returns the last of them, or 0."""
+    def read(
+        self,
+        found: Catalog,
+        origin: Manifest | None,
+        attempt: Attempt,
+        say: Callable[[str], object],
+    ) -> int:
+        """Read the step records of earlier attempts after the resume point; called on rank 0.
+
+        Args:
+            found: Catalog of the run's stores.
+            origin: The resume point; None for step 0.
+            attempt: The current attempt.
+            say: Prints a line for the user.
+
+        Returns:
+            The last recorded step, or 0.
+        """
         self._say, self._attempt, self._stores = say, attempt.number, found.stores
-        self._about = identity.of_machine(self._world)
-        self._records = found.attempts | {attempt.number: identity.of_program(self._settings)}
-        self._left, problem = step_records.before((store.patient(READ_S) for store in found.stores), attempt.number)
-        if problem:
-            say(f"harness: warning: what the steps were that are made again cannot be read: {problem}")
-        self._abouts = {number: log.about for number, log in self._left.logs.items()}
         self._origin = self._step = origin.step if origin else 0
-        self._known = self._before(self._left)
+        self._left, problem = step_records.before(
+            (store.patient(READ_S) for store in found.stores), attempt.number
+        )
+        if problem:
+            say(
+                "harness: warning: what the steps were that are made again "
+                f"cannot be read: {problem}"
+            )
+        self._identities = identity.AttemptIdentities(
+            attempt.number,
+            identity.of_machine(self._world),
+            {number: log.about for number, log in self._left.logs.items()},
+            found.attempts | {attempt.number: identity.of_program(self._settings)},
+        )
+        known = KnownSteps(self._left, self._origin, self._identities.machines, self._world.size)
         self._left.logs.clear()
-        return max(self._known, default=0)
+        self._comparison = StepComparison(known, self._origin, self._identities, self._tolerance)
+        return known.last
 
     def begin(self, ledger: EventLog, until: int) -> None:
-        """Begin to write down and to compare; steps up to `until` were made before. For the writer."""
-        self._ledger, self._until = ledger, max([until, *self._known])
+        """Begin to record and compare steps; called on rank 0.
+
+        Args:
+            ledger: Event log, which receives the result.
+            until: Last step that an earlier attempt has made.
+        """
+        self._ledger, self._until = ledger, max(until, self._comparison.known.last)
         self._is_on = self._until > self._origin
         local = self._stores[0] if isinstance(self._stores[0], LocalStore) else None
         self._remote = self._stores[-1] if local is None or len(self._stores) > 1 else None
-        about = {"attempt": self._attempt} | self._about
+        about = {"attempt": self._attempt, **self._identities.machine}
         log = self.log = StepLog(local, self._remote is not None, self._attempt, about, self._left)
         ledger.listeners.append(log.on_event)
 
-    def _before(self, before: step_records.Before) -> dict[int, Known]:
-        """What each step was; of an attempt with as many ranks each rank's losses, of another one their means."""
-        known: dict[int, Known] = {}
-        for step, lines in before.after(self._origin).items():
-            this = known[step] = Known()
-            ranks: dict[tuple[int, int], dict[int, float]] = {}
-            for number, line in lines:
-                if line.samples is not None:
-                    this.samples = number, line.samples
-                if line.loss is not None and self._abouts[number].get("world_size") == self._world.size:
-                    this.losses[line.rank, line.name] = number, line.loss
-                elif line.loss is not None:
-                    ranks.setdefault((number, line.name), {})[line.rank] = line.loss
-            for (number, name), values in ranks.items():
-                if len(values) == self._abouts[number].get("world_size"):
-                    this.losses[MEAN, name] = number, sum(values.values()) / len(values)
-        return known
-
     def look_at(self, tracked: Mapping[str, Any]) -> None:
-        """Take in how exact the numbers of what is tracked are."""
-        for thing in tracked.values():
-            if isinstance(thing, torch.nn.Module):
-                self._is_half = self._is_half or any(parameter.dtype in HALF for parameter in thing.parameters())
-            self._is_half = self._is_half or type(thing).__name__ == "GradScaler"
+        """Set the loss tolerance for half precision if a tracked object uses it."""
+        self._tolerance.look_at(tracked)
 
     def step_made(self, step: int, samples: bytes | None, logged: Mapping[str, Any]) -> None:
-        """A step is over, and has logged that; what lies on a device is not asked for. For the thread that trains."""
+        """Record a finished step, and compare it if it is a recomputed one.
+
+        Called by the training thread. Values on an accelerator are skipped, because reading them
+        would block on the device.
+
+        Args:
+            step: Number of the step.
+            samples: Digest of its sample numbers, or None.
+            logged: Values that the step has logged.
+        """
         if (log := self.log) is None or self._failure is not None:
             return
         self._step, rank, losses = step, self._world.rank, []
@@ -121,22 +142,25 @@ class RecomputedSteps:
             if short is not None and not (isinstance(value, torch.Tensor) and not value.is_cpu):
                 losses.append((short, name, float(value)))
         if self._is_on:
-            self._compare_samples(step, samples)
+            self._judge(self._comparison.samples(step, samples))
             for short, name, loss in losses:
                 self._compare_loss(step, rank, short, name, loss)
                 if self._world.size == 1:
                     self._compare_loss(step, MEAN, short, name, loss)
-            if self._is_on and step >= self._until and not any(known.losses for known in self._known.values()):
+            if self._is_on and step >= self._until and not self._comparison.known.has_losses:
                 self._over()
             if self._failure is not None:
-                return  # what this step is now is not what it is to be compared with
+                return  # a step that differs must not become the reference
         first = losses[0] if losses else (0, "", None)
         log.add(step_records.Line(step, samples, rank, first[0], first[2]))
         for short, _, loss in losses[1:]:
             log.add(step_records.Line(step, None, rank, short, loss))
 
     def gathered(self, values: Iterable[tuple[int, int, str, float]]) -> None:
-        """Take in what the ranks have told each other for the log: step, rank, name and value. For the thread that trains."""
+        """Compare and record losses that were gathered from all ranks for the log.
+
+        `values` are tuples of step, rank, name and value. Called by the training thread.
+        """
         if self.log is None or self._failure is not None:
             return
         ranks: dict[tuple[int, str], list[float]] = {}
@@ -145,70 +169,45 @@ class RecomputedSteps:
                 continue
             ranks.setdefault((step, name), []).append(value)
             if rank == self._world.rank and self._world.device.type == "cpu":
-                continue  # known at once
+                continue  # `step_made` has recorded it
             self._compare_loss(step, rank, short, name, value)
             if self._failure is None:
                 self.log.add(step_records.Line(step, None, rank, short, value))
         for (step, name), all_ranks in ranks.items():
             if len(all_ranks) == self._world.size:
-                self._compare_loss(step, MEAN, step_records.name_of(name), name, sum(all_ranks) / len(all_ranks))
+                self._compare_loss(
+                    step, MEAN, step_records.name_of(name), name, sum(all_ranks) / len(all_ranks)
+                )
         if self._is_on and self._step >= self._until:
             self._over()
 
     def _name(self, name: str) -> int | None:
-        """The short name of a loss; None for what is no loss."""
+        """Return the short name of a loss, or None for a value that is no loss."""
         if name not in self._names:
             self._names[name] = step_records.name_of(name) if "loss" in name.lower() else None
         return self._names[name]
 
-    def _compare_samples(self, step: int, samples: bytes | None) -> None:
-        known = self._known.get(step)
-        if known is None or known.samples is None or samples is None:
-            return
-        (number, was), known.samples = known.samples, None
-        self._of_samples.add(step)
-        if was != samples:
-            self._differs(number, {"step": step, "what": DATA, "was": was.hex(), "now": samples.hex()}, is_exact=True)
-
     def _compare_loss(self, step: int, rank: int, short: int, name: str, loss: float) -> None:
-        known = self._known.get(step)
-        if known is None or not self._is_on or self._samples_only or (rank, short) not in known.losses:
-            return
-        number, was = known.losses.pop((rank, short))
-        is_exact = identity.is_exact(self._abouts[number], self._about)
-        if not is_exact and step > self._origin + FEW:
-            return
-        self._of_losses.add(step)
-        if not is_exact:
-            self._loose = identity.unlike(self._abouts[number], self._about) or ["without deterministic"]
-        if not _equal(was, loss, 0.0 if is_exact else self._tolerance):
-            where = {} if rank == MEAN else {"rank": rank}
-            self._differs(number, {"step": step, "what": LOSS, "name": name, "was": was, "now": loss} | where, is_exact=is_exact)
+        if self._is_on and not self._samples_only:
+            self._judge(self._comparison.loss(step, rank, short, name, loss))
 
-    @property
-    def _tolerance(self) -> float:
-        return HALF_TOLERANCE if self._is_half else TOLERANCE
+    def _judge(self, difference: StepDifference | None) -> None:
+        """Report a difference once, and end the run before its next save if required.
 
-    def _differs(self, number: int, found: dict[str, Any], *, is_exact: bool) -> None:
-        """Say, once, that a step is another one, and end the run before its next save if that is wanted."""
-        about = self._abouts[number]
-        expected = self._expected(number)
-        if found["what"] == LOSS and about.get("world_size") != self._about["world_size"]:
-            expected.append(f"{about.get('world_size')} rank(s) before, {self._about['world_size']} now")
-        alike = identity.unlike(about, self._about)
-        record = found | {
-            "verdict": EXPECTED if expected else DIFFERENT,
-            "attempt": self._attempt,
-            "before": number,
-            "hosts": [about.get("host"), self._about["host"]],
-            "devices": [about.get("device"), self._about["device"]],
-            "suspects": [*alike, *self.suspects],
-            "expected": expected,
-        }
-        if expected and found["what"] == LOSS:
-            self._samples_only = True  # which do not depend on the number of ranks
-        self._told(record | ({} if is_exact else {"tolerance": self._tolerance}), goes_on=self._samples_only)
-        if self._settings.on_mismatch == "stop" and is_exact and not expected:
+        The run ends only if resume.on_mismatch is "stop", the comparison was exact, and no
+        deliberate change explains the difference. Nothing is done if there is no difference (None).
+        """
+        if difference is None:
+            return
+        record = self._record_of(difference)
+        is_expected = record["verdict"] == EXPECTED
+        if is_expected and record["what"] == LOSS:
+            self._samples_only = True  # samples do not depend on the number of ranks
+        self._told(
+            record | ({} if difference.is_exact else {"tolerance": self._tolerance.relative}),
+            goes_on=self._samples_only,
+        )
+        if self._settings.on_mismatch == "stop" and difference.is_exact and not is_expected:
             first, *values, _ = replayed_in_words(record).split("\n")
             self._failure = UsageError(
                 f"{first.partition(': ')[2]}; nothing was saved since",
@@ -217,53 +216,64 @@ class RecomputedSteps:
             )
             self._halt()
 
-    def _expected(self, number: int) -> list[str]:
-        """Why the steps of this attempt may differ from that one's by somebody's wish."""
-        later = [self._records[other] for other in sorted(self._records) if number < other <= self._attempt]
-        insisted = [str(what) for record in later for what in record.get("insisted") or ()]
-        rolled = ["rollback" for record in later if record.get("kind") == "rollback"]
-        return list(dict.fromkeys(insisted + rolled + identity.changed(self._records.get(number, {}), self._records[self._attempt])))
+    def _record_of(self, difference: StepDifference) -> dict[str, Any]:
+        """Return the result of a comparison that has found a difference."""
+        number, now = difference.before, self._identities.machine
+        was, expected = self._identities.machines[number], self._identities.expected(number)
+        if difference.found["what"] == LOSS and was.get("world_size") != now["world_size"]:
+            expected.append(f"{was.get('world_size')} rank(s) before, {now['world_size']} now")
+        return difference.found | {
+            "verdict": EXPECTED if expected else DIFFERENT,
+            "attempt": self._attempt,
+            "before": number,
+            "hosts": [was.get("host"), now["host"]],
+            "devices": [was.get("device"), now["device"]],
+            "suspects": [*self._identities.unlike(number), *self.suspects],
+            "expected": expected,
+        }
 
     def _told(self, record: dict[str, Any], *, goes_on: bool = False) -> None:
         assert self.log is not None
-        self._is_on, self._known = goes_on, self._known if goes_on else {}
+        self._is_on = goes_on
+        if not goes_on:
+            self._comparison.known.clear()
         self.log.tell(record)
         self._ledger.write("replayed" if record["verdict"] == SAME else "mismatch", **record)
         self._say(f"harness: {replayed_in_words(record)}")
 
     def _over(self) -> None:
-        """Say that the steps that were made again are equal."""
+        """Report that the recomputed steps are equal to the original ones."""
         self._is_on, made = False, min(self._step, self._until) - self._origin
         if made <= 0 or self._samples_only:
             return
-        compared = self._of_losses or self._of_samples
-        record: dict[str, Any] = {"verdict": SAME, "attempt": self._attempt, "step": self._step, "recomputed": made}
-        record |= {"compared": len(compared), "of_samples": len(self._of_samples), "of_losses": len(self._of_losses)}
-        self._told(record | ({"tolerance": self._tolerance, "why": self._loose} if self._loose else {}))
+        record = {
+            "verdict": SAME,
+            "attempt": self._attempt,
+            "step": self._step,
+            "recomputed": made,
+        }
+        self._told(record | self._comparison.counts())
 
     def check(self) -> None:
-        """Raises UsageError if the run is to end because a step is another one."""
+        """Raise UsageError if the run must end because a recomputed step differs.
+
+        The result is sent to the remote store first.
+        """
         if self._failure is None:
             return
         if self.log is not None and (remote := self._remote) is not None:
-            with contextlib.suppress(StorageError):  # nobody sends anything after this
+            with contextlib.suppress(StorageError):  # no later call sends it
                 self.log.send(lambda: remote.patient(READ_S))
         raise self._failure
 
     @property
     def has_failed(self) -> bool:
-        """Whether `check` would raise."""
+        """Return whether `check` would raise."""
         return self._failure is not None
 
     def close(self) -> None:
-        """Nothing more is made."""
+        """Report the result, if it is still open, and close the step log."""
         if self.log is not None:
             if self._is_on:
                 self._over()
             self.log.close()
-
-
-def _equal(was: float, now: float, tolerance: float) -> bool:
-    if was == now or (math.isnan(was) and math.isnan(now)):
-        return True
-    return bool(tolerance) and abs(was - now) <= tolerance * max(abs(was), abs(now))

@@ -1,7 +1,9 @@
-"""Writes down what each step was, while training goes on: a killed process leaves all but the last milliseconds of it.
+"""Step log: write the samples and losses of each step to a file while training runs.
 
-What is written is in the page cache at once, where it outlives the process. A thread of its own writes, because a write may wait for a
-disk. As long as steps come it looks every five milliseconds: to wake it for each of them costs the training thread more than all the rest.
+A killed process loses only the records of its last milliseconds. Written records are in the page
+cache at once, where they outlive the process. A separate thread writes, because a write may block
+on the disk. While steps arrive, this thread polls every five milliseconds: to wake it for each step
+would cost the training thread more than all other work of the log.
 """
 
 from __future__ import annotations
@@ -24,66 +26,93 @@ from harness.selfcheck import step_records
 from harness.store import LocalStore, Store
 from harness.text import say
 
-LOOK_S, LOOKS = 0.005, 200  # after a second without a step it waits to be woken
+LOOK_S, LOOKS = 0.005, 200  # after a second without a step the thread blocks on the queue
 CLOSE_S = 2.0
-WORTH_BYTES = 256 << 10  # of lines that are not needed any more
-MOST_LINES = 100_000  # that wait, in an outage: some ten megabytes
+WORTH_BYTES = 256 << 10  # file size from which a compaction is worth its cost
+MOST_LINES = 100_000  # limit of lines that wait during an outage: about ten megabytes
 
 
 class StepLog:
-    """The lines of one attempt, in the run directory and, sent by the uploader's thread, in a bucket; and the files of earlier attempts,
-    until they are not needed any more."""
+    """The step log of one attempt, in the run directory and in a bucket.
+
+    The uploader's thread sends the lines to the bucket. The log also deletes the files of earlier
+    attempts when they are no longer needed.
+    """
 
     def __init__(
-        self, local: LocalStore | None, has_remote: bool, attempt: int, about: Mapping[str, Any], before: step_records.Before
+        self,
+        local: LocalStore | None,
+        has_remote: bool,
+        attempt: int,
+        about: Mapping[str, Any],
+        before: step_records.Before,
     ) -> None:
         self.attempt, self._head = attempt, step_records.head(about)
         self._local, self._file = local, -1
-        self._compacted_at = 0  # a step
-        self._size = self._last = 0  # of the file here: bytes of lines, and the last step in it
-        self._arrived = dict.fromkeys(("here",) * (local is not None) + ("there",) * has_remote, 0)  # by store: its newest checkpoint
+        self._compacted_at = 0  # safe step of the last compaction
+        # Of the local file: bytes of lines, and the last step in it.
+        self._size = self._last = 0
+        # Step of the newest checkpoint of this attempt, by store ("here": local, "there": remote).
+        self._arrived = dict.fromkeys(("here",) * (local is not None) + ("there",) * has_remote, 0)
         kept = dict(zip(self._arrived, before.keys, strict=False))
         self._old = {place: dict(kept.get(place, {})) for place in self._arrived}
-        self._new: queue.SimpleQueue[step_records.Line | None] = queue.SimpleQueue()  # None: there is something else to do
+        # None wakes the thread for work other than a line.
+        self._new: queue.SimpleQueue[step_records.Line | None] = queue.SimpleQueue()
         self._unsent: collections.deque[tuple[int, bytes]] = collections.deque(maxlen=MOST_LINES)
         self._segments, self._segment = 0, (0, b"")
-        self._verdict: dict[str, dict[str, Any]] = {}  # by store that still lacks it
+        self._verdict: dict[str, dict[str, Any]] = {}  # by store that still lacks the verdict
         self._sending, self._closing = threading.Lock(), False
         self._thread = threading.Thread(target=self._run, daemon=True, name="steps")
         self._thread.start()
 
     @property
     def safe_step(self) -> int:
-        """The newest checkpoint of this attempt that all stores have."""
+        """Return the step of the newest checkpoint of this attempt that all stores have, or 0."""
         return min(self._arrived.values(), default=0)
 
     def add(self, line: step_records.Line) -> None:
-        """Write a line, soon. For the thread that trains."""
+        """Queue a line for writing; drop it if `MOST_LINES` are waiting.
+
+        Called by the training thread.
+        """
         if self._new.qsize() < MOST_LINES:
             self._new.put(line)
 
     def on_event(self, event: Mapping[str, Any]) -> None:
-        """Take in that a checkpoint has arrived in a store. From any thread."""
-        place = {"saved": next(iter(self._arrived), ""), "uploaded": "there"}.get(str(event.get("event")))
-        match = fmt.CHECKPOINT_NAME.match(f"{fmt.CHECKPOINTS}/{event.get('checkpoint')}.pt") if place in self._arrived else None
+        """Record that a store has a new checkpoint, from a "saved" or "uploaded" event.
+
+        May be called from any thread.
+        """
+        place = {"saved": next(iter(self._arrived), ""), "uploaded": "there"}.get(
+            str(event.get("event"))
+        )
+        match = (
+            fmt.CHECKPOINT_NAME.match(f"{fmt.CHECKPOINTS}/{event.get('checkpoint')}.pt")
+            if place in self._arrived
+            else None
+        )
         if place and match and int(match["attempt"]) == self.attempt:
             self._arrived[place] = max(self._arrived[place], int(match["step"]))
             self._new.put(None)
 
     def tell(self, verdict: Mapping[str, Any]) -> None:
-        """Record what came of comparing; the first word stands. From any thread."""
+        """Record the result of the comparison; the first record in a store stays.
+
+        May be called from any thread.
+        """
         self._verdict = {place: dict(verdict) for place in self._arrived}
         self._new.put(None)
 
     def close(self) -> None:
-        """Write what is still to be written, if that is quick, and end."""
+        """Write the remaining lines and end the thread; wait at most `CLOSE_S` seconds."""
         self._closing = True
         self._new.put(None)
         self._thread.join(CLOSE_S)
 
     def _run(self) -> None:
         while not self._closing:
-            self._safely([self._new.get()])  # what comes after a pause wakes this thread, and is written at once
+            # The first line after a pause wakes this thread and is written at once.
+            self._safely([self._new.get()])
             looks = 0
             while not self._closing and looks < LOOKS:
                 time.sleep(LOOK_S)
@@ -95,15 +124,22 @@ class StepLog:
             os.close(self._file)
 
     def _safely(self, first: list[step_records.Line | None]) -> None:
-        """Training does not depend on what is written here: a disk that fails is complained of, and left alone."""
+        """Run one turn; on a disk error, print a warning and stop writing to the disk.
+
+        Training does not depend on the step log.
+        """
         try:
             self._turn(first)
         except (StorageError, OSError) as error:
             self._local = None
-            say(f"harness: warning: what each step was is not recorded: {str(error).splitlines()[0]}", sys.stderr)
+            say(
+                f"harness: warning: what each step was is not recorded: "
+                f"{str(error).splitlines()[0]}",
+                sys.stderr,
+            )
 
     def _turn(self, first: list[step_records.Line | None]) -> None:
-        """Write what has come, and let go what is not needed any more."""
+        """Write the queued lines and delete records that are no longer needed."""
         new = first + [self._new.get() for _ in range(self._new.qsize())]
         lines = [(line.step, step_records.pack(line)) for line in new if line is not None]
         if "there" in self._arrived:
@@ -127,7 +163,9 @@ class StepLog:
     def _write(self, local: LocalStore, lines: bytes) -> None:
         if self._file < 0:
             path = local.path(step_records.key(self.attempt))
-            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, 0o666)
+            self._file = os.open(
+                path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, 0o666
+            )
             lines = self._head + lines
             self._size -= len(self._head)
         self._size += len(lines)
@@ -135,10 +173,12 @@ class StepLog:
             lines = lines[os.write(self._file, lines) :]
 
     def _compact(self, local: LocalStore) -> None:
-        """Write a file with the lines that are still needed, and let it take the place of the one that is there."""
+        """Replace the file by one that has only the lines that are still needed."""
         self._compacted_at, path = self.safe_step, local.path(step_records.key(self.attempt))
         _, lines = step_records.parse(os.pread(self._file, len(self._head) + self._size, 0))
-        records = b"".join(step_records.pack(line) for line in lines if line.step > self._compacted_at)
+        records = b"".join(
+            step_records.pack(line) for line in lines if line.step > self._compacted_at
+        )
         temp = path.with_name(f"{path.name}.tmp-{self.attempt:04d}-{secrets.token_hex(4)}")
         file = os.open(temp, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, 0o666)
         try:
@@ -155,27 +195,33 @@ class StepLog:
         self._file, self._size = file, len(records)
 
     def _let_go(self, place: str, store: Store) -> None:
-        """Delete the files in a store that are not needed any more."""
+        """Delete the files in a store up to the step of a checkpoint that all stores have."""
         old, safe = self._old[place], self.safe_step
         for key in [key for key, last in old.items() if safe and last <= safe]:
             store.delete(key)
             del old[key]
 
     def send(self, remote: Callable[[], Store]) -> None:
-        """Send what was written since the last call, and let go there what is not needed any more. For a thread that may wait. Raises
-        StorageError."""
-        if self._sending.acquire(timeout=CLOSE_S):  # else it is being sent
+        """Send the lines since the last call, and delete remote files that are no longer needed.
+
+        Called by a thread that may block. Raises StorageError.
+        """
+        if self._sending.acquire(timeout=CLOSE_S):  # else another thread is sending
             try:
                 self._send(remote)
             finally:
                 self._sending.release()
 
     def _send(self, remote: Callable[[], Store]) -> None:
-        if not self._segment[1]:  # else the same bytes again: the last try may have arrived
+        # A segment that was not confirmed is sent again with the same bytes: it may have arrived.
+        if not self._segment[1]:
             lines = [self._unsent.popleft() for _ in range(len(self._unsent))]
             needed = [(step, line) for step, line in lines if step > self.safe_step]
             if needed:
-                self._segment = max(step for step, _ in needed), self._head + b"".join(line for _, line in needed)
+                self._segment = (
+                    max(step for step, _ in needed),
+                    self._head + b"".join(line for _, line in needed),
+                )
         last, content = self._segment
         if content:
             key = step_records.segment_key(self.attempt, self._segments + 1)

@@ -1,12 +1,15 @@
-"""What each step was: short lines of fixed length, so that a step that is made again can be compared with what it was.
+"""Step records: samples and losses of each step, so that a recomputed step can be compared with it.
 
-    <run>/events/0003.steps           those of attempt 3, in the run directory
-    <run>/events/0003-000001.steps    the same in a bucket, where nothing can be appended: segments
-    <run>/attempts/0004.replay.json   what came of comparing the steps that attempt 4 made again
+    <run>/events/0003.steps           records of attempt 3, in the run directory
+    <run>/events/0003-000001.steps    the same in a bucket, in segments, because an object cannot be
+                                      appended to
+    <run>/attempts/0004.replay.json   result of comparing the steps that attempt 4 recomputed
 
-A file begins with a line of JSON that says on what the attempt ran; then comes one record of 40 bytes after another, each with a check
-sum of its own. They are lost with the machine at worst, and never needed to go on: as soon as every store holds a newer checkpoint they
-are dropped. A record that is torn or does not check is passed over, and so is a file of another version.
+A file begins with a line of JSON that describes the machine and software of the attempt. Records of
+40 bytes follow, each with a checksum of its own. In the worst case the records are lost with the
+machine. They are never needed for a resume, and are deleted as soon as every store holds a newer
+checkpoint. An incomplete record, a record with a wrong checksum and a file of another version are
+ignored.
 """
 
 from __future__ import annotations
@@ -25,64 +28,87 @@ from harness.errors import StorageError
 from harness.store import Entry, Store
 
 VERSION = 1
-RECORD = struct.Struct("<Q8sdIIHxxI")  # step, digest of the samples, loss, rank, CRC-32 of the loss's name, what is there, CRC-32 of it all
+# Step, digest of the samples, loss, rank, CRC-32 of the loss's name, flags for the values that are
+# present, CRC-32 of the preceding bytes.
+RECORD = struct.Struct("<Q8sdIIHxxI")
 SAMPLES, LOSS = 1, 2
-MOST_BYTES = 16 << 20  # of one attempt: 400,000 steps since the last checkpoint
+MOST_BYTES = 16 << 20  # limit per attempt: 400,000 steps since the last checkpoint
 MOST_HEADER_BYTES = 1 << 16
-MOST_ATTEMPTS = 100  # the newest
+MOST_ATTEMPTS = 100  # only the newest ones are read
 NAME = re.compile(r"^events/(?P<attempt>[0-9]{4,})(-(?P<segment>[0-9]{6,}))?\.steps\Z")
 VERDICT_NAME = re.compile(r"^attempts/(?P<attempt>[0-9]{4,})\.replay\.json\Z")
 
 
 def key(attempt: int) -> str:
+    """Return the key of an attempt's step records in the run directory."""
     return f"{fmt.EVENTS}/{attempt:04d}.steps"
 
 
 def segment_key(attempt: int, number: int) -> str:
+    """Return the key of one segment of an attempt's step records in a bucket."""
     return f"{fmt.EVENTS}/{attempt:04d}-{number:06d}.steps"
 
 
 def verdict_key(attempt: int) -> str:
+    """Return the key of the result of an attempt's comparison."""
     return f"{fmt.ATTEMPTS}/{attempt:04d}.replay.json"
 
 
 class Line(NamedTuple):
-    """What is known of one step on one rank."""
+    """The recorded values of one step on one rank."""
 
     step: int
-    samples: bytes | None = None  # the digest of the numbers of its global batch's samples; None of a stream, and of a loop's own data
+    # Digest of the sample numbers of the global batch; None for a stream and for data of the user's
+    # own loop.
+    samples: bytes | None = None
     rank: int = 0
-    name: int = 0  # the CRC-32 of what the loss was logged as
+    name: int = 0  # CRC-32 of the name under which the loss was logged
     loss: float | None = None
 
 
 def name_of(loss: str) -> int:
-    """The short name of a loss in a line."""
+    """Return the short name of a loss in a record: the CRC-32 of its name."""
     return zlib.crc32(loss.encode())
 
 
 def head(about: Mapping[str, Any]) -> bytes:
-    """The beginning of a file, which says on what the attempt runs."""
+    """Return the first line of a file, which describes the machine and software of the attempt."""
     return (json.dumps({"steps": VERSION, **about}) + "\n").encode()
 
 
 def pack(line: Line) -> bytes:
-    """A line as it lies in a file."""
+    """Serialise a line to a record of a file."""
     kinds = (SAMPLES if line.samples is not None else 0) | (LOSS if line.loss is not None else 0)
-    body = RECORD.pack(line.step, line.samples or bytes(8), line.loss or 0.0, line.rank, line.name, kinds, 0)[:-4]
+    body = RECORD.pack(
+        line.step, line.samples or bytes(8), line.loss or 0.0, line.rank, line.name, kinds, 0
+    )[:-4]
     return body + zlib.crc32(body).to_bytes(4, "little")
 
 
 def unpack(records: bytes) -> Iterator[Line]:
-    """The lines in what follows the head; those that do not check are left out, and so is what was torn at the end."""
+    """Yield the lines in the records that follow the head of a file.
+
+    Records with a wrong checksum and an incomplete record at the end are left out.
+    """
     whole = len(records) - len(records) % RECORD.size
-    for at, (step, samples, loss, rank, name, kinds, said) in enumerate(RECORD.iter_unpack(records[:whole])):
+    for at, (step, samples, loss, rank, name, kinds, said) in enumerate(
+        RECORD.iter_unpack(records[:whole])
+    ):
         if zlib.crc32(memoryview(records)[at * RECORD.size : (at + 1) * RECORD.size - 4]) == said:
-            yield Line(step, samples if kinds & SAMPLES else None, rank, name, loss if kinds & LOSS else None)
+            yield Line(
+                step,
+                samples if kinds & SAMPLES else None,
+                rank,
+                name,
+                loss if kinds & LOSS else None,
+            )
 
 
 def parse(content: bytes) -> tuple[dict[str, Any], list[Line]]:
-    """What a file says of its attempt, and its lines; nothing of a file that is none of this version."""
+    """Parse a file; return the description of its attempt and its lines.
+
+    Returns ({}, []) for a file that is not of this version.
+    """
     first, newline, records = content.partition(b"\n")
     try:
         about = json.loads(first) if newline and len(first) <= MOST_HEADER_BYTES else None
@@ -95,19 +121,19 @@ def parse(content: bytes) -> tuple[dict[str, Any], list[Line]]:
 
 @dataclass
 class Log:
-    """The lines of one attempt, as far as a store still has them."""
+    """The lines of one attempt that a store still has."""
 
     about: dict[str, Any] = field(default_factory=dict)
     lines: list[Line] = field(default_factory=list)
 
     @property
     def last(self) -> int:
-        """The last step that any of them is of."""
+        """Return the greatest step of any line, or 0."""
         return max((line.step for line in self.lines), default=0)
 
 
 def files(store: Store) -> dict[int, list[Entry]]:
-    """The files of each attempt in a store. Raises StorageError."""
+    """List the step record files of each attempt in a store. Raises StorageError."""
     found: dict[int, list[Entry]] = {}
     for entry in store.entries(fmt.EVENTS):
         if match := NAME.match(entry.key):
@@ -116,12 +142,19 @@ def files(store: Store) -> dict[int, list[Entry]]:
 
 
 def read(store: Store, entries: Sequence[Entry]) -> Log:
-    """The lines in an attempt's files; of very many, the first, which follow on the last checkpoint. Raises StorageError."""
+    """Read the lines of an attempt's files, at most `MOST_BYTES` of them.
+
+    Beyond the limit the first ones are kept, because they follow the last checkpoint. Raises
+    StorageError.
+    """
     log, left = Log(), MOST_BYTES
     for entry in entries:
         if left <= 0:
             break
-        with contextlib.suppress(FileNotFoundError), contextlib.closing(store.open(entry.key)) as file:
+        with (
+            contextlib.suppress(FileNotFoundError),
+            contextlib.closing(store.open(entry.key)) as file,
+        ):
             content = file.read(min(left, entry.size_bytes))
             left -= len(content)
             about, lines = parse(content)
@@ -132,13 +165,17 @@ def read(store: Store, entries: Sequence[Entry]) -> Log:
 
 @dataclass
 class Before:
-    """What is still there of what earlier attempts made."""
+    """The step records of earlier attempts that still exist."""
 
     logs: dict[int, Log] = field(default_factory=dict)
-    keys: list[dict[str, int]] = field(default_factory=list)  # of each store the files, and the last step that their attempt told of
+    # One dict per store: key of a file -> last step that its attempt has recorded.
+    keys: list[dict[str, int]] = field(default_factory=list)
 
     def after(self, step: int) -> dict[int, list[tuple[int, Line]]]:
-        """The lines of the steps after that one, by step, each with its attempt, the newest attempt's last."""
+        """Return the lines of the steps after `step`, by step.
+
+        Each line is paired with the number of its attempt; the newest attempt comes last.
+        """
         found: dict[int, list[tuple[int, Line]]] = {}
         for number in sorted(self.logs):
             for line in self.logs[number].lines:
@@ -148,14 +185,21 @@ class Before:
 
 
 def before(stores: Iterable[Store], attempt: int) -> tuple[Before, str]:
-    """What the attempts before that one have left in all stores, each from the first store that has any of it; and what could not be read,
-    in words."""
+    """Read the step records of all attempts before `attempt`.
+
+    The lines of an attempt come from the first store that has any of them.
+
+    Returns:
+        The records, and a description of the last read error, or "".
+    """
     found, problem = Before(), ""
     for store in stores:
         keys: dict[str, int] = {}
         found.keys.append(keys)
         try:
-            by_attempt = {number: entries for number, entries in files(store).items() if number < attempt}
+            by_attempt = {
+                number: entries for number, entries in files(store).items() if number < attempt
+            }
             for number in sorted(by_attempt, reverse=True)[:MOST_ATTEMPTS]:
                 if number not in found.logs or not found.logs[number].lines:
                     found.logs[number] = read(store, by_attempt[number])
@@ -163,12 +207,15 @@ def before(stores: Iterable[Store], attempt: int) -> tuple[Before, str]:
             problem = f"{store}: {error}".splitlines()[0]
             continue
         for number, entries in by_attempt.items():
-            keys |= {entry.key: found.logs[number].last if number in found.logs else 0 for entry in entries}
+            keys |= {
+                entry.key: found.logs[number].last if number in found.logs else 0
+                for entry in entries
+            }
     return found, problem
 
 
 def verdicts(stores: Iterable[Store]) -> dict[int, dict[str, Any]]:
-    """What came of comparing, by attempt. Raises StorageError."""
+    """Read the results of the comparisons, by attempt. Raises StorageError."""
     found: dict[int, dict[str, Any]] = {}
     for store in stores:
         for entry in store.entries(fmt.ATTEMPTS):

@@ -1,31 +1,45 @@
-"""What survives a kill: the one list of everything that a checkpoint captures, and how it is given back.
+"""Capture everything that must survive a kill as plain data, and restore it.
 
-    step, epoch, loss, metrics    where the run stands, and how well
-    N_state_dict                  every tracked object N: modules (without DDP's "module." prefix), optimizers, schedulers,
-                                  gradient scaler, averaged weights, and whatever else has state_dict and load_state_dict
-    rng                           one entry a rank: Python, NumPy, torch's CPU generator, each GPU's generator
-    data                          epoch, position in it, seed, global batch size, dataset size and fingerprint; for iterable
-                                  datasets the state of each rank's own iterator; of second sources what they are and how far;
-                                  kinds: how samples are ordered and seeded, if otherwise than in a run of an older harness; order: what
-                                  is left of an epoch's order, and its sampler's state, while it does not follow from (seed, epoch)
+This is the one list of the entries of a checkpoint:
+
+    step, epoch, loss, metrics    the progress of the run, and how good the model is
+    N_state_dict                  the state dict of each tracked object N: modules (without DDP's
+                                  "module." prefix), optimizers, schedulers, the gradient scaler,
+                                  averaged weights, and any other object that has state_dict and
+                                  load_state_dict
+    rng                           one entry per rank: the generators of Python and NumPy, torch's
+                                  CPU generator, and the generator of each GPU
+    data                          epoch, position in it, seed, global batch size, dataset size and
+                                  fingerprint; for iterable datasets the state of each rank's own
+                                  iterator; for second sources their identity and position;
+                                  kinds: how samples are ordered and seeded, if this differs from
+                                  the runs of an older harness; order: the rest of an epoch's
+                                  order and the state of its sampler, as long as they do not
+                                  follow from (seed, epoch)
     state                         the user's plain values (`run.state`)
-    best                          the best value so far of the metric that checkpoints are ranked by
+    best                          the best value so far of the metric that ranks checkpoints
     config                        the settings of the run
-    format_version                of this list: 2 if something of the next one is there
+    format_version                the version of this list: 2 if the checkpoint holds an optional
+                                  entry (below), or if `data` holds kinds or second sources; else 1
 
-What is there only if there is something to keep:
+These entries are optional. Each exists only if there is something to keep:
 
-      gradients                   by parameter, what was written after the last step of its optimizer ("zeros": nothing but zeros)
-      attributes                  of tracked modules, what differs from them as built: modes, what is frozen, plain attributes, buffers
-                                  that are not persistent; each as built and now
-      own                         one entry a rank, for what each has for itself: gradients and attributes, if they differ by rank;
-                                  communication hooks; generators that are tracked
-      names                       of each optimizer's parameters, group by group, where their order is not that of the tracked modules
-      kinds                       by its path, the kind of each value of the user's or of a state dict that is not plain itself: of
-                                  the standard library's or NumPy's, or a tensor of a class of its own
+      gradients                   by parameter: the gradient as written after the last step of its
+                                  optimizer ("zeros" if it is zero everywhere)
+      attributes                  of tracked modules: what differs from the module as built, namely
+                                  modes, frozen parameters, plain attributes and non-persistent
+                                  buffers; each as built and as it is now
+      own                         one entry per rank, for the state that each rank has for itself:
+                                  gradients and attributes, if they differ by rank; communication
+                                  hooks; tracked generators
+      names                       the parameter names of each optimizer, group by group, if their
+                                  order is not the order of the tracked modules
+      kinds                       by path: the kind of each value, in the user's state or in a state
+                                  dict, that is not plain data itself: a kind of the standard
+                                  library or of NumPy, or a tensor of its own class
 
-Capturing never moves or changes a live module. Everything is plain: tensors, numbers, strings, lists, tuples and dicts, so
-that it loads with `weights_only=True`.
+Capturing never moves or changes a live module. All captured data is plain: tensors, numbers,
+strings, lists, tuples and dicts. It therefore loads with `weights_only=True`.
 """
 
 from harness.data.generator_objects import is_generator
@@ -42,11 +56,11 @@ from harness.state.capturing import (
     plain_data,
     size_bytes,
 )
-from harness.state.foreign_optimizers import gives_nothing, on_untracked_update, untracked_schedule
+from harness.state.checks import check_tensors, mismatch_table, mismatches
 from harness.state.kinds import rebuilt
 from harness.state.lr_schedules import apply_override, as_built, other_settings
 from harness.state.parameter_names import to_live, without_shells
-from harness.state.restoring import check_tensors, class_name, mismatch_table, mismatches, restore, restore_one
+from harness.state.restoring import class_name, restore, restore_one
 from harness.state.rng import kept_generators, rng_state, seed_rank, set_rng_state
 
 __all__ = [
@@ -63,12 +77,10 @@ __all__ = [
     "check_tensors",
     "check_user_state",
     "class_name",
-    "gives_nothing",
     "is_generator",
     "kept_generators",
     "mismatch_table",
     "mismatches",
-    "on_untracked_update",
     "other_settings",
     "plain_data",
     "rebuilt",
@@ -79,6 +91,5 @@ __all__ = [
     "set_rng_state",
     "size_bytes",
     "to_live",
-    "untracked_schedule",
     "without_shells",
 ]

@@ -1,4 +1,8 @@
-"""Load a module's state where plain loading would not: buffers that get their size in training, and tensors that repeat one memory."""
+"""Load a module's state in cases where `load_state_dict` alone fails.
+
+These cases are buffers that get their size in training, nested buffers, and expanded tensors
+(several elements share one memory location).
+"""
 
 from __future__ import annotations
 
@@ -11,8 +15,14 @@ from torch import nn
 
 
 def load(module: nn.Module, saved: Mapping[str, Any]) -> None:
-    """`module.load_state_dict(saved)`, which has the first word; what is made room for is a buffer that is None, or empty, and was filled
-    when it was saved. Raises what that raises."""
+    """Load a state dict into a module, with room made for buffers that are still empty.
+
+    `module.load_state_dict(saved)` is tried first. If it raises RuntimeError, buffers that are None
+    or empty get the shape and dtype that they had when saved, and the load is tried again.
+
+    Raises:
+        Exception: any error that `module.load_state_dict` raises.
+    """
     nested, saved = _nested(module, saved)
     repeated = _take_out_repeated(module)
     try:
@@ -28,20 +38,36 @@ def load(module: nn.Module, saved: Mapping[str, Any]) -> None:
             held[name] = tensor
 
 
-def _nested(module: nn.Module, saved: Mapping[str, Any]) -> tuple[list[tuple[Any, str, torch.Tensor]], Mapping[str, Any]]:
-    """The nested buffers as they were saved, for the places that they are taken out of, and the state without them: torch does not load
-    any."""
-    keys = {key for key, value in saved.items() if isinstance(value, torch.Tensor) and value.is_nested}
+def _nested(
+    module: nn.Module, saved: Mapping[str, Any]
+) -> tuple[list[tuple[Any, str, torch.Tensor]], Mapping[str, Any]]:
+    """Take nested buffers out of the module and the saved state: torch loads no nested tensor.
+
+    Returns:
+        The nested buffers, each as (buffer dict of the submodule, name, saved tensor on the device
+        of the live buffer), and the saved state without them.
+    """
+    keys = {
+        key for key, value in saved.items() if isinstance(value, torch.Tensor) and value.is_nested
+    }
     if not keys:
         return [], saved
     found: list[tuple[Any, str, torch.Tensor]] = []
     for path, part in module.named_modules():
         for name, held in part._buffers.items():
-            if (key := f"{path}.{name}".lstrip(".")) in keys and held is not None and held.is_nested:
+            if (
+                (key := f"{path}.{name}".lstrip(".")) in keys
+                and held is not None
+                and held.is_nested
+            ):
                 found.append((part._buffers, name, saved[key].to(held.device)))
                 part._buffers[name] = None
                 keys.remove(key)
-    taken = {key: value for key, value in saved.items() if not (isinstance(value, torch.Tensor) and value.is_nested) or key in keys}
+    taken = {
+        key: value
+        for key, value in saved.items()
+        if not (isinstance(value, torch.Tensor) and value.is_nested) or key in keys
+    }
     made: OrderedDict[str, Any] = OrderedDict(taken)
     if hasattr(saved, "_metadata"):
         made._metadata = saved._metadata  # type: ignore[attr-defined]
@@ -49,8 +75,11 @@ def _nested(module: nn.Module, saved: Mapping[str, Any]) -> tuple[list[tuple[Any
 
 
 def decides(module: nn.Module, key: str) -> bool:
-    """Whether loading may well take what does not fit by its name or shape: extra state, a buffer without content, or the state of a part
-    that loads in a way of its own."""
+    """Return whether loading may accept an entry that does not match by name or shape.
+
+    This is the case for extra state, for a buffer without content, and for the state of a submodule
+    with its own way of loading (an overridden method or a pre-hook), or inside such a submodule.
+    """
     path, _, name = key.rpartition(".")
     if name == "_extra_state":
         return True
@@ -66,13 +95,18 @@ def decides(module: nn.Module, key: str) -> bool:
 
 
 def _loads_itself(part: nn.Module) -> bool:
-    own = type(part).load_state_dict is not nn.Module.load_state_dict or bool(part._load_state_dict_pre_hooks)
-    is_torchs = type(part).__module__.startswith("torch.nn.modules")  # of batch norms, which read what older versions wrote
-    return own or (type(part)._load_from_state_dict is not nn.Module._load_from_state_dict and not is_torchs)
+    own = type(part).load_state_dict is not nn.Module.load_state_dict or bool(
+        part._load_state_dict_pre_hooks
+    )
+    # torch's own overrides, such as those of batch norms, only read what older versions wrote.
+    is_torchs = type(part).__module__.startswith("torch.nn.modules")
+    return own or (
+        type(part)._load_from_state_dict is not nn.Module._load_from_state_dict and not is_torchs
+    )
 
 
 def _make_room(module: nn.Module, saved: Mapping[str, Any]) -> bool:
-    """Give buffers without content the shape and type that they had when they were saved; whether there are any."""
+    """Give empty buffers the shape and dtype of their saved values; return whether any changed."""
     made = False
     for path, part in module.named_modules():
         for name, held in part._buffers.items():
@@ -80,7 +114,9 @@ def _make_room(module: nn.Module, saved: Mapping[str, Any]) -> bool:
             if name in part._non_persistent_buffers_set or not isinstance(value, torch.Tensor):
                 continue
             if held is None or (held.numel() == 0 and held.shape != value.shape):
-                part._buffers[name] = torch.zeros_like(value, device=_device(module) if held is None else held.device)
+                part._buffers[name] = torch.zeros_like(
+                    value, device=_device(module) if held is None else held.device
+                )
                 made = True
     return made
 
@@ -89,12 +125,16 @@ def _device(module: nn.Module) -> torch.device:
     return next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
 
 
-Repeated = list[tuple[Any, str, torch.Tensor, torch.Tensor]]  # where it is held, its name, itself, and what stands in for it
+# The dict that holds the tensor, its name in there, the tensor, and the copy that replaces it.
+Repeated = list[tuple[Any, str, torch.Tensor, torch.Tensor]]
 
 
 def _take_out_repeated(module: nn.Module) -> Repeated:
-    """Put a plain copy in the place of each buffer or parameter that has one number at several places (`expand`): none can be
-    written to as a whole."""
+    """Replace each expanded buffer or parameter by a plain copy.
+
+    In an expanded tensor (`expand`) several elements share one memory location, so torch cannot
+    write to it as a whole.
+    """
     found: Repeated = []
     for part in module.modules():
         registered: tuple[Any, ...] = (part._buffers, part._parameters)
@@ -102,19 +142,37 @@ def _take_out_repeated(module: nn.Module) -> Repeated:
             for name, tensor in held.items():
                 if tensor is not None and _is_repeated(tensor):
                     copy = tensor.detach().clone(memory_format=torch.contiguous_format)
-                    found.append((held, name, tensor, nn.Parameter(copy, tensor.requires_grad) if held is part._parameters else copy))
+                    found.append(
+                        (
+                            held,
+                            name,
+                            tensor,
+                            nn.Parameter(copy, tensor.requires_grad)
+                            if held is part._parameters
+                            else copy,
+                        )
+                    )
                     held[name] = found[-1][3]
     return found
 
 
 def _is_repeated(tensor: torch.Tensor) -> bool:
-    if type(tensor) not in (torch.Tensor, nn.Parameter) or tensor.is_nested or tensor.layout is not torch.strided:
+    if (
+        type(tensor) not in (torch.Tensor, nn.Parameter)
+        or tensor.is_nested
+        or tensor.layout is not torch.strided
+    ):
         return False
-    return any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return any(
+        stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    )
 
 
 def _put_back(repeated: Repeated) -> None:
-    """Write what was loaded where it is repeated from; what is not the same at all places stays in the copy."""
+    """Write the loaded values into the expanded tensors, and put these back into the module.
+
+    If the loaded values are not the same along an expanded dimension, the plain copy stays.
+    """
     for held, name, tensor, loaded in repeated:
         once = tuple(slice(0, 1) if stride == 0 else slice(None) for stride in tensor.stride())
         with torch.no_grad():

@@ -1,7 +1,8 @@
-"""From the memory of GPUs into the processor's, beside what they compute: on a stream of each GPU's own.
+"""Copy GPU tensors to host memory on a side stream of each GPU, overlapped with compute.
 
-The training thread says at a step boundary from where on the copies may begin, and before the update that they have to be over. Both
-are told to the GPU, which keeps to it when it gets there: the training thread waits for nothing but that the copies were asked for.
+At a step boundary the training thread marks the point in its stream after which the copies may
+begin. Before the update it makes its stream wait for their end. Both are stream dependencies that
+the GPU observes: the training thread itself waits only until the copies have been queued.
 """
 
 from __future__ import annotations
@@ -16,20 +17,25 @@ PORTABLE = 1  # cudaHostRegisterPortable: for every GPU of this process
 
 
 class GpuCopy:
-    """The copies of one snapshot after another, into memory that is pinned once. With no GPU it does nothing."""
+    """The device-to-host copies of successive snapshots, into memory that is pinned once.
+
+    Without a GPU it does nothing.
+    """
 
     def __init__(self) -> None:
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
-        self._devices: Collection[torch.device] = ()  # from which is copied
+        self._devices: Collection[torch.device] = ()  # the sources of the copies
         self._begun: dict[torch.device, torch.cuda.Event] = {}
         self._ended: dict[torch.device, torch.cuda.Event] = {}
-        self._held: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []  # before and after what training had to wait for
-        self._updating: dict[torch.device, set[torch.cuda.Stream]] = {}  # where updates were asked for
+        # The events before and after each wait of a training stream for the copies.
+        self._held: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        # The streams on which updates were queued.
+        self._updating: dict[torch.device, set[torch.cuda.Stream]] = {}
         self._pinned: mmap.mmap | None = None
         self._refused: mmap.mmap | None = None
 
     def join(self, devices: Collection[torch.device]) -> None:
-        """From these is copied next. Have all that updates them come before what the training thread asks for from now on."""
+        """Set the source devices; order later work of this thread after all queued updates."""
         self._devices, self._begun, self._ended, self._held = devices, {}, {}, []
         for device in devices:
             if device not in self._streams:
@@ -38,13 +44,13 @@ class GpuCopy:
                 torch.cuda.current_stream(device).wait_stream(stream)
 
     def begin(self) -> None:
-        """What is copied is what there is after all that the training thread, who says this, has asked for until now."""
+        """Order the copies after all work that the training thread (the caller) has queued."""
         for device in self._devices:
             self._streams[device].wait_stream(torch.cuda.current_stream(device))
 
     @contextlib.contextmanager
     def copying(self) -> Iterator[None]:
-        """What is copied inside, with `non_blocking`, is copied meanwhile."""
+        """Run the `non_blocking` copies of the block on the side streams, and time them."""
         with contextlib.ExitStack() as streams:
             for device in self._devices:
                 streams.enter_context(torch.cuda.stream(self._streams[device]))
@@ -56,7 +62,7 @@ class GpuCopy:
                     self._ended[device] = _mark(self._streams[device])
 
     def hold(self) -> None:
-        """What these GPUs are told to compute from now on, where the training thread tells it just now, comes after the copies."""
+        """Make the current streams of the training thread (the caller) wait for the copies."""
         for device, ended in self._ended.items():
             if not ended.query():  # type: ignore[no-untyped-call]
                 stream = torch.cuda.current_stream(device)
@@ -65,52 +71,71 @@ class GpuCopy:
                 self._held.append((before, _mark(stream)))
 
     def updates(self) -> None:
-        """An update comes next, where the training thread asks for it."""
+        """Note the current streams of the training thread: an update is queued there next."""
         if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             for device in self._devices or (torch.device("cuda", torch.cuda.current_device()),):
                 self._updating.setdefault(device, set()).add(torch.cuda.current_stream(device))
 
     def is_recorded(self) -> bool:
-        """Whether what the training thread asks for is only recorded just now, for a CUDA graph: nothing happens, and nothing may."""
+        """Return whether the current stream is being captured into a CUDA graph.
+
+        Nothing is executed then, and no copy may be queued.
+        """
         return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()  # type: ignore[no-untyped-call]
 
     def arrive(self) -> None:
-        """Wait until all is copied."""
+        """Wait until all copies have ended."""
         for device, ended in self._ended.items():
-            with torch.cuda.device(device):  # else this thread would come to use the first GPU's memory too
+            # Without this, the thread would also use memory of the first GPU.
+            with torch.cuda.device(device):
                 ended.synchronize()
 
     def fetch(self, source: torch.Tensor) -> torch.Tensor:
-        """What is in one of the GPUs' memory since the last `begin`, or later; it computes on meanwhile."""
+        """Copy a tensor to the CPU on the side stream, while the GPU continues to compute.
+
+        The copy holds the content as of the last `begin`, or later.
+        """
         with torch.cuda.stream(self._streams.get(source.device)):
             return source.cpu()
 
     def copy_s(self) -> float:
-        """How long the copies took that have arrived, in seconds."""
-        return max((_between_s(self._begun[device], ended) for device, ended in self._ended.items()), default=0.0)
+        """Return how long the copies took, in seconds; all must have ended."""
+        return max(
+            (_between_s(self._begun[device], ended) for device, ended in self._ended.items()),
+            default=0.0,
+        )
 
     def held_s(self) -> float:
-        """For how long GPUs had nothing to compute because of `hold`, as far as they have got there, in seconds."""
+        """Return for how long GPUs were idle because of `hold`, in seconds.
+
+        Waits that are not over yet do not count.
+        """
         over = [(before, after) for before, after in self._held if after.query()]  # type: ignore[no-untyped-call]
         return sum(_between_s(before, after) for before, after in over)
 
     def pin(self, memory: mmap.mmap, device: torch.device | None = None) -> None:
-        """Let GPUs write into this memory by themselves, which is several times as fast, and in place of what was pinned before. Where
-        that is refused they are helped by the processor."""
+        """Pin this memory, so that GPUs write to it directly, which is several times as fast.
+
+        It replaces the memory that was pinned before. If CUDA refuses, copies go through the CPU.
+        """
         device = next(iter(self._devices), device)
         if device is None or memory in (self._pinned, self._refused):
             return
         self.unpin()
         with torch.cuda.device(device):
-            if int(torch.cuda.cudart().cudaHostRegister(_address(memory), len(memory), PORTABLE)) == 0:  # type: ignore[no-untyped-call]
+            if (
+                int(torch.cuda.cudart().cudaHostRegister(_address(memory), len(memory), PORTABLE))  # type: ignore[no-untyped-call]
+                == 0
+            ):
                 self._pinned = memory
                 return
             self._refused = memory
-            with contextlib.suppress(RuntimeError):  # who computes next in this thread would be told of it
+            # Clears the CUDA error, which the next operation of this thread would raise otherwise.
+            with contextlib.suppress(RuntimeError):
                 torch.zeros(1, device=device)
 
     def unpin(self) -> None:
-        """Let the memory go that was pinned, once nothing is copied into it."""
+        """Unpin the pinned memory, after waiting for the copies into it."""
         if self._pinned is not None:
             with contextlib.suppress(RuntimeError):  # a GPU that has failed copies nothing
                 self.arrive()

@@ -1,8 +1,10 @@
-"""Kinds that are not plain: what is written in their place, and how they come back from it.
+"""Replace values that are not plain data by plain data, and rebuild them from it.
 
-A checkpoint holds plain values. Where one of them stands for something else (an array of NumPy's, a `defaultdict`, a tensor of a class of
-its own), the path to it and its kind are kept beside them, under `kinds`. Nothing that a file names is imported, and only what is listed
-here is made of it: kinds of the standard library and of NumPy, and classes of tensors that the program itself has imported.
+A checkpoint holds plain values. If one of them represents something else (a NumPy array, a
+`defaultdict`, a tensor of its own class), its path and its kind are stored beside the values, under
+`kinds`. Rebuilding never imports anything that a file names. It makes only the kinds that this
+module lists: kinds of the standard library and of NumPy, and tensor classes that the program itself
+has imported.
 """
 
 from __future__ import annotations
@@ -18,21 +20,34 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from harness.errors import UsageError
 
-Where = str | tuple[Any, Any]  # a name, or where something is and its key or number in there
+Where = str | tuple[Any, Any]  # a name, or the path of a container and a key or index in it
 PLAIN = (bool, int, float, complex, str, bytes, type(None))
-NATIVE = (torch.dtype, torch.device)  # torch's own loader knows them
-FACTORIES: dict[Any, str] = {None: "None", int: "int", float: "float", bool: "bool", str: "str", list: "list", tuple: "tuple", dict: "dict"}
+NATIVE = (torch.dtype, torch.device)  # torch's own loader supports them
+FACTORIES: dict[Any, str] = {
+    None: "None",
+    int: "int",
+    float: "float",
+    bool: "bool",
+    str: "str",
+    list: "list",
+    tuple: "tuple",
+    dict: "dict",
+}
 CONTAINERS = (dict, OrderedDict, defaultdict, Counter, list, tuple, deque, torch.Size)
 MADE = {name: factory for factory, name in FACTORIES.items()}
 
 
 def spelled(where: Where) -> str:
-    """A path as people and files write it: state['seen'][3]."""
+    """Return a path in the form used in messages and files: state['seen'][3]."""
     return where if isinstance(where, str) else f"{spelled(where[0])}[{where[1]!r}]"
 
 
 def taken_apart(value: Any) -> tuple[str, Any] | None:
-    """The kind of a value that is not plain, and what to write in its place, which may hold more of them; None if it has none."""
+    """Return the kind of a value that is not plain, and what to write in its place; else None.
+
+    What is written in its place may contain further values that are not plain. The result is None
+    for a value of no supported kind.
+    """
     if isinstance(value, torch.Tensor):
         return _of_tensor(value)
     if isinstance(value, np.ndarray):
@@ -42,7 +57,9 @@ def taken_apart(value: Any) -> tuple[str, Any] | None:
         name = type(value).__name__ if isinstance(number, str | bytes) else value.dtype.name
         return (f"np.{name}", number) if type(number) in PLAIN else None
     if isinstance(value, defaultdict):
-        made_by = next((name for factory, name in FACTORIES.items() if factory is value.default_factory), None)
+        made_by = next(
+            (name for factory, name in FACTORIES.items() if factory is value.default_factory), None
+        )
         return (f"defaultdict {made_by}", dict(value)) if made_by else None
     if type(value) is deque:
         return f"deque {value.maxlen}", list(value)
@@ -50,10 +67,10 @@ def taken_apart(value: Any) -> tuple[str, Any] | None:
 
 
 def _of_array(array: np.ndarray[Any, Any]) -> tuple[str, Any] | None:
-    own = array.copy(order="K")  # the order in memory is that of sums
+    own = array.copy(order="K")  # the memory order determines the order of sums
     try:
         return "ndarray", torch.from_numpy(own)
-    except (TypeError, ValueError):  # text, dates, the other order of bytes
+    except (TypeError, ValueError):  # text, dates, foreign byte order
         if array.dtype.hasobject or array.dtype.names:
             return None
         raw = np.frombuffer(own.tobytes(), dtype=np.uint8).copy()
@@ -63,18 +80,29 @@ def _of_array(array: np.ndarray[Any, Any]) -> tuple[str, Any] | None:
 def _of_tensor(tensor: torch.Tensor) -> tuple[str, Any] | None:
     if tensor.is_nested:
         held: Any = tensor
-        is_plain = tensor.layout is torch.strided or (held._lengths is None and held._ragged_idx == 1)
-        return ("nested" if tensor.layout is torch.strided else "nested jagged", list(tensor.unbind())) if is_plain else None
+        is_plain = tensor.layout is torch.strided or (
+            held._lengths is None and held._ragged_idx == 1
+        )
+        return (
+            ("nested" if tensor.layout is torch.strided else "nested jagged", list(tensor.unbind()))
+            if is_plain
+            else None
+        )
     kind = f"tensor {type(tensor).__module__}.{type(tensor).__qualname__}"
     if is_traceable_wrapper_subclass(tensor):
         names, context = tensor.__tensor_flatten__()
         parts = {name: getattr(tensor, name) for name in names}
-        return kind, {"parts": parts, "context": context, "size": list(tensor.shape), "stride": list(tensor.stride())}
+        return kind, {
+            "parts": parts,
+            "context": context,
+            "size": list(tensor.shape),
+            "stride": list(tensor.stride()),
+        }
     return None if vars(tensor) else (kind, tensor.as_subclass(torch.Tensor))
 
 
 def parts_of(tensor: torch.Tensor) -> list[torch.Tensor]:
-    """The plain tensors that a tensor is made of: itself, if it is one."""
+    """Return the plain tensors that a tensor consists of: the tensor itself if it is plain."""
     if type(tensor) in (torch.Tensor, torch.nn.Parameter) and not tensor.is_nested:
         return [tensor]
     if tensor.is_nested:
@@ -86,8 +114,16 @@ def parts_of(tensor: torch.Tensor) -> list[torch.Tensor]:
 
 
 def rebuilt(payload: Mapping[str, Any], root: str) -> Any:
-    """What stands under a key of a checkpoint, in the kinds that it had. Raises UsageError for a kind that cannot be made."""
-    of_root = {path: kind for path, kind in payload.get("kinds", {}).items() if path == root or path.startswith(f"{root}[")}
+    """Return the value under a key of a checkpoint, with all kinds rebuilt.
+
+    Raises:
+        UsageError: for a kind that cannot be rebuilt.
+    """
+    of_root = {
+        path: kind
+        for path, kind in payload.get("kinds", {}).items()
+        if path == root or path.startswith(f"{root}[")
+    }
     return _rebuilt(payload[root], root, of_root) if of_root else payload[root]
 
 
@@ -125,27 +161,50 @@ def _made(path: str, kind: str, value: Any) -> Any:
         if word.startswith("np.") and word[3:] in np.sctypeDict:
             return np.dtype(word[3:]).type(value)
     except (KeyError, ValueError, TypeError, RuntimeError) as error:
-        raise UsageError(f"{path} cannot be made a {kind} again", f"found: {error}", "Was it written by a newer harness?") from error
-    raise UsageError(f"{path} is of a kind that this harness does not know", f"found: {kind}", "Read it with a newer harness.")
+        raise UsageError(
+            f"{path} cannot be made a {kind} again",
+            f"found: {error}",
+            "Was it written by a newer harness?",
+        ) from error
+    raise UsageError(
+        f"{path} is of a kind that this harness does not know",
+        f"found: {kind}",
+        "Read it with a newer harness.",
+    )
 
 
 def _array(rest: str, value: torch.Tensor) -> np.ndarray[Any, Any]:
     if not rest:
         return value.numpy().copy(order="K")
     dtype, _, shape = rest.partition(" ")
-    return np.frombuffer(value.numpy().tobytes(), dtype=np.dtype(dtype)).reshape([int(n) for n in shape.split("x") if n]).copy()
+    return (
+        np.frombuffer(value.numpy().tobytes(), dtype=np.dtype(dtype))
+        .reshape([int(n) for n in shape.split("x") if n])
+        .copy()
+    )
 
 
 def _tensor(made: Any, value: Any) -> Any:
-    """In memory of its own: who copies a state need not know how to copy it."""
+    """Rebuild a tensor of its own class, in its own memory.
+
+    Code that copies the state therefore need not know how to copy such a tensor.
+    """
     if isinstance(value, torch.Tensor):
         return value.clone().as_subclass(made)
     size, stride = torch.Size(value["size"]), tuple(value["stride"])
-    return made.__tensor_unflatten__({name: part.clone() for name, part in value["parts"].items()}, value["context"], size, stride)
+    return made.__tensor_unflatten__(
+        {name: part.clone() for name, part in value["parts"].items()},
+        value["context"],
+        size,
+        stride,
+    )
 
 
 def copied(value: Any) -> Any:
-    """A copy of what `rebuilt` gave, without another one of what is in memory of its own."""
+    """Return a deep copy of a result of `rebuilt`.
+
+    Nested tensors and tensors of their own class are not copied again: they have their own memory.
+    """
     return copy.deepcopy(value, {id(tensor): tensor for tensor in _of_own_kind(value)})
 
 
@@ -159,11 +218,18 @@ def _of_own_kind(value: Any) -> Iterator[torch.Tensor]:
 
 
 def _class(name: str) -> type[torch.Tensor]:
-    """The class of tensors of that name that the program has imported."""
+    """Return the tensor class of this name that the program has imported.
+
+    Raises:
+        KeyError: if there is none.
+    """
     for known in _subclasses(torch.Tensor):
         if f"{known.__module__}.{known.__qualname__}" == name:
             return known
-    raise KeyError(f"no class of tensors is called {name} in this program: import its package before run.track(…)")
+    raise KeyError(
+        f"no class of tensors is called {name} in this program: "
+        "import its package before run.track(…)"
+    )
 
 
 def _subclasses(base: type[torch.Tensor]) -> Iterator[type[torch.Tensor]]:
@@ -173,12 +239,22 @@ def _subclasses(base: type[torch.Tensor]) -> Iterator[type[torch.Tensor]]:
 
 
 def check_values(value: Any, where: Where) -> None:
-    """Raises UsageError for what would come back as something else: classes of the user's, and what cannot be saved."""
+    """Check that a value comes back from a checkpoint with its type.
+
+    Raises:
+        UsageError: for user-defined container classes, and for values that cannot be saved.
+    """
     if type(value) in PLAIN:
         return
     if isinstance(value, Mapping | list | tuple | deque):
         if type(value) not in CONTAINERS:
-            plain = "tuple" if isinstance(value, tuple) else "dict" if isinstance(value, Mapping) else "list"
+            plain = (
+                "tuple"
+                if isinstance(value, tuple)
+                else "dict"
+                if isinstance(value, Mapping)
+                else "list"
+            )
             raise UsageError(
                 f"{spelled(where)} would not come back as what it is",
                 f"found: a {type(value).__module__}.{type(value).__qualname__}",
@@ -196,19 +272,26 @@ def check_values(value: Any, where: Where) -> None:
 
 def _is_leaf(value: Any) -> bool:
     if isinstance(value, np.ndarray):
-        return type(value) in (np.ndarray, np.memmap) and not (value.dtype.hasobject or value.dtype.names)
+        return type(value) in (np.ndarray, np.memmap) and not (
+            value.dtype.hasobject or value.dtype.names
+        )
     return isinstance(value, (torch.Tensor, *NATIVE)) or taken_apart(value) is not None
 
 
 def not_plain(where: Where, value: Any) -> UsageError:
-    """What to say of a value that no checkpoint can hold."""
+    """Return the error for a value that no checkpoint can hold."""
     path, found = spelled(where), f"found: a {type(value).__module__}.{type(value).__qualname__}"
     if isinstance(value, defaultdict):
-        found += f" whose factory is {getattr(value.default_factory, '__qualname__', value.default_factory)}"
+        found += (
+            " whose factory is "
+            f"{getattr(value.default_factory, '__qualname__', value.default_factory)}"
+        )
     if isinstance(value, set | frozenset):
         found += ", which has no order that could be kept"
     change = "Change the object's state_dict() accordingly."
     if path.startswith(("state[", "own[", "config")):
-        change = "Keep what it is made of: vars(value), tuple(value), sorted(value), str(value), say."
+        change = (
+            "Keep what it is made of: vars(value), tuple(value), sorted(value), str(value), say."
+        )
     held = "Checkpoints hold tensors, arrays, numbers, strings, lists and dicts."
     return UsageError(f"{path} cannot be saved as plain data", found, f"{held} {change}")

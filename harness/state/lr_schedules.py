@@ -1,4 +1,8 @@
-"""The settings of optimizers and schedulers: as a program builds them, and as a checkpoint gives them back."""
+"""Compare and override settings of optimizers and schedulers.
+
+A setting has two values: the one with which the program builds the object, and the one that a
+checkpoint restores.
+"""
 
 from __future__ import annotations
 
@@ -11,42 +15,110 @@ import torch
 from harness.distributed.ddp import plain
 
 PROGRESS = (
-    "last_epoch", "_step_count", "_last_lr", "_is_initial", "_get_lr_called_within_step", "T_cur", "best", "num_bad_epochs",
-    "cooldown_counter", "verbose",
-)  # fmt: skip
-# What torch's and other people's schedulers call settings; of a class that is not torch's anything else may be progress.
+    "last_epoch",
+    "_step_count",
+    "_last_lr",
+    "_is_initial",
+    "_get_lr_called_within_step",
+    "T_cur",
+    "best",
+    "num_bad_epochs",
+    "cooldown_counter",
+    "verbose",
+)
+# The attributes that torch's and third-party schedulers use as settings. In a class that is not
+# torch's, any other attribute may be progress.
 SETTINGS = (
-    "T_max", "T_0", "T_mult", "T_i", "eta_min", "total_steps", "total_iters", "milestones", "step_size", "gamma", "factor", "patience",
-    "cooldown", "threshold", "base_lrs", "max_lrs", "min_lrs", "max_lr", "min_lr", "power", "start_factor", "end_factor", "lr_lambdas",
-    "warmup_steps", "warmup_epochs", "warmup_t", "num_warmup_steps", "num_training_steps", "max_steps", "max_epochs", "total_epochs",
-    "t_initial", "decay_t", "decay_rate", "lr_min", "cycle_limit", "cycle_mul", "cycle_decay", "warmup_lr_init", "_milestones",
-)  # fmt: skip
+    "T_max",
+    "T_0",
+    "T_mult",
+    "T_i",
+    "eta_min",
+    "total_steps",
+    "total_iters",
+    "milestones",
+    "step_size",
+    "gamma",
+    "factor",
+    "patience",
+    "cooldown",
+    "threshold",
+    "base_lrs",
+    "max_lrs",
+    "min_lrs",
+    "max_lr",
+    "min_lr",
+    "power",
+    "start_factor",
+    "end_factor",
+    "lr_lambdas",
+    "warmup_steps",
+    "warmup_epochs",
+    "warmup_t",
+    "num_warmup_steps",
+    "num_training_steps",
+    "max_steps",
+    "max_epochs",
+    "total_epochs",
+    "t_initial",
+    "decay_t",
+    "decay_rate",
+    "lr_min",
+    "cycle_limit",
+    "cycle_mul",
+    "cycle_decay",
+    "warmup_lr_init",
+    "_milestones",
+)
 
 
 def as_built(thing: Any) -> dict[str, Any]:
-    """The settings that an optimizer or a scheduler has before anything is restored into it; {} for anything else."""
+    """Return the settings of an optimizer or a scheduler as built; {} for any other object.
+
+    Call it before anything is restored into the object.
+    """
     inner = plain(thing)
     if isinstance(inner, torch.optim.Optimizer):
-        return {"param_groups": [{key: value for key, value in group.items() if key != "params"} for group in inner.param_groups]}
+        return {
+            "param_groups": [
+                {key: value for key, value in group.items() if key != "params"}
+                for group in inner.param_groups
+            ]
+        }
     return copy.deepcopy(dict(inner.state_dict())) if is_schedule(inner) else {}
 
 
 def is_schedule(thing: Any) -> bool:
-    """Whether it moves learning rates: torch's own, or what says so by the name of its module."""
-    return isinstance(thing, torch.optim.lr_scheduler.LRScheduler) or "scheduler" in type(thing).__module__
+    """Return whether an object is a learning rate scheduler.
+
+    Besides torch's schedulers this is any object whose class comes from a module with "scheduler"
+    in its name.
+    """
+    return (
+        isinstance(thing, torch.optim.lr_scheduler.LRScheduler)
+        or "scheduler" in type(thing).__module__
+    )
 
 
 def other_settings(built: Mapping[str, Any], tracked: Mapping[str, Any]) -> list[str]:
-    """Each setting of a scheduler that a checkpoint has given back otherwise than the program builds it, in words.
+    """Return a text for each scheduler setting that a checkpoint has changed.
 
-    Of an optimizer's the schedule and the loop may have changed any, so they are not compared.
+    The restored value is compared with the value as built. The settings of optimizers are not
+    compared, because the schedule and the loop may have changed any of them.
     """
     said = []
     for name, thing in tracked.items():
         inner = plain(thing)
         if is_schedule(inner) and built.get(name):
-            found = [(path, was, now) for path, was, now, _, key in _differing(name, inner, built[name]) if _is_setting(inner, key)]
-            said += [f"{path}: {_short(was)} in the checkpoint, {_short(now)} as built" for path, was, now in found]
+            found = [
+                (path, was, now)
+                for path, was, now, _, key in _differing(name, inner, built[name])
+                if _is_setting(inner, key)
+            ]
+            said += [
+                f"{path}: {_short(was)} in the checkpoint, {_short(now)} as built"
+                for path, was, now in found
+            ]
     return said
 
 
@@ -54,8 +126,15 @@ def _is_setting(scheduler: Any, key: str) -> bool:
     return type(scheduler).__module__.startswith("torch.") or key in ("", *SETTINGS)
 
 
-def _differing(path: str, scheduler: Any, built: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any, Any, str]]:
-    """Where, the restored and the built value, and which object has it under which name; of the schedulers inside as well."""
+def _differing(
+    path: str, scheduler: Any, built: Mapping[str, Any]
+) -> Iterator[tuple[str, Any, Any, Any, str]]:
+    """Yield the settings that differ, of a scheduler and of the schedulers inside it.
+
+    Yields:
+        The path, the restored value, the value as built, and the object and attribute name where
+        the setting is found (None and "" if it cannot be overridden).
+    """
     values = vars(scheduler)
     inside = [*values.get("_schedulers", ())]
     for at, (part, was_built) in enumerate(zip(inside, built.get("_schedulers", ()), strict=False)):
@@ -65,11 +144,18 @@ def _differing(path: str, scheduler: Any, built: Mapping[str, Any]) -> Iterator[
     for key, now in built.items():
         if key in (*PROGRESS, "_schedulers") or key not in values:
             continue
-        if key == "T_i" and not built.get("T_mult") == values.get("T_mult") == 1:  # grows with each warm restart
+        # It grows with each warm restart.
+        if key == "T_i" and not built.get("T_mult") == values.get("T_mult") == 1:
             continue
-        if key == "lr_lambdas":  # functions, of which nothing but their number is known
+        if key == "lr_lambdas":  # functions: only their number can be compared
             if len(now) != len(values[key]):
-                yield f"{path}.{key}", f"{len(values[key])} functions", f"{len(now)} functions", None, ""
+                yield (
+                    f"{path}.{key}",
+                    f"{len(values[key])} functions",
+                    f"{len(now)} functions",
+                    None,
+                    "",
+                )
         elif _is_plain(now) and _is_plain(values[key]) and values[key] != now:
             yield f"{path}.{key}", values[key], now, scheduler, key
 
@@ -88,18 +174,31 @@ def _short(value: Any) -> str:
 
 
 def apply_override(built: Mapping[str, Any], tracked: Mapping[str, Any]) -> list[str]:
-    """Put the settings that optimizers and schedulers were built with over those that came out of a checkpoint.
+    """Replace the restored settings of optimizers and schedulers by their settings as built.
 
-    `built` holds what `as_built` gave before the restore. A learning rate that a schedule has moved keeps its place in the
-    schedule: it is scaled by new over old initial value. How far a scheduler has come is kept. Returns what changed, in words.
+    A learning rate that a schedule has moved keeps its place in the schedule: it is scaled by the
+    ratio of the new to the old initial value. The progress of schedulers is kept.
+
+    Args:
+        built: the results of `as_built` from before the restore, by name.
+        tracked: the tracked objects by name.
+
+    Returns:
+        A text for each change.
     """
     said = []
     for name, thing in tracked.items():
         if isinstance(plain(thing), torch.optim.Optimizer):
-            for at, (group, fresh) in enumerate(zip(plain(thing).param_groups, built[name]["param_groups"], strict=True)):
+            for at, (group, fresh) in enumerate(
+                zip(plain(thing).param_groups, built[name]["param_groups"], strict=True)
+            ):
                 before = {key: value for key, value in group.items() if key != "params"}
                 group.update(_overridden(before, fresh))
-                said += [f"{name}[{at}].{key}: {before[key]} -> {group[key]}" for key in before if before[key] != group[key]]
+                said += [
+                    f"{name}[{at}].{key}: {before[key]} -> {group[key]}"
+                    for key in before
+                    if before[key] != group[key]
+                ]
         elif is_schedule(plain(thing)) and built.get(name):
             for path, was, now, owner, key in list(_differing(name, plain(thing), built[name])):
                 if owner is not None:
@@ -112,5 +211,7 @@ def _overridden(group: dict[str, Any], fresh: Mapping[str, Any]) -> dict[str, An
     new = {key: value for key, value in fresh.items() if key != "params"}
     old_initial, new_initial = group.get("initial_lr"), fresh.get("initial_lr")
     if old_initial and new_initial is not None:
-        new["lr"] = group["lr"] if new_initial == old_initial else group["lr"] * (new_initial / old_initial)
+        new["lr"] = (
+            group["lr"] if new_initial == old_initial else group["lr"] * (new_initial / old_initial)
+        )
     return new

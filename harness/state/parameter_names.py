@@ -1,9 +1,11 @@
-"""The names of parameters: of which one an optimizer's state is, whatever the order in which they were given to it.
+"""Match optimizer state to parameters by name, whatever order the optimizer received them in.
 
-An optimizer knows its parameters by their numbers alone, and numbers are an accident of the process that gave them: parameter groups made
-of a set come in another order each time. So a checkpoint says what the numbers mean: for each optimizer, group by group, each parameter's
-name, which is that of the tracked object, a dot, and its name in there. Where the names follow from the file itself (all parameters of one
-tracked module, or of several, in their order), they are left out: most files need none.
+An optimizer identifies its parameters by numbers alone, and the numbers depend on the process that
+assigned them: parameter groups made from a set have another order each time. A checkpoint therefore
+records what the numbers mean: for each optimizer, group by group, the name of each parameter. The
+name is that of the tracked object, a dot, and the parameter's name in that object. If the names
+follow from the file itself (all parameters of one tracked module, or of several, in their order),
+they are omitted: most files need none.
 """
 
 from __future__ import annotations
@@ -19,30 +21,50 @@ from torch.nn.parallel import DistributedDataParallel
 
 from harness.distributed.ddp import plain
 
-Names = list[list[str | None]]  # of each parameter, group by group
-SHELLS = ("_orig_mod", "_checkpoint_wrapped_module")  # what torch.compile and activation checkpointing call what they wrap
+Names = list[list[str | None]]  # the name of each parameter, group by group
+# The attribute names of the wrapped module in torch.compile and in activation checkpointing.
+SHELLS = (
+    "_orig_mod",
+    "_checkpoint_wrapped_module",
+)
 
-_last: list[Any] = []  # of `needed`: what was asked, of which parameters, and the answer
+_last: list[Any] = []  # the last call of `needed`: its input, its parameters, and its result
 
 
 def clean_keys(module: nn.Module, keys: Sequence[str]) -> dict[str, str]:
-    """The names of parameters and buffers without those of shells around parts of the module; as they are if two became one."""
+    """Return the names of parameters and buffers without the names of wrappers inside the module.
+
+    If two names would become the same, all names stay as they are.
+
+    Returns:
+        The name without wrappers by the full name.
+    """
     if not any(shell in key for key in keys for shell in (*SHELLS, "module.")):
         return {key: key for key in keys}
-    return _unless_twice({key: _clean(key, dropped) for dropped in [_parallel(module)] for key in keys})
+    return _unless_twice(
+        {key: _clean(key, dropped) for dropped in [_parallel(module)] for key in keys}
+    )
 
 
 def _parallel(module: nn.Module) -> set[str]:
-    """The paths of what parts of a module have wrapped for several ranks, or devices."""
+    """Return the paths of the modules that DDP or DataParallel wrap inside a module."""
     wraps = (nn.DataParallel, DistributedDataParallel)
-    return {f"{path}.module".lstrip(".") for path, part in module.named_modules(remove_duplicate=False) if isinstance(part, wraps)}
+    return {
+        f"{path}.module".lstrip(".")
+        for path, part in module.named_modules(remove_duplicate=False)
+        if isinstance(part, wraps)
+    }
 
 
 def _clean(key: str, dropped: set[str]) -> str:
     if not dropped and not any(shell in key for shell in SHELLS):
         return key
     parts = key.split(".")
-    return ".".join(part for at, part in enumerate(parts) if part not in SHELLS and ".".join(parts[: at + 1]) not in dropped)
+    return ".".join(
+        part
+        for at, part in enumerate(parts)
+        if part not in SHELLS and ".".join(parts[: at + 1]) not in dropped
+    )
 
 
 def _unless_twice(names: dict[str, str]) -> dict[str, str]:
@@ -50,33 +72,54 @@ def _unless_twice(names: dict[str, str]) -> dict[str, str]:
 
 
 def without_shells(module: nn.Module | None, state: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A module's state dict as if no part of it were compiled or wrapped; of a file's, whose module is not known, none compiled."""
-    names = clean_keys(module, list(state)) if module else _unless_twice({key: _clean(key, set()) for key in state})
+    """Return a module's state dict with the names that it has without wrappers.
+
+    For the state dict of a file, whose module is not known (None), only the names of torch.compile
+    and of checkpoint wrappers are removed, not those of DDP and DataParallel.
+    """
+    names = (
+        clean_keys(module, list(state))
+        if module
+        else _unless_twice({key: _clean(key, set()) for key in state})
+    )
     if all(new == key for key, new in names.items()):
         return state
-    made, dropped = OrderedDict((names[key], value) for key, value in state.items()), _parallel(module) if module else set()
-    if hasattr(state, "_metadata"):  # the versions of a module's parts: those of a shell give way to what is inside
-        made._metadata = {_clean(path, dropped): version for path, version in state._metadata.items()}  # type: ignore[attr-defined]
+    made, dropped = (
+        OrderedDict((names[key], value) for key, value in state.items()),
+        _parallel(module) if module else set(),
+    )
+    # The versions of the submodules: that of a wrapped module replaces that of its wrapper.
+    if hasattr(state, "_metadata"):
+        made._metadata = {  # type: ignore[attr-defined]
+            _clean(path, dropped): version for path, version in state._metadata.items()
+        }
     return made
 
 
 def to_live(module: nn.Module, saved: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A saved state dict under the names that the living module has for the same things."""
+    """Return a saved state dict with the names that the live module has for the same entries."""
     own = module.state_dict()
     if all(key in saved for key in own):
         return saved
     live = {clean: key for key, clean in clean_keys(module, list(own)).items()}
-    names = _unless_twice({key: key if key in own else live.get(_clean(key, set()), key) for key in saved})
-    made, dropped = OrderedDict((names[key], value) for key, value in saved.items()), _parallel(module)
+    names = _unless_twice(
+        {key: key if key in own else live.get(_clean(key, set()), key) for key in saved}
+    )
+    made, dropped = (
+        OrderedDict((names[key], value) for key, value in saved.items()),
+        _parallel(module),
+    )
     if hasattr(saved, "_metadata"):
         versions = {_clean(path, set()): version for path, version in saved._metadata.items()}
         mine = own._metadata  # type: ignore[attr-defined]
-        made._metadata = {path: versions.get(_clean(path, dropped), version) for path, version in mine.items()}  # type: ignore[attr-defined]
+        made._metadata = {  # type: ignore[attr-defined]
+            path: versions.get(_clean(path, dropped), version) for path, version in mine.items()
+        }
     return made
 
 
 def parameters_of(tracked: Mapping[str, Any]) -> Iterator[tuple[str, nn.Parameter]]:
-    """Every parameter of the tracked modules with its name, each once a module."""
+    """Yield every parameter of the tracked modules with its name, once per module."""
     for name, thing in tracked.items():
         inner = plain(thing)
         if isinstance(inner, nn.Module):
@@ -86,11 +129,17 @@ def parameters_of(tracked: Mapping[str, Any]) -> Iterator[tuple[str, nn.Paramete
 
 
 def names(tracked: Mapping[str, Any]) -> dict[str, Names]:
-    """For each tracked optimizer the name of each of its parameters; None for what no tracked module holds, and nobody has named."""
+    """Return the parameter names of each tracked optimizer.
+
+    The name is None if no tracked module holds the parameter and the optimizer has no name for it.
+    """
     by_identity: dict[int, str] = {}
     for called, parameter in parameters_of(tracked):
         by_identity.setdefault(id(parameter), called)
-    return {name: [_of_group(group, by_identity) for group in optimizer.param_groups] for name, optimizer in _optimizers(tracked).items()}
+    return {
+        name: [_of_group(group, by_identity) for group in optimizer.param_groups]
+        for name, optimizer in _optimizers(tracked).items()
+    }
 
 
 def _optimizers(tracked: Mapping[str, Any]) -> dict[str, torch.optim.Optimizer]:
@@ -98,27 +147,51 @@ def _optimizers(tracked: Mapping[str, Any]) -> dict[str, torch.optim.Optimizer]:
 
 
 def _of_group(group: Mapping[str, Any], by_identity: Mapping[int, str]) -> list[str | None]:
-    said = group.get("param_names") or [None] * len(group["params"])  # as torch keeps them, given named parameters
+    # torch keeps `param_names` if the optimizer was built from named parameters.
+    said = group.get("param_names") or [None] * len(group["params"])
     pairs = zip(group["params"], said, strict=True)
-    return [by_identity.get(id(parameter), called and _clean(called, set())) for parameter, called in pairs]
+    return [
+        by_identity.get(id(parameter), called and _clean(called, set()))
+        for parameter, called in pairs
+    ]
 
 
 def is_optimizer(thing: Any) -> bool:
-    """Whether it has parameters in groups, as all optimizers of torch's have."""
-    return isinstance(thing, torch.optim.Optimizer) and isinstance(getattr(thing, "param_groups", None), list)
+    """Return whether an object is an optimizer with a list of parameter groups, as in torch."""
+    return isinstance(thing, torch.optim.Optimizer) and isinstance(
+        getattr(thing, "param_groups", None), list
+    )
 
 
 def needed(tracked: Mapping[str, Any], payload: Mapping[str, Any]) -> dict[str, Names]:
-    """What has to be said of names beside the state of what is tracked: those that `derived` would not tell.
+    """Return the names that a checkpoint must record, because `derived` would not return them.
 
-    The last answer is kept: at the next save it is the same, as long as the optimizers have the same parameters.
+    The last result is cached: at the next save it is the same, as long as the optimizers have the
+    same parameters.
     """
-    parameters = [p for optimizer in _optimizers(tracked).values() for group in optimizer.param_groups for p in group["params"]]
+    parameters = [
+        p
+        for optimizer in _optimizers(tracked).values()
+        for group in optimizer.param_groups
+        for p in group["params"]
+    ]
     sizes = numbered(payload)
-    asked = [tuple(tracked), sizes, [len(state) for key, state in payload.items() if key.endswith("_state_dict")]]
-    if not _last or _last[0] != asked or any(known() is not p for known, p in zip(_last[1], parameters, strict=False)):
+    asked = [
+        tuple(tracked),
+        sizes,
+        [len(state) for key, state in payload.items() if key.endswith("_state_dict")],
+    ]
+    if (
+        not _last
+        or _last[0] != asked
+        or any(known() is not p for known, p in zip(_last[1], parameters, strict=False))
+    ):
         found, told = names(tracked), _derived_of(tracked, payload)
-        said = {n: mine for n, mine in found.items() if n in sizes and mine != told.get(n) and (n in told or are_known(mine))}
+        said = {
+            n: mine
+            for n, mine in found.items()
+            if n in sizes and mine != told.get(n) and (n in told or are_known(mine))
+        }
         _last[:] = [asked, [weakref.ref(parameter) for parameter in parameters], said]
     return dict(_last[2])
 
@@ -128,21 +201,39 @@ def _derived_of(tracked: Mapping[str, Any], payload: Mapping[str, Any]) -> dict[
     return derived(payload, modules, {called for called, _ in parameters_of(tracked)})
 
 
-def derived(payload: Mapping[str, Any], modules: Collection[str], parameters: Collection[str]) -> dict[str, Names]:
-    """The names that follow from a checkpoint itself, for each optimizer that has any, if one knows what is a parameter, and no buffer.
+def derived(
+    payload: Mapping[str, Any], modules: Collection[str], parameters: Collection[str]
+) -> dict[str, Names]:
+    """Return the parameter names that follow from a checkpoint itself, by optimizer.
 
-    An optimizer in a file without names is of all parameters of one module, or of several that follow each other, in their order: the
-    first that fit by their number and are not taken yet. Two groups are those with more than one dimension, and the others, if so many
-    are of each.
+    In a file without names an optimizer has all parameters of one module, or of several consecutive
+    modules, in their order. It gets the first modules that fit by the number of parameters and that
+    no other optimizer has. If there are two groups, the first has the parameters with more than one
+    dimension and the second has the others, provided that these counts fit.
+
+    Args:
+        payload: the content of the checkpoint.
+        modules: the names of the tracked modules.
+        parameters: the names of all parameters, which tell parameters from buffers.
+
+    Returns:
+        The names of each optimizer for which such modules exist.
     """
     held = _held(payload, modules, parameters)
     left, told = list(held), dict[str, Names]()
     for name, sizes in numbered(payload).items():
-        runs = (left[start:end] for start in range(len(left)) for end in range(start + 1, len(left) + 1))
-        run = next((run for run in runs if sum(len(held[module]) for module in run) == sum(sizes) > 0), None)
+        runs = (
+            left[start:end] for start in range(len(left)) for end in range(start + 1, len(left) + 1)
+        )
+        run = next(
+            (run for run in runs if sum(len(held[module]) for module in run) == sum(sizes) > 0),
+            None,
+        )
         if run is not None:
             left = [module for module in left if module not in run]
-            told[name] = _in_groups({called: dims for module in run for called, dims in held[module].items()}, sizes)
+            told[name] = _in_groups(
+                {called: dims for module in run for called, dims in held[module].items()}, sizes
+            )
     return told
 
 
@@ -153,14 +244,24 @@ def _in_groups(held: Mapping[str, int], sizes: list[int]) -> Names:
     return [list(called[sum(sizes[:at]) : sum(sizes[: at + 1])]) for at in range(len(sizes))]
 
 
-def _held(payload: Mapping[str, Any], modules: Collection[str], parameters: Collection[str]) -> dict[str, dict[str, int]]:
-    """In the file's order, by module: the name of each parameter of which it has state, and how many dimensions that has."""
+def _held(
+    payload: Mapping[str, Any], modules: Collection[str], parameters: Collection[str]
+) -> dict[str, dict[str, int]]:
+    """Return the saved parameters of each module, in the order of the file.
+
+    Returns:
+        By module, and then by parameter name: the number of dimensions.
+    """
     held: dict[str, dict[str, int]] = {}
     for key, state in payload.items():
         name = key.removesuffix("_state_dict")
         if name in modules:
             clean = {called: f"{name}.{_clean(called, set())}" for called in state}
-            found = {clean[called]: _dims(value) for called, value in state.items() if clean[called] in parameters}
+            found = {
+                clean[called]: _dims(value)
+                for called, value in state.items()
+                if clean[called] in parameters
+            }
             held |= {name: found} if found else {}
     return held
 
@@ -170,22 +271,37 @@ def _dims(value: Any) -> int:
 
 
 def numbered(payload: Mapping[str, Any]) -> dict[str, list[int]]:
-    """For each optimizer in a checkpoint, how many parameters there are in each of its groups."""
+    """Return the number of parameters in each group, for each optimizer in a checkpoint."""
     found = {}
     for key, state in payload.items():
-        groups = state.get("param_groups") if key.endswith("_state_dict") and isinstance(state, Mapping) else None
-        if isinstance(groups, list) and all(isinstance(group, Mapping) and isinstance(group.get("params"), list) for group in groups):
+        groups = (
+            state.get("param_groups")
+            if key.endswith("_state_dict") and isinstance(state, Mapping)
+            else None
+        )
+        if isinstance(groups, list) and all(
+            isinstance(group, Mapping) and isinstance(group.get("params"), list) for group in groups
+        ):
             found[key.removesuffix("_state_dict")] = [len(group["params"]) for group in groups]
     return found
 
 
 def are_known(named: Names | None) -> bool:
-    """Whether every parameter has a name, and no two have the same."""
+    """Return whether there are parameters, each has a name, and all names are different."""
     flat = [name for group in named or () for name in group]
     return bool(flat) and None not in flat and len(set(flat)) == len(flat)
 
 
-def saved_names(tracked: Mapping[str, Any], payload: Mapping[str, Any], *, says_all: bool) -> dict[str, Names]:
-    """The names in a checkpoint, and, if it `says_all` that does not follow from it, those that do."""
+def saved_names(
+    tracked: Mapping[str, Any], payload: Mapping[str, Any], *, says_all: bool
+) -> dict[str, Names]:
+    """Return the parameter names of each optimizer in a checkpoint.
+
+    Args:
+        tracked: the tracked objects by name.
+        payload: the content of the checkpoint.
+        says_all: whether the checkpoint records all names that do not follow from it. If so, the
+            names that follow from it are returned too.
+    """
     said: dict[str, Names] = payload.get("names", {})
     return (_derived_of(tracked, payload) if says_all else {}) | said

@@ -1,26 +1,37 @@
-"""The state of one step, taken while training goes on.
+"""Copy the state of one step in the background while training continues.
 
-Between two updates hardly anything changes what an optimizer owns: its parameters and its own state. So these are copied in the
-background, during the next forward and backward passes, and the next `optimizer.step()` waits until that is done. What else there
-is (buffers change in the forward pass) is copied at once. What is on a GPU is copied on a stream of its own (`crossing`).
+Between two updates hardly anything changes what an optimizer owns: its parameters and its own
+state. These are therefore copied in the background, during the next forward and backward passes,
+and the next `optimizer.step()` waits until the copy has ended. All other state is copied at once,
+because it may change earlier (buffers change in the forward pass). GPU tensors are copied on a side
+stream (`crossing`, a `GpuCopy`). "Steady" in the names of this module means: constant until the
+next update.
 
-Some programs do write to parameters in between: they swap averaged weights in at the head of the loop, say. What PyTorch counts shows in
-a tensor's version. A write behind its back (`parameter.data`) shows only where the copy is compared with something that is known to be of
-the boundary, and that has to be read before the training thread goes on. To read all of it costs half of what a copy does (11 ms beside 15
-for 100 MB, measured), and nothing would be left of copying in the background. So there are three rules:
+Some programs do write to parameters between updates: for example, they swap averaged weights in at
+the head of the loop. A write that PyTorch counts changes the tensor's version. A write that
+bypasses the count (`parameter.data`) can be found only by comparing the copy with data that is
+known to be from the boundary, and that data must be read before the training thread continues.
+Reading all of it costs more than half as much as a copy (11 ms against 15 ms for 100 MB, measured),
+so background copying would gain nothing. There are therefore three rules:
 
-* A state of up to 8 MB is copied whole at the boundary, and of a greater one every tensor of less than 16 KiB: nothing is assumed of them.
-* Of all else eight bytes of each MiB, and of each tensor, are read at the boundary, at an offset that is another one each time, and
-  are looked for in the copy before it is committed. Whoever writes whole tensors, as a swap does, or any run of 1 MiB, is found for
-  certain, whether he undoes it before the update or not; so no file is committed that is half of one and half of another. They are read
-  by their address: to make a tensor that is a view of another takes ten times as long as to read what is there.
-* The first copy of an attempt is made at once and compared whole before the next update: that finds loops which write single elements
-  each time. Those that begin to do so later, and behind PyTorch's back, are found only with `snapshot="checked"`, which does this always.
+* A state of up to 8 MiB is copied whole at the boundary. In a larger state, every tensor of less
+  than 16 KiB is copied at the boundary. Nothing is assumed about these tensors.
+* From all other memory, eight bytes of each MiB, and of each tensor, are read at the boundary, at
+  an offset that differs each time. They are compared with the copy before it is committed. This
+  finds with certainty every write of a whole tensor (as in a swap) or of any run of 1 MiB, whether
+  it is undone before the update or not. So no file is committed that mixes two states. The samples
+  are read by address: making a view of a tensor takes ten times as long as reading the bytes.
+* The first copy of an attempt is made at once and compared whole before the next update. This finds
+  loops that write single elements each time. A loop that begins to do so later, and bypasses
+  PyTorch's count, is found only with `snapshot="checked"`, which compares every copy in this way.
 
-A copy that was written into is dropped, and the state of the next boundary saved in its place, at once, as are all that follow.
+If the state was mutated during the copy, the copy is dropped. The state of the next boundary is
+saved instead, by a copy that is made at once, as are all later ones.
 
-The copy goes to where it will lie in the file: `torch.save` is asked for everything but the tensors' bytes, and where it left room
-for them they are put. So the memory holds the very file that `torch.save` would have written, and is written as it is.
+The copy is placed where it will lie in the file: `torch.save` writes everything but the bytes of
+the tensors into the staging buffer, and the bytes are copied into the gaps that it leaves. The
+buffer then holds exactly the file that `torch.save` would have written, and is written to disk as
+it is.
 """
 
 from __future__ import annotations
@@ -29,52 +40,63 @@ import ctypes
 import random
 import threading
 import time
-from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 
-from harness.state.capturing import is_finite, not_finite, raw
+from harness.state.capturing import is_finite, not_finite
+from harness.state.file_layout import UnsupportedStateError, tensors_in, write_outline
 from harness.state.gpu_copy import GpuCopy
+from harness.state.raw_bytes import Samples, bytes_of, copy, equal, is_same, raw, version_of
 from harness.store.staging_buffer import StagingBuffer
 
-WHOLE_BYTES = 8 << 20  # up to which a state is copied whole at its boundary
-SMALL_BYTES = 16 << 10  # below which a tensor is copied whole at the boundary
-STRIDE_BYTES = 1 << 20  # of so many, of a tensor that is copied later, eight are compared
-WORD_BYTES = 8
-READ_BYTES = 64 << 10  # below which memory is read faster than a tensor for its copy is made
-OFFSETS = random.Random(0)  # of its own: a program's draws are not to be disturbed
+__all__ = ["Snapshot", "UnsupportedStateError"]
 
-
-class UnsupportedStateError(Exception):
-    """The state holds more than plain tensors: it cannot be taken in the background."""
+WHOLE_BYTES = 8 << 20  # a state up to this size is copied whole at its boundary
+SMALL_BYTES = 16 << 10  # a smaller tensor is copied whole at the boundary
+READ_BYTES = 64 << 10  # reading less memory is faster than making a tensor for its copy
+OFFSETS = random.Random(0)  # a separate generator, so that the program's draws stay the same
 
 
 class Snapshot:
-    """The state of one step: made at its boundary, copied in the background, sealed before anything may change."""
+    """The state of one step, captured at its boundary and copied before the next update."""
 
     def __init__(
-        self, payload: Mapping[str, Any], steady: Collection[int], elsewhere: Mapping[int, torch.Tensor] | None = None,
+        self,
+        payload: Mapping[str, Any],
+        steady: Collection[int],
+        elsewhere: Mapping[int, torch.Tensor] | None = None,
         crossing: GpuCopy | None = None,
-    ) -> None:  # fmt: skip
-        """`steady` are the addresses of memory that does not change before the next update; of what is `elsewhere`, on a GPU, the
-        address tells where it belongs. Raises UnevenError."""
-        self.copied = threading.Event()  # or, from a GPU, asked for: `crossing` tells the rest
+    ) -> None:
+        """Register the memory of all tensors in the payload.
+
+        Args:
+            payload: the state as plain data on the CPU.
+            steady: addresses of the memory that is constant until the next update.
+            elsewhere: GPU tensors, by the address of the unfilled CPU memory for their bytes.
+            crossing: makes the device-to-host copies.
+
+        Raises:
+            UnsupportedStateError: if there are tensors that are not plain.
+        """
+        self.copied = threading.Event()  # GPU copies are queued by then, and end in `arrive`
         self.copy_s = 0.0
-        self.places: dict[int, int] = {}  # by address: where in the file
+        self.places: dict[int, int] = {}  # by address: the offset in the file
         self.size_bytes = self.rest_bytes = 0  # of all tensors; of those that are not steady
         self._payload: Any = payload
         self._steady, self._elsewhere = set(steady), dict(elsewhere or {})
         self._crossing = crossing or GpuCopy()
-        self._storages: dict[int, tuple[torch.UntypedStorage, int]] = {}  # by identity, in the order of the file: memory, address
-        self._copies: dict[int, torch.Tensor] = {}  # by address: the copy in the image
-        self._sources: dict[int, torch.Tensor] = {}  # by address: what is copied of it after the boundary
+        # By identity, in the order of the file: memory and address.
+        self._storages: dict[int, tuple[torch.UntypedStorage, int]] = {}
+        self._copies: dict[int, torch.Tensor] = {}  # by address: the copy in the staging buffer
+        self._sources: dict[int, torch.Tensor] = {}  # by address: what a copy was made from
         self._versions: dict[int, tuple[torch.Tensor, int]] = {}  # by address
-        self._taken: dict[int, bytes | torch.Tensor] = {}  # by identity: the bytes of memory that is not steady, at the boundary
-        self._at = OFFSETS.random()  # where in each stride
-        self._small: list[int] = []  # identities of what should be steady, and is copied at the boundary all the same
-        self._samples: list[tuple[list[int], bytes | torch.Tensor]] = []  # of each device: addresses, what there was at the boundary
+        # By identity: the bytes at the boundary of memory that is not steady.
+        self._taken: dict[int, bytes | torch.Tensor] = {}
+        self._at = OFFSETS.random()  # the position of the samples in each stride, from 0 to 1
+        self._small: list[int] = []  # identities of steady memory that is copied at the boundary
+        self._samples: Samples | None = None  # of all other steady memory, at the boundary
         for tensor in tensors_in(payload, []):
             storage = tensor.untyped_storage()
             if (identity := storage._cdata) not in self._storages:
@@ -83,63 +105,82 @@ class Snapshot:
                 self._storages[identity] = storage, address
                 if address in steady:
                     live = self._elsewhere.get(address, tensor)
-                    self._versions[address] = live, _version(live)
+                    self._versions[address] = live, version_of(live)
                 else:
                     self.rest_bytes += size_bytes
         self._crossing.join({source.device for source in self._elsewhere.values()})
 
     @property
     def is_small(self) -> bool:
-        """Whether it can be copied at once without being noticed."""
+        """Return whether copying all at once takes negligible time: at most 8 MiB are steady."""
         return self.size_bytes - self.rest_bytes <= WHOLE_BYTES
 
     def distrust(self) -> None:
-        """Take nothing small for steady, and look at samples of all else. For the training thread, before `copy_rest`."""
+        """Do not treat small tensors as steady, and take samples of all other steady memory.
+
+        The training thread calls it before `copy_rest`.
+        """
         whole_bytes = self.size_bytes + 1 if self.is_small else SMALL_BYTES
-        here, elsewhere = dict[int, bytes](), defaultdict[torch.device, dict[int, torch.Tensor]](dict)
+        in_memory, on_gpus = dict[int, int](), dict[int, torch.Tensor]()
         for identity, (storage, address) in self._storages.items():
             if address not in self._steady:
                 continue
             if (size_bytes := storage.nbytes()) >= whole_bytes:
                 if (live := self._elsewhere.get(address)) is None:
-                    here[address] = _read(address, size_bytes, self._at)
+                    in_memory[address] = size_bytes
                 else:
-                    elsewhere[live.device][address] = _sample(raw(live), self._at)
+                    on_gpus[address] = raw(live)
                 continue
             self._steady.discard(address)
             if self.is_small:
                 self._versions.pop(address, None)
-            else:  # a change of it tells that more has changed
+            else:  # if it changes, other memory has probably changed too
                 self._small.append(identity)
-        self._samples = [(list(of), torch.cat(list(of.values()))) for of in elsewhere.values()]
-        self._samples.append((list(here), b"".join(here.values())))
+        self._samples = Samples(in_memory, on_gpus, self._at)
 
     def _live(self, storage: torch.UntypedStorage, address: int) -> torch.Tensor:
-        """The bytes of what is to be saved, where the program has them."""
-        return raw(self._elsewhere[address]) if address in self._elsewhere else _bytes_of(storage)
+        """Return the live bytes of a piece of memory, on the GPU if they are there."""
+        return raw(self._elsewhere[address]) if address in self._elsewhere else bytes_of(storage)
 
     def _copy_of(self, identity: int) -> bytes | torch.Tensor:
-        """A copy of what is to be saved, as it is just now."""
+        """Return a copy of the present bytes of a piece of memory."""
         storage, address = self._storages[identity]
         if address not in self._elsewhere and storage.nbytes() < READ_BYTES:
             return ctypes.string_at(address, storage.nbytes())
-        return _copy(self._live(storage, address))
+        return copy(self._live(storage, address))
 
     def copy_rest(self) -> None:
-        """Copy what is not steady, at once. For the training thread."""
-        rest = (identity for identity, (_, address) in self._storages.items() if address not in self._steady)
+        """Copy all memory that is not steady at once. The training thread calls it."""
+        rest = (
+            identity
+            for identity, (_, address) in self._storages.items()
+            if address not in self._steady
+        )
         self._taken = {identity: self._copy_of(identity) for identity in rest}
         self._crossing.begin()
 
     def copy_at_once(self, image: StagingBuffer) -> None:
-        """Copy all, in place of `copy_rest` and `copy_into`, before the training thread goes on. Raises as `copy_into`."""
+        """Copy all state at once, instead of `copy_rest` and `copy_into`.
+
+        The training thread calls it.
+
+        Raises:
+            UnsupportedStateError: as `copy_into` raises it.
+            StorageError: as `copy_into` raises it.
+        """
         self._crossing.begin()
         self.copy_into(image)
         self._crossing.hold()
 
     def copy_into(self, image: StagingBuffer) -> None:
-        """Form the file in the image; `copied` is set in the end, whatever comes of it. For the background, after `copy_rest`. Raises
-        UnevenError, StorageError."""
+        """Build the file in the staging buffer, and set `copied` at the end, also after an error.
+
+        The saving thread calls it after `copy_rest`.
+
+        Raises:
+            UnsupportedStateError: if torch.save writes the tensors in an unexpected order.
+            StorageError: if there is not enough memory.
+        """
         began = time.perf_counter()
         try:
             places = self._places(image)
@@ -149,7 +190,9 @@ class Snapshot:
             with self._crossing.copying():
                 for at, identity in places:
                     storage, address = self._storages[identity]
-                    memory = torch.frombuffer(image.memory, dtype=torch.uint8, count=storage.nbytes(), offset=at)
+                    memory = torch.frombuffer(
+                        image.memory, dtype=torch.uint8, count=storage.nbytes(), offset=at
+                    )
                     if isinstance(taken := self._taken.get(identity), bytes):
                         image.memory[at : at + len(taken)] = taken
                     else:
@@ -162,152 +205,92 @@ class Snapshot:
             self.copied.set()
 
     def _places(self, image: StagingBuffer) -> list[tuple[int, int]]:
-        """Let `torch.save` write all but the tensors' bytes into the image; returns where those belong, and of which memory they are."""
-        outline = _Outline()
-        with torch.serialization.skip_data():
-            torch.save(self._payload, outline)  # type: ignore[arg-type]
-        self._payload = None
-        parts = {identity: storage.nbytes() for identity, (storage, _) in self._storages.items() if storage.nbytes()}
-        if [size_bytes for _, size_bytes in outline.holes] != list(parts.values()):
-            raise UnsupportedStateError("torch.save writes the tensors in another order than they are listed in")
-        image.reserve(outline.at)
-        assert image.memory is not None
-        for at, data in outline.written:
-            image.memory[at : at + len(data)] = data
-        return [(at, identity) for (at, _), identity in zip(outline.holes, parts, strict=True)]
+        """Let `torch.save` write all but the tensors' bytes into the staging buffer.
+
+        Returns:
+            The offset in the file and the identity of each piece of memory whose bytes are missing.
+        """
+        payload, self._payload = self._payload, None
+        parts = {
+            identity: storage.nbytes()
+            for identity, (storage, _) in self._storages.items()
+            if storage.nbytes()
+        }
+        offsets = write_outline(payload, list(parts.values()), image)
+        return list(zip(offsets, parts, strict=True))
 
     def arrive(self) -> None:
-        """Wait until all is in the image, and nothing of it still comes from a GPU."""
+        """Wait until the staging buffer is complete and no GPU copy into it is in flight."""
         self.copied.wait()
         self._crossing.arrive()
         self.copy_s = max(self.copy_s, self._crossing.copy_s())
 
     def held_s(self) -> float:
-        """For how long a GPU has waited for copies out of it, in seconds."""
+        """Return for how long GPUs have waited for device-to-host copies, in seconds."""
         return self._crossing.held_s()
 
     def is_torn(self, *, compare: bool) -> bool:
-        """Whether what was taken to be steady has changed while it was copied. Waits for the copy; of what is on a GPU, until it has
-        been asked for: what that computes from now on comes after it.
+        """Return True if a tensor assumed constant changed during the copy.
 
-        What PyTorch knows to have been written to tells by its version; what was written to behind its back (`parameter.data`)
-        only a comparison, for which `compare` asks. For the training thread, before an update.
+        The training thread calls it before an update. It waits for the copy, but only until the
+        device-to-host copies are queued: later work of the GPUs is ordered after them.
+
+        Args:
+            compare: whether to compare the bytes too. A write that PyTorch counts changes the
+                version of the tensor. Only the comparison finds a write that bypasses the count
+                (`parameter.data`). It waits for the device-to-host copies.
         """
         self.copied.wait()
         self._crossing.hold()
-        if any(_version(tensor) != version for tensor, version in self._versions.values()):
+        if any(version_of(tensor) != version for tensor, version in self._versions.values()):
             return True
         if not compare:
             return False
         self.arrive()
         self._crossing.begin()
         fetch = self._crossing.fetch
-        if any(not _is_same(self._copy_of(of), self._taken[of], fetch) for of in self._small):
+        if any(not is_same(self._copy_of(of), self._taken[of], fetch) for of in self._small):
             return True
-        sources = {address: source for address, source in self._sources.items() if address in self._steady}
-        return any(not _equal(self._copies[address], fetch(source)) for address, source in sources.items())
+        sources = {
+            address: source for address, source in self._sources.items() if address in self._steady
+        }
+        return any(
+            not equal(self._copies[address], fetch(source)) for address, source in sources.items()
+        )
 
     def is_stirred(self) -> bool:
-        """Whether what was copied is not what there was at the boundary, by the samples of it. For the background, after `arrive`."""
-        for of, samples in self._samples:
-            known = samples if isinstance(samples, bytes) else self._crossing.fetch(samples).numpy().tobytes()
-            copies = (self._copies[address] for address in of)
-            if b"".join(_read(copy.data_ptr(), len(copy), self._at) for copy in copies) != known:
-                return True
-        return False
+        """Return True if the copy differs from the samples that were taken at the boundary.
+
+        The saving thread calls it after `arrive`.
+        """
+        return self._samples is not None and self._samples.differ(
+            self._copies, self._crossing.fetch
+        )
 
     def check_finite(self, parameters: Mapping[int, tuple[str, torch.dtype]]) -> None:
-        """Raises NonFiniteError if a parameter, which its memory's address tells, is not finite in the copy. For the background."""
-        typed = [(copy, *parameters[address]) for address, copy in self._copies.items() if address in parameters]
+        """Check that all parameters are finite in the copy. The saving thread calls it.
+
+        Args:
+            parameters: name and dtype of each parameter by the address of its memory.
+
+        Raises:
+            NonFiniteError: if a parameter is not finite.
+        """
+        typed = [
+            (copy, *parameters[address])
+            for address, copy in self._copies.items()
+            if address in parameters
+        ]
         if broken := [name for copy, name, dtype in typed if not is_finite(copy.view(dtype))]:
             raise not_finite(broken)
 
     def forget(self) -> None:
-        """Look at live tensors no more."""
-        self._copies, self._sources, self._versions, self._storages, self._elsewhere = {}, {}, {}, {}, {}
-        self._samples, self._small, self._taken, self._payload = [], [], {}, None
-
-
-class _Outline:
-    """A file for `torch.save` that keeps what is written, and where room was left."""
-
-    def __init__(self) -> None:
-        self.at = 0
-        self.written: list[tuple[int, bytes]] = []
-        self.holes: list[tuple[int, int]] = []  # where, how long
-
-    def write(self, data: memoryview) -> int:
-        self.written.append((self.at, bytes(data)))
-        self.at += len(data)
-        return len(data)
-
-    def seek(self, offset: int, whence: int) -> int:
-        self.holes.append((self.at, offset))
-        self.at += offset
-        return self.at
-
-    def flush(self) -> None:
-        pass
-
-
-def tensors_in(value: Any, found: list[torch.Tensor]) -> list[torch.Tensor]:
-    """The tensors of plain data, added to those found, in the order in which pickle comes to them. Raises UnevenError."""
-    if isinstance(value, torch.Tensor):
-        if type(value) is not torch.Tensor or value.layout is not torch.strided or value.is_quantized or not value.is_cpu:
-            raise UnsupportedStateError("there is more in the state than plain tensors, such as sparse or quantized ones")
-        found.append(value)
-    elif isinstance(value, dict | list | tuple):
-        for item in value.values() if isinstance(value, dict) else value:
-            tensors_in(item, found)
-    return found
-
-
-def _copy(source: torch.Tensor) -> torch.Tensor:
-    try:
-        return source.clone()
-    except torch.OutOfMemoryError:  # a GPU that is full is no reason to end training: there is room here
-        return source.cpu()
-
-
-def _words(size_bytes: int, where: float) -> range:
-    """Which words of a memory are looked at: one of each stride, and one at least; `where` in the stride, from 0 to 1."""
-    words, stride = size_bytes // WORD_BYTES, STRIDE_BYTES // WORD_BYTES
-    return range(int(where * min(words, stride)), words, stride)
-
-
-def _read(address: int, size_bytes: int, where: float) -> bytes:
-    """Those words, of memory of this process."""
-    words = _words(size_bytes, where)
-    return memoryview((ctypes.c_int64 * words.stop).from_address(address))[words.start :: words.step].tobytes()
-
-
-def _sample(run: torch.Tensor, where: float) -> torch.Tensor:
-    """Those words of a run of bytes, wherever it is; of a copy, if words may not begin where the run does."""
-    whole = run[: len(run) // WORD_BYTES * WORD_BYTES]
-    if whole.storage_offset() % WORD_BYTES or whole.data_ptr() % WORD_BYTES:
-        whole = whole.clone()
-    words = _words(len(run), where)
-    return whole.view(torch.int64)[words.start :: words.step]
-
-
-def _is_same(now: bytes | torch.Tensor, then: bytes | torch.Tensor, fetch: Callable[[torch.Tensor], torch.Tensor]) -> bool:
-    if isinstance(now, bytes) or isinstance(then, bytes):
-        return now == then
-    return _equal(fetch(now), fetch(then))
-
-
-def _bytes_of(storage: torch.UntypedStorage) -> torch.Tensor:
-    return torch.empty(0, dtype=torch.uint8, device="cpu").set_(storage)
-
-
-def _version(tensor: torch.Tensor) -> int:
-    """How often PyTorch has seen it written to; those that were made for inference do not count it."""
-    return 0 if tensor.is_inference() else tensor._version
-
-
-def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether two runs of bytes are the same; eight at a time where they may be, as comparing single ones takes eight times as long."""
-    whole = len(a) // 8 * 8
-    if all(run.data_ptr() % 8 == 0 and run.storage_offset() % 8 == 0 for run in (a, b)):
-        return torch.equal(a[:whole].view(torch.int64), b[:whole].view(torch.int64)) and torch.equal(a[whole:], b[whole:])
-    return torch.equal(a, b)
+        """Drop all references to live tensors."""
+        self._copies, self._sources, self._versions, self._storages, self._elsewhere = (
+            {},
+            {},
+            {},
+            {},
+            {},
+        )
+        self._samples, self._small, self._taken, self._payload = None, [], {}, None

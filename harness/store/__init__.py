@@ -1,34 +1,50 @@
-"""A place that keeps a run's files: a directory, or a URL that fsspec opens. The only door to file systems and to fsspec.
+"""Store a run's files in a local directory or at a URL that fsspec opens.
 
-The contract, whatever the store:
+All other packages access a run's files and fsspec through this one. Every store keeps this
+contract:
 
-* A key is a relative path with forward slashes. What is written under a key appears whole or not at all, and is durable
-  when the call returns.
-* `create` is exclusive: of any number of rivals exactly one succeeds, also when a reply is lost.
-* `entries` either returns everything that is there or raises; an unreachable store never looks like an empty one.
-* Any failure of the medium is a `StorageError` that names the key and what the medium said.
+* A key is a relative path with forward slashes. A file appears under its key whole or not at all,
+  and it is durable when the call returns.
+* `create` is exclusive: of any number of concurrent callers exactly one succeeds, even if a reply
+  is lost.
+* `entries` either returns every file or raises. An unreachable store never looks like an empty one.
+* Any failure of the medium raises a `StorageError` that names the key and the error of the medium.
 
-What happens when something goes wrong with a remote store (`remote.py`, `../retry.py`; the run's side is `../run/uploader.py`):
+Faults of a remote store and their handling (`remote.py`, `../retry.py`; on the run's side
+`../saving/uploader.py`):
 
-    the fault                                      what follows
-    500, 502, 503, 504, 429, SlowDown, time-outs   tried again, exponential waits with full jitter, until `store.wait_s` (a minute
-    resets, a reply cut short                      for a background upload) is over; each try is an event, a person reads one line
-    a lost reply of an exclusive create            the second try finds the key taken: read back, ours if it is ours to the byte
-    a lost reply of the last part                  what has arrived is compared: size, and the server's checksum or the bytes
-    a body damaged on its way up                   refused by the server by its MD5 and sent again; or found by the comparison
-    a body damaged on its way down, a torn read    the checkpoint's digest does not match: read again once, then the next older
-    expired credentials                            read anew from the environment, once
-    no such bucket, access denied, bad keys,       at once, in words, exit 78; in the middle of a run training goes on, and the
-    a clock that is far off                        upload is tried again every ten seconds
-    unreachable at the start                       waited for, then exit 74; never step 0
-    unreachable in the middle                      training goes on, checkpoints stay in run.dir; afterwards the newest, the best and
-                                                   every n-th are uploaded, not those that were overtaken
-    unreachable at the end                         waited for, then exit 74 and where the checkpoint lies; the next start uploads it
-    killed between data and manifest, or in parts  there is no checkpoint; `harness prune` finds what is left
-    another attempt has begun                      seen before each manifest: exit 76. Seen too late: cut off by the lineage
-    a store that ignores If-None-Match             found out before each attempt's claim: exit 78
-    an object damaged, cut short, gone, replaced   passed over for the other store's copy, then the next older; marked
-    a stale listing                                no cache is used
+    500, 502, 503, 504, 429, SlowDown,      The request is retried with exponential waits and full
+    time-outs, connection resets, a reply   jitter until `store.wait_s` (a minute for a background
+    that is cut short                       upload) is over. Each retry is an event; one line is
+                                            printed for the user.
+    lost reply of an exclusive create       The retry finds the key taken. The object is read back
+                                            and counts as created if the bytes are identical.
+    lost reply of the last part             The stored object is compared: its size, and the
+                                            server's checksum or the bytes.
+    body damaged during the upload          The server rejects it by its checksum and it is sent
+                                            again, or the comparison finds the damage.
+    body damaged during the download,       The digest of the checkpoint does not match. It is read
+    mix of two versions                     once more; then the next older checkpoint is used.
+    expired credentials                     They are read again from the environment, once.
+    no such bucket, access denied, bad      The start fails at once with a message, exit 78. During
+    keys, clock that is far off             a run training continues, and the upload is retried
+                                            every ten seconds.
+    unreachable at the start                The run waits, then exits with 74. It never starts at
+                                            step 0.
+    unreachable during the run              Training continues and checkpoints stay in run.dir.
+                                            Afterwards the newest, the best and every n-th are
+                                            uploaded, but not those that were superseded.
+    unreachable at the end                  The run waits, then exits with 74 and prints the path of
+                                            the checkpoint. The next start uploads it.
+    killed between data and manifest, or    There is no checkpoint. `harness prune` finds the
+    during a multipart upload               remains.
+    another attempt has begun               Detected before each manifest is written: exit 76. If it
+                                            is detected too late, the lineage excludes the
+                                            checkpoint.
+    store that ignores If-None-Match        Detected before each attempt's claim: exit 78.
+    object damaged, truncated, missing or   The copy of the other store is used, then the next older
+    replaced                                checkpoint. The damaged copy is marked.
+    stale listing                           Does not occur: no cache is used.
 """
 
 from __future__ import annotations
@@ -62,23 +78,32 @@ __all__ = [
     "keep",
     "open_store",
     "redacted",
-]  # fmt: skip
+]
 
-DEFAULT_WAIT_S = 300.0
+DEFAULT_WAIT_S = 300.0  # retry limit of a request in seconds
 
 
 def is_url(text: str) -> bool:
+    """Return True if the text is a URL, not a path."""
     return "://" in text
 
 
 def check_url(url: str) -> str | None:
-    """What is wrong with the URL of a store, or None. What it says is safe to print."""
+    """Return the form that a store's URL should have if it is invalid, else None.
+
+    The returned text contains nothing of the URL and is safe to print.
+    """
     parts = urlsplit(url)
     if not re.fullmatch(r"[a-z][a-z0-9+.-]*", parts.scheme) or not is_url(url):
         return "a URL like s3://bucket/prefix"
-    has_password = "@" in parts.netloc + parts.path or (":" in parts.netloc and parts.scheme in ("s3", "s3a"))
+    has_password = "@" in parts.netloc + parts.path or (
+        ":" in parts.netloc and parts.scheme in ("s3", "s3a")
+    )
     if has_password or parts.query or parts.fragment:
-        return "a URL without credentials or options: those come from the environment (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL …)"
+        return (
+            "a URL without credentials or options: those come from the environment "
+            "(AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL …)"
+        )
     if not parts.netloc and parts.scheme not in ("file", "local", "memory"):
         return "a URL with a bucket: s3://bucket/prefix"
     if any(part in (".", "..") for part in parts.path.split("/")):
@@ -87,23 +112,31 @@ def check_url(url: str) -> str | None:
 
 
 def open_store(place: str | Path, wait_s: float = DEFAULT_WAIT_S) -> Store:
-    """The store at a path or a URL, without asking whether anything is there; `wait_s` is for how long a request is tried.
+    """Return the store at a path or URL, without checking that it exists.
 
-    Raises UsageError for a URL that no store can be opened with.
+    Args:
+        place: Path or URL of the store.
+        wait_s: Retry limit of each request to a remote store in seconds.
+
+    Raises:
+        UsageError: The URL is invalid, or no store can be opened with it.
     """
     text = str(place)
     if not is_url(text):
         return LocalStore(text)
     if problem := check_url(text):
         raise UsageError(f"{redacted(text)} is not a place for a run", f"expected: {problem}")
-    if urlsplit(text).scheme in ("file", "local"):  # fsspec would overwrite what is to be created, and write in place
+    # fsspec's local file system overwrites on an exclusive create, and writes in place.
+    if urlsplit(text).scheme in ("file", "local"):
         return LocalStore(unquote(text.partition("://")[2]))
-    from harness.store.remote import RemoteStore  # takes half a second to import, which a local run need not pay
+    # Imported here because it takes half a second, which a local run does not need to spend.
+    from harness.store.remote import RemoteStore
 
     return RemoteStore(text, _bucket(text), wait_s)
 
 
 def _bucket(url: str) -> ObjectClient:
+    """Return the client for a URL. Raises UsageError if fsspec cannot open it."""
     if urlsplit(url).scheme in ("s3", "s3a"):
         from harness.store.s3_client import S3Client
 
@@ -113,4 +146,8 @@ def _bucket(url: str) -> ObjectClient:
     try:
         return FsspecClient(url)
     except (ImportError, ValueError) as error:
-        raise UsageError(f"{url} cannot be opened", f"found: {error}", "Install the package that fsspec needs for it.") from None
+        raise UsageError(
+            f"{url} cannot be opened",
+            f"found: {error}",
+            "Install the package that fsspec needs for it.",
+        ) from None

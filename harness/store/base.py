@@ -1,4 +1,4 @@
-"""What every store is: the contract, and what its implementations share."""
+"""Define the store interface and the parts that all stores share."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ if TYPE_CHECKING:
     from harness.store.staging_buffer import StagingBuffer
 
 CHUNK_BYTES = 4 << 20
+# The name of a temporary file carries the number of the attempt that wrote it.
 TEMP = re.compile(r"^.+\.tmp-(?P<attempt>[0-9]+)-[0-9a-f]+\Z")
-SET_ASIDE = ".damaged"
+SET_ASIDE = ".damaged"  # suffix of a damaged file, or of the mark for one
 
 
 @dataclass(frozen=True)
@@ -34,29 +35,45 @@ class Entry:
 
 
 class Seekable(io.RawIOBase):
-    """Something of a known size as a file to read from anywhere; `span` gives the bytes of a range."""
+    """A read-only, seekable file of known size.
+
+    Args:
+        size_bytes: Size of the file in bytes.
+        span: Function that returns the bytes from a start offset up to, excluding, an end offset.
+    """
 
     def __init__(self, size_bytes: int, span: Callable[[int, int], bytes]) -> None:
         self.size_bytes, self.span, self.at = size_bytes, span, 0
-        self.failure: HarnessError | None = None  # torch.load hides it behind an error of its own
+        # Keep the original error: torch.load replaces it with an error of its own.
+        self.failure: HarnessError | None = None
 
     def readable(self) -> bool:
+        """Return True: the file can be read."""
         return True
 
     def seekable(self) -> bool:
+        """Return True: the file can be read from any offset."""
         return True
 
     def tell(self) -> int:
+        """Return the current offset in bytes."""
         return self.at
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        target = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.at, io.SEEK_END: self.size_bytes}[whence]
+        """Move to an offset and return it. Raises OSError if it would be negative."""
+        target = (
+            offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.at, io.SEEK_END: self.size_bytes}[whence]
+        )
         if target < 0:
             raise OSError(errno.EINVAL, f"cannot seek to {target}")
         self.at = target
         return self.at
 
     def readinto(self, buffer: Any) -> int:
+        """Fill `buffer` from the current offset and return the number of bytes read, 0 at the end.
+
+        A HarnessError of `span` is also kept in `failure`.
+        """
         end = self.end_for(len(buffer))
         if end <= self.at:
             return 0
@@ -70,34 +87,46 @@ class Seekable(io.RawIOBase):
         return len(data)
 
     def end_for(self, wanted_bytes: int) -> int:
-        """Where a read of so many bytes ends."""
+        """Return the offset at which a read of `wanted_bytes` bytes ends."""
         return min(self.at + wanted_bytes, self.size_bytes)
 
 
 class Sink(io.RawIOBase):
-    """A file being written: counts and digests what passes through, and appears under its key only on `commit`.
+    """A file being written, which appears under its key only on `commit`.
 
-    It is a context manager: leaving the block without `commit`, or by an exception, leaves nothing behind.
+    The sink counts the bytes written and computes their BLAKE3 digest. It is a context manager:
+    leaving the block without `commit`, or by an exception, leaves nothing behind.
     """
 
     def __init__(self, key: str) -> None:
         self.key = key
         self.size_bytes = 0
-        self.failure: StorageError | None = None  # torch.save hides what `write` raises behind a RuntimeError of its own
+        # Keep the original error: torch.save replaces it with a RuntimeError of its own.
+        self.failure: StorageError | None = None
         self._digest = blake3()
 
     def __enter__(self) -> Sink:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.discard()
         self.close()
 
     def writable(self) -> bool:
+        """Return True: the file can be written."""
         return True
 
     def write(self, data: object) -> int:
-        """Append all of `data`, a bytes-like object; returns its length in bytes. Raises StorageError."""
+        """Append all of `data`, a bytes-like object, and return its length in bytes.
+
+        Raises:
+            StorageError: The data cannot be written; the error is also kept in `failure`.
+        """
         view = memoryview(data).cast("B")  # type: ignore[arg-type]
         try:
             self.take(view)
@@ -112,103 +141,160 @@ class Sink(io.RawIOBase):
         return len(view)
 
     def pour(self, image: StagingBuffer, write: Callable[[StagingBuffer, Path], str]) -> None:
-        """Take an image as the whole of the file. `write(image, path)` writes it to a local file, and returns its digest; a file that
-        is no local one takes it piece by piece. Raises StorageError."""
+        """Write a staging buffer as the whole content of the file.
+
+        Args:
+            image: The staging buffer.
+            write: Function that writes the buffer to a local path and returns its digest. A local
+                sink calls it; any other sink writes the buffer piece by piece instead.
+
+        Raises:
+            StorageError: The file cannot be written.
+        """
         for chunk in image.chunks():
             self.write(chunk)
 
     def digest(self) -> str:
+        """Return the digest of the bytes written so far, as "blake3:" and hex digits."""
         return f"blake3:{self._digest.hexdigest()}"
 
     def take(self, view: memoryview) -> None:
-        """Keep all of `view`, which is valid during this call only."""
+        """Store all bytes of `view`, which is valid only during this call."""
         raise NotImplementedError
 
     def commit(self, *, exclusive: bool = False) -> None:
-        """Make what was written durable and let it appear under its key, `exclusive`ly if so asked.
+        """Make the written bytes durable and let the file appear under its key.
 
-        Raises FileExistsError when `exclusive` and the key is taken, StorageError on any other failure.
+        Args:
+            exclusive: Fail if a file exists under the key, instead of replacing it.
+
+        Raises:
+            FileExistsError: `exclusive` is set and the key is taken.
+            StorageError: Any other failure.
         """
         raise NotImplementedError
 
     def discard(self) -> None:
-        """Leave nothing of an upload or a temporary file behind; after `commit` it does nothing. Raises nothing."""
+        """Remove an uncommitted upload or temporary file.
+
+        The method does nothing after `commit` and never raises.
+        """
         raise NotImplementedError
 
 
 class Store(abc.ABC):
-    """A place that keeps a run's files; see the package's docstring for what all of them promise."""
+    """A directory or URL that holds a run's files; the package docstring states the contract."""
 
     is_local = False
 
     @abc.abstractmethod
     def where(self, key: str) -> str:
-        """The path or URL of a key, for people. Raises StorageError for a key that leads out of the store."""
+        """Return the path or URL of a key, for messages.
+
+        Raises:
+            StorageError: The key leads out of the store.
+        """
 
     def patient(self, limit_s: float, give_up: Callable[[], object] = lambda: None) -> Store:
-        """The same store, with each request tried for `limit_s` seconds, or until `give_up` returns something true."""
-        return self  # a disk is asked once
+        """Return the same store with another retry limit.
 
-    def listen(self, on_trouble: Callable[[str, RetryEvent], object], on_success: Callable[[], object]) -> None:  # noqa: B027 - a disk has nothing to tell
-        """Tell of each failure that is tried again, and of each request that worked, from whichever thread makes it."""
+        A remote store retries each request for `limit_s` seconds, or until `give_up` returns a true
+        value. A local store does not retry and returns itself.
+        """
+        return self
+
+    def listen(  # noqa: B027 - a local store reports nothing
+        self, on_trouble: Callable[[str, RetryEvent], object], on_success: Callable[[], object]
+    ) -> None:
+        """Set the callbacks for request failures that are retried and for requests that succeed.
+
+        They are called from the thread that makes the request. A local store never calls them.
+        """
 
     @abc.abstractmethod
     def entries(self, folder: str) -> list[Entry]:
-        """Every file directly in `folder`, sorted by key; links are not followed. Empty if there is no folder."""
+        """Return every file directly in `folder`, sorted by key.
+
+        The list is empty if there is no such folder. Symbolic links are not followed.
+        """
 
     @abc.abstractmethod
     def exists(self, key: str) -> bool:
-        """Whether there is a file under this key now."""
+        """Return whether there is a file under this key now."""
 
     @abc.abstractmethod
     def read(self, key: str) -> bytes:
-        """The whole of a small file. Raises FileNotFoundError if it is not there."""
+        """Return the content of a small file. Raises FileNotFoundError if it does not exist."""
 
     def read_once(self, key: str) -> bytes:
-        """As `read`, for a record that never changes: a store that takes long to ask may remember it."""
+        """Return the content of a record that never changes; a remote store may cache it."""
         return self.read(key)
 
     @abc.abstractmethod
     def open(self, key: str) -> BinaryIO:
-        """Open for reading, for seeking too. Raises FileNotFoundError if it is not there or is not a regular file."""
+        """Open a file for reading and seeking.
+
+        Raises:
+            FileNotFoundError: The file does not exist or is not a regular file.
+        """
 
     @abc.abstractmethod
     def chunks(self, key: str, start: int = 0) -> Iterator[bytes]:
-        """A large file from `start` on, in order, piece by piece. Raises FileNotFoundError if it is not there."""
+        """Yield the content of a large file from offset `start` on, in order, in pieces.
+
+        Raises:
+            FileNotFoundError: The file does not exist.
+        """
 
     @abc.abstractmethod
     def writer(self, key: str, attempt: int) -> Sink:
-        """A context manager to write a file of any size; see `Sink`."""
+        """Return a context manager that writes a file of any size; see `Sink`."""
 
     def write(self, key: str, data: bytes, attempt: int) -> None:
-        """Write a small file whole, replacing what was there."""
+        """Write a small file, replacing a file that exists under the key."""
         with self.writer(key, attempt) as sink:
             sink.write(data)
             sink.commit()
 
     @abc.abstractmethod
     def create(self, key: str, data: bytes, attempt: int) -> None:
-        """Write a small file that must not exist yet. Raises FileExistsError if the key is taken by anything but `data`."""
+        """Write a small file that must not exist yet.
+
+        Raises:
+            FileExistsError: The key is taken. A remote store accepts an object that holds exactly
+                `data`, since the reply to its own first request may have been lost.
+        """
 
     @abc.abstractmethod
     def delete(self, key: str) -> None:
-        """Delete a file durably; one that is gone already is no error."""
+        """Delete a file durably; a file that does not exist is no error."""
 
     @abc.abstractmethod
     def set_aside(self, keys: Sequence[str]) -> None:
-        """Take the files of a damaged checkpoint, manifest first, out of the run without losing them."""
+        """Mark or rename the files of a damaged checkpoint, manifest first; delete nothing.
+
+        A local store renames them, so that they are no longer found. A remote store adds a mark.
+        """
 
     @abc.abstractmethod
     def prepare(self, folders: tuple[str, ...]) -> None:
-        """Make the folders, durably. Only at the start of an attempt: a run directory that vanishes is not made anew."""
+        """Create the folders durably.
+
+        Call it only at the start of an attempt: a run directory that vanishes later must not be
+        recreated.
+        """
 
     @abc.abstractmethod
     def sweep(self, folders: tuple[str, ...], below_attempt: int) -> list[str]:
-        """Delete the temporary files that attempts before `below_attempt` left; returns their keys."""
+        """Delete temporary files of attempts before `below_attempt` and return their keys."""
 
 
 def delete_all(store: Store, keys: Sequence[str]) -> None:
-    """Delete as many of these files as can be. Raises StorageError, the first, if one cannot."""
+    """Delete the files, continuing after a failure.
+
+    Raises:
+        StorageError: The first failure, after every deletion was tried.
+    """
     failed = []
     for key in keys:
         try:
@@ -220,21 +306,37 @@ def delete_all(store: Store, keys: Sequence[str]) -> None:
 
 
 def check_key(store: object, key: str) -> list[str]:
-    """The parts of a key. Raises StorageError for one that leads out of the store."""
+    """Split a key into its parts. Raises StorageError if the key leads out of the store."""
     parts = key.split("/")
-    if not all(parts) or key.startswith("/") or any(part in (".", "..") for part in parts) or "\0" in key:
-        raise StorageError(f"{store}: {key!r} is not a key of this store", remedy="Keys are relative paths without '..'.")
+    if (
+        not all(parts)
+        or key.startswith("/")
+        or any(part in (".", "..") for part in parts)
+        or "\0" in key
+    ):
+        raise StorageError(
+            f"{store}: {key!r} is not a key of this store",
+            remedy="Keys are relative paths without '..'.",
+        )
     return parts
 
 
 def in_words(verb: str, what: str, error: OSError) -> StorageError:
-    """What the medium said, and what to do about it."""
-    return StorageError(f"cannot {verb} {what}: {error.strerror or error}", f"found: errno {error.errno}", REMEDY.get(error.errno or 0, ""))
+    """Convert an OSError to a StorageError that names the operation, the error and a remedy."""
+    return StorageError(
+        f"cannot {verb} {what}: {error.strerror or error}",
+        f"found: errno {error.errno}",
+        REMEDY.get(error.errno or 0, ""),
+    )
 
 
 REMEDY = {
-    errno.ENOSPC: "The disk is full: free some space, or keep fewer checkpoints (checkpoint.keep_last).",
-    errno.EDQUOT: "The quota is used up: free some space, or keep fewer checkpoints (checkpoint.keep_last).",
+    errno.ENOSPC: (
+        "The disk is full: free some space, or keep fewer checkpoints (checkpoint.keep_last)."
+    ),
+    errno.EDQUOT: (
+        "The quota is used up: free some space, or keep fewer checkpoints (checkpoint.keep_last)."
+    ),
     errno.EROFS: "The file system is read-only: choose another run.dir, or mount it for writing.",
     errno.EACCES: "No permission: choose another run.dir, or ask for the right to write there.",
     errno.EPERM: "No permission: choose another run.dir, or ask for the right to write there.",

@@ -1,4 +1,4 @@
-"""What an object store must be able to do, in single requests that may fail."""
+"""Define the interface of an object-store client: single requests, each of which may fail."""
 
 from __future__ import annotations
 
@@ -8,17 +8,21 @@ from typing import Protocol
 
 
 class MissingError(FileNotFoundError):
-    """There is no such object, or no such upload."""
+    """The object or the multipart upload does not exist."""
 
 
 class TakenError(FileExistsError):
-    """The key of an exclusive request exists."""
+    """The key of an exclusive put already exists."""
 
 
 @dataclass(frozen=True)
 class Found:
-    """An object as the server tells of it. `tag` is its checksum in the server's spelling, or "" if it tells none; `version` tells it from
-    what may lie under its key later, "" if the server tells nothing that does."""
+    """An object as the server reports it.
+
+    `tag` is the object's checksum in the server's notation, or "" if the server reports none.
+    `version` distinguishes the object from one that is later stored under the same key; it is "" if
+    the server reports nothing that does.
+    """
 
     key: str
     size_bytes: int
@@ -28,7 +32,11 @@ class Found:
 
 @dataclass(frozen=True)
 class Part:
-    """One part of an upload: its number from 1 on, what the server calls it, its digest, and the checksum that was sent with it, if any."""
+    """One part of a multipart upload.
+
+    `number` counts from 1, `tag` is the server's name for the part, `digest` is the digest of its
+    bytes, and `checksum` is the checksum that was sent with it, or "".
+    """
 
     number: int
     tag: str
@@ -38,7 +46,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Unfinished:
-    """An upload that was begun and never completed."""
+    """A multipart upload that was begun and neither completed nor aborted."""
 
     key: str
     id: str
@@ -46,26 +54,124 @@ class Unfinished:
 
 
 class ObjectClient(Protocol):
-    """One request a method, each given the seconds that it may take. Errors are the library's own, but for MissingError and TakenError."""
+    """A client whose methods each perform one operation, without retries.
 
-    parallel: int  # how many parts may be on their way at once
-    tells_tags: bool  # whether `head` tells a checksum that can be compared, or says "" where the server has compared it
+    `limit_s` is the time limit of a method in seconds. Methods raise the errors of the underlying
+    library, except for MissingError, TakenError and ChangedError.
+    """
 
-    def renew(self) -> None: ...
-    def now(self, limit_s: float) -> datetime.datetime: ...
-    def list_page(self, folder: str, token: str | None, limit_s: float) -> tuple[list[Found], str | None]: ...
-    def head(self, key: str, limit_s: float) -> Found | None: ...
-    def get(self, key: str, start: int, end: int | None, limit_s: float, version: str = "") -> bytes: ...
+    # The number of parts that may be in flight at once.
+    parallel: int
+    # True if `head` reports a checksum that can be compared with the expected tag, or "" for an
+    # object whose content the server has verified itself.
+    tells_tags: bool
+
+    def renew(self) -> None:
+        """Read the credentials again."""
+        ...
+
+    def now(self, limit_s: float) -> datetime.datetime:
+        """Return the time of the server's clock."""
+        ...
+
+    def list_page(
+        self, folder: str, token: str | None, limit_s: float
+    ) -> tuple[list[Found], str | None]:
+        """Return one page of the objects directly in `folder` and the token of the next page."""
+        ...
+
+    def head(self, key: str, limit_s: float) -> Found | None:
+        """Return the metadata of an object, or None if it does not exist."""
+        ...
+
+    def get(
+        self, key: str, start: int, end: int | None, limit_s: float, version: str = ""
+    ) -> bytes:
+        """Return the bytes of an object from `start` up to, excluding, `end`.
+
+        Args:
+            key: Key of the object.
+            start: First byte offset.
+            end: Byte offset after the last byte, or None for the end of the object.
+            limit_s: Time limit of the request in seconds.
+            version: Expected version, or "" for any.
+
+        Raises:
+            MissingError: The object does not exist.
+            ChangedError: The object is another version, if the client supports conditional reads.
+        """
+        ...
+
     def check_version(self, key: str, version: str, limit_s: float) -> None:
-        """Raises ChangedError if an object whose bytes have come is another version by now. A question of its own: if it gets no answer,
-        the bytes are not asked for again."""
+        """Check that an object is still the given version after its bytes were read.
 
-    def put(self, key: str, data: bytes, exclusive: bool, limit_s: float) -> str: ...
-    def delete(self, key: str, limit_s: float) -> None: ...
-    def begin(self, key: str, limit_s: float) -> str: ...
-    def part_bytes(self, number: int) -> int: ...
-    def part(self, key: str, upload: str, number: int, data: bytes, limit_s: float) -> Part: ...
-    def complete(self, key: str, upload: str, parts: list[Part], limit_s: float) -> str: ...
-    def tag_of(self, parts: list[Part]) -> str: ...
-    def abort(self, key: str, upload: str, limit_s: float) -> None: ...
-    def unfinished(self, limit_s: float) -> list[Unfinished]: ...
+        This is a request of its own, so that a failure of it does not cause the bytes to be read
+        again.
+
+        Raises:
+            ChangedError: The object is another version by now.
+        """
+
+    def put(self, key: str, data: bytes, exclusive: bool, limit_s: float) -> str:
+        """Upload an object in one request and return the tag that it should have.
+
+        Args:
+            key: Key of the object.
+            data: Content of the object.
+            exclusive: Fail if an object exists under the key.
+            limit_s: Time limit of the request in seconds.
+
+        Raises:
+            TakenError: `exclusive` is set and the key exists.
+        """
+        ...
+
+    def delete(self, key: str, limit_s: float) -> None:
+        """Delete an object."""
+        ...
+
+    def begin(self, key: str, limit_s: float) -> str:
+        """Begin a multipart upload and return its id."""
+        ...
+
+    def part_bytes(self, number: int) -> int:
+        """Return the size in bytes of part `number`, from 1 on; the last part may be smaller."""
+        ...
+
+    def part(self, key: str, upload: str, number: int, data: bytes, limit_s: float) -> Part:
+        """Upload one part.
+
+        Args:
+            key: Key of the object.
+            upload: Id that `begin` returned.
+            number: Number of the part, counted from 1.
+            data: Content of the part.
+            limit_s: Time limit of the request in seconds.
+        """
+        ...
+
+    def complete(self, key: str, upload: str, parts: list[Part], limit_s: float) -> str:
+        """Complete a multipart upload, so that the object appears; return the tag it should have.
+
+        Args:
+            key: Key of the object.
+            upload: Id that `begin` returned.
+            parts: All parts, in order.
+            limit_s: Time limit of the request in seconds.
+
+        Raises:
+            MissingError: The upload no longer exists: it was completed or aborted.
+        """
+        ...
+
+    def tag_of(self, parts: list[Part]) -> str:
+        """Return the tag of an object that was uploaded in these parts."""
+        ...
+
+    def abort(self, key: str, upload: str, limit_s: float) -> None:
+        """Abort a multipart upload."""
+        ...
+
+    def unfinished(self, limit_s: float) -> list[Unfinished]:
+        """Return the multipart uploads that were begun and never completed."""
+        ...

@@ -1,4 +1,4 @@
-"""What a remote store's refusal means, in words; never with anything secret in it."""
+"""Convert errors of a remote store to StorageError, with a remedy and without credentials."""
 
 from __future__ import annotations
 
@@ -11,10 +11,17 @@ from harness.errors import RefusedError, StorageError
 from harness.retry import answer, causes, is_transient
 
 SECRETS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_SECURITY_TOKEN")
-CREDENTIALS = "Check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or the machine's role."
+CREDENTIALS = (
+    "Check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or the machine's role."
+)
 REMEDIES = {
-    "NoSuchBucket": "Create the bucket, or mend the name in run.remote. Is AWS_ENDPOINT_URL the right server?",
-    "AccessDenied": "Ask for the rights to list, get, put and delete objects under this prefix, and to abort uploads.",
+    "NoSuchBucket": (
+        "Create the bucket, or mend the name in run.remote. Is AWS_ENDPOINT_URL the right server?"
+    ),
+    "AccessDenied": (
+        "Ask for the rights to list, get, put and delete objects under this prefix, "
+        "and to abort uploads."
+    ),
     "InvalidAccessKeyId": CREDENTIALS,
     "SignatureDoesNotMatch": CREDENTIALS,
     "NoCredentialsError": CREDENTIALS,
@@ -29,7 +36,16 @@ REMEDIES = {
 
 
 def explained(what: str, error: BaseException) -> StorageError:
-    """A StorageError, or a RefusedError if trying again would not help."""
+    """Convert an error to a StorageError, or to a RefusedError if a retry would not help.
+
+    A RefusedError is returned for every error that has a remedy in `REMEDIES`, and for status 400,
+    401 and 403 unless the error is transient. A 404 without a specific code means a missing bucket,
+    since a missing object is handled before.
+
+    Args:
+        what: The failed operation and its object, for the message.
+        error: The error of the client library.
+    """
     status, code = answer(error)
     if status == 404 and code in ("404", "", "NoSuchBucket"):
         code = "NoSuchBucket"
@@ -39,7 +55,9 @@ def explained(what: str, error: BaseException) -> StorageError:
     name = code or next((kind for kind in kinds if kind in REMEDIES), kinds[0])
     text = _text(error) or ("no answer in time" if "Timeout" in name else "no words about it")
     said = f"found: {name}" + (f" ({status})" if status else "") + f", {redacted(text)}"
-    remedy = REMEDIES.get(name, "Is the server up, and reachable from here?" if is_transient(error) else "")
+    remedy = REMEDIES.get(
+        name, "Is the server up, and reachable from here?" if is_transient(error) else ""
+    )
     if name == "RequestTimeTooSkewed":
         said += _skew(error)
     if name == "NoSuchBucket":
@@ -49,23 +67,32 @@ def explained(what: str, error: BaseException) -> StorageError:
 
 
 def _skew(error: BaseException) -> str:
-    """How far this machine's clock is off, by the date of the server's answer."""
+    """Return a sentence on this machine's clock offset, computed from the response date, or ""."""
     for cause in causes(error):
         response = getattr(cause, "response", None) or {}
         date = response.get("ResponseMetadata", {}).get("HTTPHeaders", {}).get("date")
         if date:
             server = email.utils.parsedate_to_datetime(date)
-            return f" It is {(datetime.datetime.now(datetime.timezone.utc) - server).total_seconds():+.0f} s here against the server."
+            return (
+                " It is "
+                f"{(datetime.datetime.now(datetime.timezone.utc) - server).total_seconds():+.0f}"
+                " s here against the server."
+            )
     return ""
 
 
 def _text(error: BaseException) -> str:
+    """Return the first line of the error's message, at most 300 characters of it."""
     lines = str(error).splitlines() or [""]
     return lines[0][:300]
 
 
 def redacted(text: str) -> str:
-    """The text without the values of credentials, and without what stands before the @ of a URL or after its question mark."""
+    """Replace secrets in the text with ***.
+
+    The secrets are the values of the environment variables in `SECRETS`, if they have at least four
+    characters, and in URLs the part before the @ and the query string or fragment.
+    """
     for name in SECRETS:
         if len(value := os.environ.get(name, "")) >= 4:
             text = text.replace(value, "***")

@@ -1,7 +1,8 @@
-"""A directory of a POSIX file system.
+"""Store a run's files in a directory of a POSIX file system.
 
-A file is written as: temporary name in the same folder, write, fsync, rename, fsync of the folder. Each step is needed: without
-the first fsync ext4 showed a file full of zeros after a power loss, without the second the old file came back.
+A file is written in these steps: create a temporary file in the same folder, write, fsync, rename,
+fsync the folder. Each step is needed: without the first fsync, ext4 showed a file full of zeros
+after a power loss; without the second, the old file came back.
 """
 
 from __future__ import annotations
@@ -19,42 +20,68 @@ from typing import TYPE_CHECKING, BinaryIO
 from harness.errors import StorageError
 from harness.store.base import SET_ASIDE, TEMP, Entry, Sink, Store, check_key, delete_all, in_words
 
-READ_BYTES = 1 << 20  # still in the processor's cache when it has been digested and is copied
+# Small enough that a chunk is still in the CPU cache when it is copied after being digested.
+READ_BYTES = 1 << 20
 
 if TYPE_CHECKING:
     from harness.store.staging_buffer import StagingBuffer
 
 
 class LocalSink(Sink):
-    """A temporary file that becomes the real one."""
+    """A temporary file that is renamed to its final name on `commit`."""
 
     def __init__(self, store: LocalStore, key: str, attempt: int) -> None:
         super().__init__(key)
         self._path = store.path(key)
-        # The number tells who may sweep it; the rest keeps two rivals for one key apart.
-        self.temp = self._path.with_name(f"{self._path.name}.tmp-{attempt:04d}-{secrets.token_hex(4)}")
+        # The attempt number decides when `sweep` may delete the file. The random part separates
+        # two processes that write the same key.
+        self.temp = self._path.with_name(
+            f"{self._path.name}.tmp-{attempt:04d}-{secrets.token_hex(4)}"
+        )
         self._fd = -1
-        self._poured = ""  # the digest of an image
+        self._poured = ""  # the digest of a staging buffer that `pour` wrote
 
     def __enter__(self) -> LocalSink:
         with _said(self.key, "write"):
-            self._fd = os.open(self.temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+            self._fd = os.open(
+                self.temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666
+            )
         return self
 
     def take(self, view: memoryview) -> None:
+        """Write all bytes of `view` to the temporary file."""
         done = 0
         while done < len(view):
             done += os.write(self._fd, view[done:])
 
     def pour(self, image: StagingBuffer, write: Callable[[StagingBuffer, Path], str]) -> None:
+        """Write a staging buffer as the whole content of the file.
+
+        Args:
+            image: The staging buffer.
+            write: Function that writes the buffer to a local path and returns its digest.
+
+        Raises:
+            StorageError: The file cannot be written.
+        """
         with _said(self.key, "write"):
             self._poured = write(image, self.temp)
         self.size_bytes = image.size_bytes
 
     def digest(self) -> str:
+        """Return the digest of the file: that of the staging buffer, if one was written."""
         return self._poured or super().digest()
 
     def commit(self, *, exclusive: bool = False) -> None:
+        """Fsync the temporary file, rename it to its final name and fsync the folder.
+
+        Args:
+            exclusive: Fail if a file exists under the key, instead of replacing it.
+
+        Raises:
+            FileExistsError: `exclusive` is set and the key is taken.
+            StorageError: Any other failure.
+        """
         with _said(self.key, "write"):
             os.fsync(self._fd)
             fd, self._fd = self._fd, -1
@@ -66,7 +93,11 @@ class LocalSink(Sink):
             _fsync_folder(self._path.parent)
 
     def _link(self) -> None:
-        """`link` refuses to overwrite, where `rename` would not. NFS may lose its reply: then the link count tells."""
+        """Give the file its final name with `link`, which never overwrites a file as `rename` does.
+
+        NFS may lose the reply and report an error for a link that was made. The link count of the
+        temporary file is 2 in that case.
+        """
         try:
             os.link(self.temp, self._path)
         except OSError:
@@ -74,7 +105,8 @@ class LocalSink(Sink):
                 raise
 
     def discard(self) -> None:
-        # The first error is the one to report, and a later attempt sweeps what stays.
+        """Close and delete the temporary file. Raises nothing."""
+        # Suppress errors: the first error is the one to report. A later attempt deletes the file.
         with contextlib.suppress(OSError):
             if self._fd >= 0:
                 os.close(self._fd)
@@ -95,26 +127,39 @@ class LocalStore(Store):
         return str(self.root)
 
     def path(self, key: str) -> Path:
-        """Where a key lies. Raises StorageError for a key that leads out of the store."""
+        """Return the path of a key. Raises StorageError if the key leads out of the store."""
         return self.root.joinpath(*check_key(self, key))
 
     def where(self, key: str) -> str:
+        """Return the path of a key, for messages.
+
+        Raises:
+            StorageError: The key leads out of the store.
+        """
         return str(self.path(key))
 
     def entries(self, folder: str) -> list[Entry]:
+        """Return every regular file directly in `folder`, sorted by key; links are not followed."""
         found = []
         with _said(f"{self.root}/{folder}", "list"):
             try:
                 with os.scandir(self.path(folder)) as entries:
                     for entry in entries:
-                        with contextlib.suppress(FileNotFoundError):  # deleted by its owner while we looked
+                        # Another process may delete a file during the listing.
+                        with contextlib.suppress(FileNotFoundError):
                             if entry.is_file(follow_symlinks=False):
-                                found.append(Entry(f"{folder}/{entry.name}", entry.stat(follow_symlinks=False).st_size))
+                                found.append(
+                                    Entry(
+                                        f"{folder}/{entry.name}",
+                                        entry.stat(follow_symlinks=False).st_size,
+                                    )
+                                )
             except FileNotFoundError:
                 return []
         return sorted(found, key=lambda entry: entry.key)
 
     def exists(self, key: str) -> bool:
+        """Return whether there is a regular file under this key; links are not followed."""
         with _said(key, "look up"):
             try:
                 return stat.S_ISREG(os.lstat(self.path(key)).st_mode)
@@ -122,10 +167,17 @@ class LocalStore(Store):
                 return False
 
     def read(self, key: str) -> bytes:
+        """Return the whole content of a file. Raises FileNotFoundError if it does not exist."""
         with _said(key, "read", self.path(key)), self.open(key) as file:
             return file.read()
 
     def open(self, key: str) -> BinaryIO:
+        """Open a file for reading and seeking.
+
+        Raises:
+            FileNotFoundError: The file does not exist, is a link, or is not a regular file.
+            StorageError: Any other failure.
+        """
         path = self.path(key)
         with _said(key, "open", path):
             try:
@@ -140,30 +192,43 @@ class LocalStore(Store):
             return os.fdopen(fd, "rb", buffering=1 << 20)
 
     def chunks(self, key: str, start: int = 0) -> Iterator[bytes]:
+        """Yield the content of a file from offset `start` on, in order, in chunks of up to 1 MiB.
+
+        Raises:
+            FileNotFoundError: The file does not exist, or was deleted on an NFS server meanwhile.
+            StorageError: Any other failure.
+        """
         with self.open(key) as file, _said(key, "read", self.path(key)):
             os.lseek(file.fileno(), start, os.SEEK_SET)
             while chunk := os.read(file.fileno(), READ_BYTES):
                 yield chunk
 
     def writer(self, key: str, attempt: int) -> LocalSink:
+        """Return a context manager that writes a file of any size through a temporary file."""
         return LocalSink(self, key, attempt)
 
     def create(self, key: str, data: bytes, attempt: int) -> None:
+        """Write a small file that must not exist yet. Raises FileExistsError if it exists."""
         with self.writer(key, attempt) as sink:
             sink.write(data)
             sink.commit(exclusive=True)
 
     def append(self, key: str, line: bytes) -> None:
-        """Add a line to a file; not made durable, and the only thing that ever grows under a key."""
+        """Append a line to a file and create the file if it does not exist.
+
+        The line is not fsynced. No other method extends an existing file.
+        """
         with _said(key, "write"):
-            fd = os.open(self.path(key), os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+            fd = os.open(
+                self.path(key), os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666
+            )
             try:
                 os.write(fd, line)
             finally:
                 os.close(fd)
 
     def set_aside(self, keys: Sequence[str]) -> None:
-        """A local file is renamed, so that nothing takes it for a checkpoint any more."""
+        """Rename the files that exist, so that they are no longer taken for a checkpoint."""
         for key in keys:
             if self.exists(key):
                 with _said(key, "rename"):
@@ -171,26 +236,41 @@ class LocalStore(Store):
                     _fsync_folder(self.path(key).parent)
 
     def delete(self, key: str) -> None:
+        """Delete a file and fsync its folder; a file that does not exist is no error."""
         with _said(key, "delete"):
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self.path(key))
             _fsync_folder(self.path(key).parent)
 
     def prepare(self, folders: tuple[str, ...]) -> None:
+        """Create the folders and fsync the parent of each new one.
+
+        Raises:
+            StorageError: A folder cannot be created, for example because a file is in the way.
+        """
         for folder in folders:
             with _said(f"{self.root}/{folder}", "make"):
                 path = self.path(folder)
-                missing = list(itertools.takewhile(lambda made: not made.is_dir(), (path, *path.parents)))
+                missing = list(
+                    itertools.takewhile(lambda made: not made.is_dir(), (path, *path.parents))
+                )
                 try:
                     path.mkdir(parents=True, exist_ok=True)
                 except FileExistsError as error:
-                    raise in_words("make", str(path), NotADirectoryError(errno.ENOTDIR, "a file is in the way")) from error
+                    raise in_words(
+                        "make", str(path), NotADirectoryError(errno.ENOTDIR, "a file is in the way")
+                    ) from error
                 for made in missing:
                     _fsync_folder(made.parent)
 
     def sweep(self, folders: tuple[str, ...], below_attempt: int) -> list[str]:
+        """Delete temporary files of attempts before `below_attempt` and return their keys."""
         entries = [entry.key for folder in folders for entry in self.entries(folder)]
-        old = [key for key in entries if (match := TEMP.match(key)) and int(match["attempt"]) < below_attempt]
+        old = [
+            key
+            for key in entries
+            if (match := TEMP.match(key)) and int(match["attempt"]) < below_attempt
+        ]
         delete_all(self, old)
         return old
 
@@ -205,12 +285,24 @@ def _fsync_folder(path: Path) -> None:
 
 @contextlib.contextmanager
 def _said(what: str, verb: str, path: Path | None = None) -> Iterator[None]:
-    """Turn a failure of the medium into a StorageError; what callers decide by passes through. `path` is what is read."""
+    """Convert an OSError of the block into a StorageError.
+
+    FileNotFoundError and FileExistsError pass through, since callers act on them. A write, create
+    or delete whose folder has vanished raises StorageError instead.
+
+    Args:
+        what: Name of the file or folder, for the message.
+        verb: Name of the operation, for the message.
+        path: File that is read. If it is gone, ESTALE of NFS becomes FileNotFoundError.
+    """
     try:
         yield
     except (FileNotFoundError, FileExistsError) as error:
         if verb in ("write", "create", "delete") and isinstance(error, FileNotFoundError):
-            raise StorageError(f"cannot {verb} {what}: the folder has vanished ({error})", remedy="Is the disk still mounted?") from error
+            raise StorageError(
+                f"cannot {verb} {what}: the folder has vanished ({error})",
+                remedy="Is the disk still mounted?",
+            ) from error
         raise
     except OSError as error:
         if error.errno == errno.ESTALE and path is not None and _is_gone(path):
@@ -219,7 +311,10 @@ def _said(what: str, verb: str, path: Path | None = None) -> Iterator[None]:
 
 
 def _is_gone(path: Path) -> bool:
-    """Whether a file server that no longer knows an open file has deleted it, or has only been away."""
+    """Return True if the file is gone.
+
+    It is called after ESTALE, which a file server also reports when it was only unreachable.
+    """
     try:
         os.lstat(path)
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Try out what a run will need of a store, before it is needed."""
+"""Test the operations that a run needs from a store before the run starts."""
 
 from __future__ import annotations
 
@@ -14,11 +14,15 @@ FOLDER = "probe"
 
 
 def new_key() -> str:
+    """Return a random key for the checks."""
     return f"{FOLDER}/{secrets.token_hex(8)}"
 
 
 def checks(store: Store, key: str) -> list[tuple[str, Callable[[], None]]]:
-    """Named checks, to be made in this order; each raises StorageError. If one does, `key` is left behind."""
+    """Return the named checks, to be called in this order.
+
+    Each check raises StorageError on failure; a failed check may leave `key` in the store.
+    """
     ours, theirs = os.urandom(64), os.urandom(64)
 
     def create_again() -> None:
@@ -29,21 +33,29 @@ def checks(store: Store, key: str) -> list[tuple[str, Callable[[], None]]]:
         raise RefusedError(
             f"{store} does not create exclusively: a second create of one key succeeded",
             "expected: a refusal (If-None-Match: * on S3)",
-            "Two attempts of one run could both think that they are the only one: use another store, or a newer server.",
+            "Two attempts of one run could both think that they are the only one: "
+            "use another store, or a newer server.",
         )
 
     def read_back() -> None:
         if (found := store.read(key)) != ours:
-            raise StorageError(f"{store} gave back other bytes than were written", f"found: {found[:16]!r}…, expected: {ours[:16]!r}…")
+            raise StorageError(
+                f"{store} gave back other bytes than were written",
+                f"found: {found[:16]!r}…, expected: {ours[:16]!r}…",
+            )
 
     def is_listed() -> None:
         if key not in {entry.key for entry in store.entries(FOLDER)}:
-            raise StorageError(f"{store} does not list what was just written", f"searched: {store.where(key)}")
+            raise StorageError(
+                f"{store} does not list what was just written", f"searched: {store.where(key)}"
+            )
 
     def delete() -> None:
         store.delete(key)
         if store.exists(key):
-            raise StorageError(f"{store} still has what was just deleted", f"found: {store.where(key)}")
+            raise StorageError(
+                f"{store} still has what was just deleted", f"found: {store.where(key)}"
+            )
 
     return [
         ("list", lambda: _discard(store.entries(FOLDER))),
@@ -56,7 +68,13 @@ def checks(store: Store, key: str) -> list[tuple[str, Callable[[], None]]]:
 
 
 def check(store: Store) -> None:
-    """All of them, at the start of an attempt; nothing is left behind. Raises StorageError."""
+    """Run all checks with a new key, at the start of an attempt.
+
+    After a failure the key is deleted without retries, if that is possible.
+
+    Raises:
+        StorageError: The first failed check.
+    """
     key = new_key()
     try:
         for _, make in checks(store, key):
@@ -68,4 +86,4 @@ def check(store: Store) -> None:
 
 
 def _discard(result: object) -> None:
-    """Only the asking mattered."""
+    """Drop the result of a check that only has to succeed."""

@@ -1,12 +1,17 @@
-"""An object store: each object appears whole or not at all; there is no rename, and any request may fail or seem to.
+"""Store a run's files in an object store.
 
-Every request goes through `RemoteStore.ask`: tried again while that may help, its last error put in words. What makes the rest safe:
+An object appears whole or not at all. There is no rename, and any request may fail, or succeed and
+lose its reply. Every request goes through `RemoteStore.ask`, which retries transient errors and
+converts the last error to a StorageError. The remaining operations are made safe as follows:
 
-* `create` is one small conditional PUT. When its reply is lost, the client's second try finds the key taken, by itself: so what is
-  there is read back, and counts as ours if it is ours to the byte (records hold a nonce).
-* A large file goes in parts, each with its checksum. Afterwards the object's size and checksum are compared, by the server's
-  checksum where that is one of the content, else by reading it back.
-* A file is read in parallel ranges; who reads a checkpoint compares the whole's digest.
+* `create` is one small conditional PUT. If its reply is lost, the client's second request finds the
+  key taken by its own first request. The object is therefore read back, and the creation counts as
+  successful if the bytes are identical (records hold a nonce).
+* A large file is uploaded in parts, each with its checksum. Afterwards the object's size and
+  checksum are compared: with the server's checksum where that is a checksum of the content, else by
+  reading the object back.
+* A file is read in parallel ranges. The reader of a checkpoint verifies the digest of the whole
+  file.
 """
 
 from __future__ import annotations
@@ -22,26 +27,32 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import BinaryIO, TypeVar
 
-from blake3 import blake3
-
-from harness.errors import HarnessError, StorageError
+from harness.errors import HarnessError
 from harness.retry import RetryEvent, retrying
-from harness.store.base import SET_ASIDE, Entry, Seekable, Sink, Store, check_key
-from harness.store.bucket import Found, MissingError, ObjectClient, Part, TakenError, Unfinished
+from harness.store.base import SET_ASIDE, Entry, Seekable, Store, check_key
+from harness.store.bucket import Found, MissingError, ObjectClient, TakenError, Unfinished
 from harness.store.explain import explained
+from harness.store.remote_sink import RemoteSink
 
 T = TypeVar("T")
 RANGE_BYTES, READ_AHEAD = 8 << 20, 6
-READY = 2  # parts in memory beside those on their way: one that takes long must not hold up the others
-REQUEST_S = 120.0  # the longest that a single request may take, however patient we are: a part of 8 MiB at 70 kB/s
+# The longest time that a single request may take, whatever the retry limit: a part of 8 MiB at
+# 70 kB/s.
+REQUEST_S = 120.0
 
 
 def nothing(*ignored: object) -> None:
-    """Who needs not be told."""
+    """Do nothing: the default callback."""
 
 
 class RemoteStore(Store):
-    """A prefix in a bucket, or a folder of another remote file system."""
+    """A store in a prefix of a bucket, or in a folder of another remote file system.
+
+    Args:
+        url: URL of the prefix or folder.
+        bucket: Client that performs the requests.
+        limit_s: Retry limit of each request in seconds.
+    """
 
     def __init__(self, url: str, bucket: ObjectClient, limit_s: float) -> None:
         self.url, self.bucket, self.limit_s = url.rstrip("/"), bucket, limit_s
@@ -54,15 +65,36 @@ class RemoteStore(Store):
         return self.url
 
     def patient(self, limit_s: float, give_up: Callable[[], object] = nothing) -> RemoteStore:
+        """Return a copy of the store with another retry limit.
+
+        The copy retries each request for `limit_s` seconds, or until `give_up` returns a true
+        value. It shares the client and the cache of `read_once` with the original.
+        """
         twin = copy.copy(self)
         twin.limit_s, twin.give_up = limit_s, give_up
         return twin
 
-    def listen(self, on_trouble: Callable[[str, RetryEvent], object], on_success: Callable[[], object]) -> None:
+    def listen(
+        self, on_trouble: Callable[[str, RetryEvent], object], on_success: Callable[[], object]
+    ) -> None:
+        """Set the callbacks for request failures that are retried and for requests that succeed.
+
+        They are called from the thread that makes the request.
+        """
         self.on_trouble, self.on_success = on_trouble, on_success
 
     def ask(self, verb: str, what: str, request: Callable[[float], T]) -> T:
-        """Make one request, again if need be. Raises StorageError; MissingError and TakenError pass through."""
+        """Make one request, with retries, and return its result.
+
+        Args:
+            verb: Name of the operation, for messages.
+            what: Name of the object, for messages.
+            request: Function that makes the request within the given number of seconds.
+
+        Raises:
+            StorageError: The request failed permanently or until the retry limit. MissingError,
+                TakenError and every HarnessError pass through.
+        """
         try:
             result = retrying(
                 lambda left_s: request(min(left_s, REQUEST_S)),
@@ -73,41 +105,60 @@ class RemoteStore(Store):
             )
         except (MissingError, TakenError, HarnessError):
             raise
-        except Exception as error:  # every library below has errors of its own kind
+        except Exception as error:  # each client library has error classes of its own
             raise explained(f"cannot {verb} {what}", error) from error
         self.on_success()
         return result
 
     def where(self, key: str) -> str:
+        """Return the URL of a key, for messages.
+
+        Raises:
+            StorageError: The key leads out of the store.
+        """
         check_key(self, key)
         return f"{self.url}/{key}"
 
     def entries(self, folder: str) -> list[Entry]:
+        """Return every object directly in `folder`, sorted by key."""
         where, found, token = self.where(folder), list[Found](), None
         while True:
-            page, token = self.ask("list", where, functools.partial(self.bucket.list_page, folder, token))
+            page, token = self.ask(
+                "list", where, functools.partial(self.bucket.list_page, folder, token)
+            )
             found += page
             if token is None:
                 break
-        return sorted((Entry(o.key, o.size_bytes) for o in found if not o.key.endswith("/")), key=lambda entry: entry.key)
+        return sorted(
+            (Entry(o.key, o.size_bytes) for o in found if not o.key.endswith("/")),
+            key=lambda entry: entry.key,
+        )
 
     def head(self, key: str) -> Found | None:
-        """What the server tells of an object, or None."""
+        """Return the metadata of an object, or None if it does not exist."""
         return self.ask("look up", self.where(key), functools.partial(self.bucket.head, key))
 
     def exists(self, key: str) -> bool:
+        """Return whether there is an object under this key now."""
         return self.head(key) is not None
 
     def read(self, key: str) -> bytes:
+        """Return the content of a small object. Raises MissingError if it does not exist."""
         return self.ask("read", self.where(key), functools.partial(self.bucket.get, key, 0, None))
 
     def read_once(self, key: str) -> bytes:
+        """Return the content of a record that never changes, and cache it."""
         if key not in self._records:
             self._records[key] = self.read(key)
         return self._records[key]
 
     def span(self, found: Found, start: int, end: int) -> bytes:
-        """The bytes from `start` to before `end` of this very object. Raises ChangedError, where the server tells, for another one."""
+        """Return the bytes of one version of an object from `start` up to, excluding, `end`.
+
+        Raises:
+            ChangedError: The key holds another version by now. This is detected only if the server
+                reports a version of the object.
+        """
         key = found.key
 
         def request(left_s: float) -> bytes:
@@ -118,23 +169,39 @@ class RemoteStore(Store):
 
         data = self.ask("read", self.where(key), request)
         if found.version:
-            self.ask("read", self.where(key), functools.partial(self.bucket.check_version, key, found.version))
+            self.ask(
+                "read",
+                self.where(key),
+                functools.partial(self.bucket.check_version, key, found.version),
+            )
         return data
 
     def open(self, key: str) -> BinaryIO:
+        """Open an object for reading and seeking. Raises MissingError if it does not exist."""
         found = self.head(key)
         if found is None:
             raise MissingError(self.where(key))
         return io.BufferedReader(RangeFile(self, found), buffer_size=1 << 17)
 
     def chunks(self, key: str, start: int = 0) -> Iterator[bytes]:
+        """Yield the content of an object from offset `start` on, in order, in chunks of 8 MiB.
+
+        Raises:
+            MissingError: The object does not exist.
+        """
         found = self.head(key)
         if found is None:
             raise MissingError(self.where(key))
-        yield from self.spans(found, [(at, min(at + RANGE_BYTES, found.size_bytes)) for at in range(start, found.size_bytes, RANGE_BYTES)])
+        yield from self.spans(
+            found,
+            [
+                (at, min(at + RANGE_BYTES, found.size_bytes))
+                for at in range(start, found.size_bytes, RANGE_BYTES)
+            ],
+        )
 
     def spans(self, found: Found, ranges: Sequence[tuple[int, int]]) -> Iterator[bytes]:
-        """Ranges of an object, in order, several on their way at once."""
+        """Yield ranges of an object in order, with up to `READ_AHEAD` requests in flight."""
         ahead: collections.deque[Future[bytes]] = collections.deque()
         with ThreadPoolExecutor(READ_AHEAD, thread_name_prefix="download") as pool:
             try:
@@ -149,148 +216,86 @@ class RemoteStore(Store):
                     future.cancel()
 
     def writer(self, key: str, attempt: int) -> RemoteSink:
+        """Return a context manager that uploads an object of any size."""
         return RemoteSink(self, key)
 
     def create(self, key: str, data: bytes, attempt: int) -> None:
+        """Upload a small object that must not exist yet, in one conditional PUT.
+
+        Raises:
+            TakenError: The key is taken, and the object is not identical to `data`.
+        """
         try:
-            self.ask("create", self.where(key), lambda left_s: self.bucket.put(key, data, True, left_s))
+            self.ask(
+                "create", self.where(key), lambda left_s: self.bucket.put(key, data, True, left_s)
+            )
         except TakenError:
             try:
-                is_ours = self.read(key) == data  # our own first try, whose reply was lost
+                is_ours = self.read(key) == data  # created by a first request whose reply was lost
             except MissingError:
                 is_ours = False
             if not is_ours:
                 raise
 
     def delete(self, key: str) -> None:
+        """Delete an object; an object that does not exist is no error."""
         with contextlib.suppress(MissingError):
             self.ask("delete", self.where(key), functools.partial(self.bucket.delete, key))
 
     def set_aside(self, keys: Sequence[str]) -> None:
-        """A remote copy is marked: the mark says that it is the last choice. What was seen broken here may be whole elsewhere."""
+        """Write a mark next to the first key, which makes this copy the last choice on a resume.
+
+        The objects themselves are kept: an object that this machine read as damaged may be intact
+        when it is read elsewhere.
+        """
         check_key(self, keys[0])
-        mark = json.dumps({"damaged": keys[0], "time": datetime.datetime.now(datetime.timezone.utc).isoformat()})
+        mark = json.dumps(
+            {"damaged": keys[0], "time": datetime.datetime.now(datetime.timezone.utc).isoformat()}
+        )
         self.write(keys[0] + SET_ASIDE, mark.encode(), 0)
 
     def prepare(self, folders: tuple[str, ...]) -> None:
-        """There are no folders to make."""
+        """Do nothing: an object store has no folders to create."""
 
     def sweep(self, folders: tuple[str, ...], below_attempt: int) -> list[str]:
-        """There are no temporary files; what uploads left behind is for `harness prune`, as its owner may be alive elsewhere."""
+        """Return an empty list: an object store has no temporary files.
+
+        Unfinished uploads are left to `harness prune`, since the process that began one may still
+        run on another machine.
+        """
         return []
 
     def unfinished(self) -> list[Unfinished]:
-        """The uploads under this prefix that were never completed."""
+        """Return the uploads under this prefix that were never completed."""
         return self.ask("list the uploads of", self.url, self.bucket.unfinished)
 
     def abort(self, upload: Unfinished) -> None:
-        """End an upload that was never completed, and free what it holds."""
-        self.ask("abort the upload of", self.where(upload.key), functools.partial(self.bucket.abort, upload.key, upload.id))
+        """Abort an upload that was never completed, and free its stored parts."""
+        self.ask(
+            "abort the upload of",
+            self.where(upload.key),
+            functools.partial(self.bucket.abort, upload.key, upload.id),
+        )
 
     def now(self) -> datetime.datetime:
-        """The server's clock."""
+        """Return the time of the server's clock."""
         return self.ask("reach", self.url, self.bucket.now)
 
 
 class RangeFile(Seekable):
-    """An object as a file to read from anywhere."""
+    """A read-only, seekable file over one version of an object."""
 
     def __init__(self, store: RemoteStore, found: Found) -> None:
         super().__init__(found.size_bytes, lambda start, end: store.span(found, start, end))
         self.store, self.found = store, found
 
     def spans(self, ranges: Sequence[tuple[int, int]]) -> Iterator[bytes]:
-        """Ranges of it, in order, several on their way at once."""
+        """Yield ranges of the object in order, with several requests in flight."""
         return self.store.spans(self.found, ranges)
 
     def readall(self) -> bytes:
+        """Return the bytes from the current offset to the end, read in ranges of 8 MiB."""
         starts = range(self.at, self.size_bytes, RANGE_BYTES)
         data = b"".join(self.span(at, min(at + RANGE_BYTES, self.size_bytes)) for at in starts)
         self.at += len(data)
         return data
-
-
-def _as_bytes(piece: memoryview) -> bytes:
-    """Without a copy, if it is a view of all of them."""
-    return piece.obj if isinstance(piece.obj, bytes) and len(piece.obj) == len(piece) else bytes(piece)
-
-
-class RemoteSink(Sink):
-    """An upload: one request for a small file, parts in parallel for a large one, never more of it in memory than is on its way."""
-
-    def __init__(self, store: RemoteStore, key: str) -> None:
-        super().__init__(key)
-        self.store, self.where = store, store.where(key)
-        self._buffer = bytearray()
-        self._upload: str | None = None
-        self._parts: list[Future[Part]] = []
-        self._pool: ThreadPoolExecutor | None = None
-        self._done = False
-
-    def take(self, view: memoryview) -> None:
-        while len(view):
-            wanted = self.store.bucket.part_bytes(len(self._parts) + 1) - len(self._buffer)
-            piece, view = view[:wanted], view[wanted:]
-            if self._buffer or len(piece) < wanted:
-                self._buffer += piece
-            if len(piece) == wanted:
-                self._send(bytes(self._buffer) if self._buffer else _as_bytes(piece))
-                self._buffer.clear()
-
-    def _send(self, data: bytes) -> None:
-        bucket = self.store.bucket
-        if self._upload is None:
-            self._upload = self.store.ask("begin to upload", self.where, functools.partial(bucket.begin, self.key))
-            self._pool = ThreadPoolExecutor(bucket.parallel, thread_name_prefix="upload")
-        assert self._pool is not None
-        if len(self._parts) >= (most := bucket.parallel + READY):
-            self._parts[-most].result()  # wait until there is room, and hear of an error at once
-        send = functools.partial(bucket.part, self.key, self._upload, len(self._parts) + 1, data)
-        self._parts.append(self._pool.submit(self.store.ask, "upload a part of", self.where, send))
-
-    def commit(self, *, exclusive: bool = False) -> None:
-        bucket = self.store.bucket
-        if self._upload is None:
-            data = bytes(self._buffer)
-            tag = self.store.ask("upload", self.where, lambda left_s: bucket.put(self.key, data, exclusive, left_s))
-        else:
-            if exclusive:
-                raise StorageError(f"{self.where} is too large to be created exclusively", f"found: {self.size_bytes} bytes")
-            if self._buffer:
-                self._send(bytes(self._buffer))
-            tag = self._complete(self._upload, [part.result() for part in self._parts])
-        self._check_arrived(tag)
-        self._done = True
-
-    def _complete(self, upload: str, parts: list[Part]) -> str:
-        bucket = self.store.bucket
-        try:
-            return self.store.ask("complete the upload of", self.where, lambda left_s: bucket.complete(self.key, upload, parts, left_s))
-        except MissingError:  # done by our own first try, whose reply was lost; or gone: what has arrived will tell
-            return bucket.tag_of(parts)
-
-    def _check_arrived(self, tag: str) -> None:
-        found = self.store.head(self.key)
-        if found is not None and found.size_bytes == self.size_bytes and found.tag in (tag, "") and self.store.bucket.tells_tags:
-            return
-        digest = blake3()
-        if found is not None and found.size_bytes == self.size_bytes:
-            for chunk in self.store.chunks(self.key):
-                digest.update(chunk)
-        if f"blake3:{digest.hexdigest()}" != self.digest():
-            raise StorageError(
-                f"{self.where} did not arrive as it was sent",
-                f"found: {found.size_bytes if found else 'no'} bytes, expected: {self.size_bytes} with {self.digest()}",
-            )
-
-    def discard(self) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(wait=True, cancel_futures=True)
-        if self._upload is not None and not self._done:
-            try:
-                abort = functools.partial(self.store.bucket.abort, self.key, self._upload)
-                self.store.patient(min(self.store.limit_s, 5.0)).ask("abort the upload of", self.where, abort)
-            except (StorageError, MissingError):  # the first error is the one to report; `harness prune` finds what stays
-                pass
-        self._done = True
-        self._buffer.clear()

@@ -1,8 +1,10 @@
-"""A file's bytes in memory, once on each machine: kept while they are verified, sealed, and mapped by every process that parses them.
+"""Hold a file's bytes in sealed memory, once per machine, for all processes that parse them.
 
-It is an anonymous file of Linux (memfd): no disk is written, it has a path (`/proc/self/fd/N`) for what wants to map a file, and its
-pages are the same ones in each process that maps it. A sealed one is changed by nobody any more, so what was verified is what is parsed.
-Its memory is free when its last descriptor is closed and its last mapping is gone.
+The bytes are stored while they are verified, then sealed, and then mapped by every process that
+parses them. The memory is an anonymous file of Linux (memfd). It writes no disk, it has a path
+(`/proc/self/fd/N`) for code that maps a file by path, and all processes that map it share its
+pages. A sealed memfd can no longer be changed by any process, so the parsed bytes are the verified
+bytes. The memory is freed when the last descriptor is closed and the last mapping is gone.
 """
 
 from __future__ import annotations
@@ -18,16 +20,18 @@ from typing import BinaryIO
 
 from harness.errors import HarnessError
 
-NO_EXEC = 0x0008  # MFD_NOEXEC_SEAL: where vm.memfd_noexec=2 nothing else is allowed, and before Linux 6.3 it is unknown
+# MFD_NOEXEC_SEAL: required where vm.memfd_noexec=2 is set, unknown before Linux 6.3.
+NO_EXEC = 0x0008
 SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 
 
 @dataclass(frozen=True)
 class Handle:
-    """Where other processes of this machine find a sealed memory, and how they know it.
+    """The path and the name of a sealed memory, for other processes of this machine.
 
-    In another container, or on another machine, the path may lead to somebody else's file, even to one with the same numbers: the name
-    is random, and the kernel tells it of the file that was really opened.
+    In another container, or on another machine, the path may lead to a different file, since the
+    process id and the descriptor number can be the same. The name is random, and the kernel reports
+    the name of the file that was really opened.
     """
 
     path: str
@@ -35,32 +39,36 @@ class Handle:
 
 
 class SealedMemory:
-    """The bytes; a context manager that lets them go."""
+    """A memfd with a file's bytes; as a context manager it closes its descriptor on exit."""
 
     def __init__(self, fd: int, name: str) -> None:
         self.fd, self._name = fd, name
 
     @property
     def path(self) -> str:
-        """What this process maps, or opens anew, while the memory is not closed."""
+        """Return the path by which this process maps or reopens the memory until `close`."""
         return f"/proc/self/fd/{self.fd}"
 
     @property
     def offer(self) -> Handle:
+        """Return the handle by which other processes of this machine attach the memory."""
         return Handle(f"/proc/{os.getpid()}/fd/{self.fd}", self._name)
 
     def append(self, chunk: bytes) -> None:
-        """Written, not mapped and stored into: where there is no memory a write fails, but a store kills the process."""
+        """Append a chunk with `write`, not through a mapping.
+
+        If memory runs out, `write` raises an OSError, but a store into a mapping kills the process.
+        """
         view = memoryview(chunk)
         while len(view):
             view = view[os.write(self.fd, view) :]
 
     def open(self) -> BinaryIO:
-        """To be read from its beginning."""
+        """Open the memory for reading, from its beginning."""
         return open(self.path, "rb", buffering=1 << 16)
 
     def close(self) -> None:
-        """What is mapped stays."""
+        """Close the descriptor; existing mappings stay valid."""
         fd, self.fd = self.fd, -1
         if fd >= 0:
             os.close(fd)
@@ -73,15 +81,22 @@ class SealedMemory:
 
 
 def keep(chunks: Iterable[bytes], size_bytes: int, what: str) -> SealedMemory:
-    """All the chunks, at most `size_bytes` together, sealed.
+    """Write all chunks to a new memfd and seal it.
 
-    What `chunks` raises passes through, and nothing is kept then. Raises HarnessError if there is not enough memory for `what`.
+    Args:
+        chunks: The content. Its errors pass through, and the memory is freed.
+        size_bytes: Upper bound of the total size, for the message.
+        what: Name of the content, for the message.
+
+    Raises:
+        HarnessError: There is not enough memory.
     """
     name = f"harness-{secrets.token_hex(16)}"
     with _room(what, size_bytes):
         memory = SealedMemory(create(name), name)
     try:
-        for chunk in chunks:  # by this very thread, which has the chunk in its processor's cache: a second one made it slower
+        # Write in this thread, which has the chunk in its CPU cache: a second thread was slower.
+        for chunk in chunks:
             with _room(what, size_bytes):
                 memory.append(chunk)
         with _room(what, size_bytes):
@@ -94,6 +109,7 @@ def keep(chunks: Iterable[bytes], size_bytes: int, what: str) -> SealedMemory:
 
 @contextlib.contextmanager
 def _room(what: str, size_bytes: int) -> Iterator[None]:
+    """Convert an OSError of the block into a HarnessError about missing memory."""
     try:
         yield
     except OSError as error:
@@ -102,7 +118,7 @@ def _room(what: str, size_bytes: int) -> Iterator[None]:
 
 
 def create(name: str) -> int:
-    """The descriptor of a new anonymous file. Raises OSError."""
+    """Create an anonymous file (memfd) and return its descriptor. Raises OSError."""
     try:
         return os.memfd_create(name, os.MFD_CLOEXEC | NO_EXEC)
     except OSError as error:
@@ -112,10 +128,16 @@ def create(name: str) -> int:
 
 
 def attached(offer: Handle, size_bytes: int) -> SealedMemory | None:
-    """What another process of this machine has offered, without a copy; None if this process does not see it, or sees another file."""
+    """Open a sealed memory of another process on this machine, without a copy.
+
+    Returns:
+        The memory, or None if this process cannot open the path, or if the path leads to another
+        file, to one that is not sealed, or to one of another size.
+    """
     expected = f"/memfd:{offer.name} (deleted)"
     try:
-        if os.readlink(offer.path) != expected:  # before it is opened: with a device that alone may do something
+        # Check the name before opening the file, since opening a device may have side effects.
+        if os.readlink(offer.path) != expected:
             return None
         fd = os.open(offer.path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:

@@ -1,4 +1,7 @@
-"""A large file as it will lie on the disk, in memory that is kept and used again; written from there without another copy."""
+"""Assemble a large file in reusable shared memory and write it to disk without another copy.
+
+The memory holds the bytes exactly as they will be in the file.
+"""
 
 from __future__ import annotations
 
@@ -17,40 +20,43 @@ from blake3 import blake3
 from harness.errors import StorageError
 from harness.store.sealed_memory import create
 
-PIECE_BYTES, DIGESTED_BYTES = 4 << 20, 256 << 10  # written and digested at once: who waits for this core waits for one of these
-LENT_BYTES = 8 << 20
-BLOCK_BYTES = 4096  # what O_DIRECT wants addresses, offsets and lengths to be multiples of
-DIRECT_FROM_BYTES = 256 << 20  # smaller files go through the page cache, where the next start finds them
-WRITERS = 2  # requests on their way to the disk at once: one leaves it idle between two
-SPARE = 0.9  # of the free memory, the most that is taken
+# Bytes per write and per digest update. A thread that waits for this core waits for one of these.
+PIECE_BYTES, DIGESTED_BYTES = (4 << 20, 256 << 10)
+LENT_BYTES = 8 << 20  # bytes per read of a lease
+BLOCK_BYTES = 4096  # O_DIRECT requires addresses, offsets and lengths that are multiples of this
+# Smaller files go through the page cache, where the next start finds them.
+DIRECT_FROM_BYTES = 256 << 20
+WRITERS = 2  # writes in flight: with a single one the disk is idle between two writes
+SPARE = 0.9  # the largest fraction of the free memory to use
 
 
 class ReadLease:
-    """Leave to read an image."""
+    """A permission to read a staging buffer until the buffer is needed again."""
 
     def __init__(self, fd: int, size_bytes: int) -> None:
         self._fd, self._size_bytes = fd, size_bytes
         self._is_over, self._reading = False, threading.Lock()
 
     def chunks(self) -> Iterator[bytes]:
-        """The file's bytes, piece by piece, until all were read or the loan is over."""
+        """Yield the file's bytes in pieces, until all are read or the lease has ended."""
         at = 0
         while at < self._size_bytes:
             with self._reading:
                 if self._is_over:
                     return
-                chunk = os.pread(self._fd, min(LENT_BYTES, self._size_bytes - at), at)  # which, unlike a copy, lets Python's lock go
+                # Unlike a copy from the mapping, `pread` releases the GIL.
+                chunk = os.pread(self._fd, min(LENT_BYTES, self._size_bytes - at), at)
             at += len(chunk)
             yield chunk
 
     def end(self) -> None:
-        """Wait for whoever reads just now; nobody does afterwards."""
+        """Wait for a read in progress, then allow no further reads."""
         with self._reading:
             self._is_over = True
 
 
 class StagingBuffer:
-    """Shared memory without a name, which another process can map by its descriptor `fd`."""
+    """Anonymous shared memory, which another process can map by its descriptor `fd`."""
 
     def __init__(self) -> None:
         self.fd = -1
@@ -60,7 +66,13 @@ class StagingBuffer:
         self._loan = ReadLease(-1, 0)
 
     def reserve(self, size_bytes: int) -> None:
-        """Make room for a file of this size; what was in it is no longer of use. Raises StorageError if there is no memory for it."""
+        """Make room for a file of `size_bytes` bytes; the previous content becomes invalid.
+
+        An active read lease is ended first.
+
+        Raises:
+            StorageError: There is not enough memory.
+        """
         self._loan.end()
         if size_bytes > self.capacity_bytes:
             capacity_bytes = -(-size_bytes // BLOCK_BYTES) * BLOCK_BYTES
@@ -69,32 +81,38 @@ class StagingBuffer:
                 if self.fd < 0:
                     self.fd = create("checkpoint")
                 os.ftruncate(self.fd, capacity_bytes)
-                self.memory = mmap.mmap(self.fd, capacity_bytes)  # the one before lives as long as somebody looks into it
+                # The previous mapping stays valid until its last memoryview is released.
+                self.memory = mmap.mmap(self.fd, capacity_bytes)
             except OSError as error:
-                raise StorageError("there is not enough memory for a copy of the state", f"found: {error}") from error
+                raise StorageError(
+                    "there is not enough memory for a copy of the state", f"found: {error}"
+                ) from error
             self.capacity_bytes = capacity_bytes
         self.size_bytes = size_bytes
 
     def check_room(self, size_bytes: int) -> None:
-        """Raises StorageError if there is no memory for a file of this size."""
+        """Raise StorageError if there is not enough memory for a file of `size_bytes` bytes."""
         more_bytes = size_bytes - self.capacity_bytes
         if more_bytes > 0 and more_bytes > SPARE * (free_bytes := free_memory_bytes()):
-            raise StorageError("there is not enough memory for a copy of the state", f"found: {free_bytes} bytes, needed: {more_bytes}")
+            raise StorageError(
+                "there is not enough memory for a copy of the state",
+                f"found: {free_bytes} bytes, needed: {more_bytes}",
+            )
 
     def lend(self) -> ReadLease:
-        """Let somebody read what is in it, until it is needed for something else."""
+        """Return a lease to read the content, which ends at the next `reserve` or `close`."""
         self._loan = ReadLease(self.fd, self.size_bytes)
         return self._loan
 
     def chunks(self) -> Iterator[memoryview]:
-        """The file's bytes, piece by piece."""
+        """Yield the file's bytes in pieces, without copying them."""
         assert self.memory is not None, "there is something in it"
         view = memoryview(self.memory)
         for at in range(0, self.size_bytes, PIECE_BYTES):
             yield view[at : min(at + PIECE_BYTES, self.size_bytes)]
 
     def close(self) -> None:
-        """Give the memory back, as soon as nobody looks into it any more."""
+        """End the lease and free the memory once no mapping or memoryview is left."""
         self._loan.end()
         if self.fd >= 0:
             os.close(self.fd)
@@ -102,7 +120,14 @@ class StagingBuffer:
 
 
 def free_memory_bytes(root: Path = Path("/")) -> int:
-    """What the machine can give, and what the job's control groups, of either version, still allow; by Linux's own estimates."""
+    """Return the memory in bytes that this process can still allocate.
+
+    It is the minimum of MemAvailable and of what the job's control groups (version 1 and 2) leave,
+    by Linux's own estimates.
+
+    Args:
+        root: Root of the file system with `proc` and `sys`.
+    """
     free = 1 << 60
     with contextlib.suppress(OSError, ValueError, KeyError):
         free = 1024 * _numbers(root / "proc/meminfo")["MemAvailable:"]
@@ -110,7 +135,12 @@ def free_memory_bytes(root: Path = Path("/")) -> int:
         for line in (root / "proc/self/cgroup").read_text().splitlines():
             _, kinds, own = line.split(":", 2)
             if kinds == "":
-                free = min(free, _left_in(root / "sys/fs/cgroup", own, "memory.max", "memory.current", "inactive_file"))
+                free = min(
+                    free,
+                    _left_in(
+                        root / "sys/fs/cgroup", own, "memory.max", "memory.current", "inactive_file"
+                    ),
+                )
             elif "memory" in kinds.split(","):
                 names = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
                 free = min(free, _left_in(root / "sys/fs/cgroup/memory", own, *names))
@@ -118,26 +148,56 @@ def free_memory_bytes(root: Path = Path("/")) -> int:
 
 
 def _left_in(top: Path, own: str, most: str, used: str, cached: str) -> int:
-    """What a control group and those that it is in leave of their limits; what is cached of files makes way."""
+    """Return the bytes that a control group and its parents leave of their limits.
+
+    Inactive file cache counts as free, since the kernel reclaims it.
+
+    Args:
+        top: Mount point of the control groups.
+        own: Path of the job's own group, relative to `top`.
+        most: Name of the file with the limit.
+        used: Name of the file with the usage.
+        cached: Name of the field of `memory.stat` with the inactive file cache.
+    """
     left, group = 1 << 60, top / own.strip("/")
     for folder in (group, *group.parents):
         with contextlib.suppress(OSError, ValueError, KeyError):  # a limit may be the word "max"
             limit = int((folder / most).read_text())
-            left = min(left, limit - int((folder / used).read_text()) + _numbers(folder / "memory.stat")[cached])
+            left = min(
+                left,
+                limit - int((folder / used).read_text()) + _numbers(folder / "memory.stat")[cached],
+            )
         if folder == top:
             break
     return left
 
 
 def _numbers(file: Path) -> dict[str, int]:
-    return {words[0]: int(words[1]) for line in file.read_text().splitlines() if len(words := line.split()) > 1}
+    """Return the first number of each line of a file, by the line's first word."""
+    return {
+        words[0]: int(words[1])
+        for line in file.read_text().splitlines()
+        if len(words := line.split()) > 1
+    }
 
 
-def write_to(memory: mmap.mmap, size_bytes: int, path: str, direct_from_bytes: int = DIRECT_FROM_BYTES) -> str:
-    """Write the first bytes of page-aligned memory, padded to whole blocks, to a file that is there; returns their digest.
+def write_to(
+    memory: mmap.mmap, size_bytes: int, path: str, direct_from_bytes: int = DIRECT_FROM_BYTES
+) -> str:
+    """Write page-aligned memory to an existing file and return the digest of the bytes.
 
-    Around the page cache where the file system can do that: it neither costs the copy nor pushes out what others need. Digest and
-    writing go on at the same time. It is for the caller to make the file durable. Raises OSError.
+    A large file is written with O_DIRECT where the file system supports it, in whole blocks, and
+    then truncated to its size. This saves the copy into the page cache and does not evict pages
+    that others need. Digesting and writing run at the same time. The caller makes the file durable.
+
+    Args:
+        memory: The memory, aligned to pages.
+        size_bytes: Number of bytes to write, from the beginning of the memory.
+        path: Path of the existing file.
+        direct_from_bytes: Size in bytes from which on O_DIRECT is used.
+
+    Raises:
+        OSError: The file cannot be opened or written.
     """
     flags = os.O_WRONLY | os.O_CLOEXEC
     try:
@@ -153,8 +213,13 @@ def write_to(memory: mmap.mmap, size_bytes: int, path: str, direct_from_bytes: i
 
 
 def _write_all(fd: int, view: memoryview, size_bytes: int) -> str:
+    """Write the first `size_bytes` bytes of a view with `WRITERS` threads; return their digest."""
     padded_bytes = min(-(-size_bytes // BLOCK_BYTES) * BLOCK_BYTES, len(view))
-    pieces, lock, errors = iter(range(0, padded_bytes, PIECE_BYTES)), threading.Lock(), list[OSError]()
+    pieces, lock, errors = (
+        iter(range(0, padded_bytes, PIECE_BYTES)),
+        threading.Lock(),
+        list[OSError](),
+    )
 
     def write() -> None:
         try:
@@ -167,13 +232,18 @@ def _write_all(fd: int, view: memoryview, size_bytes: int) -> str:
         except OSError as error:
             errors.append(error)
 
-    threads = [threading.Thread(target=write, daemon=True) for _ in range(WRITERS if padded_bytes > PIECE_BYTES else 0)]
+    threads = [
+        threading.Thread(target=write, daemon=True)
+        for _ in range(WRITERS if padded_bytes > PIECE_BYTES else 0)
+    ]
     for thread in threads:
         thread.start()
     digest = blake3()
     for at in itertools.takewhile(lambda _: not errors, range(0, size_bytes, DIGESTED_BYTES)):
         digest.update(view[at : min(at + DIGESTED_BYTES, size_bytes)])
-        os.sched_yield()  # else a rank whose turn it is waits until the kernel looks again, some milliseconds
+        # Without this, a waiting rank on this core runs only at the next scheduler tick, some
+        # milliseconds later.
+        os.sched_yield()
     for thread in threads:
         thread.join()
     if not threads:
@@ -185,6 +255,7 @@ def _write_all(fd: int, view: memoryview, size_bytes: int) -> str:
 
 
 def _write_piece(fd: int, piece: memoryview, at: int) -> None:
+    """Write a piece at offset `at`; turn O_DIRECT off if the file system rejects the write."""
     done = 0
     while done < len(piece):
         try:
@@ -193,4 +264,5 @@ def _write_piece(fd: int, piece: memoryview, at: int) -> None:
             flags = fcntl.fcntl(fd, fcntl.F_GETFL)
             if error.errno != errno.EINVAL or not flags & os.O_DIRECT:
                 raise
-            fcntl.fcntl(fd, fcntl.F_SETFL, flags & ~os.O_DIRECT)  # a file system that wants other multiples, or none of this
+            # The file system requires another alignment or does not support O_DIRECT.
+            fcntl.fcntl(fd, fcntl.F_SETFL, flags & ~os.O_DIRECT)

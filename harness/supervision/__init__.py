@@ -1,1 +1,1 @@
-"""Launches and attempts as a supervisor sees them: what they were, how they ended, whether to start again, what was asked of them."""
+"""Record launches and how attempts end, decide on restarts, and pass requests to attempts."""

@@ -1,4 +1,4 @@
-"""What earlier attempts tell of themselves: how far they came, what of that was saved, and so what has to be done again."""
+"""Summarise attempts from their records and events: steps reached, saved, and to be recomputed."""
 
 from __future__ import annotations
 
@@ -15,96 +15,157 @@ from harness.checkpoint.format import Manifest
 from harness.errors import StorageError
 from harness.store import Store
 
-TAIL_BYTES = 1 << 18  # of an attempt's events: a million steps are tens of megabytes
-FEW = 20  # steps whose times tell how fast they were
+# How much is read from the end of an attempt's events. A million steps are tens of megabytes.
+TAIL_BYTES = 1 << 18
+FEW = 20  # number of last steps that the throughput is computed from
 
 
 @dataclass(frozen=True)
 class AttemptSummary:
-    """One attempt, in short."""
+    """Summary of one attempt; times are ISO texts, and None stands for what is not recorded."""
 
     attempt: int
     began: str | None
     kind: str | None
     launch: str | None
-    went_on_from: int  # the step
-    reached: int  # the last step that is known to have been made
-    saved: int  # the last step that was committed
+    went_on_from: int  # step of the resume point, 0 without one
+    reached: int  # last step that is known to be complete
+    saved: int  # last step that is committed, at least `went_on_from`
     ended: str | None
-    end: dict[str, Any] | None
+    end: dict[str, Any] | None  # end record
 
     @property
     def lost(self) -> int:
-        """Steps that were made and have to be made again; of a killed attempt, those that the events still tell."""
+        """Return the number of complete steps that must be recomputed.
+
+        For a killed attempt, only steps that its events still show are counted.
+        """
         return max(0, self.reached - self.saved)
 
 
 def summarise(found: Catalog, number: int, told: list[dict[str, Any]]) -> AttemptSummary:
-    """`told` are the events of an attempt whose end does not say how far it came."""
+    """Summarise one attempt.
+
+    Args:
+        found: Catalog of the run's stores.
+        number: Number of the attempt.
+        told: Events of the attempt; needed if its end record does not contain the last step.
+    """
     record, end = found.attempts[number], found.ends.get(number)
     origin = (record.get("from") or {}).get("step", 0)
-    committed = [m.step for m in found.manifests if m.attempt == number] + [s for m in found.manifests for a, s in m.lineage if a == number]
+    committed = [m.step for m in found.manifests if m.attempt == number] + [
+        s for m in found.manifests for a, s in m.lineage if a == number
+    ]
     saved = max([origin, int((end or {}).get("saved_step") or 0), *committed])
-    reached = max([saved, int((end or {}).get("step") or 0), *(int(event.get("step") or 0) for event in told)])
+    reached = max(
+        [saved, int((end or {}).get("step") or 0), *(int(event.get("step") or 0) for event in told)]
+    )
     names = record.get("time"), record.get("kind"), record.get("launch")
     return AttemptSummary(number, *names, origin, reached, saved, (end or {}).get("time"), end)
 
 
-def events(stores: Sequence[Store], number: int, most_bytes: float = TAIL_BYTES) -> list[dict[str, Any]]:
-    """What is still there of an attempt's last events, in the run directory or in segments."""
+def events(
+    stores: Sequence[Store], number: int, most_bytes: float = TAIL_BYTES
+) -> list[dict[str, Any]]:
+    """Return the last events of an attempt from all the stores, one store after the other.
+
+    The events are in one file in a run directory, and in segments in a remote store. A store that
+    cannot be read is left out. An event that two stores hold is returned twice.
+
+    Args:
+        stores: Stores of the run.
+        number: Number of the attempt.
+        most_bytes: How much is read from the end of each store's events.
+    """
     found = []
     for store in stores:
         with contextlib.suppress(StorageError, FileNotFoundError):
             for line in _tail(store, f"{fmt.EVENTS}/{number:04d}", most_bytes).splitlines():
-                found.append(records.parse(line))  # nothing if it is cut off at the beginning, or while it was written
+                # {} for a line that the tail cuts off or that is not completely written.
+                found.append(records.parse(line))
     return [event for event in found if event]
 
 
-def told(stores: Sequence[Store], number: int, most_bytes: float = TAIL_BYTES) -> list[dict[str, Any]]:
-    """The same, once: from the first store that knows of any, where each knows all."""
+def told(
+    stores: Sequence[Store], number: int, most_bytes: float = TAIL_BYTES
+) -> list[dict[str, Any]]:
+    """Return the last events of an attempt from the first store that has any.
+
+    Each store holds all events of an attempt, so one is enough, and no event is returned twice.
+    For the arguments see `events`.
+    """
     return next((found for store in stores if (found := events([store], number, most_bytes))), [])
 
 
 def _tail(store: Store, name: str, most_bytes: float) -> bytes:
-    """The last bytes of all events files that begin with that name."""
+    """Return the last bytes of the events files whose keys begin with `name`, in key order."""
     parts: list[bytes] = []
+    # The step records (.steps) are in the same folder.
     entries = [
-        entry for entry in store.entries(fmt.EVENTS) if entry.key.startswith(name) and entry.key.endswith(".jsonl")
-    ]  # what each step was is none
+        entry
+        for entry in store.entries(fmt.EVENTS)
+        if entry.key.startswith(name) and entry.key.endswith(".jsonl")
+    ]
     for entry in reversed(entries):
         if most_bytes <= 0:
             break
         start = max(0, entry.size_bytes - most_bytes)
-        parts.append(b"".join(store.chunks(entry.key, int(start))) if start else store.read(entry.key))
+        parts.append(
+            b"".join(store.chunks(entry.key, int(start))) if start else store.read(entry.key)
+        )
         most_bytes -= entry.size_bytes
     return b"".join(reversed(parts))
 
 
 def steps_per_s(told: Sequence[dict[str, Any]]) -> float | None:
-    """How fast the last steps were that an attempt's events tell of; None if they tell of too few."""
+    """Return the throughput of the last `FEW` steps in an attempt's events, in steps per second.
+
+    None if the events contain fewer than two steps with valid times.
+    """
     timed = []
     for event in told:
         if event.get("event") == "step":
             with contextlib.suppress(ValueError, KeyError, TypeError):
-                timed.append((datetime.datetime.fromisoformat(event["time"]).timestamp(), int(event["step"])))
-    (began, first), (ended, last) = (timed[-FEW], timed[-1]) if len(timed) >= FEW else (timed[0], timed[-1]) if timed else ((0, 0), (0, 0))
+                timed.append(
+                    (datetime.datetime.fromisoformat(event["time"]).timestamp(), int(event["step"]))
+                )
+    (began, first), (ended, last) = (
+        (timed[-FEW], timed[-1])
+        if len(timed) >= FEW
+        else (timed[0], timed[-1])
+        if timed
+        else ((0, 0), (0, 0))
+    )
     return (last - first) / (ended - began) if last > first and ended > began else None
 
 
 def steps_again(found: Catalog, origin: Manifest | None, newest: list[dict[str, Any]]) -> int:
-    """How many steps were made after the checkpoint that is gone on from, or from the beginning on, as far as anything tells. `newest`
-    are the newest attempt's events."""
+    """Return how many steps must be recomputed, as far as records and events show.
+
+    These are the steps that were complete after the resume point.
+
+    Args:
+        found: Catalog of the run's stores.
+        origin: Checkpoint of the resume point; None for step 0.
+        newest: Events of the newest attempt.
+    """
     attempt, step = (origin.attempt, origin.step) if origin else (0, 0)
     reached = [step]
     for number in (number for number in found.attempts if number >= attempt):
         is_known = (found.ends.get(number) or {}).get("step") is not None
-        last = newest if number == found.greatest else [] if is_known else told(found.stores, number)
+        last = (
+            newest if number == found.greatest else [] if is_known else told(found.stores, number)
+        )
         reached.append(summarise(found, number, last).reached)
     return max(reached) - step
 
 
 def age_s(manifest: Manifest) -> float:
-    """How long ago it was written, by two clocks that may differ; 0 if it does not tell."""
+    """Return the age of a checkpoint in seconds, or 0 if its manifest has no valid time.
+
+    The time is from the clock of the machine that wrote the checkpoint, and this machine's clock
+    may differ. The result is never negative.
+    """
     if not records.is_time(manifest.time):
         return 0.0
     now = datetime.datetime.now(datetime.timezone.utc)

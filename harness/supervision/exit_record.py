@@ -1,7 +1,8 @@
-"""How an attempt ends: in its end record, and in words for people.
+"""Record how an attempt ends, in its end record, and print it for people.
 
-An uncaught error is recorded by the rank that has it first. The record is created exclusively, so the first word stands: what
-the other ranks then see, a peer that is gone, does not hide the cause.
+The rank that has the first uncaught error records it. The record is created exclusively, so later
+ones are ignored: the errors of the other ranks, which only report a lost peer, do not hide the
+cause.
 """
 
 from __future__ import annotations
@@ -21,58 +22,93 @@ from harness import preemption
 from harness.checkpoint import attempts
 from harness.checkpoint.attempts import Attempt
 from harness.distributed.ranks import World, is_lost_peer, last_collective, own_rank
-from harness.errors import EXIT_FINISHED, HarnessError, LostRankError, OvertakenError, StorageError, SupersededError, report
+from harness.errors import (
+    EXIT_FINISHED,
+    HarnessError,
+    LostRankError,
+    OvertakenError,
+    StorageError,
+    SupersededError,
+    report,
+)
 from harness.store import Store
 from harness.supervision import launches
 from harness.supervision.error_hints import hint
 from harness.text import say
 
-AFTER_OTHERS_S = 1.0
-FINISH_S = 20.0  # for how long a checkpoint that is on its way is waited for; torchrun kills after 30 s
-RECORD_S = 5.0  # for how long a remote store is asked to take the record
+AFTER_OTHERS_S = 1.0  # head start of the rank that caused the failure
+# Limit for the copy of a checkpoint in flight, and for its commit. torchrun kills after 30 s.
+FINISH_S = 20.0
+RECORD_S = 5.0  # retry limit for a record in a remote store
 MOST_TRACE = 6000  # characters
 
 
 class ExitRecord:
-    """Watches over the end of this process's attempt, from now on."""
+    """Recorder of how this process's attempt ends.
+
+    A new instance installs itself as `sys.excepthook`.
+    """
 
     def __init__(self) -> None:
         self._stores: tuple[Store, ...] = ()
         self._attempt: Attempt | None = None
         self._world: World | None = None
-        self.failed = False
-        self.step: Callable[[], int | None] = lambda: None  # where the run stands
-        self.finish: Callable[[float], object] = lambda limit_s: None  # what may be on its way to the disk
+        self.failed = False  # True once an uncaught error was seen
+        self.step: Callable[[], int | None] = lambda: None  # returns the run's current step
+        # Waits for a checkpoint in flight; takes the limit in seconds.
+        self.finish: Callable[[float], object] = lambda limit_s: None
         self._default = sys.excepthook
         self.take_hook()
 
     def take_hook(self) -> None:
-        """Be the one who is told of an uncaught error. Joining a process group puts torch's hook around ours, and what we print
-        is lost in its buffer when we leave the process from there: then take it back."""
+        """Install this object's hook as `sys.excepthook`.
+
+        Call it again after the process group is joined, because torch then wraps this hook in its
+        own. Torch's hook buffers stderr, and the buffer is lost when this hook ends the process.
+        """
         sys.excepthook = self._on_error
 
     def of(self, run: Any) -> None:
-        """Whose `step` is told. The run is not kept for that: each thread keeps the hook that it was started under."""
+        """Take the step for records from this run.
+
+        Only a weak reference is kept. Each thread keeps the excepthook that it was started under,
+        so a strong reference would keep the run alive.
+        """
         kept = weakref.ref(run)
         self.step = lambda: getattr(kept(), "step", None)
 
     def watch(self, stores: tuple[Store, ...]) -> None:
-        """From here on there is a place for a record, if a supervisor has started this process."""
+        """Set the stores, before there is an attempt.
+
+        An end is recorded for the launch, if a supervisor has started this process.
+        """
         self._stores = stores
 
     def begun(self, stores: tuple[Store, ...], attempt: Attempt, world: World) -> None:
-        """From here on there is an attempt to record the end of."""
+        """Set the attempt whose end is recorded from now on."""
         self._stores, self._attempt, self._world = stores, attempt, world
 
     def left(self, say: Callable[[str], None], *, is_finishing: bool) -> None:
-        """The loop was broken off, by the program's own wish or by an error, which is told of later. If none is, that was the end."""
+        """Handle a loop that was left before its end.
+
+        Either the program has left it, or an error, which the excepthook records later. If no
+        error follows until the process exits, the attempt is recorded as failed.
+
+        Args:
+            say: Prints a line to the user.
+            is_finishing: Whether `run.finish()` was called.
+        """
         if not self.failed:
             what = (
-                "ends the run when the loop asks for its next batch: go on to there, without a break"
+                "ends the run when the loop asks for its next batch: "
+                "go on to there, without a break"
                 if is_finishing
                 else "would end the run"
             )
-            words = f"the loop was left at step {self.step()}: nothing more is saved; run.finish() {what}"
+            words = (
+                f"the loop was left at step {self.step()}: "
+                f"nothing more is saved; run.finish() {what}"
+            )
             say(f"harness: {words}")
             atexit.register(self._left, words)
 
@@ -81,19 +117,30 @@ class ExitRecord:
             self.record("failed", self._stores, error=words)
 
     def leave_alone(self) -> None:
-        """End this process, which was asked to stop and waits for ranks that do not come. From any thread."""
+        """End this process after a stop request, because the other ranks did not join.
+
+        Any thread may call this. The exit code is 0.
+        """
         say("harness: stopped before training began: the other ranks did not come; start again")
         self.record("stopped", self._stores)
         os._exit(EXIT_FINISHED)
 
     def record(self, why: str, stores: tuple[Store, ...], **details: Any) -> None:
-        """Record the end, of the attempt or of a launch that got to none, on the writer. Nothing is raised: the checkpoints tell
-        what can be gone on from."""
+        """Record the end of the attempt, or of a launch that has no attempt yet.
+
+        Only the writer records, or any rank before the process group is joined. A store that fails
+        is reported and not raised, because a resume depends on the checkpoints alone.
+
+        Args:
+            why: "finished", "stopped", "failed" or "superseded".
+            stores: Stores that receive the record.
+            details: Additional fields of the record.
+        """
         if self._world is None or self._world.is_writer:
             self._create(why, stores, details)
 
     def _create(self, why: str, stores: tuple[Store, ...], details: dict[str, Any]) -> bool:
-        """Whether the record is there, and ours."""
+        """Create the record in each store; return whether this call created it in any of them."""
         made = False
         for store in stores:
             try:
@@ -115,51 +162,100 @@ class ExitRecord:
             return launches.failed(store, name, **details)
         return store.exists(launches.key(name)) and launches.end(store, name, why, **details)
 
-    def _on_error(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    def _on_error(
+        self, kind: type[BaseException], error: BaseException, trace: TracebackType | None
+    ) -> None:
         sys.excepthook, self.failed = self._default, True
         self.finish(FINISH_S)
         if is_lost_peer(error):
-            until = time.monotonic() + AFTER_OTHERS_S  # whoever really failed has the first word,
-            while time.monotonic() < until and not preemption.requested():  # and has ended when torchrun stops the others
+            # The rank that caused this must record its error first. When torchrun stops the other
+            # ranks, that rank has already ended, so the wait is over.
+            until = time.monotonic() + AFTER_OTHERS_S
+            while time.monotonic() < until and not preemption.requested():
                 time.sleep(0.01)
             if not isinstance(error, LostRankError):
-                error = LostRankError("another rank of this attempt is lost", f"found: {str(error).splitlines()[0][:200]}")
+                error = LostRankError(
+                    "another rank of this attempt is lost",
+                    f"found: {str(error).splitlines()[0][:200]}",
+                )
         why = "superseded" if isinstance(error, SupersededError) else "failed"
         lines = traceback.format_exception(kind, error, trace)
         details = {"step": self.step(), "rank": own_rank()}
-        if isinstance(error, OvertakenError):  # the attempt has its end record; its launch may go on, with another attempt
+        # The attempt already has its end record. Its launch may continue with another attempt.
+        if isinstance(error, OvertakenError):
             report(error)
         elif isinstance(error, HarnessError):
             lost = {"lost": True} if isinstance(error, LostRankError) else {}
-            made = self._create(why, self._stores, details | {"error": str(error), "code": error.exit_code} | lost)
-            if not (made and launches.own()):  # else the supervisor shows it, last
+            made = self._create(
+                why, self._stores, details | {"error": str(error), "code": error.exit_code} | lost
+            )
+            if not (made and launches.own()):  # else the supervisor prints it at the end
                 report(error)
         else:
             told = f"harness: hint: {words}" if (words := hint(error)) else ""
             trace_text = "".join(lines)[-MOST_TRACE:] + told
-            made = self._create(why, self._stores, details | {"error": lines[-1].strip(), "trace": trace_text})
-            say(f"harness: uncaught error on rank {own_rank()}: {lines[-1].strip()}\n{told}".rstrip(), sys.stderr)
-            if not (made and launches.own()):  # else the supervisor shows it, last
+            made = self._create(
+                why, self._stores, details | {"error": lines[-1].strip(), "trace": trace_text}
+            )
+            say(
+                f"harness: uncaught error on rank {own_rank()}: "
+                f"{lines[-1].strip()}\n{told}".rstrip(),
+                sys.stderr,
+            )
+            if not (made and launches.own()):  # else the supervisor prints it at the end
                 self._default(kind, error, trace)
             return
         sys.stdout.flush()
         os._exit(error.exit_code)  # a hook cannot choose the exit code otherwise
 
     def hung(self, what: str, limit_s: float, stacks: str) -> None:
-        """Say and record where this process stands, and where the others do; for its watchdog, which ends it then."""
-        rank, step, attempt, found = own_rank(), self.step(), self._attempt, hang_report.place(stacks)
-        error = f"{what} took longer than {limit_s:.0f} s" + ("" if found.waits else f": stuck in {found.words}")
-        say(f"harness: rank {rank} hangs at step {step}: {error}; its stacks:\n{stacks}", sys.stderr)
-        say("harness: if that is work and no hang: raise run.step_timeout_s, or run.timeout_s", sys.stderr)
+        """Print and record the stacks of this process, and write the hang report of all ranks.
+
+        The watchdog calls this and ends the process afterwards.
+
+        Args:
+            what: Work that exceeded its time limit.
+            limit_s: The limit in seconds.
+            stacks: Stacks of all threads, the main thread's last.
+        """
+        rank, step, attempt, found = (
+            own_rank(),
+            self.step(),
+            self._attempt,
+            hang_report.place(stacks),
+        )
+        error = f"{what} took longer than {limit_s:.0f} s" + (
+            "" if found.waits else f": stuck in {found.words}"
+        )
+        say(
+            f"harness: rank {rank} hangs at step {step}: {error}; its stacks:\n{stacks}", sys.stderr
+        )
+        say(
+            "harness: if that is work and no hang: raise run.step_timeout_s, or run.timeout_s",
+            sys.stderr,
+        )
         line = hang_report.line(rank, step, error, stacks, last_collective())
         for store in self._stores if attempt else ():
             try:
-                attempts.add_event(store.patient(RECORD_S), attempt, rank, line)  # type: ignore[arg-type]
+                attempts.add_event(
+                    store.patient(RECORD_S),
+                    attempt,  # type: ignore[arg-type]
+                    rank,
+                    line,
+                )
             except (StorageError, FileExistsError) as problem:
-                say(f"harness: not recorded: {problem.what if isinstance(problem, StorageError) else problem}", sys.stderr)
+                say(
+                    "harness: not recorded: "
+                    f"{problem.what if isinstance(problem, StorageError) else problem}",
+                    sys.stderr,
+                )
         if found.waits:
-            time.sleep(AFTER_OTHERS_S)  # the one that hangs has the first word
-        self._create("failed", self._stores, {"error": error, "rank": rank, "step": step, "trace": stacks[-MOST_TRACE:]})
+            time.sleep(AFTER_OTHERS_S)  # the rank that is stuck must create the record first
+        self._create(
+            "failed",
+            self._stores,
+            {"error": error, "rank": rank, "step": step, "trace": stacks[-MOST_TRACE:]},
+        )
         if attempt is not None and self._world is not None:
             words, where = hang_report.report(self._stores, attempt, self._world.size, RECORD_S)
             say(f"harness: {words}; all stacks: {where}", sys.stderr)

@@ -1,4 +1,4 @@
-"""Where each rank of an attempt that hangs stands, as one page that begins with one sentence."""
+"""Report where each rank of an attempt hangs, on one page whose first sentence is the summary."""
 
 from __future__ import annotations
 
@@ -17,23 +17,34 @@ from harness.store import Store
 from harness.supervision import attempt_history
 
 FOLDER = "hangs"
-OTHERS_S, LOOK_S = 3.0, 0.2  # for how long the other ranks' words are waited for
-# A rank whose last frame is there waits for another one.
-COLLECTIVES = ("torch/distributed", "torch/nn/parallel/distributed.py", "torch/autograd", "harness/distributed/ranks.py")
-LIBRARIES = ("/torch/", f"{Path(__file__).resolve().parents[1]}/", "/site-packages/", "/lib/python", "<frozen")
+OTHERS_S, LOOK_S = 3.0, 0.2  # limit and interval, in seconds, of the wait for other ranks
+# A rank whose innermost frame is in one of these files waits for other ranks.
+COLLECTIVES = (
+    "torch/distributed",
+    "torch/nn/parallel/distributed.py",
+    "torch/autograd",
+    "harness/distributed/ranks.py",
+)
+LIBRARIES = (
+    "/torch/",
+    f"{Path(__file__).resolve().parents[1]}/",
+    "/site-packages/",
+    "/lib/python",
+    "<frozen",
+)
 FRAME = re.compile(r'^  File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>.+)$')
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a rank stands: the last line of the user's own code, and whether it waits for other ranks there."""
+    """Where a rank hangs: the innermost line of the user's code; whether it waits for others."""
 
     words: str
     waits: bool
 
 
 def place(stacks: str) -> Place:
-    """By the main thread's stack, which comes last."""
+    """Find where a rank hangs in its stacks, from that of the main thread, which comes last."""
     frames = [match for line in stacks.splitlines() if (match := FRAME.match(line))]
     if not frames:
         return Place("an unknown place", False)
@@ -44,7 +55,10 @@ def place(stacks: str) -> Place:
 
 
 def sentence(told: Sequence[dict[str, Any]], world_size: int) -> str:
-    """Who is stuck, and who waits. `told` are the hang events of those ranks that could still tell."""
+    """Summarise which ranks are stuck, which wait for others, and which have left no hang event.
+
+    `told` are the hang events of the ranks that could still write one.
+    """
     places = {int(event["rank"]): place(str(event.get("stacks", ""))) for event in told}
     stuck = {rank: found for rank, found in places.items() if not found.waits}
     waiting = [rank for rank, found in places.items() if found.waits]
@@ -55,22 +69,43 @@ def sentence(told: Sequence[dict[str, Any]], world_size: int) -> str:
     if waiting and (stuck or silent):
         parts.append(f"{_ranks(waiting)} waited for the others")
     elif waiting:
-        parts += [f"rank {rank} waits for the others in {places[rank].words}" for rank in sorted(waiting)]
+        parts += [
+            f"rank {rank} waits for the others in {places[rank].words}" for rank in sorted(waiting)
+        ]
     return "; ".join(parts)
 
 
 def page(told: Sequence[dict[str, Any]], world_size: int) -> str:
-    """The sentence, then what each rank was at, its last collective if that is known, and the stacks of all its threads."""
+    """Return the text of the report.
+
+    After the summary sentence, each rank that left an event has its step, the work that exceeded
+    its time limit, its last collective if that is known, and the stacks of all its threads.
+    """
     parts = [sentence(told, world_size) + "."]
     for event in sorted(told, key=lambda event: int(event["rank"])):
         last = f"\nlast collective: {event['collective']}" if event.get("collective") else ""
-        parts.append(f"--- rank {event['rank']}, step {event['step']}: {event['error']}{last}\n\n{event['stacks']}")
+        parts.append(
+            f"--- rank {event['rank']}, step {event['step']}: "
+            f"{event['error']}{last}\n\n{event['stacks']}"
+        )
     return "\n\n".join(parts) + "\n"
 
 
 def tell(store: Store, attempt: Attempt, world_size: int) -> str:
-    """Write the page, `hangs/0003.txt`, once all ranks have left their word in the events, or have had time to; returns its sentence.
-    Each rank that can writes it, all the same. Raises StorageError."""
+    """Write the report to one store, as `hangs/0003.txt`, and return its summary sentence.
+
+    The report is written as soon as every rank has left a hang event, or after `OTHERS_S` seconds.
+    Every rank that hangs writes this report, so it is enough that one of them can. It is not
+    written to a local store on another node's disk, which does not hold the attempt.
+
+    Args:
+        store: Store that holds the events and receives the report.
+        attempt: Attempt that hangs.
+        world_size: Number of ranks.
+
+    Raises:
+        StorageError: The store fails.
+    """
     until = time.monotonic() + OTHERS_S
     while True:
         hangs = [
@@ -78,19 +113,36 @@ def tell(store: Store, attempt: Attempt, world_size: int) -> str:
             for event in attempt_history.events([store], attempt.number)
             if event.get("event") == "hang" and event.get("rank") is not None
         ]
-        events = {event["rank"]: event for event in hangs if {"step", "error", "stacks"} <= event.keys()}
+        events = {
+            event["rank"]: event for event in hangs if {"step", "error", "stacks"} <= event.keys()
+        }
         if len(events) >= world_size or time.monotonic() > until:
             break
         time.sleep(LOOK_S)
     told = list(events.values())
     if not store.is_local or attempts.holds(store, attempt):
         store.prepare((FOLDER,))
-        store.write(f"{FOLDER}/{attempt.number:04d}.txt", page(told, world_size).encode(), attempt.number)
+        store.write(
+            f"{FOLDER}/{attempt.number:04d}.txt", page(told, world_size).encode(), attempt.number
+        )
     return sentence(told, world_size)
 
 
-def report(stores: Sequence[Store], attempt: Attempt, world_size: int, patience_s: float) -> tuple[str, str]:
-    """`tell` in every store that takes it; the sentence, and where the page is."""
+def report(
+    stores: Sequence[Store], attempt: Attempt, world_size: int, patience_s: float
+) -> tuple[str, str]:
+    """Write the report to every store that accepts it.
+
+    Args:
+        stores: Stores of the run.
+        attempt: Attempt that hangs.
+        world_size: Number of ranks.
+        patience_s: Retry limit of each request to a remote store in seconds.
+
+    Returns:
+        The summary sentence from the last of these stores, and the path or URL of the report in the
+        first; empty texts if every store fails.
+    """
     words = where = ""
     for store in stores:
         try:
@@ -102,8 +154,23 @@ def report(stores: Sequence[Store], attempt: Attempt, world_size: int, patience_
 
 
 def line(rank: int, step: int | None, error: str, stacks: str, collective: str) -> bytes:
-    """The event that a rank leaves."""
-    event = {"event": "hang", "time": attempts.now(), "rank": rank, "step": step, "error": error, "stacks": stacks}
+    """Return the hang event of a rank, as one line of JSON.
+
+    Args:
+        rank: Rank that hangs.
+        step: Its current step.
+        error: Work that exceeded its time limit, in words.
+        stacks: Stacks of all threads, the main thread's last.
+        collective: Its last collective, or "" if that is unknown.
+    """
+    event = {
+        "event": "hang",
+        "time": attempts.now(),
+        "rank": rank,
+        "step": step,
+        "error": error,
+        "stacks": stacks,
+    }
     return (json.dumps(event | ({"collective": collective} if collective else {})) + "\n").encode()
 
 

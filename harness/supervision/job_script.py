@@ -1,38 +1,40 @@
-"""The job script that `harness submit` writes, as a pure function, and the copy of the code that it runs.
+"""Generate the job script of `harness submit` as text.
 
-`slurm/` in the repository holds what this makes of three sets of values, to be read, copied and changed by hand.
+The folder `slurm/` of the repository holds the scripts that this module generates for three sets of
+values. Users may read, copy and edit them.
 """
 
 from __future__ import annotations
 
 import shlex
-import shutil
-import subprocess
 import unicodedata
-from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 from harness.config.schema import SlurmSettings
 from harness.errors import UsageError
 
-MOST_BYTES, MOST_FILES = 1 << 20, 5000  # of one file; of all
-SOURCES = (".py", ".json", ".yaml", ".yml", ".toml", ".txt", ".csv")
-
-TEMPLATE = r"""#!/bin/bash
+# A shell line of more than 100 characters is split over two of the adjacent literals.
+TEMPLATE = (
+    r"""#!/bin/bash
 {options}
 #SBATCH --ntasks-per-node=1         # one launcher a node; it starts the training processes
-#SBATCH --requeue                   # preempted, or a node lost: SLURM starts this job again by itself
+#SBATCH --requeue                   """
+    r"""# preempted, or a node lost: SLURM starts this job again by itself
 #SBATCH --open-mode=append          # all lives of the job write one log
-#SBATCH --dependency=singleton      # of all jobs with this name, one at a time: two would take a run from each other
+#SBATCH --dependency=singleton      """
+    r"""# of all jobs with this name, one at a time: two would take a run from each other
 #
 # Trains one run to its end, over as many lives of this job as that takes. Submit once.
 #
-#   preempted, asked to stop      all ranks finish the same step, save, and leave; the job is queued again and goes on from that step
-#   near its time limit           the same, by itself, run.margin_s seconds before; no --signal is needed
+#   preempted, asked to stop      all ranks finish the same step, save, and leave; the job is """
+    r"""queued again and goes on from that step
+#   near its time limit           the same, by itself, run.margin_s seconds before; no --signal """
+    r"""is needed
 #   a crash, a lost node          the job is queued again and goes on from the newest checkpoint
-#   {most} crashes in a row            without a new checkpoint between them: the job fails, and the last lines of its log say of what
-#   finished                      the job ends, and is not queued again; so do `scancel` and `harness stop RUN`
+#   {most} crashes in a row            without a new checkpoint between them: the job fails, and """
+    r"""the last lines of its log say of what
+#   finished                      the job ends, and is not queued again; so do `scancel` and """
+    r"""`harness stop RUN`
 
 # What is trained.
 cd {directory} || exit 78
@@ -43,18 +45,26 @@ settings=({settings})
 {setup}
 harness=({python} "$code/harness/__main__.py")
 
-export HARNESS_CODE=$code                                            # the task is imported from there too
-id=${{SLURM_ARRAY_JOB_ID:+${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID}}   # of a job array: this task alone
+export HARNESS_CODE=$code                                            """
+    r"""# the task is imported from there too
+id=${{SLURM_ARRAY_JOB_ID:+${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID}}   """
+    r"""# of a job array: this task alone
 id=${{id:-$SLURM_JOB_ID}}
-export TORCH_CPP_LOG_LEVEL=${{TORCH_CPP_LOG_LEVEL:-ERROR}}                # or who leaves last complains at length that the others are gone
+export TORCH_CPP_LOG_LEVEL=${{TORCH_CPP_LOG_LEVEL:-ERROR}}                """
+    r"""# or who leaves last complains at length that the others are gone
 export HARNESS_LAUNCH=$SLURM_JOB_ID.${{SLURM_RESTART_COUNT:-0}}        # this life of the job
-end=$(timeout 30 squeue -h -j "$id" -o %e)                            # SLURM says it by itself from 23.02 on
+end=$(timeout 30 squeue -h -j "$id" -o %e)                            """
+    r"""# SLURM says it by itself from 23.02 on
 [[ $end != 20* ]] || export SLURM_JOB_END_TIME=$(date -d "$end" +%s)
-[ -z "${{SLURM_CPUS_PER_TASK:-}}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK   # srun does not inherit it
-port=$((20000 + (7 * SLURM_JOB_ID + ${{SLURM_RESTART_COUNT:-0}}) % 10000))   # another one for each job on a node, and for each life
+[ -z "${{SLURM_CPUS_PER_TASK:-}}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK   """
+    r"""# srun does not inherit it
+port=$((20000 + (7 * SLURM_JOB_ID + ${{SLURM_RESTART_COUNT:-0}}) % 10000))   """
+    r"""# another one for each job on a node, and for each life
 
-# Queues this job again, and ends it at once by that. Only if it is still running, and this life of it: on a job that somebody has
-# cancelled it would work too, and bring it back; what SLURM itself is queueing again, or has started elsewhere, needs no help.
+# Queues this job again, and ends it at once by that. Only if it is still running, and this life """
+    r"""of it: on a job that somebody has
+# cancelled it would work too, and bring it back; what SLURM itself is queueing again, or has """
+    r"""started elsewhere, needs no help.
 requeue() {{
     local pause state
     for pause in 0 5 15 30 60 60; do
@@ -62,12 +72,15 @@ requeue() {{
         state=$(timeout 60 scontrol show job -o "$id") || continue
         [[ $state == *" Restarts=${{SLURM_RESTART_COUNT:-0}} "* ]] || exit $answer
         case $state in
-            *" JobState=RUNNING "* | *" JobState=COMPLETING Reason=TimeLimit "*) timeout 60 scontrol requeue "$id" && exit 0 ;;
+            *" JobState=RUNNING "* | *" JobState=COMPLETING Reason=TimeLimit "*) """
+    r"""timeout 60 scontrol requeue "$id" && exit 0 ;;
             *) exit $answer ;;
         esac
     done
-    # Where a job may not queue itself again (or has no scontrol), submit this script several times: thanks to --dependency=singleton
-    # they run one after another, each goes on from where the last one stopped, and those that find the run finished end at once.
+    # Where a job may not queue itself again (or has no scontrol), submit this script several """
+    r"""times: thanks to --dependency=singleton
+    # they run one after another, each goes on from where the last one stopped, and those that """
+    r"""find the run finished end at once.
     echo "harness: this job cannot be queued again; submit it again to go on" >&2
     exit $answer
 }}
@@ -79,20 +92,25 @@ unreachable() {{
     exit 74
 }}
 
-# Is there anything to do? 75: yes. The run may be finished, or in a crash loop; or this disk is not the one that the run lives on.
+# Is there anything to do? 75: yes. The run may be finished, or in a crash loop; or this disk is """
+    r"""not the one that the run lives on.
 "${{harness[@]}}" supervise before{submitted} "${{settings[@]}}"
 answer=$?
 [ $answer -ne 74 ] || unreachable
 [ $answer -eq 75 ] || exit $answer
 rm -f "$code/.unreachable-$SLURM_JOB_ID"
 
-# SLURM signals the steps when it preempts, and this shell only when it ends the job: then there is little time, and nothing to do but
-# to wait for the ranks. A trap may not do more than to set a variable. Never signal srun: it would kill the ranks at once.
+# SLURM signals the steps when it preempts, and this shell only when it ends the job: then there """
+    r"""is little time, and nothing to do but
+# to wait for the ranks. A trap may not do more than to set a variable. Never signal srun: it """
+    r"""would kill the ranks at once.
 stopped=
 trap 'stopped=--stopped' TERM INT USR1 USR2
 
-srun --kill-on-bad-exit=1 --cpu-bind=none "${{harness[@]}}" launch --nnodes="$SLURM_NNODES" --nproc-per-node={procs} \
-    --rdzv-backend=c10d --rdzv-endpoint="$(hostname):$port" --rdzv-id="$HARNESS_LAUNCH" "${{settings[@]}}" &
+srun --kill-on-bad-exit=1 --cpu-bind=none "${{harness[@]}}" launch --nnodes="$SLURM_NNODES" """
+    r"""--nproc-per-node={procs} \
+    --rdzv-backend=c10d --rdzv-endpoint="$(hostname):$port" """
+    r"""--rdzv-id="$HARNESS_LAUNCH" "${{settings[@]}}" &
 step=$!
 while :; do
     wait $step
@@ -100,7 +118,8 @@ while :; do
     [ $code -gt 128 ] && kill -0 $step 2>/dev/null || break          # a trap ends `wait`, not srun
 done
 
-# How did it end? The run's own records tell; exit codes do not. A preemption that has begun is no failure, whatever it broke; to be
+# How did it end? The run's own records tell; exit codes do not. A preemption that has begun is """
+    r"""no failure, whatever it broke; to be
 # overtaken by the time limit is one, as long as there is no new checkpoint.
 job=$(timeout 60 scontrol show job -o "$id")
 [[ $job == *" PreemptTime=2"* ]] && stopped=--stopped
@@ -111,14 +130,18 @@ answer=$?
 [ $answer -eq 75 ] || exit $answer
 requeue         # the last thing done
 """
+)
 
 
-DRILL = r"""#!/bin/bash
+DRILL = (
+    r"""#!/bin/bash
 {options}
 #SBATCH --ntasks=1
 #
-# Drills a program: it is trained undisturbed, then with faults, and both are compared. Nothing of it goes to the run itself. One job,
-# one node; it is not queued again. The verdict stands at the end of this job's log, and its exit code is the drill's.
+# Drills a program: it is trained undisturbed, then with faults, and both are compared. Nothing """
+    r"""of it goes to the run itself. One job,
+# one node; it is not queued again. The verdict stands at the end of this job's log, and its """
+    r"""exit code is the drill's.
 
 cd {directory} || exit 78
 code={code}
@@ -127,14 +150,20 @@ settings=({settings})
 # What the site needs.
 {setup}
 
-export HARNESS_CODE=$code                                            # the task is imported from there too
+export HARNESS_CODE=$code                                            """
+    r"""# the task is imported from there too
 exec {python} "$code/harness/__main__.py" drill --nproc-per-node={procs} {drill} "${{settings[@]}}"
 """
+)
 
 
 @dataclass(frozen=True)
 class Job:
-    """What a job script is made of. `setup`, `directory`, `code` and `python` are shell text, `settings` are plain words."""
+    """The values of a job script.
+
+    `slurm.setup`, `directory`, `code` and `python` are shell text, which is inserted unchanged.
+    `settings` are plain words, which are quoted for the shell.
+    """
 
     slurm: SlurmSettings
     job_name: str
@@ -145,24 +174,40 @@ class Job:
     python: str = "python"
     most_failures: int = 3
     is_submitted: bool = False
-    drill: tuple[str, ...] | None = None  # options of `harness drill`, if that is what the job does
+    # Options of `harness drill` if the job is a drill, else None.
+    drill: tuple[str, ...] | None = None
 
 
 def procs_per_node(slurm: SlurmSettings) -> int:
-    """Training processes on each node: one a GPU unless told otherwise."""
+    """Return the number of training processes per node.
+
+    It is `slurm.procs_per_node` if that is set, else one process per GPU, and one without GPUs.
+    """
     return slurm.procs_per_node or slurm.gpus_per_node or 1
 
 
 def script(job: Job) -> str:
-    """The text of the job script."""
+    """Return the text of the job script. Raises UsageError if a value has a control character."""
     slurm = job.slurm
     _check_plain(job)
     options = {
-        "job-name": job.job_name, "output": job.output, "nodes": slurm.nodes, "gpus-per-node": slurm.gpus_per_node,
-        "cpus-per-task": slurm.cpus_per_node, "mem": slurm.mem, "time": slurm.time, "partition": slurm.partition,
-        "account": slurm.account, "qos": slurm.qos, "constraint": slurm.constraint,
-    }  # fmt: skip
-    lines = [f"#SBATCH --{name}={shlex.quote(str(value))}" for name, value in options.items() if value is not None]
+        "job-name": job.job_name,
+        "output": job.output,
+        "nodes": slurm.nodes,
+        "gpus-per-node": slurm.gpus_per_node,
+        "cpus-per-task": slurm.cpus_per_node,
+        "mem": slurm.mem,
+        "time": slurm.time,
+        "partition": slurm.partition,
+        "account": slurm.account,
+        "qos": slurm.qos,
+        "constraint": slurm.constraint,
+    }
+    lines = [
+        f"#SBATCH --{name}={shlex.quote(str(value))}"
+        for name, value in options.items()
+        if value is not None
+    ]
     prefix = f"{slurm.container} " if slurm.container else ""
     return (TEMPLATE if job.drill is None else DRILL).format(
         options="\n".join(lines + [f"#SBATCH {option}" for option in slurm.extra]),
@@ -179,57 +224,29 @@ def script(job: Job) -> str:
 
 
 def _check_plain(job: Job) -> None:
-    """Refuse what would end a line of the script before its time, or hide in it. Raises UsageError."""
+    """Refuse a value with a control character, which could end a line early or hide text in it.
+
+    Raises UsageError.
+    """
     given: dict[str, object] = {f"slurm.{name}": value for name, value in vars(job.slurm).items()}
     given |= {"the job's name": job.job_name, "the path of the log": job.output} | {
         word.partition("=")[0][:40]: word for word in job.settings
     }
-    given |= {"the working directory": job.directory, "the path of the code": job.code, "the path of Python": job.python}
+    given |= {
+        "the working directory": job.directory,
+        "the path of the code": job.code,
+        "the path of Python": job.python,
+    }
     for name, value in given.items():
-        allowed = "\n\t" if name == "slurm.setup" else ""  # it is shell text, and may be several lines
+        # slurm.setup is shell text and may have several lines.
+        allowed = "\n\t" if name == "slurm.setup" else ""
         for text in value if isinstance(value, list) else [value]:
-            if any(unicodedata.category(c) in ("Cc", "Zl", "Zp") and c not in allowed for c in str(text)):
+            if any(
+                unicodedata.category(c) in ("Cc", "Zl", "Zp") and c not in allowed
+                for c in str(text)
+            ):
                 raise UsageError(
-                    f"{name} holds a control character", f"found: {str(text)!r}", "Take it out: a job script has no place for it."
+                    f"{name} holds a control character",
+                    f"found: {str(text)!r}",
+                    "Take it out: a job script has no place for it.",
                 )
-
-
-def copy_code(target: Path, directory: Path, task_file: Path | None) -> int:
-    """Copy this package to `target`, and what lies in the working directory if the task does; returns the number of files.
-
-    A requeue runs what was submitted, whatever has been edited since. Of a git checkout that is what git would not ignore, elsewhere
-    all sources; data is left where it is. Raises UsageError.
-    """
-    package = Path(__file__).resolve().parents[1]
-    files = {path: Path("harness") / path.relative_to(package) for path in package.rglob("*") if path.suffix in (".py", ".typed")}
-    inside = task_file is not None and directory in task_file.parents and package not in task_file.parents
-    if inside and "site-packages" not in str(task_file):
-        files = {path: path.relative_to(directory) for path in [*_sources(directory), task_file] if path is not None} | files
-    if len(files) > MOST_FILES:
-        raise UsageError(
-            f"there are too many files to copy in {directory}",
-            f"found: {len(files)}, expected: at most {MOST_FILES}",
-            "Submit from the folder that holds the task's code, or make it a git checkout.",
-        )
-    for source, name in files.items():
-        (target / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source, target / name)
-    return len(files)
-
-
-def _sources(directory: Path) -> Iterable[Path]:
-    listed = ["git", "-C", str(directory), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-    try:
-        found = subprocess.run(listed, capture_output=True, text=True, check=True).stdout.split("\0")
-        paths: Iterable[Path] = [directory / name for name in found if name]
-    except (OSError, subprocess.CalledProcessError):
-        paths = (path for path in directory.rglob("*") if path.suffix in SOURCES)
-    mine = (path for path in paths if not _is_foreign(path, directory))
-    return [path for path in mine if path.is_file() and not path.is_symlink() and path.stat().st_size <= MOST_BYTES]
-
-
-def _is_foreign(path: Path, directory: Path) -> bool:
-    """Hidden folders, environments, and run directories."""
-    parents = [parent for parent in path.parents if directory in parent.parents]
-    marks = ("pyvenv.cfg", "attempts", "launches", "submitted")
-    return any(p.name.startswith(".") or p.name == "site-packages" or any((p / mark).exists() for mark in marks) for p in parents)

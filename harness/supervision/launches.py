@@ -1,11 +1,17 @@
-"""Launches: what a supervisor (a SLURM job, `harness launch`) starts, each recorded in the run's stores.
+"""Record launches in the run's stores: each start of the training by a supervisor.
 
-    launches/1234.0.json       created before anything is started: how far the run had ever come, what died since
-    launches/1234.0.failed.json   the first error, of a rank or of a node's launcher, where no attempt can tell it
-    launches/1234.0.end.json   how it ended, in its supervisor's view: stopped from outside, ended, or failed
+A supervisor is a SLURM job or `harness launch`.
 
-The part before the last dot names the supervisor, the number counts what it has started. One launch may hold several attempts, if
-torchrun restarts in place, or none, if it dies before training begins.
+    launches/1234.0.json          Created before any process is started: the greatest step that the
+                                  run has reached, and the failures since then.
+    launches/1234.0.failed.json   The first error of a rank or of a node's launcher, if no attempt
+                                  can record it.
+    launches/1234.0.end.json      How the launch ended, as its supervisor sees it: stopped from
+                                  outside, ended, or failed.
+
+In a launch's name, the part before the last dot is the supervisor, and the number after it counts
+the launches of that supervisor. A launch has several attempts if torchrun restarts in place, and
+none if it dies before training begins.
 """
 
 from __future__ import annotations
@@ -26,97 +32,163 @@ from harness.errors import UsageError
 from harness.store import Store
 
 LAUNCHES = "launches"
-LAUNCH_NAME = re.compile(r"^launches/(?P<name>[0-9A-Za-z_-]+\.[0-9]+)(?P<end>\.end|\.failed)?\.json\Z")
-SUBMITTED = "run.json"  # that the run was submitted: without it, and without anything else, a job stands before an empty disk
-ENVIRONMENT = "HARNESS_LAUNCH"
-REDIRECT = "HARNESS_REDIRECT"  # the folder in which a run lives under `harness drill`, whatever its program says
-SUPERVISED = "HARNESS_RUN"  # where the supervisor of this process looks for its run
+LAUNCH_NAME = re.compile(
+    r"^launches/(?P<name>[0-9A-Za-z_-]+\.[0-9]+)(?P<end>\.end|\.failed)?\.json\Z"
+)
+# Marks a run as submitted. If it is missing, a submitted job has the wrong disk or an empty one.
+SUBMITTED = "run.json"
+ENVIRONMENT = "HARNESS_LAUNCH"  # variable with the name of the launch
+# Variable with the folder of the run's stores under `harness drill`, in place of the program's own.
+REDIRECT = "HARNESS_REDIRECT"
+# Variable with the stores in which the supervisor of this process looks for the run.
+SUPERVISED = "HARNESS_RUN"
 
 
 @dataclass(frozen=True)
 class Launch:
-    """One start by a supervisor."""
+    """One start of the training by a supervisor."""
 
     name: str
     record: dict[str, Any] = field(default_factory=dict)
     end: dict[str, Any] | None = None
-    failure: dict[str, Any] | None = None  # what a rank, or a node's launcher, has said of it
+    failure: dict[str, Any] | None = None  # error record of a rank or of a node's launcher
 
     @property
     def supervisor(self) -> str:
+        """Return the name of the supervisor."""
         return self.name.rpartition(".")[0]
 
     @property
     def number(self) -> int:
+        """Return the number of the launch among those of its supervisor."""
         return int(self.name.rpartition(".")[2])
 
     @property
     def greatest(self) -> int:
-        """The greatest attempt when it began."""
+        """Return the number of the run's greatest attempt when the launch began."""
         return int(self.record.get("greatest", 0))
 
 
 def own() -> str | None:
-    """The launch that this process belongs to, or None without a supervisor."""
+    """Return the name of the launch that this process belongs to, or None without a supervisor."""
     return os.environ.get(ENVIRONMENT)
 
 
 def key(name: str) -> str:
+    """Return the key of a launch's record."""
     return f"{LAUNCHES}/{name}.json"
 
 
 def is_name(text: str | None) -> bool:
-    """Whether this can be a launch's name."""
+    """Return whether a text is a valid name of a launch."""
     match = LAUNCH_NAME.match(key(text or ""))
     return match is not None and not match["end"]
 
 
 def begin(stores: Iterable[Store], name: str, found: Catalog, **details: Any) -> None:
-    """Record a launch before anything is started. Raises StorageError."""
-    record = {"launch": name, "reached": found.reached, "greatest": found.greatest, "host": socket.gethostname(), "time": now()}
+    """Record a launch in each store, before any process is started.
+
+    Args:
+        stores: Stores of the run.
+        name: Name of the launch.
+        found: Catalog of the stores.
+        details: Additional fields of the record.
+
+    Raises:
+        StorageError: A store fails.
+    """
+    record = {
+        "launch": name,
+        "reached": found.reached,
+        "greatest": found.greatest,
+        "host": socket.gethostname(),
+        "time": now(),
+    }
     for store in stores:
         store.prepare((LAUNCHES,))
         first_word(store, key(name), record | details)
 
 
 def end(store: Store, name: str, why: str, **details: Any) -> bool:
-    """Record how a launch ended; the first word stands. Returns whether it was ours. Raises StorageError."""
+    """Record how a launch ended. The first record stays; later ones are ignored.
+
+    Args:
+        store: Store that receives the record.
+        name: Name of the launch.
+        why: "stopped", "ended" or "failed".
+        details: Additional fields of the record.
+
+    Returns:
+        True if this call has created the record.
+
+    Raises:
+        StorageError: The store fails.
+    """
     return first_word(store, f"{LAUNCHES}/{name}.end.json", {"why": why, "time": now()} | details)
 
 
 def failed(store: Store, name: str, **details: Any) -> bool:
-    """Record what a launch fails of, if it is one of this store; the first word stands. Returns whether it was ours. Raises
-    StorageError."""
-    return store.exists(key(name)) and first_word(store, f"{LAUNCHES}/{name}.failed.json", {"why": "failed", "time": now()} | details)
+    """Record the error of a launch, if the store has the launch's own record.
+
+    The first error record stays; later ones are ignored.
+
+    Returns:
+        True if this call has created the error record.
+
+    Raises:
+        StorageError: The store fails.
+    """
+    return store.exists(key(name)) and first_word(
+        store, f"{LAUNCHES}/{name}.failed.json", {"why": "failed", "time": now()} | details
+    )
 
 
 def supervise(directory: str | None, remote: str | None) -> None:
-    """Let the processes that are started from here know which run is being supervised."""
+    """Set the environment variable by which child processes know the supervised run.
+
+    `check_supervised` compares it with the run that a child process begins.
+    """
     os.environ[SUPERVISED] = json.dumps(_spelled(directory, remote))
 
 
 def _spelled(directory: str | Path | None, remote: str | None) -> list[str | None]:
-    return [str(Path(directory).expanduser().absolute()) if directory is not None else None, remote.rstrip("/") if remote else None]
+    """Return the run's directory and URL in a form that can be compared."""
+    return [
+        str(Path(directory).expanduser().absolute()) if directory is not None else None,
+        remote.rstrip("/") if remote else None,
+    ]
 
 
 def check_supervised(directory: str | Path | None, remote: str | None) -> None:
-    """Raises UsageError if a supervisor watches over another run than the one that is begun here."""
+    """Raise UsageError if this process's supervisor supervises another run than this one."""
     here, told = _spelled(directory, remote), json.loads(os.environ.get(SUPERVISED, "null"))
-    if told is not None and told != here and REDIRECT not in os.environ:  # there the program does not say where
+    # Under `harness drill` the stores are redirected, so the program's arguments do not count.
+    if told is not None and told != here and REDIRECT not in os.environ:
         raise UsageError(
             "the launcher supervises another run than this program's",
-            f"found: harness.init({here[0]!r}, remote={here[1]!r}), expected: run.dir={told[0]} run.remote={told[1]}",
+            f"found: harness.init({here[0]!r}, remote={here[1]!r}), "
+            f"expected: run.dir={told[0]} run.remote={told[1]}",
             "Name the same places to harness.init and on the command line.",
         )
 
 
 def attempts_of(found: Catalog, name: str) -> dict[int, dict[str, Any]]:
-    """The attempts that a launch has made, by number."""
-    return {number: record for number, record in found.attempts.items() if record.get("launch") == name}
+    """Return the attempts of a launch: number -> record."""
+    return {
+        number: record for number, record in found.attempts.items() if record.get("launch") == name
+    }
 
 
 def read(stores: Sequence[Store]) -> list[Launch]:
-    """All launches of a run, in the order of their numbers. Raises StorageError."""
+    """Read all launches of a run, sorted by the run's greatest attempt when they began.
+
+    Launches that began at the same attempt are sorted by supervisor, then by number. If a launch
+    has an error record and was not stopped from outside, the error record is its `end`, too. If two
+    stores have a record under the same name, that of the first store is used.
+
+    Raises:
+        StorageError: A store cannot be listed or read.
+    """
     begun: dict[str, dict[str, Any]] = {}
     ends: dict[str, dict[str, Any]] = {}
     failures: dict[str, dict[str, Any]] = {}
@@ -134,15 +206,22 @@ def read(stores: Sequence[Store]) -> list[Launch]:
     found = []
     for name in begun.keys() | ends.keys() | failures.keys():
         end, failure = ends.get(name), failures.get(name) or None
-        if failure and (end is None or end.get("why") != "stopped"):  # what breaks while it is stopped is no failure
+        # An error that is a consequence of the stop is no failure.
+        if failure and (end is None or end.get("why") != "stopped"):
             end = failure
         found.append(Launch(name, begun.get(name, {}), end, failure))
     return sorted(found, key=lambda launch: (launch.greatest, launch.supervisor, launch.number))
 
 
 def steps_back(store: Store) -> bool:
-    """Whether this process's launch is the last that its supervisor makes: then the newest checkpoint, which may verify and still
-    kill whoever loads it, is not the one to go on from. Raises StorageError."""
+    """Return whether this process's launch must resume from an older checkpoint than the newest.
+
+    It must if one more failure makes its supervisor give up. The newest checkpoint may pass the
+    verification and still crash every process that loads it.
+
+    Raises:
+        StorageError: The store fails.
+    """
     name = own()
     if name is None:
         return False

@@ -1,7 +1,8 @@
-"""The machine and the software that an attempt ran on, as its record keeps them, and how two of them differ.
+"""Compare the hardware and software of attempts, as their records contain them.
 
-A model is the same bit for bit only on the same hardware and software. `harness/selfcheck/environment.py` finds out what they are; here
-they are compared with those of the attempt that wrote the checkpoint gone on from.
+Training is bitwise reproducible only on the same hardware and software.
+`harness/selfcheck/environment.py` detects them. This module compares them with those of the attempt
+that wrote the checkpoint of the resume point.
 """
 
 from __future__ import annotations
@@ -12,13 +13,15 @@ from typing import Any
 
 from harness.checkpoint.catalog import Catalog
 
-DISTRIBUTIONS = "distributions"  # what was imported beside torch and NumPy, and its version; may change what is trained, or not
+# Field with the versions of the distributions that were imported besides torch and NumPy. Another
+# version of one of them may or may not change the results.
+DISTRIBUTIONS = "distributions"
 NOT_EXACT = "state exact, trajectory no longer bit for bit"
 
 
 @dataclass(frozen=True)
 class Difference:
-    """One thing that is not as it was. `is_exact`: results need not differ by it."""
+    """A changed value; if `is_exact` is True, the results need not differ because of it."""
 
     name: str
     before: Any
@@ -34,17 +37,27 @@ def _said(value: Any) -> str:
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Difference]:
-    """What differs of all that both tell of, what changes results first."""
+    """Return the differences in the fields that both records have.
+
+    Those that change the results come first, those in `DISTRIBUTIONS` last.
+    """
     names = [name for name in now if name in before and name != DISTRIBUTIONS]
-    found = [Difference(name, before[name], now[name]) for name in names if before[name] != now[name]]
+    found = [
+        Difference(name, before[name], now[name]) for name in names if before[name] != now[name]
+    ]
     was, are = before.get(DISTRIBUTIONS) or {}, now.get(DISTRIBUTIONS) or {}
     return found + [
-        Difference(name, was[name], are[name], is_exact=True) for name in sorted(was.keys() & are.keys()) if was[name] != are[name]
+        Difference(name, was[name], are[name], is_exact=True)
+        for name in sorted(was.keys() & are.keys())
+        if was[name] != are[name]
     ]
 
 
 def recorded(found: Catalog, attempt: int) -> Mapping[str, Any] | None:
-    """What an attempt ran on, or the one whose checkpoint a rollback has copied; None if no record tells."""
+    """Return the hardware and software of an attempt, or None if they are not recorded.
+
+    For a rollback, they are those of the attempt whose checkpoint it has copied.
+    """
     record = found.attempts.get(attempt, {})
     seen = set[int]()
     while record.get("kind") == "rollback" and attempt not in seen:
@@ -56,7 +69,11 @@ def recorded(found: Catalog, attempt: int) -> Mapping[str, Any] | None:
 
 
 def changes(found: Catalog, attempt: int) -> list[Difference]:
-    """How an attempt's machine and software differ from those of the attempt that it went on from, as far as the records tell."""
+    """Return how an attempt's hardware and software differ from those at its resume point.
+
+    The latter are those of the attempt that it resumed from. The list is empty for a rollback, and
+    if one of the two is not recorded.
+    """
     record = found.attempts.get(attempt, {})
     origin, now = record.get("from") or {}, recorded(found, attempt)
     before = recorded(found, int(origin.get("attempt", 0)))
@@ -64,13 +81,20 @@ def changes(found: Catalog, attempt: int) -> list[Difference]:
 
 
 def in_words(differing: Sequence[Difference]) -> str:
-    """One line that names what differs, with both values, and what follows from it."""
+    """Return one line with all differences, both values of each, and the consequence."""
     inexact = [str(difference) for difference in differing if not difference.is_exact]
     others = [str(difference) for difference in differing if difference.is_exact]
     parts = [f"{', '.join(inexact)} ({NOT_EXACT})"] if inexact else []
-    return "; ".join(parts + ([f"other versions of what the program imports: {', '.join(others)}"] if others else []))
+    return "; ".join(
+        parts
+        + ([f"other versions of what the program imports: {', '.join(others)}"] if others else [])
+    )
 
 
 def told(found: Catalog) -> list[str]:
-    """A line for each attempt that ran on something else than what it went on from."""
-    return [f"attempt {number}: {in_words(differing)}" for number in sorted(found.attempts) if (differing := changes(found, number))]
+    """Return a line for each attempt with other hardware or software than at its resume point."""
+    return [
+        f"attempt {number}: {in_words(differing)}"
+        for number in sorted(found.attempts)
+        if (differing := changes(found, number))
+    ]

@@ -1,6 +1,7 @@
-"""A word to somebody outside when a run is resumed, stopped, crashed, failed or finished: a command of the user's, or a webhook.
+"""Notify the user when a run is resumed, stopped, crashed, failed or finished.
 
-It is sent by the supervisor, in its own process, when nothing trains; it has a time limit, and what becomes of it changes nothing.
+A notification runs a command of the user or posts to a webhook. The supervisor sends it in its own
+process, while no training runs. It has a time limit, and its result has no effect on the run.
 """
 
 from __future__ import annotations
@@ -22,22 +23,56 @@ from harness.text import say
 
 
 def notify(settings: NotifySettings, kind: str, run: str, text: str, **details: Any) -> None:
-    """Tell of an event, if it was asked for. Raises nothing."""
+    """Send a notification, if the settings name this kind of event. Raises nothing.
+
+    Args:
+        settings: Notification settings of the run.
+        kind: Kind of the event: "resumed", "stopped", "crashed", "failed" or "finished".
+        run: Path or URL of the run.
+        text: Description of the event.
+        details: Additional fields of the JSON message.
+    """
     if kind not in settings.on:
         return
-    word = {"event": kind, "run": printable(run), "text": printable(f"{run}: {kind}: {text}")} | details
+    word = {
+        "event": kind,
+        "run": printable(run),
+        "text": printable(f"{run}: {kind}: {text}"),
+    } | details
     if settings.command:
-        _within(settings.timeout_s, "the command", lambda: _command(settings.command, word, settings.timeout_s))
+        _within(
+            settings.timeout_s,
+            "the command",
+            lambda: _command(settings.command, word, settings.timeout_s),
+        )
     if settings.webhook_env is not None:
         url = os.environ.get(settings.webhook_env, "")
         _within(settings.timeout_s, "the webhook", lambda: _post(url, word, settings.timeout_s))
 
 
 def _command(command: list[str], word: dict[str, Any], limit_s: float) -> str:
-    """Run it, with the word as JSON on its standard input; it and all it has started are gone after the limit."""
+    """Run a command with the message as JSON on its standard input.
+
+    Its process group is killed when it ends, or at the time limit, so no process of the group
+    outlives it.
+
+    Args:
+        command: Program and arguments.
+        word: Fields of the message.
+        limit_s: Time limit in seconds.
+
+    Returns:
+        The problem, in words that follow a subject, or "".
+    """
     env = os.environ | {"HARNESS_EVENT": str(word["event"]), "HARNESS_TEXT": str(word["text"])}
     with subprocess.Popen(
-        command, env=env, text=True, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        command,
+        env=env,
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
     ) as process:
         try:
             process.communicate(json.dumps(word), timeout=limit_s)
@@ -49,22 +84,36 @@ def _command(command: list[str], word: dict[str, Any], limit_s: float) -> str:
 
 
 def _post(url: str, word: dict[str, Any], limit_s: float) -> str:
-    """POST the word as JSON; chat services show its `text`."""
+    """POST the message as JSON to a URL; chat services show its field `text`.
+
+    Returns the problem, in words that follow a subject, or "".
+    """
     if not url.startswith(("http://", "https://")):
         return "has no URL: the variable that notify.webhook_env names is empty, or holds none"
-    request = urllib.request.Request(url, json.dumps(word).encode(), {"Content-Type": "application/json"}, method="POST")
+    request = urllib.request.Request(
+        url, json.dumps(word).encode(), {"Content-Type": "application/json"}, method="POST"
+    )
     with urllib.request.urlopen(request, timeout=limit_s) as reply:
         return "" if reply.status < 400 else f"answered {reply.status}"
 
 
 def _within(limit_s: float, what: str, work: Callable[[], str]) -> None:
-    """Say what came of it, if it was no success; a name server that hangs is not waited for."""
+    """Run `work` in a thread and print a warning if it fails or exceeds its limit.
+
+    The thread is abandoned after the limit plus one second, because a name server that hangs cannot
+    be interrupted.
+
+    Args:
+        limit_s: Time limit in seconds.
+        what: Subject of the warning.
+        work: Function that returns the problem, or "".
+    """
     problem = [f"took longer than {limit_s:g} s"]
 
     def run() -> None:
         try:
             problem[0] = work()
-        except Exception as error:  # noqa: BLE001 - whatever it is, no run depends on it
+        except Exception as error:  # noqa: BLE001 - no error here may affect a run
             problem[0] = f"{type(error).__name__}: {error}"
 
     thread = threading.Thread(target=run, daemon=True, name="notify")

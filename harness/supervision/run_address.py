@@ -1,4 +1,4 @@
-"""What RUN and CHECKPOINT mean, on a command line and in a notebook."""
+"""Resolve the arguments RUN and CHECKPOINT of the command line and of the notebook functions."""
 
 from __future__ import annotations
 
@@ -14,24 +14,46 @@ from harness.errors import DamagedError, UsageError
 from harness.store import LocalStore, Store, is_url, open_store
 from harness.supervision import launches
 
-FILES = (".pt", ".json", ".pth", ".tar", ".t7", ".ckpt", ".bin", ".pkl", ".safetensors", ".pt2")  # what a URL of one file ends with
-WAIT_S = 30.0  # somebody sits in front of it
+# Suffixes by which a URL of one file is recognised.
+FILES = (
+    ".pt",
+    ".json",
+    ".pth",
+    ".tar",
+    ".t7",
+    ".ckpt",
+    ".bin",
+    ".pkl",
+    ".safetensors",
+    ".pt2",
+)
+WAIT_S = 30.0  # retry limit of a request in seconds; short, because a person waits for the result
 NEWEST, BEST = "newest", "best"
 
 
 def stores(path: str) -> tuple[Store, ...]:
-    """The store at a path or URL, and, of a run directory, the remote store that it remembers."""
+    """Return the store at a path or URL and, for a run directory, the recorded remote store."""
     store = open_store(path, WAIT_S)
     remote = remembered(store) if isinstance(store, LocalStore) else None
     return (store, open_store(remote, WAIT_S)) if remote else (store,)
 
 
 def run(*places: Store | str) -> tuple[Store, Catalog]:
-    """A run's first store and what is in all those given. Raises UsageError if there is no run, StorageError if one cannot be listed."""
+    """Return the first of a run's stores and the catalog of all of them.
+
+    Raises:
+        UsageError: There is no run, or the stores hold different runs.
+        StorageError: A store cannot be listed.
+    """
     opened = [open_store(place, WAIT_S) if isinstance(place, str) else place for place in places]
     found = read_catalog(*opened)
     found.check_one_run()
-    if not (found.greatest or found.manifests or found.orphans or any(_was_submitted(store) for store in opened)):
+    if not (
+        found.greatest
+        or found.manifests
+        or found.orphans
+        or any(_was_submitted(store) for store in opened)
+    ):
         raise UsageError(
             f"there is no run in {opened[0]}",
             "found: neither attempts nor checkpoints",
@@ -41,32 +63,60 @@ def run(*places: Store | str) -> tuple[Store, Catalog]:
 
 
 def _was_submitted(store: Store) -> bool:
-    """Whether a supervisor knows the run, though no attempt has begun."""
+    """Return whether a run was submitted or launched, even if no attempt has begun."""
     return store.exists(launches.SUBMITTED) or bool(store.entries(launches.LAUNCHES))
 
 
 def is_run(path: str) -> bool:
-    """Whether a path or URL means a run, not one of its checkpoints or another file."""
+    """Return whether a path or URL is that of a run, not of a checkpoint or another file.
+
+    A path must be an existing directory. A URL must not end with a suffix in `FILES`.
+    """
     return os.path.isdir(path) or (is_url(path) and not path.endswith(FILES))
 
 
 def is_checkpoint(path: str) -> bool:
-    """Whether a path or URL is called as the checkpoints of a run are."""
+    """Return whether a path or URL has the form of a checkpoint in a run; it need not exist."""
     place, _, name = str(path if is_url(path) else Path(path).absolute()).rpartition("/")
     called = fmt.CHECKPOINT_NAME.match(f"{fmt.CHECKPOINTS}/{name}")
-    return called is not None and called["aside"] is None and place.rpartition("/")[2] == fmt.CHECKPOINTS
+    return (
+        called is not None
+        and called["aside"] is None
+        and place.rpartition("/")[2] == fmt.CHECKPOINTS
+    )
 
 
 def checkpoint(path: str, which: str | int = NEWEST) -> tuple[Store, Manifest]:
-    """A checkpoint by its `.pt` or `.json` file, or a run's newest one, its best, or that of a step. Raises UsageError, DamagedError."""
+    """Find a checkpoint by the path or URL of its `.pt` or `.json` file, or of its run.
+
+    Args:
+        path: Path or URL of a checkpoint or a run.
+        which: Checkpoint of a run: "newest", "best" or a step.
+
+    Returns:
+        The store that holds the checkpoint, and its manifest.
+
+    Raises:
+        UsageError: There is no such run or checkpoint, it needs a newer harness to be read, or
+            `which` is given for the file of one checkpoint.
+        DamagedError: The checkpoint has no manifest, or its manifest cannot be read.
+        StorageError: The store cannot be listed or read.
+    """
     if is_run(path):
         store, found = run(path)
         return store, _chosen(store, found, which)
     if which != NEWEST:
-        raise UsageError(f"{path} is one file: there is nothing to choose from", f"found: {which}", "Name the run to choose from it.")
+        raise UsageError(
+            f"{path} is one file: there is nothing to choose from",
+            f"found: {which}",
+            "Name the run to choose from it.",
+        )
     if not is_url(path):
         if not Path(path).exists():
-            raise UsageError(f"there is nothing at {path}", remedy="Give a run's directory, or a checkpoint's file.")
+            raise UsageError(
+                f"there is nothing at {path}",
+                remedy="Give a run's directory, or a checkpoint's file.",
+            )
         path = str(Path(path).absolute())
     if not is_checkpoint(path):
         raise UsageError(
@@ -75,12 +125,17 @@ def checkpoint(path: str, which: str | int = NEWEST) -> tuple[Store, Manifest]:
             "harness ls RUN shows a run's checkpoints.",
         )
     place, _, name = path.rpartition("/")
-    store, key = open_store(place.rpartition("/")[0], WAIT_S), f"{fmt.CHECKPOINTS}/{name.rpartition('.')[0]}.json"
+    store, key = (
+        open_store(place.rpartition("/")[0], WAIT_S),
+        f"{fmt.CHECKPOINTS}/{name.rpartition('.')[0]}.json",
+    )
     try:
         return store, fmt.from_bytes(key, store.read(key))
     except FileNotFoundError:
         raise DamagedError(
-            f"{path} has no manifest, so it is no checkpoint", f"searched: {store.where(key)}", "harness ls RUN shows those that are."
+            f"{path} has no manifest, so it is no checkpoint",
+            f"searched: {store.where(key)}",
+            "harness ls RUN shows those that are.",
         ) from None
 
 
@@ -88,7 +143,9 @@ def _chosen(store: Store, found: Catalog, which: str | int) -> Manifest:
     if which in (NEWEST, BEST):
         found.check_readable()
     if found.head is None:
-        raise UsageError(f"the run in {store} has no checkpoint", remedy="harness ls shows what is there.")
+        raise UsageError(
+            f"the run in {store} has no checkpoint", remedy="harness ls shows what is there."
+        )
     if which == NEWEST:
         return found.head
     if which == BEST:
@@ -96,21 +153,37 @@ def _chosen(store: Store, found: Catalog, which: str | int) -> Manifest:
     of_step = [manifest for manifest in found.history if str(manifest.step) == str(which)]
     if not of_step:
         steps = ", ".join(str(manifest.step) for manifest in found.history)
-        raise UsageError(f"the run in {store} has no checkpoint of step {which}", f"found: steps {steps}", "Name one, or newest, or best.")
+        raise UsageError(
+            f"the run in {store} has no checkpoint of step {which}",
+            f"found: steps {steps}",
+            "Name one, or newest, or best.",
+        )
     return max(of_step, key=lambda manifest: manifest.order)
 
 
 def _best(store: Store, found: Catalog, head: Manifest) -> Manifest:
-    """The checkpoint with the best value that the newest one knows of; its metric stands in the settings, or is whose value it is."""
+    """Return the best checkpoint in the history of the newest one, `head`.
+
+    The metric is that of the setting `checkpoint.best` in `head`. Without that setting, the
+    newest checkpoint is returned that has the best value recorded in `head` among its metrics.
+    Raises UsageError if there is none.
+    """
     payload = load.outline(store, head.data_key)
-    metric, _, direction = str(payload["config"].get("checkpoint", {}).get("best", "")).rpartition(":")
+    metric, _, direction = str(payload["config"].get("checkpoint", {}).get("best", "")).rpartition(
+        ":"
+    )
     if metric:
-        ranked = retention.best(found.history, retention.Policy(metric=metric, higher_is_better=direction == "max"))
+        ranked = retention.best(
+            found.history, retention.Policy(metric=metric, higher_is_better=direction == "max")
+        )
     else:
-        ranked = [manifest for manifest in found.history if payload["best"] in manifest.metrics.values()]
+        ranked = [
+            manifest for manifest in found.history if payload["best"] in manifest.metrics.values()
+        ]
     if not ranked:
         raise UsageError(
-            f"no checkpoint of the run in {store} was evaluated by {metric or 'the metric that init(best=…) names'}",
+            f"no checkpoint of the run in {store} was evaluated by "
+            f"{metric or 'the metric that init(best=…) names'}",
             f"found: {', '.join(head.metrics) or 'no metrics'}",
             "Take the newest, or name a step.",
         )

@@ -1,1 +1,4 @@
-"""The tasks that come with the harness. A user's own task is a file like these, anywhere that Python can import from."""
+"""Built-in tasks.
+
+A user's own task is a file like these, anywhere that Python can import from.
+"""

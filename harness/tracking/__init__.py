@@ -1,1 +1,1 @@
-"""What a run keeps beside each tracked object's `state_dict`."""
+"""State that a run keeps in addition to each tracked object's `state_dict`."""

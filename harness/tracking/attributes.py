@@ -1,110 +1,159 @@
-"""What a program changes of its modules while it trains, and no `state_dict` tells: what is frozen, modes, plain attributes, and buffers
-that are not persistent; and the same of its optimizers, if they are of classes that are not torch's.
+"""Save and restore attributes that training changes and that no `state_dict` contains.
 
-Kept is the difference between now and the module as built, with the value as built beside it:
+For a module these are frozen parameters (`requires_grad`), the mode (`training`), plain attributes
+and non-persistent buffers. An optimizer is treated in the same way if its class is not torch's own.
 
-    {"model": {"body.0": {"training": {"built": True, "now": False}, "p": {"built": 0.1, "now": 0.3}},
-               "body.1": {"weight.requires_grad": …, "buffer mask": {"built": DIGEST, "now": tensor}}}}
+A checkpoint keeps the difference between the current values and the module as built. Each current
+value is stored together with the value as built:
 
-As built is what the loop begins with, before anything of a checkpoint is put into it: a program may freeze a part after `track`. What a
-module's own `load_state_dict` has set by then counts as it was before that. A restore sets only what had changed, and only where the
-value as built is the one that it was then: otherwise the program is another one, and what it says stands.
+    {"model": {"body.0": {"training": {"built": True, "now": False},
+                          "p": {"built": 0.1, "now": 0.3}},
+               "body.1": {"weight.requires_grad": …,
+                          "buffer mask": {"built": DIGEST, "now": tensor}}}}
 
-Taken are plain values, and tensors that were there from the beginning. Of what else changes the names are told (`unkept`).
+"As built" means the value at the start of the loop, because a program may freeze a part after
+`track`. Values from a checkpoint do not count: if a module's own `load_state_dict` has set a value,
+the value from before the load counts as built. A restore sets an attribute only if it had changed,
+and only if its value as built is the same as at the time of the save. Otherwise the program itself
+has changed, and its new value stands.
+
+Only plain values, and tensors that exist at the start of the loop, are kept. Any other attribute
+that changes is reported by name (`unkept`).
 """
 
 from __future__ import annotations
 
-import copy
-import hashlib
-import weakref
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
 
 from harness.distributed import ddp
+from harness.tracking.attribute_values import (
+    ABSENT,
+    BUFFER,
+    REQUIRES_GRAD,
+    Part,
+    Values,
+    current_value,
+    digest_of,
+    home_device,
+    is_at,
+    is_looked_at,
+    is_mutable,
+    is_plain,
+    is_simple,
+    is_small,
+    is_torchs,
+    joined,
+    own_dict,
+    place_of,
+    set_value,
+    small_copy,
+    spelled,
+    tensor_of,
+    tensors_of,
+    values_of,
+)
 from harness.tracking.sameness import is_same
 from harness.untracked.unkept_values import UnkeptValues, is_programs
 
-BARE = frozenset(vars(nn.Module())) - {"training"}  # what every module has for its own bookkeeping
-OF_OPTIMIZERS = frozenset(vars(torch.optim.SGD([torch.zeros(1)], 0.1))) | {"step", "_opt_called"}  # the last two by schedulers
-PLAIN = (bool, int, float, complex, str, bytes, type(None))
-MOST_ITEMS = 1000  # in a list or dict that is looked into
-COMPARED_BYTES = 64 << 10  # a tensor up to this size, on the CPU, is compared whole; a greater one by what PyTorch has counted
-SAMPLE = 8192  # elements of a greater one that its digest is made of
-REQUIRES_GRAD, BUFFER = ".requires_grad", "buffer "
-ABSENT = object()
-Place = tuple[weakref.ref[torch.Tensor], int] | None  # which tensor, and how often it was written to; None for none
-Values = dict[str, Any]  # of one module, by attribute; a tensor's is its digest
-Built = dict[str, dict[str, Values]]  # by object and module
-Part = nn.Module | torch.optim.Optimizer
-Changed = dict[str, dict[str, dict[str, dict[str, Any]]]]  # by object, module and attribute: "built" and "now", if there was any, is any
+Built = dict[str, dict[str, Values]]  # by object name and module path
+# By object name, module path and attribute: the values "built" and "now". A missing key means that
+# there was no such attribute as built, or that there is none now.
+Changed = dict[str, dict[str, dict[str, dict[str, Any]]]]
 
 
 def parts(thing: Any) -> list[tuple[str, Any]]:
-    """A module's parts with their paths, itself first; an optimizer, unless its class is torch's."""
+    """List a module's parts with their paths, the module itself first.
+
+    An optimizer is its own only part, with an empty path; an optimizer of one of torch's classes
+    has none. Wrappers (DDP, torch.compile) are removed.
+    """
     if isinstance(inner := ddp.plain(thing), torch.optim.Optimizer):
-        return [] if _is_torchs(inner) else [("", inner)]
+        return [] if is_torchs(inner) else [("", inner)]
     return list(ddp.parts(thing))
 
 
 def as_built(tracked: Mapping[str, Any]) -> Built:
-    """The values of every tracked module, and digests of its tensors that no `state_dict` tells of."""
+    """Record the plain values of all tracked objects, and digests of their other tensors."""
     return {
-        name: {path: _values(part) | {key: _digest(tensor) for key, tensor in _tensors(part).items()} for path, part in parts(thing)}
+        name: {
+            path: values_of(part)
+            | {key: digest_of(tensor) for key, tensor in tensors_of(part).items()}
+            for path, part in parts(thing)
+        }
         for name, thing in tracked.items()
     }
 
 
 class Attributes:
-    """The attributes of all tracked modules, as seen from one rank."""
+    """The attributes of all tracked modules and optimizers, on one rank."""
 
     def __init__(self) -> None:
-        self._before: Built = {}  # as tracked, before anything was restored
-        self._after: Built = {}  # as tracked, after it was
+        self._before: Built = {}  # when tracked, before the restore
+        self._after: Built = {}  # when tracked, after the restore
         self._built: Built = {}
         self._tracked: Mapping[str, Any] = {}
         self._watched: dict[str, list[_Watched]] = {}
         self.unkept = UnkeptValues()
 
     def before_restore(self, tracked: Mapping[str, Any]) -> None:
-        """These are as built: nothing was restored into them so far."""
+        """Record newly tracked objects as built, before a checkpoint is loaded into them."""
         self._before |= as_built(tracked)
 
     def after_restore(self, tracked: Mapping[str, Any]) -> None:
-        """All of these have their state back."""
+        """Record all tracked objects after a checkpoint was loaded into them."""
         self._after = as_built(tracked)
 
     def begin(self, tracked: Mapping[str, Any]) -> None:
-        """The loop begins: what is changed from now on is kept."""
+        """Start to track changes, at the start of the loop."""
         self._tracked, self._built = tracked, as_built(tracked)
         for name, of_parts in self._before.items():
             for path, before in of_parts.items():
-                here, after = self._built.get(name, {}).get(path, {}), self._after.get(name, {}).get(path, {})
+                here, after = (
+                    self._built.get(name, {}).get(path, {}),
+                    self._after.get(name, {}).get(path, {}),
+                )
                 for key, value in before.items():
                     if key in here and key in after and is_same(here[key], after[key]):
-                        here[key] = value  # if it is another now, the module's own load_state_dict has made it so
-        self._watched = {name: [_Watched(path, part) for path, part in parts(thing)] for name, thing in tracked.items()}
+                        # If the two differ, the module's own load_state_dict has set the new one.
+                        here[key] = value
+        self._watched = {
+            name: [_Watched(path, part) for path, part in parts(thing)]
+            for name, thing in tracked.items()
+        }
         for name, watched in self._watched.items():
             for one in watched:
-                kept = {key: value for key in one.tensors if (value := _value(one.part, key)) is not None}  # what one becomes may be odd
-                self.unkept.begin(_joined(name, one.path), one.odd_values() | kept)
+                # Kept tensors too: one may become a value that cannot be kept.
+                kept = {
+                    key: value
+                    for key in one.tensors
+                    if (value := current_value(one.part, key)) is not None
+                }
+                self.unkept.begin(joined(name, one.path), one.odd_values() | kept)
 
     def state(self) -> Changed | None:
-        """What differs from the modules as built, with tensors copied to the CPU; None if nothing does."""
+        """Return the differences from the modules as built, or None if there are none.
+
+        Tensors are copied to the CPU. At some of the saves (see `UnkeptValues.is_time`) the
+        attributes that cannot be kept are checked as well.
+        """
         changed = {name: found for name in self._tracked if (found := self._changed(name))}
         if self.unkept.is_time():
             for name, watched in self._watched.items():
                 for one in watched:
-                    self.unkept.look(_joined(name, one.path), one.odd_values())
+                    self.unkept.look(joined(name, one.path), one.odd_values())
         return changed or None
 
     def _changed(self, name: str) -> dict[str, dict[str, dict[str, Any]]]:
+        """Return the differences of one tracked object, by module path."""
         if any(one.has_other_parts() for one in self._watched[name]):
             known = {id(one.part): one for one in self._watched[name]}
-            self._watched[name] = [known.get(id(part), _Watched(path, part)) for path, part in parts(self._tracked[name])]
+            self._watched[name] = [
+                known.get(id(part), _Watched(path, part))
+                for path, part in parts(self._tracked[name])
+            ]
         found = {}
         for one in self._watched[name]:
             built = self._built[name].get(one.path)
@@ -113,57 +162,91 @@ class Attributes:
         return found
 
     def restore(self, changed: Changed) -> list[str]:
-        """Set again what had changed; returns, in words, what stays as the program has it now."""
+        """Set the changed attributes; return a message for each that keeps the program's value.
+
+        An attribute is set only if its value as built is the same now as at the time of the save.
+        """
         said = []
         for name, of_parts in changed.items():
             modules = dict(parts(self._tracked.get(name)))
             for path, of_part in of_parts.items():
                 here = self._built.get(name, {}).get(path, {})
                 for key, kept in of_part.items():
-                    then, now, built = kept.get("built", ABSENT), kept.get("now", ABSENT), here.get(key, ABSENT)
+                    then, now, built = (
+                        kept.get("built", ABSENT),
+                        kept.get("now", ABSENT),
+                        here.get(key, ABSENT),
+                    )
                     if path in modules and is_same(then, built):
-                        _set(modules[path], key, now, kept.get("device"))
+                        set_value(modules[path], key, now, kept.get("device"))
                     elif not is_same(now, built):
-                        was = f"was built as {_spelled(then)} and had become {_spelled(now)}"
-                        said.append(f"{_joined(name, path, key)} {was}; it is built as {_spelled(built)} now, and that stands")
+                        was = f"was built as {spelled(then)} and had become {spelled(now)}"
+                        said.append(
+                            f"{joined(name, path, key)} {was}; "
+                            f"it is built as {spelled(built)} now, and that stands"
+                        )
         return said
 
 
 class _Watched:
-    """One module, or optimizer, as the loop found it, and how to tell quickly that it still is."""
+    """One module or optimizer at the start of the loop, with a quick check for changes."""
 
     def __init__(self, path: str, part: Part) -> None:
         self.path, self.part = path, part
-        own = {key: value for key, value in vars(part).items() if _is_looked_at(part, key)}
-        self.tensors = {key: (_place(tensor), _copied(tensor)) for key, tensor in _tensors(part).items()}
-        odd = {key: id(value) for key, value in own.items() if not _is_plain(value)}
-        mutable = [key for key, value in own.items() if _is_mutable(value)]
-        self._same = {key: value for key, value in own.items() if key not in odd and key not in mutable}
+        own = {key: value for key, value in vars(part).items() if is_looked_at(part, key)}
+        self.tensors = {
+            key: (place_of(tensor), small_copy(tensor)) for key, tensor in tensors_of(part).items()
+        }
+        odd = {key: id(value) for key, value in own.items() if not is_plain(value)}
+        mutable = [key for key, value in own.items() if is_mutable(value)]
+        self._same = {
+            key: value for key, value in own.items() if key not in odd and key not in mutable
+        }
         self._odd = [(key, number) for key, number in odd.items() if key not in self.tensors]
         self._has_mutable = any(key not in odd for key in mutable)
-        self._kinds, self._children = list(map(type, vars(part).values())), list(_own(part, "_modules").values())
+        self._kinds, self._children = (
+            list(map(type, vars(part).values())),
+            list(own_dict(part, "_modules").values()),
+        )
         self._trained = self._which_are_trained()
 
     def _which_are_trained(self) -> list[bool]:
-        return [parameter is not None and parameter.requires_grad for parameter in _own(self.part, "_parameters").values()]
+        return [
+            parameter is not None and parameter.requires_grad
+            for parameter in own_dict(self.part, "_parameters").values()
+        ]
 
     def odd_values(self) -> dict[str, Any]:
-        """The attributes that are no plain data and no tensor that is kept, and whose change would be the program's doing."""
-        buffers = {key: _value(self.part, key) for key in self.tensors if key.startswith(BUFFER)}
-        return {key: value for key, value in buffers.items() if value is not None and not _is_simple(value)} | {
+        """Return the attributes that the program may change and that cannot be kept.
+
+        These are neither plain data nor kept tensors. Private attributes of a library's class are
+        left out.
+        """
+        buffers = {
+            key: current_value(self.part, key) for key in self.tensors if key.startswith(BUFFER)
+        }
+        return {
+            key: value
+            for key, value in buffers.items()
+            if value is not None and not is_simple(value)
+        } | {
             key: value
             for key, value in vars(self.part).items()
-            if not (_is_simple(value) if key in self.tensors else _is_small(value))
-            and _is_looked_at(self.part, key)
+            if not (is_simple(value) if key in self.tensors else is_small(value))
+            and is_looked_at(self.part, key)
             and not (key.startswith("_") and not is_programs(type(self.part)))
-            and not _is_plain(value)
+            and not is_plain(value)
         }
 
     def has_other_parts(self) -> bool:
-        return list(_own(self.part, "_modules").values()) != self._children
+        """Return whether child modules were added, removed or replaced."""
+        return list(own_dict(self.part, "_modules").values()) != self._children
 
     def may_have_changed(self) -> bool:
-        """Whether something may be another than it was when the loop began, or when this was first looked at."""
+        """Return whether anything may have changed since this object was first examined.
+
+        That was at the start of the loop, or later if the module was added later.
+        """
         now = vars(self.part)
         return (
             self._has_mutable
@@ -175,13 +258,17 @@ class _Watched:
         )
 
     def differences(self, built: Values) -> dict[str, dict[str, Any]]:
-        """What is another than as built, but for what cannot be kept."""
-        now, found = _values(self.part), dict[str, dict[str, Any]]()
+        """Return the attributes that differ from `built`, each with both values."""
+        now, found = values_of(self.part), dict[str, dict[str, Any]]()
         made = [
-            key for key, value in vars(self.part).items() if key not in self.tensors and _is_small(value) and _is_looked_at(self.part, key)
+            key
+            for key, value in vars(self.part).items()
+            if key not in self.tensors and is_small(value) and is_looked_at(self.part, key)
         ]
         for key in dict.fromkeys((*built, *now, *made)):
-            if (key in made or self._has_changed(key, built, now)) and (kept := self._kept(key, now)) is not None:
+            if (key in made or self._has_changed(key, built, now)) and (
+                kept := self._kept(key, now)
+            ) is not None:
                 found[key] = ({"built": built[key]} if key in built else {}) | kept
         return found
 
@@ -193,146 +280,29 @@ class _Watched:
         return key not in vars(self.part) and not key.endswith(REQUIRES_GRAD)
 
     def _kept(self, key: str, now: Values) -> dict[str, Any] | None:
-        """What an attribute is now, as a checkpoint has it: nothing of one that is gone; None if it cannot be kept."""
-        if (tensor := _tensor(self.part, key)) is not None:
-            elsewhere = {"device": tensor.device.type} if _device(self.part, tensor).type != tensor.device.type else {}
+        """Return the present value of an attribute in the form in which a checkpoint stores it.
+
+        Returns {} for an attribute that no longer exists, and None for one that cannot be stored.
+        """
+        if (tensor := tensor_of(self.part, key)) is not None:
+            elsewhere = (
+                {"device": tensor.device.type}
+                if home_device(self.part, tensor).type != tensor.device.type
+                else {}
+            )
             return {"now": tensor.detach().to("cpu", copy=True)} | elsewhere
         if key in now:
             return {"now": now[key]}
-        return {} if _value(self.part, key) is None and key not in vars(self.part) else None
+        is_gone = current_value(self.part, key) is None and key not in vars(self.part)
+        return {} if is_gone else None
 
     def _is_another(self, key: str) -> bool:
-        """Whether this tensor was replaced, or written to; if it is small, whether its values are others."""
-        now, (place, before) = _tensor(self.part, key), self.tensors[key]
-        if now is None or before is None or (now.shape, now.dtype, now.device) != (before.shape, before.dtype, before.device):
-            return not _is_at(place, now)
+        """Return whether a tensor was replaced or written to; compare a small one by value."""
+        now, (place, before) = tensor_of(self.part, key), self.tensors[key]
+        if (
+            now is None
+            or before is None
+            or (now.shape, now.dtype, now.device) != (before.shape, before.dtype, before.device)
+        ):
+            return not is_at(place, now)
         return not torch.equal(now.detach(), before)
-
-
-def _is_torchs(thing: Any) -> bool:
-    return type(thing).__module__.partition(".")[0] == "torch"
-
-
-def _own(part: Part, name: str) -> dict[str, Any]:
-    """A module's own parameters, buffers or parts; an optimizer has none."""
-    return getattr(part, name) if isinstance(part, nn.Module) else {}
-
-
-def _values(part: Part) -> Values:
-    """All of a module that is plain, copied."""
-    own = {
-        key: copy.deepcopy(value) if type(value) in (list, dict, tuple) else value
-        for key, value in vars(part).items()
-        if _is_looked_at(part, key) and _is_plain(value)
-    }
-    return own | {
-        f"{key}{REQUIRES_GRAD}": parameter.requires_grad for key, parameter in _own(part, "_parameters").items() if parameter is not None
-    }
-
-
-def _is_looked_at(part: Part, key: str) -> bool:
-    """Whether this attribute may be the program's: what torch keeps for itself in its own classes is not."""
-    return key not in (BARE if isinstance(part, nn.Module) else OF_OPTIMIZERS) and not (key.startswith("_") and _is_torchs(part))
-
-
-def _tensors(part: Part) -> dict[str, torch.Tensor | None]:
-    """The buffers that are not persistent, be they empty, and the tensors that are plain attributes and of no graph."""
-    found = {key: value for key, value in vars(part).items() if issubclass(type(value), torch.Tensor) and _is_looked_at(part, key)}
-    buffers = {f"{BUFFER}{key}": _own(part, "_buffers").get(key) for key in sorted(_own(part, "_non_persistent_buffers_set"))}
-    return {key: value for key, value in (found | buffers).items() if value is None or _is_simple(value)}
-
-
-def _value(part: Part, key: str) -> Any:
-    """What an attribute or a buffer is, whatever that may be; None of one that is gone."""
-    return _own(part, "_buffers").get(key.removeprefix(BUFFER)) if key.startswith(BUFFER) else vars(part).get(key)
-
-
-def _tensor(part: Part, key: str) -> torch.Tensor | None:
-    value = _value(part, key)
-    return value if value is not None and _is_simple(value) else None
-
-
-def _is_small(value: Any) -> bool:
-    """Whether a tensor that an attribute became is kept: a greater one is a cache more often than a state, and is told when it changes."""
-    return _is_simple(value) and value.nbytes <= COMPARED_BYTES
-
-
-def _device(part: Part, otherwise: torch.Tensor) -> torch.device:
-    """Where a module's parameters are, or those that an optimizer updates."""
-    return next(part.parameters() if isinstance(part, nn.Module) else iter(_updated(part)), otherwise).device
-
-
-def _is_simple(tensor: Any) -> bool:
-    return type(tensor) is torch.Tensor and tensor.layout is torch.strided and not tensor.requires_grad and not tensor.is_meta
-
-
-def _place(tensor: torch.Tensor | None) -> Place:
-    return None if tensor is None else (weakref.ref(tensor), 0 if tensor.is_inference() else tensor._version)
-
-
-def _is_at(place: Place, tensor: torch.Tensor | None) -> bool:
-    """Whether this is still that tensor, and nothing that PyTorch has counted was written to it."""
-    if place is None or tensor is None:
-        return place is None and tensor is None
-    return place[0]() is tensor and place[1] == (0 if tensor.is_inference() else tensor._version)
-
-
-def _copied(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    is_small = tensor is not None and tensor.is_cpu and tensor.nbytes <= COMPARED_BYTES
-    return tensor.detach().clone() if tensor is not None and is_small else None
-
-
-def _digest(tensor: torch.Tensor | None) -> str:
-    """Of a tensor's kind and values; of a great one only some."""
-    if tensor is None:
-        return "none"
-    flat = tensor.detach().reshape(-1)
-    some = flat[:: max(1, len(flat) // SAMPLE)].cpu().contiguous()
-    values = hashlib.blake2b(some.view(torch.uint8).numpy().tobytes() if len(some) else b"", digest_size=8).hexdigest()
-    return f"{'x'.join(map(str, tensor.shape)) or 'scalar'} {tensor.dtype} {values}"
-
-
-def _is_plain(value: Any) -> bool:
-    if type(value) in PLAIN:
-        return True
-    if type(value) in (list, tuple):
-        return len(value) <= MOST_ITEMS and all(map(_is_plain, value))
-    return type(value) is dict and len(value) <= MOST_ITEMS and all(type(k) in PLAIN and _is_plain(item) for k, item in value.items())
-
-
-def _is_mutable(value: Any) -> bool:
-    return type(value) in (list, dict) or (type(value) is tuple and any(map(_is_mutable, value)))
-
-
-def _set(part: Part, key: str, now: Any, device: str | None) -> None:
-    if key.endswith(REQUIRES_GRAD) and isinstance(
-        parameter := _own(part, "_parameters").get(key.removesuffix(REQUIRES_GRAD)), nn.Parameter
-    ):
-        parameter.requires_grad_(now)
-    elif now is ABSENT and not key.startswith(BUFFER):
-        delattr(part, key)
-    elif not isinstance(now, torch.Tensor):
-        _own(part, "_buffers").update({key.removeprefix(BUFFER): None}) if key.startswith(BUFFER) else setattr(part, key, now)
-    else:
-        before = _tensor(part, key)
-        own = now.to(device or (before.device if before is not None else _device(part, now)), copy=True)
-        if before is not None and (before.shape, before.dtype) == (own.shape, own.dtype):
-            with torch.no_grad():
-                before.copy_(own)
-        elif key.startswith(BUFFER):
-            _own(part, "_buffers")[key.removeprefix(BUFFER)] = own
-        else:
-            setattr(part, key, own)
-
-
-def _updated(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
-
-
-def _spelled(value: Any) -> str:
-    text = "nothing" if value is ABSENT else f"a tensor {tuple(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def _joined(*names: str) -> str:
-    return ".".join(filter(None, names))

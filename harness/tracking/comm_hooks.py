@@ -1,7 +1,8 @@
-"""Communication hooks of DistributedDataParallel: what they keep from one step to the next is another thing on each rank.
+"""Save and restore the state of DDP communication hooks, which differs from rank to rank.
 
-PowerSGD's hook, say, feeds the error of its compression back into the next step's gradients. Kept is what a hook's state object holds of
-plain values, tensors and generators, if any of it has changed since the loop began.
+PowerSGD's hook, for example, adds the error of its compression to the gradients of the next step.
+The plain values, tensors and generators in a hook's state object are kept if any of them has
+changed since the start of the loop.
 """
 
 from __future__ import annotations
@@ -20,31 +21,45 @@ from harness.errors import UsageError
 from harness.tracking.sameness import is_same
 
 PLAIN = (bool, int, float, complex, str, bytes, type(None))
-STATELESS = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, type, torch.dtype, torch.device)
+STATELESS = (
+    types.FunctionType,
+    types.BuiltinFunctionType,
+    types.MethodType,
+    type,
+    torch.dtype,
+    torch.device,
+)
 LOCAL_SGD = "PostLocalSGDState"
 GENERATOR = "generator"
 
 
 @dataclass(frozen=True)
 class Hook:
-    """A communication hook that has a state object."""
+    """A communication hook with a state object."""
 
     where: str
     state: Any
-    device: torch.device  # of the gradients that it sees
+    device: torch.device  # of the gradients that the hook receives
 
 
 class Hooks:
-    """The communication hooks of all that is tracked, on one rank."""
+    """The communication hooks of all tracked objects, on one rank."""
 
     def __init__(self) -> None:
-        self.known: list[str] = []  # where there were hooks when their modules were tracked
+        self.known: list[str] = []  # the hooks that existed when their modules were tracked
         self._hooks: dict[str, Hook] = {}
         self._first: dict[str, Any] = {}
 
     def begin(self, tracked: Mapping[str, Any]) -> None:
-        """The loop begins: what is changed from now on is kept. Raises UsageError for a hook whose state could not be."""
-        self._hooks = {hook.where: hook for name, thing in tracked.items() for hook in _hooks(name, thing)}
+        """Find the hooks and record their state, at the start of the loop.
+
+        Raises:
+            UsageError: if the state of a hook cannot be saved, or if a hook was registered after
+                `track`.
+        """
+        self._hooks = {
+            hook.where: hook for name, thing in tracked.items() for hook in _hooks(name, thing)
+        }
         if late := [where for where in self._hooks if where not in self.known]:
             raise UsageError(
                 f"a communication hook that has a state was registered after track: {late[0]}",
@@ -54,46 +69,73 @@ class Hooks:
         self._first = {where: _kept(hook) for where, hook in self._hooks.items()}
 
     def state(self) -> dict[str, Any] | None:
-        """The state of each hook that has another than in the beginning, on the CPU; None if none has."""
+        """Return the state of each hook whose state has changed, on the CPU; None if none has."""
         now = {where: _kept(hook) for where, hook in self._hooks.items()}
-        return {where: kept for where, kept in now.items() if not is_same(kept, self._first[where])} or None
+        return {
+            where: kept for where, kept in now.items() if not is_same(kept, self._first[where])
+        } or None
 
     def restore(self, state: Mapping[str, Any] | None) -> None:
-        """Give each hook its state back. Raises UsageError."""
+        """Restore the state of each hook.
+
+        Raises:
+            UsageError: if a hook is not registered, or if a generator is of another kind.
+        """
         for where, kept in (state or {}).items():
             if where not in self._hooks:
                 raise UsageError(
-                    f"the checkpoint holds the state of a communication hook that is not there: {where}",
+                    "the checkpoint holds the state of a communication hook that is not there: "
+                    f"{where}",
                     f"found: {', '.join(self._hooks) or 'no hook that has any'}",
-                    "Call register_comm_hook before run.track(…), as before, or take a new run directory.",
+                    "Call register_comm_hook before run.track(…), as before, "
+                    "or take a new run directory.",
                 )
             for key, value in kept.items():
                 _set(self._hooks[where], key, value)
 
 
 def check_hooks(name: str, module: object, world: World) -> list[str]:
-    """Where a module has communication hooks with a state. Raises UsageError for one that no resume could make exact."""
+    """List the locations of a module's communication hooks that have a state.
+
+    Raises:
+        UsageError: if the state of a hook cannot be saved, or if no resume could be exact because
+            a post-local SGD hook trains separate weights in each group of ranks. Only the writer's
+            weights are saved.
+    """
     hooks = list(_hooks(name, module))
     for hook in hooks:
         _kept(hook)
         if type(hook.state).__name__ == LOCAL_SGD and world.size > 1:
             subgroup = hook.state.subgroup
-            if not hook.state.post_local_gradient_allreduce or subgroup is None or subgroup.size() < world.size:
-                size = "not given" if subgroup is None else f"of {subgroup.size()} of {world.size} ranks"
+            if (
+                not hook.state.post_local_gradient_allreduce
+                or subgroup is None
+                or subgroup.size() < world.size
+            ):
+                size = (
+                    "not given"
+                    if subgroup is None
+                    else f"of {subgroup.size()} of {world.size} ranks"
+                )
                 raise UsageError(
-                    f"{hook.where} lets groups of ranks train weights of their own, and only the writer's are saved",
-                    f"found: a {LOCAL_SGD} whose subgroup is {size}, gradients summed in it: {hook.state.post_local_gradient_allreduce}",
+                    f"{hook.where} lets groups of ranks train weights of their own, "
+                    "and only the writer's are saved",
+                    f"found: a {LOCAL_SGD} whose subgroup is {size}, "
+                    f"gradients summed in it: {hook.state.post_local_gradient_allreduce}",
                     "Give it a subgroup of all ranks, or leave the hook out.",
                 )
     return [hook.where for hook in hooks]
 
 
 def _hooks(name: str, module: object) -> Iterator[Hook]:
+    """Yield the hooks whose state is neither a plain value nor a process group."""
     for at, shell in enumerate(shells_of(module)):
         for number, (hook, state) in enumerate(shell._comm_hooks):
             if type(state) not in PLAIN and not _is_group(state):
                 called = getattr(hook, "__qualname__", type(hook).__name__)
-                yield Hook(f"{name}: {called} {at}.{number}", state, next(shell.module.parameters()).device)
+                yield Hook(
+                    f"{name}: {called} {at}.{number}", state, next(shell.module.parameters()).device
+                )
 
 
 def _is_group(value: object) -> bool:
@@ -101,26 +143,45 @@ def _is_group(value: object) -> bool:
 
 
 def _parts(state: Any) -> dict[str, Any]:
-    """What a state object holds, by name."""
+    """Return the attributes (also slots) or the items of a state object, by name."""
     if isinstance(state, dict):
         return dict(state)
     slots = [name for kind in type(state).__mro__ for name in getattr(kind, "__slots__", ())]
-    return {name: getattr(state, name) for name in (*slots, *getattr(state, "__dict__", ())) if hasattr(state, name)}
+    return {
+        name: getattr(state, name)
+        for name in (*slots, *getattr(state, "__dict__", ()))
+        if hasattr(state, name)
+    }
 
 
 def _kept(hook: Hook) -> dict[str, Any]:
-    """What a hook's state object holds, as plain data. Raises UsageError."""
-    if not (isinstance(hook.state, dict) or hasattr(hook.state, "__dict__") or hasattr(hook.state, "__slots__")):
+    """Return the contents of a hook's state object as plain data.
+
+    Process groups, functions, classes, dtypes and devices are left out.
+
+    Raises:
+        UsageError: if the object has no attributes, or if a value cannot be saved.
+    """
+    if not (
+        isinstance(hook.state, dict)
+        or hasattr(hook.state, "__dict__")
+        or hasattr(hook.state, "__slots__")
+    ):
         raise UsageError(
             f"the state of the communication hook {hook.where} cannot be told",
             f"found: a {type(hook.state).__qualname__}, which has no attributes",
             "Keep it in attributes of an object: tensors, numbers, generators.",
         )
-    held = {key: value for key, value in _parts(hook.state).items() if not _is_group(value) and not isinstance(value, STATELESS)}
+    held = {
+        key: value
+        for key, value in _parts(hook.state).items()
+        if not _is_group(value) and not isinstance(value, STATELESS)
+    }
     return {key: _plain(f"{hook.where}, {key}", value) for key, value in held.items()}
 
 
 def _plain(where: str, value: Any) -> Any:
+    """Copy a value as plain data. Raises UsageError if it cannot be saved."""
     if type(value) in PLAIN:
         return value
     if isinstance(value, torch.Tensor) and value.layout is torch.strided:
@@ -139,6 +200,7 @@ def _plain(where: str, value: Any) -> Any:
 
 
 def _set(hook: Hook, key: str, kept: Any) -> None:
+    """Restore one value of a hook's state; fill a dict, and set a generator, in place."""
     before = _parts(hook.state).get(key)
     if is_generator(before):
         set_generator_state(f"{hook.where}, {key}", before, kept)
@@ -156,4 +218,8 @@ def _moved(value: Any, device: torch.device) -> Any:
         return value.to(device, copy=True)
     if isinstance(value, dict):
         return {key: _moved(item, device) for key, item in value.items()}
-    return type(value)(_moved(item, device) for item in value) if isinstance(value, list | tuple) else value
+    return (
+        type(value)(_moved(item, device) for item in value)
+        if isinstance(value, list | tuple)
+        else value
+    )

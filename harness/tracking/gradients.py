@@ -1,12 +1,18 @@
-"""Gradients under way: written after the last step of their optimizer, and so part of what the next one will use.
+"""Save and restore gradients in flight: those written after the last step of their optimizer.
 
-A loop that makes an update at each step has none at its boundaries: its gradients are gone, or were used, and what `zero_grad()` at its
-head throws away need not be kept. A loop that accumulates over several steps has some at most of them. Which they are is told by a mark:
-after each step of an optimizer, each gradient that it has used is given its present version. One without a mark is a new one; one with
-another version was written to since. A mark takes 0.15 us a parameter and step; gradients are looked at for a save only.
+The next update will use them, so a checkpoint has to contain them. A loop that makes an update in
+each step has none at its step boundaries: its gradients are None or were used, and a gradient that
+`zero_grad()` discards at the head of the loop need not be kept. A loop that accumulates gradients
+over several steps has some at most of its boundaries.
 
-Gradients that live on as the same tensors are kept as zeros, which is what `zero_grad(set_to_none=False)` makes of them; or as they are,
-if nothing does that: the next backward pass tells, once.
+Marks distinguish used gradients from those in flight. After each step of an optimizer, each
+gradient that it has used is marked with its current version counter. A gradient without a mark is
+new, and a gradient with another version was written to since. Marking takes 0.15 us per parameter
+and step. Gradients are examined only for a save.
+
+Used gradients may persist as the same tensors from one update to the next. They are kept as zeros,
+because that is what `zero_grad(set_to_none=False)` makes of them. If nothing sets them to zero,
+they are kept with their values. The next backward pass shows, once, which of the two is the case.
 """
 
 from __future__ import annotations
@@ -23,56 +29,80 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from harness.distributed.ddp import parts, plain
 from harness.errors import UsageError
 
-MARK = "_used_at"  # an attribute of a gradient: its version when the last step had used it
-NEVER = -1
-USED = "used"  # under this is kept what was used by the last step, and is added to all the same
-ZEROS = "zeros"  # what is kept of a gradient that is zero everywhere: none at all is another thing to an optimizer
-MOST_STEPS, MOST_S = 64, 60.0  # for so long a save waits for an update, at most
-Kept = dict[str, Any]  # by the parameter's name: its gradient, in parts if it is sparse, or ZEROS
+MARK = "_used_at"  # an attribute of a gradient: its version after the last step that used it
+NEVER = -1  # a mark that equals no version
+USED = "used"  # key of a gradient that the last step used and the next backward pass adds to
+# Stands for a gradient that is zero everywhere. An optimizer does not treat it like None.
+ZEROS = "zeros"
+MOST_STEPS, MOST_S = 64, 60.0  # limits of how long a save waits for an update
+# By name of the parameter: its gradient (in parts if it is sparse), the same under USED, or ZEROS.
+Kept = dict[str, Any]
 
 
 class Gradients:
-    """The gradients of all that is tracked, as seen from one rank."""
+    """The gradients of all tracked parameters, on one rank."""
 
-    def __init__(self, step: Callable[[], int], clock: Callable[[], float] = time.monotonic) -> None:
-        """`step` tells the step that is being made."""
+    def __init__(
+        self, step: Callable[[], int], clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """Prepare; nothing is observed before `begin`.
+
+        Args:
+            step: returns the number of the current step.
+            clock: returns the time in seconds.
+        """
         self._step, self._clock = step, clock
         self._named: dict[str, nn.Parameter] = {}
-        self._owner: dict[int, int | None] = {}  # by parameter: the optimizer that has it, each by identity
-        self._stepped: dict[int | None, int] = {}  # by optimizer: the step in which it has made its last update
-        self._lasting: set[int | None] = set()  # optimizers whose gradients live on from one update to the next
-        self._summed: set[int | None] = set()  # those of them whose gradients nobody sets to zero
-        self._waiting: tuple[int, float] | None = None  # since which step and when a save waits
-        self._gaps: dict[int | None, int] = {}  # by optimizer: the most steps that it has let pass from one update to the next
-        self._given_up: set[int | None] = set()  # optimizers that were waited for in vain
+        # Optimizers and parameters are keys by id.
+        self._owner: dict[int, int | None] = {}  # by parameter: its optimizer
+        self._stepped: dict[int | None, int] = {}  # by optimizer: the step of its last update
+        # Optimizers whose gradients persist as the same tensors from one update to the next.
+        self._lasting: set[int | None] = set()
+        self._summed: set[int | None] = set()  # those of them whose gradients are never zeroed
+        self._waiting: tuple[int, float] | None = None  # step and time since when a save waits
+        self._gaps: dict[int | None, int] = {}  # by optimizer: most steps between two updates
+        self._given_up: set[int | None] = set()  # optimizers for which a save has waited in vain
         self._tracked: Mapping[str, Any] = {}
-        self._count = 0  # of the parameters that tracked optimizers have
+        self._count = 0  # number of parameters in tracked optimizers
         self._unhook: Callable[[], None] = lambda: None
 
     def begin(self, tracked: Mapping[str, Any]) -> None:
-        """Look at the gradients of these from now on."""
+        """Start to observe the gradients of the tracked objects."""
         self._tracked = tracked
         self._look()
-        self._unhook = register_optimizer_step_post_hook(lambda optimizer, *_: self._used(optimizer)).remove
+        self._unhook = register_optimizer_step_post_hook(
+            lambda optimizer, *_: self._used(optimizer)
+        ).remove
 
     def close(self) -> None:
-        """Look at them no more."""
+        """Remove the hook on optimizer steps."""
         self._unhook()
 
     def _look(self) -> None:
-        """Find the parameters, again if an optimizer was given more of them."""
-        optimizers = [thing for thing in map(plain, self._tracked.values()) if isinstance(thing, torch.optim.Optimizer)]
-        count = sum(len(group["params"]) for optimizer in optimizers for group in optimizer.param_groups)
+        """Find the parameters; repeat this whenever an optimizer was given more."""
+        optimizers = [
+            thing
+            for thing in map(plain, self._tracked.values())
+            if isinstance(thing, torch.optim.Optimizer)
+        ]
+        count = sum(
+            len(group["params"]) for optimizer in optimizers for group in optimizer.param_groups
+        )
         if not self._named or count != self._count:
             self._named, self._count = named_parameters(self._tracked), count
             for optimizer in optimizers:
                 self._own(optimizer)
 
     def _own(self, optimizer: torch.optim.Optimizer) -> None:
-        self._owner |= {id(parameter): id(optimizer) for group in optimizer.param_groups for parameter in group["params"]}
+        """Record which parameters an optimizer has."""
+        self._owner |= {
+            id(parameter): id(optimizer)
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+        }
 
     def _used(self, optimizer: torch.optim.Optimizer) -> None:
-        """Mark what an optimizer has used: it has just made its step."""
+        """Mark the gradients that an optimizer has used in the step that it has just made."""
         owner, step = id(optimizer), self._step()
         if (last := self._stepped.get(owner)) is None:
             self._own(optimizer)
@@ -89,11 +119,17 @@ class Gradients:
                         self._note_lasting(owner, parameter, gradient)
                     try:
                         gradient._used_at = gradient._version
-                    except RuntimeError:  # one that was made for inference does not count its versions
+                    except (
+                        RuntimeError
+                    ):  # one that was made for inference does not count its versions
                         gradient._used_at = 0
 
     def _note_lasting(self, owner: int, parameter: nn.Parameter, gradient: torch.Tensor) -> None:
-        """Note whether an optimizer's gradients live on; if so, the next backward pass tells, once, whether they are set to zero before."""
+        """Note whether an optimizer's gradients persist as the same tensors.
+
+        If they do, a hook on the next backward pass checks, once, whether they were set to zero
+        before it. One gradient is examined for all gradients of the optimizer.
+        """
         if not hasattr(gradient, MARK):
             self._lasting.discard(owner)
         elif owner not in self._lasting:
@@ -108,23 +144,38 @@ class Gradients:
                 handle = parameter.register_hook(look)  # type: ignore[no-untyped-call]
 
     def _under_way(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield the parameters whose gradients are in flight, with their names."""
         for name, parameter in self._named.items():
             gradient = parameter.grad
-            if gradient is not None and getattr(gradient, MARK, None) != (0 if gradient.is_inference() else gradient._version):
+            if gradient is not None and getattr(gradient, MARK, None) != (
+                0 if gradient.is_inference() else gradient._version
+            ):
                 yield name, parameter
 
     def look(self, *, may_wait: bool) -> tuple[bool, bool]:
-        """Whether a save should wait for an update (never, unless it may), and whether there are gradients to keep if it does not.
+        """Return whether a save should wait, and whether there are gradients to keep otherwise.
 
-        It waits for optimizers that have made no step in this turn of the loop. What one that has made one does not use is not
-        waited for: it will be there after the next as well, as the gradients are that a generator's loss leaves in its critic. Nor is
-        an optimizer for longer than it has taken from one update to the next so far.
+        A save waits for optimizers with gradients in flight that have made no update in the current
+        step of the loop. If an optimizer has made one and gradients are still in flight, the save
+        does not wait for them: they would be there after the next update as well, like the
+        gradients that a generator's loss leaves in its critic. A save waits for an optimizer no
+        longer than the most steps between two of its updates so far, and never longer than
+        MOST_STEPS and MOST_S.
+
+        Args:
+            may_wait: whether the save may wait at all.
         """
         self._look()
         owners = {self._owner.get(id(parameter)) for _, parameter in self._under_way()}
-        awaited = {owner for owner in owners - self._given_up - {None} if self._stepped.get(owner) != self._step()}
+        awaited = {
+            owner
+            for owner in owners - self._given_up - {None}
+            if self._stepped.get(owner) != self._step()
+        }
         since, at = self._waiting or (self._step(), self._clock())
-        most = max((min(MOST_STEPS, self._gaps.get(owner, MOST_STEPS)) for owner in awaited), default=0)
+        most = max(
+            (min(MOST_STEPS, self._gaps.get(owner, MOST_STEPS)) for owner in awaited), default=0
+        )
         if may_wait and self._step() - since < most and self._clock() - at < MOST_S:
             self._waiting = since, at
             return True, True
@@ -133,11 +184,15 @@ class Gradients:
         return False, bool(owners or self._lasting)
 
     def saved(self) -> None:
-        """A save waits no more."""
+        """Note that no save waits any more."""
         self._waiting = None
 
     def kept(self) -> Kept:
-        """What is under way, copied to the CPU; of gradients that were used and live on, that they are there."""
+        """Return the gradients to keep, copied to the CPU.
+
+        Gradients in flight are kept with their values. Used gradients that persist are kept as
+        zeros, or with their values if nothing sets them to zero.
+        """
         under_way = dict(self._under_way())
         kept: Kept = {}
         for name, parameter in self._named.items():
@@ -152,12 +207,17 @@ class Gradients:
         return kept
 
     def restore(self, kept: Kept) -> None:
-        """Give parameters the gradients back that `kept` gave. Raises UsageError."""
+        """Set the gradients of parameters from the result of `kept`.
+
+        Raises:
+            UsageError: if a parameter does not exist.
+        """
         if missing := [name for name in kept if name not in self._named]:
             raise UsageError(
-                "the checkpoint holds gradients of parameters that are not there", f"found: {', '.join(missing[:5])}",
+                "the checkpoint holds gradients of parameters that are not there",
+                f"found: {', '.join(missing[:5])}",
                 "Put the old model back, or take a new run directory.",
-            )  # fmt: skip
+            )
         for name, gradient in kept.items():
             parameter = self._named[name]
             is_used, kept_as = isinstance(gradient, dict) and USED in gradient, gradient
@@ -165,24 +225,36 @@ class Gradients:
                 kept_as = gradient[USED]
                 self._summed.add(self._owner.get(id(parameter)))
                 self._lasting.add(self._owner.get(id(parameter)))
-            parameter.grad = torch.zeros_like(parameter) if isinstance(kept_as, str) else _tensor(kept_as, parameter)
+            parameter.grad = (
+                torch.zeros_like(parameter)
+                if isinstance(kept_as, str)
+                else _tensor(kept_as, parameter)
+            )
             if is_used or isinstance(kept_as, str):
-                setattr(parameter.grad, MARK, NEVER)  # it lives on
+                setattr(parameter.grad, MARK, NEVER)  # the tensor persists
 
 
 def named_parameters(tracked: Mapping[str, Any]) -> dict[str, nn.Parameter]:
-    """Every parameter of tracked modules by its object's name and its own; then those that only an optimizer has, by their place in it."""
+    """Find the parameters of all tracked objects, by name.
+
+    A parameter of a module is named after the object and its own path. A parameter that only an
+    optimizer has is named after its position in the optimizer: NAME.param_groups.GROUP.NUMBER.
+    """
     found: dict[str, nn.Parameter] = {}
     known: set[int] = set()
     things = {name: plain(thing) for name, thing in tracked.items()}
     listed = [
         (".".join(filter(None, (name, path, key))), parameter)
-        for name, thing in things.items() for path, part in parts(thing) for key, parameter in part._parameters.items()
+        for name, thing in things.items()
+        for path, part in parts(thing)
+        for key, parameter in part._parameters.items()
     ] + [
         (f"{name}.param_groups.{at}.{number}", parameter)
-        for name, thing in things.items() if isinstance(thing, torch.optim.Optimizer)
-        for at, group in enumerate(thing.param_groups) for number, parameter in enumerate(group["params"])
-    ]  # fmt: skip
+        for name, thing in things.items()
+        if isinstance(thing, torch.optim.Optimizer)
+        for at, group in enumerate(thing.param_groups)
+        for number, parameter in enumerate(group["params"])
+    ]
     for name, parameter in listed:
         if parameter is not None and id(parameter) not in known:
             known.add(id(parameter))
@@ -191,7 +263,7 @@ def named_parameters(tracked: Mapping[str, Any]) -> dict[str, nn.Parameter]:
 
 
 def digest(kept: Kept) -> str:
-    """The same for the same gradients, bit for bit."""
+    """Return a digest that is the same for gradients that are the same bit for bit."""
     hasher = hashlib.blake2b(digest_size=16)
 
     def add(value: Any) -> None:
@@ -201,7 +273,11 @@ def digest(kept: Kept) -> str:
                 add(item)
         elif isinstance(value, torch.Tensor):
             hasher.update(f"{value.dtype}{tuple(value.shape)}{value.stride()}".encode())
-            hasher.update(value.contiguous().view(-1).view(torch.uint8).numpy().tobytes() if value.numel() else b"")
+            hasher.update(
+                value.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+                if value.numel()
+                else b""
+            )
         else:
             hasher.update(f"{value}\0".encode())
 
@@ -210,6 +286,7 @@ def digest(kept: Kept) -> str:
 
 
 def _plain(gradient: torch.Tensor) -> Any:
+    """Copy a gradient to the CPU: a tensor, ZEROS, or a dict with the parts of a sparse tensor."""
     gradient = gradient.detach()
     if gradient.layout is torch.sparse_coo:
         parts = {"indices": gradient._indices(), "values": gradient._values()}
@@ -220,7 +297,13 @@ def _plain(gradient: torch.Tensor) -> Any:
 
 
 def _tensor(gradient: Any, parameter: nn.Parameter) -> torch.Tensor:
+    """Rebuild a gradient, dense or sparse, on the device of its parameter."""
     if isinstance(gradient, torch.Tensor):
         return gradient.to(parameter.device, copy=True)
     parts = gradient["indices"].to(parameter.device), gradient["values"].to(parameter.device)
-    return torch.sparse_coo_tensor(*parts, gradient["size"], is_coalesced=gradient["is_coalesced"] or None, check_invariants=True)
+    return torch.sparse_coo_tensor(
+        *parts,
+        gradient["size"],
+        is_coalesced=gradient["is_coalesced"] or None,
+        check_invariants=True,
+    )

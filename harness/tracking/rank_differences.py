@@ -1,8 +1,11 @@
-"""State that is another one on each rank: found by comparing digests over the ranks, and kept for each of them.
+"""Find state that differs from rank to rank by comparing digests, and keep it for each rank.
 
-What DistributedDataParallel holds, and an optimizer of nothing else, is alike by construction. All else that is tracked is compared in
-full at the first save of an attempt; at later ones what is small, and `run.state`. Of an object that differs only the parts that do are
-kept for each rank: in `own`, under the name that it has in the checkpoint, as pairs of a path and what lies there.
+The modules in DistributedDataParallel, and optimizers with no other parameters than theirs, are the
+same on all ranks by construction. Everything else that is tracked is compared in full at the first
+save of an attempt. Later saves compare small objects and `run.state`.
+
+If an object differs, only its differing parts are kept for each rank. They are stored in `own`,
+under the object's name in the checkpoint, as pairs of a path and the value there.
 """
 
 from __future__ import annotations
@@ -23,9 +26,9 @@ from harness.tracking.payload import OfRank
 from harness.tracking.rank_entries import RankEntries
 from harness.tracking.tensor_leaves import Leaf, Path, leaves_of, put_leaf, short_digest
 
-SMALL_BYTES = 1 << 20  # of an object that is compared at each save, the most
-MOST_BYTES = 64 << 20  # that a rank may keep for itself
-STATE = "state"  # what `run.state` is called in a checkpoint
+SMALL_BYTES = 1 << 20  # an object below this size is compared at each save
+MOST_BYTES = 64 << 20  # limit per rank: a larger difference is not kept, a larger sum is reported
+STATE = "state"  # the key of `run.state` in a checkpoint
 
 
 @dataclass
@@ -36,37 +39,59 @@ class _Kept:
     value: list[tuple[Path, Any]] | None = None
 
     def state(self) -> list[tuple[Path, Any]] | None:
+        """Return the paths and values of this rank."""
         return self.value
 
     def restore(self, state: Any) -> None:
-        """Nothing: `give_own` has put it in the place of the writer's, before anything was restored."""
+        """Do nothing: `give_own` has replaced the writer's values before any restore."""
 
 
 @dataclass(frozen=True)
 class _Found:
-    """What one rank tells the others of an object: which leaves it has, and of those that are compared the digest."""
+    """One rank's report on an object: a digest of its structure, and of each compared leaf."""
 
     structure: bytes
     leaves: dict[Path, bytes]
-    copies: frozenset[Path] = frozenset()  # those that are like a buffer of what DDP holds
+    copies: frozenset[Path] = frozenset()  # leaves equal to a buffer in a DDP module
 
 
 class RankDifferences:
-    """Compares the tracked objects of all ranks whenever a checkpoint is made."""
+    """A comparison of the tracked objects on all ranks, at each save.
 
-    def __init__(self, world: World, own: RankEntries, say: Callable[[str], None], note: Callable[..., None]) -> None:
+    Args:
+        world: the ranks of this attempt.
+        own: the per-rank entries of a checkpoint, to which differing state is added.
+        say: prints a message to the user.
+        note: records an event.
+    """
+
+    def __init__(
+        self, world: World, own: RankEntries, say: Callable[[str], None], note: Callable[..., None]
+    ) -> None:
         self._world, self._own, self._say, self._note = world, own, say, note
         self._kept: dict[str, _Kept] = {}
-        self._passed: dict[str, set[Path]] = {}  # what differs and need not be kept, or cannot be
+        self._passed: dict[str, set[Path]] = {}  # differences that are not kept
         self._structures: dict[str, bytes] = {}
         self._small: set[str] = set()
         self._is_begun = self._is_told = False
-        self._trusts_ddp, self._trusted = True, set[str]()  # until an optimizer's settings are found to differ
+        # Objects of DDP are trusted to be the same until settings of an optimizer differ.
+        self._trusts_ddp, self._trusted = True, set[str]()
 
-    def of_ranks(self, tracked: Mapping[str, Any], values: Mapping[str, Any], iterator: Any) -> list[OfRank]:
-        """On the writer what each rank gives of itself, with what was found to differ; elsewhere nothing. `values` is `run.state`.
+    def of_ranks(
+        self, tracked: Mapping[str, Any], values: Mapping[str, Any], iterator: Any
+    ) -> list[OfRank]:
+        """Return all ranks' contributions to a checkpoint on the writer, an empty list elsewhere.
 
-        Raises UsageError for state that is not plain data. Collective: every rank must call it.
+        The contributions contain the state that differs by rank.
+        Collective: every rank must call it.
+
+        Args:
+            tracked: the tracked objects, by name.
+            values: `run.state`.
+            iterator: the state of this rank's data iterator.
+
+        Raises:
+            UsageError: if state is not plain data.
         """
         if self._world.size > 1:
             self._look(tracked, values, in_full=not self._is_begun)
@@ -75,14 +100,30 @@ class RankDifferences:
         self._tell_of_big(given)
         return given
 
-    def _look(self, tracked: Mapping[str, Any], values: Mapping[str, Any], *, in_full: bool) -> None:
-        leaves = {key: leaves_of(value) for key, value in self._states(tracked, values, in_full).items()}
+    def _look(
+        self, tracked: Mapping[str, Any], values: Mapping[str, Any], *, in_full: bool
+    ) -> None:
+        """Compare the digests of all ranks, and collect this rank's differing state.
+
+        Digests are exchanged only if a checksum over all of them differs. The comparison is
+        repeated in full if the structure of an object that was left out has changed, or if objects
+        of DDP are no longer trusted.
+        """
+        leaves = {
+            key: leaves_of(value) for key, value in self._states(tracked, values, in_full).items()
+        }
         if in_full:
             self._small = {STATE} | {key for key, own in leaves.items() if _is_small(own)}
         structures = {key: short_digest(repr(list(own)).encode()) for key, own in leaves.items()}
-        found = {key: self._found(key, structures[key], own) for key, own in leaves.items() if in_full or key in self._small}
+        found = {
+            key: self._found(key, structures[key], own)
+            for key, own in leaves.items()
+            if in_full or key in self._small
+        }
         number = int.from_bytes(short_digest(repr(found).encode())[:7], "big")
-        grown = not in_full and any(self._structures.get(key) != structures[key] for key in leaves if key not in found)
+        grown = not in_full and any(
+            self._structures.get(key) != structures[key] for key in leaves if key not in found
+        )
         greatest, least, again = self._world.agree([number, -number, int(grown)])
         self._structures |= structures
         if again:
@@ -93,20 +134,37 @@ class RankDifferences:
             return
         for key, kept in self._kept.items():
             whole = () in kept.paths
-            kept.value = [((), leaves[key].whole)] if whole else [(p, leaf.value()) for p, leaf in leaves[key].items() if p in kept.paths]
+            kept.value = (
+                [((), leaves[key].whole)]
+                if whole
+                else [(p, leaf.value()) for p, leaf in leaves[key].items() if p in kept.paths]
+            )
 
-    def _states(self, tracked: Mapping[str, Any], values: Mapping[str, Any], in_full: bool) -> dict[str, state.Captured]:
-        """What is looked at this time, by its name in the checkpoint."""
+    def _states(
+        self, tracked: Mapping[str, Any], values: Mapping[str, Any], in_full: bool
+    ) -> dict[str, state.Captured]:
+        """Capture the objects to compare this time, by their names in the checkpoint.
+
+        Of a trusted object only the settings of the parameter groups are compared.
+        """
         if in_full:
-            held = {id(parameter) for thing in tracked.values() for shell in ddp.shells_of(thing) for parameter in shell.parameters()}
+            held = {
+                id(parameter)
+                for thing in tracked.values()
+                for shell in ddp.shells_of(thing)
+                for parameter in shell.parameters()
+            }
             alike = {name for name, thing in tracked.items() if _is_alike(thing, held)}
-            self._trusted = {f"{name}_state_dict" for name in alike if self._trusts_ddp} - self._kept.keys()
+            self._trusted = {
+                f"{name}_state_dict" for name in alike if self._trusts_ddp
+            } - self._kept.keys()
         states = {STATE: state.as_captured(STATE, dict(values))}
         for name, thing in tracked.items():
             key = f"{name}_state_dict"
             if key in self._trusted:
                 groups = [
-                    {n: item for n, item in group.items() if n != "params"} for group in getattr(ddp.plain(thing), "param_groups", ())
+                    {n: item for n, item in group.items() if n != "params"}
+                    for group in getattr(ddp.plain(thing), "param_groups", ())
                 ]
                 states[key] = state.as_captured(key, {"param_groups": groups})
             elif in_full or key in self._small or key in self._kept:
@@ -114,18 +172,41 @@ class RankDifferences:
         return states
 
     def _found(self, key: str, structure: bytes, leaves: Mapping[Path, Leaf]) -> _Found:
-        known = self._passed.get(key, set()) | (self._kept[key].paths if key in self._kept else set())
+        """Report on one object, without the leaves that are known to differ."""
+        known = self._passed.get(key, set()) | (
+            self._kept[key].paths if key in self._kept else set()
+        )
         if () in known:
             return _Found(b"", {})
-        return _Found(structure, {path: leaf.digest() for path, leaf in leaves.items() if path not in known})
+        return _Found(
+            structure, {path: leaf.digest() for path, leaf in leaves.items() if path not in known}
+        )
 
-    def _compare(self, tracked: Mapping[str, Any], found: dict[str, _Found], leaves: Mapping[str, Any]) -> bool:
-        """Find out what differs, and keep it for each rank from now on, if that is not too much; returns whether all has to be looked at
-        anew. Collective: every rank must call it."""
+    def _compare(
+        self, tracked: Mapping[str, Any], found: dict[str, _Found], leaves: Mapping[str, Any]
+    ) -> bool:
+        """Find the differing leaves, and keep them for each rank if they are small enough.
+
+        Collective: every rank must call it.
+
+        Args:
+            tracked: the tracked objects, by name.
+            found: this rank's report on each object.
+            leaves: the leaves of each object.
+
+        Returns:
+            Whether to compare everything again, because objects of DDP are no longer trusted.
+        """
         buffers = {leaf.digest() for leaf in _ddp_buffers(tracked)}
-        for name in (name for name, thing in tracked.items() if _copies_buffers(thing) and f"{name}_state_dict" in found):
+        for name in (
+            name
+            for name, thing in tracked.items()
+            if _copies_buffers(thing) and f"{name}_state_dict" in found
+        ):
             one = found[f"{name}_state_dict"]
-            found[f"{name}_state_dict"] = replace(one, copies=frozenset(p for p, digest in one.leaves.items() if digest in buffers))
+            found[f"{name}_state_dict"] = replace(
+                one, copies=frozenset(p for p, digest in one.leaves.items() if digest in buffers)
+            )
         everyones = self._world.gather(found)
         trusted = self._trusts_ddp
         for key in found:
@@ -133,15 +214,25 @@ class RankDifferences:
             if len(of_key) < self._world.size:
                 continue
             differing = _differing(of_key)
-            copied = set() if () in differing else {path for path in differing if all(path in one.copies for one in of_key)}
+            copied = (
+                set()
+                if () in differing
+                else {path for path in differing if all(path in one.copies for one in of_key)}
+            )
             self._passed.setdefault(key, set()).update(copied)
             if differing := differing - copied:
-                own = sum(leaf.size_bytes for path, leaf in leaves[key].items() if () in differing or path in differing)
+                own = sum(
+                    leaf.size_bytes
+                    for path, leaf in leaves[key].items()
+                    if () in differing or path in differing
+                )
                 self._take(key, differing, self._world.agree([own])[0])
-                self._trusts_ddp = self._trusts_ddp and key not in self._trusted  # other settings make other updates
+                # With different settings, optimizers make different updates.
+                self._trusts_ddp = self._trusts_ddp and key not in self._trusted
         return trusted and not self._trusts_ddp
 
     def _take(self, key: str, paths: set[Path], size_bytes: int) -> None:
+        """Keep the differing leaves of one object for each rank; if they are too large, warn."""
         name = "run.state" if key == STATE else key.removesuffix("_state_dict")
         fits = size_bytes <= MOST_BYTES
         self._note("differs_by_rank", object=name, size_bytes=size_bytes, kept=fits)
@@ -154,28 +245,43 @@ class RankDifferences:
         else:
             self._passed.setdefault(key, set()).update(paths)
             self._say(
-                f"harness: warning: {name} is another one on each rank, and {size(size_bytes)} of it differ: only the writer's is "
-                f"saved, and all ranks go on with that after a restart; each can keep {size(MOST_BYTES)}. "
+                f"harness: warning: {name} is another one on each rank, "
+                f"and {size(size_bytes)} of it differ: only the writer's is saved, "
+                "and all ranks go on with that after a restart; "
+                f"each can keep {size(MOST_BYTES)}. "
                 "Wrap it in DistributedDataParallel, or make it alike on all ranks."
             )
 
     def _tell_of_big(self, given: list[OfRank]) -> None:
+        """Warn, once, if a rank's own entries are larger than MOST_BYTES in total."""
         for rank, (_, _, own) in enumerate(given):
             if self._is_told or not own:
                 continue
-            sizes = {name: sum(leaf.size_bytes for leaf in leaves_of(state.as_captured(name, part)).values()) for name, part in own.items()}
+            sizes = {
+                name: sum(
+                    leaf.size_bytes for leaf in leaves_of(state.as_captured(name, part)).values()
+                )
+                for name, part in own.items()
+            }
             if (total := sum(sizes.values())) > MOST_BYTES:
                 self._is_told = True
                 parts = ", ".join(f"{name}: {size(number)}" for name, number in sizes.items())
                 self._note("big_own_state", rank=rank, size_bytes=total)
                 self._say(
-                    f"harness: warning: rank {rank} keeps {size(total)} for itself in each checkpoint ({parts}), which all ranks read at a "
-                    f"restart: expected at most {size(MOST_BYTES)}. Let less state differ by rank."
+                    f"harness: warning: rank {rank} keeps {size(total)} for itself "
+                    f"in each checkpoint ({parts}), which all ranks read at a restart: "
+                    f"expected at most {size(MOST_BYTES)}. Let less state differ by rank."
                 )
 
 
 def give_own(payload: dict[str, Any], world: World) -> dict[str, Any]:
-    """Put what this rank has kept for itself in the place of the writer's, and let go what the others have; returns the payload."""
+    """Replace the writer's values by this rank's own, and drop those of other ranks.
+
+    Nothing changes if the number of ranks is not the same as at the time of the save.
+
+    Returns:
+        The payload, which is changed in place.
+    """
     entries = payload.get("own")
     if not entries or len(entries) != world.size:
         return payload
@@ -183,35 +289,60 @@ def give_own(payload: dict[str, Any], world: World) -> dict[str, Any]:
         if key == STATE or key.endswith("_state_dict"):
             for path, value in kept or ():
                 payload[key] = put_leaf(payload[key], tuple(path), value)
-    payload["own"] = [entry if rank == world.rank else dict.fromkeys(entry) for rank, entry in enumerate(entries)]
+    payload["own"] = [
+        entry if rank == world.rank else dict.fromkeys(entry) for rank, entry in enumerate(entries)
+    ]
     return payload
 
 
 def _is_alike(thing: Any, held: set[int]) -> bool:
-    """Whether all ranks have the same by construction: what DDP holds, and an optimizer of nothing else."""
+    """Return whether an object is the same on all ranks by construction.
+
+    This holds for a module in DDP, and for an optimizer all of whose parameters are `held`: the ids
+    of the parameters in DDP modules.
+    """
     inner = ddp.plain(thing)
     if isinstance(inner, Optimizer):
-        return bool(held) and all(id(parameter) in held for group in inner.param_groups for parameter in group["params"])
+        return bool(held) and all(
+            id(parameter) in held for group in inner.param_groups for parameter in group["params"]
+        )
     return any(isinstance(shell, DistributedDataParallel) for shell in ddp.wrappers(thing))
 
 
 def _copies_buffers(thing: Any) -> bool:
-    """Whether it is an average that copies a module's buffers at each update: what DDP gives each rank once more need not be kept. One that
-    only looks like a copy now (many averages begin as one) may go its own way at the next step."""
-    return getattr(thing, "copies_buffers", False) is True or (isinstance(thing, AveragedModel) and not thing.use_buffers)
+    """Return whether an object is a weight average that copies a module's buffers at each update.
+
+    Such copies need not be kept, because DDP broadcasts the buffers again. Other averages that only
+    equal the module now (many begin as a copy) may differ from it after the next step.
+    """
+    return getattr(thing, "copies_buffers", False) is True or (
+        isinstance(thing, AveragedModel) and not thing.use_buffers
+    )
 
 
 def _is_small(leaves: Mapping[Path, Leaf]) -> bool:
-    return not any(leaf.is_on_device for leaf in leaves.values()) and sum(leaf.size_bytes for leaf in leaves.values()) < SMALL_BYTES
+    """Return whether an object is below SMALL_BYTES and has no tensor on a GPU."""
+    return (
+        not any(leaf.is_on_device for leaf in leaves.values())
+        and sum(leaf.size_bytes for leaf in leaves.values()) < SMALL_BYTES
+    )
 
 
 def _ddp_buffers(tracked: Mapping[str, Any]) -> list[Leaf]:
     shells = [shell for thing in tracked.values() for shell in ddp.shells_of(thing)]
-    return [leaf for shell in shells for leaf in leaves_of(state.as_captured("", dict(shell.module.named_buffers()))).values()]
+    return [
+        leaf
+        for shell in shells
+        for leaf in leaves_of(state.as_captured("", dict(shell.module.named_buffers()))).values()
+    ]
 
 
 def _differing(found: list[_Found]) -> set[Path]:
-    """The leaves that are not the same on all ranks; the root, if they do not have the same leaves."""
+    """Return the paths of leaves that differ; only the root path `()` if the structures differ."""
     if len({one.structure for one in found}) > 1:
         return {()}
-    return {path for path, digest in found[0].leaves.items() if any(one.leaves[path] != digest for one in found)}
+    return {
+        path
+        for path, digest in found[0].leaves.items()
+        if any(one.leaves[path] != digest for one in found)
+    }

@@ -1,7 +1,8 @@
-"""What each rank keeps for itself in a checkpoint: state that differs by rank, beside its generators.
+"""Keep each rank's own entries in a checkpoint: state that differs by rank, besides its generators.
 
-A part is whatever has such state: gradients under way, a communication hook, an object that is another one on each rank. It lies in the
-checkpoint under `own`, a list with one entry a rank, each a dict by the part's name. A checkpoint in which no rank has any has no such key.
+A part is anything with such state: gradients in flight, a communication hook, an object that
+differs from rank to rank. A checkpoint holds the parts under `own`: a list with one entry per rank,
+each a dict by the name of the part. If no rank has such state, the checkpoint has no such key.
 """
 
 from __future__ import annotations
@@ -12,25 +13,36 @@ from typing import Any, Protocol
 from harness.distributed.ranks import World
 from harness.tracking.sameness import is_same
 
-ATTRIBUTES = "attributes"  # a part of which one copy is kept, at the top level, if all ranks have the same
+# A part that is kept once, at the top level, if it is the same on all ranks.
+ATTRIBUTES = "attributes"
 
 
 class Part(Protocol):
     """State that this rank keeps for itself."""
 
     def state(self) -> Any:
-        """What to keep of it now, as plain data; None for nothing. At a step boundary, on every rank, with nothing collective in it."""
+        """Return the state to keep now, as plain data; None for nothing.
+
+        It is called at a step boundary, on every rank, and must not use a collective.
+        """
 
     def restore(self, state: Any) -> None:
-        """Take over what `state` gave; None if it gave nothing."""
+        """Restore the result of `state`; None if there is none."""
 
 
 def lifted(entries: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """What all ranks' entries have alike and need not be kept for each of them, and what is left of the entries."""
+    """Separate the attributes from the entries of all ranks if they are the same on each.
+
+    Returns:
+        A dict for the top level (empty if the attributes differ or are missing), and the entries
+        without its content.
+    """
     attributes = [entry.get(ATTRIBUTES) for entry in entries]
     if attributes[0] is None or not all(is_same(attributes[0], other) for other in attributes[1:]):
         return {}, list(entries)
-    return {ATTRIBUTES: attributes[0]}, [{name: part for name, part in entry.items() if name != ATTRIBUTES} for entry in entries]
+    return {ATTRIBUTES: attributes[0]}, [
+        {name: part for name, part in entry.items() if name != ATTRIBUTES} for entry in entries
+    ]
 
 
 class RankEntries:
@@ -44,18 +56,21 @@ class RankEntries:
         self._parts[name] = part
 
     def state(self) -> dict[str, Any]:
-        """The state of every part that has any."""
+        """Return the state of every part that has any."""
         states = {name: part.state() for name, part in self._parts.items()}
         return {name: state for name, state in states.items() if state is not None}
 
     def restore(self, payload: Mapping[str, Any], world: World) -> str:
-        """Give each part this rank's state back; returns in words what that cannot do, or ""."""
+        """Restore this rank's entry into each part; return a notice if that fails, or ""."""
         entries = payload.get("own")
         if not entries:
             return ""
         if len(entries) != world.size:
             names = sorted({name for entry in entries for name in entry})
-            return f"{len(entries)} rank(s) before, {world.size} now: what each rank had for itself is lost ({', '.join(names)})"
+            return (
+                f"{len(entries)} rank(s) before, {world.size} now: "
+                f"what each rank had for itself is lost ({', '.join(names)})"
+            )
         for name, part in self._parts.items():
             part.restore(entries[world.rank].get(name))
         return ""

@@ -1,4 +1,4 @@
-"""Whether two pieces of plain data are the same, bit for bit, as far as a checkpoint keeps them."""
+"""Compare two pieces of plain data for equality."""
 
 from __future__ import annotations
 
@@ -8,7 +8,11 @@ import torch
 
 
 def is_same(a: Any, b: Any) -> bool:
-    """Same kinds, same order of keys, same values; of tensors on the CPU the same dtype, shape and numbers."""
+    """Return whether two pieces of plain data have the same types, order of keys and values.
+
+    Tensors must be on the CPU; they are the same if dtype, shape and numbers are equal. Numbers are
+    compared by value: -0.0 equals 0.0, and two separate tensors with NaNs differ.
+    """
     if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
         return a.dtype == b.dtype and torch.equal(a, b)
     if isinstance(a, dict) and isinstance(b, dict):

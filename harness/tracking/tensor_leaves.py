@@ -1,4 +1,4 @@
-"""The leaves of captured state: where they lie, how large they are, and a digest of each."""
+"""Split captured state into leaves, each with its path, its size and a digest."""
 
 from __future__ import annotations
 
@@ -11,46 +11,60 @@ from typing import Any
 
 import torch
 
-from harness.state.capturing import Captured, raw
+from harness.state.capturing import Captured
+from harness.state.raw_bytes import raw
 
-Path = tuple[Any, ...]  # keys and numbers, from the outermost on
-WORDS = 1 << 20  # summed up at once
-SUMMED_FROM_BYTES = 4 << 10
+Path = tuple[Any, ...]  # keys and indices, outermost first
+WORDS = 1 << 20  # 8-byte words that are summed at once
+SUMMED_FROM_BYTES = 4 << 10  # shorter content is compared as it is
 
 
 @dataclass(frozen=True)
 class Leaf:
-    """A tensor, or plain values; what is on a GPU still lies there."""
+    """A tensor or plain values; a tensor from a GPU is still on the GPU."""
 
     live: Any
 
     @property
     def is_on_device(self) -> bool:
+        """Return whether the leaf is a tensor that is not on the CPU."""
         return isinstance(self.live, torch.Tensor) and not self.live.is_cpu
 
     @property
     def size_bytes(self) -> int:
-        """How much memory it takes; of plain values, about."""
+        """Return the memory size in bytes; of plain values, an estimate."""
         if isinstance(self.live, torch.Tensor):
-            return self.live.nbytes if self.live.layout is torch.strided else self.live.to_dense().nbytes
+            return (
+                self.live.nbytes
+                if self.live.layout is torch.strided
+                else self.live.to_dense().nbytes
+            )
         return len(_spelled(self.live))
 
     def value(self) -> Any:
-        """What it is now, on the CPU. It may be live memory: copy it before it changes."""
+        """Return the current value on the CPU.
+
+        It may share memory with the live object: copy it before the object changes.
+        """
         return self.live.cpu() if isinstance(self.live, torch.Tensor) else self.live
 
     def digest(self) -> bytes:
-        """A short digest of kind, shape and content. What lies on a GPU is summed up there."""
+        """Return a digest of 16 bytes over dtype, shape, strides and content.
+
+        The checksums of a GPU tensor are computed on the GPU.
+        """
         if not isinstance(self.live, torch.Tensor):
             return short_digest(_spelled(self.live))
         tensor = self.live if self.live.layout is torch.strided else self.live.to_dense()
         content = raw(tensor)
         bits = repr(_sums(content)).encode() if self.is_on_device else _checksums(content.numpy())
-        return short_digest(repr((str(tensor.dtype), tuple(tensor.shape), tensor.stride())).encode() + bits)
+        return short_digest(
+            repr((str(tensor.dtype), tuple(tensor.shape), tensor.stride())).encode() + bits
+        )
 
 
 class Leaves(dict[Path, Leaf]):
-    """All leaves of one object's state by path, and the `whole` of it."""
+    """All leaves of one object's state, by path; `whole` is the complete state."""
 
     def __init__(self, captured: Captured) -> None:
         self._captured = captured
@@ -58,28 +72,38 @@ class Leaves(dict[Path, Leaf]):
         (value,) = captured.payload.values()
         for path, leaf in _walk(value, ()):
             is_tensor = isinstance(leaf, torch.Tensor)
-            live = elsewhere.get(leaf.data_ptr(), leaf) if is_tensor and leaf.layout is torch.strided and elsewhere else leaf
+            live = (
+                elsewhere.get(leaf.data_ptr(), leaf)
+                if is_tensor and leaf.layout is torch.strided and elsewhere
+                else leaf
+            )
             self[path] = Leaf(live)
 
     @property
     def whole(self) -> Any:
-        """The state with nothing left out of it, on the CPU."""
+        """Return the complete state on the CPU, with GPU tensors copied there."""
         (value,) = self._captured.fill().values()
         return value
 
 
 def short_digest(content: bytes) -> bytes:
-    """Of 16 bytes."""
+    """Return a digest of 16 bytes."""
     return hashlib.blake2b(content, digest_size=16).digest()
 
 
 def leaves_of(captured: Captured) -> Leaves:
-    """The leaves of what was captured of one object. Rows of numbers and strings are leaves, and so is what is empty."""
+    """Return the leaves of the captured state of one object.
+
+    A list or tuple of only plain values (numbers, strings) is one leaf; so is an empty container.
+    """
     return Leaves(captured)
 
 
 def put_leaf(value: Any, path: Path, leaf: Any) -> Any:
-    """Put a leaf where it belongs; returns the whole, which is changed in place where it can be."""
+    """Put a leaf at its path in a nested value; return the whole value.
+
+    Dicts and lists are changed in place; a tuple on the path is replaced.
+    """
     if not path:
         return leaf
     changed = put_leaf(value[path[0]], path[1:], leaf)
@@ -90,6 +114,7 @@ def put_leaf(value: Any, path: Path, leaf: Any) -> Any:
 
 
 def _walk(value: Any, path: Path) -> Iterator[tuple[Path, Any]]:
+    """Yield the leaves of a nested value with their paths."""
     if isinstance(value, Mapping) and value:
         for key, item in value.items():
             yield from _walk(item, (*path, key))
@@ -101,27 +126,42 @@ def _walk(value: Any, path: Path) -> Iterator[tuple[Path, Any]]:
 
 
 def _is_row(value: list[Any] | tuple[Any, ...]) -> bool:
-    return all(item is None or type(item) in (bool, int, float, complex, str, bytes) for item in value)
+    """Return whether a list or tuple holds only plain values."""
+    return all(
+        item is None or type(item) in (bool, int, float, complex, str, bytes) for item in value
+    )
 
 
 def _spelled(value: Any) -> bytes:
-    """Plain values in bytes, the same for the same values in every process."""
+    """Convert plain values to bytes; the same values give the same bytes in every process."""
     try:
-        return marshal.dumps(value, 0)  # of this version nothing depends on which strings are one object
+        # In version 0 of the format, the bytes do not depend on which strings are the same object.
+        return marshal.dumps(value, 0)
     except ValueError:
         return f"{type(value).__name__}:{value!r}".encode()
 
 
 def _checksums(content: Any) -> bytes:
-    """Of a run of bytes: small ones as they are, of large ones sums that take a fraction of a digest's time; nobody means to deceive."""
+    """Return short content as it is, and CRC-32 and Adler-32 of longer content.
+
+    The checksums take a fraction of a digest's time. They need not withstand deliberate forgery.
+    """
     if len(content) < SUMMED_FROM_BYTES:
         return bytes(content)
     return repr((zlib.crc32(content), zlib.adler32(content))).encode()
 
 
 def _sums(content: torch.Tensor) -> list[int]:
-    """Two sums of a run of bytes on a GPU, of which one knows their order, and the bytes that are no whole word."""
-    whole = len(content) // 8 * 8 if content.data_ptr() % 8 == 0 and content.storage_offset() % 8 == 0 else 0
+    """Return two checksums of a byte tensor, computed on its GPU.
+
+    The bytes are summed as words of 8 bytes, and the rest byte by byte (all of it if the memory is
+    not aligned to words). The first checksum ignores the order, the second depends on it.
+    """
+    whole = (
+        len(content) // 8 * 8
+        if content.data_ptr() % 8 == 0 and content.storage_offset() % 8 == 0
+        else 0
+    )
     sums = [torch.zeros(2, dtype=torch.int64, device=content.device)]
     words = content[:whole].view(torch.int64)
     for at in range(0, len(words), WORDS):
@@ -129,5 +169,9 @@ def _sums(content: torch.Tensor) -> list[int]:
         numbers = torch.arange(at + 1, at + 1 + len(part), device=content.device)
         sums.append(torch.stack((part.sum(), (part * (2 * numbers + 1)).sum())))
     rest = content[whole:].to(torch.int64)
-    sums.append(torch.stack((rest.sum(), (rest * torch.arange(1, 1 + len(rest), device=content.device)).sum())))
+    sums.append(
+        torch.stack(
+            (rest.sum(), (rest * torch.arange(1, 1 + len(rest), device=content.device)).sum())
+        )
+    )
     return [int(number) for number in torch.stack(sums).sum(0).tolist()]

@@ -1,1 +1,1 @@
-"""What a program changes and a run does not keep: found, and named by the path to it."""
+"""Find state that a program changes and a run does not keep, and name it by its path."""

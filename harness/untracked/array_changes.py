@@ -1,8 +1,9 @@
-"""Whether arrays of numbers have changed since they were looked at: those of a module, of one of the program's objects, or a tensor.
+"""Detect changes of arrays: those of a module, those of one of the program's objects, or a tensor.
 
-Nothing is copied and no device is read: what PyTorch has counted is compared and, in the processor's memory, some of the numbers. An
-attribute that is another tensor each time is a batch, or a result; one that is written to, and what lies in a container that stays, is a
-state.
+Nothing is copied and no device is read. PyTorch's version counters are compared and, for arrays in
+CPU memory, some of the numbers. An attribute that is a different tensor each time is a batch or a
+result. An attribute that is written to in place is state, and so are arrays in a container that
+persists.
 """
 
 from __future__ import annotations
@@ -19,13 +20,17 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-MOST = 5000  # arrays of one object
-SAMPLES = 8  # numbers of each array
-MODULE, ATTRIBUTE = -1, 0  # where an array was found, if not in a container, whose identity it is else
+MOST = 5000  # limit of arrays per object
+SAMPLES = 8  # at least this many numbers of an array are compared, or all
+# Where an array was found. For an array in a container, this is the id of the container instead.
+MODULE, ATTRIBUTE = -1, 0
 
 
 class ArrayMark(NamedTuple):
-    """An array as it was: where it was found, its address, how often PyTorch has seen it written to, and some of its numbers."""
+    """A record of an array: where it was found, its address, its version counter, some numbers.
+
+    `some` is None if the numbers cannot be read cheaply: on a GPU, say.
+    """
 
     where: int
     address: int
@@ -33,7 +38,11 @@ class ArrayMark(NamedTuple):
     some: str | None
 
     def is_other(self, now: ArrayMark) -> bool:
-        """Whether it has changed."""
+        """Return whether the array has changed.
+
+        A different array in an attribute counts as no change. A different array in a module or a
+        container counts as a change, unless the compared numbers are the same.
+        """
         if self.where != now.where:
             return False
         if self.address == now.address:
@@ -43,24 +52,37 @@ class ArrayMark(NamedTuple):
 
 @dataclass
 class ArrayMarks:
-    """The arrays of an object by name, and which containers it has."""
+    """The arrays of an object by name, and the ids of its containers."""
 
     arrays: dict[str, ArrayMark] = field(default_factory=dict)
     containers: set[int] = field(default_factory=set)
 
     def changed(self, now: ArrayMarks, held: Collection[int]) -> list[str]:
-        """The names of arrays that are not what they were, or are new in a container; but for those whose memory somebody else holds."""
+        """Return the names of arrays that have changed, or are new in a container known before.
+
+        Arrays at an address in `held` are left out: their memory belongs to another object.
+        """
         return [
             name
             for name, mark in now.arrays.items()
-            if mark.address not in held and (self.arrays[name].is_other(mark) if name in self.arrays else mark.where in self.containers)
+            if mark.address not in held
+            and (
+                self.arrays[name].is_other(mark)
+                if name in self.arrays
+                else mark.where in self.containers
+            )
         ]
 
 
 def of(thing: Any) -> ArrayMarks:
-    """The marks of what an object holds: a module's parameters and buffers, or what lies in attributes and in containers there."""
+    """Mark the arrays of an object, at most MOST.
+
+    These are a module's parameters and buffers, or the arrays in the attributes of another object
+    and in containers there. A tensor or NumPy array is marked itself.
+    """
     found = ArrayMarks()
-    with contextlib.suppress(Exception):  # a thread of the program's changes it just now, or a class of its own answers with an error
+    # Another thread may change the object just now, or a class of the program may raise.
+    with contextlib.suppress(Exception):
         for name, where, array in itertools.islice(_arrays(thing, found.containers), MOST):
             found.arrays[name] = _mark(where, array)
     return found
@@ -70,7 +92,11 @@ def _arrays(thing: Any, containers: set[int]) -> Iterator[tuple[str, int, Any]]:
     if isinstance(thing, torch.Tensor | np.ndarray):
         yield "", ATTRIBUTE, thing
     elif isinstance(thing, nn.Module):
-        yield from ((name, MODULE, tensor) for name, tensor in (*thing.named_parameters(), *thing.named_buffers()) if _is_marked(tensor))
+        yield from (
+            (name, MODULE, tensor)
+            for name, tensor in (*thing.named_parameters(), *thing.named_buffers())
+            if _is_marked(tensor)
+        )
     else:
         for name, value in list(getattr(thing, "__dict__", {}).items()):
             if is_array(value):
@@ -78,26 +104,49 @@ def _arrays(thing: Any, containers: set[int]) -> Iterator[tuple[str, int, Any]]:
             elif isinstance(value, dict | list | collections.deque):
                 containers.add(id(value))
                 items = value.items() if isinstance(value, dict) else enumerate(value)
-                yield from ((f"{name}[{key!r:.40}]", id(value), item) for key, item in itertools.islice(items, MOST) if is_array(item))
+                yield from (
+                    (f"{name}[{key!r:.40}]", id(value), item)
+                    for key, item in itertools.islice(items, MOST)
+                    if is_array(item)
+                )
 
 
 def is_array(value: Any) -> bool:
-    """Whether it is more than one number, which would be a sum for the eye, and not what a forward pass has computed."""
+    """Return whether a value is an array of more than one number, outside any autograd graph.
+
+    A single number is usually a running sum for display. A tensor in a graph is the result of a
+    forward pass.
+    """
     if isinstance(value, np.ndarray):
         return value.size > 1 and value.dtype != object
-    return isinstance(value, torch.Tensor) and _is_marked(value) and value.numel() > 1 and value.grad_fn is None
+    return (
+        isinstance(value, torch.Tensor)
+        and _is_marked(value)
+        and value.numel() > 1
+        and value.grad_fn is None
+    )
 
 
 def _is_marked(tensor: torch.Tensor) -> bool:
+    """Return whether a tensor is strided and has data."""
     return tensor.layout is torch.strided and not (is_lazy(tensor) or tensor.is_meta)
 
 
 def _mark(where: int, array: Any) -> ArrayMark:
     if isinstance(array, np.ndarray):
-        return ArrayMark(where, array.__array_interface__["data"][0], 0, str(array.flat[:: max(1, array.size // SAMPLES)].tolist()))
+        return ArrayMark(
+            where,
+            array.__array_interface__["data"][0],
+            0,
+            str(array.flat[:: max(1, array.size // SAMPLES)].tolist()),
+        )
     version = 0 if array.is_inference() else array._version
     if type(array) not in (torch.Tensor, nn.Parameter):
         return ArrayMark(where, id(array), version, None)
     is_read = array.is_cpu and array.is_contiguous()
-    some = str(array.detach().reshape(-1)[:: max(1, array.numel() // SAMPLES)].tolist()) if is_read else None
+    some = (
+        str(array.detach().reshape(-1)[:: max(1, array.numel() // SAMPLES)].tolist())
+        if is_read
+        else None
+    )
     return ArrayMark(where, array.data_ptr(), version, some)

@@ -1,7 +1,9 @@
-"""What a loop carries from one step to the next by itself: variables that it reads before it sets them, and plain values of its objects.
+"""Find variables that a loop carries from one step to the next: it reads them before it sets them.
 
-They begin anew after a restart. Many are for the eye (a mean that is printed), some decide about training (a hidden state, the patience of
-an early stop): only whoever wrote the loop knows, so they are named. Variables are found in the source, as far as there is one.
+They begin anew after a restart, like the plain values of the loop's objects (see `finder`). Many
+are only for display (a mean that is printed), others affect training (a hidden state, the patience
+of early stopping). Only the author of the loop knows which, so all of them are reported. Variables
+are found in the source code, if it is available.
 """
 
 from __future__ import annotations
@@ -20,28 +22,40 @@ import torch
 from harness.untracked.unkept_values import PLAIN, fingerprint
 
 VALUES = (*PLAIN, torch.Tensor, np.ndarray, np.generic)
-MOST_SOURCE = 1 << 20  # characters that are parsed
+MOST_SOURCE = 1 << 20  # characters; longer source code is not parsed
 
 
 class LoopVariables:
-    """The variables of the frames that the loop runs in, as they were before its first step."""
+    """The carried variables of the frames that run the loop, as they were before its first step."""
 
     def __init__(self, frames: Iterable[tuple[str, FrameType]]) -> None:
-        """`frames` come with the beginning of how a variable of theirs is written."""
-        self._names: dict[CodeType, tuple[str, dict[str, Any]]] = {}  # by code: before each name; its value then
+        """Record the variables of the frames; each frame comes with the prefix of their names."""
+        # By code object: the prefix, and the fingerprint of each variable.
+        self._names: dict[CodeType, tuple[str, dict[str, Any]]] = {}
         for spelled, frame in frames:
             if names := variables(frame):
                 local = values_of(frame)
-                self._names[frame.f_code] = spelled, {name: fingerprint(local[name]) for name in names if name in local}
+                self._names[frame.f_code] = (
+                    spelled,
+                    {name: fingerprint(local[name]) for name in names if name in local},
+                )
 
     def changed(self, frame: FrameType | None) -> list[str]:
-        """The names of those that have changed, each once; `frame` is the innermost one now."""
+        """Return the names of the variables that have changed, each only once.
+
+        Args:
+            frame: the innermost frame at present.
+        """
         found = []
         while frame is not None and self._names:
             if frame.f_code in self._names:
                 spelled, before = self._names[frame.f_code]
                 local = values_of(frame)
-                names = [name for name, was in before.items() if _is_value(local.get(name)) and fingerprint(local[name]) != was]
+                names = [
+                    name
+                    for name, was in before.items()
+                    if _is_value(local.get(name)) and fingerprint(local[name]) != was
+                ]
                 found += [spelled + name for name in names]
                 for name in names:
                     del before[name]
@@ -50,23 +64,33 @@ class LoopVariables:
 
 
 def values_of(frame: FrameType) -> dict[str, Any]:
-    """The variables of a frame; nothing stays of them but what is returned."""
+    """Return the variables of a frame, and keep no other reference to their values."""
     local = frame.f_locals
     found = dict(local)
-    if frame.f_code.co_flags & inspect.CO_OPTIMIZED and type(local) is dict and sys.gettrace() is None and sys.getrefcount(local) <= 3:
-        local.clear()  # of Python before 3.13 a copy, which would keep alive what the program lets go
+    if (
+        frame.f_code.co_flags & inspect.CO_OPTIMIZED
+        and type(local) is dict
+        and sys.gettrace() is None
+        and sys.getrefcount(local) <= 3
+    ):
+        # Before Python 3.13 this is a copy, which would keep objects alive that the program frees.
+        local.clear()
     return found
 
 
 def _is_value(value: Any) -> bool:
+    """Return whether a value is plain or an array; also a short list or tuple of such values."""
     if isinstance(value, list | tuple):
         return len(value) <= 100 and all(map(_is_value, value))
     return isinstance(value, VALUES) and value is not None
 
 
 def variables(frame: FrameType) -> set[str]:
-    """The variables that the loop around the line in which a frame stands both sets and reads before it sets them; none if there is no
-    source or no loop."""
+    """Return the variables that the loop around a frame's current line carries along.
+
+    The loop, the outermost one around that line, both sets them and reads them before it sets them.
+    The set is empty if there is no source code or no loop.
+    """
     try:
         lines, first = inspect.getsourcelines(frame)
         source = textwrap.dedent("".join(lines))
@@ -74,7 +98,11 @@ def variables(frame: FrameType) -> set[str]:
     except (OSError, TypeError, SyntaxError, ValueError, RecursionError):
         return set()
     line = frame.f_lineno - max(first, 1) + 1
-    loops = [node for node in ast.walk(tree) if isinstance(node, ast.For | ast.While) and node.lineno <= line <= (node.end_lineno or 0)]
+    loops = [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.For | ast.While) and node.lineno <= line <= (node.end_lineno or 0)
+    ]
     if not loops:
         return set()
     outermost = min(loops, key=lambda node: node.lineno)
@@ -84,11 +112,14 @@ def variables(frame: FrameType) -> set[str]:
 
 
 class _Flow(ast.NodeVisitor):
-    """Goes through statements in the order in which they are run, as if each branch was taken and each inner loop run."""
+    """A visitor of statements in the order of execution.
+
+    It assumes that each branch is taken and that each inner loop runs.
+    """
 
     def __init__(self) -> None:
         self.stored: set[str] = set()
-        self.exposed: set[str] = set()  # read before they were stored
+        self.exposed: set[str] = set()  # names that are read before they are stored
 
     def visit_Name(self, node: ast.Name) -> None:
         if isinstance(node.ctx, ast.Load):
@@ -113,23 +144,31 @@ class _Flow(ast.NodeVisitor):
             self.exposed |= {node.target.id} - self.stored
         self._in_order(node.value, node.target)
 
-    def visit_FunctionDef(self, node: ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda | ast.ClassDef) -> None:
-        """What it uses is looked up when it is called."""
+    def visit_FunctionDef(
+        self, node: ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda | ast.ClassDef
+    ) -> None:
+        """Store only the name: a function looks up what it uses when it is called."""
         if not isinstance(node, ast.Lambda):
             self.stored.add(node.name)
 
-    visit_AsyncFunctionDef = visit_Lambda = visit_ClassDef = visit_FunctionDef  # noqa: N815 - as ast calls them
+    # `ast.NodeVisitor` prescribes these names.
+    visit_AsyncFunctionDef = visit_Lambda = visit_ClassDef = visit_FunctionDef  # noqa: N815
 
-    def visit_ListComp(self, node: ast.ListComp | ast.SetComp | ast.GeneratorExp | ast.DictComp) -> None:
+    def visit_ListComp(
+        self, node: ast.ListComp | ast.SetComp | ast.GeneratorExp | ast.DictComp
+    ) -> None:
         within = _Flow()
         within.stored |= self.stored
         for part in node.generators:
             within._in_order(part.iter, part.target, *part.ifs)
-        within._in_order(*((node.key, node.value) if isinstance(node, ast.DictComp) else (node.elt,)))
+        within._in_order(
+            *((node.key, node.value) if isinstance(node, ast.DictComp) else (node.elt,))
+        )
         self.exposed |= within.exposed
 
     visit_SetComp = visit_GeneratorExp = visit_DictComp = visit_ListComp  # noqa: N815
 
     def _in_order(self, *nodes: ast.AST) -> None:
+        """Visit the nodes in the given order."""
         for node in nodes:
             self.visit(node)

@@ -1,4 +1,7 @@
-"""What an object holds: its attributes and what lies in its containers. Never modules, classes, or what a library keeps globally."""
+"""List what an object holds: its attributes, and the contents of containers.
+
+Python modules, classes, and what a library keeps globally are never searched.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +14,29 @@ import numpy as np
 import torch
 from torch import nn
 
-MOST_ITEMS = 1000  # of one container
-ATOMS = (str, bytes, bytearray, int, float, complex, bool, type(None), type, types.ModuleType, np.generic, torch.dtype, torch.device)
-OF_MODULES = frozenset(vars(nn.Module()))  # what each module has; the parts in it come by their names
+MOST_ITEMS = 1000  # items per container
+# Types whose instances are not searched.
+ATOMS = (
+    str,
+    bytes,
+    bytearray,
+    int,
+    float,
+    complex,
+    bool,
+    type(None),
+    type,
+    types.ModuleType,
+    np.generic,
+    torch.dtype,
+    torch.device,
+)
+# The attributes of every nn.Module. Child modules are listed by their own names.
+OF_MODULES = frozenset(vars(nn.Module()))
 
 
 def parts(value: Any) -> Iterator[tuple[str, Any]]:
-    """What it holds at once, with how that is written: ".rng", "[0]"."""
+    """Yield the objects that a value holds directly, each after its path: ".rng", "[0]"."""
     if isinstance(value, (*ATOMS, torch.Tensor, np.ndarray)):
         return
     if isinstance(value, Mapping) and type(value).__module__ in ("builtins", "collections"):
@@ -60,7 +79,13 @@ def parts(value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def holds(value: Any, most_bytes: int, most_objects: int) -> str:
-    """What of it is not to be copied, in words: tensors, or too much; "" if all of it can be."""
+    """Return why a value should not be copied: "tensors", or "too much …"; "" if it can be.
+
+    Args:
+        value: the value to search, with everything that it holds.
+        most_bytes: limit of the estimated size.
+        most_objects: limit of the number of objects.
+    """
     seen: set[int] = set()
     waiting, size_bytes = [value], 0
     while waiting:
@@ -68,13 +93,19 @@ def holds(value: Any, most_bytes: int, most_objects: int) -> str:
         if id(item) in seen:
             continue
         seen.add(id(item))
-        if isinstance(item, torch.Tensor) or (isinstance(item, nn.Module) and (item._parameters or item._buffers)):
+        if isinstance(item, torch.Tensor) or (
+            isinstance(item, nn.Module) and (item._parameters or item._buffers)
+        ):
             return "tensors"
         if isinstance(item, np.ndarray):
             size_bytes += item.nbytes
         elif isinstance(item, str | bytes | bytearray | list | tuple | dict | set):
             size_bytes += len(item) * 8
-        if size_bytes > most_bytes or len(seen) > most_objects or (isinstance(item, list | dict) and len(item) > MOST_ITEMS * 20):
+        if (
+            size_bytes > most_bytes
+            or len(seen) > most_objects
+            or (isinstance(item, list | dict) and len(item) > MOST_ITEMS * 20)
+        ):
             return "too much to be copied"
         waiting += [part for _, part in parts(item)]
     return ""

@@ -1,7 +1,7 @@
-"""DataLoaders that a program reads beside the run: whose position is lost with the process, and is told once.
+"""Find DataLoaders that a program reads in addition to the run, and report one of them, once.
 
-Only a pass that goes on from one step to the next has a position to lose. One that begins and ends within a step, as an evaluation's,
-has none.
+Their position is lost with the process. Only a pass that continues from one step to the next has a
+position to lose. A pass that begins and ends within one step, such as an evaluation's, has none.
 """
 
 from __future__ import annotations
@@ -21,17 +21,23 @@ from torch.utils.data.dataloader import _BaseDataLoaderIter
 from harness.data import held_generators, loading
 
 OWN = f"{Path(loading.__file__).parent}{os.sep}"
-_begun: weakref.WeakKeyDictionary[Any, _Begun] = weakref.WeakKeyDictionary()  # what reads a loader now
+# The iterators that read a DataLoader now.
+_begun: weakref.WeakKeyDictionary[Any, _Begun] = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
 class _Begun:
+    """The loader that an iterator reads, and the line of the program that created the iterator."""
+
     loader: weakref.ref[Any]
     where: str
 
 
 def watch() -> None:
-    """Know from now on which DataLoaders are read in this process: PyTorch has no hook for that, so the beginning of a pass gets one."""
+    """Record from now on which DataLoaders are read in this process.
+
+    PyTorch has no hook for that, so the constructor of DataLoader iterators is wrapped.
+    """
     begin = _BaseDataLoaderIter.__init__
     if hasattr(begin, "__wrapped__"):
         return
@@ -46,10 +52,12 @@ def watch() -> None:
 
 
 def _where() -> str | None:
-    """The line of the program that began to read; None if it was the run itself, for what it deals out."""
+    """Return the line of the program that began a pass; None if the run's own data code did."""
     frame: FrameType | None = sys._getframe(2)
     while (
-        frame is not None and held_generators.is_library(file := frame.f_code.co_filename) and not file.startswith(OWN)
+        frame is not None
+        and held_generators.is_library(file := frame.f_code.co_filename)
+        and not file.startswith(OWN)
     ):  # it may be installed
         frame = frame.f_back
     if frame is None or frame.f_code.co_filename.startswith(OWN):
@@ -58,27 +66,40 @@ def _where() -> str | None:
 
 
 class StrayLoaders:
-    """The passes that were under way at the last step boundary."""
+    """The passes over DataLoaders that were in progress at the last step boundary."""
 
     def __init__(self) -> None:
         self._under_way: dict[int, tuple[Any, int]] = {}
         self._is_told = False
 
     def at_boundary(self, tracked: Mapping[str, Any]) -> str:
-        """At the end of a step: what to say of a pass that was under way at the end of the last one and has gone on since, or ""."""
+        """Return a warning about a pass that continues across steps, or "".
+
+        Such a pass was in progress at the end of the last step and has advanced since. Tracked
+        DataLoaders are left out, and there is only one warning.
+        """
         if self._is_told or not (_begun or self._under_way):
             return ""
-        now = {id(reading): (reading._sampler_iter, reading._num_yielded) for reading in _begun if reading._num_yielded}
+        now = {
+            id(reading): (reading._sampler_iter, reading._num_yielded)
+            for reading in _begun
+            if reading._num_yielded
+        }
         for reading, begun in _begun.items():
             sampler, yielded = self._under_way.get(id(reading), (None, 0))
-            is_same_pass = (
-                sampler is not None and sampler is reading._sampler_iter
-            )  # persistent workers begin the next one in the same object
-            if is_same_pass and reading._num_yielded > yielded and not any(begun.loader() is thing for thing in tracked.values()):
+            # With persistent workers, the next pass uses the same iterator.
+            is_same_pass = sampler is not None and sampler is reading._sampler_iter
+            if (
+                is_same_pass
+                and reading._num_yielded > yielded
+                and not any(begun.loader() is thing for thing in tracked.values())
+            ):
                 self._is_told = True
                 return (
-                    f"a DataLoader over {type(reading._dataset).__name__} that is not the run's is read across steps ({begun.where}):"
-                    ' after a kill it begins anew. Give it to the run: batches(…, beside={"name": loader}), or read it whole within a step.'
+                    f"a DataLoader over {type(reading._dataset).__name__} "
+                    f"that is not the run's is read across steps ({begun.where}):"
+                    " after a kill it begins anew. Give it to the run: "
+                    'batches(…, beside={"name": loader}), or read it whole within a step.'
                 )
         self._under_way = now
         return ""

@@ -116,11 +116,11 @@ def by_harness(folder: str, run: str, state: str) -> dict[str, float]:
 
 def at_start(folder: str, run: str, state: str) -> dict[str, float]:
     """The search among all checkpoints of the run is in it."""
-    from harness.checkpoint import load
-    from harness.distributed import ranks
+    from harness.checkpoint import resume
+    from harness.distributed import join
     from harness.store import open_store
 
-    world, store = ranks.join(60.0), open_store(run, 30.0)
-    measured = _measured(run, state, lambda path: load.choose(store, world).payload)
+    world, store = join.join(60.0), open_store(run, 30.0)
+    measured = _measured(run, state, lambda path: resume.choose(store, world).payload)
     world.leave()
     return measured

@@ -1,0 +1,293 @@
+"""Choose the checkpoint to resume from: the newest that verifies, the same on all ranks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from harness.checkpoint import format as fmt
+from harness.checkpoint import memory_copy
+from harness.checkpoint.broadcast import broadcast
+from harness.checkpoint.catalog import Catalog, read_catalog
+from harness.checkpoint.format import Manifest
+from harness.checkpoint.load import checked, parse, verified
+from harness.distributed.ranks import World
+from harness.errors import DamagedError, HarnessError, StorageError, UsageError
+from harness.retry import reading
+from harness.store import Handle, LocalStore, SealedMemory, Store, keep
+
+LISTINGS = 5  # number of listings to try while listed checkpoints vanish
+
+
+NEWER, DAMAGED, UNREAD = "newer", "damaged", "unread"
+
+
+UNREAD_REMEDY = (
+    "It may be whole. Start again when it can be read; "
+    "to leave it behind for good: harness rollback RUN STEP."
+)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The reason why a run does not resume from a checkpoint."""
+
+    words: str = ""
+    # NEWER: only another harness can read it; DAMAGED: the data is not what was written; UNREAD:
+    # it could not be read and may be intact.
+    kind: str = ""
+    remedy: str = ""
+
+
+@dataclass
+class ResumePoint:
+    """The point that a run resumes from, and the checkpoints that were skipped."""
+
+    survey: Catalog | None  # listing on rank 0; None on the other ranks
+    manifest: Manifest | None = None  # None: step 0
+    payload: dict[str, Any] | None = None
+    place: int = 0  # index of the store that it was read from
+    in_memory: bool = False  # read from the memory tier; no store on a disk has this step
+    # (index of the store, manifest key) of each damaged copy, to be set aside after the claim.
+    damaged: list[tuple[int, str]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def read_from(self, place: int) -> set[str]:
+        """Return the name of the chosen checkpoint as a set, empty if another store was read."""
+        return {self.manifest.name} if self.manifest and self.place == place else set()
+
+
+class Chooser:
+    """Finds and loads the checkpoint that a run resumes from, on all ranks together."""
+
+    def __init__(
+        self,
+        stores: tuple[Store, ...],
+        world: World,
+        give_up: Callable[[], object],
+        steps_back: Callable[[], bool],
+        memory: LocalStore,
+    ) -> None:
+        self.stores, self.world, self.give_up, self.steps_back = stores, world, give_up, steps_back
+        self.sources: tuple[Store, ...] = (*stores, memory)
+        self.tier = memory
+        self._memory: SealedMemory | None = None  # on rank 0 only
+
+    def once(self) -> tuple[ResumePoint, bool]:
+        """List the stores once and try the candidates in order.
+
+        Returns the resume point, and True if a listed checkpoint was deleted meanwhile, so that
+        a new listing is needed.
+        """
+        choice = ResumePoint(None)
+        for text, places in self._on_writer(partial(self._look, choice)):
+            manifest, unread = _parse_manifest(text), list[str]()
+            for place in places:
+                source, in_memory = self.sources[place], place == len(self.stores)
+                payload, problem = self._try(source, manifest)
+                if payload is not None:
+                    choice.manifest, choice.payload, choice.place, choice.in_memory = (
+                        manifest,
+                        payload,
+                        place,
+                        in_memory,
+                    )
+                    choice.notes += self._why(choice.survey, manifest, source)
+                    return choice, False
+                if not self._on_writer(partial(source.exists, manifest.key)):
+                    return choice, True
+                words = problem.words + (
+                    f" in {source}" if len(self.stores) > 1 or in_memory else ""
+                )
+                if problem.kind == NEWER:
+                    raise UsageError(words, remedy=problem.remedy)
+                choice.notes.append(f"passed over: {words}")
+                if problem.kind == UNREAD:
+                    unread.append(words)
+                elif not in_memory:
+                    choice.damaged.append((place, manifest.key))
+            if unread:  # it may be intact, and a resume from an older one would cut it off
+                raise StorageError(
+                    f"{manifest.name} cannot be read", "; ".join(unread), UNREAD_REMEDY
+                )
+        self._on_writer(partial(self._check_fresh, choice))
+        return choice, False
+
+    def _on_writer(self, work: Callable[[], Any]) -> Any:
+        return self.world.on_writer(work, give_up=self.give_up)
+
+    def _look(self, choice: ResumePoint) -> list[tuple[str, list[int]]]:
+        found = choice.survey = read_catalog(*self.stores)
+        found.check_one_run()
+        found.check_readable()
+        choice.damaged = [
+            (place, key)
+            for place, part in enumerate(found.parts)
+            for key in part.damaged
+            if key not in part.marked
+        ]
+        choice.notes = [
+            f"passed over: {why}" for part in found.parts for why in part.damaged.values()
+        ]
+        choice.notes += [
+            f"ignored, not of this run: {' '.join(key.split())}"
+            for key in found.foreign + found.strangers
+        ]
+        candidates = [
+            (m, [self.stores.index(copy) for copy in found.copies(m)]) for m in found.candidates
+        ]
+        memory_copy.check_readable(self.tier, found)
+        if (kept := memory_copy.newest(self.tier, found)) is not None:
+            candidates.insert(0, (kept, [len(self.stores)]))
+        if len(candidates) > 1 and self.steps_back():
+            choice.notes.append(
+                f"going back behind {candidates[0][0].name}: "
+                "every attempt to go on from it has died"
+            )
+            candidates = [*candidates[1:], candidates[0]]
+        return [(fmt.to_bytes(m).decode(), places) for m, places in candidates]
+
+    def _check_fresh(self, choice: ResumePoint) -> None:
+        if choice.survey is not None:
+            choice.survey.check_fresh_start(" and ".join(map(str, self.stores)), choice.notes)
+
+    def _why(self, found: Catalog | None, manifest: Manifest, source: Store) -> list[str]:
+        if found is not None and source is self.tier:
+            return [
+                f"taking {manifest.name} from this machine's memory: "
+                f"the disk has {found.head.name if found.head else 'nothing'}"
+            ]
+        if found is None or len(self.stores) < 2:
+            return []
+        heads = [
+            f"{part.head.name if part.head else 'nothing'} in {store}"
+            for store, part in zip(found.stores, found.parts, strict=True)
+        ]
+        return [
+            f"taking {manifest.name} from {source}: the newest that verifies ({', '.join(heads)})"
+        ]
+
+    def _try(self, store: Store, manifest: Manifest) -> tuple[dict[str, Any] | None, Problem]:
+        """Load a checkpoint on all ranks.
+
+        Returns the payload on every rank, or None on every rank and the problem.
+        """
+        offer, said = self._on_writer(partial(self._open, store, manifest))
+        if said:
+            return None, Problem(*said)
+        payload: dict[str, Any] | None = None
+        memory, self._memory = self._memory, None
+        said = list[str]()
+        try:
+            with self._spread(store, manifest, memory, Handle(**offer)) as own:
+                payload = parse(own, manifest)
+        except HarnessError as error:
+            said = _said(error)
+        problems = [
+            (rank, Problem(*said)) for rank, said in enumerate(self.world.gather(said)) if said
+        ]
+        if not problems:
+            return payload, Problem()
+        rank, first = min(
+            problems, key=lambda problem: (NEWER, DAMAGED, UNREAD).index(problem[1].kind)
+        )
+        return None, Problem(f"{first.words} (rank {rank})", first.kind, first.remedy)
+
+    def _open(self, store: Store, manifest: Manifest) -> tuple[dict[str, str] | None, list[str]]:
+        """Verify the data on rank 0.
+
+        Returns the handle by which other processes of this machine open it, or the problem.
+        """
+        for last in (store.is_local, True):
+            try:
+                self._memory = (
+                    reading(partial(verified, store, manifest))
+                    if store.is_local
+                    else verified(store, manifest)
+                )
+                return vars(self._memory.offer), []
+            except HarnessError as error:
+                # Data that was damaged on the network may be intact in the second read.
+                if last or not isinstance(error, DamagedError):
+                    return None, _said(error)
+        raise AssertionError("the last try returns")
+
+    def _spread(
+        self, store: Store, manifest: Manifest, memory: SealedMemory | None, offer: Handle
+    ) -> SealedMemory:
+        expected, where = manifest.data, f"{manifest.data.name}, as it was sent to this rank,"
+
+        def receive(chunks: Iterator[bytes]) -> SealedMemory:
+            return keep(checked(chunks, expected, where), expected.size_bytes, expected.name)
+
+        def read() -> SealedMemory | None:
+            return reading(partial(verified, store, manifest)) if store.is_local else None
+
+        return broadcast(self.world, memory, offer, expected.size_bytes, read, receive)
+
+
+def choose(
+    stores: Store | tuple[Store, ...],
+    world: World,
+    give_up: Callable[[], object] = lambda: None,
+    steps_back: Callable[[], bool] = lambda: False,
+) -> ResumePoint:
+    """Find and load the newest checkpoint of the run's history that verifies on every rank.
+
+    No store is changed. The data is fetched from a remote store once, by rank 0 (the writer). The
+    other ranks map its memory or receive the data from it. If the copy in one store is damaged, the
+    copy in the other store is tried before an older checkpoint.
+    Collective: every rank must call it.
+
+    Args:
+        stores: The run's store, or its stores with the authority last.
+        world: The process group.
+        give_up: Returns a true value when the other ranks should not wait long for rank 0.
+        steps_back: Called on rank 0; if it returns True, the newest checkpoint is the last choice.
+
+    Returns:
+        The resume point; its `manifest` is None for step 0.
+
+    Raises:
+        DamagedError: There is a history, but none of its checkpoints loads.
+        StorageError: A store cannot be listed, or a checkpoint that may be intact cannot be read.
+        UsageError: The stores hold different runs, or only a newer harness can read a checkpoint.
+    """
+    places = (stores,) if isinstance(stores, Store) else stores
+    chooser = Chooser(places, world, give_up, steps_back, memory_copy.place(places[0]))
+    for _ in range(LISTINGS):
+        choice, vanished = chooser.once()
+        if not vanished:
+            return choice
+    raise StorageError(
+        f"checkpoints of {chooser.stores[-1]} vanish while they are read",
+        remedy="Is another process deleting them?",
+    )
+
+
+def _parse_manifest(text: str) -> Manifest:
+    fields = json.loads(text)
+    return fmt.from_bytes(fmt.manifest_key(fields["step"], fields["attempt"]), text.encode())
+
+
+def _said(error: HarnessError) -> list[str]:
+    """Return the fields of a `Problem` in a form that can be sent to other ranks."""
+    kind = (
+        NEWER
+        if isinstance(error, fmt.NewerFormatError)
+        else DAMAGED
+        if isinstance(error, DamagedError)
+        else UNREAD
+    )
+    return [error.what + (f" ({error.found})" if error.found else ""), kind, error.remedy]
+
+
+def set_aside(store: Store, manifest_key: str) -> None:
+    """Set a damaged checkpoint aside without deleting it.
+
+    The manifest comes first, so that the checkpoint ceases to exist at once.
+    """
+    store.set_aside((manifest_key, f"{manifest_key.removesuffix('.json')}.pt"))

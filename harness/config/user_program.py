@@ -1,0 +1,69 @@
+"""Check the user's program before it is started: its file, what it would import, and its run.
+
+The program and its arguments are the setting `run.loop`.
+"""
+
+from __future__ import annotations
+
+from importlib.machinery import all_suffixes
+from pathlib import Path
+
+from harness.config.schema import Config
+from harness.errors import UsageError
+
+
+def check_loop(words: list[str]) -> Path:
+    """Return the absolute path of the user's program. Raises UsageError."""
+    file = Path(words[0]).expanduser().absolute()
+    if not file.is_file():
+        raise UsageError(
+            "there is no such program",
+            f"found: no file {file}",
+            "Name the .py file of your loop, from this folder.",
+        )
+    # Python searches the program's folder first.
+    check_alone(file.resolve().parent, "the program")
+    return file
+
+
+def check_alone(folder: Path, who: str) -> None:
+    """Raise UsageError if an import from this folder would find another package `harness`.
+
+    A folder `harness` without `__init__.py`, such as a clone of the repository, does not count: the
+    import then finds this package.
+
+    Args:
+        folder: Folder that Python searches first.
+        who: Description of the importing code, for the message.
+    """
+    package = Path(__file__).resolve().parent.parent
+    others = [
+        folder / "harness" / "__init__.py",
+        *(folder / f"harness{suffix}" for suffix in all_suffixes()),
+    ]
+    for other in others:
+        if other.is_file() and other.resolve().parent != package:
+            raise UsageError(
+                f"{who} would import another harness",
+                f"found: {other}",
+                f"Rename it, or move away; this one is {package}.",
+            )
+
+
+def check_named(settings: Config, given: list[str]) -> None:
+    """Raise UsageError if the settings do not name the run that the user's program trains.
+
+    In that case `run.dir` has its default value, which is meant for another run, and the command
+    line sets neither `run.dir` nor `run.remote`.
+
+    Args:
+        settings: The merged settings.
+        given: The settings of the command line.
+    """
+    if settings.run.dir == Config().run.dir and not any(
+        text.startswith(("run.dir=", "run.remote=")) for text in given
+    ):
+        raise UsageError(
+            "it is not said which run this program trains",
+            remedy="Name it as to harness.init: run.dir=… or run.remote=…",
+        )

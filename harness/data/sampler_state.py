@@ -1,0 +1,209 @@
+"""The state of a user's sampler, or of a function that gives the order of samples.
+
+The state consists of generators and of the plain attributes of a sampler, as far as they can be
+found.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Sampler
+
+from harness.data.generator_objects import generator_state, is_generator, set_generator_state
+
+PLAIN = (bool, int, float, str, type(None))
+DEPTH, MOST_FUNCTIONS = 3, 20
+
+State = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of the state: a generator, or a plain attribute of a sampler."""
+
+    path: str
+    owner: Any  # the object that has the part as an attribute; None for a generator of a function
+    name: str  # the attribute's name; "" for a generator of a function
+    thing: Any
+
+    def read(self) -> Any:
+        """Return a copy of the part's state, as plain data."""
+        return _value(self.thing)
+
+    def digest(self) -> str:
+        """Return a digest of the part's state."""
+        return _digest(self.read())
+
+    def put_back(self, value: Any) -> None:
+        """Set the part to a saved state, in place where possible."""
+        thing = self.thing
+        if is_generator(thing):
+            set_generator_state(self.name or "of order=", thing, value)
+        elif (
+            isinstance(thing, torch.Tensor)
+            and isinstance(value, torch.Tensor)
+            and thing.shape == value.shape
+        ):
+            with torch.no_grad():
+                thing.copy_(value)
+        elif isinstance(thing, np.ndarray) and thing.shape == tuple(value.shape):
+            thing[...] = np.asarray(value)
+        elif type(thing) is list and isinstance(value, list):
+            thing[:] = value
+        else:
+            new = np.asarray(value) if isinstance(thing, np.ndarray) else value
+            setattr(self.owner, self.name, new)
+
+
+class SamplerState:
+    """Access to the state of a sampler or function. Each part of the state has a path.
+
+    Args:
+        ask: The function from an epoch to its order, which is searched if there is no sampler.
+        sampler: The sampler, or None.
+        dataset: The dataset, which is not part of the sampler's state.
+    """
+
+    def __init__(self, ask: Callable[[int], Sequence[int]], sampler: Any, dataset: Any) -> None:
+        self._ask, self._sampler, self._dataset = ask, sampler, dataset
+
+    def digests(self) -> dict[str, str]:
+        """Return a digest of each part of the state, by path."""
+        return {part.path: part.digest() for part in self.parts()}
+
+    def read(self) -> State:
+        """Return a copy of each part of the state, by path."""
+        return {part.path: part.read() for part in self.parts()}
+
+    def put_back(self, state: Mapping[str, Any]) -> list[str]:
+        """Restore all parts that differ, in place where possible; return the paths now missing."""
+        parts = {part.path: part for part in self.parts()}
+        for path, value in state.items():
+            if path in parts and parts[path].digest() != _digest(value):
+                parts[path].put_back(value)
+        return [path for path in state if path not in parts]
+
+    def parts(self) -> Iterator[Part]:
+        """Yield each part of the state."""
+        if self._sampler is not None:
+            yield from _attributes(self._sampler, "", {id(self._dataset)}, DEPTH)
+        else:
+            yield from _drawn_from(self._ask, set())
+
+
+def _attributes(owner: Any, path: str, met: set[int], depth: int) -> Iterator[Part]:
+    """Yield a sampler's generators and plain attributes, and those of samplers inside it.
+
+    Of other objects that it holds, only the generators are yielded.
+
+    Args:
+        owner: The sampler, or an object that it holds.
+        path: The prefix of the paths, "" for the sampler itself.
+        met: The ids of the objects that are not visited (again).
+        depth: How many more levels to visit.
+    """
+    if id(owner) in met or depth == 0:
+        return
+    met.add(id(owner))
+    for name, thing in getattr(owner, "__dict__", {}).items():
+        if id(thing) in met:
+            continue
+        if is_generator(thing) or ((not path or isinstance(owner, Sampler)) and _is_plain(thing)):
+            yield Part(path + name, owner, name, thing)
+        elif (
+            hasattr(thing, "__dict__")
+            and not isinstance(thing, type | torch.nn.Module)
+            and not callable(thing)
+        ):
+            yield from _attributes(thing, f"{path}{name}.", met, depth - 1)
+
+
+def _drawn_from(function: Any, met: set[int]) -> Iterator[Part]:
+    """Yield the generators that a function draws from.
+
+    The search covers its closure, its defaults, its object, the arguments of a partial function,
+    the globals that it names, and the functions found there. `met` holds the ids of the functions
+    already visited.
+    """
+    if id(function) in met or len(met) > MOST_FUNCTIONS:
+        return
+    met.add(id(function))
+    things: dict[Any, Any] = dict(getattr(getattr(function, "__self__", function), "__dict__", {}))
+    if isinstance(function, functools.partial):
+        things |= {"function": function.func} | dict(enumerate(function.args)) | function.keywords
+    elif hasattr(function, "__code__"):
+        scope = inspect.getclosurevars(inspect.unwrap(function))
+        things |= (
+            dict(scope.globals)
+            | dict(scope.nonlocals)
+            | dict(enumerate(function.__defaults__ or ()))
+        )
+    for name, thing in things.items():
+        if is_generator(thing):
+            yield Part(str(name), None, "", thing)
+        elif (
+            inspect.isfunction(thing)
+            or inspect.ismethod(thing)
+            or isinstance(thing, functools.partial)
+        ):
+            for part in _drawn_from(thing, met):
+                yield replace(part, path=f"{name}.{part.path}")
+
+
+def _is_plain(thing: Any) -> bool:
+    """Return whether an attribute is plain data: scalars, strings, tensors, arrays, containers."""
+    if isinstance(thing, list | tuple):
+        return all(_is_plain(item) for item in thing)
+    if isinstance(thing, dict):
+        return all(isinstance(key, PLAIN) and _is_plain(item) for key, item in thing.items())
+    if isinstance(thing, np.ndarray):
+        return bool(thing.dtype != object)
+    return type(thing) in PLAIN or type(thing) is torch.Tensor
+
+
+def _value(thing: Any) -> Any:
+    """Return a copy of a part's state, as plain data."""
+    if is_generator(thing):
+        return generator_state(thing)
+    if isinstance(thing, torch.Tensor):
+        return thing.detach().clone()
+    if isinstance(thing, np.ndarray):
+        return thing.copy()
+    if isinstance(thing, list | tuple):
+        return (
+            type(thing)(_value(item) for item in thing) if type(thing) in (list, tuple) else thing
+        )
+    return {key: _value(item) for key, item in thing.items()} if isinstance(thing, dict) else thing
+
+
+def _digest(value: Any) -> str:
+    """Return a digest of a part's state."""
+    digest = hashlib.blake2b(digest_size=16)
+    _into(digest, value)
+    return digest.hexdigest()
+
+
+def _into(digest: Any, value: Any) -> None:
+    """Add plain data to a digest."""
+    if isinstance(value, torch.Tensor):
+        value = value.detach().cpu().contiguous()
+        digest.update(
+            f"{tuple(value.shape)}".encode() + value.reshape(-1).view(torch.uint8).numpy().tobytes()
+        )
+    elif isinstance(value, np.ndarray):
+        digest.update(f"{value.shape}".encode() + np.ascontiguousarray(value).tobytes())
+    elif isinstance(value, list | tuple):
+        for item in (len(value), *value):
+            _into(digest, item)
+    elif isinstance(value, dict):
+        _into(digest, [part for item in value.items() for part in item])
+    else:
+        digest.update(repr(value).encode() + b"\0")

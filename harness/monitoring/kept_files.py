@@ -1,0 +1,110 @@
+"""The user's files: write one to a store, and queue them for their upload."""
+
+from __future__ import annotations
+
+import threading
+
+from harness.checkpoint import format as fmt
+from harness.checkpoint.attempts import Attempt, check_fence
+from harness.monitoring.event_log import EventLog
+from harness.monitoring.store_health import StoreHealth
+from harness.store import Store
+
+MOST_KEPT_BYTES = 64 << 20  # limit of the files that are queued, as in an outage
+
+
+def write_file(store: Store, key: str, data: bytes, attempt: Attempt) -> None:
+    """Write one of the user's files to a store; create its folder in a run directory.
+
+    Args:
+        store: The run directory or the remote store.
+        key: The key of the file.
+        data: The content of the file.
+        attempt: The attempt that writes.
+
+    Raises:
+        StorageError: The file cannot be written.
+    """
+    # A run directory that has vanished is not created again.
+    if store.is_local and store.exists(fmt.attempt_key(attempt.number)):
+        folders = (key.rpartition("/")[0],)
+        store.prepare(folders)
+        store.sweep(folders, attempt.number)
+    store.write(key, data, attempt.number)
+
+
+class KeptFiles:
+    """The user's files that wait for their upload, the oldest first.
+
+    Only this process holds them, so no later start can send them.
+
+    Args:
+        remote: Remote store.
+        attempt: Attempt that writes the files.
+        ledger: Event log.
+        outage: Health of the remote store, which also prints warnings.
+        changed: Condition that is notified when a file was sent.
+    """
+
+    def __init__(
+        self,
+        remote: Store,
+        attempt: Attempt,
+        ledger: EventLog,
+        outage: StoreHealth,
+        changed: threading.Condition,
+    ) -> None:
+        self._remote, self._attempt, self._ledger = remote, attempt, ledger
+        self._outage, self._changed = outage, changed
+        self._waiting: dict[str, bytes] = {}
+
+    @property
+    def is_empty(self) -> bool:
+        """Return whether no file is waiting."""
+        return not self._waiting
+
+    @property
+    def _size_bytes(self) -> int:
+        return sum(map(len, self._waiting.values()))
+
+    def add(self, key: str, data: bytes) -> None:
+        """Queue a file.
+
+        The queue holds the newest data of each name. If it grows beyond MOST_KEPT_BYTES, the oldest
+        files are dropped and reported.
+        """
+        with self._changed:
+            self._waiting.pop(key, None)
+            self._waiting[key] = data
+            while len(self._waiting) > 1 and self._size_bytes > MOST_KEPT_BYTES:
+                oldest = next(iter(self._waiting))
+                del self._waiting[oldest]
+                self._not_kept(oldest, "too much is waiting to be sent")
+
+    def send_oldest(self, remote: Store) -> None:
+        """Send one file; called by the upload thread while the queue is not empty.
+
+        Args:
+            remote: The remote store, with the retry limit of the upload thread.
+
+        Raises:
+            StorageError: The file cannot be sent; it stays in the queue.
+            SupersededError: A newer attempt has begun.
+        """
+        with self._changed:
+            key, data = next(iter(self._waiting.items()))
+        check_fence(remote, self._attempt)  # do not replace a newer attempt's file
+        write_file(remote, key, data, self._attempt)
+        with self._changed:
+            if self._waiting.get(key) is data:
+                del self._waiting[key]
+            self._changed.notify_all()
+
+    def report_unsent(self, why: str) -> None:
+        """Report each file that is still waiting as not sent."""
+        for key in list(self._waiting):
+            self._not_kept(key, why)
+
+    def _not_kept(self, key: str, why: str) -> None:
+        self._ledger.write("not_kept", file=key, store=str(self._remote), error=why)
+        self._outage.say(f"harness: warning: {key} is not in {self._remote}: {why}")

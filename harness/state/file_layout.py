@@ -1,0 +1,91 @@
+"""Lay out the file that `torch.save` would write, with gaps for the bytes of the tensors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from harness.store.staging_buffer import StagingBuffer
+
+
+class UnsupportedStateError(Exception):
+    """The state holds more than plain tensors, so it cannot be copied in the background."""
+
+
+def tensors_in(value: Any, found: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Append the tensors in plain data to `found`, in the order in which pickle visits them.
+
+    Returns:
+        `found`.
+
+    Raises:
+        UnsupportedStateError: for tensors that are not plain, such as sparse or quantized ones.
+    """
+    if isinstance(value, torch.Tensor):
+        if (
+            type(value) is not torch.Tensor
+            or value.layout is not torch.strided
+            or value.is_quantized
+            or not value.is_cpu
+        ):
+            raise UnsupportedStateError(
+                "there is more in the state than plain tensors, such as sparse or quantized ones"
+            )
+        found.append(value)
+    elif isinstance(value, dict | list | tuple):
+        for item in value.values() if isinstance(value, dict) else value:
+            tensors_in(item, found)
+    return found
+
+
+def write_outline(payload: Any, sizes: list[int], image: StagingBuffer) -> list[int]:
+    """Let `torch.save` write all but the tensors' bytes into the staging buffer.
+
+    Args:
+        payload: the state as plain data on the CPU.
+        sizes: the size in bytes of each piece of memory that the tensors lie in, in the order in
+            which pickle visits them; none is empty.
+        image: the staging buffer.
+
+    Returns:
+        The offset in the file of each piece of memory.
+
+    Raises:
+        UnsupportedStateError: if torch.save writes the tensors in an unexpected order.
+        StorageError: if there is not enough memory.
+    """
+    outline = _Outline()
+    with torch.serialization.skip_data():
+        torch.save(payload, outline)  # type: ignore[arg-type]
+    if [size_bytes for _, size_bytes in outline.holes] != sizes:
+        raise UnsupportedStateError(
+            "torch.save writes the tensors in another order than they are listed in"
+        )
+    image.reserve(outline.at)
+    assert image.memory is not None
+    for at, data in outline.written:
+        image.memory[at : at + len(data)] = data
+    return [at for at, _ in outline.holes]
+
+
+class _Outline:
+    """A file for `torch.save` that records what is written and where gaps are left."""
+
+    def __init__(self) -> None:
+        self.at = 0
+        self.written: list[tuple[int, bytes]] = []
+        self.holes: list[tuple[int, int]] = []  # offset and length
+
+    def write(self, data: memoryview) -> int:
+        self.written.append((self.at, bytes(data)))
+        self.at += len(data)
+        return len(data)
+
+    def seek(self, offset: int, whence: int) -> int:
+        self.holes.append((self.at, offset))
+        self.at += offset
+        return self.at
+
+    def flush(self) -> None:
+        pass

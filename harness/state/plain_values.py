@@ -1,0 +1,201 @@
+"""Turn values into plain data on the CPU, with references to the tensors in them."""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict, defaultdict
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch.nn.parameter import is_lazy
+
+import harness.state.kinds as kinds
+from harness.errors import UsageError
+from harness.state.kinds import PLAIN, Where
+from harness.state.raw_bytes import raw
+
+# The longest integer that is saved: the safe loader (`weights_only`) reads none much longer.
+MOST_BITS = 2000
+
+
+class TensorRef(NamedTuple):
+    """A captured tensor. The reference keeps its address from being reused for another tensor."""
+
+    tensor: torch.Tensor
+    source: torch.Tensor  # holds the bytes: the tensor itself, or a copy that nobody else holds
+    # The tensor in the payload: the source, or unfilled CPU memory of its size if that is on a GPU.
+    saved: torch.Tensor
+
+
+class TensorRefs:
+    """The captured tensors, in order and by memory location, and the kinds of non-plain values."""
+
+    def __init__(self) -> None:
+        self.all: list[TensorRef] = []
+        self.kinds: dict[str, str] = {}
+        self._first: dict[int, TensorRef] = {}  # by address
+        # Further tensors at an address where one was captured, by `_place`: other shapes or dtypes.
+        self._others: dict[Any, TensorRef] = {}
+
+    def find(self, tensor: torch.Tensor) -> TensorRef | None:
+        """Return the captured tensor with the same memory, shape, strides and dtype, or None."""
+        first = self._first.get(tensor.data_ptr())
+        return (
+            first
+            if first is None or _is_like(first.tensor, tensor)
+            else self._others.get(_place(tensor))
+        )
+
+    def add(self, met: TensorRef) -> None:
+        """Add a tensor that `find` has not found."""
+        self.all.append(met)
+        if self._first.setdefault(met.tensor.data_ptr(), met) is not met:
+            self._others[_place(met.tensor)] = met
+
+
+def _is_like(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Return whether two tensors at the same address are the same view of it."""
+    return a is b or _place(a) == _place(b)
+
+
+def _place(tensor: torch.Tensor) -> tuple[object, ...]:
+    """Return the key that tells tensors of the same address apart."""
+    return (
+        tensor.data_ptr(),
+        tensor.shape,
+        tensor.stride(),
+        tensor.dtype,
+        tensor.device,
+        tensor.is_conj(),
+        tensor.is_neg(),
+    )
+
+
+def _tensor_to_cpu(tensor: torch.Tensor, seen: TensorRefs) -> torch.Tensor:
+    """Return the tensor to save on the CPU: tied tensors stay tied, and a view is saved by itself.
+
+    A view is copied without the rest of the storage that it belongs to. For a dense GPU tensor the
+    result is CPU memory that is filled later.
+    """
+    if tensor.layout is not torch.strided:
+        return tensor.to("cpu", copy=True)
+    if (met := seen.find(tensor)) is None:
+        is_whole = (
+            tensor.nbytes == tensor.untyped_storage().nbytes() and not tensor.storage_offset()
+        )
+        if (
+            tensor.is_cuda
+            and (is_whole or tensor.is_contiguous())
+            and not (tensor.is_conj() or tensor.is_neg())
+        ):
+            met = TensorRef(tensor, tensor, _without_data(tensor))
+        else:
+            saved = (
+                tensor if is_whole and tensor.is_cpu else tensor.to("cpu", copy=True).contiguous()
+            )
+            met = TensorRef(tensor, saved, saved)
+        seen.add(met)
+    return met.saved
+
+
+def _without_data(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a CPU tensor of the same dtype, shape and strides, in new memory without content.
+
+    The memory is not touched, so it takes no physical memory until something is copied there.
+    """
+    memory = torch.UntypedStorage(tensor.nbytes, device="cpu")  # type: ignore[no-untyped-call]
+    return torch.empty(0, dtype=tensor.dtype, device="cpu").set_(
+        memory, 0, tensor.shape, tensor.stride()
+    )
+
+
+def fill(seen: TensorRefs) -> None:
+    """Copy GPU tensors into the CPU memory that stands for them in the payload."""
+    for met in seen.all:
+        if met.saved is not met.source:
+            raw(met.saved).copy_(raw(met.source))
+
+
+def to_cpu(value: Any, where: Where, seen: TensorRefs) -> Any:
+    """Return a value as plain data on the CPU; add its tensors, and kinds that are not plain.
+
+    CPU tensors are not copied, if they cover their storage. The result for a dense GPU tensor is
+    memory that `fill` fills.
+
+    Args:
+        value: any value.
+        where: its path, for messages and for `seen.kinds`.
+        seen: the tensors that are captured so far, to which those of the value are added.
+
+    Raises:
+        UsageError: for what cannot be saved as plain data, named by its path.
+    """
+    if isinstance(value, torch.Tensor):
+        if type(value) is torch.Tensor and not value.requires_grad:
+            bare = value
+        elif is_lazy(value):
+            return value
+        else:
+            bare = value.detach()
+        if bare.is_meta:
+            raise UsageError(
+                f"{kinds.spelled(where)} is a tensor without data",
+                f"found: one on the device meta, of shape {tuple(bare.shape)}",
+                "Give it memory and values before run.track(…): "
+                "module.to_empty(device=…), and its initialisation.",
+            )
+        if type(bare) is torch.Tensor and not bare.is_nested:
+            return _tensor_to_cpu(bare, seen)
+        return _of_kind(bare, where, seen)
+    if type(value) in PLAIN and not (type(value) is int and value.bit_length() > MOST_BITS):
+        return value
+    if isinstance(value, dict | Mapping):  # the check for dict is much faster
+        return _mapping_to_cpu(value, where, seen)
+    if isinstance(value, list | tuple):
+        # A named tuple would come back as a tuple without names.
+        if isinstance(value, tuple) and hasattr(value, "_fields"):
+            raise kinds.not_plain(where, value)
+        if type(value) is torch.Size:
+            seen.kinds[kinds.spelled(where)] = "torch.Size"
+        parts = [to_cpu(item, (where, at), seen) for at, item in enumerate(value)]
+        return tuple(parts) if isinstance(value, tuple) else parts
+    return value if isinstance(value, kinds.NATIVE) else _of_kind(value, where, seen)
+
+
+def _mapping_to_cpu(value: Mapping[Any, Any], where: Where, seen: TensorRefs) -> Any:
+    if isinstance(value, defaultdict):
+        return _of_kind(value, where, seen)
+    items = {}
+    for key, item in value.items():
+        name = (
+            key
+            if type(key) is str or (type(key) is int and key.bit_length() <= MOST_BITS)
+            else _key(key, where)
+        )
+        items[name] = item if type(item) is float else to_cpu(item, (where, name), seen)
+    if not isinstance(value, OrderedDict):
+        return Counter(items) if isinstance(value, Counter) else items
+    ordered = OrderedDict(items)
+    # The versions of a module's submodules: without them the module treats the state as an old one.
+    if hasattr(value, "_metadata"):
+        ordered._metadata = value._metadata  # type: ignore[attr-defined]
+    return ordered
+
+
+def _of_kind(value: Any, where: Where, seen: TensorRefs) -> Any:
+    """Return the plain data that replaces a value that is not plain; note its kind."""
+    found = kinds.taken_apart(value)
+    if found is None:
+        raise kinds.not_plain(where, value)
+    seen.kinds[kinds.spelled(where)] = found[0]
+    return to_cpu(found[1], where, seen)
+
+
+def _key(key: Any, where: Where) -> Any:
+    if isinstance(key, tuple):
+        return tuple(_key(part, where) for part in key)
+    return (
+        key
+        if type(key) is torch.dtype
+        else to_cpu(key, f"{kinds.spelled(where)}, key {key!r}", TensorRefs())
+    )

@@ -1,0 +1,142 @@
+"""Read, sample, copy and compare the raw bytes of tensors."""
+
+from __future__ import annotations
+
+import ctypes
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+
+import torch
+
+STRIDE_BYTES = 1 << 20  # of each stride of a tensor that is copied later, one word is compared
+
+
+WORD_BYTES = 8
+
+
+def copy(source: torch.Tensor) -> torch.Tensor:
+    """Return a copy on the same device, or in host memory if the device is full."""
+    try:
+        return source.clone()
+    except torch.OutOfMemoryError:  # a full GPU must not end training: use host memory
+        return source.cpu()
+
+
+def _words(size_bytes: int, where: float) -> range:
+    """Return the indices of the sampled words in a piece of memory: one per stride, at least one.
+
+    Args:
+        size_bytes: the size of the memory.
+        where: the position in each stride, from 0 to 1.
+    """
+    words, stride = size_bytes // WORD_BYTES, STRIDE_BYTES // WORD_BYTES
+    return range(int(where * min(words, stride)), words, stride)
+
+
+def _read(address: int, size_bytes: int, where: float) -> bytes:
+    """Return the sampled words (`_words`) of memory of this process."""
+    words = _words(size_bytes, where)
+    return memoryview((ctypes.c_int64 * words.stop).from_address(address))[
+        words.start :: words.step
+    ].tobytes()
+
+
+def _sample(run: torch.Tensor, where: float) -> torch.Tensor:
+    """Return the sampled words (`_words`) of a run of bytes on any device.
+
+    A run that is not aligned to words is copied first.
+    """
+    whole = run[: len(run) // WORD_BYTES * WORD_BYTES]
+    if whole.storage_offset() % WORD_BYTES or whole.data_ptr() % WORD_BYTES:
+        whole = whole.clone()
+    words = _words(len(run), where)
+    return whole.view(torch.int64)[words.start :: words.step]
+
+
+class Samples:
+    """Words sampled from live memory at a step boundary, to compare with a copy of the memory."""
+
+    def __init__(
+        self, in_memory: Mapping[int, int], on_gpus: Mapping[int, torch.Tensor], where: float
+    ) -> None:
+        """Read the words.
+
+        Args:
+            in_memory: the size in bytes of each piece of CPU memory, by address.
+            on_gpus: bytes on GPUs, by the address of the CPU memory that stands for them.
+            where: the position of the words in each stride, from 0 to 1.
+        """
+        self._where = where
+        by_device = defaultdict[torch.device, dict[int, torch.Tensor]](dict)
+        for address, live in on_gpus.items():
+            by_device[live.device][address] = _sample(live, where)
+        # For each device: addresses, and the words there. Concatenation copies them.
+        self._groups: list[tuple[list[int], bytes | torch.Tensor]] = [
+            (list(of), torch.cat(list(of.values()))) for of in by_device.values()
+        ]
+        read = (_read(address, size_bytes, where) for address, size_bytes in in_memory.items())
+        self._groups.append((list(in_memory), b"".join(read)))
+
+    def differ(
+        self,
+        copies: Mapping[int, torch.Tensor],
+        fetch: Callable[[torch.Tensor], torch.Tensor],
+    ) -> bool:
+        """Return whether the copies hold other words at the sampled places.
+
+        Args:
+            copies: the copied bytes, on the CPU, by the address of their source.
+            fetch: moves a tensor to the CPU.
+        """
+        for addresses, words in self._groups:
+            before = words if isinstance(words, bytes) else fetch(words).numpy().tobytes()
+            copied = (copies[address] for address in addresses)
+            if b"".join(_read(of.data_ptr(), len(of), self._where) for of in copied) != before:
+                return True
+        return False
+
+
+def is_same(
+    now: bytes | torch.Tensor,
+    then: bytes | torch.Tensor,
+    fetch: Callable[[torch.Tensor], torch.Tensor],
+) -> bool:
+    """Return whether two copies of memory are equal. `fetch` moves a tensor to the CPU."""
+    if isinstance(now, bytes) or isinstance(then, bytes):
+        return now == then
+    return equal(fetch(now), fetch(then))
+
+
+def raw(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a view of a tensor's bytes, in the order in which they lie in memory.
+
+    The tensor must be contiguous, or must cover its whole storage.
+    """
+    at_bytes = tensor.storage_offset() * tensor.itemsize
+    return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(
+        tensor.untyped_storage(), at_bytes, (tensor.nbytes,), (1,)
+    )
+
+
+def bytes_of(storage: torch.UntypedStorage) -> torch.Tensor:
+    """Return a view of CPU memory as bytes."""
+    return torch.empty(0, dtype=torch.uint8, device="cpu").set_(storage)
+
+
+def version_of(tensor: torch.Tensor) -> int:
+    """Return how many writes PyTorch has counted; 0 for inference tensors, which have no count."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def equal(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Return whether two runs of bytes are equal.
+
+    Aligned runs are compared eight bytes at a time: comparing single bytes takes eight times as
+    long.
+    """
+    whole = len(a) // 8 * 8
+    if all(run.data_ptr() % 8 == 0 and run.storage_offset() % 8 == 0 for run in (a, b)):
+        return torch.equal(
+            a[:whole].view(torch.int64), b[:whole].view(torch.int64)
+        ) and torch.equal(a[whole:], b[whole:])
+    return torch.equal(a, b)

@@ -1,0 +1,138 @@
+"""What is reported of an end and of recomputed steps, in words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from harness.errors import (
+    printable,
+)
+
+# Results of the comparison of recomputed steps with the original ones.
+SAME, DIFFERENT, EXPECTED = (
+    "equal",
+    "mismatch",
+    "expected",
+)
+DATA, LOSS = "data", "loss"  # the kinds of the first difference
+
+# Where to look for the cause, by the kind of the difference.
+LOOK = {
+    DATA: "other samples: an order, a sampler or a dataset that is another one after a restart",
+    LOSS: "same samples: what is neither tracked nor one of the global generators (of Python, "
+    "NumPy, torch), a logged number that carries something over from step to step, "
+    "or sick hardware",
+}
+
+
+def in_words(end: dict[str, Any]) -> str:
+    """Describe an end record for people."""
+    why = str(end.get("why", "unreadable end record"))
+    if why == "stopped" and "error" in end:  # overtaken; noticed right after the claim
+        return f"to be started again: {end['error']}"
+    if why == "stopped" and "step" not in end:
+        return "stopped before training began"
+    if why == "stopped":
+        saved = "saved" if end.get("saved") else "NOT saved"
+        by = "/".join(end.get("signals", [])) or end.get("by", "request")
+        return f"stopped by {by} at step {end.get('step')}, {saved}"
+    return f"failed: {end.get('error')}" if why == "failed" else why
+
+
+def replays_in_words(records: Mapping[int, Mapping[str, Any]]) -> list[str]:
+    """Describe the comparisons of recomputed steps of all attempts for people.
+
+    Each attempt with a difference has an entry of its own, in the order of the numbers. The last
+    entry is the total of the other attempts.
+
+    `records` are the results of the comparisons, by attempt.
+    """
+    found = [
+        replayed_in_words(record)
+        for _, record in sorted(records.items())
+        if record.get("verdict") != SAME
+    ]
+    equal = [record for record in records.values() if record.get("verdict") == SAME]
+    if not equal:
+        return found
+    counts = ("recomputed", "compared", "of_losses", "of_samples")
+    whole = {name: sum(_count(record, name) for record in equal) for name in counts}
+    loosest = max(equal, key=lambda record: _tolerance(record) or 0.0)
+    return [*found, _equal_in_words(dict(loosest) | whole)]
+
+
+def replayed_in_words(record: Mapping[str, Any]) -> str:
+    """Describe the comparison of one attempt's recomputed steps for people.
+
+    The result is one line if the steps are equal or the difference was expected, else several.
+    """
+    said = {name: printable(str(value))[:200] for name, value in record.items()}
+    if record.get("verdict") == SAME:
+        return _equal_in_words(record)
+    what, name = said.get("what"), f" {said['name']}" if said.get("name", LOSS) != LOSS else ""
+    which = f"{what}{name}" + (f" on rank {said['rank']}" if record.get("rank") else "")
+    hosts, devices = (list(record.get(names) or ("?", "?")) for names in ("hosts", "devices"))
+    places = [
+        printable(f"{host}, {device}")[:200] for host, device in zip(hosts, devices, strict=False)
+    ]
+    lines = [
+        f"was {said.get('was')} in attempt {said.get('before')} ({places[0]})",
+        f"is {said.get('now')} in attempt {said.get('attempt')} ({places[-1]})",
+    ]
+    step = f"step {said.get('step')}"
+    if record.get("verdict") == EXPECTED:
+        return (
+            f"{step} is not what it was, and was expected to differ: "
+            f"{_listed(record, 'expected')} ({which}: {', '.join(lines)})"
+        )
+    first = (
+        f"MISMATCH: {step} was made again, and is not what it was: {which}: "
+        f"{'other' if what == DATA else 'same'} samples"
+    )
+    suspects = _listed(record, "suspects")
+    return "\n".join(
+        [
+            first,
+            *(f"  {line}" for line in lines),
+            f"  look at: {f'{suspects}; ' if suspects else ''}{LOOK.get(str(what), '')}",
+        ]
+    )
+
+
+def _equal_in_words(record: Mapping[str, Any]) -> str:
+    made, compared, of_losses, of_samples = (
+        _count(record, name) for name in ("recomputed", "compared", "of_losses", "of_samples")
+    )
+    steps = f"{made} recomputed step{'s' * (made != 1)}"
+    if not compared:
+        return f"{steps}, none compared: nothing is left of what they were"
+    tolerance = _tolerance(record)
+    equal = (
+        f"all within {tolerance:g}, not exactly: {_listed(record, 'why')}"
+        if tolerance
+        else "all equal"
+    )
+    some = f", {compared} compared" if compared < made else ""
+    if not of_losses:
+        return f"{steps}{some}, {equal} (in their samples: there is no loss to compare)"
+    if not of_samples:
+        return f"{steps}{some}, {equal} (in their losses: the samples' numbers are not known)"
+    return f"{steps}{some}, {equal}" + (
+        f" (the samples of {of_samples})" if of_samples > compared else ""
+    )
+
+
+def _count(record: Mapping[str, Any], name: str) -> int:
+    value = record.get(name)
+    return value if isinstance(value, int) else 0
+
+
+def _tolerance(record: Mapping[str, Any]) -> float | None:
+    value = record.get("tolerance")
+    return value if isinstance(value, float) else None
+
+
+def _listed(record: Mapping[str, Any], name: str) -> str:
+    values = record.get(name)
+    return printable(", ".join(map(str, values)))[:1000] if isinstance(values, list) else ""

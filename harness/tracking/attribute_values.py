@@ -1,0 +1,238 @@
+"""Read, compare and set the attributes of one module or optimizer."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import weakref
+from typing import Any
+
+import torch
+from torch import nn
+
+BARE = frozenset(vars(nn.Module())) - {"training"}  # nn.Module's own bookkeeping
+
+
+OF_OPTIMIZERS = frozenset(vars(torch.optim.SGD([torch.zeros(1)], 0.1))) | {
+    "step",
+    "_opt_called",
+}  # LR schedulers set the last two
+
+
+PLAIN = (bool, int, float, complex, str, bytes, type(None))
+
+
+MOST_ITEMS = 1000  # a longer list, tuple or dict does not count as plain
+
+
+# A CPU tensor of up to this size is compared by value, any other tensor by identity and version.
+COMPARED_BYTES = 64 << 10
+
+
+SAMPLE = 8192  # the digest of a larger tensor covers at least this many of its elements
+
+
+REQUIRES_GRAD, BUFFER = ".requires_grad", "buffer "
+
+
+ABSENT = object()
+
+
+# A tensor and its version counter; None if there is no tensor.
+Place = tuple[weakref.ref[torch.Tensor], int] | None
+
+
+Values = dict[str, Any]  # of one module, by attribute; a digest stands for a tensor
+
+
+Part = nn.Module | torch.optim.Optimizer
+
+
+def is_torchs(thing: Any) -> bool:
+    """Return whether the object's class is one of torch's own."""
+    return type(thing).__module__.partition(".")[0] == "torch"
+
+
+def own_dict(part: Part, name: str) -> dict[str, Any]:
+    """Return a module's `_parameters`, `_buffers` or the like; an empty dict for an optimizer."""
+    return getattr(part, name) if isinstance(part, nn.Module) else {}
+
+
+def values_of(part: Part) -> Values:
+    """Return all plain attributes, copied, and the `requires_grad` of each own parameter."""
+    own = {
+        key: copy.deepcopy(value) if type(value) in (list, dict, tuple) else value
+        for key, value in vars(part).items()
+        if is_looked_at(part, key) and is_plain(value)
+    }
+    return own | {
+        f"{key}{REQUIRES_GRAD}": parameter.requires_grad
+        for key, parameter in own_dict(part, "_parameters").items()
+        if parameter is not None
+    }
+
+
+def is_looked_at(part: Part, key: str) -> bool:
+    """Return whether an attribute may be the program's, not the bookkeeping of a torch class."""
+    return key not in (BARE if isinstance(part, nn.Module) else OF_OPTIMIZERS) and not (
+        key.startswith("_") and is_torchs(part)
+    )
+
+
+def tensors_of(part: Part) -> dict[str, torch.Tensor | None]:
+    """Return the non-persistent buffers and the tensors that are plain attributes.
+
+    A buffer may be None. Only plain strided tensors with data and without `requires_grad` are
+    included.
+    """
+    found = {
+        key: value
+        for key, value in vars(part).items()
+        if issubclass(type(value), torch.Tensor) and is_looked_at(part, key)
+    }
+    buffers = {
+        f"{BUFFER}{key}": own_dict(part, "_buffers").get(key)
+        for key in sorted(own_dict(part, "_non_persistent_buffers_set"))
+    }
+    return {
+        key: value for key, value in (found | buffers).items() if value is None or is_simple(value)
+    }
+
+
+def current_value(part: Part, key: str) -> Any:
+    """Return the value of an attribute or buffer, of whatever kind, or None if it is gone."""
+    if key.startswith(BUFFER):
+        return own_dict(part, "_buffers").get(key.removeprefix(BUFFER))
+    return vars(part).get(key)
+
+
+def tensor_of(part: Part, key: str) -> torch.Tensor | None:
+    """Return the tensor of an attribute or buffer, or None if it is not a simple tensor."""
+    value = current_value(part, key)
+    return value if value is not None and is_simple(value) else None
+
+
+def is_small(value: Any) -> bool:
+    """Return whether to keep a tensor that became an attribute after the start of the loop.
+
+    A larger tensor is more often a cache than state. It is not kept, and a change is reported.
+    """
+    return is_simple(value) and value.nbytes <= COMPARED_BYTES
+
+
+def home_device(part: Part, otherwise: torch.Tensor) -> torch.device:
+    """Where a module's parameters are, or those that an optimizer updates."""
+    return next(
+        part.parameters() if isinstance(part, nn.Module) else iter(_updated(part)), otherwise
+    ).device
+
+
+def is_simple(tensor: Any) -> bool:
+    """Return whether this is a plain strided tensor with data that requires no gradient."""
+    return (
+        type(tensor) is torch.Tensor
+        and tensor.layout is torch.strided
+        and not tensor.requires_grad
+        and not tensor.is_meta
+    )
+
+
+def place_of(tensor: torch.Tensor | None) -> Place:
+    """Return a weak reference to a tensor and its version counter; None for None."""
+    return (
+        None
+        if tensor is None
+        else (weakref.ref(tensor), 0 if tensor.is_inference() else tensor._version)
+    )
+
+
+def is_at(place: Place, tensor: torch.Tensor | None) -> bool:
+    """Return whether this is the same tensor with an unchanged version counter."""
+    if place is None or tensor is None:
+        return place is None and tensor is None
+    return place[0]() is tensor and place[1] == (0 if tensor.is_inference() else tensor._version)
+
+
+def small_copy(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    """Copy a small CPU tensor for a comparison by value; return None for any other."""
+    is_small = tensor is not None and tensor.is_cpu and tensor.nbytes <= COMPARED_BYTES
+    return tensor.detach().clone() if tensor is not None and is_small else None
+
+
+def digest_of(tensor: torch.Tensor | None) -> str:
+    """Return a digest of a tensor's shape, dtype and values; a large tensor is sampled."""
+    if tensor is None:
+        return "none"
+    flat = tensor.detach().reshape(-1)
+    some = flat[:: max(1, len(flat) // SAMPLE)].cpu().contiguous()
+    values = hashlib.blake2b(
+        some.view(torch.uint8).numpy().tobytes() if len(some) else b"", digest_size=8
+    ).hexdigest()
+    return f"{'x'.join(map(str, tensor.shape)) or 'scalar'} {tensor.dtype} {values}"
+
+
+def is_plain(value: Any) -> bool:
+    """Return whether this is a number, a string, None, or a small container of such values."""
+    if type(value) in PLAIN:
+        return True
+    if type(value) in (list, tuple):
+        return len(value) <= MOST_ITEMS and all(map(is_plain, value))
+    return (
+        type(value) is dict
+        and len(value) <= MOST_ITEMS
+        and all(type(k) in PLAIN and is_plain(item) for k, item in value.items())
+    )
+
+
+def is_mutable(value: Any) -> bool:
+    """Return whether this plain value can change in place."""
+    return type(value) in (list, dict) or (type(value) is tuple and any(map(is_mutable, value)))
+
+
+def set_value(part: Part, key: str, now: Any, device: str | None) -> None:
+    """Set one attribute, buffer or `requires_grad`; copy into a tensor of the same shape."""
+    if key.endswith(REQUIRES_GRAD) and isinstance(
+        parameter := own_dict(part, "_parameters").get(key.removesuffix(REQUIRES_GRAD)),
+        nn.Parameter,
+    ):
+        parameter.requires_grad_(now)
+    elif now is ABSENT and not key.startswith(BUFFER):
+        delattr(part, key)
+    elif not isinstance(now, torch.Tensor):
+        own_dict(part, "_buffers").update({key.removeprefix(BUFFER): None}) if key.startswith(
+            BUFFER
+        ) else setattr(part, key, now)
+    else:
+        before = tensor_of(part, key)
+        own = now.to(
+            device or (before.device if before is not None else home_device(part, now)), copy=True
+        )
+        if before is not None and (before.shape, before.dtype) == (own.shape, own.dtype):
+            with torch.no_grad():
+                before.copy_(own)
+        elif key.startswith(BUFFER):
+            own_dict(part, "_buffers")[key.removeprefix(BUFFER)] = own
+        else:
+            setattr(part, key, own)
+
+
+def _updated(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    """List the parameters that an optimizer updates."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def spelled(value: Any) -> str:
+    """Return a value in at most 60 characters, for messages."""
+    text = (
+        "nothing"
+        if value is ABSENT
+        else f"a tensor {tuple(value.shape)}"
+        if isinstance(value, torch.Tensor)
+        else repr(value)
+    )
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def joined(*names: str) -> str:
+    """Join the names that are not empty with dots."""
+    return ".".join(filter(None, names))

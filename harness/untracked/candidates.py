@@ -1,0 +1,258 @@
+"""Objects of a program that may hold state, found in its variables."""
+
+from __future__ import annotations
+
+import collections
+import random
+import sys
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+import harness.untracked.array_changes as array_changes
+from harness.data.generator_objects import GLOBAL_GENERATORS
+from harness.data.held_generators import tells_its_class
+from harness.untracked.object_walk import ATOMS, parts
+from harness.untracked.program_frames import of_source
+from harness.untracked.unkept_values import PLAIN, fingerprint, is_of_program
+
+OPTIMIZER, SCHEDULER, SCALER, AVERAGE, GENERATOR, OTHER = (
+    "optimizer",
+    "scheduler",
+    "scaler",
+    "average",
+    "generator",
+    "with state_dict",
+)
+NUMBERS = "numbers"
+# Modules of the harness whose instances hold objects of the program.
+OURS = (
+    "harness.task",
+    "harness.tasks",
+    "harness.step",
+)
+# Modules of the standard library whose instances are searched.
+PLAIN_LIBRARY = ("builtins", "collections", "functools", "types", "argparse", "random", "__main__")
+DEPTH, WITHIN_S, MOST_OBJECTS = 4, 0.2, 20_000  # limits of a search
+
+
+@dataclass
+class Candidate:
+    """An object with state, and where it was found."""
+
+    path: str
+    ask: Callable[[], Any]  # returns the object; None if the program has freed it
+    kind: str
+    of_workers: bool  # found in the data: only worker processes draw from it
+    before: Any = None  # of kind GENERATOR or NUMBERS: the state when it was found
+
+    # Of an object of the program's own classes: fingerprints of its plain attributes.
+    values: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def thing(self) -> Any:
+        """Return the object, or None if the program has freed it."""
+        return self.ask()
+
+    def values_changed(self) -> list[str]:
+        """Return the names of plain attributes that have changed, each only once."""
+        now = _values(self.thing)
+        names = [name for name, value in self.values.items() if name in now and now[name] != value]
+        for name in names:
+            del self.values[name]
+        return [f"{self.path}.{name}" for name in names]
+
+
+def find_candidates(
+    roots: list[tuple[str, Any]], tracked: set[int], source: Any
+) -> list[Candidate]:
+    """Find every object with state, by the shortest path to it."""
+    until = time.perf_counter() + WITHIN_S
+    own_dataset = getattr(source, "dataset", None)
+    in_workers = bool(getattr(getattr(source, "workers", None), "number", 0))
+    is_dealt = not source.is_own
+
+    def enters(holder: Any, _: str, part: Any) -> bool:
+        """Return whether to search an object: it is neither tracked nor part of an evaluation.
+
+        A dataset other than the loop's, or a DataLoader, belongs to an evaluation, unless the loop
+        finds its data itself. A dataset inside another dataset is searched.
+        """
+        is_others = (
+            is_dealt
+            and isinstance(part, DataLoader | Dataset)
+            and part is not own_dataset
+            and not isinstance(holder, Dataset)
+        )
+        return id(part) not in tracked and not is_others
+
+    of_workers = (
+        {id(thing) for _, thing, _ in walk(of_source(source), until, enters)}
+        if in_workers
+        else set()
+    )
+    found, inside = [], set[int]()  # `inside`: ids of the parts of modules that were found
+    for path, thing, _ in walk(roots, until, enters):
+        kind = kind_of(thing)
+        # The state of a stream is saved for each rank.
+        is_stream = thing is own_dataset and not hasattr(source, "plan")
+        if (
+            not kind
+            or is_stream
+            or id(thing) in inside
+            or any(thing is one for one in GLOBAL_GENERATORS)
+        ):
+            continue
+        if isinstance(thing, nn.Module):
+            inside |= {id(part) for part in thing.modules()}
+        found.append(_candidate(path, thing, kind, of_workers=id(thing) in of_workers))
+    return found
+
+
+def _candidate(path: str, thing: Any, kind: str, *, of_workers: bool) -> Candidate:
+    """Return the candidate for an object, with its present state."""
+    if kind == GENERATOR:
+        return Candidate(path, _asked(thing, kind), kind, of_workers, drawn_from(thing))
+    if kind == NUMBERS:
+        before, values = array_changes.of(thing), _values(thing)
+        return Candidate(path, _asked(thing, kind), kind, of_workers, before, values)
+    return Candidate(path, _asked(thing, kind), kind, of_workers)
+
+
+def _values(thing: Any) -> dict[str, Any]:
+    """Return fingerprints of the plain attributes of an object of the program's own classes."""
+    if not is_of_program(thing):
+        return {}
+    own = getattr(thing, "__dict__", {})
+    return {
+        name: fingerprint(value)
+        for name, value in list(own.items())
+        if isinstance(value, (*PLAIN, list, dict, deque))
+    }
+
+
+def _asked(thing: Any, kind: str) -> Callable[[], Any]:
+    """Return a function that returns the object later.
+
+    An object with arrays may be large, so it is referenced only weakly.
+    """
+    return weakref.ref(thing) if kind == NUMBERS else lambda: thing
+
+
+def walk(
+    roots: Iterable[tuple[str, Any]], until: float, enters: Callable[[Any, str, Any], bool]
+) -> Iterator[tuple[str, Any, int]]:
+    """Yield path, object and depth of everything that the roots hold, breadth first.
+
+    Args:
+        roots: paths and objects to start from.
+        until: the time, of `time.perf_counter`, at which the search ends.
+        enters: returns whether to search an object, given its holder, its name there and itself.
+    """
+    seen: set[int] = set()
+    waiting = collections.deque(
+        (path, thing, 0)
+        for path, thing in roots
+        if tells_its_class(thing) and enters(None, "", thing)
+    )
+    while waiting and len(seen) < MOST_OBJECTS and time.perf_counter() < until:
+        path, thing, depth = waiting.popleft()
+        if id(thing) in seen or _is_a_librarys(thing):
+            continue
+        seen.add(id(thing))
+        yield path, thing, depth
+        if depth < DEPTH and not _is_generator(thing):
+            waiting += [
+                (path + name, part, depth + 1)
+                for name, part in parts(thing)
+                if tells_its_class(part)
+                and not isinstance(part, ATOMS)
+                and enters(thing, name, part)
+            ]
+
+
+def _is_a_librarys(thing: Any) -> bool:
+    """Return whether an object is an atom, or internal to the standard library or the harness."""
+    if isinstance(thing, ATOMS):
+        return True
+    module = getattr(type(thing), "__module__", "") or ""
+    if module.startswith("harness."):
+        return not module.startswith(OURS)
+    top = module.partition(".")[0]
+    return top in sys.stdlib_module_names and top not in PLAIN_LIBRARY
+
+
+def kind_of(thing: Any) -> str:
+    """Return the kind of an object with state that a loop changes; "" for any other."""
+    name = type(thing).__name__
+    if isinstance(thing, torch.optim.Optimizer):
+        return OPTIMIZER
+    if isinstance(thing, LRScheduler | ReduceLROnPlateau):
+        return SCHEDULER
+    if _is_generator(thing):
+        return GENERATOR
+    if isinstance(thing, nn.Module):
+        return (
+            AVERAGE
+            if isinstance(thing, torch.optim.swa_utils.AveragedModel) or "EMA" in name.upper()
+            else NUMBERS
+        )
+    if isinstance(thing, torch.Tensor | np.ndarray):
+        return (
+            NUMBERS
+            if type(thing) in (torch.Tensor, np.ndarray) and array_changes.is_array(thing)
+            else ""
+        )
+    if isinstance(thing, DataLoader):
+        return ""
+    if not (_has_method(thing, "state_dict") and _has_method(thing, "load_state_dict")):
+        is_its_own = (
+            is_of_program(thing)
+            and hasattr(thing, "__weakref__")
+            and not isinstance(thing, Dataset | Sampler)
+        )
+        return NUMBERS if is_its_own else ""
+    if name == "GradScaler":
+        return SCALER if thing.is_enabled() else ""
+    return SCHEDULER if name.endswith("Scheduler") else OTHER
+
+
+def _has_method(thing: Any, name: str) -> bool:
+    return callable(getattr(type(thing), name, None))
+
+
+def _is_generator(thing: Any) -> bool:
+    if isinstance(thing, random.SystemRandom):
+        return False
+    return isinstance(
+        thing, torch.Generator | np.random.Generator | np.random.RandomState | random.Random
+    )
+
+
+def drawn_from(generator: Any) -> str:
+    """Return a fingerprint of a generator's state, which changes with each draw."""
+    if isinstance(generator, torch.Generator):
+        return str(hash(generator.get_state().numpy().tobytes()))
+    if isinstance(generator, random.Random):
+        return str(hash(generator.getstate()))
+    state = (
+        generator.bit_generator.state
+        if isinstance(generator, np.random.Generator)
+        else generator.get_state(legacy=False)
+    )
+    return str({key: _plain(value) for key, value in state.items()})
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return hash(value.tobytes()) if isinstance(value, np.ndarray) else value

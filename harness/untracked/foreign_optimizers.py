@@ -1,0 +1,162 @@
+"""Find state that training would lose silently.
+
+This is the state of optimizers and schedulers that nobody tracks, and of tracked objects whose
+`state_dict` is empty.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from harness.distributed.ddp import plain
+from harness.state.kinds import parts_of
+
+
+def on_untracked_update(
+    tracked: Mapping[str, Any], call: Callable[[str], None]
+) -> Callable[[], None]:
+    """Report an optimizer that makes updates and whose state no tracked object saves.
+
+    `call` gets the report as text, once. An optimizer that an attribute of a tracked object holds
+    is accepted only if the tracked state dicts contain its state, as it is after its first step.
+
+    Returns:
+        A function that ends the observation.
+    """
+    things = {name: plain(thing) for name, thing in tracked.items()}
+    known, told = {id(thing) for thing in things.values()}, list[str]()
+
+    def look(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        if told or id(optimizer) in known:
+            return
+        known.add(id(optimizer))
+        inside = next(
+            (
+                name
+                for name, thing in things.items()
+                if any(part is optimizer for part in parts_in(thing))
+            ),
+            None,
+        )
+        if inside is None:
+            tell(f"({type(optimizer).__name__}) that is not tracked makes updates")
+            return
+
+        def after(*_: Any) -> None:
+            hook.remove()
+            if not _is_held(optimizer, things):
+                kind = type(optimizer).__name__
+                tell(
+                    f"({kind}) inside {inside!r} makes updates, "
+                    "and no tracked object's state_dict() holds what it keeps"
+                )
+
+        hook = optimizer.register_step_post_hook(after)
+
+    def tell(words: str) -> None:
+        if not told:
+            told.append(words)
+            call(words)
+
+    return register_optimizer_step_pre_hook(look).remove
+
+
+def parts_in(thing: Any) -> Iterator[Any]:
+    """Yield the values of an object's attributes, and the items of lists, tuples and dicts there.
+
+    Containers with 100 or more items are not searched.
+    """
+    for value in getattr(thing, "__dict__", {}).values():
+        yield value
+        if isinstance(value, dict) and len(value) < 100:
+            yield from value.values()
+        elif isinstance(value, list | tuple) and len(value) < 100:
+            yield from value
+
+
+def _is_held(optimizer: torch.optim.Optimizer, things: Mapping[str, Any]) -> bool:
+    """Return whether the tracked state contains every tensor of an optimizer's state.
+
+    A tensor counts as contained if the tracked state has the same memory or an equal copy.
+    """
+    kept = [tensor for tensor in _tensors(optimizer.state) if tensor.numel()]
+    given = (
+        [tensor for thing in things.values() for tensor in _tensors(thing.state_dict())]
+        if kept
+        else []
+    )
+    places = {tensor.data_ptr() for tensor in given}
+    return all(
+        tensor.data_ptr() in places or any(_is_equal(tensor, other) for other in given)
+        for tensor in kept
+    )
+
+
+def _is_equal(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield from (
+            part for part in parts_of(value) if part.layout is torch.strided and not part.is_meta
+        )
+    elif isinstance(value, Mapping | list | tuple):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _tensors(item)
+
+
+def untracked_schedule(tracked: Mapping[str, Any]) -> str | None:
+    """Return the name of a tracked optimizer that an untracked scheduler drives, else None.
+
+    A scheduler leaves `initial_lr` in the parameter groups. The result is None if any scheduler is
+    tracked.
+    """
+    things = {name: plain(thing) for name, thing in tracked.items()}
+    if any(
+        "scheduler" in type(thing).__module__ or "lr_scheduler" in type(thing).__module__
+        for thing in things.values()
+    ):
+        return None
+    moved = (
+        n
+        for n, t in things.items()
+        if isinstance(t, torch.optim.Optimizer) and any("initial_lr" in g for g in t.param_groups)
+    )
+    return next(moved, None)
+
+
+def gives_nothing(thing: Any) -> bool:
+    """Return whether a tracked object has values of its own, and yet an empty `state_dict`.
+
+    None of these values would survive a restart. Gradient scalers and torch's schedulers are
+    exempt.
+    """
+    inner = plain(thing)
+    if (
+        isinstance(inner, torch.amp.GradScaler | torch.optim.lr_scheduler.LRScheduler)
+        or inner.state_dict() != {}
+    ):
+        return False
+    parts = list(inner.modules()) if isinstance(inner, nn.Module) else [inner]
+    return any(_has_values(part) for part in parts)
+
+
+def _has_values(thing: Any) -> bool:
+    own = {
+        name: value
+        for name, value in getattr(thing, "__dict__", {}).items()
+        if not name.startswith("_")
+    }
+    if isinstance(thing, nn.Module):  # its numbers and strings are settings
+        return any(
+            isinstance(value, torch.Tensor | np.ndarray | list | dict | set)
+            for value in own.values()
+        )
+    return bool(own)
