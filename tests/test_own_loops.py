@@ -399,7 +399,7 @@ def test_launch_refuses_to_watch_over_another_run_than_the_loops_own(program: Wr
     assert not (folder / "runs/other").exists()
 
 
-@pytest.mark.parametrize("how", ["--nothing", "--no-loop"])
+@pytest.mark.parametrize("how", ["--nothing", pytest.param("--no-loop", marks=pytest.mark.slow)])
 def test_a_program_that_trains_without_the_harness_is_not_started_again_for_ever(program: Write, how: str) -> None:
     done = run(harness_command("launch", "--nproc-per-node", "2", "run.dir=runs/a", "my_loop.py", how), cwd=program("runs/a"))
     assert done.returncode == 78, done.stdout + done.stderr

@@ -264,7 +264,7 @@ def build():
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)])
 def test_a_rank_that_waits_for_others_who_never_come_leaves_when_it_is_asked_to(tmp_path, started, number):
     """The signal that ended them before they could listen only set this one's flag, in a wait that no handler interrupts."""
     port = free_ports(1)[0]

@@ -222,6 +222,7 @@ def test_a_newer_attempts_is_not_taken_away(tmp_path, kept):
 SETTINGS = ("task.name=small_task:build", "train.epochs=4", "log.every_steps=1", "checkpoint.every_s=null", "task.args.sleep_s=0.05")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2])
 def test_a_rank_that_is_killed_costs_no_step(tmp_path, kept, ranks, started: Callable[..., object]) -> None:
     """torchrun starts both again; the other rank dies of it, whenever that is."""
