@@ -626,6 +626,14 @@ def test_prune_only_speaks_without_yes_and_deletes_with_it(grown, capsys):
     assert "nothing to delete" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("given", ["--keep-last 0", "--keep-last -1", "--keep-best -1", "--keep-every-steps 0"])
+def test_prune_refuses_a_number_that_no_run_may_have(grown, capsys, given):
+    before = sorted(grown.root.rglob("*"))
+    assert cli.main(["prune", str(grown.root), *given.split(), "--yes"]) == 78
+    assert f"found: {given.split()[0].strip('-').replace('-', '_')}={given.split()[1]}, expected: a whole number" in capsys.readouterr().err
+    assert sorted(grown.root.rglob("*")) == before
+
+
 def test_prune_deletes_what_rollbacks_cut_off_and_crashes_left_and_keeps_what_may_still_be_written(grown):
     assert cli.main(["rollback", str(grown.root), "20"]) == 0
     left = {

@@ -16,6 +16,7 @@ import argparse
 import datetime
 from typing import Any
 
+from harness.arguments import check_numbers
 from harness.checkpoint import format as fmt
 from harness.checkpoint import load, retention
 from harness.checkpoint.catalog import Catalog
@@ -51,9 +52,10 @@ def run(given: argparse.Namespace) -> int:
 
     Raises:
         NewerFormatError: Only a newer harness can read a checkpoint of the run's history.
-        UsageError: There is no run.
+        UsageError: There is no run, or a number is none that the setting may have.
         StorageError: The store fails.
     """
+    check_numbers({name: value for name, value in vars(given).items() if value is not None})
     store, found = locate.run(given.run)
     # Raises if only a newer harness can derive the run's history.
     found.check_readable()
@@ -186,11 +188,19 @@ def _policy(store: Store, found: Catalog, given: argparse.Namespace) -> retentio
             if value is not None
         }
     default = retention.Policy()
+    chosen: dict[str, Any] = {
+        name: value if (value := getattr(given, name)) is not None else kept.get(name, otherwise)
+        for name, otherwise in (
+            ("keep_last", default.last),
+            ("keep_every_steps", default.every_steps),
+            ("keep_best", default.best),
+        )
+    }
     best = given.best or kept.get("best", f"{default.metric}:min")
     return retention.Policy(
-        given.keep_last or kept.get("keep_last", default.last),
-        given.keep_every_steps or kept.get("keep_every_steps", default.every_steps),
-        given.keep_best if given.keep_best is not None else kept.get("keep_best", default.best),
+        chosen["keep_last"],
+        chosen["keep_every_steps"],
+        chosen["keep_best"],
         best.rpartition(":")[0] or best,
         best.endswith(":max"),
     )
