@@ -50,6 +50,16 @@ def test_the_docstring_draws_every_part_of_the_package():
     assert layers()["errors"] < layers()["store"] < layers()["data"] < layers()["state"] < layers()["run"] < layers()["cli"]
 
 
+def test_the_map_names_every_room_and_only_modules_that_are_there():
+    page = (HOUSE / "README.md").read_text()
+    map_ = page[page.index("## Map") : page.index("## How to add")]
+    named = set(re.findall(r"`([^`]+)`", map_)) - {"__init__", "init", "state_dict"}
+    rooms = {f"{path.name}/" for path in HOUSE.iterdir() if path.is_dir() and (path / "__init__.py").exists()}
+    modules = {file.stem for file in FILES} | {file.name for file in FILES}
+    assert named - rooms - modules == set()
+    assert rooms - named <= {"tasks/"}
+
+
 @BY_NAME
 def test_imports_only_go_down(file):
     height = layers() | {"tasks": layers()["task"] + 0.5}
