@@ -54,7 +54,7 @@ STORMS = [
     pytest.param(3, BYTES, 4, id="bytes-3"),
     *(pytest.param(ranks, task, 12, id=f"{name}-{ranks}-long")
       for name, task in (("digits", DIGITS), ("bytes", BYTES)) for ranks in (2, 3)),
-    *(pytest.param(ranks, (*SMALL, setting), 6, id=f"{setting}-{ranks}")
+    *(pytest.param(ranks, (*SMALL, "eval.every_steps=15", setting), 6, id=f"{setting}-{ranks}")
       for setting in ("train.precision=fp16", "train.compile=true") for ranks in (1, 3)),
 ]  # fmt: skip
 
