@@ -148,6 +148,19 @@ def end(store: Store, attempt: Attempt, why: str, **details: Any) -> bool:
     )
 
 
+def end_copied(store: Store, attempt: Attempt, manifest: Manifest, by: str) -> None:
+    """Record the end of an attempt that has only put one checkpoint into the run.
+
+    Args:
+        store: Store that receives the record.
+        attempt: Attempt that ended.
+        manifest: Its checkpoint, which the next start resumes from.
+        by: The command: "import" or "rollback".
+    """
+    step = manifest.step
+    end(store, attempt, "stopped", step=step, saved=True, saved_step=step, by=by)
+
+
 def first_word(store: Store, key: str, record: dict[str, Any], attempt: int = 0) -> bool:
     """Create a record that only the first caller creates; return whether this call created it.
 

@@ -89,12 +89,10 @@ class Chooser:
                 source, in_memory = self.sources[place], place == len(self.stores)
                 payload, problem = self._try(source, manifest)
                 if payload is not None:
-                    choice.manifest, choice.payload, choice.place, choice.in_memory = (
-                        manifest,
-                        payload,
-                        place,
-                        in_memory,
-                    )
+                    choice.manifest = manifest
+                    choice.payload = payload
+                    choice.place = place
+                    choice.in_memory = in_memory
                     choice.notes += self._why(choice.survey, manifest, source)
                     return choice, False
                 if not self._on_writer(partial(source.exists, manifest.key)):

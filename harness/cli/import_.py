@@ -120,8 +120,6 @@ def _fork(file: str, place: str, dry_run: bool) -> int:
     store.prepare(fmt.FOLDERS)
     attempt = attempts.claim(found, manifest, manifest.world_size, kind="import")
     copy = commit.adopt(source, manifest, store, attempt, ())
-    attempts.end(
-        store, attempt, "stopped", step=copy.step, saved=True, saved_step=copy.step, by="import"
-    )
+    attempts.end_copied(store, attempt, copy, by="import")
     say(f"{store} begins with {copy.name}, a copy of {source.where(manifest.data_key)}")
     return 0

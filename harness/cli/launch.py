@@ -169,9 +169,9 @@ def _run_supervised(line: CommandLine, name: str) -> int:
         return EXIT_FINISHED
     loop = line.settings.run.loop
     if code == EXIT_FINISHED and loop and _trained_nothing(line.settings, name):
-        code, error = (
-            EXIT_USAGE,
-            f"{loop[0]} ended, and no harness loop began in it: see harness.init and run.batches",
+        code = EXIT_USAGE
+        error = (
+            f"{loop[0]} ended, and no harness loop began in it: see harness.init and run.batches"
         )
     if code != EXIT_FINISHED:
         _record(line.settings, name, code, error)

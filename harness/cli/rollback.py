@@ -47,15 +47,7 @@ def run(given: argparse.Namespace) -> int:
     attempt = attempts.claim(found, manifest, manifest.world_size, kind="rollback")
     copy = commit.adopt(source, manifest, target, attempt, going_on_from(manifest))
     for store in found.stores:
-        attempts.end(
-            store,
-            attempt,
-            "stopped",
-            step=copy.step,
-            saved=True,
-            saved_step=copy.step,
-            by="rollback",
-        )
+        attempts.end_copied(store, attempt, copy, by="rollback")
     say(f"{copy.name}: the next start goes on from step {copy.step}, as {manifest.name} was")
     return 0
 

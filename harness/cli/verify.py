@@ -31,10 +31,8 @@ def run(given: argparse.Namespace) -> int:
     """
     if locate.is_run(given.path):
         store, found = locate.run(given.path)
-        manifests, problems = (
-            found.manifests,
-            [f"{key}: {why}" for key, why in found.damaged.items()],
-        )
+        manifests = found.manifests
+        problems = [f"{key}: {why}" for key, why in found.damaged.items()]
         problems += [f"{key}: of another run" for key in found.strangers]
         newer = [f"{error.what}; {error.found}" for error in found.newer.values()]
         notes = [f"{key}: set aside as damaged, does not count" for key in found.set_aside]

@@ -153,15 +153,7 @@ def _commit(
         1, (), classes, configuration.digest(payload["config"]), metrics={}, read_back=True
     )
     manifest = commit.commit(store, attempt, payload, about)
-    attempts.end(
-        store,
-        attempt,
-        "stopped",
-        step=manifest.step,
-        saved=True,
-        saved_step=manifest.step,
-        by="import",
-    )
+    attempts.end_copied(store, attempt, manifest, by="import")
     return manifest
 
 

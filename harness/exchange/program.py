@@ -170,10 +170,10 @@ def script(path: Path, model: nn.Module, given: Example) -> list[str]:
             made, how = torch.jit.script(model), "scripted"
         except Exception as error:  # noqa: BLE001 - the compiler raises many types
             try:
-                made, how = (
-                    _traced(model, given),
+                made = _traced(model, given)
+                how = (
                     "traced, as it cannot be scripted: "
-                    "branches and loops are those of the example batch",
+                    "branches and loops are those of the example batch"
                 )
             except Exception as second:  # noqa: BLE001
                 raise UsageError(

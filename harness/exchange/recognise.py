@@ -22,14 +22,12 @@ from harness.errors import UsageError
 from harness.exchange.files import Loaded
 from harness.exchange.safe_unpickle import NotLoaded
 
-MODULE, OPTIMIZER, SCHEDULER, SCALER, NUMBER, OTHER = (
-    "module",
-    "optimizer",
-    "scheduler",
-    "scaler",
-    "number",
-    "other",
-)
+MODULE = "module"
+OPTIMIZER = "optimizer"
+SCHEDULER = "scheduler"
+SCALER = "scaler"
+NUMBER = "number"
+OTHER = "other"
 # Keys that other people's scripts use for each name, in lower case.
 NAMES = {
     "model": "state_dict model model_state model_state_dict model_dict model_weights net network "

@@ -82,11 +82,9 @@ class ScriptUnpickler(Unpickler):
 
     def __init__(self, archive: zipfile.ZipFile, main: str, *, with_data: bool) -> None:
         super().__init__(io.BytesIO(archive.read(main)))
-        self._archive, self._folder, self._with_data = (
-            archive,
-            f"{main.removesuffix('data.pkl')}data",
-            with_data,
-        )
+        self._archive = archive
+        self._folder = f"{main.removesuffix('data.pkl')}data"
+        self._with_data = with_data
 
     def persistent_load(self, saved: Any) -> Any:
         """Return the storage that a persistent id names; a meta storage without `with_data`."""

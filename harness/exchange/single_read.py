@@ -43,10 +43,8 @@ class SingleRead:
         self._changed: ChangedError | None = None
         self._blocks: dict[int, bytes] = {}
         # The block after the last fetch, and the current number of blocks to read ahead.
-        self._next, self._ahead = (
-            -1,
-            0,
-        )
+        self._next = -1
+        self._ahead = 0
 
     @property
     def kept_bytes(self) -> int:

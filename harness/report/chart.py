@@ -178,10 +178,8 @@ def curve(
     xs, ys = [x for x, _ in points], [y for _, y in points]
     low, high = min(ys), max(ys)
     low, high = (low - 0.5, high + 0.5) if low == high else (low, high)
-    x_scale, y_scale = (
-        Scale(min(xs), max(xs), LEFT, WIDTH - RIGHT),
-        Scale(low, high, height - bottom - 10, 14),
-    )
+    x_scale = Scale(min(xs), max(xs), LEFT, WIDTH - RIGHT)
+    y_scale = Scale(low, high, height - bottom - 10, 14)
     drawn = []
     for value in ticks(low, high, 5):
         y = y_scale(value)

@@ -213,10 +213,8 @@ class DataSharding:
         kinds = data.get("kinds", {}) | (
             {"order": TOLD} if is_new and told_epoch(source.dataset) is not None else {}
         )
-        source.reading.seeds_held, source.tells_epoch = (
-            kinds.get("sample_rng") == IN_STREAM,
-            kinds.get("order") == TOLD,
-        )
+        source.reading.seeds_held = kinds.get("sample_rng") == IN_STREAM
+        source.tells_epoch = kinds.get("order") == TOLD
         note = ""
         if self.check_stream:
             may_seed = is_new or source.reading.seeds_held

@@ -37,11 +37,9 @@ class KeptState:
         # Paths to state in the program that is not tracked.
         self.suspects: list[str] = []
         self._is_writer, own = world.is_writer, RankEntries()
-        self._values, self._more, self._by_rank = (
-            UserState(),
-            ExtraState(world, own, step, say),
-            RankDifferences(world, own, say, note),
-        )
+        self._values = UserState()
+        self._more = ExtraState(world, own, step, say)
+        self._by_rank = RankDifferences(world, own, say, note)
         self._untracked, self._built = UntrackedFinder(self.suspects, say, note), dict[str, Any]()
 
     def track(

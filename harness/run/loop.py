@@ -66,10 +66,8 @@ class Run:
         # This run holds the only reference: the memory is free once the state is restored.
         choice.payload = None
         # `_share` is that of the step that is being made.
-        self._position, self._share = (
-            Position(),
-            Share(0, 0, (), (), Position(), last=False),
-        )
+        self._position = Position()
+        self._share = Share(0, 0, (), (), Position(), last=False)
         self._measured, self._account, self._ending = MetricBuffer(), account, ending
         self._traces = Traces(world)
         self._stopping = StopAgreement(world, settings, clock)
@@ -112,11 +110,9 @@ class Run:
             payload["config"], settings.config, settings.accept, settings.override
         ):
             self.say(f"harness: setting changed: {change}")
-        self.step, self.epoch, self.state = (
-            payload["step"],
-            payload["epoch"],
-            state.rebuilt(payload, "state"),
-        )
+        self.step = payload["step"]
+        self.epoch = payload["epoch"]
+        self.state = state.rebuilt(payload, "state")
         self._measured.restore(payload)
         self._position = Position(payload["data"]["epoch"], payload["data"]["sample"])
 

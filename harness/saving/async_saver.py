@@ -70,11 +70,9 @@ class AsyncSaver:
         """
         self._overlapped, self._waiting = overlapped, waiting
         self._compare, self._compare_all = overlapped, compare
-        self._image, self._scribe, self._crossing = (
-            StagingBuffer(),
-            WriterProcess(_no_scribe),
-            GpuCopy(),
-        )
+        self._image = StagingBuffer()
+        self._scribe = WriterProcess(_no_scribe)
+        self._crossing = GpuCopy()
         self._job: Job | None = None
         self.is_unable = False  # True if states cannot be saved in the background
         self.slow_words = ""  # why saves make training wait, if they do

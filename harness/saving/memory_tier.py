@@ -77,10 +77,8 @@ class MemoryTier:
         if self._has_room:
             return
         memory = os.statvfs(self.store.root.parent)
-        free_bytes, needed_bytes = (
-            min(memory.f_bavail * memory.f_frsize, free_memory_bytes()),
-            COPIES * size_bytes,
-        )
+        free_bytes = min(memory.f_bavail * memory.f_frsize, free_memory_bytes())
+        needed_bytes = COPIES * size_bytes
         if needed_bytes > SPARE * free_bytes:
             raise StorageError(
                 "there is not enough memory", f"found: {free_bytes} bytes, needed: {needed_bytes}"

@@ -84,10 +84,8 @@ def without_shells(module: nn.Module | None, state: Mapping[str, Any]) -> Mappin
     )
     if all(new == key for key, new in names.items()):
         return state
-    made, dropped = (
-        OrderedDict((names[key], value) for key, value in state.items()),
-        _parallel(module) if module else set(),
-    )
+    made = OrderedDict((names[key], value) for key, value in state.items())
+    dropped = _parallel(module) if module else set()
     # The versions of the submodules: that of a wrapped module replaces that of its wrapper.
     if hasattr(state, "_metadata"):
         made._metadata = {  # type: ignore[attr-defined]
@@ -105,10 +103,8 @@ def to_live(module: nn.Module, saved: Mapping[str, Any]) -> Mapping[str, Any]:
     names = _unless_twice(
         {key: key if key in own else live.get(_clean(key, set()), key) for key in saved}
     )
-    made, dropped = (
-        OrderedDict((names[key], value) for key, value in saved.items()),
-        _parallel(module),
-    )
+    made = OrderedDict((names[key], value) for key, value in saved.items())
+    dropped = _parallel(module)
     if hasattr(saved, "_metadata"):
         versions = {_clean(path, set()): version for path, version in saved._metadata.items()}
         mine = own._metadata  # type: ignore[attr-defined]

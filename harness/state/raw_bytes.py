@@ -9,8 +9,6 @@ from collections.abc import Callable, Mapping
 import torch
 
 STRIDE_BYTES = 1 << 20  # of each stride of a tensor that is copied later, one word is compared
-
-
 WORD_BYTES = 8
 
 

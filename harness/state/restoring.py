@@ -123,10 +123,8 @@ def _by_name(
     Raises:
         UsageError: for other parameters.
     """
-    live, saved = (
-        parameter_names.names(tracked),
-        parameter_names.saved_names(tracked, payload, says_all=says_names),
-    )
+    live = parameter_names.names(tracked)
+    saved = parameter_names.saved_names(tracked, payload, says_all=says_names)
     ordered = {}
     for name, mine in live.items():
         optimizer, state = plain(tracked[name]), states[name]

@@ -286,11 +286,9 @@ class Snapshot:
 
     def forget(self) -> None:
         """Drop all references to live tensors."""
-        self._copies, self._sources, self._versions, self._storages, self._elsewhere = (
-            {},
-            {},
-            {},
-            {},
-            {},
-        )
+        self._copies = {}
+        self._sources = {}
+        self._versions = {}
+        self._storages = {}
+        self._elsewhere = {}
         self._samples, self._small, self._taken, self._payload = None, [], {}, None

@@ -215,11 +215,9 @@ def write_to(
 def _write_all(fd: int, view: memoryview, size_bytes: int) -> str:
     """Write the first `size_bytes` bytes of a view with `WRITERS` threads; return their digest."""
     padded_bytes = min(-(-size_bytes // BLOCK_BYTES) * BLOCK_BYTES, len(view))
-    pieces, lock, errors = (
-        iter(range(0, padded_bytes, PIECE_BYTES)),
-        threading.Lock(),
-        list[OSError](),
-    )
+    pieces = iter(range(0, padded_bytes, PIECE_BYTES))
+    lock = threading.Lock()
+    errors = list[OSError]()
 
     def write() -> None:
         try:

@@ -218,12 +218,10 @@ class ExitRecord:
             limit_s: The limit in seconds.
             stacks: Stacks of all threads, the main thread's last.
         """
-        rank, step, attempt, found = (
-            own_rank(),
-            self.step(),
-            self._attempt,
-            hang_report.place(stacks),
-        )
+        rank = own_rank()
+        step = self.step()
+        attempt = self._attempt
+        found = hang_report.place(stacks)
         error = f"{what} took longer than {limit_s:.0f} s" + (
             "" if found.waits else f": stuck in {found.words}"
         )

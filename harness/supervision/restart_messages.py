@@ -10,11 +10,9 @@ from harness.errors import (
 )
 
 # Results of the comparison of recomputed steps with the original ones.
-SAME, DIFFERENT, EXPECTED = (
-    "equal",
-    "mismatch",
-    "expected",
-)
+SAME = "equal"
+DIFFERENT = "mismatch"
+EXPECTED = "expected"
 DATA, LOSS = "data", "loss"  # the kinds of the first difference
 
 # Where to look for the cause, by the kind of the difference.

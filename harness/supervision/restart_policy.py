@@ -149,9 +149,9 @@ def outcome(found: Catalog, launches: Sequence[Launch] = ()) -> Outcome:
     The checkpoints are considered first. If they do not decide, the state depends on how the newest
     attempt ended, or a later launch that ended without an attempt.
     """
-    head, newest = (
-        found.head,
-        max((number for number in found.attempts if not _is_overtaken(found, number)), default=0),
+    head = found.head
+    newest = max(
+        (number for number in found.attempts if not _is_overtaken(found, number)), default=0
     )
     if (error := found.unreadable_head) is not None:
         return Outcome("not readable", f"{error.what}; {error.found}", EXIT_USAGE)
@@ -208,10 +208,8 @@ def _ended(found: Catalog, launches: Sequence[Launch]) -> Outcome:
     error = str(end.get("error", "unknown error"))
     if launch is None or end.get("code") == EXIT_USAGE:
         return Outcome("failed", error, EXIT_FAILED)
-    failed, most = (
-        failures(found, launches, launch.supervisor),
-        int(launch.record.get("most_failures", MOST_FAILURES)),
-    )
+    failed = failures(found, launches, launch.supervisor)
+    most = int(launch.record.get("most_failures", MOST_FAILURES))
     if len(failed) >= most:
         return Outcome("failed", crash_loop(failed), EXIT_FAILED)
     count = (

@@ -125,10 +125,8 @@ def checkpoint(path: str, which: str | int = NEWEST) -> tuple[Store, Manifest]:
             "harness ls RUN shows a run's checkpoints.",
         )
     place, _, name = path.rpartition("/")
-    store, key = (
-        open_store(place.rpartition("/")[0], WAIT_S),
-        f"{fmt.CHECKPOINTS}/{name.rpartition('.')[0]}.json",
-    )
+    store = open_store(place.rpartition("/")[0], WAIT_S)
+    key = f"{fmt.CHECKPOINTS}/{name.rpartition('.')[0]}.json"
     try:
         return store, fmt.from_bytes(key, store.read(key))
     except FileNotFoundError:

@@ -101,10 +101,8 @@ class Gpt(nn.Module):
         self, layers: int, channels: int, heads: int, block_size: int, dropout: float
     ) -> None:
         super().__init__()
-        self.embed, self.place = (
-            nn.Embedding(VOCABULARY, channels),
-            nn.Embedding(block_size, channels),
-        )
+        self.embed = nn.Embedding(VOCABULARY, channels)
+        self.place = nn.Embedding(block_size, channels)
         self.blocks = nn.ModuleList(Block(channels, heads, dropout) for _ in range(layers))
         self.norm, self.head = nn.LayerNorm(channels), nn.Linear(channels, VOCABULARY, bias=False)
         self.dropout = nn.Dropout(dropout)

@@ -35,10 +35,8 @@ class Digits(Dataset[tuple[torch.Tensor, torch.Tensor]]):
         image = self.images[index]
         if self.augment:
             angle, scale, x, y = (torch.rand(4) * 2 - 1).tolist()
-            cos, sin = (
-                math.cos(0.2 * angle) * (1 + 0.1 * scale),
-                math.sin(0.2 * angle) * (1 + 0.1 * scale),
-            )
+            cos = math.cos(0.2 * angle) * (1 + 0.1 * scale)
+            sin = math.sin(0.2 * angle) * (1 + 0.1 * scale)
             affine = torch.tensor([[[cos, -sin, 0.15 * x], [sin, cos, 0.15 * y]]])
             grid = F.affine_grid(affine, [1, 1, 8, 8], align_corners=False)
             image = F.grid_sample(image[None], grid, align_corners=False)[0] + 0.05 * torch.randn(

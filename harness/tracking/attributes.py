@@ -111,10 +111,8 @@ class Attributes:
         self._tracked, self._built = tracked, as_built(tracked)
         for name, of_parts in self._before.items():
             for path, before in of_parts.items():
-                here, after = (
-                    self._built.get(name, {}).get(path, {}),
-                    self._after.get(name, {}).get(path, {}),
-                )
+                here = self._built.get(name, {}).get(path, {})
+                after = self._after.get(name, {}).get(path, {})
                 for key, value in before.items():
                     if key in here and key in after and is_same(here[key], after[key]):
                         # If the two differ, the module's own load_state_dict has set the new one.
@@ -172,11 +170,9 @@ class Attributes:
             for path, of_part in of_parts.items():
                 here = self._built.get(name, {}).get(path, {})
                 for key, kept in of_part.items():
-                    then, now, built = (
-                        kept.get("built", ABSENT),
-                        kept.get("now", ABSENT),
-                        here.get(key, ABSENT),
-                    )
+                    then = kept.get("built", ABSENT)
+                    now = kept.get("now", ABSENT)
+                    built = here.get(key, ABSENT)
                     if path in modules and is_same(then, built):
                         set_value(modules[path], key, now, kept.get("device"))
                     elif not is_same(now, built):
@@ -204,10 +200,8 @@ class _Watched:
         }
         self._odd = [(key, number) for key, number in odd.items() if key not in self.tensors]
         self._has_mutable = any(key not in odd for key in mutable)
-        self._kinds, self._children = (
-            list(map(type, vars(part).values())),
-            list(own_dict(part, "_modules").values()),
-        )
+        self._kinds = list(map(type, vars(part).values()))
+        self._children = list(own_dict(part, "_modules").values())
         self._trained = self._which_are_trained()
 
     def _which_are_trained(self) -> list[bool]:

@@ -25,14 +25,12 @@ from harness.untracked.object_walk import ATOMS, parts
 from harness.untracked.program_frames import of_source
 from harness.untracked.unkept_values import PLAIN, fingerprint, is_of_program
 
-OPTIMIZER, SCHEDULER, SCALER, AVERAGE, GENERATOR, OTHER = (
-    "optimizer",
-    "scheduler",
-    "scaler",
-    "average",
-    "generator",
-    "with state_dict",
-)
+OPTIMIZER = "optimizer"
+SCHEDULER = "scheduler"
+SCALER = "scaler"
+AVERAGE = "average"
+GENERATOR = "generator"
+OTHER = "with state_dict"
 NUMBERS = "numbers"
 # Modules of the harness whose instances hold objects of the program.
 OURS = (

@@ -22,10 +22,8 @@ def program_frames(frame: FrameType | None) -> Iterator[tuple[str, FrameType]]:
     while frame is not None:
         code = frame.f_code
         if _is_programs(code.co_filename):
-            file, is_function = (
-                Path(code.co_filename).name,
-                bool(code.co_flags & inspect.CO_OPTIMIZED),
-            )
+            file = Path(code.co_filename).name
+            is_function = bool(code.co_flags & inspect.CO_OPTIMIZED)
             yield f"{file}: {code.co_name}(): " if is_function else f"{file}: ", frame
         frame = frame.f_back
 
