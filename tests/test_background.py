@@ -546,6 +546,26 @@ def test_a_whole_tensor_that_is_written_behind_pytorchs_back_is_noticed_whatever
         image.close()
 
 
+def _moved(tensor: torch.Tensor) -> None:
+    tensor.data.resize_(2 * tensor.numel())
+
+
+@pytest.mark.parametrize("size", [of for of in NUMBERS if of >= 4096])
+@pytest.mark.parametrize("change", [lambda tensor: tensor.data.add_(1), _moved], ids=["written", "moved"])
+def test_a_write_behind_pytorchs_back_that_comes_after_the_sampled_words_were_copied_is_noticed_before_the_update(size, change):
+    """The copy of a tensor that is written while it is copied may mix two states where no word was sampled."""
+    payload = {f"{of}": torch.randn(of) for of in NUMBERS} | {"large": torch.randn(3_000_000)}
+    snapshot, image = Snapshot(payload, {tensor.untyped_storage().data_ptr() for tensor in payload.values()}), StagingBuffer()
+    snapshot.distrust()
+    snapshot.copy_rest()
+    snapshot.copy_into(image)
+    assert not snapshot.is_torn(compare=False)
+    change(payload[str(size)])
+    assert not snapshot.is_stirred()
+    assert snapshot.is_torn(compare=False)
+    image.close()
+
+
 def test_of_a_large_tensor_each_run_of_a_strides_length_that_is_written_is_noticed():
     payload = {"large": torch.randn(3_000_001)}
     address = payload["large"].untyped_storage().data_ptr()

@@ -55,16 +55,19 @@ class Samples:
     """Words sampled from live memory at a step boundary, to compare with a copy of the memory."""
 
     def __init__(
-        self, in_memory: Mapping[int, int], on_gpus: Mapping[int, torch.Tensor], where: float
+        self,
+        in_memory: Mapping[int, torch.UntypedStorage],
+        on_gpus: Mapping[int, torch.Tensor],
+        where: float,
     ) -> None:
         """Read the words.
 
         Args:
-            in_memory: the size in bytes of each piece of CPU memory, by address.
+            in_memory: pieces of CPU memory, by address; they live as long as the samples.
             on_gpus: bytes on GPUs, by the address of the CPU memory that stands for them.
             where: the position of the words in each stride, from 0 to 1.
         """
-        self._where = where
+        self._where, self._in_memory = where, in_memory
         by_device = defaultdict[torch.device, dict[int, torch.Tensor]](dict)
         for address, live in on_gpus.items():
             by_device[live.device][address] = _sample(live, where)
@@ -72,8 +75,19 @@ class Samples:
         self._groups: list[tuple[list[int], bytes | torch.Tensor]] = [
             (list(of), torch.cat(list(of.values()))) for of in by_device.values()
         ]
-        read = (_read(address, size_bytes, where) for address, size_bytes in in_memory.items())
-        self._groups.append((list(in_memory), b"".join(read)))
+        self._in_memory_words = self._read_memory()
+        self._groups.append((list(in_memory), self._in_memory_words))
+
+    def _read_memory(self) -> bytes:
+        return b"".join(
+            _read(address, storage.nbytes(), self._where)
+            for address, storage in self._in_memory.items()
+        )
+
+    def is_rewritten(self) -> bool:
+        """Return whether the CPU memory itself was moved, or holds other words now."""
+        is_moved = any(of.data_ptr() != address for address, of in self._in_memory.items())
+        return is_moved or self._read_memory() != self._in_memory_words
 
     def differ(
         self,

@@ -17,10 +17,12 @@ so background copying would gain nothing. There are therefore three rules:
 * A state of up to 8 MiB is copied whole at the boundary. In a larger state, every tensor of less
   than 16 KiB is copied at the boundary. Nothing is assumed about these tensors.
 * From all other memory, eight bytes of each MiB, and of each tensor, are read at the boundary, at
-  an offset that differs each time. They are compared with the copy before it is committed. This
-  finds with certainty every write of a whole tensor (as in a swap) or of any run of 1 MiB, whether
-  it is undone before the update or not. So no file is committed that mixes two states. The samples
-  are read by address: making a view of a tensor takes ten times as long as reading the bytes.
+  an offset that differs each time. They are compared with the copy before it is committed, and, if
+  they lie on the CPU, with the memory itself before the update. This finds with certainty every
+  write on the CPU of a whole tensor, or of any run of 1 MiB, that lasts until the update. One that
+  is undone before (as in a swap) is found if its time covers the copy of any run of 1 MiB; a file
+  that mixes two states is possible only if it covers less. The samples are read by address: making
+  a view of a tensor takes ten times as long as reading the bytes.
 * The first copy of an attempt is made at once and compared whole before the next update. This finds
   loops that write single elements each time. A loop that begins to do so later, and bypasses
   PyTorch's count, is found only with `snapshot="checked"`, which compares every copy in this way.
@@ -121,13 +123,13 @@ class Snapshot:
         The training thread calls it before `copy_rest`.
         """
         whole_bytes = self.size_bytes + 1 if self.is_small else SMALL_BYTES
-        in_memory, on_gpus = dict[int, int](), dict[int, torch.Tensor]()
+        in_memory, on_gpus = dict[int, torch.UntypedStorage](), dict[int, torch.Tensor]()
         for identity, (storage, address) in self._storages.items():
             if address not in self._steady:
                 continue
-            if (size_bytes := storage.nbytes()) >= whole_bytes:
+            if storage.nbytes() >= whole_bytes:
                 if (live := self._elsewhere.get(address)) is None:
-                    in_memory[address] = size_bytes
+                    in_memory[address] = storage
                 else:
                     on_gpus[address] = raw(live)
                 continue
@@ -236,16 +238,20 @@ class Snapshot:
         device-to-host copies are queued: later work of the GPUs is ordered after them.
 
         Args:
-            compare: whether to compare the bytes too. A write that PyTorch counts changes the
-                version of the tensor. Only the comparison finds a write that bypasses the count
-                (`parameter.data`). It waits for the device-to-host copies.
+            compare: whether to compare all bytes too. A write that PyTorch counts changes the
+                version of the tensor. Of writes that bypass the count (`parameter.data`), the
+                samples find those of whole tensors that last, and only the comparison finds all.
+                It waits for the device-to-host copies.
         """
         self.copied.wait()
         self._crossing.hold()
         if any(version_of(tensor) != version for tensor, version in self._versions.values()):
             return True
         if not compare:
-            return False
+            # The copy of a tensor may mix two states where no word was sampled. If the write has
+            # lasted until now, the memory itself shows it.
+            samples = self._samples
+            return samples is not None and samples.is_rewritten()
         self.arrive()
         self._crossing.begin()
         fetch = self._crossing.fetch
