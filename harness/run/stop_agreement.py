@@ -24,6 +24,7 @@ from harness.supervision import control_requests
 from harness.supervision.restart_policy import ASKED
 
 AGREE_EVERY_S, MOST_STEPS = 0.25, 100  # a limit in steps, too: steps may become slower
+ALONE_EVERY_S = 0.01
 LOOK_LOCAL_S, LOOK_REMOTE_S = 1.0, 5.0  # how often requests are polled
 TIME_LIMIT = "time limit"
 
@@ -39,6 +40,7 @@ class StopAgreement:
         self.world, self.settings = world, settings
         self.deadline = deadline.Deadline(settings.grace_s, clock=clock)
         self._next, self._interval = 0, 1
+        self._clock, self._looks_at_s = clock, 0.0
         self._saves_asked = threading.Event()
         self._over = threading.Event()
 
@@ -80,7 +82,8 @@ class StopAgreement:
     ) -> tuple[bool, bool, bool]:
         """Agree on whether to save and whether to stop, about every `AGREE_EVERY_S` seconds.
 
-        In the steps between, nothing is communicated. A single rank decides in every step.
+        In the steps between, nothing is communicated. A single rank looks for requests in every
+        step, and at the clocks every `ALONE_EVERY_S` seconds.
 
         Collective: every rank must call it.
 
@@ -95,7 +98,7 @@ class StopAgreement:
             Whether the ranks communicated in this step, whether all stop now, and whether all save
             now.
         """
-        if step < self._next:
+        if step < self._next or (self.world.size == 1 and self._may_wait()):
             return False, False, False
         interval = (
             1
@@ -120,6 +123,18 @@ class StopAgreement:
         stopping, save, interval = self.world.agree(words)
         self._next, self._interval = step + interval, interval
         return True, bool(stopping), bool(save)
+
+    def _may_wait(self) -> bool:
+        """Return whether a single rank has no request, and has looked at the clocks just now."""
+        now = self._clock()
+        if (
+            now < self._looks_at_s
+            and preemption.requested() is None
+            and not self._saves_asked.is_set()
+        ):
+            return True
+        self._looks_at_s = now + ALONE_EVERY_S
+        return False
 
     def agree_at_once(self) -> bool:
         """Return whether any rank was asked to stop. Collective: every rank must call it."""

@@ -88,7 +88,7 @@ def check_module(
             f"{name} is of another dtype than in {source}: {len(cast)} tensor(s) differ",
             "\n".join(shown + ([f"  … and {len(cast) - 5} more"] if len(cast) > 5 else [])),
             "Build it in the old one, or take a new run directory. "
-            "To go on from rounded values all the same: resume.accept=[dtype].",
+            "To resume from rounded values all the same: resume.accept=[dtype].",
         )
     found |= {id(parameters[key]) for key, *_ in cast if key in parameters}
     changes = Counter((was, now) for _, was, now in cast)

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import ctypes
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 STRIDE_BYTES = 1 << 20  # of each stride of a tensor that is copied later, one word is compared
 WORD_BYTES = 8
+# All memory of this process as one array: the word at each address. Only those of live tensors may
+# be read. An array cannot begin at the null pointer.
+FIRST_ADDRESS, ADDRESSES = 8, 1 << 59
+_ALL: Any = (ctypes.c_uint8 * (ADDRESSES + WORD_BYTES)).from_address(FIRST_ADDRESS)
+MEMORY = np.ndarray((ADDRESSES,), np.int64, _ALL, strides=(1,))
 
 
 def copy(source: torch.Tensor) -> torch.Tensor:
@@ -31,12 +39,21 @@ def _words(size_bytes: int, where: float) -> range:
     return range(int(where * min(words, stride)), words, stride)
 
 
-def _read(address: int, size_bytes: int, where: float) -> bytes:
-    """Return the sampled words (`_words`) of memory of this process."""
-    words = _words(size_bytes, where)
-    return memoryview((ctypes.c_int64 * words.stop).from_address(address))[
-        words.start :: words.step
-    ].tobytes()
+def _places(
+    addresses: Iterable[int], sizes_bytes: Iterable[int], where: float
+) -> npt.NDArray[np.int64]:
+    """Return the places in `MEMORY` of the sampled words (`_words`) of pieces of memory.
+
+    `where` is the position of the words in each stride, from 0 to 1.
+    """
+    words = np.fromiter(sizes_bytes, np.int64) // WORD_BYTES
+    stride = STRIDE_BYTES // WORD_BYTES
+    first = (where * np.minimum(words, stride)).astype(np.int64)
+    begin = np.fromiter(addresses, np.int64) + (first * WORD_BYTES - FIRST_ADDRESS)
+    counts = -((first - words) // stride)
+    strides = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+    places: npt.NDArray[np.int64] = np.repeat(begin, counts) + strides * STRIDE_BYTES
+    return places
 
 
 def _sample(run: torch.Tensor, where: float) -> torch.Tensor:
@@ -75,19 +92,16 @@ class Samples:
         self._groups: list[tuple[list[int], bytes | torch.Tensor]] = [
             (list(of), torch.cat(list(of.values()))) for of in by_device.values()
         ]
-        self._in_memory_words = self._read_memory()
-        self._groups.append((list(in_memory), self._in_memory_words))
-
-    def _read_memory(self) -> bytes:
-        return b"".join(
-            _read(address, storage.nbytes(), self._where)
-            for address, storage in self._in_memory.items()
-        )
+        # One read for all: a call for each tensor would take several times as long.
+        sizes_bytes = (storage.nbytes() for storage in in_memory.values())
+        self._places = _places(in_memory, sizes_bytes, where)
+        self._words = MEMORY[self._places].tobytes()
+        self._groups.append((list(in_memory), self._words))
 
     def is_rewritten(self) -> bool:
         """Return whether the CPU memory itself was moved, or holds other words now."""
         is_moved = any(of.data_ptr() != address for address, of in self._in_memory.items())
-        return is_moved or self._read_memory() != self._in_memory_words
+        return is_moved or MEMORY[self._places].tobytes() != self._words
 
     def differ(
         self,
@@ -102,8 +116,9 @@ class Samples:
         """
         for addresses, words in self._groups:
             before = words if isinstance(words, bytes) else fetch(words).numpy().tobytes()
-            copied = (copies[address] for address in addresses)
-            if b"".join(_read(of.data_ptr(), len(of), self._where) for of in copied) != before:
+            copied = [copies[address] for address in addresses]
+            places = _places((of.data_ptr() for of in copied), map(len, copied), self._where)
+            if MEMORY[places].tobytes() != before:
                 return True
         return False
 

@@ -89,8 +89,8 @@ class Snapshot:
         self._payload: Any = payload
         self._steady, self._elsewhere = set(steady), dict(elsewhere or {})
         self._crossing = crossing or GpuCopy()
-        # By identity, in the order of the file: memory and address.
-        self._storages: dict[int, tuple[torch.UntypedStorage, int]] = {}
+        # By identity, in the order of the file: memory, address and size in bytes.
+        self._storages: dict[int, tuple[torch.UntypedStorage, int, int]] = {}
         self._copies: dict[int, torch.Tensor] = {}  # by address: the copy in the staging buffer
         self._sources: dict[int, torch.Tensor] = {}  # by address: what a copy was made from
         self._versions: dict[int, tuple[torch.Tensor, int]] = {}  # by address
@@ -104,7 +104,7 @@ class Snapshot:
             if (identity := storage._cdata) not in self._storages:
                 address, size_bytes = storage.data_ptr(), storage.nbytes()
                 self.size_bytes += size_bytes
-                self._storages[identity] = storage, address
+                self._storages[identity] = storage, address, size_bytes
                 if address in steady:
                     live = self._elsewhere.get(address, tensor)
                     self._versions[address] = live, version_of(live)
@@ -124,10 +124,10 @@ class Snapshot:
         """
         whole_bytes = self.size_bytes + 1 if self.is_small else SMALL_BYTES
         in_memory, on_gpus = dict[int, torch.UntypedStorage](), dict[int, torch.Tensor]()
-        for identity, (storage, address) in self._storages.items():
+        for identity, (storage, address, size_bytes) in self._storages.items():
             if address not in self._steady:
                 continue
-            if storage.nbytes() >= whole_bytes:
+            if size_bytes >= whole_bytes:
                 if (live := self._elsewhere.get(address)) is None:
                     in_memory[address] = storage
                 else:
@@ -146,16 +146,16 @@ class Snapshot:
 
     def _copy_of(self, identity: int) -> bytes | torch.Tensor:
         """Return a copy of the present bytes of a piece of memory."""
-        storage, address = self._storages[identity]
-        if address not in self._elsewhere and storage.nbytes() < READ_BYTES:
-            return ctypes.string_at(address, storage.nbytes())
+        storage, address, size_bytes = self._storages[identity]
+        if size_bytes < READ_BYTES and address not in self._elsewhere:
+            return ctypes.string_at(address, size_bytes)
         return copy(self._live(storage, address))
 
     def copy_rest(self) -> None:
         """Copy all memory that is not steady at once. The training thread calls it."""
         rest = (
             identity
-            for identity, (_, address) in self._storages.items()
+            for identity, (_, address, _) in self._storages.items()
             if address not in self._steady
         )
         self._taken = {identity: self._copy_of(identity) for identity in rest}
@@ -191,9 +191,9 @@ class Snapshot:
             self._crossing.pin(image.memory)
             with self._crossing.copying():
                 for at, identity in places:
-                    storage, address = self._storages[identity]
+                    storage, address, size_bytes = self._storages[identity]
                     memory = torch.frombuffer(
-                        image.memory, dtype=torch.uint8, count=storage.nbytes(), offset=at
+                        image.memory, dtype=torch.uint8, count=size_bytes, offset=at
                     )
                     if isinstance(taken := self._taken.get(identity), bytes):
                         image.memory[at : at + len(taken)] = taken
@@ -214,9 +214,9 @@ class Snapshot:
         """
         payload, self._payload = self._payload, None
         parts = {
-            identity: storage.nbytes()
-            for identity, (storage, _) in self._storages.items()
-            if storage.nbytes()
+            identity: size_bytes
+            for identity, (_, _, size_bytes) in self._storages.items()
+            if size_bytes
         }
         offsets = write_outline(payload, list(parts.values()), image)
         return list(zip(offsets, parts, strict=True))
