@@ -148,7 +148,7 @@ def main(arguments: list[str] | None = None) -> None:
     fill_closed_streams()
     parser = argparse.ArgumentParser(
         prog="harness/train.py",
-        description="Train a task; go on from the newest checkpoint if there is one.",
+        description="Train a task; resume from the newest checkpoint if there is one.",
         epilog="example: torchrun --standalone --nproc-per-node=2 harness/train.py "
         "--config configs/digits.yaml run.dir=runs/a",
     )

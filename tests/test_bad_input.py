@@ -340,7 +340,7 @@ def test_foreign_and_truncated_files_are_told_apart_and_left_alone(tmp_path, cap
     (folder / "step_00000003-0001.json").write_bytes(b"{")
     trained(*settings, "train.epochs=2")
     said = capfd.readouterr().out
-    assert "goes on from step 2" in said and "has the wrong size" in said and "step_00000003-0001.json is not a manifest" in said
+    assert "resumes from step 2" in said and "has the wrong size" in said and "step_00000003-0001.json is not a manifest" in said
     assert {name: (folder / name).read_bytes() for name in foreign} == foreign
     assert (folder / "step_00000004-0001.pt.damaged").stat().st_size == 1000 and (folder / "step_00000003-0001.json.damaged").exists()
     assert newest(tmp_path / "a")["step"] == 8
@@ -487,7 +487,7 @@ def test_when_the_last_save_fails_the_exit_code_says_so_and_a_new_start_finishes
     (small_disk / "ballast").unlink()
     again = run(alone(*settings, "task.args.bad_from=99", "resume.accept=[config]"))
     assert again.returncode == 0, again.stderr
-    assert "goes on from step 4" in again.stdout and "finished at step 8" in again.stdout
+    assert "resumes from step 4" in again.stdout and "finished at step 8" in again.stdout
     assert newest(small_disk / "a")["step"] == 8
 
 

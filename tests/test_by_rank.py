@@ -216,7 +216,7 @@ run.track(model=model, optimizer=optimizer, average=average)
 
 
 def test_an_average_that_begins_as_a_copy_of_each_ranks_buffers_is_kept_for_each(tmp_path):
-    outcome = killed_once(tmp_path, AVERAGED, ranks=2, die=5)  # goes on from step 3, where it still is a copy
-    assert "goes on from step 3" in outcome.resumed.text
+    outcome = killed_once(tmp_path, AVERAGED, ranks=2, die=5)  # resumes from step 3, where it still is a copy
+    assert "resumes from step 3" in outcome.resumed.text
     assert outcome.is_equal, outcome.rows
     assert last(outcome.whole) == last(outcome.resumed) and len(set(last(outcome.whole))) == 2

@@ -405,7 +405,7 @@ def test_what_does_not_fit_into_the_grace_is_not_begun_and_the_checkpoint_before
     assert "no time to save" in end["plan"]
     assert cli.main(["status", str(directory)]) == 75, "to be stopped is free, saved or not"
     born = live(*places)
-    assert born.wait() == 0 and "goes on from step 4" in born.text
+    assert born.wait() == 0 and "resumes from step 4" in born.text
     assert losses(directory) == losses(whole)
     assert differing(whole, directory) == []
 

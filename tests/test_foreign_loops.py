@@ -81,9 +81,9 @@ def test_a_loop_that_is_killed_and_stopped_ends_as_if_nothing_had_happened(name:
     folder.mkdir()
     life(started, name, folder, 2, None)
     said = life(started, name, folder, 3, signal.SIGTERM)
-    assert "goes on from step" in said and "everything saved; start again to go on" in said, said
+    assert "resumes from step" in said and "everything saved; start again to go on" in said, said
     done = run(command(name), cwd=folder)
-    assert done.returncode == 0 and "attempt 3 goes on from step" in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 0 and "attempt 3 resumes from step" in done.stdout, done.stdout + done.stderr
     assert differing(untouched, folder / "runs/a") == []
     again = run(command(name), cwd=folder)
     assert again.returncode == 0 and "is finished: step" in again.stdout, again.stdout + again.stderr
@@ -112,7 +112,7 @@ def test_a_loop_goes_on_from_a_bucket_when_its_disk_is_gone(name: str, tmp_path:
             process.wait()
         (folder / "runs").rename(folder / f"lost-{kill}")
     done = run(here, cwd=folder, env=home.env())
-    assert done.returncode == 0 and "goes on from step" in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 0 and "resumes from step" in done.stdout, done.stdout + done.stderr
     assert differing(untouched, folder / "runs/a") == []
 
 

@@ -97,7 +97,7 @@ def test_a_zombie_that_commits_a_greater_step_after_its_successor_is_ignored_and
     assert resume.choose(store, world).manifest.order == (2, 20)
     listed = notes(store, capsys)
     assert "cut off" in listed[fmt.stem(99, 1)] and "cut off" in listed[fmt.stem(30, 1)]
-    assert listed[fmt.stem(20, 2)] == "next start goes on from here"
+    assert listed[fmt.stem(20, 2)] == "next start resumes from here"
     assert listed[fmt.stem(10, 1)] == ""
     third = Life(store)
     third.save(25)

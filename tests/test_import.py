@@ -145,7 +145,7 @@ def test_a_run_goes_on_from_it_by_launch_and_torchrun(tmp_path: Path, done: Trai
         assert command("import", made(name, tmp_path, done), directory, *TASK).code == 0
         shown = run(program("launch", "--nproc-per-node", str(ranks), *TASK, f"run.dir={directory}", "train.epochs=3"))
         assert shown.returncode == 0, shown.stdout + shown.stderr
-        assert "goes on from step 20" in shown.stdout and manifest(directory).step == 30
+        assert "resumes from step 20" in shown.stdout and manifest(directory).step == 30
         assert command("status", directory).code == 0
         assert command("verify", directory).code == 0
         assert command("ls", directory).code == 0

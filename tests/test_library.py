@@ -115,13 +115,13 @@ def test_a_loop_that_was_left_goes_on_exactly(tmp_path, uninterrupted, leave_at)
 
 def test_a_start_says_what_the_end_before_it_has_cost(tmp_path, capfd):
     train(tmp_path / "a", leave_at=7, log_every_steps=1)
-    assert "made again" not in capfd.readouterr().out
+    assert "to recompute" not in capfd.readouterr().out
     train(tmp_path / "a", leave_at=10, log_every_steps=1)
-    assert re.search(r"goes on from step 4 \(\S+\) in \S+; saved \d+ s ago, 2 steps are made again\n", capfd.readouterr().out)
+    assert re.search(r"resumes from step 4 \(\S+\) in \S+; saved \d+ s ago, 2 steps to recompute\n", capfd.readouterr().out)
     train(tmp_path / "a", log_every_steps=1)
-    assert re.search(r"goes on from step 8 \(\S+\) in \S+; saved \d+ s ago, one step is made again\n", capfd.readouterr().out)
+    assert re.search(r"resumes from step 8 \(\S+\) in \S+; saved \d+ s ago, 1 step to recompute\n", capfd.readouterr().out)
     train(tmp_path / "a", epochs=3)
-    assert re.search(r"goes on from step 12 \(\S+\) in \S+; saved \d+ s ago, no step is made again\n", capfd.readouterr().out)
+    assert re.search(r"resumes from step 12 \(\S+\) in \S+; saved \d+ s ago, 0 steps to recompute\n", capfd.readouterr().out)
 
 
 def test_the_comparison_sees_a_difference(tmp_path, uninterrupted, capfd):

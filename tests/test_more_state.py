@@ -173,7 +173,7 @@ def test_a_loop_that_updates_each_step_keeps_no_gradients(tmp_path, head):
 def test_killed_between_two_updates_it_ends_as_the_one_that_was_not(tmp_path, ranks, no_sync):
     source = by_hand("nn.parallel.DistributedDataParallel" if ranks > 1 else "", no_sync)
     outcome = killed_once(tmp_path, source, die=7, ranks=ranks)
-    assert outcome.killed.code == -signal.SIGKILL and "goes on from step 4" in outcome.resumed.text
+    assert outcome.killed.code == -signal.SIGKILL and "resumes from step 4" in outcome.resumed.text
     assert outcome.is_equal, outcome.rows
 
 
@@ -185,7 +185,7 @@ def test_gradients_that_differ_by_rank_are_each_ranks_own(tmp_path):
     own = [entry["gradients"] for entry in payload["own"]]
     assert "gradients" not in payload and not torch.equal(*(one["model.0.weight"] for one in own))
     resumed = live(tmp_path, source, "stopped", ranks=2)
-    assert resumed.code == 0 and "goes on from step 7" in resumed.text
+    assert resumed.code == 0 and "resumes from step 7" in resumed.text
     assert equal(tmp_path / "whole", tmp_path / "stopped") == []
 
 

@@ -74,7 +74,7 @@ def test_a_run_that_crashes_once_is_told_of_from_end_to_end(tmp_path: Path, hook
     assert done.returncode == 0, done.stdout + done.stderr
     assert [word["event"] for word in hook.words] == ["crashed", "resumed", "finished"]
     crashed, resumed, finished = hook.words
-    assert "the task fails in forward pass 5" in crashed["text"] and resumed["text"].endswith("runs/a: resumed: goes on from step 3")
+    assert "the task fails in forward pass 5" in crashed["text"] and resumed["text"].endswith("runs/a: resumed: resumes from step 3")
     assert finished["step"] == 10 and finished["launch"].startswith("launch-")
     kept = [line.partition(" ") for line in (tmp_path / "words").read_text().splitlines()]
     assert [(kind, json.loads(word)) for kind, _, word in kept] == [(word["event"], word) for word in hook.words]

@@ -1,4 +1,4 @@
-"""Runs that earlier releases have left go on: from a directory, from a bucket, and from one that was killed with steps to be made again."""
+"""Runs that earlier releases have left go on: from a directory, from a bucket, and from one that was killed with steps to recompute."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def check(resumed: Lived, folder: Path, name: str, saved: Path, whole: dict[str,
 def test_a_run_directory_of_an_earlier_release_is_resumed(version, name, whole, tmp_path):
     shutil.copytree(RELEASES / version / name, tmp_path / name)
     resumed = live_once(tmp_path, name)
-    assert f"goes on from step {LAST if name == 'stopped' else 6} " in resumed.text
+    assert f"resumes from step {LAST if name == 'stopped' else 6} " in resumed.text
     (saved,) = (RELEASES / version / name / "checkpoints").glob(f"step_{LAST if name == 'stopped' else 6:08d}-*.pt")
     check(resumed, tmp_path, name, saved, whole)
 
@@ -69,6 +69,6 @@ def test_a_bucket_of_an_earlier_release_is_resumed(version, whole, bucket, tmp_p
         if path.is_file():
             server.client().put_object(Bucket=place, Key=str(path.relative_to(RELEASES / version / "bucket")), Body=path.read_bytes())
     resumed = live_once(tmp_path, "run", REMOTE=f"s3://{place}/run", **server.environment)
-    assert f"goes on from step {LAST} " in resumed.text
+    assert f"resumes from step {LAST} " in resumed.text
     (saved,) = (RELEASES / version / "bucket").rglob(f"step_{LAST:08d}-*.pt")
     check(resumed, tmp_path, "run", saved, whole)

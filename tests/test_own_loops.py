@@ -383,7 +383,7 @@ def test_launch_starts_a_loop_of_ones_own_with_its_arguments_and_again_after_a_c
     done = run(harness_command(*words), cwd=folder)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "arguments ['--config', 'theirs.yaml', 'key=value', '--crash']" in done.stdout
-    assert "crashed on purpose" in done.stdout + done.stderr and "attempt 2 goes on from step 2" in done.stdout
+    assert "crashed on purpose" in done.stdout + done.stderr and "attempt 2 resumes from step 2" in done.stdout
     assert json.loads((folder / "runs/a/attempts/0002.end.json").read_text())["why"] == "finished"
     end = json.loads((folder / "runs/a/attempts/0001.end.json").read_text())
     assert end["why"] == "failed" and "the loop was left at step 4" in end["error"], "that is how it looks from here"

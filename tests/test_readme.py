@@ -60,7 +60,7 @@ def test_every_command_and_every_program_of_the_readme_works(most: int | None, t
         said.append(done.stdout)
         assert done.returncode == 0, f"{block}\n{done.stdout}\n{done.stderr}"
     together = "\n".join(said)
-    assert "goes on from step" in together, "the run was not killed in the middle"
+    assert "resumes from step" in together, "the run was not killed in the middle"
     assert "equal, bit for bit" in said[1]
     accuracy = re.search(r"val_acc ([\d.]+)", said[0])
     assert accuracy and float(accuracy[1]) >= 0.97

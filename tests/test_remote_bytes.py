@@ -62,7 +62,7 @@ def test_three_ranks_fetch_a_large_checkpoint_once_and_restore_it_alike(
     size = size_of(home, 4)
     with FaultProxy(home.server.host, home.server.port) as proxy:
         done = run(torchrun(3, *task, place, f"run.remote={home.url}"), env=home.env(proxy))
-        assert done.returncode == 0 and "goes on from step 4" in done.stdout, done.stdout + done.stderr
+        assert done.returncode == 0 and "resumes from step 4" in done.stdout, done.stdout + done.stderr
         assert fetched_bytes(proxy, "step_00000004-0001.pt") == size > 16 << 20
     assert differing(whole, home) == []  # DDP adds all ranks' gradients: a rank that was restored otherwise would show
 
@@ -102,7 +102,7 @@ def test_damaged_in_the_bucket_the_newest_whole_one_is_gone_on_from_and_the_othe
     for kind in ("pt", "json"):  # another run's, whole, under the name of one of ours
         home.put(f"checkpoints/step_00000015-0001.{kind}", other.read(f"checkpoints/step_00000015-0001.{kind}"))
     done = run(alone(*TASK, "train.max_steps=16", f"run.dir={tmp_path}/run", f"run.remote={home.url}"), env=home.env())
-    assert done.returncode == 0 and "goes on from step 10 " in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 0 and "resumes from step 10 " in done.stdout, done.stdout + done.stderr
     for step in damaged:
         assert any(f"step_{step:08d}-0001" in line for line in done.stdout.splitlines() if "passed over" in line), (step, done.stdout)
         key = f"checkpoints/step_{step:08d}-0001.json"

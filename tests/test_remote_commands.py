@@ -105,7 +105,7 @@ def test_after_a_rollback_the_next_start_anywhere_goes_on_from_there(
     directory = tmp_path / "run"
     home = trained.branch(15, directory)
     code, text = command(home.env(), "rollback", str(directory) if where == "directory" else home.url, "10")
-    assert code == 0 and "goes on from step 10" in text
+    assert code == 0 and "resumes from step 10" in text
     assert home.head() == (2, 10) and home.steps() == [5, 10, 15, 10], "something was deleted"
     place = tmp_path / "elsewhere" if where == "directory" else directory  # the directory still has what was rolled back
     done = run(alone(*TASK, "train.max_steps=15", f"run.remote={home.url}", f"run.dir={place}"), env=home.env())
@@ -133,7 +133,7 @@ def test_launch_knows_a_run_that_is_in_the_bucket_only(bucket: tuple[S3Server, s
     line = harness("launch", *TASK, "train.max_steps=6", "task.args.fail_at=6", "run.dir=null", f"run.remote={home.url}")
     done = run(line, env=home.env())
     assert done.returncode == 0 and "the task fails in forward pass 6" in done.stderr, done.stderr
-    assert "goes on from step 5" in done.stdout, done.stdout
+    assert "resumes from step 5" in done.stdout, done.stdout
     assert json.loads(home.read("attempts/0002.end.json"))["why"] == "finished"
 
 

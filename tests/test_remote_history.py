@@ -239,7 +239,7 @@ def test_a_zombie_stopped_between_data_and_manifest_commits_what_nobody_looks_at
     assert fmt.manifest_key(5, 1) in place.tags(), "the late request was done"
     assert orders(remote) == [(3, 2)]
     notes = listed(place.url, capsys)
-    assert "cut off" in notes[fmt.stem(5, 1)] and notes[fmt.stem(3, 2)] == "next start goes on from here"
+    assert "cut off" in notes[fmt.stem(5, 1)] and notes[fmt.stem(3, 2)] == "next start resumes from here"
 
 
 @pytest.mark.parametrize("where", WHERE)
@@ -857,5 +857,5 @@ def test_the_whole_program_alone_goes_on_from_the_bucket_on_another_machine(trai
     settings = [f"run.dir={tmp_path / 'b'}", f"run.remote={place.url}", "task.name=small_task:build"]
     ran = run(alone(*settings, "checkpoint.every_steps=2", "train.max_steps=8"), env=place.server.environment)
     assert ran.returncode == 0, ran.stderr
-    assert "goes on from step 4 (step_00000004-0001)" in ran.stdout
+    assert "resumes from step 4 (step_00000004-0001)" in ran.stdout
     assert [m.order for m in read_catalog(remote).history][:2] == [(2, 8), (2, 6)]

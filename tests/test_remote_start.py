@@ -57,7 +57,7 @@ def test_unreachable_for_a_while_it_says_so_and_goes_on_where_the_run_stands(
         with proxy:
             assert process.wait(60) == 0, log.read_text()
     text = log.read_text()
-    assert "answers again" in text and "goes on from step 20" in text, text
+    assert "answers again" in text and "resumes from step 20" in text, text
     assert home.steps()[-1] == 25 and home.attempts()[2]["from"]["step"] == 20
 
 

@@ -148,7 +148,7 @@ def test_in_a_storm_of_faults_nothing_is_lost_or_torn_and_people_read_few_lines(
         asked = len(proxy.requests)
     assert asked > 200 and len(struck) > 15, (asked, len(struck))
     home.check_none_is_torn()
-    assert "goes on from step 12" in outputs[1]
+    assert "resumes from step 12" in outputs[1]
     assert home.steps()[-1] == 20 and differing(calm, home) == []
     assert losses(home) == losses(calm)
     assert sum("warning" in line for line in "".join(outputs).splitlines()) <= 4, outputs

@@ -1,4 +1,4 @@
-"""Steps that are made again after a kill are compared with what they were; whatever a checkpoint does not hold shows there."""
+"""Recomputed steps are compared after a kill with what they were; whatever a checkpoint does not hold shows there."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def outcome(folder: Path, env: dict[str, str], then: dict[str, str] | None = Non
 def test_equal_steps_are_said_to_be_equal(tmp_path, capsys):
     lived = outcome(tmp_path, {})
     assert lived.is_equal, lived.rows
-    assert "2 steps are made again" in lived.resumed.text
+    assert "2 steps to recompute" in lived.resumed.text
     assert "harness: 2 recomputed steps, all equal" in lived.resumed.text
     assert "MISMATCH" not in lived.resumed.text
     (event,) = told(tmp_path, "replayed")
@@ -76,20 +76,20 @@ def test_a_generator_that_nobody_tracks_is_caught_at_the_first_step(tmp_path, ca
     lived = outcome(tmp_path, NOISY)
     assert lived.resumed.code == 0, "by default it is only said"
     assert lived.resumed.text.count("MISMATCH") == 1
-    assert "MISMATCH: step 7 was made again, and is not what it was: loss: same samples" in lived.resumed.text
+    assert "MISMATCH: recomputed step 7 is not what it was: loss: same samples" in lived.resumed.text
     (event,) = told(tmp_path, "mismatch")
     assert (event["step"], event["what"], event["before"], event["attempt"]) == (7, "loss", 1, 2)
     assert event["was"] != event["now"] and len(event["hosts"]) == len(event["devices"]) == 2
     assert str(event["was"]) in lived.resumed.text and str(event["now"]) in lived.resumed.text
     assert not told(tmp_path, "replayed")
     for command in ("status", "report"):
-        assert "MISMATCH: step 7" in said(capsys, command, str(tmp_path / "killed"))
+        assert "MISMATCH: recomputed step 7" in said(capsys, command, str(tmp_path / "killed"))
     assert json.loads(said(capsys, "status", "--json", str(tmp_path / "killed")))["replays"]["2"]["verdict"] == "mismatch"
 
 
 def test_other_samples_are_told_as_such(tmp_path):
     lived = outcome(tmp_path, {"OTHER": "no"}, {"OTHER": "yes"})
-    assert "MISMATCH: step 7 was made again, and is not what it was: data: other samples" in lived.resumed.text
+    assert "MISMATCH: recomputed step 7 is not what it was: data: other samples" in lived.resumed.text
 
 
 def test_a_run_that_is_to_stop_ends_before_its_next_save_and_is_not_started_again(tmp_path):

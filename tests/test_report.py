@@ -185,7 +185,7 @@ def test_the_report_says_first_what_matters(made: Made, capfd: pytest.CaptureFix
     assert main(["report", str(made.store)]) == 0
     printed = capfd.readouterr().out
     assert printed.splitlines()[0].endswith("finished (at step 9)")
-    assert printed.splitlines()[1] == "12.4% of 3:53 was useful training, 1 interruption, 3 steps had to be made again"
+    assert printed.splitlines()[1] == "12.4% of 3:53 was useful training, 1 interruption, 3 steps recomputed"
     assert "interrupted every 50 s on average" in printed
     assert "1 save; one keeps training waiting for 0.125 s and is safe after 0.5 s" in printed
     assert re.search(r"waiting to be started +2:56 +75.5%  █{30}\n", printed)
@@ -231,7 +231,7 @@ def test_the_page_is_one_whole_file_that_asks_for_nothing(made: Made, tmp_path: 
     kinds = [attributes.get("class") for tag, attributes in reader.seen if tag == "rect"]
     assert kinds.count("redone") == 2 and kinds.count("lost") == 2, "in the bar of shares, and in the attempt's row"
     assert sum(attributes.get("class") == "resume" for _, attributes in reader.seen) == 1
-    assert text.count("✖") >= 2 and "attempt 2 goes on from step 4" in text
+    assert text.count("✖") >= 2 and "attempt 2 resumes from step 4" in text
 
 
 def test_a_page_that_cannot_be_written_says_so(made: Made, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

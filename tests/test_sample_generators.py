@@ -49,7 +49,7 @@ def test_samples_that_draw_from_a_generator_that_is_held_are_the_same_after_a_ki
     data = f"DataLoader(Noisy(), 16, shuffle=True, num_workers={workers})"
     source = NOISY.replace("MADE", made).replace("DRAWN", drawn) + LOOP.replace("DATA", data)
     outcome = killed_once(tmp_path, source)
-    assert "goes on from step 6" in outcome.resumed.text
+    assert "resumes from step 6" in outcome.resumed.text
     assert outcome.is_equal, outcome.rows
     assert "differ each time" not in outcome.whole.text
 

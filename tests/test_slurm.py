@@ -55,7 +55,7 @@ def test_a_run_that_is_preempted_finishes_as_if_it_never_was(slurm: SlurmCluster
     assert run.lives() == times + 1
     assert run.ends() == [("stopped", True)] * times + [("finished", True)]
     log = run.log()
-    for line in ("attempt 1 begins at step 0", f"attempt {times + 1} goes on from step", "harness: finished at step 40"):
+    for line in ("attempt 1 begins at step 0", f"attempt {times + 1} resumes from step", "harness: finished at step 40"):
         assert log.count(line) == 1, log
     assert log.count("everything saved; start again to go on") == times and log.rstrip().endswith("harness: finished: at step 40"), log
     assert "Traceback" not in log and "Terminated" not in log, log

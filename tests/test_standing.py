@@ -823,7 +823,7 @@ def test_the_last_try_takes_the_only_checkpoint_if_there_is_no_other(tmp_path, h
     assert json.loads((directory / "launches" / "9.2.json").read_text())["steps_back"] is True
     born = nursery.bear("train", {launches.ENVIRONMENT: "9.2"}, tmp_path / "2.log", task)
     assert born.wait() == 0, born.text
-    assert "goes on from step 2" in born.text
+    assert "resumes from step 2" in born.text
 
 
 def test_a_launch_without_a_record_is_judged_by_its_attempts(store):

@@ -63,7 +63,7 @@ def test_a_stream_whose_state_loses_its_shuffle_buffer_is_refused_before_trainin
 def test_one_whose_state_keeps_it_is_exact_and_trains_as_if_it_had_not_been_tried(tmp_path):
     source = STREAM + LOOP.replace("DATA", "Stream(kept=True)")
     outcome = killed_once(tmp_path, source)
-    assert "goes on from step 6" in outcome.resumed.text
+    assert "resumes from step 6" in outcome.resumed.text
     assert outcome.is_equal, outcome.rows
     assert "warning" not in outcome.whole.text
     live(tmp_path, source.replace("epochs=2", "epochs=2, check_stream=False"), "unchecked")
@@ -109,7 +109,7 @@ class Told(IterableDataset):
         self.begin, self.begun = state["at"], state["epoch"]
 """
     outcome = killed_once(tmp_path, source + LOOP.replace("DATA", "Told()"), die=17)
-    assert "goes on from step 15" in outcome.resumed.text
+    assert "resumes from step 15" in outcome.resumed.text
     assert outcome.is_equal, outcome.rows
     assert newest(tmp_path / "whole")["data"]["kinds"] == {"order": "told the epoch"}
 
@@ -326,7 +326,7 @@ def test_second_sources_go_on_where_they_were(tmp_path, ranks, workers):
     stream = STREAM.replace("yield torch.full((8,), number / self.size), torch.ones(1)", "yield torch.full((8,), number / self.size)")
     source = BESIDE.replace("OTHERS", stream).replace("MORE", MORE.replace("WORKERS", str(workers)))
     outcome = killed_once(tmp_path, source, die=17, ranks=ranks)
-    assert "goes on from step 15" in outcome.resumed.text
+    assert "resumes from step 15" in outcome.resumed.text
     assert outcome.is_equal, outcome.rows
     assert "warning" not in outcome.whole.text + outcome.resumed.text
     data = newest(tmp_path / "whole")["data"]
@@ -501,6 +501,6 @@ class Resumable(DataLoader):
         self.dataset.load_state_dict(state)
 """ + LOOP.replace("DATA, 8", "Resumable(Numbers(kept=True), 8)")  # fmt: skip
     outcome = killed_once(tmp_path, source, die=17)
-    assert "goes on from step 15" in outcome.resumed.text
+    assert "resumes from step 15" in outcome.resumed.text
     assert outcome.is_equal, outcome.rows
     assert newest(tmp_path / "whole")["step"] == 24

@@ -61,9 +61,7 @@ def test_who_dies_goes_on_from_the_last_step(tmp_path, kept, uninterrupted, capf
     train(tmp_path / "a", **options)
     said = capfd.readouterr().out
     assert (
-        "taking step_00000006-0001 from this machine's memory" in said
-        and "goes on from step 6 " in said
-        and "no step is made again" in said
+        "taking step_00000006-0001 from this machine's memory" in said and "resumes from step 6 " in said and "0 steps to recompute" in said
     )
     assert not kept.root.exists(), "the run is over"
     assert steps_of(tmp_path / "a")[-1] == 12 and 7 in {event["step"] for event in events(tmp_path / "a", "saved")}, "on the disk at once"
@@ -92,7 +90,7 @@ class Trap(io.StringIO):
     """An output that has this process terminated when it hears some words."""
 
     def write(self, text: str) -> int:
-        if "goes on from step 6 " in text:
+        if "resumes from step 6 " in text:
             os.kill(os.getpid(), signal.SIGTERM)
             wait_until(preemption.requested, "the signal is noticed")
         return super().write(text)
@@ -126,7 +124,7 @@ def test_what_is_damaged_in_memory_is_passed_over(tmp_path, kept, uninterrupted,
     capfd.readouterr()
     train(tmp_path / "a", **ON_DISK)
     said = capfd.readouterr().out
-    assert "goes on from step 4 " in said and ("passed over" in said or how == "manifest torn")
+    assert "resumes from step 4 " in said and ("passed over" in said or how == "manifest torn")
     assert not kept.root.exists() and list_differences(tmp_path / "a", uninterrupted) == []
 
 
@@ -153,7 +151,7 @@ def test_what_is_older_than_the_disk_is_let_go(tmp_path, kept, uninterrupted, ca
         (kept.root / "checkpoints" / name).write_bytes(content)
     capfd.readouterr()
     train(tmp_path / "a", save_every_steps=4)
-    assert "goes on from step 4 " in capfd.readouterr().out
+    assert "resumes from step 4 " in capfd.readouterr().out
     assert not kept.root.exists() and list_differences(tmp_path / "a", uninterrupted) == []
 
 
@@ -238,8 +236,8 @@ def test_a_rank_that_is_killed_costs_no_step(tmp_path, kept, ranks, started: Cal
         assert process.wait(timeout=120) == 0, log.read_text()
     said = log.read_text()
     assert "from this machine's memory" in said, said
-    (goes_on,) = [line for line in said.splitlines() if "goes on from step" in line]
-    assert int(goes_on.split("goes on from step ")[1].split()[0]) >= last
+    (goes_on,) = [line for line in said.splitlines() if "resumes from step" in line]
+    assert int(goes_on.split("resumes from step ")[1].split()[0]) >= last
     assert list_differences(directory, tmp_path / "b") == []
     assert not kept.root.exists()
 

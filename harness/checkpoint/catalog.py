@@ -173,7 +173,7 @@ class Catalog:
             if record.get("from", "unreadable") is not None:
                 hints.append(
                     f"{fmt.attempt_key(number)}: "
-                    f"went on from {record.get('from', 'an unreadable record')}"
+                    f"resumed from {record.get('from', 'an unreadable record')}"
                 )
         hints += [
             f"{fmt.end_key(n)}: saved step {end['saved_step']}"

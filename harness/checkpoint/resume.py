@@ -143,7 +143,7 @@ class Chooser:
         if len(candidates) > 1 and self.steps_back():
             choice.notes.append(
                 f"going back behind {candidates[0][0].name}: "
-                "every attempt to go on from it has died"
+                "every attempt that resumed from it has died"
             )
             candidates = [*candidates[1:], candidates[0]]
         return [(fmt.to_bytes(m).decode(), places) for m, places in candidates]

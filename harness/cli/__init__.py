@@ -32,7 +32,7 @@ COMMANDS = {
     "verify": "read and check everything, name what is damaged",
     "diff": "which tensors and settings of two checkpoints differ",
     "prune": "delete what retention lets go, and what crashes left behind",
-    "rollback": "let a run go on from an older checkpoint",
+    "rollback": "let a run resume from an older checkpoint",
     "supervise": "for job scripts: may this launch begin, shall there be another one",
     "export": "a model for others: weights, safetensors, TorchScript, torch.export …",
     "import": "let a checkpoint, or anybody's file, become the beginning of a run",

@@ -1,4 +1,4 @@
-r"""Let a checkpoint become the beginning of a run, which goes on from there by itself.
+r"""Let a checkpoint become the beginning of a run, which resumes from there by itself.
 
 FILE is a run or a checkpoint of this harness: then NEWRUN is a fork. Or it is a file that another
 program wrote with torch.save, safetensors or TorchScript: then key=value (and --config) name the

@@ -1,4 +1,4 @@
-"""List every checkpoint of a run, newest first, and which one it would go on from.
+"""List every checkpoint of a run, newest first, and which one it would resume from.
 
 For a run directory that has a remote store, both stores are listed. The column "data" compares
 sizes only; with --verify all data is read and checked.
@@ -66,7 +66,7 @@ def _checkpoints(found: Catalog, verify: bool) -> list[tuple[str, ...]]:
     rows = []
     for m in sorted(found.manifests, key=lambda m: m.order, reverse=True):
         note = (
-            "next start goes on from here"
+            "next start resumes from here"
             if m.name == chosen
             else ""
             if m.name in history

@@ -1,4 +1,4 @@
-"""Let a run go on from an older checkpoint.
+"""Let a run resume from an older checkpoint.
 
 The older checkpoint is copied as the first one of a new attempt, which cuts off all later
 checkpoints. Nothing is deleted. A training process of the run that is still alive ends as
@@ -48,7 +48,7 @@ def run(given: argparse.Namespace) -> int:
     copy = commit.adopt(source, manifest, target, attempt, going_on_from(manifest))
     for store in found.stores:
         attempts.end_copied(store, attempt, copy, by="rollback")
-    say(f"{copy.name}: the next start goes on from step {copy.step}, as {manifest.name} was")
+    say(f"{copy.name}: the next start resumes from step {copy.step}, as {manifest.name} was")
     return 0
 
 

@@ -144,7 +144,7 @@ def before(settings: Config, name: str, *, submitted: bool = False) -> int:
             settings.notify,
             "resumed",
             str(stores[0]),
-            f"goes on from step {step}",
+            f"resumes from step {step}",
             step=step,
             launch=name,
         )

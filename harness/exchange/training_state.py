@@ -77,7 +77,7 @@ def position(
     where = Where(epoch, epoch * (per_epoch or 0) if updates is None else updates)
     if not (0 <= where.epoch < MOST and 0 <= where.step < MOST):
         raise UsageError(
-            "a run cannot go on from there",
+            "a run cannot resume from there",
             f"found: epoch {where.epoch}, step {where.step}",
             "Say: --epoch, --step.",
         )
@@ -112,7 +112,7 @@ def _whole(parts: list[Part], name: str) -> int | None:
     if value is None or (value == value and 0 <= value < MOST and value == int(value)):
         return None if value is None else int(value)
     raise UsageError(
-        f"a run cannot go on from {name} {value}",
+        f"a run cannot resume from {name} {value}",
         "found: in the file",
         f"Say it: --{name} ({name}=…).",
     )

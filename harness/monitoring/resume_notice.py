@@ -29,5 +29,5 @@ def resumed(found: Catalog, origin: Manifest | None, account: Goodput, last: int
     account.redone_until = again + (origin.step if origin else 0)
     if origin is None:
         return ""
-    steps = {0: "no step is", 1: "one step is"}.get(again, f"{again} steps are")
-    return f"; saved {duration(attempt_history.age_s(origin))} ago, {steps} made again"
+    steps = "1 step" if again == 1 else f"{again} steps"
+    return f"; saved {duration(attempt_history.age_s(origin))} ago, {steps} to recompute"

@@ -187,7 +187,7 @@ def _loss(time: Timeline) -> str:
     marks = [
         (
             float(stretch.life.went_on_from),
-            f"attempt {stretch.life.attempt} goes on from step {stretch.life.went_on_from}",
+            f"attempt {stretch.life.attempt} resumes from step {stretch.life.went_on_from}",
         )
         for stretch in time.stretches[1:]
     ]

@@ -19,8 +19,8 @@ def headline(time: Timeline) -> str:
     parts.append({0: "never interrupted", 1: "1 interruption"}.get(count, f"{count} interruptions"))
     if count:
         parts.append(
-            {0: "no step had to be made again", 1: "1 step had to be made again"}.get(
-                again, f"{again} steps had to be made again"
+            {0: "no step recomputed", 1: "1 step recomputed"}.get(
+                again, f"{again} steps recomputed"
             )
         )
     return ", ".join(parts)

@@ -29,7 +29,7 @@ WAITING, LOST, OTHER = "waiting", "lost", "other"
 # Categories of time, in the order of the report, and their names for people.
 WORDS = {
     "training": "useful training",
-    "redone": "steps made again",
+    "redone": "recomputed steps",
     LOST: "cut off by a kill",
     WAITING: "waiting to be started",
     "startup": "start-up",

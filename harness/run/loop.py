@@ -467,7 +467,7 @@ class Run:
         self._pace = Throughput(self.clock, self.step, self._account.steps_per_s)
         if self.is_writer:
             self._saver.background.watch_updates(self.tracked, self.say)
-        source = f"goes on from step {self.step} ({origin.name})" if origin else "begins at step 0"
+        source = f"resumes from step {self.step} ({origin.name})" if origin else "begins at step 0"
         self.say(
             f"harness: attempt {attempt.number} {source} in "
             f"{' and '.join(map(str, self._saver.stores))}{self._saver.resumed}"

@@ -103,7 +103,7 @@ def _check_not_overtaken(stores: tuple[Store, ...], before: Catalog, attempt: At
         words,
         "found: another process trained this run until "
         f"attempt {attempt.number} was claimed here; it ends now",
-        "Start again: the next start goes on from what is newest. A supervisor does so by itself.",
+        "Start again: the next start resumes from what is newest. A supervisor does so by itself.",
     )
 
 

@@ -90,8 +90,8 @@ class RecomputedSteps:
         )
         if problem:
             say(
-                "harness: warning: what the steps were that are made again "
-                f"cannot be read: {problem}"
+                "harness: warning: recomputed steps cannot be compared, their records are "
+                f"unreadable: {problem}"
             )
         self._identities = identity.AttemptIdentities(
             attempt.number,

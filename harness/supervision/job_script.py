@@ -27,10 +27,10 @@ TEMPLATE = (
 # Trains one run to its end, over as many lives of this job as that takes. Submit once.
 #
 #   preempted, asked to stop      all ranks finish the same step, save, and leave; the job is """
-    r"""queued again and goes on from that step
+    r"""queued again and resumes from that step
 #   near its time limit           the same, by itself, run.margin_s seconds before; no --signal """
     r"""is needed
-#   a crash, a lost node          the job is queued again and goes on from the newest checkpoint
+#   a crash, a lost node          the job is queued again and resumes from the newest checkpoint
 #   {most} crashes in a row            without a new checkpoint between them: the job fails, and """
     r"""the last lines of its log say of what
 #   finished                      the job ends, and is not queued again; so do `scancel` and """
@@ -79,7 +79,7 @@ requeue() {{
     done
     # Where a job may not queue itself again (or has no scontrol), submit this script several """
     r"""times: thanks to --dependency=singleton
-    # they run one after another, each goes on from where the last one stopped, and those that """
+    # they run one after another, each resumes from where the last one stopped, and those that """
     r"""find the run finished end at once.
     echo "harness: this job cannot be queued again; submit it again to go on" >&2
     exit $answer

@@ -85,7 +85,7 @@ def replayed_in_words(record: Mapping[str, Any]) -> str:
             f"{_listed(record, 'expected')} ({which}: {', '.join(lines)})"
         )
     first = (
-        f"MISMATCH: {step} was made again, and is not what it was: {which}: "
+        f"MISMATCH: recomputed {step} is not what it was: {which}: "
         f"{'other' if what == DATA else 'same'} samples"
     )
     suspects = _listed(record, "suspects")

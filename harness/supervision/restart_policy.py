@@ -172,7 +172,7 @@ def outcome(found: Catalog, launches: Sequence[Launch] = ()) -> Outcome:
             return Outcome("finished", f"at step {head.step}", EXIT_FINISHED)
         return Outcome(
             "to be continued",
-            f"the last checkpoint's data is gone; a start goes on from step {whole[0].step}",
+            f"the last checkpoint's data is gone; a start resumes from step {whole[0].step}",
             EXIT_STOPPED,
         )
     return _ended(found, launches)
