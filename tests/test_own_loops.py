@@ -158,6 +158,24 @@ def test_a_stream_is_looped_over_by_epochs(tmp_path):
     assert list(differences(newest(tmp_path / "whole"), newest(tmp_path / "a"))) == []
 
 
+@pytest.mark.parametrize("other", ["a loop that is still alive", "an optimizer of the same parameters", "a second update"])
+def test_gradients_that_are_used_more_than_once_in_a_step_are_not_taken_for_lasting_ones(tmp_path, other):
+    """They would be kept as zeros, and be there after a restart where None would be without it."""
+    if other == "a loop that is still alive":
+        first, *_ = begin(tmp_path / "first")
+        alive = first.batches(points(), 8, epochs=1)
+        next(alive)
+    job, model, optimizer, _ = begin(tmp_path / "a")
+    again = torch.optim.SGD(model.parameters(), lr=0.01)
+    for (x,) in job.batches(points(), 8, epochs=1, max_steps=6):
+        update(model, optimizer, x)
+        if other == "an optimizer of the same parameters":
+            again.step()
+        if other == "a second update":
+            optimizer.step()
+    assert "gradients" not in newest(tmp_path / "a")
+
+
 # Loops that find their data themselves.
 
 

@@ -18,6 +18,7 @@ they are kept with their values. The next backward pass shows, once, which of th
 from __future__ import annotations
 
 import hashlib
+import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -29,7 +30,9 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from harness.distributed.ddp import parts, plain
 from harness.errors import UsageError
 
-MARK = "_used_at"  # an attribute of a gradient: its version after the last step that used it
+# An attribute of a gradient, numbered by who observes it (several loops may be alive in a process):
+# its version after the last step that used it.
+MARK, OBSERVERS = "_used_at_", itertools.count()
 NEVER = -1  # a mark that equals no version
 USED = "used"  # key of a gradient that the last step used and the next backward pass adds to
 # Stands for a gradient that is zero everywhere. An optimizer does not treat it like None.
@@ -52,6 +55,10 @@ class Gradients:
             clock: returns the time in seconds.
         """
         self._step, self._clock = step, clock
+        self._mark = f"{MARK}{next(OBSERVERS)}"
+        self._mark_of_step = (
+            f"{self._mark}_step"  # of the examined gradients: the step that used it
+        )
         self._named: dict[str, nn.Parameter] = {}
         # Optimizers and parameters are keys by id.
         self._owner: dict[int, int | None] = {}  # by parameter: its optimizer
@@ -110,27 +117,32 @@ class Gradients:
             self._gaps[owner] = gap
         self._stepped[owner] = step
         self._given_up.discard(owner)
-        is_first = True
+        mark, is_first = self._mark, True
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 if (gradient := parameter.grad) is not None:
                     if is_first:
                         is_first = False
-                        self._note_lasting(owner, parameter, gradient)
+                        self._note_lasting(owner, parameter, gradient, step)
                     try:
-                        gradient._used_at = gradient._version
-                    except (
-                        RuntimeError
-                    ):  # one that was made for inference does not count its versions
-                        gradient._used_at = 0
+                        setattr(gradient, mark, gradient._version)
+                    except RuntimeError:  # made for inference: it does not count its versions
+                        setattr(gradient, mark, 0)
 
-    def _note_lasting(self, owner: int, parameter: nn.Parameter, gradient: torch.Tensor) -> None:
+    def _note_lasting(
+        self, owner: int, parameter: nn.Parameter, gradient: torch.Tensor, step: int
+    ) -> None:
         """Note whether an optimizer's gradients persist as the same tensors.
 
         If they do, a hook on the next backward pass checks, once, whether they were set to zero
-        before it. One gradient is examined for all gradients of the optimizer.
+        before it. One gradient is examined for all gradients of the optimizer. Within one step
+        several optimizers may use it, and each several times.
         """
-        if not hasattr(gradient, MARK):
+        used_in = getattr(gradient, self._mark_of_step, None)
+        setattr(gradient, self._mark_of_step, step)
+        if used_in == step:
+            return
+        if used_in is None:
             self._lasting.discard(owner)
         elif owner not in self._lasting:
             self._lasting.add(owner)
@@ -147,7 +159,7 @@ class Gradients:
         """Yield the parameters whose gradients are in flight, with their names."""
         for name, parameter in self._named.items():
             gradient = parameter.grad
-            if gradient is not None and getattr(gradient, MARK, None) != (
+            if gradient is not None and getattr(gradient, self._mark, None) != (
                 0 if gradient.is_inference() else gradient._version
             ):
                 yield name, parameter
@@ -231,7 +243,8 @@ class Gradients:
                 else _tensor(kept_as, parameter)
             )
             if is_used or isinstance(kept_as, str):
-                setattr(parameter.grad, MARK, NEVER)  # the tensor persists
+                for mark in (self._mark, self._mark_of_step):  # the tensor persists
+                    setattr(parameter.grad, mark, NEVER)
 
 
 def named_parameters(tracked: Mapping[str, Any]) -> dict[str, nn.Parameter]:
