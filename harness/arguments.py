@@ -4,65 +4,55 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from numbers import Integral, Real
 from typing import Any
 
 from harness.checkpoint import retention
+from harness.config.rules import COUNT, Rule
+from harness.config.table import settings
 from harness.errors import UsageError
 from harness.monitoring.trackers import check as check_metrics
 
 AUTO = "auto"  # value of `save_every_s`: choose the interval from measured costs
-SNAPSHOTS, WHEN_BUSY = ("overlapped", "checked", "at_once"), ("wait", "skip")
-ON_MISMATCH, ENVIRONMENTS = ("warn", "stop"), ("warn", "refuse")
-
-NUMBERS = {  # whether it must be whole, whether 0 is allowed, whether None is allowed
-    "seed": (True, True, False),
-    "epochs": (True, False, False),
-    "max_steps": (True, False, True),
-    "accumulate": (True, False, False),
-    "global_batch_size": (True, False, True),
-    "num_workers": (True, True, False),
-    "log_every_steps": (True, False, False),
-    "save_every_steps": (True, False, True),
-    "save_every_s": (False, True, True),
-    "wait_s": (False, True, False),
-    "keep_last": (True, False, False),
-    "keep_every_steps": (True, False, True),
-    "keep_best": (True, True, False),
-    "timeout_s": (False, False, False),
-    "step_timeout_s": (False, False, True),
-    "grace_s": (False, False, True),
-    "margin_s": (False, True, False),
-}
+# Arguments whose default is another one than that of the setting, and those that have no setting.
+OTHER_DEFAULTS: dict[str, Any] = {"seed": 0, "best": "val_loss:min"}
+OTHER_RULES = {"accumulate": COUNT}
+MAY_BE_NONE = ("global_batch_size", "remote_keep")  # a DataLoader has the first, too
+BY_ARGUMENT = {of.argument: of for of in settings() if of.argument}
+DEFAULTS: Mapping[str, Any] = {
+    name: tuple(of.default) if isinstance(of.default, list) else of.default
+    for name, of in BY_ARGUMENT.items()
+} | OTHER_DEFAULTS
 
 
-def check_numbers(given: Mapping[str, Any]) -> None:
-    """Check the arguments that are named in `NUMBERS`; ignore all others.
+def check(given: Mapping[str, Any]) -> None:
+    """Check the arguments of `init`, `batches` or `steps` by the rules of the settings.
+
+    Ignores names that belong to no setting.
 
     Raises:
-        UsageError: Some are not numbers of their kind; the message has a line for each of them.
+        UsageError: Some values are not allowed; the message has a line for each of them.
     """
+    rules = {name: of.rule for name, of in BY_ARGUMENT.items() if of.rule} | OTHER_RULES
     wrong = []
-    for name, (whole, zero, optional) in NUMBERS.items():
-        value = given.get(name, 1)
-        if (value is None and optional) or (name == "save_every_s" and value == AUTO):
-            continue
-        if (
-            not isinstance(value, Integral if whole else Real)
-            or isinstance(value, bool)
-            or float(value) < 0
-            or (not zero and value == 0)
+    for name, rule in rules.items():
+        may_be_none = name in MAY_BE_NONE or (name in BY_ARGUMENT and BY_ARGUMENT[name].may_be_null)
+        if name in given and not (
+            may_be_none if given[name] is None else _holds(rule, given[name])
         ):
-            also = ", auto" * (name == "save_every_s") + ", or None" * optional
-            wrong.append(
-                f"found: {name}={value!r}, expected: a {'whole ' * whole}number "
-                f"{'from 0 on' if zero else 'above 0'}{also}"
-            )
+            allowed = rule.allowed + ", or None" * may_be_none
+            wrong.append(f"found: {name}={given[name]!r}, expected: {allowed}")
     if wrong:
         raise UsageError(
             f"{len(wrong)} argument{'s are' if len(wrong) > 1 else ' is'} not as expected",
             "\n".join(wrong),
         )
+
+
+def _holds(rule: Rule, value: Any) -> bool:
+    try:
+        return rule.holds(value)
+    except (TypeError, AttributeError, ValueError):  # of another type
+        return False
 
 
 @dataclass(frozen=True)
@@ -76,41 +66,32 @@ class Settings:
         UsageError: A value is none of those that are allowed.
     """
 
-    seed: int = 0
-    save_every_s: float | str | None = 60.0
-    save_every_steps: int | None = None
+    seed: int = DEFAULTS["seed"]
+    save_every_s: float | str | None = DEFAULTS["save_every_s"]
+    save_every_steps: int | None = DEFAULTS["save_every_steps"]
     policy: retention.Policy = field(default_factory=retention.Policy)
     remote_policy: retention.Policy = field(default_factory=retention.Policy)
-    wait_s: float = 300.0
+    wait_s: float = DEFAULTS["wait_s"]
     config: dict[str, Any] = field(default_factory=dict)
-    accept: tuple[str, ...] = ()
-    override: tuple[str, ...] = ()
-    log_every_steps: int = 10
-    step_timeout_s: float | None = None
-    grace_s: float | None = None
-    margin_s: float = 30.0
-    is_scratch: bool = False
-    notices: str | None = None
-    snapshot: str = "overlapped"
-    when_busy: str = "wait"
+    accept: tuple[str, ...] = DEFAULTS["accept"]
+    override: tuple[str, ...] = DEFAULTS["override"]
+    log_every_steps: int = DEFAULTS["log_every_steps"]
+    step_timeout_s: float | None = DEFAULTS["step_timeout_s"]
+    grace_s: float | None = DEFAULTS["grace_s"]
+    margin_s: float = DEFAULTS["margin_s"]
+    is_scratch: bool = DEFAULTS["is_scratch"]
+    notices: str | None = DEFAULTS["notices"]
+    snapshot: str = DEFAULTS["snapshot"]
+    when_busy: str = DEFAULTS["when_busy"]
     memory_every_steps: int | None = None
-    log_to: tuple[str, ...] = ()
-    on_mismatch: str = "warn"
-    rehearse: bool = True
-    environment: str = "warn"
+    log_to: tuple[str, ...] = DEFAULTS["log_to"]
+    on_mismatch: str = DEFAULTS["on_mismatch"]
+    rehearse: bool = DEFAULTS["rehearse"]
+    environment: str = DEFAULTS["environment"]
 
     def __post_init__(self) -> None:
+        check(vars(self))
         check_metrics(self.log_to)
-        words = {
-            "snapshot": SNAPSHOTS,
-            "when_busy": WHEN_BUSY,
-            "on_mismatch": ON_MISMATCH,
-            "environment": ENVIRONMENTS,
-        }
-        for name, allowed in words.items():
-            value = getattr(self, name)
-            if value not in allowed:
-                raise UsageError(f"{name} is none of {', '.join(allowed)}", f"found: {value!r}")
 
     def saves_at(self, step: int) -> bool:
         """Return whether a checkpoint of this step is due by the number of the step."""

@@ -92,37 +92,8 @@ def start(settings: Config, stored: dict[str, Any]) -> Run:
     return harness.init(
         settings.run.dir,
         remote=settings.run.remote,
-        seed=settings.train.seed,
-        save_every_s=settings.checkpoint.every_s,
-        save_every_steps=settings.checkpoint.every_steps,
-        keep_last=settings.checkpoint.keep_last,
-        keep_every_steps=settings.checkpoint.keep_every_steps,
-        keep_best=settings.checkpoint.keep_best,
-        best=settings.checkpoint.best,
-        snapshot=settings.checkpoint.snapshot,
-        when_busy=settings.checkpoint.when_busy,
-        memory=settings.checkpoint.memory and settings.checkpoint.memory_every_steps,
-        wait_s=settings.store.wait_s,
-        remote_keep={
-            "last": settings.store.keep_last,
-            "every_steps": settings.store.keep_every_steps,
-            "best": settings.store.keep_best,
-        },
         config=stored,
-        accept=settings.resume.accept,
-        override=settings.resume.override,
-        environment=settings.resume.environment,
-        on_mismatch=settings.resume.on_mismatch,
-        deterministic=settings.train.deterministic,
-        timeout_s=settings.run.timeout_s,
-        step_timeout_s=settings.run.step_timeout_s,
-        grace_s=settings.run.grace_s,
-        margin_s=settings.run.margin_s,
-        is_scratch=settings.run.scratch,
-        notices=settings.run.notices,
-        log_every_steps=settings.log.every_steps,
-        log_to=settings.log.to,
-        rehearse=settings.checkpoint.rehearse,
+        **config.arguments(settings, harness.init),
     )
 
 
@@ -150,7 +121,8 @@ def main(arguments: list[str] | None = None) -> None:
         prog="harness/train.py",
         description="Train a task; resume from the newest checkpoint if there is one.",
         epilog="example: torchrun --standalone --nproc-per-node=2 harness/train.py "
-        "--config configs/digits.yaml run.dir=runs/a",
+        f"--config configs/digits.yaml run.dir=runs/a\n\n{config.help_text()}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "--config",

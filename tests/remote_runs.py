@@ -176,7 +176,7 @@ def trained(s3_server: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Tr
     if s3_server.port not in _TRAINED:
         home = Home(s3_server, s3_server.make_bucket(f"trained-{secrets.token_hex(4)}"), "whole")
         directory = tmp_path_factory.mktemp("trained") / "run"
-        every = ("checkpoint.keep_last=50", f"store.keep_every_steps={EVERY}")  # also what is overtaken before it was uploaded
+        every = ("checkpoint.keep_last=50", f"store.keep.every_steps={EVERY}")  # also what is overtaken before it was uploaded
         settings = (*TASK, f"run.dir={directory}", f"run.remote={home.url}", *every)
         done = run(torchrun(2, *settings), env=home.env())
         assert done.returncode == 0, done.stdout + done.stderr

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from pathlib import Path
 
 import pytest
 import yaml
 from conftest import REPO, alone, run
 
-from harness import config
+import harness
+from harness import cli, config, train
+from harness.config import table
+from harness.config.stored import restored
 from harness.errors import EXIT_USAGE, UsageError
 
 
@@ -69,7 +73,7 @@ def test_every_impossible_value_is_listed_with_what_is_allowed():
         "data.num_workers=-1", "eval.every_steps=0", "eval.batch_size=0", "checkpoint.every_s=0", "checkpoint.every_steps=0",
         "checkpoint.keep_last=0", "checkpoint.keep_every_steps=0", "checkpoint.keep_best=-1", "checkpoint.best=val_acc",
         "log.every_steps=0", "resume.accept=[all]", "run.timeout_s=0", "run.dir=s3://bucket/a", "task.name=no_callable",
-        "checkpoint.memory_every_steps=0",
+        "checkpoint.memory=0", "store.keep={last: 0}",
     ]  # fmt: skip
     said = problems_of(None, impossible)
     assert f"{len(impossible)} problem(s)" in said
@@ -239,3 +243,76 @@ def test_a_wrong_command_line_ends_with_78_and_without_a_traceback(tmp_path):
     assert "2 problem(s)" in ended.stderr and "nonsense: unknown setting" in ended.stderr
     assert "Traceback" not in ended.stderr and ended.stdout == ""
     assert list(tmp_path.iterdir()) == [], "nothing was started"
+
+
+def test_the_page_of_settings_is_as_the_schema_has_it():
+    page = (REPO / "configs/README.md").read_text()
+    assert page == table.markdown(), "run scripts/settings"
+    assert all(f"| `{of.name}` |" in page for of in table.settings())
+
+
+def test_every_setting_is_in_the_help_text_of_the_programs_that_take_settings(capsys):
+    for program in (train.main, lambda given: cli.main(["launch", *given])):
+        with pytest.raises(SystemExit):
+            program(["--help"])
+        shown = capsys.readouterr().out
+        assert all(f"  {of.name}={table.written(of.default)}\n" in shown for of in table.settings())
+
+
+def test_every_default_is_allowed_by_its_own_rule():
+    for of in table.settings():
+        assert of.default is None or of.rule is None or of.rule.holds(of.default), of.name
+        assert of.meaning.endswith("."), of.name
+
+
+def test_arguments_of_the_library_have_the_defaults_and_the_rules_of_their_settings():
+    """But for seed and best, whose defaults differ, and for what a loop must say."""
+    parameters = {
+        name: parameter.default
+        for function in (harness.init, harness.Run.batches, harness.Run.steps)
+        for name, parameter in inspect.signature(function).parameters.items()
+    }
+    named = [of for of in table.settings() if of.argument]
+    assert {of.argument for of in named} <= parameters.keys()
+    others = {"seed", "best", "epochs", "max_steps", "global_batch_size", "remote_keep"}
+    for of in named:
+        default = tuple(of.default) if isinstance(of.default, list) else of.default
+        assert of.argument in others or parameters[of.argument] == default, of.argument
+    settings, _ = config.load(None, ["checkpoint.every_s=5", "resume.accept=[data]", "run.scratch=true"])
+    given = table.arguments(settings, harness.init)
+    assert (given["save_every_s"], given["accept"], given["is_scratch"]) == (5, ["data"], True)
+    assert given.keys() == {of.argument for of in named} & inspect.signature(harness.init).parameters.keys()
+
+
+def test_earlier_names_of_settings_are_still_read_and_the_new_ones_are_said(tmp_path, capsys):
+    file = written(tmp_path / "a.yaml", "store:\n  keep_last: 5\n  keep_best: 1\ncheckpoint:\n  memory: true\n")
+    settings, stored = config.load(file, ["store.keep_last=2", "store.keep_every_steps=null", "checkpoint.memory_every_steps=7"])
+    assert settings.store.keep == {"last": 2, "every_steps": None, "best": 1} and settings.checkpoint.memory == 7
+    assert stored["store"]["keep"] == settings.store.keep and "keep_last" not in stored["store"]
+    said = capsys.readouterr().err
+    assert said.count("store.keep_last is an old name: see store.keep.last") == 1 and "see checkpoint.memory=N" in said
+    assert config.load(None, ["checkpoint.memory_every_steps=7"])[0].checkpoint.memory is False, "it was off then, too"
+    assert "memory_every_steps is an old name" in capsys.readouterr().err
+    assert config.load(None, ["store.keep.last=4"])[0].store.keep == {"last": 4}
+    assert not capsys.readouterr().err
+
+
+def test_settings_that_a_checkpoint_holds_under_earlier_names_are_todays():
+    earlier = {"store": {"wait_s": 300.0, "keep_last": None, "keep_every_steps": 10, "keep_best": None}}
+    earlier["checkpoint"] = {"memory": True, "memory_every_steps": 4}
+    found = restored(earlier)
+    assert found.store.keep == {"every_steps": 10} and found.checkpoint.memory == 4
+    today = {"store": {"wait_s": 300.0, "keep": {"every_steps": 10}}, "checkpoint": {"memory": 4}}
+    assert config.changes(earlier, today) == []
+    plain = {
+        "store": {"keep_last": None, "keep_every_steps": None, "keep_best": None},
+        "checkpoint": {"memory": False, "memory_every_steps": 1},
+    }
+    assert config.changes(plain, {"store": {"keep": {}}, "checkpoint": {"memory": False}}) == []
+
+
+@pytest.mark.parametrize("wrong", [{"best": "val_loss"}, {"snapshot": "no"}, {"accept": "config"}, {"save_every_s": 0}, {"notices": "ibm"}])
+def test_the_library_refuses_what_the_settings_refuse(wrong, tmp_path):
+    with pytest.raises(UsageError, match="argument is not as expected"):
+        harness.init(tmp_path / "a", **wrong)
+    assert not (tmp_path / "a").exists()

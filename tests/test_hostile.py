@@ -28,7 +28,7 @@ import harness
 from harness import config
 from harness.checkpoint import format as fmt
 from harness.cli import main, supervise
-from harness.config.schema import NotifySettings, SlurmSettings
+from harness.config.schema_services import NotifySettings, SlurmSettings
 from harness.config.user_program import check_loop
 from harness.errors import ChangedError, HarnessError, UsageError
 from harness.exchange import files, rebuild, single_read

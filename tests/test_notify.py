@@ -15,7 +15,7 @@ import pytest
 from conftest import harness, outliving, run
 
 from harness import config
-from harness.config.schema import NotifySettings
+from harness.config.schema_services import NotifySettings
 from harness.errors import UsageError
 from harness.supervision.notify import notify
 

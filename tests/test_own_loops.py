@@ -355,7 +355,7 @@ def test_arguments_that_are_no_such_numbers_are_all_named_before_anything_begins
     with pytest.raises(UsageError) as caught:
         harness.init(tmp_path / "a", seed="x", save_every_steps=0, keep_last="3", wait_s=None, grace_s=None, save_every_s=0.5)
     assert caught.value.what.startswith("4 arguments")
-    for words in ("seed='x'", "save_every_steps=0", "keep_last='3'", "wait_s=None, expected: a number from 0 on"):
+    for words in ("seed='x'", "save_every_steps=0", "keep_last='3'", "wait_s=None, expected: a number of seconds from 0 on"):
         assert words in caught.value.found
     assert not (tmp_path / "a").exists()
     job, *_ = begin(tmp_path / "a")

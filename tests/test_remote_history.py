@@ -31,7 +31,7 @@ from harness.store import LocalStore, Store, open_store
 
 EXIT_STORAGE, EXIT_STOPPED, EXIT_SUPERSEDED, EXIT_USAGE = 74, 75, 76, 78  # the contract, in figures
 LONG = ("train.epochs=400", "task.args.sleep_s=0.01", "checkpoint.every_steps=5", "checkpoint.keep_last=2", "checkpoint.keep_best=0")
-SHORT = ("train.max_steps=4", "checkpoint.every_steps=2", "store.keep_every_steps=2")  # step 2 is uploaded also if it is overtaken
+SHORT = ("train.max_steps=4", "checkpoint.every_steps=2", "store.keep.every_steps=2")  # step 2 is uploaded also if it is overtaken
 
 
 class Place:

@@ -18,7 +18,7 @@ from s3_server import S3Server
 Start = Callable[..., "subprocess.Popen[str]"]
 LONG = (
     *TASK, "task.args.sleep_s=0.07", "checkpoint.every_steps=2", "checkpoint.keep_last=2",
-    "checkpoint.keep_best=0", "checkpoint.best=val_loss:max", "eval.every_steps=14", "store.keep_every_steps=20", "store.keep_best=1",
+    "checkpoint.keep_best=0", "checkpoint.best=val_loss:max", "eval.every_steps=14", "store.keep.every_steps=20", "store.keep.best=1",
 )  # fmt: skip
 SHORT = (*TASK, "train.epochs=4", "checkpoint.every_steps=10", "store.wait_s=3")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.config.schema import SlurmSettings
+from harness.config.schema_services import SlurmSettings
 from harness.supervision.job_script import Job, script
 
 FOLDER = Path(__file__).resolve().parent.parent / "slurm"

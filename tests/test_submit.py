@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from harness import cli, config
-from harness.config.schema import SlurmSettings
+from harness.config.schema_services import SlurmSettings
 from harness.supervision import code_copy
 from harness.supervision.job_script import Job, script
 

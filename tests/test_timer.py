@@ -150,5 +150,5 @@ def test_a_run_does_not_save_twice_at_its_end(tmp_path):
 
 @pytest.mark.usefixtures("process_as_it_was")
 def test_another_word_is_refused(tmp_path):
-    with pytest.raises(UsageError, match="save_every_s='often', expected: a number from 0 on, auto, or None"):
+    with pytest.raises(UsageError, match="save_every_s='often', expected: a number of seconds above 0, auto, or None"):
         harness.init(tmp_path / "a", save_every_s="often")

@@ -12,6 +12,7 @@ import json
 import sys
 
 from harness import errors
+from harness.config import help_text
 from harness.errors import HarnessError
 from harness.text import say
 
@@ -37,6 +38,8 @@ COMMANDS = {
     "export": "a model for others: weights, safetensors, TorchScript, torch.export …",
     "import": "let a checkpoint, or anybody's file, become the beginning of a run",
 }
+
+TAKE_SETTINGS = ("launch", "submit", "drill")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -73,11 +76,9 @@ def _run(name: str, rest: list[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     module.add_arguments(parser)
-    return int(
-        module.run(
-            *_parsed(parser, with_loop(rest) if name in ("launch", "submit", "drill") else rest)
-        )
-    )
+    if name in TAKE_SETTINGS:
+        parser.epilog = help_text()
+    return int(module.run(*_parsed(parser, with_loop(rest) if name in TAKE_SETTINGS else rest)))
 
 
 def with_loop(given: list[str]) -> list[str]:

@@ -16,11 +16,12 @@ import argparse
 import datetime
 from typing import Any
 
-from harness.arguments import check_numbers
+from harness.arguments import check
 from harness.checkpoint import format as fmt
 from harness.checkpoint import load, retention
 from harness.checkpoint.catalog import Catalog
 from harness.cli import locate
+from harness.config.names import stored_under_todays_names
 from harness.selfcheck import step_records
 from harness.store import SET_ASIDE, TEMP, Store
 from harness.store.bucket import Unfinished
@@ -55,7 +56,7 @@ def run(given: argparse.Namespace) -> int:
         UsageError: There is no run, or a number is none that the setting may have.
         StorageError: The store fails.
     """
-    check_numbers({name: value for name, value in vars(given).items() if value is not None})
+    check({name: value for name, value in vars(given).items() if value is not None})
     store, found = locate.run(given.run)
     # Raises if only a newer harness can derive the run's history.
     found.check_readable()
@@ -177,16 +178,14 @@ def _settings(store: Store, found: Catalog) -> dict[str, Any]:
 def _policy(store: Store, found: Catalog, given: argparse.Namespace) -> retention.Policy:
     """Return the retention policy: the command line first, then the run's settings.
 
-    For a remote store, the settings `store.*` take precedence over `checkpoint.*`.
+    For a remote store, `store.keep` takes precedence over `checkpoint.keep_*`.
     """
-    settings = _settings(store, found)
-    kept: dict[str, Any] = settings.get("checkpoint") or {}
+    settings = stored_under_todays_names(_settings(store, found))
+    names = ("keep_last", "keep_every_steps", "keep_best", "best")
+    kept = {name: settings[key] for name in names if (key := f"checkpoint.{name}") in settings}
     if not store.is_local:
-        kept |= {
-            name: value
-            for name, value in (settings.get("store") or {}).items()
-            if value is not None
-        }
+        there = settings.get("store.keep") or {}
+        kept |= {f"keep_{name}": value for name, value in there.items() if value is not None}
     default = retention.Policy()
     chosen: dict[str, Any] = {
         name: value if (value := getattr(given, name)) is not None else kept.get(name, otherwise)

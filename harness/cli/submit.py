@@ -90,7 +90,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dry-run", action="store_true", help="print the script; write and submit nothing"
     )
-    parser.add_argument("settings", nargs="*", metavar="key=value")
+    parser.add_argument(
+        "settings", nargs="*", metavar="key=value", help="settings that override the file's"
+    )
 
 
 def run(given: argparse.Namespace) -> int:

@@ -63,7 +63,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="before: refuse unless the run's record is there, made by harness submit",
     )
-    parser.add_argument("settings", nargs="*", metavar="key=value")
+    parser.add_argument(
+        "settings", nargs="*", metavar="key=value", help="settings that override the file's"
+    )
 
 
 def run(given: argparse.Namespace) -> int:

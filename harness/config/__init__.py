@@ -14,18 +14,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from harness.config.names import flatten, nested
+from harness.config.names import flatten, nested, stored_under_todays_names
 from harness.config.schema import FREE, Config
+from harness.config.table import arguments, help_text
 from harness.errors import UsageError
 
 __all__ = [
     "Change",
     "Config",
+    "arguments",
     "changes",
     "check_changes",
     "digest",
     "flatten",
     "from_yaml",
+    "help_text",
     "load",
     "nested",
     "to_yaml",
@@ -98,7 +101,7 @@ class Change:
 
 def changes(old: dict[str, Any], new: dict[str, Any]) -> list[Change]:
     """Return every setting that differs, sorted by name; `task.args` itself is left out."""
-    was, now = flatten(old), flatten(new)
+    was, now = stored_under_todays_names(old), stored_under_todays_names(new)
     names = sorted((was.keys() | now.keys()) - {"task.args"})
     return [
         Change(name, was.get(name), now.get(name))

@@ -7,6 +7,7 @@ imports.
 from __future__ import annotations
 
 import difflib
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +16,18 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from harness.config.defaults import defaults
-from harness.config.names import flatten, nested
-from harness.config.schema import RULES, SPELLED, Config
+from harness.config.names import TODAY, flatten, nested, renamed
+from harness.config.schema import SPELLED, Config
+from harness.config.table import settings as all_settings
 from harness.errors import UsageError
 from harness.store import redacted
+from harness.text import say
 
 
 def read(file: str | None, overrides: list[str]) -> tuple[Config, dict[str, Any]]:
     """Read and check the settings; see `harness.config.load`."""
     problems: list[str] = []
-    settings = _file_settings(file, problems) + _line_settings(overrides, problems)
+    settings = _renamed(_file_settings(file, problems) + _line_settings(overrides, problems))
     merged = defaults()
     known = flatten(_plain(merged, resolve=False))
     for name, value, origin in settings:
@@ -107,13 +110,24 @@ def _line_settings(overrides: list[str], problems: list[str]) -> list[tuple[str,
     return found
 
 
+def _renamed(settings: list[tuple[str, Any, str]]) -> list[tuple[str, Any, str]]:
+    """Return the settings under today's names, and print each earlier name once."""
+    found = list(renamed((name, value) for name, value, _ in settings))
+    for earlier in sorted({earlier for _, _, earlier in found if earlier}):
+        say(f"harness: warning: {earlier} is an old name: see {TODAY[earlier]}", sys.stderr)
+    return [
+        (name, value, origin)
+        for (name, value, _), (_, _, origin) in zip(found, settings, strict=True)
+    ]
+
+
 def _broken_rules(merged: DictConfig) -> list[str]:
     """Return a message for each setting that violates its rule; null violates none."""
     values, written = (flatten(_plain(merged, resolve=resolve)) for resolve in (True, False))
     return [
-        f"{name}={redacted(repr(written[name]))}: allowed is {allowed}"
-        for name, (holds, allowed) in RULES.items()
-        if values.get(name) is not None and not holds(values[name])
+        f"{of.name}={redacted(repr(written[of.name]))}: allowed is {of.allowed}"
+        for of in all_settings()
+        if of.rule and values.get(of.name) is not None and not of.rule.holds(values[of.name])
     ]
 
 

@@ -1,10 +1,54 @@
-"""Convert settings between dotted names and nested dicts."""
+"""Convert settings between dotted names and nested dicts, and from earlier names to today's."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from harness.config.schema import WHOLE
+
+# Earlier names of settings, for ever in the settings that a checkpoint holds.
+KEPT_REMOTELY = {
+    "store.keep_last": "last",
+    "store.keep_every_steps": "every_steps",
+    "store.keep_best": "best",
+}
+MEMORY, MEMORY_EVERY_STEPS = "checkpoint.memory", "checkpoint.memory_every_steps"
+TODAY = {old: f"store.keep.{key}" for old, key in KEPT_REMOTELY.items()} | {
+    MEMORY_EVERY_STEPS: f"{MEMORY}=N"
+}
+
+
+def renamed(settings: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any, str]]:
+    """Yield the settings under today's names, each with its earlier name or "".
+
+    Args:
+        settings: dotted names and values; of equal names the last counts.
+    """
+    given = list(settings)
+    last = dict(given)
+    in_memory, every_steps = last.get(MEMORY, False), last.get(MEMORY_EVERY_STEPS, 1)
+    interval = every_steps if in_memory is True and every_steps != 1 else in_memory
+    for name, value in given:
+        if name in KEPT_REMOTELY:
+            yield "store.keep", {KEPT_REMOTELY[name]: value}, name
+        elif name == MEMORY_EVERY_STEPS or (name == MEMORY and MEMORY_EVERY_STEPS in last):
+            yield MEMORY, interval, name if name != MEMORY else ""
+        else:
+            yield name, value, ""
+
+
+def stored_under_todays_names(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a checkpoint, with dotted names, under today's names."""
+    found: dict[str, Any] = {}
+    kept: dict[str, Any] = {}
+    for name, value, earlier in renamed(flatten(dict(stored)).items()):
+        if earlier and name == "store.keep":
+            kept |= {key: number for key, number in value.items() if number is not None}
+            found[name] = kept
+        else:
+            found[name] = value
+    return found
 
 
 def nested(name: str, value: Any) -> dict[str, Any]:
@@ -17,7 +61,7 @@ def nested(name: str, value: Any) -> dict[str, Any]:
 def flatten(nested: dict[Any, Any], prefix: str = "") -> dict[str, Any]:
     """Convert nested dicts to dotted names: {"a": {"b": 1}} becomes {"a.b": 1}.
 
-    Lists, empty dicts and the dicts named in `WHOLE`, whose keys contain dots, are not split.
+    Lists, empty dicts and the dicts named in `WHOLE` are not split.
     """
     flat: dict[str, Any] = {}
     for key, value in nested.items():

@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from harness.config.defaults import defaults
-from harness.config.names import flatten, nested
+from harness.config.names import nested, stored_under_todays_names
 from harness.config.schema import SPELLED, Config
 from harness.errors import UsageError
 
@@ -21,7 +21,10 @@ def restored(stored: Mapping[str, Any]) -> Config:
         UsageError: A setting is unknown, has the wrong type, or cannot be resolved.
     """
     try:
-        settings = {SPELLED.get(name, name): value for name, value in flatten(dict(stored)).items()}
+        settings = {
+            SPELLED.get(name, name): value
+            for name, value in stored_under_todays_names(stored).items()
+        }
         merged = defaults()
         for name, value in settings.items():
             if value != {}:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from harness import preemption, state
-from harness.arguments import Settings, check_numbers
+from harness.arguments import DEFAULTS, Settings, check
 from harness.checkpoint import resume, retention
 from harness.distributed import join, ranks
 from harness.monitoring.goodput import RESTORE, Goodput, age_s
@@ -31,7 +31,6 @@ from harness.monitoring.wait_notices import watch
 from harness.run.drill_hooks import redirected
 from harness.run.loop import Run
 from harness.saving.locations import check_remembered, listen, places
-from harness.store import DEFAULT_WAIT_S
 from harness.supervision import launches
 from harness.supervision.exit_record import ExitRecord
 from harness.text import fill_closed_streams
@@ -44,33 +43,33 @@ def init(
     directory: str | Path | None,
     *,
     remote: str | None = None,
-    seed: int = 0,
-    save_every_s: float | str | None = 60.0,
-    save_every_steps: int | None = None,
-    keep_last: int = 3,
-    keep_every_steps: int | None = None,
-    keep_best: int = 1,
-    best: str = "val_loss:min",
-    snapshot: str = "overlapped",
-    when_busy: str = "wait",
-    memory: bool | int = False,
-    wait_s: float = DEFAULT_WAIT_S,
+    seed: int = DEFAULTS["seed"],
+    save_every_s: float | str | None = DEFAULTS["save_every_s"],
+    save_every_steps: int | None = DEFAULTS["save_every_steps"],
+    keep_last: int = DEFAULTS["keep_last"],
+    keep_every_steps: int | None = DEFAULTS["keep_every_steps"],
+    keep_best: int = DEFAULTS["keep_best"],
+    best: str = DEFAULTS["best"],
+    snapshot: str = DEFAULTS["snapshot"],
+    when_busy: str = DEFAULTS["when_busy"],
+    memory: bool | int = DEFAULTS["memory"],
+    wait_s: float = DEFAULTS["wait_s"],
     remote_keep: Mapping[str, int | None] | None = None,
     config: Mapping[str, Any] | None = None,
-    accept: Sequence[str] = (),
-    override: Sequence[str] = (),
-    environment: str = "warn",
-    on_mismatch: str = "warn",
-    deterministic: bool = False,
-    timeout_s: float = 600.0,
-    log_every_steps: int = 10,
-    step_timeout_s: float | None = None,
-    grace_s: float | None = None,
-    margin_s: float = 30.0,
-    is_scratch: bool = False,
-    notices: str | None = None,
-    log_to: Sequence[str] = (),
-    rehearse: bool = True,
+    accept: Sequence[str] = DEFAULTS["accept"],
+    override: Sequence[str] = DEFAULTS["override"],
+    environment: str = DEFAULTS["environment"],
+    on_mismatch: str = DEFAULTS["on_mismatch"],
+    deterministic: bool = DEFAULTS["deterministic"],
+    timeout_s: float = DEFAULTS["timeout_s"],
+    log_every_steps: int = DEFAULTS["log_every_steps"],
+    step_timeout_s: float | None = DEFAULTS["step_timeout_s"],
+    grace_s: float | None = DEFAULTS["grace_s"],
+    margin_s: float = DEFAULTS["margin_s"],
+    is_scratch: bool = DEFAULTS["is_scratch"],
+    notices: str | None = DEFAULTS["notices"],
+    log_to: Sequence[str] = DEFAULTS["log_to"],
+    rehearse: bool = DEFAULTS["rehearse"],
 ) -> Run:
     """Join the process group, catch signals, seed all generators, and find the newest checkpoint.
 
@@ -154,7 +153,7 @@ def init(
     """
     arguments = dict(locals())
     ending = ExitRecord()  # from here on user errors are reported without a traceback
-    check_numbers(arguments)
+    check(arguments)
     _be_deterministic(deterministic)
     return _start(directory, remote, _settings(arguments), timeout_s, ending)
 

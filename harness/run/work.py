@@ -10,7 +10,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
-from harness.arguments import check_numbers
+from harness.arguments import check
 from harness.data import loading
 from harness.data.dataset_source import OwnSource
 from harness.data.plan import Position, end_step, seed_of
@@ -144,7 +144,7 @@ def of_data(
     Raises:
         UsageError: An argument is invalid, or a run could not resume exactly with this data.
     """
-    check_numbers(locals())
+    check(locals())
     dealing = DataSharding(world, accumulate, shuffle, drop_last, check_stream, as_drilled)
     main = dealing.deal(dataset, seed, global_batch_size, collate, num_workers, order, before)
     work = Work(
@@ -181,7 +181,7 @@ def of_own(seed: int, max_steps: int, number: Callable[[], int]) -> Work:
     Raises:
         UsageError: `max_steps` is invalid.
     """
-    check_numbers({"max_steps": max_steps})
+    check({"max_steps": max_steps})
     dealt = {"global_batch_size": None, "shuffle": None, "drop_last": None, "seed": seed}
     data = {"fingerprint": "found by the loop itself", "size": None} | dealt
     return Work(OwnSource(), lambda: Described(data), None, max_steps, lambda _: number())

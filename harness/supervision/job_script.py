@@ -10,7 +10,7 @@ import shlex
 import unicodedata
 from dataclasses import dataclass
 
-from harness.config.schema import SlurmSettings
+from harness.config.schema_services import SlurmSettings
 from harness.errors import UsageError
 
 # A shell line of more than 100 characters is split over two of the adjacent literals.

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 from harness import preemption
-from harness.config.schema import NotifySettings
+from harness.config.schema_services import NotifySettings
 from harness.errors import printable
 from harness.store import redacted
 from harness.text import say
