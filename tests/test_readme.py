@@ -1,4 +1,4 @@
-"""The README's commands, run in their order in a fresh copy."""
+"""The commands of all READMEs, run in their order in a fresh copy."""
 
 from __future__ import annotations
 
@@ -39,13 +39,57 @@ def make_environment(copy: Path) -> None:
     (copy / ".venv" / f"made-dev-{found}").touch()
 
 
+# In their order: what a later one needs, an earlier one has made. All READMEs of the project are among them.
+PAGES = (
+    "README.md",
+    "harness/run/README.md",
+    "harness/report/README.md",
+    "harness/store/README.md",
+    "harness/exchange/README.md",
+    "slurm/README.md",
+    "configs/README.md",
+    "scripts/README.md",
+    "harness/README.md",
+    "tests/README.md",
+)
+
+
+def pages() -> list[Path]:
+    tracked = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard", "*README.md"], cwd=REPO, capture_output=True, text=True, check=True
+    )
+    return [REPO / name for name in tracked.stdout.split()]
+
+
+def test_the_front_page_is_short_and_every_page_is_known_and_linked_from_it() -> None:
+    assert {str(page.relative_to(REPO)) for page in pages()} == set(PAGES)
+    front = (REPO / "README.md").read_text()
+    assert len(front.splitlines()) <= 220
+    assert all(f"]({page})" in front for page in PAGES[1:])
+
+
+@pytest.mark.parametrize("page", [*PAGES, ".github/CONTRIBUTING.md", ".github/CHANGELOG.md"])
+def test_every_link_of_a_page_leads_somewhere(page: str) -> None:
+    def anchors(path: Path) -> set[str]:
+        titles = re.findall(r"^#+ (.*)$", path.read_text(), re.MULTILINE)
+        return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+    for link in re.findall(r"\]\(([^)]+)\)", (REPO / page).read_text()):
+        if "://" not in link:
+            target, _, anchor = link.partition("#")
+            path = ((REPO / page).parent / target).resolve()
+            assert path.exists(), link
+            assert not anchor or anchor in anchors(path), link
+
+
 @pytest.mark.parametrize("most", [2, pytest.param(None, marks=pytest.mark.slow)], ids=["its beginning", "all of it"])
-def test_every_command_and_every_program_of_the_readme_works(most: int | None, tmp_path: Path) -> None:
+def test_every_command_and_every_program_of_the_pages_works(most: int | None, tmp_path: Path) -> None:
     copy = tmp_path / "harness"
-    shutil.copytree(REPO, copy, ignore=shutil.ignore_patterns(".venv", ".git", "runs", "__pycache__", ".*_cache", "build"))
+    shutil.copytree(REPO, copy, ignore=shutil.ignore_patterns(".venv*", ".git", "runs", "__pycache__", ".*_cache", "build"))
     make_environment(copy)
-    blocks = re.findall(r"```(bash|python|diff)\n(.*?)```", (REPO / "README.md").read_text(), re.DOTALL)
-    assert len(blocks) >= 9
+    text = "\n".join((REPO / page).read_text() for page in PAGES)
+    blocks = re.findall(r"```(bash|python|diff)\n(.*?)```", text, re.DOTALL)
+    assert len(blocks) >= 20
     said = []
     for number, (language, block) in enumerate(blocks[:most]):
         if language != "bash":
