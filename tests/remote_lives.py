@@ -98,24 +98,24 @@ def write(places: list[str], steps: list[int], wait_s: float, told: str) -> None
     # The program's own patience with a failing upload and with the last record is for people who wait; here all of it is `wait_s`.
     uploader.REQUEST_S = run_ending.RECORD_S = wait_s
     stores = tuple(open_store(place, wait_s) for place in places)
-    ending, world = ExitRecord(), join.join(60)
-    outage = listen(stores, True)
-    choice = resume.choose(stores, world)
+    exit_record, world = ExitRecord(), join.join(60)
+    store_health = listen(stores, True)
+    resume_point = resume.choose(stores, world)
     policy = retention.Policy(last=2, best=0)
     settings = Settings(policy=policy, remote_policy=policy, wait_s=wait_s)
-    saver = Checkpointer(stores, world, choice, settings, ending, outage, Goodput(), time.monotonic)
-    saver.begin(Console(), lambda: None)
+    checkpointer = Checkpointer(stores, world, resume_point, settings, exit_record, store_health, Goodput(), time.monotonic)
+    checkpointer.begin(Console(), lambda: None)
     for step in steps:
         final: dict[str, int | None] | None = {"epochs": 1, "max_steps": None} if step == steps[-1] else None
-        content = payload(step, saver.attempt.number if saver.attempt else 0)
+        content = payload(step, checkpointer.attempt.number if checkpointer.attempt else 0)
         captured = Captured(content, set(), {}, {})
-        saved = saver.save(lambda c=captured: c, lambda final=final: saver.about({}, {}, final), lambda: None, wait=True)
+        saved = checkpointer.save(lambda c=captured: c, lambda final=final: checkpointer.about({}, {}, final), lambda: None, wait=True)
         if not saved and final:
-            raise SaveError(f"the last checkpoint was not saved: {saver.words}")  # as the loop does
+            raise SaveError(f"the last checkpoint was not saved: {checkpointer.words}")  # as the loop does
         tell(told, "c" if saved else "-", step)
-        if saved and not saver._settle():
+        if saved and not checkpointer._settle():
             tell(told, "u", step)
-    saver.end("finished", lambda: None, step=steps[-1])
+    checkpointer.end("finished", lambda: None, step=steps[-1])
 
 
 def tell(told: str, what: str, step: int) -> None:

@@ -386,9 +386,9 @@ def test_foreign_files_are_named_and_neither_used_nor_counted_as_damage(store, w
     found = read_catalog(store)
     assert sorted(found.foreign) == sorted(f"{fmt.CHECKPOINTS}/{name}" for name in FOREIGN)
     assert [m.step for m in found.manifests] == list(STEPS) and not found.damaged
-    choice = resume.choose(store, world)
-    assert choice.manifest.step == 30 and choice.damaged == []
-    assert all(any(" ".join(name.split()) in note for note in choice.notes) for name in FOREIGN)
+    resume_point = resume.choose(store, world)
+    assert resume_point.manifest.step == 30 and resume_point.damaged == []
+    assert all(any(" ".join(name.split()) in note for note in resume_point.notes) for name in FOREIGN)
     assert cli.main(["verify", str(store.root)]) == 0
     assert cli.main(["ls", str(store.root)]) == 0
     assert f"{NEWEST}.pt.bak" in capsys.readouterr().out
@@ -472,9 +472,9 @@ def test_data_that_cannot_be_parsed_is_damage_in_words_though_its_digest_fits(st
 
 def test_the_newest_is_chosen_and_nothing_is_written(store, world):
     before = tree(store.root)
-    choice = resume.choose(store, world)
-    assert choice.manifest.step == 30 and choice.payload["step"] == 30
-    assert choice.damaged == [] and choice.notes == []
+    resume_point = resume.choose(store, world)
+    assert resume_point.manifest.step == 30 and resume_point.payload["step"] == 30
+    assert resume_point.damaged == [] and resume_point.notes == []
     assert tree(store.root) == before
 
 
@@ -485,21 +485,21 @@ def test_a_damaged_newest_is_passed_over_loudly_for_the_next_older_and_marked_to
     else:
         flip(data_path(store) if kind == "data" else manifest_path(store), 300)
     before = tree(store.root)
-    choice = resume.choose(store, world)
-    assert choice.manifest.step == 20
-    assert torch.equal(choice.payload["model_state_dict"]["weight"], payload(20)["model_state_dict"]["weight"])
-    assert choice.damaged == [(0, fmt.manifest_key(30, 1))]
-    assert any("passed over" in note and NEWEST in note for note in choice.notes)
+    resume_point = resume.choose(store, world)
+    assert resume_point.manifest.step == 20
+    assert torch.equal(resume_point.payload["model_state_dict"]["weight"], payload(20)["model_state_dict"]["weight"])
+    assert resume_point.damaged == [(0, fmt.manifest_key(30, 1))]
+    assert any("passed over" in note and NEWEST in note for note in resume_point.notes)
     assert tree(store.root) == before, "finding only reads"
 
 
 def test_two_damaged_ones_are_passed_over_for_the_third(store, world):
     flip(data_path(store, 30), 100)
     flip(data_path(store, 20), 100)
-    choice = resume.choose(store, world)
-    assert choice.manifest.step == 10
-    assert choice.damaged == [(0, fmt.manifest_key(30, 1)), (0, fmt.manifest_key(20, 1))]
-    assert len(choice.notes) == 2
+    resume_point = resume.choose(store, world)
+    assert resume_point.manifest.step == 10
+    assert resume_point.damaged == [(0, fmt.manifest_key(30, 1)), (0, fmt.manifest_key(20, 1))]
+    assert len(resume_point.notes) == 2
 
 
 @pytest.mark.parametrize("kind", ["data", "manifest", "missing"])

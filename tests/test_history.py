@@ -143,9 +143,9 @@ def test_a_damaged_head_falls_back_within_its_lineage_and_not_to_what_it_cut_off
     successor.save(20)
     zombie.save_blindly(99)
     store.path(fmt.data_key(20, 2)).write_bytes(b"damaged")
-    choice = resume.choose(store, world)
-    assert choice.manifest.order == (1, 10)
-    assert choice.damaged == [(0, fmt.manifest_key(20, 2))]
+    resume_point = resume.choose(store, world)
+    assert resume_point.manifest.order == (1, 10)
+    assert resume_point.damaged == [(0, fmt.manifest_key(20, 2))]
 
 
 def test_going_on_from_an_older_checkpoint_trims_all_earlier_attempts(store):
@@ -247,9 +247,9 @@ def test_what_a_living_attempt_deletes_between_listing_and_reading_means_list_ag
 
     watched = Interrupted(world.rank, world.size, world.device, world.timeout_s)
     watched.meanwhile = goes_on
-    choice = resume.choose(store, watched)
-    assert choice.manifest.step == 40
-    assert choice.damaged == [], "nothing of it is damaged"
+    resume_point = resume.choose(store, watched)
+    assert resume_point.manifest.step == 40
+    assert resume_point.damaged == [], "nothing of it is damaged"
 
 
 # --- attempt numbers ---
@@ -377,9 +377,9 @@ def test_after_a_rollback_the_next_start_goes_on_from_there(grown, world, capsys
     files = {path: path.read_bytes() for path in grown.root.rglob("*") if path.is_file()}
     assert cli.main(["rollback", str(grown.root), "20"]) == 0
     assert orders(grown) == [(20, 3), (20, 1), (10, 1)]
-    choice = resume.choose(grown, world)
-    assert choice.manifest.order == (3, 20)
-    assert torch.equal(choice.payload["model_state_dict"]["weight"], payload(20, 1)["model_state_dict"]["weight"])
+    resume_point = resume.choose(grown, world)
+    assert resume_point.manifest.order == (3, 20)
+    assert torch.equal(resume_point.payload["model_state_dict"]["weight"], payload(20, 1)["model_state_dict"]["weight"])
     assert all(path.read_bytes() == data for path, data in files.items()), "nothing is deleted or changed"
     assert "cut off" in notes(grown, capsys)[fmt.stem(40, 2)]
     life = Life(grown)
@@ -399,8 +399,8 @@ def test_a_rollback_is_undone_by_name(grown, world):
     assert cli.main(["rollback", str(grown.root), "10"]) == 0
     assert cli.main(["rollback", str(grown.root), fmt.stem(40, 2)]) == 0
     assert orders(grown) == [(40, 4), (40, 2), (30, 2), (20, 1), (10, 1)]
-    choice = resume.choose(grown, world)
-    assert torch.equal(choice.payload["model_state_dict"]["weight"], payload(40, 2)["model_state_dict"]["weight"])
+    resume_point = resume.choose(grown, world)
+    assert torch.equal(resume_point.payload["model_state_dict"]["weight"], payload(40, 2)["model_state_dict"]["weight"])
 
 
 def test_a_rollback_to_what_is_not_there_changes_nothing(grown, capsys):
@@ -515,9 +515,9 @@ def test_attempts_that_died_before_their_first_commit_allow_a_fresh_start(store,
     Life(store).end("failed", error="x", saved_step=None)
     Life(store).end("stopped", step=0, saved=False, saved_step=None)
     store.write(fmt.data_key(10, 1), b"data without a manifest", 1)
-    choice = resume.choose(store, world)
-    assert choice.manifest is None
-    assert attempts.claim(choice.survey, None, 1).number == 4
+    resume_point = resume.choose(store, world)
+    assert resume_point.manifest is None
+    assert attempts.claim(resume_point.survey, None, 1).number == 4
 
 
 def drop_checkpoints(store: LocalStore) -> None:
@@ -579,9 +579,9 @@ def test_checkpoints_of_another_run_are_ignored_loudly(store, world, tmp_path, c
     found = read_catalog(store)
     assert found.strangers == [fmt.manifest_key(90, 3)]
     assert orders(found) == [(10, 1)]
-    choice = resume.choose(store, world)
-    assert choice.manifest.step == 10 and choice.damaged == []
-    assert any(fmt.stem(90, 3) in note and "not of this run" in note for note in choice.notes)
+    resume_point = resume.choose(store, world)
+    assert resume_point.manifest.step == 10 and resume_point.damaged == []
+    assert any(fmt.stem(90, 3) in note and "not of this run" in note for note in resume_point.notes)
     assert cli.main(["verify", str(store.root)]) == 1
     assert fmt.stem(90, 3) in capsys.readouterr().out
     cli.main(["ls", str(store.root)])

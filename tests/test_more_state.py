@@ -31,7 +31,7 @@ def die(run):
     \"\"\"Be killed in step `$DIE`, when what was saved before it has arrived.\"\"\"
     if run.step == int(os.environ.get("DIE", 0)):
         until = time.monotonic() + 8
-        while run._saver.background.is_busy and time.monotonic() < until:
+        while run._checkpointer.background.is_busy and time.monotonic() < until:
             time.sleep(0.01)
         if not run.is_writer:
             time.sleep(60)

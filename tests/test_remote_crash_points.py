@@ -119,12 +119,12 @@ class Case:
         return self._choose_in((store,), at_least)
 
     def _choose_in(self, stores: tuple[Store, ...], at_least: int) -> fmt.Manifest:
-        choice = resume.choose(stores, self.lives.world)
-        assert choice.manifest is not None and choice.payload is not None
-        assert choice.manifest.step >= at_least and choice.manifest.order != (1, DAMAGED)
-        expected = payload(choice.manifest.step, choice.manifest.attempt)
-        assert torch.equal(choice.payload["model_state_dict"]["weight"], expected["model_state_dict"]["weight"])
-        return choice.manifest
+        resume_point = resume.choose(stores, self.lives.world)
+        assert resume_point.manifest is not None and resume_point.payload is not None
+        assert resume_point.manifest.step >= at_least and resume_point.manifest.order != (1, DAMAGED)
+        expected = payload(resume_point.manifest.step, resume_point.manifest.attempt)
+        assert torch.equal(resume_point.payload["model_state_dict"]["weight"], expected["model_state_dict"]["weight"])
+        return resume_point.manifest
 
 
 @pytest.fixture(scope="module")

@@ -599,11 +599,11 @@ def test_a_stale_directory_that_is_newer_by_step_but_older_by_attempt_loses_agai
     new = Life(elsewhere, remote)
     new.copied(20)
     old.save(90)
-    choice = resume.choose((stale, remote), world)
-    assert choice.manifest.order == (2, 20)
-    assert torch.equal(weight(choice.payload), weight(payload(20, 2)))
+    resume_point = resume.choose((stale, remote), world)
+    assert resume_point.manifest.order == (2, 20)
+    assert torch.equal(weight(resume_point.payload), weight(payload(20, 2)))
     assert orders(stale, remote) == [(20, 2), (10, 1)]
-    assert any("step_00000090-0001 in" in note and "taking step_00000020-0002" in note for note in choice.notes)
+    assert any("step_00000090-0001 in" in note and "taking step_00000020-0002" in note for note in resume_point.notes)
 
 
 def test_what_was_never_uploaded_wins_if_nobody_has_committed_since(remote, tmp_path, world):
@@ -612,9 +612,9 @@ def test_what_was_never_uploaded_wins_if_nobody_has_committed_since(remote, tmp_
     life.copied(10)
     life.save(20)
     Life(machine(tmp_path, "b"), remote)
-    choice = resume.choose((local, remote), world)
-    assert choice.manifest.order == (1, 20), "a bare claim elsewhere cuts nothing off"
-    assert torch.equal(weight(choice.payload), weight(payload(20, 1)))
+    resume_point = resume.choose((local, remote), world)
+    assert resume_point.manifest.order == (1, 20), "a bare claim elsewhere cuts nothing off"
+    assert torch.equal(weight(resume_point.payload), weight(payload(20, 1)))
     assert resume.choose(remote, world).manifest.order == (1, 10)
 
 
@@ -671,16 +671,16 @@ def test_a_damaged_copy_is_looked_for_on_the_other_store_before_an_older_one_is_
     place, remote, both, world, damaged, step, passed_over
 ):
     damage(place, both, *damaged)
-    choice = resume.choose((both, remote), world)
-    assert choice.manifest.step == step
-    assert torch.equal(weight(choice.payload), weight(payload(step, 1)))
-    assert choice.damaged == [(side, fmt.manifest_key(number, 1)) for side, number in passed_over]
+    resume_point = resume.choose((both, remote), world)
+    assert resume_point.manifest.step == step
+    assert torch.equal(weight(resume_point.payload), weight(payload(step, 1)))
+    assert resume_point.damaged == [(side, fmt.manifest_key(number, 1)) for side, number in passed_over]
 
 
 def test_a_manifest_that_is_damaged_on_one_store_is_read_from_the_other(place, remote, both, world):
     both.path(fmt.manifest_key(20, 1)).write_bytes(b"{")
-    choice = resume.choose((both, remote), world)
-    assert choice.manifest.step == 20 and choice.damaged == [(0, fmt.manifest_key(20, 1))]
+    resume_point = resume.choose((both, remote), world)
+    assert resume_point.manifest.step == 20 and resume_point.damaged == [(0, fmt.manifest_key(20, 1))]
     place.put(fmt.manifest_key(10, 1), b"{")
     assert orders(both, remote) == [(20, 1), (10, 1)]
 
@@ -713,8 +713,8 @@ def test_a_damaged_remote_copy_is_marked_after_a_second_full_read_and_not_rename
 def test_what_arrives_whole_when_it_is_read_again_is_not_damaged(place, both, world, monkeypatch):
     slow = place.through_proxy(monkeypatch)
     place.proxy.rules.append(Rule("flip_get", "GET", fmt.data_key(20, 1), first=1))
-    choice = resume.choose(slow, world)
-    assert choice.manifest.step == 20 and choice.damaged == []
+    resume_point = resume.choose(slow, world)
+    assert resume_point.manifest.step == 20 and resume_point.damaged == []
 
 
 def test_a_newest_checkpoint_that_cannot_be_fetched_is_not_passed_over_as_if_it_were_damaged(place, both, world, monkeypatch):
@@ -723,8 +723,8 @@ def test_a_newest_checkpoint_that_cannot_be_fetched_is_not_passed_over_as_if_it_
     place.proxy.rules.append(Rule("500", "GET", fmt.data_key(20, 1)))
     with pytest.raises(StorageError):
         pytest.fail(str(resume.choose(slow, world).notes))
-    choice = resume.choose((both, slow), world)
-    assert choice.manifest.step == 20, "the directory has it"
+    resume_point = resume.choose((both, slow), world)
+    assert resume_point.manifest.step == 20, "the directory has it"
 
 
 def test_a_marked_copy_is_the_last_choice_but_a_choice(place, remote, both, world):
@@ -732,9 +732,9 @@ def test_a_marked_copy_is_the_last_choice_but_a_choice(place, remote, both, worl
     assert resume.choose(remote, world).manifest.step == 10
     assert resume.choose((both, remote), world).manifest.step == 20, "the directory's copy has no mark"
     damage(place, both, ("remote", 10))
-    choice = resume.choose(remote, world)
-    assert choice.manifest.step == 20, "what was seen broken there may be whole here"
-    assert torch.equal(weight(choice.payload), weight(payload(20, 1)))
+    resume_point = resume.choose(remote, world)
+    assert resume_point.manifest.step == 20, "what was seen broken there may be whole here"
+    assert torch.equal(weight(resume_point.payload), weight(payload(20, 1)))
 
 
 def test_what_vanishes_while_it_is_restored_means_list_again(place, remote, world, monkeypatch):
@@ -754,10 +754,10 @@ def test_what_vanishes_while_it_is_restored_means_list_again(place, remote, worl
 
     thread = threading.Thread(target=go_on)
     thread.start()
-    choice = resume.choose(slow, world)
+    resume_point = resume.choose(slow, world)
     thread.join()
     assert [m.step for m in read_catalog(remote).history] == [40, 30]
-    assert choice.manifest.step == 40 and choice.damaged == []
+    assert resume_point.manifest.step == 40 and resume_point.damaged == []
 
 
 # --- step 0 ---

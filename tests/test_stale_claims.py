@@ -293,9 +293,9 @@ def test_what_cannot_be_tidied_up_is_said_and_training_begins(store, world: Worl
     monkeypatch.setattr(local_store.os, "rename", refuse(os.rename, 0))
     monkeypatch.setattr(local_store.os, "replace", refuse(os.replace, 1))
     said: list[str] = []
-    choice = resume.choose(store, world)
-    attempt = claim((store,), choice, 1, Settings(), said.append)
-    assert attempt.number == 2 and choice.manifest.step == 10
+    resume_point = resume.choose(store, world)
+    attempt = claim((store,), resume_point, 1, Settings(), said.append)
+    assert attempt.number == 2 and resume_point.manifest.step == 10
     assert len(said) == 4 and all(line.startswith("harness: warning: ") for line in said), said
     assert not any(path.exists() for path in swept), "what can be tidied up is"
     assert control_requests.pending(store, 2) == {}
@@ -357,8 +357,8 @@ def test_what_cannot_be_read_in_one_store_is_read_from_the_other(stores, world: 
     life.copied(10)
     life.copied(20)
     failing(monkeypatch, path_of(stores[0], fmt.data_key(20, 1)), errno.EIO, float("inf"))
-    choice = resume.choose(stores, world)
-    assert (choice.manifest.step, choice.place, choice.damaged) == (20, 1, [])
+    resume_point = resume.choose(stores, world)
+    assert (resume_point.manifest.step, resume_point.place, resume_point.damaged) == (20, 1, [])
 
 
 @pytest.mark.parametrize("key", [fmt.data_key(20, 1), fmt.manifest_key(20, 1)], ids=["data", "manifest"])
@@ -368,5 +368,5 @@ def test_a_stale_handle_of_a_file_that_was_deleted_is_a_file_that_was_deleted(fi
             path.unlink(missing_ok=True)
 
     failing(monkeypatch, path_of(finished, key), errno.ESTALE, 1, at_first=delete)
-    choice = resume.choose(finished, world)
-    assert (choice.manifest.step, choice.damaged) == (10, [])
+    resume_point = resume.choose(finished, world)
+    assert (resume_point.manifest.step, resume_point.damaged) == (10, [])

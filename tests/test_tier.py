@@ -50,7 +50,7 @@ def left_at(directory: Path, step: int, **options: object) -> None:
 
 
 def arrived(run_: harness.Run) -> None:
-    wait_until(lambda: not run_._saver.background.is_busy, "what is on its way has arrived")
+    wait_until(lambda: not run_._checkpointer.background.is_busy, "what is on its way has arrived")
 
 
 @pytest.mark.parametrize("options", [EACH, ON_DISK], ids=["nothing on the disk", "something on the disk"])

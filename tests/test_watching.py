@@ -228,7 +228,7 @@ for number in run.steps(16):
     optimizer.step()
     run.log(loss=loss)
     if run.step == int(sys.argv[1]):
-        run._saver.background.wait()  # else the kill may come before the save of step 4, and the attempt has nothing to show
+        run._checkpointer.background.wait()  # else the kill may come before the save of step 4, and the attempt has nothing to show
         os.kill(os.getpid(), signal.SIGKILL)
 """
 

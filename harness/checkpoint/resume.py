@@ -82,55 +82,55 @@ class Chooser:
         Returns the resume point, and True if a listed checkpoint was deleted meanwhile, so that
         a new listing is needed.
         """
-        choice = ResumePoint(None)
-        for text, places in self._on_writer(partial(self._look, choice)):
+        resume_point = ResumePoint(None)
+        for text, places in self._on_writer(partial(self._look, resume_point)):
             manifest, unread = _parse_manifest(text), list[str]()
             for place in places:
                 source, in_memory = self.sources[place], place == len(self.stores)
                 payload, problem = self._try(source, manifest)
                 if payload is not None:
-                    choice.manifest = manifest
-                    choice.payload = payload
-                    choice.place = place
-                    choice.in_memory = in_memory
-                    choice.notes += self._why(choice.survey, manifest, source)
-                    return choice, False
+                    resume_point.manifest = manifest
+                    resume_point.payload = payload
+                    resume_point.place = place
+                    resume_point.in_memory = in_memory
+                    resume_point.notes += self._why(resume_point.survey, manifest, source)
+                    return resume_point, False
                 if not self._on_writer(partial(source.exists, manifest.key)):
-                    return choice, True
+                    return resume_point, True
                 words = problem.words + (
                     f" in {source}" if len(self.stores) > 1 or in_memory else ""
                 )
                 if problem.kind == NEWER:
                     raise UsageError(words, remedy=problem.remedy)
-                choice.notes.append(f"passed over: {words}")
+                resume_point.notes.append(f"passed over: {words}")
                 if problem.kind == UNREAD:
                     unread.append(words)
                 elif not in_memory:
-                    choice.damaged.append((place, manifest.key))
+                    resume_point.damaged.append((place, manifest.key))
             if unread:  # it may be intact, and a resume from an older one would cut it off
                 raise StorageError(
                     f"{manifest.name} cannot be read", "; ".join(unread), UNREAD_REMEDY
                 )
-        self._on_writer(partial(self._check_fresh, choice))
-        return choice, False
+        self._on_writer(partial(self._check_fresh, resume_point))
+        return resume_point, False
 
     def _on_writer(self, work: Callable[[], Any]) -> Any:
         return self.world.on_writer(work, give_up=self.give_up)
 
-    def _look(self, choice: ResumePoint) -> list[tuple[str, list[int]]]:
-        found = choice.survey = read_catalog(*self.stores)
+    def _look(self, resume_point: ResumePoint) -> list[tuple[str, list[int]]]:
+        found = resume_point.survey = read_catalog(*self.stores)
         found.check_one_run()
         found.check_readable()
-        choice.damaged = [
+        resume_point.damaged = [
             (place, key)
             for place, part in enumerate(found.parts)
             for key in part.damaged
             if key not in part.marked
         ]
-        choice.notes = [
+        resume_point.notes = [
             f"passed over: {why}" for part in found.parts for why in part.damaged.values()
         ]
-        choice.notes += [
+        resume_point.notes += [
             f"ignored, not of this run: {' '.join(key.split())}"
             for key in found.foreign + found.strangers
         ]
@@ -141,16 +141,18 @@ class Chooser:
         if (kept := memory_copy.newest(self.tier, found)) is not None:
             candidates.insert(0, (kept, [len(self.stores)]))
         if len(candidates) > 1 and self.steps_back():
-            choice.notes.append(
+            resume_point.notes.append(
                 f"going back behind {candidates[0][0].name}: "
                 "every attempt that resumed from it has died"
             )
             candidates = [*candidates[1:], candidates[0]]
         return [(fmt.to_bytes(m).decode(), places) for m, places in candidates]
 
-    def _check_fresh(self, choice: ResumePoint) -> None:
-        if choice.survey is not None:
-            choice.survey.check_fresh_start(" and ".join(map(str, self.stores)), choice.notes)
+    def _check_fresh(self, resume_point: ResumePoint) -> None:
+        if resume_point.survey is not None:
+            resume_point.survey.check_fresh_start(
+                " and ".join(map(str, self.stores)), resume_point.notes
+            )
 
     def _why(self, found: Catalog | None, manifest: Manifest, source: Store) -> list[str]:
         if found is not None and source is self.tier:
@@ -257,9 +259,9 @@ def choose(
     places = (stores,) if isinstance(stores, Store) else stores
     chooser = Chooser(places, world, give_up, steps_back, memory_copy.place(places[0]))
     for _ in range(LISTINGS):
-        choice, vanished = chooser.once()
+        resume_point, vanished = chooser.once()
         if not vanished:
-            return choice
+            return resume_point
     raise StorageError(
         f"checkpoints of {chooser.stores[-1]} vanish while they are read",
         remedy="Is another process deleting them?",

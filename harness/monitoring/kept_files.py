@@ -41,8 +41,8 @@ class KeptFiles:
     Args:
         remote: Remote store.
         attempt: Attempt that writes the files.
-        ledger: Event log.
-        outage: Health of the remote store, which also prints warnings.
+        event_log: Event log.
+        store_health: Health of the remote store, which also prints warnings.
         changed: Condition that is notified when a file was sent.
     """
 
@@ -50,12 +50,12 @@ class KeptFiles:
         self,
         remote: Store,
         attempt: Attempt,
-        ledger: EventLog,
-        outage: StoreHealth,
+        event_log: EventLog,
+        store_health: StoreHealth,
         changed: threading.Condition,
     ) -> None:
-        self._remote, self._attempt, self._ledger = remote, attempt, ledger
-        self._outage, self._changed = outage, changed
+        self._remote, self._attempt, self._event_log = remote, attempt, event_log
+        self._store_health, self._changed = store_health, changed
         self._waiting: dict[str, bytes] = {}
 
     @property
@@ -106,5 +106,5 @@ class KeptFiles:
             self._not_kept(key, why)
 
     def _not_kept(self, key: str, why: str) -> None:
-        self._ledger.write("not_kept", file=key, store=str(self._remote), error=why)
-        self._outage.say(f"harness: warning: {key} is not in {self._remote}: {why}")
+        self._event_log.write("not_kept", file=key, store=str(self._remote), error=why)
+        self._store_health.say(f"harness: warning: {key} is not in {self._remote}: {why}")

@@ -9,24 +9,24 @@ from harness.supervision import attempt_history
 from harness.text import duration
 
 
-def resumed(found: Catalog, origin: Manifest | None, account: Goodput, last: int) -> str:
+def resumed(found: Catalog, origin: Manifest | None, goodput: Goodput, last: int) -> str:
     """Return the cost of a resume as text; "" if there is no resume point.
 
-    This also sets two values of `account`: the last step that an earlier attempt had made, and the
+    This also sets two values of `goodput`: the last step that an earlier attempt had made, and the
     throughput at the end of the newest attempt.
 
     Args:
         found: The catalog of the run's stores.
         origin: The resume point; None for step 0.
-        account: The goodput accounting.
+        goodput: The goodput accounting.
         last: A step that is known to have been made, even if no event shows it; or 0.
     """
     newest = attempt_history.told(found.stores, found.greatest) if found.greatest else []
-    account.steps_per_s = attempt_history.steps_per_s(newest)
+    goodput.steps_per_s = attempt_history.steps_per_s(newest)
     again = max(
         attempt_history.steps_again(found, origin, newest), last - (origin.step if origin else 0)
     )
-    account.redone_until = again + (origin.step if origin else 0)
+    goodput.redone_until = again + (origin.step if origin else 0)
     if origin is None:
         return ""
     steps = "1 step" if again == 1 else f"{again} steps"

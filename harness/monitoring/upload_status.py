@@ -18,8 +18,8 @@ class UploadStatus:
 
     Args:
         remote: Remote store, which messages name.
-        ledger: Event log.
-        outage: Health of the remote store, which also prints warnings.
+        event_log: Event log.
+        store_health: Health of the remote store, which also prints warnings.
         changed: Condition under whose lock the status is changed.
         has_local: Whether checkpoints are in the run directory as well.
     """
@@ -27,8 +27,8 @@ class UploadStatus:
     def __init__(
         self,
         remote: Store,
-        ledger: EventLog,
-        outage: StoreHealth,
+        event_log: EventLog,
+        store_health: StoreHealth,
         changed: threading.Condition,
         *,
         has_local: bool,
@@ -37,7 +37,7 @@ class UploadStatus:
         self.problem = ""  # why the last upload failed; it is retried
         self._step: int | None = None  # the newest step in the remote store
         self._behind_since: str | None = None
-        self._remote, self._ledger, self._outage = remote, ledger, outage
+        self._remote, self._event_log, self._store_health = remote, event_log, store_health
         self._changed, self._has_local = changed, has_local
 
     @property
@@ -75,14 +75,14 @@ class UploadStatus:
             behind: What `arrived` has returned.
         """
         self.upload_s = seconds
-        self._ledger.write(
+        self._event_log.write(
             "uploaded",
             checkpoint=manifest.name,
             size_bytes=manifest.size_bytes,
             seconds=round(seconds, 2),
         )
         if behind:
-            self._outage.say(
+            self._store_health.say(
                 f"harness: step {manifest.step} is in {self._remote}; "
                 f"nothing was uploaded since {behind}"
             )
@@ -90,19 +90,19 @@ class UploadStatus:
     def report_damage(self, name: str, error: DamagedError) -> None:
         """Report that a checkpoint cannot be uploaded, as its copy here is damaged."""
         self.problem = f"{name} cannot be uploaded: {error.what}"
-        self._ledger.write("not_uploaded", checkpoint=name, error=str(error))
-        self._outage.say(f"harness: warning: {self.problem}")
+        self._event_log.write("not_uploaded", checkpoint=name, error=str(error))
+        self._store_health.say(f"harness: warning: {self.problem}")
 
     def report_failure(self, error: StorageError) -> None:
         """Report a failed upload; only the first one of an outage is printed."""
-        self._ledger.write("not_uploaded", error=str(error))
+        self._event_log.write("not_uploaded", error=str(error))
         with self._changed:
             self.problem = " ".join(str(error).split("\n"))
             is_first = self._behind_since is None
             self._behind_since = self._behind_since or time.strftime("%H:%M:%S")
         if is_first:
             stay = ", checkpoints stay in run.dir" if self._has_local else ""
-            self._outage.say(
+            self._store_health.say(
                 f"harness: warning: nothing can be uploaded since {self._behind_since}: "
                 f"{error.what} ({error.found}); training goes on{stay}"
             )

@@ -29,19 +29,19 @@ WORDS = {
 JOINING = "the other ranks to join"
 
 
-def words(account: Goodput) -> str:
+def words(goodput: Goodput) -> str:
     """Return what the run is waiting for; "" if nothing, or if no notice is needed.
 
     A step is no wait, however long it takes, except for the first one, which may have to compile.
     """
-    what = account.what
+    what = goodput.what
     if what in (TRAINING, REDONE):
         return (
             "the first step, which may have to compile, and the other ranks in it"
-            if account.is_first_step
+            if goodput.is_first_step
             else ""
         )
-    return (JOINING if account.is_joining else "") if what == STARTUP else WORDS.get(what, "")
+    return (JOINING if goodput.is_joining else "") if what == STARTUP else WORDS.get(what, "")
 
 
 class WaitNotices:
@@ -51,30 +51,30 @@ class WaitNotices:
         # Start of the present phase, and the seconds after which the next notice is printed.
         self._since, self._next_s = -1.0, FIRST_S
 
-    def look(self, account: Goodput) -> None:
+    def look(self, goodput: Goodput) -> None:
         """Print a notice if it is time for one."""
-        if account.since != self._since:
-            self._since, self._next_s = account.since, FIRST_S
-        waited_s, what = account.clock() - self._since, words(account)
+        if goodput.since != self._since:
+            self._since, self._next_s = goodput.since, FIRST_S
+        waited_s, what = goodput.clock() - self._since, words(goodput)
         if what and waited_s >= self._next_s:
-            account.say(f"harness: waiting for {what} ({duration(waited_s)})")
+            goodput.say(f"harness: waiting for {what} ({duration(waited_s)})")
             self._next_s = 2 * waited_s
 
 
-def watch(account: Goodput) -> None:
+def watch(goodput: Goodput) -> None:
     """Check the goodput accounting every `LOOK_S` seconds, in a thread.
 
     The thread ends when the accounting is closed or garbage-collected.
     """
     threading.Thread(
-        target=_watch, args=(weakref.ref(account), account.closed), daemon=True, name="waiting"
+        target=_watch, args=(weakref.ref(goodput), goodput.closed), daemon=True, name="waiting"
     ).start()
 
 
 def _watch(kept: weakref.ref[Goodput], closed: threading.Event) -> None:
     waiting = WaitNotices()
     while not closed.wait(LOOK_S):
-        if (account := kept()) is None:
+        if (goodput := kept()) is None:
             return
-        waiting.look(account)
-        del account
+        waiting.look(goodput)
+        del goodput

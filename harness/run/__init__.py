@@ -152,10 +152,10 @@ def init(
         LostRankError: Another rank died or did not answer.
     """
     arguments = dict(locals())
-    ending = ExitRecord()  # from here on user errors are reported without a traceback
+    exit_record = ExitRecord()  # from here on user errors are reported without a traceback
     check(arguments)
     _be_deterministic(deterministic)
-    return _start(directory, remote, _settings(arguments), timeout_s, ending)
+    return _start(directory, remote, _settings(arguments), timeout_s, exit_record)
 
 
 def _settings(arguments: Mapping[str, Any]) -> Settings:
@@ -192,7 +192,7 @@ def _start(
     remote: str | None,
     settings: Settings,
     timeout_s: float,
-    ending: ExitRecord,
+    exit_record: ExitRecord,
 ) -> Run:
     """Join the process group, seed the generators, and return the run at its resume point.
 
@@ -203,39 +203,39 @@ def _start(
         remote: As in `init`.
         settings: The settings of the run; under `harness drill` others replace some of them.
         timeout_s: As in `init`.
-        ending: Record of how this process ends.
+        exit_record: Record of how this process ends.
 
     Raises:
         UsageError, StorageError, DamagedError, LostRankError: As `init`.
     """
     directory, remote, settings = redirected(directory, remote, settings)
     fill_closed_streams()
-    account = Goodput(age_s=age_s())
+    goodput = Goodput(age_s=age_s())
     launches.check_supervised(directory, remote)
     stores = places(directory, remote, settings.wait_s)
     divert(directory)
     watch_loaders()
     preemption.install()
     preemption.die_with_launcher()
-    ending.watch(stores)
+    exit_record.watch(stores)
     if ranks.prints():
-        watch(account)
-    with preemption.noticed_at_once() as noticed, account.joining():
-        world = join.join(timeout_s, noticed, ending.leave_alone)
+        watch(goodput)
+    with preemption.noticed_at_once() as noticed, goodput.joining():
+        world = join.join(timeout_s, noticed, exit_record.leave_alone)
     atexit.register(world.leave)  # else gloo threads may abort a process that exits
-    ending.take_hook()
+    exit_record.take_hook()
     state.seed_rank(settings.seed, "build")  # the same on all ranks: equal models
-    outage = listen(stores, world.is_writer)
+    store_health = listen(stores, world.is_writer)
     world.on_writer(lambda: check_remembered(stores, settings.accept), give_up=preemption.requested)
     patient = tuple(store.patient(settings.wait_s, preemption.requested) for store in stores)
-    with account.during(RESTORE):
-        choice = resume.choose(
+    with goodput.during(RESTORE):
+        resume_point = resume.choose(
             patient,
             world,
             give_up=preemption.requested,
             steps_back=lambda: launches.steps_back(patient[-1]),
         )
-    return Run(world, stores, choice, settings, ending, outage, account)
+    return Run(world, stores, resume_point, settings, exit_record, store_health, goodput)
 
 
 def _be_deterministic(wanted: bool) -> None:

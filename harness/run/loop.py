@@ -47,11 +47,11 @@ class Run:
         self,
         world: World,
         stores: tuple[Store, ...],
-        choice: resume.ResumePoint,
+        resume_point: resume.ResumePoint,
         settings: Settings,
-        ending: ExitRecord,
-        outage: StoreHealth,
-        account: Goodput,
+        exit_record: ExitRecord,
+        store_health: StoreHealth,
+        goodput: Goodput,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.world, self.store, self.clock = world, stores[0], clock
@@ -62,24 +62,32 @@ class Run:
         self.weights: tuple[float, ...] = (1.0,)
         self.tracked: dict[str, Any] = {}
         self.finished = self._finish = self._looping = False
-        self._settings, self.origin, self._payload = settings, choice.manifest, choice.payload
+        self._settings, self.origin, self._payload = (
+            settings,
+            resume_point.manifest,
+            resume_point.payload,
+        )
         # This run holds the only reference: the memory is free once the state is restored.
-        choice.payload = None
+        resume_point.payload = None
         # `_share` is that of the step that is being made.
         self._position = Position()
         self._share = Share(0, 0, (), (), Position(), last=False)
-        self._measured, self._account, self._ending = MetricBuffer(), account, ending
+        self._metric_buffer, self._goodput, self._exit_record = MetricBuffer(), goodput, exit_record
         self._traces = Traces(world)
-        self._stopping = StopAgreement(world, settings, clock)
-        self._watch = StepTimeouts(world.timeout_s, settings.step_timeout_s, ending.hung, clock)
-        ending.of(self)
-        self._saver = Checkpointer(stores, world, choice, settings, ending, outage, account, clock)
-        self._saver.at_save = partial(self._traces.point, "save")
-        self._keeping = KeptState(world, lambda: self.step, self.say, self._saver.note)
-        self.suspects = self._saver.replay.suspects = self._keeping.suspects
+        self._stop_agreement = StopAgreement(world, settings, clock)
+        self._step_timeouts = StepTimeouts(
+            world.timeout_s, settings.step_timeout_s, exit_record.hung, clock
+        )
+        exit_record.of(self)
+        self._checkpointer = Checkpointer(
+            stores, world, resume_point, settings, exit_record, store_health, goodput, clock
+        )
+        self._checkpointer.at_save = partial(self._traces.point, "save")
+        self._kept_state = KeptState(world, lambda: self.step, self.say, self._checkpointer.note)
+        self.suspects = self._checkpointer.replay.suspects = self._kept_state.suspects
         self._progress = Console(clock)
-        account.say = self._progress.say
-        for note in choice.notes:
+        goodput.say = self._progress.say
+        for note in resume_point.notes:
             self.say(f"harness: {note}")
         if self._payload is not None:
             self._take_up(give_own(self._payload, world))
@@ -87,7 +95,7 @@ class Run:
     @property
     def metrics(self) -> dict[str, float]:
         """The metrics of the last evaluation."""
-        return self._measured.metrics
+        return self._metric_buffer.metrics
 
     @property
     def is_writer(self) -> bool:
@@ -113,7 +121,7 @@ class Run:
         self.step = payload["step"]
         self.epoch = payload["epoch"]
         self.state = state.rebuilt(payload, "state")
-        self._measured.restore(payload)
+        self._metric_buffer.restore(payload)
         self._position = Position(payload["data"]["epoch"], payload["data"]["sample"])
 
     def track(self, **objects: Any) -> Run:
@@ -133,8 +141,8 @@ class Run:
             UsageError: An object cannot be tracked, or the checkpoint does not fit it.
         """
         late = self._looping or self.finished
-        with self._account.during(RESTORE):
-            for line in self._keeping.track(
+        with self._goodput.during(RESTORE):
+            for line in self._kept_state.track(
                 self.tracked, objects, self.origin, self._payload, self._settings, is_late=late
             ):
                 self.say(f"harness: {line}")
@@ -253,7 +261,7 @@ class Run:
 
     def _loop(self, begin: Callable[[], Work], by_epoch: bool) -> Iterator[Any]:
         resume_checks.check_one_loop(
-            self._looping, self._saver.attempt is not None or self.finished
+            self._looping, self._checkpointer.attempt is not None or self.finished
         )
         self._work = begin()
         before = self._payload["data"] if self._payload else None
@@ -275,40 +283,40 @@ class Run:
             if not self.finished:  # no step was left
                 self._complete()
         except GeneratorExit:
-            self._ending.left(self.say, is_finishing=self._finish)
+            self._exit_record.left(self.say, is_finishing=self._finish)
             raise
         finally:
             self._looping = False
-            self._account.closed.set()
+            self._goodput.closed.set()
             for part in (
-                self._keeping,
-                self._saver.background,
-                self._saver.replay,
-                self._watch,
-                self._stopping,
+                self._kept_state,
+                self._checkpointer.background,
+                self._checkpointer.replay,
+                self._step_timeouts,
+                self._stop_agreement,
             ):
                 part.close()
 
     def _steps(self) -> Iterator[Any]:
-        if self._stopping.agree_at_once():  # before the first step of this attempt
+        if self._stop_agreement.agree_at_once():  # before the first step of this attempt
             self._stop()
-        self._watch.first_step()
-        self._account.on(DATA)
+        self._step_timeouts.first_step()
+        self._goodput.on(DATA)
         is_begun = False
         for share, micro_batches in self._work.shares(self._position, self.tracked, self.say):
             if not is_begun:
                 self.step, self.epoch = self.step + 1, share.epoch
-                self._measured.begin_step()
+                self._metric_buffer.begin_step()
             if not isinstance(share, Border):
                 self._share, self.weights = share, share.weights
             batch = loading.to_device(micro_batches, self.device)
-            self._saver.background.release()
-            self._account.train(self.step)
+            self._checkpointer.background.release()
+            self._goodput.train(self.step)
             # In a loop over epochs, the outer loop runs between the border and the loading of the
             # samples; this already belongs to the next step.
             if is_begun := isinstance(share, Border):
                 yield share
-                self._account.on(DATA)
+                self._goodput.on(DATA)
                 continue
             self._traces.step_begins(self.step)
             yield self._work.handed_out(batch)
@@ -316,34 +324,34 @@ class Run:
             if self._finish or share.last or self.step == self._end_step:
                 self._complete()
                 return
-            met, stopping, timed = self._stopping.agree(
-                self.step, self._end_step, self._pace, self._saver, self._watch
+            met, stopping, timed = self._stop_agreement.agree(
+                self.step, self._end_step, self._throughput, self._checkpointer, self._step_timeouts
             )
-            if met and self._measured.holds:
+            if met and self._metric_buffer.holds:
                 self._show()
             if stopping:
                 self._stop()
-            if self._keeping.is_time(
-                timed or self._measured.new_best or self._settings.saves_at(self.step),
-                self._measured.new_best,
+            if self._kept_state.is_time(
+                timed or self._metric_buffer.new_best or self._settings.saves_at(self.step),
+                self._metric_buffer.new_best,
             ):
                 self._save()
-                self._pace.pause(self.step)
+                self._throughput.pause(self.step)
             elif self._settings.remembers_at(self.step):
                 self._save(in_memory=True)
-            self._watch.step()
-            self._account.on(DATA)
+            self._step_timeouts.step()
+            self._goodput.on(DATA)
 
     def _step_made(self, share: Share, batch: Any) -> None:
         """Record a finished step and look at what it has changed."""
-        self._account.step_made()
-        self._traces.step_made(self.step, share, batch, self._measured.logged, self.tracked)
-        self._saver.at_boundary(self.tracked)
-        self._keeping.at_boundary(self.state)
-        self._saver.replay.step_made(self.step, share.digest, self._measured.logged)
+        self._goodput.step_made()
+        self._traces.step_made(self.step, share, batch, self._metric_buffer.logged, self.tracked)
+        self._checkpointer.at_boundary(self.tracked)
+        self._kept_state.at_boundary(self.state)
+        self._checkpointer.replay.step_made(self.step, share.digest, self._metric_buffer.logged)
         self._position, self.epoch = share.after, share.after.epoch
         if self.step % self._settings.log_every_steps == 0:
-            self._measured.hold(self.step)
+            self._metric_buffer.hold(self.step)
 
     def due(self, every_steps: int | None) -> bool:
         """Return True every `every_steps` steps, and always in the last step of the run.
@@ -351,7 +359,9 @@ class Run:
         Raises:
             UsageError: It was called before the loop.
         """
-        resume_checks.check_begun(self._looping or self.finished or self._saver.attempt is not None)
+        resume_checks.check_begun(
+            self._looping or self.finished or self._checkpointer.attempt is not None
+        )
         return self.step == self._end_step or bool(every_steps and self.step % every_steps == 0)
 
     def finish(self) -> None:
@@ -370,7 +380,7 @@ class Run:
             UsageError: A value is not one number, or its name is one that every event has.
         """
         resume_checks.check_loggable(values)
-        self._measured.log(values)
+        self._metric_buffer.log(values)
 
     def keep(self, name: str, data: bytes) -> None:
         """Write a small file (a picture, a table) atomically to every store, as `files/NAME`.
@@ -383,7 +393,7 @@ class Run:
             UsageError: The name leads out of `files`, `data` is not bytes, or it was called outside
                 the loop.
         """
-        self._saver.keep(name, data)
+        self._checkpointer.keep(name, data)
 
     def evaluate(
         self,
@@ -410,7 +420,7 @@ class Run:
             The means over all samples, by name.
         """
         self._traces.point("evaluation", self.step)
-        with self._account.during(EVALUATION):
+        with self._goodput.during(EVALUATION):
             found = evaluate(
                 self.world,
                 list(self.tracked.values()),
@@ -418,11 +428,11 @@ class Run:
                 fn,
                 batch_size,
                 collate_fn,
-                self._watch.evaluation,
+                self._step_timeouts.evaluation,
             )
-        self._watch.evaluated() if self._looping else self._watch.rest()
-        self._measured.evaluated(found, self._settings.policy)
-        self._saver.note("evaluated", step=self.step, **found)
+        self._step_timeouts.evaluated() if self._looping else self._step_timeouts.rest()
+        self._metric_buffer.evaluated(found, self._settings.policy)
+        self._checkpointer.note("evaluated", step=self.step, **found)
         return found
 
     def _begin(self) -> bool:
@@ -444,44 +454,44 @@ class Run:
         ):
             self.finished, self._payload = True, None
             self._work.source.close()
-            done = self._saver.hand_in(preemption.requested)
+            done = self._checkpointer.hand_in(preemption.requested)
             self.say(
                 f"harness: the run in {self.store} is finished: step {self.step} ({origin.name}); "
                 f"{done or 'nothing to do'}"
             )
             return False
-        if self._stopping.agree_at_once():
+        if self._stop_agreement.agree_at_once():
             # No attempt is claimed yet: this is the end of the launch.
-            self._ending.record("stopped", self._saver.stores)
-            self._stopping.leave("stopped before training began; start again", self.say)
+            self._exit_record.record("stopped", self._checkpointer.stores)
+            self._stop_agreement.leave("stopped before training began; start again", self.say)
         self._traces.point("startup", self.step)
-        attempt = self._saver.begin(self._progress, preemption.requested)
+        attempt = self._checkpointer.begin(self._progress, preemption.requested)
         self._traces.begun(attempt.number, self.step)
-        self._stopping.listen(self._saver.stores, attempt.number)
+        self._stop_agreement.listen(self._checkpointer.stores, attempt.number)
         notes = resume_checks.restore_generators(
             payload, self.world, self._work.source, self._settings.seed, self.step
         )
-        for note in (*notes, *self._keeping.begin(self.tracked, payload, self._work.source)):
+        for note in (*notes, *self._kept_state.begin(self.tracked, payload, self._work.source)):
             self.say(f"harness: {note}")
         self._payload = None  # frees the memory: from here on the live objects are the only copy
-        self._pace = Throughput(self.clock, self.step, self._account.steps_per_s)
+        self._throughput = Throughput(self.clock, self.step, self._goodput.steps_per_s)
         if self.is_writer:
-            self._saver.background.watch_updates(self.tracked, self.say)
+            self._checkpointer.background.watch_updates(self.tracked, self.say)
         source = f"resumes from step {self.step} ({origin.name})" if origin else "begins at step 0"
         self.say(
             f"harness: attempt {attempt.number} {source} in "
-            f"{' and '.join(map(str, self._saver.stores))}{self._saver.resumed}"
+            f"{' and '.join(map(str, self._checkpointer.stores))}{self._checkpointer.resumed}"
         )
         return True
 
     def _complete(self) -> None:
         resume_checks.check_some_steps(self.step, self._work.data["global_batch_size"])
         if not self._save(final=True, wait=True):
-            raise self._saver.failure(
+            raise self._checkpointer.failure(
                 f"the last checkpoint, of step {self.step}, was not saved",
                 "Mend the cause and start again.",
             )
-        self._saver.end("finished", preemption.requested, step=self.step)
+        self._checkpointer.end("finished", preemption.requested, step=self.step)
         self.finished = True
         self.say(f"harness: finished at step {self.step}")
         # All ranks leave together: the writer may host the store that the others still read from.
@@ -495,10 +505,12 @@ class Run:
             SaveError: The state could not be saved.
             StorageError: The same, if there is only a remote store; or the upload is incomplete.
         """
-        self._watch.saving()
-        self._saver.settle(preemption.requested)
-        self._watch.rest()
-        self._stopping.stop(self._saver, self.step, lambda: self._save(wait=True), self.say)
+        self._step_timeouts.saving()
+        self._checkpointer.settle(preemption.requested)
+        self._step_timeouts.rest()
+        self._stop_agreement.stop(
+            self._checkpointer, self.step, lambda: self._save(wait=True), self.say
+        )
 
     def _save(self, *, final: bool = False, wait: bool = False, in_memory: bool = False) -> bool:
         """Begin to commit a checkpoint of this step.
@@ -512,25 +524,27 @@ class Run:
             wait: Wait until the checkpoint is committed.
             in_memory: Write it to the memory tier only.
         """
-        self._watch.saving()
-        with self._account.during(SAVE):
+        self._step_timeouts.saving()
+        with self._goodput.during(SAVE):
             self._show()
-            of_ranks = self._keeping.of_ranks(self.tracked, self.state, self._work.source.state())
+            of_ranks = self._kept_state.of_ranks(
+                self.tracked, self.state, self._work.source.state()
+            )
             capture = partial(self._capture, self._work.at(self._position), of_ranks)
             classes = {name: state.class_name(thing) for name, thing in self.tracked.items()}
             about = partial(
-                self._saver.about,
+                self._checkpointer.about,
                 classes,
-                self._measured.of_this_step,
+                self._metric_buffer.of_this_step,
                 self._work.end if final else None,
             )
-            save = self._saver.save
+            save = self._checkpointer.save
             saved = (
-                self._saver.tier.remember(capture, about)
+                self._checkpointer.tier.remember(capture, about)
                 if in_memory
                 else save(capture, about, preemption.requested, wait=wait)
             )
-        self._watch.rest()  # what follows has time-outs of its own
+        self._step_timeouts.rest()  # what follows has time-outs of its own
         return saved
 
     def _capture(self, data: dict[str, Any], of_ranks: list[OfRank]) -> state.Captured:
@@ -540,15 +554,17 @@ class Run:
             "state": self.state,
             "config": self._settings.config,
         }
-        return self._keeping.captured(of_ranks, data, values | self._measured.state(), self.tracked)
+        return self._kept_state.captured(
+            of_ranks, data, values | self._metric_buffer.state(), self.tracked
+        )
 
     def _show(self) -> None:
         """Record and print the buffered metrics. Collective: every rank must call it."""
-        work, rate = self._work, self._pace.steps_per_s(self.step)
-        held = self._measured.read(self.world)
-        self._saver.replay.gathered(self._measured.by_rank)
+        work, rate = self._work, self._throughput.steps_per_s(self.step)
+        held = self._metric_buffer.read(self.world)
+        self._checkpointer.replay.gathered(self._metric_buffer.by_rank)
         for step, at, values in held:
-            self._saver.note("step", step=step, time=at, of=self._end_step, **values)
+            self._checkpointer.note("step", step=step, time=at, of=self._end_step, **values)
             if self.is_writer:
                 shown = StepSummary(
                     step,
@@ -557,7 +573,7 @@ class Run:
                     work.epochs,
                     values,
                     work.rate(rate),
-                    self._saver.words,
+                    self._checkpointer.words,
                 )
                 self._progress.show(shown, rate)
 
@@ -572,6 +588,6 @@ class Run:
             StorageError: A store cannot be listed or read.
         """
         return self.world.on_writer(
-            lambda: retention.best_file(self._saver.stores, self._settings.policy),
+            lambda: retention.best_file(self._checkpointer.stores, self._settings.policy),
             give_up=preemption.requested,
         )

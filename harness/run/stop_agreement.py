@@ -76,9 +76,9 @@ class StopAgreement:
         self,
         step: int,
         end_step: int | None,
-        pace: Throughput,
-        saver: Checkpointer,
-        watch: StepTimeouts,
+        throughput: Throughput,
+        checkpointer: Checkpointer,
+        step_timeouts: StepTimeouts,
     ) -> tuple[bool, bool, bool]:
         """Agree on whether to save and whether to stop, about every `AGREE_EVERY_S` seconds.
 
@@ -90,9 +90,9 @@ class StopAgreement:
         Args:
             step: Number of the step that was just made.
             end_step: Number of the last step of the run, or None if unknown.
-            pace: Throughput, from which the steps until the next agreement are computed.
-            saver: Reports whether a save is due, and how long a save and an upload take.
-            watch: Reports how long a step takes.
+            throughput: Throughput, from which the steps until the next agreement are computed.
+            checkpointer: Reports whether a save is due, and how long a save and an upload take.
+            step_timeouts: Reports how long a step takes.
 
         Returns:
             Whether the ranks communicated in this step, whether all stop now, and whether all save
@@ -103,14 +103,16 @@ class StopAgreement:
         interval = (
             1
             if self.world.size == 1
-            else min(pace.steps_within(AGREE_EVERY_S, step), 2 * self._interval, MOST_STEPS)
+            else min(throughput.steps_within(AGREE_EVERY_S, step), 2 * self._interval, MOST_STEPS)
         )
         saving = False
         if self.world.is_writer:
-            saving = saver.is_due(pace.left_s(step, end_step)) or self._saves_asked.is_set()
+            saving = (
+                checkpointer.is_due(throughput.left_s(step, end_step)) or self._saves_asked.is_set()
+            )
             self._saves_asked.clear()
             # Before the time limit there must be time for one more step, a save and an upload.
-            needed_s = watch.longest_s + saver.to_save_s + saver.upload_s
+            needed_s = step_timeouts.longest_s + checkpointer.to_save_s + checkpointer.upload_s
             if preemption.requested() is None and self.deadline.is_near(
                 self.settings.margin_s + deadline.SAFETY * needed_s
             ):
@@ -141,14 +143,18 @@ class StopAgreement:
         return bool(self.world.agree([int(preemption.requested() is not None)])[0])
 
     def stop(
-        self, saver: Checkpointer, step: int, save: Callable[[], bool], say: Callable[[str], None]
+        self,
+        checkpointer: Checkpointer,
+        step: int,
+        save: Callable[[], bool],
+        say: Callable[[str], None],
     ) -> None:
         """Save if there is time, and leave on all ranks.
 
         Collective: every rank must call it.
 
         Args:
-            saver: Holds the number of the last saved step, and records the end of the attempt.
+            checkpointer: Holds the last saved step, and records the end of the attempt.
             step: Number of the last step that was made; 0 if there was none.
             save: Saves this step and waits for it.
             say: Prints a line on the writer.
@@ -161,22 +167,22 @@ class StopAgreement:
         names = sorted(
             {name for found in self.world.gather(preemption.requests()[:4]) for name in found}
         )
-        has_remote = len(saver.stores) > 1
+        has_remote = len(checkpointer.stores) > 1
         plan = deadline.plan(
             self.deadline.left_s(),
-            saver.save_s,
-            saver.upload_s,
+            checkpointer.save_s,
+            checkpointer.upload_s,
             has_remote=has_remote,
             is_scratch=self.settings.is_scratch,
         )
         if plan.words:
             say(f"harness: {plan.words}")
         if (
-            step not in (0, saver.saved_step)
+            step not in (0, checkpointer.saved_step)
             and self.world.agree([int(plan.save and self.world.is_writer)])[0]
         ):
             save()
-        saved, by = step in (0, saver.saved_step), "/".join(names)
+        saved, by = step in (0, checkpointer.saved_step), "/".join(names)
         signals = [name for name in names if name.startswith("SIG")]
         others = [name for name in names if not name.startswith("SIG")]
         details: dict[str, Any] = {
@@ -185,11 +191,11 @@ class StopAgreement:
             "by": ASKED if ASKED in others else next(iter(others), None),
             "plan": plan.words or None,
         }
-        saver.end(
+        checkpointer.end(
             "stopped", preemption.requested, step=step, limit_s=self.deadline.left_s, **details
         )
         if not saved:
-            raise saver.failure(
+            raise checkpointer.failure(
                 f"stopped by {by} at step {step}, and not saved",
                 "Start again: the previous checkpoint is whole.",
             )

@@ -55,11 +55,11 @@ class Checkpointer:
         stores: the stores of the run. Checkpoints are committed in the first one and copied to the
             second one, if there is one.
         world: the ranks of the attempt.
-        choice: the resume point.
+        resume_point: the resume point.
         settings: the validated settings of the run.
-        ending: records how the attempt ends.
-        outage: the health of the remote store; also prints warnings.
-        account: the goodput accounting.
+        exit_record: records how the attempt ends.
+        store_health: the health of the remote store; also prints warnings.
+        goodput: the goodput accounting.
         clock: returns the time in seconds, for the save policy.
     """
 
@@ -67,33 +67,40 @@ class Checkpointer:
         self,
         stores: tuple[Store, ...],
         world: World,
-        choice: resume.ResumePoint,
+        resume_point: resume.ResumePoint,
         settings: Settings,
-        ending: ExitRecord,
-        outage: StoreHealth,
-        account: Goodput,
+        exit_record: ExitRecord,
+        store_health: StoreHealth,
+        goodput: Goodput,
         clock: Callable[[], float],
     ) -> None:
         self.stores, self.world, self.settings = stores, world, settings
         self.store = stores[0]  # where a checkpoint is committed; a second store gets a copy
-        self.origin = choice.manifest
+        self.origin = resume_point.manifest
         self.save_s = 0.0  # how long the last save took, in seconds
         self.saved_step: int | None = (
-            choice.manifest.step if choice.manifest and not choice.in_memory else None
+            resume_point.manifest.step
+            if resume_point.manifest and not resume_point.in_memory
+            else None
         )
         self.attempt: Attempt | None = None
-        self.ledger: EventLog | None = None
+        self.event_log: EventLog | None = None
         self._uploader: Uploader | None = None
         self._words = (
             "nothing saved yet" if self.saved_step is None else f"saved step {self.saved_step}"
         )
-        self._choice, self._ending, self._outage, self.account = choice, ending, outage, account
+        self._resume_point, self._exit_record, self._store_health, self.goodput = (
+            resume_point,
+            exit_record,
+            store_health,
+            goodput,
+        )
         self.timer = SavePolicy(settings.save_every_s, settings.when_busy, clock, self.note)
         self._committed, self._ended, self._origin_is_here = False, False, False
-        self._verified = choice.read_from(0)
+        self._verified = resume_point.read_from(0)
         overlapped, compare = settings.snapshot != "at_once", settings.snapshot == "checked"
         self.background = AsyncSaver(
-            overlapped=overlapped, compare=compare, waiting=partial(account.during, SAVE)
+            overlapped=overlapped, compare=compare, waiting=partial(goodput.during, SAVE)
         )
         in_memory = bool(settings.memory_every_steps and world.is_writer)
         self.tier = MemoryTier(
@@ -172,21 +179,26 @@ class Checkpointer:
 
         number, run_id, nonce = self.world.on_writer(claim, give_up=give_up)
         self.attempt = Attempt(number, run_id, nonce)
-        self._ending.begun(self.stores, self.attempt, self.world)
-        self._ending.finish = self.background.close
+        self._exit_record.begun(self.stores, self.attempt, self.world)
+        self._exit_record.finish = self.background.close
         if len(self.stores) == 1 and self.store.is_local:
             check_shared(self.store, self.attempt, self.world)
         self.timer.begun()
         return self.attempt
 
     def _claim(self, progress: Console, environment: dict[str, Any]) -> Attempt:
-        found = self._choice.survey
+        found = self._resume_point.survey
         assert found is not None, "the writer has listed the stores"
         self.differences = check(
             found, self.origin, environment, self.settings.environment, progress.say
         )
         attempt = claim(
-            self.stores, self._choice, self.world.size, self.settings, progress.say, environment
+            self.stores,
+            self._resume_point,
+            self.world.size,
+            self.settings,
+            progress.say,
+            environment,
         )
         self.metrics = Trackers(
             self.settings.log_to,
@@ -197,7 +209,7 @@ class Checkpointer:
         )
         self.tier.begin(attempt, self.origin)
         self._say, last = progress.say, self.replay.read(found, self.origin, attempt, progress.say)
-        self.resumed = resumed(found, self.origin, self.account, last)
+        self.resumed = resumed(found, self.origin, self.goodput, last)
         self._listen(attempt, found)
         if self.differences:
             self.note("environment", differs=[vars(difference) for difference in self.differences])
@@ -211,24 +223,26 @@ class Checkpointer:
         self.timer.lives = kill_history(found)
         here = [m for m in found.history if local and m in found.parts[0].manifests]
         self._origin_is_here = self.origin in here
-        ledger = self.ledger = EventLog(
-            local, fmt.events_key(attempt.number), kept=has_remote, spent=self.account.spent
+        event_log = self.event_log = EventLog(
+            local, fmt.events_key(attempt.number), kept=has_remote, spent=self.goodput.spent
         )
-        ledger.listeners += [self.metrics.on_event] if self.metrics else []
-        ledger.write(
+        event_log.listeners += [self.metrics.on_event] if self.metrics else []
+        event_log.write(
             "begun",
             step=self.saved_step or 0,
             world_size=self.world.size,
             went_on_from=self.origin and self.origin.name,
         )
-        self.replay.begin(ledger, self.account.redone_until)
+        self.replay.begin(event_log, self.goodput.redone_until)
         if has_remote:
-            self._outage.note = ledger.write
+            self._store_health.note = event_log.write
             route = Route(local, self.stores[-1], self.settings.remote_policy)
-            self._uploader = Uploader(route, attempt, ledger, self._outage, self.replay.log)
+            self._uploader = Uploader(
+                route, attempt, event_log, self._store_health, self.replay.log
+            )
             there = [m for m in found.parts[-1].manifests if m.key not in found.parts[-1].marked]
             self._uploader.start(
-                here, there, self.origin, self._choice.read_from(len(self.stores) - 1)
+                here, there, self.origin, self._resume_point.read_from(len(self.stores) - 1)
             )
 
     def is_due(self, left_s: float) -> bool:
@@ -241,7 +255,7 @@ class Checkpointer:
         if (
             self.background.has_failed
             or self.background.wants_again
-            or (self._choice.in_memory and not self._committed)
+            or (self._resume_point.in_memory and not self._committed)
         ):
             return True  # `save` raises or reports what failed
         if self.timer.is_due(left_s, self.save_s, self.background.is_busy_with(self._finish)):
@@ -380,14 +394,14 @@ class Checkpointer:
         Returns:
             "", or why there is no checkpoint, if training may go on.
         """
-        assert self.attempt is not None and self.ledger is not None
+        assert self.attempt is not None and self.event_log is not None
         store = self.store.patient(
             self.settings.wait_s if about.final else min(SAVE_S, self.settings.wait_s)
         )
         try:
             manifest = commit(store, self.attempt, payload, about, write, check)
         except SaveError as error:
-            self.ledger.write("not_saved", step=payload["step"], error=str(error))
+            self.event_log.write("not_saved", step=payload["step"], error=str(error))
             self._words = " ".join(str(error).split("\n"))
             if not about.final:
                 self._say(f"harness: NOT SAVED, training goes on: {self._words}")
@@ -398,7 +412,7 @@ class Checkpointer:
         self._verified.add(manifest.name)
         self.tier.drop(before=(manifest.attempt, manifest.step + 1))
         spent = {"seconds": round(self.save_s, 6)} | costs()
-        self.ledger.write(
+        self.event_log.write(
             "saved",
             step=manifest.step,
             checkpoint=manifest.name,
@@ -412,16 +426,16 @@ class Checkpointer:
         return ""
 
     def _let_go(self, store: Store) -> None:
-        assert self.attempt is not None and self.ledger is not None
+        assert self.attempt is not None and self.event_log is not None
         policy = self.settings.policy if store.is_local else self.settings.remote_policy
         pinned = self._uploader.pinned() if self._uploader else ()
         try:
             gone = retention.apply(store, self.attempt, self._verified, policy, pinned)
         except StorageError as error:
-            self.ledger.write("not_deleted", error=str(error))
+            self.event_log.write("not_deleted", error=str(error))
             return
         if gone:
-            self.ledger.write("deleted", names=gone)
+            self.event_log.write("deleted", names=gone)
         if self._uploader:
             self._uploader.forget(gone)
 
@@ -459,14 +473,14 @@ class Checkpointer:
                 f"found: {type(data).__name__}",
                 "Text: text.encode().",
             )
-        if self.ledger is None:
+        if self.event_log is None:
             return
         try:
             if self.store.is_local:
                 write_file(self.store, key, data, self.attempt)
         except StorageError as error:
-            self.ledger.write("not_kept", file=key, store=str(self.store), error=str(error))
-            self._outage.say(
+            self.event_log.write("not_kept", file=key, store=str(self.store), error=str(error))
+            self._store_health.say(
                 f"harness: warning: {key} is not in {self.store}: "
                 f"{error.what} ({error.found}); training goes on"
             )
@@ -486,7 +500,7 @@ class Checkpointer:
                 `locations.hand_in`.
         """
         return self.world.on_writer(
-            lambda: hand_in(self._choice.survey, self.origin), give_up=give_up
+            lambda: hand_in(self._resume_point.survey, self.origin), give_up=give_up
         )
 
     def about(
@@ -509,8 +523,8 @@ class Checkpointer:
 
     def note(self, kind: str, **fields: Any) -> None:
         """Add an event to the event log; does nothing on ranks other than the writer."""
-        if self.ledger:
-            self.ledger.write(kind, **fields)
+        if self.event_log:
+            self.event_log.write(kind, **fields)
 
     def end(
         self,
@@ -541,8 +555,8 @@ class Checkpointer:
         record, self._ended = {"step": step, "saved": saved} | details, True
         self._rehearsal.close()
         if why == "stopped":  # this process may be killed before the upload is complete
-            self._ending.record(why, self.stores[:1], saved_step=self.saved_step, **record)
-        with self.account.during(SAVE):
+            self._exit_record.record(why, self.stores[:1], saved_step=self.saved_step, **record)
+        with self.goodput.during(SAVE):
             problem = self.world.on_writer(
                 lambda: self._settle(limit_s() - LAST_S), give_up=give_up
             )
@@ -559,7 +573,7 @@ class Checkpointer:
             self._uploader.close(1.0 if problem else END_S)
         if self.metrics:
             self.metrics.close()
-        self._ending.record(why, self.stores, saved_step=self.saved_step, **record)
+        self._exit_record.record(why, self.stores, saved_step=self.saved_step, **record)
         if problem:
             raise failure
 

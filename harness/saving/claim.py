@@ -20,7 +20,7 @@ from harness.supervision import control_requests
 
 def claim(
     stores: tuple[Store, ...],
-    choice: resume.ResumePoint,
+    resume_point: resume.ResumePoint,
     world_size: int,
     settings: Settings,
     say: Callable[[str], object],
@@ -34,7 +34,7 @@ def claim(
 
     Args:
         stores: the stores of the run; the last one is the authority on attempts.
-        choice: the resume point, with the writer's listing of the stores.
+        resume_point: the resume point, with the writer's listing of the stores.
         world_size: the number of ranks, for the attempt's record.
         settings: the validated settings of the run.
         say: prints a line to the user.
@@ -46,7 +46,7 @@ def claim(
         StorageError: a store cannot be read or written, or a remote store fails the probe.
         UsageError: passed through, if anything called here raises it.
     """
-    assert choice.survey is not None, "the writer has listed the stores"
+    assert resume_point.survey is not None, "the writer has listed the stores"
     for store in stores:
         store.prepare(fmt.FOLDERS)
         if not store.is_local:
@@ -54,9 +54,9 @@ def claim(
     more = identity.of_program(settings) | (
         {"environment": dict(environment)} if environment else {}
     )
-    attempt = attempts.claim(choice.survey, choice.manifest, world_size, more=more)
-    _check_not_overtaken(stores, choice.survey, attempt)
-    for place, key in choice.damaged:
+    attempt = attempts.claim(resume_point.survey, resume_point.manifest, world_size, more=more)
+    _check_not_overtaken(stores, resume_point.survey, attempt)
+    for place, key in resume_point.damaged:
         if _done(
             partial(resume.set_aside, stores[place], key),
             f"{key} is not set aside in {stores[place]}",

@@ -71,12 +71,12 @@ def check_remembered(stores: tuple[Store, ...], accept: tuple[str, ...]) -> None
 
 def listen(stores: tuple[Store, ...], is_writer: bool) -> StoreHealth:
     """Return a StoreHealth that listens to the stores; only the writer prints its messages."""
-    outage = StoreHealth(
+    store_health = StoreHealth(
         str(stores[-1]), (lambda text: say(text, sys.stderr)) if is_writer else lambda text: None
     )
     for store in stores:
-        store.listen(outage.on_trouble, outage.on_success)
-    return outage
+        store.listen(store_health.on_trouble, store_health.on_success)
+    return store_health
 
 
 def check_shared(store: Store, attempt: Attempt, world: World) -> None:

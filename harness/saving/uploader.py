@@ -56,8 +56,8 @@ class Uploader:
     Args:
         route: the source and the target of the uploads.
         attempt: the attempt that uploads.
-        ledger: the event log.
-        outage: the health of the remote store; also prints warnings.
+        event_log: the event log.
+        store_health: the health of the remote store; also prints warnings.
         steps: the step log, whose records are uploaded, too.
         clock: returns the time in seconds.
     """
@@ -66,22 +66,22 @@ class Uploader:
         self,
         route: Route,
         attempt: Attempt,
-        ledger: EventLog,
-        outage: StoreHealth,
+        event_log: EventLog,
+        store_health: StoreHealth,
         steps: StepLog | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.route, self.attempt, self.ledger = route, attempt, ledger
-        self.outage, self.steps, self.clock = outage, steps, clock
+        self.route, self.attempt, self.event_log = route, attempt, event_log
+        self.store_health, self.steps, self.clock = store_health, steps, clock
         self.origin: Manifest | None = None  # the resume point, checked until the first commit
         self.origin_is_gone = False
         self._failure: BaseException | None = None  # the error that ends the run
         self._verified: set[str] = set()
         self._state = threading.Condition()
         self._queue = UploadQueue(route.policy, self._state, is_on=route.local is not None)
-        self._files = KeptFiles(route.remote, attempt, ledger, outage, self._state)
+        self._files = KeptFiles(route.remote, attempt, event_log, store_health, self._state)
         self._status = UploadStatus(
-            route.remote, ledger, outage, self._state, has_local=route.local is not None
+            route.remote, event_log, store_health, self._state, has_local=route.local is not None
         )
         self._give_up_at = math.inf  # requests are not retried after this time
         self._thread = threading.Thread(target=self._run, daemon=True, name="uploader")
@@ -179,17 +179,17 @@ class Uploader:
             self._state.notify_all()
             while self._has_work and self._failure is None:
                 late_s = self.clock() - self._give_up_at
-                silent_s = self.clock() - self.outage.worked_at
+                silent_s = self.clock() - self.store_health.worked_at
                 if late_s > 0 and (self._status.problem or silent_s > min(STALLED_S, limit_s)):
                     # Only the user's files are left. No later start could send them, as only this
                     # process holds them.
                     if not self._queue.wanted():
                         break
-                    silent = f"{self.outage.name} does not answer: {self.outage.last}"
+                    silent = f"{self.store_health.name} does not answer: {self.store_health.last}"
                     return self._status.problem or silent
                 self._state.wait(0.2)
         self.check()
-        self._files.report_unsent(self._status.problem or self.outage.last)
+        self._files.report_unsent(self._status.problem or self.store_health.last)
         # Nothing is left to upload, so the copy in the run directory must be damaged.
         if (missing := self._queue.missing_newest) is not None:
             return (
@@ -292,11 +292,11 @@ class Uploader:
     def _let_go(self, remote: Store) -> None:
         try:
             if gone := retention.apply(remote, self.attempt, self._verified, self.route.policy):
-                self.ledger.write("deleted", names=gone, store=str(remote))
+                self.event_log.write("deleted", names=gone, store=str(remote))
         except StorageError as error:
-            self.ledger.write("not_deleted", error=str(error), store=str(remote))
+            self.event_log.write("not_deleted", error=str(error), store=str(remote))
 
     def _send_events(self) -> None:
-        self.ledger.send(self._store(), self.attempt.number)
+        self.event_log.send(self._store(), self.attempt.number)
         if self.steps:
             self.steps.send(self._store)

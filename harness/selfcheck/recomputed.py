@@ -104,20 +104,20 @@ class RecomputedSteps:
         self._comparison = StepComparison(known, self._origin, self._identities, self._tolerance)
         return known.last
 
-    def begin(self, ledger: EventLog, until: int) -> None:
+    def begin(self, event_log: EventLog, until: int) -> None:
         """Begin to record and compare steps; called on rank 0.
 
         Args:
-            ledger: Event log, which receives the result.
+            event_log: Event log, which receives the result.
             until: Last step that an earlier attempt has made.
         """
-        self._ledger, self._until = ledger, max(until, self._comparison.known.last)
+        self._event_log, self._until = event_log, max(until, self._comparison.known.last)
         self._is_on = self._until > self._origin
         local = self._stores[0] if isinstance(self._stores[0], LocalStore) else None
         self._remote = self._stores[-1] if local is None or len(self._stores) > 1 else None
         about = {"attempt": self._attempt, **self._identities.machine}
         log = self.log = StepLog(local, self._remote is not None, self._attempt, about, self._left)
-        ledger.listeners.append(log.on_event)
+        event_log.listeners.append(log.on_event)
 
     def look_at(self, tracked: Mapping[str, Any]) -> None:
         """Set the loss tolerance for half precision if a tracked object uses it."""
@@ -238,7 +238,7 @@ class RecomputedSteps:
         if not goes_on:
             self._comparison.known.clear()
         self.log.tell(record)
-        self._ledger.write("replayed" if record["verdict"] == SAME else "mismatch", **record)
+        self._event_log.write("replayed" if record["verdict"] == SAME else "mismatch", **record)
         self._say(f"harness: {replayed_in_words(record)}")
 
     def _over(self) -> None:
