@@ -41,6 +41,7 @@ from harness.monitoring.console import Console
 from harness.monitoring.goodput import Goodput
 from harness.saving import uploader
 from harness.saving.checkpointer import Checkpointer
+from harness.saving.current_attempt import Parts
 from harness.saving.locations import listen
 from harness.state import Captured
 from harness.store import Store, open_store
@@ -103,7 +104,7 @@ def write(places: list[str], steps: list[int], wait_s: float, told: str) -> None
     resume_point = resume.choose(stores, world)
     policy = retention.Policy(last=2, best=0)
     settings = Settings(policy=policy, remote_policy=policy, wait_s=wait_s)
-    checkpointer = Checkpointer(stores, world, resume_point, settings, exit_record, store_health, Goodput(), time.monotonic)
+    checkpointer = Checkpointer(Parts(stores, world, resume_point, settings, exit_record, store_health, Goodput()))
     checkpointer.begin(Console(), lambda: None)
     for step in steps:
         final: dict[str, int | None] | None = {"epochs": 1, "max_steps": None} if step == steps[-1] else None

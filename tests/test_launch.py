@@ -168,7 +168,7 @@ def test_what_dies_once_is_started_again_and_comes_out_equal(plan: str, error: s
     assert left_behind(directory) == []
     launches = list(begun(directory, "launches"))
     assert sorted(file.name for file in directory.glob("logs/*")) == [f"{name}-rank1.log" for name in launches]
-    for name in ("attempt 2 begins" if plan.startswith("1-") else "attempt 2 goes on", "finished at step 40"):
+    for name in ("attempt 2 begins" if plan.startswith("1-") else "attempt 2 resumes", "finished at step 40"):
         assert done.stdout.count(name) == 1, done.stdout
 
 

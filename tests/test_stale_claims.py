@@ -120,7 +120,7 @@ def test_the_commands_say_what_a_newer_format_is_and_leave_it(store, capsys):
     for words, code in (("status", EXIT_USAGE), ("ls", 0), ("verify", EXIT_USAGE), ("prune", EXIT_USAGE), ("show", EXIT_USAGE)):
         found, said = command(capsys, words, str(store), *(["--yes"] if words == "prune" else []))
         assert found == code, (words, said)
-        assert "format version 99" in said and "DAMAGED" not in said and "next start goes on" not in said, (words, said)
+        assert "format version 99" in said and "DAMAGED" not in said and "next start resumes" not in said, (words, said)
     code, said = command(capsys, "launch", f"run.dir={store}", "task.name=small_task:build")
     assert code == EXIT_USAGE and f"{key} has format version 99" in said
     assert tree(store) == before

@@ -269,7 +269,7 @@ def test_who_fails_to_listen_is_left_alone_and_said(
 
 
 def test_who_is_not_known_or_not_installed_is_refused_before_anything_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UsageError, match="none of tensorboard, wandb"):
+    with pytest.raises(UsageError, match="expected: a list of: tensorboard, wandb"):
         harness_package.init(tmp_path / "a", log_to=["mlflow"])
     monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match="tensorboard is not installed") as caught:

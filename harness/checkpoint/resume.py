@@ -59,6 +59,11 @@ class ResumePoint:
         """Return the name of the chosen checkpoint as a set, empty if another store was read."""
         return {self.manifest.name} if self.manifest and self.place == place else set()
 
+    def take_payload(self) -> dict[str, Any] | None:
+        """Return the payload; the caller then holds the only reference to it."""
+        payload, self.payload = self.payload, None
+        return payload
+
 
 class Chooser:
     """Finds and loads the checkpoint that a run resumes from, on all ranks together."""

@@ -45,15 +45,21 @@ class Goodput:
     Args:
         clock: Function that returns the current time in seconds.
         age_s: Age of the process in seconds, counted as start-up.
+        say: Prints a line, for the wait notices.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic, age_s: float = 0.0) -> None:
+    def __init__(
+        self,
+        clock: Callable[[], float] = time.monotonic,
+        age_s: float = 0.0,
+        say: Callable[[str], object] = say,
+    ) -> None:
         self.redone_until = 0  # last step that an earlier attempt had made
         # Throughput at the end of the newest earlier attempt, if known.
         self.steps_per_s: float | None = None
         self.clock = clock
         self.closed = threading.Event()  # set when the loop has ended; ends the wait notices
-        self.say: Callable[[str], object] = say
+        self.say = say
         self.is_joining = False  # the start-up may be waiting for the other ranks
         self.is_first_step = True
         self._spent = {STARTUP: age_s}
@@ -65,6 +71,10 @@ class Goodput:
         self._spent[before] = self._spent.get(before, 0.0) + now - self.since
         self.what, self.since = what, now
         return before
+
+    def resumes(self, redone_until: int, steps_per_s: float | None) -> None:
+        """Take what earlier attempts have recorded: their last step, and their throughput."""
+        self.redone_until, self.steps_per_s = redone_until, steps_per_s
 
     def train(self, step: int) -> None:
         """Switch to the phase for step `step`.

@@ -22,11 +22,10 @@ def resumed(found: Catalog, origin: Manifest | None, goodput: Goodput, last: int
         last: A step that is known to have been made, even if no event shows it; or 0.
     """
     newest = attempt_history.told(found.stores, found.greatest) if found.greatest else []
-    goodput.steps_per_s = attempt_history.steps_per_s(newest)
     again = max(
         attempt_history.steps_again(found, origin, newest), last - (origin.step if origin else 0)
     )
-    goodput.redone_until = again + (origin.step if origin else 0)
+    goodput.resumes(again + (origin.step if origin else 0), attempt_history.steps_per_s(newest))
     if origin is None:
         return ""
     steps = "1 step" if again == 1 else f"{again} steps"

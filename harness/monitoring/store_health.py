@@ -20,8 +20,7 @@ SILENT_S = 5.0  # a shorter outage is not printed
 class StoreHealth:
     """The health of a remote store, as observed from its requests in any thread.
 
-    `note` records an event; the checkpointer sets it to the event log. `worked_at` is the time of
-    the last successful request.
+    `worked_at` is the time of the last successful request.
 
     Args:
         name: Name of the store in messages.
@@ -34,12 +33,16 @@ class StoreHealth:
     ) -> None:
         self.name, self.clock = name, clock
         self.say = say
-        self.note: Callable[..., object] = lambda kind, **fields: None
+        self._note: Callable[..., object] = lambda kind, **fields: None
         self.worked_at = clock()
         self.last = "no answer yet"  # the last error
         self._since: float | None = None
         self._said = False
         self._lock = threading.Lock()
+
+    def record_to(self, note: Callable[..., object]) -> None:
+        """Record what follows as events: `note` takes the kind and the fields of one."""
+        self._note = note
 
     def on_trouble(self, what: str, trouble: RetryEvent) -> None:
         """Record a failed request that will be retried; print a warning for a long outage.
@@ -55,7 +58,7 @@ class StoreHealth:
             speak = not self._said and self.clock() - self._since >= SILENT_S
             self._said = self._said or speak
             began = datetime.datetime.now() - datetime.timedelta(seconds=self.clock() - self._since)
-        self.note(
+        self._note(
             "retry", what=what, tries=trouble.tries, wait_s=round(trouble.wait_s, 2), error=why
         )
         if speak:
@@ -70,5 +73,5 @@ class StoreHealth:
             self.worked_at = self.clock()
             since, said, self._since, self._said = self._since, self._said, None, False
         if since is not None and said:
-            self.note("answers_again", after_s=round(self.clock() - since, 1))
+            self._note("answers_again", after_s=round(self.clock() - since, 1))
             self.say(f"harness: {self.name} answers again, after {self.clock() - since:.0f} s")

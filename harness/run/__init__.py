@@ -6,13 +6,12 @@
         …
         run.log(loss=loss)
 
-The code after the `yield` in `Run._steps`, which `batches` drives, runs after the user's step. This
-is the step boundary: the only place where all ranks agree on saving and stopping, and do both.
+The code after the `yield` in `Loop._steps`, which `batches` drives, runs after the user's step.
+This is the step boundary: the only place where all ranks agree on saving and stopping, and do both.
 """
 
 from __future__ import annotations
 
-import atexit
 import dataclasses
 import os
 from collections.abc import Mapping, Sequence
@@ -21,20 +20,12 @@ from typing import Any
 
 import torch
 
-from harness import preemption, state
+from harness import state
 from harness.arguments import DEFAULTS, Settings, check
-from harness.checkpoint import resume, retention
-from harness.distributed import join, ranks
-from harness.monitoring.goodput import RESTORE, Goodput, age_s
-from harness.monitoring.rank_logs import divert
-from harness.monitoring.wait_notices import watch
-from harness.run.drill_hooks import redirected
-from harness.run.loop import Run
-from harness.saving.locations import check_remembered, listen, places
-from harness.supervision import launches
+from harness.checkpoint import retention
+from harness.run.api import Run
+from harness.run.assembly import assemble
 from harness.supervision.exit_record import ExitRecord
-from harness.text import fill_closed_streams
-from harness.untracked.stray_loaders import watch as watch_loaders
 
 __all__ = ["Run", "init"]
 
@@ -155,7 +146,7 @@ def init(
     exit_record = ExitRecord()  # from here on user errors are reported without a traceback
     check(arguments)
     _be_deterministic(deterministic)
-    return _start(directory, remote, _settings(arguments), timeout_s, exit_record)
+    return assemble(directory, remote, _settings(arguments), timeout_s, exit_record)
 
 
 def _settings(arguments: Mapping[str, Any]) -> Settings:
@@ -185,57 +176,6 @@ def _settings(arguments: Mapping[str, Any]) -> Settings:
     fields = {field.name for field in dataclasses.fields(Settings)}
     unchanged = {name: value for name, value in arguments.items() if name in fields}
     return Settings(**(unchanged | converted))
-
-
-def _start(
-    directory: str | Path | None,
-    remote: str | None,
-    settings: Settings,
-    timeout_s: float,
-    exit_record: ExitRecord,
-) -> Run:
-    """Join the process group, seed the generators, and return the run at its resume point.
-
-    Collective: every rank must call it.
-
-    Args:
-        directory: As in `init`.
-        remote: As in `init`.
-        settings: The settings of the run; under `harness drill` others replace some of them.
-        timeout_s: As in `init`.
-        exit_record: Record of how this process ends.
-
-    Raises:
-        UsageError, StorageError, DamagedError, LostRankError: As `init`.
-    """
-    directory, remote, settings = redirected(directory, remote, settings)
-    fill_closed_streams()
-    goodput = Goodput(age_s=age_s())
-    launches.check_supervised(directory, remote)
-    stores = places(directory, remote, settings.wait_s)
-    divert(directory)
-    watch_loaders()
-    preemption.install()
-    preemption.die_with_launcher()
-    exit_record.watch(stores)
-    if ranks.prints():
-        watch(goodput)
-    with preemption.noticed_at_once() as noticed, goodput.joining():
-        world = join.join(timeout_s, noticed, exit_record.leave_alone)
-    atexit.register(world.leave)  # else gloo threads may abort a process that exits
-    exit_record.take_hook()
-    state.seed_rank(settings.seed, "build")  # the same on all ranks: equal models
-    store_health = listen(stores, world.is_writer)
-    world.on_writer(lambda: check_remembered(stores, settings.accept), give_up=preemption.requested)
-    patient = tuple(store.patient(settings.wait_s, preemption.requested) for store in stores)
-    with goodput.during(RESTORE):
-        resume_point = resume.choose(
-            patient,
-            world,
-            give_up=preemption.requested,
-            steps_back=lambda: launches.steps_back(patient[-1]),
-        )
-    return Run(world, stores, resume_point, settings, exit_record, store_health, goodput)
 
 
 def _be_deterministic(wanted: bool) -> None:

@@ -33,14 +33,13 @@ class KeptState:
         step: Callable[[], int],
         say: Callable[[str], None],
         note: Callable[..., None],
+        suspects: list[str],
     ) -> None:
-        # Paths to state in the program that is not tracked.
-        self.suspects: list[str] = []
         self._is_writer, own = world.is_writer, RankEntries()
         self._values = UserState()
         self._more = ExtraState(world, own, step, say)
         self._by_rank = RankDifferences(world, own, say, note)
-        self._untracked, self._built = UntrackedFinder(self.suspects, say, note), dict[str, Any]()
+        self._untracked, self._built = UntrackedFinder(suspects, say, note), dict[str, Any]()
 
     def track(
         self,
@@ -92,8 +91,7 @@ class KeptState:
         """
         said = self._more.begin(tracked, payload)
         if self._is_writer:
-            self._untracked.handled |= self._more.handled | _handled_by(source)
-            self._untracked.begin(tracked, source)
+            self._untracked.begin(tracked, source, self._more.handled | _handled_by(source))
         return said
 
     def at_boundary(self, values: Mapping[str, Any]) -> None:

@@ -98,8 +98,10 @@ class StopAgreement:
             Whether the ranks communicated in this step, whether all stop now, and whether all save
             now.
         """
-        if step < self._next or (self.world.size == 1 and self._may_wait()):
+        if step < self._next:
             return False, False, False
+        if self.world.size == 1 and self._may_wait():
+            return True, False, False
         interval = (
             1
             if self.world.size == 1

@@ -71,8 +71,7 @@ class AsyncSaver:
         self._overlapped, self._waiting = overlapped, waiting
         self._compare, self._compare_all = overlapped, compare
         self._image = StagingBuffer()
-        self._scribe = WriterProcess(_no_scribe)
-        self._crossing = GpuCopy()
+        self.scribe, self._crossing = WriterProcess(_no_scribe), GpuCopy()
         self._job: Job | None = None
         self.is_unable = False  # True if states cannot be saved in the background
         self.slow_words = ""  # why saves make training wait, if they do
@@ -83,11 +82,6 @@ class AsyncSaver:
         self._closing, self._sealing = False, threading.Lock()
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, daemon=True, name="saver")
-
-    @property
-    def scribe(self) -> WriterProcess:
-        """Return the handle on the writer process."""
-        return self._scribe
 
     @property
     def is_busy(self) -> bool:
@@ -102,6 +96,10 @@ class AsyncSaver:
     def has_failed(self) -> bool:
         """Return whether `wait` would raise."""
         return self._job is not None and self._job.failure is not None
+
+    def saved_otherwise(self) -> None:
+        """Note that a save that was dropped need not be repeated."""
+        self.wants_again = False
 
     def start(self, captured: Captured, about: About, began_at: float, finish: Finish) -> None:
         """Begin to save a captured state.
@@ -269,7 +267,7 @@ class AsyncSaver:
             self._changed.notify()
         if self._thread.is_alive():
             self._thread.join()
-        self._scribe.close()
+        self.scribe.close()
         self._crossing.unpin()
         self._image.close()
 
@@ -320,7 +318,7 @@ class AsyncSaver:
             job.loan = self._image.lend()
             job.finish(
                 job,
-                lambda sink: sink.pour(self._image, self._scribe.pour),
+                lambda sink: sink.pour(self._image, self.scribe.pour),
                 lambda: self._check_whole(job),
             )
         # Raised by the copy; `finish` reports errors of writing itself.

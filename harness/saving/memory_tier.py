@@ -94,6 +94,10 @@ class MemoryTier:
             )
         self.store.prepare((fmt.CHECKPOINTS,))
 
+    def halt(self) -> None:
+        """Keep no further step."""
+        self.is_on = False
+
     def _turn_off(self, error: Exception) -> None:
         self.is_on = False
         self._say(f"harness: checkpoints are not kept in memory: {' '.join(str(error).split())}")

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-import harness.saving.trial_load as trial_load
+import harness.selfcheck.trial_load as trial_load
 from harness import preemption
 from harness.checkpoint.format import Manifest
 from harness.distributed.ddp import plain

@@ -118,6 +118,10 @@ class SavePolicy:
         self._costs: deque[float] = deque(maxlen=COSTS)
         self._told_s = 0.0
 
+    def learn(self, found: Catalog) -> None:
+        """Take how often this run was killed so far from its records."""
+        self.lives = kill_history(found)
+
     def begun(self) -> None:
         """Record that a save begins; the previous one is committed, or was waited for."""
         self._weigh()

@@ -44,16 +44,18 @@ class RecomputedSteps:
     It is active on rank 0 (the writer); on the other ranks it does nothing.
     """
 
-    def __init__(self, world: World, settings: Settings, halt: Callable[[], object]) -> None:
+    def __init__(
+        self, world: World, settings: Settings, halt: Callable[[], object], suspects: list[str]
+    ) -> None:
         """Create an inactive comparison.
 
         Args:
             world: The process group.
             settings: Validated arguments of `harness.init`.
             halt: Called when a difference must end the run.
+            suspects: Possible causes of a difference, in words; more may be added later.
         """
-        # Possible causes of a difference, in words; other modules append to it.
-        self.suspects: list[str] = []
+        self.suspects = suspects
         self.log: StepLog | None = None
         self._world, self._settings, self._halt = world, settings, halt
         self._tolerance = LossTolerance(

@@ -56,7 +56,7 @@ class ExitRecord:
         self.failed = False  # True once an uncaught error was seen
         self.step: Callable[[], int | None] = lambda: None  # returns the run's current step
         # Waits for a checkpoint in flight; takes the limit in seconds.
-        self.finish: Callable[[float], object] = lambda limit_s: None
+        self._finish: Callable[[float], object] = lambda limit_s: None
         self._default = sys.excepthook
         self.take_hook()
 
@@ -84,9 +84,19 @@ class ExitRecord:
         """
         self._stores = stores
 
-    def begun(self, stores: tuple[Store, ...], attempt: Attempt, world: World) -> None:
-        """Set the attempt whose end is recorded from now on."""
+    def begun(
+        self,
+        stores: tuple[Store, ...],
+        attempt: Attempt,
+        world: World,
+        finish: Callable[[float], object],
+    ) -> None:
+        """Set the attempt whose end is recorded from now on.
+
+        `finish` is called before the record of a failure, with the seconds that it may take.
+        """
         self._stores, self._attempt, self._world = stores, attempt, world
+        self._finish = finish
 
     def left(self, say: Callable[[str], None], *, is_finishing: bool) -> None:
         """Handle a loop that was left before its end.
@@ -166,7 +176,7 @@ class ExitRecord:
         self, kind: type[BaseException], error: BaseException, trace: TracebackType | None
     ) -> None:
         sys.excepthook, self.failed = self._default, True
-        self.finish(FINISH_S)
+        self._finish(FINISH_S)
         if is_lost_peer(error):
             # The rank that caused this must record its error first. When torchrun stops the other
             # ranks, that rank has already ended, so the wait is over.

@@ -54,7 +54,7 @@ class UntrackedFinder:
     ) -> None:
         self.names = names
         # Ids of objects that are saved by other code, or seeded anew for each sample.
-        self.handled: set[int] = set()
+        self._handled: set[int] = set()
         self._say, self._note = say, note
         self._candidates: list[Candidate] = []
         self._stepped: dict[int, Any] = {}
@@ -63,13 +63,15 @@ class UntrackedFinder:
         self._unhook: Callable[[], None] = lambda: None
         self._held, self._carried = set[int](), LoopVariables(())
 
-    def begin(self, tracked: Mapping[str, Any], source: Any) -> None:
+    def begin(self, tracked: Mapping[str, Any], source: Any, handled: set[int]) -> None:
         """Search for objects with state, before the first step.
 
         Args:
             tracked: the tracked objects, by name.
             source: the source of the loop's steps.
+            handled: ids of objects that are kept in other ways.
         """
+        self._handled = handled
         self._tracked, self._next, frame = tracked, 1, sys._getframe(1)
         self._unhook = register_optimizer_step_pre_hook(
             lambda optimizer, *_: self._stepped.update({id(optimizer): optimizer})
@@ -149,7 +151,7 @@ class UntrackedFinder:
 
         The optimizer of a scheduler or gradient scaler is not regarded as held by it.
         """
-        kept, until = set(self.handled), time.perf_counter() + WITHIN_S
+        kept, until = set(self._handled), time.perf_counter() + WITHIN_S
         things = [("", ddp.plain(thing)) for thing in self._tracked.values()]
         kept |= {id(thing) for thing in self._tracked.values()}
         for _, thing, _ in walk(
