@@ -22,11 +22,12 @@ from slurm_cluster import slurm, slurm_cluster  # noqa: F401 - fixtures
 if TYPE_CHECKING:
     from harness.distributed.ranks import World
 
+pytest_plugins = ("library_runs", "launches", "small_disks")  # their fixtures
 REPO = Path(__file__).resolve().parent.parent
 TRAIN = REPO / "harness" / "train.py"
 LONGEST_S = 400  # of a test that is not slow, or of what it is set up with: the slowest takes a minute, on a machine that is idle
 CLEAN = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "TORCHELASTIC", "HARNESS_"))}
-ENVIRONMENT = CLEAN | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(REPO), str(REPO / "tests")])}
+ENVIRONMENT = CLEAN | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, (REPO, REPO / "tests", REPO / "tests/support")))}
 
 
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])  # a slow one is no finding

@@ -47,7 +47,7 @@ def measure(bench: Bench) -> list[Finding]:
 @contextlib.contextmanager
 def _server(folder: str) -> Iterator[Any]:
     """A fresh S3 server with a bucket; this process's environment leads to it."""
-    sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
+    sys.path.insert(0, str(Path(__file__).parents[2] / "tests/support"))
     from s3_server import S3Server
 
     server = S3Server(Path(folder, "server")).start()

@@ -1,0 +1,89 @@
+"""Short runs of the library in this process, and what they leave."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from small_task import Noisy
+from torch import nn
+
+import harness
+from harness.checkpoint import load
+from harness.checkpoint.catalog import read_catalog
+from harness.store import LocalStore
+
+
+def net() -> nn.Module:
+    return nn.Sequential(nn.Linear(12, 16), nn.BatchNorm1d(16), nn.Tanh(), nn.Dropout(0.3), nn.Linear(16, 1))
+
+
+def train(
+    directory: Path,
+    *,
+    leave_at: int | None = None,
+    fail_at: int | None = None,
+    epochs: int = 2,
+    size: int = 60,
+    each: Callable[[harness.Run], object] = lambda run: None,
+    **init: object,
+):
+    """A loop as a user would write it; `leave_at` abandons it in that step, after the update. `each` is called then, too."""
+    run_ = harness.init(directory, **({"seed": 3, "save_every_s": None, "save_every_steps": 4} | init))  # type: ignore[arg-type]
+    model = net()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 3, 0.5)
+    run_.track(model=model, optimizer=optimizer, scheduler=scheduler)
+    for x, y in run_.batches(Noisy(size), global_batch_size=10, epochs=epochs):
+        loss = F.mse_loss(model(x), y) + 0.01 * torch.rand(()) * random.random() * float(np.random.rand())
+        optimizer.zero_grad()
+        loss.backward()
+        if run_.step == fail_at:
+            raise ZeroDivisionError("the user's step fails")
+        optimizer.step()
+        scheduler.step()
+        run_.state["steps"] = run_.state.get("steps", 0) + 1
+        run_.log(loss=loss)
+        each(run_)
+        if run_.step == leave_at:
+            break
+    return run_
+
+
+def steps_of(directory: Path) -> list[int]:
+    return [manifest.step for manifest in read_catalog(LocalStore(directory)).manifests]
+
+
+def newest(directory: Path) -> dict:
+    store = LocalStore(directory)
+    return load.load(store, read_catalog(store).head)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("uninterrupted")
+    train(directory)
+    return directory
+
+
+class Custom:
+    """Something with a state of its own."""
+
+    def __init__(self, value: object) -> None:
+        self.value = value
+
+    def state_dict(self):
+        return {"value": self.value}
+
+    def load_state_dict(self, given):
+        self.value = given["value"]
+
+
+def saved_and_read(tmp_path: Path, payload: dict) -> dict:
+    torch.save(payload, tmp_path / "x.pt")
+    return torch.load(tmp_path / "x.pt", weights_only=True)

@@ -1,0 +1,175 @@
+"""A checkpoint is sent to the bucket from memory, while it is written to the disk: the bucket is never ahead of the disk, nor wrong."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from big_state import STOPPED, clamp_openly, trained, written
+from conftest import wait_until
+from fault_proxy import FaultProxy
+from library_runs import steps_of
+from remote_runs import Home
+from s3_server import S3Server
+
+from harness.checkpoint.attempts import Attempt
+from harness.checkpoint.catalog import read_catalog
+from harness.checkpoint.format import Manifest
+from harness.checkpoint.replicate import send
+from harness.checkpoint.retention import Policy
+from harness.errors import DamagedError
+from harness.monitoring.event_log import EventLog
+from harness.monitoring.store_health import StoreHealth
+from harness.saving.upload_queue import UploadQueue
+from harness.saving.uploader import Route, Uploader
+from harness.store import LocalStore, open_store
+from harness.store.staging_buffer import LENT_BYTES, StagingBuffer
+
+MB = 1 << 20
+
+
+@pytest.fixture
+def home(bucket: tuple[S3Server, str], monkeypatch: pytest.MonkeyPatch) -> Home:
+    found = Home(*bucket)
+    for name, value in found.env().items():
+        monkeypatch.setenv(name, value)
+    return found
+
+
+def check_like_the_directory(home: Home, directory: Path) -> None:
+    """What is in the bucket is what is in the run directory, to the byte, and no upload is left open."""
+    home.check_none_is_torn()
+    for manifest in home.manifests():
+        stem = f"checkpoints/step_{manifest['step']:08d}-0001"
+        for ending in ("pt", "json"):
+            assert home.read(f"{stem}.{ending}") == (directory / f"{stem}.{ending}").read_bytes()
+    assert "Uploads" not in home.client.list_multipart_uploads(Bucket=home.bucket)
+
+
+def test_it_is_sent_while_it_is_written_and_appears_after_it(
+    home: Home, tmp_path: Path, started: Callable[..., subprocess.Popen[str]]
+) -> None:
+    """The process that writes is stopped: all the data gets to the bucket, and nothing comes of it there."""
+    options = f"remote={home.url!r}, save_every_s=None, save_every_steps=2, keep_last=99"
+    with FaultProxy(home.server.host, home.server.port) as proxy:
+        process = started(written(tmp_path, STOPPED, options=options), cwd=tmp_path, env=home.env(proxy))
+
+        def parts() -> list[int | None]:
+            return [r.status for r in list(proxy.requests) if "step_00000004-0001.pt" in r.path and "partNumber" in r.query]
+
+        wait_until(lambda: len(parts()) == 7 and set(parts()) == {200}, "all but the last part of 64 MB, which has to know that it is")
+        assert steps_of(tmp_path / "a") == [2]
+        assert "step_00000004" not in " ".join(home.keys())
+        (scribe,) = [p for p in psutil.Process(process.pid).children() if "saving/writer_process.py" in " ".join(p.cmdline())]
+        scribe.resume()
+        out, err = process.communicate(timeout=120)
+        assert process.returncode == 0, out + err
+        assert len(parts()) == 8, "it was sent again"
+    assert {4, 8} <= set(home.steps())
+    check_like_the_directory(home, tmp_path / "a")
+
+
+@pytest.mark.usefixtures("process_as_it_was")
+def test_what_is_dropped_here_does_not_appear_there(home: Home, tmp_path: Path) -> None:
+    """From some step on the state changes while it is copied; that is known only when all of it may have been sent."""
+    calls = iter(range(99))
+    trained(tmp_path / "a", before=lambda model: clamp_openly(model) if next(calls) >= 4 else None, remote=home.url)
+    assert steps_of(tmp_path / "a") == [1, 2, 3, 5, 6, 7, 8]
+    assert home.steps()[-1] == 8 and 4 not in home.steps()
+    check_like_the_directory(home, tmp_path / "a")
+
+
+@pytest.fixture
+def committed(home: Home, tmp_path: Path, process_as_it_was: None) -> tuple[LocalStore, Manifest, list[bytes]]:
+    """A checkpoint in a run directory, and its bytes as they are lent."""
+    trained(tmp_path / "a", steps=1)
+    store = LocalStore(tmp_path / "a")
+    (manifest,) = read_catalog(store).manifests
+    data = store.read(manifest.data_key)
+    assert len(data) > 2 * LENT_BYTES
+    return store, manifest, [data[at : at + LENT_BYTES] for at in range(0, len(data), LENT_BYTES)]
+
+
+@pytest.mark.parametrize("early", ["nothing", "a part", "everything"])
+def test_the_rest_comes_from_the_file(committed, home: Home, early: str) -> None:
+    store, manifest, pieces = committed
+    lent = {"nothing": [], "a part": pieces[:1], "everything": pieces}[early]
+    if early == "everything":
+        os.unlink(store.path(manifest.data_key))
+    assert send(store, manifest.data_key, lent, lambda: manifest, open_store(home.url, 30), Attempt(1, manifest.run_id, "")) == manifest
+    assert home.data(home.manifests()[0]) == b"".join(pieces)
+
+
+@pytest.mark.parametrize("what", ["early bytes", "the file", "no manifest"])
+def test_nothing_appears_that_is_not_what_the_manifest_says(committed, home: Home, what: str) -> None:
+    store, manifest, pieces = committed
+    if what == "early bytes":
+        pieces[0] = bytes([pieces[0][0] ^ 1]) + pieces[0][1:]
+    if what == "the file":
+        os.truncate(store.path(manifest.data_key), manifest.size_bytes - 1)
+        pieces = pieces[:1]
+
+    def told() -> Manifest | None:
+        return None if what == "no manifest" else manifest
+
+    target, attempt = open_store(home.url, 30), Attempt(1, manifest.run_id, "")
+    if what == "no manifest":
+        assert send(store, manifest.data_key, pieces, told, target, attempt) is None
+    else:
+        with pytest.raises(DamagedError, match="wrong size" if what == "the file" else "checksum"):
+            send(store, manifest.data_key, pieces, told, target, attempt)
+    assert home.keys() == []
+    assert "Uploads" not in home.client.list_multipart_uploads(Bucket=home.bucket)
+
+
+def test_one_that_is_never_committed_is_dropped_and_the_next_one_sent(committed, home: Home) -> None:
+    store, manifest, _ = committed
+    route = Route(store, open_store(home.url, 30), Policy())
+    uploader = Uploader(
+        route, Attempt(1, manifest.run_id, ""), EventLog(store, "events/0001.jsonl", kept=True), StoreHealth(home.url, print)
+    )
+    uploader.start([], [], None, set())
+    image = StagingBuffer()
+    image.reserve(3 * LENT_BYTES)
+    with uploader.ahead("checkpoints/step_00000099-0001.pt", image.lend()):
+        wait_until(lambda: "Uploads" in home.client.list_multipart_uploads(Bucket=home.bucket), "it is being sent")
+    uploader.offer(manifest)
+    assert uploader.settle(60) == ""
+    uploader.close(10)
+    image.close()
+    assert home.steps() == [1]
+    check_like_the_directory(home, Path(str(store)))
+
+
+def test_what_retention_deletes_before_it_was_sent_is_waited_for_by_nobody(committed) -> None:
+    _, manifest, _ = committed
+    queue = UploadQueue(Policy(), threading.Condition(), is_on=True)
+    queue.add(manifest)
+    early = queue.next()
+    queue.forget([manifest.name])
+    waiting = threading.Thread(target=queue.committed, args=(early,), daemon=True)
+    waiting.start()
+    waiting.join(5)
+    assert not waiting.is_alive()
+
+
+def test_what_is_lent_is_read_until_it_is_needed() -> None:
+    image, data = StagingBuffer(), os.urandom(2 * LENT_BYTES + 77)
+
+    def fill() -> Iterator[bytes]:
+        image.reserve(len(data))
+        assert image.memory is not None
+        image.memory[: len(data)] = data
+        return image.lend().chunks()
+
+    assert b"".join(fill()) == data
+    for end in (lambda: image.reserve(1), image.close):
+        reading = fill()
+        assert next(reading) == data[:LENT_BYTES]
+        end()
+        assert list(reading) == []

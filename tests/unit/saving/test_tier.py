@@ -1,0 +1,263 @@
+"""The newest step in the machine's memory: a process that dies there loses nothing, and memory never leads anybody astray."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from comparing import differing
+from conftest import events, kill_tree, run, torchrun, wait_until, workers_of
+from library_runs import net, newest, steps_of, train
+from sealing import seal
+from small_task import Noisy
+
+import harness
+from harness import cli, preemption
+from harness.checkpoint import memory_copy
+from harness.checkpoint.catalog import read_catalog
+from harness.errors import UsageError
+from harness.saving import memory_tier as writers
+from harness.store import LocalStore
+
+pytestmark = pytest.mark.usefixtures("process_as_it_was")
+EACH = {"memory": True, "save_every_steps": None, "log_every_steps": 1}
+ON_DISK = EACH | {"save_every_steps": 4}
+
+
+@pytest.fixture
+def kept(tmp_path: Path) -> Iterator[LocalStore]:
+    """What the run `a` keeps in memory; nothing of it is left to other tests."""
+    store = memory_copy.place(LocalStore(tmp_path / "a"))
+    yield store
+    shutil.rmtree(store.root, ignore_errors=True)
+
+
+def in_memory(store: LocalStore) -> list[int]:
+    return [manifest.step for manifest in read_catalog(store).manifests]
+
+
+def left_at(directory: Path, step: int, **options: object) -> None:
+    """A loop that ends in that step, after the update, as if it had been killed. Each step is as long as it takes to keep the last."""
+    train(directory, leave_at=step, each=arrived, **(EACH | options))
+
+
+def arrived(run_: harness.Run) -> None:
+    wait_until(lambda: not run_._checkpointer.background.is_busy, "what is on its way has arrived")
+
+
+@pytest.mark.parametrize("options", [EACH, ON_DISK], ids=["nothing on the disk", "something on the disk"])
+def test_who_dies_goes_on_from_the_last_step(tmp_path, kept, uninterrupted, capfd, options):
+    left_at(tmp_path / "a", 7, **options)
+    assert in_memory(kept) == [6] and steps_of(tmp_path / "a") == ([4] if options is ON_DISK else [])
+    capfd.readouterr()
+    train(tmp_path / "a", **options)
+    said = capfd.readouterr().out
+    assert (
+        "taking step_00000006-0001 from this machine's memory" in said and "resumes from step 6 " in said and "0 steps to recompute" in said
+    )
+    assert not kept.root.exists(), "the run is over"
+    assert steps_of(tmp_path / "a")[-1] == 12 and 7 in {event["step"] for event in events(tmp_path / "a", "saved")}, "on the disk at once"
+    assert list_differences(tmp_path / "a", uninterrupted) == []
+
+
+def list_differences(a: Path, b: Path) -> list[object]:
+    return [name for name in differing(a, b) if name[0] != "config"]
+
+
+def test_who_goes_on_from_memory_and_is_stopped_at_once_saves_it(tmp_path, kept):
+    left_at(tmp_path / "a", 7)
+    run_ = harness.init(tmp_path / "a", seed=3, save_every_s=None, memory=True)
+    model = net()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    run_.track(model=model, optimizer=optimizer, scheduler=torch.optim.lr_scheduler.StepLR(optimizer, 3, 0.5))
+    with pytest.raises(SystemExit) as ended:
+        for _ in run_.batches(Noisy(60), global_batch_size=10, epochs=2):
+            os.kill(os.getpid(), signal.SIGTERM)
+            wait_until(preemption.requested, "the signal is noticed")
+    assert ended.value.code == 0
+    assert steps_of(tmp_path / "a") == [7] and not kept.root.exists()
+
+
+class Trap(io.StringIO):
+    """An output that has this process terminated when it hears some words."""
+
+    def write(self, text: str) -> int:
+        if "resumes from step 6 " in text:
+            os.kill(os.getpid(), signal.SIGTERM)
+            wait_until(preemption.requested, "the signal is noticed")
+        return super().write(text)
+
+
+def test_who_goes_on_from_memory_and_is_stopped_before_the_first_step_puts_it_on_the_disk(tmp_path, kept, monkeypatch):
+    left_at(tmp_path / "a", 7)
+    monkeypatch.setattr(sys, "stdout", Trap())
+    with pytest.raises(SystemExit) as ended:
+        train(tmp_path / "a", **EACH)
+    assert ended.value.code == 0
+    assert steps_of(tmp_path / "a") == [6] and not kept.root.exists()
+
+
+@pytest.mark.parametrize("how", ["flipped", "cut short", "no data", "manifest torn"])
+def test_what_is_damaged_in_memory_is_passed_over(tmp_path, kept, uninterrupted, capfd, how):
+    left_at(tmp_path / "a", 7, save_every_steps=4)
+    data = kept.path("checkpoints/step_00000006-0001.pt")
+    if how == "flipped":
+        with data.open("r+b") as file:
+            file.seek(data.stat().st_size // 2)
+            byte = file.read(1)
+            file.seek(-1, os.SEEK_CUR)
+            file.write(bytes([byte[0] ^ 1]))
+    elif how == "cut short":
+        os.truncate(data, 1000)
+    elif how == "no data":
+        data.unlink()
+    else:
+        os.truncate(data.with_suffix(".json"), 50)
+    capfd.readouterr()
+    train(tmp_path / "a", **ON_DISK)
+    said = capfd.readouterr().out
+    assert "resumes from step 4 " in said and ("passed over" in said or how == "manifest torn")
+    assert not kept.root.exists() and list_differences(tmp_path / "a", uninterrupted) == []
+
+
+def test_what_a_newer_version_has_kept_in_memory_is_not_passed_over(tmp_path, kept):
+    left_at(tmp_path / "a", 7)
+    (manifest,) = read_catalog(kept).manifests
+    path = kept.root / manifest.key
+    path.write_bytes(seal(json.loads(path.read_bytes()) | {"format_version": 99}))
+    before = {file: file.read_bytes() for file in kept.root.rglob("*") if file.is_file()}
+    with pytest.raises(UsageError, match="format version 99"):
+        train(tmp_path / "a", **EACH)
+    assert {file: file.read_bytes() for file in kept.root.rglob("*") if file.is_file()} == before
+
+
+def test_what_is_older_than_the_disk_is_let_go(tmp_path, kept, uninterrupted, capfd):
+    left_at(tmp_path / "a", 4)
+    old = {path.name: path.read_bytes() for path in (kept.root / "checkpoints").iterdir()}
+    assert len(old) == 2
+    left_at(tmp_path / "a", 7, save_every_steps=4)  # takes it, and commits step 4
+    assert in_memory(kept) == [6]
+    shutil.rmtree(kept.root / "checkpoints")
+    kept.prepare(("checkpoints",))
+    for name, content in old.items():
+        (kept.root / "checkpoints" / name).write_bytes(content)
+    capfd.readouterr()
+    train(tmp_path / "a", save_every_steps=4)
+    assert "resumes from step 4 " in capfd.readouterr().out
+    assert not kept.root.exists() and list_differences(tmp_path / "a", uninterrupted) == []
+
+
+def test_another_runs_memory_under_the_same_path_is_let_go(tmp_path, kept, uninterrupted, capfd):
+    left_at(tmp_path / "a", 7)
+    shutil.rmtree(tmp_path / "a")
+    train(tmp_path / "a", **EACH)
+    assert "begins at step 0" in capfd.readouterr().out.split("attempt 1")[-1]
+    assert not kept.root.exists() and list_differences(tmp_path / "a", uninterrupted) == []
+
+
+def test_what_a_killed_process_was_writing_there_does_not_stay(tmp_path, kept):
+    left_at(tmp_path / "a", 7)
+    folder = kept.root / "checkpoints"
+    (folder / "step_00000007-0001.pt.tmp-0001-abcdef01").write_bytes(bytes(1000))
+    (folder / "step_00000008-0001.pt").write_bytes(bytes(1000))
+    left_at(tmp_path / "a", 9)
+    assert sorted(path.name for path in folder.iterdir()) == ["step_00000008-0002.json", "step_00000008-0002.pt"]
+
+
+def test_it_keeps_one_and_the_disk_takes_over(tmp_path, kept):
+    left_at(tmp_path / "a", 9, save_every_steps=8)
+    assert in_memory(kept) == [] and steps_of(tmp_path / "a") == [8], "what the disk has is not kept in memory too"
+
+
+def test_every_so_many_steps(tmp_path, kept):
+    left_at(tmp_path / "a", 8, memory=3)
+    assert in_memory(kept) == [6]
+
+
+def test_where_there_is_no_room_it_says_so_and_goes_on(tmp_path, kept, uninterrupted, capfd, monkeypatch):
+    monkeypatch.setattr(writers, "free_memory_bytes", lambda: 1000)
+    train(tmp_path / "a", **ON_DISK)
+    said = capfd.readouterr().out
+    assert said.count("checkpoints are not kept in memory: there is not enough memory found: 1000 bytes") == 1
+    assert not kept.root.exists() and list_differences(tmp_path / "a", uninterrupted) == []
+
+
+@pytest.mark.parametrize("how", ["open to others", "a link"])
+def test_what_somebody_else_could_have_put_there_is_not_touched(tmp_path, kept, capfd, how):
+    left_at(tmp_path / "a", 7)
+    if how == "a link":
+        shutil.move(kept.root, tmp_path / "elsewhere")
+        kept.root.symlink_to(tmp_path / "elsewhere")
+    else:
+        kept.root.chmod(0o777)
+    before = sorted(kept.root.rglob("*"))
+    capfd.readouterr()
+    train(tmp_path / "a", **EACH)
+    said = capfd.readouterr().out
+    assert "begins at step 0" in said and said.count("checkpoints are not kept in memory") == 1 and "somebody else's" in said
+    assert sorted(kept.root.rglob("*")) == before
+    if how == "a link":
+        kept.root.unlink()
+
+
+def test_a_newer_attempts_is_not_taken_away(tmp_path, kept):
+    """By a zombie, which keeps steps of its own."""
+    left_at(tmp_path / "a", 7)
+    left_at(tmp_path / "a", 9)
+    zombie = writers.MemoryTier(kept, None, print, is_on=True)  # type: ignore[arg-type]  it has nothing on its way
+    zombie.drop(before=(1, 99))
+    assert in_memory(kept) == [8]
+
+
+SETTINGS = ("task.name=small_task:build", "train.epochs=4", "log.every_steps=1", "checkpoint.every_s=null", "task.args.sleep_s=0.05")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2])
+def test_a_rank_that_is_killed_costs_no_step(tmp_path, kept, ranks, started: Callable[..., object]) -> None:
+    """torchrun starts both again; the other rank dies of it, whenever that is."""
+    whole = run(torchrun(ranks, *SETTINGS, f"run.dir={tmp_path}/b"))
+    assert whole.returncode == 0, whole.stdout + whole.stderr
+    directory, log = tmp_path / "a", tmp_path / "log"
+    command = torchrun(ranks, *SETTINGS, "checkpoint.memory=true", f"run.dir={directory}", options=("--max-restarts=2",))
+    with log.open("w") as output:
+        process = started(command, output=output)
+        wait_until(lambda: in_memory(kept)[-1:] >= [7] or process.poll() is not None, "a step is kept")
+        last = in_memory(kept)[-1]
+        workers_of(process.pid)[-1].kill()
+        assert process.wait(timeout=120) == 0, log.read_text()
+    said = log.read_text()
+    assert "from this machine's memory" in said, said
+    (goes_on,) = [line for line in said.splitlines() if "resumes from step" in line]
+    assert int(goes_on.split("resumes from step ")[1].split()[0]) >= last
+    assert list_differences(directory, tmp_path / "b") == []
+    assert not kept.root.exists()
+
+
+@pytest.mark.slow
+def test_a_storm_of_kills_with_memory(tmp_path, kept, started: Callable[..., object]) -> None:
+    """The whole tree, again and again, a moment after some step; no step is lost but the one that was being made or kept."""
+    whole = run(torchrun(2, *SETTINGS, f"run.dir={tmp_path}/b"))
+    assert whole.returncode == 0
+    directory = tmp_path / "a"
+    for kills in range(8):
+        with (tmp_path / "log").open("a") as output:
+            process = started(torchrun(2, *SETTINGS, "checkpoint.memory=true", f"run.dir={directory}"), output=output)
+        before = len(events(directory, "step"))
+        wait_until(lambda before=before, p=process: len(events(directory, "step")) > before + 3 or p.poll() is not None, "three steps")
+        time.sleep(0.013 * kills)
+        kill_tree(process.pid)
+        process.wait()
+    done = run(torchrun(2, *SETTINGS, "checkpoint.memory=true", f"run.dir={directory}"))
+    assert done.returncode == 0 and list_differences(directory, tmp_path / "b") == []
+    assert cli.main(["status", str(directory)]) == 0
+    assert newest(directory)["step"] > 0 and not kept.root.exists()

@@ -1,0 +1,222 @@
+"""State that is another one on each rank: each gets its own back, and what cannot be kept for each is said."""
+
+from __future__ import annotations
+
+from library_runs import newest
+from programs import STEP, killed_once, live
+
+NORMALISER = """
+class Normaliser:
+    def __init__(self):
+        self.n, self.mean = 0, torch.zeros(8)
+
+    def __call__(self, x):
+        self.n += len(x)
+        self.mean += (x.sum(0) - len(x) * self.mean) / self.n
+        return x - self.mean
+
+    def state_dict(self):
+        return {"n": self.n, "mean": self.mean}
+
+    def load_state_dict(self, state):
+        self.n, self.mean = state["n"], state["mean"]
+"""
+
+DDP = """
+run = init()
+model = nn.parallel.DistributedDataParallel(nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 1)))
+optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
+"""
+
+LOOP = (
+    """
+for x, y in run.batches(points(), 16, epochs=2):"""
+    + STEP
+)
+
+OWN = (
+    NORMALISER
+    + DDP
+    + """
+normaliser = Normaliser()
+run.track(model=model, optimizer=optimizer, normaliser=normaliser)
+run.state.setdefault("seen", [])
+print("state at the start:", run.state["seen"], normaliser.n)
+"""
+    + LOOP.replace("model(x)", "model(normaliser(x))").replace(
+        "    die(run)", "    run.state['seen'] = [run.rank, round(float(x.sum()), 6)]\n    run.state['alike'] = run.step\n    die(run)"
+    )
+    + "print('last:', run.state, normaliser.n, normaliser.mean.tolist())\n"
+)
+
+
+def last(lived):
+    return [next(line for line in text.splitlines() if line.startswith("last:")) for text in lived.texts]
+
+
+def test_a_normaliser_and_plain_values_of_its_own_come_back_to_each_rank(tmp_path):
+    outcome = killed_once(tmp_path, OWN, ranks=2)
+    assert outcome.is_equal, (outcome.rows, outcome.resumed.texts)
+    assert last(outcome.whole) == last(outcome.resumed)
+    assert last(outcome.whole)[0] != last(outcome.whole)[1]
+    assert "normaliser is another one on each rank: each keeps its own" in outcome.whole.text
+    payload = newest(tmp_path / "whole")
+    assert payload["format_version"] == 2
+    assert sorted(payload["own"][1]) == ["normaliser_state_dict", "state"]
+    assert [path for path, _ in payload["own"][1]["state"]] == [("seen",)]  # and nothing that is alike
+    first = next(line for line in outcome.resumed.texts[1].splitlines() if line.startswith("state at the start:"))
+    assert first.split()[4:5] == ["[1,"]  # before the loop already
+
+
+def test_another_number_of_ranks_is_told_what_is_lost(tmp_path):
+    outcome = killed_once(tmp_path, OWN, ranks=2, ranks_then=1)
+    assert outcome.resumed.code == 0
+    assert "2 rank(s) before, 1 now: what each rank had for itself is lost (normaliser_state_dict, state)" in outcome.resumed.text
+
+
+ORDINARY = (
+    DDP
+    + """
+scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 3)
+ema = torch.optim.swa_utils.AveragedModel(model.module)
+run.track(model=model, optimizer=optimizer, scheduler=scheduler, ema=ema)
+"""
+    + LOOP.replace(
+        "    run.log", "    scheduler.step()\n    ema.update_parameters(model.module)\n    run.state['best'] = run.step\n    run.log"
+    )
+)
+
+
+def test_an_ordinary_loop_keeps_nothing_for_each_rank_and_is_told_nothing(tmp_path):
+    lived = live(tmp_path, ORDINARY, "whole", ranks=2)
+    assert lived.codes == [0, 0], lived.texts
+    assert "another one on each rank" not in lived.text
+    payload = newest(tmp_path / "whole")
+    assert "own" not in payload
+    assert payload["format_version"] == 1
+
+
+ALONE = (
+    """
+run = init()
+torch.manual_seed(run.rank)
+model = nn.Linear(8, 1)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+run.track(model=model, optimizer=optimizer)
+"""
+    + LOOP.replace("    die(run)", "    die(run)\n")
+    + "print('last:', model.weight.tolist())\n"
+)
+
+
+def test_a_model_without_ddp_comes_back_to_each_rank(tmp_path):
+    outcome = killed_once(tmp_path, ALONE, ranks=2)
+    assert outcome.is_equal, (outcome.rows, outcome.resumed.texts)
+    assert last(outcome.whole) == last(outcome.resumed)
+    assert last(outcome.whole)[0] != last(outcome.whole)[1]
+
+
+LATER = (
+    """
+class Counter:
+    n = 0
+
+    def state_dict(self):
+        return {"n": self.n}
+
+    def load_state_dict(self, state):
+        self.n = state["n"]
+
+"""
+    + DDP
+    + """
+counter = Counter()
+run.track(model=model, optimizer=optimizer, counter=counter)
+"""
+    + LOOP.replace("    die(run)", "    counter.n += run.rank if run.step > 4 else 1\n    die(run)")
+    + "print('last:', counter.n)\n"
+)
+
+
+def test_what_begins_to_differ_after_the_first_save_is_found_at_the_next(tmp_path):
+    outcome = killed_once(tmp_path, LATER, ranks=2)
+    assert outcome.is_equal, (outcome.rows, outcome.resumed.texts)
+    assert last(outcome.whole) == last(outcome.resumed) == ["last: 4", "last: 20"]
+
+
+PLATEAU = (
+    DDP
+    + """
+for parameter in model.parameters():
+    parameter.requires_grad_(True)
+scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, factor=0.5)
+run.track(model=model, optimizer=optimizer, scheduler=scheduler)
+"""
+    + LOOP.replace("    die(run)", "    scheduler.step(float(loss))\n    die(run)")
+    + "print('last:', model.module[0].weight.tolist())\n"
+)
+
+
+def test_a_schedule_by_each_ranks_own_loss_makes_the_model_differ_and_all_of_it_comes_back(tmp_path):
+    outcome = killed_once(tmp_path, PLATEAU, ranks=2)
+    assert outcome.is_equal, (outcome.rows, outcome.resumed.texts)
+    assert last(outcome.whole) == last(outcome.resumed)
+    assert last(outcome.whole)[0] != last(outcome.whole)[1]
+
+
+BIG = (
+    DDP
+    + """
+class Table:
+    def __init__(self):
+        self.values = torch.full((17 << 20,), float(run.rank))
+
+    def state_dict(self):
+        return {"values": self.values}
+
+    def load_state_dict(self, state):
+        self.values = state["values"]
+
+
+table = Table()
+run.track(model=model, optimizer=optimizer, table=table)
+"""
+    + LOOP.replace("epochs=2", "epochs=1, max_steps=3")
+)
+
+
+def test_what_is_too_big_to_be_kept_for_each_is_said_at_the_first_save(tmp_path):
+    lived = live(tmp_path, BIG, "whole", ranks=2)
+    assert lived.codes == [0, 0], lived.texts
+    assert "table is another one on each rank, and 71.3 MB of it differ: only the writer's is saved" in lived.text
+    assert "own" not in newest(tmp_path / "whole")
+
+
+AVERAGED = (
+    """
+class Average(nn.Module):
+    def __init__(self, source):
+        super().__init__()
+        import copy
+        self.module = copy.deepcopy(source)
+
+    @torch.no_grad()
+    def update(self, source, step):
+        for own, theirs in zip(self.module.state_dict().values(), source.state_dict().values()):
+            own.lerp_(theirs, 1.0 if step <= 3 else 0.1) if own.is_floating_point() else own.copy_(theirs)
+"""
+    + DDP
+    + """
+average = Average(model.module)
+run.track(model=model, optimizer=optimizer, average=average)
+"""
+    + LOOP.replace("    die(run)", "    average.update(model.module, run.step)\n    die(run)")
+    + "print('last:', average.module[1].running_mean.tolist())\n"
+)
+
+
+def test_an_average_that_begins_as_a_copy_of_each_ranks_buffers_is_kept_for_each(tmp_path):
+    outcome = killed_once(tmp_path, AVERAGED, ranks=2, die=5)  # resumes from step 3, where it still is a copy
+    assert "resumes from step 3" in outcome.resumed.text
+    assert outcome.is_equal, outcome.rows
+    assert last(outcome.whole) == last(outcome.resumed) and len(set(last(outcome.whole))) == 2

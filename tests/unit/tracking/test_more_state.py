@@ -1,0 +1,850 @@
+"""State that no `state_dict` tells of: gradients under way, attributes and modes, communication hooks, generators; and no torn file."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import random
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import undone
+from library_runs import newest, steps_of
+from programs import STEP, killed_once, live
+from torch import nn
+
+import harness
+from harness import state
+from harness.checkpoint import load
+from harness.checkpoint.catalog import read_catalog
+from harness.errors import UsageError
+from harness.exchange.compare import differences
+from harness.store import LocalStore
+
+pytestmark = pytest.mark.usefixtures("process_as_it_was")
+
+DIE = """
+def die(run):
+    \"\"\"Be killed in step `$DIE`, when what was saved before it has arrived.\"\"\"
+    if run.step == int(os.environ.get("DIE", 0)):
+        until = time.monotonic() + 8
+        while run._checkpointer.background.is_busy and time.monotonic() < until:
+            time.sleep(0.01)
+        if not run.is_writer:
+            time.sleep(60)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def finish(run, loss, optimizer):
+    run.log(loss=loss)
+    die(run)
+"""
+
+BY_HAND = (
+    DIE
+    + """
+run = init()
+model = WRAP(nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 1)))
+optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
+run.track(model=model, optimizer=optimizer)
+for x, y in run.batches(points(192), 16, epochs=1):
+    is_update = run.step % 4 == 0
+    with model.no_sync() if NO_SYNC and not is_update else contextlib.nullcontext():
+        loss = (model(x) - y).square().mean()
+        (loss / 4).backward()
+    if is_update:
+        nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        optimizer.step()
+        optimizer.zero_grad()
+    run.log(loss=loss)
+    if run.step == int(os.environ.get("STOP", 0)):
+        os.kill(os.getpid(), signal.SIGTERM)
+    die(run)
+"""
+)
+
+
+def by_hand(wrap: str = "", no_sync: bool = False) -> str:
+    return "import contextlib\n" + BY_HAND.replace("WRAP", wrap).replace("NO_SYNC", str(no_sync))
+
+
+def equal(one: Path, other: Path) -> list[object]:
+    return list(differences(newest(one), newest(other)))
+
+
+def data(size: int = 192) -> torch.utils.data.TensorDataset:
+    return torch.utils.data.TensorDataset(torch.randn(size, 8, generator=torch.Generator().manual_seed(0)))
+
+
+def trained(directory: Path, make, *, leave_at: int = 0, stop_at: int = 0, **options) -> harness.Run:
+    """`make(run)` builds and tracks, and returns what makes a step; the loop is left or stopped there."""
+    with undone():
+        run = harness.init(directory, **({"seed": 1, "save_every_s": None, "save_every_steps": 3, "keep_last": 99} | options))
+        step = make(run)
+        with contextlib.suppress(SystemExit):
+            for (x,) in run.batches(data(), 16, epochs=1):
+                run.log(loss=step(x))
+                if run.step == stop_at:
+                    signal.raise_signal(signal.SIGTERM)
+                if run.step == leave_at:
+                    break
+    return run
+
+
+def updated(model: nn.Module, optimizer: torch.optim.Optimizer, x: torch.Tensor) -> torch.Tensor:
+    """A step of a loop that has nothing odd about it; returns the loss."""
+    optimizer.zero_grad()
+    loss = model(x).square().mean()
+    loss.backward()
+    optimizer.step()
+    return loss
+
+
+def goes_on(tmp_path: Path, make, steps: tuple[int, ...], **options) -> None:
+    """Left at each of the steps, and stopped there, it ends as the one that was neither."""
+    trained(tmp_path / "whole", make, **options)
+    for step in steps:
+        for how in ("leave_at", "stop_at"):
+            trained(tmp_path / f"{how}{step}", make, **{how: step}, **options)
+            assert trained(tmp_path / f"{how}{step}", make, **options).finished
+            assert equal(tmp_path / "whole", tmp_path / f"{how}{step}") == [], (how, step)
+
+
+def accumulating(run: harness.Run):
+    model = nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 1))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
+    run.track(model=model, optimizer=optimizer)
+
+    def step(x):
+        loss = model(x).square().mean()
+        (loss / 4).backward()
+        if run.step % 4 == 0:
+            nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+            optimizer.step()
+            optimizer.zero_grad()
+        return loss
+
+    return step
+
+
+def test_a_loop_that_accumulates_by_hand_goes_on_exactly_from_any_step(tmp_path):
+    goes_on(tmp_path, accumulating, (3, 4, 6))
+    whole, stopped = tmp_path / "whole", tmp_path / "stop_at6"
+    assert steps_of(whole) == [4, 8, 12]
+    assert steps_of(stopped)[:2] == [4, 6]  # a stop does not wait
+    assert all("gradients" not in payload for payload in payloads(whole).values())
+    assert set(payloads(stopped)[6]["gradients"]) == {f"model.{at}.{name}" for at in (0, 1) for name in ("weight", "bias")}
+    assert payloads(stopped)[6]["format_version"] == 2
+
+
+def payloads(directory: Path) -> dict[int, dict]:
+    store = LocalStore(directory)
+    return {manifest.step: load.load(store, manifest) for manifest in read_catalog(store).manifests}
+
+
+@pytest.mark.parametrize("head", [True, False])
+def test_a_loop_that_updates_each_step_keeps_no_gradients(tmp_path, head):
+    def make(run):
+        model = nn.Linear(8, 1)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
+        run.track(model=model, optimizer=optimizer)
+
+        def step(x):
+            if head:
+                optimizer.zero_grad()
+            loss = model(x).square().mean()
+            loss.backward()
+            optimizer.step()
+            if not head:
+                optimizer.zero_grad()
+            return loss
+
+        return step
+
+    trained(tmp_path / "a", make, stop_at=5)
+    assert steps_of(tmp_path / "a") == [3, 5]
+    assert all("gradients" not in payload and payload["format_version"] == 1 for payload in payloads(tmp_path / "a").values())
+
+
+@pytest.mark.parametrize(("ranks", "no_sync"), [(1, False), (2, True)])
+def test_killed_between_two_updates_it_ends_as_the_one_that_was_not(tmp_path, ranks, no_sync):
+    source = by_hand("nn.parallel.DistributedDataParallel" if ranks > 1 else "", no_sync)
+    outcome = killed_once(tmp_path, source, die=7, ranks=ranks)
+    assert outcome.killed.code == -signal.SIGKILL and "resumes from step 4" in outcome.resumed.text
+    assert outcome.is_equal, outcome.rows
+
+
+def test_gradients_that_differ_by_rank_are_each_ranks_own(tmp_path):
+    source = by_hand("nn.parallel.DistributedDataParallel", no_sync=True)
+    assert live(tmp_path, source, "whole", ranks=2).code == 0
+    assert live(tmp_path, source, "stopped", ranks=2, env={"STOP": "7"}).code == 0
+    payload = payloads(tmp_path / "stopped")[7]
+    own = [entry["gradients"] for entry in payload["own"]]
+    assert "gradients" not in payload and not torch.equal(*(one["model.0.weight"] for one in own))
+    resumed = live(tmp_path, source, "stopped", ranks=2)
+    assert resumed.code == 0 and "resumes from step 7" in resumed.text
+    assert equal(tmp_path / "whole", tmp_path / "stopped") == []
+
+
+def test_on_another_number_of_ranks_it_is_said_what_is_lost(tmp_path):
+    source = by_hand("nn.parallel.DistributedDataParallel", no_sync=True)
+    assert live(tmp_path, source, "stopped", ranks=2, env={"STOP": "7"}).code == 0
+    alone = live(tmp_path, source, "stopped")
+    assert alone.code == 0 and "what each rank had for itself is lost (gradients)" in alone.text
+
+
+def adversaries(run: harness.Run):
+    """The critic's gradients, that its own step has not seen, are there at each boundary."""
+    critic, generator = nn.Linear(8, 1), nn.Linear(8, 8)
+    of_critic, of_generator = (torch.optim.Adam(model.parameters(), lr=0.05) for model in (critic, generator))
+    run.track(critic=critic, generator=generator, of_critic=of_critic, of_generator=of_generator)
+
+    def step(x):
+        loss = (critic(x) - critic(generator(x).detach())).mean()
+        if run.step % 2:  # the other half of the time they are used
+            critic.zero_grad()
+        loss.backward()
+        of_critic.step()
+        generator.zero_grad()
+        critic(generator(x)).mean().backward()
+        of_generator.step()
+        return loss
+
+    return step
+
+
+def test_gradients_that_are_always_under_way_are_kept_without_waiting(tmp_path):
+    goes_on(tmp_path, adversaries, (4, 7))
+    assert steps_of(tmp_path / "whole") == [3, 6, 9, 12]
+    assert set(payloads(tmp_path / "whole")[6]["gradients"]) == {"critic.weight", "critic.bias"}
+
+
+def test_a_gradient_of_zeros_is_another_thing_than_none(tmp_path):
+    """To an optimizer that decays weights. Here a part takes part in some steps only."""
+
+    def make(run):
+        model = nn.ModuleList([nn.Linear(8, 1), nn.Linear(8, 1)])
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.05, weight_decay=0.1)
+        run.track(model=model, optimizer=optimizer)
+
+        def step(x):
+            if run.step == 5:
+                optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad(set_to_none=False)
+            loss = sum(part(x).square().mean() for part in (model if run.step in (1, 2, 3, 4, 9) else model[:1]))
+            loss.backward()
+            optimizer.step()
+            return loss
+
+        return step
+
+    goes_on(tmp_path, make, (4, 11))
+
+
+@pytest.mark.parametrize("decay", [1.0, 0.9])
+def test_gradients_that_nobody_sets_to_zero_are_kept(tmp_path, decay):
+    def make(run):
+        model = nn.Linear(8, 1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        run.track(model=model, optimizer=optimizer)
+
+        def step(x):
+            loss = model(x).square().mean()
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            for parameter in model.parameters() if decay < 1 else ():
+                parameter.grad.mul_(decay)
+            return loss
+
+        return step
+
+    goes_on(tmp_path, make, (4, 8))
+    assert steps_of(tmp_path / "whole") == [3, 6, 9, 12]
+
+
+def test_a_save_waits_for_an_optimizer_that_never_steps_no_longer_than_it_must(tmp_path, monkeypatch):
+    monkeypatch.setattr("harness.tracking.gradients.MOST_STEPS", 2)
+
+    def make(run):
+        model, later = nn.Linear(8, 1), nn.Linear(8, 1)
+        optimizer, second = (torch.optim.SGD(part.parameters(), lr=0.05) for part in (model, later))
+        run.track(model=model, later=later, optimizer=optimizer, second=second)
+
+        def step(x):
+            optimizer.zero_grad()
+            loss = (model(x) + later(x)).square().mean()
+            loss.backward()
+            optimizer.step()
+            if run.step >= 10:
+                second.step()
+                second.zero_grad()
+            return loss
+
+        return step
+
+    goes_on(tmp_path, make, (7, 8))
+    assert steps_of(tmp_path / "whole") == [5, 6, 9, 12]
+
+
+def test_an_update_that_was_skipped_is_waited_for(tmp_path):
+    """As a gradient scaler does when a gradient is not finite; and sparse gradients stay sparse."""
+
+    def make(run):
+        model = nn.Embedding(20, 8, sparse=True)
+        optimizer = torch.optim.SparseAdam(model.parameters(), lr=0.05)
+        run.track(model=model, optimizer=optimizer)
+
+        def step(x):
+            if run.step % 5 == 1:
+                optimizer.zero_grad()
+            loss = (model(torch.arange(run.step, run.step + 3)) * x[:3]).sum()
+            loss.backward()
+            if run.step % 5 == 0:
+                optimizer.step()
+            return loss
+
+        return step
+
+    goes_on(tmp_path, make, (4, 8))
+    assert steps_of(tmp_path / "whole") == [5, 10, 12]
+    assert payloads(tmp_path / "whole")[12]["gradients"]["model.weight"]["indices"].shape[0] == 1
+
+
+class Other:
+    """An optimizer that is not one of PyTorch's."""
+
+    def __init__(self, parameters):
+        self.parameters, self.count = list(parameters), 0
+
+    @torch.no_grad()
+    def step(self):
+        for parameter in self.parameters:
+            parameter -= 0.05 * parameter.grad
+            parameter.grad = None
+        self.count += 1
+
+    def state_dict(self):
+        return {"count": self.count}
+
+    def load_state_dict(self, state):
+        self.count = state["count"]
+
+
+def test_gradients_of_an_optimizer_that_tells_nothing_are_kept(tmp_path):
+    def make(run):
+        model = nn.Linear(8, 1)
+        optimizer = Other(model.parameters())
+        run.track(model=model, optimizer=optimizer)
+
+        def step(x):
+            loss = model(x).square().mean()
+            loss.backward()
+            if run.step % 4 == 0:
+                optimizer.step()
+            return loss
+
+        return step
+
+    goes_on(tmp_path, make, (3, 7))
+
+
+class Changing(nn.Module):
+    """Changes of itself what no `state_dict` tells."""
+
+    def __init__(self, p: float = 0.1) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Dropout(p))
+        self.head = nn.Linear(8, 1)
+        self.calls, self.history, self.scales = 0, [], {"loss": 1.0}
+        self.mean = torch.zeros(8)  # state that its author has not registered
+        self.act = torch.relu
+        self.cache = None  # made when it is first used
+        self.register_buffer("mask", torch.ones(8), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.cache is None:
+            self.cache = torch.arange(8.0)
+        self.calls += 1
+        self.mean = 0.9 * self.mean + 0.1 * x.detach().mean(0)
+        y = self.act(self.body(x - self.mean) * self.mask) + 0 * self.cache
+        return self.head(y) * self.scales["loss"] + 0.001 * len(self.history) + 0.001 * (self.calls % 7)
+
+
+def changing(p: float = 0.1, build=Changing):
+    def make(run: harness.Run):
+        model = build(p)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+        run.track(model=model, optimizer=optimizer)
+        model.body.requires_grad_(False)  # frozen at first
+
+        def step(x):
+            if run.step == 4:
+                model.body.requires_grad_(True)
+                model.body[1].eval()
+                model.body[1].momentum = 0.3
+                model.body[2].p = 0.4
+                model.mask[3:] = 0.5
+            if run.step in (5, 8):
+                model.history.append(run.step)
+                model.scales["loss"] *= 0.5
+            return updated(model, optimizer, x)
+
+        return step
+
+    return make
+
+
+def test_what_changed_of_modules_comes_back_after_two_resumes(tmp_path, capsys):
+    trained(tmp_path / "whole", changing())
+    trained(tmp_path / "a", changing(), leave_at=7)
+    trained(tmp_path / "a", changing(), leave_at=10)
+    assert trained(tmp_path / "a", changing()).finished
+    assert equal(tmp_path / "whole", tmp_path / "a") == []
+    assert "changes in training" not in capsys.readouterr().out
+    attributes = payloads(tmp_path / "a")[9]["attributes"]["model"]
+    assert attributes["body.1"]["training"] == {"built": True, "now": False}
+    assert attributes["body.2"] == {"p": {"built": 0.1, "now": 0.4}}
+    assert attributes["body.0"] == {f"{name}.requires_grad": {"built": False, "now": True} for name in ("weight", "bias")}
+    assert set(attributes[""]) == {"calls", "history", "scales", "mean", "cache", "buffer mask"}
+
+
+class Becoming(nn.Module):
+    """Has attributes that become something of another kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Linear(8, 1)
+        self.mean = None  # made by the first forward pass, then carried on
+        self.start, self.shift, self.gone = torch.full((8,), 0.1), torch.full((8,), 0.2), torch.full((8,), 0.3)
+        self.warm, self.pair = 1, ([], 0.5)
+        self.register_buffer("once", torch.full((8,), 0.4), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        now = x.detach().mean(0)
+        self.mean = now if self.mean is None else 0.9 * self.mean + 0.1 * now
+        self.late = getattr(self, "late", 0 * now) + now
+        for shift in (self.mean, self.late, self.start, self.shift, getattr(self, "gone", None), self.once):
+            x = x if shift is None else x - 0.1 * shift
+        return self.body(x) * (0.5 if self.warm is True else 1.0) + len(self.pair[0])
+
+
+def test_attributes_that_become_something_of_another_kind_come_back(tmp_path, capsys):
+    def make(run: harness.Run):
+        model = Becoming()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+        run.track(model=model, optimizer=optimizer)
+
+        def step(x):
+            if run.step == 3:
+                model.start, model.shift, model.once, model.warm = None, 0.25, None, True
+                model.pair[0].append(1)
+                del model.gone
+            return updated(model, optimizer, x)
+
+        return step
+
+    goes_on(tmp_path, make, (2, 4, 7))
+    trained(tmp_path / "twice", make, leave_at=4)
+    trained(tmp_path / "twice", make, leave_at=7)
+    assert trained(tmp_path / "twice", make).finished
+    assert equal(tmp_path / "whole", tmp_path / "twice") == []
+    assert "changes in training" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("becomes", [object(), nn.Parameter(torch.ones(8)), {"held": object()}], ids=["object", "trained", "container"])
+def test_a_tensor_that_becomes_what_cannot_be_kept_is_named(tmp_path, capsys, becomes):
+    """Once is enough: what a restart would build is the tensor."""
+
+    def make(run: harness.Run):
+        model = Becoming()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        run.track(model=model, optimizer=optimizer)
+
+        def step(x):
+            if run.step == 2:
+                vars(model)["unused"] = becomes
+            return updated(model, optimizer, x)
+
+        model.unused = torch.zeros(8)
+        return step
+
+    trained(tmp_path / "a", make)
+    assert "model.unused changes in training" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("becomes", [torch.ones(8, requires_grad=True), torch.eye(8).to_sparse()], ids=["trained", "sparse"])
+def test_a_buffer_that_becomes_what_cannot_be_kept_is_named_and_not_taken_for_gone(tmp_path, capsys, becomes):
+    seen = []
+
+    def make(run: harness.Run):
+        model = Becoming()
+        model.register_buffer("unused", torch.zeros(8), persistent=False)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        run.track(model=model, optimizer=optimizer)
+
+        def step(x):
+            seen.append(model.unused)
+            if run.step == 2:
+                model.unused = becomes
+            return updated(model, optimizer, x)
+
+        return step
+
+    trained(tmp_path / "a", make, leave_at=4)
+    assert "model.buffer unused changes in training" in capsys.readouterr().out
+    seen.clear()
+    trained(tmp_path / "a", make)
+    assert seen[0] is not None  # as built, which was said
+
+
+def test_a_program_that_builds_another_value_has_its_way_and_both_are_told(tmp_path, capsys):
+    trained(tmp_path / "a", changing(), leave_at=7)
+    model: dict[str, nn.Module] = {}
+
+    def build(p):
+        model["it"] = Changing(p)
+        return model["it"]
+
+    trained(tmp_path / "a", changing(0.2, build), leave_at=7)
+    assert "model.body.2.p was built as 0.1 and had become 0.4; it is built as 0.2 now, and that stands" in capsys.readouterr().out
+    assert model["it"].body[2].p == 0.2 and not model["it"].body[1].training
+
+
+def test_what_cannot_be_kept_is_named_once(tmp_path, capsys):
+    class Odd(Changing):
+        def forward(self, x):
+            self.act = torch.tanh if self.calls > 2 else torch.relu
+            self.seen = x.detach().sum().expand(20_000).clone()  # more than is kept of what is made on the way
+            return super().forward(x)
+
+    trained(tmp_path / "a", changing(build=Odd))
+    said = capsys.readouterr().out
+    assert said.count("warning: model.act changes in training") == 1
+    assert said.count("warning: model.seen changes in training") == 1
+    assert said.count("changes in training") == 2
+
+
+def test_an_ordinary_model_has_nothing_to_keep(tmp_path, capsys):
+    """With an evaluation of the program's own in each step, modules of torch that keep something to themselves, and all."""
+
+    def make(run):
+        normed = nn.utils.parametrizations.spectral_norm(nn.Linear(8, 8))
+        model = nn.Sequential(normed, nn.BatchNorm1d(8), nn.Unflatten(1, (2, 4)), nn.LSTM(4, 4, batch_first=True))
+        average = torch.optim.swa_utils.AveragedModel(model)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
+        run.track(model=model, optimizer=optimizer, average=average)
+
+        def step(x):
+            model.train()
+            optimizer.zero_grad()
+            loss = model(x)[0].square().mean()
+            loss.backward()
+            optimizer.step()
+            average.update_parameters(model)
+            model.eval()
+            model(x)
+            model.train()
+            return loss
+
+        return step
+
+    trained(tmp_path / "a", make)
+    assert all(payload["format_version"] == 1 for payload in payloads(tmp_path / "a").values())
+    assert "warning" not in capsys.readouterr().out
+
+
+def test_attributes_that_differ_by_rank_are_each_ranks_own(tmp_path):
+    source = (
+        DIE
+        + """
+class Model(nn.Linear):
+    factor = 1.0
+
+run = init()
+model = Model(8, 1)
+model.factor, model.steps = 1.0, 0
+ddp = nn.parallel.DistributedDataParallel(model)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+run.track(model=ddp, optimizer=optimizer)
+for x, y in run.batches(points(), 16, epochs=1):
+    model.steps += 1
+    model.factor *= 1.5 + run.rank
+    loss = (ddp(x) * (model.factor % 1) - y).square().mean()
+    optimizer.zero_grad()
+    loss.backward()
+    finish(run, loss, optimizer.step() or optimizer)
+"""
+    )
+    outcome = killed_once(tmp_path, source, ranks=2)
+    assert outcome.is_equal, outcome.rows
+    payload = payloads(tmp_path / "killed")[6]
+    assert payload["own"][1]["attributes"]["model"][""]["factor"]["now"] == 2.5**6 and "attributes" not in payload
+
+
+GENERATORS = (
+    DIE
+    + """
+run = init()
+model = nn.Linear(8, 1)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+seed = run.rank
+kinds = ("PCG64", "MT19937", "Philox", "SFC64", "PCG64DXSM")
+many = {kind: np.random.Generator(getattr(np.random, kind)(seed)) for kind in kinds}
+t, old, r, bits = torch.Generator().manual_seed(seed), np.random.RandomState(seed), random.Random(seed), np.random.PCG64(seed)
+run.track(model=model, optimizer=optimizer, t=t, old=old, r=r, bits=bits, **many)
+for x, y in run.batches(points(), 16, epochs=1):
+    drawn = [torch.rand(1, generator=t).item(), old.standard_normal(), r.gauss(0, 1), bits.random_raw() % 7]
+    for one in many.values():
+        drawn += [one.standard_normal(), float(one.integers(0, 9, dtype=np.uint32)), one.spawn(1)[0].random()]
+    loss = (model(x) * sum(drawn) - y).square().mean() * 0.001
+    optimizer.zero_grad()
+    loss.backward()
+    for parameter in model.parameters() if run.world_size > 1 else ():
+        torch.distributed.all_reduce(parameter.grad)
+    optimizer.step()
+    run.log(loss=loss)
+    die(run)
+"""
+)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_generators_that_are_tracked_go_on(tmp_path, ranks):
+    outcome = killed_once(tmp_path, GENERATORS, ranks=ranks)
+    assert outcome.killed.code == -signal.SIGKILL and outcome.is_equal, (outcome.rows, outcome.resumed.text)
+
+
+def test_a_generator_of_another_kind_or_none_is_refused(tmp_path):
+    def make(**generators):
+        def build(run):
+            model = nn.Linear(8, 1)
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+            run.track(model=model, optimizer=optimizer, **generators)
+            return lambda x: torch.zeros(())
+
+        return build
+
+    trained(tmp_path / "a", make(rng=np.random.default_rng(0)), leave_at=5)
+    with pytest.raises(UsageError, match=r"found: numpy.random.RandomState \(MT19937\), expected: numpy.random.Generator \(PCG64\)"):
+        trained(tmp_path / "a", make(rng=np.random.RandomState(0)), leave_at=5)
+    with pytest.raises(UsageError, match="holds what is not tracked: rng"):
+        trained(tmp_path / "a", make(), leave_at=5)
+    with pytest.raises(UsageError, match="SystemRandom without state_dict"):
+        trained(tmp_path / "b", make(rng=random.SystemRandom()))
+
+
+POWER = (
+    DIE
+    + """
+from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook
+run = init()
+model = nn.parallel.DistributedDataParallel(nn.Sequential(nn.Linear(8, 64), nn.Linear(64, 1)))
+state = powerSGD_hook.PowerSGDState(None, matrix_approximation_rank=1, start_powerSGD_iter=2, min_compression_rate=1)
+model.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+run.track(model=model, optimizer=optimizer)
+for x, y in run.batches(points(), 16, epochs=1):"""
+    + STEP
+)
+
+
+def test_the_state_of_a_communication_hook_is_each_ranks_own(tmp_path):
+    outcome = killed_once(tmp_path, POWER, ranks=2)
+    assert outcome.killed.code == -signal.SIGKILL and outcome.is_equal, (outcome.rows, outcome.resumed.text)
+    one, other = (entry["hooks"]["model: powerSGD_hook 0.0"]["error_dict"] for entry in payloads(tmp_path / "killed")[6]["own"])
+    assert one and not torch.equal(*(next(iter(errors.values())) for errors in (one, other)))
+
+
+@pytest.mark.parametrize(
+    ("state", "words"),
+    [
+        ("post_localSGD_hook.PostLocalSGDState(None, None, 1)", "groups of ranks train weights of their own"),
+        ("type('State', (), {})()", "finished"),
+        ("late", "was registered after track"),
+        ("setattr(odd := type('State', (), {})(), 'inner', object()) or odd", "cannot be saved: model: hook 0.0, inner"),
+    ],
+)
+def test_a_hook_whose_state_cannot_be_kept_is_refused_at_track(tmp_path, state, words):
+    hook = """
+def hook(state, bucket):
+    return torch.distributed.all_reduce(bucket.buffer().div_(2), async_op=True).get_future().then(lambda done: done.value()[0])
+"""
+    source = POWER.replace("import powerSGD_hook", f"import post_localSGD_hook{hook}")
+    begin, end = source.index("state = power"), source.index("optimizer =")
+    register = f"model.register_comm_hook({state}, hook)"
+    if state == "late":
+        register, source = "", source.replace("for x, y in", "model.register_comm_hook(type('State', (), {})(), hook)\nfor x, y in")
+    lived = live(tmp_path, f"{source[:begin]}{register}\n{source[end:]}", "a", ranks=2)
+    assert words in lived.text
+
+
+def swap_values(model: nn.Module, average: nn.Module) -> None:
+    for own, other in zip(model.parameters(), average.parameters(), strict=True):
+        kept = own.data.clone()
+        own.data.copy_(other.data)
+        other.data.copy_(kept)
+
+
+def swap_tensors(model: nn.Module, average: nn.Module) -> None:
+    for own, other in zip(model.parameters(), average.parameters(), strict=True):
+        own.data, other.data = other.data, own.data
+
+
+def reset(model: nn.Module, average: nn.Module) -> None:
+    for own, other in zip(model.parameters(), average.parameters(), strict=True):
+        own.data.lerp_(other.data, 0.5)
+
+
+def average_later(model: nn.Module, average: nn.Module) -> None:
+    for own, other in zip(average.parameters(), model.parameters(), strict=True):
+        own.data.mul_(0.9).add_(other.data, alpha=0.1)
+
+
+class Two(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.inner, self.out = nn.Linear(8, width), nn.Linear(width, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(self.inner(x))
+
+
+@pytest.mark.parametrize("width", [8, 100_000])
+@pytest.mark.parametrize(
+    ("at_head", "undo"),
+    [(swap_values, swap_values), (swap_tensors, swap_tensors), (swap_tensors, None), (reset, None), (average_later, None)],
+)
+def test_no_file_is_torn_by_what_is_written_behind_pytorchs_back(tmp_path, width, at_head, undo):
+    """At the loop's head, and not before the first save: then it is another state than that of the boundary before."""
+    seen: dict[int, dict] = {}
+
+    def make(run):
+        model, average = Two(width), Two(width)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1 / width, momentum=0.9)
+        run.track(model=model, optimizer=optimizer, average=average)
+
+        def step(x):
+            seen[run.step - 1] = copy.deepcopy(state.capture(run.tracked))
+            if run.step >= 5:
+                at_head(model, average)
+                if undo:
+                    undo(model, average)
+            return updated(model, optimizer, x)
+
+        return step
+
+    trained(tmp_path / "a", make, save_every_steps=2)
+    saved = payloads(tmp_path / "a")
+    assert {2, 12} <= set(saved) and len(saved) >= 5
+    for number, payload in saved.items():
+        if number in seen:
+            assert list(differences({name: payload[name] for name in seen[number]}, seen[number])) == [], number
+
+
+LOOP_OF_TWO_EPOCHS = """
+run.track(model=model, optimizer=optimizer)
+for x, y in run.batches(points(), 16, epochs=2):
+    loss = (model(x) - y).square().mean()
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    run.log(loss=loss)
+    die(run)
+"""
+OWN_OPTIMIZER = (
+    """
+run = init()
+torch.manual_seed(0)
+class Own(torch.optim.SGD):
+    def __init__(self, *given, **named):
+        super().__init__(*given, **named)
+        self.steps, self._seen, self.warm = 0, torch.zeros(3), {"lr": 0.1}
+    @torch.no_grad()
+    def step(self, closure=None):
+        self.steps += 1
+        self._seen += 1
+        self.warm["lr"] *= 0.9
+        for group in self.param_groups:
+            group["lr"] = self.warm["lr"] / self.steps / self._seen[0].item()
+        return super().step(closure)
+model = nn.Linear(8, 1)
+optimizer = Own(model.parameters(), lr=0.1)
+"""
+    + LOOP_OF_TWO_EPOCHS
+)
+OWN_GENERATORS = (
+    """
+run = init()
+torch.manual_seed(0)
+class Noisy(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner, self.rng, self.others = nn.Linear(8, 1), torch.Generator().manual_seed(3), [np.random.default_rng(0)]
+        self.unused = random.Random(3)
+    def forward(self, x):
+        return self.inner(x + torch.randn(x.shape, generator=self.rng) + float(self.others[0].normal()))
+class Langevin(torch.optim.SGD):
+    def __init__(self, *given, **named):
+        super().__init__(*given, **named)
+        self.rng = torch.Generator().manual_seed(0)
+    @torch.no_grad()
+    def step(self, closure=None):
+        super().step(closure)
+        for parameter in self.param_groups[0]["params"]:
+            parameter.add_(0.01 * torch.randn(parameter.shape, generator=self.rng))
+model = nn.Sequential(Noisy())
+optimizer = Langevin(model.parameters(), lr=0.1)
+"""
+    + LOOP_OF_TWO_EPOCHS
+)
+
+
+@pytest.mark.parametrize(
+    "source", [OWN_OPTIMIZER, OWN_GENERATORS], ids=["attributes of an optimizer", "generators of modules and optimizers"]
+)
+def test_what_no_state_dict_tells_of_goes_on(tmp_path, source):
+    outcome = killed_once(tmp_path, source)
+    assert outcome.is_equal, (outcome.rows, outcome.resumed.text)
+    assert "warning" not in outcome.whole.text + outcome.resumed.text
+
+
+def test_generators_of_modules_are_each_ranks_own_and_those_that_nobody_draws_from_are_not_kept(tmp_path):
+    source = OWN_GENERATORS.replace("manual_seed(3)", "manual_seed(3 + run.rank)").replace("default_rng(0)", "default_rng(run.rank)")
+    source = source.replace("nn.Sequential(Noisy())", "nn.parallel.DistributedDataParallel(nn.Sequential(Noisy()))")
+    outcome = killed_once(tmp_path, source, ranks=2)
+    assert outcome.is_equal, (outcome.rows, outcome.resumed.text)
+    kept = [own["generators"] for own in payloads(tmp_path / "killed")[18]["own"]]
+    assert [set(of) for of in kept] == [{"model.0.rng", "model.0.others[0]", "optimizer.rng"}] * 2
+
+
+def test_an_optimizers_tensors_that_are_in_no_state_dict_are_told(tmp_path, capsys):
+    class Momenta(torch.optim.Optimizer):
+        def __init__(self, parameters):
+            super().__init__(parameters, {})
+            self.momenta, self.cache = {}, {}
+
+        @torch.no_grad()
+        def step(self, closure=None):
+            for parameter in self.param_groups[0]["params"]:
+                momentum = self.momenta.setdefault(parameter, torch.zeros_like(parameter))
+                self.cache.setdefault(parameter, torch.ones_like(parameter))
+                parameter.sub_(momentum.mul_(0.9).add_(parameter.grad), alpha=0.05)
+
+    def make(run):
+        model = nn.Linear(8, 1)
+        optimizer = Momenta(model.parameters())
+        run.track(model=model, optimizer=optimizer)
+
+        def step(x):
+            return updated(model, optimizer, x)
+
+        return step
+
+    trained(tmp_path / "a", make)
+    said = capsys.readouterr().out
+    assert said.count("warning: optimizer.momenta changes in training, and is not saved") == 1
+    assert "optimizer.cache" not in said

@@ -1,0 +1,337 @@
+"""What lives and is not tracked is named with the path to it; of what is tracked, and of an evaluation's, nothing is said."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import runpy
+import socket
+import subprocess
+import sys
+
+import pytest
+from conftest import REPO
+from programs import live
+
+PROGRAM = """
+BEFORE
+def main():
+    run = init()
+    model = nn.Linear(8, 1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
+    data = points()
+    SETUP
+    run.track(model=model, optimizer=optimizer)
+    for x, y in run.batches(data, 16, epochs=2):
+        loss = (model(x) - y).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        STEP
+        run.log(loss=loss)
+    print("suspects:", run.suspects)
+
+main()
+"""
+
+AUGMENT = """
+class Augment:
+    def __init__(self, rng):
+        self.inner = {"rng": rng}
+    def __call__(self, x):
+        return x
+"""
+
+
+def named(tmp_path, setup="", step="pass", before=AUGMENT):
+    source = PROGRAM.replace("BEFORE", before).replace("SETUP", setup).replace("STEP", step)
+    lived = live(tmp_path, source, "whole")
+    assert lived.code == 0, lived.text
+    lines = [line for line in lived.text.splitlines() if "not tracked, so lost" in line]
+    events = [json.loads(line) for line in (tmp_path / "whole/events/0001.jsonl").read_text().splitlines()]
+    names = [name for event in events if event["event"] == "untracked" for name in event["names"]]
+    assert f"suspects: {names}" in lived.text
+    assert len(lines) == sum(event["event"] == "untracked" for event in events)
+    return names
+
+
+FOUND = {
+    "aug = Augment(np.random.default_rng(0))": ("aug.inner['rng'].random()", "aug.inner['rng'] (Generator)"),
+    "legacy = np.random.RandomState(0)": ("legacy.rand()", "legacy (RandomState)"),
+    "python = Augment(random.Random(0))": ("python.inner['rng'].random()", "python.inner['rng'] (Random)"),
+    "rngs = [torch.Generator()]": ("torch.rand(1, generator=rngs[0])", "rngs[0] (Generator)"),
+    "noise = (lambda rng: lambda: rng.random())(np.random.default_rng(0))": ("noise()", "noise.rng (Generator)"),
+    "data = Noisy()": ("pass", None),  # its generator is seeded for each sample
+    "schedule = torch.optim.lr_scheduler.StepLR(optimizer, 3)": ("schedule.step()", "schedule (StepLR)"),
+    "other = torch.optim.SGD([nn.Parameter(torch.zeros(1))], 0.1)": ("other.step()", "other (SGD)"),
+    "ema = torch.optim.swa_utils.AveragedModel(model)": ("ema.update_parameters(model)", "ema (AveragedModel)"),
+    "scaler = torch.amp.GradScaler('cpu')": ("pass", "scaler (GradScaler)"),
+    "mine = {'sampler': Draws(data)}": ("pass", "mine['sampler'] (Draws)"),
+    "teacher = nn.Linear(8, 1)": ("teacher.weight.data.lerp_(model.weight.data, 0.5)", "teacher (Linear)"),
+    "criterion = Centred()": ("criterion(x)", "criterion (Centred)"),
+    "mean = Mean(model)": ("mean.update(model)", "mean (Mean)"),
+    "pool = Pool()": ("pool.seen.append(x)", "pool (Pool)"),
+    "queue = torch.zeros(40, 8)": ("queue[run.step] = x[0]", "queue (Tensor)"),
+    "memory = np.zeros(40)": ("memory[run.step] = 1", "memory (ndarray)"),
+}
+
+MORE = (
+    AUGMENT
+    + """
+class Noisy(Dataset):
+    def __init__(self):
+        self.rng = np.random.default_rng(0)
+    def __len__(self):
+        return 160
+    def __getitem__(self, number):
+        return torch.full((8,), self.rng.random()).float(), torch.zeros(1)
+
+class Draws(Sampler):
+    def __init__(self, data):
+        self.data = data
+    def state_dict(self):
+        return {"at": 1}
+    def load_state_dict(self, state):
+        pass
+
+class Centred(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("centre", torch.zeros(1))
+    def forward(self, x):
+        self.centre = self.centre * 0.9 + x.mean() * 0.1
+
+class Mean:
+    def __init__(self, model):
+        self.of = {name: tensor.data.clone() for name, tensor in model.named_parameters()}
+    def update(self, model):
+        for name, tensor in model.named_parameters():
+            self.of[name] = 0.9 * self.of[name] + 0.1 * tensor.data
+
+class Pool:
+    def __init__(self):
+        self.seen = []
+
+class Trainer:
+    def __init__(self, model):
+        self.model, self.x = model, torch.zeros(16, 8)
+    def set(self, x):
+        self.x, self.both = x, [x, x]
+"""
+)
+
+
+def test_what_lives_and_is_not_tracked_is_named_with_the_path_to_it(tmp_path):
+    setup, step = "; ".join(FOUND), "; ".join(step for step, _ in FOUND.values())
+    assert sorted(named(tmp_path, setup, step, MORE)) == sorted(f"program.py: main(): {path}" for _, path in FOUND.values() if path)
+
+
+def test_a_generator_of_the_module_that_is_drawn_from_later_is_named_then(tmp_path):
+    step = "run.step > 5 and RNG.random()"
+    assert named(tmp_path, "", step, "RNG = np.random.default_rng(0)") == ["program.py: RNG (Generator)"]
+
+
+QUIET = {
+    "drawn before": "rng = np.random.default_rng(0); rng.random(); g = torch.Generator().manual_seed(0); w = torch.rand(3, generator=g)",
+    "another optimizer": "other = torch.optim.SGD(model.parameters(), 0.1); late = torch.optim.lr_scheduler.StepLR(other, 3)",
+    "evaluation": "held = DataLoader(points(), 8, shuffle=True, generator=torch.Generator()); val = Noisy()",
+    "a tracked object's": "holder = Holder(); run.track(holder=holder); inner = holder.rng",
+    "no scaling": "scaler = torch.amp.GradScaler('cpu', enabled=False)",
+    "global ones": "a, b, c = random._inst, np.random.mtrand._rand, torch.default_generator",
+    "parts of a tracked schedule": "one, two = [torch.optim.lr_scheduler.StepLR(optimizer, n) for n in (2, 3)]",
+    "what does not change": "frozen = nn.BatchNorm1d(8).eval(); table = torch.zeros(4, 4); late = nn.Linear(8, 1)",
+    "a tracked object's tensors": "wrapped = nn.ModuleList([model]); weights = list(model.parameters()); weight = model.weight.data",
+    "a batch, a sum": "trainer = Trainer(model); total = torch.zeros(1); x = torch.zeros(16, 8)",
+    "that schedule": "run.track(both=torch.optim.lr_scheduler.SequentialLR(optimizer, [one, two], [3]))",
+}
+HOLDER = (
+    MORE
+    + """
+class Holder:
+    def __init__(self):
+        self.rng = np.random.default_rng(0)
+    def state_dict(self):
+        return {"rng": repr(self.rng.bit_generator.state)}
+    def load_state_dict(self, state):
+        pass
+"""
+)
+
+
+def test_nothing_is_said_of_what_need_not_be_tracked(tmp_path):
+    step = "trainer.set(x); frozen(x); total += loss.detach()"
+    step += "; val[0]; holder.rng.random(); random.random(); np.random.rand(); torch.rand(1); list(held)"
+    assert named(tmp_path, "; ".join(QUIET.values()), step, HOLDER) == []
+
+
+def test_what_the_program_lets_go_is_not_kept_alive(tmp_path):
+    before = "import weakref\nclass Big:\n    pass\n"
+    step = "if run.step == 1:\n            del big\n            assert seen() is None"
+    assert named(tmp_path, "big = Big(); seen = weakref.ref(big)", step, before) == []
+
+
+LOOPS = REPO / "tests/loops"
+
+
+ODD = {
+    "slots": """
+class Odd:
+    __slots__ = ("count", "__weakref__")
+    def __init__(self):
+        self.count = 0
+""",
+    "every question raises": """
+class Odd:
+    def __getattribute__(self, name):
+        raise LookupError(f"no {name} here")
+""",
+    "another class than it is": """
+class Odd:
+    @property
+    def __class__(self):
+        raise ValueError("who asks?")
+""",
+    "a dict without items": """
+class Odd(dict):
+    def __init__(self):
+        super().__init__(a=1)
+    def items(self):
+        raise KeyError("none")
+    __iter__ = keys = values = items
+""",
+    "attributes that cannot be compared": """
+class Value:
+    __hash__ = None
+    def __eq__(self, other):
+        raise TypeError("not with that")
+class Odd:
+    def __init__(self):
+        self.held, self.key = [Value()], {"a": Value()}
+""",
+}
+
+
+WHERE = {
+    "in a variable": "odds = [Odd(), {'odd': Odd()}]",
+    "in the dataset": "data.odd = Odd()",
+    "in the model": "model.__dict__['odd'] = Odd()",
+}
+
+
+@pytest.mark.parametrize("setup", WHERE.values(), ids=WHERE)
+@pytest.mark.parametrize("before", ODD.values(), ids=ODD)
+def test_an_object_that_answers_with_an_error_is_never_the_runs_failure(tmp_path, before, setup):
+    assert named(tmp_path, setup, before=before) == []
+
+
+def test_what_is_installed_for_another_python_is_a_library_all_the_same(tmp_path):
+    """As where a virtual environment lies on top of another, or a site keeps its libraries in a folder of its own."""
+    package = tmp_path / "opt/python/lib/site-packages"
+    package.mkdir(parents=True)
+    (package / "elsewhere.py").write_text("class Counter:\n    def __init__(self):\n        self.count = 0\n")
+    before = f"import sys\nsys.path.append({str(package)!r})\nimport elsewhere"
+    source = PROGRAM.replace("BEFORE", before).replace("SETUP", "counter = elsewhere.Counter()").replace("STEP", "counter.count += 1")
+    assert "counter" not in live(tmp_path, source, "whole").text
+    source = source.replace(str(package), str(package.parent))
+    (package / "elsewhere.py").rename(package.parent / "elsewhere.py")
+    assert "counter.count" in live(tmp_path, source, "mine").text
+
+
+@pytest.mark.parametrize("loop", ["ddp.py", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gan.py", "gpt.py", "stream.py"))])
+def test_no_loop_of_ours_is_suspected(tmp_path, loop):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+    env = os.environ | alone | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, str(LOOPS / loop)], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert not re.search(
+        "not tracked, so lost|not rehearsed|would fail or not be exact|another one on each rank", done.stdout + done.stderr
+    )
+
+
+CARRIED = """
+class Stopper:
+    def __init__(self):
+        self.best, self.history, self.patience = 1e9, [], 3
+    def look(self, value):
+        self.best = min(self.best, value)
+        self.history.append(value)
+        return False
+
+def main():
+    run = init()
+    model = nn.RNN(8, 4, batch_first=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
+    run.track(model=model, optimizer=optimizer)
+    hidden, count, best, stopper, unused, gradients = torch.zeros(1, 16, 4), 0, 1e9, Stopper(), 3, [p for p in model.parameters()]
+    for x, y in run.batches(points(), 16, epochs=2):
+        out, hidden = model(x[:, None], hidden.detach())
+        optimizer.zero_grad()
+        loss = out.square().mean()
+        loss.backward()
+        optimizer.step()
+        count += 1
+        if loss < best:
+            best = loss.item()
+        means = [value.mean() for value in out]
+        if stopper.look(loss.item()):
+            run.finish()
+        run.log(loss=loss)
+
+main()
+"""
+
+
+def test_what_the_loop_carries_from_step_to_step_by_itself_is_named_once(tmp_path):
+    lived = live(tmp_path, CARRIED, "a")
+    assert lived.code == 0, lived.text
+    events = [json.loads(line) for line in (tmp_path / "a/events/0001.jsonl").read_text().splitlines()]
+    names = [name for event in events if event["event"] == "carried" for name in event["names"]]
+    own = [f"program.py: main(): {name}" for name in ("best", "count", "hidden", "stopper.best", "stopper.history")]
+    assert sorted(names) == own
+    assert "warning" not in lived.text and "What training depends on belongs in run.state" in lived.text
+
+
+LOOP_OF = """
+import sys
+from harness.untracked.loop_variables import variables
+
+def batches():
+    found.append(variables(sys._getframe(1)))
+    yield 1
+
+found, a, b, c, d, e, f, h, k = [], 1, 1, 1, 1, 1, [0, 1], 1, 1
+def g():
+    a, b, c, d, e, f, h, k = 1, 1, 1, 1, 1, [0, 1], 1, 1
+    for x in batches():
+        BODY
+BODY_OUTSIDE
+"""
+
+
+@pytest.mark.parametrize(
+    ("body", "names"),
+    [
+        ("a = x; b = a", ""),
+        ("b = a; a = x", "a"),
+        ("a += 1", "a"),
+        ("f[0] += 1; f.append(a)", ""),
+        ("a, b = b, a", "a b"),
+        ("(a := a + 1)", "a"),
+        ("a = [b for b in f]", ""),
+        ("a = [a for b in f]", "a"),
+        ("a = {b: c for b in f for c in f}; c = 1", ""),
+        ("a = (lambda: b)(); b = 1", ""),
+        ("e: int = e + 1", "e"),
+        ("for h in f: k = h", ""),
+        ("for h in f: k = k + h", "k"),
+        ("a = a if x else b", "a"),
+    ],
+)
+def test_variables_are_carried_if_they_are_read_before_they_are_set(tmp_path, body, names):
+    path = tmp_path / "loop.py"
+    outside = f"for x in batches():\n    {body}\ng()\n"
+    path.write_text(LOOP_OF.replace("BODY_OUTSIDE", outside).replace("BODY", body))
+    assert runpy.run_path(str(path))["found"][:2] == [set(names.split())] * 2, "in a module, and in a function"
