@@ -216,7 +216,7 @@ def retrying(
     work: Callable[[float], T],
     limit_s: float,
     *,
-    on_trouble: Callable[[RetryEvent], object] = lambda trouble: None,
+    on_retry: Callable[[RetryEvent], object] = lambda event: None,
     renew: Callable[[], object] | None = None,
     give_up: Callable[[], object] = lambda: None,
     clock: Callable[[], float] = time.monotonic,
@@ -229,7 +229,7 @@ def retrying(
     Args:
         work: Function of the number of seconds that are left.
         limit_s: Seconds for all tries together.
-        on_trouble: Called with the event of each failure that is retried.
+        on_retry: Called with the event of each failure that is retried.
         renew: Renews expired credentials; it is called at most once. None: they are not renewed.
         give_up: Returns something true to end a wait and all further tries.
         clock: Returns the time in seconds.
@@ -256,7 +256,7 @@ def retrying(
     def told(state: tenacity.RetryCallState) -> None:
         error = state.outcome.exception() if state.outcome else None
         if error is not None:
-            on_trouble(RetryEvent(error, state.attempt_number, state.upcoming_sleep))
+            on_retry(RetryEvent(error, state.attempt_number, state.upcoming_sleep))
 
     attempts = tenacity.Retrying(
         retry=tenacity.retry_if_exception(may_try_again),

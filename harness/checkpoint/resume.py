@@ -46,7 +46,7 @@ class Problem:
 class ResumePoint:
     """The point that a run resumes from, and the checkpoints that were skipped."""
 
-    survey: Catalog | None  # listing on rank 0; None on the other ranks
+    catalog: Catalog | None  # listing on rank 0; None on the other ranks
     manifest: Manifest | None = None  # None: step 0
     payload: dict[str, Any] | None = None
     place: int = 0  # index of the store that it was read from
@@ -98,7 +98,7 @@ class Chooser:
                     resume_point.payload = payload
                     resume_point.place = place
                     resume_point.in_memory = in_memory
-                    resume_point.notes += self._why(resume_point.survey, manifest, source)
+                    resume_point.notes += self._why(resume_point.catalog, manifest, source)
                     return resume_point, False
                 if not self._on_writer(partial(source.exists, manifest.key)):
                     return resume_point, True
@@ -123,7 +123,7 @@ class Chooser:
         return self.world.on_writer(work, give_up=self.give_up)
 
     def _look(self, resume_point: ResumePoint) -> list[tuple[str, list[int]]]:
-        found = resume_point.survey = read_catalog(*self.stores)
+        found = resume_point.catalog = read_catalog(*self.stores)
         found.check_one_run()
         found.check_readable()
         resume_point.damaged = [
@@ -154,8 +154,8 @@ class Chooser:
         return [(fmt.to_bytes(m).decode(), places) for m, places in candidates]
 
     def _check_fresh(self, resume_point: ResumePoint) -> None:
-        if resume_point.survey is not None:
-            resume_point.survey.check_fresh_start(
+        if resume_point.catalog is not None:
+            resume_point.catalog.check_fresh_start(
                 " and ".join(map(str, self.stores)), resume_point.notes
             )
 

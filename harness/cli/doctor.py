@@ -172,7 +172,7 @@ def _examine(store: Store, settings: Config, size_bytes: int) -> Iterator[Findin
             yield _room(store, settings, size_bytes)
     except HarnessError as error:
         with contextlib.suppress(StorageError):
-            place.patient(0).delete(key)
+            place.with_retry_limit(0).delete(key)
         yield Finding("\n      ".join(str(error).split("\n")), error.exit_code)
     except OSError as error:
         yield Finding(f"{store}: {error}", EXIT_USAGE)

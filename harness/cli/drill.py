@@ -212,10 +212,10 @@ def _draw(given: argparse.Namespace, hurt: ProgramRun, found: verdicts.Verdict) 
     from harness.report import page
     from harness.report.timeline import timeline
 
-    store, survey = locate.everywhere(str(hurt.run))
+    store, catalog = locate.everywhere(str(hurt.run))
     drill = page.Table("Drill", verdicts.headline(found), verdicts.HEADER, verdicts.table_of(found))
     try:
-        given.html.write_text(page.page(str(store), timeline(survey), drill))
+        given.html.write_text(page.page(str(store), timeline(catalog), drill))
     except OSError as error:
         raise StorageError(
             f"cannot write {given.html}", f"found: {error}", "Name another file."

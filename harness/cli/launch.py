@@ -225,7 +225,7 @@ def _trained_nothing(settings: Config, name: str) -> bool:
     Returns False if a store cannot be read.
     """
     try:
-        stores = [store.patient(RECORD_S) for store in supervise.places(settings)]
+        stores = [store.with_retry_limit(RECORD_S) for store in supervise.places(settings)]
         found, known = read_catalog(*stores), launches.read(stores)
     except StorageError:
         return False
@@ -243,7 +243,7 @@ def _record(settings: Config, name: str, code: int, words: str) -> None:
     """
     for store in supervise.places(settings):
         try:
-            launches.failed(store.patient(RECORD_S), name, code=code, error=words)
+            launches.failed(store.with_retry_limit(RECORD_S), name, code=code, error=words)
         except StorageError as error:
             say(f"harness launch: this failure is not recorded: {error.what}", sys.stderr)
 

@@ -109,7 +109,7 @@ def before(settings: Config, name: str, *, submitted: bool = False) -> int:
         UsageError: The record of `harness submit` is missing, or the stores hold different runs, or
             only a newer harness can read the newest checkpoint.
     """
-    stores = [store.patient(settings.store.wait_s) for store in places(settings)]
+    stores = [store.with_retry_limit(settings.store.wait_s) for store in places(settings)]
     if submitted and not any(store.exists(launches.SUBMITTED) for store in stores):
         raise UsageError(
             "this run was submitted, but its record is not here: the disk is another one, or empty",
@@ -180,7 +180,7 @@ def after(settings: Config, name: str, code: int, *, stopped: bool) -> Outcome:
         stopped: Whether the launch was ended from outside, which is no failure.
     """
     try:
-        stores = [store.patient(settings.store.wait_s) for store in places(settings)]
+        stores = [store.with_retry_limit(settings.store.wait_s) for store in places(settings)]
         found = read_catalog(*stores)
         is_over = code == EXIT_FINISHED and _is_complete(found, settings)
         why, details = ("ended", {"code": code}) if is_over else _ended(found, name, code, stopped)

@@ -70,7 +70,7 @@ class Console:
         self._next_at = clock()
         self._drawn = False
 
-    def show(self, moment: StepSummary, steps_per_s: float) -> None:
+    def show(self, summary: StepSummary, steps_per_s: float) -> None:
         """Print the progress line, unless the last one was printed too short a time ago.
 
         The shortest interval is `LIVE_EVERY_S` on a terminal, else `LINE_EVERY_S`. `steps_per_s`
@@ -79,7 +79,7 @@ class Console:
         if self.clock() < self._next_at:
             return
         self._next_at = self.clock() + (LIVE_EVERY_S if self.live else LINE_EVERY_S)
-        text = _text(moment, steps_per_s)
+        text = _text(summary, steps_per_s)
         if self.live:
             redraw(text)
             self._drawn = True
@@ -101,15 +101,17 @@ def _is_terminal() -> bool:
         return False
 
 
-def _text(moment: StepSummary, steps_per_s: float) -> str:
-    total = f"/{moment.end_step}" if moment.end_step else ""
+def _text(summary: StepSummary, steps_per_s: float) -> str:
+    total = f"/{summary.end_step}" if summary.end_step else ""
     parts = (
-        [f"epoch {min(moment.epoch + 1, moment.epochs)}/{moment.epochs}"] if moment.epochs else []
+        [f"epoch {min(summary.epoch + 1, summary.epochs)}/{summary.epochs}"]
+        if summary.epochs
+        else []
     )
-    parts += [f"step {moment.step}{total}"]
-    parts += [f"{name} {value:.4g}" for name, value in moment.values.items()]
-    parts.append(moment.rate)
-    if moment.end_step and steps_per_s > 0:
-        parts.append(f"{duration((moment.end_step - moment.step) / steps_per_s)} left")
-    parts.append(moment.saved)
+    parts += [f"step {summary.step}{total}"]
+    parts += [f"{name} {value:.4g}" for name, value in summary.values.items()]
+    parts.append(summary.rate)
+    if summary.end_step and steps_per_s > 0:
+        parts.append(f"{duration((summary.end_step - summary.step) / steps_per_s)} left")
+    parts.append(summary.saved)
     return " · ".join(parts)

@@ -44,23 +44,21 @@ class StoreHealth:
         """Record what follows as events: `note` takes the kind and the fields of one."""
         self._note = note
 
-    def on_trouble(self, what: str, trouble: RetryEvent) -> None:
+    def on_retry(self, what: str, event: RetryEvent) -> None:
         """Record a failed request that will be retried; print a warning for a long outage.
 
         Args:
             what: The request, for the event.
-            trouble: The retry event.
+            event: The retry event.
         """
-        why = redacted(f"{type(trouble.error).__name__}: {trouble.error}".splitlines()[0][:200])
+        why = redacted(f"{type(event.error).__name__}: {event.error}".splitlines()[0][:200])
         with self._lock:
             self.last = why
             self._since = self.clock() if self._since is None else self._since
             speak = not self._said and self.clock() - self._since >= SILENT_S
             self._said = self._said or speak
             began = datetime.datetime.now() - datetime.timedelta(seconds=self.clock() - self._since)
-        self._note(
-            "retry", what=what, tries=trouble.tries, wait_s=round(trouble.wait_s, 2), error=why
-        )
+        self._note("retry", what=what, tries=event.tries, wait_s=round(event.wait_s, 2), error=why)
         if speak:
             self.say(
                 f"harness: warning: {self.name} does not answer since {began:%H:%M:%S}; "

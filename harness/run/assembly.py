@@ -64,13 +64,15 @@ def assemble(
     state.seed_rank(settings.seed, "build")  # the same on all ranks: equal models
     store_health = listen(stores, world.is_writer)
     world.on_writer(lambda: check_remembered(stores, settings.accept), give_up=preemption.requested)
-    patient = tuple(store.patient(settings.wait_s, preemption.requested) for store in stores)
+    retrying = tuple(
+        store.with_retry_limit(settings.wait_s, preemption.requested) for store in stores
+    )
     with goodput.during(RESTORE):
         resume_point = resume.choose(
-            patient,
+            retrying,
             world,
             give_up=preemption.requested,
-            steps_back=lambda: launches.steps_back(patient[-1]),
+            steps_back=lambda: launches.steps_back(retrying[-1]),
         )
     parts = Parts(stores, world, resume_point, settings, exit_record, store_health, goodput)
     return Run(parts, console, Traces(world))

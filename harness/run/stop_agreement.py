@@ -64,10 +64,10 @@ class StopAgreement:
 
     def _look(self, store: Store, attempt: int) -> None:
         seen: set[str] = set()
-        patient = store.patient(LOOK_REMOTE_S, self._over.is_set)
+        retrying = store.with_retry_limit(LOOK_REMOTE_S, self._over.is_set)
         while not self._over.wait(LOOK_LOCAL_S if store.is_local else LOOK_REMOTE_S):
             with contextlib.suppress(StorageError):  # saves and uploads report store errors
-                for key, what in control_requests.pending(patient, attempt).items():
+                for key, what in control_requests.pending(retrying, attempt).items():
                     if key not in seen:
                         seen.add(key)
                         self._saves_asked.set() if what == "save" else preemption.request(ASKED)

@@ -38,7 +38,7 @@ SEALED_WITHIN_S = 5.0
 CHANGES = "the state changes between two updates"
 
 
-def _no_scribe(why: str) -> None:
+def _no_writer(why: str) -> None:
     say(
         f"harness: warning: the process that writes checkpoints cannot be used ({why}): "
         "the one that trains writes them itself",
@@ -70,12 +70,12 @@ class AsyncSaver:
         """
         self._overlapped, self._waiting = overlapped, waiting
         self._compare, self._compare_all = overlapped, compare
-        self._image = StagingBuffer()
-        self.scribe, self._crossing = WriterProcess(_no_scribe), GpuCopy()
+        self._staging = StagingBuffer()
+        self.writer, self._gpu_copy = WriterProcess(_no_writer), GpuCopy()
         self._job: Job | None = None
         self.is_unable = False  # True if states cannot be saved in the background
-        self.slow_words = ""  # why saves make training wait, if they do
-        self.wants_again = False  # True if a save was dropped and should be repeated
+        self.slow_reason = ""  # why saves make training wait, if they do
+        self.must_repeat = False  # True if a save was dropped and should be repeated
         self._room_bytes, self._is_used, self._touching = 0, False, threading.Lock()
         self._gpu: torch.device | None = None
         self._unwatch: Callable[[], None] = lambda: None
@@ -99,7 +99,7 @@ class AsyncSaver:
 
     def saved_otherwise(self) -> None:
         """Note that a save that was dropped need not be repeated."""
-        self.wants_again = False
+        self.must_repeat = False
 
     def start(self, captured: Captured, about: About, began_at: float, finish: Finish) -> None:
         """Begin to save a captured state.
@@ -118,9 +118,9 @@ class AsyncSaver:
         compared, self._compare = self._compare, self._compare_all
         try:
             snapshot = Snapshot(
-                captured.payload, captured.steady, captured.elsewhere(), self._crossing
+                captured.payload, captured.steady, captured.elsewhere(), self._gpu_copy
             )
-            self._image.check_room(snapshot.size_bytes)
+            self._staging.check_room(snapshot.size_bytes)
             if snapshot.rest_bytes > MOST_REST_BYTES:
                 self._take_at_once(
                     f"nothing tells when {size(snapshot.rest_bytes)} of the state change"
@@ -131,11 +131,11 @@ class AsyncSaver:
                 snapshot.copy_rest()
             else:
                 with self._touching:
-                    snapshot.copy_at_once(self._image)
+                    snapshot.copy_at_once(self._staging)
         except (UnsupportedStateError, StorageError) as error:
-            self.slow_words, self.is_unable = " ".join(str(error).split()), True
+            self.slow_reason, self.is_unable = " ".join(str(error).split()), True
             return
-        self.wants_again = False
+        self.must_repeat = False
         head = {name: captured.payload[name] for name in HEAD}
         job = Job(head, about, captured.parameters, snapshot, began_at, finish, compared)
         if not self._overlapped:
@@ -191,13 +191,13 @@ class AsyncSaver:
         only be enqueued: the GPU makes the update after it. Nothing is done while a CUDA graph is
         recorded.
         """
-        if self._crossing.is_recorded():
+        if self._gpu_copy.is_recorded():
             return
         if self._job is not None and not self._job.sealed.is_set():
             with self._waiting():
                 self._seal()
-        self._crossing.hold()  # a second optimizer may update on another stream
-        self._crossing.updates()
+        self._gpu_copy.hold()  # a second optimizer may update on another stream
+        self._gpu_copy.updates()
 
     def _seal(self, *, is_told: bool = True) -> None:
         """Determine whether the state was mutated during the copy, and seal the job.
@@ -217,7 +217,7 @@ class AsyncSaver:
                 job.sealed.set()
 
     def _take_at_once(self, why: str) -> None:
-        self._overlapped, self.slow_words = False, f"{why}, so all is copied at once"
+        self._overlapped, self.slow_reason = False, f"{why}, so all is copied at once"
 
     def at_boundary(self) -> None:
         """Seal a copy that is complete, if no update has sealed it.
@@ -267,9 +267,9 @@ class AsyncSaver:
             self._changed.notify()
         if self._thread.is_alive():
             self._thread.join()
-        self.scribe.close()
-        self._crossing.unpin()
-        self._image.close()
+        self.writer.close()
+        self._gpu_copy.unpin()
+        self._staging.close()
 
     def _run(self) -> None:
         preemption.hold_back()
@@ -295,38 +295,38 @@ class AsyncSaver:
                 if self._is_used or self._closing:
                     return
                 try:
-                    self._image.reserve(room_bytes)
+                    self._staging.reserve(room_bytes)
                 except StorageError:
                     return  # the next save reports it
-                torch.frombuffer(self._image.memory, dtype=torch.uint8)[
+                torch.frombuffer(self._staging.memory, dtype=torch.uint8)[
                     at : at + TOUCHED_BYTES
                 ].zero_()
         with self._touching:
-            if not (self._is_used or self._closing) and self._image.memory is not None:
-                self._crossing.pin(self._image.memory, self._gpu)
+            if not (self._is_used or self._closing) and self._staging.memory is not None:
+                self._gpu_copy.pin(self._staging.memory, self._gpu)
 
     def _save(self, job: Job) -> None:
         job.released.wait()
         try:
             if not job.snapshot.copied.is_set():
-                job.snapshot.copy_into(self._image)
+                job.snapshot.copy_into(self._staging)
             job.snapshot.arrive()
             if job.snapshot.is_stirred():
                 self._take_at_once(CHANGES)
                 raise MutatedDuringCopyError("the state changed while it was copied")
             job.snapshot.check_finite(job.parameters)
-            job.loan = self._image.lend()
+            job.lease = self._staging.lend()
             job.finish(
                 job,
-                lambda sink: sink.pour(self._image, self.scribe.pour),
+                lambda sink: sink.write_staged(self._staging, self.writer.write_staged),
                 lambda: self._check_whole(job),
             )
         # Raised by the copy; `finish` reports errors of writing itself.
         except (UnsupportedStateError, StorageError) as error:
-            job.problem = self.slow_words = " ".join(str(error).split())
-            self.is_unable = self.wants_again = True
+            job.problem = self.slow_reason = " ".join(str(error).split())
+            self.is_unable = self.must_repeat = True
         except MutatedDuringCopyError:
-            job.problem, self.wants_again = self.slow_words, True
+            job.problem, self.must_repeat = self.slow_reason, True
         except BaseException as error:  # noqa: BLE001 - `wait` raises it on the training thread
             job.failure = error
 

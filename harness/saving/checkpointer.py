@@ -38,7 +38,7 @@ class Checkpointer(CurrentAttempt):
             "nothing saved yet" if self.saved_step is None else f"saved step {self.saved_step}"
         )
         self._committed = self._has_room = False
-        self._slow_words = ""
+        self._slow_reason = ""
 
     @property
     def words(self) -> str:
@@ -75,7 +75,7 @@ class Checkpointer(CurrentAttempt):
         """
         if (
             self.background.has_failed
-            or self.background.wants_again
+            or self.background.must_repeat
             or (self._resume_point.in_memory and not self._committed)
         ):
             return True  # `save` raises or reports what failed
@@ -171,9 +171,9 @@ class Checkpointer(CurrentAttempt):
         if not self.background.is_unable:
             self.background.start(captured, told, began_at, self._finish)
             problem = self.background.wait() if wait else ""
-        if self.background.slow_words != self._slow_words:
-            self._slow_words = self.background.slow_words
-            self._say(f"harness: saves make training wait: {self._slow_words}")
+        if self.background.slow_reason != self._slow_reason:
+            self._slow_reason = self.background.slow_reason
+            self._say(f"harness: saves make training wait: {self._slow_reason}")
         # There is no memory for a copy of the state, or the state holds more than plain tensors.
         if self.background.is_unable:
             self.background.saved_otherwise()
@@ -183,10 +183,10 @@ class Checkpointer(CurrentAttempt):
 
     def _finish(self, job: Job, write: Callable[[Sink], None], check: Callable[[], None]) -> None:
         """Commit a copied state; called in the background."""
-        assert self.attempt is not None and job.loan is not None
+        assert self.attempt is not None and job.lease is not None
         self._at_save(job.head["step"])
         key = fmt.data_key(job.head["step"], self.attempt.number)
-        with self._uploader.ahead(key, job.loan) if self._uploader else contextlib.nullcontext():
+        with self._uploader.ahead(key, job.lease) if self._uploader else contextlib.nullcontext():
             job.problem = self._commit(
                 job.head, job.about, job.began_at, write, check, job.costs, job.snapshot.places
             )
@@ -216,7 +216,7 @@ class Checkpointer(CurrentAttempt):
             "", or why there is no checkpoint, if training may go on.
         """
         assert self.attempt is not None and self.event_log is not None
-        store = self.store.patient(
+        store = self.store.with_retry_limit(
             self.settings.wait_s if about.final else min(SAVE_S, self.settings.wait_s)
         )
         try:
@@ -242,11 +242,11 @@ class Checkpointer(CurrentAttempt):
         )
         if self._uploader:
             self._uploader.offer(manifest)
-        self._let_go(store)
+        self._prune(store)
         self._rehearsal.begin(self.store, manifest, places or {})
         return ""
 
-    def _let_go(self, store: Store) -> None:
+    def _prune(self, store: Store) -> None:
         assert self.attempt is not None and self.event_log is not None
         policy = self.settings.policy if store.is_local else self.settings.remote_policy
         pinned = self._uploader.pinned() if self._uploader else ()

@@ -46,7 +46,7 @@ def claim(
         StorageError: a store cannot be read or written, or a remote store fails the probe.
         UsageError: passed through, if anything called here raises it.
     """
-    assert resume_point.survey is not None, "the writer has listed the stores"
+    assert resume_point.catalog is not None, "the writer has listed the stores"
     for store in stores:
         store.prepare(fmt.FOLDERS)
         if not store.is_local:
@@ -54,8 +54,8 @@ def claim(
     more = identity.of_program(settings) | (
         {"environment": dict(environment)} if environment else {}
     )
-    attempt = attempts.claim(resume_point.survey, resume_point.manifest, world_size, more=more)
-    _check_not_overtaken(stores, resume_point.survey, attempt)
+    attempt = attempts.claim(resume_point.catalog, resume_point.manifest, world_size, more=more)
+    _check_not_overtaken(stores, resume_point.catalog, attempt)
     for place, key in resume_point.damaged:
         if _done(
             partial(resume.set_aside, stores[place], key),

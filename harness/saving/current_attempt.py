@@ -94,7 +94,7 @@ class CurrentAttempt:
         self.replay = RecomputedSteps(parts.world, parts.settings, self.tier.halt, parts.suspects)
         is_new = self.origin is None  # a resume has rehearsed already that the state loads
         self._rehearsal = Rehearsal(
-            self.background.scribe, self._say, self.note, is_on=parts.settings.rehearse and is_new
+            self.background.writer, self._say, self.note, is_on=parts.settings.rehearse and is_new
         )
         self.resumed = ""
         # `differences` lists how the checkpoint's environment differed; on the writer only.
@@ -137,7 +137,7 @@ class CurrentAttempt:
         return self.attempt
 
     def _claim(self, progress: Console, environment: dict[str, Any]) -> Attempt:
-        found = self._resume_point.survey
+        found = self._resume_point.catalog
         assert found is not None, "the writer has listed the stores"
         self.differences = check(
             found, self.origin, environment, self.settings.environment, progress.say
@@ -247,7 +247,7 @@ class CurrentAttempt:
                 `locations.hand_in`.
         """
         return self.world.on_writer(
-            lambda: hand_in(self._resume_point.survey, self.origin), give_up=give_up
+            lambda: hand_in(self._resume_point.catalog, self.origin), give_up=give_up
         )
 
     def note(self, kind: str, **fields: Any) -> None:

@@ -75,7 +75,7 @@ def listen(stores: tuple[Store, ...], is_writer: bool) -> StoreHealth:
         str(stores[-1]), (lambda text: say(text, sys.stderr)) if is_writer else lambda text: None
     )
     for store in stores:
-        store.listen(store_health.on_trouble, store_health.on_success)
+        store.listen(store_health.on_retry, store_health.on_success)
     return store_health
 
 

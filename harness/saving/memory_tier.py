@@ -101,7 +101,7 @@ class MemoryTier:
     def _turn_off(self, error: Exception) -> None:
         self.is_on = False
         self._say(f"harness: checkpoints are not kept in memory: {' '.join(str(error).split())}")
-        self._let_go(None)
+        self._prune(None)
 
     def begin(self, attempt: Attempt, origin: Manifest | None) -> None:
         """Delete what earlier attempts left in memory, except the resume point.
@@ -109,9 +109,9 @@ class MemoryTier:
         Incomplete checkpoints are deleted as well.
         """
         self._attempt = attempt
-        self._let_go(origin)
+        self._prune(origin)
 
-    def _let_go(self, but: Manifest | None) -> None:
+    def _prune(self, but: Manifest | None) -> None:
         names = (f"{but.name}.pt", f"{but.name}.json") if but else ()
         if is_ours(self.store):
             for path in (self.store.root / fmt.CHECKPOINTS).glob("*"):

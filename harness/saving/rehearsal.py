@@ -40,7 +40,7 @@ class Rehearsal:
     """The rehearsal of one attempt, on the writer.
 
     Args:
-        scribe: the handle on the writer process.
+        writer: the handle on the writer process.
         say: prints a line to the user.
         note: adds an event to the event log.
         is_on: whether to rehearse at all.
@@ -48,14 +48,14 @@ class Rehearsal:
 
     def __init__(
         self,
-        scribe: WriterProcess,
+        writer: WriterProcess,
         say: Callable[[str], None],
         note: Callable[..., None],
         *,
         is_on: bool,
     ) -> None:
         self._is_on = is_on
-        self._scribe, self._say, self._note = scribe, say, note
+        self._writer, self._say, self._note = writer, say, note
         self._captured: Captured | None = None
         self._step = 0
         self._problems: list[str] = []
@@ -155,7 +155,7 @@ class Rehearsal:
                     [],
                     f"{manifest.data.name} (to read it takes more than {READ_WITHIN_S:.0f} s)",
                 )
-            answer = self._scribe.reread(path)
+            answer = self._writer.reread(path)
             if answer is None or "error" in answer or self._is_over:
                 return (
                     [],

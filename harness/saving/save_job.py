@@ -38,7 +38,7 @@ class Job:
     is_torn: bool = False  # the state was mutated during the copy
     is_passed: bool = False  # another step has been made since
     released: threading.Event = field(default_factory=threading.Event)  # the copy may begin
-    loan: ReadLease | None = None  # on the complete copy
+    lease: ReadLease | None = None  # on the complete copy
     # Set once it is known whether the state was mutated during the copy.
     sealed: threading.Event = field(default_factory=threading.Event)
     done: threading.Event = field(default_factory=threading.Event)

@@ -58,7 +58,7 @@ class UploadQueue:
         self._there = {m.name for m in there}
 
     @contextlib.contextmanager
-    def ahead(self, key: str, loan: ReadLease) -> Iterator[None]:
+    def ahead(self, key: str, lease: ReadLease) -> Iterator[None]:
         """Add a checkpoint that is being written to the run directory.
 
         The bytes come from the staging buffer. When the context ends, the checkpoint has been
@@ -66,9 +66,9 @@ class UploadQueue:
 
         Args:
             key: the key of the data file.
-            loan: the read lease on the staging buffer.
+            lease: the read lease on the staging buffer.
         """
-        early = EarlyUpload(key, loan.chunks())
+        early = EarlyUpload(key, lease.chunks())
         with self._changed:
             self._early = early if self._is_on else None
             self._changed.notify_all()

@@ -107,7 +107,7 @@ class Uploader:
         self.origin = origin
         self._thread.start()
 
-    def ahead(self, key: str, loan: ReadLease) -> AbstractContextManager[None]:
+    def ahead(self, key: str, lease: ReadLease) -> AbstractContextManager[None]:
         """Begin to upload a checkpoint that is being written to the run directory.
 
         The bytes come from the staging buffer. When the context ends, the checkpoint has been
@@ -115,9 +115,9 @@ class Uploader:
 
         Args:
             key: the key of the data file.
-            loan: the read lease on the staging buffer.
+            lease: the read lease on the staging buffer.
         """
-        return self._queue.ahead(key, loan)
+        return self._queue.ahead(key, lease)
 
     def offer(self, manifest: Manifest) -> None:
         """Register a committed checkpoint for upload.
@@ -257,7 +257,7 @@ class Uploader:
             self.origin_is_gone = is_gone and self.origin is origin
 
     def _store(self) -> Store:
-        return self.route.remote.patient(
+        return self.route.remote.with_retry_limit(
             REQUEST_S, lambda: self._queue.is_closed or self.clock() > self._give_up_at
         )
 
@@ -287,9 +287,9 @@ class Uploader:
             self._queue.arrived(manifest)
         self._status.report_upload(manifest, self.clock() - began, behind)
         self._send_events()
-        self._let_go(remote)
+        self._prune(remote)
 
-    def _let_go(self, remote: Store) -> None:
+    def _prune(self, remote: Store) -> None:
         try:
             if gone := retention.apply(remote, self.attempt, self._verified, self.route.policy):
                 self.event_log.write("deleted", names=gone, store=str(remote))

@@ -85,7 +85,7 @@ class WriterProcess:
         except (OSError, ValueError):  # the process has ended, or `close` has closed the pipes
             return None
 
-    def pour(self, image: StagingBuffer, path: Path) -> str:
+    def write_staged(self, staging: StagingBuffer, path: Path) -> str:
         """Write a staging buffer to an existing file; return the digest of the file.
 
         If the writer process cannot be started, or dies, the calling process writes the file.
@@ -97,15 +97,15 @@ class WriterProcess:
         if not self._is_unable:
             try:
                 reply = self._ask(
-                    self._alive(image),
-                    {"path": str(path), "size_bytes": image.size_bytes, "fd": image.fd},
+                    self._alive(staging),
+                    {"path": str(path), "size_bytes": staging.size_bytes, "fd": staging.fd},
                 )
             except OSError as error:  # the process has died, or cannot be started
                 why = str(error)
         if reply is None:
             self._fail(why)
-            assert image.memory is not None, "there is something in it"
-            return write_to(image.memory, image.size_bytes, str(path))
+            assert staging.memory is not None, "there is something in it"
+            return write_to(staging.memory, staging.size_bytes, str(path))
         if "errno" in reply:
             raise OSError(reply["errno"], reply["error"], str(path))
         self._has_answered = True
@@ -154,7 +154,7 @@ class WriterProcess:
         finally:
             self._asking.release()
 
-    def _alive(self, image: StagingBuffer) -> subprocess.Popen[bytes]:
+    def _alive(self, staging: StagingBuffer) -> subprocess.Popen[bytes]:
         if self._process is None or self._process.poll() is not None:
             # For third-party packages; the process appends these to the paths that it finds itself.
             paths = [path for path in sys.path if path]
@@ -170,7 +170,7 @@ class WriterProcess:
                     ],
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
-                    pass_fds=(image.fd,),
+                    pass_fds=(staging.fd,),
                 )
         return self._process
 

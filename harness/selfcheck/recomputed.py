@@ -88,7 +88,7 @@ class RecomputedSteps:
         self._say, self._attempt, self._stores = say, attempt.number, found.stores
         self._origin = self._step = origin.step if origin else 0
         self._left, problem = step_records.before(
-            (store.patient(READ_S) for store in found.stores), attempt.number
+            (store.with_retry_limit(READ_S) for store in found.stores), attempt.number
         )
         if problem:
             say(
@@ -265,7 +265,7 @@ class RecomputedSteps:
             return
         if self.log is not None and (remote := self._remote) is not None:
             with contextlib.suppress(StorageError):  # no later call sends it
-                self.log.send(lambda: remote.patient(READ_S))
+                self.log.send(lambda: remote.with_retry_limit(READ_S))
         raise self._failure
 
     @property

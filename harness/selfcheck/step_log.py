@@ -145,7 +145,7 @@ class StepLog:
             self._last = max(self._last, *(step for step, _ in lines))
         if verdict := self._verdict.pop("here", None):
             first_word(self._local, step_records.verdict_key(self.attempt), verdict, self.attempt)
-        self._let_go("here", self._local)
+        self._prune("here", self._local)
         if self._size and self._last <= self.safe_step:
             os.ftruncate(self._file, len(self._head))
             self._size = 0
@@ -188,7 +188,7 @@ class StepLog:
         os.close(self._file)
         self._file, self._size = file, len(records)
 
-    def _let_go(self, place: str, store: Store) -> None:
+    def _prune(self, place: str, store: Store) -> None:
         """Delete the files in a store up to the step of a checkpoint that all stores have."""
         old, safe = self._old[place], self.safe_step
         for key in [key for key, last in old.items() if safe and last <= safe]:
@@ -225,4 +225,4 @@ class StepLog:
         if verdict := self._verdict.get("there"):
             first_word(remote(), step_records.verdict_key(self.attempt), verdict, self.attempt)
             self._verdict.pop("there", None)
-        self._let_go("there", remote())
+        self._prune("there", remote())

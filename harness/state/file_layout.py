@@ -39,14 +39,14 @@ def tensors_in(value: Any, found: list[torch.Tensor]) -> list[torch.Tensor]:
     return found
 
 
-def write_outline(payload: Any, sizes: list[int], image: StagingBuffer) -> list[int]:
+def write_outline(payload: Any, sizes: list[int], staging: StagingBuffer) -> list[int]:
     """Let `torch.save` write all but the tensors' bytes into the staging buffer.
 
     Args:
         payload: the state as plain data on the CPU.
         sizes: the size in bytes of each piece of memory that the tensors lie in, in the order in
             which pickle visits them; none is empty.
-        image: the staging buffer.
+        staging: the staging buffer.
 
     Returns:
         The offset in the file of each piece of memory.
@@ -62,10 +62,10 @@ def write_outline(payload: Any, sizes: list[int], image: StagingBuffer) -> list[
         raise UnsupportedStateError(
             "torch.save writes the tensors in another order than they are listed in"
         )
-    image.reserve(outline.at)
-    assert image.memory is not None
+    staging.reserve(outline.at)
+    assert staging.memory is not None
     for at, data in outline.written:
-        image.memory[at : at + len(data)] = data
+        staging.memory[at : at + len(data)] = data
     return [at for at, _ in outline.holes]
 
 

@@ -69,7 +69,7 @@ class Snapshot:
         payload: Mapping[str, Any],
         steady: Collection[int],
         elsewhere: Mapping[int, torch.Tensor] | None = None,
-        crossing: GpuCopy | None = None,
+        gpu_copy: GpuCopy | None = None,
     ) -> None:
         """Register the memory of all tensors in the payload.
 
@@ -77,7 +77,7 @@ class Snapshot:
             payload: the state as plain data on the CPU.
             steady: addresses of the memory that is constant until the next update.
             elsewhere: GPU tensors, by the address of the unfilled CPU memory for their bytes.
-            crossing: makes the device-to-host copies.
+            gpu_copy: makes the device-to-host copies.
 
         Raises:
             UnsupportedStateError: if there are tensors that are not plain.
@@ -88,7 +88,7 @@ class Snapshot:
         self.size_bytes = self.rest_bytes = 0  # of all tensors; of those that are not steady
         self._payload: Any = payload
         self._steady, self._elsewhere = set(steady), dict(elsewhere or {})
-        self._crossing = crossing or GpuCopy()
+        self._gpu_copy = gpu_copy or GpuCopy()
         # By identity, in the order of the file: memory, address and size in bytes.
         self._storages: dict[int, tuple[torch.UntypedStorage, int, int]] = {}
         self._copies: dict[int, torch.Tensor] = {}  # by address: the copy in the staging buffer
@@ -110,7 +110,7 @@ class Snapshot:
                     self._versions[address] = live, version_of(live)
                 else:
                     self.rest_bytes += size_bytes
-        self._crossing.join({source.device for source in self._elsewhere.values()})
+        self._gpu_copy.join({source.device for source in self._elsewhere.values()})
 
     @property
     def is_small(self) -> bool:
@@ -159,9 +159,9 @@ class Snapshot:
             if address not in self._steady
         )
         self._taken = {identity: self._copy_of(identity) for identity in rest}
-        self._crossing.begin()
+        self._gpu_copy.begin()
 
-    def copy_at_once(self, image: StagingBuffer) -> None:
+    def copy_at_once(self, staging: StagingBuffer) -> None:
         """Copy all state at once, instead of `copy_rest` and `copy_into`.
 
         The training thread calls it.
@@ -170,11 +170,11 @@ class Snapshot:
             UnsupportedStateError: as `copy_into` raises it.
             StorageError: as `copy_into` raises it.
         """
-        self._crossing.begin()
-        self.copy_into(image)
-        self._crossing.hold()
+        self._gpu_copy.begin()
+        self.copy_into(staging)
+        self._gpu_copy.hold()
 
-    def copy_into(self, image: StagingBuffer) -> None:
+    def copy_into(self, staging: StagingBuffer) -> None:
         """Build the file in the staging buffer, and set `copied` at the end, also after an error.
 
         The saving thread calls it after `copy_rest`.
@@ -185,18 +185,18 @@ class Snapshot:
         """
         began = time.perf_counter()
         try:
-            places = self._places(image)
+            places = self._places(staging)
             self.places = {self._storages[identity][1]: at for at, identity in places}
-            assert image.memory is not None
-            self._crossing.pin(image.memory)
-            with self._crossing.copying():
+            assert staging.memory is not None
+            self._gpu_copy.pin(staging.memory)
+            with self._gpu_copy.copying():
                 for at, identity in places:
                     storage, address, size_bytes = self._storages[identity]
                     memory = torch.frombuffer(
-                        image.memory, dtype=torch.uint8, count=size_bytes, offset=at
+                        staging.memory, dtype=torch.uint8, count=size_bytes, offset=at
                     )
                     if isinstance(taken := self._taken.get(identity), bytes):
-                        image.memory[at : at + len(taken)] = taken
+                        staging.memory[at : at + len(taken)] = taken
                     else:
                         source = self._live(storage, address) if taken is None else taken
                         memory.copy_(source, non_blocking=True)
@@ -206,7 +206,7 @@ class Snapshot:
             self.copy_s = time.perf_counter() - began
             self.copied.set()
 
-    def _places(self, image: StagingBuffer) -> list[tuple[int, int]]:
+    def _places(self, staging: StagingBuffer) -> list[tuple[int, int]]:
         """Let `torch.save` write all but the tensors' bytes into the staging buffer.
 
         Returns:
@@ -218,18 +218,18 @@ class Snapshot:
             for identity, (_, _, size_bytes) in self._storages.items()
             if size_bytes
         }
-        offsets = write_outline(payload, list(parts.values()), image)
+        offsets = write_outline(payload, list(parts.values()), staging)
         return list(zip(offsets, parts, strict=True))
 
     def arrive(self) -> None:
         """Wait until the staging buffer is complete and no GPU copy into it is in flight."""
         self.copied.wait()
-        self._crossing.arrive()
-        self.copy_s = max(self.copy_s, self._crossing.copy_s())
+        self._gpu_copy.arrive()
+        self.copy_s = max(self.copy_s, self._gpu_copy.copy_s())
 
     def held_s(self) -> float:
         """Return for how long GPUs have waited for device-to-host copies, in seconds."""
-        return self._crossing.held_s()
+        return self._gpu_copy.held_s()
 
     def is_torn(self, *, compare: bool) -> bool:
         """Return True if a tensor assumed constant changed during the copy.
@@ -244,7 +244,7 @@ class Snapshot:
                 It waits for the device-to-host copies.
         """
         self.copied.wait()
-        self._crossing.hold()
+        self._gpu_copy.hold()
         if any(version_of(tensor) != version for tensor, version in self._versions.values()):
             return True
         if not compare:
@@ -253,8 +253,8 @@ class Snapshot:
             samples = self._samples
             return samples is not None and samples.is_rewritten()
         self.arrive()
-        self._crossing.begin()
-        fetch = self._crossing.fetch
+        self._gpu_copy.begin()
+        fetch = self._gpu_copy.fetch
         if any(not is_same(self._copy_of(of), self._taken[of], fetch) for of in self._small):
             return True
         sources = {
@@ -270,7 +270,7 @@ class Snapshot:
         The saving thread calls it after `arrive`.
         """
         return self._samples is not None and self._samples.differ(
-            self._copies, self._crossing.fetch
+            self._copies, self._gpu_copy.fetch
         )
 
     def check_finite(self, parameters: Mapping[int, tuple[str, torch.dtype]]) -> None:

@@ -140,18 +140,20 @@ class Sink(io.RawIOBase):
         self.size_bytes += len(view)
         return len(view)
 
-    def pour(self, image: StagingBuffer, write: Callable[[StagingBuffer, Path], str]) -> None:
+    def write_staged(
+        self, staging: StagingBuffer, write: Callable[[StagingBuffer, Path], str]
+    ) -> None:
         """Write a staging buffer as the whole content of the file.
 
         Args:
-            image: The staging buffer.
+            staging: The staging buffer.
             write: Function that writes the buffer to a local path and returns its digest. A local
                 sink calls it; any other sink writes the buffer piece by piece instead.
 
         Raises:
             StorageError: The file cannot be written.
         """
-        for chunk in image.chunks():
+        for chunk in staging.chunks():
             self.write(chunk)
 
     def digest(self) -> str:
@@ -195,7 +197,9 @@ class Store(abc.ABC):
             StorageError: The key leads out of the store.
         """
 
-    def patient(self, limit_s: float, give_up: Callable[[], object] = lambda: None) -> Store:
+    def with_retry_limit(
+        self, limit_s: float, give_up: Callable[[], object] = lambda: None
+    ) -> Store:
         """Return the same store with another retry limit.
 
         A remote store retries each request for `limit_s` seconds, or until `give_up` returns a true
@@ -204,7 +208,7 @@ class Store(abc.ABC):
         return self
 
     def listen(  # noqa: B027 - a local store reports nothing
-        self, on_trouble: Callable[[str, RetryEvent], object], on_success: Callable[[], object]
+        self, on_retry: Callable[[str, RetryEvent], object], on_success: Callable[[], object]
     ) -> None:
         """Set the callbacks for request failures that are retried and for requests that succeed.
 

@@ -39,7 +39,7 @@ class LocalSink(Sink):
             f"{self._path.name}.tmp-{attempt:04d}-{secrets.token_hex(4)}"
         )
         self._fd = -1
-        self._poured = ""  # the digest of a staging buffer that `pour` wrote
+        self._staged_digest = ""  # the digest of a staging buffer that `write_staged` wrote
 
     def __enter__(self) -> LocalSink:
         with _said(self.key, "write"):
@@ -54,23 +54,25 @@ class LocalSink(Sink):
         while done < len(view):
             done += os.write(self._fd, view[done:])
 
-    def pour(self, image: StagingBuffer, write: Callable[[StagingBuffer, Path], str]) -> None:
+    def write_staged(
+        self, staging: StagingBuffer, write: Callable[[StagingBuffer, Path], str]
+    ) -> None:
         """Write a staging buffer as the whole content of the file.
 
         Args:
-            image: The staging buffer.
+            staging: The staging buffer.
             write: Function that writes the buffer to a local path and returns its digest.
 
         Raises:
             StorageError: The file cannot be written.
         """
         with _said(self.key, "write"):
-            self._poured = write(image, self.temp)
-        self.size_bytes = image.size_bytes
+            self._staged_digest = write(staging, self.temp)
+        self.size_bytes = staging.size_bytes
 
     def digest(self) -> str:
         """Return the digest of the file: that of the staging buffer, if one was written."""
-        return self._poured or super().digest()
+        return self._staged_digest or super().digest()
 
     def commit(self, *, exclusive: bool = False) -> None:
         """Fsync the temporary file, rename it to its final name and fsync the folder.

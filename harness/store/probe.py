@@ -81,7 +81,7 @@ def check(store: Store) -> None:
             make()
     except StorageError:
         with contextlib.suppress(StorageError):
-            store.patient(0).delete(key)
+            store.with_retry_limit(0).delete(key)
         raise
 
 

@@ -56,7 +56,7 @@ class RemoteStore(Store):
 
     def __init__(self, url: str, bucket: ObjectClient, limit_s: float) -> None:
         self.url, self.bucket, self.limit_s = url.rstrip("/"), bucket, limit_s
-        self.on_trouble: Callable[[str, RetryEvent], object] = nothing
+        self.on_retry: Callable[[str, RetryEvent], object] = nothing
         self.on_success: Callable[[], object] = nothing
         self.give_up: Callable[[], object] = nothing
         self._records: dict[str, bytes] = {}
@@ -64,7 +64,9 @@ class RemoteStore(Store):
     def __str__(self) -> str:
         return self.url
 
-    def patient(self, limit_s: float, give_up: Callable[[], object] = nothing) -> RemoteStore:
+    def with_retry_limit(
+        self, limit_s: float, give_up: Callable[[], object] = nothing
+    ) -> RemoteStore:
         """Return a copy of the store with another retry limit.
 
         The copy retries each request for `limit_s` seconds, or until `give_up` returns a true
@@ -75,13 +77,13 @@ class RemoteStore(Store):
         return twin
 
     def listen(
-        self, on_trouble: Callable[[str, RetryEvent], object], on_success: Callable[[], object]
+        self, on_retry: Callable[[str, RetryEvent], object], on_success: Callable[[], object]
     ) -> None:
         """Set the callbacks for request failures that are retried and for requests that succeed.
 
         They are called from the thread that makes the request.
         """
-        self.on_trouble, self.on_success = on_trouble, on_success
+        self.on_retry, self.on_success = on_retry, on_success
 
     def ask(self, verb: str, what: str, request: Callable[[float], T]) -> T:
         """Make one request, with retries, and return its result.
@@ -99,7 +101,7 @@ class RemoteStore(Store):
             result = retrying(
                 lambda left_s: request(min(left_s, REQUEST_S)),
                 self.limit_s,
-                on_trouble=lambda trouble: self.on_trouble(f"{verb} {what}", trouble),
+                on_retry=lambda event: self.on_retry(f"{verb} {what}", event),
                 renew=self.bucket.renew,
                 give_up=self.give_up,
             )

@@ -146,7 +146,7 @@ class RemoteSink(Sink):
         if self._upload is not None and not self._done:
             try:
                 abort = functools.partial(self.store.bucket.abort, self.key, self._upload)
-                self.store.patient(min(self.store.limit_s, 5.0)).ask(
+                self.store.with_retry_limit(min(self.store.limit_s, 5.0)).ask(
                     "abort the upload of", self.where, abort
                 )
             except (StorageError, MissingError):

@@ -63,7 +63,7 @@ class StagingBuffer:
         self.size_bytes = 0
         self.capacity_bytes = 0
         self.memory: mmap.mmap | None = None
-        self._loan = ReadLease(-1, 0)
+        self._lease = ReadLease(-1, 0)
 
     def reserve(self, size_bytes: int) -> None:
         """Make room for a file of `size_bytes` bytes; the previous content becomes invalid.
@@ -73,7 +73,7 @@ class StagingBuffer:
         Raises:
             StorageError: There is not enough memory.
         """
-        self._loan.end()
+        self._lease.end()
         if size_bytes > self.capacity_bytes:
             capacity_bytes = -(-size_bytes // BLOCK_BYTES) * BLOCK_BYTES
             self.check_room(capacity_bytes)
@@ -101,8 +101,8 @@ class StagingBuffer:
 
     def lend(self) -> ReadLease:
         """Return a lease to read the content, which ends at the next `reserve` or `close`."""
-        self._loan = ReadLease(self.fd, self.size_bytes)
-        return self._loan
+        self._lease = ReadLease(self.fd, self.size_bytes)
+        return self._lease
 
     def chunks(self) -> Iterator[memoryview]:
         """Yield the file's bytes in pieces, without copying them."""
@@ -113,7 +113,7 @@ class StagingBuffer:
 
     def close(self) -> None:
         """End the lease and free the memory once no mapping or memoryview is left."""
-        self._loan.end()
+        self._lease.end()
         if self.fd >= 0:
             os.close(self.fd)
         self.fd, self.memory, self.size_bytes, self.capacity_bytes = -1, None, 0, 0

@@ -154,7 +154,7 @@ class ExitRecord:
         made = False
         for store in stores:
             try:
-                made = self._create_in(store.patient(RECORD_S), why, details) or made
+                made = self._create_in(store.with_retry_limit(RECORD_S), why, details) or made
             except StorageError as error:
                 say(f"harness: this end is not recorded: {error.what}", sys.stderr)
         return made
@@ -246,7 +246,7 @@ class ExitRecord:
         for store in self._stores if attempt else ():
             try:
                 attempts.add_event(
-                    store.patient(RECORD_S),
+                    store.with_retry_limit(RECORD_S),
                     attempt,  # type: ignore[arg-type]
                     rank,
                     line,

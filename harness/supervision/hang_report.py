@@ -146,7 +146,7 @@ def report(
     words = where = ""
     for store in stores:
         try:
-            words = tell(store.patient(patience_s), attempt, world_size) or words
+            words = tell(store.with_retry_limit(patience_s), attempt, world_size) or words
             where = where or store.where(f"{FOLDER}/{attempt.number:04d}.txt")
         except StorageError:
             continue

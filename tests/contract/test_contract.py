@@ -288,7 +288,7 @@ def test_an_open_file_reads_from_anywhere_as_any_file_does(store):
 
 def test_seeking_to_before_the_beginning_is_refused_and_spoils_nothing(store):
     store.write("checkpoints/a.pt", b"abc", 1)
-    with store.patient(20).open("checkpoints/a.pt") as file:
+    with store.with_retry_limit(20).open("checkpoints/a.pt") as file:
         with pytest.raises((OSError, ValueError)):
             file.seek(-22, io.SEEK_END)  # as who looks for the end of a zip archive does
         assert file.read() == b"abc"

@@ -81,10 +81,12 @@ def prepare(root: Path) -> None:
 
 def commit_image(store: LocalStore, attempt: attempts.Attempt, values: dict, told: About) -> fmt.Manifest:
     """As a run commits, but that this process itself writes what otherwise another one does for it."""
-    image, snapshot = StagingBuffer(), Snapshot(values, set())
+    staging, snapshot = StagingBuffer(), Snapshot(values, set())
     snapshot.copy_rest()
-    snapshot.copy_into(image)
-    return commit(store, attempt, values, told, lambda sink: sink.pour(image, lambda i, path: write_to(i.memory, i.size_bytes, str(path))))
+    snapshot.copy_into(staging)
+    return commit(
+        store, attempt, values, told, lambda sink: sink.write_staged(staging, lambda i, path: write_to(i.memory, i.size_bytes, str(path)))
+    )
 
 
 def life(root: Path, phases: list[str]) -> None:

@@ -58,8 +58,8 @@ class Way:
     successes: list[float] = field(default_factory=list)
 
     def store(self, limit_s: float = 60, give_up: Callable[[], object] = lambda: None) -> RemoteStore:
-        store = self.base.patient(limit_s, give_up)
-        store.listen(lambda what, trouble: self.troubles.append((what, trouble)), lambda: self.successes.append(time.monotonic()))
+        store = self.base.with_retry_limit(limit_s, give_up)
+        store.listen(lambda what, event: self.troubles.append((what, event)), lambda: self.successes.append(time.monotonic()))
         return store
 
     def fault(self, *rules: Rule) -> None:
@@ -148,7 +148,7 @@ def test_a_failure_that_passes_is_tried_again_once_and_told(way, fault):
             continue
         way.fault(Rule(fault, first=1))
         assert operation() == EXPECTED[name], name
-        told = [(what.split(" ")[0], trouble.tries) for what, trouble in way.troubles]
+        told = [(what.split(" ")[0], event.tries) for what, event in way.troubles]
         if fault not in RESETS or told:
             assert told == [(VERBS[name], 1)], f"{name}: the libraries below try nothing again by themselves"
         extra = {"write": 1, "create": 1 if fault == "drop_response" else 0}.get(name, 0)  # the look at what has arrived, or whose it is
@@ -162,7 +162,7 @@ def test_a_burst_is_waited_out_with_few_requests(way):
     way.fault(Rule("503", first=2))
     assert way.store(60).read(KEY) == b"whole"
     assert way.requests() == 3
-    assert [trouble.tries for _, trouble in way.troubles] == [1, 2]
+    assert [event.tries for _, event in way.troubles] == [1, 2]
 
 
 @pytest.mark.parametrize("fault", ["500", slowly("503"), "reset_before", slowly("drop_response")])
@@ -877,7 +877,7 @@ def test_an_upload_that_goes_on_elsewhere_is_not_disturbed_by_others(way):
 def test_a_patient_twin_tells_the_same_listener_and_leaves_its_origin_alone(way):
     way.put(b"whole")
     store = way.store()
-    twin: Store = store.patient(0.3)
+    twin: Store = store.with_retry_limit(0.3)
     way.fault(Rule("503"))
     error, elapsed_s = took(lambda: twin.read(KEY))
     assert isinstance(error, StorageError) and elapsed_s < 15

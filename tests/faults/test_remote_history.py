@@ -719,7 +719,7 @@ def test_what_arrives_whole_when_it_is_read_again_is_not_damaged(place, both, wo
 
 def test_a_newest_checkpoint_that_cannot_be_fetched_is_not_passed_over_as_if_it_were_damaged(place, both, world, monkeypatch):
     """Unreachable is not damaged: going on from the older one would cut off what is whole."""
-    slow = place.through_proxy(monkeypatch).patient(3)  # the requests that succeed must have time to
+    slow = place.through_proxy(monkeypatch).with_retry_limit(3)  # the requests that succeed must have time to
     place.proxy.rules.append(Rule("500", "GET", fmt.data_key(20, 1)))
     with pytest.raises(StorageError):
         pytest.fail(str(resume.choose(slow, world).notes))

@@ -517,7 +517,7 @@ def test_attempts_that_died_before_their_first_commit_allow_a_fresh_start(store,
     store.write(fmt.data_key(10, 1), b"data without a manifest", 1)
     resume_point = resume.choose(store, world)
     assert resume_point.manifest is None
-    assert attempts.claim(resume_point.survey, None, 1).number == 4
+    assert attempts.claim(resume_point.catalog, None, 1).number == 4
 
 
 def drop_checkpoints(store: LocalStore) -> None:

@@ -238,15 +238,15 @@ def test_the_writing_process_dies_with_the_one_that_trains_and_commits_nothing(t
 
 def test_stop_signals_do_not_reach_the_writing_process(tmp_path):
     """Terminals and some SLURM set-ups signal whole process trees, and the last save is still to be written then."""
-    scribe, image = WriterProcess(), StagingBuffer()
-    image.reserve(1000)
+    writer, staging = WriterProcess(), StagingBuffer()
+    staging.reserve(1000)
     (tmp_path / "x").touch()
-    scribe.pour(image, tmp_path / "x")
+    writer.write_staged(staging, tmp_path / "x")
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
-        os.kill(scribe._process.pid, number)
-    assert scribe.pour(image, tmp_path / "x") == f"blake3:{blake3(bytes(1000)).hexdigest()}"
-    scribe.close()
-    image.close()
+        os.kill(writer._process.pid, number)
+    assert writer.write_staged(staging, tmp_path / "x") == f"blake3:{blake3(bytes(1000)).hexdigest()}"
+    writer.close()
+    staging.close()
 
 
 def test_a_save_arrives_though_the_next_update_is_long_in_coming(tmp_path):
@@ -279,7 +279,7 @@ def test_a_save_that_is_due_by_the_clock_is_left_out_while_one_is_on_its_way_if_
     assert ended.returncode == 0, ended.stderr
     skipped = events(tmp_path / "a", "skipped")
     assert len(skipped) >= 2 and steps_of(tmp_path / "a")[-1] == 80
-    with pytest.raises(UsageError, match="when_busy is none of wait, skip"):
+    with pytest.raises(UsageError, match="when_busy='never', expected: wait or skip"):
         harness.init(tmp_path / "b", when_busy="never")
 
 
@@ -347,11 +347,11 @@ def tree() -> dict:
     }  # fmt: skip
 
 
-def snapped(payload: dict, image: StagingBuffer, *, steady: bool) -> Snapshot:
+def snapped(payload: dict, staging: StagingBuffer, *, steady: bool) -> Snapshot:
     addresses = {tensor.untyped_storage().data_ptr() for tensor in _leaves(payload)} if steady else set()
     snapshot = Snapshot(payload, addresses)
     snapshot.copy_rest()
-    snapshot.copy_into(image)
+    snapshot.copy_into(staging)
     return snapshot
 
 
@@ -365,11 +365,11 @@ def _leaves(value: object) -> Iterator[torch.Tensor]:
 
 @pytest.mark.parametrize("steady", [True, False])
 def test_the_image_is_the_file_that_torch_would_have_written(tmp_path, steady):
-    payload, image, path = tree(), StagingBuffer(), tmp_path / "x.pt"
+    payload, staging, path = tree(), StagingBuffer(), tmp_path / "x.pt"
     for _ in range(2):  # the second time in memory that is full of the first
-        snapped(payload, image, steady=steady)
+        snapped(payload, staging, steady=steady)
         path.touch()
-        write_to(image.memory, image.size_bytes, str(path))
+        write_to(staging.memory, staging.size_bytes, str(path))
         found = torch.load(path, weights_only=True)
         assert list(differences(found, payload)) == []
         assert found["a"]["x"].data_ptr() == found["a"]["y"].data_ptr(), "tied tensors stay tied"
@@ -380,13 +380,13 @@ def test_the_image_is_the_file_that_torch_would_have_written(tmp_path, steady):
         names = [(i.filename.partition("/")[2], i.file_size, i.header_offset) for i in ours.infolist()]
         assert names == [(i.filename.partition("/")[2], i.file_size, i.header_offset) for i in theirs.infolist()]
         assert ours.read(ours.infolist()[0]) == theirs.read(theirs.infolist()[0])
-    image.close()
+    staging.close()
 
 
 def test_a_change_while_it_is_copied_is_seen():
     for change, compare in ((lambda t: t.add_(1), False), (lambda t: t.data.add_(1), True)):
-        payload, image = tree(), StagingBuffer()
-        snapshot = snapped(payload, image, steady=True)
+        payload, staging = tree(), StagingBuffer()
+        snapshot = snapped(payload, staging, steady=True)
         assert not snapshot.is_torn(compare=True)
         change(payload["b"])
         assert snapshot.is_torn(compare=compare)
@@ -404,16 +404,16 @@ def test_a_whole_tensor_that_is_written_behind_pytorchs_back_is_noticed_whatever
     payload = {f"{of}": torch.randn(of) for of in NUMBERS} | {"large": torch.randn(3_000_000), "tied": torch.randn(5)}
     addresses = {tensor.untyped_storage().data_ptr() for tensor in payload.values()}
     for change in (True, False):
-        snapshot, image = Snapshot(payload, addresses), StagingBuffer()
+        snapshot, staging = Snapshot(payload, addresses), StagingBuffer()
         assert not snapshot.is_small
         snapshot.distrust()
         snapshot.copy_rest()
         if change:
             payload[str(size)].data.add_(1)
-        snapshot.copy_into(image)
+        snapshot.copy_into(staging)
         seen = snapshot.is_stirred() or snapshot.is_torn(compare=True)
         assert seen == change
-        image.close()
+        staging.close()
 
 
 def _moved(tensor: torch.Tensor) -> None:
@@ -425,15 +425,15 @@ def _moved(tensor: torch.Tensor) -> None:
 def test_a_write_behind_pytorchs_back_that_comes_after_the_sampled_words_were_copied_is_noticed_before_the_update(size, change):
     """The copy of a tensor that is written while it is copied may mix two states where no word was sampled."""
     payload = {f"{of}": torch.randn(of) for of in NUMBERS} | {"large": torch.randn(3_000_000)}
-    snapshot, image = Snapshot(payload, {tensor.untyped_storage().data_ptr() for tensor in payload.values()}), StagingBuffer()
+    snapshot, staging = Snapshot(payload, {tensor.untyped_storage().data_ptr() for tensor in payload.values()}), StagingBuffer()
     snapshot.distrust()
     snapshot.copy_rest()
-    snapshot.copy_into(image)
+    snapshot.copy_into(staging)
     assert not snapshot.is_torn(compare=False)
     change(payload[str(size)])
     assert not snapshot.is_stirred()
     assert snapshot.is_torn(compare=False)
-    image.close()
+    staging.close()
 
 
 def test_of_a_large_tensor_each_run_of_a_strides_length_that_is_written_is_noticed():
@@ -441,13 +441,13 @@ def test_of_a_large_tensor_each_run_of_a_strides_length_that_is_written_is_notic
     address = payload["large"].untyped_storage().data_ptr()
     length = STRIDE_BYTES // 4
     for first in (0, 1, 12_345, 2_999_999 - length):
-        snapshot, image = Snapshot(payload, {address}), StagingBuffer()
+        snapshot, staging = Snapshot(payload, {address}), StagingBuffer()
         snapshot.distrust()
         snapshot.copy_rest()
         payload["large"].data[first : first + length + 4].add_(1)
-        snapshot.copy_into(image)
+        snapshot.copy_into(staging)
         assert snapshot.is_stirred(), first
-        image.close()
+        staging.close()
 
 
 def test_what_is_no_plain_tensor_is_left_to_torch():
@@ -463,26 +463,26 @@ SIZES = (1, BLOCK_BYTES - 1, BLOCK_BYTES, BLOCK_BYTES + 1, DIRECT_FROM, DIRECT_F
 @pytest.mark.parametrize("where", ["disk", "memory"])
 def test_every_byte_arrives_and_is_digested(tmp_path, where):
     folder = tmp_path if where == "disk" else Path("/dev/shm")
-    path, image = folder / f"poured-{os.getpid()}", StagingBuffer()
-    image.reserve(SIZES[-1])
-    image.memory[:] = os.urandom(len(image.memory))
+    path, staging = folder / f"poured-{os.getpid()}", StagingBuffer()
+    staging.reserve(SIZES[-1])
+    staging.memory[:] = os.urandom(len(staging.memory))
     try:
         for size_bytes in SIZES:
             path.touch()
-            image.reserve(size_bytes)
-            digest = write_to(image.memory, size_bytes, str(path), DIRECT_FROM)
-            data = bytes(image.memory[:size_bytes])
+            staging.reserve(size_bytes)
+            digest = write_to(staging.memory, size_bytes, str(path), DIRECT_FROM)
+            data = bytes(staging.memory[:size_bytes])
             assert path.read_bytes() == data and digest == f"blake3:{blake3(data).hexdigest()}"
-            assert b"".join(image.chunks()) == data
+            assert b"".join(staging.chunks()) == data
             path.unlink()
     finally:
         path.unlink(missing_ok=True)
-        image.close()
+        staging.close()
 
 
 def test_a_disk_that_fills_up_under_it_is_said_with_its_number(tmp_path):
-    image = StagingBuffer()
-    image.reserve(3 * PIECE_BYTES)
+    staging = StagingBuffer()
+    staging.reserve(3 * PIECE_BYTES)
     path = tmp_path / "x"
     path.touch()
     child = os.fork()
@@ -490,7 +490,7 @@ def test_a_disk_that_fills_up_under_it_is_said_with_its_number(tmp_path):
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (PIECE_BYTES + 4096, PIECE_BYTES + 4096))
         try:
-            write_to(image.memory, image.size_bytes, str(path))
+            write_to(staging.memory, staging.size_bytes, str(path))
         except OSError as error:
             os._exit(error.errno or 0)
         os._exit(0)
@@ -498,13 +498,13 @@ def test_a_disk_that_fills_up_under_it_is_said_with_its_number(tmp_path):
 
 
 def test_memory_that_is_not_there_is_not_asked_for():
-    image = StagingBuffer()
+    staging = StagingBuffer()
     with pytest.raises(StorageError, match="not enough memory"):
-        image.reserve(2 * free_memory_bytes())
-    assert image.capacity_bytes == 0
-    image.reserve(10)
-    image.reserve(100_000)
-    assert len(image.memory) >= 100_000
+        staging.reserve(2 * free_memory_bytes())
+    assert staging.capacity_bytes == 0
+    staging.reserve(10)
+    staging.reserve(100_000)
+    assert len(staging.memory) >= 100_000
 
 
 def grouped(root: Path, version: int, limits: dict[str, tuple[str, int, int]]) -> Path:

@@ -65,8 +65,8 @@ def test_it_is_sent_while_it_is_written_and_appears_after_it(
         wait_until(lambda: len(parts()) == 7 and set(parts()) == {200}, "all but the last part of 64 MB, which has to know that it is")
         assert steps_of(tmp_path / "a") == [2]
         assert "step_00000004" not in " ".join(home.keys())
-        (scribe,) = [p for p in psutil.Process(process.pid).children() if "saving/writer_process.py" in " ".join(p.cmdline())]
-        scribe.resume()
+        (writer,) = [p for p in psutil.Process(process.pid).children() if "saving/writer_process.py" in " ".join(p.cmdline())]
+        writer.resume()
         out, err = process.communicate(timeout=120)
         assert process.returncode == 0, out + err
         assert len(parts()) == 8, "it was sent again"
@@ -134,14 +134,14 @@ def test_one_that_is_never_committed_is_dropped_and_the_next_one_sent(committed,
         route, Attempt(1, manifest.run_id, ""), EventLog(store, "events/0001.jsonl", kept=True), StoreHealth(home.url, print)
     )
     uploader.start([], [], None, set())
-    image = StagingBuffer()
-    image.reserve(3 * LENT_BYTES)
-    with uploader.ahead("checkpoints/step_00000099-0001.pt", image.lend()):
+    staging = StagingBuffer()
+    staging.reserve(3 * LENT_BYTES)
+    with uploader.ahead("checkpoints/step_00000099-0001.pt", staging.lend()):
         wait_until(lambda: "Uploads" in home.client.list_multipart_uploads(Bucket=home.bucket), "it is being sent")
     uploader.offer(manifest)
     assert uploader.settle(60) == ""
     uploader.close(10)
-    image.close()
+    staging.close()
     assert home.steps() == [1]
     check_like_the_directory(home, Path(str(store)))
 
@@ -159,16 +159,16 @@ def test_what_retention_deletes_before_it_was_sent_is_waited_for_by_nobody(commi
 
 
 def test_what_is_lent_is_read_until_it_is_needed() -> None:
-    image, data = StagingBuffer(), os.urandom(2 * LENT_BYTES + 77)
+    staging, data = StagingBuffer(), os.urandom(2 * LENT_BYTES + 77)
 
     def fill() -> Iterator[bytes]:
-        image.reserve(len(data))
-        assert image.memory is not None
-        image.memory[: len(data)] = data
-        return image.lend().chunks()
+        staging.reserve(len(data))
+        assert staging.memory is not None
+        staging.memory[: len(data)] = data
+        return staging.lend().chunks()
 
     assert b"".join(fill()) == data
-    for end in (lambda: image.reserve(1), image.close):
+    for end in (lambda: staging.reserve(1), staging.close):
         reading = fill()
         assert next(reading) == data[:LENT_BYTES]
         end()

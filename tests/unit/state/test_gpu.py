@@ -60,17 +60,17 @@ def test_tensors_of_every_layout_are_captured_and_come_back(tmp_path):
 
 @pytest.mark.parametrize("steady", [True, False])
 def test_the_image_is_the_file_that_torch_would_have_written(tmp_path, steady):
-    tracked, image, crossing, path = {"custom": Custom(layouts())}, StagingBuffer(), GpuCopy(), tmp_path / "x.pt"
+    tracked, staging, gpu_copy, path = {"custom": Custom(layouts())}, StagingBuffer(), GpuCopy(), tmp_path / "x.pt"
     for _ in range(2):  # the second time in memory that is pinned, and full of the first
         captured = state.captured({"step": 1}, tracked)
         addresses = {met.saved.data_ptr() for met in captured.seen.all} if steady else set()
-        snapshot = Snapshot(captured.payload, addresses, captured.elsewhere(), crossing)
+        snapshot = Snapshot(captured.payload, addresses, captured.elsewhere(), gpu_copy)
         snapshot.copy_rest()
-        snapshot.copy_into(image)
+        snapshot.copy_into(staging)
         snapshot.arrive()
         assert not snapshot.is_torn(compare=True)
         path.touch()
-        write_to(image.memory, image.size_bytes, str(path))
+        write_to(staging.memory, staging.size_bytes, str(path))
         found = torch.load(path, weights_only=True)
         expected = {"step": 1} | state.capture(tracked)
         assert list(differences(found, expected)) == []
@@ -78,8 +78,8 @@ def test_the_image_is_the_file_that_torch_would_have_written(tmp_path, steady):
             if value.is_floating_point() and name != "wide":  # one number, several times
                 value.add_(1)
         assert snapshot.is_torn(compare=False) == steady
-    crossing.unpin()
-    image.close()
+    gpu_copy.unpin()
+    staging.close()
 
 
 ON_GPU = OPTIMIZERS | {

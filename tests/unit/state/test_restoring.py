@@ -205,7 +205,7 @@ def test_what_is_kept_of_parameters_of_the_same_dtype_stays_exact_beside_accepte
     said = state.restore(other, {}, payload, "it", ["dtype"])
     assert said == ["first: 4 tensor(s) are bfloat16 now, and were float32: no exact resume"]
     kept = [entry["exp_avg"] for entry in other["optimizer"].state_dict()["state"].values()]
-    assert [moment.dtype for moment in kept] == [torch.bfloat16] * 4 + [torch.float32] * 4
+    assert [summary.dtype for summary in kept] == [torch.bfloat16] * 4 + [torch.float32] * 4
     saved = payload["optimizer_state_dict"]["state"]
     assert all(torch.equal(kept[at], saved[at]["exp_avg"]) for at in range(4, 8))
 

@@ -101,8 +101,8 @@ def test_what_may_pass_is_tried_again(error):
     time, told = Time(), list[RetryEvent]()
     work = Work(time, error)
     assert is_transient(error) and not is_expired(error)
-    assert attempt(time, work, 60, on_trouble=told.append) == "done"
-    assert (len(work.left_s), [(trouble.error, trouble.tries) for trouble in told]) == (2, [(error, 1)])
+    assert attempt(time, work, 60, on_retry=told.append) == "done"
+    assert (len(work.left_s), [(event.error, event.tries) for event in told]) == (2, [(error, 1)])
 
 
 @pytest.mark.parametrize(
@@ -134,7 +134,7 @@ def test_what_does_not_pass_is_raised_at_once_as_it_is(error):
     time, told = Time(), list[RetryEvent]()
     work = Work(time, error)
     with pytest.raises(type(error)) as caught:
-        attempt(time, work, 600, on_trouble=told.append)
+        attempt(time, work, 600, on_retry=told.append)
     assert caught.value is error
     assert (len(work.left_s), time.sleeps, told) == (1, [], [])
 
@@ -203,10 +203,10 @@ def test_waits_are_exponential_with_full_jitter_and_a_ceiling():
     for _ in range(300):
         time = Time()
         told = list[RetryEvent]()
-        assert attempt(time, Work(time, *[replied(503)] * 12), 1e6, on_trouble=told.append) == "done"
-        assert sum(time.sleeps) == pytest.approx(sum(trouble.wait_s for trouble in told)), "what is told is what is waited"
-        for trouble in told:
-            waits[trouble.tries - 1].append(trouble.wait_s)
+        assert attempt(time, Work(time, *[replied(503)] * 12), 1e6, on_retry=told.append) == "done"
+        assert sum(time.sleeps) == pytest.approx(sum(event.wait_s for event in told)), "what is told is what is waited"
+        for event in told:
+            waits[event.tries - 1].append(event.wait_s)
     for number, drawn in enumerate(waits):
         ceiling = min(0.5 * 2**number, LONGEST_WAIT_S)
         assert 0 <= min(drawn) < 0.1 * ceiling and 0.9 * ceiling < max(drawn) <= ceiling
@@ -277,5 +277,5 @@ def test_an_error_of_the_renewal_passes_through():
 def test_success_at_once_is_neither_told_nor_waited_for():
     time, told = Time(), list[RetryEvent]()
     work = Work(time)
-    assert attempt(time, work, 60, on_trouble=told.append) == "done"
+    assert attempt(time, work, 60, on_retry=told.append) == "done"
     assert (work.left_s, time.sleeps, told) == ([60], [], [])
