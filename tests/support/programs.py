@@ -133,7 +133,7 @@ def killed_once(
     then: dict[str, str] | None = None, ranks_then: int | None = None, head: str = HEAD,
 ) -> Outcome:  # fmt: skip
     """The program lived whole, and killed in step `die` and started again, there with the variables `then` as well."""
-    from test_library import newest
+    from library_runs import newest
 
     from harness.exchange.compare import differences
 

@@ -249,6 +249,6 @@ def test_no_object_is_completed_by_assigning_to_its_attributes_from_outside(file
 def test_no_test_imports_another():
     tests = REPO / "tests"
     for file in tests.rglob("*.py"):
-        found = re.findall(r"^(?:from|import) (test_\w+)", file.read_text(), re.MULTILINE)
+        found = re.findall(r"^ *(?:from|import) (test_\w+)", file.read_text(), re.MULTILINE)
         assert not found, f"{file}: {found}"
     assert not [file for file in tests.glob("*.py") if file.name != "conftest.py"]

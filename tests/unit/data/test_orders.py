@@ -278,7 +278,7 @@ def program(sampler: str, head: str = "pass", step: str = "pass") -> str:
     ],
 )  # fmt: skip
 def test_an_epoch_goes_on_in_the_order_in_which_it_began_and_the_next_ones_as_they_would_have(source, stays, tmp_path):
-    from test_library import newest
+    from library_runs import newest
 
     outcome = killed_once(tmp_path, source, die=18)  # step 15 is saved, in the middle of the second epoch
     assert outcome.killed.code == -signal.SIGKILL and outcome.whole.code == outcome.resumed.code == 0, outcome.resumed.text
