@@ -68,10 +68,11 @@ def check(store: Store, manifest: Manifest) -> None:
 
     Raises:
         NewerFormatError: Only a newer harness can read the checkpoint.
+        StorageError: The checkpoint could not be read, which says nothing about it.
         DamagedError: The check has found any other error.
     """
     for _, problem in verify(store, manifest):
-        if isinstance(problem, NewerFormatError):
+        if isinstance(problem, NewerFormatError | StorageError):
             raise problem
         if problem is not None:
             raise DamagedError(f"{problem.what} {problem.found}".rstrip())

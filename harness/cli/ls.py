@@ -14,6 +14,7 @@ import json
 from harness.checkpoint.catalog import Catalog
 from harness.checkpoint.format import Manifest
 from harness.cli import locate
+from harness.errors import StorageError
 from harness.store import Store
 from harness.supervision import attempt_history
 from harness.text import duration, say, size
@@ -144,9 +145,12 @@ def _state(store: Store, part: Catalog, manifest: Manifest, verify: bool) -> str
     if part.sizes.get(key) != manifest.data.size_bytes:
         return "WRONG SIZE" if key in part.sizes else "MISSING"
     if verify:
+        (_, problem), *_ = locate.verify(store, manifest)
         return (
-            "DAMAGED"
-            if any(problem for _, problem in locate.verify(store, manifest))
-            else "verified"
+            "verified"
+            if not problem
+            else "NOT READ"
+            if isinstance(problem, StorageError)
+            else "DAMAGED"
         )
     return "marked as damaged" if manifest.key in part.marked else "size ok"

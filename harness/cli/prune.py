@@ -22,6 +22,7 @@ from harness.checkpoint import load, retention
 from harness.checkpoint.catalog import Catalog
 from harness.cli import locate
 from harness.config.names import stored_under_todays_names
+from harness.errors import StorageError
 from harness.selfcheck import step_records
 from harness.store import SET_ASIDE, TEMP, Store
 from harness.store.bucket import Unfinished
@@ -62,8 +63,8 @@ def run(given: argparse.Namespace) -> int:
     found.check_readable()
     problems = {m.name: problem for m, problem in locate.verify(store, *found.history)}
     for problem in problems.values():
-        if isinstance(problem, fmt.NewerFormatError):
-            raise problem
+        if isinstance(problem, fmt.NewerFormatError | StorageError):
+            raise problem  # what cannot be read is not taken for damaged
     good = {name for name, problem in problems.items() if problem is None}
     manifests = retention.to_delete(found.history, good, _policy(store, found, given))
     history = {m.name for m in found.history}

@@ -3,8 +3,9 @@
 For a run directory that has a remote store, only the directory is read. Name the remote store to
 check it.
 
-Exit code: 0 intact · 1 something is damaged, and is named · 78 nothing is damaged, but only a newer
-harness can check one of the checkpoints.
+Exit code: 0 intact · 1 something is damaged, and is named · 74 nothing is known to be damaged, but
+something could not be read · 78 the same, but only a newer harness can check one of the
+checkpoints.
 
 example: harness verify runs/a
 """
@@ -15,7 +16,7 @@ import argparse
 
 from harness.checkpoint.format import NewerFormatError
 from harness.cli import locate
-from harness.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_USAGE
+from harness.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_STORAGE, EXIT_USAGE, StorageError
 from harness.text import say, size
 
 
@@ -43,8 +44,11 @@ def run(given: argparse.Namespace) -> int:
     else:
         store, manifest = locate.checkpoint(given.path)
         manifests, problems, newer, notes = [manifest], [], [], []
+    unread = []
     for manifest, problem in locate.verify(store, *manifests):
-        if isinstance(problem, NewerFormatError):
+        if isinstance(problem, StorageError):
+            unread.append(f"{manifest.name}: {problem.what} {problem.found}".rstrip())
+        elif isinstance(problem, NewerFormatError):
             newer.append(f"{problem.what}; {problem.found}")
         elif problem is not None:
             problems.append(f"{manifest.name}: {problem.what} {problem.found}".rstrip())
@@ -54,8 +58,12 @@ def run(given: argparse.Namespace) -> int:
         say(f"note     {note}")
     for words in problems:
         say(f"DAMAGED  {words}")
+    for words in unread:
+        say(f"NOT READ {words}")
     for words in newer:
         say(f"NEWER    {words}")
     if not manifests and not problems and not newer:
         say("no checkpoints")
-    return EXIT_FAILED if problems else EXIT_USAGE if newer else EXIT_FINISHED
+    if problems:
+        return EXIT_FAILED
+    return EXIT_STORAGE if unread else EXIT_USAGE if newer else EXIT_FINISHED

@@ -35,7 +35,7 @@ data = b"new" * 1_500_000
 image.reserve(len(data))
 image.memory[: len(data)] = data
 with store.writer("checkpoints/step_00000002-0001.pt", 1) as sink:
-    sink.pour(image, lambda image, path: write_to(image.memory, image.size_bytes, str(path), direct_from_bytes=1 << 20))
+    sink.write_staged(image, lambda image, path: write_to(image.memory, image.size_bytes, str(path), direct_from_bytes=1 << 20))
     sink.commit()
 store.create("checkpoints/step_00000002-0001.json", sink.digest().encode(), 1)
 store.write("config.yaml", data, 1)

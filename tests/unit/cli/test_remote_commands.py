@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import alone, harness, run
-from fault_proxy import FaultProxy
+from fault_proxy import FaultProxy, Rule
 from remote_runs import TASK, Home, Trained, command, fetched_bytes, trained  # noqa: F401 - fixtures
 from s3_server import S3Server
 
@@ -80,6 +80,24 @@ def test_show_and_ls_read_no_tensors(bucket: tuple[S3Server, str], command: Comm
         assert fetched_bytes(proxy) == 0 and proxy.requests
         assert command(home.env(proxy), "verify", home.url)[0] == 0
         assert fetched_bytes(proxy) >= size
+
+
+def test_what_cannot_be_read_is_not_taken_for_damaged(trained: Trained, command: Command, tmp_path: Path) -> None:  # noqa: F811
+    home = trained.home.branch(15)
+    before = home.keys()
+    with FaultProxy(home.server.host, home.server.port) as proxy:
+        proxy.rules.append(Rule("denied", "GET", "step_00000010-0001.pt"))
+        env = home.env(proxy)
+        code, text = command(env, "verify", home.url)
+        assert code == 74 and "NOT READ step_00000010-0001" in text and "DAMAGED" not in text and text.count("ok  ") == 2, text
+        assert command(env, "verify", f"{home.url}/checkpoints/step_00000010-0001.pt")[0] == 74
+        code, text = command(env, "ls", "--verify", home.url)
+        assert "NOT READ" in text and "DAMAGED" not in text, text
+        fork = ("import", f"{home.url}/checkpoints/step_00000010-0001.pt", str(tmp_path / "fork"))
+        for line in (("prune", home.url, "--keep-last", "2", "--yes"), ("rollback", home.url, "10"), fork):
+            code, text = command(env, *line)
+            assert code == 78 and "Access Denied" in text, text
+    assert home.keys() == before
 
 
 def test_prune_in_the_bucket_keeps_what_the_policy_says_and_never_less_than_two(trained: Trained, command: Command) -> None:  # noqa: F811
