@@ -12,7 +12,14 @@ from harness.report.timeline import LOST, WAITING, WORDS, AttemptSpan, Timeline
 from harness.text import duration
 
 MOST_ROWS, MOST_TICKS = 40, 200
-SIGNS = {"finished": "■", "stopped": "◆", "failed": "✖", "killed": "✖", "running": "▶"}
+SIGNS = {
+    "finished": "■",
+    "stopped": "◆",
+    "failed": "✖",
+    "killed": "✖",
+    "superseded": "✖",
+    "running": "▶",
+}
 POLICY = (
     '<meta http-equiv="Content-Security-Policy" '
     """content="default-src 'none'; style-src 'unsafe-inline'">"""
@@ -39,7 +46,7 @@ text { font: 12px system-ui, sans-serif; fill: var(--ink); }
 .in-waiting { fill: var(--ink); } .grid { stroke: var(--line); } .sign { font-size: 15px; }
 .saved { stroke: #fff; stroke-width: 1.5; } .finished { fill: var(--save); } \
 .stopped { fill: var(--redone); }
-.failed, .killed { fill: var(--lost); } .running { fill: var(--training); }
+.failed, .killed, .superseded { fill: var(--lost); } .running { fill: var(--training); }
 .curve { fill: none; stroke: var(--training); stroke-width: 1.6; }
 .resume { stroke: var(--redone); stroke-dasharray: 4 3; stroke-width: 1.3; }
 table { border-collapse: collapse; width: 100%; }
@@ -131,7 +138,10 @@ def _attempts(time: Timeline) -> str:
         if len(shown) < len(time.stretches)
         else ""
     )
-    legend = "white ticks: saves · ■ finished · ◆ stopped, saved · ✖ killed or failed · ▶ running"
+    legend = (
+        "white ticks: saves · ■ finished · ◆ stopped, saved · ✖ killed, failed or superseded"
+        " · ▶ running"
+    )
     return (
         f"{note}{chart.timeline([_row(stretch, time) for stretch in shown], time.wall_s)}"
         f'<p class="soft">{legend}</p>'

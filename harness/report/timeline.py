@@ -42,7 +42,7 @@ WORDS = {
 }
 
 MOST_S = 1e11  # three thousand years; a recorded duration beyond it is invalid
-ENDS = ("finished", "stopped", "failed", "killed", "running")
+ENDS = ("finished", "stopped", "failed", "killed", "superseded", "running")
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class AttemptSpan:
     began: float
     ended: float  # end, or last sign of life; seconds since the epoch
     spent: dict[str, float]  # seconds by category
-    how: str  # finished, stopped, failed, killed, or running
+    how: str  # one of `ENDS`
     why: str
     saves: list[Save] = field(default_factory=list)
     losses: list[tuple[int, float]] = field(default_factory=list)
@@ -74,7 +74,7 @@ class AttemptSpan:
     @property
     def is_interrupted(self) -> bool:
         """Return whether the attempt ended before the run was finished."""
-        return self.how in ("stopped", "failed", "killed")
+        return self.how in ("stopped", "failed", "killed", "superseded")
 
 
 @dataclass(frozen=True)
@@ -192,7 +192,7 @@ def _stretch(
     )
     spent = dict(spent_at[-1][1]) if spent_at else {}
     rest = max(0.0, ended - began - sum(spent.values()))
-    untold = LOST if how in ("killed", "failed") else "overhead"
+    untold = LOST if how in ("killed", "failed", "superseded") else "overhead"
     spent[untold] = spent.get(untold, 0.0) + rest
     saves = [
         Save(

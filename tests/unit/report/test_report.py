@@ -159,8 +159,10 @@ def test_an_attempt_that_another_one_overtook_is_not_counted_twice(made: Made) -
     made.event(zombie.attempt, 100, "step", step=50, spent={"startup": 2.0, "training": 98.0})
     successor = made.attempt(60, {"startup": 2.0})
     made.event(successor.attempt, 120, "step", step=50, spent={"startup": 2.0, "training": 58.0})
+    made.end(zombie.attempt, 110, "superseded")
     found = made.timeline()
     assert found.wall_s == pytest.approx(120) and sum(found.spent.values()) == pytest.approx(120)
+    assert [attempt.how for attempt in found.stretches] == ["superseded", "killed"] and found.interruptions == found.stretches
 
 
 def test_a_start_in_place_is_no_wait_in_the_queue(made: Made) -> None:
