@@ -55,7 +55,7 @@ export TORCH_CPP_LOG_LEVEL=${{TORCH_CPP_LOG_LEVEL:-ERROR}}                """
 export HARNESS_LAUNCH=$SLURM_JOB_ID.${{SLURM_RESTART_COUNT:-0}}        # this life of the job
 end=$(timeout 30 squeue -h -j "$id" -o %e)                            """
     r"""# SLURM says it by itself from 23.02 on
-[[ $end != 20* ]] || export SLURM_JOB_END_TIME=$(date -d "$end" +%s)
+if [[ $end = 20* ]]; then SLURM_JOB_END_TIME=$(date -d "$end" +%s); export SLURM_JOB_END_TIME; fi
 [ -z "${{SLURM_CPUS_PER_TASK:-}}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK   """
     r"""# srun does not inherit it
 port=$((20000 + (7 * SLURM_JOB_ID + ${{SLURM_RESTART_COUNT:-0}}) % 10000))   """

@@ -46,7 +46,9 @@ SCRIPTS = {
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_the_script_is_what_submit_would_write(name: str) -> None:
     assert (FOLDER / name).read_text() == script(SCRIPTS[name]), "python tests/unit/supervision/test_slurm_files.py writes it anew"
-    assert subprocess.run(["bash", "-n", str(FOLDER / name)], check=False).returncode == 0
+    shellcheck = [str(Path(sys.executable).with_name("shellcheck")), "--severity=warning", str(FOLDER / name)]
+    checked = subprocess.run(shellcheck, check=False, capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stdout
 
 
 if __name__ == "__main__":
