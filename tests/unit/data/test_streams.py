@@ -468,7 +468,7 @@ for x, y in run.batches(Numbers(), 8, epochs=1, num_workers=2):
 """
 ENDS = {
     "a stop": ("os.kill(os.getpid(), signal.SIGTERM)", 0, "stopped before training began"),
-    "an error": ("type(run)._pace = property(lambda self: None)", 1, "AttributeError"),  # what is set when all else has begun
+    "an error": ("type(run)._throughput = property(lambda self: None)", 1, "AttributeError"),  # what is set when all else has begun
 }
 
 
