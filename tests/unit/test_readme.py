@@ -91,18 +91,22 @@ def test_every_command_and_every_program_of_the_pages_works(most: int | None, tm
     blocks = re.findall(r"```(bash|python|diff)\n(.*?)```", text, re.DOTALL)
     assert len(blocks) >= 19
     said = []
-    for number, (language, block) in enumerate(blocks[:most]):
-        if language != "bash":
-            program = after(block) if language == "diff" else block
-            (copy / program.split("\n", 1)[0].removeprefix("# ")).write_text(program)
-            continue
-        script = copy / f"block_{number}.sh"
-        script.write_text(f"set -eo pipefail\n{block}")
-        environment = CLEAN | {"OMP_NUM_THREADS": "1"}
-        environment.pop("PYTHONPATH", None)
-        done = subprocess.run(["bash", script.name], cwd=copy, env=environment, capture_output=True, text=True, timeout=300)
-        said.append(done.stdout)
-        assert done.returncode == 0, f"{block}\n{done.stdout}\n{done.stderr}"
+    try:
+        for number, (language, block) in enumerate(blocks[:most]):
+            if language != "bash":
+                program = after(block) if language == "diff" else block
+                (copy / program.split("\n", 1)[0].removeprefix("# ")).write_text(program)
+                continue
+            script = copy / f"block_{number}.sh"
+            script.write_text(f"set -eo pipefail\n{block}")
+            environment = CLEAN | {"OMP_NUM_THREADS": "1"}
+            environment.pop("PYTHONPATH", None)
+            done = subprocess.run(["bash", script.name], cwd=copy, env=environment, capture_output=True, text=True, timeout=300)
+            said.append(done.stdout)
+            assert done.returncode == 0, f"{block}\n{done.stdout}\n{done.stderr}"
+    finally:
+        if (copy / ".s3").exists():  # a block before its end has failed
+            subprocess.run(["scripts/s3", "stop"], cwd=copy, check=False)
     together = "\n".join(said)
     assert "resumes from step" in together, "the run was not killed in the middle"
     assert "equal, bit for bit" in said[1]
