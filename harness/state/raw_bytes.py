@@ -13,6 +13,7 @@ import torch
 
 STRIDE_BYTES = 1 << 20  # of each stride of a tensor that is copied later, one word is compared
 WORD_BYTES = 8
+STRIDE_WORDS = STRIDE_BYTES // WORD_BYTES
 # All memory of this process as one array: the word at each address. Only those of live tensors may
 # be read. An array cannot begin at the null pointer.
 FIRST_ADDRESS, ADDRESSES = 8, 1 << 59
@@ -28,44 +29,45 @@ def copy(source: torch.Tensor) -> torch.Tensor:
         return source.cpu()
 
 
-def _words(size_bytes: int, where: float) -> range:
-    """Return the indices of the sampled words in a piece of memory: one per stride, at least one.
+def _first(words: npt.NDArray[np.int64], where: float) -> npt.NDArray[np.int64]:
+    """Return the index of the first sampled word of pieces with so many words.
+
+    From there on one word is sampled per stride, so at least one of each piece.
 
     Args:
-        size_bytes: the size of the memory.
+        words: the number of words in each piece.
         where: the position in each stride, from 0 to 1.
     """
-    words, stride = size_bytes // WORD_BYTES, STRIDE_BYTES // WORD_BYTES
-    return range(int(where * min(words, stride)), words, stride)
+    return (where * np.minimum(words, STRIDE_WORDS)).astype(np.int64)
 
 
 def _places(
     addresses: Iterable[int], sizes_bytes: Iterable[int], where: float
 ) -> npt.NDArray[np.int64]:
-    """Return the places in `MEMORY` of the sampled words (`_words`) of pieces of memory.
+    """Return the places in `MEMORY` of the sampled words (`_first`) of pieces of memory.
 
     `where` is the position of the words in each stride, from 0 to 1.
     """
     words = np.fromiter(sizes_bytes, np.int64) // WORD_BYTES
-    stride = STRIDE_BYTES // WORD_BYTES
-    first = (where * np.minimum(words, stride)).astype(np.int64)
+    first = _first(words, where)
     begin = np.fromiter(addresses, np.int64) + (first * WORD_BYTES - FIRST_ADDRESS)
-    counts = -((first - words) // stride)
+    counts = -((first - words) // STRIDE_WORDS)
     strides = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
     places: npt.NDArray[np.int64] = np.repeat(begin, counts) + strides * STRIDE_BYTES
     return places
 
 
 def _sample(run: torch.Tensor, where: float) -> torch.Tensor:
-    """Return the sampled words (`_words`) of a run of bytes on any device.
+    """Return the sampled words (`_first`) of a run of bytes on any device.
 
     A run that is not aligned to words is copied first.
     """
     whole = run[: len(run) // WORD_BYTES * WORD_BYTES]
     if whole.storage_offset() % WORD_BYTES or whole.data_ptr() % WORD_BYTES:
         whole = whole.clone()
-    words = _words(len(run), where)
-    return whole.view(torch.int64)[words.start :: words.step]
+    words = whole.view(torch.int64)
+    (first,) = _first(np.array([len(words)]), where)
+    return words[int(first) :: STRIDE_WORDS]
 
 
 class Samples:
