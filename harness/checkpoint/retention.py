@@ -36,6 +36,12 @@ class Policy:
     higher_is_better: bool = False
 
 
+def policy(last: int, every_steps: int | None, best: int, metric: str) -> Policy:
+    """Return the policy that ranks by `metric`, which is written "NAME:min" or "NAME:max"."""
+    name, _, direction = metric.rpartition(":")
+    return Policy(last, every_steps, best, name, direction == "max")
+
+
 def changed(policy: Policy, by: Mapping[str, int | None]) -> Policy:
     """Return the policy with other values of `last`, `every_steps` or `best`.
 

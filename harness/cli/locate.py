@@ -45,6 +45,10 @@ def everywhere(path: str) -> tuple[Store, Catalog]:
         return run(first)
 
 
+# Errors that say nothing about the bytes of a checkpoint: it is not damaged for them.
+UNKNOWN = (NewerFormatError, StorageError)
+
+
 def verify(store: Store, *manifests: Manifest) -> Iterator[tuple[Manifest, HarnessError | None]]:
     """Read and check every byte of checkpoints, and show a progress bar.
 
@@ -72,7 +76,7 @@ def check(store: Store, manifest: Manifest) -> None:
         DamagedError: The check has found any other error.
     """
     for _, problem in verify(store, manifest):
-        if isinstance(problem, NewerFormatError | StorageError):
+        if isinstance(problem, UNKNOWN):
             raise problem
         if problem is not None:
             raise DamagedError(f"{problem.what} {problem.found}".rstrip())

@@ -22,7 +22,6 @@ from harness.checkpoint import load, retention
 from harness.checkpoint.catalog import Catalog
 from harness.cli import locate
 from harness.config.names import stored_under_todays_names
-from harness.errors import StorageError
 from harness.selfcheck import step_records
 from harness.store import SET_ASIDE, TEMP, Store
 from harness.store.bucket import Unfinished
@@ -63,8 +62,8 @@ def run(given: argparse.Namespace) -> int:
     found.check_readable()
     problems = {m.name: problem for m, problem in locate.verify(store, *found.history)}
     for problem in problems.values():
-        if isinstance(problem, fmt.NewerFormatError | StorageError):
-            raise problem  # what cannot be read is not taken for damaged
+        if isinstance(problem, locate.UNKNOWN):
+            raise problem
     good = {name for name, problem in problems.items() if problem is None}
     manifests = retention.to_delete(found.history, good, _policy(store, found, given))
     history = {m.name for m in found.history}
@@ -181,26 +180,14 @@ def _policy(store: Store, found: Catalog, given: argparse.Namespace) -> retentio
 
     For a remote store, `store.keep` takes precedence over `checkpoint.keep_*`.
     """
-    settings = stored_under_todays_names(_settings(store, found))
-    names = ("keep_last", "keep_every_steps", "keep_best", "best")
-    kept = {name: settings[key] for name in names if (key := f"checkpoint.{name}") in settings}
-    if not store.is_local:
-        there = settings.get("store.keep") or {}
-        kept |= {f"keep_{name}": value for name, value in there.items() if value is not None}
-    default = retention.Policy()
-    chosen: dict[str, Any] = {
-        name: value if (value := getattr(given, name)) is not None else kept.get(name, otherwise)
-        for name, otherwise in (
-            ("keep_last", default.last),
-            ("keep_every_steps", default.every_steps),
-            ("keep_best", default.best),
-        )
-    }
-    best = given.best or kept.get("best", f"{default.metric}:min")
-    return retention.Policy(
-        chosen["keep_last"],
-        chosen["keep_every_steps"],
-        chosen["keep_best"],
-        best.rpartition(":")[0] or best,
-        best.endswith(":max"),
+    settings, default = stored_under_todays_names(_settings(store, found)), retention.Policy()
+    policy = retention.policy(
+        settings.get("checkpoint.keep_last", default.last),
+        settings.get("checkpoint.keep_every_steps", default.every_steps),
+        settings.get("checkpoint.keep_best", default.best),
+        given.best or settings.get("checkpoint.best", f"{default.metric}:min"),
     )
+    if not store.is_local:
+        policy = retention.changed(policy, settings.get("store.keep") or {})
+    own = {"last": given.keep_last, "every_steps": given.keep_every_steps, "best": given.keep_best}
+    return retention.changed(policy, own)

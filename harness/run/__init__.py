@@ -155,13 +155,11 @@ def _settings(arguments: Mapping[str, Any]) -> Settings:
     Raises:
         UsageError: An argument is invalid.
     """
-    best = arguments["best"]
-    policy = retention.Policy(
+    policy = retention.policy(
         arguments["keep_last"],
         arguments["keep_every_steps"],
         arguments["keep_best"],
-        best.rpartition(":")[0] or best,
-        best.endswith(":max"),
+        arguments["best"],
     )
     remote_policy = retention.changed(policy, arguments["remote_keep"] or {})
     converted = {
