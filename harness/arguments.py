@@ -22,6 +22,12 @@ DEFAULTS: Mapping[str, Any] = {
     name: tuple(of.default) if isinstance(of.default, list) else of.default
     for name, of in BY_ARGUMENT.items()
 } | OTHER_DEFAULTS
+# By argument: the rule, and whether None is allowed, too.
+RULES = {
+    name: (of.rule, of.may_be_null or name in MAY_BE_NONE)
+    for name, of in BY_ARGUMENT.items()
+    if of.rule
+} | {name: (rule, False) for name, rule in OTHER_RULES.items()}
 
 
 def check(given: Mapping[str, Any]) -> None:
@@ -32,10 +38,8 @@ def check(given: Mapping[str, Any]) -> None:
     Raises:
         UsageError: Some values are not allowed; the message has a line for each of them.
     """
-    rules = {name: of.rule for name, of in BY_ARGUMENT.items() if of.rule} | OTHER_RULES
     wrong = []
-    for name, rule in rules.items():
-        may_be_none = name in MAY_BE_NONE or (name in BY_ARGUMENT and BY_ARGUMENT[name].may_be_null)
+    for name, (rule, may_be_none) in RULES.items():
         if name in given and not (
             may_be_none if given[name] is None else _holds(rule, given[name])
         ):

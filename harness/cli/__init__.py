@@ -12,7 +12,6 @@ import json
 import sys
 
 from harness import errors
-from harness.config import help_text
 from harness.errors import HarnessError
 from harness.text import say
 
@@ -77,6 +76,8 @@ def _run(name: str, rest: list[str]) -> int:
     )
     module.add_arguments(parser)
     if name in TAKE_SETTINGS:
+        from harness.config import help_text  # not imported for the other commands
+
         parser.epilog = help_text()
     return int(module.run(*_parsed(parser, with_loop(rest) if name in TAKE_SETTINGS else rest)))
 

@@ -74,7 +74,7 @@ def matching(pattern: str, allowed: str) -> Rule:
 
 
 COUNT = Rule(lambda v: _is_whole(v) and v > 0, "a whole number above 0")
-COUNT_OR_NONE = Rule(lambda v: _is_whole(v) and v >= 0, "a whole number from 0 on")
+COUNT_OR_ZERO = Rule(lambda v: _is_whole(v) and v >= 0, "a whole number from 0 on")
 SEED = Rule(lambda v: _is_whole(v) and 0 <= v < 2**63, "a whole number from 0 to 2^63 - 1")
 POSITIVE = Rule(lambda v: _is_number(v) and v > 0, "a number above 0")
 FRACTION = Rule(lambda v: _is_number(v) and 0 < v < 1, "a number between 0 and 1")

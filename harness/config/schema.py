@@ -11,7 +11,7 @@ from typing import Any
 
 from harness.config.rules import (
     COUNT,
-    COUNT_OR_NONE,
+    COUNT_OR_ZERO,
     DIRECTORY,
     FRACTION,
     IMPORT_PATH,
@@ -32,6 +32,7 @@ from harness.config.rules import (
     some_of,
 )
 from harness.config.schema_services import LogSettings, NotifySettings, SlurmSettings
+from harness.store import DEFAULT_WAIT_S
 
 
 @dataclass(frozen=True)
@@ -150,11 +151,15 @@ class DataSettings:
     """The data loading."""
 
     num_workers: int = setting(
-        0, "Loader processes; may change at any restart.", COUNT_OR_NONE, "num_workers"
+        0, "Loader processes; may change at any restart.", COUNT_OR_ZERO, "num_workers"
     )
-    drop_last: bool = setting(True, "Leave out the incomplete last batch of an epoch.")
+    drop_last: bool = setting(
+        True, "Leave out the incomplete last batch of an epoch.", argument="drop_last"
+    )
     check_stream: bool = setting(
-        True, "Try before training whether an iterable dataset can be continued exactly."
+        True,
+        "Try before training whether an iterable dataset can be continued exactly.",
+        argument="check_stream",
     )
 
 
@@ -190,7 +195,7 @@ class CheckpointSettings:
         "keep_every_steps",
     )
     keep_best: int = setting(
-        1, "Best checkpoints to keep, by `checkpoint.best`.", COUNT_OR_NONE, "keep_best"
+        1, "Best checkpoints to keep, by `checkpoint.best`.", COUNT_OR_ZERO, "keep_best"
     )
     best: str = setting(
         "val_acc:max", "Metric that ranks checkpoints; `init`: val_loss:min.", METRIC, "best"
@@ -229,7 +234,7 @@ class StoreSettings:
     """The remote store: how long it may be unreachable, and what it keeps."""
 
     wait_s: float = setting(
-        300.0,
+        DEFAULT_WAIT_S,
         "How long it may be unreachable: at the start, at the end, and for one request.",
         SECONDS_OR_ZERO,
         "wait_s",

@@ -7,7 +7,7 @@ import inspect
 import textwrap
 from collections.abc import Callable, Iterator
 from functools import cache
-from typing import Any, NamedTuple, get_type_hints
+from typing import Any, NamedTuple
 
 from harness.config.rules import Rule, default_of
 from harness.config.schema import SPELLED, Config
@@ -32,6 +32,11 @@ class Setting(NamedTuple):
         return f"{allowed}, or null" if allowed and self.may_be_null else allowed
 
 
+def _class_of(section: dataclasses.Field[Any]) -> Any:
+    """Return the dataclass of a section of `Config`."""
+    return section.default_factory
+
+
 @cache
 def settings() -> tuple[Setting, ...]:
     """Return all settings, in the order of the schema."""
@@ -40,8 +45,7 @@ def settings() -> tuple[Setting, ...]:
 
 def _settings() -> Iterator[Setting]:
     for section in dataclasses.fields(Config):
-        group = get_type_hints(Config)[section.name]
-        for field in dataclasses.fields(group):
+        for field in dataclasses.fields(_class_of(section)):
             name, rule = f"{section.name}.{field.name}", field.metadata["rule"]
             yield Setting(
                 NAMES.get(name, name),
@@ -84,12 +88,13 @@ def help_text() -> str:
 
 def markdown() -> str:
     """Return `configs/README.md`."""
+    sections = {field.name: _class_of(field) for field in dataclasses.fields(Config)}
     lines = [HEAD]
     section = ""
     for of in settings():
         if (begins := of.name.partition(".")[0]) != section:
             section = begins
-            about = (get_type_hints(Config)[section].__doc__ or "").partition("\n")[0]
+            about = (sections[section].__doc__ or "").partition("\n")[0]
             lines += [
                 f"\n## `{section}`\n",
                 about,
