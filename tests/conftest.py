@@ -16,13 +16,11 @@ from typing import TYPE_CHECKING
 import psutil
 import pytest
 from hypothesis import HealthCheck, settings
-from s3_server import bucket, own_s3_server, s3_server  # noqa: F401 - fixtures
-from slurm_cluster import slurm, slurm_cluster  # noqa: F401 - fixtures
 
 if TYPE_CHECKING:
     from harness.distributed.ranks import World
 
-pytest_plugins = ("library_runs", "launches", "small_disks")  # their fixtures
+pytest_plugins = ("library_runs", "launches", "recipe_runs", "s3_server", "slurm_cluster", "small_disks")  # their fixtures
 REPO = Path(__file__).resolve().parent.parent
 TRAIN = REPO / "harness" / "train.py"
 LONGEST_S = 400  # of a test that is not slow, or of what it is set up with: the slowest takes a minute, on a machine that is idle

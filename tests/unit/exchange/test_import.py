@@ -25,20 +25,15 @@ import torch
 import torch.nn.functional as F
 from conftest import alone, run
 from conftest import harness as program
-from recipe_runs import (  # noqa: F401 - fixtures among them
+from recipe_runs import (
     BOMB_BYTES,
     PAIR,
     TASK,
     Command,
-    adamw_,
-    bombs_,
     bounded,
-    command_,
     differing,
-    done_,
     manifest,
     newest,
-    pair_,
     put,
     refused,
     row,

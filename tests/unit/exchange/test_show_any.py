@@ -17,17 +17,11 @@ import pytest
 import recipes
 import safetensors.torch
 import torch
-from recipe_runs import (  # noqa: F401 - fixtures among them
+from recipe_runs import (
     TASK,
     Command,
-    bombs_,
     bounded,
-    command_,
     differing,
-    done_,
-    manifest,
-    newest,
-    pair_,
     put,
     refused,
     row,

@@ -18,18 +18,14 @@ import torch
 import torch.nn.functional as F
 from conftest import alone, events, kill_tree, run, start, torchrun, wait_until
 from conftest import harness as program
-from recipe_runs import (  # noqa: F401 - fixtures among them
+from recipe_runs import (
     PAIR,
     TASK,
     Command,
-    command_,
     differing,
-    done_,
     manifest,
     newest,
-    pair_,
     put,
-    refused,
     row,
     train_on,
 )  # fmt: skip
