@@ -5,16 +5,19 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from harness.config.schema import TrainSettings
-from harness.distributed.ddp import plain, wrap
-from harness.distributed.ranks import World
+from harness.distributed.wrappers import unwrap, wrap
 from harness.errors import NonFiniteError, UsageError
-from harness.task import Task, named
+from harness.task import named
+
+if TYPE_CHECKING:
+    from harness.config.schema import TrainSettings
+    from harness.distributed.ranks import World
+    from harness.task import Task
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -121,7 +124,7 @@ class Stepper:
         Raises:
             UsageError: The task has neither `evaluate` nor `loss`.
         """
-        sums = self._sums({name: plain(module) for name, module in self.modules.items()}, batch)
+        sums = self._sums({name: unwrap(module) for name, module in self.modules.items()}, batch)
         if self.averages:
             averaged = {
                 name: average.module
@@ -272,7 +275,7 @@ class Ema:
     copies_buffers = True
 
     def __init__(self, module: nn.Module, decay: float) -> None:
-        self.source, self.decay = plain(module), decay
+        self.source, self.decay = unwrap(module), decay
         self.module = copy.deepcopy(self.source).requires_grad_(False).eval()
         self._hook: Callable[..., object] = lambda *_: None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import logging
 import os
 import sys
@@ -103,3 +104,8 @@ def muted() -> Iterator[None]:
             yield
     finally:
         logging.disable(before)
+
+
+def now() -> str:
+    """Return the current UTC time in ISO format, for people to read; no decision depends on it."""
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="milliseconds")

@@ -7,7 +7,6 @@ ended.
 
 from __future__ import annotations
 
-import datetime
 import json
 import os
 import secrets
@@ -22,6 +21,7 @@ from harness.checkpoint.catalog import Catalog, read_catalog
 from harness.checkpoint.format import Manifest
 from harness.errors import SupersededError
 from harness.store import LocalStore, Store
+from harness.text import now
 
 
 @dataclass(frozen=True)
@@ -33,11 +33,6 @@ class Attempt:
     nonce: str
 
 
-def now() -> str:
-    """Return the current UTC time in ISO format, for people to read; no decision depends on it."""
-    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="milliseconds")
-
-
 def claim(
     found: Catalog,
     went_on_from: Manifest | None,
@@ -47,7 +42,7 @@ def claim(
 ) -> Attempt:
     """Create the record of the next attempt in every store of the catalog and return the attempt.
 
-    The last store comes first, because it is the authority.
+    The record is created in the last store first: that store decides which of two starts wins.
 
     Args:
         found: Catalog of the run's stores.

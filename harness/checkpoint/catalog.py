@@ -124,10 +124,9 @@ class Catalog:
         return sorted(self.history, key=lambda m: m.key in self.marked)
 
     def check_one_run(self) -> None:
-        """Raise UsageError unless all stores hold the same run with the same attempts.
+        """Raise UsageError if the stores hold different runs, or different attempts of one number.
 
-        The second case is a run that was trained on both stores separately: the stores hold
-        different attempts under the same number.
+        The latter happens if the run was trained on each store separately.
         """
         runs = {
             str(store): part.run_id

@@ -15,12 +15,13 @@ from typing import Any
 import torch
 
 from harness.checkpoint import format as fmt
-from harness.checkpoint.attempts import Attempt, check_fence, now
+from harness.checkpoint.attempts import Attempt, check_fence
 from harness.checkpoint.catalog import extended
 from harness.checkpoint.format import DataFile, Lineage, Manifest
 from harness.checkpoint.load import UNPARSEABLE, outline, reason, verified_chunks
 from harness.errors import SaveError, StorageError, UsageError
 from harness.store import Sink, Store
+from harness.text import now
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from harness.checkpoint import records
 from harness.errors import DamagedError, StorageError, UsageError
 from harness.store.base import TEMP, check_key
 
+OTHERS = "`harness ls RUN` shows the other checkpoints."
 READABLE = (1, 2)  # format versions that this harness reads
 # Top-level keys that an older harness would drop silently.
 WITH_MORE = ("names", "kinds", "gradients", "attributes", "own")
@@ -192,13 +193,23 @@ def from_bytes(key: str, text: bytes) -> Manifest:
         version = fields["format_version"]
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise DamagedError(
-            f"{key} is not a manifest", f"found: {type(error).__name__}: {str(error)[:100]}"
+            f"{key} is not a manifest",
+            f"found: {type(error).__name__}: {str(error)[:100]}",
+            OTHERS,
         ) from None
     if version not in READABLE and _digest(fields) == said:
         raise newer(key, version)
-    if _digest(fields) != said or _spell(fields | {"manifest_digest": said}) != text:
+    if (found := _digest(fields)) != said:
         raise DamagedError(
-            f"{key}: the manifest's own checksum does not match", f"expected: {said}"
+            f"{key}: the manifest's own checksum does not match",
+            f"found: {found}, expected: {said}",
+            OTHERS,
+        )
+    if _spell(fields | {"manifest_digest": said}) != text:
+        raise DamagedError(
+            f"{key} was written again by another program",
+            "found: the same values in other bytes",
+            OTHERS,
         )
     try:
         manifest = _build(fields)

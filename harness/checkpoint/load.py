@@ -19,6 +19,7 @@ from harness.checkpoint import format as fmt
 from harness.checkpoint.format import DataFile, Manifest
 from harness.errors import DamagedError, HarnessError
 from harness.store import SealedMemory, Store, keep
+from harness.text import size
 
 Tell = Callable[[int], object]  # progress callback: number of further bytes
 
@@ -116,14 +117,16 @@ def chunks(store: Store, key: str, start: int = 0) -> Iterator[bytes]:
     except FileNotFoundError as error:
         raise DamagedError(
             f"{key} is missing, or no regular file",
-            remedy="Its manifest is there: somebody deleted the data.",
+            "found: its manifest, without its data",
+            "It was deleted from outside. `harness ls RUN` shows the others.",
         ) from error
 
 
 def verified_chunks(store: Store, manifest: Manifest, tell: Tell = _not_told) -> Iterator[bytes]:
-    """Return an iterator over a checkpoint's data that verifies it, as `checked` does.
+    """Return an iterator over a checkpoint's data; after the last chunk, compare size and digest.
 
-    Iterating raises DamagedError or StorageError.
+    Until then, do nothing with the chunks that cannot be undone. `tell` is called with the size of
+    each chunk. Iterating raises DamagedError or StorageError.
     """
     return checked(chunks(store, manifest.data_key), manifest.data, manifest.data_key, tell)
 
@@ -161,7 +164,9 @@ def parse(memory: SealedMemory, manifest: Manifest) -> dict[str, Any]:
     except UNPARSEABLE as error:
         if any(words in str(error) for words in NO_ROOM):  # the file itself is intact
             raise HarnessError(
-                f"there is not enough memory to load {name}", first_line(error)
+                f"there is not enough memory to load {name}, which has {size(manifest.size_bytes)}",
+                f"found: {first_line(error)}",
+                "Free memory on this machine, or ask for more (SLURM: --mem).",
             ) from error
         raise DamagedError(f"{name} cannot be parsed", f"found: {reason(error)}") from None
     if not isinstance(payload, dict) or payload.get("step") != manifest.step:

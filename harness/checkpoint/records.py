@@ -56,7 +56,7 @@ def is_count(value: object) -> bool:
 
 
 def is_time(value: object) -> bool:
-    """Return whether the value is an ISO time with a UTC offset, as `attempts.now` formats it."""
+    """Return whether the value is an ISO time with a UTC offset, as `text.now` formats it."""
     try:
         return (
             isinstance(value, str)

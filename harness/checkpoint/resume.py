@@ -107,7 +107,7 @@ class Chooser:
                 )
                 if problem.kind == NEWER:
                     raise UsageError(words, remedy=problem.remedy)
-                resume_point.notes.append(f"passed over: {words}")
+                resume_point.notes.append(f"skipped: {words}")
                 if problem.kind == UNREAD:
                     unread.append(words)
                 elif not in_memory:
@@ -133,7 +133,7 @@ class Chooser:
             if key not in part.marked
         ]
         resume_point.notes = [
-            f"passed over: {why}" for part in found.parts for why in part.damaged.values()
+            f"skipped: {why}" for part in found.parts for why in part.damaged.values()
         ]
         resume_point.notes += [
             f"ignored, not of this run: {' '.join(key.split())}"
@@ -147,8 +147,7 @@ class Chooser:
             candidates.insert(0, (kept, [len(self.stores)]))
         if len(candidates) > 1 and self.steps_back():
             resume_point.notes.append(
-                f"going back behind {candidates[0][0].name}: "
-                "every attempt that resumed from it has died"
+                f"skipping {candidates[0][0].name}: every attempt that resumed from it has died"
             )
             candidates = [*candidates[1:], candidates[0]]
         return [(fmt.to_bytes(m).decode(), places) for m, places in candidates]
@@ -269,7 +268,9 @@ def choose(
             return resume_point
     raise StorageError(
         f"checkpoints of {chooser.stores[-1]} vanish while they are read",
-        remedy="Is another process deleting them?",
+        f"{LISTINGS} times, the checkpoint that was chosen was gone when it was read",
+        "Stop what deletes them (another job of this run, a clean-up, a lifecycle rule of the "
+        "bucket), then start again.",
     )
 
 

@@ -74,7 +74,11 @@ def run(given: argparse.Namespace) -> int:
         return _fork(given.file, given.run, given.dry_run)
     wrong = [part for part in given.parts if not all(part.partition("="))]
     if wrong:
-        raise UsageError(f"--as {wrong[0]} names nothing", remedy="Write --as generator=netG.")
+        raise UsageError(
+            "--as takes NAME=KEY",
+            f"found: --as {wrong[0]}",
+            "Such as --as generator=netG: the generator of the task is netG in the file.",
+        )
     if given.trust:
         say(f"harness: warning: {given.file} may run any code while it is loaded", sys.stderr)
     words = import_checkpoint(

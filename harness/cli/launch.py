@@ -1,7 +1,7 @@
 r"""Train on this machine under supervision: torchrun is started, and started again after a crash.
 
 A failed launch is repeated, with growing pauses, until `run.max_failures` launches in a row (3)
-have died without a new checkpoint. That is a crash loop, which no restart can mend. A signal to
+have died without a new checkpoint. That is a crash loop, which no restart can fix. A signal to
 this process, the job's time limit and `harness stop` also end the supervision. The configuration is
 checked before any process is started. Options that are not listed here go to torchrun. With several
 nodes torchrun is started only once, and the job that starts it on all nodes supervises (see

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 
+from harness.checkpoint import memory_copy
 from harness.checkpoint.catalog import Catalog
 from harness.checkpoint.format import Manifest
 from harness.cli import locate
@@ -64,10 +65,16 @@ def _checkpoints(found: Catalog, verify: bool) -> list[tuple[str, ...]]:
     history = {manifest.name for manifest in found.history}
     states = {m.name: _states(found, m, verify) for m in found.manifests}
     chosen = _chosen(found, states)
+    in_memory = memory_copy.newest(memory_copy.place(found.stores[0]), found)
+    here = "next start resumes from here"
     rows = []
+    if in_memory is not None and found.unreadable_head is None:
+        state = {"memory of this machine": "not read"}
+        rows.append(_row(in_memory, state, f"{here}, on this machine"))
+        here += ", on any other machine"
     for m in sorted(found.manifests, key=lambda m: m.order, reverse=True):
         note = (
-            "next start resumes from here"
+            here
             if m.name == chosen
             else ""
             if m.name in history
@@ -80,7 +87,8 @@ def _checkpoints(found: Catalog, verify: bool) -> list[tuple[str, ...]]:
 def _chosen(found: Catalog, states: dict[str, dict[str, str]]) -> str | None:
     """Return the name of the checkpoint from which the next start resumes, or None.
 
-    `states` are the results of `_states`, by the name of the checkpoint.
+    This repeats the order of `Chooser` in `checkpoint/resume.py`, but for the memory tier. `states`
+    are the results of `_states`, by the name of the checkpoint.
     """
     # No start resumes from anything while only a newer harness can read the newest checkpoint.
     candidates = found.candidates if found.unreadable_head is None else []

@@ -16,11 +16,11 @@ import argparse
 import datetime
 from typing import Any
 
-from harness.arguments import check
 from harness.checkpoint import format as fmt
 from harness.checkpoint import load, retention
 from harness.checkpoint.catalog import Catalog
 from harness.cli import locate
+from harness.config.init_arguments import check
 from harness.config.names import stored_under_todays_names
 from harness.selfcheck import step_records
 from harness.store import SET_ASIDE, TEMP, Store

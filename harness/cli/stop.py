@@ -22,12 +22,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(given: argparse.Namespace) -> int:
-    """Leave the request and return 0. Raises UsageError, StorageError."""
+    """Put a request to stop into the store of the run, for its newest attempt, and return 0.
+
+    Raises UsageError if nothing trains the run now, StorageError if the store fails.
+    """
     return ask(given.run, "stop")
 
 
 def ask(path: str, what: str) -> int:
-    """Leave a request for the newest attempt of a run in its store, and return 0.
+    """Put a request for the newest attempt of a run into its store, and return 0.
 
     Args:
         path: Directory or URL of the run.

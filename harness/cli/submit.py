@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from harness import config, task
-from harness.checkpoint.attempts import first_word, now
+from harness.checkpoint.attempts import first_word
 from harness.cli import supervise
 from harness.config import Config
 from harness.config.user_program import check_loop, check_named
@@ -39,7 +39,7 @@ from harness.data.plan import check_batch
 from harness.errors import HarnessError, StorageError, UsageError
 from harness.supervision import job_script, launches
 from harness.supervision.code_copy import copy_code
-from harness.text import say
+from harness.text import now, say
 
 FLAGS = {
     "nodes": "N",

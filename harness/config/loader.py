@@ -20,7 +20,7 @@ from harness.config.names import TODAY, flatten, nested, renamed
 from harness.config.schema import SPELLED, Config
 from harness.config.table import settings as all_settings
 from harness.errors import UsageError
-from harness.store import redacted
+from harness.store.urls import redacted
 from harness.text import say
 
 

@@ -8,7 +8,7 @@ from dataclasses import MISSING, dataclass, field
 from numbers import Integral, Real
 from typing import Any
 
-from harness.store import check_url, is_url
+from harness.store.urls import check_url, is_url
 
 
 @dataclass(frozen=True)

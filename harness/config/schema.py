@@ -32,7 +32,7 @@ from harness.config.rules import (
     some_of,
 )
 from harness.config.schema_services import LogSettings, NotifySettings, SlurmSettings
-from harness.store import DEFAULT_WAIT_S
+from harness.store.urls import DEFAULT_WAIT_S
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ class DataSettings:
 
 @dataclass(frozen=True)
 class EvalSettings:
-    """The evaluation of the model, which always follows the last step."""
+    """When the model is evaluated: every `every_steps` steps, and always after the last one."""
 
     every_steps: int | None = setting(
         100, "Steps between two evaluations. null: only after the last step.", COUNT

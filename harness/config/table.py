@@ -1,4 +1,4 @@
-"""List all settings, for the help text and for `configs/README.md`, made by `scripts/settings`."""
+"""List all settings: for the arguments of functions, and for the help text."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ class Setting(NamedTuple):
 
     @property
     def allowed(self) -> str:
-        """The allowed values in words, "" if all of the type are."""
+        """The allowed values in words; "" if every value of the type is allowed."""
         allowed = self.rule.allowed if self.rule else ""
         return f"{allowed}, or null" if allowed and self.may_be_null else allowed
 
 
-def _class_of(section: dataclasses.Field[Any]) -> Any:
+def class_of(section: dataclasses.Field[Any]) -> Any:
     """Return the dataclass of a section of `Config`."""
     return section.default_factory
 
@@ -45,7 +45,7 @@ def settings() -> tuple[Setting, ...]:
 
 def _settings() -> Iterator[Setting]:
     for section in dataclasses.fields(Config):
-        for field in dataclasses.fields(_class_of(section)):
+        for field in dataclasses.fields(class_of(section)):
             name, rule = f"{section.name}.{field.name}", field.metadata["rule"]
             yield Setting(
                 NAMES.get(name, name),
@@ -84,46 +84,3 @@ def help_text() -> str:
         lines.append(f"  {of.name}={written(of.default)}")
         lines += textwrap.wrap(of.meaning, 90, initial_indent=" " * 6, subsequent_indent=" " * 6)
     return "\n".join(lines)
-
-
-def markdown() -> str:
-    """Return `configs/README.md`."""
-    sections = {field.name: _class_of(field) for field in dataclasses.fields(Config)}
-    lines = [HEAD]
-    section = ""
-    for of in settings():
-        if (begins := of.name.partition(".")[0]) != section:
-            section = begins
-            about = (sections[section].__doc__ or "").partition("\n")[0]
-            lines += [
-                f"\n## `{section}`\n",
-                about,
-                "",
-                "| setting | in Python | default | meaning | allowed |",
-            ]
-            lines.append("|---|---|---|---|---|")
-        argument = f"`{of.argument}=`" if of.argument else ""
-        default = f"`{written(of.default)}`"
-        cells = (f"`{of.name}`", argument, default, of.meaning, of.allowed)
-        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    return "\n".join(lines) + "\n"
-
-
-HEAD = """\
-# Settings
-
-The YAML files of this folder are whole configurations: `digits.yaml` (the default task),
-`bytes.yaml` (a small GPT) and `gan.yaml` (two networks, two optimizers). A `key=value` on the
-command line overrides the file, which overrides the defaults:
-
-```sh
-harness launch --nproc-per-node 2 --config configs/digits.yaml run.dir=runs/a train.epochs=10
-```
-
-Every problem is named at once, with what is allowed and the nearest known name, before anything
-starts (exit code 78). A setting that would change the model is refused when it differs from that of
-the checkpoint; `resume.accept=[config]` insists. Names that end in `_s` are seconds. A value
-`${oc.env:NAME}` is taken from the environment, and stored unresolved. "In Python" is the argument
-of `harness.init`, `run.batches` or `run.steps` that means the same.
-
-This page is made from `harness/config/schema.py` by `scripts/settings`."""

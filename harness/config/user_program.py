@@ -46,7 +46,8 @@ def check_alone(folder: Path, who: str) -> None:
             raise UsageError(
                 f"{who} would import another harness",
                 f"found: {other}",
-                f"Rename it, or move away; this one is {package}.",
+                f"Rename {other.name}, or start from a folder without it. The harness that runs is "
+                f"{package}.",
             )
 
 

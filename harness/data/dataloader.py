@@ -110,12 +110,11 @@ def _order(sampler: Any, dataset: Any) -> tuple[bool, Callable[[int], Sequence[i
     if getattr(sampler, "num_replicas", 1) == 1:
         return False, GivenOrder(lambda epoch: _epoch_of(sampler, epoch), sampler, dataset)
     raise UsageError(
-        "this DataLoader's sampler gives each rank an order of its own, and the order here is one"
-        " for all of them",
+        "this DataLoader's sampler splits the samples over the ranks, and so does the harness",
         f"found: a {type(sampler).__name__} for rank {getattr(sampler, 'rank', '?')}"
         f" of {sampler.num_replicas}",
-        "Make it for one rank that gets everything: num_replicas=1, rank=0. It is dealt out over"
-        " the ranks here.",
+        "Build it with num_replicas=1, rank=0 on every rank: the harness splits its order over the"
+        " ranks.",
     )
 
 

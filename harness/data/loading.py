@@ -199,7 +199,8 @@ class Loader:
             collate: The collate function; None means torch's `default_collate`.
             workers: The worker processes; with none, shares are loaded in this process.
             pin: Whether batches are copied to pinned memory.
-            keeps: Whether the workers live until this object is dropped, not only for one `over`.
+            keeps: Whether the workers live until this object is dropped; else each call of `over`
+                starts its own.
             tells: Whether `set_epoch` of the dataset is called here for each epoch.
             seeds_held: Whether generators held by the dataset are seeded for each sample, as the
                 global ones are.

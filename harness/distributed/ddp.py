@@ -1,83 +1,20 @@
-"""Unwrap modules, and make a resume with DistributedDataParallel exact."""
+"""Make a resume with DistributedDataParallel exact, or refuse it."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
-from harness.distributed.ranks import World
+from harness.distributed.wrappers import ddp_wrappers, unwrap, wrappers
 from harness.errors import UsageError
 
-
-def wrappers(module: object) -> Iterator[object]:
-    """Yield the module and everything that it wraps, outermost first.
-
-    The wrappers of torch.compile, DDP and DataParallel come first, then the plain module.
-    """
-    yield module
-    while True:
-        inner = getattr(module, "_orig_mod", None)
-        if inner is None and isinstance(module, DistributedDataParallel | nn.DataParallel):
-            inner = module.module
-        if inner is None:
-            return
-        module = inner
-        yield module
-
-
-def plain(module: Any) -> Any:
-    """Return the module inside the wrappers of torch.compile, DDP and DataParallel."""
-    return list(wrappers(module))[-1]
-
-
-def parts(module: object) -> list[tuple[str, nn.Module]]:
-    """Return every submodule of a module with its path, the module itself first.
-
-    Wrappers around submodules are left out, also of the paths.
-    """
-    found: dict[int, tuple[str, nn.Module]] = {}
-
-    def walk(part: nn.Module, path: str) -> None:
-        part = plain(part)
-        if id(part) not in found:
-            found[id(part)] = path, part
-            for name, child in part._modules.items():
-                if child is not None:
-                    walk(child, f"{path}.{name}" if path else name)
-
-    if isinstance(plain(module), nn.Module):
-        walk(plain(module), "")
-    return list(found.values())
-
-
-def shells_of(module: object) -> list[DistributedDataParallel]:
-    """Return every DDP wrapper around a tracked object or around a part of it."""
-    found = [shell for shell in wrappers(module) if isinstance(shell, DistributedDataParallel)]
-    inner = plain(module)
-    return found + (
-        [part for part in inner.modules() if isinstance(part, DistributedDataParallel)]
-        if isinstance(inner, nn.Module)
-        else []
-    )
-
-
-def wrap(module: nn.Module, world: World) -> nn.Module:
-    """Wrap a module in DistributedDataParallel on this rank's device.
-
-    A module without trainable parameters is returned unchanged, as is any module if there is no
-    process group.
-    """
-    if not world.joined or not any(parameter.requires_grad for parameter in module.parameters()):
-        return module
-    return DistributedDataParallel(
-        module, device_ids=[world.device.index] if world.device.type == "cuda" else None
-    )
+if TYPE_CHECKING:
+    from harness.distributed.ranks import World
 
 
 def check_resumable(name: str, module: object, world: World) -> None:
@@ -89,8 +26,8 @@ def check_resumable(name: str, module: object, world: World) -> None:
             one rank.
     """
     shells = [type(shell).__name__ for shell in wrappers(module)]
-    sharded = isinstance(plain(module), nn.Module) and any(
-        hasattr(parameter, "_local_tensor") for parameter in plain(module).parameters()
+    sharded = isinstance(unwrap(module), nn.Module) and any(
+        hasattr(parameter, "_local_tensor") for parameter in unwrap(module).parameters()
     )
     if sharded or "FullyShardedDataParallel" in shells or "ZeroRedundancyOptimizer" in shells:
         raise UsageError(
@@ -98,7 +35,7 @@ def check_resumable(name: str, module: object, world: World) -> None:
             f"found: {shells}",
             "Use DistributedDataParallel and a plain optimizer.",
         )
-    for ddp in shells_of(module) if world.size > 1 else ():
+    for ddp in ddp_wrappers(module) if world.size > 1 else ():
         if ddp.static_graph and world.size > 2:
             raise UsageError(
                 f"{name}: DistributedDataParallel(static_graph=True) sums gradients in another"
@@ -147,7 +84,7 @@ class _Touch(nn.Module):
         return total
 
 
-def settle_buckets(module: object, world: World) -> None:
+def fix_bucket_order(module: object, world: World) -> None:
     """Make DDP form its gradient buckets now, so that all steps sum gradients in the same order.
 
     DDP regroups gradients after the first backward pass of a process. From three ranks on, that
@@ -157,14 +94,14 @@ def settle_buckets(module: object, world: World) -> None:
     two numbers does not depend on their order, so two ranks do not need this, unless a
     communication hook of the user sees the buckets. Collective: every rank must call it.
     """
-    for ddp in shells_of(module):
+    for ddp in ddp_wrappers(module):
         # With find_unused_parameters DDP never regroups.
         if ddp.find_unused_parameters or (world.size < 3 and not ddp._comm_hooks):
             continue
         inner = ddp.module
         ddp.module = _Touch(inner)
         try:
-            with torch.enable_grad(), quiet_forward([ddp]):
+            with torch.enable_grad(), no_buffer_sync([ddp]):
                 ddp().backward()
         finally:
             ddp.module = inner
@@ -173,12 +110,12 @@ def settle_buckets(module: object, world: World) -> None:
 
 
 @contextlib.contextmanager
-def quiet_forward(modules: list[object]) -> Iterator[None]:
+def no_buffer_sync(modules: list[object]) -> Iterator[None]:
     """Keep forward passes from calling collectives while the block runs.
 
     So ranks may run different numbers of forward passes.
     """
-    shells = [shell for module in modules for shell in shells_of(module)]
+    shells = [shell for module in modules for shell in ddp_wrappers(module)]
     before = [shell.require_forward_param_sync for shell in shells]
     try:
         for shell in shells:

@@ -98,7 +98,7 @@ def _parsed(arguments: list[str]) -> Namespace:
 
 
 def _failed(error: ChildFailedError) -> WorkersEnd:
-    """Return the end of workers of which at least one failed."""
+    """Return how the workers ended, of which at least one failed: exit code and first failure."""
     rank, first = error.get_first_failure()
     how = (
         f"exit code {first.exitcode}" if first.exitcode > 0 else preemption.name_of(-first.exitcode)

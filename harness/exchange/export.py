@@ -141,8 +141,9 @@ def _check_asked(format: str, out: str, legacy: bool, ema: bool) -> None:
         )
     if ema and format == "full":
         raise UsageError(
-            "the optimizer does not belong to the averaged weights",
-            remedy="Take --format weights with --ema.",
+            "--format full does not go together with --ema",
+            "found: an optimizer of the weights in training, not of their average",
+            "Take --format weights with --ema, or --format full without --ema.",
         )
 
 

@@ -195,8 +195,10 @@ def _inert(file: File) -> Loaded:
             and "constants.pkl" in torch._C.PyTorchFileReader(opened).get_all_records()
         ):
             raise DamagedError(
-                f"{file.where} is TorchScript to one reader and not to another",
-                remedy="Do not load it.",
+                f"{file.where} is ambiguous",
+                "found: constants.pkl of TorchScript, in PyTorch's list of the contents only",
+                "torch writes no such file: it may be made to deceive. Do not load it; "
+                "get it again from its source.",
             )
         opened.seek(0)
         whole = torch.load(opened, weights_only=False, pickle_module=safe_unpickle)

@@ -114,7 +114,9 @@ def _identify_zip(opened: BinaryIO, where: str, size_bytes: int) -> str:
         records = zipfile.ZipFile(opened).infolist()
     except (zipfile.BadZipFile, *UNREADABLE) as error:
         raise DamagedError(
-            f"{where} is damaged or cut short: {first_line(error)}", f"found: {size(size_bytes)}"
+            f"{where} is damaged or cut short: {first_line(error)}",
+            f"found: {size(size_bytes)}",
+            "Copy or download it again; compare its size with that of the original.",
         ) from None
     total = sum(record.file_size for record in records)
     if total > 4 * size_bytes + SLACK_BYTES:

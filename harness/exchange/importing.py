@@ -79,8 +79,9 @@ def import_checkpoint(
     if files.is_ours(str(file)):
         run_address.checkpoint(str(file))  # raises if the checkpoint is invalid
         raise UsageError(
-            f"{file} is a checkpoint of this harness",
-            remedy="harness import FILE RUN without settings copies it: a fork.",
+            f"{file} cannot be imported with settings",
+            "found: a checkpoint of this harness, which has its own",
+            "Copy it to a new run: harness import FILE RUN, without settings and --config.",
         )
     store, found = empty_store(run)
     chosen, stored = configuration.load(config, list(settings))
@@ -177,7 +178,9 @@ class Import:
         wanted = (*self.assignment.named, *self.assignment.without)
         if unknown := [name for name in wanted if name not in self.tracked]:
             raise UsageError(
-                f"the task has no {', '.join(unknown)}", f"found: {', '.join(self.tracked)}"
+                f"the task has no {', '.join(unknown)}, which --as or --without names",
+                f"the task has: {', '.join(self.tracked)}",
+                "Take one of these names.",
             )
 
     def position(self, epoch: int | None, step: int | None) -> Where:

@@ -301,8 +301,8 @@ def _load_scheduler(name: str, scheduler: Any, part: Part, where: str) -> list[s
     if own != theirs:
         raise UsageError(
             f"{name} is a {type(scheduler).__name__}, and what the file holds is of another kind",
-            f"found: {', '.join(sorted(theirs - own)) or 'nothing'}; "
-            f"expected: {', '.join(sorted(own - theirs)) or 'nothing'}",
+            f"keys in the file only: {', '.join(sorted(theirs - own)) or 'none'}; keys of "
+            f"{type(scheduler).__name__} only: {', '.join(sorted(own - theirs)) or 'none'}",
             f"Begin it anew: --without {name}.",
         )
     before = dict(scheduler.state_dict())

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from harness import preemption, state
-from harness.distributed.ddp import plain
+from harness.distributed.wrappers import unwrap
 from harness.errors import UsageError
 from harness.exchange import files, recognise
 from harness.exchange.recognise import MODULE, Part
@@ -109,7 +109,7 @@ def warm_start(
 
     run.say(f"harness: {run.world.on_writer(load, give_up=preemption.requested)}")
     for module in mine.values():
-        run.world.share_state(plain(module))
+        run.world.share_state(unwrap(module))
 
 
 def choose(
@@ -187,10 +187,10 @@ def fit(
             not valid. No module has been changed.
     """
     saved = {
-        name: _renamed(state.to_live(plain(module), part.value), rename, where)
+        name: _renamed(state.to_live(unwrap(module), part.value), rename, where)
         for name, (module, part) in pairs.items()
     }
-    fits = {name: _fitted(plain(module), saved[name][0]) for name, (module, _) in pairs.items()}
+    fits = {name: _fitted(unwrap(module), saved[name][0]) for name, (module, _) in pairs.items()}
     rows = [
         (kind, _full(name, key, fits), mine, theirs)
         for name, (_, _, found) in fits.items()
@@ -201,7 +201,7 @@ def fit(
     idle = [pattern for pattern in rename if not any(pattern in used for _, used in saved.values())]
     idle_note = f"init.rename: nothing is called like {', '.join(map(repr, idle))}." if idle else ""
     if not count or (strict and rows):
-        hints = [_hint(plain(module), saved[name][0]) for name, (module, _) in pairs.items()]
+        hints = [_hint(unwrap(module), saved[name][0]) for name, (module, _) in pairs.items()]
         insist = (
             "init.strict=false (strict=False) takes what fits."
             if count
@@ -212,7 +212,7 @@ def fit(
             what, state.mismatch_table(rows), " ".join(filter(None, [idle_note, *hints, insist]))
         )
     for name, (module, _) in pairs.items():
-        plain(module).load_state_dict(fits[name][0])
+        unwrap(module).load_state_dict(fits[name][0])
     notes = [part.note for _, part in pairs.values() if part.note] + ([idle_note] if idle else [])
     text = "; ".join([f"loaded {count} of {total} tensors from {where}", *notes])
     return f"{text}\n{state.mismatch_table(rows)}" if rows else text

@@ -4,25 +4,11 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 
 from harness.text import duration, redraw, say, size
 
 LIVE_EVERY_S, LINE_EVERY_S = 0.1, 10.0
-
-
-@dataclass(frozen=True)
-class StepSummary:
-    """The contents of the progress line for one step."""
-
-    step: int
-    end_step: int | None  # last step of the run; None if unknown
-    epoch: int  # from 0 on
-    epochs: int | None  # of the whole run; None if the data has no epochs
-    values: dict[str, float]  # logged values, as means over ranks
-    rate: str  # throughput, formatted
-    saved: str  # state of saving and uploading
 
 
 class ProgressBar:
@@ -70,16 +56,41 @@ class Console:
         self._next_at = clock()
         self._drawn = False
 
-    def show(self, summary: StepSummary, steps_per_s: float) -> None:
+    def show(
+        self,
+        step: int,
+        end_step: int | None,
+        epoch: int,
+        epochs: int | None,
+        values: Mapping[str, float],
+        steps_per_s: float,
+        rate: str,
+        saved: str,
+    ) -> None:
         """Print the progress line, unless the last one was printed too short a time ago.
 
-        The shortest interval is `LIVE_EVERY_S` on a terminal, else `LINE_EVERY_S`. `steps_per_s`
-        is the throughput from which the remaining time is computed.
+        The shortest interval is `LIVE_EVERY_S` on a terminal, else `LINE_EVERY_S`.
+
+        Args:
+            step: Number of the step.
+            end_step: Number of the last step of the run, or None if unknown.
+            epoch: The epoch, from 0 on.
+            epochs: Number of epochs of the whole run; None if the data has no epochs.
+            values: Logged values, as means over ranks.
+            steps_per_s: Throughput, from which the remaining time is computed.
+            rate: The throughput, formatted.
+            saved: State of saving and uploading.
         """
         if self.clock() < self._next_at:
             return
         self._next_at = self.clock() + (LIVE_EVERY_S if self.live else LINE_EVERY_S)
-        text = _text(summary, steps_per_s)
+        parts = [f"epoch {min(epoch + 1, epochs)}/{epochs}"] if epochs else []
+        parts.append(f"step {step}" + (f"/{end_step}" if end_step else ""))
+        parts += [f"{name} {value:.4g}" for name, value in values.items()]
+        parts.append(rate)
+        if end_step and steps_per_s > 0:
+            parts.append(f"{duration((end_step - step) / steps_per_s)} left")
+        text = " · ".join([*parts, saved])
         if self.live:
             redraw(text)
             self._drawn = True
@@ -99,19 +110,3 @@ def _is_terminal() -> bool:
         return sys.stdout.isatty()
     except ValueError:
         return False
-
-
-def _text(summary: StepSummary, steps_per_s: float) -> str:
-    total = f"/{summary.end_step}" if summary.end_step else ""
-    parts = (
-        [f"epoch {min(summary.epoch + 1, summary.epochs)}/{summary.epochs}"]
-        if summary.epochs
-        else []
-    )
-    parts += [f"step {summary.step}{total}"]
-    parts += [f"{name} {value:.4g}" for name, value in summary.values.items()]
-    parts.append(summary.rate)
-    if summary.end_step and steps_per_s > 0:
-        parts.append(f"{duration((summary.end_step - summary.step) / steps_per_s)} left")
-    parts.append(summary.saved)
-    return " · ".join(parts)

@@ -13,10 +13,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from harness.checkpoint import format as fmt
-from harness.checkpoint.attempts import now
 from harness.errors import StorageError
 from harness.store import LocalStore, Store
-from harness.text import say
+from harness.text import now, say
 
 SPENT_EVERY_S, ENDS = 1.0, ("finished", "stopped")
 MOST_KEPT = 50_000  # lines waiting for the upload: about ten megabytes

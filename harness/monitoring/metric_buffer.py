@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from harness.checkpoint import retention
-from harness.checkpoint.attempts import now
-from harness.distributed.ranks import World
+from harness.text import now
+
+if TYPE_CHECKING:
+    from harness.distributed.ranks import World
 
 
 class MetricBuffer:
-    """The values of the present step, and those that last beyond it or wait to be gathered."""
+    """The values of the present step, and those that last beyond it or wait to be gathered.
 
-    def __init__(self) -> None:
+    Args:
+        better: Function from new metrics and the best value so far to the best value, and whether
+            to save a checkpoint for it.
+    """
+
+    def __init__(
+        self, better: Callable[[dict[str, float], float | None], tuple[float | None, bool]]
+    ) -> None:
+        self._better = better
         self.loss: float | None = None
         self.metrics: dict[str, float] = {}  # of the last evaluation
         self.best: float | None = None
@@ -55,13 +64,13 @@ class MetricBuffer:
             for name, value in values.items()
         }
 
-    def evaluated(self, found: dict[str, float], policy: retention.Policy) -> None:
-        """Add the metrics of an evaluation, and update the best value of the policy's metric.
+    def evaluated(self, found: dict[str, float]) -> None:
+        """Add the metrics of an evaluation, and update the best value.
 
         The metrics of several evaluations in one step are merged.
         """
         self.of_this_step = self.metrics = self.of_this_step | found
-        self.best, improved = retention.better(found, self.best, policy)
+        self.best, improved = self._better(found, self.best)
         self.new_best = self.new_best or improved
 
     def read(self, world: World) -> list[tuple[int, str, dict[str, float]]]:

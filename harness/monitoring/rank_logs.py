@@ -20,8 +20,9 @@ LOGS = "logs"
 def divert(directory: str | Path | None) -> None:
     """Redirect this rank's stdout and stderr to a file in `logs`.
 
-    Nothing is redirected on rank 0, whose output people read, without a supervisor, or without a
-    run directory. If the file cannot be opened, the error is printed and nothing is redirected.
+    Nothing is redirected on rank 0, whose output people read. Without a supervisor or a run
+    directory, nothing is redirected on any rank. If the file cannot be opened, the error is printed
+    and nothing is redirected.
     """
     name = launches.own()
     if name is None or directory is None or prints():

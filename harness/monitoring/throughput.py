@@ -15,13 +15,17 @@ class Throughput:
     Work at step boundaries, such as a save, is left out of the short-term value by `pause`.
     """
 
-    def __init__(self, clock: Callable[[], float], step: int, before: float | None = None) -> None:
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self.begin(0)
+
+    def begin(self, step: int, before: float | None = None) -> None:
         """Start to measure at step `step`.
 
         `before` is the throughput at the end of the previous attempt in steps per second, if known.
         """
-        self._clock, self._before = clock, before
-        self._first = self._recent = (clock(), step)
+        self._before = before
+        self._first = self._recent = (self._clock(), step)
 
     def pause(self, step: int) -> None:
         """Leave the time so far out of the next `steps_within`: it was not spent on steps."""

@@ -83,10 +83,10 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """One run of Weights & Biases with the id of this run.
+    """The curves of a run in Weights & Biases, in one W&B run for all attempts.
 
-    Project, entity and key come from its standard environment variables (WANDB_PROJECT …). It
-    accepts each step once: it ignores recomputed steps, whose values are the same.
+    Project (by default "harness"), entity and key come from the environment variables of W&B. W&B
+    accepts each step once and ignores recomputed steps, whose values are the same.
     """
 
     def __init__(self, store: Store, run_id: str, before: Mapping[int, Values]) -> None:

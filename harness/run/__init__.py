@@ -12,20 +12,13 @@ This is the step boundary: the only place where all ranks agree on saving and st
 
 from __future__ import annotations
 
-import dataclasses
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from harness import state
-from harness.arguments import DEFAULTS, Settings, check
-from harness.checkpoint import retention
+from harness.config.init_arguments import DEFAULTS
 from harness.run.api import Run
 from harness.run.assembly import assemble
-from harness.supervision.exit_record import ExitRecord
 
 __all__ = ["Run", "init"]
 
@@ -142,45 +135,4 @@ def init(
         DamagedError: The run has a history, but no checkpoint of it loads.
         LostRankError: Another rank died or did not answer.
     """
-    arguments = dict(locals())
-    exit_record = ExitRecord()  # from here on user errors are reported without a traceback
-    check(arguments)
-    _be_deterministic(deterministic)
-    return assemble(directory, remote, _settings(arguments), timeout_s, exit_record)
-
-
-def _settings(arguments: Mapping[str, Any]) -> Settings:
-    """Return the settings for the arguments of `init`, which are given by name.
-
-    Raises:
-        UsageError: An argument is invalid.
-    """
-    policy = retention.policy(
-        arguments["keep_last"],
-        arguments["keep_every_steps"],
-        arguments["keep_best"],
-        arguments["best"],
-    )
-    remote_policy = retention.changed(policy, arguments["remote_keep"] or {})
-    converted = {
-        "policy": policy,
-        "remote_policy": remote_policy,
-        "accept": tuple(arguments["accept"]),
-        "override": tuple(arguments["override"]),
-        "memory_every_steps": int(arguments["memory"]) or None,
-        "log_to": tuple(arguments["log_to"]),
-        "config": state.plain_data({"config": dict(arguments["config"] or {})})["config"],
-    }
-    fields = {field.name for field in dataclasses.fields(Settings)}
-    unchanged = {name: value for name, value in arguments.items() if name in fields}
-    return Settings(**(unchanged | converted))
-
-
-def _be_deterministic(wanted: bool) -> None:
-    if not wanted:
-        return
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    os.environ.setdefault("NCCL_ALGO", "Ring")
-    os.environ.setdefault("NCCL_PROTO", "Simple")
-    torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.benchmark = False
+    return assemble(dict(locals()))

@@ -5,14 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import harness.run.resume_checks as resume_checks
-from harness import preemption
-from harness.checkpoint import retention
+import harness.run.usage_checks as usage_checks
 from harness.monitoring.goodput import EVALUATION, RESTORE
 from harness.run.epochs import Batches, by_epoch
-from harness.run.evaluation import evaluate
 from harness.run.loop import Loop
-from harness.run.work import of_data, of_own
+from harness.run.work import DataArguments
 
 
 class Run(Loop):
@@ -52,9 +49,7 @@ class Run(Loop):
         """
         late = self._looping or self.finished
         with self._goodput.during(RESTORE):
-            for line in self._kept_state.track(
-                self.tracked, objects, self.origin, self._payload, self._settings, is_late=late
-            ):
+            for line in self._kept_state.track(self.tracked, objects, self._payload, is_late=late):
                 self.say(f"harness: {line}")
         return self
 
@@ -118,24 +113,22 @@ class Run(Loop):
             NonFiniteError: A parameter is not finite when a checkpoint is made.
             SupersededError: A newer attempt of the run has begun.
         """
+        arguments = DataArguments(
+            global_batch_size,
+            accumulate,
+            epochs,
+            max_steps,
+            shuffle,
+            drop_last,
+            collate_fn,
+            num_workers,
+            order,
+            beside or {},
+            check_stream,
+        )
         return Batches(
-            lambda: of_data(
-                dataset,
-                self.world,
-                self._settings.seed,
-                global_batch_size,
-                self._traces.workers,
-                accumulate=accumulate,
-                epochs=epochs,
-                max_steps=max_steps,
-                shuffle=shuffle,
-                drop_last=drop_last,
-                collate=collate_fn,
-                num_workers=num_workers,
-                order=order,
-                beside=beside or {},
-                check_stream=check_stream,
-                before=(self._payload or {}).get("data"),
+            lambda: self._work_builder.of_data(
+                dataset, arguments, (self._payload or {}).get("data")
             ),
             self._loop,
         )
@@ -166,7 +159,7 @@ class Run(Loop):
         Collective: every rank must call it.
         """
         return Batches(
-            lambda: of_own(self._settings.seed, max_steps, lambda: self.step - 1), self._loop
+            lambda: self._work_builder.of_own(max_steps, lambda: self.step - 1), self._loop
         )
 
     def due(self, every_steps: int | None) -> bool:
@@ -175,7 +168,7 @@ class Run(Loop):
         Raises:
             UsageError: It was called before the loop.
         """
-        resume_checks.check_begun(
+        usage_checks.check_begun(
             self._looping or self.finished or self._checkpointer.attempt is not None
         )
         return self.step == self._end_step or bool(every_steps and self.step % every_steps == 0)
@@ -195,7 +188,7 @@ class Run(Loop):
         Raises:
             UsageError: A value is not one number, or its name is one that every event has.
         """
-        resume_checks.check_loggable(values)
+        usage_checks.check_loggable(values)
         self._metric_buffer.log(values)
 
     def keep(self, name: str, data: bytes) -> None:
@@ -237,8 +230,7 @@ class Run(Loop):
         """
         self._traces.point("evaluation", self.step)
         with self._goodput.during(EVALUATION):
-            found = evaluate(
-                self.world,
+            found = self._evaluate(
                 list(self.tracked.values()),
                 dataset,
                 fn,
@@ -247,7 +239,7 @@ class Run(Loop):
                 self._step_timeouts.evaluation,
             )
         self._step_timeouts.evaluated() if self._looping else self._step_timeouts.rest()
-        self._metric_buffer.evaluated(found, self._settings.policy)
+        self._metric_buffer.evaluated(found)
         self._checkpointer.note("evaluated", step=self.step, **found)
         return found
 
@@ -261,7 +253,4 @@ class Run(Loop):
         Raises:
             StorageError: A store cannot be listed or read.
         """
-        return self.world.on_writer(
-            lambda: retention.best_file(self._checkpointer.stores, self._settings.policy),
-            give_up=preemption.requested,
-        )
+        return self._checkpointer.best_file()

@@ -1,50 +1,65 @@
-"""Put a run together: join the ranks, open the stores, find the resume point, wire the parts."""
+"""Put a run together: join the ranks, open the stores, find the resume point, build the parts."""
 
 from __future__ import annotations
 
 import atexit
-from pathlib import Path
+import dataclasses
+import os
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
 
 from harness import preemption, state
 from harness.arguments import Settings
-from harness.checkpoint import resume
+from harness.checkpoint import resume, retention
+from harness.config.init_arguments import check
 from harness.distributed import join, ranks
+from harness.distributed.ranks import World
 from harness.monitoring.console import Console
 from harness.monitoring.goodput import RESTORE, Goodput, age_s
+from harness.monitoring.metric_buffer import MetricBuffer
 from harness.monitoring.rank_logs import divert
+from harness.monitoring.step_timeouts import StepTimeouts
+from harness.monitoring.throughput import Throughput
 from harness.monitoring.wait_notices import watch
 from harness.run.api import Run
+from harness.run.build_work import WorkBuilder
 from harness.run.drill_hooks import Traces, redirected
+from harness.run.evaluation import evaluate
+from harness.run.kept_state import KeptState
+from harness.run.protocols import LoopParts, StepCounter
+from harness.run.stop_agreement import StopAgreement
+from harness.saving.checkpointer import Checkpointer
 from harness.saving.current_attempt import Parts
 from harness.saving.locations import check_remembered, listen, places
+from harness.store import Store
 from harness.supervision import launches
 from harness.supervision.exit_record import ExitRecord
 from harness.text import fill_closed_streams
 from harness.untracked.stray_loaders import watch as watch_loaders
 
 
-def assemble(
-    directory: str | Path | None,
-    remote: str | None,
-    settings: Settings,
-    timeout_s: float,
-    exit_record: ExitRecord,
-) -> Run:
-    """Join the process group, seed the generators, and return the run at its resume point.
+def assemble(arguments: Mapping[str, Any]) -> Run:
+    """Check the arguments of `init`, join the process group, and return the run.
 
-    Collective: every rank must call it.
+    It is at its resume point. Collective: every rank must call it.
 
     Args:
-        directory: As in `init`.
-        remote: As in `init`.
-        settings: The settings of the run; under `harness drill` others replace some of them.
-        timeout_s: As in `init`.
-        exit_record: Record of how this process ends.
+        arguments: The arguments of `init`, by name.
 
     Raises:
         UsageError, StorageError, DamagedError, LostRankError: As `init`.
     """
-    directory, remote, settings = redirected(directory, remote, settings)
+    exit_record = ExitRecord()  # from here on user errors are reported without a traceback
+    check(arguments)
+    if arguments["deterministic"]:
+        _be_deterministic()
+    # A drill replaces the stores and some settings.
+    directory, remote, settings = redirected(
+        arguments["directory"], arguments["remote"], _settings(arguments)
+    )
     fill_closed_streams()
     launches.check_supervised(directory, remote)
     stores = places(directory, remote, settings.wait_s)
@@ -52,6 +67,20 @@ def assemble(
     console = Console()
     goodput = Goodput(age_s=age_s(), say=console.say)
     watch_loaders()
+    world = _joined(arguments["timeout_s"], stores, exit_record, goodput)
+    state.seed_rank(settings.seed, "build")  # the same on all ranks: equal models
+    store_health = listen(stores, world.is_writer)
+    world.on_writer(lambda: check_remembered(stores, settings.accept), give_up=preemption.requested)
+    with goodput.during(RESTORE):
+        resume_point = _resume_point(stores, world, settings.wait_s)
+    parts = Parts(stores, world, resume_point, settings, exit_record, store_health, goodput)
+    return _wired(parts, console)
+
+
+def _joined(
+    timeout_s: float, stores: tuple[Store, ...], exit_record: ExitRecord, goodput: Goodput
+) -> World:
+    """Catch signals, join the process group, and return its ranks."""
     preemption.install()
     preemption.die_with_launcher()
     exit_record.watch(stores)
@@ -61,18 +90,96 @@ def assemble(
         world = join.join(timeout_s, noticed, exit_record.leave_alone)
     atexit.register(world.leave)  # else gloo threads may abort a process that exits
     exit_record.take_hook()
-    state.seed_rank(settings.seed, "build")  # the same on all ranks: equal models
-    store_health = listen(stores, world.is_writer)
-    world.on_writer(lambda: check_remembered(stores, settings.accept), give_up=preemption.requested)
-    retrying = tuple(
-        store.with_retry_limit(settings.wait_s, preemption.requested) for store in stores
+    return world
+
+
+def _resume_point(stores: tuple[Store, ...], world: World, wait_s: float) -> resume.ResumePoint:
+    """Choose the checkpoint to resume from, and load it."""
+    retrying = tuple(store.with_retry_limit(wait_s, preemption.requested) for store in stores)
+    return resume.choose(
+        retrying,
+        world,
+        give_up=preemption.requested,
+        steps_back=lambda: launches.steps_back(retrying[-1]),
     )
-    with goodput.during(RESTORE):
-        resume_point = resume.choose(
-            retrying,
-            world,
-            give_up=preemption.requested,
-            steps_back=lambda: launches.steps_back(retrying[-1]),
-        )
-    parts = Parts(stores, world, resume_point, settings, exit_record, store_health, goodput)
-    return Run(parts, console, Traces(world))
+
+
+def _wired(parts: Parts, console: Console) -> Run:
+    """Build the parts of the loop, and the run from them."""
+    world, settings, exit_record = parts.world, parts.settings, parts.exit_record
+
+    def say(text: str) -> None:
+        if world.is_writer:
+            console.say(text)
+
+    counter, traces, throughput = StepCounter(), Traces(world), Throughput(parts.clock)
+    step_timeouts = StepTimeouts(
+        world.timeout_s, settings.step_timeout_s, exit_record.hung, parts.clock
+    )
+    exit_record.count(lambda: counter.step)
+    checkpointer = Checkpointer(parts, partial(traces.point, "save"))
+    kept_state = KeptState(
+        world,
+        settings,
+        parts.resume_point.manifest,
+        counter,
+        say,
+        checkpointer.note,
+        parts.suspects,
+    )
+    loop_parts = LoopParts(
+        world,
+        settings,
+        parts.resume_point,
+        parts.suspects,
+        counter,
+        console,
+        parts.goodput,
+        MetricBuffer(partial(retention.better, policy=settings.policy)),
+        throughput,
+        checkpointer,
+        kept_state,
+        StopAgreement(world, settings, checkpointer, step_timeouts, throughput, parts.clock),
+        step_timeouts,
+        traces,
+        exit_record,
+        WorkBuilder(world, settings.seed, traces.workers),
+        partial(evaluate, world),
+    )
+    return Run(loop_parts)
+
+
+def _settings(arguments: Mapping[str, Any]) -> Settings:
+    """Return the settings for the arguments of `init`, which are given by name.
+
+    Raises:
+        UsageError: An argument is invalid.
+    """
+    policy = retention.policy(
+        arguments["keep_last"],
+        arguments["keep_every_steps"],
+        arguments["keep_best"],
+        arguments["best"],
+    )
+    remote_policy = retention.changed(policy, arguments["remote_keep"] or {})
+    converted = {
+        "policy": policy,
+        "remote_policy": remote_policy,
+        "accept": tuple(arguments["accept"]),
+        "override": tuple(arguments["override"]),
+        "memory_every_steps": int(arguments["memory"]) or None,
+        "log_to": tuple(arguments["log_to"]),
+        "config": state.plain_data({"config": dict(arguments["config"] or {})})["config"],
+    }
+    fields = {field.name for field in dataclasses.fields(Settings)}
+    unchanged = {name: value for name, value in arguments.items() if name in fields}
+    return Settings(**(unchanged | converted))
+
+
+def _be_deterministic() -> None:
+    """Let torch, cuDNN, cuBLAS and NCCL use deterministic algorithms only."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.environ.setdefault("NCCL_ALGO", "Ring")
+    os.environ.setdefault("NCCL_PROTO", "Simple")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False

@@ -20,17 +20,10 @@ from harness.data.source import Source
 from harness.data.stream import StreamSource, check_resumable, told_epoch
 from harness.distributed.ranks import World
 from harness.errors import UsageError
+from harness.run.work import Described
 
 IN_STREAM = "held in the stream"  # generators inside a stream are seeded for each share
 TOLD = "told the epoch"  # the stream has set_epoch
-
-
-@dataclass(frozen=True)
-class Described:
-    """The description of the data that a checkpoint stores, and the warnings about the data."""
-
-    data: dict[str, Any]
-    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -228,10 +221,10 @@ class DataSharding:
 
 
 def _check_alone(given: LoadSettings) -> None:
-    """Check that a DataLoader is given without settings that it has itself.
+    """Refuse a batch size, collate function, workers or order beside a DataLoader.
 
     Raises:
-        UsageError: A batch size, a collate function, workers or an order are given beside it.
+        UsageError: One of them is given; the DataLoader has its own.
     """
     if (
         given.global_batch_size is not None

@@ -77,7 +77,8 @@ def by_epoch(
             raise UsageError(
                 f"the loop over the batches of epoch {border.epoch} was left before its end, or "
                 "never begun",
-                remedy="Run it to its end; run.finish() ends the run with this step.",
+                remedy="Leave no loop with `break`. To end the run early, call run.finish() and "
+                "let the loop go on: it ends after this step.",
             )
         border = END if epoch.was_last else next(bordered, END)
 

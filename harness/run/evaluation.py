@@ -12,9 +12,9 @@ from torch import nn
 from harness import state
 from harness.data import loading
 from harness.data.plan import Position, Share
-from harness.distributed import ddp
+from harness.distributed import ddp, wrappers
 from harness.distributed.ranks import World
-from harness.run.resume_checks import check_loggable
+from harness.run.usage_checks import check_loggable
 
 
 def evaluate(
@@ -49,8 +49,8 @@ def evaluate(
     )
     with state.kept_generators():
         for module in modules:
-            world.share_buffers(ddp.plain(module))
-        with _eval_mode(modules), torch.no_grad(), ddp.quiet_forward(list(modules)):
+            world.share_buffers(wrappers.unwrap(module))
+        with _eval_mode(modules), torch.no_grad(), ddp.no_buffer_sync(list(modules)):
             for _, batches in loading.load(dataset, _shares(samples, batch_size), 0, collate):
                 beat()
                 for name, value in fn(loading.to_device(batches[0], world.device)).items():

@@ -9,45 +9,64 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import harness.run.resume_checks as resume_checks
+from harness import state
 from harness.arguments import Settings
 from harness.checkpoint.format import Manifest
 from harness.data.given_order import GivenOrder
 from harness.data.held_generators import find
 from harness.data.source import Source
 from harness.distributed.ranks import World
+from harness.run.protocols import StepCounter
 from harness.state import Captured
 from harness.tracking.extra_state import ExtraState
 from harness.tracking.payload import OfRank, captured
-from harness.tracking.rank_differences import RankDifferences
+from harness.tracking.rank_differences import RankDifferences, give_own
 from harness.tracking.rank_entries import RankEntries
 from harness.tracking.user_state import UserState
 from harness.untracked.finder import UntrackedFinder
+from harness.untracked.stray_loaders import StrayLoaders
 
 
 class KeptState:
-    """The state of the program that a run saves, as seen from one rank."""
+    """The state of the program that a run saves, as seen from one rank.
+
+    Args:
+        world: The ranks of this attempt.
+        settings: Validated arguments of `harness.init`.
+        origin: Manifest of the resume point, or None.
+        counter: The number of the step that is being made.
+        say: Prints a line on the writer.
+        note: Adds an event to the event log.
+        suspects: Possible causes of a difference between recomputed steps; more are added.
+    """
 
     def __init__(
         self,
         world: World,
-        step: Callable[[], int],
+        settings: Settings,
+        origin: Manifest | None,
+        counter: StepCounter,
         say: Callable[[str], None],
         note: Callable[..., None],
         suspects: list[str],
     ) -> None:
-        self._is_writer, own = world.is_writer, RankEntries()
-        self._values = UserState()
-        self._more = ExtraState(world, own, step, say)
+        own = RankEntries()
+        self._world, self._settings, self._origin = world, settings, origin
+        self._counter, self._say = counter, say
+        self._values, self._built = UserState(), dict[str, Any]()
+        self._more = ExtraState(world, own, lambda: counter.step, say)
         self._by_rank = RankDifferences(world, own, say, note)
-        self._untracked, self._built = UntrackedFinder(suspects, say, note), dict[str, Any]()
+        self._untracked, self._strays = UntrackedFinder(suspects, say, note), StrayLoaders()
+
+    def restored_values(self, payload: dict[str, Any]) -> dict[str, Any]:
+        """Select this rank's values in the payload, in place, and return `run.state`."""
+        return state.rebuilt(give_own(payload, self._world), "state")  # type: ignore[no-any-return]
 
     def track(
         self,
         tracked: dict[str, Any],
         objects: Mapping[str, Any],
-        origin: Manifest | None,
         payload: Mapping[str, Any] | None,
-        settings: Settings,
         *,
         is_late: bool,
     ) -> list[str]:
@@ -58,9 +77,7 @@ class KeptState:
         Args:
             tracked: The tracked objects by name; the new ones that have a `state_dict` are added.
             objects: The new objects, by name.
-            origin: Manifest of the resume point, or None.
             payload: Contents of the checkpoint at the resume point, or None.
-            settings: Validated arguments of `harness.init`.
             is_late: True if training has begun.
 
         Returns:
@@ -73,28 +90,44 @@ class KeptState:
             resume_checks.check_trackable(name, thing, tracked, is_late=is_late)
         stateful = self._more.track(objects, is_resumed=payload is not None)
         tracked |= stateful
-        said = resume_checks.give_back(tracked, stateful, self._built, origin, payload, settings)
+        said = resume_checks.give_back(
+            tracked, stateful, self._built, self._origin, payload, self._settings
+        )
         if payload is not None:
             self._more.restored(tracked)
         return said
 
+    def check(
+        self, tracked: Mapping[str, Any], payload: Mapping[str, Any], data: Mapping[str, Any]
+    ) -> list[str]:
+        """Refuse a run that could not resume exactly, and return warnings.
+
+        For the arguments and errors see `resume_checks.check`.
+        """
+        return resume_checks.check(tracked, payload, data, self._settings.accept)
+
     def begin(
         self, tracked: Mapping[str, Any], payload: Mapping[str, Any], source: Source
     ) -> list[str]:
-        """Restore the state outside of `state_dict`s, look for untracked state, return messages.
+        """Restore the generators and all state outside of `state_dict`s, and return messages.
 
-        The loop calls it once, before the first step.
+        The search for untracked state begins here, too. The loop calls this once, before the first
+        step.
 
         Raises:
             UsageError: The checkpoint holds a generator, gradient or communication hook that the
-                program does not have, or a hook was registered after `track`.
+                program does not have, or a hook was registered after `track`; or the data is an
+                iterable dataset and the number of ranks has changed.
         """
-        said = self._more.begin(tracked, payload)
-        if self._is_writer:
+        said = resume_checks.restore_generators(
+            payload, self._world, source, self._settings.seed, self._counter.step
+        )
+        said += self._more.begin(tracked, payload)
+        if self._world.is_writer:
             self._untracked.begin(tracked, source, self._more.handled | _handled_by(source))
         return said
 
-    def at_boundary(self, values: Mapping[str, Any]) -> None:
+    def at_boundary(self, tracked: Mapping[str, Any], values: Mapping[str, Any]) -> None:
         """Check `run.state` (`values`) and untracked state at a step boundary.
 
         Raises:
@@ -102,6 +135,8 @@ class KeptState:
         """
         self._values.look(values)
         self._untracked.at_boundary()
+        if warning := self._strays.at_boundary(tracked):
+            self._say(f"harness: warning: {warning}")
 
     def is_time(self, is_due: bool, cannot_wait: bool) -> bool:
         """Return whether to save now; a save that is due may wait for the next update.
@@ -146,6 +181,10 @@ class KeptState:
             NonFiniteError: A parameter is not finite.
         """
         return captured(of_ranks, data, values | self._more.values(), tracked)
+
+    def class_names(self, tracked: Mapping[str, Any]) -> dict[str, str]:
+        """Return the class of each tracked object, for the manifest."""
+        return {name: state.class_name(thing) for name, thing in tracked.items()}
 
     def close(self) -> None:
         """Release the hooks; the loop calls it at its end."""

@@ -4,68 +4,65 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import harness.run.resume_checks as resume_checks
-from harness import config, preemption, state
-from harness.checkpoint.catalog import reaches
-from harness.data import loading
+import harness.run.usage_checks as usage_checks
+from harness import config, preemption
 from harness.data.plan import Border, Position, Share, end_step
-from harness.monitoring.console import Console, StepSummary
 from harness.monitoring.goodput import DATA, SAVE
-from harness.monitoring.metric_buffer import MetricBuffer
-from harness.monitoring.step_timeouts import StepTimeouts
-from harness.monitoring.throughput import Throughput
-from harness.run.drill_hooks import Traces
-from harness.run.kept_state import KeptState
-from harness.run.stop_agreement import StopAgreement
-from harness.run.work import Work
-from harness.saving.checkpointer import Checkpointer
-from harness.saving.current_attempt import Parts
-from harness.tracking.payload import OfRank
-from harness.tracking.rank_differences import give_own
+
+if TYPE_CHECKING:
+    from harness.run.protocols import LoopParts
+    from harness.run.work import Work
+    from harness.state import Captured
+    from harness.tracking.payload import OfRank
 
 
 class Loop:
     """The state of a run's loop on one rank, and what happens between two steps of the user's."""
 
-    def __init__(self, parts: Parts, console: Console, traces: Traces) -> None:
-        world, settings, exit_record = parts.world, parts.settings, parts.exit_record
-        self.world, self.store, self.clock = world, parts.stores[0], parts.clock
-        self.rank, self.world_size, self.device = world.rank, world.size, world.device
-        self.step = 0
+    def __init__(self, parts: LoopParts) -> None:
+        world, resume_point = parts.world, parts.resume_point
+        self.world, self.rank, self.world_size, self.device = (
+            world,
+            world.rank,
+            world.size,
+            world.device,
+        )
         self.epoch = 0
         self.state: dict[str, Any] = {}
         self.weights: tuple[float, ...] = (1.0,)
         self.tracked: dict[str, Any] = {}
         self.finished = self._finish = self._looping = False
-        self._settings, self.origin = settings, parts.resume_point.manifest
+        self.origin, self.suspects = resume_point.manifest, parts.suspects
         # This run holds the only reference: the memory is free once the state is restored.
-        self._payload = parts.resume_point.take_payload()
+        self._payload = resume_point.take_payload()
         # `_share` is that of the step that is being made.
         self._position = Position()
         self._share = Share(0, 0, (), (), Position(), last=False)
-        self._metric_buffer, self._goodput = MetricBuffer(), parts.goodput
-        self._exit_record, self._traces, self._progress = exit_record, traces, console
-        self._stop_agreement = StopAgreement(world, settings, parts.clock)
-        self._step_timeouts = StepTimeouts(
-            world.timeout_s, settings.step_timeout_s, exit_record.hung, parts.clock
-        )
-        exit_record.of(self)
-        self._checkpointer = Checkpointer(parts, partial(traces.point, "save"))
-        self.suspects = parts.suspects
-        self._kept_state = KeptState(
-            world, lambda: self.step, self.say, self._checkpointer.note, parts.suspects
-        )
-        for note in parts.resume_point.notes:
+        self._settings, self._counter = parts.settings, parts.counter
+        self._console, self._goodput = parts.console, parts.goodput
+        self._throughput = parts.throughput
+        self._metric_buffer, self._traces = parts.metric_buffer, parts.traces
+        self._checkpointer, self._kept_state = parts.checkpointer, parts.kept_state
+        self.store = parts.checkpointer.stores[0]
+        self._stop_agreement, self._step_timeouts = parts.stop_agreement, parts.step_timeouts
+        self._exit_record = parts.exit_record
+        self._work_builder, self._evaluate = parts.work_builder, parts.evaluate
+        for note in resume_point.notes:
             self.say(f"harness: {note}")
         if self._payload is not None:
-            self._take_up(give_own(self._payload, world))
+            self._take_up(self._payload)
+
+    @property
+    def step(self) -> int:
+        """The number of the step that is being made, from 1 on; after the loop, of the last one."""
+        return self._counter.step
 
     def say(self, text: str) -> None:
         """Print a line on the writer; do nothing on other ranks."""
         if self.world.is_writer:
-            self._progress.say(text)
+            self._console.say(text)
 
     def _take_up(self, payload: dict[str, Any]) -> None:
         """Check the config against the checkpoint's; restore all but tracked objects from it.
@@ -78,14 +75,14 @@ class Loop:
             payload["config"], settings.config, settings.accept, settings.override
         ):
             self.say(f"harness: setting changed: {change}")
-        self.step = payload["step"]
+        self.state = self._kept_state.restored_values(payload)
+        self._counter.resume_at(payload["step"])
         self.epoch = payload["epoch"]
-        self.state = state.rebuilt(payload, "state")
         self._metric_buffer.restore(payload)
         self._position = Position(payload["data"]["epoch"], payload["data"]["sample"])
 
     def _loop(self, begin: Callable[[], Work], by_epoch: bool) -> Iterator[Any]:
-        resume_checks.check_one_loop(
+        usage_checks.check_one_loop(
             self._looping, self._checkpointer.attempt is not None or self.finished
         )
         self._work = begin()
@@ -113,14 +110,10 @@ class Loop:
         finally:
             self._looping = False
             self._goodput.closed.set()
-            for part in (
-                self._kept_state,
-                self._checkpointer.background,
-                self._checkpointer.replay,
-                self._step_timeouts,
-                self._stop_agreement,
-            ):
-                part.close()
+            self._kept_state.close()
+            self._checkpointer.close()
+            self._step_timeouts.close()
+            self._stop_agreement.close()
 
     def _steps(self) -> Iterator[Any]:
         if self._stop_agreement.agree_at_once():  # before the first step of this attempt
@@ -128,14 +121,15 @@ class Loop:
         self._step_timeouts.first_step()
         self._goodput.on(DATA)
         is_begun = False
-        for share, micro_batches in self._work.shares(self._position, self.tracked, self.say):
+        for share, micro_batches in self._work.shares(self._position):
             if not is_begun:
-                self.step, self.epoch = self.step + 1, share.epoch
+                self._counter.next()
+                self.epoch = share.epoch
                 self._metric_buffer.begin_step()
             if not isinstance(share, Border):
                 self._share, self.weights = share, share.weights
-            batch = loading.to_device(micro_batches, self.device)
-            self._checkpointer.background.release()
+            batch = self._work.to_device(micro_batches)
+            self._checkpointer.release()
             self._goodput.train(self.step)
             # In a loop over epochs, the outer loop runs between the border and the loading of the
             # samples; this already belongs to the next step.
@@ -149,9 +143,7 @@ class Loop:
             if self._finish or share.last or self.step == self._end_step:
                 self._complete()
                 return
-            met, stopping, timed = self._stop_agreement.agree(
-                self.step, self._end_step, self._throughput, self._checkpointer, self._step_timeouts
-            )
+            met, stopping, timed = self._stop_agreement.agree(self.step, self._end_step)
             if met and self._metric_buffer.holds:
                 self._show()
             if stopping:
@@ -170,10 +162,11 @@ class Loop:
     def _step_made(self, share: Share, batch: Any) -> None:
         """Record a finished step and look at what it has changed."""
         self._goodput.step_made()
-        self._traces.step_made(self.step, share, batch, self._metric_buffer.logged, self.tracked)
+        logged = self._metric_buffer.logged
+        self._traces.step_made(self.step, share, batch, logged, self.tracked)
         self._checkpointer.at_boundary(self.tracked)
-        self._kept_state.at_boundary(self.state)
-        self._checkpointer.replay.step_made(self.step, share.digest, self._metric_buffer.logged)
+        self._kept_state.at_boundary(self.tracked, self.state)
+        self._checkpointer.step_made(self.step, share.digest, logged)
         self._position, self.epoch = share.after, share.after.epoch
         if self.step % self._settings.log_every_steps == 0:
             self._metric_buffer.hold(self.step)
@@ -186,21 +179,17 @@ class Loop:
         """
         payload, origin = self._payload or {}, self.origin
         for warning in (
-            *resume_checks.check(self.tracked, payload, self._work.data, self._settings.accept),
+            *self._kept_state.check(self.tracked, payload, self._work.data),
             *self._work.notes,
         ):
             self.say(f"harness: warning: {warning}")
-        if (
-            origin is not None
-            and origin.final is not None
-            and reaches(origin.final, self._work.end)
-        ):
+        if origin is not None and self._checkpointer.has_reached(self._work.end):
             self.finished, self._payload = True, None
             self._work.source.close()
             done = self._checkpointer.hand_in(preemption.requested)
             self.say(
-                f"harness: the run in {self.store} is finished: step {self.step} ({origin.name}); "
-                f"{done or 'nothing to do'}"
+                f"harness: the run in {self.store} is finished: "
+                f"step {self.step} ({origin.name}); {done or 'nothing to do'}"
             )
             return False
         if self._stop_agreement.agree_at_once():
@@ -208,18 +197,14 @@ class Loop:
             self._exit_record.record("stopped", self._checkpointer.stores)
             self._stop_agreement.leave("stopped before training began; start again", self.say)
         self._traces.point("startup", self.step)
-        attempt = self._checkpointer.begin(self._progress, preemption.requested)
+        attempt = self._checkpointer.begin(self._console, preemption.requested)
         self._traces.begun(attempt.number, self.step)
-        self._stop_agreement.listen(self._checkpointer.stores, attempt.number)
-        notes = resume_checks.restore_generators(
-            payload, self.world, self._work.source, self._settings.seed, self.step
-        )
-        for note in (*notes, *self._kept_state.begin(self.tracked, payload, self._work.source)):
+        self._stop_agreement.listen(attempt.number)
+        for note in self._kept_state.begin(self.tracked, payload, self._work.source):
             self.say(f"harness: {note}")
         self._payload = None  # frees the memory: from here on the live objects are the only copy
-        self._throughput = Throughput(self.clock, self.step, self._goodput.steps_per_s)
-        if self.world.is_writer:
-            self._checkpointer.background.watch_updates(self.tracked, self.say)
+        self._throughput.begin(self.step, self._goodput.steps_per_s)
+        self._checkpointer.watch_updates(self.tracked)
         source = f"resumes from step {self.step} ({origin.name})" if origin else "begins at step 0"
         self.say(
             f"harness: attempt {attempt.number} {source} in "
@@ -228,11 +213,11 @@ class Loop:
         return True
 
     def _complete(self) -> None:
-        resume_checks.check_some_steps(self.step, self._work.data["global_batch_size"])
+        usage_checks.check_some_steps(self.step, self._work.data["global_batch_size"])
         if not self._save(final=True, wait=True):
             raise self._checkpointer.failure(
                 f"the last checkpoint, of step {self.step}, was not saved",
-                "Mend the cause and start again.",
+                "Fix the cause and start again.",
             )
         self._checkpointer.end("finished", preemption.requested, step=self.step)
         self.finished = True
@@ -251,9 +236,7 @@ class Loop:
         self._step_timeouts.saving()
         self._checkpointer.settle(preemption.requested)
         self._step_timeouts.rest()
-        self._stop_agreement.stop(
-            self._checkpointer, self.step, lambda: self._save(wait=True), self.say
-        )
+        self._stop_agreement.stop(self.step, lambda: self._save(wait=True), self.say)
 
     def _save(self, *, final: bool = False, wait: bool = False, in_memory: bool = False) -> bool:
         """Begin to commit a checkpoint of this step.
@@ -274,23 +257,21 @@ class Loop:
                 self.tracked, self.state, self._work.source.state()
             )
             capture = partial(self._capture, self._work.at(self._position), of_ranks)
-            classes = {name: state.class_name(thing) for name, thing in self.tracked.items()}
             about = partial(
                 self._checkpointer.about,
-                classes,
+                self._kept_state.class_names(self.tracked),
                 self._metric_buffer.of_this_step,
                 self._work.end if final else None,
             )
-            save = self._checkpointer.save
             saved = (
-                self._checkpointer.tier.remember(capture, about)
+                self._checkpointer.remember(capture, about)
                 if in_memory
-                else save(capture, about, preemption.requested, wait=wait)
+                else self._checkpointer.save(capture, about, preemption.requested, wait=wait)
             )
         self._step_timeouts.rest()  # what follows has time-outs of its own
         return saved
 
-    def _capture(self, data: dict[str, Any], of_ranks: list[OfRank]) -> state.Captured:
+    def _capture(self, data: dict[str, Any], of_ranks: list[OfRank]) -> Captured:
         values = {
             "step": self.step,
             "epoch": self.epoch,
@@ -305,17 +286,15 @@ class Loop:
         """Record and print the buffered metrics. Collective: every rank must call it."""
         work, rate = self._work, self._throughput.steps_per_s(self.step)
         held = self._metric_buffer.read(self.world)
-        self._checkpointer.replay.gathered(self._metric_buffer.by_rank)
-        for step, at, values in held:
-            self._checkpointer.note("step", step=step, time=at, of=self._end_step, **values)
-            if self.world.is_writer:
-                shown = StepSummary(
-                    step,
-                    self._end_step,
-                    self.epoch,
-                    work.epochs,
-                    values,
-                    work.rate(rate),
-                    self._checkpointer.words,
-                )
-                self._progress.show(shown, rate)
+        self._checkpointer.record_steps(held, self._metric_buffer.by_rank, self._end_step)
+        for step, _, values in held if self.world.is_writer else ():
+            self._console.show(
+                step,
+                self._end_step,
+                self.epoch,
+                work.epochs,
+                values,
+                rate,
+                work.rate(rate),
+                self._checkpointer.words,
+            )

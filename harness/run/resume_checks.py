@@ -8,8 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
 from harness import state
 from harness.arguments import Settings
 from harness.checkpoint.format import Manifest
@@ -24,7 +22,6 @@ EMPTY = (
     "nothing of it survives a kill. Let it give its values (torchmetrics: metric.persistent(True)),"
     " or do not track it."
 )
-EVERYWHERE = ("event", "kind", "time", "step", "of", "spent")
 HOW_DEALT = ("global_batch_size", "shuffle", "drop_last", "seed")
 
 
@@ -141,15 +138,6 @@ def _override(line: str) -> str:
     return f"resume.override=[{line.partition(':')[0]}]"
 
 
-def check_begun(begun: bool) -> None:
-    """Raise UsageError if `run.due` is called before the loop."""
-    if not begun:
-        raise UsageError(
-            "run.due(…) was asked before the loop",
-            remedy="Ask it in the loop over run.batches(…): there is no step before.",
-        )
-
-
 def check_tracked(tracked: Mapping[str, Any], payload: Mapping[str, Any]) -> None:
     """Raise UsageError if nothing is tracked, or an object of the checkpoint is not tracked."""
     if not tracked:
@@ -163,20 +151,6 @@ def check_tracked(tracked: Mapping[str, Any], payload: Mapping[str, Any]) -> Non
             f"the checkpoint holds what is not tracked: {', '.join(missing)}",
             f"found: {', '.join(tracked)}",
             "Track the same names as before, or take a new run directory.",
-        )
-
-
-def check_some_steps(step: int, global_batch_size: int | None) -> None:
-    """Raise UsageError if the data ended before the first step of the run.
-
-    Without this check, a run without any step would count as finished.
-    """
-    if step == 0:
-        raise UsageError(
-            "the dataset ended before the first step",
-            f"found: fewer samples than a share of the global batch of {global_batch_size}, on at "
-            "least one rank",
-            "Take a smaller batch, or more data.",
         )
 
 
@@ -257,40 +231,3 @@ def restore_generators(
         else "same samples, same global batches, other last bits"
     )
     return [f"{len(entries)} rank(s) before, {world.size} now: {same}"]
-
-
-def check_one_loop(looping: bool, looped: bool) -> None:
-    """Raise UsageError for a second loop, inside the first one or after it."""
-    if looping:
-        raise UsageError(
-            "batches() is called inside the loop over another batches()",
-            remedy="Use evaluate() for evaluation.",
-        )
-    if looped:
-        raise UsageError(
-            "batches() is called a second time",
-            remedy="Loop once, over all epochs: run.batches(…, epochs=5). A loop over epochs "
-            "around it: run.by_epoch(run.batches(…)).",
-        )
-
-
-def check_loggable(values: Mapping[str, Any]) -> None:
-    """Raise UsageError if a value is not one number, or has a name that every event has.
-
-    No value is read from the device.
-    """
-    for name, value in values.items():
-        if name in EVERYWHERE:
-            raise UsageError(
-                f"nothing that is logged can be called {name!r}",
-                remedy=f"Every event has {', '.join(EVERYWHERE)}.",
-            )
-        is_number = (
-            value.numel() == 1 if isinstance(value, torch.Tensor) else hasattr(value, "__float__")
-        )
-        if not is_number:
-            raise UsageError(
-                f"log({name}=…) takes one number",
-                f"found: {str(value)[:200]}",
-                "Log a number or a tensor with one element.",
-            )

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from harness import preemption
@@ -34,18 +34,41 @@ class StopAgreement:
 
     Requests come from signals, control requests in the stores, the time limit of the job, and the
     spot notice of a cloud.
+
+    Args:
+        world: The ranks of this attempt.
+        settings: Validated arguments of `harness.init`.
+        checkpointer: Reports whether a save is due, and how long a save and an upload take; records
+            the end of the attempt.
+        step_timeouts: Reports how long a step takes.
+        throughput: Throughput, from which the steps until the next agreement are computed.
+        clock: Function that returns the current time in seconds.
     """
 
-    def __init__(self, world: World, settings: Settings, clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        world: World,
+        settings: Settings,
+        checkpointer: Checkpointer,
+        step_timeouts: StepTimeouts,
+        throughput: Throughput,
+        clock: Callable[[], float],
+    ) -> None:
         self.world, self.settings = world, settings
+        self._checkpointer, self._step_timeouts = checkpointer, step_timeouts
+        self._throughput = throughput
         self.deadline = deadline.Deadline(settings.grace_s, clock=clock)
         self._next, self._interval = 0, 1
         self._clock, self._looks_at_s = clock, 0.0
         self._saves_asked = threading.Event()
         self._over = threading.Event()
 
-    def listen(self, stores: Sequence[Store], attempt: int) -> None:
-        """Start the threads that poll for requests that come without a signal."""
+    def listen(self, attempt: int) -> None:
+        """Start to look for requests to save or to stop that are no signals.
+
+        One rank of each node polls for the cloud's spot notice. Rank 0 polls the stores, and asks
+        SLURM for the time limit of the job.
+        """
         if self.settings.notices and os.environ.get("LOCAL_RANK", "0") == "0":
             from harness.preemption import spot_notices
 
@@ -53,7 +76,7 @@ class StopAgreement:
         if not self.world.is_writer:
             return
         self.deadline.ask()
-        for store in stores:
+        for store in self._checkpointer.stores:
             threading.Thread(
                 target=self._look, args=(store, attempt), daemon=True, name="requests"
             ).start()
@@ -72,14 +95,7 @@ class StopAgreement:
                         seen.add(key)
                         self._saves_asked.set() if what == "save" else preemption.request(ASKED)
 
-    def agree(
-        self,
-        step: int,
-        end_step: int | None,
-        throughput: Throughput,
-        checkpointer: Checkpointer,
-        step_timeouts: StepTimeouts,
-    ) -> tuple[bool, bool, bool]:
+    def agree(self, step: int, end_step: int | None) -> tuple[bool, bool, bool]:
         """Agree on whether to save and whether to stop, about every `AGREE_EVERY_S` seconds.
 
         In the steps between, nothing is communicated. A single rank looks for requests in every
@@ -90,9 +106,6 @@ class StopAgreement:
         Args:
             step: Number of the step that was just made.
             end_step: Number of the last step of the run, or None if unknown.
-            throughput: Throughput, from which the steps until the next agreement are computed.
-            checkpointer: Reports whether a save is due, and how long a save and an upload take.
-            step_timeouts: Reports how long a step takes.
 
         Returns:
             Whether the ranks communicated in this step, whether all stop now, and whether all save
@@ -102,6 +115,7 @@ class StopAgreement:
             return False, False, False
         if self.world.size == 1 and self._may_wait():
             return True, False, False
+        checkpointer, throughput = self._checkpointer, self._throughput
         interval = (
             1
             if self.world.size == 1
@@ -114,7 +128,9 @@ class StopAgreement:
             )
             self._saves_asked.clear()
             # Before the time limit there must be time for one more step, a save and an upload.
-            needed_s = step_timeouts.longest_s + checkpointer.to_save_s + checkpointer.upload_s
+            needed_s = (
+                self._step_timeouts.longest_s + checkpointer.to_save_s + checkpointer.upload_s
+            )
             if preemption.requested() is None and self.deadline.is_near(
                 self.settings.margin_s + deadline.SAFETY * needed_s
             ):
@@ -144,19 +160,12 @@ class StopAgreement:
         """Return whether any rank was asked to stop. Collective: every rank must call it."""
         return bool(self.world.agree([int(preemption.requested() is not None)])[0])
 
-    def stop(
-        self,
-        checkpointer: Checkpointer,
-        step: int,
-        save: Callable[[], bool],
-        say: Callable[[str], None],
-    ) -> None:
+    def stop(self, step: int, save: Callable[[], bool], say: Callable[[str], None]) -> None:
         """Save if there is time, and leave on all ranks.
 
         Collective: every rank must call it.
 
         Args:
-            checkpointer: Holds the last saved step, and records the end of the attempt.
             step: Number of the last step that was made; 0 if there was none.
             save: Saves this step and waits for it.
             say: Prints a line on the writer.
@@ -166,6 +175,7 @@ class StopAgreement:
             SaveError: The state could not be saved.
             StorageError: The same, if there is only a remote store; or the upload is incomplete.
         """
+        checkpointer = self._checkpointer
         names = sorted(
             {name for found in self.world.gather(preemption.requests()[:4]) for name in found}
         )

@@ -1,33 +1,51 @@
-"""The work of a loop: sharded data, or numbered steps for a loop that produces its own data."""
+"""What a training loop goes over: its steps, and the limits that end the run."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch.utils.data import DataLoader
+from harness.data.plan import Border, Position, Share, end_step
 
-from harness.arguments import check
-from harness.data import loading
-from harness.data.dataset_source import OwnSource
-from harness.data.plan import Position, end_step, seed_of
-from harness.data.source import Bordered, CombinedSource, Source
-from harness.distributed.ranks import World
-from harness.run.data_sharding import DataSharding, Described
-from harness.untracked.stray_loaders import StrayLoaders
+if TYPE_CHECKING:
+    from harness.data.source import Source
+
+
+@dataclass(frozen=True)
+class Described:
+    """The description of the data that a checkpoint stores, and the warnings about the data."""
+
+    data: dict[str, Any]
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class DataArguments:
+    """The arguments of `Run.batches`, which documents them, other than the dataset."""
+
+    global_batch_size: int | None
+    accumulate: int
+    epochs: int
+    max_steps: int | None
+    shuffle: bool
+    drop_last: bool
+    collate_fn: Callable[[list[Any]], Any] | None
+    num_workers: int
+    order: Callable[[int], Sequence[int]] | None
+    beside: Mapping[str, Any]
+    check_stream: bool
 
 
 @dataclass(frozen=True)
 class Work:
-    """The source of the steps of a run, with the limits that end the run."""
+    """The source of the steps of a run, and the limits that end the run."""
 
     source: Source
     described: Callable[[], Described]
     epochs: int | None
     max_steps: int | None
+    to_device: Callable[[list[Any]], list[Any]]  # for the micro-batches of a step
     handed_out: Callable[[list[Any]], Any]  # micro-batches of a step -> what the loop yields
 
     @property
@@ -67,18 +85,9 @@ class Work:
         """Return the number of steps that are left in the data, or None if unknown."""
         return None if self.epochs is None else self.source.steps_after(position, self.epochs)
 
-    def shares(
-        self, position: Position, tracked: Mapping[str, Any], warn: Callable[[str], object]
-    ) -> Bordered:
-        """Yield the share of each step from a position on.
-
-        After each step, warn if the program reads a DataLoader beside the run.
-        """
-        strays = StrayLoaders()
-        for share in self.source.shares(position, self.epochs or 0):
-            yield share
-            if words := strays.at_boundary(tracked):
-                warn(f"harness: warning: {words}")
+    def shares(self, position: Position) -> Iterator[tuple[Share | Border, list[Any]]]:
+        """Yield the share of each step from a position on, with its micro-batches."""
+        return self.source.shares(position, self.epochs or 0)
 
     def at(self, position: Position) -> dict[str, Any]:
         """Return the description of the data, the position, and the state of the source.
@@ -98,94 +107,3 @@ class Work:
         """Format a throughput as samples/s, or as steps/s without a global batch size."""
         size = self.data["global_batch_size"]
         return f"{steps_per_s * size:,.0f} samples/s" if size else f"{steps_per_s:.3g} steps/s"
-
-
-def of_data(
-    dataset: Any,
-    world: World,
-    seed: int,
-    global_batch_size: int | None,
-    as_drilled: Callable[[int], int],
-    *,
-    accumulate: int,
-    epochs: int,
-    max_steps: int | None,
-    shuffle: bool,
-    drop_last: bool,
-    collate: loading.Collate | None,
-    num_workers: int,
-    order: Callable[[int], Sequence[int]] | None,
-    beside: Mapping[str, Any],
-    check_stream: bool,
-    before: Mapping[str, Any] | None,
-) -> Work:
-    """Build the work of a loop over a dataset, or over the dataset of a DataLoader.
-
-    Collective: every rank must call it.
-
-    Args:
-        dataset: As in `Run.batches`.
-        world: The ranks of this attempt.
-        seed: Seed of the order of samples.
-        global_batch_size: As in `Run.batches`.
-        as_drilled: Function from the requested number of loader processes to the one to use.
-        accumulate: As in `Run.batches`.
-        epochs: As in `Run.batches`.
-        max_steps: As in `Run.batches`.
-        shuffle: As in `Run.batches`.
-        drop_last: As in `Run.batches`.
-        collate: `collate_fn` of `Run.batches`.
-        num_workers: As in `Run.batches`.
-        order: As in `Run.batches`.
-        beside: As in `Run.batches`; {} for none.
-        check_stream: As in `Run.batches`.
-        before: The description of the data in the checkpoint at the resume point, or None.
-
-    Raises:
-        UsageError: An argument is invalid, or a run could not resume exactly with this data.
-    """
-    check(locals())
-    dealing = DataSharding(world, accumulate, shuffle, drop_last, check_stream, as_drilled)
-    main = dealing.deal(dataset, seed, global_batch_size, collate, num_workers, order, before)
-    work = Work(
-        main.source, main.described, epochs, max_steps, loading.as_is if accumulate > 1 else _only
-    )
-    if not beside and "beside" not in (before or {}):
-        return work
-    dealt = {}
-    for name, other in beside.items():
-        size = None if isinstance(other, DataLoader) else main.global_batch_size
-        described = (before or {}).get("beside", {}).get(name)
-        dealt[name] = dealing.deal(
-            other, seed_of(seed, "beside", name), size, None, 0, None, described, is_beside=True
-        )
-    at = {
-        name: Position(*position) for name, position in (before or {}).get("beside_at", {}).items()
-    }
-
-    def together() -> Described:
-        others = {name: one.described() for name, one in dealt.items()}
-        data = main.described().data | {"beside": {name: one.data for name, one in others.items()}}
-        return Described(
-            data,
-            main.described().notes + tuple(note for one in others.values() for note in one.notes),
-        )
-
-    source = CombinedSource(main.source, {name: one.source for name, one in dealt.items()}, at)
-    return dataclasses.replace(work, source=source, described=cache(together))
-
-
-def of_own(seed: int, max_steps: int, number: Callable[[], int]) -> Work:
-    """Build the work of a loop that produces its own data; it yields `number()` in each step.
-
-    Raises:
-        UsageError: `max_steps` is invalid.
-    """
-    check({"max_steps": max_steps})
-    dealt = {"global_batch_size": None, "shuffle": None, "drop_last": None, "seed": seed}
-    data = {"fingerprint": "found by the loop itself", "size": None} | dealt
-    return Work(OwnSource(), lambda: Described(data), None, max_steps, lambda _: number())
-
-
-def _only(micro_batches: list[Any]) -> Any:
-    return micro_batches[0]

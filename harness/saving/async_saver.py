@@ -118,7 +118,7 @@ class AsyncSaver:
         compared, self._compare = self._compare, self._compare_all
         try:
             snapshot = Snapshot(
-                captured.payload, captured.steady, captured.elsewhere(), self._gpu_copy
+                captured.payload, captured.steady, captured.gpu_sources(), self._gpu_copy
             )
             self._staging.check_room(snapshot.size_bytes)
             if snapshot.rest_bytes > MOST_REST_BYTES:
@@ -191,7 +191,7 @@ class AsyncSaver:
         only be enqueued: the GPU makes the update after it. Nothing is done while a CUDA graph is
         recorded.
         """
-        if self._gpu_copy.is_recorded():
+        if self._gpu_copy.is_capturing_graph():
             return
         if self._job is not None and not self._job.sealed.is_set():
             with self._waiting():

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from harness import config, state
+from harness import config, preemption, state
 from harness.checkpoint import format as fmt
 from harness.checkpoint import retention
 from harness.checkpoint.catalog import going_on_from
@@ -62,7 +62,8 @@ class Checkpointer(CurrentAttempt):
     def failure(self, what: str, remedy: str) -> HarnessError:
         """Return the error that ends the run after a failed save.
 
-        It is a SaveError for a disk, and a StorageError for a remote store, which may answer again.
+        It is a SaveError if the store is a disk, and a StorageError if it is a remote store, which
+        may be reachable again later.
         """
         return (SaveError if self.store.is_local else StorageError)(what, self._words, remedy)
 
@@ -260,10 +261,19 @@ class Checkpointer(CurrentAttempt):
         if self._uploader:
             self._uploader.forget(gone)
 
-    def at_boundary(self, tracked: Mapping[str, Any]) -> None:
-        """Account for a finished step and seal a complete copy.
+    def release(self) -> None:
+        """Let the copy of a save go on; the next batch is loaded."""
+        self.background.release()
 
-        After the first step all state exists, so its size is known and memory is reserved.
+    def watch_updates(self, tracked: Mapping[str, Any]) -> None:
+        """Finish each copy before the optimizers change the state."""
+        if self.world.is_writer:
+            self.background.watch_updates(tracked, self._say)
+
+    def at_boundary(self, tracked: Mapping[str, Any]) -> None:
+        """Count a finished step for the save interval, and check a complete copy for changes.
+
+        After the first step all state exists: rank 0 then reserves the memory for saves.
         """
         self.timer.step(self.background.is_busy_with(self._finish), self.save_s)
         if not self._has_room and self.world.is_writer:
@@ -271,6 +281,30 @@ class Checkpointer(CurrentAttempt):
             self.background.make_room(state.size_bytes(tracked), self.world.device)
             self.replay.look_at(tracked)
         self.background.at_boundary()
+
+    def step_made(self, step: int, samples: bytes | None, logged: Mapping[str, Any]) -> None:
+        """Record a step for the comparison, and compare it if it was recomputed.
+
+        `samples` is a digest of the samples; `logged` holds the logged values of this rank.
+        """
+        self.replay.step_made(step, samples, logged)
+
+    def record_steps(
+        self,
+        steps: Sequence[tuple[int, str, dict[str, float]]],
+        by_rank: Sequence[tuple[int, int, str, float]],
+        end_step: int | None,
+    ) -> None:
+        """Record the logged values of steps as events, and for the comparison.
+
+        Args:
+            steps: number, time and means over ranks of each step.
+            by_rank: step, rank, name and value.
+            end_step: the last step of the run, or None if unknown.
+        """
+        self.replay.gathered(by_rank)
+        for step, at, values in steps:
+            self.note("step", step=step, time=at, of=end_step, **values)
 
     def about(
         self,
@@ -289,3 +323,20 @@ class Checkpointer(CurrentAttempt):
         return About(
             self.world.size, lineage, classes, digest, final, metrics, read_back=not self._committed
         )
+
+    def best_file(self) -> str | None:
+        """Return the path or URL of the best checkpoint so far, or None.
+
+        Collective: every rank must call it.
+
+        Raises:
+            StorageError: a store cannot be listed or read.
+        """
+        return self.world.on_writer(
+            lambda: retention.best_file(self.stores, self.settings.policy),
+            give_up=preemption.requested,
+        )
+
+    def remember(self, capture: Callable[[], Captured], about: Callable[[], About]) -> bool:
+        """Begin to write a checkpoint to the memory tier only; return whether it was begun."""
+        return self.tier.remember(capture, about)

@@ -13,7 +13,7 @@ from harness.arguments import Settings
 from harness.checkpoint import format as fmt
 from harness.checkpoint import memory_copy, resume
 from harness.checkpoint.attempts import Attempt
-from harness.checkpoint.catalog import Catalog
+from harness.checkpoint.catalog import Catalog, reaches
 from harness.distributed.ranks import World
 from harness.errors import StorageError, UsageError
 from harness.monitoring.console import Console
@@ -234,6 +234,11 @@ class CurrentAttempt:
         if self._uploader:
             self._uploader.keep(key, data)
 
+    def has_reached(self, end: dict[str, int | None]) -> bool:
+        """Return whether the resume point is the end of a run of this length."""
+        final = self.origin.final if self.origin else None
+        return final is not None and reaches(final, end)
+
     def hand_in(self, give_up: Callable[[], object]) -> str:
         """Copy the last checkpoint of a finished run to the remote store if it is missing there.
 
@@ -313,3 +318,8 @@ class CurrentAttempt:
             else ""
         )
         return problem and f"{problem} It lies in {self.store}."
+
+    def close(self) -> None:
+        """End the background work."""
+        self.background.close()
+        self.replay.close()

@@ -107,7 +107,11 @@ def file_rows(file: Any) -> list[Row]:
 
 
 def rows(value: Any, of_tensor: OfTensor) -> list[Row]:
-    """Return a row for each item in plain data, in its order; the first MOST_ROWS at most."""
+    """Return rows [path, kind, content] of a nested value, depth first, at most MOST_ROWS.
+
+    There is one row for each container, tensor and plain value; a list or tuple of numbers and
+    strings is one row. `of_tensor` returns the content of a tensor, None for anything else.
+    """
     found: list[Row] = []
     for row in _rows(value, "", of_tensor):
         found.append(row)

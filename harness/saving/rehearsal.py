@@ -24,7 +24,7 @@ import torch
 import harness.selfcheck.trial_load as trial_load
 from harness import preemption
 from harness.checkpoint.format import Manifest
-from harness.distributed.ddp import plain
+from harness.distributed.wrappers import unwrap
 from harness.saving import readback
 from harness.saving.writer_process import WriterProcess
 from harness.state import Captured
@@ -81,12 +81,16 @@ class Rehearsal:
         self._tried_s = time.perf_counter() - began
 
     def begin(self, store: Store, manifest: Manifest, places: Mapping[int, int]) -> None:
-        """Read back the committed checkpoint and rehearse the remaining objects, in the background.
+        """Start a thread that reads the committed checkpoint back and loads its state into copies.
+
+        The copies are of torch's own modules and optimizers; `take` has tried all other objects.
+        Nothing is done if the rehearsal of this attempt has begun.
 
         Args:
             store: the store of the checkpoint.
             manifest: the manifest of the checkpoint.
-            places: where each tensor's memory begins in the file, by address.
+            places: offset in the file of each tensor storage, by the storage's address in memory;
+                empty if `torch.save` wrote the file.
         """
         captured, self._captured = self._captured, None
         if captured is not None:
@@ -137,7 +141,10 @@ class Rehearsal:
     def _read(
         self, store: Store, manifest: Manifest, rows: list[readback.Row], has_places: bool
     ) -> tuple[list[str], str]:
-        """Read the file back; return what is wrong with it, and why it was not read.
+        """Read the file back.
+
+        Returns:
+            The problems found and "", or no problems and the reason why the file was not read.
 
         Args:
             store: the store of the checkpoint.
@@ -211,7 +218,7 @@ def _as_loaded(payload: Mapping[str, Any], key: str) -> Any:
 
 def _inner(thing: Any) -> Any:
     """Return the object inside the wrappers, whose state is saved; of `Ema`, its module."""
-    return thing.module if isinstance(thing, Ema) else plain(thing)
+    return thing.module if isinstance(thing, Ema) else unwrap(thing)
 
 
 def _content(value: Any, places: Mapping[int, int]) -> list[Any] | None:

@@ -47,7 +47,7 @@ class RecomputedSteps:
     def __init__(
         self, world: World, settings: Settings, halt: Callable[[], object], suspects: list[str]
     ) -> None:
-        """Create an inactive comparison.
+        """Create the comparison; it does nothing until `read` and `begin` are called on rank 0.
 
         Args:
             world: The process group.

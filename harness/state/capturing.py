@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 
 import harness.state.kinds as kinds
 import harness.state.parameter_names as parameter_names
-from harness.distributed.ddp import plain
+from harness.distributed.wrappers import unwrap
 from harness.errors import NonFiniteError, UsageError
 from harness.state.plain_values import TensorRefs, fill, to_cpu
 
@@ -34,7 +34,7 @@ class Captured:
     tracked: Mapping[str, Any]
     seen: TensorRefs = field(default_factory=TensorRefs)
 
-    def elsewhere(self) -> dict[int, torch.Tensor]:
+    def gpu_sources(self) -> dict[int, torch.Tensor]:
         """Return the GPU tensors whose bytes are missing, by the address of their CPU memory."""
         return {
             met.saved.data_ptr(): met.source for met in self.seen.all if met.saved is not met.source
@@ -66,7 +66,7 @@ def captured(values: Mapping[str, Any], tracked: Mapping[str, Any]) -> Captured:
     for name, thing in tracked.items():
         before = len(seen.all)
         payload |= _capture({name: thing}, seen)
-        if hasattr(plain(thing), HOOK):
+        if hasattr(unwrap(thing), HOOK):
             steady |= {met.saved.data_ptr() for met in seen.all[before:]}
     named = parameters(tracked, seen)
     payload |= _beside(tracked, payload, seen)
@@ -137,7 +137,7 @@ def _beside(
 
 def state_of(thing: Any) -> Any:
     """Return an object's state dict without the names of wrappers around it or its submodules."""
-    inner = plain(thing)
+    inner = unwrap(thing)
     return (
         parameter_names.without_shells(inner, inner.state_dict())
         if isinstance(inner, nn.Module)
@@ -201,7 +201,7 @@ def not_finite(names: list[str]) -> NonFiniteError:
 
 def _parameters(tracked: Mapping[str, Any]) -> Iterator[tuple[str, str, torch.Tensor]]:
     for name, thing in tracked.items():
-        inner = plain(thing)
+        inner = unwrap(thing)
         for key, parameter in inner.named_parameters() if isinstance(inner, nn.Module) else ():
             if not is_lazy(parameter):
                 yield from ((name, key, part) for part in kinds.parts_of(parameter))
@@ -226,7 +226,7 @@ def is_finite(tensor: torch.Tensor) -> bool:
 
 def before_update(tracked: Mapping[str, Any], call: Callable[[], None]) -> None:
     """Have `call` called before each update by a tracked optimizer."""
-    for thing in map(plain, tracked.values()):
+    for thing in map(unwrap, tracked.values()):
         if hasattr(thing, HOOK):
             getattr(thing, HOOK)(lambda *_: call())
 
@@ -257,7 +257,7 @@ def _check_covered(tracked: Mapping[str, Any]) -> None:
     Raises:
         UsageError: for other parameters: they would start from scratch at each resume.
     """
-    things = {name: plain(thing) for name, thing in tracked.items()}
+    things = {name: unwrap(thing) for name, thing in tracked.items()}
     held: set[int] = set()
     for thing in things.values():
         if not isinstance(thing, torch.optim.Optimizer):
@@ -289,7 +289,7 @@ def size_bytes(tracked: Mapping[str, Any]) -> int:
     sizes = {
         tensor.data_ptr(): tensor.nbytes
         for thing in tracked.values()
-        for tensor in _tensors(plain(thing).state_dict())
+        for tensor in _tensors(unwrap(thing).state_dict())
     }
     return sum(sizes.values())
 

@@ -3,6 +3,9 @@
 At a step boundary the training thread marks the point in its stream after which the copies may
 begin. Before the update it makes its stream wait for their end. Both are stream dependencies that
 the GPU observes: the training thread itself waits only until the copies have been queued.
+
+`Snapshot.copy_into` makes the copies, between `begin` and `hold` of this class. State that cannot
+be copied in the background takes another path, without streams: `plain_values.fill`.
 """
 
 from __future__ import annotations
@@ -76,7 +79,7 @@ class GpuCopy:
             for device in self._devices or (torch.device("cuda", torch.cuda.current_device()),):
                 self._updating.setdefault(device, set()).add(torch.cuda.current_stream(device))
 
-    def is_recorded(self) -> bool:
+    def is_capturing_graph(self) -> bool:
         """Return whether the current stream is being captured into a CUDA graph.
 
         Nothing is executed then, and no copy may be queued.

@@ -174,14 +174,14 @@ def _made(path: str, kind: str, value: Any) -> Any:
 
 
 def _array(rest: str, value: torch.Tensor) -> np.ndarray[Any, Any]:
+    array: np.ndarray[Any, Any]
     if not rest:
-        return value.numpy().copy(order="K")
+        array = value.numpy().copy(order="K")
+        return array
     dtype, _, shape = rest.partition(" ")
-    return (
-        np.frombuffer(value.numpy().tobytes(), dtype=np.dtype(dtype))
-        .reshape([int(n) for n in shape.split("x") if n])
-        .copy()
-    )
+    items = np.frombuffer(value.numpy().tobytes(), dtype=np.dtype(dtype))
+    array = items.reshape([int(n) for n in shape.split("x") if n]).copy()
+    return array
 
 
 def _tensor(made: Any, value: Any) -> Any:

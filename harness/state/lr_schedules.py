@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from harness.distributed.ddp import plain
+from harness.distributed.wrappers import unwrap
 
 PROGRESS = (
     "last_epoch",
@@ -77,7 +77,7 @@ def as_built(thing: Any) -> dict[str, Any]:
 
     Call it before anything is restored into the object.
     """
-    inner = plain(thing)
+    inner = unwrap(thing)
     if isinstance(inner, torch.optim.Optimizer):
         return {
             "param_groups": [
@@ -108,7 +108,7 @@ def other_settings(built: Mapping[str, Any], tracked: Mapping[str, Any]) -> list
     """
     said = []
     for name, thing in tracked.items():
-        inner = plain(thing)
+        inner = unwrap(thing)
         if is_schedule(inner) and built.get(name):
             found = [
                 (path, was, now)
@@ -188,9 +188,9 @@ def apply_override(built: Mapping[str, Any], tracked: Mapping[str, Any]) -> list
     """
     said = []
     for name, thing in tracked.items():
-        if isinstance(plain(thing), torch.optim.Optimizer):
+        if isinstance(unwrap(thing), torch.optim.Optimizer):
             for at, (group, fresh) in enumerate(
-                zip(plain(thing).param_groups, built[name]["param_groups"], strict=True)
+                zip(unwrap(thing).param_groups, built[name]["param_groups"], strict=True)
             ):
                 before = {key: value for key, value in group.items() if key != "params"}
                 group.update(_overridden(before, fresh))
@@ -199,8 +199,8 @@ def apply_override(built: Mapping[str, Any], tracked: Mapping[str, Any]) -> list
                     for key in before
                     if before[key] != group[key]
                 ]
-        elif is_schedule(plain(thing)) and built.get(name):
-            for path, was, now, owner, key in list(_differing(name, plain(thing), built[name])):
+        elif is_schedule(unwrap(thing)) and built.get(name):
+            for path, was, now, owner, key in list(_differing(name, unwrap(thing), built[name])):
                 if owner is not None:
                     said.append(f"{path}: {_short(was)} -> {_short(now)}")
                     vars(owner)[key] = now

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from harness.distributed.ddp import plain
+from harness.distributed.wrappers import unwrap
 
 Names = list[list[str | None]]  # the name of each parameter, group by group
 # The attribute names of the wrapped module in torch.compile and in activation checkpointing.
@@ -117,7 +117,7 @@ def to_live(module: nn.Module, saved: Mapping[str, Any]) -> Mapping[str, Any]:
 def parameters_of(tracked: Mapping[str, Any]) -> Iterator[tuple[str, nn.Parameter]]:
     """Yield every parameter of the tracked modules with its name, once per module."""
     for name, thing in tracked.items():
-        inner = plain(thing)
+        inner = unwrap(thing)
         if isinstance(inner, nn.Module):
             found = dict(inner.named_parameters())
             clean = clean_keys(inner, list(found))
@@ -139,7 +139,7 @@ def names(tracked: Mapping[str, Any]) -> dict[str, Names]:
 
 
 def _optimizers(tracked: Mapping[str, Any]) -> dict[str, torch.optim.Optimizer]:
-    return {name: plain(thing) for name, thing in tracked.items() if is_optimizer(plain(thing))}
+    return {name: unwrap(thing) for name, thing in tracked.items() if is_optimizer(unwrap(thing))}
 
 
 def _of_group(group: Mapping[str, Any], by_identity: Mapping[int, str]) -> list[str | None]:
@@ -193,7 +193,7 @@ def needed(tracked: Mapping[str, Any], payload: Mapping[str, Any]) -> dict[str, 
 
 
 def _derived_of(tracked: Mapping[str, Any], payload: Mapping[str, Any]) -> dict[str, Names]:
-    modules = [name for name, thing in tracked.items() if isinstance(plain(thing), nn.Module)]
+    modules = [name for name, thing in tracked.items() if isinstance(unwrap(thing), nn.Module)]
     return derived(payload, modules, {called for called, _ in parameters_of(tracked)})
 
 

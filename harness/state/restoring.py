@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 import harness.state.buffers as buffers
 import harness.state.kinds as kinds
 import harness.state.parameter_names as parameter_names
-from harness.distributed.ddp import plain
+from harness.distributed.wrappers import unwrap
 from harness.errors import UsageError
 from harness.state.checks import (
     CHANGES,
@@ -65,7 +65,7 @@ def restore(
     said: list[str] = []
     cast: set[int] = set()  # by identity: parameters of another dtype than before
     states = {
-        name: _state_for(name, plain(thing), payload, source) for name, thing in tracked.items()
+        name: _state_for(name, unwrap(thing), payload, source) for name, thing in tracked.items()
     }
     for name, thing in tracked.items():
         if name in classes and classes[name] != class_name(thing):
@@ -74,10 +74,10 @@ def restore(
                 f"found: {class_name(thing)}, expected: {classes[name]}",
                 "Put the old one back, or take a new run directory.",
             )
-        if isinstance(plain(thing), nn.Module) and not any(
-            is_lazy(value) for value in plain(thing).state_dict().values()
+        if isinstance(unwrap(thing), nn.Module) and not any(
+            is_lazy(value) for value in unwrap(thing).state_dict().values()
         ):
-            said += check_module(name, plain(thing), states[name], source, accept, cast)
+            said += check_module(name, unwrap(thing), states[name], source, accept, cast)
     are_all_there = all(
         key.removesuffix("_state_dict") in tracked for key in payload if key.endswith("_state_dict")
     )
@@ -85,7 +85,7 @@ def restore(
     if are_all_there:
         states |= _by_name(tracked, payload, states, source, says_names=says_names)
     for name, thing in tracked.items():
-        restore_one(name, plain(thing), states[name], source, cast=cast)
+        restore_one(name, unwrap(thing), states[name], source, cast=cast)
     return said
 
 
@@ -127,7 +127,7 @@ def _by_name(
     saved = parameter_names.saved_names(tracked, payload, says_all=says_names)
     ordered = {}
     for name, mine in live.items():
-        optimizer, state = plain(tracked[name]), states[name]
+        optimizer, state = unwrap(tracked[name]), states[name]
         if name not in parameter_names.numbered({f"{name}_state_dict": state}):
             continue  # a state dict without parameter groups in torch's form
         check_groups(name, optimizer, state, source)
@@ -242,4 +242,4 @@ def _mended(held: Any, saved: Any, *, is_cast: bool) -> Any:
 
 def class_name(thing: Any) -> str:
     """Return the name of the object's class without the wrappers of DDP and torch.compile."""
-    return type(plain(thing)).__name__
+    return type(unwrap(thing)).__name__

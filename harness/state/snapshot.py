@@ -4,7 +4,7 @@ Between two updates hardly anything changes what an optimizer owns: its paramete
 state. These are therefore copied in the background, during the next forward and backward passes,
 and the next `optimizer.step()` waits until the copy has ended. All other state is copied at once,
 because it may change earlier (buffers change in the forward pass). GPU tensors are copied on a side
-stream (`crossing`, a `GpuCopy`). "Steady" in the names of this module means: constant until the
+stream (`GpuCopy`). "Steady" in the names of this module means: constant until the
 next update.
 
 Some programs do write to parameters between updates: for example, they swap averaged weights in at
@@ -68,7 +68,7 @@ class Snapshot:
         self,
         payload: Mapping[str, Any],
         steady: Collection[int],
-        elsewhere: Mapping[int, torch.Tensor] | None = None,
+        gpu_sources: Mapping[int, torch.Tensor] | None = None,
         gpu_copy: GpuCopy | None = None,
     ) -> None:
         """Register the memory of all tensors in the payload.
@@ -76,7 +76,7 @@ class Snapshot:
         Args:
             payload: the state as plain data on the CPU.
             steady: addresses of the memory that is constant until the next update.
-            elsewhere: GPU tensors, by the address of the unfilled CPU memory for their bytes.
+            gpu_sources: GPU tensors, by the address of the unfilled CPU memory for their bytes.
             gpu_copy: makes the device-to-host copies.
 
         Raises:
@@ -87,7 +87,7 @@ class Snapshot:
         self.places: dict[int, int] = {}  # by address: the offset in the file
         self.size_bytes = self.rest_bytes = 0  # of all tensors; of those that are not steady
         self._payload: Any = payload
-        self._steady, self._elsewhere = set(steady), dict(elsewhere or {})
+        self._steady, self._gpu_sources = set(steady), dict(gpu_sources or {})
         self._gpu_copy = gpu_copy or GpuCopy()
         # By identity, in the order of the file: memory, address and size in bytes.
         self._storages: dict[int, tuple[torch.UntypedStorage, int, int]] = {}
@@ -106,11 +106,11 @@ class Snapshot:
                 self.size_bytes += size_bytes
                 self._storages[identity] = storage, address, size_bytes
                 if address in steady:
-                    live = self._elsewhere.get(address, tensor)
+                    live = self._gpu_sources.get(address, tensor)
                     self._versions[address] = live, version_of(live)
                 else:
                     self.rest_bytes += size_bytes
-        self._gpu_copy.join({source.device for source in self._elsewhere.values()})
+        self._gpu_copy.join({source.device for source in self._gpu_sources.values()})
 
     @property
     def is_small(self) -> bool:
@@ -128,7 +128,7 @@ class Snapshot:
             if address not in self._steady:
                 continue
             if size_bytes >= whole_bytes:
-                if (live := self._elsewhere.get(address)) is None:
+                if (live := self._gpu_sources.get(address)) is None:
                     in_memory[address] = storage
                 else:
                     on_gpus[address] = raw(live)
@@ -142,12 +142,14 @@ class Snapshot:
 
     def _live(self, storage: torch.UntypedStorage, address: int) -> torch.Tensor:
         """Return the live bytes of a piece of memory, on the GPU if they are there."""
-        return raw(self._elsewhere[address]) if address in self._elsewhere else bytes_of(storage)
+        return (
+            raw(self._gpu_sources[address]) if address in self._gpu_sources else bytes_of(storage)
+        )
 
     def _copy_of(self, identity: int) -> bytes | torch.Tensor:
         """Return a copy of the present bytes of a piece of memory."""
         storage, address, size_bytes = self._storages[identity]
-        if size_bytes < READ_BYTES and address not in self._elsewhere:
+        if size_bytes < READ_BYTES and address not in self._gpu_sources:
             return ctypes.string_at(address, size_bytes)
         return copy(self._live(storage, address))
 
@@ -296,5 +298,5 @@ class Snapshot:
         self._sources = {}
         self._versions = {}
         self._storages = {}
-        self._elsewhere = {}
+        self._gpu_sources = {}
         self._samples, self._small, self._taken, self._payload = None, [], {}, None

@@ -49,16 +49,15 @@ Faults of a remote store and their handling (`remote.py`, `../retry.py`; on the 
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from harness.errors import UsageError
 from harness.store.base import CHUNK_BYTES, SET_ASIDE, TEMP, Entry, Sink, Store, delete_all
 from harness.store.bucket import ObjectClient
-from harness.store.explain import redacted
 from harness.store.local import LocalStore
 from harness.store.sealed_memory import Handle, SealedMemory, attached, keep
+from harness.store.urls import DEFAULT_WAIT_S, check_url, is_url, redacted
 
 __all__ = [
     "CHUNK_BYTES",
@@ -79,36 +78,6 @@ __all__ = [
     "open_store",
     "redacted",
 ]
-
-DEFAULT_WAIT_S = 300.0  # retry limit of a request in seconds
-
-
-def is_url(text: str) -> bool:
-    """Return True if the text is a URL, not a path."""
-    return "://" in text
-
-
-def check_url(url: str) -> str | None:
-    """Return the form that a store's URL should have if it is invalid, else None.
-
-    The returned text contains nothing of the URL and is safe to print.
-    """
-    parts = urlsplit(url)
-    if not re.fullmatch(r"[a-z][a-z0-9+.-]*", parts.scheme) or not is_url(url):
-        return "a URL like s3://bucket/prefix"
-    has_password = "@" in parts.netloc + parts.path or (
-        ":" in parts.netloc and parts.scheme in ("s3", "s3a")
-    )
-    if has_password or parts.query or parts.fragment:
-        return (
-            "a URL without credentials or options: those come from the environment "
-            "(AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL …)"
-        )
-    if not parts.netloc and parts.scheme not in ("file", "local", "memory"):
-        return "a URL with a bucket: s3://bucket/prefix"
-    if any(part in (".", "..") for part in parts.path.split("/")):
-        return "a URL without '..'"
-    return None
 
 
 def open_store(place: str | Path, wait_s: float = DEFAULT_WAIT_S) -> Store:

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import datetime
 import email.utils
-import os
-import re
 
 from harness.errors import RefusedError, StorageError
 from harness.retry import answer, causes, is_transient
+from harness.store.urls import redacted
 
-SECRETS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_SECURITY_TOKEN")
 CREDENTIALS = (
     "Check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or the machine's role."
 )
 REMEDIES = {
     "NoSuchBucket": (
-        "Create the bucket, or mend the name in run.remote. Is AWS_ENDPOINT_URL the right server?"
+        "Create the bucket, or fix the name in run.remote. Is AWS_ENDPOINT_URL the right server?"
     ),
     "AccessDenied": (
         "Ask for the rights to list, get, put and delete objects under this prefix, "
@@ -30,8 +28,8 @@ REMEDIES = {
     "ExpiredToken": "Renew the credentials: the ones in the environment are too old.",
     "ExpiredTokenException": "Renew the credentials: the ones in the environment are too old.",
     "RequestTimeTooSkewed": "Set this machine's clock: it is too far from the server's.",
-    "InvalidBucketName": "Mend the name in run.remote: s3://bucket/prefix.",
-    "ParamValidationError": "Mend the name in run.remote: s3://bucket/prefix.",
+    "InvalidBucketName": "Fix the name in run.remote: s3://bucket/prefix.",
+    "ParamValidationError": "Fix the name in run.remote: s3://bucket/prefix.",
 }
 
 
@@ -53,7 +51,7 @@ def explained(what: str, error: BaseException) -> StorageError:
         code = "AccessDenied"
     kinds = [type(cause).__name__ for cause in causes(error)]
     name = code or next((kind for kind in kinds if kind in REMEDIES), kinds[0])
-    text = _text(error) or ("no answer in time" if "Timeout" in name else "no words about it")
+    text = _text(error) or ("no answer in time" if "Timeout" in name else "no error message")
     said = f"found: {name}" + (f" ({status})" if status else "") + f", {redacted(text)}"
     remedy = REMEDIES.get(
         name, "Is the server up, and reachable from here?" if is_transient(error) else ""
@@ -85,16 +83,3 @@ def _text(error: BaseException) -> str:
     """Return the first line of the error's message, at most 300 characters of it."""
     lines = str(error).splitlines() or [""]
     return lines[0][:300]
-
-
-def redacted(text: str) -> str:
-    """Replace secrets in the text with ***.
-
-    The secrets are the values of the environment variables in `SECRETS`, if they have at least four
-    characters, and in URLs the part before the @ and the query string or fragment.
-    """
-    for name in SECRETS:
-        if len(value := os.environ.get(name, "")) >= 4:
-            text = text.replace(value, "***")
-    text = re.sub(r"(://)[^\s'\"?#]*@", r"\1***@", text)
-    return re.sub(r"(://[^\s?#'\"]*)[?#][^\s'\"]*", r"\1?***", text)

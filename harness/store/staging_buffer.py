@@ -38,7 +38,11 @@ class ReadLease:
         self._is_over, self._reading = False, threading.Lock()
 
     def chunks(self) -> Iterator[bytes]:
-        """Yield the file's bytes in pieces, until all are read or the lease has ended."""
+        """Yield the file's bytes in pieces.
+
+        If the lease ends, the iterator ends early, without an error: the caller must count the
+        bytes.
+        """
         at = 0
         while at < self._size_bytes:
             with self._reading:

@@ -11,8 +11,8 @@ import secrets
 import socket
 from collections.abc import Iterable
 
-from harness.checkpoint.attempts import now
 from harness.store import Store, delete_all
+from harness.text import now
 
 REQUESTS = "requests"
 REQUEST_NAME = re.compile(

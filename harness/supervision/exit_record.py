@@ -12,7 +12,6 @@ import os
 import sys
 import time
 import traceback
-import weakref
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any
@@ -68,14 +67,12 @@ class ExitRecord:
         """
         sys.excepthook = self._on_error
 
-    def of(self, run: Any) -> None:
-        """Take the step for records from this run.
+    def count(self, step: Callable[[], int]) -> None:
+        """Take the step for records from this function.
 
-        Only a weak reference is kept. Each thread keeps the excepthook that it was started under,
-        so a strong reference would keep the run alive.
+        Each thread keeps the excepthook that it was started under, and so keeps the function alive.
         """
-        kept = weakref.ref(run)
-        self.step = lambda: getattr(kept(), "step", None)
+        self.step = step
 
     def watch(self, stores: tuple[Store, ...]) -> None:
         """Set the stores, before there is an attempt.

@@ -15,6 +15,7 @@ from harness.checkpoint.attempts import Attempt
 from harness.errors import StorageError
 from harness.store import Store
 from harness.supervision import attempt_history
+from harness.text import now
 
 FOLDER = "hangs"
 OTHERS_S, LOOK_S = 3.0, 0.2  # limit and interval, in seconds, of the wait for other ranks
@@ -165,7 +166,7 @@ def line(rank: int, step: int | None, error: str, stacks: str, collective: str) 
     """
     event = {
         "event": "hang",
-        "time": attempts.now(),
+        "time": now(),
         "rank": rank,
         "step": step,
         "error": error,

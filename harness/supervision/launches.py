@@ -26,10 +26,11 @@ from pathlib import Path
 from typing import Any
 
 from harness.checkpoint import records
-from harness.checkpoint.attempts import first_word, now
+from harness.checkpoint.attempts import first_word
 from harness.checkpoint.catalog import Catalog
 from harness.errors import UsageError
 from harness.store import Store
+from harness.text import now
 
 LAUNCHES = "launches"
 LAUNCH_NAME = re.compile(

@@ -21,7 +21,11 @@ NOT_EXACT = "state exact, trajectory no longer bit for bit"
 
 @dataclass(frozen=True)
 class Difference:
-    """A changed value; if `is_exact` is True, the results need not differ because of it."""
+    """A value of the machine record that has changed.
+
+    `is_exact` is True if the results may be the same, bit for bit, in spite of the change: another
+    version of an imported distribution.
+    """
 
     name: str
     before: Any

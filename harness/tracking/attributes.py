@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 
-from harness.distributed import ddp
+from harness.distributed import wrappers
 from harness.tracking.attribute_values import (
     ABSENT,
     BUFFER,
@@ -70,9 +70,9 @@ def parts(thing: Any) -> list[tuple[str, Any]]:
     An optimizer is its own only part, with an empty path; an optimizer of one of torch's classes
     has none. Wrappers (DDP, torch.compile) are removed.
     """
-    if isinstance(inner := ddp.plain(thing), torch.optim.Optimizer):
+    if isinstance(inner := wrappers.unwrap(thing), torch.optim.Optimizer):
         return [] if is_torchs(inner) else [("", inner)]
-    return list(ddp.parts(thing))
+    return list(wrappers.submodules(thing))
 
 
 def as_built(tracked: Mapping[str, Any]) -> Built:

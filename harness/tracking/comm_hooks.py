@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from harness.data.generator_objects import generator_state, is_generator, set_generator_state
-from harness.distributed.ddp import shells_of
 from harness.distributed.ranks import World
+from harness.distributed.wrappers import ddp_wrappers
 from harness.errors import UsageError
 from harness.tracking.sameness import is_same
 
@@ -129,7 +129,7 @@ def check_hooks(name: str, module: object, world: World) -> list[str]:
 
 def _hooks(name: str, module: object) -> Iterator[Hook]:
     """Yield the hooks whose state is neither a plain value nor a process group."""
-    for at, shell in enumerate(shells_of(module)):
+    for at, shell in enumerate(ddp_wrappers(module)):
         for number, (hook, state) in enumerate(shell._comm_hooks):
             if type(state) not in PLAIN and not _is_group(state):
                 called = getattr(hook, "__qualname__", type(hook).__name__)

@@ -95,7 +95,7 @@ class ExtraState:
         if is_resumed:
             self._attributes.before_restore(stateful)
         for thing in stateful.values():
-            ddp.settle_buckets(thing, self.world)
+            ddp.fix_bucket_order(thing, self.world)
         return stateful
 
     @property

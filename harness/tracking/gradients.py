@@ -27,7 +27,7 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from harness.distributed.ddp import parts, plain
+from harness.distributed.wrappers import submodules, unwrap
 from harness.errors import UsageError
 
 # An attribute of a gradient, numbered by who observes it (several loops may be alive in a process):
@@ -89,7 +89,7 @@ class Gradients:
         """Find the parameters; repeat this whenever an optimizer was given more."""
         optimizers = [
             thing
-            for thing in map(plain, self._tracked.values())
+            for thing in map(unwrap, self._tracked.values())
             if isinstance(thing, torch.optim.Optimizer)
         ]
         count = sum(
@@ -255,11 +255,11 @@ def named_parameters(tracked: Mapping[str, Any]) -> dict[str, nn.Parameter]:
     """
     found: dict[str, nn.Parameter] = {}
     known: set[int] = set()
-    things = {name: plain(thing) for name, thing in tracked.items()}
+    things = {name: unwrap(thing) for name, thing in tracked.items()}
     listed = [
         (".".join(filter(None, (name, path, key))), parameter)
         for name, thing in things.items()
-        for path, part in parts(thing)
+        for path, part in submodules(thing)
         for key, parameter in part._parameters.items()
     ] + [
         (f"{name}.param_groups.{at}.{number}", parameter)

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from harness import state
-from harness.distributed import ddp
+from harness.distributed import wrappers
 from harness.distributed.ranks import World
 from harness.text import size
 from harness.tracking.payload import OfRank
@@ -151,7 +151,7 @@ class RankDifferences:
             held = {
                 id(parameter)
                 for thing in tracked.values()
-                for shell in ddp.shells_of(thing)
+                for shell in wrappers.ddp_wrappers(thing)
                 for parameter in shell.parameters()
             }
             alike = {name for name, thing in tracked.items() if _is_alike(thing, held)}
@@ -164,7 +164,7 @@ class RankDifferences:
             if key in self._trusted:
                 groups = [
                     {n: item for n, item in group.items() if n != "params"}
-                    for group in getattr(ddp.plain(thing), "param_groups", ())
+                    for group in getattr(wrappers.unwrap(thing), "param_groups", ())
                 ]
                 states[key] = state.as_captured(key, {"param_groups": groups})
             elif in_full or key in self._small or key in self._kept:
@@ -301,12 +301,12 @@ def _is_alike(thing: Any, held: set[int]) -> bool:
     This holds for a module in DDP, and for an optimizer all of whose parameters are `held`: the ids
     of the parameters in DDP modules.
     """
-    inner = ddp.plain(thing)
+    inner = wrappers.unwrap(thing)
     if isinstance(inner, Optimizer):
         return bool(held) and all(
             id(parameter) in held for group in inner.param_groups for parameter in group["params"]
         )
-    return any(isinstance(shell, DistributedDataParallel) for shell in ddp.wrappers(thing))
+    return any(isinstance(shell, DistributedDataParallel) for shell in wrappers.wrappers(thing))
 
 
 def _copies_buffers(thing: Any) -> bool:
@@ -329,7 +329,7 @@ def _is_small(leaves: Mapping[Path, Leaf]) -> bool:
 
 
 def _ddp_buffers(tracked: Mapping[str, Any]) -> list[Leaf]:
-    shells = [shell for thing in tracked.values() for shell in ddp.shells_of(thing)]
+    shells = [shell for thing in tracked.values() for shell in wrappers.ddp_wrappers(thing)]
     return [
         leaf
         for shell in shells

@@ -21,7 +21,10 @@ SUMMED_FROM_BYTES = 4 << 10  # shorter content is compared as it is
 
 @dataclass(frozen=True)
 class Leaf:
-    """A tensor or plain values; a tensor from a GPU is still on the GPU."""
+    """One leaf of captured state: a tensor, or plain values.
+
+    For a tensor on a GPU, `live` is that tensor itself, not a copy on the CPU.
+    """
 
     live: Any
 
@@ -68,7 +71,7 @@ class Leaves(dict[Path, Leaf]):
 
     def __init__(self, captured: Captured) -> None:
         self._captured = captured
-        elsewhere = captured.elsewhere()
+        elsewhere = captured.gpu_sources()
         (value,) = captured.payload.values()
         for path, leaf in _walk(value, ()):
             is_tensor = isinstance(leaf, torch.Tensor)

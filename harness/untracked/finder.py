@@ -26,7 +26,7 @@ from typing import Any
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import harness.untracked.array_changes as array_changes
-from harness.distributed import ddp
+from harness.distributed import wrappers
 from harness.untracked.candidates import (
     GENERATOR,
     NUMBERS,
@@ -152,7 +152,7 @@ class UntrackedFinder:
         The optimizer of a scheduler or gradient scaler is not regarded as held by it.
         """
         kept, until = set(self._handled), time.perf_counter() + WITHIN_S
-        things = [("", ddp.plain(thing)) for thing in self._tracked.values()]
+        things = [("", wrappers.unwrap(thing)) for thing in self._tracked.values()]
         kept |= {id(thing) for thing in self._tracked.values()}
         for _, thing, _ in walk(
             things,
@@ -166,7 +166,7 @@ class UntrackedFinder:
 
     def _is_lost(self, one: Candidate) -> bool:
         """Return whether a candidate has been used such that a restart would lose its state."""
-        thing, tracked = one.thing, {id(ddp.plain(thing)) for thing in self._tracked.values()}
+        thing, tracked = one.thing, {id(wrappers.unwrap(thing)) for thing in self._tracked.values()}
         if one.kind == OPTIMIZER:
             return id(thing) in self._stepped
         if one.kind == SCHEDULER:
@@ -184,7 +184,7 @@ class UntrackedFinder:
             return set()
         return {
             mark.address
-            for thing in map(ddp.plain, self._tracked.values())
+            for thing in map(wrappers.unwrap, self._tracked.values())
             for mark in array_changes.of(thing).arrays.values()
         }
 

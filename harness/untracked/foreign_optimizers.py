@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from harness.distributed.ddp import plain
+from harness.distributed.wrappers import unwrap
 from harness.state.kinds import parts_of
 
 
@@ -29,7 +29,7 @@ def on_untracked_update(
     Returns:
         A function that ends the observation.
     """
-    things = {name: plain(thing) for name, thing in tracked.items()}
+    things = {name: unwrap(thing) for name, thing in tracked.items()}
     known, told = {id(thing) for thing in things.values()}, list[str]()
 
     def look(optimizer: torch.optim.Optimizer, *_: Any) -> None:
@@ -118,7 +118,7 @@ def untracked_schedule(tracked: Mapping[str, Any]) -> str | None:
     A scheduler leaves `initial_lr` in the parameter groups. The result is None if any scheduler is
     tracked.
     """
-    things = {name: plain(thing) for name, thing in tracked.items()}
+    things = {name: unwrap(thing) for name, thing in tracked.items()}
     if any(
         "scheduler" in type(thing).__module__ or "lr_scheduler" in type(thing).__module__
         for thing in things.values()
@@ -138,7 +138,7 @@ def gives_nothing(thing: Any) -> bool:
     None of these values would survive a restart. Gradient scalers and torch's schedulers are
     exempt.
     """
-    inner = plain(thing)
+    inner = unwrap(thing)
     if (
         isinstance(inner, torch.amp.GradScaler | torch.optim.lr_scheduler.LRScheduler)
         or inner.state_dict() != {}

@@ -29,7 +29,10 @@ class LoopVariables:
     """The carried variables of the frames that run the loop, as they were before its first step."""
 
     def __init__(self, frames: Iterable[tuple[str, FrameType]]) -> None:
-        """Record the variables of the frames; each frame comes with the prefix of their names."""
+        """Record the carried variables of the frames.
+
+        Each frame comes after the prefix of its variables' names: "train.py: main(): ".
+        """
         # By code object: the prefix, and the fingerprint of each variable.
         self._names: dict[CodeType, tuple[str, dict[str, Any]]] = {}
         for spelled, frame in frames:

@@ -1,4 +1,4 @@
-"""Verified or not used: whatever happens to a byte of a checkpoint, it is noticed, named, and passed over for the next older one."""
+"""Verified or not used: whatever happens to a byte of a checkpoint, it is noticed, named, and skipped for the next older one."""
 
 from __future__ import annotations
 
@@ -483,7 +483,7 @@ def test_a_damaged_newest_is_passed_over_loudly_for_the_next_older_and_marked_to
     assert resume_point.manifest.step == 20
     assert torch.equal(resume_point.payload["model_state_dict"]["weight"], payload(20)["model_state_dict"]["weight"])
     assert resume_point.damaged == [(0, fmt.manifest_key(30, 1))]
-    assert any("passed over" in note and NEWEST in note for note in resume_point.notes)
+    assert any("skipped" in note and NEWEST in note for note in resume_point.notes)
     assert tree(store.root) == before, "finding only reads"
 
 

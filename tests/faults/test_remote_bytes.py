@@ -104,7 +104,7 @@ def test_damaged_in_the_bucket_the_newest_whole_one_is_gone_on_from_and_the_othe
     done = run(alone(*TASK, "train.max_steps=16", f"run.dir={tmp_path}/run", f"run.remote={home.url}"), env=home.env())
     assert done.returncode == 0 and "resumes from step 10 " in done.stdout, done.stdout + done.stderr
     for step in damaged:
-        assert any(f"step_{step:08d}-0001" in line for line in done.stdout.splitlines() if "passed over" in line), (step, done.stdout)
+        assert any(f"step_{step:08d}-0001" in line for line in done.stdout.splitlines() if "skipped" in line), (step, done.stdout)
         key = f"checkpoints/step_{step:08d}-0001.json"
         assert {key, f"{key}.damaged"} <= set(home.keys()), f"{step} is deleted, or not marked"
     assert "not of this run" in done.stdout

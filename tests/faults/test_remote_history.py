@@ -706,7 +706,7 @@ def test_a_damaged_remote_copy_is_marked_after_a_second_full_read_and_not_rename
         key: tag for key, tag in before.items() if key.startswith(fmt.CHECKPOINTS)
     }
     assert fmt.manifest_key(4, 1) + ".damaged" in after and fmt.data_key(4, 1) + ".damaged" not in after
-    assert "passed over" in born.text and fmt.stem(4, 1) in born.text
+    assert "skipped" in born.text and fmt.stem(4, 1) in born.text
     assert json.loads(place.get(fmt.attempt_key(2)))["from"] == {"attempt": 1, "step": 2}
 
 

@@ -108,6 +108,45 @@ def test_there_are_no_import_cycles():
     assert done == names
 
 
+# What a loop needs only sometimes, and what builds everything else: both are imported when they are used.
+GATES = {"harness.run.assembly", "harness.exchange.weights"}
+
+
+def _without_types(tree: ast.Module) -> ast.Module:
+    """The tree without what is imported for type checkers only."""
+
+    class Cut(ast.NodeTransformer):
+        def visit_If(self, node: ast.If) -> ast.AST | None:
+            return None if ast.unparse(node.test) == "TYPE_CHECKING" else self.generic_visit(node)
+
+    return Cut().visit(ast.parse(ast.unparse(tree)))
+
+
+def test_the_path_of_a_step_is_short():
+    """From `train.py` to the end of a step, imports in functions and through the facade followed, up to the gates."""
+    homes = {
+        alias.name: node.module
+        for node in ast.walk(TREES[HOUSE / "__init__.py"])
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    names, lines, needed = set(MODULES.values()), {}, {}
+    for file, tree in TREES.items():
+        kept = _without_types(tree)
+        facade = {
+            homes[n.attr] for n in ast.walk(kept) if isinstance(n, ast.Attribute) and ast.unparse(n.value) == "harness" and n.attr in homes
+        }
+        needed[MODULES[file]] = ((imported(kept) | facade) & names) - {"harness", MODULES[file]}
+        lines[MODULES[file]] = len([line for line in file.read_text().splitlines() if line.strip()])
+    path, frontier, hops = {"harness.train"}, {"harness.train"}, 0
+    while frontier := {other for name in frontier for other in needed[name]} - path - GATES:
+        path, hops = path | frontier, hops + 1
+    assert {"harness.run.api", "harness.run.loop", "harness.step"} < path
+    assert hops <= 3
+    assert len(path) <= 30
+    assert sum(lines[name] for name in path) <= 3000
+
+
 DOORS = {
     "omegaconf": {"config"},
     "yaml": {"config"},

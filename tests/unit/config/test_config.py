@@ -12,7 +12,7 @@ from conftest import REPO, alone, run
 
 import harness
 from harness import cli, config, train
-from harness.config import table
+from harness.config import settings_page, table
 from harness.config.stored import restored
 from harness.errors import EXIT_USAGE, UsageError
 
@@ -247,7 +247,7 @@ def test_a_wrong_command_line_ends_with_78_and_without_a_traceback(tmp_path):
 
 def test_the_page_of_settings_is_as_the_schema_has_it():
     page = (REPO / "configs/README.md").read_text()
-    assert page == table.markdown(), "run scripts/settings"
+    assert page == settings_page.markdown(), "run scripts/settings"
     assert all(f"| `{of.name}` |" in page for of in table.settings())
 
 

@@ -1105,7 +1105,7 @@ def test_a_sparse_tensor_is_exported_or_refused_in_words(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("--ema", "--format", "full"), "averaged"),
+        (("--ema", "--format", "full"), "their average"),
         (("--legacy", "--format", "safetensors"), "older"),
         (("--legacy", "--format", "torchscript"), "older"),
         (("--legacy", "--format", "exported"), "older"),

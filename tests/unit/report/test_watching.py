@@ -103,7 +103,8 @@ def test_a_rank_that_others_do_not_join_says_so(tmp_path: Path, started: Callabl
 
 def test_the_rate_survives_a_resume_and_then_gives_way_to_what_is_seen():
     clock = Clock(50.0)
-    pace = Throughput(clock, 100, before=4.0)
+    pace = Throughput(clock)
+    pace.begin(100, before=4.0)
     assert pace.steps_per_s(100) == pytest.approx(4.0) and pace.left_s(100, 140) == pytest.approx(10.0)
     clock.now += TRUSTED_S
     assert pace.steps_per_s(100 + int(2 * TRUSTED_S)) == pytest.approx(3.0)

@@ -304,7 +304,7 @@ def test_the_loader_processes_are_as_the_dataloader_wants_them(tmp_path):
     [
         (lambda data: DataLoader(data, batch_size=None), "does not batch samples by a number of its own"),
         (lambda data: DataLoader(data, batch_sampler=[[1, 2], [3]]), "does not batch samples by a number of its own"),
-        (lambda data: DataLoader(data, 4, sampler=type("Weighted", (DistributedSampler,), {})(data, 2, 0)), "an order of its own"),
+        (lambda data: DataLoader(data, 4, sampler=type("Weighted", (DistributedSampler,), {})(data, 2, 0)), "splits the samples"),
     ],
     ids=["no batches", "batches by hand", "a rank's own"],
 )  # fmt: skip

@@ -59,6 +59,12 @@ def test_who_dies_goes_on_from_the_last_step(tmp_path, kept, uninterrupted, capf
     left_at(tmp_path / "a", 7, **options)
     assert in_memory(kept) == [6] and steps_of(tmp_path / "a") == ([4] if options is ON_DISK else [])
     capfd.readouterr()
+    assert cli.main(["ls", str(tmp_path / "a")]) == 0
+    named = {line.split()[0]: line for line in capfd.readouterr().out.splitlines() if "resumes from here" in line}
+    assert named["step_00000006-0001"].rstrip().endswith("resumes from here, on this machine")
+    assert {name for name, line in named.items() if line.rstrip().endswith("on any other machine")} == (
+        {"step_00000004-0001"} if options is ON_DISK else set()
+    )
     train(tmp_path / "a", **options)
     said = capfd.readouterr().out
     assert (
@@ -125,7 +131,7 @@ def test_what_is_damaged_in_memory_is_passed_over(tmp_path, kept, uninterrupted,
     capfd.readouterr()
     train(tmp_path / "a", **ON_DISK)
     said = capfd.readouterr().out
-    assert "resumes from step 4 " in said and ("passed over" in said or how == "manifest torn")
+    assert "resumes from step 4 " in said and ("skipped" in said or how == "manifest torn")
     assert not kept.root.exists() and list_differences(tmp_path / "a", uninterrupted) == []
 
 

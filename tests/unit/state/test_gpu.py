@@ -64,7 +64,7 @@ def test_the_image_is_the_file_that_torch_would_have_written(tmp_path, steady):
     for _ in range(2):  # the second time in memory that is pinned, and full of the first
         captured = state.captured({"step": 1}, tracked)
         addresses = {met.saved.data_ptr() for met in captured.seen.all} if steady else set()
-        snapshot = Snapshot(captured.payload, addresses, captured.elsewhere(), gpu_copy)
+        snapshot = Snapshot(captured.payload, addresses, captured.gpu_sources(), gpu_copy)
         snapshot.copy_rest()
         snapshot.copy_into(staging)
         snapshot.arrive()

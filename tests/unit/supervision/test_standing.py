@@ -735,7 +735,7 @@ def test_the_last_try_goes_on_from_the_checkpoint_before_and_the_run_is_the_same
     assert harness("supervise", "before", *task, f"run.dir={directory}", launch="9.3")[0] == 75
     code, said = life("9.3")
     assert code == 0, said
-    assert "going back behind step_00000004-0001" in said
+    assert "skipping step_00000004-0001" in said
     origins = [json.loads(path.read_text())["from"] for path in sorted(directory.glob("attempts/*[0-9].json"))]
     assert [origin and origin["step"] for origin in origins] == [None, 4, 4, 2]
     assert harness("supervise", "after", "--code", "0", *task, f"run.dir={directory}", launch="9.3")[0] == 0
