@@ -11,10 +11,16 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 from conftest import REPO, harness, run, wait_until
 from slurm_cluster import SlurmCluster
 
-from harness.drill.faults import KINDS, planned
+from harness.distributed.ranks import World
+from harness.drill import program_runs
+from harness.drill.faults import KINDS, Fault, planned
+from harness.drill.program_runs import ProgramRun
+from harness.run.drill_hooks import DRILL, PLAN, Traces
+from harness.supervision.launches import REDIRECT
 
 PROGRAM = """
 import sys
@@ -74,6 +80,18 @@ def test_faults_follow_from_the_seed_and_each_kind_comes_before_any_comes_twice(
     assert all(1 <= fault.step <= 100 for fault in faults)
     assert [fault.step for fault in faults] == sorted(fault.step for fault in faults)
     assert planned(2, ["startup", "first-step"], 100, seed=0)[0].step == 0
+
+
+@pytest.mark.parametrize("number", [0, 2, 5])
+def test_the_fault_of_another_number_of_workers_changes_their_number_each_time(tmp_path, monkeypatch, number):
+    monkeypatch.setenv(DRILL, "1")
+    monkeypatch.setenv(REDIRECT, str(tmp_path))
+    life, used = ProgramRun(tmp_path, {"faults": []}), []
+    for at in range(3):
+        (tmp_path / PLAN).write_text(json.dumps(life.plan))
+        used.append(Traces(World(0, 1, torch.device("cpu"), 60.0)).workers(number))
+        program_runs._afterwards(Fault(at, "workers", at, 0.5), life)
+    assert used[0] == number and used[0] != used[1] != used[2], used
 
 
 def test_an_exact_program_is_equal_and_its_own_places_are_left_alone(tmp_path):
