@@ -13,13 +13,15 @@ import psutil
 import pytest
 import torch
 from conftest import REPO, harness, run, wait_until
+from library_runs import train
 from slurm_cluster import SlurmCluster
 
 from harness.distributed.ranks import World
 from harness.drill import program_runs
+from harness.drill import verdict as verdicts
 from harness.drill.faults import KINDS, Fault, planned
 from harness.drill.program_runs import ProgramRun
-from harness.run.drill_hooks import DRILL, PLAN, Traces
+from harness.run.drill_hooks import DRILL, PLAN, RUN, Traces
 from harness.supervision.launches import REDIRECT
 
 PROGRAM = """
@@ -117,6 +119,15 @@ def test_a_program_that_is_not_deterministic_is_told_apart(tmp_path):
     found = drill(tmp_path, "--faults", "1", "--kinds", "kill", planted="x = x + int.from_bytes(__import__('os').urandom(2)) / 1e6")
     assert (found["code"], found["deterministic"]) == (1, False)
     assert found["cause"].startswith("not deterministic")
+
+
+def test_a_program_whose_kept_files_are_others_each_time_is_not_deterministic(tmp_path):
+    for name, words in (("whole", b"12:00"), ("hurt", b"12:01"), ("same", b"12:00")):
+        train(tmp_path / name / RUN, each=lambda job, words=words: job.keep("notes.txt", words))
+    whole, hurt, same = (ProgramRun(tmp_path / name, {}) for name in ("whole", "hurt", "same"))
+    assert verdicts.verdict(whole, hurt, []).files == ["notes.txt"]
+    assert not verdicts.is_alike(whole, hurt)
+    assert verdicts.verdict(whole, same, []).is_equal and verdicts.is_alike(whole, same)
 
 
 @pytest.mark.parametrize(
