@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import secrets
 import signal
 import struct
 import sys
@@ -26,7 +27,7 @@ from harness.monitoring import trackers
 from harness.monitoring.goodput import DATA, OVERHEAD, RESTORE, STARTUP, TRAINING, Goodput
 from harness.monitoring.throughput import TRUSTED_S, Throughput
 from harness.monitoring.wait_notices import WaitNotices
-from harness.store import LocalStore
+from harness.store import LocalStore, open_store
 from harness.supervision import attempt_history, hang_report
 
 pytestmark = pytest.mark.usefixtures("process_as_it_was")
@@ -318,6 +319,19 @@ def test_one_sentence_tells_who_is_stuck_and_who_waits(ranks: dict[int, str], si
     assert hang_report.sentence(told, size) == words
     text = hang_report.page(told, size)
     assert text.startswith(words + ".\n\n--- rank 0, step 5: e") and text.count("--- rank") == len(ranks)
+
+
+def test_the_report_of_a_rank_on_another_nodes_disk_is_named_where_it_is(tmp_path: Path) -> None:
+    """Its run.dir is not that of the writer, so it holds neither the attempt nor its events."""
+    elsewhere, bucket = LocalStore(tmp_path / "run"), open_store(f"memory://{secrets.token_hex(8)}/run", 5)
+    attempt = attempts.Attempt(1, "run", "nonce")
+    attempts.first_word(bucket, "attempts/0001.json", {"run_id": "run", "nonce": "nonce"})
+    for rank in (0, 1):
+        attempts.add_event(bucket, attempt, rank, hang_report.line(rank, 5, "a step took longer than 3 s", OWN, ""))
+    words, where = hang_report.report((elsewhere, bucket), attempt, 2, 5.0)
+    assert words.startswith("rank 0 is stuck in loss (my_task.py:7)") and where == bucket.where("hangs/0001.txt")
+    assert bucket.exists("hangs/0001.txt") and not elsewhere.exists("hangs/0001.txt")
+    assert hang_report.report((elsewhere,), attempt, 2, 5.0) == ("", "")
 
 
 HANGING = """\
