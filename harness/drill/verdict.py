@@ -220,7 +220,7 @@ def _suspects(run: Path) -> list[str]:
     """Return the paths of live objects that the run has reported as untracked."""
     store, found = LocalStore(run), dict[str, None]()
     for file in sorted((run / "events").glob("[0-9]*.jsonl")):
-        for event in attempt_history.events([store], int(file.name[:4])):
+        for event in attempt_history.events([store], int(file.stem.partition("-")[0])):
             if event.get("event") == "untracked":
                 found |= dict.fromkeys(str(path) for path in event.get("names", []))
     return list(found)

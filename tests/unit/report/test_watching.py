@@ -137,6 +137,16 @@ def test_of_many_events_only_the_end_is_read(tmp_path: Path) -> None:
     assert [event["step"] for event in attempt_history.events([store], 2)] == [1, 2, 3]
 
 
+def test_events_are_of_one_attempt_also_where_its_number_begins_another_one(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path / "run")
+    store.prepare(("events",))
+    for number, names in ((1000, ("1000", "1000-000001", "1000-rank1")), (10000, ("10000", "10000-rank0"))):
+        for name in names:
+            store.append(f"events/{name}.jsonl", json.dumps({"event": "step", "attempt": number}).encode() + b"\n")
+    assert [event["attempt"] for event in attempt_history.events([store], 1000)] == [1000] * 3
+    assert [event["attempt"] for event in attempt_history.events([store], 10000)] == [10000] * 2
+
+
 def test_a_resumed_run_knows_its_rate_and_what_is_left_at_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     train(tmp_path / "a", leave_at=9, log_every_steps=1, each=lambda job: time.sleep(0.1))
     capfd.readouterr()
