@@ -13,8 +13,10 @@ from conftest import harness, kill_tree, run, torchrun, wait_until
 from programs import HEAD, Outcome, killed_once, live
 from remote_runs import Home
 
+from harness.checkpoint import attempts
+from harness.checkpoint.catalog import read_catalog
 from harness.cli import main
-from harness.selfcheck import step_log, step_records
+from harness.selfcheck import identity, step_log, step_records
 from harness.store import LocalStore, Store, open_store
 from harness.supervision import attempt_history
 
@@ -203,6 +205,25 @@ def test_a_damaged_file_gives_what_is_whole_in_it(tmp_path):
         file.truncate(1 << 40)  # holds nothing
     assert read_back(events, 2).logs[1].lines == LINES
     assert attempt_history.events([events], 1) == []
+
+
+@pytest.mark.parametrize("wrong", [True, 5, "x", [], ["one"], {"a": 1}, None], ids=repr)
+def test_records_of_a_resume_that_hold_anything_at_all_are_no_traceback(wrong, tmp_path, capsys):
+    store = LocalStore(tmp_path)
+    store.prepare(("attempts", "events", "checkpoints"))
+    result = {"verdict": "mismatch", "what": "loss", "step": 5, "attempt": 2, "before": 1} | dict.fromkeys(
+        ("hosts", "devices", "suspects", "expected", "was", "now", "name", "rank"), wrong
+    )
+    for number, origin in ((1, None), (2, {"attempt": 1, "step": 4})):
+        record = {"run_id": "a", "nonce": "b", "from": origin, "insisted": wrong, "sources": wrong}
+        record["environment"] = {"torch": wrong, "distributions": wrong}
+        store.create(f"attempts/{number:04d}.json", attempts.spell(record), number)
+    (tmp_path / "attempts" / "0001.replay.json").write_text("[" * 100_000)
+    (tmp_path / "attempts" / "0002.replay.json").write_bytes(attempts.spell(result))
+    for command in ("status", "report"):
+        assert "MISMATCH: recomputed step 5 is not what it was" in said(capsys, command, str(tmp_path))
+    programs = read_catalog(store).attempts
+    assert isinstance(identity.AttemptIdentities(2, {}, {1: {}}, programs).expected(1), list)
 
 
 def test_lines_are_dropped_when_every_store_has_a_newer_checkpoint(tmp_path, bucket):
