@@ -121,6 +121,7 @@ def test_a_program_that_is_not_deterministic_is_told_apart(tmp_path):
     assert found["cause"].startswith("not deterministic")
 
 
+@pytest.mark.usefixtures("process_as_it_was")
 def test_a_program_whose_kept_files_are_others_each_time_is_not_deterministic(tmp_path):
     for name, words in (("whole", b"12:00"), ("hurt", b"12:01"), ("same", b"12:00")):
         train(tmp_path / name / RUN, each=lambda job, words=words: job.keep("notes.txt", words))
