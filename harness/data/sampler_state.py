@@ -23,6 +23,7 @@ from harness.data.generator_objects import (
     is_generator,
     set_generator_state,
 )
+from harness.data.quantized import scale_of
 
 PLAIN = (bool, int, float, str, type(None))
 DEPTH, MOST_FUNCTIONS = 3, 20
@@ -221,10 +222,10 @@ def _into(digest: Any, value: Any) -> None:
     """Add plain data to a digest."""
     if isinstance(value, torch.Tensor):
         value = value.detach().cpu().contiguous()
-        kind = f"{str(value.dtype).removeprefix('torch.')}{tuple(value.shape)}"
+        kind = f"{str(value.dtype).removeprefix('torch.')}{tuple(value.shape)}{scale_of(value)}"
         digest.update(kind.encode() + value.reshape(-1).view(torch.uint8).numpy().tobytes())
     elif isinstance(value, np.ndarray):
-        kind = f"{value.dtype}{value.shape}"
+        kind = f"{value.dtype}{value.shape}()"
         digest.update(kind.encode() + np.ascontiguousarray(value).tobytes())
     elif isinstance(value, list | tuple):
         for item in (len(value), *value):
