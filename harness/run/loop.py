@@ -175,6 +175,7 @@ class Loop:
         self._kept_state.at_boundary(self.state)
         self._checkpointer.replay.step_made(self.step, share.digest, self._metric_buffer.logged)
         self._position, self.epoch = share.after, share.after.epoch
+        self._checkpointer.alive(self.step)
         if self.step % self._settings.log_every_steps == 0:
             self._metric_buffer.hold(self.step)
 
