@@ -4,7 +4,8 @@ The files of a run:
 
     <run>/checkpoints/step_00000120-0003.pt     data of step 120, written by attempt 3
     <run>/checkpoints/step_00000120-0003.json   manifest of that checkpoint
-    <run>/attempts/0003.json                    attempt 3: host, pid, nonce, the resume point
+    <run>/attempts/0003.json                    attempt 3: host, pid, nonce, the resume point,
+                                                the retention
     <run>/attempts/0003.end.json                how it ended: finished, stopped, failed, superseded
     <run>/events/0003.jsonl                     event log of attempt 3, one event per line
     <run>/events/0003.steps                     samples and losses of each step since the last

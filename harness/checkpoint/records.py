@@ -15,11 +15,16 @@ MOST = 1 << 62  # exclusive limit for the number of a step, an attempt or a proc
 
 def parse(text: bytes) -> dict[str, Any]:
     """Return the valid fields of a record; {} if the record cannot be parsed."""
+    return plain(fields(text))
+
+
+def fields(text: bytes) -> dict[str, Any]:
+    """Return all fields of a record, whatever their types; {} if it cannot be parsed."""
     try:
         found = json.loads(text)
     except (ValueError, RecursionError):
         return {}
-    return plain(found) if isinstance(found, dict) else {}
+    return found if isinstance(found, dict) else {}
 
 
 def plain(record: dict[str, Any]) -> dict[str, Any]:
@@ -91,6 +96,10 @@ def _is_texts(value: object) -> bool:
     return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
+def _is_environment(value: object) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("distributions") or {}, dict)
+
+
 def _is_origin(value: object) -> bool:
     return value is None or (
         isinstance(value, dict) and is_count(value.get("attempt")) and is_count(value.get("step"))
@@ -126,6 +135,9 @@ KINDS = (
         "time": is_time,
         "code": _is_code,
         "spent": _is_mapping,
+        "sources": _is_mapping,
         "signals": _is_texts,
+        "insisted": _is_texts,
+        "environment": _is_environment,
     }
 )

@@ -10,15 +10,18 @@ import dataclasses
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from harness.checkpoint import format as fmt
 from harness.checkpoint.attempts import Attempt, check_fence
-from harness.checkpoint.catalog import read_catalog
+from harness.checkpoint.catalog import Catalog, read_catalog
 from harness.checkpoint.format import Manifest
+from harness.checkpoint.records import is_count
 from harness.errors import UsageError
 from harness.store import Store
 
 ALWAYS_KEPT = 2
+RECORDED = "retention"  # field of an attempt's record
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,41 @@ def policy(last: int, every_steps: int | None, best: int, metric: str) -> Policy
     """Return the policy that ranks by `metric`, which is written "NAME:min" or "NAME:max"."""
     name, _, direction = metric.rpartition(":")
     return Policy(last, every_steps, best, name, direction == "max")
+
+
+def record(policy: Policy, remote_policy: Policy) -> dict[str, Any]:
+    """Return the policies of the first and of a remote store as a field of an attempt's record."""
+    return {
+        RECORDED: {"run": dataclasses.asdict(policy), "remote": dataclasses.asdict(remote_policy)}
+    }
+
+
+def recorded(found: Catalog, *, is_local: bool) -> Policy | None:
+    """Return the policy of the newest attempt in the head's lineage that has recorded a valid one.
+
+    None if there is none: an earlier harness recorded no policy.
+
+    Args:
+        found: Catalog of the run's stores.
+        is_local: Whether the policy of the run directory is returned, or that of a remote store.
+    """
+    for number, _ in reversed(found.head.lineage if found.head else ()):
+        both = found.attempts.get(number, {}).get(RECORDED)
+        fields = both.get("run" if is_local else "remote") if isinstance(both, dict) else None
+        if isinstance(fields, dict) and _is_policy(fields):
+            return Policy(**fields)
+    return None
+
+
+def _is_policy(fields: Mapping[str, Any]) -> bool:
+    """Return whether the fields from outside are those of a policy, each of its type."""
+    return (
+        fields.keys() == {field.name for field in dataclasses.fields(Policy)}
+        and all(is_count(fields[name]) for name in ("last", "best"))
+        and (fields["every_steps"] is None or is_count(fields["every_steps"]))
+        and isinstance(fields["metric"], str)
+        and isinstance(fields["higher_is_better"], bool)
+    )
 
 
 def changed(policy: Policy, by: Mapping[str, int | None]) -> Policy:

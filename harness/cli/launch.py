@@ -147,7 +147,7 @@ def _check_code(line: CommandLine) -> None:
     settings = line.settings
     if settings.run.loop:
         check_loop(settings.run.loop)
-        check_named(settings, line.settings_given)
+        check_named(config.given(line.config_file, line.settings_given))
         return
     # If HARNESS_CODE is set, its folder comes before the working directory in the search path.
     if not os.environ.get("HARNESS_CODE"):

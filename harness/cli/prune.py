@@ -176,7 +176,18 @@ def _settings(store: Store, found: Catalog) -> dict[str, Any]:
 
 
 def _policy(store: Store, found: Catalog, given: argparse.Namespace) -> retention.Policy:
-    """Return the retention policy: the command line first, then the run's settings.
+    """Return the retention policy: the command line first, then that of the run."""
+    own = {"last": given.keep_last, "every_steps": given.keep_every_steps, "best": given.keep_best}
+    policy = retention.recorded(found, is_local=store.is_local)
+    if policy is None:
+        policy = _of_settings(store, found)
+    if given.best:
+        policy = retention.policy(policy.last, policy.every_steps, policy.best, given.best)
+    return retention.changed(policy, own)
+
+
+def _of_settings(store: Store, found: Catalog) -> retention.Policy:
+    """Return the policy by the run's settings, for a run without a recorded policy.
 
     For a remote store, `store.keep` takes precedence over `checkpoint.keep_*`.
     """
@@ -185,9 +196,6 @@ def _policy(store: Store, found: Catalog, given: argparse.Namespace) -> retentio
         settings.get("checkpoint.keep_last", default.last),
         settings.get("checkpoint.keep_every_steps", default.every_steps),
         settings.get("checkpoint.keep_best", default.best),
-        given.best or settings.get("checkpoint.best", f"{default.metric}:min"),
+        settings.get("checkpoint.best", f"{default.metric}:min"),
     )
-    if not store.is_local:
-        policy = retention.changed(policy, settings.get("store.keep") or {})
-    own = {"last": given.keep_last, "every_steps": given.keep_every_steps, "best": given.keep_best}
-    return retention.changed(policy, own)
+    return policy if store.is_local else retention.changed(policy, settings.get("store.keep") or {})

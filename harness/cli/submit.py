@@ -138,7 +138,7 @@ def _load(given: argparse.Namespace) -> tuple[Config, dict[str, Any]]:
     own = [f"slurm.{name}={_as_yaml(value)}" for name, value in flags.items() if value is not None]
     settings, stored = config.load(given.config, [*given.settings, *own])
     if settings.run.loop:
-        check_named(settings, given.settings)
+        check_named(config.given(given.config, given.settings))
     return settings, stored
 
 

@@ -28,6 +28,7 @@ __all__ = [
     "digest",
     "flatten",
     "from_yaml",
+    "given",
     "help_text",
     "load",
     "nested",
@@ -52,6 +53,21 @@ def load(file: str | None, overrides: list[str]) -> tuple[Config, dict[str, Any]
     from harness.config.loader import read
 
     return read(file, overrides)
+
+
+def given(file: str | None, overrides: list[str]) -> set[str]:
+    """Return the names of the settings that a YAML file or `key=value` texts give a value.
+
+    The value may be that of the default, but not null. What cannot be read is left out; `load`
+    reports it.
+
+    Args:
+        file: Path of the YAML file, or None.
+        overrides: Texts of the form `key=value`.
+    """
+    from harness.config.loader import names
+
+    return names(file, overrides)
 
 
 def from_yaml(text: bytes) -> dict[str, Any]:

@@ -63,6 +63,12 @@ def read(file: str | None, overrides: list[str]) -> tuple[Config, dict[str, Any]
     return OmegaConf.to_object(merged), _plain(merged, resolve=False)  # type: ignore[return-value]
 
 
+def names(file: str | None, overrides: list[str]) -> set[str]:
+    """Return the names of the settings that have a value; see `harness.config.given`."""
+    found = _file_settings(file, []) + _line_settings(overrides, [])
+    return {name for name, value, _ in found if value is not None}
+
+
 def _plain(settings: Any, *, resolve: bool) -> dict[str, Any]:
     """Return the settings as nested dicts, with `init.from` as users write it."""
     nested: Any = OmegaConf.to_container(settings, resolve=resolve)

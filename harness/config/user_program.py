@@ -5,10 +5,10 @@ The program and its arguments are the setting `run.loop`.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from importlib.machinery import all_suffixes
 from pathlib import Path
 
-from harness.config.schema import Config
 from harness.errors import UsageError
 
 
@@ -51,19 +51,15 @@ def check_alone(folder: Path, who: str) -> None:
             )
 
 
-def check_named(settings: Config, given: list[str]) -> None:
+def check_named(given: Collection[str]) -> None:
     """Raise UsageError if the settings do not name the run that the user's program trains.
 
-    In that case `run.dir` has its default value, which is meant for another run, and the command
-    line sets neither `run.dir` nor `run.remote`.
+    The default of `run.dir` is meant for another run.
 
     Args:
-        settings: The merged settings.
-        given: The settings of the command line.
+        given: The names of the settings that the configuration file or the command line gives.
     """
-    if settings.run.dir == Config().run.dir and not any(
-        text.startswith(("run.dir=", "run.remote=")) for text in given
-    ):
+    if not {"run.dir", "run.remote"} & set(given):
         raise UsageError(
             "it is not said which run this program trains",
             remedy="Name it as to harness.init: run.dir=… or run.remote=…",

@@ -13,6 +13,7 @@ from harness.data.given_order import KEPT
 from harness.data.held_generators import Randomness, find
 from harness.data.loading import is_iterable
 from harness.data.plan import kept_generators
+from harness.data.quantized import scale_of
 
 SAMPLES = 64
 
@@ -127,6 +128,10 @@ def _kind(value: Any) -> bytes:
     return type(value).__name__.encode()
 
 
+def _said(scale: tuple[Any, ...]) -> str:
+    return repr(scale) if scale else ""
+
+
 def digest_into(digest: Any, value: Any, other: Callable[[Any], bytes] = _kind) -> None:
     """Add a sample to a digest.
 
@@ -140,7 +145,7 @@ def digest_into(digest: Any, value: Any, other: Callable[[Any], bytes] = _kind) 
             .contiguous()
         )
         digest.update(
-            f"{value.dtype}{tuple(value.shape)}".encode()
+            f"{value.dtype}{tuple(value.shape)}{_said(scale_of(value))}".encode()
             + value.reshape(-1).view(torch.uint8).numpy().tobytes()
         )
     elif isinstance(value, np.ndarray) and value.dtype == object:  # its buffer holds addresses

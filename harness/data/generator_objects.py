@@ -19,6 +19,11 @@ KINDS = (
     np.random.BitGenerator,
     random.Random,
 )
+BIT_GENERATORS = ("MT19937", "PCG64", "PCG64DXSM", "Philox", "SFC64")
+NUMPYS: dict[str, Any] = {
+    f"numpy.random.{kind.__name__}": kind
+    for kind in (np.random.Generator, np.random.RandomState, np.random.BitGenerator)
+}
 
 
 def is_generator(thing: object) -> bool:
@@ -69,6 +74,27 @@ def generator_state(thing: Any) -> dict[str, Any]:
     }
 
 
+def generator_of(state: Any) -> Any:
+    """Return a new generator of the kind that a saved state is of; its own state is not set yet.
+
+    Returns None if it is not the state of a generator, or of one on a device that is not there.
+    """
+    kind = str(state.get("kind")) if isinstance(state, Mapping) else ""
+    word, _, inner = kind.removesuffix(")").partition(" (")
+    if kind == "random.Random":
+        return random.Random()
+    if word == "torch.Generator" and inner in _devices():
+        return torch.Generator(inner)
+    if inner not in BIT_GENERATORS or word not in NUMPYS:
+        return None
+    bits = getattr(np.random, inner)()
+    return bits if NUMPYS[word] is np.random.BitGenerator else NUMPYS[word](bits)
+
+
+def _devices() -> tuple[str, ...]:
+    return ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+
+
 def set_generator_state(name: str, thing: Any, state: Mapping[str, Any]) -> None:
     """Restore a generator's state from what `generator_state` returned.
 
@@ -77,10 +103,11 @@ def set_generator_state(name: str, thing: Any, state: Mapping[str, Any]) -> None
             `name`.
     """
     kind = generator_state(thing)["kind"]
-    if kind != state["kind"]:
+    saved = state.get("kind") if isinstance(state, Mapping) else type(state).__name__
+    if kind != saved:
         raise UsageError(
             f"the generator {name} is not what the checkpoint was saved from",
-            f"found: {kind}, expected: {state['kind']}",
+            f"found: {kind}, expected: {saved}",
             "Make it as before, or take a new run directory.",
         )
     if isinstance(thing, torch.Generator):

@@ -17,7 +17,13 @@ import numpy as np
 import torch
 from torch.utils.data import Sampler
 
-from harness.data.generator_objects import generator_state, is_generator, set_generator_state
+from harness.data.generator_objects import (
+    generator_of,
+    generator_state,
+    is_generator,
+    set_generator_state,
+)
+from harness.data.quantized import scale_of
 
 PLAIN = (bool, int, float, str, type(None))
 DEPTH, MOST_FUNCTIONS = 3, 20
@@ -43,24 +49,45 @@ class Part:
         return _digest(self.read())
 
     def put_back(self, value: Any) -> None:
-        """Set the part to a saved state, in place where possible."""
+        """Set the part to a saved state, in place where possible.
+
+        The part may have become something of another kind since then, such as a generator that the
+        sampler makes when it is first asked.
+
+        Raises:
+            UsageError: A generator is of another kind than the saved one.
+        """
         thing = self.thing
-        if is_generator(thing):
+        if isinstance(thing, np.ndarray) and isinstance(value, torch.Tensor):
+            value = value.numpy()  # a checkpoint holds tensors only
+            value = value.astype(thing.dtype) if value.shape == thing.shape else value
+        if is_generator(thing) and (self.owner is None or generator_of(value) is not None):
             set_generator_state(self.name or "of order=", thing, value)
-        elif (
-            isinstance(thing, torch.Tensor)
-            and isinstance(value, torch.Tensor)
-            and thing.shape == value.shape
-        ):
+        elif _is_alike(thing, value):
             with torch.no_grad():
-                thing.copy_(value)
-        elif isinstance(thing, np.ndarray) and thing.shape == tuple(value.shape):
-            thing[...] = np.asarray(value)
+                thing[...] = value
         elif type(thing) is list and isinstance(value, list):
             thing[:] = value
         else:
-            new = np.asarray(value) if isinstance(thing, np.ndarray) else value
-            setattr(self.owner, self.name, new)
+            setattr(self.owner, self.name, _made(value))
+
+
+def _is_alike(thing: Any, value: Any) -> bool:
+    """Return whether both are arrays or tensors, of one shape and dtype."""
+    return (
+        isinstance(thing, torch.Tensor | np.ndarray)
+        and isinstance(value, type(thing))
+        and thing.shape == value.shape
+        and thing.dtype == value.dtype
+    )
+
+
+def _made(value: Any) -> Any:
+    """Return what a part's saved state is the state of: a new generator, or a copy of the value."""
+    if (generator := generator_of(value)) is not None:
+        set_generator_state("", generator, value)
+        return generator
+    return _value(value)
 
 
 class SamplerState:
@@ -195,11 +222,11 @@ def _into(digest: Any, value: Any) -> None:
     """Add plain data to a digest."""
     if isinstance(value, torch.Tensor):
         value = value.detach().cpu().contiguous()
-        digest.update(
-            f"{tuple(value.shape)}".encode() + value.reshape(-1).view(torch.uint8).numpy().tobytes()
-        )
+        kind = f"{str(value.dtype).removeprefix('torch.')}{tuple(value.shape)}{scale_of(value)}"
+        digest.update(kind.encode() + value.reshape(-1).view(torch.uint8).numpy().tobytes())
     elif isinstance(value, np.ndarray):
-        digest.update(f"{value.shape}".encode() + np.ascontiguousarray(value).tobytes())
+        kind = f"{value.dtype}{value.shape}()"
+        digest.update(kind.encode() + np.ascontiguousarray(value).tobytes())
     elif isinstance(value, list | tuple):
         for item in (len(value), *value):
             _into(digest, item)

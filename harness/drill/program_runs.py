@@ -23,7 +23,7 @@ from harness.supervision.launches import REDIRECT
 LOOK_S, GONE_WITHIN_S = 0.02, 20.0
 # Prefixes of environment variables that belong to the launcher or job that starts the drill.
 ANOTHER = ("SLURM_", "TORCHELASTIC_", "HARNESS_")
-WORKERS = (2, 0)  # values of num_workers, used in turn after each "workers" fault
+WORKERS = (2, 0)  # num_workers after a "workers" fault: the first that is not in use
 
 
 @dataclass(frozen=True)
@@ -249,7 +249,7 @@ def _afterwards(fault: Fault, life: ProgramRun) -> None:
     if fault.kind == "lost-disk":
         shutil.rmtree(life.run, ignore_errors=True)
     if fault.kind == "workers":
-        life.plan["workers"] = WORKERS[life.plan.get("workers") == WORKERS[0]]
+        life.plan["workers"] = WORKERS[read(life.folder).workers == WORKERS[0]]
 
 
 def _until_gone(life: ProgramRun) -> None:

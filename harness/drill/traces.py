@@ -35,6 +35,7 @@ class Traces:
     starts: list[tuple[float, int, int]] = field(default_factory=list)
     pids: list[tuple[float, int, int]] = field(default_factory=list)  # (time, rank, PID)
     has: set[str] = field(default_factory=set)  # features in use: "evaluation", "workers"
+    workers: int = 0  # number of loader processes of a rank in the newest file
 
     @property
     def last_step(self) -> int:
@@ -66,6 +67,7 @@ def read(folder: Path) -> Traces:
                     found.starts.append((line["time"], attempt, line["goes_on_from"]))
             elif "has" in line:
                 found.has.add(line["has"])
+                found.workers = line.get("number", found.workers)
             elif "step" in line:
                 digests = {name: line[name] for name in COMPARED if name in line}
                 found.steps.append(

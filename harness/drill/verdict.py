@@ -12,7 +12,7 @@ from typing import Any
 from harness.drill.faults import KINDS, Fault
 from harness.drill.program_runs import Caused, ProgramRun
 from harness.drill.traces import Difference, Traces, differences, first_of, read
-from harness.exchange.compare import compare
+from harness.exchange.compare import Comparison, compare
 from harness.store import LocalStore
 from harness.supervision import attempt_history
 from harness.text import table
@@ -103,6 +103,39 @@ class Verdict:
         }
 
 
+@dataclass(frozen=True)
+class _Compared:
+    """All differences of two runs: of their traces, last checkpoints, and kept files."""
+
+    expected: Traces
+    found: Traces
+    steps: list[Difference]
+    last: Comparison
+    files: list[str]
+
+    @property
+    def is_equal(self) -> bool:
+        """Return whether the runs have as many steps, and nothing differs."""
+        return (
+            self.expected.last_step == self.found.last_step
+            and not self.steps
+            and not self.last.count
+            and not self.files
+        )
+
+
+def _compared(whole: ProgramRun, other: ProgramRun) -> _Compared:
+    """Compare all steps, the last checkpoints and the kept files of two runs bit for bit."""
+    expected, found = read(whole.folder), read(other.folder)
+    return _Compared(
+        expected,
+        found,
+        differences(expected, found),
+        compare(whole.run, other.run),
+        _other_files(whole.run / "files", other.run / "files"),
+    )
+
+
 def verdict(whole: ProgramRun, hurt: ProgramRun, faults: Sequence[Fault]) -> Verdict:
     """Compare a run with faults with an undisturbed run.
 
@@ -117,36 +150,24 @@ def verdict(whole: ProgramRun, hurt: ProgramRun, faults: Sequence[Fault]) -> Ver
     Returns:
         The verdict, with at most 100 differences of the checkpoints; determinism is not tested.
     """
-    expected, found = read(whole.folder), read(hurt.folder)
-    differing = differences(expected, found)
-    first = first_of(differing)
-    compared = compare(whole.run, hurt.run)
-    files = _other_files(whole.run / "files", hurt.run / "files")
-    is_equal = (
-        first is None and not compared.count and not files and expected.last_step == found.last_step
-    )
-    suspects = [] if is_equal else _suspects(hurt.run)
-    rows = _rows(hurt.caused, faults, found, differing)
+    compared = _compared(whole, hurt)
     return Verdict(
-        rows,
-        expected.last_step,
+        _rows(hurt.caused, faults, compared.found, compared.steps),
+        compared.expected.last_step,
         whole.seconds,
         hurt.seconds,
-        is_equal,
-        first,
-        compared.rows[:100],
-        files,
+        compared.is_equal,
+        first_of(compared.steps),
+        compared.last.rows[:100],
+        compared.files,
         None,
-        suspects,
+        [] if compared.is_equal else _suspects(hurt.run),
     )
 
 
 def is_alike(one: ProgramRun, other: ProgramRun) -> bool:
-    """Return whether two undisturbed runs have equal steps and equal last checkpoints."""
-    return (
-        not differences(read(one.folder), read(other.folder))
-        and not compare(one.run, other.run).count
-    )
+    """Return whether two undisturbed runs are equal in everything that `verdict` compares."""
+    return _compared(one, other).is_equal
 
 
 def _rows(
@@ -199,7 +220,7 @@ def _suspects(run: Path) -> list[str]:
     """Return the paths of live objects that the run has reported as untracked."""
     store, found = LocalStore(run), dict[str, None]()
     for file in sorted((run / "events").glob("[0-9]*.jsonl")):
-        for event in attempt_history.events([store], int(file.name[:4])):
+        for event in attempt_history.events([store], int(file.stem.partition("-")[0])):
             if event.get("event") == "untracked":
                 found |= dict.fromkeys(str(path) for path in event.get("names", []))
     return list(found)

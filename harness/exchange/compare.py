@@ -12,6 +12,7 @@ import torch
 import harness.state.parameter_names as parameter_names
 from harness import config
 from harness.config import Change
+from harness.data.quantized import scale_of
 from harness.errors import HarnessError, printable
 from harness.exchange import files, rebuild, recognise
 from harness.exchange.files import Loaded
@@ -50,7 +51,7 @@ def differences(a: Any, b: Any, where: str = "") -> Iterator[tuple[str, str, str
             or a.is_meta != b.is_meta
         ):
             yield where, _word(a), _word(b), "-"
-        elif not a.is_meta and not (torch.equal(_bits(a), _bits(b)) and _scale(a) == _scale(b)):
+        elif not a.is_meta and not (torch.equal(_bits(a), _bits(b)) and scale_of(a) == scale_of(b)):
             wide = torch.complex128 if a.is_complex() else torch.float64
             gap = (_dense(a).to(wide) - _dense(b).to(wide)).abs()
             yield (
@@ -88,19 +89,6 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
         tensor.int_repr() if tensor.is_quantized else _dense(tensor).resolve_conj().resolve_neg()
     )
     return plain.detach().contiguous().reshape(-1).view(torch.uint8)
-
-
-def _scale(tensor: torch.Tensor) -> tuple[Any, ...]:
-    """Return the scale and zero point of a quantized tensor; () for any other tensor."""
-    if not tensor.is_quantized:
-        return ()
-    if tensor.qscheme() in (torch.per_tensor_affine, torch.per_tensor_symmetric):
-        return tensor.q_scale(), tensor.q_zero_point()
-    return (
-        tensor.q_per_channel_axis(),
-        tensor.q_per_channel_scales().tolist(),
-        tensor.q_per_channel_zero_points().tolist(),
-    )
 
 
 def _dense(tensor: torch.Tensor) -> torch.Tensor:

@@ -18,6 +18,7 @@ from harness.store import LocalStore, Store
 from harness.text import now, say
 
 SPENT_EVERY_S, ENDS = 1.0, ("finished", "stopped")
+ALIVE_EVERY_S = 30.0  # interval of signs of life, if no other event is written
 MOST_KEPT = 50_000  # lines waiting for the upload: about ten megabytes
 
 
@@ -47,6 +48,7 @@ class EventLog:
     ) -> None:
         self.store, self.key, self.clock = store, key, clock
         self.lost = 0
+        self._written_at = clock()
         self._spent, self._spent_at = spent, -SPENT_EVERY_S
         # Called with each event, on the thread that writes it.
         self.listeners: list[Callable[[Mapping[str, Any]], object]] = []
@@ -88,6 +90,7 @@ class EventLog:
             kind in ENDS or self.clock() - self._spent_at >= SPENT_EVERY_S
         ):
             self._spent_at, fields["spent"] = self.clock(), self._spent()
+        self._written_at = self.clock()
         event = {"event": kind, "time": now()} | fields
         for listener in self.listeners:
             listener(event)
@@ -102,3 +105,8 @@ class EventLog:
             if self.lost == 0:
                 say(f"harness: events are not recorded: {str(error).splitlines()[0]}", sys.stderr)
             self.lost += 1
+
+    def alive(self, step: int) -> None:
+        """Append a sign of life after a step, if nothing was appended for `ALIVE_EVERY_S`."""
+        if self.clock() - self._written_at >= ALIVE_EVERY_S:
+            self.write("alive", step=step)

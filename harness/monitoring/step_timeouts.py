@@ -17,7 +17,8 @@ class StepTimeouts:
     """The watchdog of a run, with the time-out of each kind of work.
 
     The time-out of a step is `step_s`. Without it, it is learned from the longest step so far, at
-    most `limit_s`. Work that may have to compile may take three times `limit_s`, a save six times.
+    most `limit_s`. A batch of an evaluation may take three times `limit_s`, a save six times. The
+    first step may take three times the greater one of `limit_s` and `step_s`.
 
     Args:
         limit_s: The longest time-out of a step in seconds, unless `step_s` is given.
@@ -34,13 +35,14 @@ class StepTimeouts:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.limit_s, self.step_s, self.clock = limit_s, step_s, clock
+        self._most_s = max(limit_s, step_s or 0.0)  # the longest that a step may take in any case
         self.longest_s = 0.0
         self._dog = Watchdog(on_hang, clock)
         self._step_began: float | None = None
 
     def first_step(self) -> None:
         """Start the time-out of the first step, which may have to compile."""
-        self._dog.expect("the first step", COMPILING_TIMES * self.limit_s)
+        self._dog.expect("the first step", COMPILING_TIMES * self._most_s)
 
     def step(self) -> None:
         """Start the time-out of the next step; called at each step boundary.
@@ -60,8 +62,11 @@ class StepTimeouts:
         self._dog.expect("a batch of an evaluation", COMPILING_TIMES * self.limit_s)
 
     def evaluated(self) -> None:
-        """Start the time-out of the rest of a step after an evaluation: `limit_s` seconds."""
-        self._dog.expect("a step", self.limit_s)
+        """Start the time-out of the rest of a step after an evaluation.
+
+        It is `limit_s`, or `step_s` if that is longer.
+        """
+        self._dog.expect("a step", self._most_s)
 
     def saving(self) -> None:
         """Start the time-out of a save."""

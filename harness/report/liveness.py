@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
+from harness.checkpoint import records
 from harness.errors import EXIT_STOPPED
 from harness.supervision.attempt_history import AttemptSummary
 from harness.supervision.restart_policy import Outcome
 from harness.text import duration
 
-# A run that trains is assumed to write, or upload, events at least this often.
+# A run that trains writes an event after each step that takes 30 s or longer, and uploads it.
 ALIVE_S = 120.0
+# With longer steps or evaluations, the silence may be twice the longest one between the last
+# events, but no longer than an hour.
+LAST_EVENTS, TIMES, MOST_S = 100, 2.0, 3600.0
 
 
 def alive(
@@ -29,7 +34,7 @@ def alive(
         told: Events of the last attempt.
 
     Returns:
-        "running" if the last sign of life is at most ALIVE_S seconds old, else "to be continued".
+        "running" if the last sign of life is not older than `silence_s`, else "to be continued".
         `stands` unchanged, if it is not that of an attempt without an end, or if no time is
         recorded.
     """
@@ -48,7 +53,7 @@ def alive(
         ).total_seconds()
     except ValueError:
         return stands
-    if ago_s <= ALIVE_S:
+    if ago_s <= silence_s(told):
         return Outcome(
             "running",
             f"heard of {duration(max(0, ago_s))} ago, at step {lives[-1].reached}",
@@ -56,6 +61,22 @@ def alive(
         )
     return Outcome(
         "to be continued",
-        f"no end is recorded, and nothing was heard for {duration(ago_s)}: hung, or killed",
+        f"no end is recorded, and nothing was heard for {duration(ago_s)}: "
+        "in a long step, hung, or killed",
         EXIT_STOPPED,
     )
+
+
+def silence_s(told: Sequence[dict[str, Any]]) -> float:
+    """Return how long nothing may be heard of an attempt that trains, in seconds.
+
+    Args:
+        told: Events of the attempt.
+    """
+    times = sorted(
+        datetime.datetime.fromisoformat(event["time"]).timestamp()
+        for event in told[-LAST_EVENTS:]
+        if records.is_time(event.get("time"))
+    )
+    longest_s = max((later - earlier for earlier, later in pairwise(times)), default=0.0)
+    return max(ALIVE_S, min(MOST_S, TIMES * longest_s))

@@ -114,7 +114,8 @@ def init(
             times as long.
         log_every_steps: Steps between two records of the logged values, 10 by default.
         step_timeout_s: Seconds that a step may take before it counts as hung. None: 300 s more than
-            thirty times the longest step so far, at most `timeout_s`.
+            thirty times the longest step so far, at most `timeout_s`. If it is longer than
+            `timeout_s`, the first step may take three times as long as it.
         grace_s: Seconds between SIGTERM and SIGKILL. None: as configured in SLURM, if the run is a
             SLURM job.
         margin_s: Seconds to leave between a stop and the time limit of the job, 30 by default.

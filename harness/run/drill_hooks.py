@@ -84,10 +84,11 @@ class Traces:
 
     def workers(self, number: int) -> int:
         """Return the number of loader processes; `number` is the one that the program requests."""
-        if self.is_on:
-            self._write(has="workers")
         wanted = self._plan.get("workers")
-        return number if wanted is None else int(wanted)
+        used = number if wanted is None else int(wanted)
+        if self.is_on:
+            self._write(has="workers", number=used)
+        return used
 
     def begun(self, attempt: int, step: int) -> None:
         """Record that an attempt resumes from a step."""

@@ -168,6 +168,7 @@ class Loop:
         self._kept_state.at_boundary(self.tracked, self.state)
         self._checkpointer.step_made(self.step, share.digest, logged)
         self._position, self.epoch = share.after, share.after.epoch
+        self._checkpointer.alive(self.step)
         if self.step % self._settings.log_every_steps == 0:
             self._metric_buffer.hold(self.step)
 

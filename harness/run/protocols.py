@@ -108,6 +108,9 @@ class Checkpointer(Protocol):
     ) -> None:
         """Record the logged values of steps as events."""
 
+    def alive(self, step: int) -> None:
+        """Show a sign of life in the event log, unless it has a recent event."""
+
     def note(self, kind: str, **fields: Any) -> None:
         """Add an event to the event log."""
 

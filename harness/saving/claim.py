@@ -9,7 +9,7 @@ from typing import Any
 import harness.selfcheck.identity as identity
 from harness import config
 from harness.arguments import Settings
-from harness.checkpoint import attempts, resume
+from harness.checkpoint import attempts, resume, retention
 from harness.checkpoint import format as fmt
 from harness.checkpoint.attempts import Attempt
 from harness.checkpoint.catalog import Catalog, read_catalog
@@ -51,8 +51,10 @@ def claim(
         store.prepare(fmt.FOLDERS)
         if not store.is_local:
             probe.check(store)
-    more = identity.of_program(settings) | (
-        {"environment": dict(environment)} if environment else {}
+    more = (
+        identity.of_program(settings)
+        | retention.record(settings.policy, settings.remote_policy)
+        | ({"environment": dict(environment)} if environment else {})
     )
     attempt = attempts.claim(resume_point.catalog, resume_point.manifest, world_size, more=more)
     _check_not_overtaken(stores, resume_point.catalog, attempt)

@@ -260,6 +260,11 @@ class CurrentAttempt:
         if self.event_log:
             self.event_log.write(kind, **fields)
 
+    def alive(self, step: int) -> None:
+        """Record that a step was made, if no event was written for long; only on the writer."""
+        if self.event_log:
+            self.event_log.alive(step)
+
     def end(
         self,
         why: str,

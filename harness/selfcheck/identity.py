@@ -9,7 +9,7 @@ import hashlib
 import os
 import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,21 +76,27 @@ class AttemptIdentities:
     machine: Mapping[str, Any]  # of the current attempt
     machines: Mapping[int, Mapping[str, Any]]  # of each earlier attempt that has step records
     programs: Mapping[int, Mapping[str, Any]]  # record of each attempt, the current one included
+    # The attempts that have trained the state of the resume point. One after attempt N has gone on
+    # from an earlier step than N had reached, so that it has part in what N and this one differ in.
+    lineage: Sequence[int] = ()
 
     def is_exact(self, number: int) -> bool:
         """Return whether the steps of an attempt and of this one must be equal bit for bit."""
-        before, now = self.machines[number], self.machine
-        return bool(now.get("deterministic")) and all(
-            before.get(name) == now.get(name) for name in ALIKE
-        )
+        return bool(self.machine.get("deterministic")) and not self.unlike(number)
 
     def unlike(self, number: int) -> list[str]:
         """Return the fields of `ALIKE` that differ since an attempt, with both values, in words."""
-        before, now = self.machines[number], self.machine
         return [
-            f"{name}: {before.get(name)} before, {now.get(name)} now"
+            f"{name}: {was} {when}, {self.machine.get(name)} now"
             for name in ALIKE
-            if before.get(name) != now.get(name)
+            for was, when in self._others(number, name)
+        ]
+
+    def other_ranks(self, number: int) -> list[str]:
+        """Return which other numbers of ranks there were since an attempt, in words."""
+        return [
+            f"{was} rank(s) {when}, {self.machine.get('world_size')} now"
+            for was, when in self._others(number, "world_size")
         ]
 
     def expected(self, number: int) -> list[str]:
@@ -102,8 +108,38 @@ class AttemptIdentities:
         ]
         insisted = [str(what) for record in later for what in record.get("insisted") or ()]
         rolled = ["rollback" for record in later if record.get("kind") == "rollback"]
-        changed = _changed(self.programs.get(number, {}), self.programs[self.attempt])
+        changed = [
+            words
+            for other in (number, *self._since(number))
+            for words in _changed(self.programs.get(other, {}), self.programs[self.attempt])
+        ]
         return list(dict.fromkeys(insisted + rolled + changed))
+
+    def _since(self, number: int) -> list[int]:
+        return [other for other in self.lineage if other > number]
+
+    def _others(self, number: int, name: str) -> list[tuple[Any, str]]:
+        """Return the values of a field that are not today's, since an attempt, each with when."""
+        now, before = self.machine.get(name), self.machines[number].get(name)
+        found = [(before, "before")] if before != now else []
+        for other in self._since(number):
+            machine = self.machines.get(other) or _machine_of(self.programs.get(other, {}))
+            if machine.get(name, now) != now:
+                found.append((machine[name], f"in attempt {other}"))
+        return found
+
+
+def _machine_of(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the record of an attempt tells of its machine; {} if it has not trained."""
+    if record.get("kind") != "train":
+        return {}
+    known = record.get("environment") or {}
+    machine = {name: known[name] for name in ("torch", "threads") if name in known}
+    if "world_size" in record:
+        machine["world_size"] = record["world_size"]
+    if "device" in known:
+        machine["deterministic"] = known["device"] == "cpu" or bool(known.get("deterministic"))
+    return machine
 
 
 def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

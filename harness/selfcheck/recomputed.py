@@ -64,6 +64,8 @@ class RecomputedSteps:
         self._failure: UsageError | None = None
         self._step = self._origin = self._until = 0
         self._is_on = self._samples_only = False
+        # The result if nothing else differs: losses that were expected to.
+        self._interim: dict[str, Any] | None = None
         # By what is logged: its short name if it is a loss, else None.
         self._names: dict[str, int | None] = {}
 
@@ -100,6 +102,7 @@ class RecomputedSteps:
             identity.of_machine(self._world),
             {number: log.about for number, log in self._left.logs.items()},
             found.attempts | {attempt.number: identity.of_program(self._settings)},
+            [number for number, _ in origin.lineage] if origin else [],
         )
         known = KnownSteps(self._left, self._origin, self._identities.machines, self._world.size)
         self._left.logs.clear()
@@ -149,7 +152,8 @@ class RecomputedSteps:
                 self._compare_loss(step, rank, short, name, loss)
                 if self._world.size == 1:
                     self._compare_loss(step, MEAN, short, name, loss)
-            if self._is_on and step >= self._until and not self._comparison.known.has_losses:
+            is_last = self._samples_only or not self._comparison.known.has_losses
+            if self._is_on and step >= self._until and is_last:
                 self._over()
             if self._failure is not None:
                 return  # a step that differs must not become the reference
@@ -203,12 +207,10 @@ class RecomputedSteps:
             return
         record = self._record_of(difference)
         is_expected = record["verdict"] == EXPECTED
-        if is_expected and record["what"] == LOSS:
-            self._samples_only = True  # samples do not depend on the number of ranks
-        self._told(
-            record | ({} if difference.is_exact else {"tolerance": self._tolerance.relative}),
-            goes_on=self._samples_only,
-        )
+        record |= {} if difference.is_exact else {"tolerance": self._tolerance.relative}
+        # Samples do not depend on the number of ranks, so they are still compared.
+        goes_on = self._samples_only = is_expected and record["what"] == LOSS
+        self._told(record, goes_on=goes_on)
         if self._settings.on_mismatch == "stop" and difference.is_exact and not is_expected:
             first, *values, _ = replayed_in_words(record).split("\n")
             self._failure = UsageError(
@@ -222,8 +224,8 @@ class RecomputedSteps:
         """Return the result of a comparison that has found a difference."""
         number, now = difference.before, self._identities.machine
         was, expected = self._identities.machines[number], self._identities.expected(number)
-        if difference.found["what"] == LOSS and was.get("world_size") != now["world_size"]:
-            expected.append(f"{was.get('world_size')} rank(s) before, {now['world_size']} now")
+        if difference.found["what"] == LOSS:
+            expected += self._identities.other_ranks(number)
         return difference.found | {
             "verdict": EXPECTED if expected else DIFFERENT,
             "attempt": self._attempt,
@@ -237,15 +239,22 @@ class RecomputedSteps:
     def _told(self, record: dict[str, Any], *, goes_on: bool = False) -> None:
         assert self.log is not None
         self._is_on = goes_on
-        if not goes_on:
+        if goes_on:
+            self._interim = record
+        else:
             self._comparison.known.clear()
-        self.log.tell(record)
+            self.log.tell(record)
         self._event_log.write("replayed" if record["verdict"] == SAME else "mismatch", **record)
         self._say(f"harness: {replayed_in_words(record)}")
 
     def _over(self) -> None:
-        """Report that the recomputed steps are equal to the original ones."""
+        """Report that the recomputed steps are equal to the original ones.
+
+        If the losses were expected to differ, that is the result, as the samples were equal.
+        """
         self._is_on, made = False, min(self._step, self._until) - self._origin
+        if self._interim is not None and self.log is not None:
+            self.log.tell(self._interim)
         if made <= 0 or self._samples_only:
             return
         record = {

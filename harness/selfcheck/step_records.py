@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from harness.checkpoint import format as fmt
+from harness.checkpoint import records
 from harness.errors import StorageError
 from harness.store import Entry, Store
 
@@ -85,16 +86,16 @@ def pack(line: Line) -> bytes:
     return body + zlib.crc32(body).to_bytes(4, "little")
 
 
-def unpack(records: bytes) -> Iterator[Line]:
+def unpack(packed: bytes) -> Iterator[Line]:
     """Yield the lines in the records that follow the head of a file.
 
     Records with a wrong checksum and an incomplete record at the end are left out.
     """
-    whole = len(records) - len(records) % RECORD.size
+    whole = len(packed) - len(packed) % RECORD.size
     for at, (step, samples, loss, rank, name, kinds, said) in enumerate(
-        RECORD.iter_unpack(records[:whole])
+        RECORD.iter_unpack(packed[:whole])
     ):
-        if zlib.crc32(memoryview(records)[at * RECORD.size : (at + 1) * RECORD.size - 4]) == said:
+        if zlib.crc32(memoryview(packed)[at * RECORD.size : (at + 1) * RECORD.size - 4]) == said:
             yield Line(
                 step,
                 samples if kinds & SAMPLES else None,
@@ -109,14 +110,14 @@ def parse(content: bytes) -> tuple[dict[str, Any], list[Line]]:
 
     Returns ({}, []) for a file that is not of this version.
     """
-    first, newline, records = content.partition(b"\n")
+    first, newline, packed = content.partition(b"\n")
     try:
         about = json.loads(first) if newline and len(first) <= MOST_HEADER_BYTES else None
     except (ValueError, RecursionError):
         about = None
     if not isinstance(about, dict) or about.get("steps") != VERSION:
         return {}, []
-    return about, list(unpack(records))
+    return about, list(unpack(packed))
 
 
 @dataclass
@@ -220,8 +221,8 @@ def verdicts(stores: Iterable[Store]) -> dict[int, dict[str, Any]]:
     for store in stores:
         for entry in store.entries(fmt.ATTEMPTS):
             if (match := VERDICT_NAME.match(entry.key)) and int(match["attempt"]) not in found:
-                with contextlib.suppress(FileNotFoundError, ValueError):
-                    record = json.loads(store.read(entry.key))
-                    if isinstance(record, dict):
+                with contextlib.suppress(FileNotFoundError):
+                    # Its fields have other types than those of the same names in other records.
+                    if record := records.fields(store.read(entry.key)):
                         found[int(match["attempt"])] = record
     return found

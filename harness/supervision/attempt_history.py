@@ -80,7 +80,7 @@ def events(
     found = []
     for store in stores:
         with contextlib.suppress(StorageError, FileNotFoundError):
-            for line in _tail(store, f"{fmt.EVENTS}/{number:04d}", most_bytes).splitlines():
+            for line in _tail(store, number, most_bytes).splitlines():
                 # {} for a line that the tail cuts off or that is not completely written.
                 found.append(records.parse(line))
     return [event for event in found if event]
@@ -97,14 +97,16 @@ def told(
     return next((found for store in stores if (found := events([store], number, most_bytes))), [])
 
 
-def _tail(store: Store, name: str, most_bytes: float) -> bytes:
-    """Return the last bytes of the events files whose keys begin with `name`, in key order."""
+def _tail(store: Store, number: int, most_bytes: float) -> bytes:
+    """Return the last bytes of the events files of an attempt, in key order."""
     parts: list[bytes] = []
+    # Without the separator, the name of attempt 1000 is the beginning of that of 10000.
+    names = tuple(f"{fmt.EVENTS}/{number:04d}{separator}" for separator in ".-")
     # The step records (.steps) are in the same folder.
     entries = [
         entry
         for entry in store.entries(fmt.EVENTS)
-        if entry.key.startswith(name) and entry.key.endswith(".jsonl")
+        if entry.key.startswith(names) and entry.key.endswith(".jsonl")
     ]
     for entry in reversed(entries):
         if most_bytes <= 0:

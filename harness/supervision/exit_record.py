@@ -263,4 +263,5 @@ class ExitRecord:
         )
         if attempt is not None and self._world is not None:
             words, where = hang_report.report(self._stores, attempt, self._world.size, RECORD_S)
-            say(f"harness: {words}; all stacks: {where}", sys.stderr)
+            if where:
+                say(f"harness: {words}; all stacks: {where}", sys.stderr)

@@ -96,8 +96,7 @@ def tell(store: Store, attempt: Attempt, world_size: int) -> str:
     """Write the report to one store, as `hangs/0003.txt`, and return its summary sentence.
 
     The report is written as soon as every rank has left a hang event, or after `OTHERS_S` seconds.
-    Every rank that hangs writes this report, so it is enough that one of them can. It is not
-    written to a local store on another node's disk, which does not hold the attempt.
+    Every rank that hangs writes this report, so it is enough that one of them can.
 
     Args:
         store: Store that holds the events and receives the report.
@@ -121,11 +120,10 @@ def tell(store: Store, attempt: Attempt, world_size: int) -> str:
             break
         time.sleep(LOOK_S)
     told = list(events.values())
-    if not store.is_local or attempts.holds(store, attempt):
-        store.prepare((FOLDER,))
-        store.write(
-            f"{FOLDER}/{attempt.number:04d}.txt", page(told, world_size).encode(), attempt.number
-        )
+    store.prepare((FOLDER,))
+    store.write(
+        f"{FOLDER}/{attempt.number:04d}.txt", page(told, world_size).encode(), attempt.number
+    )
     return sentence(told, world_size)
 
 
@@ -133,6 +131,9 @@ def report(
     stores: Sequence[Store], attempt: Attempt, world_size: int, patience_s: float
 ) -> tuple[str, str]:
     """Write the report to every store that accepts it.
+
+    A local store on another node's disk, which does not hold the attempt, has no events of it and
+    receives no report.
 
     Args:
         stores: Stores of the run.
@@ -142,11 +143,13 @@ def report(
 
     Returns:
         The summary sentence from the last of these stores, and the path or URL of the report in the
-        first; empty texts if every store fails.
+        first; empty texts if no store receives the report.
     """
     words = where = ""
     for store in stores:
         try:
+            if store.is_local and not attempts.holds(store, attempt):
+                continue
             words = tell(store.with_retry_limit(patience_s), attempt, world_size) or words
             where = where or store.where(f"{FOLDER}/{attempt.number:04d}.txt")
         except StorageError:

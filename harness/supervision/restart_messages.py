@@ -70,9 +70,9 @@ def replayed_in_words(record: Mapping[str, Any]) -> str:
         return _equal_in_words(record)
     what, name = said.get("what"), f" {said['name']}" if said.get("name", LOSS) != LOSS else ""
     which = f"{what}{name}" + (f" on rank {said['rank']}" if record.get("rank") else "")
-    hosts, devices = (list(record.get(names) or ("?", "?")) for names in ("hosts", "devices"))
+    hosts, devices = (_pair(record, names) for names in ("hosts", "devices"))
     places = [
-        printable(f"{host}, {device}")[:200] for host, device in zip(hosts, devices, strict=False)
+        printable(f"{host}, {device}")[:200] for host, device in zip(hosts, devices, strict=True)
     ]
     lines = [
         f"was {said.get('was')} in attempt {said.get('before')} ({places[0]})",
@@ -129,6 +129,12 @@ def _count(record: Mapping[str, Any], name: str) -> int:
 def _tolerance(record: Mapping[str, Any]) -> float | None:
     value = record.get("tolerance")
     return value if isinstance(value, float) else None
+
+
+def _pair(record: Mapping[str, Any], name: str) -> list[Any]:
+    """Return what is recorded of the earlier attempt and of this one; "?" if it is not a pair."""
+    values = record.get(name)
+    return values if isinstance(values, list) and len(values) == 2 else ["?", "?"]
 
 
 def _listed(record: Mapping[str, Any], name: str) -> str:

@@ -10,6 +10,7 @@ from harness.checkpoint import load, retention
 from harness.checkpoint.attempts import remembered
 from harness.checkpoint.catalog import Catalog, read_catalog
 from harness.checkpoint.format import Manifest
+from harness.config.rules import METRIC
 from harness.errors import DamagedError, UsageError
 from harness.store import LocalStore, Store, is_url, open_store
 from harness.supervision import launches
@@ -162,18 +163,20 @@ def _chosen(store: Store, found: Catalog, which: str | int) -> Manifest:
 def _best(store: Store, found: Catalog, head: Manifest) -> Manifest:
     """Return the best checkpoint in the history of the newest one, `head`.
 
-    The metric is that of the setting `checkpoint.best` in `head`. Without that setting, the
-    newest checkpoint is returned that has the best value recorded in `head` among its metrics.
-    Raises UsageError if there is none.
+    The metric is the one that the run has recorded. For a run of an earlier version it is that of
+    the setting `checkpoint.best` in `head`. Without that setting, the newest checkpoint is returned
+    that has the best value recorded in `head` among its metrics. Raises UsageError if there is
+    none.
     """
-    payload = load.outline(store, head.data_key)
-    metric, _, direction = str(payload["config"].get("checkpoint", {}).get("best", "")).rpartition(
-        ":"
-    )
-    if metric:
-        ranked = retention.best(
-            found.history, retention.Policy(metric=metric, higher_is_better=direction == "max")
-        )
+    policy = retention.recorded(found, is_local=True)
+    if policy is None:
+        payload = load.outline(store, head.data_key)
+        settings = payload["config"].get("checkpoint")
+        metric = settings.get("best") if isinstance(settings, dict) else None
+        if isinstance(metric, str) and METRIC.holds(metric):
+            policy = retention.policy(0, None, 0, metric)
+    if policy is not None:
+        ranked = retention.best(found.history, policy)
     else:
         ranked = [
             manifest for manifest in found.history if payload["best"] in manifest.metrics.values()
@@ -181,7 +184,7 @@ def _best(store: Store, found: Catalog, head: Manifest) -> Manifest:
     if not ranked:
         raise UsageError(
             f"no checkpoint of the run in {store} was evaluated by "
-            f"{metric or 'the metric that init(best=…) names'}",
+            f"{policy.metric if policy else 'the metric that init(best=…) names'}",
             f"found: {', '.join(head.metrics) or 'no metrics'}",
             "Take the newest, or name a step.",
         )

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from harness.data.quantized import scale_of
+
 BARE = frozenset(vars(nn.Module())) - {"training"}  # nn.Module's own bookkeeping
 
 
@@ -168,7 +170,8 @@ def digest_of(tensor: torch.Tensor | None) -> str:
     values = hashlib.blake2b(
         some.view(torch.uint8).numpy().tobytes() if len(some) else b"", digest_size=8
     ).hexdigest()
-    return f"{'x'.join(map(str, tensor.shape)) or 'scalar'} {tensor.dtype} {values}"
+    scale = "".join(f" {part}" for part in scale_of(tensor))
+    return f"{'x'.join(map(str, tensor.shape)) or 'scalar'} {tensor.dtype}{scale} {values}"
 
 
 def is_plain(value: Any) -> bool:

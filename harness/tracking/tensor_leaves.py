@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from harness.data.quantized import scale_of
 from harness.state.capturing import Captured
 from harness.state.raw_bytes import raw
 
@@ -52,7 +53,7 @@ class Leaf:
         return self.live.cpu() if isinstance(self.live, torch.Tensor) else self.live
 
     def digest(self) -> bytes:
-        """Return a digest of 16 bytes over dtype, shape, strides and content.
+        """Return a digest of 16 bytes over dtype, shape, strides, scale and content.
 
         The checksums of a GPU tensor are computed on the GPU.
         """
@@ -61,9 +62,8 @@ class Leaf:
         tensor = self.live if self.live.layout is torch.strided else self.live.to_dense()
         content = raw(tensor)
         bits = repr(_sums(content)).encode() if self.is_on_device else _checksums(content.numpy())
-        return short_digest(
-            repr((str(tensor.dtype), tuple(tensor.shape), tensor.stride())).encode() + bits
-        )
+        kind = (str(tensor.dtype), tuple(tensor.shape), tensor.stride(), *scale_of(tensor))
+        return short_digest(repr(kind).encode() + bits)
 
 
 class Leaves(dict[Path, Leaf]):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 import math
 import random
 from pathlib import Path
@@ -12,15 +13,19 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from library_runs import train
 
+import harness
 from harness.checkpoint import attempts, load, retention
 from harness.checkpoint import format as fmt
 from harness.checkpoint.catalog import going_on_from, read_catalog
 from harness.checkpoint.commit import About, commit
 from harness.checkpoint.format import Manifest
 from harness.checkpoint.retention import Policy, to_delete
+from harness.cli import main
 from harness.errors import SupersededError
 from harness.store import LocalStore
+from harness.supervision import run_address
 
 
 def manifest(step: int, attempt: int = 1, **metrics: float) -> Manifest:
@@ -308,3 +313,33 @@ def test_a_policy_of_nothing_still_keeps_two(store):
         life.save(step)
     life.apply(dataclasses.replace(Policy(), last=0, best=0))
     assert files(store) == of((2, 1), (3, 1))
+
+
+@pytest.mark.usefixtures("process_as_it_was")
+def test_the_best_of_a_programs_own_loop_is_that_by_its_metric_and_prune_keeps_it(tmp_path, capsys):
+    """`init` was told the metric; its config is the program's own, and may hold anything under names of settings."""
+    scores = {2: (0.9, 0.5), 4: (0.3, 0.9), 6: (0.2, 0.4), 8: (0.1, 0.3), 10: (0.15, 0.2), 12: (0.12, 0.1)}
+
+    def evaluate(job: harness.Run) -> None:
+        if job.step in scores:
+            acc, f1 = scores[job.step]
+            job.evaluate([0.0], lambda batch: {"val_acc": torch.tensor(acc), "f1": torch.tensor(f1), "val_loss": torch.tensor(acc)})
+
+    for name, keep in (("kept", {"keep_last": 9}), ("few", {"keep_last": 9, "keep_best": 2})):
+        train(tmp_path / name, each=evaluate, save_every_steps=2, best="val_acc:max", config={"checkpoint": "mine.pt"}, **keep)
+        assert run_address.checkpoint(str(tmp_path / name), "best")[1].step == 2
+        capsys.readouterr()
+        assert main(["prune", str(tmp_path / name), "--yes"]) == 0
+        assert capsys.readouterr().out == "nothing to delete\n"
+    assert main(["prune", str(tmp_path / "few"), "--yes", "--keep-last", "2"]) == 0
+    assert [m.step for m in read_catalog(LocalStore(tmp_path / "few")).manifests] == [2, 4, 10, 12], "two, and the two best"
+
+
+@pytest.mark.usefixtures("process_as_it_was")
+@pytest.mark.parametrize("wrong", [True, "x", [], {"run": 1}, {"run": {"last": 1}}, {"run": dict.fromkeys(vars(Policy()), -1)}], ids=repr)
+def test_a_recorded_policy_that_is_none_does_not_count(tmp_path, wrong):
+    train(tmp_path, leave_at=7)
+    path = tmp_path / fmt.attempt_key(1)
+    path.write_bytes(attempts.spell(json.loads(path.read_text()) | {retention.RECORDED: wrong}))
+    assert retention.recorded(read_catalog(LocalStore(tmp_path)), is_local=True) is None
+    assert main(["prune", str(tmp_path)]) == 0

@@ -251,6 +251,18 @@ sampler = Scored()
 BY_EPOCH = OWN.replace("self.generator = torch.Generator().manual_seed(5)", "self.epoch = 0").replace(
     "generator=self.generator", "generator=torch.Generator().manual_seed(self.epoch)"
 ) + "Own.set_epoch = lambda self, epoch: setattr(self, 'epoch', epoch)\n"  # fmt: skip
+LAZY = OWN.replace("self.generator = torch", "self.order = self.generator = None  # torch").replace(
+    "        return iter(torch.randperm(40, generator=self.generator).tolist())",
+    """        if self.generator is None:
+            self.generator = MADE
+        self.order = np.array(torch.randperm(40, generator=torch.Generator().manual_seed(DRAWN)))
+        return iter(self.order.tolist())""",
+)
+LAZY_TORCH = LAZY.replace("MADE", "torch.Generator().manual_seed(5)").replace(
+    "DRAWN", "int(torch.randint(99, (), generator=self.generator))"
+)
+LAZY_NUMPY = LAZY.replace("MADE", "np.random.default_rng(5)").replace("DRAWN", "int(self.generator.integers(99))")
+LAZY_PYTHON = LAZY.replace("MADE", "random.Random(5)").replace("DRAWN", "self.generator.randrange(99)")
 SCORE = "sampler.weights = torch.rand(40, generator=torch.Generator().manual_seed(int(1e6 * model.bias.item()) % 1000)).double()"
 
 
@@ -264,6 +276,9 @@ def program(sampler: str, head: str = "pass", step: str = "pass") -> str:
         (program(OWN), True),
         (program(NUMPY), True),
         (program(COUNTS), True),
+        (program(LAZY_TORCH), True),
+        (program(LAZY_NUMPY), True),
+        (program(LAZY_PYTHON), True),
         (program(REPEATED), True),
         (program(WEIGHTED.replace("GENERATOR", "torch.Generator().manual_seed(3)")), True),
         (program(WEIGHTED.replace("GENERATOR", "None"), step="sampler.weights[index] = losses.detach().double() + 0.01"), True),
@@ -273,7 +288,8 @@ def program(sampler: str, head: str = "pass", step: str = "pass") -> str:
         (program(BY_EPOCH, head="sampler.set_epoch(epoch)"), False),
     ],
     ids=[
-        "its own generator", "of numpy", "counts", "with replacement", "weighted with a generator", "weights of the losses",
+        "its own generator", "of numpy", "counts", "made when asked", "so of numpy", "so of python",
+        "with replacement", "weighted with a generator", "weights of the losses",
         "weights set each epoch", "by the model", "weighted", "by the epoch",
     ],
 )  # fmt: skip

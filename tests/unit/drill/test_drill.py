@@ -11,10 +11,18 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 from conftest import REPO, harness, run, wait_until
+from library_runs import train
 from slurm_cluster import SlurmCluster
 
-from harness.drill.faults import KINDS, planned
+from harness.distributed.ranks import World
+from harness.drill import program_runs
+from harness.drill import verdict as verdicts
+from harness.drill.faults import KINDS, Fault, planned
+from harness.drill.program_runs import ProgramRun
+from harness.run.drill_hooks import DRILL, PLAN, RUN, Traces
+from harness.supervision.launches import REDIRECT
 
 PROGRAM = """
 import sys
@@ -76,6 +84,18 @@ def test_faults_follow_from_the_seed_and_each_kind_comes_before_any_comes_twice(
     assert planned(2, ["startup", "first-step"], 100, seed=0)[0].step == 0
 
 
+@pytest.mark.parametrize("number", [0, 2, 5])
+def test_the_fault_of_another_number_of_workers_changes_their_number_each_time(tmp_path, monkeypatch, number):
+    monkeypatch.setenv(DRILL, "1")
+    monkeypatch.setenv(REDIRECT, str(tmp_path))
+    life, used = ProgramRun(tmp_path, {"faults": []}), []
+    for at in range(3):
+        (tmp_path / PLAN).write_text(json.dumps(life.plan))
+        used.append(Traces(World(0, 1, torch.device("cpu"), 60.0)).workers(number))
+        program_runs._afterwards(Fault(at, "workers", at, 0.5), life)
+    assert used[0] == number and used[0] != used[1] != used[2], used
+
+
 def test_an_exact_program_is_equal_and_its_own_places_are_left_alone(tmp_path):
     found = drill(tmp_path, "--faults", "2", "--kinds", "kill,startup", "--html", "drill.html")
     assert (found["code"], found["equal"]) == (0, True), found
@@ -99,6 +119,16 @@ def test_a_program_that_is_not_deterministic_is_told_apart(tmp_path):
     found = drill(tmp_path, "--faults", "1", "--kinds", "kill", planted="x = x + int.from_bytes(__import__('os').urandom(2)) / 1e6")
     assert (found["code"], found["deterministic"]) == (1, False)
     assert found["cause"].startswith("not deterministic")
+
+
+@pytest.mark.usefixtures("process_as_it_was")
+def test_a_program_whose_kept_files_are_others_each_time_is_not_deterministic(tmp_path):
+    for name, words in (("whole", b"12:00"), ("hurt", b"12:01"), ("same", b"12:00")):
+        train(tmp_path / name / RUN, each=lambda job, words=words: job.keep("notes.txt", words))
+    whole, hurt, same = (ProgramRun(tmp_path / name, {}) for name in ("whole", "hurt", "same"))
+    assert verdicts.verdict(whole, hurt, []).files == ["notes.txt"]
+    assert not verdicts.is_alike(whole, hurt)
+    assert verdicts.verdict(whole, same, []).is_equal and verdicts.is_alike(whole, same)
 
 
 @pytest.mark.parametrize(

@@ -247,6 +247,17 @@ def test_a_steps_limit_that_is_set_is_taken(watching) -> None:
     assert allowed() is None
 
 
+def test_a_steps_limit_above_that_of_all_waits_holds_for_the_first_step_and_after_an_evaluation(watching) -> None:
+    watch, _, allowed = watching(limit_s=600.0, step_s=3600.0)
+    watch.first_step()
+    assert allowed() == 3 * 3600
+    watch.step()
+    assert allowed() == 3600
+    watch.evaluation()
+    watch.evaluated()
+    assert allowed() == 3600
+
+
 def test_an_evaluation_or_a_save_is_no_step_to_learn_from(watching) -> None:
     watch, clock, allowed = watching(limit_s=10_000)
     watch.step()

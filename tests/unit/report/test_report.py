@@ -69,6 +69,18 @@ def test_events_tell_of_it_once_a_second_and_at_the_end(tmp_path: Path) -> None:
     assert told == [("begun", 0.0), ("step", None), ("step", pytest.approx(1.2)), ("step", None), ("finished", pytest.approx(2.4))]
 
 
+def test_a_long_step_is_a_sign_of_life_if_nothing_else_was_written(tmp_path: Path) -> None:
+    clock, store = Clock(100.0), LocalStore(tmp_path)
+    store.prepare(("events",))
+    ledger = EventLog(store, "events/0001.jsonl", clock=clock)
+    for step in range(1, 9):
+        clock.now += 12
+        ledger.alive(step)
+        if step == 5:
+            ledger.write("step", step=step)
+    assert [(event["event"], event["step"]) for event in events(tmp_path)] == [("alive", 3), ("step", 5), ("alive", 8)]
+
+
 # --- over all attempts, from what lies in the stores ---
 
 

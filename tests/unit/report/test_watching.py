@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import secrets
 import signal
 import struct
 import sys
@@ -26,7 +27,7 @@ from harness.monitoring import trackers
 from harness.monitoring.goodput import DATA, OVERHEAD, RESTORE, STARTUP, TRAINING, Goodput
 from harness.monitoring.throughput import TRUSTED_S, Throughput
 from harness.monitoring.wait_notices import WaitNotices
-from harness.store import LocalStore
+from harness.store import LocalStore, open_store
 from harness.supervision import attempt_history, hang_report
 
 pytestmark = pytest.mark.usefixtures("process_as_it_was")
@@ -135,6 +136,16 @@ def test_of_many_events_only_the_end_is_read(tmp_path: Path) -> None:
     for number in (1, 2, 3):
         (tmp_path / f"events/0002-{number:06d}.jsonl").write_text(json.dumps({"event": "step", "step": number}) + "\n")
     assert [event["step"] for event in attempt_history.events([store], 2)] == [1, 2, 3]
+
+
+def test_events_are_of_one_attempt_also_where_its_number_begins_another_one(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path / "run")
+    store.prepare(("events",))
+    for number, names in ((1000, ("1000", "1000-000001", "1000-rank1")), (10000, ("10000", "10000-rank0"))):
+        for name in names:
+            store.append(f"events/{name}.jsonl", json.dumps({"event": "step", "attempt": number}).encode() + b"\n")
+    assert [event["attempt"] for event in attempt_history.events([store], 1000)] == [1000] * 3
+    assert [event["attempt"] for event in attempt_history.events([store], 10000)] == [10000] * 2
 
 
 def test_a_resumed_run_knows_its_rate_and_what_is_left_at_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -319,6 +330,19 @@ def test_one_sentence_tells_who_is_stuck_and_who_waits(ranks: dict[int, str], si
     assert hang_report.sentence(told, size) == words
     text = hang_report.page(told, size)
     assert text.startswith(words + ".\n\n--- rank 0, step 5: e") and text.count("--- rank") == len(ranks)
+
+
+def test_the_report_of_a_rank_on_another_nodes_disk_is_named_where_it_is(tmp_path: Path) -> None:
+    """Its run.dir is not that of the writer, so it holds neither the attempt nor its events."""
+    elsewhere, bucket = LocalStore(tmp_path / "run"), open_store(f"memory://{secrets.token_hex(8)}/run", 5)
+    attempt = attempts.Attempt(1, "run", "nonce")
+    attempts.first_word(bucket, "attempts/0001.json", {"run_id": "run", "nonce": "nonce"})
+    for rank in (0, 1):
+        attempts.add_event(bucket, attempt, rank, hang_report.line(rank, 5, "a step took longer than 3 s", OWN, ""))
+    words, where = hang_report.report((elsewhere, bucket), attempt, 2, 5.0)
+    assert words.startswith("rank 0 is stuck in loss (my_task.py:7)") and where == bucket.where("hangs/0001.txt")
+    assert bucket.exists("hangs/0001.txt") and not elsewhere.exists("hangs/0001.txt")
+    assert hang_report.report((elsewhere,), attempt, 2, 5.0) == ("", "")
 
 
 HANGING = """\

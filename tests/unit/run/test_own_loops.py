@@ -433,6 +433,15 @@ def test_a_program_is_not_taken_for_that_of_the_default_run(program: Write, comm
     assert not (folder / "runs").exists()
 
 
+@pytest.mark.parametrize("place", ["dir: runs/digits", "remote: file:///somewhere/else"])
+def test_the_run_of_a_program_may_be_named_in_the_file(program: Write, place: str) -> None:
+    """The directory may be the one that is the default, too."""
+    folder = program("runs/a")
+    (folder / "mine.yaml").write_text(f"run:\n  {place}\n")
+    done = run(harness_command("submit", "--dry-run", "--config", "mine.yaml", "my_loop.py"), cwd=folder)
+    assert done.returncode == 0 and "my_loop.py" in done.stdout, done.stderr
+
+
 def test_launch_of_a_loop_that_is_not_there_names_it(tmp_path: Path) -> None:
     done = run(harness_command("launch", "run.dir=runs/a", "my_lop.py"), cwd=tmp_path)
     assert done.returncode == 78 and "my_lop.py" in done.stderr and "Traceback" not in done.stderr

@@ -7,14 +7,24 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from conftest import harness, kill_tree, run, torchrun, wait_until
 from programs import HEAD, Outcome, killed_once, live
 from remote_runs import Home
 
+from harness.arguments import Settings
+from harness.checkpoint import attempts
+from harness.checkpoint import format as fmt
+from harness.checkpoint.catalog import Catalog, read_catalog
+from harness.checkpoint.format import Manifest
 from harness.cli import main
-from harness.selfcheck import step_log, step_records
+from harness.distributed.ranks import World
+from harness.monitoring.event_log import EventLog
+from harness.selfcheck import identity, step_log, step_records
+from harness.selfcheck.recomputed import RecomputedSteps
 from harness.store import LocalStore, Store, open_store
 from harness.supervision import attempt_history
 
@@ -203,6 +213,87 @@ def test_a_damaged_file_gives_what_is_whole_in_it(tmp_path):
         file.truncate(1 << 40)  # holds nothing
     assert read_back(events, 2).logs[1].lines == LINES
     assert attempt_history.events([events], 1) == []
+
+
+@pytest.mark.parametrize("wrong", [True, 5, "x", [], ["one"], {"a": 1}, None], ids=repr)
+def test_records_of_a_resume_that_hold_anything_at_all_are_no_traceback(wrong, tmp_path, capsys):
+    store = LocalStore(tmp_path)
+    store.prepare(("attempts", "events", "checkpoints"))
+    result = {"verdict": "mismatch", "what": "loss", "step": 5, "attempt": 2, "before": 1} | dict.fromkeys(
+        ("hosts", "devices", "suspects", "expected", "was", "now", "name", "rank"), wrong
+    )
+    for number, origin in ((1, None), (2, {"attempt": 1, "step": 4})):
+        record = {"run_id": "a", "nonce": "b", "from": origin, "insisted": wrong, "sources": wrong}
+        record["environment"] = {"torch": wrong, "distributions": wrong}
+        store.create(f"attempts/{number:04d}.json", attempts.spell(record), number)
+    (tmp_path / "attempts" / "0001.replay.json").write_text("[" * 100_000)
+    (tmp_path / "attempts" / "0002.replay.json").write_bytes(attempts.spell(result))
+    for command in ("status", "report"):
+        assert "MISMATCH: recomputed step 5 is not what it was" in said(capsys, command, str(tmp_path))
+    programs = read_catalog(store).attempts
+    assert isinstance(identity.AttemptIdentities(2, {}, {1: {}}, programs).expected(1), list)
+
+
+def recomputing(folder: Path, second: dict[str, Any], ranks: int = 1, on_mismatch: str = "stop") -> tuple[RecomputedSteps, list[str]]:
+    """Attempt 3, alone, goes on from step 7 of attempt 2, which went on from step 5 of attempt 1; this has recorded steps up to 20.
+
+    Returns what compares its steps, and what it has said.
+    """
+    store, world, said = LocalStore(folder), World(0, 1, torch.device("cpu"), 60.0), list[str]()
+    store.prepare(("attempts", "events"))
+    machine, settings = identity.of_machine(world), Settings(on_mismatch=on_mismatch)
+    lines = [line._replace(name=step_records.name_of("loss"), rank=rank) for line in LINES for rank in range(ranks)]
+    head = step_records.head(machine | {"world_size": ranks})
+    (folder / "events" / "0001.steps").write_bytes(head + b"".join(map(step_records.pack, lines)))
+    known = {"device": "cpu", "torch": machine["torch"], "threads": machine["threads"]}
+    record = {"kind": "train", "world_size": 1, "environment": known} | identity.of_program(settings)
+    found = Catalog((store,), attempts={1: record | {"world_size": ranks}, 2: record | second})
+    file = fmt.DataFile(f"{fmt.stem(7, 2)}.pt", 1, "blake3:0")
+    origin = Manifest("run", 2, 7, 0, None, {}, 1, ((1, 5), (2, 7)), (file,), {}, None, "", "", {}, "")
+    replay = RecomputedSteps(world, settings, lambda: None, [])
+    replay.read(found, origin, attempts.Attempt(3, "run", "nonce"), said.append)
+    replay.begin(EventLog(store, "events/0003.jsonl"), 20)
+    return replay, said
+
+
+OTHERS = {
+    "another number of ranks": ({"world_size": 2}, "expected to differ: 2 rank(s) in attempt 2, 1 now"),
+    "another program": ({"sources": {"program.py": "f00"}}, "program.py has changed"),
+    "another torch": ({"environment": {"torch": "1.0"}}, "torch: 1.0 in attempt 2"),
+    "nothing else": ({}, "MISMATCH"),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_what_an_attempt_between_has_trained_otherwise_is_no_fault_of_this_one(tmp_path, name):
+    """The steps of the first attempt beyond those of the second are of another course than this one's."""
+    second, words = OTHERS[name]
+    replay, said = recomputing(tmp_path, second)
+    replay.step_made(8, LINES[7].samples, {"loss": LINES[7].loss + 1.0})
+    replay.close()
+    assert words in "".join(said), said
+    assert replay.has_failed == (name == "nothing else"), "only that one ends the run"
+
+
+def test_samples_that_differ_after_losses_that_were_expected_to_are_told_once_and_recorded(tmp_path):
+    replay, said = recomputing(tmp_path, {"world_size": 2}, ranks=2, on_mismatch="warn")
+    store = LocalStore(tmp_path)
+    for line in LINES[7:]:
+        replay.step_made(line.step, bytes(8) if line.step > 10 else line.samples, {"loss": 9.0})
+        wait_until(lambda step=line.step: read_back(store, 4).after(step - 1), "it is written")
+    replay.close()
+    assert len(said) == 2 and "expected to differ: 2 rank(s) before, 1 now" in said[0] and "step 11" in said[1], said
+    (verdict,) = step_records.verdicts([store]).values()
+    assert (verdict["verdict"], verdict["what"], verdict["step"]) == ("mismatch", "data", 11)
+
+
+def test_losses_that_were_expected_to_differ_are_the_result_if_the_samples_do_not(tmp_path):
+    replay, said = recomputing(tmp_path, {"world_size": 2}, ranks=2)
+    for line in LINES[7:]:
+        replay.step_made(line.step, line.samples, {"loss": 9.0})
+    replay.close()
+    assert len(said) == 1 and not replay.has_failed
+    assert [verdict["verdict"] for verdict in step_records.verdicts([LocalStore(tmp_path)]).values()] == ["expected"]
 
 
 def test_lines_are_dropped_when_every_store_has_a_newer_checkpoint(tmp_path, bucket):

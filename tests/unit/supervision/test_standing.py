@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import secrets
 import shutil
@@ -691,6 +692,22 @@ def test_status_shows_every_attempt_its_steps_and_what_it_lost(run, harness):
     for words in ("stopped by SIGTERM at step 20, saved", "no end recorded", "failed: ValueError: no more", "20–37", "30–33"):
         assert words in text
     assert "launch 200.2 never began to train: no rank began to train" in text
+
+
+@pytest.mark.parametrize(("step_s", "ago_s", "state"), [(1, 150, "to be continued"), (100, 150, "running"), (100, 250, "to be continued"),
+                                                        (600, 1000, "running"), (86400, 5000, "to be continued")])  # fmt: skip
+def test_a_run_whose_steps_are_long_is_not_said_to_be_hung_within_one(run, harness, step_s, ago_s, state):
+    store = LocalStore(run)
+    life = Job("100", store).begin().attempt(10)
+    now = datetime.datetime.now(datetime.timezone.utc)
+    path = store.path(fmt.attempt_key(life.attempt.number))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"time": "2020-01-01T00:00:00+00:00"}))
+    for number in range(5, 0, -1):
+        when = now - datetime.timedelta(seconds=ago_s + (number - 1) * step_s)
+        line = json.dumps({"event": "step", "step": 15 - number, "time": when.isoformat()}) + "\n"
+        store.append(fmt.events_key(life.attempt.number), line.encode())
+    code, text = harness("status", run, "--json")
+    assert (code, json.loads(text)["state"]) == (75, state), text
 
 
 def test_status_says_running_only_while_something_was_heard_lately(run, harness):

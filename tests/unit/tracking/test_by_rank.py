@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import pytest
+import torch
 from library_runs import newest
 from programs import STEP, killed_once, live
+
+from harness import state
+from harness.data import sampler_state
+from harness.run import drill_hooks
+from harness.tracking.attribute_values import digest_of
+from harness.tracking.tensor_leaves import leaves_of
 
 NORMALISER = """
 class Normaliser:
@@ -220,3 +228,22 @@ def test_an_average_that_begins_as_a_copy_of_each_ranks_buffers_is_kept_for_each
     assert "resumes from step 3" in outcome.resumed.text
     assert outcome.is_equal, outcome.rows
     assert last(outcome.whole) == last(outcome.resumed) and len(set(last(outcome.whole))) == 2
+
+
+DIGESTS = {
+    "of each rank": lambda tensor: [leaf.digest() for leaf in leaves_of(state.as_captured("", {"x": tensor})).values()],
+    "of an attribute": digest_of,
+    "of a step of a drill": drill_hooks.digest,
+    "of a sampler": sampler_state._digest,
+}
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize:UserWarning")
+@pytest.mark.parametrize("name", DIGESTS)
+def test_quantized_tensors_of_the_same_integers_and_another_scale_have_other_digests(name):
+    digest = DIGESTS[name]
+    a, b = (torch.quantize_per_tensor(torch.arange(4.0) * scale, scale, 0, torch.qint8) for scale in (1.0, 2.0))
+    scales, zeros = torch.tensor([0.1, 0.2]), torch.zeros(2, dtype=torch.int64)
+    c, d = (torch.quantize_per_channel(torch.zeros(2, 3), scales * by, zeros, 0, torch.qint8) for by in (1, 2))
+    assert digest(a) == digest(a.clone()) != digest(b)
+    assert digest(c) == digest(c.clone()) != digest(d)
