@@ -131,7 +131,13 @@ class Rehearsal:
             del captured  # training may have dropped some of its tensors meanwhile
             self._add(*self._read(store, manifest, rows, bool(places)))
             for name, thing in things.items():
-                if isinstance(thing, torch.nn.Module | torch.optim.Optimizer) and not self._is_over:
+                if self._is_over:
+                    break
+                if isinstance(thing, torch.nn.Module) and set(thing.state_dict()) != set(
+                    shapes[name]
+                ):
+                    self._skipped.append(f"{name} (the program has changed its layers since)")
+                elif isinstance(thing, torch.nn.Module | torch.optim.Optimizer):
                     self._add(*trial_load.of_torchs(name, thing, shapes[name]))
         except Exception as error:  # noqa: BLE001 - a failed rehearsal must not end training
             self._skipped.append(f"the rest ({type(error).__name__}: {error})")

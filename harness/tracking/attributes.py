@@ -56,6 +56,7 @@ from harness.tracking.attribute_values import (
     values_of,
 )
 from harness.tracking.sameness import is_same
+from harness.untracked.array_changes import addresses
 from harness.untracked.unkept_values import UnkeptValues, is_programs
 
 Built = dict[str, dict[str, Values]]  # by object name and module path
@@ -121,6 +122,7 @@ class Attributes:
             name: [_Watched(path, part) for path, part in parts(thing)]
             for name, thing in tracked.items()
         }
+        held = self._addresses()
         for name, watched in self._watched.items():
             for one in watched:
                 # Kept tensors too: one may become a value that cannot be kept.
@@ -129,7 +131,12 @@ class Attributes:
                     for key in one.tensors
                     if (value := current_value(one.part, key)) is not None
                 }
-                self.unkept.begin(joined(name, one.path), one.odd_values() | kept)
+                self.unkept.begin(joined(name, one.path), one.odd_values() | kept, held)
+
+    def _addresses(self) -> set[int]:
+        """Return the addresses of the parameters of tracked modules."""
+        things = map(wrappers.unwrap, self._tracked.values())
+        return addresses(things, with_buffers=False)
 
     def state(self) -> Changed | None:
         """Return the differences from the modules as built, or None if there are none.
@@ -139,9 +146,10 @@ class Attributes:
         """
         changed = {name: found for name in self._tracked if (found := self._changed(name))}
         if self.unkept.is_time():
+            held = self._addresses()
             for name, watched in self._watched.items():
                 for one in watched:
-                    self.unkept.look(joined(name, one.path), one.odd_values())
+                    self.unkept.look(joined(name, one.path), one.odd_values(), held)
         return changed or None
 
     def _changed(self, name: str) -> dict[str, dict[str, dict[str, Any]]]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import itertools
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -19,6 +19,8 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
+
+from harness.untracked.object_walk import spelled
 
 MOST = 5000  # limit of arrays per object
 SAMPLES = 8  # at least this many numbers of an array are compared, or all
@@ -84,7 +86,7 @@ def of(thing: Any) -> ArrayMarks:
     # Another thread may change the object just now, or a class of the program may raise.
     with contextlib.suppress(Exception):
         for name, where, array in itertools.islice(_arrays(thing, found.containers), MOST):
-            found.arrays[name] = _mark(where, array)
+            found.arrays[name] = mark(where, array)
     return found
 
 
@@ -95,7 +97,7 @@ def _arrays(thing: Any, containers: set[int]) -> Iterator[tuple[str, int, Any]]:
         yield from (
             (name, MODULE, tensor)
             for name, tensor in (*thing.named_parameters(), *thing.named_buffers())
-            if _is_marked(tensor)
+            if is_marked(tensor)
         )
     else:
         for name, value in list(getattr(thing, "__dict__", {}).items()):
@@ -105,8 +107,8 @@ def _arrays(thing: Any, containers: set[int]) -> Iterator[tuple[str, int, Any]]:
                 containers.add(id(value))
                 items = value.items() if isinstance(value, dict) else enumerate(value)
                 yield from (
-                    (f"{name}[{key!r:.40}]", id(value), item)
-                    for key, item in itertools.islice(items, MOST)
+                    (f"{name}[{spelled(key, at)}]", id(value), item)
+                    for at, (key, item) in enumerate(itertools.islice(items, MOST))
                     if is_array(item)
                 )
 
@@ -121,18 +123,19 @@ def is_array(value: Any) -> bool:
         return value.size > 1 and value.dtype != object
     return (
         isinstance(value, torch.Tensor)
-        and _is_marked(value)
+        and is_marked(value)
         and value.numel() > 1
         and value.grad_fn is None
     )
 
 
-def _is_marked(tensor: torch.Tensor) -> bool:
+def is_marked(tensor: torch.Tensor) -> bool:
     """Return whether a tensor is strided and has data."""
     return tensor.layout is torch.strided and not (is_lazy(tensor) or tensor.is_meta)
 
 
-def _mark(where: int, array: Any) -> ArrayMark:
+def mark(where: int, array: Any) -> ArrayMark:
+    """Mark an array: a strided tensor that has data, or a NumPy array."""
     if isinstance(array, np.ndarray):
         return ArrayMark(
             where,
@@ -150,3 +153,19 @@ def _mark(where: int, array: Any) -> ArrayMark:
         else None
     )
     return ArrayMark(where, array.data_ptr(), version, some)
+
+
+def address_of(tensor: torch.Tensor) -> int | None:
+    """Return the address of a tensor's data; None if it has none."""
+    return tensor.data_ptr() if is_marked(tensor) else None
+
+
+def addresses(things: Iterable[Any], *, with_buffers: bool = True) -> set[int]:
+    """Return the addresses of the parameters and buffers of modules; other objects are ignored."""
+    return {
+        tensor.data_ptr()
+        for thing in things
+        if isinstance(thing, nn.Module)
+        for tensor in (*thing.parameters(), *(thing.buffers() if with_buffers else ()))
+        if type(tensor) in (torch.Tensor, nn.Parameter) and is_marked(tensor)
+    }

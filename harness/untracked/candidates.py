@@ -7,9 +7,8 @@ import random
 import sys
 import time
 import weakref
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,7 +22,7 @@ from harness.data.generator_objects import GLOBAL_GENERATORS
 from harness.data.held_generators import tells_its_class
 from harness.untracked.object_walk import ATOMS, parts
 from harness.untracked.program_frames import of_source
-from harness.untracked.unkept_values import PLAIN, fingerprint, is_of_program
+from harness.untracked.unkept_values import is_of_program
 
 OPTIMIZER = "optimizer"
 SCHEDULER = "scheduler"
@@ -40,7 +39,8 @@ OURS = (
 )
 # Modules of the standard library whose instances are searched.
 PLAIN_LIBRARY = ("builtins", "collections", "functools", "types", "argparse", "random", "__main__")
-DEPTH, WITHIN_S, MOST_OBJECTS = 4, 0.2, 20_000  # limits of a search
+DEPTH, WITHIN_S, MOST_OBJECTS = 8, 0.2, 20_000  # limits of a search
+FEW = 50  # what a container of more objects holds is searched last
 
 
 @dataclass
@@ -53,21 +53,10 @@ class Candidate:
     of_workers: bool  # found in the data: only worker processes draw from it
     before: Any = None  # of kind GENERATOR or NUMBERS: the state when it was found
 
-    # Of an object of the program's own classes: fingerprints of its plain attributes.
-    values: dict[str, Any] = field(default_factory=dict)
-
     @property
     def thing(self) -> Any:
         """Return the object, or None if the program has freed it."""
         return self.ask()
-
-    def values_changed(self) -> list[str]:
-        """Return the names of plain attributes that have changed, each only once."""
-        now = _values(self.thing)
-        names = [name for name, value in self.values.items() if name in now and now[name] != value]
-        for name in names:
-            del self.values[name]
-        return [f"{self.path}.{name}" for name in names]
 
 
 def find_candidates(
@@ -77,21 +66,9 @@ def find_candidates(
     until = time.perf_counter() + WITHIN_S
     own_dataset = getattr(source, "dataset", None)
     in_workers = bool(getattr(getattr(source, "workers", None), "number", 0))
-    is_dealt = not source.is_own
 
     def enters(holder: Any, _: str, part: Any) -> bool:
-        """Return whether to search an object: it is neither tracked nor part of an evaluation.
-
-        A dataset other than the loop's, or a DataLoader, belongs to an evaluation, unless the loop
-        finds its data itself. A dataset inside another dataset is searched.
-        """
-        is_others = (
-            is_dealt
-            and isinstance(part, DataLoader | Dataset)
-            and part is not own_dataset
-            and not isinstance(holder, Dataset)
-        )
-        return id(part) not in tracked and not is_others
+        return id(part) not in tracked and not is_of_evaluation(holder, part, source)
 
     of_workers = (
         {id(thing) for _, thing, _ in walk(of_source(source), until, enters)}
@@ -116,26 +93,27 @@ def find_candidates(
     return found
 
 
+def is_of_evaluation(holder: Any, part: Any, source: Any) -> bool:
+    """Return whether an object is data that belongs to an evaluation.
+
+    A dataset other than the loop's, or a DataLoader, does, unless the loop finds its data itself. A
+    dataset inside another dataset does not.
+    """
+    return (
+        not source.is_own
+        and isinstance(part, DataLoader | Dataset)
+        and part is not getattr(source, "dataset", None)
+        and not isinstance(holder, Dataset)
+    )
+
+
 def _candidate(path: str, thing: Any, kind: str, *, of_workers: bool) -> Candidate:
     """Return the candidate for an object, with its present state."""
     if kind == GENERATOR:
         return Candidate(path, _asked(thing, kind), kind, of_workers, drawn_from(thing))
     if kind == NUMBERS:
-        before, values = array_changes.of(thing), _values(thing)
-        return Candidate(path, _asked(thing, kind), kind, of_workers, before, values)
+        return Candidate(path, _asked(thing, kind), kind, of_workers, array_changes.of(thing))
     return Candidate(path, _asked(thing, kind), kind, of_workers)
-
-
-def _values(thing: Any) -> dict[str, Any]:
-    """Return fingerprints of the plain attributes of an object of the program's own classes."""
-    if not is_of_program(thing):
-        return {}
-    own = getattr(thing, "__dict__", {})
-    return {
-        name: fingerprint(value)
-        for name, value in list(own.items())
-        if isinstance(value, (*PLAIN, list, dict, deque))
-    }
 
 
 def _asked(thing: Any, kind: str) -> Callable[[], Any]:
@@ -162,20 +140,22 @@ def walk(
         for path, thing in roots
         if tells_its_class(thing) and enters(None, "", thing)
     )
-    while waiting and len(seen) < MOST_OBJECTS and time.perf_counter() < until:
-        path, thing, depth = waiting.popleft()
+    last = collections.deque[tuple[str, Any, int]]()  # of large containers
+    while (waiting or last) and len(seen) < MOST_OBJECTS and time.perf_counter() < until:
+        path, thing, depth = (waiting or last).popleft()
         if id(thing) in seen or _is_a_librarys(thing):
             continue
         seen.add(id(thing))
         yield path, thing, depth
         if depth < DEPTH and not _is_generator(thing):
-            waiting += [
+            held = [
                 (path + name, part, depth + 1)
                 for name, part in parts(thing)
                 if tells_its_class(part)
                 and not isinstance(part, ATOMS)
                 and enters(thing, name, part)
             ]
+            (last if len(held) > FEW else waiting).extend(held)
 
 
 def _is_a_librarys(thing: Any) -> bool:

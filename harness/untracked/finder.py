@@ -23,7 +23,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import FrameType
 from typing import Any
 
+from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils.data import Sampler
 
 import harness.untracked.array_changes as array_changes
 from harness.distributed import wrappers
@@ -37,13 +39,16 @@ from harness.untracked.candidates import (
     Candidate,
     drawn_from,
     find_candidates,
+    is_of_evaluation,
     kind_of,
     walk,
 )
-from harness.untracked.loop_variables import LoopVariables
-from harness.untracked.program_frames import of_source, program_frames, variables_of
+from harness.untracked.program_frames import of_source
+from harness.untracked.program_roots import Roots, of_torch, of_tracked, sharing
+from harness.untracked.program_values import MOST_OBJECTS, ProgramValues
 
 MOST_NAMES = 10  # names in one message
+OURS = ("harness.run", "harness.data", "harness.saving", "harness.distributed")
 
 
 class UntrackedFinder:
@@ -61,7 +66,11 @@ class UntrackedFinder:
         self._steps, self._next = 0, 0
         self._tracked: Mapping[str, Any] = {}
         self._unhook: Callable[[], None] = lambda: None
-        self._held, self._carried = set[int](), LoopVariables(())
+        self._held = set[int]()
+        self._source: Any = None
+        self._roots: Roots | None = Roots()
+        self._values, self._sharing = ProgramValues(), set[str]()
+        self._is_cut_told = False
 
     def begin(self, tracked: Mapping[str, Any], source: Any, handled: set[int]) -> None:
         """Search for objects with state, before the first step.
@@ -71,17 +80,19 @@ class UntrackedFinder:
             source: the source of the loop's steps.
             handled: ids of objects that are kept in other ways.
         """
-        self._handled = handled
+        self._handled, self._source = handled, source
         self._tracked, self._next, frame = tracked, 1, sys._getframe(1)
         self._unhook = register_optimizer_step_pre_hook(
             lambda optimizer, *_: self._stepped.update({id(optimizer): optimizer})
         ).remove
         with self._harmless():
-            self._carried = LoopVariables(program_frames(frame))
-            roots = [*variables_of(frame), *of_source(source)]
             self._candidates = find_candidates(
-                roots, {id(thing) for thing in tracked.values()}, source
+                list(self._all_roots(frame)), {id(thing) for thing in tracked.values()}, source
             )
+            self._held = self._addresses()
+            enters = self._enters(self._kept())
+            self._values.begin(self._all_roots(frame), enters, self._held)
+            self._sharing = sharing(tracked)
 
     @contextlib.contextmanager
     def _harmless(self) -> Iterator[None]:
@@ -92,7 +103,7 @@ class UntrackedFinder:
         try:
             yield
         except Exception as error:  # noqa: BLE001
-            self._candidates, self._carried = [], LoopVariables(())
+            self._candidates, self._roots = [], None
             self._say(
                 "harness: warning: what is not tracked cannot be looked for in this program: "
                 f"{type(error).__name__}: {error}"
@@ -114,37 +125,61 @@ class UntrackedFinder:
         self._stepped = {}
 
     def _look(self, frame: FrameType) -> None:
-        """Report candidates whose state would be lost, and values that the loop carries along."""
-        carried = self._carried.changed(frame)
+        """Report candidates whose state would be lost, and values that the program carries on."""
+        self._held = self._addresses()
+        kept = self._kept()
         if self._candidates:
-            kept = self._kept()
-            self._held = self._addresses()
             found = [
                 one for one in self._candidates if id(one.thing) not in kept and self._is_lost(one)
             ]
             self._tell(found)
-            carried += [
-                name
-                for one in self._candidates
-                if one not in found and id(one.thing) not in kept
-                for name in one.values_changed()
-            ]
             self._candidates = [
                 one
                 for one in self._candidates
                 if one.kind in (GENERATOR, NUMBERS) and one not in found
             ]
-        if carried:
-            names = [
-                *carried[:MOST_NAMES],
-                *[f"{len(carried) - MOST_NAMES} more"] * (len(carried) > MOST_NAMES),
-            ]
-            anew = "what the loop itself carries from step to step begins anew after a restart"
+        if not self._values.is_whole and not self._is_cut_told:
+            self._is_cut_told = True
             self._say(
-                f"harness: {anew}: {', '.join(names)}. "
-                "What training depends on belongs in run.state."
+                "harness: warning: the program holds more objects than are searched for state that "
+                f"is not tracked ({MOST_OBJECTS}): some of it may be lost at a restart unnamed"
+            )
+        known = [name.rpartition(" (")[0] for name in self.names]
+        enters = self._enters(kept)
+        carried = self._values.changed(self._all_roots(frame), enters, self._held, known)
+        shared = sharing(self._tracked)
+        carried += [f"{group} (shared memory)" for group in sorted(shared - self._sharing)]
+        self._sharing |= shared
+        if carried:
+            anew = "what the program carries from step to step begins anew after a restart"
+            self._say(
+                f"harness: {anew}: {_listed(carried)}. What training depends on belongs in "
+                "run.state."
             )
             self._note("carried", names=carried)
+
+    def _all_roots(self, frame: FrameType) -> Iterator[tuple[str, Any]]:
+        if self._roots is not None:
+            yield from self._roots.of_program(frame)
+            yield from of_source(self._source)
+            yield from of_tracked(self._tracked)
+            yield from of_torch()
+
+    def _enters(self, kept: set[int]) -> Callable[[Any, Any], bool]:
+        """Return a function that tells whether to search a value of the program."""
+        dataset = getattr(self._source, "dataset", None)
+        is_stream = dataset is not None and not hasattr(self._source, "plan")
+
+        def enters(holder: Any, value: Any) -> bool:
+            return (
+                id(value) not in kept
+                and not (is_stream and value is dataset)
+                and not isinstance(value, Sampler)
+                and not is_of_evaluation(holder, value, self._source)
+                and not (type(value).__module__ or "").startswith(OURS)
+            )
+
+        return enters
 
     def _kept(self) -> set[int]:
         """Return the ids of tracked objects, of their contents, and of objects kept otherwise.
@@ -159,6 +194,7 @@ class UntrackedFinder:
             until,
             lambda holder, name, _: (
                 not (name == ".optimizer" and kind_of(holder) in (SCHEDULER, SCALER))
+                and not (name.startswith("._optimizer") and kind_of(holder) == OPTIMIZER)  # hooks
             ),
         ):
             kept.add(id(thing))
@@ -180,11 +216,11 @@ class UntrackedFinder:
 
     def _addresses(self) -> set[int]:
         """Return the addresses of the arrays of tracked objects."""
-        if not any(one.kind == NUMBERS for one in self._candidates):
-            return set()
-        return {
+        things = list(map(wrappers.unwrap, self._tracked.values()))
+        return array_changes.addresses(things) | {
             mark.address
-            for thing in map(wrappers.unwrap, self._tracked.values())
+            for thing in things
+            if not isinstance(thing, nn.Module)
             for mark in array_changes.of(thing).arrays.values()
         }
 
@@ -195,7 +231,14 @@ class UntrackedFinder:
             self.names += names
             self._note("untracked", names=names)
             self._say(
-                f"harness: warning: not tracked, so lost at a restart: {', '.join(names)}. "
+                f"harness: warning: not tracked, so lost at a restart: {_listed(names)}. "
                 "Name it in run.track(…), and keep tensors and arrays in run.state; "
-                "of a generator: draw from the global ones, which are saved."
+                "of a generator: draw from the global ones, which are saved. What each step fills "
+                "anew is not lost."
             )
+
+
+def _listed(names: list[str]) -> str:
+    """Return names in one line, at most MOST_NAMES of them."""
+    more = len(names) - MOST_NAMES
+    return ", ".join([*names[:MOST_NAMES], *[f"{more} more"] * (more > 0)])

@@ -1,69 +1,20 @@
-"""Find variables that a loop carries from one step to the next: it reads them before it sets them.
+"""Tell variables that a loop carries from one step to the next from those it sets anew.
 
-They begin anew after a restart, like the plain values of the loop's objects (see `finder`). Many
-are only for display (a mean that is printed), others affect training (a hidden state, the patience
-of early stopping). Only the author of the loop knows which, so all of them are reported. Variables
-are found in the source code, if it is available.
+A variable is carried if the loop reads it before it sets it. The same holds for an attribute in a
+method of its class. Both are found in the source code, if it is available.
 """
 
 from __future__ import annotations
 
 import ast
+import functools
 import inspect
 import sys
 import textwrap
-from collections.abc import Iterable
-from types import CodeType, FrameType
+from types import FrameType
 from typing import Any
 
-import numpy as np
-import torch
-
-from harness.untracked.unkept_values import PLAIN, fingerprint
-
-VALUES = (*PLAIN, torch.Tensor, np.ndarray, np.generic)
 MOST_SOURCE = 1 << 20  # characters; longer source code is not parsed
-
-
-class LoopVariables:
-    """The carried variables of the frames that run the loop, as they were before its first step."""
-
-    def __init__(self, frames: Iterable[tuple[str, FrameType]]) -> None:
-        """Record the carried variables of the frames.
-
-        Each frame comes after the prefix of its variables' names: "train.py: main(): ".
-        """
-        # By code object: the prefix, and the fingerprint of each variable.
-        self._names: dict[CodeType, tuple[str, dict[str, Any]]] = {}
-        for spelled, frame in frames:
-            if names := variables(frame):
-                local = values_of(frame)
-                self._names[frame.f_code] = (
-                    spelled,
-                    {name: fingerprint(local[name]) for name in names if name in local},
-                )
-
-    def changed(self, frame: FrameType | None) -> list[str]:
-        """Return the names of the variables that have changed, each only once.
-
-        Args:
-            frame: the innermost frame at present.
-        """
-        found = []
-        while frame is not None and self._names:
-            if frame.f_code in self._names:
-                spelled, before = self._names[frame.f_code]
-                local = values_of(frame)
-                names = [
-                    name
-                    for name, was in before.items()
-                    if _is_value(local.get(name)) and fingerprint(local[name]) != was
-                ]
-                found += [spelled + name for name in names]
-                for name in names:
-                    del before[name]
-            frame = frame.f_back
-        return found
 
 
 def values_of(frame: FrameType) -> dict[str, Any]:
@@ -81,78 +32,145 @@ def values_of(frame: FrameType) -> dict[str, Any]:
     return found
 
 
-def _is_value(value: Any) -> bool:
-    """Return whether a value is plain or an array; also a short list or tuple of such values."""
-    if isinstance(value, list | tuple):
-        return len(value) <= 100 and all(map(_is_value, value))
-    return isinstance(value, VALUES) and value is not None
-
-
 def variables(frame: FrameType) -> set[str]:
     """Return the variables that the loop around a frame's current line carries along.
 
     The loop, the outermost one around that line, both sets them and reads them before it sets them.
     The set is empty if there is no source code or no loop.
     """
+    flow = _flow_of(frame)
+    return flow.exposed & flow.assigned if flow else set()
+
+
+def passing(frame: FrameType) -> set[str] | None:
+    """Return the variables that the loop around a frame's current line sets before it reads them.
+
+    They hold nothing from one step to the next. None: there is no source code. The set is empty if
+    there is no loop.
+    """
+    flow = _flow_of(frame)
+    return None if flow is None else flow.assigned - flow.exposed
+
+
+def _flow_of(frame: FrameType) -> _Flow | None:
+    """Return the use of names in the outermost loop around a frame's current line."""
     try:
         lines, first = inspect.getsourcelines(frame)
         source = textwrap.dedent("".join(lines))
-        tree = ast.parse(source) if len(source) <= MOST_SOURCE else ast.Module([], [])
+        tree = ast.parse(source) if len(source) <= MOST_SOURCE else None
     except (OSError, TypeError, SyntaxError, ValueError, RecursionError):
-        return set()
+        return None
+    if tree is None:
+        return None
     line = frame.f_lineno - max(first, 1) + 1
     loops = [
         node
         for node in ast.walk(tree)
         if isinstance(node, ast.For | ast.While) and node.lineno <= line <= (node.end_lineno or 0)
     ]
-    if not loops:
-        return set()
-    outermost = min(loops, key=lambda node: node.lineno)
     flow = _Flow()
-    flow.visit(outermost)
-    return flow.exposed & flow.stored
+    if loops:
+        flow.visit(min(loops, key=lambda node: node.lineno))
+    return flow
+
+
+@functools.lru_cache(1000)
+def carried_attributes(kind: type) -> frozenset[str]:
+    """Return the attributes that a method of the class reads before it sets them."""
+    found = set[str]()
+    for base in kind.__mro__:
+        if base.__module__ in ("builtins", "torch.nn.modules.module"):
+            continue
+        try:
+            tree = ast.parse(textwrap.dedent(inspect.getsource(base)))
+        except (OSError, TypeError, SyntaxError, ValueError, RecursionError):
+            continue
+        for method in ast.walk(tree):
+            if isinstance(method, ast.FunctionDef) and method.args.args:
+                own, flow = f"{method.args.args[0].arg}.", _Flow()
+                flow.in_order(*method.body)
+                names = flow.exposed & flow.assigned
+                found |= {name.removeprefix(own) for name in names if name.startswith(own)}
+    return frozenset(found)
 
 
 class _Flow(ast.NodeVisitor):
     """A visitor of statements in the order of execution.
 
-    It assumes that each branch is taken and that each inner loop runs.
+    A name is stored once each way to this point has stored it; each inner loop is assumed to run.
+    An attribute of a name counts as a name: "self.center".
     """
 
     def __init__(self) -> None:
         self.stored: set[str] = set()
+        self.assigned: set[str] = set()  # names that are stored on some way
         self.exposed: set[str] = set()  # names that are read before they are stored
 
-    def visit_Name(self, node: ast.Name) -> None:
-        if isinstance(node.ctx, ast.Load):
-            self.exposed |= {node.id} - self.stored
+    def _use(self, name: str, *, is_read: bool) -> None:
+        if is_read:
+            self.exposed |= {name} - self.stored
         else:
-            self.stored.add(node.id)
+            self.stored.add(name)
+            self.assigned.add(name)
+
+    def visit_Name(self, node: ast.Name) -> None:
+        self._use(node.id, is_read=isinstance(node.ctx, ast.Load))
+
+    def visit_Attribute(self, node: ast.Attribute) -> None:
+        if isinstance(node.value, ast.Name):
+            self._use(f"{node.value.id}.{node.attr}", is_read=isinstance(node.ctx, ast.Load))
+        self.visit(node.value)
 
     def visit_For(self, node: ast.For) -> None:
-        self._in_order(node.iter, node.target, *node.body, *node.orelse)
+        self.in_order(node.iter, node.target, *node.body, *node.orelse)
+
+    def visit_If(self, node: ast.If) -> None:
+        self.visit(node.test)
+        self._either(node.body, node.orelse)
+
+    def visit_Try(self, node: ast.Try) -> None:
+        self._either([*node.body, *node.orelse], *(handler.body for handler in node.handlers))
+        self.in_order(*node.finalbody)
+
+    def visit_Match(self, node: ast.Match) -> None:
+        self.visit(node.subject)
+        self._either([], *([case.pattern, *case.body] for case in node.cases))
+
+    def _either(self, *ways: list[Any]) -> None:
+        """Visit statements of which one list is executed; what all of them store is stored.
+
+        A way that leaves the loop or the function does not count.
+        """
+        before, ends = set(self.stored), []
+        for way in ways:
+            self.stored = set(before)
+            self.in_order(*way)
+            if not (way and isinstance(way[-1], ast.Continue | ast.Break | ast.Return | ast.Raise)):
+                ends.append(self.stored)
+        self.stored = set.intersection(*ends) if ends else before
 
     def visit_Assign(self, node: ast.Assign) -> None:
-        self._in_order(node.value, *node.targets)
+        self.in_order(node.value, *node.targets)
 
     def visit_AnnAssign(self, node: ast.AnnAssign) -> None:
-        self._in_order(*filter(None, (node.value, node.target if node.value else None)))
+        self.in_order(*filter(None, (node.value, node.target if node.value else None)))
 
     def visit_NamedExpr(self, node: ast.NamedExpr) -> None:
-        self._in_order(node.value, node.target)
+        self.in_order(node.value, node.target)
 
     def visit_AugAssign(self, node: ast.AugAssign) -> None:
         if isinstance(node.target, ast.Name):
-            self.exposed |= {node.target.id} - self.stored
-        self._in_order(node.value, node.target)
+            self._use(node.target.id, is_read=True)
+        elif isinstance(node.target, ast.Attribute) and isinstance(node.target.value, ast.Name):
+            self._use(f"{node.target.value.id}.{node.target.attr}", is_read=True)
+        self.in_order(node.value, node.target)
 
     def visit_FunctionDef(
         self, node: ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda | ast.ClassDef
     ) -> None:
         """Store only the name: a function looks up what it uses when it is called."""
         if not isinstance(node, ast.Lambda):
-            self.stored.add(node.name)
+            self._use(node.name, is_read=False)
 
     # `ast.NodeVisitor` prescribes these names.
     visit_AsyncFunctionDef = visit_Lambda = visit_ClassDef = visit_FunctionDef  # noqa: N815
@@ -163,15 +181,15 @@ class _Flow(ast.NodeVisitor):
         within = _Flow()
         within.stored |= self.stored
         for part in node.generators:
-            within._in_order(part.iter, part.target, *part.ifs)
-        within._in_order(
+            within.in_order(part.iter, part.target, *part.ifs)
+        within.in_order(
             *((node.key, node.value) if isinstance(node, ast.DictComp) else (node.elt,))
         )
         self.exposed |= within.exposed
 
     visit_SetComp = visit_GeneratorExp = visit_DictComp = visit_ListComp  # noqa: N815
 
-    def _in_order(self, *nodes: ast.AST) -> None:
+    def in_order(self, *nodes: ast.AST) -> None:
         """Visit the nodes in the given order."""
         for node in nodes:
             self.visit(node)

@@ -5,7 +5,9 @@ Python modules, classes, and what a library keeps globally are never searched.
 
 from __future__ import annotations
 
+import collections
 import functools
+import inspect
 import types
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -43,8 +45,8 @@ def parts(value: Any) -> Iterator[tuple[str, Any]]:
         for at, (key, item) in enumerate(list(value.items())):
             if at == MOST_ITEMS:
                 return
-            yield f"[{key!r:.40}]", item
-    elif isinstance(value, list | tuple | set | frozenset):
+            yield f"[{spelled(key, at)}]", item
+    elif isinstance(value, list | tuple | set | frozenset | collections.deque):
         for at, item in enumerate(list(value)[:MOST_ITEMS]):
             yield f"[{at}]", item
     elif isinstance(value, functools.partial):
@@ -52,11 +54,7 @@ def parts(value: Any) -> Iterator[tuple[str, Any]]:
     elif isinstance(value, types.MethodType):
         yield ".__self__", value.__self__
     elif isinstance(value, types.FunctionType):
-        for name, cell in zip(value.__code__.co_freevars, value.__closure__ or (), strict=False):
-            try:
-                yield f".{name}", cell.cell_contents
-            except ValueError:  # not set yet
-                continue
+        yield from _of_function(value)
     else:
         held = getattr(value, "__dict__", None)
         for name, item in list(held.items()) if isinstance(held, dict) else ():
@@ -76,6 +74,33 @@ def parts(value: Any) -> Iterator[tuple[str, Any]]:
                         yield f".{name}", getattr(value, name)
                     except AttributeError:
                         continue
+
+
+def _of_function(value: types.FunctionType) -> Iterator[tuple[str, Any]]:
+    """Yield what a function holds: its closure, its defaults and its attributes."""
+    for name, cell in zip(value.__code__.co_freevars, value.__closure__ or (), strict=False):
+        try:
+            yield f".{name}", cell.cell_contents
+        except ValueError:  # not set yet
+            continue
+    defaults = inspect.signature(value).parameters if value.__defaults__ else {}
+    yield from (
+        (f".{name}", parameter.default)
+        for name, parameter in defaults.items()
+        if parameter.default is not parameter.empty
+    )
+    yield from (
+        (f".{name}", item)
+        for name, item in ((value.__kwdefaults__ or {}) | value.__dict__).items()
+        if name != "__wrapped__"
+    )
+
+
+def spelled(key: Any, at: int) -> str:
+    """Return the key at a place of a dict in words; a tensor is not read for that."""
+    items = key if isinstance(key, tuple) else (key,)
+    is_plain = all(isinstance(item, str | int | float | bytes | type(None)) for item in items)
+    return f"{key!r:.40}" if is_plain else f"{type(key).__name__} {at}"
 
 
 def holds(value: Any, most_bytes: int, most_objects: int) -> str:

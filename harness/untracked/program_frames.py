@@ -1,7 +1,8 @@
-"""The frames of the program itself, and the variables in them."""
+"""The frames of the program itself, and what supplies its data."""
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +10,6 @@ from types import FrameType
 from typing import Any
 
 from harness.data.held_generators import is_library
-from harness.untracked.loop_variables import values_of
 
 PACKAGE = Path(__file__).resolve().parents[1]
 
@@ -21,36 +21,15 @@ def program_frames(frame: FrameType | None) -> Iterator[tuple[str, FrameType]]:
     """
     while frame is not None:
         code = frame.f_code
-        if _is_programs(code.co_filename):
+        if is_programs_file(code.co_filename):
             file = Path(code.co_filename).name
             is_function = bool(code.co_flags & inspect.CO_OPTIMIZED)
             yield f"{file}: {code.co_name}(): " if is_function else f"{file}: ", frame
         frame = frame.f_back
 
 
-def variables_of(frame: FrameType | None) -> Iterator[tuple[str, Any]]:
-    """Yield the local and global variables of the program's frames, innermost first.
-
-    Each comes with its name, prefixed by the file and the function.
-    """
-    seen = set[int]()
-    for spelled, inner in program_frames(frame):
-        code, module = inner.f_code, inner.f_globals
-        if code.co_flags & inspect.CO_OPTIMIZED:
-            yield from [(spelled + name, value) for name, value in values_of(inner).items()]
-        if id(module) not in seen and not str(
-            module.get("__file__") or code.co_filename
-        ).startswith(str(PACKAGE)):
-            seen.add(id(module))
-            file = Path(code.co_filename).name
-            yield from [
-                (f"{file}: {name}", value)
-                for name, value in list(module.items())
-                if not name.startswith("__")
-            ]
-
-
-def _is_programs(file: str) -> bool:
+@functools.lru_cache(10_000)
+def is_programs_file(file: str) -> bool:
     """Return whether a file is the program's own code.
 
     Libraries are not. Of the harness, only `train.py` and the tasks are.

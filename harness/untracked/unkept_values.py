@@ -9,13 +9,15 @@ result of a forward pass is not state either, because it is computed again.
 
 from __future__ import annotations
 
+import argparse
 import collections
 import functools
 import hashlib
 import itertools
 import os
 import sys
-from collections.abc import Mapping, Set
+import types
+from collections.abc import Collection, Iterable, Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +26,11 @@ import torch
 from torch import nn
 
 from harness.data.held_generators import is_library
+from harness.untracked.array_changes import address_of
+from harness.untracked.object_walk import parts
 
 MOST_ITEMS = 5000  # limit of items that are examined for one value
+HASHED_BYTES = 1 << 20  # of a larger array the beginning is compared
 DEPTH = 3
 PLAIN = (bool, int, float, complex, str, bytes, type(None))
 PACKAGE = f"{Path(__file__).resolve().parents[1]}{os.sep}"
@@ -42,10 +47,13 @@ class UnkeptValues:
         self._told: set[str] = set()
         self._looks, self._next = 0, 1
 
-    def begin(self, name: str, values: Mapping[str, Any]) -> None:
-        """Record an object at the start of the loop: its attributes that are no plain data."""
+    def begin(self, name: str, values: Mapping[str, Any], held: Collection[int]) -> None:
+        """Record an object at the start of the loop: its attributes that are no plain data.
+
+        `held` are the addresses of the tensors that are saved.
+        """
         for key, value in values.items():
-            self._before[f"{name}.{key}"] = fingerprint(value)
+            self._before[f"{name}.{key}"] = fingerprint(value, held)
 
     def is_time(self) -> bool:
         """Return whether to check at this save: at saves 1, 2, 4, 8 … of the attempt.
@@ -58,11 +66,11 @@ class UnkeptValues:
         self._next *= 2
         return True
 
-    def look(self, name: str, values: Mapping[str, Any]) -> None:
+    def look(self, name: str, values: Mapping[str, Any], held: Collection[int]) -> None:
         """Compare an object's attributes with the last check; collect the names of changed ones."""
         for key, value in values.items():
             spelled = f"{name}.{key}"
-            before, now = self._before.get(spelled), fingerprint(value)
+            before, now = self._before.get(spelled), fingerprint(value, held)
             if (
                 before is not None
                 and now is not None
@@ -74,70 +82,66 @@ class UnkeptValues:
             self._before[spelled] = now
 
 
-def fingerprint(value: Any) -> Print:
+def fingerprint(value: Any, held: Collection[int] = ()) -> Print:
     """Return a fingerprint that differs when the value has changed.
 
     No device is read, and at most some thousand objects are examined; a change elsewhere is not
-    detected.
+    detected. Tensors at the addresses in `held` are saved by others: their changes do not count.
     """
     try:
-        return _print(value, DEPTH, [MOST_ITEMS])
+        return _print(value, DEPTH, [MOST_ITEMS], held)
     except Exception:  # noqa: BLE001
         # Another thread may change the value just now, or a class of the program may raise.
         return None
 
 
-def _print(value: Any, depth: int, left: list[int]) -> Print:
+def _print(value: Any, depth: int, left: list[int], held: Collection[int]) -> Print:
     """Return the fingerprint of a value to a depth; `left` counts down the items to examine."""
     left[0] -= 1
-    if isinstance(value, torch.Tensor):
-        return (
-            None
-            if value.grad_fn is not None
-            else (id(value), 0 if value.is_inference() else value._version)
-        )
-    if isinstance(value, np.ndarray):
-        return id(value), b"" if value.dtype == object else hashlib.blake2b(
-            value.reshape(-1)[:MOST_ITEMS].tobytes(), digest_size=8
-        ).digest()
+    if isinstance(value, torch.Tensor | np.ndarray):
+        return _print_of_array(value, held)
+    if isinstance(value, nn.Module):
+        tensors = [*value.parameters(), *value.buffers()]
+        return id(value), *[_print_of_array(tensor, held) for tensor in tensors]
     if isinstance(value, PLAIN):
         return value
+    if isinstance(value, itertools.count):
+        return repr(value)
     if depth == 0 or left[0] < 0:
         return id(value)
+
+    def within(items: Iterable[Any]) -> list[Print]:
+        return [_print(item, depth - 1, left, held) for item in itertools.islice(items, left[0])]
+
     if isinstance(value, dict):
-        items = itertools.islice(value.items(), left[0])
-        return (
-            (
-                len(value),
-                *[
-                    (k if isinstance(k, PLAIN) else id(k), _print(item, depth - 1, left))
-                    for k, item in items
-                ],
-            )
-            if value
-            else None
-        )
+        keys = [key if isinstance(key, PLAIN) else id(key) for key in value]
+        return (len(value), *zip(keys, within(value.values()), strict=False)) if value else None
     if isinstance(value, list | tuple | collections.deque):
-        return (
-            (
-                len(value),
-                *[_print(item, depth - 1, left) for item in itertools.islice(value, left[0])],
-            )
-            if len(value)
-            else None
-        )
+        return (len(value), *within(value)) if len(value) else None
     if isinstance(value, Set):
         return (
             (len(value), hash(frozenset(map(id, value))) if len(value) <= MOST_ITEMS else 0)
             if value
             else None
         )
-    if is_of_program(value) and isinstance(own := getattr(value, "__dict__", None), dict):
-        return (
-            id(value),
-            *[(key, _print(item, depth - 1, left)) for key, item in list(own.items())],
-        )
+    if is_of_program(value) or isinstance(value, types.SimpleNamespace | argparse.Namespace):
+        own = dict(parts(value))
+        return id(value), *zip(own, within(own.values()), strict=False)
     return id(value)
+
+
+def _print_of_array(value: torch.Tensor | np.ndarray[Any, Any], held: Collection[int]) -> Print:
+    """Return the fingerprint of an array; None for the result of a forward pass."""
+    if isinstance(value, np.ndarray):
+        if value.dtype == object:
+            return id(value), b""
+        some = value.reshape(-1)[: HASHED_BYTES // max(1, value.itemsize)]
+        return id(value), hashlib.blake2b(some.tobytes(), digest_size=8).digest()
+    if type(value) in (torch.Tensor, nn.Parameter) and address_of(value) in held:
+        return "held"
+    if value.grad_fn is not None:
+        return None
+    return id(value), 0 if value.is_inference() else value._version
 
 
 def is_of_program(value: Any) -> bool:

@@ -247,7 +247,8 @@ def test_no_loop_of_ours_is_suspected(tmp_path, loop):
     done = subprocess.run([sys.executable, str(LOOPS / loop)], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert not re.search(
-        "not tracked, so lost|not rehearsed|would fail or not be exact|another one on each rank", done.stdout + done.stderr
+        "not tracked, so lost|carries from step|not rehearsed|would fail or not be exact|another one on each rank",
+        done.stdout + done.stderr,
     )
 
 
@@ -294,6 +295,158 @@ def test_what_the_loop_carries_from_step_to_step_by_itself_is_named_once(tmp_pat
     assert "warning" not in lived.text and "What training depends on belongs in run.state" in lived.text
 
 
+# What the program keeps, and is no tracked object's: what is set up, what a step does, and how it is named.
+KEPT = {
+    "a dict of averages": (
+        "ema = {n: p.detach() + 0 for n, p in model.named_parameters()}",
+        "ema.update({n: 0.9 * ema[n] for n in ema})",
+        "ema",
+    ),
+    "a buffer": ("buffer = deque(maxlen=99)", "buffer.append(x[0])", "buffer"),
+    "a global": ("", "count_up()", "counted"),
+    "a closure": ("warm = closure()", "warm()", "warm.n"),
+    "of a function": ("", "scaled()", "scaled.n"),
+    "a default": ("", "kept_default(x)", "kept_default.seen"),
+    "of a class": ("", "Net.calls += 1", "Net.calls"),
+    "a namespace": (
+        "args = argparse.Namespace(tau=1.0); ns = types.SimpleNamespace(k=1.0)",
+        "args.tau *= 0.9; ns.k *= 0.9",
+        "args.tau, ns.k",
+    ),
+    "an item": (
+        "config = {'tau': 1.0, 'other': 1}; rates = [0.1, 0.2]",
+        "config['tau'] *= 0.9; rates[0] *= 0.9",
+        "config['tau'], rates[0]",
+    ),
+    "a loss module": ("loss_module = Net()", "loss_module.beta += 0.1; loss_module(x)", "loss_module.beta, loss_module.center"),
+    "slots": ("slotted = Slotted()", "slotted.t *= 0.9", "slotted.t"),
+    "late": ("late = Late()", "late.look(x)", "late.mean"),
+    "iterators": (
+        "ticks = itertools.count(); turns = itertools.cycle([1, 2, 3]); rows = iter(range(999)); endless = drawn()",
+        "next(ticks); next(turns); next(rows); next(endless)",
+        "ticks, turns (its position), rows, endless (its position)",
+    ),
+    "few of many numbers": ("priorities = np.ones(5000)", "priorities[17] += 1", "priorities"),
+    "another object": ("teacher = copy.deepcopy(model)", "teacher = teacher if run.step % 3 else copy.deepcopy(model)", "teacher"),
+    "set at times": (
+        "noise = torch.zeros(16, 8); masks = {}",
+        "noise, _ = (noise, 0) if run.step % 3 else (x + 1, masks.update(a=x))",
+        "noise, masks",
+    ),
+    "deep": (
+        "deep = types.SimpleNamespace(a={'b': [types.SimpleNamespace(c=[{'d': 0}])]})",
+        "deep.a['b'][0].c[0]['d'] += 1",
+        "deep.a['b'][0].c[0]['d']",
+    ),
+    "of the dataset": ("data = Own(data)", "data.level = 0.1 * run.step", "data.level"),
+    "of the optimizer": ("optimizer.updates = 0", "optimizer.updates += 1", "optimizer.updates"),
+    "of a parameter": (
+        "model.weight.momentum = torch.zeros(8)",
+        "model.weight.momentum = 0.9 * model.weight.momentum + 1",
+        "model.weight.momentum",
+    ),
+    "a hook's": ("model.register_forward_hook(Hook())", "pass", "model (its hooks)[0].calls"),
+    "an optimizer's hook's": (
+        "optimizer.register_step_pre_hook(clipping([]))",
+        "pass",
+        "optimizer (its hooks)[0].norms",
+    ),
+    "half a state_dict": ("half = Half(); run.track(half=half)", "half.saved += 1; half.lost += 1", "half.lost"),
+    "another thread's": ("threading.Thread(target=produce, daemon=True).start()", "time.sleep(0.02)", "produce(): made"),
+    "passing": ("old = 0", "twice = [x, x]; old = run.step; text = str(old)", ""),
+    "clocks": ("at, since = time.time(), time.perf_counter()", "at, since = at + 0.01, max(since, time.perf_counter())", ""),
+    "empty at first": ("cache, made = {}, None", "made = cache.setdefault('a', 7)", ""),
+    "told the epoch": ("data.set_epoch = lambda epoch: None; data.epoch = 0", "data.epoch = run.epoch", ""),
+}
+KEEPERS = """
+import argparse, copy, itertools, threading, time, types
+from collections import deque
+counted = 0
+def count_up():
+    global counted
+    counted += 1
+def closure():
+    n = 0
+    def up():
+        nonlocal n
+        n += 1
+    return up
+def scaled():
+    scaled.n += 1
+scaled.n = 0
+def kept_default(x, seen=[]):
+    seen.append(1)
+class Net(nn.Module):
+    calls = 0
+    def __init__(self):
+        super().__init__()
+        self.beta, self.center, self.last = 0.0, torch.zeros(8), None
+    def forward(self, x):
+        self.last = x.sum(0)
+        self.center = 0.9 * self.center + x.mean(0)
+class Slotted:
+    __slots__ = ("t",)
+    def __init__(self):
+        self.t = 1.0
+class Late:
+    def look(self, x):
+        if not hasattr(self, "mean"):
+            self.mean = None
+        self.mean = x.mean(0) if self.mean is None else 0.9 * self.mean + x.mean(0)
+class Hook:
+    calls = 0
+    def __call__(self, module, given, out):
+        self.calls += 1
+def clipping(norms):
+    return lambda optimizer, args, kwargs: norms.append(1)
+class Half:
+    def __init__(self):
+        self.saved, self.lost = 100, 0
+    def state_dict(self):
+        return {"saved": self.saved}
+    def load_state_dict(self, state):
+        self.saved = state["saved"]
+class Own(Dataset):
+    def __init__(self, other):
+        self.other = other
+    def __len__(self):
+        return len(self.other)
+    def __getitem__(self, at):
+        return self.other[at]
+def drawn():
+    while True:
+        for i in range(4):
+            yield i
+def produce():
+    made = 0
+    while True:
+        time.sleep(0.001)
+        made += 1
+"""
+
+
+def test_whatever_the_program_keeps_from_step_to_step_is_named(tmp_path):
+    setup, step = ("; ".join(part for row in KEPT.values() if (part := row[at])) for at in (0, 1))
+    source = PROGRAM.replace("BEFORE", KEEPERS).replace("SETUP", setup).replace("STEP", step)
+    lived = live(tmp_path, source, "whole")
+    assert lived.code == 0, lived.text
+    events = [json.loads(line) for line in (tmp_path / "whole/events/0001.jsonl").read_text().splitlines()]
+    names = {name for event in events if event["event"] in ("carried", "untracked") for name in event["names"]}
+    found = {re.sub(r" \((?!its)\w+\)$", "", name).removeprefix("program.py: ").removeprefix("main(): ") for name in names}
+    expected = {path for _, _, paths in KEPT.values() for path in paths.split(", ") if path}
+    assert found == expected
+
+
+def test_memory_that_tracked_tensors_come_to_share_is_named(tmp_path):
+    """A restart gives each of them its own: torch's optimizers share the state that one loads from another."""
+    setup = "other = torch.nn.Linear(8, 1); second = torch.optim.SGD(other.parameters(), 0.1, momentum=0.9); "
+    setup += "first = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9); run.track(other=other, first=first, second=second)"
+    step = "other(x).sum().backward(); first.step(); second.step(); run.step == 3 and second.load_state_dict(first.state_dict())"
+    lived = live(tmp_path, PROGRAM.replace("BEFORE", "").replace("SETUP", setup).replace("STEP", step), "whole")
+    assert lived.code == 0, lived.text
+    assert "first.state[0]['momentum_buffer'] = second.state[0]['momentum_buffer'] (shared memory)" in lived.text
+
+
 LOOP_OF = """
 import sys
 from harness.untracked.loop_variables import variables
@@ -328,10 +481,15 @@ BODY_OUTSIDE
         ("for h in f: k = h", ""),
         ("for h in f: k = k + h", "k"),
         ("a = a if x else b", "a"),
+        ("if x: a = x\nb = a", "a"),
+        ("if x: a = x\nelse: a = b\nc = a", ""),
+        ("if x: a = x; b = a", ""),
+        ("if not x: continue\nelse: a = x\nb = a", ""),
+        ("try: a = x\nexcept ValueError: pass\nb = a", "a"),
     ],
 )
 def test_variables_are_carried_if_they_are_read_before_they_are_set(tmp_path, body, names):
     path = tmp_path / "loop.py"
-    outside = f"for x in batches():\n    {body}\ng()\n"
-    path.write_text(LOOP_OF.replace("BODY_OUTSIDE", outside).replace("BODY", body))
+    outside = "for x in batches():\n    " + body.replace("\n", "\n    ") + "\ng()\n"
+    path.write_text(LOOP_OF.replace("BODY_OUTSIDE", outside).replace("BODY", body.replace("\n", "\n        ")))
     assert runpy.run_path(str(path))["found"][:2] == [set(names.split())] * 2, "in a module, and in a function"

@@ -1,0 +1,188 @@
+"""List where a search of the program's values begins: variables, and parts of tracked objects."""
+
+from __future__ import annotations
+
+import sys
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from inspect import CO_OPTIMIZED
+from pathlib import Path
+from types import CodeType, FrameType
+from typing import Any
+
+import torch
+from torch import nn
+
+from harness.distributed import wrappers
+from harness.untracked.array_changes import is_marked
+from harness.untracked.loop_variables import passing, values_of
+from harness.untracked.program_frames import is_programs_file, program_frames
+from harness.untracked.unkept_values import PLAIN, is_of_program
+
+HOOKS = (
+    "_forward_pre_hooks",
+    "_forward_hooks",
+    "_backward_pre_hooks",
+    "_backward_hooks",
+    "_optimizer_step_pre_hooks",
+    "_optimizer_step_post_hooks",
+)
+OF_OPTIMIZERS = frozenset(vars(torch.optim.SGD([torch.zeros(1)], 0.1))) | {"step"}
+
+
+class Roots:
+    """The variables of a program, and the names among them that hold nothing between two steps."""
+
+    def __init__(self) -> None:
+        self._passing: dict[CodeType, set[str] | None] = {}
+
+    def of_program(self, frame: FrameType | None) -> Iterator[tuple[str, Any]]:
+        """Yield the program's variables, each after its path: "train.py: main(): x"."""
+        modules: dict[int, tuple[str, dict[str, Any], set[str]]] = {}
+        for spelled, inner in (*program_frames(frame), *_other_threads(frame)):
+            code = inner.f_code
+            if code not in self._passing:  # called since the last look
+                self._passing[code] = passing(inner)
+            names, is_function = self._passing[code], code.co_flags & CO_OPTIMIZED
+            if is_function:
+                yield from _without(spelled, values_of(inner), names)
+            file = inner.f_globals.get("__file__") or code.co_filename
+            if is_programs_file(str(file)):
+                of_module = modules.setdefault(
+                    id(inner.f_globals), (f"{Path(file).name}: ", inner.f_globals, set())
+                )
+                if not is_function:
+                    of_module[2].update(inner.f_globals if names is None else names)
+        for module in list(sys.modules.values()):
+            path, values = getattr(module, "__file__", None), getattr(module, "__dict__", None)
+            if isinstance(path, str) and isinstance(values, dict) and is_programs_file(path):
+                modules.setdefault(id(values), (f"{Path(path).name}: ", values, set()))
+        for spelled, own, left_out in modules.values():
+            yield from _without(spelled, own, left_out)
+
+
+def _without(
+    spelled: str, own: dict[str, Any], left_out: set[str] | None
+) -> Iterator[tuple[str, Any]]:
+    """Yield variables but those that are left out; None: all that may be made anew in each step."""
+    for name, value in list(own.items()):
+        may_pass = left_out is None and (
+            value is None or isinstance(value, (*PLAIN, tuple, torch.Tensor))
+        )
+        if not name.startswith("__") and not may_pass and name not in (left_out or ()):
+            yield spelled + name, value
+
+
+def _other_threads(frame: FrameType | None) -> Iterator[tuple[str, FrameType]]:
+    own = frame
+    while own is not None and own.f_back is not None:
+        own = own.f_back
+    for other in sys._current_frames().values():
+        first = other
+        while first.f_back is not None:
+            first = first.f_back
+        if first is not own:
+            yield from program_frames(other)
+
+
+def of_tracked(tracked: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield what tracked objects hold besides the state that is saved, each after its path.
+
+    These are hooks of the program, attributes of parameters and of torch's optimizers, and
+    attributes of the program's own objects that are not in their `state_dict`.
+    """
+    for name, thing in tracked.items():
+        inner = wrappers.unwrap(thing)
+        if isinstance(inner, nn.Module):
+            holders = [part for _, part in wrappers.submodules(thing)]
+            yield f"{name} (its hooks)", _hooks(holders, list(inner.parameters()))
+            for path, parameter in inner.named_parameters():
+                yield from ((f"{name}.{path}.{key}", v) for key, v in vars(parameter).items())
+        elif isinstance(inner, torch.optim.Optimizer):
+            yield f"{name} (its hooks)", _hooks([inner], [])
+            if type(inner).__module__.partition(".")[0] == "torch":
+                yield from (
+                    (f"{name}.{key}", value)
+                    for key, value in list(vars(inner).items())
+                    if key not in OF_OPTIMIZERS and not key.startswith("_")
+                )
+        elif is_of_program(inner) and (plain := _plain_attributes(inner)):
+            saved = set(map(repr, _leaves(inner.state_dict())))
+            yield from (
+                (f"{name}.{key}", value) for key, value in plain.items() if repr(value) not in saved
+            )
+
+
+def _plain_attributes(thing: Any) -> dict[str, Any]:
+    own = getattr(thing, "__dict__", {})
+    return {key: value for key, value in list(own.items()) if type(value) in PLAIN}
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    """Yield the plain values in nested data; a tensor of one number counts as that."""
+    if isinstance(value, Mapping):
+        for item in value.values():
+            yield from _leaves(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _leaves(item)
+    elif type(value) in PLAIN:
+        yield value
+    elif isinstance(value, torch.Tensor) and value.numel() == 1 and value.is_cpu:
+        yield value.item()
+
+
+def _hooks(holders: list[Any], tensors: list[torch.Tensor]) -> list[Any]:
+    """Return the hooks that the program has registered."""
+    hooks = [
+        hook
+        for holder in holders
+        for name in HOOKS
+        for hook in (getattr(holder, name, None) or {}).values()
+    ]
+    hooks += [hook for tensor in tensors for hook in (tensor._backward_hooks or {}).values()]
+    return [hook for hook in hooks if _is_programs(hook)]
+
+
+def _is_programs(hook: Any) -> bool:
+    code = getattr(getattr(hook, "__func__", hook), "__code__", None)
+    return is_of_program(hook) if code is None else is_programs_file(code.co_filename)
+
+
+def sharing(tracked: Mapping[str, Any]) -> set[str]:
+    """Return groups of tracked tensors that share memory: "a.weight = b.weight".
+
+    A restart restores each tensor by itself: only those that share memory as built do so again.
+    """
+    names = defaultdict[tuple[int, int], list[str]](list)
+    for name, thing in tracked.items():
+        inner = wrappers.unwrap(thing)
+        if isinstance(inner, nn.Module):
+            found = [
+                *inner.named_parameters(remove_duplicate=False),
+                *inner.named_buffers(remove_duplicate=False),
+            ]
+        elif isinstance(inner, torch.optim.Optimizer):
+            found = [
+                (f"state[{at}][{key!r}]", value)
+                for at, state in enumerate(list(inner.state.values()))
+                if isinstance(state, dict)
+                for key, value in state.items()
+            ]
+        else:
+            continue
+        for path, tensor in found:
+            is_plain = type(tensor) in (torch.Tensor, nn.Parameter) and is_marked(tensor)
+            if is_plain and tensor.numel() and (address := tensor.data_ptr()):
+                names[address, tensor.numel()].append(f"{name}.{path}")
+    return {" = ".join(sorted(own)) for own in names.values() if len(own) > 1}
+
+
+def of_torch() -> Iterator[tuple[str, Any]]:
+    """Yield settings of torch that a program may change, each after the function that reads it."""
+    yield "torch.get_default_dtype()", str(torch.get_default_dtype())
+    yield "torch.get_float32_matmul_precision()", torch.get_float32_matmul_precision()
+    yield (
+        "torch.are_deterministic_algorithms_enabled()",
+        torch.are_deterministic_algorithms_enabled(),
+    )
