@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+import re
 import sys
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -10,11 +12,14 @@ from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
+from harness.data.generator_objects import is_generator
 from harness.distributed import wrappers
 from harness.untracked.array_changes import is_marked
+from harness.untracked.candidates import drawn_from
 from harness.untracked.loop_variables import passing, values_of
 from harness.untracked.program_frames import is_programs_file, program_frames
 from harness.untracked.unkept_values import PLAIN, is_of_program
@@ -38,27 +43,25 @@ class Roots:
 
     def of_program(self, frame: FrameType | None) -> Iterator[tuple[str, Any]]:
         """Yield the program's variables, each after its path: "train.py: main(): x"."""
-        modules: dict[int, tuple[str, dict[str, Any], set[str]]] = {}
+        # By id of its globals: path, globals, and the names that are left out.
+        modules: dict[int, tuple[str, dict[str, Any], set[str] | None]] = {}
         for spelled, inner in (*program_frames(frame), *_other_threads(frame)):
-            code = inner.f_code
+            code, own = inner.f_code, inner.f_globals
             if code not in self._passing:  # called since the last look
                 self._passing[code] = passing(inner)
             names, is_function = self._passing[code], code.co_flags & CO_OPTIMIZED
             if is_function:
                 yield from _without(spelled, values_of(inner), names)
-            file = inner.f_globals.get("__file__") or code.co_filename
-            if is_programs_file(str(file)):
-                of_module = modules.setdefault(
-                    id(inner.f_globals), (f"{Path(file).name}: ", inner.f_globals, set())
-                )
-                if not is_function:
-                    of_module[2].update(inner.f_globals if names is None else names)
+            file = str(own.get("__file__") or code.co_filename)
+            if is_programs_file(file) and (not is_function or id(own) not in modules):
+                left_out = set[str]() if is_function else names
+                modules[id(own)] = f"{Path(file).name}: ", own, left_out
         for module in list(sys.modules.values()):
             path, values = getattr(module, "__file__", None), getattr(module, "__dict__", None)
             if isinstance(path, str) and isinstance(values, dict) and is_programs_file(path):
                 modules.setdefault(id(values), (f"{Path(path).name}: ", values, set()))
-        for spelled, own, left_out in modules.values():
-            yield from _without(spelled, own, left_out)
+        for spelled, values, left_out in modules.values():
+            yield from _without(spelled, values, left_out)
 
 
 def _without(
@@ -106,30 +109,46 @@ def of_tracked(tracked: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
                     for key, value in list(vars(inner).items())
                     if key not in OF_OPTIMIZERS and not key.startswith("_")
                 )
-        elif is_of_program(inner) and (plain := _plain_attributes(inner)):
-            saved = set(map(repr, _leaves(inner.state_dict())))
+        elif is_of_program(inner):
+            saved = list(_leaves(inner.state_dict()))
             yield from (
-                (f"{name}.{key}", value) for key, value in plain.items() if repr(value) not in saved
+                (f"{name}.{key}", value if type(value) in PLAIN else drawn_from(value))
+                for key, value in list(getattr(inner, "__dict__", {}).items())
+                if _is_forgotten(value, saved)
             )
 
 
-def _plain_attributes(thing: Any) -> dict[str, Any]:
-    own = getattr(thing, "__dict__", {})
-    return {key: value for key, value in list(own.items()) if type(value) in PLAIN}
+def _is_forgotten(value: Any, saved: list[Any]) -> bool:
+    """Return whether a plain value, or the state of a generator, is not among saved values.
+
+    A generator's state may have any form: bytes and arrays of whole numbers may hold it.
+    """
+    if type(value) in PLAIN:
+        return repr(value) not in map(repr, saved)
+    if not is_generator(value):
+        return False
+    first = value.getstate()[1][:3] if isinstance(value, random.Random) else drawn_from(value)
+    numbers = re.findall(r"\d{3,}", str(first))
+    return not any(
+        isinstance(item, bytes | torch.Tensor)
+        or (isinstance(item, np.ndarray) and item.dtype.kind in "ui")
+        or any(number in str(item) for number in numbers)
+        for item in saved
+    )
 
 
 def _leaves(value: Any) -> Iterator[Any]:
-    """Yield the plain values in nested data; a tensor of one number counts as that."""
+    """Yield the values in nested data; a tensor of one number is yielded as that, too."""
     if isinstance(value, Mapping):
         for item in value.values():
             yield from _leaves(item)
     elif isinstance(value, list | tuple):
         for item in value:
             yield from _leaves(item)
-    elif type(value) in PLAIN:
+    elif isinstance(value, torch.Tensor) and value.is_floating_point():
+        yield from [value.item()] if value.numel() == 1 and value.is_cpu else []
+    else:
         yield value
-    elif isinstance(value, torch.Tensor) and value.numel() == 1 and value.is_cpu:
-        yield value.item()
 
 
 def _hooks(holders: list[Any], tensors: list[torch.Tensor]) -> list[Any]:

@@ -352,6 +352,7 @@ KEPT = {
         "optimizer (its hooks)[0].norms",
     ),
     "half a state_dict": ("half = Half(); run.track(half=half)", "half.saved += 1; half.lost += 1", "half.lost"),
+    "a forgotten generator": ("forgets = Half(); run.track(forgets=forgets)", "forgets.rng.random()", "forgets.rng"),
     "another thread's": ("threading.Thread(target=produce, daemon=True).start()", "time.sleep(0.02)", "produce(): made"),
     "passing": ("old = 0", "twice = [x, x]; old = run.step; text = str(old)", ""),
     "clocks": ("at, since = time.time(), time.perf_counter()", "at, since = at + 0.01, max(since, time.perf_counter())", ""),
@@ -401,7 +402,7 @@ def clipping(norms):
     return lambda optimizer, args, kwargs: norms.append(1)
 class Half:
     def __init__(self):
-        self.saved, self.lost = 100, 0
+        self.saved, self.lost, self.rng = 100, 0, np.random.default_rng(1)
     def state_dict(self):
         return {"saved": self.saved}
     def load_state_dict(self, state):
