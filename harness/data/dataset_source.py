@@ -16,9 +16,16 @@ from typing import Any
 
 from torch.utils.data import default_collate
 
-from harness.data.epoch import told_of_epochs
 from harness.data.given_order import KEPT, GivenOrder
-from harness.data.loading import Collate, Loader, Question, Workers, as_is, is_iterable
+from harness.data.loading import (
+    Collate,
+    Loader,
+    Question,
+    Workers,
+    as_is,
+    is_iterable,
+    told_of_epochs,
+)
 from harness.data.plan import Border, Plan, Position, Share, seed_of
 from harness.data.source import Batches, Bordered, Say, Source, Unasked
 from harness.data.stream import StreamSource, check_resumable

@@ -12,16 +12,17 @@ from typing import Any
 
 import torch
 from torch.utils.data import (
+    ConcatDataset,
     DataLoader,
     Dataset,
     IterableDataset,
+    StackDataset,
     Subset,
     TensorDataset,
     default_collate,
 )
 
 from harness import preemption
-from harness.data.epoch import tell
 from harness.data.held_generators import Randomness
 from harness.data.plan import Share, kept_generators, seed_of
 from harness.data.source import Batches
@@ -282,3 +283,26 @@ def to_device(batch: Any, device: torch.device) -> Any:
     if isinstance(batch, list | tuple):
         return type(batch)(to_device(item, device) for item in batch)
     return batch
+
+
+def told_of_epochs(dataset: Any) -> bool:
+    """Return whether the dataset, or a dataset that it is made of, has a `set_epoch`."""
+    return any(True for _ in _listeners(dataset))
+
+
+def tell(dataset: Any, epoch: int) -> None:
+    """Call `set_epoch` of the dataset or, if it has none, of the datasets that it is made of."""
+    for listener in _listeners(dataset):
+        listener.set_epoch(epoch)
+
+
+def _listeners(dataset: Any) -> Iterator[Any]:
+    """Yield the datasets whose `set_epoch` has to be called."""
+    if callable(getattr(dataset, "set_epoch", None)):
+        yield dataset
+    elif isinstance(dataset, Subset):
+        yield from _listeners(dataset.dataset)
+    elif isinstance(dataset, ConcatDataset | StackDataset):
+        parts = dataset.datasets
+        for part in parts.values() if isinstance(parts, dict) else parts:
+            yield from _listeners(part)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import harness.run.resume_checks as resume_checks
+import harness.selfcheck.resume_checks as resume_checks
 from harness import state
 from harness.arguments import Settings
 from harness.checkpoint.format import Manifest

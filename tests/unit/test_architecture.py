@@ -200,6 +200,12 @@ def test_functions_fit_on_a_screen_and_modules_in_the_head(file):
             assert length <= 50, f"{node.name} has {length} lines without its docstring"
 
 
+def test_a_folder_has_few_modules():
+    """But for the commands, which are one file each."""
+    folders = [file.parent.name for file in FILES if file.parent != HOUSE / "cli"]
+    assert {name: count for name in set(folders) if (count := folders.count(name)) > 14} == {}
+
+
 @BY_NAME
 def test_only_one_module_knows_which_rank_writes(file):
     if MODULES[file] in ("harness.distributed.ranks", "harness.errors"):  # the latter decides who prints an error
