@@ -134,7 +134,7 @@ class KeptState:
             UsageError: A value cannot be restored from a checkpoint.
         """
         self._values.look(values)
-        self._untracked.at_boundary()
+        self._untracked.at_boundary(values)
         if warning := self._strays.at_boundary(tracked):
             self._say(f"harness: warning: {warning}")
 

@@ -71,6 +71,7 @@ class UntrackedFinder:
         self._roots: Roots | None = Roots()
         self._values, self._sharing = ProgramValues(), set[str]()
         self._is_cut_told = False
+        self._saved: Any = None
 
     def begin(self, tracked: Mapping[str, Any], source: Any, handled: set[int]) -> None:
         """Search for objects with state, before the first step.
@@ -110,14 +111,16 @@ class UntrackedFinder:
             )
             self._note("not_looked", error=f"{type(error).__name__}: {error}")
 
-    def at_boundary(self) -> None:
+    def at_boundary(self, saved: Any) -> None:
         """Check what was found, at the end of steps 1, 2, 4, 8 … of the attempt.
 
-        After the first check, only generators, arrays and variables of the loop are checked again.
+        After the first check, only generators, arrays and values are checked again. `saved` is
+        nested data that is saved: the program may hold parts of it in variables, too.
         """
         self._steps += 1
         if self._steps != self._next:
             return
+        self._saved = saved
         self._next *= 2
         self._unhook()
         with self._harmless():
@@ -176,7 +179,7 @@ class UntrackedFinder:
                 and not (is_stream and value is dataset)
                 and not isinstance(value, Sampler)
                 and not is_of_evaluation(holder, value, self._source)
-                and not (type(value).__module__ or "").startswith(OURS)
+                and not str(type(value).__module__).startswith(OURS)
             )
 
         return enters
@@ -188,6 +191,7 @@ class UntrackedFinder:
         """
         kept, until = set(self._handled), time.perf_counter() + WITHIN_S
         things = [("", wrappers.unwrap(thing)) for thing in self._tracked.values()]
+        things.append(("", self._saved))
         kept |= {id(thing) for thing in self._tracked.values()}
         for _, thing, _ in walk(
             things,

@@ -355,6 +355,7 @@ KEPT = {
     "a forgotten generator": ("forgets = Half(); run.track(forgets=forgets)", "forgets.rng.random()", "forgets.rng"),
     "another thread's": ("threading.Thread(target=produce, daemon=True).start()", "time.sleep(0.02)", "produce(): made"),
     "passing": ("old = 0", "twice = [x, x]; old = run.step; text = str(old)", ""),
+    "run.state": ("own = run.state; own['n'] = 0; seen = own.setdefault('h', [])", "own['n'] += 1; seen.append(own['n'])", ""),
     "clocks": ("at, since = time.time(), time.perf_counter()", "at, since = at + 0.01, max(since, time.perf_counter())", ""),
     "empty at first": ("cache, made = {}, None", "made = cache.setdefault('a', 7)", ""),
     "told the epoch": ("data.set_epoch = lambda epoch: None; data.epoch = 0", "data.epoch = run.epoch", ""),
