@@ -158,7 +158,7 @@ def test_a_launcher_starts_again_after_a_kill_and_not_after_a_mismatch(tmp_path)
     directory = tmp_path / "run"
     lived = run(harness("launch", f"run.dir={directory}", str(tmp_path / "loop.py"), str(directory)), env=env, cwd=tmp_path)
     assert lived.returncode == 78, lived.stdout + lived.stderr
-    assert "MISMATCH: step 7" in lived.stdout + lived.stderr
+    assert "MISMATCH: recomputed step 7" in lived.stdout + lived.stderr
     assert sorted(path.name for path in directory.glob("attempts/*.end.json")) == ["0002.end.json"]
     assert not list(directory.glob("attempts/0003.json"))
 
@@ -350,6 +350,6 @@ def test_in_a_bucket_alone(bucket, tmp_path):
     killed = live(tmp_path, source, "killed", env=env | {"DIE": "9"}, head=head)
     assert killed.code == -9
     resumed = live(tmp_path, source, "killed", env=env, head=head)
-    assert "MISMATCH: step 7" in resumed.text
+    assert "MISMATCH: recomputed step 7" in resumed.text
     assert not [key for key in sorted(home.keys()) if key.endswith(".steps")]
-    assert "MISMATCH: step 7" in run(harness("status", home.url), env=home.env()).stdout
+    assert "MISMATCH: recomputed step 7" in run(harness("status", home.url), env=home.env()).stdout
