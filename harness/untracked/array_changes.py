@@ -155,17 +155,18 @@ def mark(where: int, array: Any) -> ArrayMark:
     return ArrayMark(where, array.data_ptr(), version, some)
 
 
-def address_of(tensor: torch.Tensor) -> int | None:
-    """Return the address of a tensor's data; None if it has none."""
-    return tensor.data_ptr() if is_marked(tensor) else None
+def address_of(value: Any) -> int | None:
+    """Return the address of a tensor's data; None for any other value, or if it has none."""
+    is_plain = type(value) in (torch.Tensor, nn.Parameter) and is_marked(value)
+    return value.data_ptr() if is_plain else None
 
 
 def addresses(things: Iterable[Any], *, with_buffers: bool = True) -> set[int]:
     """Return the addresses of the parameters and buffers of modules; other objects are ignored."""
     return {
-        tensor.data_ptr()
+        address
         for thing in things
         if isinstance(thing, nn.Module)
         for tensor in (*thing.parameters(), *(thing.buffers() if with_buffers else ()))
-        if type(tensor) in (torch.Tensor, nn.Parameter) and is_marked(tensor)
+        if (address := address_of(tensor)) is not None
     }

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 import harness.untracked.array_changes as array_changes
 from harness.data.generator_objects import GLOBAL_GENERATORS
 from harness.data.held_generators import tells_its_class
-from harness.untracked.object_walk import ATOMS, parts
+from harness.untracked.object_walk import ATOMS, DEPTH, FEW, MOST_OBJECTS, parts
 from harness.untracked.program_frames import of_source
 from harness.untracked.unkept_values import is_of_program
 
@@ -39,8 +39,7 @@ OURS = (
 )
 # Modules of the standard library whose instances are searched.
 PLAIN_LIBRARY = ("builtins", "collections", "functools", "types", "argparse", "random", "__main__")
-DEPTH, WITHIN_S, MOST_OBJECTS = 8, 0.2, 20_000  # limits of a search
-FEW = 50  # what a container of more objects holds is searched last
+WITHIN_S = 0.2  # limit of a search
 
 
 @dataclass

@@ -43,12 +43,13 @@ from harness.untracked.candidates import (
     kind_of,
     walk,
 )
+from harness.untracked.object_walk import MOST_OBJECTS
 from harness.untracked.program_frames import of_source
 from harness.untracked.program_roots import Roots, of_torch, of_tracked, sharing
-from harness.untracked.program_values import MOST_OBJECTS, ProgramValues
+from harness.untracked.program_values import ProgramValues
 
 MOST_NAMES = 10  # names in one message
-OURS = ("harness.run", "harness.data", "harness.saving", "harness.distributed")
+OF_THE_RUN = ("harness.run", "harness.data", "harness.saving", "harness.distributed")
 
 
 class UntrackedFinder:
@@ -179,7 +180,7 @@ class UntrackedFinder:
                 and not (is_stream and value is dataset)
                 and not isinstance(value, Sampler)
                 and not is_of_evaluation(holder, value, self._source)
-                and not str(type(value).__module__).startswith(OURS)
+                and not str(type(value).__module__).startswith(OF_THE_RUN)
             )
 
         return enters

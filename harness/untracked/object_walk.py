@@ -17,6 +17,8 @@ import torch
 from torch import nn
 
 MOST_ITEMS = 1000  # items per container
+DEPTH, MOST_OBJECTS = 8, 20_000  # limits of a search
+FEW = 50  # what a container of more items holds is searched last
 # Types whose instances are not searched.
 ATOMS = (
     str,

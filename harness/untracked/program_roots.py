@@ -18,7 +18,7 @@ from torch import nn
 
 from harness.data.generator_objects import is_generator
 from harness.distributed import wrappers
-from harness.untracked.array_changes import is_marked
+from harness.untracked.array_changes import address_of
 from harness.untracked.candidates import drawn_from
 from harness.untracked.loop_variables import passing, values_of
 from harness.untracked.program_frames import is_programs_file, program_frames
@@ -191,8 +191,7 @@ def sharing(tracked: Mapping[str, Any]) -> set[str]:
         else:
             continue
         for path, tensor in found:
-            is_plain = type(tensor) in (torch.Tensor, nn.Parameter) and is_marked(tensor)
-            if is_plain and tensor.numel() and (address := tensor.data_ptr()):
+            if (address := address_of(tensor)) and tensor.numel():
                 names[address, tensor.numel()].append(f"{name}.{path}")
     return {" = ".join(sorted(own)) for own in names.values() if len(own) > 1}
 

@@ -28,12 +28,11 @@ import harness.untracked.array_changes as array_changes
 from harness.data.held_generators import tells_its_class
 from harness.untracked.array_changes import ATTRIBUTE, MODULE, ArrayMark
 from harness.untracked.loop_variables import carried_attributes
-from harness.untracked.object_walk import parts
+from harness.untracked.object_walk import DEPTH, FEW, MOST_OBJECTS, parts
 from harness.untracked.program_frames import is_programs_file
 from harness.untracked.unkept_values import PLAIN, is_of_program, is_programs
 
-DEPTH, WITHIN_S, MOST_OBJECTS = 8, 1.0, 20_000  # limits of a search
-FEW = 50  # items; what larger containers hold is searched last
+WITHIN_S = 1.0  # limit of a search
 HASHED_BYTES = 1 << 20  # of a larger array some numbers are compared
 ITERATORS = (zip, map, enumerate, itertools.cycle, itertools.islice, itertools.chain)
 SEARCHED = ("builtins", "collections", "functools", "itertools", "types", "argparse")

@@ -137,7 +137,7 @@ def _print_of_array(value: torch.Tensor | np.ndarray[Any, Any], held: Collection
             return id(value), b""
         some = value.reshape(-1)[: HASHED_BYTES // max(1, value.itemsize)]
         return id(value), hashlib.blake2b(some.tobytes(), digest_size=8).digest()
-    if type(value) in (torch.Tensor, nn.Parameter) and address_of(value) in held:
+    if address_of(value) in held:
         return "held"
     if value.grad_fn is not None:
         return None
