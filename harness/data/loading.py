@@ -6,6 +6,7 @@ import atexit
 import contextlib
 import dataclasses
 import weakref
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -91,8 +92,9 @@ class _PlannedDataset(Dataset[Any]):
         if self.collate is default_collate and (tensors := plain_tensors(self.dataset)) is not None:
             # This gives the same values as default_collate, a whole micro-batch at once. Nothing
             # here can draw a random number.
-            numbers = [torch.tensor(_numbers(self.dataset, micro)) for micro in share.micro_batches]
-            return share, [[tensor[micro] for tensor in tensors] for micro in numbers]
+            return share, [
+                _rows(tensors, _numbers(self.dataset, micro)) for micro in share.micro_batches
+            ]
         if share.epoch != self._looked_at:  # generators may be created anew for each epoch
             self._looked_at = share.epoch
             self.randomness.look()
@@ -149,6 +151,19 @@ def _numbers(dataset: Any, samples: Sequence[int]) -> Sequence[int]:
     while type(dataset) is Subset:
         samples, dataset = [int(dataset.indices[sample]) for sample in samples], dataset.dataset
     return samples
+
+
+def _rows(tensors: Sequence[torch.Tensor], samples: Sequence[int]) -> list[torch.Tensor]:
+    """Return the rows of each tensor with these numbers.
+
+    `frombuffer` takes a quarter of the time of `torch.tensor(list)`, and `index_select` two thirds
+    of that of an index. It refuses negative numbers, some dtypes, and an index on another device.
+    """
+    rows = torch.frombuffer(array("q", samples), dtype=torch.int64)
+    try:
+        return [tensor.index_select(0, rows) for tensor in tensors]
+    except (IndexError, RuntimeError):
+        return [tensor[rows] for tensor in tensors]
 
 
 def as_first(items: list[Any]) -> Any:

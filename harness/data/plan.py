@@ -146,7 +146,8 @@ class Plan:
             end = min(start + self.global_batch_size, self.size)
             last = end + (self.global_batch_size if self.drop_last else 1) > self.size
             after = Position(epoch + 1, 0) if last else Position(epoch, end)
-            micro_batches, weights = self._deal(samples[start:end])
+            batch = samples[start:end]
+            micro_batches, weights = self._deal(batch)
             yield Share(
                 epoch,
                 start,
@@ -154,7 +155,7 @@ class Plan:
                 weights,
                 after,
                 last and epoch + 1 == epochs,
-                digest_of(samples[start:end]),
+                digest_of(batch),
             )
 
     def samples(self, epoch: int) -> Sequence[int]:

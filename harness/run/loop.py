@@ -130,47 +130,48 @@ class Loop:
                 self._share, self.weights = share, share.weights
             batch = self._work.to_device(micro_batches)
             self._checkpointer.release()
-            self._goodput.train(self.step)
+            step = self.step
+            self._goodput.train(step)
             # In a loop over epochs, the outer loop runs between the border and the loading of the
             # samples; this already belongs to the next step.
             if is_begun := isinstance(share, Border):
                 yield share
                 self._goodput.on(DATA)
                 continue
-            self._traces.step_begins(self.step)
+            self._traces.step_begins(step)
             yield self._work.handed_out(batch)
-            self._step_made(share, batch)
-            if self._finish or share.last or self.step == self._end_step:
+            self._step_made(step, share, batch)
+            if self._finish or share.last or step == self._end_step:
                 self._complete()
                 return
-            met, stopping, timed = self._stop_agreement.agree(self.step, self._end_step)
+            met, stopping, timed = self._stop_agreement.agree(step, self._end_step)
             if met and self._metric_buffer.holds:
                 self._show()
             if stopping:
                 self._stop()
             if self._kept_state.is_time(
-                timed or self._metric_buffer.new_best or self._settings.saves_at(self.step),
+                timed or self._metric_buffer.new_best or self._settings.saves_at(step),
                 self._metric_buffer.new_best,
             ):
                 self._save()
-                self._throughput.pause(self.step)
-            elif self._settings.remembers_at(self.step):
+                self._throughput.pause(step)
+            elif self._settings.remembers_at(step):
                 self._save(in_memory=True)
             self._step_timeouts.step()
             self._goodput.on(DATA)
 
-    def _step_made(self, share: Share, batch: Any) -> None:
+    def _step_made(self, step: int, share: Share, batch: Any) -> None:
         """Record a finished step and look at what it has changed."""
         self._goodput.step_made()
         logged = self._metric_buffer.logged
-        self._traces.step_made(self.step, share, batch, logged, self.tracked)
+        self._traces.step_made(step, share, batch, logged, self.tracked)
         self._checkpointer.at_boundary(self.tracked)
         self._kept_state.at_boundary(self.tracked, self.state)
-        self._checkpointer.step_made(self.step, share.digest, logged)
+        self._checkpointer.step_made(step, share.digest, logged)
         self._position, self.epoch = share.after, share.after.epoch
-        self._checkpointer.alive(self.step)
-        if self.step % self._settings.log_every_steps == 0:
-            self._metric_buffer.hold(self.step)
+        self._checkpointer.alive(step)
+        if step % self._settings.log_every_steps == 0:
+            self._metric_buffer.hold(step)
 
     def _begin(self) -> bool:
         """Claim the attempt and set the generators.
