@@ -60,7 +60,12 @@ def test_tensors_of_every_layout_are_captured_and_come_back(tmp_path):
 
 @pytest.mark.parametrize("steady", [True, False])
 def test_the_image_is_the_file_that_torch_would_have_written(tmp_path, steady):
-    tracked, staging, gpu_copy, path = {"custom": Custom(layouts())}, StagingBuffer(), GpuCopy(), tmp_path / "x.pt"
+    tracked, staging, gpu_copy, path = (
+        {"custom": Custom(layouts())},
+        StagingBuffer(),
+        GpuCopy(),
+        tmp_path / "x.pt",
+    )
     for _ in range(2):  # the second time in memory that is pinned, and full of the first
         captured = state.captured({"step": 1}, tracked)
         addresses = {met.saved.data_ptr() for met in captured.seen.all} if steady else set()
@@ -100,19 +105,28 @@ def test_what_is_saved_is_the_state_of_the_boundary(tmp_path, optimizer, snapsho
 def test_a_loop_that_changes_weights_before_its_update_is_found_out(tmp_path, clamp, capfd):
     seen = trained(tmp_path / "a", before=clamp)
     check_saved(tmp_path / "a", seen, list(range(1, 9)))
-    assert capfd.readouterr().out.count("saves make training wait: the state changes between two updates") == 1
+    assert (
+        capfd.readouterr().out.count(
+            "saves make training wait: the state changes between two updates"
+        )
+        == 1
+    )
 
 
 def test_the_update_waits_on_the_gpu_and_the_training_thread_does_not(tmp_path):
     """The state takes much longer to copy than the step to compute. Steps are asked for ahead of the GPU, saves among them."""
-    job = harness_package.init(tmp_path / "a", seed=1, save_every_s=None, save_every_steps=4, keep_last=99)
+    job = harness_package.init(
+        tmp_path / "a", seed=1, save_every_s=None, save_every_steps=4, keep_last=99
+    )
     model = Big(BUSY).to(job.device)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     job.track(model=model, optimizer=optimizer)
     seen, took = {}, []
     for (x,) in job.batches(points(8 * 12), global_batch_size=8, epochs=1):
         if (job.step - 1) % 4 == 0:
-            seen[job.step - 1] = copy.deepcopy({name: value.cpu() for name, value in model.state_dict().items()})
+            seen[job.step - 1] = copy.deepcopy(
+                {name: value.cpu() for name, value in model.state_dict().items()}
+            )
         loss = model(x).square().mean()
         optimizer.zero_grad()
         loss.backward()
@@ -134,7 +148,9 @@ def test_memory_that_cannot_be_pinned_is_copied_to_all_the_same(tmp_path, monkey
     class Refusing:
         @staticmethod
         def cudaHostRegister(address: int, size_bytes: int, flags: int) -> int:  # noqa: N802 - its name
-            return int(torch.cuda._cudart.cudaHostRegister(1, size_bytes, flags))  # an address where there is nothing
+            return int(
+                torch.cuda._cudart.cudaHostRegister(1, size_bytes, flags)
+            )  # an address where there is nothing
 
         @staticmethod
         def cudaHostUnregister(address: int) -> int:  # noqa: N802
@@ -168,7 +184,13 @@ def test_state_of_the_users_on_a_gpu_is_kept(tmp_path):
     assert torch.equal(newest(tmp_path / "a")["state"]["mean"], x.mean(0).cpu())
 
 
-TASK = ("task.name=small_task:build", "train.deterministic=true", "train.epochs=8", "log.every_steps=1", "checkpoint.every_steps=3")
+TASK = (
+    "task.name=small_task:build",
+    "train.deterministic=true",
+    "train.epochs=8",
+    "log.every_steps=1",
+    "checkpoint.every_steps=3",
+)
 KINDS = {
     "fp32": (),
     "fp16": ("train.precision=fp16",),
@@ -181,7 +203,11 @@ KINDS = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_killed_run_ends_as_if_nothing_had_happened(tmp_path, kind):
     """The program, drilled; dropout draws from the GPU's generator."""
-    done = run(harness("drill", "--faults", "5", *TASK, *KINDS[kind], "task.args.sleep_s=0.02"), cwd=tmp_path, limit_s=600)
+    done = run(
+        harness("drill", "--faults", "5", *TASK, *KINDS[kind], "task.args.sleep_s=0.02"),
+        cwd=tmp_path,
+        limit_s=600,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
 
 
