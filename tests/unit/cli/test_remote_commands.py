@@ -218,8 +218,14 @@ def test_launch_knows_a_run_that_is_in_the_bucket_only(bucket: tuple[S3Server, s
 @pytest.mark.slow
 def test_the_bucket_has_a_policy_of_its_own(bucket: tuple[S3Server, str], tmp_path: Path) -> None:
     home, directory = Home(*bucket), tmp_path / "run"
-    own = ("checkpoint.keep_last=5", "checkpoint.keep_best=0", "store.keep.last=1", "store.keep.best=1", "store.keep.every_steps=15",
-           "checkpoint.best=val_loss:max")  # fmt: skip
+    own = (
+        "checkpoint.keep_last=5",
+        "checkpoint.keep_best=0",
+        "store.keep.last=1",
+        "store.keep.best=1",
+        "store.keep.every_steps=15",
+        "checkpoint.best=val_loss:max",
+    )
     done = run(
         alone(
             *TASK, *own, "task.args.sleep_s=0.15", f"run.dir={directory}", f"run.remote={home.url}"

@@ -32,9 +32,12 @@ from harness.store import LocalStore
 from harness.supervision.error_hints import hint
 
 SMALL = (
-    "task.args.size=48", "train.global_batch_size=12", "checkpoint.best=val_loss:min", "eval.every_steps=null",
+    "task.args.size=48",
+    "train.global_batch_size=12",
+    "checkpoint.best=val_loss:min",
+    "eval.every_steps=null",
     "checkpoint.every_s=null",
-)  # fmt: skip
+)
 SMALL_TASK = ("task.name=small_task:build", *SMALL)
 
 

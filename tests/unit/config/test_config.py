@@ -79,22 +79,53 @@ def test_every_problem_is_listed_at_once(tmp_path):
         ],
     )
     for expected in (
-        "8 problem(s)", "train.epochz: unknown setting", "Did you mean train.epochs?", "train.seed='many'", "runn.dir: unknown setting",
-        "Did you mean run.dir?", "train.global_batch_sise: unknown", "Did you mean train.global_batch_size?", "checkpoint.keep_last='few'",
-        "'nonsense': expected key=value", "'=3': expected key=value", "Did you mean train.compile?", str(file), "command line",
-    ):  # fmt: skip
+        "8 problem(s)",
+        "train.epochz: unknown setting",
+        "Did you mean train.epochs?",
+        "train.seed='many'",
+        "runn.dir: unknown setting",
+        "Did you mean run.dir?",
+        "train.global_batch_sise: unknown",
+        "Did you mean train.global_batch_size?",
+        "checkpoint.keep_last='few'",
+        "'nonsense': expected key=value",
+        "'=3': expected key=value",
+        "Did you mean train.compile?",
+        str(file),
+        "command line",
+    ):
         assert expected in said
 
 
 def test_every_impossible_value_is_listed_with_what_is_allowed():
     impossible = [
-        "train.epochs=0", "train.max_steps=-1", "train.global_batch_size=0", "train.micro_batch_size=0", "train.seed=-1",
-        "train.precision=fp8", "train.clip_norm=0", "train.ema_decay=1", "train.nonfinite=retry", "train.nonfinite_limit=0",
-        "data.num_workers=-1", "eval.every_steps=0", "eval.batch_size=0", "checkpoint.every_s=0", "checkpoint.every_steps=0",
-        "checkpoint.keep_last=0", "checkpoint.keep_every_steps=0", "checkpoint.keep_best=-1", "checkpoint.best=val_acc",
-        "log.every_steps=0", "resume.accept=[all]", "run.timeout_s=0", "run.dir=s3://bucket/a", "task.name=no_callable",
-        "checkpoint.memory=0", "store.keep={last: 0}",
-    ]  # fmt: skip
+        "train.epochs=0",
+        "train.max_steps=-1",
+        "train.global_batch_size=0",
+        "train.micro_batch_size=0",
+        "train.seed=-1",
+        "train.precision=fp8",
+        "train.clip_norm=0",
+        "train.ema_decay=1",
+        "train.nonfinite=retry",
+        "train.nonfinite_limit=0",
+        "data.num_workers=-1",
+        "eval.every_steps=0",
+        "eval.batch_size=0",
+        "checkpoint.every_s=0",
+        "checkpoint.every_steps=0",
+        "checkpoint.keep_last=0",
+        "checkpoint.keep_every_steps=0",
+        "checkpoint.keep_best=-1",
+        "checkpoint.best=val_acc",
+        "log.every_steps=0",
+        "resume.accept=[all]",
+        "run.timeout_s=0",
+        "run.dir=s3://bucket/a",
+        "task.name=no_callable",
+        "checkpoint.memory=0",
+        "store.keep={last: 0}",
+    ]
     said = problems_of(None, impossible)
     assert f"{len(impossible)} problem(s)" in said
     for text in impossible:
@@ -210,10 +241,15 @@ def stored_of(*overrides: str) -> dict:
 @pytest.mark.parametrize(
     "free",
     [
-        "run.dir=elsewhere", "data.num_workers=2", "checkpoint.every_s=1", "log.every_steps=1", "train.epochs=99", "train.max_steps=5",
+        "run.dir=elsewhere",
+        "data.num_workers=2",
+        "checkpoint.every_s=1",
+        "log.every_steps=1",
+        "train.epochs=99",
+        "train.max_steps=5",
         "eval.batch_size=9",
     ],
-)  # fmt: skip
+)
 def test_what_cannot_change_the_model_may_change(free):
     (change,) = config.check_changes(stored_of(), stored_of(free), [], [])
     assert change.is_free and change.name == free.partition("=")[0]
@@ -222,11 +258,20 @@ def test_what_cannot_change_the_model_may_change(free):
 @pytest.mark.parametrize(
     "bound",
     [
-        "train.seed=2", "train.global_batch_size=24", "train.precision=bf16", "train.clip_norm=null", "train.nonfinite=ignore",
-        "task.args.lr=1.0", "task.name=a:b", "data.drop_last=false", "train.ema_decay=0.9", "train.micro_batch_size=4",
-        "train.deterministic=true", "train.compile=true",
+        "train.seed=2",
+        "train.global_batch_size=24",
+        "train.precision=bf16",
+        "train.clip_norm=null",
+        "train.nonfinite=ignore",
+        "task.args.lr=1.0",
+        "task.name=a:b",
+        "data.drop_last=false",
+        "train.ema_decay=0.9",
+        "train.micro_batch_size=4",
+        "train.deterministic=true",
+        "train.compile=true",
     ],
-)  # fmt: skip
+)
 def test_what_changes_the_model_may_change_only_on_insistence(bound):
     name = bound.partition("=")[0]
     old, new = stored_of(), stored_of(bound)

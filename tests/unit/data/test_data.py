@@ -43,9 +43,9 @@ def plans(
 ) -> list[Plan]:
     """The plan of each rank."""
     return [
-        Plan(size, global_batch_size, accumulate, rank, world_size, seed, **options)
+        Plan(size, global_batch_size, accumulate, rank, world_size, seed, **options)  # type: ignore[arg-type]
         for rank in range(world_size)
-    ]  # type: ignore[arg-type]
+    ]
 
 
 def global_batches(
@@ -387,8 +387,17 @@ def test_another_order_takes_the_place_of_the_shuffle():
         return [9, 7, 5, 3, 1] if epoch % 2 == 0 else [0, 2, 4, 6, 8]
 
     source = dataset_source.source(
-        Noisy(10), world, 1, 2, accumulate=1, shuffle=True, drop_last=False, order=order, collate=None, workers=loading.Workers()
-    )  # fmt: skip
+        Noisy(10),
+        world,
+        1,
+        2,
+        accumulate=1,
+        shuffle=True,
+        drop_last=False,
+        order=order,
+        collate=None,
+        workers=loading.Workers(),
+    )
     dealt = [share.micro_batches[0] for share, _ in source.shares(Position(), 2)]
     assert dealt == [(9, 7), (5, 3), (1,), (0, 2), (4, 6), (8,)]
     assert source.steps_after(Position(1, 2), 2) == 2
@@ -431,9 +440,17 @@ def stream_source(
 ):
     world = World(0, 1, torch.device("cpu"), 10)
     source = dataset_source.source(
-        Stream(size), world, 1, share, accumulate=accumulate, shuffle=True, drop_last=True, order=None, collate=None,
+        Stream(size),
+        world,
+        1,
+        share,
+        accumulate=accumulate,
+        shuffle=True,
+        drop_last=True,
+        order=None,
+        collate=None,
         workers=loading.Workers(),
-    )  # fmt: skip
+    )
     source.restore(state)
     for share_, batches in source.shares(position, epochs):
         yield share_, batches, copy.deepcopy(source.state())

@@ -258,9 +258,12 @@ class Scored(Sampler):
 
 sampler = Scored()
 """
-BY_EPOCH = OWN.replace("self.generator = torch.Generator().manual_seed(5)", "self.epoch = 0").replace(
-    "generator=self.generator", "generator=torch.Generator().manual_seed(self.epoch)"
-) + "Own.set_epoch = lambda self, epoch: setattr(self, 'epoch', epoch)\n"  # fmt: skip
+BY_EPOCH = (
+    OWN.replace("self.generator = torch.Generator().manual_seed(5)", "self.epoch = 0").replace(
+        "generator=self.generator", "generator=torch.Generator().manual_seed(self.epoch)"
+    )
+    + "Own.set_epoch = lambda self, epoch: setattr(self, 'epoch', epoch)\n"
+)
 LAZY = OWN.replace("self.generator = torch", "self.order = self.generator = None  # torch").replace(
     "        return iter(torch.randperm(40, generator=self.generator).tolist())",
     """        if self.generator is None:
@@ -295,18 +298,34 @@ def program(sampler: str, head: str = "pass", step: str = "pass") -> str:
         (program(LAZY_PYTHON), True),
         (program(REPEATED), True),
         (program(WEIGHTED.replace("GENERATOR", "torch.Generator().manual_seed(3)")), True),
-        (program(WEIGHTED.replace("GENERATOR", "None"), step="sampler.weights[index] = losses.detach().double() + 0.01"), True),
+        (
+            program(
+                WEIGHTED.replace("GENERATOR", "None"),
+                step="sampler.weights[index] = losses.detach().double() + 0.01",
+            ),
+            True,
+        ),
         (program(WEIGHTED.replace("GENERATOR", "None"), head=SCORE), True),
         (program(SCORED), False),
         (program(WEIGHTED.replace("GENERATOR", "None")), False),
         (program(BY_EPOCH, head="sampler.set_epoch(epoch)"), False),
     ],
     ids=[
-        "its own generator", "of numpy", "counts", "made when asked", "so of numpy", "so of python",
-        "with replacement", "weighted with a generator", "weights of the losses",
-        "weights set each epoch", "by the model", "weighted", "by the epoch",
+        "its own generator",
+        "of numpy",
+        "counts",
+        "made when asked",
+        "so of numpy",
+        "so of python",
+        "with replacement",
+        "weighted with a generator",
+        "weights of the losses",
+        "weights set each epoch",
+        "by the model",
+        "weighted",
+        "by the epoch",
     ],
-)  # fmt: skip
+)
 def test_an_epoch_goes_on_in_the_order_in_which_it_began_and_the_next_ones_as_they_would_have(
     source, stays, tmp_path
 ):

@@ -141,8 +141,11 @@ def test_each_is_found_once_wherever_it_is_held():
         "Random",
     ]
     assert [one.path for one in found] == [
-        "dataset.again", "dataset.shared", "dataset.function: mine", "dataset.transforms[1]['inner']",
-    ]  # fmt: skip
+        "dataset.again",
+        "dataset.shared",
+        "dataset.function: mine",
+        "dataset.transforms[1]['inner']",
+    ]
 
 
 def test_a_large_dataset_is_not_walked_item_by_item():

@@ -215,10 +215,17 @@ def as_it_is(state):
 @pytest.mark.parametrize(
     ("stream", "is_exact", "seeds"),
     [
-        (Counting, True, False), (Short, True, False), (Endless, True, False), (Drawing, True, True), (Shuffled, False, False),
-        (Sticking, False, False), (StickingShort, False, False), (Ahead, False, False), (Failing, False, False),
+        (Counting, True, False),
+        (Short, True, False),
+        (Endless, True, False),
+        (Drawing, True, True),
+        (Shuffled, False, False),
+        (Sticking, False, False),
+        (StickingShort, False, False),
+        (Ahead, False, False),
+        (Failing, False, False),
     ],
-)  # fmt: skip
+)
 def test_what_a_state_loses_is_found(stream, is_exact, seeds):
     dataset, state = stream(), copy.deepcopy(stream().__dict__)
     before = (

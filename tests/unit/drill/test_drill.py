@@ -65,8 +65,13 @@ WHERE = "'elsewhere', seed=1"
 
 
 def drill(
-    folder: Path, *words: str, planted: str = "pass", data: str = "TensorDataset", where: str = WHERE, limit_s: float = 400
-) -> dict:  # fmt: skip
+    folder: Path,
+    *words: str,
+    planted: str = "pass",
+    data: str = "TensorDataset",
+    where: str = WHERE,
+    limit_s: float = 400,
+) -> dict:
     """Run a drill of the program with this line in its loop; what it found, with its exit code."""
     (folder / "my_loop.py").write_text(PROGRAM.format(planted=planted, data=data, where=where))
     done = run(

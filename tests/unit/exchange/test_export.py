@@ -50,17 +50,26 @@ pytestmark = [
 ]
 FORMATS = ("weights", "full", "module", "safetensors", "torchscript", "exported")
 SHORT = (
-    "train.max_steps=6", "train.global_batch_size=8", "checkpoint.every_steps=2", "checkpoint.every_s=null", "checkpoint.keep_last=9",
-    "eval.every_steps=2", "eval.batch_size=8", "checkpoint.best=val_loss:max",
-)  # fmt: skip
+    "train.max_steps=6",
+    "train.global_batch_size=8",
+    "checkpoint.every_steps=2",
+    "checkpoint.every_s=null",
+    "checkpoint.keep_last=9",
+    "eval.every_steps=2",
+    "eval.batch_size=8",
+    "checkpoint.best=val_loss:max",
+)
 ENCODER = (
     "torch.nn.Linear(6, {0}), torch.nn.BatchNorm1d({0}), torch.nn.Tanh(), torch.nn.Dropout(0.5)"
 )
 MAKE = {  # what whoever follows the printed lines puts in the place of `…`
-    "model": f"torch.nn.Sequential({ENCODER.format(16)}, torch.nn.Linear(16, 3))", "encoder": f"torch.nn.Sequential({ENCODER.format(8)})",
-    "optimizer": "torch.optim.SGD(model.parameters(), lr=1.0)", "head": "torch.nn.Linear(8, 3)",
-    "encoder_optimizer": "torch.optim.AdamW(encoder.parameters())", "head_optimizer": "torch.optim.SGD(head.parameters(), lr=1.0)",
-}  # fmt: skip
+    "model": f"torch.nn.Sequential({ENCODER.format(16)}, torch.nn.Linear(16, 3))",
+    "encoder": f"torch.nn.Sequential({ENCODER.format(8)})",
+    "optimizer": "torch.optim.SGD(model.parameters(), lr=1.0)",
+    "head": "torch.nn.Linear(8, 3)",
+    "encoder_optimizer": "torch.optim.AdamW(encoder.parameters())",
+    "head_optimizer": "torch.optim.SGD(head.parameters(), lr=1.0)",
+}
 OF_ENCODER = {
     "model": MAKE["encoder"], "encoder_optimizer": "torch.optim.AdamW(model.parameters())",
     "head_optimizer": "torch.optim.SGD(torch.nn.Linear(8, 3).parameters(), lr=1.0)",
@@ -235,18 +244,55 @@ for job in json.load(open("jobs.json")):
 """
 JOBS = [  # name, run, arguments of the export, sizes of batches, the call
     *[(format, "averaged", ("--format", format), (48, 1, 3), "model(x)") for format in FORMATS],
-    *[(f"legacy {format}", "averaged", ("--format", format, "--legacy"), (48,), "model(x)") for format in ("weights", "full", "module")],
-    *[(f"averages {format}", "averaged", ("--ema", "--format", format), (48,), "model(x)") for format in FORMATS if format != "full"],
-    *[(f"pair {format}", "pair", ("--format", format), (48,), "head(encoder(x))") for format in ("weights", "full")],
-    *[(f"encoder {format}", "pair", ("--format", format, "--module", "encoder"), (48,), "model(x)") for format in FORMATS],
+    *[
+        (f"legacy {format}", "averaged", ("--format", format, "--legacy"), (48,), "model(x)")
+        for format in ("weights", "full", "module")
+    ],
+    *[
+        (f"averages {format}", "averaged", ("--ema", "--format", format), (48,), "model(x)")
+        for format in FORMATS
+        if format != "full"
+    ],
+    *[
+        (f"pair {format}", "pair", ("--format", format), (48,), "head(encoder(x))")
+        for format in ("weights", "full")
+    ],
+    *[
+        (
+            f"encoder {format}",
+            "pair",
+            ("--format", format, "--module", "encoder"),
+            (48,),
+            "model(x)",
+        )
+        for format in FORMATS
+    ],
     ("module of a class", "net", ("--format", "module"), (48,), "model(x)"),
-    *[(f"tied {format}", "tied", ("--format", format), (48, 3), "model(x)") for format in FORMATS[-2:]],
-    *[(f"keyed {format}", "keyed", ("--format", format), (1, 3, 8), "model(points=x, scale=x[:, 0])") for format in ("exported",)],
-    *[(f"pairs {format}", "pairs", ("--format", format), (1, 3, 8), "model(x, x[:, 0])") for format in FORMATS[-2:]],
-    *[(f"mixed {format}", "mixed", ("--format", format), (1, 3, 8), "model(x, scale=x[:, 0])") for format in FORMATS[-2:]],
+    *[
+        (f"tied {format}", "tied", ("--format", format), (48, 3), "model(x)")
+        for format in FORMATS[-2:]
+    ],
+    *[
+        (
+            f"keyed {format}",
+            "keyed",
+            ("--format", format),
+            (1, 3, 8),
+            "model(points=x, scale=x[:, 0])",
+        )
+        for format in ("exported",)
+    ],
+    *[
+        (f"pairs {format}", "pairs", ("--format", format), (1, 3, 8), "model(x, x[:, 0])")
+        for format in FORMATS[-2:]
+    ],
+    *[
+        (f"mixed {format}", "mixed", ("--format", format), (1, 3, 8), "model(x, scale=x[:, 0])")
+        for format in FORMATS[-2:]
+    ],
     ("traced torchscript", "traced", ("--format", "torchscript"), (1, 3, 8), "model(x)"),
     ("branching torchscript", "branching", ("--format", "torchscript"), (1, 3, 8), "model(x)"),
-]  # fmt: skip
+]
 ENDINGS = {"module": "pth", "safetensors": "safetensors", "torchscript": "ts", "exported": "pt2"}
 
 
@@ -1410,11 +1456,21 @@ def test_a_pickled_module_is_opened_only_on_trust(
 def test_tensors_of_all_kinds_come_through(tmp_path: Path) -> None:
     base, ones = torch.arange(12.0), torch.ones(3)
     held = {
-        "half": ones.bfloat16(), "small": ones.to(torch.float8_e4m3fn), "complex": ones.to(torch.complex64), "double": ones.double(),
-        "mask": torch.tensor([True, False]), "empty": torch.empty(0, 4), "scalar": torch.tensor(3.0), "count": torch.tensor(7),
-        "nan": torch.tensor([float("nan"), -0.0]), "spread": torch.ones(1, 4).expand(3, 4), "turned": base.view(3, 4).T, "part": base[2:5],
-        "again": base, "parameter": nn.Parameter(torch.ones(2)),
-    }  # fmt: skip
+        "half": ones.bfloat16(),
+        "small": ones.to(torch.float8_e4m3fn),
+        "complex": ones.to(torch.complex64),
+        "double": ones.double(),
+        "mask": torch.tensor([True, False]),
+        "empty": torch.empty(0, 4),
+        "scalar": torch.tensor(3.0),
+        "count": torch.tensor(7),
+        "nan": torch.tensor([float("nan"), -0.0]),
+        "spread": torch.ones(1, 4).expand(3, 4),
+        "turned": base.view(3, 4).T,
+        "part": base[2:5],
+        "again": base,
+        "parameter": nn.Parameter(torch.ones(2)),
+    }
     torch.save(held, tmp_path / "odd.pth")
     export(tmp_path / "odd.pth", tmp_path / "a.pt")
     export(tmp_path / "odd.pth", tmp_path / "b.safetensors", "--format", "safetensors")
@@ -1553,9 +1609,12 @@ def test_code_that_has_changed_since_is_told_and_the_weights_are_still_given(
         )
     importlib.invalidate_caches()
     wanted = {
-        "gone": "there is no module", "other shapes": "mis-shaped", "other arguments": "depth", "broken": "nowhere_to_be_found",
+        "gone": "there is no module",
+        "other shapes": "mis-shaped",
+        "other arguments": "depth",
+        "broken": "nowhere_to_be_found",
         "other module": "missing",
-    }  # fmt: skip
+    }
     try:
         for format in ("module", "torchscript", "exported"):
             refused(out, (78,), source, out / "x.pt2", "--format", format, words=wanted[change])

@@ -62,8 +62,12 @@ from harness.errors import UsageError
 from harness.store import LocalStore
 
 pytestmark = pytest.mark.usefixtures("process_as_it_was")
-KEEPS_ALL = [pytest.param(name, format, id=f"{name}, {format}") for name in RECIPES for format in SAVES
-             if format == "zip" or RECIPES[name].has_old_format]  # fmt: skip
+KEEPS_ALL = [
+    pytest.param(name, format, id=f"{name}, {format}")
+    for name in RECIPES
+    for format in SAVES
+    if format == "zip" or RECIPES[name].has_old_format
+]
 FEW = ("tutorial general checkpoint", "imagenet")  # that are gone on from even in a hurry
 
 
@@ -330,9 +334,12 @@ def test_several_optimizers_of_lightning_go_where_they_are_sent(
     tmp_path: Path, pair: TrainedPair, command: Command
 ) -> None:
     content = {
-        "state_dict": pair.first.state_dict(), "other_state_dict": pair.second.state_dict(),
-        "optimizer_states": [pair.first_optimizer.state_dict(), pair.second_optimizer.state_dict()], "epoch": 1, "global_step": 20,
-    }  # fmt: skip
+        "state_dict": pair.first.state_dict(),
+        "other_state_dict": pair.second.state_dict(),
+        "optimizer_states": [pair.first_optimizer.state_dict(), pair.second_optimizer.state_dict()],
+        "epoch": 1,
+        "global_step": 20,
+    }
     torch.save(content, tmp_path / "a.ckpt")
     sent = [
         "generator=state_dict",
@@ -509,8 +516,13 @@ def test_a_file_that_somebody_has_zipped_again_is_read(
 def test_what_is_in_a_file_counts_not_what_it_is_called(
     tmp_path: Path, done: Trained, command: Command
 ) -> None:
-    for name, called in (("hugging face safetensors", "a.pt"), ("tutorial weights", "b.safetensors"), ("tutorial weights", "model"),
-                         ("hugging face safetensors", "pytorch_model.bin"), ("torchscript", "c.ckpt")):  # fmt: skip
+    for name, called in (
+        ("hugging face safetensors", "a.pt"),
+        ("tutorial weights", "b.safetensors"),
+        ("tutorial weights", "model"),
+        ("hugging face safetensors", "pytorch_model.bin"),
+        ("torchscript", "c.ckpt"),
+    ):
         made(name, tmp_path, done).rename(tmp_path / called)
         answer = command(
             "import", tmp_path / called, tmp_path / f"run-{called}", *TASK, "--epoch", 2
@@ -1133,14 +1145,22 @@ CALLS: list[tuple[str, str, Callable[[Path], tuple[Any, ...]]]] = [
     ("torch", "FloatStorage.from_file", lambda sprung: (str(sprung), True, 10)),
     ("torch", "from_file", lambda sprung: (str(sprung), True, 10)),
     ("torch.storage", "UntypedStorage.from_file", lambda sprung: (str(sprung), True, 10)),
-    ("torch.storage", "_load_from_bytes", lambda sprung: (b"\x80\x02cos\nmkdir\nX" + len(str(sprung)).to_bytes(4, "little")
-                                                          + str(sprung).encode() + b"\x85R.",)),
+    (
+        "torch.storage",
+        "_load_from_bytes",
+        lambda sprung: (
+            b"\x80\x02cos\nmkdir\nX"
+            + len(str(sprung)).to_bytes(4, "little")
+            + str(sprung).encode()
+            + b"\x85R.",
+        ),
+    ),
     ("collections", "OrderedDict.fromkeys", lambda sprung: ((str(sprung),),)),
     ("pathlib", "Path.mkdir", lambda sprung: (str(sprung),)),
     ("shutil", "copytree", lambda sprung: (str(Path(__file__).parent), str(sprung))),
     ("runpy", "run_path", lambda sprung: (str(sprung),)),
     ("harness.cli", "main", lambda sprung: (["import", str(sprung), str(sprung)],)),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("protocol", [2, pytest.param(4, marks=pytest.mark.slow)])
@@ -1275,13 +1295,19 @@ NO_CHECKPOINTS: dict[str, Callable[[Trained, Path], object]] = {
     "one tensor": lambda done, path: torch.save(done.model.head.weight, path),
     "number": lambda done, path: torch.save(3, path),
     "empty dict": lambda done, path: torch.save({}, path),
-    "no tensors": lambda done, path: torch.save({"epoch": 2, "state_dict": {}, "note": "x" * 10_000}, path),
+    "no tensors": lambda done, path: torch.save(
+        {"epoch": 2, "state_dict": {}, "note": "x" * 10_000}, path
+    ),
     "optimizer only": lambda done, path: torch.save(done.optimizer.state_dict(), path),
     "bare pickle": recipes.bare_pickle,
-    "other zip": lambda done, path: zipfile.ZipFile(path, "w").write(recipes.__file__, "recipes.py"),
+    "other zip": lambda done, path: zipfile.ZipFile(path, "w").write(
+        recipes.__file__, "recipes.py"
+    ),
     "folder": lambda done, path: path.mkdir(),
-    "folder with a file": lambda done, path: path.mkdir() or recipes.tutorial_weights(done, path / "model.pth", save_new),
-}  # fmt: skip
+    "folder with a file": lambda done, path: (
+        path.mkdir() or recipes.tutorial_weights(done, path / "model.pth", save_new)
+    ),
+}
 
 
 @pytest.mark.parametrize("kind", NO_CHECKPOINTS)
@@ -1294,8 +1320,12 @@ def test_what_is_no_checkpoint_is_refused_in_words(
     refused(answer, tmp_path / "run")
     assert file.name in answer.err
     words = {
-        "missing": "there is n", "empty": "empty", "list of parameters": "name", "real tar": "tar", "web page": "web page",
-    }  # fmt: skip
+        "missing": "there is n",
+        "empty": "empty",
+        "list of parameters": "name",
+        "real tar": "tar",
+        "web page": "web page",
+    }
     assert words.get(kind, "") in answer.err.lower(), answer.err
 
 

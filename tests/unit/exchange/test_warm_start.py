@@ -754,8 +754,17 @@ def test_it_works_with_compiled_modules_and_mixed_precision(tmp_path: Path, done
     file = made("nanogpt", tmp_path, done)
     if os.environ.get("HARNESS_NO_COMPILER") or shutil.which("c++") is None:
         pytest.skip("torch.compile needs a compiler")
-    shown = run(alone(*TASK, f"run.dir={tmp_path}/run", f"init.from={file}", recording(tmp_path / "first"), "train.compile=true",
-                      "train.precision=bf16", "train.max_steps=2"))  # fmt: skip
+    shown = run(
+        alone(
+            *TASK,
+            f"run.dir={tmp_path}/run",
+            f"init.from={file}",
+            recording(tmp_path / "first"),
+            "train.compile=true",
+            "train.precision=bf16",
+            "train.max_steps=2",
+        )
+    )
     assert shown.returncode == 0, shown.stdout + shown.stderr
     assert differing(first_states(tmp_path / "first")["rank0"], dict(done.model.state_dict())) == []
 

@@ -59,8 +59,14 @@ def test_at_any_moment_the_time_is_spent_on_one_thing() -> None:
         account.step_made()
         clock.now += 0.25
     assert account.spent() == {
-        "startup": 5.0, "restore": 4.0, "data": 1.0, "redone": 10.0, "training": 10.0, "save": 1.0, "overhead": 0.5
-    }  # fmt: skip
+        "startup": 5.0,
+        "restore": 4.0,
+        "data": 1.0,
+        "redone": 10.0,
+        "training": 10.0,
+        "save": 1.0,
+        "overhead": 0.5,
+    }
     assert sum(account.spent().values()) == clock.now - 100 + 2
 
 
@@ -185,10 +191,20 @@ def test_every_second_between_the_submission_and_the_end_is_counted_once(made: M
     interrupted(made)
     found = made.timeline()
     assert found.wall_s == pytest.approx(233) and sum(found.spent.values()) == pytest.approx(233)
-    assert found.spent == pytest.approx({
-        "training": 29, "redone": 8, "lost": 1, "waiting": 100 + 200 - 124, "startup": 3 + 2 + 2 + 4, "restore": 1, "data": 1,
-        "evaluation": 2, "save": 1, "overhead": 1 + 2,
-    })  # fmt: skip
+    assert found.spent == pytest.approx(
+        {
+            "training": 29,
+            "redone": 8,
+            "lost": 1,
+            "waiting": 100 + 200 - 124,
+            "startup": 3 + 2 + 2 + 4,
+            "restore": 1,
+            "data": 1,
+            "evaluation": 2,
+            "save": 1,
+            "overhead": 1 + 2,
+        }
+    )
     assert found.useful == pytest.approx(29 / 233)
     first, second = found.stretches
     assert (first.how, first.life.lost, second.how) == ("killed", 3, "finished")

@@ -403,14 +403,28 @@ def test_the_place_of_a_rank_is_the_last_line_of_the_users_own() -> None:
 @pytest.mark.parametrize(
     ("ranks", "size", "words"),
     [
-        ({0: OWN + COLLECTIVE, 1: OWN}, 2, "rank 1 is stuck in loss (my_task.py:7); rank 0 waited for the others"),
-        ({0: OWN + COLLECTIVE, 2: OWN + COLLECTIVE}, 3,
-         "rank 1 said nothing: stopped, dead, or busy outside of Python; ranks 0, 2 waited for the others"),
-        ({0: OWN + COLLECTIVE, 1: COLLECTIVE}, 2,
-         "rank 0 waits for the others in loss (my_task.py:7); rank 1 waits for the others in all_reduce (c10d.py:3)"),
-        ({0: OWN, 1: OWN}, 2, "rank 0 is stuck in loss (my_task.py:7); rank 1 is stuck in loss (my_task.py:7)"),
+        (
+            {0: OWN + COLLECTIVE, 1: OWN},
+            2,
+            "rank 1 is stuck in loss (my_task.py:7); rank 0 waited for the others",
+        ),
+        (
+            {0: OWN + COLLECTIVE, 2: OWN + COLLECTIVE},
+            3,
+            "rank 1 said nothing: stopped, dead, or busy outside of Python; ranks 0, 2 waited for the others",
+        ),
+        (
+            {0: OWN + COLLECTIVE, 1: COLLECTIVE},
+            2,
+            "rank 0 waits for the others in loss (my_task.py:7); rank 1 waits for the others in all_reduce (c10d.py:3)",
+        ),
+        (
+            {0: OWN, 1: OWN},
+            2,
+            "rank 0 is stuck in loss (my_task.py:7); rank 1 is stuck in loss (my_task.py:7)",
+        ),
     ],
-)  # fmt: skip
+)
 def test_one_sentence_tells_who_is_stuck_and_who_waits(
     ranks: dict[int, str], size: int, words: str
 ) -> None:

@@ -34,9 +34,15 @@ pytestmark = pytest.mark.usefixtures("process_as_it_was")
 CONFIG = str(REPO / "configs/gan.yaml")
 STEPS = 80
 SHORT = (
-    "--config", CONFIG, f"train.max_steps={STEPS}", "task.args.picture_every_steps=25", "log.every_steps=1", "eval.every_steps=30",
-    "checkpoint.every_steps=7", "checkpoint.every_s=null",
-)  # fmt: skip
+    "--config",
+    CONFIG,
+    f"train.max_steps={STEPS}",
+    "task.args.picture_every_steps=25",
+    "log.every_steps=1",
+    "eval.every_steps=30",
+    "checkpoint.every_steps=7",
+    "checkpoint.every_s=null",
+)
 TRACKED = ("generator", "discriminator", "generator_optimizer", "discriminator_optimizer")
 
 

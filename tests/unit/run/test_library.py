@@ -959,9 +959,16 @@ def test_a_checkpoint_holds_what_the_documentation_says(uninterrupted):
     names = {name.strip(",") for line in listed for name in line.split()} - {"N_state_dict"}
     assert names <= payload.keys()
     assert len(payload["rng"]) == 1 and payload["data"] | {"fingerprint": ""} == {
-        "fingerprint": "", "size": 60, "global_batch_size": 10, "shuffle": True, "drop_last": True, "seed": 3, "epoch": 2, "sample": 0,
+        "fingerprint": "",
+        "size": 60,
+        "global_batch_size": 10,
+        "shuffle": True,
+        "drop_last": True,
+        "seed": 3,
+        "epoch": 2,
+        "sample": 0,
         "iterators": [None],
-    }  # fmt: skip
+    }
 
 
 # --- several ranks ------------------------------------------------------------------------------------------------------------------

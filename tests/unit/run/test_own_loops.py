@@ -37,8 +37,9 @@ def begin(
     directory: Path, **init: object
 ) -> tuple[harness.Run, nn.Module, torch.optim.Optimizer, torch.optim.lr_scheduler.StepLR]:
     job = harness.init(
-        directory, **({"seed": 2, "save_every_s": None, "save_every_steps": 2} | init)
-    )  # type: ignore[arg-type]
+        directory,
+        **({"seed": 2, "save_every_s": None, "save_every_steps": 2} | init),  # type: ignore[arg-type]
+    )
     model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 1))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.7)
@@ -312,13 +313,36 @@ class Odd(torch.utils.data.Sampler[int]):
     [
         (lambda data: DataLoader(data, batch_size=8, shuffle=True), {"shuffle": True}),
         (lambda data: DataLoader(data, batch_size=8), {"shuffle": False}),
-        (lambda data: DataLoader(data, batch_size=8, sampler=DistributedSampler(data, 1, 0)), {"shuffle": True}),
-        (lambda data: DataLoader(data, batch_size=8, sampler=DistributedSampler(data, 1, 0, shuffle=False)), {"shuffle": False}),
-        (lambda data: DataLoader(data, batch_sampler=BatchSampler(SequentialSampler(data), 8, False)), {"shuffle": False}),
-        (lambda data: DataLoader(data, batch_size=8, sampler=Odd()), {"order": lambda epoch: Odd.ORDERS[epoch]}),
+        (
+            lambda data: DataLoader(data, batch_size=8, sampler=DistributedSampler(data, 1, 0)),
+            {"shuffle": True},
+        ),
+        (
+            lambda data: DataLoader(
+                data, batch_size=8, sampler=DistributedSampler(data, 1, 0, shuffle=False)
+            ),
+            {"shuffle": False},
+        ),
+        (
+            lambda data: DataLoader(
+                data, batch_sampler=BatchSampler(SequentialSampler(data), 8, False)
+            ),
+            {"shuffle": False},
+        ),
+        (
+            lambda data: DataLoader(data, batch_size=8, sampler=Odd()),
+            {"order": lambda epoch: Odd.ORDERS[epoch]},
+        ),
     ],
-    ids=["shuffled", "in order", "distributed", "distributed in order", "a batch sampler", "a sampler of its own"],
-)  # fmt: skip
+    ids=[
+        "shuffled",
+        "in order",
+        "distributed",
+        "distributed in order",
+        "a batch sampler",
+        "a sampler of its own",
+    ],
+)
 def test_a_dataloader_is_dealt_out_as_its_dataset_would_be(loader, same, tmp_path):
     data = points()
     assert dealt(tmp_path / "a", loader(data)) == dealt(
@@ -385,12 +409,23 @@ def test_the_loader_processes_are_as_the_dataloader_wants_them(tmp_path):
 @pytest.mark.parametrize(
     ("loader", "words"),
     [
-        (lambda data: DataLoader(data, batch_size=None), "does not batch samples by a number of its own"),
-        (lambda data: DataLoader(data, batch_sampler=[[1, 2], [3]]), "does not batch samples by a number of its own"),
-        (lambda data: DataLoader(data, 4, sampler=type("Weighted", (DistributedSampler,), {})(data, 2, 0)), "splits the samples"),
+        (
+            lambda data: DataLoader(data, batch_size=None),
+            "does not batch samples by a number of its own",
+        ),
+        (
+            lambda data: DataLoader(data, batch_sampler=[[1, 2], [3]]),
+            "does not batch samples by a number of its own",
+        ),
+        (
+            lambda data: DataLoader(
+                data, 4, sampler=type("Weighted", (DistributedSampler,), {})(data, 2, 0)
+            ),
+            "splits the samples",
+        ),
     ],
     ids=["no batches", "batches by hand", "a rank's own"],
-)  # fmt: skip
+)
 def test_a_dataloader_that_could_not_be_found_again_in_the_middle_is_refused(
     loader, words, tmp_path
 ):

@@ -426,11 +426,24 @@ def tree() -> dict:
     """Everything that may be in a checkpoint, tied and empty tensors among it."""
     tied = torch.randn(50, 7)
     return {
-        "step": 3, "loss": 0.5, "none": None, "text": "é", "list": [torch.arange(5), (1, True)],
-        "a": {"x": tied, "y": tied, "empty": torch.empty(0, 4), "scalar": torch.tensor(2.5), "half": torch.randn(9).half()},
-        "b": torch.randn(1000, 11).to(torch.bfloat16), "c": torch.randn(3, dtype=torch.complex64), "d": torch.randn(4, 6).t(),
-        "view": torch.arange(10)[2:4].clone(), "flags": torch.tensor([True, False]),
-    }  # fmt: skip
+        "step": 3,
+        "loss": 0.5,
+        "none": None,
+        "text": "é",
+        "list": [torch.arange(5), (1, True)],
+        "a": {
+            "x": tied,
+            "y": tied,
+            "empty": torch.empty(0, 4),
+            "scalar": torch.tensor(2.5),
+            "half": torch.randn(9).half(),
+        },
+        "b": torch.randn(1000, 11).to(torch.bfloat16),
+        "c": torch.randn(3, dtype=torch.complex64),
+        "d": torch.randn(4, 6).t(),
+        "view": torch.arange(10)[2:4].clone(),
+        "flags": torch.tensor([True, False]),
+    }
 
 
 def snapped(payload: dict, staging: StagingBuffer, *, steady: bool) -> Snapshot:

@@ -37,13 +37,22 @@ def layouts() -> dict[str, torch.Tensor]:
     whole = torch.arange(1_000_000.0, device="cuda")
     tied = torch.randn(50, 7, device="cuda")
     return {
-        "x": tied, "y": tied, "head": whole[:10], "tail": whole[-7:], "columns": whole.view(1000, 1000)[:, :2], "empty": whole[:0],
-        "scalar": torch.tensor(2.5, device="cuda"), "half": torch.randn(9, device="cuda").half(), "flags": whole[:3] > 1,
+        "x": tied,
+        "y": tied,
+        "head": whole[:10],
+        "tail": whole[-7:],
+        "columns": whole.view(1000, 1000)[:, :2],
+        "empty": whole[:0],
+        "scalar": torch.tensor(2.5, device="cuda"),
+        "half": torch.randn(9, device="cuda").half(),
+        "flags": whole[:3] > 1,
         "channels": torch.randn(2, 3, 4, 5, device="cuda").to(memory_format=torch.channels_last),
         "turned": torch.randn(4, 6, device="cuda").t(),
-        "conj": torch.randn(3, dtype=torch.complex64, device="cuda").conj(), "b": torch.randn(99, 11, device="cuda").to(torch.bfloat16),
-        "wide": whole[3:4].expand(5), "cpu": torch.randn(3),
-    }  # fmt: skip
+        "conj": torch.randn(3, dtype=torch.complex64, device="cuda").conj(),
+        "b": torch.randn(99, 11, device="cuda").to(torch.bfloat16),
+        "wide": whole[3:4].expand(5),
+        "cpu": torch.randn(3),
+    }
 
 
 def test_tensors_of_every_layout_are_captured_and_come_back(tmp_path):

@@ -273,13 +273,25 @@ class Pair(collections.namedtuple("Pair", "x y")):
 VALUES = {
     "array": np.arange(6, dtype=np.uint16).reshape(2, 3),
     "fortran": np.asfortranarray(np.random.default_rng(0).normal(size=(3, 4))),
-    "scalar": np.float32(0.1), "bool": np.bool_(True), "none": np.array(5),
-    "text": np.array(["a", "bcd"]), "big": np.arange(3, dtype=">i4"),
-    "dates": np.array(["2020-01-01"], dtype="datetime64[D]"), "half": np.float16(2), "str": np.str_("x"), "empty": np.zeros((0, 3)),
-    "counts": collections.defaultdict(int, {"a": 1}), "lists": collections.defaultdict(list, {(1, "k"): [np.int8(3)]}),
-    "counter": collections.Counter("aab"), "ordered": collections.OrderedDict(b=1, a=np.int64(2)), "last": collections.deque([1, 2], 5),
-    "size": torch.Size([2, 3]), "dtype": torch.bfloat16, "device": torch.device("cpu"), "plain": [1, (2.5, None), {"x": b"y"}],
-}  # fmt: skip
+    "scalar": np.float32(0.1),
+    "bool": np.bool_(True),
+    "none": np.array(5),
+    "text": np.array(["a", "bcd"]),
+    "big": np.arange(3, dtype=">i4"),
+    "dates": np.array(["2020-01-01"], dtype="datetime64[D]"),
+    "half": np.float16(2),
+    "str": np.str_("x"),
+    "empty": np.zeros((0, 3)),
+    "counts": collections.defaultdict(int, {"a": 1}),
+    "lists": collections.defaultdict(list, {(1, "k"): [np.int8(3)]}),
+    "counter": collections.Counter("aab"),
+    "ordered": collections.OrderedDict(b=1, a=np.int64(2)),
+    "last": collections.deque([1, 2], 5),
+    "size": torch.Size([2, 3]),
+    "dtype": torch.bfloat16,
+    "device": torch.device("cpu"),
+    "plain": [1, (2.5, None), {"x": b"y"}],
+}
 
 
 @pytest.mark.parametrize("root", ["state", "state_dict"])

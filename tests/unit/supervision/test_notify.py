@@ -71,9 +71,10 @@ def test_a_run_that_crashes_once_is_told_of_from_end_to_end(tmp_path: Path, hook
     )
     (tmp_path / "keep.py").write_text(KEEP)
     notices = (
-        f"notify.command=[{sys.executable}, {tmp_path}/keep.py, {tmp_path}/words]", "notify.webhook_env=MY_HOOK",
+        f"notify.command=[{sys.executable}, {tmp_path}/keep.py, {tmp_path}/words]",
+        "notify.webhook_env=MY_HOOK",
         "notify.on=[resumed,crashed,stopped,failed,finished]",
-    )  # fmt: skip
+    )
     settings = ("task.name=my_task:build", *FAST[1:], "run.dir=runs/a", *notices)
     done = run(harness("launch", *settings), cwd=tmp_path, env={"MY_HOOK": hook.url})
     assert done.returncode == 0, done.stdout + done.stderr
@@ -97,12 +98,12 @@ def told(capfd: pytest.CaptureFixture[str], **settings: object) -> tuple[str, fl
     """What is said when something is told, and how long that takes."""
     began = time.monotonic()
     notify(
-        NotifySettings(**({"timeout_s": 1.0} | settings)),
+        NotifySettings(**({"timeout_s": 1.0} | settings)),  # type: ignore[arg-type]
         "failed",
         "runs/a",
         "its disk is full",
         step=7,
-    )  # type: ignore[arg-type]
+    )
     return capfd.readouterr().err, time.monotonic() - began
 
 

@@ -846,8 +846,16 @@ def test_status_shows_every_attempt_its_steps_and_what_it_lost(run, harness):
     assert "launch 200.2 never began to train: no rank began to train" in text
 
 
-@pytest.mark.parametrize(("step_s", "ago_s", "state"), [(1, 150, "to be continued"), (100, 150, "running"), (100, 250, "to be continued"),
-                                                        (600, 1000, "running"), (86400, 5000, "to be continued")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("step_s", "ago_s", "state"),
+    [
+        (1, 150, "to be continued"),
+        (100, 150, "running"),
+        (100, 250, "to be continued"),
+        (600, 1000, "running"),
+        (86400, 5000, "to be continued"),
+    ],
+)
 def test_a_run_whose_steps_are_long_is_not_said_to_be_hung_within_one(
     run, harness, step_s, ago_s, state
 ):

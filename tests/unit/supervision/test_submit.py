@@ -26,10 +26,17 @@ from harness.supervision.job_script import Job, script
 PACKAGE = Path(code_copy.__file__).resolve().parents[1]
 TASK = "def build(**anything):\n    return anything\n"
 ODD = [
-    "task.args.a=two words", "task.args.b='it''s \"quoted\"'", "task.args.c=$HOME $(id) `id` $$ $1", "task.args.d='# no comment'",
-    "task.args.e=~ !! ?[a-z]{1,2}*", "task.args.f=\"line\\nbreak\\ttab\"", r"task.args.h='back\slash\'",
-    "task.args.i=ünï…", "task.args.j=;&|<>()", "task.args.k=''",
-]  # fmt: skip
+    "task.args.a=two words",
+    "task.args.b='it''s \"quoted\"'",
+    "task.args.c=$HOME $(id) `id` $$ $1",
+    "task.args.d='# no comment'",
+    "task.args.e=~ !! ?[a-z]{1,2}*",
+    'task.args.f="line\\nbreak\\ttab"',
+    r"task.args.h='back\slash\'",
+    "task.args.i=ünï…",
+    "task.args.j=;&|<>()",
+    "task.args.k=''",
+]
 Submit = Callable[..., tuple[int, str]]
 
 
@@ -140,8 +147,14 @@ def test_what_is_not_set_is_not_mentioned(place, submit):
     is_whole(said)
     names = [option.partition("=")[0] for option in options(said)]
     assert names == [
-        "--job-name", "--output", "--nodes", "--ntasks-per-node", "--requeue", "--open-mode", "--dependency"
-    ]  # fmt: skip
+        "--job-name",
+        "--output",
+        "--nodes",
+        "--ntasks-per-node",
+        "--requeue",
+        "--open-mode",
+        "--dependency",
+    ]
     assert "--nproc-per-node=1 " in said
 
 
