@@ -1,4 +1,5 @@
-"""The shape of the code: who may import whom, which door leads to which library, how long anything may be."""
+"""The shape of the code: who may import whom, which door leads to which library, how long anything
+may be."""
 
 from __future__ import annotations
 
@@ -49,7 +50,8 @@ def imported(tree: ast.AST, *, own: bool = True) -> set[str]:
 
 
 def part_of(name: str) -> str:
-    """harness.data.plan belongs to "data"; what harness exports lazily belongs to where it comes from."""
+    """harness.data.plan belongs to "data"; what harness exports lazily belongs to where it comes
+    from."""
     part = name.split(".")[1] if "." in name else ""
     return {
         "init": "run",
@@ -168,7 +170,8 @@ def _without_types(tree: ast.Module) -> ast.Module:
 
 
 def test_the_path_of_a_step_is_short():
-    """From `train.py` to the end of a step, imports in functions and through the facade followed, up to the gates."""
+    """From `train.py` to the end of a step, imports in functions and through the facade followed,
+    up to the gates."""
     homes = {
         alias.name: node.module
         for node in ast.walk(TREES[HOUSE / "__init__.py"])

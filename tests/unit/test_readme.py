@@ -23,7 +23,8 @@ def after(diff: str) -> str:
 
 
 def make_environment(copy: Path) -> None:
-    """As `scripts/environment` would, but with the packages that are installed already: the copy is what its programs run."""
+    """As `scripts/environment` would, but with the packages that are installed already: the copy is
+    what its programs run."""
     venv.create(copy / ".venv", symlinks=True)
     paths = sysconfig.get_paths(vars={"base": str(copy / ".venv"), "platbase": str(copy / ".venv")})
     Path(paths["purelib"], "here.pth").write_text(f"{copy}\n{sysconfig.get_path('purelib')}\n")

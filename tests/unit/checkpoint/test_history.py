@@ -1,4 +1,5 @@
-"""One history per run: each rule by the interleaving that breaks without it, on one store with real records and manifests."""
+"""One history per run: each rule by the interleaving that breaks without it, on one store with real
+records and manifests."""
 
 from __future__ import annotations
 
@@ -37,7 +38,8 @@ def payload(step: int, seed: int = 0) -> dict:
 
 
 class Life:
-    """An attempt: surveys, chooses what to go on from, claims, commits; several of them can be alive at once."""
+    """An attempt: surveys, chooses what to go on from, claims, commits; several of them can be
+    alive at once."""
 
     def __init__(self, store: LocalStore) -> None:
         self.store = store
@@ -60,7 +62,8 @@ class Life:
         )
 
     def save_blindly(self, step: int) -> Manifest:
-        """As a zombie does that was suspended between its fence check and its manifest: nothing stops it."""
+        """As a zombie does that was suspended between its fence check and its manifest: nothing
+        stops it."""
         others = self.store.root / fmt.ATTEMPTS
         hidden = self.store.root / "hidden"
         others.rename(hidden)
@@ -254,7 +257,8 @@ class Interrupted(ranks.World):
 
 
 def test_what_a_living_attempt_deletes_between_listing_and_reading_means_list_again(store, world):
-    """The attempt that is about to be replaced goes on saving, and its retention lets go what was listed."""
+    """The attempt that is about to be replaced goes on saving, and its retention lets go what was
+    listed."""
     alive = Life(store)
     alive.save(10)
     alive.save(20)
@@ -727,7 +731,8 @@ def test_prune_lets_no_damaged_checkpoint_take_the_place_of_a_good_one(grown):
 
 
 def test_prune_keeps_what_was_cut_off_while_nothing_better_loads(grown):
-    """Nothing good is deleted before something better is committed: here the good ones are those that a rollback left."""
+    """Nothing good is deleted before something better is committed: here the good ones are those
+    that a rollback left."""
     assert cli.main(["rollback", str(grown.root), "10"]) == 0
     for attempt in (1, 3):
         grown.path(fmt.data_key(10, attempt)).write_bytes(b"damaged")

@@ -1,4 +1,5 @@
-"""A checkpoint comes into memory once on each machine, verified, and what is verified is what is parsed."""
+"""A checkpoint comes into memory once on each machine, verified, and what is verified is what is
+parsed."""
 
 from __future__ import annotations
 
@@ -346,7 +347,8 @@ def test_what_is_kept_of_a_source_that_fails_is_nothing():
 
 
 def test_another_file_in_the_place_of_an_offered_memory_is_not_used(tmp_path):
-    """In another container, or on another machine, the same path may lead to anything, with the same numbers."""
+    """In another container, or on another machine, the same path may lead to anything, with the
+    same numbers."""
     with keep([b"abc"], 3, "a test") as memory, keep([b"abc"], 3, "a test") as other:
         name = memory.offer.name
         (tmp_path / "file").write_bytes(b"abc")
@@ -426,8 +428,8 @@ def free_port() -> int:
 
 @pytest.fixture
 def elsewhere() -> Iterator[tuple[str, ...]]:
-    """What to start a process with, so that it sees no process of ours under /proc, as in another container; all so started see each
-    other."""
+    """What to start a process with, so that it sees no process of ours under /proc, as in another
+    container; all so started see each other."""
     holder = subprocess.Popen(
         ["unshare", "--pid", "--fork", "--mount-proc", "sleep", "1000"], stderr=subprocess.PIPE
     )

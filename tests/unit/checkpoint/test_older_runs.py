@@ -1,4 +1,5 @@
-"""Runs that earlier releases have left go on: from a directory, from a bucket, and from one that was killed with steps to recompute."""
+"""Runs that earlier releases have left go on: from a directory, from a bucket, and from one that
+was killed with steps to recompute."""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def check(resumed: Lived, folder: Path, name: str, saved: Path, whole: dict[str, Any]) -> None:
-    """The run began with exactly what the old file holds, which torch reads by itself, and ended with the samples of a whole one."""
+    """The run began with exactly what the old file holds, which torch reads by itself, and ended
+    with the samples of a whole one."""
     assert resumed.codes == [0] * RANKS, resumed.texts
     assert "another one than" not in resumed.text and "differ" not in resumed.text
     file = torch.load(saved, weights_only=True)

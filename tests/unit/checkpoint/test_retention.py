@@ -1,4 +1,5 @@
-"""Retention: a pure function decides which checkpoints may go, and nothing good goes before something better is there."""
+"""Retention: a pure function decides which checkpoints may go, and nothing good goes before
+something better is there."""
 
 from __future__ import annotations
 
@@ -109,7 +110,8 @@ def test_every_checkpoint_at_a_multiple_stays(case):
 
 @given(cases())
 def test_unverified_ones_never_displace_verified_ones(case):
-    """What of the verified ones stays does not depend on which unverified ones, perhaps damaged, lie beside them."""
+    """What of the verified ones stays does not depend on which unverified ones, perhaps damaged,
+    lie beside them."""
     history, verified, policy = case
     only_verified = [m for m in history if m.name in verified]
     kept_without = names(only_verified) - names(to_delete(only_verified, verified, policy))
@@ -289,7 +291,8 @@ def test_a_damaged_one_takes_no_place_from_a_good_one(store):
 
 
 def test_only_the_history_is_looked_at(store):
-    """What a later attempt has cut off may be what somebody rolls back to: only `harness prune` deletes it."""
+    """What a later attempt has cut off may be what somebody rolls back to: only `harness prune`
+    deletes it."""
     first = Life(store)
     for step in (10, 20, 30):
         first.save(step)
@@ -348,7 +351,8 @@ def test_a_policy_of_nothing_still_keeps_two(store):
 
 @pytest.mark.usefixtures("process_as_it_was")
 def test_the_best_of_a_programs_own_loop_is_that_by_its_metric_and_prune_keeps_it(tmp_path, capsys):
-    """`init` was told the metric; its config is the program's own, and may hold anything under names of settings."""
+    """`init` was told the metric; its config is the program's own, and may hold anything under
+    names of settings."""
     scores = {
         2: (0.9, 0.5),
         4: (0.3, 0.9),

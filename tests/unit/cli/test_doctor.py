@@ -1,4 +1,5 @@
-"""`harness doctor` and the check at the start of an attempt: what will go wrong is said before it does."""
+"""`harness doctor` and the check at the start of an attempt: what will go wrong is said before it
+does."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The commands on runs in a bucket: right answers and exit codes, and no more bytes than the question needs."""
+"""The commands on runs in a bucket: right answers and exit codes, and no more bytes than the
+question needs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""What a user, a disk or a cluster may do wrong: said in words, with the right exit code, and nothing good is lost."""
+"""What a user, a disk or a cluster may do wrong: said in words, with the right exit code, and
+nothing good is lost."""
 
 from __future__ import annotations
 
@@ -90,7 +91,8 @@ numbers = itertools.count()
 
 
 def written_task(folder: Path, body: str) -> str:
-    """A task module of the user's own: the small task, with `loss` as the body says; returns the setting that names it."""
+    """A task module of the user's own: the small task, with `loss` as the body says; returns the
+    setting that names it."""
     name = f"task_of_{next(numbers)}"
     (folder / f"{name}.py").write_text(
         f"""
@@ -119,7 +121,7 @@ def build(size: int = 48, lr: float = 1e-2, optimizer: str = "SGD", bad_from: in
     return f"task.name={name}:build"
 
 
-# --- the command line and the cluster -----------------------------------------------------------------------------------------------
+# --- the command line and the cluster -------------------------------------------------------------
 
 
 def test_a_batch_that_cannot_be_dealt_out_is_refused_once_and_in_words(tmp_path):
@@ -248,7 +250,7 @@ def test_what_cannot_be_is_refused_before_anything_is_started(tmp_path, given, c
     assert "1 problem(s)" in capfd.readouterr().err and list(tmp_path.iterdir()) == []
 
 
-# --- going on with something else ---------------------------------------------------------------------------------------------------
+# --- going on with something else -----------------------------------------------------------------
 
 
 def test_changed_settings_end_with_78_and_are_shown(tmp_path):
@@ -378,7 +380,7 @@ def test_other_data_is_refused_and_taken_on_insistence(tmp_path, monkeypatch):
     assert steps_of(tmp_path / "a")[-1] == 8
 
 
-# --- the run directory --------------------------------------------------------------------------------------------------------------
+# --- the run directory ----------------------------------------------------------------------------
 
 
 def test_a_run_directory_that_is_a_file_is_refused_in_words(tmp_path):
@@ -451,7 +453,7 @@ def test_a_run_with_nothing_but_damage_is_not_begun_anew(tmp_path):
     assert attempts_of(tmp_path / "a") == 1
 
 
-# --- numbers that are none ----------------------------------------------------------------------------------------------------------
+# --- numbers that are none ------------------------------------------------------------------------
 
 NAN_LOSS = "value = value * float('nan') if bad_from <= calls < bad_to else value"
 
@@ -535,7 +537,7 @@ def test_ignored_they_still_never_reach_a_checkpoint(tmp_path):
     assert steps_of(tmp_path / "a") == [2] and all_finite(tmp_path / "a")
 
 
-# --- nobody listens -----------------------------------------------------------------------------------------------------------------
+# --- nobody listens -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -575,7 +577,7 @@ def test_training_goes_on_when_the_events_have_no_room(tmp_path, small_disk, cap
     assert events(tmp_path / "a") == []
 
 
-# --- the disk fills up, the directory vanishes --------------------------------------------------------------------------------------
+# --- the disk fills up, the directory vanishes ----------------------------------------------------
 
 SAVED = """
         if calls in (bad_from, bad_to):  # a save that is on its way arrives first, well or not

@@ -1,4 +1,5 @@
-"""Settings: where they come from, what is refused, what is kept, and what may change between two attempts."""
+"""Settings: where they come from, what is refused, what is kept, and what may change between two
+attempts."""
 
 from __future__ import annotations
 

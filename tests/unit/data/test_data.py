@@ -1,4 +1,5 @@
-"""Which sample comes next, and how it is loaded: the same whatever the ranks, the workers, and the place where a run was killed."""
+"""Which sample comes next, and how it is loaded: the same whatever the ranks, the workers, and the
+place where a run was killed."""
 
 from __future__ import annotations
 
@@ -264,7 +265,8 @@ def test_from_any_position_the_same_batches_are_loaded(num_workers):
 
 
 def test_a_sample_is_made_under_randomness_of_its_own():
-    """Whoever else is in the batch, on whichever rank: the same noise; but another one in the next epoch."""
+    """Whoever else is in the batch, on whichever rank: the same noise; but another one in the next
+    epoch."""
 
     def by_sample(world_size, accumulate, epochs=2):
         found = {}
@@ -411,7 +413,8 @@ def test_an_order_whose_length_changes_is_refused():
 
 
 class Stream(torch.utils.data.IterableDataset):
-    """Numbers from 0 to size - 1, pass after pass; its state is how far it is, and how many were ever read."""
+    """Numbers from 0 to size - 1, pass after pass; its state is how far it is, and how many were
+    ever read."""
 
     def __init__(self, size: int) -> None:
         self.size, self.state = size, {"at": 0, "read": 0}

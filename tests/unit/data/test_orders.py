@@ -1,4 +1,5 @@
-"""How samples are dealt out, epoch by epoch: as a plain DataLoader's loop would have it, and the same after a kill."""
+"""How samples are dealt out, epoch by epoch: as a plain DataLoader's loop would have it, and the
+same after a kill."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Generators that datasets, transforms and collate functions hold: after a kill the samples are those that would have come."""
+"""Generators that datasets, transforms and collate functions hold: after a kill the samples are
+those that would have come."""
 
 from __future__ import annotations
 
@@ -100,7 +101,8 @@ def test_a_program_without_such_generators_keeps_its_file(tmp_path):
 
 
 def test_a_run_that_began_without_seeding_them_goes_on_so_and_says_it(tmp_path):
-    """As an older harness has left it: without `kinds`, and with a fingerprint that knows no content."""
+    """As an older harness has left it: without `kinds`, and with a fingerprint that knows no
+    content."""
     from harness.data.fingerprint import describe
 
     data = describe(Holding(), 4, True, True, 0)

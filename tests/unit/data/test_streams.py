@@ -1,4 +1,5 @@
-"""Streams, and second sources in one loop: exact after a kill, or refused before training, or said."""
+"""Streams, and second sources in one loop: exact after a kill, or refused before training, or
+said."""
 
 from __future__ import annotations
 
@@ -522,7 +523,8 @@ ENDS = {
 def test_what_ends_when_its_workers_live_and_before_its_first_step_does_not_wait_for_them(
     tmp_path, end
 ):
-    """Workers outlive the signals of their rank, and so the one by which multiprocessing ends them as well."""
+    """Workers outlive the signals of their rank, and so the one by which multiprocessing ends them
+    as well."""
     before, code, said = ENDS[end]
     ended = on_its_own(tmp_path, BEGINS.replace("BEFORE", before), limit_s=60)
     assert ended.returncode == code and said in ended.stdout, ended.stdout

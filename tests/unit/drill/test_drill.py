@@ -1,4 +1,5 @@
-"""The drill: exact programs are found equal, others are not, with the right cause; nothing is left behind."""
+"""The drill: exact programs are found equal, others are not, with the right cause; nothing is left
+behind."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""What others get of a trained model: each format loads by the lines that the command prints, where no harness is, and answers alike."""
+"""What others get of a trained model: each format loads by the lines that the command prints, where
+no harness is, and answers alike."""
 
 from __future__ import annotations
 
@@ -114,7 +115,8 @@ def pair(runs: Runs) -> Path:
 
 
 def command(*arguments: object) -> SimpleNamespace:
-    """A command of the `harness` program, in this process: exit code, what it printed, and what it complained of."""
+    """A command of the `harness` program, in this process: exit code, what it printed, and what it
+    complained of."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
@@ -147,7 +149,8 @@ def export(*arguments: object) -> SimpleNamespace:
 
 
 def refused(folder: Path, codes: tuple[int, ...], *arguments: object, words: str = "") -> str:
-    """An export that ends in words, once, with the right code, and neither writes nor changes a thing."""
+    """An export that ends in words, once, with the right code, and neither writes nor changes a
+    thing."""
     before = contents(folder)
     answer = command("export", *arguments, *confirmed(arguments))
     assert answer.code in codes, f"exit code {answer.code}\n{answer.out}{answer.err}"
@@ -174,7 +177,8 @@ def contents(folder: Path) -> dict[str, object]:
 
 
 def code_in(printed: str, make: Mapping[str, str] = MAKE) -> list[str]:
-    """The lines of Python among those that the command printed, with `…` filled in by whoever follows them."""
+    """The lines of Python among those that the command printed, with `…` filled in by whoever
+    follows them."""
     found = []
     for line in printed.splitlines():
         line = re.sub(r"^(\w+) = …", lambda match: f"{match[1]} = {make[match[1]]}", line)
@@ -213,7 +217,7 @@ def close(a: object, b: object) -> None:
     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
-# --- loaded where there is no harness, by the lines that are printed -----------------------------------------------------------------
+# --- loaded where there is no harness, by the lines that are printed ------------------------------
 
 READER = """
 import json, os, sys
@@ -300,7 +304,8 @@ ENDINGS = {"module": "pth", "safetensors": "safetensors", "torchscript": "ts", "
 def read(
     runs: Runs, averaged: Path, pair: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, SimpleNamespace]:
-    """Every export of JOBS, and what a process made of it that knows nothing but torch: one for all, as starting one takes seconds."""
+    """Every export of JOBS, and what a process made of it that knows nothing but torch: one for
+    all, as starting one takes seconds."""
     folder, found, jobs = tmp_path_factory.mktemp("out"), {}, []
     for name, kind, arguments, sizes, call in JOBS:
         source = {"averaged": averaged, "pair": pair}.get(kind) or runs(kind)
@@ -354,7 +359,8 @@ def checked(each: SimpleNamespace) -> SimpleNamespace:
 
 
 def expected(model: nn.Module, each: SimpleNamespace) -> None:
-    """That it answers as the harness's own model does, which Dropout and BatchNorm only let it do in eval mode."""
+    """That it answers as the harness's own model does, which Dropout and BatchNorm only let it do
+    in eval mode."""
     assert not any(part.training for part in model.modules())
     for size, answer in zip(each.sizes, each.answers, strict=True):
         close(answer, answers_of(model, INPUT[:size]))
@@ -485,7 +491,7 @@ def test_what_holds_one_module_asks_which_of_several(
     )
 
 
-# --- programs: TorchScript and torch.export ------------------------------------------------------------------------------------------
+# --- programs: TorchScript and torch.export -------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -604,7 +610,8 @@ def test_what_cannot_be_a_program_is_refused_in_words(
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["branching", pytest.param("hopeless", marks=pytest.mark.slow)])
 def test_torch_export_refuses_in_a_few_lines(kind: str, runs: Runs, tmp_path: Path) -> None:
-    """In a process of its own: torch writes pages to the standard error that it found when it was imported."""
+    """In a process of its own: torch writes pages to the standard error that it found when it was
+    imported."""
     done = run(
         program(
             "export", str(runs(kind)), str(tmp_path / "x.pt2"), "--format", "exported", "--trust"
@@ -692,11 +699,12 @@ def test_torchscript_runs_in_cpp(read: dict[str, SimpleNamespace], tmp_path: Pat
         assert training == "0"
 
 
-# --- which checkpoint, from where, and to where --------------------------------------------------------------------------------------
+# --- which checkpoint, from where, and to where ---------------------------------------------------
 
 
 def test_any_checkpoint_of_a_run_can_be_chosen(averaged: Path, tmp_path: Path) -> None:
-    """The best is the one with the greatest val_loss, which is the first: so it is not the newest."""
+    """The best is the one with the greatest val_loss, which is the first: so it is not the
+    newest."""
     found = {manifest.step: manifest for manifest in manifests(averaged)}
     best = max(found.values(), key=lambda manifest: manifest.metrics["val_loss"])
     assert sorted(found) == [2, 4, 6] and best.step != 6
@@ -876,7 +884,7 @@ def test_it_goes_from_and_to_a_bucket(
     )
 
 
-# --- whole or not at all --------------------------------------------------------------------------------------------------------------
+# --- whole or not at all --------------------------------------------------------------------------
 
 ROOMY = (
     "weights",
@@ -891,7 +899,8 @@ ROOMY = (
 def test_a_full_disk_leaves_nothing_and_is_said_in_words(
     room_kb: int, small_disk: Path, tmp_path: Path
 ) -> None:
-    """The file takes 480 kB: with some room the temporary file is cut short, with more of it perhaps its copy."""
+    """The file takes 480 kB: with some room the temporary file is cut short, with more of it
+    perhaps its copy."""
     torch.save({"weight": torch.randn(120_000)}, tmp_path / "big.pt")
     ballast = fill(small_disk)
     os.truncate(ballast, ballast.stat().st_size - 1024 * room_kb)
@@ -932,7 +941,8 @@ for format in formats:
 def test_a_full_disk_stops_no_format_other_than_in_words(
     is_full: bool, runs: Runs, small_disk: Path, tmp_path: Path
 ) -> None:
-    """Full from the start, or too small. In a process of its own: torch's own writers can end one."""
+    """Full from the start, or too small. In a process of its own: torch's own writers can end
+    one."""
     source = runs("net", "task.args.width=60000", "train.max_steps=1")
     ballast = fill(small_disk) if is_full else None
     done = run([sys.executable, "-c", DISK, str(source), str(small_disk), *FORMATS], cwd=tmp_path)
@@ -963,7 +973,8 @@ def torn(file: Path, wanted: torch.Tensor) -> bool:
 def test_a_killed_export_leaves_nothing_or_all_of_it(
     format: str, force: bool, tmp_path: Path
 ) -> None:
-    """Killed at some time after its temporary file has appeared; what was there before stays until something whole is in its place."""
+    """Killed at some time after its temporary file has appeared; what was there before stays until
+    something whole is in its place."""
     chance = random.Random(f"{format} {force}")
     new, old = torch.randn(20_000_000), torch.randn(1000)
     torch.save({"weight": new}, tmp_path / "source.pt")
@@ -1031,7 +1042,7 @@ def test_an_interrupted_export_leaves_no_torn_file(number: signal.Signals, tmp_p
         assert process.returncode == 130 and "Traceback" not in err and list(out.iterdir()) == []
 
 
-# --- load_model -----------------------------------------------------------------------------------------------------------------------
+# --- load_model -----------------------------------------------------------------------------------
 
 
 def test_what_a_checkpoint_names_as_its_task_is_called_only_if_it_is_one(
@@ -1292,11 +1303,12 @@ def test_a_damaged_checkpoint_is_refused(how: str, averaged: Path, tmp_path: Pat
     export(tmp_path / "run", tmp_path / "x.pt", "--which", "4")
 
 
-# --- while training goes on ------------------------------------------------------------------------------------------------------------
+# --- while training goes on -----------------------------------------------------------------------
 
 
 def test_the_best_model_stays_as_it_was_while_training_goes_on(tmp_path: Path) -> None:
-    """A state dict refers to the live weights: whoever keeps one without copying it has the newest weights in the end, not the best."""
+    """A state dict refers to the live weights: whoever keeps one without copying it has the newest
+    weights in the end, not the best."""
     torch.manual_seed(0)
     scores = {1: 0.5, 2: 0.9, 3: 0.4, 4: 0.3, 5: 0.2, 6: 0.1}
     run_ = harness.init(
@@ -1353,7 +1365,7 @@ def test_the_best_model_stays_as_it_was_while_training_goes_on(tmp_path: Path) -
     assert now == places, "saving, evaluating or exporting has moved the live model"
 
 
-# --- other people's files -------------------------------------------------------------------------------------------------------------
+# --- other people's files -------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -1494,7 +1506,7 @@ def test_a_sparse_tensor_is_exported_or_refused_in_words(tmp_path: Path) -> None
     assert command("diff", tmp_path / "a.pth", tmp_path / "b.pth").code == 0
 
 
-# --- what goes wrong -------------------------------------------------------------------------------------------------------------------
+# --- what goes wrong ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

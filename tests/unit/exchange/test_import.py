@@ -1,4 +1,5 @@
-"""What other people's scripts have saved becomes the beginning of a run: bit for bit, said before it is done, or refused in words."""
+"""What other people's scripts have saved becomes the beginning of a run: bit for bit, said before
+it is done, or refused in words."""
 
 from __future__ import annotations
 
@@ -152,7 +153,8 @@ def test_a_file_becomes_a_run_bit_for_bit(
 def test_a_run_goes_on_from_it_and_comes_out_again(
     name: str, format: str, tmp_path: Path, done: Trained, command: Command
 ) -> None:
-    """Whatever came in: trained for another epoch, and out again as something that plain PyTorch loads."""
+    """Whatever came in: trained for another epoch, and out again as something that plain PyTorch
+    loads."""
     recipe, out = RECIPES[name], tmp_path / "out"
     out.mkdir()
     directory, settings = tmp_path / "run", [*TASK, *(s for s in extra_of(recipe) if "=" in s)]
@@ -214,7 +216,8 @@ def test_a_run_goes_on_from_it_by_launch_and_torchrun(
 def continued_by_hand(
     kind: str, file: Path, steps: range
 ) -> tuple[Net, torch.optim.Optimizer, Any]:
-    """As the tutorial says: build, load, go on. The samples are those that the harness uses in these steps."""
+    """As the tutorial says: build, load, go on. The samples are those that the harness uses in
+    these steps."""
     model = Net()
     optimizer = recipes.make_optimizer(kind, model.parameters())
     scheduler = recipes.make_scheduler(optimizer)
@@ -239,7 +242,8 @@ def continued_by_hand(
 def test_it_goes_on_as_plain_pytorch_would(
     kind: str, tmp_path: Path, done: Trained, adamw: Trained, command: Command
 ) -> None:
-    """One process, no dropout: the same operations in the same order, so the same bits; momentum, schedule and BatchNorm included."""
+    """One process, no dropout: the same operations in the same order, so the same bits; momentum,
+    schedule and BatchNorm included."""
     source = done if kind == "sgd" else adamw
     file, directory, task = (
         made("torchvision", tmp_path, source),
@@ -289,7 +293,8 @@ def test_averages_begin_with_the_imported_weights(
 def test_averages_in_the_file_are_taken_for_the_averages(
     key: str, tmp_path: Path, done: Trained, command: Command
 ) -> None:
-    """timm, torchvision's references and others keep them beside the model; torch's AveragedModel counts how often it averaged."""
+    """timm, torchvision's references and others keep them beside the model; torch's AveragedModel
+    counts how often it averaged."""
     other = recipes.trained(seed=5, epochs=1)
     averaged = torch.optim.swa_utils.AveragedModel(other.model)
     for number, saved in enumerate((dict(other.model.state_dict()), averaged.state_dict())):
@@ -372,7 +377,8 @@ def test_several_optimizers_of_lightning_go_where_they_are_sent(
 def test_optimizers_of_older_versions_of_pytorch_are_taken(
     tmp_path: Path, adamw: Trained, done: Trained, command: Command
 ) -> None:
-    """Before 1.12 Adam counted its steps in plain numbers, and none of the newer options was there."""
+    """Before 1.12 Adam counted its steps in plain numbers, and none of the newer options was
+    there."""
     for kind, source in (("adamw", adamw), ("sgd", done)):
         old = dict(source.optimizer.state_dict())
         newer = {
@@ -429,7 +435,8 @@ def test_an_optimizer_that_knows_the_names_of_its_parameters_is_taken(
 def test_a_schedule_of_another_kind_is_not_taken_for_the_tasks_own(
     tmp_path: Path, done: Trained, command: Command
 ) -> None:
-    """`load_state_dict` of a schedule takes anything: it would go on with the other one's numbers and say nothing."""
+    """`load_state_dict` of a schedule takes anything: it would go on with the other one's numbers
+    and say nothing."""
     optimizer = recipes.make_optimizer("sgd", done.model.parameters())
     for number, schedule in enumerate(
         (
@@ -824,7 +831,8 @@ def test_parts_of_a_gan_go_where_they_are_sent(
 def test_one_of_several_modules_is_taken_for_a_task_with_one(
     tmp_path: Path, done: Trained, command: Command
 ) -> None:
-    """A teacher and a student in one file: which is meant has to be said, and the choice is shown."""
+    """A teacher and a student in one file: which is meant has to be said, and the choice is
+    shown."""
     other = recipes.trained(seed=8, epochs=1)
     torch.save(
         {"teacher": done.model.state_dict(), "student": other.model.state_dict()},
@@ -856,7 +864,8 @@ def test_a_part_that_is_sent_wrongly_is_refused(
 def test_names_are_changed_and_what_does_not_fit_left_out_when_that_is_said(
     tmp_path: Path, command: Command
 ) -> None:
-    """Fine-tuning: another head, and a backbone that was called encoder; the rest of the task begins as it was built."""
+    """Fine-tuning: another head, and a backbone that was called encoder; the rest of the task
+    begins as it was built."""
     source = recipes.trained(classes=7)
     weights = {
         key.replace("backbone.", "encoder."): value
@@ -1028,7 +1037,8 @@ def test_adams_state_does_not_make_an_adam_of_an_adamw(
 def test_an_optimizer_of_other_parameters_is_refused(
     tmp_path: Path, done: Trained, command: Command
 ) -> None:
-    """The head's parameters only, as where the backbone was frozen; and two groups where the task has one."""
+    """The head's parameters only, as where the backbone was frozen; and two groups where the task
+    has one."""
     few = recipes.make_optimizer("sgd", done.model.head.parameters())
     groups = recipes.make_optimizer(
         "sgd",
@@ -1187,7 +1197,8 @@ def test_nothing_that_a_pickle_calls_is_called(
 
 
 def test_torchscript_that_acts_is_not_run_unless_trusted(tmp_path: Path, command: Command) -> None:
-    """It is no pickle of Python's, but code in the file all the same, which PyTorch's loader runs."""
+    """It is no pickle of Python's, but code in the file all the same, which PyTorch's loader
+    runs."""
     recipes.torch_script_trap(tmp_path / "a.pt", tmp_path / "sprung")
     for line in (
         ("show", tmp_path / "a.pt"),
@@ -1392,7 +1403,8 @@ def test_a_file_that_was_cut_short_is_refused_wherever_it_ends(
 def test_a_file_with_a_wrong_byte_is_refused_or_read_but_never_with_a_traceback(
     name: str, tmp_path: Path, done: Trained, command: Command
 ) -> None:
-    """Formats without checksums cannot tell; what matters is that nothing falls over, and that a refusal leaves nothing behind."""
+    """Formats without checksums cannot tell; what matters is that nothing falls over, and that a
+    refusal leaves nothing behind."""
     name, _, format = name.rpartition(" ")
     data = made(name, tmp_path, done, SAVES[format]).read_bytes()
     for place, change in itertools.product(range(0, len(data), len(data) // 60), (0x01, 0xFF)):
@@ -1432,7 +1444,8 @@ def test_a_zip_file_that_lies_about_its_sizes_takes_no_memory_either(
 
 
 def nested(depth: int, width: int) -> Any:
-    """Lists in lists, each holding the next one several times: small in a file, and endless for whoever walks through all of it."""
+    """Lists in lists, each holding the next one several times: small in a file, and endless for
+    whoever walks through all of it."""
     inner: Any = [torch.zeros(1)]
     for _ in range(depth):
         inner = [inner] * width
@@ -1575,7 +1588,8 @@ def test_wrong_settings_are_listed_and_nothing_is_written(
 
 @pytest.mark.slow
 def test_it_is_killed_before_it_is_done_and_done_again(tmp_path: Path, done: Trained) -> None:
-    """A checkpoint that was imported by halves does not exist; whoever imports again gets it, or a word about what is in the way."""
+    """A checkpoint that was imported by halves does not exist; whoever imports again gets it, or a
+    word about what is in the way."""
     file, directory = made("imagenet", tmp_path, done), tmp_path / "run"
     code = f"""
 import os, signal, sys

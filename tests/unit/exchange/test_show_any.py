@@ -1,4 +1,5 @@
-"""`show` and `diff` on anybody's files: what is in them, and whether two are equal; and no more is read than the question needs."""
+"""`show` and `diff` on anybody's files: what is in them, and whether two are equal; and no more is
+read than the question needs."""
 
 from __future__ import annotations
 
@@ -314,7 +315,8 @@ def test_a_large_file_is_shown_without_its_tensors_being_read(
 
 
 class Counter:
-    """What comes from a server, byte for byte, with a count of it. Nothing is interpreted: these are the bytes on the wire."""
+    """What comes from a server, byte for byte, with a count of it. Nothing is interpreted: these
+    are the bytes on the wire."""
 
     def __init__(self, host: str, port: int) -> None:
         self.upstream, self.received = (host, port), 0
@@ -564,7 +566,8 @@ def test_the_library_describes_and_compares(
 
 
 def test_nothing_beside_a_file_is_touched(tmp_path: Path, done: Trained, command: Command) -> None:
-    """No index, no cache, no time of change: the file may be on a disk that cannot be written to."""
+    """No index, no cache, no time of change: the file may be on a disk that cannot be written
+    to."""
     file = made("imagenet", tmp_path, done)
     file.chmod(0o444)
     before: Any = (sorted(os.listdir(tmp_path)), file.stat().st_mtime_ns, file.read_bytes())

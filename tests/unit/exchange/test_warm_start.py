@@ -1,5 +1,5 @@
-"""`init.from`: a run begins at step 0 with somebody's weights, once, on all ranks alike; what does not fit is said, and nothing else of
-the file counts."""
+"""`init.from`: a run begins at step 0 with somebody's weights, once, on all ranks alike; what does
+not fit is said, and nothing else of the file counts."""
 
 from __future__ import annotations
 
@@ -260,7 +260,8 @@ def test_a_module_that_is_not_trained_is_the_same_on_all_ranks_too(
 
 @pytest.mark.slow
 def test_only_the_first_rank_needs_the_file(tmp_path: Path, done: Trained) -> None:
-    """Each rank in a folder of its own, as on two machines; the relative path is there for the first one only."""
+    """Each rank in a folder of its own, as on two machines; the relative path is there for the
+    first one only."""
     (tmp_path / "node0").mkdir()
     (tmp_path / "node1").mkdir()
     file = made("imagenet", tmp_path / "node0", done)
@@ -316,7 +317,8 @@ def test_it_trains_on_as_plain_pytorch_would_with_these_weights(
 
 
 def test_the_source_decides_nothing_but_the_weights(tmp_path: Path, done: Trained) -> None:
-    """Another optimizer, another learning rate, averages, other random numbers: all as the new run's settings say."""
+    """Another optimizer, another learning rate, averages, other random numbers: all as the new
+    run's settings say."""
     file = made("imagenet", tmp_path, done)
     task = (
         *TASK,
@@ -686,7 +688,8 @@ def test_a_finished_run_is_finished(tmp_path: Path, done: Trained, said: Said) -
 def test_killed_and_resumed_it_is_the_uninterrupted_run(
     tmp_path: Path, done: Trained, started: Callable[..., Any]
 ) -> None:
-    """Two ranks; killed twice, the first time before there is any checkpoint; at the end the source is gone."""
+    """Two ranks; killed twice, the first time before there is any checkpoint; at the end the source
+    is gone."""
     file = made("imagenet", tmp_path, done)
     task = (
         *TASK,
@@ -739,7 +742,8 @@ def test_launch_does_not_try_again_what_cannot_fit(tmp_path: Path, done: Trained
 
 @pytest.mark.slow
 def test_ranks_agree_when_the_source_lets_the_first_one_down(tmp_path: Path, done: Trained) -> None:
-    """A file that only breaks while it is read: no rank waits for another, all end with its code."""
+    """A file that only breaks while it is read: no rank waits for another, all end with its
+    code."""
     data = made("imagenet", tmp_path, done, SAVES["old"]).read_bytes()
     (tmp_path / "cut.pt").write_bytes(data[:-200])
     shown = run(

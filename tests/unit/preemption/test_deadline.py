@@ -1,6 +1,8 @@
-"""How much time is left, and what is done with it: what SLURM says, however it says it, and real runs that it ends.
+"""How much time is left, and what is done with it: what SLURM says, however it says it, and real
+runs that it ends.
 
-`squeue` and `scontrol` are small shell scripts here, which print what the real ones were seen to print.
+`squeue` and `scontrol` are small shell scripts here, which print what the real ones were seen to
+print.
 """
 
 from __future__ import annotations
@@ -150,7 +152,8 @@ def test_older_slurm_is_asked(end, programs):
 
 
 def test_of_a_job_array_the_task_alone_is_asked_for(programs):
-    """The id of one of its tasks is the whole array's: asked for that, SLURM answers for all of them."""
+    """The id of one of its tasks is the whole array's: asked for that, SLURM answers for all of
+    them."""
     programs.put("squeue", 'case "$3" in 7_2) echo 1:40 ;; *) printf "5:00\n1:40\n" ;; esac')
     assert job_left_s(JOB | {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "2"}) == 100
 

@@ -1,4 +1,5 @@
-"""Three clouds' metadata services, spoken to over real sockets: what counts as a notice, and what a bad service may not do."""
+"""Three clouds' metadata services, spoken to over real sockets: what counts as a notice, and what a
+bad service may not do."""
 
 from __future__ import annotations
 
@@ -63,7 +64,8 @@ AWS_NOTICE, AWS_WORDS = NOTICE["aws"]
 
 @pytest.fixture(autouse=True)
 def patience(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the service is well, what it says counts, and not how slow the machine is on which it runs beside the test."""
+    """Where the service is well, what it says counts, and not how slow the machine is on which it
+    runs beside the test."""
     monkeypatch.setattr(spot_notices, "REQUEST_S", 60.0)
 
 
@@ -75,7 +77,8 @@ def impatience(patience: None, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @dataclass
 class Service:
-    """What one metadata service says, by path, what ails it, and what it was asked. It sees to headers as the real one does."""
+    """What one metadata service says, by path, what ails it, and what it was asked. It sees to
+    headers as the real one does."""
 
     says: dict[str, str] = field(default_factory=BEFORE.copy)
     asked: list[tuple[str, str, int | None]] = field(

@@ -1,4 +1,5 @@
-"""Asked to stop, all ranks leave at the same step with everything saved; left by one rank, the others do not wait for ever."""
+"""Asked to stop, all ranks leave at the same step with everything saved; left by one rank, the
+others do not wait for ever."""
 
 from __future__ import annotations
 
@@ -119,7 +120,8 @@ def test_two_signals_at_once_are_one_stop(tmp_path: Path, started: Start) -> Non
 
 
 def is_pending(process: subprocess.Popen[str], number: signal.Signals) -> bool:
-    """Whether a process has not yet got a signal that it was sent; another one would be the same one then."""
+    """Whether a process has not yet got a signal that it was sent; another one would be the same
+    one then."""
     status = Path(f"/proc/{process.pid}/status").read_text()
     return any(
         int(line.split()[1], 16) >> number - 1 & 1
@@ -370,7 +372,8 @@ def build():
 def test_a_rank_that_waits_for_others_who_never_come_leaves_when_it_is_asked_to(
     tmp_path, started, number
 ):
-    """The signal that ended them before they could listen only set this one's flag, in a wait that no handler interrupts."""
+    """The signal that ended them before they could listen only set this one's flag, in a wait that
+    no handler interrupts."""
     port = free_ports(1)[0]
     group = {
         "RANK": "0",

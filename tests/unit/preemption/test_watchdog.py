@@ -1,4 +1,5 @@
-"""What makes no progress says where it stands and ends; what is only slow, or was suspended, goes on."""
+"""What makes no progress says where it stands and ends; what is only slow, or was suspended, goes
+on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""What a run's time was spent on: every second once, over kills, a slow bucket and an evaluation; and how it is shown."""
+"""What a run's time was spent on: every second once, over kills, a slow bucket and an evaluation;
+and how it is shown."""
 
 from __future__ import annotations
 
@@ -159,7 +160,8 @@ def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Made:
 
 
 def interrupted(made: Made) -> None:
-    """Submitted, in the queue for 100 s, killed, started again by the next life of the job, finished."""
+    """Submitted, in the queue for 100 s, killed, started again by the next life of the job,
+    finished."""
     made.store.prepare(("launches",))
     made.store.create("run.json", json.dumps({"submitted": at(0)}).encode(), 0)
     made.launch("7.0", 100)

@@ -1,4 +1,5 @@
-"""Watching a run: what it waits for, how fast it is after a resume, what it tells others, where it hangs, several runs at once."""
+"""Watching a run: what it waits for, how fast it is after a resume, what it tells others, where it
+hangs, several runs at once."""
 
 from __future__ import annotations
 
@@ -248,7 +249,8 @@ def test_tensorboard_shows_the_whole_curve_of_a_run_that_lost_its_disk(tmp_path:
 
 
 def records(file: Path) -> Iterator[bytes]:
-    """What lies in a file of W&B's: a header of seven bytes, then blocks as LevelDB's log has them."""
+    """What lies in a file of W&B's: a header of seven bytes, then blocks as LevelDB's log has
+    them."""
     data, at, record = file.read_bytes(), 7, b""
     while at + 7 <= len(data):
         if 32768 - at % 32768 < 7:

@@ -1,4 +1,5 @@
-"""Loops that nobody wrote for this: four lines of each are changed, and it is killed, stopped, and goes on as if nothing had happened."""
+"""Loops that nobody wrote for this: four lines of each are changed, and it is killed, stopped, and
+goes on as if nothing had happened."""
 
 from __future__ import annotations
 
@@ -78,7 +79,8 @@ def life(
     number: int | None,
     env: dict[str, str] | None = None,
 ) -> str:
-    """Start the loop, let it save `more` times, and send the signal to the launcher, or kill all of it; what it printed."""
+    """Start the loop, let it save `more` times, and send the signal to the launcher, or kill all of
+    it; what it printed."""
     directory, log = folder / "runs/a", folder / "log"
     seen = len(events(directory, "saved"))
     with log.open("w") as output:

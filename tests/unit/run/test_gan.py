@@ -1,4 +1,5 @@
-"""Two networks with two optimizers, killed and resumed; and the files that a run's own code keeps with it."""
+"""Two networks with two optimizers, killed and resumed; and the files that a run's own code keeps
+with it."""
 
 from __future__ import annotations
 

@@ -247,7 +247,8 @@ def test_batches_inside_batches_are_refused_and_the_outer_loop_goes_on(tmp_path)
 
 
 def test_a_second_loop_of_one_run_is_refused_in_words(tmp_path):
-    """`for epoch in range(3): for batch in run.batches(…, epochs=1)` is an easy mistake; no other start is to blame for it."""
+    """`for epoch in range(3): for batch in run.batches(…, epochs=1)` is an easy mistake; no other
+    start is to blame for it."""
     run_, _ = tracked_run(tmp_path / "a")
     assert len(list(run_.batches(Noisy(40), 10, epochs=1))) == 4
     with pytest.raises(UsageError, match="batches"):
@@ -526,7 +527,7 @@ def test_a_new_best_is_saved_at_once_also_after_going_on(tmp_path):
     )
 
 
-# --- what is captured ---------------------------------------------------------------------------------------------------------------
+# --- what is captured -----------------------------------------------------------------------------
 
 
 def stepped(optimizer_class=torch.optim.AdamW, model: nn.Module | None = None):
@@ -610,7 +611,8 @@ def test_a_view_does_not_drag_its_storage_along(tmp_path):
 
 
 def test_fresh_tensors_of_several_objects_are_not_taken_for_one():
-    """What state_dict() made for one object is gone when the next one makes its own, maybe at the same address."""
+    """What state_dict() made for one object is gone when the next one makes its own, maybe at the
+    same address."""
 
     class Fresh(Custom):
         def state_dict(self):
@@ -914,7 +916,7 @@ def test_overrides_scale_a_scheduled_learning_rate_and_keep_its_place():
     )
 
 
-# --- a checkpoint without the harness -----------------------------------------------------------------------------------------------
+# --- a checkpoint without the harness -------------------------------------------------------------
 
 TUTORIAL = """
 import sys
@@ -971,7 +973,7 @@ def test_a_checkpoint_holds_what_the_documentation_says(uninterrupted):
     }
 
 
-# --- several ranks ------------------------------------------------------------------------------------------------------------------
+# --- several ranks --------------------------------------------------------------------------------
 
 TWO_RANKS = '''
 import json, random, sys, torch, harness, numpy as np

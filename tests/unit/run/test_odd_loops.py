@@ -1,4 +1,5 @@
-"""Loops and objects that nobody here thought of: each goes on exactly, or is refused in words before it can go wrong."""
+"""Loops and objects that nobody here thought of: each goes on exactly, or is refused in words
+before it can go wrong."""
 
 from __future__ import annotations
 
@@ -36,7 +37,8 @@ def loop(
     data: object = None,
     **batches: object,
 ) -> harness.Run:
-    """`make(run)` builds and tracks, and returns what makes a step; `leave_at` abandons the loop there."""
+    """`make(run)` builds and tracks, and returns what makes a step; `leave_at` abandons the loop
+    there."""
     job = harness.init(directory, seed=2, save_every_s=None, save_every_steps=2)
     step = make(job)
     for batch in job.batches(data or points(), **({"global_batch_size": 8, "epochs": 2} | batches)):

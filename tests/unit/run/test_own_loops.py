@@ -1,4 +1,5 @@
-"""What a loop of one's own may look like: epochs around batches, a DataLoader, its own sampling; and what is refused, in words."""
+"""What a loop of one's own may look like: epochs around batches, a DataLoader, its own sampling;
+and what is refused, in words."""
 
 from __future__ import annotations
 
@@ -68,7 +69,8 @@ def nested(
     data: object = None,
     **init: object,
 ) -> tuple[harness.Run, list[str]]:
-    """A loop in a loop, with a schedule and an evaluation once an epoch; what it did, in order. It is left `in`, or `after`, a step."""
+    """A loop in a loop, with a schedule and an evaluation once an epoch; what it did, in order. It
+    is left `in`, or `after`, a step."""
     job, model, optimizer, scheduler = begin(directory, **init)
     loader = DataLoader(points(), batch_size=8, shuffle=True) if data is None else data
     did = []

@@ -1,4 +1,5 @@
-"""Programs that people have written, each killed once: they end as the ones that were not, or are refused in words."""
+"""Programs that people have written, each killed once: they end as the ones that were not, or are
+refused in words."""
 
 from __future__ import annotations
 

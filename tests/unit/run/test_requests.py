@@ -1,4 +1,5 @@
-"""Asked through its store, a living run saves, or saves and stops; what was asked of one attempt never reaches another."""
+"""Asked through its store, a living run saves, or saves and stops; what was asked of one attempt
+never reaches another."""
 
 from __future__ import annotations
 

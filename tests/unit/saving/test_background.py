@@ -1,4 +1,5 @@
-"""Saving while training goes on: what is saved is the state of the boundary, whatever the next step does, and nothing is left behind."""
+"""Saving while training goes on: what is saved is the state of the boundary, whatever the next step
+does, and nothing is left behind."""
 
 from __future__ import annotations
 
@@ -77,7 +78,8 @@ def test_what_is_saved_is_the_state_of_the_boundary(tmp_path, optimizer, snapsho
 
 
 def test_an_update_waits_until_its_state_is_copied_and_no_longer(tmp_path):
-    """The copy is slow here, as the memory that it goes to is used for the first time; forward and backward take no time at all."""
+    """The copy is slow here, as the memory that it goes to is used for the first time; forward and
+    backward take no time at all."""
     seen = trained(tmp_path / "a", model=Big(400_000), steps=3)
     check_saved(tmp_path / "a", seen, [1, 2, 3])
     first, second, last = events(tmp_path / "a", "saved")
@@ -87,7 +89,8 @@ def test_an_update_waits_until_its_state_is_copied_and_no_longer(tmp_path):
 
 @pytest.mark.parametrize("clamp", [clamp_in_secret, clamp_openly])
 def test_a_loop_that_changes_weights_before_its_update_is_found_out(tmp_path, clamp, capfd):
-    """As some GANs do. The first save shows it, as it is copied at once and compared; so are all others then."""
+    """As some GANs do. The first save shows it, as it is copied at once and compared; so are all
+    others then."""
     seen = trained(tmp_path / "a", before=clamp)
     check_saved(tmp_path / "a", seen, list(range(1, 9)))
     assert (
@@ -120,7 +123,8 @@ for x in run.batches(Data(), 2, epochs=1, shuffle=False):
 
 
 def test_what_is_saved_when_the_next_batch_cannot_be_loaded_is_committed_and_nobody_waits(tmp_path):
-    """The error comes between a step's boundary, where its copy is asked for, and the next batch, with which it begins."""
+    """The error comes between a step's boundary, where its copy is asked for, and the next batch,
+    with which it begins."""
     path = tmp_path / "program.py"
     path.write_text("import torch, harness\n" + FAILS)
     ended = subprocess.run(
@@ -137,7 +141,8 @@ def test_what_is_saved_when_the_next_batch_cannot_be_loaded_is_committed_and_nob
 
 
 def test_a_snapshot_that_was_written_into_is_dropped_and_taken_again(tmp_path, capfd):
-    """The loop begins to do so later: the version that PyTorch counts of each tensor shows it, whichever came first, copy or change."""
+    """The loop begins to do so later: the version that PyTorch counts of each tensor shows it,
+    whichever came first, copy or change."""
     calls = iter(range(99))
     seen = trained(
         tmp_path / "a", before=lambda model: clamp_openly(model) if next(calls) >= 4 else None
@@ -196,7 +201,8 @@ def test_an_update_that_nothing_tells_of_is_found_out(tmp_path, capfd):
 
 
 def test_what_nothing_tells_the_changes_of_is_copied_at_once(tmp_path, capfd):
-    """Buffers, here more of them than are worth a copy of their own, that each forward pass changes."""
+    """Buffers, here more of them than are worth a copy of their own, that each forward pass
+    changes."""
 
     class Counting(Big):
         def __init__(self) -> None:
@@ -269,7 +275,8 @@ def test_when_the_writing_process_dies_the_one_that_trains_writes_itself(tmp_pat
 
 
 def test_a_stop_signal_that_comes_while_the_writing_process_starts_does_not_end_it(tmp_path):
-    """Sent as soon as there is such a process, again and again, before its interpreter can have begun."""
+    """Sent as soon as there is such a process, again and again, before its interpreter can have
+    begun."""
     process = start(
         written(
             tmp_path, "time.sleep(0.05)\nif job.step == 3: print('began', flush=True)", rows=1000
@@ -309,7 +316,8 @@ def test_the_writing_process_dies_with_the_one_that_trains_and_commits_nothing(t
 
 
 def test_stop_signals_do_not_reach_the_writing_process(tmp_path):
-    """Terminals and some SLURM set-ups signal whole process trees, and the last save is still to be written then."""
+    """Terminals and some SLURM set-ups signal whole process trees, and the last save is still to be
+    written then."""
     writer, staging = WriterProcess(), StagingBuffer()
     staging.reserve(1000)
     (tmp_path / "x").touch()
@@ -517,7 +525,8 @@ NUMBERS = (
 
 @pytest.mark.parametrize("size", NUMBERS)
 def test_a_whole_tensor_that_is_written_behind_pytorchs_back_is_noticed_whatever_its_size(size):
-    """When it is written after the boundary and before it is copied, in one of a state that is too large to be copied at once."""
+    """When it is written after the boundary and before it is copied, in one of a state that is too
+    large to be copied at once."""
     payload = {f"{of}": torch.randn(of) for of in NUMBERS} | {
         "large": torch.randn(3_000_000),
         "tied": torch.randn(5),
@@ -547,7 +556,8 @@ def _moved(tensor: torch.Tensor) -> None:
 def test_a_write_behind_pytorchs_back_that_comes_after_the_sampled_words_were_copied_is_noticed_before_the_update(
     size, change
 ):
-    """The copy of a tensor that is written while it is copied may mix two states where no word was sampled."""
+    """The copy of a tensor that is written while it is copied may mix two states where no word was
+    sampled."""
     payload = {f"{of}": torch.randn(of) for of in NUMBERS} | {"large": torch.randn(3_000_000)}
     snapshot, staging = (
         Snapshot(payload, {tensor.untyped_storage().data_ptr() for tensor in payload.values()}),
@@ -648,7 +658,8 @@ def test_memory_that_is_not_there_is_not_asked_for():
 
 
 def grouped(root: Path, version: int, limits: dict[str, tuple[str, int, int]]) -> Path:
-    """A machine as Linux shows it: 100 MB are free; control groups by their path, each with its limit, its use and what is cached in it."""
+    """A machine as Linux shows it: 100 MB are free; control groups by their path, each with its
+    limit, its use and what is cached in it."""
     top, names = {
         2: ("sys/fs/cgroup", ("memory.max", "memory.current", "inactive_file")),
         1: (

@@ -1,4 +1,5 @@
-"""A checkpoint is sent to the bucket from memory, while it is written to the disk: the bucket is never ahead of the disk, nor wrong."""
+"""A checkpoint is sent to the bucket from memory, while it is written to the disk: the bucket is
+never ahead of the disk, nor wrong."""
 
 from __future__ import annotations
 
@@ -42,7 +43,8 @@ def home(bucket: tuple[S3Server, str], monkeypatch: pytest.MonkeyPatch) -> Home:
 
 
 def check_like_the_directory(home: Home, directory: Path) -> None:
-    """What is in the bucket is what is in the run directory, to the byte, and no upload is left open."""
+    """What is in the bucket is what is in the run directory, to the byte, and no upload is left
+    open."""
     home.check_none_is_torn()
     for manifest in home.manifests():
         stem = f"checkpoints/step_{manifest['step']:08d}-0001"
@@ -54,7 +56,8 @@ def check_like_the_directory(home: Home, directory: Path) -> None:
 def test_it_is_sent_while_it_is_written_and_appears_after_it(
     home: Home, tmp_path: Path, started: Callable[..., subprocess.Popen[str]]
 ) -> None:
-    """The process that writes is stopped: all the data gets to the bucket, and nothing comes of it there."""
+    """The process that writes is stopped: all the data gets to the bucket, and nothing comes of it
+    there."""
     options = f"remote={home.url!r}, save_every_s=None, save_every_steps=2, keep_last=99"
     with FaultProxy(home.server.host, home.server.port) as proxy:
         process = started(
@@ -89,7 +92,8 @@ def test_it_is_sent_while_it_is_written_and_appears_after_it(
 
 @pytest.mark.usefixtures("process_as_it_was")
 def test_what_is_dropped_here_does_not_appear_there(home: Home, tmp_path: Path) -> None:
-    """From some step on the state changes while it is copied; that is known only when all of it may have been sent."""
+    """From some step on the state changes while it is copied; that is known only when all of it may
+    have been sent."""
     calls = iter(range(99))
     trained(
         tmp_path / "a",

@@ -1,4 +1,5 @@
-"""The newest step in the machine's memory: a process that dies there loses nothing, and memory never leads anybody astray."""
+"""The newest step in the machine's memory: a process that dies there loses nothing, and memory
+never leads anybody astray."""
 
 from __future__ import annotations
 
@@ -46,7 +47,8 @@ def in_memory(store: LocalStore) -> list[int]:
 
 
 def left_at(directory: Path, step: int, **options: object) -> None:
-    """A loop that ends in that step, after the update, as if it had been killed. Each step is as long as it takes to keep the last."""
+    """A loop that ends in that step, after the update, as if it had been killed. Each step is as
+    long as it takes to keep the last."""
     train(directory, leave_at=step, each=arrived, **(EACH | options))
 
 
@@ -301,7 +303,8 @@ def test_a_rank_that_is_killed_costs_no_step(
 
 @pytest.mark.slow
 def test_a_storm_of_kills_with_memory(tmp_path, kept, started: Callable[..., object]) -> None:
-    """The whole tree, again and again, a moment after some step; no step is lost but the one that was being made or kept."""
+    """The whole tree, again and again, a moment after some step; no step is lost but the one that
+    was being made or kept."""
     whole = run(torchrun(2, *SETTINGS, f"run.dir={tmp_path}/b"))
     assert whole.returncode == 0
     directory = tmp_path / "a"

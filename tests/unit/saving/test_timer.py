@@ -155,7 +155,8 @@ def test_a_run_chooses_by_itself(tmp_path, monkeypatch):
 
 @pytest.mark.usefixtures("process_as_it_was")
 def test_a_run_does_not_save_twice_at_its_end(tmp_path):
-    """A save is always due, and takes much longer than the steps that are left when it is known how long."""
+    """A save is always due, and takes much longer than the steps that are left when it is known how
+    long."""
     job = harness.init(tmp_path / "a", seed=1, save_every_s=1e-6, keep_last=99)
     model = Big(1_000_000)
     optimizer = torch.optim.SGD(model.out.parameters(), lr=0.01)

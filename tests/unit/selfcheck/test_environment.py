@@ -1,4 +1,5 @@
-"""The machine and the software that a run goes on with: recorded, compared, said, and refused if so told."""
+"""The machine and the software that a run goes on with: recorded, compared, said, and refused if so
+told."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Recomputed steps are compared after a kill with what they were; whatever a checkpoint does not hold shows there."""
+"""Recomputed steps are compared after a kill with what they were; whatever a checkpoint does not
+hold shows there."""
 
 from __future__ import annotations
 
@@ -293,7 +294,8 @@ def test_records_of_a_resume_that_hold_anything_at_all_are_no_traceback(wrong, t
 def recomputing(
     folder: Path, second: dict[str, Any], ranks: int = 1, on_mismatch: str = "stop"
 ) -> tuple[RecomputedSteps, list[str]]:
-    """Attempt 3, alone, goes on from step 7 of attempt 2, which went on from step 5 of attempt 1; this has recorded steps up to 20.
+    """Attempt 3, alone, goes on from step 7 of attempt 2, which went on from step 5 of attempt 1;
+    this has recorded steps up to 20.
 
     Returns what compares its steps, and what it has said.
     """
@@ -335,7 +337,8 @@ OTHERS = {
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_what_an_attempt_between_has_trained_otherwise_is_no_fault_of_this_one(tmp_path, name):
-    """The steps of the first attempt beyond those of the second are of another course than this one's."""
+    """The steps of the first attempt beyond those of the second are of another course than this
+    one's."""
     second, words = OTHERS[name]
     replay, said = recomputing(tmp_path, second)
     replay.step_made(8, LINES[7].samples, {"loss": LINES[7].loss + 1.0})

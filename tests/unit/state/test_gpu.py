@@ -1,4 +1,5 @@
-"""On a GPU: what is saved is the state of the boundary while the GPU computes on, and a killed run ends as if nothing had happened.
+"""On a GPU: what is saved is the state of the boundary while the GPU computes on, and a killed run
+ends as if nothing had happened.
 
 They need one GPU and are run by `scripts/test --gpu`.
 """
@@ -123,7 +124,8 @@ def test_a_loop_that_changes_weights_before_its_update_is_found_out(tmp_path, cl
 
 
 def test_the_update_waits_on_the_gpu_and_the_training_thread_does_not(tmp_path):
-    """The state takes much longer to copy than the step to compute. Steps are asked for ahead of the GPU, saves among them."""
+    """The state takes much longer to copy than the step to compute. Steps are asked for ahead of
+    the GPU, saves among them."""
     job = harness_package.init(
         tmp_path / "a", seed=1, save_every_s=None, save_every_steps=4, keep_last=99
     )
@@ -152,7 +154,8 @@ def test_the_update_waits_on_the_gpu_and_the_training_thread_does_not(tmp_path):
 
 
 def test_memory_that_cannot_be_pinned_is_copied_to_all_the_same(tmp_path, monkeypatch):
-    """The kernel or the driver refuses; and the error that CUDA then keeps in store is not the next one's who computes."""
+    """The kernel or the driver refuses; and the error that CUDA then keeps in store is not the next
+    one's who computes."""
 
     class Refusing:
         @staticmethod

@@ -1,4 +1,5 @@
-"""What a checkpoint gives back is what was there: by its name, in its kind, in its dtype; or it is refused in words."""
+"""What a checkpoint gives back is what was there: by its name, in its kind, in its dtype; or it is
+refused in words."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The proxy itself: unnoticed without a fault, and every fault is what it says. Without this, a storm that passes says nothing."""
+"""The proxy itself: unnoticed without a fault, and every fault is what it says. Without this, a
+storm that passes says nothing."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ pytestmark = pytest.mark.slow  # of what other tests are made with, not of the h
 
 @pytest.fixture
 def proxied(bucket: tuple[S3Server, str]) -> Iterator[tuple[FaultProxy, Any, Any, str]]:
-    """A proxy before the shared server; a client that goes through it, one that does not, and a bucket."""
+    """A proxy before the shared server; a client that goes through it, one that does not, and a
+    bucket."""
     server, name = bucket
     with FaultProxy(server.host, server.port) as proxy:
         yield proxy, server.client(proxy.url, read_timeout=5), server.client(), name
@@ -82,7 +84,8 @@ def test_unnoticed_by_s3fs(bucket: tuple[S3Server, str]) -> None:
 
 
 def test_large_bodies_and_one_connection(proxied: tuple[FaultProxy, Any, Any, str]) -> None:
-    """64 MiB both ways, answers without a body, and refusals, one after the other on connections that are kept."""
+    """64 MiB both ways, answers without a body, and refusals, one after the other on connections
+    that are kept."""
     proxy, client, direct, name = proxied
     data = random.Random(0).randbytes(LARGE)
     client.put_object(Bucket=name, Key="k", Body=data)
@@ -100,7 +103,8 @@ def test_large_bodies_and_one_connection(proxied: tuple[FaultProxy, Any, Any, st
 
 @pytest.mark.parametrize("fault", sorted(set(ERRORS) - {"200_error"}))
 def test_refusals(proxied: tuple[FaultProxy, Any, Any, str], fault: str) -> None:
-    """The answer is the service's own, nothing reaches the server, and the next request is served."""
+    """The answer is the service's own, nothing reaches the server, and the next request is
+    served."""
     proxy, client, direct, name = proxied
     proxy.rules.append(Rule(fault, method="PUT", contains="/k", first=1, after=1))
     client.put_object(Bucket=name, Key="other", Body=b"1")
@@ -156,7 +160,8 @@ def test_broken_connections(proxied: tuple[FaultProxy, Any, Any, str]) -> None:
 
 
 def test_flipped_bits(proxied: tuple[FaultProxy, Any, Any, str]) -> None:
-    """Exactly one bit, there and back; the server notices it on the way there, by the client's checksum."""
+    """Exactly one bit, there and back; the server notices it on the way there, by the client's
+    checksum."""
     proxy, client, direct, name = proxied
     data = random.Random(2).randbytes(100_000)
     direct.put_object(Bucket=name, Key="k", Body=data)
@@ -278,7 +283,8 @@ def test_storm_is_the_same_again(proxied: tuple[FaultProxy, Any, Any, str]) -> N
 
 
 def test_server_that_is_killed_and_paused(own_s3_server: S3Server) -> None:
-    """The server comes back on its port with all it had said yes to; the proxy needs not be told."""
+    """The server comes back on its port with all it had said yes to; the proxy needs not be
+    told."""
     server = own_s3_server
     server.make_bucket("kept")
     with FaultProxy(server.host, server.port) as proxy:

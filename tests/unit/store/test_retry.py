@@ -1,4 +1,5 @@
-"""What is tried again, how often, for how long and with what waits, by a clock that only moves when told."""
+"""What is tried again, how often, for how long and with what waits, by a clock that only moves when
+told."""
 
 from __future__ import annotations
 
@@ -58,7 +59,8 @@ def translated(error: BaseException, kind: type[OSError] = OSError) -> OSError:
 
 
 class Work:
-    """Fails with these errors, one call after the other, each after so many seconds; then it succeeds."""
+    """Fails with these errors, one call after the other, each after so many seconds; then it
+    succeeds."""
 
     def __init__(self, time: Time, *errors: BaseException, each_s: float = 0.0) -> None:
         self.time, self.errors, self.each_s = time, list(errors), each_s

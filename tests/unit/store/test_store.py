@@ -1,4 +1,5 @@
-"""The contract of a store, on real file systems: whole or not at all, exclusive, durable, named errors, nothing outside the root."""
+"""The contract of a store, on real file systems: whole or not at all, exclusive, durable, named
+errors, nothing outside the root."""
 
 from __future__ import annotations
 
@@ -236,7 +237,8 @@ def test_a_key_taken_by_something_else_is_taken(store, make):
 
 
 def test_a_create_whose_reply_was_lost_has_succeeded(store):
-    """NFS: the server made the link, the answer was lost, and the client's second try finds the key taken, by itself."""
+    """NFS: the server made the link, the answer was lost, and the client's second try finds the key
+    taken, by itself."""
     with store.writer("attempts/0001.json", 1) as sink:
         sink.write(b"mine")
         os.link(next(store.root.glob("attempts/*.tmp-*")), store.path("attempts/0001.json"))
@@ -410,7 +412,8 @@ def test_a_folder_that_vanishes_while_a_file_is_written_is_an_error(store):
 
 
 def test_deleting_where_the_folder_has_vanished_is_a_storage_error(store):
-    """A file that is gone is fine; a disk that is gone is not, and a save that is being given up must not trip over it."""
+    """A file that is gone is fine; a disk that is gone is not, and a save that is being given up
+    must not trip over it."""
     os.rename(store.root, f"{store.root}.away")
     with pytest.raises(StorageError):
         store.delete("checkpoints/a.pt")

@@ -1,4 +1,5 @@
-"""`harness launch` starts again what failed, tells a crash loop from bad luck, and leaves nobody behind."""
+"""`harness launch` starts again what failed, tells a crash loop from bad luck, and leaves nobody
+behind."""
 
 from __future__ import annotations
 

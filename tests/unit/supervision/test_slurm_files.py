@@ -1,4 +1,5 @@
-"""The job scripts in `slurm/` are what `harness submit` would write. Started as a program, this file writes them anew."""
+"""The job scripts in `slurm/` are what `harness submit` would write. Started as a program, this
+file writes them anew."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Who is started again, and who is not: what stands in a run's stores decides, whatever has happened to it."""
+"""Who is started again, and who is not: what stands in a run's stores decides, whatever has
+happened to it."""
 
 from __future__ import annotations
 
@@ -725,7 +726,8 @@ def test_after_with_stopped_frees_whatever_the_stop_broke(run, harness):
 
 
 def test_after_with_stopped_frees_also_what_a_node_has_called_a_failure_first(run, harness):
-    """A preemption that has begun is no failure, whatever it broke: also if a node's launcher has left its word already."""
+    """A preemption that has begun is no failure, whatever it broke: also if a node's launcher has
+    left its word already."""
     job = Job("100", LocalStore(run))
     for count in range(4):
         assert harness("supervise", "before", f"run.dir={run}", launch=f"100.{count}")[0] == 75

@@ -1,4 +1,5 @@
-"""`harness submit`: the script that it writes does what was asked for, and what was submitted is what runs.
+"""`harness submit`: the script that it writes does what was asked for, and what was submitted is
+what runs.
 
 `sbatch` is a small shell script here, which keeps what it is given and prints a job's number.
 """
@@ -96,7 +97,8 @@ OUR_FILES = {f"harness/{name}" for name in files(PACKAGE) if name.endswith((".py
 
 
 def options(text: str) -> list[str]:
-    """The options of sbatch in a script, as it reads them: up to the first line that is no comment, and quotes are a shell's."""
+    """The options of sbatch in a script, as it reads them: up to the first line that is no comment,
+    and quotes are a shell's."""
     found = []
     for line in text.splitlines():
         if line and not line.startswith("#"):
@@ -508,7 +510,8 @@ def test_a_scratch_directory_need_not_exist_where_it_is_submitted(place, submit,
 def test_the_job_begins_with_the_code_that_was_submitted_whatever_became_of_it(
     place, submit, sbatch, tmp_path
 ):
-    """The beginning of the script, run by a shell on another place: it stops before `srun`, with the launch recorded."""
+    """The beginning of the script, run by a shell on another place: it stops before `srun`, with
+    the launch recorded."""
     name = add_task(place)
     assert submit(f"task.name={name}", "run.dir=runs/a")[0] == 0
     (place / f"{name.partition(':')[0]}.py").write_text("raise RuntimeError('edited since')")

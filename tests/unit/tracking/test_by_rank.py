@@ -1,4 +1,5 @@
-"""State that is another one on each rank: each gets its own back, and what cannot be kept for each is said."""
+"""State that is another one on each rank: each gets its own back, and what cannot be kept for each
+is said."""
 
 from __future__ import annotations
 

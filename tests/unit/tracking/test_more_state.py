@@ -1,4 +1,5 @@
-"""State that no `state_dict` tells of: gradients under way, attributes and modes, communication hooks, generators; and no torn file."""
+"""State that no `state_dict` tells of: gradients under way, attributes and modes, communication
+hooks, generators; and no torn file."""
 
 from __future__ import annotations
 
@@ -84,7 +85,8 @@ def data(size: int = 192) -> torch.utils.data.TensorDataset:
 def trained(
     directory: Path, make, *, leave_at: int = 0, stop_at: int = 0, **options
 ) -> harness.Run:
-    """`make(run)` builds and tracks, and returns what makes a step; the loop is left or stopped there."""
+    """`make(run)` builds and tracks, and returns what makes a step; the loop is left or stopped
+    there."""
     with undone():
         run = harness.init(
             directory,
@@ -580,7 +582,8 @@ def test_what_cannot_be_kept_is_named_once(tmp_path, capsys):
 
 
 def test_an_ordinary_model_has_nothing_to_keep(tmp_path, capsys):
-    """With an evaluation of the program's own in each step, modules of torch that keep something to themselves, and all."""
+    """With an evaluation of the program's own in each step, modules of torch that keep something to
+    themselves, and all."""
 
     def make(run):
         normed = nn.utils.parametrizations.spectral_norm(nn.Linear(8, 8))
@@ -805,7 +808,8 @@ class Two(nn.Module):
     ],
 )
 def test_no_file_is_torn_by_what_is_written_behind_pytorchs_back(tmp_path, width, at_head, undo):
-    """At the loop's head, and not before the first save: then it is another state than that of the boundary before."""
+    """At the loop's head, and not before the first save: then it is another state than that of the
+    boundary before."""
     seen: dict[int, dict] = {}
 
     def make(run):

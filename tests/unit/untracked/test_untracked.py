@@ -1,4 +1,5 @@
-"""What lives and is not tracked is named with the path to it; of what is tracked, and of an evaluation's, nothing is said."""
+"""What lives and is not tracked is named with the path to it; of what is tracked, and of an
+evaluation's, nothing is said."""
 
 from __future__ import annotations
 
@@ -250,7 +251,8 @@ def test_an_object_that_answers_with_an_error_is_never_the_runs_failure(tmp_path
 
 
 def test_what_is_installed_for_another_python_is_a_library_all_the_same(tmp_path):
-    """As where a virtual environment lies on top of another, or a site keeps its libraries in a folder of its own."""
+    """As where a virtual environment lies on top of another, or a site keeps its libraries in a
+    folder of its own."""
     package = tmp_path / "opt/python/lib/site-packages"
     package.mkdir(parents=True)
     (package / "elsewhere.py").write_text(
@@ -539,7 +541,8 @@ def test_whatever_the_program_keeps_from_step_to_step_is_named(tmp_path):
 
 
 def test_memory_that_tracked_tensors_come_to_share_is_named(tmp_path):
-    """A restart gives each of them its own: torch's optimizers share the state that one loads from another."""
+    """A restart gives each of them its own: torch's optimizers share the state that one loads from
+    another."""
     setup = "other = torch.nn.Linear(8, 1); second = torch.optim.SGD(other.parameters(), 0.1, momentum=0.9); "
     setup += "first = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9); run.track(other=other, first=first, second=second)"
     step = "other(x).sum().backward(); first.step(); second.step(); run.step == 3 and second.load_state_dict(first.state_dict())"
