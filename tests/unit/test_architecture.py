@@ -155,7 +155,8 @@ def test_there_are_no_import_cycles():
     assert done == names
 
 
-# What a loop needs only sometimes, and what builds everything else: both are imported when they are used.
+# What a loop needs only sometimes, and what builds everything else: both are imported when they
+# are used.
 GATES = {"harness.run.assembly", "harness.exchange.weights"}
 
 
@@ -274,10 +275,8 @@ def test_a_folder_has_few_modules():
 
 @BY_NAME
 def test_only_one_module_knows_which_rank_writes(file):
-    if MODULES[file] in (
-        "harness.distributed.ranks",
-        "harness.errors",
-    ):  # the latter decides who prints an error
+    # The latter decides who prints an error.
+    if MODULES[file] in ("harness.distributed.ranks", "harness.errors"):
         return
     for node in ast.walk(TREES[file]):
         if isinstance(node, ast.Compare):
@@ -383,14 +382,8 @@ FILLED_IN = {
     ),
     *("within", "seen", "_BaseDataLoaderIter"),
 }
-OWN_PARTS = (
-    "self._kept",
-    "self._hooks",
-    "self._generators",
-    "self._dealt",
-    "self.fs",
-    "self.head",
-)  # simple values, held by one object
+# Simple values, held by one object.
+OWN_PARTS = ("self._kept", "self._hooks", "self._generators", "self._dealt", "self.fs", "self.head")
 
 
 @BY_NAME

@@ -46,7 +46,8 @@ def make_environment(copy: Path) -> None:
     (copy / ".venv" / f"made-dev-{found}").touch()
 
 
-# In their order: what a later one needs, an earlier one has made. All READMEs of the project are among them.
+# In their order: what a later one needs, an earlier one has made. All READMEs of the project are
+# among them.
 PAGES = (
     "README.md",
     "harness/run/README.md",

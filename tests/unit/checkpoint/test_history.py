@@ -684,8 +684,8 @@ def test_prune_refuses_a_number_that_no_run_may_have(grown, capsys, given):
     before = sorted(grown.root.rglob("*"))
     assert cli.main(["prune", str(grown.root), *given.split(), "--yes"]) == 78
     assert (
-        f"found: {given.split()[0].strip('-').replace('-', '_')}={given.split()[1]}, expected: a whole number"
-        in capsys.readouterr().err
+        f"found: {given.split()[0].strip('-').replace('-', '_')}={given.split()[1]},"
+        " expected: a whole number" in capsys.readouterr().err
     )
     assert sorted(grown.root.rglob("*")) == before
 

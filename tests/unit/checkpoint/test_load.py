@@ -110,7 +110,9 @@ def child(store: LocalStore, code: str, *before: str) -> str:
 
 MEASURED = """
 def held():
-    found = dict(line.split(":") for line in open("/proc/self/smaps_rollup").read().splitlines()[1:])
+    found = dict(
+        line.split(":") for line in open("/proc/self/smaps_rollup").read().splitlines()[1:]
+    )
     files = {}
     for fd in os.listdir("/proc/self/fd"):
         try:
@@ -216,7 +218,9 @@ import resource
 from harness.errors import HarnessError, DamagedError
 manifest = read_catalog(store).manifests[0]
 used = int(open("/proc/self/statm").read().split()[0]) * 4096
-resource.setrlimit(resource.{room}, (used + (30 << 20),) * 2 if "{room}" == "RLIMIT_AS" else (30 << 20,) * 2)
+resource.setrlimit(
+    resource.{room}, (used + (30 << 20),) * 2 if "{room}" == "RLIMIT_AS" else (30 << 20,) * 2
+)
 try:
     load.load(store, manifest)
 except DamagedError as error:
@@ -251,9 +255,8 @@ def test_verified_memory_can_be_changed_by_nobody(store):
                 attack()
         os.close(fd)
         loaded = load.parse(memory, the_one(store))
-        loaded["model_state_dict"][
-            "layer.0"
-        ].zero_()  # who changes a tensor changes a page of his own
+        # Who changes a tensor changes a page of his own.
+        loaded["model_state_dict"]["layer.0"].zero_()
         again = load.parse(memory, the_one(store))
     assert torch.equal(
         again["model_state_dict"]["layer.0"], torch.arange(1000, dtype=torch.float32)
@@ -387,7 +390,11 @@ world = join.join(60)
 try:
     choice = resume.choose(store, world)
     maps = {line.split()[4] for line in open("/proc/self/maps") if "/memfd:harness-" in line}
-    said = [sorted(maps), float(choice.payload["model_state_dict"]["layer.9"][-1]), choice.notes if world.is_writer else []]
+    said = [
+        sorted(maps),
+        float(choice.payload["model_state_dict"]["layer.9"][-1]),
+        choice.notes if world.is_writer else [],
+    ]
 except Exception as error:
     said = [type(error).__name__, str(error), []]
 print(json.dumps(said))

@@ -10,13 +10,23 @@ from pathlib import Path
 import pytest
 from conftest import alone, harness, run
 from fault_proxy import FaultProxy, Rule
-from remote_runs import TASK, Home, Trained, command, fetched_bytes, trained  # noqa: F401 - fixtures
+from remote_runs import (  # noqa: F401 - fixtures
+    TASK,
+    Home,
+    Trained,
+    command,
+    fetched_bytes,
+    trained,
+)
 from s3_server import S3Server
 
 Command = Callable[..., tuple[int, str]]
 
 
-def test_they_answer_for_a_url_as_for_a_directory(trained: Trained, command: Command) -> None:  # noqa: F811
+def test_they_answer_for_a_url_as_for_a_directory(
+    trained: Trained,  # noqa: F811
+    command: Command,  # noqa: F811
+) -> None:
     home, env = trained.home, trained.home.env()
     newest = f"{home.url}/checkpoints/step_00000040-0001"
 
@@ -44,7 +54,10 @@ def test_they_answer_for_a_url_as_for_a_directory(trained: Trained, command: Com
     assert ask("verify", f"{newest}.pt")[0] == 0
 
 
-def test_they_say_what_is_wrong_with_a_url(trained: Trained, command: Command) -> None:  # noqa: F811
+def test_they_say_what_is_wrong_with_a_url(
+    trained: Trained,  # noqa: F811
+    command: Command,  # noqa: F811
+) -> None:
     home, env = trained.home.branch(15), trained.home.env()
 
     def ask(*line: str) -> tuple[int, str]:
@@ -67,7 +80,10 @@ def test_they_say_what_is_wrong_with_a_url(trained: Trained, command: Command) -
 
 
 @pytest.mark.slow
-def test_show_and_ls_read_no_tensors(bucket: tuple[S3Server, str], command: Command) -> None:  # noqa: F811
+def test_show_and_ls_read_no_tensors(
+    bucket: tuple[S3Server, str],
+    command: Command,  # noqa: F811
+) -> None:
     home = Home(*bucket)
     large = (
         *TASK,
@@ -165,9 +181,8 @@ def test_after_a_rollback_the_next_start_anywhere_goes_on_from_there(
     )
     assert code == 0 and "resumes from step 10" in text
     assert home.head() == (2, 10) and home.steps() == [5, 10, 15, 10], "something was deleted"
-    place = (
-        tmp_path / "elsewhere" if where == "directory" else directory
-    )  # the directory still has what was rolled back
+    # The directory still has what was rolled back.
+    place = tmp_path / "elsewhere" if where == "directory" else directory
     done = run(
         alone(*TASK, "train.max_steps=15", f"run.remote={home.url}", f"run.dir={place}"),
         env=home.env(),

@@ -63,9 +63,8 @@ def trained(*settings: str) -> None:
 def refused(kind: type[HarnessError], *settings: str) -> HarnessError:
     with pytest.raises(kind) as caught:
         trained(*settings)
-    traceback.clear_frames(
-        caught.tb
-    )  # as at the end of a process: the loop is let go, and what it was saving arrives
+    # As at the end of a process: the loop is let go, and what it was saving arrives.
+    traceback.clear_frames(caught.tb)
     return caught.value
 
 
@@ -100,7 +99,13 @@ import os, shutil, time, torch
 import small_task
 from small_task import Noisy
 
-def build(size: int = 48, lr: float = 1e-2, optimizer: str = "SGD", bad_from: int = 10**9, bad_to: int = 10**9):
+def build(
+    size: int = 48,
+    lr: float = 1e-2,
+    optimizer: str = "SGD",
+    bad_from: int = 10**9,
+    bad_to: int = 10**9,
+):
     job = small_task.build(size=size, lr=lr)
     plain, calls = job.loss, 0
 
@@ -171,7 +176,8 @@ def test_a_task_that_is_not_there_ends_with_78_and_without_a_traceback(tmp_path)
 
 def test_a_task_is_found_in_the_working_directory_and_its_mistakes_are_named(tmp_path):
     (tmp_path / "task_of_words.py").write_text(
-        "def build(size, lr: float = 0.1, name: str = 'a', deep: bool = False, *, must): pass\nvalue = 3\ndef any(**kwargs): pass\n"
+        "def build(size, lr: float = 0.1, name: str = 'a', deep: bool = False, *, must): pass\n"
+        "value = 3\ndef any(**kwargs): pass\n"
     )
     (tmp_path / "task_of_import.py").write_text("import no_such_library\n")
     right = {"size": 3, "must": 1}
@@ -582,7 +588,9 @@ def test_training_goes_on_when_the_events_have_no_room(tmp_path, small_disk, cap
 SAVED = """
         if calls in (bad_from, bad_to):  # a save that is on its way arrives first, well or not
             time.sleep(0.3)
-            while os.path.isdir(folder) and {name[:18] for name in os.listdir(folder) if name[18:] != ".json"} - {
+            while os.path.isdir(folder) and {
+                name[:18] for name in os.listdir(folder) if name[18:] != ".json"
+            } - {
                 name[:18] for name in os.listdir(folder) if name[18:] == ".json"
             }: time.sleep(0.05)
 """
@@ -733,7 +741,8 @@ MISTAKES = {
         "`harness show FILE` names what",
     ),
     "another device": (
-        'raise RuntimeError("Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu!")',
+        'raise RuntimeError("Expected all tensors to be on the same device, '
+        'but found at least two devices, cuda:0 and cpu!")',
         "model.to(run.device)",
     ),
 }

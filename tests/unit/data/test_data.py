@@ -44,7 +44,15 @@ def plans(
 ) -> list[Plan]:
     """The plan of each rank."""
     return [
-        Plan(size, global_batch_size, accumulate, rank, world_size, seed, **options)  # type: ignore[arg-type]
+        Plan(
+            size,
+            global_batch_size,
+            accumulate,
+            rank,
+            world_size,
+            seed,
+            **options,  # type: ignore[arg-type]
+        )
         for rank in range(world_size)
     ]
 
@@ -224,7 +232,14 @@ def test_a_batch_that_cannot_be_dealt_out_is_refused_with_the_nearest_that_can()
     plans(5, 8, 1, 2, drop_last=False)[0].check()
 
 
-def batches_of(dataset, plan, num_workers=0, position=Position(), epochs=2, collate=None):  # noqa: B008
+def batches_of(
+    dataset,
+    plan,
+    num_workers=0,
+    position=Position(),  # noqa: B008
+    epochs=2,
+    collate=None,
+):
     return list(
         loading.load(
             dataset, plan.shares(position, epochs), plan.seed, collate, loading.Workers(num_workers)

@@ -158,7 +158,7 @@ print("wrong", wrong, flush=True)
 
 
 @pytest.mark.parametrize("loop", ["flat", "nested"])
-def test_a_dataset_with_workers_is_never_asked_for_a_sample_in_the_process_that_they_are_forked_from(
+def test_a_dataset_with_workers_is_never_asked_for_a_sample_in_the_process_that_they_are_forked_from(  # noqa: E501
     loop, tmp_path
 ):
     lived = live(tmp_path, OPENS.replace("LOOP", f"'{loop}'"), "whole")
@@ -247,7 +247,10 @@ COUNTS = (
 WEIGHTED = (
     "sampler = torch.utils.data.WeightedRandomSampler(torch.ones(40), 40, generator=GENERATOR)"
 )
-REPEATED = "sampler = torch.utils.data.RandomSampler(data, True, 40, generator=torch.Generator().manual_seed(3))"
+REPEATED = (
+    "sampler = torch.utils.data.RandomSampler("
+    "data, True, 40, generator=torch.Generator().manual_seed(3))"
+)
 SCORED = """
 class Scored(Sampler):
     def __len__(self):
@@ -255,7 +258,12 @@ class Scored(Sampler):
 
     def __iter__(self):
         with torch.no_grad():
-            return iter((model(data.data.tensors[0]) - data.data.tensors[1]).square()[:, 0].argsort().tolist())
+            return iter(
+                (model(data.data.tensors[0]) - data.data.tensors[1])
+                .square()[:, 0]
+                .argsort()
+                .tolist()
+            )
 
 sampler = Scored()
 """
@@ -281,7 +289,10 @@ LAZY_NUMPY = LAZY.replace("MADE", "np.random.default_rng(5)").replace(
 LAZY_PYTHON = LAZY.replace("MADE", "random.Random(5)").replace(
     "DRAWN", "self.generator.randrange(99)"
 )
-SCORE = "sampler.weights = torch.rand(40, generator=torch.Generator().manual_seed(int(1e6 * model.bias.item()) % 1000)).double()"
+SCORE = (
+    "sampler.weights = torch.rand(40, generator=torch.Generator().manual_seed("
+    "int(1e6 * model.bias.item()) % 1000)).double()"
+)
 
 
 def program(sampler: str, head: str = "pass", step: str = "pass") -> str:
@@ -332,9 +343,8 @@ def test_an_epoch_goes_on_in_the_order_in_which_it_began_and_the_next_ones_as_th
 ):
     from library_runs import newest
 
-    outcome = killed_once(
-        tmp_path, source, die=18
-    )  # step 15 is saved, in the middle of the second epoch
+    # Step 15 is saved, in the middle of the second epoch.
+    outcome = killed_once(tmp_path, source, die=18)
     assert (
         outcome.killed.code == -signal.SIGKILL and outcome.whole.code == outcome.resumed.code == 0
     ), outcome.resumed.text
@@ -361,9 +371,14 @@ for x, y, index in run.batches(data, 4, epochs=3, order=order):
 """
 )
 ORDERS = {
-    "by the epoch": "def order(epoch):\n    return torch.randperm(40, generator=torch.Generator().manual_seed(epoch)).tolist()",
+    "by the epoch": (
+        "def order(epoch):\n"
+        "    return torch.randperm(40, generator=torch.Generator().manual_seed(epoch)).tolist()"
+    ),
     "by the global generator": "def order(epoch):\n    return torch.randperm(40).tolist()",
-    "by a generator": "def order(epoch):\n    return torch.randperm(40, generator=generator).tolist()",
+    "by a generator": (
+        "def order(epoch):\n    return torch.randperm(40, generator=generator).tolist()"
+    ),
     "by the model": """def order(epoch):
     with torch.no_grad():
         return (model(data.tensors[0]) - data.tensors[1]).square()[:, 0].argsort().tolist()""",

@@ -342,7 +342,10 @@ if __name__ == "__main__":
         die(run)
     assert all(names == ["stream", "unlabelled"] for names in seen)
 """
-MORE = '{"unlabelled": DataLoader(Numbered(50, 0.02), 6, shuffle=True, num_workers=WORKERS), "stream": Stream(size=40, kept=True)}'
+MORE = (
+    '{"unlabelled": DataLoader(Numbered(50, 0.02), 6, shuffle=True, num_workers=WORKERS), '
+    '"stream": Stream(size=40, kept=True)}'
+)
 
 
 @pytest.mark.parametrize(("ranks", "workers"), [(1, 2), (2, 0)])
@@ -427,14 +430,26 @@ def update(x, y):
     run.log(loss=loss)
 """
 OPEN = {
-    "zip": "for (x, y), (a, b) in zip(run.batches(points(), 16, epochs=1), cycle(loader)):\n    update(x, y)",
+    "zip": (
+        "for (x, y), (a, b) in zip(run.batches(points(), 16, epochs=1), cycle(loader)):\n"
+        "    update(x, y)"
+    ),
     "live iterator": "it = iter(loader)\nfor step in run.steps(5):\n    update(*next(it))",
 }
 CLOSED = {
-    "evaluation": "for x, y in run.batches(points(), 16, epochs=1):\n    update(x, y)\n    for a, b in loader: model(a)",
-    "left early": "for x, y in run.batches(points(), 16, epochs=1):\n    update(x, y)\n    for a, b in loader: break",
+    "evaluation": (
+        "for x, y in run.batches(points(), 16, epochs=1):\n    update(x, y)\n"
+        "    for a, b in loader: model(a)"
+    ),
+    "left early": (
+        "for x, y in run.batches(points(), 16, epochs=1):\n    update(x, y)\n"
+        "    for a, b in loader: break"
+    ),
     "of the run": "for x, y in run.batches(loader, epochs=1):\n    update(x, y)",
-    "one batch kept": "it = iter(loader); shown = next(it)\nfor x, y in run.batches(points(), 16, epochs=1):\n    update(x, y)",
+    "one batch kept": (
+        "it = iter(loader); shown = next(it)\n"
+        "for x, y in run.batches(points(), 16, epochs=1):\n    update(x, y)"
+    ),
 }
 
 
@@ -444,7 +459,8 @@ def test_a_loader_that_is_read_across_steps_is_named_once(tmp_path, name, worker
     assert lived.code == 0
     assert (
         lived.text.count(
-            "a DataLoader over TensorDataset that is not the run's is read across steps (program.py:"
+            "a DataLoader over TensorDataset that is not the run's"
+            " is read across steps (program.py:"
         )
         == 1
     )
@@ -480,7 +496,11 @@ run.track(model=model, optimizer=optimizer)
 try:
     next(iter(run.batches(data, 8, epochs=1)))
 finally:
-    print("as it was" if data.at == 0 and torch.equal(data.numbers, torch.arange(300_000.0)) else "changed")
+    print(
+        "as it was"
+        if data.at == 0 and torch.equal(data.numbers, torch.arange(300_000.0))
+        else "changed"
+    )
 """
     lived = live(tmp_path, source, "whole")
     assert "as it was" in lived.text, lived.text
@@ -511,11 +531,8 @@ for x, y in run.batches(Numbers(), 8, epochs=1, num_workers=2):
 """
 ENDS = {
     "a stop": ("os.kill(os.getpid(), signal.SIGTERM)", 0, "stopped before training began"),
-    "an error": (
-        "type(run)._throughput = property(lambda self: None)",
-        1,
-        "AttributeError",
-    ),  # what is set when all else has begun
+    # What is set when all else has begun.
+    "an error": ("type(run)._throughput = property(lambda self: None)", 1, "AttributeError"),
 }
 
 

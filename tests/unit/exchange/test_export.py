@@ -241,7 +241,9 @@ for job in json.load(open("jobs.json")):
             names["x"] = x[:size]
             with torch.no_grad():
                 answers.append(eval(job["call"], names))
-        kept = {name: names[name].state_dict() for name in job["keep"]} | {"epoch": names.get("epoch"), "loss": names.get("loss")}
+        kept = {name: names[name].state_dict() for name in job["keep"]} | {
+            "epoch": names.get("epoch"), "loss": names.get("loss")
+        }
         torch.save((None, answers, kept), job["out"])
     except Exception as error:
         torch.save((f"{type(error).__name__}: {error}", [], {}), job["out"])
@@ -632,7 +634,8 @@ def test_a_module_that_cannot_be_pickled_is_refused_in_words(runs: Runs, tmp_pat
     assert export(runs("locked"), tmp_path / "y.pt").code == 0
 
 
-CPP = r"""
+CPP = (
+    r"""
 #include <torch/script.h>
 #include <fstream>
 #include <iomanip>
@@ -640,17 +643,21 @@ CPP = r"""
 int main(int count, char** given) {  // INPUT ROWS COLUMNS FILE…
     const int64_t rows = std::stoll(given[2]), columns = std::stoll(given[3]);
     std::vector<float> numbers(rows * columns);
-    std::ifstream(given[1], std::ios::binary).read(reinterpret_cast<char*>(numbers.data()), numbers.size() * sizeof(float));
+    std::ifstream(given[1], std::ios::binary)"""
+    r""".read(reinterpret_cast<char*>(numbers.data()), numbers.size() * sizeof(float));
     torch::NoGradGuard no_grad;
     for (int at = 4; at < count; at++) {
         torch::jit::Module model = torch::jit::load(given[at]);
-        const at::Tensor answer = model.forward({torch::from_blob(numbers.data(), {rows, columns})}).toTensor().contiguous();
+        const at::Tensor answer = model"""
+    r""".forward({torch::from_blob(numbers.data(), {rows, columns})}).toTensor().contiguous();
         std::cout << std::setprecision(9) << model.is_training();
-        for (int64_t i = 0; i < answer.numel(); i++) std::cout << ' ' << answer.data_ptr<float>()[i];
+        for (int64_t i = 0; i < answer.numel(); i++) std::cout"""
+    r""" << ' ' << answer.data_ptr<float>()[i];
         std::cout << '\n';
     }
 }
 """
+)
 
 
 @pytest.mark.slow
@@ -886,13 +893,8 @@ def test_it_goes_from_and_to_a_bucket(
 
 # --- whole or not at all --------------------------------------------------------------------------
 
-ROOMY = (
-    "weights",
-    "full",
-    "module",
-    "safetensors",
-    "exported",
-)  # what a full disk has stopped before its end
+# What a full disk has stopped before its end.
+ROOMY = ("weights", "full", "module", "safetensors", "exported")
 
 
 @pytest.mark.parametrize("room_kb", [0, 1, 100, 600, 900])
@@ -932,7 +934,11 @@ import sys
 from harness import cli
 run, disk, *formats = sys.argv[1:]
 for format in formats:
-    print(format, cli.main(["export", run, f"{disk}/{format}.pt2", "--format", format, "--trust"]), flush=True)
+    print(
+        format,
+        cli.main(["export", run, f"{disk}/{format}.pt2", "--format", format, "--trust"]),
+        flush=True,
+    )
 """
 
 
@@ -1643,8 +1649,14 @@ def test_a_task_that_never_calls_the_module_is_told_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nothing tells what goes into it."""
-    text = "import export_task, torch\nfrom harness import Task\n\ndef build():\n    job = export_task.build(kind='net')\n"
-    text += "    return Task(modules=job.modules, optimizers=job.optimizers, train_data=job.train_data, loss=lambda m, b: m.body(b[0]).sum())\n"
+    text = (
+        "import export_task, torch\nfrom harness import Task\n\n"
+        "def build():\n    job = export_task.build(kind='net')\n"
+    )
+    text += (
+        "    return Task(modules=job.modules, optimizers=job.optimizers, "
+        "train_data=job.train_data, loss=lambda m, b: m.body(b[0]).sum())\n"
+    )
     (tmp_path / "silent_task.py").write_text(text)
     torch.save(Net().state_dict(), tmp_path / "bare.pth")
     for format in ("torchscript", "exported"):

@@ -330,9 +330,8 @@ def test_the_gradient_scaler_is_taken_too(tmp_path: Path, done: Trained, command
     answer = command("import", tmp_path / "a.pt", tmp_path / "run", *task)
     assert answer.code == 0 and row(answer.out, "scaler"), answer.out + answer.err
     assert newest(tmp_path / "run")["scaler_state_dict"]["scale"] == 4096.0
-    assert (
-        command("import", tmp_path / "a.pt", tmp_path / "without", *TASK).code == 0
-    )  # a task in full precision has no use for it
+    # A task in full precision has no use for it.
+    assert command("import", tmp_path / "a.pt", tmp_path / "without", *TASK).code == 0
 
 
 def test_several_optimizers_of_lightning_go_where_they_are_sent(
@@ -585,9 +584,9 @@ def test_epoch_and_step_can_be_given(tmp_path: Path, done: Trained, command: Com
             payload["data"]["epoch"],
             payload["data"]["sample"],
         )
-        if (
-            name != "step"
-        ):  # a step alone, beside a file that names an epoch: which of the two says where the data stands is open
+        # A step alone, beside a file that names an epoch: which of the two says where the data
+        # stands is open.
+        if name != "step":
             assert found == (epoch, step, epoch, sample), name
         assert payload["step"] == step
         train_on(tmp_path / name, f"train.max_steps={step + 2}", "train.epochs=200")
@@ -747,7 +746,8 @@ def test_a_module_is_left_out_too_and_averages_are_taken_by_the_name_that_is_sai
 
 def test_settings_may_come_from_a_file(tmp_path: Path, done: Trained, command: Command) -> None:
     (tmp_path / "a.yaml").write_text(
-        "task: {name: 'recipe_task:build', args: {optimizer: sgd}}\ntrain: {global_batch_size: 24}\n"
+        "task: {name: 'recipe_task:build', args: {optimizer: sgd}}\n"
+        "train: {global_batch_size: 24}\n"
     )
     file = made("imagenet", tmp_path, done)
     answer = command(
@@ -966,9 +966,8 @@ def test_a_fork_is_as_before_and_takes_no_settings(
         answer = command("import", source, tmp_path / f"no{number}", "train.seed=4")
         refused(answer, tmp_path / f"no{number}")
         assert "train.seed" in answer.err or "setting" in answer.err or "key=value" in answer.err
-    shutil.copy(
-        file, tmp_path / "copied.pt"
-    )  # out of its run: no manifest any more, but still a file with state dicts in it
+    # Out of its run: no manifest any more, but still a file with state dicts in it.
+    shutil.copy(file, tmp_path / "copied.pt")
     answer = command("import", tmp_path / "copied.pt", tmp_path / "again", *TASK)
     assert answer.code == 0, answer.err
     assert (
@@ -1052,9 +1051,8 @@ def test_an_optimizer_of_other_parameters_is_refused(
         answer = command("import", tmp_path / f"{name}.pt", tmp_path / name, *TASK)
         refused(answer, tmp_path / name, (78,))
         assert "optimizer" in answer.err
-    wide = recipes.trained(
-        width=32
-    )  # as many parameters, of other shapes: load_state_dict itself would not notice
+    # As many parameters, of other shapes: load_state_dict itself would not notice.
+    wide = recipes.trained(width=32)
     torch.save(
         {"model": done.model.state_dict(), "optimizer": wide.optimizer.state_dict()},
         tmp_path / "wide.pt",
@@ -1074,9 +1072,8 @@ def test_another_architecture_is_refused_with_a_table(
     answer = command("import", file, tmp_path / "wide", *TASK, "task.args.width=20")
     refused(answer, tmp_path / "wide", (78,))
     assert row(answer.err, "head.weight", "4x20", "4x16"), answer.err
-    answer = command(
-        "import", file, tmp_path / "digits", "train.global_batch_size=24"
-    )  # the default task
+    # The default task.
+    answer = command("import", file, tmp_path / "digits", "train.global_batch_size=24")
     refused(answer, tmp_path / "digits", (78,))
     for kind, key in (("missing", "0.weight"), ("unexpected", "backbone.0.weight")):
         assert row(answer.err, kind, key), answer.err
@@ -1115,9 +1112,8 @@ def test_what_needs_pickle_is_refused_unless_trusted(
     check_imported(
         tmp_path / "run", RECIPES["lightning" if "lightning" in name else "tutorial weights"], done
     )
-    torch.load(
-        next((tmp_path / "run/checkpoints").glob("*.pt")), weights_only=True
-    )  # what came in is plain now
+    # What came in is plain now.
+    torch.load(next((tmp_path / "run/checkpoints").glob("*.pt")), weights_only=True)
 
 
 @pytest.mark.parametrize("save", SAVES.values(), ids=SAVES)
@@ -1139,7 +1135,8 @@ def test_a_pickle_that_acts_is_not_run_unless_trusted(
     assert sprung.is_dir() and "warning" in (answer.out + answer.err).lower()
 
 
-# What a pickle may call, in the hope that it is thought harmless: names with dots, helpers that import, helpers that load.
+# What a pickle may call, in the hope that it is thought harmless: names with dots, helpers that
+# import, helpers that load.
 CALLS: list[tuple[str, str, Callable[[Path], tuple[Any, ...]]]] = [
     ("os", "mkdir", lambda sprung: (str(sprung),)),
     ("posix", "mkdir", lambda sprung: (str(sprung),)),
@@ -1421,9 +1418,8 @@ def test_a_file_with_a_wrong_byte_is_refused_or_read_but_never_with_a_traceback(
 def test_a_zip_bomb_is_refused_without_taking_memory(
     bombs: dict[str, Path], tmp_path: Path, done: Trained, command: Command
 ) -> None:
-    command(
-        "import", made("imagenet", tmp_path, done), tmp_path / "warm", *TASK
-    )  # what is imported late is not counted
+    # What is imported late is not counted.
+    command("import", made("imagenet", tmp_path, done), tmp_path / "warm", *TASK)
     for file in bombs.values():
         refused(bounded(command, "import", file, tmp_path / "run", *TASK), tmp_path / "run")
 
@@ -1477,7 +1473,8 @@ def test_a_structure_that_cannot_be_walked_through_is_survived(
     code = (
         "import sys\nfrom harness.cli import main\n"
         "file, run, *settings = sys.argv[1:]\n"
-        "print('codes', [main(['show', file]), main(['diff', file, file]), main(['import', file, run, *settings])])"
+        "print('codes', [main(['show', file]), main(['diff', file, file]), "
+        "main(['import', file, run, *settings])])"
     )
     shown = run([sys.executable, "-c", code, str(tmp_path / "a.pt"), str(tmp_path / "run"), *TASK])
     assert shown.returncode == 0 and "Traceback" not in shown.stderr, shown.stderr[-3000:]
@@ -1632,10 +1629,8 @@ def test_training_that_was_begun_elsewhere_is_stopped_and_goes_on_exactly(
             )
             assert shown.returncode == 0, shown.stdout + shown.stderr
     whole, pieces = newest(tmp_path / "whole"), newest(tmp_path / "pieces")
-    ended_differently = (
-        "best",
-        "config",
-    )  # each end is evaluated, so the one in pieces had more chances of a best value
+    # Each end is evaluated, so the one in pieces had more chances of a best value.
+    ended_differently = ("best", "config")
     assert [
         key
         for key in differing(whole, pieces)

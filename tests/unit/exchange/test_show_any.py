@@ -131,9 +131,8 @@ def test_what_export_writes_is_shown(tmp_path: Path, done: Trained, command: Com
     cases = [(name, options) for name in ("weights", "full") for options in ((), ("--legacy",))]
     cases += [(name, ()) for name in ("safetensors", "torchscript", "exported")]
     for number, (format, options) in enumerate(cases):
-        out = tmp_path / (
-            f"out{number}" if format != "exported" else "out.pt2"
-        )  # the only format whose own loader looks at the name
+        # The only format whose own loader looks at the name.
+        out = tmp_path / (f"out{number}" if format != "exported" else "out.pt2")
         answer = command("export", tmp_path / "run", out, "--format", format, "--trust", *options)
         assert answer.code == 0, answer.err
         answer = command("show", out)
@@ -169,9 +168,8 @@ def test_odd_tensors_are_shown(tmp_path: Path, command: Command) -> None:
     endless = torch.zeros(1).expand(10**9, 1000)
     for format, save in SAVES.items():
         if format == "old":
-            odd.pop(
-                "eight"
-            )  # PyTorch's own safe loader does not read these back from its old format
+            # PyTorch's own safe loader does not read these back from its old format.
+            odd.pop("eight")
         save(odd, tmp_path / format)
         answer = command("show", tmp_path / format)
         assert answer.code == 0, answer.err
@@ -297,7 +295,8 @@ def test_bombs_are_refused_without_taking_memory(
     for file in (bombs["pickle"], bombs["storage"], *claims):
         for line in (("show", file), ("diff", file, file)):
             refused(bounded(command, *line), None)
-    # The old format's counts stand before the data, which `show` does not read; but nothing may come of them either.
+    # The old format's counts stand before the data, which `show` does not read; but nothing may
+    # come of them either.
     assert bounded(command, "show", tmp_path / "count.pt").code in (0, 1, 78)
     refused(bounded(command, "diff", tmp_path / "count.pt", tmp_path / "count.pt"), None)
 

@@ -172,7 +172,8 @@ def test_of_a_run_with_damage_the_newest_whole_checkpoint_is_taken_or_none(tmp_p
     before = load_of(tmp_path / "old", 4)
     try:
         first = begins(tmp_path, tmp_path / "old")
-    except Exception as error:  # noqa: BLE001  refusing is right too; silently beginning with damaged or random weights is not
+    except Exception as error:  # noqa: BLE001
+        # Refusing is right too; silently beginning with damaged or random weights is not.
         assert "step_00000008" in str(error) and "damaged" in str(error), error
     else:
         assert differing(first, before) == []
@@ -330,7 +331,8 @@ def test_the_source_decides_nothing_but_the_weights(tmp_path: Path, done: Traine
     assert differing(begins(tmp_path, file, task=task), dict(done.model.state_dict())) == []
     payload = newest(tmp_path / "run")
     assert payload["optimizer_state_dict"]["param_groups"][0]["lr"] == pytest.approx(0.001)
-    # Averages begin with the loaded weights, not with those of the random start: after two steps they are near them.
+    # Averages begin with the loaded weights, not with those of the random start: after two steps
+    # they are near them.
     for key, value in done.model.named_parameters():
         assert (payload["ema_state_dict"][key] - value).abs().max() < 0.05, key
 
@@ -445,7 +447,8 @@ def test_names_are_changed_by_regular_expressions(tmp_path: Path, done: Trained)
     rename = "init.rename={'^encoder\\.layers\\.(\\d+)': 'backbone.\\1', '^fc\\.': 'head.'}"
     assert differing(begins(tmp_path, tmp_path / "a.pt", rename), weights) == []
     (tmp_path / "a.yaml").write_text(
-        "init:\n  from: a.pt\n  rename:\n    '^encoder\\.layers\\.': 'backbone.'\n    '^fc\\.': 'head.'\n"
+        "init:\n  from: a.pt\n  rename:\n"
+        "    '^encoder\\.layers\\.': 'backbone.'\n    '^fc\\.': 'head.'\n"
     )
     shutil.rmtree(tmp_path / "first")
     train_on(
@@ -642,9 +645,8 @@ def test_a_runs_own_checkpoint_always_wins(tmp_path: Path, done: Trained, said: 
         assert newest(tmp_path / f"run{number}")["step"] == 4
     file.unlink()
     shutil.rmtree(tmp_path / "first")
-    train_on(
-        tmp_path / "run", recording(tmp_path / "first"), "train.max_steps=4"
-    )  # nobody has to say it again
+    # Nobody has to say it again.
+    train_on(tmp_path / "run", recording(tmp_path / "first"), "train.max_steps=4")
     assert "is not read: the run has a checkpoint of its own" not in said()
     assert (
         differing(

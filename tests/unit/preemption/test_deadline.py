@@ -35,12 +35,15 @@ from harness.preemption.deadline import (
 )
 
 JOB = {"SLURM_JOB_ID": "7", "SLURM_JOB_PARTITION": "low"}
-SHOWS = """case "$1 $2 $3" in
-"show partition low") echo "PartitionName=low AllowGroups=ALL ExclusiveUser=NO GraceTime=20 Hidden=NO PreemptMode=REQUEUE State=UP" ;;
-"show config "*) printf 'Configuration data as of 2026-11-22\\nKillOnBadExit           = 0\\nKillWait                = 10 sec\\n' ;;
-*) echo "slurm error" >&2; exit 1 ;;
-esac
-"""
+SHOWS = (
+    'case "$1 $2 $3" in\n'
+    '"show partition low") echo "PartitionName=low AllowGroups=ALL ExclusiveUser=NO '
+    'GraceTime=20 Hidden=NO PreemptMode=REQUEUE State=UP" ;;\n'
+    '"show config "*) printf \'Configuration data as of 2026-11-22\\n'
+    "KillOnBadExit           = 0\\nKillWait                = 10 sec\\n' ;;\n"
+    '*) echo "slurm error" >&2; exit 1 ;;\n'
+    "esac\n"
+)
 TASK = [
     "task.name=small_task:build",
     "train.epochs=3",
@@ -449,10 +452,8 @@ def test_a_controller_that_hangs_does_not_delay_a_run(tmp_path, live, programs):
     wait_until((programs.folder / "asked").exists, "the question")
 
 
-SLOW_FROM_5 = (
-    "task.args.sleep_from=5",
-    "task.args.sleep_s=1.0",
-)  # after a save in step 4; until that in step 8 there is time
+# After a save in step 4; until that in step 8 there is time.
+SLOW_FROM_5 = ("task.args.sleep_from=5", "task.args.sleep_s=1.0")
 
 
 def checkpoints(directory: Path) -> dict[str, int]:

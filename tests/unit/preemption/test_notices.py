@@ -46,7 +46,8 @@ def event(kind: str, **fields: str) -> dict[str, object]:
     } | fields
 
 
-# What each service says before there is a notice, and one notice with our words for it. No text: 404.
+# What each service says before there is a notice, and one notice with our words for it.
+# No text: 404.
 BEFORE = {ACTION: "", REBALANCE: "", PREEMPTED: "FALSE", EVENTS: events()}
 NOTICE = {
     "aws": (
@@ -81,9 +82,8 @@ class Service:
     headers as the real one does."""
 
     says: dict[str, str] = field(default_factory=BEFORE.copy)
-    asked: list[tuple[str, str, int | None]] = field(
-        default_factory=list
-    )  # method, path, status; None: no answer
+    # Method, path, status; None: no answer.
+    asked: list[tuple[str, str, int | None]] = field(default_factory=list)
     tokens: set[str] = field(default_factory=set)  # those that are valid now
     serial: Iterator[int] = field(default_factory=itertools.count)
     fault: Callable[[Handler], None] | None = None  # answers in its place

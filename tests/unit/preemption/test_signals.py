@@ -58,10 +58,8 @@ def test_a_stop_signal_to_any_process_saves_at_one_step_and_loses_none(
     def launcher(pid: int) -> psutil.Process:
         return psutil.Process(pid)
 
-    for target, number in (
-        (rank_1, signal.SIGUSR1),
-        (launcher, signal.SIGTERM),
-    ):  # test_phases has them all
+    # test_phases has them all.
+    for target, number in ((rank_1, signal.SIGUSR1), (launcher, signal.SIGTERM)):
         seen = len(events(directory, "step"))
         process = started(torchrun(2, *TASK, f"run.dir={directory}", "task.args.sleep_s=0.05"))
         after_steps(directory, seen + 3, process)
@@ -109,9 +107,8 @@ def test_two_signals_at_once_are_one_stop(tmp_path: Path, started: Start) -> Non
         )
     )
     after_steps(directory, 3, process)
-    for member in tree(
-        process.pid
-    ):  # as SLURM does with proctrack/linuxproc: every descendant gets it, loader processes too
+    # As SLURM does with proctrack/linuxproc: every descendant gets it, loader processes too.
+    for member in tree(process.pid):
         member.send_signal(signal.SIGTERM)
     process.send_signal(signal.SIGUSR1)
     out, err = process.communicate(timeout=60)
@@ -285,9 +282,8 @@ def test_launch_tells_by_its_exit_code_how_the_run_ended(
     command = harness("launch", "--nproc-per-node", "2", *TASK, f"run.dir={directory}")
     process = started([*command, "task.args.sleep_s=0.05"])
     after_steps(directory, 3, process)
-    process.send_signal(
-        signal.SIGUSR1
-    )  # plain torchrun would die of it at once, and orphan its workers
+    # Plain torchrun would die of it at once, and orphan its workers.
+    process.send_signal(signal.SIGUSR1)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 75 and "Traceback" not in err, out + err
     assert run(harness("status", str(directory))).returncode == 75
@@ -361,8 +357,10 @@ from harness import Task
 def build():
     model = torch.nn.Linear(2, 1)
     data = torch.utils.data.TensorDataset(torch.randn(32, 2))
-    return Task(modules=model, optimizers=torch.optim.SGD(model.parameters(), lr=0.1), train_data=data,
-                loss=lambda model, batch: model(batch[0]).square().mean())
+    return Task(
+        modules=model, optimizers=torch.optim.SGD(model.parameters(), lr=0.1), train_data=data,
+        loss=lambda model, batch: model(batch[0]).square().mean(),
+    )
 """
 
 

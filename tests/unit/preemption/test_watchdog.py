@@ -81,7 +81,8 @@ def test_what_takes_too_long_ends_the_process_with_every_threads_stack(tmp_path:
     began = time.monotonic()
     done = run(
         program(
-            'dog = watchdog.Watchdog(tell); say("begun"); dog.expect("this piece of work", 0.3); time.sleep(60)'
+            'dog = watchdog.Watchdog(tell); say("begun"); '
+            'dog.expect("this piece of work", 0.3); time.sleep(60)'
         )
     )
     assert (done.returncode, done.stdout) == (1, "begun\n"), done.stderr
@@ -109,7 +110,9 @@ def test_a_report_that_hangs_or_fails_does_not_keep_it_alive(
 watchdog.REPORT_S, watchdog.BACKSTOP_S = {report_s}, {backstop_s}
 dog = watchdog.Watchdog(lambda *_: {report})
 say("begun")
-dog.expect("work", 0.7)  # a tick within it, which sets the alarm, or one so late that it is taken for the end of a suspension
+# a tick within it, which sets the alarm, or one so late that it is taken for the end of a
+# suspension
+dog.expect("work", 0.7)
 time.sleep(60)
 """
     process = started(program(text))

@@ -111,7 +111,10 @@ def test_a_long_step_is_a_sign_of_life_if_nothing_else_was_written(tmp_path: Pat
 
 def at(seconds: float) -> str:
     """A time of a made-up day."""
-    return f"2026-01-01T{int(seconds) // 3600:02d}:{int(seconds) % 3600 // 60:02d}:{seconds % 60:06.3f}+00:00"
+    return (
+        f"2026-01-01T{int(seconds) // 3600:02d}:{int(seconds) % 3600 // 60:02d}"
+        f":{seconds % 60:06.3f}+00:00"
+    )
 
 
 class Made:
@@ -165,9 +168,8 @@ def interrupted(made: Made) -> None:
     made.store.prepare(("launches",))
     made.store.create("run.json", json.dumps({"submitted": at(0)}).encode(), 0)
     made.launch("7.0", 100)
-    first = made.attempt(
-        103, {"startup": 2.0, "restore": 1.0}, "7.0"
-    )  # torchrun took three seconds
+    # torchrun took three seconds.
+    first = made.attempt(103, {"startup": 2.0, "restore": 1.0}, "7.0")
     first.save(4)
     made.event(first.attempt, 116, "saved", step=4, seconds=0.5, blocked_s=0.125)
     spent = {"startup": 2.0, "restore": 1.0, "data": 1.0, "training": 15.0, "save": 1.0}
@@ -385,7 +387,10 @@ def test_the_time_of_a_run_with_kills_a_slow_bucket_and_evaluations_sums_to_wall
                 began = began or started_at(workers_of(process.pid)[0].pid)
                 seen = len(events(directory, "step"))
                 if kill:
-                    wait_until(lambda: len(events(directory, "step")) >= seen + 8, "some steps")  # noqa: B023
+                    wait_until(
+                        lambda: len(events(directory, "step")) >= seen + 8,  # noqa: B023
+                        "some steps",
+                    )
                     process.send_signal(signal.SIGTERM) if seen else kill_tree(process.pid)
                 process.wait(timeout=120)
             finally:

@@ -290,7 +290,13 @@ KILLED = """\
 import os, signal, sys
 import torch, harness
 
-run = harness.init("runs/a", save_every_s=None, save_every_steps=4, log_every_steps=1, log_to=["tensorboard", "wandb"])
+run = harness.init(
+    "runs/a",
+    save_every_s=None,
+    save_every_steps=4,
+    log_every_steps=1,
+    log_to=["tensorboard", "wandb"],
+)
 model = torch.nn.Linear(4, 1)
 optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
 run.track(model=model, optimizer=optimizer)
@@ -301,7 +307,8 @@ for number in run.steps(16):
     optimizer.step()
     run.log(loss=loss)
     if run.step == int(sys.argv[1]):
-        run._checkpointer.background.wait()  # else the kill may come before the save of step 4, and the attempt has nothing to show
+        # else the kill may come before the save of step 4, and the attempt has nothing to show
+        run._checkpointer.background.wait()
         os.kill(os.getpid(), signal.SIGKILL)
 """
 
@@ -413,12 +420,14 @@ def test_the_place_of_a_rank_is_the_last_line_of_the_users_own() -> None:
         (
             {0: OWN + COLLECTIVE, 2: OWN + COLLECTIVE},
             3,
-            "rank 1 said nothing: stopped, dead, or busy outside of Python; ranks 0, 2 waited for the others",
+            "rank 1 said nothing: stopped, dead, or busy outside of Python; "
+            "ranks 0, 2 waited for the others",
         ),
         (
             {0: OWN + COLLECTIVE, 1: COLLECTIVE},
             2,
-            "rank 0 waits for the others in loss (my_task.py:7); rank 1 waits for the others in all_reduce (c10d.py:3)",
+            "rank 0 waits for the others in loss (my_task.py:7); "
+            "rank 1 waits for the others in all_reduce (c10d.py:3)",
         ),
         (
             {0: OWN, 1: OWN},

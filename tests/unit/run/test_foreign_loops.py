@@ -45,9 +45,8 @@ def code(name: str) -> list[str]:
 @pytest.mark.parametrize("name", NAMES)
 def test_at_most_four_lines_of_the_plain_loop_are_changed(name: str) -> None:
     changes = difflib.ndiff(code(f"plain_{name}"), code(name))
-    added = [
-        line for line in changes if line.startswith("+ ")
-    ]  # what is left out costs nobody anything
+    # What is left out costs nobody anything.
+    added = [line for line in changes if line.startswith("+ ")]
     assert 0 < len(added) <= MOST_LINES, "\n".join(added)
 
 
@@ -57,9 +56,8 @@ def test_at_most_four_lines_of_the_plain_loop_are_changed(name: str) -> None:
     [("ddp", "epoch 5"), ("gpt", "iter 40"), ("gan", "[3/4]"), ("stream", "epoch 2")],
 )
 def test_the_plain_loop_trains(name: str, last: str, tmp_path: Path) -> None:
-    done = run(
-        command(f"plain_{name}"), cwd=tmp_path
-    )  # its exit code is PyTorch's: gloo aborts some that hold their model to the end
+    # Its exit code is PyTorch's: gloo aborts some that hold their model to the end.
+    done = run(command(f"plain_{name}"), cwd=tmp_path)
     assert last in done.stdout, done.stderr
 
 

@@ -119,7 +119,8 @@ class Always(nn.Module):
         return self.images[torch.arange(len(noise)) % len(self.images)]
 
 
-BOUND = 2.9  # what the default training stays below, and nothing does that draws too few kinds of digits
+# What the default training stays below, and nothing does that draws too few kinds of digits.
+BOUND = 2.9
 
 
 def test_coverage_tells_real_digits_from_an_untrained_and_from_collapsed_generators() -> None:

@@ -924,7 +924,9 @@ sys.modules["harness"] = None
 import torch
 from torch import nn
 path = sys.argv[1]
-model = nn.Sequential(nn.Linear(12, 16), nn.BatchNorm1d(16), nn.Tanh(), nn.Dropout(0.3), nn.Linear(16, 1))
+model = nn.Sequential(
+    nn.Linear(12, 16), nn.BatchNorm1d(16), nn.Tanh(), nn.Dropout(0.3), nn.Linear(16, 1)
+)
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
 
 checkpoint = torch.load(path, weights_only=True)
@@ -1005,14 +1007,22 @@ y = torch.randn(17, 1, generator=torch.Generator().manual_seed(2), dtype=torch.f
 run.track(model=model)
 gradients = []
 seen = []
-for batches in run.batches(torch.utils.data.TensorDataset(x, y, torch.arange(17)), 8, accumulate=2, drop_last=False, epochs=1):
+for batches in run.batches(
+    torch.utils.data.TensorDataset(x, y, torch.arange(17)),
+    8,
+    accumulate=2,
+    drop_last=False,
+    epochs=1,
+):
     model.zero_grad()
     for at, ((a, b, n), weight) in enumerate(zip(batches, run.weights)):
         (F.mse_loss(model(a), b) * weight).backward()
         seen += [n.tolist()] if weight else []
     gradients.append([p.grad.clone() for p in model.parameters()])
 used = run.world.gather(seen)
-order = torch.randperm(17, generator=torch.Generator().manual_seed(harness.data.plan.seed_of(1, "order", 0)))
+order = torch.randperm(
+    17, generator=torch.Generator().manual_seed(harness.data.plan.seed_of(1, "order", 0))
+)
 worst = 0.0
 for step, batch in enumerate(order.split(8)):
     expected = torch.autograd.grad(F.mse_loss(plain(x[batch]), y[batch]), list(plain.parameters()))
@@ -1029,7 +1039,9 @@ calls = []
 def measure(batch):
     model(batch)
     calls.append(batch[:, 0].tolist())
-    return {"val_loss": batch[:, 0].sum(), "one": len(batch)} | ({"only": 5.0} if run.rank == 1 else {})
+    return {"val_loss": batch[:, 0].sum(), "one": len(batch)} | (
+        {"only": 5.0} if run.rank == 1 else {}
+    )
 for _ in run.batches(dataset, 4, epochs=1):
     model.module[1].running_mean.fill_(run.rank)
     out["of_one"] = run.evaluate(dataset[2:3], measure, batch_size=1)
@@ -1121,7 +1133,11 @@ import harness, torch
 run = harness.init("run", save_every_s=None, log_every_steps=1)
 run.track(model=torch.nn.Linear(1, 1))
 for _ in run.batches(list(range(30)), global_batch_size=6, epochs=1):
-    values = {2: {"more": 1} if run.rank else {}, 3: {f"n{n}": n + run.rank for n in range(20)}, 4: {"nan": float("nan")}}
+    values = {
+        2: {"more": 1} if run.rank else {},
+        3: {f"n{n}": n + run.rank for n in range(20)},
+        4: {"nan": float("nan")},
+    }
     run.log(loss=torch.tensor(0.1) * (run.rank + 1), **values.get(run.step, {}))
 run.world.leave()
 """

@@ -304,8 +304,8 @@ def test_a_loop_that_is_left_after_it_asked_for_its_end_is_told_that_this_was_to
             break
     said = capsys.readouterr().out
     assert (
-        "left at step 3: nothing more is saved; run.finish() ends the run when the loop asks for its next batch"
-        in said
+        "left at step 3: nothing more is saved; "
+        "run.finish() ends the run when the loop asks for its next batch" in said
     )
 
 
@@ -383,7 +383,12 @@ class Part(nn.Module):
     def __init__(self):
         super().__init__()
         self.embed = nn.Embedding(16, 8, sparse=True)
-        self.inner = DDP(nn.Sequential(nn.Linear(8, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 1)))
+        self.inner = DDP(
+            nn.Sequential(
+                nn.Linear(8, 64), nn.BatchNorm1d(64), nn.ReLU(),
+                nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 1),
+            )
+        )
     def forward(self, x):
         return self.inner(self.embed(x).detach())
 
@@ -391,14 +396,24 @@ def main(rank, size, directory, steps, kind):
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": sys.argv[1]}
     import harness
-    run = harness.init(directory, seed=4, save_every_s=None, save_every_steps=3, timeout_s=4 if kind == "slowing" else 60)
+    run = harness.init(
+        directory,
+        seed=4,
+        save_every_s=None,
+        save_every_steps=3,
+        timeout_s=4 if kind == "slowing" else 60,
+    )
     if kind == "sparse":
         model = DDP(nn.Sequential(nn.Embedding(16, 8, sparse=True), nn.Flatten(), nn.Linear(8, 1)))
     else:
         model = Part()
-    optimizer = torch.optim.SGD([p for p in model.parameters()], lr=0.05, momentum=0 if kind == "sparse" else 0.9)
+    optimizer = torch.optim.SGD(
+        [p for p in model.parameters()], lr=0.05, momentum=0 if kind == "sparse" else 0.9
+    )
     run.track(model=model, optimizer=optimizer)
-    data = torch.utils.data.TensorDataset(torch.randint(16, (960,), generator=torch.Generator().manual_seed(0)))
+    data = torch.utils.data.TensorDataset(
+        torch.randint(16, (960,), generator=torch.Generator().manual_seed(0))
+    )
     for (x,) in run.batches(data, global_batch_size=12, epochs=4 if kind == "slowing" else 1):
         optimizer.zero_grad()
         model(x[:, None] if kind == "sparse" else x).square().mean().backward()
@@ -409,7 +424,12 @@ def main(rank, size, directory, steps, kind):
             os._exit(9)
 
 if __name__ == "__main__":
-    mp.start_processes(main, (int(sys.argv[2]), sys.argv[3], int(sys.argv[4]), sys.argv[5]), nprocs=int(sys.argv[2]), start_method="spawn")
+    mp.start_processes(
+        main,
+        (int(sys.argv[2]), sys.argv[3], int(sys.argv[4]), sys.argv[5]),
+        nprocs=int(sys.argv[2]),
+        start_method="spawn",
+    )
 """
 
 

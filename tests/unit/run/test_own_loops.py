@@ -39,7 +39,9 @@ def begin(
 ) -> tuple[harness.Run, nn.Module, torch.optim.Optimizer, torch.optim.lr_scheduler.StepLR]:
     job = harness.init(
         directory,
-        **({"seed": 2, "save_every_s": None, "save_every_steps": 2} | init),  # type: ignore[arg-type]
+        **(  # type: ignore[arg-type]
+            {"seed": 2, "save_every_s": None, "save_every_steps": 2} | init
+        ),
     )
     model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 1))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
@@ -133,9 +135,8 @@ def test_a_loop_over_epochs_goes_on_exactly_and_repeats_no_rest_that_was_saved(
     job, did = nested(tmp_path / "a")
     assert job.finished and list(differences(whole, newest(tmp_path / "a"))) == []
     at, where = leave
-    saved = max(
-        (step for step in range(0, at, 2)), default=0
-    )  # of the step in which it was left nothing is saved
+    # Of the step in which it was left nothing is saved.
+    saved = max((step for step in range(0, at, 2)), default=0)
     assert did[1] == f"step {saved + 1}"
     assert ("rest of 0" in did) == (saved < PER_EPOCH), where
 
@@ -629,9 +630,8 @@ def test_launch_of_a_loop_that_is_not_there_names_it(tmp_path: Path) -> None:
 def test_without_a_launcher_any_run_may_be_begun(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setenv(
-        launches.SUPERVISED, "null"
-    )  # taken away again afterwards, whatever it is then
+    # Taken away again afterwards, whatever it is then.
+    monkeypatch.setenv(launches.SUPERVISED, "null")
     launches.check_supervised(tmp_path, None)
     launches.supervise(str(tmp_path), "s3://bucket/a/")
     launches.check_supervised(tmp_path, "s3://bucket/a")

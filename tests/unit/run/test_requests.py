@@ -31,7 +31,8 @@ TASK = [
     "checkpoint.every_s=null",
     "resume.accept=[config]",
 ]
-SLOW = "task.args.sleep_s=0.2"  # a hundred steps: long enough to be asked in between, also by whoever is late
+# A hundred steps: long enough to be asked in between, also by whoever is late.
+SLOW = "task.args.sleep_s=0.2"
 Cli = Callable[..., tuple[int, str]]
 
 
@@ -252,7 +253,8 @@ def test_what_one_attempt_was_asked_never_stops_a_later_one(tmp_path, live, harn
     born.kill()
     born = live("train.epochs=6", "task.args.sleep_s=0.12")
     trains(born, directory)
-    # As a store shows it that is late to list, or a person who asks of what is gone: it is there while the second attempt trains.
+    # As a store shows it that is late to list, or a person who asks of what is gone: it is there
+    # while the second attempt trains.
     late = control_requests.leave(LocalStore(directory), 1, "stop")
     future = control_requests.leave(LocalStore(directory), 3, "stop")
     assert born.wait() == 0, born.text

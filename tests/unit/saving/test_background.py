@@ -333,7 +333,10 @@ def test_stop_signals_do_not_reach_the_writing_process(tmp_path):
 
 def test_a_save_arrives_though_the_next_update_is_long_in_coming(tmp_path):
     """The step after a save does not update before that has arrived."""
-    waits = "while job.step in (3, 5) and not os.path.exists(f'a/checkpoints/step_0000000{job.step - 1}-0001.json'): time.sleep(0.05)"
+    waits = (
+        "while job.step in (3, 5) and not "
+        "os.path.exists(f'a/checkpoints/step_0000000{job.step - 1}-0001.json'): time.sleep(0.05)"
+    )
     ended = script(tmp_path, "pass", before=waits)
     assert ended.returncode == 0, ended.stderr
     assert steps_of(tmp_path / "a") == [4, 6, 8]
@@ -510,17 +513,8 @@ def test_a_change_while_it_is_copied_is_seen():
     )
 
 
-NUMBERS = (
-    1,
-    4095,
-    4096,
-    4097,
-    9001,
-    16384,
-    16385,
-    40_000,
-    70_001,
-)  # numbers of four bytes, about the borders of what is sampled
+# Numbers of four bytes, about the borders of what is sampled.
+NUMBERS = (1, 4095, 4096, 4097, 9001, 16384, 16385, 40_000, 70_001)
 
 
 @pytest.mark.parametrize("size", NUMBERS)
@@ -553,7 +547,7 @@ def _moved(tensor: torch.Tensor) -> None:
 @pytest.mark.parametrize(
     "change", [lambda tensor: tensor.data.add_(1), _moved], ids=["written", "moved"]
 )
-def test_a_write_behind_pytorchs_back_that_comes_after_the_sampled_words_were_copied_is_noticed_before_the_update(
+def test_a_write_behind_pytorchs_back_that_comes_after_the_sampled_words_were_copied_is_noticed_before_the_update(  # noqa: E501
     size, change
 ):
     """The copy of a tensor that is written while it is copied may mix two states where no word was

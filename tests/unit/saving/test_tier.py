@@ -255,7 +255,8 @@ def test_a_newer_attempts_is_not_taken_away(tmp_path, kept):
     """By a zombie, which keeps steps of its own."""
     left_at(tmp_path / "a", 7)
     left_at(tmp_path / "a", 9)
-    zombie = writers.MemoryTier(kept, None, print, is_on=True)  # type: ignore[arg-type]  it has nothing on its way
+    # It has nothing on its way.
+    zombie = writers.MemoryTier(kept, None, print, is_on=True)  # type: ignore[arg-type]
     zombie.drop(before=(1, 99))
     assert in_memory(kept) == [8]
 

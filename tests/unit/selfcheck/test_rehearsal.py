@@ -29,7 +29,10 @@ WAIT = """
 def wait():
     import json
     until = time.monotonic() + 20
-    while time.monotonic() < until and '"rehearsed"' not in open(sys.argv[1] + "/events/0001.jsonl").read():
+    while (
+        time.monotonic() < until
+        and '"rehearsed"' not in open(sys.argv[1] + "/events/0001.jsonl").read()
+    ):
         time.sleep(0.01)
 """
 
@@ -54,13 +57,24 @@ class Count:
     def load_state_dict(self, state):
         self.n = state["n"]
 
-warmup, cosine = torch.optim.lr_scheduler.LinearLR(optimizer), torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10)
+warmup, cosine = (
+    torch.optim.lr_scheduler.LinearLR(optimizer),
+    torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10),
+)
 scheduler = torch.optim.lr_scheduler.SequentialLR(optimizer, [warmup, cosine], [2])
 other = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
 nn.utils.parametrizations.spectral_norm(model[0])
 ema = torch.optim.swa_utils.AveragedModel(model)
 scaler = torch.amp.GradScaler("cpu")
-run.track(model=model, optimizer=optimizer, scheduler=scheduler, other=other, ema=ema, scaler=scaler, count=Count())
+run.track(
+    model=model,
+    optimizer=optimizer,
+    scheduler=scheduler,
+    other=other,
+    ema=ema,
+    scaler=scaler,
+    count=Count(),
+)
 """
     event, text = rehearsed(tmp_path, track)
     assert (event["problems"], event["not_rehearsed"]) == ([], [])
@@ -122,7 +136,10 @@ class Thing:
 
 
 def test_a_buffer_that_is_expanded_cannot_be_loaded_again(tmp_path):
-    track = "model.register_buffer('mask', torch.ones(1, 8).expand(4, 8)); run.track(model=model, optimizer=optimizer)"
+    track = (
+        "model.register_buffer('mask', torch.ones(1, 8).expand(4, 8)); "
+        "run.track(model=model, optimizer=optimizer)"
+    )
     event, _ = rehearsed(tmp_path, track)
     (problem,) = event["problems"]
     assert problem.startswith("model.mask cannot be loaded again")
@@ -184,7 +201,10 @@ class Table:
 
 
 def test_what_is_not_rehearsed_is_named_in_one_line(tmp_path):
-    track = "model = Net(); optimizer = torch.optim.SGD(model.parameters(), 0.1); run.track(model=model, optimizer=optimizer, table=Table())"
+    track = (
+        "model = Net(); optimizer = torch.optim.SGD(model.parameters(), 0.1); "
+        "run.track(model=model, optimizer=optimizer, table=Table())"
+    )
     event, text = rehearsed(tmp_path, track, CUSTOM)
     assert event["problems"] == ["table['best'] was a numpy.float32 and is a float afterwards"]
     assert event["not_rehearsed"] == [

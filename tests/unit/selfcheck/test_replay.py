@@ -35,7 +35,11 @@ hidden = torch.Generator().manual_seed(0)
 model = nn.Linear(8, 1)
 optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
 run.track(model=model, optimizer=optimizer)
-order = None if not os.environ.get("OTHER") else (lambda epoch: list(range(160))[:: -1 if os.environ["OTHER"] == "yes" else 1])
+order = (
+    None
+    if not os.environ.get("OTHER")
+    else (lambda epoch: list(range(160))[:: -1 if os.environ["OTHER"] == "yes" else 1])
+)
 for x, y in run.batches(points(), 16, epochs=2, order=order):
     if os.environ.get("NOISY"):
         x = x + torch.randn(x.shape, generator=hidden)
@@ -82,9 +86,8 @@ def test_equal_steps_are_said_to_be_equal(tmp_path, capsys):
     assert not list(tmp_path.glob("*/events/*.steps")), (
         "the last checkpoint is newer than all of them"
     )
-    left = (
-        tmp_path / "killed" / "events" / "0001.steps"
-    )  # by a run that was killed as it let them go
+    # By a run that was killed as it let them go.
+    left = tmp_path / "killed" / "events" / "0001.steps"
     left.write_bytes(step_records.head({}) + step_records.pack(LINES[0]))
     assert (
         "events/0001.steps" in said(capsys, "prune", str(tmp_path / "killed"), "--yes")
@@ -165,7 +168,8 @@ def test_on_another_number_of_ranks_samples_are_compared_and_means_of_losses_abo
     ).replace("init(", "init(log_every_steps=1, ")
     source = source.replace(
         "    loss = (",
-        "    time.sleep(0.1 * (run.step > 3 and 'DIE' in os.environ))  # the ranks meet every quarter of a second\n    loss = (",
+        "    time.sleep(0.1 * (run.step > 3 and 'DIE' in os.environ))"
+        "  # the ranks meet every quarter of a second\n    loss = (",
     )
     live(tmp_path, source, "killed", env={"DIE": "9"}, ranks=2)
     lived = live(tmp_path, source, "killed")

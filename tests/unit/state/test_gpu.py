@@ -159,10 +159,11 @@ def test_memory_that_cannot_be_pinned_is_copied_to_all_the_same(tmp_path, monkey
 
     class Refusing:
         @staticmethod
-        def cudaHostRegister(address: int, size_bytes: int, flags: int) -> int:  # noqa: N802 - its name
-            return int(
-                torch.cuda._cudart.cudaHostRegister(1, size_bytes, flags)
-            )  # an address where there is nothing
+        def cudaHostRegister(  # noqa: N802 - its name
+            address: int, size_bytes: int, flags: int
+        ) -> int:
+            # An address where there is nothing.
+            return int(torch.cuda._cudart.cudaHostRegister(1, size_bytes, flags))
 
         @staticmethod
         def cudaHostUnregister(address: int) -> int:  # noqa: N802
@@ -226,7 +227,10 @@ def test_a_killed_run_ends_as_if_nothing_had_happened(tmp_path, kind):
 def test_a_checkpoint_of_a_gpu_opens_where_there_is_none(tmp_path):
     seen = trained(tmp_path / "a", steps=2)
     path = tmp_path / "a/checkpoints/step_00000002-0001.pt"
-    code = "import sys, torch; assert not torch.cuda.is_available(); print(torch.load(sys.argv[1], weights_only=True)['step'])"
+    code = (
+        "import sys, torch; assert not torch.cuda.is_available(); "
+        "print(torch.load(sys.argv[1], weights_only=True)['step'])"
+    )
     done = run([sys.executable, "-c", code, str(path)], env={"CUDA_VISIBLE_DEVICES": ""})
     assert done.returncode == 0 and done.stdout == f"{max(seen)}\n", done.stderr
     done = run(harness("verify", str(tmp_path / "a")))

@@ -55,7 +55,8 @@ TWINS = """
 run = init()
 model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 1))
 layers = [f"{at}.{kind}" for at in (0, 1, 2) for kind in ("weight", "bias")]
-order = list(reversed(layers)) if "BACKWARDS" in os.environ else layers  # as of a set of names: another in each process
+# as of a set of names: another in each process
+order = list(reversed(layers)) if "BACKWARDS" in os.environ else layers
 named = dict(model.named_parameters())
 if "GROUPS" in os.environ:
     groups = [{"params": [named[name]], "lr": 0.01 * (1 + layers.index(name))} for name in order]
@@ -232,7 +233,8 @@ def test_another_dtype_is_refused_unless_it_is_accepted():
     other = {"model": model, "optimizer": torch.optim.AdamW(model.parameters(), lr=0.1)}
     with pytest.raises(
         UsageError,
-        match=r"model is of another dtype(.|\n)*0.weight: float32 in the checkpoint, bfloat16 here(.|\n)*resume.accept=\[dtype\]",
+        match=r"model is of another dtype(.|\n)*0.weight: float32 in the checkpoint, bfloat16 here"
+        r"(.|\n)*resume.accept=\[dtype\]",
     ):
         state.restore(other, {}, payload, "it")
     said = state.restore(other, {}, payload, "it", ["dtype"])
@@ -247,9 +249,8 @@ def test_what_is_kept_of_parameters_of_the_same_dtype_stays_exact_beside_accepte
         return {"first": first, "second": second, "optimizer": both}
 
     one = made(torch.float32)
-    for parameter in one["optimizer"].param_groups[0][
-        "params"
-    ]:  # in single precision, as some optimizers keep it of half parameters
+    # In single precision, as some optimizers keep it of half parameters.
+    for parameter in one["optimizer"].param_groups[0]["params"]:
         one["optimizer"].state[parameter] = {
             "step": torch.tensor(1.0),
             "exp_avg": torch.randn(parameter.shape),
@@ -628,7 +629,8 @@ def test_an_inner_optimizer_whose_momentum_nobody_keeps_is_told(shares):
     stepped(model, tracked["optimizer"])
     end()
     expected = [
-        "(SGD) inside 'optimizer' makes updates, and no tracked object's state_dict() holds what it keeps"
+        "(SGD) inside 'optimizer' makes updates, and no tracked object's state_dict() "
+        "holds what it keeps"
     ]
     assert said == ([] if shares else expected)
 

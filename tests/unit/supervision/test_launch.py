@@ -31,7 +31,8 @@ from s3_server import free_ports
 from harness import retry
 
 Start = Callable[..., "subprocess.Popen[str]"]
-SLOWLY = "task.args.sleep_s=0.3"  # so that a save, which goes on in the background, is over when a crash comes some steps later
+# So that a save, which goes on in the background, is over when a crash comes some steps later.
+SLOWLY = "task.args.sleep_s=0.3"
 
 
 # --- what fails is started again ---
@@ -294,9 +295,8 @@ def test_harness_stop_ends_a_launch_and_the_next_goes_on(
     directory, settings = tmp_path / "run", (*SMALL, f"run.dir={tmp_path}/run")
     process = started(launch(2, *settings, "task.args.sleep_s=0.2"))
     after_steps(directory, 3, process)
-    asking = [
-        started(harness("stop", str(directory))) for _ in range(times)
-    ]  # at once: when the first has had its way, nobody is there
+    # At once: when the first has had its way, nobody is there.
+    asking = [started(harness("stop", str(directory))) for _ in range(times)]
     assert [one.wait(timeout=60) for one in asking] == [0] * times
     out, err = process.communicate(timeout=30)
     assert process.returncode == 75 and "not started again" in err, out + err

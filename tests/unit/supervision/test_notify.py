@@ -19,7 +19,10 @@ from harness.config.schema_services import NotifySettings
 from harness.errors import UsageError
 from harness.supervision.notify import notify
 
-KEEP = "import sys, os\nopen(sys.argv[1], 'a').write(os.environ['HARNESS_EVENT'] + ' ' + sys.stdin.read() + '\\n')\n"
+KEEP = (
+    "import sys, os\n"
+    "open(sys.argv[1], 'a').write(os.environ['HARNESS_EVENT'] + ' ' + sys.stdin.read() + '\\n')\n"
+)
 FAST = (
     "task.name=small_task:build",
     "train.epochs=2",

@@ -324,8 +324,8 @@ def test_a_crash_loop_names_the_step_if_it_is_always_the_same(store):
     for attempt in range(3):
         job.fails(step=57, error=f"RuntimeError: loss\nis gone {attempt}")
     assert job.verdict.why == (
-        "3 in a row died without a new checkpoint, each at step 57; the first: attempt 2 failed at step 57 on rank 0: "
-        "RuntimeError: loss is gone 0"
+        "3 in a row died without a new checkpoint, each at step 57; the first: attempt 2 failed "
+        "at step 57 on rank 0: RuntimeError: loss is gone 0"
     )
 
 
@@ -334,7 +334,8 @@ def test_a_crash_loop_names_no_step_if_they_differ_or_none_is_known(store):
     assert "each at" not in crash_loop(job.failures)
     killed = Job("200", store).dies().dies().dies()
     assert crash_loop(killed.failures) == (
-        "3 in a row died without a new checkpoint; the first: attempt 4 failed: killed: no end is recorded"
+        "3 in a row died without a new checkpoint; the first: attempt 4 failed: killed: "
+        "no end is recorded"
     )
 
 

@@ -71,7 +71,8 @@ def sbatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (folder / "bin").mkdir(parents=True)
     put(
         folder,
-        f'n=$(ls {folder} | wc -l)\nprintf "%s\\n" "$@" > {folder}/$n.args\ncp "${{@: -1}}" {folder}/$n.script\necho "4242;cluster"',
+        f'n=$(ls {folder} | wc -l)\nprintf "%s\\n" "$@" > {folder}/$n.args\n'
+        f'cp "${{@: -1}}" {folder}/$n.script\necho "4242;cluster"',
     )
     monkeypatch.setenv("PATH", f"{folder}/bin{os.pathsep}{os.environ['PATH']}")
     return folder
@@ -210,8 +211,8 @@ def test_every_setting_appears(place, submit):
         "--ntasks-per-node=1",
     } == set(options(said))
     assert (
-        "\nmodule load cuda/12\nexport A=\"b c\"\nharness=(apptainer exec --nv image.sif '/opt/my python/bin/python' "
-        in said
+        '\nmodule load cuda/12\nexport A="b c"\n'
+        "harness=(apptainer exec --nv image.sif '/opt/my python/bin/python' " in said
     )
     assert "--nproc-per-node=8 " in said
     assert "5 crashes in a row" in said
@@ -389,7 +390,7 @@ def test_what_is_wrong_is_refused_before_anything_is_written(setting, place, sub
     assert list(place.iterdir()) == [] and files(sbatch) == {"bin/sbatch"}
 
 
-def test_a_batch_that_does_not_divide_among_all_processes_is_refused_now_and_not_when_the_job_starts(
+def test_a_batch_that_does_not_divide_among_all_processes_is_refused_now_and_not_when_the_job_starts(  # noqa: E501
     place, submit, sbatch
 ):
     code, said = submit("run.dir=runs/a", "--nodes", "2", "--gpus-per-node", "5")
@@ -526,8 +527,9 @@ def test_the_job_begins_with_the_code_that_was_submitted_whatever_became_of_it(
     }
     (tmp_path / "spool.sh").write_text(
         f'{head}\necho "$port"\n'
-        f'{shlex.quote(sys.executable)} -c \'import os, sys; sys.path.insert(0, os.environ["HARNESS_CODE"]);'
-        f' from harness import task; print(task.find("{name}", {{}}).__code__.co_filename)\'\nexit $answer\n'
+        f"{shlex.quote(sys.executable)} -c 'import os, sys; "
+        f'sys.path.insert(0, os.environ["HARNESS_CODE"]); from harness import task; '
+        f'print(task.find("{name}", {{}}).__code__.co_filename)\'\nexit $answer\n'
     )
     done = subprocess.run(
         ["bash", tmp_path / "spool.sh"],

@@ -33,7 +33,9 @@ class Normaliser:
 
 DDP = """
 run = init()
-model = nn.parallel.DistributedDataParallel(nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 1)))
+model = nn.parallel.DistributedDataParallel(
+    nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 1))
+)
 optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
 """
 
@@ -54,7 +56,8 @@ print("state at the start:", run.state["seen"], normaliser.n)
 """
     + LOOP.replace("model(x)", "model(normaliser(x))").replace(
         "    die(run)",
-        "    run.state['seen'] = [run.rank, round(float(x.sum()), 6)]\n    run.state['alike'] = run.step\n    die(run)",
+        "    run.state['seen'] = [run.rank, round(float(x.sum()), 6)]\n"
+        "    run.state['alike'] = run.step\n    die(run)",
     )
     + "print('last:', run.state, normaliser.n, normaliser.mean.tolist())\n"
 )
@@ -75,9 +78,8 @@ def test_a_normaliser_and_plain_values_of_its_own_come_back_to_each_rank(tmp_pat
     payload = newest(tmp_path / "whole")
     assert payload["format_version"] == 2
     assert sorted(payload["own"][1]) == ["normaliser_state_dict", "state"]
-    assert [path for path, _ in payload["own"][1]["state"]] == [
-        ("seen",)
-    ]  # and nothing that is alike
+    # And nothing that is alike.
+    assert [path for path, _ in payload["own"][1]["state"]] == [("seen",)]
     first = next(
         line
         for line in outcome.resumed.texts[1].splitlines()
@@ -90,8 +92,8 @@ def test_another_number_of_ranks_is_told_what_is_lost(tmp_path):
     outcome = killed_once(tmp_path, OWN, ranks=2, ranks_then=1)
     assert outcome.resumed.code == 0
     assert (
-        "2 rank(s) before, 1 now: what each rank had for itself is lost (normaliser_state_dict, state)"
-        in outcome.resumed.text
+        "2 rank(s) before, 1 now: what each rank had for itself is lost "
+        "(normaliser_state_dict, state)" in outcome.resumed.text
     )
 
 
@@ -104,7 +106,8 @@ run.track(model=model, optimizer=optimizer, scheduler=scheduler, ema=ema)
 """
     + LOOP.replace(
         "    run.log",
-        "    scheduler.step()\n    ema.update_parameters(model.module)\n    run.state['best'] = run.step\n    run.log",
+        "    scheduler.step()\n    ema.update_parameters(model.module)\n"
+        "    run.state['best'] = run.step\n    run.log",
     )
 )
 
@@ -230,7 +233,11 @@ class Average(nn.Module):
     @torch.no_grad()
     def update(self, source, step):
         for own, theirs in zip(self.module.state_dict().values(), source.state_dict().values()):
-            own.lerp_(theirs, 1.0 if step <= 3 else 0.1) if own.is_floating_point() else own.copy_(theirs)
+            (
+                own.lerp_(theirs, 1.0 if step <= 3 else 0.1)
+                if own.is_floating_point()
+                else own.copy_(theirs)
+            )
 """
     + DDP
     + """
@@ -243,9 +250,8 @@ run.track(model=model, optimizer=optimizer, average=average)
 
 
 def test_an_average_that_begins_as_a_copy_of_each_ranks_buffers_is_kept_for_each(tmp_path):
-    outcome = killed_once(
-        tmp_path, AVERAGED, ranks=2, die=5
-    )  # resumes from step 3, where it still is a copy
+    # Resumes from step 3, where it still is a copy.
+    outcome = killed_once(tmp_path, AVERAGED, ranks=2, die=5)
     assert "resumes from step 3" in outcome.resumed.text
     assert outcome.is_equal, outcome.rows
     assert last(outcome.whole) == last(outcome.resumed) and len(set(last(outcome.whole))) == 2

@@ -559,8 +559,8 @@ def test_a_program_that_builds_another_value_has_its_way_and_both_are_told(tmp_p
 
     trained(tmp_path / "a", changing(0.2, build), leave_at=7)
     assert (
-        "model.body.2.p was built as 0.1 and had become 0.4; it is built as 0.2 now, and that stands"
-        in capsys.readouterr().out
+        "model.body.2.p was built as 0.1 and had become 0.4; it is built as 0.2 now, "
+        "and that stands" in capsys.readouterr().out
     )
     assert model["it"].body[2].p == 0.2 and not model["it"].body[1].training
 
@@ -569,9 +569,8 @@ def test_what_cannot_be_kept_is_named_once(tmp_path, capsys):
     class Odd(Changing):
         def forward(self, x):
             self.act = torch.tanh if self.calls > 2 else torch.relu
-            self.seen = (
-                x.detach().sum().expand(20_000).clone()
-            )  # more than is kept of what is made on the way
+            # More than is kept of what is made on the way.
+            self.seen = x.detach().sum().expand(20_000).clone()
             return super().forward(x)
 
     trained(tmp_path / "a", changing(build=Odd))
@@ -653,12 +652,26 @@ optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
 seed = run.rank
 kinds = ("PCG64", "MT19937", "Philox", "SFC64", "PCG64DXSM")
 many = {kind: np.random.Generator(getattr(np.random, kind)(seed)) for kind in kinds}
-t, old, r, bits = torch.Generator().manual_seed(seed), np.random.RandomState(seed), random.Random(seed), np.random.PCG64(seed)
+t, old, r, bits = (
+    torch.Generator().manual_seed(seed),
+    np.random.RandomState(seed),
+    random.Random(seed),
+    np.random.PCG64(seed),
+)
 run.track(model=model, optimizer=optimizer, t=t, old=old, r=r, bits=bits, **many)
 for x, y in run.batches(points(), 16, epochs=1):
-    drawn = [torch.rand(1, generator=t).item(), old.standard_normal(), r.gauss(0, 1), bits.random_raw() % 7]
+    drawn = [
+        torch.rand(1, generator=t).item(),
+        old.standard_normal(),
+        r.gauss(0, 1),
+        bits.random_raw() % 7,
+    ]
     for one in many.values():
-        drawn += [one.standard_normal(), float(one.integers(0, 9, dtype=np.uint32)), one.spawn(1)[0].random()]
+        drawn += [
+            one.standard_normal(),
+            float(one.integers(0, 9, dtype=np.uint32)),
+            one.spawn(1)[0].random(),
+        ]
     loss = (model(x) * sum(drawn) - y).square().mean() * 0.001
     optimizer.zero_grad()
     loss.backward()
@@ -693,7 +706,8 @@ def test_a_generator_of_another_kind_or_none_is_refused(tmp_path):
     trained(tmp_path / "a", make(rng=np.random.default_rng(0)), leave_at=5)
     with pytest.raises(
         UsageError,
-        match=r"found: numpy.random.RandomState \(MT19937\), expected: numpy.random.Generator \(PCG64\)",
+        match=r"found: numpy.random.RandomState \(MT19937\), "
+        r"expected: numpy.random.Generator \(PCG64\)",
     ):
         trained(tmp_path / "a", make(rng=np.random.RandomState(0)), leave_at=5)
     with pytest.raises(UsageError, match="holds what is not tracked: rng"):
@@ -708,7 +722,9 @@ POWER = (
 from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook
 run = init()
 model = nn.parallel.DistributedDataParallel(nn.Sequential(nn.Linear(8, 64), nn.Linear(64, 1)))
-state = powerSGD_hook.PowerSGDState(None, matrix_approximation_rank=1, start_powerSGD_iter=2, min_compression_rate=1)
+state = powerSGD_hook.PowerSGDState(
+    None, matrix_approximation_rank=1, start_powerSGD_iter=2, min_compression_rate=1
+)
 model.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
 optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
 run.track(model=model, optimizer=optimizer)
@@ -748,7 +764,11 @@ def test_the_state_of_a_communication_hook_is_each_ranks_own(tmp_path):
 def test_a_hook_whose_state_cannot_be_kept_is_refused_at_track(tmp_path, state, words):
     hook = """
 def hook(state, bucket):
-    return torch.distributed.all_reduce(bucket.buffer().div_(2), async_op=True).get_future().then(lambda done: done.value()[0])
+    return (
+        torch.distributed.all_reduce(bucket.buffer().div_(2), async_op=True)
+        .get_future()
+        .then(lambda done: done.value()[0])
+    )
 """
     source = POWER.replace("import powerSGD_hook", f"import post_localSGD_hook{hook}")
     begin, end = source.index("state = power"), source.index("optimizer =")
@@ -876,10 +896,16 @@ torch.manual_seed(0)
 class Noisy(nn.Module):
     def __init__(self):
         super().__init__()
-        self.inner, self.rng, self.others = nn.Linear(8, 1), torch.Generator().manual_seed(3), [np.random.default_rng(0)]
+        self.inner, self.rng, self.others = (
+            nn.Linear(8, 1),
+            torch.Generator().manual_seed(3),
+            [np.random.default_rng(0)],
+        )
         self.unused = random.Random(3)
     def forward(self, x):
-        return self.inner(x + torch.randn(x.shape, generator=self.rng) + float(self.others[0].normal()))
+        return self.inner(
+            x + torch.randn(x.shape, generator=self.rng) + float(self.others[0].normal())
+        )
 class Langevin(torch.optim.SGD):
     def __init__(self, *given, **named):
         super().__init__(*given, **named)

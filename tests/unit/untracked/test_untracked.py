@@ -158,17 +158,34 @@ def test_a_generator_of_the_module_that_is_drawn_from_later_is_named_then(tmp_pa
 
 
 QUIET = {
-    "drawn before": "rng = np.random.default_rng(0); rng.random(); g = torch.Generator().manual_seed(0); w = torch.rand(3, generator=g)",
-    "another optimizer": "other = torch.optim.SGD(model.parameters(), 0.1); late = torch.optim.lr_scheduler.StepLR(other, 3)",
-    "evaluation": "held = DataLoader(points(), 8, shuffle=True, generator=torch.Generator()); val = Noisy()",
+    "drawn before": (
+        "rng = np.random.default_rng(0); rng.random(); "
+        "g = torch.Generator().manual_seed(0); w = torch.rand(3, generator=g)"
+    ),
+    "another optimizer": (
+        "other = torch.optim.SGD(model.parameters(), 0.1); "
+        "late = torch.optim.lr_scheduler.StepLR(other, 3)"
+    ),
+    "evaluation": (
+        "held = DataLoader(points(), 8, shuffle=True, generator=torch.Generator()); val = Noisy()"
+    ),
     "a tracked object's": "holder = Holder(); run.track(holder=holder); inner = holder.rng",
     "no scaling": "scaler = torch.amp.GradScaler('cpu', enabled=False)",
     "global ones": "a, b, c = random._inst, np.random.mtrand._rand, torch.default_generator",
-    "parts of a tracked schedule": "one, two = [torch.optim.lr_scheduler.StepLR(optimizer, n) for n in (2, 3)]",
-    "what does not change": "frozen = nn.BatchNorm1d(8).eval(); table = torch.zeros(4, 4); late = nn.Linear(8, 1)",
-    "a tracked object's tensors": "wrapped = nn.ModuleList([model]); weights = list(model.parameters()); weight = model.weight.data",
+    "parts of a tracked schedule": (
+        "one, two = [torch.optim.lr_scheduler.StepLR(optimizer, n) for n in (2, 3)]"
+    ),
+    "what does not change": (
+        "frozen = nn.BatchNorm1d(8).eval(); table = torch.zeros(4, 4); late = nn.Linear(8, 1)"
+    ),
+    "a tracked object's tensors": (
+        "wrapped = nn.ModuleList([model]); weights = list(model.parameters()); "
+        "weight = model.weight.data"
+    ),
     "a batch, a sum": "trainer = Trainer(model); total = torch.zeros(1); x = torch.zeros(16, 8)",
-    "that schedule": "run.track(both=torch.optim.lr_scheduler.SequentialLR(optimizer, [one, two], [3]))",
+    "that schedule": (
+        "run.track(both=torch.optim.lr_scheduler.SequentialLR(optimizer, [one, two], [3]))"
+    ),
 }
 HOLDER = (
     MORE
@@ -186,7 +203,10 @@ class Holder:
 
 def test_nothing_is_said_of_what_need_not_be_tracked(tmp_path):
     step = "trainer.set(x); frozen(x); total += loss.detach()"
-    step += "; val[0]; holder.rng.random(); random.random(); np.random.rand(); torch.rand(1); list(held)"
+    step += (
+        "; val[0]; holder.rng.random(); random.random(); np.random.rand(); "
+        "torch.rand(1); list(held)"
+    )
     assert named(tmp_path, "; ".join(QUIET.values()), step, HOLDER) == []
 
 
@@ -298,7 +318,8 @@ def test_no_loop_of_ours_is_suspected(tmp_path, loop):
     )
     assert done.returncode == 0, done.stderr
     assert not re.search(
-        "not tracked, so lost|carries from step|not rehearsed|would fail or not be exact|another one on each rank",
+        "not tracked, so lost|carries from step|not rehearsed|would fail or not be exact|"
+        "another one on each rank",
         done.stdout + done.stderr,
     )
 
@@ -317,7 +338,9 @@ def main():
     model = nn.RNN(8, 4, batch_first=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
     run.track(model=model, optimizer=optimizer)
-    hidden, count, best, stopper, unused, gradients = torch.zeros(1, 16, 4), 0, 1e9, Stopper(), 3, [p for p in model.parameters()]
+    hidden, count, best, stopper, unused, gradients = (
+        torch.zeros(1, 16, 4), 0, 1e9, Stopper(), 3, [p for p in model.parameters()]
+    )
     for x, y in run.batches(points(), 16, epochs=2):
         out, hidden = model(x[:, None], hidden.detach())
         optimizer.zero_grad()
@@ -354,7 +377,8 @@ def test_what_the_loop_carries_from_step_to_step_by_itself_is_named_once(tmp_pat
     )
 
 
-# What the program keeps, and is no tracked object's: what is set up, what a step does, and how it is named.
+# What the program keeps, and is no tracked object's: what is set up, what a step does, and how it
+# is named.
 KEPT = {
     "a dict of averages": (
         "ema = {n: p.detach() + 0 for n, p in model.named_parameters()}",
@@ -385,7 +409,8 @@ KEPT = {
     "slots": ("slotted = Slotted()", "slotted.t *= 0.9", "slotted.t"),
     "late": ("late = Late()", "late.look(x)", "late.mean"),
     "iterators": (
-        "ticks = itertools.count(); turns = itertools.cycle([1, 2, 3]); rows = iter(range(999)); endless = drawn()",
+        "ticks = itertools.count(); turns = itertools.cycle([1, 2, 3]); "
+        "rows = iter(range(999)); endless = drawn()",
         "next(ticks); next(turns); next(rows); next(endless)",
         "ticks, turns (its position), rows, endless (its position)",
     ),
@@ -543,9 +568,18 @@ def test_whatever_the_program_keeps_from_step_to_step_is_named(tmp_path):
 def test_memory_that_tracked_tensors_come_to_share_is_named(tmp_path):
     """A restart gives each of them its own: torch's optimizers share the state that one loads from
     another."""
-    setup = "other = torch.nn.Linear(8, 1); second = torch.optim.SGD(other.parameters(), 0.1, momentum=0.9); "
-    setup += "first = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9); run.track(other=other, first=first, second=second)"
-    step = "other(x).sum().backward(); first.step(); second.step(); run.step == 3 and second.load_state_dict(first.state_dict())"
+    setup = (
+        "other = torch.nn.Linear(8, 1); "
+        "second = torch.optim.SGD(other.parameters(), 0.1, momentum=0.9); "
+    )
+    setup += (
+        "first = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9); "
+        "run.track(other=other, first=first, second=second)"
+    )
+    step = (
+        "other(x).sum().backward(); first.step(); second.step(); "
+        "run.step == 3 and second.load_state_dict(first.state_dict())"
+    )
     lived = live(
         tmp_path,
         PROGRAM.replace("BEFORE", "").replace("SETUP", setup).replace("STEP", step),
