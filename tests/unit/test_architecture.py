@@ -1,4 +1,5 @@
-"""The shape of the code: who may import whom, which door leads to which library, how long anything may be."""
+"""The shape of the code: who may import whom, which door leads to which library, how long anything
+may be."""
 
 from __future__ import annotations
 
@@ -16,15 +17,24 @@ from harness import cli
 HOUSE = REPO / "harness"
 FILES = sorted(HOUSE.rglob("*.py"))
 TREES = {file: ast.parse(file.read_text()) for file in FILES}
-MODULES = {file: ".".join(file.relative_to(REPO).with_suffix("").parts).removesuffix(".__init__") for file in FILES}
+MODULES = {
+    file: ".".join(file.relative_to(REPO).with_suffix("").parts).removesuffix(".__init__")
+    for file in FILES
+}
 PARTS = sorted({name.split(".")[1] for name in MODULES.values() if "." in name})
 BY_NAME = pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(HOUSE)))
 
 
 def layers() -> dict[str, int]:
     """Every part of the package and its height, as the package's docstring draws it."""
-    drawn = [line.strip() for line in (harness.__doc__ or "").partition("one door:")[2].splitlines() if line.strip()]
-    return {part.strip(): len(drawn) - at for at, line in enumerate(drawn) for part in line.split(",")}
+    drawn = [
+        line.strip()
+        for line in (harness.__doc__ or "").partition("one door:")[2].splitlines()
+        if line.strip()
+    ]
+    return {
+        part.strip(): len(drawn) - at for at, line in enumerate(drawn) for part in line.split(",")
+    }
 
 
 def imported(tree: ast.AST, *, own: bool = True) -> set[str]:
@@ -40,21 +50,39 @@ def imported(tree: ast.AST, *, own: bool = True) -> set[str]:
 
 
 def part_of(name: str) -> str:
-    """harness.data.plan belongs to "data"; what harness exports lazily belongs to where it comes from."""
+    """harness.data.plan belongs to "data"; what harness exports lazily belongs to where it comes
+    from."""
     part = name.split(".")[1] if "." in name else ""
-    return {"init": "run", "Run": "run", "Task": "task", "HarnessError": "errors", "__main__": "cli"}.get(part, part)
+    return {
+        "init": "run",
+        "Run": "run",
+        "Task": "task",
+        "HarnessError": "errors",
+        "__main__": "cli",
+    }.get(part, part)
 
 
 def test_the_docstring_draws_every_part_of_the_package():
     assert set(PARTS) - {"tasks", "__main__"} == set(layers())
-    assert layers()["errors"] < layers()["store"] < layers()["data"] < layers()["state"] < layers()["run"] < layers()["cli"]
+    assert (
+        layers()["errors"]
+        < layers()["store"]
+        < layers()["data"]
+        < layers()["state"]
+        < layers()["run"]
+        < layers()["cli"]
+    )
 
 
 def test_the_map_names_every_room_and_only_modules_that_are_there():
     page = (HOUSE / "README.md").read_text()
     map_ = page[page.index("## Map") : page.index("## How to add")]
     named = set(re.findall(r"`([^`]+)`", map_)) - {"__init__", "init", "state_dict"}
-    rooms = {f"{path.name}/" for path in HOUSE.iterdir() if path.is_dir() and (path / "__init__.py").exists()}
+    rooms = {
+        f"{path.name}/"
+        for path in HOUSE.iterdir()
+        if path.is_dir() and (path / "__init__.py").exists()
+    }
     modules = {file.stem for file in FILES} | {file.name for file in FILES}
     assert named - rooms - modules == set()
     assert rooms - named <= {"tasks/"}
@@ -65,7 +93,13 @@ def test_imports_only_go_down(file):
     height = layers() | {"tasks": layers()["task"] + 0.5}
     own = part_of(MODULES[file])
     if own == "":
-        assert {part_of(name) for name in imported(TREES[file])} <= {"", "errors", "exchange", "run", "task"}
+        assert {part_of(name) for name in imported(TREES[file])} <= {
+            "",
+            "errors",
+            "exchange",
+            "run",
+            "task",
+        }
         return
     for name in imported(TREES[file]):
         part = part_of(name)
@@ -77,7 +111,12 @@ def test_imports_only_go_down(file):
 def test_built_in_tasks_need_only_what_a_task_needs():
     for file in FILES:
         if part_of(MODULES[file]) == "tasks":
-            assert {part_of(name) for name in imported(TREES[file])} <= {"task", "errors", "tasks", ""}
+            assert {part_of(name) for name in imported(TREES[file])} <= {
+                "task",
+                "errors",
+                "tasks",
+                "",
+            }
 
 
 def test_nobody_imports_the_facade_at_the_top_of_a_module():
@@ -88,12 +127,20 @@ def test_nobody_imports_the_facade_at_the_top_of_a_module():
 
 
 def _eager(tree: ast.Module) -> set[str]:
-    return {name for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom) for name in imported(node)}
+    return {
+        name
+        for node in tree.body
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for name in imported(node)
+    }
 
 
 def test_there_are_no_import_cycles():
     names = set(MODULES.values())
-    graph = {MODULES[file]: {name for name in _eager(tree) if name in names} - {"harness"} for file, tree in TREES.items()}
+    graph = {
+        MODULES[file]: {name for name in _eager(tree) if name in names} - {"harness"}
+        for file, tree in TREES.items()
+    }
     done: set[str] = set()
 
     def visit(name: str, path: tuple[str, ...]) -> None:
@@ -108,7 +155,8 @@ def test_there_are_no_import_cycles():
     assert done == names
 
 
-# What a loop needs only sometimes, and what builds everything else: both are imported when they are used.
+# What a loop needs only sometimes, and what builds everything else: both are imported when they
+# are used.
 GATES = {"harness.run.assembly", "harness.exchange.weights"}
 
 
@@ -123,7 +171,8 @@ def _without_types(tree: ast.Module) -> ast.Module:
 
 
 def test_the_path_of_a_step_is_short():
-    """From `train.py` to the end of a step, imports in functions and through the facade followed, up to the gates."""
+    """From `train.py` to the end of a step, imports in functions and through the facade followed,
+    up to the gates."""
     homes = {
         alias.name: node.module
         for node in ast.walk(TREES[HOUSE / "__init__.py"])
@@ -134,7 +183,11 @@ def test_the_path_of_a_step_is_short():
     for file, tree in TREES.items():
         kept = _without_types(tree)
         facade = {
-            homes[n.attr] for n in ast.walk(kept) if isinstance(n, ast.Attribute) and ast.unparse(n.value) == "harness" and n.attr in homes
+            homes[n.attr]
+            for n in ast.walk(kept)
+            if isinstance(n, ast.Attribute)
+            and ast.unparse(n.value) == "harness"
+            and n.attr in homes
         }
         needed[MODULES[file]] = ((imported(kept) | facade) & names) - {"harness", MODULES[file]}
         lines[MODULES[file]] = len([line for line in file.read_text().splitlines() if line.strip()])
@@ -169,14 +222,24 @@ DOORS = {
 @pytest.mark.parametrize("library", DOORS)
 def test_each_library_has_one_door(library):
     for file, tree in TREES.items():
-        through = {name for name in imported(tree, own=False) if name == library or name.startswith(f"{library}.")}
-        attributes = {ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+        through = {
+            name
+            for name in imported(tree, own=False)
+            if name == library or name.startswith(f"{library}.")
+        }
+        attributes = {
+            ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)
+        }
         through |= {name for name in attributes if "." in library and name.startswith(library)}
-        assert not through or part_of(MODULES[file]) in DOORS[library], f"{MODULES[file]} imports {through}"
+        assert not through or part_of(MODULES[file]) in DOORS[library], (
+            f"{MODULES[file]} imports {through}"
+        )
 
 
 def test_only_the_declared_libraries_are_imported():
-    declared = set(re.findall(r'^\s*"([a-z0-9-]+)>=', (REPO / "pyproject.toml").read_text(), re.MULTILINE))
+    declared = set(
+        re.findall(r'^\s*"([a-z0-9-]+)>=', (REPO / "pyproject.toml").read_text(), re.MULTILINE)
+    )
     allowed = declared | {"sklearn", "PIL", "yaml", "wandb"}
     found = {name.split(".")[0] for tree in TREES.values() for name in imported(tree, own=False)}
     assert found - set(sys.stdlib_module_names) <= allowed
@@ -195,7 +258,11 @@ def test_functions_fit_on_a_screen_and_modules_in_the_head(file):
     for node in ast.walk(TREES[file]):
         if isinstance(node, ast.FunctionDef):
             first = node.body[0]
-            described = first.end_lineno - first.lineno + 1 if isinstance(first, ast.Expr) and ast.get_docstring(node) else 0
+            described = (
+                first.end_lineno - first.lineno + 1
+                if isinstance(first, ast.Expr) and ast.get_docstring(node)
+                else 0
+            )
             length = node.end_lineno - node.lineno + 1 - described
             assert length <= 50, f"{node.name} has {length} lines without its docstring"
 
@@ -208,7 +275,8 @@ def test_a_folder_has_few_modules():
 
 @BY_NAME
 def test_only_one_module_knows_which_rank_writes(file):
-    if MODULES[file] in ("harness.distributed.ranks", "harness.errors"):  # the latter decides who prints an error
+    # The latter decides who prints an error.
+    if MODULES[file] in ("harness.distributed.ranks", "harness.errors"):
         return
     for node in ast.walk(TREES[file]):
         if isinstance(node, ast.Compare):
@@ -217,7 +285,9 @@ def test_only_one_module_knows_which_rank_writes(file):
             numbers = [s for s in sides if isinstance(s, ast.Constant) and s.value in (0, "0")]
             assert not (ranks and numbers), f"line {node.lineno}: {ast.unparse(node)}"
         if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
-            assert not ast.unparse(node.operand).endswith("rank"), f"line {node.lineno}: {ast.unparse(node)}"
+            assert not ast.unparse(node.operand).endswith("rank"), (
+                f"line {node.lineno}: {ast.unparse(node)}"
+            )
 
 
 @BY_NAME
@@ -226,7 +296,9 @@ def test_nothing_is_caught_blindly(file):
         if isinstance(node, ast.ExceptHandler):
             assert node.type is not None, f"line {node.lineno}"
             silent = all(isinstance(part, ast.Pass) for part in node.body)
-            assert not (silent and ast.unparse(node.type) in ("Exception", "BaseException")), f"line {node.lineno}"
+            assert not (silent and ast.unparse(node.type) in ("Exception", "BaseException")), (
+                f"line {node.lineno}"
+            )
 
 
 @BY_NAME
@@ -235,7 +307,11 @@ def test_every_module_says_what_it_is_for(file):
 
 
 def test_every_file_of_the_commands_is_a_command():
-    files = {file.stem.rstrip("_") for file in FILES if file.parent == HOUSE / "cli" and file.stem not in ("__init__", "locate")}
+    files = {
+        file.stem.rstrip("_")
+        for file in FILES
+        if file.parent == HOUSE / "cli" and file.stem not in ("__init__", "locate")
+    }
     assert files == set(cli.COMMANDS)
 
 
@@ -272,17 +348,52 @@ def test_the_package_is_the_one_of_this_checkout():
 
 # Records that a function of the same folder fills in, and objects of torch's and Python's.
 FILLED_IN = {
-    *("job", "known", "log", "made", "ordered", "double", "kept", "found", "whole", "resume_point", "source", "life", "parser", "early"),
-    *("ddp", "parameter", "shell", "part", "parts", "memo", "sys", "torch", "bits", "engine", "_engine", "twin", "timer", "alarm"),
+    *(
+        "job",
+        "known",
+        "log",
+        "made",
+        "ordered",
+        "double",
+        "kept",
+        "found",
+        "whole",
+        "resume_point",
+        "source",
+        "life",
+        "parser",
+        "early",
+    ),
+    *(
+        "ddp",
+        "parameter",
+        "shell",
+        "part",
+        "parts",
+        "memo",
+        "sys",
+        "torch",
+        "bits",
+        "engine",
+        "_engine",
+        "twin",
+        "timer",
+        "alarm",
+    ),
     *("within", "seen", "_BaseDataLoaderIter"),
 }
-OWN_PARTS = ("self._kept", "self._hooks", "self._generators", "self._dealt", "self.fs", "self.head")  # simple values, held by one object
+# Simple values, held by one object.
+OWN_PARTS = ("self._kept", "self._hooks", "self._generators", "self._dealt", "self.fs", "self.head")
 
 
 @BY_NAME
 def test_no_object_is_completed_by_assigning_to_its_attributes_from_outside(file):
     """What an object needs it gets when it is made, or by a method that says what for."""
-    stored = [node for node in ast.walk(TREES[file]) if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)]
+    stored = [
+        node
+        for node in ast.walk(TREES[file])
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)
+    ]
     for target in stored:
         owner = ast.unparse(target.value)
         first = re.match(r"\w+", owner)[0]

@@ -23,7 +23,8 @@ def after(diff: str) -> str:
 
 
 def make_environment(copy: Path) -> None:
-    """As `scripts/environment` would, but with the packages that are installed already: the copy is what its programs run."""
+    """As `scripts/environment` would, but with the packages that are installed already: the copy is
+    what its programs run."""
     venv.create(copy / ".venv", symlinks=True)
     paths = sysconfig.get_paths(vars={"base": str(copy / ".venv"), "platbase": str(copy / ".venv")})
     Path(paths["purelib"], "here.pth").write_text(f"{copy}\n{sysconfig.get_path('purelib')}\n")
@@ -32,14 +33,21 @@ def make_environment(copy: Path) -> None:
         if not made.exists() and program.is_file():
             first, newline, rest = program.read_bytes().partition(b"\n")
             is_script = first.startswith(b"#!") and str(sys.prefix).encode() in first
-            made.write_bytes(f"#!{paths['scripts']}/python\n".encode() + rest if is_script else first + newline + rest)
+            made.write_bytes(
+                f"#!{paths['scripts']}/python\n".encode() + rest
+                if is_script
+                else first + newline + rest
+            )
             made.chmod(0o755)
     state = "cat pyproject.toml scripts/constraints.txt | sha256sum | cut -c 1-16"
-    found = subprocess.run(["bash", "-c", state], cwd=copy, capture_output=True, text=True, check=True).stdout.strip()
+    found = subprocess.run(
+        ["bash", "-c", state], cwd=copy, capture_output=True, text=True, check=True
+    ).stdout.strip()
     (copy / ".venv" / f"made-dev-{found}").touch()
 
 
-# In their order: what a later one needs, an earlier one has made. All READMEs of the project are among them.
+# In their order: what a later one needs, an earlier one has made. All READMEs of the project are
+# among them.
 PAGES = (
     "README.md",
     "harness/run/README.md",
@@ -56,7 +64,11 @@ PAGES = (
 
 def pages() -> list[Path]:
     tracked = subprocess.run(
-        ["git", "ls-files", "-co", "--exclude-standard", "*README.md"], cwd=REPO, capture_output=True, text=True, check=True
+        ["git", "ls-files", "-co", "--exclude-standard", "*README.md"],
+        cwd=REPO,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     return [REPO / name for name in tracked.stdout.split()]
 
@@ -82,10 +94,18 @@ def test_every_link_of_a_page_leads_somewhere(page: str) -> None:
             assert not anchor or anchor in anchors(path), link
 
 
-@pytest.mark.parametrize("most", [2, pytest.param(None, marks=pytest.mark.slow)], ids=["its beginning", "all of it"])
-def test_every_command_and_every_program_of_the_pages_works(most: int | None, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "most", [2, pytest.param(None, marks=pytest.mark.slow)], ids=["its beginning", "all of it"]
+)
+def test_every_command_and_every_program_of_the_pages_works(
+    most: int | None, tmp_path: Path
+) -> None:
     copy = tmp_path / "harness"
-    shutil.copytree(REPO, copy, ignore=shutil.ignore_patterns(".venv*", ".git", "runs", "__pycache__", ".*_cache", "build"))
+    shutil.copytree(
+        REPO,
+        copy,
+        ignore=shutil.ignore_patterns(".venv*", ".git", "runs", "__pycache__", ".*_cache", "build"),
+    )
     make_environment(copy)
     text = "\n".join((REPO / page).read_text() for page in PAGES)
     blocks = re.findall(r"```(bash|python|diff)\n(.*?)```", text, re.DOTALL)
@@ -101,7 +121,14 @@ def test_every_command_and_every_program_of_the_pages_works(most: int | None, tm
             script.write_text(f"set -eo pipefail\n{block}")
             environment = CLEAN | {"OMP_NUM_THREADS": "1"}
             environment.pop("PYTHONPATH", None)
-            done = subprocess.run(["bash", script.name], cwd=copy, env=environment, capture_output=True, text=True, timeout=300)
+            done = subprocess.run(
+                ["bash", script.name],
+                cwd=copy,
+                env=environment,
+                capture_output=True,
+                text=True,
+                timeout=300,
+            )
             said.append(done.stdout)
             assert done.returncode == 0, f"{block}\n{done.stdout}\n{done.stderr}"
     finally:

@@ -1,4 +1,5 @@
-"""One history per run: each rule by the interleaving that breaks without it, on one store with real records and manifests."""
+"""One history per run: each rule by the interleaving that breaks without it, on one store with real
+records and manifests."""
 
 from __future__ import annotations
 
@@ -37,7 +38,8 @@ def payload(step: int, seed: int = 0) -> dict:
 
 
 class Life:
-    """An attempt: surveys, chooses what to go on from, claims, commits; several of them can be alive at once."""
+    """An attempt: surveys, chooses what to go on from, claims, commits; several of them can be
+    alive at once."""
 
     def __init__(self, store: LocalStore) -> None:
         self.store = store
@@ -45,12 +47,23 @@ class Life:
         self.origin = found.history[0] if found.history else None
         self.attempt = attempts.claim(found, self.origin, 1)
 
-    def save(self, step: int, final: dict[str, int | None] | None = None, config: dict[str, object] | None = None) -> Manifest:
+    def save(
+        self,
+        step: int,
+        final: dict[str, int | None] | None = None,
+        config: dict[str, object] | None = None,
+    ) -> Manifest:
         about = About(1, going_on_from(self.origin), {"model": "Linear"}, "-", final)
-        return commit(self.store, self.attempt, payload(step, self.attempt.number) | {"config": config or {}}, about)
+        return commit(
+            self.store,
+            self.attempt,
+            payload(step, self.attempt.number) | {"config": config or {}},
+            about,
+        )
 
     def save_blindly(self, step: int) -> Manifest:
-        """As a zombie does that was suspended between its fence check and its manifest: nothing stops it."""
+        """As a zombie does that was suspended between its fence check and its manifest: nothing
+        stops it."""
         others = self.store.root / fmt.ATTEMPTS
         hidden = self.store.root / "hidden"
         others.rename(hidden)
@@ -80,13 +93,17 @@ def notes(store: LocalStore, capsys: pytest.CaptureFixture[str]) -> dict[str, st
     """What `harness ls` notes about each checkpoint."""
     capsys.readouterr()
     assert cli.main(["ls", str(store.root), "--json"]) == 0
-    return {row["checkpoint"]: row["note"] for row in json.loads(capsys.readouterr().out)["checkpoints"]}
+    return {
+        row["checkpoint"]: row["note"] for row in json.loads(capsys.readouterr().out)["checkpoints"]
+    }
 
 
 # --- which checkpoints count ---
 
 
-def test_a_zombie_that_commits_a_greater_step_after_its_successor_is_ignored_and_listed_as_cut_off(store, world, capsys):
+def test_a_zombie_that_commits_a_greater_step_after_its_successor_is_ignored_and_listed_as_cut_off(
+    store, world, capsys
+):
     zombie = Life(store)
     zombie.save(10)
     successor = Life(store)
@@ -113,7 +130,9 @@ def test_a_zombie_that_commits_an_earlier_step_than_its_successor_is_ignored_too
     assert orders(store) == [(30, 2), (10, 1)]
 
 
-def test_what_was_committed_before_the_successors_first_commit_but_after_its_claim_is_cut_off_by_it(store):
+def test_what_was_committed_before_the_successors_first_commit_but_after_its_claim_is_cut_off_by_it(
+    store,
+):
     zombie = Life(store)
     zombie.save(10)
     successor = Life(store)
@@ -219,7 +238,9 @@ def test_committing_a_step_again_leaves_the_committed_data_as_it_was(store):
     life.save(10)
     commit_again(life, 10)
     loaded = load.load(store, read_catalog(store).head)
-    assert torch.equal(loaded["model_state_dict"]["weight"], payload(10, 1)["model_state_dict"]["weight"])
+    assert torch.equal(
+        loaded["model_state_dict"]["weight"], payload(10, 1)["model_state_dict"]["weight"]
+    )
 
 
 class Interrupted(ranks.World):
@@ -236,13 +257,16 @@ class Interrupted(ranks.World):
 
 
 def test_what_a_living_attempt_deletes_between_listing_and_reading_means_list_again(store, world):
-    """The attempt that is about to be replaced goes on saving, and its retention lets go what was listed."""
+    """The attempt that is about to be replaced goes on saving, and its retention lets go what was
+    listed."""
     alive = Life(store)
     alive.save(10)
     alive.save(20)
 
     def goes_on() -> None:
-        verified = {fmt.stem(step, 1) for step in (10, 20)} | {alive.save(step).name for step in (30, 40)}
+        verified = {fmt.stem(step, 1) for step in (10, 20)} | {
+            alive.save(step).name for step in (30, 40)
+        }
         retention.apply(store, alive.attempt, verified, retention.Policy(last=2, best=0))
 
     watched = Interrupted(world.rank, world.size, world.device, world.timeout_s)
@@ -323,7 +347,13 @@ print(sorted(os.waitstatus_to_exitcode(os.wait()[1]) for _ in range(6)))
 
 
 def test_of_many_starts_at_once_every_number_has_one_owner(store):
-    ran = subprocess.run([sys.executable, "-c", RACE, str(store)], env=ENVIRONMENT, capture_output=True, text=True, timeout=180)
+    ran = subprocess.run(
+        [sys.executable, "-c", RACE, str(store)],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
     assert ran.returncode == 0, ran.stderr
     codes = json.loads(ran.stdout)
     records = sorted(path.name for path in (store.root / fmt.ATTEMPTS).iterdir())
@@ -379,8 +409,13 @@ def test_after_a_rollback_the_next_start_goes_on_from_there(grown, world, capsys
     assert orders(grown) == [(20, 3), (20, 1), (10, 1)]
     resume_point = resume.choose(grown, world)
     assert resume_point.manifest.order == (3, 20)
-    assert torch.equal(resume_point.payload["model_state_dict"]["weight"], payload(20, 1)["model_state_dict"]["weight"])
-    assert all(path.read_bytes() == data for path, data in files.items()), "nothing is deleted or changed"
+    assert torch.equal(
+        resume_point.payload["model_state_dict"]["weight"],
+        payload(20, 1)["model_state_dict"]["weight"],
+    )
+    assert all(path.read_bytes() == data for path, data in files.items()), (
+        "nothing is deleted or changed"
+    )
     assert "cut off" in notes(grown, capsys)[fmt.stem(40, 2)]
     life = Life(grown)
     life.save(21)
@@ -400,7 +435,10 @@ def test_a_rollback_is_undone_by_name(grown, world):
     assert cli.main(["rollback", str(grown.root), fmt.stem(40, 2)]) == 0
     assert orders(grown) == [(40, 4), (40, 2), (30, 2), (20, 1), (10, 1)]
     resume_point = resume.choose(grown, world)
-    assert torch.equal(resume_point.payload["model_state_dict"]["weight"], payload(40, 2)["model_state_dict"]["weight"])
+    assert torch.equal(
+        resume_point.payload["model_state_dict"]["weight"],
+        payload(40, 2)["model_state_dict"]["weight"],
+    )
 
 
 def test_a_rollback_to_what_is_not_there_changes_nothing(grown, capsys):
@@ -441,7 +479,12 @@ def test_an_import_forks_a_run_of_its_own(grown, world, tmp_path):
     Life(fork).save(21)
     assert orders(fork) == [(21, 2), (20, 1)]
     assert {path: path.read_bytes() for path in grown.root.rglob("*") if path.is_file()} == before
-    assert cli.main(["diff", str(fork.path(fmt.data_key(20, 1))), str(grown.path(fmt.data_key(20, 1)))]) == 0
+    assert (
+        cli.main(
+            ["diff", str(fork.path(fmt.data_key(20, 1))), str(grown.path(fmt.data_key(20, 1)))]
+        )
+        == 0
+    )
     assert cli.main(["diff", str(fork.root), str(grown.root)]) == 1
 
 
@@ -487,7 +530,9 @@ def test_status_tells_finished_continue_failed_and_cannot_tell_apart(store, caps
     third = Life(store)
     third.save(20, final={"epochs": 2, "max_steps": None})
     code, said = status(store, capsys)
-    assert (code, said["state"], said["step"]) == (0, "finished", 20), "what is committed counts, also without an end record"
+    assert (code, said["state"], said["step"]) == (0, "finished", 20), (
+        "what is committed counts, also without an end record"
+    )
     Life(store).end("failed", error="later")
     code, said = status(store, capsys)
     assert code == 1 and "later" in said["why"], "an attempt to extend a finished run failed"
@@ -552,7 +597,9 @@ def test_a_fresh_start_is_refused_after_an_attempt_that_ended_with_something_sav
         resume.choose(store, world)
 
 
-@pytest.mark.parametrize("name", ["step_00000010-0001.pt.damaged", "step_00000010-0001.json.damaged"])
+@pytest.mark.parametrize(
+    "name", ["step_00000010-0001.pt.damaged", "step_00000010-0001.json.damaged"]
+)
 def test_a_fresh_start_is_refused_if_something_is_set_aside(store, world, name):
     store.path(f"{fmt.CHECKPOINTS}/{name}").write_bytes(b"")
     with pytest.raises(DamagedError, match="set aside"):
@@ -619,22 +666,33 @@ def test_prune_only_speaks_without_yes_and_deletes_with_it(grown, capsys):
     assert cli.main(["prune", str(grown.root), "--keep-last", "2", "--keep-best", "0"]) == 0
     assert "nothing was deleted" in capsys.readouterr().out
     assert sorted(grown.root.rglob("*")) == before
-    assert cli.main(["prune", str(grown.root), "--keep-last", "2", "--keep-best", "0", "--yes"]) == 0
+    assert (
+        cli.main(["prune", str(grown.root), "--keep-last", "2", "--keep-best", "0", "--yes"]) == 0
+    )
     assert orders(grown) == [(50, 3), (40, 2)]
     assert len(list((grown.root / fmt.CHECKPOINTS).iterdir())) == 4
-    assert cli.main(["prune", str(grown.root), "--keep-last", "2", "--keep-best", "0", "--yes"]) == 0
+    assert (
+        cli.main(["prune", str(grown.root), "--keep-last", "2", "--keep-best", "0", "--yes"]) == 0
+    )
     assert "nothing to delete" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("given", ["--keep-last 0", "--keep-last -1", "--keep-best -1", "--keep-every-steps 0"])
+@pytest.mark.parametrize(
+    "given", ["--keep-last 0", "--keep-last -1", "--keep-best -1", "--keep-every-steps 0"]
+)
 def test_prune_refuses_a_number_that_no_run_may_have(grown, capsys, given):
     before = sorted(grown.root.rglob("*"))
     assert cli.main(["prune", str(grown.root), *given.split(), "--yes"]) == 78
-    assert f"found: {given.split()[0].strip('-').replace('-', '_')}={given.split()[1]}, expected: a whole number" in capsys.readouterr().err
+    assert (
+        f"found: {given.split()[0].strip('-').replace('-', '_')}={given.split()[1]},"
+        " expected: a whole number" in capsys.readouterr().err
+    )
     assert sorted(grown.root.rglob("*")) == before
 
 
-def test_prune_deletes_what_rollbacks_cut_off_and_crashes_left_and_keeps_what_may_still_be_written(grown):
+def test_prune_deletes_what_rollbacks_cut_off_and_crashes_left_and_keeps_what_may_still_be_written(
+    grown,
+):
     assert cli.main(["rollback", str(grown.root), "20"]) == 0
     left = {
         "checkpoints/step_00000050-0002.pt": False,
@@ -647,7 +705,11 @@ def test_prune_deletes_what_rollbacks_cut_off_and_crashes_left_and_keeps_what_ma
     for key in left:
         grown.path(key).write_bytes(b"x")
     assert cli.main(["prune", str(grown.root), "--keep-last", "3", "--yes"]) == 0
-    assert [(m.step, m.attempt) for m in read_catalog(grown).manifests] == [(10, 1), (20, 1), (20, 3)]
+    assert [(m.step, m.attempt) for m in read_catalog(grown).manifests] == [
+        (10, 1),
+        (20, 1),
+        (20, 3),
+    ]
     assert {key: grown.exists(key) for key in left} == left
 
 
@@ -662,12 +724,15 @@ def test_prune_keeps_what_is_set_aside_unless_told(grown, capsys):
 def test_prune_lets_no_damaged_checkpoint_take_the_place_of_a_good_one(grown):
     for step, attempt in ((40, 2), (30, 2)):
         grown.path(fmt.data_key(step, attempt)).write_bytes(b"damaged")
-    assert cli.main(["prune", str(grown.root), "--keep-last", "1", "--keep-best", "0", "--yes"]) == 0
+    assert (
+        cli.main(["prune", str(grown.root), "--keep-last", "1", "--keep-best", "0", "--yes"]) == 0
+    )
     assert orders(grown) == [(40, 2), (30, 2), (20, 1), (10, 1)]
 
 
 def test_prune_keeps_what_was_cut_off_while_nothing_better_loads(grown):
-    """Nothing good is deleted before something better is committed: here the good ones are those that a rollback left."""
+    """Nothing good is deleted before something better is committed: here the good ones are those
+    that a rollback left."""
     assert cli.main(["rollback", str(grown.root), "10"]) == 0
     for attempt in (1, 3):
         grown.path(fmt.data_key(10, attempt)).write_bytes(b"damaged")
@@ -677,9 +742,13 @@ def test_prune_keeps_what_was_cut_off_while_nothing_better_loads(grown):
     load.load(grown, read_catalog(grown).manifests[1])
 
 
-def test_prune_obeys_the_settings_of_the_newest_checkpoint_and_not_what_a_zombie_wrote_beside_it(grown):
+def test_prune_obeys_the_settings_of_the_newest_checkpoint_and_not_what_a_zombie_wrote_beside_it(
+    grown,
+):
     life = Life(grown)
-    life.save(50, config={"checkpoint": {"keep_last": 2, "keep_every_steps": 10, "best": "val_loss:min"}})
+    life.save(
+        50, config={"checkpoint": {"keep_last": 2, "keep_every_steps": 10, "best": "val_loss:min"}}
+    )
     grown.write("config.yaml", b"checkpoint:\n  keep_last: 1\n", 1)
     assert cli.main(["prune", str(grown.root), "--yes"]) == 0
     assert [step for step, _ in orders(grown)] == [50, 40, 30, 20, 10]

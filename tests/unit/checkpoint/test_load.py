@@ -1,4 +1,5 @@
-"""A checkpoint comes into memory once on each machine, verified, and what is verified is what is parsed."""
+"""A checkpoint comes into memory once on each machine, verified, and what is verified is what is
+parsed."""
 
 from __future__ import annotations
 
@@ -44,7 +45,9 @@ store = LocalStore(sys.argv[1])
 
 
 def payload(tensors: int, numel: int) -> dict:
-    weights = {f"layer.{at}": torch.arange(at, at + numel, dtype=torch.float32) for at in range(tensors)}
+    weights = {
+        f"layer.{at}": torch.arange(at, at + numel, dtype=torch.float32) for at in range(tensors)
+    }
     values = {"step": 10, "epoch": 0, "loss": 0.5, "metrics": {}, "config": {}, "format_version": 1}
     return {"model_state_dict": weights, "rng": [{"torch": torch.arange(100)}]} | values
 
@@ -52,7 +55,12 @@ def payload(tensors: int, numel: int) -> dict:
 def committed(root: Path, tensors: int, numel: int) -> LocalStore:
     store = LocalStore(root)
     store.prepare(fmt.FOLDERS)
-    commit(store, attempts.claim(read_catalog(store), None, 1), payload(tensors, numel), About(1, (), {"model": "Linear"}, "-"))
+    commit(
+        store,
+        attempts.claim(read_catalog(store), None, 1),
+        payload(tensors, numel),
+        About(1, (), {"model": "Linear"}, "-"),
+    )
     return store
 
 
@@ -88,7 +96,11 @@ def mapped() -> set[str]:
 
 def child(store: LocalStore, code: str, *before: str) -> str:
     done = subprocess.run(
-        [*before, sys.executable, "-c", PRELUDE + code, str(store.root)], env=ENVIRONMENT, capture_output=True, text=True, timeout=120
+        [*before, sys.executable, "-c", PRELUDE + code, str(store.root)],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -98,7 +110,9 @@ def child(store: LocalStore, code: str, *before: str) -> str:
 
 MEASURED = """
 def held():
-    found = dict(line.split(":") for line in open("/proc/self/smaps_rollup").read().splitlines()[1:])
+    found = dict(
+        line.split(":") for line in open("/proc/self/smaps_rollup").read().splitlines()[1:]
+    )
     files = {}
     for fd in os.listdir("/proc/self/fd"):
         try:
@@ -178,14 +192,21 @@ def test_nothing_that_is_restored_keeps_the_memory_of_the_load(tmp_path, kind):
     store = LocalStore(tmp_path / "run")
     store.prepare(fmt.FOLDERS)
     saved = state.capture(tracked)
-    commit(store, attempts.claim(read_catalog(store), None, 1), payload(1, 1) | saved, About(1, (), {}, "-"))
+    commit(
+        store,
+        attempts.claim(read_catalog(store), None, 1),
+        payload(1, 1) | saved,
+        About(1, (), {}, "-"),
+    )
     loaded = load.load(store, the_one(store))
     state.restore(tracked, {}, loaded, "a test")
     del loaded
     gc.collect()
     assert not mapped()
     assert torch.equal(keeper.state["kept"], torch.arange(1000))
-    for key, value in state.capture({"optimizer": optimizer})["optimizer_state_dict"]["state"][0].items():
+    for key, value in state.capture({"optimizer": optimizer})["optimizer_state_dict"]["state"][
+        0
+    ].items():
         if isinstance(value, torch.Tensor):
             assert torch.equal(value, saved["optimizer_state_dict"]["state"][0][key])
 
@@ -197,7 +218,9 @@ import resource
 from harness.errors import HarnessError, DamagedError
 manifest = read_catalog(store).manifests[0]
 used = int(open("/proc/self/statm").read().split()[0]) * 4096
-resource.setrlimit(resource.{room}, (used + (30 << 20),) * 2 if "{room}" == "RLIMIT_AS" else (30 << 20,) * 2)
+resource.setrlimit(
+    resource.{room}, (used + (30 << 20),) * 2 if "{room}" == "RLIMIT_AS" else (30 << 20,) * 2
+)
 try:
     load.load(store, manifest)
 except DamagedError as error:
@@ -223,14 +246,21 @@ def test_what_happens_to_the_file_after_it_was_verified_does_not_matter(store):
 def test_verified_memory_can_be_changed_by_nobody(store):
     with load.verified(store, the_one(store)) as memory:
         fd = os.open(memory.path, os.O_RDWR)
-        for attack in (lambda: os.pwrite(fd, b"x", 100), lambda: os.ftruncate(fd, 0), lambda: os.ftruncate(fd, 1 << 20)):
+        for attack in (
+            lambda: os.pwrite(fd, b"x", 100),
+            lambda: os.ftruncate(fd, 0),
+            lambda: os.ftruncate(fd, 1 << 20),
+        ):
             with pytest.raises(PermissionError):
                 attack()
         os.close(fd)
         loaded = load.parse(memory, the_one(store))
-        loaded["model_state_dict"]["layer.0"].zero_()  # who changes a tensor changes a page of his own
+        # Who changes a tensor changes a page of his own.
+        loaded["model_state_dict"]["layer.0"].zero_()
         again = load.parse(memory, the_one(store))
-    assert torch.equal(again["model_state_dict"]["layer.0"], torch.arange(1000, dtype=torch.float32))
+    assert torch.equal(
+        again["model_state_dict"]["layer.0"], torch.arange(1000, dtype=torch.float32)
+    )
 
 
 def test_a_file_that_is_cut_short_while_it_is_read_is_refused(medium, tmp_path):
@@ -252,23 +282,48 @@ try:
 except StorageError as error:
     print(error)
 """
-    said = child(medium, code, "strace", "-f", "-qq", "-o", "/dev/null", "-P", str(data_path(medium)), "-e", "inject=read:error=EIO:when=3")
-    assert "cannot read checkpoints/step_00000010-0001.pt" in said and os.strerror(errno.EIO) in said
+    said = child(
+        medium,
+        code,
+        "strace",
+        "-f",
+        "-qq",
+        "-o",
+        "/dev/null",
+        "-P",
+        str(data_path(medium)),
+        "-e",
+        "inject=read:error=EIO:when=3",
+    )
+    assert (
+        "cannot read checkpoints/step_00000010-0001.pt" in said and os.strerror(errno.EIO) in said
+    )
 
 
 def test_tensors_that_do_not_lie_in_the_file_as_they_are_are_not_mapped(store):
     """Another program packed the file anew, and a manifest was made for it."""
     packed = io.BytesIO()
-    with zipfile.ZipFile(data_path(store)) as old, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as new:
+    with (
+        zipfile.ZipFile(data_path(store)) as old,
+        zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as new,
+    ):
         for name in old.namelist():
             new.writestr(name, old.read(name))
     legacy = io.BytesIO()
-    torch.save(torch.load(data_path(store), weights_only=True), legacy, _use_new_zipfile_serialization=False)
+    torch.save(
+        torch.load(data_path(store), weights_only=True),
+        legacy,
+        _use_new_zipfile_serialization=False,
+    )
     for data in (packed.getvalue(), legacy.getvalue()):
         data_path(store).write_bytes(data)
-        file = fmt.DataFile("step_00000010-0001.pt", len(data), f"blake3:{blake3(data).hexdigest()}")
+        file = fmt.DataFile(
+            "step_00000010-0001.pt", len(data), f"blake3:{blake3(data).hexdigest()}"
+        )
         loaded = load.load(store, dataclasses.replace(the_one(store), files=(file,)))
-        assert torch.equal(loaded["model_state_dict"]["layer.2"], torch.arange(2, 1002, dtype=torch.float32))
+        assert torch.equal(
+            loaded["model_state_dict"]["layer.2"], torch.arange(2, 1002, dtype=torch.float32)
+        )
         assert not mapped()
 
 
@@ -295,20 +350,29 @@ def test_what_is_kept_of_a_source_that_fails_is_nothing():
 
 
 def test_another_file_in_the_place_of_an_offered_memory_is_not_used(tmp_path):
-    """In another container, or on another machine, the same path may lead to anything, with the same numbers."""
+    """In another container, or on another machine, the same path may lead to anything, with the
+    same numbers."""
     with keep([b"abc"], 3, "a test") as memory, keep([b"abc"], 3, "a test") as other:
         name = memory.offer.name
         (tmp_path / "file").write_bytes(b"abc")
         os.symlink(f"/memfd:{name} (deleted)", tmp_path / "link")
         os.mkfifo(tmp_path / "fifo")
-        wrong = [other.offer.path, *(tmp_path / kind for kind in ("file", "link", "fifo")), "/dev/null", "/proc/1/fd/0", "/proc/0/fd/1"]
+        wrong = [
+            other.offer.path,
+            *(tmp_path / kind for kind in ("file", "link", "fifo")),
+            "/dev/null",
+            "/proc/1/fd/0",
+            "/proc/0/fd/1",
+        ]
         for path in wrong:
             assert attached(Handle(str(path), name), 3) is None, path
         assert attached(memory.offer, 4) is None
         assert attached(Handle(memory.offer.path, f"{name}0"), 3) is None
         fd = os.memfd_create(name, os.MFD_ALLOW_SEALING)
         os.write(fd, b"abc")
-        assert attached(Handle(f"/proc/self/fd/{fd}", name), 3) is None, "somebody may still write to it"
+        assert attached(Handle(f"/proc/self/fd/{fd}", name), 3) is None, (
+            "somebody may still write to it"
+        )
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, SEALS)
         attached(Handle(f"/proc/self/fd/{fd}", name), 3).close()
         os.close(fd)
@@ -326,7 +390,11 @@ world = join.join(60)
 try:
     choice = resume.choose(store, world)
     maps = {line.split()[4] for line in open("/proc/self/maps") if "/memfd:harness-" in line}
-    said = [sorted(maps), float(choice.payload["model_state_dict"]["layer.9"][-1]), choice.notes if world.is_writer else []]
+    said = [
+        sorted(maps),
+        float(choice.payload["model_state_dict"]["layer.9"][-1]),
+        choice.notes if world.is_writer else [],
+    ]
 except Exception as error:
     said = [type(error).__name__, str(error), []]
 print(json.dumps(said))
@@ -334,10 +402,20 @@ world.leave()
 """
 
 
-def started(store: LocalStore, port: int, size: int, rank: int, sees: str, *before: str) -> subprocess.Popen[str]:
-    where = {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "SEES": sees}
+def started(
+    store: LocalStore, port: int, size: int, rank: int, sees: str, *before: str
+) -> subprocess.Popen[str]:
+    where = {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "SEES": sees,
+    }
     command = [*before, sys.executable, "-c", PRELUDE + RANK, str(store.root)]
-    return subprocess.Popen(command, env=ENVIRONMENT | where, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, env=ENVIRONMENT | where, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def ended(*processes: subprocess.Popen[str]) -> list[list]:
@@ -357,9 +435,11 @@ def free_port() -> int:
 
 @pytest.fixture
 def elsewhere() -> Iterator[tuple[str, ...]]:
-    """What to start a process with, so that it sees no process of ours under /proc, as in another container; all so started see each
-    other."""
-    holder = subprocess.Popen(["unshare", "--pid", "--fork", "--mount-proc", "sleep", "1000"], stderr=subprocess.PIPE)
+    """What to start a process with, so that it sees no process of ours under /proc, as in another
+    container; all so started see each other."""
+    holder = subprocess.Popen(
+        ["unshare", "--pid", "--fork", "--mount-proc", "sleep", "1000"], stderr=subprocess.PIPE
+    )
     try:
         children = Path(f"/proc/{holder.pid}/task/{holder.pid}/children")
         for _ in range(500):
@@ -381,13 +461,20 @@ LAST = float(9 + MEDIUM_BYTES // 40 - 1)
 
 def test_the_ranks_of_a_machine_parse_the_same_pages(medium):
     port = free_port()
-    said = ended(*(started(medium, port, 3, rank, "the run" if rank == 0 else "nothing") for rank in range(3)))
+    said = ended(
+        *(
+            started(medium, port, 3, rank, "the run" if rank == 0 else "nothing")
+            for rank in range(3)
+        )
+    )
     assert [value for _, value, _ in said] == [LAST] * 3
     assert len({inode for maps, _, _ in said for inode in maps}) == 1
 
 
 @pytest.mark.parametrize("sees", ["the run", "nothing"])
-def test_elsewhere_one_rank_reads_or_is_sent_the_data_and_the_others_share_its_pages(medium, elsewhere, sees):
+def test_elsewhere_one_rank_reads_or_is_sent_the_data_and_the_others_share_its_pages(
+    medium, elsewhere, sees
+):
     port = free_port()
     said = ended(
         started(medium, port, 4, 0, "the run"),
@@ -403,6 +490,11 @@ def test_elsewhere_one_rank_reads_or_is_sent_the_data_and_the_others_share_its_p
 def test_a_rank_without_room_is_named_and_the_others_do_not_wait_for_it(medium, elsewhere):
     port = free_port()
     limited = ("prlimit", f"--fsize={10 << 20}")
-    said = ended(started(medium, port, 2, 0, "the run"), started(medium, port, 2, 1, "nothing", *elsewhere, *limited))
+    said = ended(
+        started(medium, port, 2, 0, "the run"),
+        started(medium, port, 2, 1, "nothing", *elsewhere, *limited),
+    )
     for _, text, _ in said:
-        assert "not enough memory to load" in text and "(rank 1)" in text and "cannot be read" in text
+        assert (
+            "not enough memory to load" in text and "(rank 1)" in text and "cannot be read" in text
+        )

@@ -1,4 +1,5 @@
-"""Runs that earlier releases have left go on: from a directory, from a bucket, and from one that was killed with steps to recompute."""
+"""Runs that earlier releases have left go on: from a directory, from a bucket, and from one that
+was killed with steps to recompute."""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def check(resumed: Lived, folder: Path, name: str, saved: Path, whole: dict[str, Any]) -> None:
-    """The run began with exactly what the old file holds, which torch reads by itself, and ended with the samples of a whole one."""
+    """The run began with exactly what the old file holds, which torch reads by itself, and ended
+    with the samples of a whole one."""
     assert resumed.codes == [0] * RANKS, resumed.texts
     assert "another one than" not in resumed.text and "differ" not in resumed.text
     file = torch.load(saved, weights_only=True)
@@ -46,7 +48,10 @@ def check(resumed: Lived, folder: Path, name: str, saved: Path, whole: dict[str,
         assert (seen["numpy"][1] == file["rng"][rank]["numpy"]["key"].numpy()).all()
         assert torch.equal(seen["noise"], own["generators"]["noise"]["state"])
         ((_, samples),) = own["state"]
-        assert (type(seen["state"]["scale"]).__name__, seen["state"]["samples"]) == ("float32", samples)
+        assert (type(seen["state"]["scale"]).__name__, seen["state"]["samples"]) == (
+            "float32",
+            samples,
+        )
     last = newest(folder / name)
     assert last["step"] == STEPS and last["state"]["samples"] == whole["state"]["samples"]
     assert last.keys() == whole.keys()
@@ -58,7 +63,9 @@ def test_a_run_directory_of_an_earlier_release_is_resumed(version, name, whole, 
     shutil.copytree(RELEASES / version / name, tmp_path / name)
     resumed = live_once(tmp_path, name)
     assert f"resumes from step {LAST if name == 'stopped' else 6} " in resumed.text
-    (saved,) = (RELEASES / version / name / "checkpoints").glob(f"step_{LAST if name == 'stopped' else 6:08d}-*.pt")
+    (saved,) = (RELEASES / version / name / "checkpoints").glob(
+        f"step_{LAST if name == 'stopped' else 6:08d}-*.pt"
+    )
     check(resumed, tmp_path, name, saved, whole)
 
 
@@ -67,7 +74,11 @@ def test_a_bucket_of_an_earlier_release_is_resumed(version, whole, bucket, tmp_p
     server, place = bucket
     for path in (RELEASES / version / "bucket").rglob("*"):
         if path.is_file():
-            server.client().put_object(Bucket=place, Key=str(path.relative_to(RELEASES / version / "bucket")), Body=path.read_bytes())
+            server.client().put_object(
+                Bucket=place,
+                Key=str(path.relative_to(RELEASES / version / "bucket")),
+                Body=path.read_bytes(),
+            )
     resumed = live_once(tmp_path, "run", REMOTE=f"s3://{place}/run", **server.environment)
     assert f"resumes from step {LAST} " in resumed.text
     (saved,) = (RELEASES / version / "bucket").rglob(f"step_{LAST:08d}-*.pt")

@@ -1,4 +1,5 @@
-"""Retention: a pure function decides which checkpoints may go, and nothing good goes before something better is there."""
+"""Retention: a pure function decides which checkpoints may go, and nothing good goes before
+something better is there."""
 
 from __future__ import annotations
 
@@ -31,7 +32,9 @@ from harness.supervision import run_address
 def manifest(step: int, attempt: int = 1, **metrics: float) -> Manifest:
     file = fmt.DataFile(f"{fmt.stem(step, attempt)}.pt", 1, "blake3:0")
     lineage = ((attempt, step),)
-    return Manifest("run", attempt, step, 0, None, metrics, 1, lineage, (file,), {}, None, "", "", {}, "")
+    return Manifest(
+        "run", attempt, step, 0, None, metrics, 1, lineage, (file,), {}, None, "", "", {}, ""
+    )
 
 
 def names(manifests: list[Manifest]) -> set[str]:
@@ -84,11 +87,17 @@ def test_nothing_goes_while_fewer_than_two_are_verified(case):
 def test_the_best_verified_one_stays(case):
     history, verified, policy = case
     gone = names(to_delete(history, verified, policy))
-    measured = [m for m in history if m.name in verified and not math.isnan(m.metrics.get(policy.metric, math.nan))]
+    measured = [
+        m
+        for m in history
+        if m.name in verified and not math.isnan(m.metrics.get(policy.metric, math.nan))
+    ]
     if policy.best and measured:
         pick = max if policy.higher_is_better else min
         best_value = pick(m.metrics[policy.metric] for m in measured)
-        assert {m.name for m in measured if m.metrics[policy.metric] == best_value} - gone, "one of those with the best value"
+        assert {m.name for m in measured if m.metrics[policy.metric] == best_value} - gone, (
+            "one of those with the best value"
+        )
 
 
 @given(cases())
@@ -101,7 +110,8 @@ def test_every_checkpoint_at_a_multiple_stays(case):
 
 @given(cases())
 def test_unverified_ones_never_displace_verified_ones(case):
-    """What of the verified ones stays does not depend on which unverified ones, perhaps damaged, lie beside them."""
+    """What of the verified ones stays does not depend on which unverified ones, perhaps damaged,
+    lie beside them."""
     history, verified, policy = case
     only_verified = [m for m in history if m.name in verified]
     kept_without = names(only_verified) - names(to_delete(only_verified, verified, policy))
@@ -124,12 +134,16 @@ def test_the_policy_is_carried_out(case):
 
 
 @given(cases(), st.randoms(use_true_random=False))
-def test_the_decision_is_pure_and_does_not_depend_on_the_order_of_the_list(case, rng: random.Random):
+def test_the_decision_is_pure_and_does_not_depend_on_the_order_of_the_list(
+    case, rng: random.Random
+):
     history, verified, policy = case
     before = copy.deepcopy((history, verified, policy))
     first = to_delete(history, verified, policy)
     assert to_delete(history, verified, policy) == first
-    assert repr((history, sorted(verified), policy)) == repr((before[0], sorted(before[1]), before[2])), "arguments are not changed"
+    assert repr((history, sorted(verified), policy)) == repr(
+        (before[0], sorted(before[1]), before[2])
+    ), "arguments are not changed"
     shuffled = list(history)
     rng.shuffle(shuffled)
     assert [m.name for m in to_delete(shuffled, verified, policy)] == [m.name for m in first]
@@ -146,15 +160,25 @@ def test_carrying_it_out_leaves_nothing_more_to_carry_out(case):
 
 def test_steps_are_ordered_as_numbers_and_attempts_before_steps():
     history = [manifest(step) for step in (9, 10, 100)]
-    assert names(to_delete(history, names(history), Policy(last=2, best=0))) == {"step_00000009-0001"}
-    history = [manifest(100, 1), manifest(99_999_999, 1), manifest(100_000_000, 1), manifest(20, 9), manifest(10, 10)]
+    assert names(to_delete(history, names(history), Policy(last=2, best=0))) == {
+        "step_00000009-0001"
+    }
+    history = [
+        manifest(100, 1),
+        manifest(99_999_999, 1),
+        manifest(100_000_000, 1),
+        manifest(20, 9),
+        manifest(10, 10),
+    ]
     gone = to_delete(history, names(history), Policy(last=2, best=0))
     assert [m.order for m in gone] == [(1, 100), (1, 99_999_999), (1, 100_000_000)]
 
 
 def test_of_equal_values_the_older_is_the_best():
     history = [manifest(step, val_loss=0.5) for step in (1, 2, 3, 4)]
-    assert names(to_delete(history, names(history), Policy(last=2, best=1))) == {"step_00000002-0001"}
+    assert names(to_delete(history, names(history), Policy(last=2, best=1))) == {
+        "step_00000002-0001"
+    }
 
 
 # --- carried out on a store ---
@@ -181,7 +205,12 @@ class Life:
         self.verified = {self.origin.name} if self.origin else set()
 
     def save(self, step: int, val_loss: float = 1.0) -> Manifest:
-        made = commit(self.store, self.attempt, payload(step, val_loss), About(1, going_on_from(self.origin), {}, "-"))
+        made = commit(
+            self.store,
+            self.attempt,
+            payload(step, val_loss),
+            About(1, going_on_from(self.origin), {}, "-"),
+        )
         self.verified.add(made.name)
         return made
 
@@ -202,7 +231,9 @@ def files(store: LocalStore) -> list[str]:
 
 def of(*orders: tuple[int, int]) -> list[str]:
     """The files of the checkpoints (step, attempt)."""
-    return sorted(f"{fmt.stem(step, attempt)}.{kind}" for step, attempt in orders for kind in ("pt", "json"))
+    return sorted(
+        f"{fmt.stem(step, attempt)}.{kind}" for step, attempt in orders for kind in ("pt", "json")
+    )
 
 
 def test_nine_ten_and_a_hundred_go_in_the_order_of_numbers(store):
@@ -260,7 +291,8 @@ def test_a_damaged_one_takes_no_place_from_a_good_one(store):
 
 
 def test_only_the_history_is_looked_at(store):
-    """What a later attempt has cut off may be what somebody rolls back to: only `harness prune` deletes it."""
+    """What a later attempt has cut off may be what somebody rolls back to: only `harness prune`
+    deletes it."""
     first = Life(store)
     for step in (10, 20, 30):
         first.save(step)
@@ -281,7 +313,9 @@ def test_data_that_earlier_attempts_left_without_a_manifest_goes_and_ones_own_st
     store.write(fmt.data_key(40, 2), b"being written", 2)
     store.write(fmt.data_key(40, 3), b"of a newer one", 3)
     assert second.apply(Policy(last=2, best=0)) == [fmt.data_key(20, 1)]
-    assert files(store) == sorted([*of((10, 1), (30, 2)), f"{fmt.stem(40, 2)}.pt", f"{fmt.stem(40, 3)}.pt"])
+    assert files(store) == sorted(
+        [*of((10, 1), (30, 2)), f"{fmt.stem(40, 2)}.pt", f"{fmt.stem(40, 3)}.pt"]
+    )
 
 
 def test_data_whose_manifest_is_damaged_is_no_leftover(store):
@@ -317,26 +351,57 @@ def test_a_policy_of_nothing_still_keeps_two(store):
 
 @pytest.mark.usefixtures("process_as_it_was")
 def test_the_best_of_a_programs_own_loop_is_that_by_its_metric_and_prune_keeps_it(tmp_path, capsys):
-    """`init` was told the metric; its config is the program's own, and may hold anything under names of settings."""
-    scores = {2: (0.9, 0.5), 4: (0.3, 0.9), 6: (0.2, 0.4), 8: (0.1, 0.3), 10: (0.15, 0.2), 12: (0.12, 0.1)}
+    """`init` was told the metric; its config is the program's own, and may hold anything under
+    names of settings."""
+    scores = {
+        2: (0.9, 0.5),
+        4: (0.3, 0.9),
+        6: (0.2, 0.4),
+        8: (0.1, 0.3),
+        10: (0.15, 0.2),
+        12: (0.12, 0.1),
+    }
 
     def evaluate(job: harness.Run) -> None:
         if job.step in scores:
             acc, f1 = scores[job.step]
-            job.evaluate([0.0], lambda batch: {"val_acc": torch.tensor(acc), "f1": torch.tensor(f1), "val_loss": torch.tensor(acc)})
+            job.evaluate(
+                [0.0],
+                lambda batch: {
+                    "val_acc": torch.tensor(acc),
+                    "f1": torch.tensor(f1),
+                    "val_loss": torch.tensor(acc),
+                },
+            )
 
     for name, keep in (("kept", {"keep_last": 9}), ("few", {"keep_last": 9, "keep_best": 2})):
-        train(tmp_path / name, each=evaluate, save_every_steps=2, best="val_acc:max", config={"checkpoint": "mine.pt"}, **keep)
+        train(
+            tmp_path / name,
+            each=evaluate,
+            save_every_steps=2,
+            best="val_acc:max",
+            config={"checkpoint": "mine.pt"},
+            **keep,
+        )
         assert run_address.checkpoint(str(tmp_path / name), "best")[1].step == 2
         capsys.readouterr()
         assert main(["prune", str(tmp_path / name), "--yes"]) == 0
         assert capsys.readouterr().out == "nothing to delete\n"
     assert main(["prune", str(tmp_path / "few"), "--yes", "--keep-last", "2"]) == 0
-    assert [m.step for m in read_catalog(LocalStore(tmp_path / "few")).manifests] == [2, 4, 10, 12], "two, and the two best"
+    assert [m.step for m in read_catalog(LocalStore(tmp_path / "few")).manifests] == [
+        2,
+        4,
+        10,
+        12,
+    ], "two, and the two best"
 
 
 @pytest.mark.usefixtures("process_as_it_was")
-@pytest.mark.parametrize("wrong", [True, "x", [], {"run": 1}, {"run": {"last": 1}}, {"run": dict.fromkeys(vars(Policy()), -1)}], ids=repr)
+@pytest.mark.parametrize(
+    "wrong",
+    [True, "x", [], {"run": 1}, {"run": {"last": 1}}, {"run": dict.fromkeys(vars(Policy()), -1)}],
+    ids=repr,
+)
 def test_a_recorded_policy_that_is_none_does_not_count(tmp_path, wrong):
     train(tmp_path, leave_at=7)
     path = tmp_path / fmt.attempt_key(1)

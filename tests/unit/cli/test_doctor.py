@@ -1,4 +1,5 @@
-"""`harness doctor` and the check at the start of an attempt: what will go wrong is said before it does."""
+"""`harness doctor` and the check at the start of an attempt: what will go wrong is said before it
+does."""
 
 from __future__ import annotations
 
@@ -29,20 +30,36 @@ fsspec.register_implementation("careless", Careless, clobber=True)
 
 
 def keys(server: S3Server, bucket: str) -> list[str]:
-    return [entry["Key"] for entry in server.client().list_objects_v2(Bucket=bucket).get("Contents", [])]
+    return [
+        entry["Key"] for entry in server.client().list_objects_v2(Bucket=bucket).get("Contents", [])
+    ]
 
 
-def test_everything_in_order_is_said_line_by_line_and_leaves_nothing_behind(bucket: tuple[S3Server, str], tmp_path: Path) -> None:
+def test_everything_in_order_is_said_line_by_line_and_leaves_nothing_behind(
+    bucket: tuple[S3Server, str], tmp_path: Path
+) -> None:
     server, name = bucket
-    done = run(harness("doctor", str(tmp_path / "a"), f"s3://{name}/a", "--size-mb", "30"), env=server.environment)
+    done = run(
+        harness("doctor", str(tmp_path / "a"), f"s3://{name}/a", "--size-mb", "30"),
+        env=server.environment,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
-    for said in ("create exclusively", "upload in parts", "clock", "free", "a checkpoint takes about", "read back"):
+    for said in (
+        "create exclusively",
+        "upload in parts",
+        "clock",
+        "free",
+        "a checkpoint takes about",
+        "read back",
+    ):
         assert said in done.stdout
     assert all(line.startswith("ok") for line in done.stdout.splitlines())
     assert keys(server, name) == [] and list(tmp_path.iterdir()) == []
 
 
-def test_what_is_wrong_with_a_bucket_is_said_with_what_to_do(bucket: tuple[S3Server, str], tmp_path: Path) -> None:
+def test_what_is_wrong_with_a_bucket_is_said_with_what_to_do(
+    bucket: tuple[S3Server, str], tmp_path: Path
+) -> None:
     server, name = bucket
     for url, environment, said in (
         (f"s3://{name}-not-there/a", {}, "Create the bucket"),
@@ -74,9 +91,21 @@ def test_ranks_that_differ_are_named_with_what_differs() -> None:
 
 
 def test_under_torchrun_the_ranks_are_compared(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "harness", "doctor"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        "-m",
+        "harness",
+        "doctor",
+    ]
     done = run([*command, str(tmp_path / "a"), "--size-mb", "1"])
     assert done.returncode == 0, done.stderr
-    assert "2 ranks agree on settings" in done.stdout and "2 ranks agree on the run directory" in done.stdout
+    assert (
+        "2 ranks agree on settings" in done.stdout
+        and "2 ranks agree on the run directory" in done.stdout
+    )
     assert done.stdout.count("create exclusively") == 1, "only one rank tries things out"
     assert list(tmp_path.iterdir()) == []

@@ -1,4 +1,5 @@
-"""The commands on runs in a bucket: right answers and exit codes, and no more bytes than the question needs."""
+"""The commands on runs in a bucket: right answers and exit codes, and no more bytes than the
+question needs."""
 
 from __future__ import annotations
 
@@ -9,13 +10,23 @@ from pathlib import Path
 import pytest
 from conftest import alone, harness, run
 from fault_proxy import FaultProxy, Rule
-from remote_runs import TASK, Home, Trained, command, fetched_bytes, trained  # noqa: F401 - fixtures
+from remote_runs import (  # noqa: F401 - fixtures
+    TASK,
+    Home,
+    Trained,
+    command,
+    fetched_bytes,
+    trained,
+)
 from s3_server import S3Server
 
 Command = Callable[..., tuple[int, str]]
 
 
-def test_they_answer_for_a_url_as_for_a_directory(trained: Trained, command: Command) -> None:  # noqa: F811
+def test_they_answer_for_a_url_as_for_a_directory(
+    trained: Trained,  # noqa: F811
+    command: Command,  # noqa: F811
+) -> None:
     home, env = trained.home, trained.home.env()
     newest = f"{home.url}/checkpoints/step_00000040-0001"
 
@@ -30,7 +41,9 @@ def test_they_answer_for_a_url_as_for_a_directory(trained: Trained, command: Com
     assert code == 0 and [row["step"] for row in rows] == [str(step) for step in range(40, 0, -5)]
     assert {(row["where"], row["data"]) for row in rows} == {("remote", "size ok")}
     code, text = ask("ls", str(trained.directory), "--json")
-    assert code == 0 and {row["where"] for row in json.loads(text)["checkpoints"]} == {"local remote"}
+    assert code == 0 and {row["where"] for row in json.loads(text)["checkpoints"]} == {
+        "local remote"
+    }
     code, text = ask("verify", home.url)
     assert code == 0 and text.count("ok       step_") == 8
     for place in (home.url, f"{newest}.pt", f"{newest}.json"):
@@ -41,7 +54,10 @@ def test_they_answer_for_a_url_as_for_a_directory(trained: Trained, command: Com
     assert ask("verify", f"{newest}.pt")[0] == 0
 
 
-def test_they_say_what_is_wrong_with_a_url(trained: Trained, command: Command) -> None:  # noqa: F811
+def test_they_say_what_is_wrong_with_a_url(
+    trained: Trained,  # noqa: F811
+    command: Command,  # noqa: F811
+) -> None:
     home, env = trained.home.branch(15), trained.home.env()
 
     def ask(*line: str) -> tuple[int, str]:
@@ -64,9 +80,18 @@ def test_they_say_what_is_wrong_with_a_url(trained: Trained, command: Command) -
 
 
 @pytest.mark.slow
-def test_show_and_ls_read_no_tensors(bucket: tuple[S3Server, str], command: Command) -> None:  # noqa: F811
+def test_show_and_ls_read_no_tensors(
+    bucket: tuple[S3Server, str],
+    command: Command,  # noqa: F811
+) -> None:
     home = Home(*bucket)
-    large = (*TASK, "task.args.width=1500", "train.max_steps=2", "run.dir=null", f"run.remote={home.url}")
+    large = (
+        *TASK,
+        "task.args.width=1500",
+        "train.max_steps=2",
+        "run.dir=null",
+        f"run.remote={home.url}",
+    )
     assert run(harness("launch", "--nproc-per-node", "1", *large), env=home.env()).returncode == 0
     size = home.manifests()[-1]["files"][0]["size_bytes"]
     assert size > 16 << 20
@@ -82,29 +107,58 @@ def test_show_and_ls_read_no_tensors(bucket: tuple[S3Server, str], command: Comm
         assert fetched_bytes(proxy) >= size
 
 
-def test_what_cannot_be_read_is_not_taken_for_damaged(trained: Trained, command: Command, tmp_path: Path) -> None:  # noqa: F811
+def test_what_cannot_be_read_is_not_taken_for_damaged(
+    trained: Trained,  # noqa: F811
+    command: Command,  # noqa: F811
+    tmp_path: Path,
+) -> None:
     home = trained.home.branch(15)
     before = home.keys()
     with FaultProxy(home.server.host, home.server.port) as proxy:
         proxy.rules.append(Rule("denied", "GET", "step_00000010-0001.pt"))
         env = home.env(proxy)
         code, text = command(env, "verify", home.url)
-        assert code == 74 and "NOT READ step_00000010-0001" in text and "DAMAGED" not in text and text.count("ok  ") == 2, text
+        assert (
+            code == 74
+            and "NOT READ step_00000010-0001" in text
+            and "DAMAGED" not in text
+            and text.count("ok  ") == 2
+        ), text
         assert command(env, "verify", f"{home.url}/checkpoints/step_00000010-0001.pt")[0] == 74
         code, text = command(env, "ls", "--verify", home.url)
         assert "NOT READ" in text and "DAMAGED" not in text, text
         fork = ("import", f"{home.url}/checkpoints/step_00000010-0001.pt", str(tmp_path / "fork"))
-        for line in (("prune", home.url, "--keep-last", "2", "--yes"), ("rollback", home.url, "10"), fork):
+        for line in (
+            ("prune", home.url, "--keep-last", "2", "--yes"),
+            ("rollback", home.url, "10"),
+            fork,
+        ):
             code, text = command(env, *line)
             assert code == 78 and "Access Denied" in text, text
     assert home.keys() == before
 
 
-def test_prune_in_the_bucket_keeps_what_the_policy_says_and_never_less_than_two(trained: Trained, command: Command) -> None:  # noqa: F811
+def test_prune_in_the_bucket_keeps_what_the_policy_says_and_never_less_than_two(
+    trained: Trained,  # noqa: F811
+    command: Command,  # noqa: F811
+) -> None:
     home, env = trained.home.branch(40), trained.home.env()
-    best = max((m for m in home.manifests() if m["metrics"]), key=lambda m: m["metrics"]["val_loss"])["step"]
+    best = max(
+        (m for m in home.manifests() if m["metrics"]), key=lambda m: m["metrics"]["val_loss"]
+    )["step"]
     assert best not in (15, 30, 35, 40)
-    line = ("prune", home.url, "--keep-last", "1", "--keep-best", "1", "--best", "val_loss:max", "--keep-every-steps", "15")
+    line = (
+        "prune",
+        home.url,
+        "--keep-last",
+        "1",
+        "--keep-best",
+        "1",
+        "--best",
+        "val_loss:max",
+        "--keep-every-steps",
+        "15",
+    )
     code, text = command(env, *line)
     assert code == 0 and "nothing was deleted" in text and len(home.steps()) == 8
     assert command(env, *line, "--yes")[0] == 0
@@ -122,18 +176,29 @@ def test_after_a_rollback_the_next_start_anywhere_goes_on_from_there(
 ) -> None:
     directory = tmp_path / "run"
     home = trained.branch(15, directory)
-    code, text = command(home.env(), "rollback", str(directory) if where == "directory" else home.url, "10")
+    code, text = command(
+        home.env(), "rollback", str(directory) if where == "directory" else home.url, "10"
+    )
     assert code == 0 and "resumes from step 10" in text
     assert home.head() == (2, 10) and home.steps() == [5, 10, 15, 10], "something was deleted"
-    place = tmp_path / "elsewhere" if where == "directory" else directory  # the directory still has what was rolled back
-    done = run(alone(*TASK, "train.max_steps=15", f"run.remote={home.url}", f"run.dir={place}"), env=home.env())
+    # The directory still has what was rolled back.
+    place = tmp_path / "elsewhere" if where == "directory" else directory
+    done = run(
+        alone(*TASK, "train.max_steps=15", f"run.remote={home.url}", f"run.dir={place}"),
+        env=home.env(),
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert home.attempts()[3]["from"] == {"attempt": 2, "step": 10}
     assert home.head() == (3, 15) and sorted(home.attempts()) == [1, 2, 3]
 
 
 @pytest.mark.parametrize("target", ["url", "directory"])
-def test_an_import_from_the_bucket_begins_another_run(target: str, trained: Trained, tmp_path: Path, command: Command) -> None:  # noqa: F811
+def test_an_import_from_the_bucket_begins_another_run(
+    target: str,
+    trained: Trained,  # noqa: F811
+    tmp_path: Path,
+    command: Command,  # noqa: F811
+) -> None:
     home, env = trained.home, trained.home.env()
     fork = Home(home.server, home.bucket, f"fork-{target}")
     place = fork.url if target == "url" else str(tmp_path / "fork")
@@ -141,14 +206,25 @@ def test_an_import_from_the_bucket_begins_another_run(target: str, trained: Trai
     assert command(env, "import", source, place)[0] == 0
     assert command(env, "diff", source, place)[0] == 0
     code, text = command(env, "status", place, "--json")
-    assert code == 75 and json.loads(text)["step"] == 20 and json.loads(text)["run_id"] != home.manifests()[0]["run_id"]
+    assert (
+        code == 75
+        and json.loads(text)["step"] == 20
+        and json.loads(text)["run_id"] != home.manifests()[0]["run_id"]
+    )
     assert command(env, "import", source, place)[0] == 78, "there is a run already"
 
 
 @pytest.mark.slow
 def test_launch_knows_a_run_that_is_in_the_bucket_only(bucket: tuple[S3Server, str]) -> None:
     home = Home(*bucket)
-    line = harness("launch", *TASK, "train.max_steps=6", "task.args.fail_at=6", "run.dir=null", f"run.remote={home.url}")
+    line = harness(
+        "launch",
+        *TASK,
+        "train.max_steps=6",
+        "task.args.fail_at=6",
+        "run.dir=null",
+        f"run.remote={home.url}",
+    )
     done = run(line, env=home.env())
     assert done.returncode == 0 and "the task fails in forward pass 6" in done.stderr, done.stderr
     assert "resumes from step 5" in done.stdout, done.stdout
@@ -158,9 +234,20 @@ def test_launch_knows_a_run_that_is_in_the_bucket_only(bucket: tuple[S3Server, s
 @pytest.mark.slow
 def test_the_bucket_has_a_policy_of_its_own(bucket: tuple[S3Server, str], tmp_path: Path) -> None:
     home, directory = Home(*bucket), tmp_path / "run"
-    own = ("checkpoint.keep_last=5", "checkpoint.keep_best=0", "store.keep.last=1", "store.keep.best=1", "store.keep.every_steps=15",
-           "checkpoint.best=val_loss:max")  # fmt: skip
-    done = run(alone(*TASK, *own, "task.args.sleep_s=0.15", f"run.dir={directory}", f"run.remote={home.url}"), env=home.env())
+    own = (
+        "checkpoint.keep_last=5",
+        "checkpoint.keep_best=0",
+        "store.keep.last=1",
+        "store.keep.best=1",
+        "store.keep.every_steps=15",
+        "checkpoint.best=val_loss:max",
+    )
+    done = run(
+        alone(
+            *TASK, *own, "task.args.sleep_s=0.15", f"run.dir={directory}", f"run.remote={home.url}"
+        ),
+        env=home.env(),
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     here = sorted(int(file.name[5:13]) for file in directory.glob("checkpoints/*.json"))
     assert here[-5:] == [20, 25, 30, 35, 40] and len(here) <= 7

@@ -1,4 +1,5 @@
-"""Settings: where they come from, what is refused, what is kept, and what may change between two attempts."""
+"""Settings: where they come from, what is refused, what is kept, and what may change between two
+attempts."""
 
 from __future__ import annotations
 
@@ -32,7 +33,11 @@ def written(path: Path, text: str) -> str:
 def test_defaults_give_way_to_the_file_and_the_file_to_the_command_line(tmp_path):
     file = written(tmp_path / "a.yaml", "train:\n  epochs: 7\n  seed: 8\n  clip_norm: null\n")
     settings, stored = config.load(file, ["train.seed=9"])
-    assert (settings.train.global_batch_size, settings.train.epochs, settings.train.seed) == (48, 7, 9)
+    assert (settings.train.global_batch_size, settings.train.epochs, settings.train.seed) == (
+        48,
+        7,
+        9,
+    )
     assert settings.train.clip_norm is None
     assert stored["train"] == dataclasses.asdict(settings.train)
     assert config.load(None, [])[0] == config.Config()
@@ -40,7 +45,14 @@ def test_defaults_give_way_to_the_file_and_the_file_to_the_command_line(tmp_path
 
 def test_values_keep_the_type_of_their_setting():
     settings, _ = config.load(
-        None, ["checkpoint.every_s=5", "train.max_steps=null", "resume.accept=[config,data]", "task.args.lr=1e-4", "run.dir=007"]
+        None,
+        [
+            "checkpoint.every_s=5",
+            "train.max_steps=null",
+            "resume.accept=[config,data]",
+            "task.args.lr=1e-4",
+            "run.dir=007",
+        ],
     )
     assert settings.checkpoint.every_s == 5
     assert settings.train.max_steps is None
@@ -57,28 +69,72 @@ def test_settings_cannot_be_changed_once_loaded():
 
 def test_every_problem_is_listed_at_once(tmp_path):
     file = written(tmp_path / "a.yaml", "train:\n  epochz: 3\n  seed: many\nrunn:\n  dir: x\n")
-    said = problems_of(file, ["train.global_batch_sise=4", "checkpoint.keep_last=few", "nonsense", "=3", "tain.compile=yes"])
+    said = problems_of(
+        file,
+        [
+            "train.global_batch_sise=4",
+            "checkpoint.keep_last=few",
+            "nonsense",
+            "=3",
+            "tain.compile=yes",
+        ],
+    )
     for expected in (
-        "8 problem(s)", "train.epochz: unknown setting", "Did you mean train.epochs?", "train.seed='many'", "runn.dir: unknown setting",
-        "Did you mean run.dir?", "train.global_batch_sise: unknown", "Did you mean train.global_batch_size?", "checkpoint.keep_last='few'",
-        "'nonsense': expected key=value", "'=3': expected key=value", "Did you mean train.compile?", str(file), "command line",
-    ):  # fmt: skip
+        "8 problem(s)",
+        "train.epochz: unknown setting",
+        "Did you mean train.epochs?",
+        "train.seed='many'",
+        "runn.dir: unknown setting",
+        "Did you mean run.dir?",
+        "train.global_batch_sise: unknown",
+        "Did you mean train.global_batch_size?",
+        "checkpoint.keep_last='few'",
+        "'nonsense': expected key=value",
+        "'=3': expected key=value",
+        "Did you mean train.compile?",
+        str(file),
+        "command line",
+    ):
         assert expected in said
 
 
 def test_every_impossible_value_is_listed_with_what_is_allowed():
     impossible = [
-        "train.epochs=0", "train.max_steps=-1", "train.global_batch_size=0", "train.micro_batch_size=0", "train.seed=-1",
-        "train.precision=fp8", "train.clip_norm=0", "train.ema_decay=1", "train.nonfinite=retry", "train.nonfinite_limit=0",
-        "data.num_workers=-1", "eval.every_steps=0", "eval.batch_size=0", "checkpoint.every_s=0", "checkpoint.every_steps=0",
-        "checkpoint.keep_last=0", "checkpoint.keep_every_steps=0", "checkpoint.keep_best=-1", "checkpoint.best=val_acc",
-        "log.every_steps=0", "resume.accept=[all]", "run.timeout_s=0", "run.dir=s3://bucket/a", "task.name=no_callable",
-        "checkpoint.memory=0", "store.keep={last: 0}",
-    ]  # fmt: skip
+        "train.epochs=0",
+        "train.max_steps=-1",
+        "train.global_batch_size=0",
+        "train.micro_batch_size=0",
+        "train.seed=-1",
+        "train.precision=fp8",
+        "train.clip_norm=0",
+        "train.ema_decay=1",
+        "train.nonfinite=retry",
+        "train.nonfinite_limit=0",
+        "data.num_workers=-1",
+        "eval.every_steps=0",
+        "eval.batch_size=0",
+        "checkpoint.every_s=0",
+        "checkpoint.every_steps=0",
+        "checkpoint.keep_last=0",
+        "checkpoint.keep_every_steps=0",
+        "checkpoint.keep_best=-1",
+        "checkpoint.best=val_acc",
+        "log.every_steps=0",
+        "resume.accept=[all]",
+        "run.timeout_s=0",
+        "run.dir=s3://bucket/a",
+        "task.name=no_callable",
+        "checkpoint.memory=0",
+        "store.keep={last: 0}",
+    ]
     said = problems_of(None, impossible)
     assert f"{len(impossible)} problem(s)" in said
     for text in impossible:
-        (line,) = [line for line in said.splitlines() if line.strip().startswith(text.partition("=")[0] + "=")]
+        (line,) = [
+            line
+            for line in said.splitlines()
+            if line.strip().startswith(text.partition("=")[0] + "=")
+        ]
         assert "allowed is" in line
 
 
@@ -144,12 +200,17 @@ def test_secrets_are_given_to_the_task_and_kept_nowhere(monkeypatch, tmp_path):
     file = written(tmp_path / "a.yaml", "task:\n  args:\n    token: ${oc.env:THE_SECRET}\n")
     settings, stored = config.load(file, ["task.args.other=x-${oc.env:THE_SECRET}"])
     assert settings.task.args == {"token": "hunter2", "other": "x-hunter2"}
-    assert stored["task"]["args"] == {"token": "${oc.env:THE_SECRET}", "other": "x-${oc.env:THE_SECRET}"}
+    assert stored["task"]["args"] == {
+        "token": "${oc.env:THE_SECRET}",
+        "other": "x-${oc.env:THE_SECRET}",
+    }
     assert "hunter2" not in config.to_yaml(stored) and "hunter2" not in str(stored)
     assert "${oc.env:THE_SECRET}" in config.to_yaml(stored)
 
 
-@pytest.mark.parametrize("setting", ["train.epochs=${oc.env:THE_SECRET}", "train.precision=${oc.env:THE_SECRET}"])
+@pytest.mark.parametrize(
+    "setting", ["train.epochs=${oc.env:THE_SECRET}", "train.precision=${oc.env:THE_SECRET}"]
+)
 def test_secrets_do_not_reach_an_error_message(monkeypatch, setting):
     monkeypatch.setenv("THE_SECRET", "hunter2")
     assert "hunter2" not in problems_of(None, [setting])
@@ -160,7 +221,9 @@ def test_a_missing_environment_variable_is_named(monkeypatch):
     assert "NOT_THERE" in problems_of(None, ["task.args.token=${oc.env:NOT_THERE}"])
 
 
-@pytest.mark.parametrize("file", sorted((REPO / "configs").glob("*.yaml")), ids=lambda file: file.name)
+@pytest.mark.parametrize(
+    "file", sorted((REPO / "configs").glob("*.yaml")), ids=lambda file: file.name
+)
 def test_the_configs_of_the_repository_load(file):
     from harness import task
 
@@ -179,10 +242,15 @@ def stored_of(*overrides: str) -> dict:
 @pytest.mark.parametrize(
     "free",
     [
-        "run.dir=elsewhere", "data.num_workers=2", "checkpoint.every_s=1", "log.every_steps=1", "train.epochs=99", "train.max_steps=5",
+        "run.dir=elsewhere",
+        "data.num_workers=2",
+        "checkpoint.every_s=1",
+        "log.every_steps=1",
+        "train.epochs=99",
+        "train.max_steps=5",
         "eval.batch_size=9",
     ],
-)  # fmt: skip
+)
 def test_what_cannot_change_the_model_may_change(free):
     (change,) = config.check_changes(stored_of(), stored_of(free), [], [])
     assert change.is_free and change.name == free.partition("=")[0]
@@ -191,11 +259,20 @@ def test_what_cannot_change_the_model_may_change(free):
 @pytest.mark.parametrize(
     "bound",
     [
-        "train.seed=2", "train.global_batch_size=24", "train.precision=bf16", "train.clip_norm=null", "train.nonfinite=ignore",
-        "task.args.lr=1.0", "task.name=a:b", "data.drop_last=false", "train.ema_decay=0.9", "train.micro_batch_size=4",
-        "train.deterministic=true", "train.compile=true",
+        "train.seed=2",
+        "train.global_batch_size=24",
+        "train.precision=bf16",
+        "train.clip_norm=null",
+        "train.nonfinite=ignore",
+        "task.args.lr=1.0",
+        "task.name=a:b",
+        "data.drop_last=false",
+        "train.ema_decay=0.9",
+        "train.micro_batch_size=4",
+        "train.deterministic=true",
+        "train.compile=true",
     ],
-)  # fmt: skip
+)
 def test_what_changes_the_model_may_change_only_on_insistence(bound):
     name = bound.partition("=")[0]
     old, new = stored_of(), stored_of(bound)
@@ -218,7 +295,10 @@ def test_only_what_is_overridden_is_let_through():
 
 
 def test_settings_that_came_or_went_are_changes():
-    old, new = {"train": {"old": 1}, "task": {"args": {}}}, {"train": {"new": 2}, "task": {"args": {"lr": 1}}}
+    old, new = (
+        {"train": {"old": 1}, "task": {"args": {}}},
+        {"train": {"new": 2}, "task": {"args": {"lr": 1}}},
+    )
     assert [str(change) for change in config.changes(old, new)] == [
         "task.args.lr: None -> 1", "train.new: None -> 2", "train.old: 1 -> None",
     ]  # fmt: skip
@@ -278,27 +358,47 @@ def test_arguments_of_the_library_have_the_defaults_and_the_rules_of_their_setti
     for of in named:
         default = tuple(of.default) if isinstance(of.default, list) else of.default
         assert of.argument in others or parameters[of.argument] == default, of.argument
-    settings, _ = config.load(None, ["checkpoint.every_s=5", "resume.accept=[data]", "run.scratch=true"])
+    settings, _ = config.load(
+        None, ["checkpoint.every_s=5", "resume.accept=[data]", "run.scratch=true"]
+    )
     given = table.arguments(settings, harness.init)
     assert (given["save_every_s"], given["accept"], given["is_scratch"]) == (5, ["data"], True)
-    assert given.keys() == {of.argument for of in named} & inspect.signature(harness.init).parameters.keys()
+    assert (
+        given.keys()
+        == {of.argument for of in named} & inspect.signature(harness.init).parameters.keys()
+    )
 
 
 def test_earlier_names_of_settings_are_still_read_and_the_new_ones_are_said(tmp_path, capsys):
-    file = written(tmp_path / "a.yaml", "store:\n  keep_last: 5\n  keep_best: 1\ncheckpoint:\n  memory: true\n")
-    settings, stored = config.load(file, ["store.keep_last=2", "store.keep_every_steps=null", "checkpoint.memory_every_steps=7"])
-    assert settings.store.keep == {"last": 2, "every_steps": None, "best": 1} and settings.checkpoint.memory == 7
+    file = written(
+        tmp_path / "a.yaml", "store:\n  keep_last: 5\n  keep_best: 1\ncheckpoint:\n  memory: true\n"
+    )
+    settings, stored = config.load(
+        file,
+        ["store.keep_last=2", "store.keep_every_steps=null", "checkpoint.memory_every_steps=7"],
+    )
+    assert (
+        settings.store.keep == {"last": 2, "every_steps": None, "best": 1}
+        and settings.checkpoint.memory == 7
+    )
     assert stored["store"]["keep"] == settings.store.keep and "keep_last" not in stored["store"]
     said = capsys.readouterr().err
-    assert said.count("store.keep_last is an old name: see store.keep.last") == 1 and "see checkpoint.memory=N" in said
-    assert config.load(None, ["checkpoint.memory_every_steps=7"])[0].checkpoint.memory is False, "it was off then, too"
+    assert (
+        said.count("store.keep_last is an old name: see store.keep.last") == 1
+        and "see checkpoint.memory=N" in said
+    )
+    assert config.load(None, ["checkpoint.memory_every_steps=7"])[0].checkpoint.memory is False, (
+        "it was off then, too"
+    )
     assert "memory_every_steps is an old name" in capsys.readouterr().err
     assert config.load(None, ["store.keep.last=4"])[0].store.keep == {"last": 4}
     assert not capsys.readouterr().err
 
 
 def test_settings_that_a_checkpoint_holds_under_earlier_names_are_todays():
-    earlier = {"store": {"wait_s": 300.0, "keep_last": None, "keep_every_steps": 10, "keep_best": None}}
+    earlier = {
+        "store": {"wait_s": 300.0, "keep_last": None, "keep_every_steps": 10, "keep_best": None}
+    }
     earlier["checkpoint"] = {"memory": True, "memory_every_steps": 4}
     found = restored(earlier)
     assert found.store.keep == {"every_steps": 10} and found.checkpoint.memory == 4
@@ -311,7 +411,16 @@ def test_settings_that_a_checkpoint_holds_under_earlier_names_are_todays():
     assert config.changes(plain, {"store": {"keep": {}}, "checkpoint": {"memory": False}}) == []
 
 
-@pytest.mark.parametrize("wrong", [{"best": "val_loss"}, {"snapshot": "no"}, {"accept": "config"}, {"save_every_s": 0}, {"notices": "ibm"}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"best": "val_loss"},
+        {"snapshot": "no"},
+        {"accept": "config"},
+        {"save_every_s": 0},
+        {"notices": "ibm"},
+    ],
+)
 def test_the_library_refuses_what_the_settings_refuse(wrong, tmp_path):
     with pytest.raises(UsageError, match="argument is not as expected"):
         harness.init(tmp_path / "a", **wrong)

@@ -1,4 +1,5 @@
-"""Which sample comes next, and how it is loaded: the same whatever the ranks, the workers, and the place where a run was killed."""
+"""Which sample comes next, and how it is loaded: the same whatever the ranks, the workers, and the
+place where a run was killed."""
 
 from __future__ import annotations
 
@@ -23,19 +24,48 @@ from harness.data.plan import Plan, Position, accumulation, seed_of
 from harness.distributed.ranks import World
 from harness.errors import UsageError
 
-SIZES = st.tuples(st.integers(1, 70), st.integers(1, 4), st.integers(1, 3), st.integers(1, 3), st.booleans(), st.integers(0, 5))
+SIZES = st.tuples(
+    st.integers(1, 70),
+    st.integers(1, 4),
+    st.integers(1, 3),
+    st.integers(1, 3),
+    st.booleans(),
+    st.integers(0, 5),
+)
 
 
-def plans(size: int, global_batch_size: int, accumulate: int, world_size: int, seed: int = 1, **options: object) -> list[Plan]:
+def plans(
+    size: int,
+    global_batch_size: int,
+    accumulate: int,
+    world_size: int,
+    seed: int = 1,
+    **options: object,
+) -> list[Plan]:
     """The plan of each rank."""
-    return [Plan(size, global_batch_size, accumulate, rank, world_size, seed, **options) for rank in range(world_size)]  # type: ignore[arg-type]
+    return [
+        Plan(
+            size,
+            global_batch_size,
+            accumulate,
+            rank,
+            world_size,
+            seed,
+            **options,  # type: ignore[arg-type]
+        )
+        for rank in range(world_size)
+    ]
 
 
-def global_batches(ranks: list[Plan], position: Position, epochs: int) -> list[tuple[int, int, list[int]]]:
+def global_batches(
+    ranks: list[Plan], position: Position, epochs: int
+) -> list[tuple[int, int, list[int]]]:
     """(epoch, start, samples that count) of each step, put together from what the ranks hold."""
     found = []
     for shares in zip(*(plan.shares(position, epochs) for plan in ranks), strict=True):
-        assert len({(share.epoch, share.start, share.after, share.last) for share in shares}) == 1, "ranks differ"
+        assert (
+            len({(share.epoch, share.start, share.after, share.last) for share in shares}) == 1
+        ), "ranks differ"
         used = [
             sample
             for share in shares
@@ -57,7 +87,9 @@ def positions(plan: Plan, epochs: int) -> list[Position]:
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 def test_every_sample_is_used_exactly_once_an_epoch(world_size, accumulate, drop_last):
     size, batch = 103, 24
-    steps = global_batches(plans(size, batch, accumulate, world_size, drop_last=drop_last), Position(), 3)
+    steps = global_batches(
+        plans(size, batch, accumulate, world_size, drop_last=drop_last), Position(), 3
+    )
     left_out = []
     for epoch in range(3):
         used = Counter(sample for at, _, samples in steps if at == epoch for sample in samples)
@@ -66,15 +98,25 @@ def test_every_sample_is_used_exactly_once_an_epoch(world_size, accumulate, drop
         left_out.append(frozenset(range(size)) - frozenset(used))
     if drop_last:
         assert len(set(left_out)) == 3, "another tail each epoch"
-    orders = [[sample for at, _, samples in steps if at == epoch for sample in samples] for epoch in range(3)]
-    assert orders[0] != orders[1] != orders[2] != sorted(orders[2]), "each epoch has an order of its own"
+    orders = [
+        [sample for at, _, samples in steps if at == epoch for sample in samples]
+        for epoch in range(3)
+    ]
+    assert orders[0] != orders[1] != orders[2] != sorted(orders[2]), (
+        "each epoch has an order of its own"
+    )
 
 
 @pytest.mark.parametrize("drop_last", [True, False])
 def test_the_global_batches_are_the_same_for_every_number_of_ranks(drop_last):
     alone = global_batches(plans(103, 24, 1, 1, drop_last=drop_last), Position(), 2)
     for world_size, accumulate in itertools.product((1, 2, 3, 4), (1, 2, 3)):
-        assert global_batches(plans(103, 24, accumulate, world_size, drop_last=drop_last), Position(), 2) == alone
+        assert (
+            global_batches(
+                plans(103, 24, accumulate, world_size, drop_last=drop_last), Position(), 2
+            )
+            == alone
+        )
 
 
 def test_the_order_follows_from_the_seed():
@@ -101,7 +143,9 @@ def test_from_any_position_the_rest_is_that_of_the_uninterrupted_sequence(drawn)
         whole = list(plan.shares(Position(), 3))
         assert len(whole) == 3 * plan.steps_per_epoch
         assert [share.last for share in whole] == [False] * (len(whole) - 1) + [True]
-        assert [share.after.epoch for share in whole] == [at // plan.steps_per_epoch for at in range(1, len(whole) + 1)]
+        assert [share.after.epoch for share in whole] == [
+            at // plan.steps_per_epoch for at in range(1, len(whole) + 1)
+        ]
         assert whole[-1].after == Position(3, 0)
         for done, position in enumerate(positions(plan, 3)):
             assert list(plan.shares(position, 3)) == whole[done:]
@@ -126,9 +170,15 @@ def test_going_on_with_other_ranks_uses_the_same_rest(drawn, other_world_size, d
 def test_weighted_means_over_micro_batches_and_ranks_are_the_mean_over_the_global_batch(drawn):
     size, share, accumulate, world_size, _, seed = drawn
     losses = torch.rand(size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    ranks = plans(size, share * accumulate * world_size, accumulate, world_size, seed, drop_last=False)
+    ranks = plans(
+        size, share * accumulate * world_size, accumulate, world_size, seed, drop_last=False
+    )
     for shares in zip(*(plan.shares(Position(), 1) for plan in ranks), strict=True):
-        pairs = [pair for share in shares for pair in zip(share.micro_batches, share.weights, strict=True)]
+        pairs = [
+            pair
+            for share in shares
+            for pair in zip(share.micro_batches, share.weights, strict=True)
+        ]
         assert all(len(micro) > 0 for micro, _ in pairs), "no rank may be without a sample"
         assert len(pairs) == world_size * accumulate
         averaged = sum(losses[list(micro)].mean() * weight for micro, weight in pairs) / world_size
@@ -148,7 +198,9 @@ def test_the_gradient_is_that_of_the_global_batch(size):
         (share,) = plan.shares(Position(), 1)
         for micro, weight in zip(share.micro_batches, share.weights, strict=True):
             loss = F.mse_loss(model(x[list(micro)]), y[list(micro)]) * weight
-            for total, gradient in zip(sums, torch.autograd.grad(loss, list(model.parameters())), strict=True):
+            for total, gradient in zip(
+                sums, torch.autograd.grad(loss, list(model.parameters())), strict=True
+            ):
                 total += gradient / world_size
     expected = torch.autograd.grad(F.mse_loss(model(x), y), list(model.parameters()))
     for total, gradient in zip(sums, expected, strict=True):
@@ -171,15 +223,28 @@ def test_the_share_is_split_into_the_fewest_equal_micro_batches(batch, world_siz
 def test_a_batch_that_cannot_be_dealt_out_is_refused_with_the_nearest_that_can():
     with pytest.raises(UsageError) as caught:
         plans(100, 7, 1, 2)[0].check()
-    assert "global_batch_size=7 on 2 rank(s)" in caught.value.found and "6 or 8" in caught.value.remedy
+    assert (
+        "global_batch_size=7 on 2 rank(s)" in caught.value.found and "6 or 8" in caught.value.remedy
+    )
     with pytest.raises(UsageError) as caught:
         plans(5, 8, 1, 2)[0].check()
     assert "5 samples" in caught.value.found
     plans(5, 8, 1, 2, drop_last=False)[0].check()
 
 
-def batches_of(dataset, plan, num_workers=0, position=Position(), epochs=2, collate=None):  # noqa: B008
-    return list(loading.load(dataset, plan.shares(position, epochs), plan.seed, collate, loading.Workers(num_workers)))
+def batches_of(
+    dataset,
+    plan,
+    num_workers=0,
+    position=Position(),  # noqa: B008
+    epochs=2,
+    collate=None,
+):
+    return list(
+        loading.load(
+            dataset, plan.shares(position, epochs), plan.seed, collate, loading.Workers(num_workers)
+        )
+    )
 
 
 def assert_same(one, other):
@@ -215,14 +280,17 @@ def test_from_any_position_the_same_batches_are_loaded(num_workers):
 
 
 def test_a_sample_is_made_under_randomness_of_its_own():
-    """Whoever else is in the batch, on whichever rank: the same noise; but another one in the next epoch."""
+    """Whoever else is in the batch, on whichever rank: the same noise; but another one in the next
+    epoch."""
 
     def by_sample(world_size, accumulate, epochs=2):
         found = {}
         for plan in plans(24, 12, accumulate, world_size):
             for share, batches in batches_of(Noisy(24), plan, epochs=epochs):
                 for micro, (x, _) in zip(share.micro_batches, batches, strict=True):
-                    found |= {(share.epoch, sample): row for sample, row in zip(micro, x, strict=True)}
+                    found |= {
+                        (share.epoch, sample): row for sample, row in zip(micro, x, strict=True)
+                    }
         return found
 
     alone, others = by_sample(1, 1), by_sample(3, 2)
@@ -235,7 +303,12 @@ def test_a_sample_is_made_under_randomness_of_its_own():
 
 def generators():
     python, numpy_state = random.getstate(), np.random.get_state()
-    return python, numpy_state[1].tobytes(), numpy_state[2:], torch.get_rng_state().numpy().tobytes()
+    return (
+        python,
+        numpy_state[1].tobytes(),
+        numpy_state[2:],
+        torch.get_rng_state().numpy().tobytes(),
+    )
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -243,7 +316,9 @@ def test_loading_disturbs_no_global_generator(num_workers):
     (plan,) = plans(24, 6, 1, 1)
     torch.manual_seed(5), np.random.seed(5), random.seed(5)
     before = generators()
-    loader = loading.load(Noisy(24), plan.shares(Position(), 1), 1, noisy_collate, loading.Workers(num_workers))
+    loader = loading.load(
+        Noisy(24), plan.shares(Position(), 1), 1, noisy_collate, loading.Workers(num_workers)
+    )
     assert generators() == before
     for _ in loader:
         assert generators() == before
@@ -282,16 +357,26 @@ def test_the_fingerprint_tells_when_one_of_few_samples_changes(size):
     class Plain(list):
         pass
 
-    samples = Plain({"x": torch.full((3,), float(at)), "y": np.array([at]), "name": f"sample {at}", "n": at} for at in range(size))
+    samples = Plain(
+        {"x": torch.full((3,), float(at)), "y": np.array([at]), "name": f"sample {at}", "n": at}
+        for at in range(size)
+    )
     before = fingerprint(samples)
     assert fingerprint(copy.deepcopy(samples)) == before
     for at in range(size):
-        for key, value in (("x", torch.full((3,), -1.0)), ("y", np.array([-1])), ("name", "other"), ("n", -1)):
+        for key, value in (
+            ("x", torch.full((3,), -1.0)),
+            ("y", np.array([-1])),
+            ("name", "other"),
+            ("n", -1),
+        ):
             changed = copy.deepcopy(samples)
             changed[at][key] = value
             assert fingerprint(changed) != before, (at, key)
     assert fingerprint(Plain(samples[:-1])) != before
-    assert fingerprint(Plain([{**samples[0], "x": samples[0]["x"].double()}, *samples[1:]])) != before, "another dtype"
+    assert (
+        fingerprint(Plain([{**samples[0], "x": samples[0]["x"].double()}, *samples[1:]])) != before
+    ), "another dtype"
 
 
 def test_the_fingerprint_of_noisy_data_is_the_same_each_time():
@@ -319,8 +404,17 @@ def test_another_order_takes_the_place_of_the_shuffle():
         return [9, 7, 5, 3, 1] if epoch % 2 == 0 else [0, 2, 4, 6, 8]
 
     source = dataset_source.source(
-        Noisy(10), world, 1, 2, accumulate=1, shuffle=True, drop_last=False, order=order, collate=None, workers=loading.Workers()
-    )  # fmt: skip
+        Noisy(10),
+        world,
+        1,
+        2,
+        accumulate=1,
+        shuffle=True,
+        drop_last=False,
+        order=order,
+        collate=None,
+        workers=loading.Workers(),
+    )
     dealt = [share.micro_batches[0] for share, _ in source.shares(Position(), 2)]
     assert dealt == [(9, 7), (5, 3), (1,), (0, 2), (4, 6), (8,)]
     assert source.steps_after(Position(1, 2), 2) == 2
@@ -334,7 +428,8 @@ def test_an_order_whose_length_changes_is_refused():
 
 
 class Stream(torch.utils.data.IterableDataset):
-    """Numbers from 0 to size - 1, pass after pass; its state is how far it is, and how many were ever read."""
+    """Numbers from 0 to size - 1, pass after pass; its state is how far it is, and how many were
+    ever read."""
 
     def __init__(self, size: int) -> None:
         self.size, self.state = size, {"at": 0, "read": 0}
@@ -353,31 +448,60 @@ class Stream(torch.utils.data.IterableDataset):
         self.state = dict(state)
 
 
-def stream_source(size: int, share: int, accumulate: int = 1, position: Position = Position(), state=None, epochs=3):  # noqa: B008
+def stream_source(
+    size: int,
+    share: int,
+    accumulate: int = 1,
+    position: Position = Position(),  # noqa: B008
+    state=None,
+    epochs=3,
+):
     world = World(0, 1, torch.device("cpu"), 10)
     source = dataset_source.source(
-        Stream(size), world, 1, share, accumulate=accumulate, shuffle=True, drop_last=True, order=None, collate=None,
+        Stream(size),
+        world,
+        1,
+        share,
+        accumulate=accumulate,
+        shuffle=True,
+        drop_last=True,
+        order=None,
+        collate=None,
         workers=loading.Workers(),
-    )  # fmt: skip
+    )
     source.restore(state)
     for share_, batches in source.shares(position, epochs):
         yield share_, batches, copy.deepcopy(source.state())
 
 
-@pytest.mark.parametrize(("size", "share", "accumulate"), [(10, 4, 1), (12, 4, 2), (4, 4, 4), (7, 1, 1)])
+@pytest.mark.parametrize(
+    ("size", "share", "accumulate"), [(10, 4, 1), (12, 4, 2), (4, 4, 4), (7, 1, 1)]
+)
 def test_a_stream_goes_on_exactly_from_any_step(size, share, accumulate):
     whole = list(stream_source(size, share, accumulate))
     assert len(whole) == 3 * (size // share)
     assert [share_.last for share_, _, _ in whole] == [False] * (len(whole) - 1) + [True]
-    assert [share_.epoch for share_, _, _ in whole] == [epoch for epoch in range(3) for _ in range(size // share)]
+    assert [share_.epoch for share_, _, _ in whole] == [
+        epoch for epoch in range(3) for _ in range(size // share)
+    ]
     for epoch in range(3):
-        values = [x for share_, batches, _ in whole if share_.epoch == epoch for batch in batches for x in batch[:, 0].tolist()]
+        values = [
+            x
+            for share_, batches, _ in whole
+            if share_.epoch == epoch
+            for batch in batches
+            for x in batch[:, 0].tolist()
+        ]
         assert values == [float(at) for at in range(size - size % share)]
     for done, (share_, _, state) in enumerate(whole[:-1], start=1):
         rest = list(stream_source(size, share, accumulate, share_.after, state))
         assert [s for s, _, _ in rest] == [s for s, _, _ in whole[done:]]
-        for (_, batches, after), (_, expected, expected_after) in zip(rest, whole[done:], strict=True):
-            assert all(torch.equal(batch, other) for batch, other in zip(batches, expected, strict=True))
+        for (_, batches, after), (_, expected, expected_after) in zip(
+            rest, whole[done:], strict=True
+        ):
+            assert all(
+                torch.equal(batch, other) for batch, other in zip(batches, expected, strict=True)
+            )
             assert after == expected_after
 
 
@@ -391,7 +515,9 @@ def test_a_stream_that_gets_more_passes_goes_on_after_its_last_one():
     share, _, state = list(stream_source(10, 4, epochs=2))[-1]
     assert share.last and share.after == Position(2, 0)
     rest = list(stream_source(10, 4, position=share.after, state=state, epochs=3))
-    assert [batches[0].tolist() for _, batches, _ in rest] == [batches[0].tolist() for _, batches, _ in whole[4:]]
+    assert [batches[0].tolist() for _, batches, _ in rest] == [
+        batches[0].tolist() for _, batches, _ in whole[4:]
+    ]
 
 
 def test_a_stream_that_cannot_tell_where_it_stands_is_refused():
@@ -400,7 +526,14 @@ def test_a_stream_that_cannot_tell_where_it_stands_is_refused():
             return iter(range(3))
 
     world = World(0, 1, torch.device("cpu"), 10)
-    options = {"accumulate": 1, "shuffle": True, "drop_last": True, "order": None, "collate": None, "workers": loading.Workers()}
+    options = {
+        "accumulate": 1,
+        "shuffle": True,
+        "drop_last": True,
+        "order": None,
+        "collate": None,
+        "workers": loading.Workers(),
+    }
     with pytest.raises(UsageError, match="state_dict"):
         dataset_source.source(Forgetful(), world, 1, 2, **options)
     with pytest.raises(UsageError, match="dealt out evenly"):
@@ -418,7 +551,13 @@ def test_batches_of_any_shape_are_moved_whole():
 
 
 def test_seeds_depend_on_each_part():
-    seeds = {seed_of(1, "sample", 2, 3), seed_of(1, "sample", 3, 2), seed_of(2, "sample", 2, 3), seed_of(1, "collate", 2, 3), seed_of(1)}
+    seeds = {
+        seed_of(1, "sample", 2, 3),
+        seed_of(1, "sample", 3, 2),
+        seed_of(2, "sample", 2, 3),
+        seed_of(1, "collate", 2, 3),
+        seed_of(1),
+    }
     assert len(seeds) == 5 and all(0 <= seed < 2**63 for seed in seeds)
 
 
@@ -439,20 +578,30 @@ def tensors(size: int = 30) -> TensorDataset:
     generator = torch.Generator().manual_seed(1)
     shapes = [(3,), (), (1,), (2, 3, 3), (1, 4, 4), (3, 1, 1), (0,), (2, 1, 3, 2)]
     floats = [torch.randn(size, *shape, generator=generator) for shape in shapes]
-    others = [torch.arange(size), floats[0].half(), floats[0].bfloat16(), floats[0].to(torch.complex64), floats[1] > 0]
+    others = [
+        torch.arange(size),
+        floats[0].half(),
+        floats[0].bfloat16(),
+        floats[0].to(torch.complex64),
+        floats[1] > 0,
+    ]
     return TensorDataset(*floats, *others)
 
 
 PLAIN = {
     "whole": tensors,
     "a part": lambda: Subset(tensors(), [3, 1, 1, -2, 7, 29, 0, 4]),
-    "a part of a part": lambda: Subset(Subset(tensors(), range(20, 30)), np.array([9, 0, 3, 3, 5, 1])),
+    "a part of a part": lambda: Subset(
+        Subset(tensors(), range(20, 30)), np.array([9, 0, 3, 3, 5, 1])
+    ),
     "a part by a tensor": lambda: Subset(tensors(), torch.randperm(30)),
     "a split": lambda: random_split(tensors(), [20, 10], torch.Generator().manual_seed(1))[0],
 }
 OTHERS = {
     "a transposed tensor": lambda: TensorDataset(torch.randn(5, 30).T),
-    "channels last": lambda: TensorDataset(torch.randn(30, 3, 4, 4).to(memory_format=torch.channels_last)),
+    "channels last": lambda: TensorDataset(
+        torch.randn(30, 3, 4, 4).to(memory_format=torch.channels_last)
+    ),
     "a parameter": lambda: TensorDataset(torch.nn.Parameter(torch.randn(30, 2))),
     "a sparse tensor": lambda: TensorDataset(torch.eye(30).to_sparse()),
 }
@@ -472,7 +621,9 @@ def test_tensors_that_are_taken_all_at_once_are_those_of_one_after_another(name,
     for (_, batches), (_, other_batches) in zip(found, expected, strict=True):
         for batch, other in zip(batches, other_batches, strict=True):
             assert type(batch) is type(other) is list
-            assert [(x.dtype, x.shape, x.stride()) for x in batch] == [(x.dtype, x.shape, x.stride()) for x in other]
+            assert [(x.dtype, x.shape, x.stride()) for x in batch] == [
+                (x.dtype, x.shape, x.stride()) for x in other
+            ]
 
 
 def test_what_is_more_than_tensors_is_asked_for_each_sample():
@@ -489,13 +640,27 @@ def test_what_is_more_than_tensors_is_asked_for_each_sample():
             return [self[index] for index in indices]
 
     x = torch.randn(24, 2)
-    for dataset in (Augmented(x), Subset(Augmented(x), range(24)), Part(TensorDataset(x), range(24))):
+    for dataset in (
+        Augmented(x),
+        Subset(Augmented(x), range(24)),
+        Part(TensorDataset(x), range(24)),
+    ):
         assert loading.plain_tensors(dataset) is None
         rows: dict[int, dict] = {}
         for world_size in (1, 3):
-            shares = [pair for plan in plans(24, 12, 1, world_size) for pair in batches_of(dataset, plan, epochs=1)]
-            rows[world_size] = {n: row for share, (batch,) in shares for n, row in zip(share.micro_batches[0], batch[0], strict=True)}
-        assert rows[1].keys() == rows[3].keys() and all(torch.equal(rows[1][number], rows[3][number]) for number in range(24))
+            shares = [
+                pair
+                for plan in plans(24, 12, 1, world_size)
+                for pair in batches_of(dataset, plan, epochs=1)
+            ]
+            rows[world_size] = {
+                n: row
+                for share, (batch,) in shares
+                for n, row in zip(share.micro_batches[0], batch[0], strict=True)
+            }
+        assert rows[1].keys() == rows[3].keys() and all(
+            torch.equal(rows[1][number], rows[3][number]) for number in range(24)
+        )
     random.seed(seed_of(1, "sample", 0, 5))
     assert torch.equal(rows[1][5], x[5] + random.random())
 
@@ -507,6 +672,11 @@ def test_other_tensors_are_left_to_the_usual_way(name):
 
 def test_another_collate_function_gets_the_samples():
     (plan,) = plans(30, 6, 2, 1)
-    for share, batches in batches_of(tensors(), plan, collate=lambda samples: [sample[0] for sample in samples]):
+    for share, batches in batches_of(
+        tensors(), plan, collate=lambda samples: [sample[0] for sample in samples]
+    ):
         for micro, batch in zip(share.micro_batches, batches, strict=True):
-            assert all(torch.equal(row, tensors().tensors[0][number]) for number, row in zip(micro, batch, strict=True))
+            assert all(
+                torch.equal(row, tensors().tensors[0][number])
+                for number, row in zip(micro, batch, strict=True)
+            )

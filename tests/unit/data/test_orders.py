@@ -1,4 +1,5 @@
-"""How samples are dealt out, epoch by epoch: as a plain DataLoader's loop would have it, and the same after a kill."""
+"""How samples are dealt out, epoch by epoch: as a plain DataLoader's loop would have it, and the
+same after a kill."""
 
 from __future__ import annotations
 
@@ -76,9 +77,15 @@ def said(text: str, name: str) -> list[str]:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_an_epoch_is_told_of_before_its_first_sample_is_loaded_as_with_a_plain_loader(workers, tmp_path):
+def test_an_epoch_is_told_of_before_its_first_sample_is_loaded_as_with_a_plain_loader(
+    workers, tmp_path
+):
     outcome = killed_once(tmp_path, TOLD.replace("WORKERS", f"{workers}, False"), die=5)
-    assert said(outcome.whole.text, "ours") == said(outcome.whole.text, "plain") == ["0:0"] * 3 + ["1:10"] * 3 + ["2:20"] * 3
+    assert (
+        said(outcome.whole.text, "ours")
+        == said(outcome.whole.text, "plain")
+        == ["0:0"] * 3 + ["1:10"] * 3 + ["2:20"] * 3
+    )
     assert said(outcome.resumed.text, "ours") == ["1:10"] * 3 + ["2:20"] * 3
     assert outcome.killed.code == -signal.SIGKILL and outcome.is_equal, outcome.rows
 
@@ -151,7 +158,9 @@ print("wrong", wrong, flush=True)
 
 
 @pytest.mark.parametrize("loop", ["flat", "nested"])
-def test_a_dataset_with_workers_is_never_asked_for_a_sample_in_the_process_that_they_are_forked_from(loop, tmp_path):
+def test_a_dataset_with_workers_is_never_asked_for_a_sample_in_the_process_that_they_are_forked_from(  # noqa: E501
+    loop, tmp_path
+):
     lived = live(tmp_path, OPENS.replace("LOOP", f"'{loop}'"), "whole")
     assert lived.code == 0, lived.text
     assert said(lived.text, "wrong") == ["0"]
@@ -235,8 +244,13 @@ COUNTS = (
     .replace("        return iter(", "        self.count += 1\n        return iter(")
     .replace("generator=self.generator", "generator=torch.Generator().manual_seed(self.count)")
 )
-WEIGHTED = "sampler = torch.utils.data.WeightedRandomSampler(torch.ones(40), 40, generator=GENERATOR)"
-REPEATED = "sampler = torch.utils.data.RandomSampler(data, True, 40, generator=torch.Generator().manual_seed(3))"
+WEIGHTED = (
+    "sampler = torch.utils.data.WeightedRandomSampler(torch.ones(40), 40, generator=GENERATOR)"
+)
+REPEATED = (
+    "sampler = torch.utils.data.RandomSampler("
+    "data, True, 40, generator=torch.Generator().manual_seed(3))"
+)
 SCORED = """
 class Scored(Sampler):
     def __len__(self):
@@ -244,13 +258,21 @@ class Scored(Sampler):
 
     def __iter__(self):
         with torch.no_grad():
-            return iter((model(data.data.tensors[0]) - data.data.tensors[1]).square()[:, 0].argsort().tolist())
+            return iter(
+                (model(data.data.tensors[0]) - data.data.tensors[1])
+                .square()[:, 0]
+                .argsort()
+                .tolist()
+            )
 
 sampler = Scored()
 """
-BY_EPOCH = OWN.replace("self.generator = torch.Generator().manual_seed(5)", "self.epoch = 0").replace(
-    "generator=self.generator", "generator=torch.Generator().manual_seed(self.epoch)"
-) + "Own.set_epoch = lambda self, epoch: setattr(self, 'epoch', epoch)\n"  # fmt: skip
+BY_EPOCH = (
+    OWN.replace("self.generator = torch.Generator().manual_seed(5)", "self.epoch = 0").replace(
+        "generator=self.generator", "generator=torch.Generator().manual_seed(self.epoch)"
+    )
+    + "Own.set_epoch = lambda self, epoch: setattr(self, 'epoch', epoch)\n"
+)
 LAZY = OWN.replace("self.generator = torch", "self.order = self.generator = None  # torch").replace(
     "        return iter(torch.randperm(40, generator=self.generator).tolist())",
     """        if self.generator is None:
@@ -261,9 +283,16 @@ LAZY = OWN.replace("self.generator = torch", "self.order = self.generator = None
 LAZY_TORCH = LAZY.replace("MADE", "torch.Generator().manual_seed(5)").replace(
     "DRAWN", "int(torch.randint(99, (), generator=self.generator))"
 )
-LAZY_NUMPY = LAZY.replace("MADE", "np.random.default_rng(5)").replace("DRAWN", "int(self.generator.integers(99))")
-LAZY_PYTHON = LAZY.replace("MADE", "random.Random(5)").replace("DRAWN", "self.generator.randrange(99)")
-SCORE = "sampler.weights = torch.rand(40, generator=torch.Generator().manual_seed(int(1e6 * model.bias.item()) % 1000)).double()"
+LAZY_NUMPY = LAZY.replace("MADE", "np.random.default_rng(5)").replace(
+    "DRAWN", "int(self.generator.integers(99))"
+)
+LAZY_PYTHON = LAZY.replace("MADE", "random.Random(5)").replace(
+    "DRAWN", "self.generator.randrange(99)"
+)
+SCORE = (
+    "sampler.weights = torch.rand(40, generator=torch.Generator().manual_seed("
+    "int(1e6 * model.bias.item()) % 1000)).double()"
+)
 
 
 def program(sampler: str, head: str = "pass", step: str = "pass") -> str:
@@ -281,27 +310,50 @@ def program(sampler: str, head: str = "pass", step: str = "pass") -> str:
         (program(LAZY_PYTHON), True),
         (program(REPEATED), True),
         (program(WEIGHTED.replace("GENERATOR", "torch.Generator().manual_seed(3)")), True),
-        (program(WEIGHTED.replace("GENERATOR", "None"), step="sampler.weights[index] = losses.detach().double() + 0.01"), True),
+        (
+            program(
+                WEIGHTED.replace("GENERATOR", "None"),
+                step="sampler.weights[index] = losses.detach().double() + 0.01",
+            ),
+            True,
+        ),
         (program(WEIGHTED.replace("GENERATOR", "None"), head=SCORE), True),
         (program(SCORED), False),
         (program(WEIGHTED.replace("GENERATOR", "None")), False),
         (program(BY_EPOCH, head="sampler.set_epoch(epoch)"), False),
     ],
     ids=[
-        "its own generator", "of numpy", "counts", "made when asked", "so of numpy", "so of python",
-        "with replacement", "weighted with a generator", "weights of the losses",
-        "weights set each epoch", "by the model", "weighted", "by the epoch",
+        "its own generator",
+        "of numpy",
+        "counts",
+        "made when asked",
+        "so of numpy",
+        "so of python",
+        "with replacement",
+        "weighted with a generator",
+        "weights of the losses",
+        "weights set each epoch",
+        "by the model",
+        "weighted",
+        "by the epoch",
     ],
-)  # fmt: skip
-def test_an_epoch_goes_on_in_the_order_in_which_it_began_and_the_next_ones_as_they_would_have(source, stays, tmp_path):
+)
+def test_an_epoch_goes_on_in_the_order_in_which_it_began_and_the_next_ones_as_they_would_have(
+    source, stays, tmp_path
+):
     from library_runs import newest
 
-    outcome = killed_once(tmp_path, source, die=18)  # step 15 is saved, in the middle of the second epoch
-    assert outcome.killed.code == -signal.SIGKILL and outcome.whole.code == outcome.resumed.code == 0, outcome.resumed.text
+    # Step 15 is saved, in the middle of the second epoch.
+    outcome = killed_once(tmp_path, source, die=18)
+    assert (
+        outcome.killed.code == -signal.SIGKILL and outcome.whole.code == outcome.resumed.code == 0
+    ), outcome.resumed.text
     whole, rest = said(outcome.whole.text, "used"), said(outcome.resumed.text, "used")
     assert len(rest) == 60 and rest == whole[60:]
     assert outcome.is_equal, outcome.rows
-    assert ("kinds" in newest(tmp_path / "killed")["data"]) == stays, "at the end no order is left, but maybe state of the sampler"
+    assert ("kinds" in newest(tmp_path / "killed")["data"]) == stays, (
+        "at the end no order is left, but maybe state of the sampler"
+    )
 
 
 ORDERED = (
@@ -319,9 +371,14 @@ for x, y, index in run.batches(data, 4, epochs=3, order=order):
 """
 )
 ORDERS = {
-    "by the epoch": "def order(epoch):\n    return torch.randperm(40, generator=torch.Generator().manual_seed(epoch)).tolist()",
+    "by the epoch": (
+        "def order(epoch):\n"
+        "    return torch.randperm(40, generator=torch.Generator().manual_seed(epoch)).tolist()"
+    ),
     "by the global generator": "def order(epoch):\n    return torch.randperm(40).tolist()",
-    "by a generator": "def order(epoch):\n    return torch.randperm(40, generator=generator).tolist()",
+    "by a generator": (
+        "def order(epoch):\n    return torch.randperm(40, generator=generator).tolist()"
+    ),
     "by the model": """def order(epoch):
     with torch.no_grad():
         return (model(data.tensors[0]) - data.tensors[1]).square()[:, 0].argsort().tolist()""",
@@ -331,27 +388,38 @@ ORDERS = {
 @pytest.mark.parametrize("name", ORDERS)
 def test_an_order_that_a_function_gives_goes_on(name, tmp_path):
     outcome = killed_once(tmp_path, ORDERED.replace("ORDER", ORDERS[name]), die=18)
-    assert outcome.killed.code == -signal.SIGKILL and outcome.whole.code == outcome.resumed.code == 0, outcome.resumed.text
+    assert (
+        outcome.killed.code == -signal.SIGKILL and outcome.whole.code == outcome.resumed.code == 0
+    ), outcome.resumed.text
     whole, rest = said(outcome.whole.text, "used"), said(outcome.resumed.text, "used")
     assert len(set(whole[:40])) == len(set(whole[40:80])) == 40 and rest == whole[60:]
     assert outcome.is_equal, outcome.rows
 
 
 def test_an_order_that_cannot_be_found_again_is_refused_at_the_start(tmp_path):
-    source = ORDERED.replace("ORDER", "def order(epoch):\n    return sorted(range(40), key=lambda _: os.urandom(4))")
+    source = ORDERED.replace(
+        "ORDER", "def order(epoch):\n    return sorted(range(40), key=lambda _: os.urandom(4))"
+    )
     lived = live(tmp_path, source, "refused")
     assert lived.code == 78 and "order= gives two orders for epoch 0" in lived.text, lived.text
     assert not list((tmp_path / "refused" / "attempts").glob("*")), "no start was spent"
 
 
 def test_ranks_whose_samplers_disagree_are_told_and_dealt_the_order_of_the_first(tmp_path):
-    source = program(OWN.replace("manual_seed(5)", "manual_seed(5 + run.rank)")).replace("DataLoader(data, 4,", "DataLoader(data, 2,")
+    source = program(OWN.replace("manual_seed(5)", "manual_seed(5 + run.rank)")).replace(
+        "DataLoader(data, 4,", "DataLoader(data, 2,"
+    )
     outcome = killed_once(tmp_path, source, die=18, ranks=2)
     assert outcome.whole.code == outcome.resumed.code == 0, outcome.resumed.text
-    assert "the ranks' samplers give unlike orders: that of rank 0 is dealt out" in outcome.whole.text
+    assert (
+        "the ranks' samplers give unlike orders: that of rank 0 is dealt out" in outcome.whole.text
+    )
     used = [said(text, "used") for text in outcome.whole.texts]
     for epoch in range(3):
-        assert len({*used[0][20 * epoch : 20 * epoch + 20], *used[1][20 * epoch : 20 * epoch + 20]}) == 40, "each sample once"
+        assert (
+            len({*used[0][20 * epoch : 20 * epoch + 20], *used[1][20 * epoch : 20 * epoch + 20]})
+            == 40
+        ), "each sample once"
     assert [said(text, "used") for text in outcome.resumed.texts] == [of[30:] for of in used]
     assert outcome.is_equal, outcome.rows
 
@@ -384,7 +452,12 @@ for x, y, index in run.batches(data, 4, epochs=3):
 
 
 def test_a_dataset_that_grows_meanwhile_is_told_of_once_and_dealt_out_as_it_was(tmp_path):
-    grown, steady = (live(tmp_path, GROWS.replace("GROWN", grows), name) for name, grows in (("grown", "True"), ("steady", "False")))
+    grown, steady = (
+        live(tmp_path, GROWS.replace("GROWN", grows), name)
+        for name, grows in (("grown", "True"), ("steady", "False"))
+    )
     assert grown.code == steady.code == 0, grown.text
     assert grown.text.count("the dataset has 48 samples now, and 40 before") == 1
-    assert said(grown.text, "used") == said(steady.text, "used") and "samples now" not in steady.text
+    assert (
+        said(grown.text, "used") == said(steady.text, "used") and "samples now" not in steady.text
+    )

@@ -1,4 +1,5 @@
-"""Generators that datasets, transforms and collate functions hold: after a kill the samples are those that would have come."""
+"""Generators that datasets, transforms and collate functions hold: after a kill the samples are
+those that would have come."""
 
 from __future__ import annotations
 
@@ -38,8 +39,16 @@ HELD = {
     "numpy": ("np.random.default_rng(0)", "float(self.noise.normal())", 0),
     "legacy, in workers": ("np.random.RandomState(0)", "float(self.noise.normal())", 2),
     "torch": ("torch.Generator().manual_seed(0)", "torch.randn((), generator=self.noise)", 0),
-    "python, in a transform": ("[lambda value, mine=random.Random(0): mine.random()]", "self.noise[0](1)", 0),
-    "made with the first sample": ("None", "self.__dict__.setdefault('made', np.random.default_rng()).normal()", 2),
+    "python, in a transform": (
+        "[lambda value, mine=random.Random(0): mine.random()]",
+        "self.noise[0](1)",
+        0,
+    ),
+    "made with the first sample": (
+        "None",
+        "self.__dict__.setdefault('made', np.random.default_rng()).normal()",
+        2,
+    ),
 }
 
 
@@ -92,7 +101,8 @@ def test_a_program_without_such_generators_keeps_its_file(tmp_path):
 
 
 def test_a_run_that_began_without_seeding_them_goes_on_so_and_says_it(tmp_path):
-    """As an older harness has left it: without `kinds`, and with a fingerprint that knows no content."""
+    """As an older harness has left it: without `kinds`, and with a fingerprint that knows no
+    content."""
     from harness.data.fingerprint import describe
 
     data = describe(Holding(), 4, True, True, 0)
@@ -108,7 +118,10 @@ class Holding:
     shared = np.random.default_rng(5)
 
     def __init__(self):
-        self.transforms = [functools.partial(print, noise=np.random.RandomState(1)), {"inner": random.Random(1)}]
+        self.transforms = [
+            functools.partial(print, noise=np.random.RandomState(1)),
+            {"inner": random.Random(1)},
+        ]
         mine = torch.Generator()
         self.function = lambda: mine
         self.again = self.transforms[0].keywords["noise"]
@@ -123,10 +136,18 @@ class Holding:
 
 def test_each_is_found_once_wherever_it_is_held():
     found = find({"dataset": Holding()})
-    assert [type(one.generator).__name__ for one in found] == ["RandomState", "Generator", "Generator", "Random"]
+    assert [type(one.generator).__name__ for one in found] == [
+        "RandomState",
+        "Generator",
+        "Generator",
+        "Random",
+    ]
     assert [one.path for one in found] == [
-        "dataset.again", "dataset.shared", "dataset.function: mine", "dataset.transforms[1]['inner']",
-    ]  # fmt: skip
+        "dataset.again",
+        "dataset.shared",
+        "dataset.function: mine",
+        "dataset.transforms[1]['inner']",
+    ]
 
 
 def test_a_large_dataset_is_not_walked_item_by_item():
@@ -142,11 +163,25 @@ def test_each_is_seeded_in_its_own_way_and_left_as_it_was():
     holding = Holding()
     randomness = Randomness({"dataset": holding})
     assert randomness.look() and not randomness.look()
-    before = holding.shared.bit_generator.state, holding.again.get_state()[1].tolist(), holding.transforms[1]["inner"].getstate()
+    before = (
+        holding.shared.bit_generator.state,
+        holding.again.get_state()[1].tolist(),
+        holding.transforms[1]["inner"].getstate(),
+    )
     drawn = []
     with randomness.kept():
         for _ in range(2):
             randomness.seed(1, "sample", 0, 3)
-            drawn.append((holding.shared.normal(), holding.again.normal(), holding.transforms[1]["inner"].gauss(0, 1)))
+            drawn.append(
+                (
+                    holding.shared.normal(),
+                    holding.again.normal(),
+                    holding.transforms[1]["inner"].gauss(0, 1),
+                )
+            )
     assert drawn[0] == drawn[1] and len(set(drawn[0])) == 3
-    assert before == (holding.shared.bit_generator.state, holding.again.get_state()[1].tolist(), holding.transforms[1]["inner"].getstate())
+    assert before == (
+        holding.shared.bit_generator.state,
+        holding.again.get_state()[1].tolist(),
+        holding.transforms[1]["inner"].getstate(),
+    )

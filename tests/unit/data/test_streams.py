@@ -1,4 +1,5 @@
-"""Streams, and second sources in one loop: exact after a kill, or refused before training, or said."""
+"""Streams, and second sources in one loop: exact after a kill, or refused before training, or
+said."""
 
 from __future__ import annotations
 
@@ -130,7 +131,9 @@ class Counting(torch.utils.data.IterableDataset):
         self.at = 0
 
     def value(self):
-        return torch.tensor([self.at, random.random(), float(np.random.normal()), float(torch.randn(()))])
+        return torch.tensor(
+            [self.at, random.random(), float(np.random.normal()), float(torch.randn(()))]
+        )
 
     def state_dict(self):
         return {"at": self.at}
@@ -213,17 +216,34 @@ def as_it_is(state):
 @pytest.mark.parametrize(
     ("stream", "is_exact", "seeds"),
     [
-        (Counting, True, False), (Short, True, False), (Endless, True, False), (Drawing, True, True), (Shuffled, False, False),
-        (Sticking, False, False), (StickingShort, False, False), (Ahead, False, False), (Failing, False, False),
+        (Counting, True, False),
+        (Short, True, False),
+        (Endless, True, False),
+        (Drawing, True, True),
+        (Shuffled, False, False),
+        (Sticking, False, False),
+        (StickingShort, False, False),
+        (Ahead, False, False),
+        (Failing, False, False),
     ],
-)  # fmt: skip
+)
 def test_what_a_state_loses_is_found(stream, is_exact, seeds):
     dataset, state = stream(), copy.deepcopy(stream().__dict__)
-    before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist(), Counting.shared.bit_generator.state
+    before = (
+        random.getstate(),
+        np.random.get_state()[1].tolist(),
+        torch.get_rng_state().tolist(),
+        Counting.shared.bit_generator.state,
+    )
     tried = stream_check.attempt(dataset, as_it_is)
     assert (tried.is_exact, tried.seeds, tried.untried) == (is_exact, seeds, "")
     assert bool(tried.unlike) != is_exact
-    after = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist(), Counting.shared.bit_generator.state
+    after = (
+        random.getstate(),
+        np.random.get_state()[1].tolist(),
+        torch.get_rng_state().tolist(),
+        Counting.shared.bit_generator.state,
+    )
     assert before == after and dataset.at == state["at"] == 0
 
 
@@ -245,7 +265,9 @@ def test_what_cannot_be_tried_is_said():
     memory = SharedMemory(create=True, size=8)
     try:
         for stream in (Locked(), Sharing(memory)):
-            assert "could not be tried" in stream_check.prove(source_of(stream), as_it_is, seeds_held=True)
+            assert "could not be tried" in stream_check.prove(
+                source_of(stream), as_it_is, seeds_held=True
+            )
     finally:
         memory.close()
         memory.unlink()
@@ -286,7 +308,9 @@ def test_a_large_array_is_not_copied_and_not_written_to():
 def test_a_refusal_says_what_to_do():
     with pytest.raises(UsageError, match="would not go on exactly") as caught:
         stream_check.prove(source_of(Sticking()), as_it_is, seeds_held=True)
-    assert "what the next pass gives is another one" in str(caught.value) and "check_stream=False" in str(caught.value)
+    assert "what the next pass gives is another one" in str(
+        caught.value
+    ) and "check_stream=False" in str(caught.value)
 
 
 BESIDE = """
@@ -318,12 +342,18 @@ if __name__ == "__main__":
         die(run)
     assert all(names == ["stream", "unlabelled"] for names in seen)
 """
-MORE = '{"unlabelled": DataLoader(Numbered(50, 0.02), 6, shuffle=True, num_workers=WORKERS), "stream": Stream(size=40, kept=True)}'
+MORE = (
+    '{"unlabelled": DataLoader(Numbered(50, 0.02), 6, shuffle=True, num_workers=WORKERS), '
+    '"stream": Stream(size=40, kept=True)}'
+)
 
 
 @pytest.mark.parametrize(("ranks", "workers"), [(1, 2), (2, 0)])
 def test_second_sources_go_on_where_they_were(tmp_path, ranks, workers):
-    stream = STREAM.replace("yield torch.full((8,), number / self.size), torch.ones(1)", "yield torch.full((8,), number / self.size)")
+    stream = STREAM.replace(
+        "yield torch.full((8,), number / self.size), torch.ones(1)",
+        "yield torch.full((8,), number / self.size)",
+    )
     source = BESIDE.replace("OTHERS", stream).replace("MORE", MORE.replace("WORKERS", str(workers)))
     outcome = killed_once(tmp_path, source, die=17, ranks=ranks)
     assert "resumes from step 15" in outcome.resumed.text
@@ -331,9 +361,14 @@ def test_second_sources_go_on_where_they_were(tmp_path, ranks, workers):
     assert "warning" not in outcome.whole.text + outcome.resumed.text
     data = newest(tmp_path / "whole")["data"]
     steps = 50 // (6 * ranks)
-    assert data["beside_at"] == {"unlabelled": [20 // steps, 20 % steps * 6 * ranks], "stream": [20 // (5 * ranks), 20 % (5 * ranks) * 8]}
+    assert data["beside_at"] == {
+        "unlabelled": [20 // steps, 20 % steps * 6 * ranks],
+        "stream": [20 // (5 * ranks), 20 % (5 * ranks) * 8],
+    }
     assert newest(tmp_path / "whole")["format_version"] == 2
-    without = live(tmp_path, BESIDE.replace("OTHERS", "").replace("MORE", "{}"), "killed", ranks=ranks)
+    without = live(
+        tmp_path, BESIDE.replace("OTHERS", "").replace("MORE", "{}"), "killed", ranks=ranks
+    )
     assert without.code == 78 and "beside" in without.text
 
 
@@ -365,10 +400,14 @@ def test_a_second_source_goes_round_in_epochs_of_its_own(tmp_path):
     for at in range(0, 15, 3):
         once = torch.cat([more["more"] for _, more in found[at : at + 3]]).tolist()
         assert len(set(once)) == 6 and set(once) <= set(range(7))
-    assert [more["more"].tolist() for _, more in found[:3]] != [more["more"].tolist() for _, more in found[3:6]]
+    assert [more["more"].tolist() for _, more in found[:3]] != [
+        more["more"].tolist() for _, more in found[3:6]
+    ]
     pairs(tmp_path / "b", leave_at=8)
     again = pairs(tmp_path / "b")
-    assert [(x.tolist(), more["more"].tolist()) for x, more in again] == [(x.tolist(), more["more"].tolist()) for x, more in found[7:]]
+    assert [(x.tolist(), more["more"].tolist()) for x, more in again] == [
+        (x.tolist(), more["more"].tolist()) for x, more in found[7:]
+    ]
 
 
 def test_with_micro_batches_each_comes_with_its_own(tmp_path):
@@ -391,14 +430,26 @@ def update(x, y):
     run.log(loss=loss)
 """
 OPEN = {
-    "zip": "for (x, y), (a, b) in zip(run.batches(points(), 16, epochs=1), cycle(loader)):\n    update(x, y)",
+    "zip": (
+        "for (x, y), (a, b) in zip(run.batches(points(), 16, epochs=1), cycle(loader)):\n"
+        "    update(x, y)"
+    ),
     "live iterator": "it = iter(loader)\nfor step in run.steps(5):\n    update(*next(it))",
 }
 CLOSED = {
-    "evaluation": "for x, y in run.batches(points(), 16, epochs=1):\n    update(x, y)\n    for a, b in loader: model(a)",
-    "left early": "for x, y in run.batches(points(), 16, epochs=1):\n    update(x, y)\n    for a, b in loader: break",
+    "evaluation": (
+        "for x, y in run.batches(points(), 16, epochs=1):\n    update(x, y)\n"
+        "    for a, b in loader: model(a)"
+    ),
+    "left early": (
+        "for x, y in run.batches(points(), 16, epochs=1):\n    update(x, y)\n"
+        "    for a, b in loader: break"
+    ),
     "of the run": "for x, y in run.batches(loader, epochs=1):\n    update(x, y)",
-    "one batch kept": "it = iter(loader); shown = next(it)\nfor x, y in run.batches(points(), 16, epochs=1):\n    update(x, y)",
+    "one batch kept": (
+        "it = iter(loader); shown = next(it)\n"
+        "for x, y in run.batches(points(), 16, epochs=1):\n    update(x, y)"
+    ),
 }
 
 
@@ -406,13 +457,21 @@ CLOSED = {
 def test_a_loader_that_is_read_across_steps_is_named_once(tmp_path, name, workers):
     lived = live(tmp_path, READ_BESIDE.replace("WORKERS", str(workers)) + OPEN[name], "whole")
     assert lived.code == 0
-    assert lived.text.count("a DataLoader over TensorDataset that is not the run's is read across steps (program.py:") == 1
+    assert (
+        lived.text.count(
+            "a DataLoader over TensorDataset that is not the run's"
+            " is read across steps (program.py:"
+        )
+        == 1
+    )
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_one_that_is_read_within_a_step_is_not(tmp_path, workers):
     for name, loop in CLOSED.items():
-        lived = live(tmp_path, READ_BESIDE.replace("WORKERS", str(workers)) + loop, name.replace(" ", ""))
+        lived = live(
+            tmp_path, READ_BESIDE.replace("WORKERS", str(workers)) + loop, name.replace(" ", "")
+        )
         assert lived.code == 0 and "warning" not in lived.text, (name, lived.text)
 
 
@@ -437,7 +496,11 @@ run.track(model=model, optimizer=optimizer)
 try:
     next(iter(run.batches(data, 8, epochs=1)))
 finally:
-    print("as it was" if data.at == 0 and torch.equal(data.numbers, torch.arange(300_000.0)) else "changed")
+    print(
+        "as it was"
+        if data.at == 0 and torch.equal(data.numbers, torch.arange(300_000.0))
+        else "changed"
+    )
 """
     lived = live(tmp_path, source, "whole")
     assert "as it was" in lived.text, lived.text
@@ -468,13 +531,17 @@ for x, y in run.batches(Numbers(), 8, epochs=1, num_workers=2):
 """
 ENDS = {
     "a stop": ("os.kill(os.getpid(), signal.SIGTERM)", 0, "stopped before training began"),
-    "an error": ("type(run)._throughput = property(lambda self: None)", 1, "AttributeError"),  # what is set when all else has begun
+    # What is set when all else has begun.
+    "an error": ("type(run)._throughput = property(lambda self: None)", 1, "AttributeError"),
 }
 
 
 @pytest.mark.parametrize("end", ENDS)
-def test_what_ends_when_its_workers_live_and_before_its_first_step_does_not_wait_for_them(tmp_path, end):
-    """Workers outlive the signals of their rank, and so the one by which multiprocessing ends them as well."""
+def test_what_ends_when_its_workers_live_and_before_its_first_step_does_not_wait_for_them(
+    tmp_path, end
+):
+    """Workers outlive the signals of their rank, and so the one by which multiprocessing ends them
+    as well."""
     before, code, said = ENDS[end]
     ended = on_its_own(tmp_path, BEGINS.replace("BEFORE", before), limit_s=60)
     assert ended.returncode == code and said in ended.stdout, ended.stdout

@@ -1,4 +1,5 @@
-"""The drill: exact programs are found equal, others are not, with the right cause; nothing is left behind."""
+"""The drill: exact programs are found equal, others are not, with the right cause; nothing is left
+behind."""
 
 from __future__ import annotations
 
@@ -65,18 +66,31 @@ WHERE = "'elsewhere', seed=1"
 
 
 def drill(
-    folder: Path, *words: str, planted: str = "pass", data: str = "TensorDataset", where: str = WHERE, limit_s: float = 400
-) -> dict:  # fmt: skip
+    folder: Path,
+    *words: str,
+    planted: str = "pass",
+    data: str = "TensorDataset",
+    where: str = WHERE,
+    limit_s: float = 400,
+) -> dict:
     """Run a drill of the program with this line in its loop; what it found, with its exit code."""
     (folder / "my_loop.py").write_text(PROGRAM.format(planted=planted, data=data, where=where))
-    done = run(harness("drill", "--json", "--steps", "32", *words, "my_loop.py", "0.05"), cwd=folder, limit_s=limit_s)
+    done = run(
+        harness("drill", "--json", "--steps", "32", *words, "my_loop.py", "0.05"),
+        cwd=folder,
+        limit_s=limit_s,
+    )
     assert done.stdout, done.stderr
     return json.loads(done.stdout) | {"code": done.returncode, "said": done.stderr}
 
 
 def test_faults_follow_from_the_seed_and_each_kind_comes_before_any_comes_twice():
     faults = planned(9, ["kill", "save", "sigterm"], 100, seed=3)
-    assert faults == planned(9, ["kill", "save", "sigterm"], 100, seed=3) != planned(9, ["kill", "save", "sigterm"], 100, seed=4)
+    assert (
+        faults
+        == planned(9, ["kill", "save", "sigterm"], 100, seed=3)
+        != planned(9, ["kill", "save", "sigterm"], 100, seed=4)
+    )
     for three in (faults[:3], faults[3:6], faults[6:]):
         assert {fault.kind for fault in three} == {"kill", "save", "sigterm"}
     assert all(1 <= fault.step <= 100 for fault in faults)
@@ -85,7 +99,9 @@ def test_faults_follow_from_the_seed_and_each_kind_comes_before_any_comes_twice(
 
 
 @pytest.mark.parametrize("number", [0, 2, 5])
-def test_the_fault_of_another_number_of_workers_changes_their_number_each_time(tmp_path, monkeypatch, number):
+def test_the_fault_of_another_number_of_workers_changes_their_number_each_time(
+    tmp_path, monkeypatch, number
+):
     monkeypatch.setenv(DRILL, "1")
     monkeypatch.setenv(REDIRECT, str(tmp_path))
     life, used = ProgramRun(tmp_path, {"faults": []}), []
@@ -102,12 +118,22 @@ def test_an_exact_program_is_equal_and_its_own_places_are_left_alone(tmp_path):
     assert [fault["equal"] for fault in found["faults"]] == [True] * 2
     assert all(fault["step"] is not None and fault["back_s"] > 0 for fault in found["faults"])
     assert not (tmp_path / "elsewhere").exists()
-    assert "drill.html" in found["said"] and "SIGKILL while it starts" in (tmp_path / "drill.html").read_text()
+    assert (
+        "drill.html" in found["said"]
+        and "SIGKILL while it starts" in (tmp_path / "drill.html").read_text()
+    )
 
 
 @pytest.mark.slow
 def test_a_planted_generator_is_found_with_its_step_and_cause(tmp_path):
-    found = drill(tmp_path, "--faults", "1", "--kinds", "kill", planted="x = x + torch.randn(x.shape, generator=hidden[0])")
+    found = drill(
+        tmp_path,
+        "--faults",
+        "1",
+        "--kinds",
+        "kill",
+        planted="x = x + torch.randn(x.shape, generator=hidden[0])",
+    )
     assert (found["code"], found["equal"], found["deterministic"]) == (1, False, True), found
     assert found["first"]["what"] == "loss" and "the same samples" in found["cause"]
     assert found["faults"][0]["equal"] is False
@@ -116,7 +142,14 @@ def test_a_planted_generator_is_found_with_its_step_and_cause(tmp_path):
 
 @pytest.mark.slow
 def test_a_program_that_is_not_deterministic_is_told_apart(tmp_path):
-    found = drill(tmp_path, "--faults", "1", "--kinds", "kill", planted="x = x + int.from_bytes(__import__('os').urandom(2)) / 1e6")
+    found = drill(
+        tmp_path,
+        "--faults",
+        "1",
+        "--kinds",
+        "kill",
+        planted="x = x + int.from_bytes(__import__('os').urandom(2)) / 1e6",
+    )
     assert (found["code"], found["deterministic"]) == (1, False)
     assert found["cause"].startswith("not deterministic")
 
@@ -133,7 +166,13 @@ def test_a_program_whose_kept_files_are_others_each_time_is_not_deterministic(tm
 
 @pytest.mark.parametrize(
     "words",
-    [("--kinds", "kill,sigkil"), ("--faults", "0"), ("--steps", "0"), ("--limit-s", "0"), ("--keep", ".")],
+    [
+        ("--kinds", "kill,sigkil"),
+        ("--faults", "0"),
+        ("--steps", "0"),
+        ("--limit-s", "0"),
+        ("--keep", "."),
+    ],
     ids=lambda words: " ".join(words),
 )
 def test_what_cannot_be_is_refused_before_anything_is_started(tmp_path, words):
@@ -156,23 +195,35 @@ def test_a_program_that_fails_by_itself_is_said_to(tmp_path):
 
 
 def test_killed_itself_it_leaves_no_process(tmp_path, started: Callable[..., object]):
-    (tmp_path / "my_loop.py").write_text(PROGRAM.format(planted="__import__('time').sleep(0.2)", data="TensorDataset", where=WHERE))
+    (tmp_path / "my_loop.py").write_text(
+        PROGRAM.format(planted="__import__('time').sleep(0.2)", data="TensorDataset", where=WHERE)
+    )
     process = started(harness("drill", "--keep", "kept", "my_loop.py", "0.05"), cwd=tmp_path)
     wait_until(lambda: list(tmp_path.glob("kept/whole/traces-*")), "it trains")
     below = psutil.Process(process.pid).children(recursive=True)  # type: ignore[attr-defined]
     assert len(below) >= 3
     os.kill(process.pid, signal.SIGKILL)  # type: ignore[attr-defined]
     until = time.monotonic() + 20
-    while any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in below) and time.monotonic() < until:
+    while (
+        any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in below)
+        and time.monotonic() < until
+    ):
         time.sleep(0.05)
-    assert not [child for child in below if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
+    assert not [
+        child for child in below if child.is_running() and child.status() != psutil.STATUS_ZOMBIE
+    ]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1])
 def test_all_kinds_on_two_ranks_with_a_remote(tmp_path, seed):
     words = ("--nproc-per-node", "2", "--faults", str(len(KINDS)), "--seed", str(seed))
-    found = drill(tmp_path, *words, where="'elsewhere', remote='s3://nobody/is-there', seed=1, save_every_steps=3", limit_s=1200)
+    found = drill(
+        tmp_path,
+        *words,
+        where="'elsewhere', remote='s3://nobody/is-there', seed=1, save_every_steps=3",
+        limit_s=1200,
+    )
     assert (found["code"], found["equal"]) == (0, True), found
     assert {fault["kind"] for fault in found["faults"]} == set(KINDS)
     assert sum(fault["step"] is not None for fault in found["faults"]) >= len(KINDS) - 2
@@ -181,8 +232,16 @@ def test_all_kinds_on_two_ranks_with_a_remote(tmp_path, seed):
 PLANTED = {
     "a generator": ("x = x + torch.randn(x.shape, generator=hidden[0])", "TensorDataset", "loss"),
     "a variable": ("hidden[1] *= 1.01; x = x * hidden[1]", "TensorDataset", "loss"),
-    "a queue": ("hidden.append(x[:1].mean()); x = x + sum(hidden[2:][-3:])", "TensorDataset", "loss"),
-    "a schedule": ("hidden[1] *= 0.99; optimizer.param_groups[0]['betas'] = (0.9 * hidden[1], 0.99)", "TensorDataset", "state"),
+    "a queue": (
+        "hidden.append(x[:1].mean()); x = x + sum(hidden[2:][-3:])",
+        "TensorDataset",
+        "loss",
+    ),
+    "a schedule": (
+        "hidden[1] *= 0.99; optimizer.param_groups[0]['betas'] = (0.9 * hidden[1], 0.99)",
+        "TensorDataset",
+        "state",
+    ),
     "a counter in the dataset": ("pass", "Counting", "batch"),
 }
 
@@ -191,7 +250,17 @@ PLANTED = {
 @pytest.mark.parametrize("name", PLANTED)
 def test_planted_faults_are_named(tmp_path, name):
     planted, data, what = PLANTED[name]
-    found = drill(tmp_path, "--faults", "2", "--kinds", "kill,kill-rank", "--nproc-per-node", "2", planted=planted, data=data)
+    found = drill(
+        tmp_path,
+        "--faults",
+        "2",
+        "--kinds",
+        "kill,kill-rank",
+        "--nproc-per-node",
+        "2",
+        planted=planted,
+        data=data,
+    )
     assert (found["code"], found["equal"], found["deterministic"]) == (1, False, True), found
     assert found["first"]["what"] == what, found
 
@@ -201,24 +270,51 @@ def test_planted_faults_are_named(tmp_path, name):
 def test_the_loops_that_were_changed_by_four_lines_are_exact(name, tmp_path):
     ranks = "1" if name == "gan" else "2"
     loop = str(REPO / "tests" / "loops" / f"{name}.py")
-    done = run(harness("drill", "--nproc-per-node", ranks, "--faults", "6", loop), cwd=tmp_path, limit_s=1200)
+    done = run(
+        harness("drill", "--nproc-per-node", ranks, "--faults", "6", loop),
+        cwd=tmp_path,
+        limit_s=1200,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "equal, bit for bit" in done.stdout
 
 
 @pytest.mark.slow
 def test_a_drill_is_one_job_of_slurm(tmp_path, slurm: SlurmCluster):
-    (tmp_path / "my_loop.py").write_text(PROGRAM.format(planted="pass", data="TensorDataset", where=WHERE))
-    options = ("--drill", "--steps 32 --faults 2 --kinds kill,sigterm", "--procs-per-node", "2", "--time", "01:00:00", "--partition", "low")
-    done = run(harness("submit", *options, "run.dir=runs/a", "my_loop.py", "0.05"), cwd=tmp_path, env=slurm.environment)
+    (tmp_path / "my_loop.py").write_text(
+        PROGRAM.format(planted="pass", data="TensorDataset", where=WHERE)
+    )
+    options = (
+        "--drill",
+        "--steps 32 --faults 2 --kinds kill,sigterm",
+        "--procs-per-node",
+        "2",
+        "--time",
+        "01:00:00",
+        "--partition",
+        "low",
+    )
+    done = run(
+        harness("submit", *options, "run.dir=runs/a", "my_loop.py", "0.05"),
+        cwd=tmp_path,
+        env=slurm.environment,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     job = done.stdout.split()[1].rstrip(":")
-    assert slurm.wait_for(job, limit_s=400) == "COMPLETED", (tmp_path / f"runs/a/logs/slurm-{job}.out").read_text()
-    assert "equal, bit for bit: 32 steps, 2 faults" in (tmp_path / f"runs/a/logs/slurm-{job}.out").read_text()
+    assert slurm.wait_for(job, limit_s=400) == "COMPLETED", (
+        tmp_path / f"runs/a/logs/slurm-{job}.out"
+    ).read_text()
+    assert (
+        "equal, bit for bit: 32 steps, 2 faults"
+        in (tmp_path / f"runs/a/logs/slurm-{job}.out").read_text()
+    )
     assert not (tmp_path / "runs/a/attempts").exists() and not (tmp_path / "elsewhere").exists()
 
 
 def test_a_drill_on_several_nodes_is_refused(tmp_path):
     (tmp_path / "my_loop.py").write_text("pass")
-    done = run(harness("submit", "--drill", "--dry-run", "--nodes", "2", "run.dir=runs/a", "my_loop.py"), cwd=tmp_path)
+    done = run(
+        harness("submit", "--drill", "--dry-run", "--nodes", "2", "run.dir=runs/a", "my_loop.py"),
+        cwd=tmp_path,
+    )
     assert done.returncode == 78 and "a drill is for one node" in done.stderr, done

@@ -1,4 +1,5 @@
-"""What others get of a trained model: each format loads by the lines that the command prints, where no harness is, and answers alike."""
+"""What others get of a trained model: each format loads by the lines that the command prints, where
+no harness is, and answers alike."""
 
 from __future__ import annotations
 
@@ -44,18 +45,32 @@ from harness.errors import DamagedError, UsageError
 from harness.exchange.compare import differences
 from harness.store import LocalStore
 
-pytestmark = [pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning"), pytest.mark.usefixtures("process_as_it_was")]
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning"),
+    pytest.mark.usefixtures("process_as_it_was"),
+]
 FORMATS = ("weights", "full", "module", "safetensors", "torchscript", "exported")
 SHORT = (
-    "train.max_steps=6", "train.global_batch_size=8", "checkpoint.every_steps=2", "checkpoint.every_s=null", "checkpoint.keep_last=9",
-    "eval.every_steps=2", "eval.batch_size=8", "checkpoint.best=val_loss:max",
-)  # fmt: skip
-ENCODER = "torch.nn.Linear(6, {0}), torch.nn.BatchNorm1d({0}), torch.nn.Tanh(), torch.nn.Dropout(0.5)"
+    "train.max_steps=6",
+    "train.global_batch_size=8",
+    "checkpoint.every_steps=2",
+    "checkpoint.every_s=null",
+    "checkpoint.keep_last=9",
+    "eval.every_steps=2",
+    "eval.batch_size=8",
+    "checkpoint.best=val_loss:max",
+)
+ENCODER = (
+    "torch.nn.Linear(6, {0}), torch.nn.BatchNorm1d({0}), torch.nn.Tanh(), torch.nn.Dropout(0.5)"
+)
 MAKE = {  # what whoever follows the printed lines puts in the place of `…`
-    "model": f"torch.nn.Sequential({ENCODER.format(16)}, torch.nn.Linear(16, 3))", "encoder": f"torch.nn.Sequential({ENCODER.format(8)})",
-    "optimizer": "torch.optim.SGD(model.parameters(), lr=1.0)", "head": "torch.nn.Linear(8, 3)",
-    "encoder_optimizer": "torch.optim.AdamW(encoder.parameters())", "head_optimizer": "torch.optim.SGD(head.parameters(), lr=1.0)",
-}  # fmt: skip
+    "model": f"torch.nn.Sequential({ENCODER.format(16)}, torch.nn.Linear(16, 3))",
+    "encoder": f"torch.nn.Sequential({ENCODER.format(8)})",
+    "optimizer": "torch.optim.SGD(model.parameters(), lr=1.0)",
+    "head": "torch.nn.Linear(8, 3)",
+    "encoder_optimizer": "torch.optim.AdamW(encoder.parameters())",
+    "head_optimizer": "torch.optim.SGD(head.parameters(), lr=1.0)",
+}
 OF_ENCODER = {
     "model": MAKE["encoder"], "encoder_optimizer": "torch.optim.AdamW(model.parameters())",
     "head_optimizer": "torch.optim.SGD(torch.nn.Linear(8, 3).parameters(), lr=1.0)",
@@ -100,7 +115,8 @@ def pair(runs: Runs) -> Path:
 
 
 def command(*arguments: object) -> SimpleNamespace:
-    """A command of the `harness` program, in this process: exit code, what it printed, and what it complained of."""
+    """A command of the `harness` program, in this process: exit code, what it printed, and what it
+    complained of."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
@@ -113,7 +129,13 @@ def command(*arguments: object) -> SimpleNamespace:
 def confirmed(arguments: tuple[object, ...]) -> list[str]:
     """These runs are of tasks of the tests' own, which a file may not name by itself."""
     is_code = {"module", "torchscript", "exported"} & set(arguments)
-    return ["--trust"] if is_code and "--trust" not in arguments and not any(str(a).startswith("task.name") for a in arguments) else []
+    return (
+        ["--trust"]
+        if is_code
+        and "--trust" not in arguments
+        and not any(str(a).startswith("task.name") for a in arguments)
+        else []
+    )
 
 
 def load_model(source: object, *given: Any, **named: Any) -> Any:
@@ -127,12 +149,15 @@ def export(*arguments: object) -> SimpleNamespace:
 
 
 def refused(folder: Path, codes: tuple[int, ...], *arguments: object, words: str = "") -> str:
-    """An export that ends in words, once, with the right code, and neither writes nor changes a thing."""
+    """An export that ends in words, once, with the right code, and neither writes nor changes a
+    thing."""
     before = contents(folder)
     answer = command("export", *arguments, *confirmed(arguments))
     assert answer.code in codes, f"exit code {answer.code}\n{answer.out}{answer.err}"
     errors = [line for line in answer.err.splitlines() if line.startswith("harness: error: ")]
-    assert len(errors) == 1 and len(errors[0]) < 400 and "Traceback" not in answer.err + answer.out, answer.err
+    assert (
+        len(errors) == 1 and len(errors[0]) < 400 and "Traceback" not in answer.err + answer.out
+    ), answer.err
     assert re.search(words, answer.err), answer.err
     assert contents(folder) == before
     return str(answer.err)
@@ -143,18 +168,25 @@ def contents(folder: Path) -> dict[str, object]:
     found: dict[str, object] = {}
     for path in sorted(folder.rglob("*")):
         whole = path.is_file() and not path.is_symlink()
-        found[str(path)] = hashlib.sha256(path.read_bytes()).hexdigest() if whole else (os.lstat(path).st_mode, os.lstat(path).st_ino)
+        found[str(path)] = (
+            hashlib.sha256(path.read_bytes()).hexdigest()
+            if whole
+            else (os.lstat(path).st_mode, os.lstat(path).st_ino)
+        )
     return found
 
 
 def code_in(printed: str, make: Mapping[str, str] = MAKE) -> list[str]:
-    """The lines of Python among those that the command printed, with `…` filled in by whoever follows them."""
+    """The lines of Python among those that the command printed, with `…` filled in by whoever
+    follows them."""
     found = []
     for line in printed.splitlines():
         line = re.sub(r"^(\w+) = …", lambda match: f"{match[1]} = {make[match[1]]}", line)
         with contextlib.suppress(SyntaxError):
             body = ast.parse(line).body
-            if body and (isinstance(body[0], ast.Assign | ast.ImportFrom | ast.Import) or "(" in line):
+            if body and (
+                isinstance(body[0], ast.Assign | ast.ImportFrom | ast.Import) or "(" in line
+            ):
                 found.append(line)
     return found
 
@@ -166,7 +198,9 @@ def manifests(directory: Path) -> list[Any]:
 
 def payload_of(directory: Path, step: int | None = None) -> dict[str, Any]:
     """What is in the checkpoint of a step, by torch alone."""
-    files = sorted(directory.glob("checkpoints/*.pt" if step is None else f"checkpoints/step_{step:08d}-*.pt"))
+    files = sorted(
+        directory.glob("checkpoints/*.pt" if step is None else f"checkpoints/step_{step:08d}-*.pt")
+    )
     return torch.load(files[-1], weights_only=True)  # type: ignore[no-any-return]
 
 
@@ -183,7 +217,7 @@ def close(a: object, b: object) -> None:
     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
-# --- loaded where there is no harness, by the lines that are printed -----------------------------------------------------------------
+# --- loaded where there is no harness, by the lines that are printed ------------------------------
 
 READER = """
 import json, os, sys
@@ -207,35 +241,79 @@ for job in json.load(open("jobs.json")):
             names["x"] = x[:size]
             with torch.no_grad():
                 answers.append(eval(job["call"], names))
-        kept = {name: names[name].state_dict() for name in job["keep"]} | {"epoch": names.get("epoch"), "loss": names.get("loss")}
+        kept = {name: names[name].state_dict() for name in job["keep"]} | {
+            "epoch": names.get("epoch"), "loss": names.get("loss")
+        }
         torch.save((None, answers, kept), job["out"])
     except Exception as error:
         torch.save((f"{type(error).__name__}: {error}", [], {}), job["out"])
 """
 JOBS = [  # name, run, arguments of the export, sizes of batches, the call
     *[(format, "averaged", ("--format", format), (48, 1, 3), "model(x)") for format in FORMATS],
-    *[(f"legacy {format}", "averaged", ("--format", format, "--legacy"), (48,), "model(x)") for format in ("weights", "full", "module")],
-    *[(f"averages {format}", "averaged", ("--ema", "--format", format), (48,), "model(x)") for format in FORMATS if format != "full"],
-    *[(f"pair {format}", "pair", ("--format", format), (48,), "head(encoder(x))") for format in ("weights", "full")],
-    *[(f"encoder {format}", "pair", ("--format", format, "--module", "encoder"), (48,), "model(x)") for format in FORMATS],
+    *[
+        (f"legacy {format}", "averaged", ("--format", format, "--legacy"), (48,), "model(x)")
+        for format in ("weights", "full", "module")
+    ],
+    *[
+        (f"averages {format}", "averaged", ("--ema", "--format", format), (48,), "model(x)")
+        for format in FORMATS
+        if format != "full"
+    ],
+    *[
+        (f"pair {format}", "pair", ("--format", format), (48,), "head(encoder(x))")
+        for format in ("weights", "full")
+    ],
+    *[
+        (
+            f"encoder {format}",
+            "pair",
+            ("--format", format, "--module", "encoder"),
+            (48,),
+            "model(x)",
+        )
+        for format in FORMATS
+    ],
     ("module of a class", "net", ("--format", "module"), (48,), "model(x)"),
-    *[(f"tied {format}", "tied", ("--format", format), (48, 3), "model(x)") for format in FORMATS[-2:]],
-    *[(f"keyed {format}", "keyed", ("--format", format), (1, 3, 8), "model(points=x, scale=x[:, 0])") for format in ("exported",)],
-    *[(f"pairs {format}", "pairs", ("--format", format), (1, 3, 8), "model(x, x[:, 0])") for format in FORMATS[-2:]],
-    *[(f"mixed {format}", "mixed", ("--format", format), (1, 3, 8), "model(x, scale=x[:, 0])") for format in FORMATS[-2:]],
+    *[
+        (f"tied {format}", "tied", ("--format", format), (48, 3), "model(x)")
+        for format in FORMATS[-2:]
+    ],
+    *[
+        (
+            f"keyed {format}",
+            "keyed",
+            ("--format", format),
+            (1, 3, 8),
+            "model(points=x, scale=x[:, 0])",
+        )
+        for format in ("exported",)
+    ],
+    *[
+        (f"pairs {format}", "pairs", ("--format", format), (1, 3, 8), "model(x, x[:, 0])")
+        for format in FORMATS[-2:]
+    ],
+    *[
+        (f"mixed {format}", "mixed", ("--format", format), (1, 3, 8), "model(x, scale=x[:, 0])")
+        for format in FORMATS[-2:]
+    ],
     ("traced torchscript", "traced", ("--format", "torchscript"), (1, 3, 8), "model(x)"),
     ("branching torchscript", "branching", ("--format", "torchscript"), (1, 3, 8), "model(x)"),
-]  # fmt: skip
+]
 ENDINGS = {"module": "pth", "safetensors": "safetensors", "torchscript": "ts", "exported": "pt2"}
 
 
 @pytest.fixture(scope="module")
-def read(runs: Runs, averaged: Path, pair: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, SimpleNamespace]:
-    """Every export of JOBS, and what a process made of it that knows nothing but torch: one for all, as starting one takes seconds."""
+def read(
+    runs: Runs, averaged: Path, pair: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, SimpleNamespace]:
+    """Every export of JOBS, and what a process made of it that knows nothing but torch: one for
+    all, as starting one takes seconds."""
     folder, found, jobs = tmp_path_factory.mktemp("out"), {}, []
     for name, kind, arguments, sizes, call in JOBS:
         source = {"averaged": averaged, "pair": pair}.get(kind) or runs(kind)
-        format = arguments[arguments.index("--format") + 1] if "--format" in arguments else "weights"
+        format = (
+            arguments[arguments.index("--format") + 1] if "--format" in arguments else "weights"
+        )
         out = folder / f"{name.replace(' ', '-')}.{ENDINGS.get(format, 'pt')}"
         with undone():
             exported = command("export", source, out, *arguments, *confirmed(arguments))
@@ -243,12 +321,31 @@ def read(runs: Runs, averaged: Path, pair: Path, tmp_path_factory: pytest.TempPa
         lines = code_in(exported.out, MAKE | own)
         keep = [match[1] for line in lines if (match := re.match(r"(\w+)\.load_state_dict", line))]
         answer = folder / f"{len(jobs)}.answer"
-        jobs.append({"name": name, "folder": str(folder), "lines": lines, "sizes": sizes, "call": call, "keep": keep, "out": str(answer)})
-        found[name] = SimpleNamespace(file=out, run=source, printed=exported, lines=lines, answer=answer, sizes=sizes)
+        jobs.append(
+            {
+                "name": name,
+                "folder": str(folder),
+                "lines": lines,
+                "sizes": sizes,
+                "call": call,
+                "keep": keep,
+                "out": str(answer),
+            }
+        )
+        found[name] = SimpleNamespace(
+            file=out, run=source, printed=exported, lines=lines, answer=answer, sizes=sizes
+        )
     place = tmp_path_factory.mktemp("reader")
     torch.save(INPUT, place / "input.pt")
     (place / "jobs.json").write_text(json.dumps(jobs))
-    done = subprocess.run([sys.executable, "-I", "-c", READER], cwd=place, env=ENVIRONMENT, capture_output=True, text=True, timeout=180)
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", READER],
+        cwd=place,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     said = dict(part.partition("\n")[::2] for part in done.stderr.split("--- ")[1:])
     for name, each in found.items():
@@ -264,24 +361,31 @@ def checked(each: SimpleNamespace) -> SimpleNamespace:
 
 
 def expected(model: nn.Module, each: SimpleNamespace) -> None:
-    """That it answers as the harness's own model does, which Dropout and BatchNorm only let it do in eval mode."""
+    """That it answers as the harness's own model does, which Dropout and BatchNorm only let it do
+    in eval mode."""
     assert not any(part.training for part in model.modules())
     for size, answer in zip(each.sizes, each.answers, strict=True):
         close(answer, answers_of(model, INPUT[:size]))
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_it_loads_by_the_printed_lines_where_no_harness_is(format: str, read: dict[str, SimpleNamespace]) -> None:
+def test_it_loads_by_the_printed_lines_where_no_harness_is(
+    format: str, read: dict[str, SimpleNamespace]
+) -> None:
     each = checked(read[format])
     model = load_model(str(each.run))
     expected(model, each)
     model.train()
-    assert not torch.allclose(answers_of(model), each.answers[0]), "the mode makes no difference, so nothing was proved"
+    assert not torch.allclose(answers_of(model), each.answers[0]), (
+        "the mode makes no difference, so nothing was proved"
+    )
     assert f"wrote {each.file}" in each.printed.out and each.said == ""
 
 
 @pytest.mark.parametrize("format", ["weights", "full", "module"])
-def test_the_older_format_is_what_pytorch_before_1_6_wrote(format: str, read: dict[str, SimpleNamespace]) -> None:
+def test_the_older_format_is_what_pytorch_before_1_6_wrote(
+    format: str, read: dict[str, SimpleNamespace]
+) -> None:
     each = checked(read[f"legacy {format}"])
     expected(load_model(str(each.run)), each)
     assert not zipfile.is_zipfile(each.file) and zipfile.is_zipfile(read[format].file)
@@ -293,14 +397,19 @@ def test_averaged_weights_are_exported(format: str, read: dict[str, SimpleNamesp
     each = checked(read[f"averages {format}"])
     model = load_model(str(each.run), ema=True)
     expected(model, each)
-    assert not torch.allclose(answers_of(load_model(str(each.run))), each.answers[0]), "these are not the averages"
+    assert not torch.allclose(answers_of(load_model(str(each.run))), each.answers[0]), (
+        "these are not the averages"
+    )
     assert same(dict(model.state_dict()), payload_of(each.run)["ema_state_dict"])
 
 
 def test_weights_are_the_plain_state_dict(read: dict[str, SimpleNamespace]) -> None:
     each = read["weights"]
     held = torch.load(each.file, weights_only=True)
-    assert same(held, payload_of(each.run)["model_state_dict"]) and held._metadata == sequential().state_dict()._metadata
+    assert (
+        same(held, payload_of(each.run)["model_state_dict"])
+        and held._metadata == sequential().state_dict()._metadata
+    )
     assert same(each.kept["model"], held)
     assert "eval()" in each.printed.out
 
@@ -309,15 +418,27 @@ def test_full_is_the_checkpoint_of_the_tutorial(read: dict[str, SimpleNamespace]
     each = checked(read["full"])
     held, payload = torch.load(each.file, weights_only=True), payload_of(each.run)
     assert set(held) == {"epoch", "model_state_dict", "optimizer_state_dict", "loss"}
-    assert held["epoch"] == payload["epoch"] == each.kept["epoch"] and held["loss"] == payload["loss"] == each.kept["loss"]
-    assert same(held["optimizer_state_dict"], payload["optimizer_state_dict"]) and held["optimizer_state_dict"]["state"]
+    assert (
+        held["epoch"] == payload["epoch"] == each.kept["epoch"]
+        and held["loss"] == payload["loss"] == each.kept["loss"]
+    )
+    assert (
+        same(held["optimizer_state_dict"], payload["optimizer_state_dict"])
+        and held["optimizer_state_dict"]["state"]
+    )
     assert same(each.kept["optimizer"], payload["optimizer_state_dict"])
 
 
-def test_the_module_comes_with_a_warning_and_needs_its_code(read: dict[str, SimpleNamespace]) -> None:
+def test_the_module_comes_with_a_warning_and_needs_its_code(
+    read: dict[str, SimpleNamespace],
+) -> None:
     each = read["module of a class"]
     assert each.printed.code == 0 and "export_task" in each.error, each.error
-    assert "WARNING" in each.printed.out and "code" in each.printed.out and "--format weights" in each.printed.out
+    assert (
+        "WARNING" in each.printed.out
+        and "code" in each.printed.out
+        and "--format weights" in each.printed.out
+    )
     model = torch.load(each.file, weights_only=False)
     assert type(model) is Net and not any(part.training for part in model.modules())
     close(answers_of(model), answers_of(load_model(str(each.run))))
@@ -328,13 +449,22 @@ def test_safetensors_carry_where_they_come_from(read: dict[str, SimpleNamespace]
     newest = manifests(each.run)[-1]
     with safetensors.safe_open(each.file, "pt") as opened:
         facts = opened.metadata()
-    assert facts["format"] == "pt" and facts["run"] == newest.run_id and facts["step"] == "6" and facts["epoch"] == str(newest.epoch)
+    assert (
+        facts["format"] == "pt"
+        and facts["run"] == newest.run_id
+        and facts["step"] == "6"
+        and facts["epoch"] == str(newest.epoch)
+    )
     assert float(facts["loss"]) == newest.loss
-    assert same(safetensors.torch.load_file(each.file), dict(payload_of(each.run)["model_state_dict"]))
+    assert same(
+        safetensors.torch.load_file(each.file), dict(payload_of(each.run)["model_state_dict"])
+    )
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_one_of_several_modules_is_exported_by_its_name(format: str, read: dict[str, SimpleNamespace]) -> None:
+def test_one_of_several_modules_is_exported_by_its_name(
+    format: str, read: dict[str, SimpleNamespace]
+) -> None:
     each = checked(read[f"encoder {format}"])
     expected(load_model(str(each.run), module="encoder"), each)
 
@@ -353,21 +483,33 @@ def test_several_modules_go_into_one_file(format: str, read: dict[str, SimpleNam
 
 
 @pytest.mark.parametrize("format", ["module", "safetensors", "torchscript", "exported"])
-def test_what_holds_one_module_asks_which_of_several(format: str, pair: Path, tmp_path: Path) -> None:
+def test_what_holds_one_module_asks_which_of_several(
+    format: str, pair: Path, tmp_path: Path
+) -> None:
     words = refused(tmp_path, (78,), pair, tmp_path / "x.pt2", "--format", format)
     assert "encoder, head" in words and "--module" in words
-    assert "nobody" in refused(tmp_path, (78,), pair, tmp_path / "x.pt2", "--format", format, "--module", "nobody")
+    assert "nobody" in refused(
+        tmp_path, (78,), pair, tmp_path / "x.pt2", "--format", format, "--module", "nobody"
+    )
 
 
-# --- programs: TorchScript and torch.export ------------------------------------------------------------------------------------------
+# --- programs: TorchScript and torch.export -------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["keyed exported", "pairs exported", "mixed exported", "tied exported"])
-def test_a_program_of_torch_export_takes_batches_of_any_size(name: str, read: dict[str, SimpleNamespace]) -> None:
+@pytest.mark.parametrize(
+    "name", ["keyed exported", "pairs exported", "mixed exported", "tied exported"]
+)
+def test_a_program_of_torch_export_takes_batches_of_any_size(
+    name: str, read: dict[str, SimpleNamespace]
+) -> None:
     """And arguments by position and by keyword, and returns dicts and tuples."""
     each = checked(read[name])
     model = load_model(str(each.run))
-    calls = {"keyed": lambda x: model(points=x, scale=x[:, 0]), "pairs": lambda x: model(x, x[:, 0]), "tied": model}
+    calls = {
+        "keyed": lambda x: model(points=x, scale=x[:, 0]),
+        "pairs": lambda x: model(x, x[:, 0]),
+        "tied": model,
+    }
     calls["mixed"] = lambda x: model(x, scale=x[:, 0])
     assert len(each.answers) == len(each.sizes)
     for size, answer in zip(each.sizes, each.answers, strict=True):
@@ -376,7 +518,9 @@ def test_a_program_of_torch_export_takes_batches_of_any_size(name: str, read: di
 
 
 @pytest.mark.parametrize("name", ["pairs", "mixed", "tied", "traced", "branching"])
-def test_torchscript_is_scripted_or_else_traced_and_said_to_be_old(name: str, read: dict[str, SimpleNamespace]) -> None:
+def test_torchscript_is_scripted_or_else_traced_and_said_to_be_old(
+    name: str, read: dict[str, SimpleNamespace]
+) -> None:
     each = checked(read[f"{name} torchscript"])
     model = load_model(str(each.run))
     calls = {"pairs": lambda x: model(x, x[:, 0]), "mixed": lambda x: model(x, scale=x[:, 0])}
@@ -399,27 +543,45 @@ def test_a_scripted_branch_is_kept_on_both_sides(read: dict[str, SimpleNamespace
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sizing", "leaning"])
-def test_a_trace_that_answers_another_batch_wrongly_is_not_kept(kind: str, runs: Runs, tmp_path: Path) -> None:
+def test_a_trace_that_answers_another_batch_wrongly_is_not_kept(
+    kind: str, runs: Runs, tmp_path: Path
+) -> None:
     words = refused(tmp_path, (1, 78), runs(kind), tmp_path / "x.ts", "--format", "torchscript")
     assert "answer" in words
 
 
 @pytest.mark.parametrize("format", ["torchscript", "exported"])
-def test_a_model_that_is_random_cannot_be_checked_and_is_not_kept(format: str, runs: Runs, tmp_path: Path) -> None:
-    assert "does not answer as the module does" in refused(tmp_path, (1,), runs("random"), tmp_path / "x.pt2", "--format", format)
+def test_a_model_that_is_random_cannot_be_checked_and_is_not_kept(
+    format: str, runs: Runs, tmp_path: Path
+) -> None:
+    assert "does not answer as the module does" in refused(
+        tmp_path, (1,), runs("random"), tmp_path / "x.pt2", "--format", format
+    )
 
 
 @pytest.mark.slow
 def test_a_program_for_one_size_of_batch_says_so(runs: Runs, tmp_path: Path) -> None:
     for format in ("torchscript", "exported"):
-        assert "exactly 8" in export(runs("fixed"), tmp_path / f"{format}.pt2", "--format", format).out
+        assert (
+            "exactly 8" in export(runs("fixed"), tmp_path / f"{format}.pt2", "--format", format).out
+        )
     model = load_model(str(runs("fixed")))
-    close(answers_of(torch.jit.load(tmp_path / "torchscript.pt2"), INPUT[:8]), answers_of(model, INPUT[:8]))
-    close(answers_of(torch.export.load(tmp_path / "exported.pt2").module(), INPUT[:8]), answers_of(model, INPUT[:8]))
+    close(
+        answers_of(torch.jit.load(tmp_path / "torchscript.pt2"), INPUT[:8]),
+        answers_of(model, INPUT[:8]),
+    )
+    close(
+        answers_of(torch.export.load(tmp_path / "exported.pt2").module(), INPUT[:8]),
+        answers_of(model, INPUT[:8]),
+    )
 
 
-def test_few_held_out_samples_do_not_make_the_batch_size_fixed_unsaid(runs: Runs, tmp_path: Path) -> None:
-    told = export(runs("net", "task.args.held_out=5"), tmp_path / "x.pt2", "--format", "exported").out
+def test_few_held_out_samples_do_not_make_the_batch_size_fixed_unsaid(
+    runs: Runs, tmp_path: Path
+) -> None:
+    told = export(
+        runs("net", "task.args.held_out=5"), tmp_path / "x.pt2", "--format", "exported"
+    ).out
     loaded = torch.export.load(tmp_path / "x.pt2").module()
     model = load_model(str(runs("net", "task.args.held_out=5")))
     if "several sizes" in told:
@@ -441,26 +603,39 @@ def test_few_held_out_samples_do_not_make_the_batch_size_fixed_unsaid(runs: Runs
         ("tuples", "exported"),
     ],
 )
-def test_what_cannot_be_a_program_is_refused_in_words(kind: str, format: str, runs: Runs, tmp_path: Path) -> None:
+def test_what_cannot_be_a_program_is_refused_in_words(
+    kind: str, format: str, runs: Runs, tmp_path: Path
+) -> None:
     refused(tmp_path, (1, 78), runs(kind), tmp_path / "x.pt2", "--format", format)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["branching", pytest.param("hopeless", marks=pytest.mark.slow)])
 def test_torch_export_refuses_in_a_few_lines(kind: str, runs: Runs, tmp_path: Path) -> None:
-    """In a process of its own: torch writes pages to the standard error that it found when it was imported."""
-    done = run(program("export", str(runs(kind)), str(tmp_path / "x.pt2"), "--format", "exported", "--trust"), cwd=tmp_path)
+    """In a process of its own: torch writes pages to the standard error that it found when it was
+    imported."""
+    done = run(
+        program(
+            "export", str(runs(kind)), str(tmp_path / "x.pt2"), "--format", "exported", "--trust"
+        ),
+        cwd=tmp_path,
+    )
     assert done.returncode == 78 and done.stdout == "" and list(tmp_path.iterdir()) == []
-    assert len(done.stderr.splitlines()) <= 5 and done.stderr.startswith("harness: error: "), done.stderr
+    assert len(done.stderr.splitlines()) <= 5 and done.stderr.startswith("harness: error: "), (
+        done.stderr
+    )
     assert "cannot be exported" in done.stderr and "https://docs.pytorch.org" in done.stderr
 
 
 def test_a_module_that_cannot_be_pickled_is_refused_in_words(runs: Runs, tmp_path: Path) -> None:
-    assert "cannot be pickled" in refused(tmp_path, (78,), runs("locked"), tmp_path / "x.pt", "--format", "module")
+    assert "cannot be pickled" in refused(
+        tmp_path, (78,), runs("locked"), tmp_path / "x.pt", "--format", "module"
+    )
     assert export(runs("locked"), tmp_path / "y.pt").code == 0
 
 
-CPP = r"""
+CPP = (
+    r"""
 #include <torch/script.h>
 #include <fstream>
 #include <iomanip>
@@ -468,17 +643,21 @@ CPP = r"""
 int main(int count, char** given) {  // INPUT ROWS COLUMNS FILE…
     const int64_t rows = std::stoll(given[2]), columns = std::stoll(given[3]);
     std::vector<float> numbers(rows * columns);
-    std::ifstream(given[1], std::ios::binary).read(reinterpret_cast<char*>(numbers.data()), numbers.size() * sizeof(float));
+    std::ifstream(given[1], std::ios::binary)"""
+    r""".read(reinterpret_cast<char*>(numbers.data()), numbers.size() * sizeof(float));
     torch::NoGradGuard no_grad;
     for (int at = 4; at < count; at++) {
         torch::jit::Module model = torch::jit::load(given[at]);
-        const at::Tensor answer = model.forward({torch::from_blob(numbers.data(), {rows, columns})}).toTensor().contiguous();
+        const at::Tensor answer = model"""
+    r""".forward({torch::from_blob(numbers.data(), {rows, columns})}).toTensor().contiguous();
         std::cout << std::setprecision(9) << model.is_training();
-        for (int64_t i = 0; i < answer.numel(); i++) std::cout << ' ' << answer.data_ptr<float>()[i];
+        for (int64_t i = 0; i < answer.numel(); i++) std::cout"""
+    r""" << ' ' << answer.data_ptr<float>()[i];
         std::cout << '\n';
     }
 }
 """
+)
 
 
 @pytest.mark.slow
@@ -494,7 +673,14 @@ def test_torchscript_runs_in_cpp(read: dict[str, SimpleNamespace], tmp_path: Pat
         f"-I{home}/include/torch/csrc/api/include",
         f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
     ]
-    libraries = [f"-L{home}/lib", f"-Wl,-rpath,{home}/lib", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10"]
+    libraries = [
+        f"-L{home}/lib",
+        f"-Wl,-rpath,{home}/lib",
+        "-Wl,--no-as-needed",
+        "-ltorch",
+        "-ltorch_cpu",
+        "-lc10",
+    ]
     line = [compiler, "-std=c++20", "-w", *flags, "main.cpp", "-o", "main", *libraries]
     made = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=500)
     assert made.returncode == 0, made.stderr
@@ -503,21 +689,29 @@ def test_torchscript_runs_in_cpp(read: dict[str, SimpleNamespace], tmp_path: Pat
     (tmp_path / "input").write_bytes(x.numpy().tobytes())
     files = [str(checked(read[name]).file) for name in names]
     done = subprocess.run(
-        [str(tmp_path / "main"), "input", *map(str, x.shape), *files], cwd=tmp_path, capture_output=True, text=True, timeout=120
+        [str(tmp_path / "main"), "input", *map(str, x.shape), *files],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert done.returncode == 0, done.stderr
     for name, printed in zip(names, done.stdout.splitlines(), strict=True):
         training, *numbers = printed.split()
         model = load_model(str(read[name].run), ema=name.startswith("averages"))
-        close(torch.tensor([float(number) for number in numbers]).view(8, CLASSES), answers_of(model, x))
+        close(
+            torch.tensor([float(number) for number in numbers]).view(8, CLASSES),
+            answers_of(model, x),
+        )
         assert training == "0"
 
 
-# --- which checkpoint, from where, and to where --------------------------------------------------------------------------------------
+# --- which checkpoint, from where, and to where ---------------------------------------------------
 
 
 def test_any_checkpoint_of_a_run_can_be_chosen(averaged: Path, tmp_path: Path) -> None:
-    """The best is the one with the greatest val_loss, which is the first: so it is not the newest."""
+    """The best is the one with the greatest val_loss, which is the first: so it is not the
+    newest."""
     found = {manifest.step: manifest for manifest in manifests(averaged)}
     best = max(found.values(), key=lambda manifest: manifest.metrics["val_loss"])
     assert sorted(found) == [2, 4, 6] and best.step != 6
@@ -528,8 +722,13 @@ def test_any_checkpoint_of_a_run_can_be_chosen(averaged: Path, tmp_path: Path) -
         assert same(dict(load_model(str(averaged), which).state_dict()), held)
     for ending in ("pt", "json"):
         export(averaged / f"checkpoints/step_00000004-0001.{ending}", tmp_path / ending)
-        assert same(torch.load(tmp_path / ending, weights_only=True), payload_of(averaged, 4)["model_state_dict"])
-    assert not same(payload_of(averaged, 4)["model_state_dict"], payload_of(averaged, 6)["model_state_dict"])
+        assert same(
+            torch.load(tmp_path / ending, weights_only=True),
+            payload_of(averaged, 4)["model_state_dict"],
+        )
+    assert not same(
+        payload_of(averaged, 4)["model_state_dict"], payload_of(averaged, 6)["model_state_dict"]
+    )
     out = tmp_path / "x"
     assert "6, 4, 2" in refused(tmp_path, (78,), averaged, out, "--which", "3")
     assert "newest" in refused(tmp_path, (78,), averaged, out, "--which", "first")
@@ -540,30 +739,47 @@ def test_any_checkpoint_of_a_run_can_be_chosen(averaged: Path, tmp_path: Path) -
 
 def test_the_library_writes_what_the_command_writes(averaged: Path, tmp_path: Path) -> None:
     words = harness.export(averaged, tmp_path / "a.pt")
-    assert words.replace("a.pt", "b.pt") in export(str(averaged), tmp_path / "b.pt").out and "model.eval()" in words
-    assert same(torch.load(tmp_path / "a.pt", weights_only=True), torch.load(tmp_path / "b.pt", weights_only=True))
+    assert (
+        words.replace("a.pt", "b.pt") in export(str(averaged), tmp_path / "b.pt").out
+        and "model.eval()" in words
+    )
+    assert same(
+        torch.load(tmp_path / "a.pt", weights_only=True),
+        torch.load(tmp_path / "b.pt", weights_only=True),
+    )
     with pytest.raises(UsageError, match="is there already"):
         harness.export(str(averaged), str(tmp_path / "a.pt"))
     harness.export(str(averaged), str(tmp_path / "a.pt"), "safetensors", which=2, overwrite=True)
-    assert same(safetensors.torch.load_file(tmp_path / "a.pt"), dict(payload_of(averaged, 2)["model_state_dict"]))
+    assert same(
+        safetensors.torch.load_file(tmp_path / "a.pt"),
+        dict(payload_of(averaged, 2)["model_state_dict"]),
+    )
     with pytest.raises(UsageError, match="there is no format 'onnx'"):
         harness.export(str(averaged), str(tmp_path / "c.pt"), "onnx")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.pt", "b.pt"], "something temporary was left"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.pt", "b.pt"], (
+        "something temporary was left"
+    )
 
 
-def test_what_is_there_is_replaced_only_by_force_and_only_by_something_whole(averaged: Path, tmp_path: Path) -> None:
+def test_what_is_there_is_replaced_only_by_force_and_only_by_something_whole(
+    averaged: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "x.pt"
     out.write_text("precious")
     assert "--force" in refused(tmp_path, (78,), averaged, out)
     refused(tmp_path, (78,), averaged, out, "--force", "--which", "5")
-    refused(tmp_path, (78,), averaged, out, "--force", "--format", "torchscript", "--module", "nobody")
+    refused(
+        tmp_path, (78,), averaged, out, "--force", "--format", "torchscript", "--module", "nobody"
+    )
     assert out.read_text() == "precious"
     export(averaged, out, "--force")
     assert same(torch.load(out, weights_only=True), payload_of(averaged)["model_state_dict"])
     assert list(tmp_path.iterdir()) == [out]
 
 
-def test_a_link_a_pipe_and_a_directory_are_not_replaced_unasked(averaged: Path, tmp_path: Path) -> None:
+def test_a_link_a_pipe_and_a_directory_are_not_replaced_unasked(
+    averaged: Path, tmp_path: Path
+) -> None:
     (tmp_path / "target").write_text("precious")
     (tmp_path / "link").symlink_to(tmp_path / "target")
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
@@ -587,13 +803,17 @@ def test_a_link_a_pipe_and_a_directory_are_not_replaced_unasked(averaged: Path, 
         ("nix://a/b", "nix"),
     ],
 )
-def test_a_place_that_is_none_is_refused(out: str, words: str, averaged: Path, tmp_path: Path) -> None:
+def test_a_place_that_is_none_is_refused(
+    out: str, words: str, averaged: Path, tmp_path: Path
+) -> None:
     (tmp_path / "file.txt").write_text("x")
     refused(tmp_path, (78,), averaged, out, words=words)
 
 
 @pytest.mark.parametrize("name", ['it\'s a "model" \\n.pt', "modèle ☃.pt", "OUT.pt", "a b.pt"])
-def test_the_printed_lines_are_right_for_odd_names(name: str, averaged: Path, tmp_path: Path) -> None:
+def test_the_printed_lines_are_right_for_odd_names(
+    name: str, averaged: Path, tmp_path: Path
+) -> None:
     names: dict[str, Any] = {"torch": torch}
     exec("\n".join(code_in(export(averaged, tmp_path / name).out)), names)
     assert same(dict(names["model"].state_dict()), payload_of(averaged)["model_state_dict"])
@@ -618,7 +838,9 @@ def cloud(bucket: tuple[S3Server, str], monkeypatch: pytest.MonkeyPatch) -> tupl
 def upload(client: Any, bucket: str, directory: Path, prefix: str) -> str:
     for file in directory.rglob("*"):
         if file.is_file():
-            client.put_object(Bucket=bucket, Key=f"{prefix}/{file.relative_to(directory)}", Body=file.read_bytes())
+            client.put_object(
+                Bucket=bucket, Key=f"{prefix}/{file.relative_to(directory)}", Body=file.read_bytes()
+            )
     return f"s3://{bucket}/{prefix}"
 
 
@@ -627,14 +849,18 @@ def keys(client: Any, bucket: str) -> list[str]:
 
 
 @pytest.mark.slow
-def test_it_goes_from_and_to_a_bucket(cloud: tuple[Any, str], averaged: Path, tmp_path: Path) -> None:
+def test_it_goes_from_and_to_a_bucket(
+    cloud: tuple[Any, str], averaged: Path, tmp_path: Path
+) -> None:
     client, bucket = cloud
     home = upload(client, bucket, averaged, "run")
     before = keys(client, bucket)
     weights = payload_of(averaged)["model_state_dict"]
 
     def held(key: str) -> Any:
-        return torch.load(io.BytesIO(client.get_object(Bucket=bucket, Key=key)["Body"].read()), weights_only=True)
+        return torch.load(
+            io.BytesIO(client.get_object(Bucket=bucket, Key=key)["Body"].read()), weights_only=True
+        )
 
     printed = export(averaged, f"s3://{bucket}/out/model.pt").out
     assert same(held("out/model.pt"), weights) and 'torch.load("model.pt"' in printed
@@ -642,27 +868,41 @@ def test_it_goes_from_and_to_a_bucket(cloud: tuple[Any, str], averaged: Path, tm
     export(home, f"s3://{bucket}/out/model.pt", "--which", "2", "--force")
     assert same(held("out/model.pt"), payload_of(averaged, 2)["model_state_dict"])
     export(f"{home}/checkpoints/step_00000004-0001.pt", tmp_path / "four.pt")
-    assert same(torch.load(tmp_path / "four.pt", weights_only=True), payload_of(averaged, 4)["model_state_dict"])
+    assert same(
+        torch.load(tmp_path / "four.pt", weights_only=True),
+        payload_of(averaged, 4)["model_state_dict"],
+    )
     export(f"s3://{bucket}/out/model.pt", tmp_path / "two.safetensors", "--format", "safetensors")
-    assert same(safetensors.torch.load_file(tmp_path / "two.safetensors"), dict(payload_of(averaged, 2)["model_state_dict"]))
+    assert same(
+        safetensors.torch.load_file(tmp_path / "two.safetensors"),
+        dict(payload_of(averaged, 2)["model_state_dict"]),
+    )
     export(averaged, f"s3://{bucket}/out/model.pt2", "--format", "exported")
     data = client.get_object(Bucket=bucket, Key="out/model.pt2")["Body"].read()
-    close(answers_of(torch.export.load(io.BytesIO(data)).module()), answers_of(load_model(averaged)))
+    close(
+        answers_of(torch.export.load(io.BytesIO(data)).module()), answers_of(load_model(averaged))
+    )
     loaded = load_model(home, "best")
     assert same(dict(loaded.state_dict()), dict(load_model(averaged, "best").state_dict()))
     refused(tmp_path, (78,), averaged, "s3://no-such-bucket-here/model.pt", words="no such bucket")
     refused(tmp_path, (74, 78), f"s3://{bucket}/nothing.pt", tmp_path / "x.pt")
-    assert sorted(keys(client, bucket)) == sorted([*before, *(f"out/model.{ending}" for ending in ("pt", "pt2"))])
+    assert sorted(keys(client, bucket)) == sorted(
+        [*before, *(f"out/model.{ending}" for ending in ("pt", "pt2"))]
+    )
 
 
-# --- whole or not at all --------------------------------------------------------------------------------------------------------------
+# --- whole or not at all --------------------------------------------------------------------------
 
-ROOMY = ("weights", "full", "module", "safetensors", "exported")  # what a full disk has stopped before its end
+# What a full disk has stopped before its end.
+ROOMY = ("weights", "full", "module", "safetensors", "exported")
 
 
 @pytest.mark.parametrize("room_kb", [0, 1, 100, 600, 900])
-def test_a_full_disk_leaves_nothing_and_is_said_in_words(room_kb: int, small_disk: Path, tmp_path: Path) -> None:
-    """The file takes 480 kB: with some room the temporary file is cut short, with more of it perhaps its copy."""
+def test_a_full_disk_leaves_nothing_and_is_said_in_words(
+    room_kb: int, small_disk: Path, tmp_path: Path
+) -> None:
+    """The file takes 480 kB: with some room the temporary file is cut short, with more of it
+    perhaps its copy."""
     torch.save({"weight": torch.randn(120_000)}, tmp_path / "big.pt")
     ballast = fill(small_disk)
     os.truncate(ballast, ballast.stat().st_size - 1024 * room_kb)
@@ -670,10 +910,16 @@ def test_a_full_disk_leaves_nothing_and_is_said_in_words(room_kb: int, small_dis
         out = small_disk / "out.pt"
         answer = command("export", tmp_path / "big.pt", out, "--format", format, *more)
         if answer.code == 0:
-            assert room_kb >= 500 and torch.equal(harness_weights(out)["weight"], torch.load(tmp_path / "big.pt")["weight"])
+            assert room_kb >= 500 and torch.equal(
+                harness_weights(out)["weight"], torch.load(tmp_path / "big.pt")["weight"]
+            )
             out.unlink()
         else:
-            assert answer.code in (1, 74, 78) and "Traceback" not in answer.err and re.search("(?i)space|full", answer.err), answer.err
+            assert (
+                answer.code in (1, 74, 78)
+                and "Traceback" not in answer.err
+                and re.search("(?i)space|full", answer.err)
+            ), answer.err
         assert list(small_disk.iterdir()) == [ballast]
 
 
@@ -688,22 +934,33 @@ import sys
 from harness import cli
 run, disk, *formats = sys.argv[1:]
 for format in formats:
-    print(format, cli.main(["export", run, f"{disk}/{format}.pt2", "--format", format, "--trust"]), flush=True)
+    print(
+        format,
+        cli.main(["export", run, f"{disk}/{format}.pt2", "--format", format, "--trust"]),
+        flush=True,
+    )
 """
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("is_full", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_a_full_disk_stops_no_format_other_than_in_words(is_full: bool, runs: Runs, small_disk: Path, tmp_path: Path) -> None:
-    """Full from the start, or too small. In a process of its own: torch's own writers can end one."""
+def test_a_full_disk_stops_no_format_other_than_in_words(
+    is_full: bool, runs: Runs, small_disk: Path, tmp_path: Path
+) -> None:
+    """Full from the start, or too small. In a process of its own: torch's own writers can end
+    one."""
     source = runs("net", "task.args.width=60000", "train.max_steps=1")
     ballast = fill(small_disk) if is_full else None
     done = run([sys.executable, "-c", DISK, str(source), str(small_disk), *FORMATS], cwd=tmp_path)
     codes = dict(line.split() for line in done.stdout.splitlines() if line.split()[0] in FORMATS)
     assert done.returncode == 0 and set(codes) == set(FORMATS), done.stdout + done.stderr
-    assert set(codes.values()) <= {"1", "74", "78"} and "Traceback" not in done.stderr, done.stdout + done.stderr
+    assert set(codes.values()) <= {"1", "74", "78"} and "Traceback" not in done.stderr, (
+        done.stdout + done.stderr
+    )
     errors = [line for line in done.stderr.splitlines() if line.startswith("harness: error: ")]
-    assert len(errors) == len(FORMATS) and len(re.findall("(?i)no space left|disk is full", done.stderr)) >= len(FORMATS), done.stderr
+    assert len(errors) == len(FORMATS) and len(
+        re.findall("(?i)no space left|disk is full", done.stderr)
+    ) >= len(FORMATS), done.stderr
     assert list(small_disk.iterdir()) == ([ballast] if ballast else [])
 
 
@@ -719,8 +976,11 @@ def torn(file: Path, wanted: torch.Tensor) -> bool:
 @pytest.mark.slow
 @pytest.mark.parametrize("format", ["weights", "safetensors"])
 @pytest.mark.parametrize("force", [False, True])
-def test_a_killed_export_leaves_nothing_or_all_of_it(format: str, force: bool, tmp_path: Path) -> None:
-    """Killed at some time after its temporary file has appeared; what was there before stays until something whole is in its place."""
+def test_a_killed_export_leaves_nothing_or_all_of_it(
+    format: str, force: bool, tmp_path: Path
+) -> None:
+    """Killed at some time after its temporary file has appeared; what was there before stays until
+    something whole is in its place."""
     chance = random.Random(f"{format} {force}")
     new, old = torch.randn(20_000_000), torch.randn(1000)
     torch.save({"weight": new}, tmp_path / "source.pt")
@@ -731,11 +991,22 @@ def test_a_killed_export_leaves_nothing_or_all_of_it(format: str, force: bool, t
         out = folder / "out"
         if force:
             torch.save({"weight": old}, out)
-        line = ["export", str(tmp_path / "source.pt"), str(out), "--format", format, *(["--force"] if force else [])]
+        line = [
+            "export",
+            str(tmp_path / "source.pt"),
+            str(out),
+            "--format",
+            format,
+            *(["--force"] if force else []),
+        ]
         process = start(program(*line), cwd=tmp_path)
         before = set(folder.iterdir())
         wait_until(
-            lambda folder=folder, before=before, p=process: set(folder.iterdir()) != before or p.poll() is not None, "a file", every_s=0.001
+            lambda folder=folder, before=before, p=process: (
+                set(folder.iterdir()) != before or p.poll() is not None
+            ),
+            "a file",
+            every_s=0.001,
         )
         time.sleep(chance.random() * 0.8)
         process.kill()
@@ -763,7 +1034,11 @@ def test_an_interrupted_export_leaves_no_torn_file(number: signal.Signals, tmp_p
     out.mkdir()
     process = start(program("export", str(tmp_path / "source.pt"), str(out / "x.pt")), cwd=tmp_path)
     try:
-        wait_until(lambda: sizes(out) or process.poll() is not None, "a temporary file with something in it", every_s=0.001)
+        wait_until(
+            lambda: sizes(out) or process.poll() is not None,
+            "a temporary file with something in it",
+            every_s=0.001,
+        )
         process.send_signal(number)
         _, err = process.communicate(timeout=60)
     finally:
@@ -773,7 +1048,7 @@ def test_an_interrupted_export_leaves_no_torn_file(number: signal.Signals, tmp_p
         assert process.returncode == 130 and "Traceback" not in err and list(out.iterdir()) == []
 
 
-# --- load_model -----------------------------------------------------------------------------------------------------------------------
+# --- load_model -----------------------------------------------------------------------------------
 
 
 def test_what_a_checkpoint_names_as_its_task_is_called_only_if_it_is_one(
@@ -790,11 +1065,17 @@ def test_what_a_checkpoint_names_as_its_task_is_called_only_if_it_is_one(
         ("os:mkdir", {"path": str(tmp_path / "sprung")}),
         ("export_task:build", {"kind": "net"}),
     ):
-        payload["step"], payload["config"]["task"] = payload["step"] + 1, {"name": name, "args": args}
+        payload["step"], payload["config"]["task"] = (
+            payload["step"] + 1,
+            {"name": name, "args": args},
+        )
         commit.commit(store, attempt, payload, about)
         with pytest.raises(UsageError, match=f"{name}'?, which the file names as its task"):
             harness.load_model(tmp_path / "theirs")
-    assert cli.main(["export", str(tmp_path / "theirs"), str(tmp_path / "x.pt"), "--format", "module"]) == 78
+    assert (
+        cli.main(["export", str(tmp_path / "theirs"), str(tmp_path / "x.pt"), "--format", "module"])
+        == 78
+    )
     assert "is not run unasked" in capsys.readouterr().err
     assert not (tmp_path / "sprung").exists() and not (tmp_path / "x.pt").exists()
 
@@ -806,27 +1087,44 @@ def test_a_model_is_loaded_ready_for_use(averaged: Path) -> None:
     assert same(dict(model.state_dict()), payload["model_state_dict"])
     assert {parameter.device.type for parameter in model.parameters()} == {"cpu"}
     assert torch.equal(answers_of(model), answers_of(model))
-    assert same(dict(load_model(averaged, 2).state_dict()), payload_of(averaged, 2)["model_state_dict"])
-    assert same(dict(load_model(averaged, "2", ema=True).state_dict()), payload_of(averaged, 2)["ema_state_dict"])
-    assert same(dict(load_model(averaged, module="model").state_dict()), payload["model_state_dict"])
+    assert same(
+        dict(load_model(averaged, 2).state_dict()), payload_of(averaged, 2)["model_state_dict"]
+    )
+    assert same(
+        dict(load_model(averaged, "2", ema=True).state_dict()),
+        payload_of(averaged, 2)["ema_state_dict"],
+    )
+    assert same(
+        dict(load_model(averaged, module="model").state_dict()), payload["model_state_dict"]
+    )
     own = sequential().train()
     assert load_model(averaged, "best", into=own) is own and not own.training
     best = max(manifests(averaged), key=lambda manifest: manifest.metrics["val_loss"]).step
     assert same(dict(own.state_dict()), payload_of(averaged, best)["model_state_dict"])
-    assert same(dict(load_model(averaged, ema=True, into=sequential()).state_dict()), payload["ema_state_dict"])
+    assert same(
+        dict(load_model(averaged, ema=True, into=sequential()).state_dict()),
+        payload["ema_state_dict"],
+    )
 
 
 def test_several_modules_are_loaded_by_their_names(pair: Path) -> None:
     payload = payload_of(pair)
     models = load_model(str(pair))
-    assert list(models) == ["encoder", "head"] and not any(part.training for model in models.values() for part in model.modules())
-    assert all(same(dict(model.state_dict()), payload[f"{name}_state_dict"]) for name, model in models.items())
+    assert list(models) == ["encoder", "head"] and not any(
+        part.training for model in models.values() for part in model.modules()
+    )
+    assert all(
+        same(dict(model.state_dict()), payload[f"{name}_state_dict"])
+        for name, model in models.items()
+    )
     for name, model in load_model(str(pair), ema=True).items():
         assert same(dict(model.state_dict()), payload[f"{name}_ema_state_dict"])
         assert not same(payload[f"{name}_ema_state_dict"], payload[f"{name}_state_dict"])
     assert same(dict(load_model(str(pair), module="head").state_dict()), payload["head_state_dict"])
     own = nn.Linear(8, CLASSES)
-    assert load_model(str(pair), module="head", into=own) is own and same(dict(own.state_dict()), payload["head_state_dict"])
+    assert load_model(str(pair), module="head", into=own) is own and same(
+        dict(own.state_dict()), payload["head_state_dict"]
+    )
     with pytest.raises(UsageError, match="'nobody'"):
         load_model(str(pair), module="nobody")
 
@@ -843,18 +1141,29 @@ def test_a_module_of_the_users_own_may_be_called_an_average(runs: Runs, tmp_path
     source = runs("pair", "task.args.names=student,student_ema", task="export_task:build_pair")
     payload = payload_of(source)
     models = load_model(str(source))
-    assert all(same(dict(models[name].state_dict()), payload[f"{name}_state_dict"]) for name in ("student", "student_ema"))
+    assert all(
+        same(dict(models[name].state_dict()), payload[f"{name}_state_dict"])
+        for name in ("student", "student_ema")
+    )
     export(source, tmp_path / "x.pt")
-    assert set(torch.load(tmp_path / "x.pt", weights_only=True)) == {"student_state_dict", "student_ema_state_dict"}
+    assert set(torch.load(tmp_path / "x.pt", weights_only=True)) == {
+        "student_state_dict",
+        "student_ema_state_dict",
+    }
 
 
-def test_names_that_begin_like_those_of_a_shell_are_the_models_own(runs: Runs, tmp_path: Path) -> None:
+def test_names_that_begin_like_those_of_a_shell_are_the_models_own(
+    runs: Runs, tmp_path: Path
+) -> None:
     source = runs("shell")
     model = load_model(str(source))
     assert same(dict(model.state_dict()), payload_of(source)["model_state_dict"])
     for format in ("weights", "safetensors", "exported"):
         export(source, tmp_path / f"{format}.pt2", "--format", format)
-    assert same(torch.load(tmp_path / "weights.pt2", weights_only=True), payload_of(source)["model_state_dict"])
+    assert same(
+        torch.load(tmp_path / "weights.pt2", weights_only=True),
+        payload_of(source)["model_state_dict"],
+    )
     assert set(safetensors.torch.load_file(tmp_path / "safetensors.pt2")) == set(model.state_dict())
 
 
@@ -863,7 +1172,9 @@ def test_tied_weights_stay_tied(runs: Runs, tmp_path: Path) -> None:
     assert model.inward.weight is model.outward.weight
     export(runs("tied"), tmp_path / "x.safetensors", "--format", "safetensors")
     held = safetensors.torch.load_file(tmp_path / "x.safetensors")
-    assert set(held) == set(model.state_dict()) and torch.equal(held["inward.weight"], held["outward.weight"])
+    assert set(held) == set(model.state_dict()) and torch.equal(
+        held["inward.weight"], held["outward.weight"]
+    )
     export(runs("tied"), tmp_path / "x.pt")
     read = torch.load(tmp_path / "x.pt", weights_only=True)
     assert read["inward.weight"].data_ptr() == read["outward.weight"].data_ptr()
@@ -876,8 +1187,12 @@ def test_tied_weights_stay_tied(runs: Runs, tmp_path: Path) -> None:
 def test_state_beside_the_tensors_goes_along_or_is_refused(runs: Runs, tmp_path: Path) -> None:
     export(runs("odd"), tmp_path / "x.pt")
     assert torch.load(tmp_path / "x.pt", weights_only=True)["_extra_state"] == {"version": 3}
-    assert same(dict(load_model(str(runs("odd"))).state_dict()), payload_of(runs("odd"))["model_state_dict"])
-    assert "_extra_state" in refused(tmp_path, (78,), runs("odd"), tmp_path / "x.safetensors", "--format", "safetensors")
+    assert same(
+        dict(load_model(str(runs("odd"))).state_dict()), payload_of(runs("odd"))["model_state_dict"]
+    )
+    assert "_extra_state" in refused(
+        tmp_path, (78,), runs("odd"), tmp_path / "x.safetensors", "--format", "safetensors"
+    )
 
 
 def own_loop(directory: Path, **options: Any) -> Path:
@@ -895,7 +1210,9 @@ def own_loop(directory: Path, **options: Any) -> Path:
 
 
 @pytest.mark.parametrize("config", [None, {"lr": 0.1, "task": "spirals"}])
-def test_a_loop_of_its_own_gives_its_model_into_a_module(config: dict[str, Any] | None, tmp_path: Path) -> None:
+def test_a_loop_of_its_own_gives_its_model_into_a_module(
+    config: dict[str, Any] | None, tmp_path: Path
+) -> None:
     source = own_loop(tmp_path / "run", config=config)
     weights = payload_of(source)["model_state_dict"]
     assert same(dict(load_model(str(source), into=Net()).state_dict()), weights)
@@ -906,8 +1223,18 @@ def test_a_loop_of_its_own_gives_its_model_into_a_module(config: dict[str, Any] 
     export(source, out / "weights.pt")
     assert same(torch.load(out / "weights.pt", weights_only=True), weights)
     assert "task.name" in refused(out, (78,), source, out / "x.pt2", "--format", "exported")
-    export(source, out / "x.pt2", "--format", "exported", "task.name=export_task:build", "task.args.kind=net")
-    close(answers_of(torch.export.load(out / "x.pt2").module()), answers_of(load_model(str(source), into=Net())))
+    export(
+        source,
+        out / "x.pt2",
+        "--format",
+        "exported",
+        "task.name=export_task:build",
+        "task.args.kind=net",
+    )
+    close(
+        answers_of(torch.export.load(out / "x.pt2").module()),
+        answers_of(load_model(str(source), into=Net())),
+    )
 
 
 def test_a_module_that_does_not_fit_is_refused_unchanged(averaged: Path) -> None:
@@ -918,15 +1245,28 @@ def test_a_module_that_does_not_fit_is_refused_unchanged(averaged: Path) -> None
         assert same(dict(other.state_dict()), before)
 
 
-def test_the_callers_generators_are_not_disturbed(runs: Runs, averaged: Path, tmp_path: Path) -> None:
+def test_the_callers_generators_are_not_disturbed(
+    runs: Runs, averaged: Path, tmp_path: Path
+) -> None:
     def drawn() -> tuple[object, ...]:
-        return torch.rand(3).tolist(), np.random.rand(3).tolist(), np.random.normal(), random.random(), random.gauss(0, 1)
+        return (
+            torch.rand(3).tolist(),
+            np.random.rand(3).tolist(),
+            np.random.normal(),
+            random.random(),
+            random.gauss(0, 1),
+        )
 
     begun = state.rng_state()
     wanted = drawn()
     for what in (
         lambda: load_model(str(averaged)),
-        *[lambda format=format: harness.export(str(averaged), str(tmp_path / f"{format}.pt2"), format, trust=True) for format in FORMATS],
+        *[
+            lambda format=format: harness.export(
+                str(averaged), str(tmp_path / f"{format}.pt2"), format, trust=True
+            )
+            for format in FORMATS
+        ],
         lambda: command("export", runs("random"), tmp_path / "x.ts", "--format", "torchscript"),
         lambda: command("export", runs("random"), tmp_path / "x.pt2", "--format", "exported"),
         lambda: harness.describe(str(averaged)),
@@ -969,18 +1309,28 @@ def test_a_damaged_checkpoint_is_refused(how: str, averaged: Path, tmp_path: Pat
     export(tmp_path / "run", tmp_path / "x.pt", "--which", "4")
 
 
-# --- while training goes on ------------------------------------------------------------------------------------------------------------
+# --- while training goes on -----------------------------------------------------------------------
 
 
 def test_the_best_model_stays_as_it_was_while_training_goes_on(tmp_path: Path) -> None:
-    """A state dict refers to the live weights: whoever keeps one without copying it has the newest weights in the end, not the best."""
+    """A state dict refers to the live weights: whoever keeps one without copying it has the newest
+    weights in the end, not the best."""
     torch.manual_seed(0)
     scores = {1: 0.5, 2: 0.9, 3: 0.4, 4: 0.3, 5: 0.2, 6: 0.1}
-    run_ = harness.init(tmp_path / "run", save_every_s=None, save_every_steps=1, best="score:max", keep_last=1, keep_best=1)
+    run_ = harness.init(
+        tmp_path / "run",
+        save_every_s=None,
+        save_every_steps=1,
+        best="score:max",
+        keep_last=1,
+        keep_best=1,
+    )
     model = Net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
     run_.track(model=model, optimizer=optimizer)
-    places = {name: (p.data_ptr(), p.device, p.requires_grad) for name, p in model.named_parameters()}
+    places = {
+        name: (p.data_ptr(), p.device, p.requires_grad) for name, p in model.named_parameters()
+    }
     moments: dict[int, dict[str, torch.Tensor]] = {}
     data, exported = None, tmp_path / "best.pt"
     for x, y in run_.batches(samples(48), 8, epochs=1):
@@ -988,9 +1338,13 @@ def test_the_best_model_stays_as_it_was_while_training_goes_on(tmp_path: Path) -
         F.cross_entropy(model(x), y).backward()
         optimizer.step()
         moments[run_.step] = {key: value.clone() for key, value in model.state_dict().items()}
-        run_.evaluate(samples(8), lambda batch: {"score": scores[run_.step] * len(batch[0])}, batch_size=8)
+        run_.evaluate(
+            samples(8), lambda batch: {"score": scores[run_.step] * len(batch[0])}, batch_size=8
+        )
         if run_.step == 4:
-            wait_until(lambda: "step_00000002" in (run_.best_checkpoint() or ""), "the best one's save")
+            wait_until(
+                lambda: "step_00000002" in (run_.best_checkpoint() or ""), "the best one's save"
+            )
             best = Path(run_.best_checkpoint() or "")
             wait_until(best.with_suffix(".json").exists, "its manifest")
             data = best.read_bytes()
@@ -998,18 +1352,26 @@ def test_the_best_model_stays_as_it_was_while_training_goes_on(tmp_path: Path) -
             harness.export(str(tmp_path / "run"), str(exported), which="best")
             held = load_model(str(tmp_path / "run"), "best", into=other)
             assert model.training == mode and same(generators, state.rng_state())
-            assert same(dict(model.state_dict()), moments[4]), "loading the best one changed the one that is trained"
+            assert same(dict(model.state_dict()), moments[4]), (
+                "loading the best one changed the one that is trained"
+            )
     assert run_.finished and data is not None and best.read_bytes() == data
     assert not same(moments[2], moments[6])
-    for found in (payload_of(tmp_path / "run", 2)["model_state_dict"], torch.load(exported, weights_only=True), held.state_dict()):
+    for found in (
+        payload_of(tmp_path / "run", 2)["model_state_dict"],
+        torch.load(exported, weights_only=True),
+        held.state_dict(),
+    ):
         assert same(dict(found), moments[2])
-    assert same(dict(load_model(str(tmp_path / "run"), "best", into=Net()).state_dict()), moments[2])
+    assert same(
+        dict(load_model(str(tmp_path / "run"), "best", into=Net()).state_dict()), moments[2]
+    )
     assert same(payload_of(tmp_path / "run")["model_state_dict"], moments[6])
     now = {name: (p.data_ptr(), p.device, p.requires_grad) for name, p in model.named_parameters()}
     assert now == places, "saving, evaluating or exporting has moved the live model"
 
 
-# --- other people's files -------------------------------------------------------------------------------------------------------------
+# --- other people's files -------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -1022,7 +1384,12 @@ def foreign(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, nn.Module]:
     F.cross_entropy(model(INPUT), samples(48).tensors[1]).backward()
     optimizer.step()
     weights = model.state_dict()
-    whole = {"epoch": 3, "state_dict": {f"module.{k}": v for k, v in weights.items()}, "optimizer": optimizer.state_dict(), "loss": 0.5}
+    whole = {
+        "epoch": 3,
+        "state_dict": {f"module.{k}": v for k, v in weights.items()},
+        "optimizer": optimizer.state_dict(),
+        "loss": 0.5,
+    }
     torch.save(weights, folder / "bare.pth")
     torch.save(weights, folder / "old.pth", _use_new_zipfile_serialization=False)
     torch.save(whole, folder / "wrapped.tar")
@@ -1036,38 +1403,66 @@ NAMES = ("bare.pth", "old.pth", "wrapped.tar", "bare.safetensors", "script.pt")
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_file_of_somebody_elses_becomes_what_is_asked_for(name: str, foreign: tuple[Path, nn.Module], tmp_path: Path) -> None:
+def test_a_file_of_somebody_elses_becomes_what_is_asked_for(
+    name: str, foreign: tuple[Path, nn.Module], tmp_path: Path
+) -> None:
     folder, model = foreign
     weights = dict(model.state_dict())
     export(folder / name, tmp_path / "a.pt")
     export(folder / name, tmp_path / "b.safetensors", "--format", "safetensors")
     export(folder / name, tmp_path / "c.pt", "--legacy")
-    for held in (torch.load(tmp_path / "a.pt"), safetensors.torch.load_file(tmp_path / "b.safetensors"), torch.load(tmp_path / "c.pt")):
+    for held in (
+        torch.load(tmp_path / "a.pt"),
+        safetensors.torch.load_file(tmp_path / "b.safetensors"),
+        torch.load(tmp_path / "c.pt"),
+    ):
         assert same(dict(held), weights)
     assert safetensors.safe_open(tmp_path / "b.safetensors", "pt").metadata()["format"] == "pt"
     for format in ("module", "torchscript", "exported"):
-        assert "task.name" in refused(tmp_path, (78,), folder / name, tmp_path / "x.pt2", "--format", format)
-    export(folder / name, tmp_path / "d.pt2", "--format", "exported", "task.name=export_task:build", "task.args.kind=net")
+        assert "task.name" in refused(
+            tmp_path, (78,), folder / name, tmp_path / "x.pt2", "--format", format
+        )
+    export(
+        folder / name,
+        tmp_path / "d.pt2",
+        "--format",
+        "exported",
+        "task.name=export_task:build",
+        "task.args.kind=net",
+    )
     close(answers_of(torch.export.load(tmp_path / "d.pt2").module()), answers_of(model))
 
 
-def test_the_task_of_a_file_stands_in_a_file_of_settings_too(foreign: tuple[Path, nn.Module], tmp_path: Path) -> None:
+def test_the_task_of_a_file_stands_in_a_file_of_settings_too(
+    foreign: tuple[Path, nn.Module], tmp_path: Path
+) -> None:
     folder, model = foreign
     (tmp_path / "my.yaml").write_text("task: {name: 'export_task:build', args: {kind: net}}\n")
     export(folder / "bare.pth", tmp_path / "x.ts", "--format", "torchscript", "--config", "my.yaml")
     close(answers_of(torch.jit.load(tmp_path / "x.ts")), answers_of(model))
 
 
-def test_a_full_export_of_somebody_elses_checkpoint(foreign: tuple[Path, nn.Module], tmp_path: Path) -> None:
+def test_a_full_export_of_somebody_elses_checkpoint(
+    foreign: tuple[Path, nn.Module], tmp_path: Path
+) -> None:
     folder, model = foreign
     export(folder / "wrapped.tar", tmp_path / "x.pt", "--format", "full")
     held = torch.load(tmp_path / "x.pt", weights_only=True)
-    assert (held["epoch"], held["loss"]) == (3, 0.5) and same(dict(held["model_state_dict"]), dict(model.state_dict()))
-    assert same(held["optimizer_state_dict"], torch.load(folder / "wrapped.tar", weights_only=True)["optimizer"])
-    assert "optimizer" in refused(tmp_path, (78,), folder / "bare.pth", tmp_path / "y.pt", "--format", "full")
+    assert (held["epoch"], held["loss"]) == (3, 0.5) and same(
+        dict(held["model_state_dict"]), dict(model.state_dict())
+    )
+    assert same(
+        held["optimizer_state_dict"],
+        torch.load(folder / "wrapped.tar", weights_only=True)["optimizer"],
+    )
+    assert "optimizer" in refused(
+        tmp_path, (78,), folder / "bare.pth", tmp_path / "y.pt", "--format", "full"
+    )
 
 
-def test_a_pickled_module_is_opened_only_on_trust(foreign: tuple[Path, nn.Module], tmp_path: Path) -> None:
+def test_a_pickled_module_is_opened_only_on_trust(
+    foreign: tuple[Path, nn.Module], tmp_path: Path
+) -> None:
     folder, model = foreign
     for format in FORMATS:
         answer = command("export", folder / "whole.pth", tmp_path / "x.pt2", "--format", format)
@@ -1079,27 +1474,45 @@ def test_a_pickled_module_is_opened_only_on_trust(foreign: tuple[Path, nn.Module
 def test_tensors_of_all_kinds_come_through(tmp_path: Path) -> None:
     base, ones = torch.arange(12.0), torch.ones(3)
     held = {
-        "half": ones.bfloat16(), "small": ones.to(torch.float8_e4m3fn), "complex": ones.to(torch.complex64), "double": ones.double(),
-        "mask": torch.tensor([True, False]), "empty": torch.empty(0, 4), "scalar": torch.tensor(3.0), "count": torch.tensor(7),
-        "nan": torch.tensor([float("nan"), -0.0]), "spread": torch.ones(1, 4).expand(3, 4), "turned": base.view(3, 4).T, "part": base[2:5],
-        "again": base, "parameter": nn.Parameter(torch.ones(2)),
-    }  # fmt: skip
+        "half": ones.bfloat16(),
+        "small": ones.to(torch.float8_e4m3fn),
+        "complex": ones.to(torch.complex64),
+        "double": ones.double(),
+        "mask": torch.tensor([True, False]),
+        "empty": torch.empty(0, 4),
+        "scalar": torch.tensor(3.0),
+        "count": torch.tensor(7),
+        "nan": torch.tensor([float("nan"), -0.0]),
+        "spread": torch.ones(1, 4).expand(3, 4),
+        "turned": base.view(3, 4).T,
+        "part": base[2:5],
+        "again": base,
+        "parameter": nn.Parameter(torch.ones(2)),
+    }
     torch.save(held, tmp_path / "odd.pth")
     export(tmp_path / "odd.pth", tmp_path / "a.pt")
     export(tmp_path / "odd.pth", tmp_path / "b.safetensors", "--format", "safetensors")
-    for found in (torch.load(tmp_path / "a.pt", weights_only=True), safetensors.torch.load_file(tmp_path / "b.safetensors")):
-        assert same({key: value.detach() for key, value in found.items()}, {key: value.detach() for key, value in held.items()})
+    for found in (
+        torch.load(tmp_path / "a.pt", weights_only=True),
+        safetensors.torch.load_file(tmp_path / "b.safetensors"),
+    ):
+        assert same(
+            {key: value.detach() for key, value in found.items()},
+            {key: value.detach() for key, value in held.items()},
+        )
 
 
 def test_a_sparse_tensor_is_exported_or_refused_in_words(tmp_path: Path) -> None:
     torch.save({"weight": torch.ones(2), "graph": torch.eye(3).to_sparse()}, tmp_path / "a.pth")
     export(tmp_path / "a.pth", tmp_path / "b.pth")
-    assert torch.equal(torch.load(tmp_path / "b.pth", weights_only=True)["graph"].to_dense(), torch.eye(3))
+    assert torch.equal(
+        torch.load(tmp_path / "b.pth", weights_only=True)["graph"].to_dense(), torch.eye(3)
+    )
     refused(tmp_path, (78,), tmp_path / "a.pth", tmp_path / "c.pth", "--format", "safetensors")
     assert command("diff", tmp_path / "a.pth", tmp_path / "b.pth").code == 0
 
 
-# --- what goes wrong -------------------------------------------------------------------------------------------------------------------
+# --- what goes wrong ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -1119,7 +1532,9 @@ def test_a_sparse_tensor_is_exported_or_refused_in_words(tmp_path: Path) -> None
         (("--format", "exported", "task.name=export_task:build", "task.args.kind=net"), "missing"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_done_is_said_in_words(arguments: tuple[str, ...], words: str, averaged: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_done_is_said_in_words(
+    arguments: tuple[str, ...], words: str, averaged: Path, tmp_path: Path
+) -> None:
     refused(tmp_path, (78,), averaged, tmp_path / "x.pt2", *arguments, words=words)
 
 
@@ -1150,7 +1565,9 @@ def test_files_that_hold_no_model_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("line", [("--format", "onnx"), ("--which",), ("--nonsense",), ()])
-def test_a_wrong_command_line_ends_with_78(line: tuple[str, ...], averaged: Path, tmp_path: Path) -> None:
+def test_a_wrong_command_line_ends_with_78(
+    line: tuple[str, ...], averaged: Path, tmp_path: Path
+) -> None:
     answer = command("export", averaged, *([tmp_path / "x.pt"] if line else []), *line)
     assert answer.code == 78 and "error" in answer.err and list(tmp_path.iterdir()) == []
 
@@ -1165,7 +1582,14 @@ def build({arguments}):
 
 @pytest.mark.parametrize(
     "change",
-    ["gone", "other shapes", *(pytest.param(change, marks=pytest.mark.slow) for change in ("other arguments", "broken", "other module"))],
+    [
+        "gone",
+        "other shapes",
+        *(
+            pytest.param(change, marks=pytest.mark.slow)
+            for change in ("other arguments", "broken", "other module")
+        ),
+    ],
 )
 def test_code_that_has_changed_since_is_told_and_the_weights_are_still_given(
     change: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -1191,13 +1615,24 @@ def test_code_that_has_changed_since_is_told_and_the_weights_are_still_given(
         }
         arguments, width = later[change]
         text = TASK.format(arguments=arguments, width=width)
-        text = text.replace("import export_task", "import export_task, nowhere_to_be_found") if change == "broken" else text
-        file.write_text(text.replace('"net"', '"tied"').replace(f", width={width}", "") if change == "other module" else text)
+        text = (
+            text.replace("import export_task", "import export_task, nowhere_to_be_found")
+            if change == "broken"
+            else text
+        )
+        file.write_text(
+            text.replace('"net"', '"tied"').replace(f", width={width}", "")
+            if change == "other module"
+            else text
+        )
     importlib.invalidate_caches()
     wanted = {
-        "gone": "there is no module", "other shapes": "mis-shaped", "other arguments": "depth", "broken": "nowhere_to_be_found",
+        "gone": "there is no module",
+        "other shapes": "mis-shaped",
+        "other arguments": "depth",
+        "broken": "nowhere_to_be_found",
         "other module": "missing",
-    }  # fmt: skip
+    }
     try:
         for format in ("module", "torchscript", "exported"):
             refused(out, (78,), source, out / "x.pt2", "--format", format, words=wanted[change])
@@ -1210,11 +1645,17 @@ def test_code_that_has_changed_since_is_told_and_the_weights_are_still_given(
         sys.modules.pop(name, None)
 
 
-def test_a_task_that_never_calls_the_module_is_told_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_task_that_never_calls_the_module_is_told_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Nothing tells what goes into it."""
-    text = "import export_task, torch\nfrom harness import Task\n\ndef build():\n    job = export_task.build(kind='net')\n"
+    text = (
+        "import export_task, torch\nfrom harness import Task\n\n"
+        "def build():\n    job = export_task.build(kind='net')\n"
+    )
     text += (
-        "    return Task(modules=job.modules, optimizers=job.optimizers, train_data=job.train_data, loss=lambda m, b: m.body(b[0]).sum())\n"
+        "    return Task(modules=job.modules, optimizers=job.optimizers, "
+        "train_data=job.train_data, loss=lambda m, b: m.body(b[0]).sum())\n"
     )
     (tmp_path / "silent_task.py").write_text(text)
     torch.save(Net().state_dict(), tmp_path / "bare.pth")
@@ -1228,5 +1669,7 @@ def test_a_task_that_never_calls_the_module_is_told_so(tmp_path: Path, monkeypat
 
 def test_keyword_only_models_are_loaded_like_others(runs: Runs) -> None:
     model = load_model(str(runs("keyed")))
-    assert type(model) is Keyed and answers_of(lambda x: model(points=x, scale=x[:, 0]))["logits"].shape == (48, CLASSES)
+    assert type(model) is Keyed and answers_of(lambda x: model(points=x, scale=x[:, 0]))[
+        "logits"
+    ].shape == (48, CLASSES)
     assert INPUT.shape[1] == WIDTH

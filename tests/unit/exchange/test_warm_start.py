@@ -1,5 +1,5 @@
-"""`init.from`: a run begins at step 0 with somebody's weights, once, on all ranks alike; what does not fit is said, and nothing else of
-the file counts."""
+"""`init.from`: a run begins at step 0 with somebody's weights, once, on all ranks alike; what does
+not fit is said, and nothing else of the file counts."""
 
 from __future__ import annotations
 
@@ -29,7 +29,19 @@ from recipe_runs import (
     row,
     train_on,
 )  # fmt: skip
-from recipes import BATCH, RECIPES, SAVES, SIZE, STEPS_PER_EPOCH, Net, Trained, TrainedPair, made, save_new, save_old
+from recipes import (
+    BATCH,
+    RECIPES,
+    SAVES,
+    SIZE,
+    STEPS_PER_EPOCH,
+    Net,
+    Trained,
+    TrainedPair,
+    made,
+    save_new,
+    save_old,
+)
 from s3_server import S3Server, free_ports
 
 import harness
@@ -54,7 +66,10 @@ def said(capfd: pytest.CaptureFixture[str]) -> Said:
 
 def first_states(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
     """The weights that each rank made its first step with, in the order of starts."""
-    return {path.name.partition("-")[0]: torch.load(path, weights_only=True) for path in sorted(folder.iterdir())}
+    return {
+        path.name.partition("-")[0]: torch.load(path, weights_only=True)
+        for path in sorted(folder.iterdir())
+    }
 
 
 def recording(folder: Path) -> str:
@@ -62,10 +77,19 @@ def recording(folder: Path) -> str:
     return f"task.args.record={folder}"
 
 
-def begins(tmp_path: Path, source: object, *settings: str, task: tuple[str, ...] = TASK, name: str = "run") -> dict[str, torch.Tensor]:
+def begins(
+    tmp_path: Path, source: object, *settings: str, task: tuple[str, ...] = TASK, name: str = "run"
+) -> dict[str, torch.Tensor]:
     """Train two steps in this process; the weights that the first one was made with."""
     shutil.rmtree(tmp_path / "first", ignore_errors=True)
-    train_on(tmp_path / name, f"init.from={source}", recording(tmp_path / "first"), "train.max_steps=2", *settings, task=task)
+    train_on(
+        tmp_path / name,
+        f"init.from={source}",
+        recording(tmp_path / "first"),
+        "train.max_steps=2",
+        *settings,
+        task=task,
+    )
     return first_states(tmp_path / "first")["rank0"]
 
 
@@ -74,7 +98,9 @@ def is_refused(tmp_path: Path, source: object, *settings: str) -> str:
     with pytest.raises(UsageError) as caught:
         train_on(tmp_path / "no", f"init.from={source}", "train.max_steps=2", *settings)
     directory = tmp_path / "no"
-    assert not list(directory.glob("checkpoints/*")) and not list(directory.glob("attempts/*")), list(directory.rglob("*"))
+    assert not list(directory.glob("checkpoints/*")) and not list(directory.glob("attempts/*")), (
+        list(directory.rglob("*"))
+    )
     assert caught.value.exit_code == 78
     return str(caught.value)
 
@@ -82,13 +108,27 @@ def is_refused(tmp_path: Path, source: object, *settings: str) -> str:
 # Where the weights may come from
 
 
-QUICK = ("tutorial weights", "imagenet", "lightning", "parallel, then compiled", "hugging face safetensors", "torchscript")
+QUICK = (
+    "tutorial weights",
+    "imagenet",
+    "lightning",
+    "parallel, then compiled",
+    "hugging face safetensors",
+    "torchscript",
+)
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in RECIPES])
-def test_weights_come_from_whatever_others_have_saved(name: str, tmp_path: Path, done: Trained, said: Said) -> None:
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in RECIPES],
+)
+def test_weights_come_from_whatever_others_have_saved(
+    name: str, tmp_path: Path, done: Trained, said: Said
+) -> None:
     recipe = RECIPES[name]
-    file = made(name, tmp_path, done, save_old if recipe.has_old_format and "tutorial" in name else save_new)
+    file = made(
+        name, tmp_path, done, save_old if recipe.has_old_format and "tutorial" in name else save_new
+    )
     rename = ["init.rename={'^model\\.': ''}"] if recipe.in_any_prefix else []
     assert differing(begins(tmp_path, file, *rename), dict(done.model.state_dict())) == []
     text = said()
@@ -103,12 +143,18 @@ def test_weights_come_from_whatever_others_have_saved(name: str, tmp_path: Path,
 
 def test_weights_come_from_runs_and_their_checkpoints(tmp_path: Path, said: Said) -> None:
     train_on(tmp_path / "old", "train.max_steps=8", "checkpoint.every_steps=4")
-    files = {path.suffix: path for path in sorted((tmp_path / "old/checkpoints").glob("step_00000004*"))}
+    files = {
+        path.suffix: path for path in sorted((tmp_path / "old/checkpoints").glob("step_00000004*"))
+    }
     states = {step: load_of(tmp_path / "old", step) for step in (4, 8)}
-    for number, (source, step) in enumerate([(tmp_path / "old", 8), (files[".pt"], 4), (files[".json"], 4)]):
+    for number, (source, step) in enumerate(
+        [(tmp_path / "old", 8), (files[".pt"], 4), (files[".json"], 4)]
+    ):
         assert differing(begins(tmp_path, source, name=f"run{number}"), states[step]) == []
         assert newest(tmp_path / f"run{number}")["step"] == 2
-        assert manifest(tmp_path / f"run{number}").run_id != manifest(tmp_path / "old").run_id, "a run of its own, not a fork"
+        assert manifest(tmp_path / f"run{number}").run_id != manifest(tmp_path / "old").run_id, (
+            "a run of its own, not a fork"
+        )
         assert events(tmp_path / f"run{number}")
 
 
@@ -126,17 +172,27 @@ def test_of_a_run_with_damage_the_newest_whole_checkpoint_is_taken_or_none(tmp_p
     before = load_of(tmp_path / "old", 4)
     try:
         first = begins(tmp_path, tmp_path / "old")
-    except Exception as error:  # noqa: BLE001  refusing is right too; silently beginning with damaged or random weights is not
+    except Exception as error:  # noqa: BLE001
+        # Refusing is right too; silently beginning with damaged or random weights is not.
         assert "step_00000008" in str(error) and "damaged" in str(error), error
     else:
         assert differing(first, before) == []
 
 
 @pytest.mark.parametrize(
-    "what", ["old format with prefix", "run", *(pytest.param(what, marks=pytest.mark.slow) for what in ("safetensors", "checkpoint"))]
+    "what",
+    [
+        "old format with prefix",
+        "run",
+        *(pytest.param(what, marks=pytest.mark.slow) for what in ("safetensors", "checkpoint")),
+    ],
 )
 def test_weights_come_from_a_bucket(
-    what: str, tmp_path: Path, done: Trained, bucket: tuple[S3Server, str], monkeypatch: pytest.MonkeyPatch
+    what: str,
+    tmp_path: Path,
+    done: Trained,
+    bucket: tuple[S3Server, str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     server, place = bucket
     for variable, value in server.environment.items():
@@ -146,7 +202,9 @@ def test_weights_come_from_a_bucket(
         train_on(tmp_path / "old", f"run.remote=s3://{place}/old", "train.max_steps=3")
         expected = dict(newest(tmp_path / "old")["model_state_dict"])
         shutil.rmtree(tmp_path / "old")
-        url = f"s3://{place}/old" + ("/checkpoints/step_00000003-0001.pt" if what == "checkpoint" else "")
+        url = f"s3://{place}/old" + (
+            "/checkpoints/step_00000003-0001.pt" if what == "checkpoint" else ""
+        )
     elif what == "safetensors":
         url = put(server, place, made("hugging face safetensors", tmp_path, done))
     else:
@@ -158,7 +216,16 @@ def test_weights_come_from_a_bucket(
 @pytest.mark.slow
 def test_all_ranks_begin_with_the_weights(tmp_path: Path, done: Trained) -> None:
     file, first = made("imagenet", tmp_path, done), tmp_path / "first"
-    shown = run(torchrun(2, *TASK, f"run.dir={tmp_path}/run", f"init.from={file}", recording(first), "train.max_steps=3"))
+    shown = run(
+        torchrun(
+            2,
+            *TASK,
+            f"run.dir={tmp_path}/run",
+            f"init.from={file}",
+            recording(first),
+            "train.max_steps=3",
+        )
+    )
     assert shown.returncode == 0, shown.stdout + shown.stderr
     check_ranks(first, done)
     assert shown.stdout.count("loaded ") == 1, "said once, not by every rank"
@@ -172,11 +239,21 @@ def check_ranks(first: Path, done: Trained) -> None:
 
 
 @pytest.mark.slow
-def test_a_module_that_is_not_trained_is_the_same_on_all_ranks_too(tmp_path: Path, done: Trained) -> None:
+def test_a_module_that_is_not_trained_is_the_same_on_all_ranks_too(
+    tmp_path: Path, done: Trained
+) -> None:
     student = recipes.trained(seed=5, epochs=1)
-    torch.save({"student": student.model.state_dict(), "teacher": done.model.state_dict()}, tmp_path / "a.pt")
+    torch.save(
+        {"student": student.model.state_dict(), "teacher": done.model.state_dict()},
+        tmp_path / "a.pt",
+    )
     task = ("task.name=recipe_task:build_taught", *TASK[1:])
-    settings = (*task, recording(tmp_path / "first"), f"init.from={tmp_path}/a.pt", "train.max_steps=2")
+    settings = (
+        *task,
+        recording(tmp_path / "first"),
+        f"init.from={tmp_path}/a.pt",
+        "train.max_steps=2",
+    )
     shown = run(torchrun(2, *settings, f"run.dir={tmp_path}/run"))
     assert shown.returncode == 0, shown.stdout + shown.stderr
     check_ranks(tmp_path / "first", done)
@@ -184,14 +261,31 @@ def test_a_module_that_is_not_trained_is_the_same_on_all_ranks_too(tmp_path: Pat
 
 @pytest.mark.slow
 def test_only_the_first_rank_needs_the_file(tmp_path: Path, done: Trained) -> None:
-    """Each rank in a folder of its own, as on two machines; the relative path is there for the first one only."""
+    """Each rank in a folder of its own, as on two machines; the relative path is there for the
+    first one only."""
     (tmp_path / "node0").mkdir()
     (tmp_path / "node1").mkdir()
     file = made("imagenet", tmp_path / "node0", done)
-    settings = (*TASK, f"init.from={file.name}", recording(tmp_path / "first"), "train.max_steps=3", f"run.dir={tmp_path}/shared")
-    group = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_ports(1)[0])}
+    settings = (
+        *TASK,
+        f"init.from={file.name}",
+        recording(tmp_path / "first"),
+        "train.max_steps=3",
+        f"run.dir={tmp_path}/shared",
+    )
+    group = {
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_ports(1)[0]),
+    }
     processes = [
-        start(alone(*settings), cwd=tmp_path / f"node{rank}", env=group | {"RANK": str(rank), "LOCAL_RANK": "0"}) for rank in (0, 1)
+        start(
+            alone(*settings),
+            cwd=tmp_path / f"node{rank}",
+            env=group | {"RANK": str(rank), "LOCAL_RANK": "0"},
+        )
+        for rank in (0, 1)
     ]
     for process in processes:
         out, err = process.communicate(timeout=120)
@@ -199,7 +293,9 @@ def test_only_the_first_rank_needs_the_file(tmp_path: Path, done: Trained) -> No
     check_ranks(tmp_path / "first", done)
 
 
-def test_it_trains_on_as_plain_pytorch_would_with_these_weights(tmp_path: Path, done: Trained) -> None:
+def test_it_trains_on_as_plain_pytorch_would_with_these_weights(
+    tmp_path: Path, done: Trained
+) -> None:
     """Load, make a new optimizer and schedule, go: the same bits, in one process."""
     file = made("torchvision", tmp_path, done)
     train_on(tmp_path / "run", f"init.from={file}", "train.max_steps=12")
@@ -222,13 +318,21 @@ def test_it_trains_on_as_plain_pytorch_would_with_these_weights(tmp_path: Path, 
 
 
 def test_the_source_decides_nothing_but_the_weights(tmp_path: Path, done: Trained) -> None:
-    """Another optimizer, another learning rate, averages, other random numbers: all as the new run's settings say."""
+    """Another optimizer, another learning rate, averages, other random numbers: all as the new
+    run's settings say."""
     file = made("imagenet", tmp_path, done)
-    task = (*TASK, "task.args.optimizer=adamw", "task.args.lr=0.01", "train.ema_decay=0.5", "train.seed=9")
+    task = (
+        *TASK,
+        "task.args.optimizer=adamw",
+        "task.args.lr=0.01",
+        "train.ema_decay=0.5",
+        "train.seed=9",
+    )
     assert differing(begins(tmp_path, file, task=task), dict(done.model.state_dict())) == []
     payload = newest(tmp_path / "run")
     assert payload["optimizer_state_dict"]["param_groups"][0]["lr"] == pytest.approx(0.001)
-    # Averages begin with the loaded weights, not with those of the random start: after two steps they are near them.
+    # Averages begin with the loaded weights, not with those of the random start: after two steps
+    # they are near them.
     for key, value in done.model.named_parameters():
         assert (payload["ema_state_dict"][key] - value).abs().max() < 0.05, key
 
@@ -239,35 +343,66 @@ def test_the_order_of_samples_is_that_of_a_run_without_it(tmp_path: Path, done: 
     begins(tmp_path, file)
     plain, warm = newest(tmp_path / "plain"), newest(tmp_path / "run")
     assert plain["data"] == warm["data"]
-    assert differing(plain["rng"], warm["rng"]) == [], "reading the file has moved a random generator"
+    assert differing(plain["rng"], warm["rng"]) == [], (
+        "reading the file has moved a random generator"
+    )
 
 
-def test_weights_of_another_precision_are_cast_to_that_of_the_task(tmp_path: Path, done: Trained) -> None:
-    half = {key: value.half() if value.is_floating_point() else value for key, value in done.model.state_dict().items()}
+def test_weights_of_another_precision_are_cast_to_that_of_the_task(
+    tmp_path: Path, done: Trained
+) -> None:
+    half = {
+        key: value.half() if value.is_floating_point() else value
+        for key, value in done.model.state_dict().items()
+    }
     torch.save(half, tmp_path / "half.pt")
-    bfloat = {key: value.bfloat16() if value.is_floating_point() else value for key, value in done.model.state_dict().items()}
+    bfloat = {
+        key: value.bfloat16() if value.is_floating_point() else value
+        for key, value in done.model.state_dict().items()
+    }
     safetensors.torch.save_file(bfloat, tmp_path / "bfloat.safetensors")
     for file, weights in ((tmp_path / "half.pt", half), (tmp_path / "bfloat.safetensors", bfloat)):
         first = begins(tmp_path, file, name=file.stem)
-        assert differing(first, {key: value.float() if value.is_floating_point() else value for key, value in weights.items()}) == []
+        assert (
+            differing(
+                first,
+                {
+                    key: value.float() if value.is_floating_point() else value
+                    for key, value in weights.items()
+                },
+            )
+            == []
+        )
 
 
 # What fits, and what does not
 
 
-def test_a_larger_checkpoint_is_refused_with_a_table_and_taken_if_not_strict(tmp_path: Path, done: Trained, said: Said) -> None:
+def test_a_larger_checkpoint_is_refused_with_a_table_and_taken_if_not_strict(
+    tmp_path: Path, done: Trained, said: Said
+) -> None:
     weights = dict(done.model.state_dict())
-    torch.save({**weights, "neck.weight": torch.ones(3, 5), "neck.bias": torch.ones(3)}, tmp_path / "a.pt")
+    torch.save(
+        {**weights, "neck.weight": torch.ones(3, 5), "neck.bias": torch.ones(3)}, tmp_path / "a.pt"
+    )
     text = is_refused(tmp_path, tmp_path / "a.pt")
-    assert row(text, "unexpected", "neck.weight", "3x5") and row(text, "unexpected", "neck.bias") and "init.strict=false" in text, text
+    assert (
+        row(text, "unexpected", "neck.weight", "3x5")
+        and row(text, "unexpected", "neck.bias")
+        and "init.strict=false" in text
+    ), text
     said()
     assert differing(begins(tmp_path, tmp_path / "a.pt", "init.strict=false"), weights) == []
     text = said()
     assert row(text, "unexpected", "neck.weight"), text
 
 
-def test_a_partial_checkpoint_leaves_the_rest_as_it_was_built(tmp_path: Path, done: Trained, said: Said) -> None:
-    weights = {key: value for key, value in done.model.state_dict().items() if key.startswith("backbone.")}
+def test_a_partial_checkpoint_leaves_the_rest_as_it_was_built(
+    tmp_path: Path, done: Trained, said: Said
+) -> None:
+    weights = {
+        key: value for key, value in done.model.state_dict().items() if key.startswith("backbone.")
+    }
     torch.save(weights, tmp_path / "a.pt")
     text = is_refused(tmp_path, tmp_path / "a.pt")
     assert row(text, "missing", "head.weight", "4x16") and row(text, "missing", "head.bias"), text
@@ -287,37 +422,59 @@ def test_a_head_of_another_shape_is_left_out(tmp_path: Path, done: Trained, said
     source = recipes.trained(classes=9)
     file = made("imagenet", tmp_path, source)
     text = is_refused(tmp_path, file)
-    assert row(text, "mis-shaped", "head.weight", "4x16", "9x16") and row(text, "mis-shaped", "head.bias"), text
+    assert row(text, "mis-shaped", "head.weight", "4x16", "9x16") and row(
+        text, "mis-shaped", "head.bias"
+    ), text
     said()
     first = begins(tmp_path, file, "init.strict=false")
     assert row(said(), "mis-shaped", "head.weight")
-    backbone = {key: value for key, value in source.model.state_dict().items() if key.startswith("backbone.")}
+    backbone = {
+        key: value
+        for key, value in source.model.state_dict().items()
+        if key.startswith("backbone.")
+    }
     assert differing({key: first[key] for key in backbone}, backbone) == []
     assert first["head.weight"].shape == (4, 16)
 
 
 def test_names_are_changed_by_regular_expressions(tmp_path: Path, done: Trained) -> None:
     weights = dict(done.model.state_dict())
-    renamed = {key.replace("backbone.", "encoder.layers.").replace("head.", "fc."): value for key, value in weights.items()}
+    renamed = {
+        key.replace("backbone.", "encoder.layers.").replace("head.", "fc."): value
+        for key, value in weights.items()
+    }
     torch.save(renamed, tmp_path / "a.pt")
     rename = "init.rename={'^encoder\\.layers\\.(\\d+)': 'backbone.\\1', '^fc\\.': 'head.'}"
     assert differing(begins(tmp_path, tmp_path / "a.pt", rename), weights) == []
-    (tmp_path / "a.yaml").write_text("init:\n  from: a.pt\n  rename:\n    '^encoder\\.layers\\.': 'backbone.'\n    '^fc\\.': 'head.'\n")
+    (tmp_path / "a.yaml").write_text(
+        "init:\n  from: a.pt\n  rename:\n"
+        "    '^encoder\\.layers\\.': 'backbone.'\n    '^fc\\.': 'head.'\n"
+    )
     shutil.rmtree(tmp_path / "first")
-    train_on(tmp_path / "file", "--config", str(tmp_path / "a.yaml"), recording(tmp_path / "first"), "train.max_steps=1")
+    train_on(
+        tmp_path / "file",
+        "--config",
+        str(tmp_path / "a.yaml"),
+        recording(tmp_path / "first"),
+        "train.max_steps=1",
+    )
     assert differing(first_states(tmp_path / "first")["rank0"], weights) == []
     torch.save({f"encoder.{key}": value for key, value in weights.items()}, tmp_path / "b.pt")
     text = is_refused(tmp_path, tmp_path / "b.pt")
     hint = re.search(r"init\.rename=\{[^}]*\}", text)
     assert hint, f"there is no hint: {text}"
     shutil.rmtree(tmp_path / "first")
-    assert differing(begins(tmp_path, tmp_path / "b.pt", hint[0], name="hinted"), weights) == [], hint[0]
+    assert differing(begins(tmp_path, tmp_path / "b.pt", hint[0], name="hinted"), weights) == [], (
+        hint[0]
+    )
     text = is_refused(tmp_path, tmp_path / "a.pt", "init.rename={'.*': 'same'}")
     assert "init.rename" in text, text
 
 
 @pytest.mark.parametrize("settings", [(), ("init.strict=false",)])
-def test_a_file_in_which_nothing_fits_is_refused(settings: tuple[str, ...], tmp_path: Path, pair: TrainedPair) -> None:
+def test_a_file_in_which_nothing_fits_is_refused(
+    settings: tuple[str, ...], tmp_path: Path, pair: TrainedPair
+) -> None:
     torch.save(pair.first.state_dict(), tmp_path / "a.pt")
     text = is_refused(tmp_path, tmp_path / "a.pt", *settings)
     assert "head.weight" in text and str(tmp_path / "a.pt") in text, text
@@ -326,14 +483,22 @@ def test_a_file_in_which_nothing_fits_is_refused(settings: tuple[str, ...], tmp_
 def test_several_modules_take_what_has_their_names(tmp_path: Path, pair: TrainedPair) -> None:
     train_on(tmp_path / "old", "train.max_steps=2", task=PAIR)
     old = newest(tmp_path / "old")
-    train_on(tmp_path / "run", f"init.from={tmp_path / 'old'}", "train.max_steps=1", "task.args.lr=0", task=(*PAIR,))
+    train_on(
+        tmp_path / "run",
+        f"init.from={tmp_path / 'old'}",
+        "train.max_steps=1",
+        "task.args.lr=0",
+        task=(*PAIR,),
+    )
     recipes.gan(pair, tmp_path / "gan.pth")
     text = is_refused_pair(tmp_path, tmp_path / "gan.pth")
     assert "netG" in text and "generator" in text, text
     new = newest(tmp_path / "run")
     for name in ("generator_state_dict", "discriminator_state_dict"):
         for key, value in old[name].items():
-            assert torch.equal(new[name][key], value), "the learning rate was 0: nothing may have moved"
+            assert torch.equal(new[name][key], value), (
+                "the learning rate was 0: nothing may have moved"
+            )
     assert new["step"] == 1
 
 
@@ -347,9 +512,21 @@ def is_refused_pair(tmp_path: Path, source: Path) -> str:
 
 
 @pytest.mark.parametrize(
-    "what", ["missing", "empty", "web page", "list of parameters", "entire model", "trap", "cut short", "own directory"]
+    "what",
+    [
+        "missing",
+        "empty",
+        "web page",
+        "list of parameters",
+        "entire model",
+        "trap",
+        "cut short",
+        "own directory",
+    ],
 )
-def test_what_cannot_be_read_is_refused_before_anything_is_written(what: str, tmp_path: Path, done: Trained) -> None:
+def test_what_cannot_be_read_is_refused_before_anything_is_written(
+    what: str, tmp_path: Path, done: Trained
+) -> None:
     file = tmp_path / "file.pt"
     if what == "empty":
         file.touch()
@@ -368,7 +545,9 @@ def test_what_cannot_be_read_is_refused_before_anything_is_written(what: str, tm
     with pytest.raises(HarnessError) as caught:
         train_on(tmp_path / "no", f"init.from={source}", "train.max_steps=2")
     assert caught.value.exit_code in (1, 78) and source.name in str(caught.value)
-    assert not list((tmp_path / "no").glob("attempts/*")) and not list((tmp_path / "no").glob("checkpoints/*"))
+    assert not list((tmp_path / "no").glob("attempts/*")) and not list(
+        (tmp_path / "no").glob("checkpoints/*")
+    )
     assert not (tmp_path / "sprung").exists(), "it was executed"
 
 
@@ -376,8 +555,14 @@ def test_what_cannot_be_read_is_refused_before_anything_is_written(what: str, tm
 def test_a_refusal_is_one_message_and_an_exit_code(tmp_path: Path, done: Trained) -> None:
     recipes.trap(done, tmp_path / "trap.pt", tmp_path / "sprung")
     shown = run(alone(*TASK, f"run.dir={tmp_path}/no", f"init.from={tmp_path}/trap.pt"))
-    assert shown.returncode == 78 and shown.stderr.count("harness: error:") == 1, shown.stdout + shown.stderr
-    assert "Traceback" not in shown.stderr and "mkdir" in shown.stderr and not (tmp_path / "sprung").exists()
+    assert shown.returncode == 78 and shown.stderr.count("harness: error:") == 1, (
+        shown.stdout + shown.stderr
+    )
+    assert (
+        "Traceback" not in shown.stderr
+        and "mkdir" in shown.stderr
+        and not (tmp_path / "sprung").exists()
+    )
 
 
 def test_torchscript_that_acts_is_not_run(tmp_path: Path) -> None:
@@ -388,9 +573,25 @@ def test_torchscript_that_acts_is_not_run(tmp_path: Path) -> None:
 
 def test_wrong_settings_are_listed_with_the_others() -> None:
     with pytest.raises(UsageError) as caught:
-        config.load(None, ["init.rename={'(unclosed': 'x'}", "init.strict=perhaps", "init.from=''", "train.epochz=3", "init.form=a.pt"])
+        config.load(
+            None,
+            [
+                "init.rename={'(unclosed': 'x'}",
+                "init.strict=perhaps",
+                "init.from=''",
+                "train.epochz=3",
+                "init.form=a.pt",
+            ],
+        )
     text = str(caught.value)
-    for name in ("init.rename", "(unclosed", "init.strict='perhaps'", "init.from=''", "train.epochz", "init.form"):
+    for name in (
+        "init.rename",
+        "(unclosed",
+        "init.strict='perhaps'",
+        "init.from=''",
+        "train.epochz",
+        "init.form",
+    ):
         assert name in text, text
     assert "Did you mean init.from?" in text and "5 problem(s)" in text, text
     for wrong in (
@@ -411,7 +612,9 @@ def test_settings_of_it_keep_their_names_and_values(tmp_path: Path, done: Traine
     file = made("tutorial weights", tmp_path, done)
     begins(tmp_path, file, "init.rename={'^a\\.b': 'c'}", "init.strict=true")
     kept = newest(tmp_path / "run")["config"]["init"]
-    assert kept["from"] == str(file) and kept["rename"] == {"^a\\.b": "c"} and kept["strict"] is True, kept
+    assert (
+        kept["from"] == str(file) and kept["rename"] == {"^a\\.b": "c"} and kept["strict"] is True
+    ), kept
     settings, _ = config.load(None, ["init.from=null", "init.strict=false"])
     assert settings.init.strict is False and settings.init.rename == {}
 
@@ -425,22 +628,38 @@ def test_a_runs_own_checkpoint_always_wins(tmp_path: Path, done: Trained, said: 
     own = dict(newest(tmp_path / "run")["model_state_dict"])
     other = recipes.trained(seed=99, epochs=1)
     (tmp_path / "other").mkdir()
-    for number, source in enumerate([file, made("tutorial weights", tmp_path / "other", other), tmp_path / "gone.pt"]):
+    for number, source in enumerate(
+        [file, made("tutorial weights", tmp_path / "other", other), tmp_path / "gone.pt"]
+    ):
         said()
         shutil.copytree(tmp_path / "run", tmp_path / f"run{number}")
         shutil.rmtree(tmp_path / "first", ignore_errors=True)
-        train_on(tmp_path / f"run{number}", f"init.from={source}", recording(tmp_path / "first"), "train.max_steps=4")
+        train_on(
+            tmp_path / f"run{number}",
+            f"init.from={source}",
+            recording(tmp_path / "first"),
+            "train.max_steps=4",
+        )
         assert differing(first_states(tmp_path / "first")["rank0"], own) == []
         assert row(said(), "is not read: the run has a checkpoint of its own"), "it is not said"
         assert newest(tmp_path / f"run{number}")["step"] == 4
     file.unlink()
     shutil.rmtree(tmp_path / "first")
-    train_on(tmp_path / "run", recording(tmp_path / "first"), "train.max_steps=4")  # nobody has to say it again
+    # Nobody has to say it again.
+    train_on(tmp_path / "run", recording(tmp_path / "first"), "train.max_steps=4")
     assert "is not read: the run has a checkpoint of its own" not in said()
-    assert differing(newest(tmp_path / "run")["model_state_dict"], newest(tmp_path / "run0")["model_state_dict"]) == []
+    assert (
+        differing(
+            newest(tmp_path / "run")["model_state_dict"],
+            newest(tmp_path / "run0")["model_state_dict"],
+        )
+        == []
+    )
 
 
-def test_a_run_that_cannot_load_its_own_checkpoints_does_not_fall_back_to_it(tmp_path: Path, done: Trained, said: Said) -> None:
+def test_a_run_that_cannot_load_its_own_checkpoints_does_not_fall_back_to_it(
+    tmp_path: Path, done: Trained, said: Said
+) -> None:
     file = made("tutorial weights", tmp_path, done)
     begins(tmp_path, file)
     for data in (tmp_path / "run/checkpoints").glob("*.pt"):
@@ -458,15 +677,30 @@ def test_a_finished_run_is_finished(tmp_path: Path, done: Trained, said: Said) -
     before = sorted(path.name for path in (tmp_path / "run").rglob("*"))
     file.unlink()
     said()
-    train_on(tmp_path / "run", f"init.from={file}", recording(tmp_path / "first"), "train.max_steps=2")
-    assert "loaded" not in said() and sorted(path.name for path in (tmp_path / "run").rglob("*")) == before
+    train_on(
+        tmp_path / "run", f"init.from={file}", recording(tmp_path / "first"), "train.max_steps=2"
+    )
+    assert (
+        "loaded" not in said()
+        and sorted(path.name for path in (tmp_path / "run").rglob("*")) == before
+    )
 
 
 @pytest.mark.slow
-def test_killed_and_resumed_it_is_the_uninterrupted_run(tmp_path: Path, done: Trained, started: Callable[..., Any]) -> None:
-    """Two ranks; killed twice, the first time before there is any checkpoint; at the end the source is gone."""
+def test_killed_and_resumed_it_is_the_uninterrupted_run(
+    tmp_path: Path, done: Trained, started: Callable[..., Any]
+) -> None:
+    """Two ranks; killed twice, the first time before there is any checkpoint; at the end the source
+    is gone."""
     file = made("imagenet", tmp_path, done)
-    task = (*TASK, f"init.from={file}", "task.args.sleep_s=0.1", "train.max_steps=30", "checkpoint.every_steps=8", "log.every_steps=1")
+    task = (
+        *TASK,
+        f"init.from={file}",
+        "task.args.sleep_s=0.1",
+        "train.max_steps=30",
+        "checkpoint.every_steps=8",
+        "log.every_steps=1",
+    )
     shown = run(torchrun(2, *task, f"run.dir={tmp_path}/whole"))
     assert shown.returncode == 0, shown.stdout + shown.stderr
 
@@ -485,26 +719,38 @@ def test_killed_and_resumed_it_is_the_uninterrupted_run(tmp_path: Path, done: Tr
 
     file.unlink()
     shown = run(torchrun(2, *task, f"run.dir={directory}"))
-    assert shown.returncode == 0 and "is not read: the run has a checkpoint of its own" in shown.stdout, shown.stdout + shown.stderr
+    assert (
+        shown.returncode == 0 and "is not read: the run has a checkpoint of its own" in shown.stdout
+    ), shown.stdout + shown.stderr
     assert run(program("diff", f"{tmp_path}/whole", str(directory))).returncode == 0
 
 
 @pytest.mark.slow
 def test_launch_does_not_try_again_what_cannot_fit(tmp_path: Path, done: Trained) -> None:
     file = made("imagenet", tmp_path, recipes.trained(width=8))
-    shown = run(program("launch", "--nproc-per-node", "2", *TASK, f"run.dir={tmp_path}/run", f"init.from={file}"))
+    shown = run(
+        program(
+            "launch", "--nproc-per-node", "2", *TASK, f"run.dir={tmp_path}/run", f"init.from={file}"
+        )
+    )
     text = shown.stdout + shown.stderr
     assert shown.returncode == 78, text
-    assert row(text, "mis-shaped", "head.weight", "4x16", "4x8") and shown.stderr.count("harness: failed:") == 1, text
+    assert (
+        row(text, "mis-shaped", "head.weight", "4x16", "4x8")
+        and shown.stderr.count("harness: failed:") == 1
+    ), text
     assert not list((tmp_path / "run").glob("attempts/*"))
 
 
 @pytest.mark.slow
 def test_ranks_agree_when_the_source_lets_the_first_one_down(tmp_path: Path, done: Trained) -> None:
-    """A file that only breaks while it is read: no rank waits for another, all end with its code."""
+    """A file that only breaks while it is read: no rank waits for another, all end with its
+    code."""
     data = made("imagenet", tmp_path, done, SAVES["old"]).read_bytes()
     (tmp_path / "cut.pt").write_bytes(data[:-200])
-    shown = run(torchrun(2, *TASK, f"run.dir={tmp_path}/run", f"init.from={tmp_path}/cut.pt"), limit_s=120)
+    shown = run(
+        torchrun(2, *TASK, f"run.dir={tmp_path}/run", f"init.from={tmp_path}/cut.pt"), limit_s=120
+    )
     assert shown.returncode != 0 and shown.stderr.count("harness: error:") == 1, shown.stderr
     assert "cut.pt" in shown.stderr and not list((tmp_path / "run").glob("attempts/*"))
 
@@ -514,8 +760,17 @@ def test_it_works_with_compiled_modules_and_mixed_precision(tmp_path: Path, done
     file = made("nanogpt", tmp_path, done)
     if os.environ.get("HARNESS_NO_COMPILER") or shutil.which("c++") is None:
         pytest.skip("torch.compile needs a compiler")
-    shown = run(alone(*TASK, f"run.dir={tmp_path}/run", f"init.from={file}", recording(tmp_path / "first"), "train.compile=true",
-                      "train.precision=bf16", "train.max_steps=2"))  # fmt: skip
+    shown = run(
+        alone(
+            *TASK,
+            f"run.dir={tmp_path}/run",
+            f"init.from={file}",
+            recording(tmp_path / "first"),
+            "train.compile=true",
+            "train.precision=bf16",
+            "train.max_steps=2",
+        )
+    )
     assert shown.returncode == 0, shown.stdout + shown.stderr
     assert differing(first_states(tmp_path / "first")["rank0"], dict(done.model.state_dict())) == []
 
@@ -525,7 +780,12 @@ def test_an_exported_file_is_a_source_again(tmp_path: Path, command: Command) ->
     """Out of one run, into the next: every format that holds names and tensors."""
     train_on(tmp_path / "old", "train.max_steps=2")
     weights = dict(newest(tmp_path / "old")["model_state_dict"])
-    for format, options in (("weights", ()), ("full", ("--legacy",)), ("safetensors", ()), ("torchscript", ())):
+    for format, options in (
+        ("weights", ()),
+        ("full", ("--legacy",)),
+        ("safetensors", ()),
+        ("torchscript", ()),
+    ):
         out = tmp_path / f"{format}.out"
         answer = command("export", tmp_path / "old", out, "--format", format, "--trust", *options)
         assert answer.code == 0, answer.out + answer.err
@@ -549,10 +809,15 @@ def test_tied_weights_are_loaded_from_what_keeps_them_once(tmp_path: Path) -> No
     for file in (tmp_path / "a.safetensors", tmp_path / "a.pt"):
         target = Tied()
         harness.load_weights(target, file)
-        assert torch.equal(target.embedding.weight, source.embedding.weight) and target.head.weight is target.embedding.weight
+        assert (
+            torch.equal(target.embedding.weight, source.embedding.weight)
+            and target.head.weight is target.embedding.weight
+        )
 
 
-def test_the_line_in_the_record_says_where_the_weights_came_from(tmp_path: Path, done: Trained) -> None:
+def test_the_line_in_the_record_says_where_the_weights_came_from(
+    tmp_path: Path, done: Trained
+) -> None:
     """Months later: what did this run begin with?"""
     file = made("imagenet", tmp_path, done)
     begins(tmp_path, file)

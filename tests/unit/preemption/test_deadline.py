@@ -1,6 +1,8 @@
-"""How much time is left, and what is done with it: what SLURM says, however it says it, and real runs that it ends.
+"""How much time is left, and what is done with it: what SLURM says, however it says it, and real
+runs that it ends.
 
-`squeue` and `scontrol` are small shell scripts here, which print what the real ones were seen to print.
+`squeue` and `scontrol` are small shell scripts here, which print what the real ones were seen to
+print.
 """
 
 from __future__ import annotations
@@ -23,16 +25,32 @@ from remote_lives import Born, shared_nursery
 
 from harness import cli, preemption
 from harness.preemption import deadline
-from harness.preemption.deadline import SAFETY, Deadline, job_left_s, parse_left, plan, slurm_grace_s
+from harness.preemption.deadline import (
+    SAFETY,
+    Deadline,
+    job_left_s,
+    parse_left,
+    plan,
+    slurm_grace_s,
+)
 
 JOB = {"SLURM_JOB_ID": "7", "SLURM_JOB_PARTITION": "low"}
-SHOWS = """case "$1 $2 $3" in
-"show partition low") echo "PartitionName=low AllowGroups=ALL ExclusiveUser=NO GraceTime=20 Hidden=NO PreemptMode=REQUEUE State=UP" ;;
-"show config "*) printf 'Configuration data as of 2026-11-22\\nKillOnBadExit           = 0\\nKillWait                = 10 sec\\n' ;;
-*) echo "slurm error" >&2; exit 1 ;;
-esac
-"""
-TASK = ["task.name=small_task:build", "train.epochs=3", "log.every_steps=1", "checkpoint.every_s=null", "resume.accept=[config]"]
+SHOWS = (
+    'case "$1 $2 $3" in\n'
+    '"show partition low") echo "PartitionName=low AllowGroups=ALL ExclusiveUser=NO '
+    'GraceTime=20 Hidden=NO PreemptMode=REQUEUE State=UP" ;;\n'
+    '"show config "*) printf \'Configuration data as of 2026-11-22\\n'
+    "KillOnBadExit           = 0\\nKillWait                = 10 sec\\n' ;;\n"
+    '*) echo "slurm error" >&2; exit 1 ;;\n'
+    "esac\n"
+)
+TASK = [
+    "task.name=small_task:build",
+    "train.epochs=3",
+    "log.every_steps=1",
+    "checkpoint.every_s=null",
+    "resume.accept=[config]",
+]
 
 
 class Programs:
@@ -90,7 +108,20 @@ def test_every_format_of_a_time_left_is_read(text, seconds):
 
 
 @pytest.mark.parametrize(
-    "text", ["UNLIMITED", "NOT_SET", "INVALID", "", "\n", "N/A", "Partition_Limit", "-1:00", "1:2:3:4:5", "1-", "slurm_load_jobs error: x"]
+    "text",
+    [
+        "UNLIMITED",
+        "NOT_SET",
+        "INVALID",
+        "",
+        "\n",
+        "N/A",
+        "Partition_Limit",
+        "-1:00",
+        "1:2:3:4:5",
+        "1-",
+        "slurm_load_jobs error: x",
+    ],
 )
 def test_no_limit_and_what_is_no_time_are_no_deadline(text):
     assert parse_left(text) == math.inf
@@ -101,7 +132,11 @@ def test_a_time_left_is_read_as_slurm_spells_it(seconds):
     days, rest = divmod(seconds, 86400)
     hours, minutes, last = rest // 3600, rest % 3600 // 60, rest % 60
     spelled = (
-        f"{days}-{hours:02}:{minutes:02}:{last:02}" if days else f"{hours}:{minutes:02}:{last:02}" if hours else f"{minutes}:{last:02}"
+        f"{days}-{hours:02}:{minutes:02}:{last:02}"
+        if days
+        else f"{hours}:{minutes:02}:{last:02}"
+        if hours
+        else f"{minutes}:{last:02}"
     )
     assert parse_left(spelled) == seconds
 
@@ -120,7 +155,8 @@ def test_older_slurm_is_asked(end, programs):
 
 
 def test_of_a_job_array_the_task_alone_is_asked_for(programs):
-    """The id of one of its tasks is the whole array's: asked for that, SLURM answers for all of them."""
+    """The id of one of its tasks is the whole array's: asked for that, SLURM answers for all of
+    them."""
     programs.put("squeue", 'case "$3" in 7_2) echo 1:40 ;; *) printf "5:00\n1:40\n" ;; esac')
     assert job_left_s(JOB | {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "2"}) == 100
 
@@ -176,7 +212,9 @@ def asked(environment: dict[str, str], grace_s: float | None = None) -> Deadline
     """A deadline whose question has been answered."""
     found = Deadline(grace_s, environment)
     found.ask()
-    wait_until(lambda: not any(thread.name == "deadline" for thread in threading.enumerate()), "an answer")
+    wait_until(
+        lambda: not any(thread.name == "deadline" for thread in threading.enumerate()), "an answer"
+    )
     return found
 
 
@@ -214,7 +252,14 @@ def test_a_grace_that_was_told_is_not_asked_for(programs):
 
 
 @pytest.mark.parametrize(
-    ("why", "begins"), [("SIGTERM", True), ("SIGINT", False), ("SIGUSR1", False), ("SIGUSR2", False), ("harness stop", False)]
+    ("why", "begins"),
+    [
+        ("SIGTERM", True),
+        ("SIGINT", False),
+        ("SIGUSR1", False),
+        ("SIGUSR2", False),
+        ("harness stop", False),
+    ],
 )
 def test_of_all_that_stops_a_run_only_sigterm_is_followed_by_a_kill(why, begins):
     found = Deadline(40.0, {})
@@ -238,7 +283,9 @@ def test_the_grace_begins_with_the_first_sigterm_whatever_came_before():
 @pytest.mark.parametrize("why", ["SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2"])
 @pytest.mark.parametrize(("value", "limit_s"), [(None, 30), ("", 30), ("300", 300), ("5", 5)])
 def test_torchrun_kills_its_workers_after_any_signal_that_it_passes_on(why, value, limit_s):
-    environment = {"TORCHELASTIC_RUN_ID": "none"} | ({} if value is None else {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": value})
+    environment = {"TORCHELASTIC_RUN_ID": "none"} | (
+        {} if value is None else {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": value}
+    )
     found = Deadline(None, environment)
     assert found.left_s() == math.inf
     preemption.request(why)
@@ -263,7 +310,9 @@ def test_torchruns_time_begins_with_its_signal_and_not_with_an_earlier_request()
 
 
 def test_the_nearest_of_all_ends_counts():
-    found = Deadline(500.0, {"TORCHELASTIC_RUN_ID": "none", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "200"})
+    found = Deadline(
+        500.0, {"TORCHELASTIC_RUN_ID": "none", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "200"}
+    )
     found.job_end = time.monotonic() + 50
     preemption.request("SIGTERM")
     assert 40 < found.left_s() <= 50
@@ -279,7 +328,9 @@ SECONDS = st.floats(0, 1e6) | st.just(math.inf)
 
 
 @given(SECONDS, st.floats(0, 1e5), st.floats(0, 1e5), st.booleans(), st.booleans())
-def test_nothing_is_planned_that_does_not_fit_and_nothing_left_out_that_does(left_s, save_s, upload_s, has_remote, is_scratch):
+def test_nothing_is_planned_that_does_not_fit_and_nothing_left_out_that_does(
+    left_s, save_s, upload_s, has_remote, is_scratch
+):
     planned = plan(left_s, save_s, upload_s, has_remote=has_remote, is_scratch=is_scratch)
     needed_s = save_s + (upload_s if has_remote else 0)
     if planned.save:
@@ -292,17 +343,27 @@ def test_nothing_is_planned_that_does_not_fit_and_nothing_left_out_that_does(lef
         assert planned.save == planned.upload, "what lies on a lost disk is no checkpoint"
     elif save_s <= left_s:
         assert planned.save
-    assert bool(planned.words) or (planned.save and planned.upload == has_remote), "what is left out is said"
+    assert bool(planned.words) or (planned.save and planned.upload == has_remote), (
+        "what is left out is said"
+    )
 
 
 def test_a_plan_says_what_is_left_out_and_why():
     assert plan(100, 10, 20, has_remote=True, is_scratch=True) == deadline.Plan(True, True)
     assert plan(math.inf, 10, 20, has_remote=False, is_scratch=False) == deadline.Plan(True, False)
     locally = plan(40, 10, 20, has_remote=True, is_scratch=False)
-    assert locally == deadline.Plan(True, False, "saved locally, not uploaded: 40 s left, a save takes 10.0 s and an upload 20.0 s")
+    assert locally == deadline.Plan(
+        True,
+        False,
+        "saved locally, not uploaded: 40 s left, a save takes 10.0 s and an upload 20.0 s",
+    )
     nothing = "no time to save: {} s left, a save takes 10.0 s{}; the checkpoint before stands"
-    assert plan(40, 10, 20, has_remote=True, is_scratch=True).words == nothing.format(40, " and an upload 20.0 s")
-    assert plan(9, 10, 20, has_remote=True, is_scratch=False).words == nothing.format(9, " and an upload 20.0 s")
+    assert plan(40, 10, 20, has_remote=True, is_scratch=True).words == nothing.format(
+        40, " and an upload 20.0 s"
+    )
+    assert plan(9, 10, 20, has_remote=True, is_scratch=False).words == nothing.format(
+        9, " and an upload 20.0 s"
+    )
     assert plan(9, 10, 20, has_remote=False, is_scratch=False).words == nothing.format(9, "")
 
 
@@ -322,7 +383,12 @@ def live(tmp_path: Path) -> Iterator[Callable[..., Born]]:
     def begin(*settings: str, **environment: str) -> Born:
         clean = {"SLURM_JOB_ID": "", "SLURM_JOB_END_TIME": "", "SLURM_JOB_PARTITION": "low"}
         given = {key: value for key, value in (clean | environment).items() if value}
-        return nursery.bear("train", given, tmp_path / f"log-{time.monotonic_ns()}", [*TASK, f"run.dir={tmp_path}/run", *settings])
+        return nursery.bear(
+            "train",
+            given,
+            tmp_path / f"log-{time.monotonic_ns()}",
+            [*TASK, f"run.dir={tmp_path}/run", *settings],
+        )
 
     yield begin
     nursery.end_all()
@@ -335,19 +401,28 @@ def last_end(directory: Path) -> dict:
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("whole")
-    born = shared_nursery().bear("train", {}, directory / "log", [*TASK, f"run.dir={directory}/run"])
+    born = shared_nursery().bear(
+        "train", {}, directory / "log", [*TASK, f"run.dir={directory}/run"]
+    )
     assert born.wait() == 0, born.text
     return directory / "run"
 
 
 def test_a_run_leaves_by_itself_before_its_time_limit_with_everything_saved(whole, tmp_path, live):
     limit = int(time.time()) + 37
-    born = live("run.margin_s=30", "task.args.sleep_s=0.8", SLURM_JOB_ID="7", SLURM_JOB_END_TIME=str(limit))
+    born = live(
+        "run.margin_s=30", "task.args.sleep_s=0.8", SLURM_JOB_ID="7", SLURM_JOB_END_TIME=str(limit)
+    )
     assert born.wait() == 0, born.text
     left_s = limit - time.time()
     assert 0 < left_s < 34, "not in time, or far too early"
     end = last_end(tmp_path / "run")
-    assert (end["why"], end["by"], end["signals"], end["saved"]) == ("stopped", "time limit", [], True)
+    assert (end["why"], end["by"], end["signals"], end["saved"]) == (
+        "stopped",
+        "time limit",
+        [],
+        True,
+    )
     assert end["step"] == end["saved_step"] == max(losses(tmp_path / "run")) > 0
     assert "stopped by time limit" in born.text
     assert cli.main(["status", str(tmp_path / "run")]) == 75
@@ -377,7 +452,8 @@ def test_a_controller_that_hangs_does_not_delay_a_run(tmp_path, live, programs):
     wait_until((programs.folder / "asked").exists, "the question")
 
 
-SLOW_FROM_5 = ("task.args.sleep_from=5", "task.args.sleep_s=1.0")  # after a save in step 4; until that in step 8 there is time
+# After a save in step 4; until that in step 8 there is time.
+SLOW_FROM_5 = ("task.args.sleep_from=5", "task.args.sleep_s=1.0")
 
 
 def checkpoints(directory: Path) -> dict[str, int]:
@@ -385,23 +461,35 @@ def checkpoints(directory: Path) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("scratch", [False, True])
-def test_what_does_not_fit_into_the_grace_is_not_begun_and_the_checkpoint_before_stands(scratch, whole, tmp_path, live):
+def test_what_does_not_fit_into_the_grace_is_not_begun_and_the_checkpoint_before_stands(
+    scratch, whole, tmp_path, live
+):
     directory = tmp_path / "run"
     places = ["run.scratch=true", f"run.remote=file://{tmp_path}/remote"] if scratch else []
     born = live(*places, "run.grace_s=0.0001", "checkpoint.every_steps=4", *SLOW_FROM_5)
     wait_until(lambda: len(events(directory, "step")) >= 5 or born.code is not None, "step 5")
     if scratch:
         wait_until(lambda: list((tmp_path / "remote").glob("checkpoints/*.json")), "an upload")
-    wait_until(lambda: events(directory, "saved") or born.code is not None, "the checkpoint of step 4")
+    wait_until(
+        lambda: events(directory, "saved") or born.code is not None, "the checkpoint of step 4"
+    )
     before = checkpoints(directory)
     assert sorted(before) == ["step_00000004-0001.json", "step_00000004-0001.pt"]
     os.kill(born.pid, signal.SIGTERM)
     born.wait()
-    assert "no time to save: 0 s left, a save takes" in born.text and "the checkpoint before stands" in born.text
+    assert (
+        "no time to save: 0 s left, a save takes" in born.text
+        and "the checkpoint before stands" in born.text
+    )
     assert ("and an upload" in born.text) == scratch
     assert checkpoints(directory) == before
     end = last_end(directory)
-    assert (end["why"], end["saved"], end["signals"], end["saved_step"]) == ("stopped", False, ["SIGTERM"], 4)
+    assert (end["why"], end["saved"], end["signals"], end["saved_step"]) == (
+        "stopped",
+        False,
+        ["SIGTERM"],
+        4,
+    )
     assert "no time to save" in end["plan"]
     assert cli.main(["status", str(directory)]) == 75, "to be stopped is free, saved or not"
     born = live(*places)
@@ -412,7 +500,9 @@ def test_what_does_not_fit_into_the_grace_is_not_begun_and_the_checkpoint_before
 
 def test_a_short_grace_is_sigterms_alone(tmp_path, live):
     born = live("run.grace_s=0.0001", "checkpoint.every_steps=4", *SLOW_FROM_5)
-    wait_until(lambda: len(events(tmp_path / "run", "step")) >= 5 or born.code is not None, "step 5")
+    wait_until(
+        lambda: len(events(tmp_path / "run", "step")) >= 5 or born.code is not None, "step 5"
+    )
     os.kill(born.pid, signal.SIGUSR1)
     assert born.wait() == 0, born.text
     end = last_end(tmp_path / "run")
@@ -423,7 +513,9 @@ def test_a_short_grace_is_sigterms_alone(tmp_path, live):
 def test_a_run_that_was_never_saved_is_saved_however_little_time_there_is(tmp_path, live):
     """How long a save takes is not known yet, and there is nothing to lose."""
     born = live("run.grace_s=0.0001", "task.args.sleep_s=0.3")
-    wait_until(lambda: len(events(tmp_path / "run", "step")) >= 1 or born.code is not None, "a step")
+    wait_until(
+        lambda: len(events(tmp_path / "run", "step")) >= 1 or born.code is not None, "a step"
+    )
     os.kill(born.pid, signal.SIGTERM)
     assert born.wait() == 0, born.text
     assert last_end(tmp_path / "run")["saved"] is True

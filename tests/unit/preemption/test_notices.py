@@ -1,4 +1,5 @@
-"""Three clouds' metadata services, spoken to over real sockets: what counts as a notice, and what a bad service may not do."""
+"""Three clouds' metadata services, spoken to over real sockets: what counts as a notice, and what a
+bad service may not do."""
 
 from __future__ import annotations
 
@@ -45,19 +46,27 @@ def event(kind: str, **fields: str) -> dict[str, object]:
     } | fields
 
 
-# What each service says before there is a notice, and one notice with our words for it. No text: 404.
+# What each service says before there is a notice, and one notice with our words for it.
+# No text: 404.
 BEFORE = {ACTION: "", REBALANCE: "", PREEMPTED: "FALSE", EVENTS: events()}
 NOTICE = {
-    "aws": (json.dumps({"action": "terminate", "time": "2026-11-22T10:00:00Z"}), "aws spot: terminate at 2026-11-22T10:00:00Z"),
+    "aws": (
+        json.dumps({"action": "terminate", "time": "2026-11-22T10:00:00Z"}),
+        "aws spot: terminate at 2026-11-22T10:00:00Z",
+    ),
     "gcp": ("TRUE", "gcp spot: preempted"),
-    "azure": (events(event("Preempt", NotBefore="Mon, 19 Sep 2026 18:29:47 GMT")), "azure: Preempt at Mon, 19 Sep 2026 18:29:47 GMT"),
+    "azure": (
+        events(event("Preempt", NotBefore="Mon, 19 Sep 2026 18:29:47 GMT")),
+        "azure: Preempt at Mon, 19 Sep 2026 18:29:47 GMT",
+    ),
 }
 AWS_NOTICE, AWS_WORDS = NOTICE["aws"]
 
 
 @pytest.fixture(autouse=True)
 def patience(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the service is well, what it says counts, and not how slow the machine is on which it runs beside the test."""
+    """Where the service is well, what it says counts, and not how slow the machine is on which it
+    runs beside the test."""
     monkeypatch.setattr(spot_notices, "REQUEST_S", 60.0)
 
 
@@ -69,10 +78,12 @@ def impatience(patience: None, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @dataclass
 class Service:
-    """What one metadata service says, by path, what ails it, and what it was asked. It sees to headers as the real one does."""
+    """What one metadata service says, by path, what ails it, and what it was asked. It sees to
+    headers as the real one does."""
 
     says: dict[str, str] = field(default_factory=BEFORE.copy)
-    asked: list[tuple[str, str, int | None]] = field(default_factory=list)  # method, path, status; None: no answer
+    # Method, path, status; None: no answer.
+    asked: list[tuple[str, str, int | None]] = field(default_factory=list)
     tokens: set[str] = field(default_factory=set)  # those that are valid now
     serial: Iterator[int] = field(default_factory=itertools.count)
     fault: Callable[[Handler], None] | None = None  # answers in its place
@@ -91,7 +102,10 @@ class Handler(BaseHTTPRequestHandler):
     def do_PUT(self) -> None:
         if self.broken():
             return
-        if self.path != TOKEN or not 1 <= int(self.headers.get("X-aws-ec2-metadata-token-ttl-seconds", 0)) <= 21600:
+        if (
+            self.path != TOKEN
+            or not 1 <= int(self.headers.get("X-aws-ec2-metadata-token-ttl-seconds", 0)) <= 21600
+        ):
             return self.reply(400)
         token = f"AQAE{next(self.service.serial)}=="
         self.service.tokens.add(token)
@@ -100,9 +114,15 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         if self.broken():
             return
-        if self.path.startswith("/latest/") and self.headers.get("X-aws-ec2-metadata-token") not in self.service.tokens:
+        if (
+            self.path.startswith("/latest/")
+            and self.headers.get("X-aws-ec2-metadata-token") not in self.service.tokens
+        ):
             return self.reply(401)
-        if self.path.startswith("/computeMetadata/") and self.headers.get("Metadata-Flavor") != "Google":
+        if (
+            self.path.startswith("/computeMetadata/")
+            and self.headers.get("Metadata-Flavor") != "Google"
+        ):
             return self.reply(403)
         if self.path.startswith("/metadata/") and self.headers.get("Metadata") != "true":
             return self.reply(400)
@@ -142,7 +162,9 @@ def serving() -> Iterator[Service]:
     service = Service()
     server = Server(("127.0.0.1", 0), type("Own", (Handler,), {"service": service}))
     service.url = f"http://127.0.0.1:{server.server_address[1]}"
-    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    threading.Thread(
+        target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True
+    ).start()
     try:
         yield service
     finally:
@@ -219,7 +241,10 @@ def test_an_interruption_is_told_even_if_the_recommendations_hang(service):
     [
         ([event("Terminate", NotBefore="soon")], "azure: Terminate at soon"),
         ([event("Preempt", NotBefore="", EventStatus="Started")], "azure: Preempt"),
-        ([event("Freeze"), 7, None, {}, event("Preempt", NotBefore="soon")], "azure: Preempt at soon"),
+        (
+            [event("Freeze"), 7, None, {}, event("Preempt", NotBefore="soon")],
+            "azure: Preempt at soon",
+        ),
         ([event("Freeze"), event("Reboot"), event("Redeploy")], None),
     ],
     ids=["terminate", "it has begun", "not the first", "maintenance"],
@@ -229,7 +254,9 @@ def test_azure_tells_of_maintenance_too_which_is_no_notice(found, words, service
     assert ask("azure", service.url) == words
 
 
-@pytest.mark.parametrize("when", [None, 7, [], "", "x" * 65, "10:00\nharness: error: forged", "\x1b[2J"])
+@pytest.mark.parametrize(
+    "when", [None, 7, [], "", "x" * 65, "10:00\nharness: error: forged", "\x1b[2J"]
+)
 def test_a_time_that_is_none_does_not_get_into_the_words(when, service):
     service.says[ACTION] = json.dumps({"action": "stop", "time": when})
     assert ask("aws", service.url) == "aws spot: stop"
@@ -292,7 +319,11 @@ def test_a_service_that_takes_no_token_is_not_asked_for_ever(service):
     assert service.count("PUT", TOKEN) == 2
 
 
-@pytest.mark.parametrize("token", ["", "a\r\nX-Forged: yes", "a\x00b", "é", "x" * (MOST_BYTES + 1)], ids=lambda token: repr(token[:9]))
+@pytest.mark.parametrize(
+    "token",
+    ["", "a\r\nX-Forged: yes", "a\x00b", "é", "x" * (MOST_BYTES + 1)],
+    ids=lambda token: repr(token[:9]),
+)
 def test_a_token_that_is_none_is_not_sent(token, service):
     service.fault, service.fault_at = lambda handler: handler.reply(200, token), TOKEN
     assert ask("aws", service.url) is None
@@ -339,7 +370,9 @@ def many_headers(handler: Handler) -> None:
     handler.wfile.write(b"HTTP/1.1 200 OK\r\n" + b"X-Header: x\r\n" * 200 + b"\r\n")
 
 
-@pytest.mark.parametrize(("cloud", "fault"), [("aws", hang), ("gcp", hang), ("azure", hang), ("azure", dribble)])
+@pytest.mark.parametrize(
+    ("cloud", "fault"), [("aws", hang), ("gcp", hang), ("azure", hang), ("azure", dribble)]
+)
 def test_a_service_that_hangs_costs_no_more_than_its_time_out(cloud, fault, service, impatience):
     service.fault, service.fault_at = fault, ASKED[cloud]
     began = time.monotonic()
@@ -348,7 +381,9 @@ def test_a_service_that_hangs_costs_no_more_than_its_time_out(cloud, fault, serv
     assert 0.9 < time.monotonic() - began < 15, "not as long as it hangs"
 
 
-@pytest.mark.parametrize("fault", [close, no_http, break_off, many_headers], ids=lambda fault: fault.__name__)
+@pytest.mark.parametrize(
+    "fault", [close, no_http, break_off, many_headers], ids=lambda fault: fault.__name__
+)
 @each_cloud
 def test_a_service_that_breaks_off_gives_no_notice(cloud, fault, service):
     service.fault = fault
@@ -366,7 +401,10 @@ def test_a_service_that_is_absent_gives_no_notice(cloud):
 @pytest.mark.parametrize("status", [401, 403, 404, 410, 429, 500, 503])
 @each_cloud
 def test_an_error_is_no_notice_whatever_comes_with_it(cloud, status, service):
-    service.fault, service.fault_at = lambda handler: handler.reply(status, NOTICE[cloud][0]), ASKED[cloud]
+    service.fault, service.fault_at = (
+        lambda handler: handler.reply(status, NOTICE[cloud][0]),
+        ASKED[cloud],
+    )
     assert ask(cloud, service.url) is None
     assert service.count("GET", ASKED[cloud], status) >= 1
 
@@ -385,8 +423,19 @@ def test_an_error_is_no_notice_whatever_comes_with_it(cloud, status, service):
             '{"action": "noop"}',
             '{"Events": 7}',
         ),
-        *('{"Events": "Preempt"}', '{"Events": [{"EventType": ["Preempt"]}]}', "<html>TRUE</html>", "True", "\xff\xfe", "[" * 60_000),
-        *("9" * 60_000, '{"action": "terminate", "time": "2026', '{"time": "2026-11-22T10:00:00Z"}'),
+        *(
+            '{"Events": "Preempt"}',
+            '{"Events": [{"EventType": ["Preempt"]}]}',
+            "<html>TRUE</html>",
+            "True",
+            "\xff\xfe",
+            "[" * 60_000,
+        ),
+        *(
+            "9" * 60_000,
+            '{"action": "terminate", "time": "2026',
+            '{"time": "2026-11-22T10:00:00Z"}',
+        ),
     ],
     ids=lambda text: text[:24],
 )
@@ -434,7 +483,9 @@ def test_an_answer_without_end_is_not_read_to_the_end(cloud, service):
 def test_a_redirect_is_not_followed(cloud, status, service, other):
     for path in ASKED.values():
         other.says[path] = NOTICE[cloud][0]
-    service.fault = lambda handler: handler.reply(status, NOTICE[cloud][0], Location=other.url + handler.path)
+    service.fault = lambda handler: handler.reply(
+        status, NOTICE[cloud][0], Location=other.url + handler.path
+    )
     assert ask(cloud, service.url) is None
     service.fault_at = ASKED[cloud]  # with AWS's token, which must not get out
     assert ask(cloud, service.url) is None
@@ -445,12 +496,19 @@ def test_a_redirect_is_not_followed(cloud, status, service, other):
 @each_cloud
 def test_a_proxy_in_the_environment_is_not_used(cloud, service, other):
     """In a process of its own, which finds it there when it begins."""
-    proxies = dict.fromkeys(("http_proxy", "HTTP_PROXY", "all_proxy"), other.url) | {"no_proxy": "", "NO_PROXY": ""}
+    proxies = dict.fromkeys(("http_proxy", "HTTP_PROXY", "all_proxy"), other.url) | {
+        "no_proxy": "",
+        "NO_PROXY": "",
+    }
     imports = "import sys, harness.preemption.spot_notices as n, urllib.request as u"
     code = f"{imports}; n.REQUEST_S = 60; print(u.getproxies()['http'], n.ask(*sys.argv[1:]))"
     service.says[ASKED[cloud]], words = NOTICE[cloud]
     done = subprocess.run(
-        [sys.executable, "-c", code, cloud, service.url], env=ENVIRONMENT | proxies, capture_output=True, text=True, timeout=180
+        [sys.executable, "-c", code, cloud, service.url],
+        env=ENVIRONMENT | proxies,
+        capture_output=True,
+        text=True,
+        timeout=180,
     )
     assert (done.stdout, done.stderr) == (f"{other.url} {words}\n", "")
     assert other.asked == []

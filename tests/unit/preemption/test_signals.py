@@ -1,4 +1,5 @@
-"""Asked to stop, all ranks leave at the same step with everything saved; left by one rank, the others do not wait for ever."""
+"""Asked to stop, all ranks leave at the same step with everything saved; left by one rank, the
+others do not wait for ever."""
 
 from __future__ import annotations
 
@@ -20,7 +21,13 @@ from s3_server import free_ports
 
 from harness.preemption import AGAIN_S
 
-TASK = ("task.name=small_task:build", "train.epochs=8", "log.every_steps=1", "checkpoint.best=val_loss:min", "resume.accept=[config]")
+TASK = (
+    "task.name=small_task:build",
+    "train.epochs=8",
+    "log.every_steps=1",
+    "checkpoint.best=val_loss:min",
+    "resume.accept=[config]",
+)
 Start = Callable[..., "subprocess.Popen[str]"]
 
 
@@ -32,12 +39,17 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def after_steps(directory: Path, steps: int, process: subprocess.Popen[str]) -> None:
-    wait_until(lambda: len(events(directory, "step")) >= steps or process.poll() is not None, f"{steps} steps")
+    wait_until(
+        lambda: len(events(directory, "step")) >= steps or process.poll() is not None,
+        f"{steps} steps",
+    )
     assert process.poll() is None, process.communicate()
 
 
 @pytest.mark.slow
-def test_a_stop_signal_to_any_process_saves_at_one_step_and_loses_none(whole: Path, tmp_path: Path, started: Start) -> None:
+def test_a_stop_signal_to_any_process_saves_at_one_step_and_loses_none(
+    whole: Path, tmp_path: Path, started: Start
+) -> None:
     directory = tmp_path / "run"
 
     def rank_1(pid: int) -> psutil.Process:
@@ -46,7 +58,8 @@ def test_a_stop_signal_to_any_process_saves_at_one_step_and_loses_none(whole: Pa
     def launcher(pid: int) -> psutil.Process:
         return psutil.Process(pid)
 
-    for target, number in ((rank_1, signal.SIGUSR1), (launcher, signal.SIGTERM)):  # test_phases has them all
+    # test_phases has them all.
+    for target, number in ((rank_1, signal.SIGUSR1), (launcher, signal.SIGTERM)):
         seen = len(events(directory, "step"))
         process = started(torchrun(2, *TASK, f"run.dir={directory}", "task.args.sleep_s=0.05"))
         after_steps(directory, seen + 3, process)
@@ -56,7 +69,9 @@ def test_a_stop_signal_to_any_process_saves_at_one_step_and_loses_none(whole: Pa
         newest = max(directory.glob("attempts/*.end.json"))
         end = json.loads(newest.read_text())
         assert (end["why"], end["saved"], end["signals"]) == ("stopped", True, [number.name])
-        assert end["step"] == max(losses(directory)), "a step was made after the stop, or lost by it"
+        assert end["step"] == max(losses(directory)), (
+            "a step was made after the stop, or lost by it"
+        )
         if target is rank_1:
             assert process.returncode == 0
     assert run(torchrun(2, *TASK, f"run.dir={directory}")).returncode == 0
@@ -82,9 +97,18 @@ def test_a_signal_during_start_up_ends_the_process_soon_and_the_run_goes_on(
 
 def test_two_signals_at_once_are_one_stop(tmp_path: Path, started: Start) -> None:
     directory = tmp_path / "run"
-    process = started(alone(*TASK, f"run.dir={directory}", "train.epochs=400", "task.args.sleep_s=0.05", "data.num_workers=1"))
+    process = started(
+        alone(
+            *TASK,
+            f"run.dir={directory}",
+            "train.epochs=400",
+            "task.args.sleep_s=0.05",
+            "data.num_workers=1",
+        )
+    )
     after_steps(directory, 3, process)
-    for member in tree(process.pid):  # as SLURM does with proctrack/linuxproc: every descendant gets it, loader processes too
+    # As SLURM does with proctrack/linuxproc: every descendant gets it, loader processes too.
+    for member in tree(process.pid):
         member.send_signal(signal.SIGTERM)
     process.send_signal(signal.SIGUSR1)
     out, err = process.communicate(timeout=60)
@@ -93,14 +117,22 @@ def test_two_signals_at_once_are_one_stop(tmp_path: Path, started: Start) -> Non
 
 
 def is_pending(process: subprocess.Popen[str], number: signal.Signals) -> bool:
-    """Whether a process has not yet got a signal that it was sent; another one would be the same one then."""
+    """Whether a process has not yet got a signal that it was sent; another one would be the same
+    one then."""
     status = Path(f"/proc/{process.pid}/status").read_text()
-    return any(int(line.split()[1], 16) >> number - 1 & 1 for line in status.splitlines() if line.startswith(("SigPnd", "ShdPnd")))
+    return any(
+        int(line.split()[1], 16) >> number - 1 & 1
+        for line in status.splitlines()
+        if line.startswith(("SigPnd", "ShdPnd"))
+    )
 
 
 def test_a_second_interrupt_ends_a_process_that_cannot_save(folder: Path, started: Start) -> None:
     process = started(alone(*crashing(folder, "1-0-hang-1")), cwd=folder)
-    wait_until(lambda: list(folder.glob("1-0-*.crashed")) or process.poll() is not None, "a step that never ends")
+    wait_until(
+        lambda: list(folder.glob("1-0-*.crashed")) or process.poll() is not None,
+        "a step that never ends",
+    )
     process.send_signal(signal.SIGINT)
     wait_until(lambda: not is_pending(process, signal.SIGINT), "the signal")
     time.sleep(AGAIN_S + 0.5)  # a handler is late on a busy machine
@@ -110,9 +142,17 @@ def test_a_second_interrupt_ends_a_process_that_cannot_save(folder: Path, starte
     assert process.returncode == 130
 
 
-def test_an_attempt_whose_origin_vanishes_before_its_first_commit_saves_at_once(tmp_path: Path, started: Start) -> None:
+def test_an_attempt_whose_origin_vanishes_before_its_first_commit_saves_at_once(
+    tmp_path: Path, started: Start
+) -> None:
     directory = tmp_path / "run"
-    common = alone(*TASK, "train.epochs=400", f"run.dir={directory}", "checkpoint.every_s=null", "task.args.sleep_s=0.05")
+    common = alone(
+        *TASK,
+        "train.epochs=400",
+        f"run.dir={directory}",
+        "checkpoint.every_s=null",
+        "task.args.sleep_s=0.05",
+    )
     first = started([*common, "checkpoint.every_steps=2"])
     after_steps(directory, 6, first)
     first.kill()
@@ -120,18 +160,36 @@ def test_an_attempt_whose_origin_vanishes_before_its_first_commit_saves_at_once(
     seen = len(events(directory, "step"))
     second = started(common)
     after_steps(directory, seen + 3, second)
-    assert not list(directory.glob("checkpoints/*-0002.json")), "nothing but the origin holds the run so far"
+    assert not list(directory.glob("checkpoints/*-0002.json")), (
+        "nothing but the origin holds the run so far"
+    )
     for file in directory.glob("checkpoints/*-0001.*"):
         file.unlink()
-    wait_until(lambda: list(directory.glob("checkpoints/*-0002.json")), "a checkpoint of the second attempt")
+    wait_until(
+        lambda: list(directory.glob("checkpoints/*-0002.json")),
+        "a checkpoint of the second attempt",
+    )
     second.kill()
-    assert min(int(file.name[5:13]) for file in directory.glob("checkpoints/*-0002.json")) < 1000, "not at the end of the run"
+    assert min(int(file.name[5:13]) for file in directory.glob("checkpoints/*-0002.json")) < 1000, (
+        "not at the end of the run"
+    )
 
 
 @pytest.mark.slow
-def test_a_stopped_peer_is_given_up_within_the_time_limit_and_the_run_goes_on(whole: Path, tmp_path: Path, started: Start) -> None:
+def test_a_stopped_peer_is_given_up_within_the_time_limit_and_the_run_goes_on(
+    whole: Path, tmp_path: Path, started: Start
+) -> None:
     directory = tmp_path / "run"
-    process = started(torchrun(2, *TASK, f"run.dir={directory}", "task.args.sleep_s=0.05", "run.timeout_s=3", "checkpoint.every_steps=2"))
+    process = started(
+        torchrun(
+            2,
+            *TASK,
+            f"run.dir={directory}",
+            "task.args.sleep_s=0.05",
+            "run.timeout_s=3",
+            "checkpoint.every_steps=2",
+        )
+    )
     after_steps(directory, 4, process)
     frozen = workers_of(process.pid)[1]
     frozen.suspend()
@@ -147,11 +205,19 @@ def test_a_stopped_peer_is_given_up_within_the_time_limit_and_the_run_goes_on(wh
 
 
 @pytest.mark.slow
-def test_a_rank_that_leaves_early_fails_the_attempt_at_once_and_the_run_goes_on(whole: Path, tmp_path: Path) -> None:
+def test_a_rank_that_leaves_early_fails_the_attempt_at_once_and_the_run_goes_on(
+    whole: Path, tmp_path: Path
+) -> None:
     directory = tmp_path / "run"
     began = time.monotonic()
-    done = run(torchrun(2, *TASK, f"run.dir={directory}", "task.args.leave_at=12", "checkpoint.every_steps=5"))
-    assert done.returncode == 1 and time.monotonic() - began < 150, "far below the 600 s that a rank is waited for"
+    done = run(
+        torchrun(
+            2, *TASK, f"run.dir={directory}", "task.args.leave_at=12", "checkpoint.every_steps=5"
+        )
+    )
+    assert done.returncode == 1 and time.monotonic() - began < 150, (
+        "far below the 600 s that a rank is waited for"
+    )
     assert json.loads((directory / "attempts" / "0001.end.json").read_text())["why"] == "failed"
     assert run(torchrun(2, *TASK, f"run.dir={directory}")).returncode == 0
     assert differing(whole, directory) == []
@@ -186,24 +252,38 @@ except LostRankError as error:
 
 
 @pytest.mark.slow
-def test_a_slow_writer_is_waited_for_beyond_the_time_limit_and_a_stopped_one_is_not(tmp_path: Path, started: Start) -> None:
+def test_a_slow_writer_is_waited_for_beyond_the_time_limit_and_a_stopped_one_is_not(
+    tmp_path: Path, started: Start
+) -> None:
     program = tmp_path / "patience.py"
     program.write_text(PATIENCE)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(program)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        str(program),
+    ]
     done = run([*command, "slow"])
-    assert done.returncode == 0 and sorted(done.stdout.split("\n")[:2]) == ["0 done", "1 done"], done.stdout + done.stderr
+    assert done.returncode == 0 and sorted(done.stdout.split("\n")[:2]) == ["0 done", "1 done"], (
+        done.stdout + done.stderr
+    )
     process = started([*command, "stopped"])
     line = process.stdout.readline()
     assert line.startswith("1 lost: the writing rank does not answer"), line
 
 
 @pytest.mark.slow
-def test_launch_tells_by_its_exit_code_how_the_run_ended(whole: Path, tmp_path: Path, started: Start) -> None:
+def test_launch_tells_by_its_exit_code_how_the_run_ended(
+    whole: Path, tmp_path: Path, started: Start
+) -> None:
     directory = tmp_path / "run"
     command = harness("launch", "--nproc-per-node", "2", *TASK, f"run.dir={directory}")
     process = started([*command, "task.args.sleep_s=0.05"])
     after_steps(directory, 3, process)
-    process.send_signal(signal.SIGUSR1)  # plain torchrun would die of it at once, and orphan its workers
+    # Plain torchrun would die of it at once, and orphan its workers.
+    process.send_signal(signal.SIGUSR1)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 75 and "Traceback" not in err, out + err
     assert run(harness("status", str(directory))).returncode == 75
@@ -225,10 +305,18 @@ def test_launch_tells_by_its_exit_code_how_the_run_ended(whole: Path, tmp_path: 
 
 
 @pytest.mark.slow
-def test_of_two_live_starts_the_later_takes_over_and_the_first_ends_superseded(whole: Path, tmp_path: Path, started: Start) -> None:
+def test_of_two_live_starts_the_later_takes_over_and_the_first_ends_superseded(
+    whole: Path, tmp_path: Path, started: Start
+) -> None:
     directory = tmp_path / "run"
     command = harness(
-        "launch", "--nproc-per-node", "1", *TASK, f"run.dir={directory}", "train.micro_batch_size=48", "checkpoint.every_steps=2"
+        "launch",
+        "--nproc-per-node",
+        "1",
+        *TASK,
+        f"run.dir={directory}",
+        "train.micro_batch_size=48",
+        "checkpoint.every_steps=2",
     )
     first = started([*command, "task.args.sleep_s=1.5"])
     after_steps(directory, 3, first)
@@ -237,7 +325,10 @@ def test_of_two_live_starts_the_later_takes_over_and_the_first_ends_superseded(w
     assert second.returncode == 0, out + err
     out, err = first.communicate(timeout=90)
     assert first.returncode == 76 and "superseded" in err, out + err
-    ends = {file.name: json.loads(file.read_text())["why"] for file in directory.glob("attempts/*.end.json")}
+    ends = {
+        file.name: json.loads(file.read_text())["why"]
+        for file in directory.glob("attempts/*.end.json")
+    }
     assert ends == {"0001.end.json": "superseded", "0002.end.json": "finished"}
 
 
@@ -245,8 +336,15 @@ def test_of_two_live_starts_the_later_takes_over_and_the_first_ends_superseded(w
 def test_it_starts_as_a_module_and_from_any_working_directory(way: str, tmp_path: Path) -> None:
     program = ["-m", "harness.train"] if way == "module" else [str(TRAIN)]
     environment = {} if way == "module" else {"PYTHONPATH": ""}
-    (tmp_path / "own_task.py").write_text("from small_task import build\n" if way == "module" else OWN_TASK)
-    settings = ["task.name=own_task:build", "train.epochs=1", "run.dir=relative/run", "train.global_batch_size=8"]
+    (tmp_path / "own_task.py").write_text(
+        "from small_task import build\n" if way == "module" else OWN_TASK
+    )
+    settings = [
+        "task.name=own_task:build",
+        "train.epochs=1",
+        "run.dir=relative/run",
+        "train.global_batch_size=8",
+    ]
     done = run([sys.executable, *program, *settings], cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "relative" / "run" / "config.yaml").exists()
@@ -259,16 +357,29 @@ from harness import Task
 def build():
     model = torch.nn.Linear(2, 1)
     data = torch.utils.data.TensorDataset(torch.randn(32, 2))
-    return Task(modules=model, optimizers=torch.optim.SGD(model.parameters(), lr=0.1), train_data=data,
-                loss=lambda model, batch: model(batch[0]).square().mean())
+    return Task(
+        modules=model, optimizers=torch.optim.SGD(model.parameters(), lr=0.1), train_data=data,
+        loss=lambda model, batch: model(batch[0]).square().mean(),
+    )
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)])
-def test_a_rank_that_waits_for_others_who_never_come_leaves_when_it_is_asked_to(tmp_path, started, number):
-    """The signal that ended them before they could listen only set this one's flag, in a wait that no handler interrupts."""
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)]
+)
+def test_a_rank_that_waits_for_others_who_never_come_leaves_when_it_is_asked_to(
+    tmp_path, started, number
+):
+    """The signal that ended them before they could listen only set this one's flag, in a wait that
+    no handler interrupts."""
     port = free_ports(1)[0]
-    group = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    group = {
+        "RANK": "0",
+        "WORLD_SIZE": "2",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
     process = started(alone("task.name=small_task:build", f"run.dir={tmp_path}/run"), env=group)
     wait_until(lambda: _listens(port), "it waits for the others")
     process.send_signal(number)
@@ -282,8 +393,12 @@ def _listens(port: int) -> bool:
         return client.connect_ex(("127.0.0.1", port)) == 0
 
 
-def test_an_interrupt_that_a_launcher_passes_on_at_once_is_no_second_one(folder: Path, started: Start) -> None:
-    process = started(alone(*crashing(folder, ""), "task.args.sleep_s=0.2", "checkpoint.every_s=null"), cwd=folder)
+def test_an_interrupt_that_a_launcher_passes_on_at_once_is_no_second_one(
+    folder: Path, started: Start
+) -> None:
+    process = started(
+        alone(*crashing(folder, ""), "task.args.sleep_s=0.2", "checkpoint.every_s=null"), cwd=folder
+    )
     after_steps(folder / "run", 3, process)
     for _ in range(2):
         process.send_signal(signal.SIGINT)

@@ -1,4 +1,5 @@
-"""What makes no progress says where it stands and ends; what is only slow, or was suspended, goes on."""
+"""What makes no progress says where it stands and ends; what is only slow, or was suspended, goes
+on."""
 
 from __future__ import annotations
 
@@ -34,8 +35,14 @@ thread MainThread:
 """
 
 
-@pytest.mark.parametrize(("stacks", "waits"), [(WAITING, True), (WAITING.rpartition("  File")[0], False)], ids=["waiting", "hanging"])
-def test_a_rank_that_waits_for_another_one_leaves_it_the_first_word(stacks: str, waits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("stacks", "waits"),
+    [(WAITING, True), (WAITING.rpartition("  File")[0], False)],
+    ids=["waiting", "hanging"],
+)
+def test_a_rank_that_waits_for_another_one_leaves_it_the_first_word(
+    stacks: str, waits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     slept: list[float] = []
     monkeypatch.setattr(time, "sleep", slept.append)
     hook = sys.excepthook
@@ -72,7 +79,12 @@ def program(text: str) -> list[str]:
 
 def test_what_takes_too_long_ends_the_process_with_every_threads_stack(tmp_path: Path) -> None:
     began = time.monotonic()
-    done = run(program('dog = watchdog.Watchdog(tell); say("begun"); dog.expect("this piece of work", 0.3); time.sleep(60)'))
+    done = run(
+        program(
+            'dog = watchdog.Watchdog(tell); say("begun"); '
+            'dog.expect("this piece of work", 0.3); time.sleep(60)'
+        )
+    )
     assert (done.returncode, done.stdout) == (1, "begun\n"), done.stderr
     assert time.monotonic() - began < 50
     assert done.stderr.startswith("this piece of work took longer than 0.3 s\n")
@@ -84,14 +96,23 @@ def test_what_takes_too_long_ends_the_process_with_every_threads_stack(tmp_path:
 
 @pytest.mark.parametrize(
     ("report", "report_s", "backstop_s"),
-    [("time.sleep(60)", 0.5, 60), ("1 / 0", 60, 60), ("sys.exit(0)", 60, 60), ("ctypes.PyDLL(None).sleep(60)", 60, 0.5)],
+    [
+        ("time.sleep(60)", 0.5, 60),
+        ("1 / 0", 60, 60),
+        ("sys.exit(0)", 60, 60),
+        ("ctypes.PyDLL(None).sleep(60)", 60, 0.5),
+    ],
 )
-def test_a_report_that_hangs_or_fails_does_not_keep_it_alive(report: str, report_s: float, backstop_s: float, started: Start) -> None:
+def test_a_report_that_hangs_or_fails_does_not_keep_it_alive(
+    report: str, report_s: float, backstop_s: float, started: Start
+) -> None:
     text = f"""
 watchdog.REPORT_S, watchdog.BACKSTOP_S = {report_s}, {backstop_s}
 dog = watchdog.Watchdog(lambda *_: {report})
 say("begun")
-dog.expect("work", 0.7)  # a tick within it, which sets the alarm, or one so late that it is taken for the end of a suspension
+# a tick within it, which sets the alarm, or one so late that it is taken for the end of a
+# suspension
+dog.expect("work", 0.7)
 time.sleep(60)
 """
     process = started(program(text))
@@ -115,7 +136,9 @@ ctypes.PyDLL(None).sleep(60)
     process = started(program(text))
     out, err = process.communicate(timeout=40)
     assert process.returncode == 1, out + err
-    assert "Timeout" in err and "idle" in err and "<module>" in err, "where the threads are, as far as it can be told"
+    assert "Timeout" in err and "idle" in err and "<module>" in err, (
+        "where the threads are, as far as it can be told"
+    )
 
 
 # --- what does not hang goes on ---
@@ -164,7 +187,11 @@ say("done")
 
 
 def test_a_process_that_was_stopped_is_still_ended_when_it_hangs_afterwards(started: Start) -> None:
-    process = started(program('dog = watchdog.Watchdog(tell); dog.expect("work", 1.0); say("begun"); time.sleep(60)'))
+    process = started(
+        program(
+            'dog = watchdog.Watchdog(tell); dog.expect("work", 1.0); say("begun"); time.sleep(60)'
+        )
+    )
     assert process.stdout.readline() == "begun\n"
     process.send_signal(signal.SIGSTOP)
     time.sleep(1.6)
@@ -176,7 +203,17 @@ def test_a_process_that_was_stopped_is_still_ended_when_it_hangs_afterwards(star
 def test_to_say_what_is_expected_costs_next_to_nothing() -> None:
     dog = Watchdog(lambda *_: None)
     try:
-        best_s = min(timeit.repeat(lambda: dog.expect("a step", 600), timer=time.thread_time, number=10_000, repeat=7)) / 10_000
+        best_s = (
+            min(
+                timeit.repeat(
+                    lambda: dog.expect("a step", 600),
+                    timer=time.thread_time,
+                    number=10_000,
+                    repeat=7,
+                )
+            )
+            / 10_000
+        )
     finally:
         dog.close()
     assert best_s < 5e-6
@@ -190,7 +227,9 @@ def watching() -> Iterator[Callable[..., tuple[StepTimeouts, Clock, Callable[[],
     """A watch by a clock of its own, and what it allows now, in seconds."""
     made: list[StepTimeouts] = []
 
-    def make(limit_s: float = 600.0, step_s: float | None = None) -> tuple[StepTimeouts, Clock, Callable[[], float | None]]:
+    def make(
+        limit_s: float = 600.0, step_s: float | None = None
+    ) -> tuple[StepTimeouts, Clock, Callable[[], float | None]]:
         clock = Clock(1000.0)
         watch = StepTimeouts(limit_s, step_s, lambda *_: None, clock)
         made.append(watch)
@@ -247,7 +286,9 @@ def test_a_steps_limit_that_is_set_is_taken(watching) -> None:
     assert allowed() is None
 
 
-def test_a_steps_limit_above_that_of_all_waits_holds_for_the_first_step_and_after_an_evaluation(watching) -> None:
+def test_a_steps_limit_above_that_of_all_waits_holds_for_the_first_step_and_after_an_evaluation(
+    watching,
+) -> None:
     watch, _, allowed = watching(limit_s=600.0, step_s=3600.0)
     watch.first_step()
     assert allowed() == 3 * 3600
@@ -280,21 +321,37 @@ def hangs(directory: Path) -> dict[int, dict]:
 def check_hang_is_told(directory: Path, output: str, rank: int) -> None:
     found = hangs(directory)
     assert set(found) == {0, 1}, found
-    assert "in die" in found[rank]["stacks"] and found[rank]["step"] == 13 and "longer than" in found[rank]["error"]
+    assert (
+        "in die" in found[rank]["stacks"]
+        and found[rank]["step"] == 13
+        and "longer than" in found[rank]["error"]
+    )
     assert "in die" not in found[1 - rank]["stacks"], "that one waits for the other"
     end = ended(directory, "attempts")["0001"]
     assert (end["why"], end["rank"], end["step"]) == ("failed", rank, 13), end
     assert "in die" in end["trace"] and "a step took longer than" in end["error"]
-    assert f"rank {rank} is stuck in die (" in (directory / "hangs/0001.txt").read_text().splitlines()[0]
+    assert (
+        f"rank {rank} is stuck in die ("
+        in (directory / "hangs/0001.txt").read_text().splitlines()[0]
+    )
     logs = {1: "".join(file.read_text() for file in directory.glob("logs/*-rank1.log")), 0: output}
     for own in (0, 1):
-        assert f"rank {own} hangs at step 13" in logs[own] and ("in die\n" in logs[own]) == (own in (0, rank)), logs[own]
+        assert f"rank {own} hangs at step 13" in logs[own] and ("in die\n" in logs[own]) == (
+            own in (0, rank)
+        ), logs[own]
 
 
 @pytest.mark.slow
-def test_a_rank_that_hangs_is_told_of_and_the_run_goes_on(whole: Callable[[int], Path], folder: Path) -> None:
+def test_a_rank_that_hangs_is_told_of_and_the_run_goes_on(
+    whole: Callable[[int], Path], folder: Path
+) -> None:
     directory = folder / "run"
-    done = run(launch(2, *crashing(folder, "13-1-hang-1"), "checkpoint.every_steps=5", "run.step_timeout_s=4"), cwd=folder)
+    done = run(
+        launch(
+            2, *crashing(folder, "13-1-hang-1"), "checkpoint.every_steps=5", "run.step_timeout_s=4"
+        ),
+        cwd=folder,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     check_hang_is_told(directory, done.stderr, 1)
     assert len(begun(directory, "launches")) == 2 and left_behind(directory) == []
@@ -303,9 +360,15 @@ def test_a_rank_that_hangs_is_told_of_and_the_run_goes_on(whole: Callable[[int],
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["--max-restarts=1", "--max-restarts=0"])
-def test_a_writer_that_hangs_is_told_of_and_the_run_goes_on(how: str, whole: Callable[[int], Path], folder: Path) -> None:
+def test_a_writer_that_hangs_is_told_of_and_the_run_goes_on(
+    how: str, whole: Callable[[int], Path], folder: Path
+) -> None:
     directory = folder / "run"
-    settings = (*crashing(folder, "13-0-hang-1"), "checkpoint.every_steps=5", "run.step_timeout_s=4")
+    settings = (
+        *crashing(folder, "13-0-hang-1"),
+        "checkpoint.every_steps=5",
+        "run.step_timeout_s=4",
+    )
     done = run(harness("launch", "--nproc-per-node=2", how, *settings), cwd=folder)
     assert done.returncode == 0, done.stdout + done.stderr
     check_hang_is_told(directory, done.stderr, 0)
@@ -315,9 +378,16 @@ def test_a_writer_that_hangs_is_told_of_and_the_run_goes_on(how: str, whole: Cal
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_that_hangs_with_the_interpreters_lock_is_given_up(rank: int, whole: Callable[[int], Path], folder: Path) -> None:
+def test_a_rank_that_hangs_with_the_interpreters_lock_is_given_up(
+    rank: int, whole: Callable[[int], Path], folder: Path
+) -> None:
     directory = folder / "run"
-    settings = (*crashing(folder, f"13-{rank}-lock-1"), "checkpoint.every_steps=5", "run.step_timeout_s=4", "run.timeout_s=20")
+    settings = (
+        *crashing(folder, f"13-{rank}-lock-1"),
+        "checkpoint.every_steps=5",
+        "run.step_timeout_s=4",
+        "run.timeout_s=20",
+    )
     done = run(launch(2, *settings), cwd=folder, limit_s=300)
     assert done.returncode == 0, done.stdout + done.stderr
     assert 1 - rank in hangs(directory) and left_behind(directory) == []
@@ -333,7 +403,13 @@ def test_a_rank_that_is_stopped_is_left_within_the_limit_and_the_run_goes_on(
     started: Start,
 ) -> None:
     directory = tmp_path / "run"
-    settings = (*SMALL, f"run.dir={directory}", "task.args.sleep_s=0.1", "checkpoint.every_steps=2", "run.step_timeout_s=4")
+    settings = (
+        *SMALL,
+        f"run.dir={directory}",
+        "task.args.sleep_s=0.1",
+        "checkpoint.every_steps=2",
+        "run.step_timeout_s=4",
+    )
     process = started(launch(2, *settings))
     after_steps(directory, 5, process)
     workers = ranks_of(process)
@@ -373,5 +449,10 @@ def test_a_run_that_is_suspended_as_a_whole_goes_on_where_it_was(
 def ranks_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
     """The training processes of a launch."""
     found: list[psutil.Process] = []
-    wait_until(lambda: found.extend(w for member in tree(process.pid) for w in workers_of(member.pid)) or found, "the ranks")
+    wait_until(
+        lambda: (
+            found.extend(w for member in tree(process.pid) for w in workers_of(member.pid)) or found
+        ),
+        "the ranks",
+    )
     return found

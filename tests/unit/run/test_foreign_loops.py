@@ -1,4 +1,5 @@
-"""Loops that nobody wrote for this: four lines of each are changed, and it is killed, stopped, and goes on as if nothing had happened."""
+"""Loops that nobody wrote for this: four lines of each are changed, and it is killed, stopped, and
+goes on as if nothing had happened."""
 
 from __future__ import annotations
 
@@ -27,7 +28,11 @@ Start = Callable[..., subprocess.Popen[str]]
 
 def command(name: str) -> list[str]:
     """How the loop's user starts it: the GAN is for one process."""
-    launcher = [] if name.endswith("gan") else ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    launcher = (
+        []
+        if name.endswith("gan")
+        else ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    )
     return [sys.executable, *launcher, str(LOOPS / f"{name}.py")]
 
 
@@ -40,14 +45,19 @@ def code(name: str) -> list[str]:
 @pytest.mark.parametrize("name", NAMES)
 def test_at_most_four_lines_of_the_plain_loop_are_changed(name: str) -> None:
     changes = difflib.ndiff(code(f"plain_{name}"), code(name))
-    added = [line for line in changes if line.startswith("+ ")]  # what is left out costs nobody anything
+    # What is left out costs nobody anything.
+    added = [line for line in changes if line.startswith("+ ")]
     assert 0 < len(added) <= MOST_LINES, "\n".join(added)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "last"), [("ddp", "epoch 5"), ("gpt", "iter 40"), ("gan", "[3/4]"), ("stream", "epoch 2")])
+@pytest.mark.parametrize(
+    ("name", "last"),
+    [("ddp", "epoch 5"), ("gpt", "iter 40"), ("gan", "[3/4]"), ("stream", "epoch 2")],
+)
 def test_the_plain_loop_trains(name: str, last: str, tmp_path: Path) -> None:
-    done = run(command(f"plain_{name}"), cwd=tmp_path)  # its exit code is PyTorch's: gloo aborts some that hold their model to the end
+    # Its exit code is PyTorch's: gloo aborts some that hold their model to the end.
+    done = run(command(f"plain_{name}"), cwd=tmp_path)
     assert last in done.stdout, done.stderr
 
 
@@ -59,12 +69,22 @@ def whole(name: str, folder: Path) -> Path:
     return folder / "runs/a"
 
 
-def life(begin: Start, name: str, folder: Path, more: int, number: int | None, env: dict[str, str] | None = None) -> str:
-    """Start the loop, let it save `more` times, and send the signal to the launcher, or kill all of it; what it printed."""
+def life(
+    begin: Start,
+    name: str,
+    folder: Path,
+    more: int,
+    number: int | None,
+    env: dict[str, str] | None = None,
+) -> str:
+    """Start the loop, let it save `more` times, and send the signal to the launcher, or kill all of
+    it; what it printed."""
     directory, log = folder / "runs/a", folder / "log"
     seen = len(events(directory, "saved"))
     with log.open("w") as output:
-        process = begin(command(name), cwd=folder, output=output, env={"SAMPLE_S": "0.01"} | (env or {}))
+        process = begin(
+            command(name), cwd=folder, output=output, env={"SAMPLE_S": "0.01"} | (env or {})
+        )
     until = time.monotonic() + 120
     while len(events(directory, "saved")) < seen + more:
         assert time.monotonic() < until and process.poll() is None, log.read_text()
@@ -76,26 +96,36 @@ def life(begin: Start, name: str, folder: Path, more: int, number: int | None, e
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
-def test_a_loop_that_is_killed_and_stopped_ends_as_if_nothing_had_happened(name: str, tmp_path: Path, started: Start) -> None:
+def test_a_loop_that_is_killed_and_stopped_ends_as_if_nothing_had_happened(
+    name: str, tmp_path: Path, started: Start
+) -> None:
     untouched, folder = whole(name, tmp_path / "whole"), tmp_path / "killed"
     folder.mkdir()
     life(started, name, folder, 2, None)
     said = life(started, name, folder, 3, signal.SIGTERM)
     assert "resumes from step" in said and "everything saved; start again to go on" in said, said
     done = run(command(name), cwd=folder)
-    assert done.returncode == 0 and "attempt 3 resumes from step" in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 0 and "attempt 3 resumes from step" in done.stdout, (
+        done.stdout + done.stderr
+    )
     assert differing(untouched, folder / "runs/a") == []
     again = run(command(name), cwd=folder)
-    assert again.returncode == 0 and "is finished: step" in again.stdout, again.stdout + again.stderr
+    assert again.returncode == 0 and "is finished: step" in again.stdout, (
+        again.stdout + again.stderr
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
-def test_a_loop_goes_on_from_a_bucket_when_its_disk_is_gone(name: str, tmp_path: Path, started: Start, s3_server: S3Server) -> None:
+def test_a_loop_goes_on_from_a_bucket_when_its_disk_is_gone(
+    name: str, tmp_path: Path, started: Start, s3_server: S3Server
+) -> None:
     untouched, folder = whole(name, tmp_path / "whole"), tmp_path / "killed"
     folder.mkdir()
     home = Home(s3_server, s3_server.make_bucket(f"loop-{name}"), "a")
-    script = (LOOPS / f"{name}.py").read_text().replace('"runs/a", ', f'"runs/a", remote="{home.url}", ')
+    script = (
+        (LOOPS / f"{name}.py").read_text().replace('"runs/a", ', f'"runs/a", remote="{home.url}", ')
+    )
     assert home.url in script
     (folder / "loop.py").write_text(script)
     here = [*command(name)[:-1], str(folder / "loop.py")]
@@ -105,7 +135,9 @@ def test_a_loop_goes_on_from_a_bucket_when_its_disk_is_gone(name: str, tmp_path:
         try:
             until, seen = time.monotonic() + 120, len(home.steps())
             while home.head()[0] <= kill or len(home.steps()) <= seen:
-                assert time.monotonic() < until and process.poll() is None, (folder / "log").read_text()
+                assert time.monotonic() < until and process.poll() is None, (
+                    folder / "log"
+                ).read_text()
                 time.sleep(0.05)
         finally:
             kill_tree(process.pid)
@@ -118,13 +150,24 @@ def test_a_loop_goes_on_from_a_bucket_when_its_disk_is_gone(name: str, tmp_path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
-def test_a_loop_that_is_submitted_once_is_preempted_and_finishes(name: str, tmp_path: Path, slurm: SlurmCluster) -> None:
+def test_a_loop_that_is_submitted_once_is_preempted_and_finishes(
+    name: str, tmp_path: Path, slurm: SlurmCluster
+) -> None:
     untouched, work = whole(name, tmp_path / "whole"), tmp_path / "work"
     work.mkdir()
     shutil.copyfile(LOOPS / f"{name}.py", work / "loop.py")
     directory = work / "runs/a"
     nodes = 1 if name == "gan" else 2
-    words = ["--nodes", str(nodes), "--procs-per-node", "1", "--partition", "low", "run.dir=runs/a", "loop.py"]
+    words = [
+        "--nodes",
+        str(nodes),
+        "--procs-per-node",
+        "1",
+        "--partition",
+        "low",
+        "run.dir=runs/a",
+        "loop.py",
+    ]
     job = Submitted(slurm, work, directory, directory, words, {"SAMPLE_S": "0.05"}).submit()
     (work / "loop.py").write_text("raise SystemExit('edited after it was submitted')")
     job.wait(lambda: len(events(directory, "saved")) >= 2, "two saves")

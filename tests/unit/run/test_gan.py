@@ -1,4 +1,5 @@
-"""Two networks with two optimizers, killed and resumed; and the files that a run's own code keeps with it."""
+"""Two networks with two optimizers, killed and resumed; and the files that a run's own code keeps
+with it."""
 
 from __future__ import annotations
 
@@ -34,9 +35,15 @@ pytestmark = pytest.mark.usefixtures("process_as_it_was")
 CONFIG = str(REPO / "configs/gan.yaml")
 STEPS = 80
 SHORT = (
-    "--config", CONFIG, f"train.max_steps={STEPS}", "task.args.picture_every_steps=25", "log.every_steps=1", "eval.every_steps=30",
-    "checkpoint.every_steps=7", "checkpoint.every_s=null",
-)  # fmt: skip
+    "--config",
+    CONFIG,
+    f"train.max_steps={STEPS}",
+    "task.args.picture_every_steps=25",
+    "log.every_steps=1",
+    "eval.every_steps=30",
+    "checkpoint.every_steps=7",
+    "checkpoint.every_s=null",
+)
 TRACKED = ("generator", "discriminator", "generator_optimizer", "discriminator_optimizer")
 
 
@@ -54,12 +61,18 @@ def test_a_killed_gan_goes_on_to_the_same_networks_and_pictures(ranks: int, tmp_
     with (tmp_path / "log").open("w") as log:
         process = start(torchrun(ranks, *SHORT, f"run.dir={killed}"), output=log)
     try:
-        wait_until(lambda: len(events(killed, "step")) >= 15 or process.poll() is not None, "15 steps", every_s=0.002)
+        wait_until(
+            lambda: len(events(killed, "step")) >= 15 or process.poll() is not None,
+            "15 steps",
+            every_s=0.002,
+        )
     finally:
         kill_tree(process.pid)
         process.wait()
     reached = len(events(killed, "step"))
-    assert 15 <= reached < STEPS and f"step_{STEPS:08d}.png" not in pictures(killed), (tmp_path / "log").read_text()
+    assert 15 <= reached < STEPS and f"step_{STEPS:08d}.png" not in pictures(killed), (
+        tmp_path / "log"
+    ).read_text()
     again = run(torchrun(ranks, *SHORT, f"run.dir={killed}"))
     assert again.returncode == 0, again.stderr
     assert differing(whole, killed) == []
@@ -76,7 +89,10 @@ def test_a_picture_is_a_grid_of_samples_and_drawing_it_disturbs_nothing() -> Non
     torch.manual_seed(0)
     network = gan.generator(32)
     network(torch.randn(16, gan.NOISE))
-    before, state = torch.random.get_rng_state(), {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    before, state = (
+        torch.random.get_rng_state(),
+        {name: tensor.clone() for name, tensor in network.state_dict().items()},
+    )
     first = gan.picture(network)
     assert all(part.training for part in network.modules())
     assert torch.equal(torch.random.get_rng_state(), before)
@@ -84,7 +100,11 @@ def test_a_picture_is_a_grid_of_samples_and_drawing_it_disturbs_nothing() -> Non
     assert gan.picture(network) == first
     image = Image.open(io.BytesIO(first))
     assert (image.format, image.mode, image.size) == ("PNG", "L", (480, 480))
-    tiles = {image.crop((x, y, x + 60, y + 60)).tobytes() for x in range(0, 480, 60) for y in range(0, 480, 60)}
+    tiles = {
+        image.crop((x, y, x + 60, y + 60)).tobytes()
+        for x in range(0, 480, 60)
+        for y in range(0, 480, 60)
+    }
     assert len(tiles) == 64, "each sample is another one"
 
 
@@ -99,7 +119,8 @@ class Always(nn.Module):
         return self.images[torch.arange(len(noise)) % len(self.images)]
 
 
-BOUND = 2.9  # what the default training stays below, and nothing does that draws too few kinds of digits
+# What the default training stays below, and nothing does that draws too few kinds of digits.
+BOUND = 2.9
 
 
 def test_coverage_tells_real_digits_from_an_untrained_and_from_collapsed_generators() -> None:
@@ -110,21 +131,35 @@ def test_coverage_tells_real_digits_from_an_untrained_and_from_collapsed_generat
     @torch.no_grad()
     def coverage(network: nn.Module) -> float:
         batch = held_out.images * 2 - 1
-        return float(gan.evaluate({"generator": network.eval(), "discriminator": judge}, batch)["val_coverage"]) / len(batch)
+        return float(
+            gan.evaluate({"generator": network.eval(), "discriminator": judge}, batch)[
+                "val_coverage"
+            ]
+        ) / len(batch)
 
     assert coverage(Always(images[:512])) < 2.5
     assert coverage(gan.generator(256)) > 5
     assert coverage(Always(images[:1])) > 5
     assert coverage(Always(images.mean(0, keepdim=True))) > 4
     assert coverage(Always(torch.stack([images[real.labels == label][0] for label in classes]))) > 4
-    assert coverage(Always(torch.stack([images[real.labels == label].mean(0) for label in classes]))) > BOUND
-    assert coverage(Always(images[real.labels < 5][:512])) > BOUND, "five of the ten digits are missing"
+    assert (
+        coverage(Always(torch.stack([images[real.labels == label].mean(0) for label in classes])))
+        > BOUND
+    )
+    assert coverage(Always(images[real.labels < 5][:512])) > BOUND, (
+        "five of the ten digits are missing"
+    )
 
 
 @pytest.mark.slow
 def test_the_default_training_draws_all_kinds_of_digits(tmp_path: Path) -> None:
     directory = tmp_path / "gan"
-    done = run(harness_command("launch", "--nproc-per-node", "2", "--config", CONFIG, f"run.dir={directory}"), limit_s=900)
+    done = run(
+        harness_command(
+            "launch", "--nproc-per-node", "2", "--config", CONFIG, f"run.dir={directory}"
+        ),
+        limit_s=900,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     found = [event["val_coverage"] for event in events(directory, "evaluated")]
     assert found[-1] < BOUND and min(found) < BOUND - 0.1, found
@@ -137,9 +172,13 @@ def test_micro_batches_are_refused_in_words() -> None:
         job.step(None, [torch.zeros(4, 1, 8, 8)] * 2)
 
 
-def loop(directory: Path | None, each: Callable[[Any, int], object], steps: int = 6, **options: Any) -> Any:
+def loop(
+    directory: Path | None, each: Callable[[Any, int], object], steps: int = 6, **options: Any
+) -> Any:
     """Train for some steps, and call `each(run, step)` in every one."""
-    own = harness.init(directory, **({"seed": 3, "save_every_s": None, "save_every_steps": 1} | options))
+    own = harness.init(
+        directory, **({"seed": 3, "save_every_s": None, "save_every_steps": 1} | options)
+    )
     model = nn.Linear(12, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
     own.track(model=model, optimizer=optimizer)
@@ -172,7 +211,9 @@ def test_a_kept_file_is_in_the_directory_at_once_and_the_newest_data_counts(tmp_
     assert [file.name for file in left.parent.iterdir()] == ["a.png"]
 
 
-@pytest.mark.parametrize("name", ["../x", "/x", "a/../../x", "", ".", "a//b", "a/", "a\0b", "a.png.tmp-0001-0123abcd"])
+@pytest.mark.parametrize(
+    "name", ["../x", "/x", "a/../../x", "", ".", "a//b", "a/", "a\0b", "a.png.tmp-0001-0123abcd"]
+)
 def test_a_name_that_leads_out_is_refused(name: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="cannot be kept"):
         loop(tmp_path / "run", lambda own, step: own.keep(name, b"data"))
@@ -189,10 +230,16 @@ def test_files_are_kept_inside_the_loop_only_and_are_bytes(tmp_path: Path) -> No
         loop(tmp_path / "text", lambda own, step: own.keep("a", "text"))
 
 
-def test_a_file_that_cannot_be_written_does_not_stop_the_training(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_file_that_cannot_be_written_does_not_stop_the_training(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "files").write_bytes(b"in the way of the folder")
-    assert loop(tmp_path, lambda own, step: own.keep("samples/a.png", b"data") if step == 2 else None).finished
-    assert [(event["file"], event["store"]) for event in events(tmp_path, "not_kept")] == [("files/samples/a.png", str(tmp_path))]
+    assert loop(
+        tmp_path, lambda own, step: own.keep("samples/a.png", b"data") if step == 2 else None
+    ).finished
+    assert [(event["file"], event["store"]) for event in events(tmp_path, "not_kept")] == [
+        ("files/samples/a.png", str(tmp_path))
+    ]
     assert capfd.readouterr().err.count("files/samples/a.png is not in") == 1
 
 
@@ -223,12 +270,18 @@ def test_kept_files_are_in_the_bucket_after_the_run(
 
 
 def test_a_remote_that_is_a_directory_gets_the_folders_too(tmp_path: Path) -> None:
-    loop(tmp_path / "here", lambda own, step: own.keep("samples/deeper/a.png", b"%d" % step), remote=f"file://{tmp_path}/there")
+    loop(
+        tmp_path / "here",
+        lambda own, step: own.keep("samples/deeper/a.png", b"%d" % step),
+        remote=f"file://{tmp_path}/there",
+    )
     for place in ("here", "there"):
         assert (tmp_path / place / "files/samples/deeper/a.png").read_bytes() == b"6"
 
 
-def test_files_that_are_kept_in_an_outage_arrive_afterwards(home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_that_are_kept_in_an_outage_arrive_afterwards(
+    home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(kept_files, "MOST_KEPT_BYTES", 1000)
     with FaultProxy(home.server.host, home.server.port) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
@@ -250,5 +303,7 @@ def test_files_that_are_kept_in_an_outage_arrive_afterwards(home: Home, tmp_path
         assert loop(tmp_path, each, remote=home.url).finished
     assert home.read("files/a.bin") == bytes(600) and home.read("files/b.txt") == b"new"
     assert [event["file"] for event in events(tmp_path, "not_kept")] == ["files/too_old.bin"]
-    assert (tmp_path / "files/too_old.bin").read_bytes() == bytes(600), "in the directory it is all the same"
+    assert (tmp_path / "files/too_old.bin").read_bytes() == bytes(600), (
+        "in the directory it is all the same"
+    )
     assert home.steps()[-1] == 6

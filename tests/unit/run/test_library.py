@@ -35,7 +35,10 @@ pytestmark = pytest.mark.usefixtures("process_as_it_was")
 
 
 def listing(directory: Path) -> dict[str, tuple[int, int]]:
-    return {str(path): (path.stat().st_mtime_ns, path.stat().st_size) for path in sorted(directory.rglob("*"))}
+    return {
+        str(path): (path.stat().st_mtime_ns, path.stat().st_size)
+        for path in sorted(directory.rglob("*"))
+    }
 
 
 def test_a_plain_loop_trains_to_its_end(tmp_path):
@@ -45,15 +48,23 @@ def test_a_plain_loop_trains_to_its_end(tmp_path):
     assert (head.step, head.epoch, head.final) == (12, 2, {"epochs": 2, "max_steps": None})
     assert head.loss == pytest.approx(newest(tmp_path / "a")["loss"]) and head.loss > 0
     assert head.classes == {"model": "Sequential", "optimizer": "AdamW", "scheduler": "StepLR"}
-    kinds = [event["event"] for event in events(tmp_path / "a") if event["event"] != "rehearsed"]  # which comes when it comes
-    assert kinds[0] == "begun" and kinds[-1] == "finished" and sorted(kinds[1:-1]) == ["saved", "saved", "saved", "step"]
+    kinds = [
+        event["event"] for event in events(tmp_path / "a") if event["event"] != "rehearsed"
+    ]  # which comes when it comes
+    assert (
+        kinds[0] == "begun"
+        and kinds[-1] == "finished"
+        and sorted(kinds[1:-1]) == ["saved", "saved", "saved", "step"]
+    )
     assert json.loads((tmp_path / "a/attempts/0001.end.json").read_text())["why"] == "finished"
 
 
 @pytest.mark.parametrize("leave_at", [1, 5, 6, 7, 11])
 def test_a_loop_that_was_left_goes_on_exactly(tmp_path, uninterrupted, leave_at):
     train(tmp_path / "a", leave_at=leave_at)
-    assert steps_of(tmp_path / "a") == [4, 8][: (leave_at - 1) // 4], "a bare break finishes nothing and saves nothing"
+    assert steps_of(tmp_path / "a") == [4, 8][: (leave_at - 1) // 4], (
+        "a bare break finishes nothing and saves nothing"
+    )
     torch.manual_seed(999), random.seed(999), np.random.seed(999)
     run_ = train(tmp_path / "a")
     assert run_.step == 12 and run_.state == {"steps": 12}
@@ -64,11 +75,20 @@ def test_a_start_says_what_the_end_before_it_has_cost(tmp_path, capfd):
     train(tmp_path / "a", leave_at=7, log_every_steps=1)
     assert "to recompute" not in capfd.readouterr().out
     train(tmp_path / "a", leave_at=10, log_every_steps=1)
-    assert re.search(r"resumes from step 4 \(\S+\) in \S+; saved \d+ s ago, 2 steps to recompute\n", capfd.readouterr().out)
+    assert re.search(
+        r"resumes from step 4 \(\S+\) in \S+; saved \d+ s ago, 2 steps to recompute\n",
+        capfd.readouterr().out,
+    )
     train(tmp_path / "a", log_every_steps=1)
-    assert re.search(r"resumes from step 8 \(\S+\) in \S+; saved \d+ s ago, 1 step to recompute\n", capfd.readouterr().out)
+    assert re.search(
+        r"resumes from step 8 \(\S+\) in \S+; saved \d+ s ago, 1 step to recompute\n",
+        capfd.readouterr().out,
+    )
     train(tmp_path / "a", epochs=3)
-    assert re.search(r"resumes from step 12 \(\S+\) in \S+; saved \d+ s ago, 0 steps to recompute\n", capfd.readouterr().out)
+    assert re.search(
+        r"resumes from step 12 \(\S+\) in \S+; saved \d+ s ago, 0 steps to recompute\n",
+        capfd.readouterr().out,
+    )
 
 
 def test_the_comparison_sees_a_difference(tmp_path, uninterrupted, capfd):
@@ -103,7 +123,13 @@ def test_replaced_standard_streams_do_not_hurt(tmp_path, uninterrupted, monkeypa
 
 def test_every_generator_goes_on_where_it_was(tmp_path):
     def draw():
-        return torch.rand(3).tolist(), np.random.rand(3).tolist(), np.random.normal(), random.random(), random.gauss(0, 1)
+        return (
+            torch.rand(3).tolist(),
+            np.random.rand(3).tolist(),
+            np.random.normal(),
+            random.random(),
+            random.gauss(0, 1),
+        )
 
     def drawn(directory, leave_at):
         found = {}
@@ -130,7 +156,10 @@ def test_a_finished_run_is_finished_and_nothing_is_written(tmp_path, capfd):
     assert run_.finished and run_.step == 12
     assert "is finished: step 12" in capfd.readouterr().out
     assert listing(tmp_path / "a") == before
-    assert all(torch.equal(value, run_.tracked["model"].state_dict()[key]) for key, value in weights.items())
+    assert all(
+        torch.equal(value, run_.tracked["model"].state_dict()[key])
+        for key, value in weights.items()
+    )
 
 
 def test_more_epochs_go_on(tmp_path):
@@ -218,7 +247,8 @@ def test_batches_inside_batches_are_refused_and_the_outer_loop_goes_on(tmp_path)
 
 
 def test_a_second_loop_of_one_run_is_refused_in_words(tmp_path):
-    """`for epoch in range(3): for batch in run.batches(…, epochs=1)` is an easy mistake; no other start is to blame for it."""
+    """`for epoch in range(3): for batch in run.batches(…, epochs=1)` is an easy mistake; no other
+    start is to blame for it."""
     run_, _ = tracked_run(tmp_path / "a")
     assert len(list(run_.batches(Noisy(40), 10, epochs=1))) == 4
     with pytest.raises(UsageError, match="batches"):
@@ -257,7 +287,9 @@ def test_other_data_and_another_way_to_deal_it_out_are_refused(tmp_path):
         resume(Noisy(40), shuffle=False, accept=["data"])
     with pytest.raises(UsageError, match="drop_last"):
         resume(Noisy(40), drop_last=False)
-    assert steps_of(tmp_path / "a") == [4] and len(list((tmp_path / "a/attempts").iterdir())) == 2, "a refused start claims nothing"
+    assert (
+        steps_of(tmp_path / "a") == [4] and len(list((tmp_path / "a/attempts").iterdir())) == 2
+    ), "a refused start claims nothing"
     assert resume(other, accept=["data"]) is not None
 
 
@@ -281,7 +313,14 @@ def test_settings_of_the_run_are_kept_and_compared(tmp_path):
 
 
 def test_plain_values_of_the_user_survive_and_others_are_refused(tmp_path):
-    values = {"patience": 3, "best": 0.5, "name": "a", "list": [1, {"x": None}], "pair": (1, 2), "numpy": np.float64(0.25)}
+    values = {
+        "patience": 3,
+        "best": 0.5,
+        "name": "a",
+        "list": [1, {"x": None}],
+        "pair": (1, 2),
+        "numpy": np.float64(0.25),
+    }
     run_, _ = tracked_run(tmp_path / "a")
     for _ in run_.batches(Noisy(20), 10, epochs=1):
         run_.state |= values
@@ -295,16 +334,32 @@ def test_plain_values_of_the_user_survive_and_others_are_refused(tmp_path):
 
 def test_accumulating_yields_lists_with_one_weight_each(tmp_path):
     run_, _ = tracked_run(tmp_path / "a")
-    shares = [(batches, run_.weights) for batches in run_.batches(Noisy(26), 12, accumulate=3, drop_last=False, epochs=1)]
-    assert [[len(x) for x, _ in batches] for batches, _ in shares] == [[4, 4, 4], [4, 4, 4], [1, 1, 1]]
-    assert [weights for _, weights in shares] == [pytest.approx((1 / 3,) * 3)] * 2 + [(0.0, 0.5, 0.5)]
+    shares = [
+        (batches, run_.weights)
+        for batches in run_.batches(Noisy(26), 12, accumulate=3, drop_last=False, epochs=1)
+    ]
+    assert [[len(x) for x, _ in batches] for batches, _ in shares] == [
+        [4, 4, 4],
+        [4, 4, 4],
+        [1, 1, 1],
+    ]
+    assert [weights for _, weights in shares] == [pytest.approx((1 / 3,) * 3)] * 2 + [
+        (0.0, 0.5, 0.5)
+    ]
     run_, _ = tracked_run(tmp_path / "b")
-    assert all(isinstance(batch, list) and len(batch) == 2 and len(batch[0]) == 12 for batch in run_.batches(Noisy(26), 12, epochs=1))
+    assert all(
+        isinstance(batch, list) and len(batch) == 2 and len(batch[0]) == 12
+        for batch in run_.batches(Noisy(26), 12, epochs=1)
+    )
 
 
 def test_a_collate_function_and_an_order_are_used(tmp_path):
     run_, _ = tracked_run(tmp_path / "a")
-    batches = list(run_.batches([*range(6)], 2, collate_fn=tuple, order=lambda epoch: [5, 4, 3, 2, 1, 0], epochs=1))
+    batches = list(
+        run_.batches(
+            [*range(6)], 2, collate_fn=tuple, order=lambda epoch: [5, 4, 3, 2, 1, 0], epochs=1
+        )
+    )
     assert batches == [(5, 4), (3, 2), (1, 0)]
 
 
@@ -325,7 +380,9 @@ class Stream(torch.utils.data.IterableDataset):
         self.at = state["at"]
 
 
-def streamed(directory: Path, leave_at: int | None = None, size: int = 11, epochs: int = 3) -> list[list[float]]:
+def streamed(
+    directory: Path, leave_at: int | None = None, size: int = 11, epochs: int = 3
+) -> list[list[float]]:
     run_ = harness.init(directory, save_every_steps=1)
     run_.track(model=net())
     found = []
@@ -358,9 +415,17 @@ def test_evaluate_sees_each_sample_once_and_gives_the_means(tmp_path):
     def measure(batch):
         assert not torch.is_grad_enabled() and not model.training
         seen.extend(batch[:, 0].tolist())
-        return {"val_loss": batch[:, 0].sum(), "one": len(batch), "late": 46.0 if len(seen) == 23 else 0.0}
+        return {
+            "val_loss": batch[:, 0].sum(),
+            "one": len(batch),
+            "late": 46.0 if len(seen) == 23 else 0.0,
+        }
 
-    assert run_.evaluate(dataset, measure, batch_size=5) == {"val_loss": 11.0, "one": 1.0, "late": 2.0} == run_.metrics
+    assert (
+        run_.evaluate(dataset, measure, batch_size=5)
+        == {"val_loss": 11.0, "one": 1.0, "late": 2.0}
+        == run_.metrics
+    )
     assert seen == list(range(23))
 
 
@@ -386,8 +451,13 @@ def test_evaluate_leaves_modes_and_generators_as_they_were(tmp_path, fails):
     assert [part.training for part in model.modules()] == modes and torch.is_grad_enabled()
     assert all(torch.equal(value, buffers[key]) for key, value in model.state_dict().items())
     after = state.rng_state()
-    assert torch.equal(before["torch"], after["torch"]) and torch.equal(before["python"]["words"], after["python"]["words"])
-    assert torch.equal(before["numpy"]["key"], after["numpy"]["key"]) and before["numpy"]["pos"] == after["numpy"]["pos"]
+    assert torch.equal(before["torch"], after["torch"]) and torch.equal(
+        before["python"]["words"], after["python"]["words"]
+    )
+    assert (
+        torch.equal(before["numpy"]["key"], after["numpy"]["key"])
+        and before["numpy"]["pos"] == after["numpy"]["pos"]
+    )
 
 
 def test_evaluating_changes_no_bit_of_the_training(tmp_path):
@@ -401,7 +471,10 @@ def test_evaluating_changes_no_bit_of_the_training(tmp_path):
             F.mse_loss(model(x), y).backward()
             optimizer.step()
             if evaluating:
-                run_.evaluate(Noisy(20), lambda batch: {"v": F.mse_loss(model(batch[0]) + torch.rand(1), batch[1])})
+                run_.evaluate(
+                    Noisy(20),
+                    lambda batch: {"v": F.mse_loss(model(batch[0]) + torch.rand(1), batch[1])},
+                )
         return newest(directory)
 
     one, other = trained(tmp_path / "a", False), trained(tmp_path / "b", True)
@@ -416,14 +489,19 @@ def test_metrics_are_saved_and_the_best_checkpoint_is_kept_as_a_file_of_its_own(
     for _ in run_.batches(Noisy(60), 10, epochs=1):
         with torch.no_grad():
             model[0].bias.fill_(run_.step)
-        run_.evaluate([0.0], lambda batch: {"val_loss": scores[run_.step - 1], "other": float("nan")})
+        run_.evaluate(
+            [0.0], lambda batch: {"val_loss": scores[run_.step - 1], "other": float("nan")}
+        )
     assert steps_of(tmp_path / "a") == [2, 5, 6], "the best, and always the two newest"
     best = Path(run_.best_checkpoint() or "")
     assert best.is_file() and not best.is_symlink() and best.stat().st_nlink == 1
     payload = torch.load(best, weights_only=True)
     assert payload["step"] == 2 and payload["metrics"]["val_loss"] == 0.2 and payload["best"] == 0.2
     assert torch.all(payload["model_state_dict"]["0.bias"] == 2)
-    by_step = {manifest.step: manifest.metrics["val_loss"] for manifest in read_catalog(run_.store).manifests}
+    by_step = {
+        manifest.step: manifest.metrics["val_loss"]
+        for manifest in read_catalog(run_.store).manifests
+    }
     assert by_step == {2: 0.2, 5: 0.6, 6: 0.8}
 
 
@@ -442,10 +520,14 @@ def test_a_new_best_is_saved_at_once_also_after_going_on(tmp_path):
     assert steps_of(tmp_path / "a") == [1, 3]
     trained(6)
     assert steps_of(tmp_path / "a") == [1, 3]
-    assert tracked_run(tmp_path / "a", best="acc:min")[0].best_checkpoint().endswith("step_00000003-0001.pt")
+    assert (
+        tracked_run(tmp_path / "a", best="acc:min")[0]
+        .best_checkpoint()
+        .endswith("step_00000003-0001.pt")
+    )
 
 
-# --- what is captured ---------------------------------------------------------------------------------------------------------------
+# --- what is captured -----------------------------------------------------------------------------
 
 
 def stepped(optimizer_class=torch.optim.AdamW, model: nn.Module | None = None):
@@ -459,13 +541,21 @@ def stepped(optimizer_class=torch.optim.AdamW, model: nn.Module | None = None):
 def test_capturing_changes_no_live_object():
     model, optimizer = stepped()
     wrapped = torch.compile(model)
-    places = {key: (value.data_ptr(), value.device, value.requires_grad) for key, value in dict(model.named_parameters()).items()}
+    places = {
+        key: (value.data_ptr(), value.device, value.requires_grad)
+        for key, value in dict(model.named_parameters()).items()
+    }
     before = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
     gradients = [parameter.grad.clone() for parameter in model.parameters()]
     captured = state.capture({"model": wrapped, "optimizer": optimizer})
     assert list(differences(before, (model.state_dict(), optimizer.state_dict()))) == []
-    assert {key: (v.data_ptr(), v.device, v.requires_grad) for key, v in model.named_parameters()} == places
-    assert all(torch.equal(p.grad, gradient) for p, gradient in zip(model.parameters(), gradients, strict=True))
+    assert {
+        key: (v.data_ptr(), v.device, v.requires_grad) for key, v in model.named_parameters()
+    } == places
+    assert all(
+        torch.equal(p.grad, gradient)
+        for p, gradient in zip(model.parameters(), gradients, strict=True)
+    )
     assert model.training and captured["model_state_dict"].keys() == model.state_dict().keys()
     assert not any(value.requires_grad for value in captured["model_state_dict"].values())
 
@@ -473,14 +563,19 @@ def test_capturing_changes_no_live_object():
 def test_the_shells_of_ddp_and_compile_leave_no_prefix(tmp_path):
     run_ = harness.init(tmp_path / "a")
     plain = net()
-    shells = [nn.parallel.DistributedDataParallel(copy.deepcopy(plain)), torch.compile(copy.deepcopy(plain))]
+    shells = [
+        nn.parallel.DistributedDataParallel(copy.deepcopy(plain)),
+        torch.compile(copy.deepcopy(plain)),
+    ]
     shells.append(torch.compile(nn.parallel.DistributedDataParallel(copy.deepcopy(plain))))
     assert run_.world_size == 1
     for shell in shells:
         captured = state.capture({"model": shell})["model_state_dict"]
         assert list(captured) == list(plain.state_dict())
         other = net()
-        state.restore({"model": other}, {"model": "Sequential"}, {"model_state_dict": captured}, "here")
+        state.restore(
+            {"model": other}, {"model": "Sequential"}, {"model_state_dict": captured}, "here"
+        )
         assert all(torch.equal(value, captured[key]) for key, value in other.state_dict().items())
 
 
@@ -494,7 +589,9 @@ def test_tied_tensors_stay_tied(tmp_path):
             self.register_buffer("again", self.part)
 
     captured = state.capture({"model": Tied()})
-    assert captured["model_state_dict"]["embed.weight"] is captured["model_state_dict"]["head.weight"]
+    assert (
+        captured["model_state_dict"]["embed.weight"] is captured["model_state_dict"]["head.weight"]
+    )
     read = saved_and_read(tmp_path, captured)["model_state_dict"]
     assert read["embed.weight"].data_ptr() == read["head.weight"].data_ptr()
     assert read["part"].data_ptr() == read["again"].data_ptr() != read["embed.weight"].data_ptr()
@@ -502,34 +599,70 @@ def test_tied_tensors_stay_tied(tmp_path):
 
 def test_a_view_does_not_drag_its_storage_along(tmp_path):
     whole = torch.arange(1_000_000, dtype=torch.float32)
-    captured = state.capture({"custom": Custom({"head": whole[:10], "columns": whole.view(1000, 1000)[:, :2]})})
+    captured = state.capture(
+        {"custom": Custom({"head": whole[:10], "columns": whole.view(1000, 1000)[:, :2]})}
+    )
     torch.save(captured, tmp_path / "x.pt")
     assert (tmp_path / "x.pt").stat().st_size < 20_000
     read = torch.load(tmp_path / "x.pt", weights_only=True)["custom_state_dict"]["value"]
-    assert torch.equal(read["head"], whole[:10]) and torch.equal(read["columns"], whole.view(1000, 1000)[:, :2])
+    assert torch.equal(read["head"], whole[:10]) and torch.equal(
+        read["columns"], whole.view(1000, 1000)[:, :2]
+    )
 
 
 def test_fresh_tensors_of_several_objects_are_not_taken_for_one():
-    """What state_dict() made for one object is gone when the next one makes its own, maybe at the same address."""
+    """What state_dict() made for one object is gone when the next one makes its own, maybe at the
+    same address."""
 
     class Fresh(Custom):
         def state_dict(self):
             return {"value": torch.full((2000,), float(self.value))[:1000]}
 
     captured = state.capture({f"part{at}": Fresh(at) for at in range(6)})
-    assert [captured[f"part{at}_state_dict"]["value"][0].item() for at in range(6)] == [0, 1, 2, 3, 4, 5]
+    assert [captured[f"part{at}_state_dict"]["value"][0].item() for at in range(6)] == [
+        0,
+        1,
+        2,
+        3,
+        4,
+        5,
+    ]
 
 
-@pytest.mark.parametrize("value", [{1, 2}, object(), [Path("x")], {"a": lambda: 0}, defaultdict(lambda: 0), np.random.default_rng(0)])
+@pytest.mark.parametrize(
+    "value",
+    [
+        {1, 2},
+        object(),
+        [Path("x")],
+        {"a": lambda: 0},
+        defaultdict(lambda: 0),
+        np.random.default_rng(0),
+    ],
+)
 def test_state_that_is_not_plain_is_refused_with_its_place(value):
-    with pytest.raises(UsageError, match=r"custom_state_dict\['value'\].* cannot be saved as plain data"):
+    with pytest.raises(
+        UsageError, match=r"custom_state_dict\['value'\].* cannot be saved as plain data"
+    ):
         state.capture({"custom": Custom(value)})
 
 
 def test_plain_state_comes_back_as_it_was(tmp_path):
-    value = {"a": [1, 2.5, True, None, "x", b"y", 1j], "b": (1, (2,)), 3: {"n": np.int64(7)}, "t": np.arange(3)}
-    read = saved_and_read(tmp_path, state.capture({"custom": Custom(value)}))["custom_state_dict"]["value"]
-    assert read["a"] == value["a"] and read["b"] == value["b"] and read[3] == {"n": 7} and read["t"].tolist() == [0, 1, 2]
+    value = {
+        "a": [1, 2.5, True, None, "x", b"y", 1j],
+        "b": (1, (2,)),
+        3: {"n": np.int64(7)},
+        "t": np.arange(3),
+    }
+    read = saved_and_read(tmp_path, state.capture({"custom": Custom(value)}))["custom_state_dict"][
+        "value"
+    ]
+    assert (
+        read["a"] == value["a"]
+        and read["b"] == value["b"]
+        and read[3] == {"n": 7}
+        and read["t"].tolist() == [0, 1, 2]
+    )
     assert [type(item) for item in read["a"]] == [type(item) for item in value["a"]]
 
 
@@ -543,7 +676,9 @@ def test_parameters_that_are_not_finite_are_refused(broken):
     masked = net()
     masked.register_buffer("mask", torch.full((3,), -float("inf")))
     state.check_finite({"model": masked})
-    assert torch.isinf(state.capture({"model": masked})["model_state_dict"]["mask"]).all(), "masks may be infinite"
+    assert torch.isinf(state.capture({"model": masked})["model_state_dict"]["mask"]).all(), (
+        "masks may be infinite"
+    )
 
 
 def test_a_nan_does_not_overwrite_the_last_good_checkpoint(tmp_path):
@@ -555,7 +690,9 @@ def test_a_nan_does_not_overwrite_the_last_good_checkpoint(tmp_path):
                 model[0].weight.grad = torch.full_like(model[0].weight, float("nan"))
                 run_.tracked["optimizer"].step()
     assert steps_of(tmp_path / "a") == [1, 2]
-    assert [path.name for path in (tmp_path / "a/checkpoints").iterdir() if "00000003" in path.name] == []
+    assert [
+        path.name for path in (tmp_path / "a/checkpoints").iterdir() if "00000003" in path.name
+    ] == []
 
 
 def test_the_state_of_an_optimizer_keeps_its_dtype():
@@ -584,7 +721,14 @@ def test_a_half_precision_model_keeps_full_precision_state():
 def test_another_model_is_shown_as_a_table_and_nothing_is_changed():
     model, optimizer = stepped()
     captured = state.capture({"optimizer": optimizer, "model": model})
-    other = nn.Sequential(nn.Linear(12, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Dropout(0.3), nn.Linear(8, 1, bias=False), nn.Linear(1, 1))
+    other = nn.Sequential(
+        nn.Linear(12, 8),
+        nn.BatchNorm1d(8),
+        nn.Tanh(),
+        nn.Dropout(0.3),
+        nn.Linear(8, 1, bias=False),
+        nn.Linear(1, 1),
+    )
     before = copy.deepcopy(other.state_dict())
     fresh = torch.optim.AdamW(other.parameters())
     with pytest.raises(UsageError) as caught:
@@ -592,7 +736,12 @@ def test_another_model_is_shown_as_a_table_and_nothing_is_changed():
     said = str(caught.value)
     assert "step_7 is a checkpoint of another model" in said
     rows = [line.split() for line in said.splitlines()]
-    assert ["missing", "5.weight", "1x1", "-"] in rows and ["unexpected", "4.bias", "-", "1"] in rows
+    assert ["missing", "5.weight", "1x1", "-"] in rows and [
+        "unexpected",
+        "4.bias",
+        "-",
+        "1",
+    ] in rows
     assert ["mis-shaped", "0.weight", "8x12", "16x12"] in rows
     assert fresh.state_dict()["state"] == {} and list(differences(before, other.state_dict())) == []
 
@@ -601,7 +750,12 @@ def test_another_class_of_optimizer_is_refused():
     model, optimizer = stepped(torch.optim.Adam)
     captured = state.capture({"optimizer": optimizer})
     with pytest.raises(UsageError, match="found: AdamW, expected: Adam"):
-        state.restore({"optimizer": torch.optim.AdamW(model.parameters())}, {"optimizer": "Adam"}, captured, "here")
+        state.restore(
+            {"optimizer": torch.optim.AdamW(model.parameters())},
+            {"optimizer": "Adam"},
+            captured,
+            "here",
+        )
 
 
 def test_other_parameter_groups_are_refused_in_words():
@@ -609,11 +763,18 @@ def test_other_parameter_groups_are_refused_in_words():
     captured = state.capture({"optimizer": optimizer})
     groups = [{"params": [model[0].weight]}, {"params": [model[0].bias]}]
     with pytest.raises(UsageError, match="optimizer does not take the state in here"):
-        state.restore({"optimizer": torch.optim.AdamW(groups)}, {"optimizer": "AdamW"}, captured, "here")
+        state.restore(
+            {"optimizer": torch.optim.AdamW(groups)}, {"optimizer": "AdamW"}, captured, "here"
+        )
 
 
 def restored(thing, other, tmp_path):
-    state.restore({"thing": other}, {"thing": type(thing).__name__}, saved_and_read(tmp_path, state.capture({"thing": thing})), "here")
+    state.restore(
+        {"thing": other},
+        {"thing": type(thing).__name__},
+        saved_and_read(tmp_path, state.capture({"thing": thing})),
+        "here",
+    )
     return other
 
 
@@ -635,7 +796,9 @@ def test_averaged_weights_survive(tmp_path):
 def test_the_count_of_skipped_updates_survives(tmp_path):
     guard = step.FiniteGuard("skip", 2)
     assert guard.allows(torch.tensor(1.0), 1)
-    assert not guard.allows(torch.tensor(float("nan")), 2) and not guard.allows(torch.tensor(float("inf")), 3)
+    assert not guard.allows(torch.tensor(float("nan")), 2) and not guard.allows(
+        torch.tensor(float("inf")), 3
+    )
     other = restored(guard, step.FiniteGuard("skip", 2), tmp_path)
     with pytest.raises(NonFiniteError, match="not finite at step 4"):
         other.allows(torch.tensor(float("nan")), 4)
@@ -646,7 +809,12 @@ def test_the_count_of_skipped_updates_survives(tmp_path):
 def stepper_of(loss, **settings: object) -> step.Stepper:
     torch.manual_seed(0)
     model = nn.Linear(12, 1)
-    job = harness.Task(modules=model, optimizers=torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), train_data=None, loss=loss)
+    job = harness.Task(
+        modules=model,
+        optimizers=torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9),
+        train_data=None,
+        loss=loss,
+    )
     world = World(0, 1, torch.device("cpu"), 10)
     if not dist.is_initialized():
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -683,7 +851,12 @@ def test_overflows_of_the_gradient_scaler_are_skipped_but_not_counted():
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_loss_that_is_not_finite_stops_the_update_even_if_its_gradients_are_finite(precision):
-    stepper = stepper_of(lambda model, x: squared(model, x) + float("nan"), nonfinite_limit=2, clip_norm=None, precision=precision)
+    stepper = stepper_of(
+        lambda model, x: squared(model, x) + float("nan"),
+        nonfinite_limit=2,
+        clip_norm=None,
+        precision=precision,
+    )
     before = copy.deepcopy(stepper.modules["model"].state_dict())
     for at in range(2):
         stepper([torch.ones(4, 12)], (1.0,), at + 1)
@@ -698,7 +871,9 @@ def test_micro_batches_make_the_step_of_the_whole_batch():
     whole = one([x], (1.0,), 1)
     split = many([x[:2], x[2:8], x[8:]], (2 / 12, 6 / 12, 4 / 12), 1)
     torch.testing.assert_close(whole["loss"], split["loss"])
-    for parameter, other in zip(one.modules["model"].parameters(), many.modules["model"].parameters(), strict=True):
+    for parameter, other in zip(
+        one.modules["model"].parameters(), many.modules["model"].parameters(), strict=True
+    ):
         torch.testing.assert_close(parameter, other)
 
 
@@ -727,15 +902,21 @@ def test_overrides_scale_a_scheduled_learning_rate_and_keep_its_place():
     assert new.param_groups[0]["lr"] == pytest.approx(0.1)
     said = state.apply_override(as_built, tracked)
     group = new.param_groups[0]
-    assert (group["lr"], group["initial_lr"], group["weight_decay"]) == (pytest.approx(0.05), 0.5, 0.05)
+    assert (group["lr"], group["initial_lr"], group["weight_decay"]) == (
+        pytest.approx(0.05),
+        0.5,
+        0.05,
+    )
     assert any("lr: 0.1" in line and "0.05" in line for line in said)
     assert schedule.last_epoch == 3 and schedule.base_lrs == [0.5]
     new.step()
     schedule.step()
-    assert new.param_groups[0]["lr"] == pytest.approx(0.005), "the next milestone comes when it is due"
+    assert new.param_groups[0]["lr"] == pytest.approx(0.005), (
+        "the next milestone comes when it is due"
+    )
 
 
-# --- a checkpoint without the harness -----------------------------------------------------------------------------------------------
+# --- a checkpoint without the harness -------------------------------------------------------------
 
 TUTORIAL = """
 import sys
@@ -743,7 +924,9 @@ sys.modules["harness"] = None
 import torch
 from torch import nn
 path = sys.argv[1]
-model = nn.Sequential(nn.Linear(12, 16), nn.BatchNorm1d(16), nn.Tanh(), nn.Dropout(0.3), nn.Linear(16, 1))
+model = nn.Sequential(
+    nn.Linear(12, 16), nn.BatchNorm1d(16), nn.Tanh(), nn.Dropout(0.3), nn.Linear(16, 1)
+)
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
 
 checkpoint = torch.load(path, weights_only=True)
@@ -764,21 +947,35 @@ def test_the_tutorials_four_lines_read_a_checkpoint_without_the_harness(tmp_path
     (file,) = uninterrupted.glob("checkpoints/step_00000012-*.pt")
     ended = run([sys.executable, "-I", "-c", TUTORIAL, str(file)], cwd=tmp_path)
     assert ended.returncode == 0, ended.stderr
-    assert ended.stdout.split() == ["restored", str(round(float(newest(uninterrupted)["model_state_dict"]["0.weight"].sum()), 4))]
+    assert ended.stdout.split() == [
+        "restored",
+        str(round(float(newest(uninterrupted)["model_state_dict"]["0.weight"].sum()), 4)),
+    ]
 
 
 def test_a_checkpoint_holds_what_the_documentation_says(uninterrupted):
     payload = newest(uninterrupted)
-    listed = [line.split()[0] for line in (state.__doc__ or "").splitlines() if line[:4] == "    " and line[4:5].strip()]
+    listed = [
+        line.split()[0]
+        for line in (state.__doc__ or "").splitlines()
+        if line[:4] == "    " and line[4:5].strip()
+    ]
     names = {name.strip(",") for line in listed for name in line.split()} - {"N_state_dict"}
     assert names <= payload.keys()
     assert len(payload["rng"]) == 1 and payload["data"] | {"fingerprint": ""} == {
-        "fingerprint": "", "size": 60, "global_batch_size": 10, "shuffle": True, "drop_last": True, "seed": 3, "epoch": 2, "sample": 0,
+        "fingerprint": "",
+        "size": 60,
+        "global_batch_size": 10,
+        "shuffle": True,
+        "drop_last": True,
+        "seed": 3,
+        "epoch": 2,
+        "sample": 0,
         "iterators": [None],
-    }  # fmt: skip
+    }
 
 
-# --- several ranks ------------------------------------------------------------------------------------------------------------------
+# --- several ranks --------------------------------------------------------------------------------
 
 TWO_RANKS = '''
 import json, random, sys, torch, harness, numpy as np
@@ -810,14 +1007,22 @@ y = torch.randn(17, 1, generator=torch.Generator().manual_seed(2), dtype=torch.f
 run.track(model=model)
 gradients = []
 seen = []
-for batches in run.batches(torch.utils.data.TensorDataset(x, y, torch.arange(17)), 8, accumulate=2, drop_last=False, epochs=1):
+for batches in run.batches(
+    torch.utils.data.TensorDataset(x, y, torch.arange(17)),
+    8,
+    accumulate=2,
+    drop_last=False,
+    epochs=1,
+):
     model.zero_grad()
     for at, ((a, b, n), weight) in enumerate(zip(batches, run.weights)):
         (F.mse_loss(model(a), b) * weight).backward()
         seen += [n.tolist()] if weight else []
     gradients.append([p.grad.clone() for p in model.parameters()])
 used = run.world.gather(seen)
-order = torch.randperm(17, generator=torch.Generator().manual_seed(harness.data.plan.seed_of(1, "order", 0)))
+order = torch.randperm(
+    17, generator=torch.Generator().manual_seed(harness.data.plan.seed_of(1, "order", 0))
+)
 worst = 0.0
 for step, batch in enumerate(order.split(8)):
     expected = torch.autograd.grad(F.mse_loss(plain(x[batch]), y[batch]), list(plain.parameters()))
@@ -834,7 +1039,9 @@ calls = []
 def measure(batch):
     model(batch)
     calls.append(batch[:, 0].tolist())
-    return {"val_loss": batch[:, 0].sum(), "one": len(batch)} | ({"only": 5.0} if run.rank == 1 else {})
+    return {"val_loss": batch[:, 0].sum(), "one": len(batch)} | (
+        {"only": 5.0} if run.rank == 1 else {}
+    )
 for _ in run.batches(dataset, 4, epochs=1):
     model.module[1].running_mean.fill_(run.rank)
     out["of_one"] = run.evaluate(dataset[2:3], measure, batch_size=1)
@@ -863,7 +1070,12 @@ def two_ranks(tmp_path_factory) -> dict:
     folder = tmp_path_factory.mktemp("ranks")
     (folder / "program.py").write_text(TWO_RANKS)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    ended = run([*launcher, "program.py", str(folder)], cwd=folder, env={"PYTHONPATH": ENVIRONMENT["PYTHONPATH"]}, limit_s=240)
+    ended = run(
+        [*launcher, "program.py", str(folder)],
+        cwd=folder,
+        env={"PYTHONPATH": ENVIRONMENT["PYTHONPATH"]},
+        limit_s=240,
+    )
     assert ended.returncode == 0, ended.stderr
     (line,) = [line for line in ended.stdout.splitlines() if line.startswith("OUT")]
     return json.loads(line.removeprefix("OUT"))
@@ -882,7 +1094,9 @@ def test_each_rank_has_randomness_of_its_own(two_ranks):
 def test_two_ranks_evaluate_each_sample_once_and_need_not_do_so_in_step(two_ranks):
     assert two_ranks["calls"] == [[[0], [1]], [[2], [3], [4]]]
     assert two_ranks["metrics"] == {"val_loss": 2.0, "one": 1.0, "only": 3.0}
-    assert two_ranks["of_one"] == {"val_loss": 2.0, "one": 1.0, "only": 5.0}, "a rank without a sample takes part"
+    assert two_ranks["of_one"] == {"val_loss": 2.0, "one": 1.0, "only": 5.0}, (
+        "a rank without a sample takes part"
+    )
 
 
 def test_all_ranks_evaluate_with_the_buffers_of_the_writer(two_ranks):
@@ -891,7 +1105,9 @@ def test_all_ranks_evaluate_with_the_buffers_of_the_writer(two_ranks):
 
 def test_a_pass_of_streams_ends_on_all_ranks_together_and_goes_on_exactly(two_ranks):
     whole, left, rest = two_ranks["streams"]
-    assert [len(found) for found in whole] == [8, 8], "four shares a pass, as many as the shorter stream has"
+    assert [len(found) for found in whole] == [8, 8], (
+        "four shares a pass, as many as the shorter stream has"
+    )
     for rank in range(2):
         assert left[rank] == whole[rank][:3] and rest[rank] == whole[rank][2:]
 
@@ -899,7 +1115,16 @@ def test_a_pass_of_streams_ends_on_all_ranks_together_and_goes_on_exactly(two_ra
 def test_the_loop_of_the_documentation_is_the_loop_of_the_library():
     parameters = inspect.signature(harness.Run.batches).parameters
     assert list(parameters)[1:3] == ["dataset", "global_batch_size"]
-    assert {"accumulate", "epochs", "max_steps", "shuffle", "drop_last", "collate_fn", "num_workers", "order"} <= parameters.keys()
+    assert {
+        "accumulate",
+        "epochs",
+        "max_steps",
+        "shuffle",
+        "drop_last",
+        "collate_fn",
+        "num_workers",
+        "order",
+    } <= parameters.keys()
     assert {"remote", "seed", "save_every_s"} <= inspect.signature(harness.init).parameters.keys()
 
 
@@ -908,7 +1133,11 @@ import harness, torch
 run = harness.init("run", save_every_s=None, log_every_steps=1)
 run.track(model=torch.nn.Linear(1, 1))
 for _ in run.batches(list(range(30)), global_batch_size=6, epochs=1):
-    values = {2: {"more": 1} if run.rank else {}, 3: {f"n{n}": n + run.rank for n in range(20)}, 4: {"nan": float("nan")}}
+    values = {
+        2: {"more": 1} if run.rank else {},
+        3: {f"n{n}": n + run.rank for n in range(20)},
+        4: {"nan": float("nan")},
+    }
     run.log(loss=torch.tensor(0.1) * (run.rank + 1), **values.get(run.step, {}))
 run.world.leave()
 """
@@ -916,11 +1145,20 @@ run.world.leave()
 
 def test_what_ranks_log_is_averaged_whether_they_name_the_same_or_not(tmp_path):
     (tmp_path / "logging_.py").write_text(LOGGING)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3", "logging_.py"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=3",
+        "logging_.py",
+    ]
     done = run(command, cwd=tmp_path, env=ENVIRONMENT)
     assert done.returncode == 0, done.stderr
     first, second, third, fourth, _ = events(tmp_path / "run", "step")
     tenths = [float(torch.tensor(0.1) * rank) for rank in (1, 2, 3)]
     assert first["loss"] == second["loss"] == third["loss"] == fourth["loss"] == sum(tenths) / 3
-    assert "more" not in second and [third[f"n{n}"] for n in range(20)] == [n + 1.0 for n in range(20)]
+    assert "more" not in second and [third[f"n{n}"] for n in range(20)] == [
+        n + 1.0 for n in range(20)
+    ]
     assert fourth["nan"] != fourth["nan"]

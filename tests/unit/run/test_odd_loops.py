@@ -1,4 +1,5 @@
-"""Loops and objects that nobody here thought of: each goes on exactly, or is refused in words before it can go wrong."""
+"""Loops and objects that nobody here thought of: each goes on exactly, or is refused in words
+before it can go wrong."""
 
 from __future__ import annotations
 
@@ -28,8 +29,16 @@ Make = Callable[["harness.Run"], Callable[[torch.Tensor], torch.Tensor]]
 pytestmark = pytest.mark.usefixtures("process_as_it_was")
 
 
-def loop(directory: Path, make: Make, *, leave_at: int | None = None, data: object = None, **batches: object) -> harness.Run:
-    """`make(run)` builds and tracks, and returns what makes a step; `leave_at` abandons the loop there."""
+def loop(
+    directory: Path,
+    make: Make,
+    *,
+    leave_at: int | None = None,
+    data: object = None,
+    **batches: object,
+) -> harness.Run:
+    """`make(run)` builds and tracks, and returns what makes a step; `leave_at` abandons the loop
+    there."""
     job = harness.init(directory, seed=2, save_every_s=None, save_every_steps=2)
     step = make(job)
     for batch in job.batches(data or points(), **({"global_batch_size": 8, "epochs": 2} | batches)):
@@ -39,7 +48,9 @@ def loop(directory: Path, make: Make, *, leave_at: int | None = None, data: obje
     return job
 
 
-def goes_on_exactly(tmp_path: Path, make: Make, data: Callable[[], object] = points, **batches: object) -> None:
+def goes_on_exactly(
+    tmp_path: Path, make: Make, data: Callable[[], object] = points, **batches: object
+) -> None:
     """A loop that was left and started again ends as the one that was not."""
     loop(tmp_path / "whole", make, data=data(), **batches)
     loop(tmp_path / "left", make, leave_at=5, data=data(), **batches)
@@ -47,7 +58,9 @@ def goes_on_exactly(tmp_path: Path, make: Make, data: Callable[[], object] = poi
     assert list(differences(newest(tmp_path / "whole"), newest(tmp_path / "left"))) == []
 
 
-def simple(job: harness.Run, model: nn.Module | None = None, **also: object) -> Callable[[torch.Tensor], torch.Tensor]:
+def simple(
+    job: harness.Run, model: nn.Module | None = None, **also: object
+) -> Callable[[torch.Tensor], torch.Tensor]:
     model = model or nn.Linear(4, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     job.track(model=model, optimizer=optimizer, **also)
@@ -101,7 +114,10 @@ def test_a_scheduler_that_is_made_and_tracked_after_its_optimizer_goes_on(tmp_pa
 def test_a_schedule_with_milestones_keeps_its_counter():
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [2, 4])
-    assert type(state.capture({"scheduler": scheduler})["scheduler_state_dict"]["milestones"]) is Counter
+    assert (
+        type(state.capture({"scheduler": scheduler})["scheduler_state_dict"]["milestones"])
+        is Counter
+    )
 
 
 def test_optimizer_state_that_is_nested_keeps_its_dtype():
@@ -114,7 +130,12 @@ def test_optimizer_state_that_is_nested_keeps_its_dtype():
 
     one, other = made(), made()
     parameter = one.param_groups[0]["params"][0]
-    one.state[parameter] = {"inner": {"mean": torch.full((3,), 1 / 3), "codes": [torch.tensor([1, 2, 3], dtype=torch.int8)]}}
+    one.state[parameter] = {
+        "inner": {
+            "mean": torch.full((3,), 1 / 3),
+            "codes": [torch.tensor([1, 2, 3], dtype=torch.int8)],
+        }
+    }
     payload = state.capture({"optimizer": one})
     state.restore({"optimizer": other}, {}, payload, "it")
     assert list(differences(payload, state.capture({"optimizer": other}))) == []
@@ -160,7 +181,9 @@ def test_data_with_no_fingerprint_of_its_own_is_not_refused_when_the_run_goes_on
     assert loop(tmp_path, simple, data=data(), collate_fn=first_only).finished
 
 
-@pytest.mark.parametrize("value", [{np.int64(3): 1}, {"count": np.float64(0.5)}, {(1, "a"): [np.int32(2)]}])
+@pytest.mark.parametrize(
+    "value", [{np.int64(3): 1}, {"count": np.float64(0.5)}, {(1, "a"): [np.int32(2)]}]
+)
 def test_numbers_of_numpy_in_the_state_can_be_loaded_again(value, tmp_path):
     def make(job):
         step = simple(job)
@@ -173,7 +196,16 @@ def test_numbers_of_numpy_in_the_state_can_be_loaded_again(value, tmp_path):
     assert loop(tmp_path, make).finished
 
 
-@pytest.mark.parametrize("value", [np.longdouble(1), np.datetime64("2020-01-01"), 1 << 3000, {frozenset((1,)): 2}, np.array([None])])
+@pytest.mark.parametrize(
+    "value",
+    [
+        np.longdouble(1),
+        np.datetime64("2020-01-01"),
+        1 << 3000,
+        {frozenset((1,)): 2},
+        np.array([None]),
+    ],
+)
 def test_what_could_be_saved_but_not_loaded_is_refused_at_the_first_save(value, tmp_path):
     def make(job):
         job.state["value"] = value
@@ -202,10 +234,14 @@ def test_a_tracked_object_that_cannot_be_saved_is_refused_before_the_first_step(
 def test_parameters_that_belong_to_nothing_tracked_are_refused(tmp_path):
     def make(job):
         model, temperature = nn.Linear(4, 1), nn.Parameter(torch.ones(()))
-        job.track(model=model, optimizer=torch.optim.SGD([*model.parameters(), temperature], lr=0.1))
+        job.track(
+            model=model, optimizer=torch.optim.SGD([*model.parameters(), temperature], lr=0.1)
+        )
         return lambda x: x.mean()
 
-    with pytest.raises(UsageError, match=r"updates 1 parameter\(s\) that belong to nothing tracked"):
+    with pytest.raises(
+        UsageError, match=r"updates 1 parameter\(s\) that belong to nothing tracked"
+    ):
         loop(tmp_path, make)
 
 
@@ -250,11 +286,15 @@ def test_a_loop_that_is_left_says_so_and_an_untracked_schedule_too(tmp_path, cap
 
     loop(tmp_path, make, leave_at=3)
     said = capsys.readouterr().out
-    assert "the loop was left at step 3: nothing more is saved; run.finish() would end the run" in said
+    assert (
+        "the loop was left at step 3: nothing more is saved; run.finish() would end the run" in said
+    )
     assert "a scheduler moves the learning rate of optimizer" in said
 
 
-def test_a_loop_that_is_left_after_it_asked_for_its_end_is_told_that_this_was_too_early(tmp_path, capsys):
+def test_a_loop_that_is_left_after_it_asked_for_its_end_is_told_that_this_was_too_early(
+    tmp_path, capsys
+):
     job = harness.init(tmp_path, seed=2)
     step = simple(job)
     for batch in job.batches(points(), global_batch_size=8, epochs=1):
@@ -263,7 +303,10 @@ def test_a_loop_that_is_left_after_it_asked_for_its_end_is_told_that_this_was_to
             job.finish()
             break
     said = capsys.readouterr().out
-    assert "left at step 3: nothing more is saved; run.finish() ends the run when the loop asks for its next batch" in said
+    assert (
+        "left at step 3: nothing more is saved; "
+        "run.finish() ends the run when the loop asks for its next batch" in said
+    )
 
 
 @pytest.mark.parametrize("how", ["untracked", "tracked", "wrapped"])
@@ -273,7 +316,11 @@ def test_an_optimizer_that_updates_and_is_not_tracked_is_told_of_once(how, tmp_p
 
         def __init__(self, optimizer):
             self.inner = optimizer
-            self.step, self.state_dict, self.load_state_dict = optimizer.step, optimizer.state_dict, optimizer.load_state_dict
+            self.step, self.state_dict, self.load_state_dict = (
+                optimizer.step,
+                optimizer.state_dict,
+                optimizer.load_state_dict,
+            )
 
     job = harness.init(tmp_path)
     step, other = simple(job), nn.Linear(2, 1)
@@ -291,7 +338,9 @@ def test_an_optimizer_that_updates_and_is_not_tracked_is_told_of_once(how, tmp_p
 
 
 def test_only_what_was_measured_on_its_own_weights_makes_a_checkpoint_a_best_one(tmp_path):
-    job = harness.init(tmp_path, save_every_s=None, save_every_steps=1, keep_last=2, keep_best=2, best="acc:max")
+    job = harness.init(
+        tmp_path, save_every_s=None, save_every_steps=1, keep_last=2, keep_best=2, best="acc:max"
+    )
     step = simple(job)
     accuracies = {2: 0.5, 4: 0.9}
     for batch in job.batches(points(), global_batch_size=8, epochs=1):
@@ -303,7 +352,11 @@ def test_only_what_was_measured_on_its_own_weights_makes_a_checkpoint_a_best_one
     assert kept == {2: {"acc": 0.5, "other": 1.0}, 4: {"acc": 0.9, "other": 1.0}, 5: {}, 6: {}}
     assert job.metrics == {"acc": 0.9, "other": 1.0}
     assert [
-        m.step for m in retention.best(read_catalog(LocalStore(tmp_path)).history, retention.Policy(metric="acc", higher_is_better=True))
+        m.step
+        for m in retention.best(
+            read_catalog(LocalStore(tmp_path)).history,
+            retention.Policy(metric="acc", higher_is_better=True),
+        )
     ] == [4, 2]
 
 
@@ -330,7 +383,12 @@ class Part(nn.Module):
     def __init__(self):
         super().__init__()
         self.embed = nn.Embedding(16, 8, sparse=True)
-        self.inner = DDP(nn.Sequential(nn.Linear(8, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 1)))
+        self.inner = DDP(
+            nn.Sequential(
+                nn.Linear(8, 64), nn.BatchNorm1d(64), nn.ReLU(),
+                nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 1),
+            )
+        )
     def forward(self, x):
         return self.inner(self.embed(x).detach())
 
@@ -338,14 +396,24 @@ def main(rank, size, directory, steps, kind):
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": sys.argv[1]}
     import harness
-    run = harness.init(directory, seed=4, save_every_s=None, save_every_steps=3, timeout_s=4 if kind == "slowing" else 60)
+    run = harness.init(
+        directory,
+        seed=4,
+        save_every_s=None,
+        save_every_steps=3,
+        timeout_s=4 if kind == "slowing" else 60,
+    )
     if kind == "sparse":
         model = DDP(nn.Sequential(nn.Embedding(16, 8, sparse=True), nn.Flatten(), nn.Linear(8, 1)))
     else:
         model = Part()
-    optimizer = torch.optim.SGD([p for p in model.parameters()], lr=0.05, momentum=0 if kind == "sparse" else 0.9)
+    optimizer = torch.optim.SGD(
+        [p for p in model.parameters()], lr=0.05, momentum=0 if kind == "sparse" else 0.9
+    )
     run.track(model=model, optimizer=optimizer)
-    data = torch.utils.data.TensorDataset(torch.randint(16, (960,), generator=torch.Generator().manual_seed(0)))
+    data = torch.utils.data.TensorDataset(
+        torch.randint(16, (960,), generator=torch.Generator().manual_seed(0))
+    )
     for (x,) in run.batches(data, global_batch_size=12, epochs=4 if kind == "slowing" else 1):
         optimizer.zero_grad()
         model(x[:, None] if kind == "sparse" else x).square().mean().backward()
@@ -356,7 +424,12 @@ def main(rank, size, directory, steps, kind):
             os._exit(9)
 
 if __name__ == "__main__":
-    mp.start_processes(main, (int(sys.argv[2]), sys.argv[3], int(sys.argv[4]), sys.argv[5]), nprocs=int(sys.argv[2]), start_method="spawn")
+    mp.start_processes(
+        main,
+        (int(sys.argv[2]), sys.argv[3], int(sys.argv[4]), sys.argv[5]),
+        nprocs=int(sys.argv[2]),
+        start_method="spawn",
+    )
 """
 
 
@@ -368,7 +441,17 @@ def ranks(tmp_path: Path, size: int, directory: Path, steps: int, kind: str) -> 
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     (tmp_path / "program.py").write_text(RANKS)
-    done = run([sys.executable, str(tmp_path / "program.py"), str(port), str(size), str(directory), str(steps), kind])
+    done = run(
+        [
+            sys.executable,
+            str(tmp_path / "program.py"),
+            str(port),
+            str(size),
+            str(directory),
+            str(steps),
+            kind,
+        ]
+    )
     print(done.stdout, done.stderr)  # shown when the test fails
     return done.returncode
 

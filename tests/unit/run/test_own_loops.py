@@ -1,4 +1,5 @@
-"""What a loop of one's own may look like: epochs around batches, a DataLoader, its own sampling; and what is refused, in words."""
+"""What a loop of one's own may look like: epochs around batches, a DataLoader, its own sampling;
+and what is refused, in words."""
 
 from __future__ import annotations
 
@@ -14,7 +15,13 @@ from conftest import run
 from library_runs import newest, steps_of
 from loop_data import Stream, points
 from torch import nn
-from torch.utils.data import BatchSampler, DataLoader, SequentialSampler, SubsetRandomSampler, WeightedRandomSampler
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    SequentialSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
 from torch.utils.data.distributed import DistributedSampler
 
 import harness
@@ -27,8 +34,15 @@ pytestmark = pytest.mark.usefixtures("process_as_it_was")
 PER_EPOCH = 6  # of the 48 points, in batches of 8
 
 
-def begin(directory: Path, **init: object) -> tuple[harness.Run, nn.Module, torch.optim.Optimizer, torch.optim.lr_scheduler.StepLR]:
-    job = harness.init(directory, **({"seed": 2, "save_every_s": None, "save_every_steps": 2} | init))  # type: ignore[arg-type]
+def begin(
+    directory: Path, **init: object
+) -> tuple[harness.Run, nn.Module, torch.optim.Optimizer, torch.optim.lr_scheduler.StepLR]:
+    job = harness.init(
+        directory,
+        **(  # type: ignore[arg-type]
+            {"seed": 2, "save_every_s": None, "save_every_steps": 2} | init
+        ),
+    )
     model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 1))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.7)
@@ -49,9 +63,16 @@ class LeftError(Exception):
 
 
 def nested(
-    directory: Path, *, leave: tuple[int, str] = (0, ""), epochs: int = 3, max_steps: int | None = None, data: object = None, **init: object
+    directory: Path,
+    *,
+    leave: tuple[int, str] = (0, ""),
+    epochs: int = 3,
+    max_steps: int | None = None,
+    data: object = None,
+    **init: object,
 ) -> tuple[harness.Run, list[str]]:
-    """A loop in a loop, with a schedule and an evaluation once an epoch; what it did, in order. It is left `in`, or `after`, a step."""
+    """A loop in a loop, with a schedule and an evaluation once an epoch; what it did, in order. It
+    is left `in`, or `after`, a step."""
     job, model, optimizer, scheduler = begin(directory, **init)
     loader = DataLoader(points(), batch_size=8, shuffle=True) if data is None else data
     did = []
@@ -86,19 +107,36 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict:
         assert did == [
             word
             for epoch in range(3)
-            for word in (f"epoch {epoch}", *(f"step {epoch * PER_EPOCH + at}" for at in range(1, PER_EPOCH + 1)), f"rest of {epoch}")
+            for word in (
+                f"epoch {epoch}",
+                *(f"step {epoch * PER_EPOCH + at}" for at in range(1, PER_EPOCH + 1)),
+                f"rest of {epoch}",
+            )
         ]
         return newest(directory)
 
 
-@pytest.mark.parametrize("leave", [(3, "in"), (6, "in"), (6, "before the rest"), (6, "after the rest"), (7, "in"), (18, "after the rest")])
-def test_a_loop_over_epochs_goes_on_exactly_and_repeats_no_rest_that_was_saved(leave, tmp_path, whole):
+@pytest.mark.parametrize(
+    "leave",
+    [
+        (3, "in"),
+        (6, "in"),
+        (6, "before the rest"),
+        (6, "after the rest"),
+        (7, "in"),
+        (18, "after the rest"),
+    ],
+)
+def test_a_loop_over_epochs_goes_on_exactly_and_repeats_no_rest_that_was_saved(
+    leave, tmp_path, whole
+):
     with pytest.raises(LeftError):
         nested(tmp_path / "a", leave=leave)
     job, did = nested(tmp_path / "a")
     assert job.finished and list(differences(whole, newest(tmp_path / "a"))) == []
     at, where = leave
-    saved = max((step for step in range(0, at, 2)), default=0)  # of the step in which it was left nothing is saved
+    # Of the step in which it was left nothing is saved.
+    saved = max((step for step in range(0, at, 2)), default=0)
     assert did[1] == f"step {saved + 1}"
     assert ("rest of 0" in did) == (saved < PER_EPOCH), where
 
@@ -108,15 +146,25 @@ def test_what_is_done_after_the_last_batch_of_an_epoch_is_saved_with_it(tmp_path
         nested(tmp_path / "a", leave=(7, "in"))
     payload = newest(tmp_path / "a")
     assert payload["step"] == 6 and payload["data"]["epoch"] == 1 and payload["data"]["sample"] == 0
-    assert payload["scheduler_state_dict"]["last_epoch"] == 1 and len(payload["state"]["draws"]) == 1 and payload["metrics"]
+    assert (
+        payload["scheduler_state_dict"]["last_epoch"] == 1
+        and len(payload["state"]["draws"]) == 1
+        and payload["metrics"]
+    )
 
 
-def test_an_epoch_that_ends_with_the_limit_of_steps_is_gone_on_with_by_who_wants_more(tmp_path, whole):
+def test_an_epoch_that_ends_with_the_limit_of_steps_is_gone_on_with_by_who_wants_more(
+    tmp_path, whole
+):
     job, did = nested(tmp_path / "a", max_steps=8)
     assert job.finished and job.step == 8 and did[-1] == "rest of 1"
-    assert newest(tmp_path / "a")["scheduler_state_dict"]["last_epoch"] == 1, "what comes after the end is not the run's"
+    assert newest(tmp_path / "a")["scheduler_state_dict"]["last_epoch"] == 1, (
+        "what comes after the end is not the run's"
+    )
     job, did = nested(tmp_path / "a")
-    assert did[:2] == ["epoch 1", "step 9"] and list(differences(whole, newest(tmp_path / "a"))) == []
+    assert (
+        did[:2] == ["epoch 1", "step 9"] and list(differences(whole, newest(tmp_path / "a"))) == []
+    )
 
 
 def test_a_finished_loop_over_epochs_does_nothing(tmp_path):
@@ -135,7 +183,9 @@ def test_early_stopping_ends_a_loop_over_epochs(where, tmp_path):
                 job.finish()
         if where == "outer" and epoch == 1:
             job.finish()
-    assert job.finished and job.step == (8 if where == "inner" else 12) == steps_of(tmp_path / "a")[-1]
+    assert (
+        job.finished and job.step == (8 if where == "inner" else 12) == steps_of(tmp_path / "a")[-1]
+    )
 
 
 @pytest.mark.parametrize("taken", [0, 2])
@@ -158,8 +208,13 @@ def test_a_stream_is_looped_over_by_epochs(tmp_path):
     assert list(differences(newest(tmp_path / "whole"), newest(tmp_path / "a"))) == []
 
 
-@pytest.mark.parametrize("other", ["a loop that is still alive", "an optimizer of the same parameters", "a second update"])
-def test_gradients_that_are_used_more_than_once_in_a_step_are_not_taken_for_lasting_ones(tmp_path, other):
+@pytest.mark.parametrize(
+    "other",
+    ["a loop that is still alive", "an optimizer of the same parameters", "a second update"],
+)
+def test_gradients_that_are_used_more_than_once_in_a_step_are_not_taken_for_lasting_ones(
+    tmp_path, other
+):
     """They would be kept as zeros, and be there after a restart where None would be without it."""
     if other == "a loop that is still alive":
         first, *_ = begin(tmp_path / "first")
@@ -179,7 +234,9 @@ def test_gradients_that_are_used_more_than_once_in_a_step_are_not_taken_for_last
 # Loops that find their data themselves.
 
 
-def sampling(directory: Path, max_steps: int = 12, leave_at: int | None = None) -> tuple[harness.Run, list[int]]:
+def sampling(
+    directory: Path, max_steps: int = 12, leave_at: int | None = None
+) -> tuple[harness.Run, list[int]]:
     job, model, optimizer, _ = begin(directory)
     numbers = []
     for number in job.steps(max_steps):
@@ -196,7 +253,10 @@ def test_a_loop_that_samples_itself_goes_on_exactly(tmp_path):
     with pytest.raises(LeftError):
         sampling(tmp_path / "a", leave_at=7)
     job, numbers = sampling(tmp_path / "a")
-    assert numbers == list(range(6, 12)) and list(differences(newest(tmp_path / "whole"), newest(tmp_path / "a"))) == []
+    assert (
+        numbers == list(range(6, 12))
+        and list(differences(newest(tmp_path / "whole"), newest(tmp_path / "a"))) == []
+    )
     assert sampling(tmp_path / "a")[1] == []
     assert sampling(tmp_path / "a", max_steps=14)[1] == [12, 13]
 
@@ -213,7 +273,11 @@ def test_the_progress_of_a_loop_without_samples_is_told_in_steps(tmp_path, capfd
     for _ in job.steps(3):
         update(model, optimizer, torch.randn(8, 4))
     printed = capfd.readouterr().out
-    assert "steps/s" in printed and "samples/s" not in printed and "epoch" not in printed.replace("attempt", "")
+    assert (
+        "steps/s" in printed
+        and "samples/s" not in printed
+        and "epoch" not in printed.replace("attempt", "")
+    )
 
 
 # DataLoaders.
@@ -252,29 +316,67 @@ class Odd(torch.utils.data.Sampler[int]):
     [
         (lambda data: DataLoader(data, batch_size=8, shuffle=True), {"shuffle": True}),
         (lambda data: DataLoader(data, batch_size=8), {"shuffle": False}),
-        (lambda data: DataLoader(data, batch_size=8, sampler=DistributedSampler(data, 1, 0)), {"shuffle": True}),
-        (lambda data: DataLoader(data, batch_size=8, sampler=DistributedSampler(data, 1, 0, shuffle=False)), {"shuffle": False}),
-        (lambda data: DataLoader(data, batch_sampler=BatchSampler(SequentialSampler(data), 8, False)), {"shuffle": False}),
-        (lambda data: DataLoader(data, batch_size=8, sampler=Odd()), {"order": lambda epoch: Odd.ORDERS[epoch]}),
+        (
+            lambda data: DataLoader(data, batch_size=8, sampler=DistributedSampler(data, 1, 0)),
+            {"shuffle": True},
+        ),
+        (
+            lambda data: DataLoader(
+                data, batch_size=8, sampler=DistributedSampler(data, 1, 0, shuffle=False)
+            ),
+            {"shuffle": False},
+        ),
+        (
+            lambda data: DataLoader(
+                data, batch_sampler=BatchSampler(SequentialSampler(data), 8, False)
+            ),
+            {"shuffle": False},
+        ),
+        (
+            lambda data: DataLoader(data, batch_size=8, sampler=Odd()),
+            {"order": lambda epoch: Odd.ORDERS[epoch]},
+        ),
     ],
-    ids=["shuffled", "in order", "distributed", "distributed in order", "a batch sampler", "a sampler of its own"],
-)  # fmt: skip
+    ids=[
+        "shuffled",
+        "in order",
+        "distributed",
+        "distributed in order",
+        "a batch sampler",
+        "a sampler of its own",
+    ],
+)
 def test_a_dataloader_is_dealt_out_as_its_dataset_would_be(loader, same, tmp_path):
     data = points()
-    assert dealt(tmp_path / "a", loader(data)) == dealt(tmp_path / "b", data, global_batch_size=8, **same)
+    assert dealt(tmp_path / "a", loader(data)) == dealt(
+        tmp_path / "b", data, global_batch_size=8, **same
+    )
 
 
 def test_a_dataloader_with_a_short_last_batch_keeps_it_unless_it_says_not_to(tmp_path):
     data = points(20)
-    assert [len(batch) for batch in dealt(tmp_path / "a", DataLoader(data, batch_size=8))] == [8, 8, 4] * 2
-    assert [len(batch) for batch in dealt(tmp_path / "b", DataLoader(data, batch_size=8, drop_last=True))] == [8, 8] * 2
+    assert [len(batch) for batch in dealt(tmp_path / "a", DataLoader(data, batch_size=8))] == [
+        8,
+        8,
+        4,
+    ] * 2
+    assert [
+        len(batch)
+        for batch in dealt(tmp_path / "b", DataLoader(data, batch_size=8, drop_last=True))
+    ] == [8, 8] * 2
 
 
 @pytest.mark.parametrize(
-    "sampler", [SubsetRandomSampler(range(10)), WeightedRandomSampler([1.0] * 24 + [0.0] * 24, 16)], ids=["subset", "weighted"]
+    "sampler",
+    [SubsetRandomSampler(range(10)), WeightedRandomSampler([1.0] * 24 + [0.0] * 24, 16)],
+    ids=["subset", "weighted"],
 )
-def test_a_sampler_that_draws_is_asked_under_randomness_that_follows_from_the_epoch(sampler, tmp_path):
-    found = [dealt(tmp_path / name, DataLoader(points(), batch_size=2, sampler=sampler)) for name in "ab"]
+def test_a_sampler_that_draws_is_asked_under_randomness_that_follows_from_the_epoch(
+    sampler, tmp_path
+):
+    found = [
+        dealt(tmp_path / name, DataLoader(points(), batch_size=2, sampler=sampler)) for name in "ab"
+    ]
     assert found[0] == found[1] and len(found[0]) in (10, 16)
     half = len(found[0]) // 2
     assert found[0][:half] != found[0][half:], "each epoch has another order"
@@ -292,23 +394,44 @@ def test_the_loader_processes_are_as_the_dataloader_wants_them(tmp_path):
     def said(number: int) -> None:
         (tmp_path / f"worker-{number}").touch()
 
-    loader = DataLoader(points(), batch_size=8, num_workers=2, worker_init_fn=said, prefetch_factor=3)
+    loader = DataLoader(
+        points(), batch_size=8, num_workers=2, worker_init_fn=said, prefetch_factor=3
+    )
     adopted = adopt(loader)
-    assert adopted is not None and adopted.workers.number == 2 and adopted.workers.others["prefetch_factor"] == 3
-    assert dealt(tmp_path / "a", loader) == dealt(tmp_path / "b", points(), global_batch_size=8, shuffle=False)
+    assert (
+        adopted is not None
+        and adopted.workers.number == 2
+        and adopted.workers.others["prefetch_factor"] == 3
+    )
+    assert dealt(tmp_path / "a", loader) == dealt(
+        tmp_path / "b", points(), global_batch_size=8, shuffle=False
+    )
     assert {file.name for file in tmp_path.glob("worker-*")} == {"worker-0", "worker-1"}
 
 
 @pytest.mark.parametrize(
     ("loader", "words"),
     [
-        (lambda data: DataLoader(data, batch_size=None), "does not batch samples by a number of its own"),
-        (lambda data: DataLoader(data, batch_sampler=[[1, 2], [3]]), "does not batch samples by a number of its own"),
-        (lambda data: DataLoader(data, 4, sampler=type("Weighted", (DistributedSampler,), {})(data, 2, 0)), "splits the samples"),
+        (
+            lambda data: DataLoader(data, batch_size=None),
+            "does not batch samples by a number of its own",
+        ),
+        (
+            lambda data: DataLoader(data, batch_sampler=[[1, 2], [3]]),
+            "does not batch samples by a number of its own",
+        ),
+        (
+            lambda data: DataLoader(
+                data, 4, sampler=type("Weighted", (DistributedSampler,), {})(data, 2, 0)
+            ),
+            "splits the samples",
+        ),
     ],
     ids=["no batches", "batches by hand", "a rank's own"],
-)  # fmt: skip
-def test_a_dataloader_that_could_not_be_found_again_in_the_middle_is_refused(loader, words, tmp_path):
+)
+def test_a_dataloader_that_could_not_be_found_again_in_the_middle_is_refused(
+    loader, words, tmp_path
+):
     job, *_ = begin(tmp_path / "a")
     with pytest.raises(UsageError, match=words):
         next(job.batches(loader(points()), epochs=1))
@@ -316,7 +439,13 @@ def test_a_dataloader_that_could_not_be_found_again_in_the_middle_is_refused(loa
 
 
 @pytest.mark.parametrize(
-    "given", [{"global_batch_size": 8}, {"num_workers": 1}, {"collate_fn": lambda samples: samples}, {"order": lambda epoch: [0]}]
+    "given",
+    [
+        {"global_batch_size": 8},
+        {"num_workers": 1},
+        {"collate_fn": lambda samples: samples},
+        {"order": lambda epoch: [0]},
+    ],
 )
 def test_a_dataloader_and_what_it_says_itself_are_refused_together(given, tmp_path):
     job, *_ = begin(tmp_path / "a")
@@ -333,7 +462,9 @@ def test_a_dataset_without_a_batch_size_is_refused(tmp_path):
 # Misuse.
 
 
-@pytest.mark.parametrize("thing", [random.SystemRandom(), object()], ids=["of the machine", "no state"])
+@pytest.mark.parametrize(
+    "thing", [random.SystemRandom(), object()], ids=["of the machine", "no state"]
+)
 def test_what_has_no_state_cannot_be_tracked(thing, tmp_path):
     job = harness.init(tmp_path / "a")
     with pytest.raises(UsageError, match="cannot be tracked"):
@@ -353,9 +484,22 @@ def test_a_loop_inside_the_first_is_refused(first, tmp_path):
 
 def test_arguments_that_are_no_such_numbers_are_all_named_before_anything_begins(tmp_path):
     with pytest.raises(UsageError) as caught:
-        harness.init(tmp_path / "a", seed="x", save_every_steps=0, keep_last="3", wait_s=None, grace_s=None, save_every_s=0.5)
+        harness.init(
+            tmp_path / "a",
+            seed="x",
+            save_every_steps=0,
+            keep_last="3",
+            wait_s=None,
+            grace_s=None,
+            save_every_s=0.5,
+        )
     assert caught.value.what.startswith("4 arguments")
-    for words in ("seed='x'", "save_every_steps=0", "keep_last='3'", "wait_s=None, expected: a number of seconds from 0 on"):
+    for words in (
+        "seed='x'",
+        "save_every_steps=0",
+        "keep_last='3'",
+        "wait_s=None, expected: a number of seconds from 0 on",
+    ):
         assert words in caught.value.found
     assert not (tmp_path / "a").exists()
     job, *_ = begin(tmp_path / "a")
@@ -395,41 +539,74 @@ def program(tmp_path: Path) -> Write:
     return write
 
 
-def test_launch_starts_a_loop_of_ones_own_with_its_arguments_and_again_after_a_crash(program: Write) -> None:
+def test_launch_starts_a_loop_of_ones_own_with_its_arguments_and_again_after_a_crash(
+    program: Write,
+) -> None:
     folder = program("runs/a")
-    words = ("launch", "--nproc-per-node", "2", "run.dir=runs/a", "my_loop.py", "--config", "theirs.yaml", "key=value", "--crash")
+    words = (
+        "launch",
+        "--nproc-per-node",
+        "2",
+        "run.dir=runs/a",
+        "my_loop.py",
+        "--config",
+        "theirs.yaml",
+        "key=value",
+        "--crash",
+    )
     done = run(harness_command(*words), cwd=folder)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "arguments ['--config', 'theirs.yaml', 'key=value', '--crash']" in done.stdout
-    assert "crashed on purpose" in done.stdout + done.stderr and "attempt 2 resumes from step 2" in done.stdout
+    assert (
+        "crashed on purpose" in done.stdout + done.stderr
+        and "attempt 2 resumes from step 2" in done.stdout
+    )
     assert json.loads((folder / "runs/a/attempts/0002.end.json").read_text())["why"] == "finished"
     end = json.loads((folder / "runs/a/attempts/0001.end.json").read_text())
-    assert end["why"] == "failed" and "the loop was left at step 4" in end["error"], "that is how it looks from here"
+    assert end["why"] == "failed" and "the loop was left at step 4" in end["error"], (
+        "that is how it looks from here"
+    )
     again = run(harness_command(*words), cwd=folder)
-    assert again.returncode == 0 and "is finished" in again.stdout and "arguments" not in again.stdout, again.stdout
+    assert (
+        again.returncode == 0 and "is finished" in again.stdout and "arguments" not in again.stdout
+    ), again.stdout
 
 
 def test_launch_refuses_to_watch_over_another_run_than_the_loops_own(program: Write) -> None:
     folder = program("runs/other")
     done = run(harness_command("launch", "run.dir=runs/a", "my_loop.py"), cwd=folder)
     assert done.returncode == 78, done.stdout + done.stderr
-    assert "the launcher supervises another run" in done.stdout + done.stderr and "runs/other" in done.stdout + done.stderr
+    assert (
+        "the launcher supervises another run" in done.stdout + done.stderr
+        and "runs/other" in done.stdout + done.stderr
+    )
     assert not (folder / "runs/other").exists()
 
 
 @pytest.mark.parametrize("how", ["--nothing", pytest.param("--no-loop", marks=pytest.mark.slow)])
-def test_a_program_that_trains_without_the_harness_is_not_started_again_for_ever(program: Write, how: str) -> None:
-    done = run(harness_command("launch", "--nproc-per-node", "2", "run.dir=runs/a", "my_loop.py", how), cwd=program("runs/a"))
+def test_a_program_that_trains_without_the_harness_is_not_started_again_for_ever(
+    program: Write, how: str
+) -> None:
+    done = run(
+        harness_command("launch", "--nproc-per-node", "2", "run.dir=runs/a", "my_loop.py", how),
+        cwd=program("runs/a"),
+    )
     assert done.returncode == 78, done.stdout + done.stderr
     assert "no harness loop began in it" in done.stderr and "Traceback" not in done.stderr
     assert done.stdout.count("arguments") == (how == "--no-loop"), "it was started once"
 
 
 @pytest.mark.parametrize("command", [("launch",), ("submit", "--dry-run")])
-def test_a_program_is_not_taken_for_that_of_the_default_run(program: Write, command: tuple[str, ...]) -> None:
+def test_a_program_is_not_taken_for_that_of_the_default_run(
+    program: Write, command: tuple[str, ...]
+) -> None:
     folder = program("runs/a")
     done = run(harness_command(*command, "my_loop.py"), cwd=folder)
-    assert done.returncode == 78 and "which run this program trains" in done.stderr and "run.dir=" in done.stderr, done.stderr
+    assert (
+        done.returncode == 78
+        and "which run this program trains" in done.stderr
+        and "run.dir=" in done.stderr
+    ), done.stderr
     assert not (folder / "runs").exists()
 
 
@@ -438,7 +615,9 @@ def test_the_run_of_a_program_may_be_named_in_the_file(program: Write, place: st
     """The directory may be the one that is the default, too."""
     folder = program("runs/a")
     (folder / "mine.yaml").write_text(f"run:\n  {place}\n")
-    done = run(harness_command("submit", "--dry-run", "--config", "mine.yaml", "my_loop.py"), cwd=folder)
+    done = run(
+        harness_command("submit", "--dry-run", "--config", "mine.yaml", "my_loop.py"), cwd=folder
+    )
     assert done.returncode == 0 and "my_loop.py" in done.stdout, done.stderr
 
 
@@ -448,8 +627,11 @@ def test_launch_of_a_loop_that_is_not_there_names_it(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_without_a_launcher_any_run_may_be_begun(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv(launches.SUPERVISED, "null")  # taken away again afterwards, whatever it is then
+def test_without_a_launcher_any_run_may_be_begun(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    # Taken away again afterwards, whatever it is then.
+    monkeypatch.setenv(launches.SUPERVISED, "null")
     launches.check_supervised(tmp_path, None)
     launches.supervise(str(tmp_path), "s3://bucket/a/")
     launches.check_supervised(tmp_path, "s3://bucket/a")

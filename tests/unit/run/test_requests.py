@@ -1,4 +1,5 @@
-"""Asked through its store, a living run saves, or saves and stops; what was asked of one attempt never reaches another."""
+"""Asked through its store, a living run saves, or saves and stops; what was asked of one attempt
+never reaches another."""
 
 from __future__ import annotations
 
@@ -23,14 +24,26 @@ from harness.errors import StorageError
 from harness.store import LocalStore, Store, open_store
 from harness.supervision import control_requests
 
-TASK = ["task.name=small_task:build", "train.epochs=20", "log.every_steps=1", "checkpoint.every_s=null", "resume.accept=[config]"]
-SLOW = "task.args.sleep_s=0.2"  # a hundred steps: long enough to be asked in between, also by whoever is late
+TASK = [
+    "task.name=small_task:build",
+    "train.epochs=20",
+    "log.every_steps=1",
+    "checkpoint.every_s=null",
+    "resume.accept=[config]",
+]
+# A hundred steps: long enough to be asked in between, also by whoever is late.
+SLOW = "task.args.sleep_s=0.2"
 Cli = Callable[..., tuple[int, str]]
 
 
 @pytest.fixture(params=["directory", "memory"])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
-    place = open_store(str(tmp_path / "run") if request.param == "directory" else f"memory://{secrets.token_hex(8)}/run", 5)
+    place = open_store(
+        str(tmp_path / "run")
+        if request.param == "directory"
+        else f"memory://{secrets.token_hex(8)}/run",
+        5,
+    )
     place.prepare(fmt.FOLDERS)
     return place
 
@@ -54,7 +67,12 @@ def live(tmp_path: Path) -> Iterator[Callable[..., Born]]:
     nursery = shared_nursery()
 
     def begin(*settings: str) -> Born:
-        return nursery.bear("train", {}, tmp_path / f"log-{time.monotonic_ns()}", [*TASK, f"run.dir={tmp_path}/run", *settings])
+        return nursery.bear(
+            "train",
+            {},
+            tmp_path / f"log-{time.monotonic_ns()}",
+            [*TASK, f"run.dir={tmp_path}/run", *settings],
+        )
 
     yield begin
     nursery.end_all()
@@ -63,7 +81,9 @@ def live(tmp_path: Path) -> Iterator[Callable[..., Born]]:
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("whole")
-    born = shared_nursery().bear("train", {}, directory / "log", [*TASK, f"run.dir={directory}/run"])
+    born = shared_nursery().bear(
+        "train", {}, directory / "log", [*TASK, f"run.dir={directory}/run"]
+    )
     assert born.wait() == 0, born.text
     return directory / "run"
 
@@ -71,7 +91,11 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def trains(born: Born, directory: Path, steps: int = 1) -> None:
     """Wait until it has made so many more steps."""
     seen = len(events(directory, "step"))
-    wait_until(lambda: len(events(directory, "step")) >= seen + steps or born.code is not None, f"{steps} steps", every_s=0.01)
+    wait_until(
+        lambda: len(events(directory, "step")) >= seen + steps or born.code is not None,
+        f"{steps} steps",
+        every_s=0.01,
+    )
     assert born.code is None, born.text
 
 
@@ -89,7 +113,10 @@ def saved(directory: Path) -> list[str]:
 def test_a_request_is_seen_by_the_attempt_that_it_names_and_by_no_other(store):
     assert control_requests.pending(store, 3) == {}
     stop, save = control_requests.leave(store, 3, "stop"), control_requests.leave(store, 3, "save")
-    again, other = control_requests.leave(store, 3, "save"), control_requests.leave(store, 30, "stop")
+    again, other = (
+        control_requests.leave(store, 3, "save"),
+        control_requests.leave(store, 30, "stop"),
+    )
     assert control_requests.pending(store, 3) == {stop: "stop", save: "save", again: "save"}
     assert control_requests.pending(store, 30) == {other: "stop"}
     assert [control_requests.pending(store, number) for number in (0, 1, 4, 33, 300)] == [{}] * 5
@@ -100,7 +127,9 @@ def test_what_earlier_attempts_were_asked_for_is_swept_and_nothing_else(store):
     old, new, later = (control_requests.leave(store, number, "stop") for number in (3, 4, 12345))
     control_requests.sweep([store], 4)
     assert control_requests.pending(store, 3) == {}
-    assert control_requests.pending(store, 4) == {new: "stop"} and control_requests.pending(store, 12345) == {later: "stop"}
+    assert control_requests.pending(store, 4) == {new: "stop"} and control_requests.pending(
+        store, 12345
+    ) == {later: "stop"}
     assert not store.exists(old)
     control_requests.sweep([store], 4)
 
@@ -146,17 +175,27 @@ def test_where_nothing_trains_nothing_is_asked_and_it_is_said_in_words(command, 
     life.save(10)
     attempts.end(store, life.attempt, "finished", step=10)
     code, said = harness(command, tmp_path / "run")
-    assert code == 78 and "attempt 1 has ended" in said and "nothing trains" in said and "Traceback" not in said
+    assert (
+        code == 78
+        and "attempt 1 has ended" in said
+        and "nothing trains" in said
+        and "Traceback" not in said
+    )
     assert not (tmp_path / "run" / "requests").exists()
 
 
 def test_the_newest_attempt_is_asked_in_the_store_that_all_its_nodes_see(tmp_path, harness):
-    directory, remote = LocalStore(tmp_path / "run"), open_store(f"memory://{secrets.token_hex(8)}/run", 5)
+    directory, remote = (
+        LocalStore(tmp_path / "run"),
+        open_store(f"memory://{secrets.token_hex(8)}/run", 5),
+    )
     Life(directory, remote)
     Life(directory, remote)
     assert harness("stop", tmp_path / "run")[0] == 0
     assert set(control_requests.pending(remote, 2).values()) == {"stop"}
-    assert control_requests.pending(remote, 1) == {} and control_requests.pending(directory, 2) == {}
+    assert (
+        control_requests.pending(remote, 1) == {} and control_requests.pending(directory, 2) == {}
+    )
     assert harness("save", str(remote))[0] == 0
     assert sorted(control_requests.pending(remote, 2).values()) == ["save", "stop"]
 
@@ -164,7 +203,9 @@ def test_the_newest_attempt_is_asked_in_the_store_that_all_its_nodes_see(tmp_pat
 # --- real runs ---
 
 
-def test_a_run_saves_when_it_is_asked_to_and_stops_saved_when_it_is_asked_to(whole, tmp_path, live, harness):
+def test_a_run_saves_when_it_is_asked_to_and_stops_saved_when_it_is_asked_to(
+    whole, tmp_path, live, harness
+):
     directory = tmp_path / "run"
     born = live(SLOW)
     trains(born, directory)
@@ -183,7 +224,12 @@ def test_a_run_saves_when_it_is_asked_to_and_stops_saved_when_it_is_asked_to(who
     assert born.wait() == 0, born.text
     assert "stopped by harness stop" in born.text
     end = end_of(directory, 1)
-    assert (end["why"], end["by"], end["signals"], end["saved"]) == ("stopped", "harness stop", [], True)
+    assert (end["why"], end["by"], end["signals"], end["saved"]) == (
+        "stopped",
+        "harness stop",
+        [],
+        True,
+    )
     assert end["step"] == end["saved_step"] == max(losses(directory)) < 100
     assert len(saved(directory)) == 2
     assert harness("stop", directory)[0] == 78, "it has ended"
@@ -207,7 +253,8 @@ def test_what_one_attempt_was_asked_never_stops_a_later_one(tmp_path, live, harn
     born.kill()
     born = live("train.epochs=6", "task.args.sleep_s=0.12")
     trains(born, directory)
-    # As a store shows it that is late to list, or a person who asks of what is gone: it is there while the second attempt trains.
+    # As a store shows it that is late to list, or a person who asks of what is gone: it is there
+    # while the second attempt trains.
     late = control_requests.leave(LocalStore(directory), 1, "stop")
     future = control_requests.leave(LocalStore(directory), 3, "stop")
     assert born.wait() == 0, born.text

@@ -1,4 +1,5 @@
-"""Saving while training goes on: what is saved is the state of the boundary, whatever the next step does, and nothing is left behind."""
+"""Saving while training goes on: what is saved is the state of the boundary, whatever the next step
+does, and nothing is left behind."""
 
 from __future__ import annotations
 
@@ -19,7 +20,17 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from big_state import OPTIMIZERS, STOPPED, Big, check_saved, clamp_in_secret, clamp_openly, points, trained, written
+from big_state import (
+    OPTIMIZERS,
+    STOPPED,
+    Big,
+    check_saved,
+    clamp_in_secret,
+    clamp_openly,
+    points,
+    trained,
+    written,
+)
 from blake3 import blake3
 from conftest import events, outliving, run, start, wait_until
 from library_runs import newest, steps_of
@@ -35,13 +46,28 @@ from harness.saving.writer_process import WriterProcess
 from harness.state.raw_bytes import STRIDE_BYTES
 from harness.state.snapshot import Snapshot, UnsupportedStateError
 from harness.store import LocalStore
-from harness.store.staging_buffer import BLOCK_BYTES, PIECE_BYTES, StagingBuffer, free_memory_bytes, write_to
+from harness.store.staging_buffer import (
+    BLOCK_BYTES,
+    PIECE_BYTES,
+    StagingBuffer,
+    free_memory_bytes,
+    write_to,
+)
 
 pytestmark = pytest.mark.usefixtures("process_as_it_was")
 
 
-EVERY = [(optimizer, snapshot) for optimizer in OPTIMIZERS for snapshot in ("overlapped", "checked", "at_once")]
-CASES = [pytest.param(*case, marks=pytest.mark.slow) if case[0] != "adamw" and case[1] != "overlapped" else case for case in EVERY]
+EVERY = [
+    (optimizer, snapshot)
+    for optimizer in OPTIMIZERS
+    for snapshot in ("overlapped", "checked", "at_once")
+]
+CASES = [
+    pytest.param(*case, marks=pytest.mark.slow)
+    if case[0] != "adamw" and case[1] != "overlapped"
+    else case
+    for case in EVERY
+]
 
 
 @pytest.mark.parametrize(("optimizer", "snapshot"), CASES)
@@ -52,7 +78,8 @@ def test_what_is_saved_is_the_state_of_the_boundary(tmp_path, optimizer, snapsho
 
 
 def test_an_update_waits_until_its_state_is_copied_and_no_longer(tmp_path):
-    """The copy is slow here, as the memory that it goes to is used for the first time; forward and backward take no time at all."""
+    """The copy is slow here, as the memory that it goes to is used for the first time; forward and
+    backward take no time at all."""
     seen = trained(tmp_path / "a", model=Big(400_000), steps=3)
     check_saved(tmp_path / "a", seen, [1, 2, 3])
     first, second, last = events(tmp_path / "a", "saved")
@@ -62,10 +89,16 @@ def test_an_update_waits_until_its_state_is_copied_and_no_longer(tmp_path):
 
 @pytest.mark.parametrize("clamp", [clamp_in_secret, clamp_openly])
 def test_a_loop_that_changes_weights_before_its_update_is_found_out(tmp_path, clamp, capfd):
-    """As some GANs do. The first save shows it, as it is copied at once and compared; so are all others then."""
+    """As some GANs do. The first save shows it, as it is copied at once and compared; so are all
+    others then."""
     seen = trained(tmp_path / "a", before=clamp)
     check_saved(tmp_path / "a", seen, list(range(1, 9)))
-    assert capfd.readouterr().out.count("saves make training wait: the state changes between two updates") == 1
+    assert (
+        capfd.readouterr().out.count(
+            "saves make training wait: the state changes between two updates"
+        )
+        == 1
+    )
 
 
 FAILS = """
@@ -90,29 +123,53 @@ for x in run.batches(Data(), 2, epochs=1, shuffle=False):
 
 
 def test_what_is_saved_when_the_next_batch_cannot_be_loaded_is_committed_and_nobody_waits(tmp_path):
-    """The error comes between a step's boundary, where its copy is asked for, and the next batch, with which it begins."""
+    """The error comes between a step's boundary, where its copy is asked for, and the next batch,
+    with which it begins."""
     path = tmp_path / "program.py"
     path.write_text("import torch, harness\n" + FAILS)
-    ended = subprocess.run([sys.executable, str(path)], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    ended = subprocess.run(
+        [sys.executable, str(path)], cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
     assert ended.returncode != 0 and "no such sample" in ended.stderr
     assert steps_of(tmp_path / "a") == [2, 4, 6]
     lines = (tmp_path / "a/events/0001.jsonl").read_text().splitlines()
-    assert [event["step"] for event in map(json.loads, lines) if event["event"] == "saved"] == [2, 4, 6]
+    assert [event["step"] for event in map(json.loads, lines) if event["event"] == "saved"] == [
+        2,
+        4,
+        6,
+    ]
 
 
 def test_a_snapshot_that_was_written_into_is_dropped_and_taken_again(tmp_path, capfd):
-    """The loop begins to do so later: the version that PyTorch counts of each tensor shows it, whichever came first, copy or change."""
+    """The loop begins to do so later: the version that PyTorch counts of each tensor shows it,
+    whichever came first, copy or change."""
     calls = iter(range(99))
-    seen = trained(tmp_path / "a", before=lambda model: clamp_openly(model) if next(calls) >= 4 else None)
+    seen = trained(
+        tmp_path / "a", before=lambda model: clamp_openly(model) if next(calls) >= 4 else None
+    )
     check_saved(tmp_path / "a", seen, [1, 2, 3, 5, 6, 7, 8])
-    assert capfd.readouterr().out.count("saves make training wait: the state changes between two updates") == 1
+    assert (
+        capfd.readouterr().out.count(
+            "saves make training wait: the state changes between two updates"
+        )
+        == 1
+    )
 
 
 def test_checked_finds_what_nothing_else_would(tmp_path, capfd):
     calls = iter(range(99))
-    seen = trained(tmp_path / "a", before=lambda model: clamp_in_secret(model) if next(calls) >= 4 else None, snapshot="checked")
+    seen = trained(
+        tmp_path / "a",
+        before=lambda model: clamp_in_secret(model) if next(calls) >= 4 else None,
+        snapshot="checked",
+    )
     check_saved(tmp_path / "a", seen, list(range(1, 9)))
-    assert capfd.readouterr().out.count("saves make training wait: the state changes between two updates") == 1
+    assert (
+        capfd.readouterr().out.count(
+            "saves make training wait: the state changes between two updates"
+        )
+        == 1
+    )
 
 
 def test_an_update_that_nothing_tells_of_is_found_out(tmp_path, capfd):
@@ -135,11 +192,17 @@ def test_an_update_that_nothing_tells_of_is_found_out(tmp_path, capfd):
     saved = steps_of(tmp_path / "a")
     check_saved(tmp_path / "a", seen, saved)
     assert {1, 2, 8} <= set(saved)
-    assert capfd.readouterr().out.count("saves make training wait: the state changes between two updates") == 1
+    assert (
+        capfd.readouterr().out.count(
+            "saves make training wait: the state changes between two updates"
+        )
+        == 1
+    )
 
 
 def test_what_nothing_tells_the_changes_of_is_copied_at_once(tmp_path, capfd):
-    """Buffers, here more of them than are worth a copy of their own, that each forward pass changes."""
+    """Buffers, here more of them than are worth a copy of their own, that each forward pass
+    changes."""
 
     class Counting(Big):
         def __init__(self) -> None:
@@ -173,7 +236,12 @@ def test_a_state_of_more_than_plain_tensors_is_saved_while_training_waits(tmp_pa
         optimizer.step()
     assert steps_of(tmp_path / "a") == [1, 2, 3]
     assert torch.equal(newest(tmp_path / "a")["graph_state_dict"]["graph"].to_dense(), torch.eye(3))
-    assert capfd.readouterr().out.count("saves make training wait: there is more in the state than plain tensors") == 1
+    assert (
+        capfd.readouterr().out.count(
+            "saves make training wait: there is more in the state than plain tensors"
+        )
+        == 1
+    )
 
 
 def test_without_memory_for_a_copy_saves_still_succeed(tmp_path):
@@ -207,8 +275,14 @@ def test_when_the_writing_process_dies_the_one_that_trains_writes_itself(tmp_pat
 
 
 def test_a_stop_signal_that_comes_while_the_writing_process_starts_does_not_end_it(tmp_path):
-    """Sent as soon as there is such a process, again and again, before its interpreter can have begun."""
-    process = start(written(tmp_path, "time.sleep(0.05)\nif job.step == 3: print('began', flush=True)", rows=1000), cwd=tmp_path)
+    """Sent as soon as there is such a process, again and again, before its interpreter can have
+    begun."""
+    process = start(
+        written(
+            tmp_path, "time.sleep(0.05)\nif job.step == 3: print('began', flush=True)", rows=1000
+        ),
+        cwd=tmp_path,
+    )
     children: list[psutil.Process] = []
     while not children and process.poll() is None:
         children = psutil.Process(process.pid).children()
@@ -217,7 +291,9 @@ def test_a_stop_signal_that_comes_while_the_writing_process_starts_does_not_end_
             for child in children:
                 child.send_signal(signal.SIGTERM)
         time.sleep(0.005)
-    assert children and all(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children)
+    assert children and all(
+        child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children
+    )
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0 and "NOT SAVED" not in out, out + err
 
@@ -225,7 +301,10 @@ def test_a_stop_signal_that_comes_while_the_writing_process_starts_does_not_end_
 def test_the_writing_process_dies_with_the_one_that_trains_and_commits_nothing(tmp_path):
     process = start(written(tmp_path, STOPPED + "if job.step == 5: time.sleep(3600)"), cwd=tmp_path)
     assert any("stopped" in line for line in process.stdout)
-    wait_until(lambda: list(tmp_path.glob("a/checkpoints/step_00000004-0001.pt.tmp-*")), "the second save has begun")
+    wait_until(
+        lambda: list(tmp_path.glob("a/checkpoints/step_00000004-0001.pt.tmp-*")),
+        "the second save has begun",
+    )
     children = psutil.Process(process.pid).children(recursive=True)
     assert any("writer_process" in " ".join(child.cmdline()) for child in children)
     process.kill()
@@ -237,21 +316,27 @@ def test_the_writing_process_dies_with_the_one_that_trains_and_commits_nothing(t
 
 
 def test_stop_signals_do_not_reach_the_writing_process(tmp_path):
-    """Terminals and some SLURM set-ups signal whole process trees, and the last save is still to be written then."""
+    """Terminals and some SLURM set-ups signal whole process trees, and the last save is still to be
+    written then."""
     writer, staging = WriterProcess(), StagingBuffer()
     staging.reserve(1000)
     (tmp_path / "x").touch()
     writer.write_staged(staging, tmp_path / "x")
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
         os.kill(writer._process.pid, number)
-    assert writer.write_staged(staging, tmp_path / "x") == f"blake3:{blake3(bytes(1000)).hexdigest()}"
+    assert (
+        writer.write_staged(staging, tmp_path / "x") == f"blake3:{blake3(bytes(1000)).hexdigest()}"
+    )
     writer.close()
     staging.close()
 
 
 def test_a_save_arrives_though_the_next_update_is_long_in_coming(tmp_path):
     """The step after a save does not update before that has arrived."""
-    waits = "while job.step in (3, 5) and not os.path.exists(f'a/checkpoints/step_0000000{job.step - 1}-0001.json'): time.sleep(0.05)"
+    waits = (
+        "while job.step in (3, 5) and not "
+        "os.path.exists(f'a/checkpoints/step_0000000{job.step - 1}-0001.json'): time.sleep(0.05)"
+    )
     ended = script(tmp_path, "pass", before=waits)
     assert ended.returncode == 0, ended.stderr
     assert steps_of(tmp_path / "a") == [4, 6, 8]
@@ -316,8 +401,20 @@ def test_a_buffer_that_begins_where_a_parameter_does_hides_nothing_of_it(tmp_pat
 def held() -> set[str]:
     """Threads, processes and memory of saving that this process has."""
     threads = {f"thread {t.ident}" for t in threading.enumerate() if t.name == "saver"}
-    processes = {f"process {p.pid}" for p in psutil.Process().children() if "saving/writer_process.py" in " ".join(p.cmdline())}
-    return threads | processes | {f"memory {fd}" for fd in os.listdir("/proc/self/fd") if "memfd:checkpoint" in _target(fd)}
+    processes = {
+        f"process {p.pid}"
+        for p in psutil.Process().children()
+        if "saving/writer_process.py" in " ".join(p.cmdline())
+    }
+    return (
+        threads
+        | processes
+        | {
+            f"memory {fd}"
+            for fd in os.listdir("/proc/self/fd")
+            if "memfd:checkpoint" in _target(fd)
+        }
+    )
 
 
 def test_memory_and_processes_are_given_back_when_the_loop_is_over(tmp_path):
@@ -340,15 +437,30 @@ def tree() -> dict:
     """Everything that may be in a checkpoint, tied and empty tensors among it."""
     tied = torch.randn(50, 7)
     return {
-        "step": 3, "loss": 0.5, "none": None, "text": "é", "list": [torch.arange(5), (1, True)],
-        "a": {"x": tied, "y": tied, "empty": torch.empty(0, 4), "scalar": torch.tensor(2.5), "half": torch.randn(9).half()},
-        "b": torch.randn(1000, 11).to(torch.bfloat16), "c": torch.randn(3, dtype=torch.complex64), "d": torch.randn(4, 6).t(),
-        "view": torch.arange(10)[2:4].clone(), "flags": torch.tensor([True, False]),
-    }  # fmt: skip
+        "step": 3,
+        "loss": 0.5,
+        "none": None,
+        "text": "é",
+        "list": [torch.arange(5), (1, True)],
+        "a": {
+            "x": tied,
+            "y": tied,
+            "empty": torch.empty(0, 4),
+            "scalar": torch.tensor(2.5),
+            "half": torch.randn(9).half(),
+        },
+        "b": torch.randn(1000, 11).to(torch.bfloat16),
+        "c": torch.randn(3, dtype=torch.complex64),
+        "d": torch.randn(4, 6).t(),
+        "view": torch.arange(10)[2:4].clone(),
+        "flags": torch.tensor([True, False]),
+    }
 
 
 def snapped(payload: dict, staging: StagingBuffer, *, steady: bool) -> Snapshot:
-    addresses = {tensor.untyped_storage().data_ptr() for tensor in _leaves(payload)} if steady else set()
+    addresses = (
+        {tensor.untyped_storage().data_ptr() for tensor in _leaves(payload)} if steady else set()
+    )
     snapshot = Snapshot(payload, addresses)
     snapshot.copy_rest()
     snapshot.copy_into(staging)
@@ -377,8 +489,12 @@ def test_the_image_is_the_file_that_torch_would_have_written(tmp_path, steady):
         torch.save(payload, file)
     assert path.stat().st_size == (tmp_path / "plain.pt").stat().st_size
     with zipfile.ZipFile(path) as ours, zipfile.ZipFile(tmp_path / "plain.pt") as theirs:
-        names = [(i.filename.partition("/")[2], i.file_size, i.header_offset) for i in ours.infolist()]
-        assert names == [(i.filename.partition("/")[2], i.file_size, i.header_offset) for i in theirs.infolist()]
+        names = [
+            (i.filename.partition("/")[2], i.file_size, i.header_offset) for i in ours.infolist()
+        ]
+        assert names == [
+            (i.filename.partition("/")[2], i.file_size, i.header_offset) for i in theirs.infolist()
+        ]
         assert ours.read(ours.infolist()[0]) == theirs.read(theirs.infolist()[0])
     staging.close()
 
@@ -392,16 +508,23 @@ def test_a_change_while_it_is_copied_is_seen():
         assert snapshot.is_torn(compare=compare)
     payload = tree()
     payload["b"][0, 0] = float("nan")
-    assert not snapped(payload, StagingBuffer(), steady=True).is_torn(compare=True), "NaN is as good a value as any other here"
+    assert not snapped(payload, StagingBuffer(), steady=True).is_torn(compare=True), (
+        "NaN is as good a value as any other here"
+    )
 
 
-NUMBERS = (1, 4095, 4096, 4097, 9001, 16384, 16385, 40_000, 70_001)  # numbers of four bytes, about the borders of what is sampled
+# Numbers of four bytes, about the borders of what is sampled.
+NUMBERS = (1, 4095, 4096, 4097, 9001, 16384, 16385, 40_000, 70_001)
 
 
 @pytest.mark.parametrize("size", NUMBERS)
 def test_a_whole_tensor_that_is_written_behind_pytorchs_back_is_noticed_whatever_its_size(size):
-    """When it is written after the boundary and before it is copied, in one of a state that is too large to be copied at once."""
-    payload = {f"{of}": torch.randn(of) for of in NUMBERS} | {"large": torch.randn(3_000_000), "tied": torch.randn(5)}
+    """When it is written after the boundary and before it is copied, in one of a state that is too
+    large to be copied at once."""
+    payload = {f"{of}": torch.randn(of) for of in NUMBERS} | {
+        "large": torch.randn(3_000_000),
+        "tied": torch.randn(5),
+    }
     addresses = {tensor.untyped_storage().data_ptr() for tensor in payload.values()}
     for change in (True, False):
         snapshot, staging = Snapshot(payload, addresses), StagingBuffer()
@@ -421,11 +544,19 @@ def _moved(tensor: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("size", [of for of in NUMBERS if of >= 4096])
-@pytest.mark.parametrize("change", [lambda tensor: tensor.data.add_(1), _moved], ids=["written", "moved"])
-def test_a_write_behind_pytorchs_back_that_comes_after_the_sampled_words_were_copied_is_noticed_before_the_update(size, change):
-    """The copy of a tensor that is written while it is copied may mix two states where no word was sampled."""
+@pytest.mark.parametrize(
+    "change", [lambda tensor: tensor.data.add_(1), _moved], ids=["written", "moved"]
+)
+def test_a_write_behind_pytorchs_back_that_comes_after_the_sampled_words_were_copied_is_noticed_before_the_update(  # noqa: E501
+    size, change
+):
+    """The copy of a tensor that is written while it is copied may mix two states where no word was
+    sampled."""
     payload = {f"{of}": torch.randn(of) for of in NUMBERS} | {"large": torch.randn(3_000_000)}
-    snapshot, staging = Snapshot(payload, {tensor.untyped_storage().data_ptr() for tensor in payload.values()}), StagingBuffer()
+    snapshot, staging = (
+        Snapshot(payload, {tensor.untyped_storage().data_ptr() for tensor in payload.values()}),
+        StagingBuffer(),
+    )
     snapshot.distrust()
     snapshot.copy_rest()
     snapshot.copy_into(staging)
@@ -451,13 +582,26 @@ def test_of_a_large_tensor_each_run_of_a_strides_length_that_is_written_is_notic
 
 
 def test_what_is_no_plain_tensor_is_left_to_torch():
-    for value in (torch.eye(2).to_sparse(), torch.nn.parameter.UninitializedParameter(), torch.empty(2, device="meta")):
+    for value in (
+        torch.eye(2).to_sparse(),
+        torch.nn.parameter.UninitializedParameter(),
+        torch.empty(2, device="meta"),
+    ):
         with pytest.raises(UnsupportedStateError):
             Snapshot({"step": 1, "value": value}, set())
 
 
 DIRECT_FROM = 4 << 20
-SIZES = (1, BLOCK_BYTES - 1, BLOCK_BYTES, BLOCK_BYTES + 1, DIRECT_FROM, DIRECT_FROM + 77, PIECE_BYTES, 2 * PIECE_BYTES + 4097)
+SIZES = (
+    1,
+    BLOCK_BYTES - 1,
+    BLOCK_BYTES,
+    BLOCK_BYTES + 1,
+    DIRECT_FROM,
+    DIRECT_FROM + 77,
+    PIECE_BYTES,
+    2 * PIECE_BYTES + 4097,
+)
 
 
 @pytest.mark.parametrize("where", ["disk", "memory"])
@@ -508,14 +652,20 @@ def test_memory_that_is_not_there_is_not_asked_for():
 
 
 def grouped(root: Path, version: int, limits: dict[str, tuple[str, int, int]]) -> Path:
-    """A machine as Linux shows it: 100 MB are free; control groups by their path, each with its limit, its use and what is cached in it."""
+    """A machine as Linux shows it: 100 MB are free; control groups by their path, each with its
+    limit, its use and what is cached in it."""
     top, names = {
         2: ("sys/fs/cgroup", ("memory.max", "memory.current", "inactive_file")),
-        1: ("sys/fs/cgroup/memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")),
+        1: (
+            "sys/fs/cgroup/memory",
+            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+        ),
     }[version]
     files = {"proc/meminfo": "MemTotal: 500000 kB\nMemAvailable: 97656 kB\nHugePages_Total: 0\n"}
     own = max(limits, default="", key=len)
-    files["proc/self/cgroup"] = f"0::{own or '/'}\n" if version == 2 else f"7:cpu,cpuacct:/x\n4:memory:{own or '/'}\n0::/\n"
+    files["proc/self/cgroup"] = (
+        f"0::{own or '/'}\n" if version == 2 else f"7:cpu,cpuacct:/x\n4:memory:{own or '/'}\n0::/\n"
+    )
     for group, (most, used, cached) in limits.items():
         files |= {f"{top}{group}/{names[0]}": f"{most}\n", f"{top}{group}/{names[1]}": f"{used}\n"}
         files[f"{top}{group}/memory.stat"] = f"anon 5\n{names[2]} {cached}\nactive_file 9\n"
@@ -532,7 +682,12 @@ def test_free_memory_is_what_the_machine_has_and_the_jobs_groups_allow(tmp_path,
     assert free_memory_bytes(grouped(tmp_path / "none", version, {})) == 99_999_744
     assert free_memory_bytes(grouped(tmp_path / "roomy", version, {job: roomy})) == 99_999_744
     assert free_memory_bytes(grouped(tmp_path / "own", version, {job: tight})) == 30_000_000
-    assert free_memory_bytes(grouped(tmp_path / "outer", version, {job: ("max", 1, 1), "/slurm/job_7": tight})) == 30_000_000
+    assert (
+        free_memory_bytes(
+            grouped(tmp_path / "outer", version, {job: ("max", 1, 1), "/slurm/job_7": tight})
+        )
+        == 30_000_000
+    )
     assert free_memory_bytes(grouped(tmp_path / "over", version, {job: ("1000", 5000, 0)})) == 0
     assert 0 < free_memory_bytes() < 1 << 60
 

@@ -1,4 +1,5 @@
-"""A checkpoint is sent to the bucket from memory, while it is written to the disk: the bucket is never ahead of the disk, nor wrong."""
+"""A checkpoint is sent to the bucket from memory, while it is written to the disk: the bucket is
+never ahead of the disk, nor wrong."""
 
 from __future__ import annotations
 
@@ -42,7 +43,8 @@ def home(bucket: tuple[S3Server, str], monkeypatch: pytest.MonkeyPatch) -> Home:
 
 
 def check_like_the_directory(home: Home, directory: Path) -> None:
-    """What is in the bucket is what is in the run directory, to the byte, and no upload is left open."""
+    """What is in the bucket is what is in the run directory, to the byte, and no upload is left
+    open."""
     home.check_none_is_torn()
     for manifest in home.manifests():
         stem = f"checkpoints/step_{manifest['step']:08d}-0001"
@@ -54,18 +56,32 @@ def check_like_the_directory(home: Home, directory: Path) -> None:
 def test_it_is_sent_while_it_is_written_and_appears_after_it(
     home: Home, tmp_path: Path, started: Callable[..., subprocess.Popen[str]]
 ) -> None:
-    """The process that writes is stopped: all the data gets to the bucket, and nothing comes of it there."""
+    """The process that writes is stopped: all the data gets to the bucket, and nothing comes of it
+    there."""
     options = f"remote={home.url!r}, save_every_s=None, save_every_steps=2, keep_last=99"
     with FaultProxy(home.server.host, home.server.port) as proxy:
-        process = started(written(tmp_path, STOPPED, options=options), cwd=tmp_path, env=home.env(proxy))
+        process = started(
+            written(tmp_path, STOPPED, options=options), cwd=tmp_path, env=home.env(proxy)
+        )
 
         def parts() -> list[int | None]:
-            return [r.status for r in list(proxy.requests) if "step_00000004-0001.pt" in r.path and "partNumber" in r.query]
+            return [
+                r.status
+                for r in list(proxy.requests)
+                if "step_00000004-0001.pt" in r.path and "partNumber" in r.query
+            ]
 
-        wait_until(lambda: len(parts()) == 7 and set(parts()) == {200}, "all but the last part of 64 MB, which has to know that it is")
+        wait_until(
+            lambda: len(parts()) == 7 and set(parts()) == {200},
+            "all but the last part of 64 MB, which has to know that it is",
+        )
         assert steps_of(tmp_path / "a") == [2]
         assert "step_00000004" not in " ".join(home.keys())
-        (writer,) = [p for p in psutil.Process(process.pid).children() if "saving/writer_process.py" in " ".join(p.cmdline())]
+        (writer,) = [
+            p
+            for p in psutil.Process(process.pid).children()
+            if "saving/writer_process.py" in " ".join(p.cmdline())
+        ]
         writer.resume()
         out, err = process.communicate(timeout=120)
         assert process.returncode == 0, out + err
@@ -76,16 +92,23 @@ def test_it_is_sent_while_it_is_written_and_appears_after_it(
 
 @pytest.mark.usefixtures("process_as_it_was")
 def test_what_is_dropped_here_does_not_appear_there(home: Home, tmp_path: Path) -> None:
-    """From some step on the state changes while it is copied; that is known only when all of it may have been sent."""
+    """From some step on the state changes while it is copied; that is known only when all of it may
+    have been sent."""
     calls = iter(range(99))
-    trained(tmp_path / "a", before=lambda model: clamp_openly(model) if next(calls) >= 4 else None, remote=home.url)
+    trained(
+        tmp_path / "a",
+        before=lambda model: clamp_openly(model) if next(calls) >= 4 else None,
+        remote=home.url,
+    )
     assert steps_of(tmp_path / "a") == [1, 2, 3, 5, 6, 7, 8]
     assert home.steps()[-1] == 8 and 4 not in home.steps()
     check_like_the_directory(home, tmp_path / "a")
 
 
 @pytest.fixture
-def committed(home: Home, tmp_path: Path, process_as_it_was: None) -> tuple[LocalStore, Manifest, list[bytes]]:
+def committed(
+    home: Home, tmp_path: Path, process_as_it_was: None
+) -> tuple[LocalStore, Manifest, list[bytes]]:
     """A checkpoint in a run directory, and its bytes as they are lent."""
     trained(tmp_path / "a", steps=1)
     store = LocalStore(tmp_path / "a")
@@ -101,12 +124,24 @@ def test_the_rest_comes_from_the_file(committed, home: Home, early: str) -> None
     lent = {"nothing": [], "a part": pieces[:1], "everything": pieces}[early]
     if early == "everything":
         os.unlink(store.path(manifest.data_key))
-    assert send(store, manifest.data_key, lent, lambda: manifest, open_store(home.url, 30), Attempt(1, manifest.run_id, "")) == manifest
+    assert (
+        send(
+            store,
+            manifest.data_key,
+            lent,
+            lambda: manifest,
+            open_store(home.url, 30),
+            Attempt(1, manifest.run_id, ""),
+        )
+        == manifest
+    )
     assert home.data(home.manifests()[0]) == b"".join(pieces)
 
 
 @pytest.mark.parametrize("what", ["early bytes", "the file", "no manifest"])
-def test_nothing_appears_that_is_not_what_the_manifest_says(committed, home: Home, what: str) -> None:
+def test_nothing_appears_that_is_not_what_the_manifest_says(
+    committed, home: Home, what: str
+) -> None:
     store, manifest, pieces = committed
     if what == "early bytes":
         pieces[0] = bytes([pieces[0][0] ^ 1]) + pieces[0][1:]
@@ -127,17 +162,25 @@ def test_nothing_appears_that_is_not_what_the_manifest_says(committed, home: Hom
     assert "Uploads" not in home.client.list_multipart_uploads(Bucket=home.bucket)
 
 
-def test_one_that_is_never_committed_is_dropped_and_the_next_one_sent(committed, home: Home) -> None:
+def test_one_that_is_never_committed_is_dropped_and_the_next_one_sent(
+    committed, home: Home
+) -> None:
     store, manifest, _ = committed
     route = Route(store, open_store(home.url, 30), Policy())
     uploader = Uploader(
-        route, Attempt(1, manifest.run_id, ""), EventLog(store, "events/0001.jsonl", kept=True), StoreHealth(home.url, print)
+        route,
+        Attempt(1, manifest.run_id, ""),
+        EventLog(store, "events/0001.jsonl", kept=True),
+        StoreHealth(home.url, print),
     )
     uploader.start([], [], None, set())
     staging = StagingBuffer()
     staging.reserve(3 * LENT_BYTES)
     with uploader.ahead("checkpoints/step_00000099-0001.pt", staging.lend()):
-        wait_until(lambda: "Uploads" in home.client.list_multipart_uploads(Bucket=home.bucket), "it is being sent")
+        wait_until(
+            lambda: "Uploads" in home.client.list_multipart_uploads(Bucket=home.bucket),
+            "it is being sent",
+        )
     uploader.offer(manifest)
     assert uploader.settle(60) == ""
     uploader.close(10)

@@ -1,4 +1,5 @@
-"""The newest step in the machine's memory: a process that dies there loses nothing, and memory never leads anybody astray."""
+"""The newest step in the machine's memory: a process that dies there loses nothing, and memory
+never leads anybody astray."""
 
 from __future__ import annotations
 
@@ -46,7 +47,8 @@ def in_memory(store: LocalStore) -> list[int]:
 
 
 def left_at(directory: Path, step: int, **options: object) -> None:
-    """A loop that ends in that step, after the update, as if it had been killed. Each step is as long as it takes to keep the last."""
+    """A loop that ends in that step, after the update, as if it had been killed. Each step is as
+    long as it takes to keep the last."""
     train(directory, leave_at=step, each=arrived, **(EACH | options))
 
 
@@ -54,24 +56,36 @@ def arrived(run_: harness.Run) -> None:
     wait_until(lambda: not run_._checkpointer.background.is_busy, "what is on its way has arrived")
 
 
-@pytest.mark.parametrize("options", [EACH, ON_DISK], ids=["nothing on the disk", "something on the disk"])
+@pytest.mark.parametrize(
+    "options", [EACH, ON_DISK], ids=["nothing on the disk", "something on the disk"]
+)
 def test_who_dies_goes_on_from_the_last_step(tmp_path, kept, uninterrupted, capfd, options):
     left_at(tmp_path / "a", 7, **options)
-    assert in_memory(kept) == [6] and steps_of(tmp_path / "a") == ([4] if options is ON_DISK else [])
+    assert in_memory(kept) == [6] and steps_of(tmp_path / "a") == (
+        [4] if options is ON_DISK else []
+    )
     capfd.readouterr()
     assert cli.main(["ls", str(tmp_path / "a")]) == 0
-    named = {line.split()[0]: line for line in capfd.readouterr().out.splitlines() if "resumes from here" in line}
+    named = {
+        line.split()[0]: line
+        for line in capfd.readouterr().out.splitlines()
+        if "resumes from here" in line
+    }
     assert named["step_00000006-0001"].rstrip().endswith("resumes from here, on this machine")
-    assert {name for name, line in named.items() if line.rstrip().endswith("on any other machine")} == (
-        {"step_00000004-0001"} if options is ON_DISK else set()
-    )
+    assert {
+        name for name, line in named.items() if line.rstrip().endswith("on any other machine")
+    } == ({"step_00000004-0001"} if options is ON_DISK else set())
     train(tmp_path / "a", **options)
     said = capfd.readouterr().out
     assert (
-        "taking step_00000006-0001 from this machine's memory" in said and "resumes from step 6 " in said and "0 steps to recompute" in said
+        "taking step_00000006-0001 from this machine's memory" in said
+        and "resumes from step 6 " in said
+        and "0 steps to recompute" in said
     )
     assert not kept.root.exists(), "the run is over"
-    assert steps_of(tmp_path / "a")[-1] == 12 and 7 in {event["step"] for event in events(tmp_path / "a", "saved")}, "on the disk at once"
+    assert steps_of(tmp_path / "a")[-1] == 12 and 7 in {
+        event["step"] for event in events(tmp_path / "a", "saved")
+    }, "on the disk at once"
     assert list_differences(tmp_path / "a", uninterrupted) == []
 
 
@@ -84,7 +98,11 @@ def test_who_goes_on_from_memory_and_is_stopped_at_once_saves_it(tmp_path, kept)
     run_ = harness.init(tmp_path / "a", seed=3, save_every_s=None, memory=True)
     model = net()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    run_.track(model=model, optimizer=optimizer, scheduler=torch.optim.lr_scheduler.StepLR(optimizer, 3, 0.5))
+    run_.track(
+        model=model,
+        optimizer=optimizer,
+        scheduler=torch.optim.lr_scheduler.StepLR(optimizer, 3, 0.5),
+    )
     with pytest.raises(SystemExit) as ended:
         for _ in run_.batches(Noisy(60), global_batch_size=10, epochs=2):
             os.kill(os.getpid(), signal.SIGTERM)
@@ -103,7 +121,9 @@ class Trap(io.StringIO):
         return super().write(text)
 
 
-def test_who_goes_on_from_memory_and_is_stopped_before_the_first_step_puts_it_on_the_disk(tmp_path, kept, monkeypatch):
+def test_who_goes_on_from_memory_and_is_stopped_before_the_first_step_puts_it_on_the_disk(
+    tmp_path, kept, monkeypatch
+):
     left_at(tmp_path / "a", 7)
     monkeypatch.setattr(sys, "stdout", Trap())
     with pytest.raises(SystemExit) as ended:
@@ -176,12 +196,17 @@ def test_what_a_killed_process_was_writing_there_does_not_stay(tmp_path, kept):
     (folder / "step_00000007-0001.pt.tmp-0001-abcdef01").write_bytes(bytes(1000))
     (folder / "step_00000008-0001.pt").write_bytes(bytes(1000))
     left_at(tmp_path / "a", 9)
-    assert sorted(path.name for path in folder.iterdir()) == ["step_00000008-0002.json", "step_00000008-0002.pt"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "step_00000008-0002.json",
+        "step_00000008-0002.pt",
+    ]
 
 
 def test_it_keeps_one_and_the_disk_takes_over(tmp_path, kept):
     left_at(tmp_path / "a", 9, save_every_steps=8)
-    assert in_memory(kept) == [] and steps_of(tmp_path / "a") == [8], "what the disk has is not kept in memory too"
+    assert in_memory(kept) == [] and steps_of(tmp_path / "a") == [8], (
+        "what the disk has is not kept in memory too"
+    )
 
 
 def test_every_so_many_steps(tmp_path, kept):
@@ -189,11 +214,18 @@ def test_every_so_many_steps(tmp_path, kept):
     assert in_memory(kept) == [6]
 
 
-def test_where_there_is_no_room_it_says_so_and_goes_on(tmp_path, kept, uninterrupted, capfd, monkeypatch):
+def test_where_there_is_no_room_it_says_so_and_goes_on(
+    tmp_path, kept, uninterrupted, capfd, monkeypatch
+):
     monkeypatch.setattr(writers, "free_memory_bytes", lambda: 1000)
     train(tmp_path / "a", **ON_DISK)
     said = capfd.readouterr().out
-    assert said.count("checkpoints are not kept in memory: there is not enough memory found: 1000 bytes") == 1
+    assert (
+        said.count(
+            "checkpoints are not kept in memory: there is not enough memory found: 1000 bytes"
+        )
+        == 1
+    )
     assert not kept.root.exists() and list_differences(tmp_path / "a", uninterrupted) == []
 
 
@@ -209,7 +241,11 @@ def test_what_somebody_else_could_have_put_there_is_not_touched(tmp_path, kept, 
     capfd.readouterr()
     train(tmp_path / "a", **EACH)
     said = capfd.readouterr().out
-    assert "begins at step 0" in said and said.count("checkpoints are not kept in memory") == 1 and "somebody else's" in said
+    assert (
+        "begins at step 0" in said
+        and said.count("checkpoints are not kept in memory") == 1
+        and "somebody else's" in said
+    )
     assert sorted(kept.root.rglob("*")) == before
     if how == "a link":
         kept.root.unlink()
@@ -219,25 +255,42 @@ def test_a_newer_attempts_is_not_taken_away(tmp_path, kept):
     """By a zombie, which keeps steps of its own."""
     left_at(tmp_path / "a", 7)
     left_at(tmp_path / "a", 9)
-    zombie = writers.MemoryTier(kept, None, print, is_on=True)  # type: ignore[arg-type]  it has nothing on its way
+    # It has nothing on its way.
+    zombie = writers.MemoryTier(kept, None, print, is_on=True)  # type: ignore[arg-type]
     zombie.drop(before=(1, 99))
     assert in_memory(kept) == [8]
 
 
-SETTINGS = ("task.name=small_task:build", "train.epochs=4", "log.every_steps=1", "checkpoint.every_s=null", "task.args.sleep_s=0.05")
+SETTINGS = (
+    "task.name=small_task:build",
+    "train.epochs=4",
+    "log.every_steps=1",
+    "checkpoint.every_s=null",
+    "task.args.sleep_s=0.05",
+)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2])
-def test_a_rank_that_is_killed_costs_no_step(tmp_path, kept, ranks, started: Callable[..., object]) -> None:
+def test_a_rank_that_is_killed_costs_no_step(
+    tmp_path, kept, ranks, started: Callable[..., object]
+) -> None:
     """torchrun starts both again; the other rank dies of it, whenever that is."""
     whole = run(torchrun(ranks, *SETTINGS, f"run.dir={tmp_path}/b"))
     assert whole.returncode == 0, whole.stdout + whole.stderr
     directory, log = tmp_path / "a", tmp_path / "log"
-    command = torchrun(ranks, *SETTINGS, "checkpoint.memory=true", f"run.dir={directory}", options=("--max-restarts=2",))
+    command = torchrun(
+        ranks,
+        *SETTINGS,
+        "checkpoint.memory=true",
+        f"run.dir={directory}",
+        options=("--max-restarts=2",),
+    )
     with log.open("w") as output:
         process = started(command, output=output)
-        wait_until(lambda: in_memory(kept)[-1:] >= [7] or process.poll() is not None, "a step is kept")
+        wait_until(
+            lambda: in_memory(kept)[-1:] >= [7] or process.poll() is not None, "a step is kept"
+        )
         last = in_memory(kept)[-1]
         workers_of(process.pid)[-1].kill()
         assert process.wait(timeout=120) == 0, log.read_text()
@@ -251,15 +304,24 @@ def test_a_rank_that_is_killed_costs_no_step(tmp_path, kept, ranks, started: Cal
 
 @pytest.mark.slow
 def test_a_storm_of_kills_with_memory(tmp_path, kept, started: Callable[..., object]) -> None:
-    """The whole tree, again and again, a moment after some step; no step is lost but the one that was being made or kept."""
+    """The whole tree, again and again, a moment after some step; no step is lost but the one that
+    was being made or kept."""
     whole = run(torchrun(2, *SETTINGS, f"run.dir={tmp_path}/b"))
     assert whole.returncode == 0
     directory = tmp_path / "a"
     for kills in range(8):
         with (tmp_path / "log").open("a") as output:
-            process = started(torchrun(2, *SETTINGS, "checkpoint.memory=true", f"run.dir={directory}"), output=output)
+            process = started(
+                torchrun(2, *SETTINGS, "checkpoint.memory=true", f"run.dir={directory}"),
+                output=output,
+            )
         before = len(events(directory, "step"))
-        wait_until(lambda before=before, p=process: len(events(directory, "step")) > before + 3 or p.poll() is not None, "three steps")
+        wait_until(
+            lambda before=before, p=process: (
+                len(events(directory, "step")) > before + 3 or p.poll() is not None
+            ),
+            "three steps",
+        )
         time.sleep(0.013 * kills)
         kill_tree(process.pid)
         process.wait()

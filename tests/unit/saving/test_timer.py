@@ -14,10 +14,21 @@ import harness
 from harness.checkpoint.catalog import Catalog
 from harness.errors import UsageError
 from harness.saving import save_policy
-from harness.saving.save_policy import ASSUMED_S, FIRST_S, LEAST_S, MOST_S, KillHistory, SavePolicy, best_interval_s, kill_history
+from harness.saving.save_policy import (
+    ASSUMED_S,
+    FIRST_S,
+    LEAST_S,
+    MOST_S,
+    KillHistory,
+    SavePolicy,
+    best_interval_s,
+    kill_history,
+)
 
 
-def saved_once(clock: Clock, auto: SavePolicy, plain_s: float, beside_s: float, steps: int, save_s: float) -> None:
+def saved_once(
+    clock: Clock, auto: SavePolicy, plain_s: float, beside_s: float, steps: int, save_s: float
+) -> None:
     """Twenty steps, then a save that `steps` steps feel."""
     for _ in range(20):
         clock.now += plain_s
@@ -91,7 +102,10 @@ def test_auto_measures_what_a_save_costs_and_tells_what_it_chooses(steps):
     assert auto.every_s == pytest.approx(best_interval_s(0.4, between_s, 1.5), rel=0.01)
     ((kind, fields),) = told
     assert kind == "interval" and fields["cost_s"] == pytest.approx(0.4) and fields["kills"] == 2
-    assert fields["every_s"] == pytest.approx(auto.every_s, rel=0.02) and "2 kills in 2:00:" in fields["why"]
+    assert (
+        fields["every_s"] == pytest.approx(auto.every_s, rel=0.02)
+        and "2 kills in 2:00:" in fields["why"]
+    )
     for _ in range(5):  # costs less now
         saved_once(clock, auto, plain_s=0.1, beside_s=0.1, steps=steps, save_s=1.5)
     assert auto.every_s == LEAST_S and [fields["every_s"] for _, fields in told][-1] == LEAST_S
@@ -103,7 +117,10 @@ def at(minute: int) -> str:
 
 def test_of_the_attempts_before_those_count_as_killed_that_had_not_saved():
     found = Catalog()
-    found.attempts = {number: {"kind": "train", "time": at(0)} for number in range(1, 6)} | {6: {"kind": "import", "time": at(0)}, 7: {}}
+    found.attempts = {number: {"kind": "train", "time": at(0)} for number in range(1, 6)} | {
+        6: {"kind": "import", "time": at(0)},
+        7: {},
+    }
     found.ends = {
         1: {"why": "stopped", "saved": True, "time": at(10)},
         2: {"why": "failed", "time": at(20)},
@@ -129,13 +146,17 @@ def test_a_run_chooses_by_itself(tmp_path, monkeypatch):
         if job.step % 20 == 0 and events(tmp_path / "a", "interval"):
             job.finish()
     chosen = events(tmp_path / "a", "interval")
-    assert chosen and all(event["kills"] == 0 and "0 kills" in event["why"] and event["every_s"] <= MOST_S for event in chosen)
+    assert chosen and all(
+        event["kills"] == 0 and "0 kills" in event["why"] and event["every_s"] <= MOST_S
+        for event in chosen
+    )
     assert len(steps_of(tmp_path / "a")) > 2
 
 
 @pytest.mark.usefixtures("process_as_it_was")
 def test_a_run_does_not_save_twice_at_its_end(tmp_path):
-    """A save is always due, and takes much longer than the steps that are left when it is known how long."""
+    """A save is always due, and takes much longer than the steps that are left when it is known how
+    long."""
     job = harness.init(tmp_path / "a", seed=1, save_every_s=1e-6, keep_last=99)
     model = Big(1_000_000)
     optimizer = torch.optim.SGD(model.out.parameters(), lr=0.01)
@@ -150,5 +171,8 @@ def test_a_run_does_not_save_twice_at_its_end(tmp_path):
 
 @pytest.mark.usefixtures("process_as_it_was")
 def test_another_word_is_refused(tmp_path):
-    with pytest.raises(UsageError, match="save_every_s='often', expected: a number of seconds above 0, auto, or None"):
+    with pytest.raises(
+        UsageError,
+        match="save_every_s='often', expected: a number of seconds above 0, auto, or None",
+    ):
         harness.init(tmp_path / "a", save_every_s="often")

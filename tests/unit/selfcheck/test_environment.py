@@ -1,4 +1,5 @@
-"""The machine and the software that a run goes on with: recorded, compared, said, and refused if so told."""
+"""The machine and the software that a run goes on with: recorded, compared, said, and refused if so
+told."""
 
 from __future__ import annotations
 
@@ -16,9 +17,23 @@ from harness.checkpoint.catalog import read_catalog
 from harness.errors import EXIT_USAGE
 from harness.selfcheck.environment import hardware, imported, software
 from harness.store import LocalStore
-from harness.supervision.machine_record import DISTRIBUTIONS, NOT_EXACT, Difference, changes, differences, in_words, recorded
+from harness.supervision.machine_record import (
+    DISTRIBUTIONS,
+    NOT_EXACT,
+    Difference,
+    changes,
+    differences,
+    in_words,
+    recorded,
+)
 
-HERE = {"torch": "2.1", "cpu": "A", "threads": 1, "NCCL_ALGO": None, DISTRIBUTIONS: {"pandas": "1.0", "timm": "1.0"}}
+HERE = {
+    "torch": "2.1",
+    "cpu": "A",
+    "threads": 1,
+    "NCCL_ALGO": None,
+    DISTRIBUTIONS: {"pandas": "1.0", "timm": "1.0"},
+}
 
 PROGRAM = """
 run = init(environment=os.environ.get("INSIST", "warn"))
@@ -35,7 +50,13 @@ for x, y in run.batches(points(), 16, epochs=2):
 
 
 def test_what_differs_is_named_with_both_values_and_what_cannot_be_compared_is_not():
-    now = HERE | {"torch": "2.2", "threads": 2, "NCCL_ALGO": "Ring", "new": 1, DISTRIBUTIONS: {"pandas": "2.0", "wandb": "1.0"}}
+    now = HERE | {
+        "torch": "2.2",
+        "threads": 2,
+        "NCCL_ALGO": "Ring",
+        "new": 1,
+        DISTRIBUTIONS: {"pandas": "2.0", "wandb": "1.0"},
+    }
     found = differences(HERE, now)
     assert found == [
         Difference("torch", "2.1", "2.2"),
@@ -47,7 +68,9 @@ def test_what_differs_is_named_with_both_values_and_what_cannot_be_compared_is_n
         f"torch: 2.1 -> 2.2, threads: 1 -> 2, NCCL_ALGO: not set -> Ring ({NOT_EXACT}); "
         "other versions of what the program imports: pandas: 1.0 -> 2.0"
     )
-    assert NOT_EXACT not in in_words(found[-1:]), "another version of something else need not change anything"
+    assert NOT_EXACT not in in_words(found[-1:]), (
+        "another version of something else need not change anything"
+    )
     assert differences(HERE, HERE) == []
 
 
@@ -56,14 +79,30 @@ def test_what_is_recorded_is_what_results_depend_on():
     found = hardware(device) | software(device)
     assert found["torch"] == torch.__version__ and found["threads"] == torch.get_num_threads()
     assert found["cpu instructions"] == torch.backends.cpu.get_cpu_capability()
-    assert {"cpu", "device", "numpy", "python", "deterministic", "OMP_NUM_THREADS", "NCCL_ALGO", "NCCL_PROTO"} <= found.keys()
+    assert {
+        "cpu",
+        "device",
+        "numpy",
+        "python",
+        "deterministic",
+        "OMP_NUM_THREADS",
+        "NCCL_ALGO",
+        "NCCL_PROTO",
+    } <= found.keys()
     assert json.loads(json.dumps(found)) == found
 
 
 def test_only_what_was_imported_is_named_by_its_distribution():
     import blake3  # noqa: F401
 
-    found = imported({"blake3": ["blake3"], "torch": ["torch"], "nobody_imports_this": ["pytest"], "sys": ["no-such-distribution"]})
+    found = imported(
+        {
+            "blake3": ["blake3"],
+            "torch": ["torch"],
+            "nobody_imports_this": ["pytest"],
+            "sys": ["no-such-distribution"],
+        }
+    )
     assert found.keys() == {"blake3"}
 
 
@@ -86,29 +125,44 @@ def test_another_machine_is_said_in_the_resume_in_status_and_in_the_report(tmp_p
     assert killed.code == -9, killed.text
     assert live(tmp_path, PROGRAM, "same", env={"DIE": "7"}).code == -9
     same = live(tmp_path, PROGRAM, "same")
-    assert same.code == 0 and "not as" not in same.text and "not recorded" not in same.text, same.text
+    assert same.code == 0 and "not as" not in same.text and "not recorded" not in same.text, (
+        same.text
+    )
 
     refused = live(tmp_path, PROGRAM, "run", env={"THREADS": "2", "INSIST": "refuse"})
-    assert refused.code == EXIT_USAGE and "threads: found 2, expected 1" in refused.text, refused.text
+    assert refused.code == EXIT_USAGE and "threads: found 2, expected 1" in refused.text, (
+        refused.text
+    )
     assert max(read_catalog(LocalStore(tmp_path / "run")).attempts) == 1, "before the claim"
 
     resumed = live(tmp_path, PROGRAM, "run", env={"THREADS": "2"})
     line = f"threads: 1 -> 2 ({NOT_EXACT})"
-    assert resumed.code == 0 and f"harness: not as step_00000006-0001 was made: {line}" in resumed.text, resumed.text
+    assert (
+        resumed.code == 0 and f"harness: not as step_00000006-0001 was made: {line}" in resumed.text
+    ), resumed.text
     (event,) = events(tmp_path / "run", "environment")
     assert event["differs"] == [{"name": "threads", "before": 1, "now": 2, "is_exact": False}]
     for words in (["status"], ["report"]):
         cli.main([*words, str(tmp_path / "run")])
         assert f"attempt 2: {line}" in capsys.readouterr().out
     cli.main(["status", "--json", str(tmp_path / "run")])
-    assert [life["differs"] for life in json.loads(capsys.readouterr().out)["attempts"]] == [[], event["differs"]]
+    assert [life["differs"] for life in json.loads(capsys.readouterr().out)["attempts"]] == [
+        [],
+        event["differs"],
+    ]
 
 
-def test_a_checkpoint_of_before_is_gone_on_from_and_that_nothing_is_recorded_is_said(tmp_path: Path):
+def test_a_checkpoint_of_before_is_gone_on_from_and_that_nothing_is_recorded_is_said(
+    tmp_path: Path,
+):
     assert live(tmp_path, PROGRAM, "run", env={"DIE": "7"}).code == -9
     path = tmp_path / "run" / fmt.attempt_key(1)
     record = json.loads(path.read_bytes())
     assert set(record.pop("environment")) > {"torch", DISTRIBUTIONS}
     path.write_bytes(attempts.spell(record))
     resumed = live(tmp_path, PROGRAM, "run", env={"INSIST": "refuse"})
-    assert resumed.code == 0 and "it is not recorded which machine and software step_00000006-0001 was made on" in resumed.text
+    assert (
+        resumed.code == 0
+        and "it is not recorded which machine and software step_00000006-0001 was made on"
+        in resumed.text
+    )

@@ -29,7 +29,10 @@ WAIT = """
 def wait():
     import json
     until = time.monotonic() + 20
-    while time.monotonic() < until and '"rehearsed"' not in open(sys.argv[1] + "/events/0001.jsonl").read():
+    while (
+        time.monotonic() < until
+        and '"rehearsed"' not in open(sys.argv[1] + "/events/0001.jsonl").read()
+    ):
         time.sleep(0.01)
 """
 
@@ -38,7 +41,9 @@ def rehearsed(tmp_path, track, before="", after_init=""):
     source = WAIT + before + TRAINED.replace("TRACK", track)
     lived = live(tmp_path, source, "whole")
     assert lived.code == 0, lived.text
-    events = [json.loads(line) for line in (tmp_path / "whole/events/0001.jsonl").read_text().splitlines()]
+    events = [
+        json.loads(line) for line in (tmp_path / "whole/events/0001.jsonl").read_text().splitlines()
+    ]
     (event,) = [event for event in events if event["event"] == "rehearsed"]
     return event, lived.text
 
@@ -52,13 +57,24 @@ class Count:
     def load_state_dict(self, state):
         self.n = state["n"]
 
-warmup, cosine = torch.optim.lr_scheduler.LinearLR(optimizer), torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10)
+warmup, cosine = (
+    torch.optim.lr_scheduler.LinearLR(optimizer),
+    torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10),
+)
 scheduler = torch.optim.lr_scheduler.SequentialLR(optimizer, [warmup, cosine], [2])
 other = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
 nn.utils.parametrizations.spectral_norm(model[0])
 ema = torch.optim.swa_utils.AveragedModel(model)
 scaler = torch.amp.GradScaler("cpu")
-run.track(model=model, optimizer=optimizer, scheduler=scheduler, other=other, ema=ema, scaler=scaler, count=Count())
+run.track(
+    model=model,
+    optimizer=optimizer,
+    scheduler=scheduler,
+    other=other,
+    ema=ema,
+    scaler=scaler,
+    count=Count(),
+)
 """
     event, text = rehearsed(tmp_path, track)
     assert (event["problems"], event["not_rehearsed"]) == ([], [])
@@ -79,9 +95,17 @@ class Normaliser:
 
 
 def test_what_loses_its_kind_is_named(tmp_path):
-    event, text = rehearsed(tmp_path, "run.track(model=model, optimizer=optimizer, normaliser=Normaliser())", NUMPY)
-    assert "normaliser['mean'] was a numpy.ndarray and is a torch.Tensor afterwards" in event["problems"]
-    assert "a restart from step 3 would fail or not be exact: normaliser['mean'] was a numpy.ndarray" in text
+    event, text = rehearsed(
+        tmp_path, "run.track(model=model, optimizer=optimizer, normaliser=Normaliser())", NUMPY
+    )
+    assert (
+        "normaliser['mean'] was a numpy.ndarray and is a torch.Tensor afterwards"
+        in event["problems"]
+    )
+    assert (
+        "a restart from step 3 would fail or not be exact: normaliser['mean'] was a numpy.ndarray"
+        in text
+    )
 
 
 BROKEN = {
@@ -112,7 +136,10 @@ class Thing:
 
 
 def test_a_buffer_that_is_expanded_cannot_be_loaded_again(tmp_path):
-    track = "model.register_buffer('mask', torch.ones(1, 8).expand(4, 8)); run.track(model=model, optimizer=optimizer)"
+    track = (
+        "model.register_buffer('mask', torch.ones(1, 8).expand(4, 8)); "
+        "run.track(model=model, optimizer=optimizer)"
+    )
     event, _ = rehearsed(tmp_path, track)
     (problem,) = event["problems"]
     assert problem.startswith("model.mask cannot be loaded again")
@@ -131,12 +158,24 @@ class Random:
 def drawn():
     return random.random(), torch.rand(()).item(), np.random.random()
 """
-    source = WAIT + before + TRAINED.replace("TRACK", "run.track(model=model, optimizer=optimizer, thing=Random())")
+    source = (
+        WAIT
+        + before
+        + TRAINED.replace("TRACK", "run.track(model=model, optimizer=optimizer, thing=Random())")
+    )
     source += "print('drawn:', drawn())\n"
-    texts = [live(tmp_path, source.replace("init()", f"init(rehearse={on})"), f"run{on}") for on in (True,)]
-    quiet = source.replace("init()", "init(rehearse=False)").replace("        wait()", "        pass")
+    texts = [
+        live(tmp_path, source.replace("init()", f"init(rehearse={on})"), f"run{on}")
+        for on in (True,)
+    ]
+    quiet = source.replace("init()", "init(rehearse=False)").replace(
+        "        wait()", "        pass"
+    )
     texts.append(live(tmp_path, quiet, "quiet"))
-    lines = [next(line for line in lived.text.splitlines() if line.startswith("drawn:")) for lived in texts]
+    lines = [
+        next(line for line in lived.text.splitlines() if line.startswith("drawn:"))
+        for lived in texts
+    ]
     assert lines[0] == lines[1]
     assert '"rehearsed"' not in (tmp_path / "quiet/events/0001.jsonl").read_text()
 
@@ -163,11 +202,15 @@ class Table:
 
 def test_what_is_not_rehearsed_is_named_in_one_line(tmp_path):
     track = (
-        "model = Net(); optimizer = torch.optim.SGD(model.parameters(), 0.1); run.track(model=model, optimizer=optimizer, table=Table())"
+        "model = Net(); optimizer = torch.optim.SGD(model.parameters(), 0.1); "
+        "run.track(model=model, optimizer=optimizer, table=Table())"
     )
     event, text = rehearsed(tmp_path, track, CUSTOM)
     assert event["problems"] == ["table['best'] was a numpy.float32 and is a float afterwards"]
-    assert event["not_rehearsed"] == ["table (it holds tensors)", "model (Net has a load_state_dict of its own)"]
+    assert event["not_rehearsed"] == [
+        "table (it holds tensors)",
+        "model (Net has a load_state_dict of its own)",
+    ]
     (line,) = [line for line in text.splitlines() if "not rehearsed" in line]
     assert "table (it holds tensors)" in line
 
@@ -176,6 +219,9 @@ def test_bytes_that_come_back_otherwise_are_told(tmp_path):
     torch.save({"step": 1, "a": torch.zeros(4), "b": torch.ones(4)}, tmp_path / "a.pt")
     with (tmp_path / "a.pt").open("rb", buffering=0) as file:
         rows = readback.file_rows(file)
-    swapped = [[path, kind, [*content[:4], content[4] + 64] if kind == "tensor" else content] for path, kind, content in rows]
+    swapped = [
+        [path, kind, [*content[:4], content[4] + 64] if kind == "tensor" else content]
+        for path, kind, content in rows
+    ]
     assert [words.split()[0] for words in readback.unlike(rows, swapped)] == ["a", "b"]
     assert readback.unlike(rows, rows[:-1]) == ["b is not in the file"]

@@ -1,4 +1,5 @@
-"""Recomputed steps are compared after a kill with what they were; whatever a checkpoint does not hold shows there."""
+"""Recomputed steps are compared after a kill with what they were; whatever a checkpoint does not
+hold shows there."""
 
 from __future__ import annotations
 
@@ -34,7 +35,11 @@ hidden = torch.Generator().manual_seed(0)
 model = nn.Linear(8, 1)
 optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
 run.track(model=model, optimizer=optimizer)
-order = None if not os.environ.get("OTHER") else (lambda epoch: list(range(160))[:: -1 if os.environ["OTHER"] == "yes" else 1])
+order = (
+    None
+    if not os.environ.get("OTHER")
+    else (lambda epoch: list(range(160))[:: -1 if os.environ["OTHER"] == "yes" else 1])
+)
 for x, y in run.batches(points(), 16, epochs=2, order=order):
     if os.environ.get("NOISY"):
         x = x + torch.randn(x.shape, generator=hidden)
@@ -62,7 +67,9 @@ def said(capsys: pytest.CaptureFixture[str], *command: str) -> str:
     return capsys.readouterr().out
 
 
-def outcome(folder: Path, env: dict[str, str], then: dict[str, str] | None = None, **options: object) -> Outcome:
+def outcome(
+    folder: Path, env: dict[str, str], then: dict[str, str] | None = None, **options: object
+) -> Outcome:
     return killed_once(folder, LOOP, env=env, then=then, die=9, **options)  # type: ignore[arg-type]
 
 
@@ -76,17 +83,25 @@ def test_equal_steps_are_said_to_be_equal(tmp_path, capsys):
     assert (event["recomputed"], event["compared"], event["verdict"]) == (2, 2, "equal")
     for command in ("status", "report"):
         assert "2 recomputed steps, all equal" in said(capsys, command, str(tmp_path / "killed"))
-    assert not list(tmp_path.glob("*/events/*.steps")), "the last checkpoint is newer than all of them"
-    left = tmp_path / "killed" / "events" / "0001.steps"  # by a run that was killed as it let them go
+    assert not list(tmp_path.glob("*/events/*.steps")), (
+        "the last checkpoint is newer than all of them"
+    )
+    # By a run that was killed as it let them go.
+    left = tmp_path / "killed" / "events" / "0001.steps"
     left.write_bytes(step_records.head({}) + step_records.pack(LINES[0]))
-    assert "events/0001.steps" in said(capsys, "prune", str(tmp_path / "killed"), "--yes") and not left.exists()
+    assert (
+        "events/0001.steps" in said(capsys, "prune", str(tmp_path / "killed"), "--yes")
+        and not left.exists()
+    )
 
 
 def test_a_generator_that_nobody_tracks_is_caught_at_the_first_step(tmp_path, capsys):
     lived = outcome(tmp_path, NOISY)
     assert lived.resumed.code == 0, "by default it is only said"
     assert lived.resumed.text.count("MISMATCH") == 1
-    assert "MISMATCH: recomputed step 7 is not what it was: loss: same samples" in lived.resumed.text
+    assert (
+        "MISMATCH: recomputed step 7 is not what it was: loss: same samples" in lived.resumed.text
+    )
     (event,) = told(tmp_path, "mismatch")
     assert (event["step"], event["what"], event["before"], event["attempt"]) == (7, "loss", 1, 2)
     assert event["was"] != event["now"] and len(event["hosts"]) == len(event["devices"]) == 2
@@ -94,12 +109,19 @@ def test_a_generator_that_nobody_tracks_is_caught_at_the_first_step(tmp_path, ca
     assert not told(tmp_path, "replayed")
     for command in ("status", "report"):
         assert "MISMATCH: recomputed step 7" in said(capsys, command, str(tmp_path / "killed"))
-    assert json.loads(said(capsys, "status", "--json", str(tmp_path / "killed")))["replays"]["2"]["verdict"] == "mismatch"
+    assert (
+        json.loads(said(capsys, "status", "--json", str(tmp_path / "killed")))["replays"]["2"][
+            "verdict"
+        ]
+        == "mismatch"
+    )
 
 
 def test_other_samples_are_told_as_such(tmp_path):
     lived = outcome(tmp_path, {"OTHER": "no"}, {"OTHER": "yes"})
-    assert "MISMATCH: recomputed step 7 is not what it was: data: other samples" in lived.resumed.text
+    assert (
+        "MISMATCH: recomputed step 7 is not what it was: data: other samples" in lived.resumed.text
+    )
 
 
 def test_a_run_that_is_to_stop_ends_before_its_next_save_and_is_not_started_again(tmp_path):
@@ -116,7 +138,10 @@ def test_a_run_that_is_to_stop_ends_before_its_next_save_and_is_not_started_agai
 
 def test_all_ranks_stop(tmp_path):
     live(tmp_path, LOOP, "killed", env=NOISY | {"DIE": "9"}, ranks=2)
-    assert live(tmp_path, LOOP, "killed", env=NOISY | {"ON_MISMATCH": "stop"}, ranks=2).codes == [78, 78]
+    assert live(tmp_path, LOOP, "killed", env=NOISY | {"ON_MISMATCH": "stop"}, ranks=2).codes == [
+        78,
+        78,
+    ]
 
 
 def test_a_program_that_has_changed_is_expected_to_differ(tmp_path):
@@ -131,16 +156,20 @@ def test_a_loop_that_logs_no_loss_is_compared_in_its_samples(tmp_path):
     source = LOOP.replace("run.log(loss=loss)", "run.log(lr=0.05)")
     live(tmp_path, source, "killed", env=NOISY | {"DIE": "9"})
     lived = live(tmp_path, source, "killed", env=NOISY)
-    assert "2 recomputed steps, all equal (in their samples: there is no loss to compare)" in lived.text
+    assert (
+        "2 recomputed steps, all equal (in their samples: there is no loss to compare)"
+        in lived.text
+    )
 
 
 def test_on_another_number_of_ranks_samples_are_compared_and_means_of_losses_about(tmp_path):
-    source = LOOP.replace("nn.Linear(8, 1)", "nn.parallel.DistributedDataParallel(nn.Linear(8, 1))").replace(
-        "init(", "init(log_every_steps=1, "
-    )
+    source = LOOP.replace(
+        "nn.Linear(8, 1)", "nn.parallel.DistributedDataParallel(nn.Linear(8, 1))"
+    ).replace("init(", "init(log_every_steps=1, ")
     source = source.replace(
         "    loss = (",
-        "    time.sleep(0.1 * (run.step > 3 and 'DIE' in os.environ))  # the ranks meet every quarter of a second\n    loss = (",
+        "    time.sleep(0.1 * (run.step > 3 and 'DIE' in os.environ))"
+        "  # the ranks meet every quarter of a second\n    loss = (",
     )
     live(tmp_path, source, "killed", env={"DIE": "9"}, ranks=2)
     lived = live(tmp_path, source, "killed")
@@ -156,7 +185,11 @@ def test_a_launcher_starts_again_after_a_kill_and_not_after_a_mismatch(tmp_path)
     (tmp_path / "loop.py").write_text(HEAD + LOOP)
     env = NOISY | {"ON_MISMATCH": "stop", "DIE": "9"}
     directory = tmp_path / "run"
-    lived = run(harness("launch", f"run.dir={directory}", str(tmp_path / "loop.py"), str(directory)), env=env, cwd=tmp_path)
+    lived = run(
+        harness("launch", f"run.dir={directory}", str(tmp_path / "loop.py"), str(directory)),
+        env=env,
+        cwd=tmp_path,
+    )
     assert lived.returncode == 78, lived.stdout + lived.stderr
     assert "MISMATCH: recomputed step 7" in lived.stdout + lived.stderr
     assert sorted(path.name for path in directory.glob("attempts/*.end.json")) == ["0002.end.json"]
@@ -164,10 +197,21 @@ def test_a_launcher_starts_again_after_a_kill_and_not_after_a_mismatch(tmp_path)
 
 
 def test_what_each_step_was_outlives_a_kill_of_the_whole_tree(tmp_path, started):
-    settings = ["task.name=small_task:build", "task.args={sleep_s: 0.02}", "checkpoint.every_s=null", "log.every_steps=5"]
+    settings = [
+        "task.name=small_task:build",
+        "task.args={sleep_s: 0.02}",
+        "checkpoint.every_s=null",
+        "log.every_steps=5",
+    ]
     process = started(torchrun(2, *settings, f"run.dir={tmp_path / 'run'}"))
     store = LocalStore(tmp_path / "run")
-    wait_until(lambda: any(line.rank for lines in read_back(store, 2).after(5).values() for _, line in lines), "ten steps", every_s=0.005)
+    wait_until(
+        lambda: any(
+            line.rank for lines in read_back(store, 2).after(5).values() for _, line in lines
+        ),
+        "ten steps",
+        every_s=0.005,
+    )
     kill_tree(process.pid)
     log = read_back(store, 2).logs[1]
     assert log.about["world_size"] == 2
@@ -202,9 +246,18 @@ def test_a_damaged_file_gives_what_is_whole_in_it(tmp_path):
     assert (about["attempt"], lines) == (1, LINES)
     assert step_records.parse(content[:-3])[1] == LINES[:-1], "torn"
     at = len(content) - 3 * step_records.RECORD.size
-    assert step_records.parse(content[:at] + b"\xff" + content[at + 1 :])[1] == LINES[:17] + LINES[18:]
+    assert (
+        step_records.parse(content[:at] + b"\xff" + content[at + 1 :])[1] == LINES[:17] + LINES[18:]
+    )
     assert step_records.parse(content.replace(b'"steps": 1', b'"steps": 9')) == ({}, [])
-    for hostile in (b"", b"\n", b"{" * 100_000, b"[]\n" + content, b"\xff" * 1000 + b"\n", os.urandom(5000)):
+    for hostile in (
+        b"",
+        b"\n",
+        b"{" * 100_000,
+        b"[]\n" + content,
+        b"\xff" * 1000 + b"\n",
+        os.urandom(5000),
+    ):
         assert step_records.parse(hostile) == ({}, [])
     events = LocalStore(tmp_path)
     events.prepare(("events",))
@@ -219,7 +272,13 @@ def test_a_damaged_file_gives_what_is_whole_in_it(tmp_path):
 def test_records_of_a_resume_that_hold_anything_at_all_are_no_traceback(wrong, tmp_path, capsys):
     store = LocalStore(tmp_path)
     store.prepare(("attempts", "events", "checkpoints"))
-    result = {"verdict": "mismatch", "what": "loss", "step": 5, "attempt": 2, "before": 1} | dict.fromkeys(
+    result = {
+        "verdict": "mismatch",
+        "what": "loss",
+        "step": 5,
+        "attempt": 2,
+        "before": 1,
+    } | dict.fromkeys(
         ("hosts", "devices", "suspects", "expected", "was", "now", "name", "rank"), wrong
     )
     for number, origin in ((1, None), (2, {"attempt": 1, "step": 4})):
@@ -229,27 +288,40 @@ def test_records_of_a_resume_that_hold_anything_at_all_are_no_traceback(wrong, t
     (tmp_path / "attempts" / "0001.replay.json").write_text("[" * 100_000)
     (tmp_path / "attempts" / "0002.replay.json").write_bytes(attempts.spell(result))
     for command in ("status", "report"):
-        assert "MISMATCH: recomputed step 5 is not what it was" in said(capsys, command, str(tmp_path))
+        assert "MISMATCH: recomputed step 5 is not what it was" in said(
+            capsys, command, str(tmp_path)
+        )
     programs = read_catalog(store).attempts
     assert isinstance(identity.AttemptIdentities(2, {}, {1: {}}, programs).expected(1), list)
 
 
-def recomputing(folder: Path, second: dict[str, Any], ranks: int = 1, on_mismatch: str = "stop") -> tuple[RecomputedSteps, list[str]]:
-    """Attempt 3, alone, goes on from step 7 of attempt 2, which went on from step 5 of attempt 1; this has recorded steps up to 20.
+def recomputing(
+    folder: Path, second: dict[str, Any], ranks: int = 1, on_mismatch: str = "stop"
+) -> tuple[RecomputedSteps, list[str]]:
+    """Attempt 3, alone, goes on from step 7 of attempt 2, which went on from step 5 of attempt 1;
+    this has recorded steps up to 20.
 
     Returns what compares its steps, and what it has said.
     """
     store, world, said = LocalStore(folder), World(0, 1, torch.device("cpu"), 60.0), list[str]()
     store.prepare(("attempts", "events"))
     machine, settings = identity.of_machine(world), Settings(on_mismatch=on_mismatch)
-    lines = [line._replace(name=step_records.name_of("loss"), rank=rank) for line in LINES for rank in range(ranks)]
+    lines = [
+        line._replace(name=step_records.name_of("loss"), rank=rank)
+        for line in LINES
+        for rank in range(ranks)
+    ]
     head = step_records.head(machine | {"world_size": ranks})
     (folder / "events" / "0001.steps").write_bytes(head + b"".join(map(step_records.pack, lines)))
     known = {"device": "cpu", "torch": machine["torch"], "threads": machine["threads"]}
-    record = {"kind": "train", "world_size": 1, "environment": known} | identity.of_program(settings)
+    record = {"kind": "train", "world_size": 1, "environment": known} | identity.of_program(
+        settings
+    )
     found = Catalog((store,), attempts={1: record | {"world_size": ranks}, 2: record | second})
     file = fmt.DataFile(f"{fmt.stem(7, 2)}.pt", 1, "blake3:0")
-    origin = Manifest("run", 2, 7, 0, None, {}, 1, ((1, 5), (2, 7)), (file,), {}, None, "", "", {}, "")
+    origin = Manifest(
+        "run", 2, 7, 0, None, {}, 1, ((1, 5), (2, 7)), (file,), {}, None, "", "", {}, ""
+    )
     replay = RecomputedSteps(world, settings, lambda: None, [])
     replay.read(found, origin, attempts.Attempt(3, "run", "nonce"), said.append)
     replay.begin(EventLog(store, "events/0003.jsonl"), 20)
@@ -257,7 +329,10 @@ def recomputing(folder: Path, second: dict[str, Any], ranks: int = 1, on_mismatc
 
 
 OTHERS = {
-    "another number of ranks": ({"world_size": 2}, "expected to differ: 2 rank(s) in attempt 2, 1 now"),
+    "another number of ranks": (
+        {"world_size": 2},
+        "expected to differ: 2 rank(s) in attempt 2, 1 now",
+    ),
     "another program": ({"sources": {"program.py": "f00"}}, "program.py has changed"),
     "another torch": ({"environment": {"torch": "1.0"}}, "torch: 1.0 in attempt 2"),
     "nothing else": ({}, "MISMATCH"),
@@ -266,7 +341,8 @@ OTHERS = {
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_what_an_attempt_between_has_trained_otherwise_is_no_fault_of_this_one(tmp_path, name):
-    """The steps of the first attempt beyond those of the second are of another course than this one's."""
+    """The steps of the first attempt beyond those of the second are of another course than this
+    one's."""
     second, words = OTHERS[name]
     replay, said = recomputing(tmp_path, second)
     replay.step_made(8, LINES[7].samples, {"loss": LINES[7].loss + 1.0})
@@ -275,14 +351,20 @@ def test_what_an_attempt_between_has_trained_otherwise_is_no_fault_of_this_one(t
     assert replay.has_failed == (name == "nothing else"), "only that one ends the run"
 
 
-def test_samples_that_differ_after_losses_that_were_expected_to_are_told_once_and_recorded(tmp_path):
+def test_samples_that_differ_after_losses_that_were_expected_to_are_told_once_and_recorded(
+    tmp_path,
+):
     replay, said = recomputing(tmp_path, {"world_size": 2}, ranks=2, on_mismatch="warn")
     store = LocalStore(tmp_path)
     for line in LINES[7:]:
         replay.step_made(line.step, bytes(8) if line.step > 10 else line.samples, {"loss": 9.0})
         wait_until(lambda step=line.step: read_back(store, 4).after(step - 1), "it is written")
     replay.close()
-    assert len(said) == 2 and "expected to differ: 2 rank(s) before, 1 now" in said[0] and "step 11" in said[1], said
+    assert (
+        len(said) == 2
+        and "expected to differ: 2 rank(s) before, 1 now" in said[0]
+        and "step 11" in said[1]
+    ), said
     (verdict,) = step_records.verdicts([store]).values()
     assert (verdict["verdict"], verdict["what"], verdict["step"]) == ("mismatch", "data", 11)
 
@@ -293,16 +375,22 @@ def test_losses_that_were_expected_to_differ_are_the_result_if_the_samples_do_no
         replay.step_made(line.step, line.samples, {"loss": 9.0})
     replay.close()
     assert len(said) == 1 and not replay.has_failed
-    assert [verdict["verdict"] for verdict in step_records.verdicts([LocalStore(tmp_path)]).values()] == ["expected"]
+    assert [
+        verdict["verdict"] for verdict in step_records.verdicts([LocalStore(tmp_path)]).values()
+    ] == ["expected"]
 
 
 def test_lines_are_dropped_when_every_store_has_a_newer_checkpoint(tmp_path, bucket):
     (tmp_path / "events").mkdir()
-    (tmp_path / "events" / "0001.steps").write_bytes(step_records.head({}) + b"".join(map(step_records.pack, LINES[:4])))
+    (tmp_path / "events" / "0001.steps").write_bytes(
+        step_records.head({}) + b"".join(map(step_records.pack, LINES[:4]))
+    )
     with environment(bucket[0].environment):
         local, remote = LocalStore(tmp_path), open_store(Home(*bucket).url, 30)
         remote.prepare(("events",))
-        log = step_log.StepLog(local, True, 2, {"attempt": 2}, step_records.before([local, remote], 2)[0])
+        log = step_log.StepLog(
+            local, True, 2, {"attempt": 2}, step_records.before([local, remote], 2)[0]
+        )
         for line in LINES[:9]:
             log.add(line)
         wait_until(lambda: read_back(local, 3).after(8), "they are written")
@@ -311,7 +399,9 @@ def test_lines_are_dropped_when_every_store_has_a_newer_checkpoint(tmp_path, buc
         log.on_event({"event": "saved", "checkpoint": "step_00000009-0002"})
         log.add(LINES[9])
         wait_until(lambda: read_back(local, 3).after(9), "another one")
-        assert read_back(local, 3).logs[2].lines == LINES[:10] and 1 in read_back(local, 3).logs, "the bucket has none yet"
+        assert read_back(local, 3).logs[2].lines == LINES[:10] and 1 in read_back(local, 3).logs, (
+            "the bucket has none yet"
+        )
         log.on_event({"event": "uploaded", "checkpoint": "step_00000009-0002"})
         wait_until(lambda: 1 not in read_back(local, 3).logs, "the earlier attempt's are gone")
         log.send(lambda: remote)

@@ -1,4 +1,5 @@
-"""On a GPU: what is saved is the state of the boundary while the GPU computes on, and a killed run ends as if nothing had happened.
+"""On a GPU: what is saved is the state of the boundary while the GPU computes on, and a killed run
+ends as if nothing had happened.
 
 They need one GPU and are run by `scripts/test --gpu`.
 """
@@ -37,13 +38,22 @@ def layouts() -> dict[str, torch.Tensor]:
     whole = torch.arange(1_000_000.0, device="cuda")
     tied = torch.randn(50, 7, device="cuda")
     return {
-        "x": tied, "y": tied, "head": whole[:10], "tail": whole[-7:], "columns": whole.view(1000, 1000)[:, :2], "empty": whole[:0],
-        "scalar": torch.tensor(2.5, device="cuda"), "half": torch.randn(9, device="cuda").half(), "flags": whole[:3] > 1,
+        "x": tied,
+        "y": tied,
+        "head": whole[:10],
+        "tail": whole[-7:],
+        "columns": whole.view(1000, 1000)[:, :2],
+        "empty": whole[:0],
+        "scalar": torch.tensor(2.5, device="cuda"),
+        "half": torch.randn(9, device="cuda").half(),
+        "flags": whole[:3] > 1,
         "channels": torch.randn(2, 3, 4, 5, device="cuda").to(memory_format=torch.channels_last),
         "turned": torch.randn(4, 6, device="cuda").t(),
-        "conj": torch.randn(3, dtype=torch.complex64, device="cuda").conj(), "b": torch.randn(99, 11, device="cuda").to(torch.bfloat16),
-        "wide": whole[3:4].expand(5), "cpu": torch.randn(3),
-    }  # fmt: skip
+        "conj": torch.randn(3, dtype=torch.complex64, device="cuda").conj(),
+        "b": torch.randn(99, 11, device="cuda").to(torch.bfloat16),
+        "wide": whole[3:4].expand(5),
+        "cpu": torch.randn(3),
+    }
 
 
 def test_tensors_of_every_layout_are_captured_and_come_back(tmp_path):
@@ -60,7 +70,12 @@ def test_tensors_of_every_layout_are_captured_and_come_back(tmp_path):
 
 @pytest.mark.parametrize("steady", [True, False])
 def test_the_image_is_the_file_that_torch_would_have_written(tmp_path, steady):
-    tracked, staging, gpu_copy, path = {"custom": Custom(layouts())}, StagingBuffer(), GpuCopy(), tmp_path / "x.pt"
+    tracked, staging, gpu_copy, path = (
+        {"custom": Custom(layouts())},
+        StagingBuffer(),
+        GpuCopy(),
+        tmp_path / "x.pt",
+    )
     for _ in range(2):  # the second time in memory that is pinned, and full of the first
         captured = state.captured({"step": 1}, tracked)
         addresses = {met.saved.data_ptr() for met in captured.seen.all} if steady else set()
@@ -100,19 +115,29 @@ def test_what_is_saved_is_the_state_of_the_boundary(tmp_path, optimizer, snapsho
 def test_a_loop_that_changes_weights_before_its_update_is_found_out(tmp_path, clamp, capfd):
     seen = trained(tmp_path / "a", before=clamp)
     check_saved(tmp_path / "a", seen, list(range(1, 9)))
-    assert capfd.readouterr().out.count("saves make training wait: the state changes between two updates") == 1
+    assert (
+        capfd.readouterr().out.count(
+            "saves make training wait: the state changes between two updates"
+        )
+        == 1
+    )
 
 
 def test_the_update_waits_on_the_gpu_and_the_training_thread_does_not(tmp_path):
-    """The state takes much longer to copy than the step to compute. Steps are asked for ahead of the GPU, saves among them."""
-    job = harness_package.init(tmp_path / "a", seed=1, save_every_s=None, save_every_steps=4, keep_last=99)
+    """The state takes much longer to copy than the step to compute. Steps are asked for ahead of
+    the GPU, saves among them."""
+    job = harness_package.init(
+        tmp_path / "a", seed=1, save_every_s=None, save_every_steps=4, keep_last=99
+    )
     model = Big(BUSY).to(job.device)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     job.track(model=model, optimizer=optimizer)
     seen, took = {}, []
     for (x,) in job.batches(points(8 * 12), global_batch_size=8, epochs=1):
         if (job.step - 1) % 4 == 0:
-            seen[job.step - 1] = copy.deepcopy({name: value.cpu() for name, value in model.state_dict().items()})
+            seen[job.step - 1] = copy.deepcopy(
+                {name: value.cpu() for name, value in model.state_dict().items()}
+            )
         loss = model(x).square().mean()
         optimizer.zero_grad()
         loss.backward()
@@ -129,12 +154,16 @@ def test_the_update_waits_on_the_gpu_and_the_training_thread_does_not(tmp_path):
 
 
 def test_memory_that_cannot_be_pinned_is_copied_to_all_the_same(tmp_path, monkeypatch):
-    """The kernel or the driver refuses; and the error that CUDA then keeps in store is not the next one's who computes."""
+    """The kernel or the driver refuses; and the error that CUDA then keeps in store is not the next
+    one's who computes."""
 
     class Refusing:
         @staticmethod
-        def cudaHostRegister(address: int, size_bytes: int, flags: int) -> int:  # noqa: N802 - its name
-            return int(torch.cuda._cudart.cudaHostRegister(1, size_bytes, flags))  # an address where there is nothing
+        def cudaHostRegister(  # noqa: N802 - its name
+            address: int, size_bytes: int, flags: int
+        ) -> int:
+            # An address where there is nothing.
+            return int(torch.cuda._cudart.cudaHostRegister(1, size_bytes, flags))
 
         @staticmethod
         def cudaHostUnregister(address: int) -> int:  # noqa: N802
@@ -168,7 +197,13 @@ def test_state_of_the_users_on_a_gpu_is_kept(tmp_path):
     assert torch.equal(newest(tmp_path / "a")["state"]["mean"], x.mean(0).cpu())
 
 
-TASK = ("task.name=small_task:build", "train.deterministic=true", "train.epochs=8", "log.every_steps=1", "checkpoint.every_steps=3")
+TASK = (
+    "task.name=small_task:build",
+    "train.deterministic=true",
+    "train.epochs=8",
+    "log.every_steps=1",
+    "checkpoint.every_steps=3",
+)
 KINDS = {
     "fp32": (),
     "fp16": ("train.precision=fp16",),
@@ -181,14 +216,21 @@ KINDS = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_killed_run_ends_as_if_nothing_had_happened(tmp_path, kind):
     """The program, drilled; dropout draws from the GPU's generator."""
-    done = run(harness("drill", "--faults", "5", *TASK, *KINDS[kind], "task.args.sleep_s=0.02"), cwd=tmp_path, limit_s=600)
+    done = run(
+        harness("drill", "--faults", "5", *TASK, *KINDS[kind], "task.args.sleep_s=0.02"),
+        cwd=tmp_path,
+        limit_s=600,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_a_checkpoint_of_a_gpu_opens_where_there_is_none(tmp_path):
     seen = trained(tmp_path / "a", steps=2)
     path = tmp_path / "a/checkpoints/step_00000002-0001.pt"
-    code = "import sys, torch; assert not torch.cuda.is_available(); print(torch.load(sys.argv[1], weights_only=True)['step'])"
+    code = (
+        "import sys, torch; assert not torch.cuda.is_available(); "
+        "print(torch.load(sys.argv[1], weights_only=True)['step'])"
+    )
     done = run([sys.executable, "-c", code, str(path)], env={"CUDA_VISIBLE_DEVICES": ""})
     assert done.returncode == 0 and done.stdout == f"{max(seen)}\n", done.stderr
     done = run(harness("verify", str(tmp_path / "a")))

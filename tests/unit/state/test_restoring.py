@@ -1,4 +1,5 @@
-"""What a checkpoint gives back is what was there: by its name, in its kind, in its dtype; or it is refused in words."""
+"""What a checkpoint gives back is what was there: by its name, in its kind, in its dtype; or it is
+refused in words."""
 
 from __future__ import annotations
 
@@ -54,7 +55,8 @@ TWINS = """
 run = init()
 model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 1))
 layers = [f"{at}.{kind}" for at in (0, 1, 2) for kind in ("weight", "bias")]
-order = list(reversed(layers)) if "BACKWARDS" in os.environ else layers  # as of a set of names: another in each process
+# as of a set of names: another in each process
+order = list(reversed(layers)) if "BACKWARDS" in os.environ else layers
 named = dict(model.named_parameters())
 if "GROUPS" in os.environ:
     groups = [{"params": [named[name]], "lr": 0.01 * (1 + layers.index(name))} for name in order]
@@ -74,11 +76,15 @@ def test_moments_go_to_the_parameters_of_their_names(how, tmp_path):
 
 
 def test_an_order_that_is_not_the_models_is_kept_and_another_one_told(tmp_path):
-    outcome = killed_once(tmp_path, TWINS + LOOP.format(""), env={"BACKWARDS": "1"}, then={"BACKWARDS": "1"})
+    outcome = killed_once(
+        tmp_path, TWINS + LOOP.format(""), env={"BACKWARDS": "1"}, then={"BACKWARDS": "1"}
+    )
     assert outcome.is_equal, outcome.resumed.text
     payload = newest(tmp_path / "killed")
     assert payload["format_version"] == 2
-    assert payload["names"] == {"optimizer": [[f"model.{at}.{kind}" for at in (2, 1, 0) for kind in ("bias", "weight")]]}
+    assert payload["names"] == {
+        "optimizer": [[f"model.{at}.{kind}" for at in (2, 1, 0) for kind in ("bias", "weight")]]
+    }
 
 
 def net(*sizes):
@@ -87,14 +93,30 @@ def net(*sizes):
 
 def test_an_ordinary_checkpoint_needs_no_names():
     model, other = net(4, 4, 4), net(4, 4, 4)
-    decay = [p for p in model.parameters() if p.dim() > 1], [p for p in model.parameters() if p.dim() < 2]
-    for optimizer in (torch.optim.AdamW(model.parameters()), torch.optim.AdamW([{"params": list(part)} for part in decay])):
+    decay = (
+        [p for p in model.parameters() if p.dim() > 1],
+        [p for p in model.parameters() if p.dim() < 2],
+    )
+    for optimizer in (
+        torch.optim.AdamW(model.parameters()),
+        torch.optim.AdamW([{"params": list(part)} for part in decay]),
+    ):
         assert "names" not in state.capture({"model": model, "optimizer": optimizer, "ema": other})
-    both = {"g": model, "d": other, "g_opt": torch.optim.SGD(model.parameters()), "d_opt": torch.optim.SGD(other.parameters())}
+    both = {
+        "g": model,
+        "d": other,
+        "g_opt": torch.optim.SGD(model.parameters()),
+        "d_opt": torch.optim.SGD(other.parameters()),
+    }
     assert "names" not in state.capture(both)
-    swapped = both | {"g_opt": torch.optim.SGD(other.parameters()), "d_opt": torch.optim.SGD(model.parameters())}
+    swapped = both | {
+        "g_opt": torch.optim.SGD(other.parameters()),
+        "d_opt": torch.optim.SGD(model.parameters()),
+    }
     assert set(state.capture(swapped)["names"]) == {"g_opt", "d_opt"}
-    assert "names" in state.capture({"model": model, "optimizer": torch.optim.SGD(list(model[1].parameters()))})
+    assert "names" in state.capture(
+        {"model": model, "optimizer": torch.optim.SGD(list(model[1].parameters()))}
+    )
 
 
 def trained(groups_of, sizes=(4, 4, 4)):
@@ -115,26 +137,48 @@ def test_parameters_under_a_new_grouping_or_other_ones_are_refused_with_their_na
     with pytest.raises(UsageError, match="parameter groups are others"):
         state.restore(halves, {}, payload, "it")
     model, other = net(4, 4, 4), net(4, 4, 4)
-    mixed = {"model": model, "twin": other, "optimizer": torch.optim.AdamW([*list(model.parameters())[:2], *list(other.parameters())[:2]])}
+    mixed = {
+        "model": model,
+        "twin": other,
+        "optimizer": torch.optim.AdamW(
+            [*list(model.parameters())[:2], *list(other.parameters())[:2]]
+        ),
+    }
     payload["twin_state_dict"] = payload["model_state_dict"]
-    with pytest.raises(UsageError, match=r"not there any more: model.1.bias, model.1.weight; new: twin.0.bias"):
+    with pytest.raises(
+        UsageError, match=r"not there any more: model.1.bias, model.1.weight; new: twin.0.bias"
+    ):
         state.restore(mixed, {}, payload, "it")
 
 
 def test_without_names_shapes_are_compared_in_every_dimension():
     payload = saved_and_read(state.capture(trained(nn.Module.parameters, (4, 3, 4))))
     model = net(4, 3, 4)
-    swapped = {"model": model, "optimizer": torch.optim.AdamW([model[1].weight, model[0].bias, model[0].weight, model[1].bias])}
-    with pytest.raises(UsageError, match=r"another order than in it.*\n.*parameter 0 is of shape \(4, 3\); expected: \(3, 4\)"):
+    swapped = {
+        "model": model,
+        "optimizer": torch.optim.AdamW(
+            [model[1].weight, model[0].bias, model[0].weight, model[1].bias]
+        ),
+    }
+    with pytest.raises(
+        UsageError,
+        match=r"another order than in it.*\n.*parameter 0 is of shape \(4, 3\); expected: \(3, 4\)",
+    ):
         state.restore(swapped, {}, payload, "it", says_names=False)  # of an older harness
     state.restore(swapped, {}, payload, "it")
-    assert torch.equal(swapped["optimizer"].state[model[0].weight]["exp_avg"], payload["optimizer_state_dict"]["state"][0]["exp_avg"])
+    assert torch.equal(
+        swapped["optimizer"].state[model[0].weight]["exp_avg"],
+        payload["optimizer_state_dict"]["state"][0]["exp_avg"],
+    )
 
 
 def test_names_that_the_optimizer_was_given_are_used_where_no_module_is_tracked():
     class Holder:
         def __init__(self):
-            self.tensors = {"a": torch.zeros(3, requires_grad=True), "b": torch.zeros(3, requires_grad=True)}
+            self.tensors = {
+                "a": torch.zeros(3, requires_grad=True),
+                "b": torch.zeros(3, requires_grad=True),
+            }
 
         def state_dict(self):
             return {name: tensor.detach() for name, tensor in self.tensors.items()}
@@ -150,7 +194,10 @@ def test_names_that_the_optimizer_was_given_are_used_where_no_module_is_tracked(
     payload = saved_and_read(state.capture(tracked))
     fresh = torch.optim.Adam([("b", other.tensors["b"]), ("a", other.tensors["a"])])
     state.restore({"holder": other, "optimizer": fresh}, {}, payload, "it")
-    assert set(fresh.state) == {other.tensors["a"]} and fresh.param_groups[0]["param_names"] == ["b", "a"]
+    assert set(fresh.state) == {other.tensors["a"]} and fresh.param_groups[0]["param_names"] == [
+        "b",
+        "a",
+    ]
 
 
 def test_compiled_layers_leave_no_trace_in_files_and_older_files_still_load():
@@ -163,7 +210,10 @@ def test_compiled_layers_leave_no_trace_in_files_and_older_files_still_load():
     one, plain = made([0, 1]), made([])
     stepped(one["model"], one["optimizer"])
     payload = saved_and_read(state.capture(one))
-    assert list(payload["model_state_dict"]) == list(plain["model"].state_dict()) and "names" not in payload
+    assert (
+        list(payload["model_state_dict"]) == list(plain["model"].state_dict())
+        and "names" not in payload
+    )
     assert payload["model_state_dict"]._metadata == plain["model"].state_dict()._metadata
     older = payload | {"model_state_dict": one["model"].state_dict()}
     for file in (payload, older):
@@ -183,7 +233,8 @@ def test_another_dtype_is_refused_unless_it_is_accepted():
     other = {"model": model, "optimizer": torch.optim.AdamW(model.parameters(), lr=0.1)}
     with pytest.raises(
         UsageError,
-        match=r"model is of another dtype(.|\n)*0.weight: float32 in the checkpoint, bfloat16 here(.|\n)*resume.accept=\[dtype\]",
+        match=r"model is of another dtype(.|\n)*0.weight: float32 in the checkpoint, bfloat16 here"
+        r"(.|\n)*resume.accept=\[dtype\]",
     ):
         state.restore(other, {}, payload, "it")
     said = state.restore(other, {}, payload, "it", ["dtype"])
@@ -198,8 +249,12 @@ def test_what_is_kept_of_parameters_of_the_same_dtype_stays_exact_beside_accepte
         return {"first": first, "second": second, "optimizer": both}
 
     one = made(torch.float32)
-    for parameter in one["optimizer"].param_groups[0]["params"]:  # in single precision, as some optimizers keep it of half parameters
-        one["optimizer"].state[parameter] = {"step": torch.tensor(1.0), "exp_avg": torch.randn(parameter.shape)}
+    # In single precision, as some optimizers keep it of half parameters.
+    for parameter in one["optimizer"].param_groups[0]["params"]:
+        one["optimizer"].state[parameter] = {
+            "step": torch.tensor(1.0),
+            "exp_avg": torch.randn(parameter.shape),
+        }
     payload = saved_and_read(state.capture(one))
     other = made(torch.bfloat16)
     said = state.restore(other, {}, payload, "it", ["dtype"])
@@ -220,13 +275,25 @@ class Pair(collections.namedtuple("Pair", "x y")):
 VALUES = {
     "array": np.arange(6, dtype=np.uint16).reshape(2, 3),
     "fortran": np.asfortranarray(np.random.default_rng(0).normal(size=(3, 4))),
-    "scalar": np.float32(0.1), "bool": np.bool_(True), "none": np.array(5),
-    "text": np.array(["a", "bcd"]), "big": np.arange(3, dtype=">i4"),
-    "dates": np.array(["2020-01-01"], dtype="datetime64[D]"), "half": np.float16(2), "str": np.str_("x"), "empty": np.zeros((0, 3)),
-    "counts": collections.defaultdict(int, {"a": 1}), "lists": collections.defaultdict(list, {(1, "k"): [np.int8(3)]}),
-    "counter": collections.Counter("aab"), "ordered": collections.OrderedDict(b=1, a=np.int64(2)), "last": collections.deque([1, 2], 5),
-    "size": torch.Size([2, 3]), "dtype": torch.bfloat16, "device": torch.device("cpu"), "plain": [1, (2.5, None), {"x": b"y"}],
-}  # fmt: skip
+    "scalar": np.float32(0.1),
+    "bool": np.bool_(True),
+    "none": np.array(5),
+    "text": np.array(["a", "bcd"]),
+    "big": np.arange(3, dtype=">i4"),
+    "dates": np.array(["2020-01-01"], dtype="datetime64[D]"),
+    "half": np.float16(2),
+    "str": np.str_("x"),
+    "empty": np.zeros((0, 3)),
+    "counts": collections.defaultdict(int, {"a": 1}),
+    "lists": collections.defaultdict(list, {(1, "k"): [np.int8(3)]}),
+    "counter": collections.Counter("aab"),
+    "ordered": collections.OrderedDict(b=1, a=np.int64(2)),
+    "last": collections.deque([1, 2], 5),
+    "size": torch.Size([2, 3]),
+    "dtype": torch.bfloat16,
+    "device": torch.device("cpu"),
+    "plain": [1, (2.5, None), {"x": b"y"}],
+}
 
 
 @pytest.mark.parametrize("root", ["state", "state_dict"])
@@ -245,8 +312,16 @@ def test_values_come_back_in_their_kinds(root):
         assert type(back[name]) is type(value), name
         assert repr(back[name]) == repr(value), name
         if isinstance(value, np.ndarray):
-            assert back[name].dtype == value.dtype and back[name].strides == value.strides and back[name].flags.writeable
-    assert back["counts"]["new"] == 0 and back["last"].maxlen == 5 and type(back["lists"][1, "k"][0]) is np.int8
+            assert (
+                back[name].dtype == value.dtype
+                and back[name].strides == value.strides
+                and back[name].flags.writeable
+            )
+    assert (
+        back["counts"]["new"] == 0
+        and back["last"].maxlen == 5
+        and type(back["lists"][1, "k"][0]) is np.int8
+    )
 
 
 class Custom:
@@ -261,7 +336,12 @@ class Custom:
 
 
 def test_plain_values_need_no_kinds():
-    assert "kinds" not in state.captured({"state": {"a": [1, (2.0, None)], "t": torch.ones(2)}}, {"c": Custom({"x": 1.0})}).payload
+    assert (
+        "kinds"
+        not in state.captured(
+            {"state": {"a": [1, (2.0, None)], "t": torch.ones(2)}}, {"c": Custom({"x": 1.0})}
+        ).payload
+    )
 
 
 PUT_IN = """
@@ -278,9 +358,16 @@ run.state["seen"] = []
 """
 
 
-@pytest.mark.parametrize("value", ["Pair(1, 2)", "Point()", "{1, 2}", "collections.defaultdict(lambda: 0)", "np.array([None])"])
+@pytest.mark.parametrize(
+    "value",
+    ["Pair(1, 2)", "Point()", "{1, 2}", "collections.defaultdict(lambda: 0)", "np.array([None])"],
+)
 def test_what_could_not_come_back_is_refused_at_the_first_boundary(value, tmp_path):
-    lived = live(tmp_path, PUT_IN + LOOP.format(f"run.state['seen'] += [{value}] if run.step == 2 else [run.step]"), "run")
+    lived = live(
+        tmp_path,
+        PUT_IN + LOOP.format(f"run.state['seen'] += [{value}] if run.step == 2 else [run.step]"),
+        "run",
+    )
     assert lived.code == 78 and "state['seen'][0]" in lived.text, lived.text
     assert "Put plain values there" in lived.text or "Keep what it is made of" in lived.text
     assert "Traceback" not in lived.text and not list((tmp_path / "run/checkpoints").iterdir())
@@ -311,7 +398,9 @@ run.track(model=model, optimizer=optimizer, normal=normal)
 
 
 def test_a_normaliser_held_in_numpy_goes_on(tmp_path):
-    outcome = killed_once(tmp_path, NORMALISER + LOOP.replace("model(x)", "model(normal(x))").format(""))
+    outcome = killed_once(
+        tmp_path, NORMALISER + LOOP.replace("model(x)", "model(normal(x))").format("")
+    )
     assert outcome.is_equal, outcome.resumed.text
 
 
@@ -335,11 +424,21 @@ class Bank(nn.Module):
 
 def test_buffers_and_extra_state_that_get_their_size_in_training_come_back():
     one, other = Bank(), Bank()
-    one.keys, one.scale, one.extra = torch.randn(5, 2), torch.tensor(3.0, dtype=torch.float64), torch.ones(7)
+    one.keys, one.scale, one.extra = (
+        torch.randn(5, 2),
+        torch.tensor(3.0, dtype=torch.float64),
+        torch.ones(7),
+    )
     payload = saved_and_read(state.capture({"bank": one}))
     state.restore({"bank": other}, {}, payload, "it")
-    assert not list(differences(one.state_dict(), other.state_dict())) and other.keys.shape == (5, 2)
-    with pytest.raises(UsageError, match=r"another bank(.|\n)*mis-shaped  layer.weight(.|\n)*run.epoch and run.step are known"):
+    assert not list(differences(one.state_dict(), other.state_dict())) and other.keys.shape == (
+        5,
+        2,
+    )
+    with pytest.raises(
+        UsageError,
+        match=r"another bank(.|\n)*mis-shaped  layer.weight(.|\n)*run.epoch and run.step are known",
+    ):
         larger = Bank()
         larger.layer = nn.Linear(2, 3)
         state.restore({"bank": larger}, {}, payload, "it")
@@ -371,7 +470,9 @@ def test_an_expanded_buffer_comes_back_and_stays_a_view():
 @pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
 def test_nested_tensors_come_back(layout):
     def nested(value):
-        return torch.nested.nested_tensor([torch.full((2, 3), value), torch.full((1, 3), value)], layout=layout)
+        return torch.nested.nested_tensor(
+            [torch.full((2, 3), value), torch.full((1, 3), value)], layout=layout
+        )
 
     class Holds(nn.Module):
         def __init__(self, value):
@@ -382,8 +483,12 @@ def test_nested_tensors_come_back(layout):
     payload = saved_and_read(state.capture({"model": one, "thing": Custom({"n": nested(3.0)})}))
     thing = Custom({})
     state.restore({"model": other, "thing": thing}, {}, payload, "it")
-    assert [part.tolist() for part in other.rows.unbind()] == [part.tolist() for part in one.rows.unbind()]
-    assert thing.value["n"].layout is layout and thing.value["n"].unbind()[1].tolist() == [[3.0] * 3]
+    assert [part.tolist() for part in other.rows.unbind()] == [
+        part.tolist() for part in one.rows.unbind()
+    ]
+    assert thing.value["n"].layout is layout and thing.value["n"].unbind()[1].tolist() == [
+        [3.0] * 3
+    ]
 
 
 # --- tensors of a class of their own ---
@@ -394,7 +499,9 @@ class Codes(torch.Tensor):
 
     @staticmethod
     def __new__(cls, codes, scale):
-        return torch.Tensor._make_wrapper_subclass(cls, codes.shape, dtype=torch.float32, device=codes.device)
+        return torch.Tensor._make_wrapper_subclass(
+            cls, codes.shape, dtype=torch.float32, device=codes.device
+        )
 
     def __init__(self, codes, scale):
         self.codes, self.scale = codes, scale
@@ -408,7 +515,11 @@ class Codes(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args, kwargs=None):
-        if func in (torch.ops.aten.detach.default, torch.ops.aten._to_copy.default, torch.ops.aten.clone.default):
+        if func in (
+            torch.ops.aten.detach.default,
+            torch.ops.aten._to_copy.default,
+            torch.ops.aten.clone.default,
+        ):
             return cls(args[0].codes.clone(), args[0].scale.clone())
         raise NotImplementedError(func)
 
@@ -423,7 +534,10 @@ def test_tensors_of_a_class_of_their_own_are_kept_as_what_they_are_made_of():
         return torch.optim.SGD([parameter], lr=1.0), parameter
 
     (one, p), (other, q) = made(), made()
-    one.state[p] = {"m": Codes(torch.arange(4, dtype=torch.uint8), torch.tensor(0.5)), "t": torch.ones(2).as_subclass(Tagged)}
+    one.state[p] = {
+        "m": Codes(torch.arange(4, dtype=torch.uint8), torch.tensor(0.5)),
+        "t": torch.ones(2).as_subclass(Tagged),
+    }
     payload = state.capture({"optimizer": one})
     assert type(payload["optimizer_state_dict"]["state"][0]["t"]) is torch.Tensor
     state.restore({"optimizer": other}, {}, saved_and_read(payload), "it")
@@ -434,7 +548,10 @@ def test_tensors_of_a_class_of_their_own_are_kept_as_what_they_are_made_of():
 
 
 def test_a_class_that_the_program_has_not_imported_is_named():
-    payload = {"thing_state_dict": {"a": torch.ones(1)}, "kinds": {"thing_state_dict['a']": "tensor os.system"}}
+    payload = {
+        "thing_state_dict": {"a": torch.ones(1)},
+        "kinds": {"thing_state_dict['a']": "tensor os.system"},
+    }
     with pytest.raises(UsageError, match=r"no class of tensors is called os.system"):
         state.restore({"thing": Custom({})}, {}, payload, "it")
     payload["kinds"] = {"thing_state_dict['a']": "pickle x"}
@@ -443,7 +560,9 @@ def test_a_class_that_the_program_has_not_imported_is_named():
 
 
 def test_parameters_without_data_are_refused_at_the_start():
-    with pytest.raises(UsageError, match=r"model_state_dict\['weight'\] is a tensor without data(.|\n)*to_empty"):
+    with pytest.raises(
+        UsageError, match=r"model_state_dict\['weight'\] is a tensor without data(.|\n)*to_empty"
+    ):
         state.check({"model": nn.Linear(2, 2, device="meta")})
 
 
@@ -474,7 +593,10 @@ class Lookahead(torch.optim.Optimizer):
 def test_an_optimizer_with_a_state_dict_of_its_own_comes_back():
     def made():
         model = net(3, 3).bfloat16()
-        return {"model": model, "optimizer": Lookahead(torch.optim.AdamW(model.parameters(), lr=0.1))}
+        return {
+            "model": model,
+            "optimizer": Lookahead(torch.optim.AdamW(model.parameters(), lr=0.1)),
+        }
 
     one, other = made(), made()
     stepped(one["model"], one["optimizer"])
@@ -506,7 +628,10 @@ def test_an_inner_optimizer_whose_momentum_nobody_keeps_is_told(shares):
     end = foreign_optimizers.on_untracked_update(tracked, said.append)
     stepped(model, tracked["optimizer"])
     end()
-    expected = ["(SGD) inside 'optimizer' makes updates, and no tracked object's state_dict() holds what it keeps"]
+    expected = [
+        "(SGD) inside 'optimizer' makes updates, and no tracked object's state_dict() "
+        "holds what it keeps"
+    ]
     assert said == ([] if shares else expected)
 
 
@@ -521,14 +646,17 @@ run.track(model=model, head=head, optimizer=optimizer)
 
 
 def test_groups_that_the_loop_adds_are_explained_and_the_advice_is_true(tmp_path):
-    loop = GROWS + LOOP.format("run.step == 10 and optimizer.add_param_group({'params': head.parameters()})").replace(
-        "epochs=int", "epochs=1 + int"
-    )
+    loop = GROWS + LOOP.format(
+        "run.step == 10 and optimizer.add_param_group({'params': head.parameters()})"
+    ).replace("epochs=int", "epochs=1 + int")
     env = {"EPOCHS": "1"}
     killed = live(tmp_path, loop, "run", env=env | {"DIE": "17"})
     assert killed.code == -9, killed.text
     refused = live(tmp_path, loop, "run", env=env)
-    assert refused.code == 78 and "found: 1 group(s), of 2 parameter(s); expected: 2, of 2, 2" in refused.text, refused.text
+    assert (
+        refused.code == 78
+        and "found: 1 group(s), of 2 parameter(s); expected: 2, of 2, 2" in refused.text
+    ), refused.text
     assert "run.epoch and run.step are known as soon as harness.init has returned" in refused.text
     resumed = live(tmp_path, loop, "run", env=env | {"GROWN": "1"})
     whole = live(tmp_path, loop, "whole", env=env)
@@ -557,7 +685,14 @@ def test_an_empty_state_dict_is_told_and_nothing_else_is():
         and foreign_optimizers.gives_nothing(nn.Sequential(Metric()))
         and foreign_optimizers.gives_nothing(Empty(3))
     )
-    for fine in (nn.ReLU(), nn.MSELoss(), nn.Linear(1, 1), torch.amp.GradScaler("cpu", enabled=False), Custom({"a": 1}), nn.Sequential()):
+    for fine in (
+        nn.ReLU(),
+        nn.MSELoss(),
+        nn.Linear(1, 1),
+        torch.amp.GradScaler("cpu", enabled=False),
+        Custom({"a": 1}),
+        nn.Sequential(),
+    ):
         assert not foreign_optimizers.gives_nothing(fine), fine
 
 
@@ -576,9 +711,16 @@ run.track(model=model, optimizer=optimizer, metric=Metric(), relu=nn.ReLU())
 def test_what_gives_nothing_is_said_at_track_and_by_diff(tmp_path):
     for name in ("a", "b"):
         lived = live(tmp_path, EMPTY + LOOP.format(""), name)
-        assert lived.code == 0 and "warning: metric.state_dict() is empty" in lived.text and "relu" not in lived.text, lived.text
+        assert (
+            lived.code == 0
+            and "warning: metric.state_dict() is empty" in lived.text
+            and "relu" not in lived.text
+        ), lived.text
     found = compare(tmp_path / "a", tmp_path / "b")
-    assert found.count == 0 and "nothing is known of metric: its state_dict() was empty, in both" in str(found)
+    assert (
+        found.count == 0
+        and "nothing is known of metric: its state_dict() was empty, in both" in str(found)
+    )
 
 
 SCHEDULED = """
@@ -599,13 +741,25 @@ def test_a_schedule_of_another_length_is_told_with_both_values_and_can_be_overri
     longer = live(tmp_path, loop, "run", env=env | {"EPOCHS": "3", "DIE": "25"})
     assert "scheduler.T_max: 20 in the checkpoint, 30 as built" in longer.text, longer.text
     assert "resume.override=[scheduler.T_max]" in longer.text
-    overridden = live(tmp_path, loop, "run", env=env | {"EPOCHS": "3", "OVERRIDE": "scheduler.T_max"})
-    assert overridden.code == 0 and "overridden: scheduler.T_max: 20 -> 30" in overridden.text, overridden.text
+    overridden = live(
+        tmp_path, loop, "run", env=env | {"EPOCHS": "3", "OVERRIDE": "scheduler.T_max"}
+    )
+    assert overridden.code == 0 and "overridden: scheduler.T_max: 20 -> 30" in overridden.text, (
+        overridden.text
+    )
 
 
 def test_a_cycle_past_its_end_has_words(tmp_path):
     loop, env = SCHEDULED + LOOP.format("scheduler.step()"), {"KIND": "cycle"}
-    assert live(tmp_path, loop.replace("scheduler.step()", "run.step < 20 and scheduler.step()"), "run", env=env).code == 0
+    assert (
+        live(
+            tmp_path,
+            loop.replace("scheduler.step()", "run.step < 20 and scheduler.step()"),
+            "run",
+            env=env,
+        ).code
+        == 0
+    )
     longer = live(tmp_path, loop, "run", env=env | {"EPOCHS": "3"})
     assert "scheduler.total_steps: 20 in the checkpoint, 30 as built" in longer.text, longer.text
     assert longer.code == 1 and "harness: hint: a OneCycleLR is at its end" in longer.text
@@ -620,19 +774,30 @@ def schedules_of(optimizer, n):
     yield lr.MultiStepLR(optimizer, [n, 2 * n]), "s.milestones"
     yield lr.LambdaLR(optimizer, lambda step: 1.0), None
     yield lr.ReduceLROnPlateau(optimizer, patience=n), "s.patience"
-    yield lr.SequentialLR(optimizer, [lr.LinearLR(optimizer, total_iters=2), lr.CosineAnnealingLR(optimizer, n)], [2]), "s[1].T_max"
+    yield (
+        lr.SequentialLR(
+            optimizer,
+            [lr.LinearLR(optimizer, total_iters=2), lr.CosineAnnealingLR(optimizer, n)],
+            [2],
+        ),
+        "s[1].T_max",
+    )
     yield lr.CosineAnnealingWarmRestarts(optimizer, n, T_mult=2), "s.T_0"
     yield lr.CyclicLR(optimizer, 0.01, 0.1, step_size_up=n), "s.total_size"
 
 
 def test_only_settings_of_a_schedule_are_told(recwarn):
-    for (before, _), (same, _), (other, where) in zip(schedules_of(sgd(), 3), schedules_of(sgd(), 3), schedules_of(sgd(), 5), strict=True):
+    for (before, _), (same, _), (other, where) in zip(
+        schedules_of(sgd(), 3), schedules_of(sgd(), 3), schedules_of(sgd(), 5), strict=True
+    ):
         for _ in range(7):
             before.step(1.0) if "Plateau" in type(before).__name__ else before.step()
         for now, expected in ((same, []), (other, [where] if where else [])):
             built = {"s": lr_schedules.as_built(now)}
             now.load_state_dict(copy.deepcopy(before.state_dict()))
-            told = [line.partition(":")[0] for line in lr_schedules.other_settings(built, {"s": now})]
+            told = [
+                line.partition(":")[0] for line in lr_schedules.other_settings(built, {"s": now})
+            ]
             assert told == expected, type(now)
             lr_schedules.apply_override(built, {"s": now})
             assert lr_schedules.other_settings(built, {"s": now}) == []
@@ -653,12 +818,17 @@ def test_the_whole_cause_of_a_refused_state_is_told():
         def load_state_dict(self, saved):
             return saved["nothing"].missing
 
-    with pytest.raises(UsageError, match=r"found: KeyError: 'nothing' \(.*test_restoring.py, line \d+\)"):
+    with pytest.raises(
+        UsageError, match=r"found: KeyError: 'nothing' \(.*test_restoring.py, line \d+\)"
+    ):
         state.restore({"odd": Odd(1)}, {}, state.capture({"odd": Custom({})}), "it")
 
 
 def test_a_dtype_in_a_parameter_group_is_kept():
-    one, other = (torch.optim.SGD([{"params": [nn.Parameter(torch.zeros(1))], "kept_in": torch.float32}]) for _ in range(2))
+    one, other = (
+        torch.optim.SGD([{"params": [nn.Parameter(torch.zeros(1))], "kept_in": torch.float32}])
+        for _ in range(2)
+    )
     one.param_groups[0]["kept_in"] = torch.bfloat16
     state.restore({"o": other}, {}, saved_and_read(state.capture({"o": one})), "it")
     assert other.param_groups[0]["kept_in"] is torch.bfloat16
@@ -687,9 +857,15 @@ def test_a_tensor_and_its_conjugate_are_two():
 
 @pytest.mark.filterwarnings("ignore:torch.quantize:UserWarning")
 def test_quantized_tensors_of_the_same_integers_and_another_scale_differ():
-    a, b = (torch.quantize_per_tensor(torch.arange(4.0) * scale, scale, 0, torch.qint8) for scale in (1.0, 2.0))
+    a, b = (
+        torch.quantize_per_tensor(torch.arange(4.0) * scale, scale, 0, torch.qint8)
+        for scale in (1.0, 2.0)
+    )
     scales, zeros = torch.tensor([0.1, 0.2]), torch.zeros(2, dtype=torch.int64)
-    c, d = (torch.quantize_per_channel(torch.zeros(2, 3), scales * by, zeros, 0, torch.qint8) for by in (1, 2))
+    c, d = (
+        torch.quantize_per_channel(torch.zeros(2, 3), scales * by, zeros, 0, torch.qint8)
+        for by in (1, 2)
+    )
     assert not list(differences([a, c], [a.clone(), c.clone()]))
     ((where, _, _, gap),) = differences({"x": a}, {"x": b})
     assert where == "x" and gap == "3 (3 of 4)"
@@ -723,7 +899,9 @@ run.track(model=model, optimizer=optimizer)
 
 
 def test_another_spelling_of_a_streams_place_does_not_count(tmp_path):
-    loop = STREAM + LOOP.format("").replace("points()", "Stream()").replace("epochs=int", "max_steps=12, epochs=int")
+    loop = STREAM + LOOP.format("").replace("points()", "Stream()").replace(
+        "epochs=int", "max_steps=12, epochs=int"
+    )
     for name in ("a", "b"):
         lived = live(tmp_path, loop, name, env={"SPELLED": name})
         assert lived.code == 0, lived.text

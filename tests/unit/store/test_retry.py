@@ -1,4 +1,5 @@
-"""What is tried again, how often, for how long and with what waits, by a clock that only moves when told."""
+"""What is tried again, how often, for how long and with what waits, by a clock that only moves when
+told."""
 
 from __future__ import annotations
 
@@ -12,7 +13,16 @@ import aiohttp
 import botocore.exceptions as boto
 import pytest
 
-from harness.retry import LONGEST_WAIT_S, MOST_TRIES, SLICE_S, RetryEvent, answer, is_expired, is_transient, retrying
+from harness.retry import (
+    LONGEST_WAIT_S,
+    MOST_TRIES,
+    SLICE_S,
+    RetryEvent,
+    answer,
+    is_expired,
+    is_transient,
+    retrying,
+)
 
 
 class Time:
@@ -32,7 +42,13 @@ class Time:
 
 def replied(status: int, code: str = "") -> boto.ClientError:
     """An answer of a server, as botocore raises it."""
-    return boto.ClientError({"Error": {"Code": code or str(status), "Message": "m"}, "ResponseMetadata": {"HTTPStatusCode": status}}, "Op")
+    return boto.ClientError(
+        {
+            "Error": {"Code": code or str(status), "Message": "m"},
+            "ResponseMetadata": {"HTTPStatusCode": status},
+        },
+        "Op",
+    )
 
 
 def translated(error: BaseException, kind: type[OSError] = OSError) -> OSError:
@@ -43,7 +59,8 @@ def translated(error: BaseException, kind: type[OSError] = OSError) -> OSError:
 
 
 class Work:
-    """Fails with these errors, one call after the other, each after so many seconds; then it succeeds."""
+    """Fails with these errors, one call after the other, each after so many seconds; then it
+    succeeds."""
 
     def __init__(self, time: Time, *errors: BaseException, each_s: float = 0.0) -> None:
         self.time, self.errors, self.each_s = time, list(errors), each_s
@@ -68,10 +85,29 @@ def attempt(time: Time, work: Callable[[float], Any], limit_s: float, **options:
     "error",
     [
         *[replied(status) for status in (429, 500, 502, 503, 504)],
-        *[replied(400, code) for code in ("RequestTimeout", "RequestTimeoutException", "BadDigest", "IncompleteBody")],
-        *[replied(400, code) for code in ("XAmzContentSHA256Mismatch", "XAmzContentChecksumMismatch", "ThrottlingException", "Throttling")],
+        *[
+            replied(400, code)
+            for code in ("RequestTimeout", "RequestTimeoutException", "BadDigest", "IncompleteBody")
+        ],
+        *[
+            replied(400, code)
+            for code in (
+                "XAmzContentSHA256Mismatch",
+                "XAmzContentChecksumMismatch",
+                "ThrottlingException",
+                "Throttling",
+            )
+        ],
         *[replied(409, code) for code in ("ConditionalRequestConflict", "OperationAborted")],
-        *[replied(403, code) for code in ("SlowDown", "TooManyRequestsException", "RequestLimitExceeded", "PriorRequestNotComplete")],
+        *[
+            replied(403, code)
+            for code in (
+                "SlowDown",
+                "TooManyRequestsException",
+                "RequestLimitExceeded",
+                "PriorRequestNotComplete",
+            )
+        ],
         replied(200, "InternalError"),
         replied(503, "SomethingNew"),
         translated(replied(503, "SlowDown")),
@@ -93,7 +129,16 @@ def attempt(time: Time, work: Callable[[float], Any], limit_s: float, **options:
         TimeoutError(),
         BrokenPipeError(),
         socket.gaierror(socket.EAI_AGAIN, "try again"),
-        *[OSError(number, "x") for number in (errno.EAGAIN, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ETIMEDOUT, errno.ECONNREFUSED)],
+        *[
+            OSError(number, "x")
+            for number in (
+                errno.EAGAIN,
+                errno.EHOSTUNREACH,
+                errno.ENETUNREACH,
+                errno.ETIMEDOUT,
+                errno.ECONNREFUSED,
+            )
+        ],
     ],
     ids=lambda error: f"{type(error).__name__} {answer(error)} {str(error)[:30]}",
 )
@@ -108,10 +153,25 @@ def test_what_may_pass_is_tried_again(error):
 @pytest.mark.parametrize(
     "error",
     [
-        *[replied(403, code) for code in ("AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "RequestTimeTooSkewed", "")],
+        *[
+            replied(403, code)
+            for code in (
+                "AccessDenied",
+                "InvalidAccessKeyId",
+                "SignatureDoesNotMatch",
+                "RequestTimeTooSkewed",
+                "",
+            )
+        ],
         *[replied(404, code) for code in ("NoSuchBucket", "NoSuchKey", "NoSuchUpload", "")],
         *[replied(400, code) for code in ("InvalidArgument", "MalformedXML", "EntityTooSmall", "")],
-        *[replied(412, "PreconditionFailed"), replied(416, "InvalidRange"), replied(405), replied(301, "PermanentRedirect"), replied(401)],
+        *[
+            replied(412, "PreconditionFailed"),
+            replied(416, "InvalidRange"),
+            replied(405),
+            replied(301, "PermanentRedirect"),
+            replied(401),
+        ],
         replied(409, "BucketAlreadyExists"),
         replied(200, "SomethingElse"),
         translated(replied(403, "AccessDenied"), PermissionError),
@@ -122,7 +182,10 @@ def test_what_may_pass_is_tried_again(error):
         boto.ProfileNotFound(profile="p"),
         FileNotFoundError(errno.ENOENT, "x"),
         FileExistsError(errno.EEXIST, "x"),
-        *[OSError(number, "x") for number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO)],
+        *[
+            OSError(number, "x")
+            for number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO)
+        ],
         ValueError("a mistake of ours"),
         RuntimeError("part 1 was not taken"),
         KeyboardInterrupt(),
@@ -142,7 +205,9 @@ def test_what_does_not_pass_is_raised_at_once_as_it_is(error):
 def test_a_body_that_ended_early_is_not_taken_for_an_answer_of_the_server():
     """aiohttp's error for it stems from one that has a `code` of 400."""
     early = aiohttp.ClientPayloadError("Response payload is not completed")
-    early.__cause__ = aiohttp.http_exceptions.ContentLengthError("Not enough data to satisfy content length header")
+    early.__cause__ = aiohttp.http_exceptions.ContentLengthError(
+        "Not enough data to satisfy content length header"
+    )
     assert early.__cause__.code == 400
     assert answer(early) == (None, "")
     assert is_transient(early)
@@ -204,7 +269,9 @@ def test_waits_are_exponential_with_full_jitter_and_a_ceiling():
         time = Time()
         told = list[RetryEvent]()
         assert attempt(time, Work(time, *[replied(503)] * 12), 1e6, on_retry=told.append) == "done"
-        assert sum(time.sleeps) == pytest.approx(sum(event.wait_s for event in told)), "what is told is what is waited"
+        assert sum(time.sleeps) == pytest.approx(sum(event.wait_s for event in told)), (
+            "what is told is what is waited"
+        )
         for event in told:
             waits[event.tries - 1].append(event.wait_s)
     for number, drawn in enumerate(waits):
@@ -242,7 +309,9 @@ def test_who_has_given_up_already_still_tries_once():
     assert (len(work.left_s), time.sleeps) == (1, [])
 
 
-@pytest.mark.parametrize("code", ["ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "RequestExpired"])
+@pytest.mark.parametrize(
+    "code", ["ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "RequestExpired"]
+)
 def test_expired_credentials_are_renewed_once(code):
     time, renewed = Time(), list[float]()
     expired = [translated(replied(400, code), PermissionError) for _ in range(2)]

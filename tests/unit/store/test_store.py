@@ -1,4 +1,5 @@
-"""The contract of a store, on real file systems: whole or not at all, exclusive, durable, named errors, nothing outside the root."""
+"""The contract of a store, on real file systems: whole or not at all, exclusive, durable, named
+errors, nothing outside the root."""
 
 from __future__ import annotations
 
@@ -30,7 +31,9 @@ def store(tmp_path: Path) -> LocalStore:
 
 
 def names(store: LocalStore) -> list[str]:
-    return sorted(str(path.relative_to(store.root)) for path in store.root.rglob("*") if not path.is_dir())
+    return sorted(
+        str(path.relative_to(store.root)) for path in store.root.rglob("*") if not path.is_dir()
+    )
 
 
 @contextlib.contextmanager
@@ -64,7 +67,11 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
     def mount(options: str) -> Path:
         place = tmp_path / f"disk{len(mounted)}"
         place.mkdir()
-        tried = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)], capture_output=True, text=True)
+        tried = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)],
+            capture_output=True,
+            text=True,
+        )
         if tried.returncode != 0:
             pytest.skip(f"cannot mount here: {tried.stderr.strip()}")
         mounted.append(place)
@@ -96,7 +103,9 @@ def test_nothing_appears_under_its_key_before_the_commit(store):
         assert not store.exists("checkpoints/a.pt")
         temps = [entry.key for entry in store.entries("checkpoints")]
         assert len(temps) == 1 and int(TEMP.match(temps[0])["attempt"]) == 3
-        assert store.path(temps[0]).parent == store.path("checkpoints/a.pt").parent, "a rename across devices is not atomic"
+        assert store.path(temps[0]).parent == store.path("checkpoints/a.pt").parent, (
+            "a rename across devices is not atomic"
+        )
     assert names(store) == []
 
 
@@ -165,14 +174,27 @@ print("".join(os.read(answers, 1000).decode() for answers in rivals))
 
 
 def test_of_many_processes_that_create_one_key_exactly_one_wins(store):
-    ran = subprocess.run([sys.executable, "-c", RACE, str(store)], env=ENVIRONMENT, capture_output=True, text=True, timeout=180)
+    ran = subprocess.run(
+        [sys.executable, "-c", RACE, str(store)],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
     assert ran.returncode == 0, ran.stderr
-    won = {rival: keys.split(",") if keys else [] for rival, _, keys in (line.partition(":") for line in ran.stdout.split())}
+    won = {
+        rival: keys.split(",") if keys else []
+        for rival, _, keys in (line.partition(":") for line in ran.stdout.split())
+    }
     assert len(won) == 8
-    assert sorted(int(key) for keys in won.values() for key in keys) == list(range(25)), "each key was won once"
+    assert sorted(int(key) for keys in won.values() for key in keys) == list(range(25)), (
+        "each key was won once"
+    )
     for rival, keys in won.items():
         for key in keys:
-            assert store.read(f"attempts/{key}") == f"{rival} {key}".encode() * 1000, "the loser did not overwrite"
+            assert store.read(f"attempts/{key}") == f"{rival} {key}".encode() * 1000, (
+                "the loser did not overwrite"
+            )
     assert len(names(store)) == 25, "no temporary file is left"
 
 
@@ -204,7 +226,9 @@ def test_creating_a_taken_key_changes_nothing(store):
     assert names(store) == ["attempts/0001.json"]
 
 
-@pytest.mark.parametrize("make", [os.mkdir, lambda path: os.symlink("nowhere", path)], ids=["folder", "dangling link"])
+@pytest.mark.parametrize(
+    "make", [os.mkdir, lambda path: os.symlink("nowhere", path)], ids=["folder", "dangling link"]
+)
 def test_a_key_taken_by_something_else_is_taken(store, make):
     make(store.path("attempts/0001.json"))
     with pytest.raises(FileExistsError):
@@ -213,7 +237,8 @@ def test_a_key_taken_by_something_else_is_taken(store, make):
 
 
 def test_a_create_whose_reply_was_lost_has_succeeded(store):
-    """NFS: the server made the link, the answer was lost, and the client's second try finds the key taken, by itself."""
+    """NFS: the server made the link, the answer was lost, and the client's second try finds the key
+    taken, by itself."""
     with store.writer("attempts/0001.json", 1) as sink:
         sink.write(b"mine")
         os.link(next(store.root.glob("attempts/*.tmp-*")), store.path("attempts/0001.json"))
@@ -226,7 +251,22 @@ def test_a_create_whose_reply_was_lost_has_succeeded(store):
 
 
 @pytest.mark.parametrize(
-    "key", ["", "/etc/passwd", "..", "../x", "a/../../x", "a/..", "./x", "a/./x", "a//x", "a/", "/", "a\0b"], ids=lambda key: repr(key)
+    "key",
+    [
+        "",
+        "/etc/passwd",
+        "..",
+        "../x",
+        "a/../../x",
+        "a/..",
+        "./x",
+        "a/./x",
+        "a//x",
+        "a/",
+        "/",
+        "a\0b",
+    ],
+    ids=lambda key: repr(key),
 )
 def test_a_key_that_leads_out_is_refused_by_every_operation(store, key):
     (store.root.parent / "x").write_bytes(b"outside")
@@ -372,7 +412,8 @@ def test_a_folder_that_vanishes_while_a_file_is_written_is_an_error(store):
 
 
 def test_deleting_where_the_folder_has_vanished_is_a_storage_error(store):
-    """A file that is gone is fine; a disk that is gone is not, and a save that is being given up must not trip over it."""
+    """A file that is gone is fine; a disk that is gone is not, and a save that is being given up
+    must not trip over it."""
     os.rename(store.root, f"{store.root}.away")
     with pytest.raises(StorageError):
         store.delete("checkpoints/a.pt")
@@ -440,7 +481,10 @@ def test_entries_are_sorted_and_only_of_this_folder(store):
         store.write(key, b"x" * len(key), 1)
     store.path("checkpoints/deeper").mkdir()
     store.path("checkpoints/deeper/d").write_bytes(b"")
-    assert [entry.key for entry in store.entries("checkpoints")] == ["checkpoints/a", "checkpoints/b"]
+    assert [entry.key for entry in store.entries("checkpoints")] == [
+        "checkpoints/a",
+        "checkpoints/b",
+    ]
 
 
 def test_lines_are_appended(store):
@@ -457,9 +501,23 @@ def test_what_is_set_aside_keeps_its_contents(store):
 
 
 def test_an_attempt_sweeps_the_temporary_files_below_its_own_and_nothing_else(store):
-    kept = ["checkpoints/a.pt.tmp-0003-0f", "checkpoints/a.pt.tmp-0004-0f", "checkpoints/a.pt.tmp-10000-0f", "attempts/0002.json"]
-    kept += ["checkpoints/a.pt.tmp", "checkpoints/a.tmp-0001-0f.pt", "checkpoints/tmp-0001-0f", "events/a.tmp-0001-0f"]
-    swept = ["attempts/0001.json.tmp-0001-00", "checkpoints/a.pt.tmp-0002-0123abcd", "checkpoints/b.pt.tmp-0000-ff"]
+    kept = [
+        "checkpoints/a.pt.tmp-0003-0f",
+        "checkpoints/a.pt.tmp-0004-0f",
+        "checkpoints/a.pt.tmp-10000-0f",
+        "attempts/0002.json",
+    ]
+    kept += [
+        "checkpoints/a.pt.tmp",
+        "checkpoints/a.tmp-0001-0f.pt",
+        "checkpoints/tmp-0001-0f",
+        "events/a.tmp-0001-0f",
+    ]
+    swept = [
+        "attempts/0001.json.tmp-0001-00",
+        "checkpoints/a.pt.tmp-0002-0123abcd",
+        "checkpoints/b.pt.tmp-0000-ff",
+    ]
     store.prepare(("events",))
     for key in kept + swept:
         store.path(key).write_bytes(b"half")

@@ -1,4 +1,5 @@
-"""`harness launch` starts again what failed, tells a crash loop from bad luck, and leaves nobody behind."""
+"""`harness launch` starts again what failed, tells a crash loop from bad luck, and leaves nobody
+behind."""
 
 from __future__ import annotations
 
@@ -13,13 +14,25 @@ from pathlib import Path
 import pytest
 from comparing import losses
 from conftest import alone, events, harness, outliving, run, torchrun, tree, wait_until, workers_of
-from launches import CRASHING_TASK, SMALL, STEPS, after_steps, begun, check_equal, crashing, ended, launch, left_behind
+from launches import (
+    CRASHING_TASK,
+    SMALL,
+    STEPS,
+    after_steps,
+    begun,
+    check_equal,
+    crashing,
+    ended,
+    launch,
+    left_behind,
+)
 from s3_server import free_ports
 
 from harness import retry
 
 Start = Callable[..., "subprocess.Popen[str]"]
-SLOWLY = "task.args.sleep_s=0.3"  # so that a save, which goes on in the background, is over when a crash comes some steps later
+# So that a save, which goes on in the background, is over when a crash comes some steps later.
+SLOWLY = "task.args.sleep_s=0.3"
 
 
 # --- what fails is started again ---
@@ -28,18 +41,26 @@ SLOWLY = "task.args.sleep_s=0.3"  # so that a save, which goes on in the backgro
 @pytest.mark.parametrize(
     ("plan", "error"),
     [
-        pytest.param("13-1-raise-1", "ValueError: the task crashes at step 13", marks=pytest.mark.slow),
-        pytest.param("13-0-raise-1", "ValueError: the task crashes at step 13", marks=pytest.mark.slow),
+        pytest.param(
+            "13-1-raise-1", "ValueError: the task crashes at step 13", marks=pytest.mark.slow
+        ),
+        pytest.param(
+            "13-0-raise-1", "ValueError: the task crashes at step 13", marks=pytest.mark.slow
+        ),
         *[
             pytest.param(f"13-{rank}-{how}-1", "", marks=pytest.mark.slow)
             for rank in (0, 1)
             for how in ("kill", "segfault", "exit", "leave")
         ],
         pytest.param("1-0-kill-1", "", marks=pytest.mark.slow),
-        pytest.param("40-1-raise-1", "ValueError: the task crashes at step 40", marks=pytest.mark.slow),
+        pytest.param(
+            "40-1-raise-1", "ValueError: the task crashes at step 40", marks=pytest.mark.slow
+        ),
     ],
 )
-def test_what_dies_once_is_started_again_and_comes_out_equal(plan: str, error: str, whole: Callable[[int], Path], folder: Path) -> None:
+def test_what_dies_once_is_started_again_and_comes_out_equal(
+    plan: str, error: str, whole: Callable[[int], Path], folder: Path
+) -> None:
     directory = folder / "run"
     done = run(launch(2, *crashing(folder, plan), "checkpoint.every_steps=5"), cwd=folder)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -49,27 +70,43 @@ def test_what_dies_once_is_started_again_and_comes_out_equal(plan: str, error: s
     assert ends[-1]["why"] == "finished" and len(ends) <= 2
     assert len(begun(directory, "attempts")) == len(begun(directory, "launches")) == 2
     if error:
-        assert (ends[0]["why"], ends[0]["error"], ends[0]["step"]) == ("failed", error, int(plan.split("-")[0]))
+        assert (ends[0]["why"], ends[0]["error"], ends[0]["step"]) == (
+            "failed",
+            error,
+            int(plan.split("-")[0]),
+        )
         assert ends[0]["rank"] == int(plan.split("-")[1])
         assert done.stderr.count("Traceback (most recent call last)") == 1, done.stderr
     assert done.stderr.count("harness: to be continued: failed") == 1, done.stderr
     check_equal(directory, whole(2))
     assert left_behind(directory) == []
     launches = list(begun(directory, "launches"))
-    assert sorted(file.name for file in directory.glob("logs/*")) == [f"{name}-rank1.log" for name in launches]
-    for name in ("attempt 2 begins" if plan.startswith("1-") else "attempt 2 resumes", "finished at step 40"):
+    assert sorted(file.name for file in directory.glob("logs/*")) == [
+        f"{name}-rank1.log" for name in launches
+    ]
+    for name in (
+        "attempt 2 begins" if plan.startswith("1-") else "attempt 2 resumes",
+        "finished at step 40",
+    ):
         assert done.stdout.count(name) == 1, done.stdout
 
 
 @pytest.mark.slow
-def test_what_dies_again_and_again_is_tried_three_times_and_last_from_the_checkpoint_before(folder: Path) -> None:
+def test_what_dies_again_and_again_is_tried_three_times_and_last_from_the_checkpoint_before(
+    folder: Path,
+) -> None:
     directory = folder / "run"
     settings = (*crashing(folder, "13-0-raise-99"), "checkpoint.every_steps=5")
     assert run(alone(*settings), cwd=folder).returncode == 1
     done = run(launch(1, *settings), cwd=folder)
     assert done.returncode == 1, done.stdout + done.stderr
     attempts = begun(directory, "attempts")
-    assert [record["from"] and record["from"]["step"] for record in attempts.values()] == [None, 10, 10, 5]
+    assert [record["from"] and record["from"]["step"] for record in attempts.values()] == [
+        None,
+        10,
+        10,
+        5,
+    ]
     assert [end["step"] for end in ended(directory, "attempts").values()] == [13] * 4
     starts = begun(directory, "launches")
     assert [start["failures"] for start in starts.values()] == [0, 1, 2]
@@ -77,25 +114,40 @@ def test_what_dies_again_and_again_is_tried_three_times_and_last_from_the_checkp
     assert len({record["launch"] for record in attempts.values()} - {None}) == 3
     assert done.stderr.count("Traceback (most recent call last)") == 3, done.stderr
     *_, before, last = done.stderr.strip().split("\n")
-    assert before == "ValueError: the task crashes at step 13", "the traceback comes last, but for the verdict"
-    assert last.startswith("harness: failed: 3 in a row died without a new checkpoint, each at step 13"), last
+    assert before == "ValueError: the task crashes at step 13", (
+        "the traceback comes last, but for the verdict"
+    )
+    assert last.startswith(
+        "harness: failed: 3 in a row died without a new checkpoint, each at step 13"
+    ), last
     assert "the task crashes at step 13" in last and left_behind(directory) == []
     status = run(harness("status", str(directory)))
     assert status.returncode == 1 and "3 in a row" in status.stdout, status.stdout
 
 
 @pytest.mark.slow
-def test_crashes_with_progress_between_them_are_no_crash_loop(whole: Callable[[int], Path], folder: Path) -> None:
+def test_crashes_with_progress_between_them_are_no_crash_loop(
+    whole: Callable[[int], Path], folder: Path
+) -> None:
     directory = folder / "run"
-    plan = ",".join(f"{step}-0-{how}-2" for step, how in ((7, "raise"), (14, "kill"), (21, "raise"), (28, "exit")))
-    done = run(launch(1, *crashing(folder, plan), "checkpoint.every_steps=5", SLOWLY), cwd=folder, limit_s=300)
+    plan = ",".join(
+        f"{step}-0-{how}-2"
+        for step, how in ((7, "raise"), (14, "kill"), (21, "raise"), (28, "exit"))
+    )
+    done = run(
+        launch(1, *crashing(folder, plan), "checkpoint.every_steps=5", SLOWLY),
+        cwd=folder,
+        limit_s=300,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert len(list(folder.glob("*.crashed"))) == 8 and len(begun(directory, "attempts")) == 9
     check_equal(directory, whole(1))
 
 
 @pytest.mark.slow
-def test_a_second_launch_after_a_crash_loop_tries_three_times_anew(whole: Callable[[int], Path], folder: Path) -> None:
+def test_a_second_launch_after_a_crash_loop_tries_three_times_anew(
+    whole: Callable[[int], Path], folder: Path
+) -> None:
     directory = folder / "run"
     command = launch(1, *crashing(folder, "3-0-raise-4"))
     assert run(command, cwd=folder).returncode == 1
@@ -108,14 +160,20 @@ def test_a_second_launch_after_a_crash_loop_tries_three_times_anew(whole: Callab
 @pytest.mark.slow
 @pytest.mark.parametrize("most", [1, 2, 5])
 def test_so_many_failures_as_are_set_end_it(most: int, folder: Path) -> None:
-    done = run(launch(1, *crashing(folder, "3-0-kill-99"), f"run.max_failures={most}"), cwd=folder, limit_s=300)
+    done = run(
+        launch(1, *crashing(folder, "3-0-kill-99"), f"run.max_failures={most}"),
+        cwd=folder,
+        limit_s=300,
+    )
     assert done.returncode == 1, done.stdout + done.stderr
     assert len(list(folder.glob("*.crashed"))) == len(begun(folder / "run", "attempts")) == most
     assert f"{most} in a row" in done.stderr.strip().split("\n")[-1]
 
 
 @pytest.mark.slow
-def test_a_crash_before_any_attempt_exists_is_counted_and_said(whole: Callable[[int], Path], folder: Path) -> None:
+def test_a_crash_before_any_attempt_exists_is_counted_and_said(
+    whole: Callable[[int], Path], folder: Path
+) -> None:
     directory = folder / "run"
     done = run(launch(2, *crashing(folder, "0-1-raise-99")), cwd=folder)
     assert done.returncode == 1, done.stdout + done.stderr
@@ -128,21 +186,29 @@ def test_a_crash_before_any_attempt_exists_is_counted_and_said(whole: Callable[[
     assert done.stderr.count("Traceback (most recent call last)") == 3, done.stderr
     status = run(harness("status", str(directory)))
     assert status.returncode == 1 and "while it is built" in status.stdout, status.stdout
-    (folder / "crashing_task.py").write_text(CRASHING_TASK.replace('crash(0, "while it is built")', ""))
+    (folder / "crashing_task.py").write_text(
+        CRASHING_TASK.replace('crash(0, "while it is built")', "")
+    )
     assert run(launch(2, *crashing(folder, "")), cwd=folder).returncode == 0
     check_equal(directory, whole(2))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["kill", "raise", "exit"])
-def test_torchrun_may_start_again_in_place(how: str, whole: Callable[[int], Path], folder: Path) -> None:
+def test_torchrun_may_start_again_in_place(
+    how: str, whole: Callable[[int], Path], folder: Path
+) -> None:
     directory = folder / "run"
     settings = (*crashing(folder, f"13-1-{how}-1,23-0-{how}-1"), "checkpoint.every_steps=5", SLOWLY)
     done = run(harness("launch", "--nproc-per-node=2", "--max-restarts=2", *settings), cwd=folder)
     assert done.returncode == 0, done.stdout + done.stderr
     assert len(begun(directory, "launches")) == 1
     attempts = begun(directory, "attempts")
-    assert [record["from"] and record["from"]["step"] for record in attempts.values()] == [None, 10, 20]
+    assert [record["from"] and record["from"]["step"] for record in attempts.values()] == [
+        None,
+        10,
+        20,
+    ]
     check_equal(directory, whole(2))
 
 
@@ -175,13 +241,20 @@ def test_a_signal_to_launch_saves_ends_everything_and_starts_nothing_again(
     assert end["step"] == end["saved_step"] == max(losses(directory))
     assert [end["why"] for end in ended(directory, "launches").values()] == ["stopped"]
     assert run(torchrun(2, *settings)).returncode == 0
-    assert [event["step"] for event in events(directory, "step")] == list(range(1, STEPS + 1)), "a step was lost or done twice"
+    assert [event["step"] for event in events(directory, "step")] == list(range(1, STEPS + 1)), (
+        "a step was lost or done twice"
+    )
     check_equal(directory, whole(2))
 
 
 @pytest.mark.slow
-def test_a_second_interrupt_ends_everything_at_once(whole: Callable[[int], Path], tmp_path: Path, started: Start) -> None:
-    directory, settings = tmp_path / "run", (*SMALL, f"run.dir={tmp_path}/run", "checkpoint.every_steps=2")
+def test_a_second_interrupt_ends_everything_at_once(
+    whole: Callable[[int], Path], tmp_path: Path, started: Start
+) -> None:
+    directory, settings = (
+        tmp_path / "run",
+        (*SMALL, f"run.dir={tmp_path}/run", "checkpoint.every_steps=2"),
+    )
     process = started(launch(2, *settings, "task.args.sleep_s=20"))
     wait_until(lambda: events(directory, "begun"), "the attempt")
     time.sleep(0.5)
@@ -216,11 +289,14 @@ def test_a_signal_to_one_rank_stops_all_saved_and_launch_starts_them_again(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("times", [1, 2])
-def test_harness_stop_ends_a_launch_and_the_next_goes_on(times: int, whole: Callable[[int], Path], tmp_path: Path, started: Start) -> None:
+def test_harness_stop_ends_a_launch_and_the_next_goes_on(
+    times: int, whole: Callable[[int], Path], tmp_path: Path, started: Start
+) -> None:
     directory, settings = tmp_path / "run", (*SMALL, f"run.dir={tmp_path}/run")
     process = started(launch(2, *settings, "task.args.sleep_s=0.2"))
     after_steps(directory, 3, process)
-    asking = [started(harness("stop", str(directory))) for _ in range(times)]  # at once: when the first has had its way, nobody is there
+    # At once: when the first has had its way, nobody is there.
+    asking = [started(harness("stop", str(directory))) for _ in range(times)]
     assert [one.wait(timeout=60) for one in asking] == [0] * times
     out, err = process.communicate(timeout=30)
     assert process.returncode == 75 and "not started again" in err, out + err
@@ -232,8 +308,12 @@ def test_harness_stop_ends_a_launch_and_the_next_goes_on(times: int, whole: Call
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT], ids=lambda number: number.name)
-def test_a_signal_in_the_pause_between_two_starts_ends_it(number: signal.Signals, folder: Path, started: Start) -> None:
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT], ids=lambda number: number.name
+)
+def test_a_signal_in_the_pause_between_two_starts_ends_it(
+    number: signal.Signals, folder: Path, started: Start
+) -> None:
     directory = folder / "run"
     process = started(launch(1, *crashing(folder, "3-0-exit-99")), cwd=folder)
     wait_until(lambda: len(ended(directory, "launches")) == 2, "the second crash", limit_s=150)
@@ -248,7 +328,16 @@ def test_a_signal_in_the_pause_between_two_starts_ends_it(number: signal.Signals
 
 def test_killed_it_takes_all_its_processes_with_it(tmp_path: Path, started: Start) -> None:
     directory = tmp_path / "run"
-    process = started(launch(2, *SMALL, f"run.dir={directory}", "train.epochs=400", "checkpoint.every_steps=2", "task.args.sleep_s=0.1"))
+    process = started(
+        launch(
+            2,
+            *SMALL,
+            f"run.dir={directory}",
+            "train.epochs=400",
+            "checkpoint.every_steps=2",
+            "task.args.sleep_s=0.1",
+        )
+    )
     after_steps(directory, 3, process)
     workers = [worker for member in tree(process.pid) for worker in workers_of(member.pid)]
     process.kill()
@@ -260,8 +349,13 @@ def test_killed_it_takes_all_its_processes_with_it(tmp_path: Path, started: Star
 
 @pytest.mark.slow
 @pytest.mark.parametrize("whom", ["launch", "torchrun", "both"])
-def test_killed_it_is_no_failure_and_the_run_goes_on(whom: str, whole: Callable[[int], Path], tmp_path: Path, started: Start) -> None:
-    directory, settings = tmp_path / "run", (*SMALL, f"run.dir={tmp_path}/run", "checkpoint.every_steps=2")
+def test_killed_it_is_no_failure_and_the_run_goes_on(
+    whom: str, whole: Callable[[int], Path], tmp_path: Path, started: Start
+) -> None:
+    directory, settings = (
+        tmp_path / "run",
+        (*SMALL, f"run.dir={tmp_path}/run", "checkpoint.every_steps=2"),
+    )
     process = started(launch(2, *settings, "task.args.sleep_s=0.1"))
     after_steps(directory, 3, process)
     child = next(member for member in tree(process.pid) if workers_of(member.pid))
@@ -278,14 +372,19 @@ def test_killed_it_is_no_failure_and_the_run_goes_on(whom: str, whole: Callable[
         process.communicate()
         wait_until(lambda: not left_behind(directory), "the end of all processes", limit_s=2)
         status = json.loads(run(harness("status", "--json", str(directory))).stdout)
-        assert status["state"] in ("running", "to be continued") and status["attempts"][0]["end"] is None, status
+        assert (
+            status["state"] in ("running", "to be continued")
+            and status["attempts"][0]["end"] is None
+        ), status
         assert run(torchrun(2, *settings)).returncode == 0
     check_equal(directory, whole(2))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("delay_s", [0.5, 1.5, 3.0, 4.5, 6.0, 8.0])
-def test_killed_while_it_starts_it_leaves_nobody_behind(delay_s: float, tmp_path: Path, started: Start) -> None:
+def test_killed_while_it_starts_it_leaves_nobody_behind(
+    delay_s: float, tmp_path: Path, started: Start
+) -> None:
     directory = tmp_path / "run"
     process = started(launch(2, *SMALL, f"run.dir={directory}", "task.args.sleep_s=0.5"))
     time.sleep(delay_s)
@@ -297,7 +396,9 @@ def test_killed_while_it_starts_it_leaves_nobody_behind(delay_s: float, tmp_path
 # --- what cannot work is refused at once ---
 
 
-def test_a_wrong_configuration_spawns_nothing_and_writes_nothing(tmp_path: Path, started: Start) -> None:
+def test_a_wrong_configuration_spawns_nothing_and_writes_nothing(
+    tmp_path: Path, started: Start
+) -> None:
     directory = tmp_path / "run"
     for wrong in ("run.max_failures=0", "train.global_batch_size=47", "task.args.fall_at=3"):
         process = started(launch(2, *SMALL, f"run.dir={directory}", wrong))
@@ -313,7 +414,9 @@ def test_a_wrong_configuration_spawns_nothing_and_writes_nothing(tmp_path: Path,
 
 
 @pytest.mark.slow
-def test_a_wrong_configuration_that_only_the_ranks_can_see_is_not_tried_again(whole: Callable[[int], Path], tmp_path: Path) -> None:
+def test_a_wrong_configuration_that_only_the_ranks_can_see_is_not_tried_again(
+    whole: Callable[[int], Path], tmp_path: Path
+) -> None:
     directory, settings = tmp_path / "run", (*SMALL[:-1], f"run.dir={tmp_path}/run")
     assert run(launch(1, *settings, "train.max_steps=10")).returncode == 0
     done = run(launch(1, *settings, "train.max_steps=20", "train.clip_norm=0.5"))
@@ -324,10 +427,16 @@ def test_a_wrong_configuration_that_only_the_ranks_can_see_is_not_tried_again(wh
 
 @pytest.mark.slow
 def test_an_unreachable_remote_ends_it_within_its_limit(tmp_path: Path) -> None:
-    keys = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_EC2_METADATA_DISABLED": "true"}
+    keys = {
+        "AWS_ACCESS_KEY_ID": "a",
+        "AWS_SECRET_ACCESS_KEY": "b",
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }
     began = time.monotonic()
     done = run(
-        launch(1, *SMALL, f"run.dir={tmp_path}/run", "run.remote=s3://bucket/run", "store.wait_s=4"),
+        launch(
+            1, *SMALL, f"run.dir={tmp_path}/run", "run.remote=s3://bucket/run", "store.wait_s=4"
+        ),
         env=keys | {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{free_ports(1)[0]}"},
     )
     assert done.returncode == 74 and "Traceback" not in done.stderr, done.stdout + done.stderr
@@ -341,7 +450,9 @@ def test_an_unreachable_remote_ends_it_within_its_limit(tmp_path: Path) -> None:
 class Pauses:
     """A sleeper that waits for nothing, and asks to give up after so many seconds."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, give_up_after_s: float = float("inf")) -> None:
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, give_up_after_s: float = float("inf")
+    ) -> None:
         self.now, self.limit_s = 0.0, give_up_after_s
         monkeypatch.setattr(retry.time, "monotonic", lambda: self.now)
 
@@ -369,19 +480,29 @@ def test_pauses_between_starts_grow_to_a_minute(monkeypatch: pytest.MonkeyPatch)
 
 def test_a_result_that_is_enough_is_returned_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     pauses = Pauses(monkeypatch)
-    assert retry.until_enough(lambda: "enough", lambda result: False, sleep=pauses.sleep) == "enough"
+    assert (
+        retry.until_enough(lambda: "enough", lambda result: False, sleep=pauses.sleep) == "enough"
+    )
     assert pauses.now == 0
 
 
-def test_a_pause_ends_when_it_is_given_up_and_who_gave_up_has_the_last_word(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pause_ends_when_it_is_given_up_and_who_gave_up_has_the_last_word(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     pauses, calls = Pauses(monkeypatch, give_up_after_s=20.0), list[float]()
 
     def work() -> str:
         calls.append(pauses.now)
         return f"result {len(calls)}"
 
-    assert retry.until_enough(work, lambda result: True, give_up=pauses.give_up, sleep=pauses.sleep) == f"result {len(calls)}"
-    assert pauses.now < 20.0 + 2 * retry.SLICE_S and all(at < 20.0 for at in calls[:-1]), (pauses.now, calls)
+    assert (
+        retry.until_enough(work, lambda result: True, give_up=pauses.give_up, sleep=pauses.sleep)
+        == f"result {len(calls)}"
+    )
+    assert pauses.now < 20.0 + 2 * retry.SLICE_S and all(at < 20.0 for at in calls[:-1]), (
+        pauses.now,
+        calls,
+    )
 
 
 def test_what_raises_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,5 @@
-"""Who is started again, and who is not: what stands in a run's stores decides, whatever has happened to it."""
+"""Who is started again, and who is not: what stands in a run's stores decides, whatever has
+happened to it."""
 
 from __future__ import annotations
 
@@ -45,7 +46,10 @@ def store(run: Path) -> LocalStore:
 @pytest.fixture(params=["directory", "memory", "directory and memory"])
 def stores(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Store, ...]:
     """An empty run, wherever runs may live."""
-    directory, memory = LocalStore(tmp_path / "run"), open_store(f"memory://{secrets.token_hex(8)}/run", 5)
+    directory, memory = (
+        LocalStore(tmp_path / "run"),
+        open_store(f"memory://{secrets.token_hex(8)}/run", 5),
+    )
     found: dict[str, tuple[Store, ...]] = {
         "directory": (directory,), "memory": (memory,), "directory and memory": (directory, memory)
     }  # fmt: skip
@@ -74,7 +78,10 @@ def harness(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
 def tree(directory: Path) -> dict[str, tuple[bytes, int]]:
     """Every file with its content and when it was written."""
     found = (path for path in directory.rglob("*") if path.is_file())
-    return {str(path.relative_to(directory)): (path.read_bytes(), path.stat().st_mtime_ns) for path in found}
+    return {
+        str(path.relative_to(directory)): (path.read_bytes(), path.stat().st_mtime_ns)
+        for path in found
+    }
 
 
 # --- what is counted ---
@@ -92,7 +99,9 @@ def test_failures_in_a_row_are_counted_until_they_are_a_crash_loop_wherever_the_
 def test_an_attempt_that_gets_further_than_ever_lets_all_failures_before_it_be_forgotten(stores):
     job = Job("100", *stores)
     job.fails().fails().fails(10)
-    assert job.failures == [], "the one that made progress and then failed is none without a new checkpoint, either"
+    assert job.failures == [], (
+        "the one that made progress and then failed is none without a new checkpoint, either"
+    )
     assert job.verdict.exit_code == 75
     job.fails().fails()
     assert len(job.failures) == 2
@@ -133,7 +142,12 @@ def test_progress_is_remembered_when_retention_has_let_its_checkpoint_go(store):
 
 def test_stops_are_free_however_many(stores):
     job = Job("100", *stores)
-    for details in ({"signals": ["SIGTERM"]}, {"by": "time limit"}, {"by": "aws"}, {"signals": ["SIGUSR1"]}):
+    for details in (
+        {"signals": ["SIGTERM"]},
+        {"by": "time limit"},
+        {"by": "aws"},
+        {"signals": ["SIGUSR1"]},
+    ):
         assert job.stops(**details).verdict.exit_code == 75
     job.begin().end("stopped", code=0)  # before it got to an attempt
     assert job.failures == []
@@ -195,7 +209,11 @@ def test_every_attempt_that_torchrun_restarted_in_one_launch_counts(store):
     job = Job("100", store).begin()
     for step in (7, 7, 7):
         job.attempt(why="failed", error="ValueError: no", step=step, rank=1)
-    assert [failure.what for failure in job.end(code=1).failures] == ["attempt 1", "attempt 2", "attempt 3"]
+    assert [failure.what for failure in job.end(code=1).failures] == [
+        "attempt 1",
+        "attempt 2",
+        "attempt 3",
+    ]
     assert job.verdict.exit_code == 1
 
 
@@ -267,15 +285,29 @@ def test_whatever_happens_the_count_is_what_a_person_would_count(happenings):
         for name, lives, launch_end in happenings:
             job, deaths = jobs[name].begin(), 0
             for commits, life_end in lives:
-                steps = {"further": [reached + 5], "again": [max(1, reached)] if reached else [], "nothing": []}[commits]
-                job.attempt(*steps, why=None if life_end == "killed" else life_end, error="e", step=reached, saved=True)
+                steps = {
+                    "further": [reached + 5],
+                    "again": [max(1, reached)] if reached else [],
+                    "nothing": [],
+                }[commits]
+                job.attempt(
+                    *steps,
+                    why=None if life_end == "killed" else life_end,
+                    error="e",
+                    step=reached,
+                    saved=True,
+                )
                 if commits == "further":
                     reached += 5
                     counted, deaths = dict.fromkeys(counted, 0), 0
                 elif life_end == "failed" or (life_end == "killed" and launch_end == "ended"):
                     deaths += 1
             if launch_end != "lost":
-                job.end("failed" if launch_end == "ended" and not lives else launch_end, error="e", code=1)
+                job.end(
+                    "failed" if launch_end == "ended" and not lives else launch_end,
+                    error="e",
+                    code=1,
+                )
             deaths += launch_end == "ended" and not lives
             counted[name] += 0 if launch_end == "stopped" else deaths
             assert {name: len(job.failures) for name, job in jobs.items()} == counted
@@ -292,8 +324,8 @@ def test_a_crash_loop_names_the_step_if_it_is_always_the_same(store):
     for attempt in range(3):
         job.fails(step=57, error=f"RuntimeError: loss\nis gone {attempt}")
     assert job.verdict.why == (
-        "3 in a row died without a new checkpoint, each at step 57; the first: attempt 2 failed at step 57 on rank 0: "
-        "RuntimeError: loss is gone 0"
+        "3 in a row died without a new checkpoint, each at step 57; the first: attempt 2 failed "
+        "at step 57 on rank 0: RuntimeError: loss is gone 0"
     )
 
 
@@ -302,7 +334,8 @@ def test_a_crash_loop_names_no_step_if_they_differ_or_none_is_known(store):
     assert "each at" not in crash_loop(job.failures)
     killed = Job("200", store).dies().dies().dies()
     assert crash_loop(killed.failures) == (
-        "3 in a row died without a new checkpoint; the first: attempt 4 failed: killed: no end is recorded"
+        "3 in a row died without a new checkpoint; the first: attempt 4 failed: killed: "
+        "no end is recorded"
     )
 
 
@@ -373,14 +406,20 @@ def test_what_no_restart_can_mend_is_final_at_once(stores):
     job.attempt(why="failed", error="two objects are tracked as 'model'", code=78)
     assert job.end(code=78).verdict == Outcome("failed", "two objects are tracked as 'model'", 78)
     assert job.outcome.exit_code == 1
-    early = Job("200", *stores).begin().end("failed", code=78, error="run.dir and run.remote hold different runs")
+    early = (
+        Job("200", *stores)
+        .begin()
+        .end("failed", code=78, error="run.dir and run.remote hold different runs")
+    )
     assert early.verdict.exit_code == 78
     assert early.outcome.exit_code == 1
 
 
 def test_an_unreachable_store_is_tried_again_and_counted(store):
     job = Job("100", store)
-    assert [job.fails(code=74, error="the store does not answer").verdict.exit_code for _ in range(3)] == [75, 75, 1]
+    assert [
+        job.fails(code=74, error="the store does not answer").verdict.exit_code for _ in range(3)
+    ] == [75, 75, 1]
 
 
 def test_without_any_checkpoint_left_whole_nothing_is_started_again(store):
@@ -433,8 +472,15 @@ def test_before_records_the_launch_in_every_store_and_says_begin(tmp_path, harne
     assert harness("supervise", "before", *places, launch="1234.0") == (75, "")
     for store in (LocalStore(directory), open_store(memory)):
         record = json.loads(store.read("launches/1234.0.json"))
-        assert (record["reached"], record["greatest"], record["failures"], record["steps_back"]) == (0, 0, 0, False)
-    assert harness("supervise", "before", *places, launch="1234.0")[0] == 75, "asked twice, it says the same"
+        assert (
+            record["reached"],
+            record["greatest"],
+            record["failures"],
+            record["steps_back"],
+        ) == (0, 0, 0, False)
+    assert harness("supervise", "before", *places, launch="1234.0")[0] == 75, (
+        "asked twice, it says the same"
+    )
 
 
 def test_a_finished_run_is_left_alone_and_a_longer_one_begins(run, harness):
@@ -444,10 +490,17 @@ def test_a_finished_run_is_left_alone_and_a_longer_one_begins(run, harness):
     before = tree(run)
     code, said = harness("supervise", "before", f"run.dir={run}", launch="101.0")
     assert (code, "finished" in said) == (0, True)
-    assert harness("supervise", "before", f"run.dir={run}", "train.epochs=20", launch="101.0")[0] == 0
-    assert harness("supervise", "before", f"run.dir={run}", "train.max_steps=5", launch="101.0")[0] == 0
+    assert (
+        harness("supervise", "before", f"run.dir={run}", "train.epochs=20", launch="101.0")[0] == 0
+    )
+    assert (
+        harness("supervise", "before", f"run.dir={run}", "train.max_steps=5", launch="101.0")[0]
+        == 0
+    )
     assert tree(run) == before
-    assert harness("supervise", "before", f"run.dir={run}", "train.epochs=31", launch="101.0")[0] == 75
+    assert (
+        harness("supervise", "before", f"run.dir={run}", "train.epochs=31", launch="101.0")[0] == 75
+    )
     assert (run / "launches" / "101.0.json").exists()
 
 
@@ -455,7 +508,10 @@ def test_a_finished_run_that_a_store_lacks_is_begun_to_be_copied_there(run, harn
     job = Job("100", LocalStore(run)).begin()
     job.attempt(10, why="finished", final=True)
     remote = f"memory://{secrets.token_hex(8)}/run"
-    assert harness("supervise", "before", f"run.dir={run}", f"run.remote={remote}", launch="101.0")[0] == 75
+    assert (
+        harness("supervise", "before", f"run.dir={run}", f"run.remote={remote}", launch="101.0")[0]
+        == 75
+    )
 
 
 def test_a_crash_loop_is_not_begun_again_but_another_job_may(run, harness):
@@ -465,7 +521,10 @@ def test_a_crash_loop_is_not_begun_again_but_another_job_may(run, harness):
     assert code == 1
     assert "3 in a row died without a new checkpoint, each at step 7" in said
     assert tree(run) == before
-    assert harness("supervise", "before", f"run.dir={run}", "run.max_failures=4", launch="100.3")[0] == 75
+    assert (
+        harness("supervise", "before", f"run.dir={run}", "run.max_failures=4", launch="100.3")[0]
+        == 75
+    )
     assert harness("supervise", "before", f"run.dir={run}", launch="101.0")[0] == 75
 
 
@@ -473,7 +532,12 @@ def test_only_the_last_try_of_several_steps_back(run, harness):
     job = Job("100", LocalStore(run)).stops(10, 20)
 
     def steps_back(name: str, most: int) -> bool:
-        assert harness("supervise", "before", f"run.dir={run}", f"run.max_failures={most}", launch=name)[0] == 75
+        assert (
+            harness(
+                "supervise", "before", f"run.dir={run}", f"run.max_failures={most}", launch=name
+            )[0]
+            == 75
+        )
         return json.loads((run / "launches" / f"{name}.json").read_text())["steps_back"]
 
     assert not steps_back("100.10", 3) and not steps_back("100.11", 1)
@@ -492,13 +556,25 @@ def test_a_submitted_run_without_its_record_stands_before_another_disk(tmp_path,
     assert not directory.exists()
     directory.mkdir()
     (directory / "run.json").write_text("{}\n")
-    assert harness("supervise", "before", "--submitted", f"run.dir={directory}", launch="1.0")[0] == 75
+    assert (
+        harness("supervise", "before", "--submitted", f"run.dir={directory}", launch="1.0")[0] == 75
+    )
 
 
 def test_a_submitted_run_on_scratch_is_known_by_the_record_in_its_other_store(tmp_path, harness):
     remote = f"memory://{secrets.token_hex(8)}/run"
     open_store(remote).create("run.json", b"{}\n", 0)
-    assert harness("supervise", "before", "--submitted", f"run.dir={tmp_path}/new", f"run.remote={remote}", launch="1.0")[0] == 75
+    assert (
+        harness(
+            "supervise",
+            "before",
+            "--submitted",
+            f"run.dir={tmp_path}/new",
+            f"run.remote={remote}",
+            launch="1.0",
+        )[0]
+        == 75
+    )
 
 
 @pytest.mark.parametrize(
@@ -530,12 +606,18 @@ def test_a_launch_without_a_proper_name_is_refused_in_words(when, name, tmp_path
 
 def test_wrong_settings_are_refused_in_words(tmp_path, harness):
     for when in ("before", "after"):
-        code, said = harness("supervise", when, f"run.dir={tmp_path}/run", "run.max_failure=3", launch="1.0")
+        code, said = harness(
+            "supervise", when, f"run.dir={tmp_path}/run", "run.max_failure=3", launch="1.0"
+        )
         assert (code, "run.max_failures" in said) == (78, True)
 
 
 def test_a_store_that_does_not_answer_is_no_verdict(tmp_path, harness, monkeypatch):
-    for name, value in (("AWS_ACCESS_KEY_ID", "k"), ("AWS_SECRET_ACCESS_KEY", "s"), ("AWS_ENDPOINT_URL", "http://127.0.0.1:9")):
+    for name, value in (
+        ("AWS_ACCESS_KEY_ID", "k"),
+        ("AWS_SECRET_ACCESS_KEY", "s"),
+        ("AWS_ENDPOINT_URL", "http://127.0.0.1:9"),
+    ):
         monkeypatch.setenv(name, value)
     settings = [f"run.dir={tmp_path}/run", "run.remote=s3://bucket/run", "store.wait_s=0.2"]
     for when in ("before", "after"):
@@ -564,7 +646,9 @@ def test_torn_launch_records_are_survived_and_cost_at_most_their_own_word(run, h
     assert len(job.failures) == 2
     assert harness("supervise", "before", f"run.dir={run}", launch="100.3")[0] == 75
     assert harness("status", run)[0] == 75
-    assert harness("supervise", "after", "--code", "1", f"run.dir={run}", launch="100.3")[0] == 1, "the third in a row"
+    assert harness("supervise", "after", "--code", "1", f"run.dir={run}", launch="100.3")[0] == 1, (
+        "the third in a row"
+    )
 
 
 def test_a_launch_whose_own_record_is_torn_is_not_taken_for_superseded(run, harness):
@@ -581,10 +665,20 @@ def test_after_counts_and_says_what_the_launch_died_of(run, harness):
     for count, expected in ((0, 75), (1, 75), (2, 1)):
         assert harness("supervise", "before", f"run.dir={run}", launch=f"100.{count}")[0] == 75
         job.count = count + 1
-        job.attempt(why="failed", error=f"ValueError: {count}", step=5, rank=1, trace=f"Traceback of {count}\n")
-        code, said = harness("supervise", "after", "--code", "1", f"run.dir={run}", launch=f"100.{count}")
+        job.attempt(
+            why="failed",
+            error=f"ValueError: {count}",
+            step=5,
+            rank=1,
+            trace=f"Traceback of {count}\n",
+        )
+        code, said = harness(
+            "supervise", "after", "--code", "1", f"run.dir={run}", launch=f"100.{count}"
+        )
         assert code == expected
-        assert f"Traceback of {0 if expected == 1 else count}" in said, "in the end the first one is the cause"
+        assert f"Traceback of {0 if expected == 1 else count}" in said, (
+            "in the end the first one is the cause"
+        )
         assert json.loads(store.read(f"launches/100.{count}.end.json"))["why"] == "ended"
     assert "each at step 5" in said.splitlines()[-1]
 
@@ -592,7 +686,9 @@ def test_after_counts_and_says_what_the_launch_died_of(run, harness):
 def test_after_a_launch_that_never_began_says_so_and_counts_it(run, harness):
     for count, expected in ((0, 75), (1, 75), (2, 1)):
         harness("supervise", "before", f"run.dir={run}", launch=f"100.{count}")
-        code, said = harness("supervise", "after", "--code", "2", f"run.dir={run}", launch=f"100.{count}")
+        code, said = harness(
+            "supervise", "after", "--code", "2", f"run.dir={run}", launch=f"100.{count}"
+        )
         assert (code, "no rank began to train (exit code 2)" in said) == (expected, True)
 
 
@@ -600,7 +696,9 @@ def test_after_a_launch_that_was_stopped_before_it_began_counts_nothing(run, har
     for count in range(4):
         harness("supervise", "before", f"run.dir={run}", launch=f"100.{count}")
         extra = ["--stopped"] if count % 2 else ["--code", "0"]
-        assert harness("supervise", "after", *extra, f"run.dir={run}", launch=f"100.{count}")[0] == 75
+        assert (
+            harness("supervise", "after", *extra, f"run.dir={run}", launch=f"100.{count}")[0] == 75
+        )
     assert Job("100", LocalStore(run)).failures == []
 
 
@@ -613,20 +711,45 @@ def test_after_with_stopped_frees_whatever_the_stop_broke(run, harness):
             job.attempt(why="failed", error="connection reset by peer", step=3)
         else:
             job.attempt()
-        assert harness("supervise", "after", "--code", "143", "--stopped", f"run.dir={run}", launch=f"100.{count}")[0] == 75
+        assert (
+            harness(
+                "supervise",
+                "after",
+                "--code",
+                "143",
+                "--stopped",
+                f"run.dir={run}",
+                launch=f"100.{count}",
+            )[0]
+            == 75
+        )
     assert job.failures == []
 
 
 def test_after_with_stopped_frees_also_what_a_node_has_called_a_failure_first(run, harness):
-    """A preemption that has begun is no failure, whatever it broke: also if a node's launcher has left its word already."""
+    """A preemption that has begun is no failure, whatever it broke: also if a node's launcher has
+    left its word already."""
     job = Job("100", LocalStore(run))
     for count in range(4):
         assert harness("supervise", "before", f"run.dir={run}", launch=f"100.{count}")[0] == 75
         job.count = count + 1
         if count % 2:
             job.attempt()
-        assert launches.failed(LocalStore(run), f"100.{count}", code=1, error="torchrun failed on n2")
-        assert harness("supervise", "after", "--code", "143", "--stopped", f"run.dir={run}", launch=f"100.{count}")[0] == 75
+        assert launches.failed(
+            LocalStore(run), f"100.{count}", code=1, error="torchrun failed on n2"
+        )
+        assert (
+            harness(
+                "supervise",
+                "after",
+                "--code",
+                "143",
+                "--stopped",
+                f"run.dir={run}",
+                launch=f"100.{count}",
+            )[0]
+            == 75
+        )
     assert job.failures == []
 
 
@@ -634,10 +757,21 @@ def test_what_a_node_has_called_a_failure_is_the_error_that_is_told_and_counted_
     job = Job("100", LocalStore(run))
     for count, expected in ((0, 75), (1, 75), (2, 1)):
         harness("supervise", "before", f"run.dir={run}", launch=f"100.{count}")
-        assert launches.failed(LocalStore(run), f"100.{count}", code=1, error=f"torchrun failed on n{count}")
-        assert not launches.failed(LocalStore(run), f"100.{count}", code=1, error="the first word stands")
-        assert harness("supervise", "after", "--code", "1", f"run.dir={run}", launch=f"100.{count}")[0] == expected
-    assert [failure.error for failure in job.failures] == ["torchrun failed on n0", "torchrun failed on n1", "torchrun failed on n2"]
+        assert launches.failed(
+            LocalStore(run), f"100.{count}", code=1, error=f"torchrun failed on n{count}"
+        )
+        assert not launches.failed(
+            LocalStore(run), f"100.{count}", code=1, error="the first word stands"
+        )
+        assert (
+            harness("supervise", "after", "--code", "1", f"run.dir={run}", launch=f"100.{count}")[0]
+            == expected
+        )
+    assert [failure.error for failure in job.failures] == [
+        "torchrun failed on n0",
+        "torchrun failed on n1",
+        "torchrun failed on n2",
+    ]
 
 
 def test_a_failure_on_another_nodes_disk_or_of_no_launch_is_not_recorded(store):
@@ -651,13 +785,19 @@ def test_a_torn_word_of_a_node_does_not_hide_what_the_supervisor_says(text, run,
     for count, expected in ((0, 75), (1, 75), (2, 1)):
         harness("supervise", "before", f"run.dir={run}", launch=f"100.{count}")
         store.path(f"launches/100.{count}.failed.json").write_bytes(text)
-        assert harness("supervise", "after", "--code", "2", f"run.dir={run}", launch=f"100.{count}")[0] == expected
+        assert (
+            harness("supervise", "after", "--code", "2", f"run.dir={run}", launch=f"100.{count}")[0]
+            == expected
+        )
 
 
 def test_after_asked_twice_says_the_same(run, harness):
     job = Job("100", LocalStore(run)).begin()
     job.attempt(why="failed", error="no")
-    said = [harness("supervise", "after", "--code", "1", f"run.dir={run}", launch="100.0") for _ in range(2)]
+    said = [
+        harness("supervise", "after", "--code", "1", f"run.dir={run}", launch="100.0")
+        for _ in range(2)
+    ]
     assert said[0] == said[1] and said[0][0] == 75
     assert len(job.failures) == 1
 
@@ -672,7 +812,8 @@ def test_status_shows_every_attempt_its_steps_and_what_it_lost(run, harness):
     job = Job("200", store).begin()
     killed = job.attempt(30)
     store.append(
-        fmt.events_key(killed.attempt.number), b'{"event": "step", "step": 37, "time": "2020-01-01T00:00:00+00:00"}\n{"event": "st'
+        fmt.events_key(killed.attempt.number),
+        b'{"event": "step", "step": 37, "time": "2020-01-01T00:00:00+00:00"}\n{"event": "st',
     )
     job.end(code=137)
     job.fails(step=33, error="ValueError: no\nmore")
@@ -680,28 +821,54 @@ def test_status_shows_every_attempt_its_steps_and_what_it_lost(run, harness):
     code, text = harness("status", run, "--json")
     found = json.loads(text)
     assert code == 75
-    assert [(a["attempt"], a["launch"], a["went_on_from"], a["reached"], a["saved"], a["lost"]) for a in found["attempts"]] == [
+    assert [
+        (a["attempt"], a["launch"], a["went_on_from"], a["reached"], a["saved"], a["lost"])
+        for a in found["attempts"]
+    ] == [
         (1, "100.0", 0, 20, 20, 0),
         (2, "200.0", 20, 37, 30, 7),
         (3, "200.1", 30, 33, 30, 3),
     ]
-    assert [launch["launch"] for launch in found["launches"]] == ["100.0", "200.0", "200.1", "200.2"]
+    assert [launch["launch"] for launch in found["launches"]] == [
+        "100.0",
+        "200.0",
+        "200.1",
+        "200.2",
+    ]
     assert (found["step"], found["checkpoint"]) == (30, "step_00000030-0002")
     code, text = harness("status", run)
     assert code == 75
-    for words in ("stopped by SIGTERM at step 20, saved", "no end recorded", "failed: ValueError: no more", "20–37", "30–33"):
+    for words in (
+        "stopped by SIGTERM at step 20, saved",
+        "no end recorded",
+        "failed: ValueError: no more",
+        "20–37",
+        "30–33",
+    ):
         assert words in text
     assert "launch 200.2 never began to train: no rank began to train" in text
 
 
-@pytest.mark.parametrize(("step_s", "ago_s", "state"), [(1, 150, "to be continued"), (100, 150, "running"), (100, 250, "to be continued"),
-                                                        (600, 1000, "running"), (86400, 5000, "to be continued")])  # fmt: skip
-def test_a_run_whose_steps_are_long_is_not_said_to_be_hung_within_one(run, harness, step_s, ago_s, state):
+@pytest.mark.parametrize(
+    ("step_s", "ago_s", "state"),
+    [
+        (1, 150, "to be continued"),
+        (100, 150, "running"),
+        (100, 250, "to be continued"),
+        (600, 1000, "running"),
+        (86400, 5000, "to be continued"),
+    ],
+)
+def test_a_run_whose_steps_are_long_is_not_said_to_be_hung_within_one(
+    run, harness, step_s, ago_s, state
+):
     store = LocalStore(run)
     life = Job("100", store).begin().attempt(10)
     now = datetime.datetime.now(datetime.timezone.utc)
     path = store.path(fmt.attempt_key(life.attempt.number))
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"time": "2020-01-01T00:00:00+00:00"}))
+    path.write_text(
+        json.dumps(json.loads(path.read_text()) | {"time": "2020-01-01T00:00:00+00:00"})
+    )
     for number in range(5, 0, -1):
         when = now - datetime.timedelta(seconds=ago_s + (number - 1) * step_s)
         line = json.dumps({"event": "step", "step": 15 - number, "time": when.isoformat()}) + "\n"
@@ -720,7 +887,10 @@ def test_status_says_running_only_while_something_was_heard_lately(run, harness)
     path.write_text(json.dumps(record | {"time": "2020-01-01T00:00:00+00:00"}))
     code, text = harness("status", run)
     assert (code, "hung, or killed" in text) == (75, True)
-    store.append(fmt.events_key(life.attempt.number), (json.dumps({"event": "step", "step": 12, "time": attempts.now()}) + "\n").encode())
+    store.append(
+        fmt.events_key(life.attempt.number),
+        (json.dumps({"event": "step", "step": 12, "time": attempts.now()}) + "\n").encode(),
+    )
     code, text = harness("status", run)
     assert "at step 12" in text and "running" in text
 
@@ -734,28 +904,47 @@ def test_status_of_what_is_no_run_cannot_tell(tmp_path, harness):
 
 
 def test_the_last_try_goes_on_from_the_checkpoint_before_and_the_run_is_the_same(tmp_path, harness):
-    task = ["task.name=small_task:build", "train.epochs=2", "checkpoint.every_steps=2", "log.every_steps=1", "resume.accept=[config]"]
+    task = [
+        "task.name=small_task:build",
+        "train.epochs=2",
+        "checkpoint.every_steps=2",
+        "log.every_steps=1",
+        "resume.accept=[config]",
+    ]
     directory, nursery = tmp_path / "run", shared_nursery()
 
     def life(name: str | None, *settings: str, place: Path = directory) -> tuple[int, str]:
         environment = {launches.ENVIRONMENT: name} if name else {}
-        born = nursery.bear("train", environment, tmp_path / f"{name}.log", [*task, f"run.dir={place}", *settings])
+        born = nursery.bear(
+            "train", environment, tmp_path / f"{name}.log", [*task, f"run.dir={place}", *settings]
+        )
         return born.wait(), born.text
 
     assert life(None, place=tmp_path / "whole")[0] == 0
     # What a checkpoint does to whoever loads it is played by a task that fails in its first step.
     for count, fail_at in enumerate((6, 1, 1)):
-        assert harness("supervise", "before", *task, f"run.dir={directory}", launch=f"9.{count}")[0] == 75
+        assert (
+            harness("supervise", "before", *task, f"run.dir={directory}", launch=f"9.{count}")[0]
+            == 75
+        )
         assert life(f"9.{count}", f"task.args.fail_at={fail_at}")[0] == 1
-        code, said = harness("supervise", "after", "--code", "1", *task, f"run.dir={directory}", launch=f"9.{count}")
+        code, said = harness(
+            "supervise", "after", "--code", "1", *task, f"run.dir={directory}", launch=f"9.{count}"
+        )
         assert (code, f"the task fails in forward pass {fail_at}" in said) == (75, True)
     assert harness("supervise", "before", *task, f"run.dir={directory}", launch="9.3")[0] == 75
     code, said = life("9.3")
     assert code == 0, said
     assert "skipping step_00000004-0001" in said
-    origins = [json.loads(path.read_text())["from"] for path in sorted(directory.glob("attempts/*[0-9].json"))]
+    origins = [
+        json.loads(path.read_text())["from"]
+        for path in sorted(directory.glob("attempts/*[0-9].json"))
+    ]
     assert [origin and origin["step"] for origin in origins] == [None, 4, 4, 2]
-    assert harness("supervise", "after", "--code", "0", *task, f"run.dir={directory}", launch="9.3")[0] == 0
+    assert (
+        harness("supervise", "after", "--code", "0", *task, f"run.dir={directory}", launch="9.3")[0]
+        == 0
+    )
     assert harness("status", directory)[0] == 0
     assert differing(tmp_path / "whole", directory) == []
     assert losses(directory) == losses(tmp_path / "whole")
@@ -764,11 +953,25 @@ def test_the_last_try_goes_on_from_the_checkpoint_before_and_the_run_is_the_same
 
 def test_the_last_try_takes_the_only_checkpoint_if_there_is_no_other(tmp_path, harness):
     directory = tmp_path / "run"
-    task = ["task.name=small_task:build", "train.epochs=1", "checkpoint.every_s=null", f"run.dir={directory}", "resume.accept=[config]"]
+    task = [
+        "task.name=small_task:build",
+        "train.epochs=1",
+        "checkpoint.every_s=null",
+        f"run.dir={directory}",
+        "resume.accept=[config]",
+    ]
     nursery = shared_nursery()
     LocalStore(directory).prepare((*fmt.FOLDERS, launches.LAUNCHES))
     Job("9", LocalStore(directory))
-    assert nursery.bear("train", {}, tmp_path / "0.log", [*task, "checkpoint.every_steps=2", "task.args.fail_at=3"]).wait() == 1
+    assert (
+        nursery.bear(
+            "train",
+            {},
+            tmp_path / "0.log",
+            [*task, "checkpoint.every_steps=2", "task.args.fail_at=3"],
+        ).wait()
+        == 1
+    )
     job = Job("9", LocalStore(directory))
     for _ in range(2):
         job.begin().attempt(why="failed", error="no")
@@ -789,7 +992,9 @@ def test_a_launch_without_a_record_is_judged_by_its_attempts(store):
     assert verdict(found, [Launch("100.0", {}, {"why": "ended"})], "100.0")[0].exit_code == 75
 
 
-def test_status_says_that_a_launch_never_began_only_where_it_made_no_attempt(run: Path, store: LocalStore, harness: Cli) -> None:
+def test_status_says_that_a_launch_never_began_only_where_it_made_no_attempt(
+    run: Path, store: LocalStore, harness: Cli
+) -> None:
     job = Job("100", store)
     job.begin()
     job.attempt(10, why="failed", error="ValueError: no", step=12, rank=0)
@@ -799,4 +1004,7 @@ def test_status_says_that_a_launch_never_began_only_where_it_made_no_attempt(run
     job.begin()
     launches.failed(store, job.launch, code=1, error="no module of that name")
     job.end(code=1)
-    assert f"launch {job.launch} never began to train: no module of that name" in harness("status", run)[1]
+    assert (
+        f"launch {job.launch} never began to train: no module of that name"
+        in harness("status", run)[1]
+    )

@@ -1,4 +1,5 @@
-"""`harness submit`: the script that it writes does what was asked for, and what was submitted is what runs.
+"""`harness submit`: the script that it writes does what was asked for, and what was submitted is
+what runs.
 
 `sbatch` is a small shell script here, which keeps what it is given and prints a job's number.
 """
@@ -26,10 +27,17 @@ from harness.supervision.job_script import Job, script
 PACKAGE = Path(code_copy.__file__).resolve().parents[1]
 TASK = "def build(**anything):\n    return anything\n"
 ODD = [
-    "task.args.a=two words", "task.args.b='it''s \"quoted\"'", "task.args.c=$HOME $(id) `id` $$ $1", "task.args.d='# no comment'",
-    "task.args.e=~ !! ?[a-z]{1,2}*", "task.args.f=\"line\\nbreak\\ttab\"", r"task.args.h='back\slash\'",
-    "task.args.i=ünï…", "task.args.j=;&|<>()", "task.args.k=''",
-]  # fmt: skip
+    "task.args.a=two words",
+    "task.args.b='it''s \"quoted\"'",
+    "task.args.c=$HOME $(id) `id` $$ $1",
+    "task.args.d='# no comment'",
+    "task.args.e=~ !! ?[a-z]{1,2}*",
+    'task.args.f="line\\nbreak\\ttab"',
+    r"task.args.h='back\slash\'",
+    "task.args.i=ünï…",
+    "task.args.j=;&|<>()",
+    "task.args.k=''",
+]
 Submit = Callable[..., tuple[int, str]]
 
 
@@ -62,7 +70,9 @@ def sbatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "sbatch"
     (folder / "bin").mkdir(parents=True)
     put(
-        folder, f'n=$(ls {folder} | wc -l)\nprintf "%s\\n" "$@" > {folder}/$n.args\ncp "${{@: -1}}" {folder}/$n.script\necho "4242;cluster"'
+        folder,
+        f'n=$(ls {folder} | wc -l)\nprintf "%s\\n" "$@" > {folder}/$n.args\n'
+        f'cp "${{@: -1}}" {folder}/$n.script\necho "4242;cluster"',
     )
     monkeypatch.setenv("PATH", f"{folder}/bin{os.pathsep}{os.environ['PATH']}")
     return folder
@@ -88,7 +98,8 @@ OUR_FILES = {f"harness/{name}" for name in files(PACKAGE) if name.endswith((".py
 
 
 def options(text: str) -> list[str]:
-    """The options of sbatch in a script, as it reads them: up to the first line that is no comment, and quotes are a shell's."""
+    """The options of sbatch in a script, as it reads them: up to the first line that is no comment,
+    and quotes are a shell's."""
     found = []
     for line in text.splitlines():
         if line and not line.startswith("#"):
@@ -101,7 +112,11 @@ def options(text: str) -> list[str]:
 def words(text: str) -> list[str]:
     """The settings that the script's shell passes on."""
     first = text.partition("\n# What the site needs.")[0]
-    done = subprocess.run(["bash", "-c", f'{first}\nprintf "%s\\0" "${{settings[@]}}"'], capture_output=True, check=True)
+    done = subprocess.run(
+        ["bash", "-c", f'{first}\nprintf "%s\\0" "${{settings[@]}}"'],
+        capture_output=True,
+        check=True,
+    )
     return done.stdout.decode().split("\0")[:-1]
 
 
@@ -124,7 +139,9 @@ def test_a_dry_run_prints_the_script_and_writes_nothing(place, submit, tmp_path,
     code, said = submit("--dry-run", "run.dir=runs/a", f"run.remote=file://{tmp_path}/remote")
     assert code == 0
     assert said.startswith("#!/bin/bash\n")
-    assert list(place.iterdir()) == [] and sorted(path.name for path in tmp_path.iterdir()) == ["project"]
+    assert list(place.iterdir()) == [] and sorted(path.name for path in tmp_path.iterdir()) == [
+        "project"
+    ]
 
 
 def test_what_is_not_set_is_not_mentioned(place, submit):
@@ -133,8 +150,14 @@ def test_what_is_not_set_is_not_mentioned(place, submit):
     is_whole(said)
     names = [option.partition("=")[0] for option in options(said)]
     assert names == [
-        "--job-name", "--output", "--nodes", "--ntasks-per-node", "--requeue", "--open-mode", "--dependency"
-    ]  # fmt: skip
+        "--job-name",
+        "--output",
+        "--nodes",
+        "--ntasks-per-node",
+        "--requeue",
+        "--open-mode",
+        "--dependency",
+    ]
     assert "--nproc-per-node=1 " in said
 
 
@@ -187,7 +210,10 @@ def test_every_setting_appears(place, submit):
         "--dependency=singleton",
         "--ntasks-per-node=1",
     } == set(options(said))
-    assert "\nmodule load cuda/12\nexport A=\"b c\"\nharness=(apptainer exec --nv image.sif '/opt/my python/bin/python' " in said
+    assert (
+        '\nmodule load cuda/12\nexport A="b c"\n'
+        "harness=(apptainer exec --nv image.sif '/opt/my python/bin/python' " in said
+    )
     assert "--nproc-per-node=8 " in said
     assert "5 crashes in a row" in said
 
@@ -203,7 +229,18 @@ def test_processes_are_those_asked_for_else_one_a_gpu_else_one(place, submit):
 
 
 def test_flags_are_words_and_not_yaml(place, submit):
-    code, said = submit("--dry-run", "run.dir=runs/a", "--account", "0123", "--partition", "on", "--qos", "1e3", "--time", "1-12")
+    code, said = submit(
+        "--dry-run",
+        "run.dir=runs/a",
+        "--account",
+        "0123",
+        "--partition",
+        "on",
+        "--qos",
+        "1e3",
+        "--time",
+        "1-12",
+    )
     assert code == 0, said
     assert {"--account=0123", "--partition=on", "--qos=1e3", "--time=1-12"} <= set(options(said))
 
@@ -218,7 +255,15 @@ def test_odd_settings_reach_the_program_as_they_were_given(place, submit):
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
-@given(st.lists(st.text(st.characters(blacklist_characters="\0", blacklist_categories=["Cs", "Cc", "Zl", "Zp"])), min_size=1, max_size=8))
+@given(
+    st.lists(
+        st.text(
+            st.characters(blacklist_characters="\0", blacklist_categories=["Cs", "Cc", "Zl", "Zp"])
+        ),
+        min_size=1,
+        max_size=8,
+    )
+)
 def test_any_setting_reaches_the_program_as_it_was_given(given_):
     text = script(Job(SlurmSettings(), "a", "out", given_, directory="/"))
     is_whole(text)
@@ -226,7 +271,21 @@ def test_any_setting_reaches_the_program_as_it_was_given(given_):
 
 
 @pytest.mark.parametrize(
-    "name", ["two words", "it's", 'say "x"', "$HOME", "a #1", "a: b", "back\\slash", "[1,2]", "{a}", "100%", "ünï", "null"]
+    "name",
+    [
+        "two words",
+        "it's",
+        'say "x"',
+        "$HOME",
+        "a #1",
+        "a: b",
+        "back\\slash",
+        "[1,2]",
+        "{a}",
+        "100%",
+        "ünï",
+        "null",
+    ],
 )
 def test_a_directory_of_any_name_is_found_by_the_job(name, tmp_path, submit, monkeypatch):
     """The run lives below it, and its path is what the settings, the log, and the shell read."""
@@ -238,7 +297,9 @@ def test_a_directory_of_any_name_is_found_by_the_job(name, tmp_path, submit, mon
     is_whole(said)
     assert directory(said) == str(folder / "runs" / "a")
     output = [option for option in options(said) if option.startswith("--output=")]
-    assert [path.replace("%%", "%") for path in output] == [f"--output={folder}/runs/a/logs/slurm-%j.out"]
+    assert [path.replace("%%", "%") for path in output] == [
+        f"--output={folder}/runs/a/logs/slurm-%j.out"
+    ]
 
 
 @pytest.mark.parametrize("name", ["two words", "it's", "$HOME"])
@@ -259,13 +320,23 @@ def test_two_runs_do_not_wait_for_each_other_though_their_folders_have_one_name(
         ["run.dir=null", "run.remote=s3://b/sweep2/a"],
     ]
     texts = [submit("--dry-run", *where)[1] for where in places]
-    names = [next(option for option in options(text) if option.startswith("--job-name=")) for text in texts]
+    names = [
+        next(option for option in options(text) if option.startswith("--job-name="))
+        for text in texts
+    ]
     assert len(set(names)) == 4
-    assert options(submit("--dry-run", f"run.dir={place}/sweep1/a")[1])[0] == names[0], "the same run, spelled in another way"
+    assert options(submit("--dry-run", f"run.dir={place}/sweep1/a")[1])[0] == names[0], (
+        "the same run, spelled in another way"
+    )
 
 
 def test_every_option_stands_before_the_first_command(place, submit):
-    _, said = submit("--dry-run", "run.dir=runs/a", "slurm.extra=[--exclusive]", "slurm.setup=['#SBATCH --too-late']")
+    _, said = submit(
+        "--dry-run",
+        "run.dir=runs/a",
+        "slurm.extra=[--exclusive]",
+        "slurm.setup=['#SBATCH --too-late']",
+    )
     head = said.partition("\ncd ")[0]
     assert all(not line or line.startswith("#") for line in head.splitlines())
     assert said.count("\n#SBATCH") == head.count("\n#SBATCH") + 1
@@ -286,7 +357,12 @@ def test_a_time_that_yaml_has_made_a_number_of_is_refused_in_words(place, submit
         assert code == 78
         assert "slurm.time" in said and "quotes" in said and "Traceback" not in said
     (place / "c.yaml").write_text("slurm:\n  time: '12:00:00'\n")
-    for arguments in (["--config", "c.yaml"], ["slurm.time='12:00:00'"], ["--time", "12:00:00"], ["--config", "c.yaml", "--time", "1-0"]):
+    for arguments in (
+        ["--config", "c.yaml"],
+        ["slurm.time='12:00:00'"],
+        ["--time", "12:00:00"],
+        ["--config", "c.yaml", "--time", "1-0"],
+    ):
         code, said = submit("--dry-run", *arguments)
         assert code == 0, said
         assert ("--time=1-0" if "1-0" in arguments else "--time=12:00:00") in options(said)
@@ -314,12 +390,19 @@ def test_what_is_wrong_is_refused_before_anything_is_written(setting, place, sub
     assert list(place.iterdir()) == [] and files(sbatch) == {"bin/sbatch"}
 
 
-def test_a_batch_that_does_not_divide_among_all_processes_is_refused_now_and_not_when_the_job_starts(place, submit, sbatch):
+def test_a_batch_that_does_not_divide_among_all_processes_is_refused_now_and_not_when_the_job_starts(  # noqa: E501
+    place, submit, sbatch
+):
     code, said = submit("run.dir=runs/a", "--nodes", "2", "--gpus-per-node", "5")
     assert code == 78
     assert "global_batch_size=48 on 10 rank(s)" in said
     assert list(place.iterdir()) == []
-    assert submit("run.dir=runs/a", "--nodes", "2", "--gpus-per-node", "5", "train.global_batch_size=50")[0] == 0
+    assert (
+        submit(
+            "run.dir=runs/a", "--nodes", "2", "--gpus-per-node", "5", "train.global_batch_size=50"
+        )[0]
+        == 0
+    )
 
 
 def test_without_sbatch_it_says_so_and_writes_nothing(place, submit, tmp_path, monkeypatch):
@@ -334,7 +417,11 @@ def test_what_sbatch_refuses_is_said_in_its_words(place, submit, sbatch):
     put(sbatch, "echo 'sbatch: error: invalid partition specified: spto' >&2; exit 1")
     code, said = submit("run.dir=runs/a", "--partition", "spto")
     assert code == 1
-    assert "invalid partition specified: spto" in said and "job.sbatch" in said and "Traceback" not in said
+    assert (
+        "invalid partition specified: spto" in said
+        and "job.sbatch" in said
+        and "Traceback" not in said
+    )
 
 
 def test_an_unwritable_place_is_said_in_words(place, submit, sbatch):
@@ -347,24 +434,39 @@ def test_an_unwritable_place_is_said_in_words(place, submit, sbatch):
 # --- what is submitted ---
 
 
-def test_script_code_configuration_and_record_lie_in_the_run_numbered(place, submit, sbatch, tmp_path):
+def test_script_code_configuration_and_record_lie_in_the_run_numbered(
+    place, submit, sbatch, tmp_path
+):
     (place / "c.yaml").write_text("train:\n  epochs: 3\nrun:\n  dir: elsewhere\n")
     remote = tmp_path / "remote"
     for number in ("0001", "0002"):
         (place / "c.yaml").write_text(f"train:\n  epochs: {int(number)}\nrun:\n  dir: elsewhere\n")
-        code, said = submit("--config", "c.yaml", "run.dir=runs/a", f"run.remote=file://{remote}", "--nodes", "2")
+        code, said = submit(
+            "--config", "c.yaml", "run.dir=runs/a", f"run.remote=file://{remote}", "--nodes", "2"
+        )
         assert code == 0, said
         folder = place / "runs" / "a" / "submitted" / number
         text = (folder / "job.sbatch").read_text()
         is_whole(text)
-        assert words(text)[:-1] == ["--config", str(folder / "config.yaml"), f"run.remote=file://{remote}"]
+        assert words(text)[:-1] == [
+            "--config",
+            str(folder / "config.yaml"),
+            f"run.remote=file://{remote}",
+        ]
         assert directory(text) == f"{place}/runs/a"
-        assert (folder / "config.yaml").read_text() == f"train:\n  epochs: {int(number)}\nrun:\n  dir: elsewhere\n"
+        assert (
+            folder / "config.yaml"
+        ).read_text() == f"train:\n  epochs: {int(number)}\nrun:\n  dir: elsewhere\n"
         assert files(folder / "code") == OUR_FILES
-        assert "job 4242" in said and f"{place}/runs/a/logs/slurm-4242.out" in said and "harness stop" in said
+        assert (
+            "job 4242" in said
+            and f"{place}/runs/a/logs/slurm-4242.out" in said
+            and "harness stop" in said
+        )
     calls = sorted(path for path in sbatch.iterdir() if path.suffix == ".args")
     assert [path.read_text().split() for path in calls] == [
-        ["--parsable", f"{place}/runs/a/submitted/{number}/job.sbatch"] for number in ("0001", "0002")
+        ["--parsable", f"{place}/runs/a/submitted/{number}/job.sbatch"]
+        for number in ("0001", "0002")
     ]
     for store in (place / "runs" / "a", remote):
         assert "submitted" in json.loads((store / "run.json").read_text())
@@ -381,7 +483,9 @@ def test_the_record_of_the_first_submission_stands(place, submit, sbatch):
 
 
 @pytest.mark.parametrize("run", ["run.dir=null", "run.dir=scratch"])
-def test_what_no_directory_of_the_runs_can_keep_lies_beside_the_working_directory(run, place, submit, sbatch, tmp_path):
+def test_what_no_directory_of_the_runs_can_keep_lies_beside_the_working_directory(
+    run, place, submit, sbatch, tmp_path
+):
     extra = [] if run == "run.dir=null" else ["run.scratch=true"]
     code, said = submit(run, *extra, f"run.remote=file://{tmp_path}/runs/big")
     assert code == 0, said
@@ -397,13 +501,18 @@ def test_what_no_directory_of_the_runs_can_keep_lies_beside_the_working_director
 def test_a_scratch_directory_need_not_exist_where_it_is_submitted(place, submit, sbatch, tmp_path):
     """It is another one on each node; here there may be no such disk."""
     (tmp_path / "local").write_text("no folder can be made in here")
-    code, said = submit("run.scratch=true", f"run.dir={tmp_path}/local/run", f"run.remote=file://{tmp_path}/remote")
+    code, said = submit(
+        "run.scratch=true", f"run.dir={tmp_path}/local/run", f"run.remote=file://{tmp_path}/remote"
+    )
     assert code == 0, said
     assert (tmp_path / "remote" / "run.json").exists()
 
 
-def test_the_job_begins_with_the_code_that_was_submitted_whatever_became_of_it(place, submit, sbatch, tmp_path):
-    """The beginning of the script, run by a shell on another place: it stops before `srun`, with the launch recorded."""
+def test_the_job_begins_with_the_code_that_was_submitted_whatever_became_of_it(
+    place, submit, sbatch, tmp_path
+):
+    """The beginning of the script, run by a shell on another place: it stops before `srun`, with
+    the launch recorded."""
     name = add_task(place)
     assert submit(f"task.name={name}", "run.dir=runs/a")[0] == 0
     (place / f"{name.partition(':')[0]}.py").write_text("raise RuntimeError('edited since')")
@@ -411,14 +520,24 @@ def test_the_job_begins_with_the_code_that_was_submitted_whatever_became_of_it(p
     (place / "harness" / "__init__.py").write_text("raise RuntimeError('another harness')")
     text = (place / "runs" / "a" / "submitted" / "0001" / "job.sbatch").read_text()
     head, _, _ = text.partition("[ $answer -eq 75 ]")
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("HARNESS", "PYTHONPATH"))}
+    environment = {
+        key: value
+        for key, value in os.environ.items()
+        if not key.startswith(("HARNESS", "PYTHONPATH"))
+    }
     (tmp_path / "spool.sh").write_text(
         f'{head}\necho "$port"\n'
-        f'{shlex.quote(sys.executable)} -c \'import os, sys; sys.path.insert(0, os.environ["HARNESS_CODE"]);'
-        f' from harness import task; print(task.find("{name}", {{}}).__code__.co_filename)\'\nexit $answer\n'
+        f"{shlex.quote(sys.executable)} -c 'import os, sys; "
+        f'sys.path.insert(0, os.environ["HARNESS_CODE"]); from harness import task; '
+        f'print(task.find("{name}", {{}}).__code__.co_filename)\'\nexit $answer\n'
     )
     done = subprocess.run(
-        ["bash", tmp_path / "spool.sh"], capture_output=True, text=True, check=False, env=environment | {"SLURM_JOB_ID": "77"}, cwd="/"
+        ["bash", tmp_path / "spool.sh"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment | {"SLURM_JOB_ID": "77"},
+        cwd="/",
     )
     assert done.returncode == 75, done.stdout + done.stderr
     port, file = done.stdout.splitlines()
@@ -450,11 +569,30 @@ def git(place: Path, *arguments: str) -> None:
     subprocess.run(["git", "-C", str(place), *arguments], check=True, capture_output=True)
 
 
-def test_of_a_folder_all_sources_are_copied_and_neither_data_nor_environments_nor_runs(place, submit, sbatch):
+def test_of_a_folder_all_sources_are_copied_and_neither_data_nor_environments_nor_runs(
+    place, submit, sbatch
+):
     name = add_task(place)
-    kept = {"pkg/model.py", "pkg/deep/er/loss.py", "configs/a.yaml", "setup.toml", "labels.csv", "notes.txt", "vocab.json"}
+    kept = {
+        "pkg/model.py",
+        "pkg/deep/er/loss.py",
+        "configs/a.yaml",
+        "setup.toml",
+        "labels.csv",
+        "notes.txt",
+        "vocab.json",
+    }
     fill(place, *kept)
-    fill(place, "data.bin", "image.png", "pkg/module.so", ".hidden/secret.py", ".venv/lib/python3/a.py", "env/pyvenv.cfg", "env/lib/b.py")
+    fill(
+        place,
+        "data.bin",
+        "image.png",
+        "pkg/module.so",
+        ".hidden/secret.py",
+        ".venv/lib/python3/a.py",
+        "env/pyvenv.cfg",
+        "env/lib/b.py",
+    )
     fill(
         place,
         "lib/site-packages/c.py",
@@ -471,7 +609,16 @@ def test_of_a_folder_all_sources_are_copied_and_neither_data_nor_environments_no
 def test_of_a_git_checkout_what_git_would_not_ignore_is_copied(place, submit, sbatch):
     name = add_task(place)
     git(place, "init", "-q")
-    fill(place, "tracked.py", "kernel.cu", "new.py", "gone.py", "ignored/a.py", "secret.env", "sub/also_ignored.py")
+    fill(
+        place,
+        "tracked.py",
+        "kernel.cu",
+        "new.py",
+        "gone.py",
+        "ignored/a.py",
+        "secret.env",
+        "sub/also_ignored.py",
+    )
     (place / ".gitignore").write_text("ignored/\n*.env\nalso_ignored.py\n")
     (place / "weights.bin").write_bytes(b"0" * ((1 << 20) + 1))
     git(place, "add", "tracked.py", "kernel.cu", "gone.py")
@@ -480,17 +627,28 @@ def test_of_a_git_checkout_what_git_would_not_ignore_is_copied(place, submit, sb
     assert copied(place, submit, f"task.name={name}") == expected
 
 
-def test_of_a_git_checkout_neither_environments_nor_runs_are_copied_though_git_does_not_ignore_them(place, submit, sbatch):
+def test_of_a_git_checkout_neither_environments_nor_runs_are_copied_though_git_does_not_ignore_them(
+    place, submit, sbatch
+):
     name = add_task(place)
     git(place, "init", "-q")
-    fill(place, "a.py", "env/pyvenv.cfg", "env/lib/b.py", "runs/old/attempts/0001.json", "runs/old/checkpoints/step_00000001-0001.json")
+    fill(
+        place,
+        "a.py",
+        "env/pyvenv.cfg",
+        "env/lib/b.py",
+        "runs/old/attempts/0001.json",
+        "runs/old/checkpoints/step_00000001-0001.json",
+    )
     fill(place, "runs/new/launches/1.0.json", "runs/new/config.yaml")
     assert copied(place, submit, f"task.name={name}") == {f"{name.partition(':')[0]}.py", "a.py"}
 
 
 @pytest.mark.parametrize("checkout", [False, True])
 @pytest.mark.parametrize("where", [["run.dir=runs/a"], ["run.scratch=true", "run.dir=runs/a"]])
-def test_a_copy_does_not_hold_the_copies_before_it(checkout, where, place, submit, sbatch, tmp_path):
+def test_a_copy_does_not_hold_the_copies_before_it(
+    checkout, where, place, submit, sbatch, tmp_path
+):
     name = add_task(place)
     if checkout:
         git(place, "init", "-q")
@@ -511,7 +669,11 @@ def test_names_that_git_would_quote_are_copied(place, submit, sbatch):
     name = add_task(place)
     git(place, "init", "-q")
     fill(place, "tëst dir/a b.py", "new\nline.py")
-    assert copied(place, submit, f"task.name={name}") == {f"{name.partition(':')[0]}.py", "tëst dir/a b.py", "new\nline.py"}
+    assert copied(place, submit, f"task.name={name}") == {
+        f"{name.partition(':')[0]}.py",
+        "tëst dir/a b.py",
+        "new\nline.py",
+    }
 
 
 def test_a_task_that_is_installed_is_not_copied(place, submit, sbatch, monkeypatch):

@@ -1,4 +1,5 @@
-"""State that is another one on each rank: each gets its own back, and what cannot be kept for each is said."""
+"""State that is another one on each rank: each gets its own back, and what cannot be kept for each
+is said."""
 
 from __future__ import annotations
 
@@ -32,7 +33,9 @@ class Normaliser:
 
 DDP = """
 run = init()
-model = nn.parallel.DistributedDataParallel(nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 1)))
+model = nn.parallel.DistributedDataParallel(
+    nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 1))
+)
 optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
 """
 
@@ -52,14 +55,18 @@ run.state.setdefault("seen", [])
 print("state at the start:", run.state["seen"], normaliser.n)
 """
     + LOOP.replace("model(x)", "model(normaliser(x))").replace(
-        "    die(run)", "    run.state['seen'] = [run.rank, round(float(x.sum()), 6)]\n    run.state['alike'] = run.step\n    die(run)"
+        "    die(run)",
+        "    run.state['seen'] = [run.rank, round(float(x.sum()), 6)]\n"
+        "    run.state['alike'] = run.step\n    die(run)",
     )
     + "print('last:', run.state, normaliser.n, normaliser.mean.tolist())\n"
 )
 
 
 def last(lived):
-    return [next(line for line in text.splitlines() if line.startswith("last:")) for text in lived.texts]
+    return [
+        next(line for line in text.splitlines() if line.startswith("last:")) for text in lived.texts
+    ]
 
 
 def test_a_normaliser_and_plain_values_of_its_own_come_back_to_each_rank(tmp_path):
@@ -71,15 +78,23 @@ def test_a_normaliser_and_plain_values_of_its_own_come_back_to_each_rank(tmp_pat
     payload = newest(tmp_path / "whole")
     assert payload["format_version"] == 2
     assert sorted(payload["own"][1]) == ["normaliser_state_dict", "state"]
-    assert [path for path, _ in payload["own"][1]["state"]] == [("seen",)]  # and nothing that is alike
-    first = next(line for line in outcome.resumed.texts[1].splitlines() if line.startswith("state at the start:"))
+    # And nothing that is alike.
+    assert [path for path, _ in payload["own"][1]["state"]] == [("seen",)]
+    first = next(
+        line
+        for line in outcome.resumed.texts[1].splitlines()
+        if line.startswith("state at the start:")
+    )
     assert first.split()[4:5] == ["[1,"]  # before the loop already
 
 
 def test_another_number_of_ranks_is_told_what_is_lost(tmp_path):
     outcome = killed_once(tmp_path, OWN, ranks=2, ranks_then=1)
     assert outcome.resumed.code == 0
-    assert "2 rank(s) before, 1 now: what each rank had for itself is lost (normaliser_state_dict, state)" in outcome.resumed.text
+    assert (
+        "2 rank(s) before, 1 now: what each rank had for itself is lost "
+        "(normaliser_state_dict, state)" in outcome.resumed.text
+    )
 
 
 ORDINARY = (
@@ -90,7 +105,9 @@ ema = torch.optim.swa_utils.AveragedModel(model.module)
 run.track(model=model, optimizer=optimizer, scheduler=scheduler, ema=ema)
 """
     + LOOP.replace(
-        "    run.log", "    scheduler.step()\n    ema.update_parameters(model.module)\n    run.state['best'] = run.step\n    run.log"
+        "    run.log",
+        "    scheduler.step()\n    ema.update_parameters(model.module)\n"
+        "    run.state['best'] = run.step\n    run.log",
     )
 )
 
@@ -165,7 +182,9 @@ run.track(model=model, optimizer=optimizer, scheduler=scheduler)
 )
 
 
-def test_a_schedule_by_each_ranks_own_loss_makes_the_model_differ_and_all_of_it_comes_back(tmp_path):
+def test_a_schedule_by_each_ranks_own_loss_makes_the_model_differ_and_all_of_it_comes_back(
+    tmp_path,
+):
     outcome = killed_once(tmp_path, PLATEAU, ranks=2)
     assert outcome.is_equal, (outcome.rows, outcome.resumed.texts)
     assert last(outcome.whole) == last(outcome.resumed)
@@ -196,7 +215,10 @@ run.track(model=model, optimizer=optimizer, table=table)
 def test_what_is_too_big_to_be_kept_for_each_is_said_at_the_first_save(tmp_path):
     lived = live(tmp_path, BIG, "whole", ranks=2)
     assert lived.codes == [0, 0], lived.texts
-    assert "table is another one on each rank, and 71.3 MB of it differ: only the writer's is saved" in lived.text
+    assert (
+        "table is another one on each rank, and 71.3 MB of it differ: only the writer's is saved"
+        in lived.text
+    )
     assert "own" not in newest(tmp_path / "whole")
 
 
@@ -211,7 +233,11 @@ class Average(nn.Module):
     @torch.no_grad()
     def update(self, source, step):
         for own, theirs in zip(self.module.state_dict().values(), source.state_dict().values()):
-            own.lerp_(theirs, 1.0 if step <= 3 else 0.1) if own.is_floating_point() else own.copy_(theirs)
+            (
+                own.lerp_(theirs, 1.0 if step <= 3 else 0.1)
+                if own.is_floating_point()
+                else own.copy_(theirs)
+            )
 """
     + DDP
     + """
@@ -224,14 +250,17 @@ run.track(model=model, optimizer=optimizer, average=average)
 
 
 def test_an_average_that_begins_as_a_copy_of_each_ranks_buffers_is_kept_for_each(tmp_path):
-    outcome = killed_once(tmp_path, AVERAGED, ranks=2, die=5)  # resumes from step 3, where it still is a copy
+    # Resumes from step 3, where it still is a copy.
+    outcome = killed_once(tmp_path, AVERAGED, ranks=2, die=5)
     assert "resumes from step 3" in outcome.resumed.text
     assert outcome.is_equal, outcome.rows
     assert last(outcome.whole) == last(outcome.resumed) and len(set(last(outcome.whole))) == 2
 
 
 DIGESTS = {
-    "of each rank": lambda tensor: [leaf.digest() for leaf in leaves_of(state.as_captured("", {"x": tensor})).values()],
+    "of each rank": lambda tensor: [
+        leaf.digest() for leaf in leaves_of(state.as_captured("", {"x": tensor})).values()
+    ],
     "of an attribute": digest_of,
     "of a step of a drill": drill_hooks.digest,
     "of a sampler": sampler_state._digest,
@@ -242,8 +271,14 @@ DIGESTS = {
 @pytest.mark.parametrize("name", DIGESTS)
 def test_quantized_tensors_of_the_same_integers_and_another_scale_have_other_digests(name):
     digest = DIGESTS[name]
-    a, b = (torch.quantize_per_tensor(torch.arange(4.0) * scale, scale, 0, torch.qint8) for scale in (1.0, 2.0))
+    a, b = (
+        torch.quantize_per_tensor(torch.arange(4.0) * scale, scale, 0, torch.qint8)
+        for scale in (1.0, 2.0)
+    )
     scales, zeros = torch.tensor([0.1, 0.2]), torch.zeros(2, dtype=torch.int64)
-    c, d = (torch.quantize_per_channel(torch.zeros(2, 3), scales * by, zeros, 0, torch.qint8) for by in (1, 2))
+    c, d = (
+        torch.quantize_per_channel(torch.zeros(2, 3), scales * by, zeros, 0, torch.qint8)
+        for by in (1, 2)
+    )
     assert digest(a) == digest(a.clone()) != digest(b)
     assert digest(c) == digest(c.clone()) != digest(d)

@@ -1,4 +1,5 @@
-"""State that no `state_dict` tells of: gradients under way, attributes and modes, communication hooks, generators; and no torn file."""
+"""State that no `state_dict` tells of: gradients under way, attributes and modes, communication
+hooks, generators; and no torn file."""
 
 from __future__ import annotations
 
@@ -76,13 +77,21 @@ def equal(one: Path, other: Path) -> list[object]:
 
 
 def data(size: int = 192) -> torch.utils.data.TensorDataset:
-    return torch.utils.data.TensorDataset(torch.randn(size, 8, generator=torch.Generator().manual_seed(0)))
+    return torch.utils.data.TensorDataset(
+        torch.randn(size, 8, generator=torch.Generator().manual_seed(0))
+    )
 
 
-def trained(directory: Path, make, *, leave_at: int = 0, stop_at: int = 0, **options) -> harness.Run:
-    """`make(run)` builds and tracks, and returns what makes a step; the loop is left or stopped there."""
+def trained(
+    directory: Path, make, *, leave_at: int = 0, stop_at: int = 0, **options
+) -> harness.Run:
+    """`make(run)` builds and tracks, and returns what makes a step; the loop is left or stopped
+    there."""
     with undone():
-        run = harness.init(directory, **({"seed": 1, "save_every_s": None, "save_every_steps": 3, "keep_last": 99} | options))
+        run = harness.init(
+            directory,
+            **({"seed": 1, "save_every_s": None, "save_every_steps": 3, "keep_last": 99} | options),
+        )
         step = make(run)
         with contextlib.suppress(SystemExit):
             for (x,) in run.batches(data(), 16, epochs=1):
@@ -136,7 +145,9 @@ def test_a_loop_that_accumulates_by_hand_goes_on_exactly_from_any_step(tmp_path)
     assert steps_of(whole) == [4, 8, 12]
     assert steps_of(stopped)[:2] == [4, 6]  # a stop does not wait
     assert all("gradients" not in payload for payload in payloads(whole).values())
-    assert set(payloads(stopped)[6]["gradients"]) == {f"model.{at}.{name}" for at in (0, 1) for name in ("weight", "bias")}
+    assert set(payloads(stopped)[6]["gradients"]) == {
+        f"model.{at}.{name}" for at in (0, 1) for name in ("weight", "bias")
+    }
     assert payloads(stopped)[6]["format_version"] == 2
 
 
@@ -166,7 +177,10 @@ def test_a_loop_that_updates_each_step_keeps_no_gradients(tmp_path, head):
 
     trained(tmp_path / "a", make, stop_at=5)
     assert steps_of(tmp_path / "a") == [3, 5]
-    assert all("gradients" not in payload and payload["format_version"] == 1 for payload in payloads(tmp_path / "a").values())
+    assert all(
+        "gradients" not in payload and payload["format_version"] == 1
+        for payload in payloads(tmp_path / "a").values()
+    )
 
 
 @pytest.mark.parametrize(("ranks", "no_sync"), [(1, False), (2, True)])
@@ -199,7 +213,9 @@ def test_on_another_number_of_ranks_it_is_said_what_is_lost(tmp_path):
 def adversaries(run: harness.Run):
     """The critic's gradients, that its own step has not seen, are there at each boundary."""
     critic, generator = nn.Linear(8, 1), nn.Linear(8, 8)
-    of_critic, of_generator = (torch.optim.Adam(model.parameters(), lr=0.05) for model in (critic, generator))
+    of_critic, of_generator = (
+        torch.optim.Adam(model.parameters(), lr=0.05) for model in (critic, generator)
+    )
     run.track(critic=critic, generator=generator, of_critic=of_critic, of_generator=of_generator)
 
     def step(x):
@@ -234,7 +250,10 @@ def test_a_gradient_of_zeros_is_another_thing_than_none(tmp_path):
             if run.step == 5:
                 optimizer.zero_grad(set_to_none=True)
             optimizer.zero_grad(set_to_none=False)
-            loss = sum(part(x).square().mean() for part in (model if run.step in (1, 2, 3, 4, 9) else model[:1]))
+            loss = sum(
+                part(x).square().mean()
+                for part in (model if run.step in (1, 2, 3, 4, 9) else model[:1])
+            )
             loss.backward()
             optimizer.step()
             return loss
@@ -266,7 +285,9 @@ def test_gradients_that_nobody_sets_to_zero_are_kept(tmp_path, decay):
     assert steps_of(tmp_path / "whole") == [3, 6, 9, 12]
 
 
-def test_a_save_waits_for_an_optimizer_that_never_steps_no_longer_than_it_must(tmp_path, monkeypatch):
+def test_a_save_waits_for_an_optimizer_that_never_steps_no_longer_than_it_must(
+    tmp_path, monkeypatch
+):
     monkeypatch.setattr("harness.tracking.gradients.MOST_STEPS", 2)
 
     def make(run):
@@ -371,7 +392,11 @@ class Changing(nn.Module):
         self.calls += 1
         self.mean = 0.9 * self.mean + 0.1 * x.detach().mean(0)
         y = self.act(self.body(x - self.mean) * self.mask) + 0 * self.cache
-        return self.head(y) * self.scales["loss"] + 0.001 * len(self.history) + 0.001 * (self.calls % 7)
+        return (
+            self.head(y) * self.scales["loss"]
+            + 0.001 * len(self.history)
+            + 0.001 * (self.calls % 7)
+        )
 
 
 def changing(p: float = 0.1, build=Changing):
@@ -408,7 +433,9 @@ def test_what_changed_of_modules_comes_back_after_two_resumes(tmp_path, capsys):
     attributes = payloads(tmp_path / "a")[9]["attributes"]["model"]
     assert attributes["body.1"]["training"] == {"built": True, "now": False}
     assert attributes["body.2"] == {"p": {"built": 0.1, "now": 0.4}}
-    assert attributes["body.0"] == {f"{name}.requires_grad": {"built": False, "now": True} for name in ("weight", "bias")}
+    assert attributes["body.0"] == {
+        f"{name}.requires_grad": {"built": False, "now": True} for name in ("weight", "bias")
+    }
     assert set(attributes[""]) == {"calls", "history", "scales", "mean", "cache", "buffer mask"}
 
 
@@ -419,7 +446,11 @@ class Becoming(nn.Module):
         super().__init__()
         self.body = nn.Linear(8, 1)
         self.mean = None  # made by the first forward pass, then carried on
-        self.start, self.shift, self.gone = torch.full((8,), 0.1), torch.full((8,), 0.2), torch.full((8,), 0.3)
+        self.start, self.shift, self.gone = (
+            torch.full((8,), 0.1),
+            torch.full((8,), 0.2),
+            torch.full((8,), 0.3),
+        )
         self.warm, self.pair = 1, ([], 0.5)
         self.register_buffer("once", torch.full((8,), 0.4), persistent=False)
 
@@ -427,7 +458,14 @@ class Becoming(nn.Module):
         now = x.detach().mean(0)
         self.mean = now if self.mean is None else 0.9 * self.mean + 0.1 * now
         self.late = getattr(self, "late", 0 * now) + now
-        for shift in (self.mean, self.late, self.start, self.shift, getattr(self, "gone", None), self.once):
+        for shift in (
+            self.mean,
+            self.late,
+            self.start,
+            self.shift,
+            getattr(self, "gone", None),
+            self.once,
+        ):
             x = x if shift is None else x - 0.1 * shift
         return self.body(x) * (0.5 if self.warm is True else 1.0) + len(self.pair[0])
 
@@ -455,7 +493,11 @@ def test_attributes_that_become_something_of_another_kind_come_back(tmp_path, ca
     assert "changes in training" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("becomes", [object(), nn.Parameter(torch.ones(8)), {"held": object()}], ids=["object", "trained", "container"])
+@pytest.mark.parametrize(
+    "becomes",
+    [object(), nn.Parameter(torch.ones(8)), {"held": object()}],
+    ids=["object", "trained", "container"],
+)
 def test_a_tensor_that_becomes_what_cannot_be_kept_is_named(tmp_path, capsys, becomes):
     """Once is enough: what a restart would build is the tensor."""
 
@@ -476,8 +518,14 @@ def test_a_tensor_that_becomes_what_cannot_be_kept_is_named(tmp_path, capsys, be
     assert "model.unused changes in training" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("becomes", [torch.ones(8, requires_grad=True), torch.eye(8).to_sparse()], ids=["trained", "sparse"])
-def test_a_buffer_that_becomes_what_cannot_be_kept_is_named_and_not_taken_for_gone(tmp_path, capsys, becomes):
+@pytest.mark.parametrize(
+    "becomes",
+    [torch.ones(8, requires_grad=True), torch.eye(8).to_sparse()],
+    ids=["trained", "sparse"],
+)
+def test_a_buffer_that_becomes_what_cannot_be_kept_is_named_and_not_taken_for_gone(
+    tmp_path, capsys, becomes
+):
     seen = []
 
     def make(run: harness.Run):
@@ -510,7 +558,10 @@ def test_a_program_that_builds_another_value_has_its_way_and_both_are_told(tmp_p
         return model["it"]
 
     trained(tmp_path / "a", changing(0.2, build), leave_at=7)
-    assert "model.body.2.p was built as 0.1 and had become 0.4; it is built as 0.2 now, and that stands" in capsys.readouterr().out
+    assert (
+        "model.body.2.p was built as 0.1 and had become 0.4; it is built as 0.2 now, "
+        "and that stands" in capsys.readouterr().out
+    )
     assert model["it"].body[2].p == 0.2 and not model["it"].body[1].training
 
 
@@ -518,7 +569,8 @@ def test_what_cannot_be_kept_is_named_once(tmp_path, capsys):
     class Odd(Changing):
         def forward(self, x):
             self.act = torch.tanh if self.calls > 2 else torch.relu
-            self.seen = x.detach().sum().expand(20_000).clone()  # more than is kept of what is made on the way
+            # More than is kept of what is made on the way.
+            self.seen = x.detach().sum().expand(20_000).clone()
             return super().forward(x)
 
     trained(tmp_path / "a", changing(build=Odd))
@@ -529,11 +581,14 @@ def test_what_cannot_be_kept_is_named_once(tmp_path, capsys):
 
 
 def test_an_ordinary_model_has_nothing_to_keep(tmp_path, capsys):
-    """With an evaluation of the program's own in each step, modules of torch that keep something to themselves, and all."""
+    """With an evaluation of the program's own in each step, modules of torch that keep something to
+    themselves, and all."""
 
     def make(run):
         normed = nn.utils.parametrizations.spectral_norm(nn.Linear(8, 8))
-        model = nn.Sequential(normed, nn.BatchNorm1d(8), nn.Unflatten(1, (2, 4)), nn.LSTM(4, 4, batch_first=True))
+        model = nn.Sequential(
+            normed, nn.BatchNorm1d(8), nn.Unflatten(1, (2, 4)), nn.LSTM(4, 4, batch_first=True)
+        )
         average = torch.optim.swa_utils.AveragedModel(model)
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
         run.track(model=model, optimizer=optimizer, average=average)
@@ -582,7 +637,10 @@ for x, y in run.batches(points(), 16, epochs=1):
     outcome = killed_once(tmp_path, source, ranks=2)
     assert outcome.is_equal, outcome.rows
     payload = payloads(tmp_path / "killed")[6]
-    assert payload["own"][1]["attributes"]["model"][""]["factor"]["now"] == 2.5**6 and "attributes" not in payload
+    assert (
+        payload["own"][1]["attributes"]["model"][""]["factor"]["now"] == 2.5**6
+        and "attributes" not in payload
+    )
 
 
 GENERATORS = (
@@ -594,12 +652,26 @@ optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
 seed = run.rank
 kinds = ("PCG64", "MT19937", "Philox", "SFC64", "PCG64DXSM")
 many = {kind: np.random.Generator(getattr(np.random, kind)(seed)) for kind in kinds}
-t, old, r, bits = torch.Generator().manual_seed(seed), np.random.RandomState(seed), random.Random(seed), np.random.PCG64(seed)
+t, old, r, bits = (
+    torch.Generator().manual_seed(seed),
+    np.random.RandomState(seed),
+    random.Random(seed),
+    np.random.PCG64(seed),
+)
 run.track(model=model, optimizer=optimizer, t=t, old=old, r=r, bits=bits, **many)
 for x, y in run.batches(points(), 16, epochs=1):
-    drawn = [torch.rand(1, generator=t).item(), old.standard_normal(), r.gauss(0, 1), bits.random_raw() % 7]
+    drawn = [
+        torch.rand(1, generator=t).item(),
+        old.standard_normal(),
+        r.gauss(0, 1),
+        bits.random_raw() % 7,
+    ]
     for one in many.values():
-        drawn += [one.standard_normal(), float(one.integers(0, 9, dtype=np.uint32)), one.spawn(1)[0].random()]
+        drawn += [
+            one.standard_normal(),
+            float(one.integers(0, 9, dtype=np.uint32)),
+            one.spawn(1)[0].random(),
+        ]
     loss = (model(x) * sum(drawn) - y).square().mean() * 0.001
     optimizer.zero_grad()
     loss.backward()
@@ -615,7 +687,10 @@ for x, y in run.batches(points(), 16, epochs=1):
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_generators_that_are_tracked_go_on(tmp_path, ranks):
     outcome = killed_once(tmp_path, GENERATORS, ranks=ranks)
-    assert outcome.killed.code == -signal.SIGKILL and outcome.is_equal, (outcome.rows, outcome.resumed.text)
+    assert outcome.killed.code == -signal.SIGKILL and outcome.is_equal, (
+        outcome.rows,
+        outcome.resumed.text,
+    )
 
 
 def test_a_generator_of_another_kind_or_none_is_refused(tmp_path):
@@ -629,7 +704,11 @@ def test_a_generator_of_another_kind_or_none_is_refused(tmp_path):
         return build
 
     trained(tmp_path / "a", make(rng=np.random.default_rng(0)), leave_at=5)
-    with pytest.raises(UsageError, match=r"found: numpy.random.RandomState \(MT19937\), expected: numpy.random.Generator \(PCG64\)"):
+    with pytest.raises(
+        UsageError,
+        match=r"found: numpy.random.RandomState \(MT19937\), "
+        r"expected: numpy.random.Generator \(PCG64\)",
+    ):
         trained(tmp_path / "a", make(rng=np.random.RandomState(0)), leave_at=5)
     with pytest.raises(UsageError, match="holds what is not tracked: rng"):
         trained(tmp_path / "a", make(), leave_at=5)
@@ -643,7 +722,9 @@ POWER = (
 from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook
 run = init()
 model = nn.parallel.DistributedDataParallel(nn.Sequential(nn.Linear(8, 64), nn.Linear(64, 1)))
-state = powerSGD_hook.PowerSGDState(None, matrix_approximation_rank=1, start_powerSGD_iter=2, min_compression_rate=1)
+state = powerSGD_hook.PowerSGDState(
+    None, matrix_approximation_rank=1, start_powerSGD_iter=2, min_compression_rate=1
+)
 model.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
 optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
 run.track(model=model, optimizer=optimizer)
@@ -654,30 +735,52 @@ for x, y in run.batches(points(), 16, epochs=1):"""
 
 def test_the_state_of_a_communication_hook_is_each_ranks_own(tmp_path):
     outcome = killed_once(tmp_path, POWER, ranks=2)
-    assert outcome.killed.code == -signal.SIGKILL and outcome.is_equal, (outcome.rows, outcome.resumed.text)
-    one, other = (entry["hooks"]["model: powerSGD_hook 0.0"]["error_dict"] for entry in payloads(tmp_path / "killed")[6]["own"])
+    assert outcome.killed.code == -signal.SIGKILL and outcome.is_equal, (
+        outcome.rows,
+        outcome.resumed.text,
+    )
+    one, other = (
+        entry["hooks"]["model: powerSGD_hook 0.0"]["error_dict"]
+        for entry in payloads(tmp_path / "killed")[6]["own"]
+    )
     assert one and not torch.equal(*(next(iter(errors.values())) for errors in (one, other)))
 
 
 @pytest.mark.parametrize(
     ("state", "words"),
     [
-        ("post_localSGD_hook.PostLocalSGDState(None, None, 1)", "groups of ranks train weights of their own"),
+        (
+            "post_localSGD_hook.PostLocalSGDState(None, None, 1)",
+            "groups of ranks train weights of their own",
+        ),
         ("type('State', (), {})()", "finished"),
         ("late", "was registered after track"),
-        ("setattr(odd := type('State', (), {})(), 'inner', object()) or odd", "cannot be saved: model: hook 0.0, inner"),
+        (
+            "setattr(odd := type('State', (), {})(), 'inner', object()) or odd",
+            "cannot be saved: model: hook 0.0, inner",
+        ),
     ],
 )
 def test_a_hook_whose_state_cannot_be_kept_is_refused_at_track(tmp_path, state, words):
     hook = """
 def hook(state, bucket):
-    return torch.distributed.all_reduce(bucket.buffer().div_(2), async_op=True).get_future().then(lambda done: done.value()[0])
+    return (
+        torch.distributed.all_reduce(bucket.buffer().div_(2), async_op=True)
+        .get_future()
+        .then(lambda done: done.value()[0])
+    )
 """
     source = POWER.replace("import powerSGD_hook", f"import post_localSGD_hook{hook}")
     begin, end = source.index("state = power"), source.index("optimizer =")
     register = f"model.register_comm_hook({state}, hook)"
     if state == "late":
-        register, source = "", source.replace("for x, y in", "model.register_comm_hook(type('State', (), {})(), hook)\nfor x, y in")
+        register, source = (
+            "",
+            source.replace(
+                "for x, y in",
+                "model.register_comm_hook(type('State', (), {})(), hook)\nfor x, y in",
+            ),
+        )
     lived = live(tmp_path, f"{source[:begin]}{register}\n{source[end:]}", "a", ranks=2)
     assert words in lived.text
 
@@ -716,10 +819,17 @@ class Two(nn.Module):
 @pytest.mark.parametrize("width", [8, 100_000])
 @pytest.mark.parametrize(
     ("at_head", "undo"),
-    [(swap_values, swap_values), (swap_tensors, swap_tensors), (swap_tensors, None), (reset, None), (average_later, None)],
+    [
+        (swap_values, swap_values),
+        (swap_tensors, swap_tensors),
+        (swap_tensors, None),
+        (reset, None),
+        (average_later, None),
+    ],
 )
 def test_no_file_is_torn_by_what_is_written_behind_pytorchs_back(tmp_path, width, at_head, undo):
-    """At the loop's head, and not before the first save: then it is another state than that of the boundary before."""
+    """At the loop's head, and not before the first save: then it is another state than that of the
+    boundary before."""
     seen: dict[int, dict] = {}
 
     def make(run):
@@ -742,7 +852,10 @@ def test_no_file_is_torn_by_what_is_written_behind_pytorchs_back(tmp_path, width
     assert {2, 12} <= set(saved) and len(saved) >= 5
     for number, payload in saved.items():
         if number in seen:
-            assert list(differences({name: payload[name] for name in seen[number]}, seen[number])) == [], number
+            assert (
+                list(differences({name: payload[name] for name in seen[number]}, seen[number]))
+                == []
+            ), number
 
 
 LOOP_OF_TWO_EPOCHS = """
@@ -783,10 +896,16 @@ torch.manual_seed(0)
 class Noisy(nn.Module):
     def __init__(self):
         super().__init__()
-        self.inner, self.rng, self.others = nn.Linear(8, 1), torch.Generator().manual_seed(3), [np.random.default_rng(0)]
+        self.inner, self.rng, self.others = (
+            nn.Linear(8, 1),
+            torch.Generator().manual_seed(3),
+            [np.random.default_rng(0)],
+        )
         self.unused = random.Random(3)
     def forward(self, x):
-        return self.inner(x + torch.randn(x.shape, generator=self.rng) + float(self.others[0].normal()))
+        return self.inner(
+            x + torch.randn(x.shape, generator=self.rng) + float(self.others[0].normal())
+        )
 class Langevin(torch.optim.SGD):
     def __init__(self, *given, **named):
         super().__init__(*given, **named)
@@ -804,7 +923,9 @@ optimizer = Langevin(model.parameters(), lr=0.1)
 
 
 @pytest.mark.parametrize(
-    "source", [OWN_OPTIMIZER, OWN_GENERATORS], ids=["attributes of an optimizer", "generators of modules and optimizers"]
+    "source",
+    [OWN_OPTIMIZER, OWN_GENERATORS],
+    ids=["attributes of an optimizer", "generators of modules and optimizers"],
 )
 def test_what_no_state_dict_tells_of_goes_on(tmp_path, source):
     outcome = killed_once(tmp_path, source)
@@ -812,9 +933,15 @@ def test_what_no_state_dict_tells_of_goes_on(tmp_path, source):
     assert "warning" not in outcome.whole.text + outcome.resumed.text
 
 
-def test_generators_of_modules_are_each_ranks_own_and_those_that_nobody_draws_from_are_not_kept(tmp_path):
-    source = OWN_GENERATORS.replace("manual_seed(3)", "manual_seed(3 + run.rank)").replace("default_rng(0)", "default_rng(run.rank)")
-    source = source.replace("nn.Sequential(Noisy())", "nn.parallel.DistributedDataParallel(nn.Sequential(Noisy()))")
+def test_generators_of_modules_are_each_ranks_own_and_those_that_nobody_draws_from_are_not_kept(
+    tmp_path,
+):
+    source = OWN_GENERATORS.replace("manual_seed(3)", "manual_seed(3 + run.rank)").replace(
+        "default_rng(0)", "default_rng(run.rank)"
+    )
+    source = source.replace(
+        "nn.Sequential(Noisy())", "nn.parallel.DistributedDataParallel(nn.Sequential(Noisy()))"
+    )
     outcome = killed_once(tmp_path, source, ranks=2)
     assert outcome.is_equal, (outcome.rows, outcome.resumed.text)
     kept = [own["generators"] for own in payloads(tmp_path / "killed")[18]["own"]]

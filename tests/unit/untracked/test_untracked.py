@@ -1,4 +1,5 @@
-"""What lives and is not tracked is named with the path to it; of what is tracked, and of an evaluation's, nothing is said."""
+"""What lives and is not tracked is named with the path to it; of what is tracked, and of an
+evaluation's, nothing is said."""
 
 from __future__ import annotations
 
@@ -49,7 +50,9 @@ def named(tmp_path, setup="", step="pass", before=AUGMENT):
     lived = live(tmp_path, source, "whole")
     assert lived.code == 0, lived.text
     lines = [line for line in lived.text.splitlines() if "not tracked, so lost" in line]
-    events = [json.loads(line) for line in (tmp_path / "whole/events/0001.jsonl").read_text().splitlines()]
+    events = [
+        json.loads(line) for line in (tmp_path / "whole/events/0001.jsonl").read_text().splitlines()
+    ]
     names = [name for event in events if event["event"] == "untracked" for name in event["names"]]
     assert f"suspects: {names}" in lived.text
     assert len(lines) == sum(event["event"] == "untracked" for event in events)
@@ -57,18 +60,36 @@ def named(tmp_path, setup="", step="pass", before=AUGMENT):
 
 
 FOUND = {
-    "aug = Augment(np.random.default_rng(0))": ("aug.inner['rng'].random()", "aug.inner['rng'] (Generator)"),
+    "aug = Augment(np.random.default_rng(0))": (
+        "aug.inner['rng'].random()",
+        "aug.inner['rng'] (Generator)",
+    ),
     "legacy = np.random.RandomState(0)": ("legacy.rand()", "legacy (RandomState)"),
-    "python = Augment(random.Random(0))": ("python.inner['rng'].random()", "python.inner['rng'] (Random)"),
+    "python = Augment(random.Random(0))": (
+        "python.inner['rng'].random()",
+        "python.inner['rng'] (Random)",
+    ),
     "rngs = [torch.Generator()]": ("torch.rand(1, generator=rngs[0])", "rngs[0] (Generator)"),
-    "noise = (lambda rng: lambda: rng.random())(np.random.default_rng(0))": ("noise()", "noise.rng (Generator)"),
+    "noise = (lambda rng: lambda: rng.random())(np.random.default_rng(0))": (
+        "noise()",
+        "noise.rng (Generator)",
+    ),
     "data = Noisy()": ("pass", None),  # its generator is seeded for each sample
-    "schedule = torch.optim.lr_scheduler.StepLR(optimizer, 3)": ("schedule.step()", "schedule (StepLR)"),
+    "schedule = torch.optim.lr_scheduler.StepLR(optimizer, 3)": (
+        "schedule.step()",
+        "schedule (StepLR)",
+    ),
     "other = torch.optim.SGD([nn.Parameter(torch.zeros(1))], 0.1)": ("other.step()", "other (SGD)"),
-    "ema = torch.optim.swa_utils.AveragedModel(model)": ("ema.update_parameters(model)", "ema (AveragedModel)"),
+    "ema = torch.optim.swa_utils.AveragedModel(model)": (
+        "ema.update_parameters(model)",
+        "ema (AveragedModel)",
+    ),
     "scaler = torch.amp.GradScaler('cpu')": ("pass", "scaler (GradScaler)"),
     "mine = {'sampler': Draws(data)}": ("pass", "mine['sampler'] (Draws)"),
-    "teacher = nn.Linear(8, 1)": ("teacher.weight.data.lerp_(model.weight.data, 0.5)", "teacher (Linear)"),
+    "teacher = nn.Linear(8, 1)": (
+        "teacher.weight.data.lerp_(model.weight.data, 0.5)",
+        "teacher (Linear)",
+    ),
     "criterion = Centred()": ("criterion(x)", "criterion (Centred)"),
     "mean = Mean(model)": ("mean.update(model)", "mean (Mean)"),
     "pool = Pool()": ("pool.seen.append(x)", "pool (Pool)"),
@@ -124,26 +145,47 @@ class Trainer:
 
 def test_what_lives_and_is_not_tracked_is_named_with_the_path_to_it(tmp_path):
     setup, step = "; ".join(FOUND), "; ".join(step for step, _ in FOUND.values())
-    assert sorted(named(tmp_path, setup, step, MORE)) == sorted(f"program.py: main(): {path}" for _, path in FOUND.values() if path)
+    assert sorted(named(tmp_path, setup, step, MORE)) == sorted(
+        f"program.py: main(): {path}" for _, path in FOUND.values() if path
+    )
 
 
 def test_a_generator_of_the_module_that_is_drawn_from_later_is_named_then(tmp_path):
     step = "run.step > 5 and RNG.random()"
-    assert named(tmp_path, "", step, "RNG = np.random.default_rng(0)") == ["program.py: RNG (Generator)"]
+    assert named(tmp_path, "", step, "RNG = np.random.default_rng(0)") == [
+        "program.py: RNG (Generator)"
+    ]
 
 
 QUIET = {
-    "drawn before": "rng = np.random.default_rng(0); rng.random(); g = torch.Generator().manual_seed(0); w = torch.rand(3, generator=g)",
-    "another optimizer": "other = torch.optim.SGD(model.parameters(), 0.1); late = torch.optim.lr_scheduler.StepLR(other, 3)",
-    "evaluation": "held = DataLoader(points(), 8, shuffle=True, generator=torch.Generator()); val = Noisy()",
+    "drawn before": (
+        "rng = np.random.default_rng(0); rng.random(); "
+        "g = torch.Generator().manual_seed(0); w = torch.rand(3, generator=g)"
+    ),
+    "another optimizer": (
+        "other = torch.optim.SGD(model.parameters(), 0.1); "
+        "late = torch.optim.lr_scheduler.StepLR(other, 3)"
+    ),
+    "evaluation": (
+        "held = DataLoader(points(), 8, shuffle=True, generator=torch.Generator()); val = Noisy()"
+    ),
     "a tracked object's": "holder = Holder(); run.track(holder=holder); inner = holder.rng",
     "no scaling": "scaler = torch.amp.GradScaler('cpu', enabled=False)",
     "global ones": "a, b, c = random._inst, np.random.mtrand._rand, torch.default_generator",
-    "parts of a tracked schedule": "one, two = [torch.optim.lr_scheduler.StepLR(optimizer, n) for n in (2, 3)]",
-    "what does not change": "frozen = nn.BatchNorm1d(8).eval(); table = torch.zeros(4, 4); late = nn.Linear(8, 1)",
-    "a tracked object's tensors": "wrapped = nn.ModuleList([model]); weights = list(model.parameters()); weight = model.weight.data",
+    "parts of a tracked schedule": (
+        "one, two = [torch.optim.lr_scheduler.StepLR(optimizer, n) for n in (2, 3)]"
+    ),
+    "what does not change": (
+        "frozen = nn.BatchNorm1d(8).eval(); table = torch.zeros(4, 4); late = nn.Linear(8, 1)"
+    ),
+    "a tracked object's tensors": (
+        "wrapped = nn.ModuleList([model]); weights = list(model.parameters()); "
+        "weight = model.weight.data"
+    ),
     "a batch, a sum": "trainer = Trainer(model); total = torch.zeros(1); x = torch.zeros(16, 8)",
-    "that schedule": "run.track(both=torch.optim.lr_scheduler.SequentialLR(optimizer, [one, two], [3]))",
+    "that schedule": (
+        "run.track(both=torch.optim.lr_scheduler.SequentialLR(optimizer, [one, two], [3]))"
+    ),
 }
 HOLDER = (
     MORE
@@ -161,7 +203,10 @@ class Holder:
 
 def test_nothing_is_said_of_what_need_not_be_tracked(tmp_path):
     step = "trainer.set(x); frozen(x); total += loss.detach()"
-    step += "; val[0]; holder.rng.random(); random.random(); np.random.rand(); torch.rand(1); list(held)"
+    step += (
+        "; val[0]; holder.rng.random(); random.random(); np.random.rand(); "
+        "torch.rand(1); list(held)"
+    )
     assert named(tmp_path, "; ".join(QUIET.values()), step, HOLDER) == []
 
 
@@ -226,28 +271,55 @@ def test_an_object_that_answers_with_an_error_is_never_the_runs_failure(tmp_path
 
 
 def test_what_is_installed_for_another_python_is_a_library_all_the_same(tmp_path):
-    """As where a virtual environment lies on top of another, or a site keeps its libraries in a folder of its own."""
+    """As where a virtual environment lies on top of another, or a site keeps its libraries in a
+    folder of its own."""
     package = tmp_path / "opt/python/lib/site-packages"
     package.mkdir(parents=True)
-    (package / "elsewhere.py").write_text("class Counter:\n    def __init__(self):\n        self.count = 0\n")
+    (package / "elsewhere.py").write_text(
+        "class Counter:\n    def __init__(self):\n        self.count = 0\n"
+    )
     before = f"import sys\nsys.path.append({str(package)!r})\nimport elsewhere"
-    source = PROGRAM.replace("BEFORE", before).replace("SETUP", "counter = elsewhere.Counter()").replace("STEP", "counter.count += 1")
+    source = (
+        PROGRAM.replace("BEFORE", before)
+        .replace("SETUP", "counter = elsewhere.Counter()")
+        .replace("STEP", "counter.count += 1")
+    )
     assert "counter" not in live(tmp_path, source, "whole").text
     source = source.replace(str(package), str(package.parent))
     (package / "elsewhere.py").rename(package.parent / "elsewhere.py")
     assert "counter.count" in live(tmp_path, source, "mine").text
 
 
-@pytest.mark.parametrize("loop", ["ddp.py", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gan.py", "gpt.py", "stream.py"))])
+@pytest.mark.parametrize(
+    "loop",
+    [
+        "ddp.py",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("gan.py", "gpt.py", "stream.py")),
+    ],
+)
 def test_no_loop_of_ours_is_suspected(tmp_path, loop):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+        alone = {
+            "RANK": "0",
+            "WORLD_SIZE": "1",
+            "LOCAL_RANK": "0",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(probe.getsockname()[1]),
+        }
     env = os.environ | alone | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, str(LOOPS / loop)], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, str(LOOPS / loop)],
+        cwd=tmp_path,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 0, done.stderr
     assert not re.search(
-        "not tracked, so lost|carries from step|not rehearsed|would fail or not be exact|another one on each rank",
+        "not tracked, so lost|carries from step|not rehearsed|would fail or not be exact|"
+        "another one on each rank",
         done.stdout + done.stderr,
     )
 
@@ -266,7 +338,9 @@ def main():
     model = nn.RNN(8, 4, batch_first=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
     run.track(model=model, optimizer=optimizer)
-    hidden, count, best, stopper, unused, gradients = torch.zeros(1, 16, 4), 0, 1e9, Stopper(), 3, [p for p in model.parameters()]
+    hidden, count, best, stopper, unused, gradients = (
+        torch.zeros(1, 16, 4), 0, 1e9, Stopper(), 3, [p for p in model.parameters()]
+    )
     for x, y in run.batches(points(), 16, epochs=2):
         out, hidden = model(x[:, None], hidden.detach())
         optimizer.zero_grad()
@@ -288,14 +362,23 @@ main()
 def test_what_the_loop_carries_from_step_to_step_by_itself_is_named_once(tmp_path):
     lived = live(tmp_path, CARRIED, "a")
     assert lived.code == 0, lived.text
-    events = [json.loads(line) for line in (tmp_path / "a/events/0001.jsonl").read_text().splitlines()]
+    events = [
+        json.loads(line) for line in (tmp_path / "a/events/0001.jsonl").read_text().splitlines()
+    ]
     names = [name for event in events if event["event"] == "carried" for name in event["names"]]
-    own = [f"program.py: main(): {name}" for name in ("best", "count", "hidden", "stopper.best", "stopper.history")]
+    own = [
+        f"program.py: main(): {name}"
+        for name in ("best", "count", "hidden", "stopper.best", "stopper.history")
+    ]
     assert sorted(names) == own
-    assert "warning" not in lived.text and "What training depends on belongs in run.state" in lived.text
+    assert (
+        "warning" not in lived.text
+        and "What training depends on belongs in run.state" in lived.text
+    )
 
 
-# What the program keeps, and is no tracked object's: what is set up, what a step does, and how it is named.
+# What the program keeps, and is no tracked object's: what is set up, what a step does, and how it
+# is named.
 KEPT = {
     "a dict of averages": (
         "ema = {n: p.detach() + 0 for n, p in model.named_parameters()}",
@@ -318,16 +401,25 @@ KEPT = {
         "config['tau'] *= 0.9; rates[0] *= 0.9",
         "config['tau'], rates[0]",
     ),
-    "a loss module": ("loss_module = Net()", "loss_module.beta += 0.1; loss_module(x)", "loss_module.beta, loss_module.center"),
+    "a loss module": (
+        "loss_module = Net()",
+        "loss_module.beta += 0.1; loss_module(x)",
+        "loss_module.beta, loss_module.center",
+    ),
     "slots": ("slotted = Slotted()", "slotted.t *= 0.9", "slotted.t"),
     "late": ("late = Late()", "late.look(x)", "late.mean"),
     "iterators": (
-        "ticks = itertools.count(); turns = itertools.cycle([1, 2, 3]); rows = iter(range(999)); endless = drawn()",
+        "ticks = itertools.count(); turns = itertools.cycle([1, 2, 3]); "
+        "rows = iter(range(999)); endless = drawn()",
         "next(ticks); next(turns); next(rows); next(endless)",
         "ticks, turns (its position), rows, endless (its position)",
     ),
     "few of many numbers": ("priorities = np.ones(5000)", "priorities[17] += 1", "priorities"),
-    "another object": ("teacher = copy.deepcopy(model)", "teacher = teacher if run.step % 3 else copy.deepcopy(model)", "teacher"),
+    "another object": (
+        "teacher = copy.deepcopy(model)",
+        "teacher = teacher if run.step % 3 else copy.deepcopy(model)",
+        "teacher",
+    ),
     "set at times": (
         "noise = torch.zeros(16, 8); masks = {}",
         "noise, _ = (noise, 0) if run.step % 3 else (x + 1, masks.update(a=x))",
@@ -351,14 +443,38 @@ KEPT = {
         "pass",
         "optimizer (its hooks)[0].norms",
     ),
-    "half a state_dict": ("half = Half(); run.track(half=half)", "half.saved += 1; half.lost += 1", "half.lost"),
-    "a forgotten generator": ("forgets = Half(); run.track(forgets=forgets)", "forgets.rng.random()", "forgets.rng"),
-    "another thread's": ("threading.Thread(target=produce, daemon=True).start()", "time.sleep(0.02)", "produce(): made"),
+    "half a state_dict": (
+        "half = Half(); run.track(half=half)",
+        "half.saved += 1; half.lost += 1",
+        "half.lost",
+    ),
+    "a forgotten generator": (
+        "forgets = Half(); run.track(forgets=forgets)",
+        "forgets.rng.random()",
+        "forgets.rng",
+    ),
+    "another thread's": (
+        "threading.Thread(target=produce, daemon=True).start()",
+        "time.sleep(0.02)",
+        "produce(): made",
+    ),
     "passing": ("old = 0", "twice = [x, x]; old = run.step; text = str(old)", ""),
-    "run.state": ("own = run.state; own['n'] = 0; seen = own.setdefault('h', [])", "own['n'] += 1; seen.append(own['n'])", ""),
-    "clocks": ("at, since = time.time(), time.perf_counter()", "at, since = at + 0.01, max(since, time.perf_counter())", ""),
+    "run.state": (
+        "own = run.state; own['n'] = 0; seen = own.setdefault('h', [])",
+        "own['n'] += 1; seen.append(own['n'])",
+        "",
+    ),
+    "clocks": (
+        "at, since = time.time(), time.perf_counter()",
+        "at, since = at + 0.01, max(since, time.perf_counter())",
+        "",
+    ),
     "empty at first": ("cache, made = {}, None", "made = cache.setdefault('a', 7)", ""),
-    "told the epoch": ("data.set_epoch = lambda epoch: None; data.epoch = 0", "data.epoch = run.epoch", ""),
+    "told the epoch": (
+        "data.set_epoch = lambda epoch: None; data.epoch = 0",
+        "data.epoch = run.epoch",
+        "",
+    ),
 }
 KEEPERS = """
 import argparse, copy, itertools, threading, time, types
@@ -432,21 +548,48 @@ def test_whatever_the_program_keeps_from_step_to_step_is_named(tmp_path):
     source = PROGRAM.replace("BEFORE", KEEPERS).replace("SETUP", setup).replace("STEP", step)
     lived = live(tmp_path, source, "whole")
     assert lived.code == 0, lived.text
-    events = [json.loads(line) for line in (tmp_path / "whole/events/0001.jsonl").read_text().splitlines()]
-    names = {name for event in events if event["event"] in ("carried", "untracked") for name in event["names"]}
-    found = {re.sub(r" \((?!its)\w+\)$", "", name).removeprefix("program.py: ").removeprefix("main(): ") for name in names}
+    events = [
+        json.loads(line) for line in (tmp_path / "whole/events/0001.jsonl").read_text().splitlines()
+    ]
+    names = {
+        name
+        for event in events
+        if event["event"] in ("carried", "untracked")
+        for name in event["names"]
+    }
+    found = {
+        re.sub(r" \((?!its)\w+\)$", "", name).removeprefix("program.py: ").removeprefix("main(): ")
+        for name in names
+    }
     expected = {path for _, _, paths in KEPT.values() for path in paths.split(", ") if path}
     assert found == expected
 
 
 def test_memory_that_tracked_tensors_come_to_share_is_named(tmp_path):
-    """A restart gives each of them its own: torch's optimizers share the state that one loads from another."""
-    setup = "other = torch.nn.Linear(8, 1); second = torch.optim.SGD(other.parameters(), 0.1, momentum=0.9); "
-    setup += "first = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9); run.track(other=other, first=first, second=second)"
-    step = "other(x).sum().backward(); first.step(); second.step(); run.step == 3 and second.load_state_dict(first.state_dict())"
-    lived = live(tmp_path, PROGRAM.replace("BEFORE", "").replace("SETUP", setup).replace("STEP", step), "whole")
+    """A restart gives each of them its own: torch's optimizers share the state that one loads from
+    another."""
+    setup = (
+        "other = torch.nn.Linear(8, 1); "
+        "second = torch.optim.SGD(other.parameters(), 0.1, momentum=0.9); "
+    )
+    setup += (
+        "first = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9); "
+        "run.track(other=other, first=first, second=second)"
+    )
+    step = (
+        "other(x).sum().backward(); first.step(); second.step(); "
+        "run.step == 3 and second.load_state_dict(first.state_dict())"
+    )
+    lived = live(
+        tmp_path,
+        PROGRAM.replace("BEFORE", "").replace("SETUP", setup).replace("STEP", step),
+        "whole",
+    )
     assert lived.code == 0, lived.text
-    assert "first.state[0]['momentum_buffer'] = second.state[0]['momentum_buffer'] (shared memory)" in lived.text
+    assert (
+        "first.state[0]['momentum_buffer'] = second.state[0]['momentum_buffer'] (shared memory)"
+        in lived.text
+    )
 
 
 LOOP_OF = """
@@ -493,5 +636,9 @@ BODY_OUTSIDE
 def test_variables_are_carried_if_they_are_read_before_they_are_set(tmp_path, body, names):
     path = tmp_path / "loop.py"
     outside = "for x in batches():\n    " + body.replace("\n", "\n    ") + "\ng()\n"
-    path.write_text(LOOP_OF.replace("BODY_OUTSIDE", outside).replace("BODY", body.replace("\n", "\n        ")))
-    assert runpy.run_path(str(path))["found"][:2] == [set(names.split())] * 2, "in a module, and in a function"
+    path.write_text(
+        LOOP_OF.replace("BODY_OUTSIDE", outside).replace("BODY", body.replace("\n", "\n        "))
+    )
+    assert runpy.run_path(str(path))["found"][:2] == [set(names.split())] * 2, (
+        "in a module, and in a function"
+    )
