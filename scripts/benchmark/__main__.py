@@ -35,10 +35,25 @@ def arguments() -> argparse.Namespace:
         epilog=f"rows:\n{rows}\n\nexample: scripts/bench --size-mb 64 --repeats 1   # does it run? a few minutes; no numbers to quote",
     )  # fmt: skip
     parser.add_argument("rows", nargs="*", metavar="ROW", help="which to measure (all)")
-    parser.add_argument("--size-mb", type=int, default=1480, help="megabytes of state (1480: 124 M parameters and both moments)")
+    parser.add_argument(
+        "--size-mb",
+        type=int,
+        default=1480,
+        help="megabytes of state (1480: 124 M parameters and both moments)",
+    )
     parser.add_argument("--repeats", type=int, default=7, help="turns (7)")
-    parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="where to put .json, .md and .png (runs/bench)")
-    parser.add_argument("--scratch", type=Path, default=Path("runs/bench-scratch"), help="a folder on the disk to measure")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("runs/bench"),
+        help="where to put .json, .md and .png (runs/bench)",
+    )
+    parser.add_argument(
+        "--scratch",
+        type=Path,
+        default=Path("runs/bench-scratch"),
+        help="a folder on the disk to measure",
+    )
     told = parser.parse_args()
     if unknown := set(told.rows) - set(ROWS):
         parser.error(f"no such row: {', '.join(sorted(unknown))}; there are {', '.join(ROWS)}")
@@ -52,7 +67,10 @@ def main() -> int:
     told.scratch.mkdir(parents=True, exist_ok=True)
     told.out.parent.mkdir(parents=True, exist_ok=True)
     bench = Bench(told.size_mb, told.repeats, told.scratch.absolute())
-    ran_on, settings = machine.describe(bench.scratch), {"size_mb": told.size_mb, "repeats": told.repeats}
+    ran_on, settings = (
+        machine.describe(bench.scratch),
+        {"size_mb": told.size_mb, "repeats": told.repeats},
+    )
     found: list[Finding] = []
     for name in [row for row in ROWS if row in told.rows] or list(ROWS):
         bench.row = name
@@ -65,15 +83,27 @@ def main() -> int:
         _keep(told.out, found, ran_on, bench, settings)
     shutil.rmtree(bench.scratch)
     print(report.whole(found, ran_on, bench.missing, settings, markdown=False))
-    print(f"all samples: {told.out}.json; the same as a page: {told.out}.md; drawn: {told.out}.png", file=sys.stderr)
+    print(
+        f"all samples: {told.out}.json; the same as a page: {told.out}.md; drawn: {told.out}.png",
+        file=sys.stderr,
+    )
     return int(any(name in ROWS or name.endswith(f": {HARNESS}") for name in bench.missing))
 
 
-def _keep(out: Path, found: list[Finding], ran_on: dict[str, str], bench: Bench, settings: dict[str, int]) -> None:
+def _keep(
+    out: Path, found: list[Finding], ran_on: dict[str, str], bench: Bench, settings: dict[str, int]
+) -> None:
     """Write the files anew after each row, so that an end by force loses one row only."""
-    values = {"settings": settings, "machine": ran_on, "missing": bench.missing, "findings": [finding.as_json() for finding in found]}
+    values = {
+        "settings": settings,
+        "machine": ran_on,
+        "missing": bench.missing,
+        "findings": [finding.as_json() for finding in found],
+    }
     Path(f"{out}.json").write_text(json.dumps(values | {"samples": bench.raw}, indent=1) + "\n")
-    Path(f"{out}.md").write_text(report.whole(found, ran_on, bench.missing, settings, markdown=True))
+    Path(f"{out}.md").write_text(
+        report.whole(found, ran_on, bench.missing, settings, markdown=True)
+    )
     draw(found, ran_on, settings, Path(f"{out}.png"))
 
 

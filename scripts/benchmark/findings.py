@@ -34,7 +34,9 @@ class Finding:
         """Whether the median is as required; None if nothing is."""
         if self.most is None and self.least is None:
             return None
-        return (self.most is None or self.median <= self.most) and (self.least is None or self.median >= self.least)
+        return (self.most is None or self.median <= self.most) and (
+            self.least is None or self.median >= self.least
+        )
 
     @property
     def share_of_limit(self) -> float:
@@ -68,7 +70,11 @@ def wins(findings: Sequence[Finding]) -> list[str]:
     for own in findings:
         if own.who == HARNESS:
             same = [
-                found for found in findings if (found.row, found.what) == (own.row, own.what) and found.beats(own) and found.who != DISK
+                found
+                for found in findings
+                if (found.row, found.what) == (own.row, own.what)
+                and found.beats(own)
+                and found.who != DISK
             ]
             ahead = sorted(same, key=lambda found: found.median, reverse=own.more_is_better)
             if ahead:

@@ -50,7 +50,14 @@ def by_hand(folder: Path, size_mb: int) -> None:
         train(work, tokens)
         step += 1
         if step % SAVE_EVERY == 0 and ddp.rank() == 0:
-            write({"model_state_dict": model.state_dict(), "optimizer_state_dict": work.optimizer.state_dict(), "step": step}, path)
+            write(
+                {
+                    "model_state_dict": model.state_dict(),
+                    "optimizer_state_dict": work.optimizer.state_dict(),
+                    "step": step,
+                },
+                path,
+            )
 
 
 def by_harness(folder: Path, size_mb: int) -> None:

@@ -16,7 +16,9 @@ PEERS = (
 
 def describe(folder: Path) -> dict[str, str]:
     """The machine, the file system that `folder` lies on, the versions of everybody, and today."""
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False).stdout.strip()
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
+    ).stdout.strip()
     return {
         "cpu": _cpu(),
         "cores": str(len(os.sched_getaffinity(0))),

@@ -14,13 +14,23 @@ from benchmark.findings import HARNESS, Finding
 
 ROW, HAND = "overhead", "DDP by hand"
 WARM, STEPS, BATCH = 300, 3000, 16
-CONTENDERS = {HAND: "by_hand", HARNESS: "by_harness", "Lightning Fabric": "by_fabric", "Lightning Trainer": "by_trainer"}
+CONTENDERS = {
+    HAND: "by_hand",
+    HARNESS: "by_harness",
+    "Lightning Fabric": "by_fabric",
+    "Lightning Trainer": "by_trainer",
+}
 
 
 def measure(bench: Bench) -> list[Finding]:
     samples = {
         f"{who}, {ranks} rank{'s' * (ranks > 1)}": partial(
-            bench.sample, "overhead", function, ranks=ranks, environment={"OMP_NUM_THREADS": "1"}, size=ranks
+            bench.sample,
+            "overhead",
+            function,
+            ranks=ranks,
+            environment={"OMP_NUM_THREADS": "1"},
+            size=ranks,
         )
         for ranks in (1, 2)
         for who, function in CONTENDERS.items()
@@ -32,14 +42,31 @@ def measure(bench: Bench) -> list[Finding]:
         by_hand = taken.get(f"{HAND}, {of_ranks}", [])
         for who in CONTENDERS:
             steps = taken.get(f"{who}, {of_ranks}", [])
-            for what, key in (("a step", "wall_us"), ("Python and library code in a step, without the kernel's", "user_us")):
+            for what, key in (
+                ("a step", "wall_us"),
+                ("Python and library code in a step, without the kernel's", "user_us"),
+            ):
                 if steps:
-                    found.append(Finding(ROW, f"{what}, {of_ranks}", who, "us", tuple(step[key] for step in steps)))
+                    found.append(
+                        Finding(
+                            ROW,
+                            f"{what}, {of_ranks}",
+                            who,
+                            "us",
+                            tuple(step[key] for step in steps),
+                        )
+                    )
                 if who != HAND and steps and by_hand:
-                    over = tuple(ours[key] - theirs[key] for ours, theirs in zip(steps, by_hand, strict=True))
+                    over = tuple(
+                        ours[key] - theirs[key] for ours, theirs in zip(steps, by_hand, strict=True)
+                    )
                     most = 50.0 if who == HARNESS and key == "wall_us" else None
                     name = "overhead a step" if key == "wall_us" else "user time a step"
-                    found.append(Finding(ROW, f"{name} over DDP by hand, {of_ranks}", who, "us", over, most=most))
+                    found.append(
+                        Finding(
+                            ROW, f"{name} over DDP by hand, {of_ranks}", who, "us", over, most=most
+                        )
+                    )
     return found
 
 
@@ -67,8 +94,13 @@ class Counter:
         return self.calls >= WARM + STEPS
 
     def result(self) -> dict[str, float]:
-        wall_s = sorted(after - before for before, after in itertools.pairwise(self.hundreds))[2] / 100
-        return {"wall_us": wall_s * 1e6, "user_us": (_user_s() - self.user_s) / (self.calls - WARM) * 1e6}
+        wall_s = (
+            sorted(after - before for before, after in itertools.pairwise(self.hundreds))[2] / 100
+        )
+        return {
+            "wall_us": wall_s * 1e6,
+            "user_us": (_user_s() - self.user_s) / (self.calls - WARM) * 1e6,
+        }
 
 
 def _user_s() -> float:
@@ -81,7 +113,9 @@ def _parts() -> tuple[Any, Any]:
 
     torch.manual_seed(1)
     model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 10))
-    return model, torch.utils.data.TensorDataset(torch.rand(16_000, 32), torch.randint(10, (16_000,)))
+    return model, torch.utils.data.TensorDataset(
+        torch.rand(16_000, 32), torch.randint(10, (16_000,))
+    )
 
 
 def _optimizer(model: Any) -> Any:

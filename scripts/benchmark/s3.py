@@ -28,16 +28,26 @@ def measure(bench: Bench) -> list[Finding]:
     taken = bench.turns(
         {
             HARNESS: partial(bench.sample, "s3", "by_harness", size_mb=bench.size_mb),
-            **{name: partial(bench.sample, "s3", "by_client", name=name, size_bytes=size_bytes) for name in CLIENTS},
+            **{
+                name: partial(bench.sample, "s3", "by_client", name=name, size_bytes=size_bytes)
+                for name in CLIENTS
+            },
         }
     )
     took = {who: [sample["seconds"] for sample in samples] for who, samples in taken.items()}
-    found = [Finding(ROW, "until it is whole in S3", who, "s", tuple(times)) for who, times in took.items()]
+    found = [
+        Finding(ROW, "until it is whole in S3", who, "s", tuple(times))
+        for who, times in took.items()
+    ]
     clients = {who: times for who, times in took.items() if who != HARNESS}
     if HARNESS in took and clients:
-        best = min(clients, key=lambda who: median(clients[who]))  # one for all turns: the least of several is too lucky
+        best = min(
+            clients, key=lambda who: median(clients[who])
+        )  # one for all turns: the least of several is too lucky
         what = f"until it is whole in S3 over the fastest raw client's ({best})"
-        found.append(Finding(ROW, what, HARNESS, "x", ratios(took[HARNESS], clients[best]), most=1.1))
+        found.append(
+            Finding(ROW, what, HARNESS, "x", ratios(took[HARNESS], clients[best]), most=1.1)
+        )
     return found
 
 
@@ -68,7 +78,9 @@ def by_client(folder: str, name: str, size_bytes: int) -> dict[str, float]:
         for at in range(0, size_bytes, len(block)):
             file.write(block[: size_bytes - at])
     with _server(folder) as server:
-        put = {"s3fs put": _s3fs, "boto3 upload_file": _boto3, "obstore put": _obstore}[name](server)
+        put = {"s3fs put": _s3fs, "boto3 upload_file": _boto3, "obstore put": _obstore}[name](
+            server
+        )
         os.sync()
         began_at = time.perf_counter()
         put(path)
@@ -116,7 +128,13 @@ def by_harness(folder: str, size_mb: int) -> dict[str, float]:
     with _server(folder) as server:
         work = workload.build(size_mb)
         work.settle()
-        run = harness.init(Path(folder, "run"), remote=f"s3://{BUCKET}/run", save_every_s=None, save_every_steps=1, keep_last=1)
+        run = harness.init(
+            Path(folder, "run"),
+            remote=f"s3://{BUCKET}/run",
+            save_every_s=None,
+            save_every_steps=1,
+            keep_last=1,
+        )
         small = work.track(run)
         batches: Any = run.batches(work.dataset, 1, epochs=100)
         events, took_s = Path(folder, "run/events/0001.jsonl"), 0.0
@@ -137,5 +155,10 @@ def by_harness(folder: str, size_mb: int) -> dict[str, float]:
 
 def _is_told(events: Path, name: str) -> bool:
     """Whether the run has recorded that a checkpoint is there, manifest and all: to ask the server takes its time."""
-    last = events.read_text().splitlines()[-3:]  # the time that looking takes is taken from the upload
-    return any(event["event"] == "uploaded" and event["checkpoint"] == name for event in map(json.loads, last))
+    last = events.read_text().splitlines()[
+        -3:
+    ]  # the time that looking takes is taken from the upload
+    return any(
+        event["event"] == "uploaded" and event["checkpoint"] == name
+        for event in map(json.loads, last)
+    )

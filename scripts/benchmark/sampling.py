@@ -15,7 +15,9 @@ from pathlib import Path
 
 MARK = "BENCH_SAMPLE"
 EVERY_S, LOOK_EVERY_S = 0.010, 0.050
-CPUCLOCK_SCHED = 2  # linux/posix-timers.h: the CPU clock of a process is made of its complement and this
+CPUCLOCK_SCHED = (
+    2  # linux/posix-timers.h: the CPU clock of a process is made of its complement and this
+)
 
 
 def processes(mark: str) -> list[int]:
@@ -67,7 +69,11 @@ class Peak:
         mark = os.environ[MARK]
         outside = {name: value for name, value in os.environ.items() if name != MARK}
         self._sampler = subprocess.Popen(
-            [sys.executable, "-S", __file__, mark], env=outside, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [sys.executable, "-S", __file__, mark],
+            env=outside,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
         )
         assert self._sampler.stdout is not None
         self._sampler.stdout.readline()
@@ -85,7 +91,9 @@ def _sample(mark: str) -> None:
     most, looked_at, is_over = 0, 0.0, False
     pids: list[int] = []
     while not is_over:
-        is_over = bool(select.select([sys.stdin], [], [], EVERY_S)[0])  # what is held at the end is looked at too
+        is_over = bool(
+            select.select([sys.stdin], [], [], EVERY_S)[0]
+        )  # what is held at the end is looked at too
         if is_over or time.monotonic() - looked_at > LOOK_EVERY_S:
             pids, looked_at = processes(mark), time.monotonic()
         most = max(most, pss_bytes(pids))

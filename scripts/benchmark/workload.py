@@ -25,8 +25,13 @@ class Block(nn.Module):
         self.wide, self.narrow = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        q, k, v = (part.unflatten(-1, (self.heads, 64)).transpose(1, 2) for part in self.mix(self.before(x)).chunk(3, -1))
-        x = x + self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+        q, k, v = (
+            part.unflatten(-1, (self.heads, 64)).transpose(1, 2)
+            for part in self.mix(self.before(x)).chunk(3, -1)
+        )
+        x = x + self.out(
+            F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+        )
         x = x + self.narrow(F.gelu(self.wide(self.between(x))))
         return x
 
@@ -38,14 +43,21 @@ class Gpt(nn.Module):
         super().__init__()
         parameters = size_mb * 1_000_000 // BYTES_A_PARAMETER
         width = 768 if parameters > 50_000_000 else 256
-        layers = max(1, round(0.69 * parameters / (12 * width**2)))  # as in the smallest GPT-2: 12 layers of 124 M parameters
+        layers = max(
+            1, round(0.69 * parameters / (12 * width**2))
+        )  # as in the smallest GPT-2: 12 layers of 124 M parameters
         self.vocabulary = max(256, (parameters - layers * 12 * width**2) // width - CONTEXT)
-        self.embedding, self.position = nn.Embedding(self.vocabulary, width), nn.Embedding(CONTEXT, width)
+        self.embedding, self.position = (
+            nn.Embedding(self.vocabulary, width),
+            nn.Embedding(CONTEXT, width),
+        )
         nn.init.normal_(self.embedding.weight, std=0.02)
         self.blocks = nn.Sequential(*(Block(width) for _ in range(layers)))
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        x = self.blocks(self.embedding(tokens[:, :-1]) + self.position.weight[: tokens.shape[1] - 1])
+        x = self.blocks(
+            self.embedding(tokens[:, :-1]) + self.position.weight[: tokens.shape[1] - 1]
+        )
         scores = F.linear(x, self.embedding.weight)
         return F.cross_entropy(scores.flatten(0, 1), tokens[:, 1:].flatten() % self.vocabulary)
 
@@ -76,13 +88,18 @@ class Workload:
 
     def payload(self) -> dict[str, Any]:
         """What the tutorials save; the tensors are the live ones."""
-        return {"model_state_dict": self.model.state_dict(), "optimizer_state_dict": self.optimizer.state_dict()}
+        return {
+            "model_state_dict": self.model.state_dict(),
+            "optimizer_state_dict": self.optimizer.state_dict(),
+        }
 
 
 def build(size_mb: int, device: str = "cpu") -> Workload:
     model = Gpt(size_mb).to(device)
     tokens = torch.randint(256, (SEQUENCES, CONTEXT + 1), dtype=torch.int64)
-    return Workload(model, torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True), TensorDataset(tokens))
+    return Workload(
+        model, torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True), TensorDataset(tokens)
+    )
 
 
 def tensors(payload: Any) -> Iterator[torch.Tensor]:

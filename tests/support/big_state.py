@@ -34,19 +34,25 @@ class Big(nn.Module):
 
 
 def points(size: int = 64) -> torch.utils.data.TensorDataset:
-    return torch.utils.data.TensorDataset(torch.randn(size, 16, generator=torch.Generator().manual_seed(0)))
+    return torch.utils.data.TensorDataset(
+        torch.randn(size, 16, generator=torch.Generator().manual_seed(0))
+    )
 
 
 def trained(
     directory: Path,
-    make: Callable[[nn.Module], torch.optim.Optimizer] = lambda model: torch.optim.AdamW(model.parameters(), lr=0.01),
+    make: Callable[[nn.Module], torch.optim.Optimizer] = lambda model: torch.optim.AdamW(
+        model.parameters(), lr=0.01
+    ),
     before: Callable[[nn.Module], None] = lambda model: None,
     steps: int = 8,
     model: nn.Module | None = None,
     **options: object,
 ) -> dict[int, dict]:
     """A loop that saves every step; returns what a copy that training waited for says of each boundary."""
-    job = harness.init(directory, seed=1, save_every_s=None, save_every_steps=1, keep_last=99, **options)
+    job = harness.init(
+        directory, seed=1, save_every_s=None, save_every_steps=1, keep_last=99, **options
+    )
     model = (model or Big()).to(job.device)
     optimizer, average = make(model), Ema(model, 0.9)
     job.track(model=model, optimizer=optimizer, average=average)
@@ -71,13 +77,17 @@ def check_saved(directory: Path, seen: dict[int, dict], steps: list[int]) -> Non
     for step, manifest in manifests.items():
         payload = load.load(store, manifest)
         assert payload["step"] == step
-        assert list(differences({name: payload[name] for name in seen[step]}, seen[step])) == [], step
+        assert list(differences({name: payload[name] for name in seen[step]}, seen[step])) == [], (
+            step
+        )
 
 
 OPTIMIZERS = {
     "adamw": lambda model: torch.optim.AdamW(model.parameters(), lr=0.01),
     "momentum": lambda model: torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9),
-    "tensor rate": lambda model: torch.optim.Adam(model.parameters(), lr=torch.tensor(0.01), foreach=False),
+    "tensor rate": lambda model: torch.optim.Adam(
+        model.parameters(), lr=torch.tensor(0.01), foreach=False
+    ),
     "part": lambda model: torch.optim.SGD(model.out.parameters(), lr=0.01),
 }
 
@@ -134,7 +144,9 @@ def written(
     before: str = "pass",
 ) -> list[str]:
     """The command line of a training script of its own process: the loop, with more to do in each step."""
-    loop = LOOP.format(options=options, rows=rows, size=size, before=before) + textwrap.indent(textwrap.dedent(body), "    ")
+    loop = LOOP.format(options=options, rows=rows, size=size, before=before) + textwrap.indent(
+        textwrap.dedent(body), "    "
+    )
     (folder / "own.py").write_text(PRELUDE + loop)
     return [sys.executable, "own.py"]
 

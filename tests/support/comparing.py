@@ -29,5 +29,7 @@ def losses(directory: Path) -> dict[int, float]:
     """The loss of each step; a step that was done again after a kill must have given the same."""
     found: dict[int, float] = {}
     for event in events(directory, "step"):
-        assert found.setdefault(event["step"], event["loss"]) == event["loss"], f"step {event['step']} came out differently when done again"
+        assert found.setdefault(event["step"], event["loss"]) == event["loss"], (
+            f"step {event['step']} came out differently when done again"
+        )
     return found

@@ -19,7 +19,13 @@ WIDTH, CLASSES = 6, 3
 
 def sequential(width: int = 16) -> nn.Module:
     """Of torch's own classes only; Dropout and BatchNorm show whether it is in eval mode."""
-    return nn.Sequential(nn.Linear(WIDTH, width), nn.BatchNorm1d(width), nn.Tanh(), nn.Dropout(0.5), nn.Linear(width, CLASSES))
+    return nn.Sequential(
+        nn.Linear(WIDTH, width),
+        nn.BatchNorm1d(width),
+        nn.Tanh(),
+        nn.Dropout(0.5),
+        nn.Linear(width, CLASSES),
+    )
 
 
 class Net(nn.Module):
@@ -40,7 +46,9 @@ class Keyed(nn.Module):
         super().__init__()
         self.body = sequential()
 
-    def forward(self, *, points: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+    def forward(
+        self, *, points: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor | None = None
+    ) -> dict[str, torch.Tensor]:
         logits = self.body(points) * scale.unsqueeze(1)
         return {"logits": logits if shift is None else logits + shift, "sums": logits.sum(1)}
 
@@ -71,7 +79,9 @@ class Pairs(nn.Module):
         super().__init__()
         self.body = sequential()
 
-    def forward(self, x: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+    def forward(
+        self, x: torch.Tensor, scale: torch.Tensor
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
         logits = self.body(x) * scale.unsqueeze(1)
         return logits, (logits.mean(1), logits.std(1))
 
@@ -187,7 +197,10 @@ class Tied(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.inward, self.outward = nn.Linear(WIDTH, WIDTH, bias=False), nn.Linear(WIDTH, WIDTH, bias=False)
+        self.inward, self.outward = (
+            nn.Linear(WIDTH, WIDTH, bias=False),
+            nn.Linear(WIDTH, WIDTH, bias=False),
+        )
         self.outward.weight = self.inward.weight
         self.head = nn.Linear(WIDTH, CLASSES)
 
@@ -250,7 +263,13 @@ MODELS = {
 }  # fmt: skip
 
 
-def build(kind: str = "sequential", width: int = 16, held_out: int = 48, lr: float = 0.05, sleep_s: float = 0.0) -> Task:
+def build(
+    kind: str = "sequential",
+    width: int = 16,
+    held_out: int = 48,
+    lr: float = 0.05,
+    sleep_s: float = 0.0,
+) -> Task:
     """One model of a kind."""
     model = MODELS[kind](width) if kind in ("sequential", "net") else MODELS[kind]()
     call = CALLS.get(kind, plain)
@@ -261,7 +280,9 @@ def build(kind: str = "sequential", width: int = 16, held_out: int = 48, lr: flo
 
     return Task(
         modules=model,
-        optimizers=torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=lr, momentum=0.9),
+        optimizers=torch.optim.SGD(
+            [p for p in model.parameters() if p.requires_grad], lr=lr, momentum=0.9
+        ),
         train_data=samples(80),
         eval_data=samples(held_out),
         loss=loss,
@@ -272,7 +293,9 @@ def build(kind: str = "sequential", width: int = 16, held_out: int = 48, lr: flo
 def build_pair(flatten: bool = False, names: str = "encoder,head") -> Task:
     """Two modules, and two optimizers; or the second one without any parameter."""
     first, second = names.split(",")
-    modules = {first: nn.Sequential(nn.Linear(WIDTH, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Dropout(0.5))}
+    modules = {
+        first: nn.Sequential(nn.Linear(WIDTH, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Dropout(0.5))
+    }
     modules[second] = nn.Flatten() if flatten else nn.Linear(8, CLASSES)
     optimizers = {f"{first}_optimizer": torch.optim.AdamW(modules[first].parameters(), lr=0.01)}
     if not flatten:

@@ -27,10 +27,18 @@ ERRORS = {
     "500": (500, "InternalError", "We encountered an internal error. Please try again."),
     "503": (503, "SlowDown", "Please reduce your request rate."),
     "429": (429, "TooManyRequests", "Please reduce your request rate."),
-    "409": (409, "ConditionalRequestConflict", "The conditional request cannot succeed due to a conflicting operation."),
+    "409": (
+        409,
+        "ConditionalRequestConflict",
+        "The conditional request cannot succeed due to a conflicting operation.",
+    ),
     "expired": (400, "ExpiredToken", "The provided token has expired."),
     "denied": (403, "AccessDenied", "Access Denied."),
-    "skewed": (403, "RequestTimeTooSkewed", "The difference between the request time and the server's time is too large."),
+    "skewed": (
+        403,
+        "RequestTimeTooSkewed",
+        "The difference between the request time and the server's time is too large.",
+    ),
     "200_error": (200, "InternalError", "We encountered an internal error. Please try again."),
 }
 FAULTS = (
@@ -58,7 +66,9 @@ class Request:
     path: str
     query: str
     headers: dict[str, str]  # names in lower case
-    fault: str | None = None  # what was chosen; one that needs content does nothing to an answer without
+    fault: str | None = (
+        None  # what was chosen; one that needs content does nothing to an answer without
+    )
     status: int | None = None
     forwarded: bool = False  # whether the server has all of it
 
@@ -92,7 +102,9 @@ class Rule:
     contains: str | None = None  # a part of the path and query, as sent (percent-encoded)
     first: int | None = None
     after: int = 0
-    argument: float | None = None  # delay: seconds; flip_get, flip_put: the byte's position, else the middle one
+    argument: float | None = (
+        None  # delay: seconds; flip_get, flip_put: the byte's position, else the middle one
+    )
     seen: int = 0
 
     def __post_init__(self) -> None:
@@ -102,7 +114,9 @@ class Rule:
         if not (request.matches(self.method, self.contains) and request.can_have(self.fault)):
             return False
         self.seen += 1
-        return self.seen > self.after and (self.first is None or self.seen <= self.after + self.first)
+        return self.seen > self.after and (
+            self.first is None or self.seen <= self.after + self.first
+        )
 
 
 @dataclass
@@ -155,7 +169,9 @@ class Hold:
         if self._go.is_set() or not request.matches(self.method, self.contains):
             return False
         self._seen += 1
-        return self._seen > self.skip and (self.count is None or self._seen <= self.skip + self.count)
+        return self._seen > self.skip and (
+            self.count is None or self._seen <= self.skip + self.count
+        )
 
     def wait(self, request: Request) -> None:
         self.request = self.request or request
@@ -189,8 +205,14 @@ class _Message:
 
     def encoded(self, without: str = "", length: int | None = None) -> bytes:
         """The head again, as it came, but for one header and a new framing (length: the whole body, of so many bytes)."""
-        drop = {without} | ({"transfer-encoding", "content-length"} if length is not None else set())
-        kept = [line for line in self.lines[1:] if line.decode("latin-1").partition(":")[0].strip().lower() not in drop]
+        drop = {without} | (
+            {"transfer-encoding", "content-length"} if length is not None else set()
+        )
+        kept = [
+            line
+            for line in self.lines[1:]
+            if line.decode("latin-1").partition(":")[0].strip().lower() not in drop
+        ]
         framing = [f"Content-Length: {length}\r\n".encode()] if length is not None else []
         return b"".join([self.lines[0], *kept, *framing, b"\r\n"])
 
@@ -356,7 +378,13 @@ class FaultProxy:
             self._storm = None
 
     def hold(
-        self, method: str | None = None, contains: str | None = None, *, after: bool = False, count: int | None = 1, skip: int = 0
+        self,
+        method: str | None = None,
+        contains: str | None = None,
+        *,
+        after: bool = False,
+        count: int | None = 1,
+        skip: int = 0,
     ) -> Hold:
         """Hold the next matching request (count: so many, None: all; skip: not the first ones) before the server has seen any of it,
         or `after` the server has done it and before the client hears of it."""
@@ -437,18 +465,36 @@ class FaultProxy:
             rule = next((rule for rule in self.rules if rule.takes(request)), drawn)
             request.fault = rule.fault if rule else None
             holds = [hold for hold in self._holds if hold.takes(request)]
-        return rule, [hold for hold in holds if not hold.after], [hold for hold in holds if hold.after]
+        return (
+            rule,
+            [hold for hold in holds if not hold.after],
+            [hold for hold in holds if hold.after],
+        )
 
-    def _strike_before(self, client: socket.socket, request: Request, rule: Rule, head: _Message) -> bool:
+    def _strike_before(
+        self, client: socket.socket, request: Request, rule: Rule, head: _Message
+    ) -> bool:
         """The faults for which the server is not asked; whether this was one."""
         if rule.fault in ERRORS:
             request.status, code, message = ERRORS[rule.fault]
             resource = request.path.replace("&", "&amp;").replace("<", "&lt;")
             error = f"<Error><Code>{code}</Code><Message>{message}</Message><Resource>{resource}</Resource></Error>"
             text = f'<?xml version="1.0" encoding="UTF-8"?>\n{error}'.encode()
-            lines = [f"HTTP/1.1 {request.status} {code}", "Content-Type: application/xml", f"Content-Length: {len(text)}"]
-            lines += [f"Date: {email.utils.formatdate(usegmt=True)}", "Server: fault_proxy", "x-amz-request-id: FAULT", "", ""]
-            client.sendall("\r\n".join(lines).encode() + (b"" if request.method == "HEAD" else text))
+            lines = [
+                f"HTTP/1.1 {request.status} {code}",
+                "Content-Type: application/xml",
+                f"Content-Length: {len(text)}",
+            ]
+            lines += [
+                f"Date: {email.utils.formatdate(usegmt=True)}",
+                "Server: fault_proxy",
+                "x-amz-request-id: FAULT",
+                "",
+                "",
+            ]
+            client.sendall(
+                "\r\n".join(lines).encode() + (b"" if request.method == "HEAD" else text)
+            )
             return True
         if rule.fault == "stall":
             self._stalled.wait()
@@ -458,7 +504,13 @@ class FaultProxy:
         return False
 
     def _forward(
-        self, client: socket.socket, request: Request, head: _Message, body: Iterable[bytes], rule: Rule | None, after: list[Hold]
+        self,
+        client: socket.socket,
+        request: Request,
+        head: _Message,
+        body: Iterable[bytes],
+        rule: Rule | None,
+        after: list[Hold],
     ) -> bool:
         """Ask the server and answer the client; whether the client's connection can go on."""
         upstream = socket.create_connection(self.upstream, timeout=10)
@@ -502,7 +554,14 @@ def _send(upstream: socket.socket, head: bytes, body: Iterable[bytes]) -> None:
                 refused = True
 
 
-def _answer(client: socket.socket, request: Request, answer: _Message, content: Iterable[bytes], rule: Rule | None, bodiless: bool) -> bool:
+def _answer(
+    client: socket.socket,
+    request: Request,
+    answer: _Message,
+    content: Iterable[bytes],
+    rule: Rule | None,
+    bodiless: bool,
+) -> bool:
     """Send the server's answer on, damaged where the rule says so; whether the client's connection can go on."""
     head, status = answer.encoded(), int(answer.start[1])
     fault = rule.fault if rule else None
@@ -511,7 +570,9 @@ def _answer(client: socket.socket, request: Request, answer: _Message, content: 
         data = _unchunked(raw) if answer.chunked else raw
         head = answer.encoded(length=len(data))
         if rule and fault == "flip_get":
-            content = [_flipped(data, len(data) // 2 if rule.argument is None else int(rule.argument))]
+            content = [
+                _flipped(data, len(data) // 2 if rule.argument is None else int(rule.argument))
+            ]
         else:
             request.status = status
             client.sendall(head + data[: len(data) // 2])

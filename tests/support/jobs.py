@@ -31,13 +31,17 @@ class Job:
         launches.begin(self.stores, self.launch, read_catalog(*self.stores), **details)
         return self
 
-    def attempt(self, *steps: int, why: str | None = None, final: bool = False, **details: Any) -> Life:
+    def attempt(
+        self, *steps: int, why: str | None = None, final: bool = False, **details: Any
+    ) -> Life:
         """One attempt of the present launch, which commits these steps, and ends so; without `why` no end is recorded."""
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv(launches.ENVIRONMENT, self.launch)
             life = Life(*self.stores)
         for step in steps:
-            (life.copied if len(self.stores) > 1 else life.save)(step, FINAL if final and step == steps[-1] else None)
+            (life.copied if len(self.stores) > 1 else life.save)(
+                step, FINAL if final and step == steps[-1] else None
+            )
         for store in self.stores if why else ():
             attempts.end(store, life.attempt, why, **details)
         return life
@@ -47,7 +51,9 @@ class Job:
             launches.end(store, self.launch, why, **details)
         return self
 
-    def fails(self, *steps: int, step: int | None = None, error: str = "ValueError: no", **details: Any) -> Job:
+    def fails(
+        self, *steps: int, step: int | None = None, error: str = "ValueError: no", **details: Any
+    ) -> Job:
         """A whole launch, whose one attempt commits these steps and then fails."""
         self.begin()
         self.attempt(*steps, why="failed", error=error, step=step, rank=0, **details)

@@ -88,13 +88,22 @@ def main() -> None:
         server = S3Server(place).start()
         try:
             bucket = server.make_bucket("older")
-            kept = live_once(folder, "kept", STOP=str(LAST), REMOTE=f"s3://{bucket}/run", **server.environment)
-            stopped, killed = live_once(folder, "stopped", STOP=str(LAST)), live_once(folder, "killed", DIE=str(LAST))
-            assert kept.codes == stopped.codes == [0] * RANKS and killed.code < 0, kept.text + stopped.text + killed.text
+            kept = live_once(
+                folder, "kept", STOP=str(LAST), REMOTE=f"s3://{bucket}/run", **server.environment
+            )
+            stopped, killed = (
+                live_once(folder, "stopped", STOP=str(LAST)),
+                live_once(folder, "killed", DIE=str(LAST)),
+            )
+            assert kept.codes == stopped.codes == [0] * RANKS and killed.code < 0, (
+                kept.text + stopped.text + killed.text
+            )
             for entry in server.client().list_objects_v2(Bucket=bucket)["Contents"]:
                 path = release / "bucket" / entry["Key"]
                 path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_bytes(server.client().get_object(Bucket=bucket, Key=entry["Key"])["Body"].read())
+                path.write_bytes(
+                    server.client().get_object(Bucket=bucket, Key=entry["Key"])["Body"].read()
+                )
         finally:
             server.kill()
         for name in ("stopped", "killed"):

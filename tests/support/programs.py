@@ -52,7 +52,12 @@ def die(run: Any) -> None:
     until = time.monotonic() + 30
     folder = Path(sys.argv[1]) / "checkpoints"
     last = (run.step - 1) // 3 * 3
-    while run.is_writer and last and not list(folder.glob(f"step_{last:08d}-*.json")) and time.monotonic() < until:
+    while (
+        run.is_writer
+        and last
+        and not list(folder.glob(f"step_{last:08d}-*.json"))
+        and time.monotonic() < until
+    ):
         time.sleep(0.01)
     if not run.is_writer:
         time.sleep(60)  # the test kills the others when the writer is dead
@@ -91,7 +96,9 @@ class Outcome:
     whole: Lived
     killed: Lived
     resumed: Lived
-    rows: list[tuple[str, str, str, str]] = field(default_factory=list)  # what differs in the last checkpoints
+    rows: list[tuple[str, str, str, str]] = field(
+        default_factory=list
+    )  # what differs in the last checkpoints
 
     @property
     def is_equal(self) -> bool:
@@ -109,12 +116,23 @@ def live(
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    joined = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": str(ranks)}
+    joined = {
+        "WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "LOCAL_WORLD_SIZE": str(ranks),
+    }
     born = []
     for rank in range(ranks):
-        own = (joined | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}) | (env or {})
+        own = (joined | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}) | (
+            env or {}
+        )
         output = folder / f"{name}.{time.monotonic_ns()}.{rank}.txt"
-        born.append(shared_nursery().bear("program", own, output, str(path), str(folder), [str(folder / name)]))
+        born.append(
+            shared_nursery().bear(
+                "program", own, output, str(path), str(folder), [str(folder / name)]
+            )
+        )
     until = time.monotonic() + limit_s
     try:
         first = born[0].wait(limit_s)
@@ -138,7 +156,20 @@ def killed_once(
     from harness.exchange.compare import differences
 
     whole = live(folder, source, "whole", ranks=ranks, env=env, head=head)
-    killed = live(folder, source, "killed", ranks=ranks, env=(env or {}) | {"DIE": str(die)}, head=head)
-    resumed = live(folder, source, "killed", ranks=ranks_then or ranks, env=(env or {}) | (then or {}), head=head)
-    rows = list(differences(newest(folder / "whole"), newest(folder / "killed"))) if whole.code == resumed.code == 0 else []
+    killed = live(
+        folder, source, "killed", ranks=ranks, env=(env or {}) | {"DIE": str(die)}, head=head
+    )
+    resumed = live(
+        folder,
+        source,
+        "killed",
+        ranks=ranks_then or ranks,
+        env=(env or {}) | (then or {}),
+        head=head,
+    )
+    rows = (
+        list(differences(newest(folder / "whole"), newest(folder / "killed")))
+        if whole.code == resumed.code == 0
+        else []
+    )
     return Outcome(whole, killed, resumed, rows)

@@ -54,7 +54,9 @@ def bombs_(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     torch.save(recipes.Net().state_dict(), folder / "small.pt")
     recipes.bomb_in_storage(folder / "small.pt", folder / "storage.pt", BOMB_BYTES)
     torch.save({"weight": torch.zeros(BOMB_BYTES // 4)}, folder / "big.pt")
-    recipes.repacked(folder / "big.pt", folder / "honest.pt", lambda name, data: data, deflated=True)
+    recipes.repacked(
+        folder / "big.pt", folder / "honest.pt", lambda name, data: data, deflated=True
+    )
     (folder / "big.pt").unlink()
     made = {name: folder / f"{name}.pt" for name in ("pickle", "storage", "honest")}
     assert all(file.stat().st_size < BOMB_BYTES // 100 for file in made.values())
@@ -99,10 +101,18 @@ def differing(a: Any, b: Any, where: str = "") -> list[str]:
         return [
             line
             for key in {**a, **b}
-            for line in (differing(a[key], b[key], f"{where}.{key}") if key in a and key in b else [f"{where}.{key}"])
+            for line in (
+                differing(a[key], b[key], f"{where}.{key}")
+                if key in a and key in b
+                else [f"{where}.{key}"]
+            )
         ]
     if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)) and len(a) == len(b):
-        return [line for i, (x, y) in enumerate(zip(a, b, strict=True)) for line in differing(x, y, f"{where}[{i}]")]
+        return [
+            line
+            for i, (x, y) in enumerate(zip(a, b, strict=True))
+            for line in differing(x, y, f"{where}[{i}]")
+        ]
     return [] if a == b and not isinstance(a, torch.Tensor) else [where]
 
 
@@ -121,7 +131,9 @@ def train_on(directory: Path, *settings: str, task: tuple[str, ...] = TASK) -> N
     dist.destroy_process_group() if dist.is_initialized() else None
 
 
-def refused(answer: SimpleNamespace, directory: Path | None, codes: tuple[int, ...] = (1, 78)) -> None:
+def refused(
+    answer: SimpleNamespace, directory: Path | None, codes: tuple[int, ...] = (1, 78)
+) -> None:
     """In words, once, with the right code, and nothing is there that was not."""
     assert answer.code in codes, f"exit code {answer.code}\n{answer.out}{answer.err}"
     errors = [line for line in answer.err.splitlines() if line.startswith("harness: error: ")]

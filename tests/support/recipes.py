@@ -29,7 +29,13 @@ class Net(nn.Module):
 
     def __init__(self, width: int = 16, classes: int = CLASSES) -> None:
         super().__init__()
-        self.backbone = nn.Sequential(nn.Linear(FEATURES, width), nn.BatchNorm1d(width), nn.ReLU(), nn.Linear(width, width), nn.ReLU())
+        self.backbone = nn.Sequential(
+            nn.Linear(FEATURES, width),
+            nn.BatchNorm1d(width),
+            nn.ReLU(),
+            nn.Linear(width, width),
+            nn.ReLU(),
+        )
         self.head = nn.Linear(width, classes)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -68,7 +74,9 @@ class Trained:
         return self.epoch * STEPS_PER_EPOCH
 
 
-def trained(optimizer: str = "sgd", epochs: int = 2, width: int = 16, classes: int = CLASSES, seed: int = 7) -> Trained:
+def trained(
+    optimizer: str = "sgd", epochs: int = 2, width: int = 16, classes: int = CLASSES, seed: int = 7
+) -> Trained:
     """The loop of the tutorial."""
     torch.manual_seed(seed)
     model = Net(width, classes)
@@ -171,7 +179,14 @@ def imagenet_example(done: Trained, path: Path, save: Save) -> None:
 
 def cs230(done: Trained, path: Path, save: Save) -> None:
     epoch = done.epoch - 1
-    save({"epoch": epoch + 1, "state_dict": done.model.state_dict(), "optim_dict": done.optimizer.state_dict()}, path)
+    save(
+        {
+            "epoch": epoch + 1,
+            "state_dict": done.model.state_dict(),
+            "optim_dict": done.optimizer.state_dict(),
+        },
+        path,
+    )
 
 
 def model_and_optim_state(done: Trained, path: Path, save: Save) -> None:
@@ -210,8 +225,15 @@ def _lightning(done: Trained, hyper_parameters: Any) -> dict[str, Any]:
         "global_step": done.step,
         "pytorch-lightning_version": "2.5.1",
         "state_dict": {f"model.{key}": value for key, value in done.model.state_dict().items()},
-        "loops": {"fit_loop": {"state_dict": {}, "epoch_progress": {"current": {"completed": done.epoch}}}},
-        "callbacks": {"ModelCheckpoint{'monitor': None}": {"best_model_path": "", "kth_value": torch.tensor(0.5)}},
+        "loops": {
+            "fit_loop": {"state_dict": {}, "epoch_progress": {"current": {"completed": done.epoch}}}
+        },
+        "callbacks": {
+            "ModelCheckpoint{'monitor': None}": {
+                "best_model_path": "",
+                "kth_value": torch.tensor(0.5),
+            }
+        },
         "optimizer_states": [done.optimizer.state_dict()],
         "lr_schedulers": [done.scheduler.state_dict()],
         "hparams_name": "kwargs",
@@ -328,7 +350,10 @@ def pair_modules(width: int = 8) -> tuple[nn.Module, nn.Module]:
 def trained_pair(epochs: int = 1, seed: int = 3) -> TrainedPair:
     torch.manual_seed(seed)
     first, second = pair_modules()
-    optimizers = [torch.optim.Adam(module.parameters(), lr=2e-4, betas=(0.5, 0.999)) for module in (first, second)]
+    optimizers = [
+        torch.optim.Adam(module.parameters(), lr=2e-4, betas=(0.5, 0.999))
+        for module in (first, second)
+    ]
     for _ in range(epochs * STEPS_PER_EPOCH):
         for module, optimizer in zip((first, second), optimizers, strict=True):
             optimizer.zero_grad()
@@ -385,7 +410,14 @@ class MakesFolder:
 
 def trap(done: Trained, path: Path, folder: Path, save: Save = save_new) -> None:
     """A general checkpoint with something in it that acts when it is loaded."""
-    save({"model_state_dict": done.model.state_dict(), "epoch": done.epoch, "extra": MakesFolder(folder)}, path)
+    save(
+        {
+            "model_state_dict": done.model.state_dict(),
+            "epoch": done.epoch,
+            "extra": MakesFolder(folder),
+        },
+        path,
+    )
 
 
 class Scripted(nn.Module):
@@ -413,11 +445,25 @@ def torch_script_trap(path: Path, file: Path) -> None:
     torch.jit.script(Scripted(str(file))).save(str(path))
 
 
-def call_pickle(path: Path, module: str, name: str, arguments: tuple[Any, ...], protocol: int = 2) -> None:
+def call_pickle(
+    path: Path, module: str, name: str, arguments: tuple[Any, ...], protocol: int = 2
+) -> None:
     """A file of torch's, by hand, whose pickle calls a function with arguments; the result lies beside a tensor's name."""
     made = pickle.dumps(arguments, 2)[2:-1]
-    function = f"c{module}\n{name}\n".encode() if protocol < 4 else _text(module) + _text(name) + b"\x93"
-    called = b"\x80" + bytes([protocol]) + b"}" + _text("model") + b"}" + _text("weight") + function + made + b"Rss."
+    function = (
+        f"c{module}\n{name}\n".encode() if protocol < 4 else _text(module) + _text(name) + b"\x93"
+    )
+    called = (
+        b"\x80"
+        + bytes([protocol])
+        + b"}"
+        + _text("model")
+        + b"}"
+        + _text("weight")
+        + function
+        + made
+        + b"Rss."
+    )
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("archive/data.pkl", called)
         archive.writestr("archive/version", "3\n")
@@ -429,7 +475,11 @@ def _text(word: str) -> bytes:
 
 def bare_pickle(done: Trained, path: Path) -> None:
     """`pickle.dump`, without torch.save."""
-    path.write_bytes(pickle.dumps({"state_dict": {key: value.numpy() for key, value in done.model.state_dict().items()}}))
+    path.write_bytes(
+        pickle.dumps(
+            {"state_dict": {key: value.numpy() for key, value in done.model.state_dict().items()}}
+        )
+    )
 
 
 def real_tar(done: Trained, path: Path) -> None:
@@ -441,12 +491,16 @@ def real_tar(done: Trained, path: Path) -> None:
     inner.unlink()
 
 
-def repacked(source: Path, path: Path, change: Callable[[str, bytes], bytes], deflated: bool = False) -> None:
+def repacked(
+    source: Path, path: Path, change: Callable[[str, bytes], bytes], deflated: bool = False
+) -> None:
     """A zip file with every record passed through `change`."""
     kind = zipfile.ZIP_DEFLATED if deflated else zipfile.ZIP_STORED
     with zipfile.ZipFile(source) as old, zipfile.ZipFile(path, "w", kind) as new:
         for record in old.infolist():
-            new.writestr(zipfile.ZipInfo(record.filename), change(record.filename, old.read(record)), kind)
+            new.writestr(
+                zipfile.ZipInfo(record.filename), change(record.filename, old.read(record)), kind
+            )
 
 
 def as_saved_on_gpu(source: Path, path: Path) -> None:
@@ -458,7 +512,9 @@ def as_saved_on_gpu(source: Path, path: Path) -> None:
         return pickled.replace(text, b"X\x06\x00\x00\x00cuda:0")
 
     if zipfile.is_zipfile(source):
-        repacked(source, path, lambda name, data: moved(data) if name.endswith("/data.pkl") else data)
+        repacked(
+            source, path, lambda name, data: moved(data) if name.endswith("/data.pkl") else data
+        )
     else:
         path.write_bytes(moved(source.read_bytes()))
 
@@ -501,8 +557,16 @@ def with_claim(source: Path, path: Path, numel: int) -> None:
     """The same file, but its storages claim to hold so many numbers; where the old format repeats that before the data, there too."""
 
     def claimed(pickled: bytes, real: int) -> bytes:
-        short = b"K" + bytes([real]) if real < 256 else b"M" + struct.pack("<H", real) if real < 65536 else b"J" + struct.pack("<i", real)
-        pattern = re.compile(re.escape(short) + rb"(?=[tNq])")  # a number that ends a storage's description, and sizes alike
+        short = (
+            b"K" + bytes([real])
+            if real < 256
+            else b"M" + struct.pack("<H", real)
+            if real < 65536
+            else b"J" + struct.pack("<i", real)
+        )
+        pattern = re.compile(
+            re.escape(short) + rb"(?=[tNq])"
+        )  # a number that ends a storage's description, and sizes alike
         changed, count = pattern.subn(b"\x8a\x08" + struct.pack("<q", numel), pickled)
         assert count, "no claim found"
         return changed
@@ -510,10 +574,16 @@ def with_claim(source: Path, path: Path, numel: int) -> None:
     if zipfile.is_zipfile(source):
         largest = torch.load(source, weights_only=True)
         real = max(tensor.numel() for tensor in largest.values())
-        repacked(source, path, lambda name, data: claimed(data, real) if name.endswith("/data.pkl") else data)
+        repacked(
+            source,
+            path,
+            lambda name, data: claimed(data, real) if name.endswith("/data.pkl") else data,
+        )
     else:
         tensors = torch.load(source, weights_only=True)
-        path.write_bytes(claimed(source.read_bytes(), max(tensor.numel() for tensor in tensors.values())))
+        path.write_bytes(
+            claimed(source.read_bytes(), max(tensor.numel() for tensor in tensors.values()))
+        )
 
 
 def with_old_count(source: Path, path: Path, numel: int) -> None:
@@ -525,18 +595,26 @@ def with_old_count(source: Path, path: Path, numel: int) -> None:
     path.write_bytes(data[:where] + struct.pack("<q", numel) + data[where + 8 :])
 
 
-def safetensors_with(path: Path, header: bytes, data: bytes = b"", length: int | None = None) -> None:
+def safetensors_with(
+    path: Path, header: bytes, data: bytes = b"", length: int | None = None
+) -> None:
     """By hand: the length of the header, the header, the data."""
     path.write_bytes(struct.pack("<Q", len(header) if length is None else length) + header + data)
 
 
 def web_page(path: Path) -> None:
-    path.write_text("<!DOCTYPE html>\n<html><head><title>Not Found</title></head><body><p>Sign in to download.</p></body></html>\n")
+    path.write_text(
+        "<!DOCTYPE html>\n<html><head><title>Not Found</title></head><body><p>Sign in to download.</p></body></html>\n"
+    )
 
 
 def lfs_pointer(path: Path) -> None:
     """What `git clone` leaves where git-lfs is not installed."""
-    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:" + "4d7a" * 16 + "\nsize 438007537\n")
+    path.write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:"
+        + "4d7a" * 16
+        + "\nsize 438007537\n"
+    )
 
 
 def peak_memory_bytes() -> int:

@@ -80,7 +80,12 @@ class Life:
     def save(self, step: int, final: dict[str, int | None] | None = None) -> Manifest:
         """Commit a step in the first store."""
         about = About(1, going_on_from(self.origin), {"model": "Linear"}, "-", final)
-        manifest = commit(self.stores[0], self.attempt, payload(step, self.attempt.number) | {"config": self.config}, about)
+        manifest = commit(
+            self.stores[0],
+            self.attempt,
+            payload(step, self.attempt.number) | {"config": self.config},
+            about,
+        )
         self.verified.add(manifest.name)
         return manifest
 
@@ -91,7 +96,9 @@ class Life:
         return manifest
 
     def let_go(self, last: int) -> list[str]:
-        return retention.apply(self.stores[-1], self.attempt, self.verified, retention.Policy(last=last, best=0))
+        return retention.apply(
+            self.stores[-1], self.attempt, self.verified, retention.Policy(last=last, best=0)
+        )
 
 
 def write(places: list[str], steps: list[int], wait_s: float, told: str) -> None:
@@ -104,15 +111,26 @@ def write(places: list[str], steps: list[int], wait_s: float, told: str) -> None
     resume_point = resume.choose(stores, world)
     policy = retention.Policy(last=2, best=0)
     settings = Settings(policy=policy, remote_policy=policy, wait_s=wait_s)
-    checkpointer = Checkpointer(Parts(stores, world, resume_point, settings, exit_record, store_health, Goodput()))
+    checkpointer = Checkpointer(
+        Parts(stores, world, resume_point, settings, exit_record, store_health, Goodput())
+    )
     checkpointer.begin(Console(), lambda: None)
     for step in steps:
-        final: dict[str, int | None] | None = {"epochs": 1, "max_steps": None} if step == steps[-1] else None
+        final: dict[str, int | None] | None = (
+            {"epochs": 1, "max_steps": None} if step == steps[-1] else None
+        )
         content = payload(step, checkpointer.attempt.number if checkpointer.attempt else 0)
         captured = Captured(content, set(), {}, {})
-        saved = checkpointer.save(lambda c=captured: c, lambda final=final: checkpointer.about({}, {}, final), lambda: None, wait=True)
+        saved = checkpointer.save(
+            lambda c=captured: c,
+            lambda final=final: checkpointer.about({}, {}, final),
+            lambda: None,
+            wait=True,
+        )
         if not saved and final:
-            raise SaveError(f"the last checkpoint was not saved: {checkpointer.words}")  # as the loop does
+            raise SaveError(
+                f"the last checkpoint was not saved: {checkpointer.words}"
+            )  # as the loop does
         tell(told, "c" if saved else "-", step)
         if saved and not checkpointer._settle():
             tell(told, "u", step)
@@ -133,7 +151,12 @@ def race(place: str) -> None:
     attempts.claim(found, None, 1)
 
 
-LIVES: dict[str, Callable[..., None]] = {"train": train.main, "write": write, "race": race, "program": programs.program}
+LIVES: dict[str, Callable[..., None]] = {
+    "train": train.main,
+    "write": write,
+    "race": race,
+    "program": programs.program,
+}
 
 
 class Born:
@@ -156,7 +179,10 @@ class Born:
         until = time.monotonic() + limit_s
         with self.nursery.told:
             while self.code is None:
-                assert self.nursery.told.wait(max(0.0, until - time.monotonic())) or self.code is not None, f"alive:\n{self.text}"
+                assert (
+                    self.nursery.told.wait(max(0.0, until - time.monotonic()))
+                    or self.code is not None
+                ), f"alive:\n{self.text}"
         return self.nursery.codes[self.pid]
 
     def stop(self) -> None:
@@ -194,7 +220,11 @@ class Nursery:
 
     def __init__(self) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, __file__], env=ENVIRONMENT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [sys.executable, __file__],
+            env=ENVIRONMENT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
         )
         self.codes: dict[int, int] = {}
         self.told = threading.Condition()
@@ -214,9 +244,16 @@ class Nursery:
                     self._pids.append(said["pid"])
                 self.told.notify_all()
 
-    def bear(self, life: str, environment: dict[str, str], output: Path, *arguments: object) -> Born:
+    def bear(
+        self, life: str, environment: dict[str, str], output: Path, *arguments: object
+    ) -> Born:
         """Begin a life of LIVES with these arguments and variables; what it prints comes into the file `output`."""
-        order = {"life": life, "arguments": arguments, "environment": environment, "output": str(output)}
+        order = {
+            "life": life,
+            "arguments": arguments,
+            "environment": environment,
+            "output": str(output),
+        }
         output.touch()
         assert self.process.stdin is not None
         with self._one_birth, self.told:

@@ -52,8 +52,12 @@ class Home:
         return self.server.environment | ({"AWS_ENDPOINT_URL": through.url} if through else {})
 
     def keys(self) -> list[str]:
-        pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=f"{self.name}/")
-        return [item["Key"][len(self.name) + 1 :] for page in pages for item in page.get("Contents", [])]
+        pages = self.client.get_paginator("list_objects_v2").paginate(
+            Bucket=self.bucket, Prefix=f"{self.name}/"
+        )
+        return [
+            item["Key"][len(self.name) + 1 :] for page in pages for item in page.get("Contents", [])
+        ]
 
     def read(self, key: str) -> bytes:
         return self.client.get_object(Bucket=self.bucket, Key=f"{self.name}/{key}")["Body"].read()  # type: ignore[no-any-return]
@@ -67,7 +71,11 @@ class Home:
     def manifests(self) -> list[dict[str, Any]]:
         """All, oldest first, by (attempt, step)."""
         matches = {key: CHECKPOINT_NAME.match(key) for key in self.keys()}
-        found = [json.loads(self.read(key)) for key, match in matches.items() if match and match["kind"] == "json" and not match["aside"]]
+        found = [
+            json.loads(self.read(key))
+            for key, match in matches.items()
+            if match and match["kind"] == "json" and not match["aside"]
+        ]
         return sorted(found, key=lambda manifest: (manifest["attempt"], manifest["step"]))
 
     def steps(self) -> list[int]:
@@ -75,11 +83,23 @@ class Home:
 
     def head(self) -> tuple[int, int]:
         """(attempt, step) of the newest by its name, (0, 0) if there is none."""
-        matches = [match for key in self.keys() if (match := CHECKPOINT_NAME.match(key)) and match["kind"] == "json" and not match["aside"]]
-        return max(((int(match["attempt"]), int(match["step"])) for match in matches), default=(0, 0))
+        matches = [
+            match
+            for key in self.keys()
+            if (match := CHECKPOINT_NAME.match(key))
+            and match["kind"] == "json"
+            and not match["aside"]
+        ]
+        return max(
+            ((int(match["attempt"]), int(match["step"])) for match in matches), default=(0, 0)
+        )
 
     def attempts(self) -> dict[int, dict[str, Any]]:
-        matches = {key: match for key in self.keys() if (match := fmt.ATTEMPT_NAME.match(key)) and not match["end"]}
+        matches = {
+            key: match
+            for key in self.keys()
+            if (match := fmt.ATTEMPT_NAME.match(key)) and not match["end"]
+        }
         return {int(match["attempt"]): json.loads(self.read(key)) for key, match in matches.items()}
 
     def events(self, kind: str | None = None) -> list[dict[str, Any]]:
@@ -96,7 +116,10 @@ class Home:
         """A checkpoint's bytes; whole, by its manifest."""
         file = manifest["files"][0]
         data = self.read(f"checkpoints/{file['name']}")
-        assert len(data) == file["size_bytes"] and f"blake3:{blake3(data).hexdigest()}" == file["digest"], f"{file['name']} is torn"
+        assert (
+            len(data) == file["size_bytes"]
+            and f"blake3:{blake3(data).hexdigest()}" == file["digest"]
+        ), f"{file['name']} is torn"
         return data
 
     def newest(self) -> dict[str, Any]:
@@ -114,9 +137,13 @@ class Home:
         other = Home(self.server, self.bucket, f"branch-{secrets.token_hex(4)}")
         for key in self.keys():
             match = CHECKPOINT_NAME.match(key)
-            if key in ("config.yaml", "attempts/0001.json") or (match and int(match["step"]) <= step):
+            if key in ("config.yaml", "attempts/0001.json") or (
+                match and int(match["step"]) <= step
+            ):
                 source = {"Bucket": self.bucket, "Key": f"{self.name}/{key}"}
-                self.client.copy_object(Bucket=self.bucket, Key=f"{other.name}/{key}", CopySource=source)
+                self.client.copy_object(
+                    Bucket=self.bucket, Key=f"{other.name}/{key}", CopySource=source
+                )
         return other
 
 
@@ -130,7 +157,9 @@ def losses(home: Home) -> dict[int, float]:
     """The loss of each step; one that was done again must have given the same."""
     found: dict[int, float] = {}
     for event in home.events("step"):
-        assert found.setdefault(event["step"], event["loss"]) == event["loss"], f"step {event['step']} came out differently when done again"
+        assert found.setdefault(event["step"], event["loss"]) == event["loss"], (
+            f"step {event['step']} came out differently when done again"
+        )
     return found
 
 
@@ -176,7 +205,10 @@ def trained(s3_server: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Tr
     if s3_server.port not in _TRAINED:
         home = Home(s3_server, s3_server.make_bucket(f"trained-{secrets.token_hex(4)}"), "whole")
         directory = tmp_path_factory.mktemp("trained") / "run"
-        every = ("checkpoint.keep_last=50", f"store.keep.every_steps={EVERY}")  # also what is overtaken before it was uploaded
+        every = (
+            "checkpoint.keep_last=50",
+            f"store.keep.every_steps={EVERY}",
+        )  # also what is overtaken before it was uploaded
         settings = (*TASK, f"run.dir={directory}", f"run.remote={home.url}", *every)
         done = run(torchrun(2, *settings), env=home.env())
         assert done.returncode == 0, done.stdout + done.stderr
@@ -185,7 +217,9 @@ def trained(s3_server: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Tr
 
 
 @pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
+def command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str]]:
     """A command of the `harness` program in this process (starting one takes seconds): its exit code, and what it printed."""
 
     def execute(env: dict[str, str], *arguments: str) -> tuple[int, str]:

@@ -22,13 +22,33 @@ from s3_server import free_ports
 
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 PR_SET_PDEATHSIG = 1
-PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "squeue", "scontrol", "scancel", "sinfo")
+PROGRAMS = (
+    "munged",
+    "slurmctld",
+    "slurmd",
+    "sbatch",
+    "srun",
+    "squeue",
+    "scontrol",
+    "scancel",
+    "sinfo",
+)
 SEARCH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/local/sbin", "/usr/sbin", "/sbin"])
 KILL_WAIT_S = 10  # between the SIGTERM and the SIGKILL of a job that is cancelled or out of time
 GRACE_S = 20  # of the partitions `low` and `lowcancel`; less would not come true: a preemption goes on every KillWait + MessageTimeout only
 CRED_EXPIRE_S = 5  # a requeued job waits this and a little more before it runs again
 NODE_TIMEOUT_S = 20  # until a node that does not answer counts as down
-FINISHED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "BOOT_FAIL", "DEADLINE", "OUT_OF_MEMORY")
+FINISHED = (
+    "COMPLETED",
+    "FAILED",
+    "CANCELLED",
+    "TIMEOUT",
+    "NODE_FAIL",
+    "PREEMPTED",
+    "BOOT_FAIL",
+    "DEADLINE",
+    "OUT_OF_MEMORY",
+)
 
 CONFIGURATION = """\
 ClusterName=tests
@@ -106,9 +126,18 @@ def _members_of(configuration: Path, node: str | None, daemons: set[int]) -> lis
         with contextlib.suppress(psutil.Error, OSError):
             has = set(Path(f"/proc/{process.pid}/environ").read_text(errors="replace").split("\0"))
             on_node = any(variable.startswith("SLURMD_NODENAME=") for variable in has)
-            if wanted <= has and on_node and process.pid not in daemons and process.status() != psutil.STATUS_ZOMBIE:
-                found |= {member.pid: member for member in [process, *process.children(recursive=True)]}
-    return [process for process in found.values() if process.is_running()]  # still the same process, not only the same number
+            if (
+                wanted <= has
+                and on_node
+                and process.pid not in daemons
+                and process.status() != psutil.STATUS_ZOMBIE
+            ):
+                found |= {
+                    member.pid: member for member in [process, *process.children(recursive=True)]
+                }
+    return [
+        process for process in found.values() if process.is_running()
+    ]  # still the same process, not only the same number
 
 
 def _bury_the_abandoned() -> None:
@@ -117,7 +146,9 @@ def _bury_the_abandoned() -> None:
         with contextlib.suppress(OSError, ValueError):
             pid, born = owner.read_text().split()
             try:
-                abandoned = abs(psutil.Process(int(pid)).create_time() - float(born)) > 5  # the clock may have been set meanwhile
+                abandoned = (
+                    abs(psutil.Process(int(pid)).create_time() - float(born)) > 5
+                )  # the clock may have been set meanwhile
             except psutil.NoSuchProcess:
                 abandoned = True
             if abandoned:
@@ -130,10 +161,14 @@ def _bury_the_abandoned() -> None:
 class SlurmCluster:
     """One cluster with its own munged, controller and nodes n1, n2, …; nothing of it is outside its directory but its ports."""
 
-    def __init__(self, nodes: int = 3, cpus: int = 4, proctrack: str = "proctrack/linuxproc", extra: str = "") -> None:
+    def __init__(
+        self, nodes: int = 3, cpus: int = 4, proctrack: str = "proctrack/linuxproc", extra: str = ""
+    ) -> None:
         self.nodes = [f"n{number}" for number in range(1, nodes + 1)]
         self.cpus, self.proctrack, self.extra = cpus, proctrack, extra
-        self.root = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))  # short: the path of a socket has 107 characters
+        self.root = Path(
+            tempfile.mkdtemp(prefix="slurm-", dir="/tmp")
+        )  # short: the path of a socket has 107 characters
         self.configuration = self.root / "slurm.conf"
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
 
@@ -159,7 +194,9 @@ class SlurmCluster:
         for name in PROGRAMS:
             _program(name)
         if os.geteuid() != 0:
-            pytest.fail("the SLURM cluster of the tests runs as root only: slurmd refuses to start jobs for any other user")
+            pytest.fail(
+                "the SLURM cluster of the tests runs as root only: slurmd refuses to start jobs for any other user"
+            )
         _bury_the_abandoned()
         for _ in range(3):
             self._configure()
@@ -224,7 +261,9 @@ class SlurmCluster:
         self.command("scontrol", "update", f"nodename={node}", "state=drain", f"reason={reason}")
 
     def resume(self, node: str) -> None:
-        self.command("scontrol", "update", f"nodename={node}", "state=resume", check=False)  # one that is not down says no
+        self.command(
+            "scontrol", "update", f"nodename={node}", "state=resume", check=False
+        )  # one that is not down says no
 
     def node_states(self) -> dict[str, str]:
         """The states as sinfo writes them: idle, mixed, allocated, down, drained, …, with a * if the node does not answer."""
@@ -244,7 +283,9 @@ class SlurmCluster:
             states = self.node_states()
             if not jobs and set(states.values()) == {"idle"}:
                 return
-            assert time.monotonic() < until, f"not idle within {limit_s} s: {self._seen()}\n{self.command('squeue').stdout}"
+            assert time.monotonic() < until, (
+                f"not idle within {limit_s} s: {self._seen()}\n{self.command('squeue').stdout}"
+            )
             if jobs:
                 self.command("scancel", *jobs, check=False)
             if time.monotonic() > hard:  # what traps SIGTERM need not be waited for
@@ -258,19 +299,35 @@ class SlurmCluster:
 
     # Jobs.
 
-    def command(self, *arguments: str, check: bool = True, limit_s: float = 180) -> subprocess.CompletedProcess[str]:
+    def command(
+        self, *arguments: str, check: bool = True, limit_s: float = 180
+    ) -> subprocess.CompletedProcess[str]:
         """One of SLURM's commands, on this cluster."""
         done = subprocess.run(
-            [_program(arguments[0]), *arguments[1:]], env=self._environment(), capture_output=True, text=True, timeout=limit_s
+            [_program(arguments[0]), *arguments[1:]],
+            env=self._environment(),
+            capture_output=True,
+            text=True,
+            timeout=limit_s,
         )
-        assert not check or done.returncode == 0, f"{arguments} ended with {done.returncode}:\n{done.stdout}{done.stderr}"
+        assert not check or done.returncode == 0, (
+            f"{arguments} ended with {done.returncode}:\n{done.stdout}{done.stderr}"
+        )
         return done
 
     def submit(self, script: Path, *options: str, environment: dict[str, str] | None = None) -> str:
         """sbatch; the number of the job. The job gets the environment of this process and what is given."""
         command = [_program("sbatch"), "--parsable", *options, str(script)]
-        done = subprocess.run(command, env=self._environment() | (environment or {}), capture_output=True, text=True, timeout=180)
-        assert done.returncode == 0, f"{command} ended with {done.returncode}:\n{done.stdout}{done.stderr}"
+        done = subprocess.run(
+            command,
+            env=self._environment() | (environment or {}),
+            capture_output=True,
+            text=True,
+            timeout=180,
+        )
+        assert done.returncode == 0, (
+            f"{command} ended with {done.returncode}:\n{done.stdout}{done.stderr}"
+        )
         return done.stdout.strip().partition(";")[0]
 
     def state(self, job: str) -> str:
@@ -281,14 +338,20 @@ class SlurmCluster:
     def fields(self, job: str) -> dict[str, str]:
         """What `scontrol show job` tells: JobState, Restarts, ExitCode, Reason, Requeue, BatchHost, NodeList, …"""
         shown = self.command("scontrol", "show", "job", "-o", job, check=False).stdout
-        return dict(re.findall(r"(?:^|(?<=\s))([A-Za-z:/_]+)=(.*?)(?=\s+[A-Z][A-Za-z:/_]*=|\s*$)", shown.strip()))
+        return dict(
+            re.findall(
+                r"(?:^|(?<=\s))([A-Za-z:/_]+)=(.*?)(?=\s+[A-Z][A-Za-z:/_]*=|\s*$)", shown.strip()
+            )
+        )
 
     def wait_for(self, job: str, *states: str, limit_s: float = 150) -> str:
         """Wait until the job is in one of the states (without any: over for good); the state."""
         until = time.monotonic() + limit_s
         while (state := self.state(job)) not in (states or FINISHED):
             if time.monotonic() > until:
-                pytest.fail(f"job {job} is {state}, not {states or 'over'}, after {limit_s} s: {self.fields(job)}; {self._seen()}")
+                pytest.fail(
+                    f"job {job} is {state}, not {states or 'over'}, after {limit_s} s: {self.fields(job)}; {self._seen()}"
+                )
             time.sleep(0.1)
         return state
 
@@ -317,7 +380,10 @@ class SlurmCluster:
             CONFIGURATION.format(
                 root=self.root,
                 controller_port=controller,
-                first_job=1000 + secrets.randbelow(1_000_000),  # jobs make ports of it; another cluster's on this machine must differ
+                first_job=1000
+                + secrets.randbelow(
+                    1_000_000
+                ),  # jobs make ports of it; another cluster's on this machine must differ
                 proctrack=self.proctrack,
                 cred_expire=CRED_EXPIRE_S,
                 kill_wait=KILL_WAIT_S,
@@ -334,13 +400,22 @@ class SlurmCluster:
     def _begin_all(self, limit_s: float) -> bool:
         """Start all parts; whether all nodes came to be idle."""
         until = time.monotonic() + limit_s
-        at = {part: str(self.root / f"munge.{part}") for part in ("key", "socket", "pid", "log", "seed")}
-        options = [f"--{part}{'' if part == 'socket' else '-file'}={path}" for part, path in at.items()]
+        at = {
+            part: str(self.root / f"munge.{part}")
+            for part in ("key", "socket", "pid", "log", "seed")
+        }
+        options = [
+            f"--{part}{'' if part == 'socket' else '-file'}={path}" for part, path in at.items()
+        ]
         self._begin("munged", _program("munged"), "--foreground", "--force", *options)
         self._begin_controller()
         for node in self.nodes:
             self._begin_node(node)
-        ready = [Path(at["socket"]).exists, self._answers, lambda: set(self.node_states().values()) == {"idle"}]
+        ready = [
+            Path(at["socket"]).exists,
+            self._answers,
+            lambda: set(self.node_states().values()) == {"idle"},
+        ]
         while ready:
             if ready[0]():
                 ready.pop(0)
@@ -354,13 +429,26 @@ class SlurmCluster:
         self._begin("slurmctld", _program("slurmctld"), "-D", "-f", str(self.configuration))
 
     def _begin_node(self, node: str) -> None:
-        self._begin(node, _program("slurmd"), "-D", "-N", node, "-f", str(self.configuration), environment={"SLURMD_NODENAME": node})
+        self._begin(
+            node,
+            _program("slurmd"),
+            "-D",
+            "-N",
+            node,
+            "-f",
+            str(self.configuration),
+            environment={"SLURMD_NODENAME": node},
+        )
 
     def _answers(self) -> bool:
         return "is UP" in self.command("scontrol", "ping", check=False).stdout
 
     def _environment(self) -> dict[str, str]:
-        clean = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM", "SBATCH", "SQUEUE", "SCANCEL", "SINFO"))}
+        clean = {
+            key: value
+            for key, value in os.environ.items()
+            if not key.startswith(("SLURM", "SBATCH", "SQUEUE", "SCANCEL", "SINFO"))
+        }
         return clean | self.environment
 
     def _begin(self, name: str, *command: str, environment: dict[str, str] | None = None) -> None:
@@ -387,7 +475,9 @@ class SlurmCluster:
             process.wait()
 
     def _members(self, node: str | None = None) -> list[psutil.Process]:
-        return _members_of(self.configuration, node, {process.pid for process in self.processes.values()})
+        return _members_of(
+            self.configuration, node, {process.pid for process in self.processes.values()}
+        )
 
     def _seen(self) -> str:
         """What tells most when something went wrong."""

@@ -26,7 +26,9 @@ class Noisy(torch.utils.data.Dataset):
         return len(self.x)
 
     def __getitem__(self, index: int):
-        return self.x[index] + 0.1 * torch.randn(12) + float(np.random.normal()) * 0.01 + random.gauss(0, 0.01), self.y[index]
+        return self.x[index] + 0.1 * torch.randn(12) + float(
+            np.random.normal()
+        ) * 0.01 + random.gauss(0, 0.01), self.y[index]
 
 
 def loss(model, batch):
@@ -48,7 +50,13 @@ def build(
     """`sleep_s` slows each forward pass of training down, from number `sleep_from` on; `fail_at` raises in that one, `hang_at` never
     returns from it, at `leave_at` the last rank exits as if it had finished."""
     model = nn.Sequential(
-        nn.Linear(12, width), nn.BatchNorm1d(width), nn.Tanh(), nn.Dropout(0.2), nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 1)
+        nn.Linear(12, width),
+        nn.BatchNorm1d(width),
+        nn.Tanh(),
+        nn.Dropout(0.2),
+        nn.Linear(width, width),
+        nn.Tanh(),
+        nn.Linear(width, 1),
     )
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum)
     calls = 0
