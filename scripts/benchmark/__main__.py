@@ -15,14 +15,20 @@ from benchmark.draw import draw
 from benchmark.findings import HARNESS, Finding
 
 ROWS = {
-    "saves": "what a save costs beside everybody else: durable throughput, CPU time, memory, how long others block training",
+    "saves": (
+        "what a save costs beside everybody else: durable throughput, CPU time, memory, "
+        "how long others block training"
+    ),
     "blocked": "how long a save blocks training that goes on",
     "total": "time that a save adds to training, on two ranks",
     "p99": "short steps while a save is running",
     "s3": "time until a checkpoint is whole in S3, beside raw clients",
     "load": "loading, verified, beside torch.load, which is not; cold, warm, memory",
     "overhead": "what the loop costs a step, beside DDP by hand, Fabric and Trainer",
-    "gpu": "what saves cost a model on a GPU that are due after every step; left out where there is no GPU",
+    "gpu": (
+        "what saves cost a model on a GPU that are due after every step; "
+        "left out where there is no GPU"
+    ),
     "restart": "from kill -9 of a rank to a new step, beside torchrun and torch.load",
 }
 
@@ -30,10 +36,17 @@ ROWS = {
 def arguments() -> argparse.Namespace:
     rows = "\n".join(f"  {name:9} {what}" for name, what in ROWS.items())
     parser = argparse.ArgumentParser(
-        prog="scripts/bench", formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Measures the harness beside everybody else, and says what holds of what is required.",
-        epilog=f"rows:\n{rows}\n\nexample: scripts/bench --size-mb 64 --repeats 1   # does it run? a few minutes; no numbers to quote",
-    )  # fmt: skip
+        prog="scripts/bench",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=(
+            "Measures the harness beside everybody else, and says what holds of what is required."
+        ),
+        epilog=(
+            f"rows:\n{rows}\n\n"
+            "example: scripts/bench --size-mb 64 --repeats 1   "
+            "# does it run? a few minutes; no numbers to quote"
+        ),
+    )
     parser.add_argument("rows", nargs="*", metavar="ROW", help="which to measure (all)")
     parser.add_argument(
         "--size-mb",

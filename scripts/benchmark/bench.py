@@ -33,9 +33,8 @@ class Bench:
     scratch: Path  # on the disk to be measured
     row: str = ""  # which is being measured
     missing: dict[str, str] = field(default_factory=dict)  # who or what, and why
-    raw: list[dict[str, Any]] = field(
-        default_factory=list
-    )  # every sample, in the order in which they were taken
+    # every sample, in the order in which they were taken
+    raw: list[dict[str, Any]] = field(default_factory=list)
     began_at: float = field(default_factory=time.monotonic)
 
     @property
@@ -62,7 +61,8 @@ class Bench:
         environment: dict[str, str] | None = None,
         **arguments: Any,
     ) -> Any:
-        """What `benchmark.MODULE.FUNCTION(folder, **arguments)` returns in a process of its own, or, of so many `ranks`, on the first.
+        """What `benchmark.MODULE.FUNCTION(folder, **arguments)` returns in a process of its own,
+        or, of so many `ranks`, on the first.
 
         The folder is fresh. Raises SampleError.
         """
@@ -86,9 +86,14 @@ class Bench:
         ]
         with log.open("wb") as output:
             status = subprocess.run(
-                command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, timeout=SAMPLE_LIMIT_S, check=False,
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                timeout=SAMPLE_LIMIT_S,
+                check=False,
                 env=os.environ | {MARK: secrets.token_hex(8)} | (environment or {}),
-            ).returncode  # fmt: skip
+            ).returncode
         if not result.exists():
             raise SampleError(f"{module}.{function} ended with {status}: {_cause(log)}")
         return json.loads(result.read_text())
@@ -96,7 +101,8 @@ class Bench:
     def turns(
         self, samples: Mapping[str, Callable[[], Any]], turns: int | None = None
     ) -> dict[str, list[Any]]:
-        """All samples once, then all once more, and so on. Who fails is left out from then on, and named in `missing`."""
+        """All samples once, then all once more, and so on. Who fails is left out from then on, and
+        named in `missing`."""
         taken: dict[str, list[Any]] = {name: [] for name in samples}
         for turn in range(turns or self.repeats):
             for name in list(taken):
@@ -116,7 +122,8 @@ class Bench:
 
 
 def _cause(log: Path) -> str:
-    """The first error of a sample's output: what comes after it, torchrun's report, only repeats it."""
+    """The first error of a sample's output: what comes after it, torchrun's report, only repeats
+    it."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     errors = [
         line

@@ -1,4 +1,5 @@
-"""How long a save blocks training that goes on: timed around the step boundary and in front of the optimizer's update."""
+"""How long a save blocks training that goes on: timed around the step boundary and in front of the
+optimizer's update."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ def measure(bench: Bench) -> list[Finding]:
         else "SHORTER THAN A COPY: training cannot hide it"
     )
     bench.say(
-        f"forward and backward take {longer:.1f} copies, {is_long}; a copy takes {pace['copy_s']:.3f} s; saving every {every} steps"
+        f"forward and backward take {longer:.1f} copies, {is_long}; "
+        f"a copy takes {pace['copy_s']:.3f} s; saving every {every} steps"
     )
     sample = partial(bench.sample, "blocked", "by_harness", size_mb=bench.size_mb, every=every)
     taken = bench.turns({HARNESS: sample}, math.ceil(bench.repeats / (SAVES - 1)))[HARNESS]
@@ -112,7 +114,8 @@ def pace(folder: str, size_mb: int) -> dict[str, float]:
 
 
 class Wait:
-    """Times what others put in front of the optimizer's update: from the call of `step` to a hook that is always the last."""
+    """Times what others put in front of the optimizer's update: from the call of `step` to a hook
+    that is always the last."""
 
     def __init__(self, optimizer: Any) -> None:
         self.optimizer, self.reached_at = optimizer, 0.0
@@ -151,9 +154,8 @@ def by_harness(folder: str, size_mb: int, every: int) -> dict[str, Any]:
         waits.append(waited_s)
         updates.append(took_s)
     batches.close()
-    saving = [
-        every * number for number in range(1, SAVES + 1)
-    ]  # the call with this index makes the boundary of the step of this number
+    # the call with this index makes the boundary of the step of this number
+    saving = [every * number for number in range(1, SAVES + 1)]
     plain = [at for at in range(2, len(nexts)) if at not in saving]
     usual_next_s, usual_wait_s, usual_s = (
         median(times[at] for at in plain) for times in (nexts, waits, updates)

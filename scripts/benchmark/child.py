@@ -1,4 +1,5 @@
-"""Runs one sample in this process: `python -m benchmark.child MODULE FUNCTION ARGUMENTS RESULT`, the last two a JSON text and a file."""
+"""Runs one sample in this process: `python -m benchmark.child MODULE FUNCTION ARGUMENTS RESULT`,
+the last two a JSON text and a file."""
 
 from __future__ import annotations
 

@@ -26,7 +26,8 @@ def fsync(path: Path) -> None:
 
 
 def make_durable(path: Path) -> None:
-    """Fsync a file, or everything in a folder and the folders themselves, and the folder that it lies in."""
+    """Fsync a file, or everything in a folder and the folders themselves, and the folder that it
+    lies in."""
     if path.is_dir():
         for folder, _, names in os.walk(path, topdown=False):
             for name in names:
@@ -57,10 +58,8 @@ def remove(path: Path) -> None:
 
 def warm(path: Path) -> None:
     """Have all of a file in the page cache."""
-    with (
-        path.open("rb", buffering=0) as file,
-        mmap.mmap(-1, BLOCK_BYTES) as buffer,
-    ):  # which leaves nothing behind
+    # which leaves nothing behind
+    with path.open("rb", buffering=0) as file, mmap.mmap(-1, BLOCK_BYTES) as buffer:
         while file.readinto(buffer):
             pass
 
@@ -100,8 +99,9 @@ def cached_share(path: Path) -> float:
 
 
 def ceiling(folder: str, size_bytes: int) -> dict[str, float]:
-    """How long the disk takes for so many bytes when nothing else is in the way, in each way: aligned buffers that are there already,
-    16 MiB a write, two at a time past the page cache, then fsync of file and folder; a file that grows, and one allocated first."""
+    """How long the disk takes for so many bytes when nothing else is in the way, in each way:
+    aligned buffers that are there already, 16 MiB a write, two at a time past the page cache, then
+    fsync of file and folder; a file that grows, and one allocated first."""
     took = {
         name: median(
             _write_direct(Path(folder, "ceiling"), size_bytes, name == "grows") for _ in range(2)

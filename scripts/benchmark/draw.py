@@ -33,10 +33,11 @@ def draw(
         _savers(lower.subplots(1, len(SAVE_COLUMNS), sharey=True), findings, names)
     turns, size_mb = settings["repeats"], settings["size_mb"]
     figure_.suptitle(
-        f"{size_mb} MB of state, medians of at least {turns} samples; {machine['cpu']}, {machine['cores']} cores, "
+        f"{size_mb} MB of state, medians of at least {turns} samples; "
+        f"{machine['cpu']}, {machine['cores']} cores, "
         f"{machine['file system'].split()[0]}, torch {machine['torch']}, {machine['date']}",
         fontsize=10,
-    )  # fmt: skip
+    )
     figure_.savefig(path, dpi=110)
     pyplot.close(figure_)
 

@@ -40,7 +40,8 @@ class Finding:
 
     @property
     def share_of_limit(self) -> float:
-        """The median as a share of what is allowed: at most 1 if it holds, whichever way the limit goes."""
+        """The median as a share of what is allowed: at most 1 if it holds, whichever way the limit
+        goes."""
         if self.least is not None:
             return self.least / self.median if self.median else float("inf")
         assert self.most is not None

@@ -1,4 +1,5 @@
-"""A model on a GPU, and a save due after every step: the next begins as soon as the last is durable."""
+"""A model on a GPU, and a save due after every step: the next begins as soon as the last is
+durable."""
 
 from __future__ import annotations
 
@@ -116,7 +117,8 @@ def _built(size_mb: int) -> tuple[Any, Iterator[Any], float]:
 
 
 def _timed(step: Callable[[], None], saves: Callable[[], int]) -> dict[str, float]:
-    """Make steps until so many saves are durable; what they took from the first that counts to the last."""
+    """Make steps until so many saves are durable; what they took from the first that counts to the
+    last."""
     import torch
 
     def until(count: int) -> int:
@@ -183,7 +185,8 @@ def by_peer(folder: str, who: str, size_mb: int) -> dict[str, float]:
     def finish(pending: Any, path: Path) -> None:
         try:
             pending.durable()
-        except Exception as error:  # noqa: BLE001 - of whatever kind it is, by whomever: the loop raises it
+        except Exception as error:  # noqa: BLE001
+            # of whatever kind it is, by whomever: the loop raises it
             errors.append(error)
             return
         durable.append(path)

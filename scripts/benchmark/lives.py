@@ -1,4 +1,5 @@
-"""A script that torchrun starts again: `python -m benchmark.lives WHO FOLDER SIZE_MB`. It reports when it reaches what."""
+"""A script that torchrun starts again: `python -m benchmark.lives WHO FOLDER SIZE_MB`. It reports
+when it reaches what."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ def train(work: Any, tokens: Any) -> None:
 
 
 def by_hand(folder: Path, size_mb: int) -> None:
-    """What a careful person writes: a save made durable and renamed, and at the start a load of what is there."""
+    """What a careful person writes: a save made durable and renamed, and at the start a load of
+    what is there."""
     import torch
 
     from benchmark import ddp, workload

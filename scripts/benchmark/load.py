@@ -113,9 +113,8 @@ def _measured(run: str, state: str, load: Any) -> dict[str, float]:
             "extra_bytes": peak.most_bytes - base,
             "size_bytes": sum(tensor.nbytes for tensor in tensors(payload)),
         }
-    copies = [
-        tensor.clone() for tensor in tensors(load(path))
-    ]  # what is there; and whatever is imported late is imported
+    # what is there; and whatever is imported late is imported
+    copies = [tensor.clone() for tensor in tensors(load(path))]
     os.sync()
     if state == "cold":
         disk.chill(path)

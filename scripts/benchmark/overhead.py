@@ -1,4 +1,5 @@
-"""What a loop costs a step beside the same DDP loop by hand: a model so small that little else is left."""
+"""What a loop costs a step beside the same DDP loop by hand: a model so small that little else is
+left."""
 
 from __future__ import annotations
 
@@ -74,11 +75,13 @@ def measure(bench: Bench) -> list[Finding]:
 
 
 class Counter:
-    """Tells, by a call a step, how long a step takes: the mean of a hundred, with all that is not done in each.
+    """Tells, by a call a step, how long a step takes: the mean of a hundred, with all that is not
+    done in each.
 
-    Of thirty hundreds the third quickest counts: whatever else the machine does makes some of them longer, and none shorter. Where there
-    are as many ranks as cores, the kernel's way of moving their threads about makes steps half as long again in some processes, of whoever,
-    and not in others; the time spent outside of the kernel does not know of that.
+    Of thirty hundreds the third quickest counts: whatever else the machine does makes some of them
+    longer, and none shorter. Where there are as many ranks as cores, the kernel's way of moving
+    their threads about makes steps half as long again in some processes, of whoever, and not in
+    others; the time spent outside of the kernel does not know of that.
     """
 
     def __init__(self) -> None:
@@ -191,7 +194,8 @@ def by_fabric(folder: str, size: int) -> dict[str, float]:
 
 
 def by_trainer(folder: str, size: int) -> dict[str, float]:
-    """With nothing switched on that can be switched off: no logger, no progress bar, no checkpoints."""
+    """With nothing switched on that can be switched off: no logger, no progress bar, no
+    checkpoints."""
     import lightning
     from torch.nn.functional import cross_entropy
     from torch.utils.data import DataLoader
@@ -212,8 +216,16 @@ def by_trainer(folder: str, size: int) -> dict[str, float]:
 
     model, dataset = _parts()
     trainer = lightning.Trainer(
-        accelerator="cpu", devices=size, strategy="ddp", max_steps=WARM + STEPS + 1, logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False, default_root_dir=folder, max_epochs=-1,
-    )  # fmt: skip
+        accelerator="cpu",
+        devices=size,
+        strategy="ddp",
+        max_steps=WARM + STEPS + 1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=folder,
+        max_epochs=-1,
+    )
     trainer.fit(Module(model), DataLoader(dataset, BATCH, shuffle=True, drop_last=True))
     return counter.result()

@@ -1,4 +1,5 @@
-"""Does a step feel that a save is running? Two ranks, many short steps, and much more to save than they train."""
+"""Does a step feel that a save is running? Two ranks, many short steps, and much more to save than
+they train."""
 
 from __future__ import annotations
 
@@ -111,8 +112,9 @@ def pace(folder: str, size_mb: int) -> dict[str, float]:
 class Steps:
     """The time of each step, sorted by whether a save was running while it was made.
 
-    The step that begins a save waits for the copy, or makes it: how long training is blocked is another row. Of a hundred steps it
-    would be the slowest anyway, and hide what the other ninety-nine feel.
+    The step that begins a save waits for the copy, or makes it: how long training is blocked is
+    another row. Of a hundred steps it would be the slowest anyway, and hide what the other
+    ninety-nine feel.
     """
 
     def __init__(self, every: int) -> None:
@@ -140,9 +142,11 @@ class Steps:
     def result(self) -> dict[str, Any]:
         saving = self.saving or [0.0]
         return {
-            "steps": len(self.saving), "saving_s": percentile(saving, 0.99), "first_s": max(self.first),
+            "steps": len(self.saving),
+            "saving_s": percentile(saving, 0.99),
+            "first_s": max(self.first),
             "usual_s": percentile(self.usual, 0.99) if self.usual else 0.0,
-        }  # fmt: skip
+        }
 
 
 def by_harness(folder: str, size_mb: int, every: int) -> dict[str, Any]:

@@ -1,4 +1,5 @@
-"""The tables: what is required and what was measured, who saves how, all other quantities, and where somebody else is ahead."""
+"""The tables: what is required and what was measured, who saves how, all other quantities, and
+where somebody else is ahead."""
 
 from __future__ import annotations
 
@@ -31,13 +32,17 @@ def required(findings: Sequence[Finding]) -> Table:
                 + (f" ({found.note})" if found.note else "")
                 + (f": {found.who}" if found.who != HARNESS else "")
             )
-            spread = f"{figure(min(found.samples))} to {figure(max(found.samples))}, n={len(found.samples)}"
+            spread = (
+                f"{figure(min(found.samples))} to {figure(max(found.samples))}, "
+                f"n={len(found.samples)}"
+            )
             rows.append([what, limit, shown(found), spread, "yes" if found.holds else "NO"])
     return rows
 
 
 def savers(findings: Sequence[Finding]) -> Table:
-    """Who saves how, one line each; the harness's blocked time is that of the training that goes on."""
+    """Who saves how, one line each; the harness's blocked time is that of the training that goes
+    on."""
     by = {
         (found.who, found.what): found for found in findings if found.row in (saves.ROW, "blocked")
     }
@@ -54,7 +59,10 @@ def others(findings: Sequence[Finding]) -> Table:
     for found in findings:
         if found.row != saves.ROW and found.holds is None:
             note = f" ({found.note})" if found.note else ""
-            spread = f"{figure(min(found.samples))} to {figure(max(found.samples))}, n={len(found.samples)}"
+            spread = (
+                f"{figure(min(found.samples))} to {figure(max(found.samples))}, "
+                f"n={len(found.samples)}"
+            )
             rows.append([found.row, found.what, found.who, shown(found) + note, spread])
     return rows
 

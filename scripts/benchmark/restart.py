@@ -1,4 +1,5 @@
-"""From kill -9 of one rank to the first new step: torchrun restarts both, with the same settings; only the script is another."""
+"""From kill -9 of one rank to the first new step: torchrun restarts both, with the same settings;
+only the script is another."""
 
 from __future__ import annotations
 
@@ -19,8 +20,8 @@ from benchmark.findings import HARNESS, Finding, ratios
 
 ROW, PLAIN = "restart", "torchrun and torch.load"
 LAUNCH = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=3")
-# For both alike, and only the plain script needs it: with torchrun's own setting (torch 2.13) its restarted ranks find the keys of those
-# that were killed, and hang in init_process_group.
+# For both alike, and only the plain script needs it: with torchrun's own setting (torch 2.13) its
+# restarted ranks find the keys of those that were killed, and hang in init_process_group.
 OWN_STORE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 MOST_MB = 200  # of state: a restart, and not only a load, is measured
 KILL_AT, LIMIT_S = 25, 180.0  # steps; there are checkpoints by then
@@ -122,7 +123,8 @@ def _lines(folder: Path) -> list[dict[str, Any]]:
 
 
 def _until(process: Any, folder: Path, wanted: Any) -> Any:
-    """What `wanted` makes of the stages reported so far, once that is something. Raises SampleError."""
+    """What `wanted` makes of the stages reported so far, once that is something. Raises
+    SampleError."""
     until = time.monotonic() + LIMIT_S
     while not (found := wanted(_lines(folder))):
         if process.poll() is not None or time.monotonic() > until:

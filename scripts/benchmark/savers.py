@@ -1,7 +1,9 @@
-"""How each of the others saves the same state. The fsync and the rename that somebody leaves out are added after it.
+"""How each of the others saves the same state. The fsync and the rename that somebody leaves out
+are added after it.
 
-A saver is made once a process, and told where to save: it returns when training may go on, and what it returns is waited for
-until the checkpoint is durable. Each has its best known setting: buffers that can be kept are kept.
+A saver is made once a process, and told where to save: it returns when training may go on, and what
+it returns is waited for until the checkpoint is durable. Each has its best known setting: buffers
+that can be kept are kept.
 """
 
 from __future__ import annotations
@@ -30,16 +32,16 @@ class Pending:
     """A save that goes on."""
 
     durable: Callable[[], None] = _nothing  # waits for it
-    staged: Callable[[], None] | None = (
-        None  # to be waited for before the state may change, where that is not at once
-    )
+    # to be waited for before the state may change, where that is not at once
+    staged: Callable[[], None] | None = None
 
 
 Start = Callable[[Path], Pending]
 
 
 def write(payload: Any, path: Path) -> None:
-    """`torch.save`, made durable and whole or not at all: what everybody should write who writes it by hand."""
+    """`torch.save`, made durable and whole or not at all: what everybody should write who writes it
+    by hand."""
     temporary = path.with_suffix(".tmp")
     with temporary.open("wb") as file:
         torch.save(payload, file)
@@ -72,9 +74,8 @@ def safetensors(work: Workload) -> Start:
     from safetensors.torch import save_file
 
     def start(folder: Path) -> Pending:
-        named = {
-            str(number): tensor for number, tensor in enumerate(tensors(work.payload()))
-        }  # it keeps nothing but tensors
+        # it keeps nothing but tensors
+        named = {str(number): tensor for number, tensor in enumerate(tensors(work.payload()))}
         save_file(named, folder / "checkpoint.safetensors")
         return Pending(lambda: disk.make_durable(folder))
 
@@ -121,16 +122,18 @@ def _dcp(work: Workload, *, process: bool, background: bool) -> Start:
         _join_alone()
     on_gpu = next(work.model.parameters()).is_cuda
     options = StagingOptions(on_gpu, process, background, on_gpu)
-    kept = (
-        None if on_gpu else DefaultStager(options)
-    )  # its buffers are allocated once; PyTorch 2.11 closes one that pins them
+    # its buffers are allocated once; PyTorch 2.11 closes one that pins them
+    kept = None if on_gpu else DefaultStager(options)
     kind = AsyncCheckpointerType.PROCESS if process else AsyncCheckpointerType.THREAD
 
     def start(folder: Path) -> Pending:
         going = async_save(
-            work.payload(), checkpoint_id=folder / "checkpoint", async_checkpointer_type=kind, no_dist=not process,
+            work.payload(),
+            checkpoint_id=folder / "checkpoint",
+            async_checkpointer_type=kind,
+            no_dist=not process,
             async_stager=kept or DefaultStager(options),
-        )  # fmt: skip
+        )
         staged, saved = (
             (going.staging_completion.result, going.upload_completion)
             if isinstance(going, AsyncSaveResponse)

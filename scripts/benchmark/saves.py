@@ -1,6 +1,8 @@
-"""One process saves, on an idle machine: how long training would be blocked, how soon it is durable, CPU time and memory.
+"""One process saves, on an idle machine: how long training would be blocked, how soon it is
+durable, CPU time and memory.
 
-The harness is measured as a loop that waits, after the boundary that saves, until the manifest is there.
+The harness is measured as a loop that waits, after the boundary that saves, until the manifest is
+there.
 """
 
 from __future__ import annotations
@@ -42,7 +44,8 @@ def measure(bench: Bench) -> list[Finding]:
 
 
 def _disk(samples: list[dict[str, float]], size_bytes: int) -> tuple[list[float], list[Finding]]:
-    """What the disk can do, turn by turn, by whichever way is the fastest over all turns: the best of each turn would be luck."""
+    """What the disk can do, turn by turn, by whichever way is the fastest over all turns: the best
+    of each turn would be luck."""
     if not samples:
         return [], []
     way = min(samples[0], key=lambda way: median(turn[way] for turn in samples))
@@ -63,10 +66,15 @@ def _of_one(
         Finding(ROW, "durable throughput", who, "MiB/s", tuple(throughput), more_is_better=True),
         Finding(ROW, "CPU time of a save", who, "s", tuple(turn["cpu_s"] for turn in samples)),
         Finding(
-            ROW, "extra memory of a save", who, "x state", tuple(turn["extra_bytes"] / turn["state_bytes"] for turn in samples),
-            most=1.05 + 64 * MIB / samples[0]["state_bytes"] if ours else None, note="1.05 x state + 64 MiB" if ours else "",
+            ROW,
+            "extra memory of a save",
+            who,
+            "x state",
+            tuple(turn["extra_bytes"] / turn["state_bytes"] for turn in samples),
+            most=1.05 + 64 * MIB / samples[0]["state_bytes"] if ours else None,
+            note="1.05 x state + 64 MiB" if ours else "",
         ),
-    ]  # fmt: skip
+    ]
     if not ours:
         found.append(
             Finding(
@@ -174,13 +182,17 @@ def _timed(start: Any, path: Path) -> dict[str, Any]:
     size_bytes = disk.size_bytes(path)
     disk.remove(path)
     return {
-        "blocked_s": went_on_at - began_at, "durable_s": durable_at - began_at, "cpu_s": after_s - before_s, "size_bytes": size_bytes,
+        "blocked_s": went_on_at - began_at,
+        "durable_s": durable_at - began_at,
+        "cpu_s": after_s - before_s,
+        "size_bytes": size_bytes,
         "is_staged": pending.staged is not None,
-    }  # fmt: skip
+    }
 
 
 def _overlapped(start: Any, path: Path, work: Any) -> float:
-    """How long training is blocked by somebody who copies while the next step is computed: at first, and before the update."""
+    """How long training is blocked by somebody who copies while the next step is computed: at
+    first, and before the update."""
     path.mkdir()
     tokens = work.dataset.tensors[0][:1]
     began_at = time.perf_counter()
@@ -231,21 +243,22 @@ def by_harness(folder: str, size_mb: int) -> dict[str, Any]:
 
 
 def _boundary(batches: Any, small: Any, directory: Path, step: int) -> dict[str, Any]:
-    """The boundary at which a step is saved, an update that costs nothing, and the wait until it is durable."""
+    """The boundary at which a step is saved, an update that costs nothing, and the wait until it is
+    durable."""
     manifest = directory / f"checkpoints/step_{step:08d}-0001.json"
     os.sync()
     before_s, began_at = sampling.cpu_s(), time.time()
     next(batches)
-    small.step()  # until the next update a checkpoint is not committed: something may still write into the state
+    # until the next update a checkpoint is not committed: something may still write into the state
+    small.step()
     before_waiting_s = time.thread_time()
     while not manifest.exists():
         time.sleep(0.005)
     waiting_s = time.thread_time() - before_waiting_s  # is not the save's
     after_s = sampling.cpu_s()
     time.sleep(0.5)  # what was replaced is deleted meanwhile
-    durable_at = (
-        manifest.stat().st_ctime
-    )  # of its last link or rename; next() may return long after it
+    # of its last link or rename; next() may return long after it
+    durable_at = manifest.stat().st_ctime
     return {
         "durable_s": durable_at - began_at, "cpu_s": after_s - before_s - waiting_s,
         "size_bytes": manifest.with_suffix(".pt").stat().st_size,

@@ -1,4 +1,5 @@
-"""How much longer training takes for each save: two ranks, and between two saves as many steps beside the saving as after it."""
+"""How much longer training takes for each save: two ranks, and between two saves as many steps
+beside the saving as after it."""
 
 from __future__ import annotations
 
@@ -77,7 +78,8 @@ class Segments:
             self.late += not self.is_durable(made - self.within)
 
     def added_s(self) -> list[float]:
-        """By each save but the first: the steps beside it took so much longer than as many after it."""
+        """By each save but the first: the steps beside it took so much longer than as many after
+        it."""
         at = self.began_at
         starts = [2 * self.within * number for number in range(2, SAVES + 1)]
         return [

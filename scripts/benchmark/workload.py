@@ -1,4 +1,5 @@
-"""What is trained and saved: a GPT of the size that is asked for, with both moments of its optimizer, in single precision."""
+"""What is trained and saved: a GPT of the size that is asked for, with both moments of its
+optimizer, in single precision."""
 
 from __future__ import annotations
 
@@ -43,9 +44,8 @@ class Gpt(nn.Module):
         super().__init__()
         parameters = size_mb * 1_000_000 // BYTES_A_PARAMETER
         width = 768 if parameters > 50_000_000 else 256
-        layers = max(
-            1, round(0.69 * parameters / (12 * width**2))
-        )  # as in the smallest GPT-2: 12 layers of 124 M parameters
+        # as in the smallest GPT-2: 12 layers of 124 M parameters
+        layers = max(1, round(0.69 * parameters / (12 * width**2)))
         self.vocabulary = max(256, (parameters - layers * 12 * width**2) // width - CONTEXT)
         self.embedding, self.position = (
             nn.Embedding(self.vocabulary, width),
@@ -80,7 +80,8 @@ class Workload:
         self.optimizer.step()
 
     def track(self, run: Any) -> torch.optim.Optimizer:
-        """Have a harness run track it, and beside it a model of two numbers; its optimizer, the update by which costs nothing."""
+        """Have a harness run track it, and beside it a model of two numbers; its optimizer, the
+        update by which costs nothing."""
         small = nn.Linear(1, 1)
         update = torch.optim.SGD(small.parameters(), lr=1e-5)
         run.track(model=self.model, optimizer=self.optimizer, small=small, update=update)
@@ -124,9 +125,11 @@ def copied(payload: Any) -> Any:
 
 
 def copy_s(payload: Any) -> float:
-    """How long one copy of the state takes into memory that is there already: the unit of what training is blocked.
+    """How long one copy of the state takes into memory that is there already: the unit of what
+    training is blocked.
 
-    The quickest of several: whatever else runs makes the unit longer, and what is measured in it look better than it is.
+    The quickest of several: whatever else runs makes the unit longer, and what is measured in it
+    look better than it is.
     """
     pairs = [(tensor.detach(), tensor.detach().clone()) for tensor in tensors(payload)]
     took = []
