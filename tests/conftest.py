@@ -20,6 +20,7 @@ from hypothesis import HealthCheck, settings
 if TYPE_CHECKING:
     from harness.distributed.ranks import World
 
+# their fixtures
 pytest_plugins = (
     "library_runs",
     "launches",
@@ -27,10 +28,12 @@ pytest_plugins = (
     "s3_server",
     "slurm_cluster",
     "small_disks",
-)  # their fixtures
+)
 REPO = Path(__file__).resolve().parent.parent
 TRAIN = REPO / "harness" / "train.py"
-LONGEST_S = 400  # of a test that is not slow, or of what it is set up with: the slowest takes a minute, on a machine that is idle
+# of a test that is not slow, or of what it is set up with: the slowest takes a minute, on a machine
+# that is idle
+LONGEST_S = 400
 CLEAN = {
     key: value
     for key, value in os.environ.items()
@@ -42,9 +45,10 @@ ENVIRONMENT = CLEAN | {
 }
 
 
+# a slow one is no finding
 settings.register_profile(
     "any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow]
-)  # a slow one is no finding
+)
 settings.load_profile("any machine")
 
 
@@ -54,13 +58,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """All tests but those of GPUs go without, also where there is one: their ranks are more than it could serve."""
+    """All tests but those of GPUs go without, also where there is one: their ranks are more than it
+    could serve."""
     if not config.getoption("--gpu"):
         os.environ["CUDA_VISIBLE_DEVICES"] = ENVIRONMENT["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Without --slow the slow ones are not part of the suite: deselected, not skipped. So with those that need a GPU."""
+    """Without --slow the slow ones are not part of the suite: deselected, not skipped. So with
+    those that need a GPU."""
     chosen = [
         item for item in items if bool(item.get_closest_marker("gpu")) == config.getoption("--gpu")
     ]
@@ -169,7 +175,8 @@ def start(
 
 
 def tree(pid: int) -> list[psutil.Process]:
-    """A process and all that descend from it; torchrun gives its workers sessions of their own, so a group is not enough."""
+    """A process and all that descend from it; torchrun gives its workers sessions of their own, so
+    a group is not enough."""
     try:
         process = psutil.Process(pid)
         return [process, *process.children(recursive=True)]
@@ -185,7 +192,8 @@ def kill_tree(pid: int) -> None:
 
 
 def outliving(processes: list[psutil.Process], limit_s: float = 5) -> list[psutil.Process]:
-    """Which of them still run after so long; a dead one that nobody has reaped does not. They must have more to do than that."""
+    """Which of them still run after so long; a dead one that nobody has reaped does not. They must
+    have more to do than that."""
 
     def runs(process: psutil.Process) -> bool:
         try:
@@ -215,7 +223,8 @@ def _command_of(process: psutil.Process) -> list[str]:
 
 
 def events(directory: Path, kind: str | None = None) -> list[dict]:
-    """The run's events, in the order of attempts; a last line that is still being written is left out."""
+    """The run's events, in the order of attempts; a last line that is still being written is left
+    out."""
     found = []
     for file in sorted(directory.glob("events/*.jsonl")):
         for line in file.read_text().splitlines():
@@ -236,7 +245,8 @@ def wait_until(
 
 @contextlib.contextmanager
 def undone() -> Iterator[None]:
-    """Training in this process catches signals, hooks into uncaught errors and joins a group: all of it is undone."""
+    """Training in this process catches signals, hooks into uncaught errors and joins a group: all
+    of it is undone."""
     import torch.distributed as dist
 
     from harness import preemption, state
@@ -257,7 +267,8 @@ def undone() -> Iterator[None]:
 
 @pytest.fixture
 def process_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """For tests that train in this process, in a folder of their own: afterwards it is as before."""
+    """For tests that train in this process, in a folder of their own: afterwards it is as
+    before."""
     monkeypatch.chdir(tmp_path)
     with undone():
         yield

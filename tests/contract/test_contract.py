@@ -1,6 +1,8 @@
-"""One contract for every store: a directory, fsspec's memory, and S3 on a real server pass the very same tests.
+"""One contract for every store: a directory, fsspec's memory, and S3 on a real server pass the very
+same tests.
 
-What the medium holds is looked at from outside of the store under test: by the file system, by fsspec, by a plain S3 client.
+What the medium holds is looked at from outside of the store under test: by the file system, by
+fsspec, by a plain S3 client.
 """
 
 from __future__ import annotations
@@ -475,7 +477,8 @@ def race(place: Place, rounds: int, rivals: int) -> None:
 
 
 def test_of_many_rivals_for_one_key_exactly_one_wins(place):
-    """The server has rivals for one key wait for one another in steps of a second, so there are not many of them here."""
+    """The server has rivals for one key wait for one another in steps of a second, so there are not
+    many of them here."""
     race(place, *{"local": (10, 16), "memory": (200, 16), "s3": (2, 5)}[place.kind])
 
 
@@ -499,10 +502,22 @@ def checkpoint(store: Store, step: int) -> fmt.Manifest:
     data = os.urandom(100)
     sink = upload(store, fmt.data_key(step, 1), data, 100)
     manifest = fmt.Manifest(
-        run_id="r", attempt=1, step=step, epoch=0, loss=None, metrics={}, world_size=1, lineage=((1, step),),
+        run_id="r",
+        attempt=1,
+        step=step,
+        epoch=0,
+        loss=None,
+        metrics={},
+        world_size=1,
+        lineage=((1, step),),
         files=(fmt.DataFile(f"{fmt.stem(step, 1)}.pt", sink.size_bytes, sink.digest()),),
-        classes={}, final=None, time="", host="", versions={}, config_digest="",
-    )  # fmt: skip
+        classes={},
+        final=None,
+        time="",
+        host="",
+        versions={},
+        config_digest="",
+    )
     store.create(manifest.key, fmt.to_bytes(manifest), 1)
     return manifest
 
@@ -628,7 +643,8 @@ def test_a_missing_bucket_is_refused_by_name_and_never_looks_empty(s3_place):
 
 
 class SilentListings(S3Client):
-    """A server that lists nothing of a bucket that is not there, as some do, instead of saying so."""
+    """A server that lists nothing of a bucket that is not there, as some do, instead of saying
+    so."""
 
     def _call(self, limit_s: float, method: str, **arguments: Any) -> dict[str, Any]:
         return {} if method == "list_objects_v2" else super()._call(limit_s, method, **arguments)

@@ -1,7 +1,9 @@
-"""The writer dies, or the disk refuses, at every single system call of a save: what is left is the old checkpoint or the new one.
+"""The writer dies, or the disk refuses, at every single system call of a save: what is left is the
+old checkpoint or the new one.
 
-strace does it for real: it kills the process when it enters the k-th `fsync`, or lets the k-th `link` fail with EIO. A server
-process imports torch once and forks a writer for each point; the writer stops itself until strace is attached.
+strace does it for real: it kills the process when it enters the k-th `fsync`, or lets the k-th
+`link` fail with EIO. A server process imports torch once and forks a writer for each point; the
+writer stops itself until strace is attached.
 """
 
 from __future__ import annotations
@@ -38,12 +40,8 @@ from harness.store.staging_buffer import StagingBuffer, write_to
 OLD, NEW = 30, 40
 LANES = 2
 PHASES = ("claim", "commit", "retention")
-DONE, RAISED_SAVE, RAISED_STORAGE, RAISED_OTHER = (
-    0,
-    1,
-    2,
-    3,
-)  # exit code = 10 * phase + one of these
+# exit code = 10 * phase + one of these
+DONE, RAISED_SAVE, RAISED_STORAGE, RAISED_OTHER = 0, 1, 2, 3
 # Whether these happen depends on how full the heap is, not on what is done.
 OF_THE_HEAP = {"brk", "mmap", "munmap", "mremap", "madvise", "mprotect", "futex"}
 CALL = re.compile(r"^(?:\d+ +)?(?P<name>\w+)\((?P<rest>.*)$")
@@ -79,7 +77,8 @@ def about(lineage: fmt.Lineage) -> About:
 
 
 def prepare(root: Path) -> None:
-    """A first attempt that committed steps 10, 20 and 30 and was killed while it saved the next two."""
+    """A first attempt that committed steps 10, 20 and 30 and was killed while it saved the next
+    two."""
     store = LocalStore(root)
     store.prepare(fmt.FOLDERS)
     attempt = attempts.claim(read_catalog(store), None, 1)
@@ -93,7 +92,8 @@ def prepare(root: Path) -> None:
 def commit_image(
     store: LocalStore, attempt: attempts.Attempt, values: dict, told: About
 ) -> fmt.Manifest:
-    """As a run commits, but that this process itself writes what otherwise another one does for it."""
+    """As a run commits, but that this process itself writes what otherwise another one does for
+    it."""
     staging, snapshot = StagingBuffer(), Snapshot(values, set())
     snapshot.copy_rest()
     snapshot.copy_into(staging)
@@ -109,7 +109,8 @@ def commit_image(
 
 
 def life(root: Path, phases: list[str]) -> None:
-    """What the next attempt does, up to its first commit and what that lets go; `phases` grows as it goes on."""
+    """What the next attempt does, up to its first commit and what that lets go; `phases` grows as
+    it goes on."""
     store = LocalStore(root)
     found = read_catalog(store)
     origin = found.history[0] if found.history else None
@@ -127,10 +128,10 @@ def life(root: Path, phases: list[str]) -> None:
 
 
 def serve() -> None:
-    """Fork a writer for each run directory named on stdin; say its number once it has stopped, and in the end how it ended."""
-    with (
-        tempfile.TemporaryDirectory() as folder
-    ):  # whatever Python and torch load on first use is loaded before the first fork
+    """Fork a writer for each run directory named on stdin; say its number once it has stopped, and
+    in the end how it ended."""
+    # whatever Python and torch load on first use is loaded before the first fork
+    with tempfile.TemporaryDirectory() as folder:
         prepare(Path(folder) / "run")
     for line in sys.stdin:
         pid = os.fork()
@@ -289,7 +290,8 @@ def each(servers: list[Server], todo: list, act: Callable) -> list:
 
 
 def check_whole(root: Path) -> int:
-    """Every checkpoint that exists is whole, and the one to go on from is the old or the new; returns its step."""
+    """Every checkpoint that exists is whole, and the one to go on from is the old or the new;
+    returns its step."""
     store = LocalStore(root)
     found = read_catalog(store)
     assert not found.damaged and not found.set_aside and not found.foreign
@@ -302,7 +304,8 @@ def check_whole(root: Path) -> int:
 
 
 def check_next_attempt(root: Path) -> None:
-    """Recovery is the normal start: it claims, sweeps, commits, and leaves nothing of earlier attempts but checkpoints."""
+    """Recovery is the normal start: it claims, sweeps, commits, and leaves nothing of earlier
+    attempts but checkpoints."""
     store = LocalStore(root)
     found = read_catalog(store)
     origin = found.history[0]
@@ -330,7 +333,8 @@ def check_next_attempt(root: Path) -> None:
 def killed_at(
     servers: list[Server], template: Path, folder: Path, points: list[Point]
 ) -> list[int | None]:
-    """Kill a life at each point and check what is left; the step to go on from, None where the point was not reached."""
+    """Kill a life at each point and check what is left; the step to go on from, None where the
+    point was not reached."""
 
     def kill(server: Server, point: Point) -> int | None:
         root = folder / f"{point.name}-{point.k}"
@@ -354,7 +358,8 @@ def killed_at(
 
 
 def in_order(points: list[Point], found: list[int | None]) -> list[int]:
-    """What was found at the points that were reached, without those of the heap: the k-th of these comes sooner or later each time."""
+    """What was found at the points that were reached, without those of the heap: the k-th of these
+    comes sooner or later each time."""
     return [
         value
         for point, value in zip(points, found, strict=True)
@@ -479,7 +484,8 @@ def test_any_call_that_fails_in_any_way_ends_in_words_and_never_in_half_a_checkp
 def test_a_disk_that_goes_on_failing_while_the_save_is_given_up_changes_no_words(
     servers, template, points, tmp_path, begun, error
 ):
-    """Network file systems report a full disk at the write, and again when the file is closed and deleted."""
+    """Network file systems report a full disk at the write, and again when the file is closed and
+    deleted."""
     first = next(
         point
         for point in points
@@ -503,7 +509,8 @@ def test_a_disk_that_goes_on_failing_while_the_save_is_given_up_changes_no_words
 
 
 def test_each_file_is_durable_before_it_appears_and_its_folder_before_anything_builds_on_it(points):
-    """Without the first fsync a file full of zeros may come back after a power loss, without the second the old file, or none."""
+    """Without the first fsync a file full of zeros may come back after a power loss, without the
+    second the old file, or none."""
     texts = [point.text for point in points if point.on_store]
 
     def at(*needles: str, last: bool = False) -> int:
@@ -609,7 +616,8 @@ def test_folders_above_the_run_that_are_made_with_it_are_durable_too(tmp_path):
 
 
 def test_a_kill_in_the_first_attempt_leaves_nothing_or_its_first_checkpoint(servers, tmp_path):
-    """With nothing to go on from, each kill leaves a directory in which a fresh start is allowed, or the whole first checkpoint."""
+    """With nothing to go on from, each kill leaves a directory in which a fresh start is allowed,
+    or the whole first checkpoint."""
     empty = tmp_path / "empty"
     empty.mkdir()
     points = [

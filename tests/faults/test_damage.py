@@ -1,4 +1,5 @@
-"""Verified or not used: whatever happens to a byte of a checkpoint, it is noticed, named, and skipped for the next older one."""
+"""Verified or not used: whatever happens to a byte of a checkpoint, it is noticed, named, and
+skipped for the next older one."""
 
 from __future__ import annotations
 
@@ -513,7 +514,8 @@ def with_pickle(store: LocalStore, change: Callable[[bytes], bytes]) -> bytes:
 
 
 def test_data_that_cannot_be_parsed_is_damage_in_words_though_its_digest_fits(store, world, capsys):
-    """Somebody else's file, or a bug of the writer: never a traceback, and the next older one is taken."""
+    """Somebody else's file, or a bug of the writer: never a traceback, and the next older one is
+    taken."""
     with zipfile.ZipFile(data_path(store)) as archive:
         length = len(
             archive.read(next(name for name in archive.namelist() if name.endswith("data.pkl")))
@@ -618,7 +620,8 @@ def test_what_is_set_aside_is_kept_counts_no_more_and_still_forbids_a_fresh_star
 
 
 def test_setting_aside_takes_the_manifest_away_first(store):
-    """Dying in between leaves data without a manifest, which is no checkpoint; the other way round it would be half a one."""
+    """Dying in between leaves data without a manifest, which is no checkpoint; the other way round
+    it would be half a one."""
     blocked = store.path(f"{fmt.data_key(30, 1)}.damaged")
     (blocked / "in the way").mkdir(parents=True)
     with pytest.raises(StorageError):
@@ -668,9 +671,8 @@ def open_store(template: Path) -> Iterator[LocalStore]:
 def test_what_cannot_be_read_is_not_called_damaged(open_store, world):
     os.chmod(data_path(open_store), 0)
     with as_nobody(), pytest.raises(StorageError, match="cannot be read") as refused:
-        resume.choose(
-            open_store, world
-        )  # it may be whole, and going on from an older one would cut it off
+        # it may be whole, and going on from an older one would cut it off
+        resume.choose(open_store, world)
     assert "Permission denied" in str(refused.value) and NEWEST in str(refused.value)
     assert read_catalog(open_store).set_aside == []
 

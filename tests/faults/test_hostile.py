@@ -54,9 +54,17 @@ def stored(tmp_path: Path, name: str, args: dict[str, Any]) -> str:
 
 @pytest.mark.parametrize(
     "name",
-    ["harness.exchange.export:export", "harness.tasks:os", "harness.tasks.digits:Task", "harness.tasks.digits.x:build", "sprung:build",
-     "harness.tasks...sprung:build", "harness.task:find", " harness.tasks.digits:build"],
-)  # fmt: skip
+    [
+        "harness.exchange.export:export",
+        "harness.tasks:os",
+        "harness.tasks.digits:Task",
+        "harness.tasks.digits.x:build",
+        "sprung:build",
+        "harness.tasks...sprung:build",
+        "harness.task:find",
+        " harness.tasks.digits:build",
+    ],
+)
 def test_a_name_in_a_file_is_not_called_and_not_imported(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -79,7 +87,10 @@ def test_a_name_in_a_file_is_not_called_and_not_imported(
 def test_a_task_of_the_users_own_is_called_as_they_name_or_confirm_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    text = "import torch\nfrom harness import Task\ndef build():\n    m = torch.nn.Linear(1, 1, bias=False)\n    return Task(m, [], [])\n"
+    text = (
+        "import torch\nfrom harness import Task\ndef build():\n"
+        "    m = torch.nn.Linear(1, 1, bias=False)\n    return Task(m, [], [])\n"
+    )
     (tmp_path / "confirmed_task.py").write_text(text)
     monkeypatch.chdir(tmp_path)
     path = stored(tmp_path, "confirmed_task:build", {})
@@ -140,7 +151,10 @@ PLACES = [
 def test_a_control_character_does_not_get_into_a_job_script(bad: str) -> None:
     plain = job_script.Job(SlurmSettings(), "job", "log", ["a=b"])
     assert job_script.script(plain)
-    jobs = [job_script.Job(SlurmSettings(**{place: bad}), "job", "log", []) for place in PLACES]  # type: ignore[arg-type]
+    jobs = [
+        job_script.Job(SlurmSettings(**{place: bad}), "job", "log", [])  # type: ignore[arg-type]
+        for place in PLACES
+    ]
     jobs += [
         job_script.Job(SlurmSettings(extra=[bad]), "job", "log", []),
         job_script.Job(SlurmSettings(), bad, "log", []),
@@ -223,7 +237,8 @@ def test_a_folder_without_init_does_not_shadow_the_package(tmp_path: Path) -> No
 
 
 def test_an_editable_install_is_found_beside_a_folder_of_that_name(tmp_path: Path) -> None:
-    """The tests' environment has one: a finder of setuptools' would come after such a folder, a plain path does not."""
+    """The tests' environment has one: a finder of setuptools' would come after such a folder, a
+    plain path does not."""
     (tmp_path / "harness").mkdir()
     done = run(
         [sys.executable, "-c", "import harness; print(harness.__file__)"],
@@ -241,7 +256,10 @@ def test_a_package_of_that_name_in_the_working_directory_is_named_before_anythin
     (tmp_path / "own.py").write_text("import harness\n")
     environment = {"PYTHONPATH": str(Path(harness.__file__).parents[1]), "PATH": "/usr/bin"}
     for words in (["task.name=mine:build"], ["own.py"]):
-        code = f"import sys; sys.path.remove(''); from harness import cli; sys.exit(cli.main(['launch', 'run.dir=run', *{words!r}]))"
+        code = (
+            "import sys; sys.path.remove(''); from harness import cli; "
+            f"sys.exit(cli.main(['launch', 'run.dir=run', *{words!r}]))"
+        )
         done = run([sys.executable, "-c", code], cwd=tmp_path, env=environment)
         assert done.returncode == 78, done.stderr
         assert str(tmp_path / "harness") in done.stderr and "Traceback" not in done.stderr, (
@@ -253,7 +271,8 @@ def test_a_package_of_that_name_in_the_working_directory_is_named_before_anythin
 def test_each_block_of_a_file_is_fetched_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A module's pickle is looked at in several ways; the store is opened once, and asked for no range twice."""
+    """A module's pickle is looked at in several ways; the store is opened once, and asked for no
+    range twice."""
     torch.save(torch.nn.Linear(300, 300), tmp_path / "m.pt")
     opened: list[str] = []
     asked: list[tuple[int, int]] = []
@@ -311,7 +330,9 @@ def test_a_file_that_changes_meanwhile_is_refused_in_words(tmp_path: Path) -> No
         with path.open("ab") as file:
             file.write(b"x" * 100)
         with pytest.raises(ChangedError, match="changed while it was read"):
-            look(found) if look is files.read else found.once.span(100_000, 200_000)  # type: ignore[union-attr]
+            look(found) if look is files.read else found.once.span(  # type: ignore[union-attr]
+                100_000, 200_000
+            )
     assert ChangedError("x").exit_code == 1
 
 
@@ -344,7 +365,8 @@ def test_bytes_that_have_come_are_not_asked_for_again_when_the_next_question_get
 
 
 def test_what_is_kept_of_a_file_that_is_shown_is_little(tmp_path: Path) -> None:
-    """Of a file of 300 tensors the pickle and the directory; before PyTorch 2.7, 4 kB more of each tensor."""
+    """Of a file of 300 tensors the pickle and the directory; before PyTorch 2.7, 4 kB more of each
+    tensor."""
     torch.save({f"layer{n}.weight": torch.zeros(64, 300) for n in range(300)}, tmp_path / "new.pt")
     with (
         zipfile.ZipFile(tmp_path / "new.pt") as new,
@@ -363,7 +385,8 @@ def test_what_is_kept_of_a_file_that_is_shown_is_little(tmp_path: Path) -> None:
 
 
 class Wicked(BaseHTTPRequestHandler):
-    """Serves one file for the first answers that hold bytes, and another, of the same length, for all later ones."""
+    """Serves one file for the first answers that hold bytes, and another, of the same length, for
+    all later ones."""
 
     server: WickedServer
 
@@ -445,16 +468,16 @@ class Sprung(torch.nn.Module):
     @torch.jit.export
     def __setstate__(self, state: tuple[torch.Tensor, bool]) -> None:
         self.training = state[1]
-        self.weight = torch.from_file(
-            "sprung", shared=True, size=10
-        )  # used, or TorchScript would leave it out
+        # used, or TorchScript would leave it out
+        self.weight = torch.from_file("sprung", shared=True, size=10)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x
 
 
 def both(tmp_path: Path) -> tuple[bytes, bytes]:
-    """A pickled module, which is looked at in several ways, and TorchScript that writes a file, in as many bytes."""
+    """A pickled module, which is looked at in several ways, and TorchScript that writes a file, in
+    as many bytes."""
     torch.save(torch.nn.Linear(100, 100), tmp_path / "good.pt")
     torch.jit.save(torch.jit.script(Sprung()), tmp_path / "bad.pt")
     good, bad = (tmp_path / "good.pt").read_bytes(), (tmp_path / "bad.pt").read_bytes()
@@ -579,7 +602,8 @@ def look(directory: Path, capsys: Any, *, extra: tuple[tuple[str, ...], ...] = (
 
 
 def rewritten(directory: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
-    """Every record and every event of a run, changed; manifests get the digest that belongs to them."""
+    """Every record and every event of a run, changed; manifests get the digest that belongs to
+    them."""
     (directory / "launches").mkdir(exist_ok=True)
     (directory / "launches" / "1.0.json").write_text(
         json.dumps({"greatest": 0, "reached": 0, "launch": "1.0", "time": TIME})
@@ -616,7 +640,8 @@ TIME = "2026-01-01T00:00:00.000+00:00"
 
 
 def poisoned(value: Any) -> Any:
-    """The same with escape sequences in every text, name and key, but where a thing is told from another by it."""
+    """The same with escape sequences in every text, name and key, but where a thing is told from
+    another by it."""
     if isinstance(value, str):
         return value + ESCAPES
     if isinstance(value, list):
@@ -722,7 +747,8 @@ WRONG: list[Any] = [
 def test_a_record_that_holds_anything_at_all_is_no_traceback(
     wrong: Any, made: Path, tmp_path: Path, capsys: Any
 ) -> None:
-    """Each field of each record in turn would take long: all of them, and all but those that make a record count."""
+    """Each field of each record in turn would take long: all of them, and all but those that make a
+    record count."""
     for number, kept in enumerate(
         (
             ("event",),

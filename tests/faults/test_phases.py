@@ -1,4 +1,5 @@
-"""A stop that comes at any moment, to any process, loses no step: the run ends soon, leaves nobody behind, and goes on."""
+"""A stop that comes at any moment, to any process, loses no step: the run ends soon, leaves nobody
+behind, and goes on."""
 
 from __future__ import annotations
 
@@ -31,8 +32,15 @@ import time
 from pathlib import Path
 import small_task
 
-def build(folder: str, width: int = 32, sleep_s: float = 0.0, build_s: float = 0.0, evaluate_s: float = 0.0):
-    """small_task, slow where it is told to be; it leaves word when it is built and when it is evaluated."""
+def build(
+    folder: str,
+    width: int = 32,
+    sleep_s: float = 0.0,
+    build_s: float = 0.0,
+    evaluate_s: float = 0.0,
+):
+    """small_task, slow where it is told to be; it leaves word when it is built and when it is
+    evaluated."""
     Path(folder, "building").touch()
     time.sleep(build_s)
     task = small_task.build(width=width, sleep_s=sleep_s)
@@ -66,8 +74,13 @@ def receivers(process: subprocess.Popen[str], whom: str) -> list[psutil.Process]
     torchruns = [member for member in members if workers_of(member.pid)] or members[1:2]
     ranks = workers_of(torchruns[0].pid) if torchruns else []
     return {
-        "rank 0": ranks[:1], "rank 1": ranks[1:], "ranks": ranks, "torchrun": torchruns[:1], "every": members, "launch": members[:1]
-    }[whom]  # fmt: skip
+        "rank 0": ranks[:1],
+        "rank 1": ranks[1:],
+        "ranks": ranks,
+        "torchrun": torchruns[:1],
+        "every": members,
+        "launch": members[:1],
+    }[whom]
 
 
 def send(process: subprocess.Popen[str], whom: str, number: signal.Signals) -> None:
@@ -83,7 +96,8 @@ def check_stopped(
     number: signal.Signals,
     codes: tuple[int, ...] = (),
 ) -> None:
-    """It ended in time, with nobody left; what was told to one rank or to torchrun only, launch has started again by itself."""
+    """It ended in time, with nobody left; what was told to one rank or to torchrun only, launch has
+    started again by itself."""
     out, err = process.communicate(timeout=LIMIT_S)
     expected = (75, *codes) if whom in ("every", "launch") else (0, *codes)
     assert process.returncode in expected, (
@@ -91,9 +105,8 @@ def check_stopped(
     )
     assert left_behind(directory) == []
     assert "Traceback" not in out + err or -number in codes, out + err
-    passed_on = (
-        {"SIGTERM"} if whom == "every" else set()
-    )  # by torchrun, which sends that if it is told a second time
+    # by torchrun, which sends that if it is told a second time
+    passed_on = {"SIGTERM"} if whom == "every" else set()
     for end in ended(directory, "attempts").values():
         assert end["why"] == "finished" or (end["why"], end["saved"]) == ("stopped", True), end
         assert (

@@ -1,7 +1,8 @@
-"""The power fails after any system call of a commit: what is there afterwards is the old or the new, whole, on a real file system.
+"""The power fails after any system call of a commit: what is there afterwards is the old or the
+new, whole, on a real file system.
 
-The file system is told to forget everything that it has not written to its disk (ext4's and XFS's shutdown without a flush of the
-journal), unmounted and mounted again.
+The file system is told to forget everything that it has not written to its disk (ext4's and XFS's
+shutdown without a flush of the journal), unmounted and mounted again.
 """
 
 from __future__ import annotations
@@ -35,7 +36,12 @@ data = b"new" * 1_500_000
 image.reserve(len(data))
 image.memory[: len(data)] = data
 with store.writer("checkpoints/step_00000002-0001.pt", 1) as sink:
-    sink.write_staged(image, lambda image, path: write_to(image.memory, image.size_bytes, str(path), direct_from_bytes=1 << 20))
+    sink.write_staged(
+        image,
+        lambda image, path: write_to(
+            image.memory, image.size_bytes, str(path), direct_from_bytes=1 << 20
+        ),
+    )
     sink.commit()
 store.create("checkpoints/step_00000002-0001.json", sink.digest().encode(), 1)
 store.write("config.yaml", data, 1)

@@ -1,4 +1,5 @@
-"""What a start takes from the bucket: the bytes once for all ranks, whole or not at all, and from an older checkpoint if need be."""
+"""What a start takes from the bucket: the bytes once for all ranks, whole or not at all, and from
+an older checkpoint if need be."""
 
 from __future__ import annotations
 
@@ -9,7 +10,16 @@ from pathlib import Path
 import pytest
 from conftest import alone, run, torchrun
 from fault_proxy import FaultProxy
-from remote_runs import TASK, Home, Trained, differing, ended, fetched_bytes, losses, trained  # noqa: F401 - a fixture
+from remote_runs import (
+    TASK,
+    Home,
+    Trained,
+    differing,
+    ended,
+    fetched_bytes,
+    losses,
+    trained,  # noqa: F401 - a fixture
+)
 from s3_server import S3Server, free_ports
 
 Start = Callable[..., "subprocess.Popen[str]"]
@@ -22,7 +32,8 @@ def size_of(home: Home, step: int) -> int:
 def by_hand(
     started: Start, home: Home, directories: list[str], proxies: list[FaultProxy], *settings: str
 ) -> list[tuple[int, str]]:
-    """One process a directory, each as on a machine of its own, without torchrun; the exit codes and outputs."""
+    """One process a directory, each as on a machine of its own, without torchrun; the exit codes
+    and outputs."""
     group = {
         "WORLD_SIZE": str(len(directories)),
         "LOCAL_WORLD_SIZE": "1",
@@ -92,9 +103,8 @@ def test_three_ranks_fetch_a_large_checkpoint_once_and_restore_it_alike(
             done.stdout + done.stderr
         )
         assert fetched_bytes(proxy, "step_00000004-0001.pt") == size > 16 << 20
-    assert (
-        differing(whole, home) == []
-    )  # DDP adds all ranks' gradients: a rank that was restored otherwise would show
+    # DDP adds all ranks' gradients: a rank that was restored otherwise would show
+    assert differing(whole, home) == []
 
 
 def damage(home: Home, step: int, how: str) -> None:
@@ -171,8 +181,10 @@ def test_damaged_in_the_bucket_the_newest_whole_one_is_gone_on_from_and_the_othe
 
 @pytest.mark.parametrize("place", ["here", pytest.param(None, marks=pytest.mark.slow)])
 def test_with_nothing_whole_left_it_fails_and_does_not_begin_anew(
-    place: str | None, trained: Trained, tmp_path: Path
-) -> None:  # noqa: F811
+    place: str | None,
+    trained: Trained,  # noqa: F811
+    tmp_path: Path,
+) -> None:
     home = trained.home.branch(15)
     for step, how in {15: "flipped", 10: "data deleted", 5: "cut short"}.items():
         damage(home, step, how)

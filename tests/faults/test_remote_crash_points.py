@@ -1,7 +1,9 @@
-"""The writer dies, or the server refuses, at every single request of a life: the bucket still holds the last committed checkpoint.
+"""The writer dies, or the server refuses, at every single request of a life: the bucket still holds
+the last committed checkpoint.
 
-A life begins on a bucket whose newest checkpoint is damaged, so it passes that one over and marks it, claims its attempt, saves three
-steps of which the last is final, lets old ones go, and ends. A proxy counts its requests and strikes at the n-th one.
+A life begins on a bucket whose newest checkpoint is damaged, so it passes that one over and marks
+it, claims its attempt, saves three steps of which the last is final, lets old ones go, and ends. A
+proxy counts its requests and strikes at the n-th one.
 """
 
 from __future__ import annotations
@@ -110,7 +112,8 @@ class Case:
         return max((int(step) for kind, step in lines if kind == what), default=OLD)
 
     def check(self) -> Catalog:
-        """A fresh attempt in a new directory finds what was said to be there, whole, and commits the next one."""
+        """A fresh attempt in a new directory finds what was said to be there, whole, and commits
+        the next one."""
         found = read_catalog(self.remote)
         whole = [m for m in found.history if self._is_whole(m)]
         assert len(whole) >= 2, "the two newest are kept"
@@ -204,7 +207,8 @@ def each(cases: list[tuple[str, int]], act: Callable[[str, int], None]) -> None:
 
 
 def killed(lives: Lives, where: str, n: int, *, forward: bool) -> None:
-    """SIGKILL when the n-th request has arrived, which is then done all the same, or lost with its sender."""
+    """SIGKILL when the n-th request has arrived, which is then done all the same, or lost with its
+    sender."""
     case = lives.new(where)
     with FaultProxy(lives.server.host, lives.server.port) as proxy:
         hold = proxy.hold(skip=n - 1)
@@ -221,7 +225,8 @@ def killed(lives: Lives, where: str, n: int, *, forward: bool) -> None:
 
 
 def refused(lives: Lives, where: str, n: int, rule: Rule, wait_s: float) -> None:
-    """The n-th request fails, or all from there on: the life ends in words, or in success if all is well."""
+    """The n-th request fails, or all from there on: the life ends in words, or in success if all is
+    well."""
     case = lives.new(where)
     with FaultProxy(lives.server.host, lives.server.port) as proxy:
         proxy.rules.append(rule)
@@ -307,7 +312,7 @@ def test_a_request_that_is_refused_ends_in_words_and_leaves_the_last_committed_c
     each(sample(requests, *CUTS[2:], ".end.json"), lambda where, n: denied(lives, where, n))
 
 
-def test_a_server_that_fails_from_a_request_on_ends_in_words_and_leaves_the_last_committed_checkpoint(
+def test_a_server_that_fails_from_a_request_on_ends_in_words_and_leaves_the_last_committed_checkpoint(  # noqa: E501
     lives, requests
 ):
     each(sample(requests, CUTS[2]), lambda where, n: failing(lives, where, n))
@@ -331,7 +336,7 @@ def test_any_request_that_is_refused_ends_in_words_and_leaves_the_last_committed
 
 
 @pytest.mark.slow
-def test_a_server_that_fails_from_any_request_on_ends_in_words_and_leaves_the_last_committed_checkpoint(
+def test_a_server_that_fails_from_any_request_on_ends_in_words_and_leaves_the_last_committed_checkpoint(  # noqa: E501
     lives, requests
 ):
     each(all_of(requests), lambda where, n: failing(lives, where, n))

@@ -1,4 +1,5 @@
-"""What a remote store does when the network, the service, the credentials or its own process fail: real S3 behind the fault proxy."""
+"""What a remote store does when the network, the service, the credentials or its own process fail:
+real S3 behind the fault proxy."""
 
 from __future__ import annotations
 
@@ -47,7 +48,8 @@ def slowly(value: object) -> Any:
 
 @dataclass
 class Way:
-    """A store that is reached through a proxy, a plain client that is not, and what the store told of its troubles."""
+    """A store that is reached through a proxy, a plain client that is not, and what the store told
+    of its troubles."""
 
     server: S3Server
     bucket: str
@@ -130,13 +132,15 @@ def took(action: Callable[[], object]) -> tuple[BaseException | None, float]:
     start = time.monotonic()
     try:
         action()
-    except Exception as error:  # noqa: BLE001  refusing is right too; silently beginning with damaged or random weights is not
+    except Exception as error:  # noqa: BLE001
+        # refusing is right too; silently beginning with damaged or random weights is not
         return error, time.monotonic() - start
     return None, time.monotonic() - start
 
 
 def operations(store: RemoteStore) -> dict[str, Callable[[], object]]:
-    """Each is one request when nothing goes wrong, but for a write, which looks at what has arrived."""
+    """Each is one request when nothing goes wrong, but for a write, which looks at what has
+    arrived."""
     return {
         "read": lambda: store.read(KEY),
         "exists": lambda: store.exists(KEY),
@@ -157,10 +161,8 @@ VERBS = {
     "delete": "delete",
     "write": "upload",
 }
-RESETS = (
-    "reset_before",
-    "drop_response",
-)  # aiohttp itself tries once more, untold, if the connection was not a new one
+# aiohttp itself tries once more, untold, if the connection was not a new one
+RESETS = ("reset_before", "drop_response")
 EXPECTED = {
     "read": b"whole",
     "exists": True,
@@ -180,10 +182,8 @@ EXPECTED = {
 def test_a_failure_that_passes_is_tried_again_once_and_told(way, fault):
     way.put(b"whole")
     for name, operation in operations(way.store()).items():
-        if fault == "409" and name not in (
-            "create",
-            "write",
-        ):  # who only reads meets with no conflict
+        # who only reads meets with no conflict
+        if fault == "409" and name not in ("create", "write"):
             continue
         way.fault(Rule(fault, first=1))
         assert operation() == EXPECTED[name], name
@@ -192,9 +192,8 @@ def test_a_failure_that_passes_is_tried_again_once_and_told(way, fault):
             assert told == [(VERBS[name], 1)], (
                 f"{name}: the libraries below try nothing again by themselves"
             )
-        extra = {"write": 1, "create": 1 if fault == "drop_response" else 0}.get(
-            name, 0
-        )  # the look at what has arrived, or whose it is
+        # the look at what has arrived, or whose it is
+        extra = {"write": 1, "create": 1 if fault == "drop_response" else 0}.get(name, 0)
         assert way.requests() == 2 + extra, name
         assert len(way.successes) == 1 + (name == "write"), (
             f"{name}: that it works again is told too"
@@ -608,10 +607,24 @@ def test_a_download_that_never_comes_whole_is_an_error(way, fault):
 def described(data: bytes) -> fmt.Manifest:
     """The manifest of a checkpoint with this data, whose file is stored under its name."""
     return fmt.Manifest(
-        run_id="r", attempt=1, step=1, epoch=0, loss=None, metrics={}, world_size=1, lineage=((1, 1),),
-        files=(fmt.DataFile(f"{fmt.stem(1, 1)}.pt", len(data), f"blake3:{blake3(data).hexdigest()}"),),
-        classes={}, final=None, time="", host="", versions={}, config_digest="",
-    )  # fmt: skip
+        run_id="r",
+        attempt=1,
+        step=1,
+        epoch=0,
+        loss=None,
+        metrics={},
+        world_size=1,
+        lineage=((1, 1),),
+        files=(
+            fmt.DataFile(f"{fmt.stem(1, 1)}.pt", len(data), f"blake3:{blake3(data).hexdigest()}"),
+        ),
+        classes={},
+        final=None,
+        time="",
+        host="",
+        versions={},
+        config_digest="",
+    )
 
 
 @pytest.mark.parametrize("position", [0, 5 * MB])
@@ -661,11 +674,8 @@ def test_reading_a_whole_open_file_takes_few_requests(way):
 REFUSALS = {
     "denied": (1, "AccessDenied", "Ask for the rights"),
     "skewed": (1, "RequestTimeTooSkewed", "Set this machine's clock"),
-    "expired": (
-        2,
-        "ExpiredToken",
-        "Renew the credentials",
-    ),  # once more with credentials that were read again
+    # once more with credentials that were read again
+    "expired": (2, "ExpiredToken", "Renew the credentials"),
 }
 
 
@@ -675,9 +685,8 @@ def test_a_refusal_is_final_at_once_and_says_what_to_do(way, fault):
     requests, code, remedy = REFUSALS[fault]
     for name, operation in operations(way.store(60)).items():
         way.fault(Rule(fault))
-        if name == "exists" or (
-            fault == "expired" and name in ("delete", "write")
-        ):  # an answer to HEAD has no body to say why
+        # an answer to HEAD has no body to say why
+        if name == "exists" or (fault == "expired" and name in ("delete", "write")):
             continue
         error, elapsed_s = took(operation)
         assert isinstance(error, RefusedError), name

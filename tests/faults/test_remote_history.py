@@ -1,7 +1,8 @@
-"""One history per run on a directory for each machine and one bucket for all: each rule by the interleaving that breaks without it.
+"""One history per run on a directory for each machine and one bucket for all: each rule by the
+interleaving that breaks without it.
 
-The zombies are whole training processes, stopped (SIGSTOP) at the very request that the proxy holds, and woken (SIGCONT) once their
-successor has gone on, while what they had sent arrives late.
+The zombies are whole training processes, stopped (SIGSTOP) at the very request that the proxy
+holds, and woken (SIGCONT) once their successor has gone on, while what they had sent arrives late.
 """
 
 from __future__ import annotations
@@ -37,11 +38,8 @@ LONG = (
     "checkpoint.keep_last=2",
     "checkpoint.keep_best=0",
 )
-SHORT = (
-    "train.max_steps=4",
-    "checkpoint.every_steps=2",
-    "store.keep.every_steps=2",
-)  # step 2 is uploaded also if it is overtaken
+# step 2 is uploaded also if it is overtaken
+SHORT = ("train.max_steps=4", "checkpoint.every_steps=2", "store.keep.every_steps=2")
 
 
 class Place:
@@ -113,7 +111,8 @@ def nursery() -> Iterator[Nursery]:
 
 @pytest.fixture
 def train(nursery: Nursery, place: Place, tmp_path: Path) -> Iterator[Callable[..., Born]]:
-    """Begin a training in a process of its own: on directory `dir` (or none) and the bucket, through the proxy if so told."""
+    """Begin a training in a process of its own: on directory `dir` (or none) and the bucket,
+    through the proxy if so told."""
     numbers = iter(range(100))
 
     def begin(
@@ -168,10 +167,11 @@ def weight(content: dict[str, Any]) -> torch.Tensor:
 
 # --- zombies: stopped at the very point, woken when their successor has gone on ---
 
+# where the zombie commits: in the bucket, or in its machine's directory with copies to the bucket
 WHERE = (
     "bucket",
     pytest.param("directory", marks=pytest.mark.slow),
-)  # where the zombie commits: in the bucket, or in its machine's directory with copies to the bucket
+)
 
 
 def reached(hold: Hold, born: Born) -> None:
@@ -194,7 +194,8 @@ def stopped_at(
 def wakes_and_is_told(
     zombie: Born, hold: Hold, place: Place, number: int, tmp_path: Path, where: str
 ) -> None:
-    """Its late request arrives, it runs on, and ends as superseded; it changes nothing but what bears its own number."""
+    """Its late request arrives, it runs on, and ends as superseded; it changes nothing but what
+    bears its own number."""
     before = place.tags()
     hold.release()
     zombie.wake()
@@ -325,9 +326,8 @@ def test_a_zombie_stopped_in_its_retention_deletes_nothing_that_its_successor_ne
     zombie.wake()
     assert zombie.wait() == EXIT_SUPERSEDED, zombie.text
     left = place.tags()
-    gone = {
-        key for key in before if key not in left and not key.endswith(".steps")
-    }  # of its own steps it needs no longer those before its checkpoint
+    # of its own steps it needs no longer those before its checkpoint
+    gone = {key for key in before if key not in left and not key.endswith(".steps")}
     assert {key.rsplit("/", 1)[1].rsplit(".", 1)[0] for key in gone} == {doomed}, (
         "what was on its way, and its data"
     )
@@ -365,10 +365,11 @@ def test_a_woken_retention_asks_before_each_delete_whether_it_is_superseded(
 
 
 @pytest.mark.parametrize("late", ["data", "manifest"])
-def test_a_zombie_that_shares_its_directory_with_its_successor_takes_back_nothing_that_this_one_has_copied(
+def test_a_zombie_that_shares_its_directory_with_its_successor_takes_back_nothing_that_this_one_has_copied(  # noqa: E501
     place, remote, tmp_path, monkeypatch, late
 ):
-    """Both run on one machine: what the zombie was copying to the bucket is copied by its successor too, byte for byte."""
+    """Both run on one machine: what the zombie was copying to the bucket is copied by its successor
+    too, byte for byte."""
     local = machine(tmp_path, "a")
     zombie = Life(local, place.through_proxy(monkeypatch))
     manifest = zombie.save(5)
@@ -450,7 +451,8 @@ def test_a_first_save_while_the_uploader_looks_for_the_origin_is_a_save_like_any
 
 
 def history_is_one_line(remote: Store) -> None:
-    """Exactly one manifest for each step, each attempt's after its predecessor's, all of them whole."""
+    """Exactly one manifest for each step, each attempt's after its predecessor's, all of them
+    whole."""
     history = read_catalog(remote).history
     steps = [m.step for m in history]
     assert len(steps) == len(set(steps))
@@ -472,9 +474,8 @@ def test_of_two_launches_by_hand_the_later_takes_over_and_the_first_ends_as_supe
     first = train("a", *KEEP_ALL, "train.epochs=400")
     while not orders(remote):
         assert first.code is None, first.text
-    starts = (
-        1  # of the second: if the first gets further while it starts, it asks to be started again
-    )
+    # of the second: if the first gets further while it starts, it asks to be started again
+    starts = 1
     while (
         code := (second := train("b", *KEEP_ALL, "train.epochs=400", "train.max_steps=400")).wait()
     ) == EXIT_STOPPED:
@@ -538,7 +539,8 @@ def test_a_claim_whose_reply_is_lost_is_recognised_as_ours(train, place, remote)
 
 
 def test_a_claim_whose_reply_is_lost_and_that_a_rival_made_is_not_ours(place, remote, monkeypatch):
-    """The same answer to the second try, and a record that differs in nothing but what a nonce makes differ."""
+    """The same answer to the second try, and a record that differs in nothing but what a nonce
+    makes differ."""
     slow = place.through_proxy(monkeypatch)
     found = read_catalog(slow)
     ours = attempts.claim(found, None, 1)
@@ -670,9 +672,8 @@ def test_a_directory_and_a_bucket_of_different_runs_are_refused(
     Life(remote).save(10)
     local = machine(tmp_path, "a")
     if first > 1:
-        local.path(fmt.data_key(1, first - 1)).write_bytes(
-            b""
-        )  # numbers that both runs have would tell by themselves
+        # numbers that both runs have would tell by themselves
+        local.path(fmt.data_key(1, first - 1)).write_bytes(b"")
     assert Life(local).attempt.number == first
     before, tags = snapshot(tmp_path / "a"), place.tags()
     born = train("a", *SHORT)
@@ -733,9 +734,8 @@ def test_what_was_never_uploaded_is_uploaded_by_the_next_attempt(train, place, r
     killed.kill()
     newest = read_catalog(local).head
     assert remote.exists(newest.key) is False
-    again = train(
-        "a", *LONG, "checkpoint.every_steps=2000"
-    )  # with nothing newer, which might come first
+    # with nothing newer, which might come first
+    again = train("a", *LONG, "checkpoint.every_steps=2000")
     while not remote.exists(newest.key):
         assert again.code is None, again.text
     load.check(remote, newest)
@@ -842,9 +842,8 @@ def test_a_newest_checkpoint_that_cannot_be_fetched_is_not_passed_over_as_if_it_
     place, both, world, monkeypatch
 ):
     """Unreachable is not damaged: going on from the older one would cut off what is whole."""
-    slow = place.through_proxy(monkeypatch).with_retry_limit(
-        3
-    )  # the requests that succeed must have time to
+    # the requests that succeed must have time to
+    slow = place.through_proxy(monkeypatch).with_retry_limit(3)
     place.proxy.rules.append(Rule("500", "GET", fmt.data_key(20, 1)))
     with pytest.raises(StorageError):
         pytest.fail(str(resume.choose(slow, world).notes))
@@ -865,7 +864,8 @@ def test_a_marked_copy_is_the_last_choice_but_a_choice(place, remote, both, worl
 
 
 def test_what_vanishes_while_it_is_restored_means_list_again(place, remote, world, monkeypatch):
-    """The attempt that is about to be replaced goes on, and its retention lets go what was listed."""
+    """The attempt that is about to be replaced goes on, and its retention lets go what was
+    listed."""
     alive = Life(remote)
     alive.save(10)
     alive.save(20)

@@ -1,4 +1,5 @@
-"""The bucket goes away in the middle, at the end, or while stopping: training goes on, nothing is lost, and it is said."""
+"""The bucket goes away in the middle, at the end, or while stopping: training goes on, nothing is
+lost, and it is said."""
 
 from __future__ import annotations
 
@@ -17,9 +18,16 @@ from s3_server import S3Server
 
 Start = Callable[..., "subprocess.Popen[str]"]
 LONG = (
-    *TASK, "task.args.sleep_s=0.07", "checkpoint.every_steps=2", "checkpoint.keep_last=2",
-    "checkpoint.keep_best=0", "checkpoint.best=val_loss:max", "eval.every_steps=14", "store.keep.every_steps=20", "store.keep.best=1",
-)  # fmt: skip
+    *TASK,
+    "task.args.sleep_s=0.07",
+    "checkpoint.every_steps=2",
+    "checkpoint.keep_last=2",
+    "checkpoint.keep_best=0",
+    "checkpoint.best=val_loss:max",
+    "eval.every_steps=14",
+    "store.keep.every_steps=20",
+    "store.keep.best=1",
+)
 SHORT = (*TASK, "train.epochs=4", "checkpoint.every_steps=10", "store.wait_s=3")
 
 
@@ -33,7 +41,8 @@ def last_step(directory: Path) -> int:
 
 
 def check_what_matters_arrived(home: Home, directory: Path, steps: int) -> None:
-    """The newest, the best and every n-th are in the bucket, whole; not all that was missed meanwhile was sent."""
+    """The newest, the best and every n-th are in the bucket, whole; not all that was missed
+    meanwhile was sent."""
     home.check_none_is_torn()
     scores = {event["step"]: event["val_loss"] for event in events(directory, "evaluated")}
     there = set(home.steps())
@@ -56,9 +65,8 @@ def test_the_server_goes_away_in_mid_upload_and_training_goes_on(
 ) -> None:
     server, directory, log = own_s3_server, tmp_path / "run", tmp_path / "log"
     home = Home(server, server.make_bucket("outage"))
-    steps = (
-        140 if how == "killed" else 1100
-    )  # a server that accepts and never answers is noticed by time-outs only
+    # a server that accepts and never answers is noticed by time-outs only
+    steps = 140 if how == "killed" else 1100
     with FaultProxy(server.host, server.port) as proxy, log.open("w") as output:
         hold = proxy.hold("PUT", ".pt", skip=3)
         settings = (
@@ -159,8 +167,9 @@ def test_stopped_in_an_outage_it_keeps_the_checkpoint_and_says_where_it_lies(
         "written before the upload was given up"
     )
     assert (
-        "attempts/0001.end.json" not in home.keys() and max(home.steps(), default=0) < end["step"]
-    )  # noqa: SIM118 - no dict
+        "attempts/0001.end.json" not in home.keys()  # noqa: SIM118 - no dict
+        and max(home.steps(), default=0) < end["step"]
+    )
     assert end["step"] == end["saved_step"] == last_step(directory) == local_steps(directory)[-1]
     assert run(harness("verify", str(directory)), env=home.env()).returncode == 0
     assert str(directory) in text, text

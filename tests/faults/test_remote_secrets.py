@@ -1,4 +1,5 @@
-"""No credential ever reaches a log, an error, a record, a config or an object: not in good runs, failed ones or denied ones."""
+"""No credential ever reaches a log, an error, a record, a config or an object: not in good runs,
+failed ones or denied ones."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ Command = Callable[..., tuple[int, str]]
 
 
 def check_absent(canaries: list[str], text: str, directory: Path | None, home: Home | None) -> None:
-    """That none of these stands in what was printed, in any file of the directory, or in any object under the prefix or its name."""
+    """That none of these stands in what was printed, in any file of the directory, or in any object
+    under the prefix or its name."""
     places = {"the output": text.encode()}
     if directory is not None:
         places |= {
@@ -27,7 +29,10 @@ def check_absent(canaries: list[str], text: str, directory: Path | None, home: H
             if file.is_file()
         }
     if home is not None:
-        places |= {key: home.read(key) + key.encode() for key in home.keys()}  # noqa: SIM118 - no dict
+        places |= {
+            key: home.read(key) + key.encode()
+            for key in home.keys()  # noqa: SIM118 - no dict
+        }
     found = [
         where
         for where, content in places.items()
@@ -81,9 +86,9 @@ def test_a_denied_run_leaves_no_secret_anywhere(
     ]
     processes = []
     for number, change in enumerate(cases):
-        command = alone(
+        command = alone(  # noqa: F811
             *TASK, f"run.dir={tmp_path}/{number}", f"run.remote={home.url}", "store.wait_s=60"
-        )  # noqa: F811
+        )
         processes.append(started(command, env=home.env() | change))
     for process in processes:
         code, text = ended(process)
@@ -102,8 +107,10 @@ def test_a_denied_run_leaves_no_secret_anywhere(
     ],
 )
 def test_a_url_with_a_secret_in_it_is_refused_without_repeating_it(
-    url: str, tmp_path: Path, command: Command
-) -> None:  # noqa: F811
+    url: str,
+    tmp_path: Path,
+    command: Command,  # noqa: F811
+) -> None:
     canary = secrets.token_hex(12)
     url = url.replace("CANARY", canary)
     directory = tmp_path / "run"

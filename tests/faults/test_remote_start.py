@@ -1,4 +1,5 @@
-"""A bucket that cannot be used at the start: waited for if that may help, said in words if not, and never taken for an empty one."""
+"""A bucket that cannot be used at the start: waited for if that may help, said in words if not, and
+never taken for an empty one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Starts from a listing that is not true any more, or that cannot be read: nothing is cut off, deleted or trained twice by that."""
+"""Starts from a listing that is not true any more, or that cannot be read: nothing is cut off,
+deleted or trained twice by that."""
 
 from __future__ import annotations
 

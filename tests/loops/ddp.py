@@ -1,4 +1,5 @@
-"""The shape of PyTorch's tutorial on DistributedDataParallel, made fault tolerant: torchrun --standalone --nproc-per-node=2 ddp.py"""
+"""The shape of PyTorch's tutorial on DistributedDataParallel, made fault tolerant:
+torchrun --standalone --nproc-per-node=2 ddp.py"""
 
 import os
 import time
@@ -54,7 +55,8 @@ class Trainer:
             loss = self._run_batch(source, targets)
         self.scheduler.step()
         print(
-            f"[rank {self.rank}] epoch {epoch} | loss {loss.item():.4f} | lr {self.scheduler.get_last_lr()[0]:.4g}",
+            f"[rank {self.rank}] epoch {epoch} | loss {loss.item():.4f} | "
+            f"lr {self.scheduler.get_last_lr()[0]:.4g}",
             flush=True,
         )
 

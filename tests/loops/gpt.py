@@ -1,4 +1,5 @@
-"""The shape of nanoGPT's train.py: own sampling, gradient accumulation, evaluation inside the loop, made fault tolerant."""
+"""The shape of nanoGPT's train.py: own sampling, gradient accumulation, evaluation inside the loop,
+made fault tolerant."""
 
 import math
 import os
@@ -149,7 +150,8 @@ for iter_num in run.steps(max_iters + 1):
     dt, t0 = t1 - t0, t1
     if iter_num % log_interval == 0 and master_process:
         print(
-            f"iter {iter_num}: loss {loss.item() * gradient_accumulation_steps:.4f}, time {dt * 1000:.2f}ms",
+            f"iter {iter_num}: loss {loss.item() * gradient_accumulation_steps:.4f}, "
+            f"time {dt * 1000:.2f}ms",
             flush=True,
         )
 

@@ -1,4 +1,5 @@
-"""The shape of nanoGPT's train.py: own sampling, gradient accumulation, evaluation inside the loop; a plain loop."""
+"""The shape of nanoGPT's train.py: own sampling, gradient accumulation, evaluation inside the loop;
+a plain loop."""
 
 import math
 import os
@@ -145,7 +146,8 @@ while True:
     dt, t0 = t1 - t0, t1
     if iter_num % log_interval == 0 and master_process:
         print(
-            f"iter {iter_num}: loss {loss.item() * gradient_accumulation_steps:.4f}, time {dt * 1000:.2f}ms",
+            f"iter {iter_num}: loss {loss.item() * gradient_accumulation_steps:.4f}, "
+            f"time {dt * 1000:.2f}ms",
             flush=True,
         )
     iter_num += 1

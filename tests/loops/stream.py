@@ -1,4 +1,5 @@
-"""A loop over an iterable dataset that knows where it stands, on several ranks, made fault tolerant."""
+"""A loop over an iterable dataset that knows where it stands, on several ranks, made fault
+tolerant."""
 
 import os
 import random

@@ -1,4 +1,5 @@
-"""Submit once, walk away: on a real SLURM, through real preemptions, to the model of an uninterrupted run."""
+"""Submit once, walk away: on a real SLURM, through real preemptions, to the model of an
+uninterrupted run."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ Folders = pytest.TempPathFactory
 
 @pytest.fixture(scope="module")
 def slurm(slurm_cluster: SlurmCluster) -> Iterator[SlurmCluster]:
-    """The cluster, for all tests of this file together: a requeue is mostly waiting, in which the others may run."""
+    """The cluster, for all tests of this file together: a requeue is mostly waiting, in which the
+    others may run."""
     slurm_cluster.idle()
     yield slurm_cluster
     slurm_cluster.idle()
@@ -94,7 +96,8 @@ def test_what_always_crashes_is_started_three_times_and_then_fails_with_its_caus
     last = run.log().rstrip().splitlines()
     assert "ValueError: the task fails in step 3" in last[-2], run.log()
     assert last[-1].startswith(
-        "harness: failed: 3 in a row died without a new checkpoint, each at step 3; the first: attempt 1 failed at step 3"
+        "harness: failed: 3 in a row died without a new checkpoint, each at step 3; "
+        "the first: attempt 1 failed at step 3"
     )
     status = run.harness("status", str(run.directory))
     assert status.returncode == 1 and "each at step 3" in status.stdout, status.stdout

@@ -1,4 +1,5 @@
-"""What the other tests rely on in a real SLURM: who gets which signal when, what comes back, and what never does."""
+"""What the other tests rely on in a real SLURM: who gets which signal when, what comes back, and
+what never does."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ from slurm_cluster import GRACE_S, SlurmCluster
 
 pytestmark = pytest.mark.slow  # what SLURM does, as the other tests rely on it
 
-# Two tasks that report a SIGTERM and end with 75, under a shell that reports its own and then waits for its end.
+# Two tasks that report a SIGTERM and end with 75, under a shell that reports its own and then waits
+# for its end.
 JOB = """\
 #!/bin/bash
 #SBATCH -N2 -n2 --open-mode=append
@@ -19,7 +21,8 @@ say() { echo "$1 $EPOCHREALTIME"; }  # no child, which would get the SIGTERM too
 say "life ${SLURM_RESTART_COUNT:-0}"
 [ "${SLURM_RESTART_COUNT:-0}" = 0 ] || exit 0
 trap 'say shell-term; termed=1' TERM
-srun bash -c 'trap "echo task-term \\$EPOCHREALTIME; exit 75" TERM; echo task-ready; for i in {1..600}; do sleep 0.1; done' 2>/dev/null &
+srun bash -c 'trap "echo task-term \\$EPOCHREALTIME; exit 75" TERM; echo task-ready; \
+for i in {1..600}; do sleep 0.1; done' 2>/dev/null &
 step=$!
 until ! kill -0 $step 2>/dev/null; do wait $step; code=$?; done
 say "step-$code"
@@ -126,9 +129,8 @@ def test_a_cancelled_job_stays_so_unless_it_asks_to_be_requeued(
     )
     slurm.cancel(job.id)
     slurm.cancel(careless.id)
-    assert (
-        slurm.wait_for(careless.id, limit_s=30) == "COMPLETED"
-    )  # the trap that the harness has to avoid
+    # the trap that the harness has to avoid
+    assert slurm.wait_for(careless.id, limit_s=30) == "COMPLETED"
     assert slurm.restarts(careless.id) == 1 and careless.lines("life 1") == 1
     assert slurm.state(job.id) == "CANCELLED"
     assert slurm.restarts(job.id) == 0 and not job.lines("life 1")

@@ -1,4 +1,5 @@
-"""Killed anywhere and started again on other machines, over a bad network: the run in the bucket is the uninterrupted one, bit for bit."""
+"""Killed anywhere and started again on other machines, over a bad network: the run in the bucket is
+the uninterrupted one, bit for bit."""
 
 from __future__ import annotations
 
@@ -12,7 +13,16 @@ from pathlib import Path
 import pytest
 from conftest import alone, kill_tree, run, start, torchrun
 from fault_proxy import FaultProxy, Request
-from remote_runs import STEPS, TASK, Home, Trained, differing, fetched_bytes, losses, trained  # noqa: F401 - a fixture
+from remote_runs import (
+    STEPS,
+    TASK,
+    Home,
+    Trained,
+    differing,
+    fetched_bytes,
+    losses,
+    trained,  # noqa: F401 - a fixture
+)
 from s3_server import S3Server
 
 FAULTS = (
@@ -40,7 +50,8 @@ class Storm:
 
 
 def killed_and_moved(home: Home, plan: Storm, tmp_path: Path, proxy: FaultProxy) -> int:
-    """Returns how many attempts went on from the bucket's copy; what each one went on from must be the newest that there was."""
+    """Returns how many attempts went on from the bucket's copy; what each one went on from must be
+    the newest that there was."""
     chance, log, fetched = random.Random(plan.seed), tmp_path / "log", 0
     for number, (name, emptied) in enumerate(plan.places, 1):
         directory = tmp_path / name if name else None
@@ -65,7 +76,8 @@ def killed_and_moved(home: Home, plan: Storm, tmp_path: Path, proxy: FaultProxy)
 
 
 def _check_origin(home: Home, newest: tuple[int, int], proxy: FaultProxy, must_fetch: bool) -> bool:
-    """That the newest attempt went on from what was newest, and that its bytes have left the bucket once, or never."""
+    """That the newest attempt went on from what was newest, and that its bytes have left the bucket
+    once, or never."""
     origin = home.attempts()[max(home.attempts())]["from"]
     went_on_from = (origin["attempt"], origin["step"]) if origin else (0, 0)
     assert went_on_from >= newest, f"went on from {went_on_from}, but {newest} was there"
@@ -85,7 +97,8 @@ def _check_origin(home: Home, newest: tuple[int, int], proxy: FaultProxy, must_f
 def _kill_at_random(
     pid: int, ended: Callable[[], object], home: Home, chance: random.Random, plan: Storm
 ) -> None:
-    """After some uploads, each of which is followed by a segment of events, and a moment; sometimes during start-up."""
+    """After some uploads, each of which is followed by a segment of events, and a moment; sometimes
+    during start-up."""
 
     def heard() -> int:
         return sum(key.startswith("events/") for key in set(home.keys()))
@@ -186,7 +199,8 @@ def test_in_a_storm_of_faults_nothing_is_lost_or_torn_and_people_read_few_lines(
         proxy.storm(seed, rate, FAULTS, longest_delay_s=0.2)
         outputs = []
         for steps in (12, 20):  # the second start restores through the storm
-            pace = f"task.args.sleep_s={0.02 if where == 'null' else 0.6}"  # from a directory what is overtaken is not uploaded
+            # from a directory what is overtaken is not uploaded
+            pace = f"task.args.sleep_s={0.02 if where == 'null' else 0.6}"
             done = run(
                 alone(*settings, f"run.dir={directory}", f"train.max_steps={steps}", pace),
                 env=home.env(proxy),
@@ -214,8 +228,9 @@ def test_in_a_storm_of_faults_nothing_is_lost_or_torn_and_people_read_few_lines(
 
 
 def failed_while_events_are_kept(requests: list[Request]) -> list[Request]:
-    """What was answered with an error, from where an attempt has its ledger to where that is sent the last time. (A connection that is
-    reset is not counted: aiohttp itself asks once more where it took an old connection up again.)"""
+    """What was answered with an error, from where an attempt has its ledger to where that is sent
+    the last time. (A connection that is reset is not counted: aiohttp itself asks once more where
+    it took an old connection up again.)"""
     found, seen, listening = [], [], False
     for request in requests:
         if request.path.endswith("/config.yaml") and request.status == 200:

@@ -45,9 +45,16 @@ def test_with_a_bucket_as_all_that_survives_a_preempted_run_loses_nothing(
     server, name = bucket
     home, local = Home(server, name), tmp_path / "local"
     arguments = (
-        "--partition", "low", f"run.dir={local}/${{oc.env:SLURMD_NODENAME,login}}", f"run.remote={home.url}", "run.scratch=true",
-        "slurm.job_name=scratch", "slurm.extra=[\"--nodelist=n1,n2\"]", f"slurm.setup=['rm -rf {local}']", "checkpoint.every_steps=10",
-    )  # fmt: skip
+        "--partition",
+        "low",
+        f"run.dir={local}/${{oc.env:SLURMD_NODENAME,login}}",
+        f"run.remote={home.url}",
+        "run.scratch=true",
+        "slurm.job_name=scratch",
+        'slurm.extra=["--nodelist=n1,n2"]',
+        f"slurm.setup=['rm -rf {local}']",
+        "checkpoint.every_steps=10",
+    )
     run = submitted(slurm, tmp_path, "scratch", *arguments, env=server.environment)
     run.home = run.work / "scratch"
     run.edit()
@@ -111,9 +118,8 @@ def test_a_time_limit_ends_a_life_in_time_and_nothing_is_lost_by_it(
 def test_scancel_ends_a_run_for_good_until_it_is_submitted_again(
     whole: Path, tmp_path: Path
 ) -> None:
-    with SlurmCluster(
-        extra="KillWait=60\n"
-    ) as slurm:  # so that the script gets to the point where it might bring the job back
+    # so that the script gets to the point where it might bring the job back
+    with SlurmCluster(extra="KillWait=60\n") as slurm:
         run = submitted(slurm, tmp_path, "cancelled", "--partition", "low")
         run.train()
         slurm.cancel(run.job)
@@ -255,9 +261,8 @@ def test_a_grace_time_shorter_than_a_save_tears_nothing(
     tmp_path: Path, told_s: float | None
 ) -> None:
     whole = train_whole(tmp_path / "whole", *WIDE)
-    grace = (
-        () if told_s is None else (f"run.grace_s={told_s}",)
-    )  # more than there is: saving is begun, and killed
+    # more than there is: saving is begun, and killed
+    grace = () if told_s is None else (f"run.grace_s={told_s}",)
     with SlurmCluster(extra="KillWait=1\n") as slurm:
         run = submitted(
             slurm,
@@ -410,8 +415,8 @@ def test_one_crash_is_one_requeue(
 def test_of_two_jobs_of_one_run_the_late_one_trains_on_and_the_first_one_ends(
     slurm: SlurmCluster, tmp_path: Path
 ) -> None:
-    """Under another name, as else SLURM would let it wait. It has looked at the run before the first saved more and deleted what it saw,
-    and claims after that."""
+    """Under another name, as else SLURM would let it wait. It has looked at the run before the
+    first saved more and deleted what it saw, and claims after that."""
     work, directory = tmp_path / "work", tmp_path / "run"
     work.mkdir()
     (work / "loop.py").write_text(HEAD.replace("from programs import die", "") + LATE)

@@ -1,4 +1,5 @@
-"""Killed anywhere, any number of times: the model is the one of an uninterrupted run, bit for bit."""
+"""Killed anywhere, any number of times: the model is the one of an uninterrupted run, bit for
+bit."""
 
 from __future__ import annotations
 
@@ -13,15 +14,33 @@ from comparing import differing, losses
 from conftest import alone, events, harness, kill_tree, outliving, run, start, torchrun, workers_of
 
 DIGITS = (
-    "train.epochs=4", "train.ema_decay=0.98", "train.micro_batch_size=12", "log.every_steps=1", "eval.every_steps=20",
-    "checkpoint.every_steps=9", "checkpoint.every_s=1",
-)  # fmt: skip
+    "train.epochs=4",
+    "train.ema_decay=0.98",
+    "train.micro_batch_size=12",
+    "log.every_steps=1",
+    "eval.every_steps=20",
+    "checkpoint.every_steps=9",
+    "checkpoint.every_s=1",
+)
 BYTES = (
-    "task.name=harness.tasks.bytes:build", "task.args.layers=2", "task.args.channels=48", "task.args.heads=2", "task.args.block_size=32",
-    "task.args.decay_steps=100", "task.args.eval_windows=24", "train.max_steps=100", "train.ema_decay=0.98", "train.global_batch_size=24",
-    "train.micro_batch_size=4", "train.precision=bf16", "log.every_steps=1", "eval.every_steps=40", "checkpoint.every_steps=7",
-    "checkpoint.every_s=1", "checkpoint.best=val_loss:min",
-)  # fmt: skip
+    "task.name=harness.tasks.bytes:build",
+    "task.args.layers=2",
+    "task.args.channels=48",
+    "task.args.heads=2",
+    "task.args.block_size=32",
+    "task.args.decay_steps=100",
+    "task.args.eval_windows=24",
+    "train.max_steps=100",
+    "train.ema_decay=0.98",
+    "train.global_batch_size=24",
+    "train.micro_batch_size=4",
+    "train.precision=bf16",
+    "log.every_steps=1",
+    "eval.every_steps=40",
+    "checkpoint.every_steps=7",
+    "checkpoint.every_s=1",
+    "checkpoint.best=val_loss:min",
+)
 SMALL = (
     "task.name=small_task:build",
     "train.epochs=12",
@@ -71,8 +90,14 @@ def test_a_run_hurt_at_random_moments_equals_the_undisturbed_one(
 def test_one_rank_killed_under_torchrun_is_restarted_in_place_and_nothing_is_lost(
     ranks: int, tmp_path: Path
 ) -> None:
-    task = ("task.name=small_task:build", "task.args.sleep_s=0.02", "train.epochs=16", "log.every_steps=1", "checkpoint.every_steps=5",
-            "checkpoint.best=val_loss:min")  # fmt: skip
+    task = (
+        "task.name=small_task:build",
+        "task.args.sleep_s=0.02",
+        "train.epochs=16",
+        "log.every_steps=1",
+        "checkpoint.every_steps=5",
+        "checkpoint.best=val_loss:min",
+    )
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert run(torchrun(ranks, *task, f"run.dir={whole}", "task.args.sleep_s=0")).returncode == 0
     with (tmp_path / "log").open("w") as output:
@@ -109,8 +134,14 @@ def test_with_other_numbers_of_ranks_the_same_samples_meet_in_the_same_global_ba
     tmp_path: Path,
 ) -> None:
     whole, changed, records = tmp_path / "whole", tmp_path / "changed", tmp_path / "records"
-    common = ("task.name=recording_task:build", "train.epochs=3", "train.global_batch_size=36", "data.drop_last=false",
-              "checkpoint.every_steps=2", "log.every_steps=1")  # fmt: skip
+    common = (
+        "task.name=recording_task:build",
+        "train.epochs=3",
+        "train.global_batch_size=36",
+        "data.drop_last=false",
+        "checkpoint.every_steps=2",
+        "log.every_steps=1",
+    )
     for name in ("whole", "changed"):
         (records / name).mkdir(parents=True)
     assert (

@@ -49,7 +49,8 @@ def trained(
     model: nn.Module | None = None,
     **options: object,
 ) -> dict[int, dict]:
-    """A loop that saves every step; returns what a copy that training waited for says of each boundary."""
+    """A loop that saves every step; returns what a copy that training waited for says of each
+    boundary."""
     job = harness.init(
         directory, seed=1, save_every_s=None, save_every_steps=1, keep_last=99, **options
     )
@@ -70,7 +71,8 @@ def trained(
 
 
 def check_saved(directory: Path, seen: dict[int, dict], steps: list[int]) -> None:
-    """Every checkpoint of these steps, and no other, is there and holds what was seen at its boundary, to the bit."""
+    """Every checkpoint of these steps, and no other, is there and holds what was seen at its
+    boundary, to the bit."""
     store = LocalStore(directory)
     manifests = {m.step: m for m in read_catalog(store).manifests}
     assert sorted(manifests) == steps
@@ -109,7 +111,10 @@ import torch
 from torch import nn
 import harness
 
-def points(size): return torch.utils.data.TensorDataset(torch.randn(size, 16, generator=torch.Generator().manual_seed(0)))
+def points(size):
+    return torch.utils.data.TensorDataset(
+        torch.randn(size, 16, generator=torch.Generator().manual_seed(0))
+    )
 
 def made(rows):
     model = nn.ModuleList([nn.Embedding(rows, 16), nn.Linear(16, 1)])
@@ -122,7 +127,11 @@ def step(model, optimizer, x):
 
 def scribe():
     import psutil
-    found = [p for p in psutil.Process().children() if "saving/writer_process.py" in " ".join(p.cmdline())]
+    found = [
+        p
+        for p in psutil.Process().children()
+        if "saving/writer_process.py" in " ".join(p.cmdline())
+    ]
     return found[0] if found else None
 """
 LOOP = """
@@ -143,7 +152,8 @@ def written(
     options: str = "save_every_s=None, save_every_steps=2",
     before: str = "pass",
 ) -> list[str]:
-    """The command line of a training script of its own process: the loop, with more to do in each step."""
+    """The command line of a training script of its own process: the loop, with more to do in each
+    step."""
     loop = LOOP.format(options=options, rows=rows, size=size, before=before) + textwrap.indent(
         textwrap.dedent(body), "    "
     )

@@ -13,7 +13,8 @@ from harness.store import LocalStore
 
 
 def differing(a: Path, b: Path) -> list[tuple[str, ...]]:
-    """What differs between the newest checkpoints of two runs; settings are left out, they name the directory."""
+    """What differs between the newest checkpoints of two runs; settings are left out, they name the
+    directory."""
     payloads = []
     for directory in (a, b):
         store = LocalStore(directory)

@@ -1,4 +1,5 @@
-"""Tasks whose models are exported: each with something in it that one format or another has to cope with."""
+"""Tasks whose models are exported: each with something in it that one format or another has to cope
+with."""
 
 from __future__ import annotations
 
@@ -54,7 +55,8 @@ class Keyed(nn.Module):
 
 
 class Mixed(nn.Module):
-    """Called with a positional and a keyword argument; the lambda keeps TorchScript's compiler out."""
+    """Called with a positional and a keyword argument; the lambda keeps TorchScript's compiler
+    out."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -87,7 +89,8 @@ class Pairs(nn.Module):
 
 
 class Traced(Net):
-    """Cannot be compiled by TorchScript (a lambda), but traced: nothing in it depends on the data."""
+    """Cannot be compiled by TorchScript (a lambda), but traced: nothing in it depends on the
+    data."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -112,7 +115,8 @@ class Branching(nn.Module):
 
 
 class Leaning(Traced):
-    """A branch that depends on the data, which a trace takes for good: for eight samples one side, for a single one the other."""
+    """A branch that depends on the data, which a trace takes for good: for eight samples one side,
+    for a single one the other."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         logits = self.act(self.body(x))
@@ -120,7 +124,8 @@ class Leaning(Traced):
 
 
 class Sizing(Traced):
-    """Tracing freezes how many samples the example has: at any other size the answers would be silently wrong."""
+    """Tracing freezes how many samples the example has: at any other size the answers would be
+    silently wrong."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.act(self.body(x)) * float(len(x))
@@ -155,7 +160,8 @@ class Counting(Traced):
 
 
 class Hopeless(nn.Module):
-    """Neither to be compiled, nor traced, nor exported: it asks for the data, and returns what is no tensor."""
+    """Neither to be compiled, nor traced, nor exported: it asks for the data, and returns what is
+    no tensor."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -209,7 +215,8 @@ class Tied(nn.Module):
 
 
 class Shell(nn.Module):
-    """Everything that it has is called `module.…`, as in the shell of DataParallel, which it is not."""
+    """Everything that it has is called `module.…`, as in the shell of DataParallel, which it is
+    not."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -257,10 +264,26 @@ CALLS = {
     "tuples": lambda model, x: model(x).logits,
 }
 MODELS = {
-    "sequential": sequential, "net": Net, "keyed": Keyed, "mixed": Mixed, "starred": Starred, "pairs": Pairs, "traced": Traced,
-    "branching": Branching, "leaning": Leaning, "sizing": Sizing, "fixed": FixedSize, "random": Random, "counting": Counting,
-    "hopeless": Hopeless, "tuples": Tuples, "tied": Tied, "shell": Shell, "odd": Odd, "locked": Locked,
-}  # fmt: skip
+    "sequential": sequential,
+    "net": Net,
+    "keyed": Keyed,
+    "mixed": Mixed,
+    "starred": Starred,
+    "pairs": Pairs,
+    "traced": Traced,
+    "branching": Branching,
+    "leaning": Leaning,
+    "sizing": Sizing,
+    "fixed": FixedSize,
+    "random": Random,
+    "counting": Counting,
+    "hopeless": Hopeless,
+    "tuples": Tuples,
+    "tied": Tied,
+    "shell": Shell,
+    "odd": Odd,
+    "locked": Locked,
+}
 
 
 def build(

@@ -1,7 +1,9 @@
-"""A proxy between an S3 client and its server that does what networks and services do on bad days, by rule or by a seeded storm.
+"""A proxy between an S3 client and its server that does what networks and services do on bad days,
+by rule or by a seeded storm.
 
-Requests go on as they came, byte for byte and with the client's own Host, so that signatures hold. Only `Expect: 100-continue` is
-answered here. Every request gets a connection of its own to the server, so that a server that is restarted is simply found again.
+Requests go on as they came, byte for byte and with the client's own Host, so that signatures hold.
+Only `Expect: 100-continue` is answered here. Every request gets a connection of its own to the
+server, so that a server that is restarted is simply found again.
 """
 
 from __future__ import annotations
@@ -44,31 +46,35 @@ ERRORS = {
 FAULTS = (
     *ERRORS,
     "reset_before",  # RST before anything is forwarded
-    "drop_response",  # the server does it, and the client hears nothing but the end of the connection
+    # the server does it, and the client hears nothing but the end of the connection
+    "drop_response",
     "reset_body",  # half of what is read, then RST
     "truncate",  # half of what is read, then an orderly end
     "flip_get",  # one bit of an object that is read
-    "flip_put",  # one bit of what is written, before it reaches the server; the client's checksums stay as they are
+    # one bit of what is written, before it reaches the server; the client's checksums stay as they
+    # are
+    "flip_put",
     "delay",  # so many seconds (the argument), then as if nothing had been
     "stall",  # no answer at all, until release_stalled() or the end
 )
 
 
-class _Dropped(Exception):  # noqa: N818  not an error, but the way out of a request whose client is to hear nothing more
+# not an error, but the way out of a request whose client is to hear nothing more
+class _Dropped(Exception):  # noqa: N818
     """The client's connection is to be reset."""
 
 
 @dataclass
 class Request:
-    """One request, as the proxy saw it. `status` is what the client was sent, None while or if there was no answer."""
+    """One request, as the proxy saw it. `status` is what the client was sent, None while or if
+    there was no answer."""
 
     method: str
     path: str
     query: str
     headers: dict[str, str]  # names in lower case
-    fault: str | None = (
-        None  # what was chosen; one that needs content does nothing to an answer without
-    )
+    # what was chosen; one that needs content does nothing to an answer without
+    fault: str | None = None
     status: int | None = None
     forwarded: bool = False  # whether the server has all of it
 
@@ -95,16 +101,16 @@ class Request:
 
 @dataclass
 class Rule:
-    """A fault for those requests that match and can have it: not for the first `after` of them, and then for `first` ones, or all."""
+    """A fault for those requests that match and can have it: not for the first `after` of them, and
+    then for `first` ones, or all."""
 
     fault: str
     method: str | None = None
     contains: str | None = None  # a part of the path and query, as sent (percent-encoded)
     first: int | None = None
     after: int = 0
-    argument: float | None = (
-        None  # delay: seconds; flip_get, flip_put: the byte's position, else the middle one
-    )
+    # delay: seconds; flip_get, flip_put: the byte's position, else the middle one
+    argument: float | None = None
     seen: int = 0
 
     def __post_init__(self) -> None:
@@ -121,7 +127,8 @@ class Rule:
 
 @dataclass
 class Storm:
-    """Random faults. Two draws for every request, whatever comes of them, so that one request's fate does not move the others'."""
+    """Random faults. Two draws for every request, whatever comes of them, so that one request's
+    fate does not move the others'."""
 
     seed: int
     rate: float
@@ -147,7 +154,8 @@ class Storm:
 
 @dataclass
 class Hold:
-    """Requests that wait at one point; all of the upload is here by then, so the client may be gone when they go on."""
+    """Requests that wait at one point; all of the upload is here by then, so the client may be gone
+    when they go on."""
 
     method: str | None
     contains: str | None
@@ -161,7 +169,8 @@ class Hold:
     _seen: int = 0
 
     def release(self, forward: bool = True) -> None:
-        """Let them go on, or (forward=False) drop them there: not forwarded, or done but not answered. Later ones pass freely."""
+        """Let them go on, or (forward=False) drop them there: not forwarded, or done but not
+        answered. Later ones pass freely."""
         self._forward = forward
         self._go.set()
 
@@ -204,7 +213,8 @@ class _Message:
         return self.headers.get("connection", "").lower() == "close"
 
     def encoded(self, without: str = "", length: int | None = None) -> bytes:
-        """The head again, as it came, but for one header and a new framing (length: the whole body, of so many bytes)."""
+        """The head again, as it came, but for one header and a new framing (length: the whole body,
+        of so many bytes)."""
         drop = {without} | (
             {"transfer-encoding", "content-length"} if length is not None else set()
         )
@@ -289,7 +299,8 @@ def _abort(connection: socket.socket) -> None:
 
 
 class FaultProxy:
-    """The proxy, on a port of its own from __enter__ (or start) to __exit__ (or stop). See Rule, Storm and Hold for what it can do."""
+    """The proxy, on a port of its own from __enter__ (or start) to __exit__ (or stop). See Rule,
+    Storm and Hold for what it can do."""
 
     def __init__(self, upstream_host: str, upstream_port: int) -> None:
         self.upstream = (upstream_host, upstream_port)
@@ -367,7 +378,8 @@ class FaultProxy:
                     connection.shutdown(socket.SHUT_RDWR)
 
     def storm(self, seed: int, rate: float, faults: Iterable[str], **limits: Any) -> Storm:
-        """From now on, a fault by chance for so large a part of the requests that no rule takes; limits as in Storm. Ends with calm()."""
+        """From now on, a fault by chance for so large a part of the requests that no rule takes;
+        limits as in Storm. Ends with calm()."""
         storm = Storm(seed, rate, tuple(faults), **limits)
         with self._lock:
             self._storm = storm
@@ -386,8 +398,9 @@ class FaultProxy:
         count: int | None = 1,
         skip: int = 0,
     ) -> Hold:
-        """Hold the next matching request (count: so many, None: all; skip: not the first ones) before the server has seen any of it,
-        or `after` the server has done it and before the client hears of it."""
+        """Hold the next matching request (count: so many, None: all; skip: not the first ones)
+        before the server has seen any of it, or `after` the server has done it and before the
+        client hears of it."""
         hold = Hold(method, contains, count, after, skip)
         with self._lock:
             self._holds.append(hold)
@@ -478,7 +491,10 @@ class FaultProxy:
         if rule.fault in ERRORS:
             request.status, code, message = ERRORS[rule.fault]
             resource = request.path.replace("&", "&amp;").replace("<", "&lt;")
-            error = f"<Error><Code>{code}</Code><Message>{message}</Message><Resource>{resource}</Resource></Error>"
+            error = (
+                f"<Error><Code>{code}</Code><Message>{message}</Message>"
+                f"<Resource>{resource}</Resource></Error>"
+            )
             text = f'<?xml version="1.0" encoding="UTF-8"?>\n{error}'.encode()
             lines = [
                 f"HTTP/1.1 {request.status} {code}",
@@ -543,7 +559,8 @@ class FaultProxy:
 
 
 def _send(upstream: socket.socket, head: bytes, body: Iterable[bytes]) -> None:
-    """A server that refuses early and closes is still listened to, and the client is heard out: its connection may go on."""
+    """A server that refuses early and closes is still listened to, and the client is heard out: its
+    connection may go on."""
     refused = False
     upstream.sendall(head)
     for block in body:
@@ -562,7 +579,8 @@ def _answer(
     rule: Rule | None,
     bodiless: bool,
 ) -> bool:
-    """Send the server's answer on, damaged where the rule says so; whether the client's connection can go on."""
+    """Send the server's answer on, damaged where the rule says so; whether the client's connection
+    can go on."""
     head, status = answer.encoded(), int(answer.start[1])
     fault = rule.fault if rule else None
     if fault in ("reset_body", "truncate", "flip_get") and not bodiless and status < 300:

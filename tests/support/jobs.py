@@ -17,7 +17,8 @@ FINAL = {"epochs": 30, "max_steps": None}  # as the defaults say
 
 
 class Job:
-    """A supervisor, as a SLURM job is one: it leaves the records that the program's own functions make."""
+    """A supervisor, as a SLURM job is one: it leaves the records that the program's own functions
+    make."""
 
     def __init__(self, name: str, *stores: Store) -> None:
         self.name, self.stores, self.count = name, stores, 0
@@ -34,7 +35,8 @@ class Job:
     def attempt(
         self, *steps: int, why: str | None = None, final: bool = False, **details: Any
     ) -> Life:
-        """One attempt of the present launch, which commits these steps, and ends so; without `why` no end is recorded."""
+        """One attempt of the present launch, which commits these steps, and ends so; without `why`
+        no end is recorded."""
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv(launches.ENVIRONMENT, self.launch)
             life = Life(*self.stores)
@@ -60,7 +62,8 @@ class Job:
         return self.end(code=1)
 
     def stops(self, *steps: int, **details: Any) -> Job:
-        """A whole launch, whose one attempt commits these steps and is then stopped with all saved."""
+        """A whole launch, whose one attempt commits these steps and is then stopped with all
+        saved."""
         self.begin()
         self.attempt(*steps, why="stopped", saved=True, step=max(steps, default=0), **details)
         return self.end(code=0)

@@ -43,7 +43,8 @@ def die(how, where):
     os._exit({"exit": 3, "leave": 0}[how])
 
 def build(folder: str, crashes: str = "", sleep_s: float = 0.0):
-    """`crashes` lists STEP-RANK-HOW-TIMES, with commas between; step 0 is while the task is built."""
+    """`crashes` lists STEP-RANK-HOW-TIMES, with commas between; step 0 is while the task is
+    built."""
     task = small_task.build(sleep_s=sleep_s)
 
     def crash(step, where):

@@ -35,7 +35,8 @@ def train(
     each: Callable[[harness.Run], object] = lambda run: None,
     **init: object,
 ):
-    """A loop as a user would write it; `leave_at` abandons it in that step, after the update. `each` is called then, too."""
+    """A loop as a user would write it; `leave_at` abandons it in that step, after the update.
+    `each` is called then, too."""
     run_ = harness.init(
         directory, **({"seed": 3, "save_every_s": None, "save_every_steps": 4} | init)
     )  # type: ignore[arg-type]

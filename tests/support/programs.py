@@ -1,7 +1,8 @@
 """Programs as their authors write them, lived whole and killed once: what a kill must not change.
 
-A program is a text. Its run lies where `sys.argv[1]` says; it calls `die(run)` at the end of each step. `HEAD` stands before it. The
-processes are forked from one that has imported torch, so that a life takes a fraction of a second; they are killed for real.
+A program is a text. Its run lies where `sys.argv[1]` says; it calls `die(run)` at the end of each
+step. `HEAD` stands before it. The processes are forked from one that has imported torch, so that a
+life takes a fraction of a second; they are killed for real.
 """
 
 from __future__ import annotations
@@ -27,12 +28,16 @@ from programs import die
 
 
 def init(**arguments):
-    return harness.init(sys.argv[1], **({"seed": 1, "save_every_s": None, "save_every_steps": 3} | arguments))
+    return harness.init(sys.argv[1], **(
+        {"seed": 1, "save_every_s": None, "save_every_steps": 3} | arguments
+    ))
 
 
 def points(count=160):
     generator = torch.Generator().manual_seed(0)
-    return TensorDataset(torch.randn(count, 8, generator=generator), torch.randn(count, 1, generator=generator))
+    return TensorDataset(
+        torch.randn(count, 8, generator=generator), torch.randn(count, 1, generator=generator)
+    )
 """
 
 STEP = """
@@ -96,9 +101,8 @@ class Outcome:
     whole: Lived
     killed: Lived
     resumed: Lived
-    rows: list[tuple[str, str, str, str]] = field(
-        default_factory=list
-    )  # what differs in the last checkpoints
+    # what differs in the last checkpoints
+    rows: list[tuple[str, str, str, str]] = field(default_factory=list)
 
     @property
     def is_equal(self) -> bool:
@@ -106,8 +110,15 @@ class Outcome:
 
 
 def live(
-    folder: Path, source: str, name: str, *, ranks: int = 1, env: dict[str, str] | None = None, limit_s: float = 120, head: str = HEAD
-) -> Lived:  # fmt: skip
+    folder: Path,
+    source: str,
+    name: str,
+    *,
+    ranks: int = 1,
+    env: dict[str, str] | None = None,
+    limit_s: float = 120,
+    head: str = HEAD,
+) -> Lived:
     """Let the program live once, on the run `name` in the folder, to whatever end."""
     from remote_lives import shared_nursery
 
@@ -150,7 +161,8 @@ def killed_once(
     folder: Path, source: str, *, die: int = 7, ranks: int = 1, env: dict[str, str] | None = None,
     then: dict[str, str] | None = None, ranks_then: int | None = None, head: str = HEAD,
 ) -> Outcome:  # fmt: skip
-    """The program lived whole, and killed in step `die` and started again, there with the variables `then` as well."""
+    """The program lived whole, and killed in step `die` and started again, there with the variables
+    `then` as well."""
     from library_runs import newest
 
     from harness.exchange.compare import differences

@@ -1,4 +1,5 @@
-"""Runs that begin with the files of recipes.py: how they are imported, gone on with, and compared; for several test modules."""
+"""Runs that begin with the files of recipes.py: how they are imported, gone on with, and compared;
+for several test modules."""
 
 from __future__ import annotations
 
@@ -22,9 +23,13 @@ from harness.cli import main
 from harness.store import LocalStore
 
 TASK = (
-    "task.name=recipe_task:build", f"train.global_batch_size={BATCH}", "train.clip_norm=null", "checkpoint.every_s=null",
-    "eval.every_steps=null", "checkpoint.best=val_loss:min",
-)  # fmt: skip
+    "task.name=recipe_task:build",
+    f"train.global_batch_size={BATCH}",
+    "train.clip_norm=null",
+    "checkpoint.every_s=null",
+    "eval.every_steps=null",
+    "checkpoint.best=val_loss:min",
+)
 PAIR = ("task.name=recipe_task:build_pair", *TASK[1:])
 MEMORY_LIMIT = 80 << 20
 BOMB_BYTES = 200 << 20
@@ -48,7 +53,8 @@ def pair_() -> TrainedPair:
 
 @pytest.fixture(scope="session", name="bombs")
 def bombs_(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Small files that would unpack to BOMB_BYTES: a pickle, a storage that is larger than its tensor, and one that is as it says."""
+    """Small files that would unpack to BOMB_BYTES: a pickle, a storage that is larger than its
+    tensor, and one that is as it says."""
     folder = tmp_path_factory.mktemp("bombs")
     recipes.bomb_in_pickle(folder / "pickle.pt", BOMB_BYTES)
     torch.save(recipes.Net().state_dict(), folder / "small.pt")
@@ -68,7 +74,8 @@ Command = Callable[..., SimpleNamespace]
 
 @pytest.fixture(name="command")
 def command_(capsys: pytest.CaptureFixture[str]) -> Command:
-    """A command of the `harness` program, in this process: exit code, what it printed, and what it complained of."""
+    """A command of the `harness` program, in this process: exit code, what it printed, and what it
+    complained of."""
 
     def execute(*arguments: object) -> SimpleNamespace:
         capsys.readouterr()

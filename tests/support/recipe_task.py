@@ -47,8 +47,9 @@ def build(
     record: str = "",
     sleep_s: float = 0.0,
 ) -> Task:
-    """What recipes.trained trains; no dropout and no augmentation, so that it can be checked by hand. Each rank of each start keeps in
-    the folder `record` the state that it first goes forward with."""
+    """What recipes.trained trains; no dropout and no augmentation, so that it can be checked by
+    hand. Each rank of each start keeps in the folder `record` the state that it first goes forward
+    with."""
     model = Net(width, classes)
     chosen = make_optimizer(optimizer, model.parameters(), lr)
     recorded = not record
@@ -74,8 +75,9 @@ def build(
 
 
 def build_taught(record: str) -> Task:
-    """A student, and a teacher that is not trained: DistributedDataParallel does not look at the latter, so nothing makes it equal on
-    all ranks by the way. Each rank keeps the teacher that it began with."""
+    """A student, and a teacher that is not trained: DistributedDataParallel does not look at the
+    latter, so nothing makes it equal on all ranks by the way. Each rank keeps the teacher that it
+    began with."""
     student, teacher = Net(), Net().requires_grad_(False).eval()
     with torch.no_grad():  # as if each rank had been seeded by its number
         teacher.head.bias.fill_(float(os.environ.get("RANK", 0)))

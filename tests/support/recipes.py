@@ -1,5 +1,5 @@
-"""Files as other people's training scripts leave them: plain PyTorch, spelled as in its tutorials and in the repositories that everybody
-copies from. Nothing here knows of the harness."""
+"""Files as other people's training scripts leave them: plain PyTorch, spelled as in its tutorials
+and in the repositories that everybody copies from. Nothing here knows of the harness."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ STEPS_PER_EPOCH = SIZE // BATCH
 
 
 class Net(nn.Module):
-    """A backbone with BatchNorm, whose buffers belong to the state too, and a head, as in everything that is fine-tuned."""
+    """A backbone with BatchNorm, whose buffers belong to the state too, and a head, as in
+    everything that is fine-tuned."""
 
     def __init__(self, width: int = 16, classes: int = CLASSES) -> None:
         super().__init__()
@@ -98,7 +99,8 @@ Save = Callable[..., None]
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a script writes its file, and under which key (a path of keys, with dots) what lies in there; None: not in there."""
+    """How a script writes its file, and under which key (a path of keys, with dots) what lies in
+    there; None: not in there."""
 
     file: str
     write: Callable[[Trained, Path, Save], None]
@@ -194,7 +196,8 @@ def model_and_optim_state(done: Trained, path: Path, save: Save) -> None:
 
 
 def torchvision_references(done: Trained, path: Path, save: Save) -> None:
-    """Its train.py keeps the command line's arguments too; `vars`, so that the safe loader takes them."""
+    """Its train.py keeps the command line's arguments too; `vars`, so that the safe loader takes
+    them."""
     checkpoint = {
         "model": done.model.state_dict(),
         "optimizer": done.optimizer.state_dict(),
@@ -246,7 +249,8 @@ def lightning(done: Trained, path: Path, save: Save) -> None:
 
 
 def lightning_with_namespace(done: Trained, path: Path, save: Save) -> None:
-    """`self.save_hyperparameters(args)` with what argparse gave: the safe loader refuses the whole file for it."""
+    """`self.save_hyperparameters(args)` with what argparse gave: the safe loader refuses the whole
+    file for it."""
     save(_lightning(done, argparse.Namespace(lr=LR, width=16)), path)
 
 
@@ -282,29 +286,60 @@ GENERAL = {"optimizer": "optimizer_state_dict", "epoch": True, "loss": True}
 
 RECIPES = {
     "tutorial weights": Recipe("model_weights.pth", tutorial_weights),
-    "tutorial general checkpoint": Recipe("checkpoint.tar", tutorial_general_checkpoint, "model_state_dict", **GENERAL),
-    "tutorial with the loss itself": Recipe("model.pt", tutorial_with_the_loss_itself, "model_state_dict", **GENERAL),
+    "tutorial general checkpoint": Recipe(
+        "checkpoint.tar", tutorial_general_checkpoint, "model_state_dict", **GENERAL
+    ),
+    "tutorial with the loss itself": Recipe(
+        "model.pt", tutorial_with_the_loss_itself, "model_state_dict", **GENERAL
+    ),
     "tutorial data parallel": Recipe("model.pth", tutorial_data_parallel),
     "forgotten data parallel": Recipe("model.pth", forgotten_data_parallel, prefix="module."),
     "pytorch-cifar t7": Recipe("ckpt.t7", pytorch_cifar, "net", epoch=True, prefix="module."),
     "pytorch-cifar": Recipe("ckpt.pth", pytorch_cifar, "net", epoch=True, prefix="module."),
-    "imagenet": Recipe("model_best.pth.tar", imagenet_example, "state_dict", "optimizer", "scheduler", epoch=True, prefix="module."),
+    "imagenet": Recipe(
+        "model_best.pth.tar",
+        imagenet_example,
+        "state_dict",
+        "optimizer",
+        "scheduler",
+        epoch=True,
+        prefix="module.",
+    ),
     "cs230": Recipe("last.pth.tar", cs230, "state_dict", "optim_dict", epoch=True),
-    "model_state and optim_state": Recipe("checkpoint", model_and_optim_state, "model_state", "optim_state"),
-    "torchvision": Recipe("model_2.pth", torchvision_references, "model", "optimizer", "lr_scheduler", epoch=True),
+    "model_state and optim_state": Recipe(
+        "checkpoint", model_and_optim_state, "model_state", "optim_state"
+    ),
+    "torchvision": Recipe(
+        "model_2.pth", torchvision_references, "model", "optimizer", "lr_scheduler", epoch=True
+    ),
     "nanogpt": Recipe("ckpt.pt", by_step, "model", "optimizer", step=True, prefix="_orig_mod."),
     "lightning": Recipe(
-        "epoch=2-step=20.ckpt", lightning, "state_dict", "optimizer_states.0", "lr_schedulers.0", epoch=True, step=True,
-        prefix="model.", in_any_prefix=True,
+        "epoch=2-step=20.ckpt",
+        lightning,
+        "state_dict",
+        "optimizer_states.0",
+        "lr_schedulers.0",
+        epoch=True,
+        step=True,
+        prefix="model.",
+        in_any_prefix=True,
     ),
     "hugging face bin": Recipe("pytorch_model.bin", hugging_face_bin),
-    "hugging face safetensors": Recipe("model.safetensors", hugging_face_safetensors, has_old_format=False),
-    "safetensors of data parallel": Recipe("model.safetensors", plain_safetensors, prefix="module.", has_old_format=False),
+    "hugging face safetensors": Recipe(
+        "model.safetensors", hugging_face_safetensors, has_old_format=False
+    ),
+    "safetensors of data parallel": Recipe(
+        "model.safetensors", plain_safetensors, prefix="module.", has_old_format=False
+    ),
     "compiled": Recipe("model.pt", compiled, prefix="_orig_mod."),
-    "compiled, then parallel": Recipe("model.pt", compiled_then_parallel, prefix="module._orig_mod."),
-    "parallel, then compiled": Recipe("model.pt", parallel_then_compiled, prefix="_orig_mod.module."),
+    "compiled, then parallel": Recipe(
+        "model.pt", compiled_then_parallel, prefix="module._orig_mod."
+    ),
+    "parallel, then compiled": Recipe(
+        "model.pt", parallel_then_compiled, prefix="_orig_mod.module."
+    ),
     "torchscript": Recipe("model_scripted.pt", torch_script, has_old_format=False),
-}  # fmt: skip
+}
 
 
 def save_new(value: Any, path: Path) -> None:
@@ -421,7 +456,8 @@ def trap(done: Trained, path: Path, folder: Path, save: Save = save_new) -> None
 
 
 class Scripted(nn.Module):
-    """TorchScript has a `__setstate__` too, which is called when the file is loaded, and an operation that makes files."""
+    """TorchScript has a `__setstate__` too, which is called when the file is loaded, and an
+    operation that makes files."""
 
     def __init__(self, path: str) -> None:
         super().__init__()
@@ -448,7 +484,8 @@ def torch_script_trap(path: Path, file: Path) -> None:
 def call_pickle(
     path: Path, module: str, name: str, arguments: tuple[Any, ...], protocol: int = 2
 ) -> None:
-    """A file of torch's, by hand, whose pickle calls a function with arguments; the result lies beside a tensor's name."""
+    """A file of torch's, by hand, whose pickle calls a function with arguments; the result lies
+    beside a tensor's name."""
     made = pickle.dumps(arguments, 2)[2:-1]
     function = (
         f"c{module}\n{name}\n".encode() if protocol < 4 else _text(module) + _text(name) + b"\x93"
@@ -504,7 +541,8 @@ def repacked(
 
 
 def as_saved_on_gpu(source: Path, path: Path) -> None:
-    """The same file, but saying of its tensors that they were on a GPU; PyTorch writes nothing else that differs."""
+    """The same file, but saying of its tensors that they were on a GPU; PyTorch writes nothing else
+    that differs."""
 
     def moved(pickled: bytes) -> bytes:
         text = b"X\x03\x00\x00\x00cpu"
@@ -525,7 +563,8 @@ def bomb_in_pickle(path: Path, size_bytes: int) -> None:
 
 
 def bomb_in_storage(source: Path, path: Path, size_bytes: int) -> None:
-    """A file of torch's in which one tensor's bytes are packed, and far more than the tensor has use for."""
+    """A file of torch's in which one tensor's bytes are packed, and far more than the tensor has
+    use for."""
     with zipfile.ZipFile(source) as old:
         records = {record.filename: old.read(record) for record in old.infolist()}
     name = next(name for name in records if name.endswith("/data/0"))
@@ -546,7 +585,8 @@ def _bomb(path: Path, records: dict[str, bytes], name: str, size_bytes: int) -> 
 
 
 def honest_but_packed(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """A file of torch's that somebody has zipped again: every record deflated, nothing wrong with it."""
+    """A file of torch's that somebody has zipped again: every record deflated, nothing wrong with
+    it."""
     plain = path.with_suffix(".stored")
     torch.save(tensors, plain)
     repacked(plain, path, lambda name, data: data, deflated=True)
@@ -554,7 +594,8 @@ def honest_but_packed(tensors: dict[str, torch.Tensor], path: Path) -> None:
 
 
 def with_claim(source: Path, path: Path, numel: int) -> None:
-    """The same file, but its storages claim to hold so many numbers; where the old format repeats that before the data, there too."""
+    """The same file, but its storages claim to hold so many numbers; where the old format repeats
+    that before the data, there too."""
 
     def claimed(pickled: bytes, real: int) -> bytes:
         short = (
@@ -564,9 +605,8 @@ def with_claim(source: Path, path: Path, numel: int) -> None:
             if real < 65536
             else b"J" + struct.pack("<i", real)
         )
-        pattern = re.compile(
-            re.escape(short) + rb"(?=[tNq])"
-        )  # a number that ends a storage's description, and sizes alike
+        # a number that ends a storage's description, and sizes alike
+        pattern = re.compile(re.escape(short) + rb"(?=[tNq])")
         changed, count = pattern.subn(b"\x8a\x08" + struct.pack("<q", numel), pickled)
         assert count, "no claim found"
         return changed
@@ -587,7 +627,8 @@ def with_claim(source: Path, path: Path, numel: int) -> None:
 
 
 def with_old_count(source: Path, path: Path, numel: int) -> None:
-    """An old-format file of one tensor, whose data is preceded by a count of numbers that is not true."""
+    """An old-format file of one tensor, whose data is preceded by a count of numbers that is not
+    true."""
     tensor = next(iter(torch.load(source, weights_only=True).values()))
     data, count = source.read_bytes(), struct.pack("<q", tensor.numel())
     where = len(data) - tensor.numel() * tensor.element_size() - 8
@@ -604,7 +645,8 @@ def safetensors_with(
 
 def web_page(path: Path) -> None:
     path.write_text(
-        "<!DOCTYPE html>\n<html><head><title>Not Found</title></head><body><p>Sign in to download.</p></body></html>\n"
+        "<!DOCTYPE html>\n<html><head><title>Not Found</title></head>"
+        "<body><p>Sign in to download.</p></body></html>\n"
     )
 
 
@@ -619,7 +661,14 @@ def lfs_pointer(path: Path) -> None:
 
 def peak_memory_bytes() -> int:
     """The most that this process has had in memory since `forget_peak_memory`."""
-    return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) << 10  # type: ignore[index]
+    return (
+        int(
+            re.search(  # type: ignore[index]
+                r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text()
+            )[1]
+        )
+        << 10
+    )
 
 
 def forget_peak_memory() -> None:

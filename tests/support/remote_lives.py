@@ -1,7 +1,9 @@
-"""Lives of a run on a directory and a bucket, in processes that can be stopped, woken and killed for real.
+"""Lives of a run on a directory and a bucket, in processes that can be stopped, woken and killed
+for real.
 
-A nursery imports torch once and forks a process for each life, so that a life begins in milliseconds. `train` is the whole program;
-`write` is the writer's side of it alone: choose, claim, save some steps, wait for the upload of each, end.
+A nursery imports torch once and forks a process for each life, so that a life begins in
+milliseconds. `train` is the whole program; `write` is the writer's side of it alone: choose, claim,
+save some steps, wait for the upload of each, end.
 """
 
 from __future__ import annotations
@@ -64,7 +66,8 @@ def payload(step: int, seed: int = 0) -> dict[str, Any]:
 
 
 class Life:
-    """One attempt in the test's own process, one thing at a time: surveys, claims, commits, copies, lets go."""
+    """One attempt in the test's own process, one thing at a time: surveys, claims, commits, copies,
+    lets go."""
 
     def __init__(self, *stores: Store) -> None:
         self.stores = stores
@@ -102,8 +105,10 @@ class Life:
 
 
 def write(places: list[str], steps: list[int], wait_s: float, told: str) -> None:
-    """A life that saves these steps; each is told, in the file `told`, once it is committed (c) and once it is in every store (u)."""
-    # The program's own patience with a failing upload and with the last record is for people who wait; here all of it is `wait_s`.
+    """A life that saves these steps; each is told, in the file `told`, once it is committed (c) and
+    once it is in every store (u)."""
+    # The program's own patience with a failing upload and with the last record is for people who
+    # wait; here all of it is `wait_s`.
     uploader.REQUEST_S = run_ending.RECORD_S = wait_s
     stores = tuple(open_store(place, wait_s) for place in places)
     exit_record, world = ExitRecord(), join.join(60)
@@ -128,9 +133,8 @@ def write(places: list[str], steps: list[int], wait_s: float, told: str) -> None
             wait=True,
         )
         if not saved and final:
-            raise SaveError(
-                f"the last checkpoint was not saved: {checkpointer.words}"
-            )  # as the loop does
+            # as the loop does
+            raise SaveError(f"the last checkpoint was not saved: {checkpointer.words}")
         tell(told, "c" if saved else "-", step)
         if saved and not checkpointer._settle():
             tell(told, "u", step)
@@ -247,7 +251,8 @@ class Nursery:
     def bear(
         self, life: str, environment: dict[str, str], output: Path, *arguments: object
     ) -> Born:
-        """Begin a life of LIVES with these arguments and variables; what it prints comes into the file `output`."""
+        """Begin a life of LIVES with these arguments and variables; what it prints comes into the
+        file `output`."""
         order = {
             "life": life,
             "arguments": arguments,
@@ -279,7 +284,8 @@ class Nursery:
 
 
 def _serve() -> None:
-    import harness.store.s3_client  # noqa: F401 - what a life imports is imported before the first fork
+    # what a life imports is imported before the first fork
+    import harness.store.s3_client  # noqa: F401
 
     small_task.build()  # an optimizer imports half of torch when the first one is made
     rest = b""

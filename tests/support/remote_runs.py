@@ -1,4 +1,5 @@
-"""Runs that live in a bucket: what is in it, how one is started, and one that was trained without interruption."""
+"""Runs that live in a bucket: what is in it, how one is started, and one that was trained without
+interruption."""
 
 from __future__ import annotations
 
@@ -27,14 +28,21 @@ from harness.exchange.compare import differences
 
 STEPS, EVERY = 40, 5
 TASK = (
-    "task.name=small_task:build", "train.epochs=8", "log.every_steps=1", f"checkpoint.every_steps={EVERY}", "checkpoint.every_s=null",
-    "checkpoint.best=val_loss:min", "eval.every_steps=10", "resume.accept=[config]",
-)  # fmt: skip
+    "task.name=small_task:build",
+    "train.epochs=8",
+    "log.every_steps=1",
+    f"checkpoint.every_steps={EVERY}",
+    "checkpoint.every_s=null",
+    "checkpoint.best=val_loss:min",
+    "eval.every_steps=10",
+    "resume.accept=[config]",
+)
 
 
 @dataclass(frozen=True)
 class Home:
-    """One run's prefix in a bucket, as a plain client sees it: without the proxy, and without the harness's stores."""
+    """One run's prefix in a bucket, as a plain client sees it: without the proxy, and without the
+    harness's stores."""
 
     server: S3Server
     bucket: str
@@ -60,7 +68,9 @@ class Home:
         ]
 
     def read(self, key: str) -> bytes:
-        return self.client.get_object(Bucket=self.bucket, Key=f"{self.name}/{key}")["Body"].read()  # type: ignore[no-any-return]
+        return self.client.get_object(  # type: ignore[no-any-return]
+            Bucket=self.bucket, Key=f"{self.name}/{key}"
+        )["Body"].read()
 
     def put(self, key: str, data: bytes) -> None:
         self.client.put_object(Bucket=self.bucket, Key=f"{self.name}/{key}", Body=data)
@@ -133,7 +143,8 @@ class Home:
             self.data(manifest)
 
     def branch(self, step: int = STEPS) -> Home:
-        """A copy in a prefix of its own, as if the run had been killed right after it saved this step."""
+        """A copy in a prefix of its own, as if the run had been killed right after it saved this
+        step."""
         other = Home(self.server, self.bucket, f"branch-{secrets.token_hex(4)}")
         for key in self.keys():
             match = CHECKPOINT_NAME.match(key)
@@ -176,7 +187,8 @@ def fetched_bytes(proxy: FaultProxy, contains: str = ".pt") -> int:
 
 @dataclass
 class Trained:
-    """A run of two ranks that nothing disturbed, with all its checkpoints, in a directory and in a bucket."""
+    """A run of two ranks that nothing disturbed, with all its checkpoints, in a directory and in a
+    bucket."""
 
     home: Home
     directory: Path
@@ -184,7 +196,8 @@ class Trained:
     losses: dict[int, float] = field(default_factory=dict)
 
     def branch(self, step: int, directory: Path) -> Home:
-        """A copy of both, as if the run had been killed right after it saved this step; the directory remembers the copy's bucket."""
+        """A copy of both, as if the run had been killed right after it saved this step; the
+        directory remembers the copy's bucket."""
         home = self.home.branch(step)
         shutil.copytree(self.directory, directory)
         for file in (directory / "checkpoints").iterdir():
@@ -205,10 +218,8 @@ def trained(s3_server: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Tr
     if s3_server.port not in _TRAINED:
         home = Home(s3_server, s3_server.make_bucket(f"trained-{secrets.token_hex(4)}"), "whole")
         directory = tmp_path_factory.mktemp("trained") / "run"
-        every = (
-            "checkpoint.keep_last=50",
-            f"store.keep.every_steps={EVERY}",
-        )  # also what is overtaken before it was uploaded
+        # also what is overtaken before it was uploaded
+        every = ("checkpoint.keep_last=50", f"store.keep.every_steps={EVERY}")
         settings = (*TASK, f"run.dir={directory}", f"run.remote={home.url}", *every)
         done = run(torchrun(2, *settings), env=home.env())
         assert done.returncode == 0, done.stdout + done.stderr
@@ -220,7 +231,8 @@ def trained(s3_server: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Tr
 def command(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., tuple[int, str]]:
-    """A command of the `harness` program in this process (starting one takes seconds): its exit code, and what it printed."""
+    """A command of the `harness` program in this process (starting one takes seconds): its exit
+    code, and what it printed."""
 
     def execute(env: dict[str, str], *arguments: str) -> tuple[int, str]:
         for name, value in env.items():

@@ -1,4 +1,5 @@
-"""Runs that are submitted to the tests' SLURM cluster as a user would, with `harness submit`, and what is left of them."""
+"""Runs that are submitted to the tests' SLURM cluster as a user would, with `harness submit`, and
+what is left of them."""
 
 from __future__ import annotations
 
@@ -19,22 +20,33 @@ from slurm_cluster import SlurmCluster
 
 STEPS = 40
 SETTINGS = (
-    "task.name=mine:build", "train.epochs=8", "log.every_steps=1", "checkpoint.every_s=null", "checkpoint.best=val_loss:min",
+    "task.name=mine:build",
+    "train.epochs=8",
+    "log.every_steps=1",
+    "checkpoint.every_s=null",
+    "checkpoint.best=val_loss:min",
     "eval.every_steps=10",
-)  # fmt: skip
+)
 
-# The user's own code, in two files: each step takes as many seconds as the file `slow` in the folder says, and fails where told to.
+# The user's own code, in two files: each step takes as many seconds as the file `slow` in the
+# folder says, and fails where told to.
 MINE = """\
 import contextlib, dataclasses, os, time
 from pathlib import Path
 from parts.small import build as small
 
-def build(folder: str, width: int = 32, fail_at: int = -1, fail_rank: int = 1, fail_once: bool = False):
+def build(
+    folder: str, width: int = 32, fail_at: int = -1, fail_rank: int = 1, fail_once: bool = False
+):
     task, folder, rank = small(width=width), Path(folder), int(os.environ.get("RANK", "0"))
 
     def loss(model, batch):
         step = task.schedulers.last_epoch + 1
-        if step == fail_at and rank == fail_rank and not (fail_once and (folder / "failed").exists()):
+        if (
+            step == fail_at
+            and rank == fail_rank
+            and not (fail_once and (folder / "failed").exists())
+        ):
             (folder / "failed").touch()
             raise ValueError(f"the task fails in step {step}")
         with contextlib.suppress(OSError, ValueError):
@@ -179,7 +191,8 @@ class Submitted:
         until = time.monotonic() + limit_s
         while not condition():
             assert time.monotonic() < until, (
-                f"not within {limit_s} s: {what}\n{self.slurm.fields(self.job)}\n{self.log()[-6000:]}"
+                f"not within {limit_s} s: {what}\n"
+                f"{self.slurm.fields(self.job)}\n{self.log()[-6000:]}"
             )
             time.sleep(0.05)
 
@@ -206,7 +219,8 @@ class Submitted:
         assert found == state, f"{self.slurm.fields(self.job)}\n{self.log()[-8000:]}"
 
     def lives(self, all_began: bool = True) -> int:
-        """How often SLURM has started the job; its records must tell the same, but for lives that ended before they did anything."""
+        """How often SLURM has started the job; its records must tell the same, but for lives that
+        ended before they did anything."""
         starts = [f"{self.job}.{life}" for life in range(self.slurm.restarts(self.job) + 1)]
         launches = {name for name in self.starts() if name.startswith(f"{self.job}.")}
         assert launches <= set(starts) and (not all_began or len(launches) == len(starts)), (

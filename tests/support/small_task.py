@@ -1,4 +1,5 @@
-"""A task of the tests: small enough to start in no time, random enough that every generator matters."""
+"""A task of the tests: small enough to start in no time, random enough that every generator
+matters."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ from harness import Task
 
 
 class Noisy(torch.utils.data.Dataset):
-    """Points and a target; each sample is made noisy with torch's, NumPy's and Python's generator."""
+    """Points and a target; each sample is made noisy with torch's, NumPy's and Python's
+    generator."""
 
     def __init__(self, size: int) -> None:
         generator = torch.Generator().manual_seed(size)
@@ -47,8 +49,9 @@ def build(
     hang_at: int = -1,
     leave_at: int = -1,
 ) -> Task:
-    """`sleep_s` slows each forward pass of training down, from number `sleep_from` on; `fail_at` raises in that one, `hang_at` never
-    returns from it, at `leave_at` the last rank exits as if it had finished."""
+    """`sleep_s` slows each forward pass of training down, from number `sleep_from` on; `fail_at`
+    raises in that one, `hang_at` never returns from it, at `leave_at` the last rank exits as if it
+    had finished."""
     model = nn.Sequential(
         nn.Linear(12, width),
         nn.BatchNorm1d(width),
