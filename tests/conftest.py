@@ -20,15 +20,35 @@ from hypothesis import HealthCheck, settings
 if TYPE_CHECKING:
     from harness.distributed.ranks import World
 
-pytest_plugins = ("library_runs", "launches", "recipe_runs", "s3_server", "slurm_cluster", "small_disks")  # their fixtures
+# their fixtures
+pytest_plugins = (
+    "library_runs",
+    "launches",
+    "recipe_runs",
+    "s3_server",
+    "slurm_cluster",
+    "small_disks",
+)
 REPO = Path(__file__).resolve().parent.parent
 TRAIN = REPO / "harness" / "train.py"
-LONGEST_S = 400  # of a test that is not slow, or of what it is set up with: the slowest takes a minute, on a machine that is idle
-CLEAN = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "TORCHELASTIC", "HARNESS_"))}
-ENVIRONMENT = CLEAN | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, (REPO, REPO / "tests", REPO / "tests/support")))}
+# of a test that is not slow, or of what it is set up with: the slowest takes a minute, on a machine
+# that is idle
+LONGEST_S = 400
+CLEAN = {
+    key: value
+    for key, value in os.environ.items()
+    if not key.startswith(("SLURM_", "TORCHELASTIC", "HARNESS_"))
+}
+ENVIRONMENT = CLEAN | {
+    "OMP_NUM_THREADS": "1",
+    "PYTHONPATH": os.pathsep.join(map(str, (REPO, REPO / "tests", REPO / "tests/support"))),
+}
 
 
-settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])  # a slow one is no finding
+# a slow one is no finding
+settings.register_profile(
+    "any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
 settings.load_profile("any machine")
 
 
@@ -38,15 +58,21 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """All tests but those of GPUs go without, also where there is one: their ranks are more than it could serve."""
+    """All tests but those of GPUs go without, also where there is one: their ranks are more than it
+    could serve."""
     if not config.getoption("--gpu"):
         os.environ["CUDA_VISIBLE_DEVICES"] = ENVIRONMENT["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Without --slow the slow ones are not part of the suite: deselected, not skipped. So with those that need a GPU."""
-    chosen = [item for item in items if bool(item.get_closest_marker("gpu")) == config.getoption("--gpu")]
-    chosen = [item for item in chosen if config.getoption("--slow") or not item.get_closest_marker("slow")]
+    """Without --slow the slow ones are not part of the suite: deselected, not skipped. So with
+    those that need a GPU."""
+    chosen = [
+        item for item in items if bool(item.get_closest_marker("gpu")) == config.getoption("--gpu")
+    ]
+    chosen = [
+        item for item in chosen if config.getoption("--slow") or not item.get_closest_marker("slow")
+    ]
     config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
     items[:] = chosen
 
@@ -91,7 +117,16 @@ class Clock:
 
 def torchrun(ranks: int, *settings: str, options: tuple[str, ...] = ()) -> list[str]:
     """The command line that trains on so many processes of this machine."""
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *options, str(TRAIN), *settings]
+    return [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={ranks}",
+        *options,
+        str(TRAIN),
+        *settings,
+    ]
 
 
 def alone(*settings: str) -> list[str]:
@@ -105,7 +140,11 @@ def harness(*arguments: str) -> list[str]:
 
 
 def run(
-    command: list[str], *, cwd: Path | None = None, env: dict[str, str] | None = None, limit_s: float = 180
+    command: list[str],
+    *,
+    cwd: Path | None = None,
+    env: dict[str, str] | None = None,
+    limit_s: float = 180,
 ) -> subprocess.CompletedProcess[str]:
     """Run to the end; on expiry the whole tree is killed."""
     process = start(command, cwd=cwd, env=env)
@@ -122,15 +161,22 @@ def run(
 
 
 def start(
-    command: list[str], *, cwd: Path | None = None, env: dict[str, str] | None = None, output: object = subprocess.PIPE
+    command: list[str],
+    *,
+    cwd: Path | None = None,
+    env: dict[str, str] | None = None,
+    output: object = subprocess.PIPE,
 ) -> subprocess.Popen[str]:
     """Start and go on."""
     errors = subprocess.PIPE if output is subprocess.PIPE else subprocess.STDOUT
-    return subprocess.Popen(command, cwd=cwd, env=ENVIRONMENT | (env or {}), stdout=output, stderr=errors, text=True)  # type: ignore[call-overload]
+    return subprocess.Popen(
+        command, cwd=cwd, env=ENVIRONMENT | (env or {}), stdout=output, stderr=errors, text=True
+    )  # type: ignore[call-overload]
 
 
 def tree(pid: int) -> list[psutil.Process]:
-    """A process and all that descend from it; torchrun gives its workers sessions of their own, so a group is not enough."""
+    """A process and all that descend from it; torchrun gives its workers sessions of their own, so
+    a group is not enough."""
     try:
         process = psutil.Process(pid)
         return [process, *process.children(recursive=True)]
@@ -146,7 +192,8 @@ def kill_tree(pid: int) -> None:
 
 
 def outliving(processes: list[psutil.Process], limit_s: float = 5) -> list[psutil.Process]:
-    """Which of them still run after so long; a dead one that nobody has reaped does not. They must have more to do than that."""
+    """Which of them still run after so long; a dead one that nobody has reaped does not. They must
+    have more to do than that."""
 
     def runs(process: psutil.Process) -> bool:
         try:
@@ -155,7 +202,9 @@ def outliving(processes: list[psutil.Process], limit_s: float = 5) -> list[psuti
             return False
 
     until = time.monotonic() + limit_s
-    while (alive := [process for process in processes if runs(process)]) and time.monotonic() < until:
+    while (
+        alive := [process for process in processes if runs(process)]
+    ) and time.monotonic() < until:
         time.sleep(0.02)
     return alive
 
@@ -174,7 +223,8 @@ def _command_of(process: psutil.Process) -> list[str]:
 
 
 def events(directory: Path, kind: str | None = None) -> list[dict]:
-    """The run's events, in the order of attempts; a last line that is still being written is left out."""
+    """The run's events, in the order of attempts; a last line that is still being written is left
+    out."""
     found = []
     for file in sorted(directory.glob("events/*.jsonl")):
         for line in file.read_text().splitlines():
@@ -183,7 +233,9 @@ def events(directory: Path, kind: str | None = None) -> list[dict]:
     return [event for event in found if kind is None or event["event"] == kind]
 
 
-def wait_until(condition: Callable[[], object], what: str, limit_s: float = 150, every_s: float = 0.02) -> None:
+def wait_until(
+    condition: Callable[[], object], what: str, limit_s: float = 150, every_s: float = 0.02
+) -> None:
     """Wait for something to become true, and fail in words if it does not."""
     until = time.monotonic() + limit_s
     while not condition():
@@ -193,7 +245,8 @@ def wait_until(condition: Callable[[], object], what: str, limit_s: float = 150,
 
 @contextlib.contextmanager
 def undone() -> Iterator[None]:
-    """Training in this process catches signals, hooks into uncaught errors and joins a group: all of it is undone."""
+    """Training in this process catches signals, hooks into uncaught errors and joins a group: all
+    of it is undone."""
     import torch.distributed as dist
 
     from harness import preemption, state
@@ -214,7 +267,8 @@ def undone() -> Iterator[None]:
 
 @pytest.fixture
 def process_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """For tests that train in this process, in a folder of their own: afterwards it is as before."""
+    """For tests that train in this process, in a folder of their own: afterwards it is as
+    before."""
     monkeypatch.chdir(tmp_path)
     with undone():
         yield

@@ -33,7 +33,8 @@ class Bench:
     scratch: Path  # on the disk to be measured
     row: str = ""  # which is being measured
     missing: dict[str, str] = field(default_factory=dict)  # who or what, and why
-    raw: list[dict[str, Any]] = field(default_factory=list)  # every sample, in the order in which they were taken
+    # every sample, in the order in which they were taken
+    raw: list[dict[str, Any]] = field(default_factory=list)
     began_at: float = field(default_factory=time.monotonic)
 
     @property
@@ -52,34 +53,65 @@ class Bench:
         folder.mkdir(parents=True)
         return folder
 
-    def sample(self, module: str, function: str, ranks: int = 0, environment: dict[str, str] | None = None, **arguments: Any) -> Any:
-        """What `benchmark.MODULE.FUNCTION(folder, **arguments)` returns in a process of its own, or, of so many `ranks`, on the first.
+    def sample(
+        self,
+        module: str,
+        function: str,
+        ranks: int = 0,
+        environment: dict[str, str] | None = None,
+        **arguments: Any,
+    ) -> Any:
+        """What `benchmark.MODULE.FUNCTION(folder, **arguments)` returns in a process of its own,
+        or, of so many `ranks`, on the first.
 
         The folder is fresh. Raises SampleError.
         """
         folder = self.folder()
         result, log = folder / "result.json", folder / "log"
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks else []
+        launcher = (
+            ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+            if ranks
+            else []
+        )
         told = json.dumps(arguments | {"folder": str(folder)})
-        command = [sys.executable, *launcher, "-m", "benchmark.child", module, function, told, str(result)]
+        command = [
+            sys.executable,
+            *launcher,
+            "-m",
+            "benchmark.child",
+            module,
+            function,
+            told,
+            str(result),
+        ]
         with log.open("wb") as output:
             status = subprocess.run(
-                command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, timeout=SAMPLE_LIMIT_S, check=False,
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                timeout=SAMPLE_LIMIT_S,
+                check=False,
                 env=os.environ | {MARK: secrets.token_hex(8)} | (environment or {}),
-            ).returncode  # fmt: skip
+            ).returncode
         if not result.exists():
             raise SampleError(f"{module}.{function} ended with {status}: {_cause(log)}")
         return json.loads(result.read_text())
 
-    def turns(self, samples: Mapping[str, Callable[[], Any]], turns: int | None = None) -> dict[str, list[Any]]:
-        """All samples once, then all once more, and so on. Who fails is left out from then on, and named in `missing`."""
+    def turns(
+        self, samples: Mapping[str, Callable[[], Any]], turns: int | None = None
+    ) -> dict[str, list[Any]]:
+        """All samples once, then all once more, and so on. Who fails is left out from then on, and
+        named in `missing`."""
         taken: dict[str, list[Any]] = {name: [] for name in samples}
         for turn in range(turns or self.repeats):
             for name in list(taken):
                 began_at = time.monotonic()
                 try:
                     taken[name].append(samples[name]())
-                    self.raw.append({"row": self.row, "who": name, "turn": turn + 1, "sample": taken[name][-1]})
+                    self.raw.append(
+                        {"row": self.row, "who": name, "turn": turn + 1, "sample": taken[name][-1]}
+                    )
                 except (SampleError, subprocess.TimeoutExpired) as error:
                     self.missing[f"{self.row}: {name}"] = why = " ".join(str(error).split())
                     self.say(f"{name}: left out: {why}")
@@ -90,7 +122,13 @@ class Bench:
 
 
 def _cause(log: Path) -> str:
-    """The first error of a sample's output: what comes after it, torchrun's report, only repeats it."""
+    """The first error of a sample's output: what comes after it, torchrun's report, only repeats
+    it."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    errors = [line for line in lines if re.search(r"\b\w*(Error|Exception|Interrupt)\b: ", line) and "ChildFailedError" not in line]
+    errors = [
+        line
+        for line in lines
+        if re.search(r"\b\w*(Error|Exception|Interrupt)\b: ", line)
+        and "ChildFailedError" not in line
+    ]
     return (errors or lines[-1:] or ["no output"])[0][:300]

@@ -1,4 +1,5 @@
-"""How long a save blocks training that goes on: timed around the step boundary and in front of the optimizer's update."""
+"""How long a save blocks training that goes on: timed around the step boundary and in front of the
+optimizer's update."""
 
 from __future__ import annotations
 
@@ -22,24 +23,59 @@ def measure(bench: Bench) -> list[Finding]:
     pace = bench.sample("blocked", "pace", size_mb=bench.size_mb)
     every = max(4, math.ceil(SPACE * pace["save_s"] / pace["step_s"]))
     longer = pace["forward_backward_s"] / pace["copy_s"]
-    is_long = "longer than a copy, as required" if longer > 1 else "SHORTER THAN A COPY: training cannot hide it"
-    bench.say(f"forward and backward take {longer:.1f} copies, {is_long}; a copy takes {pace['copy_s']:.3f} s; saving every {every} steps")
+    is_long = (
+        "longer than a copy, as required"
+        if longer > 1
+        else "SHORTER THAN A COPY: training cannot hide it"
+    )
+    bench.say(
+        f"forward and backward take {longer:.1f} copies, {is_long}; "
+        f"a copy takes {pace['copy_s']:.3f} s; saving every {every} steps"
+    )
     sample = partial(bench.sample, "blocked", "by_harness", size_mb=bench.size_mb, every=every)
     taken = bench.turns({HARNESS: sample}, math.ceil(bench.repeats / (SAVES - 1)))[HARNESS]
     note = f"forward and backward: {longer:.1f} copies"
     if missed := sum(SAVES - sample["saved"] for sample in taken):
         note += f"; {missed} saves left out, because the one before was not durable yet"
-    found = [_finding("training blocked by a save", [of / s["copy_s"] for s in taken for of in s["blocked_s"]], "copies", note, 0.1)]
+    found = [
+        _finding(
+            "training blocked by a save",
+            [of / s["copy_s"] for s in taken for of in s["blocked_s"]],
+            "copies",
+            note,
+            0.1,
+        )
+    ]
     told = [of / sample["copy_s"] for sample in taken for of in sample["told_s"]]
     if told:
-        found.append(_finding("training blocked by a save, as the run's events say", told, "copies", note, 0.1))
+        found.append(
+            _finding(
+                "training blocked by a save, as the run's events say", told, "copies", note, 0.1
+            )
+        )
     slower = [of / sample["copy_s"] for sample in taken for of in sample["update_s"]]
-    found.append(_finding("the next update is slower by (the wait, and what shares the memory)", slower, "copies", ""))
-    found.append(_finding("from the boundary until it is durable, while training", [s for t in taken for s in t["durable_s"]], "s", ""))
+    found.append(
+        _finding(
+            "the next update is slower by (the wait, and what shares the memory)",
+            slower,
+            "copies",
+            "",
+        )
+    )
+    found.append(
+        _finding(
+            "from the boundary until it is durable, while training",
+            [s for t in taken for s in t["durable_s"]],
+            "s",
+            "",
+        )
+    )
     return [finding for finding in found if finding.samples]
 
 
-def _finding(what: str, samples: list[float], unit: str, note: str, most: float | None = None) -> Finding:
+def _finding(
+    what: str, samples: list[float], unit: str, note: str, most: float | None = None
+) -> Finding:
     return Finding(ROW, what, HARNESS, unit, tuple(samples), most=most, note=note)
 
 
@@ -69,18 +105,26 @@ def pace(folder: str, size_mb: int) -> dict[str, float]:
         write(work.payload(), Path(folder, "pace.pt"))
     save_s = time.perf_counter() - began_at
     ddp.leave()
-    return {"copy_s": copy_s, "save_s": save_s, "forward_backward_s": median(halves[1:]), "step_s": median(whole[1:])}
+    return {
+        "copy_s": copy_s,
+        "save_s": save_s,
+        "forward_backward_s": median(halves[1:]),
+        "step_s": median(whole[1:]),
+    }
 
 
 class Wait:
-    """Times what others put in front of the optimizer's update: from the call of `step` to a hook that is always the last."""
+    """Times what others put in front of the optimizer's update: from the call of `step` to a hook
+    that is always the last."""
 
     def __init__(self, optimizer: Any) -> None:
         self.optimizer, self.reached_at = optimizer, 0.0
 
     def step(self) -> tuple[float, float]:
         """Update; returns how long it was waited, and how long the whole call took."""
-        last = self.optimizer.register_step_pre_hook(lambda *_: setattr(self, "reached_at", time.perf_counter()))
+        last = self.optimizer.register_step_pre_hook(
+            lambda *_: setattr(self, "reached_at", time.perf_counter())
+        )
         began_at = time.perf_counter()
         self.optimizer.step()
         took_s = time.perf_counter() - began_at
@@ -110,9 +154,12 @@ def by_harness(folder: str, size_mb: int, every: int) -> dict[str, Any]:
         waits.append(waited_s)
         updates.append(took_s)
     batches.close()
-    saving = [every * number for number in range(1, SAVES + 1)]  # the call with this index makes the boundary of the step of this number
+    # the call with this index makes the boundary of the step of this number
+    saving = [every * number for number in range(1, SAVES + 1)]
     plain = [at for at in range(2, len(nexts)) if at not in saving]
-    usual_next_s, usual_wait_s, usual_s = (median(times[at] for at in plain) for times in (nexts, waits, updates))
+    usual_next_s, usual_wait_s, usual_s = (
+        median(times[at] for at in plain) for times in (nexts, waits, updates)
+    )
     events = saved_events(directory)
     return {
         "copy_s": copy_s,

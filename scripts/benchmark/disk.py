@@ -26,7 +26,8 @@ def fsync(path: Path) -> None:
 
 
 def make_durable(path: Path) -> None:
-    """Fsync a file, or everything in a folder and the folders themselves, and the folder that it lies in."""
+    """Fsync a file, or everything in a folder and the folders themselves, and the folder that it
+    lies in."""
     if path.is_dir():
         for folder, _, names in os.walk(path, topdown=False):
             for name in names:
@@ -39,7 +40,11 @@ def make_durable(path: Path) -> None:
 
 def size_bytes(path: Path) -> int:
     """Of a file, or of all files in a folder."""
-    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) if path.is_dir() else path.stat().st_size
+    return (
+        sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+        if path.is_dir()
+        else path.stat().st_size
+    )
 
 
 def remove(path: Path) -> None:
@@ -53,7 +58,8 @@ def remove(path: Path) -> None:
 
 def warm(path: Path) -> None:
     """Have all of a file in the page cache."""
-    with path.open("rb", buffering=0) as file, mmap.mmap(-1, BLOCK_BYTES) as buffer:  # which leaves nothing behind
+    # which leaves nothing behind
+    with path.open("rb", buffering=0) as file, mmap.mmap(-1, BLOCK_BYTES) as buffer:
         while file.readinto(buffer):
             pass
 
@@ -67,16 +73,25 @@ def chill(path: Path) -> None:
     finally:
         os.close(fd)
     if (share := cached_share(path)) > 0.01:
-        raise RuntimeError(f"{share:.0%} of {path} stays in the page cache: no cold read can be measured here")
+        raise RuntimeError(
+            f"{share:.0%} of {path} stays in the page cache: no cold read can be measured here"
+        )
 
 
 def cached_share(path: Path) -> float:
     """Which share of a file's pages is in the page cache."""
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ | mmap.PROT_WRITE, flags=mmap.MAP_PRIVATE) as mapped:
+    with (
+        path.open("rb") as file,
+        mmap.mmap(
+            file.fileno(), 0, prot=mmap.PROT_READ | mmap.PROT_WRITE, flags=mmap.MAP_PRIVATE
+        ) as mapped,
+    ):
         pages = -(-len(mapped) // mmap.PAGESIZE)
         found, first = (ctypes.c_ubyte * pages)(), ctypes.c_char.from_buffer(mapped)
         try:
-            if LIBC.mincore(ctypes.c_void_p(ctypes.addressof(first)), ctypes.c_size_t(len(mapped)), found):
+            if LIBC.mincore(
+                ctypes.c_void_p(ctypes.addressof(first)), ctypes.c_size_t(len(mapped)), found
+            ):
                 raise OSError(ctypes.get_errno(), "mincore")
         finally:
             del first
@@ -84,10 +99,13 @@ def cached_share(path: Path) -> float:
 
 
 def ceiling(folder: str, size_bytes: int) -> dict[str, float]:
-    """How long the disk takes for so many bytes when nothing else is in the way, in each way: aligned buffers that are there already,
-    16 MiB a write, two at a time past the page cache, then fsync of file and folder; a file that grows, and one allocated first."""
+    """How long the disk takes for so many bytes when nothing else is in the way, in each way:
+    aligned buffers that are there already, 16 MiB a write, two at a time past the page cache, then
+    fsync of file and folder; a file that grows, and one allocated first."""
     took = {
-        name: median(_write_direct(Path(folder, "ceiling"), size_bytes, name == "grows") for _ in range(2))
+        name: median(
+            _write_direct(Path(folder, "ceiling"), size_bytes, name == "grows") for _ in range(2)
+        )
         for name in ("grows", "allocated")
     }
     return took if shutil.which("fio") is None else took | {"fio": _fio(Path(folder), size_bytes)}
@@ -128,7 +146,23 @@ def _write_direct(path: Path, size_bytes: int, grows: bool) -> float:
 
 def _fio(folder: Path, size_bytes: int) -> float:
     """The same by fio."""
-    told = ["--name=ceiling", "--rw=write", "--bs=16M", "--direct=1", "--ioengine=libaio", "--iodepth=2", "--end_fsync=1"]
-    command = ["fio", *told, f"--size={size_bytes}", f"--directory={folder}", "--output-format=json"]
-    written = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)["jobs"][0]["write"]
+    told = [
+        "--name=ceiling",
+        "--rw=write",
+        "--bs=16M",
+        "--direct=1",
+        "--ioengine=libaio",
+        "--iodepth=2",
+        "--end_fsync=1",
+    ]
+    command = [
+        "fio",
+        *told,
+        f"--size={size_bytes}",
+        f"--directory={folder}",
+        "--output-format=json",
+    ]
+    written = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)["jobs"][
+        0
+    ]["write"]
     return float(written["io_bytes"]) / float(written["bw_bytes"])

@@ -34,11 +34,14 @@ class Finding:
         """Whether the median is as required; None if nothing is."""
         if self.most is None and self.least is None:
             return None
-        return (self.most is None or self.median <= self.most) and (self.least is None or self.median >= self.least)
+        return (self.most is None or self.median <= self.most) and (
+            self.least is None or self.median >= self.least
+        )
 
     @property
     def share_of_limit(self) -> float:
-        """The median as a share of what is allowed: at most 1 if it holds, whichever way the limit goes."""
+        """The median as a share of what is allowed: at most 1 if it holds, whichever way the limit
+        goes."""
         if self.least is not None:
             return self.least / self.median if self.median else float("inf")
         assert self.most is not None
@@ -68,7 +71,11 @@ def wins(findings: Sequence[Finding]) -> list[str]:
     for own in findings:
         if own.who == HARNESS:
             same = [
-                found for found in findings if (found.row, found.what) == (own.row, own.what) and found.beats(own) and found.who != DISK
+                found
+                for found in findings
+                if (found.row, found.what) == (own.row, own.what)
+                and found.beats(own)
+                and found.who != DISK
             ]
             ahead = sorted(same, key=lambda found: found.median, reverse=own.more_is_better)
             if ahead:

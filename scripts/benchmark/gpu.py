@@ -1,4 +1,5 @@
-"""A model on a GPU, and a save due after every step: the next begins as soon as the last is durable."""
+"""A model on a GPU, and a save due after every step: the next begins as soon as the last is
+durable."""
 
 from __future__ import annotations
 
@@ -16,7 +17,11 @@ ROW = "gpu"
 SEQUENCES = 64  # a step
 PLAIN_STEPS = 20
 WARM_SAVES, SAVES = 2, 4  # a process; the first ones, which allocate, do not count
-PEERS = ("torch.save + fsync + rename", "DCP async_save, thread", "DCP async_save, staged in background")
+PEERS = (
+    "torch.save + fsync + rename",
+    "DCP async_save, thread",
+    "DCP async_save, staged in background",
+)
 
 
 def measure(bench: Bench) -> list[Finding]:
@@ -25,26 +30,55 @@ def measure(bench: Bench) -> list[Finding]:
         bench.missing["saves of a model on a GPU"] = "there is no GPU here"
         return []
     samples = {HARNESS: partial(bench.sample, "gpu", "by_harness", size_mb=bench.size_mb)}
-    samples |= {who: partial(bench.sample, "gpu", "by_peer", who=who, size_mb=bench.size_mb) for who in PEERS}
+    samples |= {
+        who: partial(bench.sample, "gpu", "by_peer", who=who, size_mb=bench.size_mb)
+        for who in PEERS
+    }
     found = []
     for who, taken in bench.turns(samples).items():
         for what, unit, value in QUANTITIES:
             if taken and (who == HARNESS or "events" not in what):
-                found.append(Finding(ROW, what, who, unit, tuple(map(value, taken)), note=name if value is _added_steps else ""))
+                found.append(
+                    Finding(
+                        ROW,
+                        what,
+                        who,
+                        unit,
+                        tuple(map(value, taken)),
+                        note=name if value is _added_steps else "",
+                    )
+                )
     return found
 
 
 def _added_steps(sample: dict[str, Any]) -> float:
-    return float((sample["beside_s"] - sample["step_s"]) * sample["steps"] / sample["saves"] / sample["step_s"])
+    return float(
+        (sample["beside_s"] - sample["step_s"])
+        * sample["steps"]
+        / sample["saves"]
+        / sample["step_s"]
+    )
 
 
 QUANTITIES: tuple[tuple[str, str, Callable[[dict[str, Any]], float]], ...] = (
     ("time that a save adds to training on a GPU", "steps", _added_steps),
-    ("step time while saves follow one another, over that without", "x", lambda sample: sample["beside_s"] / sample["step_s"]),
+    (
+        "step time while saves follow one another, over that without",
+        "x",
+        lambda sample: sample["beside_s"] / sample["step_s"],
+    ),
     ("steps from one save to the next", "steps", lambda sample: sample["steps"] / sample["saves"]),
     ("a step without saves", "s", lambda sample: sample["step_s"]),
-    ("training blocked by a save, as the run's events say", "steps", lambda sample: sample["blocked_s"] / sample["step_s"]),
-    ("a copy out of the GPU's memory, as the run's events say", "s", lambda sample: sample["copy_s"]),
+    (
+        "training blocked by a save, as the run's events say",
+        "steps",
+        lambda sample: sample["blocked_s"] / sample["step_s"],
+    ),
+    (
+        "a copy out of the GPU's memory, as the run's events say",
+        "s",
+        lambda sample: sample["copy_s"],
+    ),
 )
 
 
@@ -83,7 +117,8 @@ def _built(size_mb: int) -> tuple[Any, Iterator[Any], float]:
 
 
 def _timed(step: Callable[[], None], saves: Callable[[], int]) -> dict[str, float]:
-    """Make steps until so many saves are durable; what they took from the first that counts to the last."""
+    """Make steps until so many saves are durable; what they took from the first that counts to the
+    last."""
     import torch
 
     def until(count: int) -> int:
@@ -97,7 +132,11 @@ def _timed(step: Callable[[], None], saves: Callable[[], int]) -> dict[str, floa
     until(WARM_SAVES)
     began_at, before = time.perf_counter(), saves()
     steps = until(before + SAVES)
-    return {"beside_s": (time.perf_counter() - began_at) / steps, "steps": steps, "saves": saves() - before}
+    return {
+        "beside_s": (time.perf_counter() - began_at) / steps,
+        "steps": steps,
+        "saves": saves() - before,
+    }
 
 
 def by_harness(folder: str, size_mb: int) -> dict[str, float]:
@@ -118,12 +157,19 @@ def by_harness(folder: str, size_mb: int) -> dict[str, float]:
         work.optimizer.step()
 
     def saved() -> list[bytes]:
-        return [line for line in told.read_bytes().splitlines() if b'"saved"' in line] if told.exists() else []
+        return (
+            [line for line in told.read_bytes().splitlines() if b'"saved"' in line]
+            if told.exists()
+            else []
+        )
 
     taken = _timed(step, lambda: len(saved()))
     of_each = [json.loads(line) for line in saved()[WARM_SAVES:]]
     batches.close()
-    means = {name: sum(event[name] for event in of_each) / len(of_each) for name in ("blocked_s", "copy_s")}
+    means = {
+        name: sum(event[name] for event in of_each) / len(of_each)
+        for name in ("blocked_s", "copy_s")
+    }
     return {"step_s": step_s} | means | taken
 
 
@@ -139,7 +185,8 @@ def by_peer(folder: str, who: str, size_mb: int) -> dict[str, float]:
     def finish(pending: Any, path: Path) -> None:
         try:
             pending.durable()
-        except Exception as error:  # noqa: BLE001 - of whatever kind it is, by whomever: the loop raises it
+        except Exception as error:  # noqa: BLE001
+            # of whatever kind it is, by whomever: the loop raises it
             errors.append(error)
             return
         durable.append(path)

@@ -1,4 +1,5 @@
-"""A script that torchrun starts again: `python -m benchmark.lives WHO FOLDER SIZE_MB`. It reports when it reaches what."""
+"""A script that torchrun starts again: `python -m benchmark.lives WHO FOLDER SIZE_MB`. It reports
+when it reaches what."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ def train(work: Any, tokens: Any) -> None:
 
 
 def by_hand(folder: Path, size_mb: int) -> None:
-    """What a careful person writes: a save made durable and renamed, and at the start a load of what is there."""
+    """What a careful person writes: a save made durable and renamed, and at the start a load of
+    what is there."""
     import torch
 
     from benchmark import ddp, workload
@@ -50,7 +52,14 @@ def by_hand(folder: Path, size_mb: int) -> None:
         train(work, tokens)
         step += 1
         if step % SAVE_EVERY == 0 and ddp.rank() == 0:
-            write({"model_state_dict": model.state_dict(), "optimizer_state_dict": work.optimizer.state_dict(), "step": step}, path)
+            write(
+                {
+                    "model_state_dict": model.state_dict(),
+                    "optimizer_state_dict": work.optimizer.state_dict(),
+                    "step": step,
+                },
+                path,
+            )
 
 
 def by_harness(folder: Path, size_mb: int) -> None:

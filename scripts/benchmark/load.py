@@ -32,10 +32,22 @@ def measure(bench: Bench) -> list[Finding]:
     for who in functions:
         for state in LIMITS:
             found += _times(taken, who, state)
-        extra = tuple(sample["extra_bytes"] / sample["size_bytes"] for sample in taken.get(f"{who}: memory", []))
+        extra = tuple(
+            sample["extra_bytes"] / sample["size_bytes"]
+            for sample in taken.get(f"{who}: memory", [])
+        )
         if extra:
             most = None if who == TORCH else 1.1
-            found.append(Finding(ROW, f"extra memory of a {_called(who)}", _whose(who), "x state", extra, most=most))
+            found.append(
+                Finding(
+                    ROW,
+                    f"extra memory of a {_called(who)}",
+                    _whose(who),
+                    "x state",
+                    extra,
+                    most=most,
+                )
+            )
     return found
 
 
@@ -53,11 +65,20 @@ def _times(taken: dict[str, list[Any]], who: str, state: str) -> list[Finding]:
     if not ours:
         return []
     what, whose = _called(who), _whose(who)
-    found = [Finding(ROW, f"{what}, {state}", whose, "s", tuple(sample["load_s"] for sample in ours))]
+    found = [
+        Finding(ROW, f"{what}, {state}", whose, "s", tuple(sample["load_s"] for sample in ours))
+    ]
     if who != TORCH and theirs:
-        for more, name, most in (("", "load_s", LIMITS[state]), (" and copy into what is there", "used_s", None)):
+        for more, name, most in (
+            ("", "load_s", LIMITS[state]),
+            (" and copy into what is there", "used_s", None),
+        ):
             ratio = ratios([sample[name] for sample in ours], [sample[name] for sample in theirs])
-            found.append(Finding(ROW, f"{what}{more}, {state}, over torch.load", whose, "x", ratio, most=most))
+            found.append(
+                Finding(
+                    ROW, f"{what}{more}, {state}, over torch.load", whose, "x", ratio, most=most
+                )
+            )
     return found
 
 
@@ -88,8 +109,12 @@ def _measured(run: str, state: str, load: Any) -> dict[str, float]:
             payload = load(path)
             for tensor in tensors(payload):
                 tensor.sum()  # what nobody has touched counts as nobody's
-        return {"extra_bytes": peak.most_bytes - base, "size_bytes": sum(tensor.nbytes for tensor in tensors(payload))}
-    copies = [tensor.clone() for tensor in tensors(load(path))]  # what is there; and whatever is imported late is imported
+        return {
+            "extra_bytes": peak.most_bytes - base,
+            "size_bytes": sum(tensor.nbytes for tensor in tensors(payload)),
+        }
+    # what is there; and whatever is imported late is imported
+    copies = [tensor.clone() for tensor in tensors(load(path))]
     os.sync()
     if state == "cold":
         disk.chill(path)
@@ -104,7 +129,9 @@ def _measured(run: str, state: str, load: Any) -> dict[str, float]:
 def by_torch(folder: str, run: str, state: str) -> dict[str, float]:
     import torch
 
-    return _measured(run, state, lambda path: torch.load(path, map_location="cpu", weights_only=True))
+    return _measured(
+        run, state, lambda path: torch.load(path, map_location="cpu", weights_only=True)
+    )
 
 
 def by_harness(folder: str, run: str, state: str) -> dict[str, float]:

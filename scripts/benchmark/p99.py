@@ -1,4 +1,5 @@
-"""Does a step feel that a save is running? Two ranks, many short steps, and much more to save than they train."""
+"""Does a step feel that a save is running? Two ranks, many short steps, and much more to save than
+they train."""
 
 from __future__ import annotations
 
@@ -24,21 +25,34 @@ def measure(bench: Bench) -> list[Finding]:
     bench.say(f"short steps take {pace['step_s'] * 1e3:.1f} ms; saving every {every} steps")
     contenders = {HARNESS: "by_harness", "torch.save in a thread": "by_thread"}
     samples = {
-        who: partial(bench.sample, "p99", function, ranks=RANKS, size_mb=bench.size_mb, every=every) for who, function in contenders.items()
+        who: partial(bench.sample, "p99", function, ranks=RANKS, size_mb=bench.size_mb, every=every)
+        for who, function in contenders.items()
     }
     found = []
     for who, taken in bench.turns(samples).items():
         useful = [sample for sample in taken if sample["steps"] >= SAVES]
         if not useful:
-            bench.missing[f"{ROW}, {who}"] = "no step ran while a save was running: it saves in the foreground"
+            bench.missing[f"{ROW}, {who}"] = (
+                "no step ran while a save was running: it saves in the foreground"
+            )
             continue
         fewest = min(sample["steps"] for sample in useful)
         note = f"only {fewest} steps while saving" if fewest < FEW else ""
         ratio = tuple(sample["saving_s"] / sample["usual_s"] for sample in useful)
         what = "p99 step time while a save is running over p99 without"
-        found.append(Finding(ROW, what, who, "x", ratio, most=1.3 if who == HARNESS else None, note=note))
+        found.append(
+            Finding(ROW, what, who, "x", ratio, most=1.3 if who == HARNESS else None, note=note)
+        )
         longest = tuple(sample["first_s"] * 1e3 for sample in useful)
-        found.append(Finding(ROW, "longest step that begins a save (its wait for the copy in it)", who, "ms", longest))
+        found.append(
+            Finding(
+                ROW,
+                "longest step that begins a save (its wait for the copy in it)",
+                who,
+                "ms",
+                longest,
+            )
+        )
         usual = tuple(sample["usual_s"] * 1e3 for sample in useful)
         found.append(Finding(ROW, "p99 step time without a save", who, "ms", usual))
     return found
@@ -60,7 +74,12 @@ def _built(size_mb: int) -> tuple[Any, Any, Any, Any]:
     large = nn.ParameterList(torch.rand(16 * 250_000) for _ in range(max(1, size_mb // 16)))
     wrapped = ddp.wrap(model)
     dataset = torch.utils.data.TensorDataset(torch.rand(4096, 256))
-    return wrapped, large, torch.optim.AdamW([*model.parameters(), *large.parameters()], fused=True), dataset
+    return (
+        wrapped,
+        large,
+        torch.optim.AdamW([*model.parameters(), *large.parameters()], fused=True),
+        dataset,
+    )
 
 
 def _train(model: Any, optimizer: Any, x: Any) -> None:
@@ -93,8 +112,9 @@ def pace(folder: str, size_mb: int) -> dict[str, float]:
 class Steps:
     """The time of each step, sorted by whether a save was running while it was made.
 
-    The step that begins a save waits for the copy, or makes it: how long training is blocked is another row. Of a hundred steps it
-    would be the slowest anyway, and hide what the other ninety-nine feel.
+    The step that begins a save waits for the copy, or makes it: how long training is blocked is
+    another row. Of a hundred steps it would be the slowest anyway, and hide what the other
+    ninety-nine feel.
     """
 
     def __init__(self, every: int) -> None:
@@ -115,14 +135,18 @@ class Steps:
             train(x)
             took_s = time.perf_counter() - began_at
             if last > self.every:
-                (self.first if made == last else self.saving if is_beside else self.usual).append(took_s)
+                (self.first if made == last else self.saving if is_beside else self.usual).append(
+                    took_s
+                )
 
     def result(self) -> dict[str, Any]:
         saving = self.saving or [0.0]
         return {
-            "steps": len(self.saving), "saving_s": percentile(saving, 0.99), "first_s": max(self.first),
+            "steps": len(self.saving),
+            "saving_s": percentile(saving, 0.99),
+            "first_s": max(self.first),
             "usual_s": percentile(self.usual, 0.99) if self.usual else 0.0,
-        }  # fmt: skip
+        }
 
 
 def by_harness(folder: str, size_mb: int, every: int) -> dict[str, Any]:
@@ -154,12 +178,20 @@ def by_thread(folder: str, size_mb: int, every: int) -> dict[str, Any]:
     def saving(batches: Iterator[Any]) -> Iterator[Any]:
         for made, batch in enumerate(batches):
             if made and made % every == 0 and ddp.rank() == 0:
-                payload = {"model": model.module.state_dict(), "large": large.state_dict(), "optimizer": optimizer.state_dict()}
+                payload = {
+                    "model": model.module.state_dict(),
+                    "large": large.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                }
                 threads.append(ddp.saver_thread(payload, Path(folder, "checkpoint.pt")))
             yield batch
 
     steps = Steps(every)
     batches = saving(ddp.batches(dataset, BATCH))
-    steps.run(batches, partial(_train, model, optimizer), lambda _: bool(threads) and threads[-1].is_alive())
+    steps.run(
+        batches,
+        partial(_train, model, optimizer),
+        lambda _: bool(threads) and threads[-1].is_alive(),
+    )
     ddp.leave()
     return steps.result()

@@ -1,6 +1,8 @@
-"""How soon a checkpoint is whole in a bucket: a real S3 server on this machine, fresh for each sample, and raw clients beside it.
+"""How soon a checkpoint is whole in a bucket: a real S3 server on this machine, fresh for each
+sample, and raw clients beside it.
 
-A client is given a file of the same size, which is in memory; for the harness the time begins with the step boundary.
+A client is given a file of the same size, which is in memory; for the harness the time begins with
+the step boundary.
 """
 
 from __future__ import annotations
@@ -28,16 +30,25 @@ def measure(bench: Bench) -> list[Finding]:
     taken = bench.turns(
         {
             HARNESS: partial(bench.sample, "s3", "by_harness", size_mb=bench.size_mb),
-            **{name: partial(bench.sample, "s3", "by_client", name=name, size_bytes=size_bytes) for name in CLIENTS},
+            **{
+                name: partial(bench.sample, "s3", "by_client", name=name, size_bytes=size_bytes)
+                for name in CLIENTS
+            },
         }
     )
     took = {who: [sample["seconds"] for sample in samples] for who, samples in taken.items()}
-    found = [Finding(ROW, "until it is whole in S3", who, "s", tuple(times)) for who, times in took.items()]
+    found = [
+        Finding(ROW, "until it is whole in S3", who, "s", tuple(times))
+        for who, times in took.items()
+    ]
     clients = {who: times for who, times in took.items() if who != HARNESS}
     if HARNESS in took and clients:
-        best = min(clients, key=lambda who: median(clients[who]))  # one for all turns: the least of several is too lucky
+        # one for all turns: the least of several is too lucky
+        best = min(clients, key=lambda who: median(clients[who]))
         what = f"until it is whole in S3 over the fastest raw client's ({best})"
-        found.append(Finding(ROW, what, HARNESS, "x", ratios(took[HARNESS], clients[best]), most=1.1))
+        found.append(
+            Finding(ROW, what, HARNESS, "x", ratios(took[HARNESS], clients[best]), most=1.1)
+        )
     return found
 
 
@@ -68,7 +79,9 @@ def by_client(folder: str, name: str, size_bytes: int) -> dict[str, float]:
         for at in range(0, size_bytes, len(block)):
             file.write(block[: size_bytes - at])
     with _server(folder) as server:
-        put = {"s3fs put": _s3fs, "boto3 upload_file": _boto3, "obstore put": _obstore}[name](server)
+        put = {"s3fs put": _s3fs, "boto3 upload_file": _boto3, "obstore put": _obstore}[name](
+            server
+        )
         os.sync()
         began_at = time.perf_counter()
         put(path)
@@ -100,23 +113,35 @@ def _obstore(server: Any) -> Any:
     from obstore.store import S3Store
 
     store = S3Store(
-        BUCKET, endpoint=server.url, region=server.environment["AWS_DEFAULT_REGION"], client_options={"allow_http": True},
-        access_key_id=server.access_key, secret_access_key=server.secret_key, virtual_hosted_style_request=False,
-    )  # fmt: skip
+        BUCKET,
+        endpoint=server.url,
+        region=server.environment["AWS_DEFAULT_REGION"],
+        client_options={"allow_http": True},
+        access_key_id=server.access_key,
+        secret_access_key=server.secret_key,
+        virtual_hosted_style_request=False,
+    )
     list(store.list())
     return lambda path: obstore.put(store, "checkpoint.pt", path)
 
 
 def by_harness(folder: str, size_mb: int) -> dict[str, float]:
-    """From the boundary until the manifest is in the bucket; the data is there before it. The second save counts: the first
-    allocates, and makes the connections, as those who are measured beside it did before."""
+    """From the boundary until the manifest is in the bucket; the data is there before it. The
+    second save counts: the first allocates, and makes the connections, as those who are measured
+    beside it did before."""
     import harness
     from benchmark import workload
 
     with _server(folder) as server:
         work = workload.build(size_mb)
         work.settle()
-        run = harness.init(Path(folder, "run"), remote=f"s3://{BUCKET}/run", save_every_s=None, save_every_steps=1, keep_last=1)
+        run = harness.init(
+            Path(folder, "run"),
+            remote=f"s3://{BUCKET}/run",
+            save_every_s=None,
+            save_every_steps=1,
+            keep_last=1,
+        )
         small = work.track(run)
         batches: Any = run.batches(work.dataset, 1, epochs=100)
         events, took_s = Path(folder, "run/events/0001.jsonl"), 0.0
@@ -136,6 +161,11 @@ def by_harness(folder: str, size_mb: int) -> dict[str, float]:
 
 
 def _is_told(events: Path, name: str) -> bool:
-    """Whether the run has recorded that a checkpoint is there, manifest and all: to ask the server takes its time."""
-    last = events.read_text().splitlines()[-3:]  # the time that looking takes is taken from the upload
-    return any(event["event"] == "uploaded" and event["checkpoint"] == name for event in map(json.loads, last))
+    """Whether the run has recorded that a checkpoint is there, manifest and all: to ask the server
+    takes its time."""
+    # the time that looking takes is taken from the upload
+    last = events.read_text().splitlines()[-3:]
+    return any(
+        event["event"] == "uploaded" and event["checkpoint"] == name
+        for event in map(json.loads, last)
+    )

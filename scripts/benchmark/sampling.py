@@ -1,6 +1,8 @@
-"""CPU time and memory of a sample's whole process tree. Imports nothing large: the memory's sampler is a process of its own.
+"""CPU time and memory of a sample's whole process tree. Imports nothing large: the memory's sampler
+is a process of its own.
 
-The processes are found by a variable of their environment, which every child inherits, orphans and new sessions too.
+The processes are found by a variable of their environment, which every child inherits, orphans and
+new sessions too.
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ from pathlib import Path
 
 MARK = "BENCH_SAMPLE"
 EVERY_S, LOOK_EVERY_S = 0.010, 0.050
-CPUCLOCK_SCHED = 2  # linux/posix-timers.h: the CPU clock of a process is made of its complement and this
+# linux/posix-timers.h: the CPU clock of a process is made of its complement and this
+CPUCLOCK_SCHED = 2
 
 
 def processes(mark: str) -> list[int]:
@@ -30,7 +33,8 @@ def processes(mark: str) -> list[int]:
 
 
 def cpu_s() -> float:
-    """CPU time of this sample so far: that of its live processes, to the nanosecond, and of this one's ended children."""
+    """CPU time of this sample so far: that of its live processes, to the nanosecond, and of this
+    one's ended children."""
     ended = resource.getrusage(resource.RUSAGE_CHILDREN)
     total = ended.ru_utime + ended.ru_stime
     for pid in processes(os.environ[MARK]):
@@ -56,7 +60,8 @@ def memory_bytes() -> int:
 
 
 class Peak:
-    """The most memory that the sample's processes held at a time, looked at every 10 ms from outside, while the context is open.
+    """The most memory that the sample's processes held at a time, looked at every 10 ms from
+    outside, while the context is open.
 
     Reading it walks page tables under a lock: what is timed must not be sampled.
     """
@@ -67,7 +72,11 @@ class Peak:
         mark = os.environ[MARK]
         outside = {name: value for name, value in os.environ.items() if name != MARK}
         self._sampler = subprocess.Popen(
-            [sys.executable, "-S", __file__, mark], env=outside, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [sys.executable, "-S", __file__, mark],
+            env=outside,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
         )
         assert self._sampler.stdout is not None
         self._sampler.stdout.readline()
@@ -85,7 +94,8 @@ def _sample(mark: str) -> None:
     most, looked_at, is_over = 0, 0.0, False
     pids: list[int] = []
     while not is_over:
-        is_over = bool(select.select([sys.stdin], [], [], EVERY_S)[0])  # what is held at the end is looked at too
+        # what is held at the end is looked at too
+        is_over = bool(select.select([sys.stdin], [], [], EVERY_S)[0])
         if is_over or time.monotonic() - looked_at > LOOK_EVERY_S:
             pids, looked_at = processes(mark), time.monotonic()
         most = max(most, pss_bytes(pids))

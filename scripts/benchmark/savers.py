@@ -1,7 +1,9 @@
-"""How each of the others saves the same state. The fsync and the rename that somebody leaves out are added after it.
+"""How each of the others saves the same state. The fsync and the rename that somebody leaves out
+are added after it.
 
-A saver is made once a process, and told where to save: it returns when training may go on, and what it returns is waited for
-until the checkpoint is durable. Each has its best known setting: buffers that can be kept are kept.
+A saver is made once a process, and told where to save: it returns when training may go on, and what
+it returns is waited for until the checkpoint is durable. Each has its best known setting: buffers
+that can be kept are kept.
 """
 
 from __future__ import annotations
@@ -30,14 +32,16 @@ class Pending:
     """A save that goes on."""
 
     durable: Callable[[], None] = _nothing  # waits for it
-    staged: Callable[[], None] | None = None  # to be waited for before the state may change, where that is not at once
+    # to be waited for before the state may change, where that is not at once
+    staged: Callable[[], None] | None = None
 
 
 Start = Callable[[Path], Pending]
 
 
 def write(payload: Any, path: Path) -> None:
-    """`torch.save`, made durable and whole or not at all: what everybody should write who writes it by hand."""
+    """`torch.save`, made durable and whole or not at all: what everybody should write who writes it
+    by hand."""
     temporary = path.with_suffix(".tmp")
     with temporary.open("wb") as file:
         torch.save(payload, file)
@@ -57,7 +61,9 @@ def torch_save(work: Workload) -> Start:
 
 def torch_save_thread(work: Workload) -> Start:
     def start(folder: Path) -> Pending:
-        thread = threading.Thread(target=write, args=(copied(work.payload()), folder / "checkpoint.pt"))
+        thread = threading.Thread(
+            target=write, args=(copied(work.payload()), folder / "checkpoint.pt")
+        )
         thread.start()
         return Pending(thread.join)
 
@@ -68,7 +74,8 @@ def safetensors(work: Workload) -> Start:
     from safetensors.torch import save_file
 
     def start(folder: Path) -> Pending:
-        named = {str(number): tensor for number, tensor in enumerate(tensors(work.payload()))}  # it keeps nothing but tensors
+        # it keeps nothing but tensors
+        named = {str(number): tensor for number, tensor in enumerate(tensors(work.payload()))}
         save_file(named, folder / "checkpoint.safetensors")
         return Pending(lambda: disk.make_durable(folder))
 
@@ -93,28 +100,44 @@ def _join_alone() -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    os.environ |= {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "LOCAL_RANK": "0",
+    }
     dist.init_process_group("gloo")
 
 
 def _dcp(work: Workload, *, process: bool, background: bool) -> Start:
     from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
-    from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType, AsyncSaveResponse, async_save
+    from torch.distributed.checkpoint.state_dict_saver import (
+        AsyncCheckpointerType,
+        AsyncSaveResponse,
+        async_save,
+    )
 
     if process:
         _join_alone()
     on_gpu = next(work.model.parameters()).is_cuda
     options = StagingOptions(on_gpu, process, background, on_gpu)
-    kept = None if on_gpu else DefaultStager(options)  # its buffers are allocated once; PyTorch 2.11 closes one that pins them
+    # its buffers are allocated once; PyTorch 2.11 closes one that pins them
+    kept = None if on_gpu else DefaultStager(options)
     kind = AsyncCheckpointerType.PROCESS if process else AsyncCheckpointerType.THREAD
 
     def start(folder: Path) -> Pending:
         going = async_save(
-            work.payload(), checkpoint_id=folder / "checkpoint", async_checkpointer_type=kind, no_dist=not process,
+            work.payload(),
+            checkpoint_id=folder / "checkpoint",
+            async_checkpointer_type=kind,
+            no_dist=not process,
             async_stager=kept or DefaultStager(options),
-        )  # fmt: skip
+        )
         staged, saved = (
-            (going.staging_completion.result, going.upload_completion) if isinstance(going, AsyncSaveResponse) else (None, going)
+            (going.staging_completion.result, going.upload_completion)
+            if isinstance(going, AsyncSaveResponse)
+            else (None, going)
         )
 
         def durable() -> None:
@@ -142,7 +165,9 @@ def torchsnapshot(work: Workload) -> Start:
     from torchsnapshot import Snapshot
 
     def start(folder: Path) -> Pending:
-        pending = Snapshot.async_take(str(folder / "checkpoint"), {"model": work.model, "optimizer": work.optimizer})
+        pending = Snapshot.async_take(
+            str(folder / "checkpoint"), {"model": work.model, "optimizer": work.optimizer}
+        )
 
         def durable() -> None:
             pending.wait()

@@ -1,6 +1,8 @@
-"""One process saves, on an idle machine: how long training would be blocked, how soon it is durable, CPU time and memory.
+"""One process saves, on an idle machine: how long training would be blocked, how soon it is
+durable, CPU time and memory.
 
-The harness is measured as a loop that waits, after the boundary that saves, until the manifest is there.
+The harness is measured as a loop that waits, after the boundary that saves, until the manifest is
+there.
 """
 
 from __future__ import annotations
@@ -29,7 +31,10 @@ def measure(bench: Bench) -> list[Finding]:
         {
             DISK: partial(bench.sample, "disk", "ceiling", size_bytes=size_bytes),
             HARNESS: partial(bench.sample, "saves", "by_harness", size_mb=bench.size_mb),
-            **{name: partial(bench.sample, "saves", "by_peer", name=name, size_mb=bench.size_mb) for name in SAVERS},
+            **{
+                name: partial(bench.sample, "saves", "by_peer", name=name, size_mb=bench.size_mb)
+                for name in SAVERS
+            },
         }
     )
     rates, found = _disk(taken.pop(DISK, []), size_bytes)
@@ -39,33 +44,77 @@ def measure(bench: Bench) -> list[Finding]:
 
 
 def _disk(samples: list[dict[str, float]], size_bytes: int) -> tuple[list[float], list[Finding]]:
-    """What the disk can do, turn by turn, by whichever way is the fastest over all turns: the best of each turn would be luck."""
+    """What the disk can do, turn by turn, by whichever way is the fastest over all turns: the best
+    of each turn would be luck."""
     if not samples:
         return [], []
     way = min(samples[0], key=lambda way: median(turn[way] for turn in samples))
     rates = [size_bytes / MIB / turn[way] for turn in samples]
-    return rates, [Finding(ROW, "durable throughput", DISK, "MiB/s", tuple(rates), more_is_better=True, note=way)]
+    return rates, [
+        Finding(
+            ROW, "durable throughput", DISK, "MiB/s", tuple(rates), more_is_better=True, note=way
+        )
+    ]
 
 
-def _of_one(who: str, samples: list[dict[str, Any]], rates: list[float], baseline: list[dict[str, Any]]) -> list[Finding]:
+def _of_one(
+    who: str, samples: list[dict[str, Any]], rates: list[float], baseline: list[dict[str, Any]]
+) -> list[Finding]:
     ours = who == HARNESS
     throughput = [turn["size_bytes"] / MIB / turn["durable_s"] for turn in samples]
     found = [
         Finding(ROW, "durable throughput", who, "MiB/s", tuple(throughput), more_is_better=True),
         Finding(ROW, "CPU time of a save", who, "s", tuple(turn["cpu_s"] for turn in samples)),
         Finding(
-            ROW, "extra memory of a save", who, "x state", tuple(turn["extra_bytes"] / turn["state_bytes"] for turn in samples),
-            most=1.05 + 64 * MIB / samples[0]["state_bytes"] if ours else None, note="1.05 x state + 64 MiB" if ours else "",
+            ROW,
+            "extra memory of a save",
+            who,
+            "x state",
+            tuple(turn["extra_bytes"] / turn["state_bytes"] for turn in samples),
+            most=1.05 + 64 * MIB / samples[0]["state_bytes"] if ours else None,
+            note="1.05 x state + 64 MiB" if ours else "",
         ),
-    ]  # fmt: skip
+    ]
     if not ours:
-        found.append(Finding(ROW, "training blocked by a save", who, "copies", ratios(*_columns(samples, "blocked_s", "copy_s"))))
+        found.append(
+            Finding(
+                ROW,
+                "training blocked by a save",
+                who,
+                "copies",
+                ratios(*_columns(samples, "blocked_s", "copy_s")),
+            )
+        )
     if rates:
         share = ratios(throughput, rates)
-        found.append(Finding(ROW, "durable throughput over the disk's", who, "x", share, least=0.95 if ours else None, more_is_better=True))
+        found.append(
+            Finding(
+                ROW,
+                "durable throughput over the disk's",
+                who,
+                "x",
+                share,
+                least=0.95 if ours else None,
+                more_is_better=True,
+            )
+        )
     if baseline:
-        per_byte = ratios(*([turn["cpu_s"] / turn["size_bytes"] for turn in turns] for turns in (samples, baseline)))
-        found.append(Finding(ROW, "CPU time a byte over torch.save's", who, "x", per_byte, most=0.8 if ours else None))
+        per_byte = ratios(
+            *(
+                [turn["cpu_s"] / turn["size_bytes"] for turn in turns]
+                for turns in (samples, baseline)
+            )
+        )
+        found.append(
+            Finding(
+                ROW,
+                "CPU time a byte over torch.save's",
+                who,
+                "x",
+                per_byte,
+                most=0.8 if ours else None,
+            )
+        )
     return found
 
 
@@ -106,11 +155,20 @@ def by_peer(folder: str, name: str, size_mb: int) -> dict[str, Any]:
     saves, path = [], Path(folder, "checkpoints")
     for _ in range(SAVES):
         saves.append(_timed(start, path))
-    blocked = [_overlapped(start, path, work) for _ in range(SAVES - 1)] if saves[0]["is_staged"] else [s["blocked_s"] for s in saves[1:]]
+    blocked = (
+        [_overlapped(start, path, work) for _ in range(SAVES - 1)]
+        if saves[0]["is_staged"]
+        else [s["blocked_s"] for s in saves[1:]]
+    )
     path.mkdir()
     with sampling.Peak() as peak:
         start(path).durable()
-    told = {"copy_s": unit_s, "state_bytes": _state_bytes(work), "extra_bytes": peak.most_bytes - base, "first": saves[0]}
+    told = {
+        "copy_s": unit_s,
+        "state_bytes": _state_bytes(work),
+        "extra_bytes": peak.most_bytes - base,
+        "first": saves[0],
+    }
     return told | _medians(saves[1:]) | {"blocked_s": median(blocked)}
 
 
@@ -124,13 +182,17 @@ def _timed(start: Any, path: Path) -> dict[str, Any]:
     size_bytes = disk.size_bytes(path)
     disk.remove(path)
     return {
-        "blocked_s": went_on_at - began_at, "durable_s": durable_at - began_at, "cpu_s": after_s - before_s, "size_bytes": size_bytes,
+        "blocked_s": went_on_at - began_at,
+        "durable_s": durable_at - began_at,
+        "cpu_s": after_s - before_s,
+        "size_bytes": size_bytes,
         "is_staged": pending.staged is not None,
-    }  # fmt: skip
+    }
 
 
 def _overlapped(start: Any, path: Path, work: Any) -> float:
-    """How long training is blocked by somebody who copies while the next step is computed: at first, and before the update."""
+    """How long training is blocked by somebody who copies while the next step is computed: at
+    first, and before the update."""
     path.mkdir()
     tokens = work.dataset.tensors[0][:1]
     began_at = time.perf_counter()
@@ -171,25 +233,32 @@ def by_harness(folder: str, size_mb: int) -> dict[str, Any]:
         else:
             with peak:
                 _boundary(batches, small, directory, 2 * number)
-    told = {"state_bytes": _state_bytes(work), "extra_bytes": peak.most_bytes - base, "first": saves[0]}
+    told = {
+        "state_bytes": _state_bytes(work),
+        "extra_bytes": peak.most_bytes - base,
+        "first": saves[0],
+    }
     batches.close()
     return told | _medians(saves[1:])
 
 
 def _boundary(batches: Any, small: Any, directory: Path, step: int) -> dict[str, Any]:
-    """The boundary at which a step is saved, an update that costs nothing, and the wait until it is durable."""
+    """The boundary at which a step is saved, an update that costs nothing, and the wait until it is
+    durable."""
     manifest = directory / f"checkpoints/step_{step:08d}-0001.json"
     os.sync()
     before_s, began_at = sampling.cpu_s(), time.time()
     next(batches)
-    small.step()  # until the next update a checkpoint is not committed: something may still write into the state
+    # until the next update a checkpoint is not committed: something may still write into the state
+    small.step()
     before_waiting_s = time.thread_time()
     while not manifest.exists():
         time.sleep(0.005)
     waiting_s = time.thread_time() - before_waiting_s  # is not the save's
     after_s = sampling.cpu_s()
     time.sleep(0.5)  # what was replaced is deleted meanwhile
-    durable_at = manifest.stat().st_ctime  # of its last link or rename; next() may return long after it
+    # of its last link or rename; next() may return long after it
+    durable_at = manifest.stat().st_ctime
     return {
         "durable_s": durable_at - began_at, "cpu_s": after_s - before_s - waiting_s,
         "size_bytes": manifest.with_suffix(".pt").stat().st_size,

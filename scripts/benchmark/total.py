@@ -1,4 +1,5 @@
-"""How much longer training takes for each save: two ranks, and between two saves as many steps beside the saving as after it."""
+"""How much longer training takes for each save: two ranks, and between two saves as many steps
+beside the saving as after it."""
 
 from __future__ import annotations
 
@@ -23,16 +24,34 @@ def measure(bench: Bench) -> list[Finding]:
     bench.say(f"two ranks: a step takes {pace['step_s']:.2f} s; saving every {2 * within} steps")
     contenders = {HARNESS: "by_harness", "torch.save in a thread": "by_thread"}
     samples = {
-        who: partial(bench.sample, "total", function, ranks=RANKS, size_mb=bench.size_mb, within=within)
+        who: partial(
+            bench.sample, "total", function, ranks=RANKS, size_mb=bench.size_mb, within=within
+        )
         for who, function in contenders.items()
     }
     found = []
     for who, taken in bench.turns(samples, math.ceil(bench.repeats / (SAVES - 1))).items():
-        added = tuple(seconds / sample["copy_s"] for sample in taken for seconds in sample["added_s"])
+        added = tuple(
+            seconds / sample["copy_s"] for sample in taken for seconds in sample["added_s"]
+        )
         late = sum(sample["late"] for sample in taken)
-        note = f"{late} saves of {len(added)} took longer than the {within} steps given to them" if late else ""
+        note = (
+            f"{late} saves of {len(added)} took longer than the {within} steps given to them"
+            if late
+            else ""
+        )
         most = 5.0 if who == HARNESS else None
-        found.append(Finding(ROW, "time that a save adds to training, 2 ranks", who, "copies", added, most=most, note=note))
+        found.append(
+            Finding(
+                ROW,
+                "time that a save adds to training, 2 ranks",
+                who,
+                "copies",
+                added,
+                most=most,
+                note=note,
+            )
+        )
     return found
 
 
@@ -59,10 +78,14 @@ class Segments:
             self.late += not self.is_durable(made - self.within)
 
     def added_s(self) -> list[float]:
-        """By each save but the first: the steps beside it took so much longer than as many after it."""
+        """By each save but the first: the steps beside it took so much longer than as many after
+        it."""
         at = self.began_at
         starts = [2 * self.within * number for number in range(2, SAVES + 1)]
-        return [2 * at[start + self.within] - at[start] - at[start + 2 * self.within] for start in starts]
+        return [
+            2 * at[start + self.within] - at[start] - at[start + 2 * self.within]
+            for start in starts
+        ]
 
 
 def _built(size_mb: int) -> tuple[Any, float]:
@@ -88,7 +111,9 @@ def by_harness(folder: str, size_mb: int, within: int) -> dict[str, Any]:
     directory = Path(folder, "run")
     run = harness.init(directory, save_every_s=None, save_every_steps=2 * within, keep_last=1)
     run.track(model=work.model, optimizer=work.optimizer)
-    segments = Segments(within, lambda step: (directory / f"checkpoints/step_{step:08d}-0001.json").exists())
+    segments = Segments(
+        within, lambda step: (directory / f"checkpoints/step_{step:08d}-0001.json").exists()
+    )
     batches: Any = run.batches(work.dataset, RANKS, epochs=1000)
     while not segments.over:
         segments.begin()
@@ -111,7 +136,8 @@ def by_thread(folder: str, size_mb: int, within: int) -> dict[str, Any]:
             break
         if made and made % (2 * within) == 0 and ddp.rank() == 0:
             threads[made] = ddp.saver_thread(
-                {"model": work.model.module.state_dict(), "optimizer": work.optimizer.state_dict()}, Path(folder, "checkpoint.pt")
+                {"model": work.model.module.state_dict(), "optimizer": work.optimizer.state_dict()},
+                Path(folder, "checkpoint.pt"),
             )
         work.forward_backward(tokens)
         work.optimizer.step()

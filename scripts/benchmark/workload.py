@@ -1,4 +1,5 @@
-"""What is trained and saved: a GPT of the size that is asked for, with both moments of its optimizer, in single precision."""
+"""What is trained and saved: a GPT of the size that is asked for, with both moments of its
+optimizer, in single precision."""
 
 from __future__ import annotations
 
@@ -25,8 +26,13 @@ class Block(nn.Module):
         self.wide, self.narrow = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        q, k, v = (part.unflatten(-1, (self.heads, 64)).transpose(1, 2) for part in self.mix(self.before(x)).chunk(3, -1))
-        x = x + self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+        q, k, v = (
+            part.unflatten(-1, (self.heads, 64)).transpose(1, 2)
+            for part in self.mix(self.before(x)).chunk(3, -1)
+        )
+        x = x + self.out(
+            F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+        )
         x = x + self.narrow(F.gelu(self.wide(self.between(x))))
         return x
 
@@ -38,14 +44,20 @@ class Gpt(nn.Module):
         super().__init__()
         parameters = size_mb * 1_000_000 // BYTES_A_PARAMETER
         width = 768 if parameters > 50_000_000 else 256
-        layers = max(1, round(0.69 * parameters / (12 * width**2)))  # as in the smallest GPT-2: 12 layers of 124 M parameters
+        # as in the smallest GPT-2: 12 layers of 124 M parameters
+        layers = max(1, round(0.69 * parameters / (12 * width**2)))
         self.vocabulary = max(256, (parameters - layers * 12 * width**2) // width - CONTEXT)
-        self.embedding, self.position = nn.Embedding(self.vocabulary, width), nn.Embedding(CONTEXT, width)
+        self.embedding, self.position = (
+            nn.Embedding(self.vocabulary, width),
+            nn.Embedding(CONTEXT, width),
+        )
         nn.init.normal_(self.embedding.weight, std=0.02)
         self.blocks = nn.Sequential(*(Block(width) for _ in range(layers)))
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        x = self.blocks(self.embedding(tokens[:, :-1]) + self.position.weight[: tokens.shape[1] - 1])
+        x = self.blocks(
+            self.embedding(tokens[:, :-1]) + self.position.weight[: tokens.shape[1] - 1]
+        )
         scores = F.linear(x, self.embedding.weight)
         return F.cross_entropy(scores.flatten(0, 1), tokens[:, 1:].flatten() % self.vocabulary)
 
@@ -68,7 +80,8 @@ class Workload:
         self.optimizer.step()
 
     def track(self, run: Any) -> torch.optim.Optimizer:
-        """Have a harness run track it, and beside it a model of two numbers; its optimizer, the update by which costs nothing."""
+        """Have a harness run track it, and beside it a model of two numbers; its optimizer, the
+        update by which costs nothing."""
         small = nn.Linear(1, 1)
         update = torch.optim.SGD(small.parameters(), lr=1e-5)
         run.track(model=self.model, optimizer=self.optimizer, small=small, update=update)
@@ -76,13 +89,18 @@ class Workload:
 
     def payload(self) -> dict[str, Any]:
         """What the tutorials save; the tensors are the live ones."""
-        return {"model_state_dict": self.model.state_dict(), "optimizer_state_dict": self.optimizer.state_dict()}
+        return {
+            "model_state_dict": self.model.state_dict(),
+            "optimizer_state_dict": self.optimizer.state_dict(),
+        }
 
 
 def build(size_mb: int, device: str = "cpu") -> Workload:
     model = Gpt(size_mb).to(device)
     tokens = torch.randint(256, (SEQUENCES, CONTEXT + 1), dtype=torch.int64)
-    return Workload(model, torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True), TensorDataset(tokens))
+    return Workload(
+        model, torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True), TensorDataset(tokens)
+    )
 
 
 def tensors(payload: Any) -> Iterator[torch.Tensor]:
@@ -107,9 +125,11 @@ def copied(payload: Any) -> Any:
 
 
 def copy_s(payload: Any) -> float:
-    """How long one copy of the state takes into memory that is there already: the unit of what training is blocked.
+    """How long one copy of the state takes into memory that is there already: the unit of what
+    training is blocked.
 
-    The quickest of several: whatever else runs makes the unit longer, and what is measured in it look better than it is.
+    The quickest of several: whatever else runs makes the unit longer, and what is measured in it
+    look better than it is.
     """
     pairs = [(tensor.detach(), tensor.detach().clone()) for tensor in tensors(payload)]
     took = []

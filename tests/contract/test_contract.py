@@ -1,6 +1,8 @@
-"""One contract for every store: a directory, fsspec's memory, and S3 on a real server pass the very same tests.
+"""One contract for every store: a directory, fsspec's memory, and S3 on a real server pass the very
+same tests.
 
-What the medium holds is looked at from outside of the store under test: by the file system, by fsspec, by a plain S3 client.
+What the medium holds is looked at from outside of the store under test: by the file system, by
+fsspec, by a plain S3 client.
 """
 
 from __future__ import annotations
@@ -31,7 +33,22 @@ from harness.store.s3_client import S3Client
 
 MB = 1 << 20
 FOLDERS = (*fmt.FOLDERS, probe.FOLDER, "checkpoints/deeper", "checkpoints2")
-BAD_KEYS = ("", "/etc/passwd", "..", "../x", "a/../../x", "a/..", "./x", "a/./x", "a//x", "a/", "/", "a\0b", ".", "//")
+BAD_KEYS = (
+    "",
+    "/etc/passwd",
+    "..",
+    "../x",
+    "a/../../x",
+    "a/..",
+    "./x",
+    "a/./x",
+    "a//x",
+    "a/",
+    "/",
+    "a\0b",
+    ".",
+    "//",
+)
 
 
 @dataclass
@@ -54,14 +71,26 @@ def s3_place(s3_server: S3Server) -> Iterator[tuple[Place, Callable[[], None]]]:
 
     def keys() -> list[str]:
         pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix="run/")
-        return [found["Key"].removeprefix("run/") for page in pages for found in page.get("Contents", [])]
+        return [
+            found["Key"].removeprefix("run/")
+            for page in pages
+            for found in page.get("Contents", [])
+        ]
 
     def uploads() -> list[str]:
-        return [upload["Key"] for upload in client.list_multipart_uploads(Bucket=bucket).get("Uploads", [])]
+        return [
+            upload["Key"]
+            for upload in client.list_multipart_uploads(Bucket=bucket).get("Uploads", [])
+        ]
 
     def fill(wanted: list[str]) -> None:
         with ThreadPoolExecutor(8) as pool:
-            list(pool.map(lambda key: client.put_object(Bucket=bucket, Key=f"run/{key}", Body=b"x"), wanted))
+            list(
+                pool.map(
+                    lambda key: client.put_object(Bucket=bucket, Key=f"run/{key}", Body=b"x"),
+                    wanted,
+                )
+            )
 
     def empty() -> None:
         names = [{"Key": f"run/{key}"} for key in keys()]
@@ -72,7 +101,17 @@ def s3_place(s3_server: S3Server) -> Iterator[tuple[Place, Callable[[], None]]]:
         for name, value in s3_server.environment.items():
             patch.setenv(name, value)
         store = open_store(f"s3://{bucket}/run", 20)
-        yield Place("s3", store, keys, uploads, fill, lambda name: open_store(f"s3://{bucket}/{name}", 20)), empty
+        yield (
+            Place(
+                "s3",
+                store,
+                keys,
+                uploads,
+                fill,
+                lambda name: open_store(f"s3://{bucket}/{name}", 20),
+            ),
+            empty,
+        )
 
 
 def local_place(root: Path) -> Place:
@@ -89,7 +128,9 @@ def local_place(root: Path) -> Place:
         return other
 
     def keys() -> list[str]:
-        return sorted(str(path.relative_to(store.root)) for path in store.root.rglob("*") if not path.is_dir())
+        return sorted(
+            str(path.relative_to(store.root)) for path in store.root.rglob("*") if not path.is_dir()
+        )
 
     return Place("local", store, keys, list, fill, neighbour)
 
@@ -187,7 +228,12 @@ def test_a_key_may_be_spelled_with_what_urls_escape(place):
 
 def test_entries_are_the_files_of_this_folder_alone_sorted_with_their_sizes(place):
     place.fill(["checkpoints/deeper/c", "checkpoints2/d", "attempts/e"])
-    for key, data in (("checkpoints/b.json", b"bb"), ("checkpoints/a.pt", b""), ("checkpoints/a-1", b"123"), ("checkpoints/B", b"x")):
+    for key, data in (
+        ("checkpoints/b.json", b"bb"),
+        ("checkpoints/a.pt", b""),
+        ("checkpoints/a-1", b"123"),
+        ("checkpoints/B", b"x"),
+    ):
         place.store.write(key, data, 1)
     assert place.store.entries("checkpoints") == [
         Entry("checkpoints/B", 1),
@@ -275,7 +321,15 @@ def test_an_open_file_reads_from_anywhere_as_any_file_does(store):
     real = io.BytesIO(data)
     with store.open("checkpoints/a.pt") as file:
         for offset, whence, count in (
-            *[(0, 0, 10), (5, 1, 300_000), (-22, 2, 100), (9 * MB - 3, 0, 3), (9 * MB, 0, 1), (10 * MB, 0, 1), (-4, 1, 0)],
+            *[
+                (0, 0, 10),
+                (5, 1, 300_000),
+                (-22, 2, 100),
+                (9 * MB - 3, 0, 3),
+                (9 * MB, 0, 1),
+                (10 * MB, 0, 1),
+                (-4, 1, 0),
+            ],
             *[(7, 0, 0), (8 * MB - 1, 0, 2), (1, 0, 8 * MB), (-1, 2, 1), (0, 2, 5), (3, 0, 1)],
         ):
             assert file.seek(offset, whence) == real.seek(offset, whence)
@@ -311,11 +365,16 @@ def test_nothing_is_visible_before_the_commit_and_all_of_it_after(place, size_by
 
 
 @pytest.mark.parametrize("size_bytes", [10, 17 * MB], ids=["small", "large"])
-@pytest.mark.parametrize("way", ["exception", pytest.param("interrupt", marks=pytest.mark.slow), "without commit"])
+@pytest.mark.parametrize(
+    "way", ["exception", pytest.param("interrupt", marks=pytest.mark.slow), "without commit"]
+)
 def test_what_is_not_committed_leaves_nothing_and_keeps_what_was_there(place, size_bytes, way):
     place.store.write("checkpoints/a.pt", b"before", 1)
     raised = {"exception": ZeroDivisionError, "interrupt": KeyboardInterrupt}.get(way)
-    with pytest.raises(raised) if raised else contextlib.nullcontext(), place.store.writer("checkpoints/a.pt", 1) as sink:
+    with (
+        pytest.raises(raised) if raised else contextlib.nullcontext(),
+        place.store.writer("checkpoints/a.pt", 1) as sink,
+    ):
         sink.write(os.urandom(size_bytes))
         if raised:
             raise raised
@@ -335,7 +394,11 @@ def test_a_buffer_may_be_used_again_after_it_was_written(store):
     assert sink.digest() == f"blake3:{blake3(expected).hexdigest()}"
 
 
-@pytest.mark.parametrize("sizes", [(300, 3), (17 * MB, 3), pytest.param((17 * MB, 9 * MB, 3, 17 * MB), marks=pytest.mark.slow)], ids=str)
+@pytest.mark.parametrize(
+    "sizes",
+    [(300, 3), (17 * MB, 3), pytest.param((17 * MB, 9 * MB, 3, 17 * MB), marks=pytest.mark.slow)],
+    ids=str,
+)
 def test_writing_again_replaces_all_of_it(place, sizes):
     for size_bytes in sizes:
         data = os.urandom(size_bytes)
@@ -373,7 +436,10 @@ def test_creating_a_taken_key_fails_and_changes_nothing(place):
     for key in ("attempts/0001.json", "attempts/0002.json"):
         with pytest.raises(FileExistsError):
             store.create(key, b"second", 1)
-    assert (store.read("attempts/0001.json"), store.read("attempts/0002.json")) == (b"first", b"written")
+    assert (store.read("attempts/0001.json"), store.read("attempts/0002.json")) == (
+        b"first",
+        b"written",
+    )
     assert place.held() == ["attempts/0001.json", "attempts/0002.json"]
     store.delete("attempts/0001.json")
     store.create("attempts/0001.json", b"third", 1)
@@ -398,15 +464,21 @@ def race(place: Place, rounds: int, rivals: int) -> None:
                 place.store.create(key, b"%d" % number, 1)
                 won.append((key, b"%d" % number))
 
-    with switching_often() if place.kind == "memory" else contextlib.nullcontext(), ThreadPoolExecutor(rivals) as pool:
+    with (
+        switching_often() if place.kind == "memory" else contextlib.nullcontext(),
+        ThreadPoolExecutor(rivals) as pool,
+    ):
         list(pool.map(rival, range(rivals)))
-    assert sorted(key for key, _ in won) == [f"attempts/{number:04d}" for number in range(rounds)], "each key was won once"
+    assert sorted(key for key, _ in won) == [
+        f"attempts/{number:04d}" for number in range(rounds)
+    ], "each key was won once"
     assert all(place.store.read(key) == number for key, number in won), "no loser has overwritten"
     assert len(place.held()) == rounds
 
 
 def test_of_many_rivals_for_one_key_exactly_one_wins(place):
-    """The server has rivals for one key wait for one another in steps of a second, so there are not many of them here."""
+    """The server has rivals for one key wait for one another in steps of a second, so there are not
+    many of them here."""
     race(place, *{"local": (10, 16), "memory": (200, 16), "s3": (2, 5)}[place.kind])
 
 
@@ -430,10 +502,22 @@ def checkpoint(store: Store, step: int) -> fmt.Manifest:
     data = os.urandom(100)
     sink = upload(store, fmt.data_key(step, 1), data, 100)
     manifest = fmt.Manifest(
-        run_id="r", attempt=1, step=step, epoch=0, loss=None, metrics={}, world_size=1, lineage=((1, step),),
+        run_id="r",
+        attempt=1,
+        step=step,
+        epoch=0,
+        loss=None,
+        metrics={},
+        world_size=1,
+        lineage=((1, step),),
         files=(fmt.DataFile(f"{fmt.stem(step, 1)}.pt", sink.size_bytes, sink.digest()),),
-        classes={}, final=None, time="", host="", versions={}, config_digest="",
-    )  # fmt: skip
+        classes={},
+        final=None,
+        time="",
+        host="",
+        versions={},
+        config_digest="",
+    )
     store.create(manifest.key, fmt.to_bytes(manifest), 1)
     return manifest
 
@@ -500,7 +584,12 @@ class Keeping(LocalStore):
 
 @pytest.mark.parametrize(
     ("kind", "said"),
-    [(Overwriting, "not create exclusively"), (Garbling, "other bytes"), (Blind, "does not list"), (Keeping, "still has")],
+    [
+        (Overwriting, "not create exclusively"),
+        (Garbling, "other bytes"),
+        (Blind, "does not list"),
+        (Keeping, "still has"),
+    ],
 )
 def test_a_store_that_breaks_the_contract_does_not_pass_the_probe(tmp_path, kind, said):
     store = kind(tmp_path / "run")
@@ -508,7 +597,9 @@ def test_a_store_that_breaks_the_contract_does_not_pass_the_probe(tmp_path, kind
     with pytest.raises(StorageError, match=said) as caught:
         probe.check(store)
     assert isinstance(caught.value, RefusedError) == (kind is Overwriting)
-    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [], "nothing is left behind by a check that fails either"
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [], (
+        "nothing is left behind by a check that fails either"
+    )
 
 
 # --- unreachable is not empty ---
@@ -541,7 +632,10 @@ def test_a_missing_bucket_is_refused_by_name_and_never_looks_empty(s3_place):
         try:
             wrong[name] = f"no error: {ask()!r}"
         except RefusedError as error:
-            if "there is no such bucket" not in str(error) or "Create the bucket" not in error.remedy:
+            if (
+                "there is no such bucket" not in str(error)
+                or "Create the bucket" not in error.remedy
+            ):
                 wrong[name] = str(error)
         except Exception as error:  # noqa: BLE001 - whatever it is, it is the finding
             wrong[name] = repr(error)
@@ -549,7 +643,8 @@ def test_a_missing_bucket_is_refused_by_name_and_never_looks_empty(s3_place):
 
 
 class SilentListings(S3Client):
-    """A server that lists nothing of a bucket that is not there, as some do, instead of saying so."""
+    """A server that lists nothing of a bucket that is not there, as some do, instead of saying
+    so."""
 
     def _call(self, limit_s: float, method: str, **arguments: Any) -> dict[str, Any]:
         return {} if method == "list_objects_v2" else super()._call(limit_s, method, **arguments)
@@ -575,6 +670,8 @@ def test_a_server_that_is_down_is_an_error_and_never_looks_empty(s3_place, monke
 def test_a_url_opens_the_store_of_its_kind(tmp_path, s3_place):
     for url in (str(tmp_path), f"file://{tmp_path}", f"local://{tmp_path}"):
         opened = open_store(url)
-        assert isinstance(opened, LocalStore) and opened.root == tmp_path, "fsspec would overwrite what is to be created"
+        assert isinstance(opened, LocalStore) and opened.root == tmp_path, (
+            "fsspec would overwrite what is to be created"
+        )
     for url in ("memory://a/b", "s3://bucket/a/b", "s3a://bucket/a"):
         assert isinstance(open_store(url), RemoteStore)

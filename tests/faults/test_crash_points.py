@@ -1,7 +1,9 @@
-"""The writer dies, or the disk refuses, at every single system call of a save: what is left is the old checkpoint or the new one.
+"""The writer dies, or the disk refuses, at every single system call of a save: what is left is the
+old checkpoint or the new one.
 
-strace does it for real: it kills the process when it enters the k-th `fsync`, or lets the k-th `link` fail with EIO. A server
-process imports torch once and forks a writer for each point; the writer stops itself until strace is attached.
+strace does it for real: it kills the process when it enters the k-th `fsync`, or lets the k-th
+`link` fail with EIO. A server process imports torch once and forks a writer for each point; the
+writer stops itself until strace is attached.
 """
 
 from __future__ import annotations
@@ -38,7 +40,8 @@ from harness.store.staging_buffer import StagingBuffer, write_to
 OLD, NEW = 30, 40
 LANES = 2
 PHASES = ("claim", "commit", "retention")
-DONE, RAISED_SAVE, RAISED_STORAGE, RAISED_OTHER = 0, 1, 2, 3  # exit code = 10 * phase + one of these
+# exit code = 10 * phase + one of these
+DONE, RAISED_SAVE, RAISED_STORAGE, RAISED_OTHER = 0, 1, 2, 3
 # Whether these happen depends on how full the heap is, not on what is done.
 OF_THE_HEAP = {"brk", "mmap", "munmap", "mremap", "madvise", "mprotect", "futex"}
 CALL = re.compile(r"^(?:\d+ +)?(?P<name>\w+)\((?P<rest>.*)$")
@@ -47,7 +50,10 @@ CALL = re.compile(r"^(?:\d+ +)?(?P<name>\w+)\((?P<rest>.*)$")
 def payload(step: int) -> dict:
     generator = torch.Generator().manual_seed(step)
     return {
-        "model_state_dict": {"weight": torch.randn(300, 10, generator=generator), "bias": torch.randn(10, generator=generator)},
+        "model_state_dict": {
+            "weight": torch.randn(300, 10, generator=generator),
+            "bias": torch.randn(10, generator=generator),
+        },
         "step": step,
         "epoch": 0,
         "loss": 1 / step,
@@ -58,9 +64,12 @@ def payload(step: int) -> dict:
 
 def same(a: dict, b: dict) -> bool:
     tensors = a["model_state_dict"].keys() == b["model_state_dict"].keys() and all(
-        torch.equal(a["model_state_dict"][key], b["model_state_dict"][key]) for key in a["model_state_dict"]
+        torch.equal(a["model_state_dict"][key], b["model_state_dict"][key])
+        for key in a["model_state_dict"]
     )
-    return tensors and {k: v for k, v in a.items() if k != "model_state_dict"} == {k: v for k, v in b.items() if k != "model_state_dict"}
+    return tensors and {k: v for k, v in a.items() if k != "model_state_dict"} == {
+        k: v for k, v in b.items() if k != "model_state_dict"
+    }
 
 
 def about(lineage: fmt.Lineage) -> About:
@@ -68,7 +77,8 @@ def about(lineage: fmt.Lineage) -> About:
 
 
 def prepare(root: Path) -> None:
-    """A first attempt that committed steps 10, 20 and 30 and was killed while it saved the next two."""
+    """A first attempt that committed steps 10, 20 and 30 and was killed while it saved the next
+    two."""
     store = LocalStore(root)
     store.prepare(fmt.FOLDERS)
     attempt = attempts.claim(read_catalog(store), None, 1)
@@ -79,18 +89,28 @@ def prepare(root: Path) -> None:
         store.path(f"{key}.tmp-0001-0123abcd").write_bytes(b"half")
 
 
-def commit_image(store: LocalStore, attempt: attempts.Attempt, values: dict, told: About) -> fmt.Manifest:
-    """As a run commits, but that this process itself writes what otherwise another one does for it."""
+def commit_image(
+    store: LocalStore, attempt: attempts.Attempt, values: dict, told: About
+) -> fmt.Manifest:
+    """As a run commits, but that this process itself writes what otherwise another one does for
+    it."""
     staging, snapshot = StagingBuffer(), Snapshot(values, set())
     snapshot.copy_rest()
     snapshot.copy_into(staging)
     return commit(
-        store, attempt, values, told, lambda sink: sink.write_staged(staging, lambda i, path: write_to(i.memory, i.size_bytes, str(path)))
+        store,
+        attempt,
+        values,
+        told,
+        lambda sink: sink.write_staged(
+            staging, lambda i, path: write_to(i.memory, i.size_bytes, str(path))
+        ),
     )
 
 
 def life(root: Path, phases: list[str]) -> None:
-    """What the next attempt does, up to its first commit and what that lets go; `phases` grows as it goes on."""
+    """What the next attempt does, up to its first commit and what that lets go; `phases` grows as
+    it goes on."""
     store = LocalStore(root)
     found = read_catalog(store)
     origin = found.history[0] if found.history else None
@@ -102,12 +122,16 @@ def life(root: Path, phases: list[str]) -> None:
     phases.append("commit")
     manifest = commit_image(store, attempt, payload(NEW), about(going_on_from(origin)))
     phases.append("retention")
-    retention.apply(store, attempt, {m.name for m in (origin, manifest) if m}, retention.Policy(last=2, best=0))
+    retention.apply(
+        store, attempt, {m.name for m in (origin, manifest) if m}, retention.Policy(last=2, best=0)
+    )
 
 
 def serve() -> None:
-    """Fork a writer for each run directory named on stdin; say its number once it has stopped, and in the end how it ended."""
-    with tempfile.TemporaryDirectory() as folder:  # whatever Python and torch load on first use is loaded before the first fork
+    """Fork a writer for each run directory named on stdin; say its number once it has stopped, and
+    in the end how it ended."""
+    # whatever Python and torch load on first use is loaded before the first fork
+    with tempfile.TemporaryDirectory() as folder:
         prepare(Path(folder) / "run")
     for line in sys.stdin:
         pid = os.fork()
@@ -139,10 +163,17 @@ class Server:
 
     def __init__(self) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, __file__], env=ENVIRONMENT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            [sys.executable, __file__],
+            env=ENVIRONMENT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         self.errors: list[str] = []
-        threading.Thread(target=lambda: self.errors.extend(self.process.stderr or []), daemon=True).start()
+        threading.Thread(
+            target=lambda: self.errors.extend(self.process.stderr or []), daemon=True
+        ).start()
 
     def _line(self) -> int:
         line = self.process.stdout.readline()
@@ -155,7 +186,9 @@ class Server:
         self.process.stdin.write(f"{root}\n")
         self.process.stdin.flush()
         pid = self._line()
-        tracer = subprocess.Popen(["strace", "-p", str(pid), *strace], stderr=subprocess.PIPE, text=True)
+        tracer = subprocess.Popen(
+            ["strace", "-p", str(pid), *strace], stderr=subprocess.PIPE, text=True
+        )
         try:
             said = tracer.stderr.readline()
             assert "attached" in said, said
@@ -191,7 +224,11 @@ def cannot(why: str) -> None:
 def check_strace() -> None:
     if shutil.which("strace") is None:
         cannot("strace is not installed")
-    tried = subprocess.run(["strace", "-o", "/dev/null", "-e", "inject=getpid:error=EIO", "true"], capture_output=True, text=True)
+    tried = subprocess.run(
+        ["strace", "-o", "/dev/null", "-e", "inject=getpid:error=EIO", "true"],
+        capture_output=True,
+        text=True,
+    )
     if tried.returncode != 0:
         cannot(f"strace cannot trace here: {tried.stderr.strip()}")
 
@@ -213,7 +250,9 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def points(servers: list[Server], template: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Point]:
+def points(
+    servers: list[Server], template: Path, tmp_path_factory: pytest.TempPathFactory
+) -> list[Point]:
     """Every system call of an undisturbed life, in order."""
     folder = tmp_path_factory.mktemp("count")
     return [point for point in traced(servers[0], template, folder) if point.name != "exit_group"]
@@ -251,7 +290,8 @@ def each(servers: list[Server], todo: list, act: Callable) -> list:
 
 
 def check_whole(root: Path) -> int:
-    """Every checkpoint that exists is whole, and the one to go on from is the old or the new; returns its step."""
+    """Every checkpoint that exists is whole, and the one to go on from is the old or the new;
+    returns its step."""
     store = LocalStore(root)
     found = read_catalog(store)
     assert not found.damaged and not found.set_aside and not found.foreign
@@ -264,7 +304,8 @@ def check_whole(root: Path) -> int:
 
 
 def check_next_attempt(root: Path) -> None:
-    """Recovery is the normal start: it claims, sweeps, commits, and leaves nothing of earlier attempts but checkpoints."""
+    """Recovery is the normal start: it claims, sweeps, commits, and leaves nothing of earlier
+    attempts but checkpoints."""
     store = LocalStore(root)
     found = read_catalog(store)
     origin = found.history[0]
@@ -277,18 +318,36 @@ def check_next_attempt(root: Path) -> None:
     after = read_catalog(store)
     assert [m.step for m in after.history] == [50, origin.step]
     assert not after.orphans
-    temps = [match for folder in fmt.FOLDERS for entry in store.entries(folder) if (match := TEMP.match(entry.key))]
-    assert all(int(temp["attempt"]) >= attempt.number for temp in temps), "of a start that died before it had claimed the number"
+    temps = [
+        match
+        for folder in fmt.FOLDERS
+        for entry in store.entries(folder)
+        if (match := TEMP.match(entry.key))
+    ]
+    assert all(int(temp["attempt"]) >= attempt.number for temp in temps), (
+        "of a start that died before it had claimed the number"
+    )
     assert same(load.load(store, after.history[0]), payload(50))
 
 
-def killed_at(servers: list[Server], template: Path, folder: Path, points: list[Point]) -> list[int | None]:
-    """Kill a life at each point and check what is left; the step to go on from, None where the point was not reached."""
+def killed_at(
+    servers: list[Server], template: Path, folder: Path, points: list[Point]
+) -> list[int | None]:
+    """Kill a life at each point and check what is left; the step to go on from, None where the
+    point was not reached."""
 
     def kill(server: Server, point: Point) -> int | None:
         root = folder / f"{point.name}-{point.k}"
         shutil.copytree(template, root)
-        code = server.live(root, "-o", "/dev/null", "-e", f"trace={point.name}", "-e", f"inject={point.name}:signal=SIGKILL:when={point.k}")
+        code = server.live(
+            root,
+            "-o",
+            "/dev/null",
+            "-e",
+            f"trace={point.name}",
+            "-e",
+            f"inject={point.name}:signal=SIGKILL:when={point.k}",
+        )
         assert code in (-signal.SIGKILL, DONE), (point, code)
         step = check_whole(root)
         check_next_attempt(root)
@@ -299,11 +358,18 @@ def killed_at(servers: list[Server], template: Path, folder: Path, points: list[
 
 
 def in_order(points: list[Point], found: list[int | None]) -> list[int]:
-    """What was found at the points that were reached, without those of the heap: the k-th of these comes sooner or later each time."""
-    return [value for point, value in zip(points, found, strict=True) if value is not None and point.name not in OF_THE_HEAP]
+    """What was found at the points that were reached, without those of the heap: the k-th of these
+    comes sooner or later each time."""
+    return [
+        value
+        for point, value in zip(points, found, strict=True)
+        if value is not None and point.name not in OF_THE_HEAP
+    ]
 
 
-def test_a_kill_at_any_system_call_leaves_the_old_checkpoint_or_the_new_one(servers, template, points, tmp_path):
+def test_a_kill_at_any_system_call_leaves_the_old_checkpoint_or_the_new_one(
+    servers, template, points, tmp_path
+):
     steps = killed_at(servers, template, tmp_path, points)
     missed = {point.name for point, step in zip(points, steps, strict=True) if step is None}
     assert missed <= OF_THE_HEAP, f"not reached: {missed}"
@@ -312,11 +378,21 @@ def test_a_kill_at_any_system_call_leaves_the_old_checkpoint_or_the_new_one(serv
     assert reached[0] == OLD and reached[-1] == NEW
 
 
-def fails_at(server: Server, template: Path, folder: Path, point: Point, error: str, when: str) -> None:
+def fails_at(
+    server: Server, template: Path, folder: Path, point: Point, error: str, when: str
+) -> None:
     """Let one call fail, or all from there on, and check what was said of it and what is left."""
     root = folder / f"{point.name}-{point.k}-{error}"
     shutil.copytree(template, root)
-    code = server.live(root, "-o", "/dev/null", "-e", f"trace={point.name}", "-e", f"inject={point.name}:error={error}:when={when}")
+    code = server.live(
+        root,
+        "-o",
+        "/dev/null",
+        "-e",
+        f"trace={point.name}",
+        "-e",
+        f"inject={point.name}:error={error}:when={when}",
+    )
     phase, kind = divmod(code, 10)
     where = f"{error} at {point.text} -> {PHASES[phase - 1] if phase else 'done'}, {kind}"
     expected = {0: DONE, 1: RAISED_STORAGE, 2: RAISED_SAVE, 3: RAISED_STORAGE}
@@ -324,7 +400,11 @@ def fails_at(server: Server, template: Path, folder: Path, point: Point, error: 
     committed = phase in (0, 3)
     try:
         assert check_whole(root) == (NEW if committed else OLD)
-        left = [file.name for file in (root / fmt.CHECKPOINTS).iterdir() if file.name.startswith(fmt.stem(NEW, 2))]
+        left = [
+            file.name
+            for file in (root / fmt.CHECKPOINTS).iterdir()
+            if file.name.startswith(fmt.stem(NEW, 2))
+        ]
         assert committed or not left, f"a failed save leaves {left}"
         check_next_attempt(root)
     except (AssertionError, HarnessError) as found:
@@ -332,7 +412,9 @@ def fails_at(server: Server, template: Path, folder: Path, point: Point, error: 
     shutil.rmtree(root)
 
 
-def all_fail(servers: list[Server], template: Path, folder: Path, cases: list[tuple[Point, str]]) -> None:
+def all_fail(
+    servers: list[Server], template: Path, folder: Path, cases: list[tuple[Point, str]]
+) -> None:
     """Run every case, then fail with all that went wrong."""
 
     def one(server: Server, case: tuple[Point, str]) -> str | None:
@@ -351,34 +433,71 @@ def creates(point: Point) -> bool:
 
 
 def writes(point: Point) -> bool:
-    return point.name in ("write", "pwrite64", "fsync") or (point.name == "close" and ".tmp-" in point.text)
+    return point.name in ("write", "pwrite64", "fsync") or (
+        point.name == "close" and ".tmp-" in point.text
+    )
 
 
-def test_a_call_that_fails_with_an_io_error_ends_in_words_and_never_in_half_a_checkpoint(servers, template, points, tmp_path):
+def test_a_call_that_fails_with_an_io_error_ends_in_words_and_never_in_half_a_checkpoint(
+    servers, template, points, tmp_path
+):
     all_fail(servers, template, tmp_path, [(point, "EIO") for point in points if point.on_store])
 
 
-def test_a_disk_that_is_full_for_one_call_ends_in_words_and_never_in_half_a_checkpoint(servers, template, points, tmp_path):
-    all_fail(servers, template, tmp_path, [(point, "ENOSPC") for point in points if point.on_store and (creates(point) or writes(point))])
+def test_a_disk_that_is_full_for_one_call_ends_in_words_and_never_in_half_a_checkpoint(
+    servers, template, points, tmp_path
+):
+    all_fail(
+        servers,
+        template,
+        tmp_path,
+        [
+            (point, "ENOSPC")
+            for point in points
+            if point.on_store and (creates(point) or writes(point))
+        ],
+    )
 
 
-def test_a_file_system_that_turns_read_only_ends_in_words_and_never_in_half_a_checkpoint(servers, template, points, tmp_path):
-    cases = [(point, "EROFS") for point in points if point.on_store and (creates(point) or point.name == "unlink")]
+def test_a_file_system_that_turns_read_only_ends_in_words_and_never_in_half_a_checkpoint(
+    servers, template, points, tmp_path
+):
+    cases = [
+        (point, "EROFS")
+        for point in points
+        if point.on_store and (creates(point) or point.name == "unlink")
+    ]
     all_fail(servers, template, tmp_path, cases)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("error", ["ENOSPC", "EROFS", "EDQUOT", "ESTALE", "EACCES", "EINTR"])
-def test_any_call_that_fails_in_any_way_ends_in_words_and_never_in_half_a_checkpoint(servers, template, points, tmp_path, error):
+def test_any_call_that_fails_in_any_way_ends_in_words_and_never_in_half_a_checkpoint(
+    servers, template, points, tmp_path, error
+):
     all_fail(servers, template, tmp_path, [(point, error) for point in points if point.on_store])
 
 
-@pytest.mark.parametrize(("begun", "error"), [("pwrite64", "ENOSPC"), ("pwrite64", "EDQUOT"), ("fsync", "EIO")])
-def test_a_disk_that_goes_on_failing_while_the_save_is_given_up_changes_no_words(servers, template, points, tmp_path, begun, error):
-    """Network file systems report a full disk at the write, and again when the file is closed and deleted."""
-    first = next(point for point in points if point.name == begun and f"{fmt.stem(NEW, 2)}.pt.tmp" in point.text)
+@pytest.mark.parametrize(
+    ("begun", "error"), [("pwrite64", "ENOSPC"), ("pwrite64", "EDQUOT"), ("fsync", "EIO")]
+)
+def test_a_disk_that_goes_on_failing_while_the_save_is_given_up_changes_no_words(
+    servers, template, points, tmp_path, begun, error
+):
+    """Network file systems report a full disk at the write, and again when the file is closed and
+    deleted."""
+    first = next(
+        point
+        for point in points
+        if point.name == begun and f"{fmt.stem(NEW, 2)}.pt.tmp" in point.text
+    )
     at = points.index(first)
-    injected = ["-e", f"trace={begun},close,unlink", "-e", f"inject={begun}:error={error}:when={first.k}+"]
+    injected = [
+        "-e",
+        f"trace={begun},close,unlink",
+        "-e",
+        f"inject={begun}:error={error}:when={first.k}+",
+    ]
     for name in ("close", "unlink"):
         before = sum(point.name == name for point in points[:at])
         injected += ["-e", f"inject={name}:error={error}:when={before + 1}+"]
@@ -390,7 +509,8 @@ def test_a_disk_that_goes_on_failing_while_the_save_is_given_up_changes_no_words
 
 
 def test_each_file_is_durable_before_it_appears_and_its_folder_before_anything_builds_on_it(points):
-    """Without the first fsync a file full of zeros may come back after a power loss, without the second the old file, or none."""
+    """Without the first fsync a file full of zeros may come back after a power loss, without the
+    second the old file, or none."""
     texts = [point.text for point in points if point.on_store]
 
     def at(*needles: str, last: bool = False) -> int:
@@ -403,25 +523,46 @@ def test_each_file_is_durable_before_it_appears_and_its_folder_before_anything_b
     for writes, appears, kind in (("pwrite64(", "rename(", "pt"), ("write(", "link(", "json")):
         temp = f"{fmt.stem(NEW, 2)}.{kind}.tmp-"
         order = [at(writes, temp, last=True), at("fsync(", temp), at(appears, temp)]
-        order.append(next(k for k in range(order[-1], len(texts)) if texts[k].startswith("fsync(") and folder in texts[k]))
+        order.append(
+            next(
+                k
+                for k in range(order[-1], len(texts))
+                if texts[k].startswith("fsync(") and folder in texts[k]
+            )
+        )
         assert order == sorted(order), (kind, [texts[k] for k in order])
         appeared += [order[2], order[3]]
     assert appeared == sorted(appeared), "the data is durable before its manifest appears"
-    assert at("unlink(", f"{fmt.stem(10, 1)}.json") > appeared[-1], "nothing is deleted before the new one is durable"
+    assert at("unlink(", f"{fmt.stem(10, 1)}.json") > appeared[-1], (
+        "nothing is deleted before the new one is durable"
+    )
     claimed = at("link(", "/attempts/0002.json.tmp-")
-    assert at("write(", "/attempts/0002.json.tmp-") < at("fsync(", "/attempts/0002.json.tmp-") < claimed
-    assert any(text.startswith("fsync(") and f"/{fmt.ATTEMPTS}>)" in text for text in texts[claimed : appeared[0]])
+    assert (
+        at("write(", "/attempts/0002.json.tmp-")
+        < at("fsync(", "/attempts/0002.json.tmp-")
+        < claimed
+    )
+    assert any(
+        text.startswith("fsync(") and f"/{fmt.ATTEMPTS}>)" in text
+        for text in texts[claimed : appeared[0]]
+    )
 
 
 def test_on_delete_the_manifest_is_gone_for_good_before_its_data_goes(points):
     texts = [point.text for point in points if point.on_store]
     for step in (10, 20):
         manifest, data = (
-            next(k for k, text in enumerate(texts) if text.startswith("unlink(") and f"{fmt.stem(step, 1)}.{kind}" in text)
+            next(
+                k
+                for k, text in enumerate(texts)
+                if text.startswith("unlink(") and f"{fmt.stem(step, 1)}.{kind}" in text
+            )
             for kind in ("json", "pt")
         )
         between = texts[manifest:data]
-        assert any(text.startswith("fsync(") and f"/{fmt.CHECKPOINTS}>)" in text for text in between), between
+        assert any(
+            text.startswith("fsync(") and f"/{fmt.CHECKPOINTS}>)" in text for text in between
+        ), between
 
 
 ALONE = """
@@ -437,10 +578,25 @@ store.set_aside(("checkpoints/a.json",))
 def missing_fsyncs(root: Path, trace: Path) -> list[str]:
     """Make a store and change a name in it, under strace; what of that was not made durable."""
     check_strace()
-    command = ["strace", "-y", "-o", str(trace), "-e", "trace=mkdir,rename,fsync", sys.executable, "-c", ALONE, str(root)]
+    command = [
+        "strace",
+        "-y",
+        "-o",
+        str(trace),
+        "-e",
+        "trace=mkdir,rename,fsync",
+        sys.executable,
+        "-c",
+        ALONE,
+        str(root),
+    ]
     ran = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=180)
     assert ran.returncode == 0, ran.stderr
-    calls = [line for line in trace.read_text().splitlines() if str(trace.parent) in line and line.endswith("= 0")]
+    calls = [
+        line
+        for line in trace.read_text().splitlines()
+        if str(trace.parent) in line and line.endswith("= 0")
+    ]
     changes = [(at, call) for at, call in enumerate(calls) if not call.startswith("fsync(")]
     assert len(changes) >= 5
     missing = []
@@ -460,15 +616,28 @@ def test_folders_above_the_run_that_are_made_with_it_are_durable_too(tmp_path):
 
 
 def test_a_kill_in_the_first_attempt_leaves_nothing_or_its_first_checkpoint(servers, tmp_path):
-    """With nothing to go on from, each kill leaves a directory in which a fresh start is allowed, or the whole first checkpoint."""
+    """With nothing to go on from, each kill leaves a directory in which a fresh start is allowed,
+    or the whole first checkpoint."""
     empty = tmp_path / "empty"
     empty.mkdir()
-    points = [point for point in traced(servers[0], empty, tmp_path / "count") if point.name != "exit_group"]
+    points = [
+        point
+        for point in traced(servers[0], empty, tmp_path / "count")
+        if point.name != "exit_group"
+    ]
 
     def kill(server: Server, point: Point) -> int | None:
         root = tmp_path / f"{point.name}-{point.k}"
         root.mkdir()
-        code = server.live(root, "-o", "/dev/null", "-e", f"trace={point.name}", "-e", f"inject={point.name}:signal=SIGKILL:when={point.k}")
+        code = server.live(
+            root,
+            "-o",
+            "/dev/null",
+            "-e",
+            f"trace={point.name}",
+            "-e",
+            f"inject={point.name}:signal=SIGKILL:when={point.k}",
+        )
         found = read_catalog(LocalStore(root))
         if not found.manifests:
             found.check_fresh_start(str(root), [])
@@ -478,7 +647,9 @@ def test_a_kill_in_the_first_attempt_leaves_nothing_or_its_first_checkpoint(serv
         return len(found.manifests) if code != DONE else None
 
     counts = each(servers, points, kill)
-    assert {point.name for point, count in zip(points, counts, strict=True) if count is None} <= OF_THE_HEAP
+    assert {
+        point.name for point, count in zip(points, counts, strict=True) if count is None
+    } <= OF_THE_HEAP
     counts = in_order(points, counts)
     assert counts == sorted(counts) and set(counts) == {0, 1}
 

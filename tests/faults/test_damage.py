@@ -1,4 +1,5 @@
-"""Verified or not used: whatever happens to a byte of a checkpoint, it is noticed, named, and skipped for the next older one."""
+"""Verified or not used: whatever happens to a byte of a checkpoint, it is noticed, named, and
+skipped for the next older one."""
 
 from __future__ import annotations
 
@@ -84,7 +85,9 @@ def flip(path: Path, at: int, bit: int = 0) -> None:
 def forge(store: LocalStore, step: int, data: bytes) -> Manifest:
     """Any bytes as the data of a checkpoint whose manifest fits them."""
     file = fmt.DataFile(f"{fmt.stem(step, 1)}.pt", len(data), f"blake3:{blake3(data).hexdigest()}")
-    manifest = dataclasses.replace(manifest_of(store), step=step, lineage=((1, step),), files=(file,))
+    manifest = dataclasses.replace(
+        manifest_of(store), step=step, lineage=((1, step),), files=(file,)
+    )
     data_path(store, step).write_bytes(data)
     manifest_path(store, step).write_bytes(fmt.to_bytes(manifest))
     return manifest
@@ -94,12 +97,18 @@ def tree(root: Path) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
 
 
-def check_named(store: LocalStore, capsys: pytest.CaptureFixture[str], name: str, path: Path | None = None) -> None:
+def check_named(
+    store: LocalStore, capsys: pytest.CaptureFixture[str], name: str, path: Path | None = None
+) -> None:
     """`harness verify` exits 1 and names that checkpoint, and that one only."""
     capsys.readouterr()
     assert cli.main(["verify", str(path or store.root)]) == 1
     captured = capsys.readouterr()
-    bad = [line for line in (captured.out + captured.err).splitlines() if not line.startswith(("ok ", "note "))]
+    bad = [
+        line
+        for line in (captured.out + captured.err).splitlines()
+        if not line.startswith(("ok ", "note "))
+    ]
     assert name in " ".join(bad), captured
     assert "Traceback" not in captured.err
     if path is None:
@@ -113,7 +122,9 @@ def check_named(store: LocalStore, capsys: pytest.CaptureFixture[str], name: str
 def test_what_is_whole_is_loaded_and_verifies(store, capsys):
     for step in STEPS:
         loaded = load.load(store, manifest_of(store, step))
-        assert torch.equal(loaded["model_state_dict"]["weight"], payload(step)["model_state_dict"]["weight"])
+        assert torch.equal(
+            loaded["model_state_dict"]["weight"], payload(step)["model_state_dict"]["weight"]
+        )
     for path in (store.root, data_path(store), manifest_path(store)):
         assert cli.main(["verify", str(path)]) == 0
         assert f"ok       {NEWEST}" in capsys.readouterr().out
@@ -134,7 +145,10 @@ def regions(path: Path) -> dict[str, int]:
         central = archive.start_dir
 
     def inside(info: zipfile.ZipInfo) -> int:
-        name, extra = (int.from_bytes(data[info.header_offset + at : info.header_offset + at + 2], "little") for at in (26, 28))
+        name, extra = (
+            int.from_bytes(data[info.header_offset + at : info.header_offset + at + 2], "little")
+            for at in (26, 28)
+        )
         return info.header_offset + 30 + name + extra + info.file_size // 2
 
     return {
@@ -177,7 +191,9 @@ def test_a_flipped_bit_in_any_byte_of_the_data_is_caught(store):
 
 def test_data_that_is_cut_short_at_any_length_is_caught(store, capsys):
     manifest, whole = manifest_of(store), data_path(store).read_bytes()
-    lengths = sorted({*range(0, len(whole), 97), 1, 4, 22, len(whole) // 2, len(whole) - 22, len(whole) - 1})
+    lengths = sorted(
+        {*range(0, len(whole), 97), 1, 4, 22, len(whole) // 2, len(whole) - 22, len(whole) - 1}
+    )
     for length in lengths:
         data_path(store).write_bytes(whole[:length])
         with pytest.raises(DamagedError, match="wrong size"):
@@ -265,7 +281,14 @@ def test_every_bit_of_a_manifest_counts(store):
 
 def test_a_manifest_that_is_cut_short_or_grown_is_damaged(store):
     key, whole = fmt.manifest_key(30, 1), manifest_path(store).read_bytes()
-    for text in [*(whole[:length] for length in range(len(whole))), whole + b"\n", whole + b" ", b"\n" + whole, whole + b"\0", whole * 2]:
+    for text in [
+        *(whole[:length] for length in range(len(whole))),
+        whole + b"\n",
+        whole + b" ",
+        b"\n" + whole,
+        whole + b"\0",
+        whole * 2,
+    ]:
         with pytest.raises(DamagedError, match=NEWEST):
             fmt.from_bytes(key, text)
 
@@ -273,24 +296,51 @@ def test_a_manifest_that_is_cut_short_or_grown_is_damaged(store):
 def test_a_manifest_that_says_the_same_in_another_spelling_is_damaged(store):
     fields = json.loads(manifest_path(store).read_bytes())
     backwards = dict(reversed(fields.items()))
-    for text in (json.dumps(fields).encode(), json.dumps(fields, indent=2).encode(), json.dumps(backwards, indent=1).encode() + b"\n"):
+    for text in (
+        json.dumps(fields).encode(),
+        json.dumps(fields, indent=2).encode(),
+        json.dumps(backwards, indent=1).encode() + b"\n",
+    ):
         with pytest.raises(DamagedError):
             fmt.from_bytes(fmt.manifest_key(30, 1), text)
 
 
 def test_a_damaged_manifest_is_named_whatever_part_of_it_is_hit(store, capsys):
     whole = manifest_path(store).read_bytes()
-    places = [0, 1, whole.index(b'"attempt"') + 3, whole.index(b'"step": ') + 8, whole.index(b'"manifest_digest"') + 30, len(whole) - 1]
+    places = [
+        0,
+        1,
+        whole.index(b'"attempt"') + 3,
+        whole.index(b'"step": ') + 8,
+        whole.index(b'"manifest_digest"') + 30,
+        len(whole) - 1,
+    ]
     for at in places:
         flip(manifest_path(store), at, 1)
         found = read_catalog(store)
-        assert list(found.damaged) == [fmt.manifest_key(30, 1)] and [m.step for m in found.manifests] == [10, 20]
+        assert list(found.damaged) == [fmt.manifest_key(30, 1)] and [
+            m.step for m in found.manifests
+        ] == [10, 20]
         check_named(store, capsys, NEWEST)
         check_named(store, capsys, NEWEST, data_path(store))
         manifest_path(store).write_bytes(whole)
 
 
-@pytest.mark.parametrize("text", [b"", b"null", b"[]", b"1", b"{}", b'"x"', b"\xff\xfe", bytes(700), b"{" * 100_000, b'{"a":' * 20_000])
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"",
+        b"null",
+        b"[]",
+        b"1",
+        b"{}",
+        b'"x"',
+        b"\xff\xfe",
+        bytes(700),
+        b"{" * 100_000,
+        b'{"a":' * 20_000,
+    ],
+)
 def test_what_is_no_manifest_at_all_is_damaged(store, capsys, text):
     manifest_path(store).write_bytes(text)
     assert list(read_catalog(store).damaged) == [fmt.manifest_key(30, 1)]
@@ -300,7 +350,15 @@ def test_what_is_no_manifest_at_all_is_damaged(store, capsys, text):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"files": [{"name": "../x", "size_bytes": 6, "digest": f"blake3:{blake3(b'secret').hexdigest()}"}]},
+        {
+            "files": [
+                {
+                    "name": "../x",
+                    "size_bytes": 6,
+                    "digest": f"blake3:{blake3(b'secret').hexdigest()}",
+                }
+            ]
+        },
         {"files": [{"name": "/etc/passwd", "size_bytes": 6, "digest": "blake3:"}]},
         {"files": [{"name": f"{fmt.stem(20, 1)}.pt", "size_bytes": 6, "digest": "blake3:"}]},
         {"files": []},
@@ -333,12 +391,17 @@ def test_a_manifest_under_another_name_is_damaged(store, capsys):
 
 
 def test_a_field_that_is_not_known_is_ignored(store):
-    manifest_path(store).write_bytes(seal(json.loads(manifest_path(store).read_bytes()) | {"surplus": 1}))
+    manifest_path(store).write_bytes(
+        seal(json.loads(manifest_path(store).read_bytes()) | {"surplus": 1})
+    )
     assert read_catalog(store).head.step == 30
 
 
 def test_a_manifest_of_a_later_format_refuses_a_start_and_is_not_set_aside(store, world, capsys):
-    later = json.loads(manifest_path(store).read_bytes()) | {"format_version": 99, "shards": {"of": "a later version"}}
+    later = json.loads(manifest_path(store).read_bytes()) | {
+        "format_version": 99,
+        "shards": {"of": "a later version"},
+    }
     manifest_path(store).write_bytes(seal(later))
     found = read_catalog(store)
     assert list(found.newer) == [fmt.manifest_key(30, 1)] and not found.damaged
@@ -382,7 +445,9 @@ def test_foreign_files_are_named_and_neither_used_nor_counted_as_damage(store, w
     assert [m.step for m in found.manifests] == list(STEPS) and not found.damaged
     resume_point = resume.choose(store, world)
     assert resume_point.manifest.step == 30 and resume_point.damaged == []
-    assert all(any(" ".join(name.split()) in note for note in resume_point.notes) for name in FOREIGN)
+    assert all(
+        any(" ".join(name.split()) in note for note in resume_point.notes) for name in FOREIGN
+    )
     assert cli.main(["verify", str(store.root)]) == 0
     assert cli.main(["ls", str(store.root)]) == 0
     assert f"{NEWEST}.pt.bak" in capsys.readouterr().out
@@ -412,7 +477,9 @@ def as_legacy(thing: object) -> bytes:
 
 
 @pytest.mark.parametrize("spell", [as_zip, as_legacy, pickle.dumps])
-def test_a_pickle_that_would_run_code_is_refused_though_its_digest_fits(store, world, capsys, tmp_path, spell):
+def test_a_pickle_that_would_run_code_is_refused_though_its_digest_fits(
+    store, world, capsys, tmp_path, spell
+):
     data = spell(payload(40) | {"rng": Canary(tmp_path / "canary")})
     if spell is not pickle.dumps:
         torch.load(io.BytesIO(data), weights_only=False)
@@ -435,17 +502,33 @@ def check_named_among(store: LocalStore, capsys: pytest.CaptureFixture[str], nam
 def with_pickle(store: LocalStore, change: Callable[[bytes], bytes]) -> bytes:
     """The newest checkpoint's file with another pickle in it."""
     buffer = io.BytesIO()
-    with zipfile.ZipFile(data_path(store)) as old, zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as new:
+    with (
+        zipfile.ZipFile(data_path(store)) as old,
+        zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as new,
+    ):
         for name in old.namelist():
-            new.writestr(name, change(old.read(name)) if name.endswith("data.pkl") else old.read(name))
+            new.writestr(
+                name, change(old.read(name)) if name.endswith("data.pkl") else old.read(name)
+            )
     return buffer.getvalue()
 
 
 def test_data_that_cannot_be_parsed_is_damage_in_words_though_its_digest_fits(store, world, capsys):
-    """Somebody else's file, or a bug of the writer: never a traceback, and the next older one is taken."""
+    """Somebody else's file, or a bug of the writer: never a traceback, and the next older one is
+    taken."""
     with zipfile.ZipFile(data_path(store)) as archive:
-        length = len(archive.read(next(name for name in archive.namelist() if name.endswith("data.pkl"))))
-    cases = [b"", b"x", b"\x80\x02", b"PK\x03\x04", pickle.dumps([1]), as_zip([1, 2]), as_zip(payload(41))]
+        length = len(
+            archive.read(next(name for name in archive.namelist() if name.endswith("data.pkl")))
+        )
+    cases = [
+        b"",
+        b"x",
+        b"\x80\x02",
+        b"PK\x03\x04",
+        pickle.dumps([1]),
+        as_zip([1, 2]),
+        as_zip(payload(41)),
+    ]
     cases += [with_pickle(store, lambda text, end=end: text[:end]) for end in range(0, length, 3)]
     wrong = []
     for data in cases:
@@ -473,7 +556,9 @@ def test_the_newest_is_chosen_and_nothing_is_written(store, world):
 
 
 @pytest.mark.parametrize("kind", ["data", "manifest", "missing"])
-def test_a_damaged_newest_is_passed_over_loudly_for_the_next_older_and_marked_to_be_set_aside(store, world, kind):
+def test_a_damaged_newest_is_passed_over_loudly_for_the_next_older_and_marked_to_be_set_aside(
+    store, world, kind
+):
     if kind == "missing":
         data_path(store).unlink()
     else:
@@ -481,7 +566,10 @@ def test_a_damaged_newest_is_passed_over_loudly_for_the_next_older_and_marked_to
     before = tree(store.root)
     resume_point = resume.choose(store, world)
     assert resume_point.manifest.step == 20
-    assert torch.equal(resume_point.payload["model_state_dict"]["weight"], payload(20)["model_state_dict"]["weight"])
+    assert torch.equal(
+        resume_point.payload["model_state_dict"]["weight"],
+        payload(20)["model_state_dict"]["weight"],
+    )
     assert resume_point.damaged == [(0, fmt.manifest_key(30, 1))]
     assert any("skipped" in note and NEWEST in note for note in resume_point.notes)
     assert tree(store.root) == before, "finding only reads"
@@ -510,10 +598,15 @@ def test_if_everything_is_damaged_there_is_no_fresh_start(store, world, kind):
     assert tree(store.root) == before
 
 
-def test_what_is_set_aside_is_kept_counts_no_more_and_still_forbids_a_fresh_start(store, world, capsys):
+def test_what_is_set_aside_is_kept_counts_no_more_and_still_forbids_a_fresh_start(
+    store, world, capsys
+):
     for step in STEPS:
         resume.set_aside(store, fmt.manifest_key(step, 1))
-        assert not data_path(store, step).exists() and data_path(store, step).with_name(f"{fmt.stem(step, 1)}.pt.damaged").exists()
+        assert (
+            not data_path(store, step).exists()
+            and data_path(store, step).with_name(f"{fmt.stem(step, 1)}.pt.damaged").exists()
+        )
     found = read_catalog(store)
     assert found.manifests == [] and found.orphans == [] and len(found.set_aside) == 6
     assert cli.main(["verify", str(store.root)]) == 0
@@ -527,7 +620,8 @@ def test_what_is_set_aside_is_kept_counts_no_more_and_still_forbids_a_fresh_star
 
 
 def test_setting_aside_takes_the_manifest_away_first(store):
-    """Dying in between leaves data without a manifest, which is no checkpoint; the other way round it would be half a one."""
+    """Dying in between leaves data without a manifest, which is no checkpoint; the other way round
+    it would be half a one."""
     blocked = store.path(f"{fmt.data_key(30, 1)}.damaged")
     (blocked / "in the way").mkdir(parents=True)
     with pytest.raises(StorageError):
@@ -577,7 +671,8 @@ def open_store(template: Path) -> Iterator[LocalStore]:
 def test_what_cannot_be_read_is_not_called_damaged(open_store, world):
     os.chmod(data_path(open_store), 0)
     with as_nobody(), pytest.raises(StorageError, match="cannot be read") as refused:
-        resume.choose(open_store, world)  # it may be whole, and going on from an older one would cut it off
+        # it may be whole, and going on from an older one would cut it off
+        resume.choose(open_store, world)
     assert "Permission denied" in str(refused.value) and NEWEST in str(refused.value)
     assert read_catalog(open_store).set_aside == []
 

@@ -54,15 +54,29 @@ def stored(tmp_path: Path, name: str, args: dict[str, Any]) -> str:
 
 @pytest.mark.parametrize(
     "name",
-    ["harness.exchange.export:export", "harness.tasks:os", "harness.tasks.digits:Task", "harness.tasks.digits.x:build", "sprung:build",
-     "harness.tasks...sprung:build", "harness.task:find", " harness.tasks.digits:build"],
-)  # fmt: skip
-def test_a_name_in_a_file_is_not_called_and_not_imported(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "sprung.py").write_text("from harness import Task\nopen('sprung', 'w')\ndef build():\n    open('sprung', 'w')\n")
+    [
+        "harness.exchange.export:export",
+        "harness.tasks:os",
+        "harness.tasks.digits:Task",
+        "harness.tasks.digits.x:build",
+        "sprung:build",
+        "harness.tasks...sprung:build",
+        "harness.task:find",
+        " harness.tasks.digits:build",
+    ],
+)
+def test_a_name_in_a_file_is_not_called_and_not_imported(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sprung.py").write_text(
+        "from harness import Task\nopen('sprung', 'w')\ndef build():\n    open('sprung', 'w')\n"
+    )
     monkeypatch.chdir(tmp_path)
     evil = tmp_path / "evil.pt"
     torch.save({"weight": torch.ones(1)}, evil)
-    asked: dict[str, Any] = {"checkpoint": str(evil), "out": "sprung", "trust": True} if "export" in name else {}
+    asked: dict[str, Any] = (
+        {"checkpoint": str(evil), "out": "sprung", "trust": True} if "export" in name else {}
+    )
     path = stored(tmp_path, name, asked)
     with pytest.raises(UsageError):
         harness.load_model(path)
@@ -70,8 +84,13 @@ def test_a_name_in_a_file_is_not_called_and_not_imported(name: str, tmp_path: Pa
     assert not Path("sprung").exists() and "sprung" not in sys.modules
 
 
-def test_a_task_of_the_users_own_is_called_as_they_name_or_confirm_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = "import torch\nfrom harness import Task\ndef build():\n    m = torch.nn.Linear(1, 1, bias=False)\n    return Task(m, [], [])\n"
+def test_a_task_of_the_users_own_is_called_as_they_name_or_confirm_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = (
+        "import torch\nfrom harness import Task\ndef build():\n"
+        "    m = torch.nn.Linear(1, 1, bias=False)\n    return Task(m, [], [])\n"
+    )
     (tmp_path / "confirmed_task.py").write_text(text)
     monkeypatch.chdir(tmp_path)
     path = stored(tmp_path, "confirmed_task:build", {})
@@ -88,32 +107,70 @@ def test_the_tasks_of_the_package_need_no_word() -> None:
 def test_a_report_shows_what_records_hold_as_text() -> None:
     spent = timeline._numbers({EVIL: 3.0, "x": 2, "training": 5.0, "save": float("nan")})
     assert spent == {"other": 5.0, "training": 5.0}
-    life = type("Life", (), {"attempt": 1, "went_on_from": 0, "reached": 3, "lost": 0, "launch": None, "end": {"why": EVIL}})()
+    life = type(
+        "Life",
+        (),
+        {
+            "attempt": 1,
+            "went_on_from": 0,
+            "reached": 3,
+            "lost": 0,
+            "launch": None,
+            "end": {"why": EVIL},
+        },
+    )()
     life.began = life.ended = "2026-01-01T00:00:00+00:00"
-    stretch = timeline._stretch(life, [{"time": "2026-01-01T00:00:09+00:00", "spent": {EVIL: 3.0}}], is_running=False)
+    stretch = timeline._stretch(
+        life, [{"time": "2026-01-01T00:00:09+00:00", "spent": {EVIL: 3.0}}], is_running=False
+    )
     assert stretch is not None and stretch.how == "failed"
     stands = type("Stands", (), {"state": EVIL, "why": EVIL, "exit_code": 1})()
     raw = timeline.AttemptSpan(life, 0.0, 9.0, {EVIL: 3.0}, EVIL, EVIL)
     text = page.page(EVIL, timeline.Timeline(stands, 0.0, 9.0, [raw], {EVIL: 3.0}))
-    assert "<script" not in text and 'http-equiv="Content-Security-Policy"' in text and "default-src 'none'" in text
+    assert (
+        "<script" not in text
+        and 'http-equiv="Content-Security-Policy"' in text
+        and "default-src 'none'" in text
+    )
 
 
-PLACES = ["partition", "account", "qos", "constraint", "mem", "time", "job_name", "container", "python"]
+PLACES = [
+    "partition",
+    "account",
+    "qos",
+    "constraint",
+    "mem",
+    "time",
+    "job_name",
+    "container",
+    "python",
+]
 
 
 @pytest.mark.parametrize("bad", ["a\ntouch sprung", "a\x1b[2J", "a\rb", "a\u2028b", "a\x00"])
 def test_a_control_character_does_not_get_into_a_job_script(bad: str) -> None:
     plain = job_script.Job(SlurmSettings(), "job", "log", ["a=b"])
     assert job_script.script(plain)
-    jobs = [job_script.Job(SlurmSettings(**{place: bad}), "job", "log", []) for place in PLACES]  # type: ignore[arg-type]
-    jobs += [job_script.Job(SlurmSettings(extra=[bad]), "job", "log", []), job_script.Job(SlurmSettings(), bad, "log", [])]
-    jobs += [job_script.Job(SlurmSettings(), "job", bad, []), job_script.Job(SlurmSettings(), "job", "log", ["a=b", bad])]
+    jobs = [
+        job_script.Job(SlurmSettings(**{place: bad}), "job", "log", [])  # type: ignore[arg-type]
+        for place in PLACES
+    ]
+    jobs += [
+        job_script.Job(SlurmSettings(extra=[bad]), "job", "log", []),
+        job_script.Job(SlurmSettings(), bad, "log", []),
+    ]
+    jobs += [
+        job_script.Job(SlurmSettings(), "job", bad, []),
+        job_script.Job(SlurmSettings(), "job", "log", ["a=b", bad]),
+    ]
     for job in jobs:
         with pytest.raises(UsageError, match="control character"):
             job_script.script(job)
 
 
-def test_submit_names_the_setting_and_keeps_a_percent_sign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+def test_submit_names_the_setting_and_keeps_a_percent_sign(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["submit", "--dry-run", "--partition", "a\nb", "run.dir=r"]) == 78
     assert "slurm.partition" in capsys.readouterr().err
@@ -122,7 +179,9 @@ def test_submit_names_the_setting_and_keeps_a_percent_sign(tmp_path: Path, monke
     assert "100%%j/logs/slurm-%" in capsys.readouterr().out
 
 
-def test_the_writing_process_is_this_package_wherever_it_is_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_writing_process_is_this_package_wherever_it_is_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "harness.py").write_text("open('sprung', 'w')\n")
     (tmp_path / "blake3.py").write_text("open('sprung', 'w')\n")
     monkeypatch.chdir(tmp_path)
@@ -137,7 +196,9 @@ def test_the_writing_process_is_this_package_wherever_it_is_started(tmp_path: Pa
     assert done.returncode == 0 and not done.stderr and not (tmp_path / "sprung").exists()
 
 
-def test_the_writing_process_is_started_and_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_writing_process_is_started_and_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "harness").mkdir()
     (tmp_path / "harness" / "__init__.py").write_text("open('sprung', 'w')\n")
     monkeypatch.chdir(tmp_path)
@@ -147,7 +208,9 @@ def test_the_writing_process_is_started_and_writes(tmp_path: Path, monkeypatch: 
         check_loop([str(program)])
     started: list[Any] = []
     real = subprocess.Popen
-    monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: started.append(real(*a, **k)) or started[-1])
+    monkeypatch.setattr(
+        subprocess, "Popen", lambda *a, **k: started.append(real(*a, **k)) or started[-1]
+    )
     writer = writer_process.WriterProcess()
     process = writer._alive(SimpleNamespace(fd=1))  # type: ignore[arg-type]
     writer.close()
@@ -174,42 +237,67 @@ def test_a_folder_without_init_does_not_shadow_the_package(tmp_path: Path) -> No
 
 
 def test_an_editable_install_is_found_beside_a_folder_of_that_name(tmp_path: Path) -> None:
-    """The tests' environment has one: a finder of setuptools' would come after such a folder, a plain path does not."""
+    """The tests' environment has one: a finder of setuptools' would come after such a folder, a
+    plain path does not."""
     (tmp_path / "harness").mkdir()
-    done = run([sys.executable, "-c", "import harness; print(harness.__file__)"], cwd=tmp_path, env={"PYTHONPATH": ""})
+    done = run(
+        [sys.executable, "-c", "import harness; print(harness.__file__)"],
+        cwd=tmp_path,
+        env={"PYTHONPATH": ""},
+    )
     assert done.stdout.strip() == harness.__file__, done.stdout + done.stderr
 
 
-def test_a_package_of_that_name_in_the_working_directory_is_named_before_anything_starts(tmp_path: Path) -> None:
+def test_a_package_of_that_name_in_the_working_directory_is_named_before_anything_starts(
+    tmp_path: Path,
+) -> None:
     (tmp_path / "harness").mkdir()
     (tmp_path / "harness" / "__init__.py").write_text("open('sprung', 'w')\n")
     (tmp_path / "own.py").write_text("import harness\n")
     environment = {"PYTHONPATH": str(Path(harness.__file__).parents[1]), "PATH": "/usr/bin"}
     for words in (["task.name=mine:build"], ["own.py"]):
-        code = f"import sys; sys.path.remove(''); from harness import cli; sys.exit(cli.main(['launch', 'run.dir=run', *{words!r}]))"
+        code = (
+            "import sys; sys.path.remove(''); from harness import cli; "
+            f"sys.exit(cli.main(['launch', 'run.dir=run', *{words!r}]))"
+        )
         done = run([sys.executable, "-c", code], cwd=tmp_path, env=environment)
         assert done.returncode == 78, done.stderr
-        assert str(tmp_path / "harness") in done.stderr and "Traceback" not in done.stderr, done.stderr
+        assert str(tmp_path / "harness") in done.stderr and "Traceback" not in done.stderr, (
+            done.stderr
+        )
         assert not (tmp_path / "run").exists() and not (tmp_path / "sprung").exists()
 
 
-def test_each_block_of_a_file_is_fetched_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A module's pickle is looked at in several ways; the store is opened once, and asked for no range twice."""
+def test_each_block_of_a_file_is_fetched_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A module's pickle is looked at in several ways; the store is opened once, and asked for no
+    range twice."""
     torch.save(torch.nn.Linear(300, 300), tmp_path / "m.pt")
     opened: list[str] = []
     asked: list[tuple[int, int]] = []
     real, read = LocalStore.open, single_read.SingleRead._read
     monkeypatch.setattr(LocalStore, "open", lambda self, key: opened.append(key) or real(self, key))
-    monkeypatch.setattr(single_read.SingleRead, "_read", lambda self, wanted: asked.append(wanted) or read(self, wanted))
+    monkeypatch.setattr(
+        single_read.SingleRead,
+        "_read",
+        lambda self, wanted: asked.append(wanted) or read(self, wanted),
+    )
     assert "needs code" in str(describe(tmp_path / "m.pt")) and opened == ["m.pt"]
     assert len(set(bytes_of(asked))) == len(bytes_of(asked))
 
 
 def bytes_of(ranges: list[tuple[int, int]]) -> list[int]:
-    return [at for start, end in ranges for at in range(start // single_read.BLOCK_BYTES, -(-end // single_read.BLOCK_BYTES))]
+    return [
+        at
+        for start, end in ranges
+        for at in range(start // single_read.BLOCK_BYTES, -(-end // single_read.BLOCK_BYTES))
+    ]
 
 
-def test_what_is_loaded_is_fetched_once_too_and_never_opened_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_loaded_is_fetched_once_too_and_never_opened_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     state = {f"layer{n}.weight": torch.full((50, 50), float(n)) for n in range(30)}
     paths = [tmp_path / name for name in ("new.pt", "old.pt", "m.safetensors")]
     torch.save(state, paths[0])
@@ -220,12 +308,18 @@ def test_what_is_loaded_is_fetched_once_too_and_never_opened_again(tmp_path: Pat
         found = files.find(path)
         assert found.once is not None
         first, read = found.once.kept_bytes, found.once._read
-        monkeypatch.setattr(found.once, "_read", lambda wanted, asked=asked, read=read: asked.append(wanted) or read(wanted))
+        monkeypatch.setattr(
+            found.once,
+            "_read",
+            lambda wanted, asked=asked, read=read: asked.append(wanted) or read(wanted),
+        )
         path.unlink()
         path.write_bytes(b"another file")
         loaded = files.read(found)
         assert all(torch.equal(loaded.value[name], tensor) for name, tensor in state.items())
-        assert first + sum(end - start for start, end in asked) == found.size_bytes, "each byte once"
+        assert first + sum(end - start for start, end in asked) == found.size_bytes, (
+            "each byte once"
+        )
 
 
 def test_a_file_that_changes_meanwhile_is_refused_in_words(tmp_path: Path) -> None:
@@ -236,7 +330,9 @@ def test_a_file_that_changes_meanwhile_is_refused_in_words(tmp_path: Path) -> No
         with path.open("ab") as file:
             file.write(b"x" * 100)
         with pytest.raises(ChangedError, match="changed while it was read"):
-            look(found) if look is files.read else found.once.span(100_000, 200_000)  # type: ignore[union-attr]
+            look(found) if look is files.read else found.once.span(  # type: ignore[union-attr]
+                100_000, 200_000
+            )
     assert ChangedError("x").exit_code == 1
 
 
@@ -244,7 +340,10 @@ def test_no_tensor_is_read_to_show_a_large_file(tmp_path: Path) -> None:
     """A sparse file of 8 GB whose tensors nobody has written."""
     path = tmp_path / "large.pt"
     header = json.dumps(
-        {f"w{n}": {"dtype": "F32", "shape": [1 << 20], "data_offsets": [n << 22, (n + 1) << 22]} for n in range(2000)}
+        {
+            f"w{n}": {"dtype": "F32", "shape": [1 << 20], "data_offsets": [n << 22, (n + 1) << 22]}
+            for n in range(2000)
+        }
     ).encode()
     with path.open("wb") as file:
         file.write(len(header).to_bytes(8, "little") + header)
@@ -254,7 +353,9 @@ def test_no_tensor_is_read_to_show_a_large_file(tmp_path: Path) -> None:
     assert found.once.kept_bytes < len(header) + (1 << 20), "some 140 kB of 8 GB"
 
 
-def test_bytes_that_have_come_are_not_asked_for_again_when_the_next_question_gets_no_answer(tmp_path: Path) -> None:
+def test_bytes_that_have_come_are_not_asked_for_again_when_the_next_question_gets_no_answer(
+    tmp_path: Path,
+) -> None:
     good, bad = both(tmp_path)
     with WickedServer(good, bad, 99, tells=True, drops=4) as server:
         describe(server.url)
@@ -264,25 +365,37 @@ def test_bytes_that_have_come_are_not_asked_for_again_when_the_next_question_get
 
 
 def test_what_is_kept_of_a_file_that_is_shown_is_little(tmp_path: Path) -> None:
-    """Of a file of 300 tensors the pickle and the directory; before PyTorch 2.7, 4 kB more of each tensor."""
+    """Of a file of 300 tensors the pickle and the directory; before PyTorch 2.7, 4 kB more of each
+    tensor."""
     torch.save({f"layer{n}.weight": torch.zeros(64, 300) for n in range(300)}, tmp_path / "new.pt")
-    with zipfile.ZipFile(tmp_path / "new.pt") as new, zipfile.ZipFile(tmp_path / "old.pt", "w") as old:
+    with (
+        zipfile.ZipFile(tmp_path / "new.pt") as new,
+        zipfile.ZipFile(tmp_path / "old.pt", "w") as old,
+    ):
         for record in new.infolist():
             if not record.filename.endswith((".format_version", ".storage_alignment")):
                 old.writestr(record, new.read(record))
-    for name, most in (("new.pt", 200_000), ("old.pt", 200_000 + 2 * 300 * single_read.BLOCK_BYTES)):
+    for name, most in (
+        ("new.pt", 200_000),
+        ("old.pt", 200_000 + 2 * 300 * single_read.BLOCK_BYTES),
+    ):
         found = files.find(tmp_path / name)
         files.outline(found)
         assert found.once is not None and found.once.kept_bytes < most < found.size_bytes
 
 
 class Wicked(BaseHTTPRequestHandler):
-    """Serves one file for the first answers that hold bytes, and another, of the same length, for all later ones."""
+    """Serves one file for the first answers that hold bytes, and another, of the same length, for
+    all later ones."""
 
     server: WickedServer
 
     def _body(self) -> bytes:
-        return self.server.good if len(self.server.ranges) < self.server.turns_after else self.server.bad
+        return (
+            self.server.good
+            if len(self.server.ranges) < self.server.turns_after
+            else self.server.bad
+        )
 
     def _is_dropped(self) -> bool:
         """Whether this question for what the file is gets no answer."""
@@ -323,7 +436,9 @@ class Wicked(BaseHTTPRequestHandler):
 class WickedServer(ThreadingHTTPServer):
     """Its address is `url`."""
 
-    def __init__(self, good: bytes, bad: bytes, turns_after: int, *, tells: bool, drops: int = 0) -> None:
+    def __init__(
+        self, good: bytes, bad: bytes, turns_after: int, *, tells: bool, drops: int = 0
+    ) -> None:
         super().__init__(("127.0.0.1", 0), Wicked)
         self.good, self.bad, self.turns_after, self.tells = good, bad, turns_after, tells
         self.drops = drops  # so many questions, after the first bytes, get no answer
@@ -353,14 +468,16 @@ class Sprung(torch.nn.Module):
     @torch.jit.export
     def __setstate__(self, state: tuple[torch.Tensor, bool]) -> None:
         self.training = state[1]
-        self.weight = torch.from_file("sprung", shared=True, size=10)  # used, or TorchScript would leave it out
+        # used, or TorchScript would leave it out
+        self.weight = torch.from_file("sprung", shared=True, size=10)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x
 
 
 def both(tmp_path: Path) -> tuple[bytes, bytes]:
-    """A pickled module, which is looked at in several ways, and TorchScript that writes a file, in as many bytes."""
+    """A pickled module, which is looked at in several ways, and TorchScript that writes a file, in
+    as many bytes."""
     torch.save(torch.nn.Linear(100, 100), tmp_path / "good.pt")
     torch.jit.save(torch.jit.script(Sprung()), tmp_path / "bad.pt")
     good, bad = (tmp_path / "good.pt").read_bytes(), (tmp_path / "bad.pt").read_bytes()
@@ -368,7 +485,11 @@ def both(tmp_path: Path) -> tuple[bytes, bytes]:
     with zipfile.ZipFile(made, "a") as archive:
         archive.writestr("bad/extra/pad", bytes(max(0, len(good) - len(bad) - 400)))
     bad = made.getvalue()
-    return (good, bad + bytes(len(good) - len(bad))) if len(bad) <= len(good) else (good + bytes(len(bad) - len(good)), bad)
+    return (
+        (good, bad + bytes(len(good) - len(bad)))
+        if len(bad) <= len(good)
+        else (good + bytes(len(bad) - len(good)), bad)
+    )
 
 
 @pytest.mark.parametrize("tells", [True, False])
@@ -397,7 +518,11 @@ def test_of_a_file_that_has_changed_nothing_is_asked_for_again(tmp_path: Path) -
         whole = single_read.SingleRead(file, "it")
         assert whole.span(0, 10) == bytes(10)
         path.write_bytes(b"x" * 100_001)
-        for look in (lambda: whole.span(50_000, 50_010), lambda: whole.span(50_000, 50_010), lambda: whole.sealed(lambda _: None)):
+        for look in (
+            lambda: whole.span(50_000, 50_010),
+            lambda: whole.span(50_000, 50_010),
+            lambda: whole.sealed(lambda _: None),
+        ):
             with pytest.raises(ChangedError):
                 look()
         path.write_bytes(bytes(100_000))
@@ -408,11 +533,16 @@ def test_of_a_file_that_has_changed_nothing_is_asked_for_again(tmp_path: Path) -
 
 def test_an_object_that_is_replaced_meanwhile_is_told(tmp_path: Path) -> None:
     good, bad = both(tmp_path)
-    with WickedServer(good, bad, 1, tells=True) as server, pytest.raises(ChangedError, match="changed while it was read"):
+    with (
+        WickedServer(good, bad, 1, tells=True) as server,
+        pytest.raises(ChangedError, match="changed while it was read"),
+    ):
         describe(server.url)
 
 
-def test_a_range_of_a_bucket_is_asked_of_the_object_that_was_found(bucket: tuple[S3Server, str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_range_of_a_bucket_is_asked_of_the_object_that_was_found(
+    bucket: tuple[S3Server, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     server, name = bucket
     for variable, value in server.environment.items():
         monkeypatch.setenv(variable, value)
@@ -461,7 +591,10 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def look(directory: Path, capsys: Any, *, extra: tuple[tuple[str, ...], ...] = ()) -> str:
     """All that the commands say of a run; none of them ends in a traceback."""
     said = []
-    for words in [*((*each.split()[:1], str(directory), *each.split()[1:]) for each in LOOKS), *extra]:
+    for words in [
+        *((*each.split()[:1], str(directory), *each.split()[1:]) for each in LOOKS),
+        *extra,
+    ]:
         assert main(list(words)) in (0, 1, 74, 75, 78), words
         answer = capsys.readouterr()
         said.append(answer.out + answer.err)
@@ -469,17 +602,37 @@ def look(directory: Path, capsys: Any, *, extra: tuple[tuple[str, ...], ...] = (
 
 
 def rewritten(directory: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
-    """Every record and every event of a run, changed; manifests get the digest that belongs to them."""
+    """Every record and every event of a run, changed; manifests get the digest that belongs to
+    them."""
     (directory / "launches").mkdir(exist_ok=True)
-    (directory / "launches" / "1.0.json").write_text(json.dumps({"greatest": 0, "reached": 0, "launch": "1.0", "time": TIME}))
-    (directory / "launches" / "1.0.end.json").write_text(json.dumps({"why": "failed", "error": "e", "trace": "t", "code": 1, "time": TIME}))
+    (directory / "launches" / "1.0.json").write_text(
+        json.dumps({"greatest": 0, "reached": 0, "launch": "1.0", "time": TIME})
+    )
+    (directory / "launches" / "1.0.end.json").write_text(
+        json.dumps({"why": "failed", "error": "e", "trace": "t", "code": 1, "time": TIME})
+    )
     (directory / "run.json").write_text(json.dumps({"submitted": TIME}))
-    for path in [*directory.glob("attempts/*"), *directory.glob("launches/*"), directory / "run.json"]:
+    for path in [
+        *directory.glob("attempts/*"),
+        *directory.glob("launches/*"),
+        directory / "run.json",
+    ]:
         path.write_text(json.dumps(change(json.loads(path.read_text()))))
     for path in directory.glob("events/*"):
-        path.write_text("".join(json.dumps(change(json.loads(line))) + "\n" for line in path.read_text().splitlines()))
+        path.write_text(
+            "".join(
+                json.dumps(change(json.loads(line))) + "\n"
+                for line in path.read_text().splitlines()
+            )
+        )
     for path in directory.glob("checkpoints/*.json"):
-        fields = change({name: value for name, value in json.loads(path.read_text()).items() if name != "manifest_digest"})
+        fields = change(
+            {
+                name: value
+                for name, value in json.loads(path.read_text()).items()
+                if name != "manifest_digest"
+            }
+        )
         path.write_bytes(fmt._spell(fields | {"manifest_digest": fmt._digest(fields)}))
 
 
@@ -487,7 +640,8 @@ TIME = "2026-01-01T00:00:00.000+00:00"
 
 
 def poisoned(value: Any) -> Any:
-    """The same with escape sequences in every text, name and key, but where a thing is told from another by it."""
+    """The same with escape sequences in every text, name and key, but where a thing is told from
+    another by it."""
     if isinstance(value, str):
         return value + ESCAPES
     if isinstance(value, list):
@@ -497,11 +651,27 @@ def poisoned(value: Any) -> Any:
     return value
 
 
-KEPT = ("time", "submitted", "run_id", "nonce", "kind", "event", "remote", "launch", "lineage", "files", "final", "from", "config_digest")
+KEPT = (
+    "time",
+    "submitted",
+    "run_id",
+    "nonce",
+    "kind",
+    "event",
+    "remote",
+    "launch",
+    "lineage",
+    "files",
+    "final",
+    "from",
+    "config_digest",
+)
 
 
 @pytest.mark.parametrize("why", ["failed", "stopped", ESCAPES])
-def test_what_a_terminal_would_obey_does_not_get_there_out_of_records(why: str, made: Path, tmp_path: Path, capsys: Any) -> None:
+def test_what_a_terminal_would_obey_does_not_get_there_out_of_records(
+    why: str, made: Path, tmp_path: Path, capsys: Any
+) -> None:
     directory = tmp_path / f"run{ESCAPES.replace(chr(13), '')}"
     shutil.copytree(made, directory)
     for manifest in directory.glob("checkpoints/step_00000008*"):
@@ -511,7 +681,14 @@ def test_what_a_terminal_would_obey_does_not_get_there_out_of_records(why: str, 
     def change(record: dict[str, Any]) -> dict[str, Any]:
         new = {name: value if name in KEPT else poisoned(value) for name, value in record.items()}
         if "saved_step" in record or record.get("why") == "finished":
-            new |= {"why": why, "error": ESCAPES, "trace": f"a\n{ESCAPES}", "by": ESCAPES, "signals": [ESCAPES], "step": 7}
+            new |= {
+                "why": why,
+                "error": ESCAPES,
+                "trace": f"a\n{ESCAPES}",
+                "by": ESCAPES,
+                "signals": [ESCAPES],
+                "step": 7,
+            }
         if record.get("event") == "step":
             new |= {"event": "retry", "error": ESCAPES}
         return new | {name + ESCAPES: 1 for name in ("spent", "x")}
@@ -519,7 +696,11 @@ def test_what_a_terminal_would_obey_does_not_get_there_out_of_records(why: str, 
     rewritten(directory, change)
     html = tmp_path / "report.html"
     first = str(next(directory.glob("checkpoints/*.json")))
-    said = look(directory, capsys, extra=(("report", str(directory), "--html", str(html)), ("diff", str(directory), first)))
+    said = look(
+        directory,
+        capsys,
+        extra=(("report", str(directory), "--html", str(html)), ("diff", str(directory), first)),
+    )
     assert "owned" in said, "so it was told"
     hidden = set(said + html.read_text()) - {"\n", "\t"}
     assert not [c for c in hidden if unicodedata.category(c) in ("Cc", "Cf", "Zl", "Zp", "Cs")]
@@ -531,28 +712,75 @@ def test_what_a_terminal_would_obey_does_not_get_there_out_of_records(why: str, 
 
 def test_whoever_is_told_of_an_end_gets_no_escapes(tmp_path: Path) -> None:
     out = tmp_path / "word"
-    settings = NotifySettings(on=["failed"], command=[sys.executable, "-c", f"import sys; open({str(out)!r}, 'w').write(sys.stdin.read())"])
+    settings = NotifySettings(
+        on=["failed"],
+        command=[
+            sys.executable,
+            "-c",
+            f"import sys; open({str(out)!r}, 'w').write(sys.stdin.read())",
+        ],
+    )
     notify(settings, "failed", "run", ESCAPES)
-    assert ESCAPES[:1] not in json.loads(out.read_text())["text"] and "owned" in json.loads(out.read_text())["text"]
+    assert (
+        ESCAPES[:1] not in json.loads(out.read_text())["text"]
+        and "owned" in json.loads(out.read_text())["text"]
+    )
 
 
-WRONG: list[Any] = ["x", [1], {"a": 1}, None, True, -1, 1.5, 10**400, float("nan"), float("inf"), 1e308, "9999-12-31T23:59:59.999+00:00"]
+WRONG: list[Any] = [
+    "x",
+    [1],
+    {"a": 1},
+    None,
+    True,
+    -1,
+    1.5,
+    10**400,
+    float("nan"),
+    float("inf"),
+    1e308,
+    "9999-12-31T23:59:59.999+00:00",
+]
 
 
 @pytest.mark.parametrize("wrong", WRONG, ids=str)
-def test_a_record_that_holds_anything_at_all_is_no_traceback(wrong: Any, made: Path, tmp_path: Path, capsys: Any) -> None:
-    """Each field of each record in turn would take long: all of them, and all but those that make a record count."""
-    for number, kept in enumerate((("event",), ("event", "time", "step"), ("event", "time", "why"), (*KEPT, "step", "attempt"))):
+def test_a_record_that_holds_anything_at_all_is_no_traceback(
+    wrong: Any, made: Path, tmp_path: Path, capsys: Any
+) -> None:
+    """Each field of each record in turn would take long: all of them, and all but those that make a
+    record count."""
+    for number, kept in enumerate(
+        (
+            ("event",),
+            ("event", "time", "step"),
+            ("event", "time", "why"),
+            (*KEPT, "step", "attempt"),
+        )
+    ):
         directory = tmp_path / str(number)
         shutil.copytree(made, directory)
-        rewritten(directory, lambda record, kept=kept: {name: value if name in kept else wrong for name, value in record.items()})
+        rewritten(
+            directory,
+            lambda record, kept=kept: {
+                name: value if name in kept else wrong for name, value in record.items()
+            },
+        )
         look(
-            directory, capsys, extra=(("report", str(directory), "--html", str(tmp_path / "x.html")), ("status", str(directory), "--json"))
+            directory,
+            capsys,
+            extra=(
+                ("report", str(directory), "--html", str(tmp_path / "x.html")),
+                ("status", str(directory), "--json"),
+            ),
         )
 
 
-def test_a_record_that_is_torn_nested_or_no_record_is_passed_over(made: Path, tmp_path: Path, capsys: Any) -> None:
-    for number, text in enumerate((b"", b"\xff\xfe", b"[" * 100_000, b"null", b"3", b'{"a"', b"9" * 5000)):
+def test_a_record_that_is_torn_nested_or_no_record_is_passed_over(
+    made: Path, tmp_path: Path, capsys: Any
+) -> None:
+    for number, text in enumerate(
+        (b"", b"\xff\xfe", b"[" * 100_000, b"null", b"3", b'{"a"', b"9" * 5000)
+    ):
         directory = tmp_path / str(number)
         shutil.copytree(made, directory)
         for path in [*directory.glob("attempts/*"), directory / "run.json"]:

@@ -1,4 +1,5 @@
-"""A stop that comes at any moment, to any process, loses no step: the run ends soon, leaves nobody behind, and goes on."""
+"""A stop that comes at any moment, to any process, loses no step: the run ends soon, leaves nobody
+behind, and goes on."""
 
 from __future__ import annotations
 
@@ -31,8 +32,15 @@ import time
 from pathlib import Path
 import small_task
 
-def build(folder: str, width: int = 32, sleep_s: float = 0.0, build_s: float = 0.0, evaluate_s: float = 0.0):
-    """small_task, slow where it is told to be; it leaves word when it is built and when it is evaluated."""
+def build(
+    folder: str,
+    width: int = 32,
+    sleep_s: float = 0.0,
+    build_s: float = 0.0,
+    evaluate_s: float = 0.0,
+):
+    """small_task, slow where it is told to be; it leaves word when it is built and when it is
+    evaluated."""
     Path(folder, "building").touch()
     time.sleep(build_s)
     task = small_task.build(width=width, sleep_s=sleep_s)
@@ -51,7 +59,13 @@ def slow(folder: Path, **slowness: float) -> tuple[str, ...]:
     """Settings of a run in `folder` that is slow where it is told to be."""
     (folder / "slow_task.py").write_text(SLOW_TASK)
     arguments = (f"task.args.{name}={value}" for name, value in slowness.items())
-    return ("task.name=slow_task:build", *SMALL[1:], f"run.dir={folder}/run", f"task.args.folder={folder}", *arguments)
+    return (
+        "task.name=slow_task:build",
+        *SMALL[1:],
+        f"run.dir={folder}/run",
+        f"task.args.folder={folder}",
+        *arguments,
+    )
 
 
 def receivers(process: subprocess.Popen[str], whom: str) -> list[psutil.Process]:
@@ -60,8 +74,13 @@ def receivers(process: subprocess.Popen[str], whom: str) -> list[psutil.Process]
     torchruns = [member for member in members if workers_of(member.pid)] or members[1:2]
     ranks = workers_of(torchruns[0].pid) if torchruns else []
     return {
-        "rank 0": ranks[:1], "rank 1": ranks[1:], "ranks": ranks, "torchrun": torchruns[:1], "every": members, "launch": members[:1]
-    }[whom]  # fmt: skip
+        "rank 0": ranks[:1],
+        "rank 1": ranks[1:],
+        "ranks": ranks,
+        "torchrun": torchruns[:1],
+        "every": members,
+        "launch": members[:1],
+    }[whom]
 
 
 def send(process: subprocess.Popen[str], whom: str, number: signal.Signals) -> None:
@@ -70,17 +89,30 @@ def send(process: subprocess.Popen[str], whom: str, number: signal.Signals) -> N
             member.send_signal(number)
 
 
-def check_stopped(process: subprocess.Popen[str], directory: Path, whom: str, number: signal.Signals, codes: tuple[int, ...] = ()) -> None:
-    """It ended in time, with nobody left; what was told to one rank or to torchrun only, launch has started again by itself."""
+def check_stopped(
+    process: subprocess.Popen[str],
+    directory: Path,
+    whom: str,
+    number: signal.Signals,
+    codes: tuple[int, ...] = (),
+) -> None:
+    """It ended in time, with nobody left; what was told to one rank or to torchrun only, launch has
+    started again by itself."""
     out, err = process.communicate(timeout=LIMIT_S)
     expected = (75, *codes) if whom in ("every", "launch") else (0, *codes)
-    assert process.returncode in expected, f"{whom}, {number.name}: {process.returncode}\n{out}\n{err}"
+    assert process.returncode in expected, (
+        f"{whom}, {number.name}: {process.returncode}\n{out}\n{err}"
+    )
     assert left_behind(directory) == []
     assert "Traceback" not in out + err or -number in codes, out + err
-    passed_on = {"SIGTERM"} if whom == "every" else set()  # by torchrun, which sends that if it is told a second time
+    # by torchrun, which sends that if it is told a second time
+    passed_on = {"SIGTERM"} if whom == "every" else set()
     for end in ended(directory, "attempts").values():
         assert end["why"] == "finished" or (end["why"], end["saved"]) == ("stopped", True), end
-        assert end["why"] == "finished" or {number.name} <= set(end["signals"]) <= {number.name} | passed_on, end
+        assert (
+            end["why"] == "finished"
+            or {number.name} <= set(end["signals"]) <= {number.name} | passed_on
+        ), end
 
 
 def check_nothing_lost(directory: Path, other: Path) -> None:
@@ -92,7 +124,9 @@ def check_nothing_lost(directory: Path, other: Path) -> None:
 def matrix() -> pytest.MarkDecorator:
     """Every receiver, with both signals."""
     cases = [(whom, number) for whom in RECEIVERS for number in (signal.SIGTERM, signal.SIGUSR1)]
-    return pytest.mark.parametrize(("whom", "number"), [pytest.param(*case, id=f"{case[0]}-{case[1].name}") for case in cases])
+    return pytest.mark.parametrize(
+        ("whom", "number"), [pytest.param(*case, id=f"{case[0]}-{case[1].name}") for case in cases]
+    )
 
 
 @functools.cache
@@ -119,7 +153,11 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
             for delay_s in (0.3, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0)
             for whom, number in (("launch", signal.SIGUSR1), ("every", signal.SIGTERM))
         ],
-        *[pytest.param(delay_s, "torchrun", number) for delay_s in (3.0, 4.0, 5.0, 6.0) for number in (signal.SIGTERM, signal.SIGUSR1)],
+        *[
+            pytest.param(delay_s, "torchrun", number)
+            for delay_s in (3.0, 4.0, 5.0, 6.0)
+            for number in (signal.SIGTERM, signal.SIGUSR1)
+        ],
     ],
 )
 def test_while_it_starts(
@@ -140,7 +178,9 @@ def test_while_it_starts(
         assert left_behind(directory) == []
     else:
         check_stopped(process, directory, whom, number, codes=(-number,))
-        assert not any("failed" in (end["why"],) for end in ended(directory, "launches").values()), ended(directory, "launches")
+        assert not any(
+            "failed" in (end["why"],) for end in ended(directory, "launches").values()
+        ), ended(directory, "launches")
         assert run(launch(2, *settings)).returncode == 0
     check_nothing_lost(directory, whole(2))
 
@@ -202,16 +242,22 @@ def test_in_the_first_step(
 
 def temporary(directory: Path) -> list[Path]:
     """What is being written at this moment."""
-    return [file for file in directory.glob("checkpoints/*") if file.suffix not in (".pt", ".json")] + list(
-        directory.glob("checkpoints/.*")
-    )
+    return [
+        file for file in directory.glob("checkpoints/*") if file.suffix not in (".pt", ".json")
+    ] + list(directory.glob("checkpoints/.*"))
 
 
 @pytest.mark.parametrize("last", [False, True], ids=["on the way", "at the end"])
 @matrix()
-def test_in_a_save(whom: str, number: signal.Signals, last: bool, shelf: Path, tmp_path: Path, started: Start) -> None:
+def test_in_a_save(
+    whom: str, number: signal.Signals, last: bool, shelf: Path, tmp_path: Path, started: Start
+) -> None:
     directory, big = tmp_path / "run", ("task.args.width=1500", "train.epochs=4")
-    settings = (*slow(tmp_path), *big, "checkpoint.every_steps=5" if not last else "checkpoint.every_s=null")
+    settings = (
+        *slow(tmp_path),
+        *big,
+        "checkpoint.every_steps=5" if not last else "checkpoint.every_s=null",
+    )
     other = undisturbed(shelf, *big)
     process = started(launch(2, *settings, "task.args.sleep_s=0.05"), cwd=tmp_path)
     wait_until(lambda: temporary(directory) or process.poll() is not None, "a save", every_s=0.002)
@@ -226,7 +272,9 @@ def test_in_a_save(whom: str, number: signal.Signals, last: bool, shelf: Path, t
 
 @pytest.mark.parametrize("every", [10, 100], ids=["on the way", "at the end"])
 @matrix()
-def test_in_an_evaluation(whom: str, number: signal.Signals, every: int, shelf: Path, tmp_path: Path, started: Start) -> None:
+def test_in_an_evaluation(
+    whom: str, number: signal.Signals, every: int, shelf: Path, tmp_path: Path, started: Start
+) -> None:
     evaluating = f"eval.every_steps={every}"
     other = undisturbed(shelf, evaluating)
     process = started(launch(2, *slow(tmp_path, evaluate_s=1.5), evaluating), cwd=tmp_path)
@@ -248,8 +296,17 @@ def test_in_an_upload(
     tmp_path: Path,
     started: Start,
 ) -> None:
-    home, directory = Home(*bucket, f"run-{number}-{whom.replace(' ', '')}-{step}"), tmp_path / "run"
-    settings = (*SMALL, f"run.dir={directory}", f"run.remote={home.url}", "checkpoint.every_steps=10", "task.args.sleep_s=0.05")
+    home, directory = (
+        Home(*bucket, f"run-{number}-{whom.replace(' ', '')}-{step}"),
+        tmp_path / "run",
+    )
+    settings = (
+        *SMALL,
+        f"run.dir={directory}",
+        f"run.remote={home.url}",
+        "checkpoint.every_steps=10",
+        "task.args.sleep_s=0.05",
+    )
     with FaultProxy(home.server.host, home.server.port) as proxy:
         hold = proxy.hold("PUT", f"step_{step:08d}-0001.pt")
         process = started(launch(2, *settings), env=home.env(proxy))
@@ -265,7 +322,9 @@ def test_in_an_upload(
 
 
 @pytest.mark.parametrize("whom", RECEIVERS)
-@pytest.mark.parametrize("numbers", ["TERM TERM", "TERM USR1 CONT", "USR1 TERM INT", "TERM TERM TERM TERM"])
+@pytest.mark.parametrize(
+    "numbers", ["TERM TERM", "TERM USR1 CONT", "USR1 TERM INT", "TERM TERM TERM TERM"]
+)
 def test_several_signals_are_one_stop(
     numbers: str,
     whom: str,

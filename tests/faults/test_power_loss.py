@@ -1,7 +1,8 @@
-"""The power fails after any system call of a commit: what is there afterwards is the old or the new, whole, on a real file system.
+"""The power fails after any system call of a commit: what is there afterwards is the old or the
+new, whole, on a real file system.
 
-The file system is told to forget everything that it has not written to its disk (ext4's and XFS's shutdown without a flush of the
-journal), unmounted and mounted again.
+The file system is told to forget everything that it has not written to its disk (ext4's and XFS's
+shutdown without a flush of the journal), unmounted and mounted again.
 """
 
 from __future__ import annotations
@@ -35,7 +36,12 @@ data = b"new" * 1_500_000
 image.reserve(len(data))
 image.memory[: len(data)] = data
 with store.writer("checkpoints/step_00000002-0001.pt", 1) as sink:
-    sink.write_staged(image, lambda image, path: write_to(image.memory, image.size_bytes, str(path), direct_from_bytes=1 << 20))
+    sink.write_staged(
+        image,
+        lambda image, path: write_to(
+            image.memory, image.size_bytes, str(path), direct_from_bytes=1 << 20
+        ),
+    )
     sink.commit()
 store.create("checkpoints/step_00000002-0001.json", sink.digest().encode(), 1)
 store.write("config.yaml", data, 1)
@@ -55,7 +61,9 @@ def mounted(image: Path, kind: str) -> Iterator[Path]:
     """The image's file system; at the end the power fails."""
     point = image.with_suffix(".mnt")
     point.mkdir(exist_ok=True)
-    done = subprocess.run(["mount", "-t", kind, "-o", "loop", str(image), str(point)], capture_output=True, text=True)
+    done = subprocess.run(
+        ["mount", "-t", kind, "-o", "loop", str(image), str(point)], capture_output=True, text=True
+    )
     if done.returncode:
         unavailable(f"cannot mount a {kind} image: {done.stderr}")
     try:
@@ -93,7 +101,9 @@ def check(root: Path, *, completed: bool) -> None:
     for step, content in ((1, OLD), (2, NEW)):
         manifest = root / "checkpoints" / f"step_{step:08d}-0001.json"
         if manifest.exists():
-            assert manifest.read_text().startswith("blake3:") and len(manifest.read_text()) == 71, "a torn manifest"
+            assert manifest.read_text().startswith("blake3:") and len(manifest.read_text()) == 71, (
+                "a torn manifest"
+            )
             assert (root / "checkpoints" / f"step_{step:08d}-0001.pt").read_bytes() == content, (
                 f"step {step} has a manifest, but is not whole"
             )
@@ -106,7 +116,9 @@ def check(root: Path, *, completed: bool) -> None:
 
 
 @pytest.mark.parametrize("kind", ["ext4", pytest.param("xfs", marks=pytest.mark.slow)])
-def test_after_a_power_loss_at_any_system_call_the_old_or_the_new_is_whole(kind: str, tmp_path: Path) -> None:
+def test_after_a_power_loss_at_any_system_call_the_old_or_the_new_is_whole(
+    kind: str, tmp_path: Path
+) -> None:
     fresh, image = tmp_path / "fresh.img", tmp_path / "disk.img"
     prepare(fresh, kind)
     cases = 0
@@ -115,7 +127,20 @@ def test_after_a_power_loss_at_any_system_call_the_old_or_the_new_is_whole(kind:
             shutil.copyfile(fresh, image)
             with mounted(image, kind) as root:
                 inject = f"inject={call}:signal=SIGKILL:when={nth}"
-                command = ["strace", "-qq", "-o", "/dev/null", "-e", f"trace={call}", "-e", inject, sys.executable, "-c", COMMIT, str(root)]
+                command = [
+                    "strace",
+                    "-qq",
+                    "-o",
+                    "/dev/null",
+                    "-e",
+                    f"trace={call}",
+                    "-e",
+                    inject,
+                    sys.executable,
+                    "-c",
+                    COMMIT,
+                    str(root),
+                ]
                 done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
             with mounted(image, kind) as root:
                 check(root, completed=done.returncode == 0)

@@ -1,7 +1,9 @@
-"""The writer dies, or the server refuses, at every single request of a life: the bucket still holds the last committed checkpoint.
+"""The writer dies, or the server refuses, at every single request of a life: the bucket still holds
+the last committed checkpoint.
 
-A life begins on a bucket whose newest checkpoint is damaged, so it passes that one over and marks it, claims its attempt, saves three
-steps of which the last is final, lets old ones go, and ends. A proxy counts its requests and strikes at the n-th one.
+A life begins on a bucket whose newest checkpoint is damaged, so it passes that one over and marks
+it, claims its attempt, saves three steps of which the last is final, lets old ones go, and ends. A
+proxy counts its requests and strikes at the n-th one.
 """
 
 from __future__ import annotations
@@ -38,8 +40,16 @@ TINY_S = 0.3
 class Lives:
     """Many small runs in one bucket, each begun as a copy of the same one."""
 
-    def __init__(self, server: S3Server, name: str, nursery: Nursery, folder: Path, world: ranks.World) -> None:
-        self.server, self.name, self.nursery, self.folder, self.world = server, name, nursery, folder, world
+    def __init__(
+        self, server: S3Server, name: str, nursery: Nursery, folder: Path, world: ranks.World
+    ) -> None:
+        self.server, self.name, self.nursery, self.folder, self.world = (
+            server,
+            name,
+            nursery,
+            folder,
+            world,
+        )
         self.client = server.client()
         base = open_store(f"s3://{name}/template", 30)
         assert isinstance(base, RemoteStore)
@@ -47,7 +57,10 @@ class Lives:
         life = Life(base)
         for step in (10, OLD, DAMAGED):
             life.save(step)
-        keys = [item["Key"].removeprefix("template/") for item in self.client.list_objects_v2(Bucket=name, Prefix="template/")["Contents"]]
+        keys = [
+            item["Key"].removeprefix("template/")
+            for item in self.client.list_objects_v2(Bucket=name, Prefix="template/")["Contents"]
+        ]
         self._template = {key: base.read(key) for key in keys}
         data = bytearray(self._template[fmt.data_key(DAMAGED, 1)])
         data[len(data) // 2] ^= 1
@@ -78,10 +91,20 @@ class Case:
         self.local = LocalStore(self.folder / "a") if where == "directory" else None
 
     def begin(self, proxy: FaultProxy, wait_s: float = 20) -> Born:
-        places = ([str(self.local)] if self.local else []) + [f"s3://{self.lives.name}/{self.prefix}"]
+        places = ([str(self.local)] if self.local else []) + [
+            f"s3://{self.lives.name}/{self.prefix}"
+        ]
         environment = self.lives.server.environment | {"AWS_ENDPOINT_URL": proxy.url}
         (self.folder / "told").touch()
-        return self.lives.nursery.bear("write", environment, self.folder / "output", places, self.steps, wait_s, str(self.folder / "told"))
+        return self.lives.nursery.bear(
+            "write",
+            environment,
+            self.folder / "output",
+            places,
+            self.steps,
+            wait_s,
+            str(self.folder / "told"),
+        )
 
     def told(self, what: str) -> int:
         """The last step of which it was said that it is committed (c), or in every store (u)."""
@@ -89,7 +112,8 @@ class Case:
         return max((int(step) for kind, step in lines if kind == what), default=OLD)
 
     def check(self) -> Catalog:
-        """A fresh attempt in a new directory finds what was said to be there, whole, and commits the next one."""
+        """A fresh attempt in a new directory finds what was said to be there, whole, and commits
+        the next one."""
         found = read_catalog(self.remote)
         whole = [m for m in found.history if self._is_whole(m)]
         assert len(whole) >= 2, "the two newest are kept"
@@ -121,9 +145,15 @@ class Case:
     def _choose_in(self, stores: tuple[Store, ...], at_least: int) -> fmt.Manifest:
         resume_point = resume.choose(stores, self.lives.world)
         assert resume_point.manifest is not None and resume_point.payload is not None
-        assert resume_point.manifest.step >= at_least and resume_point.manifest.order != (1, DAMAGED)
+        assert resume_point.manifest.step >= at_least and resume_point.manifest.order != (
+            1,
+            DAMAGED,
+        )
         expected = payload(resume_point.manifest.step, resume_point.manifest.attempt)
-        assert torch.equal(resume_point.payload["model_state_dict"]["weight"], expected["model_state_dict"]["weight"])
+        assert torch.equal(
+            resume_point.payload["model_state_dict"]["weight"],
+            expected["model_state_dict"]["weight"],
+        )
         return resume_point.manifest
 
 
@@ -152,7 +182,10 @@ def undisturbed(lives: Lives, where: str) -> list[str]:
     with FaultProxy(lives.server.host, lives.server.port) as proxy:
         born = case.begin(proxy)
         assert born.wait() == 0, born.text
-        asked = [f"{request.method} {request.target.partition(f'{case.prefix}')[2]}" for request in proxy.requests]
+        asked = [
+            f"{request.method} {request.target.partition(f'{case.prefix}')[2]}"
+            for request in proxy.requests
+        ]
     found = case.check()
     assert [m.step for m in found.history] == [60, 50] and found.head.final
     return asked
@@ -174,7 +207,8 @@ def each(cases: list[tuple[str, int]], act: Callable[[str, int], None]) -> None:
 
 
 def killed(lives: Lives, where: str, n: int, *, forward: bool) -> None:
-    """SIGKILL when the n-th request has arrived, which is then done all the same, or lost with its sender."""
+    """SIGKILL when the n-th request has arrived, which is then done all the same, or lost with its
+    sender."""
     case = lives.new(where)
     with FaultProxy(lives.server.host, lives.server.port) as proxy:
         hold = proxy.hold(skip=n - 1)
@@ -191,7 +225,8 @@ def killed(lives: Lives, where: str, n: int, *, forward: bool) -> None:
 
 
 def refused(lives: Lives, where: str, n: int, rule: Rule, wait_s: float) -> None:
-    """The n-th request fails, or all from there on: the life ends in words, or in success if all is well."""
+    """The n-th request fails, or all from there on: the life ends in words, or in success if all is
+    well."""
     case = lives.new(where)
     with FaultProxy(lives.server.host, lives.server.port) as proxy:
         proxy.rules.append(rule)
@@ -202,7 +237,9 @@ def refused(lives: Lives, where: str, n: int, rule: Rule, wait_s: float) -> None
     if code == 0:
         assert found.head.step == STEPS[-1] and found.head.final, born.text
     assert case.told("c") == STEPS[-1] or code != 0, born.text
-    assert found.ends.get(2, {}).get("why") != "finished" or found.head.final, "the word about the end is true"
+    assert found.ends.get(2, {}).get("why") != "finished" or found.head.final, (
+        "the word about the end is true"
+    )
 
 
 def denied(lives: Lives, where: str, n: int) -> None:
@@ -223,7 +260,9 @@ def kinds(asked: list[str], wanted: tuple[str, ...]) -> list[int]:
     return sorted(set(found))
 
 
-def sample(requests: dict[str, list[str]], *wanted: str, where: tuple[str, ...] = WHERE) -> list[tuple[str, int]]:
+def sample(
+    requests: dict[str, list[str]], *wanted: str, where: tuple[str, ...] = WHERE
+) -> list[tuple[str, int]]:
     """The first request of each kind, in a life with a directory, without, or both."""
     return [(place, n) for place in where for n in kinds(requests[place], wanted)]
 
@@ -243,7 +282,17 @@ CUTS = (
 
 def test_a_life_makes_every_kind_of_request_that_there_is(requests):
     for where in WHERE:
-        kinds(requests[where], (*CUTS, ".json.damaged", "PUT /config.yaml", "PUT /events/", "PUT /attempts/0002.end.json", "PUT /probe/"))
+        kinds(
+            requests[where],
+            (
+                *CUTS,
+                ".json.damaged",
+                "PUT /config.yaml",
+                "PUT /events/",
+                "PUT /attempts/0002.end.json",
+                "PUT /probe/",
+            ),
+        )
 
 
 def test_a_kill_while_a_request_is_done_leaves_the_last_committed_checkpoint(lives, requests):
@@ -251,14 +300,21 @@ def test_a_kill_while_a_request_is_done_leaves_the_last_committed_checkpoint(liv
 
 
 def test_a_kill_while_a_request_is_lost_leaves_the_last_committed_checkpoint(lives, requests):
-    each(sample(requests, *CUTS[2:], where=WHERE[1:]), lambda where, n: killed(lives, where, n, forward=False))
+    each(
+        sample(requests, *CUTS[2:], where=WHERE[1:]),
+        lambda where, n: killed(lives, where, n, forward=False),
+    )
 
 
-def test_a_request_that_is_refused_ends_in_words_and_leaves_the_last_committed_checkpoint(lives, requests):
+def test_a_request_that_is_refused_ends_in_words_and_leaves_the_last_committed_checkpoint(
+    lives, requests
+):
     each(sample(requests, *CUTS[2:], ".end.json"), lambda where, n: denied(lives, where, n))
 
 
-def test_a_server_that_fails_from_a_request_on_ends_in_words_and_leaves_the_last_committed_checkpoint(lives, requests):
+def test_a_server_that_fails_from_a_request_on_ends_in_words_and_leaves_the_last_committed_checkpoint(  # noqa: E501
+    lives, requests
+):
     each(sample(requests, CUTS[2]), lambda where, n: failing(lives, where, n))
 
 
@@ -273,12 +329,16 @@ def test_a_kill_at_any_request_that_is_lost_leaves_the_last_committed_checkpoint
 
 
 @pytest.mark.slow
-def test_any_request_that_is_refused_ends_in_words_and_leaves_the_last_committed_checkpoint(lives, requests):
+def test_any_request_that_is_refused_ends_in_words_and_leaves_the_last_committed_checkpoint(
+    lives, requests
+):
     each(all_of(requests), lambda where, n: denied(lives, where, n))
 
 
 @pytest.mark.slow
-def test_a_server_that_fails_from_any_request_on_ends_in_words_and_leaves_the_last_committed_checkpoint(lives, requests):
+def test_a_server_that_fails_from_any_request_on_ends_in_words_and_leaves_the_last_committed_checkpoint(  # noqa: E501
+    lives, requests
+):
     each(all_of(requests), lambda where, n: failing(lives, where, n))
 
 
@@ -292,7 +352,9 @@ def large(lives: Lives) -> Case:
     attempt = attempts.claim(found, found.history[1], 1)
     generator = torch.Generator().manual_seed(5)
     content = payload(OLD + 1, attempt.number)
-    content["model_state_dict"]["bytes"] = torch.randint(0, 256, (20 << 20,), generator=generator, dtype=torch.uint8)
+    content["model_state_dict"]["bytes"] = torch.randint(
+        0, 256, (20 << 20,), generator=generator, dtype=torch.uint8
+    )
     commit(case.remote, attempt, content, About(1, going_on_from(found.history[1]), {}, "-"))
     return case
 
@@ -309,24 +371,38 @@ def test_a_kill_in_the_middle_of_a_download_leaves_nothing_behind(lives):
         with FaultProxy(lives.server.host, lives.server.port) as proxy:
             hold = proxy.hold("GET", key, skip=n - 1)
             born = case.begin(proxy)
-            wait_until(lambda hold=hold: hold.reached.is_set(), "the range is asked for", every_s=0.01)
+            wait_until(
+                lambda hold=hold: hold.reached.is_set(), "the range is asked for", every_s=0.01
+            )
             assert born.kill() == -9
         assert case.local.entries(fmt.CHECKPOINTS) == []
         found = read_catalog(case.local, case.remote)
-        assert read_catalog(case.local).manifests == [] and found.head.step == OLD + 1 and found.greatest == 2, "nothing was claimed"
+        assert (
+            read_catalog(case.local).manifests == []
+            and found.head.step == OLD + 1
+            and found.greatest == 2
+        ), "nothing was claimed"
     assert files(case.folder) <= {"told", "output"}, "it came into memory, and nowhere else"
     with FaultProxy(lives.server.host, lives.server.port) as proxy:
         born = case.begin(proxy)
         assert born.wait() == 0, born.text
     found = read_catalog(case.local, case.remote)
     assert [m.order for m in found.history[:2]] == [(3, 70), (2, OLD + 1)]
-    assert not [entry for folder in fmt.FOLDERS for entry in case.local.entries(folder) if TEMP.match(entry.key)]
+    assert not [
+        entry
+        for folder in fmt.FOLDERS
+        for entry in case.local.entries(folder)
+        if TEMP.match(entry.key)
+    ]
 
 
 def test_a_download_that_is_cut_off_is_fetched_again_and_never_taken_for_whole(lives):
     case = large(lives)
     with FaultProxy(lives.server.host, lives.server.port) as proxy:
-        proxy.rules += [Rule(fault, "GET", fmt.data_key(OLD + 1, 2), first=1) for fault in ("truncate", "reset_body")]
+        proxy.rules += [
+            Rule(fault, "GET", fmt.data_key(OLD + 1, 2), first=1)
+            for fault in ("truncate", "reset_body")
+        ]
         born = case.begin(proxy)
         assert born.wait() == 0, born.text
         assert sum(request.fault is not None for request in proxy.requests) == 2

@@ -1,4 +1,5 @@
-"""What a remote store does when the network, the service, the credentials or its own process fail: real S3 behind the fault proxy."""
+"""What a remote store does when the network, the service, the credentials or its own process fail:
+real S3 behind the fault proxy."""
 
 from __future__ import annotations
 
@@ -47,7 +48,8 @@ def slowly(value: object) -> Any:
 
 @dataclass
 class Way:
-    """A store that is reached through a proxy, a plain client that is not, and what the store told of its troubles."""
+    """A store that is reached through a proxy, a plain client that is not, and what the store told
+    of its troubles."""
 
     server: S3Server
     bucket: str
@@ -57,9 +59,14 @@ class Way:
     troubles: list[tuple[str, Any]] = field(default_factory=list)
     successes: list[float] = field(default_factory=list)
 
-    def store(self, limit_s: float = 60, give_up: Callable[[], object] = lambda: None) -> RemoteStore:
+    def store(
+        self, limit_s: float = 60, give_up: Callable[[], object] = lambda: None
+    ) -> RemoteStore:
         store = self.base.with_retry_limit(limit_s, give_up)
-        store.listen(lambda what, event: self.troubles.append((what, event)), lambda: self.successes.append(time.monotonic()))
+        store.listen(
+            lambda what, event: self.troubles.append((what, event)),
+            lambda: self.successes.append(time.monotonic()),
+        )
         return store
 
     def fault(self, *rules: Rule) -> None:
@@ -74,7 +81,12 @@ class Way:
         return sum(request.matches(method, contains) for request in self.proxy.requests)
 
     def held(self, prefix: str = "run/") -> list[str]:
-        return [found["Key"] for found in self.client.list_objects_v2(Bucket=self.bucket, Prefix=prefix).get("Contents", [])]
+        return [
+            found["Key"]
+            for found in self.client.list_objects_v2(Bucket=self.bucket, Prefix=prefix).get(
+                "Contents", []
+            )
+        ]
 
     def stored(self, key: str = KEY) -> bytes:
         return bytes(self.client.get_object(Bucket=self.bucket, Key=f"run/{key}")["Body"].read())
@@ -83,7 +95,10 @@ class Way:
         self.client.put_object(Bucket=self.bucket, Key=f"run/{key}", Body=data)
 
     def uploads(self) -> list[str]:
-        return [upload["Key"] for upload in self.client.list_multipart_uploads(Bucket=self.bucket).get("Uploads", [])]
+        return [
+            upload["Key"]
+            for upload in self.client.list_multipart_uploads(Bucket=self.bucket).get("Uploads", [])
+        ]
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +119,9 @@ def way(opened: Way) -> Iterator[Way]:
     for key in opened.held(""):
         opened.client.delete_object(Bucket=opened.bucket, Key=key)
     for upload in opened.client.list_multipart_uploads(Bucket=opened.bucket).get("Uploads", []):
-        opened.client.abort_multipart_upload(Bucket=opened.bucket, Key=upload["Key"], UploadId=upload["UploadId"])
+        opened.client.abort_multipart_upload(
+            Bucket=opened.bucket, Key=upload["Key"], UploadId=upload["UploadId"]
+        )
     opened.fault()
     yield opened
     opened.fault()
@@ -115,45 +132,72 @@ def took(action: Callable[[], object]) -> tuple[BaseException | None, float]:
     start = time.monotonic()
     try:
         action()
-    except Exception as error:  # noqa: BLE001  refusing is right too; silently beginning with damaged or random weights is not
+    except Exception as error:  # noqa: BLE001
+        # refusing is right too; silently beginning with damaged or random weights is not
         return error, time.monotonic() - start
     return None, time.monotonic() - start
 
 
 def operations(store: RemoteStore) -> dict[str, Callable[[], object]]:
-    """Each is one request when nothing goes wrong, but for a write, which looks at what has arrived."""
+    """Each is one request when nothing goes wrong, but for a write, which looks at what has
+    arrived."""
     return {
         "read": lambda: store.read(KEY),
         "exists": lambda: store.exists(KEY),
-        "entries": lambda: [(entry.key, entry.size_bytes) for entry in store.entries("checkpoints")],
+        "entries": lambda: [
+            (entry.key, entry.size_bytes) for entry in store.entries("checkpoints")
+        ],
         "create": lambda: store.create("attempts/0001.json", b"ours", 1),
         "delete": lambda: store.delete("attempts/0001.json"),
         "write": lambda: store.write("attempts/0002.json", b"replaced", 1),
     }
 
 
-VERBS = {"read": "read", "exists": "look", "entries": "list", "create": "create", "delete": "delete", "write": "upload"}
-RESETS = ("reset_before", "drop_response")  # aiohttp itself tries once more, untold, if the connection was not a new one
-EXPECTED = {"read": b"whole", "exists": True, "entries": [(KEY, 5)], "create": None, "delete": None, "write": None}
+VERBS = {
+    "read": "read",
+    "exists": "look",
+    "entries": "list",
+    "create": "create",
+    "delete": "delete",
+    "write": "upload",
+}
+# aiohttp itself tries once more, untold, if the connection was not a new one
+RESETS = ("reset_before", "drop_response")
+EXPECTED = {
+    "read": b"whole",
+    "exists": True,
+    "entries": [(KEY, 5)],
+    "create": None,
+    "delete": None,
+    "write": None,
+}
 
 
 # --- what passes by itself ---
 
 
-@pytest.mark.parametrize("fault", ["503", slowly("500"), slowly("429"), "409", "reset_before", "drop_response"])
+@pytest.mark.parametrize(
+    "fault", ["503", slowly("500"), slowly("429"), "409", "reset_before", "drop_response"]
+)
 def test_a_failure_that_passes_is_tried_again_once_and_told(way, fault):
     way.put(b"whole")
     for name, operation in operations(way.store()).items():
-        if fault == "409" and name not in ("create", "write"):  # who only reads meets with no conflict
+        # who only reads meets with no conflict
+        if fault == "409" and name not in ("create", "write"):
             continue
         way.fault(Rule(fault, first=1))
         assert operation() == EXPECTED[name], name
         told = [(what.split(" ")[0], event.tries) for what, event in way.troubles]
         if fault not in RESETS or told:
-            assert told == [(VERBS[name], 1)], f"{name}: the libraries below try nothing again by themselves"
-        extra = {"write": 1, "create": 1 if fault == "drop_response" else 0}.get(name, 0)  # the look at what has arrived, or whose it is
+            assert told == [(VERBS[name], 1)], (
+                f"{name}: the libraries below try nothing again by themselves"
+            )
+        # the look at what has arrived, or whose it is
+        extra = {"write": 1, "create": 1 if fault == "drop_response" else 0}.get(name, 0)
         assert way.requests() == 2 + extra, name
-        assert len(way.successes) == 1 + (name == "write"), f"{name}: that it works again is told too"
+        assert len(way.successes) == 1 + (name == "write"), (
+            f"{name}: that it works again is told too"
+        )
     assert "run/attempts/0002.json" in way.held() and way.stored() == b"whole"
 
 
@@ -194,7 +238,9 @@ def test_a_server_that_is_away_for_a_moment_is_found_again(way):
 def test_a_name_that_is_not_resolved_may_be_later(way, monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://no-such-host.invalid:1")
     error, elapsed_s = took(lambda: open_store("s3://bucket/run", 1.5).entries("attempts"))
-    assert isinstance(error, StorageError) and not isinstance(error, RefusedError) and elapsed_s < 20
+    assert (
+        isinstance(error, StorageError) and not isinstance(error, RefusedError) and elapsed_s < 20
+    )
     assert "reachable" in error.remedy
 
 
@@ -290,18 +336,31 @@ def test_a_conflict_is_tried_again_and_the_key_created(way):
         [Rule("200_error", "POST", UPLOAD, first=1)],
         slowly([Rule("503", "POST", UPLOAD, first=1)]),
         [Rule("drop_response", "POST", "uploads", first=1)],
-        [Rule("drop_response", "PUT", "partNumber=1", first=1), Rule("503", "PUT", "partNumber=2", first=2)],
+        [
+            Rule("drop_response", "PUT", "partNumber=1", first=1),
+            Rule("503", "PUT", "partNumber=2", first=2),
+        ],
         [Rule("flip_put", "PUT", "partNumber=1", first=1)],
         [Rule("reset_before", "PUT", "partNumber=3", first=1), Rule("500", "HEAD", first=1)],
     ],
-    ids=["complete, reply lost", "complete, 200 with an error", "complete, 503", "begin, reply lost", "parts", "flipped", "last part"],
+    ids=[
+        "complete, reply lost",
+        "complete, 200 with an error",
+        "complete, 503",
+        "begin, reply lost",
+        "parts",
+        "flipped",
+        "last part",
+    ],
 )
 def test_a_large_upload_survives_what_passes(way, rules):
     data = os.urandom(17 * MB)
     way.fault(*(Rule(rule.fault, rule.method, rule.contains, rule.first) for rule in rules))
     way.store().write(KEY, data, 1)
     assert way.stored() == data
-    assert sum(request.fault is not None for request in way.proxy.requests) == sum(rule.first for rule in rules)
+    assert sum(request.fault is not None for request in way.proxy.requests) == sum(
+        rule.first for rule in rules
+    )
     assert len(way.troubles) >= sum(rule.first for rule in rules if rule.fault not in RESETS)
 
 
@@ -355,7 +414,9 @@ def test_an_upload_that_somebody_aborted_has_not_succeeded(way, before):
         writing = pool.submit(way.store().write, KEY, b"n" * 17 * MB, 1)
         assert hold.reached.wait(60)
         for upload in way.client.list_multipart_uploads(Bucket=way.bucket)["Uploads"]:
-            way.client.abort_multipart_upload(Bucket=way.bucket, Key=upload["Key"], UploadId=upload["UploadId"])
+            way.client.abort_multipart_upload(
+                Bucket=way.bucket, Key=upload["Key"], UploadId=upload["UploadId"]
+            )
         hold.release()
         with pytest.raises(StorageError, match="did not arrive as it was sent"):
             writing.result()
@@ -391,13 +452,20 @@ class RefusingS3(S3Client):
 
     def _call(self, limit_s: float, method: str, **arguments: Any) -> dict[str, Any]:
         if "ChecksumAlgorithm" in arguments:
-            said = {"Error": {"Code": "NotImplemented"}, "ResponseMetadata": {"HTTPStatusCode": 501}}
-            raise OSError("A header you provided implies functionality that is not implemented.") from ClientError(said, method)
+            said = {
+                "Error": {"Code": "NotImplemented"},
+                "ResponseMetadata": {"HTTPStatusCode": 501},
+            }
+            raise OSError(
+                "A header you provided implies functionality that is not implemented."
+            ) from ClientError(said, method)
         return super()._call(limit_s, method, **arguments)
 
 
 @pytest.mark.parametrize("kind", [S3Client, SilentS3, RefusingS3])
-def test_a_part_that_was_changed_on_its_way_is_sent_again_whatever_checksum_the_server_knows(way, kind):
+def test_a_part_that_was_changed_on_its_way_is_sent_again_whatever_checksum_the_server_knows(
+    way, kind
+):
     data, store = os.urandom(17 * MB), RemoteStore(way.base.url, kind(way.base.url), 60)
     for _ in range(2):
         way.fault(Rule("flip_put", "PUT", "partNumber=2", first=1))
@@ -405,8 +473,13 @@ def test_a_part_that_was_changed_on_its_way_is_sent_again_whatever_checksum_the_
         assert way.stored() == data
         parts = [request.headers for request in way.proxy.requests if "partNumber" in request.query]
         assert len(parts) == 4
-        with_crc, with_md5 = ([name in headers for headers in parts] for name in ("x-amz-checksum-crc32", "content-md5"))
-        assert (all(with_crc), any(with_md5)) == ((True, False) if kind is S3Client else (False, True))
+        with_crc, with_md5 = (
+            [name in headers for headers in parts]
+            for name in ("x-amz-checksum-crc32", "content-md5")
+        )
+        assert (all(with_crc), any(with_md5)) == (
+            (True, False) if kind is S3Client else (False, True)
+        )
         assert all(with_crc) or all(with_md5)
 
 
@@ -414,7 +487,9 @@ class MuteS3(S3Client):
     """As if the server promised to compare, and did not."""
 
     def _call(self, limit_s: float, method: str, **arguments: Any) -> dict[str, Any]:
-        promised = {"ChecksumAlgorithm": "CRC32"} if arguments.pop("ChecksumAlgorithm", None) else {}
+        promised = (
+            {"ChecksumAlgorithm": "CRC32"} if arguments.pop("ChecksumAlgorithm", None) else {}
+        )
         arguments.pop("ChecksumCRC32", None)
         for part in arguments.get("MultipartUpload", {}).get("Parts", ()):
             part.pop("ChecksumCRC32")
@@ -433,12 +508,19 @@ def test_a_server_that_does_not_say_what_it_compared_is_not_believed(way):
 def test_expired_credentials_are_no_refusal_of_a_checksum(way):
     way.fault(Rule("expired", "POST", "uploads", first=1))
     way.store().write(KEY, os.urandom(17 * MB), 1)
-    assert all("x-amz-checksum-crc32" in request.headers for request in way.proxy.requests if "partNumber" in request.query)
+    assert all(
+        "x-amz-checksum-crc32" in request.headers
+        for request in way.proxy.requests
+        if "partNumber" in request.query
+    )
 
 
 def test_an_upload_that_is_always_changed_on_its_way_is_never_done(way):
     way.fault(Rule("flip_put", "PUT"))
-    for action in (lambda store: store.write(KEY, b"whole", 1), lambda store: store.create(KEY, b"whole", 1)):
+    for action in (
+        lambda store: store.write(KEY, b"whole", 1),
+        lambda store: store.create(KEY, b"whole", 1),
+    ):
         error, _ = took(lambda action=action: action(way.store(1)))
         assert isinstance(error, StorageError)
     assert way.held() == []
@@ -462,7 +544,13 @@ class CarelessMemory(FsspecClient):
 
 @pytest.mark.parametrize("size_bytes", [5, 17 * MB], ids=["small", "large"])
 def test_what_a_store_keeps_wrongly_is_noticed_before_it_counts(way, size_bytes):
-    stores = [RemoteStore("memory://careless/run", CarelessMemory(f"memory://careless-{secrets.token_hex(4)}/run"), 60)]
+    stores = [
+        RemoteStore(
+            "memory://careless/run",
+            CarelessMemory(f"memory://careless-{secrets.token_hex(4)}/run"),
+            60,
+        )
+    ]
     if size_bytes == 5:
         stores.append(RemoteStore(way.base.url, CarelessS3(way.base.url), 60))
     for store in stores:
@@ -519,10 +607,24 @@ def test_a_download_that_never_comes_whole_is_an_error(way, fault):
 def described(data: bytes) -> fmt.Manifest:
     """The manifest of a checkpoint with this data, whose file is stored under its name."""
     return fmt.Manifest(
-        run_id="r", attempt=1, step=1, epoch=0, loss=None, metrics={}, world_size=1, lineage=((1, 1),),
-        files=(fmt.DataFile(f"{fmt.stem(1, 1)}.pt", len(data), f"blake3:{blake3(data).hexdigest()}"),),
-        classes={}, final=None, time="", host="", versions={}, config_digest="",
-    )  # fmt: skip
+        run_id="r",
+        attempt=1,
+        step=1,
+        epoch=0,
+        loss=None,
+        metrics={},
+        world_size=1,
+        lineage=((1, 1),),
+        files=(
+            fmt.DataFile(f"{fmt.stem(1, 1)}.pt", len(data), f"blake3:{blake3(data).hexdigest()}"),
+        ),
+        classes={},
+        final=None,
+        time="",
+        host="",
+        versions={},
+        config_digest="",
+    )
 
 
 @pytest.mark.parametrize("position", [0, 5 * MB])
@@ -532,7 +634,9 @@ def test_a_bit_that_flips_on_its_way_to_us_is_caught_by_the_digest(way, position
     way.fault(Rule("flip_get", "GET", ".pt", first=1, argument=position))
     with pytest.raises(DamagedError, match="checksum does not match"):
         list(verified_chunks(way.store(), described(data)))
-    assert b"".join(verified_chunks(way.store(), described(data))) == data, "the copy was whole all the time"
+    assert b"".join(verified_chunks(way.store(), described(data))) == data, (
+        "the copy was whole all the time"
+    )
 
 
 def test_a_file_that_is_overwritten_while_it_is_read_is_told(way):
@@ -570,7 +674,8 @@ def test_reading_a_whole_open_file_takes_few_requests(way):
 REFUSALS = {
     "denied": (1, "AccessDenied", "Ask for the rights"),
     "skewed": (1, "RequestTimeTooSkewed", "Set this machine's clock"),
-    "expired": (2, "ExpiredToken", "Renew the credentials"),  # once more with credentials that were read again
+    # once more with credentials that were read again
+    "expired": (2, "ExpiredToken", "Renew the credentials"),
 }
 
 
@@ -580,7 +685,8 @@ def test_a_refusal_is_final_at_once_and_says_what_to_do(way, fault):
     requests, code, remedy = REFUSALS[fault]
     for name, operation in operations(way.store(60)).items():
         way.fault(Rule(fault))
-        if name == "exists" or (fault == "expired" and name in ("delete", "write")):  # an answer to HEAD has no body to say why
+        # an answer to HEAD has no body to say why
+        if name == "exists" or (fault == "expired" and name in ("delete", "write")):
             continue
         error, elapsed_s = took(operation)
         assert isinstance(error, RefusedError), name
@@ -597,7 +703,9 @@ def test_a_refusal_without_a_word_is_one_of_rights(way):
     assert way.requests() == 1
 
 
-@pytest.mark.parametrize(("method", "contains"), [("PUT", None), ("GET", "list-type"), ("DELETE", None)])
+@pytest.mark.parametrize(
+    ("method", "contains"), [("PUT", None), ("GET", "list-type"), ("DELETE", None)]
+)
 def test_the_probe_finds_a_right_that_is_missing(way, method, contains):
     way.fault(Rule("denied", method, contains))
     with pytest.raises(RefusedError, match="AccessDenied"):
@@ -606,15 +714,24 @@ def test_the_probe_finds_a_right_that_is_missing(way, method, contains):
 
 def test_a_wrong_secret_is_refused_at_once_and_never_said(way, monkeypatch):
     wrong = secrets.token_hex(20)
-    for name, value in (("AWS_SECRET_ACCESS_KEY", wrong), ("AWS_ACCESS_KEY_ID", secrets.token_hex(10))):
+    for name, value in (
+        ("AWS_SECRET_ACCESS_KEY", wrong),
+        ("AWS_ACCESS_KEY_ID", secrets.token_hex(10)),
+    ):
         monkeypatch.setenv(name, value)
         store = open_store(way.base.url, 60)
         way.fault()
-        for ask in (lambda store=store: store.entries("attempts"), lambda store=store: store.create("attempts/1", b"x", 1)):
+        for ask in (
+            lambda store=store: store.entries("attempts"),
+            lambda store=store: store.create("attempts/1", b"x", 1),
+        ):
             error, elapsed_s = took(ask)
             assert isinstance(error, RefusedError) and elapsed_s < 40
             assert "AWS_SECRET_ACCESS_KEY" in error.remedy
-            assert not any(secret in str(error) for secret in (wrong, value, way.server.secret_key, way.server.access_key))
+            assert not any(
+                secret in str(error)
+                for secret in (wrong, value, way.server.secret_key, way.server.access_key)
+            )
         assert way.requests() == 2
 
 
@@ -679,10 +796,14 @@ def test_a_url_with_a_secret_is_refused_without_repeating_it(url):
     assert "hunter2" not in redacted(url)
 
 
-@pytest.mark.parametrize("name", ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"])
+@pytest.mark.parametrize(
+    "name", ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"]
+)
 def test_what_a_library_repeats_of_the_credentials_is_not_said(monkeypatch, name):
     monkeypatch.setenv(name, "hunter2hunter2")
-    error = explained("cannot read s3://hunter2hunter2/run", ValueError("the key hunter2hunter2 is wrong"))
+    error = explained(
+        "cannot read s3://hunter2hunter2/run", ValueError("the key hunter2hunter2 is wrong")
+    )
     assert "hunter2" not in str(error) and "the key *** is wrong" in str(error)
     assert redacted("hunter2hunter2!") == "***!"
 
@@ -718,11 +839,19 @@ print(up - start, peak() - start, read)
 @pytest.mark.slow
 def test_a_large_file_is_never_held_as_a_whole(way):
     environment = ENVIRONMENT | way.server.environment
-    ran = subprocess.run([sys.executable, "-c", MEASURED, way.base.url], env=environment, capture_output=True, text=True, timeout=120)
+    ran = subprocess.run(
+        [sys.executable, "-c", MEASURED, way.base.url],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert ran.returncode == 0, ran.stderr
     up_mb, both_mb, read = map(int, ran.stdout.split())
     assert read == 200 * MB
-    assert up_mb < 130 and both_mb < 170, f"{up_mb} and {both_mb} MB; four parts of 8 MiB on their way, six ranges of 8 MiB ahead"
+    assert up_mb < 130 and both_mb < 170, (
+        f"{up_mb} and {both_mb} MB; four parts of 8 MiB on their way, six ranges of 8 MiB ahead"
+    )
 
 
 # --- killed in the middle ---
@@ -766,8 +895,17 @@ class DayLater(http.server.BaseHTTPRequestHandler):
         content = answer.read()
         self.send_response_only(answer.status)
         later = datetime.datetime.now(datetime.timezone.utc) + datetime.timedelta(days=1, hours=1)
-        length = answer.headers.get("Content-Length", "0") if self.command == "HEAD" else str(len(content))
-        changed = {"date": f"{later:%a, %d %b %Y %H:%M:%S} GMT", "content-length": length, "transfer-encoding": None, "connection": None}
+        length = (
+            answer.headers.get("Content-Length", "0")
+            if self.command == "HEAD"
+            else str(len(content))
+        )
+        changed = {
+            "date": f"{later:%a, %d %b %Y %H:%M:%S} GMT",
+            "content-length": length,
+            "transfer-encoding": None,
+            "connection": None,
+        }
         for name, value in answer.getheaders():
             if name.lower() not in changed:
                 self.send_header(name, value)
@@ -805,7 +943,9 @@ class ClockAhead(RemoteStore):
         return super().now() + self.ahead
 
 
-def test_an_upload_is_found_by_prune_only_when_it_is_older_than_a_day_by_the_servers_clock(way, started):
+def test_an_upload_is_found_by_prune_only_when_it_is_older_than_a_day_by_the_servers_clock(
+    way, started
+):
     kill_while_uploading(way, started, way.base.url)
     assert way.held() == [] and way.uploads() == ["run/checkpoints/step_00000002-0001.pt"]
     store = ClockAhead(way.base.url, S3Client(way.base.url), 60)
@@ -826,7 +966,10 @@ def begin(way: Way, key: str) -> str:
 
 def test_prune_ends_old_uploads_of_this_run_and_of_no_other(way, a_day_later, monkeypatch, capsys):
     """The day is the server's: ours has not passed."""
-    theirs = [begin(way, key) for key in ("run2/checkpoints/a.pt", "ru/a", "run", "another/run/checkpoints/a.pt")]
+    theirs = [
+        begin(way, key)
+        for key in ("run2/checkpoints/a.pt", "ru/a", "run", "another/run/checkpoints/a.pt")
+    ]
     ours = [begin(way, key) for key in ("run/checkpoints/step_00000002-0001.pt", "run/deeper/a")]
     way.put(b"{}", "attempts/0001.json")
     assert cli.main(["prune", way.base.url, "--yes"]) == 0

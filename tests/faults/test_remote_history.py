@@ -1,7 +1,8 @@
-"""One history per run on a directory for each machine and one bucket for all: each rule by the interleaving that breaks without it.
+"""One history per run on a directory for each machine and one bucket for all: each rule by the
+interleaving that breaks without it.
 
-The zombies are whole training processes, stopped (SIGSTOP) at the very request that the proxy holds, and woken (SIGCONT) once their
-successor has gone on, while what they had sent arrives late.
+The zombies are whole training processes, stopped (SIGSTOP) at the very request that the proxy
+holds, and woken (SIGCONT) once their successor has gone on, while what they had sent arrives late.
 """
 
 from __future__ import annotations
@@ -30,8 +31,15 @@ from harness.saving.locations import check_remembered
 from harness.store import LocalStore, Store, open_store
 
 EXIT_STORAGE, EXIT_STOPPED, EXIT_SUPERSEDED, EXIT_USAGE = 74, 75, 76, 78  # the contract, in figures
-LONG = ("train.epochs=400", "task.args.sleep_s=0.01", "checkpoint.every_steps=5", "checkpoint.keep_last=2", "checkpoint.keep_best=0")
-SHORT = ("train.max_steps=4", "checkpoint.every_steps=2", "store.keep.every_steps=2")  # step 2 is uploaded also if it is overtaken
+LONG = (
+    "train.epochs=400",
+    "task.args.sleep_s=0.01",
+    "checkpoint.every_steps=5",
+    "checkpoint.keep_last=2",
+    "checkpoint.keep_best=0",
+)
+# step 2 is uploaded also if it is overtaken
+SHORT = ("train.max_steps=4", "checkpoint.every_steps=2", "store.keep.every_steps=2")
 
 
 class Place:
@@ -60,7 +68,9 @@ class Place:
         """Every object of the bucket with its ETag."""
         reply = self.client.list_objects_v2(Bucket=self.name)
         assert not reply["IsTruncated"]
-        return {item["Key"].removeprefix("run/"): item["ETag"] for item in reply.get("Contents", [])}
+        return {
+            item["Key"].removeprefix("run/"): item["ETag"] for item in reply.get("Contents", [])
+        }
 
     def get(self, key: str) -> bytes:
         return self.client.get_object(Bucket=self.name, Key=f"run/{key}")["Body"].read()
@@ -101,11 +111,18 @@ def nursery() -> Iterator[Nursery]:
 
 @pytest.fixture
 def train(nursery: Nursery, place: Place, tmp_path: Path) -> Iterator[Callable[..., Born]]:
-    """Begin a training in a process of its own: on directory `dir` (or none) and the bucket, through the proxy if so told."""
+    """Begin a training in a process of its own: on directory `dir` (or none) and the bucket,
+    through the proxy if so told."""
     numbers = iter(range(100))
 
-    def begin(directory: str | None, *settings: str, proxied: bool = False, remote: str | None = place.url) -> Born:
-        where = [f"run.dir={tmp_path / directory if directory else 'null'}", f"run.remote={remote or 'null'}", "store.wait_s=30"]
+    def begin(
+        directory: str | None, *settings: str, proxied: bool = False, remote: str | None = place.url
+    ) -> Born:
+        where = [
+            f"run.dir={tmp_path / directory if directory else 'null'}",
+            f"run.remote={remote or 'null'}",
+            "store.wait_s=30",
+        ]
         environment = place.slow_way if proxied else place.server.environment
         arguments = [*where, "task.name=small_task:build", *settings]
         return nursery.bear("train", environment, tmp_path / f"output-{next(numbers)}", arguments)
@@ -135,7 +152,9 @@ def listed(url: str, capsys: pytest.CaptureFixture[str]) -> dict[str, str]:
     """What `harness ls` notes about each checkpoint."""
     capsys.readouterr()
     assert cli.main(["ls", url, "--json"]) == 0
-    return {row["checkpoint"]: row["note"] for row in json.loads(capsys.readouterr().out)["checkpoints"]}
+    return {
+        row["checkpoint"]: row["note"] for row in json.loads(capsys.readouterr().out)["checkpoints"]
+    }
 
 
 def snapshot(root: Path) -> dict[Path, bytes]:
@@ -148,10 +167,11 @@ def weight(content: dict[str, Any]) -> torch.Tensor:
 
 # --- zombies: stopped at the very point, woken when their successor has gone on ---
 
+# where the zombie commits: in the bucket, or in its machine's directory with copies to the bucket
 WHERE = (
     "bucket",
     pytest.param("directory", marks=pytest.mark.slow),
-)  # where the zombie commits: in the bucket, or in its machine's directory with copies to the bucket
+)
 
 
 def reached(hold: Hold, born: Born) -> None:
@@ -160,7 +180,9 @@ def reached(hold: Hold, born: Born) -> None:
         assert born.code is None, born.text
 
 
-def stopped_at(train: Callable[..., Born], place: Place, where: str, **point: Any) -> tuple[Born, Hold]:
+def stopped_at(
+    train: Callable[..., Born], place: Place, where: str, **point: Any
+) -> tuple[Born, Hold]:
     """A training that is stopped while the request of `point` is on its way."""
     hold = place.proxy.hold(**point)
     zombie = train("a" if where == "directory" else None, *LONG, proxied=True)
@@ -169,8 +191,11 @@ def stopped_at(train: Callable[..., Born], place: Place, where: str, **point: An
     return zombie, hold
 
 
-def wakes_and_is_told(zombie: Born, hold: Hold, place: Place, number: int, tmp_path: Path, where: str) -> None:
-    """Its late request arrives, it runs on, and ends as superseded; it changes nothing but what bears its own number."""
+def wakes_and_is_told(
+    zombie: Born, hold: Hold, place: Place, number: int, tmp_path: Path, where: str
+) -> None:
+    """Its late request arrives, it runs on, and ends as superseded; it changes nothing but what
+    bears its own number."""
     before = place.tags()
     hold.release()
     zombie.wake()
@@ -180,14 +205,18 @@ def wakes_and_is_told(zombie: Born, hold: Hold, place: Place, number: int, tmp_p
     changed = {key for key in before.keys() | after.keys() if before.get(key) != after.get(key)}
     assert all(any(name in key for name in names(number)) for key in changed), changed
     gone = {key for key in before if key not in after}
-    assert not gone or where == "directory" or all(key.endswith((".pt", ".steps")) for key in gone), "it deletes no checkpoint"
+    assert (
+        not gone or where == "directory" or all(key.endswith((".pt", ".steps")) for key in gone)
+    ), "it deletes no checkpoint"
     assert json.loads(place.get(fmt.end_key(number)))["why"] == "superseded"
     if where == "directory":
         assert json.loads((tmp_path / "a" / fmt.end_key(number)).read_text())["why"] == "superseded"
 
 
 @pytest.mark.parametrize("where", WHERE)
-def test_a_zombie_stopped_before_its_claim_loses_the_number_and_writes_nothing(train, place, remote, tmp_path, where):
+def test_a_zombie_stopped_before_its_claim_loses_the_number_and_writes_nothing(
+    train, place, remote, tmp_path, where
+):
     zombie, hold = stopped_at(train, place, where, method="PUT", contains=fmt.attempt_key(1))
     successor = Life(remote)
     successor.save(3)
@@ -199,12 +228,16 @@ def test_a_zombie_stopped_before_its_claim_loses_the_number_and_writes_nothing(t
     assert place.tags() == before
     assert attempts.holds(remote, successor.attempt)
     if where == "directory":
-        assert not any((tmp_path / "a" / fmt.ATTEMPTS).iterdir()), "no number is claimed there without the bucket's word"
+        assert not any((tmp_path / "a" / fmt.ATTEMPTS).iterdir()), (
+            "no number is claimed there without the bucket's word"
+        )
     assert orders(remote) == [(3, 1)]
 
 
 @pytest.mark.parametrize("where", WHERE)
-def test_a_zombie_stopped_between_its_claim_and_its_first_commit_commits_nothing_in_the_bucket(train, place, remote, tmp_path, where):
+def test_a_zombie_stopped_between_its_claim_and_its_first_commit_commits_nothing_in_the_bucket(
+    train, place, remote, tmp_path, where
+):
     zombie, hold = stopped_at(train, place, where, method="PUT", contains=f"{fmt.stem(5, 1)}.pt")
     successor = Life(remote)
     assert successor.attempt.number == 2 and successor.origin is None
@@ -214,7 +247,9 @@ def test_a_zombie_stopped_between_its_claim_and_its_first_commit_commits_nothing
     assert orders(remote) == [(3, 2)]
 
 
-def test_a_zombie_whose_settings_arrive_late_does_not_change_what_is_kept_of_its_successor(train, place, remote):
+def test_a_zombie_whose_settings_arrive_late_does_not_change_what_is_kept_of_its_successor(
+    train, place, remote
+):
     """config.yaml is the one file that each attempt replaces; nothing may be decided by it."""
     zombie, hold = stopped_at(train, place, "bucket", method="PUT", contains="config.yaml")
     successor = Life(remote)
@@ -230,7 +265,9 @@ def test_a_zombie_whose_settings_arrive_late_does_not_change_what_is_kept_of_its
 
 
 @pytest.mark.parametrize("where", WHERE)
-def test_a_zombie_stopped_between_data_and_manifest_commits_what_nobody_looks_at(train, place, remote, tmp_path, where, capsys):
+def test_a_zombie_stopped_between_data_and_manifest_commits_what_nobody_looks_at(
+    train, place, remote, tmp_path, where, capsys
+):
     zombie, hold = stopped_at(train, place, where, method="PUT", contains=f"{fmt.stem(5, 1)}.json")
     successor = Life(remote)
     assert successor.origin is None, "data alone is no checkpoint"
@@ -239,12 +276,19 @@ def test_a_zombie_stopped_between_data_and_manifest_commits_what_nobody_looks_at
     assert fmt.manifest_key(5, 1) in place.tags(), "the late request was done"
     assert orders(remote) == [(3, 2)]
     notes = listed(place.url, capsys)
-    assert "cut off" in notes[fmt.stem(5, 1)] and notes[fmt.stem(3, 2)] == "next start resumes from here"
+    assert (
+        "cut off" in notes[fmt.stem(5, 1)]
+        and notes[fmt.stem(3, 2)] == "next start resumes from here"
+    )
 
 
 @pytest.mark.parametrize("where", WHERE)
-def test_a_zombie_stopped_after_its_manifest_is_gone_on_from_and_adds_nothing_to_it(train, place, remote, tmp_path, where, world):
-    zombie, hold = stopped_at(train, place, where, method="PUT", contains=f"{fmt.stem(5, 1)}.json", after=True)
+def test_a_zombie_stopped_after_its_manifest_is_gone_on_from_and_adds_nothing_to_it(
+    train, place, remote, tmp_path, where, world
+):
+    zombie, hold = stopped_at(
+        train, place, where, method="PUT", contains=f"{fmt.stem(5, 1)}.json", after=True
+    )
     successor = Life(remote)
     assert successor.origin.order == (1, 5)
     successor.save(6)
@@ -254,7 +298,9 @@ def test_a_zombie_stopped_after_its_manifest_is_gone_on_from_and_adds_nothing_to
 
 
 @pytest.mark.parametrize("where", WHERE)
-def test_a_zombie_whose_manifest_arrives_between_its_successors_claim_and_commit_counts_until_then(train, place, remote, tmp_path, where):
+def test_a_zombie_whose_manifest_arrives_between_its_successors_claim_and_commit_counts_until_then(
+    train, place, remote, tmp_path, where
+):
     zombie, hold = stopped_at(train, place, where, method="PUT", contains=f"{fmt.stem(5, 1)}.json")
     successor = Life(remote)
     wakes_and_is_told(zombie, hold, place, 1, tmp_path, where)
@@ -264,29 +310,36 @@ def test_a_zombie_whose_manifest_arrives_between_its_successors_claim_and_commit
 
 
 @pytest.mark.parametrize("where", WHERE)
-def test_a_zombie_stopped_in_its_retention_deletes_nothing_that_its_successor_needs(train, place, remote, tmp_path, where):
+def test_a_zombie_stopped_in_its_retention_deletes_nothing_that_its_successor_needs(
+    train, place, remote, tmp_path, where
+):
     zombie, hold = stopped_at(train, place, where, method="DELETE", contains=f"{fmt.CHECKPOINTS}/")
     successor = Life(remote)
     origin = successor.origin
     assert origin.attempt == 1
-    kept = {m.name for m in (origin, successor.save(origin.step + 1), successor.save(origin.step + 2))}
+    kept = {
+        m.name for m in (origin, successor.save(origin.step + 1), successor.save(origin.step + 2))
+    }
     doomed = hold.request.path.rsplit("/", 1)[1].removesuffix(".json")
     before = place.tags()
     hold.release()
     zombie.wake()
     assert zombie.wait() == EXIT_SUPERSEDED, zombie.text
     left = place.tags()
-    gone = {
-        key for key in before if key not in left and not key.endswith(".steps")
-    }  # of its own steps it needs no longer those before its checkpoint
-    assert {key.rsplit("/", 1)[1].rsplit(".", 1)[0] for key in gone} == {doomed}, "what was on its way, and its data"
+    # of its own steps it needs no longer those before its checkpoint
+    gone = {key for key in before if key not in left and not key.endswith(".steps")}
+    assert {key.rsplit("/", 1)[1].rsplit(".", 1)[0] for key in gone} == {doomed}, (
+        "what was on its way, and its data"
+    )
     history = read_catalog(remote).history
     assert kept <= {m.name for m in history} and doomed not in kept
     for manifest in history:
         load.check(remote, manifest)
 
 
-def test_a_woken_retention_asks_before_each_delete_whether_it_is_superseded(place, remote, monkeypatch):
+def test_a_woken_retention_asks_before_each_delete_whether_it_is_superseded(
+    place, remote, monkeypatch
+):
     zombie = Life(place.through_proxy(monkeypatch))
     for step in (1, 2, 3, 4, 5):
         zombie.save(step)
@@ -306,19 +359,26 @@ def test_a_woken_retention_asks_before_each_delete_whether_it_is_superseded(plac
     hold.release()
     thread.join(100)
     assert len(said) == 1
-    assert [m.step for m in read_catalog(remote).manifests] == [2, 3, 4, 5], "one delete was on its way, none came after"
+    assert [m.step for m in read_catalog(remote).manifests] == [2, 3, 4, 5], (
+        "one delete was on its way, none came after"
+    )
 
 
 @pytest.mark.parametrize("late", ["data", "manifest"])
-def test_a_zombie_that_shares_its_directory_with_its_successor_takes_back_nothing_that_this_one_has_copied(
+def test_a_zombie_that_shares_its_directory_with_its_successor_takes_back_nothing_that_this_one_has_copied(  # noqa: E501
     place, remote, tmp_path, monkeypatch, late
 ):
-    """Both run on one machine: what the zombie was copying to the bucket is copied by its successor too, byte for byte."""
+    """Both run on one machine: what the zombie was copying to the bucket is copied by its successor
+    too, byte for byte."""
     local = machine(tmp_path, "a")
     zombie = Life(local, place.through_proxy(monkeypatch))
     manifest = zombie.save(5)
     hold = place.proxy.hold("PUT", f"{fmt.stem(5, 1)}.{'pt' if late == 'data' else 'json'}")
-    thread = threading.Thread(target=lambda: _suppressed(lambda: replicate(local, manifest, zombie.stores[1], zombie.attempt)))
+    thread = threading.Thread(
+        target=lambda: _suppressed(
+            lambda: replicate(local, manifest, zombie.stores[1], zombie.attempt)
+        )
+    )
     thread.start()
     assert hold.reached.wait(100)
     successor = Life(local, remote)
@@ -335,14 +395,18 @@ def _suppressed(work: Callable[[], object]) -> None:
         work()
 
 
-def test_a_run_that_is_superseded_during_its_very_last_upload_is_not_finished(train, place, remote, tmp_path):
+def test_a_run_that_is_superseded_during_its_very_last_upload_is_not_finished(
+    train, place, remote, tmp_path
+):
     hold = place.proxy.hold("PUT", f"{fmt.stem(4, 1)}.pt")
     born = train("a", *SHORT, proxied=True)
     reached(hold, born)
     successor = Life(remote)
     hold.release()
     assert born.wait() == EXIT_SUPERSEDED, born.text
-    assert {read_catalog(store).ends[1]["why"] for store in (remote, LocalStore(tmp_path / "a"))} == {"superseded"}
+    assert {
+        read_catalog(store).ends[1]["why"] for store in (remote, LocalStore(tmp_path / "a"))
+    } == {"superseded"}
     assert fmt.manifest_key(4, 1) not in place.tags()
     successor.save(3)
     assert orders(remote)[0] == (3, 2)
@@ -351,7 +415,14 @@ def test_a_run_that_is_superseded_during_its_very_last_upload_is_not_finished(tr
 def test_an_attempt_whose_origin_a_zombie_deletes_saves_at_once(train, place, remote):
     assert train(None, *SHORT).wait() == 0
     hold = place.proxy.hold("PUT", fmt.attempt_key(2))
-    second = train(None, "train.epochs=400", "task.args.sleep_s=0.02", "checkpoint.every_s=null", "resume.accept=[config]", proxied=True)
+    second = train(
+        None,
+        "train.epochs=400",
+        "task.args.sleep_s=0.02",
+        "checkpoint.every_s=null",
+        "resume.accept=[config]",
+        proxied=True,
+    )
     reached(hold, second)
     origin = read_catalog(remote).head
     place.drop(origin.key, fmt.data_key(origin.step, 1))
@@ -361,7 +432,9 @@ def test_an_attempt_whose_origin_a_zombie_deletes_saves_at_once(train, place, re
     assert head.step < origin.step + 1000, "not at the end of the run"
 
 
-def test_a_first_save_while_the_uploader_looks_for_the_origin_is_a_save_like_any_other(train, place, remote, tmp_path):
+def test_a_first_save_while_the_uploader_looks_for_the_origin_is_a_save_like_any_other(
+    train, place, remote, tmp_path
+):
     assert train("a", *SHORT).wait() == 0
     hold = place.proxy.hold("GET", "attempts%2F", skip=2)
     second = train("a", "train.max_steps=8", "checkpoint.every_steps=2", proxied=True)
@@ -378,11 +451,14 @@ def test_a_first_save_while_the_uploader_looks_for_the_origin_is_a_save_like_any
 
 
 def history_is_one_line(remote: Store) -> None:
-    """Exactly one manifest for each step, each attempt's after its predecessor's, all of them whole."""
+    """Exactly one manifest for each step, each attempt's after its predecessor's, all of them
+    whole."""
     history = read_catalog(remote).history
     steps = [m.step for m in history]
     assert len(steps) == len(set(steps))
-    assert history == sorted(history, key=lambda m: m.order, reverse=True) and steps == sorted(steps, reverse=True)
+    assert history == sorted(history, key=lambda m: m.order, reverse=True) and steps == sorted(
+        steps, reverse=True
+    )
     for manifest in history:
         load.check(remote, manifest)
 
@@ -391,13 +467,18 @@ KEEP_ALL = ("checkpoint.keep_last=1000", "checkpoint.every_steps=5", "task.args.
 
 
 @pytest.mark.slow
-def test_of_two_launches_by_hand_the_later_takes_over_and_the_first_ends_as_superseded(train, place, remote, tmp_path):
+def test_of_two_launches_by_hand_the_later_takes_over_and_the_first_ends_as_superseded(
+    train, place, remote, tmp_path
+):
     """The worst one: two machines, a directory each, one bucket, both alive to the end."""
     first = train("a", *KEEP_ALL, "train.epochs=400")
     while not orders(remote):
         assert first.code is None, first.text
-    starts = 1  # of the second: if the first gets further while it starts, it asks to be started again
-    while (code := (second := train("b", *KEEP_ALL, "train.epochs=400", "train.max_steps=400")).wait()) == EXIT_STOPPED:
+    # of the second: if the first gets further while it starts, it asks to be started again
+    starts = 1
+    while (
+        code := (second := train("b", *KEEP_ALL, "train.epochs=400", "train.max_steps=400")).wait()
+    ) == EXIT_STOPPED:
         assert "while this start was under way" in second.text and starts < 5
         starts += 1
     assert code == 0, second.text
@@ -427,8 +508,13 @@ def test_two_starts_at_the_same_moment_make_one_history(train, place, remote):
     history_is_one_line(remote)
 
 
-def test_of_many_that_claim_one_number_in_the_bucket_exactly_one_has_it(nursery, place, remote, tmp_path):
-    rivals = [nursery.bear("race", place.server.environment, tmp_path / f"out-{k}", place.url) for k in range(4)]
+def test_of_many_that_claim_one_number_in_the_bucket_exactly_one_has_it(
+    nursery, place, remote, tmp_path
+):
+    rivals = [
+        nursery.bear("race", place.server.environment, tmp_path / f"out-{k}", place.url)
+        for k in range(4)
+    ]
     for rival in rivals:
         rival.wait_stopped()
     for rival in rivals:
@@ -443,13 +529,18 @@ def test_a_claim_whose_reply_is_lost_is_recognised_as_ours(train, place, remote)
     place.proxy.rules.append(Rule("drop_response", "PUT", fmt.attempt_key(1), first=1))
     born = train("a", *SHORT, proxied=True)
     assert born.wait() == 0, born.text
-    puts = [request for request in place.proxy.requests if request.method == "PUT" and fmt.attempt_key(1) in request.path]
+    puts = [
+        request
+        for request in place.proxy.requests
+        if request.method == "PUT" and fmt.attempt_key(1) in request.path
+    ]
     assert len(puts) >= 2 and {put.headers["if-none-match"] for put in puts} == {"*"}
     assert orders(remote) == [(4, 1), (2, 1)]
 
 
 def test_a_claim_whose_reply_is_lost_and_that_a_rival_made_is_not_ours(place, remote, monkeypatch):
-    """The same answer to the second try, and a record that differs in nothing but what a nonce makes differ."""
+    """The same answer to the second try, and a record that differs in nothing but what a nonce
+    makes differ."""
     slow = place.through_proxy(monkeypatch)
     found = read_catalog(slow)
     ours = attempts.claim(found, None, 1)
@@ -481,7 +572,9 @@ BEARS_SEVEN = (
 
 
 @pytest.mark.parametrize("side", ["directory", "bucket"])
-def test_an_attempt_number_never_repeats_while_any_name_on_either_store_bears_it(place, remote, tmp_path, side):
+def test_an_attempt_number_never_repeats_while_any_name_on_either_store_bears_it(
+    place, remote, tmp_path, side
+):
     local = machine(tmp_path, "a")
     Life(local, remote).copied(10)
     for number, left in enumerate(BEARS_SEVEN, 7):
@@ -504,7 +597,9 @@ def test_a_new_directory_goes_on_with_the_buckets_numbers_and_run(remote, tmp_pa
     assert second.origin.order == (1, 10)
 
 
-def test_who_claimed_in_the_bucket_and_died_before_the_directory_has_used_the_number_up(remote, tmp_path):
+def test_who_claimed_in_the_bucket_and_died_before_the_directory_has_used_the_number_up(
+    remote, tmp_path
+):
     attempts.claim(read_catalog(remote), None, 1)
     local = machine(tmp_path, "a")
     life = Life(local, remote)
@@ -515,7 +610,9 @@ def test_who_claimed_in_the_bucket_and_died_before_the_directory_has_used_the_nu
 # --- a directory remembers its bucket ---
 
 
-def test_a_directory_that_has_a_bucket_is_refused_without_it_or_with_another(train, place, tmp_path):
+def test_a_directory_that_has_a_bucket_is_refused_without_it_or_with_another(
+    train, place, tmp_path
+):
     assert train("a", *SHORT).wait() == 0
     before, tags = snapshot(tmp_path / "a"), place.tags()
     more = ("train.max_steps=8", "checkpoint.every_steps=2")
@@ -542,7 +639,9 @@ def test_who_insisted_on_another_bucket_is_remembered_with_that_one(place, tmp_p
         check_remembered((local, place.store()), ())
 
 
-def test_a_directory_whose_newest_record_cannot_be_read_still_remembers_its_bucket(remote, tmp_path):
+def test_a_directory_whose_newest_record_cannot_be_read_still_remembers_its_bucket(
+    remote, tmp_path
+):
     local = machine(tmp_path, "a")
     Life(local, remote).copied(10)
     Life(local, remote).copied(20)
@@ -567,11 +666,14 @@ def test_a_rollback_does_not_make_a_directory_forget_its_bucket(remote, tmp_path
 
 
 @pytest.mark.parametrize("first", [1, 5], ids=["same numbers", "other numbers"])
-def test_a_directory_and_a_bucket_of_different_runs_are_refused(train, place, remote, tmp_path, first):
+def test_a_directory_and_a_bucket_of_different_runs_are_refused(
+    train, place, remote, tmp_path, first
+):
     Life(remote).save(10)
     local = machine(tmp_path, "a")
     if first > 1:
-        local.path(fmt.data_key(1, first - 1)).write_bytes(b"")  # numbers that both runs have would tell by themselves
+        # numbers that both runs have would tell by themselves
+        local.path(fmt.data_key(1, first - 1)).write_bytes(b"")
     assert Life(local).attempt.number == first
     before, tags = snapshot(tmp_path / "a"), place.tags()
     born = train("a", *SHORT)
@@ -592,7 +694,9 @@ def test_a_run_that_was_trained_on_both_sides_without_the_other_is_refused(remot
 # --- which side is newest ---
 
 
-def test_a_stale_directory_that_is_newer_by_step_but_older_by_attempt_loses_against_the_bucket(remote, tmp_path, world):
+def test_a_stale_directory_that_is_newer_by_step_but_older_by_attempt_loses_against_the_bucket(
+    remote, tmp_path, world
+):
     stale, elsewhere = machine(tmp_path, "a"), machine(tmp_path, "b")
     old = Life(stale, remote)
     old.copied(10)
@@ -603,7 +707,10 @@ def test_a_stale_directory_that_is_newer_by_step_but_older_by_attempt_loses_agai
     assert resume_point.manifest.order == (2, 20)
     assert torch.equal(weight(resume_point.payload), weight(payload(20, 2)))
     assert orders(stale, remote) == [(20, 2), (10, 1)]
-    assert any("step_00000090-0001 in" in note and "taking step_00000020-0002" in note for note in resume_point.notes)
+    assert any(
+        "step_00000090-0001 in" in note and "taking step_00000020-0002" in note
+        for note in resume_point.notes
+    )
 
 
 def test_what_was_never_uploaded_wins_if_nobody_has_committed_since(remote, tmp_path, world):
@@ -627,7 +734,8 @@ def test_what_was_never_uploaded_is_uploaded_by_the_next_attempt(train, place, r
     killed.kill()
     newest = read_catalog(local).head
     assert remote.exists(newest.key) is False
-    again = train("a", *LONG, "checkpoint.every_steps=2000")  # with nothing newer, which might come first
+    # with nothing newer, which might come first
+    again = train("a", *LONG, "checkpoint.every_steps=2000")
     while not remote.exists(newest.key):
         assert again.code is None, again.text
     load.check(remote, newest)
@@ -674,13 +782,17 @@ def test_a_damaged_copy_is_looked_for_on_the_other_store_before_an_older_one_is_
     resume_point = resume.choose((both, remote), world)
     assert resume_point.manifest.step == step
     assert torch.equal(weight(resume_point.payload), weight(payload(step, 1)))
-    assert resume_point.damaged == [(side, fmt.manifest_key(number, 1)) for side, number in passed_over]
+    assert resume_point.damaged == [
+        (side, fmt.manifest_key(number, 1)) for side, number in passed_over
+    ]
 
 
 def test_a_manifest_that_is_damaged_on_one_store_is_read_from_the_other(place, remote, both, world):
     both.path(fmt.manifest_key(20, 1)).write_bytes(b"{")
     resume_point = resume.choose((both, remote), world)
-    assert resume_point.manifest.step == 20 and resume_point.damaged == [(0, fmt.manifest_key(20, 1))]
+    assert resume_point.manifest.step == 20 and resume_point.damaged == [
+        (0, fmt.manifest_key(20, 1))
+    ]
     place.put(fmt.manifest_key(10, 1), b"{")
     assert orders(both, remote) == [(20, 1), (10, 1)]
 
@@ -693,19 +805,28 @@ def test_all_copies_damaged_is_no_fresh_start(place, remote, both, world):
     assert snapshot(both.root) == before and place.tags() == tags
 
 
-def test_a_damaged_remote_copy_is_marked_after_a_second_full_read_and_not_renamed(train, place, remote):
+def test_a_damaged_remote_copy_is_marked_after_a_second_full_read_and_not_renamed(
+    train, place, remote
+):
     assert train(None, *SHORT).wait() == 0
     place.flip(fmt.data_key(4, 1))
     before = place.tags()
     born = train("b", "train.max_steps=8", "checkpoint.every_steps=4", proxied=True)
     assert born.wait() == 0, born.text
-    reads = [r for r in place.proxy.requests if r.method == "GET" and fmt.data_key(4, 1) in r.path and r.status in (200, 206)]
+    reads = [
+        r
+        for r in place.proxy.requests
+        if r.method == "GET" and fmt.data_key(4, 1) in r.path and r.status in (200, 206)
+    ]
     assert len(reads) == 2, "one range each time"
     after = place.tags()
     assert {key: after.get(key) for key in before if key.startswith(fmt.CHECKPOINTS)} == {
         key: tag for key, tag in before.items() if key.startswith(fmt.CHECKPOINTS)
     }
-    assert fmt.manifest_key(4, 1) + ".damaged" in after and fmt.data_key(4, 1) + ".damaged" not in after
+    assert (
+        fmt.manifest_key(4, 1) + ".damaged" in after
+        and fmt.data_key(4, 1) + ".damaged" not in after
+    )
     assert "skipped" in born.text and fmt.stem(4, 1) in born.text
     assert json.loads(place.get(fmt.attempt_key(2)))["from"] == {"attempt": 1, "step": 2}
 
@@ -717,9 +838,12 @@ def test_what_arrives_whole_when_it_is_read_again_is_not_damaged(place, both, wo
     assert resume_point.manifest.step == 20 and resume_point.damaged == []
 
 
-def test_a_newest_checkpoint_that_cannot_be_fetched_is_not_passed_over_as_if_it_were_damaged(place, both, world, monkeypatch):
+def test_a_newest_checkpoint_that_cannot_be_fetched_is_not_passed_over_as_if_it_were_damaged(
+    place, both, world, monkeypatch
+):
     """Unreachable is not damaged: going on from the older one would cut off what is whole."""
-    slow = place.through_proxy(monkeypatch).with_retry_limit(3)  # the requests that succeed must have time to
+    # the requests that succeed must have time to
+    slow = place.through_proxy(monkeypatch).with_retry_limit(3)
     place.proxy.rules.append(Rule("500", "GET", fmt.data_key(20, 1)))
     with pytest.raises(StorageError):
         pytest.fail(str(resume.choose(slow, world).notes))
@@ -730,7 +854,9 @@ def test_a_newest_checkpoint_that_cannot_be_fetched_is_not_passed_over_as_if_it_
 def test_a_marked_copy_is_the_last_choice_but_a_choice(place, remote, both, world):
     remote.set_aside([fmt.manifest_key(20, 1)])
     assert resume.choose(remote, world).manifest.step == 10
-    assert resume.choose((both, remote), world).manifest.step == 20, "the directory's copy has no mark"
+    assert resume.choose((both, remote), world).manifest.step == 20, (
+        "the directory's copy has no mark"
+    )
     damage(place, both, ("remote", 10))
     resume_point = resume.choose(remote, world)
     assert resume_point.manifest.step == 20, "what was seen broken there may be whole here"
@@ -738,7 +864,8 @@ def test_a_marked_copy_is_the_last_choice_but_a_choice(place, remote, both, worl
 
 
 def test_what_vanishes_while_it_is_restored_means_list_again(place, remote, world, monkeypatch):
-    """The attempt that is about to be replaced goes on, and its retention lets go what was listed."""
+    """The attempt that is about to be replaced goes on, and its retention lets go what was
+    listed."""
     alive = Life(remote)
     alive.save(10)
     alive.save(20)
@@ -765,7 +892,10 @@ def test_what_vanishes_while_it_is_restored_means_list_again(place, remote, worl
 HINTS: dict[str, tuple[str, bytes]] = {
     "a manifest that cannot be read": (fmt.manifest_key(10, 1), b""),
     "a mark of what is gone": (fmt.manifest_key(10, 1) + ".damaged", b"{}"),
-    "a record that went on from something": (fmt.attempt_key(1), b'{"from": {"attempt": 1, "step": 5}, "run_id": "r"}'),
+    "a record that went on from something": (
+        fmt.attempt_key(1),
+        b'{"from": {"attempt": 1, "step": 5}, "run_id": "r"}',
+    ),
     "a record that cannot be read": (fmt.attempt_key(1), b"{"),
     "an end with something saved": (fmt.end_key(1), b'{"why": "stopped", "saved_step": 10}'),
 }
@@ -801,16 +931,26 @@ def test_a_missing_bucket_is_a_wrong_setting_and_not_an_empty_run(train, place, 
     assert snapshot(tmp_path / "a") == {}
 
 
-def test_a_server_that_does_not_answer_at_the_start_is_74_and_never_step_0(nursery, place, tmp_path):
+def test_a_server_that_does_not_answer_at_the_start_is_74_and_never_step_0(
+    nursery, place, tmp_path
+):
     dead = place.server.environment | {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{free_ports(1)[0]}"}
-    settings = [f"run.dir={tmp_path / 'a'}", f"run.remote={place.url}", "task.name=small_task:build", "store.wait_s=1", *SHORT]
+    settings = [
+        f"run.dir={tmp_path / 'a'}",
+        f"run.remote={place.url}",
+        "task.name=small_task:build",
+        "store.wait_s=1",
+        *SHORT,
+    ]
     born = nursery.bear("train", dead, tmp_path / "out", settings)
     assert born.wait() == EXIT_STORAGE, born.text
     assert "begins at step 0" not in born.text and "Traceback" not in born.text
     assert snapshot(tmp_path / "a") == {}
 
 
-def test_a_server_that_goes_between_listing_and_claim_leaves_no_attempt_in_the_directory(train, place, tmp_path):
+def test_a_server_that_goes_between_listing_and_claim_leaves_no_attempt_in_the_directory(
+    train, place, tmp_path
+):
     hold = place.proxy.hold("PUT", fmt.attempt_key(1))
     born = train("a", *SHORT, "store.wait_s=5", proxied=True)
     reached(hold, born)
@@ -823,7 +963,9 @@ def test_a_server_that_goes_between_listing_and_claim_leaves_no_attempt_in_the_d
 # --- finished ---
 
 
-@pytest.mark.parametrize("directory", ["a", "b", None], ids=["its directory", "a new directory", "no directory"])
+@pytest.mark.parametrize(
+    "directory", ["a", "b", None], ids=["its directory", "a new directory", "no directory"]
+)
 def test_a_finished_run_is_left_as_it_is(train, place, tmp_path, directory):
     finished = train("a" if directory else None, *SHORT)
     assert finished.wait() == 0, finished.text
@@ -836,7 +978,9 @@ def test_a_finished_run_is_left_as_it_is(train, place, tmp_path, directory):
     assert snapshot(tmp_path / "b") == {}
 
 
-def test_a_run_that_is_finished_but_for_its_last_upload_says_so_and_the_next_start_uploads_it(train, place, remote, tmp_path):
+def test_a_run_that_is_finished_but_for_its_last_upload_says_so_and_the_next_start_uploads_it(
+    train, place, remote, tmp_path
+):
     place.proxy.rules.append(Rule("denied", "PUT", fmt.manifest_key(4, 1)))
     first = train("a", *SHORT, "store.wait_s=5", proxied=True)
     assert first.wait() not in (0, EXIT_SUPERSEDED), first.text
@@ -851,11 +995,20 @@ def test_a_run_that_is_finished_but_for_its_last_upload_says_so_and_the_next_sta
 
 
 @pytest.mark.slow
-def test_the_whole_program_alone_goes_on_from_the_bucket_on_another_machine(train, place, tmp_path, remote):
+def test_the_whole_program_alone_goes_on_from_the_bucket_on_another_machine(
+    train, place, tmp_path, remote
+):
     """Once without the nursery: started as a user starts it."""
     assert train("a", *SHORT).wait() == 0
-    settings = [f"run.dir={tmp_path / 'b'}", f"run.remote={place.url}", "task.name=small_task:build"]
-    ran = run(alone(*settings, "checkpoint.every_steps=2", "train.max_steps=8"), env=place.server.environment)
+    settings = [
+        f"run.dir={tmp_path / 'b'}",
+        f"run.remote={place.url}",
+        "task.name=small_task:build",
+    ]
+    ran = run(
+        alone(*settings, "checkpoint.every_steps=2", "train.max_steps=8"),
+        env=place.server.environment,
+    )
     assert ran.returncode == 0, ran.stderr
     assert "resumes from step 4 (step_00000004-0001)" in ran.stdout
     assert [m.order for m in read_catalog(remote).history][:2] == [(2, 8), (2, 6)]

@@ -1,4 +1,5 @@
-"""A bucket that cannot be used at the start: waited for if that may help, said in words if not, and never taken for an empty one."""
+"""A bucket that cannot be used at the start: waited for if that may help, said in words if not, and
+never taken for an empty one."""
 
 from __future__ import annotations
 
@@ -22,14 +23,25 @@ def check_nothing_began(directory: Path, text: str) -> None:
     assert "Traceback" not in text and "harness: error" in text, text
 
 
-def test_unreachable_it_waits_as_long_as_it_was_told_and_exits_74(bucket: tuple[S3Server, str], tmp_path: Path, started: Start) -> None:
+def test_unreachable_it_waits_as_long_as_it_was_told_and_exits_74(
+    bucket: tuple[S3Server, str], tmp_path: Path, started: Start
+) -> None:
     home = Home(*bucket)
     with FaultProxy(home.server.host, home.server.port) as ill:
         ill.rules.append(Rule("503"))
-        urls = {"refused": f"http://127.0.0.1:{free_ports(1)[0]}", "unknown": "http://store.invalid:8333", "ill": ill.url}
+        urls = {
+            "refused": f"http://127.0.0.1:{free_ports(1)[0]}",
+            "unknown": "http://store.invalid:8333",
+            "ill": ill.url,
+        }
         processes = {}
         for name, url in urls.items():
-            settings = (*TASK, "store.wait_s=10", f"run.dir={tmp_path / name}", f"run.remote={home.url}")
+            settings = (
+                *TASK,
+                "store.wait_s=10",
+                f"run.dir={tmp_path / name}",
+                f"run.remote={home.url}",
+            )
             processes[name] = started(alone(*settings), env=home.env() | {"AWS_ENDPOINT_URL": url})
         began = time.monotonic()
         for name, process in processes.items():
@@ -37,7 +49,9 @@ def test_unreachable_it_waits_as_long_as_it_was_told_and_exits_74(bucket: tuple[
             assert code == 74, text
             check_nothing_began(tmp_path / name, text)
         assert time.monotonic() - began < 110
-        assert len(ill.requests) > 3 and not any(request.method == "PUT" for request in ill.requests), "it did not try again"
+        assert len(ill.requests) > 3 and not any(
+            request.method == "PUT" for request in ill.requests
+        ), "it did not try again"
     assert home.keys() == []
 
 
@@ -50,7 +64,13 @@ def test_unreachable_for_a_while_it_says_so_and_goes_on_where_the_run_stands(
     home, log, directory = trained.home.branch(20), tmp_path / "log", tmp_path / "run"
     proxy = FaultProxy(home.server.host, home.server.port)
     with log.open("w") as output:
-        settings = (*TASK, "train.max_steps=25", "store.wait_s=60", f"run.dir={directory}", f"run.remote={home.url}")
+        settings = (
+            *TASK,
+            "train.max_steps=25",
+            "store.wait_s=60",
+            f"run.dir={directory}",
+            f"run.remote={home.url}",
+        )
         process = started(alone(*settings), env=home.env(proxy), output=output)
         wait_until(lambda: "does not answer since" in log.read_text(), "a warning", limit_s=60)
         assert not directory.exists()
@@ -61,9 +81,14 @@ def test_unreachable_for_a_while_it_says_so_and_goes_on_where_the_run_stands(
     assert home.steps()[-1] == 25 and home.attempts()[2]["from"]["step"] == 20
 
 
-def test_what_waiting_cannot_mend_exits_78_before_anything_begins(bucket: tuple[S3Server, str], tmp_path: Path, started: Start) -> None:
+def test_what_waiting_cannot_mend_exits_78_before_anything_begins(
+    bucket: tuple[S3Server, str], tmp_path: Path, started: Start
+) -> None:
     home = Home(*bucket)
-    with FaultProxy(home.server.host, home.server.port) as writing, FaultProxy(home.server.host, home.server.port) as listing:
+    with (
+        FaultProxy(home.server.host, home.server.port) as writing,
+        FaultProxy(home.server.host, home.server.port) as listing,
+    ):
         writing.rules.append(Rule("denied", "PUT"))
         listing.rules.append(Rule("denied", "GET", "list-type=2"))
         missing = Home(home.server, f"{home.bucket}-missing")
@@ -76,7 +101,10 @@ def test_what_waiting_cannot_mend_exits_78_before_anything_begins(bucket: tuple[
         began, processes = time.monotonic(), {}
         for words, (where, env) in cases.items():
             directory = tmp_path / words.replace(" ", "_")
-            processes[words] = directory, started(alone(*TASK, f"run.dir={directory}", f"run.remote={where.url}"), env=env)
+            processes[words] = (
+                directory,
+                started(alone(*TASK, f"run.dir={directory}", f"run.remote={where.url}"), env=env),
+            )
         for words, (directory, process) in processes.items():
             code, text = ended(process)
             assert code == 78, text

@@ -1,4 +1,5 @@
-"""Starts from a listing that is not true any more, or that cannot be read: nothing is cut off, deleted or trained twice by that."""
+"""Starts from a listing that is not true any more, or that cannot be read: nothing is cut off,
+deleted or trained twice by that."""
 
 from __future__ import annotations
 
@@ -52,13 +53,20 @@ def path_of(store: LocalStore, key: str) -> Path:
 
 
 def tree(store: LocalStore) -> dict[str, bytes]:
-    return {str(path.relative_to(store.root)): path.read_bytes() for path in store.root.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(store.root)): path.read_bytes()
+        for path in store.root.rglob("*")
+        if path.is_file()
+    }
 
 
 def make_newer(store: LocalStore, step: int, attempt: int = 1, version: int = 99) -> str:
     """The manifest of a checkpoint as a later version writes it; returns its key."""
     key = fmt.manifest_key(step, attempt)
-    later = json.loads(path_of(store, key).read_bytes()) | {"format_version": version, "shards": {"of": "a later version"}}
+    later = json.loads(path_of(store, key).read_bytes()) | {
+        "format_version": version,
+        "shards": {"of": "a later version"},
+    }
     path_of(store, key).write_bytes(seal(later))
     return key
 
@@ -96,7 +104,10 @@ def test_a_newer_format_at_the_head_refuses_a_start_in_whichever_store(stores, w
     before = tree(stores[0]), tree(stores[1])
     with pytest.raises(UsageError, match="format version 99") as error:
         resume.choose(stores, world)
-    assert error.value.exit_code == EXIT_USAGE and "Use a harness that reads format version 99" in str(error.value)
+    assert (
+        error.value.exit_code == EXIT_USAGE
+        and "Use a harness that reads format version 99" in str(error.value)
+    )
     assert (tree(stores[0]), tree(stores[1])) == before
 
 
@@ -109,7 +120,9 @@ def test_a_newer_format_that_was_cut_off_is_in_nobodys_way(store, world: World, 
     assert code == 0, said
     assert resume.choose(store, world).manifest.order == (2, 10)
     assert command(capsys, "prune", str(store), "--keep-last", "1", "--yes")[0] == 0
-    assert path_of(store, key).exists() and path_of(store, fmt.data_key(20, 1)).exists(), "what nobody here can read is nobody's to delete"
+    assert path_of(store, key).exists() and path_of(store, fmt.data_key(20, 1)).exists(), (
+        "what nobody here can read is nobody's to delete"
+    )
 
 
 def test_the_commands_say_what_a_newer_format_is_and_leave_it(store, capsys):
@@ -118,21 +131,42 @@ def test_the_commands_say_what_a_newer_format_is_and_leave_it(store, capsys):
         life.save(step, {"epochs": 30, "max_steps": None} if step == 40 else None)
     key = make_newer(store, 50)
     before = tree(store)
-    for words, code in (("status", EXIT_USAGE), ("ls", 0), ("verify", EXIT_USAGE), ("prune", EXIT_USAGE), ("show", EXIT_USAGE)):
+    for words, code in (
+        ("status", EXIT_USAGE),
+        ("ls", 0),
+        ("verify", EXIT_USAGE),
+        ("prune", EXIT_USAGE),
+        ("show", EXIT_USAGE),
+    ):
         found, said = command(capsys, words, str(store), *(["--yes"] if words == "prune" else []))
         assert found == code, (words, said)
-        assert "format version 99" in said and "DAMAGED" not in said and "next start resumes" not in said, (words, said)
+        assert (
+            "format version 99" in said
+            and "DAMAGED" not in said
+            and "next start resumes" not in said
+        ), (words, said)
     code, said = command(capsys, "launch", f"run.dir={store}", "task.name=small_task:build")
     assert code == EXIT_USAGE and f"{key} has format version 99" in said
     assert tree(store) == before
 
 
-def test_a_file_of_a_newer_format_than_its_manifest_says_refuses_a_start_and_is_not_set_aside(store, world: World, capsys):
+def test_a_file_of_a_newer_format_than_its_manifest_says_refuses_a_start_and_is_not_set_aside(
+    store, world: World, capsys
+):
     life = Life(store)
     life.save(10)
-    later = torch.load(path_of(store, fmt.data_key(10, 1)), weights_only=True) | {"step": 20, "format_version": 3}
+    later = torch.load(path_of(store, fmt.data_key(10, 1)), weights_only=True) | {
+        "step": 20,
+        "format_version": 3,
+    }
     about = About(1, ((1, 10),), {"model": "Linear"}, "-")
-    made = commit(store, life.attempt, payload(20) | {"config": {}}, about, lambda sink: torch.save(later, sink))
+    made = commit(
+        store,
+        life.attempt,
+        payload(20) | {"config": {}},
+        about,
+        lambda sink: torch.save(later, sink),
+    )
     assert made.format_version == 1
     before = tree(store)
     with pytest.raises(UsageError, match="format version 3"):
@@ -145,7 +179,10 @@ def test_a_file_of_a_newer_format_than_its_manifest_says_refuses_a_start_and_is_
 def test_fields_that_are_not_known_go_on_with_a_copy(stores):
     life = Life(*stores)
     manifest = life.save(10)
-    text = seal(json.loads(path_of(stores[0], manifest.key).read_bytes()) | {"surplus": [1], "more": {"x": None}})
+    text = seal(
+        json.loads(path_of(stores[0], manifest.key).read_bytes())
+        | {"surplus": [1], "more": {"x": None}}
+    )
     path_of(stores[0], manifest.key).write_bytes(text)
     found = read_catalog(stores[0]).head
     assert fmt.to_bytes(found) == text
@@ -171,7 +208,9 @@ def test_who_claims_from_an_old_listing_leaves_to_be_started_again(store, world:
     said: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(launches.ENVIRONMENT, job.launch)
-        with pytest.raises(OvertakenError, match="from step_00000020-0001 to step_00000060-0001") as error:
+        with pytest.raises(
+            OvertakenError, match="from step_00000020-0001 to step_00000060-0001"
+        ) as error:
             claim((store,), seen, 1, Settings(), said.append)
     assert error.value.exit_code == EXIT_STOPPED and not said
     with pytest.raises(SupersededError):
@@ -185,14 +224,20 @@ def test_who_claims_from_an_old_listing_leaves_to_be_started_again(store, world:
     assert (stands.exit_code, failed) == (EXIT_STOPPED, []), "that is no failure"
     assert not stands.is_leaving
     code, text = command(capsys, "status", str(store))
-    assert code == EXIT_STOPPED and "to be started again: the run has got from step_00000020-0001 to step_00000060-0001" in text
+    assert (
+        code == EXIT_STOPPED
+        and "to be started again: the run has got from step_00000020-0001 to step_00000060-0001"
+        in text
+    )
     again = resume.choose(store, world)
     assert again.manifest.order == (1, 60)
     assert claim((store,), again, 1, Settings(), said.append).number == 3
 
 
 @pytest.mark.parametrize("how", [pytest.param("launch", marks=pytest.mark.slow), "torchrun"])
-def test_of_two_starts_the_late_one_trains_on_and_the_first_one_ends(how: str, tmp_path: Path, started: Start):
+def test_of_two_starts_the_late_one_trains_on_and_the_first_one_ends(
+    how: str, tmp_path: Path, started: Start
+):
     program = tmp_path / "program.py"
     program.write_text(HEAD + LATE)
     run = tmp_path / "run"
@@ -210,7 +255,11 @@ def test_of_two_starts_the_late_one_trains_on_and_the_first_one_ends(how: str, t
     assert first.returncode == (EXIT_SUPERSEDED if how == "launch" else 1), texts
     found = read_catalog(LocalStore(run))
     assert found.head.final is not None and found.head.step == 80
-    assert [found.ends[number]["why"] for number in (1, 2, 3)] == ["superseded", "stopped", "finished"], texts
+    assert [found.ends[number]["why"] for number in (1, 2, 3)] == [
+        "superseded",
+        "stopped",
+        "finished",
+    ], texts
     assert found.attempts[3]["from"]["attempt"] == 1, "on from what the first one had come to"
     assert outcome(found).exit_code == 0
 
@@ -228,7 +277,9 @@ def test_who_is_overtaken_by_the_end_of_the_run_does_not_unfinish_it(store, worl
             claim((store,), seen, 1, Settings(), lambda text: None)
     found = read_catalog(store)
     assert outcome(found, launches.read([store])).exit_code == 0
-    assert [verdict(found, launches.read([store]), job.launch)[0].exit_code for job in (first, late)] == [0, 0]
+    assert [
+        verdict(found, launches.read([store]), job.launch)[0].exit_code for job in (first, late)
+    ] == [0, 0]
     code, said = command(capsys, "launch", f"run.dir={store}", "task.name=small_task:build")
     assert code == 0 and "nothing to do" in said
 
@@ -244,9 +295,17 @@ def test_what_cannot_be_tidied_up_is_said_and_training_begins(store, world: Worl
     foreign = control_requests.leave(store, 1, "stop")
     stale = path_of(store, f"{fmt.CHECKPOINTS}/x.pt.tmp-0001-0123")
     stale.write_bytes(b"")
-    swept = [path_of(store, f"{fmt.CHECKPOINTS}/y.pt.tmp-0001-0123"), path_of(store, control_requests.leave(store, 1, "save"))]
+    swept = [
+        path_of(store, f"{fmt.CHECKPOINTS}/y.pt.tmp-0001-0123"),
+        path_of(store, control_requests.leave(store, 1, "save")),
+    ]
     swept[0].write_bytes(b"")
-    barred = {str(path_of(store, foreign)), str(stale), str(path_of(store, fmt.manifest_key(20, 1))), str(path_of(store, "config.yaml"))}
+    barred = {
+        str(path_of(store, foreign)),
+        str(stale),
+        str(path_of(store, fmt.manifest_key(20, 1))),
+        str(path_of(store, "config.yaml")),
+    }
 
     def refuse(real, which):
         def call(*paths, **more):
@@ -273,7 +332,13 @@ def test_what_cannot_be_tidied_up_is_said_and_training_begins(store, world: Worl
 AWAY = (errno.ESTALE, errno.EIO, errno.ETIMEDOUT, errno.ENOMEM, errno.EACCES)
 
 
-def failing(monkeypatch: pytest.MonkeyPatch, path: Path, number: int, times: float, at_first: Callable[[], object] = lambda: None) -> None:
+def failing(
+    monkeypatch: pytest.MonkeyPatch,
+    path: Path,
+    number: int,
+    times: float,
+    at_first: Callable[[], object] = lambda: None,
+) -> None:
     """Let the system refuse to read this file so many times."""
     monkeypatch.setattr(retry, "READ_AGAIN_S", (0.01, 0.01, 0.01))
     left, real_read, real_open = times, os.read, os.open
@@ -307,8 +372,12 @@ def finished(store: LocalStore) -> LocalStore:
 
 
 @pytest.mark.parametrize("number", AWAY, ids=errno.errorcode.get)
-@pytest.mark.parametrize("key", [fmt.data_key(20, 1), fmt.manifest_key(20, 1)], ids=["data", "manifest"])
-def test_what_cannot_be_read_now_is_read_again_and_then_fails_the_start(finished, world: World, monkeypatch, number: int, key: str):
+@pytest.mark.parametrize(
+    "key", [fmt.data_key(20, 1), fmt.manifest_key(20, 1)], ids=["data", "manifest"]
+)
+def test_what_cannot_be_read_now_is_read_again_and_then_fails_the_start(
+    finished, world: World, monkeypatch, number: int, key: str
+):
     failing(monkeypatch, path_of(finished, key), number, 2)
     assert resume.choose(finished, world).manifest.step == 20
     failing(monkeypatch, path_of(finished, key), number, float("inf"))
@@ -328,10 +397,17 @@ def test_what_cannot_be_read_in_one_store_is_read_from_the_other(stores, world: 
     assert (resume_point.manifest.step, resume_point.place, resume_point.damaged) == (20, 1, [])
 
 
-@pytest.mark.parametrize("key", [fmt.data_key(20, 1), fmt.manifest_key(20, 1)], ids=["data", "manifest"])
-def test_a_stale_handle_of_a_file_that_was_deleted_is_a_file_that_was_deleted(finished, world: World, monkeypatch, key: str):
+@pytest.mark.parametrize(
+    "key", [fmt.data_key(20, 1), fmt.manifest_key(20, 1)], ids=["data", "manifest"]
+)
+def test_a_stale_handle_of_a_file_that_was_deleted_is_a_file_that_was_deleted(
+    finished, world: World, monkeypatch, key: str
+):
     def delete() -> None:
-        for path in (path_of(finished, fmt.manifest_key(20, 1)), path_of(finished, fmt.data_key(20, 1))):
+        for path in (
+            path_of(finished, fmt.manifest_key(20, 1)),
+            path_of(finished, fmt.data_key(20, 1)),
+        ):
             path.unlink(missing_ok=True)
 
     failing(monkeypatch, path_of(finished, key), errno.ESTALE, 1, at_first=delete)

@@ -1,4 +1,5 @@
-"""The shape of PyTorch's tutorial on DistributedDataParallel, made fault tolerant: torchrun --standalone --nproc-per-node=2 ddp.py"""
+"""The shape of PyTorch's tutorial on DistributedDataParallel, made fault tolerant:
+torchrun --standalone --nproc-per-node=2 ddp.py"""
 
 import os
 import time
@@ -37,7 +38,9 @@ class Trainer:
         self.optimizer = optimizer
         self.scheduler = scheduler
         self.model = DDP(model)
-        self.run = harness.init("runs/a", save_every_steps=3).track(model=self.model, optimizer=optimizer, scheduler=scheduler)
+        self.run = harness.init("runs/a", save_every_steps=3).track(
+            model=self.model, optimizer=optimizer, scheduler=scheduler
+        )
 
     def _run_batch(self, source, targets):
         self.optimizer.zero_grad()
@@ -51,24 +54,34 @@ class Trainer:
         for source, targets in self.train_data:
             loss = self._run_batch(source, targets)
         self.scheduler.step()
-        print(f"[rank {self.rank}] epoch {epoch} | loss {loss.item():.4f} | lr {self.scheduler.get_last_lr()[0]:.4g}", flush=True)
+        print(
+            f"[rank {self.rank}] epoch {epoch} | loss {loss.item():.4f} | "
+            f"lr {self.scheduler.get_last_lr()[0]:.4g}",
+            flush=True,
+        )
 
     def train(self, max_epochs):
-        for epoch, self.train_data in self.run.by_epoch(self.run.batches(self.train_data, epochs=max_epochs)):
+        for epoch, self.train_data in self.run.by_epoch(
+            self.run.batches(self.train_data, epochs=max_epochs)
+        ):
             self._run_epoch(epoch)
 
 
 def load_train_objs():
     torch.manual_seed(0)
     train_set = MyTrainDataset(256)
-    model = torch.nn.Sequential(torch.nn.Linear(20, 32), torch.nn.ReLU(), torch.nn.Dropout(0.2), torch.nn.Linear(32, 1))
+    model = torch.nn.Sequential(
+        torch.nn.Linear(20, 32), torch.nn.ReLU(), torch.nn.Dropout(0.2), torch.nn.Linear(32, 1)
+    )
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-2, momentum=0.9)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=2, gamma=0.5)
     return train_set, model, optimizer, scheduler
 
 
 def prepare_dataloader(dataset, batch_size):
-    return DataLoader(dataset, batch_size=batch_size, shuffle=False, sampler=DistributedSampler(dataset))
+    return DataLoader(
+        dataset, batch_size=batch_size, shuffle=False, sampler=DistributedSampler(dataset)
+    )
 
 
 def main(total_epochs, batch_size):

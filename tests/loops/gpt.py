@@ -1,4 +1,5 @@
-"""The shape of nanoGPT's train.py: own sampling, gradient accumulation, evaluation inside the loop, made fault tolerant."""
+"""The shape of nanoGPT's train.py: own sampling, gradient accumulation, evaluation inside the loop,
+made fault tolerant."""
 
 import math
 import os
@@ -53,7 +54,9 @@ def get_batch(split):
     data = train_data if split == "train" else val_data
     ix = torch.randint(len(data) - block_size, (batch_size,))
     x = torch.stack([torch.from_numpy((data[i : i + block_size]).astype(np.int64)) for i in ix])
-    y = torch.stack([torch.from_numpy((data[i + 1 : i + 1 + block_size]).astype(np.int64)) for i in ix])
+    y = torch.stack(
+        [torch.from_numpy((data[i + 1 : i + 1 + block_size]).astype(np.int64)) for i in ix]
+    )
     return x, y
 
 
@@ -62,13 +65,17 @@ class GPT(nn.Module):
         super().__init__()
         self.wte = nn.Embedding(vocab_size, n_embd)
         self.wpe = nn.Embedding(block_size, n_embd)
-        self.block = nn.TransformerEncoderLayer(n_embd, n_head, 4 * n_embd, dropout, batch_first=True, norm_first=True)
+        self.block = nn.TransformerEncoderLayer(
+            n_embd, n_head, 4 * n_embd, dropout, batch_first=True, norm_first=True
+        )
         self.lm_head = nn.Linear(n_embd, vocab_size, bias=False)
         self.lm_head.weight = self.wte.weight
 
     def forward(self, idx, targets):
         mask = nn.Transformer.generate_square_subsequent_mask(idx.size(1))
-        x = self.block(self.wte(idx) + self.wpe(torch.arange(idx.size(1))), src_mask=mask, is_causal=True)
+        x = self.block(
+            self.wte(idx) + self.wpe(torch.arange(idx.size(1))), src_mask=mask, is_causal=True
+        )
         logits = self.lm_head(x)
         return logits, F.cross_entropy(logits.view(-1, logits.size(-1)), targets.view(-1))
 
@@ -76,7 +83,9 @@ class GPT(nn.Module):
 iter_num = 0
 model = GPT()
 scaler = torch.amp.GradScaler("cpu", enabled=False)
-optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.1)
+optimizer = torch.optim.AdamW(
+    model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.1
+)
 if ddp:
     model = DDP(model)
 
@@ -106,7 +115,9 @@ def get_lr(it):
     return min_lr + 0.5 * (1.0 + math.cos(math.pi * decay_ratio)) * (learning_rate - min_lr)
 
 
-run = harness.init("runs/a", save_every_steps=3).track(model=model, optimizer=optimizer, scaler=scaler)
+run = harness.init("runs/a", save_every_steps=3).track(
+    model=model, optimizer=optimizer, scaler=scaler
+)
 t0 = time.time()
 for iter_num in run.steps(max_iters + 1):
     lr = get_lr(iter_num)
@@ -115,7 +126,10 @@ for iter_num in run.steps(max_iters + 1):
 
     if iter_num % eval_interval == 0 and master_process:
         losses = estimate_loss()
-        print(f"step {iter_num}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}", flush=True)
+        print(
+            f"step {iter_num}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}",
+            flush=True,
+        )
 
     for micro_step in range(gradient_accumulation_steps):
         if ddp:
@@ -135,7 +149,11 @@ for iter_num in run.steps(max_iters + 1):
     t1 = time.time()
     dt, t0 = t1 - t0, t1
     if iter_num % log_interval == 0 and master_process:
-        print(f"iter {iter_num}: loss {loss.item() * gradient_accumulation_steps:.4f}, time {dt * 1000:.2f}ms", flush=True)
+        print(
+            f"iter {iter_num}: loss {loss.item() * gradient_accumulation_steps:.4f}, "
+            f"time {dt * 1000:.2f}ms",
+            flush=True,
+        )
 
 if ddp:
     destroy_process_group()

@@ -15,7 +15,12 @@ class Records(IterableDataset):
     """Every world_size-th record of a long file, shuffled in a buffer."""
 
     def __init__(self, size, rank, world_size, buffer_size=16):
-        self.size, self.rank, self.world_size, self.buffer_size = size, rank, world_size, buffer_size
+        self.size, self.rank, self.world_size, self.buffer_size = (
+            size,
+            rank,
+            world_size,
+            buffer_size,
+        )
         self.at, self.buffer = rank, []
 
     def __iter__(self):

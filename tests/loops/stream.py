@@ -1,4 +1,5 @@
-"""A loop over an iterable dataset that knows where it stands, on several ranks, made fault tolerant."""
+"""A loop over an iterable dataset that knows where it stands, on several ranks, made fault
+tolerant."""
 
 import os
 import random
@@ -17,7 +18,12 @@ class Records(IterableDataset):
     """Every world_size-th record of a long file, shuffled in a buffer."""
 
     def __init__(self, size, rank, world_size, buffer_size=16):
-        self.size, self.rank, self.world_size, self.buffer_size = size, rank, world_size, buffer_size
+        self.size, self.rank, self.world_size, self.buffer_size = (
+            size,
+            rank,
+            world_size,
+            buffer_size,
+        )
         self.at, self.buffer = rank, []
 
     def __iter__(self):

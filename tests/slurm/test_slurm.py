@@ -1,4 +1,5 @@
-"""Submit once, walk away: on a real SLURM, through real preemptions, to the model of an uninterrupted run."""
+"""Submit once, walk away: on a real SLURM, through real preemptions, to the model of an
+uninterrupted run."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ Folders = pytest.TempPathFactory
 
 @pytest.fixture(scope="module")
 def slurm(slurm_cluster: SlurmCluster) -> Iterator[SlurmCluster]:
-    """The cluster, for all tests of this file together: a requeue is mostly waiting, in which the others may run."""
+    """The cluster, for all tests of this file together: a requeue is mostly waiting, in which the
+    others may run."""
     slurm_cluster.idle()
     yield slurm_cluster
     slurm_cluster.idle()
@@ -30,7 +32,14 @@ def whole(tmp_path_factory: Folders) -> Path:
 @pytest.fixture(scope="module")
 def crashing(slurm: SlurmCluster, tmp_path_factory: Folders) -> Submitted:
     """A run that dies in its third step whenever it is started, on a node that nobody preempts."""
-    options = ("--partition", "high", "--procs-per-node", "2", "slurm.extra=[--nodelist=n3]", "task.args.fail_at=3")
+    options = (
+        "--partition",
+        "high",
+        "--procs-per-node",
+        "2",
+        "slurm.extra=[--nodelist=n3]",
+        "task.args.fail_at=3",
+    )
     run = submitted(slurm, tmp_path_factory.mktemp("crashing"), "crashes", *options, nodes=1)
     run.hasten()
     return run
@@ -38,8 +47,12 @@ def crashing(slurm: SlurmCluster, tmp_path_factory: Folders) -> Submitted:
 
 @pytest.mark.usefixtures("crashing")
 @pytest.mark.parametrize("times", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_a_run_that_is_preempted_finishes_as_if_it_never_was(slurm: SlurmCluster, whole: Path, tmp_path: Path, times: int) -> None:
-    run = submitted(slurm, tmp_path, "preempted", "--partition", "low", 'slurm.extra=["--nodelist=n1,n2"]')
+def test_a_run_that_is_preempted_finishes_as_if_it_never_was(
+    slurm: SlurmCluster, whole: Path, tmp_path: Path, times: int
+) -> None:
+    run = submitted(
+        slurm, tmp_path, "preempted", "--partition", "low", 'slurm.extra=["--nodelist=n1,n2"]'
+    )
     run.edit()
     for _ in range(times):
         run.train(4)
@@ -55,32 +68,50 @@ def test_a_run_that_is_preempted_finishes_as_if_it_never_was(slurm: SlurmCluster
     assert run.lives() == times + 1
     assert run.ends() == [("stopped", True)] * times + [("finished", True)]
     log = run.log()
-    for line in ("attempt 1 begins at step 0", f"attempt {times + 1} resumes from step", "harness: finished at step 40"):
+    for line in (
+        "attempt 1 begins at step 0",
+        f"attempt {times + 1} resumes from step",
+        "harness: finished at step 40",
+    ):
         assert log.count(line) == 1, log
-    assert log.count("everything saved; start again to go on") == times and log.rstrip().endswith("harness: finished: at step 40"), log
+    assert log.count("everything saved; start again to go on") == times and log.rstrip().endswith(
+        "harness: finished: at step 40"
+    ), log
     assert "Traceback" not in log and "Terminated" not in log, log
 
 
-def test_what_always_crashes_is_started_three_times_and_then_fails_with_its_cause(slurm: SlurmCluster, crashing: Submitted) -> None:
+def test_what_always_crashes_is_started_three_times_and_then_fails_with_its_cause(
+    slurm: SlurmCluster, crashing: Submitted
+) -> None:
     run = crashing
     run.ended("FAILED")
     assert slurm.fields(run.job)["ExitCode"] == "1:0"
     assert run.lives() == 3
     assert run.ends() == [("failed", False)] * 3
-    assert {(end["step"], end["rank"]) for name, end in run.records("attempts").items() if name.endswith(".end")} == {(3, 1)}
+    assert {
+        (end["step"], end["rank"])
+        for name, end in run.records("attempts").items()
+        if name.endswith(".end")
+    } == {(3, 1)}
     last = run.log().rstrip().splitlines()
     assert "ValueError: the task fails in step 3" in last[-2], run.log()
     assert last[-1].startswith(
-        "harness: failed: 3 in a row died without a new checkpoint, each at step 3; the first: attempt 1 failed at step 3"
+        "harness: failed: 3 in a row died without a new checkpoint, each at step 3; "
+        "the first: attempt 1 failed at step 3"
     )
     status = run.harness("status", str(run.directory))
     assert status.returncode == 1 and "each at step 3" in status.stdout, status.stdout
 
 
-def test_a_finished_run_that_is_submitted_again_ends_without_starting_anything(slurm: SlurmCluster, whole: Path, tmp_path: Path) -> None:
+def test_a_finished_run_that_is_submitted_again_ends_without_starting_anything(
+    slurm: SlurmCluster, whole: Path, tmp_path: Path
+) -> None:
     shutil.copytree(whole, tmp_path / "done")
     run = submitted(slurm, tmp_path, "done", "--partition", "high", "resume.accept=[config]")
     run.ended()
-    assert run.log().strip() == f"harness: the run in {run.directory} is finished, at step 40; nothing to do"
+    assert (
+        run.log().strip()
+        == f"harness: the run in {run.directory} is finished, at step 40; nothing to do"
+    )
     assert run.records("attempts").keys() == {"0001", "0001.end"} and not run.records("launches")
     assert_equal(whole, run.directory)

@@ -1,4 +1,5 @@
-"""What the other tests rely on in a real SLURM: who gets which signal when, what comes back, and what never does."""
+"""What the other tests rely on in a real SLURM: who gets which signal when, what comes back, and
+what never does."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ from slurm_cluster import GRACE_S, SlurmCluster
 
 pytestmark = pytest.mark.slow  # what SLURM does, as the other tests rely on it
 
-# Two tasks that report a SIGTERM and end with 75, under a shell that reports its own and then waits for its end.
+# Two tasks that report a SIGTERM and end with 75, under a shell that reports its own and then waits
+# for its end.
 JOB = """\
 #!/bin/bash
 #SBATCH -N2 -n2 --open-mode=append
@@ -19,7 +21,8 @@ say() { echo "$1 $EPOCHREALTIME"; }  # no child, which would get the SIGTERM too
 say "life ${SLURM_RESTART_COUNT:-0}"
 [ "${SLURM_RESTART_COUNT:-0}" = 0 ] || exit 0
 trap 'say shell-term; termed=1' TERM
-srun bash -c 'trap "echo task-term \\$EPOCHREALTIME; exit 75" TERM; echo task-ready; for i in {1..600}; do sleep 0.1; done' 2>/dev/null &
+srun bash -c 'trap "echo task-term \\$EPOCHREALTIME; exit 75" TERM; echo task-ready; \
+for i in {1..600}; do sleep 0.1; done' 2>/dev/null &
 step=$!
 until ! kill -0 $step 2>/dev/null; do wait $step; code=$?; done
 say "step-$code"
@@ -43,10 +46,18 @@ class Job:
         wait_until(lambda: self.lines("task-ready") == 2, "both tasks run")
 
     def lines(self, word: str) -> int:
-        return sum(line.startswith(word) for line in self.output.read_text().splitlines()) if self.output.exists() else 0
+        return (
+            sum(line.startswith(word) for line in self.output.read_text().splitlines())
+            if self.output.exists()
+            else 0
+        )
 
     def at(self, word: str) -> float:
-        return next(float(line.split()[-1]) for line in self.output.read_text().splitlines() if line.startswith(word))
+        return next(
+            float(line.split()[-1])
+            for line in self.output.read_text().splitlines()
+            if line.startswith(word)
+        )
 
     def preempt(self) -> float:
         self.slurm.submit(self.hog)
@@ -55,8 +66,12 @@ class Job:
 
 def test_a_job_runs_on_two_nodes(slurm: SlurmCluster, tmp_path: Path) -> None:
     script = tmp_path / "job.sh"
-    script.write_text('#!/bin/bash\nsrun bash -c "echo $GREETING \\$SLURM_PROCID \\$SLURMD_NODENAME"\n')
-    job = slurm.submit(script, "-N2", "-n2", "-o", str(tmp_path / "out"), environment={"GREETING": "hello"})
+    script.write_text(
+        '#!/bin/bash\nsrun bash -c "echo $GREETING \\$SLURM_PROCID \\$SLURMD_NODENAME"\n'
+    )
+    job = slurm.submit(
+        script, "-N2", "-n2", "-o", str(tmp_path / "out"), environment={"GREETING": "hello"}
+    )
     assert slurm.wait_for(job) == "COMPLETED"
     assert sorted((tmp_path / "out").read_text().split("\n")[:-1]) == ["hello 0 n1", "hello 1 n2"]
     fields = slurm.fields(job)
@@ -76,7 +91,9 @@ def test_in_the_grace_time_only_the_step_is_told(slurm: SlurmCluster, tmp_path: 
     assert slurm.restarts(job.id) == 1
 
 
-def test_without_a_grace_time_shell_and_step_are_told_at_once(slurm: SlurmCluster, tmp_path: Path) -> None:
+def test_without_a_grace_time_shell_and_step_are_told_at_once(
+    slurm: SlurmCluster, tmp_path: Path
+) -> None:
     job = Job(slurm, tmp_path, "-p", "lowkill")
     job.preempt()
     assert slurm.wait_for(job.id, limit_s=30) == "COMPLETED"
@@ -84,8 +101,16 @@ def test_without_a_grace_time_shell_and_step_are_told_at_once(slurm: SlurmCluste
     assert job.lines("life 1") == 1 and slurm.restarts(job.id) == 1
 
 
-def test_a_requeue_from_within_in_the_grace_time_is_one_restart(slurm: SlurmCluster, tmp_path: Path) -> None:
-    job = Job(slurm, tmp_path, "-p", "low", then="sleep 2; say still-there; scontrol requeue $SLURM_JOB_ID")
+def test_a_requeue_from_within_in_the_grace_time_is_one_restart(
+    slurm: SlurmCluster, tmp_path: Path
+) -> None:
+    job = Job(
+        slurm,
+        tmp_path,
+        "-p",
+        "low",
+        then="sleep 2; say still-there; scontrol requeue $SLURM_JOB_ID",
+    )
     asked = job.preempt()
     assert slurm.wait_for(job.id, limit_s=30) == "COMPLETED"
     assert time.time() - asked < GRACE_S
@@ -93,13 +118,19 @@ def test_a_requeue_from_within_in_the_grace_time_is_one_restart(slurm: SlurmClus
     assert job.lines("life 1") == 1 and slurm.restarts(job.id) == 1
 
 
-def test_a_cancelled_job_stays_so_unless_it_asks_to_be_requeued(slurm: SlurmCluster, tmp_path: Path) -> None:
+def test_a_cancelled_job_stays_so_unless_it_asks_to_be_requeued(
+    slurm: SlurmCluster, tmp_path: Path
+) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
-    job, careless = Job(slurm, tmp_path / "a"), Job(slurm, tmp_path / "b", then="scontrol requeue $SLURM_JOB_ID")
+    job, careless = (
+        Job(slurm, tmp_path / "a"),
+        Job(slurm, tmp_path / "b", then="scontrol requeue $SLURM_JOB_ID"),
+    )
     slurm.cancel(job.id)
     slurm.cancel(careless.id)
-    assert slurm.wait_for(careless.id, limit_s=30) == "COMPLETED"  # the trap that the harness has to avoid
+    # the trap that the harness has to avoid
+    assert slurm.wait_for(careless.id, limit_s=30) == "COMPLETED"
     assert slurm.restarts(careless.id) == 1 and careless.lines("life 1") == 1
     assert slurm.state(job.id) == "CANCELLED"
     assert slurm.restarts(job.id) == 0 and not job.lines("life 1")

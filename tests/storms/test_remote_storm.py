@@ -1,4 +1,5 @@
-"""Killed anywhere and started again on other machines, over a bad network: the run in the bucket is the uninterrupted one, bit for bit."""
+"""Killed anywhere and started again on other machines, over a bad network: the run in the bucket is
+the uninterrupted one, bit for bit."""
 
 from __future__ import annotations
 
@@ -12,10 +13,28 @@ from pathlib import Path
 import pytest
 from conftest import alone, kill_tree, run, start, torchrun
 from fault_proxy import FaultProxy, Request
-from remote_runs import STEPS, TASK, Home, Trained, differing, fetched_bytes, losses, trained  # noqa: F401 - a fixture
+from remote_runs import (
+    STEPS,
+    TASK,
+    Home,
+    Trained,
+    differing,
+    fetched_bytes,
+    losses,
+    trained,  # noqa: F401 - a fixture
+)
 from s3_server import S3Server
 
-FAULTS = ("500", "503", "reset_before", "drop_response", "reset_body", "truncate", "flip_put", "delay")
+FAULTS = (
+    "500",
+    "503",
+    "reset_before",
+    "drop_response",
+    "reset_body",
+    "truncate",
+    "flip_put",
+    "delay",
+)
 HOW = ("task.args.sleep_s=0.04", "checkpoint.every_steps=3", "checkpoint.keep_last=2")
 Place = tuple[str | None, bool]  # a directory, or none; whether it is emptied before the start
 
@@ -31,7 +50,8 @@ class Storm:
 
 
 def killed_and_moved(home: Home, plan: Storm, tmp_path: Path, proxy: FaultProxy) -> int:
-    """Returns how many attempts went on from the bucket's copy; what each one went on from must be the newest that there was."""
+    """Returns how many attempts went on from the bucket's copy; what each one went on from must be
+    the newest that there was."""
     chance, log, fetched = random.Random(plan.seed), tmp_path / "log", 0
     for number, (name, emptied) in enumerate(plan.places, 1):
         directory = tmp_path / name if name else None
@@ -56,21 +76,29 @@ def killed_and_moved(home: Home, plan: Storm, tmp_path: Path, proxy: FaultProxy)
 
 
 def _check_origin(home: Home, newest: tuple[int, int], proxy: FaultProxy, must_fetch: bool) -> bool:
-    """That the newest attempt went on from what was newest, and that its bytes have left the bucket once, or never."""
+    """That the newest attempt went on from what was newest, and that its bytes have left the bucket
+    once, or never."""
     origin = home.attempts()[max(home.attempts())]["from"]
     went_on_from = (origin["attempt"], origin["step"]) if origin else (0, 0)
     assert went_on_from >= newest, f"went on from {went_on_from}, but {newest} was there"
     if went_on_from == (0, 0):
         return False
-    requests = [r for r in proxy.requests if r.method == "GET" and f"step_{origin['step']:08d}-{origin['attempt']:04d}.pt" in r.path]
+    requests = [
+        r
+        for r in proxy.requests
+        if r.method == "GET" and f"step_{origin['step']:08d}-{origin['attempt']:04d}.pt" in r.path
+    ]
     ranges = sorted(r.headers["range"] for r in requests)
     assert len(set(ranges)) == len(ranges), f"fetched more than once: {ranges}"
     assert ranges or not must_fetch
     return bool(ranges)
 
 
-def _kill_at_random(pid: int, ended: Callable[[], object], home: Home, chance: random.Random, plan: Storm) -> None:
-    """After some uploads, each of which is followed by a segment of events, and a moment; sometimes during start-up."""
+def _kill_at_random(
+    pid: int, ended: Callable[[], object], home: Home, chance: random.Random, plan: Storm
+) -> None:
+    """After some uploads, each of which is followed by a segment of events, and a moment; sometimes
+    during start-up."""
 
     def heard() -> int:
         return sum(key.startswith("events/") for key in set(home.keys()))
@@ -88,11 +116,29 @@ def _kill_at_random(pid: int, ended: Callable[[], object], home: Home, chance: r
 STORMS = [
     pytest.param(Storm(2, 1, (("a", False), ("a", True), (None, False))), id="2-ranks"),
     pytest.param(
-        Storm(2, 2, (("a", False), ("b", False), ("a", False), (None, False), ("b", False), ("a", True), ("a", False), ("c", False)), 0.25),
+        Storm(
+            2,
+            2,
+            (
+                ("a", False),
+                ("b", False),
+                ("a", False),
+                (None, False),
+                ("b", False),
+                ("a", True),
+                ("a", False),
+                ("c", False),
+            ),
+            0.25,
+        ),
         id="2-ranks-long",
         marks=pytest.mark.slow,
     ),
-    pytest.param(Storm(3, 3, (("a", False), ("a", True), (None, False), ("b", False)), 0.0), id="3-ranks", marks=pytest.mark.slow),
+    pytest.param(
+        Storm(3, 3, (("a", False), ("a", True), (None, False), ("b", False)), 0.0),
+        id="3-ranks",
+        marks=pytest.mark.slow,
+    ),
     pytest.param(Storm(2, 4, ((None, False),) * 5), id="no-directory", marks=pytest.mark.slow),
 ]
 
@@ -107,7 +153,9 @@ def test_killed_and_started_elsewhere_the_run_in_the_bucket_equals_the_uninterru
     home, whole = Home(*bucket), trained.home
     if plan.ranks != 2:  # another number of ranks has other last bits
         whole = Home(*bucket, "whole")
-        done = run(torchrun(plan.ranks, *TASK, "run.dir=null", f"run.remote={whole.url}"), env=home.env())
+        done = run(
+            torchrun(plan.ranks, *TASK, "run.dir=null", f"run.remote={whole.url}"), env=home.env()
+        )
         assert done.returncode == 0, done.stdout + done.stderr
     with FaultProxy(home.server.host, home.server.port) as proxy:
         fetched = killed_and_moved(home, plan, tmp_path, proxy)
@@ -134,14 +182,29 @@ def test_in_a_storm_of_faults_nothing_is_lost_or_torn_and_people_read_few_lines(
 ) -> None:
     home, calm = Home(*bucket), Home(*bucket, "calm")
     directory = "null" if where == "null" else str(tmp_path / where)
-    settings = (*TASK, "train.epochs=4", "checkpoint.every_steps=1", "checkpoint.keep_last=2", f"run.remote={home.url}")
-    assert run(alone(*TASK, "train.epochs=4", "run.dir=null", f"run.remote={calm.url}"), env=home.env()).returncode == 0
+    settings = (
+        *TASK,
+        "train.epochs=4",
+        "checkpoint.every_steps=1",
+        "checkpoint.keep_last=2",
+        f"run.remote={home.url}",
+    )
+    assert (
+        run(
+            alone(*TASK, "train.epochs=4", "run.dir=null", f"run.remote={calm.url}"), env=home.env()
+        ).returncode
+        == 0
+    )
     with FaultProxy(home.server.host, home.server.port) as proxy:
         proxy.storm(seed, rate, FAULTS, longest_delay_s=0.2)
         outputs = []
         for steps in (12, 20):  # the second start restores through the storm
-            pace = f"task.args.sleep_s={0.02 if where == 'null' else 0.6}"  # from a directory what is overtaken is not uploaded
-            done = run(alone(*settings, f"run.dir={directory}", f"train.max_steps={steps}", pace), env=home.env(proxy))
+            # from a directory what is overtaken is not uploaded
+            pace = f"task.args.sleep_s={0.02 if where == 'null' else 0.6}"
+            done = run(
+                alone(*settings, f"run.dir={directory}", f"train.max_steps={steps}", pace),
+                env=home.env(proxy),
+            )
             assert done.returncode == 0, done.stdout + done.stderr
             outputs.append(done.stdout + done.stderr)
         struck = [request for request in proxy.requests if request.fault not in (None, "delay")]
@@ -154,15 +217,20 @@ def test_in_a_storm_of_faults_nothing_is_lost_or_torn_and_people_read_few_lines(
     assert sum("warning" in line for line in "".join(outputs).splitlines()) <= 4, outputs
     told = home.events("retry")
     assert all({"what", "tries", "wait_s", "error"} <= event.keys() for event in told)
-    told += [event for kind in ("not_uploaded", "not_saved", "not_deleted") for event in home.events(kind)]
+    told += [
+        event
+        for kind in ("not_uploaded", "not_saved", "not_deleted")
+        for event in home.events(kind)
+    ]
     failed = failed_while_events_are_kept(proxy.requests)
     assert len(told) >= 0.9 * len(failed), f"{len(told)} of {len(failed)} failures are told of"
     assert where != "null" or fetched_bytes(proxy, "step_00000012-0001.pt") >= 1
 
 
 def failed_while_events_are_kept(requests: list[Request]) -> list[Request]:
-    """What was answered with an error, from where an attempt has its ledger to where that is sent the last time. (A connection that is
-    reset is not counted: aiohttp itself asks once more where it took an old connection up again.)"""
+    """What was answered with an error, from where an attempt has its ledger to where that is sent
+    the last time. (A connection that is reset is not counted: aiohttp itself asks once more where
+    it took an old connection up again.)"""
     found, seen, listening = [], [], False
     for request in requests:
         if request.path.endswith("/config.yaml") and request.status == 200:

@@ -45,9 +45,16 @@ def test_with_a_bucket_as_all_that_survives_a_preempted_run_loses_nothing(
     server, name = bucket
     home, local = Home(server, name), tmp_path / "local"
     arguments = (
-        "--partition", "low", f"run.dir={local}/${{oc.env:SLURMD_NODENAME,login}}", f"run.remote={home.url}", "run.scratch=true",
-        "slurm.job_name=scratch", "slurm.extra=[\"--nodelist=n1,n2\"]", f"slurm.setup=['rm -rf {local}']", "checkpoint.every_steps=10",
-    )  # fmt: skip
+        "--partition",
+        "low",
+        f"run.dir={local}/${{oc.env:SLURMD_NODENAME,login}}",
+        f"run.remote={home.url}",
+        "run.scratch=true",
+        "slurm.job_name=scratch",
+        'slurm.extra=["--nodelist=n1,n2"]',
+        f"slurm.setup=['rm -rf {local}']",
+        "checkpoint.every_steps=10",
+    )
     run = submitted(slurm, tmp_path, "scratch", *arguments, env=server.environment)
     run.home = run.work / "scratch"
     run.edit()
@@ -68,7 +75,9 @@ def test_with_a_bucket_as_all_that_survives_a_preempted_run_loses_nothing(
     assert remote_losses(home) == losses(whole)
     assert home.manifests()[-1]["final"] and list(differences(home.newest(), newest(whole))) == []
     assert sorted(home.attempts()) == [1, 2, 3] and slurm.restarts(run.job) == 2
-    assert len({file.parent for file in local.glob("*/checkpoints/*.pt")}) == 1, "only the writer writes"
+    assert len({file.parent for file in local.glob("*/checkpoints/*.pt")}) == 1, (
+        "only the writer writes"
+    )
     assert server.secret_key not in run.log()
 
 
@@ -79,31 +88,46 @@ def newest(directory: Path) -> dict[str, Any]:
     return payload  # type: ignore[no-any-return]
 
 
-def test_a_time_limit_ends_a_life_in_time_and_nothing_is_lost_by_it(slurm: SlurmCluster, whole: Path, tmp_path: Path) -> None:
+def test_a_time_limit_ends_a_life_in_time_and_nothing_is_lost_by_it(
+    slurm: SlurmCluster, whole: Path, tmp_path: Path
+) -> None:
     run = submitted(slurm, tmp_path, "limited", "--time", "00:02:00", "run.margin_s=75")
     run.slow(2.5)
     run.edit()
     for life in (1, 2):
-        run.wait(lambda life=life: len(run.ends()) > life and run.ends()[life - 1] == ("stopped", True), f"life {life} and the next", 200)
+        run.wait(
+            lambda life=life: len(run.ends()) > life and run.ends()[life - 1] == ("stopped", True),
+            f"life {life} and the next",
+            200,
+        )
     run.train(1)
     run.hasten()
     run.ended()
     assert made_once(run), run.steps()
     assert_equal(whole, run.directory)
-    assert run.lives() == len(run.ends()) >= 3 and run.ends()[:-1] == [("stopped", True)] * (run.lives() - 1)
-    assert {end["by"] for name, end in run.records("attempts").items() if end.get("why") == "stopped"} == {"time limit"}
+    assert run.lives() == len(run.ends()) >= 3 and run.ends()[:-1] == [("stopped", True)] * (
+        run.lives() - 1
+    )
+    assert {
+        end["by"] for name, end in run.records("attempts").items() if end.get("why") == "stopped"
+    } == {"time limit"}
     assert not any(run.failures())
     assert "DUE TO TIME LIMIT" not in run.log(), run.log()
 
 
-def test_scancel_ends_a_run_for_good_until_it_is_submitted_again(whole: Path, tmp_path: Path) -> None:
-    with SlurmCluster(extra="KillWait=60\n") as slurm:  # so that the script gets to the point where it might bring the job back
+def test_scancel_ends_a_run_for_good_until_it_is_submitted_again(
+    whole: Path, tmp_path: Path
+) -> None:
+    # so that the script gets to the point where it might bring the job back
+    with SlurmCluster(extra="KillWait=60\n") as slurm:
         run = submitted(slurm, tmp_path, "cancelled", "--partition", "low")
         run.train()
         slurm.cancel(run.job)
         run.ended("CANCELLED")
         assert "to be continued: stopped by SIGTERM" in run.log().splitlines()[-1], run.log()
-        assert slurm.restarts(run.job) == 0 and run.ends() == [("stopped", True)] and run.lives() == 1
+        assert (
+            slurm.restarts(run.job) == 0 and run.ends() == [("stopped", True)] and run.lives() == 1
+        )
 
         run.submit()
         run.train(2)
@@ -111,11 +135,17 @@ def test_scancel_ends_a_run_for_good_until_it_is_submitted_again(whole: Path, tm
         run.train(1)
         run.preempt()
         wait_until(lambda: slurm.fields(run.job)["PreemptTime"] != "None", "the grace time")
-        assert slurm.state(run.job) in ("RUNNING", "SIGNALING") and len(run.ends()) == 2 and run.ends()[1][0] == "killed"
+        assert (
+            slurm.state(run.job) in ("RUNNING", "SIGNALING")
+            and len(run.ends()) == 2
+            and run.ends()[1][0] == "killed"
+        )
         slurm.cancel(run.job)
         run.ended("CANCELLED")
         assert "to be continued: stopped by SIGTERM" in run.log().splitlines()[-1], run.log()
-        assert slurm.restarts(run.job) == 0 and run.ends()[1] == ("stopped", True) and run.lives() == 1
+        assert (
+            slurm.restarts(run.job) == 0 and run.ends()[1] == ("stopped", True) and run.lives() == 1
+        )
 
         run.submit()
         run.hasten()
@@ -124,12 +154,18 @@ def test_scancel_ends_a_run_for_good_until_it_is_submitted_again(whole: Path, tm
     assert_equal(whole, run.directory)
 
 
-def test_a_run_is_saved_and_stopped_by_request_and_not_queued_again(slurm: SlurmCluster, whole: Path, tmp_path: Path) -> None:
+def test_a_run_is_saved_and_stopped_by_request_and_not_queued_again(
+    slurm: SlurmCluster, whole: Path, tmp_path: Path
+) -> None:
     run = submitted(slurm, tmp_path, "asked", "checkpoint.every_steps=1000")
     run.slow(1)
     run.train(2)
     assert run.harness("save", str(run.directory)).returncode == 0
-    run.wait(lambda: list(run.directory.glob("checkpoints/*.json")), "the checkpoint that was asked for", 15)
+    run.wait(
+        lambda: list(run.directory.glob("checkpoints/*.json")),
+        "the checkpoint that was asked for",
+        15,
+    )
     assert slurm.state(run.job) == "RUNNING"
     assert run.harness("stop", str(run.directory)).returncode == 0
     run.wait(lambda: run.ends() == [("stopped", True)], "the stop that was asked for", 15)
@@ -145,7 +181,9 @@ def test_a_run_is_saved_and_stopped_by_request_and_not_queued_again(slurm: Slurm
     assert_equal(whole, run.directory)
 
 
-def test_somebody_elses_requeue_is_no_failure(slurm: SlurmCluster, whole: Path, tmp_path: Path) -> None:
+def test_somebody_elses_requeue_is_no_failure(
+    slurm: SlurmCluster, whole: Path, tmp_path: Path
+) -> None:
     run = submitted(slurm, tmp_path, "requeued")
     for _ in range(2):
         run.train()
@@ -177,7 +215,9 @@ def test_a_lost_node_costs_one_checkpoint_interval_at_most(
     assert_equal(whole, run.directory)
     assert max(run.lost()) <= 5 and sum(run.lost()) <= 5, run.lost()
     assert run.lives(all_began=is_noticed) == 2 or not is_noticed
-    assert max(run.failures()) <= 1, "a rank may see the other one vanish before SLURM sees the node do so, but once only"
+    assert max(run.failures()) <= 1, (
+        "a rank may see the other one vanish before SLURM sees the node do so, but once only"
+    )
 
 
 @pytest.mark.parametrize("place", [0, 1], ids=["batch", "other"])
@@ -198,7 +238,9 @@ def test_a_node_whose_daemon_dies_keeps_its_processes_and_they_do_no_harm(
     assert run.lives() == 2 and run.failures() == [0, 0]
 
 
-def test_without_a_grace_time_at_most_one_checkpoint_interval_is_lost(slurm: SlurmCluster, whole: Path, tmp_path: Path) -> None:
+def test_without_a_grace_time_at_most_one_checkpoint_interval_is_lost(
+    slurm: SlurmCluster, whole: Path, tmp_path: Path
+) -> None:
     run = submitted(slurm, tmp_path, "killed", "--partition", "lowkill", "checkpoint.every_steps=5")
     for _ in range(3):
         run.train(6)
@@ -215,11 +257,23 @@ WIDE = ("task.args.width=5000", "train.epochs=4")
 
 
 @pytest.mark.parametrize("told_s", [None, 60])
-def test_a_grace_time_shorter_than_a_save_tears_nothing(tmp_path: Path, told_s: float | None) -> None:
+def test_a_grace_time_shorter_than_a_save_tears_nothing(
+    tmp_path: Path, told_s: float | None
+) -> None:
     whole = train_whole(tmp_path / "whole", *WIDE)
-    grace = () if told_s is None else (f"run.grace_s={told_s}",)  # more than there is: saving is begun, and killed
+    # more than there is: saving is begun, and killed
+    grace = () if told_s is None else (f"run.grace_s={told_s}",)
     with SlurmCluster(extra="KillWait=1\n") as slurm:
-        run = submitted(slurm, tmp_path, "hurried", "--partition", "lowkill", "checkpoint.every_steps=3", *WIDE, *grace)
+        run = submitted(
+            slurm,
+            tmp_path,
+            "hurried",
+            "--partition",
+            "lowkill",
+            "checkpoint.every_steps=3",
+            *WIDE,
+            *grace,
+        )
         for _ in range(2):
             run.train(4)
             run.preempt()
@@ -227,15 +281,24 @@ def test_a_grace_time_shorter_than_a_save_tears_nothing(tmp_path: Path, told_s: 
         run.hasten()
         run.ended(limit_s=240)
         assert run.lives() == 3 and max(run.lost()) <= 3 and run.failures() == [0] * 3, run.lost()
-    assert told_s or any(end != ("stopped", True) for end in run.ends()[:2]), f"it had the time to save: {run.ends()}"
+    assert told_s or any(end != ("stopped", True) for end in run.ends()[:2]), (
+        f"it had the time to save: {run.ends()}"
+    )
     assert_equal(whole, run.directory)
     assert run.harness("verify", str(run.directory)).returncode == 0
 
 
-def test_a_requeue_before_an_empty_disk_fails_loudly_and_does_not_begin_anew(slurm: SlurmCluster, tmp_path: Path) -> None:
-    local, kept = tmp_path / "empty", ("run.json", "checkpoints", "attempts", "launches", "events", "requests", "config.yaml")
+def test_a_requeue_before_an_empty_disk_fails_loudly_and_does_not_begin_anew(
+    slurm: SlurmCluster, tmp_path: Path
+) -> None:
+    local, kept = (
+        tmp_path / "empty",
+        ("run.json", "checkpoints", "attempts", "launches", "events", "requests", "config.yaml"),
+    )
     wipe = " ".join(f"{local}/{name}" for name in kept)
-    run = submitted(slurm, tmp_path, "empty", f"slurm.setup=['[ $SLURM_RESTART_COUNT ] && rm -rf {wipe}']")
+    run = submitted(
+        slurm, tmp_path, "empty", f"slurm.setup=['[ $SLURM_RESTART_COUNT ] && rm -rf {wipe}']"
+    )
     run.train()
     slurm.command("scontrol", "requeue", run.job)
     run.ended("FAILED")
@@ -245,11 +308,15 @@ def test_a_requeue_before_an_empty_disk_fails_loudly_and_does_not_begin_anew(slu
     assert len(run.log().split("begins at step 0")) == 2, run.log()
 
 
-def test_where_a_preemption_cancels_the_script_queues_the_job_again_in_time(slurm: SlurmCluster, whole: Path, tmp_path: Path) -> None:
+def test_where_a_preemption_cancels_the_script_queues_the_job_again_in_time(
+    slurm: SlurmCluster, whole: Path, tmp_path: Path
+) -> None:
     run = submitted(slurm, tmp_path, "shunned", "--partition", "lowcancel")
     run.train()
     run.preempt()
-    wait_until(lambda: slurm.state(run.job) not in ("RUNNING", "SIGNALING"), "the requeue", GRACE_S - 5)
+    wait_until(
+        lambda: slurm.state(run.job) not in ("RUNNING", "SIGNALING"), "the requeue", GRACE_S - 5
+    )
     run.train(1)
     run.hasten()
     run.ended()
@@ -258,7 +325,9 @@ def test_where_a_preemption_cancels_the_script_queues_the_job_again_in_time(slur
     assert run.lives() == 2 and run.ends() == [("stopped", True), ("finished", True)]
 
 
-def test_without_a_way_to_queue_itself_again_a_job_says_what_to_do(slurm: SlurmCluster, whole: Path, tmp_path: Path) -> None:
+def test_without_a_way_to_queue_itself_again_a_job_says_what_to_do(
+    slurm: SlurmCluster, whole: Path, tmp_path: Path
+) -> None:
     tools = tmp_path / "tools"
     tools.mkdir()
     (tools / "scontrol").write_text("#!/bin/sh\necho 'scontrol: not for you' >&2; exit 1\n")
@@ -267,8 +336,16 @@ def test_without_a_way_to_queue_itself_again_a_job_says_what_to_do(slurm: SlurmC
     run.train()
     slurm.command("scancel", "--signal=TERM", f"{run.job}.0")
     run.ended("FAILED", limit_s=250)
-    assert slurm.fields(run.job)["ExitCode"] == "75:0" and run.lives() == 1 and run.ends() == [("stopped", True)]
-    assert run.log().rstrip().endswith("harness: this job cannot be queued again; submit it again to go on"), run.log()
+    assert (
+        slurm.fields(run.job)["ExitCode"] == "75:0"
+        and run.lives() == 1
+        and run.ends() == [("stopped", True)]
+    )
+    assert (
+        run.log()
+        .rstrip()
+        .endswith("harness: this job cannot be queued again; submit it again to go on")
+    ), run.log()
     (tools / "scontrol").unlink()
     run.submit()
     run.hasten()
@@ -277,11 +354,17 @@ def test_without_a_way_to_queue_itself_again_a_job_says_what_to_do(slurm: SlurmC
     assert_equal(whole, run.directory)
 
 
-def test_a_controller_that_is_away_while_a_job_stops_queues_it_again_later(slurm: SlurmCluster, whole: Path, tmp_path: Path) -> None:
+def test_a_controller_that_is_away_while_a_job_stops_queues_it_again_later(
+    slurm: SlurmCluster, whole: Path, tmp_path: Path
+) -> None:
     run = submitted(slurm, tmp_path, "alone")
     run.slow(1)
     run.train(7)  # the controller writes a job down within five seconds
-    named = [process for process in psutil.process_iter(["cmdline"]) if str(run.directory) in str(process.info["cmdline"])]
+    named = [
+        process
+        for process in psutil.process_iter(["cmdline"])
+        if str(run.directory) in str(process.info["cmdline"])
+    ]
     ranks = [process for process in named if "LOCAL_RANK" in process.environ()]
     assert len(ranks) == 2
     slurm.kill_controller()
@@ -314,29 +397,60 @@ def test_two_runs_on_one_node_do_not_meet(slurm: SlurmCluster, whole: Path, tmp_
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_one_crash_is_one_requeue(slurm: SlurmCluster, whole: Path, tmp_path: Path, rank: int) -> None:
+def test_one_crash_is_one_requeue(
+    slurm: SlurmCluster, whole: Path, tmp_path: Path, rank: int
+) -> None:
     failing = ("task.args.fail_at=13", f"task.args.fail_rank={rank}", "task.args.fail_once=true")
     run = submitted(slurm, tmp_path, "crashed", "checkpoint.every_steps=5", *failing)
     run.hasten()
     run.ended()
     assert_equal(whole, run.directory)
     assert run.lives() == 2 and run.ends() == [("failed", False), ("finished", True)]
-    assert run.records("attempts")["0002"]["from"]["step"] == 10 and "ValueError: the task fails in step 13" in run.log()
+    assert (
+        run.records("attempts")["0002"]["from"]["step"] == 10
+        and "ValueError: the task fails in step 13" in run.log()
+    )
 
 
-def test_of_two_jobs_of_one_run_the_late_one_trains_on_and_the_first_one_ends(slurm: SlurmCluster, tmp_path: Path) -> None:
-    """Under another name, as else SLURM would let it wait. It has looked at the run before the first saved more and deleted what it saw,
-    and claims after that."""
+def test_of_two_jobs_of_one_run_the_late_one_trains_on_and_the_first_one_ends(
+    slurm: SlurmCluster, tmp_path: Path
+) -> None:
+    """Under another name, as else SLURM would let it wait. It has looked at the run before the
+    first saved more and deleted what it saw, and claims after that."""
     work, directory = tmp_path / "work", tmp_path / "run"
     work.mkdir()
     (work / "loop.py").write_text(HEAD.replace("from programs import die", "") + LATE)
-    words = ["--nodes", "1", "--procs-per-node", "1", "--partition", "high", f"run.dir={directory}", "loop.py", str(directory)]
+    words = [
+        "--nodes",
+        "1",
+        "--procs-per-node",
+        "1",
+        "--partition",
+        "high",
+        f"run.dir={directory}",
+        "loop.py",
+        str(directory),
+    ]
     first = Submitted(slurm, work, directory, directory, words).submit()
     first.wait(lambda: bool(list(directory.glob("checkpoints/*.json"))), "a checkpoint")
-    late = Submitted(slurm, work, directory, directory, ["slurm.extra=[--job-name=late]", *words], env={"LATE": "1"}).submit()
+    late = Submitted(
+        slurm,
+        work,
+        directory,
+        directory,
+        ["slurm.extra=[--job-name=late]", *words],
+        env={"LATE": "1"},
+    ).submit()
     late.ended()
     first.ended("FAILED")
     assert slurm.fields(first.job)["ExitCode"] == f"{EXIT_SUPERSEDED}:0", first.log()
-    assert late.ends() == [("superseded", False), ("stopped", False), ("finished", True)], (first.log(), late.log())
+    assert late.ends() == [("superseded", False), ("stopped", False), ("finished", True)], (
+        first.log(),
+        late.log(),
+    )
     found = read_catalog(LocalStore(directory))
-    assert found.head.final is not None and found.head.step == 80 and found.attempts[3]["from"]["attempt"] == 1
+    assert (
+        found.head.final is not None
+        and found.head.step == 80
+        and found.attempts[3]["from"]["attempt"] == 1
+    )

@@ -34,19 +34,26 @@ class Big(nn.Module):
 
 
 def points(size: int = 64) -> torch.utils.data.TensorDataset:
-    return torch.utils.data.TensorDataset(torch.randn(size, 16, generator=torch.Generator().manual_seed(0)))
+    return torch.utils.data.TensorDataset(
+        torch.randn(size, 16, generator=torch.Generator().manual_seed(0))
+    )
 
 
 def trained(
     directory: Path,
-    make: Callable[[nn.Module], torch.optim.Optimizer] = lambda model: torch.optim.AdamW(model.parameters(), lr=0.01),
+    make: Callable[[nn.Module], torch.optim.Optimizer] = lambda model: torch.optim.AdamW(
+        model.parameters(), lr=0.01
+    ),
     before: Callable[[nn.Module], None] = lambda model: None,
     steps: int = 8,
     model: nn.Module | None = None,
     **options: object,
 ) -> dict[int, dict]:
-    """A loop that saves every step; returns what a copy that training waited for says of each boundary."""
-    job = harness.init(directory, seed=1, save_every_s=None, save_every_steps=1, keep_last=99, **options)
+    """A loop that saves every step; returns what a copy that training waited for says of each
+    boundary."""
+    job = harness.init(
+        directory, seed=1, save_every_s=None, save_every_steps=1, keep_last=99, **options
+    )
     model = (model or Big()).to(job.device)
     optimizer, average = make(model), Ema(model, 0.9)
     job.track(model=model, optimizer=optimizer, average=average)
@@ -64,20 +71,25 @@ def trained(
 
 
 def check_saved(directory: Path, seen: dict[int, dict], steps: list[int]) -> None:
-    """Every checkpoint of these steps, and no other, is there and holds what was seen at its boundary, to the bit."""
+    """Every checkpoint of these steps, and no other, is there and holds what was seen at its
+    boundary, to the bit."""
     store = LocalStore(directory)
     manifests = {m.step: m for m in read_catalog(store).manifests}
     assert sorted(manifests) == steps
     for step, manifest in manifests.items():
         payload = load.load(store, manifest)
         assert payload["step"] == step
-        assert list(differences({name: payload[name] for name in seen[step]}, seen[step])) == [], step
+        assert list(differences({name: payload[name] for name in seen[step]}, seen[step])) == [], (
+            step
+        )
 
 
 OPTIMIZERS = {
     "adamw": lambda model: torch.optim.AdamW(model.parameters(), lr=0.01),
     "momentum": lambda model: torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9),
-    "tensor rate": lambda model: torch.optim.Adam(model.parameters(), lr=torch.tensor(0.01), foreach=False),
+    "tensor rate": lambda model: torch.optim.Adam(
+        model.parameters(), lr=torch.tensor(0.01), foreach=False
+    ),
     "part": lambda model: torch.optim.SGD(model.out.parameters(), lr=0.01),
 }
 
@@ -99,7 +111,10 @@ import torch
 from torch import nn
 import harness
 
-def points(size): return torch.utils.data.TensorDataset(torch.randn(size, 16, generator=torch.Generator().manual_seed(0)))
+def points(size):
+    return torch.utils.data.TensorDataset(
+        torch.randn(size, 16, generator=torch.Generator().manual_seed(0))
+    )
 
 def made(rows):
     model = nn.ModuleList([nn.Embedding(rows, 16), nn.Linear(16, 1)])
@@ -112,7 +127,11 @@ def step(model, optimizer, x):
 
 def scribe():
     import psutil
-    found = [p for p in psutil.Process().children() if "saving/writer_process.py" in " ".join(p.cmdline())]
+    found = [
+        p
+        for p in psutil.Process().children()
+        if "saving/writer_process.py" in " ".join(p.cmdline())
+    ]
     return found[0] if found else None
 """
 LOOP = """
@@ -133,8 +152,11 @@ def written(
     options: str = "save_every_s=None, save_every_steps=2",
     before: str = "pass",
 ) -> list[str]:
-    """The command line of a training script of its own process: the loop, with more to do in each step."""
-    loop = LOOP.format(options=options, rows=rows, size=size, before=before) + textwrap.indent(textwrap.dedent(body), "    ")
+    """The command line of a training script of its own process: the loop, with more to do in each
+    step."""
+    loop = LOOP.format(options=options, rows=rows, size=size, before=before) + textwrap.indent(
+        textwrap.dedent(body), "    "
+    )
     (folder / "own.py").write_text(PRELUDE + loop)
     return [sys.executable, "own.py"]
 

@@ -13,7 +13,8 @@ from harness.store import LocalStore
 
 
 def differing(a: Path, b: Path) -> list[tuple[str, ...]]:
-    """What differs between the newest checkpoints of two runs; settings are left out, they name the directory."""
+    """What differs between the newest checkpoints of two runs; settings are left out, they name the
+    directory."""
     payloads = []
     for directory in (a, b):
         store = LocalStore(directory)
@@ -29,5 +30,7 @@ def losses(directory: Path) -> dict[int, float]:
     """The loss of each step; a step that was done again after a kill must have given the same."""
     found: dict[int, float] = {}
     for event in events(directory, "step"):
-        assert found.setdefault(event["step"], event["loss"]) == event["loss"], f"step {event['step']} came out differently when done again"
+        assert found.setdefault(event["step"], event["loss"]) == event["loss"], (
+            f"step {event['step']} came out differently when done again"
+        )
     return found

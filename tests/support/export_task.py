@@ -1,4 +1,5 @@
-"""Tasks whose models are exported: each with something in it that one format or another has to cope with."""
+"""Tasks whose models are exported: each with something in it that one format or another has to cope
+with."""
 
 from __future__ import annotations
 
@@ -19,7 +20,13 @@ WIDTH, CLASSES = 6, 3
 
 def sequential(width: int = 16) -> nn.Module:
     """Of torch's own classes only; Dropout and BatchNorm show whether it is in eval mode."""
-    return nn.Sequential(nn.Linear(WIDTH, width), nn.BatchNorm1d(width), nn.Tanh(), nn.Dropout(0.5), nn.Linear(width, CLASSES))
+    return nn.Sequential(
+        nn.Linear(WIDTH, width),
+        nn.BatchNorm1d(width),
+        nn.Tanh(),
+        nn.Dropout(0.5),
+        nn.Linear(width, CLASSES),
+    )
 
 
 class Net(nn.Module):
@@ -40,13 +47,16 @@ class Keyed(nn.Module):
         super().__init__()
         self.body = sequential()
 
-    def forward(self, *, points: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+    def forward(
+        self, *, points: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor | None = None
+    ) -> dict[str, torch.Tensor]:
         logits = self.body(points) * scale.unsqueeze(1)
         return {"logits": logits if shift is None else logits + shift, "sums": logits.sum(1)}
 
 
 class Mixed(nn.Module):
-    """Called with a positional and a keyword argument; the lambda keeps TorchScript's compiler out."""
+    """Called with a positional and a keyword argument; the lambda keeps TorchScript's compiler
+    out."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -71,13 +81,16 @@ class Pairs(nn.Module):
         super().__init__()
         self.body = sequential()
 
-    def forward(self, x: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+    def forward(
+        self, x: torch.Tensor, scale: torch.Tensor
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
         logits = self.body(x) * scale.unsqueeze(1)
         return logits, (logits.mean(1), logits.std(1))
 
 
 class Traced(Net):
-    """Cannot be compiled by TorchScript (a lambda), but traced: nothing in it depends on the data."""
+    """Cannot be compiled by TorchScript (a lambda), but traced: nothing in it depends on the
+    data."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -102,7 +115,8 @@ class Branching(nn.Module):
 
 
 class Leaning(Traced):
-    """A branch that depends on the data, which a trace takes for good: for eight samples one side, for a single one the other."""
+    """A branch that depends on the data, which a trace takes for good: for eight samples one side,
+    for a single one the other."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         logits = self.act(self.body(x))
@@ -110,7 +124,8 @@ class Leaning(Traced):
 
 
 class Sizing(Traced):
-    """Tracing freezes how many samples the example has: at any other size the answers would be silently wrong."""
+    """Tracing freezes how many samples the example has: at any other size the answers would be
+    silently wrong."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.act(self.body(x)) * float(len(x))
@@ -145,7 +160,8 @@ class Counting(Traced):
 
 
 class Hopeless(nn.Module):
-    """Neither to be compiled, nor traced, nor exported: it asks for the data, and returns what is no tensor."""
+    """Neither to be compiled, nor traced, nor exported: it asks for the data, and returns what is
+    no tensor."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -187,7 +203,10 @@ class Tied(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.inward, self.outward = nn.Linear(WIDTH, WIDTH, bias=False), nn.Linear(WIDTH, WIDTH, bias=False)
+        self.inward, self.outward = (
+            nn.Linear(WIDTH, WIDTH, bias=False),
+            nn.Linear(WIDTH, WIDTH, bias=False),
+        )
         self.outward.weight = self.inward.weight
         self.head = nn.Linear(WIDTH, CLASSES)
 
@@ -196,7 +215,8 @@ class Tied(nn.Module):
 
 
 class Shell(nn.Module):
-    """Everything that it has is called `module.…`, as in the shell of DataParallel, which it is not."""
+    """Everything that it has is called `module.…`, as in the shell of DataParallel, which it is
+    not."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -244,13 +264,35 @@ CALLS = {
     "tuples": lambda model, x: model(x).logits,
 }
 MODELS = {
-    "sequential": sequential, "net": Net, "keyed": Keyed, "mixed": Mixed, "starred": Starred, "pairs": Pairs, "traced": Traced,
-    "branching": Branching, "leaning": Leaning, "sizing": Sizing, "fixed": FixedSize, "random": Random, "counting": Counting,
-    "hopeless": Hopeless, "tuples": Tuples, "tied": Tied, "shell": Shell, "odd": Odd, "locked": Locked,
-}  # fmt: skip
+    "sequential": sequential,
+    "net": Net,
+    "keyed": Keyed,
+    "mixed": Mixed,
+    "starred": Starred,
+    "pairs": Pairs,
+    "traced": Traced,
+    "branching": Branching,
+    "leaning": Leaning,
+    "sizing": Sizing,
+    "fixed": FixedSize,
+    "random": Random,
+    "counting": Counting,
+    "hopeless": Hopeless,
+    "tuples": Tuples,
+    "tied": Tied,
+    "shell": Shell,
+    "odd": Odd,
+    "locked": Locked,
+}
 
 
-def build(kind: str = "sequential", width: int = 16, held_out: int = 48, lr: float = 0.05, sleep_s: float = 0.0) -> Task:
+def build(
+    kind: str = "sequential",
+    width: int = 16,
+    held_out: int = 48,
+    lr: float = 0.05,
+    sleep_s: float = 0.0,
+) -> Task:
     """One model of a kind."""
     model = MODELS[kind](width) if kind in ("sequential", "net") else MODELS[kind]()
     call = CALLS.get(kind, plain)
@@ -261,7 +303,9 @@ def build(kind: str = "sequential", width: int = 16, held_out: int = 48, lr: flo
 
     return Task(
         modules=model,
-        optimizers=torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=lr, momentum=0.9),
+        optimizers=torch.optim.SGD(
+            [p for p in model.parameters() if p.requires_grad], lr=lr, momentum=0.9
+        ),
         train_data=samples(80),
         eval_data=samples(held_out),
         loss=loss,
@@ -272,7 +316,9 @@ def build(kind: str = "sequential", width: int = 16, held_out: int = 48, lr: flo
 def build_pair(flatten: bool = False, names: str = "encoder,head") -> Task:
     """Two modules, and two optimizers; or the second one without any parameter."""
     first, second = names.split(",")
-    modules = {first: nn.Sequential(nn.Linear(WIDTH, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Dropout(0.5))}
+    modules = {
+        first: nn.Sequential(nn.Linear(WIDTH, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Dropout(0.5))
+    }
     modules[second] = nn.Flatten() if flatten else nn.Linear(8, CLASSES)
     optimizers = {f"{first}_optimizer": torch.optim.AdamW(modules[first].parameters(), lr=0.01)}
     if not flatten:

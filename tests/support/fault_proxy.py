@@ -1,7 +1,9 @@
-"""A proxy between an S3 client and its server that does what networks and services do on bad days, by rule or by a seeded storm.
+"""A proxy between an S3 client and its server that does what networks and services do on bad days,
+by rule or by a seeded storm.
 
-Requests go on as they came, byte for byte and with the client's own Host, so that signatures hold. Only `Expect: 100-continue` is
-answered here. Every request gets a connection of its own to the server, so that a server that is restarted is simply found again.
+Requests go on as they came, byte for byte and with the client's own Host, so that signatures hold.
+Only `Expect: 100-continue` is answered here. Every request gets a connection of its own to the
+server, so that a server that is restarted is simply found again.
 """
 
 from __future__ import annotations
@@ -27,38 +29,52 @@ ERRORS = {
     "500": (500, "InternalError", "We encountered an internal error. Please try again."),
     "503": (503, "SlowDown", "Please reduce your request rate."),
     "429": (429, "TooManyRequests", "Please reduce your request rate."),
-    "409": (409, "ConditionalRequestConflict", "The conditional request cannot succeed due to a conflicting operation."),
+    "409": (
+        409,
+        "ConditionalRequestConflict",
+        "The conditional request cannot succeed due to a conflicting operation.",
+    ),
     "expired": (400, "ExpiredToken", "The provided token has expired."),
     "denied": (403, "AccessDenied", "Access Denied."),
-    "skewed": (403, "RequestTimeTooSkewed", "The difference between the request time and the server's time is too large."),
+    "skewed": (
+        403,
+        "RequestTimeTooSkewed",
+        "The difference between the request time and the server's time is too large.",
+    ),
     "200_error": (200, "InternalError", "We encountered an internal error. Please try again."),
 }
 FAULTS = (
     *ERRORS,
     "reset_before",  # RST before anything is forwarded
-    "drop_response",  # the server does it, and the client hears nothing but the end of the connection
+    # the server does it, and the client hears nothing but the end of the connection
+    "drop_response",
     "reset_body",  # half of what is read, then RST
     "truncate",  # half of what is read, then an orderly end
     "flip_get",  # one bit of an object that is read
-    "flip_put",  # one bit of what is written, before it reaches the server; the client's checksums stay as they are
+    # one bit of what is written, before it reaches the server; the client's checksums stay as they
+    # are
+    "flip_put",
     "delay",  # so many seconds (the argument), then as if nothing had been
     "stall",  # no answer at all, until release_stalled() or the end
 )
 
 
-class _Dropped(Exception):  # noqa: N818  not an error, but the way out of a request whose client is to hear nothing more
+# not an error, but the way out of a request whose client is to hear nothing more
+class _Dropped(Exception):  # noqa: N818
     """The client's connection is to be reset."""
 
 
 @dataclass
 class Request:
-    """One request, as the proxy saw it. `status` is what the client was sent, None while or if there was no answer."""
+    """One request, as the proxy saw it. `status` is what the client was sent, None while or if
+    there was no answer."""
 
     method: str
     path: str
     query: str
     headers: dict[str, str]  # names in lower case
-    fault: str | None = None  # what was chosen; one that needs content does nothing to an answer without
+    # what was chosen; one that needs content does nothing to an answer without
+    fault: str | None = None
     status: int | None = None
     forwarded: bool = False  # whether the server has all of it
 
@@ -85,14 +101,16 @@ class Request:
 
 @dataclass
 class Rule:
-    """A fault for those requests that match and can have it: not for the first `after` of them, and then for `first` ones, or all."""
+    """A fault for those requests that match and can have it: not for the first `after` of them, and
+    then for `first` ones, or all."""
 
     fault: str
     method: str | None = None
     contains: str | None = None  # a part of the path and query, as sent (percent-encoded)
     first: int | None = None
     after: int = 0
-    argument: float | None = None  # delay: seconds; flip_get, flip_put: the byte's position, else the middle one
+    # delay: seconds; flip_get, flip_put: the byte's position, else the middle one
+    argument: float | None = None
     seen: int = 0
 
     def __post_init__(self) -> None:
@@ -102,12 +120,15 @@ class Rule:
         if not (request.matches(self.method, self.contains) and request.can_have(self.fault)):
             return False
         self.seen += 1
-        return self.seen > self.after and (self.first is None or self.seen <= self.after + self.first)
+        return self.seen > self.after and (
+            self.first is None or self.seen <= self.after + self.first
+        )
 
 
 @dataclass
 class Storm:
-    """Random faults. Two draws for every request, whatever comes of them, so that one request's fate does not move the others'."""
+    """Random faults. Two draws for every request, whatever comes of them, so that one request's
+    fate does not move the others'."""
 
     seed: int
     rate: float
@@ -133,7 +154,8 @@ class Storm:
 
 @dataclass
 class Hold:
-    """Requests that wait at one point; all of the upload is here by then, so the client may be gone when they go on."""
+    """Requests that wait at one point; all of the upload is here by then, so the client may be gone
+    when they go on."""
 
     method: str | None
     contains: str | None
@@ -147,7 +169,8 @@ class Hold:
     _seen: int = 0
 
     def release(self, forward: bool = True) -> None:
-        """Let them go on, or (forward=False) drop them there: not forwarded, or done but not answered. Later ones pass freely."""
+        """Let them go on, or (forward=False) drop them there: not forwarded, or done but not
+        answered. Later ones pass freely."""
         self._forward = forward
         self._go.set()
 
@@ -155,7 +178,9 @@ class Hold:
         if self._go.is_set() or not request.matches(self.method, self.contains):
             return False
         self._seen += 1
-        return self._seen > self.skip and (self.count is None or self._seen <= self.skip + self.count)
+        return self._seen > self.skip and (
+            self.count is None or self._seen <= self.skip + self.count
+        )
 
     def wait(self, request: Request) -> None:
         self.request = self.request or request
@@ -188,9 +213,16 @@ class _Message:
         return self.headers.get("connection", "").lower() == "close"
 
     def encoded(self, without: str = "", length: int | None = None) -> bytes:
-        """The head again, as it came, but for one header and a new framing (length: the whole body, of so many bytes)."""
-        drop = {without} | ({"transfer-encoding", "content-length"} if length is not None else set())
-        kept = [line for line in self.lines[1:] if line.decode("latin-1").partition(":")[0].strip().lower() not in drop]
+        """The head again, as it came, but for one header and a new framing (length: the whole body,
+        of so many bytes)."""
+        drop = {without} | (
+            {"transfer-encoding", "content-length"} if length is not None else set()
+        )
+        kept = [
+            line
+            for line in self.lines[1:]
+            if line.decode("latin-1").partition(":")[0].strip().lower() not in drop
+        ]
         framing = [f"Content-Length: {length}\r\n".encode()] if length is not None else []
         return b"".join([self.lines[0], *kept, *framing, b"\r\n"])
 
@@ -267,7 +299,8 @@ def _abort(connection: socket.socket) -> None:
 
 
 class FaultProxy:
-    """The proxy, on a port of its own from __enter__ (or start) to __exit__ (or stop). See Rule, Storm and Hold for what it can do."""
+    """The proxy, on a port of its own from __enter__ (or start) to __exit__ (or stop). See Rule,
+    Storm and Hold for what it can do."""
 
     def __init__(self, upstream_host: str, upstream_port: int) -> None:
         self.upstream = (upstream_host, upstream_port)
@@ -345,7 +378,8 @@ class FaultProxy:
                     connection.shutdown(socket.SHUT_RDWR)
 
     def storm(self, seed: int, rate: float, faults: Iterable[str], **limits: Any) -> Storm:
-        """From now on, a fault by chance for so large a part of the requests that no rule takes; limits as in Storm. Ends with calm()."""
+        """From now on, a fault by chance for so large a part of the requests that no rule takes;
+        limits as in Storm. Ends with calm()."""
         storm = Storm(seed, rate, tuple(faults), **limits)
         with self._lock:
             self._storm = storm
@@ -356,10 +390,17 @@ class FaultProxy:
             self._storm = None
 
     def hold(
-        self, method: str | None = None, contains: str | None = None, *, after: bool = False, count: int | None = 1, skip: int = 0
+        self,
+        method: str | None = None,
+        contains: str | None = None,
+        *,
+        after: bool = False,
+        count: int | None = 1,
+        skip: int = 0,
     ) -> Hold:
-        """Hold the next matching request (count: so many, None: all; skip: not the first ones) before the server has seen any of it,
-        or `after` the server has done it and before the client hears of it."""
+        """Hold the next matching request (count: so many, None: all; skip: not the first ones)
+        before the server has seen any of it, or `after` the server has done it and before the
+        client hears of it."""
         hold = Hold(method, contains, count, after, skip)
         with self._lock:
             self._holds.append(hold)
@@ -437,18 +478,39 @@ class FaultProxy:
             rule = next((rule for rule in self.rules if rule.takes(request)), drawn)
             request.fault = rule.fault if rule else None
             holds = [hold for hold in self._holds if hold.takes(request)]
-        return rule, [hold for hold in holds if not hold.after], [hold for hold in holds if hold.after]
+        return (
+            rule,
+            [hold for hold in holds if not hold.after],
+            [hold for hold in holds if hold.after],
+        )
 
-    def _strike_before(self, client: socket.socket, request: Request, rule: Rule, head: _Message) -> bool:
+    def _strike_before(
+        self, client: socket.socket, request: Request, rule: Rule, head: _Message
+    ) -> bool:
         """The faults for which the server is not asked; whether this was one."""
         if rule.fault in ERRORS:
             request.status, code, message = ERRORS[rule.fault]
             resource = request.path.replace("&", "&amp;").replace("<", "&lt;")
-            error = f"<Error><Code>{code}</Code><Message>{message}</Message><Resource>{resource}</Resource></Error>"
+            error = (
+                f"<Error><Code>{code}</Code><Message>{message}</Message>"
+                f"<Resource>{resource}</Resource></Error>"
+            )
             text = f'<?xml version="1.0" encoding="UTF-8"?>\n{error}'.encode()
-            lines = [f"HTTP/1.1 {request.status} {code}", "Content-Type: application/xml", f"Content-Length: {len(text)}"]
-            lines += [f"Date: {email.utils.formatdate(usegmt=True)}", "Server: fault_proxy", "x-amz-request-id: FAULT", "", ""]
-            client.sendall("\r\n".join(lines).encode() + (b"" if request.method == "HEAD" else text))
+            lines = [
+                f"HTTP/1.1 {request.status} {code}",
+                "Content-Type: application/xml",
+                f"Content-Length: {len(text)}",
+            ]
+            lines += [
+                f"Date: {email.utils.formatdate(usegmt=True)}",
+                "Server: fault_proxy",
+                "x-amz-request-id: FAULT",
+                "",
+                "",
+            ]
+            client.sendall(
+                "\r\n".join(lines).encode() + (b"" if request.method == "HEAD" else text)
+            )
             return True
         if rule.fault == "stall":
             self._stalled.wait()
@@ -458,7 +520,13 @@ class FaultProxy:
         return False
 
     def _forward(
-        self, client: socket.socket, request: Request, head: _Message, body: Iterable[bytes], rule: Rule | None, after: list[Hold]
+        self,
+        client: socket.socket,
+        request: Request,
+        head: _Message,
+        body: Iterable[bytes],
+        rule: Rule | None,
+        after: list[Hold],
     ) -> bool:
         """Ask the server and answer the client; whether the client's connection can go on."""
         upstream = socket.create_connection(self.upstream, timeout=10)
@@ -491,7 +559,8 @@ class FaultProxy:
 
 
 def _send(upstream: socket.socket, head: bytes, body: Iterable[bytes]) -> None:
-    """A server that refuses early and closes is still listened to, and the client is heard out: its connection may go on."""
+    """A server that refuses early and closes is still listened to, and the client is heard out: its
+    connection may go on."""
     refused = False
     upstream.sendall(head)
     for block in body:
@@ -502,8 +571,16 @@ def _send(upstream: socket.socket, head: bytes, body: Iterable[bytes]) -> None:
                 refused = True
 
 
-def _answer(client: socket.socket, request: Request, answer: _Message, content: Iterable[bytes], rule: Rule | None, bodiless: bool) -> bool:
-    """Send the server's answer on, damaged where the rule says so; whether the client's connection can go on."""
+def _answer(
+    client: socket.socket,
+    request: Request,
+    answer: _Message,
+    content: Iterable[bytes],
+    rule: Rule | None,
+    bodiless: bool,
+) -> bool:
+    """Send the server's answer on, damaged where the rule says so; whether the client's connection
+    can go on."""
     head, status = answer.encoded(), int(answer.start[1])
     fault = rule.fault if rule else None
     if fault in ("reset_body", "truncate", "flip_get") and not bodiless and status < 300:
@@ -511,7 +588,9 @@ def _answer(client: socket.socket, request: Request, answer: _Message, content: 
         data = _unchunked(raw) if answer.chunked else raw
         head = answer.encoded(length=len(data))
         if rule and fault == "flip_get":
-            content = [_flipped(data, len(data) // 2 if rule.argument is None else int(rule.argument))]
+            content = [
+                _flipped(data, len(data) // 2 if rule.argument is None else int(rule.argument))
+            ]
         else:
             request.status = status
             client.sendall(head + data[: len(data) // 2])

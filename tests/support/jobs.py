@@ -17,7 +17,8 @@ FINAL = {"epochs": 30, "max_steps": None}  # as the defaults say
 
 
 class Job:
-    """A supervisor, as a SLURM job is one: it leaves the records that the program's own functions make."""
+    """A supervisor, as a SLURM job is one: it leaves the records that the program's own functions
+    make."""
 
     def __init__(self, name: str, *stores: Store) -> None:
         self.name, self.stores, self.count = name, stores, 0
@@ -31,13 +32,18 @@ class Job:
         launches.begin(self.stores, self.launch, read_catalog(*self.stores), **details)
         return self
 
-    def attempt(self, *steps: int, why: str | None = None, final: bool = False, **details: Any) -> Life:
-        """One attempt of the present launch, which commits these steps, and ends so; without `why` no end is recorded."""
+    def attempt(
+        self, *steps: int, why: str | None = None, final: bool = False, **details: Any
+    ) -> Life:
+        """One attempt of the present launch, which commits these steps, and ends so; without `why`
+        no end is recorded."""
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv(launches.ENVIRONMENT, self.launch)
             life = Life(*self.stores)
         for step in steps:
-            (life.copied if len(self.stores) > 1 else life.save)(step, FINAL if final and step == steps[-1] else None)
+            (life.copied if len(self.stores) > 1 else life.save)(
+                step, FINAL if final and step == steps[-1] else None
+            )
         for store in self.stores if why else ():
             attempts.end(store, life.attempt, why, **details)
         return life
@@ -47,14 +53,17 @@ class Job:
             launches.end(store, self.launch, why, **details)
         return self
 
-    def fails(self, *steps: int, step: int | None = None, error: str = "ValueError: no", **details: Any) -> Job:
+    def fails(
+        self, *steps: int, step: int | None = None, error: str = "ValueError: no", **details: Any
+    ) -> Job:
         """A whole launch, whose one attempt commits these steps and then fails."""
         self.begin()
         self.attempt(*steps, why="failed", error=error, step=step, rank=0, **details)
         return self.end(code=1)
 
     def stops(self, *steps: int, **details: Any) -> Job:
-        """A whole launch, whose one attempt commits these steps and is then stopped with all saved."""
+        """A whole launch, whose one attempt commits these steps and is then stopped with all
+        saved."""
         self.begin()
         self.attempt(*steps, why="stopped", saved=True, step=max(steps, default=0), **details)
         return self.end(code=0)

@@ -12,8 +12,16 @@ import pytest
 from comparing import differing, losses
 from conftest import alone, events, harness, run, torchrun, wait_until
 
-COMMON = ("train.epochs=8", "log.every_steps=1", "checkpoint.best=val_loss:min", "resume.accept=[config]")
-SMALL, CRASHING = ("task.name=small_task:build", *COMMON), ("task.name=crashing_task:build", *COMMON)
+COMMON = (
+    "train.epochs=8",
+    "log.every_steps=1",
+    "checkpoint.best=val_loss:min",
+    "resume.accept=[config]",
+)
+SMALL, CRASHING = (
+    ("task.name=small_task:build", *COMMON),
+    ("task.name=crashing_task:build", *COMMON),
+)
 STEPS = 40
 CRASHING_TASK = '''
 import ctypes, os, signal, time
@@ -35,7 +43,8 @@ def die(how, where):
     os._exit({"exit": 3, "leave": 0}[how])
 
 def build(folder: str, crashes: str = "", sleep_s: float = 0.0):
-    """`crashes` lists STEP-RANK-HOW-TIMES, with commas between; step 0 is while the task is built."""
+    """`crashes` lists STEP-RANK-HOW-TIMES, with commas between; step 0 is while the task is
+    built."""
     task = small_task.build(sleep_s=sleep_s)
 
     def crash(step, where):
@@ -87,20 +96,30 @@ def launch(ranks: int, *settings: str) -> list[str]:
 
 def crashing(folder: Path, plan: str) -> tuple[str, ...]:
     """Settings for a run in `folder` that dies as planned."""
-    return (*CRASHING, f"run.dir={folder}/run", f"task.args.folder={folder}", f"task.args.crashes='{plan}'")
+    return (
+        *CRASHING,
+        f"run.dir={folder}/run",
+        f"task.args.folder={folder}",
+        f"task.args.crashes='{plan}'",
+    )
 
 
 def begun(directory: Path, kind: str) -> dict[str, dict]:
     """The records of attempts or launches by their names, in order."""
     files = sorted(
-        file for file in directory.glob(f"{kind}/*.json") if not file.name.endswith((".end.json", ".failed.json", ".replay.json"))
+        file
+        for file in directory.glob(f"{kind}/*.json")
+        if not file.name.endswith((".end.json", ".failed.json", ".replay.json"))
     )
     return {file.name.removesuffix(".json"): json.loads(file.read_text()) for file in files}
 
 
 def ended(directory: Path, kind: str) -> dict[str, dict]:
     """How they ended, by their names, in order."""
-    return {file.name.removesuffix(".end.json"): json.loads(file.read_text()) for file in sorted(directory.glob(f"{kind}/*.end.json"))}
+    return {
+        file.name.removesuffix(".end.json"): json.loads(file.read_text())
+        for file in sorted(directory.glob(f"{kind}/*.end.json"))
+    }
 
 
 def left_behind(directory: Path) -> list[str]:
@@ -114,7 +133,10 @@ def left_behind(directory: Path) -> list[str]:
 
 
 def after_steps(directory: Path, steps: int, process: subprocess.Popen[str]) -> None:
-    wait_until(lambda: len(events(directory, "step")) >= steps or process.poll() is not None, f"{steps} steps")
+    wait_until(
+        lambda: len(events(directory, "step")) >= steps or process.poll() is not None,
+        f"{steps} steps",
+    )
     assert process.poll() is None, process.communicate()
 
 

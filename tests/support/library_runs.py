@@ -20,7 +20,9 @@ from harness.store import LocalStore
 
 
 def net() -> nn.Module:
-    return nn.Sequential(nn.Linear(12, 16), nn.BatchNorm1d(16), nn.Tanh(), nn.Dropout(0.3), nn.Linear(16, 1))
+    return nn.Sequential(
+        nn.Linear(12, 16), nn.BatchNorm1d(16), nn.Tanh(), nn.Dropout(0.3), nn.Linear(16, 1)
+    )
 
 
 def train(
@@ -33,14 +35,19 @@ def train(
     each: Callable[[harness.Run], object] = lambda run: None,
     **init: object,
 ):
-    """A loop as a user would write it; `leave_at` abandons it in that step, after the update. `each` is called then, too."""
-    run_ = harness.init(directory, **({"seed": 3, "save_every_s": None, "save_every_steps": 4} | init))  # type: ignore[arg-type]
+    """A loop as a user would write it; `leave_at` abandons it in that step, after the update.
+    `each` is called then, too."""
+    run_ = harness.init(
+        directory, **({"seed": 3, "save_every_s": None, "save_every_steps": 4} | init)
+    )  # type: ignore[arg-type]
     model = net()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 3, 0.5)
     run_.track(model=model, optimizer=optimizer, scheduler=scheduler)
     for x, y in run_.batches(Noisy(size), global_batch_size=10, epochs=epochs):
-        loss = F.mse_loss(model(x), y) + 0.01 * torch.rand(()) * random.random() * float(np.random.rand())
+        loss = F.mse_loss(model(x), y) + 0.01 * torch.rand(()) * random.random() * float(
+            np.random.rand()
+        )
         optimizer.zero_grad()
         loss.backward()
         if run_.step == fail_at:

@@ -8,7 +8,9 @@ import torch
 
 
 def points(size: int = 48) -> torch.utils.data.TensorDataset:
-    return torch.utils.data.TensorDataset(torch.randn(size, 4, generator=torch.Generator().manual_seed(0)))
+    return torch.utils.data.TensorDataset(
+        torch.randn(size, 4, generator=torch.Generator().manual_seed(0))
+    )
 
 
 class Stream(torch.utils.data.IterableDataset):

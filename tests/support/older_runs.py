@@ -1,7 +1,9 @@
-"""A small program with something of each kind of state, and what each release has left of it: runs that every later release resumes.
+"""A small program with something of each kind of state, and what each release has left of it: runs
+that every later release resumes.
 
-`python tests/support/older_runs.py tests/releases/VERSION` writes those of the present code: `stopped` and `bucket`, of runs that were
-stopped in their seventh step, and `killed`, of one that was killed there, with the records of its steps. Write them once for a release.
+`python tests/support/older_runs.py tests/releases/VERSION` writes those of the present code:
+`stopped` and `bucket`, of runs that were stopped in their seventh step, and `killed`, of one that
+was killed there, with the records of its steps. Write them once for a release.
 """
 
 from __future__ import annotations
@@ -25,7 +27,9 @@ rank = int(os.environ.get("RANK", 0))
 class Net(nn.Module):
     def __init__(self):
         super().__init__()
-        self.layers = nn.Sequential(nn.Linear(8, 6), nn.BatchNorm1d(6), nn.Dropout(0.2), nn.Linear(6, 1))
+        self.layers = nn.Sequential(
+            nn.Linear(8, 6), nn.BatchNorm1d(6), nn.Dropout(0.2), nn.Linear(6, 1)
+        )
         self.warmth = 1.0
         self.register_buffer("mask", torch.ones(8), persistent=False)
 
@@ -36,10 +40,27 @@ class Net(nn.Module):
 def seen():
     \"\"\"What this process begins with.\"\"\"
     inner = model.module
-    kept = {"model": inner.state_dict(), "warmth": inner.warmth, "mask": inner.mask, "mode": inner.layers[1].training}
-    kept |= {"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict(), "average": average.state_dict()}
-    kept |= {"noise": noise.get_state(), "torch": torch.get_rng_state(), "numpy": np.random.get_state(), "python": random.getstate()}
-    torch.save(kept | {"step": run.step - 1, "state": dict(run.state)}, f"{os.path.basename(sys.argv[1])}.seen.{rank}.pt")
+    kept = {
+        "model": inner.state_dict(),
+        "warmth": inner.warmth,
+        "mask": inner.mask,
+        "mode": inner.layers[1].training,
+    }
+    kept |= {
+        "optimizer": optimizer.state_dict(),
+        "scheduler": scheduler.state_dict(),
+        "average": average.state_dict(),
+    }
+    kept |= {
+        "noise": noise.get_state(),
+        "torch": torch.get_rng_state(),
+        "numpy": np.random.get_state(),
+        "python": random.getstate(),
+    }
+    torch.save(
+        kept | {"step": run.step - 1, "state": dict(run.state)},
+        f"{os.path.basename(sys.argv[1])}.seen.{rank}.pt",
+    )
 
 
 torch.manual_seed(0)
@@ -52,7 +73,9 @@ run.track(model=model, optimizer=optimizer, scheduler=scheduler, average=average
 run.state |= {"samples": [], "scale": np.float32(0.5)} if not run.state else {}
 first = run.step + 1
 numbers = torch.arange(160)
-for x, y in run.batches(TensorDataset(numbers[:, None].expand(160, 8).contiguous() / 160, numbers), 16, epochs=2):
+for x, y in run.batches(
+    TensorDataset(numbers[:, None].expand(160, 8).contiguous() / 160, numbers), 16, epochs=2
+):
     if run.step == first:
         seen()
     if run.step == 3:
@@ -88,13 +111,22 @@ def main() -> None:
         server = S3Server(place).start()
         try:
             bucket = server.make_bucket("older")
-            kept = live_once(folder, "kept", STOP=str(LAST), REMOTE=f"s3://{bucket}/run", **server.environment)
-            stopped, killed = live_once(folder, "stopped", STOP=str(LAST)), live_once(folder, "killed", DIE=str(LAST))
-            assert kept.codes == stopped.codes == [0] * RANKS and killed.code < 0, kept.text + stopped.text + killed.text
+            kept = live_once(
+                folder, "kept", STOP=str(LAST), REMOTE=f"s3://{bucket}/run", **server.environment
+            )
+            stopped, killed = (
+                live_once(folder, "stopped", STOP=str(LAST)),
+                live_once(folder, "killed", DIE=str(LAST)),
+            )
+            assert kept.codes == stopped.codes == [0] * RANKS and killed.code < 0, (
+                kept.text + stopped.text + killed.text
+            )
             for entry in server.client().list_objects_v2(Bucket=bucket)["Contents"]:
                 path = release / "bucket" / entry["Key"]
                 path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_bytes(server.client().get_object(Bucket=bucket, Key=entry["Key"])["Body"].read())
+                path.write_bytes(
+                    server.client().get_object(Bucket=bucket, Key=entry["Key"])["Body"].read()
+                )
         finally:
             server.kill()
         for name in ("stopped", "killed"):

@@ -1,7 +1,8 @@
 """Programs as their authors write them, lived whole and killed once: what a kill must not change.
 
-A program is a text. Its run lies where `sys.argv[1]` says; it calls `die(run)` at the end of each step. `HEAD` stands before it. The
-processes are forked from one that has imported torch, so that a life takes a fraction of a second; they are killed for real.
+A program is a text. Its run lies where `sys.argv[1]` says; it calls `die(run)` at the end of each
+step. `HEAD` stands before it. The processes are forked from one that has imported torch, so that a
+life takes a fraction of a second; they are killed for real.
 """
 
 from __future__ import annotations
@@ -27,12 +28,16 @@ from programs import die
 
 
 def init(**arguments):
-    return harness.init(sys.argv[1], **({"seed": 1, "save_every_s": None, "save_every_steps": 3} | arguments))
+    return harness.init(sys.argv[1], **(
+        {"seed": 1, "save_every_s": None, "save_every_steps": 3} | arguments
+    ))
 
 
 def points(count=160):
     generator = torch.Generator().manual_seed(0)
-    return TensorDataset(torch.randn(count, 8, generator=generator), torch.randn(count, 1, generator=generator))
+    return TensorDataset(
+        torch.randn(count, 8, generator=generator), torch.randn(count, 1, generator=generator)
+    )
 """
 
 STEP = """
@@ -52,7 +57,12 @@ def die(run: Any) -> None:
     until = time.monotonic() + 30
     folder = Path(sys.argv[1]) / "checkpoints"
     last = (run.step - 1) // 3 * 3
-    while run.is_writer and last and not list(folder.glob(f"step_{last:08d}-*.json")) and time.monotonic() < until:
+    while (
+        run.is_writer
+        and last
+        and not list(folder.glob(f"step_{last:08d}-*.json"))
+        and time.monotonic() < until
+    ):
         time.sleep(0.01)
     if not run.is_writer:
         time.sleep(60)  # the test kills the others when the writer is dead
@@ -91,7 +101,8 @@ class Outcome:
     whole: Lived
     killed: Lived
     resumed: Lived
-    rows: list[tuple[str, str, str, str]] = field(default_factory=list)  # what differs in the last checkpoints
+    # what differs in the last checkpoints
+    rows: list[tuple[str, str, str, str]] = field(default_factory=list)
 
     @property
     def is_equal(self) -> bool:
@@ -99,8 +110,15 @@ class Outcome:
 
 
 def live(
-    folder: Path, source: str, name: str, *, ranks: int = 1, env: dict[str, str] | None = None, limit_s: float = 120, head: str = HEAD
-) -> Lived:  # fmt: skip
+    folder: Path,
+    source: str,
+    name: str,
+    *,
+    ranks: int = 1,
+    env: dict[str, str] | None = None,
+    limit_s: float = 120,
+    head: str = HEAD,
+) -> Lived:
     """Let the program live once, on the run `name` in the folder, to whatever end."""
     from remote_lives import shared_nursery
 
@@ -109,12 +127,23 @@ def live(
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    joined = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": str(ranks)}
+    joined = {
+        "WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "LOCAL_WORLD_SIZE": str(ranks),
+    }
     born = []
     for rank in range(ranks):
-        own = (joined | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}) | (env or {})
+        own = (joined | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}) | (
+            env or {}
+        )
         output = folder / f"{name}.{time.monotonic_ns()}.{rank}.txt"
-        born.append(shared_nursery().bear("program", own, output, str(path), str(folder), [str(folder / name)]))
+        born.append(
+            shared_nursery().bear(
+                "program", own, output, str(path), str(folder), [str(folder / name)]
+            )
+        )
     until = time.monotonic() + limit_s
     try:
         first = born[0].wait(limit_s)
@@ -132,13 +161,27 @@ def killed_once(
     folder: Path, source: str, *, die: int = 7, ranks: int = 1, env: dict[str, str] | None = None,
     then: dict[str, str] | None = None, ranks_then: int | None = None, head: str = HEAD,
 ) -> Outcome:  # fmt: skip
-    """The program lived whole, and killed in step `die` and started again, there with the variables `then` as well."""
+    """The program lived whole, and killed in step `die` and started again, there with the variables
+    `then` as well."""
     from library_runs import newest
 
     from harness.exchange.compare import differences
 
     whole = live(folder, source, "whole", ranks=ranks, env=env, head=head)
-    killed = live(folder, source, "killed", ranks=ranks, env=(env or {}) | {"DIE": str(die)}, head=head)
-    resumed = live(folder, source, "killed", ranks=ranks_then or ranks, env=(env or {}) | (then or {}), head=head)
-    rows = list(differences(newest(folder / "whole"), newest(folder / "killed"))) if whole.code == resumed.code == 0 else []
+    killed = live(
+        folder, source, "killed", ranks=ranks, env=(env or {}) | {"DIE": str(die)}, head=head
+    )
+    resumed = live(
+        folder,
+        source,
+        "killed",
+        ranks=ranks_then or ranks,
+        env=(env or {}) | (then or {}),
+        head=head,
+    )
+    rows = (
+        list(differences(newest(folder / "whole"), newest(folder / "killed")))
+        if whole.code == resumed.code == 0
+        else []
+    )
     return Outcome(whole, killed, resumed, rows)

@@ -1,4 +1,5 @@
-"""Runs that begin with the files of recipes.py: how they are imported, gone on with, and compared; for several test modules."""
+"""Runs that begin with the files of recipes.py: how they are imported, gone on with, and compared;
+for several test modules."""
 
 from __future__ import annotations
 
@@ -22,9 +23,13 @@ from harness.cli import main
 from harness.store import LocalStore
 
 TASK = (
-    "task.name=recipe_task:build", f"train.global_batch_size={BATCH}", "train.clip_norm=null", "checkpoint.every_s=null",
-    "eval.every_steps=null", "checkpoint.best=val_loss:min",
-)  # fmt: skip
+    "task.name=recipe_task:build",
+    f"train.global_batch_size={BATCH}",
+    "train.clip_norm=null",
+    "checkpoint.every_s=null",
+    "eval.every_steps=null",
+    "checkpoint.best=val_loss:min",
+)
 PAIR = ("task.name=recipe_task:build_pair", *TASK[1:])
 MEMORY_LIMIT = 80 << 20
 BOMB_BYTES = 200 << 20
@@ -48,13 +53,16 @@ def pair_() -> TrainedPair:
 
 @pytest.fixture(scope="session", name="bombs")
 def bombs_(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Small files that would unpack to BOMB_BYTES: a pickle, a storage that is larger than its tensor, and one that is as it says."""
+    """Small files that would unpack to BOMB_BYTES: a pickle, a storage that is larger than its
+    tensor, and one that is as it says."""
     folder = tmp_path_factory.mktemp("bombs")
     recipes.bomb_in_pickle(folder / "pickle.pt", BOMB_BYTES)
     torch.save(recipes.Net().state_dict(), folder / "small.pt")
     recipes.bomb_in_storage(folder / "small.pt", folder / "storage.pt", BOMB_BYTES)
     torch.save({"weight": torch.zeros(BOMB_BYTES // 4)}, folder / "big.pt")
-    recipes.repacked(folder / "big.pt", folder / "honest.pt", lambda name, data: data, deflated=True)
+    recipes.repacked(
+        folder / "big.pt", folder / "honest.pt", lambda name, data: data, deflated=True
+    )
     (folder / "big.pt").unlink()
     made = {name: folder / f"{name}.pt" for name in ("pickle", "storage", "honest")}
     assert all(file.stat().st_size < BOMB_BYTES // 100 for file in made.values())
@@ -66,7 +74,8 @@ Command = Callable[..., SimpleNamespace]
 
 @pytest.fixture(name="command")
 def command_(capsys: pytest.CaptureFixture[str]) -> Command:
-    """A command of the `harness` program, in this process: exit code, what it printed, and what it complained of."""
+    """A command of the `harness` program, in this process: exit code, what it printed, and what it
+    complained of."""
 
     def execute(*arguments: object) -> SimpleNamespace:
         capsys.readouterr()
@@ -99,10 +108,18 @@ def differing(a: Any, b: Any, where: str = "") -> list[str]:
         return [
             line
             for key in {**a, **b}
-            for line in (differing(a[key], b[key], f"{where}.{key}") if key in a and key in b else [f"{where}.{key}"])
+            for line in (
+                differing(a[key], b[key], f"{where}.{key}")
+                if key in a and key in b
+                else [f"{where}.{key}"]
+            )
         ]
     if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)) and len(a) == len(b):
-        return [line for i, (x, y) in enumerate(zip(a, b, strict=True)) for line in differing(x, y, f"{where}[{i}]")]
+        return [
+            line
+            for i, (x, y) in enumerate(zip(a, b, strict=True))
+            for line in differing(x, y, f"{where}[{i}]")
+        ]
     return [] if a == b and not isinstance(a, torch.Tensor) else [where]
 
 
@@ -121,7 +138,9 @@ def train_on(directory: Path, *settings: str, task: tuple[str, ...] = TASK) -> N
     dist.destroy_process_group() if dist.is_initialized() else None
 
 
-def refused(answer: SimpleNamespace, directory: Path | None, codes: tuple[int, ...] = (1, 78)) -> None:
+def refused(
+    answer: SimpleNamespace, directory: Path | None, codes: tuple[int, ...] = (1, 78)
+) -> None:
     """In words, once, with the right code, and nothing is there that was not."""
     assert answer.code in codes, f"exit code {answer.code}\n{answer.out}{answer.err}"
     errors = [line for line in answer.err.splitlines() if line.startswith("harness: error: ")]

@@ -8,7 +8,17 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from recipes import BATCH, CLASSES, LR, SIZE, Net, make_optimizer, make_scheduler, pair_modules, points
+from recipes import (
+    BATCH,
+    CLASSES,
+    LR,
+    SIZE,
+    Net,
+    make_optimizer,
+    make_scheduler,
+    pair_modules,
+    points,
+)
 
 from harness import Task
 
@@ -21,7 +31,10 @@ def loss(model, batch):
 def evaluate(model, batch):
     x, y = batch
     logits = model(x)
-    return {"val_loss": F.cross_entropy(logits, y, reduction="sum"), "val_acc": (logits.argmax(1) == y).sum()}
+    return {
+        "val_loss": F.cross_entropy(logits, y, reduction="sum"),
+        "val_acc": (logits.argmax(1) == y).sum(),
+    }
 
 
 def build(
@@ -34,8 +47,9 @@ def build(
     record: str = "",
     sleep_s: float = 0.0,
 ) -> Task:
-    """What recipes.trained trains; no dropout and no augmentation, so that it can be checked by hand. Each rank of each start keeps in
-    the folder `record` the state that it first goes forward with."""
+    """What recipes.trained trains; no dropout and no augmentation, so that it can be checked by
+    hand. Each rank of each start keeps in the folder `record` the state that it first goes forward
+    with."""
     model = Net(width, classes)
     chosen = make_optimizer(optimizer, model.parameters(), lr)
     recorded = not record
@@ -61,8 +75,9 @@ def build(
 
 
 def build_taught(record: str) -> Task:
-    """A student, and a teacher that is not trained: DistributedDataParallel does not look at the latter, so nothing makes it equal on
-    all ranks by the way. Each rank keeps the teacher that it began with."""
+    """A student, and a teacher that is not trained: DistributedDataParallel does not look at the
+    latter, so nothing makes it equal on all ranks by the way. Each rank keeps the teacher that it
+    began with."""
     student, teacher = Net(), Net().requires_grad_(False).eval()
     with torch.no_grad():  # as if each rank had been seeded by its number
         teacher.head.bias.fill_(float(os.environ.get("RANK", 0)))
@@ -75,10 +90,19 @@ def build_taught(record: str) -> Task:
         return F.mse_loss(modules["student"](batch[0]), modules["teacher"](batch[0]))
 
     optimizer = make_optimizer("sgd", student.parameters())
-    return Task(modules={"student": student, "teacher": teacher}, optimizers=optimizer, train_data=points(), loss=taught)
+    return Task(
+        modules={"student": student, "teacher": teacher},
+        optimizers=optimizer,
+        train_data=points(),
+        loss=taught,
+    )
 
 
-def build_pair(modules: str = "generator,discriminator", optimizers: str = "optimizer_g,optimizer_d", lr: float = 2e-4) -> Task:
+def build_pair(
+    modules: str = "generator,discriminator",
+    optimizers: str = "optimizer_g,optimizer_d",
+    lr: float = 2e-4,
+) -> Task:
     """Two modules, each with an optimizer of its own, by the names that are given."""
     parts = dict(zip(modules.split(","), pair_modules(), strict=True))
     owners = {
@@ -90,7 +114,10 @@ def build_pair(modules: str = "generator,discriminator", optimizers: str = "opti
         x, _ = batch
         first, second = (run.tracked[name] for name in parts)
         values = {}
-        for name, value in (("loss", second(first(x[:, :3])).pow(2).mean()), ("second_loss", (second(x) - 1).pow(2).mean())):
+        for name, value in (
+            ("loss", second(first(x[:, :3])).pow(2).mean()),
+            ("second_loss", (second(x) - 1).pow(2).mean()),
+        ):
             owner = owners[optimizers.split(",")[name != "loss"]]
             for optimizer in owners.values():
                 optimizer.zero_grad()

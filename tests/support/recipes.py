@@ -1,5 +1,5 @@
-"""Files as other people's training scripts leave them: plain PyTorch, spelled as in its tutorials and in the repositories that everybody
-copies from. Nothing here knows of the harness."""
+"""Files as other people's training scripts leave them: plain PyTorch, spelled as in its tutorials
+and in the repositories that everybody copies from. Nothing here knows of the harness."""
 
 from __future__ import annotations
 
@@ -25,11 +25,18 @@ STEPS_PER_EPOCH = SIZE // BATCH
 
 
 class Net(nn.Module):
-    """A backbone with BatchNorm, whose buffers belong to the state too, and a head, as in everything that is fine-tuned."""
+    """A backbone with BatchNorm, whose buffers belong to the state too, and a head, as in
+    everything that is fine-tuned."""
 
     def __init__(self, width: int = 16, classes: int = CLASSES) -> None:
         super().__init__()
-        self.backbone = nn.Sequential(nn.Linear(FEATURES, width), nn.BatchNorm1d(width), nn.ReLU(), nn.Linear(width, width), nn.ReLU())
+        self.backbone = nn.Sequential(
+            nn.Linear(FEATURES, width),
+            nn.BatchNorm1d(width),
+            nn.ReLU(),
+            nn.Linear(width, width),
+            nn.ReLU(),
+        )
         self.head = nn.Linear(width, classes)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -68,7 +75,9 @@ class Trained:
         return self.epoch * STEPS_PER_EPOCH
 
 
-def trained(optimizer: str = "sgd", epochs: int = 2, width: int = 16, classes: int = CLASSES, seed: int = 7) -> Trained:
+def trained(
+    optimizer: str = "sgd", epochs: int = 2, width: int = 16, classes: int = CLASSES, seed: int = 7
+) -> Trained:
     """The loop of the tutorial."""
     torch.manual_seed(seed)
     model = Net(width, classes)
@@ -90,7 +99,8 @@ Save = Callable[..., None]
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a script writes its file, and under which key (a path of keys, with dots) what lies in there; None: not in there."""
+    """How a script writes its file, and under which key (a path of keys, with dots) what lies in
+    there; None: not in there."""
 
     file: str
     write: Callable[[Trained, Path, Save], None]
@@ -171,7 +181,14 @@ def imagenet_example(done: Trained, path: Path, save: Save) -> None:
 
 def cs230(done: Trained, path: Path, save: Save) -> None:
     epoch = done.epoch - 1
-    save({"epoch": epoch + 1, "state_dict": done.model.state_dict(), "optim_dict": done.optimizer.state_dict()}, path)
+    save(
+        {
+            "epoch": epoch + 1,
+            "state_dict": done.model.state_dict(),
+            "optim_dict": done.optimizer.state_dict(),
+        },
+        path,
+    )
 
 
 def model_and_optim_state(done: Trained, path: Path, save: Save) -> None:
@@ -179,7 +196,8 @@ def model_and_optim_state(done: Trained, path: Path, save: Save) -> None:
 
 
 def torchvision_references(done: Trained, path: Path, save: Save) -> None:
-    """Its train.py keeps the command line's arguments too; `vars`, so that the safe loader takes them."""
+    """Its train.py keeps the command line's arguments too; `vars`, so that the safe loader takes
+    them."""
     checkpoint = {
         "model": done.model.state_dict(),
         "optimizer": done.optimizer.state_dict(),
@@ -210,8 +228,15 @@ def _lightning(done: Trained, hyper_parameters: Any) -> dict[str, Any]:
         "global_step": done.step,
         "pytorch-lightning_version": "2.5.1",
         "state_dict": {f"model.{key}": value for key, value in done.model.state_dict().items()},
-        "loops": {"fit_loop": {"state_dict": {}, "epoch_progress": {"current": {"completed": done.epoch}}}},
-        "callbacks": {"ModelCheckpoint{'monitor': None}": {"best_model_path": "", "kth_value": torch.tensor(0.5)}},
+        "loops": {
+            "fit_loop": {"state_dict": {}, "epoch_progress": {"current": {"completed": done.epoch}}}
+        },
+        "callbacks": {
+            "ModelCheckpoint{'monitor': None}": {
+                "best_model_path": "",
+                "kth_value": torch.tensor(0.5),
+            }
+        },
         "optimizer_states": [done.optimizer.state_dict()],
         "lr_schedulers": [done.scheduler.state_dict()],
         "hparams_name": "kwargs",
@@ -224,7 +249,8 @@ def lightning(done: Trained, path: Path, save: Save) -> None:
 
 
 def lightning_with_namespace(done: Trained, path: Path, save: Save) -> None:
-    """`self.save_hyperparameters(args)` with what argparse gave: the safe loader refuses the whole file for it."""
+    """`self.save_hyperparameters(args)` with what argparse gave: the safe loader refuses the whole
+    file for it."""
     save(_lightning(done, argparse.Namespace(lr=LR, width=16)), path)
 
 
@@ -260,29 +286,60 @@ GENERAL = {"optimizer": "optimizer_state_dict", "epoch": True, "loss": True}
 
 RECIPES = {
     "tutorial weights": Recipe("model_weights.pth", tutorial_weights),
-    "tutorial general checkpoint": Recipe("checkpoint.tar", tutorial_general_checkpoint, "model_state_dict", **GENERAL),
-    "tutorial with the loss itself": Recipe("model.pt", tutorial_with_the_loss_itself, "model_state_dict", **GENERAL),
+    "tutorial general checkpoint": Recipe(
+        "checkpoint.tar", tutorial_general_checkpoint, "model_state_dict", **GENERAL
+    ),
+    "tutorial with the loss itself": Recipe(
+        "model.pt", tutorial_with_the_loss_itself, "model_state_dict", **GENERAL
+    ),
     "tutorial data parallel": Recipe("model.pth", tutorial_data_parallel),
     "forgotten data parallel": Recipe("model.pth", forgotten_data_parallel, prefix="module."),
     "pytorch-cifar t7": Recipe("ckpt.t7", pytorch_cifar, "net", epoch=True, prefix="module."),
     "pytorch-cifar": Recipe("ckpt.pth", pytorch_cifar, "net", epoch=True, prefix="module."),
-    "imagenet": Recipe("model_best.pth.tar", imagenet_example, "state_dict", "optimizer", "scheduler", epoch=True, prefix="module."),
+    "imagenet": Recipe(
+        "model_best.pth.tar",
+        imagenet_example,
+        "state_dict",
+        "optimizer",
+        "scheduler",
+        epoch=True,
+        prefix="module.",
+    ),
     "cs230": Recipe("last.pth.tar", cs230, "state_dict", "optim_dict", epoch=True),
-    "model_state and optim_state": Recipe("checkpoint", model_and_optim_state, "model_state", "optim_state"),
-    "torchvision": Recipe("model_2.pth", torchvision_references, "model", "optimizer", "lr_scheduler", epoch=True),
+    "model_state and optim_state": Recipe(
+        "checkpoint", model_and_optim_state, "model_state", "optim_state"
+    ),
+    "torchvision": Recipe(
+        "model_2.pth", torchvision_references, "model", "optimizer", "lr_scheduler", epoch=True
+    ),
     "nanogpt": Recipe("ckpt.pt", by_step, "model", "optimizer", step=True, prefix="_orig_mod."),
     "lightning": Recipe(
-        "epoch=2-step=20.ckpt", lightning, "state_dict", "optimizer_states.0", "lr_schedulers.0", epoch=True, step=True,
-        prefix="model.", in_any_prefix=True,
+        "epoch=2-step=20.ckpt",
+        lightning,
+        "state_dict",
+        "optimizer_states.0",
+        "lr_schedulers.0",
+        epoch=True,
+        step=True,
+        prefix="model.",
+        in_any_prefix=True,
     ),
     "hugging face bin": Recipe("pytorch_model.bin", hugging_face_bin),
-    "hugging face safetensors": Recipe("model.safetensors", hugging_face_safetensors, has_old_format=False),
-    "safetensors of data parallel": Recipe("model.safetensors", plain_safetensors, prefix="module.", has_old_format=False),
+    "hugging face safetensors": Recipe(
+        "model.safetensors", hugging_face_safetensors, has_old_format=False
+    ),
+    "safetensors of data parallel": Recipe(
+        "model.safetensors", plain_safetensors, prefix="module.", has_old_format=False
+    ),
     "compiled": Recipe("model.pt", compiled, prefix="_orig_mod."),
-    "compiled, then parallel": Recipe("model.pt", compiled_then_parallel, prefix="module._orig_mod."),
-    "parallel, then compiled": Recipe("model.pt", parallel_then_compiled, prefix="_orig_mod.module."),
+    "compiled, then parallel": Recipe(
+        "model.pt", compiled_then_parallel, prefix="module._orig_mod."
+    ),
+    "parallel, then compiled": Recipe(
+        "model.pt", parallel_then_compiled, prefix="_orig_mod.module."
+    ),
     "torchscript": Recipe("model_scripted.pt", torch_script, has_old_format=False),
-}  # fmt: skip
+}
 
 
 def save_new(value: Any, path: Path) -> None:
@@ -328,7 +385,10 @@ def pair_modules(width: int = 8) -> tuple[nn.Module, nn.Module]:
 def trained_pair(epochs: int = 1, seed: int = 3) -> TrainedPair:
     torch.manual_seed(seed)
     first, second = pair_modules()
-    optimizers = [torch.optim.Adam(module.parameters(), lr=2e-4, betas=(0.5, 0.999)) for module in (first, second)]
+    optimizers = [
+        torch.optim.Adam(module.parameters(), lr=2e-4, betas=(0.5, 0.999))
+        for module in (first, second)
+    ]
     for _ in range(epochs * STEPS_PER_EPOCH):
         for module, optimizer in zip((first, second), optimizers, strict=True):
             optimizer.zero_grad()
@@ -385,11 +445,19 @@ class MakesFolder:
 
 def trap(done: Trained, path: Path, folder: Path, save: Save = save_new) -> None:
     """A general checkpoint with something in it that acts when it is loaded."""
-    save({"model_state_dict": done.model.state_dict(), "epoch": done.epoch, "extra": MakesFolder(folder)}, path)
+    save(
+        {
+            "model_state_dict": done.model.state_dict(),
+            "epoch": done.epoch,
+            "extra": MakesFolder(folder),
+        },
+        path,
+    )
 
 
 class Scripted(nn.Module):
-    """TorchScript has a `__setstate__` too, which is called when the file is loaded, and an operation that makes files."""
+    """TorchScript has a `__setstate__` too, which is called when the file is loaded, and an
+    operation that makes files."""
 
     def __init__(self, path: str) -> None:
         super().__init__()
@@ -413,11 +481,26 @@ def torch_script_trap(path: Path, file: Path) -> None:
     torch.jit.script(Scripted(str(file))).save(str(path))
 
 
-def call_pickle(path: Path, module: str, name: str, arguments: tuple[Any, ...], protocol: int = 2) -> None:
-    """A file of torch's, by hand, whose pickle calls a function with arguments; the result lies beside a tensor's name."""
+def call_pickle(
+    path: Path, module: str, name: str, arguments: tuple[Any, ...], protocol: int = 2
+) -> None:
+    """A file of torch's, by hand, whose pickle calls a function with arguments; the result lies
+    beside a tensor's name."""
     made = pickle.dumps(arguments, 2)[2:-1]
-    function = f"c{module}\n{name}\n".encode() if protocol < 4 else _text(module) + _text(name) + b"\x93"
-    called = b"\x80" + bytes([protocol]) + b"}" + _text("model") + b"}" + _text("weight") + function + made + b"Rss."
+    function = (
+        f"c{module}\n{name}\n".encode() if protocol < 4 else _text(module) + _text(name) + b"\x93"
+    )
+    called = (
+        b"\x80"
+        + bytes([protocol])
+        + b"}"
+        + _text("model")
+        + b"}"
+        + _text("weight")
+        + function
+        + made
+        + b"Rss."
+    )
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("archive/data.pkl", called)
         archive.writestr("archive/version", "3\n")
@@ -429,7 +512,11 @@ def _text(word: str) -> bytes:
 
 def bare_pickle(done: Trained, path: Path) -> None:
     """`pickle.dump`, without torch.save."""
-    path.write_bytes(pickle.dumps({"state_dict": {key: value.numpy() for key, value in done.model.state_dict().items()}}))
+    path.write_bytes(
+        pickle.dumps(
+            {"state_dict": {key: value.numpy() for key, value in done.model.state_dict().items()}}
+        )
+    )
 
 
 def real_tar(done: Trained, path: Path) -> None:
@@ -441,16 +528,21 @@ def real_tar(done: Trained, path: Path) -> None:
     inner.unlink()
 
 
-def repacked(source: Path, path: Path, change: Callable[[str, bytes], bytes], deflated: bool = False) -> None:
+def repacked(
+    source: Path, path: Path, change: Callable[[str, bytes], bytes], deflated: bool = False
+) -> None:
     """A zip file with every record passed through `change`."""
     kind = zipfile.ZIP_DEFLATED if deflated else zipfile.ZIP_STORED
     with zipfile.ZipFile(source) as old, zipfile.ZipFile(path, "w", kind) as new:
         for record in old.infolist():
-            new.writestr(zipfile.ZipInfo(record.filename), change(record.filename, old.read(record)), kind)
+            new.writestr(
+                zipfile.ZipInfo(record.filename), change(record.filename, old.read(record)), kind
+            )
 
 
 def as_saved_on_gpu(source: Path, path: Path) -> None:
-    """The same file, but saying of its tensors that they were on a GPU; PyTorch writes nothing else that differs."""
+    """The same file, but saying of its tensors that they were on a GPU; PyTorch writes nothing else
+    that differs."""
 
     def moved(pickled: bytes) -> bytes:
         text = b"X\x03\x00\x00\x00cpu"
@@ -458,7 +550,9 @@ def as_saved_on_gpu(source: Path, path: Path) -> None:
         return pickled.replace(text, b"X\x06\x00\x00\x00cuda:0")
 
     if zipfile.is_zipfile(source):
-        repacked(source, path, lambda name, data: moved(data) if name.endswith("/data.pkl") else data)
+        repacked(
+            source, path, lambda name, data: moved(data) if name.endswith("/data.pkl") else data
+        )
     else:
         path.write_bytes(moved(source.read_bytes()))
 
@@ -469,7 +563,8 @@ def bomb_in_pickle(path: Path, size_bytes: int) -> None:
 
 
 def bomb_in_storage(source: Path, path: Path, size_bytes: int) -> None:
-    """A file of torch's in which one tensor's bytes are packed, and far more than the tensor has use for."""
+    """A file of torch's in which one tensor's bytes are packed, and far more than the tensor has
+    use for."""
     with zipfile.ZipFile(source) as old:
         records = {record.filename: old.read(record) for record in old.infolist()}
     name = next(name for name in records if name.endswith("/data/0"))
@@ -490,7 +585,8 @@ def _bomb(path: Path, records: dict[str, bytes], name: str, size_bytes: int) -> 
 
 
 def honest_but_packed(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """A file of torch's that somebody has zipped again: every record deflated, nothing wrong with it."""
+    """A file of torch's that somebody has zipped again: every record deflated, nothing wrong with
+    it."""
     plain = path.with_suffix(".stored")
     torch.save(tensors, plain)
     repacked(plain, path, lambda name, data: data, deflated=True)
@@ -498,11 +594,19 @@ def honest_but_packed(tensors: dict[str, torch.Tensor], path: Path) -> None:
 
 
 def with_claim(source: Path, path: Path, numel: int) -> None:
-    """The same file, but its storages claim to hold so many numbers; where the old format repeats that before the data, there too."""
+    """The same file, but its storages claim to hold so many numbers; where the old format repeats
+    that before the data, there too."""
 
     def claimed(pickled: bytes, real: int) -> bytes:
-        short = b"K" + bytes([real]) if real < 256 else b"M" + struct.pack("<H", real) if real < 65536 else b"J" + struct.pack("<i", real)
-        pattern = re.compile(re.escape(short) + rb"(?=[tNq])")  # a number that ends a storage's description, and sizes alike
+        short = (
+            b"K" + bytes([real])
+            if real < 256
+            else b"M" + struct.pack("<H", real)
+            if real < 65536
+            else b"J" + struct.pack("<i", real)
+        )
+        # a number that ends a storage's description, and sizes alike
+        pattern = re.compile(re.escape(short) + rb"(?=[tNq])")
         changed, count = pattern.subn(b"\x8a\x08" + struct.pack("<q", numel), pickled)
         assert count, "no claim found"
         return changed
@@ -510,14 +614,21 @@ def with_claim(source: Path, path: Path, numel: int) -> None:
     if zipfile.is_zipfile(source):
         largest = torch.load(source, weights_only=True)
         real = max(tensor.numel() for tensor in largest.values())
-        repacked(source, path, lambda name, data: claimed(data, real) if name.endswith("/data.pkl") else data)
+        repacked(
+            source,
+            path,
+            lambda name, data: claimed(data, real) if name.endswith("/data.pkl") else data,
+        )
     else:
         tensors = torch.load(source, weights_only=True)
-        path.write_bytes(claimed(source.read_bytes(), max(tensor.numel() for tensor in tensors.values())))
+        path.write_bytes(
+            claimed(source.read_bytes(), max(tensor.numel() for tensor in tensors.values()))
+        )
 
 
 def with_old_count(source: Path, path: Path, numel: int) -> None:
-    """An old-format file of one tensor, whose data is preceded by a count of numbers that is not true."""
+    """An old-format file of one tensor, whose data is preceded by a count of numbers that is not
+    true."""
     tensor = next(iter(torch.load(source, weights_only=True).values()))
     data, count = source.read_bytes(), struct.pack("<q", tensor.numel())
     where = len(data) - tensor.numel() * tensor.element_size() - 8
@@ -525,23 +636,39 @@ def with_old_count(source: Path, path: Path, numel: int) -> None:
     path.write_bytes(data[:where] + struct.pack("<q", numel) + data[where + 8 :])
 
 
-def safetensors_with(path: Path, header: bytes, data: bytes = b"", length: int | None = None) -> None:
+def safetensors_with(
+    path: Path, header: bytes, data: bytes = b"", length: int | None = None
+) -> None:
     """By hand: the length of the header, the header, the data."""
     path.write_bytes(struct.pack("<Q", len(header) if length is None else length) + header + data)
 
 
 def web_page(path: Path) -> None:
-    path.write_text("<!DOCTYPE html>\n<html><head><title>Not Found</title></head><body><p>Sign in to download.</p></body></html>\n")
+    path.write_text(
+        "<!DOCTYPE html>\n<html><head><title>Not Found</title></head>"
+        "<body><p>Sign in to download.</p></body></html>\n"
+    )
 
 
 def lfs_pointer(path: Path) -> None:
     """What `git clone` leaves where git-lfs is not installed."""
-    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:" + "4d7a" * 16 + "\nsize 438007537\n")
+    path.write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:"
+        + "4d7a" * 16
+        + "\nsize 438007537\n"
+    )
 
 
 def peak_memory_bytes() -> int:
     """The most that this process has had in memory since `forget_peak_memory`."""
-    return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) << 10  # type: ignore[index]
+    return (
+        int(
+            re.search(  # type: ignore[index]
+                r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text()
+            )[1]
+        )
+        << 10
+    )
 
 
 def forget_peak_memory() -> None:

@@ -33,14 +33,18 @@ def build(folder: str, size: int = 240, sleep_s: float = 0.0) -> Task:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
 
     def step(run, batch):
-        micro_batches = batch if isinstance(batch, list) and isinstance(batch[0], (list, tuple)) else [batch]
+        micro_batches = (
+            batch if isinstance(batch, list) and isinstance(batch[0], (list, tuple)) else [batch]
+        )
         used = []
         optimizer.zero_grad()
         for (x, numbers), weight in zip(micro_batches, run.weights, strict=True):
             (F.mse_loss(run.tracked["model"](x), x[:, :1]) * weight).backward()
             used += numbers.tolist() if weight else []
         optimizer.step()
-        line = json.dumps({"step": run.step, "rank": run.rank, "ranks": run.world_size, "samples": used})
+        line = json.dumps(
+            {"step": run.step, "rank": run.rank, "ranks": run.world_size, "samples": used}
+        )
         with (Path(folder) / f"{os.getpid()}.jsonl").open("a") as file:
             file.write(line + "\n")
         time.sleep(sleep_s)

@@ -1,7 +1,9 @@
-"""Lives of a run on a directory and a bucket, in processes that can be stopped, woken and killed for real.
+"""Lives of a run on a directory and a bucket, in processes that can be stopped, woken and killed
+for real.
 
-A nursery imports torch once and forks a process for each life, so that a life begins in milliseconds. `train` is the whole program;
-`write` is the writer's side of it alone: choose, claim, save some steps, wait for the upload of each, end.
+A nursery imports torch once and forks a process for each life, so that a life begins in
+milliseconds. `train` is the whole program; `write` is the writer's side of it alone: choose, claim,
+save some steps, wait for the upload of each, end.
 """
 
 from __future__ import annotations
@@ -64,7 +66,8 @@ def payload(step: int, seed: int = 0) -> dict[str, Any]:
 
 
 class Life:
-    """One attempt in the test's own process, one thing at a time: surveys, claims, commits, copies, lets go."""
+    """One attempt in the test's own process, one thing at a time: surveys, claims, commits, copies,
+    lets go."""
 
     def __init__(self, *stores: Store) -> None:
         self.stores = stores
@@ -80,7 +83,12 @@ class Life:
     def save(self, step: int, final: dict[str, int | None] | None = None) -> Manifest:
         """Commit a step in the first store."""
         about = About(1, going_on_from(self.origin), {"model": "Linear"}, "-", final)
-        manifest = commit(self.stores[0], self.attempt, payload(step, self.attempt.number) | {"config": self.config}, about)
+        manifest = commit(
+            self.stores[0],
+            self.attempt,
+            payload(step, self.attempt.number) | {"config": self.config},
+            about,
+        )
         self.verified.add(manifest.name)
         return manifest
 
@@ -91,12 +99,16 @@ class Life:
         return manifest
 
     def let_go(self, last: int) -> list[str]:
-        return retention.apply(self.stores[-1], self.attempt, self.verified, retention.Policy(last=last, best=0))
+        return retention.apply(
+            self.stores[-1], self.attempt, self.verified, retention.Policy(last=last, best=0)
+        )
 
 
 def write(places: list[str], steps: list[int], wait_s: float, told: str) -> None:
-    """A life that saves these steps; each is told, in the file `told`, once it is committed (c) and once it is in every store (u)."""
-    # The program's own patience with a failing upload and with the last record is for people who wait; here all of it is `wait_s`.
+    """A life that saves these steps; each is told, in the file `told`, once it is committed (c) and
+    once it is in every store (u)."""
+    # The program's own patience with a failing upload and with the last record is for people who
+    # wait; here all of it is `wait_s`.
     uploader.REQUEST_S = run_ending.RECORD_S = wait_s
     stores = tuple(open_store(place, wait_s) for place in places)
     exit_record, world = ExitRecord(), join.join(60)
@@ -104,15 +116,25 @@ def write(places: list[str], steps: list[int], wait_s: float, told: str) -> None
     resume_point = resume.choose(stores, world)
     policy = retention.Policy(last=2, best=0)
     settings = Settings(policy=policy, remote_policy=policy, wait_s=wait_s)
-    checkpointer = Checkpointer(Parts(stores, world, resume_point, settings, exit_record, store_health, Goodput()))
+    checkpointer = Checkpointer(
+        Parts(stores, world, resume_point, settings, exit_record, store_health, Goodput())
+    )
     checkpointer.begin(Console(), lambda: None)
     for step in steps:
-        final: dict[str, int | None] | None = {"epochs": 1, "max_steps": None} if step == steps[-1] else None
+        final: dict[str, int | None] | None = (
+            {"epochs": 1, "max_steps": None} if step == steps[-1] else None
+        )
         content = payload(step, checkpointer.attempt.number if checkpointer.attempt else 0)
         captured = Captured(content, set(), {}, {})
-        saved = checkpointer.save(lambda c=captured: c, lambda final=final: checkpointer.about({}, {}, final), lambda: None, wait=True)
+        saved = checkpointer.save(
+            lambda c=captured: c,
+            lambda final=final: checkpointer.about({}, {}, final),
+            lambda: None,
+            wait=True,
+        )
         if not saved and final:
-            raise SaveError(f"the last checkpoint was not saved: {checkpointer.words}")  # as the loop does
+            # as the loop does
+            raise SaveError(f"the last checkpoint was not saved: {checkpointer.words}")
         tell(told, "c" if saved else "-", step)
         if saved and not checkpointer._settle():
             tell(told, "u", step)
@@ -133,7 +155,12 @@ def race(place: str) -> None:
     attempts.claim(found, None, 1)
 
 
-LIVES: dict[str, Callable[..., None]] = {"train": train.main, "write": write, "race": race, "program": programs.program}
+LIVES: dict[str, Callable[..., None]] = {
+    "train": train.main,
+    "write": write,
+    "race": race,
+    "program": programs.program,
+}
 
 
 class Born:
@@ -156,7 +183,10 @@ class Born:
         until = time.monotonic() + limit_s
         with self.nursery.told:
             while self.code is None:
-                assert self.nursery.told.wait(max(0.0, until - time.monotonic())) or self.code is not None, f"alive:\n{self.text}"
+                assert (
+                    self.nursery.told.wait(max(0.0, until - time.monotonic()))
+                    or self.code is not None
+                ), f"alive:\n{self.text}"
         return self.nursery.codes[self.pid]
 
     def stop(self) -> None:
@@ -194,7 +224,11 @@ class Nursery:
 
     def __init__(self) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, __file__], env=ENVIRONMENT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [sys.executable, __file__],
+            env=ENVIRONMENT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
         )
         self.codes: dict[int, int] = {}
         self.told = threading.Condition()
@@ -214,9 +248,17 @@ class Nursery:
                     self._pids.append(said["pid"])
                 self.told.notify_all()
 
-    def bear(self, life: str, environment: dict[str, str], output: Path, *arguments: object) -> Born:
-        """Begin a life of LIVES with these arguments and variables; what it prints comes into the file `output`."""
-        order = {"life": life, "arguments": arguments, "environment": environment, "output": str(output)}
+    def bear(
+        self, life: str, environment: dict[str, str], output: Path, *arguments: object
+    ) -> Born:
+        """Begin a life of LIVES with these arguments and variables; what it prints comes into the
+        file `output`."""
+        order = {
+            "life": life,
+            "arguments": arguments,
+            "environment": environment,
+            "output": str(output),
+        }
         output.touch()
         assert self.process.stdin is not None
         with self._one_birth, self.told:
@@ -242,7 +284,8 @@ class Nursery:
 
 
 def _serve() -> None:
-    import harness.store.s3_client  # noqa: F401 - what a life imports is imported before the first fork
+    # what a life imports is imported before the first fork
+    import harness.store.s3_client  # noqa: F401
 
     small_task.build()  # an optimizer imports half of torch when the first one is made
     rest = b""

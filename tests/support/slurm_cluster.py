@@ -1,4 +1,5 @@
-"""A real SLURM cluster for the tests: munged, slurmctld and some slurmd on this one machine, on loopback, whose nodes can die."""
+"""A real SLURM cluster for the tests: munged, slurmctld and some slurmd on this one machine, on
+loopback, whose nodes can die."""
 
 from __future__ import annotations
 
@@ -22,13 +23,35 @@ from s3_server import free_ports
 
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 PR_SET_PDEATHSIG = 1
-PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "squeue", "scontrol", "scancel", "sinfo")
+PROGRAMS = (
+    "munged",
+    "slurmctld",
+    "slurmd",
+    "sbatch",
+    "srun",
+    "squeue",
+    "scontrol",
+    "scancel",
+    "sinfo",
+)
 SEARCH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/local/sbin", "/usr/sbin", "/sbin"])
 KILL_WAIT_S = 10  # between the SIGTERM and the SIGKILL of a job that is cancelled or out of time
-GRACE_S = 20  # of the partitions `low` and `lowcancel`; less would not come true: a preemption goes on every KillWait + MessageTimeout only
+# of the partitions `low` and `lowcancel`; less would not come true: a preemption goes on every
+# KillWait + MessageTimeout only
+GRACE_S = 20
 CRED_EXPIRE_S = 5  # a requeued job waits this and a little more before it runs again
 NODE_TIMEOUT_S = 20  # until a node that does not answer counts as down
-FINISHED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "BOOT_FAIL", "DEADLINE", "OUT_OF_MEMORY")
+FINISHED = (
+    "COMPLETED",
+    "FAILED",
+    "CANCELLED",
+    "TIMEOUT",
+    "NODE_FAIL",
+    "PREEMPTED",
+    "BOOT_FAIL",
+    "DEADLINE",
+    "OUT_OF_MEMORY",
+)
 
 CONFIGURATION = """\
 ClusterName=tests
@@ -78,15 +101,19 @@ SchedulerParameters=bf_interval=1,sched_interval=1,sched_min_interval=0,batch_sc
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 {nodes}
-PartitionName=low Nodes=ALL Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime={grace} MaxTime=INFINITE State=UP
-PartitionName=lowkill Nodes=ALL PriorityTier=1 PreemptMode=REQUEUE GraceTime=0 MaxTime=INFINITE State=UP
-PartitionName=lowcancel Nodes=ALL PriorityTier=1 PreemptMode=CANCEL GraceTime={grace} MaxTime=INFINITE State=UP
+PartitionName=low Nodes=ALL Default=YES PriorityTier=1 PreemptMode=REQUEUE \
+GraceTime={grace} MaxTime=INFINITE State=UP
+PartitionName=lowkill Nodes=ALL PriorityTier=1 PreemptMode=REQUEUE \
+GraceTime=0 MaxTime=INFINITE State=UP
+PartitionName=lowcancel Nodes=ALL PriorityTier=1 PreemptMode=CANCEL \
+GraceTime={grace} MaxTime=INFINITE State=UP
 PartitionName=high Nodes=ALL PriorityTier=10 PreemptMode=OFF MaxTime=INFINITE State=UP
 """
 
 
 def _die_with_parent() -> None:
-    """In the child: SIGKILL when the thread that started it ends, so that a killed pytest leaves no cluster behind."""
+    """In the child: SIGKILL when the thread that started it ends, so that a killed pytest leaves no
+    cluster behind."""
     if LIBC is not None:
         LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
@@ -99,16 +126,25 @@ def _program(name: str) -> str:
 
 
 def _members_of(configuration: Path, node: str | None, daemons: set[int]) -> list[psutil.Process]:
-    """Processes of a cluster's jobs: slurmstepd leaves its parent and renames itself, but all of them keep these two variables."""
+    """Processes of a cluster's jobs: slurmstepd leaves its parent and renames itself, but all of
+    them keep these two variables."""
     wanted = {f"SLURM_CONF={configuration}"} | ({f"SLURMD_NODENAME={node}"} if node else set())
     found: dict[int, psutil.Process] = {}
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
             has = set(Path(f"/proc/{process.pid}/environ").read_text(errors="replace").split("\0"))
             on_node = any(variable.startswith("SLURMD_NODENAME=") for variable in has)
-            if wanted <= has and on_node and process.pid not in daemons and process.status() != psutil.STATUS_ZOMBIE:
-                found |= {member.pid: member for member in [process, *process.children(recursive=True)]}
-    return [process for process in found.values() if process.is_running()]  # still the same process, not only the same number
+            if (
+                wanted <= has
+                and on_node
+                and process.pid not in daemons
+                and process.status() != psutil.STATUS_ZOMBIE
+            ):
+                found |= {
+                    member.pid: member for member in [process, *process.children(recursive=True)]
+                }
+    # still the same process, not only the same number
+    return [process for process in found.values() if process.is_running()]
 
 
 def _bury_the_abandoned() -> None:
@@ -117,7 +153,8 @@ def _bury_the_abandoned() -> None:
         with contextlib.suppress(OSError, ValueError):
             pid, born = owner.read_text().split()
             try:
-                abandoned = abs(psutil.Process(int(pid)).create_time() - float(born)) > 5  # the clock may have been set meanwhile
+                # the clock may have been set meanwhile
+                abandoned = abs(psutil.Process(int(pid)).create_time() - float(born)) > 5
             except psutil.NoSuchProcess:
                 abandoned = True
             if abandoned:
@@ -128,12 +165,16 @@ def _bury_the_abandoned() -> None:
 
 
 class SlurmCluster:
-    """One cluster with its own munged, controller and nodes n1, n2, …; nothing of it is outside its directory but its ports."""
+    """One cluster with its own munged, controller and nodes n1, n2, …; nothing of it is outside its
+    directory but its ports."""
 
-    def __init__(self, nodes: int = 3, cpus: int = 4, proctrack: str = "proctrack/linuxproc", extra: str = "") -> None:
+    def __init__(
+        self, nodes: int = 3, cpus: int = 4, proctrack: str = "proctrack/linuxproc", extra: str = ""
+    ) -> None:
         self.nodes = [f"n{number}" for number in range(1, nodes + 1)]
         self.cpus, self.proctrack, self.extra = cpus, proctrack, extra
-        self.root = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))  # short: the path of a socket has 107 characters
+        # short: the path of a socket has 107 characters
+        self.root = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))
         self.configuration = self.root / "slurm.conf"
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
 
@@ -155,11 +196,15 @@ class SlurmCluster:
     # The cluster and its parts.
 
     def start(self, limit_s: float = 100) -> SlurmCluster:
-        """Start all of it and wait until every node is idle. Call it from a thread that lives as long as the cluster shall."""
+        """Start all of it and wait until every node is idle. Call it from a thread that lives as
+        long as the cluster shall."""
         for name in PROGRAMS:
             _program(name)
         if os.geteuid() != 0:
-            pytest.fail("the SLURM cluster of the tests runs as root only: slurmd refuses to start jobs for any other user")
+            pytest.fail(
+                "the SLURM cluster of the tests runs as root only: "
+                "slurmd refuses to start jobs for any other user"
+            )
         _bury_the_abandoned()
         for _ in range(3):
             self._configure()
@@ -190,7 +235,8 @@ class SlurmCluster:
         self._wait(self._answers, "the controller answers", limit_s)
 
     def kill_controller(self) -> None:
-        """SIGKILL; jobs go on, and their end is reported once it is back. What was submitted in the last five seconds is lost."""
+        """SIGKILL; jobs go on, and their end is reported once it is back. What was submitted in the
+        last five seconds is lost."""
         self._kill("slurmctld")
 
     def start_node(self, node: str, limit_s: float = 100) -> None:
@@ -200,7 +246,8 @@ class SlurmCluster:
         self._wait(lambda: self.node_states().get(node) in usable, f"{node} is usable", limit_s)
 
     def mark_down(self, node: str) -> None:
-        """Tell the controller that a node is dead, which it would find out by itself only after NODE_TIMEOUT_S and more."""
+        """Tell the controller that a node is dead, which it would find out by itself only after
+        NODE_TIMEOUT_S and more."""
         self.command("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
 
     def kill_slurmd(self, node: str) -> None:
@@ -224,15 +271,18 @@ class SlurmCluster:
         self.command("scontrol", "update", f"nodename={node}", "state=drain", f"reason={reason}")
 
     def resume(self, node: str) -> None:
-        self.command("scontrol", "update", f"nodename={node}", "state=resume", check=False)  # one that is not down says no
+        # one that is not down says no
+        self.command("scontrol", "update", f"nodename={node}", "state=resume", check=False)
 
     def node_states(self) -> dict[str, str]:
-        """The states as sinfo writes them: idle, mixed, allocated, down, drained, …, with a * if the node does not answer."""
+        """The states as sinfo writes them: idle, mixed, allocated, down, drained, …, with a * if
+        the node does not answer."""
         answer = self.command("sinfo", "-h", "-N", "-p", "high", "-o", "%N %T", check=False)
         return dict(line.split(maxsplit=1) for line in answer.stdout.splitlines())
 
     def idle(self, limit_s: float = 150) -> None:
-        """Cancel every job, bring every part back, and wait until no job is left and all nodes are idle."""
+        """Cancel every job, bring every part back, and wait until no job is left and all nodes are
+        idle."""
         if self._gone("slurmctld"):
             self.start_controller()
         for node in self.nodes:
@@ -244,7 +294,9 @@ class SlurmCluster:
             states = self.node_states()
             if not jobs and set(states.values()) == {"idle"}:
                 return
-            assert time.monotonic() < until, f"not idle within {limit_s} s: {self._seen()}\n{self.command('squeue').stdout}"
+            assert time.monotonic() < until, (
+                f"not idle within {limit_s} s: {self._seen()}\n{self.command('squeue').stdout}"
+            )
             if jobs:
                 self.command("scancel", *jobs, check=False)
             if time.monotonic() > hard:  # what traps SIGTERM need not be waited for
@@ -258,19 +310,36 @@ class SlurmCluster:
 
     # Jobs.
 
-    def command(self, *arguments: str, check: bool = True, limit_s: float = 180) -> subprocess.CompletedProcess[str]:
+    def command(
+        self, *arguments: str, check: bool = True, limit_s: float = 180
+    ) -> subprocess.CompletedProcess[str]:
         """One of SLURM's commands, on this cluster."""
         done = subprocess.run(
-            [_program(arguments[0]), *arguments[1:]], env=self._environment(), capture_output=True, text=True, timeout=limit_s
+            [_program(arguments[0]), *arguments[1:]],
+            env=self._environment(),
+            capture_output=True,
+            text=True,
+            timeout=limit_s,
         )
-        assert not check or done.returncode == 0, f"{arguments} ended with {done.returncode}:\n{done.stdout}{done.stderr}"
+        assert not check or done.returncode == 0, (
+            f"{arguments} ended with {done.returncode}:\n{done.stdout}{done.stderr}"
+        )
         return done
 
     def submit(self, script: Path, *options: str, environment: dict[str, str] | None = None) -> str:
-        """sbatch; the number of the job. The job gets the environment of this process and what is given."""
+        """sbatch; the number of the job. The job gets the environment of this process and what is
+        given."""
         command = [_program("sbatch"), "--parsable", *options, str(script)]
-        done = subprocess.run(command, env=self._environment() | (environment or {}), capture_output=True, text=True, timeout=180)
-        assert done.returncode == 0, f"{command} ended with {done.returncode}:\n{done.stdout}{done.stderr}"
+        done = subprocess.run(
+            command,
+            env=self._environment() | (environment or {}),
+            capture_output=True,
+            text=True,
+            timeout=180,
+        )
+        assert done.returncode == 0, (
+            f"{command} ended with {done.returncode}:\n{done.stdout}{done.stderr}"
+        )
         return done.stdout.strip().partition(";")[0]
 
     def state(self, job: str) -> str:
@@ -279,16 +348,24 @@ class SlurmCluster:
         return listed[0] if listed else self.fields(job).get("JobState", "UNKNOWN")
 
     def fields(self, job: str) -> dict[str, str]:
-        """What `scontrol show job` tells: JobState, Restarts, ExitCode, Reason, Requeue, BatchHost, NodeList, …"""
+        """What `scontrol show job` tells: JobState, Restarts, ExitCode, Reason, Requeue, BatchHost,
+        NodeList, …"""
         shown = self.command("scontrol", "show", "job", "-o", job, check=False).stdout
-        return dict(re.findall(r"(?:^|(?<=\s))([A-Za-z:/_]+)=(.*?)(?=\s+[A-Z][A-Za-z:/_]*=|\s*$)", shown.strip()))
+        return dict(
+            re.findall(
+                r"(?:^|(?<=\s))([A-Za-z:/_]+)=(.*?)(?=\s+[A-Z][A-Za-z:/_]*=|\s*$)", shown.strip()
+            )
+        )
 
     def wait_for(self, job: str, *states: str, limit_s: float = 150) -> str:
         """Wait until the job is in one of the states (without any: over for good); the state."""
         until = time.monotonic() + limit_s
         while (state := self.state(job)) not in (states or FINISHED):
             if time.monotonic() > until:
-                pytest.fail(f"job {job} is {state}, not {states or 'over'}, after {limit_s} s: {self.fields(job)}; {self._seen()}")
+                pytest.fail(
+                    f"job {job} is {state}, not {states or 'over'}, after {limit_s} s: "
+                    f"{self.fields(job)}; {self._seen()}"
+                )
             time.sleep(0.1)
         return state
 
@@ -308,23 +385,25 @@ class SlurmCluster:
         key = self.root / "munge.key"
         key.write_bytes(secrets.token_bytes(128))
         key.chmod(0o600)
-        if (
-            self.proctrack == "proctrack/cgroup"
-        ):  # works where /sys/fs/cgroup is of version 1; one cluster at a time: the groups bear the nodes' names
+        # works where /sys/fs/cgroup is of version 1; one cluster at a time: the groups bear the
+        # nodes' names
+        if self.proctrack == "proctrack/cgroup":
             (self.root / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\nCgroupAutomount=yes\n")
         controller, *ports = free_ports(1 + len(self.nodes))
         self.configuration.write_text(
             CONFIGURATION.format(
                 root=self.root,
                 controller_port=controller,
-                first_job=1000 + secrets.randbelow(1_000_000),  # jobs make ports of it; another cluster's on this machine must differ
+                # jobs make ports of it; another cluster's on this machine must differ
+                first_job=1000 + secrets.randbelow(1_000_000),
                 proctrack=self.proctrack,
                 cred_expire=CRED_EXPIRE_S,
                 kill_wait=KILL_WAIT_S,
                 node_timeout=NODE_TIMEOUT_S,
                 grace=GRACE_S,
                 nodes="\n".join(
-                    f"NodeName={node} NodeHostname=localhost NodeAddr=127.0.0.1 Port={port} CPUs={self.cpus} State=UNKNOWN"
+                    f"NodeName={node} NodeHostname=localhost NodeAddr=127.0.0.1 "
+                    f"Port={port} CPUs={self.cpus} State=UNKNOWN"
                     for node, port in zip(self.nodes, ports, strict=True)
                 ),
             )
@@ -334,13 +413,22 @@ class SlurmCluster:
     def _begin_all(self, limit_s: float) -> bool:
         """Start all parts; whether all nodes came to be idle."""
         until = time.monotonic() + limit_s
-        at = {part: str(self.root / f"munge.{part}") for part in ("key", "socket", "pid", "log", "seed")}
-        options = [f"--{part}{'' if part == 'socket' else '-file'}={path}" for part, path in at.items()]
+        at = {
+            part: str(self.root / f"munge.{part}")
+            for part in ("key", "socket", "pid", "log", "seed")
+        }
+        options = [
+            f"--{part}{'' if part == 'socket' else '-file'}={path}" for part, path in at.items()
+        ]
         self._begin("munged", _program("munged"), "--foreground", "--force", *options)
         self._begin_controller()
         for node in self.nodes:
             self._begin_node(node)
-        ready = [Path(at["socket"]).exists, self._answers, lambda: set(self.node_states().values()) == {"idle"}]
+        ready = [
+            Path(at["socket"]).exists,
+            self._answers,
+            lambda: set(self.node_states().values()) == {"idle"},
+        ]
         while ready:
             if ready[0]():
                 ready.pop(0)
@@ -354,13 +442,26 @@ class SlurmCluster:
         self._begin("slurmctld", _program("slurmctld"), "-D", "-f", str(self.configuration))
 
     def _begin_node(self, node: str) -> None:
-        self._begin(node, _program("slurmd"), "-D", "-N", node, "-f", str(self.configuration), environment={"SLURMD_NODENAME": node})
+        self._begin(
+            node,
+            _program("slurmd"),
+            "-D",
+            "-N",
+            node,
+            "-f",
+            str(self.configuration),
+            environment={"SLURMD_NODENAME": node},
+        )
 
     def _answers(self) -> bool:
         return "is UP" in self.command("scontrol", "ping", check=False).stdout
 
     def _environment(self) -> dict[str, str]:
-        clean = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM", "SBATCH", "SQUEUE", "SCANCEL", "SINFO"))}
+        clean = {
+            key: value
+            for key, value in os.environ.items()
+            if not key.startswith(("SLURM", "SBATCH", "SQUEUE", "SCANCEL", "SINFO"))
+        }
         return clean | self.environment
 
     def _begin(self, name: str, *command: str, environment: dict[str, str] | None = None) -> None:
@@ -387,7 +488,9 @@ class SlurmCluster:
             process.wait()
 
     def _members(self, node: str | None = None) -> list[psutil.Process]:
-        return _members_of(self.configuration, node, {process.pid for process in self.processes.values()})
+        return _members_of(
+            self.configuration, node, {process.pid for process in self.processes.values()}
+        )
 
     def _seen(self) -> str:
         """What tells most when something went wrong."""

@@ -1,4 +1,5 @@
-"""Runs that are submitted to the tests' SLURM cluster as a user would, with `harness submit`, and what is left of them."""
+"""Runs that are submitted to the tests' SLURM cluster as a user would, with `harness submit`, and
+what is left of them."""
 
 from __future__ import annotations
 
@@ -19,22 +20,33 @@ from slurm_cluster import SlurmCluster
 
 STEPS = 40
 SETTINGS = (
-    "task.name=mine:build", "train.epochs=8", "log.every_steps=1", "checkpoint.every_s=null", "checkpoint.best=val_loss:min",
+    "task.name=mine:build",
+    "train.epochs=8",
+    "log.every_steps=1",
+    "checkpoint.every_s=null",
+    "checkpoint.best=val_loss:min",
     "eval.every_steps=10",
-)  # fmt: skip
+)
 
-# The user's own code, in two files: each step takes as many seconds as the file `slow` in the folder says, and fails where told to.
+# The user's own code, in two files: each step takes as many seconds as the file `slow` in the
+# folder says, and fails where told to.
 MINE = """\
 import contextlib, dataclasses, os, time
 from pathlib import Path
 from parts.small import build as small
 
-def build(folder: str, width: int = 32, fail_at: int = -1, fail_rank: int = 1, fail_once: bool = False):
+def build(
+    folder: str, width: int = 32, fail_at: int = -1, fail_rank: int = 1, fail_once: bool = False
+):
     task, folder, rank = small(width=width), Path(folder), int(os.environ.get("RANK", "0"))
 
     def loss(model, batch):
         step = task.schedulers.last_epoch + 1
-        if step == fail_at and rank == fail_rank and not (fail_once and (folder / "failed").exists()):
+        if (
+            step == fail_at
+            and rank == fail_rank
+            and not (fail_once and (folder / "failed").exists())
+        ):
             (folder / "failed").touch()
             raise ValueError(f"the task fails in step {step}")
         with contextlib.suppress(OSError, ValueError):
@@ -60,7 +72,10 @@ def train_whole(folder: Path, *settings: str) -> Path:
     """The directory of the same training, uninterrupted and without SLURM, on two processes."""
     work = write_task(folder / "work")
     (work / "slow").unlink()
-    done = run(torchrun(2, *SETTINGS, f"task.args.folder={work}", f"run.dir={folder}/run", *settings), cwd=work)
+    done = run(
+        torchrun(2, *SETTINGS, f"task.args.folder={work}", f"run.dir={folder}/run", *settings),
+        cwd=work,
+    )
     assert done.returncode == 0, done.stderr
     return folder / "run"
 
@@ -113,28 +128,48 @@ class Submitted:
 
     def records(self, kind: str) -> dict[str, dict[str, Any]]:
         """`attempts` or `launches`, by name: 0001, 0001.end, 17.0, 17.0.end."""
-        return {file.name[: -len(".json")]: json.loads(file.read_text()) for file in sorted(self.directory.glob(f"{kind}/*.json"))}
+        return {
+            file.name[: -len(".json")]: json.loads(file.read_text())
+            for file in sorted(self.directory.glob(f"{kind}/*.json"))
+        }
 
     def ends(self) -> list[tuple[str, bool]]:
         """How each attempt ended, and whether it had saved."""
         records = self.records("attempts")
         names = [name for name in records if name.isdigit()]
-        return [(end.get("why", "killed"), bool(end.get("saved"))) for end in (records.get(f"{name}.end", {}) for name in names)]
+        return [
+            (end.get("why", "killed"), bool(end.get("saved")))
+            for end in (records.get(f"{name}.end", {}) for name in names)
+        ]
 
     def lost(self) -> list[int]:
         """The steps that had to be made again, after each attempt."""
-        made = [[event["step"] for event in self.events_of(number)] for number in range(1, len(self.ends()) + 1)]
-        return [max(0, max(before, default=0) - min(after, default=STEPS) + 1) for before, after in itertools.pairwise(made)]
+        made = [
+            [event["step"] for event in self.events_of(number)]
+            for number in range(1, len(self.ends()) + 1)
+        ]
+        return [
+            max(0, max(before, default=0) - min(after, default=STEPS) + 1)
+            for before, after in itertools.pairwise(made)
+        ]
 
     def events_of(self, attempt: int) -> list[dict[str, Any]]:
         """The steps that one attempt made."""
         file = self.directory / "events" / f"{attempt:04d}.jsonl"
-        found = [json.loads(line) for line in file.read_text().splitlines() if line.endswith("}")] if file.exists() else []
+        found = (
+            [json.loads(line) for line in file.read_text().splitlines() if line.endswith("}")]
+            if file.exists()
+            else []
+        )
         return [event for event in found if event["event"] == "step"]
 
     def starts(self) -> dict[str, dict[str, Any]]:
         """The records of the launches themselves, without those of their ends."""
-        return {name: record for name, record in self.records("launches").items() if re.fullmatch(r"[\w-]+\.[0-9]+", name)}
+        return {
+            name: record
+            for name, record in self.records("launches").items()
+            if re.fullmatch(r"[\w-]+\.[0-9]+", name)
+        }
 
     def failures(self) -> list[int]:
         """How many failures in a row each launch was told of."""
@@ -155,7 +190,10 @@ class Submitted:
     def wait(self, condition: Callable[[], object], what: str, limit_s: float = 200) -> None:
         until = time.monotonic() + limit_s
         while not condition():
-            assert time.monotonic() < until, f"not within {limit_s} s: {what}\n{self.slurm.fields(self.job)}\n{self.log()[-6000:]}"
+            assert time.monotonic() < until, (
+                f"not within {limit_s} s: {what}\n"
+                f"{self.slurm.fields(self.job)}\n{self.log()[-6000:]}"
+            )
             time.sleep(0.05)
 
     def preempt(self) -> str:
@@ -163,7 +201,16 @@ class Submitted:
         hog = self.work / "hog.sh"
         hog.write_text("#!/bin/bash\nsleep 0.2\n")
         return self.slurm.submit(
-            hog, "-p", "high", "-N", str(len(self.nodes().split(","))), "-w", self.nodes(), "--exclusive", "-o", "/dev/null"
+            hog,
+            "-p",
+            "high",
+            "-N",
+            str(len(self.nodes().split(","))),
+            "-w",
+            self.nodes(),
+            "--exclusive",
+            "-o",
+            "/dev/null",
         )
 
     def ended(self, state: str = "COMPLETED", limit_s: float = 300) -> None:
@@ -172,7 +219,8 @@ class Submitted:
         assert found == state, f"{self.slurm.fields(self.job)}\n{self.log()[-8000:]}"
 
     def lives(self, all_began: bool = True) -> int:
-        """How often SLURM has started the job; its records must tell the same, but for lives that ended before they did anything."""
+        """How often SLURM has started the job; its records must tell the same, but for lives that
+        ended before they did anything."""
         starts = [f"{self.job}.{life}" for life in range(self.slurm.restarts(self.job) + 1)]
         launches = {name for name in self.starts() if name.startswith(f"{self.job}.")}
         assert launches <= set(starts) and (not all_began or len(launches) == len(starts)), (
@@ -182,14 +230,28 @@ class Submitted:
 
 
 def submitted(
-    slurm: SlurmCluster, folder: Path, name: str, *arguments: str, env: dict[str, str] | None = None, nodes: int = 2
+    slurm: SlurmCluster,
+    folder: Path,
+    name: str,
+    *arguments: str,
+    env: dict[str, str] | None = None,
+    nodes: int = 2,
 ) -> Submitted:
     """Submit a run with one process on each of so many nodes; `name` is its job's."""
     work = folder / "work"
     if not work.exists():
         write_task(work)
-    own = ["--nodes", str(nodes), "--procs-per-node", "1", f"task.args.folder={work}", f"run.dir={folder / name}"]
-    return Submitted(slurm, work, folder / name, folder / name, [*own, *SETTINGS, *arguments], env or {}).submit()
+    own = [
+        "--nodes",
+        str(nodes),
+        "--procs-per-node",
+        "1",
+        f"task.args.folder={work}",
+        f"run.dir={folder / name}",
+    ]
+    return Submitted(
+        slurm, work, folder / name, folder / name, [*own, *SETTINGS, *arguments], env or {}
+    ).submit()
 
 
 def assert_equal(whole: Path, directory: Path) -> None:

@@ -1,4 +1,5 @@
-"""A task of the tests: small enough to start in no time, random enough that every generator matters."""
+"""A task of the tests: small enough to start in no time, random enough that every generator
+matters."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ from harness import Task
 
 
 class Noisy(torch.utils.data.Dataset):
-    """Points and a target; each sample is made noisy with torch's, NumPy's and Python's generator."""
+    """Points and a target; each sample is made noisy with torch's, NumPy's and Python's
+    generator."""
 
     def __init__(self, size: int) -> None:
         generator = torch.Generator().manual_seed(size)
@@ -26,7 +28,9 @@ class Noisy(torch.utils.data.Dataset):
         return len(self.x)
 
     def __getitem__(self, index: int):
-        return self.x[index] + 0.1 * torch.randn(12) + float(np.random.normal()) * 0.01 + random.gauss(0, 0.01), self.y[index]
+        return self.x[index] + 0.1 * torch.randn(12) + float(
+            np.random.normal()
+        ) * 0.01 + random.gauss(0, 0.01), self.y[index]
 
 
 def loss(model, batch):
@@ -45,10 +49,17 @@ def build(
     hang_at: int = -1,
     leave_at: int = -1,
 ) -> Task:
-    """`sleep_s` slows each forward pass of training down, from number `sleep_from` on; `fail_at` raises in that one, `hang_at` never
-    returns from it, at `leave_at` the last rank exits as if it had finished."""
+    """`sleep_s` slows each forward pass of training down, from number `sleep_from` on; `fail_at`
+    raises in that one, `hang_at` never returns from it, at `leave_at` the last rank exits as if it
+    had finished."""
     model = nn.Sequential(
-        nn.Linear(12, width), nn.BatchNorm1d(width), nn.Tanh(), nn.Dropout(0.2), nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 1)
+        nn.Linear(12, width),
+        nn.BatchNorm1d(width),
+        nn.Tanh(),
+        nn.Dropout(0.2),
+        nn.Linear(width, width),
+        nn.Tanh(),
+        nn.Linear(width, 1),
     )
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum)
     calls = 0
