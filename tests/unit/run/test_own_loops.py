@@ -294,7 +294,7 @@ def test_the_loader_processes_are_as_the_dataloader_wants_them(tmp_path):
 
     loader = DataLoader(points(), batch_size=8, num_workers=2, worker_init_fn=said, prefetch_factor=3)
     adopted = adopt(loader)
-    assert adopted is not None and adopted.workers.number == 2 and adopted.workers.others["prefetch_factor"] == 3
+    assert adopted is not None and adopted.batching.workers.number == 2 and adopted.batching.workers.others["prefetch_factor"] == 3
     assert dealt(tmp_path / "a", loader) == dealt(tmp_path / "b", points(), global_batch_size=8, shuffle=False)
     assert {file.name for file in tmp_path.glob("worker-*")} == {"worker-0", "worker-1"}
 
