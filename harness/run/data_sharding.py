@@ -200,7 +200,7 @@ class DataSharding:
 def _seeds_held(
     dataset: Any, collate: loading.Collate | None, before: Mapping[str, Any] | None
 ) -> bool:
-    """Return whether held generators are seeded: not if the checkpoint's run did without."""
+    """Return whether held generators are seeded: not if the checkpoint was made without."""
     return (
         before is None
         or "sample_rng" in before.get("kinds", {})
