@@ -212,6 +212,21 @@ def reading(read: Callable[[], T]) -> T:
     return read()
 
 
+def _renewing(renew: Callable[[], object] | None) -> Callable[[BaseException], bool]:
+    """Return the test whether to try again after an error; it renews the credentials once."""
+    renewed = False
+
+    def may_try_again(error: BaseException) -> bool:
+        nonlocal renewed
+        if is_expired(error) and renew is not None and not renewed:
+            renewed = True
+            renew()
+            return True
+        return is_transient(error)
+
+    return may_try_again
+
+
 def retrying(
     work: Callable[[float], T],
     limit_s: float,
@@ -236,15 +251,6 @@ def retrying(
         sleep: Sleeps for a number of seconds.
     """
     until = clock() + limit_s
-    renewed = False
-
-    def may_try_again(error: BaseException) -> bool:
-        nonlocal renewed
-        if is_expired(error) and renew is not None and not renewed:
-            renewed = True
-            renew()
-            return True
-        return is_transient(error)
 
     def enough(state: tenacity.RetryCallState) -> bool:
         return (
@@ -259,7 +265,7 @@ def retrying(
             on_retry(RetryEvent(error, state.attempt_number, state.upcoming_sleep))
 
     attempts = tenacity.Retrying(
-        retry=tenacity.retry_if_exception(may_try_again),
+        retry=tenacity.retry_if_exception(_renewing(renew)),
         wait=lambda state: JITTER.uniform(
             0, min(LONGEST_WAIT_S, FIRST_WAIT_S * 2 ** min(state.attempt_number - 1, 20))
         ),

@@ -67,17 +67,7 @@ def find(
         UsageError: The module cannot be imported, it has no such callable, or the callable does not
             take these arguments.
     """
-    # The code copy of a submitted job comes before the working directory, which may have changed.
-    pinned = os.environ.get("HARNESS_CODE")
-    # torchrun puts the folder of the program on sys.path, not the working directory.
-    for folder in filter(None, (os.getcwd(), pinned)):
-        if folder not in sys.path or folder == pinned:
-            sys.path.insert(0, folder)
-    package = str(Path(__file__).resolve().parents[1])
-    # For an editable install: in a spawned loader worker, a plain folder `harness` would be found
-    # before the package.
-    if package not in sys.path:
-        sys.path.append(package)
+    _extend_path()
     module_name, _, attribute = name.partition(":")
     try:
         module = importlib.import_module(module_name)
@@ -106,6 +96,21 @@ def find(
         )
     _check_args(name, build, args, args if written is None else written)
     return build  # type: ignore[no-any-return]
+
+
+def _extend_path() -> None:
+    """Let modules be imported from the code copy of a job, and from the working directory."""
+    # The code copy of a submitted job comes before the working directory, which may have changed.
+    pinned = os.environ.get("HARNESS_CODE")
+    # torchrun puts the folder of the program on sys.path, not the working directory.
+    for folder in filter(None, (os.getcwd(), pinned)):
+        if folder not in sys.path or folder == pinned:
+            sys.path.insert(0, folder)
+    package = str(Path(__file__).resolve().parents[1])
+    # For an editable install: in a spawned loader worker, a plain folder `harness` would be found
+    # before the package.
+    if package not in sys.path:
+        sys.path.append(package)
 
 
 def defaults(build: Callable[..., Any]) -> dict[str, Any]:

@@ -45,14 +45,13 @@ def train(build: Callable[..., Task], settings: Config, stored: dict[str, Any]) 
     warm_start(run, job, settings.init)
     stepper = step.Stepper(job, settings.train, run.world)
     run.track(**stepper.tracked)
-    accumulate = accumulation(
-        settings.train.global_batch_size, run.world_size, settings.train.micro_batch_size
-    )
+    size = settings.train.global_batch_size
+    accumulate = accumulation(size, run.world_size, settings.train.micro_batch_size)
     # The name keeps the iterator alive until an error in the loop is reported. Without it, the
     # iterator would be closed first, and its message would come before the error.
     batches = run.batches(
         job.train_data,
-        settings.train.global_batch_size,
+        size,
         accumulate=accumulate,
         epochs=settings.train.epochs,
         max_steps=settings.train.max_steps,

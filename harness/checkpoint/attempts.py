@@ -79,13 +79,16 @@ def claim(
             store.create(key, spell(record), attempt.number)
         except FileExistsError:
             if not holds(store, attempt):  # else an earlier try succeeded and its reply was lost
-                raise SupersededError(
-                    f"another start of this run was faster: "
-                    f"attempt {attempt.number} of {store} is not ours",
-                    remedy="Only one job may train a run. "
-                    "If the other one is gone, start this one again.",
-                ) from None
+                raise _superseded(store, attempt) from None
     return attempt
+
+
+def _superseded(store: Store, attempt: Attempt) -> SupersededError:
+    """Return the error for an attempt that another start has claimed."""
+    return SupersededError(
+        f"another start of this run was faster: attempt {attempt.number} of {store} is not ours",
+        remedy="Only one job may train a run. If the other one is gone, start this one again.",
+    )
 
 
 def remembered(local: Store) -> str | None:

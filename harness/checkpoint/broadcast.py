@@ -51,10 +51,9 @@ def broadcast(
             # A read error does not matter if the writer can send the data.
             with contextlib.suppress(HarnessError):
                 memory = read()
-        if any(world.gather(leads and memory is None)):
-            received, problem = _sent(
-                world, memory, size_bytes, receive if leads and memory is None else None
-            )
+        lacks = leads and memory is None
+        if any(world.gather(lacks)):
+            received, problem = _sent(world, memory, size_bytes, receive if lacks else None)
             memory = memory or received
         offers = world.gather(memory.offer if leads and memory is not None else None)
         found = None if own is None else offers[lacking.index(own)]

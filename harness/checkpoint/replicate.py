@@ -89,6 +89,12 @@ def send(
         sink.commit()
     # If this raises, the data stays: a successor may rely on the same data by now.
     check_fence(target, attempt)
+    _create_manifest(manifest, target, attempt)
+    return manifest
+
+
+def _create_manifest(manifest: Manifest, target: Store, attempt: Attempt) -> None:
+    """Create the manifest in a store that may have it; raise DamagedError if it has another one."""
     text = fmt.to_bytes(manifest)
     try:
         target.create(manifest.key, text, attempt.number)
@@ -97,4 +103,3 @@ def send(
             raise DamagedError(
                 f"{target} has another checkpoint under the name of {manifest.name}"
             ) from None
-    return manifest

@@ -106,28 +106,7 @@ def run(given: argparse.Namespace, rest: list[str]) -> int:
             "what the program writes by itself is not redirected; "
             "HARNESS_DRILL=1 tells it that this is a drill",
         )
-        plan = {
-            "steps": given.steps,
-            "save_every_steps": max(1, (given.steps or 20 * SAVES) // SAVES),
-        }
-        whole = run_program(program, folder / "whole", plan, [], until, lambda text: None)
-        expected = read(whole.folder)
-        _check_traces(expected, whole)
-        _say(given, f"undisturbed: {expected.last_step} steps in {duration(whole.seconds)}")
-        program = dataclasses.replace(program, has_remote=whole.has_remote)
-        kinds = chosen or [kind for kind in KINDS if _has(expected, whole, kind)]
-        faults = planned(given.faults, kinds, expected.last_step, given.seed)
-        hurt = run_program(
-            program, folder / "hurt", plan, faults, until, lambda text: _say(given, text)
-        )
-        found = verdicts.verdict(whole, hurt, faults)
-        if not found.is_equal:
-            _say(
-                given,
-                "they differ: undisturbed once more, to see whether the program is deterministic",
-            )
-            again = run_program(program, folder / "again", plan, [], until, lambda text: None)
-            found = dataclasses.replace(found, is_deterministic=verdicts.is_alike(whole, again))
+        hurt, found = _compared(given, chosen, program, folder, until)
         say(json.dumps(found.to_json(), indent=1) if given.json else verdicts.text(found))
         verdicts.save(found, folder)
         if given.html is not None:
@@ -135,6 +114,42 @@ def run(given: argparse.Namespace, rest: list[str]) -> int:
     for changed in _changed(before):
         _say(given, f"changed below this folder meanwhile: {changed}")
     return EXIT_FINISHED if found.is_equal else EXIT_FAILED
+
+
+def _compared(
+    given: argparse.Namespace, chosen: list[str], program: Program, folder: Path, until: float
+) -> tuple[ProgramRun, verdicts.Verdict]:
+    """Run the program undisturbed, then with faults; return the latter run and the verdict.
+
+    Args:
+        given: The arguments of the drill.
+        chosen: The requested kinds of faults, [] for all that the run has.
+        program: The program to drill.
+        folder: The folder for the runs.
+        until: When the drill must be over, by `time.monotonic`.
+    """
+    plan = {
+        "steps": given.steps,
+        "save_every_steps": max(1, (given.steps or 20 * SAVES) // SAVES),
+    }
+    whole = run_program(program, folder / "whole", plan, [], until, lambda text: None)
+    expected = read(whole.folder)
+    _check_traces(expected, whole)
+    _say(given, f"undisturbed: {expected.last_step} steps in {duration(whole.seconds)}")
+    program = dataclasses.replace(program, has_remote=whole.has_remote)
+    kinds = chosen or [kind for kind in KINDS if _has(expected, whole, kind)]
+    faults = planned(given.faults, kinds, expected.last_step, given.seed)
+    hurt = run_program(
+        program, folder / "hurt", plan, faults, until, lambda text: _say(given, text)
+    )
+    found = verdicts.verdict(whole, hurt, faults)
+    if not found.is_equal:
+        _say(
+            given, "they differ: undisturbed once more, to see whether the program is deterministic"
+        )
+        again = run_program(program, folder / "again", plan, [], until, lambda text: None)
+        found = dataclasses.replace(found, is_deterministic=verdicts.is_alike(whole, again))
+    return hurt, found
 
 
 def _kinds(given: argparse.Namespace) -> list[str]:

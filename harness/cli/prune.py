@@ -60,16 +60,7 @@ def run(given: argparse.Namespace) -> int:
     store, found = locate.run(given.run)
     # Raises if only a newer harness can derive the run's history.
     found.check_readable()
-    problems = {m.name: problem for m, problem in locate.verify(store, *found.history)}
-    for problem in problems.values():
-        if isinstance(problem, locate.UNKNOWN):
-            raise problem
-    good = {name for name, problem in problems.items() if problem is None}
-    manifests = retention.to_delete(found.history, good, _policy(store, found, given))
-    history = {m.name for m in found.history}
-    # Checkpoints that were cut off are kept as long as the history has no intact one.
-    if good:
-        manifests += [m for m in found.manifests if m.name not in history]
+    manifests, history = _to_delete(store, found, given), {m.name for m in found.history}
     keys = (
         _left_behind(store, found)
         + _done(store, found)
@@ -101,6 +92,24 @@ def run(given: argparse.Namespace) -> int:
     elif not given.yes:
         say("nothing was deleted; add --yes")
     return 0
+
+
+def _to_delete(store: Store, found: Catalog, given: argparse.Namespace) -> list[fmt.Manifest]:
+    """Return the checkpoints to delete, after reading all of the run's history.
+
+    Raises:
+        NewerFormatError: Only a newer harness can read one of them.
+        StorageError: The store fails.
+    """
+    problems = {m.name: problem for m, problem in locate.verify(store, *found.history)}
+    for problem in problems.values():
+        if isinstance(problem, locate.UNKNOWN):
+            raise problem
+    good = {name for name, problem in problems.items() if problem is None}
+    manifests = retention.to_delete(found.history, good, _policy(store, found, given))
+    history = {m.name for m in found.history}
+    # Checkpoints that were cut off are kept as long as the history has no intact one.
+    return manifests + [m for m in found.manifests if good and m.name not in history]
 
 
 def _set_aside(found: Catalog) -> list[str]:

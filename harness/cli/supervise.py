@@ -110,12 +110,8 @@ def before(settings: Config, name: str, *, submitted: bool = False) -> int:
             only a newer harness can read the newest checkpoint.
     """
     stores = [store.with_retry_limit(settings.store.wait_s) for store in places(settings)]
-    if submitted and not any(store.exists(launches.SUBMITTED) for store in stores):
-        raise UsageError(
-            "this run was submitted, but its record is not here: the disk is another one, or empty",
-            f"searched: {' and '.join(store.where(launches.SUBMITTED) for store in stores)}",
-            "Put run.dir on a file system that all nodes share, or give the run a run.remote.",
-        )
+    if submitted:
+        _check_submitted(stores)
     found = read_catalog(*stores)
     found.check_one_run()
     found.check_readable()
@@ -142,15 +138,19 @@ def before(settings: Config, name: str, *, submitted: bool = False) -> int:
     launches.begin(stores, name, found, **details)
     if found.attempts:
         step = found.head.step if found.head else 0
-        notify(
-            settings.notify,
-            "resumed",
-            str(stores[0]),
-            f"resumes from step {step}",
-            step=step,
-            launch=name,
-        )
+        words = f"resumes from step {step}"
+        notify(settings.notify, "resumed", str(stores[0]), words, step=step, launch=name)
     return EXIT_STOPPED
+
+
+def _check_submitted(stores: Sequence[Store]) -> None:
+    """Raise UsageError unless a store has the record of `harness submit`."""
+    if not any(store.exists(launches.SUBMITTED) for store in stores):
+        raise UsageError(
+            "this run was submitted, but its record is not here: the disk is another one, or empty",
+            f"searched: {' and '.join(store.where(launches.SUBMITTED) for store in stores)}",
+            "Put run.dir on a file system that all nodes share, or give the run a run.remote.",
+        )
 
 
 def _is_complete(found: Catalog, settings: Config) -> bool:

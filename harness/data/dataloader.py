@@ -16,7 +16,7 @@ from torch.utils.data import (
 from torch.utils.data.distributed import DistributedSampler
 
 from harness.data.given_order import GivenOrder
-from harness.data.loading import Collate, Workers, as_first, is_iterable
+from harness.data.loading import Batching, Workers, as_first, is_iterable
 from harness.errors import UsageError
 
 KEPT = ("timeout", "prefetch_factor", "multiprocessing_context")
@@ -28,13 +28,7 @@ class FromDataLoader:
 
     dataset: Any
     batch_size: int  # samples in one rank's micro-batch
-    shuffle: bool
-    drop_last: bool
-    order: Callable[[int], Sequence[int]] | None
-    collate: Collate | None
-    workers: Workers
-    # Samples in one item of `dataset`. A loader with a state of its own is a stream of batches.
-    samples_each: int = 1
+    batching: Batching
 
 
 def adopt(loader: object) -> FromDataLoader | None:
@@ -54,16 +48,9 @@ def adopt(loader: object) -> FromDataLoader | None:
         and is_iterable(loader.dataset)
         and hasattr(loader, "state_dict")
     ):
-        return FromDataLoader(
-            loader,
-            loader.batch_size,
-            False,
-            loader.drop_last,
-            None,
-            as_first,
-            Workers(),
-            loader.batch_size,
-        )
+        # A loader with a state of its own is a stream of batches.
+        stream = Batching(False, loader.drop_last, None, as_first, Workers(), loader.batch_size)
+        return FromDataLoader(loader, loader.batch_size, stream)
     batches: Any = loader.batch_sampler
     if type(batches) is not BatchSampler and not _is_stateful(batches):
         raise UsageError(
@@ -79,9 +66,8 @@ def adopt(loader: object) -> FromDataLoader | None:
     collate = None if loader.collate_fn is default_collate else loader.collate_fn
     others = {name: getattr(loader, name) for name in KEPT} if loader.num_workers else {}
     workers = Workers(loader.num_workers, loader.worker_init_fn, others, loader.persistent_workers)
-    return FromDataLoader(
-        loader.dataset, batches.batch_size, shuffle, batches.drop_last, order, collate, workers
-    )
+    batching = Batching(shuffle, batches.drop_last, order, collate, workers)
+    return FromDataLoader(loader.dataset, batches.batch_size, batching)
 
 
 def _is_stateful(sampler: object) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch.utils.data import default_collate
 
 from harness.data.given_order import KEPT, GivenOrder
 from harness.data.loading import (
+    Batching,
     Collate,
     Loader,
     Question,
@@ -224,15 +225,10 @@ def source(
     world: World,
     seed: int,
     global_batch_size: int,
-    *,
     accumulate: int,
-    shuffle: bool,
-    drop_last: bool,
-    order: Callable[[int], Sequence[int]] | None,
-    collate: Collate | None,
-    workers: Workers,
+    batching: Batching,
+    *,
     seeds_held: bool = True,
-    samples_each: int = 1,
 ) -> Source:
     """Return a `StreamSource` for an iterable dataset, else a `MapSource`.
 
@@ -242,13 +238,8 @@ def source(
         seed: The seed of the order and of each sample's randomness.
         global_batch_size: The samples in one step, over all ranks.
         accumulate: The micro-batches in a rank's share of a step.
-        shuffle: Whether the samples are shuffled. `order` overrides it; streams ignore it.
-        drop_last: Whether the incomplete last batch of an epoch is dropped. Streams ignore it.
-        order: A function from an epoch to its sample numbers. Streams ignore it.
-        collate: The collate function; None means torch's `default_collate`.
-        workers: The loader's worker processes. Streams ignore them.
+        batching: How the dataset is batched, ordered and loaded.
         seeds_held: Whether held generators are seeded too, as the global ones are.
-        samples_each: The samples in one item of a stream.
 
     Raises:
         UsageError: A run could not resume exactly with this dataset or this batch size.
@@ -256,29 +247,25 @@ def source(
     if is_iterable(dataset):
         check_resumable(dataset)
         Plan(global_batch_size, global_batch_size, accumulate, world.rank, world.size, seed).check()
-        items = global_batch_size // world.size // samples_each
-        return StreamSource(
-            dataset,
-            world,
-            items,
-            accumulate,
-            collate or default_collate,
-            seed,
-            samples_each,
-            seeds_held,
-        )
-    size = len(dataset) if order is None else 0
-    given = (
-        order
-        if order is None or isinstance(order, GivenOrder)
-        else GivenOrder(order, dataset=dataset)
-    )
+        items = global_batch_size // world.size // batching.samples_each
+        collate, each = batching.collate or default_collate, batching.samples_each
+        return StreamSource(dataset, world, items, accumulate, collate, seed, each, seeds_held)
+    order = batching.order
+    if order is not None and not isinstance(order, GivenOrder):
+        order = GivenOrder(order, dataset=dataset)
     plan = Plan(
-        size, global_batch_size, accumulate, world.rank, world.size, seed, shuffle, drop_last, given
+        len(dataset) if order is None else 0,
+        global_batch_size,
+        accumulate,
+        world.rank,
+        world.size,
+        seed,
+        batching.shuffle,
+        batching.drop_last,
+        order,
     )
-    if given is not None:
-        plan = dataclasses.replace(plan, size=given.length(plan.ordered))
+    if order is not None:
+        plan = dataclasses.replace(plan, size=order.length(plan.ordered))
     plan.check()
-    return MapSource(
-        dataset, plan, collate, workers, world.device.type == "cuda", world, seeds_held
-    )
+    pin = world.device.type == "cuda"
+    return MapSource(dataset, plan, batching.collate, batching.workers, pin, world, seeds_held)

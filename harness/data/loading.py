@@ -48,6 +48,18 @@ class Workers:
 
 
 @dataclass(frozen=True)
+class Batching:
+    """How a dataset is batched, ordered and loaded. A stream heeds `collate` and `samples_each`."""
+
+    shuffle: bool
+    drop_last: bool  # whether the incomplete last batch of an epoch is dropped
+    order: Callable[[int], Sequence[int]] | None  # epoch -> its sample numbers; overrides `shuffle`
+    collate: Collate | None  # None: torch's `default_collate`
+    workers: Workers
+    samples_each: int = 1  # samples in one item of the dataset, if that is a stream
+
+
+@dataclass(frozen=True)
 class Question:
     """A question about the dataset, sent to the loader in place of a share."""
 

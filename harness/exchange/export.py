@@ -13,6 +13,7 @@ import os
 import secrets
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -34,6 +35,21 @@ FORMATS = ("weights", "full", "module", "safetensors", *PROGRAMS)
 
 # Writes the file, checks it, and returns the lines of code that load it.
 Write = Callable[[Path], list[str]]
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """The options of `export`, which describes them."""
+
+    format: str
+    which: str | int
+    ema: bool
+    module: str | None
+    legacy: bool
+    overwrite: bool
+    trust: bool
+    config: str | None
+    settings: Sequence[str]
 
 
 def export(
@@ -78,32 +94,47 @@ def export(
         StorageError: A store cannot be read or written.
         HarnessError: The written file or program differs from its source, or memory is short.
     """
-    out = str(out)
-    _check_asked(format, out, legacy, ema)
-    store, key = _destination(out, overwrite)
-    loaded = files.read_any(checkpoint, which, trust=trust)
-    held = rebuild.pick(rebuild.states(loaded, ema=ema), module, loaded.file.where)
-    if len(held) > 1 and format not in ("weights", "full"):
+    return _exported(
+        checkpoint,
+        str(out),
+        ExportOptions(format, which, ema, module, legacy, overwrite, trust, config, settings),
+    )
+
+
+def _exported(checkpoint: str | Path, out: str, asked: ExportOptions) -> str:
+    """Export a model as `export` does, after a check of what is asked."""
+    _check_asked(asked, out)
+    store, key = _destination(out, asked.overwrite)
+    loaded = files.read_any(checkpoint, asked.which, trust=asked.trust)
+    held = rebuild.pick(rebuild.states(loaded, ema=asked.ema), asked.module, loaded.file.where)
+    if len(held) > 1 and asked.format not in ("weights", "full"):
         raise UsageError(
-            f"{format} holds one module",
+            f"{asked.format} holds one module",
             f"found: {', '.join(held)}",
             f"Name one: --module {next(iter(held))}.",
         )
     # Data and modules may draw random numbers, so the generators are restored afterwards.
     with kept_generators(), _scratch(store, key) as path:
-        if format in ("module", *PROGRAMS):
-            rebuilt = rebuild.one_module(
-                loaded, next(iter(held)), config=config, settings=settings, ema=ema, trust=trust
-            )
-            write = _of_code(rebuilt, format, legacy)
-        else:
-            write = _of_data(
-                loaded, held, format, lone=module is not None or len(held) == 1, legacy=legacy
-            )
-        lines = _written(write, path, out)
+        lines = _written(_writer(loaded, held, asked), path, out)
         _put(path, store, key)
     name = json.dumps(Path(out).name, ensure_ascii=False)
     return "\n".join([_origin(loaded), "", *(line.replace('"OUT"', name) for line in lines)])
+
+
+def _writer(loaded: Loaded, held: Mapping[str, Part], asked: ExportOptions) -> Write:
+    """Return a writer for the format that is asked for; build the task if the format needs it."""
+    if asked.format not in ("module", *PROGRAMS):
+        lone = asked.module is not None or len(held) == 1
+        return _of_data(loaded, held, asked.format, lone=lone, legacy=asked.legacy)
+    rebuilt = rebuild.one_module(
+        loaded,
+        next(iter(held)),
+        config=asked.config,
+        settings=asked.settings,
+        ema=asked.ema,
+        trust=asked.trust,
+    )
+    return _of_code(rebuilt, asked.format, asked.legacy)
 
 
 def _written(write: Write, path: Path, out: str) -> list[str]:
@@ -127,10 +158,11 @@ def _origin(loaded: Loaded) -> str:
     )
 
 
-def _check_asked(format: str, out: str, legacy: bool, ema: bool) -> None:
+def _check_asked(asked: ExportOptions, out: str) -> None:
+    format = asked.format
     if format not in FORMATS:
         raise UsageError(f"there is no format {format!r}", f"expected: {', '.join(FORMATS)}")
-    if legacy and format not in ("weights", "full", "module"):
+    if asked.legacy and format not in ("weights", "full", "module"):
         raise UsageError(
             f"{format} has no older form", remedy="--legacy is for weights, full and module."
         )
@@ -139,7 +171,7 @@ def _check_asked(format: str, out: str, legacy: bool, ema: bool) -> None:
             f"torch.export.load reads no file that is called {Path(out).name}",
             remedy="Let its name end with .pt2.",
         )
-    if ema and format == "full":
+    if asked.ema and format == "full":
         raise UsageError(
             "--format full does not go together with --ema",
             "found: an optimizer of the weights in training, not of their average",

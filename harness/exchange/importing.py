@@ -8,6 +8,7 @@ no knowledge of its source.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,31 @@ from harness.exchange.training_state import Assignment, Where, load_training_sta
 from harness.step import Ema, Stepper
 from harness.store import Store, open_store
 from harness.supervision import run_address
+
+
+@dataclass(frozen=True)
+class ImportOptions:
+    """The options of `import_checkpoint`, which describes them."""
+
+    config: str | None
+    settings: Sequence[str]
+    parts: Mapping[str, str]
+    without: Collection[str]
+    epoch: int | None
+    step: int | None
+    trust: bool
+    dry_run: bool
+
+    @property
+    def names_task(self) -> bool:
+        """Return whether the settings may name the task."""
+        return bool(self.config) or any(word.startswith("task.name=") for word in self.settings)
+
+    @property
+    def numbers(self) -> set[str]:
+        """Return the names of the numbers that are taken from the file."""
+        given = {"epoch": self.epoch, "step": self.step}
+        return {"epoch", "step", "loss"} - {name for name, n in given.items() if n is not None}
 
 
 def import_checkpoint(
@@ -76,6 +102,12 @@ def import_checkpoint(
         StorageError: A store cannot be read or written.
         NonFiniteError: An imported parameter is not finite.
     """
+    asked = ImportOptions(config, settings, parts or {}, without, epoch, step, trust, dry_run)
+    return _imported(file, run, asked)
+
+
+def _imported(file: str | Path, run: str | Path, asked: ImportOptions) -> str:
+    """Import a file as `import_checkpoint` does."""
     if files.is_ours(str(file)):
         run_address.checkpoint(str(file))  # raises if the checkpoint is invalid
         raise UsageError(
@@ -84,15 +116,15 @@ def import_checkpoint(
             "Copy it to a new run: harness import FILE RUN, without settings and --config.",
         )
     store, found = empty_store(run)
-    chosen, stored = configuration.load(config, list(settings))
-    loaded = files.read_any(file, trust=trust)
+    chosen, stored = configuration.load(asked.config, list(asked.settings))
+    loaded = files.read_any(file, trust=asked.trust)
     stored = _run_settings(stored, chosen, store, run)
-    import_ = Import(loaded, chosen, parts or {}, without)
+    import_ = Import(loaded, chosen, asked.parts, asked.without)
     try:
-        where = import_.position(epoch, step)
+        where = import_.position(asked.epoch, asked.step)
         import_.load(where)
     except UsageError as error:
-        if config or any(setting.startswith("task.name=") for setting in settings):
+        if asked.names_task:
             raise
         raise UsageError(
             error.what,
@@ -102,9 +134,8 @@ def import_checkpoint(
     state.check_finite(import_.tracked)
     payload = state.plain_data(import_.payload(where, stored)) | state.capture(import_.tracked)
     payload["format_version"] = fmt.version_of(payload)
-    given = {name for name, number in (("epoch", epoch), ("step", step)) if number is not None}
-    words = import_.report({"epoch", "step", "loss"} - given)
-    if dry_run:
+    words = import_.report(asked.numbers)
+    if asked.dry_run:
         return f"{words}\n\nnothing was written"
     manifest = _commit(store, found, payload, import_.tracked)
     return f"{words}\n\n{store} begins with {manifest.name}, at epoch {where.epoch}"

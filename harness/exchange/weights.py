@@ -23,6 +23,9 @@ from harness.task import named
 if TYPE_CHECKING:
     from harness.run import Run
 
+INSIST = "init.strict=false (strict=False) takes what fits."
+NOTHING_FITS = "Nothing fits: is it the file of another model?"
+
 
 def load_weights(
     module: nn.Module,
@@ -202,15 +205,9 @@ def fit(
     idle_note = f"init.rename: nothing is called like {', '.join(map(repr, idle))}." if idle else ""
     if not count or (strict and rows):
         hints = [_hint(unwrap(module), saved[name][0]) for name, (module, _) in pairs.items()]
-        insist = (
-            "init.strict=false (strict=False) takes what fits."
-            if count
-            else "Nothing fits: is it the file of another model?"
-        )
         what = f"{where} does not fit: {count} of {total} tensors do, {len(rows)} do not"
-        raise UsageError(
-            what, state.mismatch_table(rows), " ".join(filter(None, [idle_note, *hints, insist]))
-        )
+        notes = [idle_note, *hints, INSIST if count else NOTHING_FITS]
+        raise UsageError(what, state.mismatch_table(rows), " ".join(filter(None, notes)))
     for name, (module, _) in pairs.items():
         unwrap(module).load_state_dict(fits[name][0])
     notes = [part.note for _, part in pairs.values() if part.note] + ([idle_note] if idle else [])

@@ -235,17 +235,10 @@ def _whole(
     spent: dict[str, float] = {}
     launch = None
     for stretch in sorted(stretches, key=lambda stretch: stretch.life.attempt):
-        gap = max(0.0, stretch.began - cursor)
-        started = starts.get(stretch.life.launch or "")
-        # How long the launcher and torchrun took to start the attempt.
-        own_start = max(0.0, stretch.began - max(started, cursor)) if started is not None else 0.0
+        own = stretch.life.launch
         # torchrun restarted the workers in place: the gap is all start-up.
-        if stretch.life.launch is not None and stretch.life.launch == launch:
-            own_start = gap
-        for what, seconds in (
-            (WAITING, gap - min(gap, own_start)),
-            ("startup", min(gap, own_start)),
-        ):
+        started = cursor if own is not None and own == launch else starts.get(own or "")
+        for what, seconds in _gap(cursor, started, stretch.began).items():
             spent[what] = spent.get(what, 0.0) + seconds
         seen = max(0.0, stretch.ended - max(cursor, stretch.began))
         share = seen / sum(stretch.spent.values()) if sum(stretch.spent.values()) > 0 else 0.0
@@ -264,6 +257,20 @@ def _whole(
         stretches,
         ordered | {what: s for what, s in spent.items() if what not in WORDS and s},
     )
+
+
+def _gap(cursor: float, started: float | None, began: float) -> dict[str, float]:
+    """Divide the time before an attempt into waiting for its launch and start-up.
+
+    Args:
+        cursor: When the time before was used up, in seconds since the epoch.
+        started: When the launch of the attempt was started, or None if unknown.
+        began: When the attempt began.
+    """
+    gap = max(0.0, began - cursor)
+    # How long the launcher and torchrun took to start the attempt.
+    own_start = max(0.0, began - max(started, cursor)) if started is not None else 0.0
+    return {WAITING: gap - min(gap, own_start), "startup": min(gap, own_start)}
 
 
 def _submitted(stores: Sequence[Store]) -> float | None:

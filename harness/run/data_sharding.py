@@ -37,16 +37,11 @@ class Dealt:
 
 @dataclass(frozen=True)
 class LoadSettings:
-    """How one dataset is batched, ordered and loaded."""
+    """A dataset, and how it is batched, ordered and loaded."""
 
     dataset: Any
     global_batch_size: int | None
-    shuffle: bool
-    drop_last: bool
-    order: Callable[[int], Sequence[int]] | None
-    collate: loading.Collate | None
-    workers: loading.Workers
-    samples_each: int = 1  # samples in one item of the dataset
+    batching: loading.Batching
 
 
 @dataclass(frozen=True)
@@ -91,15 +86,10 @@ class DataSharding:
         Raises:
             UsageError: These arguments do not go together, or a run could not resume exactly.
         """
-        given = LoadSettings(
-            dataset,
-            global_batch_size,
-            self.shuffle,
-            self.drop_last,
-            order,
-            collate,
-            loading.Workers(num_workers),
+        batching = loading.Batching(
+            self.shuffle, self.drop_last, order, collate, loading.Workers(num_workers)
         )
+        given = LoadSettings(dataset, global_batch_size, batching)
         settings = self._load_settings(given, is_beside=is_beside)
         if settings.global_batch_size is None:
             raise UsageError(
@@ -122,21 +112,17 @@ class DataSharding:
             settings = LoadSettings(
                 adopted.dataset,
                 adopted.batch_size * self.world.size * self.accumulate,
-                adopted.shuffle,
-                adopted.drop_last,
-                adopted.order,
-                adopted.collate,
-                adopted.workers,
-                adopted.samples_each,
+                adopted.batching,
             )
         elif loading.is_iterable(given.dataset):
             check_resumable(given.dataset)
-        workers = settings.workers
+        workers = settings.batching.workers
         if not (is_beside or loading.is_iterable(settings.dataset)):
             workers = dataclasses.replace(workers, number=self.as_drilled(workers.number))
         # `run.weights` holds the weights of the main source only: no short batches beside it.
-        drop_last = settings.drop_last or is_beside
-        return dataclasses.replace(settings, workers=workers, drop_last=drop_last)
+        drop_last = settings.batching.drop_last or is_beside
+        batching = dataclasses.replace(settings.batching, workers=workers, drop_last=drop_last)
+        return dataclasses.replace(settings, batching=batching)
 
     def _sharded(
         self,
@@ -158,41 +144,32 @@ class DataSharding:
         Raises:
             UsageError: A run could not resume exactly with this dataset or this batch size.
         """
-        dataset, collate = settings.dataset, settings.collate
-        seeds_held = (
-            before is None
-            or "sample_rng" in before.get("kinds", {})
-            or not find(drawn_from(dataset, collate))
-        )
+        dataset, batching = settings.dataset, settings.batching
+        seeds_held = _seeds_held(dataset, batching.collate, before)
         source = dataset_source.source(
             dataset,
             self.world,
             seed,
             global_batch_size,
-            accumulate=self.accumulate,
-            shuffle=settings.shuffle,
-            drop_last=settings.drop_last,
-            order=settings.order,
-            collate=collate,
-            workers=settings.workers,
+            self.accumulate,
+            batching,
             seeds_held=seeds_held,
-            samples_each=settings.samples_each,
         )
         about = partial(
             describe,
             dataset,
             global_batch_size,
-            settings.shuffle and settings.order is None,
-            settings.drop_last,
+            batching.shuffle and batching.order is None,
+            batching.drop_last,
             seed,
             before=before,
         )
         if isinstance(source, StreamSource):
-            proven = self._proven(source, about(collate=collate), is_new=before is None)
+            proven = self._proven(source, about(collate=batching.collate), is_new=before is None)
             return Dealt(source, global_batch_size, lambda: proven)
 
         def described() -> Described:
-            asked = source.asked(partial(named, collate=collate, seeds_held=seeds_held))
+            asked = source.asked(partial(named, collate=batching.collate, seeds_held=seeds_held))
             data = about(asked=asked)
             return Described(data, _notes(dataset, data, asked[1], seeds_held=seeds_held))
 
@@ -220,6 +197,17 @@ class DataSharding:
         return Described(data | ({"kinds": kinds} if kinds else {}), (note,) if note else ())
 
 
+def _seeds_held(
+    dataset: Any, collate: loading.Collate | None, before: Mapping[str, Any] | None
+) -> bool:
+    """Return whether held generators are seeded: not if the checkpoint was made without."""
+    return (
+        before is None
+        or "sample_rng" in before.get("kinds", {})
+        or not find(drawn_from(dataset, collate))
+    )
+
+
 def _check_alone(given: LoadSettings) -> None:
     """Refuse a batch size, collate function, workers or order beside a DataLoader.
 
@@ -228,9 +216,9 @@ def _check_alone(given: LoadSettings) -> None:
     """
     if (
         given.global_batch_size is not None
-        or given.collate is not None
-        or given.workers.number
-        or given.order is not None
+        or given.batching.collate is not None
+        or given.batching.workers.number
+        or given.batching.order is not None
     ):
         raise UsageError(
             "a DataLoader says itself how its dataset is dealt out",

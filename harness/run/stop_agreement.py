@@ -195,14 +195,7 @@ class StopAgreement:
         ):
             save()
         saved, by = step in (0, checkpointer.saved_step), "/".join(names)
-        signals = [name for name in names if name.startswith("SIG")]
-        others = [name for name in names if not name.startswith("SIG")]
-        details: dict[str, Any] = {
-            "saved": saved,
-            "signals": signals,
-            "by": ASKED if ASKED in others else next(iter(others), None),
-            "plan": plan.words or None,
-        }
+        details = _causes(names) | {"saved": saved, "plan": plan.words or None}
         checkpointer.end(
             "stopped", preemption.requested, step=step, limit_s=self.deadline.left_s, **details
         )
@@ -220,3 +213,12 @@ class StopAgreement:
         self.world.agree([0])  # all ranks leave together, after the writer has printed
         self.world.leave()
         raise SystemExit(0)
+
+
+def _causes(names: list[str]) -> dict[str, Any]:
+    """Return the details of an end record that tell who asked for the stop: signals, or others."""
+    others = [name for name in names if not name.startswith("SIG")]
+    return {
+        "signals": [name for name in names if name.startswith("SIG")],
+        "by": ASKED if ASKED in others else next(iter(others), None),
+    }

@@ -202,7 +202,7 @@ class Checkpointer(CurrentAttempt):
         costs: Callable[[], dict[str, float]],
         places: Mapping[int, int] | None = None,
     ) -> str:
-        """Commit a checkpoint and prune old ones; may be called from any thread.
+        """Commit a checkpoint and prune old ones, in any thread; return "" or why there is none.
 
         Args:
             payload: the state, or only what the manifest repeats of it if `write` is given.
@@ -212,14 +212,10 @@ class Checkpointer(CurrentAttempt):
             check: called when the data is durable; its errors pass through.
             costs: returns what the save has cost, for the event.
             places: where each tensor's memory begins in the file, by address; for the rehearsal.
-
-        Returns:
-            "", or why there is no checkpoint, if training may go on.
         """
         assert self.attempt is not None and self.event_log is not None
-        store = self.store.with_retry_limit(
-            self.settings.wait_s if about.final else min(SAVE_S, self.settings.wait_s)
-        )
+        limit_s = self.settings.wait_s if about.final else min(SAVE_S, self.settings.wait_s)
+        store = self.store.with_retry_limit(limit_s)
         try:
             manifest = commit(store, self.attempt, payload, about, write, check)
         except SaveError as error:

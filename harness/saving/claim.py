@@ -58,6 +58,17 @@ def claim(
     )
     attempt = attempts.claim(resume_point.catalog, resume_point.manifest, world_size, more=more)
     _check_not_overtaken(stores, resume_point.catalog, attempt)
+    _set_aside(stores, resume_point, say)
+    text = config.to_yaml(settings.config).encode()
+    for store in stores:
+        _clean_up(store, attempt, text, say)
+    return attempt
+
+
+def _set_aside(
+    stores: tuple[Store, ...], resume_point: resume.ResumePoint, say: Callable[[str], object]
+) -> None:
+    """Set the damaged checkpoints of the stores aside, and say which."""
     for place, key in resume_point.damaged:
         if _done(
             partial(resume.set_aside, stores[place], key),
@@ -65,24 +76,25 @@ def claim(
             say,
         ):
             say(f"harness: set aside: {key}" + (f" in {stores[place]}" if len(stores) > 1 else ""))
-    text = config.to_yaml(settings.config).encode()
-    for store in stores:
-        _done(
-            partial(store.sweep, fmt.FOLDERS, attempt.number),
-            f"not all temporary files are deleted in {store}",
-            say,
-        )
-        _done(
-            partial(control_requests.sweep, [store], attempt.number),
-            f"not all old requests are deleted in {store}",
-            say,
-        )
-        _done(
-            partial(store.write, "config.yaml", text, attempt.number),
-            f"config.yaml is not written in {store}",
-            say,
-        )
-    return attempt
+
+
+def _clean_up(store: Store, attempt: Attempt, text: bytes, say: Callable[[str], object]) -> None:
+    """Delete the temporary files and requests of earlier attempts, and write config.yaml anew."""
+    _done(
+        partial(store.sweep, fmt.FOLDERS, attempt.number),
+        f"not all temporary files are deleted in {store}",
+        say,
+    )
+    _done(
+        partial(control_requests.sweep, [store], attempt.number),
+        f"not all old requests are deleted in {store}",
+        say,
+    )
+    _done(
+        partial(store.write, "config.yaml", text, attempt.number),
+        f"config.yaml is not written in {store}",
+        say,
+    )
 
 
 def _check_not_overtaken(stores: tuple[Store, ...], before: Catalog, attempt: Attempt) -> None:

@@ -83,19 +83,24 @@ def check_module(
         if mine.dtype != theirs.dtype
     ]
     if cast and DTYPE not in accept:
-        shown = [f"  {key}: {was} in the checkpoint, {now} here" for key, was, now in cast[:5]]
-        raise UsageError(
-            f"{name} is of another dtype than in {source}: {len(cast)} tensor(s) differ",
-            "\n".join(shown + ([f"  … and {len(cast) - 5} more"] if len(cast) > 5 else [])),
-            "Build it in the old one, or take a new run directory. "
-            "To resume from rounded values all the same: resume.accept=[dtype].",
-        )
+        raise _of_another_dtype(name, cast, source)
     found |= {id(parameters[key]) for key, *_ in cast if key in parameters}
     changes = Counter((was, now) for _, was, now in cast)
     return [
         f"{name}: {count} tensor(s) are {now} now, and were {was}: no exact resume"
         for (was, now), count in changes.items()
     ]
+
+
+def _of_another_dtype(name: str, cast: list[tuple[str, str, str]], source: str) -> UsageError:
+    """Return the error for tensors of another dtype, given as rows of name, saved and own dtype."""
+    shown = [f"  {key}: {was} in the checkpoint, {now} here" for key, was, now in cast[:5]]
+    return UsageError(
+        f"{name} is of another dtype than in {source}: {len(cast)} tensor(s) differ",
+        "\n".join(shown + ([f"  … and {len(cast) - 5} more"] if len(cast) > 5 else [])),
+        "Build it in the old one, or take a new run directory. "
+        "To resume from rounded values all the same: resume.accept=[dtype].",
+    )
 
 
 def _dtype(tensor: torch.Tensor) -> str:

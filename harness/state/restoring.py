@@ -68,12 +68,7 @@ def restore(
         name: _state_for(name, unwrap(thing), payload, source) for name, thing in tracked.items()
     }
     for name, thing in tracked.items():
-        if name in classes and classes[name] != class_name(thing):
-            raise UsageError(
-                f"{name} is not what {source} was saved from",
-                f"found: {class_name(thing)}, expected: {classes[name]}",
-                "Put the old one back, or take a new run directory.",
-            )
+        _check_class(name, thing, classes, source)
         if isinstance(unwrap(thing), nn.Module) and not any(
             is_lazy(value) for value in unwrap(thing).state_dict().values()
         ):
@@ -87,6 +82,16 @@ def restore(
     for name, thing in tracked.items():
         restore_one(name, unwrap(thing), states[name], source, cast=cast)
     return said
+
+
+def _check_class(name: str, thing: Any, classes: Mapping[str, str], source: str) -> None:
+    """Raise UsageError if an object is of another class than the one that was saved."""
+    if name in classes and classes[name] != class_name(thing):
+        raise UsageError(
+            f"{name} is not what {source} was saved from",
+            f"found: {class_name(thing)}, expected: {classes[name]}",
+            "Put the old one back, or take a new run directory.",
+        )
 
 
 def _state_for(name: str, thing: Any, payload: Mapping[str, Any], source: str) -> Any:

@@ -403,18 +403,10 @@ def test_another_order_takes_the_place_of_the_shuffle():
     def order(epoch: int) -> list[int]:
         return [9, 7, 5, 3, 1] if epoch % 2 == 0 else [0, 2, 4, 6, 8]
 
-    source = dataset_source.source(
-        Noisy(10),
-        world,
-        1,
-        2,
-        accumulate=1,
-        shuffle=True,
-        drop_last=False,
-        order=order,
-        collate=None,
-        workers=loading.Workers(),
+    batching = loading.Batching(
+        shuffle=True, drop_last=False, order=order, collate=None, workers=loading.Workers()
     )
+    source = dataset_source.source(Noisy(10), world, 1, 2, 1, batching)
     dealt = [share.micro_batches[0] for share, _ in source.shares(Position(), 2)]
     assert dealt == [(9, 7), (5, 3), (1,), (0, 2), (4, 6), (8,)]
     assert source.steps_after(Position(1, 2), 2) == 2
@@ -457,18 +449,10 @@ def stream_source(
     epochs=3,
 ):
     world = World(0, 1, torch.device("cpu"), 10)
-    source = dataset_source.source(
-        Stream(size),
-        world,
-        1,
-        share,
-        accumulate=accumulate,
-        shuffle=True,
-        drop_last=True,
-        order=None,
-        collate=None,
-        workers=loading.Workers(),
+    batching = loading.Batching(
+        shuffle=True, drop_last=True, order=None, collate=None, workers=loading.Workers()
     )
+    source = dataset_source.source(Stream(size), world, 1, share, accumulate, batching)
     source.restore(state)
     for share_, batches in source.shares(position, epochs):
         yield share_, batches, copy.deepcopy(source.state())
@@ -526,18 +510,13 @@ def test_a_stream_that_cannot_tell_where_it_stands_is_refused():
             return iter(range(3))
 
     world = World(0, 1, torch.device("cpu"), 10)
-    options = {
-        "accumulate": 1,
-        "shuffle": True,
-        "drop_last": True,
-        "order": None,
-        "collate": None,
-        "workers": loading.Workers(),
-    }
+    batching = loading.Batching(
+        shuffle=True, drop_last=True, order=None, collate=None, workers=loading.Workers()
+    )
     with pytest.raises(UsageError, match="state_dict"):
-        dataset_source.source(Forgetful(), world, 1, 2, **options)
+        dataset_source.source(Forgetful(), world, 1, 2, 1, batching)
     with pytest.raises(UsageError, match="dealt out evenly"):
-        dataset_source.source(Stream(9), World(0, 2, torch.device("cpu"), 10), 1, 3, **options)
+        dataset_source.source(Stream(9), World(0, 2, torch.device("cpu"), 10), 1, 3, 1, batching)
 
 
 def test_batches_of_any_shape_are_moved_whole():

@@ -3,6 +3,7 @@ goes on as if nothing had happened."""
 
 from __future__ import annotations
 
+import ast
 import difflib
 import shutil
 import signal
@@ -37,9 +38,10 @@ def command(name: str) -> list[str]:
 
 
 def code(name: str) -> list[str]:
-    """The loop's lines, whatever their indentation, without its docstring."""
-    lines = (LOOPS / f"{name}.py").read_text().splitlines()
-    return [line.strip() for line in lines[1:] if line.strip()]
+    """The loop's statements, a line each however it is wrapped, without its docstring."""
+    tree = ast.parse((LOOPS / f"{name}.py").read_text())
+    del tree.body[0]
+    return [line.strip() for line in ast.unparse(tree).splitlines() if line.strip()]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -400,8 +400,8 @@ def test_the_loader_processes_are_as_the_dataloader_wants_them(tmp_path):
     adopted = adopt(loader)
     assert (
         adopted is not None
-        and adopted.workers.number == 2
-        and adopted.workers.others["prefetch_factor"] == 3
+        and adopted.batching.workers.number == 2
+        and adopted.batching.workers.others["prefetch_factor"] == 3
     )
     assert dealt(tmp_path / "a", loader) == dealt(
         tmp_path / "b", points(), global_batch_size=8, shuffle=False
