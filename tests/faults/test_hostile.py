@@ -90,7 +90,7 @@ def test_a_report_shows_what_records_hold_as_text() -> None:
     assert spent == {"other": 5.0, "training": 5.0}
     life = type("Life", (), {"attempt": 1, "went_on_from": 0, "reached": 3, "lost": 0, "launch": None, "end": {"why": EVIL}})()
     life.began = life.ended = "2026-01-01T00:00:00+00:00"
-    stretch = timeline._stretch(life, [{"time": "2026-01-01T00:00:09+00:00", "spent": {EVIL: 3.0}}], is_running=False)
+    stretch = timeline._span(life, [{"time": "2026-01-01T00:00:09+00:00", "spent": {EVIL: 3.0}}], is_running=False)
     assert stretch is not None and stretch.how == "failed"
     stands = type("Stands", (), {"state": EVIL, "why": EVIL, "exit_code": 1})()
     raw = timeline.AttemptSpan(life, 0.0, 9.0, {EVIL: 3.0}, EVIL, EVIL)
