@@ -272,9 +272,9 @@ def test_the_package_is_the_one_of_this_checkout():
 
 # Records that a function of the same folder fills in, and objects of torch's and Python's.
 FILLED_IN = {
-    *("job", "known", "log", "made", "ordered", "double", "kept", "found", "whole", "resume_point", "source", "life", "parser", "early"),
+    *("job", "known", "log", "made", "ordered", "double", "kept", "found", "whole", "resume_point", "source", "parser", "early"),
     *("ddp", "parameter", "shell", "part", "parts", "memo", "sys", "torch", "bits", "engine", "_engine", "twin", "timer", "alarm"),
-    *("within", "seen", "_BaseDataLoaderIter"),
+    *("within", "seen", "program_run", "traces", "_BaseDataLoaderIter"),
 }
 OWN_PARTS = ("self._kept", "self._hooks", "self._generators", "self._dealt", "self.fs", "self.head")  # simple values, held by one object
 
