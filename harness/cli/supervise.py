@@ -117,7 +117,7 @@ def before(settings: Config, name: str, *, submitted: bool = False) -> int:
             "Put run.dir on a file system that all nodes share, or give the run a run.remote.",
         )
     found = read_catalog(*stores)
-    found.check_one_run()
+    found.check_same_run()
     found.check_readable()
     known = launches.read(stores)
     if _is_complete(found, settings):

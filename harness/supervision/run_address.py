@@ -48,7 +48,7 @@ def run(*places: Store | str) -> tuple[Store, Catalog]:
     """
     opened = [open_store(place, WAIT_S) if isinstance(place, str) else place for place in places]
     found = read_catalog(*opened)
-    found.check_one_run()
+    found.check_same_run()
     if not (
         found.greatest
         or found.manifests

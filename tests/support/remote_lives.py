@@ -69,7 +69,7 @@ class Life:
     def __init__(self, *stores: Store) -> None:
         self.stores = stores
         found = read_catalog(*stores)
-        found.check_one_run()
+        found.check_same_run()
         self.origin = found.candidates[0] if found.candidates else None
         for store in stores:
             store.prepare(fmt.FOLDERS)
