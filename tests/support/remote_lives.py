@@ -112,7 +112,7 @@ def write(places: list[str], steps: list[int], wait_s: float, told: str) -> None
         captured = Captured(content, set(), {}, {})
         saved = checkpointer.save(lambda c=captured: c, lambda final=final: checkpointer.about({}, {}, final), lambda: None, wait=True)
         if not saved and final:
-            raise SaveError(f"the last checkpoint was not saved: {checkpointer.words}")  # as the loop does
+            raise SaveError(f"the last checkpoint was not saved: {checkpointer.status_line}")  # as the loop does
         tell(told, "c" if saved else "-", step)
         if saved and not checkpointer._settle():
             tell(told, "u", step)
