@@ -187,8 +187,8 @@ class StopAgreement:
             has_remote=has_remote,
             is_scratch=self.settings.is_scratch,
         )
-        if plan.words:
-            say(f"harness: {plan.words}")
+        if plan.message:
+            say(f"harness: {plan.message}")
         if (
             step not in (0, checkpointer.saved_step)
             and self.world.agree([int(plan.save and self.world.is_writer)])[0]
@@ -201,7 +201,7 @@ class StopAgreement:
             "saved": saved,
             "signals": signals,
             "by": ASKED if ASKED in others else next(iter(others), None),
-            "plan": plan.words or None,
+            "plan": plan.message or None,
         }
         checkpointer.end(
             "stopped", preemption.requested, step=step, limit_s=self.deadline.left_s, **details
