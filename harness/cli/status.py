@@ -22,7 +22,7 @@ from harness.report.liveness import alive
 from harness.selfcheck import step_records
 from harness.store import Store
 from harness.supervision import attempt_history, launches, machine_record
-from harness.supervision.restart_messages import in_words, replays_in_words
+from harness.supervision.restart_messages import describe_end, describe_replays
 from harness.supervision.restart_policy import Outcome, outcome
 from harness.text import say
 
@@ -120,7 +120,7 @@ def _print(status: RunStatus) -> None:
             [_row(life, stands.state == "running" and life is lives[-1]) for life in lives],
         )
     )
-    for line in (*machine_record.told(found), *replays_in_words(status.replays)):
+    for line in (*machine_record.messages(found), *describe_replays(status.replays)):
         say(line)
     for launch in status.known:
         if launch.end and launch.end.get("error") and not launches.attempts_of(found, launch.name):
@@ -144,7 +144,7 @@ def _differs(found: Catalog, life: attempt_history.AttemptSummary) -> dict[str, 
 
 def _row(life: attempt_history.AttemptSummary, runs: bool) -> tuple[str, ...]:
     """Return the table row of an attempt; `runs` is True for one that is running."""
-    how = " ".join(in_words(life.end).split())[:120] if life.end else "no end recorded"
+    how = " ".join(describe_end(life.end).split())[:120] if life.end else "no end recorded"
     steps = f"{life.went_on_from}–{life.reached}"
     lost = "-" if runs else str(life.lost)  # a running attempt may still save its steps
     return (

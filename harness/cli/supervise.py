@@ -240,5 +240,8 @@ def show(stands: Outcome, failed: Sequence[Failure]) -> None:
     """Print the state of the run, after the traceback of the first failure."""
     for failure in failed[:1]:
         if failure.trace:
-            say(f"harness: {failure.what}, the first error:\n{failure.trace.rstrip()}", sys.stderr)
+            say(
+                f"harness: {failure.subject}, the first error:\n{failure.trace.rstrip()}",
+                sys.stderr,
+            )
     say(f"harness: {stands.state}: {stands.why}", sys.stderr)

@@ -16,12 +16,12 @@ def resumed(catalog: Catalog, origin: Manifest | None, goodput: Goodput, last: i
     throughput at the end of the newest attempt.
 
     Args:
-        found: The catalog of the run's stores.
+        catalog: The catalog of the run's stores.
         origin: The resume point; None for step 0.
         goodput: The goodput accounting.
         last: A step that is known to have been made, even if no event shows it; or 0.
     """
-    newest = attempt_history.told(catalog.stores, catalog.greatest) if catalog.greatest else []
+    newest = attempt_history.first_log(catalog.stores, catalog.greatest) if catalog.greatest else []
     again = max(
         attempt_history.steps_again(catalog, origin, newest), last - (origin.step if origin else 0)
     )

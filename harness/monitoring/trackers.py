@@ -48,7 +48,7 @@ def history(catalog: Catalog, until: int) -> dict[int, Values]:
     for number in sorted(catalog.attempts):
         began = (catalog.attempts[number].get("from") or {}).get("step", 0)
         steps = {step: values for step, values in steps.items() if step <= began}
-        for event in attempt_history.told(catalog.stores, number, math.inf):
+        for event in attempt_history.first_log(catalog.stores, number, math.inf):
             if (values := values_of(event)) and isinstance(step := event.get("step"), int):
                 steps[step] = steps.get(step, {}) | values
     return {step: steps[step] for step in sorted(steps) if step <= until}
@@ -150,7 +150,7 @@ class Trackers:
 
         Args:
             names: Names of the trackers.
-            found: The catalog of the run's stores.
+            catalog: The catalog of the run's stores.
             run_id: Id of the run.
             step: Step of the resume point.
             say: Prints a line.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from statistics import median
 
 from harness.report.timeline import LABELS, AttemptSpan, Timeline
-from harness.supervision.restart_messages import replays_in_words
+from harness.supervision.restart_messages import describe_replays
 from harness.text import duration, table
 
 BAR = 40  # characters
@@ -45,7 +45,7 @@ def facts(time: Timeline) -> list[str]:
             f"{count}; one keeps training waiting for {blocked:.3g} s "
             f"and is safe after {durable:.3g} s (medians)"
         )
-    return lines + time.environment + replays_in_words(time.replays)
+    return lines + time.environment + describe_replays(time.replays)
 
 
 def rows(time: Timeline) -> list[tuple[str, str, str, str]]:

@@ -13,7 +13,7 @@ from typing import Any
 from harness.checkpoint.catalog import Catalog
 from harness.report.liveness import alive
 from harness.supervision import attempt_history, launches
-from harness.supervision.restart_messages import in_words, replayed_in_words
+from harness.supervision.restart_messages import describe_end, describe_replay
 from harness.supervision.restart_policy import outcome
 
 PROBLEMS = ("not_saved", "not_uploaded", "not_deleted", "not_kept", "hang", "retry")
@@ -35,7 +35,7 @@ class Summary:
 def summarise(catalog: Catalog) -> Summary:
     """Summarise a run from the catalog of its stores. Raises StorageError."""
     numbers = sorted(catalog.attempts)
-    events = attempt_history.told(catalog.stores, numbers[-1]) if numbers else []
+    events = attempt_history.first_log(catalog.stores, numbers[-1]) if numbers else []
     attempts = [
         attempt_history.summarise(catalog, number, events if number == numbers[-1] else [])
         for number in numbers
@@ -64,8 +64,8 @@ def _problem(
     """Return the last problem among the newest attempt's events, else the last failed attempt.
 
     Args:
-        lives: Summaries of the attempts, oldest first.
-        told: Events of the newest attempt.
+        attempts: Summaries of the attempts, oldest first.
+        events: Events of the newest attempt.
 
     Returns:
         One line; "" if there was no problem.
@@ -73,10 +73,10 @@ def _problem(
     for event in reversed(events):
         # A mismatch that was expected has another verdict; it is no problem.
         if event.get("event") == event.get("verdict") == "mismatch":
-            return replayed_in_words(event).splitlines()[0]
+            return describe_replay(event).splitlines()[0]
         if event.get("event") in PROBLEMS:
             return " ".join(f"{event['event'].replace('_', ' ')}: {event.get('error', '')}".split())
     for attempt in reversed(attempts):
         if attempt.end is not None and attempt.end.get("why") == "failed":
-            return f"attempt {attempt.attempt} {' '.join(in_words(attempt.end).split())}"
+            return f"attempt {attempt.attempt} {' '.join(describe_end(attempt.end).split())}"
     return ""

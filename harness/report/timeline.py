@@ -22,7 +22,7 @@ from harness.selfcheck import step_records
 from harness.store import Store
 from harness.supervision import attempt_history, launches, machine_record
 from harness.supervision.launches import Launch
-from harness.supervision.restart_messages import in_words
+from harness.supervision.restart_messages import describe_end
 from harness.supervision.restart_policy import Outcome, outcome
 
 WAITING, LOST, OTHER = "waiting", "lost", "other"
@@ -136,7 +136,9 @@ def timeline(catalog: Catalog) -> Timeline:
         for number, record in catalog.attempts.items()
         if record.get("kind", "train") == "train"
     )
-    events = {number: attempt_history.told(catalog.stores, number, math.inf) for number in numbers}
+    events = {
+        number: attempt_history.first_log(catalog.stores, number, math.inf) for number in numbers
+    }
     attempts = [attempt_history.summarise(catalog, number, events[number]) for number in numbers]
     stands = alive(outcome(catalog, known), attempts, events[numbers[-1]] if numbers else [])
     seen = [
@@ -156,7 +158,7 @@ def timeline(catalog: Catalog) -> Timeline:
     return replace(
         whole,
         replays=step_records.verdicts(catalog.stores),
-        environment=machine_record.told(catalog),
+        environment=machine_record.messages(catalog),
     )
 
 
@@ -166,8 +168,8 @@ def _span(
     """Return the span of one attempt; None if no record or event of it has a time.
 
     Args:
-        life: Summary of the attempt.
-        told: All events of the attempt.
+        attempt: Summary of the attempt.
+        events: All events of the attempt.
         is_running: Whether the attempt is alive.
     """
     timed = [(at, event) for event in events if (at := _seconds(event.get("time"))) is not None]
@@ -186,7 +188,7 @@ def _span(
     # Others may write to the bucket: a record may hold any word.
     how = how if how in ENDS else "failed"
     why = (
-        in_words(attempt.end)
+        describe_end(attempt.end)
         if attempt.end
         else {"running": "it is running"}.get(how, "no end is recorded: killed")
     )
@@ -220,7 +222,7 @@ def _whole(
 
     Args:
         stands: State of the run.
-        stretches: Spans of the attempts.
+        spans: Spans of the attempts.
         known: Launches of the run.
         submitted: When the run was submitted to SLURM, in seconds since the epoch, or None.
     """

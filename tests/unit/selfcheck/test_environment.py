@@ -16,7 +16,7 @@ from harness.checkpoint.catalog import read_catalog
 from harness.errors import EXIT_USAGE
 from harness.selfcheck.environment import hardware, imported, software
 from harness.store import LocalStore
-from harness.supervision.machine_record import DISTRIBUTIONS, NOT_EXACT, Difference, changes, differences, in_words, recorded
+from harness.supervision.machine_record import DISTRIBUTIONS, NOT_EXACT, Difference, changes, describe, differences, recorded
 
 HERE = {"torch": "2.1", "cpu": "A", "threads": 1, "NCCL_ALGO": None, DISTRIBUTIONS: {"pandas": "1.0", "timm": "1.0"}}
 
@@ -43,11 +43,11 @@ def test_what_differs_is_named_with_both_values_and_what_cannot_be_compared_is_n
         Difference("NCCL_ALGO", None, "Ring"),
         Difference("pandas", "1.0", "2.0", is_exact=True),
     ]
-    assert in_words(found) == (
+    assert describe(found) == (
         f"torch: 2.1 -> 2.2, threads: 1 -> 2, NCCL_ALGO: not set -> Ring ({NOT_EXACT}); "
         "other versions of what the program imports: pandas: 1.0 -> 2.0"
     )
-    assert NOT_EXACT not in in_words(found[-1:]), "another version of something else need not change anything"
+    assert NOT_EXACT not in describe(found[-1:]), "another version of something else need not change anything"
     assert differences(HERE, HERE) == []
 
 
