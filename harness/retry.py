@@ -259,7 +259,7 @@ def retrying(
             or bool(give_up())
         )
 
-    def told(state: tenacity.RetryCallState) -> None:
+    def report(state: tenacity.RetryCallState) -> None:
         error = state.outcome.exception() if state.outcome else None
         if error is not None:
             on_retry(RetryEvent(error, state.attempt_number, state.upcoming_sleep))
@@ -271,7 +271,7 @@ def retrying(
         ),
         stop=enough,
         sleep=lambda seconds: _wait(seconds, give_up, clock, sleep),
-        before_sleep=told,
+        before_sleep=report,
         reraise=True,
     )
     return attempts(lambda: work(max(until - clock(), 0.1)))

@@ -118,10 +118,10 @@ def defaults(build: Callable[..., Any]) -> dict[str, Any]:
 
     They belong to the settings of a run, too.
     """
-    found = {p.name: p.default for p in inspect.signature(build).parameters.values()}
+    arguments = {p.name: p.default for p in inspect.signature(build).parameters.values()}
     return {
         name: value
-        for name, value in found.items()
+        for name, value in arguments.items()
         if value is None or type(value) in (bool, int, float, str)
     }
 

@@ -34,7 +34,7 @@ class Attempt:
 
 
 def claim(
-    found: Catalog,
+    catalog: Catalog,
     went_on_from: Manifest | None,
     world_size: int,
     kind: str = "train",
@@ -45,7 +45,7 @@ def claim(
     The record is created in the last store first: that store decides which of two starts wins.
 
     Args:
-        found: Catalog of the run's stores.
+        catalog: Catalog of the run's stores.
         went_on_from: Checkpoint that the attempt resumes from; None for step 0.
         world_size: Number of ranks.
         kind: Kind of the attempt, "train", "import" or "rollback".
@@ -55,7 +55,7 @@ def claim(
         SupersededError: Another start has claimed the number first.
     """
     attempt = Attempt(
-        found.greatest + 1, found.run_id or secrets.token_hex(8), secrets.token_hex(16)
+        catalog.greatest + 1, catalog.run_id or secrets.token_hex(8), secrets.token_hex(16)
     )
     record = dict(more or {}) | {
         "attempt": attempt.number,
@@ -65,16 +65,16 @@ def claim(
         "from": {"attempt": went_on_from.attempt, "step": went_on_from.step}
         if went_on_from
         else None,
-        "reached": found.reached,
+        "reached": catalog.reached,
         "world_size": world_size,
-        "remote": str(found.stores[-1]) if len(found.stores) > 1 else None,
+        "remote": str(catalog.stores[-1]) if len(catalog.stores) > 1 else None,
         "launch": os.environ.get("HARNESS_LAUNCH"),
         "host": socket.gethostname(),
         "pid": os.getpid(),
         "time": now(),
     }
     key = fmt.attempt_key(attempt.number)
-    for store in reversed(found.stores):
+    for store in reversed(catalog.stores):
         try:
             store.create(key, spell(record), attempt.number)
         except FileExistsError:
@@ -95,8 +95,8 @@ def remembered(local: Store) -> str | None:
     """Return the remote store that a run directory was last used with, or None."""
     records = read_catalog(local).attempts
     readable = [number for number in sorted(records) if "nonce" in records[number]]
-    found = records[readable[-1]].get("remote") if readable else None
-    return str(found) if found else None
+    remote = records[readable[-1]].get("remote") if readable else None
+    return str(remote) if remote else None
 
 
 def holds(store: Store, attempt: Attempt) -> bool:

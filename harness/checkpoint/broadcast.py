@@ -56,9 +56,9 @@ def broadcast(
             received, problem = _sent(world, memory, size_bytes, receive if lacks else None)
             memory = memory or received
         offers = world.gather(memory.offer if leads and memory is not None else None)
-        found = None if own is None else offers[lacking.index(own)]
-        if memory is None and found is not None:
-            memory = attached(found, size_bytes)
+        handle = None if own is None else offers[lacking.index(own)]
+        if memory is None and handle is not None:
+            memory = attached(handle, size_bytes)
     if memory is None:
         raise problem or HarnessError("the checkpoint did not reach this rank")
     return memory

@@ -123,7 +123,7 @@ class Catalog:
         """
         return sorted(self.history, key=lambda m: m.key in self.marked)
 
-    def check_one_run(self) -> None:
+    def check_same_run(self) -> None:
         """Raise UsageError if the stores hold different runs, or different attempts of one number.
 
         The latter happens if the run was trained on each store separately.
@@ -221,38 +221,38 @@ def read_catalog(*stores: Store) -> Catalog:
 
 
 def _list(store: Store) -> Catalog:
-    found = Catalog()
+    catalog = Catalog()
     checkpoints = store.entries(fmt.CHECKPOINTS)
     keys, manifests = {entry.key for entry in checkpoints}, list[str]()
-    found.sizes = {
+    catalog.sizes = {
         entry.key: entry.size_bytes for entry in checkpoints if entry.key.endswith(".pt")
     }
     for entry in checkpoints:
         match = fmt.CHECKPOINT_NAME.match(entry.key)
         if match is None:
             if not TEMP.match(entry.key):
-                found.foreign.append(entry.key)
+                catalog.foreign.append(entry.key)
             continue
-        found.greatest = max(found.greatest, int(match["attempt"]))
+        catalog.greatest = max(catalog.greatest, int(match["attempt"]))
         if match["aside"] and (marked := entry.key.removesuffix(match["aside"])) in keys:
-            found.marked.add(marked)
+            catalog.marked.add(marked)
         elif match["aside"]:
-            found.set_aside.append(entry.key)
+            catalog.set_aside.append(entry.key)
         elif match["kind"] == "json":
             manifests.append(entry.key)
-    _read_manifests(store, manifests, found)
-    _read_attempts(store, found)
-    found.strangers = [m.key for m in found.manifests if m.run_id != found.run_id]
-    found.manifests = sorted(
-        (m for m in found.manifests if m.run_id == found.run_id), key=lambda m: m.order
+    _read_manifests(store, manifests, catalog)
+    _read_attempts(store, catalog)
+    catalog.strangers = [m.key for m in catalog.manifests if m.run_id != catalog.run_id]
+    catalog.manifests = sorted(
+        (m for m in catalog.manifests if m.run_id == catalog.run_id), key=lambda m: m.order
     )
     named = {key.removesuffix(".json") for key in keys if key.endswith(".json")}
-    found.orphans = [
+    catalog.orphans = [
         key
-        for key in found.sizes
+        for key in catalog.sizes
         if fmt.CHECKPOINT_NAME.match(key) and key.removesuffix(".pt") not in named
     ]
-    return found
+    return catalog
 
 
 def _read_all(store: Store, keys: list[str]) -> Iterator[tuple[str, bytes]]:
@@ -283,16 +283,16 @@ def _read_all(store: Store, keys: list[str]) -> Iterator[tuple[str, bytes]]:
     return ((key, text) for key, text in zip(keys, texts, strict=True) if text is not None)
 
 
-def _read_manifests(store: Store, keys: list[str], found: Catalog) -> None:
+def _read_manifests(store: Store, keys: list[str], catalog: Catalog) -> None:
     for key, text in _read_all(store, keys):
         try:
-            found.manifests.append(_manifest(store, key, text))
+            catalog.manifests.append(_manifest(store, key, text))
         except FileNotFoundError:  # deleted since the first read
             continue
         except fmt.NewerFormatError as error:
-            found.newer[key] = error
+            catalog.newer[key] = error
         except DamagedError as error:
-            found.damaged[key] = error.what
+            catalog.damaged[key] = error.what
 
 
 def _manifest(store: Store, key: str, text: bytes) -> Manifest:
@@ -308,19 +308,19 @@ def _manifest(store: Store, key: str, text: bytes) -> Manifest:
         return fmt.from_bytes(key, store.read(key))
 
 
-def _read_attempts(store: Store, found: Catalog) -> None:
+def _read_attempts(store: Store, catalog: Catalog) -> None:
     matches = {
         entry.key: match
         for entry in store.entries(fmt.ATTEMPTS)
         if (match := fmt.ATTEMPT_NAME.match(entry.key))
     }
     for match in matches.values():
-        found.greatest = max(found.greatest, int(match["attempt"]))
+        catalog.greatest = max(catalog.greatest, int(match["attempt"]))
         if not match["end"]:
-            found.attempts[int(match["attempt"])] = {}
+            catalog.attempts[int(match["attempt"])] = {}
     for key, text in _read_all(store, list(matches)):
         match = matches[key]
-        (found.ends if match["end"] else found.attempts)[int(match["attempt"])] = records.parse(
+        (catalog.ends if match["end"] else catalog.attempts)[int(match["attempt"])] = records.parse(
             text
         )
 

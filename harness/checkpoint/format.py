@@ -189,7 +189,7 @@ def from_bytes(key: str, text: bytes) -> Manifest:
     """
     try:
         fields = json.loads(text)
-        said = fields.pop("manifest_digest")
+        expected = fields.pop("manifest_digest")
         version = fields["format_version"]
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise DamagedError(
@@ -197,15 +197,15 @@ def from_bytes(key: str, text: bytes) -> Manifest:
             f"found: {type(error).__name__}: {str(error)[:100]}",
             OTHERS,
         ) from None
-    if version not in READABLE and _digest(fields) == said:
+    if version not in READABLE and _digest(fields) == expected:
         raise newer(key, version)
-    if (found := _digest(fields)) != said:
+    if (actual := _digest(fields)) != expected:
         raise DamagedError(
             f"{key}: the manifest's own checksum does not match",
-            f"found: {found}, expected: {said}",
+            f"found: {actual}, expected: {expected}",
             OTHERS,
         )
-    if _spell(fields | {"manifest_digest": said}) != text:
+    if _spell(fields | {"manifest_digest": expected}) != text:
         raise DamagedError(
             f"{key} was written again by another program",
             "found: the same values in other bytes",

@@ -50,16 +50,16 @@ def reason(error: BaseException) -> str:
 
     For a file that torch refuses to load, its message is pages of advice with escape codes.
     """
-    told = re.search(r"WeightsUnpickler error: ([^\n]*)", str(error))
-    return ESCAPES.sub("", told[1])[:200] if told else ESCAPES.sub("", first_line(error))
+    match = re.search(r"WeightsUnpickler error: ([^\n]*)", str(error))
+    return ESCAPES.sub("", match[1])[:200] if match else ESCAPES.sub("", first_line(error))
 
 
-def _not_told(size_bytes: int) -> None:
+def _ignore_progress(size_bytes: int) -> None:
     """Ignore progress, for callers that show none."""
 
 
 def checked(
-    chunks: Iterator[bytes], expected: DataFile, where: str, tell: Tell = _not_told
+    chunks: Iterator[bytes], expected: DataFile, where: str, tell: Tell = _ignore_progress
 ) -> Iterator[bytes]:
     """Yield the chunks of a data file, and compare them with its manifest entry at their end.
 
@@ -122,7 +122,9 @@ def chunks(store: Store, key: str, start: int = 0) -> Iterator[bytes]:
         ) from error
 
 
-def verified_chunks(store: Store, manifest: Manifest, tell: Tell = _not_told) -> Iterator[bytes]:
+def verified_chunks(
+    store: Store, manifest: Manifest, tell: Tell = _ignore_progress
+) -> Iterator[bytes]:
     """Return an iterator over a checkpoint's data; after the last chunk, compare size and digest.
 
     Until then, do nothing with the chunks that cannot be undone. `tell` is called with the size of
@@ -131,7 +133,7 @@ def verified_chunks(store: Store, manifest: Manifest, tell: Tell = _not_told) ->
     return checked(chunks(store, manifest.data_key), manifest.data, manifest.data_key, tell)
 
 
-def verified(store: Store, manifest: Manifest, tell: Tell = _not_told) -> SealedMemory:
+def verified(store: Store, manifest: Manifest, tell: Tell = _ignore_progress) -> SealedMemory:
     """Read a checkpoint's data into sealed memory and verify size and digest of those bytes.
 
     Later changes of the file have no effect.
@@ -162,7 +164,7 @@ def parse(memory: SealedMemory, manifest: Manifest) -> dict[str, Any]:
             memory.path, mmap=is_plain_zip(memory), map_location="cpu", weights_only=True
         )
     except UNPARSEABLE as error:
-        if any(words in str(error) for words in NO_ROOM):  # the file itself is intact
+        if any(phrase in str(error) for phrase in NO_ROOM):  # the file itself is intact
             raise HarnessError(
                 f"there is not enough memory to load {name}, which has {size(manifest.size_bytes)}",
                 f"found: {first_line(error)}",
@@ -194,7 +196,7 @@ def is_plain_zip(memory: SealedMemory) -> bool:
             return False
 
 
-def load(store: Store, manifest: Manifest, tell: Tell = _not_told) -> dict[str, Any]:
+def load(store: Store, manifest: Manifest, tell: Tell = _ignore_progress) -> dict[str, Any]:
     """Read, verify and parse a checkpoint into plain data on the CPU.
 
     Raises DamagedError, StorageError, or the other errors of `parse`.
@@ -220,7 +222,7 @@ def outline(store: Store, key: str) -> dict[str, Any]:
             raise
 
 
-def check(store: Store, manifest: Manifest, tell: Tell = _not_told) -> None:
+def check(store: Store, manifest: Manifest, tell: Tell = _ignore_progress) -> None:
     """Verify every byte of a checkpoint, without keeping it, and that it can be parsed.
 
     Raises:

@@ -30,21 +30,23 @@ def place(run: Store) -> LocalStore:
     )
 
 
-def newest(store: LocalStore, found: Catalog) -> Manifest | None:
+def newest(store: LocalStore, catalog: Catalog) -> Manifest | None:
     """Return the tier's newest checkpoint of this run if it is newer than the disk's, else None."""
     if not is_ours(store):
         return None
     there = [
         m
         for m in read_catalog(store).manifests
-        if m.run_id == found.run_id and m.attempt in found.attempts
+        if m.run_id == catalog.run_id and m.attempt in catalog.attempts
     ]
     return (
-        there[-1] if there and (found.head is None or there[-1].order > found.head.order) else None
+        there[-1]
+        if there and (catalog.head is None or there[-1].order > catalog.head.order)
+        else None
     )
 
 
-def check_readable(store: LocalStore, found: Catalog) -> None:
+def check_readable(store: LocalStore, catalog: Catalog) -> None:
     """Raise NewerFormatError if the tier's newest checkpoint has a newer format and is the newest.
 
     It counts only if the run has its attempt and it is newer than every checkpoint on the disk.
@@ -54,8 +56,8 @@ def check_readable(store: LocalStore, found: Catalog) -> None:
     attempt, step = fmt.order_of(key) if error else (0, 0)
     if (
         error
-        and attempt in found.attempts
-        and (found.head is None or (attempt, step) > found.head.order)
+        and attempt in catalog.attempts
+        and (catalog.head is None or (attempt, step) > catalog.head.order)
     ):
         raise error
 

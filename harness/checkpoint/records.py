@@ -21,10 +21,10 @@ def parse(text: bytes) -> dict[str, Any]:
 def fields(text: bytes) -> dict[str, Any]:
     """Return all fields of a record, whatever their types; {} if it cannot be parsed."""
     try:
-        found = json.loads(text)
+        parsed = json.loads(text)
     except (ValueError, RecursionError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return parsed if isinstance(parsed, dict) else {}
 
 
 def plain(record: dict[str, Any]) -> dict[str, Any]:

@@ -35,7 +35,7 @@ UNREAD_REMEDY = (
 class Problem:
     """The reason why a run does not resume from a checkpoint."""
 
-    words: str = ""
+    message: str = ""
     # NEWER: only another harness can read it; DAMAGED: the data is not what was written; UNREAD:
     # it could not be read and may be intact.
     kind: str = ""
@@ -102,14 +102,14 @@ class Chooser:
                     return resume_point, False
                 if not self._on_writer(partial(source.exists, manifest.key)):
                     return resume_point, True
-                words = problem.words + (
+                message = problem.message + (
                     f" in {source}" if len(self.stores) > 1 or in_memory else ""
                 )
                 if problem.kind == NEWER:
-                    raise UsageError(words, remedy=problem.remedy)
-                resume_point.notes.append(f"skipped: {words}")
+                    raise UsageError(message, remedy=problem.remedy)
+                resume_point.notes.append(f"skipped: {message}")
                 if problem.kind == UNREAD:
-                    unread.append(words)
+                    unread.append(message)
                 elif not in_memory:
                     resume_point.damaged.append((place, manifest.key))
             if unread:  # it may be intact, and a resume from an older one would cut it off
@@ -123,27 +123,27 @@ class Chooser:
         return self.world.on_writer(work, give_up=self.give_up)
 
     def _look(self, resume_point: ResumePoint) -> list[tuple[str, list[int]]]:
-        found = resume_point.catalog = read_catalog(*self.stores)
-        found.check_one_run()
-        found.check_readable()
+        catalog = resume_point.catalog = read_catalog(*self.stores)
+        catalog.check_same_run()
+        catalog.check_readable()
         resume_point.damaged = [
             (place, key)
-            for place, part in enumerate(found.parts)
+            for place, part in enumerate(catalog.parts)
             for key in part.damaged
             if key not in part.marked
         ]
         resume_point.notes = [
-            f"skipped: {why}" for part in found.parts for why in part.damaged.values()
+            f"skipped: {why}" for part in catalog.parts for why in part.damaged.values()
         ]
         resume_point.notes += [
             f"ignored, not of this run: {' '.join(key.split())}"
-            for key in found.foreign + found.strangers
+            for key in catalog.foreign + catalog.strangers
         ]
         candidates = [
-            (m, [self.stores.index(copy) for copy in found.copies(m)]) for m in found.candidates
+            (m, [self.stores.index(copy) for copy in catalog.copies(m)]) for m in catalog.candidates
         ]
-        memory_copy.check_readable(self.tier, found)
-        if (kept := memory_copy.newest(self.tier, found)) is not None:
+        memory_copy.check_readable(self.tier, catalog)
+        if (kept := memory_copy.newest(self.tier, catalog)) is not None:
             candidates.insert(0, (kept, [len(self.stores)]))
         if len(candidates) > 1 and self.steps_back():
             resume_point.notes.append(
@@ -158,17 +158,17 @@ class Chooser:
                 " and ".join(map(str, self.stores)), resume_point.notes
             )
 
-    def _why(self, found: Catalog | None, manifest: Manifest, source: Store) -> list[str]:
-        if found is not None and source is self.tier:
+    def _why(self, catalog: Catalog | None, manifest: Manifest, source: Store) -> list[str]:
+        if catalog is not None and source is self.tier:
             return [
                 f"taking {manifest.name} from this machine's memory: "
-                f"the disk has {found.head.name if found.head else 'nothing'}"
+                f"the disk has {catalog.head.name if catalog.head else 'nothing'}"
             ]
-        if found is None or len(self.stores) < 2:
+        if catalog is None or len(self.stores) < 2:
             return []
         heads = [
             f"{part.head.name if part.head else 'nothing'} in {store}"
-            for store, part in zip(found.stores, found.parts, strict=True)
+            for store, part in zip(catalog.stores, catalog.parts, strict=True)
         ]
         return [
             f"taking {manifest.name} from {source}: the newest that verifies ({', '.join(heads)})"
@@ -179,26 +179,28 @@ class Chooser:
 
         Returns the payload on every rank, or None on every rank and the problem.
         """
-        offer, said = self._on_writer(partial(self._open, store, manifest))
-        if said:
-            return None, Problem(*said)
+        offer, fields = self._on_writer(partial(self._open, store, manifest))
+        if fields:
+            return None, Problem(*fields)
         payload: dict[str, Any] | None = None
         memory, self._memory = self._memory, None
-        said = list[str]()
+        fields = list[str]()
         try:
             with self._spread(store, manifest, memory, Handle(**offer)) as own:
                 payload = parse(own, manifest)
         except HarnessError as error:
-            said = _said(error)
+            fields = _problem_fields(error)
         problems = [
-            (rank, Problem(*said)) for rank, said in enumerate(self.world.gather(said)) if said
+            (rank, Problem(*fields))
+            for rank, fields in enumerate(self.world.gather(fields))
+            if fields
         ]
         if not problems:
             return payload, Problem()
         rank, first = min(
             problems, key=lambda problem: (NEWER, DAMAGED, UNREAD).index(problem[1].kind)
         )
-        return None, Problem(f"{first.words} (rank {rank})", first.kind, first.remedy)
+        return None, Problem(f"{first.message} (rank {rank})", first.kind, first.remedy)
 
     def _open(self, store: Store, manifest: Manifest) -> tuple[dict[str, str] | None, list[str]]:
         """Verify the data on rank 0.
@@ -216,7 +218,7 @@ class Chooser:
             except HarnessError as error:
                 # Data that was damaged on the network may be intact in the second read.
                 if last or not isinstance(error, DamagedError):
-                    return None, _said(error)
+                    return None, _problem_fields(error)
         raise AssertionError("the last try returns")
 
     def _spread(
@@ -279,7 +281,7 @@ def _parse_manifest(text: str) -> Manifest:
     return fmt.from_bytes(fmt.manifest_key(fields["step"], fields["attempt"]), text.encode())
 
 
-def _said(error: HarnessError) -> list[str]:
+def _problem_fields(error: HarnessError) -> list[str]:
     """Return the fields of a `Problem` in a form that can be sent to other ranks."""
     kind = (
         NEWER

@@ -52,17 +52,17 @@ def record(policy: Policy, remote_policy: Policy) -> dict[str, Any]:
     }
 
 
-def recorded(found: Catalog, *, is_local: bool) -> Policy | None:
+def recorded(catalog: Catalog, *, is_local: bool) -> Policy | None:
     """Return the policy of the newest attempt in the head's lineage that has recorded a valid one.
 
     None if there is none: an earlier harness recorded no policy.
 
     Args:
-        found: Catalog of the run's stores.
+        catalog: Catalog of the run's stores.
         is_local: Whether the policy of the run directory is returned, or that of a remote store.
     """
-    for number, _ in reversed(found.head.lineage if found.head else ()):
-        both = found.attempts.get(number, {}).get(RECORDED)
+    for number, _ in reversed(catalog.head.lineage if catalog.head else ()):
+        both = catalog.attempts.get(number, {}).get(RECORDED)
         fields = both.get("run" if is_local else "remote") if isinstance(both, dict) else None
         if isinstance(fields, dict) and _is_policy(fields):
             return Policy(**fields)
@@ -138,9 +138,9 @@ def best_file(stores: Sequence[Store], policy: Policy) -> str | None:
 
     Raises StorageError.
     """
-    found = read_catalog(*stores)
-    ranked = best(found.history, policy)
-    return found.copies(ranked[0])[0].where(ranked[0].data_key) if ranked else None
+    catalog = read_catalog(*stores)
+    ranked = best(catalog.history, policy)
+    return catalog.copies(ranked[0])[0].where(ranked[0].data_key) if ranked else None
 
 
 def to_delete(history: list[Manifest], verified: set[str], policy: Policy) -> list[Manifest]:
@@ -188,15 +188,15 @@ def apply(
         SupersededError: A newer attempt has begun.
         StorageError: The store fails.
     """
-    found = read_catalog(store)
+    catalog = read_catalog(store)
     gone = []
-    for manifest in to_delete(found.history, verified, policy):
+    for manifest in to_delete(catalog.history, verified, policy):
         if manifest.name in pinned:
             continue
         check_fence(store, attempt)
         delete(store, manifest)
         gone.append(manifest.name)
-    for key in found.orphans if store.is_local else ():
+    for key in catalog.orphans if store.is_local else ():
         match = fmt.CHECKPOINT_NAME.match(key)
         if match and int(match["attempt"]) < attempt.number:
             check_fence(store, attempt)

@@ -28,6 +28,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(given: argparse.Namespace) -> int:
     """Print the differences; return 0 if there are none that count, else 1."""
-    found = compare(given.a, given.b, weights_only=given.weights)
-    say(str(found))
-    return EXIT_FAILED if found.count else 0
+    comparison = compare(given.a, given.b, weights_only=given.weights)
+    say(str(comparison))
+    return EXIT_FAILED if comparison.count else 0

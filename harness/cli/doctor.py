@@ -293,9 +293,10 @@ def _facts(settings: Config, stores: list[Store]) -> dict[str, str]:
     facts["GPU"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     for store in stores:
         try:
-            found = read_catalog(store)
+            catalog = read_catalog(store)
             facts[f"what is in {store}"] = (
-                f"attempt {found.greatest}, {found.head.name if found.head else 'no checkpoint'}"
+                f"attempt {catalog.greatest}, "
+                f"{catalog.head.name if catalog.head else 'no checkpoint'}"
             )
         except StorageError as error:
             facts[f"what is in {store}"] = error.what

@@ -106,14 +106,14 @@ def run(given: argparse.Namespace, rest: list[str]) -> int:
             "what the program writes by itself is not redirected; "
             "HARNESS_DRILL=1 tells it that this is a drill",
         )
-        hurt, found = _compared(given, chosen, program, folder, until)
-        say(json.dumps(found.to_json(), indent=1) if given.json else verdicts.text(found))
-        verdicts.save(found, folder)
+        hurt, verdict = _compared(given, chosen, program, folder, until)
+        say(json.dumps(verdict.to_json(), indent=1) if given.json else verdicts.text(verdict))
+        verdicts.save(verdict, folder)
         if given.html is not None:
-            _draw(given, hurt, found)
+            _draw(given, hurt, verdict)
     for changed in _changed(before):
         _say(given, f"changed below this folder meanwhile: {changed}")
-    return EXIT_FINISHED if found.is_equal else EXIT_FAILED
+    return EXIT_FINISHED if verdict.is_equal else EXIT_FAILED
 
 
 def _compared(
@@ -142,14 +142,14 @@ def _compared(
     hurt = run_program(
         program, folder / "hurt", plan, faults, until, lambda text: _say(given, text)
     )
-    found = verdicts.verdict(whole, hurt, faults)
-    if not found.is_equal:
+    verdict = verdicts.verdict(whole, hurt, faults)
+    if not verdict.is_equal:
         _say(
             given, "they differ: undisturbed once more, to see whether the program is deterministic"
         )
         again = run_program(program, folder / "again", plan, [], until, lambda text: None)
-        found = dataclasses.replace(found, is_deterministic=verdicts.is_alike(whole, again))
-    return hurt, found
+        verdict = dataclasses.replace(verdict, is_deterministic=verdicts.is_alike(whole, again))
+    return hurt, verdict
 
 
 def _kinds(given: argparse.Namespace) -> list[str]:
@@ -171,19 +171,21 @@ def _program(given: argparse.Namespace, rest: list[str]) -> Program:
 
     Raises UsageError, before any process is started.
     """
-    settings_given = [word for word in rest if "=" in word and not word.startswith("-")]
+    settings_given = [
+        argument for argument in rest if "=" in argument and not argument.startswith("-")
+    ]
     settings, stored = config.load(given.config, settings_given)
     if settings.run.loop:
         check_loop(settings.run.loop)
     else:
         task.find(settings.task.name, settings.task.args, stored["task"]["args"])
-    words = [
+    arguments = [
         f"--nproc-per-node={given.nproc_per_node}",
         *(["--config", given.config] if given.config else []),
         *rest,
     ]
     return Program(
-        tuple(words),
+        tuple(arguments),
         settings.run.remote is not None,
         Path(__file__).resolve().parent.parent / "__main__.py",
     )
@@ -222,13 +224,15 @@ def _folder(keep: Path | None) -> Iterator[Path]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _draw(given: argparse.Namespace, hurt: ProgramRun, found: verdicts.Verdict) -> None:
+def _draw(given: argparse.Namespace, hurt: ProgramRun, verdict: verdicts.Verdict) -> None:
     """Write the page of --html: the run with faults, and the table of faults."""
     from harness.report import page
     from harness.report.timeline import timeline
 
     store, catalog = locate.everywhere(str(hurt.run))
-    drill = page.Table("Drill", verdicts.headline(found), verdicts.HEADER, verdicts.table_of(found))
+    drill = page.Table(
+        "Drill", verdicts.headline(verdict), verdicts.HEADER, verdicts.table_of(verdict)
+    )
     try:
         given.html.write_text(page.page(str(store), timeline(catalog), drill))
     except OSError as error:
@@ -249,7 +253,7 @@ def _files() -> dict[str, tuple[int, int]]:
     Hidden folders and `__pycache__` are left out. The search ends after the folder in which the
     number of files exceeds 20,000.
     """
-    found: dict[str, tuple[int, int]] = {}
+    files: dict[str, tuple[int, int]] = {}
     for folder, folders, names in os.walk("."):
         folders[:] = [
             name for name in folders if not name.startswith(".") and name != "__pycache__"
@@ -257,10 +261,10 @@ def _files() -> dict[str, tuple[int, int]]:
         for name in names:
             with contextlib.suppress(OSError):
                 status = os.stat(os.path.join(folder, name))
-                found[os.path.join(folder, name)] = status.st_size, status.st_mtime_ns
-        if len(found) > 20_000:
+                files[os.path.join(folder, name)] = status.st_size, status.st_mtime_ns
+        if len(files) > 20_000:
             break
-    return found
+    return files
 
 
 def _changed(before: dict[str, tuple[int, int]]) -> list[str]:

@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(given: argparse.Namespace) -> int:
     """Export the model, print the lines of code that load it, and return 0."""
-    words = exchange.export(
+    summary = exchange.export(
         given.checkpoint,
         given.out,
         given.format,
@@ -54,5 +54,5 @@ def run(given: argparse.Namespace) -> int:
         config=given.config,
         settings=given.settings,
     )
-    say(f"wrote {given.out} {words}")
+    say(f"wrote {given.out} {summary}")
     return 0

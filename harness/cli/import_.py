@@ -81,7 +81,7 @@ def run(given: argparse.Namespace) -> int:
         )
     if given.trust:
         say(f"harness: warning: {given.file} may run any code while it is loaded", sys.stderr)
-    words = import_checkpoint(
+    summary = import_checkpoint(
         given.file,
         given.run,
         config=given.config,
@@ -93,7 +93,7 @@ def run(given: argparse.Namespace) -> int:
         trust=given.trust,
         dry_run=given.dry_run,
     )
-    say(words)
+    say(summary)
     if not given.dry_run:
         config = ["--config", given.config] if given.config else []
         place = f"run.{'remote' if is_url(given.run) else 'dir'}={given.run}"
@@ -116,13 +116,13 @@ def _fork(file: str, place: str, dry_run: bool) -> int:
         dry_run: Verify the checkpoint, but write nothing.
     """
     source, manifest = locate.checkpoint(file)
-    store, found = empty_store(place)
+    store, catalog = empty_store(place)
     locate.check(source, manifest)  # before anything is written
     if dry_run:
         say(f"{store} would begin with {manifest.name}; nothing was written")
         return 0
     store.prepare(fmt.FOLDERS)
-    attempt = attempts.claim(found, manifest, manifest.world_size, kind="import")
+    attempt = attempts.claim(catalog, manifest, manifest.world_size, kind="import")
     copy = commit.adopt(source, manifest, store, attempt, ())
     attempts.end_copied(store, attempt, copy, by="import")
     say(f"{store} begins with {copy.name}, a copy of {source.where(manifest.data_key)}")

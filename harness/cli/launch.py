@@ -226,16 +226,18 @@ def _trained_nothing(settings: Config, name: str) -> bool:
     """
     try:
         stores = [store.with_retry_limit(RECORD_S) for store in supervise.places(settings)]
-        found, known = read_catalog(*stores), launches.read(stores)
+        catalog, known = read_catalog(*stores), launches.read(stores)
     except StorageError:
         return False
     is_ended = any(launch.name == name and launch.end is not None for launch in known)
     return not (
-        is_ended or launches.attempts_of(found, name) or outcome(found).exit_code == EXIT_FINISHED
+        is_ended
+        or launches.attempts_of(catalog, name)
+        or outcome(catalog).exit_code == EXIT_FINISHED
     )
 
 
-def _record(settings: Config, name: str, code: int, words: str) -> None:
+def _record(settings: Config, name: str, code: int, message: str) -> None:
     """Record a failure on this node in the run's stores.
 
     A rank that was killed could not record it, and srun's exit code may be that of another node. A
@@ -243,7 +245,7 @@ def _record(settings: Config, name: str, code: int, words: str) -> None:
     """
     for store in supervise.places(settings):
         try:
-            launches.failed(store.with_retry_limit(RECORD_S), name, code=code, error=words)
+            launches.failed(store.with_retry_limit(RECORD_S), name, code=code, error=message)
         except StorageError as error:
             say(f"harness launch: this failure is not recorded: {error.what}", sys.stderr)
 

@@ -45,8 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(given: argparse.Namespace) -> int:
     """Print the checkpoints and the other files of a run, and return 0."""
-    _, found = locate.everywhere(given.run)
-    rows, others = _checkpoints(found, given.verify), _others(found)
+    _, catalog = locate.everywhere(given.run)
+    rows, others = _checkpoints(catalog, given.verify), _others(catalog)
     if given.json:
         checkpoints = [dict(zip(HEADER, row, strict=True)) for row in rows]
         say(json.dumps({"checkpoints": checkpoints, "others": dict(others)}, indent=1))
@@ -57,22 +57,22 @@ def run(given: argparse.Namespace) -> int:
     return 0
 
 
-def _checkpoints(found: Catalog, verify: bool) -> list[tuple[str, ...]]:
+def _checkpoints(catalog: Catalog, verify: bool) -> list[tuple[str, ...]]:
     """Return a table row for each checkpoint, newest first.
 
     `verify` reads and checks the data of each.
     """
-    history = {manifest.name for manifest in found.history}
-    states = {m.name: _states(found, m, verify) for m in found.manifests}
-    chosen = _chosen(found, states)
-    in_memory = memory_copy.newest(memory_copy.place(found.stores[0]), found)
+    history = {manifest.name for manifest in catalog.history}
+    states = {m.name: _states(catalog, m, verify) for m in catalog.manifests}
+    chosen = _chosen(catalog, states)
+    in_memory = memory_copy.newest(memory_copy.place(catalog.stores[0]), catalog)
     here = "next start resumes from here"
     rows = []
-    if in_memory is not None and found.unreadable_head is None:
+    if in_memory is not None and catalog.unreadable_head is None:
         state = {"memory of this machine": "not read"}
         rows.append(_row(in_memory, state, f"{here}, on this machine"))
         here += ", on any other machine"
-    for m in sorted(found.manifests, key=lambda m: m.order, reverse=True):
+    for m in sorted(catalog.manifests, key=lambda m: m.order, reverse=True):
         note = (
             here
             if m.name == chosen
@@ -84,14 +84,14 @@ def _checkpoints(found: Catalog, verify: bool) -> list[tuple[str, ...]]:
     return rows
 
 
-def _chosen(found: Catalog, states: dict[str, dict[str, str]]) -> str | None:
+def _chosen(catalog: Catalog, states: dict[str, dict[str, str]]) -> str | None:
     """Return the name of the checkpoint from which the next start resumes, or None.
 
     This repeats the order of `Chooser` in `checkpoint/resume.py`, but for the memory tier. `states`
     are the results of `_states`, by the name of the checkpoint.
     """
     # No start resumes from anything while only a newer harness can read the newest checkpoint.
-    candidates = found.candidates if found.unreadable_head is None else []
+    candidates = catalog.candidates if catalog.unreadable_head is None else []
     return next(
         (m.name for m in candidates if any(state in GOOD for state in states[m.name].values())),
         None,
@@ -115,27 +115,27 @@ def _row(m: Manifest, states: dict[str, str], note: str) -> tuple[str, ...]:
     )
 
 
-def _others(found: Catalog) -> list[tuple[str, str]]:
+def _others(catalog: Catalog) -> list[tuple[str, str]]:
     """Return the key of each file that is no readable checkpoint of the run, and what it is."""
     return [
-        *((key, f"damaged manifest: {why}") for key, why in found.damaged.items()),
+        *((key, f"damaged manifest: {why}") for key, why in catalog.damaged.items()),
         *(
             (key, f"{error.what.removeprefix(key).strip()}: {error.found}")
-            for key, error in found.newer.items()
+            for key, error in catalog.newer.items()
         ),
-        *((key, "set aside as damaged") for key in found.set_aside),
-        *((key, "data without a manifest: no checkpoint") for key in found.orphans),
-        *((key, "of another run") for key in found.strangers),
-        *((key, "no checkpoint") for key in found.foreign),
+        *((key, "set aside as damaged") for key in catalog.set_aside),
+        *((key, "data without a manifest: no checkpoint") for key in catalog.orphans),
+        *((key, "of another run") for key in catalog.strangers),
+        *((key, "no checkpoint") for key in catalog.foreign),
     ]
 
 
-def _states(found: Catalog, manifest: Manifest, verify: bool) -> dict[str, str]:
+def _states(catalog: Catalog, manifest: Manifest, verify: bool) -> dict[str, str]:
     """Return the state of a checkpoint's data in each store that has it: local, remote."""
-    copies = found.copies(manifest)
+    copies = catalog.copies(manifest)
     return {
         "local" if store.is_local else "remote": _state(store, part, manifest, verify)
-        for store, part in zip(found.stores, found.parts, strict=True)
+        for store, part in zip(catalog.stores, catalog.parts, strict=True)
         if store in copies
     }
 

@@ -57,14 +57,14 @@ def run(given: argparse.Namespace) -> int:
         StorageError: The store fails.
     """
     check({name: value for name, value in vars(given).items() if value is not None})
-    store, found = locate.run(given.run)
+    store, catalog = locate.run(given.run)
     # Raises if only a newer harness can derive the run's history.
-    found.check_readable()
-    manifests, history = _to_delete(store, found, given), {m.name for m in found.history}
+    catalog.check_readable()
+    manifests, history = _to_delete(store, catalog, given), {m.name for m in catalog.history}
     keys = (
-        _left_behind(store, found)
-        + _done(store, found)
-        + (_set_aside(found) if given.set_aside else [])
+        _left_behind(store, catalog)
+        + _done(store, catalog)
+        + (_set_aside(catalog) if given.set_aside else [])
     )
     uploads = _unfinished(store)
     for manifest in manifests:
@@ -85,8 +85,8 @@ def run(given: argparse.Namespace) -> int:
         )
         if given.yes and isinstance(store, RemoteStore):
             store.abort(upload)
-    if not given.set_aside and _set_aside(found):
-        say(f"kept, set aside as damaged: {', '.join(_set_aside(found))}")
+    if not given.set_aside and _set_aside(catalog):
+        say(f"kept, set aside as damaged: {', '.join(_set_aside(catalog))}")
     if not manifests and not keys and not uploads:
         say("nothing to delete")
     elif not given.yes:
@@ -94,34 +94,34 @@ def run(given: argparse.Namespace) -> int:
     return 0
 
 
-def _to_delete(store: Store, found: Catalog, given: argparse.Namespace) -> list[fmt.Manifest]:
+def _to_delete(store: Store, catalog: Catalog, given: argparse.Namespace) -> list[fmt.Manifest]:
     """Return the checkpoints to delete, after reading all of the run's history.
 
     Raises:
         NewerFormatError: Only a newer harness can read one of them.
         StorageError: The store fails.
     """
-    problems = {m.name: problem for m, problem in locate.verify(store, *found.history)}
+    problems = {m.name: problem for m, problem in locate.verify(store, *catalog.history)}
     for problem in problems.values():
         if isinstance(problem, locate.UNKNOWN):
             raise problem
     good = {name for name, problem in problems.items() if problem is None}
-    manifests = retention.to_delete(found.history, good, _policy(store, found, given))
-    history = {m.name for m in found.history}
+    manifests = retention.to_delete(catalog.history, good, _policy(store, catalog, given))
+    history = {m.name for m in catalog.history}
     # Checkpoints that were cut off are kept as long as the history has no intact one.
-    return manifests + [m for m in found.manifests if good and m.name not in history]
+    return manifests + [m for m in catalog.manifests if good and m.name not in history]
 
 
-def _set_aside(found: Catalog) -> list[str]:
+def _set_aside(catalog: Catalog) -> list[str]:
     """Return the keys of the files that were set aside as damaged, in the order of deletion.
 
     Where the store can rename, these are the renamed files. Where it marks instead, each
     checkpoint's manifest comes first, then its data, then the mark.
     """
     marked = [
-        (key, f"{key.removesuffix('.json')}.pt", key + SET_ASIDE) for key in sorted(found.marked)
+        (key, f"{key.removesuffix('.json')}.pt", key + SET_ASIDE) for key in sorted(catalog.marked)
     ]
-    return found.set_aside + [key for keys in marked for key in keys]
+    return catalog.set_aside + [key for keys in marked for key in keys]
 
 
 def _unfinished(store: Store) -> list[Unfinished]:
@@ -135,33 +135,33 @@ def _unfinished(store: Store) -> list[Unfinished]:
     return [upload for upload in store.unfinished() if upload.began < oldest]
 
 
-def _left_behind(store: Store, found: Catalog) -> list[str]:
+def _left_behind(store: Store, catalog: Catalog) -> list[str]:
     """Return the keys of data without a manifest and of temporary files.
 
     Those of the newest attempt are left out, because it may still be writing.
     """
     orphans = [
         key
-        for key in found.orphans
-        if (match := fmt.CHECKPOINT_NAME.match(key)) and int(match["attempt"]) < found.greatest
+        for key in catalog.orphans
+        if (match := fmt.CHECKPOINT_NAME.match(key)) and int(match["attempt"]) < catalog.greatest
     ]
     entries = [entry.key for folder in fmt.FOLDERS for entry in store.entries(folder)]
     return orphans + [
         key
         for key in entries
-        if (match := TEMP.match(key)) and int(match["attempt"]) < found.greatest
+        if (match := TEMP.match(key)) and int(match["attempt"]) < catalog.greatest
     ]
 
 
-def _done(store: Store, found: Catalog) -> list[str]:
+def _done(store: Store, catalog: Catalog) -> list[str]:
     """Return the keys of the step records of earlier attempts that are no longer needed.
 
     They are not needed if the newest checkpoint is at or after the last step that they record.
     """
     by_attempt = step_records.files(store)
-    newest = found.head.step if found.head else 0
+    newest = catalog.head.step if catalog.head else 0
     earlier = [
-        entries for attempt, entries in sorted(by_attempt.items()) if attempt < found.greatest
+        entries for attempt, entries in sorted(by_attempt.items()) if attempt < catalog.greatest
     ]
     return [
         entry.key
@@ -171,12 +171,12 @@ def _done(store: Store, found: Catalog) -> list[str]:
     ]
 
 
-def _settings(store: Store, found: Catalog) -> dict[str, Any]:
+def _settings(store: Store, catalog: Catalog) -> dict[str, Any]:
     """Return the settings of the newest checkpoint in the history that can be read; {} without one.
 
     The file config.yaml may belong to an attempt that was cut off.
     """
-    for manifest in found.history:
+    for manifest in catalog.history:
         try:
             return dict(load.outline(store, manifest.data_key).get("config") or {})
         except (FileNotFoundError, *load.UNPARSEABLE):
@@ -184,23 +184,23 @@ def _settings(store: Store, found: Catalog) -> dict[str, Any]:
     return {}
 
 
-def _policy(store: Store, found: Catalog, given: argparse.Namespace) -> retention.Policy:
+def _policy(store: Store, catalog: Catalog, given: argparse.Namespace) -> retention.Policy:
     """Return the retention policy: the command line first, then that of the run."""
     own = {"last": given.keep_last, "every_steps": given.keep_every_steps, "best": given.keep_best}
-    policy = retention.recorded(found, is_local=store.is_local)
+    policy = retention.recorded(catalog, is_local=store.is_local)
     if policy is None:
-        policy = _of_settings(store, found)
+        policy = _of_settings(store, catalog)
     if given.best:
         policy = retention.policy(policy.last, policy.every_steps, policy.best, given.best)
     return retention.changed(policy, own)
 
 
-def _of_settings(store: Store, found: Catalog) -> retention.Policy:
+def _of_settings(store: Store, catalog: Catalog) -> retention.Policy:
     """Return the policy by the run's settings, for a run without a recorded policy.
 
     For a remote store, `store.keep` takes precedence over `checkpoint.keep_*`.
     """
-    settings, default = stored_under_todays_names(_settings(store, found)), retention.Policy()
+    settings, default = stored_under_todays_names(_settings(store, catalog)), retention.Policy()
     policy = retention.policy(
         settings.get("checkpoint.keep_last", default.last),
         settings.get("checkpoint.keep_every_steps", default.every_steps),

@@ -35,8 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(given: argparse.Namespace) -> int:
     """Print the report, write the page of --html, and return 0. Raises UsageError, StorageError."""
-    store, found = locate.everywhere(given.run)
-    time = timeline(found)
+    store, catalog = locate.everywhere(given.run)
+    time = timeline(catalog)
     if given.json:
         numbers = {
             "wall_s": time.wall_s,

@@ -37,27 +37,27 @@ def run(given: argparse.Namespace) -> int:
         SupersededError: A newer attempt has begun.
         StorageError: A store fails.
     """
-    store, found = locate.run(*locate.stores(given.run))
-    manifest = _find(found, given.to, str(store))
-    if manifest is found.head and manifest.final is None and found.unreadable_head is None:
+    store, catalog = locate.run(*locate.stores(given.run))
+    manifest = _find(catalog, given.to, str(store))
+    if manifest is catalog.head and manifest.final is None and catalog.unreadable_head is None:
         say(f"the run stands at {manifest.name} already; nothing to do")
         return 0
-    source, target = found.copies(manifest)[0], found.stores[-1]
+    source, target = catalog.copies(manifest)[0], catalog.stores[-1]
     locate.check(source, manifest)  # before anything is claimed
-    attempt = attempts.claim(found, manifest, manifest.world_size, kind="rollback")
+    attempt = attempts.claim(catalog, manifest, manifest.world_size, kind="rollback")
     copy = commit.adopt(source, manifest, target, attempt, going_on_from(manifest))
-    for store in found.stores:
+    for store in catalog.stores:
         attempts.end_copied(store, attempt, copy, by="rollback")
     say(f"{copy.name}: the next start resumes from step {copy.step}, as {manifest.name} was")
     return 0
 
 
-def _find(found: Catalog, wanted: str, where: str) -> Manifest:
+def _find(catalog: Catalog, wanted: str, where: str) -> Manifest:
     """Return the checkpoint with this step in the history, or with this name. Raises UsageError."""
-    for manifest in found.history if wanted.isdigit() else found.manifests:
+    for manifest in catalog.history if wanted.isdigit() else catalog.manifests:
         if wanted in (str(manifest.step), manifest.name):
             return manifest
-    steps = ", ".join(str(m.step) for m in found.history) or "none"
+    steps = ", ".join(str(m.step) for m in catalog.history) or "none"
     raise UsageError(
         f"{where} has no checkpoint {wanted}",
         f"found: steps {steps}",

@@ -22,7 +22,7 @@ from harness.report.liveness import alive
 from harness.selfcheck import step_records
 from harness.store import Store
 from harness.supervision import attempt_history, launches, machine_record
-from harness.supervision.restart_messages import in_words, replays_in_words
+from harness.supervision.restart_messages import describe_end, describe_replays
 from harness.supervision.restart_policy import Outcome, outcome
 from harness.text import say
 
@@ -32,9 +32,9 @@ class RunStatus:
     """What the stores of a run show of its state and of its attempts."""
 
     store: Store  # the first one
-    found: Catalog
+    catalog: Catalog
     known: list[launches.Launch]
-    lives: list[attempt_history.AttemptSummary]  # oldest first
+    attempts: list[attempt_history.AttemptSummary]  # oldest first
     stands: Outcome
     replays: dict[int, dict[str, Any]]  # comparisons of recomputed steps, by attempt
 
@@ -48,11 +48,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(given: argparse.Namespace) -> int:
     """Print the state of the run and its attempts; return the exit code. Raises StorageError."""
     try:
-        store, found = locate.everywhere(given.run)
+        store, catalog = locate.everywhere(given.run)
     except UsageError as error:
         say(f"cannot tell: {error.what}")
         return EXIT_STORAGE
-    status = _read(store, found)
+    status = _read(store, catalog)
     if given.json:
         say(json.dumps(_to_json(status), indent=1))
     else:
@@ -60,41 +60,44 @@ def run(given: argparse.Namespace) -> int:
     return status.stands.exit_code
 
 
-def _read(store: Store, found: Catalog) -> RunStatus:
+def _read(store: Store, catalog: Catalog) -> RunStatus:
     """Read the launches, the events of failed attempts and the comparisons of recomputed steps.
 
     Args:
         store: First store of the run.
-        found: Catalog of all its stores.
+        catalog: Catalog of all its stores.
 
     Raises:
         StorageError: A store cannot be read.
     """
-    known = launches.read(found.stores)
-    told = {
-        n: attempt_history.events(found.stores, n)
-        for n in found.attempts
-        if found.ends.get(n, {"why": "failed"}).get("why") == "failed"
+    known = launches.read(catalog.stores)
+    events = {
+        n: attempt_history.events(catalog.stores, n)
+        for n in catalog.attempts
+        if catalog.ends.get(n, {"why": "failed"}).get("why") == "failed"
     }
-    lives = [
-        attempt_history.summarise(found, number, told.get(number, []))
-        for number in sorted(found.attempts)
+    attempts = [
+        attempt_history.summarise(catalog, number, events.get(number, []))
+        for number in sorted(catalog.attempts)
     ]
-    stands = alive(outcome(found, known), lives, told.get(lives[-1].attempt, []) if lives else [])
-    return RunStatus(store, found, known, lives, stands, step_records.verdicts(found.stores))
+    stands = alive(
+        outcome(catalog, known), attempts, events.get(attempts[-1].attempt, []) if attempts else []
+    )
+    return RunStatus(store, catalog, known, attempts, stands, step_records.verdicts(catalog.stores))
 
 
 def _to_json(status: RunStatus) -> dict[str, Any]:
     """Return the state of the run and its attempts for machines."""
-    found, stands, head = status.found, status.stands, status.found.head
+    catalog, stands, head = status.catalog, status.stands, status.catalog.head
     return {
         "state": stands.state,
         "why": stands.why,
         "step": head.step if head else 0,
         "checkpoint": head.name if head else None,
-        "run_id": found.run_id,
+        "run_id": catalog.run_id,
         "attempts": [
-            asdict(life) | {"lost": life.lost} | _differs(found, life) for life in status.lives
+            asdict(attempt) | {"lost": attempt.lost} | _differs(catalog, attempt)
+            for attempt in status.attempts
         ],
         "launches": [
             {"launch": launch.name, "record": launch.record, "end": launch.end}
@@ -106,9 +109,16 @@ def _to_json(status: RunStatus) -> dict[str, Any]:
 
 def _print(status: RunStatus) -> None:
     """Print the state of the run, a table of its attempts, and what is remarkable about them."""
-    found, stands, lives, head = status.found, status.stands, status.lives, status.found.head
+    catalog, stands, attempts, head = (
+        status.catalog,
+        status.stands,
+        status.attempts,
+        status.catalog.head,
+    )
     say(f"{status.store}: {stands.state} ({' '.join(stands.why.split())})")
-    newest = "newest checkpoint that can be read" if found.unreadable_head else "newest checkpoint"
+    newest = (
+        "newest checkpoint that can be read" if catalog.unreadable_head else "newest checkpoint"
+    )
     say(
         f"{newest}: {head.name if head else 'none'}"
         + (f", loss {locate.number(head.loss)}" if head else "")
@@ -117,41 +127,48 @@ def _print(status: RunStatus) -> None:
         "\n"
         + locate.table(
             ("attempt", "launch", "began", "ended", "steps", "lost", "how"),
-            [_row(life, stands.state == "running" and life is lives[-1]) for life in lives],
+            [
+                _row(attempt, stands.state == "running" and attempt is attempts[-1])
+                for attempt in attempts
+            ],
         )
     )
-    for line in (*machine_record.told(found), *replays_in_words(status.replays)):
+    for line in (*machine_record.messages(catalog), *describe_replays(status.replays)):
         say(line)
     for launch in status.known:
-        if launch.end and launch.end.get("error") and not launches.attempts_of(found, launch.name):
+        if (
+            launch.end
+            and launch.end.get("error")
+            and not launches.attempts_of(catalog, launch.name)
+        ):
             say(
                 f"launch {launch.name} never began to train: "
                 f"{' '.join(str(launch.end['error']).split())[:200]}"
             )
 
 
-def _differs(found: Catalog, life: attempt_history.AttemptSummary) -> dict[str, object]:
+def _differs(catalog: Catalog, attempt: attempt_history.AttemptSummary) -> dict[str, object]:
     """Return what differs in machine and software from the attempt that this one resumes from.
 
     The result is a field of the JSON output.
     """
     return {
         "differs": [
-            asdict(difference) for difference in machine_record.changes(found, life.attempt)
+            asdict(difference) for difference in machine_record.changes(catalog, attempt.attempt)
         ]
     }
 
 
-def _row(life: attempt_history.AttemptSummary, runs: bool) -> tuple[str, ...]:
+def _row(attempt: attempt_history.AttemptSummary, runs: bool) -> tuple[str, ...]:
     """Return the table row of an attempt; `runs` is True for one that is running."""
-    how = " ".join(in_words(life.end).split())[:120] if life.end else "no end recorded"
-    steps = f"{life.went_on_from}–{life.reached}"
-    lost = "-" if runs else str(life.lost)  # a running attempt may still save its steps
+    how = " ".join(describe_end(attempt.end).split())[:120] if attempt.end else "no end recorded"
+    steps = f"{attempt.went_on_from}–{attempt.reached}"
+    lost = "-" if runs else str(attempt.lost)  # a running attempt may still save its steps
     return (
-        str(life.attempt),
-        life.launch or "-",
-        life.began or "-",
-        life.ended or "-",
+        str(attempt.attempt),
+        attempt.launch or "-",
+        attempt.began or "-",
+        attempt.ended or "-",
         steps,
         lost,
         how,

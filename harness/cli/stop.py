@@ -29,24 +29,24 @@ def run(given: argparse.Namespace) -> int:
     return ask(given.run, "stop")
 
 
-def ask(path: str, what: str) -> int:
+def ask(path: str, kind: str) -> int:
     """Put a request for the newest attempt of a run into its store, and return 0.
 
     Args:
         path: Directory or URL of the run.
-        what: "stop" or "save".
+        kind: "stop" or "save".
 
     Raises:
         UsageError: There is no run, or its newest attempt has ended.
         StorageError: The store fails.
     """
-    store, found = locate.run(*locate.stores(path))
-    newest = max(found.attempts, default=0)
-    if not newest or newest in found.ends:
+    store, catalog = locate.run(*locate.stores(path))
+    newest = max(catalog.attempts, default=0)
+    if not newest or newest in catalog.ends:
         raise UsageError(
             f"nothing trains {store} now",
             f"found: attempt {newest} has ended" if newest else "found: no attempt",
         )
-    control_requests.leave(found.stores[-1], newest, what)
-    say(f"attempt {newest} of {store} is asked to {what}; harness status {path} tells what it does")
+    control_requests.leave(catalog.stores[-1], newest, kind)
+    say(f"attempt {newest} of {store} is asked to {kind}; harness status {path} tells what it does")
     return 0

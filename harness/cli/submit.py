@@ -227,7 +227,7 @@ def _job(submission: Submission) -> job_script.Job:
         _name(settings),
         # SLURM would replace patterns such as %x in the path.
         str(submission.home / "logs").replace("%", "%%") + "/slurm-%j.out",
-        _words(submission),
+        _arguments(submission),
         directory=shlex.quote(os.getcwd()),
         code=shlex.quote(str(code)),
         python=shlex.quote(
@@ -239,14 +239,14 @@ def _job(submission: Submission) -> job_script.Job:
     )
 
 
-def _words(submission: Submission) -> list[str]:
+def _arguments(submission: Submission) -> list[str]:
     """Return the configuration file and the settings, as they are given to the job."""
     run, folder = submission.settings.run, submission.folder
-    words = ["--config", str(folder / "config.yaml")] if submission.config_file else []
-    words += submission.settings_given
+    arguments = ["--config", str(folder / "config.yaml")] if submission.config_file else []
+    arguments += submission.settings_given
     # The path is made absolute, because the job may start in another working directory.
     if run.dir is not None and not run.scratch:
-        words = [word for word in words if not word.startswith("run.dir=")] + [
+        arguments = [argument for argument in arguments if not argument.startswith("run.dir=")] + [
             f"run.dir={_as_yaml(str(submission.home))}"
         ]
     # The job runs the copy of the program if the program lies below the working directory.
@@ -256,8 +256,10 @@ def _words(submission: Submission) -> list[str]:
             folder / "code" / file.relative_to(Path.cwd()) if Path.cwd() in file.parents else file
         )
         loop = json.dumps([str(copied), *run.loop[1:]], ensure_ascii=False)
-        words = [word for word in words if not word.startswith("run.loop=")] + [f"run.loop={loop}"]
-    return words
+        arguments = [argument for argument in arguments if not argument.startswith("run.loop=")] + [
+            f"run.loop={loop}"
+        ]
+    return arguments
 
 
 def _write(submission: Submission, text: str, code: Path | None) -> None:

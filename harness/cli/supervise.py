@@ -112,21 +112,21 @@ def before(settings: Config, name: str, *, submitted: bool = False) -> int:
     stores = [store.with_retry_limit(settings.store.wait_s) for store in places(settings)]
     if submitted:
         _check_submitted(stores)
-    found = read_catalog(*stores)
-    found.check_one_run()
-    found.check_readable()
+    catalog = read_catalog(*stores)
+    catalog.check_same_run()
+    catalog.check_readable()
     known = launches.read(stores)
-    if _is_complete(found, settings):
-        say(f"harness: the run in {stores[0]} is finished, {outcome(found).why}; nothing to do")
+    if _is_complete(catalog, settings):
+        say(f"harness: the run in {stores[0]} is finished, {outcome(catalog).why}; nothing to do")
         return EXIT_FINISHED
     supervisor = name.rpartition(".")[0]
     for last in [launch for launch in known if launch.supervisor == supervisor][-1:]:
         # After `harness stop`, SLURM may have queued the job again before it could end itself.
-        asked, _ = verdict(found, known, last.name)
+        asked, _ = verdict(catalog, known, last.name)
         if asked.exit_code == EXIT_ASKED:
             show(asked, [])
             return EXIT_ASKED
-    failed, most = failures(found, known, supervisor), settings.run.max_failures
+    failed, most = failures(catalog, known, supervisor), settings.run.max_failures
     if len(failed) >= most:
         show(Outcome("failed", crash_loop(failed), EXIT_FAILED), failed)
         return EXIT_FAILED
@@ -135,11 +135,11 @@ def before(settings: Config, name: str, *, submitted: bool = False) -> int:
         "most_failures": most,
         "steps_back": 0 < len(failed) == most - 1,
     }
-    launches.begin(stores, name, found, **details)
-    if found.attempts:
-        step = found.head.step if found.head else 0
-        words = f"resumes from step {step}"
-        notify(settings.notify, "resumed", str(stores[0]), words, step=step, launch=name)
+    launches.begin(stores, name, catalog, **details)
+    if catalog.attempts:
+        step = catalog.head.step if catalog.head else 0
+        message = f"resumes from step {step}"
+        notify(settings.notify, "resumed", str(stores[0]), message, step=step, launch=name)
     return EXIT_STOPPED
 
 
@@ -153,18 +153,22 @@ def _check_submitted(stores: Sequence[Store]) -> None:
         )
 
 
-def _is_complete(found: Catalog, settings: Config) -> bool:
+def _is_complete(catalog: Catalog, settings: Config) -> bool:
     """Return whether the run is finished, and its final checkpoint is in every store.
 
     The run must also be as long as these settings require. A program of the user's own decides that
     itself.
     """
-    if outcome(found).exit_code != EXIT_FINISHED or found.head is None or found.head.final is None:
+    if (
+        outcome(catalog).exit_code != EXIT_FINISHED
+        or catalog.head is None
+        or catalog.head.final is None
+    ):
         return False
     end = {"epochs": settings.train.epochs, "max_steps": settings.train.max_steps}
-    return (bool(settings.run.loop) or reaches(found.head.final, end)) and len(
-        found.copies(found.head)
-    ) == len(found.stores)
+    return (bool(settings.run.loop) or reaches(catalog.head.final, end)) and len(
+        catalog.copies(catalog.head)
+    ) == len(catalog.stores)
 
 
 def after(settings: Config, name: str, code: int, *, stopped: bool) -> Outcome:
@@ -181,18 +185,20 @@ def after(settings: Config, name: str, code: int, *, stopped: bool) -> Outcome:
     """
     try:
         stores = [store.with_retry_limit(settings.store.wait_s) for store in places(settings)]
-        found = read_catalog(*stores)
-        is_over = code == EXIT_FINISHED and _is_complete(found, settings)
-        why, details = ("ended", {"code": code}) if is_over else _ended(found, name, code, stopped)
+        catalog = read_catalog(*stores)
+        is_over = code == EXIT_FINISHED and _is_complete(catalog, settings)
+        why, details = (
+            ("ended", {"code": code}) if is_over else _ended(catalog, name, code, stopped)
+        )
         for store in stores:
             launches.end(store, name, why, **details)
-        stands, failed = verdict(found, launches.read(stores), name)
+        stands, failed = verdict(catalog, launches.read(stores), name)
     except StorageError as error:
         say(f"harness: cannot tell how the run stands: {redacted(str(error))}", sys.stderr)
         return Outcome("unknown", error.what, EXIT_STORAGE)
     show(stands, failed)
     if (kind := _notice(stands, failed)) is not None:
-        step = found.head.step if found.head else 0
+        step = catalog.head.step if catalog.head else 0
         notify(settings.notify, kind, str(stores[0]), stands.why, step=step, launch=name)
     return stands
 
@@ -212,18 +218,18 @@ def _notice(stands: Outcome, failed: Sequence[Failure]) -> str | None:
     }.get(stands.exit_code)
 
 
-def _ended(found: Catalog, name: str, code: int, stopped: bool) -> tuple[str, dict[str, object]]:
+def _ended(catalog: Catalog, name: str, code: int, stopped: bool) -> tuple[str, dict[str, object]]:
     """Return how the launch ended, and the details for its record.
 
     Only the exit code is known here. The end records of attempts hold more.
 
     Args:
-        found: Catalog of the run's stores.
+        catalog: Catalog of the run's stores.
         name: Name of the launch.
         code: Exit code of the launch.
         stopped: Whether the launch was ended from outside.
     """
-    is_alone = not launches.attempts_of(found, name)
+    is_alone = not launches.attempts_of(catalog, name)
     # `before` detects a finished run. Exit code 0 without an attempt therefore means that the
     # launch was stopped before any rank began to train.
     if stopped or (is_alone and code == EXIT_FINISHED):
@@ -240,5 +246,8 @@ def show(stands: Outcome, failed: Sequence[Failure]) -> None:
     """Print the state of the run, after the traceback of the first failure."""
     for failure in failed[:1]:
         if failure.trace:
-            say(f"harness: {failure.what}, the first error:\n{failure.trace.rstrip()}", sys.stderr)
+            say(
+                f"harness: {failure.subject}, the first error:\n{failure.trace.rstrip()}",
+                sys.stderr,
+            )
     say(f"harness: {stands.state}: {stands.why}", sys.stderr)

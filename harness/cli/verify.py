@@ -31,16 +31,17 @@ def run(given: argparse.Namespace) -> int:
     Raises UsageError, DamagedError, StorageError.
     """
     if locate.is_run(given.path):
-        store, found = locate.run(given.path)
-        manifests = found.manifests
-        problems = [f"{key}: {why}" for key, why in found.damaged.items()]
-        problems += [f"{key}: of another run" for key in found.strangers]
-        newer = [f"{error.what}; {error.found}" for error in found.newer.values()]
-        notes = [f"{key}: set aside as damaged, does not count" for key in found.set_aside]
+        store, catalog = locate.run(given.path)
+        manifests = catalog.manifests
+        problems = [f"{key}: {why}" for key, why in catalog.damaged.items()]
+        problems += [f"{key}: of another run" for key in catalog.strangers]
+        newer = [f"{error.what}; {error.found}" for error in catalog.newer.values()]
+        notes = [f"{key}: set aside as damaged, does not count" for key in catalog.set_aside]
         notes += [
-            f"{key}: was found damaged once, and is the last choice" for key in sorted(found.marked)
+            f"{key}: was found damaged once, and is the last choice"
+            for key in sorted(catalog.marked)
         ]
-        notes += [f"{key}: data without a manifest, does not count" for key in found.orphans]
+        notes += [f"{key}: data without a manifest, does not count" for key in catalog.orphans]
     else:
         store, manifest = locate.checkpoint(given.path)
         manifests, problems, newer, notes = [manifest], [], [], []
@@ -56,12 +57,12 @@ def run(given: argparse.Namespace) -> int:
             say(f"ok       {manifest.name}  {size(manifest.size_bytes)}")
     for note in notes:
         say(f"note     {note}")
-    for words in problems:
-        say(f"DAMAGED  {words}")
-    for words in unread:
-        say(f"NOT READ {words}")
-    for words in newer:
-        say(f"NEWER    {words}")
+    for message in problems:
+        say(f"DAMAGED  {message}")
+    for message in unread:
+        say(f"NOT READ {message}")
+    for message in newer:
+        say(f"NEWER    {message}")
     if not manifests and not problems and not newer:
         say("no checkpoints")
     if problems:

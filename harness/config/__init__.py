@@ -142,13 +142,13 @@ def check_changes(
     Raises:
         UsageError: With every change that would alter the training trajectory and is not allowed.
     """
-    found = [
+    changed = [
         change for change in changes(old, new) if not change.name.startswith(("resume.", "init."))
     ]
     refused = (
         []
         if "config" in accept
-        else [change for change in found if not change.is_free and change.name not in override]
+        else [change for change in changed if not change.is_free and change.name not in override]
     )
     if refused:
         raise UsageError(
@@ -159,4 +159,4 @@ def check_changes(
             "to the restored optimizer: "
             f"resume.override=[{','.join(change.name for change in refused)}].",
         )
-    return found
+    return changed

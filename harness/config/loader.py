@@ -65,8 +65,8 @@ def read(file: str | None, overrides: list[str]) -> tuple[Config, dict[str, Any]
 
 def names(file: str | None, overrides: list[str]) -> set[str]:
     """Return the names of the settings that have a value; see `harness.config.given`."""
-    found = _file_settings(file, []) + _line_settings(overrides, [])
-    return {name for name, value, _ in found if value is not None}
+    settings = _file_settings(file, []) + _line_settings(overrides, [])
+    return {name for name, value, _ in settings if value is not None}
 
 
 def _plain(settings: Any, *, resolve: bool) -> dict[str, Any]:
@@ -98,7 +98,7 @@ def _file_settings(file: str | None, problems: list[str]) -> list[tuple[str, Any
 
 def _line_settings(overrides: list[str], problems: list[str]) -> list[tuple[str, Any, str]]:
     """Return name, value and origin of each `key=value`; append errors to `problems`."""
-    found = []
+    settings = []
     for text in overrides:
         name, equals, _ = text.partition("=")
         if not equals or not name:
@@ -109,21 +109,21 @@ def _line_settings(overrides: list[str], problems: list[str]) -> list[tuple[str,
         except (OmegaConfBaseException, yaml.YAMLError) as error:
             problems.append(f"{text!r}: cannot be read: {' '.join(str(error).split())}")
             continue
-        found += [
+        settings += [
             (key, value, "command line")
             for key, value in flatten(parsed).items()  # type: ignore[arg-type]
         ]
-    return found
+    return settings
 
 
 def _renamed(settings: list[tuple[str, Any, str]]) -> list[tuple[str, Any, str]]:
     """Return the settings under today's names, and print each earlier name once."""
-    found = list(renamed((name, value) for name, value, _ in settings))
-    for earlier in sorted({earlier for _, _, earlier in found if earlier}):
+    current = list(renamed((name, value) for name, value, _ in settings))
+    for earlier in sorted({earlier for _, _, earlier in current if earlier}):
         say(f"harness: warning: {earlier} is an old name: see {TODAY[earlier]}", sys.stderr)
     return [
         (name, value, origin)
-        for (name, value, _), (_, _, origin) in zip(found, settings, strict=True)
+        for (name, value, _), (_, _, origin) in zip(current, settings, strict=True)
     ]
 
 

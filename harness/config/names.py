@@ -40,15 +40,15 @@ def renamed(settings: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any, str
 
 def stored_under_todays_names(stored: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings of a checkpoint, with dotted names, under today's names."""
-    found: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
     kept: dict[str, Any] = {}
     for name, value, earlier in renamed(flatten(dict(stored)).items()):
         if earlier and name == "store.keep":
             kept |= {key: number for key, number in value.items() if number is not None}
-            found[name] = kept
+            settings[name] = kept
         else:
-            found[name] = value
-    return found
+            settings[name] = value
+    return settings
 
 
 def nested(name: str, value: Any) -> dict[str, Any]:

@@ -55,16 +55,16 @@ def _is_pattern(text: str) -> bool:
         return False
 
 
-def one_of(*words: str) -> Rule:
+def one_of(*choices: str) -> Rule:
     """Return the rule of a setting that is one of some words."""
-    return Rule(lambda v: v in words, f"{', '.join(words[:-1])} or {words[-1]}")
+    return Rule(lambda v: v in choices, f"{', '.join(choices[:-1])} or {choices[-1]}")
 
 
-def some_of(*words: str) -> Rule:
+def some_of(*choices: str) -> Rule:
     """Return the rule of a setting that is a list of some words."""
     return Rule(
-        lambda v: isinstance(v, list | tuple) and set(v) <= set(words),
-        f"a list of: {', '.join(words)}",
+        lambda v: isinstance(v, list | tuple) and set(v) <= set(choices),
+        f"a list of: {', '.join(choices)}",
     )
 
 

@@ -12,9 +12,9 @@ from pathlib import Path
 from harness.errors import UsageError
 
 
-def check_loop(words: list[str]) -> Path:
+def check_loop(command: list[str]) -> Path:
     """Return the absolute path of the user's program. Raises UsageError."""
-    file = Path(words[0]).expanduser().absolute()
+    file = Path(command[0]).expanduser().absolute()
     if not file.is_file():
         raise UsageError(
             "there is no such program",

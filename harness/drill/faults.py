@@ -13,7 +13,7 @@ class Kind:
     """A kind of fault: the point of the run at which it is due, and the signal that is sent."""
 
     point: str  # name of the point in `run/drill_hooks.py`
-    words: str  # description for people
+    description: str  # for people
     signal: str = "SIGKILL"
     whom: str = "tree"  # the whole process tree ("tree"), one rank ("rank"), or the launcher
     # Feature of the run without which the fault cannot occur: remote, evaluation, epochs (more than
@@ -70,10 +70,10 @@ def planned(count: int, kinds: Sequence[str], last_step: int, seed: int) -> list
     order: list[str] = []
     while len(order) < count and kinds:
         order += draw.sample(list(kinds), len(kinds))
-    found = []
+    faults = []
     for number, kind in enumerate(order[:count]):
         step = 1 + int((number + draw.random()) * last_step / count)
-        found.append(
+        faults.append(
             Fault(number, kind, 0 if kind in AT_ONCE else min(step, last_step), draw.random())
         )
-    return found
+    return faults

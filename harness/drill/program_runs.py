@@ -30,7 +30,7 @@ WORKERS = (2, 0)  # num_workers after a "workers" fault: the first that is not i
 class Program:
     """The program under test, with its command line for `harness launch`."""
 
-    words: tuple[str, ...]  # options, settings, the program with its arguments
+    arguments: tuple[str, ...]  # options, settings, the program with its arguments
     has_remote: bool
     code: Path  # the package's `__main__.py`
 
@@ -96,16 +96,16 @@ def run_program(
         InterruptedDrillError: The time limit has passed, or this process received a stop signal.
     """
     folder.mkdir(parents=True)
-    life = ProgramRun(folder, dict(plan))
+    program_run = ProgramRun(folder, dict(plan))
     began = time.monotonic()
     while True:
         (folder / PLAN).write_text(
-            json.dumps(life.plan | {"faults": [fault.plan() for fault in faults]})
+            json.dumps(program_run.plan | {"faults": [fault.plan() for fault in faults]})
         )
-        code, was_hurt = _one_launch(program, life, faults, until, say)
-        life.seconds = time.monotonic() - began
+        code, was_hurt = _run_launch(program, program_run, faults, until, say)
+        program_run.seconds = time.monotonic() - began
         if code == EXIT_FINISHED:
-            return life
+            return program_run
         if not was_hurt and code != EXIT_STOPPED:
             tail = "\n".join((folder / "output.txt").read_text(errors="replace").splitlines()[-12:])
             raise HarnessError(
@@ -115,9 +115,9 @@ def run_program(
             )
 
 
-def _one_launch(
+def _run_launch(
     program: Program,
-    life: ProgramRun,
+    program_run: ProgramRun,
     faults: list[Fault],
     until: float,
     say: Callable[[str], None],
@@ -126,7 +126,7 @@ def _one_launch(
 
     Args:
         program: The program under test.
-        life: The run; injected faults are added to it.
+        program_run: The run; injected faults are added to it.
         faults: All faults of the drill.
         until: Time limit by `time.monotonic`.
         say: Prints a line for each injected fault.
@@ -137,11 +137,11 @@ def _one_launch(
     Raises:
         InterruptedDrillError: The time limit has passed, or this process received a stop signal.
     """
-    caused = len(life.caused)
-    with (life.folder / "output.txt").open("a") as output:
+    caused = len(program_run.caused)
+    with (program_run.folder / "output.txt").open("a") as output:
         process = subprocess.Popen(
-            _command(program, life, len(faults)),
-            env=_environment(life.folder),
+            _command(program, program_run, len(faults)),
+            env=_environment(program_run.folder),
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
@@ -149,18 +149,18 @@ def _one_launch(
         )
         try:
             while process.poll() is None:
-                _check_may_go_on(life, len(faults), until)
-                for fault in faults[len(life.caused) :][:1]:
-                    _cause_if_due(fault, process, life, say)
+                _check_may_go_on(program_run, len(faults), until)
+                for fault in faults[len(program_run.caused) :][:1]:
+                    _cause_if_due(fault, process, program_run, say)
                 time.sleep(LOOK_S)
         finally:
             if process.poll() is None:
                 process.kill()
             process.wait()
-            _until_gone(life)
-    for done in life.caused[caused:]:
-        _afterwards(done.fault, life)
-    return process.returncode, len(life.caused) > caused
+            _until_gone(program_run)
+    for done in program_run.caused[caused:]:
+        _afterwards(done.fault, program_run)
+    return process.returncode, len(program_run.caused) > caused
 
 
 def _environment(folder: Path) -> dict[str, str]:
@@ -173,27 +173,27 @@ def _environment(folder: Path) -> dict[str, str]:
     return environment | {REDIRECT: str(folder), DRILL: "1", "WANDB_MODE": "disabled"}
 
 
-def _command(program: Program, life: ProgramRun, faults: int) -> list[str]:
+def _command(program: Program, program_run: ProgramRun, faults: int) -> list[str]:
     """Return the command line of a launch; `faults` is the number of faults of the drill."""
-    remote = [f"run.remote=file://{life.folder / REMOTE}"] if program.has_remote else []
+    remote = [f"run.remote=file://{program_run.folder / REMOTE}"] if program.has_remote else []
     own = [
-        f"run.dir={life.run}",
+        f"run.dir={program_run.run}",
         *remote,
         "log.to=[]",
         "notify.command=[]",
         "notify.webhook_env=null",
         f"run.max_failures={faults + 3}",
     ]
-    return [sys.executable, str(program.code), "launch", *_settings_first(program.words, own)]
+    return [sys.executable, str(program.code), "launch", *_settings_first(program.arguments, own)]
 
 
-def _settings_first(words: tuple[str, ...], own: list[str]) -> list[str]:
+def _settings_first(arguments: tuple[str, ...], own: list[str]) -> list[str]:
     """Return the command line with our settings in place of its own settings of the same names."""
     names = tuple(f"{setting.partition('=')[0]}=" for setting in own)
-    return [*(word for word in words if not word.startswith(names)), *own]
+    return [*(argument for argument in arguments if not argument.startswith(names)), *own]
 
 
-def _check_may_go_on(life: ProgramRun, faults: int, until: float) -> None:
+def _check_may_go_on(program_run: ProgramRun, faults: int, until: float) -> None:
     """Raise InterruptedDrillError after the time limit or a stop signal to this process."""
     if time.monotonic() <= until and not preemption.requested():
         return
@@ -204,7 +204,7 @@ def _check_may_go_on(life: ProgramRun, faults: int, until: float) -> None:
     )
     raise InterruptedDrillError(
         why,
-        f"found: {len(life.caused)} of {faults} faults caused",
+        f"found: {len(program_run.caused)} of {faults} faults caused",
         "Give it more: --limit-s.",
     )
 
@@ -212,7 +212,7 @@ def _check_may_go_on(life: ProgramRun, faults: int, until: float) -> None:
 def _cause_if_due(
     fault: Fault,
     process: subprocess.Popen[bytes],
-    life: ProgramRun,
+    program_run: ProgramRun,
     say: Callable[[str], None],
 ) -> None:
     """Inject a fault if the run has reached its point.
@@ -220,49 +220,52 @@ def _cause_if_due(
     Args:
         fault: The next fault.
         process: The launcher.
-        life: The run; the injected fault is added to it.
+        program_run: The run; the injected fault is added to it.
         say: Prints a line for the injected fault.
     """
-    if (reached := life.folder / f"reached-{fault.number}.json").exists():
+    if (reached := program_run.folder / f"reached-{fault.number}.json").exists():
         step = int(json.loads(reached.read_text())["step"])
-        say(f"step {step}: {KINDS[fault.kind].words}")
-        life.caused.append(Caused(fault, time.time(), step))
-        _cause(fault, process, life)
+        say(f"step {step}: {KINDS[fault.kind].description}")
+        program_run.caused.append(Caused(fault, time.time(), step))
+        _cause(fault, process, program_run)
 
 
-def _cause(fault: Fault, process: subprocess.Popen[bytes], life: ProgramRun) -> None:
+def _cause(fault: Fault, process: subprocess.Popen[bytes], program_run: ProgramRun) -> None:
     kind = KINDS[fault.kind]
     target = process.pid
     if kind.whom == "rank":
-        newest = {rank: pid for _, rank, pid in sorted(read(life.folder).pids)}
+        newest = {rank: pid for _, rank, pid in sorted(read(program_run.folder).pids)}
         ranks = sorted(newest)
         target = newest[ranks[int(fault.share * len(ranks))]]
     preemption.forward(target, kind.signal)
     # The writer waits for this file at the end of its step. The signal has been sent, so the ranks
     # may continue to the step boundary at which they act on it.
     if kind.whom != "tree":
-        (life.folder / f"go-{fault.number}").touch()
+        (program_run.folder / f"go-{fault.number}").touch()
 
 
-def _afterwards(fault: Fault, life: ProgramRun) -> None:
+def _afterwards(fault: Fault, program_run: ProgramRun) -> None:
     """Apply what a fault changes before the next launch: the lost disk, or the worker count."""
     if fault.kind == "lost-disk":
-        shutil.rmtree(life.run, ignore_errors=True)
+        shutil.rmtree(program_run.run, ignore_errors=True)
     if fault.kind == "workers":
-        life.plan["workers"] = WORKERS[read(life.folder).workers == WORKERS[0]]
+        program_run.plan["workers"] = WORKERS[read(program_run.folder).workers == WORKERS[0]]
 
 
-def _until_gone(life: ProgramRun) -> None:
+def _until_gone(program_run: ProgramRun) -> None:
     """Wait until no process of the run is left, at most GONE_WITHIN_S seconds.
 
     The ranks die with their launcher.
     """
-    limit, pids = time.monotonic() + GONE_WITHIN_S, [pid for _, _, pid in read(life.folder).pids]
-    while time.monotonic() < limit and any(map(_lives, pids)):
+    limit, pids = (
+        time.monotonic() + GONE_WITHIN_S,
+        [pid for _, _, pid in read(program_run.folder).pids],
+    )
+    while time.monotonic() < limit and any(map(_is_alive, pids)):
         time.sleep(LOOK_S)
 
 
-def _lives(pid: int) -> bool:
+def _is_alive(pid: int) -> bool:
     """Return whether this PID is that of a live process of a drill.
 
     An unrelated process may have reused the PID. A zombie is not alive.

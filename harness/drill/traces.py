@@ -53,28 +53,28 @@ def read(folder: Path) -> Traces:
 
     A line that was cut off while it was written is ignored.
     """
-    found = Traces()
+    traces = Traces()
     for file in sorted(folder.glob("traces-*.jsonl")):
         rank = attempt = 0
         writes = False
         for line in _lines(file):
             if "pid" in line:
                 rank, writes = int(line["rank"]), bool(line["writes"])
-                found.pids.append((line["time"], rank, line["pid"]))
+                traces.pids.append((line["time"], rank, line["pid"]))
             elif "attempt" in line:
                 attempt = line["attempt"]
                 if writes:
-                    found.starts.append((line["time"], attempt, line["goes_on_from"]))
+                    traces.starts.append((line["time"], attempt, line["goes_on_from"]))
             elif "has" in line:
-                found.has.add(line["has"])
-                found.workers = line.get("number", found.workers)
+                traces.has.add(line["has"])
+                traces.workers = line.get("number", traces.workers)
             elif "step" in line:
                 digests = {name: line[name] for name in COMPARED if name in line}
-                found.steps.append(
+                traces.steps.append(
                     Step(rank, line["step"], line["time"], attempt, line["epoch"], digests, writes)
                 )
-    found.steps.sort(key=lambda step: step.time)
-    return found
+    traces.steps.sort(key=lambda step: step.time)
+    return traces
 
 
 def _lines(file: Path) -> Iterator[dict[str, Any]]:
@@ -95,9 +95,9 @@ class Difference:
     tensors: tuple[str, ...] = ()  # names of the state entries that differ, in the state's order
 
 
-def first_of(found: Sequence[Difference]) -> Difference | None:
+def first_of(differing: Sequence[Difference]) -> Difference | None:
     """Return the difference of the smallest step; of equal steps, the earliest."""
-    return min(found, key=lambda difference: (difference.step, difference.time), default=None)
+    return min(differing, key=lambda difference: (difference.step, difference.time), default=None)
 
 
 def differences(whole: Traces, other: Traces) -> list[Difference]:
@@ -106,7 +106,7 @@ def differences(whole: Traces, other: Traces) -> list[Difference]:
     Steps that the undisturbed run has not made are not compared.
     """
     expected = {(step.rank, step.step): step.digests for step in whole.steps}
-    found = []
+    differing = []
     for step in other.steps:
         wanted = expected.get((step.rank, step.step))
         if wanted is None:
@@ -122,8 +122,8 @@ def differences(whole: Traces, other: Traces) -> list[Difference]:
                     if name == "state" and theirs and mine
                     else ()
                 )
-                found.append(
+                differing.append(
                     Difference(step.step, step.rank, step.attempt, step.time, name, tensors)
                 )
                 break
-    return found
+    return differing

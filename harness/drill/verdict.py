@@ -47,9 +47,9 @@ class Row:
     equal: bool | None
 
     @property
-    def words(self) -> str:
+    def description(self) -> str:
         """Return the description of the fault's kind."""
-        return KINDS[self.fault.kind].words
+        return KINDS[self.fault.kind].description
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class _Compared:
     """All differences of two runs: of their traces, last checkpoints, and kept files."""
 
     expected: Traces
-    found: Traces
+    actual: Traces
     steps: list[Difference]
     last: Comparison
     files: list[str]
@@ -117,7 +117,7 @@ class _Compared:
     def is_equal(self) -> bool:
         """Return whether the runs have as many steps, and nothing differs."""
         return (
-            self.expected.last_step == self.found.last_step
+            self.expected.last_step == self.actual.last_step
             and not self.steps
             and not self.last.count
             and not self.files
@@ -126,11 +126,11 @@ class _Compared:
 
 def _compared(whole: ProgramRun, other: ProgramRun) -> _Compared:
     """Compare all steps, the last checkpoints and the kept files of two runs bit for bit."""
-    expected, found = read(whole.folder), read(other.folder)
+    expected, actual = read(whole.folder), read(other.folder)
     return _Compared(
         expected,
-        found,
-        differences(expected, found),
+        actual,
+        differences(expected, actual),
         compare(whole.run, other.run),
         _other_files(whole.run / "files", other.run / "files"),
     )
@@ -152,7 +152,7 @@ def verdict(whole: ProgramRun, hurt: ProgramRun, faults: Sequence[Fault]) -> Ver
     """
     compared = _compared(whole, hurt)
     return Verdict(
-        _rows(hurt.caused, faults, compared.found, compared.steps),
+        _rows(hurt.caused, faults, compared.actual, compared.steps),
         compared.expected.last_step,
         whole.seconds,
         hurt.seconds,
@@ -165,40 +165,45 @@ def verdict(whole: ProgramRun, hurt: ProgramRun, faults: Sequence[Fault]) -> Ver
     )
 
 
-def is_alike(one: ProgramRun, other: ProgramRun) -> bool:
+def is_alike(program_run: ProgramRun, other: ProgramRun) -> bool:
     """Return whether two undisturbed runs are equal in everything that `verdict` compares."""
-    return _compared(one, other).is_equal
+    return _compared(program_run, other).is_equal
 
 
 def _rows(
     caused: Sequence[Caused],
     faults: Sequence[Fault],
-    found: Traces,
+    traces: Traces,
     differing: Sequence[Difference],
 ) -> list[Row]:
     """Return the outcome of each fault; faults that were not injected come last."""
-    own = [step for step in found.steps if step.is_writers]
+    own = [step for step in traces.steps if step.is_writers]
     rows, before = [], 0.0
-    for number, one in enumerate(caused):
+    for number, injected in enumerate(caused):
         until = caused[number + 1].at if number + 1 < len(caused) else float("inf")
-        attempts = [attempt for at, attempt, _ in found.starts if at <= one.at]
+        attempts = [attempt for at, attempt, _ in traces.starts if at <= injected.at]
         reached = max(
             (step.step for step in own if step.attempt <= max(attempts, default=0)), default=0
         )
-        origin = next((step for at, _, step in found.starts if at > one.at), None)
-        has_trained = any(before < at <= one.at for at, _, _ in found.starts)
+        origin = next((step for at, _, step in traces.starts if at > injected.at), None)
+        has_trained = any(before < at <= injected.at for at, _, _ in traces.starts)
         lost = None if origin is None else max(0, reached - origin) if has_trained else 0
         back = next(
-            (step.time - one.at for step in own if step.time > one.at and step.step > reached), None
+            (
+                step.time - injected.at
+                for step in own
+                if step.time > injected.at and step.step > reached
+            ),
+            None,
         )
-        made = [step for step in found.steps if one.at < step.time <= until]
+        made = [step for step in traces.steps if injected.at < step.time <= until]
         equal = (
             None
             if not made
-            else not any(one.at < difference.time <= until for difference in differing)
+            else not any(injected.at < difference.time <= until for difference in differing)
         )
-        rows.append(Row(one.fault, one.step, lost, back, equal))
-        before = one.at
+        rows.append(Row(injected.fault, injected.step, lost, back, equal))
+        before = injected.at
     return rows + [Row(fault, None, None, None, None) for fault in faults[len(caused) :]]
 
 
@@ -212,18 +217,20 @@ def _other_files(whole: Path, hurt: Path) -> list[str]:
             for file in files
         }
 
-    one, other = digests(whole), digests(hurt)
-    return sorted(name for name in one.keys() | other.keys() if one.get(name) != other.get(name))
+    expected, actual = digests(whole), digests(hurt)
+    return sorted(
+        name for name in expected.keys() | actual.keys() if expected.get(name) != actual.get(name)
+    )
 
 
 def _suspects(run: Path) -> list[str]:
     """Return the paths of live objects that the run has reported as untracked."""
-    store, found = LocalStore(run), dict[str, None]()
+    store, paths = LocalStore(run), dict[str, None]()
     for file in sorted((run / "events").glob("[0-9]*.jsonl")):
         for event in attempt_history.events([store], int(file.stem.partition("-")[0])):
             if event.get("event") == "untracked":
-                found |= dict.fromkeys(str(path) for path in event.get("names", []))
-    return list(found)
+                paths |= dict.fromkeys(str(path) for path in event.get("names", []))
+    return list(paths)
 
 
 HEADER = ("step", "fault", "steps lost", "s to the next new step", "steps since")
@@ -234,7 +241,7 @@ def table_of(verdict: Verdict) -> list[tuple[str, ...]]:
     return [
         (
             "-" if row.step is None else str(row.step),
-            row.words,
+            row.description,
             "-" if row.lost is None else str(row.lost),
             "-" if row.back_s is None else f"{row.back_s:.1f}",
             "not reached"

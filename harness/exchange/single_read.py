@@ -15,7 +15,7 @@ from typing import BinaryIO, cast
 from harness.errors import ChangedError, DamagedError
 from harness.monitoring.console import ProgressBar
 from harness.store import SealedMemory, Store, keep
-from harness.store.base import Seekable, in_words
+from harness.store.base import Seekable, storage_error
 
 # A zip reader reads 30 bytes before each tensor; a larger block would keep more memory for each.
 BLOCK_BYTES = 4 << 10
@@ -101,7 +101,7 @@ class SingleRead:
             while done < len(buffer) and (more := self._raw.readinto(buffer[done:])):
                 done += more
         except OSError as error:
-            raise in_words("read", self.where, error) from error
+            raise storage_error("read", self.where, error) from error
         if done < len(buffer) or self._identity() != self._known:
             raise ChangedError(self.where)
         return bytes(buffer)

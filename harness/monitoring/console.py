@@ -18,9 +18,9 @@ class ProgressBar:
     """
 
     def __init__(
-        self, what: str, total_bytes: int, clock: Callable[[], float] = time.monotonic
+        self, label: str, total_bytes: int, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self.what, self.total_bytes, self.clock = what, total_bytes, clock
+        self.label, self.total_bytes, self.clock = label, total_bytes, clock
         self.done_bytes, self._began, self._next_at = 0, clock(), clock() + LIVE_EVERY_S
         self.live = _is_terminal()
 
@@ -32,7 +32,7 @@ class ProgressBar:
             rate = self.done_bytes / max(self.clock() - self._began, 1e-9)
             left = duration(max(0, self.total_bytes - self.done_bytes) / max(rate, 1.0))
             text = (
-                f"{self.what}  {size(self.done_bytes)} of {size(self.total_bytes)}"
+                f"{self.label}  {size(self.done_bytes)} of {size(self.total_bytes)}"
                 f" · {size(rate)}/s · {left} left"
             )
             redraw(text)

@@ -63,13 +63,13 @@ class Goodput:
         self.is_joining = False  # the start-up may be waiting for the other ranks
         self.is_first_step = True
         self._spent = {STARTUP: age_s}
-        self.what, self.since = STARTUP, clock()
+        self.phase, self.since = STARTUP, clock()
 
-    def on(self, what: str) -> str:
+    def on(self, phase: str) -> str:
         """Switch the goodput phase; return the previous one."""
-        now, before = self.clock(), self.what
+        now, before = self.clock(), self.phase
         self._spent[before] = self._spent.get(before, 0.0) + now - self.since
-        self.what, self.since = what, now
+        self.phase, self.since = phase, now
         return before
 
     def resumes(self, redone_until: int, steps_per_s: float | None) -> None:
@@ -89,9 +89,9 @@ class Goodput:
         self.is_first_step = False
 
     @contextlib.contextmanager
-    def during(self, what: str) -> Iterator[None]:
+    def during(self, phase: str) -> Iterator[None]:
         """Attribute the time of the block to a phase, then switch back to the previous phase."""
-        before = self.on(what)
+        before = self.on(phase)
         try:
             yield
         finally:
@@ -99,9 +99,9 @@ class Goodput:
 
     def spent(self) -> dict[str, float]:
         """Return the seconds spent in each phase until now, rounded to milliseconds."""
-        what, since, spent = self.what, self.since, dict(self._spent)
-        spent[what] = spent.get(what, 0.0) + self.clock() - since
-        return {what: round(seconds, 3) for what, seconds in spent.items()}
+        phase, since, spent = self.phase, self.since, dict(self._spent)
+        spent[phase] = spent.get(phase, 0.0) + self.clock() - since
+        return {phase: round(seconds, 3) for phase, seconds in spent.items()}
 
     @contextlib.contextmanager
     def joining(self) -> Iterator[None]:

@@ -64,13 +64,13 @@ class MetricBuffer:
             for name, value in values.items()
         }
 
-    def evaluated(self, found: dict[str, float]) -> None:
+    def evaluated(self, metrics: dict[str, float]) -> None:
         """Add the metrics of an evaluation, and update the best value.
 
         The metrics of several evaluations in one step are merged.
         """
-        self.of_this_step = self.metrics = self.of_this_step | found
-        self.best, improved = self._better(found, self.best)
+        self.of_this_step = self.metrics = self.of_this_step | metrics
+        self.best, improved = self._better(metrics, self.best)
         self.new_best = self.new_best or improved
 
     def read(self, world: World) -> list[tuple[int, str, dict[str, float]]]:

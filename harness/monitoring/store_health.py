@@ -37,28 +37,30 @@ class StoreHealth:
         self.worked_at = clock()
         self.last = "no answer yet"  # the last error
         self._since: float | None = None
-        self._said = False
+        self._is_reported = False
         self._lock = threading.Lock()
 
     def record_to(self, note: Callable[..., object]) -> None:
         """Record what follows as events: `note` takes the kind and the fields of one."""
         self._note = note
 
-    def on_retry(self, what: str, event: RetryEvent) -> None:
+    def on_retry(self, request: str, event: RetryEvent) -> None:
         """Record a failed request that will be retried; print a warning for a long outage.
 
         Args:
-            what: The request, for the event.
+            request: The request, for the event.
             event: The retry event.
         """
         why = redacted(f"{type(event.error).__name__}: {event.error}".splitlines()[0][:200])
         with self._lock:
             self.last = why
             self._since = self.clock() if self._since is None else self._since
-            speak = not self._said and self.clock() - self._since >= SILENT_S
-            self._said = self._said or speak
+            speak = not self._is_reported and self.clock() - self._since >= SILENT_S
+            self._is_reported = self._is_reported or speak
             began = datetime.datetime.now() - datetime.timedelta(seconds=self.clock() - self._since)
-        self._note("retry", what=what, tries=event.tries, wait_s=round(event.wait_s, 2), error=why)
+        self._note(
+            "retry", what=request, tries=event.tries, wait_s=round(event.wait_s, 2), error=why
+        )
         if speak:
             self.say(
                 f"harness: warning: {self.name} does not answer since {began:%H:%M:%S}; "
@@ -69,7 +71,12 @@ class StoreHealth:
         """Record a successful request; report the end of an outage that was printed."""
         with self._lock:
             self.worked_at = self.clock()
-            since, said, self._since, self._said = self._since, self._said, None, False
-        if since is not None and said:
+            since, was_reported, self._since, self._is_reported = (
+                self._since,
+                self._is_reported,
+                None,
+                False,
+            )
+        if since is not None and was_reported:
             self._note("answers_again", after_s=round(self.clock() - since, 1))
             self.say(f"harness: {self.name} answers again, after {self.clock() - since:.0f} s")

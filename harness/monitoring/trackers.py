@@ -39,16 +39,16 @@ def values_of(event: Mapping[str, Any]) -> Values:
     }
 
 
-def history(found: Catalog, until: int) -> dict[int, Values]:
+def history(catalog: Catalog, until: int) -> dict[int, Values]:
     """Return the logged values of the steps up to `until`, in the order of steps.
 
     If several attempts made a step, its values are those of the last one.
     """
     steps: dict[int, Values] = {}
-    for number in sorted(found.attempts):
-        began = (found.attempts[number].get("from") or {}).get("step", 0)
+    for number in sorted(catalog.attempts):
+        began = (catalog.attempts[number].get("from") or {}).get("step", 0)
         steps = {step: values for step, values in steps.items() if step <= began}
-        for event in attempt_history.told(found.stores, number, math.inf):
+        for event in attempt_history.first_log(catalog.stores, number, math.inf):
             if (values := values_of(event)) and isinstance(step := event.get("step"), int):
                 steps[step] = steps.get(step, {}) | values
     return {step: steps[step] for step in sorted(steps) if step <= until}
@@ -141,7 +141,7 @@ class Trackers:
     def __init__(
         self,
         names: Sequence[str],
-        found: Catalog,
+        catalog: Catalog,
         run_id: str,
         step: int,
         say: Callable[[str], object],
@@ -150,42 +150,42 @@ class Trackers:
 
         Args:
             names: Names of the trackers.
-            found: The catalog of the run's stores.
+            catalog: The catalog of the run's stores.
             run_id: Id of the run.
             step: Step of the resume point.
             say: Prints a line.
         """
         self._say = say
-        self._told: dict[str, TensorBoard | WeightsAndBiases] = {}
-        before = history(found, step) if names else {}
+        self._trackers: dict[str, TensorBoard | WeightsAndBiases] = {}
+        before = history(catalog, step) if names else {}
         for name in names:
-            self._safely(name, partial(self._open, name, found.stores[0], run_id, before))
+            self._safely(name, partial(self._open, name, catalog.stores[0], run_id, before))
 
     def _open(self, name: str, store: Store, run_id: str, before: Mapping[int, Values]) -> None:
-        self._told[name] = MAKERS[name](store, run_id, before)
+        self._trackers[name] = MAKERS[name](store, run_id, before)
 
     def on_event(self, event: Mapping[str, Any]) -> None:
         """Log the numbers of an event to all trackers, if it holds any."""
-        if self._told and (values := values_of(event)):
-            for name, teller in list(self._told.items()):
+        if self._trackers and (values := values_of(event)):
+            for name, teller in list(self._trackers.items()):
                 self._safely(name, partial(teller.log, int(event["step"]), values))
 
     def close(self) -> None:
         """Close the trackers, which write buffered values; wait at most `CLOSE_S` for each."""
-        for name, teller in list(self._told.items()):
+        for name, teller in list(self._trackers.items()):
             thread = threading.Thread(
                 target=self._safely, args=(name, teller.close), daemon=True, name=name
             )
             thread.start()
             thread.join(CLOSE_S)
-        self._told.clear()
+        self._trackers.clear()
 
     def _safely(self, name: str, work: Callable[[], object]) -> None:
         try:
             work()
         # The errors of these libraries are not known, and training does not depend on them.
         except Exception as error:  # noqa: BLE001
-            self._told.pop(name, None)
+            self._trackers.pop(name, None)
             self._say(
                 f"harness: warning: nothing more is told to {name}: {type(error).__name__}: {error}"
             )

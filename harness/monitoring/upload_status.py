@@ -41,7 +41,7 @@ class UploadStatus:
         self._changed, self._has_local = changed, has_local
 
     @property
-    def words(self) -> str:
+    def status_line(self) -> str:
         """Return the state of the uploads, for the progress line."""
         if self._behind_since:
             return f"NOT UPLOADED since {self._behind_since}"

@@ -20,7 +20,7 @@ from harness.text import duration
 # Seconds of waiting until the first notice, and between two checks. The following notices come each
 # time that the wait has doubled.
 FIRST_S, LOOK_S = 10.0, 1.0
-WORDS = {
+AWAITED = {
     RESTORE: "the stores: finding and reading the checkpoint",
     DATA: "the next batch",
     OVERHEAD: "the other ranks",
@@ -29,19 +29,19 @@ WORDS = {
 JOINING = "the other ranks to join"
 
 
-def words(goodput: Goodput) -> str:
+def awaited_subject(goodput: Goodput) -> str:
     """Return what the run is waiting for; "" if nothing, or if no notice is needed.
 
     A step is no wait, however long it takes, except for the first one, which may have to compile.
     """
-    what = goodput.what
-    if what in (TRAINING, REDONE):
+    phase = goodput.phase
+    if phase in (TRAINING, REDONE):
         return (
             "the first step, which may have to compile, and the other ranks in it"
             if goodput.is_first_step
             else ""
         )
-    return (JOINING if goodput.is_joining else "") if what == STARTUP else WORDS.get(what, "")
+    return (JOINING if goodput.is_joining else "") if phase == STARTUP else AWAITED.get(phase, "")
 
 
 class WaitNotices:
@@ -55,9 +55,9 @@ class WaitNotices:
         """Print a notice if it is time for one."""
         if goodput.since != self._since:
             self._since, self._next_s = goodput.since, FIRST_S
-        waited_s, what = goodput.clock() - self._since, words(goodput)
-        if what and waited_s >= self._next_s:
-            goodput.say(f"harness: waiting for {what} ({duration(waited_s)})")
+        waited_s, subject = goodput.clock() - self._since, awaited_subject(goodput)
+        if subject and waited_s >= self._next_s:
+            goodput.say(f"harness: waiting for {subject} ({duration(waited_s)})")
             self._next_s = 2 * waited_s
 
 

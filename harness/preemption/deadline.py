@@ -27,7 +27,7 @@ class Plan:
 
     save: bool
     upload: bool
-    words: str = ""
+    message: str = ""
 
 
 def plan(

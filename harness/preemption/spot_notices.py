@@ -54,10 +54,10 @@ class Answer:
     def fields(self) -> dict[str, Any]:
         """Return the JSON object of the body; {} if the status is not 200 or there is no object."""
         try:
-            found = json.loads(self.body) if self.status == 200 else None
+            parsed = json.loads(self.body) if self.status == 200 else None
         except (ValueError, RecursionError):
             return {}
-        return found if isinstance(found, dict) else {}
+        return parsed if isinstance(parsed, dict) else {}
 
 
 def ask(cloud: str, base_url: str | None = None) -> str | None:
@@ -100,9 +100,9 @@ def watch(
 
     def poll() -> None:
         while not ended.is_set():
-            words = _look(cloud, base, token)
-            if words is not None and not ended.is_set():
-                on_notice(words)
+            notice = _look(cloud, base, token)
+            if notice is not None and not ended.is_set():
+                on_notice(notice)
                 return
             ended.wait(every_s)
 

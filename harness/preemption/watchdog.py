@@ -58,12 +58,12 @@ class Watchdog:
         self._thread: threading.Thread | None = None
         self._over = threading.Event()
 
-    def expect(self, what: str, limit_s: float) -> None:
-        """Allow `what` to take `limit_s` seconds, until the next call of `expect` or `rest`.
+    def expect(self, activity: str, limit_s: float) -> None:
+        """Allow `activity` to take `limit_s` seconds, until the next call of `expect` or `rest`.
 
         A call costs less than a microsecond, except for the first, which starts the thread.
         """
-        self._awaited = (self.clock() + limit_s, what, limit_s)
+        self._awaited = (self.clock() + limit_s, activity, limit_s)
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, daemon=True, name="watchdog")
             self._thread.start()
@@ -89,13 +89,13 @@ class Watchdog:
             if awaited is None:
                 faulthandler.cancel_dump_traceback_later()
                 continue
-            until, what, limit_s = awaited
+            until, activity, limit_s = awaited
             if late_s > SUSPENDED_S:
                 until += late_s
                 if self._awaited is awaited:
-                    self._awaited = (until, what, limit_s)
+                    self._awaited = (until, activity, limit_s)
             elif now > until and self._awaited is awaited:
-                self._hung(what, limit_s)
+                self._hung(activity, limit_s)
                 return
             # If something holds the GIL, this thread cannot run. The timer of faulthandler, which
             # does not need the GIL, then ends the process.
@@ -103,13 +103,13 @@ class Watchdog:
                 max(until - now, 0) + limit_s + BACKSTOP_S, exit=True, file=2
             )
 
-    def _hung(self, what: str, limit_s: float) -> None:
+    def _hung(self, activity: str, limit_s: float) -> None:
         """Report the hang and end the process, also if the report takes too long."""
         alarm = threading.Timer(REPORT_S, self._leave, (1,))
         alarm.daemon = True
         alarm.start()
         try:
-            self._on_hang(what, limit_s, stacks())
+            self._on_hang(activity, limit_s, stacks())
         finally:
             self._leave(1)
 

@@ -62,27 +62,27 @@ class Scale:
 class Bar:
     """An interval of a row, in seconds since the run began.
 
-    `kind` is its CSS class, `said` its tooltip.
+    `kind` is its CSS class, `tooltip` what it shows under the pointer.
     """
 
     begin: float
     end: float
     kind: str
-    said: str
+    tooltip: str
 
 
 @dataclass(frozen=True)
 class Mark:
     """A point on a row, in seconds since the run began: a save, or the end of the attempt.
 
-    `kind` is its CSS class, `said` its tooltip. `sign` is the character that is drawn; if it is
-    empty, a vertical tick is drawn.
+    `kind` is its CSS class, `tooltip` what it shows under the pointer. `sign` is the character that
+    is drawn; if it is empty, a vertical tick is drawn.
     """
 
     at: float
     kind: str
     sign: str
-    said: str
+    tooltip: str
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class Row:
     name: str
     bars: Sequence[Bar]
     marks: Sequence[Mark]
-    words: str
+    note: str
 
 
 def escaped(text: str) -> str:
@@ -110,9 +110,9 @@ def shares(parts: Sequence[tuple[str, float, str]]) -> str:
     its share as a percentage.
     """
     total, at, drawn = sum(share for _, share, _ in parts) or 1.0, 0.0, []
-    for kind, share, said in parts:
+    for kind, share, tooltip in parts:
         width = WIDTH * share / total
-        drawn.append(_rect(at, 0, width, 34, kind, said))
+        drawn.append(_rect(at, 0, width, 34, kind, tooltip))
         if width > 60:
             drawn.append(
                 f'<text class="inside in-{escaped(kind)}" x="{at + 8:.1f}" y="22">'
@@ -147,25 +147,25 @@ def timeline(rows: Sequence[Row], seconds: float) -> str:
                 max(1.0, scale(bar.end) - scale(bar.begin)),
                 ROW,
                 bar.kind,
-                bar.said,
+                bar.tooltip,
             )
             for bar in row.bars
         ]
         drawn += [_mark(scale(mark.at), top, mark) for mark in row.marks]
-        if row.words and row.bars:
-            drawn.append(_beside(scale(row.bars[0].begin), scale(row.bars[-1].end), top, row.words))
+        if row.note and row.bars:
+            drawn.append(_beside(scale(row.bars[0].begin), scale(row.bars[-1].end), top, row.note))
     return _svg(height, drawn)
 
 
 def curve(
-    points: Sequence[tuple[float, float]], marks: Sequence[tuple[float, str]], what: str, over: str
+    points: Sequence[tuple[float, float]], marks: Sequence[tuple[float, str]], name: str, over: str
 ) -> str:
     """Draw a curve, with vertical lines at marked positions.
 
     Args:
         points: (x, y) pairs in the order of x; points with a y that is not finite are left out.
         marks: (x, tooltip) of each vertical line; an x outside the curve moves to its nearer end.
-        what: Tooltip of the curve.
+        name: Tooltip of the curve.
         over: Label of the x axis.
 
     Returns:
@@ -194,13 +194,13 @@ def curve(
             f'<text class="tick" x="{x_scale(value):.1f}" y="{height - 10}" text-anchor="middle">'
             f"{value:g}</text>"
         )
-    for at, said in marks:
+    for at, tooltip in marks:
         x = x_scale(min(max(at, min(xs)), max(xs)))
         line = f'<line class="resume" x1="{x:.1f}" y1="8" x2="{x:.1f}" y2="{height - bottom}"/>'
-        drawn.append(f"<g>{line}<title>{escaped(said)}</title></g>")
+        drawn.append(f"<g>{line}<title>{escaped(tooltip)}</title></g>")
     path = " ".join(f"{x_scale(x):.1f},{y_scale(y):.1f}" for x, y in points)
     drawn.append(
-        f'<polyline class="curve" points="{path}"><title>{escaped(what)}</title></polyline>'
+        f'<polyline class="curve" points="{path}"><title>{escaped(name)}</title></polyline>'
     )
     drawn.append(
         f'<text class="tick" x="{WIDTH - RIGHT}" y="{height - 10}" text-anchor="end">'
@@ -216,11 +216,11 @@ def thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     """
     size = -(-len(points) // MOST_POINTS) if points else 1
     groups = [points[at : at + size] for at in range(0, len(points), size)]
-    found = [
+    means = [
         (sum(x for x, _ in group) / len(group), sum(y for _, y in group) / len(group))
         for group in groups
     ]
-    return [*found[:-1], points[-1]] if found else []
+    return [*means[:-1], points[-1]] if means else []
 
 
 def ticks(low: float, high: float, about: int) -> list[float]:
@@ -243,34 +243,34 @@ def time_ticks(seconds: float) -> list[float]:
     return [float(at) for at in range(0, int(seconds) + 1, step)]
 
 
-def _beside(begin: float, end: float, top: float, words: str) -> str:
+def _beside(begin: float, end: float, top: float, note: str) -> str:
     """Draw words after a row's bars, else before them; return "" if there is no room at all."""
-    needed = 6.5 * len(words)  # pixels
+    needed = 6.5 * len(note)  # pixels
     if end + 14 + needed < WIDTH:
-        return f'<text class="note" x="{end + 14:.1f}" y="{top + 16}">{escaped(words)}</text>'
+        return f'<text class="note" x="{end + 14:.1f}" y="{top + 16}">{escaped(note)}</text>'
     if begin - LEFT > needed + 10:
         return (
             f'<text class="note" x="{begin - 8:.1f}" y="{top + 16}" text-anchor="end">'
-            f"{escaped(words)}</text>"
+            f"{escaped(note)}</text>"
         )
     return ""
 
 
-def _rect(x: float, y: float, width: float, height: float, kind: str, said: str) -> str:
+def _rect(x: float, y: float, width: float, height: float, kind: str, tooltip: str) -> str:
     place = f'x="{x:.1f}" y="{y:.1f}" width="{max(0.0, width):.1f}" height="{height}"'
-    return f'<rect class="{escaped(kind)}" {place}><title>{escaped(said)}</title></rect>'
+    return f'<rect class="{escaped(kind)}" {place}><title>{escaped(tooltip)}</title></rect>'
 
 
 def _mark(x: float, top: float, mark: Mark) -> str:
-    said = f"<title>{escaped(mark.said)}</title>"
+    title = f"<title>{escaped(mark.tooltip)}</title>"
     if not mark.sign:
         return (
             f'<g><line class="{escaped(mark.kind)}" x1="{x:.1f}" y1="{top + 3}" '
-            f'x2="{x:.1f}" y2="{top + ROW - 3}"/>{said}</g>'
+            f'x2="{x:.1f}" y2="{top + ROW - 3}"/>{title}</g>'
         )
     return (
         f'<text class="sign {escaped(mark.kind)}" x="{x:.1f}" y="{top + 17}" '
-        f'text-anchor="middle">{escaped(mark.sign)}{said}</text>'
+        f'text-anchor="middle">{escaped(mark.sign)}{title}</text>'
     )
 
 

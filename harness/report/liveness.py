@@ -21,7 +21,7 @@ LAST_EVENTS, TIMES, MOST_S = 100, 2.0, 3600.0
 
 
 def alive(
-    stands: Outcome, lives: Sequence[AttemptSummary], told: Sequence[dict[str, Any]]
+    stands: Outcome, attempts: Sequence[AttemptSummary], events: Sequence[dict[str, Any]]
 ) -> Outcome:
     """Distinguish a run that trains from one that was killed, by its last sign of life.
 
@@ -30,8 +30,8 @@ def alive(
 
     Args:
         stands: State of the run by its records alone.
-        lives: Summaries of the attempts, oldest first.
-        told: Events of the last attempt.
+        attempts: Summaries of the attempts, oldest first.
+        events: Events of the last attempt.
 
     Returns:
         "running" if the last sign of life is not older than `silence_s`, else "to be continued".
@@ -40,12 +40,12 @@ def alive(
     """
     if (
         stands.exit_code != EXIT_STOPPED
-        or not lives
-        or lives[-1].end is not None
+        or not attempts
+        or attempts[-1].end is not None
         or not stands.why.startswith("no end")
     ):
         return stands
-    heard = [event["time"] for event in told if "time" in event] + [lives[-1].began or ""]
+    heard = [event["time"] for event in events if "time" in event] + [attempts[-1].began or ""]
     try:
         ago_s = (
             datetime.datetime.now(datetime.timezone.utc)
@@ -53,10 +53,10 @@ def alive(
         ).total_seconds()
     except ValueError:
         return stands
-    if ago_s <= silence_s(told):
+    if ago_s <= silence_s(events):
         return Outcome(
             "running",
-            f"heard of {duration(max(0, ago_s))} ago, at step {lives[-1].reached}",
+            f"heard of {duration(max(0, ago_s))} ago, at step {attempts[-1].reached}",
             EXIT_STOPPED,
         )
     return Outcome(
@@ -67,15 +67,15 @@ def alive(
     )
 
 
-def silence_s(told: Sequence[dict[str, Any]]) -> float:
+def silence_s(events: Sequence[dict[str, Any]]) -> float:
     """Return how long nothing may be heard of an attempt that trains, in seconds.
 
     Args:
-        told: Events of the attempt.
+        events: Events of the attempt.
     """
     times = sorted(
         datetime.datetime.fromisoformat(event["time"]).timestamp()
-        for event in told[-LAST_EVENTS:]
+        for event in events[-LAST_EVENTS:]
         if records.is_time(event.get("time"))
     )
     longest_s = max((later - earlier for earlier, later in pairwise(times)), default=0.0)

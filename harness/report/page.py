@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from harness.report import chart, phrases
 from harness.report.chart import Bar, Mark, Row, escaped
-from harness.report.timeline import LOST, WAITING, WORDS, AttemptSpan, Timeline
+from harness.report.timeline import LABELS, LOST, WAITING, AttemptSpan, Timeline
 from harness.text import duration
 
 MOST_ROWS, MOST_TICKS = 40, 200
@@ -54,8 +54,9 @@ td, th { text-align: left; padding: .25em .8em .25em 0; border-bottom: 1px solid
 th { color: var(--soft); font-weight: 500; }
 .key { display: inline-block; width: .8em; height: .8em; border-radius: 2px; margin-right: .5em; }
 """ + "\n".join(
-    f"rect.{what} {{ fill: var(--{what}); }} .key.{what} {{ background: var(--{what}); }}"
-    for what in WORDS
+    f"rect.{category} {{ fill: var(--{category}); }} "
+    f".key.{category} {{ background: var(--{category}); }}"
+    for category in LABELS
 )
 
 
@@ -99,7 +100,7 @@ def page(name: str, time: Timeline, more: Table | None = None) -> str:
             "Interruptions",
             _table(
                 phrases.INTERRUPTION,
-                [phrases.interruption(stretch) for stretch in time.interruptions],
+                [phrases.interruption(span) for span in time.interruptions],
             ),
         ),
     ]
@@ -117,16 +118,16 @@ def _section(title: str, body: str) -> str:
 
 def _shares(time: Timeline) -> str:
     parts = [
-        (what, seconds, f"{WORDS.get(what, what)}: {duration(seconds)}")
-        for what, seconds in time.spent.items()
+        (category, seconds, f"{LABELS.get(category, category)}: {duration(seconds)}")
+        for category, seconds in time.spent.items()
     ]
     keys = list(time.spent)
     rows = [
-        (f'<span class="key {escaped(what)}"></span>{escaped(said)}', long, share)
-        for what, (said, long, share, _) in zip(keys, phrases.rows(time), strict=True)
+        (f'<span class="key {escaped(category)}"></span>{escaped(label)}', long, share)
+        for category, (label, long, share, _) in zip(keys, phrases.rows(time), strict=True)
     ]
     cells = "".join(
-        f"<tr><td>{said}</td><td>{long}</td><td>{share}</td></tr>" for said, long, share in rows
+        f"<tr><td>{label}</td><td>{long}</td><td>{share}</td></tr>" for label, long, share in rows
     )
     return f'{chart.shares(parts)}<table style="margin-top:1em;max-width:30em">{cells}</table>'
 
@@ -143,46 +144,46 @@ def _attempts(time: Timeline) -> str:
         " · ▶ running"
     )
     return (
-        f"{note}{chart.timeline([_row(stretch, time) for stretch in shown], time.wall_s)}"
+        f"{note}{chart.timeline([_row(span, time) for span in shown], time.wall_s)}"
         f'<p class="soft">{legend}</p>'
         if shown
         else ""
     )
 
 
-def _row(stretch: AttemptSpan, time: Timeline) -> Row:
+def _row(span: AttemptSpan, time: Timeline) -> Row:
     """Return the row of an attempt in the timeline.
 
     The bars are drawn in the order of start-up, restoring, recomputed steps, training, and the time
     cut off by a kill. The training bar includes all other categories; its tooltip lists them.
     """
-    began, ended = stretch.began - time.began, stretch.ended - time.began
+    began, ended = span.began - time.began, span.ended - time.began
     bars, at = [], began
-    for what in ("startup", "restore", "redone"):
-        if seconds := stretch.spent.get(what, 0.0):
-            bars.append(Bar(at, at + seconds, what, f"{WORDS[what]}: {duration(seconds)}"))
+    for category in ("startup", "restore", "redone"):
+        if seconds := span.spent.get(category, 0.0):
+            bars.append(Bar(at, at + seconds, category, f"{LABELS[category]}: {duration(seconds)}"))
             at += seconds
-    cut = stretch.spent.get(LOST, 0.0)
+    cut = span.spent.get(LOST, 0.0)
     rest = ", ".join(
-        f"{WORDS.get(what, what)} {duration(seconds)}"
-        for what, seconds in stretch.spent.items()
-        if what not in ("startup", "restore", "redone", LOST, WAITING)
+        f"{LABELS.get(category, category)} {duration(seconds)}"
+        for category, seconds in span.spent.items()
+        if category not in ("startup", "restore", "redone", LOST, WAITING)
     )
     bars.append(Bar(at, ended - cut, "training", rest))
     if cut:
-        bars.append(Bar(ended - cut, ended, LOST, f"{WORDS[LOST]}: {duration(cut)}"))
-    saves = stretch.saves[:: -(-len(stretch.saves) // MOST_TICKS) or 1]
+        bars.append(Bar(ended - cut, ended, LOST, f"{LABELS[LOST]}: {duration(cut)}"))
+    saves = span.saves[:: -(-len(span.saves) // MOST_TICKS) or 1]
     marks = [
         Mark(save.at - time.began, "saved", "", f"step {save.step} saved in {save.durable_s:.2g} s")
         for save in saves
     ]
-    marks.append(Mark(ended, stretch.how, SIGNS.get(stretch.how, "✖"), stretch.why))
-    lost = f", {stretch.life.lost} lost" if stretch.is_interrupted and stretch.life.lost else ""
+    marks.append(Mark(ended, span.how, SIGNS.get(span.how, "✖"), span.why))
+    lost = f", {span.life.lost} lost" if span.is_interrupted and span.life.lost else ""
     return Row(
-        f"#{stretch.life.attempt}",
+        f"#{span.life.attempt}",
         bars,
         marks,
-        f"steps {stretch.life.went_on_from}–{stretch.life.reached}{lost}",
+        f"steps {span.life.went_on_from}–{span.life.reached}{lost}",
     )
 
 
@@ -192,14 +193,14 @@ def _loss(time: Timeline) -> str:
     A step that was recomputed has the loss of the last attempt that made it.
     """
     last: dict[int, float] = {}
-    for stretch in time.stretches:
-        last |= dict(stretch.losses)
+    for span in time.stretches:
+        last |= dict(span.losses)
     marks = [
         (
-            float(stretch.life.went_on_from),
-            f"attempt {stretch.life.attempt} resumes from step {stretch.life.went_on_from}",
+            float(span.life.went_on_from),
+            f"attempt {span.life.attempt} resumes from step {span.life.went_on_from}",
         )
-        for stretch in time.stretches[1:]
+        for span in time.stretches[1:]
     ]
     drawn = chart.curve(
         [(float(step), loss) for step, loss in sorted(last.items())], marks, "loss", "steps"

@@ -13,7 +13,7 @@ from typing import Any
 from harness.checkpoint.catalog import Catalog
 from harness.report.liveness import alive
 from harness.supervision import attempt_history, launches
-from harness.supervision.restart_messages import in_words, replayed_in_words
+from harness.supervision.restart_messages import describe_end, describe_replay
 from harness.supervision.restart_policy import outcome
 
 PROBLEMS = ("not_saved", "not_uploaded", "not_deleted", "not_kept", "hang", "retry")
@@ -32,20 +32,20 @@ class Summary:
     problem: str  # "" if there is none
 
 
-def summarise(found: Catalog) -> Summary:
+def summarise(catalog: Catalog) -> Summary:
     """Summarise a run from the catalog of its stores. Raises StorageError."""
-    numbers = sorted(found.attempts)
-    told = attempt_history.told(found.stores, numbers[-1]) if numbers else []
-    lives = [
-        attempt_history.summarise(found, number, told if number == numbers[-1] else [])
+    numbers = sorted(catalog.attempts)
+    events = attempt_history.first_log(catalog.stores, numbers[-1]) if numbers else []
+    attempts = [
+        attempt_history.summarise(catalog, number, events if number == numbers[-1] else [])
         for number in numbers
     ]
-    stands = alive(outcome(found, launches.read(found.stores)), lives, told)
-    step = lives[-1].reached if lives else 0
+    stands = alive(outcome(catalog, launches.read(catalog.stores)), attempts, events)
+    step = attempts[-1].reached if attempts else 0
     end_step = next(
-        (event["of"] for event in reversed(told) if isinstance(event.get("of"), int)), None
+        (event["of"] for event in reversed(events) if isinstance(event.get("of"), int)), None
     )
-    rate = attempt_history.steps_per_s(told) if stands.state == "running" else None
+    rate = attempt_history.steps_per_s(events) if stands.state == "running" else None
     left_s = (end_step - step) / rate if rate and end_step is not None else None
     return Summary(
         stands.state,
@@ -53,30 +53,30 @@ def summarise(found: Catalog) -> Summary:
         end_step,
         rate,
         left_s,
-        attempt_history.age_s(found.head) if found.head else None,
-        _problem(lives, told),
+        attempt_history.age_s(catalog.head) if catalog.head else None,
+        _problem(attempts, events),
     )
 
 
 def _problem(
-    lives: Sequence[attempt_history.AttemptSummary], told: Sequence[dict[str, Any]]
+    attempts: Sequence[attempt_history.AttemptSummary], events: Sequence[dict[str, Any]]
 ) -> str:
     """Return the last problem among the newest attempt's events, else the last failed attempt.
 
     Args:
-        lives: Summaries of the attempts, oldest first.
-        told: Events of the newest attempt.
+        attempts: Summaries of the attempts, oldest first.
+        events: Events of the newest attempt.
 
     Returns:
         One line; "" if there was no problem.
     """
-    for event in reversed(told):
+    for event in reversed(events):
         # A mismatch that was expected has another verdict; it is no problem.
         if event.get("event") == event.get("verdict") == "mismatch":
-            return replayed_in_words(event).splitlines()[0]
+            return describe_replay(event).splitlines()[0]
         if event.get("event") in PROBLEMS:
             return " ".join(f"{event['event'].replace('_', ' ')}: {event.get('error', '')}".split())
-    for life in reversed(lives):
-        if life.end is not None and life.end.get("why") == "failed":
-            return f"attempt {life.attempt} {' '.join(in_words(life.end).split())}"
+    for attempt in reversed(attempts):
+        if attempt.end is not None and attempt.end.get("why") == "failed":
+            return f"attempt {attempt.attempt} {' '.join(describe_end(attempt.end).split())}"
     return ""

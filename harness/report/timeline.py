@@ -22,12 +22,12 @@ from harness.selfcheck import step_records
 from harness.store import Store
 from harness.supervision import attempt_history, launches, machine_record
 from harness.supervision.launches import Launch
-from harness.supervision.restart_messages import in_words
+from harness.supervision.restart_messages import describe_end
 from harness.supervision.restart_policy import Outcome, outcome
 
 WAITING, LOST, OTHER = "waiting", "lost", "other"
 # Categories of time, in the order of the report, and their names for people.
-WORDS = {
+LABELS = {
     "training": "useful training",
     "redone": "recomputed steps",
     LOST: "cut off by a kill",
@@ -105,7 +105,7 @@ class Timeline:
     @property
     def saves(self) -> list[Save]:
         """Return the committed checkpoints of all attempts."""
-        return [save for stretch in self.stretches for save in stretch.saves]
+        return [save for span in self.stretches for save in span.saves]
 
     @property
     def interruptions(self) -> list[AttemptSpan]:
@@ -113,7 +113,7 @@ class Timeline:
 
         All but the last have a successor.
         """
-        return [stretch for stretch in self.stretches if stretch.is_interrupted]
+        return [span for span in self.stretches if span.is_interrupted]
 
     @property
     def between_interruptions_s(self) -> float | None:
@@ -122,72 +122,74 @@ class Timeline:
         Returns None if no attempt was interrupted.
         """
         count = len(self.interruptions)
-        return (
-            sum(stretch.ended - stretch.began for stretch in self.stretches) / count
-            if count
-            else None
-        )
+        return sum(span.ended - span.began for span in self.stretches) / count if count else None
 
 
-def timeline(found: Catalog) -> Timeline:
+def timeline(catalog: Catalog) -> Timeline:
     """Build the timeline of a run from the records and events in its stores.
 
     Only training attempts count, not imports and rollbacks. Raises StorageError.
     """
-    known = launches.read(found.stores)
+    known = launches.read(catalog.stores)
     numbers = sorted(
         number
-        for number, record in found.attempts.items()
+        for number, record in catalog.attempts.items()
         if record.get("kind", "train") == "train"
     )
-    told = {number: attempt_history.told(found.stores, number, math.inf) for number in numbers}
-    lives = [attempt_history.summarise(found, number, told[number]) for number in numbers]
-    stands = alive(outcome(found, known), lives, told[numbers[-1]] if numbers else [])
+    events = {
+        number: attempt_history.first_log(catalog.stores, number, math.inf) for number in numbers
+    }
+    attempts = [attempt_history.summarise(catalog, number, events[number]) for number in numbers]
+    stands = alive(outcome(catalog, known), attempts, events[numbers[-1]] if numbers else [])
     seen = [
-        _stretch(
-            life, told[life.attempt], is_running=stands.state == "running" and life is lives[-1]
+        _span(
+            attempt,
+            events[attempt.attempt],
+            is_running=stands.state == "running" and attempt is attempts[-1],
         )
-        for life in lives
+        for attempt in attempts
     ]
     whole = _whole(
         stands,
-        [stretch for stretch in seen if stretch is not None],
+        [span for span in seen if span is not None],
         known,
-        _submitted(found.stores),
+        _submitted(catalog.stores),
     )
     return replace(
-        whole, replays=step_records.verdicts(found.stores), environment=machine_record.told(found)
+        whole,
+        replays=step_records.verdicts(catalog.stores),
+        environment=machine_record.messages(catalog),
     )
 
 
-def _stretch(
-    life: attempt_history.AttemptSummary, told: list[dict[str, Any]], *, is_running: bool
+def _span(
+    attempt: attempt_history.AttemptSummary, events: list[dict[str, Any]], *, is_running: bool
 ) -> AttemptSpan | None:
     """Return the span of one attempt; None if no record or event of it has a time.
 
     Args:
-        life: Summary of the attempt.
-        told: All events of the attempt.
+        attempt: Summary of the attempt.
+        events: All events of the attempt.
         is_running: Whether the attempt is alive.
     """
-    timed = [(at, event) for event in told if (at := _seconds(event.get("time"))) is not None]
+    timed = [(at, event) for event in events if (at := _seconds(event.get("time"))) is not None]
     spent_at = [
         (at, _numbers(event["spent"]))
         for at, event in timed
         if isinstance(event.get("spent"), dict)
     ]
-    claimed, end = _seconds(life.began), _seconds(life.ended)
+    claimed, end = _seconds(attempt.began), _seconds(attempt.ended)
     heard = [at for at, _ in timed] + [at for at in (claimed, end) if at is not None]
     if not heard:
         return None
     began = spent_at[0][0] - sum(spent_at[0][1].values()) if spent_at else min(heard)
     ended = max(heard)
-    how = (life.end or {}).get("why") or ("running" if is_running else "killed")
+    how = (attempt.end or {}).get("why") or ("running" if is_running else "killed")
     # Others may write to the bucket: a record may hold any word.
     how = how if how in ENDS else "failed"
     why = (
-        in_words(life.end)
-        if life.end
+        describe_end(attempt.end)
+        if attempt.end
         else {"running": "it is running"}.get(how, "no end is recorded: killed")
     )
     spent = dict(spent_at[-1][1]) if spent_at else {}
@@ -207,11 +209,11 @@ def _stretch(
         if event.get("event") == "step" and event.get("step") is not None
     ]
     losses = [(event["step"], float(event["loss"])) for event in steps if "loss" in event]
-    return AttemptSpan(life, began, ended, spent, how, " ".join(why.split()), saves, losses)
+    return AttemptSpan(attempt, began, ended, spent, how, " ".join(why.split()), saves, losses)
 
 
 def _whole(
-    stands: Outcome, stretches: list[AttemptSpan], known: Sequence[Launch], submitted: float | None
+    stands: Outcome, spans: list[AttemptSpan], known: Sequence[Launch], submitted: float | None
 ) -> Timeline:
     """Join the attempts and the gaps between them to the timeline of the run.
 
@@ -220,7 +222,7 @@ def _whole(
 
     Args:
         stands: State of the run.
-        stretches: Spans of the attempts.
+        spans: Spans of the attempts.
         known: Launches of the run.
         submitted: When the run was submitted to SLURM, in seconds since the epoch, or None.
     """
@@ -230,32 +232,32 @@ def _whole(
         if (at := _seconds(launch.record.get("time"))) is not None
     }
     ends = [at for launch in known if (at := _seconds((launch.end or {}).get("time"))) is not None]
-    firsts = [submitted, *starts.values(), *(stretch.began for stretch in stretches)]
+    firsts = [submitted, *starts.values(), *(span.began for span in spans)]
     began = cursor = min((at for at in firsts if at is not None), default=0.0)
     spent: dict[str, float] = {}
     launch = None
-    for stretch in sorted(stretches, key=lambda stretch: stretch.life.attempt):
-        own = stretch.life.launch
+    for span in sorted(spans, key=lambda span: span.life.attempt):
+        own = span.life.launch
         # torchrun restarted the workers in place: the gap is all start-up.
         started = cursor if own is not None and own == launch else starts.get(own or "")
-        for what, seconds in _gap(cursor, started, stretch.began).items():
-            spent[what] = spent.get(what, 0.0) + seconds
-        seen = max(0.0, stretch.ended - max(cursor, stretch.began))
-        share = seen / sum(stretch.spent.values()) if sum(stretch.spent.values()) > 0 else 0.0
-        for what, seconds in stretch.spent.items():
-            spent[what] = spent.get(what, 0.0) + share * seconds
-        cursor, launch = max(cursor, stretch.ended), stretch.life.launch
+        for category, seconds in _gap(cursor, started, span.began).items():
+            spent[category] = spent.get(category, 0.0) + seconds
+        seen = max(0.0, span.ended - max(cursor, span.began))
+        share = seen / sum(span.spent.values()) if sum(span.spent.values()) > 0 else 0.0
+        for category, seconds in span.spent.items():
+            spent[category] = spent.get(category, 0.0) + share * seconds
+        cursor, launch = max(cursor, span.ended), span.life.launch
     # The launcher ended after the last attempt.
-    if stretches and ends and max(ends) > cursor:
+    if spans and ends and max(ends) > cursor:
         spent["overhead"] = spent.get("overhead", 0.0) + max(ends) - cursor
         cursor = max(ends)
-    ordered = {what: spent[what] for what in WORDS if spent.get(what)}
+    ordered = {category: spent[category] for category in LABELS if spent.get(category)}
     return Timeline(
         stands,
         began,
         cursor,
-        stretches,
-        ordered | {what: s for what, s in spent.items() if what not in WORDS and s},
+        spans,
+        ordered | {category: s for category, s in spent.items() if category not in LABELS and s},
     )
 
 
@@ -293,9 +295,9 @@ def _seconds(time: object) -> float | None:
 
 def _numbers(spent: dict[str, Any]) -> dict[str, float]:
     """Return the valid entries of a report; unknown categories are added up as OTHER."""
-    found: dict[str, float] = {}
-    for what, seconds in spent.items():
+    totals: dict[str, float] = {}
+    for category, seconds in spent.items():
         if records.is_number(seconds) and 0 <= seconds < MOST_S:
-            kind = what if what in WORDS else OTHER
-            found[kind] = found.get(kind, 0.0) + float(seconds)
-    return found
+            kind = category if category in LABELS else OTHER
+            totals[kind] = totals.get(kind, 0.0) + float(seconds)
+    return totals

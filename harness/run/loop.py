@@ -298,5 +298,5 @@ class Loop:
                 values,
                 rate,
                 work.rate(rate),
-                self._checkpointer.words,
+                self._checkpointer.status_line,
             )

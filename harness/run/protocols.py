@@ -52,7 +52,7 @@ class Checkpointer(Protocol):
     resumed: str  # how much is recomputed, for the first line
 
     @property
-    def words(self) -> str:
+    def status_line(self) -> str:
         """The state of saving and uploading, for the progress line."""
 
     def has_reached(self, end: dict[str, int | None]) -> bool:

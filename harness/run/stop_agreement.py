@@ -187,15 +187,15 @@ class StopAgreement:
             has_remote=has_remote,
             is_scratch=self.settings.is_scratch,
         )
-        if plan.words:
-            say(f"harness: {plan.words}")
+        if plan.message:
+            say(f"harness: {plan.message}")
         if (
             step not in (0, checkpointer.saved_step)
             and self.world.agree([int(plan.save and self.world.is_writer)])[0]
         ):
             save()
         saved, by = step in (0, checkpointer.saved_step), "/".join(names)
-        details = _causes(names) | {"saved": saved, "plan": plan.words or None}
+        details = _causes(names) | {"saved": saved, "plan": plan.message or None}
         checkpointer.end(
             "stopped", preemption.requested, step=step, limit_s=self.deadline.left_s, **details
         )

@@ -181,7 +181,7 @@ class AsyncSaver:
         state.before_update(tracked, self.before_update)
         lost = "its state is lost at a restart; name it in run.track(…)"
         self._unwatch = on_untracked_update(
-            tracked, lambda words: say(f"harness: warning: an optimizer {words}: {lost}")
+            tracked, lambda problem: say(f"harness: warning: an optimizer {problem}: {lost}")
         )
 
     def before_update(self) -> None:
@@ -199,18 +199,18 @@ class AsyncSaver:
         self._gpu_copy.hold()  # a second optimizer may update on another stream
         self._gpu_copy.updates()
 
-    def _seal(self, *, is_told: bool = True) -> None:
+    def _seal(self, *, is_unchanged: bool = True) -> None:
         """Determine whether the state was mutated during the copy, and seal the job.
 
-        `is_told` means that there was certainly no update since the capture. Otherwise there may
-        have been one that no optimizer has announced and PyTorch has not counted, as by a CUDA
+        `is_unchanged` means that there was certainly no update since the capture. Otherwise there
+        may have been one that no optimizer has announced and PyTorch has not counted, as by a CUDA
         graph or by hand. The copy is then compared with the state.
         """
         self.release()
         with self._sealing:
             if (job := self._job) is not None and not job.sealed.is_set():
                 began = time.perf_counter()
-                if job.snapshot.is_torn(compare=job.is_compared or not is_told):
+                if job.snapshot.is_torn(compare=job.is_compared or not is_unchanged):
                     self._take_at_once(CHANGES)
                     job.is_torn = not job.is_compared
                 job.blocked_s += time.perf_counter() - began
@@ -227,7 +227,7 @@ class AsyncSaver:
         if (job := self._job) is not None:
             job.is_passed = True
             if job.snapshot.copied.is_set():
-                self._seal(is_told=False)
+                self._seal(is_unchanged=False)
 
     def wait(self) -> str:
         """Wait for the save in flight.
@@ -241,7 +241,7 @@ class AsyncSaver:
         """
         if (job := self._job) is None:
             return ""
-        self._seal(is_told=not job.is_passed)
+        self._seal(is_unchanged=not job.is_passed)
         job.done.wait()
         if job.failure is not None:
             raise job.failure
@@ -259,7 +259,7 @@ class AsyncSaver:
             if job.snapshot.copied.wait(limit_s):
                 # A failed GPU raises on the training thread, too. The exit may have more to record.
                 with contextlib.suppress(RuntimeError):
-                    self._seal(is_told=not job.is_passed)
+                    self._seal(is_unchanged=not job.is_passed)
             if not job.done.wait(limit_s):
                 return
         with self._changed:
@@ -333,6 +333,6 @@ class AsyncSaver:
     def _check_whole(self, job: Job) -> None:
         # It may be long until the next update, and PyTorch has counted any write until now.
         if not job.sealed.wait(SEALED_WITHIN_S):
-            self._seal(is_told=False)
+            self._seal(is_unchanged=False)
         if job.is_torn:
             raise MutatedDuringCopyError("the state changed while it was copied")

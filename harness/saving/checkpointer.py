@@ -34,19 +34,19 @@ class Checkpointer(CurrentAttempt):
         super().__init__(parts)
         self.save_s = 0.0  # how long the last save took, in seconds
         self._at_save, self._verified = at_save, self._resume_point.read_from(0)
-        self._words = (
+        self._save_status = (
             "nothing saved yet" if self.saved_step is None else f"saved step {self.saved_step}"
         )
         self._committed = self._has_room = False
         self._slow_reason = ""
 
     @property
-    def words(self) -> str:
+    def status_line(self) -> str:
         """Return the state of saving and uploading, for the progress line."""
         return (
-            f"{self._words}, {self._uploader.words}"
+            f"{self._save_status}, {self._uploader.status_line}"
             if self._uploader and len(self.stores) > 1
-            else self._words
+            else self._save_status
         )
 
     @property
@@ -59,13 +59,15 @@ class Checkpointer(CurrentAttempt):
         """Return how long the last upload took, in seconds."""
         return self._uploader.upload_s if self._uploader else 0.0
 
-    def failure(self, what: str, remedy: str) -> HarnessError:
+    def failure(self, problem: str, remedy: str) -> HarnessError:
         """Return the error that ends the run after a failed save.
 
         It is a SaveError if the store is a disk, and a StorageError if it is a remote store, which
         may be reachable again later.
         """
-        return (SaveError if self.store.is_local else StorageError)(what, self._words, remedy)
+        return (SaveError if self.store.is_local else StorageError)(
+            problem, self._save_status, remedy
+        )
 
     def is_due(self, left_s: float) -> bool:
         """Return whether to save now: by the clock, or because the resume point is gone.
@@ -115,7 +117,8 @@ class Checkpointer(CurrentAttempt):
             wait: wait until the checkpoint is committed.
 
         Returns:
-            False if there is no checkpoint although training may go on; `words` holds the reason.
+            False if there is no checkpoint although training may go on; `status_line` holds the
+            reason.
 
         Raises:
             SupersededError: a newer attempt has begun. This and the next error may come from the
@@ -125,7 +128,7 @@ class Checkpointer(CurrentAttempt):
                 loaded again.
         """
         began_at = time.perf_counter()
-        is_saved = self._told(
+        is_saved = self._apply_reply(
             self.world.on_writer(
                 lambda: self._begin(capture, about, began_at, wait), give_up=give_up
             )
@@ -139,22 +142,22 @@ class Checkpointer(CurrentAttempt):
         `saved_step` is then the newest committed step. Raises the errors of a save, as `save` does.
         Collective: every rank must call it.
         """
-        self._told(
+        self._apply_reply(
             self.world.on_writer(lambda: self._reply(self.background.wait()), give_up=give_up)
         )
 
-    def _told(self, reply: list[Any]) -> bool:
+    def _apply_reply(self, reply: list[Any]) -> bool:
         """Store the writer's reply on the other ranks; return whether the save had no problem.
 
         The state of the writer itself may be newer than its reply.
         """
-        problem, saved_step, words = reply
+        problem, saved_step, status_line = reply
         if not self.world.is_writer:
-            self.saved_step, self._words = saved_step, words
+            self.saved_step, self._save_status = saved_step, status_line
         return not problem
 
     def _reply(self, problem: str) -> list[Any]:
-        return [problem, self.saved_step, self._words]
+        return [problem, self.saved_step, self._save_status]
 
     def _begin(
         self,
@@ -167,10 +170,10 @@ class Checkpointer(CurrentAttempt):
         self.replay.check()
         if self._uploader:
             self._uploader.check()
-        captured, told, problem = capture(), about(), ""
+        captured, details, problem = capture(), about(), ""
         self._rehearsal.take(captured)
         if not self.background.is_unable:
-            self.background.start(captured, told, began_at, self._finish)
+            self.background.start(captured, details, began_at, self._finish)
             problem = self.background.wait() if wait else ""
         if self.background.slow_reason != self._slow_reason:
             self._slow_reason = self.background.slow_reason
@@ -179,7 +182,7 @@ class Checkpointer(CurrentAttempt):
         if self.background.is_unable:
             self.background.saved_otherwise()
             state.check_finite(captured.tracked)
-            problem = self._commit(captured.fill(), told, began_at, None, lambda: None, dict)
+            problem = self._commit(captured.fill(), details, began_at, None, lambda: None, dict)
         return self._reply(problem)
 
     def _finish(self, job: Job, write: Callable[[Sink], None], check: Callable[[], None]) -> None:
@@ -220,13 +223,13 @@ class Checkpointer(CurrentAttempt):
             manifest = commit(store, self.attempt, payload, about, write, check)
         except SaveError as error:
             self.event_log.write("not_saved", step=payload["step"], error=str(error))
-            self._words = " ".join(str(error).split("\n"))
+            self._save_status = " ".join(str(error).split("\n"))
             if not about.final:
-                self._say(f"harness: NOT SAVED, training goes on: {self._words}")
-            return self._words
+                self._say(f"harness: NOT SAVED, training goes on: {self._save_status}")
+            return self._save_status
         self.save_s = time.perf_counter() - began_at
         self.saved_step, self._committed = manifest.step, True
-        self._words = f"saved step {manifest.step} in {self.save_s:.2g} s"
+        self._save_status = f"saved step {manifest.step} in {self.save_s:.2g} s"
         self._verified.add(manifest.name)
         self.tier.drop(before=(manifest.attempt, manifest.step + 1))
         spent = {"seconds": round(self.save_s, 6)} | costs()

@@ -110,27 +110,32 @@ def _check_not_overtaken(stores: tuple[Store, ...], before: Catalog, attempt: At
     # saves it at once.
     if head <= was:
         return
-    words = f"the run has got from {_said(was)} to {_said(head)} while this start was under way"
+    message = (
+        f"the run has got from {_checkpoint_name(was)} to {_checkpoint_name(head)} "
+        "while this start was under way"
+    )
     for store in stores:
-        attempts.end(store, attempt, "stopped", error=words, code=OvertakenError.exit_code)
+        attempts.end(store, attempt, "stopped", error=message, code=OvertakenError.exit_code)
     raise OvertakenError(
-        words,
+        message,
         "found: another process trained this run until "
         f"attempt {attempt.number} was claimed here; it ends now",
         "Start again: the next start resumes from what is newest. A supervisor does so by itself.",
     )
 
 
-def _newest(found: Catalog) -> tuple[int, int]:
+def _newest(catalog: Catalog) -> tuple[int, int]:
     """Return the (attempt, step) of the newest checkpoint, readable or not.
 
     Returns (0, 0) if there is no checkpoint.
     """
-    orders = [fmt.order_of(key) for key in found.newer] if found.unreadable_head is not None else []
-    return max([*orders, found.head.order if found.head else (0, 0)])
+    orders = (
+        [fmt.order_of(key) for key in catalog.newer] if catalog.unreadable_head is not None else []
+    )
+    return max([*orders, catalog.head.order if catalog.head else (0, 0)])
 
 
-def _said(order: tuple[int, int]) -> str:
+def _checkpoint_name(order: tuple[int, int]) -> str:
     return fmt.stem(order[1], order[0]) if order[0] else "nothing"
 
 

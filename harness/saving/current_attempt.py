@@ -137,10 +137,10 @@ class CurrentAttempt:
         return self.attempt
 
     def _claim(self, progress: Console, environment: dict[str, Any]) -> Attempt:
-        found = self._resume_point.catalog
-        assert found is not None, "the writer has listed the stores"
+        catalog = self._resume_point.catalog
+        assert catalog is not None, "the writer has listed the stores"
         self.differences = check(
-            found, self.origin, environment, self.settings.environment, progress.say
+            catalog, self.origin, environment, self.settings.environment, progress.say
         )
         attempt = claim(
             self.stores,
@@ -152,7 +152,7 @@ class CurrentAttempt:
         )
         self.metrics = Trackers(
             self.settings.log_to,
-            found,
+            catalog,
             attempt.run_id,
             self.origin.step if self.origin else 0,
             progress.say,
@@ -160,21 +160,21 @@ class CurrentAttempt:
         self.tier.begin(attempt, self.origin)
         self._print, last = (
             progress.say,
-            self.replay.read(found, self.origin, attempt, progress.say),
+            self.replay.read(catalog, self.origin, attempt, progress.say),
         )
-        self.resumed = resumed(found, self.origin, self.goodput, last)
-        self._listen(attempt, found)
+        self.resumed = resumed(catalog, self.origin, self.goodput, last)
+        self._listen(attempt, catalog)
         if self.differences:
             self.note("environment", differs=[vars(difference) for difference in self.differences])
             self._suspects += map(str, self.differences)
         return attempt
 
-    def _listen(self, attempt: Attempt, found: Catalog) -> None:
+    def _listen(self, attempt: Attempt, catalog: Catalog) -> None:
         """Start the event log and the uploader."""
         local = self.store if isinstance(self.store, LocalStore) else None
         has_remote = local is None or len(self.stores) > 1
-        self.timer.learn(found)
-        here = [m for m in found.history if local and m in found.parts[0].manifests]
+        self.timer.learn(catalog)
+        here = [m for m in catalog.history if local and m in catalog.parts[0].manifests]
         self._origin_is_here = self.origin in here
         event_log = self.event_log = EventLog(
             local, fmt.events_key(attempt.number), kept=has_remote, spent=self.goodput.spent
@@ -193,7 +193,9 @@ class CurrentAttempt:
             self._uploader = Uploader(
                 route, attempt, event_log, self._store_health, self.replay.log
             )
-            there = [m for m in found.parts[-1].manifests if m.key not in found.parts[-1].marked]
+            there = [
+                m for m in catalog.parts[-1].manifests if m.key not in catalog.parts[-1].marked
+            ]
             self._uploader.start(
                 here, there, self.origin, self._resume_point.read_from(len(self.stores) - 1)
             )

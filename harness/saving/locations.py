@@ -101,7 +101,7 @@ def check_shared(store: Store, attempt: Attempt, world: World) -> None:
         )
 
 
-def hand_in(found: Catalog | None, last: Manifest | None) -> str:
+def hand_in(catalog: Catalog | None, last: Manifest | None) -> str:
     """Copy the last checkpoint of a run to a store that lacks it, without claiming an attempt.
 
     Returns:
@@ -112,9 +112,11 @@ def hand_in(found: Catalog | None, last: Manifest | None) -> str:
         DamagedError: the copy that is read is damaged.
         SupersededError: a newer attempt has begun.
     """
-    assert found is not None and last is not None, "there is a checkpoint that the run has come to"
-    missing = [store for store in found.stores[1:] if store not in found.copies(last)]
+    assert catalog is not None and last is not None, (
+        "there is a checkpoint that the run has come to"
+    )
+    missing = [store for store in catalog.stores[1:] if store not in catalog.copies(last)]
     for store in missing:
         store.prepare(fmt.FOLDERS)
-        replicate(found.copies(last)[0], last, store, Attempt(found.greatest, last.run_id, ""))
+        replicate(catalog.copies(last)[0], last, store, Attempt(catalog.greatest, last.run_id, ""))
     return f"{last.name} was missing in {missing[0]} and is there now" if missing else ""

@@ -112,24 +112,24 @@ def rows(value: Any, of_tensor: OfTensor) -> list[Row]:
     There is one row for each container, tensor and plain value; a list or tuple of numbers and
     strings is one row. `of_tensor` returns the content of a tensor, None for anything else.
     """
-    found: list[Row] = []
+    kept: list[Row] = []
     for row in _rows(value, "", of_tensor):
-        found.append(row)
-        if len(found) == MOST_ROWS:
+        kept.append(row)
+        if len(kept) == MOST_ROWS:
             break
-    return found
+    return kept
 
 
 def unlike(before: list[Row], after: list[Row]) -> list[str]:
     """Return a message for each difference between captured rows and rows read from the file."""
-    read, words = {row[0]: row for row in after}, []
+    read, differences = {row[0]: row for row in after}, []
     for path, kind, content in before:
         row = read.pop(path, None)
         if row is None:
-            words.append(f"{path} is not in the file")
+            differences.append(f"{path} is not in the file")
         elif row[1:] != [kind, content] and row[1] != _Other.__name__:
-            words.append(f"{path} was {kind} {content} and is {row[1]} {row[2]} in the file")
-    return words + [f"{path} is in the file only" for path in read]
+            differences.append(f"{path} was {kind} {content} and is {row[1]} {row[2]} in the file")
+    return differences + [f"{path} is in the file only" for path in read]
 
 
 def _rows(value: Any, where: str, of_tensor: OfTensor) -> Iterator[Row]:

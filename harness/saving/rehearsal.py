@@ -31,7 +31,7 @@ from harness.state import Captured
 from harness.step import Ema
 from harness.store import LocalStore, Store
 
-MOST_SAID = 5
+MOST_PRINTED = 5
 ENDS_WITHIN_S = 1.0
 READ_WITHIN_S = 600.0
 
@@ -72,12 +72,12 @@ class Rehearsal:
         if is_tried:
             return
         began = time.perf_counter()
-        for name, thing in captured.tracked.items():
+        for name, obj in captured.tracked.items():
             saved = _as_loaded(captured.payload, f"{name}_state_dict")
             if saved is not None and not isinstance(
-                _inner(thing), torch.nn.Module | torch.optim.Optimizer
+                _inner(obj), torch.nn.Module | torch.optim.Optimizer
             ):
-                self._add(*trial_load.of_object(name, _inner(thing), saved))
+                self._add(*trial_load.of_object(name, _inner(obj), saved))
         self._tried_s = time.perf_counter() - began
 
     def begin(self, store: Store, manifest: Manifest, places: Mapping[int, int]) -> None:
@@ -119,26 +119,24 @@ class Rehearsal:
         began = time.perf_counter()
         try:
             rows = readback.rows(captured.payload, lambda value: _content(value, places))
-            things = {
-                name: _inner(thing)
-                for name, thing in captured.tracked.items()
+            objects = {
+                name: _inner(obj)
+                for name, obj in captured.tracked.items()
                 if f"{name}_state_dict" in captured.payload
             }
             shapes = {
                 name: trial_load.without_data(captured.payload[f"{name}_state_dict"])
-                for name in things
+                for name in objects
             }
             del captured  # training may have dropped some of its tensors meanwhile
             self._add(*self._read(store, manifest, rows, bool(places)))
-            for name, thing in things.items():
+            for name, obj in objects.items():
                 if self._is_over:
                     break
-                if isinstance(thing, torch.nn.Module) and set(thing.state_dict()) != set(
-                    shapes[name]
-                ):
+                if isinstance(obj, torch.nn.Module) and set(obj.state_dict()) != set(shapes[name]):
                     self._skipped.append(f"{name} (the program has changed its layers since)")
-                elif isinstance(thing, torch.nn.Module | torch.optim.Optimizer):
-                    self._add(*trial_load.of_torchs(name, thing, shapes[name]))
+                elif isinstance(obj, torch.nn.Module | torch.optim.Optimizer):
+                    self._add(*trial_load.of_torchs(name, obj, shapes[name]))
         except Exception as error:  # noqa: BLE001 - a failed rehearsal must not end training
             self._skipped.append(f"the rest ({type(error).__name__}: {error})")
         if not self._is_over:
@@ -188,14 +186,14 @@ class Rehearsal:
         return readback.unlike(rows, reply["rows"]), ""
 
     def _tell(self, manifest: Manifest, seconds: float) -> None:
-        for problem in self._problems[:MOST_SAID]:
+        for problem in self._problems[:MOST_PRINTED]:
             self._say(
                 f"harness: warning: a restart from step {manifest.step} "
                 f"would fail or not be exact: {problem}"
             )
-        if len(self._problems) > MOST_SAID:
+        if len(self._problems) > MOST_PRINTED:
             self._say(
-                f"harness: warning: … and {len(self._problems) - MOST_SAID} more, "
+                f"harness: warning: … and {len(self._problems) - MOST_PRINTED} more, "
                 "in the run's events"
             )
         if self._skipped:
@@ -222,9 +220,9 @@ def _as_loaded(payload: Mapping[str, Any], key: str) -> Any:
     return payload.get(key)
 
 
-def _inner(thing: Any) -> Any:
+def _inner(obj: Any) -> Any:
     """Return the object inside the wrappers, whose state is saved; of `Ema`, its module."""
-    return thing.module if isinstance(thing, Ema) else unwrap(thing)
+    return obj.module if isinstance(obj, Ema) else unwrap(obj)
 
 
 def _content(value: Any, places: Mapping[int, int]) -> list[Any] | None:

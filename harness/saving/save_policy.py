@@ -21,7 +21,7 @@ FIRST_S = 30.0  # interval until a save has been measured
 LEAST_S, MOST_S = 5.0, 1800.0
 # Assumed time between two kills before the first one. It counts like one kill after that time.
 ASSUMED_S = 4 * 3600.0
-TOLD_FROM = 0.1  # relative change of the interval above which it is recorded
+RECORDED_FROM = 0.1  # relative change of the interval above which it is recorded
 COSTS, STEPS = 5, 50  # how many of the last save costs and step times are used
 
 
@@ -36,7 +36,7 @@ class KillHistory:
     kills: int = 0
 
 
-def kill_history(found: Catalog) -> KillHistory:
+def kill_history(catalog: Catalog) -> KillHistory:
     """Return the total run time and the number of kills of all training attempts.
 
     An attempt that stopped on request had saved, so it does not count as killed. One that failed,
@@ -44,11 +44,11 @@ def kill_history(found: Catalog) -> KillHistory:
     time ends there.
     """
     seconds, kills = 0.0, 0
-    for number, record in found.attempts.items():
+    for number, record in catalog.attempts.items():
         if record.get("kind") != "train":
             continue
-        end = found.ends.get(number, {})
-        heard = [m.time for m in found.manifests if m.attempt == number] + (
+        end = catalog.ends.get(number, {})
+        heard = [m.time for m in catalog.manifests if m.attempt == number] + (
             [end["time"]] if "time" in end else []
         )
         kills += not end or end.get("why") == "failed" or end.get("saved") is False
@@ -82,7 +82,7 @@ def best_interval_s(cost_s: float, between_kills_s: float, save_s: float) -> flo
     return min(max(math.sqrt(2 * cost_s * between_kills_s), LEAST_S, save_s), MOST_S)
 
 
-def _not_told(kind: str, **fields: Any) -> None:
+def _discard_event(kind: str, **fields: Any) -> None:
     """Discard an event; the default of `note`."""
 
 
@@ -94,7 +94,7 @@ class SavePolicy:
         every_s: float | str | None,
         when_busy: str,
         clock: Callable[[], float],
-        note: Callable[..., Any] = _not_told,
+        note: Callable[..., Any] = _discard_event,
     ) -> None:
         """Initialise the policy.
 
@@ -107,7 +107,7 @@ class SavePolicy:
         """
         self.is_auto = every_s == AUTO
         self.every_s: float | None = FIRST_S if isinstance(every_s, str) else every_s
-        self.lives = KillHistory()
+        self.history = KillHistory()
         self._skips = when_busy == "skip"
         self._clock, self._note = clock, note
         self._began_at = self._saved_at = self._stepped_at = clock()
@@ -116,11 +116,11 @@ class SavePolicy:
         self._beside: list[float] = []
         self._is_beside, self._save_s = False, 0.0
         self._costs: deque[float] = deque(maxlen=COSTS)
-        self._told_s = 0.0
+        self._recorded_s = 0.0
 
-    def learn(self, found: Catalog) -> None:
+    def learn(self, catalog: Catalog) -> None:
         """Take how often this run was killed so far from its records."""
-        self.lives = kill_history(found)
+        self.history = kill_history(catalog)
 
     def begun(self) -> None:
         """Record that a save begins; the previous one is committed, or was waited for."""
@@ -178,16 +178,21 @@ class SavePolicy:
             self.every_s = max(self.every_s or 0.0, 2 * save_s)
             return
         self._costs.append(max(0.0, sum(beside) - len(beside) * median(self._plain)))
-        cost_s, seconds = median(self._costs), self.lives.seconds + self._clock() - self._began_at
-        between_s = (ASSUMED_S + seconds) / (1 + self.lives.kills)
+        cost_s, seconds = (
+            median(self._costs),
+            self.history.seconds + self._clock() - self._began_at,
+        )
+        between_s = (ASSUMED_S + seconds) / (1 + self.history.kills)
         self.every_s = best_interval_s(cost_s, between_s, save_s)
-        if abs(self.every_s - self._told_s) > TOLD_FROM * self._told_s:
-            self._told_s = self.every_s
-            kills = f"{self.lives.kills} kill{'s' * (self.lives.kills != 1)} in {duration(seconds)}"
+        if abs(self.every_s - self._recorded_s) > RECORDED_FROM * self._recorded_s:
+            self._recorded_s = self.every_s
+            kills = (
+                f"{self.history.kills} kill{'s' * (self.history.kills != 1)} in {duration(seconds)}"
+            )
             why = f"a save costs {cost_s:.2g} s of training and takes {save_s:.2g} s; {kills}"
             chosen = {
                 "every_s": round(self.every_s, 1),
                 "cost_s": round(cost_s, 4),
                 "between_kills_s": round(between_s),
             }
-            self._note("interval", **chosen, kills=self.lives.kills, why=why)
+            self._note("interval", **chosen, kills=self.history.kills, why=why)

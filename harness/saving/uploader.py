@@ -153,9 +153,9 @@ class Uploader:
         return self._failure is not None
 
     @property
-    def words(self) -> str:
+    def status_line(self) -> str:
         """Return the state of the uploads, for the progress line."""
-        return self._status.words
+        return self._status.status_line
 
     @property
     def upload_s(self) -> float:

@@ -120,8 +120,8 @@ class WriterProcess:
         self.close()
         self._is_unable = not self._has_answered
         if self._on_failure is not None:
-            told, self._on_failure = self._on_failure, None
-            told(
+            on_failure, self._on_failure = self._on_failure, None
+            on_failure(
                 why
                 if process is None or process.returncode == 0
                 else f"it ended with {process.returncode}"

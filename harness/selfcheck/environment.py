@@ -26,8 +26,8 @@ from harness.supervision.machine_record import (
     DISTRIBUTIONS,
     NOT_EXACT,
     Difference,
+    describe,
     differences,
-    in_words,
     recorded,
 )
 
@@ -208,5 +208,5 @@ def check(
             "Start it where it was started before. To go on all the same: resume.environment=warn.",
         )
     if differing:
-        say(f"harness: not as {origin.name} was made: {in_words(differing)}")
+        say(f"harness: not as {origin.name} was made: {describe(differing)}")
     return differing

@@ -32,7 +32,7 @@ from harness.supervision.restart_messages import (
     EXPECTED,
     LOSS,
     SAME,
-    replayed_in_words,
+    describe_replay,
 )
 
 READ_S = 10.0  # retry limit of one request for step records
@@ -212,7 +212,7 @@ class RecomputedSteps:
         goes_on = self._samples_only = is_expected and record["what"] == LOSS
         self._told(record, goes_on=goes_on)
         if self._settings.on_mismatch == "stop" and difference.is_exact and not is_expected:
-            first, *values, _ = replayed_in_words(record).split("\n")
+            first, *values, _ = describe_replay(record).split("\n")
             self._failure = UsageError(
                 f"{first.partition(': ')[2]}; nothing was saved since",
                 "\n".join(values),
@@ -245,7 +245,7 @@ class RecomputedSteps:
             self._comparison.known.clear()
             self.log.tell(record)
         self._event_log.write("replayed" if record["verdict"] == SAME else "mismatch", **record)
-        self._say(f"harness: {replayed_in_words(record)}")
+        self._say(f"harness: {describe_replay(record)}")
 
     def _over(self) -> None:
         """Report that the recomputed steps are equal to the original ones.

@@ -131,7 +131,7 @@ class Sink(io.RawIOBase):
         try:
             self.take(view)
         except OSError as error:
-            self.failure = in_words("write", self.key, error)
+            self.failure = storage_error("write", self.key, error)
             raise self.failure from error
         except StorageError as error:
             self.failure = error
@@ -325,10 +325,10 @@ def check_key(store: object, key: str) -> list[str]:
     return parts
 
 
-def in_words(verb: str, what: str, error: OSError) -> StorageError:
+def storage_error(verb: str, subject: str, error: OSError) -> StorageError:
     """Convert an OSError to a StorageError that names the operation, the error and a remedy."""
     return StorageError(
-        f"cannot {verb} {what}: {error.strerror or error}",
+        f"cannot {verb} {subject}: {error.strerror or error}",
         f"found: errno {error.errno}",
         REMEDY.get(error.errno or 0, ""),
     )

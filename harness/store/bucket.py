@@ -16,7 +16,7 @@ class TakenError(FileExistsError):
 
 
 @dataclass(frozen=True)
-class Found:
+class ObjectMetadata:
     """An object as the server reports it.
 
     `tag` is the object's checksum in the server's notation, or "" if the server reports none.
@@ -76,11 +76,11 @@ class ObjectClient(Protocol):
 
     def list_page(
         self, folder: str, token: str | None, limit_s: float
-    ) -> tuple[list[Found], str | None]:
+    ) -> tuple[list[ObjectMetadata], str | None]:
         """Return one page of the objects directly in `folder` and the token of the next page."""
         ...
 
-    def head(self, key: str, limit_s: float) -> Found | None:
+    def head(self, key: str, limit_s: float) -> ObjectMetadata | None:
         """Return the metadata of an object, or None if it does not exist."""
         ...
 

@@ -33,7 +33,7 @@ REMEDIES = {
 }
 
 
-def explained(what: str, error: BaseException) -> StorageError:
+def explained(failure: str, error: BaseException) -> StorageError:
     """Convert an error to a StorageError, or to a RefusedError if a retry would not help.
 
     A RefusedError is returned for every error that has a remedy in `REMEDIES`, and for status 400,
@@ -41,7 +41,7 @@ def explained(what: str, error: BaseException) -> StorageError:
     since a missing object is handled before.
 
     Args:
-        what: The failed operation and its object, for the message.
+        failure: The failed operation and its object, for the message.
         error: The error of the client library.
     """
     status, code = answer(error)
@@ -52,16 +52,16 @@ def explained(what: str, error: BaseException) -> StorageError:
     kinds = [type(cause).__name__ for cause in causes(error)]
     name = code or next((kind for kind in kinds if kind in REMEDIES), kinds[0])
     text = _text(error) or ("no answer in time" if "Timeout" in name else "no error message")
-    said = f"found: {name}" + (f" ({status})" if status else "") + f", {redacted(text)}"
+    details = f"found: {name}" + (f" ({status})" if status else "") + f", {redacted(text)}"
     remedy = REMEDIES.get(
         name, "Is the server up, and reachable from here?" if is_transient(error) else ""
     )
     if name == "RequestTimeTooSkewed":
-        said += _skew(error)
+        details += _skew(error)
     if name == "NoSuchBucket":
-        what = f"{what}: there is no such bucket"
+        failure = f"{failure}: there is no such bucket"
     refused = name in REMEDIES or (status in (400, 401, 403) and not is_transient(error))
-    return (RefusedError if refused else StorageError)(redacted(what), said, remedy)
+    return (RefusedError if refused else StorageError)(redacted(failure), details, remedy)
 
 
 def _skew(error: BaseException) -> str:

@@ -20,7 +20,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.spec import AbstractBufferedFile
 
 from harness.errors import ChangedError
-from harness.store.bucket import Found, MissingError, Part, TakenError, Unfinished
+from harness.store.bucket import MissingError, ObjectMetadata, Part, TakenError, Unfinished
 
 PART_BYTES = 16 << 20
 # Fields of `info` that change when a file is rewritten; each file system reports some of them.
@@ -42,8 +42,8 @@ MEMORY = threading.Lock()
 
 def _version(info: dict[str, Any]) -> str:
     """Return a version string of a file from its `info`, or "" if no field of `VERSIONS` is set."""
-    told = [str(info[name]) for name in VERSIONS if info.get(name) is not None]
-    return " ".join([str(info["size"]), *told]) if told else ""
+    fields = [str(info[name]) for name in VERSIONS if info.get(name) is not None]
+    return " ".join([str(info["size"]), *fields]) if fields else ""
 
 
 class Collected:
@@ -93,7 +93,7 @@ class FsspecClient:
 
     def list_page(
         self, folder: str, token: str | None, limit_s: float
-    ) -> tuple[list[Found], str | None]:
+    ) -> tuple[list[ObjectMetadata], str | None]:
         """Return all files directly in `folder`, without tags, and no token: there is one page."""
         self.fs.invalidate_cache()
         try:
@@ -108,17 +108,22 @@ class FsspecClient:
             if entry["type"] == "file" and entry["name"].startswith(inside)
         ]
         return [
-            Found(f"{folder}/{entry['name'][len(inside) :]}", entry["size"], "") for entry in files
+            ObjectMetadata(f"{folder}/{entry['name'][len(inside) :]}", entry["size"], "")
+            for entry in files
         ], None
 
-    def head(self, key: str, limit_s: float) -> Found | None:
+    def head(self, key: str, limit_s: float) -> ObjectMetadata | None:
         """Return the size and version of a file, or None if there is no file under the key."""
         self.fs.invalidate_cache()
         try:
             info = self.fs.info(self._path(key))
         except FileNotFoundError:
             return None
-        return Found(key, info["size"], "", _version(info)) if info["type"] == "file" else None
+        return (
+            ObjectMetadata(key, info["size"], "", _version(info))
+            if info["type"] == "file"
+            else None
+        )
 
     def get(
         self, key: str, start: int, end: int | None, limit_s: float, version: str = ""

@@ -18,7 +18,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from harness.errors import StorageError
-from harness.store.base import SET_ASIDE, TEMP, Entry, Sink, Store, check_key, delete_all, in_words
+from harness.store.base import (
+    SET_ASIDE,
+    TEMP,
+    Entry,
+    Sink,
+    Store,
+    check_key,
+    delete_all,
+    storage_error,
+)
 
 # Small enough that a chunk is still in the CPU cache when it is copied after being digested.
 READ_BYTES = 1 << 20
@@ -42,7 +51,7 @@ class LocalSink(Sink):
         self._staged_digest = ""  # the digest of a staging buffer that `write_staged` wrote
 
     def __enter__(self) -> LocalSink:
-        with _said(self.key, "write"):
+        with _storage_errors(self.key, "write"):
             self._fd = os.open(
                 self.temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666
             )
@@ -66,7 +75,7 @@ class LocalSink(Sink):
         Raises:
             StorageError: The file cannot be written.
         """
-        with _said(self.key, "write"):
+        with _storage_errors(self.key, "write"):
             self._staged_digest = write(staging, self.temp)
         self.size_bytes = staging.size_bytes
 
@@ -84,7 +93,7 @@ class LocalSink(Sink):
             FileExistsError: `exclusive` is set and the key is taken.
             StorageError: Any other failure.
         """
-        with _said(self.key, "write"):
+        with _storage_errors(self.key, "write"):
             os.fsync(self._fd)
             fd, self._fd = self._fd, -1
             os.close(fd)
@@ -142,15 +151,15 @@ class LocalStore(Store):
 
     def entries(self, folder: str) -> list[Entry]:
         """Return every regular file directly in `folder`, sorted by key; links are not followed."""
-        found = []
-        with _said(f"{self.root}/{folder}", "list"):
+        files = []
+        with _storage_errors(f"{self.root}/{folder}", "list"):
             try:
                 with os.scandir(self.path(folder)) as entries:
                     for entry in entries:
                         # Another process may delete a file during the listing.
                         with contextlib.suppress(FileNotFoundError):
                             if entry.is_file(follow_symlinks=False):
-                                found.append(
+                                files.append(
                                     Entry(
                                         f"{folder}/{entry.name}",
                                         entry.stat(follow_symlinks=False).st_size,
@@ -158,11 +167,11 @@ class LocalStore(Store):
                                 )
             except FileNotFoundError:
                 return []
-        return sorted(found, key=lambda entry: entry.key)
+        return sorted(files, key=lambda entry: entry.key)
 
     def exists(self, key: str) -> bool:
         """Return whether there is a regular file under this key; links are not followed."""
-        with _said(key, "look up"):
+        with _storage_errors(key, "look up"):
             try:
                 return stat.S_ISREG(os.lstat(self.path(key)).st_mode)
             except FileNotFoundError:
@@ -170,7 +179,7 @@ class LocalStore(Store):
 
     def read(self, key: str) -> bytes:
         """Return the whole content of a file. Raises FileNotFoundError if it does not exist."""
-        with _said(key, "read", self.path(key)), self.open(key) as file:
+        with _storage_errors(key, "read", self.path(key)), self.open(key) as file:
             return file.read()
 
     def open(self, key: str) -> BinaryIO:
@@ -181,7 +190,7 @@ class LocalStore(Store):
             StorageError: Any other failure.
         """
         path = self.path(key)
-        with _said(key, "open", path):
+        with _storage_errors(key, "open", path):
             try:
                 fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
             except OSError as error:
@@ -200,7 +209,7 @@ class LocalStore(Store):
             FileNotFoundError: The file does not exist, or was deleted on an NFS server meanwhile.
             StorageError: Any other failure.
         """
-        with self.open(key) as file, _said(key, "read", self.path(key)):
+        with self.open(key) as file, _storage_errors(key, "read", self.path(key)):
             os.lseek(file.fileno(), start, os.SEEK_SET)
             while chunk := os.read(file.fileno(), READ_BYTES):
                 yield chunk
@@ -220,7 +229,7 @@ class LocalStore(Store):
 
         The line is not fsynced. No other method extends an existing file.
         """
-        with _said(key, "write"):
+        with _storage_errors(key, "write"):
             fd = os.open(
                 self.path(key), os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666
             )
@@ -233,13 +242,13 @@ class LocalStore(Store):
         """Rename the files that exist, so that they are no longer taken for a checkpoint."""
         for key in keys:
             if self.exists(key):
-                with _said(key, "rename"):
+                with _storage_errors(key, "rename"):
                     os.rename(self.path(key), self.path(key + SET_ASIDE))
                     _fsync_folder(self.path(key).parent)
 
     def delete(self, key: str) -> None:
         """Delete a file and fsync its folder; a file that does not exist is no error."""
-        with _said(key, "delete"):
+        with _storage_errors(key, "delete"):
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self.path(key))
             _fsync_folder(self.path(key).parent)
@@ -251,7 +260,7 @@ class LocalStore(Store):
             StorageError: A folder cannot be created, for example because a file is in the way.
         """
         for folder in folders:
-            with _said(f"{self.root}/{folder}", "make"):
+            with _storage_errors(f"{self.root}/{folder}", "make"):
                 path = self.path(folder)
                 missing = list(
                     itertools.takewhile(lambda made: not made.is_dir(), (path, *path.parents))
@@ -259,7 +268,7 @@ class LocalStore(Store):
                 try:
                     path.mkdir(parents=True, exist_ok=True)
                 except FileExistsError as error:
-                    raise in_words(
+                    raise storage_error(
                         "make", str(path), NotADirectoryError(errno.ENOTDIR, "a file is in the way")
                     ) from error
                 for made in missing:
@@ -286,14 +295,14 @@ def _fsync_folder(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _said(what: str, verb: str, path: Path | None = None) -> Iterator[None]:
+def _storage_errors(subject: str, verb: str, path: Path | None = None) -> Iterator[None]:
     """Convert an OSError of the block into a StorageError.
 
     FileNotFoundError and FileExistsError pass through, since callers act on them. A write, create
     or delete whose folder has vanished raises StorageError instead.
 
     Args:
-        what: Name of the file or folder, for the message.
+        subject: Name of the file or folder, for the message.
         verb: Name of the operation, for the message.
         path: File that is read. If it is gone, ESTALE of NFS becomes FileNotFoundError.
     """
@@ -302,14 +311,14 @@ def _said(what: str, verb: str, path: Path | None = None) -> Iterator[None]:
     except (FileNotFoundError, FileExistsError) as error:
         if verb in ("write", "create", "delete") and isinstance(error, FileNotFoundError):
             raise StorageError(
-                f"cannot {verb} {what}: the folder has vanished ({error})",
+                f"cannot {verb} {subject}: the folder has vanished ({error})",
                 remedy="Is the disk still mounted?",
             ) from error
         raise
     except OSError as error:
         if error.errno == errno.ESTALE and path is not None and _is_gone(path):
             raise FileNotFoundError(errno.ENOENT, "deleted while it was read", str(path)) from error
-        raise in_words(verb, what, error) from error
+        raise storage_error(verb, subject, error) from error
 
 
 def _is_gone(path: Path) -> bool:

@@ -38,10 +38,10 @@ def checks(store: Store, key: str) -> list[tuple[str, Callable[[], None]]]:
         )
 
     def read_back() -> None:
-        if (found := store.read(key)) != ours:
+        if (actual := store.read(key)) != ours:
             raise StorageError(
                 f"{store} gave back other bytes than were written",
-                f"found: {found[:16]!r}…, expected: {ours[:16]!r}…",
+                f"found: {actual[:16]!r}…, expected: {ours[:16]!r}…",
             )
 
     def is_listed() -> None:

@@ -30,7 +30,7 @@ from typing import BinaryIO, TypeVar
 from harness.errors import HarnessError
 from harness.retry import RetryEvent, retrying
 from harness.store.base import SET_ASIDE, Entry, Seekable, Store, check_key
-from harness.store.bucket import Found, MissingError, ObjectClient, TakenError, Unfinished
+from harness.store.bucket import MissingError, ObjectClient, ObjectMetadata, TakenError, Unfinished
 from harness.store.explain import explained
 from harness.store.remote_sink import RemoteSink
 
@@ -85,12 +85,12 @@ class RemoteStore(Store):
         """
         self.on_retry, self.on_success = on_retry, on_success
 
-    def ask(self, verb: str, what: str, request: Callable[[float], T]) -> T:
+    def ask(self, verb: str, subject: str, request: Callable[[float], T]) -> T:
         """Make one request, with retries, and return its result.
 
         Args:
             verb: Name of the operation, for messages.
-            what: Name of the object, for messages.
+            subject: Name of the object, for messages.
             request: Function that makes the request within the given number of seconds.
 
         Raises:
@@ -101,14 +101,14 @@ class RemoteStore(Store):
             result = retrying(
                 lambda left_s: request(min(left_s, REQUEST_S)),
                 self.limit_s,
-                on_retry=lambda event: self.on_retry(f"{verb} {what}", event),
+                on_retry=lambda event: self.on_retry(f"{verb} {subject}", event),
                 renew=self.bucket.renew,
                 give_up=self.give_up,
             )
         except (MissingError, TakenError, HarnessError):
             raise
         except Exception as error:  # each client library has error classes of its own
-            raise explained(f"cannot {verb} {what}", error) from error
+            raise explained(f"cannot {verb} {subject}", error) from error
         self.on_success()
         return result
 
@@ -123,20 +123,20 @@ class RemoteStore(Store):
 
     def entries(self, folder: str) -> list[Entry]:
         """Return every object directly in `folder`, sorted by key."""
-        where, found, token = self.where(folder), list[Found](), None
+        where, objects, token = self.where(folder), list[ObjectMetadata](), None
         while True:
             page, token = self.ask(
                 "list", where, functools.partial(self.bucket.list_page, folder, token)
             )
-            found += page
+            objects += page
             if token is None:
                 break
         return sorted(
-            (Entry(o.key, o.size_bytes) for o in found if not o.key.endswith("/")),
+            (Entry(o.key, o.size_bytes) for o in objects if not o.key.endswith("/")),
             key=lambda entry: entry.key,
         )
 
-    def head(self, key: str) -> Found | None:
+    def head(self, key: str) -> ObjectMetadata | None:
         """Return the metadata of an object, or None if it does not exist."""
         return self.ask("look up", self.where(key), functools.partial(self.bucket.head, key))
 
@@ -154,36 +154,36 @@ class RemoteStore(Store):
             self._records[key] = self.read(key)
         return self._records[key]
 
-    def span(self, found: Found, start: int, end: int) -> bytes:
+    def span(self, metadata: ObjectMetadata, start: int, end: int) -> bytes:
         """Return the bytes of one version of an object from `start` up to, excluding, `end`.
 
         Raises:
             ChangedError: The key holds another version by now. This is detected only if the server
                 reports a version of the object.
         """
-        key = found.key
+        key = metadata.key
 
         def request(left_s: float) -> bytes:
-            data = self.bucket.get(key, start, end, left_s, found.version)
+            data = self.bucket.get(key, start, end, left_s, metadata.version)
             if len(data) != end - start:
                 raise ConnectionError(f"found: {len(data)} bytes, expected: {end - start}")
             return data
 
         data = self.ask("read", self.where(key), request)
-        if found.version:
+        if metadata.version:
             self.ask(
                 "read",
                 self.where(key),
-                functools.partial(self.bucket.check_version, key, found.version),
+                functools.partial(self.bucket.check_version, key, metadata.version),
             )
         return data
 
     def open(self, key: str) -> BinaryIO:
         """Open an object for reading and seeking. Raises MissingError if it does not exist."""
-        found = self.head(key)
-        if found is None:
+        metadata = self.head(key)
+        if metadata is None:
             raise MissingError(self.where(key))
-        return io.BufferedReader(RangeFile(self, found), buffer_size=1 << 17)
+        return io.BufferedReader(RangeFile(self, metadata), buffer_size=1 << 17)
 
     def chunks(self, key: str, start: int = 0) -> Iterator[bytes]:
         """Yield the content of an object from offset `start` on, in order, in chunks of 8 MiB.
@@ -191,24 +191,24 @@ class RemoteStore(Store):
         Raises:
             MissingError: The object does not exist.
         """
-        found = self.head(key)
-        if found is None:
+        metadata = self.head(key)
+        if metadata is None:
             raise MissingError(self.where(key))
         yield from self.spans(
-            found,
+            metadata,
             [
-                (at, min(at + RANGE_BYTES, found.size_bytes))
-                for at in range(start, found.size_bytes, RANGE_BYTES)
+                (at, min(at + RANGE_BYTES, metadata.size_bytes))
+                for at in range(start, metadata.size_bytes, RANGE_BYTES)
             ],
         )
 
-    def spans(self, found: Found, ranges: Sequence[tuple[int, int]]) -> Iterator[bytes]:
+    def spans(self, metadata: ObjectMetadata, ranges: Sequence[tuple[int, int]]) -> Iterator[bytes]:
         """Yield ranges of an object in order, with up to `READ_AHEAD` requests in flight."""
         ahead: collections.deque[Future[bytes]] = collections.deque()
         with ThreadPoolExecutor(READ_AHEAD, thread_name_prefix="download") as pool:
             try:
                 for start, end in ranges:
-                    ahead.append(pool.submit(self.span, found, start, end))
+                    ahead.append(pool.submit(self.span, metadata, start, end))
                     if len(ahead) == READ_AHEAD:
                         yield ahead.popleft().result()
                 while ahead:
@@ -287,13 +287,13 @@ class RemoteStore(Store):
 class RangeFile(Seekable):
     """A read-only, seekable file over one version of an object."""
 
-    def __init__(self, store: RemoteStore, found: Found) -> None:
-        super().__init__(found.size_bytes, lambda start, end: store.span(found, start, end))
-        self.store, self.found = store, found
+    def __init__(self, store: RemoteStore, metadata: ObjectMetadata) -> None:
+        super().__init__(metadata.size_bytes, lambda start, end: store.span(metadata, start, end))
+        self.store, self.metadata = store, metadata
 
     def spans(self, ranges: Sequence[tuple[int, int]]) -> Iterator[bytes]:
         """Yield ranges of the object in order, with several requests in flight."""
-        return self.store.spans(self.found, ranges)
+        return self.store.spans(self.metadata, ranges)
 
     def readall(self) -> bytes:
         """Return the bytes from the current offset to the end, read in ranges of 8 MiB."""

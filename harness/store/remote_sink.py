@@ -120,22 +120,22 @@ class RemoteSink(Sink):
         Raises:
             StorageError: The object is missing or differs.
         """
-        found = self.store.head(self.key)
+        metadata = self.store.head(self.key)
         if (
-            found is not None
-            and found.size_bytes == self.size_bytes
-            and found.tag in (tag, "")
+            metadata is not None
+            and metadata.size_bytes == self.size_bytes
+            and metadata.tag in (tag, "")
             and self.store.bucket.tells_tags
         ):
             return
         digest = blake3()
-        if found is not None and found.size_bytes == self.size_bytes:
+        if metadata is not None and metadata.size_bytes == self.size_bytes:
             for chunk in self.store.chunks(self.key):
                 digest.update(chunk)
         if f"blake3:{digest.hexdigest()}" != self.digest():
             raise StorageError(
                 f"{self.where} did not arrive as it was sent",
-                f"found: {found.size_bytes if found else 'no'} bytes, "
+                f"found: {metadata.size_bytes if metadata else 'no'} bytes, "
                 f"expected: {self.size_bytes} with {self.digest()}",
             )
 

@@ -20,7 +20,7 @@ import s3fs
 
 from harness.errors import ChangedError
 from harness.retry import answer, is_expired, is_transient
-from harness.store.bucket import Found, MissingError, Part, TakenError, Unfinished
+from harness.store.bucket import MissingError, ObjectMetadata, Part, TakenError, Unfinished
 
 CONNECT_S, READ_S = 5.0, 20.0
 FIRST_PART_BYTES = 8 << 20
@@ -99,7 +99,7 @@ class S3Client:
 
     def list_page(
         self, folder: str, token: str | None, limit_s: float
-    ) -> tuple[list[Found], str | None]:
+    ) -> tuple[list[ObjectMetadata], str | None]:
         """Return one page of the objects directly in `folder` and the token of the next page.
 
         A missing bucket raises an error.
@@ -108,16 +108,16 @@ class S3Client:
         reply = self._call(
             limit_s, "list_objects_v2", Prefix=f"{self.prefix}{folder}/", Delimiter="/", **more
         )
-        found = [
-            Found(o["Key"][len(self.prefix) :], o["Size"], o["ETag"].strip('"'))
+        objects = [
+            ObjectMetadata(o["Key"][len(self.prefix) :], o["Size"], o["ETag"].strip('"'))
             for o in reply.get("Contents", [])
         ]
-        if not found and token is None:
+        if not objects and token is None:
             # Some servers list a missing bucket as an empty folder, so check the bucket.
             self._call(limit_s, "head_bucket")
-        return found, reply.get("NextContinuationToken") if reply.get("IsTruncated") else None
+        return objects, reply.get("NextContinuationToken") if reply.get("IsTruncated") else None
 
-    def head(self, key: str, limit_s: float) -> Found | None:
+    def head(self, key: str, limit_s: float) -> ObjectMetadata | None:
         """Return the metadata of an object, or None if it does not exist.
 
         The tag is "" if the ETag is not an MD5. A missing bucket raises an error.
@@ -129,7 +129,7 @@ class S3Client:
             self._call(limit_s, "head_bucket")
             return None
         etag = "" if _is_opaque(reply) else reply["ETag"].strip('"')
-        return Found(key, reply["ContentLength"], etag, reply.get("ETag", ""))
+        return ObjectMetadata(key, reply["ContentLength"], etag, reply.get("ETag", ""))
 
     def get(
         self, key: str, start: int, end: int | None, limit_s: float, version: str = ""
@@ -288,10 +288,10 @@ class S3Client:
 
     def unfinished(self, limit_s: float) -> list[Unfinished]:
         """Return the multipart uploads under this prefix that were never completed."""
-        found, marks = list[Unfinished](), dict[str, str]()
+        uploads, marks = list[Unfinished](), dict[str, str]()
         while True:
             reply = self._call(limit_s, "list_multipart_uploads", Prefix=self.prefix, **marks)
-            found += [
+            uploads += [
                 Unfinished(
                     upload["Key"][len(self.prefix) :], upload["UploadId"], upload["Initiated"]
                 )
@@ -300,7 +300,7 @@ class S3Client:
                 if upload["Key"].startswith(self.prefix)
             ]
             if not reply.get("IsTruncated"):
-                return found
+                return uploads
             marks = {
                 "KeyMarker": reply["NextKeyMarker"],
                 "UploadIdMarker": reply["NextUploadIdMarker"],

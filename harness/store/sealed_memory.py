@@ -80,26 +80,26 @@ class SealedMemory:
         self.close()
 
 
-def keep(chunks: Iterable[bytes], size_bytes: int, what: str) -> SealedMemory:
+def keep(chunks: Iterable[bytes], size_bytes: int, subject: str) -> SealedMemory:
     """Write all chunks to a new memfd and seal it.
 
     Args:
         chunks: The content. Its errors pass through, and the memory is freed.
         size_bytes: Upper bound of the total size, for the message.
-        what: Name of the content, for the message.
+        subject: Name of the content, for the message.
 
     Raises:
         HarnessError: There is not enough memory.
     """
     name = f"harness-{secrets.token_hex(16)}"
-    with _room(what, size_bytes):
+    with _room(subject, size_bytes):
         memory = SealedMemory(create(name), name)
     try:
         # Write in this thread, which has the chunk in its CPU cache: a second thread was slower.
         for chunk in chunks:
-            with _room(what, size_bytes):
+            with _room(subject, size_bytes):
                 memory.append(chunk)
-        with _room(what, size_bytes):
+        with _room(subject, size_bytes):
             fcntl.fcntl(memory.fd, fcntl.F_ADD_SEALS, SEALS)
     except BaseException:
         memory.close()
@@ -108,13 +108,13 @@ def keep(chunks: Iterable[bytes], size_bytes: int, what: str) -> SealedMemory:
 
 
 @contextlib.contextmanager
-def _room(what: str, size_bytes: int) -> Iterator[None]:
+def _room(subject: str, size_bytes: int) -> Iterator[None]:
     """Convert an OSError of the block into a HarnessError about missing memory."""
     try:
         yield
     except OSError as error:
-        found = f"found: {error.strerror}, expected: room for {size_bytes} bytes"
-        raise HarnessError(f"there is not enough memory to load {what}", found) from error
+        details = f"found: {error.strerror}, expected: room for {size_bytes} bytes"
+        raise HarnessError(f"there is not enough memory to load {subject}", details) from error
 
 
 def create(name: str) -> int:

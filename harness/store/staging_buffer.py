@@ -179,9 +179,9 @@ def _left_in(top: Path, own: str, most: str, used: str, cached: str) -> int:
 def _numbers(file: Path) -> dict[str, int]:
     """Return the first number of each line of a file, by the line's first word."""
     return {
-        words[0]: int(words[1])
+        fields[0]: int(fields[1])
         for line in file.read_text().splitlines()
-        if len(words := line.split()) > 1
+        if len(fields := line.split()) > 1
     }
 
 

@@ -43,22 +43,26 @@ class AttemptSummary:
         return max(0, self.reached - self.saved)
 
 
-def summarise(found: Catalog, number: int, told: list[dict[str, Any]]) -> AttemptSummary:
+def summarise(catalog: Catalog, number: int, events: list[dict[str, Any]]) -> AttemptSummary:
     """Summarise one attempt.
 
     Args:
-        found: Catalog of the run's stores.
+        catalog: Catalog of the run's stores.
         number: Number of the attempt.
-        told: Events of the attempt; needed if its end record does not contain the last step.
+        events: Events of the attempt; needed if its end record does not contain the last step.
     """
-    record, end = found.attempts[number], found.ends.get(number)
+    record, end = catalog.attempts[number], catalog.ends.get(number)
     origin = (record.get("from") or {}).get("step", 0)
-    committed = [m.step for m in found.manifests if m.attempt == number] + [
-        s for m in found.manifests for a, s in m.lineage if a == number
+    committed = [m.step for m in catalog.manifests if m.attempt == number] + [
+        s for m in catalog.manifests for a, s in m.lineage if a == number
     ]
     saved = max([origin, int((end or {}).get("saved_step") or 0), *committed])
     reached = max(
-        [saved, int((end or {}).get("step") or 0), *(int(event.get("step") or 0) for event in told)]
+        [
+            saved,
+            int((end or {}).get("step") or 0),
+            *(int(event.get("step") or 0) for event in events),
+        ]
     )
     names = record.get("time"), record.get("kind"), record.get("launch")
     return AttemptSummary(number, *names, origin, reached, saved, (end or {}).get("time"), end)
@@ -77,16 +81,16 @@ def events(
         number: Number of the attempt.
         most_bytes: How much is read from the end of each store's events.
     """
-    found = []
+    parsed = []
     for store in stores:
         with contextlib.suppress(StorageError, FileNotFoundError):
             for line in _tail(store, number, most_bytes).splitlines():
                 # {} for a line that the tail cuts off or that is not completely written.
-                found.append(records.parse(line))
-    return [event for event in found if event]
+                parsed.append(records.parse(line))
+    return [event for event in parsed if event]
 
 
-def told(
+def first_log(
     stores: Sequence[Store], number: int, most_bytes: float = TAIL_BYTES
 ) -> list[dict[str, Any]]:
     """Return the last events of an attempt from the first store that has any.
@@ -94,7 +98,7 @@ def told(
     Each store holds all events of an attempt, so one is enough, and no event is returned twice.
     For the arguments see `events`.
     """
-    return next((found for store in stores if (found := events([store], number, most_bytes))), [])
+    return next((log for store in stores if (log := events([store], number, most_bytes))), [])
 
 
 def _tail(store: Store, number: int, most_bytes: float) -> bytes:
@@ -119,13 +123,13 @@ def _tail(store: Store, number: int, most_bytes: float) -> bytes:
     return b"".join(reversed(parts))
 
 
-def steps_per_s(told: Sequence[dict[str, Any]]) -> float | None:
+def steps_per_s(events: Sequence[dict[str, Any]]) -> float | None:
     """Return the throughput of the last `FEW` steps in an attempt's events, in steps per second.
 
     None if the events contain fewer than two steps with valid times.
     """
     timed = []
-    for event in told:
+    for event in events:
         if event.get("event") == "step":
             with contextlib.suppress(ValueError, KeyError, TypeError):
                 timed.append(
@@ -141,24 +145,28 @@ def steps_per_s(told: Sequence[dict[str, Any]]) -> float | None:
     return (last - first) / (ended - began) if last > first and ended > began else None
 
 
-def steps_again(found: Catalog, origin: Manifest | None, newest: list[dict[str, Any]]) -> int:
+def steps_again(catalog: Catalog, origin: Manifest | None, newest: list[dict[str, Any]]) -> int:
     """Return how many steps must be recomputed, as far as records and events show.
 
     These are the steps that were complete after the resume point.
 
     Args:
-        found: Catalog of the run's stores.
+        catalog: Catalog of the run's stores.
         origin: Checkpoint of the resume point; None for step 0.
         newest: Events of the newest attempt.
     """
     attempt, step = (origin.attempt, origin.step) if origin else (0, 0)
     reached = [step]
-    for number in (number for number in found.attempts if number >= attempt):
-        is_known = (found.ends.get(number) or {}).get("step") is not None
+    for number in (number for number in catalog.attempts if number >= attempt):
+        is_known = (catalog.ends.get(number) or {}).get("step") is not None
         last = (
-            newest if number == found.greatest else [] if is_known else told(found.stores, number)
+            newest
+            if number == catalog.greatest
+            else []
+            if is_known
+            else first_log(catalog.stores, number)
         )
-        reached.append(summarise(found, number, last).reached)
+        reached.append(summarise(catalog, number, last).reached)
     return max(reached) - step
 
 

@@ -76,10 +76,10 @@ def _sources(directory: Path) -> Iterable[Path]:
         "--exclude-standard",
     ]
     try:
-        found = subprocess.run(listed, capture_output=True, text=True, check=True).stdout.split(
+        names = subprocess.run(listed, capture_output=True, text=True, check=True).stdout.split(
             "\0"
         )
-        paths: Iterable[Path] = [directory / name for name in found if name]
+        paths: Iterable[Path] = [directory / name for name in names if name]
     except (OSError, subprocess.CalledProcessError):
         paths = (path for path in directory.rglob("*") if path.suffix in SOURCES)
     mine = (path for path in paths if not _is_foreign(path, directory))

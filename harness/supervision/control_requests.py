@@ -20,18 +20,18 @@ REQUEST_NAME = re.compile(
 )
 
 
-def leave(store: Store, attempt: int, what: str) -> str:
+def leave(store: Store, attempt: int, kind: str) -> str:
     """Request an attempt to stop or to save, and return the key of the request.
 
     Args:
         store: Store that the attempt polls for requests.
         attempt: Number of the attempt.
-        what: "stop" or "save".
+        kind: "stop" or "save".
 
     Raises:
         StorageError: The request cannot be written.
     """
-    key = f"{REQUESTS}/{attempt:04d}.{what}-{secrets.token_hex(4)}.json"
+    key = f"{REQUESTS}/{attempt:04d}.{kind}-{secrets.token_hex(4)}.json"
     store.prepare((REQUESTS,))
     store.create(
         key, (json.dumps({"host": socket.gethostname(), "time": now()}) + "\n").encode(), attempt

@@ -53,4 +53,4 @@ HINTS = (
 def hint(error: BaseException) -> str | None:
     """Return the hint for a common error, or None if there is none."""
     text = str(error)
-    return next((words for told, words in HINTS if told in text), None)
+    return next((advice for fragment, advice in HINTS if fragment in text), None)

@@ -106,22 +106,22 @@ class ExitRecord:
             is_finishing: Whether `run.finish()` was called.
         """
         if not self.failed:
-            what = (
+            consequence = (
                 "ends the run when the loop asks for its next batch: "
                 "go on to there, without a break"
                 if is_finishing
                 else "would end the run"
             )
-            words = (
+            message = (
                 f"the loop was left at step {self.step()}: "
-                f"nothing more is saved; run.finish() {what}"
+                f"nothing more is saved; run.finish() {consequence}"
             )
-            say(f"harness: {words}")
-            atexit.register(self._left, words)
+            say(f"harness: {message}")
+            atexit.register(self._left, message)
 
-    def _left(self, words: str) -> None:
+    def _left(self, message: str) -> None:
         if not self.failed:
-            self.record("failed", self._stores, error=words)
+            self.record("failed", self._stores, error=message)
 
     def leave_alone(self) -> None:
         """End this process after a stop request, because the other ranks did not join.
@@ -199,14 +199,14 @@ class ExitRecord:
             if not (made and launches.own()):  # else the supervisor prints it at the end
                 report(error)
         else:
-            told = f"harness: hint: {words}" if (words := hint(error)) else ""
-            trace_text = "".join(lines)[-MOST_TRACE:] + told
+            hint_line = f"harness: hint: {advice}" if (advice := hint(error)) else ""
+            trace_text = "".join(lines)[-MOST_TRACE:] + hint_line
             made = self._create(
                 why, self._stores, details | {"error": lines[-1].strip(), "trace": trace_text}
             )
             say(
                 f"harness: uncaught error on rank {own_rank()}: "
-                f"{lines[-1].strip()}\n{told}".rstrip(),
+                f"{lines[-1].strip()}\n{hint_line}".rstrip(),
                 sys.stderr,
             )
             if not (made and launches.own()):  # else the supervisor prints it at the end
@@ -215,22 +215,22 @@ class ExitRecord:
         sys.stdout.flush()
         os._exit(error.exit_code)  # a hook cannot choose the exit code otherwise
 
-    def hung(self, what: str, limit_s: float, stacks: str) -> None:
+    def hung(self, activity: str, limit_s: float, stacks: str) -> None:
         """Print and record the stacks of this process, and write the hang report of all ranks.
 
         The watchdog calls this and ends the process afterwards.
 
         Args:
-            what: Work that exceeded its time limit.
+            activity: Work that exceeded its time limit.
             limit_s: The limit in seconds.
             stacks: Stacks of all threads, the main thread's last.
         """
         rank = own_rank()
         step = self.step()
         attempt = self._attempt
-        found = hang_report.place(stacks)
-        error = f"{what} took longer than {limit_s:.0f} s" + (
-            "" if found.waits else f": stuck in {found.words}"
+        place = hang_report.place(stacks)
+        error = f"{activity} took longer than {limit_s:.0f} s" + (
+            "" if place.waits else f": stuck in {place.description}"
         )
         say(
             f"harness: rank {rank} hangs at step {step}: {error}; its stacks:\n{stacks}", sys.stderr
@@ -254,7 +254,7 @@ class ExitRecord:
                     f"{problem.what if isinstance(problem, StorageError) else problem}",
                     sys.stderr,
                 )
-        if found.waits:
+        if place.waits:
             time.sleep(AFTER_OTHERS_S)  # the rank that is stuck must create the record first
         self._create(
             "failed",
@@ -262,6 +262,6 @@ class ExitRecord:
             {"error": error, "rank": rank, "step": step, "trace": stacks[-MOST_TRACE:]},
         )
         if attempt is not None and self._world is not None:
-            words, where = hang_report.report(self._stores, attempt, self._world.size, RECORD_S)
+            summary, where = hang_report.report(self._stores, attempt, self._world.size, RECORD_S)
             if where:
-                say(f"harness: {words}; all stacks: {where}", sys.stderr)
+                say(f"harness: {summary}; all stacks: {where}", sys.stderr)

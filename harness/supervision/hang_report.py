@@ -40,7 +40,7 @@ FRAME = re.compile(r'^  File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<funct
 class Place:
     """Where a rank hangs: the innermost line of the user's code; whether it waits for others."""
 
-    words: str
+    description: str
     waits: bool
 
 
@@ -51,39 +51,43 @@ def place(stacks: str) -> Place:
         return Place("an unknown place", False)
     own = [match for match in frames if not any(part in match["file"] for part in LIBRARIES)]
     match = (own or frames)[-1]
-    words = f"{match['function']} ({match['file'].rpartition('/')[2]}:{match['line']})"
-    return Place(words, any(part in frames[-1]["file"] for part in COLLECTIVES))
+    description = f"{match['function']} ({match['file'].rpartition('/')[2]}:{match['line']})"
+    return Place(description, any(part in frames[-1]["file"] for part in COLLECTIVES))
 
 
-def sentence(told: Sequence[dict[str, Any]], world_size: int) -> str:
+def sentence(hangs: Sequence[dict[str, Any]], world_size: int) -> str:
     """Summarise which ranks are stuck, which wait for others, and which have left no hang event.
 
-    `told` are the hang events of the ranks that could still write one.
+    `hangs` are the hang events of the ranks that could still write one.
     """
-    places = {int(event["rank"]): place(str(event.get("stacks", ""))) for event in told}
-    stuck = {rank: found for rank, found in places.items() if not found.waits}
-    waiting = [rank for rank, found in places.items() if found.waits]
+    places = {int(event["rank"]): place(str(event.get("stacks", ""))) for event in hangs}
+    stuck = {rank: location for rank, location in places.items() if not location.waits}
+    waiting = [rank for rank, location in places.items() if location.waits]
     silent = [rank for rank in range(world_size) if rank not in places]
-    parts = [f"rank {rank} is stuck in {found.words}" for rank, found in sorted(stuck.items())]
+    parts = [
+        f"rank {rank} is stuck in {location.description}"
+        for rank, location in sorted(stuck.items())
+    ]
     if silent:
         parts.append(f"{_ranks(silent)} said nothing: stopped, dead, or busy outside of Python")
     if waiting and (stuck or silent):
         parts.append(f"{_ranks(waiting)} waited for the others")
     elif waiting:
         parts += [
-            f"rank {rank} waits for the others in {places[rank].words}" for rank in sorted(waiting)
+            f"rank {rank} waits for the others in {places[rank].description}"
+            for rank in sorted(waiting)
         ]
     return "; ".join(parts)
 
 
-def page(told: Sequence[dict[str, Any]], world_size: int) -> str:
+def page(hangs: Sequence[dict[str, Any]], world_size: int) -> str:
     """Return the text of the report.
 
     After the summary sentence, each rank that left an event has its step, the work that exceeded
     its time limit, its last collective if that is known, and the stacks of all its threads.
     """
-    parts = [sentence(told, world_size) + "."]
-    for event in sorted(told, key=lambda event: int(event["rank"])):
+    parts = [sentence(hangs, world_size) + "."]
+    for event in sorted(hangs, key=lambda event: int(event["rank"])):
         last = f"\nlast collective: {event['collective']}" if event.get("collective") else ""
         parts.append(
             f"--- rank {event['rank']}, step {event['step']}: "
@@ -119,12 +123,12 @@ def tell(store: Store, attempt: Attempt, world_size: int) -> str:
         if len(events) >= world_size or time.monotonic() > until:
             break
         time.sleep(LOOK_S)
-    told = list(events.values())
+    reported = list(events.values())
     store.prepare((FOLDER,))
     store.write(
-        f"{FOLDER}/{attempt.number:04d}.txt", page(told, world_size).encode(), attempt.number
+        f"{FOLDER}/{attempt.number:04d}.txt", page(reported, world_size).encode(), attempt.number
     )
-    return sentence(told, world_size)
+    return sentence(reported, world_size)
 
 
 def report(
@@ -145,16 +149,16 @@ def report(
         The summary sentence from the last of these stores, and the path or URL of the report in the
         first; empty texts if no store receives the report.
     """
-    words = where = ""
+    summary = where = ""
     for store in stores:
         try:
             if store.is_local and not attempts.holds(store, attempt):
                 continue
-            words = tell(store.with_retry_limit(patience_s), attempt, world_size) or words
+            summary = tell(store.with_retry_limit(patience_s), attempt, world_size) or summary
             where = where or store.where(f"{FOLDER}/{attempt.number:04d}.txt")
         except StorageError:
             continue
-    return words, where
+    return summary, where
 
 
 def line(rank: int, step: int | None, error: str, stacks: str, collective: str) -> bytes:

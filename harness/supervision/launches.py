@@ -86,13 +86,13 @@ def is_name(text: str | None) -> bool:
     return match is not None and not match["end"]
 
 
-def begin(stores: Iterable[Store], name: str, found: Catalog, **details: Any) -> None:
+def begin(stores: Iterable[Store], name: str, catalog: Catalog, **details: Any) -> None:
     """Record a launch in each store, before any process is started.
 
     Args:
         stores: Stores of the run.
         name: Name of the launch.
-        found: Catalog of the stores.
+        catalog: Catalog of the stores.
         details: Additional fields of the record.
 
     Raises:
@@ -100,8 +100,8 @@ def begin(stores: Iterable[Store], name: str, found: Catalog, **details: Any) ->
     """
     record = {
         "launch": name,
-        "reached": found.reached,
-        "greatest": found.greatest,
+        "reached": catalog.reached,
+        "greatest": catalog.greatest,
         "host": socket.gethostname(),
         "time": now(),
     }
@@ -162,21 +162,23 @@ def _spelled(directory: str | Path | None, remote: str | None) -> list[str | Non
 
 def check_supervised(directory: str | Path | None, remote: str | None) -> None:
     """Raise UsageError if this process's supervisor supervises another run than this one."""
-    here, told = _spelled(directory, remote), json.loads(os.environ.get(SUPERVISED, "null"))
+    here, supervised = _spelled(directory, remote), json.loads(os.environ.get(SUPERVISED, "null"))
     # Under `harness drill` the stores are redirected, so the program's arguments do not count.
-    if told is not None and told != here and REDIRECT not in os.environ:
+    if supervised is not None and supervised != here and REDIRECT not in os.environ:
         raise UsageError(
             "the launcher supervises another run than this program's",
             f"found: harness.init({here[0]!r}, remote={here[1]!r}), "
-            f"expected: run.dir={told[0]} run.remote={told[1]}",
+            f"expected: run.dir={supervised[0]} run.remote={supervised[1]}",
             "Name the same places to harness.init and on the command line.",
         )
 
 
-def attempts_of(found: Catalog, name: str) -> dict[int, dict[str, Any]]:
+def attempts_of(catalog: Catalog, name: str) -> dict[int, dict[str, Any]]:
     """Return the attempts of a launch: number -> record."""
     return {
-        number: record for number, record in found.attempts.items() if record.get("launch") == name
+        number: record
+        for number, record in catalog.attempts.items()
+        if record.get("launch") == name
     }
 
 
@@ -204,14 +206,14 @@ def read(stores: Sequence[Store]) -> list[Launch]:
             except FileNotFoundError:
                 content = {}
             kinds[match["end"]].setdefault(match["name"], content)
-    found = []
+    launches = []
     for name in begun.keys() | ends.keys() | failures.keys():
         end, failure = ends.get(name), failures.get(name) or None
         # An error that is a consequence of the stop is no failure.
         if failure and (end is None or end.get("why") != "stopped"):
             end = failure
-        found.append(Launch(name, begun.get(name, {}), end, failure))
-    return sorted(found, key=lambda launch: (launch.greatest, launch.supervisor, launch.number))
+        launches.append(Launch(name, begun.get(name, {}), end, failure))
+    return sorted(launches, key=lambda launch: (launch.greatest, launch.supervisor, launch.number))
 
 
 def steps_back(store: Store) -> bool:

@@ -33,10 +33,10 @@ class Difference:
     is_exact: bool = False
 
     def __str__(self) -> str:
-        return f"{self.name}: {_said(self.before)} -> {_said(self.now)}"
+        return f"{self.name}: {_text(self.before)} -> {_text(self.now)}"
 
 
-def _said(value: Any) -> str:
+def _text(value: Any) -> str:
     return "not set" if value is None else str(value)
 
 
@@ -46,45 +46,45 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Diffe
     Those that change the results come first, those in `DISTRIBUTIONS` last.
     """
     names = [name for name in now if name in before and name != DISTRIBUTIONS]
-    found = [
+    changed = [
         Difference(name, before[name], now[name]) for name in names if before[name] != now[name]
     ]
     was, are = before.get(DISTRIBUTIONS) or {}, now.get(DISTRIBUTIONS) or {}
-    return found + [
+    return changed + [
         Difference(name, was[name], are[name], is_exact=True)
         for name in sorted(was.keys() & are.keys())
         if was[name] != are[name]
     ]
 
 
-def recorded(found: Catalog, attempt: int) -> Mapping[str, Any] | None:
+def recorded(catalog: Catalog, attempt: int) -> Mapping[str, Any] | None:
     """Return the hardware and software of an attempt, or None if they are not recorded.
 
     For a rollback, they are those of the attempt whose checkpoint it has copied.
     """
-    record = found.attempts.get(attempt, {})
+    record = catalog.attempts.get(attempt, {})
     seen = set[int]()
     while record.get("kind") == "rollback" and attempt not in seen:
         seen.add(attempt)
         attempt = int((record.get("from") or {}).get("attempt", 0))
-        record = found.attempts.get(attempt, {})
+        record = catalog.attempts.get(attempt, {})
     environment = record.get("environment")
     return environment if isinstance(environment, dict) else None
 
 
-def changes(found: Catalog, attempt: int) -> list[Difference]:
+def changes(catalog: Catalog, attempt: int) -> list[Difference]:
     """Return how an attempt's hardware and software differ from those at its resume point.
 
     The latter are those of the attempt that it resumed from. The list is empty for a rollback, and
     if one of the two is not recorded.
     """
-    record = found.attempts.get(attempt, {})
-    origin, now = record.get("from") or {}, recorded(found, attempt)
-    before = recorded(found, int(origin.get("attempt", 0)))
+    record = catalog.attempts.get(attempt, {})
+    origin, now = record.get("from") or {}, recorded(catalog, attempt)
+    before = recorded(catalog, int(origin.get("attempt", 0)))
     return differences(before, now) if before and now and record.get("kind") != "rollback" else []
 
 
-def in_words(differing: Sequence[Difference]) -> str:
+def describe(differing: Sequence[Difference]) -> str:
     """Return one line with all differences, both values of each, and the consequence."""
     inexact = [str(difference) for difference in differing if not difference.is_exact]
     others = [str(difference) for difference in differing if difference.is_exact]
@@ -95,10 +95,10 @@ def in_words(differing: Sequence[Difference]) -> str:
     )
 
 
-def told(found: Catalog) -> list[str]:
+def messages(catalog: Catalog) -> list[str]:
     """Return a line for each attempt with other hardware or software than at its resume point."""
     return [
-        f"attempt {number}: {in_words(differing)}"
-        for number in sorted(found.attempts)
-        if (differing := changes(found, number))
+        f"attempt {number}: {describe(differing)}"
+        for number in sorted(catalog.attempts)
+        if (differing := changes(catalog, number))
     ]

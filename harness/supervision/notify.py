@@ -97,7 +97,7 @@ def _post(url: str, word: dict[str, Any], limit_s: float) -> str:
         return "" if reply.status < 400 else f"answered {reply.status}"
 
 
-def _within(limit_s: float, what: str, work: Callable[[], str]) -> None:
+def _within(limit_s: float, channel: str, work: Callable[[], str]) -> None:
     """Run `work` in a thread and print a warning if it fails or exceeds its limit.
 
     The thread is abandoned after the limit plus one second, because a name server that hangs cannot
@@ -105,7 +105,7 @@ def _within(limit_s: float, what: str, work: Callable[[], str]) -> None:
 
     Args:
         limit_s: Time limit in seconds.
-        what: Subject of the warning.
+        channel: The command or the webhook, as the warning names it.
         work: Function that returns the problem, or "".
     """
     problem = [f"took longer than {limit_s:g} s"]
@@ -120,4 +120,7 @@ def _within(limit_s: float, what: str, work: Callable[[], str]) -> None:
     thread.start()
     thread.join(limit_s + 1)
     if problem[0]:
-        say(f"harness: warning: {what} that should tell of this {redacted(problem[0])}", sys.stderr)
+        say(
+            f"harness: warning: {channel} that should tell of this {redacted(problem[0])}",
+            sys.stderr,
+        )

@@ -24,7 +24,7 @@ LOOK = {
 }
 
 
-def in_words(end: dict[str, Any]) -> str:
+def describe_end(end: dict[str, Any]) -> str:
     """Describe an end record for people."""
     why = str(end.get("why", "unreadable end record"))
     if why == "stopped" and "error" in end:  # overtaken; noticed right after the claim
@@ -38,7 +38,7 @@ def in_words(end: dict[str, Any]) -> str:
     return f"failed: {end.get('error')}" if why == "failed" else why
 
 
-def replays_in_words(records: Mapping[int, Mapping[str, Any]]) -> list[str]:
+def describe_replays(records: Mapping[int, Mapping[str, Any]]) -> list[str]:
     """Describe the comparisons of recomputed steps of all attempts for people.
 
     Each attempt with a difference has an entry of its own, in the order of the numbers. The last
@@ -46,39 +46,42 @@ def replays_in_words(records: Mapping[int, Mapping[str, Any]]) -> list[str]:
 
     `records` are the results of the comparisons, by attempt.
     """
-    found = [
-        replayed_in_words(record)
+    lines = [
+        describe_replay(record)
         for _, record in sorted(records.items())
         if record.get("verdict") != SAME
     ]
     equal = [record for record in records.values() if record.get("verdict") == SAME]
     if not equal:
-        return found
+        return lines
     counts = ("recomputed", "compared", "of_losses", "of_samples")
     whole = {name: sum(_count(record, name) for record in equal) for name in counts}
     loosest = max(equal, key=lambda record: _tolerance(record) or 0.0)
-    return [*found, _equal_in_words(dict(loosest) | whole)]
+    return [*lines, _describe_equal(dict(loosest) | whole)]
 
 
-def replayed_in_words(record: Mapping[str, Any]) -> str:
+def describe_replay(record: Mapping[str, Any]) -> str:
     """Describe the comparison of one attempt's recomputed steps for people.
 
     The result is one line if the steps are equal or the difference was expected, else several.
     """
-    said = {name: printable(str(value))[:200] for name, value in record.items()}
+    fields = {name: printable(str(value))[:200] for name, value in record.items()}
     if record.get("verdict") == SAME:
-        return _equal_in_words(record)
-    what, name = said.get("what"), f" {said['name']}" if said.get("name", LOSS) != LOSS else ""
-    which = f"{what}{name}" + (f" on rank {said['rank']}" if record.get("rank") else "")
+        return _describe_equal(record)
+    subject, name = (
+        fields.get("what"),
+        f" {fields['name']}" if fields.get("name", LOSS) != LOSS else "",
+    )
+    which = f"{subject}{name}" + (f" on rank {fields['rank']}" if record.get("rank") else "")
     hosts, devices = (_pair(record, names) for names in ("hosts", "devices"))
     places = [
         printable(f"{host}, {device}")[:200] for host, device in zip(hosts, devices, strict=True)
     ]
     lines = [
-        f"was {said.get('was')} in attempt {said.get('before')} ({places[0]})",
-        f"is {said.get('now')} in attempt {said.get('attempt')} ({places[-1]})",
+        f"was {fields.get('was')} in attempt {fields.get('before')} ({places[0]})",
+        f"is {fields.get('now')} in attempt {fields.get('attempt')} ({places[-1]})",
     ]
-    step = f"step {said.get('step')}"
+    step = f"step {fields.get('step')}"
     if record.get("verdict") == EXPECTED:
         return (
             f"{step} is not what it was, and was expected to differ: "
@@ -86,19 +89,19 @@ def replayed_in_words(record: Mapping[str, Any]) -> str:
         )
     first = (
         f"MISMATCH: recomputed {step} is not what it was: {which}: "
-        f"{'other' if what == DATA else 'same'} samples"
+        f"{'other' if subject == DATA else 'same'} samples"
     )
     suspects = _listed(record, "suspects")
     return "\n".join(
         [
             first,
             *(f"  {line}" for line in lines),
-            f"  look at: {f'{suspects}; ' if suspects else ''}{LOOK.get(str(what), '')}",
+            f"  look at: {f'{suspects}; ' if suspects else ''}{LOOK.get(str(subject), '')}",
         ]
     )
 
 
-def _equal_in_words(record: Mapping[str, Any]) -> str:
+def _describe_equal(record: Mapping[str, Any]) -> str:
     made, compared, of_losses, of_samples = (
         _count(record, name) for name in ("recomputed", "compared", "of_losses", "of_samples")
     )

@@ -21,7 +21,7 @@ from harness.errors import (
     EXIT_USAGE,
 )
 from harness.supervision.launches import Launch, attempts_of
-from harness.supervision.restart_messages import in_words
+from harness.supervision.restart_messages import describe_end
 
 MOST_FAILURES = 3
 EXIT_ASKED = 130  # the exit code of a shell for an interrupted command
@@ -44,7 +44,7 @@ class Outcome:
 class Failure:
     """One failure of an attempt, or of a launch without an attempt."""
 
-    what: str
+    subject: str
     error: str
     step: int | None = None
     rank: int | None = None
@@ -57,23 +57,23 @@ class Failure:
         where = (f" at step {self.step}" if self.step is not None else "") + (
             f" on rank {self.rank}" if self.rank is not None else ""
         )
-        return f"{self.what} failed{where}: {' '.join(self.error.split())}"
+        return f"{self.subject} failed{where}: {' '.join(self.error.split())}"
 
 
-def failures(found: Catalog, launches: Sequence[Launch], supervisor: str) -> list[Failure]:
+def failures(catalog: Catalog, launches: Sequence[Launch], supervisor: str) -> list[Failure]:
     """Return this supervisor's failures since the last progress of the run, oldest first.
 
     Progress is a checkpoint at a greater step than ever before.
 
     Args:
-        found: Catalog of the run's stores.
+        catalog: Catalog of the run's stores.
         launches: All launches of the run.
         supervisor: Name of the supervisor.
     """
-    return [death for death in deaths(found, launches, supervisor) if death.is_fruitless]
+    return [death for death in deaths(catalog, launches, supervisor) if death.is_fruitless]
 
 
-def deaths(found: Catalog, launches: Sequence[Launch], supervisor: str) -> list[Failure]:
+def deaths(catalog: Catalog, launches: Sequence[Launch], supervisor: str) -> list[Failure]:
     """Return all failures of this supervisor's launches, oldest first.
 
     Launches that were stopped from outside have none.
@@ -82,11 +82,11 @@ def deaths(found: Catalog, launches: Sequence[Launch], supervisor: str) -> list[
     for launch in launches:
         if launch.supervisor != supervisor or (launch.end or {}).get("why") == "stopped":
             continue
-        attempts = attempts_of(found, launch.name)
+        attempts = attempts_of(catalog, launch.name)
         for number, record in attempts.items():
-            end = _end_of(found, number, launch)
+            end = _end_of(catalog, number, launch)
             if end is not None and end.get("why") == "failed":
-                is_fruitless = record.get("reached", -1) >= found.reached
+                is_fruitless = record.get("reached", -1) >= catalog.reached
                 died.append(
                     (
                         launch.number,
@@ -95,7 +95,7 @@ def deaths(found: Catalog, launches: Sequence[Launch], supervisor: str) -> list[
                     )
                 )
         if not attempts and launch.end is not None and launch.end.get("why") == "failed":
-            is_fruitless = launch.record.get("reached", -1) >= found.reached
+            is_fruitless = launch.record.get("reached", -1) >= catalog.reached
             died.append(
                 (
                     launch.number,
@@ -106,13 +106,13 @@ def deaths(found: Catalog, launches: Sequence[Launch], supervisor: str) -> list[
     return [failure for _, _, failure in sorted(died, key=lambda item: item[:2])]
 
 
-def _end_of(found: Catalog, number: int, launch: Launch) -> dict[str, Any] | None:
+def _end_of(catalog: Catalog, number: int, launch: Launch) -> dict[str, Any] | None:
     """Return how an attempt of a launch ended, or None if that is unknown.
 
     An attempt without an end record was killed. If it was killed or has lost a peer, the error
     record of its launch, if there is one, gives the cause.
     """
-    end = found.ends.get(number, KILLED)
+    end = catalog.ends.get(number, KILLED)
     if end is not KILLED and not end.get("lost"):
         return end
     if launch.end is None:  # the supervisor's machine is lost, or the launch is still running
@@ -121,10 +121,10 @@ def _end_of(found: Catalog, number: int, launch: Launch) -> dict[str, Any] | Non
     return end | (launch.failure or {})
 
 
-def _failure(what: str, end: dict[str, Any], launch: str, is_fruitless: bool) -> Failure:
+def _failure(subject: str, end: dict[str, Any], launch: str, is_fruitless: bool) -> Failure:
     error, trace = str(end.get("error", "unknown error")), str(end.get("trace", ""))
     return Failure(
-        what,
+        subject,
         error,
         end.get("step"),
         end.get("rank"),
@@ -143,24 +143,24 @@ def crash_loop(failed: Sequence[Failure]) -> str:
     return f"{len(failed)} in a row died without a new checkpoint{same}; the first: {failed[0]}"
 
 
-def outcome(found: Catalog, launches: Sequence[Launch] = ()) -> Outcome:
+def outcome(catalog: Catalog, launches: Sequence[Launch] = ()) -> Outcome:
     """Return the state of a run.
 
     The checkpoints are considered first. If they do not decide, the state depends on how the newest
     attempt ended, or a later launch that ended without an attempt.
     """
-    head = found.head
+    head = catalog.head
     newest = max(
-        (number for number in found.attempts if not _is_overtaken(found, number)), default=0
+        (number for number in catalog.attempts if not _is_overtaken(catalog, number)), default=0
     )
-    if (error := found.unreadable_head) is not None:
+    if (error := catalog.unreadable_head) is not None:
         return Outcome("not readable", f"{error.what}; {error.found}", EXIT_USAGE)
     whole = [
         m
-        for m in found.history
-        if any(part.sizes.get(m.data_key) == m.size_bytes for part in found.parts)
+        for m in catalog.history
+        if any(part.sizes.get(m.data_key) == m.size_bytes for part in catalog.parts)
     ]
-    if found.history and not whole:
+    if catalog.history and not whole:
         return Outcome(
             "failed",
             "there is a history, but the data of every checkpoint is missing or cut short",
@@ -175,30 +175,30 @@ def outcome(found: Catalog, launches: Sequence[Launch] = ()) -> Outcome:
             f"the last checkpoint's data is gone; a start resumes from step {whole[0].step}",
             EXIT_STOPPED,
         )
-    return _ended(found, launches)
+    return _ended(catalog, launches)
 
 
-def _is_overtaken(found: Catalog, number: int) -> bool:
+def _is_overtaken(catalog: Catalog, number: int) -> bool:
     """Return whether an attempt was overtaken.
 
     It ended right after its claim, because its resume point was not the newest checkpoint any more.
     """
-    end = found.ends.get(number) or {}
+    end = catalog.ends.get(number) or {}
     return end.get("why") == "stopped" and "error" in end
 
 
-def _ended(found: Catalog, launches: Sequence[Launch]) -> Outcome:
+def _ended(catalog: Catalog, launches: Sequence[Launch]) -> Outcome:
     """Return the state of an unfinished run, by how its newest attempt or launch ended."""
-    launch = _last(found, launches)
-    end = _end(found, launch)
-    if end is None and not found.attempts:
+    launch = _last(catalog, launches)
+    end = _end(catalog, launch)
+    if end is None and not catalog.attempts:
         return Outcome("to be continued", "no attempt has begun", EXIT_STOPPED)
     if end is None:
         return Outcome(
             "to be continued", "no end is recorded: it is running, or was killed", EXIT_STOPPED
         )
     if end.get("why") != "failed":
-        return Outcome("to be continued", in_words(end), EXIT_STOPPED)
+        return Outcome("to be continued", describe_end(end), EXIT_STOPPED)
     if launch is not None and launch.end is not None and launch.end.get("why") == "stopped":
         return Outcome(
             "to be continued",
@@ -208,7 +208,7 @@ def _ended(found: Catalog, launches: Sequence[Launch]) -> Outcome:
     error = str(end.get("error", "unknown error"))
     if launch is None or end.get("code") == EXIT_USAGE:
         return Outcome("failed", error, EXIT_FAILED)
-    failed = failures(found, launches, launch.supervisor)
+    failed = failures(catalog, launches, launch.supervisor)
     most = int(launch.record.get("most_failures", MOST_FAILURES))
     if len(failed) >= most:
         return Outcome("failed", crash_loop(failed), EXIT_FAILED)
@@ -220,12 +220,14 @@ def _ended(found: Catalog, launches: Sequence[Launch]) -> Outcome:
     return Outcome("to be continued", f"failed ({count}): {error}", EXIT_STOPPED)
 
 
-def _last(found: Catalog, launches: Sequence[Launch]) -> Launch | None:
+def _last(catalog: Catalog, launches: Sequence[Launch]) -> Launch | None:
     """Return the newest attempt's launch, or a later one that ended without an attempt, or None."""
-    newest = max(found.attempts, default=0)
-    names = {record.get("launch") for record in found.attempts.values()}
+    newest = max(catalog.attempts, default=0)
+    names = {record.get("launch") for record in catalog.attempts.values()}
     own = [
-        launch for launch in launches if launch.name == found.attempts.get(newest, {}).get("launch")
+        launch
+        for launch in launches
+        if launch.name == catalog.attempts.get(newest, {}).get("launch")
     ]
     later = [
         launch
@@ -236,26 +238,28 @@ def _last(found: Catalog, launches: Sequence[Launch]) -> Launch | None:
     return both[-1] if both else None
 
 
-def _end(found: Catalog, launch: Launch | None) -> dict[str, Any] | None:
+def _end(catalog: Catalog, launch: Launch | None) -> dict[str, Any] | None:
     """Return how the newest attempt ended, or the later launch that `_last` has found.
 
     None if that is unknown.
     """
-    newest = max(found.attempts, default=0)
+    newest = max(catalog.attempts, default=0)
     if launch is None:
-        return found.ends.get(newest)
+        return catalog.ends.get(newest)
     return (
-        _end_of(found, newest, launch)
-        if found.attempts.get(newest, {}).get("launch") == launch.name
+        _end_of(catalog, newest, launch)
+        if catalog.attempts.get(newest, {}).get("launch") == launch.name
         else launch.end
     )
 
 
-def verdict(found: Catalog, launches: Sequence[Launch], name: str) -> tuple[Outcome, list[Failure]]:
+def verdict(
+    catalog: Catalog, launches: Sequence[Launch], name: str
+) -> tuple[Outcome, list[Failure]]:
     """Decide what the supervisor of a launch that has ended must do.
 
     Args:
-        found: Catalog of the run's stores.
+        catalog: Catalog of the run's stores.
         launches: All launches of the run.
         name: Name of the launch that has ended.
 
@@ -265,15 +269,15 @@ def verdict(found: Catalog, launches: Sequence[Launch], name: str) -> tuple[Outc
         good with exit code 1, else those of this launch.
     """
     launch = next((launch for launch in launches if launch.name == name), Launch(name))
-    attempts = attempts_of(found, name)
-    newest = max(found.attempts, default=0)
+    attempts = attempts_of(catalog, name)
+    newest = max(catalog.attempts, default=0)
     latest = max(attempts, default=launch.greatest if launch.record else newest)
-    end = (found.ends.get(latest) if attempts else launch.end) or {}
-    died = deaths(found, launches, launch.supervisor)
+    end = (catalog.ends.get(latest) if attempts else launch.end) or {}
+    died = deaths(catalog, launches, launch.supervisor)
     failed = [death for death in died if death.launch == name]
     if (
         end.get("why") == "finished"
-        and (stands := outcome(found, launches)).exit_code == EXIT_FINISHED
+        and (stands := outcome(catalog, launches)).exit_code == EXIT_FINISHED
     ):
         return stands, failed  # no attempt that was claimed since has trained
     if newest > latest or end.get("why") == "superseded":
@@ -285,11 +289,11 @@ def verdict(found: Catalog, launches: Sequence[Launch], name: str) -> tuple[Outc
         "failed",
         "stopped",
     )
-    stands = _ended(found, launches) if wanted_more else outcome(found, launches)
+    stands = _ended(catalog, launches) if wanted_more else outcome(catalog, launches)
     if stands.exit_code == EXIT_FINISHED:
         return stands, failed
     if end.get("by") == ASKED:
-        return Outcome("stopped", f"{in_words(end)}; not started again", EXIT_ASKED), failed
+        return Outcome("stopped", f"{describe_end(end)}; not started again", EXIT_ASKED), failed
     if end.get("why") == "failed" and end.get("code") == EXIT_USAGE:
         return Outcome("failed", str(end.get("error")), EXIT_USAGE), failed
     shown = (

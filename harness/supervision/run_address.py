@@ -47,12 +47,12 @@ def run(*places: Store | str) -> tuple[Store, Catalog]:
         StorageError: A store cannot be listed.
     """
     opened = [open_store(place, WAIT_S) if isinstance(place, str) else place for place in places]
-    found = read_catalog(*opened)
-    found.check_one_run()
+    catalog = read_catalog(*opened)
+    catalog.check_same_run()
     if not (
-        found.greatest
-        or found.manifests
-        or found.orphans
+        catalog.greatest
+        or catalog.manifests
+        or catalog.orphans
         or any(_was_submitted(store) for store in opened)
     ):
         raise UsageError(
@@ -60,7 +60,7 @@ def run(*places: Store | str) -> tuple[Store, Catalog]:
             "found: neither attempts nor checkpoints",
             "Give the run's directory or URL.",
         )
-    return opened[0], found
+    return opened[0], catalog
 
 
 def _was_submitted(store: Store) -> bool:
@@ -104,8 +104,8 @@ def checkpoint(path: str, which: str | int = NEWEST) -> tuple[Store, Manifest]:
         StorageError: The store cannot be listed or read.
     """
     if is_run(path):
-        store, found = run(path)
-        return store, _chosen(store, found, which)
+        store, catalog = run(path)
+        return store, _chosen(store, catalog, which)
     if which != NEWEST:
         raise UsageError(
             f"{path} is one file: there is nothing to choose from",
@@ -138,20 +138,20 @@ def checkpoint(path: str, which: str | int = NEWEST) -> tuple[Store, Manifest]:
         ) from None
 
 
-def _chosen(store: Store, found: Catalog, which: str | int) -> Manifest:
+def _chosen(store: Store, catalog: Catalog, which: str | int) -> Manifest:
     if which in (NEWEST, BEST):
-        found.check_readable()
-    if found.head is None:
+        catalog.check_readable()
+    if catalog.head is None:
         raise UsageError(
             f"the run in {store} has no checkpoint", remedy="harness ls shows what is there."
         )
     if which == NEWEST:
-        return found.head
+        return catalog.head
     if which == BEST:
-        return _best(store, found, found.head)
-    of_step = [manifest for manifest in found.history if str(manifest.step) == str(which)]
+        return _best(store, catalog, catalog.head)
+    of_step = [manifest for manifest in catalog.history if str(manifest.step) == str(which)]
     if not of_step:
-        steps = ", ".join(str(manifest.step) for manifest in found.history)
+        steps = ", ".join(str(manifest.step) for manifest in catalog.history)
         raise UsageError(
             f"the run in {store} has no checkpoint of step {which}",
             f"found: steps {steps}",
@@ -160,7 +160,7 @@ def _chosen(store: Store, found: Catalog, which: str | int) -> Manifest:
     return max(of_step, key=lambda manifest: manifest.order)
 
 
-def _best(store: Store, found: Catalog, head: Manifest) -> Manifest:
+def _best(store: Store, catalog: Catalog, head: Manifest) -> Manifest:
     """Return the best checkpoint in the history of the newest one, `head`.
 
     The metric is the one that the run has recorded. For a run of an earlier version it is that of
@@ -168,7 +168,7 @@ def _best(store: Store, found: Catalog, head: Manifest) -> Manifest:
     that has the best value recorded in `head` among its metrics. Raises UsageError if there is
     none.
     """
-    policy = retention.recorded(found, is_local=True)
+    policy = retention.recorded(catalog, is_local=True)
     if policy is None:
         payload = load.outline(store, head.data_key)
         settings = payload["config"].get("checkpoint")
@@ -176,10 +176,10 @@ def _best(store: Store, found: Catalog, head: Manifest) -> Manifest:
         if isinstance(metric, str) and METRIC.holds(metric):
             policy = retention.policy(0, None, 0, metric)
     if policy is not None:
-        ranked = retention.best(found.history, policy)
+        ranked = retention.best(catalog.history, policy)
     else:
         ranked = [
-            manifest for manifest in found.history if payload["best"] in manifest.metrics.values()
+            manifest for manifest in catalog.history if payload["best"] in manifest.metrics.values()
         ]
     if not ranked:
         raise UsageError(

@@ -120,7 +120,7 @@ def test_a_report_shows_what_records_hold_as_text() -> None:
         },
     )()
     life.began = life.ended = "2026-01-01T00:00:00+00:00"
-    stretch = timeline._stretch(
+    stretch = timeline._span(
         life, [{"time": "2026-01-01T00:00:09+00:00", "spent": {EVIL: 3.0}}], is_running=False
     )
     assert stretch is not None and stretch.how == "failed"

@@ -30,7 +30,7 @@ from harness.checkpoint.load import verified_chunks
 from harness.cli import prune
 from harness.errors import DamagedError, RefusedError, StorageError, UsageError
 from harness.store import Store, open_store, probe, redacted
-from harness.store.bucket import Found
+from harness.store.bucket import ObjectMetadata
 from harness.store.explain import explained
 from harness.store.fsspec_client import FsspecClient
 from harness.store.remote import RemoteStore
@@ -561,9 +561,9 @@ def test_what_a_store_keeps_wrongly_is_noticed_before_it_counts(way, size_bytes)
 class OddTags(S3Client):
     """ETags that are no MD5, as of some servers."""
 
-    def head(self, key: str, limit_s: float) -> Found | None:
+    def head(self, key: str, limit_s: float) -> ObjectMetadata | None:
         found = super().head(key, limit_s)
-        return found and Found(found.key, found.size_bytes, "0123456789abcdef")
+        return found and ObjectMetadata(found.key, found.size_bytes, "0123456789abcdef")
 
 
 def test_where_the_servers_checksum_tells_nothing_the_upload_is_read_back(way):

@@ -688,7 +688,7 @@ def test_a_run_that_was_trained_on_both_sides_without_the_other_is_refused(remot
     Life(local).save(20)
     Life(remote).save(30)
     with pytest.raises(UsageError, match="two attempts 2"):
-        read_catalog(local, remote).check_one_run()
+        read_catalog(local, remote).check_same_run()
 
 
 # --- which side is newest ---

@@ -42,7 +42,7 @@ from harness.saving.claim import claim
 from harness.store import LocalStore
 from harness.store import local as local_store
 from harness.supervision import control_requests, launches
-from harness.supervision.restart_messages import in_words
+from harness.supervision.restart_messages import describe_end
 from harness.supervision.restart_policy import outcome, verdict
 
 Start = Callable[..., "subprocess.Popen[str]"]
@@ -219,7 +219,7 @@ def test_who_claims_from_an_old_listing_leaves_to_be_started_again(store, world:
     assert before.items() <= now.items(), "the late one deletes and replaces nothing"
     job.end(code=0)
     found = read_catalog(store)
-    assert "to be started again" in in_words(found.ends[2])
+    assert "to be started again" in describe_end(found.ends[2])
     stands, failed = verdict(found, launches.read([store]), job.launch)
     assert (stands.exit_code, failed) == (EXIT_STOPPED, []), "that is no failure"
     assert not stands.is_leaving

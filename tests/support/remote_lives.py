@@ -72,7 +72,7 @@ class Life:
     def __init__(self, *stores: Store) -> None:
         self.stores = stores
         found = read_catalog(*stores)
-        found.check_one_run()
+        found.check_same_run()
         self.origin = found.candidates[0] if found.candidates else None
         for store in stores:
             store.prepare(fmt.FOLDERS)
@@ -133,8 +133,9 @@ def write(places: list[str], steps: list[int], wait_s: float, told: str) -> None
             wait=True,
         )
         if not saved and final:
-            # as the loop does
-            raise SaveError(f"the last checkpoint was not saved: {checkpointer.words}")
+            raise SaveError(
+                f"the last checkpoint was not saved: {checkpointer.status_line}"
+            )  # as the loop does
         tell(told, "c" if saved else "-", step)
         if saved and not checkpointer._settle():
             tell(told, "u", step)

@@ -384,11 +384,10 @@ FILLED_IN = {
         "ordered",
         "double",
         "kept",
-        "found",
+        "catalog",
         "whole",
         "resume_point",
         "source",
-        "life",
         "parser",
         "early",
     ),
@@ -408,7 +407,7 @@ FILLED_IN = {
         "timer",
         "alarm",
     ),
-    *("within", "seen", "_BaseDataLoaderIter"),
+    *("within", "seen", "program_run", "traces", "_BaseDataLoaderIter"),
 }
 # Simple values, held by one object.
 OWN_PARTS = ("self._kept", "self._hooks", "self._generators", "self._dealt", "self.fs", "self.head")

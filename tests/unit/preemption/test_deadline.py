@@ -343,7 +343,7 @@ def test_nothing_is_planned_that_does_not_fit_and_nothing_left_out_that_does(
         assert planned.save == planned.upload, "what lies on a lost disk is no checkpoint"
     elif save_s <= left_s:
         assert planned.save
-    assert bool(planned.words) or (planned.save and planned.upload == has_remote), (
+    assert bool(planned.message) or (planned.save and planned.upload == has_remote), (
         "what is left out is said"
     )
 
@@ -358,19 +358,19 @@ def test_a_plan_says_what_is_left_out_and_why():
         "saved locally, not uploaded: 40 s left, a save takes 10.0 s and an upload 20.0 s",
     )
     nothing = "no time to save: {} s left, a save takes 10.0 s{}; the checkpoint before stands"
-    assert plan(40, 10, 20, has_remote=True, is_scratch=True).words == nothing.format(
+    assert plan(40, 10, 20, has_remote=True, is_scratch=True).message == nothing.format(
         40, " and an upload 20.0 s"
     )
-    assert plan(9, 10, 20, has_remote=True, is_scratch=False).words == nothing.format(
+    assert plan(9, 10, 20, has_remote=True, is_scratch=False).message == nothing.format(
         9, " and an upload 20.0 s"
     )
-    assert plan(9, 10, 20, has_remote=False, is_scratch=False).words == nothing.format(9, "")
+    assert plan(9, 10, 20, has_remote=False, is_scratch=False).message == nothing.format(9, "")
 
 
 def test_without_a_remote_store_nobody_speaks_of_uploads():
     tight = plan(12, 10, 0, has_remote=False, is_scratch=False)
     assert tight.save
-    assert "upload" not in tight.words
+    assert "upload" not in tight.message
 
 
 # --- real runs ---

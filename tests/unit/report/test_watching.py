@@ -404,7 +404,9 @@ def test_the_place_of_a_rank_is_the_last_line_of_the_users_own() -> None:
     assert hang_report.place(OWN + COLLECTIVE) == hang_report.Place(
         "loss (my_task.py:7)", waits=True
     )
-    assert hang_report.place(LIBRARY).words == "linear (functional.py:9)" and hang_report.place(
+    assert hang_report.place(
+        LIBRARY
+    ).description == "linear (functional.py:9)" and hang_report.place(
         "nothing"
     ) == hang_report.Place("an unknown place", waits=False)
 

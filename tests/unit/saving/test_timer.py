@@ -94,7 +94,7 @@ def test_auto_makes_room_between_saves_that_follow_one_another():
 def test_auto_measures_what_a_save_costs_and_tells_what_it_chooses(steps):
     clock, told = Clock(1000.0), []
     auto = SavePolicy("auto", "wait", clock, lambda kind, **fields: told.append((kind, fields)))
-    auto.lives = KillHistory(seconds=7200, kills=2)
+    auto.history = KillHistory(seconds=7200, kills=2)
     assert auto.every_s == FIRST_S
     for _ in range(3):
         saved_once(clock, auto, plain_s=0.1, beside_s=0.1 + 0.4 / steps, steps=steps, save_s=1.5)

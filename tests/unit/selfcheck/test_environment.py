@@ -22,8 +22,8 @@ from harness.supervision.machine_record import (
     NOT_EXACT,
     Difference,
     changes,
+    describe,
     differences,
-    in_words,
     recorded,
 )
 
@@ -64,11 +64,11 @@ def test_what_differs_is_named_with_both_values_and_what_cannot_be_compared_is_n
         Difference("NCCL_ALGO", None, "Ring"),
         Difference("pandas", "1.0", "2.0", is_exact=True),
     ]
-    assert in_words(found) == (
+    assert describe(found) == (
         f"torch: 2.1 -> 2.2, threads: 1 -> 2, NCCL_ALGO: not set -> Ring ({NOT_EXACT}); "
         "other versions of what the program imports: pandas: 1.0 -> 2.0"
     )
-    assert NOT_EXACT not in in_words(found[-1:]), (
+    assert NOT_EXACT not in describe(found[-1:]), (
         "another version of something else need not change anything"
     )
     assert differences(HERE, HERE) == []

@@ -91,7 +91,7 @@ def test_failures_in_a_row_are_counted_until_they_are_a_crash_loop_wherever_the_
     job = Job("100", *stores)
     codes = [job.fails(step=step).verdict.exit_code for step in (1, 2, 3)]
     assert codes == [75, 75, 1]
-    assert [failure.what for failure in job.failures] == ["attempt 1", "attempt 2", "attempt 3"]
+    assert [failure.subject for failure in job.failures] == ["attempt 1", "attempt 2", "attempt 3"]
     assert [failure.launch for failure in job.failures] == ["100.0", "100.1", "100.2"]
     assert job.outcome.exit_code == 1
 
@@ -188,7 +188,7 @@ def test_a_launch_that_never_got_to_an_attempt_counts(stores):
     job = Job("100", *stores)
     for number in range(3):
         job.begin().end("failed", code=1, error=f"no rank began to train {number}")
-    assert [(failure.what, failure.error) for failure in job.failures] == [
+    assert [(failure.subject, failure.error) for failure in job.failures] == [
         (f"launch 100.{number}", f"no rank began to train {number}") for number in range(3)
     ]
     assert job.verdict.exit_code == 1
@@ -209,7 +209,7 @@ def test_every_attempt_that_torchrun_restarted_in_one_launch_counts(store):
     job = Job("100", store).begin()
     for step in (7, 7, 7):
         job.attempt(why="failed", error="ValueError: no", step=step, rank=1)
-    assert [failure.what for failure in job.end(code=1).failures] == [
+    assert [failure.subject for failure in job.end(code=1).failures] == [
         "attempt 1",
         "attempt 2",
         "attempt 3",
