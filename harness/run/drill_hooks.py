@@ -135,7 +135,7 @@ class Traces:
         own, held_bytes = {}, 0
         if step % self._every == 0:
             for name, obj in tracked.items():
-                for path, leaf in leaves_of(state.captured_one(name, obj)).items():
+                for path, leaf in leaves_of(state.captured_object(name, obj)).items():
                     own[".".join(map(str, (name, *path)))] = digest(leaf.value())
                     held_bytes += leaf.size_bytes
             self._every = 1 + held_bytes // MOST_BYTES

@@ -82,7 +82,7 @@ def of_object(name: str, thing: Any, saved: Any) -> Found:
         if double is thing:
             return [], f"{name} (its copy is itself)"
         try:
-            state.restore_one(name, double, saved, SOURCE)
+            state.restore_object(name, double, saved, SOURCE)
             after = double.state_dict()
         except Exception as error:  # noqa: BLE001 - the user's code may raise anything
             return [f"{name} cannot be loaded again: {_line(error)}"], ""
@@ -110,7 +110,7 @@ def of_torchs(name: str, thing: Any, saved: Any) -> Found:
         ], ""
     double = _module(thing, {}) if isinstance(thing, nn.Module) else _optimizer(thing)
     try:
-        state.restore_one(name, double, saved, SOURCE)
+        state.restore_object(name, double, saved, SOURCE)
         after = without_data(double.state_dict())
     except (
         UsageError,

@@ -168,7 +168,7 @@ class RankDifferences:
                 ]
                 states[key] = state.as_captured(key, {"param_groups": groups})
             elif in_full or key in self._small or key in self._kept:
-                states[key] = state.captured_one(name, thing)
+                states[key] = state.captured_object(name, thing)
         return states
 
     def _found(self, key: str, structure: bytes, leaves: Mapping[Path, Leaf]) -> _Found:
