@@ -92,7 +92,7 @@ def export(
     # Data and modules may draw random numbers, so the generators are restored afterwards.
     with kept_generators(), _scratch(store, key) as path:
         if format in ("module", *PROGRAMS):
-            rebuilt = rebuild.one_module(
+            rebuilt = rebuild.build_module(
                 loaded, next(iter(held)), config=config, settings=settings, ema=ema, trust=trust
             )
             write = _of_code(rebuilt, format, legacy)

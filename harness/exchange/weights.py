@@ -136,7 +136,7 @@ def choose(
         UsageError: A module has no state dict, or with `partly` none of them has one.
     """
     modules = [part for part in parts if part.kind == MODULE]
-    found: dict[str, Part] = {}
+    chosen: dict[str, Part] = {}
     for name in names:
         wanted = [
             part for part in modules if name in called and called[name] in (part.key, part.name)
@@ -146,7 +146,7 @@ def choose(
                 modules if len(names) == len(modules) == 1 else []
             )
         if wanted:
-            found[name] = wanted[0]
+            chosen[name] = wanted[0]
         elif not partly or name in called:
             held = ", ".join(part.key or part.name for part in modules)
             raise UsageError(
@@ -156,12 +156,12 @@ def choose(
                 f"Name it: --as {name}={modules[0].key or modules[0].name} of `harness import`, "
                 f"part={modules[0].key!r} in Python.",
             )
-    if not found:
+    if not chosen:
         raise UsageError(
             f"{where} has nothing for {', '.join(names)}",
             f"found: {', '.join(part.key or part.name for part in modules)}",
         )
-    return found
+    return chosen
 
 
 def fit(
@@ -193,8 +193,8 @@ def fit(
     fits = {name: _fitted(unwrap(module), saved[name][0]) for name, (module, _) in pairs.items()}
     rows = [
         (kind, _full(name, key, fits), mine, theirs)
-        for name, (_, _, found) in fits.items()
-        for kind, key, mine, theirs in found
+        for name, (_, _, misfits) in fits.items()
+        for kind, key, mine, theirs in misfits
     ]
     count = sum(len(taken) for _, taken, _ in fits.values())
     total = sum(len(whole) for whole, _, _ in fits.values())
@@ -207,9 +207,9 @@ def fit(
             if count
             else "Nothing fits: is it the file of another model?"
         )
-        what = f"{where} does not fit: {count} of {total} tensors do, {len(rows)} do not"
+        problem = f"{where} does not fit: {count} of {total} tensors do, {len(rows)} do not"
         raise UsageError(
-            what, state.mismatch_table(rows), " ".join(filter(None, [idle_note, *hints, insist]))
+            problem, state.mismatch_table(rows), " ".join(filter(None, [idle_note, *hints, insist]))
         )
     for name, (module, _) in pairs.items():
         unwrap(module).load_state_dict(fits[name][0])
