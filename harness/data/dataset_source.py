@@ -25,7 +25,7 @@ from harness.data.loading import (
     Workers,
     as_is,
     is_iterable,
-    told_of_epochs,
+    takes_epoch,
 )
 from harness.data.plan import Border, Plan, Position, Share, seed_of
 from harness.data.source import Batches, Bordered, Say, Source, Unasked
@@ -78,7 +78,7 @@ class MapSource:
 
         Otherwise the user's outer loop has to call it, as with a DataLoader.
         """
-        return told_of_epochs(self.dataset) and (
+        return takes_epoch(self.dataset) and (
             not self._by_epoch or (self.workers.persistent and self.workers.number > 0)
         )
 

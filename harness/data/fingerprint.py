@@ -78,7 +78,7 @@ def named(dataset: Any, collate: Any, *, seeds_held: bool) -> tuple[str, list[st
     sample. It covers the roots of `drawn_from`.
     """
     name = fingerprint(dataset, seeds_held)
-    return name, [one.path for one in find(drawn_from(dataset, collate))]
+    return name, [held.path for held in find(drawn_from(dataset, collate))]
 
 
 def drawn_from(dataset: Any, collate: Any) -> dict[str, Any]:
@@ -128,7 +128,7 @@ def _kind(value: Any) -> bytes:
     return type(value).__name__.encode()
 
 
-def _said(scale: tuple[Any, ...]) -> str:
+def _scale_text(scale: tuple[Any, ...]) -> str:
     return repr(scale) if scale else ""
 
 
@@ -145,7 +145,7 @@ def digest_into(digest: Any, value: Any, other: Callable[[Any], bytes] = _kind) 
             .contiguous()
         )
         digest.update(
-            f"{value.dtype}{tuple(value.shape)}{_said(scale_of(value))}".encode()
+            f"{value.dtype}{tuple(value.shape)}{_scale_text(scale_of(value))}".encode()
             + value.reshape(-1).view(torch.uint8).numpy().tobytes()
         )
     elif isinstance(value, np.ndarray) and value.dtype == object:  # its buffer holds addresses

@@ -26,20 +26,20 @@ NUMPYS: dict[str, Any] = {
 }
 
 
-def is_generator(thing: object) -> bool:
+def is_generator(obj: object) -> bool:
     """Return whether an object is a generator whose state can be saved.
 
     `random.SystemRandom` draws from the operating system and has no state.
     """
-    return issubclass(type(thing), KINDS) and not issubclass(type(thing), random.SystemRandom)
+    return issubclass(type(obj), KINDS) and not issubclass(type(obj), random.SystemRandom)
 
 
-def generators_of(thing: Any) -> Iterator[tuple[str, Any]]:
+def generators_of(obj: Any) -> Iterator[tuple[str, Any]]:
     """Yield the generators in an object's attributes, each with its path.
 
     Lists, tuples and dicts that are attributes are searched too, one level deep.
     """
-    for name, value in list(vars(thing).items()):
+    for name, value in list(vars(obj).items()):
         if is_generator(value):
             yield name, value
         elif type(value) in (dict, list, tuple):
@@ -47,27 +47,30 @@ def generators_of(thing: Any) -> Iterator[tuple[str, Any]]:
             yield from ((f"{name}[{key!r}]", item) for key, item in items if is_generator(item))
 
 
-def generator_state(thing: Any) -> dict[str, Any]:
+def generator_state(generator: Any) -> dict[str, Any]:
     """Return the kind of a generator and its state, as plain data."""
-    if isinstance(thing, torch.Generator):
-        return {"kind": f"torch.Generator ({thing.device.type})", "state": thing.get_state()}
-    if isinstance(thing, random.Random):
-        version, words, gauss = thing.getstate()
+    if isinstance(generator, torch.Generator):
+        return {
+            "kind": f"torch.Generator ({generator.device.type})",
+            "state": generator.get_state(),
+        }
+    if isinstance(generator, random.Random):
+        version, internal_state, gauss = generator.getstate()
         return {
             "kind": "random.Random",
             "version": version,
-            "words": torch.tensor(words, dtype=torch.int64),
+            "words": torch.tensor(internal_state, dtype=torch.int64),
             "gauss": gauss,
         }
-    if isinstance(thing, np.random.RandomState):
-        state: Any = thing.get_state(legacy=False)
+    if isinstance(generator, np.random.RandomState):
+        state: Any = generator.get_state(legacy=False)
         return {
             "kind": f"numpy.random.RandomState ({state['bit_generator']})",
             "state": _plain(state),
         }
-    bits = thing if isinstance(thing, np.random.BitGenerator) else thing.bit_generator
+    bits = generator if isinstance(generator, np.random.BitGenerator) else generator.bit_generator
     return {
-        "kind": f"numpy.random.{'BitGenerator' if bits is thing else 'Generator'}"
+        "kind": f"numpy.random.{'BitGenerator' if bits is generator else 'Generator'}"
         f" ({type(bits).__name__})",
         "state": _plain(bits.state),
         "spawned": _spawned(bits),
@@ -95,14 +98,14 @@ def _devices() -> tuple[str, ...]:
     return ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 
 
-def set_generator_state(name: str, thing: Any, state: Mapping[str, Any]) -> None:
+def set_generator_state(name: str, generator: Any, state: Mapping[str, Any]) -> None:
     """Restore a generator's state from what `generator_state` returned.
 
     Raises:
         UsageError: The generator is of another kind than the saved one. The message contains
             `name`.
     """
-    kind = generator_state(thing)["kind"]
+    kind = generator_state(generator)["kind"]
     saved = state.get("kind") if isinstance(state, Mapping) else type(state).__name__
     if kind != saved:
         raise UsageError(
@@ -110,14 +113,16 @@ def set_generator_state(name: str, thing: Any, state: Mapping[str, Any]) -> None
             f"found: {kind}, expected: {saved}",
             "Make it as before, or take a new run directory.",
         )
-    if isinstance(thing, torch.Generator):
-        thing.set_state(state["state"])
-    elif isinstance(thing, random.Random):
-        thing.setstate((state["version"], tuple(state["words"].tolist()), state["gauss"]))
-    elif isinstance(thing, np.random.RandomState):
-        thing.set_state(_numpy(state["state"]))
+    if isinstance(generator, torch.Generator):
+        generator.set_state(state["state"])
+    elif isinstance(generator, random.Random):
+        generator.setstate((state["version"], tuple(state["words"].tolist()), state["gauss"]))
+    elif isinstance(generator, np.random.RandomState):
+        generator.set_state(_numpy(state["state"]))
     else:
-        bits = thing if isinstance(thing, np.random.BitGenerator) else thing.bit_generator
+        bits = (
+            generator if isinstance(generator, np.random.BitGenerator) else generator.bit_generator
+        )
         bits.state = _numpy(state["state"])
         if (missing := state["spawned"] - _spawned(bits)) > 0:
             # There is no other way to set the number of children.

@@ -46,7 +46,7 @@ class GivenOrder:
         self._ask, self._sampler = ask, sampler
         self._state = SamplerState(ask, sampler, dataset)
         # The parts of the state that `set_epoch` changes; a digest of each part of the state.
-        self._told, self._as_built = set[str](), dict[str, str]()
+        self._epoch_paths, self._as_built = set[str](), dict[str, str]()
         self._last: tuple[int, Sequence[int]] | None = None  # an epoch, and its order
         self._kept: tuple[int, Sequence[int]] | None = None  # the same, from the checkpoint
         # Whether an answer changes the state, and whether it takes longer than CHEAP_S.
@@ -76,7 +76,7 @@ class GivenOrder:
         if hasattr(self._sampler, "set_epoch"):
             state = self._state.read()
             self._sampler.set_epoch(ANOTHER_EPOCH)
-            self._told = {
+            self._epoch_paths = {
                 path
                 for path, digest in self._state.digests().items()
                 if digest != self._as_built.get(path)
@@ -104,7 +104,7 @@ class GivenOrder:
     @property
     def handled(self) -> set[int]:
         """Return the ids of the sampler and of its state that is stored with an order."""
-        return {id(self._sampler), *(id(part.thing) for part in self._state.parts())}
+        return {id(self._sampler), *(id(part.obj) for part in self._state.parts())}
 
     def length(self, answer: Callable[[int], list[int]]) -> int:
         """Return the number of samples in an epoch."""
@@ -154,7 +154,7 @@ class GivenOrder:
         return {
             path
             for path, digest in self._state.digests().items()
-            if digest != before.get(path) and path not in self._told
+            if digest != before.get(path) and path not in self._epoch_paths
         }
 
     def begun(self, epoch: int, samples: Sequence[int]) -> None:

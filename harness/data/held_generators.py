@@ -72,13 +72,13 @@ def find(roots: Mapping[str, Any]) -> list[HeldGenerator]:
     The global generators of Python, NumPy and torch are left out.
     """
     known = {id(torch.default_generator), id(random._inst), id(np.random.mtrand._rand)}
-    found = []
-    for path, thing in walk(roots):
-        engine = _engine(thing)
-        if engine is not None and known.isdisjoint((id(thing), id(engine))):
-            known |= {id(thing), id(engine)}
-            found.append(HeldGenerator(path, thing))
-    return found
+    held = []
+    for path, obj in walk(roots):
+        engine = _engine(obj)
+        if engine is not None and known.isdisjoint((id(obj), id(engine))):
+            known |= {id(obj), id(engine)}
+            held.append(HeldGenerator(path, obj))
+    return held
 
 
 def walk(roots: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -90,57 +90,57 @@ def walk(roots: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     seen: dict[int, Any] = {}
     ahead = deque((name, root, 0) for name, root in roots.items())
     while ahead and len(seen) < OBJECTS:
-        path, thing, depth = ahead.popleft()
+        path, obj, depth = ahead.popleft()
         if (
-            not tells_its_class(thing)
-            or isinstance(thing, LEAVES)
-            or id(thing) in seen
-            or type(thing).__module__.startswith("harness.run")
+            not tells_its_class(obj)
+            or isinstance(obj, LEAVES)
+            or id(obj) in seen
+            or type(obj).__module__.startswith("harness.run")
         ):
             continue
-        seen[id(thing)] = thing
-        yield path, thing
-        if depth < DEPTH and _engine(thing) is None:
-            ahead.extend((path + step, inner, depth + 1) for step, inner in _inside(thing))
+        seen[id(obj)] = obj
+        yield path, obj
+        if depth < DEPTH and _engine(obj) is None:
+            ahead.extend((path + step, inner, depth + 1) for step, inner in _inside(obj))
 
 
-def _inside(thing: Any) -> Iterator[tuple[str, Any]]:
+def _inside(obj: Any) -> Iterator[tuple[str, Any]]:
     """Yield the parts of an object, each with its path from the object.
 
     No code of the object is run.
     """
-    if isinstance(thing, torch.Tensor | np.ndarray):
+    if isinstance(obj, torch.Tensor | np.ndarray):
         return
-    if isinstance(thing, dict):
+    if isinstance(obj, dict):
         yield from (
-            (f"[{key!r}]", value) for key, value in itertools.islice(dict.items(thing), FIRST)
+            (f"[{key!r}]", value) for key, value in itertools.islice(dict.items(obj), FIRST)
         )
-    elif isinstance(thing, list | tuple | deque):
+    elif isinstance(obj, list | tuple | deque):
         yield from (
-            (f"[{at}]", value) for at, value in enumerate(itertools.islice(iter(thing), FIRST))
+            (f"[{at}]", value) for at, value in enumerate(itertools.islice(iter(obj), FIRST))
         )
-    elif isinstance(thing, functools.partial):
-        yield from ((".func", thing.func), (".args", thing.args), (".keywords", thing.keywords))
-    elif isinstance(thing, MethodType):
-        yield from (("", thing.__self__), ("", thing.__func__))
-    elif isinstance(thing, FunctionType):
-        yield from _inside_function(thing)
-    if not isinstance(thing, FunctionType | MethodType):
-        yield from _attributes(thing)
+    elif isinstance(obj, functools.partial):
+        yield from ((".func", obj.func), (".args", obj.args), (".keywords", obj.keywords))
+    elif isinstance(obj, MethodType):
+        yield from (("", obj.__self__), ("", obj.__func__))
+    elif isinstance(obj, FunctionType):
+        yield from _inside_function(obj)
+    if not isinstance(obj, FunctionType | MethodType):
+        yield from _attributes(obj)
 
 
-def _attributes(thing: Any) -> Iterator[tuple[str, Any]]:
+def _attributes(obj: Any) -> Iterator[tuple[str, Any]]:
     """Yield an object's attributes and slots, and the attributes of its non-library classes."""
     with contextlib.suppress(AttributeError):
         yield from (
             (f".{name}", value)
-            for name, value in dict(object.__getattribute__(thing, "__dict__")).items()
+            for name, value in dict(object.__getattribute__(obj, "__dict__")).items()
         )
-    for owner in type(thing).__mro__:
+    for owner in type(obj).__mro__:
         slots = owner.__dict__.get("__slots__", ())
         for name in (slots,) if isinstance(slots, str) else slots:
             with contextlib.suppress(AttributeError):
-                yield f".{name}", object.__getattribute__(thing, name)
+                yield f".{name}", object.__getattribute__(obj, name)
         if is_library(getattr(_module(owner), "__file__", None) or "") or owner is object:
             continue
         for name, value in list(owner.__dict__.items()):
@@ -178,13 +178,13 @@ def _module(owner: type) -> ModuleType | None:
     return sys.modules.get(owner.__module__)
 
 
-def tells_its_class(thing: Any) -> bool:
+def tells_its_class(obj: Any) -> bool:
     """Return whether the class of an object can be read.
 
     A proxy of an object that does not exist yet raises, and there is nothing to find in it.
     """
     try:
-        return thing.__class__ is not None
+        return obj.__class__ is not None
     except Exception:  # noqa: BLE001 - a proxy may raise any error
         return False
 
@@ -201,17 +201,17 @@ def is_library(file: str) -> bool:
     )
 
 
-def _engine(thing: Any) -> Any:
+def _engine(obj: Any) -> Any:
     """Return the object with the state of a generator that can be seeded; None for the rest."""
-    if isinstance(thing, np.random.Generator):
-        return _engine(thing.bit_generator)
-    if isinstance(thing, np.random.BitGenerator):
-        return thing if type(thing).__module__.startswith("numpy.") else None
-    if isinstance(thing, np.random.RandomState):
-        return thing._bit_generator if isinstance(thing._bit_generator, np.random.MT19937) else None
-    if isinstance(thing, random.Random):
-        return None if isinstance(thing, random.SystemRandom) else thing
-    return thing if isinstance(thing, torch.Generator) and thing.device.type == "cpu" else None
+    if isinstance(obj, np.random.Generator):
+        return _engine(obj.bit_generator)
+    if isinstance(obj, np.random.BitGenerator):
+        return obj if type(obj).__module__.startswith("numpy.") else None
+    if isinstance(obj, np.random.RandomState):
+        return obj._bit_generator if isinstance(obj._bit_generator, np.random.MT19937) else None
+    if isinstance(obj, random.Random):
+        return None if isinstance(obj, random.SystemRandom) else obj
+    return obj if isinstance(obj, torch.Generator) and obj.device.type == "cpu" else None
 
 
 def seed_generator(generator: Any, seed: int) -> None:
@@ -232,10 +232,10 @@ def _pcg64(seed: int) -> dict[str, Any]:
 
     This takes a quarter of the time that NumPy takes to seed one. The increment has to be odd.
     """
-    words = hashlib.blake2b(str(seed).encode(), digest_size=32).digest()
+    digest = hashlib.blake2b(str(seed).encode(), digest_size=32).digest()
     state = {
-        "state": int.from_bytes(words[:16], "big"),
-        "inc": int.from_bytes(words[16:], "big") | 1,
+        "state": int.from_bytes(digest[:16], "big"),
+        "inc": int.from_bytes(digest[16:], "big") | 1,
     }
     return {"bit_generator": "PCG64", "state": state, "has_uint32": 0, "uinteger": 0}
 
@@ -273,9 +273,9 @@ class Randomness:
 
     def look(self) -> bool:
         """Search for held generators (again); return whether there are new ones."""
-        before = {id(one.generator) for one in self.held}
+        before = {id(held.generator) for held in self.held}
         self.held = find(self.roots) if self.seeds_held else []
-        return any(id(one.generator) not in before for one in self.held)
+        return any(id(held.generator) not in before for held in self.held)
 
     def seed(self, *parts: int | str) -> None:
         """Seed all generators, global and held, from the parts."""
@@ -284,13 +284,13 @@ class Randomness:
 
     def seed_held(self, *parts: int | str) -> None:
         """Seed each held generator from the parts and its own path."""
-        for one in self.held:
-            seed_generator(one.generator, seed_of(*parts, one.path))
+        for held in self.held:
+            seed_generator(held.generator, seed_of(*parts, held.path))
 
     @contextlib.contextmanager
     def kept(self) -> Iterator[None]:
         """Restore the states of the held generators when the block ends."""
-        before = [(one.generator, _state_of(one.generator)) for one in self.held]
+        before = [(held.generator, _state_of(held.generator)) for held in self.held]
         try:
             yield
         finally:

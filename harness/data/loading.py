@@ -89,7 +89,7 @@ class _PlannedDataset(Dataset[Any]):
     ) -> None:
         self.dataset, self.collate, self.seed = dataset, collate, seed
         # Whether `set_epoch` of the dataset is called here, and the epoch of the last call.
-        self._tells, self._told = tells, -1
+        self._tells, self._epoch_set = tells, -1
         self.randomness = Randomness({"dataset": dataset, "collate_fn": collate}, seeds_held)
         self._looked_at: int | None = None  # the last epoch that was begun in this process
         self._is_new = True
@@ -98,9 +98,9 @@ class _PlannedDataset(Dataset[Any]):
         """Return the share with its micro-batches, or the answer to the question."""
         if isinstance(share, Question):
             return share.ask(self.dataset)
-        if self._tells and share.epoch != self._told:
+        if self._tells and share.epoch != self._epoch_set:
             tell(self.dataset, share.epoch)
-            self._told = share.epoch
+            self._epoch_set = share.epoch
         if self.collate is default_collate and (tensors := plain_tensors(self.dataset)) is not None:
             # This gives the same values as default_collate, a whole micro-batch at once. Nothing
             # here can draw a random number.
@@ -137,7 +137,7 @@ class _PlannedDataset(Dataset[Any]):
             "randomness": Randomness(self.randomness.roots, self.randomness.seeds_held),
             "_looked_at": None,
             "_is_new": True,
-            "_told": -1,
+            "_epoch_set": -1,
         }
 
 
@@ -312,7 +312,7 @@ def to_device(batch: Any, device: torch.device) -> Any:
     return batch
 
 
-def told_of_epochs(dataset: Any) -> bool:
+def takes_epoch(dataset: Any) -> bool:
     """Return whether the dataset, or a dataset that it is made of, has a `set_epoch`."""
     return any(True for _ in _listeners(dataset))
 

@@ -38,11 +38,11 @@ class Part:
     path: str
     owner: Any  # the object that has the part as an attribute; None for a generator of a function
     name: str  # the attribute's name; "" for a generator of a function
-    thing: Any
+    obj: Any
 
     def read(self) -> Any:
         """Return a copy of the part's state, as plain data."""
-        return _value(self.thing)
+        return _value(self.obj)
 
     def digest(self) -> str:
         """Return a digest of the part's state."""
@@ -57,28 +57,28 @@ class Part:
         Raises:
             UsageError: A generator is of another kind than the saved one.
         """
-        thing = self.thing
-        if isinstance(thing, np.ndarray) and isinstance(value, torch.Tensor):
+        obj = self.obj
+        if isinstance(obj, np.ndarray) and isinstance(value, torch.Tensor):
             value = value.numpy()  # a checkpoint holds tensors only
-            value = value.astype(thing.dtype) if value.shape == thing.shape else value
-        if is_generator(thing) and (self.owner is None or generator_of(value) is not None):
-            set_generator_state(self.name or "of order=", thing, value)
-        elif _is_alike(thing, value):
+            value = value.astype(obj.dtype) if value.shape == obj.shape else value
+        if is_generator(obj) and (self.owner is None or generator_of(value) is not None):
+            set_generator_state(self.name or "of order=", obj, value)
+        elif _is_alike(obj, value):
             with torch.no_grad():
-                thing[...] = value
-        elif type(thing) is list and isinstance(value, list):
-            thing[:] = value
+                obj[...] = value
+        elif type(obj) is list and isinstance(value, list):
+            obj[:] = value
         else:
             setattr(self.owner, self.name, _made(value))
 
 
-def _is_alike(thing: Any, value: Any) -> bool:
+def _is_alike(obj: Any, value: Any) -> bool:
     """Return whether both are arrays or tensors, of one shape and dtype."""
     return (
-        isinstance(thing, torch.Tensor | np.ndarray)
-        and isinstance(value, type(thing))
-        and thing.shape == value.shape
-        and thing.dtype == value.dtype
+        isinstance(obj, torch.Tensor | np.ndarray)
+        and isinstance(value, type(obj))
+        and obj.shape == value.shape
+        and obj.dtype == value.dtype
     )
 
 
@@ -140,17 +140,17 @@ def _attributes(owner: Any, path: str, met: set[int], depth: int) -> Iterator[Pa
     if id(owner) in met or depth == 0:
         return
     met.add(id(owner))
-    for name, thing in getattr(owner, "__dict__", {}).items():
-        if id(thing) in met:
+    for name, value in getattr(owner, "__dict__", {}).items():
+        if id(value) in met:
             continue
-        if is_generator(thing) or ((not path or isinstance(owner, Sampler)) and _is_plain(thing)):
-            yield Part(path + name, owner, name, thing)
+        if is_generator(value) or ((not path or isinstance(owner, Sampler)) and _is_plain(value)):
+            yield Part(path + name, owner, name, value)
         elif (
-            hasattr(thing, "__dict__")
-            and not isinstance(thing, type | torch.nn.Module)
-            and not callable(thing)
+            hasattr(value, "__dict__")
+            and not isinstance(value, type | torch.nn.Module)
+            and not callable(value)
         ):
-            yield from _attributes(thing, f"{path}{name}.", met, depth - 1)
+            yield from _attributes(value, f"{path}{name}.", met, depth - 1)
 
 
 def _drawn_from(function: Any, met: set[int]) -> Iterator[Part]:
@@ -163,52 +163,46 @@ def _drawn_from(function: Any, met: set[int]) -> Iterator[Part]:
     if id(function) in met or len(met) > MOST_FUNCTIONS:
         return
     met.add(id(function))
-    things: dict[Any, Any] = dict(getattr(getattr(function, "__self__", function), "__dict__", {}))
+    objects: dict[Any, Any] = dict(getattr(getattr(function, "__self__", function), "__dict__", {}))
     if isinstance(function, functools.partial):
-        things |= {"function": function.func} | dict(enumerate(function.args)) | function.keywords
+        objects |= {"function": function.func} | dict(enumerate(function.args)) | function.keywords
     elif hasattr(function, "__code__"):
         scope = inspect.getclosurevars(inspect.unwrap(function))
-        things |= (
+        objects |= (
             dict(scope.globals)
             | dict(scope.nonlocals)
             | dict(enumerate(function.__defaults__ or ()))
         )
-    for name, thing in things.items():
-        if is_generator(thing):
-            yield Part(str(name), None, "", thing)
-        elif (
-            inspect.isfunction(thing)
-            or inspect.ismethod(thing)
-            or isinstance(thing, functools.partial)
-        ):
-            for part in _drawn_from(thing, met):
+    for name, obj in objects.items():
+        if is_generator(obj):
+            yield Part(str(name), None, "", obj)
+        elif inspect.isfunction(obj) or inspect.ismethod(obj) or isinstance(obj, functools.partial):
+            for part in _drawn_from(obj, met):
                 yield replace(part, path=f"{name}.{part.path}")
 
 
-def _is_plain(thing: Any) -> bool:
+def _is_plain(value: Any) -> bool:
     """Return whether an attribute is plain data: scalars, strings, tensors, arrays, containers."""
-    if isinstance(thing, list | tuple):
-        return all(_is_plain(item) for item in thing)
-    if isinstance(thing, dict):
-        return all(isinstance(key, PLAIN) and _is_plain(item) for key, item in thing.items())
-    if isinstance(thing, np.ndarray):
-        return bool(thing.dtype != object)
-    return type(thing) in PLAIN or type(thing) is torch.Tensor
+    if isinstance(value, list | tuple):
+        return all(_is_plain(item) for item in value)
+    if isinstance(value, dict):
+        return all(isinstance(key, PLAIN) and _is_plain(item) for key, item in value.items())
+    if isinstance(value, np.ndarray):
+        return bool(value.dtype != object)
+    return type(value) in PLAIN or type(value) is torch.Tensor
 
 
-def _value(thing: Any) -> Any:
+def _value(obj: Any) -> Any:
     """Return a copy of a part's state, as plain data."""
-    if is_generator(thing):
-        return generator_state(thing)
-    if isinstance(thing, torch.Tensor):
-        return thing.detach().clone()
-    if isinstance(thing, np.ndarray):
-        return thing.copy()
-    if isinstance(thing, list | tuple):
-        return (
-            type(thing)(_value(item) for item in thing) if type(thing) in (list, tuple) else thing
-        )
-    return {key: _value(item) for key, item in thing.items()} if isinstance(thing, dict) else thing
+    if is_generator(obj):
+        return generator_state(obj)
+    if isinstance(obj, torch.Tensor):
+        return obj.detach().clone()
+    if isinstance(obj, np.ndarray):
+        return obj.copy()
+    if isinstance(obj, list | tuple):
+        return type(obj)(_value(item) for item in obj) if type(obj) in (list, tuple) else obj
+    return {key: _value(item) for key, item in obj.items()} if isinstance(obj, dict) else obj
 
 
 def _digest(value: Any) -> str:

@@ -144,14 +144,14 @@ def begin_pass(dataset: Any, epoch: int, *parts: int | str, tells_epoch: bool) -
         parts: Further parts of the seed.
         tells_epoch: Whether to call `set_epoch`, if there is one.
     """
-    if tells_epoch and (tell := told_epoch(dataset)) is not None:
+    if tells_epoch and (tell := set_epoch_of(dataset)) is not None:
         tell(epoch)
     with kept_generators():
         seed_cpu(seed_of("pass", epoch, *parts))
         return iter(dataset)
 
 
-def told_epoch(dataset: Any) -> Callable[[int], object] | None:
+def set_epoch_of(dataset: Any) -> Callable[[int], object] | None:
     """Return the `set_epoch` of an iterable dataset, or of the dataset that a loader reads.
 
     None means that neither has one.
@@ -189,4 +189,4 @@ def _takes_nothing(function: Any) -> bool:
 def advice(dataset: Any) -> str:
     """Return a remedy for a stream that comes from a widely used package, else ""."""
     packages = {owner.__module__.partition(".")[0] for owner in type(dataset).__mro__}
-    return next((words for package, words in ADVICE.items() if package in packages), "")
+    return next((remedy for package, remedy in ADVICE.items() if package in packages), "")

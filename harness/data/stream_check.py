@@ -152,16 +152,18 @@ def _once(reader: _Reader, through: Callable[[Any], Any]) -> Tried:
         expected = [item.digest for item in read[at + 1 :]]
         state = through(read[at].state)
         try:
-            found = reader.restored(state, read[at].epoch, at + 1, left_at, len(read))
+            restored = reader.restored(state, read[at].epoch, at + 1, left_at, len(read))
         except Exception as error:  # noqa: BLE001
             return Tried(
                 is_exact=False,
                 unlike="a copy cannot take the state up"
                 f" ({type(error).__name__}: {str(error)[:200]})",
             )
-        if not found:
+        if not restored:
             return Tried(untried=f"it gives too slowly: {left_at} item(s) in {BUDGET_S / 6:.2g} s")
-        for number, (item, digest) in enumerate(zip(found, expected, strict=False), start=at + 1):
+        for number, (item, digest) in enumerate(
+            zip(restored, expected, strict=False), start=at + 1
+        ):
             if item.digest != digest:
                 saved = f"after item {at + 1}" if at < left_at else "in the second pass"
                 which = (
@@ -302,23 +304,21 @@ def _copied(dataset: Any) -> Any:
         TypeError: The copy would share more, or its tensors are too large to be copied.
     """
     memo, size_bytes = dict[int, Any](), 0
-    for path, thing in walk({"dataset": dataset}):
-        if isinstance(thing, SharedMemory):  # a copy attaches to the same memory
+    for path, obj in walk({"dataset": dataset}):
+        if isinstance(obj, SharedMemory):  # a copy attaches to the same memory
             raise TypeError(f"{path} is memory that all copies share")
-        if isinstance(thing, np.memmap) or (
-            isinstance(thing, np.ndarray) and thing.nbytes > LARGE_BYTES
-        ):
-            memo[id(thing)] = thing.view()
+        if isinstance(obj, np.memmap) or (isinstance(obj, np.ndarray) and obj.nbytes > LARGE_BYTES):
+            memo[id(obj)] = obj.view()
             # If the stream shuffles the array in place, the copy raises an error.
-            memo[id(thing)].flags.writeable = False
-        elif isinstance(thing, torch.Tensor):  # no view of a tensor is read-only
-            size_bytes += thing.nbytes
+            memo[id(obj)].flags.writeable = False
+        elif isinstance(obj, torch.Tensor):  # no view of a tensor is read-only
+            size_bytes += obj.nbytes
             if size_bytes > MOST_BYTES:
                 raise TypeError(
                     f"{path} and what else there is are more than {MOST_BYTES >> 20} MiB"
                     " of tensors, too much to be copied"
                 )
-        elif type(thing) is list and len(thing) > LONG:
-            memo[id(thing)] = list(thing)
+        elif type(obj) is list and len(obj) > LONG:
+            memo[id(obj)] = list(obj)
     with kept_generators():
         return copy.deepcopy(dataset, memo)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from harness.distributed.ranks import World, lost_rank_said, own_rank
+from harness.distributed.ranks import World, lost_rank_errors, own_rank
 from harness.errors import UsageError
 
 ALONE_S = 5.0  # how long a rank waits for others to join after a stop signal
@@ -64,7 +64,7 @@ def join(
     device = _device()
     join_number = next(_joined)
     limit = datetime.timedelta(seconds=timeout_s)
-    with lost_rank_said(), _not_for_ever(give_up, leave):
+    with lost_rank_errors(), _not_for_ever(give_up, leave):
         if not dist.is_initialized():
             backend = "cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo"
             rank, size = own_rank(), int(os.environ.get("WORLD_SIZE", "1"))

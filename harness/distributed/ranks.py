@@ -61,7 +61,7 @@ class World:
         if self.size == 1:
             return values
         tensor = torch.tensor(values, dtype=torch.int64)
-        with lost_rank_said():
+        with lost_rank_errors():
             dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self._group)
         return [int(value) for value in tensor.tolist()]
 
@@ -73,7 +73,7 @@ class World:
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
-        with lost_rank_said():
+        with lost_rank_errors():
             dist.all_gather_object(values, value, group=self._group)
         return values
 
@@ -85,7 +85,7 @@ class World:
         if self.size == 1:
             return [value]
         values: list[Any] | None = [None] * self.size if self.is_writer else None
-        with lost_rank_said():
+        with lost_rank_errors():
             dist.gather_object(value, values, dst=0, group=self._group)
         return values or []
 
@@ -105,13 +105,13 @@ class World:
         )
         row = torch.tensor([name, *numbers.values(), *[0.0] * FEW][: 1 + FEW], dtype=torch.float64)
         rows = [torch.empty_like(row) for _ in range(self.size)]
-        with lost_rank_said():
+        with lost_rank_errors():
             dist.all_gather(rows, row, group=self._group)
-        found = [[float(number) for number in row.tolist()] for row in rows]
+        gathered = [[float(number) for number in row.tolist()] for row in rows]
         # All ranks see the same rows, so they take the same branch.
-        if name == -1 or any(named != name for named, *_ in found):
+        if name == -1 or any(named != name for named, *_ in gathered):
             return self.gather(numbers)
-        return [dict(zip(numbers, values, strict=False)) for _, *values in found]
+        return [dict(zip(numbers, values, strict=False)) for _, *values in gathered]
 
     def share_buffers(self, module: nn.Module) -> None:
         """Broadcast the writer's buffers to every rank, as DDP does before each forward pass.
@@ -119,7 +119,7 @@ class World:
         Collective: every rank must call it.
         """
         if self.size > 1:
-            with lost_rank_said():
+            with lost_rank_errors():
                 for buffer in module.buffers():
                     dist.broadcast(buffer, 0)
 
@@ -129,7 +129,7 @@ class World:
         Collective: every rank must call it.
         """
         if self.size > 1:
-            with lost_rank_said():
+            with lost_rank_errors():
                 for tensor in (*module.parameters(), *module.buffers()):
                     dist.broadcast(tensor.detach(), 0)
 
@@ -174,7 +174,7 @@ class World:
     def _await(self, key: str, give_up: Callable[[], object]) -> Any:
         """Wait for the writer's result under a key, as long as its heartbeat continues."""
         beat, beat_at, pause_s = -1, time.monotonic(), 0.0005
-        with lost_rank_said():
+        with lost_rank_errors():
             while not self._store.check([key]):
                 time.sleep(pause_s)
                 pause_s = min(pause_s * 1.5, 0.05)
@@ -203,7 +203,7 @@ class World:
             part = buffer[: size_bytes - at]
             if self.is_writer and file is not None:
                 part.numpy()[:] = bytearray(file.read(len(part)))
-            with lost_rank_said():
+            with lost_rank_errors():
                 dist.broadcast(part, 0, group=self._group)
             yield part.numpy().tobytes()
 
@@ -236,7 +236,7 @@ def _heart(beat: Callable[[], object]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def lost_rank_said() -> Iterator[None]:
+def lost_rank_errors() -> Iterator[None]:
     """Raise LostRankError in place of a RuntimeError of torch.distributed."""
     try:
         yield
@@ -254,7 +254,7 @@ def is_lost_peer(error: BaseException) -> bool:
 
     Such an error contains a message of gloo or NCCL, and may come from inside DDP.
     """
-    told = (
+    messages = (
         "Connection closed by peer",
         "Connection reset by peer",
         "Connection refused",
@@ -262,7 +262,7 @@ def is_lost_peer(error: BaseException) -> bool:
         "Timed out waiting",
     )
     return isinstance(error, LostRankError) or (
-        isinstance(error, RuntimeError) and any(words in str(error) for words in told)
+        isinstance(error, RuntimeError) and any(message in str(error) for message in messages)
     )
 
 

@@ -104,8 +104,8 @@ def _failed(error: ChildFailedError) -> WorkersEnd:
         f"exit code {first.exitcode}" if first.exitcode > 0 else preemption.name_of(-first.exitcode)
     )
     codes = {failure.exitcode for failure in error.failures.values()}
-    told = (EXIT_USAGE, EXIT_SUPERSEDED, EXIT_STORAGE, EXIT_STOPPED)
+    reported_codes = (EXIT_USAGE, EXIT_SUPERSEDED, EXIT_STORAGE, EXIT_STOPPED)
     return WorkersEnd(
-        next((code for code in told if code in codes), EXIT_FAILED),
+        next((code for code in reported_codes if code in codes), EXIT_FAILED),
         f"rank {rank} of {socket.gethostname()} was the first to end, by {how}",
     )

@@ -38,26 +38,26 @@ def submodules(module: object) -> list[tuple[str, nn.Module]]:
 
     Wrappers around submodules are left out, also of the paths.
     """
-    found: dict[int, tuple[str, nn.Module]] = {}
+    modules: dict[int, tuple[str, nn.Module]] = {}
 
     def walk(part: nn.Module, path: str) -> None:
         part = unwrap(part)
-        if id(part) not in found:
-            found[id(part)] = path, part
+        if id(part) not in modules:
+            modules[id(part)] = path, part
             for name, child in part._modules.items():
                 if child is not None:
                     walk(child, f"{path}.{name}" if path else name)
 
     if isinstance(unwrap(module), nn.Module):
         walk(unwrap(module), "")
-    return list(found.values())
+    return list(modules.values())
 
 
 def ddp_wrappers(module: object) -> list[DistributedDataParallel]:
     """Return every DDP wrapper around a tracked object or around a part of it."""
-    found = [shell for shell in wrappers(module) if isinstance(shell, DistributedDataParallel)]
+    outer = [shell for shell in wrappers(module) if isinstance(shell, DistributedDataParallel)]
     inner = unwrap(module)
-    return found + (
+    return outer + (
         [part for part in inner.modules() if isinstance(part, DistributedDataParallel)]
         if isinstance(inner, nn.Module)
         else []

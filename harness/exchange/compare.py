@@ -41,8 +41,8 @@ def differences(a: Any, b: Any, where: str = "") -> Iterator[tuple[str, str, str
                 a.get(key, _ABSENT), b.get(key, _ABSENT), f"{where}.{key}" if where else str(key)
             )
     elif isinstance(a, list | tuple) and isinstance(b, list | tuple) and len(a) == len(b):
-        for at, (one, other) in enumerate(zip(a, b, strict=True)):
-            yield from differences(one, other, f"{where}[{at}]")
+        for at, (first, other) in enumerate(zip(a, b, strict=True)):
+            yield from differences(first, other, f"{where}[{at}]")
     elif isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
         if (
             a.shape != b.shape
@@ -69,13 +69,13 @@ def differences(a: Any, b: Any, where: str = "") -> Iterator[tuple[str, str, str
         )
 
 
-def check_equal(path: Path, wanted: Any, found: Any) -> None:
+def check_equal(path: Path, wanted: Any, actual: Any) -> None:
     """Check that a file reads back as it was written.
 
     Raises:
         HarnessError: The two structures differ.
     """
-    if wrong := list(differences(wanted, found)):
+    if wrong := list(differences(wanted, actual)):
         raise HarnessError(
             f"{path} does not read back as it was written",
             f"found: {wrong[0][0]} differs",
@@ -175,8 +175,8 @@ def compare(a: str | Path, b: str | Path, *, weights_only: bool = False) -> Comp
         return Comparison(
             settings, list(differences(*_by_name(both[0].value, both[1].value))), _empty(*both)
         )
-    one, other = (_named(loaded, weights_only) for loaded in both)
-    return Comparison([], list(differences(one, other)))
+    first, other = (_named(loaded, weights_only) for loaded in both)
+    return Comparison([], list(differences(first, other)))
 
 
 def _empty(a: Loaded, b: Loaded) -> tuple[str, ...]:
@@ -196,26 +196,26 @@ def _by_name(a: dict[str, Any], b: dict[str, Any]) -> tuple[dict[str, Any], dict
 
     Only optimizers whose parameter names are known in both checkpoints are converted.
     """
-    said = [value.get("names", {}) for value in (a, b)]
+    recorded = [value.get("names", {}) for value in (a, b)]
     called = {
         name
-        for names in said
+        for names in recorded
         for groups in names.values()
         for group in groups
         for name in group
         if name
     }
     modules = {name.partition(".")[0] for name in called}
-    told = [
+    full_names = [
         parameter_names.derived(value, modules, called) | names
-        for value, names in zip((a, b), said, strict=True)
+        for value, names in zip((a, b), recorded, strict=True)
     ]
     made = [
         {key: item for key, item in value.items() if key not in ("names", "format_version")}
         for value in (a, b)
     ]
-    for name in {**said[0], **said[1]}:
-        mine, theirs = (names.get(name) for names in told)
+    for name in {**recorded[0], **recorded[1]}:
+        mine, theirs = (names.get(name) for names in full_names)
         if mine != theirs and parameter_names.are_known(mine) and parameter_names.are_known(theirs):
             for value, names in zip(made, (mine, theirs), strict=True):
                 value[f"{name}_state_dict"] = _renumbered(value[f"{name}_state_dict"], names)

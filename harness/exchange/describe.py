@@ -155,8 +155,8 @@ def summary(part: Part) -> str:
 
 def _of_part(part: Part, loaded: Loaded) -> str:
     kind = loaded.manifest.classes.get(part.name) if loaded.manifest else None
-    words = summary(part)
-    return f"{kind}: {words.removeprefix(part.note).lstrip('; ')}" if kind else words
+    text = summary(part)
+    return f"{kind}: {text.removeprefix(part.note).lstrip('; ')}" if kind else text
 
 
 def _of_run(manifest: Manifest, data: Mapping[str, object]) -> list[tuple[str, str]]:

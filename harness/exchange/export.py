@@ -126,7 +126,7 @@ def _writer(loaded: Loaded, held: Mapping[str, Part], asked: ExportOptions) -> W
     if asked.format not in ("module", *PROGRAMS):
         lone = asked.module is not None or len(held) == 1
         return _of_data(loaded, held, asked.format, lone=lone, legacy=asked.legacy)
-    rebuilt = rebuild.one_module(
+    rebuilt = rebuild.build_module(
         loaded,
         next(iter(held)),
         config=asked.config,

@@ -74,11 +74,13 @@ def _there(path: Path) -> Path:
     try:
         if path.is_file():
             return path
-        what = f"{name} is a directory, and no run" if path.is_dir() else f"there is no file {name}"
+        problem = (
+            f"{name} is a directory, and no run" if path.is_dir() else f"there is no file {name}"
+        )
     except OSError as error:  # a parent folder without permission, or an invalid path
-        what = f"{name} cannot be looked at: {error.strerror}"
+        problem = f"{name} cannot be looked at: {error.strerror}"
     raise UsageError(
-        what,
+        problem,
         f"found: from {Path.cwd()}",
         "Give a run, one of its checkpoints, or a file: a path or a URL.",
     )
@@ -167,7 +169,7 @@ def outline(file: File) -> Loaded:
         DamagedError: The file is damaged or cut short, or was deleted.
         StorageError: The store cannot be read.
     """
-    with file.view() as opened, _said(file, opened):
+    with file.view() as opened, _reader_errors(file, opened):
         if file.kind == SAFETENSORS:
             return Loaded(file, *formats.safetensors_outline(file.where, file.size_bytes, opened))
         if file.kind == TORCHSCRIPT:
@@ -189,7 +191,7 @@ def _script(file: File, opened: BinaryIO, *, with_data: bool) -> Loaded:
 
 def _inert(file: File) -> Loaded:
     """Read a pickle that wants to run code, with stand-ins in place of that code."""
-    with file.view() as opened, _said(file, opened), muted(), FakeTensorMode():
+    with file.view() as opened, _reader_errors(file, opened), muted(), FakeTensorMode():
         if (
             file.kind == TORCH
             and "constants.pkl" in torch._C.PyTorchFileReader(opened).get_all_records()
@@ -234,7 +236,7 @@ def read(file: File, *, trust: bool = False) -> Loaded:
         whole = dataclasses.replace(file, once=SingleRead(memory.open(), file.where))
         if not trust:
             outline(whole)  # refuses a file that claims more data than it holds
-        with _said(whole, trust=trust), muted():
+        with _reader_errors(whole, trust=trust), muted():
             return _loaded(dataclasses.replace(file, once=None), memory, trust=trust)
 
 
@@ -255,7 +257,9 @@ def _loaded(file: File, memory: SealedMemory, *, trust: bool) -> Loaded:
 
 
 @contextlib.contextmanager
-def _said(file: File, opened: BinaryIO | None = None, *, trust: bool = False) -> Iterator[None]:
+def _reader_errors(
+    file: File, opened: BinaryIO | None = None, *, trust: bool = False
+) -> Iterator[None]:
     """Convert the exceptions of a reader that cannot read the file into a HarnessError."""
     try:
         yield

@@ -94,17 +94,17 @@ def identify(opened: BinaryIO, where: str) -> str:
         return LEGACY
     if head[8:9] == b"{" and len(head) > 8:
         return SAFETENSORS
-    what = next(
-        (what for start, what in STRANGERS if head.startswith(start)),
+    description = next(
+        (description for start, description in STRANGERS if head.startswith(start)),
         f"found: it begins with {head[:16]!r}",
     )
     if head[257:262] == b"ustar":
-        what = (
+        description = (
             "an archive of tar, or a file of PyTorch 0.1, "
             "which nothing but running its pickle can read"
         )
     raise UsageError(
-        f"{where} holds no model: {what}",
+        f"{where} holds no model: {description}",
         remedy="Expected: a file of torch.save, safetensors, TorchScript or torch.export.",
     )
 
@@ -192,7 +192,7 @@ def safetensors_outline(
         )
     header = json.loads(opened.read(length))
     metadata = {str(name): str(value) for name, value in header.pop("__metadata__", {}).items()}
-    found: dict[str, torch.Tensor] = {}
+    tensors: dict[str, torch.Tensor] = {}
     for name, entry in header.items():
         start, end = entry["data_offsets"]
         dtype = SAFETENSORS_DTYPES[entry["dtype"]]
@@ -204,8 +204,8 @@ def safetensors_outline(
             raise DamagedError(
                 f"{where} is damaged, or cut short: {name} does not lie in it as its header says"
             )
-        found[name] = tensor
-    return found, metadata
+        tensors[name] = tensor
+    return tensors, metadata
 
 
 def load_safetensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -213,8 +213,8 @@ def load_safetensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[st
     from safetensors import safe_open
 
     with safe_open(path, "pt") as opened:
-        found = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-        return found, dict(opened.metadata() or {})
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        return tensors, dict(opened.metadata() or {})
 
 
 def save_safetensors(
@@ -256,16 +256,16 @@ def exported_outline(archive: zipfile.ZipFile) -> dict[str, torch.Tensor]:
 
     Source: `ScalarType` and `PayloadConfig` in torch/_export/serde/schema.py.
     """
-    found: dict[str, torch.Tensor] = {}
+    weights: dict[str, torch.Tensor] = {}
     for name in archive.namelist():
         if name.endswith("data/weights/model_weights_config.json"):
             config: dict[str, Any] = json.loads(archive.read(name))["config"]
             for weight, entry in config.items():
                 shape = [number["as_int"] for number in entry["tensor_meta"]["sizes"]]
-                found[weight] = torch.empty(
+                weights[weight] = torch.empty(
                     shape, dtype=EXPORT_DTYPES[entry["tensor_meta"]["dtype"]], device="meta"
                 )
-    return found
+    return weights
 
 
 def save_torch(path: Path, value: Any, legacy: bool) -> None:

@@ -115,7 +115,7 @@ def _imported(file: str | Path, run: str | Path, asked: ImportOptions) -> str:
             "found: a checkpoint of this harness, which has its own",
             "Copy it to a new run: harness import FILE RUN, without settings and --config.",
         )
-    store, found = empty_store(run)
+    store, catalog = empty_store(run)
     chosen, stored = configuration.load(asked.config, list(asked.settings))
     loaded = files.read_any(file, trust=asked.trust)
     stored = _run_settings(stored, chosen, store, run)
@@ -134,11 +134,11 @@ def _imported(file: str | Path, run: str | Path, asked: ImportOptions) -> str:
     state.check_finite(import_.tracked)
     payload = state.plain_data(import_.payload(where, stored)) | state.capture(import_.tracked)
     payload["format_version"] = fmt.version_of(payload)
-    words = import_.report(asked.numbers)
+    report = import_.report(asked.numbers)
     if asked.dry_run:
-        return f"{words}\n\nnothing was written"
-    manifest = _commit(store, found, payload, import_.tracked)
-    return f"{words}\n\n{store} begins with {manifest.name}, at epoch {where.epoch}"
+        return f"{report}\n\nnothing was written"
+    manifest = _commit(store, catalog, payload, import_.tracked)
+    return f"{report}\n\n{store} begins with {manifest.name}, at epoch {where.epoch}"
 
 
 def empty_store(run: str | Path) -> tuple[Store, Catalog]:
@@ -148,14 +148,14 @@ def empty_store(run: str | Path) -> tuple[Store, Catalog]:
         UsageError: The store holds a run already.
     """
     store = open_store(run)
-    found = read_catalog(store)
-    if found.greatest or found.manifests:
+    catalog = read_catalog(store)
+    if catalog.greatest or catalog.manifests:
         raise UsageError(
             f"{store} holds a run already",
-            f"found: attempt {found.greatest}",
+            f"found: attempt {catalog.greatest}",
             "Choose another directory.",
         )
-    return store, found
+    return store, catalog
 
 
 def _run_settings(
@@ -176,11 +176,11 @@ def _run_settings(
 
 
 def _commit(
-    store: Store, found: Catalog, payload: dict[str, Any], tracked: Mapping[str, Any]
+    store: Store, catalog: Catalog, payload: dict[str, Any], tracked: Mapping[str, Any]
 ) -> fmt.Manifest:
-    classes = {name: state.class_name(thing) for name, thing in tracked.items()}
+    classes = {name: state.class_name(obj) for name, obj in tracked.items()}
     store.prepare(fmt.FOLDERS)
-    attempt = attempts.claim(found, None, 1, kind="import")
+    attempt = attempts.claim(catalog, None, 1, kind="import")
     about = About(
         1, (), classes, configuration.digest(payload["config"]), metrics={}, read_back=True
     )

@@ -282,16 +282,16 @@ def _checked(made: Callable[..., Any], model: nn.Module, given: Example) -> str:
 
 def _compare(made: Callable[..., Any], model: nn.Module, given: Example) -> None:
     with torch.no_grad():
-        wanted, found = (
+        wanted, actual = (
             pytree.tree_leaves(each(*given.args, **given.kwargs)) for each in (model, made)
         )
-    if len(wanted) != len(found):
+    if len(wanted) != len(actual):
         raise HarnessError(
             "the program does not answer as the module does, so it is not kept",
-            f"found: {len(found)} values",
+            f"found: {len(actual)} values",
         )
     try:
-        torch.testing.assert_close(found, wanted, rtol=RTOL, atol=ATOL)
+        torch.testing.assert_close(actual, wanted, rtol=RTOL, atol=ATOL)
     except AssertionError as error:
         raise HarnessError(
             "the program does not answer as the module does, so it is not kept",

@@ -82,7 +82,7 @@ class Rebuilt:
     module: nn.Module
 
 
-def one_module(
+def build_module(
     loaded: Loaded,
     name: str,
     *,
@@ -110,9 +110,9 @@ def one_module(
     job = build(chosen, named_by_file=by_file and not trust)
     modules = named(job.modules, "model")
     name = name if name in modules or len(modules) > 1 else next(iter(modules))
-    found = pick(modules, name, chosen.task.name)
-    fill(found, loaded, ema=ema)
-    return Rebuilt(job, chosen.task.name, name, found[name].eval())
+    picked = pick(modules, name, chosen.task.name)
+    fill(picked, loaded, ema=ema)
+    return Rebuilt(job, chosen.task.name, name, picked[name].eval())
 
 
 def settings_of(loaded: Loaded) -> Config:
@@ -158,9 +158,9 @@ def build(settings: Config, *, named_by_file: bool = False) -> Task:
     """
     if named_by_file:
         _check_named(settings.task.name)  # check before the import, which runs code
-    found = find(settings.task.name, settings.task.args)
+    builder = find(settings.task.name, settings.task.args)
     module = settings.task.name.partition(":")[0]
-    if named_by_file and not (inspect.isfunction(found) and found.__module__ == module):
+    if named_by_file and not (inspect.isfunction(builder) and builder.__module__ == module):
         raise UsageError(
             f"{settings.task.name}, which the file names, is no task",
             f"found: something that {module} only imports",
@@ -168,7 +168,7 @@ def build(settings: Config, *, named_by_file: bool = False) -> Task:
     with state.kept_generators():
         # Seed as in training, so that data generated in `build` is the same.
         state.seed_rank(settings.train.seed, "build")
-        return found(**settings.task.args)
+        return builder(**settings.task.args)
 
 
 def _check_named(name: str) -> None:
@@ -188,11 +188,11 @@ def _check_named(name: str) -> None:
         )
 
 
-def pick(things: Mapping[str, Any], name: str | None, where: str) -> dict[str, Any]:
+def pick(entries: Mapping[str, Any], name: str | None, where: str) -> dict[str, Any]:
     """Return the entry called `name`, or all if it is None; raise UsageError if it is missing."""
-    if name is not None and name not in things:
-        raise UsageError(f"{where} has no module {name!r}", f"found: {', '.join(things)}")
-    return dict(things) if name is None else {name: things[name]}
+    if name is not None and name not in entries:
+        raise UsageError(f"{where} has no module {name!r}", f"found: {', '.join(entries)}")
+    return dict(entries) if name is None else {name: entries[name]}
 
 
 def states(loaded: Loaded, *, ema: bool = False) -> dict[str, Part]:

@@ -45,7 +45,7 @@ NAMES = {
     "iter_num iter_count n_iter num_updates",
     "loss": "loss train_loss val_loss best_loss",
 }
-CALLED = {word: name for name, words in NAMES.items() for word in words.split()}
+CALLED = {word: name for name, spellings in NAMES.items() for word in spellings.split()}
 COMPILED = re.compile(r"(^|\.)_orig_mod\.")
 # The kind of optimizer that has a setting of a given name in its parameter groups; first match.
 KINDS = (
@@ -103,18 +103,18 @@ def recognise(loaded: Loaded) -> list[Part]:
     parts = []
     for key, item in value.items():
         several = key in ("optimizer_states", "lr_schedulers") and isinstance(item, list)
-        for at, one in enumerate(item) if several else [(0, item)]:
-            part = _part(f"{key}[{at}]" if several else str(key), str(key), one, ours)
+        for at, entry in enumerate(item) if several else [(0, item)]:
+            part = _part(f"{key}[{at}]" if several else str(key), str(key), entry, ours)
             parts.append(
                 part
                 if at == 0
                 else Part(part.kind, part.key, f"{part.name}{at}", part.value, part.note)
             )
     if not any(part.kind == MODULE for part in parts):
-        found = ", ".join(f"{part.key} ({part.note or part.kind})" for part in parts[:8])
+        present = ", ".join(f"{part.key} ({part.note or part.kind})" for part in parts[:8])
         raise UsageError(
             f"{where} holds no module's state dict",
-            f"found: {found or 'nothing'}",
+            f"found: {present or 'nothing'}",
             "Save model.state_dict() with it.",
         )
     return parts
@@ -260,13 +260,13 @@ def called(parts: list[Part], kind: str, wanted: str) -> Part:
         UsageError: The file has no part of this kind and name.
     """
     of_kind = [part for part in parts if part.kind == kind]
-    found = next((part for part in of_kind if wanted in (part.key, part.name)), None)
-    if found is None:
+    matching = next((part for part in of_kind if wanted in (part.key, part.name)), None)
+    if matching is None:
         raise UsageError(
             f"the file has no {kind} {wanted!r}",
             f"found: {', '.join(part.key for part in of_kind) or 'none'}",
         )
-    return found
+    return matching
 
 
 def meant_for(parts: list[Part], kind: str, name: str, *, is_lone: bool) -> Part | None:
@@ -282,13 +282,13 @@ def meant_for(parts: list[Part], kind: str, name: str, *, is_lone: bool) -> Part
         UsageError: The assignment is ambiguous.
     """
     of_kind = [part for part in parts if part.kind == kind]
-    found = [part for part in of_kind if part.name == name] or (
+    matching = [part for part in of_kind if part.name == name] or (
         of_kind if len(of_kind) == 1 and is_lone else []
     )
-    if not found and of_kind:
+    if not matching and of_kind:
         raise UsageError(
             f"which {kind} of the file is {name!r} cannot be told",
             f"found: {', '.join(part.key for part in of_kind)}",
             f"Name it: --as {name}={of_kind[0].key}, or leave it out: --without {name}.",
         )
-    return found[0] if found else None
+    return matching[0] if matching else None

@@ -72,8 +72,8 @@ class Unpickler(pickle.Unpickler):
         if module == "torch" and (
             name in ("Size", "device") or isinstance(vars(torch).get(name), torch.dtype)
         ):
-            found = vars(torch)[name]  # `getattr` could trigger a lazy import of torch
-            return found if isinstance(found, torch.dtype) else functools.partial(found)
+            obj = vars(torch)[name]  # `getattr` could trigger a lazy import of torch
+            return obj if isinstance(obj, torch.dtype) else functools.partial(obj)
         return _stand_in(f"{module}.{name}")
 
 

@@ -112,10 +112,10 @@ class SingleRead:
         Requests to a bucket name the version of the object, so they need no such check.
         """
         try:
-            found = os.fstat(self._raw.fileno())
+            status = os.fstat(self._raw.fileno())
         except (OSError, AttributeError):
             return ()
-        return (found.st_ino, found.st_size, found.st_mtime_ns)
+        return (status.st_ino, status.st_size, status.st_mtime_ns)
 
     def sealed(self, tell: Callable[[int], object]) -> SealedMemory:
         """Return the whole file in sealed memory; blocks that are present are not fetched again.

@@ -242,7 +242,7 @@ def _load_optimizer(
     """
     fresh = optimizer.state_dict()
     _check_optimizer(name, optimizer, part)
-    state.restore_one(name, optimizer, part.value, where)
+    state.restore_object(name, optimizer, part.value, where)
     for group, before in zip(optimizer.param_groups, fresh["param_groups"], strict=True):
         for key, value in before.items():
             if key not in group or (keeps_rate and key in ("lr", "initial_lr")):
@@ -306,7 +306,7 @@ def _load_scheduler(name: str, scheduler: Any, part: Part, where: str) -> list[s
             f"Begin it anew: --without {name}.",
         )
     before = dict(scheduler.state_dict())
-    state.restore_one(name, scheduler, part.value, where)
+    state.restore_object(name, scheduler, part.value, where)
     changed = [
         f"{key} {before[key]} -> {part.value[key]}"
         for key in sorted(own)

@@ -139,7 +139,7 @@ def choose(
         UsageError: A module has no state dict, or with `partly` none of them has one.
     """
     modules = [part for part in parts if part.kind == MODULE]
-    found: dict[str, Part] = {}
+    chosen: dict[str, Part] = {}
     for name in names:
         wanted = [
             part for part in modules if name in called and called[name] in (part.key, part.name)
@@ -149,7 +149,7 @@ def choose(
                 modules if len(names) == len(modules) == 1 else []
             )
         if wanted:
-            found[name] = wanted[0]
+            chosen[name] = wanted[0]
         elif not partly or name in called:
             held = ", ".join(part.key or part.name for part in modules)
             raise UsageError(
@@ -159,12 +159,12 @@ def choose(
                 f"Name it: --as {name}={modules[0].key or modules[0].name} of `harness import`, "
                 f"part={modules[0].key!r} in Python.",
             )
-    if not found:
+    if not chosen:
         raise UsageError(
             f"{where} has nothing for {', '.join(names)}",
             f"found: {', '.join(part.key or part.name for part in modules)}",
         )
-    return found
+    return chosen
 
 
 def fit(
@@ -196,8 +196,8 @@ def fit(
     fits = {name: _fitted(unwrap(module), saved[name][0]) for name, (module, _) in pairs.items()}
     rows = [
         (kind, _full(name, key, fits), mine, theirs)
-        for name, (_, _, found) in fits.items()
-        for kind, key, mine, theirs in found
+        for name, (_, _, misfits) in fits.items()
+        for kind, key, mine, theirs in misfits
     ]
     count = sum(len(taken) for _, taken, _ in fits.values())
     total = sum(len(whole) for whole, _, _ in fits.values())
@@ -205,9 +205,9 @@ def fit(
     idle_note = f"init.rename: nothing is called like {', '.join(map(repr, idle))}." if idle else ""
     if not count or (strict and rows):
         hints = [_hint(unwrap(module), saved[name][0]) for name, (module, _) in pairs.items()]
-        what = f"{where} does not fit: {count} of {total} tensors do, {len(rows)} do not"
+        problem = f"{where} does not fit: {count} of {total} tensors do, {len(rows)} do not"
         notes = [idle_note, *hints, INSIST if count else NOTHING_FITS]
-        raise UsageError(what, state.mismatch_table(rows), " ".join(filter(None, notes)))
+        raise UsageError(problem, state.mismatch_table(rows), " ".join(filter(None, notes)))
     for name, (module, _) in pairs.items():
         unwrap(module).load_state_dict(fits[name][0])
     notes = [part.note for _, part in pairs.values() if part.note] + ([idle_note] if idle else [])

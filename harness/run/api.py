@@ -230,7 +230,7 @@ class Run(Loop):
         """
         self._traces.point("evaluation", self.step)
         with self._goodput.during(EVALUATION):
-            found = self._evaluate(
+            means = self._evaluate(
                 list(self.tracked.values()),
                 dataset,
                 fn,
@@ -239,9 +239,9 @@ class Run(Loop):
                 self._step_timeouts.evaluation,
             )
         self._step_timeouts.evaluated() if self._looping else self._step_timeouts.rest()
-        self._metric_buffer.evaluated(found)
-        self._checkpointer.note("evaluated", step=self.step, **found)
-        return found
+        self._metric_buffer.evaluated(means)
+        self._checkpointer.note("evaluated", step=self.step, **means)
+        return means
 
     def best_checkpoint(self) -> str | None:
         """Return the path or URL of the best checkpoint so far, or None if there is none.

@@ -96,12 +96,14 @@ class WorkBuilder:
 
         def together() -> Described:
             main = work.described()
-            others = {name: one.described() for name, one in dealt.items()}
-            data = main.data | {"beside": {name: one.data for name, one in others.items()}}
-            notes = tuple(note for one in others.values() for note in one.notes)
+            others = {name: beside.described() for name, beside in dealt.items()}
+            data = main.data | {"beside": {name: beside.data for name, beside in others.items()}}
+            notes = tuple(note for beside in others.values() for note in beside.notes)
             return Described(data, main.notes + notes)
 
-        source = CombinedSource(work.source, {name: one.source for name, one in dealt.items()}, at)
+        source = CombinedSource(
+            work.source, {name: beside.source for name, beside in dealt.items()}, at
+        )
         return dataclasses.replace(work, source=source, described=cache(together))
 
     def of_own(self, max_steps: int, number: Callable[[], int]) -> Work:

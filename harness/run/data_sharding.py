@@ -17,13 +17,13 @@ from harness.data.dataloader import adopt
 from harness.data.fingerprint import DIFFER, describe, drawn_from, named
 from harness.data.held_generators import find
 from harness.data.source import Source
-from harness.data.stream import StreamSource, check_resumable, told_epoch
+from harness.data.stream import StreamSource, check_resumable, set_epoch_of
 from harness.distributed.ranks import World
 from harness.errors import UsageError
 from harness.run.work import Described
 
 IN_STREAM = "held in the stream"  # generators inside a stream are seeded for each share
-TOLD = "told the epoch"  # the stream has set_epoch
+BY_SET_EPOCH = "told the epoch"  # the stream has set_epoch
 
 
 @dataclass(frozen=True)
@@ -181,10 +181,10 @@ class DataSharding:
         The generators that the stream holds are seeded only if that makes it exact.
         """
         kinds = data.get("kinds", {}) | (
-            {"order": TOLD} if is_new and told_epoch(source.dataset) is not None else {}
+            {"order": BY_SET_EPOCH} if is_new and set_epoch_of(source.dataset) is not None else {}
         )
         source.reading.seeds_held = kinds.get("sample_rng") == IN_STREAM
-        source.tells_epoch = kinds.get("order") == TOLD
+        source.tells_epoch = kinds.get("order") == BY_SET_EPOCH
         note = ""
         if self.check_stream:
             may_seed = is_new or source.reading.seeds_held
@@ -240,12 +240,12 @@ def _notes(
         seeds_held: Whether these generators are seeded for each sample.
     """
     if not seeds_held:
-        words = (
+        reason = (
             "this run began before generators that are held were seeded for each sample, and goes "
             "on as it began"
         )
         return (
-            f"{words}: what is drawn from {', '.join(held[:3])} is other after a kill; a new run "
+            f"{reason}: what is drawn from {', '.join(held[:3])} is other after a kill; a new run "
             "seeds it",
         )
     if not data["fingerprint"].endswith(DIFFER):

@@ -134,8 +134,8 @@ class Traces:
             self._wait(self._waits_for)
         own, held_bytes = {}, 0
         if step % self._every == 0:
-            for name, thing in tracked.items():
-                for path, leaf in leaves_of(state.captured_one(name, thing)).items():
+            for name, obj in tracked.items():
+                for path, leaf in leaves_of(state.captured_object(name, obj)).items():
                     own[".".join(map(str, (name, *path)))] = digest(leaf.value())
                     held_bytes += leaf.size_bytes
             self._every = 1 + held_bytes // MOST_BYTES
@@ -193,12 +193,12 @@ class Traces:
 
 def digest(value: Any) -> str:
     """Return a short digest of the contents of nested data."""
-    found = hashlib.blake2b(digest_size=8)
+    hasher = hashlib.blake2b(digest_size=8)
     digest_into(
-        found,
+        hasher,
         value,
         lambda other: (
             repr(other).encode() if isinstance(other, complex) else type(other).__name__.encode()
         ),
     )
-    return found.hexdigest()
+    return hasher.hexdigest()

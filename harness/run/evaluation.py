@@ -42,7 +42,7 @@ def evaluate(
     Raises:
         UsageError: `fn` uses a name that every event has.
     """
-    modules = [module for thing in tracked for module in _modules_of(thing)]
+    modules = [module for obj in tracked for module in _modules_of(obj)]
     sums: dict[str, float] = {}
     samples = range(
         world.rank * len(dataset) // world.size, (world.rank + 1) * len(dataset) // world.size
@@ -61,9 +61,9 @@ def evaluate(
     return {name: sum(part.get(name, 0.0) for part in parts) / len(dataset) for name in names}
 
 
-def _modules_of(thing: Any) -> Iterator[nn.Module]:
+def _modules_of(obj: Any) -> Iterator[nn.Module]:
     """Yield a tracked module, or the module inside a tracked average of weights."""
-    inner = thing if isinstance(thing, nn.Module) else getattr(thing, "module", None)
+    inner = obj if isinstance(obj, nn.Module) else getattr(obj, "module", None)
     if isinstance(inner, nn.Module):
         yield inner
 

@@ -86,16 +86,16 @@ class KeptState:
         Raises:
             UsageError: An object cannot be tracked, or the checkpoint does not fit the objects.
         """
-        for name, thing in objects.items():
-            resume_checks.check_trackable(name, thing, tracked, is_late=is_late)
+        for name, obj in objects.items():
+            resume_checks.check_trackable(name, obj, tracked, is_late=is_late)
         stateful = self._more.track(objects, is_resumed=payload is not None)
         tracked |= stateful
-        said = resume_checks.give_back(
+        messages = resume_checks.give_back(
             tracked, stateful, self._built, self._origin, payload, self._settings
         )
         if payload is not None:
             self._more.restored(tracked)
-        return said
+        return messages
 
     def check(
         self, tracked: Mapping[str, Any], payload: Mapping[str, Any], data: Mapping[str, Any]
@@ -119,13 +119,13 @@ class KeptState:
                 program does not have, or a hook was registered after `track`; or the data is an
                 iterable dataset and the number of ranks has changed.
         """
-        said = resume_checks.restore_generators(
+        messages = resume_checks.restore_generators(
             payload, self._world, source, self._settings.seed, self._counter.step
         )
-        said += self._more.begin(tracked, payload)
+        messages += self._more.begin(tracked, payload)
         if self._world.is_writer:
             self._untracked.begin(tracked, source, self._more.handled | _handled_by(source))
-        return said
+        return messages
 
     def at_boundary(self, tracked: Mapping[str, Any], values: Mapping[str, Any]) -> None:
         """Check `run.state` (`values`) and untracked state at a step boundary.
@@ -184,7 +184,7 @@ class KeptState:
 
     def class_names(self, tracked: Mapping[str, Any]) -> dict[str, str]:
         """Return the class of each tracked object, for the manifest."""
-        return {name: state.class_name(thing) for name, thing in tracked.items()}
+        return {name: state.class_name(obj) for name, obj in tracked.items()}
 
     def close(self) -> None:
         """Release the hooks; the loop calls it at its end."""
@@ -193,14 +193,14 @@ class KeptState:
 
 def _handled_by(source: Any) -> set[int]:
     """Return the ids of objects that the source seeds for each sample or saves with an order."""
-    found: set[int] = set()
-    for one in (getattr(source, "main", source), *getattr(source, "others", {}).values()):
+    handled: set[int] = set()
+    for component in (getattr(source, "main", source), *getattr(source, "others", {}).values()):
         roots = {
-            "dataset": getattr(one, "dataset", None),
-            "collate_fn": getattr(one, "collate", None),
+            "dataset": getattr(component, "dataset", None),
+            "collate_fn": getattr(component, "collate", None),
         }
-        if getattr(one, "seeds_held", True):
-            found |= {id(held.generator) for held in find(roots)}
-        order = getattr(getattr(one, "plan", None), "order", None)
-        found |= order.handled if isinstance(order, GivenOrder) else set()
-    return found
+        if getattr(component, "seeds_held", True):
+            handled |= {id(held.generator) for held in find(roots)}
+        order = getattr(getattr(component, "plan", None), "order", None)
+        handled |= order.handled if isinstance(order, GivenOrder) else set()
+    return handled

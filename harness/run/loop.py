@@ -82,7 +82,7 @@ class Loop:
         self._position = Position(payload["data"]["epoch"], payload["data"]["sample"])
 
     def _loop(self, begin: Callable[[], Work], by_epoch: bool) -> Iterator[Any]:
-        usage_checks.check_one_loop(
+        usage_checks.check_single_loop(
             self._looping, self._checkpointer.attempt is not None or self.finished
         )
         self._work = begin()

@@ -195,7 +195,7 @@ class StopAgreement(Protocol):
     def stop(self, step: int, save: Callable[[], bool], say: Callable[[str], None]) -> None:
         """Save if there is time, and leave. Collective."""
 
-    def leave(self, words: str, say: Callable[[str], None]) -> None:
+    def leave(self, message: str, say: Callable[[str], None]) -> None:
         """Leave with exit code 0. Collective."""
 
     def close(self) -> None:

@@ -90,10 +90,10 @@ class StopAgreement:
         retrying = store.with_retry_limit(LOOK_REMOTE_S, self._over.is_set)
         while not self._over.wait(LOOK_LOCAL_S if store.is_local else LOOK_REMOTE_S):
             with contextlib.suppress(StorageError):  # saves and uploads report store errors
-                for key, what in control_requests.pending(retrying, attempt).items():
+                for key, request in control_requests.pending(retrying, attempt).items():
                     if key not in seen:
                         seen.add(key)
-                        self._saves_asked.set() if what == "save" else preemption.request(ASKED)
+                        self._saves_asked.set() if request == "save" else preemption.request(ASKED)
 
     def agree(self, step: int, end_step: int | None) -> tuple[bool, bool, bool]:
         """Agree on whether to save and whether to stop, about every `AGREE_EVERY_S` seconds.
@@ -135,12 +135,12 @@ class StopAgreement:
                 self.settings.margin_s + deadline.SAFETY * needed_s
             ):
                 preemption.request(TIME_LIMIT)
-        words = [
+        proposal = [
             int(preemption.requested() is not None),
             int(saving),
             interval if self.world.is_writer else 0,
         ]
-        stopping, save, interval = self.world.agree(words)
+        stopping, save, interval = self.world.agree(proposal)
         self._next, self._interval = step + interval, interval
         return True, bool(stopping), bool(save)
 
@@ -177,7 +177,7 @@ class StopAgreement:
         """
         checkpointer = self._checkpointer
         names = sorted(
-            {name for found in self.world.gather(preemption.requests()[:4]) for name in found}
+            {name for requests in self.world.gather(preemption.requests()[:4]) for name in requests}
         )
         has_remote = len(checkpointer.stores) > 1
         plan = deadline.plan(
@@ -204,12 +204,12 @@ class StopAgreement:
                 f"stopped by {by} at step {step}, and not saved",
                 "Start again: the previous checkpoint is whole.",
             )
-        what = "everything saved" if step else "before there was anything to save"
-        self.leave(f"stopped by {by} at step {step}, {what}; start again to go on", say)
+        outcome = "everything saved" if step else "before there was anything to save"
+        self.leave(f"stopped by {by} at step {step}, {outcome}; start again to go on", say)
 
-    def leave(self, words: str, say: Callable[[str], None]) -> None:
+    def leave(self, message: str, say: Callable[[str], None]) -> None:
         """Leave: raise SystemExit(0) on all ranks. Collective: every rank must call it."""
-        say(f"harness: {words}")
+        say(f"harness: {message}")
         self.world.agree([0])  # all ranks leave together, after the writer has printed
         self.world.leave()
         raise SystemExit(0)

@@ -13,7 +13,7 @@ from harness.errors import UsageError
 EVERYWHERE = ("event", "kind", "time", "step", "of", "spent")
 
 
-def check_one_loop(looping: bool, looped: bool) -> None:
+def check_single_loop(looping: bool, looped: bool) -> None:
     """Raise UsageError for a second loop, inside the first one or after it."""
     if looping:
         raise UsageError(

@@ -122,7 +122,7 @@ class CurrentAttempt:
             UsageError: the environment differs and the settings refuse that, or the run directory
                 is not shared by all ranks.
         """
-        environment = self.environment.found()
+        environment = self.environment.collect()
 
         def claim() -> list[Any]:
             attempt = self._claim(progress, environment)

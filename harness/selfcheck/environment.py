@@ -56,7 +56,7 @@ class Environment:
             self._installed = with_thread.submit(importlib.metadata.packages_distributions)
             with_thread.shutdown(wait=False)
 
-    def found(self) -> dict[str, Any]:
+    def collect(self) -> dict[str, Any]:
         """Return hardware and software on rank 0, and {} on the other ranks.
 
         Collective: every rank must call it.
@@ -89,7 +89,7 @@ def software(device: torch.device) -> dict[str, Any]:
 
     These are versions, the number of threads, environment variables and flags.
     """
-    found: dict[str, Any] = {
+    facts: dict[str, Any] = {
         "torch": torch.__version__,
         "numpy": np.__version__,
         "python": platform.python_version(),
@@ -99,9 +99,9 @@ def software(device: torch.device) -> dict[str, Any]:
         **{name: os.environ.get(name) for name in VARIABLES},
     }
     if device.type != "cuda":
-        return found
+        return facts
     cudnn = torch.backends.cudnn
-    return found | {
+    return facts | {
         "CUDA": torch.version.cuda,
         "cuDNN": cudnn.version(),  # type: ignore[no-untyped-call]
         "NCCL": _asked(
@@ -166,7 +166,7 @@ def imported(installed: Mapping[str, list[str]]) -> dict[str, str]:
 
 
 def check(
-    found: Catalog,
+    catalog: Catalog,
     origin: Manifest | None,
     now: Mapping[str, Any],
     insist: str,
@@ -177,7 +177,7 @@ def check(
     Called on rank 0, before the claim.
 
     Args:
-        found: Catalog of the run's stores.
+        catalog: Catalog of the run's stores.
         origin: The resume point; None for step 0.
         now: Hardware and software of this attempt.
         insist: Value of resume.environment.
@@ -191,9 +191,9 @@ def check(
     """
     if origin is None:
         return []
-    before = recorded(found, origin.attempt)
+    before = recorded(catalog, origin.attempt)
     if before is None:
-        if found.attempts.get(origin.attempt, {}).get("kind") == "train":
+        if catalog.attempts.get(origin.attempt, {}).get("kind") == "train":
             say(f"harness: it is not recorded which machine and software {origin.name} was made on")
         return []
     differing = differences(before, now)

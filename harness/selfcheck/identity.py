@@ -62,7 +62,7 @@ def of_program(settings: Settings) -> dict[str, Any]:
                 code[Path(path).name] = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
             except OSError:  # the file no longer exists, so its digest is unknown
                 continue
-    accepted = [what for what in settings.accept if what != "remote"]
+    accepted = [deviation for deviation in settings.accept if deviation != "remote"]
     insisted = [f"resume.accept=[{','.join(accepted)}]"] * bool(accepted)
     insisted += [f"resume.override=[{','.join(settings.override)}]"] * bool(settings.override)
     return {"sources": code, "insisted": insisted}
@@ -106,12 +106,14 @@ class AttemptIdentities:
             for other in sorted(self.programs)
             if number < other <= self.attempt
         ]
-        insisted = [str(what) for record in later for what in record.get("insisted") or ()]
+        insisted = [
+            str(deviation) for record in later for deviation in record.get("insisted") or ()
+        ]
         rolled = ["rollback" for record in later if record.get("kind") == "rollback"]
         changed = [
-            words
+            change
             for other in (number, *self._since(number))
-            for words in _changed(self.programs.get(other, {}), self.programs[self.attempt])
+            for change in _changed(self.programs.get(other, {}), self.programs[self.attempt])
         ]
         return list(dict.fromkeys(insisted + rolled + changed))
 
@@ -121,12 +123,12 @@ class AttemptIdentities:
     def _others(self, number: int, name: str) -> list[tuple[Any, str]]:
         """Return the values of a field that are not today's, since an attempt, each with when."""
         now, before = self.machine.get(name), self.machines[number].get(name)
-        found = [(before, "before")] if before != now else []
+        values = [(before, "before")] if before != now else []
         for other in self._since(number):
             machine = self.machines.get(other) or _machine_of(self.programs.get(other, {}))
             if machine.get(name, now) != now:
-                found.append((machine[name], f"in attempt {other}"))
-        return found
+                values.append((machine[name], f"in attempt {other}"))
+        return values
 
 
 def _machine_of(record: Mapping[str, Any]) -> dict[str, Any]:

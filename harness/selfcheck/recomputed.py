@@ -71,7 +71,7 @@ class RecomputedSteps:
 
     def read(
         self,
-        found: Catalog,
+        catalog: Catalog,
         origin: Manifest | None,
         attempt: Attempt,
         say: Callable[[str], object],
@@ -79,7 +79,7 @@ class RecomputedSteps:
         """Read the step records of earlier attempts after the resume point; called on rank 0.
 
         Args:
-            found: Catalog of the run's stores.
+            catalog: Catalog of the run's stores.
             origin: The resume point; None for step 0.
             attempt: The current attempt.
             say: Prints a line for the user.
@@ -87,10 +87,10 @@ class RecomputedSteps:
         Returns:
             The last recorded step, or 0.
         """
-        self._say, self._attempt, self._stores = say, attempt.number, found.stores
+        self._say, self._attempt, self._stores = say, attempt.number, catalog.stores
         self._origin = self._step = origin.step if origin else 0
         self._left, problem = step_records.before(
-            (store.with_retry_limit(READ_S) for store in found.stores), attempt.number
+            (store.with_retry_limit(READ_S) for store in catalog.stores), attempt.number
         )
         if problem:
             say(
@@ -101,7 +101,7 @@ class RecomputedSteps:
             attempt.number,
             identity.of_machine(self._world),
             {number: log.about for number, log in self._left.logs.items()},
-            found.attempts | {attempt.number: identity.of_program(self._settings)},
+            catalog.attempts | {attempt.number: identity.of_program(self._settings)},
             [number for number, _ in origin.lineage] if origin else [],
         )
         known = KnownSteps(self._left, self._origin, self._identities.machines, self._world.size)
@@ -210,7 +210,7 @@ class RecomputedSteps:
         record |= {} if difference.is_exact else {"tolerance": self._tolerance.relative}
         # Samples do not depend on the number of ranks, so they are still compared.
         goes_on = self._samples_only = is_expected and record["what"] == LOSS
-        self._told(record, goes_on=goes_on)
+        self._report(record, goes_on=goes_on)
         if self._settings.on_mismatch == "stop" and difference.is_exact and not is_expected:
             first, *values, _ = describe_replay(record).split("\n")
             self._failure = UsageError(
@@ -224,9 +224,9 @@ class RecomputedSteps:
         """Return the result of a comparison that has found a difference."""
         number, now = difference.before, self._identities.machine
         was, expected = self._identities.machines[number], self._identities.expected(number)
-        if difference.found["what"] == LOSS:
+        if difference.fields["what"] == LOSS:
             expected += self._identities.other_ranks(number)
-        return difference.found | {
+        return difference.fields | {
             "verdict": EXPECTED if expected else DIFFERENT,
             "attempt": self._attempt,
             "before": number,
@@ -236,7 +236,7 @@ class RecomputedSteps:
             "expected": expected,
         }
 
-    def _told(self, record: dict[str, Any], *, goes_on: bool = False) -> None:
+    def _report(self, record: dict[str, Any], *, goes_on: bool = False) -> None:
         assert self.log is not None
         self._is_on = goes_on
         if goes_on:
@@ -263,7 +263,7 @@ class RecomputedSteps:
             "step": self._step,
             "recomputed": made,
         }
-        self._told(record | self._comparison.counts())
+        self._report(record | self._comparison.counts())
 
     def check(self) -> None:
         """Raise UsageError if the run must end because a recomputed step differs.

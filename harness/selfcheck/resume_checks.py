@@ -111,26 +111,26 @@ def give_back(
     Raises:
         UsageError: The checkpoint does not fit the objects.
     """
-    said = [
+    messages = [
         f"warning: {name}.state_dict() is empty: {EMPTY}"
-        for name, thing in new.items()
-        if foreign_optimizers.gives_nothing(thing)
+        for name, obj in new.items()
+        if foreign_optimizers.gives_nothing(obj)
     ]
     if payload is None or origin is None:
-        return said
-    built |= {name: state.as_built(thing) for name, thing in new.items()}
+        return messages
+    built |= {name: state.as_built(obj) for name, obj in new.items()}
     # Only newer versions of harness store every parameter name that the file does not imply.
     written = "harness" in origin.versions
     notes = state.restore(
         tracked, origin.classes, payload, origin.name, settings.accept, says_names=written
     )
-    said += [f"warning: {note}" for note in notes]
+    messages += [f"warning: {note}" for note in notes]
     if settings.override:
-        return said + [f"overridden: {line}" for line in state.apply_override(built, tracked)]
-    found = state.other_settings(built, {name: tracked[name] for name in new})
-    return said + [
+        return messages + [f"overridden: {line}" for line in state.apply_override(built, tracked)]
+    changed = state.other_settings(built, {name: tracked[name] for name in new})
+    return messages + [
         f"warning: {line}. The checkpoint's is taken; for the one as built: {_override(line)}"
-        for line in found
+        for line in changed
     ]
 
 
@@ -167,12 +167,12 @@ def check_same_ranks(iterators: list[Any], world_size: int) -> None:
         )
 
 
-def check_trackable(name: str, thing: Any, tracked: Mapping[str, Any], *, is_late: bool) -> None:
+def check_trackable(name: str, obj: Any, tracked: Mapping[str, Any], *, is_late: bool) -> None:
     """Raise UsageError if an object cannot be tracked.
 
     Args:
         name: Name of the object; it must not be taken.
-        thing: The object: a generator, or one with `state_dict` and `load_state_dict`.
+        obj: The object: a generator, or one with `state_dict` and `load_state_dict`.
         tracked: The objects that are tracked already, by name.
         is_late: True if training has begun; then nothing can be tracked any more.
     """
@@ -185,13 +185,13 @@ def check_trackable(name: str, thing: Any, tracked: Mapping[str, Any], *, is_lat
         raise UsageError(
             f"two objects are tracked as {name!r}", remedy="Give each one a name of its own."
         )
-    if not state.is_generator(thing) and not (
-        hasattr(thing, "state_dict") and hasattr(thing, "load_state_dict")
+    if not state.is_generator(obj) and not (
+        hasattr(obj, "state_dict") and hasattr(obj, "load_state_dict")
     ):
         raise UsageError(
             f"{name} cannot be tracked",
-            f"found: a {type(thing).__name__} without state_dict and load_state_dict",
-            DRAW if "Generator" in type(thing).__name__ else "Plain values go into run.state.",
+            f"found: a {type(obj).__name__} without state_dict and load_state_dict",
+            DRAW if "Generator" in type(obj).__name__ else "Plain values go into run.state.",
         )
 
 

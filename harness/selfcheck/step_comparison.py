@@ -36,12 +36,12 @@ class LossTolerance:
 
     def look_at(self, tracked: Mapping[str, Any]) -> None:
         """Set the tolerance for half precision if a tracked object uses it."""
-        for thing in tracked.values():
-            if isinstance(thing, torch.nn.Module):
+        for obj in tracked.values():
+            if isinstance(obj, torch.nn.Module):
                 self._is_half = self._is_half or any(
-                    parameter.dtype in HALF for parameter in thing.parameters()
+                    parameter.dtype in HALF for parameter in obj.parameters()
                 )
-            self._is_half = self._is_half or type(thing).__name__ == "GradScaler"
+            self._is_half = self._is_half or type(obj).__name__ == "GradScaler"
 
     @property
     def relative(self) -> float:
@@ -54,7 +54,7 @@ class StepDifference:
     """A value of a recomputed step that is not equal to the recorded one."""
 
     before: int  # the attempt that has recorded the original step
-    found: dict[str, Any]  # step, kind of the difference, original and recomputed value
+    fields: dict[str, Any]  # step, kind of the difference, original and recomputed value
     is_exact: bool  # whether the values were compared without a tolerance
 
 
@@ -92,8 +92,8 @@ class StepComparison:
         self._of_samples.add(step)
         if was == now:
             return None
-        found = {"step": step, "what": DATA, "was": was.hex(), "now": now.hex()}
-        return StepDifference(number, found, is_exact=True)
+        fields = {"step": step, "what": DATA, "was": was.hex(), "now": now.hex()}
+        return StepDifference(number, fields, is_exact=True)
 
     def loss(
         self, step: int, rank: int, short: int, name: str, now: float
@@ -121,8 +121,8 @@ class StepComparison:
         if _equal(was, now, 0.0 if is_exact else self._tolerance.relative):
             return None
         where = {} if rank == MEAN else {"rank": rank}
-        found = {"step": step, "what": LOSS, "name": name, "was": was, "now": now} | where
-        return StepDifference(number, found, is_exact)
+        fields = {"step": step, "what": LOSS, "name": name, "was": was, "now": now} | where
+        return StepDifference(number, fields, is_exact)
 
     def counts(self) -> dict[str, Any]:
         """Return how many steps were compared, and with what tolerance, for the result."""

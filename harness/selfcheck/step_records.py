@@ -92,10 +92,13 @@ def unpack(packed: bytes) -> Iterator[Line]:
     Records with a wrong checksum and an incomplete record at the end are left out.
     """
     whole = len(packed) - len(packed) % RECORD.size
-    for at, (step, samples, loss, rank, name, kinds, said) in enumerate(
+    for at, (step, samples, loss, rank, name, kinds, checksum) in enumerate(
         RECORD.iter_unpack(packed[:whole])
     ):
-        if zlib.crc32(memoryview(packed)[at * RECORD.size : (at + 1) * RECORD.size - 4]) == said:
+        if (
+            zlib.crc32(memoryview(packed)[at * RECORD.size : (at + 1) * RECORD.size - 4])
+            == checksum
+        ):
             yield Line(
                 step,
                 samples if kinds & SAMPLES else None,
@@ -135,11 +138,11 @@ class Log:
 
 def files(store: Store) -> dict[int, list[Entry]]:
     """List the step record files of each attempt in a store. Raises StorageError."""
-    found: dict[int, list[Entry]] = {}
+    by_attempt: dict[int, list[Entry]] = {}
     for entry in store.entries(fmt.EVENTS):
         if match := NAME.match(entry.key):
-            found.setdefault(int(match["attempt"]), []).append(entry)
-    return found
+            by_attempt.setdefault(int(match["attempt"]), []).append(entry)
+    return by_attempt
 
 
 def read(store: Store, entries: Sequence[Entry]) -> Log:
@@ -177,12 +180,12 @@ class Before:
 
         Each line is paired with the number of its attempt; the newest attempt comes last.
         """
-        found: dict[int, list[tuple[int, Line]]] = {}
+        by_step: dict[int, list[tuple[int, Line]]] = {}
         for number in sorted(self.logs):
             for line in self.logs[number].lines:
                 if line.step > step:
-                    found.setdefault(line.step, []).append((number, line))
-        return found
+                    by_step.setdefault(line.step, []).append((number, line))
+        return by_step
 
 
 def before(stores: Iterable[Store], attempt: int) -> tuple[Before, str]:
@@ -193,36 +196,36 @@ def before(stores: Iterable[Store], attempt: int) -> tuple[Before, str]:
     Returns:
         The records, and a description of the last read error, or "".
     """
-    found, problem = Before(), ""
+    earlier, problem = Before(), ""
     for store in stores:
         keys: dict[str, int] = {}
-        found.keys.append(keys)
+        earlier.keys.append(keys)
         try:
             by_attempt = {
                 number: entries for number, entries in files(store).items() if number < attempt
             }
             for number in sorted(by_attempt, reverse=True)[:MOST_ATTEMPTS]:
-                if number not in found.logs or not found.logs[number].lines:
-                    found.logs[number] = read(store, by_attempt[number])
+                if number not in earlier.logs or not earlier.logs[number].lines:
+                    earlier.logs[number] = read(store, by_attempt[number])
         except (StorageError, OSError) as error:
             problem = f"{store}: {error}".splitlines()[0]
             continue
         for number, entries in by_attempt.items():
             keys |= {
-                entry.key: found.logs[number].last if number in found.logs else 0
+                entry.key: earlier.logs[number].last if number in earlier.logs else 0
                 for entry in entries
             }
-    return found, problem
+    return earlier, problem
 
 
 def verdicts(stores: Iterable[Store]) -> dict[int, dict[str, Any]]:
     """Read the results of the comparisons, by attempt. Raises StorageError."""
-    found: dict[int, dict[str, Any]] = {}
+    by_attempt: dict[int, dict[str, Any]] = {}
     for store in stores:
         for entry in store.entries(fmt.ATTEMPTS):
-            if (match := VERDICT_NAME.match(entry.key)) and int(match["attempt"]) not in found:
+            if (match := VERDICT_NAME.match(entry.key)) and int(match["attempt"]) not in by_attempt:
                 with contextlib.suppress(FileNotFoundError):
                     # Its fields have other types than those of the same names in other records.
                     if record := records.fields(store.read(entry.key)):
-                        found[int(match["attempt"])] = record
-    return found
+                        by_attempt[int(match["attempt"])] = record
+    return by_attempt

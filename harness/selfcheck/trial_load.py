@@ -52,10 +52,10 @@ OF_OPTIMIZER = tuple(
 )
 SOURCE = "the checkpoint"
 
-Found = tuple[list[str], str]  # the problems found, and why the object was not tried
+LoadResult = tuple[list[str], str]  # the problems found, and why the object was not tried
 
 
-def of_object(name: str, thing: Any, saved: Any) -> Found:
+def of_object(name: str, obj: Any, saved: Any) -> LoadResult:
     """Try to load an object that holds no tensors. For the training thread.
 
     The user's code runs, and the random generators are restored after it. If the object holds
@@ -63,54 +63,52 @@ def of_object(name: str, thing: Any, saved: Any) -> Found:
 
     Args:
         name: the name of the tracked object.
-        thing: the object inside the wrappers.
+        obj: the object inside the wrappers.
         saved: its state in the checkpoint.
     """
-    if isinstance(thing, torch.amp.GradScaler) or not hasattr(thing, "load_state_dict"):
+    if isinstance(obj, torch.amp.GradScaler) or not hasattr(obj, "load_state_dict"):
         return [], ""  # it holds only numbers, and runs torch's own code
-    before = thing.state_dict()
-    if held := holds(_without_optimizer(thing), MOST_BYTES, MOST_OBJECTS):
+    before = obj.state_dict()
+    if held := holds(_without_optimizer(obj), MOST_BYTES, MOST_OBJECTS):
         return list(_unlike(before, saved, name, kinds_only=True)), f"{name} (it holds {held})"
     with state.kept_generators():
         try:
-            known = (
-                [thing.optimizer] if isinstance(thing, torch.optim.lr_scheduler.LRScheduler) else []
-            )
-            double = copy.deepcopy(thing, {id(optimizer): optimizer for optimizer in known})
+            known = [obj.optimizer] if isinstance(obj, torch.optim.lr_scheduler.LRScheduler) else []
+            double = copy.deepcopy(obj, {id(optimizer): optimizer for optimizer in known})
         except Exception as error:  # noqa: BLE001 - the user's code may raise anything
             return [], f"{name} (it cannot be copied: {_line(error)})"
-        if double is thing:
+        if double is obj:
             return [], f"{name} (its copy is itself)"
         try:
-            state.restore_one(name, double, saved, SOURCE)
+            state.restore_object(name, double, saved, SOURCE)
             after = double.state_dict()
         except Exception as error:  # noqa: BLE001 - the user's code may raise anything
             return [f"{name} cannot be loaded again: {_line(error)}"], ""
     return list(_unlike(before, after, name)), ""
 
 
-def of_torchs(name: str, thing: Any, saved: Any) -> Found:
+def of_torchs(name: str, obj: Any, saved: Any) -> LoadResult:
     """Try to load a module or an optimizer that is loaded by torch's own code only.
 
     Neither the copy of the object nor the state that is loaded into it has data.
 
     Args:
         name: the name of the tracked object.
-        thing: the module or optimizer inside the wrappers.
+        obj: the module or optimizer inside the wrappers.
         saved: its state without data; see `without_data`.
     """
-    foreign = _foreign(thing)
+    foreign = _foreign(obj)
     if foreign:
         return [], f"{name} ({foreign})"
-    if isinstance(thing, nn.Module) and (shared := list(_shared(thing))):
+    if isinstance(obj, nn.Module) and (shared := list(_shared(obj))):
         return [
             f"{name}.{key} cannot be loaded again: "
             "its elements share memory, it is expanded; register its clone()"
             for key in shared
         ], ""
-    double = _module(thing, {}) if isinstance(thing, nn.Module) else _optimizer(thing)
+    double = _module(obj, {}) if isinstance(obj, nn.Module) else _optimizer(obj)
     try:
-        state.restore_one(name, double, saved, SOURCE)
+        state.restore_object(name, double, saved, SOURCE)
         after = without_data(double.state_dict())
     except (
         UsageError,
@@ -164,15 +162,13 @@ def _shared(module: nn.Module) -> Iterator[str]:
             yield key
 
 
-def _foreign(thing: Any) -> str:
+def _foreign(obj: Any) -> str:
     """Return which part of an object is not loaded by torch's own code; "" if there is none."""
-    if isinstance(thing, torch.optim.Optimizer):
+    if isinstance(obj, torch.optim.Optimizer):
         return (
-            _not_torchs(type(thing), LOADS)
-            or _hooked(thing, OF_OPTIMIZER)
-            or _odd(_values(thing.state))
+            _not_torchs(type(obj), LOADS) or _hooked(obj, OF_OPTIMIZER) or _odd(_values(obj.state))
         )
-    for part in thing.modules():
+    for part in obj.modules():
         odd = (
             _not_torchs(type(part), OF_MODULE)
             or _hooked(part, HOOKS)
@@ -195,12 +191,12 @@ def _not_torchs(kind: type, names: tuple[str, ...]) -> str:
     return ""
 
 
-def _hooked(thing: Any, names: tuple[str, ...]) -> str:
+def _hooked(obj: Any, names: tuple[str, ...]) -> str:
     return next(
         (
-            f"{type(thing).__name__} has hooks: {name.strip('_')}"
+            f"{type(obj).__name__} has hooks: {name.strip('_')}"
             for name in names
-            if getattr(thing, name, None)
+            if getattr(obj, name, None)
         ),
         "",
     )
@@ -236,13 +232,15 @@ def _module(module: nn.Module, known: dict[int, nn.Module]) -> nn.Module:
         double = known[id(module)] = object.__new__(type(module))
         vars(double).update(vars(module))
         parameters = {
-            key: None if one is None else nn.Parameter(_meta(one), one.requires_grad)
-            for key, one in module._parameters.items()
+            key: None if value is None else nn.Parameter(_meta(value), value.requires_grad)
+            for key, value in module._parameters.items()
         }
-        buffers = {key: None if one is None else _meta(one) for key, one in module._buffers.items()}
+        buffers = {
+            key: None if value is None else _meta(value) for key, value in module._buffers.items()
+        }
         inner = {
-            key: None if one is None else _module(one, known)
-            for key, one in module._modules.items()
+            key: None if value is None else _module(value, known)
+            for key, value in module._modules.items()
         }
         vars(double).update(_parameters=parameters, _buffers=buffers, _modules=inner)
     return known[id(module)]
@@ -253,25 +251,30 @@ def _optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     vars(double).update(vars(optimizer))
     double.param_groups = [
         dict(group)
-        | {"params": [nn.Parameter(_meta(one), one.requires_grad) for one in group["params"]]}
+        | {
+            "params": [
+                nn.Parameter(_meta(parameter), parameter.requires_grad)
+                for parameter in group["params"]
+            ]
+        }
         for group in optimizer.param_groups
     ]
     double.state = defaultdict(dict)
     return double
 
 
-def _without_optimizer(thing: Any) -> Any:
+def _without_optimizer(obj: Any) -> Any:
     """Return the part of an object whose size counts: a scheduler's without its optimizer.
 
     The sub-schedulers of a scheduler are left out as well.
     """
-    if isinstance(thing, torch.optim.lr_scheduler.LRScheduler):
+    if isinstance(obj, torch.optim.lr_scheduler.LRScheduler):
         return {
             key: value
-            for key, value in vars(thing).items()
+            for key, value in vars(obj).items()
             if key not in ("optimizer", "_schedulers")
         }
-    return thing
+    return obj
 
 
 def _unlike(before: Any, after: Any, where: str, *, kinds_only: bool = False) -> Iterator[str]:
@@ -315,12 +318,12 @@ def _is_same(before: Any, after: Any) -> bool:
     return not is_plain or bool(before == after) or _both_nan(before, after)
 
 
-def _both_nan(one: Any, other: Any) -> bool:
+def _both_nan(before: Any, after: Any) -> bool:
     return (
-        isinstance(one, float)
-        and isinstance(other, float)
-        and math.isnan(one)
-        and math.isnan(other)
+        isinstance(before, float)
+        and isinstance(after, float)
+        and math.isnan(before)
+        and math.isnan(after)
     )
 
 

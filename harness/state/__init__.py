@@ -49,7 +49,7 @@ from harness.state.capturing import (
     before_update,
     capture,
     captured,
-    captured_one,
+    captured_object,
     check,
     check_finite,
     check_user_state,
@@ -60,7 +60,7 @@ from harness.state.checks import check_tensors, mismatch_table, mismatches
 from harness.state.kinds import rebuilt
 from harness.state.lr_schedules import apply_override, as_built, other_settings
 from harness.state.parameter_names import to_live, without_shells
-from harness.state.restoring import class_name, restore, restore_one
+from harness.state.restoring import class_name, restore, restore_object
 from harness.state.rng import kept_generators, rng_state, seed_rank, set_rng_state
 
 __all__ = [
@@ -71,7 +71,7 @@ __all__ = [
     "before_update",
     "capture",
     "captured",
-    "captured_one",
+    "captured_object",
     "check",
     "check_finite",
     "check_tensors",
@@ -85,7 +85,7 @@ __all__ = [
     "plain_data",
     "rebuilt",
     "restore",
-    "restore_one",
+    "restore_object",
     "rng_state",
     "seed_rank",
     "set_rng_state",

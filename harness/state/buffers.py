@@ -52,7 +52,7 @@ def _nested(
     }
     if not keys:
         return [], saved
-    found: list[tuple[Any, str, torch.Tensor]] = []
+    nested: list[tuple[Any, str, torch.Tensor]] = []
     for path, part in module.named_modules():
         for name, held in part._buffers.items():
             if (
@@ -60,7 +60,7 @@ def _nested(
                 and held is not None
                 and held.is_nested
             ):
-                found.append((part._buffers, name, saved[key].to(held.device)))
+                nested.append((part._buffers, name, saved[key].to(held.device)))
                 part._buffers[name] = None
                 keys.remove(key)
     taken = {
@@ -71,7 +71,7 @@ def _nested(
     made: OrderedDict[str, Any] = OrderedDict(taken)
     if hasattr(saved, "_metadata"):
         made._metadata = saved._metadata  # type: ignore[attr-defined]
-    return found, made
+    return nested, made
 
 
 def decides(module: nn.Module, key: str) -> bool:
@@ -135,14 +135,14 @@ def _take_out_repeated(module: nn.Module) -> Repeated:
     In an expanded tensor (`expand`) several elements share one memory location, so torch cannot
     write to it as a whole.
     """
-    found: Repeated = []
+    repeated: Repeated = []
     for part in module.modules():
         registered: tuple[Any, ...] = (part._buffers, part._parameters)
         for held in registered:
             for name, tensor in held.items():
                 if tensor is not None and _is_repeated(tensor):
                     copy = tensor.detach().clone(memory_format=torch.contiguous_format)
-                    found.append(
+                    repeated.append(
                         (
                             held,
                             name,
@@ -152,8 +152,8 @@ def _take_out_repeated(module: nn.Module) -> Repeated:
                             else copy,
                         )
                     )
-                    held[name] = found[-1][3]
-    return found
+                    held[name] = repeated[-1][3]
+    return repeated
 
 
 def _is_repeated(tensor: torch.Tensor) -> bool:

@@ -63,10 +63,10 @@ def captured(values: Mapping[str, Any], tracked: Mapping[str, Any]) -> Captured:
     seen = TensorRefs()
     payload = _plain_values(values, seen)
     steady = {tensor.data_ptr() for tensor in _tensors([payload.get(name) for name in COPIES])}
-    for name, thing in tracked.items():
+    for name, obj in tracked.items():
         before = len(seen.all)
-        payload |= _capture({name: thing}, seen)
-        if hasattr(unwrap(thing), HOOK):
+        payload |= _capture({name: obj}, seen)
+        if hasattr(unwrap(obj), HOOK):
             steady |= {met.saved.data_ptr() for met in seen.all[before:]}
     named = parameters(tracked, seen)
     payload |= _beside(tracked, payload, seen)
@@ -86,10 +86,10 @@ def as_captured(name: str, value: Any) -> Captured:
     return Captured({name: to_cpu(value, name, seen)}, set(), {}, {}, seen)
 
 
-def captured_one(name: str, thing: Any) -> Captured:
+def captured_object(name: str, obj: Any) -> Captured:
     """Capture the state of one tracked object, in the same way as `as_captured`."""
     seen = TensorRefs()
-    return Captured(_capture({name: thing}, seen), set(), {}, {name: thing}, seen)
+    return Captured(_capture({name: obj}, seen), set(), {}, {name: obj}, seen)
 
 
 def capture(tracked: Mapping[str, Any]) -> dict[str, Any]:
@@ -108,8 +108,8 @@ def capture(tracked: Mapping[str, Any]) -> dict[str, Any]:
 
 def _capture(tracked: Mapping[str, Any], seen: TensorRefs) -> dict[str, Any]:
     return {
-        f"{name}_state_dict": to_cpu(state_of(thing), f"{name}_state_dict", seen)
-        for name, thing in tracked.items()
+        f"{name}_state_dict": to_cpu(state_of(obj), f"{name}_state_dict", seen)
+        for name, obj in tracked.items()
     }
 
 
@@ -135,9 +135,9 @@ def _beside(
     return ({"names": names} if names else {}) | ({"kinds": dict(seen.kinds)} if seen.kinds else {})
 
 
-def state_of(thing: Any) -> Any:
+def state_of(obj: Any) -> Any:
     """Return an object's state dict without the names of wrappers around it or its submodules."""
-    inner = unwrap(thing)
+    inner = unwrap(obj)
     return (
         parameter_names.without_shells(inner, inner.state_dict())
         if isinstance(inner, nn.Module)
@@ -178,15 +178,15 @@ def parameters(tracked: Mapping[str, Any], seen: TensorRefs) -> dict[int, tuple[
     Raises:
         NonFiniteError: for a parameter that is checked now and is not finite.
     """
-    found, elsewhere = {}, []
+    named, elsewhere = {}, []
     for name, key, parameter in _parameters(tracked):
         if (met := seen.find(parameter)) is not None:
-            found[met.saved.data_ptr()] = f"{name}.{key}", parameter.dtype
+            named[met.saved.data_ptr()] = f"{name}.{key}", parameter.dtype
         elif not is_finite(parameter.detach()):
             elsewhere.append(f"{name}.{key}")
     if elsewhere:
         raise not_finite(elsewhere)
-    return found
+    return named
 
 
 def not_finite(names: list[str]) -> NonFiniteError:
@@ -200,8 +200,8 @@ def not_finite(names: list[str]) -> NonFiniteError:
 
 
 def _parameters(tracked: Mapping[str, Any]) -> Iterator[tuple[str, str, torch.Tensor]]:
-    for name, thing in tracked.items():
-        inner = unwrap(thing)
+    for name, obj in tracked.items():
+        inner = unwrap(obj)
         for key, parameter in inner.named_parameters() if isinstance(inner, nn.Module) else ():
             if not is_lazy(parameter):
                 yield from ((name, key, part) for part in kinds.parts_of(parameter))
@@ -226,9 +226,9 @@ def is_finite(tensor: torch.Tensor) -> bool:
 
 def before_update(tracked: Mapping[str, Any], call: Callable[[], None]) -> None:
     """Have `call` called before each update by a tracked optimizer."""
-    for thing in map(unwrap, tracked.values()):
-        if hasattr(thing, HOOK):
-            getattr(thing, HOOK)(lambda *_: call())
+    for obj in map(unwrap, tracked.values()):
+        if hasattr(obj, HOOK):
+            getattr(obj, HOOK)(lambda *_: call())
 
 
 def plain_data(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -246,8 +246,8 @@ def check(tracked: Mapping[str, Any]) -> None:
     Raises:
         UsageError: for state that cannot be saved, and for parameters that would not be saved.
     """
-    for name, thing in tracked.items():
-        to_cpu(state_of(thing), f"{name}_state_dict", TensorRefs())
+    for name, obj in tracked.items():
+        to_cpu(state_of(obj), f"{name}_state_dict", TensorRefs())
     _check_covered(tracked)
 
 
@@ -257,16 +257,16 @@ def _check_covered(tracked: Mapping[str, Any]) -> None:
     Raises:
         UsageError: for other parameters: they would start from scratch at each resume.
     """
-    things = {name: unwrap(thing) for name, thing in tracked.items()}
+    objects = {name: unwrap(obj) for name, obj in tracked.items()}
     held: set[int] = set()
-    for thing in things.values():
-        if not isinstance(thing, torch.optim.Optimizer):
-            held |= {tensor.data_ptr() for tensor in _tensors(thing.state_dict())}
-    for name, thing in things.items():
-        if isinstance(thing, torch.optim.Optimizer):
+    for obj in objects.values():
+        if not isinstance(obj, torch.optim.Optimizer):
+            held |= {tensor.data_ptr() for tensor in _tensors(obj.state_dict())}
+    for name, obj in objects.items():
+        if isinstance(obj, torch.optim.Optimizer):
             groups = [
                 p
-                for group in thing.param_groups
+                for group in obj.param_groups
                 for p in group["params"]
                 if not is_lazy(p) and p.numel()
             ]
@@ -288,18 +288,18 @@ def size_bytes(tracked: Mapping[str, Any]) -> int:
     """Return the size in bytes of a copy of the tensors of every tracked object."""
     sizes = {
         tensor.data_ptr(): tensor.nbytes
-        for thing in tracked.values()
-        for tensor in _tensors(unwrap(thing).state_dict())
+        for obj in tracked.values()
+        for tensor in _tensors(unwrap(obj).state_dict())
     }
     return sum(sizes.values())
 
 
-def _tensors(value: Any, found: list[torch.Tensor] | None = None) -> list[torch.Tensor]:
-    found = [] if found is None else found
+def _tensors(value: Any, tensors: list[torch.Tensor] | None = None) -> list[torch.Tensor]:
+    tensors = [] if tensors is None else tensors
     if isinstance(value, torch.Tensor):
         if not is_lazy(value):
-            found += [part for part in kinds.parts_of(value) if part.layout is torch.strided]
+            tensors += [part for part in kinds.parts_of(value) if part.layout is torch.strided]
     elif isinstance(value, dict | Mapping | list | tuple):
         for item in value.values() if isinstance(value, dict | Mapping) else value:
-            _tensors(item, found)
-    return found
+            _tensors(item, tensors)
+    return tensors

@@ -48,7 +48,7 @@ def check_module(
     saved: Mapping[str, Any],
     source: str,
     accept: Collection[str],
-    found: set[int],
+    cast_ids: set[int],
 ) -> list[str]:
     """Check that a saved state fits a module: names, shapes and dtypes.
 
@@ -60,7 +60,7 @@ def check_module(
         saved: the saved state dict.
         source: the name of the checkpoint, for messages.
         accept: the differences that the user accepts.
-        found: a set to which the ids of parameters with another dtype are added.
+        cast_ids: a set to which the ids of parameters with another dtype are added.
 
     Returns:
         A text for each change of dtype, if such changes are accepted.
@@ -84,7 +84,7 @@ def check_module(
     ]
     if cast and DTYPE not in accept:
         raise _of_another_dtype(name, cast, source)
-    found |= {id(parameters[key]) for key, *_ in cast if key in parameters}
+    cast_ids |= {id(parameters[key]) for key, *_ in cast if key in parameters}
     changes = Counter((was, now) for _, was, now in cast)
     return [
         f"{name}: {count} tensor(s) are {now} now, and were {was}: no exact resume"
@@ -163,10 +163,10 @@ def in_live_order(
         other = [f"not there any more: {_some(before - now)}"] * bool(before - now) + [
             f"new: {_some(now - before)}"
         ] * bool(now - before)
-        found = "; ".join(other) or "the same, grouped otherwise"
+        differences = "; ".join(other) or "the same, grouped otherwise"
         raise UsageError(
             f"{name} has other parameters in its groups than in {source}",
-            f"found: {found}",
+            f"found: {differences}",
             CHANGES,
         )
     made = []

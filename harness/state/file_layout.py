@@ -13,11 +13,11 @@ class UnsupportedStateError(Exception):
     """The state holds more than plain tensors, so it cannot be copied in the background."""
 
 
-def tensors_in(value: Any, found: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Append the tensors in plain data to `found`, in the order in which pickle visits them.
+def tensors_in(value: Any, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Append the tensors in plain data to `tensors`, in the order in which pickle visits them.
 
     Returns:
-        `found`.
+        `tensors`.
 
     Raises:
         UnsupportedStateError: for tensors that are not plain, such as sparse or quantized ones.
@@ -32,11 +32,11 @@ def tensors_in(value: Any, found: list[torch.Tensor]) -> list[torch.Tensor]:
             raise UnsupportedStateError(
                 "there is more in the state than plain tensors, such as sparse or quantized ones"
             )
-        found.append(value)
+        tensors.append(value)
     elif isinstance(value, dict | list | tuple):
         for item in value.values() if isinstance(value, dict) else value:
-            tensors_in(item, found)
-    return found
+            tensors_in(item, tensors)
+    return tensors
 
 
 def write_outline(payload: Any, sizes: list[int], staging: StagingBuffer) -> list[int]:

@@ -280,18 +280,21 @@ def _is_leaf(value: Any) -> bool:
 
 def not_plain(where: Where, value: Any) -> UsageError:
     """Return the error for a value that no checkpoint can hold."""
-    path, found = spelled(where), f"found: a {type(value).__module__}.{type(value).__qualname__}"
+    path, description = (
+        spelled(where),
+        f"found: a {type(value).__module__}.{type(value).__qualname__}",
+    )
     if isinstance(value, defaultdict):
-        found += (
+        description += (
             " whose factory is "
             f"{getattr(value.default_factory, '__qualname__', value.default_factory)}"
         )
     if isinstance(value, set | frozenset):
-        found += ", which has no order that could be kept"
+        description += ", which has no order that could be kept"
     change = "Change the object's state_dict() accordingly."
     if path.startswith(("state[", "own[", "config")):
         change = (
             "Keep what it is made of: vars(value), tuple(value), sorted(value), str(value), say."
         )
     held = "Checkpoints hold tensors, arrays, numbers, strings, lists and dicts."
-    return UsageError(f"{path} cannot be saved as plain data", found, f"{held} {change}")
+    return UsageError(f"{path} cannot be saved as plain data", description, f"{held} {change}")

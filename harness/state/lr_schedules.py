@@ -72,12 +72,12 @@ SETTINGS = (
 )
 
 
-def as_built(thing: Any) -> dict[str, Any]:
+def as_built(obj: Any) -> dict[str, Any]:
     """Return the settings of an optimizer or a scheduler as built; {} for any other object.
 
     Call it before anything is restored into the object.
     """
-    inner = unwrap(thing)
+    inner = unwrap(obj)
     if isinstance(inner, torch.optim.Optimizer):
         return {
             "param_groups": [
@@ -88,15 +88,14 @@ def as_built(thing: Any) -> dict[str, Any]:
     return copy.deepcopy(dict(inner.state_dict())) if is_schedule(inner) else {}
 
 
-def is_schedule(thing: Any) -> bool:
+def is_schedule(obj: Any) -> bool:
     """Return whether an object is a learning rate scheduler.
 
     Besides torch's schedulers this is any object whose class comes from a module with "scheduler"
     in its name.
     """
     return (
-        isinstance(thing, torch.optim.lr_scheduler.LRScheduler)
-        or "scheduler" in type(thing).__module__
+        isinstance(obj, torch.optim.lr_scheduler.LRScheduler) or "scheduler" in type(obj).__module__
     )
 
 
@@ -106,20 +105,20 @@ def other_settings(built: Mapping[str, Any], tracked: Mapping[str, Any]) -> list
     The restored value is compared with the value as built. The settings of optimizers are not
     compared, because the schedule and the loop may have changed any of them.
     """
-    said = []
-    for name, thing in tracked.items():
-        inner = unwrap(thing)
+    texts = []
+    for name, obj in tracked.items():
+        inner = unwrap(obj)
         if is_schedule(inner) and built.get(name):
-            found = [
+            changed = [
                 (path, was, now)
                 for path, was, now, _, key in _differing(name, inner, built[name])
                 if _is_setting(inner, key)
             ]
-            said += [
+            texts += [
                 f"{path}: {_short(was)} in the checkpoint, {_short(now)} as built"
-                for path, was, now in found
+                for path, was, now in changed
             ]
-    return said
+    return texts
 
 
 def _is_setting(scheduler: Any, key: str) -> bool:
@@ -186,25 +185,25 @@ def apply_override(built: Mapping[str, Any], tracked: Mapping[str, Any]) -> list
     Returns:
         A text for each change.
     """
-    said = []
-    for name, thing in tracked.items():
-        if isinstance(unwrap(thing), torch.optim.Optimizer):
+    texts = []
+    for name, obj in tracked.items():
+        if isinstance(unwrap(obj), torch.optim.Optimizer):
             for at, (group, fresh) in enumerate(
-                zip(unwrap(thing).param_groups, built[name]["param_groups"], strict=True)
+                zip(unwrap(obj).param_groups, built[name]["param_groups"], strict=True)
             ):
                 before = {key: value for key, value in group.items() if key != "params"}
                 group.update(_overridden(before, fresh))
-                said += [
+                texts += [
                     f"{name}[{at}].{key}: {before[key]} -> {group[key]}"
                     for key in before
                     if before[key] != group[key]
                 ]
-        elif is_schedule(unwrap(thing)) and built.get(name):
-            for path, was, now, owner, key in list(_differing(name, unwrap(thing), built[name])):
+        elif is_schedule(unwrap(obj)) and built.get(name):
+            for path, was, now, owner, key in list(_differing(name, unwrap(obj), built[name])):
                 if owner is not None:
-                    said.append(f"{path}: {_short(was)} -> {_short(now)}")
+                    texts.append(f"{path}: {_short(was)} -> {_short(now)}")
                     vars(owner)[key] = now
-    return said
+    return texts
 
 
 def _overridden(group: dict[str, Any], fresh: Mapping[str, Any]) -> dict[str, Any]:

@@ -116,12 +116,14 @@ def to_live(module: nn.Module, saved: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def parameters_of(tracked: Mapping[str, Any]) -> Iterator[tuple[str, nn.Parameter]]:
     """Yield every parameter of the tracked modules with its name, once per module."""
-    for name, thing in tracked.items():
-        inner = unwrap(thing)
+    for name, obj in tracked.items():
+        inner = unwrap(obj)
         if isinstance(inner, nn.Module):
-            found = dict(inner.named_parameters())
-            clean = clean_keys(inner, list(found))
-            yield from ((f"{name}.{clean[key]}", parameter) for key, parameter in found.items())
+            parameters = dict(inner.named_parameters())
+            clean = clean_keys(inner, list(parameters))
+            yield from (
+                (f"{name}.{clean[key]}", parameter) for key, parameter in parameters.items()
+            )
 
 
 def names(tracked: Mapping[str, Any]) -> dict[str, Names]:
@@ -139,23 +141,23 @@ def names(tracked: Mapping[str, Any]) -> dict[str, Names]:
 
 
 def _optimizers(tracked: Mapping[str, Any]) -> dict[str, torch.optim.Optimizer]:
-    return {name: unwrap(thing) for name, thing in tracked.items() if is_optimizer(unwrap(thing))}
+    return {name: unwrap(obj) for name, obj in tracked.items() if is_optimizer(unwrap(obj))}
 
 
 def _of_group(group: Mapping[str, Any], by_identity: Mapping[int, str]) -> list[str | None]:
     # torch keeps `param_names` if the optimizer was built from named parameters.
-    said = group.get("param_names") or [None] * len(group["params"])
-    pairs = zip(group["params"], said, strict=True)
+    recorded = group.get("param_names") or [None] * len(group["params"])
+    pairs = zip(group["params"], recorded, strict=True)
     return [
         by_identity.get(id(parameter), called and _clean(called, set()))
         for parameter, called in pairs
     ]
 
 
-def is_optimizer(thing: Any) -> bool:
+def is_optimizer(obj: Any) -> bool:
     """Return whether an object is an optimizer with a list of parameter groups, as in torch."""
-    return isinstance(thing, torch.optim.Optimizer) and isinstance(
-        getattr(thing, "param_groups", None), list
+    return isinstance(obj, torch.optim.Optimizer) and isinstance(
+        getattr(obj, "param_groups", None), list
     )
 
 
@@ -182,18 +184,18 @@ def needed(tracked: Mapping[str, Any], payload: Mapping[str, Any]) -> dict[str, 
         or _last[0] != asked
         or any(known() is not p for known, p in zip(_last[1], parameters, strict=False))
     ):
-        found, told = names(tracked), _derived_of(tracked, payload)
-        said = {
+        live, implied = names(tracked), _derived_of(tracked, payload)
+        to_record = {
             n: mine
-            for n, mine in found.items()
-            if n in sizes and mine != told.get(n) and (n in told or are_known(mine))
+            for n, mine in live.items()
+            if n in sizes and mine != implied.get(n) and (n in implied or are_known(mine))
         }
-        _last[:] = [asked, [weakref.ref(parameter) for parameter in parameters], said]
+        _last[:] = [asked, [weakref.ref(parameter) for parameter in parameters], to_record]
     return dict(_last[2])
 
 
 def _derived_of(tracked: Mapping[str, Any], payload: Mapping[str, Any]) -> dict[str, Names]:
-    modules = [name for name, thing in tracked.items() if isinstance(unwrap(thing), nn.Module)]
+    modules = [name for name, obj in tracked.items() if isinstance(unwrap(obj), nn.Module)]
     return derived(payload, modules, {called for called, _ in parameters_of(tracked)})
 
 
@@ -216,7 +218,7 @@ def derived(
         The names of each optimizer for which such modules exist.
     """
     held = _held(payload, modules, parameters)
-    left, told = list(held), dict[str, Names]()
+    left, assigned = list(held), dict[str, Names]()
     for name, sizes in numbered(payload).items():
         runs = (
             left[start:end] for start in range(len(left)) for end in range(start + 1, len(left) + 1)
@@ -227,10 +229,10 @@ def derived(
         )
         if run is not None:
             left = [module for module in left if module not in run]
-            told[name] = _in_groups(
+            assigned[name] = _in_groups(
                 {called: dims for module in run for called, dims in held[module].items()}, sizes
             )
-    return told
+    return assigned
 
 
 def _in_groups(held: Mapping[str, int], sizes: list[int]) -> Names:
@@ -253,12 +255,12 @@ def _held(
         name = key.removesuffix("_state_dict")
         if name in modules:
             clean = {called: f"{name}.{_clean(called, set())}" for called in state}
-            found = {
+            dimensions = {
                 clean[called]: _dims(value)
                 for called, value in state.items()
                 if clean[called] in parameters
             }
-            held |= {name: found} if found else {}
+            held |= {name: dimensions} if dimensions else {}
     return held
 
 
@@ -268,7 +270,7 @@ def _dims(value: Any) -> int:
 
 def numbered(payload: Mapping[str, Any]) -> dict[str, list[int]]:
     """Return the number of parameters in each group, for each optimizer in a checkpoint."""
-    found = {}
+    counts = {}
     for key, state in payload.items():
         groups = (
             state.get("param_groups")
@@ -278,8 +280,8 @@ def numbered(payload: Mapping[str, Any]) -> dict[str, list[int]]:
         if isinstance(groups, list) and all(
             isinstance(group, Mapping) and isinstance(group.get("params"), list) for group in groups
         ):
-            found[key.removesuffix("_state_dict")] = [len(group["params"]) for group in groups]
-    return found
+            counts[key.removesuffix("_state_dict")] = [len(group["params"]) for group in groups]
+    return counts
 
 
 def are_known(named: Names | None) -> bool:
@@ -299,5 +301,5 @@ def saved_names(
         says_all: whether the checkpoint records all names that do not follow from it. If so, the
             names that follow from it are returned too.
     """
-    said: dict[str, Names] = payload.get("names", {})
-    return (_derived_of(tracked, payload) if says_all else {}) | said
+    recorded: dict[str, Names] = payload.get("names", {})
+    return (_derived_of(tracked, payload) if says_all else {}) | recorded

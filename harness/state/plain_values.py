@@ -184,11 +184,11 @@ def _mapping_to_cpu(value: Mapping[Any, Any], where: Where, seen: TensorRefs) ->
 
 def _of_kind(value: Any, where: Where, seen: TensorRefs) -> Any:
     """Return the plain data that replaces a value that is not plain; note its kind."""
-    found = kinds.taken_apart(value)
-    if found is None:
+    parts = kinds.taken_apart(value)
+    if parts is None:
         raise kinds.not_plain(where, value)
-    seen.kinds[kinds.spelled(where)] = found[0]
-    return to_cpu(found[1], where, seen)
+    seen.kinds[kinds.spelled(where)] = parts[0]
+    return to_cpu(parts[1], where, seen)
 
 
 def _key(key: Any, where: Where) -> Any:

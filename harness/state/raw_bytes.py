@@ -29,16 +29,16 @@ def copy(source: torch.Tensor) -> torch.Tensor:
         return source.cpu()
 
 
-def _first(words: npt.NDArray[np.int64], where: float) -> npt.NDArray[np.int64]:
+def _first(word_counts: npt.NDArray[np.int64], where: float) -> npt.NDArray[np.int64]:
     """Return the index of the first sampled word of pieces with so many words.
 
     From there on one word is sampled per stride, so at least one of each piece.
 
     Args:
-        words: the number of words in each piece.
+        word_counts: the number of words in each piece.
         where: the position in each stride, from 0 to 1.
     """
-    return (where * np.minimum(words, STRIDE_WORDS)).astype(np.int64)
+    return (where * np.minimum(word_counts, STRIDE_WORDS)).astype(np.int64)
 
 
 def _places(
@@ -48,10 +48,10 @@ def _places(
 
     `where` is the position of the words in each stride, from 0 to 1.
     """
-    words = np.fromiter(sizes_bytes, np.int64) // WORD_BYTES
-    first = _first(words, where)
+    word_counts = np.fromiter(sizes_bytes, np.int64) // WORD_BYTES
+    first = _first(word_counts, where)
     begin = np.fromiter(addresses, np.int64) + (first * WORD_BYTES - FIRST_ADDRESS)
-    counts = -((first - words) // STRIDE_WORDS)
+    counts = -((first - word_counts) // STRIDE_WORDS)
     strides = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
     places: npt.NDArray[np.int64] = np.repeat(begin, counts) + strides * STRIDE_BYTES
     return places

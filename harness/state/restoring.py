@@ -62,39 +62,37 @@ def restore(
         UsageError: on a mismatch, before anything is changed; also if an object itself refuses its
             state, in which case the objects before it are restored already.
     """
-    said: list[str] = []
+    texts: list[str] = []
     cast: set[int] = set()  # by identity: parameters of another dtype than before
-    states = {
-        name: _state_for(name, unwrap(thing), payload, source) for name, thing in tracked.items()
-    }
-    for name, thing in tracked.items():
-        _check_class(name, thing, classes, source)
-        if isinstance(unwrap(thing), nn.Module) and not any(
-            is_lazy(value) for value in unwrap(thing).state_dict().values()
+    states = {name: _state_for(name, unwrap(obj), payload, source) for name, obj in tracked.items()}
+    for name, obj in tracked.items():
+        _check_class(name, obj, classes, source)
+        if isinstance(unwrap(obj), nn.Module) and not any(
+            is_lazy(value) for value in unwrap(obj).state_dict().values()
         ):
-            said += check_module(name, unwrap(thing), states[name], source, accept, cast)
+            texts += check_module(name, unwrap(obj), states[name], source, accept, cast)
     are_all_there = all(
         key.removesuffix("_state_dict") in tracked for key in payload if key.endswith("_state_dict")
     )
     # Otherwise some names are not known yet: all objects are restored again with the rest.
     if are_all_there:
         states |= _by_name(tracked, payload, states, source, says_names=says_names)
-    for name, thing in tracked.items():
-        restore_one(name, unwrap(thing), states[name], source, cast=cast)
-    return said
+    for name, obj in tracked.items():
+        restore_object(name, unwrap(obj), states[name], source, cast=cast)
+    return texts
 
 
-def _check_class(name: str, thing: Any, classes: Mapping[str, str], source: str) -> None:
+def _check_class(name: str, obj: Any, classes: Mapping[str, str], source: str) -> None:
     """Raise UsageError if an object is of another class than the one that was saved."""
-    if name in classes and classes[name] != class_name(thing):
+    if name in classes and classes[name] != class_name(obj):
         raise UsageError(
             f"{name} is not what {source} was saved from",
-            f"found: {class_name(thing)}, expected: {classes[name]}",
+            f"found: {class_name(obj)}, expected: {classes[name]}",
             "Put the old one back, or take a new run directory.",
         )
 
 
-def _state_for(name: str, thing: Any, payload: Mapping[str, Any], source: str) -> Any:
+def _state_for(name: str, obj: Any, payload: Mapping[str, Any], source: str) -> Any:
     if f"{name}_state_dict" not in payload:
         saved = [key.removesuffix("_state_dict") for key in payload if key.endswith("_state_dict")]
         raise UsageError(
@@ -103,7 +101,7 @@ def _state_for(name: str, thing: Any, payload: Mapping[str, Any], source: str) -
             "Track the same names as before, or take a new run directory.",
         )
     state = kinds.rebuilt(payload, f"{name}_state_dict")
-    return parameter_names.to_live(thing, state) if isinstance(thing, nn.Module) else state
+    return parameter_names.to_live(obj, state) if isinstance(obj, nn.Module) else state
 
 
 def _by_name(
@@ -147,8 +145,8 @@ def _by_name(
     return ordered
 
 
-def restore_one(
-    name: str, thing: Any, state: Any, source: str, *, cast: Collection[int] = ()
+def restore_object(
+    name: str, obj: Any, state: Any, source: str, *, cast: Collection[int] = ()
 ) -> None:
     """Restore the state of one object, bit for bit, without sharing memory with `state`.
 
@@ -157,7 +155,7 @@ def restore_one(
 
     Args:
         name: the name of the object, for messages.
-        thing: the object itself, without wrappers.
+        obj: the object itself, without wrappers.
         state: its state dict.
         source: the name of the checkpoint, for messages.
         cast: ids of parameters with another dtype than before; their optimizer state has it too.
@@ -166,33 +164,33 @@ def restore_one(
         UsageError: if the object refuses the state.
     """
     is_torchs = (
-        isinstance(thing, torch.optim.Optimizer)
-        and type(thing).load_state_dict is torch.optim.Optimizer.load_state_dict
+        isinstance(obj, torch.optim.Optimizer)
+        and type(obj).load_state_dict is torch.optim.Optimizer.load_state_dict
     )
     try:
-        if isinstance(thing, nn.Module):
-            buffers.load(thing, state)
+        if isinstance(obj, nn.Module):
+            buffers.load(obj, state)
         else:
-            thing.load_state_dict(state if is_torchs else kinds.copied(state))
+            obj.load_state_dict(state if is_torchs else kinds.copied(state))
     except REFUSALS as error:
-        raise _refused(name, thing, state, source, error) from error
-    if isinstance(thing, torch.optim.Optimizer):
-        _mend(thing, state, cast)
+        raise _refused(name, obj, state, source, error) from error
+    if isinstance(obj, torch.optim.Optimizer):
+        _mend(obj, state, cast)
 
 
-def _refused(name: str, thing: Any, state: Any, source: str, error: Exception) -> UsageError:
+def _refused(name: str, obj: Any, state: Any, source: str, error: Exception) -> UsageError:
     if (
-        isinstance(thing, nn.Module)
+        isinstance(obj, nn.Module)
         and isinstance(state, Mapping)
-        and (rows := mismatches(thing.state_dict(), state))
+        and (rows := mismatches(obj.state_dict(), state))
     ):
         return of_another(name, rows, source)
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no message"]
     place = traceback.extract_tb(error.__traceback__)[-1]
-    told = "\n".join(lines[:20])
+    message = "\n".join(lines[:20])
     return UsageError(
         f"{name} does not take the state in {source}",
-        f"found: {type(error).__name__}: {told} ({place.filename}, line {place.lineno})",
+        f"found: {type(error).__name__}: {message} ({place.filename}, line {place.lineno})",
         f"The model or its optimizer has changed. {CHANGES}",
     )
 
@@ -245,6 +243,6 @@ def _mended(held: Any, saved: Any, *, is_cast: bool) -> Any:
     return held
 
 
-def class_name(thing: Any) -> str:
+def class_name(obj: Any) -> str:
     """Return the name of the object's class without the wrappers of DDP and torch.compile."""
-    return type(unwrap(thing)).__name__
+    return type(unwrap(obj)).__name__

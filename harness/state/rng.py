@@ -18,12 +18,12 @@ def rng_state() -> dict[str, Any]:
 
     The generators of GPUs are included only if CUDA is initialised.
     """
-    version, words, gauss = random.getstate()
+    version, internal_state, gauss = random.getstate()
     numpy_state: Any = np.random.get_state(legacy=False)
     return {
         "python": {
             "version": version,
-            "words": torch.tensor(words, dtype=torch.int64),
+            "words": torch.tensor(internal_state, dtype=torch.int64),
             "gauss": gauss,
         },
         "numpy": {

@@ -50,9 +50,9 @@ Values = dict[str, Any]  # of one module, by attribute; a digest stands for a te
 Part = nn.Module | torch.optim.Optimizer
 
 
-def is_torchs(thing: Any) -> bool:
+def is_torchs(obj: Any) -> bool:
     """Return whether the object's class is one of torch's own."""
-    return type(thing).__module__.partition(".")[0] == "torch"
+    return type(obj).__module__.partition(".")[0] == "torch"
 
 
 def own_dict(part: Part, name: str) -> dict[str, Any]:
@@ -87,7 +87,7 @@ def tensors_of(part: Part) -> dict[str, torch.Tensor | None]:
     A buffer may be None. Only plain strided tensors with data and without `requires_grad` are
     included.
     """
-    found = {
+    tensors = {
         key: value
         for key, value in vars(part).items()
         if issubclass(type(value), torch.Tensor) and is_looked_at(part, key)
@@ -97,7 +97,9 @@ def tensors_of(part: Part) -> dict[str, torch.Tensor | None]:
         for key in sorted(own_dict(part, "_non_persistent_buffers_set"))
     }
     return {
-        key: value for key, value in (found | buffers).items() if value is None or is_simple(value)
+        key: value
+        for key, value in (tensors | buffers).items()
+        if value is None or is_simple(value)
     }
 
 

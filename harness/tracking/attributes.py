@@ -65,15 +65,15 @@ Built = dict[str, dict[str, Values]]  # by object name and module path
 Changed = dict[str, dict[str, dict[str, dict[str, Any]]]]
 
 
-def parts(thing: Any) -> list[tuple[str, Any]]:
+def parts(obj: Any) -> list[tuple[str, Any]]:
     """List a module's parts with their paths, the module itself first.
 
     An optimizer is its own only part, with an empty path; an optimizer of one of torch's classes
     has none. Wrappers (DDP, torch.compile) are removed.
     """
-    if isinstance(inner := wrappers.unwrap(thing), torch.optim.Optimizer):
+    if isinstance(inner := wrappers.unwrap(obj), torch.optim.Optimizer):
         return [] if is_torchs(inner) else [("", inner)]
-    return list(wrappers.submodules(thing))
+    return list(wrappers.submodules(obj))
 
 
 def as_built(tracked: Mapping[str, Any]) -> Built:
@@ -82,9 +82,9 @@ def as_built(tracked: Mapping[str, Any]) -> Built:
         name: {
             path: values_of(part)
             | {key: digest_of(tensor) for key, tensor in tensors_of(part).items()}
-            for path, part in parts(thing)
+            for path, part in parts(obj)
         }
-        for name, thing in tracked.items()
+        for name, obj in tracked.items()
     }
 
 
@@ -119,24 +119,24 @@ class Attributes:
                         # If the two differ, the module's own load_state_dict has set the new one.
                         here[key] = value
         self._watched = {
-            name: [_Watched(path, part) for path, part in parts(thing)]
-            for name, thing in tracked.items()
+            name: [_Watched(path, part) for path, part in parts(obj)]
+            for name, obj in tracked.items()
         }
         held = self._addresses()
         for name, watched in self._watched.items():
-            for one in watched:
+            for watch in watched:
                 # Kept tensors too: one may become a value that cannot be kept.
                 kept = {
                     key: value
-                    for key in one.tensors
-                    if (value := current_value(one.part, key)) is not None
+                    for key in watch.tensors
+                    if (value := current_value(watch.part, key)) is not None
                 }
-                self.unkept.begin(joined(name, one.path), one.odd_values() | kept, held)
+                self.unkept.begin(joined(name, watch.path), watch.odd_values() | kept, held)
 
     def _addresses(self) -> set[int]:
         """Return the addresses of the parameters of tracked modules."""
-        things = map(wrappers.unwrap, self._tracked.values())
-        return addresses(things, with_buffers=False)
+        objects = map(wrappers.unwrap, self._tracked.values())
+        return addresses(objects, with_buffers=False)
 
     def state(self) -> Changed | None:
         """Return the differences from the modules as built, or None if there are none.
@@ -144,35 +144,41 @@ class Attributes:
         Tensors are copied to the CPU. At some of the saves (see `UnkeptValues.is_time`) the
         attributes that cannot be kept are checked as well.
         """
-        changed = {name: found for name in self._tracked if (found := self._changed(name))}
+        changed = {
+            name: differences for name in self._tracked if (differences := self._changed(name))
+        }
         if self.unkept.is_time():
             held = self._addresses()
             for name, watched in self._watched.items():
-                for one in watched:
-                    self.unkept.look(joined(name, one.path), one.odd_values(), held)
+                for watch in watched:
+                    self.unkept.look(joined(name, watch.path), watch.odd_values(), held)
         return changed or None
 
     def _changed(self, name: str) -> dict[str, dict[str, dict[str, Any]]]:
         """Return the differences of one tracked object, by module path."""
-        if any(one.has_other_parts() for one in self._watched[name]):
-            known = {id(one.part): one for one in self._watched[name]}
+        if any(watch.has_other_parts() for watch in self._watched[name]):
+            known = {id(watch.part): watch for watch in self._watched[name]}
             self._watched[name] = [
                 known.get(id(part), _Watched(path, part))
                 for path, part in parts(self._tracked[name])
             ]
-        found = {}
-        for one in self._watched[name]:
-            built = self._built[name].get(one.path)
-            if built is not None and one.may_have_changed() and (differs := one.differences(built)):
-                found[one.path] = differs
-        return found
+        changed = {}
+        for watch in self._watched[name]:
+            built = self._built[name].get(watch.path)
+            if (
+                built is not None
+                and watch.may_have_changed()
+                and (differs := watch.differences(built))
+            ):
+                changed[watch.path] = differs
+        return changed
 
     def restore(self, changed: Changed) -> list[str]:
         """Set the changed attributes; return a message for each that keeps the program's value.
 
         An attribute is set only if its value as built is the same now as at the time of the save.
         """
-        said = []
+        messages = []
         for name, of_parts in changed.items():
             modules = dict(parts(self._tracked.get(name)))
             for path, of_part in of_parts.items():
@@ -185,11 +191,11 @@ class Attributes:
                         set_value(modules[path], key, now, kept.get("device"))
                     elif not is_same(now, built):
                         was = f"was built as {spelled(then)} and had become {spelled(now)}"
-                        said.append(
+                        messages.append(
                             f"{joined(name, path, key)} {was}; "
                             f"it is built as {spelled(built)} now, and that stands"
                         )
-        return said
+        return messages
 
 
 class _Watched:
@@ -261,7 +267,7 @@ class _Watched:
 
     def differences(self, built: Values) -> dict[str, dict[str, Any]]:
         """Return the attributes that differ from `built`, each with both values."""
-        now, found = values_of(self.part), dict[str, dict[str, Any]]()
+        now, differing = values_of(self.part), dict[str, dict[str, Any]]()
         made = [
             key
             for key, value in vars(self.part).items()
@@ -271,8 +277,8 @@ class _Watched:
             if (key in made or self._has_changed(key, built, now)) and (
                 kept := self._kept(key, now)
             ) is not None:
-                found[key] = ({"built": built[key]} if key in built else {}) | kept
-        return found
+                differing[key] = ({"built": built[key]} if key in built else {}) | kept
+        return differing
 
     def _has_changed(self, key: str, built: Values, now: Values) -> bool:
         if key in self.tensors:

@@ -58,7 +58,7 @@ class Hooks:
                 `track`.
         """
         self._hooks = {
-            hook.where: hook for name, thing in tracked.items() for hook in _hooks(name, thing)
+            hook.where: hook for name, obj in tracked.items() for hook in _hooks(name, obj)
         }
         if late := [where for where in self._hooks if where not in self.known]:
             raise UsageError(

@@ -79,29 +79,29 @@ class ExtraState:
             UsageError: if no resume could be exact (a sharded module, say, or a communication hook
                 whose state cannot be saved), or if a name is in use by a generator.
         """
-        stateful = {name: thing for name, thing in objects.items() if not is_generator(thing)}
-        for name, thing in stateful.items():
-            ddp.check_resumable(name, thing, self.world)
-            self._hooks.known += check_hooks(name, thing, self.world)
-        if taken := [name for name in objects if name in self._generators.things]:
+        stateful = {name: obj for name, obj in objects.items() if not is_generator(obj)}
+        for name, obj in stateful.items():
+            ddp.check_resumable(name, obj, self.world)
+            self._hooks.known += check_hooks(name, obj, self.world)
+        if taken := [name for name in objects if name in self._generators.tracked]:
             raise UsageError(
                 f"two objects are tracked as {taken[0]!r}",
                 remedy="Give each one a name of its own.",
             )
-        self._generators.things |= {
-            name: thing for name, thing in objects.items() if is_generator(thing)
+        self._generators.tracked |= {
+            name: obj for name, obj in objects.items() if is_generator(obj)
         }
         self._is_resumed = is_resumed
         if is_resumed:
             self._attributes.before_restore(stateful)
-        for thing in stateful.values():
-            ddp.fix_bucket_order(thing, self.world)
+        for obj in stateful.values():
+            ddp.fix_bucket_order(obj, self.world)
         return stateful
 
     @property
     def handled(self) -> set[int]:
         """Return the ids of the generators whose state is kept."""
-        return {id(thing) for thing in self._generators.all.values()}
+        return {id(generator) for generator in self._generators.all.values()}
 
     def restored(self, tracked: Mapping[str, Any]) -> None:
         """Record the attributes of all tracked objects after a checkpoint was loaded into them."""
@@ -125,14 +125,14 @@ class ExtraState:
         self._gradients.restore(payload.get(GRADIENTS, {}))
         if self._is_resumed and (
             new := [
-                name for name in self._generators.things if name not in self._generators.restored
+                name for name in self._generators.tracked if name not in self._generators.restored
             ]
         ):
             notes.append(
                 f"the checkpoint does not hold the state of {', '.join(new)} for this rank: "
                 "begins as it was made"
             )
-        return [f"warning: {note}" for note in (*notes, *self._changed.said)]
+        return [f"warning: {note}" for note in (*notes, *self._changed.messages)]
 
     def close(self) -> None:
         """Stop observing optimizers, at the end of the loop."""
@@ -157,7 +157,7 @@ class ExtraState:
     def _look(self, *, may_wait: bool) -> bool:
         """Return whether the save should wait on any rank; note whether any rank has gradients."""
         waits, has_some = self.world.agree(
-            [int(found) for found in self._gradients.look(may_wait=may_wait)]
+            [int(flag) for flag in self._gradients.look(may_wait=may_wait)]
         )
         self._looked = self._step(), bool(has_some)
         return bool(waits)
@@ -204,28 +204,28 @@ class _OwnAttributes:
     """
 
     def __init__(self, attributes: Attributes, say: Callable[[str], None]) -> None:
-        self._attributes, self._say, self.said = attributes, say, list[str]()
+        self._attributes, self._say, self.messages = attributes, say, list[str]()
 
     def state(self) -> Changed | None:
         changed = self._attributes.state()
         for name in self._attributes.unkept.names:
-            what = "changes in training, and is not saved"
+            problem = "changes in training, and is not saved"
             self._say(
-                f"harness: warning: {name} {what}: "
+                f"harness: warning: {name} {problem}: "
                 "if it is state, make it a plain value, a buffer or part of a state_dict"
             )
         self._attributes.unkept.names.clear()
         return changed
 
     def restore(self, state: Changed | None) -> None:
-        self.said += self._attributes.restore(state or {})
+        self.messages += self._attributes.restore(state or {})
 
 
 class _Generators:
     """Tracked generators, and those in attributes of tracked modules and optimizers, by name."""
 
     def __init__(self) -> None:
-        self.things: dict[str, Any] = {}
+        self.tracked: dict[str, Any] = {}
         self.restored: set[str] = set()
         self._held: dict[str, Any] = {}
         # The state of each held generator at the start of the loop; only a changed state is kept.
@@ -233,25 +233,25 @@ class _Generators:
 
     @property
     def all(self) -> dict[str, Any]:
-        return self._held | self.things
+        return self._held | self.tracked
 
     def begin(self, tracked: Mapping[str, Any]) -> None:
         """Find the generators that tracked objects hold, and record their state."""
-        known = {id(thing) for thing in (*self.things.values(), *GLOBAL_GENERATORS)}
-        for name, thing in tracked.items():
-            for path, part in parts(thing):
+        known = {id(obj) for obj in (*self.tracked.values(), *GLOBAL_GENERATORS)}
+        for name, obj in tracked.items():
+            for path, part in parts(obj):
                 for key, value in generators_of(part):
                     if id(value) not in known:
                         known.add(id(value))
                         self._held[".".join(filter(None, (name, path, key)))] = value
-        self._built = {name: generator_state(thing) for name, thing in self._held.items()}
+        self._built = {name: generator_state(obj) for name, obj in self._held.items()}
 
     def state(self) -> dict[str, Any] | None:
-        found = {name: generator_state(thing) for name, thing in self.all.items()}
+        states = {name: generator_state(generator) for name, generator in self.all.items()}
         return {
             name: state
-            for name, state in found.items()
-            if name in self.things or not is_same(state, self._built[name])
+            for name, state in states.items()
+            if name in self.tracked or not is_same(state, self._built[name])
         } or None
 
     def restore(self, state: Mapping[str, Any] | None) -> None:

@@ -88,9 +88,9 @@ class Gradients:
     def _look(self) -> None:
         """Find the parameters; repeat this whenever an optimizer was given more."""
         optimizers = [
-            thing
-            for thing in map(unwrap, self._tracked.values())
-            if isinstance(thing, torch.optim.Optimizer)
+            obj
+            for obj in map(unwrap, self._tracked.values())
+            if isinstance(obj, torch.optim.Optimizer)
         ]
         count = sum(
             len(group["params"]) for optimizer in optimizers for group in optimizer.param_groups
@@ -253,26 +253,26 @@ def named_parameters(tracked: Mapping[str, Any]) -> dict[str, nn.Parameter]:
     A parameter of a module is named after the object and its own path. A parameter that only an
     optimizer has is named after its position in the optimizer: NAME.param_groups.GROUP.NUMBER.
     """
-    found: dict[str, nn.Parameter] = {}
+    parameters: dict[str, nn.Parameter] = {}
     known: set[int] = set()
-    things = {name: unwrap(thing) for name, thing in tracked.items()}
+    objects = {name: unwrap(obj) for name, obj in tracked.items()}
     listed = [
         (".".join(filter(None, (name, path, key))), parameter)
-        for name, thing in things.items()
-        for path, part in submodules(thing)
+        for name, obj in objects.items()
+        for path, part in submodules(obj)
         for key, parameter in part._parameters.items()
     ] + [
         (f"{name}.param_groups.{at}.{number}", parameter)
-        for name, thing in things.items()
-        if isinstance(thing, torch.optim.Optimizer)
-        for at, group in enumerate(thing.param_groups)
+        for name, obj in objects.items()
+        if isinstance(obj, torch.optim.Optimizer)
+        for at, group in enumerate(obj.param_groups)
         for number, parameter in enumerate(group["params"])
     ]
     for name, parameter in listed:
         if parameter is not None and id(parameter) not in known:
             known.add(id(parameter))
-            found[name] = parameter
-    return found
+            parameters[name] = parameter
+    return parameters
 
 
 def digest(kept: Kept) -> str:

@@ -47,7 +47,7 @@ class _Kept:
 
 
 @dataclass(frozen=True)
-class _Found:
+class _Report:
     """One rank's report on an object: a digest of its structure, and of each compared leaf."""
 
     structure: bytes
@@ -73,7 +73,7 @@ class RankDifferences:
         self._passed: dict[str, set[Path]] = {}  # differences that are not kept
         self._structures: dict[str, bytes] = {}
         self._small: set[str] = set()
-        self._is_begun = self._is_told = False
+        self._is_begun = self._is_reported = False
         # Objects of DDP are trusted to be the same until settings of an optimizer differ.
         self._trusts_ddp, self._trusted = True, set[str]()
 
@@ -115,21 +115,21 @@ class RankDifferences:
         if in_full:
             self._small = {STATE} | {key for key, own in leaves.items() if _is_small(own)}
         structures = {key: short_digest(repr(list(own)).encode()) for key, own in leaves.items()}
-        found = {
-            key: self._found(key, structures[key], own)
+        reports = {
+            key: self._report(key, structures[key], own)
             for key, own in leaves.items()
             if in_full or key in self._small
         }
-        number = int.from_bytes(short_digest(repr(found).encode())[:7], "big")
+        number = int.from_bytes(short_digest(repr(reports).encode())[:7], "big")
         grown = not in_full and any(
-            self._structures.get(key) != structures[key] for key in leaves if key not in found
+            self._structures.get(key) != structures[key] for key in leaves if key not in reports
         )
         greatest, least, again = self._world.agree([number, -number, int(grown)])
         self._structures |= structures
         if again:
             self._look(tracked, values, in_full=True)
             return
-        if greatest != -least and self._compare(tracked, found, leaves):
+        if greatest != -least and self._compare(tracked, reports, leaves):
             self._look(tracked, values, in_full=True)
             return
         for key, kept in self._kept.items():
@@ -150,40 +150,40 @@ class RankDifferences:
         if in_full:
             held = {
                 id(parameter)
-                for thing in tracked.values()
-                for shell in wrappers.ddp_wrappers(thing)
+                for obj in tracked.values()
+                for shell in wrappers.ddp_wrappers(obj)
                 for parameter in shell.parameters()
             }
-            alike = {name for name, thing in tracked.items() if _is_alike(thing, held)}
+            alike = {name for name, obj in tracked.items() if _is_alike(obj, held)}
             self._trusted = {
                 f"{name}_state_dict" for name in alike if self._trusts_ddp
             } - self._kept.keys()
         states = {STATE: state.as_captured(STATE, dict(values))}
-        for name, thing in tracked.items():
+        for name, obj in tracked.items():
             key = f"{name}_state_dict"
             if key in self._trusted:
                 groups = [
                     {n: item for n, item in group.items() if n != "params"}
-                    for group in getattr(wrappers.unwrap(thing), "param_groups", ())
+                    for group in getattr(wrappers.unwrap(obj), "param_groups", ())
                 ]
                 states[key] = state.as_captured(key, {"param_groups": groups})
             elif in_full or key in self._small or key in self._kept:
-                states[key] = state.captured_one(name, thing)
+                states[key] = state.captured_object(name, obj)
         return states
 
-    def _found(self, key: str, structure: bytes, leaves: Mapping[Path, Leaf]) -> _Found:
+    def _report(self, key: str, structure: bytes, leaves: Mapping[Path, Leaf]) -> _Report:
         """Report on one object, without the leaves that are known to differ."""
         known = self._passed.get(key, set()) | (
             self._kept[key].paths if key in self._kept else set()
         )
         if () in known:
-            return _Found(b"", {})
-        return _Found(
+            return _Report(b"", {})
+        return _Report(
             structure, {path: leaf.digest() for path, leaf in leaves.items() if path not in known}
         )
 
     def _compare(
-        self, tracked: Mapping[str, Any], found: dict[str, _Found], leaves: Mapping[str, Any]
+        self, tracked: Mapping[str, Any], reports: dict[str, _Report], leaves: Mapping[str, Any]
     ) -> bool:
         """Find the differing leaves, and keep them for each rank if they are small enough.
 
@@ -191,7 +191,7 @@ class RankDifferences:
 
         Args:
             tracked: the tracked objects, by name.
-            found: this rank's report on each object.
+            reports: this rank's report on each object.
             leaves: the leaves of each object.
 
         Returns:
@@ -200,16 +200,17 @@ class RankDifferences:
         buffers = {leaf.digest() for leaf in _ddp_buffers(tracked)}
         for name in (
             name
-            for name, thing in tracked.items()
-            if _copies_buffers(thing) and f"{name}_state_dict" in found
+            for name, obj in tracked.items()
+            if _copies_buffers(obj) and f"{name}_state_dict" in reports
         ):
-            one = found[f"{name}_state_dict"]
-            found[f"{name}_state_dict"] = replace(
-                one, copies=frozenset(p for p, digest in one.leaves.items() if digest in buffers)
+            report = reports[f"{name}_state_dict"]
+            reports[f"{name}_state_dict"] = replace(
+                report,
+                copies=frozenset(p for p, digest in report.leaves.items() if digest in buffers),
             )
-        everyones = self._world.gather(found)
+        everyones = self._world.gather(reports)
         trusted = self._trusts_ddp
-        for key in found:
+        for key in reports:
             of_key = [theirs[key] for theirs in everyones if key in theirs]
             if len(of_key) < self._world.size:
                 continue
@@ -217,7 +218,7 @@ class RankDifferences:
             copied = (
                 set()
                 if () in differing
-                else {path for path in differing if all(path in one.copies for one in of_key)}
+                else {path for path in differing if all(path in report.copies for report in of_key)}
             )
             self._passed.setdefault(key, set()).update(copied)
             if differing := differing - copied:
@@ -255,7 +256,7 @@ class RankDifferences:
     def _tell_of_big(self, given: list[OfRank]) -> None:
         """Warn, once, if a rank's own entries are larger than MOST_BYTES in total."""
         for rank, (_, _, own) in enumerate(given):
-            if self._is_told or not own:
+            if self._is_reported or not own:
                 continue
             sizes = {
                 name: sum(
@@ -264,7 +265,7 @@ class RankDifferences:
                 for name, part in own.items()
             }
             if (total := sum(sizes.values())) > MOST_BYTES:
-                self._is_told = True
+                self._is_reported = True
                 parts = ", ".join(f"{name}: {size(number)}" for name, number in sizes.items())
                 self._note("big_own_state", rank=rank, size_bytes=total)
                 self._say(
@@ -295,28 +296,28 @@ def give_own(payload: dict[str, Any], world: World) -> dict[str, Any]:
     return payload
 
 
-def _is_alike(thing: Any, held: set[int]) -> bool:
+def _is_alike(obj: Any, held: set[int]) -> bool:
     """Return whether an object is the same on all ranks by construction.
 
     This holds for a module in DDP, and for an optimizer all of whose parameters are `held`: the ids
     of the parameters in DDP modules.
     """
-    inner = wrappers.unwrap(thing)
+    inner = wrappers.unwrap(obj)
     if isinstance(inner, Optimizer):
         return bool(held) and all(
             id(parameter) in held for group in inner.param_groups for parameter in group["params"]
         )
-    return any(isinstance(shell, DistributedDataParallel) for shell in wrappers.wrappers(thing))
+    return any(isinstance(shell, DistributedDataParallel) for shell in wrappers.wrappers(obj))
 
 
-def _copies_buffers(thing: Any) -> bool:
+def _copies_buffers(obj: Any) -> bool:
     """Return whether an object is a weight average that copies a module's buffers at each update.
 
     Such copies need not be kept, because DDP broadcasts the buffers again. Other averages that only
     equal the module now (many begin as a copy) may differ from it after the next step.
     """
-    return getattr(thing, "copies_buffers", False) is True or (
-        isinstance(thing, AveragedModel) and not thing.use_buffers
+    return getattr(obj, "copies_buffers", False) is True or (
+        isinstance(obj, AveragedModel) and not obj.use_buffers
     )
 
 
@@ -329,7 +330,7 @@ def _is_small(leaves: Mapping[Path, Leaf]) -> bool:
 
 
 def _ddp_buffers(tracked: Mapping[str, Any]) -> list[Leaf]:
-    shells = [shell for thing in tracked.values() for shell in wrappers.ddp_wrappers(thing)]
+    shells = [shell for obj in tracked.values() for shell in wrappers.ddp_wrappers(obj)]
     return [
         leaf
         for shell in shells
@@ -337,12 +338,12 @@ def _ddp_buffers(tracked: Mapping[str, Any]) -> list[Leaf]:
     ]
 
 
-def _differing(found: list[_Found]) -> set[Path]:
+def _differing(reports: list[_Report]) -> set[Path]:
     """Return the paths of leaves that differ; only the root path `()` if the structures differ."""
-    if len({one.structure for one in found}) > 1:
+    if len({report.structure for report in reports}) > 1:
         return {()}
     return {
         path
-        for path, digest in found[0].leaves.items()
-        if any(one.leaves[path] != digest for one in found)
+        for path, digest in reports[0].leaves.items()
+        if any(report.leaves[path] != digest for report in reports)
     }

@@ -76,31 +76,31 @@ class ArrayMarks:
         ]
 
 
-def of(thing: Any) -> ArrayMarks:
+def of(obj: Any) -> ArrayMarks:
     """Mark the arrays of an object, at most MOST.
 
     These are a module's parameters and buffers, or the arrays in the attributes of another object
     and in containers there. A tensor or NumPy array is marked itself.
     """
-    found = ArrayMarks()
+    marks = ArrayMarks()
     # Another thread may change the object just now, or a class of the program may raise.
     with contextlib.suppress(Exception):
-        for name, where, array in itertools.islice(_arrays(thing, found.containers), MOST):
-            found.arrays[name] = mark(where, array)
-    return found
+        for name, where, array in itertools.islice(_arrays(obj, marks.containers), MOST):
+            marks.arrays[name] = mark(where, array)
+    return marks
 
 
-def _arrays(thing: Any, containers: set[int]) -> Iterator[tuple[str, int, Any]]:
-    if isinstance(thing, torch.Tensor | np.ndarray):
-        yield "", ATTRIBUTE, thing
-    elif isinstance(thing, nn.Module):
+def _arrays(obj: Any, containers: set[int]) -> Iterator[tuple[str, int, Any]]:
+    if isinstance(obj, torch.Tensor | np.ndarray):
+        yield "", ATTRIBUTE, obj
+    elif isinstance(obj, nn.Module):
         yield from (
             (name, MODULE, tensor)
-            for name, tensor in (*thing.named_parameters(), *thing.named_buffers())
+            for name, tensor in (*obj.named_parameters(), *obj.named_buffers())
             if is_marked(tensor)
         )
     else:
-        for name, value in list(getattr(thing, "__dict__", {}).items()):
+        for name, value in list(getattr(obj, "__dict__", {}).items()):
             if is_array(value):
                 yield name, ATTRIBUTE, value
             elif isinstance(value, dict | list | collections.deque):
@@ -161,12 +161,12 @@ def address_of(value: Any) -> int | None:
     return value.data_ptr() if is_plain else None
 
 
-def addresses(things: Iterable[Any], *, with_buffers: bool = True) -> set[int]:
+def addresses(objects: Iterable[Any], *, with_buffers: bool = True) -> set[int]:
     """Return the addresses of the parameters and buffers of modules; other objects are ignored."""
     return {
         address
-        for thing in things
-        if isinstance(thing, nn.Module)
-        for tensor in (*thing.parameters(), *(thing.buffers() if with_buffers else ()))
+        for obj in objects
+        if isinstance(obj, nn.Module)
+        for tensor in (*obj.parameters(), *(obj.buffers() if with_buffers else ()))
         if (address := address_of(tensor)) is not None
     }

@@ -53,7 +53,7 @@ class Candidate:
     before: Any = None  # of kind GENERATOR or NUMBERS: the state when it was found
 
     @property
-    def thing(self) -> Any:
+    def obj(self) -> Any:
         """Return the object, or None if the program has freed it."""
         return self.ask()
 
@@ -70,26 +70,24 @@ def find_candidates(
         return id(part) not in tracked and not is_of_evaluation(holder, part, source)
 
     of_workers = (
-        {id(thing) for _, thing, _ in walk(of_source(source), until, enters)}
-        if in_workers
-        else set()
+        {id(obj) for _, obj, _ in walk(of_source(source), until, enters)} if in_workers else set()
     )
-    found, inside = [], set[int]()  # `inside`: ids of the parts of modules that were found
-    for path, thing, _ in walk(roots, until, enters):
-        kind = kind_of(thing)
+    candidates, inside = [], set[int]()  # `inside`: ids of the parts of modules that were found
+    for path, obj, _ in walk(roots, until, enters):
+        kind = kind_of(obj)
         # The state of a stream is saved for each rank.
-        is_stream = thing is own_dataset and not hasattr(source, "plan")
+        is_stream = obj is own_dataset and not hasattr(source, "plan")
         if (
             not kind
             or is_stream
-            or id(thing) in inside
-            or any(thing is one for one in GLOBAL_GENERATORS)
+            or id(obj) in inside
+            or any(obj is generator for generator in GLOBAL_GENERATORS)
         ):
             continue
-        if isinstance(thing, nn.Module):
-            inside |= {id(part) for part in thing.modules()}
-        found.append(_candidate(path, thing, kind, of_workers=id(thing) in of_workers))
-    return found
+        if isinstance(obj, nn.Module):
+            inside |= {id(part) for part in obj.modules()}
+        candidates.append(_candidate(path, obj, kind, of_workers=id(obj) in of_workers))
+    return candidates
 
 
 def is_of_evaluation(holder: Any, part: Any, source: Any) -> bool:
@@ -106,21 +104,21 @@ def is_of_evaluation(holder: Any, part: Any, source: Any) -> bool:
     )
 
 
-def _candidate(path: str, thing: Any, kind: str, *, of_workers: bool) -> Candidate:
+def _candidate(path: str, obj: Any, kind: str, *, of_workers: bool) -> Candidate:
     """Return the candidate for an object, with its present state."""
     if kind == GENERATOR:
-        return Candidate(path, _asked(thing, kind), kind, of_workers, drawn_from(thing))
+        return Candidate(path, _asked(obj, kind), kind, of_workers, drawn_from(obj))
     if kind == NUMBERS:
-        return Candidate(path, _asked(thing, kind), kind, of_workers, array_changes.of(thing))
-    return Candidate(path, _asked(thing, kind), kind, of_workers)
+        return Candidate(path, _asked(obj, kind), kind, of_workers, array_changes.of(obj))
+    return Candidate(path, _asked(obj, kind), kind, of_workers)
 
 
-def _asked(thing: Any, kind: str) -> Callable[[], Any]:
+def _asked(obj: Any, kind: str) -> Callable[[], Any]:
     """Return a function that returns the object later.
 
     An object with arrays may be large, so it is referenced only weakly.
     """
-    return weakref.ref(thing) if kind == NUMBERS else lambda: thing
+    return weakref.ref(obj) if kind == NUMBERS else lambda: obj
 
 
 def walk(
@@ -135,83 +133,79 @@ def walk(
     """
     seen: set[int] = set()
     waiting = collections.deque(
-        (path, thing, 0)
-        for path, thing in roots
-        if tells_its_class(thing) and enters(None, "", thing)
+        (path, obj, 0) for path, obj in roots if tells_its_class(obj) and enters(None, "", obj)
     )
     last = collections.deque[tuple[str, Any, int]]()  # of large containers
     while (waiting or last) and len(seen) < MOST_OBJECTS and time.perf_counter() < until:
-        path, thing, depth = (waiting or last).popleft()
-        if id(thing) in seen or _is_a_librarys(thing):
+        path, obj, depth = (waiting or last).popleft()
+        if id(obj) in seen or _is_a_librarys(obj):
             continue
-        seen.add(id(thing))
-        yield path, thing, depth
-        if depth < DEPTH and not _is_generator(thing):
+        seen.add(id(obj))
+        yield path, obj, depth
+        if depth < DEPTH and not _is_generator(obj):
             held = [
                 (path + name, part, depth + 1)
-                for name, part in parts(thing)
-                if tells_its_class(part)
-                and not isinstance(part, ATOMS)
-                and enters(thing, name, part)
+                for name, part in parts(obj)
+                if tells_its_class(part) and not isinstance(part, ATOMS) and enters(obj, name, part)
             ]
             (last if len(held) > FEW else waiting).extend(held)
 
 
-def _is_a_librarys(thing: Any) -> bool:
+def _is_a_librarys(obj: Any) -> bool:
     """Return whether an object is an atom, or internal to the standard library or the harness."""
-    if isinstance(thing, ATOMS):
+    if isinstance(obj, ATOMS):
         return True
-    module = getattr(type(thing), "__module__", "") or ""
+    module = getattr(type(obj), "__module__", "") or ""
     if module.startswith("harness."):
         return not module.startswith(OURS)
     top = module.partition(".")[0]
     return top in sys.stdlib_module_names and top not in PLAIN_LIBRARY
 
 
-def kind_of(thing: Any) -> str:
+def kind_of(obj: Any) -> str:
     """Return the kind of an object with state that a loop changes; "" for any other."""
-    name = type(thing).__name__
-    if isinstance(thing, torch.optim.Optimizer):
+    name = type(obj).__name__
+    if isinstance(obj, torch.optim.Optimizer):
         return OPTIMIZER
-    if isinstance(thing, LRScheduler | ReduceLROnPlateau):
+    if isinstance(obj, LRScheduler | ReduceLROnPlateau):
         return SCHEDULER
-    if _is_generator(thing):
+    if _is_generator(obj):
         return GENERATOR
-    if isinstance(thing, nn.Module):
+    if isinstance(obj, nn.Module):
         return (
             AVERAGE
-            if isinstance(thing, torch.optim.swa_utils.AveragedModel) or "EMA" in name.upper()
+            if isinstance(obj, torch.optim.swa_utils.AveragedModel) or "EMA" in name.upper()
             else NUMBERS
         )
-    if isinstance(thing, torch.Tensor | np.ndarray):
+    if isinstance(obj, torch.Tensor | np.ndarray):
         return (
             NUMBERS
-            if type(thing) in (torch.Tensor, np.ndarray) and array_changes.is_array(thing)
+            if type(obj) in (torch.Tensor, np.ndarray) and array_changes.is_array(obj)
             else ""
         )
-    if isinstance(thing, DataLoader):
+    if isinstance(obj, DataLoader):
         return ""
-    if not (_has_method(thing, "state_dict") and _has_method(thing, "load_state_dict")):
+    if not (_has_method(obj, "state_dict") and _has_method(obj, "load_state_dict")):
         is_its_own = (
-            is_of_program(thing)
-            and hasattr(thing, "__weakref__")
-            and not isinstance(thing, Dataset | Sampler)
+            is_of_program(obj)
+            and hasattr(obj, "__weakref__")
+            and not isinstance(obj, Dataset | Sampler)
         )
         return NUMBERS if is_its_own else ""
     if name == "GradScaler":
-        return SCALER if thing.is_enabled() else ""
+        return SCALER if obj.is_enabled() else ""
     return SCHEDULER if name.endswith("Scheduler") else OTHER
 
 
-def _has_method(thing: Any, name: str) -> bool:
-    return callable(getattr(type(thing), name, None))
+def _has_method(obj: Any, name: str) -> bool:
+    return callable(getattr(type(obj), name, None))
 
 
-def _is_generator(thing: Any) -> bool:
-    if isinstance(thing, random.SystemRandom):
+def _is_generator(obj: Any) -> bool:
+    if isinstance(obj, random.SystemRandom):
         return False
     return isinstance(
-        thing, torch.Generator | np.random.Generator | np.random.RandomState | random.Random
+        obj, torch.Generator | np.random.Generator | np.random.RandomState | random.Random
     )
 
 

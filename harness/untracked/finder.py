@@ -71,7 +71,7 @@ class UntrackedFinder:
         self._source: Any = None
         self._roots: Roots | None = Roots()
         self._values, self._sharing = ProgramValues(), set[str]()
-        self._is_cut_told = False
+        self._is_cut_reported = False
         self._saved: Any = None
 
     def begin(self, tracked: Mapping[str, Any], source: Any, handled: set[int]) -> None:
@@ -89,7 +89,7 @@ class UntrackedFinder:
         ).remove
         with self._harmless():
             self._candidates = find_candidates(
-                list(self._all_roots(frame)), {id(thing) for thing in tracked.values()}, source
+                list(self._all_roots(frame)), {id(obj) for obj in tracked.values()}, source
             )
             self._held = self._addresses()
             enters = self._enters(self._kept())
@@ -133,17 +133,19 @@ class UntrackedFinder:
         self._held = self._addresses()
         kept = self._kept()
         if self._candidates:
-            found = [
-                one for one in self._candidates if id(one.thing) not in kept and self._is_lost(one)
+            lost = [
+                candidate
+                for candidate in self._candidates
+                if id(candidate.obj) not in kept and self._is_lost(candidate)
             ]
-            self._tell(found)
+            self._tell(lost)
             self._candidates = [
-                one
-                for one in self._candidates
-                if one.kind in (GENERATOR, NUMBERS) and one not in found
+                candidate
+                for candidate in self._candidates
+                if candidate.kind in (GENERATOR, NUMBERS) and candidate not in lost
             ]
-        if not self._values.is_whole and not self._is_cut_told:
-            self._is_cut_told = True
+        if not self._values.is_whole and not self._is_cut_reported:
+            self._is_cut_reported = True
             self._say(
                 "harness: warning: the program holds more objects than are searched for state that "
                 f"is not tracked ({MOST_OBJECTS}): some of it may be lost at a restart unnamed"
@@ -191,47 +193,51 @@ class UntrackedFinder:
         The optimizer of a scheduler or gradient scaler is not regarded as held by it.
         """
         kept, until = set(self._handled), time.perf_counter() + WITHIN_S
-        things = [("", wrappers.unwrap(thing)) for thing in self._tracked.values()]
-        things.append(("", self._saved))
-        kept |= {id(thing) for thing in self._tracked.values()}
-        for _, thing, _ in walk(
-            things,
+        roots = [("", wrappers.unwrap(obj)) for obj in self._tracked.values()]
+        roots.append(("", self._saved))
+        kept |= {id(obj) for obj in self._tracked.values()}
+        for _, obj, _ in walk(
+            roots,
             until,
             lambda holder, name, _: (
                 not (name == ".optimizer" and kind_of(holder) in (SCHEDULER, SCALER))
                 and not (name.startswith("._optimizer") and kind_of(holder) == OPTIMIZER)  # hooks
             ),
         ):
-            kept.add(id(thing))
+            kept.add(id(obj))
         return kept
 
-    def _is_lost(self, one: Candidate) -> bool:
+    def _is_lost(self, candidate: Candidate) -> bool:
         """Return whether a candidate has been used such that a restart would lose its state."""
-        thing, tracked = one.thing, {id(wrappers.unwrap(thing)) for thing in self._tracked.values()}
-        if one.kind == OPTIMIZER:
-            return id(thing) in self._stepped
-        if one.kind == SCHEDULER:
-            optimizer = getattr(thing, "optimizer", None)
+        obj, tracked = candidate.obj, {id(wrappers.unwrap(obj)) for obj in self._tracked.values()}
+        if candidate.kind == OPTIMIZER:
+            return id(obj) in self._stepped
+        if candidate.kind == SCHEDULER:
+            optimizer = getattr(obj, "optimizer", None)
             return optimizer is None or id(optimizer) in tracked or id(optimizer) in self._stepped
-        if one.kind == NUMBERS:
-            return thing is not None and bool(
-                one.before.changed(array_changes.of(thing), self._held)
+        if candidate.kind == NUMBERS:
+            return obj is not None and bool(
+                candidate.before.changed(array_changes.of(obj), self._held)
             )
-        return one.kind != GENERATOR or one.of_workers or drawn_from(thing) != one.before
+        return (
+            candidate.kind != GENERATOR
+            or candidate.of_workers
+            or drawn_from(obj) != candidate.before
+        )
 
     def _addresses(self) -> set[int]:
         """Return the addresses of the arrays of tracked objects."""
-        things = list(map(wrappers.unwrap, self._tracked.values()))
-        return array_changes.addresses(things) | {
+        objects = list(map(wrappers.unwrap, self._tracked.values()))
+        return array_changes.addresses(objects) | {
             mark.address
-            for thing in things
-            if not isinstance(thing, nn.Module)
-            for mark in array_changes.of(thing).arrays.values()
+            for obj in objects
+            if not isinstance(obj, nn.Module)
+            for mark in array_changes.of(obj).arrays.values()
         }
 
-    def _tell(self, found: Iterable[Candidate]) -> None:
+    def _tell(self, candidates: Iterable[Candidate]) -> None:
         """Report candidates to the user, with their paths and classes."""
-        names = [f"{one.path} ({type(one.thing).__name__})" for one in found]
+        names = [f"{candidate.path} ({type(candidate.obj).__name__})" for candidate in candidates]
         if names:
             self.names += names
             self._note("untracked", names=names)

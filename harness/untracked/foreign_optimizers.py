@@ -29,18 +29,18 @@ def on_untracked_update(
     Returns:
         A function that ends the observation.
     """
-    things = {name: unwrap(thing) for name, thing in tracked.items()}
-    known, told = {id(thing) for thing in things.values()}, list[str]()
+    objects = {name: unwrap(obj) for name, obj in tracked.items()}
+    known, reported = {id(obj) for obj in objects.values()}, list[str]()
 
     def look(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        if told or id(optimizer) in known:
+        if reported or id(optimizer) in known:
             return
         known.add(id(optimizer))
         inside = next(
             (
                 name
-                for name, thing in things.items()
-                if any(part is optimizer for part in parts_in(thing))
+                for name, obj in objects.items()
+                if any(part is optimizer for part in parts_in(obj))
             ),
             None,
         )
@@ -50,7 +50,7 @@ def on_untracked_update(
 
         def after(*_: Any) -> None:
             hook.remove()
-            if not _is_held(optimizer, things):
+            if not _is_held(optimizer, objects):
                 kind = type(optimizer).__name__
                 tell(
                     f"({kind}) inside {inside!r} makes updates, "
@@ -59,20 +59,20 @@ def on_untracked_update(
 
         hook = optimizer.register_step_post_hook(after)
 
-    def tell(words: str) -> None:
-        if not told:
-            told.append(words)
-            call(words)
+    def tell(message: str) -> None:
+        if not reported:
+            reported.append(message)
+            call(message)
 
     return register_optimizer_step_pre_hook(look).remove
 
 
-def parts_in(thing: Any) -> Iterator[Any]:
+def parts_in(obj: Any) -> Iterator[Any]:
     """Yield the values of an object's attributes, and the items of lists, tuples and dicts there.
 
     Containers with 100 or more items are not searched.
     """
-    for value in getattr(thing, "__dict__", {}).values():
+    for value in getattr(obj, "__dict__", {}).values():
         yield value
         if isinstance(value, dict) and len(value) < 100:
             yield from value.values()
@@ -80,14 +80,14 @@ def parts_in(thing: Any) -> Iterator[Any]:
             yield from value
 
 
-def _is_held(optimizer: torch.optim.Optimizer, things: Mapping[str, Any]) -> bool:
+def _is_held(optimizer: torch.optim.Optimizer, objects: Mapping[str, Any]) -> bool:
     """Return whether the tracked state contains every tensor of an optimizer's state.
 
     A tensor counts as contained if the tracked state has the same memory or an equal copy.
     """
     kept = [tensor for tensor in _tensors(optimizer.state) if tensor.numel()]
     given = (
-        [tensor for thing in things.values() for tensor in _tensors(thing.state_dict())]
+        [tensor for obj in objects.values() for tensor in _tensors(obj.state_dict())]
         if kept
         else []
     )
@@ -118,27 +118,27 @@ def untracked_schedule(tracked: Mapping[str, Any]) -> str | None:
     A scheduler leaves `initial_lr` in the parameter groups. The result is None if any scheduler is
     tracked.
     """
-    things = {name: unwrap(thing) for name, thing in tracked.items()}
+    objects = {name: unwrap(obj) for name, obj in tracked.items()}
     if any(
-        "scheduler" in type(thing).__module__ or "lr_scheduler" in type(thing).__module__
-        for thing in things.values()
+        "scheduler" in type(obj).__module__ or "lr_scheduler" in type(obj).__module__
+        for obj in objects.values()
     ):
         return None
     moved = (
         n
-        for n, t in things.items()
+        for n, t in objects.items()
         if isinstance(t, torch.optim.Optimizer) and any("initial_lr" in g for g in t.param_groups)
     )
     return next(moved, None)
 
 
-def gives_nothing(thing: Any) -> bool:
+def gives_nothing(obj: Any) -> bool:
     """Return whether a tracked object has values of its own, and yet an empty `state_dict`.
 
     None of these values would survive a restart. Gradient scalers and torch's schedulers are
     exempt.
     """
-    inner = unwrap(thing)
+    inner = unwrap(obj)
     if (
         isinstance(inner, torch.amp.GradScaler | torch.optim.lr_scheduler.LRScheduler)
         or inner.state_dict() != {}
@@ -148,13 +148,13 @@ def gives_nothing(thing: Any) -> bool:
     return any(_has_values(part) for part in parts)
 
 
-def _has_values(thing: Any) -> bool:
+def _has_values(obj: Any) -> bool:
     own = {
         name: value
-        for name, value in getattr(thing, "__dict__", {}).items()
+        for name, value in getattr(obj, "__dict__", {}).items()
         if not name.startswith("_")
     }
-    if isinstance(thing, nn.Module):  # its numbers and strings are settings
+    if isinstance(obj, nn.Module):  # its numbers and strings are settings
         return any(
             isinstance(value, torch.Tensor | np.ndarray | list | dict | set)
             for value in own.values()

@@ -20,7 +20,7 @@ MOST_SOURCE = 1 << 20  # characters; longer source code is not parsed
 def values_of(frame: FrameType) -> dict[str, Any]:
     """Return the variables of a frame, and keep no other reference to their values."""
     local = frame.f_locals
-    found = dict(local)
+    values = dict(local)
     if (
         frame.f_code.co_flags & inspect.CO_OPTIMIZED
         and type(local) is dict
@@ -29,7 +29,7 @@ def values_of(frame: FrameType) -> dict[str, Any]:
     ):
         # Before Python 3.13 this is a copy, which would keep objects alive that the program frees.
         local.clear()
-    return found
+    return values
 
 
 def variables(frame: FrameType) -> set[str]:
@@ -77,7 +77,7 @@ def _flow_of(frame: FrameType) -> _Flow | None:
 @functools.lru_cache(1000)
 def carried_attributes(kind: type) -> frozenset[str]:
     """Return the attributes that a method of the class reads before it sets them."""
-    found = set[str]()
+    carried = set[str]()
     for base in kind.__mro__:
         if base.__module__ in ("builtins", "torch.nn.modules.module"):
             continue
@@ -90,8 +90,8 @@ def carried_attributes(kind: type) -> frozenset[str]:
                 own, flow = f"{method.args.args[0].arg}.", _Flow()
                 flow.in_order(*method.body)
                 names = flow.exposed & flow.assigned
-                found |= {name.removeprefix(own) for name in names if name.startswith(own)}
-    return frozenset(found)
+                carried |= {name.removeprefix(own) for name in names if name.startswith(own)}
+    return frozenset(carried)
 
 
 class _Flow(ast.NodeVisitor):

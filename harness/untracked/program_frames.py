@@ -51,4 +51,4 @@ def of_source(source: Any) -> list[tuple[str, Any]]:
         "order": getattr(plan, "order", None),
         "worker_init_fn": getattr(workers, "init", None),
     }
-    return [(name, thing) for name, thing in held.items() if thing is not None]
+    return [(name, obj) for name, obj in held.items() if obj is not None]

@@ -94,10 +94,10 @@ def of_tracked(tracked: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     These are hooks of the program, attributes of parameters and of torch's optimizers, and
     attributes of the program's own objects that are not in their `state_dict`.
     """
-    for name, thing in tracked.items():
-        inner = wrappers.unwrap(thing)
+    for name, obj in tracked.items():
+        inner = wrappers.unwrap(obj)
         if isinstance(inner, nn.Module):
-            holders = [part for _, part in wrappers.submodules(thing)]
+            holders = [part for _, part in wrappers.submodules(obj)]
             yield f"{name} (its hooks)", _hooks(holders, list(inner.parameters()))
             for path, parameter in inner.named_parameters():
                 yield from ((f"{name}.{path}.{key}", v) for key, v in vars(parameter).items())
@@ -174,15 +174,15 @@ def sharing(tracked: Mapping[str, Any]) -> set[str]:
     A restart restores each tensor by itself: only those that share memory as built do so again.
     """
     names = defaultdict[tuple[int, int], list[str]](list)
-    for name, thing in tracked.items():
-        inner = wrappers.unwrap(thing)
+    for name, obj in tracked.items():
+        inner = wrappers.unwrap(obj)
         if isinstance(inner, nn.Module):
-            found = [
+            tensors = [
                 *inner.named_parameters(remove_duplicate=False),
                 *inner.named_buffers(remove_duplicate=False),
             ]
         elif isinstance(inner, torch.optim.Optimizer):
-            found = [
+            tensors = [
                 (f"state[{at}][{key!r}]", value)
                 for at, state in enumerate(list(inner.state.values()))
                 if isinstance(state, dict)
@@ -190,7 +190,7 @@ def sharing(tracked: Mapping[str, Any]) -> set[str]:
             ]
         else:
             continue
-        for path, tensor in found:
+        for path, tensor in tensors:
             if (address := address_of(tensor)) and tensor.numel():
                 names[address, tensor.numel()].append(f"{name}.{path}")
     return {" = ".join(sorted(own)) for own in names.values() if len(own) > 1}

@@ -49,7 +49,7 @@ class ProgramValues:
     def __init__(self) -> None:
         self._before: Marks = {}
         self._is_first = True
-        self._told: set[str] = set()
+        self._reported: set[str] = set()
         self.is_whole = True  # the limits of a search were not reached
 
     def begin(self, roots: Iterable[Root], enters: Enters, held: Collection[int]) -> None:
@@ -79,19 +79,21 @@ class ProgramValues:
             and not (self._is_first and before[path] in EMPTY)
         ]
         self._is_first = False
-        told = (*known, *self._told)
-        found = [
+        reported = (*known, *self._reported)
+        names = [
             name
             for name in _names(paths)
-            if not any(name == path or name.startswith((f"{path}.", f"{path}[")) for path in told)
+            if not any(
+                name == path or name.startswith((f"{path}.", f"{path}[")) for path in reported
+            )
         ]
-        self._told.update(found)
-        return found
+        self._reported.update(names)
+        return names
 
 
 def marks(roots: Iterable[Root], enters: Enters, held: Collection[int]) -> tuple[Marks, bool]:
     """Return a fingerprint of each value that the roots hold, and whether all were reached."""
-    found: Marks = {}
+    by_path: Marks = {}
     walk = _Walk(roots, enters)
     for path, value, holder in walk:
         try:
@@ -99,8 +101,8 @@ def marks(roots: Iterable[Root], enters: Enters, held: Collection[int]) -> tuple
         except Exception:  # noqa: BLE001 - another thread may change it, or a class may raise
             continue
         if mark is not None:
-            found[path] = mark
-    return found, not walk.is_cut
+            by_path[path] = mark
+    return by_path, not walk.is_cut
 
 
 class _Walk:

@@ -70,7 +70,7 @@ class StrayLoaders:
 
     def __init__(self) -> None:
         self._under_way: dict[int, tuple[Any, int]] = {}
-        self._is_told = False
+        self._is_reported = False
 
     def at_boundary(self, tracked: Mapping[str, Any]) -> str:
         """Return a warning about a pass that continues across steps, or "".
@@ -78,7 +78,7 @@ class StrayLoaders:
         Such a pass was in progress at the end of the last step and has advanced since. Tracked
         DataLoaders are left out, and there is only one warning.
         """
-        if self._is_told or not (_begun or self._under_way):
+        if self._is_reported or not (_begun or self._under_way):
             return ""
         now = {
             id(reading): (reading._sampler_iter, reading._num_yielded)
@@ -92,9 +92,9 @@ class StrayLoaders:
             if (
                 is_same_pass
                 and reading._num_yielded > yielded
-                and not any(begun.loader() is thing for thing in tracked.values())
+                and not any(begun.loader() is obj for obj in tracked.values())
             ):
-                self._is_told = True
+                self._is_reported = True
                 return (
                     f"a DataLoader over {type(reading._dataset).__name__} "
                     f"that is not the run's is read across steps ({begun.where}):"

@@ -44,7 +44,7 @@ class UnkeptValues:
     def __init__(self) -> None:
         self.names: list[str] = []  # not reported yet
         self._before: dict[str, Print] = {}
-        self._told: set[str] = set()
+        self._reported: set[str] = set()
         self._looks, self._next = 0, 1
 
     def begin(self, name: str, values: Mapping[str, Any], held: Collection[int]) -> None:
@@ -75,9 +75,9 @@ class UnkeptValues:
                 before is not None
                 and now is not None
                 and before != now
-                and spelled not in self._told
+                and spelled not in self._reported
             ):
-                self._told.add(spelled)
+                self._reported.add(spelled)
                 self.names.append(spelled)
             self._before[spelled] = now
 
