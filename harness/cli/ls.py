@@ -65,7 +65,8 @@ def _checkpoints(found: Catalog, verify: bool) -> list[tuple[str, ...]]:
     history = {manifest.name for manifest in found.history}
     states = {m.name: _states(found, m, verify) for m in found.manifests}
     chosen = _chosen(found, states)
-    in_memory = memory_copy.newest(memory_copy.place(found.stores[0]), found)
+    tier = memory_copy.place(found.stores[0])
+    in_memory = memory_copy.newest(memory_copy.listed(tier), found)
     here = "next start resumes from here"
     rows = []
     if in_memory is not None and found.unreadable_head is None:
