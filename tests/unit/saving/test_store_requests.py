@@ -1,4 +1,4 @@
-"""What a start asks of the stores: nothing whose answer is known."""
+"""What a start and a save ask of the stores: nothing whose answer is known."""
 
 from __future__ import annotations
 
@@ -16,14 +16,17 @@ from library_runs import train
 from store_requests import BUCKET, DIRECTORY, CountedBucket, Requests
 
 import harness
-from harness.checkpoint import attempts
+from harness.checkpoint import attempts, retention
 from harness.checkpoint import format as fmt
 from harness.checkpoint.attempts import Attempt
 from harness.checkpoint.catalog import Catalog, going_on_from, read_catalog
 from harness.checkpoint.commit import About, commit
 from harness.checkpoint.known import Known
+from harness.checkpoint.retention import Policy
+from harness.errors import SupersededError
 from harness.store import LocalStore
 
+COMMITS = 4
 EVERYWHERE = pytest.mark.parametrize("where", ["directory", "both", "bucket"])
 IN_PROCESS = pytest.mark.usefixtures("process_as_it_was")
 
@@ -75,6 +78,36 @@ def test_a_start_reads_each_manifest_and_each_record_once(tmp_path, where):
             2 + searches,
             2 + searches + looks,
         )
+
+
+@IN_PROCESS
+@EVERYWHERE
+def test_a_commit_reads_no_more_of_many_checkpoints_than_of_few(tmp_path, where):
+    few, many = (of_commits(Place(tmp_path / str(kept), where), kept) for kept in (3, 30))
+    for part in Place(tmp_path, where).parts:
+        for requests in (few, many):
+            assert requests.of(part, "read", "", ".json") == {}
+            # The listings stay: others may have deleted checkpoints, or begun a newer attempt.
+            assert requests.of(part, "list", "checkpoints") == {"checkpoints": COMMITS}
+            assert requests.of(part, "list", "attempts")["attempts"] >= 3 * COMMITS
+        for kind in ("list", "read", "write"):
+            asked = [found.by_folder(part, kind, "checkpoints", "attempts") for found in (few, many)]
+            assert asked[0] == asked[1], kind
+
+
+def of_commits(run: Place, kept: int) -> Requests:
+    """The requests of a few commits, each of which deletes a checkpoint."""
+    requests, begin = Requests(), kept + 4
+
+    def each(run_: harness.Run) -> None:
+        run.settle(run_)
+        if run_.step == begin:
+            requests.begin(run.root)
+        if run_.step == begin + COMMITS:
+            requests.end()
+
+    run.train(leave_at=begin + COMMITS, keep_last=kept, each=each)
+    return requests
 
 
 @pytest.fixture
@@ -151,3 +184,23 @@ def test_what_was_torn_is_read_again_once_it_is_whole(store):
     found = read_catalog(store, known=[known])
     assert [m.step for m in found.manifests] == [10, 20] and not found.damaged
     assert found.attempts == {1: json.loads(whole[fmt.attempt_key(1)])}
+
+
+def test_what_others_deleted_does_not_count_towards_what_is_kept(store):
+    attempt, known = begun(store), Known()
+    verified = saved(store, attempt, 10, 20, 30, 40)
+    read_catalog(store, known=[known])
+    for step in (30, 40):
+        store.delete(fmt.manifest_key(step, 1))
+    assert retention.apply(store, attempt, verified, Policy(last=2, best=0), (), known) == []
+    assert [m.step for m in read_catalog(store).manifests] == [10, 20]
+
+
+def test_who_knows_all_checkpoints_still_sees_a_newer_attempt_before_a_delete(store):
+    attempt, known = begun(store), Known()
+    verified = saved(store, attempt, 10, 20, 30)
+    read_catalog(store, known=[known])
+    begun(store)
+    with pytest.raises(SupersededError):
+        retention.apply(store, attempt, verified, Policy(last=2, best=0), (), known)
+    assert [m.step for m in read_catalog(store).manifests] == [10, 20, 30]
