@@ -10,7 +10,7 @@ from harness.checkpoint import format as fmt
 from harness.checkpoint.format import Lineage, Manifest
 from harness.checkpoint.known import Known
 from harness.errors import DamagedError, UsageError
-from harness.store import TEMP, Store
+from harness.store import TEMP, Entry, Store
 
 REFUSED_FRESH = (
     "To go on, put a good checkpoint back (harness verify RUN names what is damaged) "
@@ -44,6 +44,7 @@ class Catalog:
     attempts: dict[int, dict[str, Any]] = field(default_factory=dict)
     ends: dict[int, dict[str, Any]] = field(default_factory=dict)  # attempt number -> end record
     greatest: int = 0  # greatest attempt number in any file name
+    events: dict[str, list[Entry]] = field(default_factory=dict)  # store -> see `event_files`
 
     @property
     def run_id(self) -> str | None:
@@ -97,6 +98,15 @@ class Catalog:
         return max(
             [*steps, *(int(end.get("saved_step") or 0) for end in self.ends.values())], default=0
         )
+
+    def event_files(self, store: Store) -> list[Entry]:
+        """Return the files in the folder of events of a store, which is listed by the first call.
+
+        Raises StorageError if it cannot be listed; the next call then tries again.
+        """
+        if str(store) not in self.events:
+            self.events[str(store)] = store.entries(fmt.EVENTS)
+        return self.events[str(store)]
 
     def copies(self, manifest: Manifest) -> list[Store]:
         """Return the stores that have exactly this checkpoint, in store order (local first).

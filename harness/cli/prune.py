@@ -149,7 +149,7 @@ def _done(store: Store, found: Catalog) -> list[str]:
 
     They are not needed if the newest checkpoint is at or after the last step that they record.
     """
-    by_attempt = step_records.files(store)
+    by_attempt = step_records.files(found.event_files(store))
     newest = found.head.step if found.head else 0
     earlier = [
         entries for attempt, entries in sorted(by_attempt.items()) if attempt < found.greatest

@@ -21,7 +21,7 @@ def resumed(found: Catalog, origin: Manifest | None, goodput: Goodput, last: int
         goodput: The goodput accounting.
         last: A step that is known to have been made, even if no event shows it; or 0.
     """
-    newest = attempt_history.told(found.stores, found.greatest) if found.greatest else []
+    newest = attempt_history.told(found, found.greatest) if found.greatest else []
     again = max(
         attempt_history.steps_again(found, origin, newest), last - (origin.step if origin else 0)
     )

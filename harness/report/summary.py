@@ -35,7 +35,7 @@ class Summary:
 def summarise(found: Catalog) -> Summary:
     """Summarise a run from the catalog of its stores. Raises StorageError."""
     numbers = sorted(found.attempts)
-    told = attempt_history.told(found.stores, numbers[-1]) if numbers else []
+    told = attempt_history.told(found, numbers[-1]) if numbers else []
     lives = [
         attempt_history.summarise(found, number, told if number == numbers[-1] else [])
         for number in numbers

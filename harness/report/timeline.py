@@ -140,7 +140,7 @@ def timeline(found: Catalog) -> Timeline:
         for number, record in found.attempts.items()
         if record.get("kind", "train") == "train"
     )
-    told = {number: attempt_history.told(found.stores, number, math.inf) for number in numbers}
+    told = {number: attempt_history.told(found, number, math.inf) for number in numbers}
     lives = [attempt_history.summarise(found, number, told[number]) for number in numbers]
     stands = alive(outcome(found, known), lives, told[numbers[-1]] if numbers else [])
     seen = [

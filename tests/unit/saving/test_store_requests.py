@@ -78,6 +78,7 @@ def test_a_start_reads_each_manifest_and_each_record_once(tmp_path, where):
             2 + searches,
             2 + searches + looks,
         )
+        assert requests.of(part, "list", "events") == {"events": 1 + searches}
 
 
 @IN_PROCESS
