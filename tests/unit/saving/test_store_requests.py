@@ -1,10 +1,12 @@
-"""What a start and a save ask of the stores: nothing whose answer is known."""
+"""What a start, a save and a stop ask of the stores: nothing whose answer is known."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import secrets
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -109,6 +111,24 @@ def of_commits(run: Place, kept: int) -> Requests:
 
     run.train(leave_at=begin + COMMITS, keep_last=kept, each=each)
     return requests
+
+
+@IN_PROCESS
+@EVERYWHERE
+def test_the_end_of_an_attempt_is_written_once(tmp_path, where):
+    run, requests = Place(tmp_path / "a", where), Requests()
+
+    def each(run_: harness.Run) -> None:
+        if run_.step == 5:
+            requests.begin(run.root)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(SystemExit):
+        run.train(each=each)
+    requests.end()
+    for part in run.parts:
+        assert requests.of(part, "write", fmt.end_key(1)) == {fmt.end_key(1): 1}
+        assert requests.of(part, "read", fmt.end_key(1)) == {}
 
 
 @pytest.fixture
