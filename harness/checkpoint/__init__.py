@@ -60,11 +60,11 @@ memory tier). It counts if it is newer than the head. No other file is ever look
 attempt is claimed there.
 
 Modules: `format` (names and manifests), `records` (field validation of small JSON records),
-`attempts` (claim and fence), `catalog` (listing of a run and its history), `commit`, `load`,
-`broadcast` (verified bytes to all ranks), `replicate` (copies to the other store), `retention`,
-`memory_copy` (memory tier). Related modules elsewhere: `harness.saving.writer_process` (the process
-that writes), `harness.supervision.launches`, `harness.supervision.restart_policy` (derives the
-state of a run and whether to restart it), `harness.supervision.attempt_history`,
-`harness.supervision.control_requests`, `harness.selfcheck.step_records` (samples and losses of each
-step).
+`attempts` (claim and fence), `catalog` (listing of a run and its history), `known` (each small file
+is read once), `commit`, `load`, `broadcast` (verified bytes to all ranks), `replicate` (copies to
+the other store), `retention`, `memory_copy` (memory tier). Related modules elsewhere:
+`harness.saving.writer_process` (the process that writes), `harness.supervision.launches`,
+`harness.supervision.restart_policy` (derives the state of a run and whether to restart it),
+`harness.supervision.attempt_history`, `harness.supervision.control_requests`,
+`harness.selfcheck.step_records` (samples and losses of each step).
 """

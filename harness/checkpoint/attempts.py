@@ -17,7 +17,7 @@ from typing import Any
 
 from harness.checkpoint import format as fmt
 from harness.checkpoint import records
-from harness.checkpoint.catalog import Catalog, read_catalog
+from harness.checkpoint.catalog import Catalog
 from harness.checkpoint.format import Manifest
 from harness.errors import SupersededError
 from harness.store import LocalStore, Store
@@ -91,11 +91,13 @@ def _superseded(store: Store, attempt: Attempt) -> SupersededError:
     )
 
 
-def remembered(local: Store) -> str | None:
-    """Return the remote store that a run directory was last used with, or None."""
-    records = read_catalog(local).attempts
-    readable = [number for number in sorted(records) if "nonce" in records[number]]
-    remote = records[readable[-1]].get("remote") if readable else None
+def remembered(here: Catalog) -> str | None:
+    """Return the remote store that a run directory was last used with, or None.
+
+    `here` is the catalog of the directory alone.
+    """
+    readable = [number for number in sorted(here.attempts) if "nonce" in here.attempts[number]]
+    remote = here.attempts[readable[-1]].get("remote") if readable else None
     return str(remote) if remote else None
 
 

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 from harness.checkpoint import format as fmt
-from harness.checkpoint import records
 from harness.checkpoint.format import Lineage, Manifest
-from harness.errors import DamagedError, StorageError, UsageError
-from harness.retry import reading
-from harness.store import TEMP, Store
+from harness.checkpoint.known import Known
+from harness.errors import DamagedError, UsageError
+from harness.store import TEMP, Entry, Store
 
-READERS = 8  # small files that are read concurrently from a remote store
 REFUSED_FRESH = (
     "To go on, put a good checkpoint back (harness verify RUN names what is damaged) "
     "or import one into a new run directory; "
@@ -32,6 +28,7 @@ class Catalog:
 
     stores: tuple[Store, ...] = ()
     parts: list[Catalog] = field(default_factory=list)  # one catalog per store
+    known: Known = field(default_factory=Known)  # what was read; only in the catalog of one store
     manifests: list[Manifest] = field(default_factory=list)  # readable ones, oldest first
     damaged: dict[str, str] = field(default_factory=dict)  # manifest key -> why it cannot be read
     # Manifest key -> error: intact, but in a format that only a newer harness can read.
@@ -47,6 +44,7 @@ class Catalog:
     attempts: dict[int, dict[str, Any]] = field(default_factory=dict)
     ends: dict[int, dict[str, Any]] = field(default_factory=dict)  # attempt number -> end record
     greatest: int = 0  # greatest attempt number in any file name
+    events: dict[str, list[Entry]] = field(default_factory=dict)  # store -> see `event_files`
 
     @property
     def run_id(self) -> str | None:
@@ -100,6 +98,15 @@ class Catalog:
         return max(
             [*steps, *(int(end.get("saved_step") or 0) for end in self.ends.values())], default=0
         )
+
+    def event_files(self, store: Store) -> list[Entry]:
+        """Return the files in the folder of events of a store, which is listed by the first call.
+
+        Raises StorageError if it cannot be listed; the next call then tries again.
+        """
+        if str(store) not in self.events:
+            self.events[str(store)] = store.entries(fmt.EVENTS)
+        return self.events[str(store)]
 
     def copies(self, manifest: Manifest) -> list[Store]:
         """Return the stores that have exactly this checkpoint, in store order (local first).
@@ -188,12 +195,23 @@ class Catalog:
             )
 
 
-def read_catalog(*stores: Store) -> Catalog:
+def read_catalog(*stores: Store, known: Sequence[Known] = ()) -> Catalog:
     """List and parse a run in all of its stores.
 
-    Raises StorageError if one of them cannot be listed or read.
+    Args:
+        stores: The run's stores.
+        known: What was read of each store before; it is brought up to date. None of it is read
+            again.
+
+    Raises:
+        StorageError: One of the stores cannot be listed or read.
     """
-    parts = [_list(store) for store in stores]
+    each = known or [Known() for _ in stores]
+    return joined(stores, [_list(store, own) for store, own in zip(stores, each, strict=True)])
+
+
+def joined(stores: tuple[Store, ...], parts: list[Catalog]) -> Catalog:
+    """Return the catalog of a run whose stores have been listed already, each in its own part."""
     if len(parts) == 1:
         parts[0].stores, parts[0].parts = stores, parts
         return parts[0]
@@ -220,8 +238,8 @@ def read_catalog(*stores: Store) -> Catalog:
     return whole
 
 
-def _list(store: Store) -> Catalog:
-    catalog = Catalog()
+def _list(store: Store, known: Known) -> Catalog:
+    catalog = Catalog(known=known)
     checkpoints = store.entries(fmt.CHECKPOINTS)
     keys, manifests = {entry.key for entry in checkpoints}, list[str]()
     catalog.sizes = {
@@ -240,7 +258,7 @@ def _list(store: Store) -> Catalog:
             catalog.set_aside.append(entry.key)
         elif match["kind"] == "json":
             manifests.append(entry.key)
-    _read_manifests(store, manifests, catalog)
+    catalog.manifests, catalog.newer, catalog.damaged = known.read_manifests(store, manifests)
     _read_attempts(store, catalog)
     catalog.strangers = [m.key for m in catalog.manifests if m.run_id != catalog.run_id]
     catalog.manifests = sorted(
@@ -255,59 +273,6 @@ def _list(store: Store) -> Catalog:
     return catalog
 
 
-def _read_all(store: Store, keys: list[str]) -> Iterator[tuple[str, bytes]]:
-    """Read small files and yield (key, content), concurrently from a remote store.
-
-    A file that was deleted since the listing is left out.
-    """
-
-    def read(key: str) -> bytes | None:
-        try:
-            return (
-                reading(partial(store.read_once, key)) if store.is_local else store.read_once(key)
-            )
-        except FileNotFoundError:
-            return None
-        except StorageError:
-            if store.is_local and key.startswith(fmt.ATTEMPTS):
-                # A bad sector under one record is no reason to refuse the run. A failing server is
-                # one: it may hide anything.
-                return b""
-            raise
-
-    if store.is_local:
-        texts = [read(key) for key in keys]
-    else:
-        with ThreadPoolExecutor(READERS, thread_name_prefix="list") as pool:
-            texts = list(pool.map(read, keys))
-    return ((key, text) for key, text in zip(keys, texts, strict=True) if text is not None)
-
-
-def _read_manifests(store: Store, keys: list[str], catalog: Catalog) -> None:
-    for key, text in _read_all(store, keys):
-        try:
-            catalog.manifests.append(_manifest(store, key, text))
-        except FileNotFoundError:  # deleted since the first read
-            continue
-        except fmt.NewerFormatError as error:
-            catalog.newer[key] = error
-        except DamagedError as error:
-            catalog.damaged[key] = error.what
-
-
-def _manifest(store: Store, key: str, text: bytes) -> Manifest:
-    """Parse a manifest, and read it again from a remote store if it is damaged.
-
-    Data that was damaged on the network may be intact in the second read. Raises DamagedError.
-    """
-    try:
-        return fmt.from_bytes(key, text)
-    except DamagedError:
-        if store.is_local:
-            raise
-        return fmt.from_bytes(key, store.read(key))
-
-
 def _read_attempts(store: Store, catalog: Catalog) -> None:
     matches = {
         entry.key: match
@@ -318,11 +283,9 @@ def _read_attempts(store: Store, catalog: Catalog) -> None:
         catalog.greatest = max(catalog.greatest, int(match["attempt"]))
         if not match["end"]:
             catalog.attempts[int(match["attempt"])] = {}
-    for key, text in _read_all(store, list(matches)):
+    for key, record in catalog.known.read_records(store, list(matches)).items():
         match = matches[key]
-        (catalog.ends if match["end"] else catalog.attempts)[int(match["attempt"])] = records.parse(
-            text
-        )
+        (catalog.ends if match["end"] else catalog.attempts)[int(match["attempt"])] = record
 
 
 def going_on_from(manifest: Manifest | None) -> Lineage:

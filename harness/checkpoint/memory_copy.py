@@ -30,28 +30,32 @@ def place(run: Store) -> LocalStore:
     )
 
 
-def newest(store: LocalStore, catalog: Catalog) -> Manifest | None:
-    """Return the tier's newest checkpoint of this run if it is newer than the disk's, else None."""
-    if not is_ours(store):
-        return None
-    there = [
-        m
-        for m in read_catalog(store).manifests
-        if m.run_id == catalog.run_id and m.attempt in catalog.attempts
+def listed(store: LocalStore) -> Catalog:
+    """Return the catalog of the tier, which is empty if there is none or it is not this user's."""
+    return read_catalog(store) if is_ours(store) else Catalog()
+
+
+def newest(there: Catalog, catalog: Catalog) -> Manifest | None:
+    """Return the tier's newest checkpoint of this run if it is newer than the disk's, else None.
+
+    Args:
+        there: Catalog of the tier.
+        catalog: Catalog of the run's stores.
+    """
+    ours = [
+        m for m in there.manifests if m.run_id == catalog.run_id and m.attempt in catalog.attempts
     ]
     return (
-        there[-1]
-        if there and (catalog.head is None or there[-1].order > catalog.head.order)
-        else None
+        ours[-1] if ours and (catalog.head is None or ours[-1].order > catalog.head.order) else None
     )
 
 
-def check_readable(store: LocalStore, catalog: Catalog) -> None:
+def check_readable(there: Catalog, catalog: Catalog) -> None:
     """Raise NewerFormatError if the tier's newest checkpoint has a newer format and is the newest.
 
     It counts only if the run has its attempt and it is newer than every checkpoint on the disk.
+    For the arguments see `newest`.
     """
-    there = read_catalog(store) if is_ours(store) else Catalog()
     error, key = there.unreadable_head, max(there.newer, key=fmt.order_of, default="")
     attempt, step = fmt.order_of(key) if error else (0, 0)
     if (

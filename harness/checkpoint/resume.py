@@ -11,8 +11,9 @@ from typing import Any
 from harness.checkpoint import format as fmt
 from harness.checkpoint import memory_copy
 from harness.checkpoint.broadcast import broadcast
-from harness.checkpoint.catalog import Catalog, read_catalog
+from harness.checkpoint.catalog import Catalog, joined, read_catalog
 from harness.checkpoint.format import Manifest
+from harness.checkpoint.known import Known
 from harness.checkpoint.load import checked, parse, verified
 from harness.distributed.ranks import World
 from harness.errors import DamagedError, HarnessError, StorageError, UsageError
@@ -75,8 +76,11 @@ class Chooser:
         give_up: Callable[[], object],
         steps_back: Callable[[], bool],
         memory: LocalStore,
+        check: Callable[[Catalog], object],
     ) -> None:
         self.stores, self.world, self.give_up, self.steps_back = stores, world, give_up, steps_back
+        self.check = check
+        self._known = [Known() for _ in stores]  # of all listings, on rank 0 only
         self.sources: tuple[Store, ...] = (*stores, memory)
         self.tier = memory
         self._memory: SealedMemory | None = None  # on rank 0 only
@@ -123,7 +127,7 @@ class Chooser:
         return self.world.on_writer(work, give_up=self.give_up)
 
     def _look(self, resume_point: ResumePoint) -> list[tuple[str, list[int]]]:
-        catalog = resume_point.catalog = read_catalog(*self.stores)
+        catalog = resume_point.catalog = self._list()
         catalog.check_same_run()
         catalog.check_readable()
         resume_point.damaged = [
@@ -142,8 +146,9 @@ class Chooser:
         candidates = [
             (m, [self.stores.index(copy) for copy in catalog.copies(m)]) for m in catalog.candidates
         ]
-        memory_copy.check_readable(self.tier, catalog)
-        if (kept := memory_copy.newest(self.tier, catalog)) is not None:
+        there = memory_copy.listed(self.tier)
+        memory_copy.check_readable(there, catalog)
+        if (kept := memory_copy.newest(there, catalog)) is not None:
             candidates.insert(0, (kept, [len(self.stores)]))
         if len(candidates) > 1 and self.steps_back():
             resume_point.notes.append(
@@ -151,6 +156,15 @@ class Chooser:
             )
             candidates = [*candidates[1:], candidates[0]]
         return [(fmt.to_bytes(m).decode(), places) for m, places in candidates]
+
+    def _list(self) -> Catalog:
+        """List each store, and check the first one before the others are asked for anything."""
+        parts = list[Catalog]()
+        for store, known in zip(self.stores, self._known, strict=True):
+            parts.append(read_catalog(store, known=[known]))
+            if len(parts) == 1:
+                self.check(parts[0])
+        return joined(self.stores, parts)
 
     def _check_fresh(self, resume_point: ResumePoint) -> None:
         if resume_point.catalog is not None:
@@ -240,6 +254,7 @@ def choose(
     world: World,
     give_up: Callable[[], object] = lambda: None,
     steps_back: Callable[[], bool] = lambda: False,
+    check: Callable[[Catalog], object] = lambda here: None,
 ) -> ResumePoint:
     """Find and load the newest checkpoint of the run's history that verifies on every rank.
 
@@ -253,6 +268,8 @@ def choose(
         world: The process group.
         give_up: Returns a true value when the other ranks should not wait long for rank 0.
         steps_back: Called on rank 0; if it returns True, the newest checkpoint is the last choice.
+        check: Called on rank 0 with the catalog of the first store, before another store is listed;
+            its errors pass through.
 
     Returns:
         The resume point; its `manifest` is None for step 0.
@@ -263,7 +280,7 @@ def choose(
         UsageError: The stores hold different runs, or only a newer harness can read a checkpoint.
     """
     places = (stores,) if isinstance(stores, Store) else stores
-    chooser = Chooser(places, world, give_up, steps_back, memory_copy.place(places[0]))
+    chooser = Chooser(places, world, give_up, steps_back, memory_copy.place(places[0]), check)
     for _ in range(LISTINGS):
         resume_point, vanished = chooser.once()
         if not vanished:

@@ -16,6 +16,7 @@ from harness.checkpoint import format as fmt
 from harness.checkpoint.attempts import Attempt, check_fence
 from harness.checkpoint.catalog import Catalog, read_catalog
 from harness.checkpoint.format import Manifest
+from harness.checkpoint.known import Known
 from harness.checkpoint.records import is_count
 from harness.errors import UsageError
 from harness.store import Store
@@ -166,7 +167,12 @@ def _places(history: list[Manifest], policy: Policy) -> set[str]:
 
 
 def apply(
-    store: Store, attempt: Attempt, verified: set[str], policy: Policy, pinned: Collection[str] = ()
+    store: Store,
+    attempt: Attempt,
+    verified: set[str],
+    policy: Policy,
+    pinned: Collection[str] = (),
+    known: Known | None = None,
 ) -> list[str]:
     """Delete checkpoints that the policy does not keep, and unfinished data of earlier attempts.
 
@@ -174,12 +180,15 @@ def apply(
     data that those left without a manifest can never count again. In a remote store such data stays
     all the same: its owner may be alive elsewhere and would fail without it.
 
+    The store is listed each time, because others may have deleted checkpoints.
+
     Args:
         store: Store to delete from.
         attempt: The current attempt.
         verified: Names of the checkpoints that this attempt has written or read in full.
         policy: Retention policy.
         pinned: Names of checkpoints that must stay.
+        known: What this process has read and written of the store; none of it is read again.
 
     Returns:
         Names of the deleted checkpoints and keys of the deleted data files.
@@ -188,7 +197,7 @@ def apply(
         SupersededError: A newer attempt has begun.
         StorageError: The store fails.
     """
-    catalog = read_catalog(store)
+    catalog = read_catalog(store, known=[known or Known()])
     gone = []
     for manifest in to_delete(catalog.history, verified, policy):
         if manifest.name in pinned:

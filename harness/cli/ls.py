@@ -65,7 +65,8 @@ def _checkpoints(catalog: Catalog, verify: bool) -> list[tuple[str, ...]]:
     history = {manifest.name for manifest in catalog.history}
     states = {m.name: _states(catalog, m, verify) for m in catalog.manifests}
     chosen = _chosen(catalog, states)
-    in_memory = memory_copy.newest(memory_copy.place(catalog.stores[0]), catalog)
+    tier = memory_copy.place(catalog.stores[0])
+    in_memory = memory_copy.newest(memory_copy.listed(tier), catalog)
     here = "next start resumes from here"
     rows = []
     if in_memory is not None and catalog.unreadable_head is None:

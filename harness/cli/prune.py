@@ -158,7 +158,7 @@ def _done(store: Store, catalog: Catalog) -> list[str]:
 
     They are not needed if the newest checkpoint is at or after the last step that they record.
     """
-    by_attempt = step_records.files(store)
+    by_attempt = step_records.files(catalog.event_files(store))
     newest = catalog.head.step if catalog.head else 0
     earlier = [
         entries for attempt, entries in sorted(by_attempt.items()) if attempt < catalog.greatest

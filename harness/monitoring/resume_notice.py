@@ -21,7 +21,7 @@ def resumed(catalog: Catalog, origin: Manifest | None, goodput: Goodput, last: i
         goodput: The goodput accounting.
         last: A step that is known to have been made, even if no event shows it; or 0.
     """
-    newest = attempt_history.first_log(catalog.stores, catalog.greatest) if catalog.greatest else []
+    newest = attempt_history.first_log(catalog, catalog.greatest) if catalog.greatest else []
     again = max(
         attempt_history.steps_again(catalog, origin, newest), last - (origin.step if origin else 0)
     )

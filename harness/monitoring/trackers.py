@@ -48,7 +48,7 @@ def history(catalog: Catalog, until: int) -> dict[int, Values]:
     for number in sorted(catalog.attempts):
         began = (catalog.attempts[number].get("from") or {}).get("step", 0)
         steps = {step: values for step, values in steps.items() if step <= began}
-        for event in attempt_history.first_log(catalog.stores, number, math.inf):
+        for event in attempt_history.first_log(catalog, number, math.inf):
             if (values := values_of(event)) and isinstance(step := event.get("step"), int):
                 steps[step] = steps.get(step, {}) | values
     return {step: steps[step] for step in sorted(steps) if step <= until}

@@ -35,7 +35,7 @@ class Summary:
 def summarise(catalog: Catalog) -> Summary:
     """Summarise a run from the catalog of its stores. Raises StorageError."""
     numbers = sorted(catalog.attempts)
-    events = attempt_history.first_log(catalog.stores, numbers[-1]) if numbers else []
+    events = attempt_history.first_log(catalog, numbers[-1]) if numbers else []
     attempts = [
         attempt_history.summarise(catalog, number, events if number == numbers[-1] else [])
         for number in numbers

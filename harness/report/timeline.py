@@ -136,9 +136,7 @@ def timeline(catalog: Catalog) -> Timeline:
         for number, record in catalog.attempts.items()
         if record.get("kind", "train") == "train"
     )
-    events = {
-        number: attempt_history.first_log(catalog.stores, number, math.inf) for number in numbers
-    }
+    events = {number: attempt_history.first_log(catalog, number, math.inf) for number in numbers}
     attempts = [attempt_history.summarise(catalog, number, events[number]) for number in numbers]
     stands = alive(outcome(catalog, known), attempts, events[numbers[-1]] if numbers else [])
     seen = [

@@ -70,9 +70,8 @@ def assemble(arguments: Mapping[str, Any]) -> Run:
     world = _joined(arguments["timeout_s"], stores, exit_record, goodput)
     state.seed_rank(settings.seed, "build")  # the same on all ranks: equal models
     store_health = listen(stores, world.is_writer)
-    world.on_writer(lambda: check_remembered(stores, settings.accept), give_up=preemption.requested)
     with goodput.during(RESTORE):
-        resume_point = _resume_point(stores, world, settings.wait_s)
+        resume_point = _resume_point(stores, world, settings)
     parts = Parts(stores, world, resume_point, settings, exit_record, store_health, goodput)
     return _wired(parts, console)
 
@@ -93,14 +92,19 @@ def _joined(
     return world
 
 
-def _resume_point(stores: tuple[Store, ...], world: World, wait_s: float) -> resume.ResumePoint:
+def _resume_point(
+    stores: tuple[Store, ...], world: World, settings: Settings
+) -> resume.ResumePoint:
     """Choose the checkpoint to resume from, and load it."""
-    retrying = tuple(store.with_retry_limit(wait_s, preemption.requested) for store in stores)
+    retrying = tuple(
+        store.with_retry_limit(settings.wait_s, preemption.requested) for store in stores
+    )
     return resume.choose(
         retrying,
         world,
         give_up=preemption.requested,
         steps_back=lambda: launches.steps_back(retrying[-1]),
+        check=partial(check_remembered, stores, settings.accept),
     )
 
 

@@ -231,6 +231,7 @@ class Checkpointer(CurrentAttempt):
         self.saved_step, self._committed = manifest.step, True
         self._save_status = f"saved step {manifest.step} in {self.save_s:.2g} s"
         self._verified.add(manifest.name)
+        self._known.wrote(manifest)
         self.tier.drop(before=(manifest.attempt, manifest.step + 1))
         spent = {"seconds": round(self.save_s, 6)} | costs()
         self.event_log.write(
@@ -251,7 +252,7 @@ class Checkpointer(CurrentAttempt):
         policy = self.settings.policy if store.is_local else self.settings.remote_policy
         pinned = self._uploader.pinned() if self._uploader else ()
         try:
-            gone = retention.apply(store, self.attempt, self._verified, policy, pinned)
+            gone = retention.apply(store, self.attempt, self._verified, policy, pinned, self._known)
         except StorageError as error:
             self.event_log.write("not_deleted", error=str(error))
             return

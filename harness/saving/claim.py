@@ -104,7 +104,8 @@ def _check_not_overtaken(stores: tuple[Store, ...], before: Catalog, attempt: At
     claim remains in force, so the process that got further is fenced off and ends. The claimed
     attempt is recorded as stopped, and the next start resumes from the newest checkpoint.
     """
-    now = read_catalog(*stores)
+    # What the first listing has read is known by now; only the listing itself may have changed.
+    now = read_catalog(*stores, known=[part.known for part in before.parts])
     was, head = _newest(before), _newest(now)
     # An older head means that the resume point was deleted. This start holds it in memory and
     # saves it at once.

@@ -14,6 +14,7 @@ from harness.checkpoint import format as fmt
 from harness.checkpoint import memory_copy, resume
 from harness.checkpoint.attempts import Attempt
 from harness.checkpoint.catalog import Catalog, reaches
+from harness.checkpoint.known import Known
 from harness.distributed.ranks import World
 from harness.errors import StorageError, UsageError
 from harness.monitoring.console import Console
@@ -72,6 +73,7 @@ class CurrentAttempt:
         )
         self.attempt: Attempt | None = None
         self.event_log: EventLog | None = None
+        self._known = Known()  # of the first store, from the claim on
         self.metrics: Trackers | None = None
         self._uploader: Uploader | None = None
         self._resume_point, self._exit_record = parts.resume_point, parts.exit_record
@@ -175,7 +177,7 @@ class CurrentAttempt:
         has_remote = local is None or len(self.stores) > 1
         self.timer.learn(catalog)
         here = [m for m in catalog.history if local and m in catalog.parts[0].manifests]
-        self._origin_is_here = self.origin in here
+        self._origin_is_here, self._known = self.origin in here, catalog.parts[0].known
         event_log = self.event_log = EventLog(
             local, fmt.events_key(attempt.number), kept=has_remote, spent=self.goodput.spent
         )
@@ -196,9 +198,8 @@ class CurrentAttempt:
             there = [
                 m for m in catalog.parts[-1].manifests if m.key not in catalog.parts[-1].marked
             ]
-            self._uploader.start(
-                here, there, self.origin, self._resume_point.read_from(len(self.stores) - 1)
-            )
+            verified = self._resume_point.read_from(len(self.stores) - 1)
+            self._uploader.start(here, there, self.origin, verified, catalog.parts[-1].known)
 
     def keep(self, name: str, data: bytes) -> None:
         """Write one of the user's files, on the writer; other ranks only check the arguments.

@@ -50,16 +50,21 @@ def places(directory: str | Path | None, remote: str | None, wait_s: float) -> t
     return tuple(stores)
 
 
-def check_remembered(stores: tuple[Store, ...], accept: tuple[str, ...]) -> None:
+def check_remembered(stores: tuple[Store, ...], accept: tuple[str, ...], here: Catalog) -> None:
     """Raise UsageError if a run directory is used without, or with another than, its remote store.
 
     The attempt records in the directory name the remote store that it was last used with. The
     check is skipped if `accept` contains "remote".
+
+    Args:
+        stores: the stores of the run.
+        accept: the differences that the user insists on.
+        here: the catalog of the first store alone.
     """
     local = stores[0]
     if not isinstance(local, LocalStore) or "remote" in accept:
         return
-    before = remembered(local)
+    before = remembered(here)
     now = str(stores[1]) if len(stores) > 1 else None
     if before is not None and before != now:
         raise UsageError(

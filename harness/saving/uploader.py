@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from harness.checkpoint import replicate, retention
 from harness.checkpoint.attempts import Attempt, check_fence
 from harness.checkpoint.format import Manifest
+from harness.checkpoint.known import Known
 from harness.errors import DamagedError, StorageError
 from harness.monitoring.event_log import EventLog
 from harness.monitoring.kept_files import KeptFiles
@@ -77,6 +78,7 @@ class Uploader:
         self.origin_is_gone = False
         self._failure: BaseException | None = None  # the error that ends the run
         self._verified: set[str] = set()
+        self._known = Known()  # of the remote store
         self._state = threading.Condition()
         self._queue = UploadQueue(route.policy, self._state, is_on=route.local is not None)
         self._files = KeptFiles(route.remote, attempt, event_log, store_health, self._state)
@@ -92,6 +94,7 @@ class Uploader:
         there: Collection[Manifest],
         origin: Manifest | None,
         verified: set[str],
+        known: Known,
     ) -> None:
         """Start the upload thread.
 
@@ -100,10 +103,11 @@ class Uploader:
             there: the checkpoints that are in the remote store.
             origin: the resume point.
             verified: names of the checkpoints that were read whole from the remote store.
+            known: what was read of the remote store; from now on only the thread uses it.
         """
         self._queue.begin(history, there)
         self._status.begin(there)
-        self._verified = set(verified)
+        self._verified, self._known = set(verified), known
         self.origin = origin
         self._thread.start()
 
@@ -285,13 +289,20 @@ class Uploader:
             self._verified.add(manifest.name)
             behind = self._status.arrived(manifest.step)
             self._queue.arrived(manifest)
+        self._known.wrote(manifest)
         self._status.report_upload(manifest, self.clock() - began, behind)
         self._send_events()
         self._prune(remote)
 
     def _prune(self, remote: Store) -> None:
         try:
-            if gone := retention.apply(remote, self.attempt, self._verified, self.route.policy):
+            if gone := retention.apply(
+                remote,
+                self.attempt,
+                self._verified,
+                self.route.policy,
+                known=self._known,
+            ):
                 self.event_log.write("deleted", names=gone, store=str(remote))
         except StorageError as error:
             self.event_log.write("not_deleted", error=str(error), store=str(remote))

@@ -90,7 +90,9 @@ class RecomputedSteps:
         self._say, self._attempt, self._stores = say, attempt.number, catalog.stores
         self._origin = self._step = origin.step if origin else 0
         self._left, problem = step_records.before(
-            (store.with_retry_limit(READ_S) for store in catalog.stores), attempt.number
+            (store.with_retry_limit(READ_S) for store in catalog.stores),
+            attempt.number,
+            catalog.event_files,
         )
         if problem:
             say(

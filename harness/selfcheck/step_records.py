@@ -19,7 +19,7 @@ import json
 import re
 import struct
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -136,10 +136,10 @@ class Log:
         return max((line.step for line in self.lines), default=0)
 
 
-def files(store: Store) -> dict[int, list[Entry]]:
-    """List the step record files of each attempt in a store. Raises StorageError."""
+def files(entries: Iterable[Entry]) -> dict[int, list[Entry]]:
+    """Return the step record files of each attempt, from the files in the folder of events."""
     by_attempt: dict[int, list[Entry]] = {}
-    for entry in store.entries(fmt.EVENTS):
+    for entry in entries:
         if match := NAME.match(entry.key):
             by_attempt.setdefault(int(match["attempt"]), []).append(entry)
     return by_attempt
@@ -188,10 +188,19 @@ class Before:
         return by_step
 
 
-def before(stores: Iterable[Store], attempt: int) -> tuple[Before, str]:
+def before(
+    stores: Iterable[Store],
+    attempt: int,
+    event_files: Callable[[Store], list[Entry]] = lambda store: store.entries(fmt.EVENTS),
+) -> tuple[Before, str]:
     """Read the step records of all attempts before `attempt`.
 
     The lines of an attempt come from the first store that has any of them.
+
+    Args:
+        stores: Stores of the run.
+        attempt: Number of the current attempt.
+        event_files: Lists the folder of events of a store.
 
     Returns:
         The records, and a description of the last read error, or "".
@@ -202,7 +211,9 @@ def before(stores: Iterable[Store], attempt: int) -> tuple[Before, str]:
         earlier.keys.append(keys)
         try:
             by_attempt = {
-                number: entries for number, entries in files(store).items() if number < attempt
+                number: entries
+                for number, entries in files(event_files(store)).items()
+                if number < attempt
             }
             for number in sorted(by_attempt, reverse=True)[:MOST_ATTEMPTS]:
                 if number not in earlier.logs or not earlier.logs[number].lines:

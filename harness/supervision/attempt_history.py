@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from harness.checkpoint import records
 from harness.checkpoint.catalog import Catalog
 from harness.checkpoint.format import Manifest
 from harness.errors import StorageError
-from harness.store import Store
+from harness.store import Entry, Store
 
 # How much is read from the end of an attempt's events. A million steps are tens of megabytes.
 TAIL_BYTES = 1 << 18
@@ -69,7 +69,10 @@ def summarise(catalog: Catalog, number: int, events: list[dict[str, Any]]) -> At
 
 
 def events(
-    stores: Sequence[Store], number: int, most_bytes: float = TAIL_BYTES
+    stores: Sequence[Store],
+    number: int,
+    most_bytes: float = TAIL_BYTES,
+    files: Callable[[Store], list[Entry]] = lambda store: store.entries(fmt.EVENTS),
 ) -> list[dict[str, Any]]:
     """Return the last events of an attempt from all the stores, one store after the other.
 
@@ -80,37 +83,41 @@ def events(
         stores: Stores of the run.
         number: Number of the attempt.
         most_bytes: How much is read from the end of each store's events.
+        files: Lists the folder of events of a store.
     """
     parsed = []
     for store in stores:
         with contextlib.suppress(StorageError, FileNotFoundError):
-            for line in _tail(store, number, most_bytes).splitlines():
+            for line in _tail(store, number, most_bytes, files(store)).splitlines():
                 # {} for a line that the tail cuts off or that is not completely written.
                 parsed.append(records.parse(line))
     return [event for event in parsed if event]
 
 
 def first_log(
-    stores: Sequence[Store], number: int, most_bytes: float = TAIL_BYTES
+    catalog: Catalog, number: int, most_bytes: float = TAIL_BYTES
 ) -> list[dict[str, Any]]:
     """Return the last events of an attempt from the first store that has any.
 
     Each store holds all events of an attempt, so one is enough, and no event is returned twice.
-    For the arguments see `events`.
+
+    Args:
+        catalog: Catalog of the run's stores.
+        number: Number of the attempt.
+        most_bytes: How much is read from the end of a store's events.
     """
-    return next((log for store in stores if (log := events([store], number, most_bytes))), [])
+    each = (events([store], number, most_bytes, catalog.event_files) for store in catalog.stores)
+    return next(filter(None, each), [])
 
 
-def _tail(store: Store, number: int, most_bytes: float) -> bytes:
+def _tail(store: Store, number: int, most_bytes: float, files: list[Entry]) -> bytes:
     """Return the last bytes of the events files of an attempt, in key order."""
     parts: list[bytes] = []
     # Without the separator, the name of attempt 1000 is the beginning of that of 10000.
     names = tuple(f"{fmt.EVENTS}/{number:04d}{separator}" for separator in ".-")
     # The step records (.steps) are in the same folder.
     entries = [
-        entry
-        for entry in store.entries(fmt.EVENTS)
-        if entry.key.startswith(names) and entry.key.endswith(".jsonl")
+        entry for entry in files if entry.key.startswith(names) and entry.key.endswith(".jsonl")
     ]
     for entry in reversed(entries):
         if most_bytes <= 0:
@@ -160,11 +167,7 @@ def steps_again(catalog: Catalog, origin: Manifest | None, newest: list[dict[str
     for number in (number for number in catalog.attempts if number >= attempt):
         is_known = (catalog.ends.get(number) or {}).get("step") is not None
         last = (
-            newest
-            if number == catalog.greatest
-            else []
-            if is_known
-            else first_log(catalog.stores, number)
+            newest if number == catalog.greatest else [] if is_known else first_log(catalog, number)
         )
         reached.append(summarise(catalog, number, last).reached)
     return max(reached) - step

@@ -51,6 +51,7 @@ class ExitRecord:
     def __init__(self) -> None:
         self._stores: tuple[Store, ...] = ()
         self._attempt: Attempt | None = None
+        self._ended = set[str]()  # the stores that have the attempt's end record, ours or another
         self._world: World | None = None
         self.failed = False  # True once an uncaught error was seen
         self.step: Callable[[], int | None] = lambda: None  # returns the run's current step
@@ -92,7 +93,7 @@ class ExitRecord:
 
         `finish` is called before the record of a failure, with the seconds that it may take.
         """
-        self._stores, self._attempt, self._world = stores, attempt, world
+        self._stores, self._attempt, self._world, self._ended = stores, attempt, world, set()
         self._finish = finish
 
     def left(self, say: Callable[[str], None], *, is_finishing: bool) -> None:
@@ -159,9 +160,13 @@ class ExitRecord:
     def _create_in(self, store: Store, why: str, details: dict[str, Any]) -> bool:
         if self._attempt is not None:
             is_writer = self._world is not None and self._world.is_writer
+            if str(store) in self._ended:
+                return False  # the first record stays, so a second one need not be tried
             if store.is_local and not is_writer and not attempts.holds(store, self._attempt):
                 return False  # another node's disk
-            return attempts.end(store, self._attempt, why, **details)
+            is_first = attempts.end(store, self._attempt, why, **details)
+            self._ended.add(str(store))
+            return is_first
         name = launches.own()
         if name is None:
             return False

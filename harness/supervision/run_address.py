@@ -35,7 +35,7 @@ NEWEST, BEST = "newest", "best"
 def stores(path: str) -> tuple[Store, ...]:
     """Return the store at a path or URL and, for a run directory, the recorded remote store."""
     store = open_store(path, WAIT_S)
-    remote = remembered(store) if isinstance(store, LocalStore) else None
+    remote = remembered(read_catalog(store)) if isinstance(store, LocalStore) else None
     return (store, open_store(remote, WAIT_S)) if remote else (store,)
 
 

@@ -631,12 +631,12 @@ def test_who_insisted_on_another_bucket_is_remembered_with_that_one(place, tmp_p
     local, other = machine(tmp_path, "a"), open_store(f"s3://{place.name}/other", 30)
     Life(local, place.store()).copied(10)
     with pytest.raises(UsageError, match="null"):
-        check_remembered((local,), ())
-    check_remembered((local, other), ("remote",))
+        check_remembered((local,), (), read_catalog(local))
+    check_remembered((local, other), ("remote",), read_catalog(local))
     Life(local, other).copied(20)
-    check_remembered((local, other), ())
+    check_remembered((local, other), (), read_catalog(local))
     with pytest.raises(UsageError):
-        check_remembered((local, place.store()), ())
+        check_remembered((local, place.store()), (), read_catalog(local))
 
 
 def test_a_directory_whose_newest_record_cannot_be_read_still_remembers_its_bucket(
@@ -648,7 +648,7 @@ def test_a_directory_whose_newest_record_cannot_be_read_still_remembers_its_buck
     for record in (b"", b"{", b"[]", bytes(100)):
         local.path(fmt.attempt_key(2)).write_bytes(record)
         with pytest.raises(UsageError, match="belongs to a run whose remote"):
-            check_remembered((local,), ())
+            check_remembered((local,), (), read_catalog(local))
 
 
 def test_a_rollback_does_not_make_a_directory_forget_its_bucket(remote, tmp_path):
@@ -658,7 +658,7 @@ def test_a_rollback_does_not_make_a_directory_forget_its_bucket(remote, tmp_path
     life.copied(20)
     assert cli.main(["rollback", str(local.root), "10"]) == 0
     with pytest.raises(UsageError, match="belongs to a run whose remote"):
-        check_remembered((local,), ())
+        check_remembered((local,), (), read_catalog(local))
     assert orders(local, remote) == [(10, 2), (10, 1)] == orders(remote)
     after = Life(local, remote)
     after.copied(11)

@@ -21,6 +21,7 @@ from s3_server import S3Server
 from harness.checkpoint.attempts import Attempt
 from harness.checkpoint.catalog import read_catalog
 from harness.checkpoint.format import Manifest
+from harness.checkpoint.known import Known
 from harness.checkpoint.replicate import send
 from harness.checkpoint.retention import Policy
 from harness.errors import DamagedError
@@ -173,7 +174,7 @@ def test_one_that_is_never_committed_is_dropped_and_the_next_one_sent(
         EventLog(store, "events/0001.jsonl", kept=True),
         StoreHealth(home.url, print),
     )
-    uploader.start([], [], None, set())
+    uploader.start([], [], None, set(), Known())
     staging = StagingBuffer()
     staging.reserve(3 * LENT_BYTES)
     with uploader.ahead("checkpoints/step_00000099-0001.pt", staging.lend()):

@@ -1,0 +1,231 @@
+"""What a start, a save and a stop ask of the stores: nothing whose answer is known."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import secrets
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import wait_until
+from library_runs import train
+from store_requests import BUCKET, DIRECTORY, CountedBucket, Requests
+
+import harness
+from harness.checkpoint import attempts, retention
+from harness.checkpoint import format as fmt
+from harness.checkpoint.attempts import Attempt
+from harness.checkpoint.catalog import Catalog, going_on_from, read_catalog
+from harness.checkpoint.commit import About, commit
+from harness.checkpoint.known import Known
+from harness.checkpoint.retention import Policy
+from harness.errors import SupersededError
+from harness.store import LocalStore
+
+COMMITS = 4
+EVERYWHERE = pytest.mark.parametrize("where", ["directory", "both", "bucket"])
+IN_PROCESS = pytest.mark.usefixtures("process_as_it_was")
+
+
+class Place:
+    """A run in a directory, in a bucket, or in both."""
+
+    def __init__(self, root: Path, where: str) -> None:
+        self.root, self.bucket = root, secrets.token_hex(6)
+        self.directory = None if where == "bucket" else root
+        self.remote = None if where == "directory" else f"counted://{self.bucket}/run"
+        self.parts = [DIRECTORY] * (where != "bucket") + [BUCKET] * (where != "directory")
+
+    def train(self, **options: Any) -> None:
+        more = {"save_every_steps": 1, "keep_best": 0, "epochs": 30, "remote": self.remote}
+        train(self.directory, **(more | options))  # type: ignore[arg-type]
+
+    def settle(self, run_: harness.Run) -> None:
+        """Wait until the last save is committed everywhere, and what it replaces is deleted."""
+        parts, kept = run_._checkpointer, run_._checkpointer.settings.remote_policy.last
+        wait_until(lambda: not parts.background.is_busy, "the save is committed")
+        wait_until(lambda: not parts._uploader or not parts._uploader.pinned(), "it is uploaded")
+        wait_until(lambda: self.files_in_bucket() <= kept, "the bucket has no more than is kept")
+
+    def files_in_bucket(self) -> int:
+        folder = f"/{self.bucket}/run/checkpoints/"
+        return sum(
+            key.startswith(folder) and key.endswith(".pt") for key in list(CountedBucket.store)
+        )
+
+
+@IN_PROCESS
+@EVERYWHERE
+def test_a_start_reads_each_manifest_and_each_record_once(tmp_path, where):
+    """It lists twice, once to choose and once after the claim, and reads only what is new then."""
+    run, requests = Place(tmp_path / "a", where), Requests()
+    for step in (3, 5, 7):
+        run.train(leave_at=step, keep_last=5, each=run.settle)
+    requests.begin(run.root)
+    run.train(leave_at=9, keep_last=5, save_every_steps=None, each=lambda run_: requests.end())
+    for part in run.parts:
+        manifests = requests.of(part, "read", "checkpoints/", ".json")
+        assert len(manifests) == 5 and set(manifests.values()) == {1}
+        records = requests.of(part, "read", "attempts/")
+        assert records.pop(fmt.attempt_key(4)) <= 2  # after the claim, and whether all ranks see it
+        assert records == {fmt.attempt_key(number): 1 for number in (1, 2, 3)}
+        # A directory is also searched for temporary files. An uploader looks for newer attempts.
+        searches, looks = int(part == DIRECTORY), int(part == BUCKET)
+        assert requests.of(part, "list", "checkpoints") == {"checkpoints": 2 + searches}
+        assert requests.of(part, "list", "attempts")["attempts"] in (
+            2 + searches,
+            2 + searches + looks,
+        )
+        assert requests.of(part, "list", "events") == {"events": 1 + searches}
+
+
+@IN_PROCESS
+@EVERYWHERE
+def test_a_commit_reads_no_more_of_many_checkpoints_than_of_few(tmp_path, where):
+    few, many = (of_commits(Place(tmp_path / str(kept), where), kept) for kept in (3, 30))
+    for part in Place(tmp_path, where).parts:
+        for requests in (few, many):
+            assert requests.of(part, "read", "", ".json") == {}
+            # The listings stay: others may have deleted checkpoints, or begun a newer attempt.
+            assert requests.of(part, "list", "checkpoints") == {"checkpoints": COMMITS}
+            assert requests.of(part, "list", "attempts")["attempts"] >= 3 * COMMITS
+        for kind in ("list", "read", "write"):
+            asked = [
+                found.by_folder(part, kind, "checkpoints", "attempts") for found in (few, many)
+            ]
+            assert asked[0] == asked[1], kind
+
+
+def of_commits(run: Place, kept: int) -> Requests:
+    """The requests of a few commits, each of which deletes a checkpoint."""
+    requests, begin = Requests(), kept + 4
+
+    def each(run_: harness.Run) -> None:
+        run.settle(run_)
+        if run_.step == begin:
+            requests.begin(run.root)
+        if run_.step == begin + COMMITS:
+            requests.end()
+
+    run.train(leave_at=begin + COMMITS, keep_last=kept, each=each)
+    return requests
+
+
+@IN_PROCESS
+@EVERYWHERE
+def test_the_end_of_an_attempt_is_written_once(tmp_path, where):
+    run, requests = Place(tmp_path / "a", where), Requests()
+
+    def each(run_: harness.Run) -> None:
+        if run_.step == 5:
+            requests.begin(run.root)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(SystemExit):
+        run.train(each=each)
+    requests.end()
+    for part in run.parts:
+        assert requests.of(part, "write", fmt.end_key(1)) == {fmt.end_key(1): 1}
+        assert requests.of(part, "read", fmt.end_key(1)) == {}
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> LocalStore:
+    store = LocalStore(tmp_path / "run")
+    store.prepare(fmt.FOLDERS)
+    return store
+
+
+def saved(store: LocalStore, attempt: Attempt, *steps: int) -> set[str]:
+    """Commit these steps; returns their names."""
+    origin = next((m for m in read_catalog(store).history if m.attempt != attempt.number), None)
+    about, names = About(1, going_on_from(origin), {}, "-"), set()
+    for step in steps:
+        content = {"step": step, "epoch": 0, "loss": None, "metrics": {}, "w": torch.zeros(1)}
+        names.add(commit(store, attempt, content, about).name)
+    return names
+
+
+def begun(store: LocalStore) -> Attempt:
+    found = read_catalog(store)
+    return attempts.claim(found, found.head, 1)
+
+
+def told(found: Catalog) -> dict[str, Any]:
+    """What a catalog says, to be compared."""
+    fields = {field.name: getattr(found, field.name) for field in dataclasses.fields(found)}
+    return fields | {"parts": len(found.parts), "newer": list(found.newer)}
+
+
+def torn(store: LocalStore, key: str) -> None:
+    path = store.path(key)
+    path.write_bytes(path.read_bytes()[:-20])
+
+
+def of_newer_format(store: LocalStore) -> None:
+    manifest = read_catalog(store).manifests[-1]
+    new = dataclasses.replace(manifest, step=99, format_version=9, lineage=((1, 99),))
+    store.path(fmt.manifest_key(99, 1)).write_bytes(fmt.to_bytes(new))
+
+
+CHANGES: dict[str, Callable[[LocalStore], object]] = {
+    "a deletion": lambda store: store.delete(fmt.manifest_key(20, 1)),
+    "a checkpoint that is set aside": lambda store: store.set_aside([fmt.manifest_key(30, 1)]),
+    "a mark": lambda store: store.path(fmt.manifest_key(20, 1) + ".damaged").touch(),
+    "a newer attempt": begun,
+    "its checkpoint": lambda store: saved(store, begun(store), 31),
+    "an end": lambda store: attempts.end(store, Attempt(1, "", ""), "stopped", saved_step=30),
+    "a record that is deleted": lambda store: store.delete(fmt.attempt_key(1)),
+    "a newer format": of_newer_format,
+}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_what_changes_beside_this_process_is_seen(store, what):
+    saved(store, begun(store), 10, 20, 30)
+    known = Known()
+    before = told(read_catalog(store, known=[known]))
+    CHANGES[what](store)
+    after = told(read_catalog(store, known=[known]))
+    assert after == told(read_catalog(store)) and after != before
+
+
+def test_what_was_torn_is_read_again_once_it_is_whole(store):
+    saved(store, begun(store), 10, 20)
+    whole = {key: store.read(key) for key in (fmt.manifest_key(20, 1), fmt.attempt_key(1))}
+    known = Known()
+    for key in whole:
+        torn(store, key)
+    found = read_catalog(store, known=[known])
+    assert list(found.damaged) == [fmt.manifest_key(20, 1)] and found.attempts == {1: {}}
+    for key, content in whole.items():
+        store.path(key).write_bytes(content)
+    found = read_catalog(store, known=[known])
+    assert [m.step for m in found.manifests] == [10, 20] and not found.damaged
+    assert found.attempts == {1: json.loads(whole[fmt.attempt_key(1)])}
+
+
+def test_what_others_deleted_does_not_count_towards_what_is_kept(store):
+    attempt, known = begun(store), Known()
+    verified = saved(store, attempt, 10, 20, 30, 40)
+    read_catalog(store, known=[known])
+    for step in (30, 40):
+        store.delete(fmt.manifest_key(step, 1))
+    assert retention.apply(store, attempt, verified, Policy(last=2, best=0), (), known) == []
+    assert [m.step for m in read_catalog(store).manifests] == [10, 20]
+
+
+def test_who_knows_all_checkpoints_still_sees_a_newer_attempt_before_a_delete(store):
+    attempt, known = begun(store), Known()
+    verified = saved(store, attempt, 10, 20, 30)
+    read_catalog(store, known=[known])
+    begun(store)
+    with pytest.raises(SupersededError):
+        retention.apply(store, attempt, verified, Policy(last=2, best=0), (), known)
+    assert [m.step for m in read_catalog(store).manifests] == [10, 20, 30]
