@@ -139,7 +139,7 @@ def by_hand(folder: str, size: int) -> dict[str, float]:
     for x, y in ddp.batches(dataset, BATCH):
         loss = cross_entropy(model(x), y)
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimizer.step()
         if counter.is_over():
             break
@@ -163,7 +163,7 @@ def by_harness(folder: str, size: int) -> dict[str, float]:
     for x, y in run.batches(dataset, BATCH * size, epochs=100):
         loss = cross_entropy(model(x), y)
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimizer.step()
         run.log(loss=loss)
         if counter.is_over():

@@ -160,7 +160,7 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
         return memory_place()
     place, empty = request.getfixturevalue("s3_place")
     empty()
-    return place  # type: ignore[no-any-return]
+    return place
 
 
 @pytest.fixture

@@ -27,6 +27,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ENVIRONMENT
+from there import there
 
 from harness.checkpoint import attempts, load, retention
 from harness.checkpoint import format as fmt
@@ -103,7 +104,7 @@ def commit_image(
         values,
         told,
         lambda sink: sink.write_staged(
-            staging, lambda i, path: write_to(i.memory, i.size_bytes, str(path))
+            staging, lambda i, path: write_to(there(i.memory), i.size_bytes, str(path))
         ),
     )
 
@@ -176,21 +177,21 @@ class Server:
         ).start()
 
     def _line(self) -> int:
-        line = self.process.stdout.readline()
+        line = there(self.process.stdout).readline()
         assert line, f"the server has died: {''.join(self.errors)}"
         return int(line)
 
     def live(self, root: Path, *strace: str) -> int:
         """One life in `root` under strace; the writer's exit code, negative for a signal."""
         self.errors.clear()
-        self.process.stdin.write(f"{root}\n")
-        self.process.stdin.flush()
+        there(self.process.stdin).write(f"{root}\n")
+        there(self.process.stdin).flush()
         pid = self._line()
         tracer = subprocess.Popen(
             ["strace", "-p", str(pid), *strace], stderr=subprocess.PIPE, text=True
         )
         try:
-            said = tracer.stderr.readline()
+            said = there(tracer.stderr).readline()
             assert "attached" in said, said
         finally:
             os.kill(pid, signal.SIGCONT)
@@ -199,9 +200,9 @@ class Server:
         return code
 
     def close(self) -> None:
-        self.process.stdin.close()
+        there(self.process.stdin).close()
         self.process.wait()
-        self.process.stdout.close()
+        there(self.process.stdout).close()
 
 
 @dataclass(frozen=True)

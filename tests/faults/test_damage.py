@@ -13,12 +13,14 @@ import shutil
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
+from operator import itemgetter
 from pathlib import Path
 
 import pytest
 import torch
 from blake3 import blake3
 from sealing import seal
+from there import there
 
 from harness import cli
 from harness.checkpoint import attempts, load, resume
@@ -378,7 +380,7 @@ def test_a_sealed_manifest_that_speaks_of_something_else_is_damaged(store, capsy
     manifest_path(store).write_bytes(seal(json.loads(manifest_path(store).read_bytes()) | changes))
     found = read_catalog(store)
     assert list(found.damaged) == [fmt.manifest_key(30, 1)]
-    assert found.head.step == 20
+    assert there(found.head).step == 20
     check_named(store, capsys, NEWEST)
     assert (store.root / "x").read_bytes() == b"secret"
 
@@ -387,14 +389,14 @@ def test_a_manifest_under_another_name_is_damaged(store, capsys):
     shutil.copy(manifest_path(store, 30), manifest_path(store, 40))
     shutil.copy(data_path(store, 30), data_path(store, 40))
     assert list(read_catalog(store).damaged) == [fmt.manifest_key(40, 1)]
-    assert read_catalog(store).head.step == 30
+    assert there(read_catalog(store).head).step == 30
 
 
 def test_a_field_that_is_not_known_is_ignored(store):
     manifest_path(store).write_bytes(
         seal(json.loads(manifest_path(store).read_bytes()) | {"surplus": 1})
     )
-    assert read_catalog(store).head.step == 30
+    assert there(read_catalog(store).head).step == 30
 
 
 def test_a_manifest_of_a_later_format_refuses_a_start_and_is_not_set_aside(store, world, capsys):
@@ -444,7 +446,7 @@ def test_foreign_files_are_named_and_neither_used_nor_counted_as_damage(store, w
     assert sorted(found.foreign) == sorted(f"{fmt.CHECKPOINTS}/{name}" for name in FOREIGN)
     assert [m.step for m in found.manifests] == list(STEPS) and not found.damaged
     resume_point = resume.choose(store, world)
-    assert resume_point.manifest.step == 30 and resume_point.damaged == []
+    assert there(resume_point.manifest).step == 30 and resume_point.damaged == []
     assert all(
         any(" ".join(name.split()) in note for note in resume_point.notes) for name in FOREIGN
     )
@@ -487,7 +489,7 @@ def test_a_pickle_that_would_run_code_is_refused_though_its_digest_fits(
     manifest = forge(store, 40, data)
     with pytest.raises(DamagedError, match="cannot be parsed"):
         load.load(store, manifest)
-    assert resume.choose(store, world).manifest.step == 30
+    assert there(resume.choose(store, world).manifest).step == 30
     check_named_among(store, capsys, fmt.stem(40, 1))
     cli.main(["show", str(data_path(store, 40))])
     assert not (tmp_path / "canary").exists()
@@ -529,7 +531,7 @@ def test_data_that_cannot_be_parsed_is_damage_in_words_though_its_digest_fits(st
         as_zip([1, 2]),
         as_zip(payload(41)),
     ]
-    cases += [with_pickle(store, lambda text, end=end: text[:end]) for end in range(0, length, 3)]
+    cases += [with_pickle(store, itemgetter(slice(end))) for end in range(0, length, 3)]
     wrong = []
     for data in cases:
         manifest = forge(store, 40, data)
@@ -541,7 +543,7 @@ def test_data_that_cannot_be_parsed_is_damage_in_words_though_its_digest_fits(st
         except Exception as error:  # noqa: BLE001 - whatever it is, it is the finding
             wrong.append(f"{len(data)} bytes, {data[:12]!r}: {type(error).__name__}: {error}")
     assert not wrong, f"{len(wrong)} of {len(cases)}:\n" + "\n".join(wrong[:12])
-    assert resume.choose(store, world).manifest.step == 30
+    assert there(resume.choose(store, world).manifest).step == 30
 
 
 # --- which one is chosen ---
@@ -550,7 +552,7 @@ def test_data_that_cannot_be_parsed_is_damage_in_words_though_its_digest_fits(st
 def test_the_newest_is_chosen_and_nothing_is_written(store, world):
     before = tree(store.root)
     resume_point = resume.choose(store, world)
-    assert resume_point.manifest.step == 30 and resume_point.payload["step"] == 30
+    assert there(resume_point.manifest).step == 30 and there(resume_point.payload)["step"] == 30
     assert resume_point.damaged == [] and resume_point.notes == []
     assert tree(store.root) == before
 
@@ -565,9 +567,9 @@ def test_a_damaged_newest_is_passed_over_loudly_for_the_next_older_and_marked_to
         flip(data_path(store) if kind == "data" else manifest_path(store), 300)
     before = tree(store.root)
     resume_point = resume.choose(store, world)
-    assert resume_point.manifest.step == 20
+    assert there(resume_point.manifest).step == 20
     assert torch.equal(
-        resume_point.payload["model_state_dict"]["weight"],
+        there(resume_point.payload)["model_state_dict"]["weight"],
         payload(20)["model_state_dict"]["weight"],
     )
     assert resume_point.damaged == [(0, fmt.manifest_key(30, 1))]
@@ -579,7 +581,7 @@ def test_two_damaged_ones_are_passed_over_for_the_third(store, world):
     flip(data_path(store, 30), 100)
     flip(data_path(store, 20), 100)
     resume_point = resume.choose(store, world)
-    assert resume_point.manifest.step == 10
+    assert there(resume_point.manifest).step == 10
     assert resume_point.damaged == [(0, fmt.manifest_key(30, 1)), (0, fmt.manifest_key(20, 1))]
     assert len(resume_point.notes) == 2
 
@@ -627,7 +629,7 @@ def test_setting_aside_takes_the_manifest_away_first(store):
     with pytest.raises(StorageError):
         resume.set_aside(store, fmt.manifest_key(30, 1))
     assert not manifest_path(store).exists() and data_path(store).exists()
-    assert read_catalog(store).head.step == 20
+    assert there(read_catalog(store).head).step == 20
 
 
 def test_setting_aside_what_is_gone_already_is_fine(store):
@@ -635,7 +637,7 @@ def test_setting_aside_what_is_gone_already_is_fine(store):
     resume.set_aside(store, fmt.manifest_key(30, 1))
     resume.set_aside(store, fmt.manifest_key(30, 1))
     assert read_catalog(store).set_aside == [f"{fmt.manifest_key(30, 1)}.damaged"]
-    assert read_catalog(store).head.step == 20
+    assert there(read_catalog(store).head).step == 20
 
 
 def test_if_only_later_formats_are_there_is_no_fresh_start(store, world):

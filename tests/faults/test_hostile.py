@@ -97,7 +97,7 @@ def test_a_task_of_the_users_own_is_called_as_they_name_or_confirm_it(
     with pytest.raises(UsageError, match="task='confirmed_task:build'"):
         harness.load_model(path)
     for given in ({"task": "confirmed_task:build"}, {"trust": True}):
-        assert harness.load_model(path, **given).weight.item() == 0.0  # type: ignore[arg-type]
+        assert harness.load_model(path, **given).weight.item() == 0.0
 
 
 def test_the_tasks_of_the_package_need_no_word() -> None:
@@ -208,9 +208,12 @@ def test_the_writing_process_is_started_and_writes(
         check_loop([str(program)])
     started: list[Any] = []
     real = subprocess.Popen
-    monkeypatch.setattr(
-        subprocess, "Popen", lambda *a, **k: started.append(real(*a, **k)) or started[-1]
-    )
+
+    def popen(*arguments: Any, **options: Any) -> Any:
+        started.append(real(*arguments, **options))
+        return started[-1]
+
+    monkeypatch.setattr(subprocess, "Popen", popen)
     writer = writer_process.WriterProcess()
     process = writer._alive(SimpleNamespace(fd=1))  # type: ignore[arg-type]
     writer.close()
@@ -277,12 +280,17 @@ def test_each_block_of_a_file_is_fetched_once(
     opened: list[str] = []
     asked: list[tuple[int, int]] = []
     real, read = LocalStore.open, single_read.SingleRead._read
-    monkeypatch.setattr(LocalStore, "open", lambda self, key: opened.append(key) or real(self, key))
-    monkeypatch.setattr(
-        single_read.SingleRead,
-        "_read",
-        lambda self, wanted: asked.append(wanted) or read(self, wanted),
-    )
+
+    def opens(self: LocalStore, key: str) -> Any:
+        opened.append(key)
+        return real(self, key)
+
+    def reads(self: single_read.SingleRead, wanted: tuple[int, int]) -> Any:
+        asked.append(wanted)
+        return read(self, wanted)
+
+    monkeypatch.setattr(LocalStore, "open", opens)
+    monkeypatch.setattr(single_read.SingleRead, "_read", reads)
     assert "needs code" in str(describe(tmp_path / "m.pt")) and opened == ["m.pt"]
     assert len(set(bytes_of(asked))) == len(bytes_of(asked))
 
@@ -469,7 +477,7 @@ class Sprung(torch.nn.Module):
     def __setstate__(self, state: tuple[torch.Tensor, bool]) -> None:
         self.training = state[1]
         # used, or TorchScript would leave it out
-        self.weight = torch.from_file("sprung", shared=True, size=10)
+        self.weight = torch.from_file("sprung", shared=True, size=10)  # type: ignore[assignment]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x
@@ -759,12 +767,11 @@ def test_a_record_that_holds_anything_at_all_is_no_traceback(
     ):
         directory = tmp_path / str(number)
         shutil.copytree(made, directory)
-        rewritten(
-            directory,
-            lambda record, kept=kept: {
-                name: value if name in kept else wrong for name, value in record.items()
-            },
-        )
+
+        def spoilt(record: dict[str, Any], kept: tuple[str, ...] = kept) -> dict[str, Any]:
+            return {name: value if name in kept else wrong for name, value in record.items()}
+
+        rewritten(directory, spoilt)
         look(
             directory,
             capsys,

@@ -20,12 +20,14 @@ from conftest import wait_until
 from fault_proxy import FaultProxy, Rule
 from remote_lives import Born, Life, Nursery, payload, shared_nursery
 from s3_server import S3Server
+from there import there
 
 from harness.checkpoint import attempts, load, resume
 from harness.checkpoint import format as fmt
 from harness.checkpoint.catalog import Catalog, going_on_from, read_catalog
 from harness.checkpoint.commit import About, commit
 from harness.distributed import join, ranks
+from harness.errors import DamagedError
 from harness.store import TEMP, LocalStore, Store, open_store
 from harness.store.remote import RemoteStore
 from harness.store.s3_client import S3Client
@@ -126,7 +128,7 @@ class Case:
         life.origin = chosen
         life.copied(99)
         after = read_catalog(self.remote)
-        assert (after.head.step, after.head.attempt) == (99, found.greatest + 1)
+        assert (there(after.head).step, there(after.head).attempt) == (99, found.greatest + 1)
         assert after.history[1] == chosen
         self._choose(self.remote, 99)
         return found
@@ -134,7 +136,7 @@ class Case:
     def _is_whole(self, manifest: fmt.Manifest) -> bool:
         try:
             load.check(self.remote, manifest)
-        except load.DamagedError:
+        except DamagedError:
             assert manifest.order == (1, DAMAGED), manifest.name
             return False
         return True
@@ -187,7 +189,7 @@ def undisturbed(lives: Lives, where: str) -> list[str]:
             for request in proxy.requests
         ]
     found = case.check()
-    assert [m.step for m in found.history] == [60, 50] and found.head.final
+    assert [m.step for m in found.history] == [60, 50] and there(found.head).final
     return asked
 
 
@@ -219,7 +221,7 @@ def killed(lives: Lives, where: str, n: int, *, forward: bool) -> None:
         before = len(proxy.requests)
         hold.release(forward=forward)
         if forward and hold.request is not None:
-            wait_until(lambda: hold.request.status is not None, "the server has done it")
+            wait_until(lambda: there(hold.request).status is not None, "the server has done it")
         assert code == -9 or (code == 0 and before < n), (code, born.text)
     case.check()
 
@@ -235,9 +237,9 @@ def refused(lives: Lives, where: str, n: int, rule: Rule, wait_s: float) -> None
     assert code in SAID and "Traceback" not in born.text, (code, born.text)
     found = case.check()
     if code == 0:
-        assert found.head.step == STEPS[-1] and found.head.final, born.text
+        assert there(found.head).step == STEPS[-1] and there(found.head).final, born.text
     assert case.told("c") == STEPS[-1] or code != 0, born.text
-    assert found.ends.get(2, {}).get("why") != "finished" or found.head.final, (
+    assert found.ends.get(2, {}).get("why") != "finished" or there(found.head).final, (
         "the word about the end is true"
     )
 
@@ -371,15 +373,13 @@ def test_a_kill_in_the_middle_of_a_download_leaves_nothing_behind(lives):
         with FaultProxy(lives.server.host, lives.server.port) as proxy:
             hold = proxy.hold("GET", key, skip=n - 1)
             born = case.begin(proxy)
-            wait_until(
-                lambda hold=hold: hold.reached.is_set(), "the range is asked for", every_s=0.01
-            )
+            wait_until(hold.reached.is_set, "the range is asked for", every_s=0.01)
             assert born.kill() == -9
         assert case.local.entries(fmt.CHECKPOINTS) == []
         found = read_catalog(case.local, case.remote)
         assert (
             read_catalog(case.local).manifests == []
-            and found.head.step == OLD + 1
+            and there(found.head).step == OLD + 1
             and found.greatest == 2
         ), "nothing was claimed"
     assert files(case.folder) <= {"told", "output"}, "it came into memory, and nowhere else"

@@ -127,11 +127,11 @@ def way(opened: Way) -> Iterator[Way]:
     opened.fault()
 
 
-def took(action: Callable[[], object]) -> tuple[BaseException | None, float]:
+def took(action: Callable[..., object], *arguments: object) -> tuple[BaseException | None, float]:
     """What it raised, and after how many seconds."""
     start = time.monotonic()
     try:
-        action()
+        action(*arguments)
     except Exception as error:  # noqa: BLE001
         # refusing is right too; silently beginning with damaged or random weights is not
         return error, time.monotonic() - start
@@ -521,7 +521,7 @@ def test_an_upload_that_is_always_changed_on_its_way_is_never_done(way):
         lambda store: store.write(KEY, b"whole", 1),
         lambda store: store.create(KEY, b"whole", 1),
     ):
-        error, _ = took(lambda action=action: action(way.store(1)))
+        error, _ = took(lambda action: action(way.store(1)), action)
         assert isinstance(error, StorageError)
     assert way.held() == []
 
@@ -600,7 +600,7 @@ def test_a_download_that_never_comes_whole_is_an_error(way, fault):
     way.put(os.urandom(20 * MB))
     way.fault(Rule(fault, "GET", "a.pt"))
     for action in (lambda store: list(store.chunks(KEY)), lambda store: store.read(KEY)):
-        error, elapsed_s = took(lambda action=action: action(way.store(1)))
+        error, elapsed_s = took(lambda action: action(way.store(1)), action)
         assert isinstance(error, StorageError) and elapsed_s < 20
 
 
@@ -909,9 +909,9 @@ class DayLater(http.server.BaseHTTPRequestHandler):
         for name, value in answer.getheaders():
             if name.lower() not in changed:
                 self.send_header(name, value)
-        for name, value in changed.items():
-            if value is not None:
-                self.send_header(name, value)
+        for name, own in changed.items():
+            if own is not None:
+                self.send_header(name, own)
         self.end_headers()
         self.wfile.write(content)
         connection.close()

@@ -20,6 +20,7 @@ from conftest import alone, run
 from fault_proxy import FaultProxy, Hold, Rule
 from remote_lives import Born, Life, Nursery, payload, shared_nursery
 from s3_server import S3Server, free_ports
+from there import there
 
 from harness import cli
 from harness.checkpoint import attempts, load, resume
@@ -290,11 +291,11 @@ def test_a_zombie_stopped_after_its_manifest_is_gone_on_from_and_adds_nothing_to
         train, place, where, method="PUT", contains=f"{fmt.stem(5, 1)}.json", after=True
     )
     successor = Life(remote)
-    assert successor.origin.order == (1, 5)
+    assert there(successor.origin).order == (1, 5)
     successor.save(6)
     wakes_and_is_told(zombie, hold, place, 1, tmp_path, where)
     assert orders(remote) == [(6, 2), (5, 1)]
-    assert resume.choose(remote, world).manifest.order == (2, 6)
+    assert there(resume.choose(remote, world).manifest).order == (2, 6)
 
 
 @pytest.mark.parametrize("where", WHERE)
@@ -315,12 +316,12 @@ def test_a_zombie_stopped_in_its_retention_deletes_nothing_that_its_successor_ne
 ):
     zombie, hold = stopped_at(train, place, where, method="DELETE", contains=f"{fmt.CHECKPOINTS}/")
     successor = Life(remote)
-    origin = successor.origin
+    origin = there(successor.origin)
     assert origin.attempt == 1
     kept = {
         m.name for m in (origin, successor.save(origin.step + 1), successor.save(origin.step + 2))
     }
-    doomed = hold.request.path.rsplit("/", 1)[1].removesuffix(".json")
+    doomed = there(hold.request).path.rsplit("/", 1)[1].removesuffix(".json")
     before = place.tags()
     hold.release()
     zombie.wake()
@@ -387,7 +388,7 @@ def test_a_zombie_that_shares_its_directory_with_its_successor_takes_back_nothin
     hold.release()
     thread.join(100)
     assert orders(remote) == [(5, 1)]
-    load.check(remote, read_catalog(remote).head)
+    load.check(remote, there(read_catalog(remote).head))
 
 
 def _suppressed(work: Callable[[], object]) -> None:
@@ -424,10 +425,10 @@ def test_an_attempt_whose_origin_a_zombie_deletes_saves_at_once(train, place, re
         proxied=True,
     )
     reached(hold, second)
-    origin = read_catalog(remote).head
+    origin = there(read_catalog(remote).head)
     place.drop(origin.key, fmt.data_key(origin.step, 1))
     hold.release()
-    while (head := read_catalog(remote).head).attempt == 1:
+    while (head := there(read_catalog(remote).head)).attempt == 1:
         assert second.code is None, second.text
     assert head.step < origin.step + 1000, "not at the end of the run"
 
@@ -488,7 +489,7 @@ def test_of_two_launches_by_hand_the_later_takes_over_and_the_first_ends_as_supe
     assert json.loads(place.get(fmt.end_key(last)))["why"] == "finished"
     history_is_one_line(remote)
     found = read_catalog(remote)
-    assert found.head.order == (last, 400) and found.head.final
+    assert there(found.head).order == (last, 400) and there(found.head).final
     assert {m.attempt for m in found.history} == {1, last}
     origin = json.loads(place.get(fmt.attempt_key(last)))["from"]
     assert max(m.step for m in found.history if m.attempt == 1) == origin["step"]
@@ -504,7 +505,7 @@ def test_two_starts_at_the_same_moment_make_one_history(train, place, remote):
     hold.release()
     assert sorted(born.wait() for born in both) == [0, EXIT_SUPERSEDED]
     found = read_catalog(remote)
-    assert found.greatest == 1 and found.head.order == (1, 20) and found.head.final
+    assert found.greatest == 1 and there(found.head).order == (1, 20) and there(found.head).final
     history_is_one_line(remote)
 
 
@@ -594,7 +595,7 @@ def test_a_new_directory_goes_on_with_the_buckets_numbers_and_run(remote, tmp_pa
     first.copied(10)
     second = Life(machine(tmp_path, "b"), remote)
     assert second.attempt.number == 2 and second.attempt.run_id == first.attempt.run_id
-    assert second.origin.order == (1, 10)
+    assert there(second.origin).order == (1, 10)
 
 
 def test_who_claimed_in_the_bucket_and_died_before_the_directory_has_used_the_number_up(
@@ -704,8 +705,8 @@ def test_a_stale_directory_that_is_newer_by_step_but_older_by_attempt_loses_agai
     new.copied(20)
     old.save(90)
     resume_point = resume.choose((stale, remote), world)
-    assert resume_point.manifest.order == (2, 20)
-    assert torch.equal(weight(resume_point.payload), weight(payload(20, 2)))
+    assert there(resume_point.manifest).order == (2, 20)
+    assert torch.equal(weight(there(resume_point.payload)), weight(payload(20, 2)))
     assert orders(stale, remote) == [(20, 2), (10, 1)]
     assert any(
         "step_00000090-0001 in" in note and "taking step_00000020-0002" in note
@@ -720,9 +721,9 @@ def test_what_was_never_uploaded_wins_if_nobody_has_committed_since(remote, tmp_
     life.save(20)
     Life(machine(tmp_path, "b"), remote)
     resume_point = resume.choose((local, remote), world)
-    assert resume_point.manifest.order == (1, 20), "a bare claim elsewhere cuts nothing off"
-    assert torch.equal(weight(resume_point.payload), weight(payload(20, 1)))
-    assert resume.choose(remote, world).manifest.order == (1, 10)
+    assert there(resume_point.manifest).order == (1, 20), "a bare claim elsewhere cuts nothing off"
+    assert torch.equal(weight(there(resume_point.payload)), weight(payload(20, 1)))
+    assert there(resume.choose(remote, world).manifest).order == (1, 10)
 
 
 def test_what_was_never_uploaded_is_uploaded_by_the_next_attempt(train, place, remote, tmp_path):
@@ -732,7 +733,7 @@ def test_what_was_never_uploaded_is_uploaded_by_the_next_attempt(train, place, r
     while not local.exists(fmt.manifest_key(4, 1)):
         assert killed.code is None, killed.text
     killed.kill()
-    newest = read_catalog(local).head
+    newest = there(read_catalog(local).head)
     assert remote.exists(newest.key) is False
     # with nothing newer, which might come first
     again = train("a", *LONG, "checkpoint.every_steps=2000")
@@ -780,8 +781,8 @@ def test_a_damaged_copy_is_looked_for_on_the_other_store_before_an_older_one_is_
 ):
     damage(place, both, *damaged)
     resume_point = resume.choose((both, remote), world)
-    assert resume_point.manifest.step == step
-    assert torch.equal(weight(resume_point.payload), weight(payload(step, 1)))
+    assert there(resume_point.manifest).step == step
+    assert torch.equal(weight(there(resume_point.payload)), weight(payload(step, 1)))
     assert resume_point.damaged == [
         (side, fmt.manifest_key(number, 1)) for side, number in passed_over
     ]
@@ -790,7 +791,7 @@ def test_a_damaged_copy_is_looked_for_on_the_other_store_before_an_older_one_is_
 def test_a_manifest_that_is_damaged_on_one_store_is_read_from_the_other(place, remote, both, world):
     both.path(fmt.manifest_key(20, 1)).write_bytes(b"{")
     resume_point = resume.choose((both, remote), world)
-    assert resume_point.manifest.step == 20 and resume_point.damaged == [
+    assert there(resume_point.manifest).step == 20 and resume_point.damaged == [
         (0, fmt.manifest_key(20, 1))
     ]
     place.put(fmt.manifest_key(10, 1), b"{")
@@ -835,7 +836,7 @@ def test_what_arrives_whole_when_it_is_read_again_is_not_damaged(place, both, wo
     slow = place.through_proxy(monkeypatch)
     place.proxy.rules.append(Rule("flip_get", "GET", fmt.data_key(20, 1), first=1))
     resume_point = resume.choose(slow, world)
-    assert resume_point.manifest.step == 20 and resume_point.damaged == []
+    assert there(resume_point.manifest).step == 20 and resume_point.damaged == []
 
 
 def test_a_newest_checkpoint_that_cannot_be_fetched_is_not_passed_over_as_if_it_were_damaged(
@@ -848,19 +849,19 @@ def test_a_newest_checkpoint_that_cannot_be_fetched_is_not_passed_over_as_if_it_
     with pytest.raises(StorageError):
         pytest.fail(str(resume.choose(slow, world).notes))
     resume_point = resume.choose((both, slow), world)
-    assert resume_point.manifest.step == 20, "the directory has it"
+    assert there(resume_point.manifest).step == 20, "the directory has it"
 
 
 def test_a_marked_copy_is_the_last_choice_but_a_choice(place, remote, both, world):
     remote.set_aside([fmt.manifest_key(20, 1)])
-    assert resume.choose(remote, world).manifest.step == 10
-    assert resume.choose((both, remote), world).manifest.step == 20, (
+    assert there(resume.choose(remote, world).manifest).step == 10
+    assert there(resume.choose((both, remote), world).manifest).step == 20, (
         "the directory's copy has no mark"
     )
     damage(place, both, ("remote", 10))
     resume_point = resume.choose(remote, world)
-    assert resume_point.manifest.step == 20, "what was seen broken there may be whole here"
-    assert torch.equal(weight(resume_point.payload), weight(payload(20, 1)))
+    assert there(resume_point.manifest).step == 20, "what was seen broken there may be whole here"
+    assert torch.equal(weight(there(resume_point.payload)), weight(payload(20, 1)))
 
 
 def test_what_vanishes_while_it_is_restored_means_list_again(place, remote, world, monkeypatch):
@@ -884,7 +885,7 @@ def test_what_vanishes_while_it_is_restored_means_list_again(place, remote, worl
     resume_point = resume.choose(slow, world)
     thread.join()
     assert [m.step for m in read_catalog(remote).history] == [40, 30]
-    assert resume_point.manifest.step == 40 and resume_point.damaged == []
+    assert there(resume_point.manifest).step == 40 and resume_point.damaged == []
 
 
 # --- step 0 ---
@@ -990,8 +991,8 @@ def test_a_run_that_is_finished_but_for_its_last_upload_says_so_and_the_next_sta
     assert again.wait() == 0, again.text
     assert "was missing in" in again.text
     found = read_catalog(remote)
-    assert found.head.order == (1, 4) and found.head.final and found.greatest == 1
-    load.check(remote, found.head)
+    assert there(found.head).order == (1, 4) and there(found.head).final and found.greatest == 1
+    load.check(remote, there(found.head))
 
 
 @pytest.mark.slow

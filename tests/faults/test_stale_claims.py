@@ -10,6 +10,7 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import IO, cast
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from late_claims import LATE
 from programs import HEAD
 from remote_lives import Life, payload
 from sealing import seal
+from there import there
 
 from harness import cli, retry
 from harness.arguments import Settings
@@ -40,7 +42,6 @@ from harness.errors import (
 )
 from harness.saving.claim import claim
 from harness.store import LocalStore
-from harness.store import local as local_store
 from harness.supervision import control_requests, launches
 from harness.supervision.restart_messages import describe_end
 from harness.supervision.restart_policy import outcome, verdict
@@ -97,7 +98,7 @@ def test_a_newer_format_at_the_head_refuses_a_start_in_whichever_store(stores, w
         life.copied(step)
     shutil.rmtree(path_of(stores[1], fmt.CHECKPOINTS))
     stores[1].prepare(fmt.FOLDERS)
-    replicate(stores[0], read_catalog(stores[0]).head, stores[1], life.attempt)
+    replicate(stores[0], there(read_catalog(stores[0]).head), stores[1], life.attempt)
     key = make_newer(stores[1], 30)
     for path in (path_of(stores[0], key), path_of(stores[0], fmt.data_key(30, 1))):
         path.unlink()
@@ -118,7 +119,7 @@ def test_a_newer_format_that_was_cut_off_is_in_nobodys_way(store, world: World, 
     key = make_newer(store, 20)
     code, said = command(capsys, "rollback", str(store), "10")
     assert code == 0, said
-    assert resume.choose(store, world).manifest.order == (2, 10)
+    assert there(resume.choose(store, world).manifest).order == (2, 10)
     assert command(capsys, "prune", str(store), "--keep-last", "1", "--yes")[0] == 0
     assert path_of(store, key).exists() and path_of(store, fmt.data_key(20, 1)).exists(), (
         "what nobody here can read is nobody's to delete"
@@ -165,7 +166,7 @@ def test_a_file_of_a_newer_format_than_its_manifest_says_refuses_a_start_and_is_
         life.attempt,
         payload(20) | {"config": {}},
         about,
-        lambda sink: torch.save(later, sink),
+        lambda sink: torch.save(later, cast("IO[bytes]", sink)),
     )
     assert made.format_version == 1
     before = tree(store)
@@ -184,7 +185,7 @@ def test_fields_that_are_not_known_go_on_with_a_copy(stores):
         | {"surplus": [1], "more": {"x": None}}
     )
     path_of(stores[0], manifest.key).write_bytes(text)
-    found = read_catalog(stores[0]).head
+    found = there(read_catalog(stores[0]).head)
     assert fmt.to_bytes(found) == text
     replicate(stores[0], found, stores[1], life.attempt)
     assert path_of(stores[1], manifest.key).read_bytes() == text
@@ -230,7 +231,7 @@ def test_who_claims_from_an_old_listing_leaves_to_be_started_again(store, world:
         in text
     )
     again = resume.choose(store, world)
-    assert again.manifest.order == (1, 60)
+    assert there(again.manifest).order == (1, 60)
     assert claim((store,), again, 1, Settings(), said.append).number == 3
 
 
@@ -254,7 +255,7 @@ def test_of_two_starts_the_late_one_trains_on_and_the_first_one_ends(
     assert late.returncode == 0, texts
     assert first.returncode == (EXIT_SUPERSEDED if how == "launch" else 1), texts
     found = read_catalog(LocalStore(run))
-    assert found.head.final is not None and found.head.step == 80
+    assert there(found.head).final is not None and there(found.head).step == 80
     assert [found.ends[number]["why"] for number in (1, 2, 3)] == [
         "superseded",
         "stopped",
@@ -315,13 +316,13 @@ def test_what_cannot_be_tidied_up_is_said_and_training_begins(store, world: Worl
 
         return call
 
-    monkeypatch.setattr(local_store.os, "unlink", refuse(os.unlink, 0))
-    monkeypatch.setattr(local_store.os, "rename", refuse(os.rename, 0))
-    monkeypatch.setattr(local_store.os, "replace", refuse(os.replace, 1))
+    monkeypatch.setattr(os, "unlink", refuse(os.unlink, 0))
+    monkeypatch.setattr(os, "rename", refuse(os.rename, 0))
+    monkeypatch.setattr(os, "replace", refuse(os.replace, 1))
     said: list[str] = []
     resume_point = resume.choose(store, world)
     attempt = claim((store,), resume_point, 1, Settings(), said.append)
-    assert attempt.number == 2 and resume_point.manifest.step == 10
+    assert attempt.number == 2 and there(resume_point.manifest).step == 10
     assert len(said) == 4 and all(line.startswith("harness: warning: ") for line in said), said
     assert not any(path.exists() for path in swept), "what can be tidied up is"
     assert control_requests.pending(store, 2) == {}
@@ -359,8 +360,8 @@ def failing(
             fail(str(where))
         return real_open(where, flags, *rest, **more)
 
-    monkeypatch.setattr(local_store.os, "read", read)
-    monkeypatch.setattr(local_store.os, "open", opened)
+    monkeypatch.setattr(os, "read", read)
+    monkeypatch.setattr(os, "open", opened)
 
 
 @pytest.fixture
@@ -379,7 +380,7 @@ def test_what_cannot_be_read_now_is_read_again_and_then_fails_the_start(
     finished, world: World, monkeypatch, number: int, key: str
 ):
     failing(monkeypatch, path_of(finished, key), number, 2)
-    assert resume.choose(finished, world).manifest.step == 20
+    assert there(resume.choose(finished, world).manifest).step == 20
     failing(monkeypatch, path_of(finished, key), number, float("inf"))
     before = set(tree(finished))
     with pytest.raises(StorageError, match=os.strerror(number)) as error:
@@ -394,7 +395,8 @@ def test_what_cannot_be_read_in_one_store_is_read_from_the_other(stores, world: 
     life.copied(20)
     failing(monkeypatch, path_of(stores[0], fmt.data_key(20, 1)), errno.EIO, float("inf"))
     resume_point = resume.choose(stores, world)
-    assert (resume_point.manifest.step, resume_point.place, resume_point.damaged) == (20, 1, [])
+    assert there(resume_point.manifest).step == 20
+    assert (resume_point.place, resume_point.damaged) == (1, [])
 
 
 @pytest.mark.parametrize(
@@ -412,4 +414,4 @@ def test_a_stale_handle_of_a_file_that_was_deleted_is_a_file_that_was_deleted(
 
     failing(monkeypatch, path_of(finished, key), errno.ESTALE, 1, at_first=delete)
     resume_point = resume.choose(finished, world)
-    assert (resume_point.manifest.step, resume_point.damaged) == (10, [])
+    assert (there(resume_point.manifest).step, resume_point.damaged) == (10, [])

@@ -231,7 +231,9 @@ def failed_while_events_are_kept(requests: list[Request]) -> list[Request]:
     """What was answered with an error, from where an attempt has its ledger to where that is sent
     the last time. (A connection that is reset is not counted: aiohttp itself asks once more where
     it took an old connection up again.)"""
-    found, seen, listening = [], [], False
+    found: list[Request] = []
+    seen: list[Request] = []
+    listening = False
     for request in requests:
         if request.path.endswith("/config.yaml") and request.status == 200:
             listening, seen = True, []

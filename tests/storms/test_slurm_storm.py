@@ -17,6 +17,7 @@ from remote_runs import losses as remote_losses
 from s3_server import S3Server
 from slurm_cluster import GRACE_S, SlurmCluster
 from slurm_runs import STEPS, Submitted, assert_equal, submitted, train_whole
+from there import there
 
 from harness.checkpoint.catalog import read_catalog
 from harness.errors import EXIT_SUPERSEDED
@@ -85,7 +86,7 @@ def newest(directory: Path) -> dict[str, Any]:
     """What is in a run directory's newest checkpoint, but for the settings."""
     payload = torch.load(max(directory.glob("checkpoints/*.pt")), weights_only=True)
     payload.pop("config")
-    return payload  # type: ignore[no-any-return]
+    return payload
 
 
 def test_a_time_limit_ends_a_life_in_time_and_nothing_is_lost_by_it(
@@ -95,11 +96,11 @@ def test_a_time_limit_ends_a_life_in_time_and_nothing_is_lost_by_it(
     run.slow(2.5)
     run.edit()
     for life in (1, 2):
-        run.wait(
-            lambda life=life: len(run.ends()) > life and run.ends()[life - 1] == ("stopped", True),
-            f"life {life} and the next",
-            200,
-        )
+
+        def has_stopped(life: int = life) -> bool:
+            return len(run.ends()) > life and run.ends()[life - 1] == ("stopped", True)
+
+        run.wait(has_stopped, f"life {life} and the next", 200)
     run.train(1)
     run.hasten()
     run.ended()
@@ -450,7 +451,7 @@ def test_of_two_jobs_of_one_run_the_late_one_trains_on_and_the_first_one_ends(
     )
     found = read_catalog(LocalStore(directory))
     assert (
-        found.head.final is not None
-        and found.head.step == 80
+        there(found.head).final is not None
+        and there(found.head).step == 80
         and found.attempts[3]["from"]["attempt"] == 1
     )

@@ -7,6 +7,7 @@ import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -47,7 +48,7 @@ def trained(
     before: Callable[[nn.Module], None] = lambda model: None,
     steps: int = 8,
     model: nn.Module | None = None,
-    **options: object,
+    **options: Any,
 ) -> dict[int, dict]:
     """A loop that saves every step; returns what a copy that training waited for says of each
     boundary."""

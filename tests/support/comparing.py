@@ -23,7 +23,8 @@ def differing(a: Path, b: Path) -> list[tuple[str, ...]]:
         payload = load.load(store, head)
         payload.pop("config")
         payloads.append(payload)
-    return list(differences(*payloads))
+    one, other = payloads
+    return list(differences(one, other))
 
 
 def losses(directory: Path) -> dict[int, float]:

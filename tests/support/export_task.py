@@ -6,6 +6,7 @@ from __future__ import annotations
 import collections
 import itertools
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,7 +71,9 @@ class Mixed(nn.Module):
 class Starred(Mixed):
     """Its second argument is for keywords only, which torch.jit.trace has no way to give."""
 
-    def forward(self, x: torch.Tensor, *, scale: torch.Tensor) -> torch.Tensor:
+    def forward(  # type: ignore[override]
+        self, x: torch.Tensor, *, scale: torch.Tensor
+    ) -> torch.Tensor:
         return super().forward(x, scale)
 
 
@@ -263,7 +266,7 @@ CALLS = {
     "hopeless": lambda model, x: model(x).logits,
     "tuples": lambda model, x: model(x).logits,
 }
-MODELS = {
+MODELS: dict[str, Callable[..., nn.Module]] = {
     "sequential": sequential,
     "net": Net,
     "keyed": Keyed,
@@ -316,11 +319,13 @@ def build(
 def build_pair(flatten: bool = False, names: str = "encoder,head") -> Task:
     """Two modules, and two optimizers; or the second one without any parameter."""
     first, second = names.split(",")
-    modules = {
+    modules: dict[str, nn.Module] = {
         first: nn.Sequential(nn.Linear(WIDTH, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Dropout(0.5))
     }
     modules[second] = nn.Flatten() if flatten else nn.Linear(8, CLASSES)
-    optimizers = {f"{first}_optimizer": torch.optim.AdamW(modules[first].parameters(), lr=0.01)}
+    optimizers: dict[str, torch.optim.Optimizer] = {
+        f"{first}_optimizer": torch.optim.AdamW(modules[first].parameters(), lr=0.01)
+    }
     if not flatten:
         optimizers[f"{second}_optimizer"] = torch.optim.SGD(modules[second].parameters(), lr=0.05)
 

@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import IO, Any
+from typing import IO, Any, cast
 
 from s3_server import free_ports
 
@@ -263,7 +263,8 @@ def _chunks(stream: IO[bytes]) -> Iterator[bytes]:
 
 def _unchunked(raw: bytes) -> bytes:
     """What is within the chunks."""
-    parts, at = [], 0
+    parts: list[bytes] = []
+    at = 0
     while True:
         end = raw.index(b"\n", at) + 1
         size = int(raw[at:end].split(b";")[0], 16)
@@ -431,7 +432,7 @@ class FaultProxy:
     def _serve(self, connection: socket.socket) -> None:
         """One client's connection, until either side ends it."""
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        stream = connection.makefile("rb", BLOCK)
+        stream = cast("IO[bytes]", connection.makefile("rb", BLOCK))
         try:
             while self._one(connection, stream):
                 pass
@@ -534,7 +535,7 @@ class FaultProxy:
         upstream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         with self._lock:
             self._open.add(upstream)
-        reply = upstream.makefile("rb", BLOCK)
+        reply = cast("IO[bytes]", upstream.makefile("rb", BLOCK))
         try:
             _send(upstream, head.encoded(without="expect"), body)
             request.forwarded = True

@@ -44,8 +44,9 @@ class Job:
             (life.copied if len(self.stores) > 1 else life.save)(
                 step, FINAL if final and step == steps[-1] else None
             )
-        for store in self.stores if why else ():
-            attempts.end(store, life.attempt, why, **details)
+        if why:
+            for store in self.stores:
+                attempts.end(store, life.attempt, why, **details)
         return life
 
     def end(self, why: str = "ended", **details: Any) -> Job:

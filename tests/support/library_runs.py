@@ -5,17 +5,20 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from small_task import Noisy
+from there import there
 from torch import nn
 
 import harness
 from harness.checkpoint import load
 from harness.checkpoint.catalog import read_catalog
+from harness.saving.checkpointer import Checkpointer
 from harness.store import LocalStore
 
 
@@ -33,13 +36,12 @@ def train(
     epochs: int = 2,
     size: int = 60,
     each: Callable[[harness.Run], object] = lambda run: None,
-    **init: object,
+    **init: Any,
 ):
     """A loop as a user would write it; `leave_at` abandons it in that step, after the update.
     `each` is called then, too."""
-    run_ = harness.init(
-        directory, **({"seed": 3, "save_every_s": None, "save_every_steps": 4} | init)
-    )  # type: ignore[arg-type]
+    own: dict[str, Any] = {"seed": 3, "save_every_s": None, "save_every_steps": 4}
+    run_ = harness.init(directory, **(own | init))
     model = net()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 3, 0.5)
@@ -62,13 +64,20 @@ def train(
     return run_
 
 
+def checkpointer_of(run_: harness.Run) -> Checkpointer:
+    """What saves in this run, with all that it has; the run itself knows less of it."""
+    checkpointer = run_._checkpointer
+    assert isinstance(checkpointer, Checkpointer)
+    return checkpointer
+
+
 def steps_of(directory: Path) -> list[int]:
     return [manifest.step for manifest in read_catalog(LocalStore(directory)).manifests]
 
 
 def newest(directory: Path) -> dict:
     store = LocalStore(directory)
-    return load.load(store, read_catalog(store).head)
+    return load.load(store, there(read_catalog(store).head))
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +90,7 @@ def uninterrupted(tmp_path_factory):
 class Custom:
     """Something with a state of its own."""
 
-    def __init__(self, value: object) -> None:
+    def __init__(self, value: Any) -> None:
         self.value = value
 
     def state_dict(self):

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from recipes import BATCH, Trained, TrainedPair
 from s3_server import S3Server
+from there import there
 
 from harness import train
 from harness.checkpoint import load
@@ -80,7 +81,7 @@ def command_(capsys: pytest.CaptureFixture[str]) -> Command:
     def execute(*arguments: object) -> SimpleNamespace:
         capsys.readouterr()
         try:
-            code = main([str(argument) for argument in arguments])
+            code: str | int | None = main([str(argument) for argument in arguments])
         except SystemExit as end:
             code = end.code
         printed = capsys.readouterr()
@@ -92,7 +93,7 @@ def command_(capsys: pytest.CaptureFixture[str]) -> Command:
 def newest(directory: Path) -> dict[str, Any]:
     """The newest checkpoint, verified and read."""
     store = LocalStore(directory)
-    return load.load(store, read_catalog(store).head)
+    return load.load(store, there(read_catalog(store).head))
 
 
 def manifest(directory: Path) -> Any:

@@ -13,7 +13,7 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import safetensors.torch
 import torch
@@ -208,9 +208,14 @@ def torchvision_references(done: Trained, path: Path, save: Save) -> None:
     save(checkpoint, path)
 
 
+def _compiled(module: nn.Module) -> nn.Module:
+    """Of a module `torch.compile` makes a module, although it says: a function."""
+    return cast("nn.Module", torch.compile(module))
+
+
 def by_step(done: Trained, path: Path, save: Save) -> None:
     """nanoGPT's ckpt.pt: no epochs, but iterations; a compiled model."""
-    model = torch.compile(done.model)
+    model = _compiled(done.model)
     checkpoint = {
         "model": model.state_dict(),
         "optimizer": done.optimizer.state_dict(),
@@ -267,22 +272,22 @@ def plain_safetensors(done: Trained, path: Path, save: Save) -> None:
 
 
 def compiled(done: Trained, path: Path, save: Save) -> None:
-    save(torch.compile(done.model).state_dict(), path)
+    save(_compiled(done.model).state_dict(), path)
 
 
 def compiled_then_parallel(done: Trained, path: Path, save: Save) -> None:
-    save(nn.DataParallel(torch.compile(done.model)).state_dict(), path)
+    save(nn.DataParallel(_compiled(done.model)).state_dict(), path)
 
 
 def parallel_then_compiled(done: Trained, path: Path, save: Save) -> None:
-    save(torch.compile(nn.DataParallel(done.model)).state_dict(), path)
+    save(_compiled(nn.DataParallel(done.model)).state_dict(), path)
 
 
 def torch_script(done: Trained, path: Path, save: Save) -> None:
     torch.jit.script(done.model).save(str(path))
 
 
-GENERAL = {"optimizer": "optimizer_state_dict", "epoch": True, "loss": True}
+GENERAL: dict[str, Any] = {"optimizer": "optimizer_state_dict", "epoch": True, "loss": True}
 
 RECIPES = {
     "tutorial weights": Recipe("model_weights.pth", tutorial_weights),
@@ -394,7 +399,7 @@ def trained_pair(epochs: int = 1, seed: int = 3) -> TrainedPair:
             optimizer.zero_grad()
             module(torch.randn(BATCH, 3 if module is first else FEATURES)).pow(2).mean().backward()
             optimizer.step()
-    return TrainedPair(first, second, *optimizers, epoch=epochs)
+    return TrainedPair(first, second, optimizers[0], optimizers[1], epochs)
 
 
 def tutorial_several_models(done: TrainedPair, path: Path, save: Save = save_new) -> None:
@@ -473,7 +478,8 @@ class Scripted(nn.Module):
 
     @torch.jit.export
     def __setstate__(self, state: tuple[torch.Tensor, str, bool]) -> None:
-        self.weight, self.path, self.training = state[0], state[1], state[2]
+        self.weight = state[0]  # type: ignore[assignment]
+        self.path, self.training = state[1], state[2]
         self.made = torch.from_file(self.path, True, 10)
 
 

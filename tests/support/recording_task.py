@@ -36,7 +36,7 @@ def build(folder: str, size: int = 240, sleep_s: float = 0.0) -> Task:
         micro_batches = (
             batch if isinstance(batch, list) and isinstance(batch[0], (list, tuple)) else [batch]
         )
-        used = []
+        used: list[int] = []
         optimizer.zero_grad()
         for (x, numbers), weight in zip(micro_batches, run.weights, strict=True):
             (F.mse_loss(run.tracked["model"](x), x[:, :1]) * weight).backward()

@@ -20,6 +20,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -126,9 +127,13 @@ def write(places: list[str], steps: list[int], wait_s: float, told: str) -> None
         )
         content = payload(step, checkpointer.attempt.number if checkpointer.attempt else 0)
         captured = Captured(content, set(), {}, {})
+
+        def capture(captured: Captured = captured) -> Captured:
+            return captured
+
         saved = checkpointer.save(
-            lambda c=captured: c,
-            lambda final=final: checkpointer.about({}, {}, final),
+            capture,
+            partial(checkpointer.about, {}, {}, final),
             lambda: None,
             wait=True,
         )
@@ -323,7 +328,7 @@ def _live(order: dict[str, Any]) -> int:
     except SystemExit as ended:
         code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
     except BaseException:  # noqa: BLE001  whatever else it is, it is the finding
-        sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
+        sys.excepthook(*sys.exc_info())
         code = 1
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()

@@ -68,9 +68,7 @@ class Home:
         ]
 
     def read(self, key: str) -> bytes:
-        return self.client.get_object(  # type: ignore[no-any-return]
-            Bucket=self.bucket, Key=f"{self.name}/{key}"
-        )["Body"].read()
+        return self.client.get_object(Bucket=self.bucket, Key=f"{self.name}/{key}")["Body"].read()
 
     def put(self, key: str, data: bytes) -> None:
         self.client.put_object(Bucket=self.bucket, Key=f"{self.name}/{key}", Body=data)
@@ -136,7 +134,7 @@ class Home:
         """What is in the newest checkpoint, but for the settings, which name the directory."""
         payload = torch.load(io.BytesIO(self.data(self.manifests()[-1])), weights_only=True)
         payload.pop("config")
-        return payload  # type: ignore[no-any-return]
+        return payload
 
     def check_none_is_torn(self) -> None:
         for manifest in self.manifests():

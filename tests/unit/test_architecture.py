@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from conftest import REPO
+from there import there
 
 import harness
 from harness import cli
@@ -39,12 +40,12 @@ def layers() -> dict[str, int]:
 
 def imported(tree: ast.AST, *, own: bool = True) -> set[str]:
     """The full names of all modules that are imported anywhere in the tree, in functions too."""
-    names = set()
+    names: set[str] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, "imports are written in full"
+            assert node.level == 0 and node.module is not None, "imports are written in full"
             names |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
     return {name for name in names if (name == "harness" or name.startswith("harness.")) == own}
 
@@ -174,7 +175,7 @@ def test_the_path_of_a_step_is_short():
     """From `train.py` to the end of a step, imports in functions and through the facade followed,
     up to the gates."""
     homes = {
-        alias.name: node.module
+        alias.name: there(node.module)
         for node in ast.walk(TREES[HOUSE / "__init__.py"])
         if isinstance(node, ast.ImportFrom)
         for alias in node.names
@@ -279,7 +280,7 @@ def functions() -> list[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef]]:
 
 
 def test_functions_fit_on_a_screen_with_their_docstrings():
-    lengths = [(name, node.end_lineno - node.lineno + 1) for name, node in functions()]
+    lengths = [(name, there(node.end_lineno) - node.lineno + 1) for name, node in functions()]
     assert {name: length for name, length in lengths if length > 50}.keys() == LONG
 
 
@@ -363,7 +364,7 @@ def test_the_program_shows_an_example_in_its_help(capsys):
 @pytest.mark.parametrize("given", [["nonsense"], ["status"], ["ls", "--nonsense", "x"]])
 def test_a_wrong_command_line_ends_with_78(given, capsys):
     try:
-        code = cli.main(given)
+        code: str | int | None = cli.main(given)
     except SystemExit as ended:
         code = ended.code
     assert code == 78
@@ -423,7 +424,7 @@ def test_no_object_is_completed_by_assigning_to_its_attributes_from_outside(file
     ]
     for target in stored:
         owner = ast.unparse(target.value)
-        first = re.match(r"\w+", owner)[0]
+        first = there(re.match(r"\w+", owner))[0]
         assert owner in ("self", "cls") or owner.startswith(OWN_PARTS) or first in FILLED_IN, (
             f"{ast.unparse(target)} in line {target.lineno}"
         )

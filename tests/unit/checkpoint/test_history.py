@@ -7,11 +7,13 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import ENVIRONMENT
+from there import there
 
 from harness import cli
 from harness.checkpoint import attempts, load, resume, retention
@@ -111,7 +113,7 @@ def test_a_zombie_that_commits_a_greater_step_after_its_successor_is_ignored_and
     zombie.save_blindly(30)
     zombie.save_blindly(99)
     assert orders(store) == [(20, 2), (10, 1)]
-    assert resume.choose(store, world).manifest.order == (2, 20)
+    assert there(resume.choose(store, world).manifest).order == (2, 20)
     listed = notes(store, capsys)
     assert "cut off" in listed[fmt.stem(99, 1)] and "cut off" in listed[fmt.stem(30, 1)]
     assert listed[fmt.stem(20, 2)] == "next start resumes from here"
@@ -148,7 +150,7 @@ def test_a_bare_claim_only_fences(store, world):
     first.save(20)
     claimed = Life(store)
     assert orders(store) == [(20, 1), (10, 1)]
-    assert resume.choose(store, world).manifest.order == (1, 20)
+    assert there(resume.choose(store, world).manifest).order == (1, 20)
     with pytest.raises(SupersededError):
         first.save(30)
     assert claimed.attempt.number == 2
@@ -163,7 +165,7 @@ def test_a_damaged_head_falls_back_within_its_lineage_and_not_to_what_it_cut_off
     zombie.save_blindly(99)
     store.path(fmt.data_key(20, 2)).write_bytes(b"damaged")
     resume_point = resume.choose(store, world)
-    assert resume_point.manifest.order == (1, 10)
+    assert there(resume_point.manifest).order == (1, 10)
     assert resume_point.damaged == [(0, fmt.manifest_key(20, 2))]
 
 
@@ -179,7 +181,7 @@ def test_going_on_from_an_older_checkpoint_trims_all_earlier_attempts(store):
     back = Life(store)
     back.origin = next(m for m in read_catalog(store).manifests if m.order == (1, 10))
     back.save(11)
-    assert read_catalog(store).head.lineage == ((1, 10), (4, 11))
+    assert there(read_catalog(store).head).lineage == ((1, 10), (4, 11))
     assert orders(store) == [(11, 4), (10, 1)]
     after = Life(store)
     after.save(12)
@@ -237,7 +239,7 @@ def test_committing_a_step_again_leaves_the_committed_data_as_it_was(store):
     life = Life(store)
     life.save(10)
     commit_again(life, 10)
-    loaded = load.load(store, read_catalog(store).head)
+    loaded = load.load(store, there(read_catalog(store).head))
     assert torch.equal(
         loaded["model_state_dict"]["weight"], payload(10, 1)["model_state_dict"]["weight"]
     )
@@ -246,12 +248,11 @@ def test_committing_a_step_again_leaves_the_committed_data_as_it_was(store):
 class Interrupted(ranks.World):
     """Between the writer's listing and the reading that follows it, something else happens once."""
 
-    def meanwhile(self) -> None:
-        raise NotImplementedError
+    meanwhile: Callable[[], None]
 
     def on_writer(self, work, **options):
         result = super().on_writer(work, **options)
-        self.meanwhile, act = (lambda: None), self.meanwhile
+        act, self.meanwhile = self.meanwhile, lambda: None
         act()
         return result
 
@@ -272,7 +273,7 @@ def test_what_a_living_attempt_deletes_between_listing_and_reading_means_list_ag
     watched = Interrupted(world.rank, world.size, world.device, world.timeout_s)
     watched.meanwhile = goes_on
     resume_point = resume.choose(store, watched)
-    assert resume_point.manifest.step == 40
+    assert there(resume_point.manifest).step == 40
     assert resume_point.damaged == [], "nothing of it is damaged"
 
 
@@ -408,9 +409,9 @@ def test_after_a_rollback_the_next_start_goes_on_from_there(grown, world, capsys
     assert cli.main(["rollback", str(grown.root), "20"]) == 0
     assert orders(grown) == [(20, 3), (20, 1), (10, 1)]
     resume_point = resume.choose(grown, world)
-    assert resume_point.manifest.order == (3, 20)
+    assert there(resume_point.manifest).order == (3, 20)
     assert torch.equal(
-        resume_point.payload["model_state_dict"]["weight"],
+        there(resume_point.payload)["model_state_dict"]["weight"],
         payload(20, 1)["model_state_dict"]["weight"],
     )
     assert all(path.read_bytes() == data for path, data in files.items()), (
@@ -436,7 +437,7 @@ def test_a_rollback_is_undone_by_name(grown, world):
     assert orders(grown) == [(40, 4), (40, 2), (30, 2), (20, 1), (10, 1)]
     resume_point = resume.choose(grown, world)
     assert torch.equal(
-        resume_point.payload["model_state_dict"]["weight"],
+        there(resume_point.payload)["model_state_dict"]["weight"],
         payload(40, 2)["model_state_dict"]["weight"],
     )
 
@@ -453,7 +454,7 @@ def test_a_rollback_to_what_is_not_there_changes_nothing(grown, capsys):
 def test_a_rollback_to_a_damaged_checkpoint_does_not_move_the_run(grown, world):
     grown.path(fmt.data_key(20, 1)).write_bytes(b"damaged")
     assert cli.main(["rollback", str(grown.root), "20"]) == 1
-    assert resume.choose(grown, world).manifest.order == (2, 40)
+    assert there(resume.choose(grown, world).manifest).order == (2, 40)
 
 
 def test_a_finished_run_that_is_rolled_back_is_finished_no_more(store):
@@ -464,7 +465,7 @@ def test_a_finished_run_that_is_rolled_back_is_finished_no_more(store):
     assert cli.main(["rollback", str(store.root), "20"]) == 0
     assert cli.main(["status", str(store.root)]) == 75
     assert orders(store) == [(20, 2), (20, 1), (10, 1)]
-    assert read_catalog(store).head.final is None
+    assert there(read_catalog(store).head).final is None
 
 
 def test_an_import_forks_a_run_of_its_own(grown, world, tmp_path):
@@ -472,10 +473,10 @@ def test_an_import_forks_a_run_of_its_own(grown, world, tmp_path):
     fork = LocalStore(tmp_path / "fork")
     assert cli.main(["import", str(grown.path(fmt.data_key(20, 1))), str(fork.root)]) == 0
     found = read_catalog(fork)
-    assert orders(found) == [(20, 1)] and found.head.lineage == ((1, 20),)
-    assert found.run_id != read_catalog(grown).run_id and found.head.run_id == found.run_id
+    assert orders(found) == [(20, 1)] and there(found.head).lineage == ((1, 20),)
+    assert found.run_id != read_catalog(grown).run_id and there(found.head).run_id == found.run_id
     assert fork.read(fmt.data_key(20, 1)) == grown.read(fmt.data_key(20, 1))
-    assert resume.choose(fork, world).manifest.step == 20
+    assert there(resume.choose(fork, world).manifest).step == 20
     Life(fork).save(21)
     assert orders(fork) == [(21, 2), (20, 1)]
     assert {path: path.read_bytes() for path in grown.root.rglob("*") if path.is_file()} == before
@@ -562,7 +563,7 @@ def test_attempts_that_died_before_their_first_commit_allow_a_fresh_start(store,
     store.write(fmt.data_key(10, 1), b"data without a manifest", 1)
     resume_point = resume.choose(store, world)
     assert resume_point.manifest is None
-    assert attempts.claim(resume_point.catalog, None, 1).number == 4
+    assert attempts.claim(there(resume_point.catalog), None, 1).number == 4
 
 
 def drop_checkpoints(store: LocalStore) -> None:
@@ -627,7 +628,7 @@ def test_checkpoints_of_another_run_are_ignored_loudly(store, world, tmp_path, c
     assert found.strangers == [fmt.manifest_key(90, 3)]
     assert orders(found) == [(10, 1)]
     resume_point = resume.choose(store, world)
-    assert resume_point.manifest.step == 10 and resume_point.damaged == []
+    assert there(resume_point.manifest).step == 10 and resume_point.damaged == []
     assert any(fmt.stem(90, 3) in note and "not of this run" in note for note in resume_point.notes)
     assert cli.main(["verify", str(store.root)]) == 1
     assert fmt.stem(90, 3) in capsys.readouterr().out
@@ -653,7 +654,7 @@ def test_a_run_whose_attempt_records_are_lost_is_still_the_run_of_its_checkpoint
     Life(store).save(10)
     shutil.rmtree(store.root / fmt.ATTEMPTS)
     store.prepare(fmt.FOLDERS)
-    assert resume.choose(store, world).manifest.step == 10
+    assert there(resume.choose(store, world).manifest).step == 10
     assert Life(store).attempt.run_id == read_catalog(store).manifests[0].run_id
 
 

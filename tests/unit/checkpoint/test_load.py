@@ -23,6 +23,7 @@ import pytest
 import torch
 from blake3 import blake3
 from conftest import ENVIRONMENT
+from there import there
 
 from harness import state
 from harness.checkpoint import attempts, load
@@ -333,7 +334,7 @@ def test_tensors_that_do_not_lie_in_the_file_as_they_are_are_not_mapped(store):
 def test_a_memory_is_taken_over_by_its_path_and_name():
     with keep([b"ab", b"c"], 3, "a test") as memory:
         assert memory.open().read() == b"abc"
-        with attached(memory.offer, 3) as other:
+        with there(attached(memory.offer, 3)) as other:
             assert other.open().read() == b"abc"
             assert os.stat(other.path).st_ino == os.stat(memory.path).st_ino
 
@@ -374,7 +375,7 @@ def test_another_file_in_the_place_of_an_offered_memory_is_not_used(tmp_path):
             "somebody may still write to it"
         )
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, SEALS)
-        attached(Handle(f"/proc/self/fd/{fd}", name), 3).close()
+        there(attached(Handle(f"/proc/self/fd/{fd}", name), 3)).close()
         os.close(fd)
 
 

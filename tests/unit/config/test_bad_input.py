@@ -12,11 +12,13 @@ import subprocess
 import sys
 import traceback
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import TRAIN, alone, events, harness, run, start, torchrun
 from small_disks import fill
+from there import there
 
 from harness import task, train
 from harness.checkpoint import load
@@ -75,7 +77,7 @@ def steps_of(directory: Path) -> list[int]:
 def newest(directory: Path) -> dict:
     """The newest checkpoint, verified and read."""
     store = LocalStore(directory)
-    return load.load(store, read_catalog(store).head)
+    return load.load(store, there(read_catalog(store).head))
 
 
 def end_of(directory: Path, attempt: int = 1) -> dict:
@@ -180,11 +182,12 @@ def test_a_task_is_found_in_the_working_directory_and_its_mistakes_are_named(tmp
         "value = 3\ndef any(**kwargs): pass\n"
     )
     (tmp_path / "task_of_import.py").write_text("import no_such_library\n")
-    right = {"size": 3, "must": 1}
+    right: dict[str, Any] = {"size": 3, "must": 1}
     assert task.find("task_of_words:build", right).__name__ == "build"
-    assert task.find("task_of_words:build", right | {"lr": 1, "deep": True, "name": None})
-    assert task.find("task_of_words:any", {"whatever": 1})
-    for name, args, expected in [
+    given = right | {"lr": 1, "deep": True, "name": None}
+    assert task.find("task_of_words:build", given).__name__ == "build"
+    assert task.find("task_of_words:any", {"whatever": 1}).__name__ == "any"
+    mistakes: list[tuple[str, dict[str, Any], str]] = [
         ("task_of_nothing:build", {}, "there is no module task_of_nothing"),
         ("task_of_words.deeper:build", {}, "there is no module task_of_words.deeper"),
         ("task_of_words:built", {}, "has no callable 'built'"),
@@ -196,7 +199,8 @@ def test_a_task_is_found_in_the_working_directory_and_its_mistakes_are_named(tmp
         ("task_of_words:build", right | {"lr": True}, "task.args.lr=True: expected a float"),
         ("task_of_words:build", right | {"name": 3}, "task.args.name=3: expected a str"),
         ("task_of_words:build", right | {"deep": 1}, "task.args.deep=1: expected a bool"),
-    ]:
+    ]
+    for name, args, expected in mistakes:
         with pytest.raises(UsageError) as caught:
             task.find(name, args)
         assert expected in str(caught.value)
@@ -374,7 +378,7 @@ def test_other_data_is_refused_and_taken_on_insistence(tmp_path, monkeypatch):
         + "\nSHIFT = 0.0\n"
     )
     trained(f"task.name={named}:build", "run.dir=a", "train.epochs=1")
-    sys.modules[named].SHIFT = 1.0
+    vars(sys.modules[named])["SHIFT"] = 1.0
     said = str(refused(UsageError, f"task.name={named}:build", "run.dir=a", "train.epochs=2"))
     assert (
         "the data is not what this run was trained on" in said
@@ -566,9 +570,9 @@ def test_training_goes_on_when_nobody_can_be_told(tmp_path, redirection):
 
 def test_training_goes_on_when_the_reader_of_a_pipe_has_left(tmp_path):
     process = start(alone(*SMALL_TASK, "run.dir=a", "train.epochs=2"))
-    process.stdout.close()
-    assert process.stderr.read() == "" and process.wait(60) == 0
-    process.stderr.close()
+    there(process.stdout).close()
+    assert there(process.stderr).read() == "" and process.wait(60) == 0
+    there(process.stderr).close()
     assert newest(tmp_path / "a")["step"] == 8
 
 

@@ -64,7 +64,7 @@ def test_values_keep_the_type_of_their_setting():
 def test_settings_cannot_be_changed_once_loaded():
     settings, _ = config.load(None, [])
     with pytest.raises(dataclasses.FrozenInstanceError):
-        settings.train.epochs = 1
+        settings.train.epochs = 1  # type: ignore[misc]
 
 
 def test_every_problem_is_listed_at_once(tmp_path):

@@ -7,6 +7,8 @@ import copy
 import itertools
 import random
 from collections import Counter
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +22,7 @@ from torch.utils.data import Dataset, Subset, TensorDataset, random_split
 
 from harness.data import dataset_source, loading
 from harness.data.fingerprint import describe, fingerprint
-from harness.data.plan import Plan, Position, accumulation, seed_of
+from harness.data.plan import Plan, Position, Share, accumulation, seed_of
 from harness.distributed.ranks import World
 from harness.errors import UsageError
 
@@ -284,7 +286,7 @@ def test_a_sample_is_made_under_randomness_of_its_own():
     epoch."""
 
     def by_sample(world_size, accumulate, epochs=2):
-        found = {}
+        found: dict[tuple[int, int], torch.Tensor] = {}
         for plan in plans(24, 12, accumulate, world_size):
             for share, batches in batches_of(Noisy(24), plan, epochs=epochs):
                 for micro, (x, _) in zip(share.micro_batches, batches, strict=True):
@@ -303,6 +305,7 @@ def test_a_sample_is_made_under_randomness_of_its_own():
 
 def generators():
     python, numpy_state = random.getstate(), np.random.get_state()
+    assert isinstance(numpy_state, tuple)
     return (
         python,
         numpy_state[1].tobytes(),
@@ -391,7 +394,10 @@ def test_the_fingerprint_tells_where_one_value_ends_and_the_next_begins():
 
 
 def test_a_dataset_may_name_itself():
-    dataset = Noisy(30)
+    class Named(Noisy):
+        fingerprint: str
+
+    dataset = Named(30)
     dataset.fingerprint = "version 7"
     dealt = {"global_batch_size": 10, "shuffle": True, "drop_last": False, "seed": 5}
     assert describe(dataset, 10, True, False, 5) == {"fingerprint": "version 7", "size": 30} | dealt
@@ -407,10 +413,16 @@ def test_another_order_takes_the_place_of_the_shuffle():
         shuffle=True, drop_last=False, order=order, collate=None, workers=loading.Workers()
     )
     source = dataset_source.source(Noisy(10), world, 1, 2, 1, batching)
-    dealt = [share.micro_batches[0] for share, _ in source.shares(Position(), 2)]
+
+    def from_there(position: Position) -> list[tuple[int, ...]]:
+        shares = [share for share, _ in source.shares(position, 2)]
+        assert all(isinstance(share, Share) for share in shares)
+        return [share.micro_batches[0] for share in shares if isinstance(share, Share)]
+
+    dealt = from_there(Position())
     assert dealt == [(9, 7), (5, 3), (1,), (0, 2), (4, 6), (8,)]
     assert source.steps_after(Position(1, 2), 2) == 2
-    assert [share.micro_batches[0] for share, _ in source.shares(Position(0, 4), 2)] == dealt[2:]
+    assert from_there(Position(0, 4)) == dealt[2:]
 
 
 def test_an_order_whose_length_changes_is_refused():
@@ -567,16 +579,17 @@ def tensors(size: int = 30) -> TensorDataset:
     return TensorDataset(*floats, *others)
 
 
-PLAIN = {
+PLAIN: dict[str, Callable[[], Any]] = {
     "whole": tensors,
     "a part": lambda: Subset(tensors(), [3, 1, 1, -2, 7, 29, 0, 4]),
     "a part of a part": lambda: Subset(
-        Subset(tensors(), range(20, 30)), np.array([9, 0, 3, 3, 5, 1])
+        Subset(tensors(), range(20, 30)),
+        np.array([9, 0, 3, 3, 5, 1]),  # type: ignore[arg-type]
     ),
-    "a part by a tensor": lambda: Subset(tensors(), torch.randperm(30)),
+    "a part by a tensor": lambda: Subset(tensors(), torch.randperm(30)),  # type: ignore[arg-type]
     "a split": lambda: random_split(tensors(), [20, 10], torch.Generator().manual_seed(1))[0],
 }
-OTHERS = {
+OTHERS: dict[str, Callable[[], Any]] = {
     "a transposed tensor": lambda: TensorDataset(torch.randn(5, 30).T),
     "channels last": lambda: TensorDataset(
         torch.randn(30, 3, 4, 4).to(memory_format=torch.channels_last)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import random
+from typing import Any
 
 import numpy as np
 import pytest
@@ -118,7 +119,7 @@ class Holding:
     shared = np.random.default_rng(5)
 
     def __init__(self):
-        self.transforms = [
+        self.transforms: list[Any] = [
             functools.partial(print, noise=np.random.RandomState(1)),
             {"inner": random.Random(1)},
         ]

@@ -231,7 +231,7 @@ def test_what_a_state_loses_is_found(stream, is_exact, seeds):
     dataset, state = stream(), copy.deepcopy(stream().__dict__)
     before = (
         random.getstate(),
-        np.random.get_state()[1].tolist(),
+        np.random.get_state(legacy=False)["state"]["key"].tolist(),
         torch.get_rng_state().tolist(),
         Counting.shared.bit_generator.state,
     )
@@ -240,7 +240,7 @@ def test_what_a_state_loses_is_found(stream, is_exact, seeds):
     assert bool(tried.unlike) != is_exact
     after = (
         random.getstate(),
-        np.random.get_state()[1].tolist(),
+        np.random.get_state(legacy=False)["state"]["key"].tolist(),
         torch.get_rng_state().tolist(),
         Counting.shared.bit_generator.state,
     )
@@ -277,6 +277,8 @@ def test_a_slow_stream_is_tried_within_its_time():
     now = [0.0]
 
     class Slow(Counting):
+        takes_s: float
+
         def value(self):
             now[0] += self.takes_s
             return self.at
@@ -511,8 +513,14 @@ def on_its_own(folder, source, limit_s=120, **env):
     path = folder / "program.py"
     path.write_text(HEAD.replace("from programs import die", "") + source)
     command = [sys.executable, str(path), str(folder / "a")]
-    shown = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.run(command, env=os.environ | env, timeout=limit_s, **shown)
+    return subprocess.run(
+        command,
+        env=os.environ | env,
+        timeout=limit_s,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
 
 
 BEGINS = """

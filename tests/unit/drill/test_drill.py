@@ -157,7 +157,11 @@ def test_a_program_that_is_not_deterministic_is_told_apart(tmp_path):
 @pytest.mark.usefixtures("process_as_it_was")
 def test_a_program_whose_kept_files_are_others_each_time_is_not_deterministic(tmp_path):
     for name, words in (("whole", b"12:00"), ("hurt", b"12:01"), ("same", b"12:00")):
-        train(tmp_path / name / RUN, each=lambda job, words=words: job.keep("notes.txt", words))
+
+        def keep(job, words=words):
+            job.keep("notes.txt", words)
+
+        train(tmp_path / name / RUN, each=keep)
     whole, hurt, same = (ProgramRun(tmp_path / name, {}) for name in ("whole", "hurt", "same"))
     assert verdicts.verdict(whole, hurt, []).files == ["notes.txt"]
     assert not verdicts.is_alike(whole, hurt)

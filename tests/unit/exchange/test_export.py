@@ -35,6 +35,7 @@ from conftest import harness as program
 from export_task import CLASSES, WIDTH, Keyed, Net, Tied, samples, sequential
 from s3_server import S3Server
 from small_disks import fill
+from there import there
 from torch import nn
 
 import harness
@@ -91,7 +92,8 @@ Runs = Callable[..., Path]
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     """Runs by the kind of their model, each trained once; to be copied, not to be changed."""
-    home, made = tmp_path_factory.mktemp("runs"), {}
+    home = tmp_path_factory.mktemp("runs")
+    made: dict[tuple[str, ...], Path] = {}
 
     def get(kind: str, *settings: str, task: str = "export_task:build") -> Path:
         key = (kind, *settings)
@@ -120,7 +122,7 @@ def command(*arguments: object) -> SimpleNamespace:
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            code = cli.main([str(argument) for argument in arguments])
+            code: str | int | None = cli.main([str(argument) for argument in arguments])
         except SystemExit as end:
             code = end.code
     return SimpleNamespace(code=code, out=out.getvalue(), err=err.getvalue())
@@ -201,14 +203,14 @@ def payload_of(directory: Path, step: int | None = None) -> dict[str, Any]:
     files = sorted(
         directory.glob("checkpoints/*.pt" if step is None else f"checkpoints/step_{step:08d}-*.pt")
     )
-    return torch.load(files[-1], weights_only=True)  # type: ignore[no-any-return]
+    return torch.load(files[-1], weights_only=True)
 
 
 def same(a: object, b: object) -> bool:
     return list(differences(a, b)) == []
 
 
-def answers_of(model: nn.Module, x: torch.Tensor = INPUT) -> Any:
+def answers_of(model: Callable[[torch.Tensor], Any], x: torch.Tensor = INPUT) -> Any:
     with torch.no_grad():
         return model(x)
 
@@ -308,7 +310,8 @@ def read(
 ) -> dict[str, SimpleNamespace]:
     """Every export of JOBS, and what a process made of it that knows nothing but torch: one for
     all, as starting one takes seconds."""
-    folder, found, jobs = tmp_path_factory.mktemp("out"), {}, []
+    folder, found = tmp_path_factory.mktemp("out"), {}
+    jobs: list[dict[str, Any]] = []
     for name, kind, arguments, sizes, call in JOBS:
         source = {"averaged": averaged, "pair": pair}.get(kind) or runs(kind)
         format = (
@@ -406,9 +409,10 @@ def test_averaged_weights_are_exported(format: str, read: dict[str, SimpleNamesp
 def test_weights_are_the_plain_state_dict(read: dict[str, SimpleNamespace]) -> None:
     each = read["weights"]
     held = torch.load(each.file, weights_only=True)
+    expected: Any = sequential().state_dict()
     assert (
         same(held, payload_of(each.run)["model_state_dict"])
-        and held._metadata == sequential().state_dict()._metadata
+        and held._metadata == expected._metadata
     )
     assert same(each.kept["model"], held)
     assert "eval()" in each.printed.out
@@ -926,7 +930,7 @@ def test_a_full_disk_leaves_nothing_and_is_said_in_words(
 def harness_weights(file: Path) -> dict[str, torch.Tensor]:
     with contextlib.suppress(safetensors.SafetensorError):
         return safetensors.torch.load_file(file)
-    return torch.load(file, weights_only=True)  # type: ignore[no-any-return]
+    return torch.load(file, weights_only=True)
 
 
 DISK = """
@@ -1001,13 +1005,15 @@ def test_a_killed_export_leaves_nothing_or_all_of_it(
         ]
         process = start(program(*line), cwd=tmp_path)
         before = set(folder.iterdir())
-        wait_until(
-            lambda folder=folder, before=before, p=process: (
-                set(folder.iterdir()) != before or p.poll() is not None
-            ),
-            "a file",
-            every_s=0.001,
-        )
+
+        def has_begun(
+            folder: Path = folder,
+            before: set[Path] = before,
+            process: subprocess.Popen[str] = process,
+        ) -> bool:
+            return set(folder.iterdir()) != before or process.poll() is not None
+
+        wait_until(has_begun, "a file", every_s=0.001)
         time.sleep(chance.random() * 0.8)
         process.kill()
         process.communicate()
@@ -1057,9 +1063,9 @@ def test_what_a_checkpoint_names_as_its_task_is_called_only_if_it_is_one(
     shutil.copytree(averaged, tmp_path / "theirs")
     store = LocalStore(tmp_path / "theirs")
     found = read_catalog(store)
-    payload = load.load(store, found.head)
+    payload = load.load(store, there(found.head))
     attempt = attempts.claim(found, found.head, 1)
-    about = commit.About(1, going_on_from(found.head), found.head.classes, "digest")
+    about = commit.About(1, going_on_from(found.head), there(found.head).classes, "digest")
     for name, args in (
         ("torch.hub:load", {"repo_or_dir": "x", "model": "y"}),
         ("os:mkdir", {"path": str(tmp_path / "sprung")}),
@@ -1595,7 +1601,8 @@ def test_code_that_has_changed_since_is_told_and_the_weights_are_still_given(
     change: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     code, out = tmp_path / "code", tmp_path / "out"
-    code.mkdir(), out.mkdir()
+    code.mkdir()
+    out.mkdir()
     monkeypatch.chdir(code)
     name = f"changing_{change.replace(' ', '_')}"
     file = code / f"{name}.py"

@@ -54,6 +54,7 @@ from recipes import (
     save_old,
 )
 from s3_server import S3Server
+from there import there
 
 import harness
 from harness import state
@@ -93,13 +94,13 @@ def check_imported(directory: Path, recipe: recipes.Recipe, done: Trained) -> No
         if recipe.scheduler
         else own["last_epoch"] == done.step
     )
-    assert (payload["epoch"], payload["step"], found.head.epoch) == (
+    assert (payload["epoch"], payload["step"], there(found.head).epoch) == (
         done.epoch,
         done.step,
         done.epoch,
     )
     assert (payload["data"]["epoch"], payload["data"]["sample"]) == (done.epoch, 0)
-    assert found.head.loss == (done.loss.item() if recipe.loss else None)
+    assert there(found.head).loss == (done.loss.item() if recipe.loss else None)
 
 
 # What is recognised
@@ -1288,6 +1289,11 @@ def test_a_run_is_not_imported_over(tmp_path: Path, done: Trained, command: Comm
     assert (tmp_path / "taken").read_text() == "a file"
 
 
+def folder_with_a_file(done: Trained, path: Path) -> None:
+    path.mkdir()
+    recipes.tutorial_weights(done, path / "model.pth", save_new)
+
+
 NO_CHECKPOINTS: dict[str, Callable[[Trained, Path], object]] = {
     "missing": lambda done, path: None,
     "empty": lambda done, path: path.write_bytes(b""),
@@ -1312,9 +1318,7 @@ NO_CHECKPOINTS: dict[str, Callable[[Trained, Path], object]] = {
         recipes.__file__, "recipes.py"
     ),
     "folder": lambda done, path: path.mkdir(),
-    "folder with a file": lambda done, path: (
-        path.mkdir() or recipes.tutorial_weights(done, path / "model.pth", save_new)
-    ),
+    "folder with a file": folder_with_a_file,
 }
 
 

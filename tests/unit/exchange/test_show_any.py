@@ -182,9 +182,8 @@ def test_odd_tensors_are_shown(tmp_path: Path, command: Command) -> None:
         save({**odd, "endless": endless}, tmp_path / format)
         for line in (("show", tmp_path / format), ("diff", tmp_path / format, tmp_path / format)):
             answer = bounded(command, *line)
-            assert (answer.code == 0 and row(answer.out, "endless")) or refused(
-                answer, None
-            ) is None
+            if not (answer.code == 0 and row(answer.out, "endless")):
+                refused(answer, None)
 
 
 @pytest.mark.parametrize("kind", ["sparse", "sparse csr", "meta", "quantized", "nested"])

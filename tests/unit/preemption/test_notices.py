@@ -43,7 +43,8 @@ def event(kind: str, **fields: str) -> dict[str, object]:
         "ResourceType": "VirtualMachine",
         "Resources": ["vm_0"],
         "EventStatus": "Scheduled",
-    } | fields
+        **fields,
+    }
 
 
 # What each service says before there is a notice, and one notice with our words for it.
@@ -538,7 +539,11 @@ def test_watching_goes_on_after_a_bad_service(cloud, service, impatience):
         eventually(lambda: service.asked)
         for fault in (close, no_http, break_off, lambda handler: handler.reply(500, "{")):
             asked, service.fault = len(service.asked), fault
-            eventually(lambda asked=asked: len(service.asked) > asked)
+
+            def is_asked_again(asked: int = asked) -> bool:
+                return len(service.asked) > asked
+
+            eventually(is_asked_again)
         assert (heard, thread.is_alive()) == ([], True)
         service.says[ASKED[cloud]], words = NOTICE[cloud]
         service.fault = None

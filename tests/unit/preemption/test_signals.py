@@ -18,6 +18,7 @@ from comparing import differing, losses
 from conftest import TRAIN, alone, events, harness, run, torchrun, tree, wait_until, workers_of
 from launches import crashing, ended
 from s3_server import free_ports
+from there import there
 
 from harness.preemption import AGAIN_S
 
@@ -270,7 +271,7 @@ def test_a_slow_writer_is_waited_for_beyond_the_time_limit_and_a_stopped_one_is_
         done.stdout + done.stderr
     )
     process = started([*command, "stopped"])
-    line = process.stdout.readline()
+    line = there(process.stdout).readline()
     assert line.startswith("1 lost: the writing rank does not answer"), line
 
 

@@ -16,6 +16,7 @@ import psutil
 import pytest
 from conftest import Clock, events, harness, run, tree, wait_until, workers_of
 from launches import SMALL, after_steps, begun, check_equal, crashing, ended, launch, left_behind
+from there import there
 
 from harness.monitoring.step_timeouts import LEARNED_S, LEARNED_TIMES, StepTimeouts
 from harness.preemption.watchdog import Watchdog
@@ -116,7 +117,7 @@ dog.expect("work", 0.7)
 time.sleep(60)
 """
     process = started(program(text))
-    assert process.stdout.readline() == "begun\n"
+    assert there(process.stdout).readline() == "begun\n"
     assert process.wait(timeout=40) == 1
 
 
@@ -177,7 +178,7 @@ dog.rest()
 say("done")
 """
     process = started(program(text))
-    assert process.stdout.readline() == "begun\n"
+    assert there(process.stdout).readline() == "begun\n"
     process.send_signal(signal.SIGSTOP)
     wait_until(lambda: psutil.Process(process.pid).status() == psutil.STATUS_STOPPED, "the stop")
     time.sleep(4.0)  # longer than the limit
@@ -192,7 +193,7 @@ def test_a_process_that_was_stopped_is_still_ended_when_it_hangs_afterwards(star
             'dog = watchdog.Watchdog(tell); dog.expect("work", 1.0); say("begun"); time.sleep(60)'
         )
     )
-    assert process.stdout.readline() == "begun\n"
+    assert there(process.stdout).readline() == "begun\n"
     process.send_signal(signal.SIGSTOP)
     time.sleep(1.6)
     process.send_signal(signal.SIGCONT)
@@ -449,10 +450,10 @@ def test_a_run_that_is_suspended_as_a_whole_goes_on_where_it_was(
 def ranks_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
     """The training processes of a launch."""
     found: list[psutil.Process] = []
-    wait_until(
-        lambda: (
-            found.extend(w for member in tree(process.pid) for w in workers_of(member.pid)) or found
-        ),
-        "the ranks",
-    )
+
+    def are_there() -> bool:
+        found.extend(w for member in tree(process.pid) for w in workers_of(member.pid))
+        return bool(found)
+
+    wait_until(are_there, "the ranks")
     return found

@@ -3,11 +3,13 @@ hangs, several runs at once."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import secrets
 import signal
 import struct
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -30,6 +32,7 @@ from harness.monitoring.throughput import TRUSTED_S, Throughput
 from harness.monitoring.wait_notices import WaitNotices
 from harness.store import LocalStore, open_store
 from harness.supervision import attempt_history, hang_report
+from harness.text import now
 
 pytestmark = pytest.mark.usefixtures("process_as_it_was")
 TASK = (
@@ -60,7 +63,7 @@ def account() -> SimpleNamespace:
 )
 def test_what_takes_long_is_said_after_ten_seconds_and_then_ever_more_rarely(what, words, account):
     account.it.on(what)
-    heard = []
+    heard: list[int] = []
     for second in range(100):
         account.look()
         if len(account.said) > len(heard):
@@ -101,7 +104,7 @@ def test_a_step_may_take_long_but_the_first_one_is_said_to_compile(account):
 
 @pytest.mark.slow
 def test_a_rank_that_others_do_not_join_says_so(
-    tmp_path: Path, started: Callable[..., object]
+    tmp_path: Path, started: Callable[..., subprocess.Popen[str]]
 ) -> None:
     loop_file = tmp_path / "alone.py"
     loop_file.write_text("import harness\nharness.init('runs/a')\n")
@@ -220,7 +223,7 @@ def curve(directory: Path) -> dict[str, list[tuple[int, float]]]:
     }
 
 
-def told(directory: Path) -> dict[int, float]:
+def told(directory: Path) -> dict[int, object]:
     """The loss of each step by the events; of one that was made twice, once."""
     return {
         event["step"]: pytest.approx(event["loss"], rel=1e-6) for event in events(directory, "step")
@@ -271,7 +274,7 @@ def offline(directory: Path) -> dict[str, dict[int, float]]:
     for file in sorted(directory.glob("wandb/offline-run-*/*.wandb")):
         steps = dict[int, float]()
         for data in records(file):
-            record = wandb_internal_pb2.Record()
+            record = wandb_internal_pb2.Record()  # type: ignore[attr-defined]  # made at import
             record.ParseFromString(data)
             items = (
                 {item.key or item.nested_key[0]: item.value_json for item in record.history.item}
@@ -369,7 +372,7 @@ def test_who_is_not_known_or_not_installed_is_refused_before_anything_begins(
 ) -> None:
     with pytest.raises(UsageError, match="expected: a list of: tensorboard, wandb"):
         harness_package.init(tmp_path / "a", log_to=["mlflow"])
-    monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match="tensorboard is not installed") as caught:
         harness_package.init(tmp_path / "a", log_to=["tensorboard"])
     assert caught.value.remedy == "pip install tensorboard" and not (tmp_path / "a").exists()
@@ -532,7 +535,7 @@ def test_top_shows_each_run_in_a_line(tmp_path: Path, capfd: pytest.CaptureFixtu
     attempts.first_word(
         LocalStore(tmp_path / "failed"),
         "attempts/0001.end.json",
-        {"why": "failed", "time": attempts.now()} | end,
+        {"why": "failed", "time": now()} | end,
     )
     capfd.readouterr()
     assert (
@@ -548,7 +551,7 @@ def test_top_shows_each_run_in_a_line(tmp_path: Path, capfd: pytest.CaptureFixtu
 
 @pytest.mark.slow
 def test_top_of_a_run_that_trains_tells_rate_and_time_left(
-    tmp_path: Path, started: Callable[..., object]
+    tmp_path: Path, started: Callable[..., subprocess.Popen[str]]
 ) -> None:
     settings = (
         *TASK,

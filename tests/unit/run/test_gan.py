@@ -20,6 +20,7 @@ from PIL import Image
 from remote_runs import Home, command  # noqa: F401 - a fixture
 from s3_server import S3Server
 from small_task import Noisy
+from there import there
 from torch import nn
 
 import harness
@@ -78,7 +79,7 @@ def test_a_killed_gan_goes_on_to_the_same_networks_and_pictures(ranks: int, tmp_
     assert differing(whole, killed) == []
     assert losses(killed) == losses(whole)
     store = LocalStore(killed)
-    payload = load.load(store, read_catalog(store).head)
+    payload = load.load(store, there(read_catalog(store).head))
     assert {f"{name}_state_dict" for name in TRACKED} <= set(payload)
     assert all(payload[f"{name}_optimizer_state_dict"]["state"] for name in TRACKED[:2])
     assert list(pictures(whole)) == [f"step_{step:08d}.png" for step in (25, 50, 75, 80)]
@@ -169,7 +170,7 @@ def test_the_default_training_draws_all_kinds_of_digits(tmp_path: Path) -> None:
 def test_micro_batches_are_refused_in_words() -> None:
     job = gan.build()
     with pytest.raises(UsageError, match="takes each batch whole"):
-        job.step(None, [torch.zeros(4, 1, 8, 8)] * 2)
+        there(job.step)(None, [torch.zeros(4, 1, 8, 8)] * 2)
 
 
 def loop(

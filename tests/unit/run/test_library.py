@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from conftest import ENVIRONMENT, events, run
 from library_runs import Custom, net, newest, saved_and_read, steps_of, train
 from small_task import Noisy
+from there import there
 from torch import nn
 
 import harness
@@ -44,9 +45,9 @@ def listing(directory: Path) -> dict[str, tuple[int, int]]:
 def test_a_plain_loop_trains_to_its_end(tmp_path):
     run_ = train(tmp_path / "a")
     assert run_.finished and run_.step == 12 and run_.epoch == 2 and run_.state == {"steps": 12}
-    head = read_catalog(LocalStore(tmp_path / "a")).head
+    head = there(read_catalog(LocalStore(tmp_path / "a")).head)
     assert (head.step, head.epoch, head.final) == (12, 2, {"epochs": 2, "max_steps": None})
-    assert head.loss == pytest.approx(newest(tmp_path / "a")["loss"]) and head.loss > 0
+    assert head.loss == pytest.approx(newest(tmp_path / "a")["loss"]) and there(head.loss) > 0
     assert head.classes == {"model": "Sequential", "optimizer": "AdamW", "scheduler": "StepLR"}
     kinds = [
         event["event"] for event in events(tmp_path / "a") if event["event"] != "rehearsed"
@@ -581,6 +582,8 @@ def test_the_shells_of_ddp_and_compile_leave_no_prefix(tmp_path):
 
 def test_tied_tensors_stay_tied(tmp_path):
     class Tied(nn.Module):
+        part: torch.Tensor
+
         def __init__(self):
             super().__init__()
             self.embed, self.head = nn.Embedding(50, 40), nn.Linear(40, 50, bias=False)
@@ -670,7 +673,7 @@ def test_plain_state_comes_back_as_it_was(tmp_path):
 def test_parameters_that_are_not_finite_are_refused(broken):
     model = net()
     with torch.no_grad():
-        model[4].weight[0, 3] = broken
+        model.get_parameter("4.weight")[0, 3] = broken
     with pytest.raises(NonFiniteError, match=r"NaN or Inf in model.4.weight"):
         state.check_finite({"model": model})
     masked = net()
@@ -782,8 +785,8 @@ def test_averaged_weights_survive(tmp_path):
     model = net()
     average = step.Ema(model, 0.9)
     with torch.no_grad():
-        model[0].weight.fill_(1.0)
-        model[1].running_mean.fill_(5.0)
+        model.get_parameter("0.weight").fill_(1.0)
+        model.get_buffer("1.running_mean").fill_(5.0)
     start = average.module[0].weight.clone()
     average.update()
     torch.testing.assert_close(average.module[0].weight, start + 0.1 * (1 - start))
@@ -817,7 +820,8 @@ def stepper_of(loss, **settings: object) -> step.Stepper:
     )
     world = World(0, 1, torch.device("cpu"), 10)
     if not dist.is_initialized():
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        store = dist.HashStore()  # type: ignore[attr-defined]  # public, but not in __all__
+        dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     return step.Stepper(job, TrainSettings(**settings), world)  # type: ignore[arg-type]
 
 
@@ -880,7 +884,9 @@ def test_micro_batches_make_the_step_of_the_whole_batch():
 def test_gradients_are_clipped_to_the_norm():
     stepper = stepper_of(lambda model, x: 1000 * squared(model, x), clip_norm=0.5)
     stepper([torch.ones(4, 12)], (1.0,), 1)
-    total = torch.stack([p.grad.norm() for p in stepper.modules["model"].parameters()]).norm()
+    total = torch.stack(
+        [there(p.grad).norm() for p in stepper.modules["model"].parameters()]
+    ).norm()
     assert total.item() == pytest.approx(0.5, rel=1e-4)
 
 

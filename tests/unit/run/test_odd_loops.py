@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -35,13 +36,14 @@ def loop(
     *,
     leave_at: int | None = None,
     data: object = None,
-    **batches: object,
+    **batches: Any,
 ) -> harness.Run:
     """`make(run)` builds and tracks, and returns what makes a step; `leave_at` abandons the loop
     there."""
     job = harness.init(directory, seed=2, save_every_s=None, save_every_steps=2)
     step = make(job)
-    for batch in job.batches(data or points(), **({"global_batch_size": 8, "epochs": 2} | batches)):
+    own: dict[str, Any] = {"global_batch_size": 8, "epochs": 2}
+    for batch in job.batches(data or points(), **(own | batches)):
         job.log(loss=step(batch[0]))
         if job.step == leave_at:
             break
@@ -49,7 +51,7 @@ def loop(
 
 
 def goes_on_exactly(
-    tmp_path: Path, make: Make, data: Callable[[], object] = points, **batches: object
+    tmp_path: Path, make: Make, data: Callable[[], object] = points, **batches: Any
 ) -> None:
     """A loop that was left and started again ends as the one that was not."""
     loop(tmp_path / "whole", make, data=data(), **batches)

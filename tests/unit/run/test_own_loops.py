@@ -7,6 +7,7 @@ import json
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -35,14 +36,10 @@ PER_EPOCH = 6  # of the 48 points, in batches of 8
 
 
 def begin(
-    directory: Path, **init: object
+    directory: Path, **init: Any
 ) -> tuple[harness.Run, nn.Module, torch.optim.Optimizer, torch.optim.lr_scheduler.StepLR]:
-    job = harness.init(
-        directory,
-        **(  # type: ignore[arg-type]
-            {"seed": 2, "save_every_s": None, "save_every_steps": 2} | init
-        ),
-    )
+    own: dict[str, Any] = {"seed": 2, "save_every_s": None, "save_every_steps": 2}
+    job = harness.init(directory, **(own | init))
     model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 1))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.7)
@@ -283,11 +280,12 @@ def test_the_progress_of_a_loop_without_samples_is_told_in_steps(tmp_path, capfd
 # DataLoaders.
 
 
-def dealt(directory: Path, data: object, **batches: object) -> list[list[float]]:
+def dealt(directory: Path, data: object, **batches: Any) -> list[list[float]]:
     """The first number of each sample of each batch, over two epochs."""
     job, model, optimizer, _ = begin(directory)
     found = []
-    for (x,) in job.batches(data, **({"epochs": 2} | batches)):
+    batches.setdefault("epochs", 2)
+    for (x,) in job.batches(data, **batches):
         found.append(x[:, 0].tolist())
         update(model, optimizer, x)
     return found
@@ -486,10 +484,10 @@ def test_arguments_that_are_no_such_numbers_are_all_named_before_anything_begins
     with pytest.raises(UsageError) as caught:
         harness.init(
             tmp_path / "a",
-            seed="x",
+            seed="x",  # type: ignore[arg-type]
             save_every_steps=0,
-            keep_last="3",
-            wait_s=None,
+            keep_last="3",  # type: ignore[arg-type]
+            wait_s=None,  # type: ignore[arg-type]
             grace_s=None,
             save_every_s=0.5,
         )
@@ -504,9 +502,9 @@ def test_arguments_that_are_no_such_numbers_are_all_named_before_anything_begins
     assert not (tmp_path / "a").exists()
     job, *_ = begin(tmp_path / "a")
     with pytest.raises(UsageError, match="epochs='3', expected: a whole number above 0"):
-        next(job.batches(points(), 8, epochs="3"))
+        next(job.batches(points(), 8, epochs="3"))  # type: ignore[arg-type]
     with pytest.raises(UsageError, match=r"max_steps=2\.5"):
-        next(job.steps(2.5))
+        next(job.steps(2.5))  # type: ignore[arg-type]
 
 
 # Under a launcher.

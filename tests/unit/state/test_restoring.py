@@ -7,6 +7,7 @@ import collections
 import copy
 import io
 import itertools
+from typing import cast
 
 import numpy as np
 import pytest
@@ -188,9 +189,10 @@ def test_names_that_the_optimizer_was_given_are_used_where_no_module_is_tracked(
                 tensor.data.copy_(saved[name])
 
     one, other = Holder(), Holder()
-    tracked = {"holder": one, "optimizer": torch.optim.Adam(one.tensors.items())}
+    optimizer = torch.optim.Adam(one.tensors.items())
+    tracked = {"holder": one, "optimizer": optimizer}
     one.tensors["a"].sum().backward()
-    tracked["optimizer"].step()
+    optimizer.step()
     payload = saved_and_read(state.capture(tracked))
     fresh = torch.optim.Adam([("b", other.tensors["b"]), ("a", other.tensors["a"])])
     state.restore({"holder": other, "optimizer": fresh}, {}, payload, "it")
@@ -204,7 +206,7 @@ def test_compiled_layers_leave_no_trace_in_files_and_older_files_still_load():
     def made(compiled):
         model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.BatchNorm1d(4)), nn.Linear(4, 1))
         for at in compiled:
-            model[at] = torch.compile(model[at], backend="eager")
+            model[at] = cast("nn.Module", torch.compile(model[at], backend="eager"))
         return {"model": model, "optimizer": torch.optim.AdamW(model.parameters())}
 
     one, plain = made([0, 1]), made([])
@@ -454,6 +456,9 @@ def test_observers_of_torch_resize_themselves():
 
 
 class Repeated(nn.Module):
+    once: torch.Tensor
+    wide: torch.Tensor
+
     def __init__(self, value):
         super().__init__()
         self.register_buffer("once", torch.full((1, 3), value))
@@ -475,6 +480,8 @@ def test_nested_tensors_come_back(layout):
         )
 
     class Holds(nn.Module):
+        rows: torch.Tensor
+
         def __init__(self, value):
             super().__init__()
             self.register_buffer("rows", nested(value))
@@ -514,7 +521,7 @@ class Codes(torch.Tensor):
         return cls(parts["codes"], parts["scale"])
 
     @classmethod
-    def __torch_dispatch__(cls, func, types, args, kwargs=None):
+    def __torch_dispatch__(cls, func, types, args, kwargs=None):  # type: ignore[override]
         if func in (
             torch.ops.aten.detach.default,
             torch.ops.aten._to_copy.default,
@@ -579,7 +586,7 @@ class Lookahead(torch.optim.Optimizer):
     def step(self, closure=None):
         self.inner.step()
 
-    def zero_grad(self):
+    def zero_grad(self):  # type: ignore[override]
         self.inner.zero_grad()
 
     def state_dict(self):
@@ -623,7 +630,8 @@ class Wraps(torch.optim.Optimizer):
 
 @pytest.mark.parametrize("shares", [False, True])
 def test_an_inner_optimizer_whose_momentum_nobody_keeps_is_told(shares):
-    model, said = net(3, 3), []
+    model = net(3, 3)
+    said: list[str] = []
     tracked = {"model": model, "optimizer": Wraps(list(model.parameters()), shares=shares)}
     end = foreign_optimizers.on_untracked_update(tracked, said.append)
     stepped(model, tracked["optimizer"])
@@ -849,9 +857,9 @@ def test_conjugate_and_complex_tensors_are_compared():
 
 def test_a_tensor_and_its_conjugate_are_two():
     a = torch.tensor([1 + 2j, 3 - 1j])
-    values = {"step": 1, "state": {"a": a, "again": a, "conjugate": a.conj(), "wide": a.view(2, 1)}}
-    found = saved_and_read(state.captured(values, {}).fill())["state"]
-    assert all(torch.equal(found[name], value) for name, value in values["state"].items())
+    held = {"a": a, "again": a, "conjugate": a.conj(), "wide": a.view(2, 1)}
+    found = saved_and_read(state.captured({"step": 1, "state": held}, {}).fill())["state"]
+    assert all(torch.equal(found[name], value) for name, value in held.items())
     assert found["a"].data_ptr() == found["again"].data_ptr()
 
 

@@ -39,10 +39,10 @@ def stored(direct: Any, bucket: str, key: str) -> bytes | None:
         return None
 
 
-def outcome(action: Callable[[], Any]) -> Any:
+def outcome(action: Callable[..., Any], *arguments: object) -> Any:
     """What came of it: a result, a (status, code), or the kind of broken connection."""
     try:
-        return action()
+        return action(*arguments)
     except ClientError as error:
         return error.response["ResponseMetadata"]["HTTPStatusCode"], error.response["Error"]["Code"]
     except (BotoCoreError, OSError) as error:
@@ -145,7 +145,7 @@ def test_broken_connections(proxied: tuple[FaultProxy, Any, Any, str]) -> None:
     for fault in ("reset_body", "truncate"):
         proxy.rules[:] = [Rule(fault, "GET")]
         body = client.get_object(Bucket=name, Key="drop")["Body"]
-        got.append(outcome(lambda body=body: body.read()))
+        got.append(outcome(body.read))
     assert got == ["ResponseStreamingError", "ResponseStreamingError"] or set(got) <= {
         "ResponseStreamingError",
         "IncompleteReadError",
@@ -271,8 +271,9 @@ def test_storm_is_the_same_again(proxied: tuple[FaultProxy, Any, Any, str]) -> N
             seed, 0.5, [fault for fault in FAULTS if fault != "stall"], longest_delay_s=0.01
         )
         for turn in range(20):
-            outcome(lambda turn=turn: client.put_object(Bucket=name, Key=f"k{turn}", Body=b"12345"))
-            outcome(lambda turn=turn: client.get_object(Bucket=name, Key=f"k{turn}")["Body"].read())
+            key = f"k{turn}"
+            outcome(lambda key: client.put_object(Bucket=name, Key=key, Body=b"12345"), key)
+            outcome(lambda key: client.get_object(Bucket=name, Key=key)["Body"].read(), key)
         return [request.fault for request in proxy.requests]
 
     first, again, other = weather(1), weather(1), weather(2)

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from blake3 import blake3
 from conftest import ENVIRONMENT
+from there import there
 
 from harness.errors import StorageError
 from harness.store import TEMP, Entry, LocalStore
@@ -102,7 +103,7 @@ def test_nothing_appears_under_its_key_before_the_commit(store):
         sink.write(b"half")
         assert not store.exists("checkpoints/a.pt")
         temps = [entry.key for entry in store.entries("checkpoints")]
-        assert len(temps) == 1 and int(TEMP.match(temps[0])["attempt"]) == 3
+        assert len(temps) == 1 and int(there(TEMP.match(temps[0]))["attempt"]) == 3
         assert store.path(temps[0]).parent == store.path("checkpoints/a.pt").parent, (
             "a rename across devices is not atomic"
         )

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 from comparing import losses
 from conftest import alone, events, harness, outliving, run, torchrun, tree, wait_until, workers_of
@@ -360,8 +361,12 @@ def test_killed_it_is_no_failure_and_the_run_goes_on(
     after_steps(directory, 3, process)
     child = next(member for member in tree(process.pid) if workers_of(member.pid))
     workers = workers_of(child.pid)
-    targets = {"launch": [process], "torchrun": [child], "both": [process, child]}[whom]
-    for target in targets:
+    targets: dict[str, list[subprocess.Popen[str] | psutil.Process]] = {
+        "launch": [process],
+        "torchrun": [child],
+        "both": [process, child],
+    }
+    for target in targets[whom]:
         target.send_signal(signal.SIGKILL)
     assert outliving(workers, limit_s=2) == [], "workers outlive what started them"
     if whom == "torchrun":
@@ -454,7 +459,7 @@ class Pauses:
         self, monkeypatch: pytest.MonkeyPatch, give_up_after_s: float = float("inf")
     ) -> None:
         self.now, self.limit_s = 0.0, give_up_after_s
-        monkeypatch.setattr(retry.time, "monotonic", lambda: self.now)
+        monkeypatch.setattr(time, "monotonic", lambda: self.now)
 
     def sleep(self, seconds: float) -> None:
         assert 0 < seconds <= retry.SLICE_S

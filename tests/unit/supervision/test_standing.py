@@ -20,13 +20,13 @@ from jobs import Job
 from remote_lives import shared_nursery
 
 from harness import cli
-from harness.checkpoint import attempts
 from harness.checkpoint import format as fmt
 from harness.checkpoint.catalog import read_catalog
 from harness.store import LocalStore, Store, open_store
 from harness.supervision import launches
 from harness.supervision.launches import Launch
 from harness.supervision.restart_policy import Outcome, crash_loop, verdict
+from harness.text import now
 
 Cli = Callable[..., tuple[int, str]]
 
@@ -889,7 +889,7 @@ def test_status_says_running_only_while_something_was_heard_lately(run, harness)
     assert (code, "hung, or killed" in text) == (75, True)
     store.append(
         fmt.events_key(life.attempt.number),
-        (json.dumps({"event": "step", "step": 12, "time": attempts.now()}) + "\n").encode(),
+        (json.dumps({"event": "step", "step": 12, "time": now()}) + "\n").encode(),
     )
     code, text = harness("status", run)
     assert "at step 12" in text and "running" in text

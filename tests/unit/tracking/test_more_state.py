@@ -15,6 +15,7 @@ import torch
 from conftest import undone
 from library_runs import newest, steps_of
 from programs import STEP, killed_once, live
+from there import there
 from torch import nn
 
 import harness
@@ -276,7 +277,7 @@ def test_gradients_that_nobody_sets_to_zero_are_kept(tmp_path, decay):
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             for parameter in model.parameters() if decay < 1 else ():
-                parameter.grad.mul_(decay)
+                there(parameter.grad).mul_(decay)
             return loss
 
         return step
@@ -380,10 +381,12 @@ class Changing(nn.Module):
         super().__init__()
         self.body = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Dropout(p))
         self.head = nn.Linear(8, 1)
-        self.calls, self.history, self.scales = 0, [], {"loss": 1.0}
+        self.calls = 0
+        self.history: list[int] = []
+        self.scales = {"loss": 1.0}
         self.mean = torch.zeros(8)  # state that its author has not registered
         self.act = torch.relu
-        self.cache = None  # made when it is first used
+        self.cache: torch.Tensor | None = None  # made when it is first used
         self.register_buffer("mask", torch.ones(8), persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -442,16 +445,17 @@ def test_what_changed_of_modules_comes_back_after_two_resumes(tmp_path, capsys):
 class Becoming(nn.Module):
     """Has attributes that become something of another kind."""
 
+    once: torch.Tensor | None
+
     def __init__(self) -> None:
         super().__init__()
         self.body = nn.Linear(8, 1)
-        self.mean = None  # made by the first forward pass, then carried on
-        self.start, self.shift, self.gone = (
-            torch.full((8,), 0.1),
-            torch.full((8,), 0.2),
-            torch.full((8,), 0.3),
-        )
-        self.warm, self.pair = 1, ([], 0.5)
+        self.mean: torch.Tensor | None = None  # made by the first forward pass, then carried on
+        self.start: torch.Tensor | None = torch.full((8,), 0.1)
+        self.shift: torch.Tensor | float = torch.full((8,), 0.2)
+        self.gone = torch.full((8,), 0.3)
+        self.warm = 1
+        self.pair: tuple[list[int], float] = ([], 0.5)
         self.register_buffer("once", torch.full((8,), 0.4), persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -551,7 +555,7 @@ def test_a_buffer_that_becomes_what_cannot_be_kept_is_named_and_not_taken_for_go
 
 def test_a_program_that_builds_another_value_has_its_way_and_both_are_told(tmp_path, capsys):
     trained(tmp_path / "a", changing(), leave_at=7)
-    model: dict[str, nn.Module] = {}
+    model: dict[str, Changing] = {}
 
     def build(p):
         model["it"] = Changing(p)
