@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
 # their fixtures
 pytest_plugins = (
+    "s3_server",  # first: pytest rewrites the assertions of a module that it is the first to import
     "library_runs",
     "launches",
     "recipe_runs",
-    "s3_server",
     "slurm_cluster",
     "small_disks",
 )
