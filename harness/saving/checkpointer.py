@@ -233,14 +233,8 @@ class Checkpointer(CurrentAttempt):
         self._verified.add(manifest.name)
         self._known.wrote(manifest)
         self.tier.drop(before=(manifest.attempt, manifest.step + 1))
-        self.event_log.write(
-            "saved",
-            step=manifest.step,
-            checkpoint=manifest.name,
-            size_bytes=manifest.size_bytes,
-            seconds=round(self.save_s, 6),
-            **costs(),
-        )
+        written = {"size_bytes": manifest.size_bytes, "seconds": round(self.save_s, 6)} | costs()
+        self.event_log.write("saved", step=manifest.step, checkpoint=manifest.name, **written)
         if self._uploader:
             self._uploader.offer(manifest)
         self._prune(store)
