@@ -331,6 +331,14 @@ def check_next_attempt(root: Path) -> None:
     assert same(load.load(store, after.history[0]), payload(50))
 
 
+def injecting(faults: dict[str, str]) -> list[str]:
+    """The options with which strace lets a life meet these faults, by name of the system call."""
+    given = [
+        option for call, fault in faults.items() for option in ("-e", f"inject={call}:{fault}")
+    ]
+    return ["-o", "/dev/null", "-e", f"trace={','.join(faults)}", *given]
+
+
 def killed_at(
     servers: list[Server], template: Path, folder: Path, points: list[Point]
 ) -> list[int | None]:
@@ -340,15 +348,7 @@ def killed_at(
     def kill(server: Server, point: Point) -> int | None:
         root = folder / f"{point.name}-{point.k}"
         shutil.copytree(template, root)
-        code = server.live(
-            root,
-            "-o",
-            "/dev/null",
-            "-e",
-            f"trace={point.name}",
-            "-e",
-            f"inject={point.name}:signal=SIGKILL:when={point.k}",
-        )
+        code = server.live(root, *injecting({point.name: f"signal=SIGKILL:when={point.k}"}))
         assert code in (-signal.SIGKILL, DONE), (point, code)
         step = check_whole(root)
         check_next_attempt(root)
@@ -385,15 +385,7 @@ def fails_at(
     """Let one call fail, or all from there on, and check what was said of it and what is left."""
     root = folder / f"{point.name}-{point.k}-{error}"
     shutil.copytree(template, root)
-    code = server.live(
-        root,
-        "-o",
-        "/dev/null",
-        "-e",
-        f"trace={point.name}",
-        "-e",
-        f"inject={point.name}:error={error}:when={when}",
-    )
+    code = server.live(root, *injecting({point.name: f"error={error}:when={when}"}))
     phase, kind = divmod(code, 10)
     where = f"{error} at {point.text} -> {PHASES[phase - 1] if phase else 'done'}, {kind}"
     expected = {0: DONE, 1: RAISED_STORAGE, 2: RAISED_SAVE, 3: RAISED_STORAGE}
@@ -493,17 +485,12 @@ def test_a_disk_that_goes_on_failing_while_the_save_is_given_up_changes_no_words
         if point.name == begun and f"{fmt.stem(NEW, 2)}.pt.tmp" in point.text
     )
     at = points.index(first)
-    injected = [
-        "-e",
-        f"trace={begun},close,unlink",
-        "-e",
-        f"inject={begun}:error={error}:when={first.k}+",
-    ]
+    faults = {begun: f"error={error}:when={first.k}+"}
     for name in ("close", "unlink"):
         before = sum(point.name == name for point in points[:at])
-        injected += ["-e", f"inject={name}:error={error}:when={before + 1}+"]
+        faults[name] = f"error={error}:when={before + 1}+"
     shutil.copytree(template, tmp_path / "run")
-    code = servers[0].live(tmp_path / "run", "-o", "/dev/null", *injected)
+    code = servers[0].live(tmp_path / "run", *injecting(faults))
     assert code == 10 * (1 + PHASES.index("commit")) + RAISED_SAVE, "".join(servers[0].errors)
     assert check_whole(tmp_path / "run") == OLD
     check_next_attempt(tmp_path / "run")
@@ -630,15 +617,7 @@ def test_a_kill_in_the_first_attempt_leaves_nothing_or_its_first_checkpoint(serv
     def kill(server: Server, point: Point) -> int | None:
         root = tmp_path / f"{point.name}-{point.k}"
         root.mkdir()
-        code = server.live(
-            root,
-            "-o",
-            "/dev/null",
-            "-e",
-            f"trace={point.name}",
-            "-e",
-            f"inject={point.name}:signal=SIGKILL:when={point.k}",
-        )
+        code = server.live(root, *injecting({point.name: f"signal=SIGKILL:when={point.k}"}))
         found = read_catalog(LocalStore(root))
         if not found.manifests:
             found.check_fresh_start(str(root), [])

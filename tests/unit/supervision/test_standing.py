@@ -702,6 +702,12 @@ def test_after_a_launch_that_was_stopped_before_it_began_counts_nothing(run, har
     assert Job("100", LocalStore(run)).failures == []
 
 
+def stopped(harness, run: Path, launch: str) -> int:
+    """Tell `supervise` that this launch was stopped from outside; its exit code."""
+    words = ("supervise", "after", "--code", "143", "--stopped", f"run.dir={run}")
+    return harness(*words, launch=launch)[0]
+
+
 def test_after_with_stopped_frees_whatever_the_stop_broke(run, harness):
     job = Job("100", LocalStore(run))
     for count in range(4):
@@ -711,18 +717,7 @@ def test_after_with_stopped_frees_whatever_the_stop_broke(run, harness):
             job.attempt(why="failed", error="connection reset by peer", step=3)
         else:
             job.attempt()
-        assert (
-            harness(
-                "supervise",
-                "after",
-                "--code",
-                "143",
-                "--stopped",
-                f"run.dir={run}",
-                launch=f"100.{count}",
-            )[0]
-            == 75
-        )
+        assert stopped(harness, run, f"100.{count}") == 75
     assert job.failures == []
 
 
@@ -738,18 +733,7 @@ def test_after_with_stopped_frees_also_what_a_node_has_called_a_failure_first(ru
         assert launches.failed(
             LocalStore(run), f"100.{count}", code=1, error="torchrun failed on n2"
         )
-        assert (
-            harness(
-                "supervise",
-                "after",
-                "--code",
-                "143",
-                "--stopped",
-                f"run.dir={run}",
-                launch=f"100.{count}",
-            )[0]
-            == 75
-        )
+        assert stopped(harness, run, f"100.{count}") == 75
     assert job.failures == []
 
 
