@@ -13,58 +13,53 @@ from dataclasses import dataclass
 from harness.config.schema_services import SlurmSettings
 from harness.errors import UsageError
 
-# A shell line of more than 100 characters is split over two of the adjacent literals.
-TEMPLATE = (
-    r"""#!/bin/bash
+TEMPLATE = r"""#!/bin/bash
 {options}
-#SBATCH --ntasks-per-node=1         # one launcher a node; it starts the training processes
-#SBATCH --requeue                   """
-    r"""# preempted, or a node lost: SLURM starts this job again by itself
-#SBATCH --open-mode=append          # all lives of the job write one log
-#SBATCH --dependency=singleton      """
-    r"""# of all jobs with this name, one at a time: two would take a run from each other
+#SBATCH --ntasks-per-node=1       # one launcher per node; it starts the training processes
+#SBATCH --requeue                 # SLURM requeues the job after preemption or a node failure
+#SBATCH --open-mode=append        # one log for all restarts of the job
+#SBATCH --dependency=singleton    # only one job of this name at a time: two would compete for a run
 #
-# Trains one run to its end, over as many lives of this job as that takes. Submit once.
+# Train one run to its end, however often this job is preempted or fails. Submit it once.
 #
-#   preempted, asked to stop      all ranks finish the same step, save, and leave; the job is """
-    r"""queued again and resumes from that step
-#   near its time limit           the same, by itself, run.margin_s seconds before; no --signal """
-    r"""is needed
-#   a crash, a lost node          the job is queued again and resumes from the newest checkpoint
-#   {most} crashes in a row            without a new checkpoint between them: the job fails, and """
-    r"""the last lines of its log say of what
-#   finished                      the job ends, and is not queued again; so do `scancel` and """
-    r"""`harness stop RUN`
+#   preemption, SIGTERM     All ranks finish the same step, save and exit. The job is requeued and
+#                           resumes from that step.
+#   near the time limit     The same, run.margin_s seconds before the limit; no --signal is needed.
+#   a crash, a lost node    The job is requeued and resumes from the newest checkpoint.
+#   repeated crashes        After {most} without a new checkpoint in between, the job fails. The end
+#                           of its log shows the error.
+#   finished                The job ends and is not requeued. The same holds for `scancel` and
+#                           `harness stop RUN`.
 
-# What is trained.
+# The program and its settings.
 cd {directory} || exit 78
 code={code}
 settings=({settings})
 
-# What the site needs.
+# The environment of your site.
 {setup}
 harness=({python} "$code/harness/__main__.py")
 
-export HARNESS_CODE=$code                                            """
-    r"""# the task is imported from there too
-id=${{SLURM_ARRAY_JOB_ID:+${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID}}   """
-    r"""# of a job array: this task alone
-id=${{id:-$SLURM_JOB_ID}}
-export TORCH_CPP_LOG_LEVEL=${{TORCH_CPP_LOG_LEVEL:-ERROR}}                """
-    r"""# or who leaves last complains at length that the others are gone
-export HARNESS_LAUNCH=$SLURM_JOB_ID.${{SLURM_RESTART_COUNT:-0}}        # this life of the job
-end=$(timeout 30 squeue -h -j "$id" -o %e)                            """
-    r"""# SLURM says it by itself from 23.02 on
-if [[ $end = 20* ]]; then SLURM_JOB_END_TIME=$(date -d "$end" +%s); export SLURM_JOB_END_TIME; fi
-[ -z "${{SLURM_CPUS_PER_TASK:-}}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK   """
-    r"""# srun does not inherit it
-port=$((20000 + (7 * SLURM_JOB_ID + ${{SLURM_RESTART_COUNT:-0}}) % 10000))   """
-    r"""# another one for each job on a node, and for each life
+# The task is imported from this directory too.
+export HARNESS_CODE=$code
+# Errors only: the last rank to exit warns at length that the other ranks are gone.
+export TORCH_CPP_LOG_LEVEL=${{TORCH_CPP_LOG_LEVEL:-ERROR}}
+# srun does not inherit --cpus-per-task.
+[ -z "${{SLURM_CPUS_PER_TASK:-}}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
 
-# Queues this job again, and ends it at once by that. Only if it is still running, and this life """
-    r"""of it: on a job that somebody has
-# cancelled it would work too, and bring it back; what SLURM itself is queueing again, or has """
-    r"""started elsewhere, needs no help.
+# The ID of this job, or of this task of a job array.
+id=${{SLURM_ARRAY_JOB_ID:+${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID}}
+id=${{id:-$SLURM_JOB_ID}}
+# The ID of this start of the job.
+export HARNESS_LAUNCH=$SLURM_JOB_ID.${{SLURM_RESTART_COUNT:-0}}
+# SLURM sets SLURM_JOB_END_TIME itself from version 23.02 on.
+end=$(timeout 30 squeue -h -j "$id" -o %e)
+if [[ $end = 20* ]]; then SLURM_JOB_END_TIME=$(date -d "$end" +%s); export SLURM_JOB_END_TIME; fi
+# A different rendezvous port for each job on a node, and for each start of a job.
+port=$((20000 + (7 * SLURM_JOB_ID + ${{SLURM_RESTART_COUNT:-0}}) % 10000))
+
+# Requeue this job, which also ends this start of it. Only while this start is running: a requeue
+# would bring back a job that was cancelled, and SLURM may have requeued the job itself.
 requeue() {{
     local pause state
     for pause in 0 5 15 30 60 60; do
@@ -72,89 +67,84 @@ requeue() {{
         state=$(timeout 60 scontrol show job -o "$id") || continue
         [[ $state == *" Restarts=${{SLURM_RESTART_COUNT:-0}} "* ]] || exit $answer
         case $state in
-            *" JobState=RUNNING "* | *" JobState=COMPLETING Reason=TimeLimit "*) """
-    r"""timeout 60 scontrol requeue "$id" && exit 0 ;;
+            *" JobState=RUNNING "* | *" JobState=COMPLETING Reason=TimeLimit "*)
+                timeout 60 scontrol requeue "$id" && exit 0 ;;
             *) exit $answer ;;
         esac
     done
-    # Where a job may not queue itself again (or has no scontrol), submit this script several """
-    r"""times: thanks to --dependency=singleton
-    # they run one after another, each resumes from where the last one stopped, and those that """
-    r"""find the run finished end at once.
-    echo "harness: this job cannot be queued again; submit it again to go on" >&2
+    # If jobs may not requeue themselves here, submit this script several times. Because of
+    # --dependency=singleton the jobs run one after another, and each resumes the run. Those that
+    # start after the run has finished exit at once.
+    echo "harness: this job cannot be requeued; submit it again to continue" >&2
     exit $answer
 }}
 
-# A store that does not answer cannot count this failure either, so it is counted here.
-unreachable() {{
-    echo >>"$code/.unreachable-$SLURM_JOB_ID"
-    [ "$(wc -l <"$code/.unreachable-$SLURM_JOB_ID")" -ge {most} ] || requeue
+# Count the failures to reach the store in a file here, because the store cannot record them.
+unreachable=$code/.unreachable-$SLURM_JOB_ID
+requeue_unreachable() {{
+    echo >>"$unreachable"
+    [ "$(wc -l <"$unreachable")" -ge {most} ] || requeue
     exit 74
 }}
 
-# Is there anything to do? 75: yes. The run may be finished, or in a crash loop; or this disk is """
-    r"""not the one that the run lives on.
+# Is there anything to train? Exit code 75 means yes. Otherwise the run has finished, keeps
+# crashing, or lies on another disk.
 "${{harness[@]}}" supervise before{submitted} "${{settings[@]}}"
 answer=$?
-[ $answer -ne 74 ] || unreachable
+[ $answer -ne 74 ] || requeue_unreachable
 [ $answer -eq 75 ] || exit $answer
-rm -f "$code/.unreachable-$SLURM_JOB_ID"
+rm -f "$unreachable"
 
-# SLURM signals the steps when it preempts, and this shell only when it ends the job: then there """
-    r"""is little time, and nothing to do but
-# to wait for the ranks. A trap may not do more than to set a variable. Never signal srun: it """
-    r"""would kill the ranks at once.
+# At a preemption SLURM signals the job steps. It signals this shell only to end the job, and then
+# the ranks have little time left to save, so the trap must only set a variable. Never signal srun:
+# it would kill the ranks at once.
 stopped=
 trap 'stopped=--stopped' TERM INT USR1 USR2
 
-srun --kill-on-bad-exit=1 --cpu-bind=none "${{harness[@]}}" launch --nnodes="$SLURM_NNODES" """
-    r"""--nproc-per-node={procs} \
-    --rdzv-backend=c10d --rdzv-endpoint="$(hostname):$port" """
-    r"""--rdzv-id="$HARNESS_LAUNCH" "${{settings[@]}}" &
+srun --kill-on-bad-exit=1 --cpu-bind=none "${{harness[@]}}" launch \
+    --nnodes="$SLURM_NNODES" --nproc-per-node={procs} --rdzv-backend=c10d \
+    --rdzv-endpoint="$(hostname):$port" --rdzv-id="$HARNESS_LAUNCH" "${{settings[@]}}" &
 step=$!
 while :; do
     wait $step
-    code=$?
-    [ $code -gt 128 ] && kill -0 $step 2>/dev/null || break          # a trap ends `wait`, not srun
+    status=$?
+    # A trapped signal ends `wait` although srun is still running.
+    [ $status -gt 128 ] && kill -0 $step 2>/dev/null || break
 done
 
-# How did it end? The run's own records tell; exit codes do not. A preemption that has begun is """
-    r"""no failure, whatever it broke; to be
-# overtaken by the time limit is one, as long as there is no new checkpoint.
+# Decide from the run's own records whether this was a failure; the exit code does not tell. After
+# a preemption nothing counts as a failure. At the time limit it does, unless there is a new
+# checkpoint.
 job=$(timeout 60 scontrol show job -o "$id")
 [[ $job == *" PreemptTime=2"* ]] && stopped=--stopped
 [[ $job == *" Reason=TimeLimit "* ]] && stopped=
-"${{harness[@]}}" supervise after --code $code $stopped "${{settings[@]}}"
+"${{harness[@]}}" supervise after --code $status $stopped "${{settings[@]}}"
 answer=$?
-[ $answer -ne 74 ] || unreachable
+[ $answer -ne 74 ] || requeue_unreachable
 [ $answer -eq 75 ] || exit $answer
-requeue         # the last thing done
+requeue    # must be last
 """
-)
 
 
-DRILL = (
-    r"""#!/bin/bash
+DRILL = r"""#!/bin/bash
 {options}
 #SBATCH --ntasks=1
 #
-# Drills a program: it is trained undisturbed, then with faults, and both are compared. Nothing """
-    r"""of it goes to the run itself. One job,
-# one node; it is not queued again. The verdict stands at the end of this job's log, and its """
-    r"""exit code is the drill's.
+# Drill a program: train it without and with faults, and compare the results. The run itself is not
+# touched. This is one job on one node, which is not requeued. The verdict is at the end of the
+# job's log, and the job's exit code is that of `harness drill`.
 
 cd {directory} || exit 78
 code={code}
 settings=({settings})
 
-# What the site needs.
+# The environment of your site.
 {setup}
 
-export HARNESS_CODE=$code                                            """
-    r"""# the task is imported from there too
+# The task is imported from this directory too.
+export HARNESS_CODE=$code
 exec {python} "$code/harness/__main__.py" drill --nproc-per-node={procs} {drill} "${{settings[@]}}"
 """
-)
 
 
 @dataclass(frozen=True)
@@ -214,13 +204,22 @@ def script(job: Job) -> str:
         most=job.most_failures,
         directory=job.directory,
         code=job.code,
-        settings=" ".join(shlex.quote(word) for word in job.settings),
+        settings=_array_items(job.settings),
         setup="\n".join(slurm.setup),
         python=prefix + job.python,
         submitted=" --submitted" if job.is_submitted else "",
         procs=procs_per_node(slurm),
         drill=shlex.join(job.drill or ()),
     )
+
+
+def _array_items(words: list[str]) -> str:
+    """Return the items of a Bash array: on one line if they are short, else one item per line."""
+    items = [shlex.quote(word) for word in words]
+    on_one_line = " ".join(items)
+    if len(on_one_line) <= 88:
+        return on_one_line
+    return "\n" + "".join(f"    {item}\n" for item in items)
 
 
 def _check_plain(job: Job) -> None:

@@ -345,7 +345,7 @@ def test_without_a_way_to_queue_itself_again_a_job_says_what_to_do(
     assert (
         run.log()
         .rstrip()
-        .endswith("harness: this job cannot be queued again; submit it again to go on")
+        .endswith("harness: this job cannot be requeued; submit it again to continue")
     ), run.log()
     (tools / "scontrol").unlink()
     run.submit()

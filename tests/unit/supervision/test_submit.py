@@ -13,6 +13,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -111,7 +112,7 @@ def options(text: str) -> list[str]:
 
 def words(text: str) -> list[str]:
     """The settings that the script's shell passes on."""
-    first = text.partition("\n# What the site needs.")[0]
+    first = text.partition("\n# The environment of your site.")[0]
     done = subprocess.run(
         ["bash", "-c", f'{first}\nprintf "%s\\0" "${{settings[@]}}"'],
         capture_output=True,
@@ -215,7 +216,7 @@ def test_every_setting_appears(place, submit):
         "harness=(apptainer exec --nv image.sif '/opt/my python/bin/python' " in said
     )
     assert "--nproc-per-node=8 " in said
-    assert "5 crashes in a row" in said
+    assert "After 5 without a new checkpoint" in said
 
 
 def test_processes_are_those_asked_for_else_one_a_gpu_else_one(place, submit):
@@ -345,6 +346,35 @@ def test_every_option_stands_before_the_first_command(place, submit):
 def test_the_script_requires_the_runs_record(place, submit):
     assert "supervise before --submitted " in submit("--dry-run", "run.dir=runs/a")[1]
     assert "--submitted" not in script(Job(SlurmSettings(), "a", "out", []))
+
+
+def test_a_store_that_does_not_answer_at_the_end_is_counted_and_the_job_requeued(tmp_path):
+    """Commands of SLURM are small scripts here; the job's own shell is real."""
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    commands = {
+        "squeue": "echo Unknown",
+        "scontrol": f'case $1 in show) echo " Restarts=0 JobState=RUNNING ";;'
+        f' *) echo "$*" >>{tmp_path}/scontrol;; esac',
+        "srun": "exit 1",
+        "harness": "case $* in *before*) exit 75;; *) exit 74;; esac",
+    }
+    for name, text in commands.items():
+        (tools / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tools / name).chmod(0o755)
+    job = Job(SlurmSettings(), "a", "out", ["a=b"], directory=str(tmp_path), code=str(tmp_path))
+    (tmp_path / "job.sh").write_text(script(replace(job, python=str(tools / "harness"))))
+    done = subprocess.run(
+        ["bash", "job.sh"],
+        cwd=tmp_path,
+        env={"PATH": f"{tools}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "SLURM_NNODES": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "scontrol").read_text() == "requeue 7\n"
+    assert (tmp_path / ".unreachable-7").read_text() == "\n"
 
 
 # --- what is refused ---
