@@ -9,7 +9,7 @@ import json
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import psutil
@@ -25,6 +25,7 @@ pytestmark = pytest.mark.slow
 
 Start = Callable[..., "subprocess.Popen[str]"]
 LIMIT_S = 120
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 RECEIVERS = ("rank 0", "rank 1", "ranks", "torchrun", "every", "launch")
 
 SLOW_TASK = '''
@@ -121,12 +122,19 @@ def check_nothing_lost(directory: Path, other: Path) -> None:
     check_equal(directory, other)
 
 
-def matrix() -> pytest.MarkDecorator:
-    """Every receiver, with both signals."""
-    cases = [(whom, number) for whom in RECEIVERS for number in (signal.SIGTERM, signal.SIGUSR1)]
-    return pytest.mark.parametrize(
-        ("whom", "number"), [pytest.param(*case, id=f"{case[0]}-{case[1].name}") for case in cases]
-    )
+def matrix(
+    name: str = "", variants: Sequence[object] = (None,), first: int = 0
+) -> pytest.MarkDecorator:
+    """Every receiver in every variant, with the two signals in turn, beginning with `first`: over
+    the tests of this module each receiver gets both."""
+    cases = []
+    for i, whom in enumerate(RECEIVERS):
+        for j, variant in enumerate(variants):
+            number = SIGNALS[(i + j + first) % 2]
+            case = (whom, number, variant) if name else (whom, number)
+            words = [whom, number.name] + ([f"{name} {variant}"] if name else [])
+            cases.append(pytest.param(*case, id="-".join(words)))
+    return pytest.mark.parametrize(("whom", "number", *([name] if name else [])), cases)
 
 
 @functools.cache
@@ -147,17 +155,19 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("delay_s", "whom", "number"),
     [
-        pytest.param(3.0, "launch", signal.SIGTERM),
-        *[
-            pytest.param(delay_s, whom, number)
-            for delay_s in (0.3, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0)
-            for whom, number in (("launch", signal.SIGUSR1), ("every", signal.SIGTERM))
-        ],
-        *[
-            pytest.param(delay_s, "torchrun", number)
-            for delay_s in (3.0, 4.0, 5.0, 6.0)
-            for number in (signal.SIGTERM, signal.SIGUSR1)
-        ],
+        (0.3, "launch", signal.SIGUSR1),
+        (1.0, "every", signal.SIGTERM),
+        (2.0, "launch", signal.SIGUSR1),
+        (3.0, "every", signal.SIGTERM),
+        (3.0, "launch", signal.SIGTERM),
+        (3.0, "torchrun", signal.SIGTERM),
+        (4.0, "launch", signal.SIGUSR1),
+        (4.0, "torchrun", signal.SIGUSR1),
+        (5.0, "every", signal.SIGTERM),
+        (5.0, "torchrun", signal.SIGTERM),
+        (6.0, "launch", signal.SIGUSR1),
+        (6.0, "torchrun", signal.SIGUSR1),
+        (8.0, "every", signal.SIGTERM),
     ],
 )
 def test_while_it_starts(
@@ -203,7 +213,7 @@ def test_while_the_task_is_built(
     check_nothing_lost(tmp_path / "run", whole(2))
 
 
-@matrix()
+@matrix(first=1)
 def test_in_a_step(
     whom: str,
     number: signal.Signals,
@@ -247,8 +257,7 @@ def temporary(directory: Path) -> list[Path]:
     ] + list(directory.glob("checkpoints/.*"))
 
 
-@pytest.mark.parametrize("last", [False, True], ids=["on the way", "at the end"])
-@matrix()
+@matrix("last", (False, True))
 def test_in_a_save(
     whom: str, number: signal.Signals, last: bool, shelf: Path, tmp_path: Path, started: Start
 ) -> None:
@@ -270,8 +279,7 @@ def test_in_a_save(
     check_equal(directory, other)
 
 
-@pytest.mark.parametrize("every", [10, 100], ids=["on the way", "at the end"])
-@matrix()
+@matrix("every", (10, 100))
 def test_in_an_evaluation(
     whom: str, number: signal.Signals, every: int, shelf: Path, tmp_path: Path, started: Start
 ) -> None:
@@ -285,8 +293,7 @@ def test_in_an_evaluation(
     check_nothing_lost(tmp_path / "run", other)
 
 
-@pytest.mark.parametrize("step", [10, STEPS], ids=["on the way", "at the end"])
-@matrix()
+@matrix("step", (10, STEPS))
 def test_in_an_upload(
     whom: str,
     number: signal.Signals,
@@ -321,9 +328,16 @@ def test_in_an_upload(
     check_nothing_lost(directory, whole(2))
 
 
-@pytest.mark.parametrize("whom", RECEIVERS)
 @pytest.mark.parametrize(
-    "numbers", ["TERM TERM", "TERM USR1 CONT", "USR1 TERM INT", "TERM TERM TERM TERM"]
+    ("numbers", "whom"),
+    [
+        (numbers, whom)
+        for i, numbers in enumerate(
+            ["TERM TERM", "TERM USR1 CONT", "USR1 TERM INT", "TERM TERM TERM TERM"]
+        )
+        for j, whom in enumerate(RECEIVERS)
+        if (i + j) % 2 == 0
+    ],
 )
 def test_several_signals_are_one_stop(
     numbers: str,
