@@ -13,6 +13,7 @@ import torch
 
 from harness.data.quantized import scale_of
 from harness.state.capturing import Captured
+from harness.state.kinds import PLAIN
 from harness.state.raw_bytes import raw
 
 Path = tuple[Any, ...]  # keys and indices, outermost first
@@ -130,9 +131,7 @@ def _walk(value: Any, path: Path) -> Iterator[tuple[Path, Any]]:
 
 def _is_row(value: list[Any] | tuple[Any, ...]) -> bool:
     """Return whether a list or tuple holds only plain values."""
-    return all(
-        item is None or type(item) in (bool, int, float, complex, str, bytes) for item in value
-    )
+    return all(type(item) in PLAIN for item in value)
 
 
 def _spelled(value: Any) -> bytes:

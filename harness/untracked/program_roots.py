@@ -18,11 +18,13 @@ from torch import nn
 
 from harness.data.generator_objects import is_generator
 from harness.distributed import wrappers
+from harness.state.kinds import PLAIN
 from harness.untracked.array_changes import address_of
 from harness.untracked.candidates import drawn_from
 from harness.untracked.loop_variables import passing, values_of
+from harness.untracked.object_walk import OF_OPTIMIZERS
 from harness.untracked.program_frames import is_programs_file, program_frames
-from harness.untracked.unkept_values import PLAIN, is_of_program
+from harness.untracked.unkept_values import is_of_program
 
 HOOKS = (
     "_forward_pre_hooks",
@@ -32,7 +34,6 @@ HOOKS = (
     "_optimizer_step_pre_hooks",
     "_optimizer_step_post_hooks",
 )
-OF_OPTIMIZERS = frozenset(vars(torch.optim.SGD([torch.zeros(1)], 0.1))) | {"step"}
 
 
 class Roots:

@@ -26,11 +26,12 @@ from torch import nn
 
 import harness.untracked.array_changes as array_changes
 from harness.data.held_generators import tells_its_class
+from harness.state.kinds import PLAIN
 from harness.untracked.array_changes import ATTRIBUTE, MODULE, ArrayMark
 from harness.untracked.loop_variables import carried_attributes
 from harness.untracked.object_walk import DEPTH, FEW, MOST_OBJECTS, parts
 from harness.untracked.program_frames import is_programs_file
-from harness.untracked.unkept_values import PLAIN, is_of_program, is_programs
+from harness.untracked.unkept_values import is_of_program, is_programs
 
 WITHIN_S = 1.0  # limit of a search
 HASHED_BYTES = 1 << 20  # of a larger array some numbers are compared

@@ -26,13 +26,13 @@ import torch
 from torch import nn
 
 from harness.data.held_generators import is_library
+from harness.state.kinds import PLAIN
 from harness.untracked.array_changes import address_of
 from harness.untracked.object_walk import parts
 
 MOST_ITEMS = 5000  # limit of items that are examined for one value
 HASHED_BYTES = 1 << 20  # of a larger array the beginning is compared
 DEPTH = 3
-PLAIN = (bool, int, float, complex, str, bytes, type(None))
 PACKAGE = f"{Path(__file__).resolve().parents[1]}{os.sep}"
 
 Print = Any  # the fingerprint of a value; None if it is empty, or computed again
