@@ -5,23 +5,17 @@ from __future__ import annotations
 import copy
 import hashlib
 import weakref
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from harness.data.quantized import scale_of
+from harness.state.kinds import PLAIN
+from harness.untracked.object_walk import OF_MODULES, OF_OPTIMIZERS
 
-BARE = frozenset(vars(nn.Module())) - {"training"}  # nn.Module's own bookkeeping
-
-
-OF_OPTIMIZERS = frozenset(vars(torch.optim.SGD([torch.zeros(1)], 0.1))) | {
-    "step",
-    "_opt_called",
-}  # LR schedulers set the last two
-
-
-PLAIN = (bool, int, float, complex, str, bytes, type(None))
+BARE = OF_MODULES - {"training"}  # nn.Module's own bookkeeping
 
 
 MOST_ITEMS = 1000  # a longer list, tuple or dict does not count as plain
@@ -194,8 +188,49 @@ def is_mutable(value: Any) -> bool:
     return type(value) in (list, dict) or (type(value) is tuple and any(map(is_mutable, value)))
 
 
-def set_value(part: Part, key: str, now: Any, device: str | None) -> None:
-    """Set one attribute, buffer or `requires_grad`; copy into a tensor of the same shape."""
+def containers_of(value: Any, path: tuple[Any, ...] = ()) -> dict[tuple[Any, ...], Any]:
+    """Return the dicts and lists that a plain value consists of, itself included, by their paths.
+
+    A tuple is searched and is not in the result.
+    """
+    if type(value) not in (dict, list, tuple):
+        return {}
+    items = value.items() if type(value) is dict else enumerate(value)
+    inner = [containers_of(item, (*path, key)) for key, item in items]
+    own = {} if type(value) is tuple else {path: value}
+    return own | {at: container for part in inner for at, container in part.items()}
+
+
+def refilled(held: Any, now: Any) -> Any:
+    """Fill a held dict or list with the items of another one, in place, and return it.
+
+    Other variables may refer to the same dict or list, so it stays the same object. This applies to
+    nested ones, too, as far as both have containers of the same kind there. If the two values are
+    not such containers, `now` is returned.
+    """
+    if isinstance(held, dict) and isinstance(now, dict):
+        items = {key: refilled(held.get(key), item) for key, item in now.items()}
+        held.clear()
+        held.update(items)
+        return held
+    if isinstance(held, list) and isinstance(now, list):
+        held[:] = [*map(refilled, held, now), *now[len(held) :]]
+        return held
+    if type(held) is type(now) is tuple and len(held) == len(now):
+        return tuple(map(refilled, held, now))
+    return now
+
+
+def set_value(part: Part, key: str, now: Any, kept: Mapping[str, Any]) -> None:
+    """Set one attribute, buffer or `requires_grad`; copy into a tensor of the same shape.
+
+    Args:
+        part: the module or optimizer.
+        key: the attribute, `buffer NAME` or `NAME.requires_grad`.
+        now: the value; ABSENT to delete the attribute.
+        kept: the entry of a checkpoint, which holds the device of a tensor that is not where the
+            module is, and whether a container in the value had been replaced by another one.
+    """
     if key.endswith(REQUIRES_GRAD) and isinstance(
         parameter := own_dict(part, "_parameters").get(key.removesuffix(REQUIRES_GRAD)),
         nn.Parameter,
@@ -206,11 +241,14 @@ def set_value(part: Part, key: str, now: Any, device: str | None) -> None:
     elif not isinstance(now, torch.Tensor):
         own_dict(part, "_buffers").update({key.removeprefix(BUFFER): None}) if key.startswith(
             BUFFER
-        ) else setattr(part, key, now)
+        ) else setattr(
+            part, key, now if kept.get("replaced") else refilled(current_value(part, key), now)
+        )
     else:
         before = tensor_of(part, key)
         own = now.to(
-            device or (before.device if before is not None else home_device(part, now)), copy=True
+            kept.get("device") or (before.device if before is not None else home_device(part, now)),
+            copy=True,
         )
         if before is not None and (before.shape, before.dtype) == (own.shape, own.dtype):
             with torch.no_grad():

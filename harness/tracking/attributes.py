@@ -15,7 +15,8 @@ value is stored together with the value as built:
 `track`. Values from a checkpoint do not count: if a module's own `load_state_dict` has set a value,
 the value from before the load counts as built. A restore sets an attribute only if it had changed,
 and only if its value as built is the same as at the time of the save. Otherwise the program itself
-has changed, and its new value stands.
+has changed, and its new value stands. A dict or list that was changed in place is filled in place,
+because other parts and variables of the program may hold the same one.
 
 Only plain values, and tensors that exist at the start of the loop, are kept. Any other attribute
 that changes is reported by name (`unkept`).
@@ -35,6 +36,7 @@ from harness.tracking.attribute_values import (
     REQUIRES_GRAD,
     Part,
     Values,
+    containers_of,
     current_value,
     digest_of,
     home_device,
@@ -188,7 +190,7 @@ class Attributes:
                     now = kept.get("now", ABSENT)
                     built = here.get(key, ABSENT)
                     if path in modules and is_same(then, built):
-                        set_value(modules[path], key, now, kept.get("device"))
+                        set_value(modules[path], key, now, kept)
                     elif not is_same(now, built):
                         was = f"was built as {spelled(then)} and had become {spelled(now)}"
                         messages.append(
@@ -208,12 +210,15 @@ class _Watched:
             key: (place_of(tensor), small_copy(tensor)) for key, tensor in tensors_of(part).items()
         }
         odd = {key: id(value) for key, value in own.items() if not is_plain(value)}
-        mutable = [key for key, value in own.items() if is_mutable(value)]
+        self._mutable = {
+            key: containers_of(value)
+            for key, value in own.items()
+            if key not in odd and is_mutable(value)
+        }
         self._same = {
-            key: value for key, value in own.items() if key not in odd and key not in mutable
+            key: value for key, value in own.items() if key not in odd and key not in self._mutable
         }
         self._odd = [(key, number) for key, number in odd.items() if key not in self.tensors]
-        self._has_mutable = any(key not in odd for key in mutable)
         self._kinds = list(map(type, vars(part).values()))
         self._children = list(own_dict(part, "_modules").values())
         self._trained = self._which_are_trained()
@@ -257,7 +262,7 @@ class _Watched:
         """
         now = vars(self.part)
         return (
-            self._has_mutable
+            bool(self._mutable)
             or list(map(type, now.values())) != self._kinds  # True is equal to 1
             or not self._same.items() <= now.items()
             or (bool(self._odd) and any(id(now.get(key)) != number for key, number in self._odd))
@@ -300,9 +305,17 @@ class _Watched:
             )
             return {"now": tensor.detach().to("cpu", copy=True)} | elsewhere
         if key in now:
-            return {"now": now[key]}
+            return {"now": now[key]} | ({"replaced": True} if self._is_replaced(key) else {})
         is_gone = current_value(self.part, key) is None and key not in vars(self.part)
         return {} if is_gone else None
+
+    def _is_replaced(self, key: str) -> bool:
+        """Return whether a dict or list in a value was replaced: the one as built is not changed.
+
+        Then a restore must not fill that one, because others may hold it.
+        """
+        built, now = self._mutable.get(key, {}), containers_of(vars(self.part).get(key))
+        return any(now[path] is not built[path] for path in built.keys() & now.keys())
 
     def _is_another(self, key: str) -> bool:
         """Return whether a tensor was replaced or written to; compare a small one by value."""

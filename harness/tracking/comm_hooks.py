@@ -18,9 +18,10 @@ from harness.data.generator_objects import generator_state, is_generator, set_ge
 from harness.distributed.ranks import World
 from harness.distributed.wrappers import ddp_wrappers
 from harness.errors import UsageError
+from harness.state.kinds import PLAIN
+from harness.tracking.attribute_values import refilled
 from harness.tracking.sameness import is_same
 
-PLAIN = (bool, int, float, complex, str, bytes, type(None))
 STATELESS = (
     types.FunctionType,
     types.BuiltinFunctionType,
@@ -200,17 +201,16 @@ def _plain(where: str, value: Any) -> Any:
 
 
 def _set(hook: Hook, key: str, kept: Any) -> None:
-    """Restore one value of a hook's state; fill a dict, and set a generator, in place."""
+    """Restore one value of a hook's state; fill containers, and set a generator, in place."""
     before = _parts(hook.state).get(key)
     if is_generator(before):
         set_generator_state(f"{hook.where}, {key}", before, kept)
-    elif isinstance(before, dict):
-        before.clear()
-        before.update(_moved(kept, hook.device))
-    elif isinstance(hook.state, dict):
-        hook.state[key] = _moved(kept, hook.device)
+        return
+    now = refilled(before, _moved(kept, hook.device))
+    if isinstance(hook.state, dict):
+        hook.state[key] = now
     else:
-        setattr(hook.state, key, _moved(kept, hook.device))
+        setattr(hook.state, key, now)
 
 
 def _moved(value: Any, device: torch.device) -> Any:

@@ -442,6 +442,44 @@ def test_what_changed_of_modules_comes_back_after_two_resumes(tmp_path, capsys):
     assert set(attributes[""]) == {"calls", "history", "scales", "mean", "cache", "buffer mask"}
 
 
+SHARED = (
+    """
+run = init()
+torch.manual_seed(0)
+cfg, own = {"noise": 1.0, "widths": [1.0, 2.0], "by": {"layer": 1.0}}, {"noise": 1.0}
+by = cfg["by"]
+class Noisy(nn.Linear):
+    def __init__(self):
+        super().__init__(8, 8)
+        self.cfg, self.pair, self.own = cfg, (cfg["widths"], 1.0), own
+    def forward(self, x):
+        noise = self.cfg["noise"] * self.pair[0][-1] * self.cfg["by"]["layer"] * self.own["noise"]
+        return super().forward(x) * noise
+layers = [Noisy(), Noisy()]
+model = nn.Sequential(*layers, nn.Linear(8, 1))
+optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+run.track(model=model, optimizer=optimizer)
+for x, y in run.batches(points(), 16, epochs=2):
+    cfg["noise"] *= 0.99
+    cfg["widths"].append(cfg["widths"][-1] * 0.99)
+    by["layer"] *= 0.99
+    if run.step == 5:
+        layers[0].own = {"noise": 0.5}
+    own["noise"] *= 1.01
+"""
+    + STEP
+)
+
+
+def test_a_dict_that_layers_and_the_loop_share_is_shared_after_a_restart(tmp_path):
+    """But for the one that a layer has replaced: the other layer's is another one."""
+    outcome = killed_once(tmp_path, SHARED, die=11)
+    assert outcome.is_equal, (outcome.rows, outcome.resumed.text)
+    kept = payloads(tmp_path / "killed")[18]["attributes"]["model"]
+    assert kept["0"]["own"]["replaced"] and "replaced" not in kept["1"]["own"]
+    assert not any("replaced" in kept[path][key] for path in "01" for key in ("cfg", "pair"))
+
+
 class Becoming(nn.Module):
     """Has attributes that become something of another kind."""
 
