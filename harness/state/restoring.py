@@ -166,6 +166,9 @@ def restore_object(
     is_torchs = (
         isinstance(obj, torch.optim.Optimizer)
         and type(obj).load_state_dict is torch.optim.Optimizer.load_state_dict
+        and not (
+            obj._optimizer_load_state_dict_pre_hooks or obj._optimizer_load_state_dict_post_hooks
+        )
     )
     try:
         if isinstance(obj, nn.Module):
@@ -228,9 +231,10 @@ def _mended(held: Any, saved: Any, *, is_cast: bool) -> Any:
         # A tensor of its own class was rebuilt for this restore and need not be copied.
         return own.clone() if own is saved and type(own) is torch.Tensor else own
     if isinstance(saved, Mapping) and isinstance(held, Mapping):
+        # An optimizer's own load may rename, add and drop keys.
         return {
-            key: _mended(held[key], value, is_cast=is_cast) if key in held else value
-            for key, value in saved.items()
+            key: _mended(value, saved[key], is_cast=is_cast) if key in saved else value
+            for key, value in held.items()
         }
     if (
         isinstance(saved, list | tuple)

@@ -614,6 +614,47 @@ def test_an_optimizer_with_a_state_dict_of_its_own_comes_back():
     assert not list(differences(payload, state.capture(other)))
 
 
+class Packed(torch.optim.Adam):
+    """Packs what it keeps of each parameter for its state dict, as bitsandbytes does."""
+
+    def state_dict(self):
+        saved = super().state_dict()
+        return saved | {"state": {at: {"packed": own} for at, own in saved["state"].items()}}
+
+    def load_state_dict(self, saved):
+        own = {at: packed["packed"] for at, packed in saved["state"].items()}
+        super().load_state_dict(saved | {"state": own})
+
+
+def counting(parameters, lr):
+    """An optimizer whose load adds something to what is kept of each parameter."""
+
+    def count(optimizer):
+        for own in optimizer.state.values():
+            own["age"] = own["step"].clone()
+
+    optimizer = torch.optim.Adam(parameters, lr=lr)
+    optimizer.register_load_state_dict_post_hook(count)
+    return optimizer
+
+
+@pytest.mark.parametrize(("make", "more"), [(Packed, set()), (counting, {"age"})])
+def test_what_an_optimizers_own_load_makes_of_its_state_stays(make, more):
+    def made():
+        model = net(3, 3)
+        return {"model": model, "optimizer": make(model.parameters(), lr=0.1)}
+
+    one, other = made(), made()
+    stepped(one["model"], one["optimizer"])
+    payload = saved_and_read(state.capture(one))
+    state.restore(other, {}, payload, "it")
+    for own in other["optimizer"].state.values():
+        assert set(own) == {"step", "exp_avg", "exp_avg_sq"} | more
+    for each in (one, other):
+        stepped(each["model"], each["optimizer"])
+    assert all(map(torch.equal, one["model"].parameters(), other["model"].parameters()))
+
+
 class Wraps(torch.optim.Optimizer):
     """As SAM does: the momentum is the inner optimizer's."""
 
