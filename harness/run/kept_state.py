@@ -133,7 +133,8 @@ class KeptState:
         Raises:
             UsageError: A value cannot be restored from a checkpoint.
         """
-        self._values.look(values)
+        for warning in self._values.look(values):
+            self._say(f"harness: warning: {warning}")
         self._untracked.at_boundary(values)
         if warning := self._strays.at_boundary(tracked):
             self._say(f"harness: warning: {warning}")

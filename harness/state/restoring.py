@@ -151,7 +151,8 @@ def restore_object(
     """Restore the state of one object, bit for bit, without sharing memory with `state`.
 
     The tensors in `state` may be views of the memory of a whole checkpoint. A module copies them,
-    an optimizer of torch's is made to copy them (`_mend`), and any other object gets a copy.
+    an optimizer of torch's is made to copy them (`_mend`), and any other object gets a copy, with
+    each tensor on the device where the object has one in its place.
 
     Args:
         name: the name of the object, for messages.
@@ -174,11 +175,36 @@ def restore_object(
         if isinstance(obj, nn.Module):
             buffers.load(obj, state)
         else:
-            obj.load_state_dict(state if is_torchs else kinds.copied(state))
+            obj.load_state_dict(
+                state if is_torchs else _placed(kinds.copied(state), obj.state_dict(), {})
+            )
     except REFUSALS as error:
         raise _refused(name, obj, state, source, error) from error
     if isinstance(obj, torch.optim.Optimizer):
         _mend(obj, state, cast)
+
+
+def _placed(saved: Any, present: Any, moved: dict[int, torch.Tensor]) -> Any:
+    """Move the tensors of a saved state to the devices of those in the present one, in place.
+
+    Args:
+        saved: the saved state or a part of it, a copy.
+        present: the object's own state dict, or the part of it in the same place.
+        moved: the tensors that were moved already, by the id of the saved one: shared ones stay so.
+    """
+    if isinstance(saved, torch.Tensor) and isinstance(present, torch.Tensor):
+        if saved.device != present.device:
+            return moved.setdefault(id(saved), saved.to(present.device))
+    elif isinstance(saved, dict) and isinstance(present, Mapping):
+        saved.update(
+            {key: _placed(saved[key], present[key], moved) for key in saved if key in present}
+        )
+    elif isinstance(saved, list) and isinstance(present, list | tuple):
+        items = [_placed(mine, its, moved) for mine, its in zip(saved, present, strict=False)]
+        saved[: len(items)] = items
+    elif type(saved) is tuple and isinstance(present, list | tuple) and len(saved) == len(present):
+        return tuple(_placed(mine, its, moved) for mine, its in zip(saved, present, strict=True))
+    return saved
 
 
 def _refused(name: str, obj: Any, state: Any, source: str, error: Exception) -> UsageError:

@@ -1,7 +1,8 @@
 """Check `run.state` at each step boundary.
 
 A value that a restore could not give back is refused at the boundary after the program has set it,
-not after a kill.
+not after a kill. A tensor that is not on the CPU is reported, because a restore does not know where
+the program wants it.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from itertools import islice
 from typing import Any
+
+import torch
 
 from harness import state
 from harness.state.kinds import PLAIN
@@ -24,13 +27,15 @@ class UserState:
 
     def __init__(self) -> None:
         self._seen: dict[Any, tuple[int, int]] = {}  # by name: id and length of the object
+        self._elsewhere: set[Any] = set()  # the names of values with tensors on a device
 
-    def look(self, values: Mapping[str, Any]) -> None:
-        """Check the values that are new since the last call.
+    def look(self, values: Mapping[str, Any]) -> list[str]:
+        """Check the values that are new since the last call; return warnings about them.
 
         Raises:
             UsageError: if a new value would not come back from a checkpoint as what it is.
         """
+        warnings = []
         for name, value in values.items():
             if type(value) in PLAIN:
                 continue
@@ -38,10 +43,26 @@ class UserState:
             if (now := (id(value), length)) == self._seen.get(name):
                 continue
             before = self._seen.get(name, (0, 0))
-            state.check_user_state(
-                {name: _new(value, length - before[1] if before[0] == id(value) else length)}
-            )
+            new = _new(value, length - before[1] if before[0] == id(value) else length)
+            state.check_user_state({name: new})
             self._seen[name] = now
+            if name not in self._elsewhere and (device := _device_in(new)):
+                self._elsewhere.add(name)
+                warnings.append(
+                    f"run.state[{name!r}] holds a tensor on {device}, which is on the CPU after a "
+                    "restart: use .to(run.device) where it is read"
+                )
+        return warnings
+
+
+def _device_in(value: Any) -> str:
+    """Return the device of the first tensor in a value that is not on the CPU; "" if none is."""
+    if isinstance(value, torch.Tensor):
+        return "" if value.is_cpu else str(value.device)
+    if isinstance(value, Mapping | list | tuple):
+        items = value.values() if isinstance(value, Mapping) else value
+        return next(filter(None, map(_device_in, items)), "")
+    return ""
 
 
 def _new(value: Any, count: int) -> Any:

@@ -7,7 +7,7 @@ import collections
 import copy
 import io
 import itertools
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -22,6 +22,7 @@ from harness.checkpoint.format import version_of
 from harness.errors import UsageError
 from harness.exchange.compare import compare, differences
 from harness.state import lr_schedules
+from harness.tracking.user_state import UserState
 from harness.untracked import foreign_optimizers
 
 LOOP = """
@@ -653,6 +654,46 @@ def test_what_an_optimizers_own_load_makes_of_its_state_stays(make, more):
     for each in (one, other):
         stepped(each["model"], each["optimizer"])
     assert all(map(torch.equal, one["model"].parameters(), other["model"].parameters()))
+
+
+class Average:
+    """A weight average written by hand, which takes the tensors that it is given."""
+
+    def __init__(self, device):
+        one = torch.ones(3, device=device)
+        self.shadow: dict[str, Any] = {
+            "weight": one,
+            "tied": one,
+            "more": [(torch.ones(2, device=device), 1)],
+        }
+        self.cpu = torch.ones(2)
+
+    def state_dict(self):
+        return {"shadow": self.shadow, "cpu": self.cpu}
+
+    def load_state_dict(self, saved):
+        self.shadow, self.cpu = saved["shadow"], saved["cpu"]
+
+
+def test_tensors_go_to_the_devices_where_the_object_has_them():
+    """The device without data stands for a GPU."""
+    payload = saved_and_read(state.capture({"average": Average("cpu")}))
+    average = Average("meta")
+    state.restore_object("average", average, payload["average_state_dict"], "it")
+    weight, tied, more = average.shadow.values()
+    assert weight.is_meta and tied is weight and more[0][0].is_meta and more[0][1] == 1
+    assert torch.equal(average.cpu, torch.ones(2))
+
+
+def test_a_tensor_in_the_users_state_that_is_not_on_the_cpu_is_named_once():
+    values: dict[str, Any] = {"seen": [1, torch.ones(1, device="meta")], "one": 1}
+    user_state = UserState()
+    (warning,) = user_state.look(values)
+    assert (
+        warning.startswith("run.state['seen'] holds a tensor on meta") and "to(run.dev" in warning
+    )
+    values["seen"].append(torch.ones(1, device="meta"))
+    assert user_state.look(values) == []
 
 
 class Wraps(torch.optim.Optimizer):
