@@ -19,8 +19,9 @@ from harness.distributed.ranks import World
 from harness.run.protocols import StepCounter
 from harness.state import Captured
 from harness.tracking.extra_state import ExtraState
+from harness.tracking.own_values import give_own
 from harness.tracking.payload import OfRank, captured
-from harness.tracking.rank_differences import RankDifferences, give_own
+from harness.tracking.rank_differences import RankDifferences
 from harness.tracking.rank_entries import RankEntries
 from harness.tracking.user_state import UserState
 from harness.untracked.finder import UntrackedFinder

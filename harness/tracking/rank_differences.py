@@ -5,13 +5,13 @@ same on all ranks by construction. Everything else that is tracked is compared i
 save of an attempt. Later saves compare small objects and `run.state`.
 
 If an object differs, only its differing parts are kept for each rank. They are stored in `own`,
-under the object's name in the checkpoint, as pairs of a path and the value there.
+under the object's name in the checkpoint (see `own_values`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch.nn.parallel import DistributedDataParallel
@@ -22,28 +22,13 @@ from harness import state
 from harness.distributed import wrappers
 from harness.distributed.ranks import World
 from harness.text import size
+from harness.tracking.own_values import KINDS, STATE, OwnKinds, OwnValues, without_same_kinds
 from harness.tracking.payload import OfRank
 from harness.tracking.rank_entries import RankEntries
-from harness.tracking.tensor_leaves import Leaf, Path, leaves_of, put_leaf, short_digest
+from harness.tracking.tensor_leaves import Leaf, Leaves, Path, leaves_of, short_digest
 
 SMALL_BYTES = 1 << 20  # an object below this size is compared at each save
 MOST_BYTES = 64 << 20  # limit per rank: a larger difference is not kept, a larger sum is reported
-STATE = "state"  # the key of `run.state` in a checkpoint
-
-
-@dataclass
-class _Kept:
-    """The parts of one object's state that each rank keeps for itself."""
-
-    paths: set[Path] = field(default_factory=set)
-    value: list[tuple[Path, Any]] | None = None
-
-    def state(self) -> list[tuple[Path, Any]] | None:
-        """Return the paths and values of this rank."""
-        return self.value
-
-    def restore(self, state: Any) -> None:
-        """Do nothing: `give_own` has replaced the writer's values before any restore."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +54,9 @@ class RankDifferences:
         self, world: World, own: RankEntries, say: Callable[[str], None], note: Callable[..., None]
     ) -> None:
         self._world, self._own, self._say, self._note = world, own, say, note
-        self._kept: dict[str, _Kept] = {}
+        self._kept: dict[str, OwnValues] = {}
+        self._kinds = OwnKinds()
+        own.add(KINDS, self._kinds)
         self._passed: dict[str, set[Path]] = {}  # differences that are not kept
         self._structures: dict[str, bytes] = {}
         self._small: set[str] = set()
@@ -97,6 +84,7 @@ class RankDifferences:
             self._look(tracked, values, in_full=not self._is_begun)
             self._is_begun = True
         given = self._world.to_writer((state.rng_state(), iterator, self._own.state()))
+        without_same_kinds(given)
         self._tell_of_big(given)
         return given
 
@@ -114,7 +102,7 @@ class RankDifferences:
         }
         if in_full:
             self._small = {STATE} | {key for key, own in leaves.items() if _is_small(own)}
-        structures = {key: short_digest(repr(list(own)).encode()) for key, own in leaves.items()}
+        structures = {key: own.structure for key, own in leaves.items()}
         reports = {
             key: self._report(key, structures[key], own)
             for key, own in leaves.items()
@@ -133,12 +121,8 @@ class RankDifferences:
             self._look(tracked, values, in_full=True)
             return
         for key, kept in self._kept.items():
-            whole = () in kept.paths
-            kept.value = (
-                [((), leaves[key].whole)]
-                if whole
-                else [(p, leaf.value()) for p, leaf in leaves[key].items() if p in kept.paths]
-            )
+            kept.look(leaves[key])
+        self._kinds.look(self._kept, leaves)
 
     def _states(
         self, tracked: Mapping[str, Any], values: Mapping[str, Any], in_full: bool
@@ -183,7 +167,7 @@ class RankDifferences:
         )
 
     def _compare(
-        self, tracked: Mapping[str, Any], reports: dict[str, _Report], leaves: Mapping[str, Any]
+        self, tracked: Mapping[str, Any], reports: dict[str, _Report], leaves: Mapping[str, Leaves]
     ) -> bool:
         """Find the differing leaves, and keep them for each rank if they are small enough.
 
@@ -239,7 +223,7 @@ class RankDifferences:
         self._note("differs_by_rank", object=name, size_bytes=size_bytes, kept=fits)
         if fits:
             if key not in self._kept:
-                self._kept[key] = _Kept()
+                self._kept[key] = OwnValues()
                 self._own.add(key, self._kept[key])
                 self._say(f"harness: {name} is another one on each rank: each keeps its own")
             self._kept[key].paths |= paths
@@ -273,27 +257,6 @@ class RankDifferences:
                     f"in each checkpoint ({parts}), which all ranks read at a restart: "
                     f"expected at most {size(MOST_BYTES)}. Let less state differ by rank."
                 )
-
-
-def give_own(payload: dict[str, Any], world: World) -> dict[str, Any]:
-    """Replace the writer's values by this rank's own, and drop those of other ranks.
-
-    Nothing changes if the number of ranks is not the same as at the time of the save.
-
-    Returns:
-        The payload, which is changed in place.
-    """
-    entries = payload.get("own")
-    if not entries or len(entries) != world.size:
-        return payload
-    for key, kept in entries[world.rank].items():
-        if key == STATE or key.endswith("_state_dict"):
-            for path, value in kept or ():
-                payload[key] = put_leaf(payload[key], tuple(path), value)
-    payload["own"] = [
-        entry if rank == world.rank else dict.fromkeys(entry) for rank, entry in enumerate(entries)
-    ]
-    return payload
 
 
 def _is_alike(obj: Any, held: set[int]) -> bool:

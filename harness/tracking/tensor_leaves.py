@@ -84,6 +84,16 @@ class Leaves(dict[Path, Leaf]):
             self[path] = Leaf(live)
 
     @property
+    def kinds(self) -> dict[str, str]:
+        """Return the kinds of the values that are not plain, by path as in a checkpoint."""
+        return dict(self._captured.seen.kinds)
+
+    @property
+    def structure(self) -> bytes:
+        """Return a digest of the paths and kinds of all values."""
+        return short_digest(repr((list(self), sorted(self.kinds.items()))).encode())
+
+    @property
     def whole(self) -> Any:
         """Return the complete state on the CPU, with GPU tensors copied there."""
         (value,) = self._captured.fill().values()

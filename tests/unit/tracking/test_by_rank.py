@@ -88,6 +88,50 @@ def test_a_normaliser_and_plain_values_of_its_own_come_back_to_each_rank(tmp_pat
     assert first.split()[4:5] == ["[1,"]  # before the loop already
 
 
+KINDS = (
+    """
+class Holder:
+    def __init__(self):
+        self.held = {"last": None}
+
+    def state_dict(self):
+        return self.held
+
+    def load_state_dict(self, state):
+        self.held = state
+"""
+    + DDP
+    + """
+holder = Holder()
+run.track(model=model, optimizer=optimizer, holder=holder)
+print("first:", {key: type(value).__name__ for key, value in (run.state | holder.held).items()})
+mine = run.rank == 0
+"""
+    + LOOP.replace(
+        "    die(run)",
+        "    run.state[f'seen{run.rank}'] = np.zeros(8, np.float32)\n"
+        "    run.state['lower'] = np.float32(0.5) if mine else 0.5\n"
+        "    run.state['best'] = np.float32(run.step) if mine else None\n"
+        "    holder.held['last'] = np.ones(2) if mine else torch.ones(2, dtype=torch.float64)\n"
+        "    die(run)",
+    )
+    + "print('last:', run.state)\n"
+)
+
+
+def test_values_of_other_kinds_on_each_rank_come_back_in_their_kinds(tmp_path):
+    outcome = killed_once(tmp_path, KINDS, ranks=2)
+    assert outcome.is_equal, (outcome.rows, outcome.resumed.texts)
+    assert last(outcome.whole) == last(outcome.resumed)
+    for rank, kinds in enumerate(
+        (
+            {"seen0": "ndarray", "lower": "float32", "best": "float32", "last": "ndarray"},
+            {"seen1": "ndarray", "lower": "float", "best": "NoneType", "last": "Tensor"},
+        )
+    ):
+        assert f"first: {kinds}" in outcome.resumed.texts[rank]
+
+
 def test_another_number_of_ranks_is_told_what_is_lost(tmp_path):
     outcome = killed_once(tmp_path, OWN, ranks=2, ranks_then=1)
     assert outcome.resumed.code == 0
