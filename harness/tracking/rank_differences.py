@@ -1,8 +1,9 @@
 """Find state that differs from rank to rank by comparing digests, and keep it for each rank.
 
 The modules in DistributedDataParallel, and optimizers with no other parameters than theirs, are the
-same on all ranks by construction. Everything else that is tracked is compared in full at the first
-save of an attempt. Later saves compare small objects and `run.state`.
+same on all ranks by construction, but for the parameters and buffers that it is set to ignore.
+Everything else that is tracked is compared in full at saves 1, 2, 4, 8 … of an attempt. The other
+saves compare small objects and `run.state`.
 
 If an object differs, only its differing parts are kept for each rank. They are stored in `own`,
 under the object's name in the checkpoint (see `own_values`).
@@ -21,6 +22,7 @@ from torch.optim.swa_utils import AveragedModel
 from harness import state
 from harness.distributed import wrappers
 from harness.distributed.ranks import World
+from harness.state.capturing import state_of
 from harness.text import size
 from harness.tracking.own_values import KINDS, STATE, OwnKinds, OwnValues, without_same_kinds
 from harness.tracking.payload import OfRank
@@ -28,6 +30,7 @@ from harness.tracking.rank_entries import RankEntries
 from harness.tracking.tensor_leaves import Leaf, Leaves, Path, leaves_of, short_digest
 
 SMALL_BYTES = 1 << 20  # an object below this size is compared at each save
+SETTINGS = ((), ("param_groups",))  # where the paths of an optimizer's settings begin
 MOST_BYTES = 64 << 20  # limit per rank: a larger difference is not kept, a larger sum is reported
 
 
@@ -60,7 +63,7 @@ class RankDifferences:
         self._passed: dict[str, set[Path]] = {}  # differences that are not kept
         self._structures: dict[str, bytes] = {}
         self._small: set[str] = set()
-        self._is_begun = self._is_reported = False
+        self._saves, self._is_reported = 0, False
         # Objects of DDP are trusted to be the same until settings of an optimizer differ.
         self._trusts_ddp, self._trusted = True, set[str]()
 
@@ -81,8 +84,8 @@ class RankDifferences:
             UsageError: if state is not plain data.
         """
         if self._world.size > 1:
-            self._look(tracked, values, in_full=not self._is_begun)
-            self._is_begun = True
+            self._saves += 1
+            self._look(tracked, values, in_full=self._saves.bit_count() == 1)
         given = self._world.to_writer((state.rng_state(), iterator, self._own.state()))
         without_same_kinds(given)
         self._tell_of_big(given)
@@ -129,14 +132,16 @@ class RankDifferences:
     ) -> dict[str, state.Captured]:
         """Capture the objects to compare this time, by their names in the checkpoint.
 
-        Of a trusted object only the settings of the parameter groups are compared.
+        Of a trusted object only the settings of the parameter groups are compared, and what DDP
+        ignores.
         """
         if in_full:
             held = {
                 id(parameter)
                 for obj in tracked.values()
                 for shell in wrappers.ddp_wrappers(obj)
-                for parameter in shell.parameters()
+                for path, parameter in shell.module.named_parameters()
+                if path not in _names_ignored(shell)
             }
             alike = {name for name, obj in tracked.items() if _is_alike(obj, held)}
             self._trusted = {
@@ -150,7 +155,7 @@ class RankDifferences:
                     {n: item for n, item in group.items() if n != "params"}
                     for group in getattr(wrappers.unwrap(obj), "param_groups", ())
                 ]
-                states[key] = state.as_captured(key, {"param_groups": groups})
+                states[key] = state.as_captured(key, {"param_groups": groups} | _ignored(obj))
             elif in_full or key in self._small or key in self._kept:
                 states[key] = state.captured_object(name, obj)
         return states
@@ -213,7 +218,8 @@ class RankDifferences:
                 )
                 self._take(key, differing, self._world.agree([own])[0])
                 # With different settings, optimizers make different updates.
-                self._trusts_ddp = self._trusts_ddp and key not in self._trusted
+                if key in self._trusted and any(path[:1] in SETTINGS for path in differing):
+                    self._trusts_ddp = False
         return trusted and not self._trusts_ddp
 
     def _take(self, key: str, paths: set[Path], size_bytes: int) -> None:
@@ -271,6 +277,20 @@ def _is_alike(obj: Any, held: set[int]) -> bool:
             id(parameter) in held for group in inner.param_groups for parameter in group["params"]
         )
     return any(isinstance(shell, DistributedDataParallel) for shell in wrappers.wrappers(obj))
+
+
+def _names_ignored(shell: DistributedDataParallel) -> set[str]:
+    """Return the names that a module in DDP is set to ignore.
+
+    DDP expects a dot before the names of parameters of the outermost module.
+    """
+    return {name.removeprefix(".") for name in shell.parameters_to_ignore}
+
+
+def _ignored(obj: Any) -> dict[str, Any]:
+    """Return what a module in DDP holds that DDP is set to ignore, as in its state dict."""
+    names = {name for shell in wrappers.ddp_wrappers(obj) for name in _names_ignored(shell)}
+    return {name: value for name, value in state_of(obj).items() if name in names} if names else {}
 
 
 def _copies_buffers(obj: Any) -> bool:

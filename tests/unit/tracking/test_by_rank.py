@@ -207,10 +207,49 @@ run.track(model=model, optimizer=optimizer, counter=counter)
 )
 
 
-def test_what_begins_to_differ_after_the_first_save_is_found_at_the_next(tmp_path):
-    outcome = killed_once(tmp_path, LATER, ranks=2)
+@pytest.mark.parametrize("more", ["", ', "table": torch.full((1 << 20,), self.n)'])
+def test_what_begins_to_differ_after_the_first_save_is_found_at_the_next(tmp_path, more):
+    """What is large, too."""
+    source = LATER.replace('"n": self.n', f'"n": self.n{more}')
+    outcome = killed_once(tmp_path, source, ranks=2)
     assert outcome.is_equal, (outcome.rows, outcome.resumed.texts)
     assert last(outcome.whole) == last(outcome.resumed) == ["last: 4", "last: 20"]
+
+
+IGNORED = (
+    """
+class Own(nn.Linear):
+    def __init__(self):
+        super().__init__(8, 1)
+        self.own = nn.Parameter(torch.zeros(1))
+        self.register_buffer("sum", torch.zeros(1))
+
+    def forward(self, x):
+        self.sum += x.sum()
+        return super().forward(x) + self.own + 0.01 * self.sum
+
+run = init()
+torch.manual_seed(0)
+model = Own()
+nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
+    model, [".own", "sum"]
+)
+ddp = nn.parallel.DistributedDataParallel(model)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+run.track(model=ddp, optimizer=optimizer)
+"""
+    + LOOP.replace("model(x)", "ddp(x)")
+    + "print('last:', model.own.item(), model.sum.item())\n"
+)
+
+
+def test_what_ddp_is_set_to_ignore_comes_back_to_each_rank(tmp_path):
+    outcome = killed_once(tmp_path, IGNORED, ranks=2)
+    assert outcome.is_equal, (outcome.rows, outcome.resumed.texts)
+    assert last(outcome.whole) == last(outcome.resumed)
+    assert last(outcome.whole)[0] != last(outcome.whole)[1]
+    kept = newest(tmp_path / "whole")["own"][1]
+    assert {path for path, _ in kept["model_state_dict"]} == {("own",), ("sum",)}
 
 
 PLATEAU = (
