@@ -14,6 +14,7 @@ from harness.data import loading
 from harness.data.plan import Position, Share
 from harness.distributed import ddp, wrappers
 from harness.distributed.ranks import World
+from harness.errors import UsageError
 from harness.run.usage_checks import check_loggable
 
 
@@ -40,7 +41,7 @@ def evaluate(
         beat: Called before each batch.
 
     Raises:
-        UsageError: `fn` uses a name that every event has.
+        UsageError: `fn` uses a name that every event has, or the ranks' datasets have unlike sizes.
     """
     modules = [module for obj in tracked for module in _modules_of(obj)]
     sums: dict[str, float] = {}
@@ -56,7 +57,13 @@ def evaluate(
                 for name, value in fn(loading.to_device(batches[0], world.device)).items():
                     sums[name] = sums.get(name, 0.0) + float(value)
     check_loggable(sums)
-    parts = world.gather(sums)
+    sizes, parts = zip(*world.gather((len(dataset), sums)), strict=True)
+    if len(set(sizes)) > 1:
+        raise UsageError(
+            "the ranks were not given the same data to evaluate",
+            f"found: {', '.join(map(str, sizes))} samples, by rank",
+            "Give every rank the whole dataset: evaluate() gives each rank its share of it.",
+        )
     names = dict.fromkeys(name for part in parts for name in part)
     return {name: sum(part.get(name, 0.0) for part in parts) / len(dataset) for name in names}
 

@@ -103,8 +103,11 @@ class KeptState:
     ) -> list[str]:
         """Refuse a run that could not resume exactly, and return warnings.
 
-        For the arguments and errors see `resume_checks.check`.
+        For the arguments and errors see `resume_checks.check` and `check_same_data`.
+
+        Collective: every rank must call it.
         """
+        resume_checks.check_same_data(self._world, data, self._settings.accept)
         return resume_checks.check(tracked, payload, data, self._settings.accept)
 
     def begin(

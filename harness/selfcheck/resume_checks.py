@@ -5,7 +5,7 @@ Each error message of a check names the setting that accepts the difference, if 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from harness import state
@@ -82,6 +82,51 @@ def check_data(now: Mapping[str, Any], before: Mapping[str, Any], accept: tuple[
                 "Put it back as it was, or take another run directory. To insist: "
                 f"resume.accept=[{insist}].",
             )
+
+
+def check_same_data(world: World, data: Mapping[str, Any], accept: tuple[str, ...]) -> None:
+    """Check that every rank was given the same datasets, because each rank takes its share of them.
+
+    Streams are left out: each rank reads its own. Collective: every rank must call it.
+
+    Raises:
+        UsageError: The datasets have unlike sizes, or unlike samples and `accept` lacks "data".
+    """
+    parts = {"the dataset": data} | {
+        f"beside[{name!r}]": part for name, part in data.get("beside", {}).items()
+    }
+    of_ranks = world.gather(
+        {
+            name: (part["size"], part["fingerprint"])
+            for name, part in parts.items()
+            if part["size"] is not None
+        }
+    )
+    names = list(dict.fromkeys(name for of_rank in of_ranks for name in of_rank))
+    kinds = {name: {of_rank.get(name) for of_rank in of_ranks} for name in names}
+    other_sizes = [name for name in names if len({kind and kind[0] for kind in kinds[name]}) > 1]
+    others = [name for name in names if len(kinds[name]) > 1]
+    if not (other_sizes or (others and "data" not in accept)):
+        return
+    raise UsageError(
+        "the ranks were not given the same data",
+        "\n".join(
+            f"  {name}: found {_of_each_rank([of_rank.get(name) for of_rank in of_ranks])}"
+            for name in others
+        ),
+        "Give every rank the whole dataset: batches() gives each rank its share of it."
+        + ("" if other_sizes else " To insist: resume.accept=[data]."),
+    )
+
+
+def _of_each_rank(found: Sequence[tuple[int, str] | None]) -> str:
+    """Return the data of the first rank, and of the first one that differs, in words."""
+    other = next(rank for rank, data in enumerate(found) if data != found[0])
+    return ", ".join(
+        f"{'none' if (data := found[rank]) is None else f'{data[0]} samples ({data[1]})'}"
+        f" on rank {rank}"
+        for rank in (0, other)
+    )
 
 
 def give_back(

@@ -3,6 +3,7 @@ same after a kill."""
 
 from __future__ import annotations
 
+import re
 import signal
 
 import pytest
@@ -422,6 +423,46 @@ def test_ranks_whose_samplers_disagree_are_told_and_dealt_the_order_of_the_first
         ), "each sample once"
     assert [said(text, "used") for text in outcome.resumed.texts] == [of[30:] for of in used]
     assert outcome.is_equal, outcome.rows
+
+
+PARTS = BEGIN + """
+data = points(48)
+mine = torch.utils.data.Subset(data, PART)
+if EVALUATES:
+    for (x, y), more in run.batches(data, 4, epochs=2, beside={"more": data}):
+        run.evaluate(mine, lambda batch: {"val_loss": batch[0].sum()})
+for (x, y), more in run.batches(mine, 4, epochs=2, beside={"more": BESIDE}):
+    pass
+"""  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("part", "beside", "found"),
+    [
+        ("range(run.rank, 48, 2)", "data", "the dataset: found 24 samples (%) on rank 0, 24"),
+        ("range(8 + 8 * run.rank)", "data", "the dataset: found 8 samples (%) on rank 0, 16"),
+        ("range(48)", "mine if run.rank else data", None),
+        ("range(48)", "points(24 + run.rank)", "beside['more']: found 24 samples (%) on rank 0, 2"),
+    ],
+)
+def test_ranks_that_are_given_unlike_data_are_refused_before_training(
+    part, beside, found, tmp_path
+):
+    source = PARTS.replace("PART", part).replace("BESIDE", beside).replace("EVALUATES", "False")
+    lived = live(tmp_path, source, "run", ranks=2)
+    if found is None:
+        assert lived.codes == [0, 0], lived.texts
+        return
+    assert lived.codes == [78, 78], lived.texts
+    assert re.search(re.escape(found).replace("%", ".+"), lived.text), lived.text
+    assert "Give every rank the whole dataset" in lived.text
+
+
+def test_ranks_that_evaluate_unlike_data_are_refused(tmp_path):
+    source = PARTS.replace("PART", "range(8 + run.rank)").replace("EVALUATES", "True")
+    lived = live(tmp_path, source.replace("BESIDE", "data"), "run", ranks=2)
+    assert lived.codes == [78, 78], lived.texts
+    assert "found: 8, 9 samples, by rank" in lived.text
 
 
 GROWS = (
