@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch.utils.data import default_collate
 
 from harness.data.given_order import KEPT, GivenOrder
 from harness.data.loading import (
+    Ask,
     Batching,
     Collate,
     Loader,
@@ -28,7 +29,7 @@ from harness.data.loading import (
     takes_epoch,
 )
 from harness.data.plan import Border, Plan, Position, Share, seed_of
-from harness.data.source import Batches, Bordered, Say, Source, Unasked
+from harness.data.source import Batches, Bordered, InThisProcess, Say
 from harness.data.stream import StreamSource, check_resumable
 from harness.distributed.ranks import World
 
@@ -82,14 +83,15 @@ class MapSource:
             not self._by_epoch or (self.workers.persistent and self.workers.number > 0)
         )
 
-    def asked(self, ask: Callable[[Any], Any]) -> Any:
-        """Evaluate `ask` on the dataset, in a process that loads it.
+    def asked(self, ask: Ask) -> Any:
+        """Evaluate `ask` on the dataset and the collate function, in a process that loads them.
 
-        Without workers that is this process, otherwise the first worker. Where workers live for
-        one epoch only, it is a single worker that ends after the answer.
+        User code must not run in a process from which others are still to be forked. Without
+        workers that is this process, otherwise the first worker. Where workers live for one epoch
+        only, it is a single worker that ends after the answer.
         """
         if not self.workers.number:
-            return ask(self.dataset)
+            return ask(self.dataset, self.collate)
         loader = (
             self._kept()
             if self._keeps
@@ -197,7 +199,7 @@ class MapSource:
         """Do nothing: the position is the whole state."""
 
 
-class OwnSource(Unasked):
+class OwnSource(InThisProcess):
     """A source for a loop that finds its data itself.
 
     It counts steps as the samples of one endless epoch.
@@ -229,7 +231,7 @@ def source(
     batching: Batching,
     *,
     seeds_held: bool = True,
-) -> Source:
+) -> StreamSource | MapSource:
     """Return a `StreamSource` for an iterable dataset, else a `MapSource`.
 
     Args:

@@ -29,6 +29,7 @@ from harness.data.plan import Share, kept_generators, seed_of
 from harness.data.source import Batches
 
 Collate = Callable[[list[Any]], Any]
+Ask = Callable[[Any, Collate | None], Any]  # of a dataset and its collate function
 
 
 @dataclass(frozen=True)
@@ -61,9 +62,13 @@ class Batching:
 
 @dataclass(frozen=True)
 class Question:
-    """A question about the dataset, sent to the loader in place of a share."""
+    """A question about the dataset and the collate function, sent in place of a share.
 
-    ask: Callable[[Any], Any]
+    It is pickled on its way to a worker, so it contains neither of them: a collate function often
+    has no pickle.
+    """
+
+    ask: Ask
 
 
 class _Dealt:
@@ -97,7 +102,9 @@ class _PlannedDataset(Dataset[Any]):
     def __getitem__(self, share: Share | Question) -> Any:
         """Return the share with its micro-batches, or the answer to the question."""
         if isinstance(share, Question):
-            return share.ask(self.dataset)
+            return share.ask(
+                self.dataset, None if self.collate is default_collate else self.collate
+            )
         if self._tells and share.epoch != self._epoch_set:
             tell(self.dataset, share.epoch)
             self._epoch_set = share.epoch

@@ -37,12 +37,6 @@ class Source(Protocol):
             by_epoch: Whether the user's loop is one over epochs.
         """
 
-    def asked(self, ask: Callable[[Any], Any]) -> Any:
-        """Evaluate `ask` on the dataset, in a process that loads it.
-
-        User code must not run in a process from which others are still to be forked.
-        """
-
     def steps_after(self, position: Position, epochs: int) -> int | None:
         """Return the number of steps to the end of the last epoch, or None if it is unknown."""
 
@@ -68,7 +62,7 @@ class Source(Protocol):
         """Restore a state that `state` returned."""
 
 
-class Unasked:
+class InThisProcess:
     """Defaults for a source that reads its dataset, if any, in this process.
 
     Such a source yields no borders.
@@ -82,10 +76,6 @@ class Unasked:
     def kept(self, position: Position) -> dict[str, Any]:
         """Return {}: the position is enough."""
         return {}
-
-    def asked(self, ask: Callable[[Any], Any]) -> Any:
-        """Evaluate `ask` on the dataset, or on None if there is none, in this process."""
-        return ask(getattr(self, "dataset", None))
 
     def close(self) -> None:
         """Do nothing: there are no processes to end."""
@@ -113,10 +103,6 @@ class CombinedSource:
         for name, source in self.others.items():
             own = None if before is None else orders.get(name, {})
             source.begin(self.positions.get(name, Position()), own, say, by_epoch=False)
-
-    def asked(self, ask: Callable[[Any], Any]) -> Any:
-        """Evaluate `ask` on the dataset of the main source."""
-        return self.main.asked(ask)
 
     def close(self) -> None:
         """Close all sources."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from harness.data.held_generators import Randomness
 from harness.data.plan import Position, Share, kept_generators, seed_cpu, seed_of
-from harness.data.source import ENDLESS, Unasked
+from harness.data.source import ENDLESS, InThisProcess
 from harness.distributed.ranks import World
 from harness.errors import UsageError
 
@@ -27,7 +27,7 @@ ADVICE = {  # by the package that a stream comes from
 
 
 @dataclass
-class StreamSource(Unasked):
+class StreamSource(InThisProcess):
     """A source for an iterable dataset with `state_dict` and `load_state_dict`."""
 
     dataset: Any

@@ -169,7 +169,7 @@ class DataSharding:
             return Dealt(source, global_batch_size, lambda: proven)
 
         def described() -> Described:
-            asked = source.asked(partial(named, collate=batching.collate, seeds_held=seeds_held))
+            asked = source.asked(partial(named, seeds_held=seeds_held))
             data = about(asked=asked)
             return Described(data, _notes(dataset, data, asked[1], seeds_held=seeds_held))
 

@@ -85,6 +85,26 @@ class Noisy(Dataset):
     assert newest(tmp_path / "whole")["format_version"] == 2
 
 
+@pytest.mark.parametrize("collate", ["lambda samples: mixed(samples)", "mixer()"])
+def test_a_collate_function_that_cannot_be_pickled_is_used_by_workers(tmp_path, collate):
+    source = """
+def mixed(samples, weights=np.random.default_rng(1)):
+    x, y = map(torch.stack, zip(*samples))
+    weight = weights.beta(1.0, 1.0)
+    return (x * weight + x.flip(0) * (1 - weight)).float(), y
+
+def mixer():
+    class Mixer:
+        def collate(self, samples):
+            return mixed(samples)
+    return Mixer().collate
+"""
+    data = f"points(160), 16, num_workers=2, collate_fn={collate}"
+    outcome = killed_once(tmp_path, source + LOOP.replace("DATA", f"DataLoader({data})"))
+    assert outcome.is_equal, outcome.rows
+    assert newest(tmp_path / "whole")["data"]["kinds"] == {"sample_rng": "held"}
+
+
 def test_samples_that_differ_each_time_all_the_same_are_told_at_the_start(tmp_path):
     source = NOISY.replace("MADE", "random.SystemRandom()").replace("DRAWN", "self.noise.random()")
     outcome = killed_once(tmp_path, source + LOOP.replace("DATA", "Noisy(), 16"))
