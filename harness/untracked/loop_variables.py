@@ -32,28 +32,27 @@ def values_of(frame: FrameType) -> dict[str, Any]:
     return values
 
 
-def variables(frame: FrameType) -> set[str]:
-    """Return the variables that the loop around a frame's current line carries along.
-
-    The loop, the outermost one around that line, both sets them and reads them before it sets them.
-    The set is empty if there is no source code or no loop.
-    """
-    flow = _flow_of(frame)
-    return flow.exposed & flow.assigned if flow else set()
-
-
 def passing(frame: FrameType) -> set[str] | None:
-    """Return the variables that the loop around a frame's current line sets before it reads them.
+    """Return the variables that hold nothing from one step to the next, as far as loops set them.
 
-    They hold nothing from one step to the next. None: there is no source code. The set is empty if
-    there is no loop.
+    The outermost loop around a frame's current line sets such a variable before it reads it, and no
+    loop inside it around that line carries it: a sum that an outer loop over epochs sets to 0 is
+    carried by the inner loop over batches. None: there is no source code. The set is empty if there
+    is no loop.
     """
-    flow = _flow_of(frame)
-    return None if flow is None else flow.assigned - flow.exposed
+    loops = _loops_around(frame)
+    if not loops:
+        return None if loops is None else set()
+    flows = [_Flow() for _ in loops]
+    for flow, loop in zip(flows, loops, strict=True):
+        flow.visit(loop)
+    outermost, *inner = flows
+    carried = set[str]().union(*(flow.assigned & flow.exposed for flow in inner))
+    return outermost.assigned - outermost.exposed - carried
 
 
-def _flow_of(frame: FrameType) -> _Flow | None:
-    """Return the use of names in the outermost loop around a frame's current line."""
+def _loops_around(frame: FrameType) -> list[ast.For | ast.While] | None:
+    """Return the loops around a frame's current line, outermost first; None: no source code."""
     try:
         lines, first = inspect.getsourcelines(frame)
         source = textwrap.dedent("".join(lines))
@@ -68,10 +67,7 @@ def _flow_of(frame: FrameType) -> _Flow | None:
         for node in ast.walk(tree)
         if isinstance(node, ast.For | ast.While) and node.lineno <= line <= (node.end_lineno or 0)
     ]
-    flow = _Flow()
-    if loops:
-        flow.visit(min(loops, key=lambda node: node.lineno))
-    return flow
+    return sorted(loops, key=lambda node: node.lineno)
 
 
 @functools.lru_cache(1000)

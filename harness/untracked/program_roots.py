@@ -40,7 +40,8 @@ class Roots:
     """The variables of a program, and the names among them that hold nothing between two steps."""
 
     def __init__(self) -> None:
-        self._passing: dict[CodeType, set[str] | None] = {}
+        # The names of each code that hold nothing, by the lines at which it was seen so far.
+        self._passing: dict[CodeType, dict[int, set[str] | None]] = {}
 
     def of_program(self, frame: FrameType | None) -> Iterator[tuple[str, Any]]:
         """Yield the program's variables, each after its path: "train.py: main(): x"."""
@@ -48,9 +49,7 @@ class Roots:
         modules: dict[int, tuple[str, dict[str, Any], set[str] | None]] = {}
         for spelled, inner in (*program_frames(frame), *_other_threads(frame)):
             code, own = inner.f_code, inner.f_globals
-            if code not in self._passing:  # called since the last look
-                self._passing[code] = passing(inner)
-            names, is_function = self._passing[code], code.co_flags & CO_OPTIMIZED
+            names, is_function = self._names(inner), code.co_flags & CO_OPTIMIZED
             if is_function:
                 yield from _without(spelled, values_of(inner), names)
             file = str(own.get("__file__") or code.co_filename)
@@ -64,11 +63,28 @@ class Roots:
         for spelled, values, left_out in modules.values():
             yield from _without(spelled, values, left_out)
 
+    def _names(self, frame: FrameType) -> set[str] | None:
+        """Return the variables of a frame that hold nothing between two steps; None if unknown.
+
+        In a loop over epochs, the frame is at the outer loop before the first step and at the end
+        of an epoch, and at the inner one between two steps: what a loop carries at one of these
+        lines is carried. A line outside of all loops says nothing.
+        """
+        lines = self._passing.setdefault(frame.f_code, {})
+        if frame.f_lineno not in lines:
+            lines[frame.f_lineno] = passing(frame)
+        found = [names for names in lines.values() if names]
+        return set.intersection(*found) if found else lines[frame.f_lineno]
+
 
 def _without(
     spelled: str, own: dict[str, Any], left_out: set[str] | None
 ) -> Iterator[tuple[str, Any]]:
-    """Yield variables but those that are left out; None: all that may be made anew in each step."""
+    """Yield the variables, each after its path, except those in `left_out`.
+
+    None stands for an unknown set: then numbers, strings, tuples and tensors are left out, because
+    each step may set them anew.
+    """
     for name, value in list(own.items()):
         may_pass = left_out is None and (
             value is None or isinstance(value, (*PLAIN, tuple, torch.Tensor))

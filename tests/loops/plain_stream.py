@@ -49,12 +49,10 @@ model = DDP(nn.Sequential(nn.Linear(12, 24), nn.Tanh(), nn.Dropout(0.1), nn.Line
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 loader = DataLoader(Records(200, rank, world_size), batch_size=4, drop_last=True)
 for epoch in range(3):
-    total = 0.0
     for x, y in loader:
         loss = nn.functional.mse_loss(model(x), y)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        total += loss.item()
-    print(f"[rank {rank}] epoch {epoch}: {total:.4f}", flush=True)
+    print(f"[rank {rank}] epoch {epoch}: loss {loss.item():.4f}", flush=True)
 dist.destroy_process_group()

@@ -53,12 +53,10 @@ optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 loader = DataLoader(Records(200, rank, world_size), batch_size=4, drop_last=True)
 run.track(model=model, optimizer=optimizer)
 for epoch, loader in run.by_epoch(run.batches(loader, epochs=3)):
-    total = 0.0
     for x, y in loader:
         loss = nn.functional.mse_loss(model(x), y)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        total += loss.item()
-    print(f"[rank {rank}] epoch {epoch}: {total:.4f}", flush=True)
+    print(f"[rank {rank}] epoch {epoch}: loss {loss.item():.4f}", flush=True)
 dist.destroy_process_group()

@@ -377,6 +377,42 @@ def test_what_the_loop_carries_from_step_to_step_by_itself_is_named_once(tmp_pat
     )
 
 
+SUMMED = """
+def main():
+    run = init(log_every_steps=1000)
+    model = nn.Linear(8, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    run.track(model=model, optimizer=optimizer)
+    for epoch, loader in run.by_epoch(run.batches(points(), 16, epochs=2)):
+        total, scale, margin = 0.0, 1.0 + epoch, 1.0 + epoch
+        for x, y in loader:
+            loss = (model(x) - y).square().mean() * scale
+            part = 0.0
+            for value in x[:3]:
+                part += value.sum().item()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            total += loss.item()
+        mean = total / len(loader) * margin
+CALL
+"""
+
+
+@pytest.mark.parametrize(("scope", "call"), [("def main()", "main()"), ("if True", "")])
+def test_a_sum_over_an_epoch_is_named_and_what_each_step_or_epoch_sets_anew_is_not(
+    tmp_path, scope, call
+):
+    source = SUMMED.replace("def main()", scope).replace("CALL", call)
+    lived = live(tmp_path, source, "a")
+    assert lived.code == 0, lived.text
+    events = [
+        json.loads(line) for line in (tmp_path / "a/events/0001.jsonl").read_text().splitlines()
+    ]
+    names = [name for event in events if event["event"] == "carried" for name in event["names"]]
+    assert [name.rpartition(": ")[2] for name in names] == ["total"]
+
+
 # What the program keeps, and is no tracked object's: what is set up, what a step does, and how it
 # is named.
 KEPT = {
@@ -594,10 +630,10 @@ def test_memory_that_tracked_tensors_come_to_share_is_named(tmp_path):
 
 LOOP_OF = """
 import sys
-from harness.untracked.loop_variables import variables
+from harness.untracked.loop_variables import passing
 
 def batches():
-    found.append(variables(sys._getframe(1)))
+    found.append(passing(sys._getframe(1)))
     yield 1
 
 found, a, b, c, d, e, f, h, k = [], 1, 1, 1, 1, 1, [0, 1], 1, 1
@@ -612,33 +648,33 @@ BODY_OUTSIDE
 @pytest.mark.parametrize(
     ("body", "names"),
     [
-        ("a = x; b = a", ""),
-        ("b = a; a = x", "a"),
-        ("a += 1", "a"),
+        ("a = x; b = a", "a b"),
+        ("b = a; a = x", "b"),
+        ("a += 1", ""),
         ("f[0] += 1; f.append(a)", ""),
-        ("a, b = b, a", "a b"),
-        ("(a := a + 1)", "a"),
-        ("a = [b for b in f]", ""),
-        ("a = [a for b in f]", "a"),
-        ("a = {b: c for b in f for c in f}; c = 1", ""),
-        ("a = (lambda: b)(); b = 1", ""),
-        ("e: int = e + 1", "e"),
-        ("for h in f: k = h", ""),
-        ("for h in f: k = k + h", "k"),
-        ("a = a if x else b", "a"),
-        ("if x: a = x\nb = a", "a"),
-        ("if x: a = x\nelse: a = b\nc = a", ""),
-        ("if x: a = x; b = a", ""),
-        ("if not x: continue\nelse: a = x\nb = a", ""),
-        ("try: a = x\nexcept ValueError: pass\nb = a", "a"),
+        ("a, b = b, a", ""),
+        ("(a := a + 1)", ""),
+        ("a = [b for b in f]", "a"),
+        ("a = [a for b in f]", ""),
+        ("a = {b: c for b in f for c in f}; c = 1", "a c"),
+        ("a = (lambda: b)(); b = 1", "a b"),
+        ("e: int = e + 1", ""),
+        ("for h in f: k = h", "h k"),
+        ("for h in f: k = k + h", "h"),
+        ("a = a if x else b", ""),
+        ("if x: a = x\nb = a", "b"),
+        ("if x: a = x\nelse: a = b\nc = a", "a c"),
+        ("if x: a = x; b = a", "a b"),
+        ("if not x: continue\nelse: a = x\nb = a", "a b"),
+        ("try: a = x\nexcept ValueError: pass\nb = a", "b"),
     ],
 )
-def test_variables_are_carried_if_they_are_read_before_they_are_set(tmp_path, body, names):
+def test_variables_hold_nothing_if_they_are_set_before_they_are_read(tmp_path, body, names):
     path = tmp_path / "loop.py"
     outside = "for x in batches():\n    " + body.replace("\n", "\n    ") + "\ng()\n"
     path.write_text(
         LOOP_OF.replace("BODY_OUTSIDE", outside).replace("BODY", body.replace("\n", "\n        "))
     )
-    assert runpy.run_path(str(path))["found"][:2] == [set(names.split())] * 2, (
+    assert runpy.run_path(str(path))["found"][:2] == [{"x", *names.split()}] * 2, (
         "in a module, and in a function"
     )
