@@ -171,10 +171,12 @@ class GivenOrder:
             UsageError: The rest of the order is longer than `MOST_BYTES`, at 4 bytes a number.
         """
         changed = self._changed_since(self._as_built)
-        inside = self._last is not None and position.sample > 0 and self._last[0] == position.epoch
+        # Before its first step, a resumed run knows only the order from the checkpoint.
+        known = self._last or self._kept
+        inside = known is not None and position.sample > 0 and known[0] == position.epoch
         if not (changed or self._moves or (inside and self._is_other(position.epoch, again))):
             return {}
-        left = self._last[1][position.sample :] if inside and self._last else []
+        left = known[1][position.sample :] if inside and known else []
         if 4 * len(left) > MOST_BYTES:
             raise UsageError(
                 "the order of this epoch is too long to be kept",

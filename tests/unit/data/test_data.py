@@ -8,6 +8,7 @@ import itertools
 import random
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,11 +19,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_task import Noisy
 from torch import nn
-from torch.utils.data import Dataset, Subset, TensorDataset, random_split
+from torch.utils.data import Dataset, RandomSampler, Subset, TensorDataset, random_split
 
 from harness.data import dataset_source, loading
 from harness.data.fingerprint import describe, fingerprint
+from harness.data.given_order import GivenOrder
 from harness.data.plan import Plan, Position, Share, accumulation, seed_of
+from harness.data.source import CombinedSource
 from harness.distributed.ranks import World
 from harness.errors import UsageError
 
@@ -423,6 +426,48 @@ def test_another_order_takes_the_place_of_the_shuffle():
     assert dealt == [(9, 7), (5, 3), (1,), (0, 2), (4, 6), (8,)]
     assert source.steps_after(Position(1, 2), 2) == 2
     assert from_there(Position(0, 4)) == dealt[2:]
+
+
+def _drawn(sampler: RandomSampler, epoch: int) -> list[int]:
+    return list(sampler)
+
+
+def test_an_order_is_kept_by_a_resumed_run_that_makes_no_step():
+    """Of the main source, and of one beside it."""
+
+    def both() -> CombinedSource:
+        sources = []
+        for size in (12, 20):
+            data = Noisy(size)
+            sampler = RandomSampler(data, generator=torch.Generator().manual_seed(size))
+            order = GivenOrder(partial(_drawn, sampler), sampler, data)
+            batching = loading.Batching(
+                shuffle=True, drop_last=True, order=order, collate=None, workers=loading.Workers()
+            )
+            world = World(0, 1, torch.device("cpu"), 10)
+            sources.append(dataset_source.source(data, world, 1, 4, 1, batching))
+        return CombinedSource(sources[0], {"more": sources[1]})
+
+    def again(record: dict[str, Any]) -> CombinedSource:
+        source = both()
+        epoch, sample = record["beside_at"]["more"]
+        source.positions["more"] = Position(epoch, sample)
+        source.begin(Position(1, 4), record, print, by_epoch=False)
+        return source
+
+    whole = both()
+    whole.begin(Position(), None, print, by_epoch=False)
+    shares = whole.shares(Position(), 3)
+    for _ in range(4):
+        next(shares)
+    record = whole.kept(Position(1, 4))
+    idle = again(record).kept(Position(1, 4))
+    assert idle["order"]["left"].tolist() == record["order"]["left"].tolist() != []
+    assert len(idle["beside_orders"]["more"]["order"]["left"]) == 4
+    rest = again(idle).shares(Position(1, 4), 3)
+    for share, [(_, more)] in shares:
+        other, [(_, others)] = next(rest)
+        assert share == other and torch.equal(more["more"][0], others["more"][0])
 
 
 def test_an_order_whose_length_changes_is_refused():
