@@ -152,6 +152,8 @@ class ExtraState:
         if not (is_due or self._waits):
             return False
         self._waits = self._look(may_wait=not is_at_once)
+        if not self._waits:
+            self._gradients.saves()
         return not self._waits
 
     def _look(self, *, may_wait: bool) -> bool:
@@ -163,17 +165,21 @@ class ExtraState:
         return bool(waits)
 
     def hold(self) -> None:
-        """Copy the gradients in flight for a save at this boundary.
+        """Copy the gradients in flight for a save at this boundary, on disk or in memory.
 
         If all ranks have the same gradients, only the writer keeps its copy; otherwise each rank
         keeps its own. Collective: every rank must call it.
         """
         if self._looked[0] != self._step():
             self._look(may_wait=False)
-        self._waits, kept = False, self._gradients.kept() if self._looked[1] else {}
-        self._kept.are_alike = not self._looked[1] or len(set(self.world.gather(digest(kept)))) == 1
+        kept = self._gradients.kept() if self._looked[1] else {}
+        # A digest of all gradients takes a second per gigabyte: a single rank needs none.
+        self._kept.are_alike = (
+            not self._looked[1]
+            or self.world.size == 1
+            or len(set(self.world.gather(digest(kept)))) == 1
+        )
         self._kept.values = kept if not self._kept.are_alike or self.world.is_writer else {}
-        self._gradients.saved()
 
     def values(self) -> dict[str, Any]:
         """Return what a checkpoint holds of it at the top level, and forget it; for the writer."""

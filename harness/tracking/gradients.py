@@ -195,8 +195,8 @@ class Gradients:
             self._given_up |= awaited
         return False, bool(owners or self._lasting)
 
-    def saved(self) -> None:
-        """Note that no save waits any more."""
+    def saves(self) -> None:
+        """Note that no save waits any more: the one that was due begins now."""
         self._waiting = None
 
     def kept(self) -> Kept:

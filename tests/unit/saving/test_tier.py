@@ -213,6 +213,22 @@ def test_it_keeps_one_and_the_disk_takes_over(tmp_path, kept):
     )
 
 
+def test_a_save_that_waits_for_an_update_is_not_forgotten_for_one_in_memory(tmp_path, kept):
+    run_ = harness.init(tmp_path / "a", **EACH | {"save_every_steps": 3, "keep_last": 9})
+    model = torch.nn.Linear(12, 1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    run_.track(model=model, optimizer=optimizer)
+    for x, y in run_.batches(Noisy(120), global_batch_size=10, epochs=1):
+        (model(x) - y).square().mean().backward()
+        if run_.step % 4 == 0:  # steps 3, 6 and 9 end between two updates
+            optimizer.step()
+            optimizer.zero_grad()
+        arrived(run_)
+        if run_.step == 11:
+            break
+    assert steps_of(tmp_path / "a") == [4, 8]
+
+
 def test_every_so_many_steps(tmp_path, kept):
     left_at(tmp_path / "a", 8, memory=3)
     assert in_memory(kept) == [6]
