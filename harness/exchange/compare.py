@@ -234,11 +234,16 @@ def _renumbered(state: Mapping[str, Any], names: Any) -> dict[str, Any]:
         for group in groups
     ]
     bare = [{key: item for key, item in group.items() if key != "param_names"} for group in renamed]
-    entries = {called.get(number, number): entry for number, entry in state["state"].items()}
+    # A wrapper of an optimizer may keep several of them: "fast_state" and "slow_state", say.
+    entries = {
+        key: {called.get(number, number): entry for number, entry in value.items()}
+        for key, value in state.items()
+        if isinstance(value, Mapping)
+    }
     return {
         **state,
+        **entries,
         "param_groups": sorted(bare, key=lambda group: list(group["params"])),
-        "state": entries,
     }
 
 

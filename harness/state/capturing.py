@@ -19,7 +19,7 @@ from harness.distributed.wrappers import unwrap
 from harness.errors import NonFiniteError, UsageError
 from harness.state.plain_values import TensorRefs, fill, to_cpu
 
-# An object with this method, such as every PyTorch optimizer, changes only in its own step.
+# An object with this method, such as a PyTorch optimizer, changes only in its own step.
 HOOK = "register_step_pre_hook"
 COPIES = ("gradients", "attributes")  # values whose tensors are copies that nobody else holds
 
@@ -66,7 +66,7 @@ def captured(values: Mapping[str, Any], tracked: Mapping[str, Any]) -> Captured:
     for name, obj in tracked.items():
         before = len(seen.all)
         payload |= _capture({name: obj}, seen)
-        if hasattr(unwrap(obj), HOOK):
+        if _announces(unwrap(obj)):
             steady |= {met.saved.data_ptr() for met in seen.all[before:]}
     named = parameters(tracked, seen)
     payload |= _beside(tracked, payload, seen)
@@ -225,10 +225,32 @@ def is_finite(tensor: torch.Tensor) -> bool:
 
 
 def before_update(tracked: Mapping[str, Any], call: Callable[[], None]) -> None:
-    """Have `call` called before each update by a tracked optimizer."""
+    """Have `call` called before each update by a tracked optimizer.
+
+    An object that announces no steps of its own makes its updates by the optimizers that its
+    attributes hold.
+    """
+    parts: dict[int, Any] = {}
     for obj in map(unwrap, tracked.values()):
-        if hasattr(obj, HOOK):
-            getattr(obj, HOOK)(lambda *_: call())
+        held = [
+            part
+            for part in getattr(obj, "__dict__", {}).values()
+            if isinstance(part, torch.optim.Optimizer)
+        ]
+        parts |= {id(part): part for part in ([obj] if _announces(obj) else held)}
+    for part in filter(_announces, parts.values()):
+        getattr(part, HOOK)(lambda *_: call())
+
+
+def _announces(obj: Any) -> bool:
+    """Return whether an object calls hooks before each of its steps.
+
+    An optimizer whose class does not call `Optimizer.__init__`, as some wrappers of another
+    optimizer, has the method but no hooks.
+    """
+    return hasattr(obj, HOOK) and (
+        not isinstance(obj, torch.optim.Optimizer) or hasattr(obj, "_optimizer_step_pre_hooks")
+    )
 
 
 def plain_data(values: Mapping[str, Any]) -> dict[str, Any]:

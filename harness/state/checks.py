@@ -194,15 +194,16 @@ def check_moments(
     """Check that the state of each parameter has the parameter's shape.
 
     Otherwise the state belongs to another parameter. Entries that have shapes of their own are
-    skipped.
+    skipped, and so is a state dict that keeps the state of parameters under keys of its own.
 
     Raises:
         UsageError: if a shape differs.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     numbers = [number for group in state["param_groups"] for number in group["params"]]
+    entries = state.get("state")
     held = [
-        (number, p, state["state"].get(number))
+        (number, p, entries.get(number) if isinstance(entries, Mapping) else None)
         for number, p in zip(numbers, parameters, strict=True)
         if not is_lazy(p)
     ]

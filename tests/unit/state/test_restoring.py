@@ -696,6 +696,69 @@ def test_a_tensor_in_the_users_state_that_is_not_on_the_cpu_is_named_once():
     assert user_state.look(values) == []
 
 
+LOOKAHEAD = """
+class Lookahead(torch.optim.Optimizer):  # as in torch_optimizer: without Optimizer.__init__
+    def __init__(self, inner, k=5):
+        self.inner, self.k, self.slow = inner, k, {}
+        self.defaults, self.param_groups, self.state = {}, inner.param_groups, inner.state
+        for group in self.param_groups:
+            group["counter"] = 0
+
+    @property
+    def numbered(self):
+        return enumerate(p for group in self.param_groups for p in group["params"])
+
+    def step(self, closure=None):
+        self.inner.step()
+        for group in self.param_groups:
+            group["counter"] += 1
+        for number, p in self.numbered:
+            slow = self.slow.setdefault(number, {"slow": p.data.clone()})["slow"]
+            if self.param_groups[0]["counter"] % self.k == 0:
+                slow.add_(p.data - slow, alpha=0.5)
+                p.data.copy_(slow)
+
+    def zero_grad(self, set_to_none=True):
+        self.inner.zero_grad(set_to_none)
+
+    def state_dict(self):
+        inner = self.inner.state_dict()
+        return {
+            "fast_state": inner["state"],
+            "slow_state": self.slow,
+            "param_groups": inner["param_groups"],
+        }
+
+    def load_state_dict(self, saved):
+        self.slow = saved["slow_state"]
+        self.inner.load_state_dict(
+            {"state": saved["fast_state"], "param_groups": saved["param_groups"]}
+        )
+        self.param_groups, self.state = self.inner.param_groups, self.inner.state
+
+
+run = init()
+model = nn.Sequential(nn.Linear(8, 1500), nn.Linear(1500, 1500), nn.Linear(1500, 1))
+optimizer = Lookahead(torch.optim.Adam(model.parameters(), lr=0.01))
+run.track(model=model, optimizer=optimizer)
+""" + LOOP.format("")
+
+
+def test_an_optimizer_that_is_no_whole_one_of_torchs_goes_on(tmp_path):
+    """It announces no step, and keeps the state of its parameters under keys of its own."""
+    outcome = killed_once(tmp_path, LOOKAHEAD, die=9)
+    assert outcome.is_equal, (outcome.rows, outcome.whole.text, outcome.resumed.text)
+    assert "resumes from step 6" in outcome.resumed.text
+
+
+def test_an_update_of_an_optimizer_inside_another_waits_for_the_copy():
+    model, calls = net(3, 3), list[int]()
+    optimizer = Lookahead(torch.optim.AdamW(model.parameters()))
+    state.before_update({"model": model, "optimizer": optimizer}, lambda: calls.append(1))
+    stepped(model, optimizer)
+    assert len(calls) == 3
+
+
 class Wraps(torch.optim.Optimizer):
     """As SAM does: the momentum is the inner optimizer's."""
 
