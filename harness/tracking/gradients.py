@@ -146,11 +146,11 @@ class Gradients:
             self._lasting.discard(owner)
         elif owner not in self._lasting:
             self._lasting.add(owner)
-            if parameter.requires_grad and gradient.layout is torch.strided:
+            if parameter.requires_grad and gradient.layout in (torch.strided, torch.sparse_coo):
 
                 def look(_: torch.Tensor) -> None:
                     handle.remove()
-                    if parameter.grad is gradient and bool(gradient.any()):
+                    if parameter.grad is gradient and bool(_numbers(gradient).any()):
                         self._summed.add(owner)
 
                 handle = parameter.register_hook(look)  # type: ignore[no-untyped-call]
@@ -215,7 +215,12 @@ class Gradients:
             elif self._owner.get(id(parameter)) in self._summed:
                 kept[name] = {USED: _plain(gradient)}
             elif self._owner.get(id(parameter)) in self._lasting:
-                kept[name] = ZEROS  # `zero_grad(set_to_none=False)` comes next
+                # `zero_grad(set_to_none=False)` comes next; a sparse gradient stays sparse.
+                kept[name] = (
+                    _plain(gradient.detach().clone().zero_())
+                    if gradient.layout is torch.sparse_coo
+                    else ZEROS
+                )
         return kept
 
     def restore(self, kept: Kept) -> None:
@@ -242,7 +247,7 @@ class Gradients:
                 if isinstance(kept_as, str)
                 else _tensor(kept_as, parameter)
             )
-            if is_used or isinstance(kept_as, str):
+            if is_used or isinstance(kept_as, str) or not _numbers(parameter.grad).numel():
                 for mark in (self._mark, self._mark_of_step):  # the tensor persists
                     setattr(parameter.grad, mark, NEVER)
 
@@ -296,6 +301,11 @@ def digest(kept: Kept) -> str:
 
     add(kept)
     return hasher.hexdigest()
+
+
+def _numbers(gradient: torch.Tensor) -> torch.Tensor:
+    """Return the numbers that a gradient stores: a sparse one without those that are zero."""
+    return gradient._values() if gradient.layout is torch.sparse_coo else gradient
 
 
 def _plain(gradient: torch.Tensor) -> Any:

@@ -336,6 +336,26 @@ def test_an_update_that_was_skipped_is_waited_for(tmp_path):
     assert payloads(tmp_path / "whole")[12]["gradients"]["model.weight"]["indices"].shape[0] == 1
 
 
+@pytest.mark.parametrize("is_zeroed", [True, False])
+def test_used_sparse_gradients_that_persist_stay_sparse(tmp_path, is_zeroed):
+    def make(run):
+        model = nn.Embedding(20, 8, sparse=True)
+        optimizer = torch.optim.SparseAdam(model.parameters(), lr=0.05)
+        run.track(model=model, optimizer=optimizer)
+
+        def step(x):
+            if is_zeroed:
+                optimizer.zero_grad(set_to_none=False)
+            loss = (model(torch.arange(run.step, run.step + 3)) * x[:3]).sum()
+            loss.backward()
+            optimizer.step()
+            return loss
+
+        return step
+
+    goes_on(tmp_path, make, (4, 8))
+
+
 class Other:
     """An optimizer that is not one of PyTorch's."""
 
