@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+import harness.state.lr_schedules as lr_schedules
 import harness.state.parameter_names as parameter_names
 from harness import config
 from harness.config import Change
@@ -219,6 +220,16 @@ def _by_name(a: dict[str, Any], b: dict[str, Any]) -> tuple[dict[str, Any], dict
         if mine != theirs and parameter_names.are_known(mine) and parameter_names.are_known(theirs):
             for value, names in zip(made, (mine, theirs), strict=True):
                 value[f"{name}_state_dict"] = _renumbered(value[f"{name}_state_dict"], names)
+                if len(parameter_names.numbered(value)) == 1:  # the schedulers are its own
+                    order = sorted(range(len(names)), key=lambda at: sorted(names[at]))
+                    value |= {
+                        key: lr_schedules.regrouped(state, order)
+                        for key, state in value.items()
+                        if key != f"{name}_state_dict"
+                        and key.endswith("_state_dict")
+                        and isinstance(state, Mapping)
+                        and "_last_lr" in state
+                    }
     return made[0], made[1]
 
 

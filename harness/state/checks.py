@@ -157,8 +157,7 @@ def in_live_order(
     """
     if mine == theirs:
         return state
-    groups = {frozenset(group): at for at, group in enumerate(theirs)}
-    if any(frozenset(group) not in groups for group in mine):
+    if {frozenset(group) for group in mine} - {frozenset(group) for group in theirs}:
         now, before = ({called for group in names for called in group} for names in (mine, theirs))
         other = [f"not there any more: {_some(before - now)}"] * bool(before - now) + [
             f"new: {_some(now - before)}"
@@ -170,8 +169,7 @@ def in_live_order(
             CHANGES,
         )
     made = []
-    for group in mine:
-        at = groups[frozenset(group)]
+    for group, at in zip(mine, group_order(mine, theirs), strict=True):
         saved = state["param_groups"][at]
         places = {called: place for place, called in enumerate(theirs[at])}
         order = [places[called] for called in group]
@@ -182,6 +180,12 @@ def in_live_order(
         }
         made.append({**saved, **lists})
     return {**state, "param_groups": made}
+
+
+def group_order(mine: Names, theirs: Names) -> list[int]:
+    """Return for each live parameter group the place of the saved group with its parameters."""
+    places = {frozenset(group): at for at, group in enumerate(theirs)}
+    return [places[frozenset(group)] for group in mine]
 
 
 def _some(names: Collection[str | None]) -> str:

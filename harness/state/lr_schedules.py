@@ -7,12 +7,13 @@ checkpoint restores.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from harness.distributed.wrappers import unwrap
+from harness.errors import UsageError
 
 PROGRESS = (
     "last_epoch",
@@ -70,6 +71,58 @@ SETTINGS = (
     "warmup_lr_init",
     "_milestones",
 )
+
+# The lists of schedulers with one value for each parameter group of their optimizer.
+PER_GROUP = (
+    "base_lrs",
+    "_last_lr",
+    "lr_lambdas",
+    "min_lrs",
+    "max_lrs",
+    "base_momentums",
+    "max_momentums",
+)
+
+
+def regrouped(state: Mapping[str, Any], order: Sequence[int]) -> dict[str, Any]:
+    """Return a scheduler's state with the values of parameter groups in another order.
+
+    Args:
+        state: the state dict of the scheduler.
+        order: for each group in the new order, its place in the old one.
+    """
+    made = dict(state)
+    for key, value in state.items():
+        if key in PER_GROUP and isinstance(value, list | tuple) and len(value) == len(order):
+            made[key] = type(value)(value[at] for at in order)
+        elif key == "_schedulers":
+            made[key] = [regrouped(part, order) for part in value]
+    return made
+
+
+def check_regroupable(name: str, scheduler: Any, state: Mapping[str, Any], count: int) -> None:
+    """Check that a state with values for `count` parameter groups can have them reordered.
+
+    Raises:
+        UsageError: if a scheduler that is not torch's has a list that may be such values.
+    """
+    for part, inside in zip(
+        vars(scheduler).get("_schedulers", ()), state.get("_schedulers", ()), strict=False
+    ):
+        check_regroupable(name, part, inside, count)
+    unknown = [
+        key
+        for key, value in state.items()
+        if key not in (*PER_GROUP, "_schedulers", "milestones", "_milestones")
+        and isinstance(value, list | tuple)
+        and len(value) == count > 1
+    ]
+    if unknown and not type(scheduler).__module__.startswith("torch."):
+        raise UsageError(
+            f"the parameter groups of {name}'s optimizer are in another order than before",
+            f"found: {unknown[0]} of {type(scheduler).__name__}, with {count} values",
+            "Make the groups in the same order in each process: sorted(…), no set.",
+        )
 
 
 def as_built(obj: Any) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from torch.nn.parameter import is_lazy
 
 import harness.state.buffers as buffers
 import harness.state.kinds as kinds
+import harness.state.lr_schedules as lr_schedules
 import harness.state.parameter_names as parameter_names
 from harness.distributed.wrappers import unwrap
 from harness.errors import UsageError
@@ -20,6 +21,7 @@ from harness.state.checks import (
     check_groups,
     check_module,
     check_moments,
+    group_order,
     in_live_order,
     mismatches,
     of_another,
@@ -74,12 +76,24 @@ def restore(
     are_all_there = all(
         key.removesuffix("_state_dict") in tracked for key in payload if key.endswith("_state_dict")
     )
-    # Otherwise some names are not known yet: all objects are restored again with the rest.
+    # Otherwise some names are not known yet: all objects are restored again with the rest. Until
+    # then an optimizer with groups of other sizes, in their order, does not take its state.
     if are_all_there:
         states |= _by_name(tracked, payload, states, source, says_names=says_names)
     for name, obj in tracked.items():
-        restore_object(name, unwrap(obj), states[name], source, cast=cast)
+        if are_all_there or not _has_other_groups(unwrap(obj), states[name]):
+            restore_object(name, unwrap(obj), states[name], source, cast=cast)
     return texts
+
+
+def _has_other_groups(obj: Any, state: Any) -> bool:
+    """Return whether an optimizer's groups are of other sizes than the saved ones, in order."""
+    sizes = parameter_names.numbered({"_state_dict": state}).get("")
+    return (
+        sizes is not None
+        and parameter_names.is_optimizer(obj)
+        and sizes != [len(group["params"]) for group in obj.param_groups]
+    )
 
 
 def _check_class(name: str, obj: Any, classes: Mapping[str, str], source: str) -> None:
@@ -114,7 +128,8 @@ def _by_name(
 ) -> dict[str, Any]:
     """Return the state of each optimizer, with its parameters in the order of the live optimizer.
 
-    Optimizers whose parameters are not all named are left out of the result.
+    Optimizers whose parameters are not all named are left out of the result. The schedulers of an
+    optimizer whose groups have changed their places are in it, with their values in that order.
 
     Args:
         tracked: the tracked objects by name.
@@ -141,8 +156,24 @@ def _by_name(
             and parameter_names.are_known(mine)
         ):
             state = ordered[name] = in_live_order(name, mine, theirs, state, source)
+            order = group_order(mine, theirs)
+            for other, scheduler in _schedulers_of(optimizer, tracked):
+                if order != sorted(order) and isinstance(states[other], Mapping):
+                    lr_schedules.check_regroupable(other, scheduler, states[other], len(order))
+                    ordered[other] = lr_schedules.regrouped(states[other], order)
         check_moments(name, optimizer, state, source)
     return ordered
+
+
+def _schedulers_of(
+    optimizer: torch.optim.Optimizer, tracked: Mapping[str, Any]
+) -> list[tuple[str, Any]]:
+    inner = {name: unwrap(obj) for name, obj in tracked.items()}
+    return [
+        (name, obj)
+        for name, obj in inner.items()
+        if lr_schedules.is_schedule(obj) and getattr(obj, "optimizer", None) is optimizer
+    ]
 
 
 def restore_object(

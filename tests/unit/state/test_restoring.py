@@ -77,6 +77,72 @@ def test_moments_go_to_the_parameters_of_their_names(how, tmp_path):
     assert found.count == 0, str(found)
 
 
+REGROUPED = """
+run = init()
+model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 1))
+layers = [[model[0].weight], [model[1].weight, model[2].weight], [model[0].bias, model[2].bias]]
+groups = [
+    {"params": layer, "lr": 0.01 * (1 + at), "momentum": 0.1 * at}
+    for at, layer in enumerate(layers)
+]
+of_epochs = [lambda epoch, at=at: 0.9 ** (at * epoch) for at in range(3)]
+if "BACKWARDS" in os.environ:  # as of a set: another order in each process
+    groups, of_epochs = groups[::-1], of_epochs[::-1]
+optimizer = torch.optim.SGD(groups, lr=0.05)
+run.track(model=model, optimizer=optimizer)
+schedulers = torch.optim.lr_scheduler
+scheduler = {
+    "lambdas": lambda: schedulers.LambdaLR(optimizer, of_epochs),
+    "several": lambda: schedulers.SequentialLR(
+        optimizer,
+        [schedulers.ConstantLR(optimizer, 0.5), schedulers.LambdaLR(optimizer, of_epochs)],
+        [4],
+    ),
+}[os.environ["SCHEDULE"]]()
+run.track(scheduler=scheduler)
+"""
+
+
+@pytest.mark.parametrize("schedule", ["lambdas", "several"])
+def test_schedules_follow_groups_that_have_changed_their_places(schedule, tmp_path):
+    """Of unequal sizes, and the scheduler is tracked after the optimizer."""
+    outcome = killed_once(
+        tmp_path,
+        REGROUPED + LOOP.format("scheduler.step()"),
+        env={"SCHEDULE": schedule},
+        then={"BACKWARDS": "1"},
+    )
+    assert outcome.whole.code == outcome.resumed.code == 0, outcome.resumed.text
+    assert "warning: scheduler" not in outcome.resumed.text
+    found = compare(tmp_path / "whole", tmp_path / "killed")
+    assert found.count == 0, str(found)
+
+
+class OwnSchedule(torch.optim.lr_scheduler.LRScheduler):
+    def __init__(self, optimizer):
+        self.floors = [group["lr"] / 10 for group in optimizer.param_groups]
+        super().__init__(optimizer)
+
+    def get_lr(self):
+        return [
+            max(base * 0.9**self.last_epoch, floor)
+            for base, floor in zip(self.base_lrs, self.floors, strict=True)
+        ]
+
+
+def test_a_schedule_whose_values_cannot_follow_their_groups_is_refused():
+    def made(order):
+        model = net(4, 4, 4)
+        groups = [{"params": list(model[at].parameters()), "lr": 0.1 + at} for at in order]
+        optimizer = torch.optim.SGD(groups)
+        return {"model": model, "optimizer": optimizer, "scheduler": OwnSchedule(optimizer)}
+
+    payload = saved_and_read(state.capture(made((0, 1))))
+    state.restore(made((0, 1)), {}, payload, "it")
+    with pytest.raises(UsageError, match=r"another order than before\s*found: floors of OwnSch"):
+        state.restore(made((1, 0)), {}, payload, "it")
+
+
 def test_an_order_that_is_not_the_models_is_kept_and_another_one_told(tmp_path):
     outcome = killed_once(
         tmp_path, TWINS + LOOP.format(""), env={"BACKWARDS": "1"}, then={"BACKWARDS": "1"}
