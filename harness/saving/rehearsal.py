@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 import harness.selfcheck.trial_load as trial_load
-from harness import preemption
+from harness import preemption, state
 from harness.checkpoint.format import Manifest
 from harness.distributed.wrappers import unwrap
 from harness.saving import readback
@@ -73,11 +73,12 @@ class Rehearsal:
             return
         began = time.perf_counter()
         for name, obj in captured.tracked.items():
-            saved = _as_loaded(captured.payload, f"{name}_state_dict")
-            if saved is not None and not isinstance(
-                _inner(obj), torch.nn.Module | torch.optim.Optimizer
+            key, inner = f"{name}_state_dict", _inner(obj)
+            if key in captured.payload and not isinstance(
+                inner, torch.nn.Module | torch.optim.Optimizer
             ):
-                self._add(*trial_load.of_object(name, _inner(obj), saved))
+                saved = state.rebuilt(captured.payload, key)
+                self._add(*trial_load.of_object(name, inner, saved))
         self._tried_s = time.perf_counter() - began
 
     def begin(self, store: Store, manifest: Manifest, places: Mapping[int, int]) -> None:
@@ -213,11 +214,6 @@ class Rehearsal:
             not_rehearsed=self._skipped,
             **costs,
         )
-
-
-def _as_loaded(payload: Mapping[str, Any], key: str) -> Any:
-    """Return the state that a restart would load; None if the checkpoint has no such entry."""
-    return payload.get(key)
 
 
 def _inner(obj: Any) -> Any:

@@ -100,12 +100,6 @@ def of_torchs(name: str, obj: Any, saved: Any) -> LoadResult:
     foreign = _foreign(obj)
     if foreign:
         return [], f"{name} ({foreign})"
-    if isinstance(obj, nn.Module) and (shared := list(_shared(obj))):
-        return [
-            f"{name}.{key} cannot be loaded again: "
-            "its elements share memory, it is expanded; register its clone()"
-            for key in shared
-        ], ""
     double = _module(obj, {}) if isinstance(obj, nn.Module) else _optimizer(obj)
     try:
         state.restore_object(name, double, saved, SOURCE)
@@ -147,19 +141,8 @@ def without_data(value: Any) -> Any:
 def _meta(tensor: torch.Tensor) -> torch.Tensor:
     if tensor.layout is not torch.strided or tensor.is_quantized:
         return tensor
-    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
-
-
-def _shared(module: nn.Module) -> Iterator[str]:
-    """Yield the names of tensors that nothing can be copied into, as their elements share memory.
-
-    torch refuses to load into such a tensor, but not into its copy without data.
-    """
-    for key, tensor in (*module.named_parameters(), *module.named_buffers()):
-        if any(
-            size > 1 and not step for size, step in zip(tensor.shape, tensor.stride(), strict=True)
-        ):
-            yield key
+    # Without strides, as a restore would compare the data of an expanded tensor.
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
 
 
 def _foreign(obj: Any) -> str:
