@@ -68,11 +68,13 @@ def captured(values: Mapping[str, Any], tracked: Mapping[str, Any]) -> Captured:
         payload |= _capture({name: obj}, seen)
         if _announces(unwrap(obj)):
             steady |= {met.saved.data_ptr() for met in seen.all[before:]}
-    named = parameters(tracked, seen)
+    named, frozen = parameters(tracked, seen)
     payload |= _beside(tracked, payload, seen)
-    steady |= named.keys() | {
-        met.saved.data_ptr() for met in seen.all if met.source is not met.tensor
-    }
+    steady |= (
+        named.keys()
+        | frozen
+        | {met.saved.data_ptr() for met in seen.all if met.source is not met.tensor}
+    )
     return Captured(payload, steady, named, tracked, seen)
 
 
@@ -155,38 +157,46 @@ def check_user_state(values: Mapping[str, Any]) -> None:
 
 
 def check_finite(tracked: Mapping[str, Any]) -> None:
-    """Check that all parameters are finite; buffers may hold -inf masks.
+    """Check that all parameters that are trained are finite.
+
+    Buffers, and parameters that are frozen and that no tracked optimizer has, may hold -inf masks.
 
     Raises:
         NonFiniteError: for parameters that are not finite.
     """
     broken = [
         f"{name}.{key}"
-        for name, key, parameter in _parameters(tracked)
-        if not is_finite(parameter.detach())
+        for name, key, parameter, is_trained in _parameters(tracked)
+        if is_trained and not is_finite(parameter.detach())
     ]
     if broken:
         raise not_finite(broken)
 
 
-def parameters(tracked: Mapping[str, Any], seen: TensorRefs) -> dict[int, tuple[str, torch.dtype]]:
-    """Return name and dtype of each parameter by the address of its captured memory.
+def parameters(
+    tracked: Mapping[str, Any], seen: TensorRefs
+) -> tuple[dict[int, tuple[str, torch.dtype]], set[int]]:
+    """Return name and dtype of each trained parameter by the address of its captured memory.
 
     A later check reads the memory at these addresses and tests whether it is finite. A parameter
-    that was not captured with its own shape and strides is checked now.
+    that was not captured with its own shape and strides is checked now. The second result are the
+    addresses of all other parameters.
 
     Raises:
         NonFiniteError: for a parameter that is checked now and is not finite.
     """
-    named, elsewhere = {}, []
-    for name, key, parameter in _parameters(tracked):
+    named, frozen, elsewhere = {}, set(), []
+    for name, key, parameter, is_trained in _parameters(tracked):
         if (met := seen.find(parameter)) is not None:
-            named[met.saved.data_ptr()] = f"{name}.{key}", parameter.dtype
-        elif not is_finite(parameter.detach()):
+            if is_trained:
+                named[met.saved.data_ptr()] = f"{name}.{key}", parameter.dtype
+            else:
+                frozen.add(met.saved.data_ptr())
+        elif is_trained and not is_finite(parameter.detach()):
             elsewhere.append(f"{name}.{key}")
     if elsewhere:
         raise not_finite(elsewhere)
-    return named
+    return named, frozen
 
 
 def not_finite(names: list[str]) -> NonFiniteError:
@@ -199,12 +209,21 @@ def not_finite(names: list[str]) -> NonFiniteError:
     )
 
 
-def _parameters(tracked: Mapping[str, Any]) -> Iterator[tuple[str, str, torch.Tensor]]:
-    for name, obj in tracked.items():
-        inner = unwrap(obj)
-        for key, parameter in inner.named_parameters() if isinstance(inner, nn.Module) else ():
+def _parameters(tracked: Mapping[str, Any]) -> Iterator[tuple[str, str, torch.Tensor, bool]]:
+    """Yield object, name and plain tensors of all parameters, and whether they are trained."""
+    objects = {name: unwrap(obj) for name, obj in tracked.items()}
+    updated = {
+        id(parameter)
+        for obj in objects.values()
+        if parameter_names.is_optimizer(obj)
+        for group in obj.param_groups
+        for parameter in group["params"]
+    }
+    for name, obj in objects.items():
+        for key, parameter in obj.named_parameters() if isinstance(obj, nn.Module) else ():
             if not is_lazy(parameter):
-                yield from ((name, key, part) for part in kinds.parts_of(parameter))
+                is_trained = parameter.requires_grad or id(parameter) in updated
+                yield from ((name, key, part, is_trained) for part in kinds.parts_of(parameter))
 
 
 def is_finite(tensor: torch.Tensor) -> bool:

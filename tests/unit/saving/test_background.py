@@ -387,6 +387,29 @@ def test_parameters_that_are_not_finite_end_the_run_at_the_next_boundary(tmp_pat
     assert job.step <= 6 and steps_of(tmp_path / "a") == [2]
 
 
+def test_a_frozen_parameter_that_no_optimizer_has_may_be_a_mask_of_infinities(tmp_path):
+    class Masked(Big):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mask = nn.Parameter(torch.full((8,), -torch.inf), requires_grad=False)
+
+    job = harness.init(tmp_path / "a", save_every_s=None, save_every_steps=2)
+    model = Masked()
+    mask = model.mask
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p is not mask], lr=0.01)
+    job.track(model=model, optimizer=optimizer)
+    for (x,) in job.batches(points(32), global_batch_size=8, epochs=1):
+        optimizer.zero_grad()
+        model(x).mean().backward()
+        optimizer.step()
+        state.check_finite(job.tracked)
+    assert job.finished and steps_of(tmp_path / "a") == [2, 4]
+    assert mask.data_ptr() in state.captured({}, job.tracked).steady
+    optimizer.add_param_group({"params": [mask]})
+    with pytest.raises(NonFiniteError, match=r"model\.mask"):
+        state.check_finite(job.tracked)
+
+
 def test_a_buffer_that_begins_where_a_parameter_does_hides_nothing_of_it(tmp_path):
     class Headed(Big):
         def __init__(self) -> None:
