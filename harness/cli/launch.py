@@ -46,6 +46,7 @@ from harness.errors import (
     RefusedError,
     StorageError,
 )
+from harness.preemption import children
 from harness.supervision import launches
 from harness.supervision.restart_policy import EXIT_ASKED, outcome
 from harness.text import say
@@ -314,7 +315,7 @@ def _child(name: str, arguments: list[str]) -> int:
     forwarded = 0
     while child.poll() is None:
         for why in preemption.requests()[forwarded:]:
-            preemption.forward(child.pid, why)
+            children.forward(child.pid, why)
             forwarded += 1
         time.sleep(LOOK_S)
     return child.returncode if child.returncode >= 0 else 128 - child.returncode

@@ -23,10 +23,10 @@ from torch.utils.data import (
     default_collate,
 )
 
-from harness import preemption
 from harness.data.held_generators import Randomness
 from harness.data.plan import Share, kept_generators, seed_of
 from harness.data.source import Batches
+from harness.preemption import children
 
 Collate = Callable[[list[Any]], Any]
 Ask = Callable[[Any, Collate | None], Any]  # of a dataset and its collate function
@@ -43,7 +43,7 @@ class Workers:
 
     def begin(self, number: int) -> None:
         """Initialise a worker process; called in each of them."""
-        preemption.shield_loader_worker(number)
+        children.shield_loader_worker(number)
         if self.init is not None:
             self.init(number)
 
@@ -270,7 +270,8 @@ class Loader:
             # A DataLoader would do the same here, at a higher cost.
             return map(self._planned.__getitem__, items)
         self._dealt.items = items
-        reading = iter(self._loader)
+        with children.loader_workers():
+            reading = iter(self._loader)
         _READING.add(reading)
         atexit.unregister(_end_workers)
         # At exit it runs before what PyTorch and multiprocessing have registered so far.

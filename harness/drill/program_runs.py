@@ -17,6 +17,7 @@ from harness import preemption
 from harness.drill.faults import KINDS, Fault
 from harness.drill.traces import read
 from harness.errors import EXIT_FINISHED, EXIT_STOPPED, HarnessError
+from harness.preemption import children
 from harness.run.drill_hooks import DRILL, PLAN, REMOTE, RUN
 from harness.supervision.launches import REDIRECT
 
@@ -237,7 +238,7 @@ def _cause(fault: Fault, process: subprocess.Popen[bytes], program_run: ProgramR
         newest = {rank: pid for _, rank, pid in sorted(read(program_run.folder).pids)}
         ranks = sorted(newest)
         target = newest[ranks[int(fault.share * len(ranks))]]
-    preemption.forward(target, kind.signal)
+    children.forward(target, kind.signal)
     # The writer waits for this file at the end of its step. The signal has been sent, so the ranks
     # may continue to the step boundary at which they act on it.
     if kind.whom != "tree":

@@ -1,6 +1,6 @@
 """Turn stop signals, deadlines and other stop requests into one flag per process.
 
-This is the only module that uses `signal`. A handler does nothing but set the flag, except that a
+Only this part of the package uses `signal`. A handler does nothing but set the flag, except that a
 second SIGINT ends the process. All ranks decide together at a step boundary how to act on it: a
 handler that saved a checkpoint or called a collective would deadlock if only some ranks received
 the signal.
@@ -109,25 +109,14 @@ def clear() -> None:
     _requested.clear()
 
 
+def is_caught(number: int) -> bool:
+    """Return whether a handler of this module is installed for a signal in this process."""
+    return getattr(signal.getsignal(number), "__module__", None) == __name__
+
+
 def name_of(number: int) -> str:
     """Return the name of a signal."""
     return signal.Signals(number).name
-
-
-def forward(process_id: int, why: str) -> None:
-    """Forward a signal, given by name, to a process; a process that is gone is no error."""
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(process_id, signal.Signals[why])
-
-
-def shield_loader_worker(worker_id: int = 0) -> None:
-    """Prepare a data-loader worker to ignore the stop signals and to die with its rank.
-
-    The stop signals are meant for the rank, which still needs its workers until it stops.
-    """
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-    die_with_parent()
 
 
 @contextlib.contextmanager
@@ -154,21 +143,6 @@ def noticed_at_once() -> Iterator[Callable[[], bool]]:
             os.close(writer)
             os.close(reader)
             reader = -1
-
-
-def hold_back() -> None:
-    """Block the stop signals in the calling thread.
-
-    The kernel delivers them to other threads. A process that the thread starts inherits the mask,
-    so that the signals stay blocked there until the process unblocks them.
-    """
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-
-
-def kill_group(pid: int) -> None:
-    """Send SIGKILL to a process group, given by its leader; a group that is gone is no error."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(pid, signal.SIGKILL)
 
 
 def die_with_launcher() -> None:

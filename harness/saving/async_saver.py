@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 
-from harness import preemption, state
+from harness import state
 from harness.checkpoint.commit import About
 from harness.errors import StorageError
+from harness.preemption import children
 from harness.saving.save_job import Finish, Job, MutatedDuringCopyError
 from harness.saving.writer_process import WriterProcess
 from harness.state import Captured
@@ -272,7 +273,7 @@ class AsyncSaver:
         self._staging.close()
 
     def _run(self) -> None:
-        preemption.hold_back()
+        children.hold_back()
         while True:
             with self._changed:
                 while not (self.is_busy or self._room_bytes or self._closing):

@@ -22,9 +22,10 @@ from typing import Any
 import torch
 
 import harness.selfcheck.trial_load as trial_load
-from harness import preemption, state
+from harness import state
 from harness.checkpoint.format import Manifest
 from harness.distributed.wrappers import unwrap
+from harness.preemption import children
 from harness.saving import readback
 from harness.saving.writer_process import WriterProcess
 from harness.state import Captured
@@ -116,7 +117,7 @@ class Rehearsal:
     def _run(
         self, store: Store, manifest: Manifest, captured: Captured, places: dict[int, int]
     ) -> None:
-        preemption.hold_back()
+        children.hold_back()
         began = time.perf_counter()
         try:
             rows = readback.rows(captured.payload, lambda value: _content(value, places))

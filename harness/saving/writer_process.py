@@ -193,10 +193,10 @@ class WriterProcess:
 
 def main() -> None:
     """Serve the requests on standard input, one JSON line each, until it ends or a null arrives."""
-    from harness import preemption
+    from harness.preemption import children
 
     # Until here the stop signals are blocked: the thread that starts this process has blocked them.
-    preemption.shield_loader_worker()
+    children.shield_loader_worker()
     os.nice(NICE)
     memory: mmap.mmap | None = None
     readings: dict[str, Reading] = {}

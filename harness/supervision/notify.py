@@ -15,9 +15,9 @@ import urllib.request
 from collections.abc import Callable
 from typing import Any
 
-from harness import preemption
 from harness.config.schema_services import NotifySettings
 from harness.errors import printable
+from harness.preemption import children
 from harness.store import redacted
 from harness.text import say
 
@@ -79,7 +79,7 @@ def _command(command: list[str], word: dict[str, Any], limit_s: float) -> str:
         except subprocess.TimeoutExpired:
             return f"took longer than {limit_s:g} s"
         finally:
-            preemption.kill_group(process.pid)
+            children.kill_group(process.pid)
     return f"ended with {process.returncode}" if process.returncode else ""
 
 

@@ -17,6 +17,7 @@ import pytest
 from comparing import differing, losses
 from conftest import TRAIN, alone, events, harness, run, torchrun, tree, wait_until, workers_of
 from launches import crashing, ended
+from programs import live
 from s3_server import free_ports
 from there import there
 
@@ -406,3 +407,77 @@ def test_an_interrupt_that_a_launcher_passes_on_at_once_is_no_second_one(
         wait_until(lambda: not is_pending(process, signal.SIGINT), "the signal")
     process.communicate(timeout=60)
     assert process.returncode == 0 and ended(folder / "run", "attempts")["0001"]["saved"] is True
+
+
+FORKS = """
+import multiprocessing, time
+from torch.utils.data import get_worker_info
+
+fork = multiprocessing.get_context("fork")
+def endless():
+    while True:
+        time.sleep(0.01)
+
+def hit():  # as early as a signal can come
+    os.kill(os.getpid(), signal.SIGTERM)
+os.register_at_fork(after_in_child=hit)
+
+class Data(Dataset):
+    def __len__(self):
+        return 160
+    def __getitem__(self, at):
+        assert get_worker_info() is not None
+        return torch.full((8,), at / 160), torch.ones(1)
+
+run = init()
+model = nn.Linear(8, 1)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+run.track(model=model, optimizer=optimizer)
+for x, y in run.batches(Data(), 16, epochs=1, num_workers=1):
+    if run.step == 2:
+        child = fork.Process(target=endless)
+        child.start()
+        child.join(10)
+        print("a child ended with", child.exitcode, flush=True)
+        child.kill()
+    model(x).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+"""
+
+
+def test_a_child_that_the_program_forks_ends_by_sigterm_and_loader_workers_do_not(tmp_path):
+    lived = live(tmp_path, FORKS, "run")
+    assert lived.code == 0, lived.text
+    assert "a child ended with -15" in lived.text
+
+
+ENDS = """
+import multiprocessing, time
+
+def endless():
+    while True:
+        time.sleep(0.01)
+
+run = init()
+model = nn.Linear(8, 1)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+run.track(model=model, optimizer=optimizer)
+for x, y in run.batches(points(), 16, epochs=1):
+    if run.step == 2:
+        for daemon in (False, True):
+            child = multiprocessing.get_context("fork").Process(target=endless, daemon=daemon)
+            child.start()
+            if not daemon:
+                child.terminate()
+                child.join()
+                print("a child ended with", child.exitcode, flush=True)
+    model(x).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+"""
+
+
+def test_a_program_that_ends_its_children_by_sigterm_does_not_wait_for_them_for_ever(tmp_path):
+    lived = live(tmp_path, ENDS, "run", limit_s=60)
+    assert lived.code == 0 and "a child ended with -15" in lived.text, lived.text
