@@ -138,8 +138,11 @@ class Run(Loop):
 
         The code of the outer loop after the inner loop (a scheduler's step, an evaluation) belongs
         to the last step of the epoch and is saved with it. The epoch in which a run resumes yields
-        only the rest of its batches: count with `run.step`, not with `enumerate`. Run the inner
-        loop to its end.
+        only the rest of its batches: count with `run.step`, not with `enumerate`. The code of the
+        outer loop before the inner loop runs again there. What it changes of the state that a
+        checkpoint holds is put back when the first batch is requested, because the checkpoint
+        contains the change already; plain variables keep what it sets. Run the inner loop to its
+        end.
 
         Collective: every rank must call it.
 
@@ -147,7 +150,8 @@ class Run(Loop):
             UsageError: The inner loop was left before its end; otherwise as `batches`.
             SaveError, StorageError, NonFiniteError, SupersededError: As `batches`.
         """
-        return by_epoch(batches, lambda: self._share)
+        self._in_epochs = True
+        return by_epoch(batches, lambda: self._share, self._put_back)
 
     def steps(self, max_steps: int) -> Iterator[int]:
         """Yield the rest of `range(max_steps)`, for a loop that produces its own data.

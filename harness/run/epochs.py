@@ -53,9 +53,11 @@ class Batches(Iterator[Any]):
 
 
 def by_epoch(
-    batches: Iterator[Any], at: Callable[[], Share]
+    batches: Iterator[Any], at: Callable[[], Share], before_first: Callable[[], object]
 ) -> Iterator[tuple[int, Iterator[Any]]]:
     """Yield each epoch and an iterator over its batches; `at` returns the share yielded last.
+
+    `before_first` is called when the first batch of an epoch is requested.
 
     A step ends when the next batch is requested. The batch after the last one of an epoch is
     therefore requested only when the outer loop continues: the user's code at the end of the epoch
@@ -71,7 +73,7 @@ def by_epoch(
     bordered = _bordered(batches, at)
     border = next(bordered, END)
     while border is not END:
-        epoch = _Epoch(bordered, at, work)
+        epoch = _Epoch(bordered, at, before_first, work)
         yield border.epoch, epoch
         if not epoch.is_over:
             raise UsageError(
@@ -99,9 +101,14 @@ class _Epoch:
     """The rest of one epoch; its length is that of a whole epoch."""
 
     def __init__(
-        self, batches: Iterator[Any], at: Callable[[], Share], work: Callable[[], Work] | None
+        self,
+        batches: Iterator[Any],
+        at: Callable[[], Share],
+        before_first: Callable[[], object],
+        work: Callable[[], Work] | None,
     ) -> None:
         self._batches, self._at, self._work = batches, at, work
+        self._before_first = before_first
         self._begun = self.is_over = self.was_last = False
 
     def __iter__(self) -> Iterator[Any]:
@@ -113,6 +120,8 @@ class _Epoch:
         if self._begun and self._at().after.sample == 0:  # the outer loop requests the next batch
             self.is_over = True
             raise StopIteration
+        if not self._begun:
+            self._before_first()
         batch = next(self._batches, END)
         if batch is END:  # the run is complete in the middle of an epoch
             self.is_over = self.was_last = True

@@ -23,6 +23,7 @@ from harness.tracking.own_values import give_own
 from harness.tracking.payload import OfRank, captured
 from harness.tracking.rank_differences import RankDifferences
 from harness.tracking.rank_entries import RankEntries
+from harness.tracking.tensor_leaves import digests_of
 from harness.tracking.user_state import UserState
 from harness.untracked.finder import UntrackedFinder
 from harness.untracked.stray_loaders import StrayLoaders
@@ -60,8 +61,9 @@ class KeptState:
         self._untracked, self._strays = UntrackedFinder(suspects, say, note), StrayLoaders()
 
     def restored_values(self, payload: dict[str, Any]) -> dict[str, Any]:
-        """Select this rank's values in the payload, in place, and return `run.state`."""
-        return state.rebuilt(give_own(payload, self._world), "state")  # type: ignore[no-any-return]
+        """Select this rank's values in the payload, in place, and return a copy of `run.state`."""
+        own = give_own(payload, self._world)
+        return state.copied(state.rebuilt(own, "state"))  # type: ignore[no-any-return]
 
     def track(
         self,
@@ -131,6 +133,33 @@ class KeptState:
             self._untracked.begin(tracked, source, self._more.handled | _handled_by(source))
         return messages
 
+    def put_back(
+        self, tracked: Mapping[str, Any], values: dict[str, Any], payload: dict[str, Any]
+    ) -> None:
+        """Restore once more, in place, what was changed since `begin`.
+
+        The iterator over the data is left where it is.
+
+        Collective: every rank must call it.
+
+        Args:
+            tracked: The tracked objects, by name.
+            values: `run.state`.
+            payload: Contents of the checkpoint at the resume point.
+
+        Raises:
+            UsageError: The checkpoint does not fit an object any more.
+        """
+        world, settings = self._world, self._settings
+        flags = world.agree([int(_has_changed(*item, payload)) for item in tracked.items()])
+        # What has changed on one rank is restored on all of them.
+        changed = {name: tracked[name] for name, flag in zip(tracked, flags, strict=True) if flag}
+        resume_checks.put_back(tracked, changed, self._built, self._origin, payload, settings)
+        self._more.put_back(payload)
+        state.put_into(values, self.restored_values(payload))
+        # Last: code of the program that runs above may draw.
+        resume_checks.set_generators(payload, world, settings.seed, payload["step"])
+
     def at_boundary(self, tracked: Mapping[str, Any], values: Mapping[str, Any]) -> None:
         """Check `run.state` (`values`) and untracked state at a step boundary.
 
@@ -194,6 +223,12 @@ class KeptState:
     def close(self) -> None:
         """Release the hooks; the loop calls it at its end."""
         self._more.close()
+
+
+def _has_changed(name: str, obj: Any, payload: Mapping[str, Any]) -> bool:
+    """Return whether the state of a tracked object is not that of the checkpoint."""
+    saved = state.as_captured(name, payload[f"{name}_state_dict"])
+    return digests_of(state.captured_object(name, obj)) != digests_of(saved)
 
 
 def _handled_by(source: Any) -> set[int]:

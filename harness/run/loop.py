@@ -33,7 +33,7 @@ class Loop:
         self.state: dict[str, Any] = {}
         self.weights: tuple[float, ...] = (1.0,)
         self.tracked: dict[str, Any] = {}
-        self.finished = self._finish = self._looping = False
+        self.finished = self._finish = self._looping = self._in_epochs = False
         self.origin, self.suspects = resume_point.manifest, parts.suspects
         # This run holds the only reference: the memory is free once the state is restored.
         self._payload = resume_point.take_payload()
@@ -115,6 +115,20 @@ class Loop:
             self._step_timeouts.close()
             self._stop_agreement.close()
 
+    def _put_back(self) -> None:
+        """Put back what the head of a loop over epochs has changed, where that ran once more.
+
+        A loop that resumes inside an epoch begins with the head of its outer loop, and a
+        checkpoint from inside the epoch holds what the head did before.
+
+        Collective: every rank must call it.
+        """
+        if self._payload is not None:
+            self._kept_state.put_back(self.tracked, self.state, self._payload)
+            self._metric_buffer.begin_step()
+            self._metric_buffer.restore(self._payload)
+            self._payload = None
+
     def _steps(self) -> Iterator[Any]:
         if self._stop_agreement.agree_at_once():  # before the first step of this attempt
             self._stop()
@@ -124,8 +138,8 @@ class Loop:
         for share, micro_batches in self._work.shares(self._position):
             if not is_begun:
                 self._counter.next()
-                self.epoch = share.epoch
                 self._metric_buffer.begin_step()
+            self.epoch = share.epoch
             if not isinstance(share, Border):
                 self._share, self.weights = share, share.weights
             batch = self._work.to_device(micro_batches)
@@ -204,7 +218,8 @@ class Loop:
         self._stop_agreement.listen(attempt.number)
         for note in self._kept_state.begin(self.tracked, payload, self._work.source):
             self.say(f"harness: {note}")
-        self._payload = None  # frees the memory: from here on the live objects are the only copy
+        if not (self._in_epochs and self._position.sample):
+            self._payload = None  # frees the memory: the live objects are the only copy
         self._throughput.begin(self.step, self._goodput.steps_per_s)
         self._checkpointer.watch_updates(self.tracked)
         source = f"resumes from step {self.step} ({origin.name})" if origin else "begins at step 0"

@@ -153,6 +153,11 @@ class KeptState(Protocol):
     ) -> list[str]:
         """Restore everything that is not tracked; return notices."""
 
+    def put_back(
+        self, tracked: Mapping[str, Any], values: dict[str, Any], payload: dict[str, Any]
+    ) -> None:
+        """Restore everything once more that was changed since `begin`. Collective."""
+
     def at_boundary(self, tracked: Mapping[str, Any], values: Mapping[str, Any]) -> None:
         """Check `run.state`, and look for state that is not saved."""
 

@@ -240,6 +240,54 @@ def check_trackable(name: str, obj: Any, tracked: Mapping[str, Any], *, is_late:
         )
 
 
+def put_back(
+    tracked: Mapping[str, Any],
+    changed: Mapping[str, Any],
+    built: Mapping[str, Any],
+    origin: Manifest | None,
+    payload: Mapping[str, Any],
+    settings: Settings,
+) -> None:
+    """Restore some of the tracked objects once more, in place.
+
+    Args:
+        tracked: All tracked objects, by name.
+        changed: Those to restore.
+        built: Settings with which each object was built, from `give_back`.
+        origin: Manifest of the resume point, or None.
+        payload: Contents of the checkpoint at the resume point.
+        settings: Validated arguments of `harness.init`.
+
+    Raises:
+        UsageError: The checkpoint does not fit an object any more.
+    """
+    if origin is None or not changed:
+        return
+    state.restore(
+        tracked,
+        origin.classes,
+        payload,
+        origin.name,
+        settings.accept,
+        says_names="harness" in origin.versions,
+        only=changed,
+    )
+    if settings.override:
+        state.apply_override(built, changed)
+
+
+def set_generators(payload: Mapping[str, Any], world: World, seed: int, step: int) -> None:
+    """Restore the generators of this rank; a rank that the checkpoint does not have gets new ones.
+
+    The arguments are those of `restore_generators`.
+    """
+    entries = payload.get("rng", [])
+    if world.rank < len(entries):
+        state.set_rng_state(entries[world.rank])
+    else:
+        state.seed_rank(seed, "rank", world.rank, step)
+
+
 def restore_generators(
     payload: Mapping[str, Any], world: World, source: Source, seed: int, step: int
 ) -> list[str]:
@@ -262,10 +310,7 @@ def restore_generators(
         UsageError: The data is an iterable dataset and the number of ranks has changed.
     """
     entries = payload.get("rng", [])
-    if world.rank < len(entries):
-        state.set_rng_state(entries[world.rank])
-    else:
-        state.seed_rank(seed, "rank", world.rank, step)
+    set_generators(payload, world, seed, step)
     if len(entries) in (0, world.size):
         source.restore(payload["data"]["iterators"][world.rank] if entries else None)
         return []

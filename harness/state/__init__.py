@@ -58,10 +58,10 @@ from harness.state.capturing import (
     size_bytes,
 )
 from harness.state.checks import check_tensors, mismatch_table, mismatches
-from harness.state.kinds import rebuilt
+from harness.state.kinds import copied, rebuilt
 from harness.state.lr_schedules import apply_override, as_built, other_settings
 from harness.state.parameter_names import to_live, without_shells
-from harness.state.restoring import class_name, restore, restore_object
+from harness.state.restoring import class_name, put_into, restore, restore_object
 from harness.state.rng import kept_generators, rng_state, seed_rank, set_rng_state
 
 __all__ = [
@@ -78,12 +78,14 @@ __all__ = [
     "check_tensors",
     "check_user_state",
     "class_name",
+    "copied",
     "is_generator",
     "kept_generators",
     "mismatch_table",
     "mismatches",
     "other_settings",
     "plain_data",
+    "put_into",
     "rebuilt",
     "restore",
     "restore_object",

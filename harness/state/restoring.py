@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import traceback
-from collections.abc import Collection, Mapping
+from collections import deque
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
@@ -46,6 +49,7 @@ def restore(
     accept: Collection[str] = (),
     *,
     says_names: bool = True,
+    only: Collection[str] | None = None,
 ) -> list[str]:
     """Restore all tracked objects, bit for bit; return a text for each accepted difference.
 
@@ -59,6 +63,7 @@ def restore(
         accept: the differences that are accepted (`DTYPE`).
         says_names: whether the checkpoint records all parameter names that do not follow from it. A
             file of an older harness does not.
+        only: the names of the objects to restore once more, in place. None: restore all.
 
     Raises:
         UsageError: on a mismatch, before anything is changed; also if an object itself refuses its
@@ -81,8 +86,12 @@ def restore(
     if are_all_there:
         states |= _by_name(tracked, payload, states, source, says_names=says_names)
     for name, obj in tracked.items():
-        if are_all_there or not _has_other_groups(unwrap(obj), states[name]):
-            restore_object(name, unwrap(obj), states[name], source, cast=cast)
+        if only is None:
+            if are_all_there or not _has_other_groups(unwrap(obj), states[name]):
+                restore_object(name, unwrap(obj), states[name], source, cast=cast)
+        elif name in only:
+            with _in_place(unwrap(obj)):
+                restore_object(name, unwrap(obj), states[name], source, cast=cast)
     return texts
 
 
@@ -93,6 +102,59 @@ def _has_other_groups(obj: Any, state: Any) -> bool:
         sizes is not None
         and parameter_names.is_optimizer(obj)
         and sizes != [len(group["params"]) for group in obj.param_groups]
+    )
+
+
+@contextlib.contextmanager
+def _in_place(obj: Any) -> Iterator[None]:
+    """Keep the groups and the state of an optimizer the same objects when the block loads it.
+
+    What refers to them, or to their tensors, then sees the restored values.
+    """
+    own = vars(obj) if isinstance(obj, torch.optim.Optimizer) else {}
+    before = {key: own[key] for key in ("state", "param_groups") if key in own}
+    yield
+    own.update({key: put_into(held, own[key]) for key, held in before.items()})
+
+
+def put_into(held: Any, new: Any) -> Any:
+    """Put a nested value into the containers and tensors of another one, as far as they match.
+
+    Returns:
+        `held`, or `new` where the two do not match.
+    """
+    if isinstance(held, dict) and type(held) is type(new):
+        by_key = {
+            key: put_into(held[key], item) if key in held else item for key, item in new.items()
+        }
+        held.clear()
+        held.update(by_key)
+    elif isinstance(held, list | deque) and type(held) is type(new):
+        known = list(held)
+        items = [
+            put_into(known[at], item) if at < len(known) else item for at, item in enumerate(new)
+        ]
+        held.clear()
+        held.extend(items)
+    elif held is not new and _takes(held, new):
+        with torch.no_grad():
+            held.copy_(new) if isinstance(held, torch.Tensor) else np.copyto(held, new)
+    else:
+        return new
+    return held
+
+
+def _takes(held: Any, new: Any) -> bool:
+    """Return whether a tensor or an array can be overwritten with the other one."""
+    if type(held) is not type(new) or not isinstance(held, torch.Tensor | np.ndarray):
+        return False
+    if (held.shape, held.dtype) != (new.shape, new.dtype):
+        return False
+    if isinstance(held, np.ndarray):
+        return held.flags.writeable
+    return type(held) is torch.Tensor and all(
+        tensor.layout is torch.strided and not tensor.is_inference() and 0 not in tensor.stride()
+        for tensor in (held, new)
     )
 
 

@@ -24,6 +24,7 @@ that changes is reported by name (`unkept`).
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -190,7 +191,7 @@ class Attributes:
                     now = kept.get("now", ABSENT)
                     built = here.get(key, ABSENT)
                     if path in modules and is_same(then, built):
-                        set_value(modules[path], key, now, kept)
+                        set_value(modules[path], key, copy.deepcopy(now), kept)
                     elif not is_same(now, built):
                         was = f"was built as {spelled(then)} and had become {spelled(now)}"
                         messages.append(
@@ -198,6 +199,29 @@ class Attributes:
                             f"it is built as {spelled(built)} now, and that stands"
                         )
         return messages
+
+    def put_back(self, kept: Changed) -> None:
+        """Set the attributes once more that were changed since they were restored from `kept`.
+
+        An attribute that is not in `kept` gets its value as built, unless that is a tensor: of
+        tensors as built there are only digests.
+        """
+        for name, obj in self._tracked.items():
+            now, then, modules = self._changed(name), kept.get(name, {}), dict(parts(obj))
+            tensors = {watch.path: watch.tensors for watch in self._watched[name]}
+            for path in [path for path in {**now, **then} if path in modules]:
+                built, here = self._built[name].get(path, {}), now.get(path, {})
+                wanted = {
+                    key: {"built": built[key], "now": built[key]} if key in built else {}
+                    for key in here
+                    if key not in tensors[path]
+                } | then.get(path, {})
+                for key, entry in wanted.items():
+                    as_built, value = built.get(key, ABSENT), entry.get("now", ABSENT)
+                    live = here[key].get("now", ABSENT) if key in here else as_built
+                    is_other = not is_same(entry.get("built", ABSENT), as_built)
+                    if not (is_other or is_same(live, value)):
+                        set_value(modules[path], key, copy.deepcopy(value), entry)
 
 
 class _Watched:

@@ -94,6 +94,10 @@ class Hooks:
             for key, value in kept.items():
                 _set(self._hooks[where], key, value)
 
+    def put_back(self, state: Mapping[str, Any] | None) -> None:
+        """Restore the state of each hook once more; a state that is not kept is as at `begin`."""
+        self.restore(self._first | dict(state or {}))
+
 
 def check_hooks(name: str, module: object, world: World) -> list[str]:
     """List the locations of a module's communication hooks that have a state.

@@ -123,6 +123,7 @@ class ExtraState:
         notes = [note] if (note := self.own.restore(payload, self.world)) else []
         self._changed.restore(payload.get(ATTRIBUTES))
         self._gradients.restore(payload.get(GRADIENTS, {}))
+        self._generators.note_begun()
         if self._is_resumed and (
             new := [
                 name for name in self._generators.tracked if name not in self._generators.restored
@@ -133,6 +134,15 @@ class ExtraState:
                 "begins as it was made"
             )
         return [f"warning: {note}" for note in (*notes, *self._changed.messages)]
+
+    def put_back(self, payload: Mapping[str, Any]) -> None:
+        """Restore once more what was changed since `begin`."""
+        entries = payload.get("own") or ()
+        own = entries[self.world.rank] if len(entries) == self.world.size else {}
+        self._attributes.put_back(payload.get(ATTRIBUTES) or own.get(ATTRIBUTES) or {})
+        self._gradients.put_back(payload.get(GRADIENTS) or own.get(GRADIENTS) or {})
+        self._hooks.put_back(own.get("hooks"))
+        self._generators.put_back()
 
     def close(self) -> None:
         """Stop observing optimizers, at the end of the loop."""
@@ -236,6 +246,7 @@ class _Generators:
         self._held: dict[str, Any] = {}
         # The state of each held generator at the start of the loop; only a changed state is kept.
         self._built: dict[str, Any] = {}
+        self._begun: dict[str, Any] = {}  # the state of each generator after it was restored
 
     @property
     def all(self) -> dict[str, Any]:
@@ -251,6 +262,15 @@ class _Generators:
                         known.add(id(value))
                         self._held[".".join(filter(None, (name, path, key)))] = value
         self._built = {name: generator_state(obj) for name, obj in self._held.items()}
+
+    def note_begun(self) -> None:
+        """Record the state of each generator, for `put_back`."""
+        self._begun = {name: generator_state(obj) for name, obj in self.all.items()}
+
+    def put_back(self) -> None:
+        """Set each generator to the state in which the loop began."""
+        for name, begun in self._begun.items():
+            set_generator_state(name, self.all[name], begun)
 
     def state(self) -> dict[str, Any] | None:
         states = {name: generator_state(generator) for name, generator in self.all.items()}

@@ -71,12 +71,14 @@ class Gradients:
         self._given_up: set[int | None] = set()  # optimizers for which a save has waited in vain
         self._tracked: Mapping[str, Any] = {}
         self._count = 0  # number of parameters in tracked optimizers
+        self._held = set[str]()  # parameters that had a gradient at the start of the loop
         self._unhook: Callable[[], None] = lambda: None
 
     def begin(self, tracked: Mapping[str, Any]) -> None:
         """Start to observe the gradients of the tracked objects."""
         self._tracked = tracked
         self._look()
+        self._held = {name for name, one in self._named.items() if one.grad is not None}
         self._unhook = register_optimizer_step_post_hook(
             lambda optimizer, *_: self._used(optimizer)
         ).remove
@@ -250,6 +252,13 @@ class Gradients:
             if is_used or isinstance(kept_as, str) or not _numbers(parameter.grad).numel():
                 for mark in (self._mark, self._mark_of_step):  # the tensor persists
                     setattr(parameter.grad, mark, NEVER)
+
+    def put_back(self, kept: Kept) -> None:
+        """Restore gradients once more, and drop those that were written since `begin`."""
+        for name, parameter in self._named.items():
+            if name not in kept and name not in self._held:
+                parameter.grad = None
+        self.restore(kept)
 
 
 def named_parameters(tracked: Mapping[str, Any]) -> dict[str, nn.Parameter]:

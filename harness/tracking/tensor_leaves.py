@@ -113,6 +113,11 @@ def leaves_of(captured: Captured) -> Leaves:
     return Leaves(captured)
 
 
+def digests_of(captured: Captured) -> dict[Path, bytes]:
+    """Return a digest of each leaf of one object's state, the same on whatever device it lies."""
+    return {path: Leaf(leaf.value()).digest() for path, leaf in leaves_of(captured).items()}
+
+
 def put_leaf(value: Any, path: Path, leaf: Any) -> Any:
     """Put a leaf at its path in a nested value; return the whole value.
 

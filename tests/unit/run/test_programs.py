@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import signal
 
+import pytest
 from programs import STEP, killed_once
 
 PLAIN = (
@@ -34,3 +35,94 @@ def test_on_two_ranks_too(tmp_path):
     assert outcome.killed.codes == [-signal.SIGKILL] * 2
     assert "resumes from step 6" in outcome.resumed.text
     assert outcome.is_equal, outcome.rows
+
+
+def epochs(head: str, before: str = "", model: str = "nn.Linear(8, 1)") -> str:
+    """A program with a loop over epochs whose outer loop begins with these lines."""
+    lines = "\n".join(f"    {line}" for line in head.splitlines())
+    return f"""
+run = init()
+model = {model}
+optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.8)
+{before}
+run.track(model=model, optimizer=optimizer, scheduler=scheduler)
+group = optimizer.param_groups[0]
+for epoch, batches in run.by_epoch(run.batches(points(), 16, epochs=3)):
+{lines}
+    for x, y in batches:
+        loss = (model(x) - y).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        run.state["lr"] = group["lr"]
+        run.log(loss=loss)
+        die(run)
+"""
+
+
+DROPOUT = "nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5), nn.Linear(8, 1))"
+HEADS = {
+    "draws from the generators": "torch.rand(3), np.random.rand(), random.random()",
+    "lowers the learning rate": 'for each in optimizer.param_groups:\n    each["lr"] *= 0.9',
+    "steps the schedule": "optimizer.step()\nscheduler.step()",
+    "counts in the state": """
+run.state["heads"] = run.state.get("heads", 0) + 1
+run.state.setdefault("seen", []).append(epoch)""",
+    "clears the momentum": "optimizer.state.clear()",
+    "perturbs the weights": "with torch.no_grad():\n    model[0].weight.mul_(0.9)",
+    "leaves gradients": "model(torch.ones(1, 8)).sum().backward()",
+    "changes an attribute": "model[1].p *= 0.9\nmodel.heads = getattr(model, 'heads', 0) + 1",
+    "evaluates": "run.evaluate(points(), lambda batch: {'loss': model(batch[0]).sum()})",
+}
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_what_an_epoch_begins_with_is_not_applied_again_where_a_run_resumes_inside_it(
+    head, tmp_path
+):
+    outcome = killed_once(tmp_path, epochs(HEADS[head], model=DROPOUT), die=18)
+    assert "resumes from step 15" in outcome.resumed.text
+    assert outcome.is_equal, outcome.rows
+
+
+def test_a_generator_of_the_program_that_an_epoch_begins_with_is_put_back(tmp_path):
+    source = epochs("torch.randn(3, generator=own)", "own = torch.Generator().manual_seed(5)")
+    outcome = killed_once(tmp_path, source.replace("run.track(", "run.track(own=own, "), die=18)
+    assert outcome.is_equal, outcome.rows
+
+
+def test_what_a_stream_begins_an_epoch_with_is_not_applied_again(tmp_path):
+    stream = """
+class Numbers(IterableDataset):
+    at = 0
+    def __iter__(self):
+        while self.at < 160:
+            self.at += 1
+            yield torch.full((8,), self.at / 160), torch.ones(1)
+        self.at = 0
+    def state_dict(self):
+        return {"at": self.at}
+    def load_state_dict(self, state):
+        self.at = state["at"]
+"""
+    source = stream + epochs(HEADS["lowers the learning rate"]).replace("points()", "Numbers()")
+    outcome = killed_once(tmp_path, source, die=18)
+    assert "resumes from step 15" in outcome.resumed.text
+    assert outcome.is_equal, outcome.rows
+
+
+def test_an_object_that_an_epoch_does_not_change_is_not_loaded_again(tmp_path):
+    loads = """
+class Counter:
+    loads = 0
+    def state_dict(self):
+        return {"value": 1}
+    def load_state_dict(self, state):
+        self.loads += 1
+"""
+    source = loads + epochs(HEADS["lowers the learning rate"], "counter = Counter()")
+    source = source.replace("run.track(", "run.track(counter=counter, ")
+    outcome = killed_once(tmp_path, source + "\nprint('loads:', counter.loads)\n", die=18)
+    assert outcome.is_equal, outcome.rows
+    assert "loads: 1" in outcome.resumed.text
