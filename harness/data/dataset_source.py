@@ -130,7 +130,8 @@ class MapSource:
     def shares(self, position: Position, epochs: int) -> Bordered:
         """Yield this rank's share of each step with its micro-batches.
 
-        In a loop over epochs, a border comes before the shares of each epoch.
+        In a loop over epochs, a border comes before the shares of each epoch, and another one after
+        an epoch of which no share is left.
         Nothing of an epoch is requested before the previous epoch is used up, wherever that makes
         a difference: in a loop over epochs, with a `set_epoch` that is called here, and with a
         given order. In all other cases the loader may load ahead into the next epoch.
@@ -147,7 +148,12 @@ class MapSource:
                 if self._by_epoch:
                     yield Border(position.epoch), []
                 loader = self._kept() if self._keeps else self._begun(self.workers)
-                yield from loader.over(self._planned(position.epoch).of_epoch(position, epochs))
+                plan, is_empty = self._planned(position.epoch), True
+                for item in loader.over(plan.of_epoch(position, epochs)):
+                    is_empty = False
+                    yield item
+                if is_empty and self._by_epoch:
+                    yield Border(position.epoch), []
                 position = Position(position.epoch + 1)
         finally:
             self.close()

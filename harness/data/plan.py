@@ -70,7 +70,8 @@ class Share:
 class Border:
     """The border before an epoch, also before the first one.
 
-    None of the epoch's samples has been requested at this point.
+    None of the epoch's samples has been requested at this point. A second one for the same epoch
+    says that none of them is left.
     """
 
     epoch: int
@@ -127,8 +128,11 @@ class Plan:
 
     def steps_after(self, position: Position, epochs: int) -> int:
         """Return the number of steps from `position` to the end of the last epoch."""
-        used = sum(1 for _ in self._starts(0, position.sample))
-        return max(0, (epochs - position.epoch) * self.steps_per_epoch - used)
+        if position.epoch >= epochs:
+            return 0
+        # The present epoch may have begun with another batch size.
+        left = len(self._starts(position.sample, self.size))
+        return left + (epochs - position.epoch - 1) * self.steps_per_epoch
 
     def shares(self, position: Position, epochs: int) -> Iterator[Share]:
         """Yield this rank's share of every step from `position` to the end of the last epoch."""

@@ -43,7 +43,8 @@ class Source(Protocol):
     def shares(self, position: Position, epochs: int) -> Bordered:
         """Yield this rank's share of each of these steps, with its micro-batches.
 
-        In a loop over epochs, a border comes before the shares of each epoch.
+        In a loop over epochs, a border comes before the shares of each epoch. If an epoch has no
+        share left, as with a larger batch than before, another border comes in their place.
         """
 
     def kept(self, position: Position) -> dict[str, Any]:

@@ -123,8 +123,9 @@ class _Epoch:
         if not self._begun:
             self._before_first()
         batch = next(self._batches, END)
-        if batch is END:  # the run is complete in the middle of an epoch
-            self.is_over = self.was_last = True
+        if batch is END or isinstance(batch, Border):
+            # The run is complete in the middle of an epoch, or the epoch has no batch left.
+            self.is_over, self.was_last = True, batch is END
             raise StopIteration
         self._begun = True
         return batch

@@ -157,6 +157,15 @@ def test_from_any_position_the_rest_is_that_of_the_uninterrupted_sequence(drawn)
             assert plan.steps_after(position, 3) == len(whole) - done
 
 
+@pytest.mark.parametrize("drop_last", [True, False])
+def test_the_steps_left_with_another_batch_size_in_the_middle_of_an_epoch_are_those_made(drop_last):
+    plan = Plan(1000, 128, 1, 0, 1, seed=1, drop_last=drop_last)
+    for used in range(0, 1000, 64):
+        position = Position(1, used)
+        assert plan.steps_after(position, 3) == len(list(plan.shares(position, 3))), used
+    assert plan.steps_after(Position(3), 3) == 0
+
+
 @settings(max_examples=40, deadline=None)
 @given(SIZES, st.integers(1, 4), st.data())
 def test_going_on_with_other_ranks_uses_the_same_rest(drawn, other_world_size, data):

@@ -170,6 +170,20 @@ def test_a_finished_loop_over_epochs_does_nothing(tmp_path):
     assert job.finished and did == []
 
 
+# The first epoch's rest steps the schedule where no step is made.
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step()`")
+def test_an_epoch_of_which_a_larger_batch_leaves_nothing_has_an_end_and_no_batch(tmp_path):
+    def data(batch_size):
+        return DataLoader(points(100), batch_size, shuffle=True, drop_last=True)
+
+    with pytest.raises(LeftError):
+        nested(tmp_path / "a", leave=(12, "in"), epochs=2, data=data(8), save_every_steps=1)
+    job, did = nested(tmp_path / "a", epochs=2, data=data(16), accept=["config"])
+    steps = [f"step {number}" for number in range(12, 18)]
+    assert did == ["epoch 0", "rest of 0", "epoch 1", *steps, "rest of 1"]
+    assert job.finished and job.step == 17 and len(job.state["draws"]) == 2
+
+
 @pytest.mark.parametrize("where", ["inner", "outer"])
 def test_early_stopping_ends_a_loop_over_epochs(where, tmp_path):
     job, model, optimizer, _ = begin(tmp_path / "a")
