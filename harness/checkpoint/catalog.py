@@ -122,6 +122,15 @@ class Catalog:
             store for store, _ in sorted(pairs, key=lambda pair: manifest.key in pair[1].marked)
         ]
 
+    def whole_copies(self, manifest: Manifest) -> list[Store]:
+        """Return the stores that have exactly this checkpoint and its data in full size."""
+        return [
+            store
+            for store, part in zip(self.stores, self.parts, strict=True)
+            if manifest in part.manifests
+            and part.sizes.get(manifest.data_key) == manifest.size_bytes
+        ]
+
     @property
     def candidates(self) -> list[Manifest]:
         """Return the checkpoints to resume from, best first: the history, newest first.

@@ -243,7 +243,7 @@ class CurrentAttempt:
         return final is not None and reaches(final, end)
 
     def hand_in(self, give_up: Callable[[], object]) -> str:
-        """Copy the last checkpoint of a finished run to the remote store if it is missing there.
+        """Copy what the remote store of a finished run still lacks; see `locations.hand_in`.
 
         No attempt is claimed. Collective: every rank must call it.
 
@@ -255,7 +255,8 @@ class CurrentAttempt:
                 `locations.hand_in`.
         """
         return self.world.on_writer(
-            lambda: hand_in(self._resume_point.catalog, self.origin), give_up=give_up
+            lambda: hand_in(self._resume_point.catalog, self.origin, self.settings.remote_policy),
+            give_up=give_up,
         )
 
     def note(self, kind: str, **fields: Any) -> None:

@@ -11,9 +11,10 @@ from harness.checkpoint import format as fmt
 from harness.checkpoint.attempts import Attempt, remembered
 from harness.checkpoint.catalog import Catalog
 from harness.checkpoint.format import Manifest
-from harness.checkpoint.replicate import replicate
+from harness.checkpoint.replicate import replicate, wanted
+from harness.checkpoint.retention import Policy
 from harness.distributed.ranks import World
-from harness.errors import UsageError
+from harness.errors import DamagedError, UsageError
 from harness.monitoring.store_health import StoreHealth
 from harness.store import LocalStore, Store, open_store
 from harness.text import say
@@ -106,22 +107,45 @@ def check_shared(store: Store, attempt: Attempt, world: World) -> None:
         )
 
 
-def hand_in(catalog: Catalog | None, last: Manifest | None) -> str:
-    """Copy the last checkpoint of a run to a store that lacks it, without claiming an attempt.
+def hand_in(catalog: Catalog | None, last: Manifest | None, policy: Policy) -> str:
+    """Copy what the last store of a finished run lacks, without claiming an attempt.
+
+    This is what the run would have uploaded before its end: the last checkpoint, the best and every
+    n-th. The last checkpoint is copied last, because with it the run counts as finished, and no
+    supervisor starts it again.
+
+    Args:
+        catalog: the catalog of the run's stores.
+        last: the last checkpoint of the run.
+        policy: the retention policy of the last store.
 
     Returns:
-        A description of what was done, or "" if no store lacked the checkpoint.
+        A description of what was done, or "" if nothing was missing.
 
     Raises:
         StorageError: a store cannot be read or written.
-        DamagedError: the copy that is read is damaged.
+        DamagedError: the copy of the last checkpoint that is read is damaged.
         SupersededError: a newer attempt has begun.
     """
     assert catalog is not None and last is not None, (
         "there is a checkpoint that the run has come to"
     )
-    missing = [store for store in catalog.stores[1:] if store not in catalog.copies(last)]
-    for store in missing:
-        store.prepare(fmt.FOLDERS)
-        replicate(catalog.copies(last)[0], last, store, Attempt(catalog.greatest, last.run_id, ""))
-    return f"{last.name} was missing in {missing[0]} and is there now" if missing else ""
+    source, target = catalog.stores[0], catalog.stores[-1]
+    if source is target:
+        return ""
+    there = [m.name for m in catalog.history if target in catalog.whole_copies(m)]
+    missing = [m for m in wanted(catalog.history, there, policy) if source in catalog.copies(m)]
+    copied, problems, attempt = [], list[str](), Attempt(catalog.greatest, last.run_id, "")
+    for manifest in reversed(missing):
+        target.prepare(fmt.FOLDERS)
+        try:
+            replicate(source, manifest, target, attempt)
+            copied.append(manifest.name)
+        except DamagedError as error:
+            if manifest.name == last.name:
+                raise
+            problems.append(f"{manifest.name} is not in {target}: {error.what}")
+    if copied:
+        were, are = ("was", "is") if len(copied) == 1 else ("were", "are")
+        problems.insert(0, f"{', '.join(copied)} {were} missing in {target} and {are} there now")
+    return "; ".join(problems)

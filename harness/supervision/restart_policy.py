@@ -146,8 +146,10 @@ def crash_loop(failed: Sequence[Failure]) -> str:
 def outcome(catalog: Catalog, launches: Sequence[Launch] = ()) -> Outcome:
     """Return the state of a run.
 
-    The checkpoints are considered first. If they do not decide, the state depends on how the newest
-    attempt ended, or a later launch that ended without an attempt.
+    The checkpoints are considered first. A run is finished if, and only if, its last store has the
+    final checkpoint whole: that store is the authority, and another machine sees no other one. If
+    the checkpoints do not decide, the state depends on how the newest attempt ended, or a later
+    launch that ended without an attempt.
     """
     head = catalog.head
     newest = max(
@@ -155,11 +157,7 @@ def outcome(catalog: Catalog, launches: Sequence[Launch] = ()) -> Outcome:
     )
     if (error := catalog.unreadable_head) is not None:
         return Outcome("not readable", f"{error.what}; {error.found}", EXIT_USAGE)
-    whole = [
-        m
-        for m in catalog.history
-        if any(part.sizes.get(m.data_key) == m.size_bytes for part in catalog.parts)
-    ]
+    whole = [m for m in catalog.history if catalog.whole_copies(m)]
     if catalog.history and not whole:
         return Outcome(
             "failed",
@@ -168,8 +166,14 @@ def outcome(catalog: Catalog, launches: Sequence[Launch] = ()) -> Outcome:
         )
     # If there is a newer attempt, it extends the finished run.
     if head is not None and head.final is not None and newest <= head.attempt:
-        if head in whole:
+        if catalog.stores[-1] in catalog.whole_copies(head):
             return Outcome("finished", f"at step {head.step}", EXIT_FINISHED)
+        if head in whole:
+            return Outcome(
+                "to be continued",
+                f"the last checkpoint is not in {catalog.stores[-1]}; a start uploads it",
+                EXIT_STOPPED,
+            )
         return Outcome(
             "to be continued",
             f"the last checkpoint's data is gone; a start resumes from step {whole[0].step}",

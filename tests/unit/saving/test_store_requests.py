@@ -26,7 +26,7 @@ from harness.checkpoint.commit import About, commit
 from harness.checkpoint.known import Known
 from harness.checkpoint.retention import Policy
 from harness.errors import SupersededError
-from harness.store import LocalStore
+from harness.store import LocalStore, Store, open_store
 
 COMMITS = 4
 EVERYWHERE = pytest.mark.parametrize("where", ["directory", "both", "bucket"])
@@ -137,6 +137,44 @@ def test_the_end_of_an_attempt_is_written_once(tmp_path, where):
     for part in run.parts:
         assert requests.of(part, "write", fmt.end_key(1)) == {fmt.end_key(1): 1}
         assert requests.of(part, "read", fmt.end_key(1)) == {}
+
+
+def lacks(bucket: Store, *names: str) -> None:
+    """The bucket has not got these checkpoints."""
+    for name in names:
+        bucket.delete(f"checkpoints/{name}.json")
+        bucket.delete(f"checkpoints/{name}.pt")
+
+
+@IN_PROCESS
+@pytest.mark.parametrize("damaged", [False, True], ids=["all whole", "one damaged here"])
+def test_the_next_start_of_a_finished_run_uploads_all_that_its_end_would_have(
+    tmp_path, capfd, damaged
+):
+    """The newest, every fourth and the best; not step 7, which was overtaken."""
+    options: dict[str, Any] = {
+        "remote": f"counted://{secrets.token_hex(6)}/run",
+        "save_every_steps": 1,
+        "keep_last": 99,
+        "keep_every_steps": 4,
+    }
+    train(tmp_path / "a", **options)
+    bucket = open_store(options["remote"])
+    names = [f"step_{step:08d}-0001" for step in (4, 7, 8, 12)]
+    lacks(bucket, *names)
+    if damaged:
+        (tmp_path / "a" / "checkpoints" / f"{names[2]}.pt").write_bytes(b"cut")
+    capfd.readouterr()
+    train(tmp_path / "a", **options)
+    expected = {4, 12} | ({8} if not damaged else set())
+    assert expected <= {m.step for m in read_catalog(bucket).manifests} <= expected | {
+        1, 2, 3, 5, 6, 9, 10, 11
+    }  # fmt: skip
+    said = capfd.readouterr().out
+    assert "were missing in" in said and "step_00000012-0001" in said
+    assert (f"{names[2]} is not in {bucket}" in said) == damaged
+    train(tmp_path / "a", **options)
+    assert ("nothing to do" in capfd.readouterr().out) != damaged
 
 
 @pytest.fixture

@@ -22,6 +22,8 @@ from remote_lives import shared_nursery
 from harness import cli
 from harness.checkpoint import format as fmt
 from harness.checkpoint.catalog import read_catalog
+from harness.checkpoint.retention import Policy
+from harness.saving.locations import hand_in
 from harness.store import LocalStore, Store, open_store
 from harness.supervision import launches
 from harness.supervision.launches import Launch
@@ -346,6 +348,25 @@ def test_a_finished_run_is_finished(stores):
     job = Job("100", *stores).begin()
     job.attempt(10, why="finished", step=10, final=True)
     assert job.end(code=0).verdict == Outcome("finished", "at step 10", 0)
+
+
+@pytest.mark.parametrize("lacks", ["the checkpoint", "its data"])
+def test_a_run_is_finished_once_its_last_store_has_the_last_checkpoint(tmp_path, lacks):
+    """Rank 0 was killed while it uploaded the last checkpoint, which the directory has."""
+    here, there = LocalStore(tmp_path / "run"), open_store(f"memory://{secrets.token_hex(8)}/r", 5)
+    here.prepare(fmt.FOLDERS)
+    job = Job("100", here, there).begin()
+    job.attempt(5, 10, final=True)
+    there.delete((fmt.manifest_key if lacks == "the checkpoint" else fmt.data_key)(10, 1))
+    state = job.end(code=1).verdict
+    assert (state.state, state.exit_code) == ("to be continued", 75)
+    assert f"is not in {there}" in state.why
+    assert job.outcome == state
+    found = read_catalog(here, there)
+    assert "was missing in" in hand_in(found, found.head, Policy())
+    assert job.verdict == job.outcome == Outcome("finished", "at step 10", 0)
+    here.set_aside((fmt.manifest_key(10, 1), fmt.data_key(10, 1)))
+    assert job.outcome.exit_code == 0, "another machine has an empty directory"
 
 
 def test_a_finished_run_stays_finished_whatever_its_processes_did_afterwards(store):
