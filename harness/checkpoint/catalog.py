@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -178,18 +179,24 @@ class Catalog:
     def check_fresh_start(self, where: str, notes: list[str]) -> None:
         """Raise DamagedError if anything hints at a history.
 
-        Only a run without such a hint may start from step 0.
+        Only a run without such a hint may start from step 0. A resume point that lay only in a
+        machine's memory is none: no store has ever had it. It is recognised by a step beyond all
+        that were committed when its attempt was claimed.
 
         `notes` describe the problem of each checkpoint that was tried. `where` names the stores.
         """
         unusable = bool(self.manifests or self.damaged or self.strangers)
         hints = (notes if unusable else []) + [f"{key} is set aside" for key in self.set_aside]
         for number, record in self.attempts.items():
-            if record.get("from", "unreadable") is not None:
-                hints.append(
-                    f"{fmt.attempt_key(number)}: "
-                    f"resumed from {record.get('from', 'an unreadable record')}"
-                )
+            origin = record.get("from", "unreadable")
+            if origin is None or (
+                isinstance(origin, dict) and origin["step"] > record.get("reached", math.inf)
+            ):
+                continue
+            hints.append(
+                f"{fmt.attempt_key(number)}: "
+                f"resumed from {record.get('from', 'an unreadable record')}"
+            )
         hints += [
             f"{fmt.end_key(n)}: saved step {end['saved_step']}"
             for n, end in self.ends.items()

@@ -26,9 +26,12 @@ from small_task import Noisy
 import harness
 from harness import cli, preemption
 from harness.checkpoint import memory_copy
+from harness.checkpoint.attempts import Attempt
 from harness.checkpoint.catalog import read_catalog
 from harness.errors import UsageError
 from harness.saving import memory_tier as writers
+from harness.saving.async_saver import AsyncSaver
+from harness.state import Captured
 from harness.store import LocalStore
 
 pytestmark = pytest.mark.usefixtures("process_as_it_was")
@@ -269,6 +272,38 @@ def test_what_somebody_else_could_have_put_there_is_not_touched(tmp_path, kept, 
     assert sorted(kept.root.rglob("*")) == before
     if how == "a link":
         kept.root.unlink()
+
+
+def test_a_resume_point_that_was_lost_with_the_memory_is_no_history(
+    tmp_path, kept, uninterrupted, capfd
+):
+    """It was never on the disk, and the machine went down before the first save."""
+    left_at(tmp_path / "a", 7)
+    with pytest.raises(ZeroDivisionError):
+        train(tmp_path / "a", fail_at=7, **EACH)
+    assert read_catalog(LocalStore(tmp_path / "a")).attempts[2]["from"]["step"] == 6
+    assert steps_of(tmp_path / "a") == []
+    shutil.rmtree(kept.root)
+    capfd.readouterr()
+    train(tmp_path / "a", **EACH)
+    assert "attempt 3 begins at step 0" in capfd.readouterr().out
+    assert list_differences(tmp_path / "a", uninterrupted) == []
+
+
+def test_a_resume_point_in_memory_outlives_the_tier(tmp_path, kept, monkeypatch):
+    """Nothing fits into the memory any more, and the disk has nothing yet."""
+    left_at(tmp_path / "a", 7)
+    tier = writers.MemoryTier(kept, AsyncSaver(overlapped=True, compare=False), print, is_on=True)
+    (origin,) = read_catalog(kept).manifests
+    tier.begin(Attempt(2, origin.run_id, ""), origin)
+    monkeypatch.setattr(writers, "free_memory_bytes", lambda: 1000)
+    assert not tier.remember(
+        lambda: Captured({}, set(), {}, {"model": net()}),
+        lambda: pytest.fail("there is no room"),
+    )
+    assert not tier.is_on and in_memory(kept) == [6]
+    tier.drop(before=(2, 8))
+    assert not kept.root.exists(), "the disk has something newer"
 
 
 def test_a_newer_attempts_is_not_taken_away(tmp_path, kept):
