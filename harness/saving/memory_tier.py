@@ -101,7 +101,9 @@ class MemoryTier:
     def _turn_off(self, error: Exception) -> None:
         self.is_on = False
         self._say(f"harness: checkpoints are not kept in memory: {' '.join(str(error).split())}")
-        self._prune(None)
+        # What is there stays until the disk has something newer: it may be the only copy of the
+        # resume point, or belong to a newer attempt.
+        self._leave_if_empty()
 
     def begin(self, attempt: Attempt, origin: Manifest | None) -> None:
         """Delete what earlier attempts left in memory, except the resume point.
@@ -109,15 +111,12 @@ class MemoryTier:
         Incomplete checkpoints are deleted as well.
         """
         self._attempt = attempt
-        self._prune(origin)
-
-    def _prune(self, but: Manifest | None) -> None:
-        names = (f"{but.name}.pt", f"{but.name}.json") if but else ()
+        names = (f"{origin.name}.pt", f"{origin.name}.json") if origin else ()
         if is_ours(self.store):
             for path in (self.store.root / fmt.CHECKPOINTS).glob("*"):
                 if path.name not in names:
                     path.unlink(missing_ok=True)
-            self._leave_if_empty()
+        self._leave_if_empty()
 
     def _keep(self, job: Job, write: Callable[[Sink], None], check: Callable[[], None]) -> None:
         """Commit a checkpoint to the memory tier and delete the older ones.
@@ -143,9 +142,11 @@ class MemoryTier:
                 for manifest in read_catalog(self.store).manifests:
                     if manifest.order < before:
                         retention.delete(self.store, manifest)
-            self._leave_if_empty()
+        self._leave_if_empty()
 
     def _leave_if_empty(self) -> None:
+        if not is_ours(self.store):
+            return
         for folder in (self.store.root / fmt.CHECKPOINTS, self.store.root):
             with contextlib.suppress(OSError):  # the folder is not empty
                 folder.rmdir()
