@@ -2,8 +2,9 @@
 
 The client uses fsspec's common interface, which guarantees less than S3. There is no checksum that
 all file systems report, so an uploaded file is read back. The parts of an upload are sent one after
-another. Whether exclusive creation is really exclusive is tested at the start of each attempt
-(`probe.py`).
+another. A file system is refused if it creates a file exclusively only by fsspec's base method,
+which first looks and then writes. Whether it then really refuses a second creation is tested at the
+start of each attempt (`probe.py`).
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ from collections.abc import Callable
 from typing import Any
 
 import fsspec
+from fsspec.asyn import AsyncFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
-from fsspec.spec import AbstractBufferedFile
+from fsspec.spec import AbstractBufferedFile, AbstractFileSystem
 
-from harness.errors import ChangedError
+from harness.errors import ChangedError, RefusedError
 from harness.store.bucket import MissingError, ObjectMetadata, Part, TakenError, Unfinished
 
 PART_BYTES = 16 << 20
@@ -44,6 +46,21 @@ def _version(info: dict[str, Any]) -> str:
     """Return a version string of a file from its `info`, or "" if no field of `VERSIONS` is set."""
     fields = [str(info[name]) for name in VERSIONS if info.get(name) is not None]
     return " ".join([str(info["size"]), *fields]) if fields else ""
+
+
+def _creates_exclusively(fs: AbstractFileSystem) -> bool:
+    """Return whether a file system has an exclusive creation of its own, as gs and abfs have.
+
+    fsspec's base method looks whether the file exists and then writes it, so that two starts of a
+    run could both succeed. The lock `MEMORY` makes up for that in memory, which no other process
+    sees.
+    """
+    kind, base = type(fs), AsyncFileSystem._pipe_file
+    return (
+        isinstance(fs, MemoryFileSystem)
+        or kind.pipe_file is not AbstractFileSystem.pipe_file
+        or getattr(kind, "_pipe_file", base) is not base
+    )
 
 
 class Collected:
@@ -171,7 +188,15 @@ class FsspecClient:
 
         Raises:
             TakenError: `exclusive` is set and the file exists.
+            RefusedError: `exclusive` is set and the file system cannot create exclusively.
         """
+        if exclusive and not _creates_exclusively(self.fs):
+            raise RefusedError(
+                f"{self.root} is on a file system that does not create exclusively",
+                f"found: fsspec's {type(self.fs).__name__}, which looks first and then writes",
+                "Two attempts of one run could both think that they are the only one: "
+                "use another store, such as s3://, gs:// or abfs://.",
+            )
         try:
             with MEMORY if isinstance(self.fs, MemoryFileSystem) else contextlib.nullcontext():
                 self.fs.pipe_file(

@@ -22,6 +22,7 @@ from typing import Any
 import fsspec
 import pytest
 from blake3 import blake3
+from fsspec.spec import AbstractFileSystem
 from s3_server import S3Server, free_ports
 
 from harness.checkpoint import format as fmt
@@ -600,6 +601,25 @@ def test_a_store_that_breaks_the_contract_does_not_pass_the_probe(tmp_path, kind
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == [], (
         "nothing is left behind by a check that fails either"
     )
+
+
+class LookingFirst(AbstractFileSystem):
+    """Has no exclusive creation of its own, as fsspec's webhdfs and ftp have none."""
+
+    protocol = "lookingfirst"
+
+    def info(self, path: str, **more: Any) -> Any:
+        raise AssertionError(f"{path} was asked for")
+
+
+fsspec.register_implementation("lookingfirst", LookingFirst, clobber=True)
+
+
+def test_a_file_system_that_looks_first_and_then_creates_is_refused_before_anything_is_asked():
+    """Both of two rivals could find nothing; one after the other they would pass the probe."""
+    store = open_store("lookingfirst://place/run", 1)
+    with pytest.raises(RefusedError, match="LookingFirst, which looks first"):
+        store.create("attempts/0001.json", b"{}", 1)
 
 
 # --- unreachable is not empty ---
