@@ -9,7 +9,7 @@ from harness.checkpoint import load, retention
 from harness.checkpoint.attempts import Attempt, check_fence
 from harness.checkpoint.format import Manifest
 from harness.checkpoint.retention import Policy
-from harness.errors import DamagedError
+from harness.errors import DamagedError, StorageError
 from harness.store import Store
 
 
@@ -94,12 +94,19 @@ def send(
 
 
 def _create_manifest(manifest: Manifest, target: Store, attempt: Attempt) -> None:
-    """Create the manifest in a store that may have it; raise DamagedError if it has another one."""
+    """Create the manifest in a store that may have it.
+
+    Raises DamagedError if the store has another one, StorageError if the store fails.
+    """
     text = fmt.to_bytes(manifest)
     try:
         target.create(manifest.key, text, attempt.number)
     except FileExistsError:
-        if target.read(manifest.key) != text:
+        try:
+            is_same = target.read(manifest.key) == text
+        except FileNotFoundError as error:  # another process creates and deletes it
+            raise StorageError(f"cannot create {target.where(manifest.key)}", str(error)) from error
+        if not is_same:
             raise DamagedError(
                 f"{target} has another checkpoint under the name of {manifest.name}"
             ) from None

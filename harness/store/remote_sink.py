@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
@@ -64,9 +65,19 @@ class RemoteSink(Sink):
         assert self._pool is not None
         if len(self._parts) >= (most := bucket.parallel + READY):
             # Limit the parts in memory, and raise the error of a failed part early.
-            self._parts[-most].result()
+            self._result(self._parts[-most])
         send = functools.partial(bucket.part, self.key, self._upload, len(self._parts) + 1, data)
         self._parts.append(self._pool.submit(self.store.ask, "upload a part of", self.where, send))
+
+    def _result(self, part: Future[Part]) -> Part:
+        """Wait for a part and return it.
+
+        Raises StorageError, also if the upload is gone: then all of the file must be sent again.
+        """
+        try:
+            return part.result()
+        except MissingError as error:
+            raise StorageError(f"the upload of {self.where} is gone", f"found: {error}") from error
 
     def commit(self, *, exclusive: bool = False) -> None:
         """Complete the upload and verify the object.
@@ -93,7 +104,7 @@ class RemoteSink(Sink):
                 )
             if self._buffer:
                 self._send(bytes(self._buffer))
-            tag = self._complete(self._upload, [part.result() for part in self._parts])
+            tag = self._complete(self._upload, [self._result(part) for part in self._parts])
         self._check_arrived(tag)
         self._done = True
 
@@ -130,8 +141,9 @@ class RemoteSink(Sink):
             return
         digest = blake3()
         if metadata is not None and metadata.size_bytes == self.size_bytes:
-            for chunk in self.store.chunks(self.key):
-                digest.update(chunk)
+            with contextlib.suppress(MissingError):  # deleted since
+                for chunk in self.store.chunks(self.key):
+                    digest.update(chunk)
         if f"blake3:{digest.hexdigest()}" != self.digest():
             raise StorageError(
                 f"{self.where} did not arrive as it was sent",

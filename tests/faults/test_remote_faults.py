@@ -406,10 +406,19 @@ def test_that_an_upload_cannot_be_aborted_does_not_hide_why_it_failed(way):
 
 
 @pytest.mark.parametrize("before", [b"", b"o" * 17 * MB], ids=["nothing", "another file as large"])
-def test_an_upload_that_somebody_aborted_has_not_succeeded(way, before):
+@pytest.mark.parametrize(
+    ("method", "request_", "said"),
+    [
+        ("PUT", "partNumber=1", "the upload of .* is gone"),
+        ("PUT", "partNumber=3", "the upload of .* is gone"),
+        ("POST", UPLOAD, "did not arrive as it was sent"),
+    ],
+    ids=["while the first part is sent", "while the last part is sent", "before its end"],
+)
+def test_an_upload_that_somebody_aborted_has_not_succeeded(way, before, method, request_, said):
     if before:
         way.put(before)
-    hold = way.proxy.hold("POST", UPLOAD)
+    hold = way.proxy.hold(method, request_)
     with ThreadPoolExecutor(1) as pool:
         writing = pool.submit(way.store().write, KEY, b"n" * 17 * MB, 1)
         assert hold.reached.wait(60)
@@ -418,7 +427,7 @@ def test_an_upload_that_somebody_aborted_has_not_succeeded(way, before):
                 Bucket=way.bucket, Key=upload["Key"], UploadId=upload["UploadId"]
             )
         hold.release()
-        with pytest.raises(StorageError, match="did not arrive as it was sent"):
+        with pytest.raises(StorageError, match=said):
             writing.result()
     assert way.held() == ([f"run/{KEY}"] if before else [])
 
