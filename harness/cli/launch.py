@@ -168,11 +168,14 @@ def _run_supervised(line: CommandLine, name: str) -> int:
         # The run's records show the stop. srun would treat any other exit code as a crash and end
         # the other nodes.
         return EXIT_FINISHED
-    loop = line.settings.run.loop
-    if code == EXIT_FINISHED and loop and _trained_nothing(line.settings, name):
+    if code == EXIT_FINISHED and _trained_nothing(line.settings, name):
+        # Started again, the program would end in the same way.
         code = EXIT_USAGE
+        loop = line.settings.run.loop
         error = (
             f"{loop[0]} ended, and no harness loop began in it: see harness.init and run.batches"
+            if loop
+            else f"{line.settings.task.name} ended the process with exit code 0 before training"
         )
     if code != EXIT_FINISHED:
         _record(line.settings, name, code, error)
@@ -222,7 +225,7 @@ def _program(line: CommandLine) -> list[str]:
 def _trained_nothing(settings: Config, name: str) -> bool:
     """Return whether the stores show no trace of training in a launch that ended well.
 
-    No attempt has begun in the launch, no end was recorded for it, and the run is not finished.
+    No attempt has begun in the launch, no end was recorded for it, and the run is not complete.
     Returns False if a store cannot be read.
     """
     try:
@@ -234,7 +237,7 @@ def _trained_nothing(settings: Config, name: str) -> bool:
     return not (
         is_ended
         or launches.attempts_of(catalog, name)
-        or outcome(catalog).exit_code == EXIT_FINISHED
+        or supervise.is_complete(catalog, settings)
     )
 
 

@@ -116,8 +116,9 @@ def before(settings: Config, name: str, *, submitted: bool = False) -> int:
     catalog.check_same_run()
     catalog.check_readable()
     known = launches.read(stores)
-    if _is_complete(catalog, settings):
-        say(f"harness: the run in {stores[0]} is finished, {outcome(catalog).why}; nothing to do")
+    if catalog.head is not None and is_complete(catalog, settings):
+        where = catalog.copies(catalog.head)[0]
+        say(f"harness: the run in {where} is finished, {outcome(catalog).why}; nothing to do")
         return EXIT_FINISHED
     supervisor = name.rpartition(".")[0]
     for last in [launch for launch in known if launch.supervisor == supervisor][-1:]:
@@ -153,11 +154,12 @@ def _check_submitted(stores: Sequence[Store]) -> None:
         )
 
 
-def _is_complete(catalog: Catalog, settings: Config) -> bool:
-    """Return whether the run is finished, and its final checkpoint is in every store.
+def is_complete(catalog: Catalog, settings: Config) -> bool:
+    """Return whether the run is finished, and its final checkpoint is in the last store.
 
-    The run must also be as long as these settings require. A program of the user's own decides that
-    itself.
+    The last store is the authority. What only another store lacks does not need a launch: the disk
+    of a new machine is empty. The run must also be as long as these settings require. A program of
+    the user's own decides that itself.
     """
     if (
         outcome(catalog).exit_code != EXIT_FINISHED
@@ -166,9 +168,9 @@ def _is_complete(catalog: Catalog, settings: Config) -> bool:
     ):
         return False
     end = {"epochs": settings.train.epochs, "max_steps": settings.train.max_steps}
-    return (bool(settings.run.loop) or reaches(catalog.head.final, end)) and len(
-        catalog.copies(catalog.head)
-    ) == len(catalog.stores)
+    return (bool(settings.run.loop) or reaches(catalog.head.final, end)) and catalog.stores[
+        -1
+    ] in catalog.copies(catalog.head)
 
 
 def after(settings: Config, name: str, code: int, *, stopped: bool) -> Outcome:
@@ -186,7 +188,7 @@ def after(settings: Config, name: str, code: int, *, stopped: bool) -> Outcome:
     try:
         stores = [store.with_retry_limit(settings.store.wait_s) for store in places(settings)]
         catalog = read_catalog(*stores)
-        is_over = code == EXIT_FINISHED and _is_complete(catalog, settings)
+        is_over = code == EXIT_FINISHED and is_complete(catalog, settings)
         why, details = (
             ("ended", {"code": code}) if is_over else _ended(catalog, name, code, stopped)
         )
@@ -230,8 +232,9 @@ def _ended(catalog: Catalog, name: str, code: int, stopped: bool) -> tuple[str, 
         stopped: Whether the launch was ended from outside.
     """
     is_alone = not launches.attempts_of(catalog, name)
-    # `before` detects a finished run. Exit code 0 without an attempt therefore means that the
-    # launch was stopped before any rank began to train.
+    # `before` detects a finished run, and `harness launch` records a program that ended well
+    # without training as failed. Otherwise, exit code 0 without an attempt means that a signal
+    # ended the launcher before any rank began to train.
     if stopped or (is_alone and code == EXIT_FINISHED):
         return "stopped", {"code": code}
     if is_alone:

@@ -398,6 +398,30 @@ def test_killed_while_it_starts_it_leaves_nobody_behind(
     wait_until(lambda: not left_behind(directory), "the end of all processes", limit_s=10)
 
 
+# --- what is finished, or trains nothing, is not started again ---
+
+
+def test_a_finished_run_is_not_started_again_where_the_directory_is_empty(tmp_path: Path) -> None:
+    bucket = f"run.remote=file://{tmp_path}/bucket"
+    first, second = (
+        launch(1, *SMALL, f"run.dir={tmp_path / name}", bucket) for name in ("first", "second")
+    )
+    done = run(first)
+    assert done.returncode == 0, done.stdout + done.stderr
+    process = run([*second, "run.max_failures=2"], limit_s=120)
+    assert process.returncode == 0, process.stdout + process.stderr
+    assert f"{tmp_path}/bucket is finished, at step {STEPS}" in process.stdout
+    assert not (tmp_path / "second").exists()
+
+
+def test_a_task_that_exits_before_training_ends_as_a_failure(folder: Path) -> None:
+    done = run(launch(1, *crashing(folder, "0-0-quit-99")), cwd=folder, limit_s=120)
+    assert done.returncode == 78, done.stdout + done.stderr
+    assert "crashing_task:build ended the process with exit code 0 before training" in done.stderr
+    assert "stopped" not in done.stderr and "Traceback" not in done.stderr
+    assert len(list(folder.glob("*.crashed"))) == 1, "it is not started again"
+
+
 # --- what cannot work is refused at once ---
 
 
