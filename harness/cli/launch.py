@@ -235,9 +235,7 @@ def _trained_nothing(settings: Config, name: str) -> bool:
         return False
     is_ended = any(launch.name == name and launch.end is not None for launch in known)
     return not (
-        is_ended
-        or launches.attempts_of(catalog, name)
-        or supervise.is_complete(catalog, settings)
+        is_ended or launches.attempts_of(catalog, name) or supervise.is_complete(catalog, settings)
     )
 
 

@@ -103,6 +103,9 @@ def run(given: argparse.Namespace) -> int:
         StorageError: The run directory or a store cannot be written.
         HarnessError: sbatch refused the job.
     """
+    if given.drill and not given.drill.startswith("-"):
+        # A setting, or the program, that follows --drill is not its value.
+        given.settings, given.drill = [given.drill, *given.settings], ""
     settings, stored = _load(given)
     code = _checked_code(settings, stored)  # now, not only when the job starts
     _check_place(settings, is_drill=given.drill is not None)
@@ -301,7 +304,11 @@ def _record(settings: Config) -> None:
 def _sbatch(script: Path) -> str:
     """Submit a script and return the job's number. Raises HarnessError if sbatch refuses it."""
     done = subprocess.run(
-        ["sbatch", "--parsable", str(script)], capture_output=True, text=True, check=False
+        ["sbatch", "--parsable", str(script)],
+        env=job_script.submitting(os.environ),
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if done.returncode:
         raise HarnessError(

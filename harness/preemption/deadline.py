@@ -118,10 +118,13 @@ def job_left_s(environment: Mapping[str, str]) -> float:
     if (end := environment.get("SLURM_JOB_END_TIME", "")).isdigit():
         return int(end) - time.time()
     job = environment["SLURM_JOB_ID"]
-    # The job id of one array task may be the id of the whole array.
-    if "SLURM_ARRAY_JOB_ID" in environment:
-        job = f"{environment['SLURM_ARRAY_JOB_ID']}_{environment.get('SLURM_ARRAY_TASK_ID')}"
-    return parse_left(_output("squeue", "-h", "-j", job, "-o", "%L"))
+    # The ID of one task of a job array is that of the whole array, which is listed then.
+    # SLURM_ARRAY_JOB_ID may have been inherited from a job in which this one was submitted.
+    for line in _output("squeue", "-h", "-j", job, "-o", "%A %L").splitlines():
+        listed, _, left = line.partition(" ")
+        if listed == job:
+            return parse_left(left)
+    return math.inf
 
 
 def parse_left(text: str) -> float:

@@ -6,19 +6,27 @@ values. Users may read, copy and edit them.
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 import unicodedata
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from harness.config.schema_services import SlurmSettings
 from harness.errors import UsageError
+
+# Variables by which a process inside a job reaches the cluster. All others named SLURM_… belong to
+# that job.
+REACHES = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SLURM_JWT", "SLURM_TIME_FORMAT")
+# Options of sbatch, which precede those of the script.
+OVERRIDES = ("SBATCH_ARRAY_INX", "SBATCH_JOB_NAME", "SBATCH_NO_REQUEUE", "SBATCH_OPEN_MODE")
 
 TEMPLATE = r"""#!/bin/bash
 {options}
 #SBATCH --ntasks-per-node=1       # one launcher per node; it starts the training processes
 #SBATCH --requeue                 # SLURM requeues the job after preemption or a node failure
 #SBATCH --open-mode=append        # one log for all restarts of the job
-#SBATCH --dependency=singleton    # only one job of this name at a time: two would compete for a run
+#SBATCH --dependency={dependency}    # one job of this name at a time: two would compete for a run
 #
 # Train one run to its end, however often this job is preempted or fails. Submit it once.
 #
@@ -47,25 +55,33 @@ export TORCH_CPP_LOG_LEVEL=${{TORCH_CPP_LOG_LEVEL:-ERROR}}
 # srun does not inherit --cpus-per-task.
 [ -z "${{SLURM_CPUS_PER_TASK:-}}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
 
-# The ID of this job, or of this task of a job array.
-id=${{SLURM_ARRAY_JOB_ID:+${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID}}
-id=${{id:-$SLURM_JOB_ID}}
+# SLURM's description of this job; of a job array, that of this task alone. SLURM_ARRAY_JOB_ID and
+# SLURM_RESTART_COUNT may have been inherited from a job in which this one was submitted.
+describe() {{
+    timeout 60 scontrol show job -o "$SLURM_JOB_ID" | grep "^JobId=$SLURM_JOB_ID "
+}}
+restarts=${{SLURM_RESTART_COUNT:-0}}
+[[ $(describe) =~ \ Restarts=([0-9]+) ]] && restarts=${{BASH_REMATCH[1]}}
 # The ID of this start of the job.
-export HARNESS_LAUNCH=$SLURM_JOB_ID.${{SLURM_RESTART_COUNT:-0}}
+export HARNESS_LAUNCH=$SLURM_JOB_ID.$restarts
 # SLURM sets SLURM_JOB_END_TIME itself from version 23.02 on.
-end=$(timeout 30 squeue -h -j "$id" -o %e)
+end=$(timeout 30 squeue -h -j "$SLURM_JOB_ID" -o "%A %e" | sed -n "s/^$SLURM_JOB_ID //p")
 if [[ $end = 20* ]]; then SLURM_JOB_END_TIME=$(date -d "$end" +%s); export SLURM_JOB_END_TIME; fi
 # A different rendezvous port for each job on a node, and for each start of a job.
-port=$((20000 + (7 * SLURM_JOB_ID + ${{SLURM_RESTART_COUNT:-0}}) % 10000))
+port=$((20000 + (7 * SLURM_JOB_ID + restarts) % 10000))
 
 # Requeue this job, which also ends this start of it. Only while this start is running: a requeue
 # would bring back a job that was cancelled, and SLURM may have requeued the job itself.
 requeue() {{
-    local pause state
+    local pause state id
     for pause in 0 5 15 30 60 60; do
         sleep $pause
-        state=$(timeout 60 scontrol show job -o "$id") || continue
-        [[ $state == *" Restarts=${{SLURM_RESTART_COUNT:-0}} "* ]] || exit $answer
+        state=$(describe) || continue
+        [[ $state == *" Restarts=$restarts "* ]] || exit $answer
+        # The ID of one task of a job array is that of the whole array.
+        id=$SLURM_JOB_ID
+        [[ $state =~ \ ArrayJobId=([0-9]+)\ ArrayTaskId=([0-9]+)\  ]] &&
+            id=${{BASH_REMATCH[1]}}_${{BASH_REMATCH[2]}}
         case $state in
             *" JobState=RUNNING "* | *" JobState=COMPLETING Reason=TimeLimit "*)
                 timeout 60 scontrol requeue "$id" && exit 0 ;;
@@ -101,7 +117,8 @@ rm -f "$unreachable"
 stopped=
 trap 'stopped=--stopped' TERM INT USR1 USR2
 
-srun --kill-on-bad-exit=1 --cpu-bind=none "${{harness[@]}}" launch \
+# --export: the job may have been submitted with --export=NONE, and srun would do the same.
+srun --export=ALL --kill-on-bad-exit=1 --cpu-bind=none "${{harness[@]}}" launch \
     --nnodes="$SLURM_NNODES" --nproc-per-node={procs} --rdzv-backend=c10d \
     --rdzv-endpoint="$(hostname):$port" --rdzv-id="$HARNESS_LAUNCH" "${{settings[@]}}" &
 step=$!
@@ -115,7 +132,7 @@ done
 # Decide from the run's own records whether this was a failure; the exit code does not tell. After
 # a preemption nothing counts as a failure. At the time limit it does, unless there is a new
 # checkpoint.
-job=$(timeout 60 scontrol show job -o "$id")
+job=$(describe)
 [[ $job == *" PreemptTime=2"* ]] && stopped=--stopped
 [[ $job == *" Reason=TimeLimit "* ]] && stopped=
 "${{harness[@]}}" supervise after --code $status $stopped "${{settings[@]}}"
@@ -199,8 +216,10 @@ def script(job: Job) -> str:
         if value is not None
     ]
     prefix = f"{slurm.container} " if slurm.container else ""
+    extra, dependency = (slurm.extra, "") if job.drill is not None else _dependency(slurm.extra)
     return (TEMPLATE if job.drill is None else DRILL).format(
-        options="\n".join(lines + [f"#SBATCH {option}" for option in slurm.extra]),
+        options="\n".join(lines + [f"#SBATCH {option}" for option in extra]),
+        dependency=dependency,
         most=job.most_failures,
         directory=job.directory,
         code=job.code,
@@ -211,6 +230,54 @@ def script(job: Job) -> str:
         procs=procs_per_node(slurm),
         drill=shlex.join(job.drill or ()),
     )
+
+
+def submitting(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment for sbatch, without what describes a job around this process.
+
+    A job inherits the environment of its sbatch, and SLURM sets only those variables anew that the
+    new job has: it would be taken for a task of the other one's array.
+    """
+    is_in_job = "SLURM_JOB_ID" in environment
+    return {
+        name: value
+        for name, value in environment.items()
+        if name not in OVERRIDES
+        and not (is_in_job and name.startswith(("SLURM_", "SLURMD_")) and name not in REACHES)
+    }
+
+
+def _dependency(extra: list[str]) -> tuple[list[str], str]:
+    """Divide the user's options of sbatch into the others and the value of --dependency.
+
+    Of several --dependency sbatch keeps the last one alone, so the user's are joined with the
+    script's own, singleton.
+
+    Raises UsageError if the user's are alternatives, which SLURM cannot join with another.
+    """
+    others, found = list[str](), list[str]()
+    for option in extra:
+        rest, values = list[str](), list[str]()
+        with contextlib.suppress(ValueError):  # an open quote; sbatch says so itself
+            rest = shlex.split(option, comments=True)
+        words, rest = iter(rest), []
+        for word in words:
+            name, _, value = word.partition("=")
+            if len(name) > 4 and "--dependency".startswith(name):
+                values.append(value or next(words, ""))
+            elif word.startswith("-d"):
+                values.append(word[2:] or next(words, ""))
+            else:
+                rest.append(word)
+        others += [option] if not values else [shlex.join(rest)] if rest else []
+        found += [value for value in values if value != "singleton"]
+    if any("?" in value for value in found):
+        raise UsageError(
+            "slurm.extra has a dependency that cannot be joined with --dependency=singleton",
+            f"found: {','.join(found)}",
+            "Separate the jobs by commas (all of them), not by question marks (any of them).",
+        )
+    return others, ",".join([*found, "singleton"])
 
 
 def _array_items(words: list[str]) -> str:

@@ -12,6 +12,9 @@ from conftest import wait_until
 from slurm_cluster import SlurmCluster
 from slurm_runs import STEPS, Submitted, assert_equal, submitted, train_whole
 
+from harness.config.schema_services import SlurmSettings
+from harness.supervision.job_script import Job, script
+
 Folders = pytest.TempPathFactory
 
 
@@ -115,3 +118,41 @@ def test_a_finished_run_that_is_submitted_again_ends_without_starting_anything(
     )
     assert run.records("attempts").keys() == {"0001", "0001.end"} and not run.records("launches")
     assert_equal(whole, run.directory)
+
+
+# Stands in for the program: the first launch asks to be started again, and each writes its name.
+PROGRAM = """\
+#!/bin/bash
+case $* in
+    *" before"*) exit 75 ;;
+    *" launch "*) echo "$HARNESS_LAUNCH" >>{folder}/launches ;;
+    *) [[ $HARNESS_LAUNCH == *.0 ]] && exit 75; exit 0 ;;
+esac
+"""
+
+
+def test_a_job_array_that_is_submitted_without_and_with_the_variables_of_others(
+    slurm: SlurmCluster, tmp_path: Path
+) -> None:
+    program = tmp_path / "program"
+    program.write_text(PROGRAM.format(folder=tmp_path))
+    program.chmod(0o755)
+    other = {"SLURM_ARRAY_JOB_ID": "4", "SLURM_ARRAY_TASK_ID": "1", "SLURM_RESTART_COUNT": "3"}
+    jobs = []
+    for name, options in {"array": ["--array=0-1"], "alone": []}.items():
+        places = {"directory": str(tmp_path), "code": str(tmp_path), "python": str(program)}
+        job = Job(SlurmSettings(nodes=1), name, f"{tmp_path}/{name}-%j.out", [], **places)
+        (tmp_path / name).write_text(script(job))
+        # Variables of SLURM are inherited even so. srun would pass on nothing but them.
+        options += ["-p", "high", "--export=NONE"]
+        jobs.append(slurm.submit(tmp_path / name, *options, environment=other))
+    array, alone = jobs
+    written = tmp_path / "launches"
+    wait_until(lambda: written.exists() and written.read_text().count("\n") == 6, "two starts each")
+    for job in (f"{array}_0", f"{array}_1", alone):
+        assert slurm.wait_for(job) == "COMPLETED"
+        assert slurm.restarts(job) == 1
+    names = [slurm.fields(job)["JobId"] for job in (f"{array}_0", f"{array}_1", alone)]
+    assert sorted(written.read_text().split()) == sorted(
+        f"{name}.{count}" for name in names for count in (0, 1)
+    )

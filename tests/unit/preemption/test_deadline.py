@@ -149,7 +149,7 @@ def test_newer_slurm_says_in_the_environment_when_the_job_ends(programs):
 
 @pytest.mark.parametrize("end", ["", "soon", "Unknown", "-5"])
 def test_older_slurm_is_asked(end, programs):
-    programs.put("squeue", '[ "$*" = "-h -j 7 -o %L" ] && echo 1:40')
+    programs.put("squeue", '[ "$*" = "-h -j 7 -o %A %L" ] && echo 7 1:40')
     assert job_left_s(JOB | {"SLURM_JOB_END_TIME": end}) == 100
     assert job_left_s(JOB) == 100
 
@@ -157,8 +157,9 @@ def test_older_slurm_is_asked(end, programs):
 def test_of_a_job_array_the_task_alone_is_asked_for(programs):
     """The id of one of its tasks is the whole array's: asked for that, SLURM answers for all of
     them."""
-    programs.put("squeue", 'case "$3" in 7_2) echo 1:40 ;; *) printf "5:00\n1:40\n" ;; esac')
-    assert job_left_s(JOB | {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "2"}) == 100
+    programs.put("squeue", r'[ "$3" = 7 ] && printf "8 5:00\n7 1:40\n9 3:00\n"')
+    for array in ("7", "5"):  # 5: of the job in which this one was submitted
+        assert job_left_s(JOB | {"SLURM_ARRAY_JOB_ID": array, "SLURM_ARRAY_TASK_ID": "2"}) == 100
 
 
 @pytest.mark.parametrize(
@@ -166,11 +167,11 @@ def test_of_a_job_array_the_task_alone_is_asked_for(programs):
     [
         "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1",
         "echo",
-        "echo UNLIMITED",
+        "echo 7 UNLIMITED",
         "exit 0",
         r"printf '\xff\xfe\x00\n'",
         "kill -9 $$",
-        "echo 0:1; echo 0:2",
+        "echo 17 0:1; echo 7; echo 0:2",
     ],
 )
 def test_a_controller_that_talks_rubbish_gives_no_deadline(script, programs):
@@ -227,7 +228,7 @@ def test_outside_of_slurm_nobody_is_asked_and_nothing_is_known(programs):
 
 @pytest.mark.parametrize("newer", [True, False])
 def test_the_time_limit_counts_down_and_is_near_when_what_is_needed_no_longer_fits(newer, programs):
-    programs.put("squeue", "echo 16:40")
+    programs.put("squeue", "echo 7 16:40")
     programs.put("scontrol", "exit 1")
     found = asked(JOB | ({"SLURM_JOB_END_TIME": str(int(time.time()) + 1000)} if newer else {}))
     assert 970 < found.left_s() <= 1000
@@ -432,7 +433,7 @@ def test_a_run_leaves_by_itself_before_its_time_limit_with_everything_saved(whol
 
 
 def test_a_run_leaves_by_itself_when_only_squeue_knows_its_limit(tmp_path, live, programs):
-    programs.put("squeue", "echo 0:33")
+    programs.put("squeue", "echo 7 0:33")
     programs.put("scontrol", "exec sleep 20")
     born = live("run.margin_s=30", "task.args.sleep_s=0.7", SLURM_JOB_ID="7", PATH=programs.path)
     assert born.wait() == 0, born.text

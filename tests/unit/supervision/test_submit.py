@@ -354,7 +354,7 @@ def test_a_store_that_does_not_answer_at_the_end_is_counted_and_the_job_requeued
     tools.mkdir()
     commands = {
         "squeue": "echo Unknown",
-        "scontrol": f'case $1 in show) echo " Restarts=0 JobState=RUNNING ";;'
+        "scontrol": f'case $1 in show) echo "JobId=7 Restarts=0 JobState=RUNNING ";;'
         f' *) echo "$*" >>{tmp_path}/scontrol;; esac',
         "srun": "exit 1",
         "harness": "case $* in *before*) exit 75;; *) exit 74;; esac",
@@ -378,6 +378,71 @@ def test_a_store_that_does_not_answer_at_the_end_is_counted_and_the_job_requeued
 
 
 # --- what is refused ---
+
+
+def test_a_job_that_is_submitted_inside_another_one_inherits_nothing_of_it(
+    place, submit, sbatch, monkeypatch
+):
+    put(sbatch, f"env >{sbatch}/env\necho 1")
+    outer = {
+        "SLURM_JOB_ID": "9",
+        "SLURM_ARRAY_JOB_ID": "9",
+        "SLURM_ARRAY_TASK_ID": "1",
+        "SLURM_RESTART_COUNT": "4",
+        "SLURM_MEM_PER_NODE": "100",
+        "SLURM_EXPORT_ENV": "NONE",
+        "SLURMD_NODENAME": "n1",
+        "SBATCH_JOB_NAME": "another",
+    }
+    kept = {"SLURM_CONF": "/etc/slurm.conf", "SLURM_JWT": "token", "SBATCH_ACCOUNT": "me"}
+    for name, value in (outer | kept).items():
+        monkeypatch.setenv(name, value)
+    code, said = submit("run.dir=runs/a", f"task.name={add_task(place)}")
+    assert code == 0, said
+    lines = (sbatch / "env").read_text().splitlines()
+    seen = dict(line.split("=", 1) for line in lines if line.startswith(("SLURM", "SBATCH")))
+    assert seen == kept
+    monkeypatch.delenv("SLURM_JOB_ID")
+    monkeypatch.setenv("SLURM_MPI_TYPE", "pmix")
+    assert submit("run.dir=runs/a", f"task.name={add_task(place)}")[0] == 0
+    assert "SLURM_MPI_TYPE=pmix" in (sbatch / "env").read_text(), "outside a job, it is the site's"
+
+
+@pytest.mark.parametrize(
+    ("extra", "expected"),
+    [
+        (["--dependency=afterok:5"], "afterok:5,singleton"),
+        (["--depend afterok:5", "-dafter:6"], "afterok:5,after:6,singleton"),
+        (["--exclusive -d 'afterok:5:7,afterany:6'"], "afterok:5:7,afterany:6,singleton"),
+        (["--dependency=singleton"], "singleton"),
+        (["--deadline=12:00", "--delay-boot=5", "-D /tmp", '--comment="a -d b"'], "singleton"),
+    ],
+)
+def test_a_dependency_of_the_users_is_joined_with_the_scripts_own(extra, expected):
+    found = options(script(Job(SlurmSettings(extra=extra), "a", "out", [])))
+    assert [word for word in found if "--dependency".startswith(word.partition("=")[0])] == [
+        f"--dependency={expected}"
+    ]
+    assert not any(word.startswith("-d") for word in found)
+    assert ("--exclusive" in found) == ("--exclusive" in " ".join(extra))
+    assert ("--comment=a -d b" in found) == ("--comment" in " ".join(extra))
+
+
+def test_alternative_dependencies_are_refused(place, submit):
+    code, said = submit("--dry-run", "run.dir=a", "slurm.extra=[--dependency=afterok:5?afterok:6]")
+    assert code == 78 and "found: afterok:5?afterok:6" in said and "Traceback" not in said
+
+
+@pytest.mark.parametrize("before", [[], ["run.dir=a"]])
+def test_what_follows_drill_is_no_option_of_it_unless_it_is_one(place, submit, before):
+    (place / "my_loop.py").touch()
+    rest = ["my_loop.py", "--lr", "0.1"] if before else ["run.dir=a", "my_loop.py", "--lr", "0.1"]
+    code, said = submit("--dry-run", *before, "--drill", *rest)
+    assert code == 0, said
+    assert " drill --nproc-per-node=1  " in said and words(said)[-1].startswith("run.loop=[")
+    assert words(said)[-1].endswith('"--lr", "0.1"]')
+    code, said = submit("--dry-run", *before, "--drill", "--steps 9 --faults 2", *rest)
+    assert code == 0 and " --steps 9 --faults 2 " in said, said
 
 
 def test_a_time_that_yaml_has_made_a_number_of_is_refused_in_words(place, submit):
