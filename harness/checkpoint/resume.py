@@ -74,7 +74,7 @@ class Chooser:
         stores: tuple[Store, ...],
         world: World,
         give_up: Callable[[], object],
-        steps_back: Callable[[], bool],
+        steps_back: Callable[[Catalog, Manifest], bool],
         memory: LocalStore,
         check: Callable[[Catalog], object],
     ) -> None:
@@ -150,7 +150,7 @@ class Chooser:
         memory_copy.check_readable(there, catalog)
         if (kept := memory_copy.newest(there, catalog)) is not None:
             candidates.insert(0, (kept, [len(self.stores)]))
-        if len(candidates) > 1 and self.steps_back():
+        if len(candidates) > 1 and self.steps_back(catalog, candidates[0][0]):
             resume_point.notes.append(
                 f"skipping {candidates[0][0].name}: every attempt that resumed from it has died"
             )
@@ -253,7 +253,7 @@ def choose(
     stores: Store | tuple[Store, ...],
     world: World,
     give_up: Callable[[], object] = lambda: None,
-    steps_back: Callable[[], bool] = lambda: False,
+    steps_back: Callable[[Catalog, Manifest], bool] = lambda catalog, newest: False,
     check: Callable[[Catalog], object] = lambda here: None,
 ) -> ResumePoint:
     """Find and load the newest checkpoint of the run's history that verifies on every rank.
@@ -267,7 +267,8 @@ def choose(
         stores: The run's store, or its stores with the authority last.
         world: The process group.
         give_up: Returns a true value when the other ranks should not wait long for rank 0.
-        steps_back: Called on rank 0; if it returns True, the newest checkpoint is the last choice.
+        steps_back: Called on rank 0 with the catalog and the newest checkpoint; if it returns True,
+            that is the last choice.
         check: Called on rank 0 with the catalog of the first store, before another store is listed;
             its errors pass through.
 

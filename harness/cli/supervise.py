@@ -134,7 +134,7 @@ def before(settings: Config, name: str, *, submitted: bool = False) -> int:
     details = {
         "failures": len(failed),
         "most_failures": most,
-        "steps_back": 0 < len(failed) == most - 1,
+        "steps_back": len(failed) == most - 1 and _have_resumed(catalog, failed),
     }
     launches.begin(stores, name, catalog, **details)
     if catalog.attempts:
@@ -142,6 +142,15 @@ def before(settings: Config, name: str, *, submitted: bool = False) -> int:
         message = f"resumes from step {step}"
         notify(settings.notify, "resumed", str(stores[0]), message, step=step, launch=name)
     return EXIT_STOPPED
+
+
+def _have_resumed(catalog: Catalog, failed: Sequence[Failure]) -> bool:
+    """Return whether any of the launches that failed had an attempt that resumed a checkpoint."""
+    return any(
+        record.get("from")
+        for failure in failed
+        for record in launches.attempts_of(catalog, failure.launch).values()
+    )
 
 
 def _check_submitted(stores: Sequence[Store]) -> None:

@@ -103,7 +103,7 @@ def _resume_point(
         retrying,
         world,
         give_up=preemption.requested,
-        steps_back=lambda: launches.steps_back(retrying[-1]),
+        steps_back=partial(launches.steps_back, retrying[-1]),
         check=partial(check_remembered, stores, settings.accept),
     )
 

@@ -28,6 +28,7 @@ from typing import Any
 from harness.checkpoint import records
 from harness.checkpoint.attempts import first_word
 from harness.checkpoint.catalog import Catalog
+from harness.checkpoint.format import Manifest
 from harness.errors import UsageError
 from harness.store import Store
 from harness.text import now
@@ -216,11 +217,18 @@ def read(stores: Sequence[Store]) -> list[Launch]:
     return sorted(launches, key=lambda launch: (launch.greatest, launch.supervisor, launch.number))
 
 
-def steps_back(store: Store) -> bool:
+def steps_back(store: Store, catalog: Catalog, newest: Manifest) -> bool:
     """Return whether this process's launch must resume from an older checkpoint than the newest.
 
-    It must if one more failure makes its supervisor give up. The newest checkpoint may pass the
-    verification and still crash every process that loads it.
+    It must if one more failure makes its supervisor give up, and an attempt of this supervisor has
+    died that had resumed from the newest: it may pass the verification and still crash every
+    process that loads it. Failures before an attempt, as of an import or a rendezvous, do not count
+    against a checkpoint.
+
+    Args:
+        store: Store with the records of launches.
+        catalog: Catalog of the run's stores.
+        newest: The checkpoint that would be chosen else.
 
     Raises:
         StorageError: The store fails.
@@ -228,7 +236,14 @@ def steps_back(store: Store) -> bool:
     name = own()
     if name is None:
         return False
+    origin = {"attempt": newest.attempt, "step": newest.step}
+    has_died = any(
+        record.get("from") == origin
+        and str(record.get("launch")).rpartition(".")[0] == name.rpartition(".")[0]
+        and catalog.ends.get(number, {}).get("why", "failed") == "failed"
+        for number, record in catalog.attempts.items()
+    )
     try:
-        return bool(records.parse(store.read(key(name))).get("steps_back"))
+        return has_died and bool(records.parse(store.read(key(name))).get("steps_back"))
     except FileNotFoundError:
         return False

@@ -18,6 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from jobs import Job
 from remote_lives import shared_nursery
+from there import there
 
 from harness import cli
 from harness.checkpoint import format as fmt
@@ -567,6 +568,31 @@ def test_only_the_last_try_of_several_steps_back(run, harness):
     job.fails()
     assert steps_back("100.30", 3)
     assert not steps_back("101.0", 3)
+
+
+def test_failures_before_an_attempt_do_not_count_against_a_checkpoint(run, harness, monkeypatch):
+    store = LocalStore(run)
+
+    def steps_back(name: str) -> bool:
+        assert harness("supervise", "before", f"run.dir={run}", launch=name)[0] == 75
+        monkeypatch.setenv(launches.ENVIRONMENT, name)
+        catalog = read_catalog(store)
+        return launches.steps_back(store, catalog, there(catalog.head))
+
+    Job("50", store).stops(10, 20)
+    job = Job("100", store)
+    for _ in range(2):
+        job.begin().end("failed", code=1, error="no rank began to train")
+    assert len(job.failures) == 2 and not steps_back("100.2")
+    assert not json.loads((run / "launches" / "100.2.json").read_text())["steps_back"]
+    # An attempt of this job died from step 20, and one of another job from what it then saved.
+    job = Job("200", store).fails()
+    Job("250", store).fails(15).fails()
+    job.begin().end("failed", code=1, error="no rank began to train")
+    assert len(job.failures) == 2 and not steps_back("200.2"), "no attempt of it began from step 15"
+    job = Job("300", store).fails()
+    job.begin().end("failed", code=1, error="no rank began to train")
+    assert steps_back("300.2")
 
 
 def test_a_submitted_run_without_its_record_stands_before_another_disk(tmp_path, harness):
