@@ -61,7 +61,8 @@ from harness.state.checks import check_tensors, mismatch_table, mismatches
 from harness.state.kinds import copied, rebuilt
 from harness.state.lr_schedules import apply_override, as_built, other_settings
 from harness.state.parameter_names import to_live, without_shells
-from harness.state.restoring import class_name, put_into, restore, restore_object
+from harness.state.plain_values import put_into
+from harness.state.restoring import class_name, restore, restore_object
 from harness.state.rng import kept_generators, rng_state, seed_rank, set_rng_state
 
 __all__ = [

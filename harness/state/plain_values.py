@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict, defaultdict
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch.nn.parameter import is_lazy
 
@@ -198,4 +199,74 @@ def _key(key: Any, where: Where) -> Any:
         key
         if type(key) is torch.dtype
         else to_cpu(key, f"{kinds.spelled(where)}, key {key!r}", TensorRefs())
+    )
+
+
+def put_into(held: Any, new: Any, filled: dict[int, Any] | None = None) -> Any:
+    """Put a nested value into the containers and tensors of another one, as far as they match.
+
+    Other variables may refer to the same containers and tensors: they see the new values.
+
+    Args:
+        held: the value whose containers and tensors are filled.
+        new: the value that they get.
+        filled: what was filled already, by identity; for nested calls.
+
+    Returns:
+        `held`, or `new` where the two do not match.
+    """
+    filled = {} if filled is None else filled
+    if id(held) in filled:  # held twice: it can be filled with one value only
+        return held if _is_equal(filled[id(held)], new) else new
+    if type(held) is type(new) is tuple and len(held) == len(new):
+        return tuple(put_into(*pair, filled) for pair in zip(held, new, strict=True))
+    if not (_is_container(held) and type(held) is type(new)) and not _takes(held, new):
+        return new
+    filled[id(held)] = new
+    if isinstance(held, dict):
+        by_key = {
+            key: put_into(held[key], item, filled) if key in held else item
+            for key, item in new.items()
+        }
+        held.clear()
+        held.update(by_key)
+    elif isinstance(held, list | deque):
+        items = [put_into(*pair, filled) for pair in zip(held, new, strict=False)]
+        items += list(new)[len(held) :]
+        held.clear()
+        held.extend(items)
+    elif held is not new:
+        with torch.no_grad():
+            held.copy_(new) if isinstance(held, torch.Tensor) else np.copyto(held, new)
+    return held
+
+
+def _is_container(value: Any) -> bool:
+    return isinstance(value, dict | list | deque)
+
+
+def _is_equal(one: Any, other: Any) -> bool:
+    """Return whether two nested values are equal; a value with NaN is equal to none."""
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(_is_equal(one[key], other[key]) for key in one)
+    if isinstance(one, list | deque | tuple):
+        return len(one) == len(other) and all(map(_is_equal, one, other))
+    if isinstance(one, torch.Tensor):
+        return one.device == other.device and torch.equal(one, other)
+    return np.array_equal(one, other) if isinstance(one, np.ndarray) else bool(one == other)
+
+
+def _takes(held: Any, new: Any) -> bool:
+    """Return whether a tensor or an array can be overwritten with the other one."""
+    if type(held) is not type(new) or not isinstance(held, torch.Tensor | np.ndarray):
+        return False
+    if (held.shape, held.dtype) != (new.shape, new.dtype):
+        return False
+    if isinstance(held, np.ndarray):
+        return held.flags.writeable
+    return type(held) is torch.Tensor and all(
+        tensor.layout is torch.strided and not tensor.is_inference() and 0 not in tensor.stride()
+        for tensor in (held, new)
     )

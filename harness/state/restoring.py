@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import traceback
-from collections import deque
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
@@ -29,6 +27,7 @@ from harness.state.checks import (
     mismatches,
     of_another,
 )
+from harness.state.plain_values import put_into
 
 # The errors by which any `load_state_dict` may refuse a state.
 REFUSALS = (
@@ -115,47 +114,6 @@ def _in_place(obj: Any) -> Iterator[None]:
     before = {key: own[key] for key in ("state", "param_groups") if key in own}
     yield
     own.update({key: put_into(held, own[key]) for key, held in before.items()})
-
-
-def put_into(held: Any, new: Any) -> Any:
-    """Put a nested value into the containers and tensors of another one, as far as they match.
-
-    Returns:
-        `held`, or `new` where the two do not match.
-    """
-    if isinstance(held, dict) and type(held) is type(new):
-        by_key = {
-            key: put_into(held[key], item) if key in held else item for key, item in new.items()
-        }
-        held.clear()
-        held.update(by_key)
-    elif isinstance(held, list | deque) and type(held) is type(new):
-        known = list(held)
-        items = [
-            put_into(known[at], item) if at < len(known) else item for at, item in enumerate(new)
-        ]
-        held.clear()
-        held.extend(items)
-    elif held is not new and _takes(held, new):
-        with torch.no_grad():
-            held.copy_(new) if isinstance(held, torch.Tensor) else np.copyto(held, new)
-    else:
-        return new
-    return held
-
-
-def _takes(held: Any, new: Any) -> bool:
-    """Return whether a tensor or an array can be overwritten with the other one."""
-    if type(held) is not type(new) or not isinstance(held, torch.Tensor | np.ndarray):
-        return False
-    if (held.shape, held.dtype) != (new.shape, new.dtype):
-        return False
-    if isinstance(held, np.ndarray):
-        return held.flags.writeable
-    return type(held) is torch.Tensor and all(
-        tensor.layout is torch.strided and not tensor.is_inference() and 0 not in tensor.stride()
-        for tensor in (held, new)
-    )
 
 
 def _check_class(name: str, obj: Any, classes: Mapping[str, str], source: str) -> None:

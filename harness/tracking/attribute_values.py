@@ -13,6 +13,7 @@ from torch import nn
 
 from harness.data.quantized import scale_of
 from harness.state.kinds import PLAIN
+from harness.state.plain_values import put_into
 from harness.untracked.object_walk import OF_MODULES, OF_OPTIMIZERS
 
 BARE = OF_MODULES - {"training"}  # nn.Module's own bookkeeping
@@ -201,26 +202,6 @@ def containers_of(value: Any, path: tuple[Any, ...] = ()) -> dict[tuple[Any, ...
     return own | {at: container for part in inner for at, container in part.items()}
 
 
-def refilled(held: Any, now: Any) -> Any:
-    """Fill a held dict or list with the items of another one, in place, and return it.
-
-    Other variables may refer to the same dict or list, so it stays the same object. This applies to
-    nested ones, too, as far as both have containers of the same kind there. If the two values are
-    not such containers, `now` is returned.
-    """
-    if isinstance(held, dict) and isinstance(now, dict):
-        items = {key: refilled(held.get(key), item) for key, item in now.items()}
-        held.clear()
-        held.update(items)
-        return held
-    if isinstance(held, list) and isinstance(now, list):
-        held[:] = [*map(refilled, held, now), *now[len(held) :]]
-        return held
-    if type(held) is type(now) is tuple and len(held) == len(now):
-        return tuple(map(refilled, held, now))
-    return now
-
-
 def set_value(part: Part, key: str, now: Any, kept: Mapping[str, Any]) -> None:
     """Set one attribute, buffer or `requires_grad`; copy into a tensor of the same shape.
 
@@ -242,7 +223,7 @@ def set_value(part: Part, key: str, now: Any, kept: Mapping[str, Any]) -> None:
         own_dict(part, "_buffers").update({key.removeprefix(BUFFER): None}) if key.startswith(
             BUFFER
         ) else setattr(
-            part, key, now if kept.get("replaced") else refilled(current_value(part, key), now)
+            part, key, now if kept.get("replaced") else put_into(current_value(part, key), now)
         )
     else:
         before = tensor_of(part, key)

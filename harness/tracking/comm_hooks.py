@@ -19,7 +19,7 @@ from harness.distributed.ranks import World
 from harness.distributed.wrappers import ddp_wrappers
 from harness.errors import UsageError
 from harness.state.kinds import PLAIN
-from harness.tracking.attribute_values import refilled
+from harness.state.plain_values import put_into
 from harness.tracking.sameness import is_same
 
 STATELESS = (
@@ -210,7 +210,7 @@ def _set(hook: Hook, key: str, kept: Any) -> None:
     if is_generator(before):
         set_generator_state(f"{hook.where}, {key}", before, kept)
         return
-    now = refilled(before, _moved(kept, hook.device))
+    now = put_into(before, _moved(kept, hook.device))
     if isinstance(hook.state, dict):
         hook.state[key] = now
     else:

@@ -1126,3 +1126,19 @@ def test_another_spelling_of_a_streams_place_does_not_count(tmp_path):
         assert lived.code == 0, lived.text
     found = compare(tmp_path / "a", tmp_path / "b")
     assert found.count == 0 and "does not count" in str(found) and "spelled" in str(found)
+
+
+def test_a_value_is_put_into_what_the_program_holds_as_far_as_both_match():
+    inner, weight = [1, 2, 3], torch.zeros(3)
+    held = {"inner": inner, "again": inner, "weight": weight, "pair": (inner, 1), "gone": 1}
+    new = {"inner": [4], "again": [4], "weight": torch.ones(3), "pair": ([4], 2), "more": {"a": 1}}
+    assert state.put_into(held, new) is held
+    assert held["inner"] is held["again"] is held["pair"][0] is inner == [4]
+    assert held["weight"] is weight and torch.equal(weight, torch.ones(3))
+    assert held.keys() == new.keys() and held["pair"][1] == 2 and held["more"] == {"a": 1}
+
+
+def test_one_object_that_is_held_twice_takes_one_of_two_unlike_values():
+    one = torch.zeros(2)
+    held = state.put_into({"a": one, "b": one}, {"a": torch.ones(2), "b": torch.full((2,), 2.0)})
+    assert held["a"] is one and held["a"].tolist() == [1, 1] and held["b"].tolist() == [2, 2]
