@@ -107,7 +107,8 @@ class Run(Loop):
                 exactly what it would have read next. False: skip the test.
 
         Raises:
-            UsageError: An argument is invalid, or the run cannot resume with this data exactly.
+            UsageError: An argument is invalid, the run cannot resume with this data exactly, or a
+                batch is requested after an error has ended the loop.
             SaveError: The last checkpoint could not be committed.
             StorageError: The last checkpoint is not in the remote store.
             NonFiniteError: A parameter is not finite when a checkpoint is made.
@@ -131,6 +132,7 @@ class Run(Loop):
                 dataset, arguments, (self._payload or {}).get("data")
             ),
             self._loop,
+            lambda: self.step,
         )
 
     def by_epoch(self, batches: Iterator[Any]) -> Iterator[tuple[int, Iterator[Any]]]:
@@ -151,7 +153,7 @@ class Run(Loop):
             SaveError, StorageError, NonFiniteError, SupersededError: As `batches`.
         """
         self._in_epochs = True
-        return by_epoch(batches, lambda: self._share, self._put_back)
+        return by_epoch(batches, lambda: self._share, self._put_back, lambda: self.step)
 
     def steps(self, max_steps: int) -> Iterator[int]:
         """Yield the rest of `range(max_steps)`, for a loop that produces its own data.
@@ -163,7 +165,9 @@ class Run(Loop):
         Collective: every rank must call it.
         """
         return Batches(
-            lambda: self._work_builder.of_own(max_steps, lambda: self.step - 1), self._loop
+            lambda: self._work_builder.of_own(max_steps, lambda: self.step - 1),
+            self._loop,
+            lambda: self.step,
         )
 
     def due(self, every_steps: int | None) -> bool:

@@ -13,6 +13,41 @@ from harness.run.work import Work
 END: Any = object()
 
 
+class Lasting(Iterator[Any]):
+    """An iterator that does not look complete after an error has ended it.
+
+    A generator is over once it has raised an error. The next request would raise StopIteration, and
+    a program that catches the error and goes on would take the run for complete.
+    """
+
+    def __init__(self, items: Iterator[Any], step: Callable[[], int]) -> None:
+        """Wrap a generator; `step` returns the number of the present step, for the message."""
+        self._items, self._step = items, step
+        self._ended_by: BaseException | None = None
+
+    def __next__(self) -> Any:
+        if isinstance(self._ended_by, SystemExit):
+            raise SystemExit(self._ended_by.code)
+        if self._ended_by is not None:
+            raise UsageError(
+                "the loop asks for another batch after an error has ended it",
+                f"found: at step {self._step()}, {type(self._ended_by).__name__}: {self._ended_by}",
+                "Let the error end the program, and start it again: it resumes from the newest "
+                "checkpoint. Handle errors of single samples in the dataset.",
+            ) from self._ended_by
+        try:
+            return next(self._items)
+        except StopIteration:
+            raise
+        except BaseException as error:
+            self._ended_by = error
+            raise
+
+    def close(self) -> None:
+        """Leave the loop."""
+        self._items.close()  # type: ignore[attr-defined] # it is a generator
+
+
 class Batches(Iterator[Any]):
     """The batches of a run, from its resume point to its end.
 
@@ -21,11 +56,14 @@ class Batches(Iterator[Any]):
     """
 
     def __init__(
-        self, begin: Callable[[], Work], loop: Callable[[Callable[[], Work], bool], Iterator[Any]]
+        self,
+        begin: Callable[[], Work],
+        loop: Callable[[Callable[[], Work], bool], Iterator[Any]],
+        step: Callable[[], int],
     ) -> None:
-        self.work, self._loop = cache(begin), loop
+        self.work, self._loop, self._step = cache(begin), loop, step
         # The generator holds no reference to this object: dropping this object ends the loop.
-        self._items: Iterator[Any] | None = None
+        self._items: Lasting | None = None
         self._by_epoch = False
 
     def __iter__(self) -> Iterator[Any]:
@@ -33,7 +71,7 @@ class Batches(Iterator[Any]):
 
     def __next__(self) -> Any:
         if self._items is None:
-            self._items = self._loop(self.work, self._by_epoch)
+            self._items = Lasting(self._loop(self.work, self._by_epoch), self._step)
         return next(self._items)
 
     def __len__(self) -> int:
@@ -49,28 +87,44 @@ class Batches(Iterator[Any]):
     def close(self) -> None:
         """Leave the loop."""
         if self._items is not None:
-            self._items.close()  # type: ignore[attr-defined] # it is a generator
+            self._items.close()
 
 
 def by_epoch(
-    batches: Iterator[Any], at: Callable[[], Share], before_first: Callable[[], object]
+    batches: Iterator[Any],
+    at: Callable[[], Share],
+    before_first: Callable[[], object],
+    step: Callable[[], int],
 ) -> Iterator[tuple[int, Iterator[Any]]]:
-    """Yield each epoch and an iterator over its batches; `at` returns the share yielded last.
-
-    `before_first` is called when the first batch of an epoch is requested.
+    """Return an iterator over the epochs, each with an iterator over its batches.
 
     A step ends when the next batch is requested. The batch after the last one of an epoch is
     therefore requested only when the outer loop continues: the user's code at the end of the epoch
     has run by then. An epoch is yielded before any of its samples is loaded, unless `batches` is a
     wrapper around the iterator of `Run.batches`.
 
+    Args:
+        batches: The batches of all epochs.
+        at: Returns the share that was yielded last.
+        before_first: Called when the first batch of an epoch is requested.
+        step: Returns the number of the present step.
+
     Raises:
         UsageError: The loop over the batches of an epoch was left before its end.
     """
+    return Lasting(_epochs(batches, at, before_first, step), step)
+
+
+def _epochs(
+    batches: Iterator[Any],
+    at: Callable[[], Share],
+    before_first: Callable[[], object],
+    step: Callable[[], int],
+) -> Iterator[tuple[int, Iterator[Any]]]:
     work = batches.work if isinstance(batches, Batches) else None
     if isinstance(batches, Batches):
         batches.with_borders()
-    bordered = _bordered(batches, at)
+    bordered = Lasting(_bordered(batches, at), step)
     border = next(bordered, END)
     while border is not END:
         epoch = _Epoch(bordered, at, before_first, work)

@@ -26,6 +26,7 @@ from torch.utils.data import (
 from torch.utils.data.distributed import DistributedSampler
 
 import harness
+from harness import preemption
 from harness.data.dataloader import adopt
 from harness.errors import UsageError
 from harness.exchange.compare import differences
@@ -209,6 +210,60 @@ def test_an_epoch_that_is_left_before_its_end_is_refused_in_words(taken, tmp_pat
                     break
                 update(model, optimizer, x)
     assert "run.finish()" in caught.value.remedy
+
+
+class Unreadable(torch.utils.data.Dataset):
+    """Cannot read one sample after a while, as on a file system that fails."""
+
+    fails = False
+
+    def __len__(self):
+        return 48
+
+    def __getitem__(self, at):
+        if at == 20 and self.fails:
+            raise OSError("input/output error")
+        return (torch.ones(4),)
+
+
+def every(items: Iterator[Any]) -> Iterator[Any]:
+    """What a program goes over that skips a batch that cannot be loaded."""
+    while True:
+        try:
+            yield next(items)
+        except OSError:
+            continue
+        except StopIteration:
+            return
+
+
+@pytest.mark.parametrize("how", ["batches", "epochs"])
+def test_a_program_that_goes_on_after_an_error_is_not_taken_to_be_complete(how, tmp_path):
+    job, model, optimizer, _ = begin(tmp_path / "a")
+    data = Unreadable()
+    batches = job.batches(data, 8, epochs=2, shuffle=False)
+    epochs = [(0, batches)] if how == "batches" else job.by_epoch(batches)
+    with pytest.raises(UsageError, match="after an error has ended it") as caught:
+        for _, inner in epochs:
+            for (x,) in every(inner):
+                data.fails = True
+                update(model, optimizer, x)
+    assert "at step 2, OSError: input/output error" in caught.value.found
+    assert isinstance(caught.value.__cause__, OSError) and not job.finished
+    with pytest.raises(UsageError, match="after an error has ended it"):
+        next(batches)
+
+
+def test_a_program_that_catches_the_end_by_a_stop_gets_it_again(tmp_path):
+    job, model, optimizer, _ = begin(tmp_path / "a")
+    batches = iter(job.batches(points(), 8, epochs=2))
+    update(model, optimizer, next(batches)[0])
+    preemption.request("a test")
+    for _ in range(2):
+        with pytest.raises(SystemExit) as ended:
+            next(batches)
+        assert ended.value.code == 0
+    assert not job.finished
 
 
 def test_a_stream_is_looped_over_by_epochs(tmp_path):
