@@ -61,24 +61,29 @@ def prove(
     source: StreamSource,
     through: Callable[[Any], Any],
     *,
-    seeds_held: bool,
+    is_new: bool = True,
     clock: Callable[[], float] = time.monotonic,
 ) -> str:
     """Check a stream on all ranks; return a warning if that was not possible, else "".
 
-    The result also decides whether the generators that the stream holds are seeded while it is
-    read.
+    In a new run the result also decides whether the generators that the stream holds are seeded
+    while it is read. A run keeps this to its end, as another choice gives other samples, and the
+    result depends on how fast the stream is.
 
     Args:
-        source: The source of the stream.
+        source: The source of the stream; in a run that is not new, with the choice of that run.
         through: A function that turns a state into what a checkpoint restores.
-        seeds_held: Whether held generators may be seeded, if only that makes the stream exact.
+        is_new: Whether the run is new.
         clock: A clock in seconds.
 
     Raises UsageError if a resumed stream would differ. Collective: every rank must call it.
     """
     tried = attempt(
-        source.dataset, through, tells_epoch=source.tells_epoch, seeds_held=seeds_held, clock=clock
+        source.dataset,
+        through,
+        tells_epoch=source.tells_epoch,
+        seeds=None if is_new else source.reading.seeds_held,
+        clock=clock,
     )
     unlike, seeds, untried = source.world.agree(
         [int(not tried.is_exact), int(tried.seeds), int(bool(tried.untried))]
@@ -96,7 +101,8 @@ def prove(
             f"found: {tried.unlike or 'on another rank'}",
             f"{remedy} {OFF} goes on all the same.",
         )
-    source.reading.seeds_held = bool(seeds)
+    if is_new:
+        source.reading.seeds_held = bool(seeds)
     why = tried.untried or "on another rank it could not be tried"
     return (
         f"whether {kind} goes on exactly after a kill could not be tried: {why}" if untried else ""
@@ -108,16 +114,17 @@ def attempt(
     through: Callable[[Any], Any],
     *,
     tells_epoch: bool = True,
-    seeds_held: bool = True,
+    seeds: bool | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> Tried:
-    """Check copies of the dataset as it is, and then, if needed, with its generators seeded.
+    """Check copies of the dataset.
 
     Args:
         dataset: The iterable dataset.
         through: A function that turns a state into what a checkpoint restores.
         tells_epoch: Whether to call the dataset's `set_epoch`, if it has one.
-        seeds_held: Whether to check again with held generators seeded for each item.
+        seeds: Whether held generators are seeded for each item; None to check the dataset as it is
+            and then, if needed, with its generators seeded.
         clock: A clock in seconds.
     """
     until = clock() + BUDGET_S
@@ -125,8 +132,11 @@ def attempt(
     shared = Randomness({"dataset": dataset})
     shared.look()
     with shared.kept():
+        if seeds is not None:
+            tried = _once(_Reader(dataset, tells_epoch, seeds, until, clock), through)
+            return dataclasses.replace(tried, seeds=seeds)
         tried = _once(_Reader(dataset, tells_epoch, False, until - BUDGET_S / 2, clock), through)
-        if tried.is_exact or not (seeds_held and shared.held):
+        if tried.is_exact or not shared.held:
             return tried
         seeded = _once(_Reader(dataset, tells_epoch, True, until, clock), through)
     if seeded.is_exact and not seeded.untried:

@@ -178,7 +178,8 @@ class DataSharding:
     def _proven(self, source: StreamSource, data: dict[str, Any], *, is_new: bool) -> Described:
         """Test whether the stream resumes exactly, and return its description.
 
-        The generators that the stream holds are seeded only if that makes it exact.
+        In a new run the generators that the stream holds are seeded only if that makes it exact; a
+        resumed run reads the stream as it began.
         """
         kinds = data.get("kinds", {}) | (
             {"order": BY_SET_EPOCH} if is_new and set_epoch_of(source.dataset) is not None else {}
@@ -187,11 +188,10 @@ class DataSharding:
         source.tells_epoch = kinds.get("order") == BY_SET_EPOCH
         note = ""
         if self.check_stream:
-            may_seed = is_new or source.reading.seeds_held
             note = stream_check.prove(
                 source,
                 lambda kept: state.plain_data({"stream": kept})["stream"],
-                seeds_held=may_seed,
+                is_new=is_new,
             )
         kinds |= {"sample_rng": IN_STREAM} if source.reading.seeds_held else {}
         return Described(data | ({"kinds": kinds} if kinds else {}), (note,) if note else ())

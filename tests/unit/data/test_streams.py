@@ -9,6 +9,7 @@ import random
 import subprocess
 import sys
 from multiprocessing.shared_memory import SharedMemory
+from typing import Any
 
 import numpy as np
 import pytest
@@ -265,9 +266,7 @@ def test_what_cannot_be_tried_is_said():
     memory = SharedMemory(create=True, size=8)
     try:
         for stream in (Locked(), Sharing(memory)):
-            assert "could not be tried" in stream_check.prove(
-                source_of(stream), as_it_is, seeds_held=True
-            )
+            assert "could not be tried" in stream_check.prove(source_of(stream), as_it_is)
     finally:
         memory.close()
         memory.unlink()
@@ -292,6 +291,28 @@ def test_a_slow_stream_is_tried_within_its_time():
     assert now[0] - began < stream_check.BUDGET_S
 
 
+@pytest.mark.parametrize("stream", [Counting, Drawing])
+@pytest.mark.parametrize("seeds", [False, True])
+@pytest.mark.parametrize("takes_s", [0.0, 2.0])
+def test_a_resumed_run_reads_a_stream_as_it_began_however_fast_it_is(stream: Any, seeds, takes_s):
+    now = [0.0]
+
+    class Timed(stream):
+        def value(self):
+            now[0] += takes_s
+            return super().value()
+
+    source = source_of(Timed())
+    source.reading.seeds_held = seeds
+    if stream is Drawing and not (seeds or takes_s):
+        with pytest.raises(UsageError, match="would not go on exactly"):
+            stream_check.prove(source, as_it_is, is_new=False, clock=lambda: now[0])
+    else:
+        note = stream_check.prove(source, as_it_is, is_new=False, clock=lambda: now[0])
+        assert ("too slowly" in note) == bool(takes_s)
+    assert source.reading.seeds_held == seeds
+
+
 def test_a_large_array_is_not_copied_and_not_written_to():
     class Large(Counting):
         def __init__(self):
@@ -309,7 +330,7 @@ def test_a_large_array_is_not_copied_and_not_written_to():
 
 def test_a_refusal_says_what_to_do():
     with pytest.raises(UsageError, match="would not go on exactly") as caught:
-        stream_check.prove(source_of(Sticking()), as_it_is, seeds_held=True)
+        stream_check.prove(source_of(Sticking()), as_it_is)
     assert "what the next pass gives is another one" in str(
         caught.value
     ) and "check_stream=False" in str(caught.value)
