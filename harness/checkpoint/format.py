@@ -39,12 +39,14 @@ def version_of(payload: Mapping[str, Any]) -> int:
 
     The version is 2 if the content has state that an older harness would drop silently, else 1.
     """
-    data = payload.get("data", ())
-    return (
-        2
-        if any(name in payload for name in WITH_MORE) or "kinds" in data or "beside" in data
-        else 1
+    data, generators = payload.get("data", ()), payload.get("rng", ())
+    has_more = (
+        any(name in payload for name in WITH_MORE)
+        or "kinds" in data
+        or "beside" in data
+        or any("own_gpu" in entry for entry in generators)
     )
+    return 2 if has_more else 1
 
 
 def stem(step: int, attempt: int) -> str:

@@ -276,16 +276,20 @@ def put_back(
         state.apply_override(built, changed)
 
 
-def set_generators(payload: Mapping[str, Any], world: World, seed: int, step: int) -> None:
+def set_generators(payload: Mapping[str, Any], world: World, seed: int, step: int) -> list[str]:
     """Restore the generators of this rank; a rank that the checkpoint does not have gets new ones.
 
     The arguments are those of `restore_generators`.
+
+    Returns:
+        A notice if a generator of a GPU could not be restored, else [].
     """
     entries = payload.get("rng", [])
     if world.rank < len(entries):
-        state.set_rng_state(entries[world.rank])
-    else:
-        state.seed_rank(seed, "rank", world.rank, step)
+        notice = state.restore_rng_state(entries[world.rank], world.rank)
+        return [notice] * bool(notice)
+    state.seed_rank(seed, "rank", world.rank, step)
+    return []
 
 
 def restore_generators(
@@ -304,20 +308,20 @@ def restore_generators(
         step: Number of the step at the resume point.
 
     Returns:
-        A notice if the number of ranks has changed, else [].
+        Notices if the number of ranks has changed, or generators of GPUs cannot be restored.
 
     Raises:
         UsageError: The data is an iterable dataset and the number of ranks has changed.
     """
     entries = payload.get("rng", [])
-    set_generators(payload, world, seed, step)
+    notices = set_generators(payload, world, seed, step)
     if len(entries) in (0, world.size):
         source.restore(payload["data"]["iterators"][world.rank] if entries else None)
-        return []
+        return notices
     check_same_ranks(payload["data"]["iterators"], world.size)
     same = (
         "the loop finds its data itself, and other data now"
         if source.is_own
         else "same samples, same global batches, other last bits"
     )
-    return [f"{len(entries)} rank(s) before, {world.size} now: {same}"]
+    return [*notices, f"{len(entries)} rank(s) before, {world.size} now: {same}"]

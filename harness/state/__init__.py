@@ -8,7 +8,9 @@ This is the one list of the entries of a checkpoint:
                                   averaged weights, and any other object that has state_dict and
                                   load_state_dict
     rng                           one entry per rank: the generators of Python and NumPy, torch's
-                                  CPU generator, and the generator of each GPU
+                                  CPU generator, and the generator of each GPU that the rank sees;
+                                  own_gpu: which of these is the rank's own, if that does not
+                                  follow from the rank
     data                          epoch, position in it, seed, global batch size, dataset size and
                                   fingerprint; for iterable datasets the state of each rank's own
                                   iterator; for second sources their identity and position;
@@ -20,7 +22,8 @@ This is the one list of the entries of a checkpoint:
     best                          the best value so far of the metric that ranks checkpoints
     config                        the settings of the run
     format_version                the version of this list: 2 if the checkpoint holds an optional
-                                  entry (below), or if `data` holds kinds or second sources; else 1
+                                  entry (below), if `data` holds kinds or second sources, or `rng`
+                                  an own_gpu; else 1
 
 These entries are optional. Each exists only if there is something to keep:
 
@@ -63,7 +66,14 @@ from harness.state.lr_schedules import apply_override, as_built, other_settings
 from harness.state.parameter_names import to_live, without_shells
 from harness.state.plain_values import put_into
 from harness.state.restoring import class_name, restore, restore_object
-from harness.state.rng import kept_generators, rng_state, seed_rank, set_rng_state
+from harness.state.rng import (
+    gpu_states,
+    kept_generators,
+    restore_rng_state,
+    rng_state,
+    seed_rank,
+    set_rng_state,
+)
 
 __all__ = [
     "Captured",
@@ -80,6 +90,7 @@ __all__ = [
     "check_user_state",
     "class_name",
     "copied",
+    "gpu_states",
     "is_generator",
     "kept_generators",
     "mismatch_table",
@@ -90,6 +101,7 @@ __all__ = [
     "rebuilt",
     "restore",
     "restore_object",
+    "restore_rng_state",
     "rng_state",
     "seed_rank",
     "set_rng_state",

@@ -86,7 +86,9 @@ class RankDifferences:
         if self._world.size > 1:
             self._saves += 1
             self._look(tracked, values, in_full=self._saves.bit_count() == 1)
-        given = self._world.to_writer((state.rng_state(), iterator, self._own.state()))
+        given = self._world.to_writer(
+            (state.rng_state(self._world.rank), iterator, self._own.state())
+        )
         without_same_kinds(given)
         self._tell_of_big(given)
         return given

@@ -19,8 +19,11 @@ from torch import nn
 import harness
 from harness import state
 from harness.checkpoint.format import version_of
+from harness.data.dataset_source import OwnSource
+from harness.distributed.ranks import World
 from harness.errors import UsageError
 from harness.exchange.compare import compare, differences
+from harness.selfcheck import resume_checks
 from harness.state import lr_schedules
 from harness.tracking.user_state import UserState
 from harness.untracked import foreign_optimizers
@@ -35,6 +38,33 @@ for x, y in run.batches(points(), 16, epochs=int(os.environ.get("EPOCHS", 2))):
     run.log(loss=loss)
     die(run)
 """
+
+
+def test_a_ranks_own_gpu_goes_on_where_its_own_was_on_whatever_node_it_is_now():
+    """The others keep their numbers, if they can."""
+    assert state.gpu_states("abcd", before=1, own=1, count=4) == (
+        {0: "a", 1: "b", 2: "c", 3: "d"},
+        "",
+    )
+    assert state.gpu_states("abcd", before=0, own=2, count=4) == (
+        {0: "a", 1: "b", 2: "a", 3: "d"},
+        "",
+    )
+    chosen, notice = state.gpu_states("abcd", before=3, own=0, count=1)
+    assert chosen == {0: "d"} and "4 GPU(s) seen by a rank before, 1 now" in notice
+    assert "those of others are not" in notice
+    assert state.gpu_states("a", before=0, own=2, count=4)[0] == {2: "a"}
+    chosen, notice = state.gpu_states("ab", before=1, own=0, count=0)
+    assert chosen == {} and notice.endswith("the generators of GPUs are not restored")
+    assert state.gpu_states("", before=0, own=3, count=4) == ({}, "")
+
+
+def test_gpus_that_are_gone_are_named_at_the_resume():
+    gone = [torch.zeros(16, dtype=torch.uint8)] * (torch.cuda.device_count() + 1)
+    payload = {"rng": [state.rng_state() | {"cuda": gone}], "data": {"iterators": [None]}}
+    world = World(0, 1, torch.device("cpu"), 10)
+    (notice,) = resume_checks.restore_generators(payload, world, OwnSource(), 1, 0)
+    assert f"{len(gone)} GPU(s) seen by a rank before, {len(gone) - 1} now" in notice
 
 
 def saved_and_read(payload):
