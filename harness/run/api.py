@@ -173,13 +173,16 @@ class Run(Loop):
     def due(self, every_steps: int | None) -> bool:
         """Return True every `every_steps` steps, and always in the last step of the run.
 
+        A step in which `finish` was called is the last one, too.
+
         Raises:
             UsageError: It was called before the loop.
         """
         usage_checks.check_begun(
             self._looping or self.finished or self._checkpointer.attempt is not None
         )
-        return self.step == self._end_step or bool(every_steps and self.step % every_steps == 0)
+        is_last = self.finished or self._finish or self._share.last or self.step == self._end_step
+        return is_last or bool(every_steps and self.step % every_steps == 0)
 
     def finish(self) -> None:
         """End the run as complete after this step (early stopping).

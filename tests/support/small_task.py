@@ -83,3 +83,46 @@ def build(
         loss=slow_loss,
         evaluate=lambda model, batch: {"val_loss": loss(model, batch) * len(batch[0])},
     )
+
+
+class Counted(torch.utils.data.IterableDataset):
+    """A stream of `size` points that goes on exactly."""
+
+    def __init__(self, size: int) -> None:
+        self.size, self.at = size, 0
+
+    def __iter__(self):
+        while self.at < self.size:
+            self.at += 1
+            yield torch.full((12,), self.at / self.size), torch.ones(1)
+        self.at = 0
+
+    def state_dict(self):
+        return {"at": self.at}
+
+    def load_state_dict(self, state):
+        self.at = state["at"]
+
+
+def build_stream(size: int = 48, finish_at: int = 0) -> Task:
+    """Trained on a stream; in step `finish_at` the task itself ends the run."""
+    model = nn.Linear(12, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+
+    def step(run, batch):
+        optimizer.zero_grad()
+        value = loss(run.tracked["model"], batch)
+        value.backward()
+        optimizer.step()
+        if run.step == finish_at:
+            run.finish()
+        return {"loss": value}
+
+    return Task(
+        modules=model,
+        optimizers=optimizer,
+        train_data=Counted(size),
+        eval_data=Noisy(12),
+        loss=loss,
+        step=step,
+    )

@@ -25,6 +25,7 @@ from torch import nn
 
 import harness
 from harness import cli, state, step
+from harness import train as training
 from harness.checkpoint.catalog import read_catalog
 from harness.config.schema import TrainSettings
 from harness.distributed.ranks import World
@@ -208,6 +209,23 @@ def test_every_last_step_is_due(tmp_path):
     due = [run_.step for _ in run_.batches(Noisy(60), 10, epochs=1, max_steps=5) if run_.due(2)]
     assert due == [2, 4, 5]
     assert run_.due(None)
+
+
+@pytest.mark.parametrize(("finish_at", "expected"), [(0, [5, 8]), (3, [3])])
+def test_the_last_step_is_evaluated_wherever_the_run_ends(tmp_path, finish_at, expected):
+    """Of a stream, whose end shows only when it is there, and after `run.finish()`."""
+    training.main(
+        [
+            "task.name=small_task:build_stream",
+            f"task.args.finish_at={finish_at}",
+            "train.global_batch_size=12",
+            "train.epochs=2",
+            "eval.every_steps=5",
+            "checkpoint.best=val_loss:min",
+            f"run.dir={tmp_path / 'a'}",
+        ]
+    )
+    assert [event["step"] for event in events(tmp_path / "a", "evaluated")] == expected
 
 
 def tracked_run(directory: Path, **options: object):
