@@ -12,6 +12,10 @@ from harness.text import now
 if TYPE_CHECKING:
     from harness.distributed.ranks import World
 
+# Keys of numbers that the ranks exchange: the last loss, and the steps since it was logged. Those
+# of logged values begin with a number.
+LOSS, SINCE = "last loss", "steps since"
+
 
 class MetricBuffer:
     """The values of the present step, and those that last beyond it or wait to be gathered.
@@ -32,6 +36,9 @@ class MetricBuffer:
         self.of_this_step: dict[str, float] = {}
         self.new_best = False
         self.logged: dict[str, Any] = {}  # by this step
+        # The last loss that this rank has logged in an earlier step, and how many steps it has
+        # made since; the number is the same on all ranks that have logged their losses together.
+        self._last: tuple[Any, int] | None = None
         # Result of the last `read`: step, rank, name, value.
         self.by_rank: list[tuple[int, int, str, float]] = []
         # Steps that `read` has not returned yet: step, time, logged values.
@@ -43,7 +50,11 @@ class MetricBuffer:
         return bool(self._held)
 
     def begin_step(self) -> None:
-        """Clear the values of the previous step."""
+        """Clear the values of the previous step; keep its loss until another one is logged."""
+        if self._last is not None:
+            self._last = self._last[0], self._last[1] + 1
+        if (loss := self.logged.get("loss")) is not None:
+            self._last = loss.clone() if isinstance(loss, torch.Tensor) else loss, 1
         self.of_this_step, self.new_best, self.logged = {}, False, {}
 
     def hold(self, step: int) -> None:
@@ -76,10 +87,10 @@ class MetricBuffer:
     def read(self, world: World) -> list[tuple[int, str, dict[str, float]]]:
         """Return the steps buffered since the last call, with the means over ranks of their values.
 
-        This also sets `loss` to the mean loss of the present step, if it logged one, and `by_rank`
-        to the values of each rank in the buffered steps. A mean is over the ranks that have logged
-        the name. Names that rank 0 has not logged have no mean; names that this rank has not logged
-        are not in `by_rank`.
+        This also sets `loss` to the mean loss of the last step that logged one, and `by_rank` to
+        the values of each rank in the buffered steps. A mean is over the ranks that have logged the
+        name in that step. Names that rank 0 has not logged have no mean; names that this rank has
+        not logged are not in `by_rank`.
 
         Collective: every rank must call it.
 
@@ -87,14 +98,20 @@ class MetricBuffer:
             For each step its number, its time, and the means by name.
         """
         held, self._held = self._held, []
-        logged = dict(enumerate([*(values for _, _, values in held), self.logged]))
+        logged = dict(enumerate(values for _, _, values in held))
+        last = (self.logged["loss"], 0) if "loss" in self.logged else self._last
         parts = world.gather_numbers(
             {
                 f"{at} {name}": float(value)
                 for at, values in logged.items()
                 for name, value in values.items()
             }
+            | ({LOSS: float(last[0]), SINCE: float(last[1])} if last is not None else {})
         )
+        losses = [(part.pop(SINCE), part.pop(LOSS)) for part in parts if LOSS in part]
+        if losses:
+            newest = [loss for since, loss in losses if since == min(losses)[0]]
+            self.loss = sum(newest) / len(newest)
         self.by_rank = [
             (held[at][0], rank, name, part[f"{at} {name}"])
             for rank, part in enumerate(parts)
@@ -107,12 +124,10 @@ class MetricBuffer:
             / sum(key in part for part in parts)
             for key in parts[0]
         }
-        self.loss = means.get(f"{len(held)} loss", self.loss)
         named: list[dict[str, float]] = [{} for _ in held]
         for key, mean in means.items():
             row, _, name = key.partition(" ")
-            if int(row) < len(held):
-                named[int(row)][name] = mean
+            named[int(row)][name] = mean
         return [(step, at, values) for (step, at, _), values in zip(held, named, strict=True)]
 
     def state(self) -> dict[str, Any]:

@@ -228,6 +228,28 @@ def test_the_last_step_is_evaluated_wherever_the_run_ends(tmp_path, finish_at, e
     assert [event["step"] for event in events(tmp_path / "a", "evaluated")] == expected
 
 
+def test_the_loss_of_a_checkpoint_is_the_last_that_was_logged(tmp_path):
+    def made(name: str, leave_at: int | None = None, **often: object) -> dict:
+        (run_, _), value = tracked_run(tmp_path / name, seed=1, **often), torch.zeros(())
+        for _ in run_.batches(Noisy(60), 10, epochs=2):
+            if run_.step in (2, 7):
+                value.fill_(run_.step)
+                run_.log(loss=value)
+            if run_.step == 8:
+                value.zero_()  # the program's own again
+            if run_.step == leave_at:
+                break
+        return newest(tmp_path / name)
+
+    whole = made("a", save_every_steps=1, log_every_steps=1)
+    assert whole["loss"] == 7
+    assert made("b", log_every_steps=100)["loss"] == 7
+    made("c", leave_at=6, save_every_steps=5, log_every_steps=3)
+    assert newest(tmp_path / "c")["loss"] == 2
+    assert made("c", log_every_steps=4)["loss"] == 7
+    assert cli.main(["diff", str(tmp_path / "a"), str(tmp_path / "c")]) == 0
+
+
 def tracked_run(directory: Path, **options: object):
     run_ = harness.init(directory, save_every_s=None, **options)  # type: ignore[arg-type]
     model = net()
