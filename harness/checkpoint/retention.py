@@ -39,6 +39,11 @@ class Policy:
     metric: str = "val_loss"
     higher_is_better: bool = False
 
+    @property
+    def ranking(self) -> str:
+        """Return the metric and its direction, as "NAME:min" or "NAME:max"."""
+        return f"{self.metric}:{'max' if self.higher_is_better else 'min'}"
+
 
 def policy(last: int, every_steps: int | None, best: int, metric: str) -> Policy:
     """Return the policy that ranks by `metric`, which is written "NAME:min" or "NAME:max"."""
@@ -53,16 +58,20 @@ def record(policy: Policy, remote_policy: Policy) -> dict[str, Any]:
     }
 
 
-def recorded(catalog: Catalog, *, is_local: bool) -> Policy | None:
-    """Return the policy of the newest attempt in the head's lineage that has recorded a valid one.
+def recorded(
+    catalog: Catalog, *, is_local: bool, manifest: Manifest | None = None
+) -> Policy | None:
+    """Return the policy of the newest attempt in a lineage that has recorded a valid one.
 
     None if there is none: an earlier harness recorded no policy.
 
     Args:
         catalog: Catalog of the run's stores.
         is_local: Whether the policy of the run directory is returned, or that of a remote store.
+        manifest: The checkpoint whose lineage counts; None: the head.
     """
-    for number, _ in reversed(catalog.head.lineage if catalog.head else ()):
+    of = manifest or catalog.head
+    for number, _ in reversed(of.lineage if of else ()):
         both = catalog.attempts.get(number, {}).get(RECORDED)
         fields = both.get("run" if is_local else "remote") if isinstance(both, dict) else None
         if isinstance(fields, dict) and _is_policy(fields):

@@ -99,13 +99,41 @@ def _resume_point(
     retrying = tuple(
         store.with_retry_limit(settings.wait_s, preemption.requested) for store in stores
     )
-    return resume.choose(
+    chosen = resume.choose(
         retrying,
         world,
         give_up=preemption.requested,
         steps_back=partial(launches.steps_back, retrying[-1]),
         check=partial(check_remembered, stores, settings.accept),
     )
+    if chosen.payload is not None and chosen.payload["best"] is not None:
+        _rank_anew(chosen, chosen.payload, world, settings.policy.ranking)
+    return chosen
+
+
+def _rank_anew(
+    chosen: resume.ResumePoint, payload: dict[str, Any], world: World, ranking: str
+) -> None:
+    """Drop the best value so far if it is one of another metric than the one that ranks now.
+
+    Collective: every rank must call it.
+    """
+
+    def recorded() -> str | None:
+        if chosen.catalog is None:
+            return None
+        policy = retention.recorded(chosen.catalog, is_local=True, manifest=chosen.manifest)
+        return policy.ranking if policy else None
+
+    settings = payload["config"].get("checkpoint")  # for a run of an earlier version
+    configured = settings.get("best") if isinstance(settings, dict) else None
+    before = world.on_writer(recorded, give_up=preemption.requested) or configured
+    if before not in (None, ranking):
+        payload["best"] = None
+        chosen.notes.append(
+            f"checkpoints were ranked by {before}, and are ranked by {ranking} from here on: "
+            "the best value so far begins anew"
+        )
 
 
 def _wired(parts: Parts, console: Console) -> Run:

@@ -250,6 +250,29 @@ def test_the_loss_of_a_checkpoint_is_the_last_that_was_logged(tmp_path):
     assert cli.main(["diff", str(tmp_path / "a"), str(tmp_path / "c")]) == 0
 
 
+def test_the_best_value_so_far_is_one_of_the_metric_that_ranks_now(tmp_path, capfd):
+    def made(best: str, epochs: int) -> list[bool]:
+        run_, _ = tracked_run(tmp_path / "a", seed=1, best=best, save_every_steps=6)
+        improved = []
+        for _ in run_.batches(Noisy(60), 10, epochs=epochs):
+            value = 1.5 + 0.01 * run_.step
+            run_.evaluate(
+                Noisy(4), lambda batch, v=value: {"val_loss": 4 * v, "val_acc": 4 * v / 2}
+            )
+            improved.append(run_._metric_buffer.new_best)
+        return improved
+
+    assert made("val_acc:max", 1) == [True] * 6
+    capfd.readouterr()
+    said = "checkpoints were ranked by val_acc:max, and are ranked by val_loss:min from here on"
+    assert made("val_loss:min", 2) == [True] + [False] * 5
+    assert capfd.readouterr().out.count(said) == 1
+    best = newest(tmp_path / "a")["best"]
+    assert made("val_loss:min", 3) == [False] * 6
+    assert newest(tmp_path / "a")["best"] == best == pytest.approx(1.57)
+    assert said not in capfd.readouterr().out
+
+
 def tracked_run(directory: Path, **options: object):
     run_ = harness.init(directory, save_every_s=None, **options)  # type: ignore[arg-type]
     model = net()
