@@ -57,16 +57,29 @@ class Stepper:
 
     @property
     def tracked(self) -> dict[str, Any]:
-        """All objects whose state must survive a restart, by name."""
-        scaler = {"scaler": self.scaler} if self.scaler.is_enabled() else {}
-        return (
-            self.modules
-            | self.optimizers
-            | self.schedulers
-            | scaler
-            | self.averages
-            | {"guard": self.guard}
-        )
+        """All objects whose state must survive a restart, by name.
+
+        Raises:
+            UsageError: The task gives several of them the same name.
+        """
+        pairs = [
+            *self.modules.items(),
+            *self.optimizers.items(),
+            *self.schedulers.items(),
+            *({"scaler": self.scaler} if self.scaler.is_enabled() else {}).items(),
+            *self.averages.items(),
+            ("guard", self.guard),
+        ]
+        named = dict(pairs)
+        if len(named) < len(pairs):
+            twice = next(name for name in named if [other for other, _ in pairs].count(name) > 1)
+            kinds = [type(unwrap(obj)).__name__ for name, obj in pairs if name == twice]
+            raise UsageError(
+                f"several objects of the task have the name {twice!r}",
+                f"found: {', '.join(kinds)}",
+                "Give each one a name of its own: Task(optimizers={NAME: …}, schedulers={…}).",
+            )
+        return named
 
     def __call__(
         self, micro_batches: Sequence[Any], weights: Sequence[float], step: int

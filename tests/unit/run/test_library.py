@@ -888,6 +888,20 @@ def stepper_of(loss, **settings: object) -> step.Stepper:
     return step.Stepper(job, TrainSettings(**settings), world)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("twice", ["model", "guard", "ema", "scaler"])
+def test_two_objects_of_a_task_with_one_name_are_refused(twice):
+    def with_scheduler(name: str) -> step.Stepper:
+        stepper = stepper_of(squared, precision="fp16", ema_decay=0.9)
+        stepper.schedulers[name] = torch.optim.lr_scheduler.StepLR(
+            stepper.optimizers["optimizer"], 1
+        )
+        return stepper
+
+    assert "scheduler" in with_scheduler("scheduler").tracked
+    with pytest.raises(UsageError, match=f"several objects of the task have the name '{twice}'"):
+        _ = with_scheduler(twice).tracked
+
+
 def squared(model, x):
     return model(x).square().mean()
 
