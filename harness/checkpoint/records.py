@@ -128,7 +128,7 @@ KINDS = (
     | dict.fromkeys(
         ("attempt", "reached", "world_size", "greatest", "most_failures", "failures"), is_count
     )
-    | dict.fromkeys(("step", "saved_step", "rank", "of"), _is_count_or_none)
+    | dict.fromkeys(("step", "saved_step", "made_step", "rank", "of"), _is_count_or_none)
     | dict.fromkeys(("loss", "seconds", "blocked_s", "copy_s"), is_number)
     | {
         "from": _is_origin,

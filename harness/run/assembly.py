@@ -148,7 +148,7 @@ def _wired(parts: Parts, console: Console) -> Run:
     step_timeouts = StepTimeouts(
         world.timeout_s, settings.step_timeout_s, exit_record.hung, parts.clock
     )
-    exit_record.count(lambda: counter.step)
+    exit_record.count(lambda: counter.step, lambda: counter.made)
     checkpointer = Checkpointer(parts, partial(traces.point, "save"))
     kept_state = KeptState(
         world,

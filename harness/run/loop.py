@@ -176,6 +176,7 @@ class Loop:
 
     def _step_made(self, step: int, share: Share, batch: Any) -> None:
         """Record a finished step and look at what it has changed."""
+        self._counter.complete()
         self._goodput.step_made()
         logged = self._metric_buffer.logged
         self._traces.step_made(step, share, batch, logged, self.tracked)

@@ -34,14 +34,19 @@ class StepCounter:
     """The number of the step that is being made; several parts read it."""
 
     step: int = 0
+    made: int = 0  # the last step that is complete
 
     def resume_at(self, step: int) -> None:
         """Set the number of the last step that was made."""
-        self.step = step
+        self.step = self.made = step
 
     def next(self) -> None:
         """Count the step that begins."""
         self.step += 1
+
+    def complete(self) -> None:
+        """Note that the step under way is complete."""
+        self.made = self.step
 
 
 class Checkpointer(Protocol):

@@ -17,6 +17,8 @@ from harness.store import Entry, Store
 
 # How much is read from the end of an attempt's events. A million steps are tens of megabytes.
 TAIL_BYTES = 1 << 18
+# Kinds of events and ends that hold the number of the step under way, not of a complete one.
+IN_A_STEP = ("evaluated", "hang", "failed", "superseded")
 FEW = 20  # number of last steps that the throughput is computed from
 
 
@@ -33,14 +35,16 @@ class AttemptSummary:
     saved: int  # last step that is committed, at least `went_on_from`
     ended: str | None
     end: dict[str, Any] | None  # end record
+    next_from: int | None  # step that the next attempt resumed from; None without a next one
 
     @property
     def lost(self) -> int:
         """Return the number of complete steps that must be recomputed.
 
-        For a killed attempt, only steps that its events still show are counted.
+        For a killed attempt, only steps that its events still show are counted. What is saved is
+        lost too, if the next attempt had to resume from an older checkpoint.
         """
-        return max(0, self.reached - self.saved)
+        return max(0, self.reached - (self.saved if self.next_from is None else self.next_from))
 
 
 def summarise(catalog: Catalog, number: int, events: list[dict[str, Any]]) -> AttemptSummary:
@@ -60,12 +64,38 @@ def summarise(catalog: Catalog, number: int, events: list[dict[str, Any]]) -> At
     reached = max(
         [
             saved,
-            int((end or {}).get("step") or 0),
-            *(int(event.get("step") or 0) for event in events),
+            _complete(str((end or {}).get("why")), end or {}),
+            *(_complete(str(event.get("event")), event) for event in events),
         ]
     )
     names = record.get("time"), record.get("kind"), record.get("launch")
-    return AttemptSummary(number, *names, origin, reached, saved, (end or {}).get("time"), end)
+    ended = (end or {}).get("time")
+    next_from = _next_from(catalog, number)
+    return AttemptSummary(number, *names, origin, reached, saved, ended, end, next_from)
+
+
+def _complete(kind: str, record: dict[str, Any]) -> int:
+    """Return the last complete step that an event or an end record shows, 0 if it shows none."""
+    if (made := record.get("made_step")) is not None:
+        return int(made)
+    step = int(record.get("step") or 0)
+    return max(0, step - 1) if kind in IN_A_STEP else step
+
+
+def _next_from(catalog: Catalog, number: int) -> int | None:
+    """Return the step that the attempt after this one resumed from, or None if there is none.
+
+    An attempt that was overtaken has not trained. After an import or a rollback a person has chosen
+    the step, so that nothing was lost.
+    """
+    for later in sorted(catalog.attempts):
+        record, end = catalog.attempts[later], catalog.ends.get(later, {})
+        if later <= number or (end.get("why") == "stopped" and "error" in end):
+            continue
+        if record.get("kind") != "train" or "from" not in record:
+            return None
+        return int((record["from"] or {}).get("step", 0))
+    return None
 
 
 def events(

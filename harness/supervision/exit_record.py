@@ -55,6 +55,8 @@ class ExitRecord:
         self._world: World | None = None
         self.failed = False  # True once an uncaught error was seen
         self.step: Callable[[], int | None] = lambda: None  # returns the run's current step
+        # Returns the last step that is complete.
+        self._made: Callable[[], int | None] = lambda: None
         # Waits for a checkpoint in flight; takes the limit in seconds.
         self._finish: Callable[[float], object] = lambda limit_s: None
         self._default = sys.excepthook
@@ -68,12 +70,13 @@ class ExitRecord:
         """
         sys.excepthook = self._on_error
 
-    def count(self, step: Callable[[], int]) -> None:
-        """Take the step for records from this function.
+    def count(self, step: Callable[[], int], made: Callable[[], int]) -> None:
+        """Take the step under way, and the last complete one, for records from these functions.
 
-        Each thread keeps the excepthook that it was started under, and so keeps the function alive.
+        Each thread keeps the excepthook that it was started under, and so keeps the functions
+        alive.
         """
-        self.step = step
+        self.step, self._made = step, made
 
     def watch(self, stores: tuple[Store, ...]) -> None:
         """Set the stores, before there is an attempt.
@@ -192,7 +195,7 @@ class ExitRecord:
                 )
         why = "superseded" if isinstance(error, SupersededError) else "failed"
         lines = traceback.format_exception(kind, error, trace)
-        details = {"step": self.step(), "rank": own_rank()}
+        details = {"step": self.step(), "made_step": self._made(), "rank": own_rank()}
         # The attempt already has its end record. Its launch may continue with another attempt.
         if isinstance(error, OvertakenError):
             report(error)
@@ -264,7 +267,13 @@ class ExitRecord:
         self._create(
             "failed",
             self._stores,
-            {"error": error, "rank": rank, "step": step, "trace": stacks[-MOST_TRACE:]},
+            {
+                "error": error,
+                "rank": rank,
+                "step": step,
+                "made_step": self._made(),
+                "trace": stacks[-MOST_TRACE:],
+            },
         )
         if attempt is not None and self._world is not None:
             summary, where = hang_report.report(self._stores, attempt, self._world.size, RECORD_S)

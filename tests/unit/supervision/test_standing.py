@@ -26,7 +26,7 @@ from harness.checkpoint.catalog import read_catalog
 from harness.checkpoint.retention import Policy
 from harness.saving.locations import hand_in
 from harness.store import LocalStore, Store, open_store
-from harness.supervision import launches
+from harness.supervision import attempt_history, launches
 from harness.supervision.launches import Launch
 from harness.supervision.restart_policy import Outcome, crash_loop, verdict
 from harness.text import now
@@ -836,6 +836,27 @@ def test_after_asked_twice_says_the_same(run, harness):
 # --- status ---
 
 
+def test_only_complete_steps_are_lost_and_all_that_the_next_attempt_makes_again(run):
+    store = LocalStore(run)
+
+    def lost(number: int, *lines: dict) -> tuple[int, int]:
+        summary = attempt_history.summarise(read_catalog(store), number, [*lines])
+        return summary.reached, summary.lost
+
+    Job("100", store).fails(10, step=13)
+    assert lost(1) == (12, 2), "a record of an earlier release does not hold what is complete"
+    Job("100", store).fails(20, step=23, made_step=23)
+    assert lost(2) == (23, 3), "it failed between two steps"
+    life = Job("100", store).begin().attempt(30)
+    assert lost(3, {"event": "evaluated", "step": 34}, {"event": "hang", "step": 35}) == (34, 4)
+    assert lost(3, {"event": "step", "step": 35}) == (35, 5)
+    store.set_aside((fmt.manifest_key(30, 3), fmt.data_key(30, 3)))
+    Job("100", store).stops(35)
+    assert lost(3, {"event": "step", "step": 34}) == (34, 14), "step 30 was damaged"
+    assert lost(2) == (23, 3) and lost(4) == (35, 0)
+    assert life.attempt.number == 3
+
+
 def test_status_shows_every_attempt_its_steps_and_what_it_lost(run, harness):
     store = LocalStore(run)
     Job("100", store).stops(10, 20, signals=["SIGTERM"])
@@ -858,7 +879,7 @@ def test_status_shows_every_attempt_its_steps_and_what_it_lost(run, harness):
     ] == [
         (1, "100.0", 0, 20, 20, 0),
         (2, "200.0", 20, 37, 30, 7),
-        (3, "200.1", 30, 33, 30, 3),
+        (3, "200.1", 30, 32, 30, 2),  # it failed in step 33
     ]
     assert [launch["launch"] for launch in found["launches"]] == [
         "100.0",
@@ -874,7 +895,7 @@ def test_status_shows_every_attempt_its_steps_and_what_it_lost(run, harness):
         "no end recorded",
         "failed: ValueError: no more",
         "20–37",
-        "30–33",
+        "30–32",
     ):
         assert words in text
     assert "launch 200.2 never began to train: no rank began to train" in text
@@ -972,6 +993,8 @@ def test_the_last_try_goes_on_from_the_checkpoint_before_and_the_run_is_the_same
         for path in sorted(directory.glob("attempts/*[0-9].json"))
     ]
     assert [origin and origin["step"] for origin in origins] == [None, 4, 4, 2]
+    ends = [json.loads(path.read_text()) for path in sorted(directory.glob("attempts/*.end.json"))]
+    assert [(end["step"], end.get("made_step")) for end in ends[:3]] == [(6, 5), (5, 4), (5, 4)]
     assert (
         harness("supervise", "after", "--code", "0", *task, f"run.dir={directory}", launch="9.3")[0]
         == 0
