@@ -33,6 +33,9 @@ LIBRARIES = (
     "/lib/python",
     "<frozen",
 )
+# Most bytes of one rank's hang event, so that the report can read those of all ranks.
+RANK_BYTES = 1 << 14
+CUT = "(the beginning is cut off)\n"
 FRAME = re.compile(r'^  File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>.+)$')
 
 
@@ -111,10 +114,11 @@ def tell(store: Store, attempt: Attempt, world_size: int) -> str:
         StorageError: The store fails.
     """
     until = time.monotonic() + OTHERS_S
+    most_bytes = attempt_history.TAIL_BYTES + RANK_BYTES * world_size
     while True:
         hangs = [
             event
-            for event in attempt_history.events([store], attempt.number)
+            for event in attempt_history.events([store], attempt.number, most_bytes)
             if event.get("event") == "hang" and event.get("rank") is not None
         ]
         events = {
@@ -162,24 +166,25 @@ def report(
 
 
 def line(rank: int, step: int | None, error: str, stacks: str, collective: str) -> bytes:
-    """Return the hang event of a rank, as one line of JSON.
+    """Return the hang event of a rank, as one line of JSON of at most `RANK_BYTES`.
 
     Args:
         rank: Rank that hangs.
         step: Its current step.
         error: Work that exceeded its time limit, in words.
-        stacks: Stacks of all threads, the main thread's last.
+        stacks: Stacks of all threads, the main thread's last. The beginning is cut off if they are
+            too long.
         collective: Its last collective, or "" if that is unknown.
     """
-    event = {
-        "event": "hang",
-        "time": now(),
-        "rank": rank,
-        "step": step,
-        "error": error,
-        "stacks": stacks,
-    }
-    return (json.dumps(event | ({"collective": collective} if collective else {})) + "\n").encode()
+    event = {"event": "hang", "time": now(), "rank": rank, "step": step, "error": error[:500]}
+    event |= {"collective": collective[:500]} if collective else {}
+    while True:
+        encoded = (json.dumps(event | {"stacks": stacks}) + "\n").encode()
+        excess = len(encoded) - RANK_BYTES
+        if excess <= 0:
+            return encoded
+        # A character has at most twelve bytes in JSON.
+        stacks = CUT + stacks.removeprefix(CUT)[excess // 12 + 1 :]
 
 
 def _ranks(ranks: Sequence[int]) -> str:

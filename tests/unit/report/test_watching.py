@@ -474,6 +474,30 @@ def test_the_report_of_a_rank_on_another_nodes_disk_is_named_where_it_is(tmp_pat
     assert hang_report.report((elsewhere,), attempt, 2, 5.0) == ("", "")
 
 
+@pytest.mark.parametrize("kind", ["directory", "bucket"])
+def test_the_reports_of_many_ranks_are_all_read(tmp_path: Path, kind: str) -> None:
+    store = (
+        LocalStore(tmp_path / "run")
+        if kind == "directory"
+        else open_store(f"memory://{secrets.token_hex(8)}/run", 5)
+    )
+    store.prepare(("events", "attempts"))
+    attempt = attempts.Attempt(1, "run", "nonce")
+    attempts.first_word(store, "attempts/0001.json", {"run_id": "run", "nonce": "nonce"})
+    others = "thread of another:\n" + LIBRARY * 300 + "ünï 🙂" * 5000
+    for rank in range(64):
+        line = hang_report.line(rank, 5, "🙂" * 9000, f"{others}\nmain:\n{OWN}", "🙂" * 9000)
+        assert len(line) <= hang_report.RANK_BYTES and json.loads(line)["rank"] == rank
+        if rank != 7:
+            attempts.add_event(store, attempt, rank, line)
+    words, _ = hang_report.report((store,), attempt, 64, 5.0)
+    assert words.count("is stuck in loss (my_task.py:7)") == 63
+    assert words.endswith("; rank 7 said nothing: stopped, dead, or busy outside of Python")
+    page = store.read("hangs/0001.txt").decode()
+    assert page.count("--- rank") == page.count("(the beginning is cut off)") == 63
+    assert json.loads(hang_report.line(0, 5, "e", OWN, ""))["stacks"] == OWN, "what fits is whole"
+
+
 HANGING = """\
 import os, time
 import torch, harness
