@@ -23,6 +23,8 @@ from harness.errors import SaveError, StorageError, UsageError
 from harness.store import Sink, Store
 from harness.text import now
 
+CLEAN_UP_S = 5.0  # retry limit for deleting what a failed commit has left
+
 
 @dataclass(frozen=True)
 class About:
@@ -149,6 +151,7 @@ def _commit(
     build: Callable[[DataFile], Manifest],
 ) -> Manifest:
     key, manifest_key = fmt.data_key(step, attempt.number), fmt.manifest_key(step, attempt.number)
+    written = list[str]()  # what may be there, newest first
     try:
         if store.exists(manifest_key):
             raise FileExistsError(manifest_key)
@@ -160,10 +163,12 @@ def _commit(
                 if sink.failure is None:
                     raise
                 raise sink.failure from error
+            written.insert(0, key)
             sink.commit()
             file = DataFile(f"{fmt.stem(step, attempt.number)}.pt", sink.size_bytes, sink.digest())
         manifest = build(file)
         check_fence(store, attempt)
+        written.insert(0, manifest_key)
         store.create(manifest.key, fmt.to_bytes(manifest), attempt.number)
     except FileExistsError as error:
         raise SaveError(
@@ -172,8 +177,8 @@ def _commit(
     except BaseException as error:
         # The manifest goes first: if it cannot be deleted, its data must stay.
         with contextlib.suppress(StorageError):
-            store.delete(manifest_key)
-            store.delete(key)
+            for name in written:
+                store.with_retry_limit(CLEAN_UP_S).delete(name)
         if isinstance(error, StorageError):
             raise SaveError(
                 f"the checkpoint of step {step} was not saved: {error.what}",

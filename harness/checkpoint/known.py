@@ -79,6 +79,7 @@ def _read_all(store: Store, keys: list[str]) -> Iterator[tuple[str, bytes]]:
 
     A file that was deleted since the listing is left out.
     """
+    store = store.together()
 
     def read(key: str) -> bytes | None:
         try:

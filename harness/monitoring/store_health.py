@@ -20,8 +20,6 @@ SILENT_S = 5.0  # a shorter outage is not printed
 class StoreHealth:
     """The health of a remote store, as observed from its requests in any thread.
 
-    `worked_at` is the time of the last successful request.
-
     Args:
         name: Name of the store in messages.
         say: Function that prints a line.
@@ -34,7 +32,6 @@ class StoreHealth:
         self.name, self.clock = name, clock
         self.say = say
         self._note: Callable[..., object] = lambda kind, **fields: None
-        self.worked_at = clock()
         self.last = "no answer yet"  # the last error
         self._since: float | None = None
         self._is_reported = False
@@ -70,7 +67,6 @@ class StoreHealth:
     def on_success(self) -> None:
         """Record a successful request; report the end of an outage that was printed."""
         with self._lock:
-            self.worked_at = self.clock()
             since, was_reported, self._since, self._is_reported = (
                 self._since,
                 self._is_reported,

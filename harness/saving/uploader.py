@@ -86,6 +86,9 @@ class Uploader:
             route.remote, event_log, store_health, self._state, has_local=route.local is not None
         )
         self._give_up_at = math.inf  # requests are not retried after this time
+        # The time of the last request of this thread that succeeded. Requests of others, which the
+        # store answers meanwhile, say nothing about an upload.
+        self._worked_at = clock()
         self._thread = threading.Thread(target=self._run, daemon=True, name="uploader")
 
     def start(
@@ -183,7 +186,7 @@ class Uploader:
             self._state.notify_all()
             while self._has_work and self._failure is None:
                 late_s = self.clock() - self._give_up_at
-                silent_s = self.clock() - self.store_health.worked_at
+                silent_s = self.clock() - self._worked_at
                 if late_s > 0 and (self._status.problem or silent_s > min(STALLED_S, limit_s)):
                     # Only the user's files are left. No later start could send them, as only this
                     # process holds them.
@@ -261,9 +264,15 @@ class Uploader:
             self.origin_is_gone = is_gone and self.origin is origin
 
     def _store(self) -> Store:
-        return self.route.remote.with_retry_limit(
+        store = self.route.remote.with_retry_limit(
             REQUEST_S, lambda: self._queue.is_closed or self.clock() > self._give_up_at
         )
+        store.listen(self.store_health.on_retry, self._on_success)
+        return store
+
+    def _on_success(self) -> None:
+        self._worked_at = self.clock()
+        self.store_health.on_success()
 
     def _upload(self, early: EarlyUpload, remote: Store) -> None:
         assert self.route.local is not None

@@ -207,6 +207,14 @@ class Store(abc.ABC):
         """
         return self
 
+    def together(self) -> Store:
+        """Return the same store for requests that are of use only together, as parts of a file.
+
+        Once one of them has failed, a remote store does not retry the others: they would each wait
+        for a limit of their own.
+        """
+        return self
+
     def listen(  # noqa: B027 - a local store reports nothing
         self, on_retry: Callable[[str, RetryEvent], object], on_success: Callable[[], object]
     ) -> None:

@@ -23,6 +23,7 @@ import datetime
 import functools
 import io
 import json
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import BinaryIO, TypeVar
@@ -59,6 +60,7 @@ class RemoteStore(Store):
         self.on_retry: Callable[[str, RetryEvent], object] = nothing
         self.on_success: Callable[[], object] = nothing
         self.give_up: Callable[[], object] = nothing
+        self.on_failure: Callable[[], object] = nothing  # see `together`
         self._records: dict[str, bytes] = {}
 
     def __str__(self) -> str:
@@ -74,6 +76,13 @@ class RemoteStore(Store):
         """
         twin = copy.copy(self)
         twin.limit_s, twin.give_up = limit_s, give_up
+        return twin
+
+    def together(self) -> RemoteStore:
+        """Return a copy that retries no request once one of its requests has failed."""
+        twin, failed = copy.copy(self), threading.Event()
+        twin.give_up = lambda: failed.is_set() or self.give_up()
+        twin.on_failure = failed.set
         return twin
 
     def listen(
@@ -108,6 +117,7 @@ class RemoteStore(Store):
         except (MissingError, TakenError, HarnessError):
             raise
         except Exception as error:  # each client library has error classes of its own
+            self.on_failure()
             raise explained(f"cannot {verb} {subject}", error) from error
         self.on_success()
         return result
@@ -205,15 +215,17 @@ class RemoteStore(Store):
     def spans(self, metadata: ObjectMetadata, ranges: Sequence[tuple[int, int]]) -> Iterator[bytes]:
         """Yield ranges of an object in order, with up to `READ_AHEAD` requests in flight."""
         ahead: collections.deque[Future[bytes]] = collections.deque()
+        store = self.together()
         with ThreadPoolExecutor(READ_AHEAD, thread_name_prefix="download") as pool:
             try:
                 for start, end in ranges:
-                    ahead.append(pool.submit(self.span, metadata, start, end))
+                    ahead.append(pool.submit(store.span, metadata, start, end))
                     if len(ahead) == READ_AHEAD:
                         yield ahead.popleft().result()
                 while ahead:
                     yield ahead.popleft().result()
             finally:
+                store.on_failure()  # the caller may have left early
                 for future in ahead:
                     future.cancel()
 

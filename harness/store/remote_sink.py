@@ -36,7 +36,7 @@ class RemoteSink(Sink):
 
     def __init__(self, store: RemoteStore, key: str) -> None:
         super().__init__(key)
-        self.store, self.where = store, store.where(key)
+        self.store, self.where = store.together(), store.where(key)
         self._buffer = bytearray()
         self._upload: str | None = None
         self._parts: list[Future[Part]] = []
@@ -154,6 +154,7 @@ class RemoteSink(Sink):
     def discard(self) -> None:
         """Wait for the parts in flight and abort an upload that was not committed."""
         if self._pool is not None:
+            self.store.on_failure()  # no part is of use any more
             self._pool.shutdown(wait=True, cancel_futures=True)
         if self._upload is not None and not self._done:
             try:

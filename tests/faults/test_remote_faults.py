@@ -26,9 +26,12 @@ from s3_server import S3Server, free_ports
 
 from harness import cli
 from harness.checkpoint import format as fmt
+from harness.checkpoint.attempts import Attempt
+from harness.checkpoint.commit import About, commit
+from harness.checkpoint.known import Known
 from harness.checkpoint.load import verified_chunks
 from harness.cli import prune
-from harness.errors import DamagedError, RefusedError, StorageError, UsageError
+from harness.errors import DamagedError, RefusedError, SaveError, StorageError, UsageError
 from harness.store import Store, open_store, probe, redacted
 from harness.store.bucket import ObjectMetadata
 from harness.store.explain import explained
@@ -384,6 +387,35 @@ def test_a_large_upload_that_fails_leaves_no_object_and_no_upload(way, rule):
     assert isinstance(error, RefusedError) == (rule.fault == "denied")
     assert elapsed_s < 30
     assert (way.held(), way.uploads()) == ([], [])
+
+
+def test_parts_of_an_upload_that_has_failed_are_not_tried_again(way):
+    """One part is refused at once; the other one would be retried for a minute and a half."""
+    way.fault(Rule("denied", "PUT", "partNumber=1"), Rule("503", "PUT", "partNumber=2"))
+    error, elapsed_s = took(lambda: way.store(90).write(KEY, os.urandom(17 * MB), 1))
+    assert isinstance(error, RefusedError) and elapsed_s < 60
+    assert (way.held(), way.uploads()) == ([], [])
+
+
+def test_files_that_are_read_together_wait_for_one_limit_and_not_for_one_each(way):
+    """One is refused at once, and the others would be retried for a minute and a half."""
+    way.fault(Rule("denied", "GET", "0001.json"), Rule("503", "GET", ".json"))
+    keys = [fmt.attempt_key(number) for number in range(1, 30)]
+    error, elapsed_s = took(lambda: Known().read_records(way.store(90), keys))
+    assert isinstance(error, RefusedError) and elapsed_s < 60
+    way.put(os.urandom(30 * MB))
+    way.fault(Rule("denied", "GET", first=1), Rule("503", "GET"))
+    error, elapsed_s = took(lambda: list(way.store(90).chunks(KEY)))
+    assert isinstance(error, RefusedError) and elapsed_s < 60
+
+
+def test_a_commit_that_could_not_begin_cleans_nothing_up(way):
+    """It asks whether the step is committed already, in vain; nothing was written."""
+    way.fault(Rule("503", "HEAD"))
+    payload: dict[str, Any] = {"step": 3, "epoch": 0, "loss": None, "metrics": {}}
+    with pytest.raises(SaveError):
+        commit(way.store(0.5), Attempt(1, "run", ""), payload, About(1, (), {}, "-"))
+    assert way.requests("DELETE") == 0 == way.requests("PUT")
 
 
 def test_an_error_of_a_part_is_heard_while_writing_and_kept_for_who_hides_it(way):

@@ -27,6 +27,7 @@ from harness.checkpoint.retention import Policy
 from harness.errors import DamagedError
 from harness.monitoring.event_log import EventLog
 from harness.monitoring.store_health import StoreHealth
+from harness.saving.locations import listen
 from harness.saving.upload_queue import UploadQueue
 from harness.saving.uploader import Route, Uploader
 from harness.store import LocalStore, open_store
@@ -188,6 +189,38 @@ def test_one_that_is_never_committed_is_dropped_and_the_next_one_sent(
     staging.close()
     assert home.steps() == [1]
     check_like_the_directory(home, Path(str(store)))
+
+
+def test_a_stalled_upload_is_given_up_although_the_store_answers_others(
+    committed, home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The training thread asks for requests of users all the time."""
+    store, manifest, _ = committed
+    with FaultProxy(home.server.host, home.server.port) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        remote = open_store(home.url, 30)
+        health = listen((remote,), False)
+        attempt = Attempt(1, manifest.run_id, "")
+        events = EventLog(store, "events/0001.jsonl", kept=True)
+        uploader = Uploader(Route(store, remote, Policy()), attempt, events, health)
+        hold = proxy.hold("PUT", ".pt", count=None)
+        uploader.start([manifest], [], None, set(), Known())
+        assert hold.reached.wait(60)
+        over = threading.Event()
+
+        def ask() -> None:
+            while not over.wait(0.1):
+                remote.exists("requests/save")
+
+        asking = threading.Thread(target=ask)
+        asking.start()
+        try:
+            assert "does not answer" in uploader.settle(1)
+        finally:
+            over.set()
+            asking.join()
+            hold.release(forward=False)
+            uploader.close(10)
 
 
 def test_what_retention_deletes_before_it_was_sent_is_waited_for_by_nobody(committed) -> None:
