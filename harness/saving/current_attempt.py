@@ -301,7 +301,7 @@ class CurrentAttempt:
             self._exit_record.record(why, self.stores[:1], saved_step=self.saved_step, **record)
         with self.goodput.during(SAVE):
             problem = self.world.on_writer(
-                lambda: self._settle(limit_s() - LAST_S), give_up=give_up
+                lambda: self._settle(limit_s() - LAST_S, why), give_up=give_up
             )
         failure = StorageError(
             f"{why} at step {step}, but not everything is in the remote store",
@@ -320,11 +320,10 @@ class CurrentAttempt:
         if problem:
             raise failure
 
-    def _settle(self, limit_s: float = math.inf) -> str:
+    def _settle(self, limit_s: float = math.inf, why: str = "finished") -> str:
+        limit_s = max(0.0, min(self.settings.wait_s, limit_s))
         problem = (
-            self._uploader.settle(max(0.0, min(self.settings.wait_s, limit_s)))
-            if self._uploader
-            else ""
+            self._uploader.settle(limit_s, newest_first=why == "stopped") if self._uploader else ""
         )
         return problem and f"{problem} It lies in {self.store}."
 

@@ -123,6 +123,12 @@ class UploadQueue:
                 return early
             return EarlyUpload(keys[0], is_decided=True) if keys else None
 
+    def is_overtaken(self, early: EarlyUpload) -> bool:
+        """Return whether another checkpoint is more urgent than the one that is being uploaded."""
+        with self._changed:
+            first = next(iter(self.wanted()), None)
+            return early.is_decided and first is not None and first.data_key != early.key
+
     def committed(self, early: EarlyUpload) -> Manifest | None:
         """Wait until the checkpoint is committed, or never will be; return its manifest or None.
 

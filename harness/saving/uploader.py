@@ -86,6 +86,7 @@ class Uploader:
             route.remote, event_log, store_health, self._state, has_local=route.local is not None
         )
         self._give_up_at = math.inf  # requests are not retried after this time
+        self._newest_first = False  # see `settle`
         # The time of the last request of this thread that succeeded. Requests of others, which the
         # store answers meanwhile, say nothing about an upload.
         self._worked_at = clock()
@@ -169,11 +170,16 @@ class Uploader:
         """Return how long the last upload took, in seconds."""
         return self._status.upload_s
 
-    def settle(self, limit_s: float) -> str:
+    def settle(self, limit_s: float, *, newest_first: bool = False) -> str:
         """Wait until everything is in the remote store.
 
         Failed uploads are retried for `limit_s` seconds. An upload that still makes progress then
         is waited for. User's files that could not be sent are reported.
+
+        Args:
+            limit_s: how long failed uploads are retried, in seconds.
+            newest_first: drop an upload in flight that is not the most urgent one, as there may be
+                time for one only. It is sent again if it is still wanted afterwards.
 
         Returns:
             "" on success, else a description of the problem.
@@ -182,7 +188,7 @@ class Uploader:
             SupersededError: a newer attempt has begun.
         """
         with self._state:
-            self._give_up_at = self.clock() + limit_s
+            self._give_up_at, self._newest_first = self.clock() + limit_s, newest_first
             self._state.notify_all()
             while self._has_work and self._failure is None:
                 late_s = self.clock() - self._give_up_at
@@ -238,7 +244,7 @@ class Uploader:
         remote = self._store()
         try:
             if (early := self._queue.next()) is not None:
-                self._upload(early, remote)
+                self._upload(early)
                 return 0.0
             self._look_after_origin(remote)
             self._send_events()
@@ -263,9 +269,11 @@ class Uploader:
         with self._state:
             self.origin_is_gone = is_gone and self.origin is origin
 
-    def _store(self) -> Store:
+    def _store(self, drop: Callable[[], object] = lambda: None) -> Store:
         store = self.route.remote.with_retry_limit(
-            REQUEST_S, lambda: self._queue.is_closed or self.clock() > self._give_up_at
+            REQUEST_S,
+            lambda: self._queue.is_closed or self.clock() > self._give_up_at or drop(),
+            drop,
         )
         store.listen(self.store_health.on_retry, self._on_success)
         return store
@@ -274,9 +282,12 @@ class Uploader:
         self._worked_at = self.clock()
         self.store_health.on_success()
 
-    def _upload(self, early: EarlyUpload, remote: Store) -> None:
+    def _upload(self, early: EarlyUpload) -> None:
+        def is_dropped() -> bool:
+            return self._newest_first and self._queue.is_overtaken(early)
+
         assert self.route.local is not None
-        began = self.clock()
+        began, remote = self.clock(), self._store(is_dropped)
         self._status.upload_begins()
         try:
             manifest = replicate.send(
@@ -292,6 +303,10 @@ class Uploader:
             self._queue.forget([name])
             self._status.report_damage(name, error)
             return
+        except StorageError:
+            if not is_dropped():
+                raise
+            return
         if manifest is None:
             return
         with self._state:
@@ -301,7 +316,7 @@ class Uploader:
         self._known.wrote(manifest)
         self._status.report_upload(manifest, self.clock() - began, behind)
         self._send_events()
-        self._prune(remote)
+        self._prune(self._store())
 
     def _prune(self, remote: Store) -> None:
         try:

@@ -198,12 +198,16 @@ class Store(abc.ABC):
         """
 
     def with_retry_limit(
-        self, limit_s: float, give_up: Callable[[], object] = lambda: None
+        self,
+        limit_s: float,
+        give_up: Callable[[], object] = lambda: None,
+        drop: Callable[[], object] = lambda: None,
     ) -> Store:
         """Return the same store with another retry limit.
 
         A remote store retries each request for `limit_s` seconds, or until `give_up` returns a true
-        value. A local store does not retry and returns itself.
+        value. Once `drop` returns a true value, the upload of a file fails at once, without waiting
+        for the requests in flight. A local store does not retry and returns itself.
         """
         return self
 

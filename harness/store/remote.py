@@ -60,6 +60,7 @@ class RemoteStore(Store):
         self.on_retry: Callable[[str, RetryEvent], object] = nothing
         self.on_success: Callable[[], object] = nothing
         self.give_up: Callable[[], object] = nothing
+        self.drop: Callable[[], object] = nothing
         self.on_failure: Callable[[], object] = nothing  # see `together`
         self._records: dict[str, bytes] = {}
 
@@ -67,15 +68,19 @@ class RemoteStore(Store):
         return self.url
 
     def with_retry_limit(
-        self, limit_s: float, give_up: Callable[[], object] = nothing
+        self,
+        limit_s: float,
+        give_up: Callable[[], object] = nothing,
+        drop: Callable[[], object] = nothing,
     ) -> RemoteStore:
         """Return a copy of the store with another retry limit.
 
         The copy retries each request for `limit_s` seconds, or until `give_up` returns a true
-        value. It shares the client and the cache of `read_once` with the original.
+        value. Once `drop` returns a true value, the upload of a file fails at once. The copy shares
+        the client and the cache of `read_once` with the original.
         """
         twin = copy.copy(self)
-        twin.limit_s, twin.give_up = limit_s, give_up
+        twin.limit_s, twin.give_up, twin.drop = limit_s, give_up, drop
         return twin
 
     def together(self) -> RemoteStore:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import TYPE_CHECKING, TypeVar
 
 from blake3 import blake3
 
@@ -16,6 +17,8 @@ from harness.store.bucket import MissingError, Part
 if TYPE_CHECKING:
     from harness.store.remote import RemoteStore
 
+T = TypeVar("T")
+DROP_S = 0.1  # how often a wait for a part checks whether the upload is dropped
 # Parts kept in memory in addition to those in flight, so that a slow part does not stall the rest.
 READY = 2
 
@@ -61,21 +64,30 @@ class RemoteSink(Sink):
             self._upload = self.store.ask(
                 "begin to upload", self.where, functools.partial(bucket.begin, self.key)
             )
-            self._pool = ThreadPoolExecutor(bucket.parallel, thread_name_prefix="upload")
-        assert self._pool is not None
         if len(self._parts) >= (most := bucket.parallel + READY):
             # Limit the parts in memory, and raise the error of a failed part early.
             self._result(self._parts[-most])
         send = functools.partial(bucket.part, self.key, self._upload, len(self._parts) + 1, data)
-        self._parts.append(self._pool.submit(self.store.ask, "upload a part of", self.where, send))
+        self._parts.append(self._submit("upload a part of", send))
 
-    def _result(self, part: Future[Part]) -> Part:
-        """Wait for a part and return it.
+    def _submit(self, verb: str, request: Callable[[float], T]) -> Future[T]:
+        """Make a request in the background, so that it need not be waited for."""
+        if self._pool is None:
+            parallel = self.store.bucket.parallel
+            self._pool = ThreadPoolExecutor(parallel, thread_name_prefix="upload")
+        return self._pool.submit(self.store.ask, verb, self.where, request)
 
-        Raises StorageError, also if the upload is gone: then all of the file must be sent again.
+    def _result(self, sent: Future[T]) -> T:
+        """Wait for a request that sends data and return its result.
+
+        Raises StorageError, also if the upload is dropped, or is gone: then all of the file must be
+        sent again.
         """
+        while not wait([sent], DROP_S).done:
+            if self.store.drop():
+                raise StorageError(f"the upload of {self.where} was dropped")
         try:
-            return part.result()
+            return sent.result()
         except MissingError as error:
             raise StorageError(f"the upload of {self.where} is gone", f"found: {error}") from error
 
@@ -93,8 +105,8 @@ class RemoteSink(Sink):
         bucket = self.store.bucket
         if self._upload is None:
             data = bytes(self._buffer)
-            tag = self.store.ask(
-                "upload", self.where, lambda left_s: bucket.put(self.key, data, exclusive, left_s)
+            tag = self._result(
+                self._submit("upload", lambda left_s: bucket.put(self.key, data, exclusive, left_s))
             )
         else:
             if exclusive:
@@ -152,10 +164,14 @@ class RemoteSink(Sink):
             )
 
     def discard(self) -> None:
-        """Wait for the parts in flight and abort an upload that was not committed."""
+        """Wait for the parts in flight and abort an upload that was not committed.
+
+        The parts of an upload that is dropped are not waited for. The server refuses those that
+        arrive after the upload was aborted.
+        """
         if self._pool is not None:
             self.store.on_failure()  # no part is of use any more
-            self._pool.shutdown(wait=True, cancel_futures=True)
+            self._pool.shutdown(wait=not self.store.drop(), cancel_futures=True)
         if self._upload is not None and not self._done:
             try:
                 abort = functools.partial(self.store.bucket.abort, self.key, self._upload)

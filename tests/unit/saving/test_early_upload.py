@@ -223,6 +223,43 @@ def test_a_stalled_upload_is_given_up_although_the_store_answers_others(
             uploader.close(10)
 
 
+@pytest.mark.usefixtures("process_as_it_was")
+@pytest.mark.parametrize("old_is_wanted", [False, True])
+def test_a_stop_does_not_wait_for_an_upload_that_is_overtaken(
+    home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, old_is_wanted: bool
+) -> None:
+    """The server has one of its parts and does not answer; there may be time for one upload."""
+    trained(tmp_path / "a", steps=2)
+    store = LocalStore(tmp_path / "a")
+    old, new = read_catalog(store).manifests
+    policy = Policy(best=0, every_steps=1 if old_is_wanted else None)
+    with FaultProxy(home.server.host, home.server.port) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        remote = open_store(home.url, 30)
+        health = StoreHealth(home.url, print)
+        attempt = Attempt(1, old.run_id, "")
+        events = EventLog(store, "events/0001.jsonl", kept=True)
+        uploader = Uploader(Route(store, remote, policy), attempt, events, health)
+        part = proxy.hold("PUT", f"{old.name}.pt")
+        manifest = proxy.hold("PUT", f"{new.name}.json", after=True)
+        uploader.start([old], [], None, set(), Known())
+        assert part.reached.wait(60)
+        uploader.offer(new)
+        settled = threading.Thread(
+            target=uploader.settle, args=(60,), kwargs={"newest_first": True}
+        )
+        settled.start()
+        assert manifest.reached.wait(15), "a request to a silent server times out after 20 s"
+        assert home.steps() == [2]
+        assert "Uploads" not in home.client.list_multipart_uploads(Bucket=home.bucket)
+        manifest.release()
+        settled.join(60)
+        part.release(forward=False)
+        uploader.close(10)
+    assert home.steps() == ([1, 2] if old_is_wanted else [2])
+    check_like_the_directory(home, tmp_path / "a")
+
+
 def test_what_retention_deletes_before_it_was_sent_is_waited_for_by_nobody(committed) -> None:
     _, manifest, _ = committed
     queue = UploadQueue(Policy(), threading.Condition(), is_on=True)
