@@ -24,6 +24,7 @@ from harness.errors import (
     EXIT_USAGE,
     UsageError,
 )
+from harness.preemption import blocked
 
 ITS_OWN = "SIGQUIT"  # the only signal that torchrun handles; this package handles all others
 # A signal's exception makes torchrun end its workers, and a second one makes it do so again. A
@@ -62,7 +63,7 @@ def run(arguments: list[str]) -> WorkersEnd:
     # torchrun logs a long warning for each signal that it forwards.
     logging.disable(logging.WARNING)
     try:
-        with preemption.raising(SignalException, MOST_RAISED):
+        with blocked.raising(SignalException, MOST_RAISED):
             run_workers(parsed)  # type: ignore[no-untyped-call]
     except SignalException as signal:
         return WorkersEnd(EXIT_STOPPED, f"ended by {signal.sigval.name}")

@@ -12,11 +12,20 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Literal
 
 from harness.text import say
 
-STARTUP, RESTORE, DATA, TRAINING, REDONE = "startup", "restore", "data", "training", "redone"
-EVALUATION, SAVE, OVERHEAD = "evaluation", "save", "overhead"
+Phase = Literal[
+    "startup", "restore", "data", "training", "redone", "evaluation", "save", "overhead"
+]
+STARTUP: Phase = "startup"
+RESTORE: Phase = "restore"
+DATA: Phase = "data"
+TRAINING: Phase = "training"
+REDONE: Phase = "redone"
+SAVE: Phase = "save"
+OVERHEAD: Phase = "overhead"
 
 
 _asked = itertools.count()
@@ -62,10 +71,10 @@ class Goodput:
         self.say = say
         self.is_joining = False  # the start-up may be waiting for the other ranks
         self.is_first_step = True
-        self._spent = {STARTUP: age_s}
+        self._spent: dict[str, float] = {STARTUP: age_s}
         self.phase, self.since = STARTUP, clock()
 
-    def on(self, phase: str) -> str:
+    def on(self, phase: Phase) -> Phase:
         """Switch the goodput phase; return the previous one."""
         now, before = self.clock(), self.phase
         self._spent[before] = self._spent.get(before, 0.0) + now - self.since
@@ -89,7 +98,7 @@ class Goodput:
         self.is_first_step = False
 
     @contextlib.contextmanager
-    def during(self, phase: str) -> Iterator[None]:
+    def during(self, phase: Phase) -> Iterator[None]:
         """Attribute the time of the block to a phase, then switch back to the previous phase."""
         before = self.on(phase)
         try:

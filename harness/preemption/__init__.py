@@ -3,19 +3,16 @@
 Only this part of the package uses `signal`. A handler does nothing but set the flag, except that a
 second SIGINT ends the process. All ranks decide together at a step boundary how to act on it: a
 handler that saved a checkpoint or called a collective would deadlock if only some ranks received
-the signal.
+the signal. Once a run is over, SIGINT raises KeyboardInterrupt, as it does without these handlers.
 """
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import os
 import signal
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
 from types import FrameType
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
@@ -24,56 +21,56 @@ PR_SET_PDEATHSIG = 1
 AGAIN_S = 0.5
 
 _requested: list[tuple[str, float]] = []  # reason, and `time.monotonic` of the request
+_runs = 0  # number of times that the handlers were installed
+_is_over = False  # whether the run that they were installed for last is over
 
 
 def install() -> None:
-    """Install the handlers that let stop signals set the flag.
+    """Install the handlers that let stop signals set the flag, for a run that begins.
 
     A second SIGINT, more than `AGAIN_S` seconds after the first, ends the process at once. SIGHUP
-    stays ignored if it is ignored now.
+    stays ignored if it is ignored now. Requests to stop a run that is over are cleared.
     """
+    global _runs, _is_over
+    if _is_over:
+        clear()
+    _runs, _is_over = _runs + 1, False
     for number in STOP_SIGNALS:
         # Under nohup, SIGHUP is ignored and stays so.
         if number is not signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, _handle)
-
-
-def _handle(number: int, frame: FrameType | None) -> None:
-    """Set the flag for a signal; exit at once on a second SIGINT after `AGAIN_S` seconds."""
-    name = name_of(number)
-    before = signalled_at(name)
-    if number == signal.SIGINT and before is not None and time.monotonic() - before > AGAIN_S:
-        os._exit(128 + number)
-    request(name)
-
-
-@contextlib.contextmanager
-def raising(error: Callable[[str, signal.Signals], Exception], most: int) -> Iterator[None]:
-    """Let the first stop signals raise an error inside the block.
-
-    The block runs code of others that can only be ended by an error. Signals after the first `most`
-    set the flag but raise nothing. A second SIGINT ends the process at once.
-
-    Args:
-        error: Function that makes the error from a message and the signal.
-        most: Number of signals that raise an error.
-    """
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        _handle(number, frame)
-        if len(_requested) <= most:
-            raise error(f"got {name_of(number)}", signal.Signals(number))
-
-    install()
-    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-    for number, handler in before.items():
-        if handler is _handle:
             signal.signal(number, handle)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+
+
+def current_run() -> int:
+    """Return the number of the run that the handlers were installed for last."""
+    return _runs
+
+
+def over(run: int) -> None:
+    """Note that a run is over; nothing changes if another run of this process has begun."""
+    global _is_over
+    _is_over = _is_over or run == _runs
+
+
+def clear() -> None:
+    """Clear all stop requests."""
+    _requested.clear()
+
+
+def handle(number: int, frame: FrameType | None) -> None:
+    """Set the flag for a signal; exit at once on a second SIGINT after `AGAIN_S` seconds.
+
+    Raises:
+        KeyboardInterrupt: The signal is SIGINT and the run is over, unless the signal before came
+            within `AGAIN_S` seconds.
+    """
+    name, now = name_of(number), time.monotonic()
+    before = [at for why, at in _requested if why == name]
+    request(name)
+    if number == signal.SIGINT and before and not _is_over and now - before[0] > AGAIN_S:
+        os._exit(128 + number)
+    if number == signal.SIGINT and _is_over and not (before and now - before[-1] <= AGAIN_S):
+        raise KeyboardInterrupt
 
 
 def request(why: str) -> None:
@@ -104,45 +101,14 @@ def signalled_at(name: str = "SIG") -> float | None:
     return next((at for why, at in _requested if why.startswith(name)), None)
 
 
-def clear() -> None:
-    """Clear all stop requests, for a process that starts a second run."""
-    _requested.clear()
-
-
 def is_caught(number: int) -> bool:
-    """Return whether a handler of this module is installed for a signal in this process."""
-    return getattr(signal.getsignal(number), "__module__", None) == __name__
+    """Return whether a handler of this part of the package is installed for a signal."""
+    return str(getattr(signal.getsignal(number), "__module__", "")).startswith(__name__)
 
 
 def name_of(number: int) -> str:
     """Return the name of a signal."""
     return signal.Signals(number).name
-
-
-@contextlib.contextmanager
-def noticed_at_once() -> Iterator[Callable[[], bool]]:
-    """Yield a function with which other threads detect a stop signal at once.
-
-    It also works while the main thread cannot run its signal handler because it waits inside a
-    library. Only the main thread may enter the block.
-    """
-    reader, writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-    before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    came, lock = list[int](), threading.Lock()
-
-    def noticed() -> bool:
-        with lock, contextlib.suppress(OSError):  # the pipe is empty or closed
-            came.extend(os.read(reader, 100))
-        return requested() is not None or any(number in STOP_SIGNALS for number in came)
-
-    try:
-        yield noticed
-    finally:
-        signal.set_wakeup_fd(before)
-        with lock:
-            os.close(writer)
-            os.close(reader)
-            reader = -1
 
 
 def die_with_launcher() -> None:

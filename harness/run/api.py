@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import harness.run.usage_checks as usage_checks
-from harness.monitoring.goodput import EVALUATION, RESTORE
 from harness.run.epochs import Batches, by_epoch
 from harness.run.loop import Loop
 from harness.run.work import DataArguments
@@ -48,7 +47,7 @@ class Run(Loop):
             UsageError: An object cannot be tracked, or the checkpoint does not fit it.
         """
         late = self._looping or self.finished
-        with self._goodput.during(RESTORE):
+        with self._goodput.during("restore"):
             for line in self._kept_state.track(self.tracked, objects, self._payload, is_late=late):
                 self.say(f"harness: {line}")
         return self
@@ -240,7 +239,7 @@ class Run(Loop):
             The means over all samples, by name.
         """
         self._traces.point("evaluation", self.step)
-        with self._goodput.during(EVALUATION):
+        with self._goodput.during("evaluation"):
             means = self._evaluate(
                 list(self.tracked.values()),
                 dataset,

@@ -24,6 +24,7 @@ from harness.monitoring.rank_logs import divert
 from harness.monitoring.step_timeouts import StepTimeouts
 from harness.monitoring.throughput import Throughput
 from harness.monitoring.wait_notices import watch
+from harness.preemption import blocked
 from harness.run.api import Run
 from harness.run.build_work import WorkBuilder
 from harness.run.drill_hooks import Traces, redirected
@@ -52,6 +53,16 @@ def assemble(arguments: Mapping[str, Any]) -> Run:
     Raises:
         UsageError, StorageError, DamagedError, LostRankError: As `init`.
     """
+    before = preemption.current_run()
+    try:
+        return _assembled(arguments)
+    except BaseException:
+        if preemption.current_run() != before:
+            preemption.over(preemption.current_run())
+        raise
+
+
+def _assembled(arguments: Mapping[str, Any]) -> Run:
     exit_record = ExitRecord()  # from here on user errors are reported without a traceback
     check(arguments)
     if arguments["deterministic"]:
@@ -85,7 +96,7 @@ def _joined(
     exit_record.watch(stores)
     if ranks.prints():
         watch(goodput)
-    with preemption.noticed_at_once() as noticed, goodput.joining():
+    with blocked.noticed_at_once() as noticed, goodput.joining():
         world = join.join(timeout_s, noticed, exit_record.leave_alone)
     atexit.register(world.leave)  # else gloo threads may abort a process that exits
     exit_record.take_hook()

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import harness.run.usage_checks as usage_checks
 from harness import config, preemption
 from harness.data.plan import Border, Position, Share, end_step
-from harness.monitoring.goodput import DATA, SAVE
 
 if TYPE_CHECKING:
     from harness.run.protocols import LoopParts
@@ -133,7 +132,7 @@ class Loop:
         if self._stop_agreement.agree_at_once():  # before the first step of this attempt
             self._stop()
         self._step_timeouts.first_step()
-        self._goodput.on(DATA)
+        self._goodput.on("data")
         is_begun = False
         for share, micro_batches in self._work.shares(self._position):
             if not is_begun:
@@ -150,7 +149,7 @@ class Loop:
             # samples; this already belongs to the next step.
             if is_begun := isinstance(share, Border):
                 yield share
-                self._goodput.on(DATA)
+                self._goodput.on("data")
                 continue
             self._traces.step_begins(step)
             yield self._work.handed_out(batch)
@@ -172,7 +171,7 @@ class Loop:
             elif self._settings.remembers_at(step):
                 self._save(in_memory=True)
             self._step_timeouts.step()
-            self._goodput.on(DATA)
+            self._goodput.on("data")
 
     def _step_made(self, step: int, share: Share, batch: Any) -> None:
         """Record a finished step and look at what it has changed."""
@@ -203,6 +202,7 @@ class Loop:
         if origin is not None and self._checkpointer.has_reached(self._work.end):
             self.finished, self._payload = True, None
             self._work.source.close()
+            self._stop_agreement.close()
             done = self._checkpointer.hand_in(preemption.requested)
             self.say(
                 f"harness: the run in {self.store} is finished: "
@@ -269,7 +269,7 @@ class Loop:
             in_memory: Write it to the memory tier only.
         """
         self._step_timeouts.saving()
-        with self._goodput.during(SAVE):
+        with self._goodput.during("save"):
             self._show()
             of_ranks = self._kept_state.of_ranks(
                 self.tracked, self.state, self._work.source.state()

@@ -209,7 +209,7 @@ class StopAgreement(Protocol):
         """Leave with exit code 0. Collective."""
 
     def close(self) -> None:
-        """Stop polling."""
+        """Stop polling: the run is over."""
 
 
 class StepTimeouts(Protocol):

@@ -62,6 +62,7 @@ class StopAgreement:
         self._clock, self._looks_at_s = clock, 0.0
         self._saves_asked = threading.Event()
         self._over = threading.Event()
+        self._run = preemption.current_run()
 
     def listen(self, attempt: int) -> None:
         """Start to look for requests to save or to stop that are no signals.
@@ -82,8 +83,9 @@ class StopAgreement:
             ).start()
 
     def close(self) -> None:
-        """Stop polling."""
+        """Stop polling: the run is over."""
         self._over.set()
+        preemption.over(self._run)
 
     def _look(self, store: Store, attempt: int) -> None:
         seen: set[str] = set()
@@ -212,6 +214,7 @@ class StopAgreement:
         say(f"harness: {message}")
         self.world.agree([0])  # all ranks leave together, after the writer has printed
         self.world.leave()
+        self.close()
         raise SystemExit(0)
 
 

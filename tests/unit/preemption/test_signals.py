@@ -481,3 +481,64 @@ for x, y in run.batches(points(), 16, epochs=1):
 def test_a_program_that_ends_its_children_by_sigterm_does_not_wait_for_them_for_ever(tmp_path):
     lived = live(tmp_path, ENDS, "run", limit_s=60)
     assert lived.code == 0 and "a child ended with -15" in lived.text, lived.text
+
+
+TWO_RUNS = """
+import time
+from harness.preemption import AGAIN_S
+
+def train(name, interrupted_at):
+    run = harness.init(os.path.join(sys.argv[1], name), seed=1)
+    model = nn.Linear(8, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    run.track(model=model, optimizer=optimizer)
+    for x, y in run.batches(points(), 16, epochs=1):
+        if run.step == interrupted_at:
+            os.kill(os.getpid(), signal.SIGINT)
+        model(x).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return run
+
+try:
+    train("a", 3)
+except SystemExit as ended:
+    print("the first run ended with", ended.code)
+run = train("b", None)
+print("the second run is finished:", run.finished, run.step)
+for _ in range(2):
+    time.sleep(AGAIN_S + 0.1)
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(60)
+    except KeyboardInterrupt:
+        print("interrupted")
+        os.kill(os.getpid(), signal.SIGINT)  # the same one, passed on by a launcher
+print("the first run goes on:", train("a", None).step)
+print("and is finished:", train("a", None).finished)
+try:
+    harness.init(os.path.join(sys.argv[1], "a"), seed=1, config={"other": 1})
+except harness.HarnessError as error:
+    print("refused")
+try:
+    train("c", 2)
+except SystemExit as ended:
+    print("a run after a refused one was stopped by its own signal only")
+"""
+
+
+def test_an_interrupt_of_one_run_does_not_stop_the_next_one_in_the_same_process(tmp_path):
+    lived = live(tmp_path, TWO_RUNS, "run")
+    assert lived.code == 0, lived.text
+    for line in (
+        "stopped by SIGINT at step 3",
+        "the first run ended with 0",
+        "the second run is finished: True 10",
+        "the first run goes on: 10",
+        "and is finished: True",
+        "refused",
+        "stopped by SIGINT at step 2",
+        "a run after a refused one was stopped by its own signal only",
+    ):
+        assert line in lived.text, lived.text
+    assert lived.text.count("interrupted\n") == 2, lived.text
