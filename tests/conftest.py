@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -253,6 +254,7 @@ def undone() -> Iterator[None]:
 
     handlers = {number: signal.getsignal(number) for number in preemption.STOP_SIGNALS}
     hook, path, generators = sys.excepthook, list(sys.path), state.rng_state()
+    hook_of_threads = threading.excepthook
     try:
         yield
     finally:
@@ -260,6 +262,7 @@ def undone() -> Iterator[None]:
         for number, handler in handlers.items():
             signal.signal(number, handler)
         sys.excepthook, sys.path[:] = hook, path
+        threading.excepthook = hook_of_threads
         state.set_rng_state(generators)
         if dist.is_initialized():
             dist.destroy_process_group()

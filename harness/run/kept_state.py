@@ -5,6 +5,7 @@ State that is found in the program but cannot be saved is reported.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from harness.data.given_order import GivenOrder
 from harness.data.held_generators import find
 from harness.data.source import Source
 from harness.distributed.ranks import World
+from harness.errors import UsageError
 from harness.run.protocols import StepCounter
 from harness.state import Captured
 from harness.tracking.extra_state import ExtraState
@@ -27,6 +29,12 @@ from harness.tracking.tensor_leaves import digests_of
 from harness.tracking.user_state import UserState
 from harness.untracked.finder import UntrackedFinder
 from harness.untracked.stray_loaders import StrayLoaders
+
+AHEAD = (
+    "the second batch was requested before the first one was trained on: no optimizer has made a "
+    "step, and there is no gradient. Each restart loses the batches that the program has requested "
+    "ahead: request one when the one before is used. num_workers loads ahead already"
+)
 
 
 class KeptState:
@@ -55,6 +63,8 @@ class KeptState:
         own = RankEntries()
         self._world, self._settings, self._origin = world, settings, origin
         self._counter, self._say = counter, say
+        self._thread = threading.get_ident()
+        self._awaits_update = False  # whether the first step of a loop over data is still to come
         self._values, self._built = UserState(), dict[str, Any]()
         self._more = ExtraState(world, own, lambda: counter.step, say)
         self._by_rank = RankDifferences(world, own, say, note)
@@ -105,10 +115,20 @@ class KeptState:
     ) -> list[str]:
         """Refuse a run that could not resume exactly, and return warnings.
 
-        For the arguments and errors see `resume_checks.check` and `check_same_data`.
+        For the arguments and further errors see `resume_checks.check` and `check_same_data`.
 
         Collective: every rank must call it.
+
+        Raises:
+            UsageError: The loop runs in another thread than `harness.init`.
         """
+        if threading.get_ident() != self._thread:
+            raise UsageError(
+                "the first batch is requested in another thread than the one of harness.init",
+                f"found: the thread {threading.current_thread().name!r}, which loads batches ahead "
+                "of their use; a checkpoint would count batches that were not trained on",
+                "Loop over run.batches(…) in the thread that trains; num_workers loads ahead.",
+            )
         resume_checks.check_same_data(self._world, data, self._settings.accept)
         return resume_checks.check(tracked, payload, data, self._settings.accept)
 
@@ -129,6 +149,7 @@ class KeptState:
             payload, self._world, source, self._settings.seed, self._counter.step
         )
         messages += self._more.begin(tracked, payload)
+        self._awaits_update = not source.is_own
         if self._world.is_writer:
             self._untracked.begin(tracked, source, self._more.handled | _handled_by(source))
         return messages
@@ -166,6 +187,9 @@ class KeptState:
         Raises:
             UsageError: A value cannot be restored from a checkpoint.
         """
+        if self._awaits_update and self._more.is_idle(tracked):
+            self._say(f"harness: warning: {AHEAD}")
+        self._awaits_update = False
         for warning in self._values.look(values):
             self._say(f"harness: warning: {warning}")
         self._untracked.at_boundary(values)

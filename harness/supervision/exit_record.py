@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import os
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -28,6 +29,7 @@ from harness.errors import (
     OvertakenError,
     StorageError,
     SupersededError,
+    UsageError,
     report,
 )
 from harness.store import Store
@@ -45,7 +47,7 @@ MOST_TRACE = 6000  # characters
 class ExitRecord:
     """Recorder of how this process's attempt ends.
 
-    A new instance installs itself as `sys.excepthook`.
+    A new instance installs itself as `sys.excepthook` and `threading.excepthook`.
     """
 
     def __init__(self) -> None:
@@ -59,16 +61,16 @@ class ExitRecord:
         self._made: Callable[[], int | None] = lambda: None
         # Waits for a checkpoint in flight; takes the limit in seconds.
         self._finish: Callable[[float], object] = lambda limit_s: None
-        self._default = sys.excepthook
+        self._default, self._default_of_threads = sys.excepthook, threading.excepthook
         self.take_hook()
 
     def take_hook(self) -> None:
-        """Install this object's hook as `sys.excepthook`.
+        """Install this object's hooks as `sys.excepthook` and `threading.excepthook`.
 
         Call it again after the process group is joined, because torch then wraps this hook in its
         own. Torch's hook buffers stderr, and the buffer is lost when this hook ends the process.
         """
-        sys.excepthook = self._on_error
+        sys.excepthook, threading.excepthook = self._on_error, self._on_thread_error
 
     def count(self, step: Callable[[], int], made: Callable[[], int]) -> None:
         """Take the step under way, and the last complete one, for records from these functions.
@@ -176,6 +178,14 @@ class ExitRecord:
         if why == "failed":
             return launches.failed(store, name, **details)
         return store.exists(launches.key(name)) and launches.end(store, name, why, **details)
+
+    def _on_thread_error(self, args: threading.ExceptHookArgs) -> None:
+        """End a program that is refused in a thread before training; others would wait for it."""
+        refused = isinstance(args.exc_value, UsageError) and self._attempt is None
+        if refused and args.exc_value is not None and not hasattr(sys, "ps1"):
+            self._on_error(args.exc_type, args.exc_value, args.exc_traceback)
+        else:
+            self._default_of_threads(args)
 
     def _on_error(
         self, kind: type[BaseException], error: BaseException, trace: TracebackType | None

@@ -144,6 +144,14 @@ class ExtraState:
         self._hooks.put_back(own.get("hooks"))
         self._generators.put_back()
 
+    def is_idle(self, tracked: Mapping[str, Any]) -> bool:
+        """Return whether there are optimizers, none with a step, and no gradient for any of them.
+
+        Also False if a gradient scaler is tracked, which may leave out the first steps.
+        """
+        has_scaler = any(hasattr(obj, "get_scale") for obj in tracked.values())
+        return not has_scaler and self._gradients.is_idle()
+
     def close(self) -> None:
         """Stop observing optimizers, at the end of the loop."""
         self._gradients.close()

@@ -83,6 +83,11 @@ class Gradients:
             lambda optimizer, *_: self._used(optimizer)
         ).remove
 
+    def is_idle(self) -> bool:
+        """Return whether there are optimizers, but no step of them and no gradient for them."""
+        owned = (one for one in self._named.values() if id(one) in self._owner)
+        return self._count > 0 and not self._stepped and all(one.grad is None for one in owned)
+
     def close(self) -> None:
         """Remove the hook on optimizer steps."""
         self._unhook()

@@ -400,6 +400,7 @@ FILLED_IN = {
         "parts",
         "memo",
         "sys",
+        "threading",
         "torch",
         "bits",
         "engine",

@@ -6,7 +6,7 @@ from __future__ import annotations
 import signal
 
 import pytest
-from programs import STEP, killed_once
+from programs import STEP, killed_once, live
 
 PLAIN = (
     """
@@ -126,3 +126,65 @@ class Counter:
     outcome = killed_once(tmp_path, source + "\nprint('loads:', counter.loads)\n", die=18)
     assert outcome.is_equal, outcome.rows
     assert "loads: 1" in outcome.resumed.text
+
+
+PREFETCHER = """
+class Prefetcher:  # as those that copy a batch to the GPU ahead of its use
+    def __init__(self, batches):
+        self.batches = batches
+        self.ahead = next(batches)
+    def __iter__(self):
+        while self.ahead is not None:
+            now, self.ahead = self.ahead, next(self.batches, None)
+            yield now
+"""
+BACKGROUND = """
+import queue, threading
+class Prefetcher(threading.Thread):
+    def __init__(self, batches):
+        super().__init__(daemon=True)
+        self.batches, self.queue = batches, queue.Queue(2)
+        self.start()
+    def run(self):
+        for batch in self.batches:
+            self.queue.put(batch)
+    def __iter__(self):
+        while True:
+            yield self.queue.get()
+"""
+AHEAD = "the second batch was requested before the first one was trained on"
+
+
+def test_a_loop_that_requests_batches_ahead_in_another_thread_is_refused(tmp_path):
+    lived = live(
+        tmp_path,
+        BACKGROUND
+        + PLAIN.replace("run.batches(", "Prefetcher(run.batches(").replace(
+            "epochs=2):", "epochs=2)):"
+        ),
+        "run",
+        limit_s=60,
+    )
+    assert lived.code == 78 and "Traceback" not in lived.text, lived.text
+    assert "another thread than the one of harness.init" in lived.text, lived.text
+    assert not (tmp_path / "run" / "attempts").exists()
+
+
+def test_a_loop_that_requests_batches_ahead_is_warned_once(tmp_path):
+    source = PREFETCHER + PLAIN.replace("run.batches(", "Prefetcher(run.batches(")
+    lived = live(tmp_path, source.replace("epochs=2):", "epochs=2)):"), "run")
+    assert lived.text.count(AHEAD) == 1, lived.text
+
+
+STEP_BY_HAND = """
+    (model(x) - y).square().mean().backward()
+    if run.step % 4 == 0:
+        optimizer.step()
+        optimizer.zero_grad()
+"""
+
+
+@pytest.mark.parametrize("step", [STEP, STEP_BY_HAND], ids=["a step", "accumulates"])
+def test_a_loop_that_trains_on_each_batch_before_the_next_is_not_warned(step, tmp_path):
+    lived = live(tmp_path, PLAIN.replace(STEP, step), "run")
+    assert lived.code == 0 and AHEAD not in lived.text, lived.text
