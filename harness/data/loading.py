@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils.data import (
     ConcatDataset,
     DataLoader,
@@ -258,7 +259,8 @@ class Loader:
             # Without a generator, iter() would draw from the global one.
             generator=torch.Generator().manual_seed(seed_of(seed, "loader")),
             persistent_workers=keeps and workers.number > 0,
-            **workers.others,
+            # A drill may have taken the workers away, for which the other options were.
+            **(workers.others if workers.number else {}),
         )
 
     def over(self, items: Iterable[Share | Question]) -> Iterator[Any]:
@@ -311,6 +313,8 @@ def to_device(batch: Any, device: torch.device) -> Any:
         return batch
     if isinstance(batch, torch.Tensor):
         return batch.to(device, non_blocking=True)
+    if isinstance(batch, PackedSequence):  # part of it stays on the CPU
+        return batch.to(device, non_blocking=True)  # type: ignore[arg-type]
     if isinstance(batch, Mapping):
         return {key: to_device(value, device) for key, value in batch.items()}
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):

@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_task import Noisy
 from torch import nn
+from torch.nn.utils.rnn import pack_sequence
 from torch.utils.data import Dataset, RandomSampler, Subset, TensorDataset, random_split
 
 from harness.data import dataset_source, loading
@@ -593,6 +594,18 @@ def test_batches_of_any_shape_are_moved_whole():
     moved = loading.to_device(batch, torch.device("meta"))
     assert moved["a"][0].device.type == "meta" and moved["a"][1] == "text"
     assert isinstance(moved["b"], pair) and moved["b"].x.device.type == "meta" and moved["b"].y == 3
+    packed = pack_sequence([torch.ones(2), torch.ones(3)], enforce_sorted=False)
+    (there,) = loading.to_device([packed], torch.device("meta"))
+    places = [part.device.type for part in there]
+    assert places == ["meta", "cpu", "meta", "meta"], "PyTorch wants batch_sizes on the CPU"
+
+
+@pytest.mark.filterwarnings("ignore:.*pin_memory")
+def test_options_for_workers_are_left_out_where_a_drill_takes_the_workers_away():
+    options = {"prefetch_factor": 4, "timeout": 60, "multiprocessing_context": "fork"}
+    shares = [Share(0, 0, ((0, 1),), (1.0,), Position(), last=True)]
+    loader = loading.Loader(Noisy(8), 1, None, loading.Workers(0, others=options), pin=True)
+    assert [share for share, _ in loader.over(shares)] == shares
 
 
 def test_seeds_depend_on_each_part():
