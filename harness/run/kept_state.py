@@ -247,6 +247,7 @@ class KeptState:
     def close(self) -> None:
         """Release the hooks; the loop calls it at its end."""
         self._more.close()
+        self._untracked.close()
 
 
 def _has_changed(name: str, obj: Any, payload: Mapping[str, Any]) -> bool:

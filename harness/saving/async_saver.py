@@ -22,7 +22,6 @@ from harness.state.gpu_copy import GpuCopy
 from harness.state.snapshot import Snapshot, UnsupportedStateError
 from harness.store.staging_buffer import StagingBuffer
 from harness.text import say, size
-from harness.untracked.foreign_optimizers import on_untracked_update
 
 # The entries of the state that the manifest repeats.
 HEAD = (
@@ -79,7 +78,6 @@ class AsyncSaver:
         self.must_repeat = False  # True if a save was dropped and should be repeated
         self._room_bytes, self._is_used, self._touching = 0, False, threading.Lock()
         self._gpu: torch.device | None = None
-        self._unwatch: Callable[[], None] = lambda: None
         self._closing, self._sealing = False, threading.Lock()
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, daemon=True, name="saver")
@@ -173,17 +171,9 @@ class AsyncSaver:
         if (job := self._job) is not None:
             job.released.set()
 
-    def watch_updates(self, tracked: Mapping[str, Any], say: Callable[[str], None]) -> None:
-        """Have `before_update` called before each update of tracked state.
-
-        An optimizer that makes updates and is not tracked loses its state at a restart. `say`
-        prints a warning about it.
-        """
+    def watch_updates(self, tracked: Mapping[str, Any]) -> None:
+        """Have `before_update` called before each update of tracked state."""
         state.before_update(tracked, self.before_update)
-        lost = "its state is lost at a restart; name it in run.track(…)"
-        self._unwatch = on_untracked_update(
-            tracked, lambda problem: say(f"harness: warning: an optimizer {problem}: {lost}")
-        )
 
     def before_update(self) -> None:
         """Wait until the state is copied, as the update that follows changes it.
@@ -254,7 +244,6 @@ class AsyncSaver:
         The copy and the commit are waited for, each for at most `limit_s` seconds. If the save is
         still in flight then, nothing is freed.
         """
-        self._unwatch()
         self.release()  # of a loop that was left between its boundary and its next batch
         if (job := self._job) is not None:
             if job.snapshot.copied.wait(limit_s):

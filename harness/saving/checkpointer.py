@@ -262,7 +262,7 @@ class Checkpointer(CurrentAttempt):
     def watch_updates(self, tracked: Mapping[str, Any]) -> None:
         """Finish each copy before the optimizers change the state."""
         if self.world.is_writer:
-            self.background.watch_updates(tracked, self._say)
+            self.background.watch_updates(tracked)
 
     def at_boundary(self, tracked: Mapping[str, Any]) -> None:
         """Count a finished step for the save interval, and check a complete copy for changes.

@@ -19,7 +19,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
 from typing import Any
 
@@ -43,6 +43,7 @@ from harness.untracked.candidates import (
     kind_of,
     walk,
 )
+from harness.untracked.foreign_optimizers import on_untracked_update
 from harness.untracked.object_walk import MOST_OBJECTS
 from harness.untracked.program_frames import of_source
 from harness.untracked.program_roots import Roots, of_torch, of_tracked, sharing
@@ -66,7 +67,10 @@ class UntrackedFinder:
         self._stepped: dict[int, Any] = {}
         self._steps, self._next = 0, 0
         self._tracked: Mapping[str, Any] = {}
+        # Updates of this step by optimizers that nobody tracks, and the ids of those named before.
+        self._updates, self._named = list[tuple[Any, str]](), set[int]()
         self._unhook: Callable[[], None] = lambda: None
+        self._unwatch: Callable[[], None] = lambda: None
         self._held = set[int]()
         self._source: Any = None
         self._roots: Roots | None = Roots()
@@ -87,6 +91,7 @@ class UntrackedFinder:
         self._unhook = register_optimizer_step_pre_hook(
             lambda optimizer, *_: self._stepped.update({id(optimizer): optimizer})
         ).remove
+        self._unwatch = on_untracked_update(tracked, lambda *update: self._updates.append(update))
         with self._harmless():
             self._candidates = find_candidates(
                 list(self._all_roots(frame)), {id(obj) for obj in tracked.values()}, source
@@ -119,14 +124,29 @@ class UntrackedFinder:
         nested data that is saved: the program may hold parts of it in variables, too.
         """
         self._steps += 1
-        if self._steps != self._next:
-            return
-        self._saved = saved
-        self._next *= 2
-        self._unhook()
-        with self._harmless():
-            self._look(sys._getframe(1))
-        self._stepped = {}
+        if self._steps == self._next:
+            self._saved = saved
+            self._next *= 2
+            self._unhook()
+            with self._harmless():
+                self._look(sys._getframe(1))
+            self._stepped = {}
+        self._tell_of_update()
+
+    def close(self) -> None:
+        """Remove the hooks."""
+        self._unhook(), self._unwatch()
+
+    def _tell_of_update(self) -> None:
+        """Report an update of this step by an optimizer that the search has not named, once."""
+        problem = next((text for obj, text in self._updates if id(obj) not in self._named), None)
+        self._updates.clear()
+        if problem is not None:
+            self._unwatch()
+            self._say(
+                f"harness: warning: an optimizer {problem}: its state is lost at a restart; "
+                "name it in run.track(…)"
+            )
 
     def _look(self, frame: FrameType) -> None:
         """Report candidates whose state would be lost, and values that the program carries on."""
@@ -235,11 +255,12 @@ class UntrackedFinder:
             for mark in array_changes.of(obj).arrays.values()
         }
 
-    def _tell(self, candidates: Iterable[Candidate]) -> None:
+    def _tell(self, candidates: list[Candidate]) -> None:
         """Report candidates to the user, with their paths and classes."""
         names = [f"{candidate.path} ({type(candidate.obj).__name__})" for candidate in candidates]
         if names:
             self.names += names
+            self._named |= {id(candidate.obj) for candidate in candidates}
             self._note("untracked", names=names)
             self._say(
                 f"harness: warning: not tracked, so lost at a restart: {_listed(names)}. "

@@ -19,21 +19,22 @@ from harness.state.kinds import parts_of
 
 
 def on_untracked_update(
-    tracked: Mapping[str, Any], call: Callable[[str], None]
+    tracked: Mapping[str, Any], call: Callable[[torch.optim.Optimizer, str], None]
 ) -> Callable[[], None]:
-    """Report an optimizer that makes updates and whose state no tracked object saves.
+    """Report each optimizer that makes updates and whose state no tracked object saves.
 
-    `call` gets the report as text, once. An optimizer that an attribute of a tracked object holds
-    is accepted only if the tracked state dicts contain its state, as it is after its first step.
+    `call` gets the optimizer and the report as text. An optimizer that an attribute of a tracked
+    object holds is accepted only if the tracked state dicts contain its state, as it is after its
+    first step.
 
     Returns:
         A function that ends the observation.
     """
     objects = {name: unwrap(obj) for name, obj in tracked.items()}
-    known, reported = {id(obj) for obj in objects.values()}, list[str]()
+    known = {id(obj) for obj in objects.values()}
 
     def look(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        if reported or id(optimizer) in known:
+        if id(optimizer) in known:
             return
         known.add(id(optimizer))
         inside = next(
@@ -45,24 +46,19 @@ def on_untracked_update(
             None,
         )
         if inside is None:
-            tell(f"({type(optimizer).__name__}) that is not tracked makes updates")
+            call(optimizer, f"({type(optimizer).__name__}) that is not tracked makes updates")
             return
 
         def after(*_: Any) -> None:
             hook.remove()
             if not _is_held(optimizer, objects):
-                kind = type(optimizer).__name__
-                tell(
-                    f"({kind}) inside {inside!r} makes updates, "
-                    "and no tracked object's state_dict() holds what it keeps"
+                call(
+                    optimizer,
+                    f"({type(optimizer).__name__}) inside {inside!r} makes updates, "
+                    "and no tracked object's state_dict() holds what it keeps",
                 )
 
         hook = optimizer.register_step_post_hook(after)
-
-    def tell(message: str) -> None:
-        if not reported:
-            reported.append(message)
-            call(message)
 
     return register_optimizer_step_pre_hook(look).remove
 

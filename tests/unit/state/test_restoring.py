@@ -874,7 +874,7 @@ def test_an_inner_optimizer_whose_momentum_nobody_keeps_is_told(shares):
     model = net(3, 3)
     said: list[str] = []
     tracked = {"model": model, "optimizer": Wraps(list(model.parameters()), shares=shares)}
-    end = foreign_optimizers.on_untracked_update(tracked, said.append)
+    end = foreign_optimizers.on_untracked_update(tracked, lambda _, text: said.append(text))
     stepped(model, tracked["optimizer"])
     end()
     expected = [
