@@ -58,7 +58,7 @@ class Share:
     """One rank's samples of one optimizer step: its micro-batches, and the position after it."""
 
     epoch: int
-    start: int  # position of the step's first sample in the epoch
+    start: int  # position of the step's first sample in the epoch; of a stream, `after.sample`
     micro_batches: tuple[tuple[int, ...], ...]  # sample numbers of the dataset
     weights: tuple[float, ...]  # factors of each micro-batch's mean loss
     after: Position

@@ -51,8 +51,9 @@ class Part:
     def put_back(self, value: Any) -> None:
         """Set the part to a saved state, in place where possible.
 
-        The part may have become something of another kind since then, such as a generator that the
-        sampler makes when it is first asked.
+        Otherwise the attribute gets a new value made from the saved state. That is so if the two
+        are of different kinds: a sampler may create its generator only when it gives its first
+        order, so that a new process has None where the saved state is that of a generator.
 
         Raises:
             UsageError: A generator is of another kind than the saved one.

@@ -76,8 +76,9 @@ class AttemptIdentities:
     machine: Mapping[str, Any]  # of the current attempt
     machines: Mapping[int, Mapping[str, Any]]  # of each earlier attempt that has step records
     programs: Mapping[int, Mapping[str, Any]]  # record of each attempt, the current one included
-    # The attempts that have trained the state of the resume point. One after attempt N has gone on
-    # from an earlier step than N had reached, so that it has part in what N and this one differ in.
+    # The attempts whose steps led to the state of the resume point. When this attempt recomputes
+    # steps of attempt N, those of them after N may be the cause of a difference, too: they computed
+    # some of the steps again, maybe on another machine or with another program.
     lineage: Sequence[int] = ()
 
     def is_exact(self, number: int) -> bool:
