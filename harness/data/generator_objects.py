@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -34,17 +34,22 @@ def is_generator(obj: object) -> bool:
     return issubclass(type(obj), KINDS) and not issubclass(type(obj), random.SystemRandom)
 
 
-def generators_of(obj: Any) -> Iterator[tuple[str, Any]]:
-    """Yield the generators in an object's attributes, each with its path.
+def drawn_from(generator: Any) -> str:
+    """Return a fingerprint of a generator's state, which changes with each draw."""
+    if isinstance(generator, torch.Generator):
+        return str(hash(generator.get_state().numpy().tobytes()))
+    if isinstance(generator, random.Random):
+        return str(hash(generator.getstate()))
+    if isinstance(generator, np.random.RandomState):
+        return str(_hashed(generator.get_state(legacy=False)))
+    bits = generator if isinstance(generator, np.random.BitGenerator) else generator.bit_generator
+    return str(_hashed(bits.state))
 
-    Lists, tuples and dicts that are attributes are searched too, one level deep.
-    """
-    for name, value in list(vars(obj).items()):
-        if is_generator(value):
-            yield name, value
-        elif type(value) in (dict, list, tuple):
-            items = value.items() if type(value) is dict else enumerate(value)
-            yield from ((f"{name}[{key!r}]", item) for key, item in items if is_generator(item))
+
+def _hashed(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _hashed(item) for key, item in value.items()}
+    return hash(value.tobytes()) if isinstance(value, np.ndarray) else value
 
 
 def generator_state(generator: Any) -> dict[str, Any]:

@@ -25,7 +25,7 @@ that changes is reported by name (`unkept`).
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -92,9 +92,14 @@ def as_built(tracked: Mapping[str, Any]) -> Built:
 
 
 class Attributes:
-    """The attributes of all tracked modules and optimizers, on one rank."""
+    """The attributes of all tracked modules and optimizers, on one rank.
 
-    def __init__(self) -> None:
+    Args:
+        generators: returns the ids of the generators whose state is kept.
+    """
+
+    def __init__(self, generators: Callable[[], set[int]]) -> None:
+        self._generators = generators
         self._before: Built = {}  # when tracked, before the restore
         self._after: Built = {}  # when tracked, after the restore
         self._built: Built = {}
@@ -125,7 +130,7 @@ class Attributes:
             name: [_Watched(path, part) for path, part in parts(obj)]
             for name, obj in tracked.items()
         }
-        held = self._addresses()
+        held = self._kept()
         for name, watched in self._watched.items():
             for watch in watched:
                 # Kept tensors too: one may become a value that cannot be kept.
@@ -136,10 +141,10 @@ class Attributes:
                 }
                 self.unkept.begin(joined(name, watch.path), watch.odd_values() | kept, held)
 
-    def _addresses(self) -> set[int]:
-        """Return the addresses of the parameters of tracked modules."""
+    def _kept(self) -> set[int]:
+        """Return the addresses of the parameters of tracked modules, and the ids of generators."""
         objects = map(wrappers.unwrap, self._tracked.values())
-        return addresses(objects, with_buffers=False)
+        return addresses(objects, with_buffers=False) | self._generators()
 
     def state(self) -> Changed | None:
         """Return the differences from the modules as built, or None if there are none.
@@ -151,7 +156,7 @@ class Attributes:
             name: differences for name in self._tracked if (differences := self._changed(name))
         }
         if self.unkept.is_time():
-            held = self._addresses()
+            held = self._kept()
             for name, watched in self._watched.items():
                 for watch in watched:
                     self.unkept.look(joined(name, watch.path), watch.odd_values(), held)

@@ -4,7 +4,7 @@ This extra state consists of:
 
 * gradients in flight, changed attributes of modules, and the state of communication hooks;
 * generators, which are tracked like any other object but have a different state on each rank;
-* generators that are attributes of tracked modules and optimizers.
+* generators that tracked modules and optimizers hold.
 
 If a program has none of these, its checkpoints are the same as without this module.
 """
@@ -14,21 +14,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from harness.data.generator_objects import (
-    GLOBAL_GENERATORS,
-    generator_state,
-    generators_of,
-    is_generator,
-    set_generator_state,
-)
+from harness.data.generator_objects import is_generator
 from harness.distributed import ddp
 from harness.distributed.ranks import World
 from harness.errors import UsageError
-from harness.tracking.attributes import Attributes, Changed, parts
+from harness.tracking.attributes import Attributes, Changed
 from harness.tracking.comm_hooks import Hooks, check_hooks
+from harness.tracking.generators import Generators
 from harness.tracking.gradients import Gradients, Kept, digest
 from harness.tracking.rank_entries import ATTRIBUTES, RankEntries
-from harness.tracking.sameness import is_same
 
 # The key in a checkpoint: at the top level if all ranks have the same gradients, else in the entry
 # of each rank.
@@ -49,10 +43,11 @@ class ExtraState:
         self, world: World, own: RankEntries, step: Callable[[], int], say: Callable[[str], None]
     ) -> None:
         self.world, self.own, self._step = world, own, step
-        self._gradients, self._attributes = Gradients(step), Attributes()
+        self._gradients, self._generators = Gradients(step), Generators()
+        self._attributes = Attributes(self._generators.ids)
         self._kept = _OwnGradients(self._gradients)
         self._changed = _OwnAttributes(self._attributes, say)
-        self._hooks, self._generators = Hooks(), _Generators()
+        self._hooks = Hooks()
         self._waits = False  # whether a due save waits for an update
         # The step in which the gradients were last examined, and whether any rank has some to keep.
         self._looked = (-1, False)
@@ -101,7 +96,7 @@ class ExtraState:
     @property
     def handled(self) -> set[int]:
         """Return the ids of the generators whose state is kept."""
-        return {id(generator) for generator in self._generators.all.values()}
+        return self._generators.ids()
 
     def restored(self, tracked: Mapping[str, Any]) -> None:
         """Record the attributes of all tracked objects after a checkpoint was loaded into them."""
@@ -118,7 +113,7 @@ class ExtraState:
                 program does not have, if a generator is of another kind, if the state of a hook
                 cannot be saved, or if a hook was registered after `track`.
         """
-        for part in (self._gradients, self._attributes, self._hooks, self._generators):
+        for part in (self._generators, self._gradients, self._attributes, self._hooks):
             part.begin(tracked)
         notes = [note] if (note := self.own.restore(payload, self.world)) else []
         self._changed.restore(payload.get(ATTRIBUTES))
@@ -133,7 +128,8 @@ class ExtraState:
                 f"the checkpoint does not hold the state of {', '.join(new)} for this rank: "
                 "begins as it was made"
             )
-        return [f"warning: {note}" for note in (*notes, *self._changed.messages)]
+        notes += [*self._changed.messages, *self._generators.messages]
+        return [f"warning: {note}" for note in notes]
 
     def put_back(self, payload: Mapping[str, Any]) -> None:
         """Restore once more what was changed since `begin`."""
@@ -243,58 +239,3 @@ class _OwnAttributes:
 
     def restore(self, state: Changed | None) -> None:
         self.messages += self._attributes.restore(state or {})
-
-
-class _Generators:
-    """Tracked generators, and those in attributes of tracked modules and optimizers, by name."""
-
-    def __init__(self) -> None:
-        self.tracked: dict[str, Any] = {}
-        self.restored: set[str] = set()
-        self._held: dict[str, Any] = {}
-        # The state of each held generator at the start of the loop; only a changed state is kept.
-        self._built: dict[str, Any] = {}
-        self._begun: dict[str, Any] = {}  # the state of each generator after it was restored
-
-    @property
-    def all(self) -> dict[str, Any]:
-        return self._held | self.tracked
-
-    def begin(self, tracked: Mapping[str, Any]) -> None:
-        """Find the generators that tracked objects hold, and record their state."""
-        known = {id(obj) for obj in (*self.tracked.values(), *GLOBAL_GENERATORS)}
-        for name, obj in tracked.items():
-            for path, part in parts(obj):
-                for key, value in generators_of(part):
-                    if id(value) not in known:
-                        known.add(id(value))
-                        self._held[".".join(filter(None, (name, path, key)))] = value
-        self._built = {name: generator_state(obj) for name, obj in self._held.items()}
-
-    def note_begun(self) -> None:
-        """Record the state of each generator, for `put_back`."""
-        self._begun = {name: generator_state(obj) for name, obj in self.all.items()}
-
-    def put_back(self) -> None:
-        """Set each generator to the state in which the loop began."""
-        for name, begun in self._begun.items():
-            set_generator_state(name, self.all[name], begun)
-
-    def state(self) -> dict[str, Any] | None:
-        states = {name: generator_state(generator) for name, generator in self.all.items()}
-        return {
-            name: state
-            for name, state in states.items()
-            if name in self.tracked or not is_same(state, self._built[name])
-        } or None
-
-    def restore(self, state: Mapping[str, Any] | None) -> None:
-        if missing := [name for name in state or {} if name not in self.all]:
-            raise UsageError(
-                f"the checkpoint holds what is not tracked: {', '.join(missing)}",
-                f"found: {', '.join(self.all) or 'no generator'}",
-                "Track the same names as before, or take a new run directory.",
-            )
-        for name, kept in (state or {}).items():
-            set_generator_state(name, self.all[name], kept)
-            self.restored.add(name)

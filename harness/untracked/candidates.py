@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import random
 import sys
 import time
 import weakref
@@ -18,7 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 import harness.untracked.array_changes as array_changes
-from harness.data.generator_objects import GLOBAL_GENERATORS
+from harness.data.generator_objects import GLOBAL_GENERATORS, drawn_from, is_generator
 from harness.data.held_generators import tells_its_class
 from harness.untracked.object_walk import ATOMS, DEPTH, FEW, MOST_OBJECTS, parts
 from harness.untracked.program_frames import of_source
@@ -142,7 +141,7 @@ def walk(
             continue
         seen.add(id(obj))
         yield path, obj, depth
-        if depth < DEPTH and not _is_generator(obj):
+        if depth < DEPTH and not is_generator(obj):
             held = [
                 (path + name, part, depth + 1)
                 for name, part in parts(obj)
@@ -169,7 +168,7 @@ def kind_of(obj: Any) -> str:
         return OPTIMIZER
     if isinstance(obj, LRScheduler | ReduceLROnPlateau):
         return SCHEDULER
-    if _is_generator(obj):
+    if is_generator(obj):
         return GENERATOR
     if isinstance(obj, nn.Module):
         return (
@@ -199,31 +198,3 @@ def kind_of(obj: Any) -> str:
 
 def _has_method(obj: Any, name: str) -> bool:
     return callable(getattr(type(obj), name, None))
-
-
-def _is_generator(obj: Any) -> bool:
-    if isinstance(obj, random.SystemRandom):
-        return False
-    return isinstance(
-        obj, torch.Generator | np.random.Generator | np.random.RandomState | random.Random
-    )
-
-
-def drawn_from(generator: Any) -> str:
-    """Return a fingerprint of a generator's state, which changes with each draw."""
-    if isinstance(generator, torch.Generator):
-        return str(hash(generator.get_state().numpy().tobytes()))
-    if isinstance(generator, random.Random):
-        return str(hash(generator.getstate()))
-    state = (
-        generator.bit_generator.state
-        if isinstance(generator, np.random.Generator)
-        else generator.get_state(legacy=False)
-    )
-    return str({key: _plain(value) for key, value in state.items()})
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return hash(value.tobytes()) if isinstance(value, np.ndarray) else value

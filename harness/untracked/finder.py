@@ -28,6 +28,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.data import Sampler
 
 import harness.untracked.array_changes as array_changes
+from harness.data.generator_objects import drawn_from
 from harness.distributed import wrappers
 from harness.untracked.candidates import (
     GENERATOR,
@@ -37,7 +38,6 @@ from harness.untracked.candidates import (
     SCHEDULER,
     WITHIN_S,
     Candidate,
-    drawn_from,
     find_candidates,
     is_of_evaluation,
     kind_of,

@@ -16,11 +16,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from harness.data.generator_objects import is_generator
+from harness.data.generator_objects import drawn_from, is_generator
 from harness.distributed import wrappers
 from harness.state.kinds import PLAIN
 from harness.untracked.array_changes import address_of
-from harness.untracked.candidates import drawn_from
 from harness.untracked.loop_variables import passing, values_of
 from harness.untracked.object_walk import OF_OPTIMIZERS
 from harness.untracked.program_frames import is_programs_file, program_frames

@@ -24,7 +24,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.utils.data import Dataset, Sampler
 
+from harness.data.generator_objects import drawn_from, is_generator
 from harness.data.held_generators import is_library
 from harness.state.kinds import PLAIN
 from harness.untracked.array_changes import address_of
@@ -50,7 +52,7 @@ class UnkeptValues:
     def begin(self, name: str, values: Mapping[str, Any], held: Collection[int]) -> None:
         """Record an object at the start of the loop: its attributes that are no plain data.
 
-        `held` are the addresses of the tensors that are saved.
+        `held` are the addresses of the tensors that are saved, and the ids of such generators.
         """
         for key, value in values.items():
             self._before[f"{name}.{key}"] = fingerprint(value, held)
@@ -86,7 +88,8 @@ def fingerprint(value: Any, held: Collection[int] = ()) -> Print:
     """Return a fingerprint that differs when the value has changed.
 
     No device is read, and at most some thousand objects are examined; a change elsewhere is not
-    detected. Tensors at the addresses in `held` are saved by others: their changes do not count.
+    detected. Tensors at the addresses in `held`, and generators with an id there, are saved by
+    others: their changes do not count.
     """
     try:
         return _print(value, DEPTH, [MOST_ITEMS], held)
@@ -107,6 +110,10 @@ def _print(value: Any, depth: int, left: list[int], held: Collection[int]) -> Pr
         return value
     if isinstance(value, itertools.count):
         return repr(value)
+    if is_generator(value):
+        return "held" if id(value) in held else (id(value), drawn_from(value))
+    if isinstance(value, Dataset | Sampler):  # what they hold is seeded, saved or named as data
+        return id(value)
     if depth == 0 or left[0] < 0:
         return id(value)
 

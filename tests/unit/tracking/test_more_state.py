@@ -984,10 +984,47 @@ optimizer = Langevin(model.parameters(), lr=0.1)
 )
 
 
+LATE_GENERATORS = (
+    """
+run = init()
+torch.manual_seed(0)
+class Noise:
+    def __init__(self):
+        self.by = {"rng": np.random.default_rng(0)}
+def normal():
+    g = torch.Generator().manual_seed(0)
+    return lambda: torch.randn((), generator=g).item()
+class Noisy(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner, self.rng, self.noise, self.others = nn.Linear(8, 1), None, Noise(), {}
+        self.draw, self.more = normal(), []
+    def forward(self, x):
+        if self.rng is None:
+            self.rng = torch.Generator().manual_seed(3)
+        if "b" not in self.others:
+            self.others["b"] = random.Random(3)
+        if not self.more:
+            self.more.append(np.random.RandomState(0))
+        drawn = self.noise.by["rng"].normal() + self.others["b"].random() + self.draw()
+        return self.inner(
+            x + torch.randn(x.shape, generator=self.rng) + drawn + self.more[0].normal()
+        )
+model = nn.Sequential(Noisy())
+optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+"""
+    + LOOP_OF_TWO_EPOCHS
+)
+
+
 @pytest.mark.parametrize(
     "source",
-    [OWN_OPTIMIZER, OWN_GENERATORS],
-    ids=["attributes of an optimizer", "generators of modules and optimizers"],
+    [OWN_OPTIMIZER, OWN_GENERATORS, LATE_GENERATORS],
+    ids=[
+        "attributes of an optimizer",
+        "generators of modules and optimizers",
+        "generators that are made late, or lie in objects of the program",
+    ],
 )
 def test_what_no_state_dict_tells_of_goes_on(tmp_path, source):
     outcome = killed_once(tmp_path, source)
@@ -1008,6 +1045,46 @@ def test_generators_of_modules_are_each_ranks_own_and_those_that_nobody_draws_fr
     assert outcome.is_equal, (outcome.rows, outcome.resumed.text)
     kept = [own["generators"] for own in payloads(tmp_path / "killed")[18]["own"]]
     assert [set(of) for of in kept] == [{"model.0.rng", "model.0.others[0]", "optimizer.rng"}] * 2
+
+
+class Noise:
+    """Not a module, and made by the first forward pass."""
+
+    def __init__(self):
+        self.rng = np.random.default_rng(0)
+
+
+class Held(dict):
+    """A container that is not searched."""
+
+
+class Late(nn.Linear):
+    noise: Noise | None = None
+
+    held: Held
+
+    def forward(self, x):
+        self.noise = self.noise or Noise()
+        return super().forward(x) + self.noise.rng.normal() + self.held["rng"].random()
+
+
+def test_generators_that_cannot_be_kept_are_named(tmp_path, capsys):
+    def make(run):
+        model = Late(8, 1)
+        model.held = Held(rng=random.Random(0))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        run.track(model=model, optimizer=optimizer)
+        return lambda x: updated(model, optimizer, x)
+
+    trained(tmp_path / "a", make, leave_at=5)
+    said = capsys.readouterr().out
+    assert said.count("warning: model.held changes in training, and is not saved") == 1
+    assert said.count("changes in training") == 1
+    trained(tmp_path / "a", make, leave_at=5)
+    assert (
+        "warning: the generator model.noise.rng is not there when training begins, "
+        "so its state is lost" in capsys.readouterr().out
+    )
 
 
 def test_an_optimizers_tensors_that_are_in_no_state_dict_are_told(tmp_path, capsys):

@@ -1,0 +1,215 @@
+"""Save and restore generators: tracked ones, and those that tracked modules and optimizers hold.
+
+A generator may lie in an attribute, or in containers, functions and objects of the program's own
+that the module holds. The search is repeated at each save, because some are made when they are
+first drawn from. Such a one is made again when its state is restored, in the same place, so that
+the program finds it there and does not make another.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import collections
+import functools
+import types
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from harness.data.generator_objects import (
+    GLOBAL_GENERATORS,
+    generator_of,
+    generator_state,
+    is_generator,
+    set_generator_state,
+)
+from harness.data.held_generators import tells_its_class
+from harness.errors import UsageError
+from harness.state.kinds import PLAIN
+from harness.tracking.attribute_values import joined
+from harness.tracking.attributes import parts
+from harness.tracking.sameness import is_same
+from harness.untracked.object_walk import OF_MODULES, OF_OPTIMIZERS
+from harness.untracked.object_walk import parts as inside
+from harness.untracked.program_frames import is_programs_file
+from harness.untracked.unkept_values import is_of_program
+
+DEPTH, MOST_OBJECTS = 5, 1000  # limits of the search in one module
+SEARCHED = (
+    dict,
+    list,
+    tuple,
+    collections.OrderedDict,
+    collections.defaultdict,
+    collections.deque,
+    functools.partial,
+    types.MethodType,
+    types.SimpleNamespace,
+    argparse.Namespace,
+)
+# Generators in data are seeded for each sample, or saved with its order.
+ELSEWHERE = (nn.Module, Optimizer, Dataset, Sampler, DataLoader)
+
+
+class Generators:
+    """Tracked generators, and those that tracked modules and optimizers hold, by name."""
+
+    def __init__(self) -> None:
+        self.tracked: dict[str, Any] = {}
+        self.restored: set[str] = set()
+        self.messages: list[str] = []  # about what could not be restored
+        self._objects: Mapping[str, Any] = {}
+        self._held: dict[str, Any] = {}
+        # The state of each held generator at the start of the loop; only a changed state is kept.
+        self._built: dict[str, Any] = {}
+        self._begun: list[tuple[str, Any, Any]] = []  # each generator, and its state, as restored
+
+    def ids(self) -> set[int]:
+        """Search again, and return the ids of the generators whose state is kept."""
+        self._find()
+        return {id(obj) for obj in (*self._all.values(), *GLOBAL_GENERATORS)}
+
+    @property
+    def _all(self) -> dict[str, Any]:
+        return self._held | self.tracked
+
+    def begin(self, tracked: Mapping[str, Any]) -> None:
+        """Find the generators that tracked objects hold, and record their state."""
+        self._objects = tracked
+        self._find()
+        self._built = {name: generator_state(obj) for name, obj in self._held.items()}
+
+    def _find(self) -> dict[str, Any]:
+        """Search all modules and optimizers; return what was searched, by path."""
+        self._held, holders = {}, dict[str, Any]()
+        known = {id(obj) for obj in (*self.tracked.values(), *GLOBAL_GENERATORS)}
+        seen = {id(obj) for obj in self._objects.values()}
+        for name, obj in self._objects.items():
+            for path, part in parts(obj):
+                for place, value in _search(joined(name, path), part, seen, holders):
+                    if id(value) not in known and place not in self._held:
+                        known.add(id(value))
+                        self._held[place] = value
+        return holders
+
+    def note_begun(self) -> None:
+        """Record the state of each generator, for `put_back`."""
+        self._begun = [(name, obj, generator_state(obj)) for name, obj in self._all.items()]
+
+    def put_back(self) -> None:
+        """Set each generator to the state in which the loop began."""
+        for begun in self._begun:
+            set_generator_state(*begun)
+
+    def state(self) -> dict[str, Any] | None:
+        """Return the states of tracked generators, and of held ones that have changed or are new.
+
+        See `rank_entries.Part`.
+        """
+        self._find()
+        states = {name: generator_state(generator) for name, generator in self._all.items()}
+        return {
+            name: state
+            for name, state in states.items()
+            if name in self.tracked
+            or name not in self._built
+            or not is_same(state, self._built[name])
+        } or None
+
+    def restore(self, state: Mapping[str, Any] | None) -> None:
+        """Restore the state of each generator; make those that a module does not hold yet.
+
+        Raises:
+            UsageError: if a tracked generator is missing, or if one is of another kind.
+        """
+        holders = self._find()
+        missing = [name for name in state or {} if name not in self._all]
+        if named := [name for name in missing if "." not in name]:
+            raise UsageError(
+                f"the checkpoint holds what is not tracked: {', '.join(named)}",
+                f"found: {', '.join(self._all) or 'no generator'}",
+                "Track the same names as before, or take a new run directory.",
+            )
+        for name, kept in (state or {}).items():
+            generator = self._all.get(name) or _made(name, kept, holders)
+            if generator is None:
+                self.messages.append(
+                    f"the generator {name} is not there when training begins, so its state is "
+                    "lost: let its module make it, and what holds it, in __init__"
+                )
+            else:
+                set_generator_state(name, generator, kept)
+                self.restored.add(name)
+
+
+def _is_searched(value: Any) -> bool:
+    if type(value) is types.FunctionType:
+        return is_programs_file(value.__code__.co_filename)
+    return type(value) in SEARCHED or (
+        tells_its_class(value) and is_of_program(value) and not isinstance(value, ELSEWHERE)
+    )
+
+
+def _search(
+    path: str, part: Any, seen: set[int], holders: dict[str, Any]
+) -> Iterator[tuple[str, Any]]:
+    """Yield the generators that a module or optimizer holds, each with its path.
+
+    Args:
+        path: the path of the module.
+        part: the module or optimizer.
+        seen: ids of objects that are not searched; those that are searched now are added.
+        holders: what is searched, by path, to which that of this module is added.
+    """
+    left_out = OF_MODULES if isinstance(part, nn.Module) else OF_OPTIMIZERS
+    own = [
+        (f".{key}", value)
+        for key, value in list(vars(part).items())
+        if key not in left_out and type(value) not in PLAIN
+    ]
+    waiting, count = collections.deque([(path, part, own, 0)]), 0
+    while waiting and count < MOST_OBJECTS:
+        path, holder, items, depth = waiting.popleft()
+        holders[path] = holder
+        for name, value in items:
+            count += 1
+            if is_generator(value):
+                yield path + name, value
+            elif depth < DEPTH and id(value) not in seen and _is_searched(value):
+                seen.add(id(value))
+                try:
+                    held = list(inside(value))
+                except Exception:  # noqa: BLE001 - a class of the program may raise
+                    continue
+                waiting.append((path + name, value, held, depth + 1))
+
+
+def _made(name: str, kept: Mapping[str, Any], holders: Mapping[str, Any]) -> Any:
+    """Make a generator and put it into its place; None if there is no such place."""
+    path, _, key = name.rpartition("[" if name.endswith("]") else ".")
+    holder, generator = holders.get(path), generator_of(kept)
+    if holder is None or generator is None:
+        return None
+    if not name.endswith("]"):
+        if getattr(holder, "__dict__", {}).get(key) is not None:
+            return None
+        try:
+            setattr(holder, key, generator)
+        except AttributeError:
+            return None
+        return generator
+    try:
+        at = ast.literal_eval(key.removesuffix("]"))
+    except (ValueError, SyntaxError):  # another object than a string or a number
+        return None
+    if isinstance(holder, dict) and holder.get(at) is None:
+        holder[at] = generator
+    elif isinstance(holder, list) and at == len(holder):
+        holder.append(generator)
+    else:
+        return None
+    return generator
