@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from harness.data.quantized import scale_of
+from harness.distributed import wrappers
 from harness.state.kinds import PLAIN
 from harness.state.plain_values import put_into
 from harness.untracked.object_walk import OF_MODULES, OF_OPTIMIZERS
@@ -45,9 +46,45 @@ Values = dict[str, Any]  # of one module, by attribute; a digest stands for a te
 Part = nn.Module | torch.optim.Optimizer
 
 
+Classes = dict[str, type]  # of the parts of one object, by their paths
+
+
 def is_torchs(obj: Any) -> bool:
     """Return whether the object's class is one of torch's own."""
     return type(obj).__module__.partition(".")[0] == "torch"
+
+
+def class_of(part: Part) -> type:
+    """Return the class of a part; of a lazy module, the one that it has after its first use."""
+    return getattr(type(part), "cls_to_become", None) or type(part)
+
+
+def replaced_parts(name: str, built: Classes, now: Classes) -> dict[str, str]:
+    """Say of each part whose class is not as built what it was and is, by its path.
+
+    What lies inside such a part is left out.
+    """
+    differing = {path for path in built.keys() | now.keys() if built.get(path) is not now.get(path)}
+    said = {}
+    for path in differing:
+        steps = path.split(".")
+        if differing.isdisjoint(".".join(steps[:n]) for n in range(len(steps))):
+            was, is_now = (
+                classes[path].__name__ if path in classes else "nothing" for classes in (built, now)
+            )
+            said[joined(name, path)] = f"was built as {was} and is {is_now} now"
+    return said
+
+
+def parts(obj: Any) -> list[tuple[str, Any]]:
+    """List a module's parts with their paths, the module itself first.
+
+    An optimizer is its own only part, with an empty path; an optimizer of one of torch's classes
+    has none. Wrappers (DDP, torch.compile) are removed.
+    """
+    if isinstance(inner := wrappers.unwrap(obj), torch.optim.Optimizer):
+        return [] if is_torchs(inner) else [("", inner)]
+    return list(wrappers.submodules(obj))
 
 
 def own_dict(part: Part, name: str) -> dict[str, Any]:

@@ -35,8 +35,10 @@ from harness.tracking.attribute_values import (
     ABSENT,
     BUFFER,
     REQUIRES_GRAD,
+    Classes,
     Part,
     Values,
+    class_of,
     containers_of,
     current_value,
     digest_of,
@@ -47,10 +49,11 @@ from harness.tracking.attribute_values import (
     is_plain,
     is_simple,
     is_small,
-    is_torchs,
     joined,
     own_dict,
+    parts,
     place_of,
+    replaced_parts,
     set_value,
     small_copy,
     spelled,
@@ -66,17 +69,6 @@ Built = dict[str, dict[str, Values]]  # by object name and module path
 # By object name, module path and attribute: the values "built" and "now". A missing key means that
 # there was no such attribute as built, or that there is none now.
 Changed = dict[str, dict[str, dict[str, dict[str, Any]]]]
-
-
-def parts(obj: Any) -> list[tuple[str, Any]]:
-    """List a module's parts with their paths, the module itself first.
-
-    An optimizer is its own only part, with an empty path; an optimizer of one of torch's classes
-    has none. Wrappers (DDP, torch.compile) are removed.
-    """
-    if isinstance(inner := wrappers.unwrap(obj), torch.optim.Optimizer):
-        return [] if is_torchs(inner) else [("", inner)]
-    return list(wrappers.submodules(obj))
 
 
 def as_built(tracked: Mapping[str, Any]) -> Built:
@@ -105,6 +97,8 @@ class Attributes:
         self._built: Built = {}
         self._tracked: Mapping[str, Any] = {}
         self._watched: dict[str, list[_Watched]] = {}
+        self._classes: dict[str, Classes] = {}  # as built, by object name
+        self.replaced: dict[str, str] = {}  # by path: how a module is not as built
         self.unkept = UnkeptValues()
 
     def before_restore(self, tracked: Mapping[str, Any]) -> None:
@@ -130,6 +124,7 @@ class Attributes:
             name: [_Watched(path, part) for path, part in parts(obj)]
             for name, obj in tracked.items()
         }
+        self._classes = {name: _classes(watched) for name, watched in self._watched.items()}
         held = self._kept()
         for name, watched in self._watched.items():
             for watch in watched:
@@ -165,16 +160,20 @@ class Attributes:
     def _changed(self, name: str) -> dict[str, dict[str, dict[str, Any]]]:
         """Return the differences of one tracked object, by module path."""
         if any(watch.has_other_parts() for watch in self._watched[name]):
-            known = {id(watch.part): watch for watch in self._watched[name]}
+            known = {(watch.path, id(watch.part)): watch for watch in self._watched[name]}
             self._watched[name] = [
-                known.get(id(part), _Watched(path, part))
+                known.get((path, id(part))) or _Watched(path, part, is_late=True)
                 for path, part in parts(self._tracked[name])
             ]
-        changed = {}
+        changed, classes = {}, _classes(self._watched[name])
+        if classes != self._classes[name]:
+            self.replaced |= replaced_parts(name, self._classes[name], classes)
         for watch in self._watched[name]:
             built = self._built[name].get(watch.path)
             if (
                 built is not None
+                # The attributes of another class mean nothing to the module as built.
+                and classes[watch.path] is self._classes[name].get(watch.path)
                 and watch.may_have_changed()
                 and (differs := watch.differences(built))
             ):
@@ -229,14 +228,22 @@ class Attributes:
                         set_value(modules[path], key, copy.deepcopy(value), entry)
 
 
-class _Watched:
-    """One module or optimizer at the start of the loop, with a quick check for changes."""
+def _classes(watched: list[_Watched]) -> Classes:
+    return {watch.path: class_of(watch.part) for watch in watched}
 
-    def __init__(self, path: str, part: Part) -> None:
-        self.path, self.part = path, part
+
+class _Watched:
+    """One module or optimizer at the start of the loop, with a quick check for changes.
+
+    If it has come into its place later (`is_late`), it is never known to be as built.
+    """
+
+    def __init__(self, path: str, part: Part, *, is_late: bool = False) -> None:
+        self.path, self.part, self._is_late = path, part, is_late
         own = {key: value for key, value in vars(part).items() if is_looked_at(part, key)}
         self.tensors = {
-            key: (place_of(tensor), small_copy(tensor)) for key, tensor in tensors_of(part).items()
+            key: (place_of(tensor), small_copy(tensor))
+            for key, tensor in ({} if is_late else tensors_of(part)).items()
         }
         odd = {key: id(value) for key, value in own.items() if not is_plain(value)}
         self._mutable = {
@@ -285,13 +292,11 @@ class _Watched:
         return list(own_dict(self.part, "_modules").values()) != self._children
 
     def may_have_changed(self) -> bool:
-        """Return whether anything may have changed since this object was first examined.
-
-        That was at the start of the loop, or later if the module was added later.
-        """
+        """Return whether anything may have changed since the start of the loop."""
         now = vars(self.part)
         return (
-            bool(self._mutable)
+            self._is_late
+            or bool(self._mutable)
             or list(map(type, now.values())) != self._kinds  # True is equal to 1
             or not self._same.items() <= now.items()
             or (bool(self._odd) and any(id(now.get(key)) != number for key, number in self._odd))
@@ -344,7 +349,9 @@ class _Watched:
         Then a restore must not fill that one, because others may hold it.
         """
         built, now = self._mutable.get(key, {}), containers_of(vars(self.part).get(key))
-        return any(now[path] is not built[path] for path in built.keys() & now.keys())
+        return (self._is_late and bool(now)) or any(
+            now[path] is not built[path] for path in built.keys() & now.keys()
+        )
 
     def _is_another(self, key: str) -> bool:
         """Return whether a tensor was replaced or written to; compare a small one by value."""

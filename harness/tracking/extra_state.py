@@ -225,6 +225,7 @@ class _OwnAttributes:
 
     def __init__(self, attributes: Attributes, say: Callable[[str], None]) -> None:
         self._attributes, self._say, self.messages = attributes, say, list[str]()
+        self._replaced: set[str] = set()  # modules that were reported
 
     def state(self) -> Changed | None:
         changed = self._attributes.state()
@@ -235,6 +236,13 @@ class _OwnAttributes:
                 "if it is state, make it a plain value, a buffer or part of a state_dict"
             )
         self._attributes.unkept.names.clear()
+        for path, problem in sorted(self._attributes.replaced.items()):
+            if path not in self._replaced:
+                self._replaced.add(path)
+                self._say(
+                    f"harness: warning: {path} {problem}, and a restart builds it as before: "
+                    "let the program build it as it is now when it resumes, before run.track(…)"
+                )
         return changed
 
     def restore(self, state: Changed | None) -> None:

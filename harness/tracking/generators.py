@@ -30,8 +30,7 @@ from harness.data.generator_objects import (
 from harness.data.held_generators import tells_its_class
 from harness.errors import UsageError
 from harness.state.kinds import PLAIN
-from harness.tracking.attribute_values import joined
-from harness.tracking.attributes import parts
+from harness.tracking.attribute_values import joined, parts
 from harness.tracking.sameness import is_same
 from harness.untracked.object_walk import OF_MODULES, OF_OPTIMIZERS
 from harness.untracked.object_walk import parts as inside

@@ -642,6 +642,63 @@ def test_what_cannot_be_kept_is_named_once(tmp_path, capsys):
     assert said.count("changes in training") == 2
 
 
+class Replacing(nn.Module):
+    """Has parts without parameters, which the loop replaces."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Dropout(0.1)
+        self.drop: nn.Module | None = nn.Dropout(0.1)
+        self.body: nn.Module = nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.2), nn.LazyLinear(1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.one(x)
+        return self.body(x if self.drop is None else self.drop(x))
+
+
+def replacing(with_what):
+    def make(run):
+        model = Replacing()
+        model(torch.zeros(1, 8))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        run.track(model=model, optimizer=optimizer)
+
+        def step(x):
+            if run.step == 2:
+                model.drop = with_what()
+            return updated(model, optimizer, x)
+
+        return step
+
+    return make
+
+
+def test_a_part_that_is_replaced_by_one_of_its_class_comes_back(tmp_path, capsys):
+    goes_on(tmp_path, replacing(lambda: nn.Dropout(0.5)), (4,))
+    assert "warning" not in capsys.readouterr().out
+    kept = payloads(tmp_path / "whole")[9]["attributes"]["model"]
+    assert kept == {"drop": {"p": {"built": 0.1, "now": 0.5}}}
+
+
+@pytest.mark.parametrize(
+    ("with_what", "word"),
+    [
+        (nn.Identity, "Identity"),
+        (lambda: None, "nothing"),
+        (lambda: nn.Sequential(nn.Dropout(0.5)), "Sequential"),
+    ],
+)
+def test_a_part_that_is_replaced_by_another_is_named_once_and_a_resume_does_not_fail(
+    tmp_path, capsys, with_what, word
+):
+    make = replacing(with_what)
+    trained(tmp_path / "a", make, leave_at=10)
+    said = capsys.readouterr().out
+    assert said.count(f"warning: model.drop was built as Dropout and is {word} now") == 1
+    assert said.count("warning") == 1
+    assert trained(tmp_path / "a", make).finished
+
+
 def test_an_ordinary_model_has_nothing_to_keep(tmp_path, capsys):
     """With an evaluation of the program's own in each step, modules of torch that keep something to
     themselves, and all."""
