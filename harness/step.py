@@ -62,24 +62,17 @@ class Stepper:
         Raises:
             UsageError: The task gives several of them the same name.
         """
-        pairs = [
-            *self.modules.items(),
-            *self.optimizers.items(),
-            *self.schedulers.items(),
-            *({"scaler": self.scaler} if self.scaler.is_enabled() else {}).items(),
-            *self.averages.items(),
-            ("guard", self.guard),
-        ]
-        named = dict(pairs)
-        if len(named) < len(pairs):
-            twice = next(name for name in named if [other for other, _ in pairs].count(name) > 1)
-            kinds = [type(unwrap(obj)).__name__ for name, obj in pairs if name == twice]
+        scaler = {"scaler": self.scaler} if self.scaler.is_enabled() else {}
+        rest = scaler | self.averages | {"guard": self.guard}
+        parts = (self.modules, self.optimizers, self.schedulers, rest)
+        names = [name for part in parts for name in part]
+        if twice := [name for name in names if names.count(name) > 1]:
             raise UsageError(
-                f"several objects of the task have the name {twice!r}",
-                f"found: {', '.join(kinds)}",
+                f"several objects of the task have the name {twice[0]!r}",
+                f"found: {', '.join(names)}",
                 "Give each one a name of its own: Task(optimizers={NAME: …}, schedulers={…}).",
             )
-        return named
+        return dict(item for part in parts for item in part.items())
 
     def __call__(
         self, micro_batches: Sequence[Any], weights: Sequence[float], step: int
