@@ -32,6 +32,12 @@ def tensors_in(value: Any, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
             raise UnsupportedStateError(
                 "there is more in the state than plain tensors, such as sparse or quantized ones"
             )
+        for name, held in vars(value).items():
+            if isinstance(held, torch.Tensor):  # torch.save writes it as well, in between
+                raise UnsupportedStateError(
+                    f"a tensor in the state has an attribute {name!r} that is a tensor too. To "
+                    "save in the background, make it an entry of its own in the state_dict"
+                )
         tensors.append(value)
     elif isinstance(value, dict | list | tuple):
         for item in value.values() if isinstance(value, dict) else value:
@@ -60,7 +66,9 @@ def write_outline(payload: Any, sizes: list[int], staging: StagingBuffer) -> lis
         torch.save(payload, outline)  # type: ignore[arg-type]
     if [size_bytes for _, size_bytes in outline.holes] != sizes:
         raise UnsupportedStateError(
-            "torch.save writes the tensors in another order than they are listed in"
+            f"torch {torch.__version__} writes the tensors of this state in another order than "
+            "expected. The checkpoints are whole. To save in the background, take a version of "
+            "PyTorch that is tested, and keep no tensors in attributes of tensors"
         )
     staging.reserve(outline.at)
     assert staging.memory is not None

@@ -618,6 +618,18 @@ def test_what_is_no_plain_tensor_is_left_to_torch():
             Snapshot({"step": 1, "value": value}, set())
 
 
+def test_a_tensor_in_an_attribute_of_another_is_named():
+    value = torch.ones(3)
+    vars(value)["moment"] = torch.zeros(2)
+    with pytest.raises(UnsupportedStateError, match=r"attribute 'moment'.*an entry of its own"):
+        Snapshot({"value": value}, set())
+    vars(value)["moment"] = [torch.zeros(2)]
+    snapshot = Snapshot({"value": value}, set())
+    snapshot.copy_rest()
+    with pytest.raises(UnsupportedStateError, match="no tensors in attributes of tensors"):
+        snapshot.copy_into(StagingBuffer())
+
+
 DIRECT_FROM = 4 << 20
 SIZES = (
     1,
