@@ -365,3 +365,42 @@ def test_quantized_tensors_of_the_same_integers_and_another_scale_have_other_dig
     )
     assert digest(a) == digest(a.clone()) != digest(b)
     assert digest(c) == digest(c.clone()) != digest(d)
+
+
+LOSSES = (
+    DDP
+    + """
+run.track(model=model, optimizer=optimizer)
+"""
+    + LOOP.replace(
+        "    run.log(loss=loss)",
+        "    if run.step % 7 == 2 + 2 * run.rank:\n        run.log(loss=loss)\n"
+        "    if run.step % 10 == 5:\n"
+        "        run.evaluate(points(4), means)",
+    )
+).replace(
+    "run = init()",
+    """
+def means(batch):
+    value = len(batch[0]) * run.step / 100
+    return {"up": value, "down": -value}
+
+
+run = init(log_every_steps=50, best=os.environ.get("BEST", "up:max"))""",
+)
+
+
+def test_a_loss_that_each_rank_logs_now_and_then_and_another_metric(tmp_path):
+    outcome = killed_once(tmp_path, LOSSES, die=14, ranks=2)
+    assert outcome.is_equal, (outcome.rows, outcome.resumed.text)
+    last = newest(tmp_path / "whole")
+    assert last["loss"] is not None and last["best"] == pytest.approx(0.15)
+    more = live(
+        tmp_path,
+        LOSSES.replace("epochs=2", "epochs=3"),
+        "whole",
+        ranks=2,
+        env={"BEST": "down:min"},
+    )
+    assert more.code == 0 and "are ranked by down:min from here on" in more.text
+    assert newest(tmp_path / "whole")["best"] == pytest.approx(-0.25)
