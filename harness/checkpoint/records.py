@@ -60,16 +60,23 @@ def is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < MOST
 
 
-def is_time(value: object) -> bool:
-    """Return whether the value is an ISO time with a UTC offset, as `text.now` formats it."""
+def seconds(value: object) -> float | None:
+    """Return a recorded time in seconds since 1970, or None if it is not valid.
+
+    Valid is an ISO time after 1970 with a UTC offset, as `text.now` formats it.
+    """
+    if not isinstance(value, str) or value[-6:-5] not in ("+", "-"):
+        return None
     try:
-        return (
-            isinstance(value, str)
-            and datetime.datetime.fromisoformat(value).timestamp() > 0
-            and value[-6:-5] in ("+", "-")
-        )
+        at = datetime.datetime.fromisoformat(value).timestamp()
     except (ValueError, OverflowError, OSError):
-        return False
+        return None
+    return at if at > 0 else None
+
+
+def is_time(value: object) -> bool:
+    """Return whether the value is a valid time."""
+    return seconds(value) is not None
 
 
 def _is_text(value: object) -> bool:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+from harness.checkpoint import records
 from harness.checkpoint.catalog import Catalog
 from harness.errors import UsageError
 from harness.store import LocalStore, Store
@@ -35,7 +36,7 @@ def values_of(event: Mapping[str, Any]) -> Values:
     return {
         prefix + name: float(value)
         for name, value in event.items()
-        if name not in ("step", "of") and type(value) in (int, float)
+        if name not in ("step", "of") and type(value) in (int, float) and records.is_value(value)
     }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import datetime
+import time
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
@@ -45,14 +45,11 @@ def alive(
         or not stands.why.startswith("no end")
     ):
         return stands
-    heard = [event["time"] for event in events if "time" in event] + [attempts[-1].began or ""]
-    try:
-        ago_s = (
-            datetime.datetime.now(datetime.timezone.utc)
-            - datetime.datetime.fromisoformat(max(heard))
-        ).total_seconds()
-    except ValueError:
+    times = [*(event.get("time") for event in events), attempts[-1].began]
+    heard = [at for value in times if (at := records.seconds(value)) is not None]
+    if not heard:
         return stands
+    ago_s = time.time() - max(heard)
     if ago_s <= silence_s(events):
         return Outcome(
             "running",
@@ -74,9 +71,9 @@ def silence_s(events: Sequence[dict[str, Any]]) -> float:
         events: Events of the attempt.
     """
     times = sorted(
-        datetime.datetime.fromisoformat(event["time"]).timestamp()
+        at
         for event in events[-LAST_EVENTS:]
-        if records.is_time(event.get("time"))
+        if (at := records.seconds(event.get("time"))) is not None
     )
     longest_s = max((later - earlier for earlier, later in pairwise(times)), default=0.0)
     return max(ALIVE_S, min(MOST_S, TIMES * longest_s))

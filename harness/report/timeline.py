@@ -9,7 +9,6 @@ waiting until a supervisor starts the next launch, then start-up.
 
 from __future__ import annotations
 
-import datetime
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -170,17 +169,21 @@ def _span(
         events: All events of the attempt.
         is_running: Whether the attempt is alive.
     """
-    timed = [(at, event) for event in events if (at := _seconds(event.get("time"))) is not None]
+    timed = [
+        (at, event) for event in events if (at := records.seconds(event.get("time"))) is not None
+    ]
     spent_at = [
         (at, _numbers(event["spent"]))
         for at, event in timed
         if isinstance(event.get("spent"), dict)
     ]
-    claimed, end = _seconds(attempt.began), _seconds(attempt.ended)
+    claimed, end = records.seconds(attempt.began), records.seconds(attempt.ended)
     heard = [at for at, _ in timed] + [at for at in (claimed, end) if at is not None]
     if not heard:
         return None
     began = spent_at[0][0] - sum(spent_at[0][1].values()) if spent_at else min(heard)
+    if began < 0:  # no process has run since before 1970: the durations are invalid
+        began = min(heard)
     ended = max(heard)
     how = (attempt.end or {}).get("why") or ("running" if is_running else "killed")
     # Others may write to the bucket: a record may hold any word.
@@ -227,9 +230,13 @@ def _whole(
     starts = {
         launch.name: at
         for launch in known
-        if (at := _seconds(launch.record.get("time"))) is not None
+        if (at := records.seconds(launch.record.get("time"))) is not None
     }
-    ends = [at for launch in known if (at := _seconds((launch.end or {}).get("time"))) is not None]
+    ends = [
+        at
+        for launch in known
+        if (at := records.seconds((launch.end or {}).get("time"))) is not None
+    ]
     firsts = [submitted, *starts.values(), *(span.began for span in spans)]
     began = cursor = min((at for at in firsts if at is not None), default=0.0)
     spent: dict[str, float] = {}
@@ -277,18 +284,10 @@ def _submitted(stores: Sequence[Store]) -> float | None:
     """Return when the run was submitted to SLURM, in seconds since the epoch, or None."""
     for store in stores:
         try:
-            return _seconds(records.parse(store.read(launches.SUBMITTED)).get("submitted"))
+            return records.seconds(records.parse(store.read(launches.SUBMITTED)).get("submitted"))
         except FileNotFoundError:
             continue
     return None
-
-
-def _seconds(time: object) -> float | None:
-    """Convert a recorded ISO time to seconds since the epoch; None if it is not valid."""
-    try:
-        return datetime.datetime.fromisoformat(str(time)).timestamp()
-    except (ValueError, OverflowError, OSError):
-        return None
 
 
 def _numbers(spent: dict[str, Any]) -> dict[str, float]:

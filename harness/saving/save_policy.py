@@ -5,7 +5,6 @@ The interval is fixed, or is chosen from the measured cost of saves and interrup
 
 from __future__ import annotations
 
-import datetime
 import math
 from collections import deque
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from statistics import median
 from typing import Any
 
 from harness.arguments import AUTO
+from harness.checkpoint import records
 from harness.checkpoint.catalog import Catalog
 from harness.text import duration
 
@@ -48,25 +48,14 @@ def kill_history(catalog: Catalog) -> KillHistory:
         if record.get("kind") != "train":
             continue
         end = catalog.ends.get(number, {})
-        heard = [m.time for m in catalog.manifests if m.attempt == number] + (
-            [end["time"]] if "time" in end else []
-        )
         kills += not end or end.get("why") == "failed" or end.get("saved") is False
-        seconds += max((_between_s(record["time"], time) for time in heard), default=0.0)
+        if (began := records.seconds(record.get("time"))) is None:
+            continue
+        times = [*(m.time for m in catalog.manifests if m.attempt == number), end.get("time")]
+        heard = [at for time in times if (at := records.seconds(time)) is not None]
+        # The times may be from the clocks of two machines: this is only good for estimates.
+        seconds += max(0.0, max(heard, default=began) - began)
     return KillHistory(seconds, kills)
-
-
-def _between_s(before: str, after: str) -> float:
-    """Return the seconds between two time stamps, at least 0.
-
-    The stamps may be from the clocks of two machines, so the result is only good for estimates.
-    """
-    return max(
-        0.0,
-        (
-            datetime.datetime.fromisoformat(after) - datetime.datetime.fromisoformat(before)
-        ).total_seconds(),
-    )
 
 
 def best_interval_s(cost_s: float, between_kills_s: float, save_s: float) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import datetime
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -168,10 +168,9 @@ def steps_per_s(events: Sequence[dict[str, Any]]) -> float | None:
     timed = []
     for event in events:
         if event.get("event") == "step":
-            with contextlib.suppress(ValueError, KeyError, TypeError):
-                timed.append(
-                    (datetime.datetime.fromisoformat(event["time"]).timestamp(), int(event["step"]))
-                )
+            at, step = records.seconds(event.get("time")), event.get("step")
+            if at is not None and step is not None:
+                timed.append((at, int(step)))
     (began, first), (ended, last) = (
         (timed[-FEW], timed[-1])
         if len(timed) >= FEW
@@ -209,7 +208,5 @@ def age_s(manifest: Manifest) -> float:
     The time is from the clock of the machine that wrote the checkpoint, and this machine's clock
     may differ. The result is never negative.
     """
-    if not records.is_time(manifest.time):
-        return 0.0
-    now = datetime.datetime.now(datetime.timezone.utc)
-    return max(0.0, (now - datetime.datetime.fromisoformat(manifest.time)).total_seconds())
+    at = records.seconds(manifest.time)
+    return 0.0 if at is None else max(0.0, time.time() - at)

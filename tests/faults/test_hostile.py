@@ -27,14 +27,17 @@ from safetensors.torch import save_file
 import harness
 from harness import config
 from harness.checkpoint import format as fmt
+from harness.checkpoint.catalog import read_catalog
 from harness.cli import main, supervise
 from harness.config.schema_services import NotifySettings, SlurmSettings
 from harness.config.user_program import check_loop
 from harness.errors import ChangedError, HarnessError, UsageError
 from harness.exchange import files, rebuild, single_read
 from harness.exchange.describe import describe
+from harness.monitoring import trackers
 from harness.report import page, timeline
 from harness.saving import writer_process
+from harness.saving.save_policy import kill_history
 from harness.store import LocalStore, open_store
 from harness.supervision import job_script
 from harness.supervision.notify import notify
@@ -780,6 +783,38 @@ def test_a_record_that_holds_anything_at_all_is_no_traceback(
                 ("status", str(directory), "--json"),
             ),
         )
+
+
+@pytest.mark.parametrize("wrong", ["x", None, "9999-12-31T23:59:59.999+00:00", "2024-01-01"])
+def test_what_a_start_reads_of_records_is_no_traceback(
+    wrong: str | None, made: Path, tmp_path: Path, capsys: Any
+) -> None:
+    directory = tmp_path / "run"
+    shutil.copytree(made, directory)
+    rewritten(directory, lambda record: record | {"time": wrong or "", "lr": 10**400})
+    if wrong is None:
+        for path in directory.glob("attempts/*"):
+            record = json.loads(path.read_text())
+            path.write_text(json.dumps({n: v for n, v in record.items() if n != "time"}))
+    look(directory, capsys)
+    catalog = read_catalog(LocalStore(directory))
+    assert catalog.manifests and {record["kind"] for record in catalog.attempts.values()} == {
+        "train"
+    }
+    assert kill_history(catalog).seconds == 0
+    before = trackers.history(catalog, 1000)
+    assert before and not any("lr" in values for values in before.values())
+
+
+def test_durations_from_before_all_time_are_no_traceback(
+    made: Path, tmp_path: Path, capsys: Any
+) -> None:
+    directory = tmp_path / "run"
+    shutil.copytree(made, directory)
+    rewritten(directory, lambda record: record | {"spent": {"training": 9.9e10, "save": 9.9e10}})
+    html = tmp_path / "x.html"
+    look(directory, capsys, extra=(("report", str(directory), "--html", str(html)),))
+    assert "began 20" in html.read_text()
 
 
 def test_a_record_that_is_torn_nested_or_no_record_is_passed_over(
