@@ -12,7 +12,8 @@ keeps it). What the program writes by itself is not redirected, so you must look
 below the working directory that were changed are listed. HARNESS_DRILL=1 is in the program's
 environment. A drill runs on one machine. Options that are not listed here go to torchrun.
 
-Exit code: 0 equal · 1 different, or the program failed · 78 configuration or usage.
+Exit code: 0 equal · 1 different, or no fault was injected, or the program failed ·
+78 configuration or usage.
 
 example: harness drill --nproc-per-node 2 --steps 200 --faults 6 my_loop.py --lr 0.1
 example: harness drill --nproc-per-node 2 --config my.yaml --kinds kill,save
@@ -113,7 +114,7 @@ def run(given: argparse.Namespace, rest: list[str]) -> int:
             _draw(given, hurt, verdict)
     for changed in _changed(before):
         _say(given, f"changed below this folder meanwhile: {changed}")
-    return EXIT_FINISHED if verdict.is_equal else EXIT_FAILED
+    return EXIT_FINISHED if verdict.is_equal and verdict.injected else EXIT_FAILED
 
 
 def _compared(
@@ -127,6 +128,8 @@ def _compared(
         program: The program to drill.
         folder: The folder for the runs.
         until: When the drill must be over, by `time.monotonic`.
+
+    Raises UsageError if the program cannot have a requested kind, or makes no step.
     """
     plan = {
         "steps": given.steps,
@@ -137,7 +140,14 @@ def _compared(
     _check_traces(expected, whole)
     _say(given, f"undisturbed: {expected.last_step} steps in {duration(whole.seconds)}")
     program = dataclasses.replace(program, has_remote=whole.has_remote)
-    kinds = chosen or [kind for kind in KINDS if _has(expected, whole, kind)]
+    possible = [kind for kind in KINDS if _has(expected, whole, kind)]
+    if impossible := [kind for kind in chosen if kind not in possible]:
+        raise UsageError(
+            "the program lacks what these faults need",
+            "found: no " + ", no ".join(f"{KINDS[kind].needs} for {kind}" for kind in impossible),
+            f"It can have: {', '.join(possible)}.",
+        )
+    kinds = chosen or possible
     faults = planned(given.faults, kinds, expected.last_step, given.seed)
     hurt = run_program(
         program, folder / "hurt", plan, faults, until, lambda text: _say(given, text)
@@ -148,7 +158,7 @@ def _compared(
             given, "they differ: undisturbed once more, to see whether the program is deterministic"
         )
         again = run_program(program, folder / "again", plan, [], until, lambda text: None)
-        verdict = dataclasses.replace(verdict, is_deterministic=verdicts.is_alike(whole, again))
+        verdict = verdicts.judged(verdict, whole, again)
     return hurt, verdict
 
 

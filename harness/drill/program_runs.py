@@ -85,7 +85,7 @@ def run_program(
         program: The program under test.
         folder: Folder of the run; it must not exist.
         plan: What `run/drill_hooks.py` reads, without the faults.
-        faults: Faults to inject, one after another.
+        faults: Faults to inject, each at its point; one that is not reached keeps no other back.
         until: Time limit by `time.monotonic`.
         say: Prints a line for each injected fault.
 
@@ -108,11 +108,11 @@ def run_program(
         if code == EXIT_FINISHED:
             return program_run
         if not was_hurt and code != EXIT_STOPPED:
-            tail = "\n".join((folder / "output.txt").read_text(errors="replace").splitlines()[-12:])
+            tail = "\n".join((folder / "output.txt").read_text(errors="replace").splitlines()[-40:])
             raise HarnessError(
                 f"the program failed by itself, with exit code {code}",
                 tail,
-                f"All that it printed: {folder / 'output.txt'}.",
+                f"With --keep DIR, all that it prints stays in DIR/{folder.name}/output.txt.",
             )
 
 
@@ -151,8 +151,10 @@ def _run_launch(
         try:
             while process.poll() is None:
                 _check_may_go_on(program_run, len(faults), until)
-                for fault in faults[len(program_run.caused) :][:1]:
-                    _cause_if_due(fault, process, program_run, say)
+                before = {done.fault.number for done in program_run.caused}
+                for fault in faults:
+                    if fault.number not in before:
+                        _cause_if_due(fault, process, program_run, say)
                 time.sleep(LOOK_S)
         finally:
             if process.poll() is None:
@@ -219,7 +221,7 @@ def _cause_if_due(
     """Inject a fault if the run has reached its point.
 
     Args:
-        fault: The next fault.
+        fault: A fault that was not injected yet.
         process: The launcher.
         program_run: The run; the injected fault is added to it.
         say: Prints a line for the injected fault.

@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from harness.drill.faults import KINDS, Fault
 from harness.drill.program_runs import Caused, ProgramRun
-from harness.drill.traces import Difference, Traces, differences, first_of, read
+from harness.drill.traces import COMPARED, Difference, Traces, differences, first_of, read
 from harness.exchange.compare import Comparison, compare
 from harness.store import LocalStore
 from harness.supervision import attempt_history
@@ -65,8 +65,16 @@ class Verdict:
     # Differences of the last checkpoints: (path, undisturbed, with faults, greatest difference).
     tensors: list[tuple[str, str, str, str]]
     files: list[str]  # names of the program's kept files that differ
-    is_deterministic: bool | None  # whether two undisturbed runs are equal; None if not tested
+    # Whether two undisturbed runs are equal in what differs here first; None if not tested.
+    is_deterministic: bool | None
     suspects: list[str]  # paths of objects that the run has reported as untracked
+    # The first step in which two undisturbed runs differ so, if it is a step.
+    undisturbed_differ_at: int | None = None
+
+    @property
+    def injected(self) -> int:
+        """Return the number of faults that were injected."""
+        return sum(row.step is not None for row in self.rows)
 
     @property
     def cause(self) -> str:
@@ -74,8 +82,9 @@ class Verdict:
         if self.is_equal:
             return ""
         if self.is_deterministic is False:
+            step = self.undisturbed_differ_at
             return "not deterministic: two undisturbed runs differ as well" + (
-                f", first in step {self.first.step}" if self.first else ""
+                f", first in step {step}" if step is not None else ""
             )
         if self.first is None:
             return "all steps were the same, but not what was kept at the end"
@@ -98,6 +107,7 @@ class Verdict:
             "tensors": self.tensors,
             "files": self.files,
             "deterministic": self.is_deterministic,
+            "undisturbed_differ_at": self.undisturbed_differ_at,
             "cause": self.cause or None,
             "suspects": self.suspects,
         }
@@ -165,9 +175,32 @@ def verdict(whole: ProgramRun, hurt: ProgramRun, faults: Sequence[Fault]) -> Ver
     )
 
 
-def is_alike(program_run: ProgramRun, other: ProgramRun) -> bool:
-    """Return whether two undisturbed runs are equal in everything that `verdict` compares."""
-    return _compared(program_run, other).is_equal
+def judged(verdict: Verdict, whole: ProgramRun, again: ProgramRun) -> Verdict:
+    """Return the verdict on runs that differ, with whether the program is deterministic at all.
+
+    Two undisturbed runs are compared in what differs first in the verdict: the steps, else their
+    number, else the last checkpoints, else the kept files. A difference of later effects explains
+    none in what comes before them: other losses do not make other samples.
+
+    Args:
+        verdict: Result of the run with faults.
+        whole: The undisturbed run.
+        again: A second undisturbed run.
+    """
+    compared = _compared(whole, again)
+    if verdict.first is not None:
+        kinds = COMPARED[: COMPARED.index(verdict.first.what) + 1]
+        first = first_of([step for step in compared.steps if step.what in kinds])
+        return replace(
+            verdict, is_deterministic=not first, undisturbed_differ_at=first.step if first else None
+        )
+    if verdict.tensors:
+        is_alike = not compared.last.count
+    elif verdict.files:
+        is_alike = not compared.files
+    else:
+        is_alike = compared.expected.last_step == compared.actual.last_step
+    return replace(verdict, is_deterministic=is_alike)
 
 
 def _rows(
@@ -204,7 +237,12 @@ def _rows(
         )
         rows.append(Row(injected.fault, injected.step, lost, back, equal))
         before = injected.at
-    return rows + [Row(fault, None, None, None, None) for fault in faults[len(caused) :]]
+    injected_numbers = {injected.fault.number for injected in caused}
+    return rows + [
+        Row(fault, None, None, None, None)
+        for fault in faults
+        if fault.number not in injected_numbers
+    ]
 
 
 def _other_files(whole: Path, hurt: Path) -> list[str]:
@@ -260,11 +298,13 @@ def text(verdict: Verdict) -> str:
 
 def headline(verdict: Verdict) -> list[str]:
     """Return lines with the overall result and, if the runs differ, where and why."""
-    if verdict.is_equal:
+    if verdict.is_equal and not verdict.injected:
         return [
-            f"equal, bit for bit: {verdict.steps} steps, "
-            f"{sum(row.step is not None for row in verdict.rows)} faults"
+            "nothing is proven: no fault was injected, because the run did not reach the point of "
+            "any; take more --steps, more --faults, or another --seed"
         ]
+    if verdict.is_equal:
+        return [f"equal, bit for bit: {verdict.steps} steps, {verdict.injected} faults"]
     lines = ["NOT EQUAL to the undisturbed run"]
     if (first := verdict.first) is not None:
         lines.append(

@@ -165,16 +165,23 @@ class Traces:
     def _due(self, name: str, step: int) -> dict[str, Any] | None:
         if not self._is_writer or self._is_hurt:
             return None
-        faults = (
-            f
-            for f in self._plan["faults"]
-            if not (self.folder / f"reached-{f['number']}.json").exists()
-        )
-        fault = next(faults, None)
-        return (
+        faults: list[dict[str, Any]] = self._plan["faults"]
+        left = [
             fault
-            if fault is not None and fault["point"] == name and step >= fault["step"]
-            else None
+            for fault in faults
+            if not (self.folder / f"reached-{fault['number']}.json").exists()
+        ]
+        # A fault that is due in step 0 waits for its turn, else all of them would come at the first
+        # start. No other one is kept back by one before it, whose point may never come.
+        return next(
+            (
+                fault
+                for fault in left
+                if fault["point"] == name
+                and step >= fault["step"]
+                and (fault["step"] or len(faults) - len(left) >= fault["number"])
+            ),
+            None,
         )
 
     def _reach(self, fault: Mapping[str, Any], step: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from harness.drill import program_runs
 from harness.drill import verdict as verdicts
 from harness.drill.faults import KINDS, Fault, planned
 from harness.drill.program_runs import ProgramRun
+from harness.run import drill_hooks
 from harness.run.drill_hooks import DRILL, PLAN, RUN, Traces
 from harness.supervision.launches import REDIRECT
 
@@ -163,9 +165,88 @@ def test_a_program_whose_kept_files_are_others_each_time_is_not_deterministic(tm
 
         train(tmp_path / name / RUN, each=keep)
     whole, hurt, same = (ProgramRun(tmp_path / name, {}) for name in ("whole", "hurt", "same"))
-    assert verdicts.verdict(whole, hurt, []).files == ["notes.txt"]
-    assert not verdicts.is_alike(whole, hurt)
-    assert verdicts.verdict(whole, same, []).is_equal and verdicts.is_alike(whole, same)
+    found = verdicts.verdict(whole, hurt, [])
+    assert found.files == ["notes.txt"] and verdicts.verdict(whole, same, []).is_equal
+    assert verdicts.judged(found, whole, hurt).cause.startswith("not deterministic")
+    assert "kept at the end" in verdicts.judged(found, whole, same).cause
+
+
+def traced(folder: Path, **changed: int) -> ProgramRun:
+    """The traces of four steps of a run; `changed` names the step from which a digest is another
+    one."""
+    names = ("samples", "batch", "loss", "rng")
+    lines = [{"pid": 1, "rank": 0, "writes": True}, {"attempt": 1, "goes_on_from": 0}]
+    for step in range(1, 5):
+        digests = {name: f"{step >= changed.get(name, 9)}" for name in names}
+        lines.append({"step": step, "epoch": 0, "state": {}} | digests)
+    (folder / RUN).mkdir(parents=True)
+    (folder / "traces-1-0.jsonl").write_text(
+        "".join(json.dumps({"time": float(at)} | line) + "\n" for at, line in enumerate(lines))
+    )
+    return ProgramRun(folder, {})
+
+
+@pytest.mark.usefixtures("process_as_it_was")
+def test_what_two_undisturbed_runs_have_in_common_is_not_blamed_on_them(tmp_path):
+    train(tmp_path / RUN)
+
+    def made(name: str, **changed: int) -> ProgramRun:
+        program_run = traced(tmp_path / name, **changed)
+        shutil.copytree(tmp_path / RUN, program_run.run, dirs_exist_ok=True)
+        return program_run
+
+    whole = made("whole")
+    found = verdicts.verdict(whole, made("hurt", loss=3), [])
+    assert not found.is_equal
+    for number, (undisturbed, step) in enumerate(
+        [
+            ({}, None),
+            ({"rng": 1}, None),  # it follows from what differs first, and does not explain it
+            ({"loss": 2}, 2),
+            ({"batch": 4}, 4),
+        ]
+    ):
+        judged = verdicts.judged(found, whole, made(f"again{number}", **undisturbed))
+        assert (judged.is_deterministic, judged.undisturbed_differ_at) == (step is None, step)
+        assert judged.cause == (
+            verdicts.CAUSES["loss"]
+            if step is None
+            else f"not deterministic: two undisturbed runs differ as well, first in step {step}"
+        )
+
+
+def test_a_fault_whose_point_does_not_come_keeps_no_other_back(tmp_path, monkeypatch):
+    monkeypatch.setenv(DRILL, "1")
+    monkeypatch.setenv(REDIRECT, str(tmp_path))
+    kinds = {"evaluation": 2, "save": 4, "startup": 0, "epoch-end": 6}
+    faults = [
+        Fault(number, kind, step, 0.5).plan() for number, (kind, step) in enumerate(kinds.items())
+    ]
+    (tmp_path / PLAN).write_text(json.dumps({"faults": faults}))
+    monkeypatch.setattr(drill_hooks, "WAITS_S", 0.0)
+    reached = []
+    for name, step in (("startup", 0), ("save", 3), ("save", 5), ("startup", 3), ("epoch", 6)):
+        Traces(World(0, 1, torch.device("cpu"), 60.0)).point(name, step)
+        reached.append(len(list(tmp_path.glob("reached-*.json"))))
+    assert reached == [0, 0, 1, 1, 2], "the start waits for two faults before it"
+    Traces(World(0, 1, torch.device("cpu"), 60.0)).point("startup", 6)
+    assert (tmp_path / "reached-2.json").exists() and not (tmp_path / "reached-0.json").exists()
+
+
+def test_a_kind_that_the_program_cannot_have_is_refused(tmp_path):
+    (tmp_path / "my_loop.py").write_text(
+        PROGRAM.format(planted="pass", data="TensorDataset", where=WHERE)
+    )
+    words = ("--kinds", "kill,lost-disk", "--steps", "4", "my_loop.py", "0.05")
+    done = run(harness("drill", *words), cwd=tmp_path)
+    assert done.returncode == 78 and "no remote for lost-disk" in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_drill_without_a_fault_proves_nothing(tmp_path):
+    # Its only fault is planned for step 31, and the last end of an epoch is that of step 30.
+    found = drill(tmp_path, "--faults", "1", "--kinds", "epoch-end", "--seed", "7")
+    assert found["code"] == 1 and found["faults"][0]["step"] is None, found
 
 
 @pytest.mark.parametrize(
