@@ -385,8 +385,17 @@ RANK = """
 import json
 from harness.checkpoint import resume
 from harness.distributed import join
-if os.environ["SEES"] == "nothing":
+if os.environ["SEES"].startswith("nothing"):
     store = LocalStore("/nonexistent")
+if "flipped" in os.environ["SEES"]:
+    import torch.distributed
+    whole = torch.distributed.broadcast
+    def broadcast(tensor, *args, **options):
+        done = whole(tensor, *args, **options)
+        if tensor.dtype == torch.uint8 and tensor.numel() > 1000:
+            tensor[-1] ^= 1
+        return done
+    torch.distributed.broadcast = broadcast
 world = join.join(60)
 try:
     choice = resume.choose(store, world)
@@ -486,6 +495,18 @@ def test_elsewhere_one_rank_reads_or_is_sent_the_data_and_the_others_share_its_p
     assert [value for _, value, _ in said] == [LAST] * 4
     (writer, first, second, mate) = [maps for maps, _, _ in said]
     assert writer == mate and first == second and len(writer) == len(first) == 1 and writer != first
+
+
+def test_bytes_that_do_not_reach_a_rank_whole_are_no_damage_of_the_stored_copy(medium, elsewhere):
+    """It is neither passed over for an older one nor set aside; a retry may succeed."""
+    port = free_port()
+    said = ended(
+        started(medium, port, 2, 0, "the run"),
+        started(medium, port, 2, 1, "nothing, and what it receives is flipped", *elsewhere),
+    )
+    for kind, text, _ in said:
+        assert kind == "StorageError" and "cannot be read" in text
+        assert "as it was sent to this rank, is damaged" in text and "(rank 1)" in text
 
 
 def test_a_rank_without_room_is_named_and_the_others_do_not_wait_for_it(medium, elsewhere):
