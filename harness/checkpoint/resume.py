@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -143,6 +144,12 @@ class Chooser:
             f"ignored, not of this run: {' '.join(key.split())}"
             for key in catalog.foreign + catalog.strangers
         ]
+        if catalog.candidates[:1] != catalog.history[:1]:
+            resume_point.notes += [
+                f"skipped: {m.name} was found damaged before, and is marked so in "
+                f"{' and '.join(map(str, catalog.copies(m)))} (harness verify reads it again)"
+                for m in itertools.takewhile(lambda m: m.key in catalog.marked, catalog.history)
+            ]
         candidates = [
             (m, [self.stores.index(copy) for copy in catalog.copies(m)]) for m in catalog.candidates
         ]

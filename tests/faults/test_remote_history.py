@@ -854,10 +854,13 @@ def test_a_newest_checkpoint_that_cannot_be_fetched_is_not_passed_over_as_if_it_
 
 def test_a_marked_copy_is_the_last_choice_but_a_choice(place, remote, both, world):
     remote.set_aside([fmt.manifest_key(20, 1)])
-    assert there(resume.choose(remote, world).manifest).step == 10
-    assert there(resume.choose((both, remote), world).manifest).step == 20, (
-        "the directory's copy has no mark"
-    )
+    resume_point = resume.choose(remote, world)
+    assert there(resume_point.manifest).step == 10
+    said = f"skipped: {fmt.stem(20, 1)} was found damaged before, and is marked so in {remote}"
+    assert [note.startswith(said) for note in resume_point.notes] == [True], "not without a word"
+    resume_point = resume.choose((both, remote), world)
+    assert there(resume_point.manifest).step == 20, "the directory's copy has no mark"
+    assert not any("skipped" in note for note in resume_point.notes)
     damage(place, both, ("remote", 10))
     resume_point = resume.choose(remote, world)
     assert there(resume_point.manifest).step == 20, "what was seen broken there may be whole here"
