@@ -280,7 +280,8 @@ def _mend(optimizer: torch.optim.Optimizer, state: Any, cast: Collection[int]) -
 
     It casts state to the dtype of its parameter, and keeps the given tensors if no cast is needed.
     After this call the state has the saved dtypes (but for parameters in `cast`), in tensors of its
-    own. The same is done for optimizers inside the optimizer, if their state has torch's form.
+    own. The same is done for optimizers inside the optimizer, if their state has torch's form or is
+    the optimizer's own.
     """
     inside = [part for part in vars(optimizer).values() if isinstance(part, torch.optim.Optimizer)]
     if inside and isinstance(state, Mapping):
@@ -296,10 +297,22 @@ def _mend(optimizer: torch.optim.Optimizer, state: Any, cast: Collection[int]) -
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     numbers = [number for group in state["param_groups"] for number in group["params"]]
     for number, parameter in zip(numbers, parameters, strict=False):
-        if number in state["state"] and parameter in optimizer.state:
-            optimizer.state[parameter] = _mended(
-                optimizer.state[parameter], state["state"][number], is_cast=id(parameter) in cast
-            )
+        for part in (optimizer, *inside):
+            held, saved = getattr(part, "state", {}), state["state"].get(number)
+            if (
+                parameter in held
+                and number in state["state"]
+                and (part is optimizer or _has_keys(held[parameter], saved))
+            ):
+                held[parameter] = _mended(held[parameter], saved, is_cast=id(parameter) in cast)
+
+
+def _has_keys(held: Any, saved: Any) -> bool:
+    """Return whether two states of a parameter have the same keys.
+
+    An optimizer inside another may keep something else for the parameter.
+    """
+    return isinstance(held, Mapping) and isinstance(saved, Mapping) and held.keys() == saved.keys()
 
 
 def _mended(held: Any, saved: Any, *, is_cast: bool) -> Any:

@@ -694,12 +694,23 @@ class Lookahead(torch.optim.Optimizer):
         self.inner.load_state_dict(saved["inner_state"])
 
 
-def test_an_optimizer_with_a_state_dict_of_its_own_comes_back():
+class Delegates(Lookahead):
+    """Its state is that of the optimizer inside."""
+
+    def state_dict(self):
+        return self.inner.state_dict()
+
+    def load_state_dict(self, saved):
+        self.inner.load_state_dict(saved)
+
+
+@pytest.mark.parametrize("kind", [Lookahead, Delegates])
+def test_an_optimizer_with_a_state_dict_of_its_own_comes_back(kind):
     def made():
         model = net(3, 3).bfloat16()
         return {
             "model": model,
-            "optimizer": Lookahead(torch.optim.AdamW(model.parameters(), lr=0.1)),
+            "optimizer": kind(torch.optim.AdamW(model.parameters(), lr=0.1)),
         }
 
     one, other = made(), made()
