@@ -1,8 +1,8 @@
 """Show how a run has spent its time, over all its attempts: useful training and everything else.
 
 Every second since the run was submitted, or first started, is counted once. The time of a killed
-attempt after its last event is "cut off by a kill"; the time of recomputed steps is "steps made
-again". --html draws the report as a page.
+attempt after its last event is "cut off by a kill"; the time of steps that were made before is
+"recomputed steps". --html draws the report as a page.
 
 example: harness report runs/a --html report.html
 """

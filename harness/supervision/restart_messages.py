@@ -119,9 +119,9 @@ def _describe_equal(record: Mapping[str, Any]) -> str:
         return f"{steps}{some}, {equal} (in their samples: there is no loss to compare)"
     if not of_samples:
         return f"{steps}{some}, {equal} (in their losses: the samples' numbers are not known)"
-    return f"{steps}{some}, {equal}" + (
-        f" (the samples of {of_samples})" if of_samples > compared else ""
-    )
+    if of_losses != of_samples:
+        return f"{steps}, {equal} (the losses of {of_losses} and the samples of {of_samples} steps)"
+    return f"{steps}{some}, {equal}"
 
 
 def _count(record: Mapping[str, Any], name: str) -> int:

@@ -268,9 +268,9 @@ def verdict(
         name: Name of the launch that has ended.
 
     Returns:
-        The state of the run, and the failures to show. The supervisor starts the run again if, and
-        only if, the exit code is 75. The failures are all those in a row if the run has failed for
-        good with exit code 1, else those of this launch.
+        The state of the run, and the failures to show. With exit code 75 the run is to be started
+        again: by the supervisor, or, if `is_leaving`, where it gets another machine. With exit code
+        1 the failures are all those in a row, else those of this launch.
     """
     launch = next((launch for launch in launches if launch.name == name), Launch(name))
     attempts = attempts_of(catalog, name)
@@ -283,12 +283,13 @@ def verdict(
         end.get("why") == "finished"
         and (stands := outcome(catalog, launches)).exit_code == EXIT_FINISHED
     ):
-        return stands, failed  # no attempt that was claimed since has trained
+        return stands, failed  # attempts that were claimed since, if any, were overtaken
     if newest > latest or end.get("why") == "superseded":
         return Outcome(
             "superseded", f"attempt {newest} has begun elsewhere, and goes on", EXIT_SUPERSEDED
         ), failed
-    # If the run was finished, this launch was started to extend it.
+    # A launch of a finished run is begun to extend it. If it ended before its first attempt, its
+    # end counts, and not the checkpoint by which the run is finished.
     wanted_more = not attempts and end.get("why") in (
         "failed",
         "stopped",

@@ -29,6 +29,7 @@ from harness.selfcheck import identity, step_log, step_records
 from harness.selfcheck.recomputed import RecomputedSteps
 from harness.store import LocalStore, Store, open_store
 from harness.supervision import attempt_history
+from harness.supervision.restart_messages import SAME, describe_replays
 
 LOOP = """
 run = init(on_mismatch=os.environ.get("ON_MISMATCH", "warn"))
@@ -448,3 +449,24 @@ def test_in_a_bucket_alone(bucket, tmp_path):
     assert "MISMATCH: recomputed step 7" in resumed.text
     assert not [key for key in sorted(home.keys()) if key.endswith(".steps")]
     assert "MISMATCH: recomputed step 7" in run(harness("status", home.url), env=home.env()).stdout
+
+
+@pytest.mark.parametrize(
+    ("counts", "words"),
+    [
+        ((12, 12, 12, 12), "12 recomputed steps, all equal"),
+        ((12, 10, 10, 10), "12 recomputed steps, 10 compared, all equal"),
+        (
+            (12, 10, 10, 12),
+            "12 recomputed steps, all equal (the losses of 10 and the samples of 12 steps)",
+        ),
+        (
+            (12, 12, 12, 5),
+            "12 recomputed steps, all equal (the losses of 12 and the samples of 5 steps)",
+        ),
+    ],
+)
+def test_what_was_compared_is_counted_by_its_kind(counts, words):
+    names = ("recomputed", "compared", "of_losses", "of_samples")
+    record = {"verdict": SAME} | dict(zip(names, counts, strict=True))
+    assert describe_replays({1: record}) == [words]
