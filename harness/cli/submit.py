@@ -105,7 +105,8 @@ def run(given: argparse.Namespace) -> int:
     """
     if given.drill and not given.drill.startswith("-"):
         # A setting, or the program, that follows --drill is not its value.
-        given.settings, given.drill = [given.drill, *given.settings], ""
+        ours = {"settings": [given.drill, *given.settings], "drill": ""}
+        given = argparse.Namespace(**vars(given) | ours)
     settings, stored = _load(given)
     code = _checked_code(settings, stored)  # now, not only when the job starts
     _check_place(settings, is_drill=given.drill is not None)

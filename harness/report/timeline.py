@@ -16,6 +16,7 @@ from typing import Any
 
 from harness.checkpoint import records
 from harness.checkpoint.catalog import Catalog
+from harness.checkpoint.records import seconds as _seconds
 from harness.report.liveness import alive
 from harness.selfcheck import step_records
 from harness.store import Store
@@ -169,21 +170,19 @@ def _span(
         events: All events of the attempt.
         is_running: Whether the attempt is alive.
     """
-    timed = [
-        (at, event) for event in events if (at := records.seconds(event.get("time"))) is not None
-    ]
+    timed = [(at, event) for event in events if (at := _seconds(event.get("time"))) is not None]
     spent_at = [
         (at, _numbers(event["spent"]))
         for at, event in timed
         if isinstance(event.get("spent"), dict)
     ]
-    claimed, end = records.seconds(attempt.began), records.seconds(attempt.ended)
+    claimed, end = _seconds(attempt.began), _seconds(attempt.ended)
     heard = [at for at, _ in timed] + [at for at in (claimed, end) if at is not None]
     if not heard:
         return None
     began = spent_at[0][0] - sum(spent_at[0][1].values()) if spent_at else min(heard)
-    if began < 0:  # no process has run since before 1970: the durations are invalid
-        began = min(heard)
+    # No process has run since before 1970: such durations are invalid.
+    began = began if began > 0 else min(heard)
     ended = max(heard)
     how = (attempt.end or {}).get("why") or ("running" if is_running else "killed")
     # Others may write to the bucket: a record may hold any word.
@@ -230,13 +229,9 @@ def _whole(
     starts = {
         launch.name: at
         for launch in known
-        if (at := records.seconds(launch.record.get("time"))) is not None
+        if (at := _seconds(launch.record.get("time"))) is not None
     }
-    ends = [
-        at
-        for launch in known
-        if (at := records.seconds((launch.end or {}).get("time"))) is not None
-    ]
+    ends = [at for launch in known if (at := _seconds((launch.end or {}).get("time"))) is not None]
     firsts = [submitted, *starts.values(), *(span.began for span in spans)]
     began = cursor = min((at for at in firsts if at is not None), default=0.0)
     spent: dict[str, float] = {}
@@ -284,7 +279,7 @@ def _submitted(stores: Sequence[Store]) -> float | None:
     """Return when the run was submitted to SLURM, in seconds since the epoch, or None."""
     for store in stores:
         try:
-            return records.seconds(records.parse(store.read(launches.SUBMITTED)).get("submitted"))
+            return _seconds(records.parse(store.read(launches.SUBMITTED)).get("submitted"))
         except FileNotFoundError:
             continue
     return None

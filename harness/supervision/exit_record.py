@@ -274,17 +274,8 @@ class ExitRecord:
                 )
         if place.waits:
             time.sleep(AFTER_OTHERS_S)  # the rank that is stuck must create the record first
-        self._create(
-            "failed",
-            self._stores,
-            {
-                "error": error,
-                "rank": rank,
-                "step": step,
-                "made_step": self._made(),
-                "trace": stacks[-MOST_TRACE:],
-            },
-        )
+        details = {"error": error, "rank": rank, "step": step, "made_step": self._made()}
+        self._create("failed", self._stores, details | {"trace": stacks[-MOST_TRACE:]})
         if attempt is not None and self._world is not None:
             summary, where = hang_report.report(self._stores, attempt, self._world.size, RECORD_S)
             if where:

@@ -140,9 +140,18 @@ def test_a_job_array_that_is_submitted_without_and_with_the_variables_of_others(
     other = {"SLURM_ARRAY_JOB_ID": "4", "SLURM_ARRAY_TASK_ID": "1", "SLURM_RESTART_COUNT": "3"}
     jobs = []
     for name, options in {"array": ["--array=0-1"], "alone": []}.items():
-        places = {"directory": str(tmp_path), "code": str(tmp_path), "python": str(program)}
-        job = Job(SlurmSettings(nodes=1), name, f"{tmp_path}/{name}-%j.out", [], **places)
-        (tmp_path / name).write_text(script(job))
+        text = script(
+            Job(
+                SlurmSettings(nodes=1),
+                name,
+                f"{tmp_path}/{name}-%j.out",
+                [],
+                directory=str(tmp_path),
+                code=str(tmp_path),
+                python=str(program),
+            )
+        )
+        (tmp_path / name).write_text(text)
         # Variables of SLURM are inherited even so. srun would pass on nothing but them.
         options += ["-p", "high", "--export=NONE"]
         jobs.append(slurm.submit(tmp_path / name, *options, environment=other))

@@ -175,7 +175,10 @@ def traced(folder: Path, **changed: int) -> ProgramRun:
     """The traces of four steps of a run; `changed` names the step from which a digest is another
     one."""
     names = ("samples", "batch", "loss", "rng")
-    lines = [{"pid": 1, "rank": 0, "writes": True}, {"attempt": 1, "goes_on_from": 0}]
+    lines: list[dict[str, object]] = [
+        {"pid": 1, "rank": 0, "writes": True},
+        {"attempt": 1, "goes_on_from": 0},
+    ]
     for step in range(1, 5):
         digests = {name: f"{step >= changed.get(name, 9)}" for name in names}
         lines.append({"step": step, "epoch": 0, "state": {}} | digests)
