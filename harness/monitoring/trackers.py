@@ -78,7 +78,7 @@ class TensorBoard:
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
 
-    def close(self) -> None:
+    def close(self, exit_code: int) -> None:
         """Write buffered values and close the file."""
         self._writer.close()
 
@@ -109,9 +109,9 @@ class WeightsAndBiases:
         """Log the values of a step."""
         self._run.log(values, step=step)
 
-    def close(self) -> None:
-        """Upload buffered values and end the session of this attempt."""
-        self._run.finish()
+    def close(self, exit_code: int) -> None:
+        """Upload buffered values and end the session; W&B shows a code other than 0 as failed."""
+        self._run.finish(exit_code=exit_code)
 
 
 MAKERS: dict[str, Callable[[Store, str, Mapping[int, Values]], TensorBoard | WeightsAndBiases]] = {
@@ -171,11 +171,15 @@ class Trackers:
             for name, teller in list(self._trackers.items()):
                 self._safely(name, partial(teller.log, int(event["step"]), values))
 
-    def close(self) -> None:
-        """Close the trackers, which write buffered values; wait at most `CLOSE_S` for each."""
+    def close(self, exit_code: int = 0) -> None:
+        """Close the trackers, which write buffered values; wait at most `CLOSE_S` for each.
+
+        The exit code is not 0 if the attempt has failed, or its loop was left.
+        """
         for name, teller in list(self._trackers.items()):
+            close = partial(teller.close, exit_code)
             thread = threading.Thread(
-                target=self._safely, args=(name, teller.close), daemon=True, name=name
+                target=self._safely, args=(name, close), daemon=True, name=name
             )
             thread.start()
             thread.join(CLOSE_S)

@@ -16,7 +16,7 @@ from harness.checkpoint.attempts import Attempt
 from harness.checkpoint.catalog import Catalog, reaches
 from harness.checkpoint.known import Known
 from harness.distributed.ranks import World
-from harness.errors import StorageError, UsageError
+from harness.errors import EXIT_FAILED, StorageError, UsageError
 from harness.monitoring.console import Console
 from harness.monitoring.event_log import EventLog
 from harness.monitoring.goodput import SAVE, Goodput
@@ -254,10 +254,8 @@ class CurrentAttempt:
             StorageError: a store cannot be read or written. For other errors see
                 `locations.hand_in`.
         """
-        return self.world.on_writer(
-            lambda: hand_in(self._resume_point.catalog, self.origin, self.settings.remote_policy),
-            give_up=give_up,
-        )
+        catalog, policy = self._resume_point.catalog, self.settings.remote_policy
+        return self.world.on_writer(lambda: hand_in(catalog, self.origin, policy), give_up=give_up)
 
     def note(self, kind: str, **fields: Any) -> None:
         """Add an event to the event log; does nothing on ranks other than the writer."""
@@ -328,6 +326,10 @@ class CurrentAttempt:
         return problem and f"{problem} It lies in {self.store}."
 
     def close(self) -> None:
-        """End the background work."""
+        """End the background work, also after an error; what is committed is still uploaded."""
         self.background.close()
         self.replay.close()
+        if self._uploader:
+            self._uploader.leave()
+        if self.metrics:
+            self.metrics.close(EXIT_FAILED)  # does nothing after `end`

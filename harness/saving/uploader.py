@@ -86,7 +86,7 @@ class Uploader:
             route.remote, event_log, store_health, self._state, has_local=route.local is not None
         )
         self._give_up_at = math.inf  # requests are not retried after this time
-        self._newest_first = False  # see `settle`
+        self._newest_first = self._is_left = False  # see `settle` and `leave`
         # The time of the last request of this thread that succeeded. Requests of others, which the
         # store answers meanwhile, say nothing about an upload.
         self._worked_at = clock()
@@ -211,6 +211,12 @@ class Uploader:
             )
         return ""
 
+    def leave(self) -> None:
+        """End the thread once everything is uploaded, or an upload fails; do not wait for it."""
+        with self._state:
+            self._is_left = True
+            self._state.notify_all()
+
     def close(self, limit_s: float) -> None:
         """End the thread; wait at most `limit_s` seconds for it to send the last events."""
         self._queue.close()
@@ -227,7 +233,9 @@ class Uploader:
             while not self._queue.is_closed:
                 pause_s = self._turn()
                 with self._state:
-                    goes_on = pause_s == IDLE_S and self._queue.has_next
+                    goes_on = pause_s == 0 or (pause_s == IDLE_S and self._queue.has_next)
+                    if self._is_left and not goes_on:
+                        break
                     if not self._queue.is_closed and not goes_on:
                         self._state.wait(
                             min(pause_s, 1.0) if self._give_up_at < math.inf else pause_s

@@ -243,9 +243,9 @@ def test_tensorboard_shows_the_whole_curve_of_a_run_that_lost_its_disk(tmp_path:
     remote = (tmp_path / "remote").as_uri()
     (tmp_path / "remote").mkdir()
     train(tmp_path / "a", leave_at=7, log_every_steps=1, remote=remote)
-    wait_until(
-        lambda: list((tmp_path / "remote/events").glob("*.jsonl")), "the events in the remote store"
-    )
+    for folder, name in (("events", "*.jsonl"), ("checkpoints", "step_00000004-*.json")):
+        there = (tmp_path / "remote" / folder).glob
+        wait_until(lambda: list(there(name)), f"the {folder} in the remote store")  # noqa: B023
     train(tmp_path / "b", log_every_steps=1, log_to=["tensorboard"], remote=remote)
     steps = [step for step, _ in curve(tmp_path / "b")["loss"]]
     assert steps == sorted(set(steps)) and steps[-1] == 12 and len(steps) >= 8

@@ -3,21 +3,24 @@ never ahead of the disk, nor wrong."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 from big_state import STOPPED, clamp_openly, trained, written
 from conftest import wait_until
 from fault_proxy import FaultProxy
-from library_runs import steps_of
+from library_runs import checkpointer_of, steps_of, train
 from remote_runs import Home
 from s3_server import S3Server
 
+import harness
 from harness.checkpoint.attempts import Attempt
 from harness.checkpoint.catalog import read_catalog
 from harness.checkpoint.format import Manifest
@@ -258,6 +261,32 @@ def test_a_stop_does_not_wait_for_an_upload_that_is_overtaken(
         uploader.close(10)
     assert home.steps() == ([1, 2] if old_is_wanted else [2])
     check_like_the_directory(home, tmp_path / "a")
+
+
+@pytest.mark.usefixtures("process_as_it_was")
+@pytest.mark.parametrize("how", ["left", "failed"])
+def test_the_thread_ends_with_the_loop_once_it_has_sent_what_there_is(
+    home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """In a notebook, where the process goes on after a break or an error."""
+    found: list[Any] = []
+    with FaultProxy(home.server.host, home.server.port) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        hold = proxy.hold("PUT", "step_00000004-0001.json")
+
+        def each(run_: harness.Run) -> None:
+            if run_.step == 5:
+                assert hold.reached.wait(60)
+                found.append(checkpointer_of(run_)._uploader)
+
+        ends: dict[str, Any] = {"leave_at": 5} if how == "left" else {"fail_at": 6}
+        with contextlib.suppress(ZeroDivisionError):
+            train(tmp_path / "a", remote=home.url, each=each, **ends)
+        (uploader,) = found
+        assert uploader._thread.is_alive() and home.steps() == []
+        hold.release()
+        wait_until(lambda: not uploader._thread.is_alive(), "the thread has ended")
+    assert home.steps() == [4] and not uploader.has_failed
 
 
 def test_what_retention_deletes_before_it_was_sent_is_waited_for_by_nobody(committed) -> None:
