@@ -108,9 +108,11 @@ def compare(size_bytes: int, digest: str, expected: DataFile, where: str) -> Non
 
 
 def chunks(store: Store, key: str, start: int = 0) -> Iterator[bytes]:
-    """Yield a checkpoint's data in chunks from byte `start` on, without verification.
+    """Yield the data file under `key` in chunks from byte `start` on, without verifying it.
 
-    Raises DamagedError if the data is missing, StorageError if the store fails.
+    Raises:
+        DamagedError: There is no such file; the checkpoint's manifest is there without its data.
+        StorageError: The store fails.
     """
     try:
         yield from store.chunks(key, start)

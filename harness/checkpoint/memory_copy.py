@@ -51,10 +51,14 @@ def newest(there: Catalog, catalog: Catalog) -> Manifest | None:
 
 
 def check_readable(there: Catalog, catalog: Catalog) -> None:
-    """Raise NewerFormatError if the tier's newest checkpoint has a newer format and is the newest.
+    """Raise NewerFormatError if the run should resume from the tier, but only a newer harness can.
 
-    It counts only if the run has its attempt and it is newer than every checkpoint on the disk.
-    For the arguments see `newest`.
+    This is so if the tier's newest checkpoint has a newer format, is of an attempt of this run, and
+    is newer than every checkpoint on the disk.
+
+    Args:
+        there: Catalog of the tier.
+        catalog: Catalog of the run's stores.
     """
     error, key = there.unreadable_head, max(there.newer, key=fmt.order_of, default="")
     attempt, step = fmt.order_of(key) if error else (0, 0)

@@ -154,12 +154,17 @@ def best_file(stores: Sequence[Store], policy: Policy) -> str | None:
 
 
 def to_delete(history: list[Manifest], verified: set[str], policy: Policy) -> list[Manifest]:
-    """Return the checkpoints that the policy does not keep, oldest first.
+    """Return the checkpoints to delete, oldest first: those that the policy does not keep.
 
-    `verified` names the checkpoints that this attempt has written or read in full. Only these count
-    towards the numbers of the policy. An unverified checkpoint may be damaged: it is kept if it
-    would be among those numbers, but it does not displace a verified one. Nothing is deleted while
-    fewer than `ALWAYS_KEPT` checkpoints are verified.
+    The policy is applied twice: to all checkpoints, and to the verified ones alone. A checkpoint
+    that either of the two keeps stays. An unverified checkpoint may be damaged, and would otherwise
+    take the place of a good one. Nothing is deleted while fewer than `ALWAYS_KEPT` checkpoints are
+    verified.
+
+    Args:
+        history: Checkpoints of the run's history in this store.
+        verified: Names of the checkpoints that this attempt has written or read in full.
+        policy: Retention policy.
     """
     kept = _places(history, policy) | _places([m for m in history if m.name in verified], policy)
     if sum(m.name in verified for m in history) < ALWAYS_KEPT:

@@ -171,10 +171,10 @@ class Uploader:
         return self._status.upload_s
 
     def settle(self, limit_s: float, *, newest_first: bool = False) -> str:
-        """Wait until everything is in the remote store.
+        """Wait until every wanted checkpoint and every file of the user is in the remote store.
 
-        Failed uploads are retried for `limit_s` seconds. An upload that still makes progress then
-        is waited for. User's files that could not be sent are reported.
+        Failed uploads are retried for `limit_s` seconds. After that, the wait goes on only while an
+        upload makes progress. The user's files that could not be sent are reported.
 
         Args:
             limit_s: how long failed uploads are retried, in seconds.

@@ -311,8 +311,9 @@ def _storage_errors(subject: str, verb: str, path: Path | None = None) -> Iterat
     except (FileNotFoundError, FileExistsError) as error:
         if verb in ("write", "create", "delete") and isinstance(error, FileNotFoundError):
             raise StorageError(
-                f"cannot {verb} {subject}: the folder has vanished ({error})",
-                remedy="Is the disk still mounted?",
+                f"cannot {verb} {subject}: the folder has vanished",
+                f"found: {error}",
+                "Put the folder back, or mount the disk again; then start again.",
             ) from error
         raise
     except OSError as error:
