@@ -83,9 +83,7 @@ def _read_all(store: Store, keys: list[str]) -> Iterator[tuple[str, bytes]]:
 
     def read(key: str) -> bytes | None:
         try:
-            return (
-                reading(partial(store.read_once, key)) if store.is_local else store.read_once(key)
-            )
+            return reading(partial(store.read, key)) if store.is_local else store.read(key)
         except FileNotFoundError:
             return None
         except StorageError:

@@ -242,10 +242,6 @@ class Store(abc.ABC):
     def read(self, key: str) -> bytes:
         """Return the content of a small file. Raises FileNotFoundError if it does not exist."""
 
-    def read_once(self, key: str) -> bytes:
-        """Return the content of a record that never changes; a remote store may cache it."""
-        return self.read(key)
-
     @abc.abstractmethod
     def open(self, key: str) -> BinaryIO:
         """Open a file for reading and seeking.

@@ -62,7 +62,6 @@ class RemoteStore(Store):
         self.give_up: Callable[[], object] = nothing
         self.drop: Callable[[], object] = nothing
         self.on_failure: Callable[[], object] = nothing  # see `together`
-        self._records: dict[str, bytes] = {}
 
     def __str__(self) -> str:
         return self.url
@@ -77,7 +76,7 @@ class RemoteStore(Store):
 
         The copy retries each request for `limit_s` seconds, or until `give_up` returns a true
         value. Once `drop` returns a true value, the upload of a file fails at once. The copy shares
-        the client and the cache of `read_once` with the original.
+        the client with the original.
         """
         twin = copy.copy(self)
         twin.limit_s, twin.give_up, twin.drop = limit_s, give_up, drop
@@ -162,12 +161,6 @@ class RemoteStore(Store):
     def read(self, key: str) -> bytes:
         """Return the content of a small object. Raises MissingError if it does not exist."""
         return self.ask("read", self.where(key), functools.partial(self.bucket.get, key, 0, None))
-
-    def read_once(self, key: str) -> bytes:
-        """Return the content of a record that never changes, and cache it."""
-        if key not in self._records:
-            self._records[key] = self.read(key)
-        return self._records[key]
 
     def span(self, metadata: ObjectMetadata, start: int, end: int) -> bytes:
         """Return the bytes of one version of an object from `start` up to, excluding, `end`.

@@ -203,7 +203,7 @@ def read(stores: Sequence[Store]) -> list[Launch]:
             if match is None:
                 continue
             try:
-                content = records.parse(store.read_once(entry.key))
+                content = records.parse(store.read(entry.key))
             except FileNotFoundError:
                 content = {}
             kinds[match["end"]].setdefault(match["name"], content)

@@ -259,6 +259,14 @@ def test_what_was_torn_is_read_again_once_it_is_whole(store):
     assert found.attempts == {1: json.loads(whole[fmt.attempt_key(1)])}
 
 
+def test_a_record_that_came_damaged_from_a_bucket_is_read_again():
+    bucket, key, known = open_store(f"counted://{secrets.token_hex(6)}/run"), "0001.json", Known()
+    bucket.write(f"attempts/{key}", b'{"attempt": 1, "no', 1)
+    assert read_catalog(bucket, known=[known]).attempts == {1: {}}
+    bucket.write(f"attempts/{key}", b'{"attempt": 1}', 1)
+    assert read_catalog(bucket, known=[known]).attempts == {1: {"attempt": 1}}
+
+
 def test_what_others_deleted_does_not_count_towards_what_is_kept(store):
     attempt, known = begun(store), Known()
     verified = saved(store, attempt, 10, 20, 30, 40)
