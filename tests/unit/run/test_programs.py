@@ -92,6 +92,41 @@ def test_a_generator_of_the_program_that_an_epoch_begins_with_is_put_back(tmp_pa
     assert outcome.is_equal, outcome.rows
 
 
+def test_what_one_rank_begins_an_epoch_with_is_put_back_on_all(tmp_path):
+    head = """
+if run.rank == 0:
+    model.module[1].running_mean += 1
+run.state["heads"] = run.state.get("heads", 0) + 1 + run.rank
+torch.rand(1 + run.rank)"""
+    model = "nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Dropout(), nn.Linear(8, 1))"
+    source = epochs(head, model=f"nn.parallel.DistributedDataParallel({model})")
+    outcome = killed_once(tmp_path, source, die=18, ranks=2)
+    assert "resumes from step 15" in outcome.resumed.text
+    assert outcome.is_equal, outcome.rows
+
+
+def test_what_refers_to_parts_of_the_state_sees_what_is_put_back(tmp_path):
+    source = epochs(HEADS["counts in the state"] + "\nseen = run.state['seen']")
+    source = source.replace("run.log(loss", "seen.append(run.step)\n        run.log(loss")
+    outcome = killed_once(tmp_path, source, die=18)
+    assert "resumes from step 15" in outcome.resumed.text
+    assert outcome.is_equal, outcome.rows
+
+
+def test_a_setting_that_is_overridden_stays_so_where_the_state_is_put_back(tmp_path):
+    source = (
+        epochs(HEADS["lowers the learning rate"])
+        .replace("init()", "init(override=[os.environ['NEW']] if 'NEW' in os.environ else [])")
+        .replace("momentum=0.9", "momentum=float(os.environ.get('MOMENTUM', 0.9))")
+    )
+    then = {"NEW": "optimizer", "MOMENTUM": "0.5"}
+    outcome = killed_once(tmp_path, source, die=18, then=then)
+    assert outcome.resumed.code == 0, outcome.resumed.text
+    rows = [row for row in outcome.rows if "momentum" in row[0]]
+    assert "momentum: 0.9 -> 0.5" in outcome.resumed.text and rows, outcome.rows
+    assert outcome.resumed.text.count("overridden") == 1, outcome.resumed.text
+
+
 def test_what_a_stream_begins_an_epoch_with_is_not_applied_again(tmp_path):
     stream = """
 class Numbers(IterableDataset):
