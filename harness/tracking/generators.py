@@ -29,22 +29,24 @@ from harness.data.generator_objects import (
 )
 from harness.data.held_generators import tells_its_class
 from harness.errors import UsageError
-from harness.state.kinds import PLAIN
 from harness.tracking.attribute_values import joined, parts
 from harness.tracking.sameness import is_same
-from harness.untracked.object_walk import OF_MODULES, OF_OPTIMIZERS
+from harness.untracked.object_walk import FEW, OF_MODULES, OF_OPTIMIZERS
 from harness.untracked.object_walk import parts as inside
 from harness.untracked.program_frames import is_programs_file
 from harness.untracked.unkept_values import is_of_program
 
-DEPTH, MOST_OBJECTS = 5, 1000  # limits of the search in one module
-SEARCHED = (
+DEPTH, MOST_ITEMS = 5, 10_000  # limits of the search in one module
+CONTAINERS = (
     dict,
     list,
     tuple,
     collections.OrderedDict,
     collections.defaultdict,
     collections.deque,
+)
+SEARCHED = (
+    *CONTAINERS,
     functools.partial,
     types.MethodType,
     types.SimpleNamespace,
@@ -164,27 +166,30 @@ def _search(
         seen: ids of objects that are not searched; those that are searched now are added.
         holders: what is searched, by path, to which that of this module is added.
     """
-    left_out = OF_MODULES if isinstance(part, nn.Module) else OF_OPTIMIZERS
-    own = [
-        (f".{key}", value)
-        for key, value in list(vars(part).items())
-        if key not in left_out and type(value) not in PLAIN
-    ]
-    waiting, count = collections.deque([(path, part, own, 0)]), 0
-    while waiting and count < MOST_OBJECTS:
-        path, holder, items, depth = waiting.popleft()
+    waiting = collections.deque([(path, part, 0)])
+    last = collections.deque[tuple[str, Any, int]]()  # large containers
+    count = 0
+    while (waiting or last) and count < MOST_ITEMS:
+        path, holder, depth = (waiting or last).popleft()
         holders[path] = holder
+        try:
+            items = list(inside(holder)) if depth else _own(holder)
+        except Exception:  # noqa: BLE001 - a class of the program may raise
+            continue
+        count += len(items)
         for name, value in items:
-            count += 1
             if is_generator(value):
                 yield path + name, value
             elif depth < DEPTH and id(value) not in seen and _is_searched(value):
                 seen.add(id(value))
-                try:
-                    held = list(inside(value))
-                except Exception:  # noqa: BLE001 - a class of the program may raise
-                    continue
-                waiting.append((path + name, value, held, depth + 1))
+                is_large = type(value) in CONTAINERS and len(value) > FEW
+                (last if is_large else waiting).append((path + name, value, depth + 1))
+
+
+def _own(part: Any) -> list[tuple[str, Any]]:
+    """List the attributes of a module or optimizer that torch's own do not have."""
+    left_out = OF_MODULES if isinstance(part, nn.Module) else OF_OPTIMIZERS
+    return [(f".{key}", value) for key, value in list(vars(part).items()) if key not in left_out]
 
 
 def _made(name: str, kept: Mapping[str, Any], holders: Mapping[str, Any]) -> Any:

@@ -1047,6 +1047,7 @@ run = init()
 torch.manual_seed(0)
 class Noise:
     def __init__(self):
+        self.words = {str(number): [number] * 1000 for number in range(900)}
         self.by = {"rng": np.random.default_rng(0)}
 def normal():
     g = torch.Generator().manual_seed(0)
