@@ -29,6 +29,7 @@ from harness.data.generator_objects import (
 )
 from harness.data.held_generators import tells_its_class
 from harness.errors import UsageError
+from harness.state.kinds import PLAIN
 from harness.tracking.attribute_values import joined, parts
 from harness.tracking.sameness import is_same
 from harness.untracked.object_walk import FEW, OF_MODULES, OF_OPTIMIZERS
@@ -178,6 +179,8 @@ def _search(
             continue
         count += len(items)
         for name, value in items:
+            if type(value) in PLAIN:
+                continue
             if is_generator(value):
                 yield path + name, value
             elif depth < DEPTH and id(value) not in seen and _is_searched(value):
