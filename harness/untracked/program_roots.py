@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import re
 import sys
+import threading
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from inspect import CO_OPTIMIZED
@@ -46,7 +47,7 @@ class Roots:
         """Yield the program's variables, each after its path: "train.py: main(): x"."""
         # By id of its globals: path, globals, and the names that are left out.
         modules: dict[int, tuple[str, dict[str, Any], set[str] | None]] = {}
-        for spelled, inner in (*program_frames(frame), *_other_threads(frame)):
+        for spelled, inner in (*program_frames(frame), *_other_threads()):
             code, own = inner.f_code, inner.f_globals
             names, is_function = self._names(inner), code.co_flags & CO_OPTIMIZED
             if is_function:
@@ -92,16 +93,20 @@ def _without(
             yield spelled + name, value
 
 
-def _other_threads(frame: FrameType | None) -> Iterator[tuple[str, FrameType]]:
-    own = frame
-    while own is not None and own.f_back is not None:
-        own = own.f_back
-    for other in sys._current_frames().values():
-        first = other
-        while first.f_back is not None:
-            first = first.f_back
-        if first is not own:
-            yield from program_frames(other)
+def _other_threads() -> Iterator[tuple[str, FrameType]]:
+    """Yield the frames of the program in its other threads.
+
+    The package's own threads are left out: they return from frames meanwhile, and to follow such
+    frames has crashed Python 3.11.
+    """
+    left_out = {threading.get_ident()} | {
+        thread.ident
+        for thread in threading.enumerate()
+        if str(getattr(getattr(thread, "_target", None), "__module__", "")).startswith("harness.")
+    }
+    for ident, frame in sys._current_frames().items():
+        if ident not in left_out:
+            yield from program_frames(frame)
 
 
 def of_tracked(tracked: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
