@@ -217,7 +217,7 @@ def put_into(held: Any, new: Any, filled: dict[int, Any] | None = None) -> Any:
     """
     filled = {} if filled is None else filled
     if id(held) in filled:  # held twice: it can be filled with one value only
-        return held if _is_equal(filled[id(held)], new) else new
+        return held if is_same(filled[id(held)], new) else new
     if type(held) is type(new) is tuple and len(held) == len(new):
         return tuple(put_into(*pair, filled) for pair in zip(held, new, strict=True))
     if not (_is_container(held) and type(held) is type(new)) and not _takes(held, new):
@@ -245,17 +245,21 @@ def _is_container(value: Any) -> bool:
     return isinstance(value, dict | list | deque)
 
 
-def _is_equal(one: Any, other: Any) -> bool:
-    """Return whether two nested values are equal; a value with NaN is equal to none."""
-    if type(one) is not type(other):
-        return False
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(_is_equal(one[key], other[key]) for key in one)
-    if isinstance(one, list | deque | tuple):
-        return len(one) == len(other) and all(map(_is_equal, one, other))
-    if isinstance(one, torch.Tensor):
-        return one.device == other.device and torch.equal(one, other)
-    return np.array_equal(one, other) if isinstance(one, np.ndarray) else bool(one == other)
+def is_same(a: Any, b: Any) -> bool:
+    """Return whether two pieces of plain data have the same types, order of keys and values.
+
+    Tensors are the same if device, dtype, shape and numbers are equal. Numbers are compared by
+    value: -0.0 equals 0.0, and two separate tensors with NaNs differ.
+    """
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        return (a.device, a.dtype) == (b.device, b.dtype) and torch.equal(a, b)
+    if isinstance(a, dict) and isinstance(b, dict):
+        return list(a) == list(b) and all(is_same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple | deque) and isinstance(b, list | tuple | deque):
+        return type(a) is type(b) and len(a) == len(b) and all(map(is_same, a, b))
+    if isinstance(a, np.ndarray) and isinstance(b, np.ndarray):
+        return a.dtype == b.dtype and np.array_equal(a, b)
+    return a is b or (type(a) is type(b) and bool(a == b))
 
 
 def _takes(held: Any, new: Any) -> bool:

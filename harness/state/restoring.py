@@ -68,15 +68,13 @@ def restore(
         UsageError: on a mismatch, before anything is changed; also if an object itself refuses its
             state, in which case the objects before it are restored already.
     """
-    texts: list[str] = []
     cast: set[int] = set()  # by identity: parameters of another dtype than before
     states = {name: _state_for(name, unwrap(obj), payload, source) for name, obj in tracked.items()}
+    texts = list[str]()
     for name, obj in tracked.items():
         _check_class(name, obj, classes, source)
-        if isinstance(unwrap(obj), nn.Module) and not any(
-            is_lazy(value) for value in unwrap(obj).state_dict().values()
-        ):
-            texts += check_module(name, unwrap(obj), states[name], source, accept, cast)
+        if isinstance(inner := unwrap(obj), nn.Module) and not _is_lazy(inner):
+            texts += check_module(name, inner, states[name], source, accept, cast)
     are_all_there = all(
         key.removesuffix("_state_dict") in tracked for key in payload if key.endswith("_state_dict")
     )
@@ -84,14 +82,18 @@ def restore(
     # then an optimizer with groups of other sizes, in their order, does not take its state.
     if are_all_there:
         states |= _by_name(tracked, payload, states, source, says_names=says_names)
-    for name, obj in tracked.items():
-        if only is None:
-            if are_all_there or not _has_other_groups(unwrap(obj), states[name]):
-                restore_object(name, unwrap(obj), states[name], source, cast=cast)
-        elif name in only:
-            with _in_place(unwrap(obj)):
-                restore_object(name, unwrap(obj), states[name], source, cast=cast)
+    for name, obj in ((name, unwrap(obj)) for name, obj in tracked.items()):
+        if only is None and (are_all_there or not _has_other_groups(obj, states[name])):
+            restore_object(name, obj, states[name], source, cast=cast)
+        elif name in (only or ()):
+            with _in_place(obj):
+                restore_object(name, obj, states[name], source, cast=cast)
     return texts
+
+
+def _is_lazy(module: nn.Module) -> bool:
+    """Return whether a module has parameters whose shape its first forward pass decides."""
+    return any(is_lazy(value) for value in module.state_dict().values())
 
 
 def _has_other_groups(obj: Any, state: Any) -> bool:

@@ -28,42 +28,26 @@ import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
-
 from harness.distributed import wrappers
+from harness.state.plain_values import is_same
 from harness.tracking.attribute_values import (
     ABSENT,
-    BUFFER,
-    REQUIRES_GRAD,
     Classes,
-    Part,
     Values,
     class_of,
-    containers_of,
     current_value,
     digest_of,
-    home_device,
-    is_at,
-    is_looked_at,
-    is_mutable,
-    is_plain,
-    is_simple,
-    is_small,
     joined,
-    own_dict,
     parts,
-    place_of,
     replaced_parts,
     set_value,
-    small_copy,
     spelled,
-    tensor_of,
     tensors_of,
     values_of,
 )
-from harness.tracking.sameness import is_same
+from harness.tracking.watched_part import WatchedPart
 from harness.untracked.array_changes import addresses
-from harness.untracked.unkept_values import UnkeptValues, is_programs
+from harness.untracked.unkept_values import UnkeptValues
 
 Built = dict[str, dict[str, Values]]  # by object name and module path
 # By object name, module path and attribute: the values "built" and "now". A missing key means that
@@ -96,7 +80,7 @@ class Attributes:
         self._after: Built = {}  # when tracked, after the restore
         self._built: Built = {}
         self._tracked: Mapping[str, Any] = {}
-        self._watched: dict[str, list[_Watched]] = {}
+        self._watched: dict[str, list[WatchedPart]] = {}
         self._classes: dict[str, Classes] = {}  # as built, by object name
         self.replaced: dict[str, str] = {}  # by path: how a module is not as built
         self.unkept = UnkeptValues()
@@ -121,7 +105,7 @@ class Attributes:
                         # If the two differ, the module's own load_state_dict has set the new one.
                         here[key] = value
         self._watched = {
-            name: [_Watched(path, part) for path, part in parts(obj)]
+            name: [WatchedPart(path, part) for path, part in parts(obj)]
             for name, obj in tracked.items()
         }
         self._classes = {name: _classes(watched) for name, watched in self._watched.items()}
@@ -162,7 +146,7 @@ class Attributes:
         if any(watch.has_other_parts() for watch in self._watched[name]):
             known = {(watch.path, id(watch.part)): watch for watch in self._watched[name]}
             self._watched[name] = [
-                known.get((path, id(part))) or _Watched(path, part, is_late=True)
+                known.get((path, id(part))) or WatchedPart(path, part, is_late=True)
                 for path, part in parts(self._tracked[name])
             ]
         changed, classes = {}, _classes(self._watched[name])
@@ -228,138 +212,5 @@ class Attributes:
                         set_value(modules[path], key, copy.deepcopy(value), entry)
 
 
-def _classes(watched: list[_Watched]) -> Classes:
+def _classes(watched: list[WatchedPart]) -> Classes:
     return {watch.path: class_of(watch.part) for watch in watched}
-
-
-class _Watched:
-    """One module or optimizer at the start of the loop, with a quick check for changes.
-
-    If it has come into its place later (`is_late`), it is never known to be as built.
-    """
-
-    def __init__(self, path: str, part: Part, *, is_late: bool = False) -> None:
-        self.path, self.part, self._is_late = path, part, is_late
-        own = {key: value for key, value in vars(part).items() if is_looked_at(part, key)}
-        self.tensors = {
-            key: (place_of(tensor), small_copy(tensor))
-            for key, tensor in ({} if is_late else tensors_of(part)).items()
-        }
-        odd = {key: id(value) for key, value in own.items() if not is_plain(value)}
-        self._mutable = {
-            key: containers_of(value)
-            for key, value in own.items()
-            if key not in odd and is_mutable(value)
-        }
-        self._same = {
-            key: value for key, value in own.items() if key not in odd and key not in self._mutable
-        }
-        self._odd = [(key, number) for key, number in odd.items() if key not in self.tensors]
-        self._kinds = list(map(type, vars(part).values()))
-        self._children = list(own_dict(part, "_modules").values())
-        self._trained = self._which_are_trained()
-
-    def _which_are_trained(self) -> list[bool]:
-        return [
-            parameter is not None and parameter.requires_grad
-            for parameter in own_dict(self.part, "_parameters").values()
-        ]
-
-    def odd_values(self) -> dict[str, Any]:
-        """Return the attributes that the program may change and that cannot be kept.
-
-        These are neither plain data nor kept tensors. Private attributes of a library's class are
-        left out.
-        """
-        buffers = {
-            key: current_value(self.part, key) for key in self.tensors if key.startswith(BUFFER)
-        }
-        return {
-            key: value
-            for key, value in buffers.items()
-            if value is not None and not is_simple(value)
-        } | {
-            key: value
-            for key, value in vars(self.part).items()
-            if not (is_simple(value) if key in self.tensors else is_small(value))
-            and is_looked_at(self.part, key)
-            and not (key.startswith("_") and not is_programs(type(self.part)))
-            and not is_plain(value)
-        }
-
-    def has_other_parts(self) -> bool:
-        """Return whether child modules were added, removed or replaced."""
-        return list(own_dict(self.part, "_modules").values()) != self._children
-
-    def may_have_changed(self) -> bool:
-        """Return whether anything may have changed since the start of the loop."""
-        now = vars(self.part)
-        return (
-            self._is_late
-            or bool(self._mutable)
-            or list(map(type, now.values())) != self._kinds  # True is equal to 1
-            or not self._same.items() <= now.items()
-            or (bool(self._odd) and any(id(now.get(key)) != number for key, number in self._odd))
-            or (bool(self._trained) and self._which_are_trained() != self._trained)
-            or (bool(self.tensors) and any(map(self._is_another, self.tensors)))
-        )
-
-    def differences(self, built: Values) -> dict[str, dict[str, Any]]:
-        """Return the attributes that differ from `built`, each with both values."""
-        now, differing = values_of(self.part), dict[str, dict[str, Any]]()
-        made = [
-            key
-            for key, value in vars(self.part).items()
-            if key not in self.tensors and is_small(value) and is_looked_at(self.part, key)
-        ]
-        for key in dict.fromkeys((*built, *now, *made)):
-            if (key in made or self._has_changed(key, built, now)) and (
-                kept := self._kept(key, now)
-            ) is not None:
-                differing[key] = ({"built": built[key]} if key in built else {}) | kept
-        return differing
-
-    def _has_changed(self, key: str, built: Values, now: Values) -> bool:
-        if key in self.tensors:
-            return self._is_another(key)
-        if key in now:
-            return not is_same(built.get(key, ABSENT), now[key])
-        return key not in vars(self.part) and not key.endswith(REQUIRES_GRAD)
-
-    def _kept(self, key: str, now: Values) -> dict[str, Any] | None:
-        """Return the present value of an attribute in the form in which a checkpoint stores it.
-
-        Returns {} for an attribute that no longer exists, and None for one that cannot be stored.
-        """
-        if (tensor := tensor_of(self.part, key)) is not None:
-            elsewhere = (
-                {"device": tensor.device.type}
-                if home_device(self.part, tensor).type != tensor.device.type
-                else {}
-            )
-            return {"now": tensor.detach().to("cpu", copy=True)} | elsewhere
-        if key in now:
-            return {"now": now[key]} | ({"replaced": True} if self._is_replaced(key) else {})
-        is_gone = current_value(self.part, key) is None and key not in vars(self.part)
-        return {} if is_gone else None
-
-    def _is_replaced(self, key: str) -> bool:
-        """Return whether a dict or list in a value was replaced: the one as built is not changed.
-
-        Then a restore must not fill that one, because others may hold it.
-        """
-        built, now = self._mutable.get(key, {}), containers_of(vars(self.part).get(key))
-        return (self._is_late and bool(now)) or any(
-            now[path] is not built[path] for path in built.keys() & now.keys()
-        )
-
-    def _is_another(self, key: str) -> bool:
-        """Return whether a tensor was replaced or written to; compare a small one by value."""
-        now, (place, before) = tensor_of(self.part, key), self.tensors[key]
-        if (
-            now is None
-            or before is None
-            or (now.shape, now.dtype, now.device) != (before.shape, before.dtype, before.device)
-        ):
-            return not is_at(place, now)
-        return not torch.equal(now.detach(), before)

@@ -19,8 +19,7 @@ from harness.distributed.ranks import World
 from harness.distributed.wrappers import ddp_wrappers
 from harness.errors import UsageError
 from harness.state.kinds import PLAIN
-from harness.state.plain_values import put_into
-from harness.tracking.sameness import is_same
+from harness.state.plain_values import is_same, put_into
 
 STATELESS = (
     types.FunctionType,

@@ -30,8 +30,8 @@ from harness.data.generator_objects import (
 from harness.data.held_generators import tells_its_class
 from harness.errors import UsageError
 from harness.state.kinds import PLAIN
+from harness.state.plain_values import is_same
 from harness.tracking.attribute_values import joined, parts
-from harness.tracking.sameness import is_same
 from harness.untracked.object_walk import FEW, OF_MODULES, OF_OPTIMIZERS
 from harness.untracked.object_walk import parts as inside
 from harness.untracked.program_frames import is_programs_file

@@ -56,9 +56,7 @@ class Gradients:
         """
         self._step, self._clock = step, clock
         self._mark = f"{MARK}{next(OBSERVERS)}"
-        self._mark_of_step = (
-            f"{self._mark}_step"  # of the examined gradients: the step that used it
-        )
+        self._mark_of_step = f"{self._mark}_step"  # on an examined gradient: the step that used it
         self._named: dict[str, nn.Parameter] = {}
         # Optimizers and parameters are keys by id.
         self._owner: dict[int, int | None] = {}  # by parameter: its optimizer

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from harness.distributed.ranks import World
-from harness.tracking.sameness import is_same
+from harness.state.plain_values import is_same
 
 # A part that is kept once, at the top level, if it is the same on all ranks.
 ATTRIBUTES = "attributes"
