@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -14,18 +14,26 @@ from harness.data.held_generators import is_library
 PACKAGE = Path(__file__).resolve().parents[1]
 
 
-def program_frames(frame: FrameType | None) -> Iterator[tuple[str, FrameType]]:
-    """Yield the frames of the program's own code, innermost first.
+def stack(frame: FrameType | None) -> list[FrameType]:
+    """Return a frame and its callers, innermost first."""
+    frames = []
+    while frame is not None:
+        frames.append(frame)
+        frame = frame.f_back
+    return frames
+
+
+def program_frames(frames: Iterable[FrameType]) -> Iterator[tuple[str, FrameType]]:
+    """Yield those of the frames that are of the program's own code.
 
     Each comes with the prefix of its variables' names: "train.py: main(): ".
     """
-    while frame is not None:
+    for frame in frames:
         code = frame.f_code
         if is_programs_file(code.co_filename):
             file = Path(code.co_filename).name
             is_function = bool(code.co_flags & inspect.CO_OPTIMIZED)
             yield f"{file}: {code.co_name}(): " if is_function else f"{file}: ", frame
-        frame = frame.f_back
 
 
 @functools.lru_cache(10_000)

@@ -6,6 +6,7 @@ import random
 import re
 import sys
 import threading
+import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from inspect import CO_OPTIMIZED
@@ -23,7 +24,7 @@ from harness.state.kinds import PLAIN
 from harness.untracked.array_changes import address_of
 from harness.untracked.loop_variables import passing, values_of
 from harness.untracked.object_walk import OF_OPTIMIZERS
-from harness.untracked.program_frames import is_programs_file, program_frames
+from harness.untracked.program_frames import is_programs_file, program_frames, stack
 from harness.untracked.unkept_values import is_of_program
 
 HOOKS = (
@@ -47,7 +48,7 @@ class Roots:
         """Yield the program's variables, each after its path: "train.py: main(): x"."""
         # By id of its globals: path, globals, and the names that are left out.
         modules: dict[int, tuple[str, dict[str, Any], set[str] | None]] = {}
-        for spelled, inner in (*program_frames(frame), *_other_threads()):
+        for spelled, inner in (*program_frames(stack(frame)), *_other_threads()):
             code, own = inner.f_code, inner.f_globals
             names, is_function = self._names(inner), code.co_flags & CO_OPTIMIZED
             if is_function:
@@ -96,17 +97,26 @@ def _without(
 def _other_threads() -> Iterator[tuple[str, FrameType]]:
     """Yield the frames of the program in its other threads.
 
-    The package's own threads are left out: they return from frames meanwhile, and to follow such
-    frames has crashed Python 3.11.
+    The package's own threads are left out.
     """
     left_out = {threading.get_ident()} | {
         thread.ident
         for thread in threading.enumerate()
         if str(getattr(getattr(thread, "_target", None), "__module__", "")).startswith("harness.")
     }
-    for ident, frame in sys._current_frames().items():
-        if ident not in left_out:
-            yield from program_frames(frame)
+    interval_s = sys.getswitchinterval()
+    # No other thread may return from a frame whose caller is looked up: that has crashed Python
+    # 3.11. All frames are therefore found before anything else is done.
+    sys.setswitchinterval(1)
+    try:
+        time.sleep(0)  # threads that wait for their turn have it now
+        stacks = [
+            stack(frame) for ident, frame in sys._current_frames().items() if ident not in left_out
+        ]
+    finally:
+        sys.setswitchinterval(interval_s)
+    for frames in stacks:
+        yield from program_frames(frames)
 
 
 def of_tracked(tracked: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
