@@ -20,7 +20,7 @@ def copy_code(target: Path, directory: Path, task_file: Path | None) -> int:
 
     A requeued job runs the code that was submitted, even if the original was edited since. From a
     git checkout, the files that git does not ignore are copied; from another folder, the files with
-    a suffix in `SOURCES`. Files of more than `MOST_BYTES`, links, hidden folders, Python
+    a suffix in `SOURCES`. Files of more than `MOST_BYTES`, links, hidden folders, bytecode, Python
     environments and run directories are left out, so that data stays where it is.
 
     Args:
@@ -91,12 +91,12 @@ def _sources(directory: Path) -> Iterable[Path]:
 
 
 def _is_foreign(path: Path, directory: Path) -> bool:
-    """Return whether a file is in a hidden folder, a Python environment or a run directory."""
+    """Return whether a file is bytecode, or in a hidden folder, an environment or a run."""
     parents = [parent for parent in path.parents if directory in parent.parents]
     marks = ("pyvenv.cfg", "attempts", "launches", "submitted")
     return any(
         p.name.startswith(".")
-        or p.name == "site-packages"
+        or p.name in ("site-packages", "__pycache__")
         or any((p / mark).exists() for mark in marks)
         for p in parents
     )
