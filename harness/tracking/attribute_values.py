@@ -245,7 +245,7 @@ def set_value(part: Part, key: str, now: Any, kept: Mapping[str, Any]) -> None:
     Args:
         part: the module or optimizer.
         key: the attribute, `buffer NAME` or `NAME.requires_grad`.
-        now: the value; ABSENT to delete the attribute.
+        now: the value, which is copied; ABSENT to delete the attribute.
         kept: the entry of a checkpoint, which holds the device of a tensor that is not where the
             module is, and whether a container in the value had been replaced by another one.
     """
@@ -257,11 +257,12 @@ def set_value(part: Part, key: str, now: Any, kept: Mapping[str, Any]) -> None:
     elif now is ABSENT and not key.startswith(BUFFER):
         delattr(part, key)
     elif not isinstance(now, torch.Tensor):
-        own_dict(part, "_buffers").update({key.removeprefix(BUFFER): None}) if key.startswith(
-            BUFFER
-        ) else setattr(
-            part, key, now if kept.get("replaced") else put_into(current_value(part, key), now)
-        )
+        if key.startswith(BUFFER):
+            own_dict(part, "_buffers")[key.removeprefix(BUFFER)] = None
+            return
+        now = copy.deepcopy(now)
+        new = now if kept.get("replaced") else put_into(current_value(part, key), now)
+        setattr(part, key, new)
     else:
         before = tensor_of(part, key)
         own = now.to(

@@ -24,7 +24,6 @@ that changes is reported by name (`unkept`).
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -179,7 +178,7 @@ class Attributes:
                     now = kept.get("now", ABSENT)
                     built = here.get(key, ABSENT)
                     if path in modules and is_same(then, built):
-                        set_value(modules[path], key, copy.deepcopy(now), kept)
+                        set_value(modules[path], key, now, kept)
                     elif not is_same(now, built):
                         was = f"was built as {spelled(then)} and had become {spelled(now)}"
                         messages.append(
@@ -209,7 +208,7 @@ class Attributes:
                     live = here[key].get("now", ABSENT) if key in here else as_built
                     is_other = not is_same(entry.get("built", ABSENT), as_built)
                     if not (is_other or is_same(live, value)):
-                        set_value(modules[path], key, copy.deepcopy(value), entry)
+                        set_value(modules[path], key, value, entry)
 
 
 def _classes(watched: list[WatchedPart]) -> Classes:
