@@ -16,6 +16,7 @@ Reading order, which is the order of a run:
     text.py         lines, tables, durations           arguments.py  validated arguments of `init`
     task.py         the task that a user defines       errors.py     errors and exit codes
     cli/            the commands                       tasks/        example tasks
+    threads.py      the frames of all threads
 
 Imports only go down these layers, and each third-party library has one door:
 
@@ -35,7 +36,7 @@ Imports only go down these layers, and each third-party library has one door:
     distributed
     config
     store, preemption, task
-    retry, text
+    retry, text, threads
     errors
 """
 

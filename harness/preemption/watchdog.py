@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import faulthandler
 import os
-import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable
+
+from harness.threads import current_frames
 
 TICK_S = 0.5
 # A tick that is this late is no hang: the whole process was stopped (SIGSTOP, scontrol suspend, a
@@ -118,7 +119,7 @@ def stacks() -> str:
     """Return the stacks of all Python threads except the calling one, the main thread last."""
     names = {thread.ident: thread.name for thread in threading.enumerate()}
     own, main = threading.get_ident(), threading.main_thread().ident
-    frames = sorted(sys._current_frames().items(), key=lambda item: item[0] == main)
+    frames = sorted(current_frames().items(), key=lambda item: item[0] == main)
     parts = [
         f"thread {names.get(ident, ident)}:\n{''.join(traceback.format_stack(frame))}"
         for ident, frame in frames

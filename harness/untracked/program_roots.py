@@ -21,6 +21,7 @@ from torch import nn
 from harness.data.generator_objects import drawn_from, is_generator
 from harness.distributed import wrappers
 from harness.state.kinds import PLAIN
+from harness.threads import current_frames, no_collection
 from harness.untracked.array_changes import address_of
 from harness.untracked.loop_variables import passing, values_of
 from harness.untracked.object_walk import OF_OPTIMIZERS
@@ -106,13 +107,15 @@ def _other_threads() -> Iterator[tuple[str, FrameType]]:
     }
     interval_s = sys.getswitchinterval()
     # No other thread may return from a frame whose caller is looked up: that has crashed Python
-    # 3.11. All frames are therefore found before anything else is done.
+    # 3.11. All frames are therefore found before anything else is done, and no garbage collection
+    # lets another thread run meanwhile.
     sys.setswitchinterval(1)
     try:
         time.sleep(0)  # threads that wait for their turn have it now
-        stacks = [
-            stack(frame) for ident, frame in sys._current_frames().items() if ident not in left_out
-        ]
+        with no_collection():
+            stacks = [
+                stack(frame) for ident, frame in current_frames().items() if ident not in left_out
+            ]
     finally:
         sys.setswitchinterval(interval_s)
     for frames in stacks:

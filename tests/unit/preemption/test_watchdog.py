@@ -457,3 +457,37 @@ def ranks_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
 
     wait_until(are_there, "the ranks")
     return found
+
+
+CHURN = """
+import gc, threading, time
+from harness.threads import current_frames
+
+
+class Cycle:
+    def __init__(self):
+        self.me = self
+
+    def __del__(self):  # other threads run meanwhile
+        time.sleep(0.001)
+
+
+def churn():
+    while True:
+        threading.Thread(target=int).start()
+
+
+threading.Thread(target=churn, daemon=True).start()
+gc.set_threshold(1)
+for _ in range(100):
+    for _ in range(5):
+        Cycle()
+    assert len(current_frames()) >= 2
+print("never blocked")
+"""
+
+
+def test_to_look_at_other_threads_does_not_block_them_though_garbage_is_collected():
+    """A collection inside of the look, during which another thread starts, blocks Python 3.11."""
+    done = run([sys.executable, "-c", CHURN], limit_s=60)
+    assert done.stdout == "never blocked\n", done.stderr
