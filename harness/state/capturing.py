@@ -254,7 +254,7 @@ def before_update(tracked: Mapping[str, Any], call: Callable[[], None]) -> None:
         held = [
             part
             for part in getattr(obj, "__dict__", {}).values()
-            if isinstance(part, torch.optim.Optimizer)
+            if issubclass(type(part), torch.optim.Optimizer)  # `__class__` of a proxy may raise
         ]
         parts |= {id(part): part for part in ([obj] if _announces(obj) else held)}
     for part in filter(_announces, parts.values()):
