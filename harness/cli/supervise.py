@@ -164,22 +164,15 @@ def _check_submitted(stores: Sequence[Store]) -> None:
 
 
 def is_complete(catalog: Catalog, settings: Config) -> bool:
-    """Return whether the run is finished, and its final checkpoint is in the last store.
+    """Return whether the run is finished, and as long as these settings require.
 
-    The last store is the authority. What only another store lacks does not need a launch: the disk
-    of a new machine is empty. The run must also be as long as these settings require. A program of
-    the user's own decides that itself.
+    A program of the user's own decides its length itself.
     """
-    if (
-        outcome(catalog).exit_code != EXIT_FINISHED
-        or catalog.head is None
-        or catalog.head.final is None
-    ):
+    head = catalog.head
+    if outcome(catalog).exit_code != EXIT_FINISHED or head is None or head.final is None:
         return False
     end = {"epochs": settings.train.epochs, "max_steps": settings.train.max_steps}
-    return (bool(settings.run.loop) or reaches(catalog.head.final, end)) and catalog.stores[
-        -1
-    ] in catalog.copies(catalog.head)
+    return bool(settings.run.loop) or reaches(head.final, end)
 
 
 def after(settings: Config, name: str, code: int, *, stopped: bool) -> Outcome:

@@ -67,7 +67,6 @@ from harness.state.parameter_names import to_live, without_shells
 from harness.state.plain_values import put_into
 from harness.state.restoring import class_name, restore, restore_object
 from harness.state.rng import (
-    gpu_states,
     kept_generators,
     restore_rng_state,
     rng_state,
@@ -90,7 +89,6 @@ __all__ = [
     "check_user_state",
     "class_name",
     "copied",
-    "gpu_states",
     "is_generator",
     "kept_generators",
     "mismatch_table",

@@ -25,6 +25,7 @@ from harness.errors import UsageError
 from harness.exchange.compare import compare, differences
 from harness.selfcheck import resume_checks
 from harness.state import lr_schedules
+from harness.state.rng import gpu_states
 from harness.tracking.user_state import UserState
 from harness.untracked import foreign_optimizers
 
@@ -42,21 +43,21 @@ for x, y in run.batches(points(), 16, epochs=int(os.environ.get("EPOCHS", 2))):
 
 def test_a_ranks_own_gpu_goes_on_where_its_own_was_on_whatever_node_it_is_now():
     """The others keep their numbers, if they can."""
-    assert state.gpu_states("abcd", before=1, own=1, count=4) == (
+    assert gpu_states("abcd", before=1, own=1, count=4) == (
         {0: "a", 1: "b", 2: "c", 3: "d"},
         "",
     )
-    assert state.gpu_states("abcd", before=0, own=2, count=4) == (
+    assert gpu_states("abcd", before=0, own=2, count=4) == (
         {0: "a", 1: "b", 2: "a", 3: "d"},
         "",
     )
-    chosen, notice = state.gpu_states("abcd", before=3, own=0, count=1)
+    chosen, notice = gpu_states("abcd", before=3, own=0, count=1)
     assert chosen == {0: "d"} and "4 GPU(s) seen by a rank before, 1 now" in notice
     assert "those of others are not" in notice
-    assert state.gpu_states("a", before=0, own=2, count=4)[0] == {2: "a"}
-    chosen, notice = state.gpu_states("ab", before=1, own=0, count=0)
+    assert gpu_states("a", before=0, own=2, count=4)[0] == {2: "a"}
+    chosen, notice = gpu_states("ab", before=1, own=0, count=0)
     assert chosen == {} and notice.endswith("the generators of GPUs are not restored")
-    assert state.gpu_states("", before=0, own=3, count=4) == ({}, "")
+    assert gpu_states("", before=0, own=3, count=4) == ({}, "")
 
 
 def test_gpus_that_are_gone_are_named_at_the_resume():
