@@ -44,7 +44,7 @@ from harness.tracking.attribute_values import (
     tensors_of,
     values_of,
 )
-from harness.tracking.watched_part import WatchedPart
+from harness.tracking.watched_part import PartList, WatchedPart
 from harness.untracked.array_changes import addresses
 from harness.untracked.unkept_values import UnkeptValues
 
@@ -79,7 +79,9 @@ class Attributes:
         self._after: Built = {}  # when tracked, after the restore
         self._built: Built = {}
         self._tracked: Mapping[str, Any] = {}
-        self._watched: dict[str, list[WatchedPart]] = {}
+        self._parts: dict[str, PartList] = {}
+        self._listed: dict[str, list[tuple[str, Any]]] = {}  # the parts, when last asked
+        self._watched: dict[str, list[WatchedPart]] = {}  # for each of these
         self._classes: dict[str, Classes] = {}  # as built, by object name
         self.replaced: dict[str, str] = {}  # by path: how a module is not as built
         self.unkept = UnkeptValues()
@@ -103,9 +105,11 @@ class Attributes:
                     if key in here and key in after and is_same(here[key], after[key]):
                         # If the two differ, the module's own load_state_dict has set the new one.
                         here[key] = value
+        self._parts = {name: PartList(obj) for name, obj in tracked.items()}
+        self._listed = {name: of_object.now() for name, of_object in self._parts.items()}
         self._watched = {
-            name: [WatchedPart(path, part) for path, part in parts(obj)]
-            for name, obj in tracked.items()
+            name: [WatchedPart(path, part) for path, part in listed]
+            for name, listed in self._listed.items()
         }
         self._classes = {name: _classes(watched) for name, watched in self._watched.items()}
         held = self._kept()
@@ -142,11 +146,12 @@ class Attributes:
 
     def _changed(self, name: str) -> dict[str, dict[str, dict[str, Any]]]:
         """Return the differences of one tracked object, by module path."""
-        if any(watch.has_other_parts() for watch in self._watched[name]):
+        if (now := self._parts[name].now()) is not self._listed[name]:
+            self._listed[name] = now
             known = {(watch.path, id(watch.part)): watch for watch in self._watched[name]}
             self._watched[name] = [
                 known.get((path, id(part))) or WatchedPart(path, part, is_late=True)
-                for path, part in parts(self._tracked[name])
+                for path, part in now
             ]
         changed, classes = {}, _classes(self._watched[name])
         if classes != self._classes[name]:

@@ -31,7 +31,8 @@ from harness.data.held_generators import tells_its_class
 from harness.errors import UsageError
 from harness.state.kinds import PLAIN
 from harness.state.plain_values import is_same
-from harness.tracking.attribute_values import joined, parts
+from harness.tracking.attribute_values import joined
+from harness.tracking.watched_part import PartList
 from harness.untracked.object_walk import FEW, OF_MODULES, OF_OPTIMIZERS
 from harness.untracked.object_walk import parts as inside
 from harness.untracked.program_frames import is_programs_file
@@ -55,6 +56,7 @@ SEARCHED = (
 )
 # Generators in data are seeded for each sample, or saved with its order.
 ELSEWHERE = (nn.Module, Optimizer, Dataset, Sampler, DataLoader)
+HOLDS_NOTHING = frozenset(PLAIN)
 
 
 class Generators:
@@ -64,7 +66,7 @@ class Generators:
         self.tracked: dict[str, Any] = {}
         self.restored: set[str] = set()
         self.messages: list[str] = []  # about what could not be restored
-        self._objects: Mapping[str, Any] = {}
+        self._parts: dict[str, PartList] = {}  # of each tracked object
         self._held: dict[str, Any] = {}
         # The state of each held generator at the start of the loop; only a changed state is kept.
         self._built: dict[str, Any] = {}
@@ -81,18 +83,20 @@ class Generators:
 
     def begin(self, tracked: Mapping[str, Any]) -> None:
         """Find the generators that tracked objects hold, and record their state."""
-        self._objects = tracked
+        self._parts = {name: PartList(obj) for name, obj in tracked.items()}
         self._find()
         self._built = {name: generator_state(obj) for name, obj in self._held.items()}
 
     def _find(self) -> dict[str, Any]:
-        """Search all modules and optimizers; return what was searched, by path."""
+        """Search all modules and optimizers; return what was searched inside them, by path."""
         self._held, holders = {}, dict[str, Any]()
         known = {id(obj) for obj in (*self.tracked.values(), *GLOBAL_GENERATORS)}
-        seen = {id(obj) for obj in self._objects.values()}
-        for name, obj in self._objects.items():
-            for path, part in parts(obj):
-                for place, value in _search(joined(name, path), part, seen, holders):
+        seen = {id(of_object.obj) for of_object in self._parts.values()}
+        for name, of_object in self._parts.items():
+            for path, part in of_object.now():
+                if not (own := _own(part)):
+                    continue  # most modules: this runs at each save
+                for place, value in _search(joined(name, path), own, seen, holders):
                     if id(value) not in known and place not in self._held:
                         known.add(id(value))
                         self._held[place] = value
@@ -128,7 +132,12 @@ class Generators:
         Raises:
             UsageError: if a tracked generator is missing, or if one is of another kind.
         """
-        holders = self._find()
+        inside_parts = self._find()
+        holders = {
+            joined(name, path): part
+            for name, of_object in self._parts.items()
+            for path, part in of_object.now()
+        } | inside_parts
         missing = [name for name in state or {} if name not in self._all]
         if named := [name for name in missing if "." not in name]:
             raise UsageError(
@@ -157,29 +166,24 @@ def _is_searched(value: Any) -> bool:
 
 
 def _search(
-    path: str, part: Any, seen: set[int], holders: dict[str, Any]
+    path: str, own: list[tuple[str, Any]], seen: set[int], holders: dict[str, Any]
 ) -> Iterator[tuple[str, Any]]:
-    """Yield the generators that a module or optimizer holds, each with its path.
+    """Yield the generators among the attributes of a module and inside them, each with its path.
 
     Args:
         path: the path of the module.
-        part: the module or optimizer.
+        own: its attributes (see `_own`).
         seen: ids of objects that are not searched; those that are searched now are added.
-        holders: what is searched, by path, to which that of this module is added.
+        holders: what is searched, by path, to which the objects inside the module are added.
     """
-    waiting = collections.deque([(path, part, 0)])
+    items = own
+    waiting = collections.deque[tuple[str, Any, int]]()
     last = collections.deque[tuple[str, Any, int]]()  # large containers
-    count = 0
-    while (waiting or last) and count < MOST_ITEMS:
-        path, holder, depth = (waiting or last).popleft()
-        holders[path] = holder
-        try:
-            items = list(inside(holder)) if depth else _own(holder)
-        except Exception:  # noqa: BLE001 - a class of the program may raise
-            continue
+    depth = count = 0
+    while True:
         count += len(items)
         for name, value in items:
-            if type(value) in PLAIN:
+            if type(value) in HOLDS_NOTHING:
                 continue
             if is_generator(value):
                 yield path + name, value
@@ -187,12 +191,27 @@ def _search(
                 seen.add(id(value))
                 is_large = type(value) in CONTAINERS and len(value) > FEW
                 (last if is_large else waiting).append((path + name, value, depth + 1))
+        if not (waiting or last) or count >= MOST_ITEMS:
+            return
+        path, holder, depth = (waiting or last).popleft()
+        holders[path] = holder
+        try:
+            items = list(inside(holder))
+        except Exception:  # noqa: BLE001 - a class of the program may raise
+            items = []
 
 
 def _own(part: Any) -> list[tuple[str, Any]]:
-    """List the attributes of a module or optimizer that torch's own do not have."""
+    """List the attributes of a module or optimizer that may hold a generator.
+
+    Left out are those that torch's own have, and plain values.
+    """
     left_out = OF_MODULES if isinstance(part, nn.Module) else OF_OPTIMIZERS
-    return [(f".{key}", value) for key, value in list(vars(part).items()) if key not in left_out]
+    return [
+        (f".{key}", value)
+        for key, value in list(vars(part).items())
+        if type(value) not in HOLDS_NOTHING and key not in left_out
+    ]
 
 
 def _made(name: str, kept: Mapping[str, Any], holders: Mapping[str, Any]) -> Any:

@@ -1,4 +1,4 @@
-"""Watch the attributes of one module or optimizer for changes since the start of the loop."""
+"""Watch the parts of a tracked object, and the attributes of each, for changes."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from harness.tracking.attribute_values import (
     is_simple,
     is_small,
     own_dict,
+    parts,
     place_of,
     small_copy,
     tensor_of,
@@ -56,7 +57,6 @@ class WatchedPart:
         }
         self._odd = [(key, number) for key, number in odd.items() if key not in self.tensors]
         self._kinds = list(map(type, vars(part).values()))
-        self._children = list(own_dict(part, "_modules").values())
         self._trained = self._which_are_trained()
 
     def _which_are_trained(self) -> list[bool]:
@@ -86,10 +86,6 @@ class WatchedPart:
             and not (key.startswith("_") and not is_programs(type(self.part)))
             and not is_plain(value)
         }
-
-    def has_other_parts(self) -> bool:
-        """Return whether child modules were added, removed or replaced."""
-        return list(own_dict(self.part, "_modules").values()) != self._children
 
     def may_have_changed(self) -> bool:
         """Return whether anything may have changed since the start of the loop."""
@@ -163,3 +159,25 @@ class WatchedPart:
         ):
             return not is_at(place, now)
         return not torch.equal(now.detach(), before)
+
+
+class PartList:
+    """The parts of one tracked object with their paths (see `parts`)."""
+
+    def __init__(self, obj: Any) -> None:
+        self.obj = obj
+        self._take()
+
+    def _take(self) -> None:
+        self._parts = parts(self.obj)
+        self._children = [_children(part) for _, part in self._parts]
+
+    def now(self) -> list[tuple[str, Part]]:
+        """Return the present parts; the same list as long as no part was added or replaced."""
+        if [_children(part) for _, part in self._parts] != self._children:
+            self._take()
+        return self._parts
+
+
+def _children(part: Part) -> list[Any]:
+    return list(own_dict(part, "_modules").values())
