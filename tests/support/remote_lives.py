@@ -172,8 +172,8 @@ LIVES: dict[str, Callable[..., None]] = {
 class Born:
     """A process of the nursery."""
 
-    def __init__(self, nursery: Nursery, pid: int, output: Path) -> None:
-        self.nursery, self.pid, self.output = nursery, pid, output
+    def __init__(self, nursery: Nursery, number: int, pid: int, output: Path) -> None:
+        self.nursery, self.number, self.pid, self.output = nursery, number, pid, output
 
     @property
     def text(self) -> str:
@@ -182,7 +182,7 @@ class Born:
 
     @property
     def code(self) -> int | None:
-        return self.nursery.codes.get(self.pid)
+        return self.nursery.codes.get(self.number)
 
     def wait(self, limit_s: float = 150) -> int:
         """Its exit code, negative for a signal."""
@@ -193,7 +193,7 @@ class Born:
                     self.nursery.told.wait(max(0.0, until - time.monotonic()))
                     or self.code is not None
                 ), f"alive:\n{self.text}"
-        return self.nursery.codes[self.pid]
+        return self.nursery.codes[self.number]
 
     def stop(self) -> None:
         """SIGSTOP, and wait until it has happened."""
@@ -236,7 +236,7 @@ class Nursery:
             stdout=subprocess.PIPE,
             text=True,
         )
-        self.codes: dict[int, int] = {}
+        self.codes: dict[int, int] = {}  # by number of the birth: a pid may come again
         self.told = threading.Condition()
         self._born: list[Born] = []
         self._pids: list[int] = []
@@ -249,7 +249,7 @@ class Nursery:
             said = json.loads(line)
             with self.told:
                 if "code" in said:
-                    self.codes[said["pid"]] = said["code"]
+                    self.codes[said["born"]] = said["code"]
                 else:
                     self._pids.append(said["pid"])
                 self.told.notify_all()
@@ -273,7 +273,7 @@ class Nursery:
             self.process.stdin.flush()
             while len(self._pids) == before:
                 assert self.told.wait(150), "the nursery does not answer"
-            self._born.append(Born(self, self._pids[-1], output))
+            self._born.append(Born(self, before, self._pids[-1], output))
         return self._born[-1]
 
     def end_all(self) -> None:
@@ -295,6 +295,7 @@ def _serve() -> None:
 
     small_task.build()  # an optimizer imports half of torch when the first one is made
     rest = b""
+    births, numbers = 0, dict[int, int]()
     while True:
         if select.select([0], [], [], 0.01)[0]:
             block = os.read(0, 1 << 16)
@@ -305,10 +306,12 @@ def _serve() -> None:
                 pid = os.fork()
                 if pid == 0:
                     os._exit(_live(json.loads(order)))
+                numbers[pid] = births
+                births += 1
                 _answer(pid=pid)
         with contextlib.suppress(ChildProcessError):
             while (ended := os.waitpid(-1, os.WNOHANG))[0]:
-                _answer(pid=ended[0], code=os.waitstatus_to_exitcode(ended[1]))
+                _answer(born=numbers[ended[0]], code=os.waitstatus_to_exitcode(ended[1]))
 
 
 def _answer(**said: int) -> None:
