@@ -179,7 +179,8 @@ def test_damaged_in_the_bucket_the_newest_whole_one_is_gone_on_from_and_the_othe
     assert home.attempts()[2]["from"] == {"attempt": 1, "step": 10} and home.head() == (2, 16)
 
 
-@pytest.mark.parametrize("place", ["here", pytest.param(None, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["here", None])
 def test_with_nothing_whole_left_it_fails_and_does_not_begin_anew(
     place: str | None,
     trained: Trained,  # noqa: F811

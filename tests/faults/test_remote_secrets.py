@@ -74,6 +74,7 @@ def test_a_failed_run_leaves_no_secret_anywhere(
     check_absent([home.server.secret_key, home.server.access_key], text, directory, home)
 
 
+@pytest.mark.slow
 def test_a_denied_run_leaves_no_secret_anywhere(
     bucket: tuple[S3Server, str], tmp_path: Path, started: Start
 ) -> None:

@@ -235,7 +235,8 @@ def test_who_claims_from_an_old_listing_leaves_to_be_started_again(store, world:
     assert claim((store,), again, 1, Settings(), said.append).number == 3
 
 
-@pytest.mark.parametrize("how", [pytest.param("launch", marks=pytest.mark.slow), "torchrun"])
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["launch", "torchrun"])
 def test_of_two_starts_the_late_one_trains_on_and_the_first_one_ends(
     how: str, tmp_path: Path, started: Start
 ):

@@ -143,6 +143,7 @@ STORMS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", STORMS)
 def test_killed_and_started_elsewhere_the_run_in_the_bucket_equals_the_uninterrupted_one(
     plan: Storm,

@@ -13,10 +13,12 @@ import contextlib
 import functools
 import json
 import os
+import runpy
 import select
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -28,7 +30,7 @@ import programs
 import psutil
 import small_task
 import torch
-from conftest import ENVIRONMENT
+from conftest import ENVIRONMENT, kill_tree
 
 from harness import train
 from harness.arguments import Settings
@@ -161,7 +163,50 @@ def race(place: str) -> None:
     attempts.claim(found, None, 1)
 
 
+def command(arguments: list[str], folder: str, errors: str) -> None:
+    """Be `python ARGUMENTS`, started in that folder."""
+    os.dup2(os.open(errors, os.O_WRONLY | os.O_APPEND), 2)
+    os.chdir(folder)
+    try:
+        if arguments[0] == "-m":
+            sys.argv, sys.path[0] = arguments[1:], folder
+            runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+        else:
+            sys.argv, sys.path[0] = arguments, str(Path(arguments[0]).resolve().parent)
+            runpy.run_path(arguments[0], run_name="__main__")
+    except Exception:  # noqa: BLE001 - as the interpreter does
+        sys.excepthook(*sys.exc_info())
+        sys.exit(1)
+    finally:
+        threading._shutdown()  # type: ignore[attr-defined]
+        atexit._run_exitfuncs()
+
+
+def run_forked(
+    arguments: list[str],
+    *,
+    cwd: Path | None = None,
+    env: dict[str, str] | None = None,
+    limit_s: float = 180,
+) -> subprocess.CompletedProcess[str]:
+    """As `run` of a Python program, but forked from the nursery: seconds less."""
+    assert arguments[0] == sys.executable
+    with tempfile.TemporaryDirectory() as folder:
+        output, errors = Path(folder, "out"), Path(folder, "err")
+        errors.touch()
+        born = shared_nursery().bear(
+            "command", env or {}, output, arguments[1:], str(cwd or os.getcwd()), str(errors)
+        )
+        try:
+            code = born.wait(limit_s)
+        finally:
+            if born.code is None:
+                kill_tree(born.pid)
+        return subprocess.CompletedProcess(arguments, code, output.read_text(), errors.read_text())
+
+
 LIVES: dict[str, Callable[..., None]] = {
+    "command": command,
     "train": train.main,
     "write": write,
     "race": race,

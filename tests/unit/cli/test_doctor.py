@@ -10,6 +10,7 @@ import fsspec
 import pytest
 from conftest import harness, run
 from fsspec.implementations.memory import MemoryFileSystem
+from remote_lives import run_forked
 from s3_server import S3Server
 
 from harness.cli import doctor
@@ -39,7 +40,7 @@ def test_everything_in_order_is_said_line_by_line_and_leaves_nothing_behind(
     bucket: tuple[S3Server, str], tmp_path: Path
 ) -> None:
     server, name = bucket
-    done = run(
+    done = run_forked(
         harness("doctor", str(tmp_path / "a"), f"s3://{name}/a", "--size-mb", "30"),
         env=server.environment,
     )
@@ -65,13 +66,13 @@ def test_what_is_wrong_with_a_bucket_is_said_with_what_to_do(
         (f"s3://{name}-not-there/a", {}, "Create the bucket"),
         (f"s3://{name}/a", {"AWS_SECRET_ACCESS_KEY": "0" * 40}, "Check AWS_ACCESS_KEY_ID"),
     ):
-        done = run(harness("doctor", url), env=server.environment | environment)
+        done = run_forked(harness("doctor", url), env=server.environment | environment)
         assert done.returncode == 78 and "FAIL" in done.stdout and said in done.stdout, done.stdout
         assert "Traceback" not in done.stdout + done.stderr
 
 
 def test_a_disk_without_room_for_the_checkpoints_is_a_failure(tmp_path: Path) -> None:
-    done = run(harness("doctor", str(tmp_path / "a"), "--size-mb", "1000000000"))
+    done = run_forked(harness("doctor", str(tmp_path / "a"), "--size-mb", "1000000000"))
     assert done.returncode == 78 and "keep fewer (checkpoint.keep_last)" in done.stdout
     assert list(tmp_path.iterdir()) == []
 

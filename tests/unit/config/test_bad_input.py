@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import TRAIN, alone, events, harness, run, start, torchrun
+from remote_lives import run_forked
 from small_disks import fill
 from there import there
 
@@ -148,7 +149,7 @@ def test_launch_refuses_it_before_any_process_is_spawned(tmp_path):
 
 
 def test_slurm_tasks_without_torchrun_are_refused_with_the_right_line(tmp_path):
-    ended = run(alone(*SMALL_TASK, "run.dir=a"), env={"SLURM_STEP_NUM_TASKS": "8"})
+    ended = run_forked(alone(*SMALL_TASK, "run.dir=a"), env={"SLURM_STEP_NUM_TASKS": "8"})
     assert ended.returncode == 78 and "Traceback" not in ended.stderr
     assert "8 rivals" in ended.stderr and "srun --ntasks-per-node=1 torchrun" in ended.stderr
     assert list(tmp_path.iterdir()) == []
@@ -167,7 +168,7 @@ def test_one_slurm_task_and_those_of_torchrun_are_right(monkeypatch):
 
 
 def test_a_task_that_is_not_there_ends_with_78_and_without_a_traceback(tmp_path):
-    ended = run(alone("task.name=no_such_module:build", "run.dir=a"))
+    ended = run_forked(alone("task.name=no_such_module:build", "run.dir=a"))
     assert (
         ended.returncode == 78
         and "there is no module no_such_module" in ended.stderr
@@ -265,7 +266,7 @@ def test_what_cannot_be_is_refused_before_anything_is_started(tmp_path, given, c
 
 def test_changed_settings_end_with_78_and_are_shown(tmp_path):
     trained("run.dir=a", "train.epochs=1")
-    ended = run(
+    ended = run_forked(
         alone(
             *SMALL_TASK,
             "run.dir=a",
@@ -527,7 +528,7 @@ def test_stop_at_the_first_ends_with_1_and_says_why(tmp_path):
         "train.nonfinite=stop",
         "task.args.bad_from=3",
     )
-    ended = run(alone(*settings))
+    ended = run_forked(alone(*settings))
     assert (
         ended.returncode == 1
         and "not finite at step 3" in ended.stderr
@@ -657,7 +658,7 @@ def test_when_the_last_save_fails_the_exit_code_says_so_and_a_new_start_finishes
         "train.epochs=2",
         "checkpoint.every_steps=2",
     )
-    ended = run(alone(*settings, "task.args.bad_from=6", "resume.accept=[config]"))
+    ended = run_forked(alone(*settings, "task.args.bad_from=6", "resume.accept=[config]"))
     assert ended.returncode == 1 and "Traceback" not in ended.stderr
     assert (
         "the last checkpoint, of step 8, was not saved" in ended.stderr
@@ -666,7 +667,7 @@ def test_when_the_last_save_fails_the_exit_code_says_so_and_a_new_start_finishes
     assert "finished" not in ended.stdout and "NOT SAVED" in ended.stdout
     assert steps_of(small_disk / "a") == [2, 4] and newest(small_disk / "a")["step"] == 4
     (small_disk / "ballast").unlink()
-    again = run(alone(*settings, "task.args.bad_from=99", "resume.accept=[config]"))
+    again = run_forked(alone(*settings, "task.args.bad_from=99", "resume.accept=[config]"))
     assert again.returncode == 0, again.stderr
     assert "resumes from step 4" in again.stdout and "finished at step 8" in again.stdout
     assert newest(small_disk / "a")["step"] == 8
@@ -680,7 +681,7 @@ def test_a_run_directory_that_vanishes_is_not_made_anew_and_fails_at_the_end(tmp
         "train.epochs=2",
         "checkpoint.every_steps=2",
     )
-    ended = run(alone(*settings, "task.args.bad_from=4"))
+    ended = run_forked(alone(*settings, "task.args.bad_from=4"))
     assert ended.returncode == 1 and "Traceback" not in ended.stderr
     assert (
         "the last checkpoint, of step 8, was not saved" in ended.stderr
@@ -717,7 +718,9 @@ def test_a_failed_last_save_in_this_process_is_a_save_error(tmp_path, small_disk
 
 
 def test_an_error_of_the_task_keeps_its_traceback_and_is_recorded(tmp_path):
-    ended = run(alone(*SMALL_TASK, "task.args.fail_at=3", "run.dir=a", "checkpoint.every_steps=2"))
+    ended = run_forked(
+        alone(*SMALL_TASK, "task.args.fail_at=3", "run.dir=a", "checkpoint.every_steps=2")
+    )
     assert (
         ended.returncode == 1
         and "Traceback" in ended.stderr
@@ -773,7 +776,7 @@ for batch in run.batches(torch.zeros(8, 2), 4, epochs=1):
     model.load_state_dict("model.pt")
 """
     )
-    ended = run([sys.executable, "loop.py"], cwd=tmp_path)
+    ended = run_forked([sys.executable, "loop.py"], cwd=tmp_path)
     assert ended.returncode == 1 and "Traceback" in ended.stderr
     assert "hint: load_state_dict takes what torch.load returns, not a path" in ended.stderr
     assert "not a path" in end_of(tmp_path / "a")["trace"]

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import REPO, alone, run
+from conftest import REPO, alone
+from remote_lives import run_forked
 
 import harness
 from harness import cli, config, train
@@ -318,7 +319,7 @@ def test_the_stored_settings_load_again(tmp_path):
 
 
 def test_a_wrong_command_line_ends_with_78_and_without_a_traceback(tmp_path):
-    ended = run(alone("nonsense=1", "train.epochs=none"), cwd=tmp_path)
+    ended = run_forked(alone("nonsense=1", "train.epochs=none"), cwd=tmp_path)
     assert ended.returncode == 78
     assert "2 problem(s)" in ended.stderr and "nonsense: unknown setting" in ended.stderr
     assert "Traceback" not in ended.stderr and ended.stdout == ""

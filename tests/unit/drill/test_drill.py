@@ -16,6 +16,7 @@ import pytest
 import torch
 from conftest import REPO, harness, run, wait_until
 from library_runs import train
+from remote_lives import run_forked
 from slurm_cluster import SlurmCluster
 
 from harness.distributed.ranks import World
@@ -246,6 +247,7 @@ def test_a_kind_that_the_program_cannot_have_is_refused(tmp_path):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_a_drill_without_a_fault_proves_nothing(tmp_path):
     # Its only fault is planned for step 31, and the last end of an epoch is that of step 30.
     found = drill(tmp_path, "--faults", "1", "--kinds", "epoch-end", "--seed", "7")
@@ -265,7 +267,7 @@ def test_a_drill_without_a_fault_proves_nothing(tmp_path):
 )
 def test_what_cannot_be_is_refused_before_anything_is_started(tmp_path, words):
     (tmp_path / "my_loop.py").write_text("raise SystemExit('was started')")
-    done = run(harness("drill", *words, "my_loop.py"), cwd=tmp_path)
+    done = run_forked(harness("drill", *words, "my_loop.py"), cwd=tmp_path)
     assert done.returncode == 78, done
     assert "was started" not in done.stdout + done.stderr and "Traceback" not in done.stderr
 

@@ -371,6 +371,7 @@ def expected(model: nn.Module, each: SimpleNamespace) -> None:
         close(answer, answers_of(model, INPUT[:size]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", FORMATS)
 def test_it_loads_by_the_printed_lines_where_no_harness_is(
     format: str, read: dict[str, SimpleNamespace]

@@ -32,8 +32,9 @@ from big_state import (
     written,
 )
 from blake3 import blake3
-from conftest import events, outliving, run, start, wait_until
+from conftest import events, outliving, start, wait_until
 from library_runs import newest, steps_of
+from remote_lives import run_forked
 from there import there
 from torch import nn
 
@@ -265,7 +266,7 @@ def test_without_memory_for_a_copy_saves_still_succeed(tmp_path):
 
 def script(folder: Path, body: str, **options: object) -> subprocess.CompletedProcess[str]:
     """Run such a script to its end."""
-    return run(written(folder, body, **options), cwd=folder)  # type: ignore[arg-type]
+    return run_forked(written(folder, body, **options), cwd=folder)  # type: ignore[arg-type]
 
 
 def test_when_the_writing_process_dies_the_one_that_trains_writes_itself(tmp_path):
@@ -340,7 +341,7 @@ def test_a_save_arrives_though_the_next_update_is_long_in_coming(tmp_path):
         "while job.step in (3, 5) and not "
         "os.path.exists(f'a/checkpoints/step_0000000{job.step - 1}-0001.json'): time.sleep(0.05)"
     )
-    ended = script(tmp_path, "pass", before=waits)
+    ended = script(tmp_path, "harness.saving.async_saver.SEALED_WITHIN_S = 1.0", before=waits)
     assert ended.returncode == 0, ended.stderr
     assert steps_of(tmp_path / "a") == [4, 6, 8]
 

@@ -216,7 +216,10 @@ def test_it_keeps_one_and_the_disk_takes_over(tmp_path, kept):
     )
 
 
-def test_a_save_that_waits_for_an_update_is_not_forgotten_for_one_in_memory(tmp_path, kept):
+def test_a_save_that_waits_for_an_update_is_not_forgotten_for_one_in_memory(
+    tmp_path, kept, monkeypatch
+):
+    monkeypatch.setattr("harness.saving.async_saver.SEALED_WITHIN_S", 0.1)
     run_ = harness.init(tmp_path / "a", **EACH | {"save_every_steps": 3, "keep_last": 9})
     model = torch.nn.Linear(12, 1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)

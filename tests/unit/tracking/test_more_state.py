@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import random
 import signal
 from pathlib import Path
@@ -114,13 +115,13 @@ def updated(model: nn.Module, optimizer: torch.optim.Optimizer, x: torch.Tensor)
 
 
 def goes_on(tmp_path: Path, make, steps: tuple[int, ...], **options) -> None:
-    """Left at each of the steps, and stopped there, it ends as the one that was neither."""
+    """Stopped at the first of the steps, left at the next, and so on by turns, it ends as the one
+    that was neither."""
     trained(tmp_path / "whole", make, **options)
-    for step in steps:
-        for how in ("leave_at", "stop_at"):
-            trained(tmp_path / f"{how}{step}", make, **{how: step}, **options)
-            assert trained(tmp_path / f"{how}{step}", make, **options).finished
-            assert equal(tmp_path / "whole", tmp_path / f"{how}{step}") == [], (how, step)
+    for step, how in zip(steps, itertools.cycle(("stop_at", "leave_at")), strict=False):
+        trained(tmp_path / f"{how}{step}", make, **{how: step}, **options)
+        assert trained(tmp_path / f"{how}{step}", make, **options).finished
+        assert equal(tmp_path / "whole", tmp_path / f"{how}{step}") == [], (how, step)
 
 
 def accumulating(run: harness.Run):
