@@ -6,6 +6,7 @@ Tensors can be renamed where names have changed. A table lists what does not fit
 from __future__ import annotations
 
 import re
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -190,7 +191,7 @@ def fit(
             not valid. No module has been changed.
     """
     saved = {
-        name: _renamed(state.to_live(unwrap(module), part.value), rename, where)
+        name: _renamed(unwrap(module), part.value, rename, where)
         for name, (module, part) in pairs.items()
     }
     fits = {name: _fitted(unwrap(module), saved[name][0]) for name, (module, _) in pairs.items()}
@@ -220,9 +221,9 @@ def _full(name: str, key: str, several: Mapping[str, Any]) -> str:
 
 
 def _renamed(
-    saved: Mapping[str, Any], rename: Mapping[str, str], where: str
-) -> tuple[dict[str, Any], set[str]]:
-    """Return the state dict under its new names, and the patterns that matched a name."""
+    module: nn.Module, saved: Mapping[str, Any], rename: Mapping[str, str], where: str
+) -> tuple[Mapping[str, Any], set[str]]:
+    """Return the state dict under the module's names, and the patterns that matched a name."""
     renamed, used = {key: key for key in saved}, set()
     for pattern, replacement in rename.items():
         try:
@@ -235,7 +236,17 @@ def _renamed(
     if len(set(renamed.values())) < len(renamed):
         twice = next(new for new in renamed.values() if list(renamed.values()).count(new) > 1)
         raise UsageError(f"init.rename gives two tensors of {where} one name", f"found: {twice}")
-    return {new: saved[key] for key, new in renamed.items()}, used
+    made = OrderedDict((new, saved[key]) for key, new in renamed.items())
+    if hasattr(saved, "_metadata"):
+        paths: dict[str, str] = {}
+        for key, new in renamed.items():
+            while key and key.rpartition(".")[2] == new.rpartition(".")[2]:
+                key, new = _path(key), _path(new)
+                paths.setdefault(key, new)
+        made._metadata = {  # type: ignore[attr-defined]
+            paths.get(path, path): version for path, version in saved._metadata.items()
+        }
+    return state.to_live(module, made), used
 
 
 def _fitted(
@@ -244,10 +255,12 @@ def _fitted(
     """Merge the tensors that fit into the module's state dict, without loading it.
 
     Returns:
-        The module's complete state dict with the saved values that fit, their names, and the
-        mismatches as rows (kind, name, own shape, saved shape).
+        The module's complete state dict with the saved values that fit and the versions of the
+        submodules that they are of, their names, and the mismatches as rows (kind, name, own shape,
+        saved shape).
     """
     own = module.state_dict()
+    versions = getattr(saved, "_metadata", {})
     saved = dict(saved)
     places = {
         _place(own[key]): key for key in own if key in saved and isinstance(own[key], torch.Tensor)
@@ -264,7 +277,22 @@ def _fitted(
         rows = [row for row in rows if row[0] != "missing"]
     bad = {key for _, key, _, _ in rows}
     taken = [key for key in own if key in saved and key not in bad]
-    return {key: saved[key] if key in taken else own[key] for key in own}, taken, rows
+    merged = OrderedDict((key, saved[key] if key in taken else own[key]) for key in own)
+    of_file = {key[:dot] for key in taken for dot in (0, *_dots(key))}
+    merged._metadata = {  # type: ignore[attr-defined]
+        path: versions.get(path, {}) if path in of_file else version
+        for path, version in getattr(own, "_metadata", {}).items()
+    }
+    return merged, taken, rows
+
+
+def _dots(key: str) -> list[int]:
+    return [at for at, character in enumerate(key) if character == "."]
+
+
+def _path(key: str) -> str:
+    """Return the path of the submodule that an entry of a state dict belongs to."""
+    return key.rpartition(".")[0]
 
 
 def _place(tensor: torch.Tensor) -> tuple[int, int, tuple[int, ...]]:

@@ -87,6 +87,17 @@ def uninterrupted(tmp_path_factory):
     return directory
 
 
+class Versioned(nn.Linear):
+    """As PyTorch documents it: state of an older version is migrated."""
+
+    _version = 2
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *rest):
+        if local_metadata.get("version") is None or local_metadata["version"] < 2:
+            state_dict[prefix + "bias"] = state_dict[prefix + "bias"] + 1
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+
+
 class Custom:
     """Something with a state of its own."""
 

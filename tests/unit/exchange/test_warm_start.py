@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from conftest import alone, events, kill_tree, run, start, torchrun, wait_until
 from conftest import harness as program
+from library_runs import Versioned
 from recipe_runs import (
     PAIR,
     TASK,
@@ -813,6 +814,38 @@ def test_tied_weights_are_loaded_from_what_keeps_them_once(tmp_path: Path) -> No
             torch.equal(target.embedding.weight, source.embedding.weight)
             and target.head.weight is target.embedding.weight
         )
+
+
+@pytest.mark.parametrize(
+    ("named", "older", "more"),
+    [("", False, 0), ("body.", False, 0), ("", True, 1), ("body.", True, 1)],
+)
+def test_modules_with_versions_are_migrated_only_from_an_older_one(tmp_path, named, older, more):
+    def versioned() -> list[Versioned]:
+        return [Versioned(4, 4), Versioned(4, 1)]
+
+    def joined(first: Versioned, second: Versioned) -> torch.nn.Module:
+        return torch.nn.Sequential(first, torch.nn.Sequential(second))
+
+    source, target = versioned(), versioned()
+    whole = torch.nn.ModuleDict({"body": joined(*source)}) if named else joined(*source)
+    held = whole.state_dict()
+    for version in held._metadata.values() if older else ():  # type: ignore[attr-defined]
+        version["version"] = 1
+    torch.save(held, tmp_path / "a.pt")
+    harness.load_weights(joined(*target), tmp_path / "a.pt", rename={f"^{named}": ""})
+    for mine, theirs in zip(target, source, strict=True):
+        assert torch.equal(mine.weight, theirs.weight)
+        assert torch.equal(mine.bias, theirs.bias + more)
+
+
+def test_a_module_that_keeps_its_values_is_not_migrated(tmp_path):
+    source, taken, kept = Versioned(4, 4), Versioned(4, 4), Versioned(4, 2)
+    before = kept.bias.clone()
+    held = torch.nn.Sequential(source, Versioned(4, 1)).state_dict()
+    torch.save(dict(held), tmp_path / "a.pt")  # without versions
+    harness.load_weights(torch.nn.Sequential(taken, kept), tmp_path / "a.pt", strict=False)
+    assert torch.equal(taken.bias, source.bias + 1) and torch.equal(kept.bias, before)
 
 
 def test_the_line_in_the_record_says_where_the_weights_came_from(

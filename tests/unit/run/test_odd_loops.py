@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import run
-from library_runs import newest
+from library_runs import Versioned, newest
 from loop_data import Stream, points
 from torch import nn
 
@@ -75,17 +75,6 @@ def simple(
         return loss
 
     return step
-
-
-class Versioned(nn.Linear):
-    """As PyTorch documents it: state of an older version is migrated."""
-
-    _version = 2
-
-    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *rest):
-        if local_metadata.get("version") is None or local_metadata["version"] < 2:
-            state_dict[prefix + "bias"] = state_dict[prefix + "bias"] + 1
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
 
 
 def test_a_module_with_versions_is_not_migrated_at_each_start(tmp_path):
