@@ -93,9 +93,15 @@ def to_yaml(settings: dict[str, Any]) -> str:
 
 def digest(settings: dict[str, Any]) -> str:
     """Return the first 16 hex digits of the SHA-256 of the settings."""
-    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[
-        :16
-    ]
+    text = json.dumps(_with_text_keys(settings), sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _with_text_keys(value: Any) -> Any:
+    """Return the value with keys that can be sorted together."""
+    if isinstance(value, dict):
+        return {str(key): _with_text_keys(item) for key, item in value.items()}
+    return [_with_text_keys(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 @dataclass(frozen=True)
@@ -105,11 +111,7 @@ class Change:
     name: str
     old: Any
     new: Any
-
-    @property
-    def is_free(self) -> bool:
-        """Return True if the setting may change without changing the trained model."""
-        return self.name.startswith(FREE)
+    is_free: bool  # whether it may change without changing the trained model
 
     def __str__(self) -> str:
         return f"{self.name}: {self.old!r} -> {self.new!r}"
@@ -119,11 +121,32 @@ def changes(old: dict[str, Any], new: dict[str, Any]) -> list[Change]:
     """Return every setting that differs, sorted by name; `task.args` itself is left out."""
     was, now = stored_under_todays_names(old), stored_under_todays_names(new)
     names = sorted((was.keys() | now.keys()) - {"task.args"})
+    is_of_train = _is_of_train(new)
     return [
-        Change(name, was.get(name), now.get(name))
+        Change(name, was.get(name), now.get(name), is_of_train and _may_change(name))
         for name in names
-        if was.get(name) != now.get(name)
+        if not _is_equal(was.get(name), now.get(name))
     ]
+
+
+def _is_equal(old: Any, new: Any) -> bool:
+    """Return whether two values are equal; NaN is equal to NaN."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        return old.keys() == new.keys() and all(_is_equal(old[key], new[key]) for key in old)
+    if isinstance(old, list | tuple) and isinstance(new, list | tuple):
+        return len(old) == len(new) and all(map(_is_equal, old, new))
+    if hasattr(old, "shape") and hasattr(new, "shape"):  # tensors
+        return bool(old.shape == new.shape and (old == new).all())
+    return bool(old == new or (old != old and new != new))
+
+
+def _is_of_train(settings: dict[str, Any]) -> bool:
+    """Return whether these are settings as `train.py` stores them, not a program's own config."""
+    return settings.keys() >= {"run", "task", "train", "data", "checkpoint"}
+
+
+def _may_change(name: str) -> bool:
+    return any(name == free or (free.endswith(".") and name.startswith(free)) for free in FREE)
 
 
 def check_changes(
@@ -131,7 +154,8 @@ def check_changes(
 ) -> list[Change]:
     """Return the changes of the settings, if all of them are allowed.
 
-    Settings of `resume` and `init` are not compared, since they concern only this start.
+    Settings of `resume` and `init` are not compared, since they concern only this start. In the
+    config of a program with a loop of its own every name is its own: each change is refused.
 
     Args:
         old: Settings of the previous attempt.
@@ -142,9 +166,8 @@ def check_changes(
     Raises:
         UsageError: With every change that would alter the training trajectory and is not allowed.
     """
-    changed = [
-        change for change in changes(old, new) if not change.name.startswith(("resume.", "init."))
-    ]
+    of_this_start = ("resume.", "init.") if _is_of_train(new) else ()
+    changed = [change for change in changes(old, new) if not change.name.startswith(of_this_start)]
     refused = (
         []
         if "config" in accept

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from harness.config.defaults import defaults
@@ -23,6 +23,8 @@ from harness.errors import UsageError
 from harness.store.urls import redacted
 from harness.text import say
 
+NATIVE = (str, int, float, bool, type(None))
+
 
 def read(file: str | None, overrides: list[str]) -> tuple[Config, dict[str, Any]]:
     """Read and check the settings; see `harness.config.load`."""
@@ -31,6 +33,9 @@ def read(file: str | None, overrides: list[str]) -> tuple[Config, dict[str, Any]
     merged = defaults()
     known = flatten(_plain(merged, resolve=False))
     for name, value, origin in settings:
+        if _lacks(value):
+            problems.append(f"{name} ({origin}): '???' stands for a value that is missing")
+            continue
         if value is None and any(other.startswith(f"{name}.") for other in known):
             continue  # an empty section
         if name not in known and not name.startswith("task.args."):
@@ -93,7 +98,7 @@ def _file_settings(file: str | None, problems: list[str]) -> list[tuple[str, Any
             f"--config {file}: expected names and values, found a {type(content).__name__}"
         )
         return []
-    return [(name, value, str(file)) for name, value in flatten(content).items()]
+    return _named(content, _unread(Path(file).read_text()), str(file))
 
 
 def _line_settings(overrides: list[str], problems: list[str]) -> list[tuple[str, Any, str]]:
@@ -109,11 +114,44 @@ def _line_settings(overrides: list[str], problems: list[str]) -> list[tuple[str,
         except (OmegaConfBaseException, yaml.YAMLError) as error:
             problems.append(f"{text!r}: cannot be read: {' '.join(str(error).split())}")
             continue
-        settings += [
-            (key, value, "command line")
-            for key, value in flatten(parsed).items()  # type: ignore[arg-type]
-        ]
+        settings += _named(parsed, nested(name, _unread(text.partition("=")[2])), "command line")
     return settings
+
+
+def _named(parsed: Any, written: Any, origin: str) -> list[tuple[str, Any, str]]:
+    """Return name, value and origin of each setting; of those that are text, as it is written.
+
+    YAML reads `2024_10_01`, `0123` and `off` as numbers and as False.
+
+    Args:
+        parsed: The settings as YAML reads them.
+        written: The same settings with every value as text.
+        origin: Where they are from, for messages.
+    """
+    texts = {of.name for of in all_settings() if of.kind in ("str", "str | None")}
+    lists = {of.name for of in all_settings() if of.kind == "list[str]"}
+    raw = flatten(written, whole_arguments=True) if isinstance(written, dict) else {}
+    settings = []
+    for name, value in flatten(parsed, whole_arguments=True).items():
+        if name in texts:
+            value = _text(value, raw.get(name))
+        elif name in lists and isinstance(value, list) and isinstance(raw.get(name), list):
+            value = [_text(item, text) for item, text in zip(value, raw[name], strict=True)]
+        settings.append((name, value, origin))
+    return settings
+
+
+def _text(value: Any, written: Any) -> Any:
+    is_misread = isinstance(value, bool | int | float) and isinstance(written, str)
+    return written if is_misread else value
+
+
+def _unread(text: str) -> Any:
+    """Return what a YAML text holds with every value as text; None if it is not YAML."""
+    try:
+        return yaml.load(text, Loader=yaml.BaseLoader)
+    except yaml.YAMLError:
+        return None
 
 
 def _renamed(settings: list[tuple[str, Any, str]]) -> list[tuple[str, Any, str]]:
@@ -145,6 +183,27 @@ def _nearest(name: str, known: list[str]) -> str:
     return f". Did you mean {guess[0]}?" if guess else ""
 
 
+def _lacks(value: Any) -> bool:
+    """Return whether a value is omegaconf's mark for a missing one, or holds it."""
+    if isinstance(value, dict):
+        return any(map(_lacks, value.values()))
+    return any(map(_lacks, value)) if isinstance(value, list) else value == MISSING
+
+
 def to_yaml(settings: dict[str, Any]) -> str:
-    """Return the settings as YAML text."""
-    return OmegaConf.to_yaml(OmegaConf.create(settings))
+    """Return the settings as YAML text; what YAML has no form for is written as text."""
+    try:
+        return OmegaConf.to_yaml(OmegaConf.create(settings))
+    except OmegaConfBaseException:
+        return str(yaml.safe_dump(_spelled(settings), sort_keys=False, allow_unicode=True))
+
+
+def _spelled(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {
+            key if isinstance(key, NATIVE) else str(key): _spelled(item)
+            for key, item in value.items()
+        }
+    if isinstance(value, list | tuple):
+        return [_spelled(item) for item in value]
+    return value if isinstance(value, NATIVE) else str(value)

@@ -7,6 +7,7 @@ from typing import Any
 
 from harness.config.schema import WHOLE
 
+ARGUMENTS = "task.args."  # what the names of the task's arguments begin with
 # Earlier names of settings, for ever in the settings that a checkpoint holds.
 KEPT_REMOTELY = {
     "store.keep_last": "last",
@@ -38,11 +39,14 @@ def renamed(settings: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any, str
             yield name, value, ""
 
 
-def stored_under_todays_names(stored: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of a checkpoint, with dotted names, under today's names."""
+def stored_under_todays_names(
+    stored: Mapping[str, Any], *, whole_arguments: bool = False
+) -> dict[str, Any]:
+    """Return the settings of a checkpoint, with dotted names (see `flatten`), as named today."""
     settings: dict[str, Any] = {}
     kept: dict[str, Any] = {}
-    for name, value, earlier in renamed(flatten(dict(stored)).items()):
+    flat = flatten(dict(stored), whole_arguments=whole_arguments)
+    for name, value, earlier in renamed(flat.items()):
         if earlier and name == "store.keep":
             kept |= {key: number for key, number in value.items() if number is not None}
             settings[name] = kept
@@ -52,23 +56,37 @@ def stored_under_todays_names(stored: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def nested(name: str, value: Any) -> dict[str, Any]:
-    """Return nested dicts for a dotted name: {"a": {"b": 1}} for "a.b" and 1."""
-    for part in reversed(name.split(".")):
+    """Return nested dicts for a dotted name: {"a": {"b": 1}} for "a.b" and 1.
+
+    What follows `task.args.` is one key: the name of an argument of a task may have dots in it.
+    """
+    for part in reversed(name.split(".", 2 if name.startswith(ARGUMENTS) else -1)):
         value = {part: value}
     return value  # type: ignore[no-any-return]
 
 
-def flatten(nested: dict[Any, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(
+    nested: dict[Any, Any], prefix: str = "", *, whole_arguments: bool = False
+) -> dict[str, Any]:
     """Convert nested dicts to dotted names: {"a": {"b": 1}} becomes {"a.b": 1}.
 
     Lists, empty dicts and the dicts named in `WHOLE` are not split.
+
+    Args:
+        nested: The settings.
+        prefix: What the names begin with.
+        whole_arguments: Do not split the arguments of the task either. Their keys may be numbers or
+            have dots in them; both would be lost.
     """
     flat: dict[str, Any] = {}
     for key, value in nested.items():
         name = f"{prefix}{key}"
         flat |= (
-            flatten(value, f"{name}.")
-            if isinstance(value, dict) and value and name not in WHOLE
+            flatten(value, f"{name}.", whole_arguments=whole_arguments)
+            if isinstance(value, dict)
+            and value
+            and name not in WHOLE
+            and not (whole_arguments and name.startswith(ARGUMENTS))
             else {name: value}
         )
     return flat

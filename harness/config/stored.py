@@ -23,7 +23,7 @@ def restored(stored: Mapping[str, Any]) -> Config:
     try:
         settings = {
             SPELLED.get(name, name): value
-            for name, value in stored_under_todays_names(stored).items()
+            for name, value in stored_under_todays_names(stored, whole_arguments=True).items()
         }
         merged = defaults()
         for name, value in settings.items():

@@ -24,6 +24,7 @@ class Setting(NamedTuple):
     meaning: str
     rule: Rule | None
     argument: str  # of `harness.init`, `Run.batches` or `Run.steps`; "" if it is none
+    kind: str  # its type, as `schema.py` spells it
 
     @property
     def allowed(self) -> str:
@@ -54,6 +55,7 @@ def _settings() -> Iterator[Setting]:
                 field.metadata["meaning"],
                 rule,
                 field.metadata["argument"],
+                str(field.type),
             )
 
 

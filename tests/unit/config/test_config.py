@@ -8,6 +8,7 @@ import inspect
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from conftest import REPO, alone
 from remote_lives import run_forked
@@ -293,6 +294,82 @@ def test_only_what_is_overridden_is_let_through():
         config.check_changes(old, new, [], ["task.args.lr"])
     assert "train.seed: 1 -> 5" in caught.value.found
     assert "task.args.lr" not in caught.value.found and "run.dir" not in caught.value.found
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ({"init": {"dropout": 0.1}}, {"init": {"dropout": 0.5}}),
+        ({"resume": {"rate": 1}}, {"resume": {"rate": 2}}),
+        ({"run": {"lr": 0.1}}, {"run": {"lr": 0.9}}),
+        ({"train": {"epochs": 3, "epochs_frozen": 1}}, {"train": {"epochs": 3}}),
+        ({"w": torch.ones(2)}, {"w": torch.zeros(2)}),
+    ],
+)
+def test_the_names_in_a_programs_own_config_are_its_own(old, new):
+    with pytest.raises(UsageError, match="not the one that this run was trained with"):
+        config.check_changes(old, new, [], [])
+    assert config.check_changes(old, old, [], []) == []
+
+
+def test_a_value_that_is_no_number_is_no_change():
+    nan = {"a": float("nan"), "b": [1, {"c": float("nan")}]}
+    other = {"a": float("nan"), "b": [1, {"c": float("nan")}]}
+    assert config.check_changes(nan, other, [], []) == []
+
+
+@pytest.mark.parametrize(
+    "value",
+    [torch.device("cpu"), torch.bfloat16, torch.ones(2), 1j, "an open ${", {None: 1, 2: 3, "a": 4}],
+)
+def test_any_config_of_a_program_is_written_and_has_a_digest(value):
+    text = config.to_yaml({"lr": 0.1, "value": value})
+    assert config.from_yaml(text.encode())["lr"] == 0.1
+    assert len(config.digest({"value": value})) == 16
+
+
+ARGUMENTS = """
+task:
+  name: here:build
+  args:
+    lr_at: {10: 0.01, 20: 0.001}
+    scale: {encoder.weight: 0.1, body: {depth: 2}}
+    a.b: 1
+"""
+
+
+def test_the_arguments_of_a_task_keep_their_keys(tmp_path):
+    (tmp_path / "a.yaml").write_text(ARGUMENTS)
+    settings, stored = config.load(str(tmp_path / "a.yaml"), ["task.args.scale.body.depth=3"])
+    expected = {
+        "lr_at": {10: 0.01, 20: 0.001},
+        "scale": {"encoder.weight": 0.1, "body": {"depth": 3}},
+        "a.b": 1,
+    }
+    assert settings.task.args == stored["task"]["args"] == restored(stored).task.args == expected
+
+
+@pytest.mark.parametrize("written", ["2024_10_01", "0123", "1e3", "off", "1_0", "0x1f", "12:30"])
+def test_what_is_text_is_taken_as_it_is_written(tmp_path, written):
+    (tmp_path / "a.yaml").write_text(f"run:\n  dir: {written}\n  loop: [loop.py, {written}]\n")
+    for file, line in (
+        (str(tmp_path / "a.yaml"), []),
+        (None, [f"run.dir={written}", f"run.loop=[loop.py, {written}]"]),
+        (None, [f"run={{dir: {written}, loop: [loop.py, '{written}']}}"]),
+    ):
+        settings, _ = config.load(file, line)
+        assert settings.run.dir == written and settings.run.loop == ["loop.py", written]
+
+
+def test_what_is_quoted_or_null_is_taken_as_yaml_has_it():
+    settings, _ = config.load(None, ["run.dir='0123'", "run.remote=null", "train.epochs=0x10"])
+    assert (settings.run.dir, settings.run.remote, settings.train.epochs) == ("0123", None, 16)
+
+
+@pytest.mark.parametrize("line", ["run.dir=???", "task.args.x=???", "task.args.x={a: '???'}"])
+def test_a_value_that_is_missing_is_a_problem(line):
+    with pytest.raises(UsageError, match="stands for a value that is missing"):
+        config.load(None, [line])
 
 
 def test_settings_that_came_or_went_are_changes():
