@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from harness.config.names import flatten, nested, stored_under_todays_names
+from harness.config.names import RESOLVED, flatten, nested, stored_under_todays_names
 from harness.config.schema import FREE, Config
 from harness.config.table import arguments, help_text
 from harness.errors import UsageError
@@ -88,7 +88,7 @@ def to_yaml(settings: dict[str, Any]) -> str:
         return "{}\n"
     from harness.config import loader
 
-    return loader.to_yaml(settings)
+    return loader.to_yaml({name: of for name, of in settings.items() if name != RESOLVED})
 
 
 def digest(settings: dict[str, Any]) -> str:
@@ -114,6 +114,8 @@ class Change:
     is_free: bool  # whether it may change without changing the trained model
 
     def __str__(self) -> str:
+        if _is_equal(self.old, self.new):
+            return f"{self.name}: {self.new!r} has another value than before"
         return f"{self.name}: {self.old!r} -> {self.new!r}"
 
 
@@ -121,12 +123,18 @@ def changes(old: dict[str, Any], new: dict[str, Any]) -> list[Change]:
     """Return every setting that differs, sorted by name; `task.args` itself is left out."""
     was, now = stored_under_todays_names(old), stored_under_todays_names(new)
     names = sorted((was.keys() | now.keys()) - {"task.args"})
-    is_of_train = _is_of_train(new)
+    digests, is_of_train = (old.get(RESOLVED), new.get(RESOLVED)), _is_of_train(new)
     return [
         Change(name, was.get(name), now.get(name), is_of_train and _may_change(name))
         for name in names
-        if not _is_equal(was.get(name), now.get(name))
+        if not _is_equal(was.get(name), now.get(name)) or _has_other_value(name, *digests)
     ]
+
+
+def _has_other_value(name: str, old: Any, new: Any) -> bool:
+    """Return whether an interpolation has another value than before, where both are known."""
+    both = isinstance(old, dict) and isinstance(new, dict) and name in old and name in new
+    return bool(both and old[name] != new[name])
 
 
 def _is_equal(old: Any, new: Any) -> bool:

@@ -7,6 +7,7 @@ imports.
 from __future__ import annotations
 
 import difflib
+import hashlib
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from harness.config.defaults import defaults
-from harness.config.names import TODAY, flatten, nested, renamed
+from harness.config.names import RESOLVED, TODAY, flatten, nested, renamed
 from harness.config.schema import SPELLED, Config
 from harness.config.table import settings as all_settings
 from harness.errors import UsageError
@@ -65,7 +66,19 @@ def read(file: str | None, overrides: list[str]) -> tuple[Config, dict[str, Any]
             "\n".join(f"  {line}" for line in problems),
             "Nothing was started.",
         )
-    return OmegaConf.to_object(merged), _plain(merged, resolve=False)  # type: ignore[return-value]
+    stored = _plain(merged, resolve=False)
+    if digests := _of_interpolations(flatten(stored), flatten(_plain(merged, resolve=True))):
+        stored[RESOLVED] = digests
+    return OmegaConf.to_object(merged), stored  # type: ignore[return-value]
+
+
+def _of_interpolations(written: dict[str, Any], resolved: dict[str, Any]) -> dict[str, str]:
+    """Return a digest of the value of each setting that is written as an interpolation."""
+    return {
+        name: hashlib.sha256(f"{name}={resolved.get(name)!r}".encode()).hexdigest()[:16]
+        for name, value in written.items()
+        if "${" in str(value)
+    }
 
 
 def names(file: str | None, overrides: list[str]) -> set[str]:

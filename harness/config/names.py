@@ -7,6 +7,9 @@ from typing import Any
 
 from harness.config.schema import WHOLE
 
+# Beside the stored settings: digests of the values that interpolations have, by setting. The values
+# themselves may be secret.
+RESOLVED = "digests of interpolations"
 ARGUMENTS = "task.args."  # what the names of the task's arguments begin with
 # Earlier names of settings, for ever in the settings that a checkpoint holds.
 KEPT_REMOTELY = {
@@ -45,7 +48,8 @@ def stored_under_todays_names(
     """Return the settings of a checkpoint, with dotted names (see `flatten`), as named today."""
     settings: dict[str, Any] = {}
     kept: dict[str, Any] = {}
-    flat = flatten(dict(stored), whole_arguments=whole_arguments)
+    own = {name: value for name, value in stored.items() if name != RESOLVED}
+    flat = flatten(own, whole_arguments=whole_arguments)
     for name, value, earlier in renamed(flat.items()):
         if earlier and name == "store.keep":
             kept |= {key: number for key, number in value.items() if number is not None}

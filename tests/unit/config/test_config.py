@@ -16,6 +16,7 @@ from remote_lives import run_forked
 import harness
 from harness import cli, config, train
 from harness.config import settings_page, table
+from harness.config.names import RESOLVED
 from harness.config.stored import restored
 from harness.errors import EXIT_USAGE, UsageError
 
@@ -310,6 +311,21 @@ def test_the_names_in_a_programs_own_config_are_its_own(old, new):
     with pytest.raises(UsageError, match="not the one that this run was trained with"):
         config.check_changes(old, new, [], [])
     assert config.check_changes(old, old, [], []) == []
+
+
+def test_an_interpolation_that_has_another_value_is_a_change(monkeypatch):
+    line = ["task.args.lr=${oc.env:RATE}", "run.dir=${oc.env:RATE}"]
+    monkeypatch.setenv("RATE", "0.5")
+    old, same = stored_of(*line), stored_of(*line)
+    assert "0.5" not in str(old) and config.check_changes(old, same, [], []) == []
+    assert restored(old).task.args["lr"] == "0.5" and "digests" not in config.to_yaml(old)
+    monkeypatch.setenv("RATE", "0.25")
+    new = stored_of(*line)
+    with pytest.raises(UsageError, match="has another value than before") as caught:
+        config.check_changes(old, new, [], [])
+    assert "0.25" not in str(caught.value) and "run.dir" not in str(caught.value).split("Put")[0]
+    without = {name: of for name, of in old.items() if name != RESOLVED}
+    assert config.check_changes(without, new, [], []) == [], "an older checkpoint"
 
 
 def test_a_value_that_is_no_number_is_no_change():
