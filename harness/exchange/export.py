@@ -115,17 +115,26 @@ def _exported(checkpoint: str | Path, out: str, asked: ExportOptions) -> str:
         )
     # Data and modules may draw random numbers, so the generators are restored afterwards.
     with kept_generators(), _scratch(store, key) as path:
-        lines = _written(_writer(loaded, held, asked), path, out)
+        write, notes = _writer(loaded, held, asked)
+        lines = _written(write, path, out)
         _put(path, store, key)
     name = json.dumps(Path(out).name, ensure_ascii=False)
-    return "\n".join([_origin(loaded), "", *(line.replace('"OUT"', name) for line in lines)])
+    return "\n".join(
+        [_origin(loaded), *notes, "", *(line.replace('"OUT"', name) for line in lines)]
+    )
 
 
-def _writer(loaded: Loaded, held: Mapping[str, Part], asked: ExportOptions) -> Write:
-    """Return a writer for the format that is asked for; build the task if the format needs it."""
+def _writer(
+    loaded: Loaded, held: Mapping[str, Part], asked: ExportOptions
+) -> tuple[Write, list[str]]:
+    """Return a writer for the format that is asked for, and notes on what is not in its file.
+
+    The task is built if the format needs it.
+    """
     if asked.format not in ("module", *PROGRAMS):
         lone = asked.module is not None or len(held) == 1
-        return _of_data(loaded, held, asked.format, lone=lone, legacy=asked.legacy)
+        write = _of_data(loaded, held, asked.format, lone=lone, legacy=asked.legacy)
+        return write, rebuild.missing_in_weights(loaded, held)
     rebuilt = rebuild.build_module(
         loaded,
         next(iter(held)),
@@ -134,7 +143,7 @@ def _writer(loaded: Loaded, held: Mapping[str, Part], asked: ExportOptions) -> W
         ema=asked.ema,
         trust=asked.trust,
     )
-    return _of_code(rebuilt, asked.format, asked.legacy)
+    return _of_code(rebuilt, asked.format, asked.legacy), list(rebuilt.notes)
 
 
 def _written(write: Write, path: Path, out: str) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,9 @@ from harness.exchange import files, recognise
 from harness.exchange.files import Loaded
 from harness.exchange.recognise import MODULE, Part
 from harness.task import Task, find, named
+from harness.text import say
+from harness.tracking.attribute_values import BUFFER
+from harness.tracking.attributes import Changed, as_built, restore_changed
 
 
 def load_model(
@@ -37,6 +41,10 @@ def load_model(
     The run's task rebuilds the module with the arguments stored in the run's settings. A task of
     this package is called by the name in the settings. Any other task is called only if the caller
     names it (`task`) or trusts the file (`trust`). The random number generators are unchanged.
+
+    Beside the weights, what training changed of the module is set: plain attributes and buffers
+    that are not persistent. If the module is built with other values than it was then, these
+    stand, and a warning names them.
 
     Args:
         source: Directory or URL of a run, or one of its checkpoints.
@@ -59,27 +67,36 @@ def load_model(
     loaded = files.read_any(source, which)
     if into is not None:
         into_name = module or "model"
-        fill({into_name: into}, loaded, ema=ema)
+        _warn(fill({into_name: into}, loaded, ema=ema))
         return into.eval()
     settings = settings_of(loaded)
     if task is not None:
         settings = dataclasses.replace(settings, task=dataclasses.replace(settings.task, name=task))
     modules = named(build(settings, named_by_file=task is None and not trust).modules, "model")
     chosen = pick(modules, module, loaded.file.where)
-    fill(chosen, loaded, ema=ema)
+    _warn(fill(chosen, loaded, ema=ema))
     for each in chosen.values():
         each.eval()
     return next(iter(chosen.values())) if module is not None or len(modules) == 1 else chosen
 
 
+def _warn(messages: Sequence[str]) -> None:
+    for message in messages:
+        say(f"harness: warning: {message}", sys.stderr)
+
+
 @dataclass(frozen=True)
 class Rebuilt:
-    """One module of a task, in eval mode and with the weights of a file."""
+    """One module of a task, in eval mode and with the weights of a file.
+
+    `notes` name what training changed of the module and could not be set.
+    """
 
     job: Task
     task_name: str
     name: str
     module: nn.Module
+    notes: Sequence[str]
 
 
 def build_module(
@@ -111,8 +128,8 @@ def build_module(
     modules = named(job.modules, "model")
     name = name if name in modules or len(modules) > 1 else next(iter(modules))
     picked = pick(modules, name, chosen.task.name)
-    fill(picked, loaded, ema=ema)
-    return Rebuilt(job, chosen.task.name, name, picked[name].eval())
+    notes = fill(picked, loaded, ema=ema)
+    return Rebuilt(job, chosen.task.name, name, picked[name].eval(), notes)
 
 
 def settings_of(loaded: Loaded) -> Config:
@@ -219,21 +236,49 @@ def states(loaded: Loaded, *, ema: bool = False) -> dict[str, Part]:
             f"found: {', '.join(modules)}",
             "They are kept when train.ema_decay is set.",
         )
-    return {name: modules[average] for name, average in averages.items()}
+    return {
+        name: dataclasses.replace(
+            modules[average], note=recognise.beside_note(_of_average(loaded, name))
+        )
+        for name, average in averages.items()
+    }
 
 
-def fill(modules: Mapping[str, nn.Module], loaded: Loaded, *, ema: bool = False) -> None:
-    """Load a file's weights, or their averages, into the modules.
+def missing_in_weights(loaded: Loaded, held: Mapping[str, Part]) -> list[str]:
+    """Return a line for each module of which a file of weights cannot hold everything."""
+    return [
+        f"not in the file: {name}, {part.note}; set it after loading, or take --format module"
+        for name, part in held.items()
+        if part.note and recognise.is_ours(loaded.value)
+    ]
+
+
+def _of_average(loaded: Loaded, name: str) -> dict[str, dict[str, dict[str, Any]]]:
+    """Return what training changed of a module and its average took over: its buffers."""
+    kept = {
+        path: {key: entry for key, entry in of_part.items() if key.startswith(BUFFER)}
+        for path, of_part in recognise.changed(loaded.value, name).items()
+    }
+    return {path: of_part for path, of_part in kept.items() if of_part}
+
+
+def fill(modules: Mapping[str, nn.Module], loaded: Loaded, *, ema: bool = False) -> list[str]:
+    """Load a file's weights, or their averages, into the modules, and what training changed beside.
+
+    Returns:
+        A message for each attribute that keeps the value of the module as built.
 
     Raises:
         UsageError: A module has no weights in the file, or they do not fit; the message then holds
             a table. No module has been changed.
     """
     held = states(loaded, ema=ema)
-    modules = {name: each for name, each in modules.items() if each.state_dict()}
+    every, modules = modules, {name: each for name, each in modules.items() if each.state_dict()}
+    in_file = {name: name for name in every}  # names of the modules
     for name in modules:
         if name not in held and len(modules) == len(held) == 1:
-            held = {name: next(iter(held.values()))}
+            in_file[name], part = next(iter(held.items()))
+            held = {name: part}
         if name not in held:
             raise UsageError(
                 f"{loaded.file.where} holds no weights of {name!r}", f"found: {', '.join(held)}"
@@ -241,5 +286,12 @@ def fill(modules: Mapping[str, nn.Module], loaded: Loaded, *, ema: bool = False)
     saved = {name: state.to_live(each, held[name].value) for name, each in modules.items()}
     for name, each in modules.items():
         state.check_tensors(name, each.state_dict(), saved[name], loaded.file.where)
+    changed: Changed = {
+        name: _of_average(loaded, source) if ema else recognise.changed(loaded.value, source)
+        for name, source in in_file.items()
+    }
+    # Before the weights: a module's own load_state_dict may set more than tensors.
+    built = as_built({name: every[name] for name, kept in changed.items() if kept})
     for name, each in modules.items():
         each.load_state_dict(saved[name])
+    return restore_changed(every, built, changed)

@@ -21,6 +21,7 @@ from harness import state
 from harness.errors import UsageError
 from harness.exchange.files import Loaded
 from harness.exchange.safe_unpickle import NotLoaded
+from harness.tracking.attribute_values import ABSENT, BUFFER, REQUIRES_GRAD, joined, spelled
 
 MODULE = "module"
 OPTIMIZER = "optimizer"
@@ -46,6 +47,7 @@ NAMES = {
     "loss": "loss train_loss val_loss best_loss",
 }
 CALLED = {word: name for name, spellings in NAMES.items() for word in spellings.split()}
+MOST_NAMED = 5  # attributes of a module in one note
 COMPILED = re.compile(r"(^|\.)_orig_mod\.")
 # The kind of optimizer that has a setting of a given name in its parameter groups; first match.
 KINDS = (
@@ -66,7 +68,8 @@ KINDS = (
 class Part:
     """One entry of a file: its kind, its key in the file, its name in this harness, its value.
 
-    `note` holds further facts, such as the kind of optimizer or the prefixes that were removed.
+    `note` holds further facts: the kind of optimizer, the prefixes that were removed, what training
+    changed of a module that is not in its state dict.
     """
 
     kind: str
@@ -99,7 +102,7 @@ def recognise(loaded: Loaded) -> list[Part]:
         return [Part(MODULE, "", "model", *_bare(value))]
     # A checkpoint of this harness. Its names hold no wrapper prefixes, except those of compiled
     # parts in older files.
-    ours = "format_version" in value
+    ours = value if is_ours(value) else None
     parts = []
     for key, item in value.items():
         several = key in ("optimizer_states", "lr_schedulers") and isinstance(item, list)
@@ -120,19 +123,19 @@ def recognise(loaded: Loaded) -> list[Part]:
     return parts
 
 
-def _part(key: str, word: str, value: Any, ours: bool) -> Part:
+def _part(key: str, word: str, value: Any, ours: Mapping[str, Any] | None) -> Part:
+    """Recognise one entry of a file; `ours` is the whole file if it is a checkpoint of a run."""
     if isinstance(value, nn.Module):
         value = value.state_dict()
     if is_optimizer(value):
         return Part(OPTIMIZER, key, _called(word, "optimizer"), value, optimizer_kind(value))
     # A checkpoint of this harness also holds other dicts of tensors, such as gradients.
-    if is_state(value) and (word.endswith("_state_dict") or not ours):
-        own = (
-            (word.removesuffix("_state_dict"), state.without_shells(None, value))
-            if ours
-            else (_called(word, "model"), *_bare(value))
-        )
-        return Part(MODULE, key, *own)
+    if is_state(value) and (word.endswith("_state_dict") or ours is None):
+        if ours is None:
+            return Part(MODULE, key, _called(word, "model"), *_bare(value))
+        name = word.removesuffix("_state_dict")
+        bare = state.without_shells(None, value)
+        return Part(MODULE, key, name, bare, beside_note(changed(ours, name)))
     if isinstance(value, Mapping) and "last_epoch" in value:
         return Part(SCHEDULER, key, _called(word, "scheduler"), value)
     if isinstance(value, Mapping) and {"scale", "growth_factor"} <= set(value):
@@ -148,6 +151,52 @@ def _part(key: str, word: str, value: Any, ours: bool) -> Part:
     if isinstance(value, int | float) and not isinstance(value, bool):
         return Part(NUMBER, key, CALLED.get(word.lower(), word), value)
     return Part(OTHER, key, word, value, _strange(value))
+
+
+def is_ours(value: Any) -> bool:
+    """Return whether the content of a file is a checkpoint of a run of this harness."""
+    return isinstance(value, Mapping) and "format_version" in value
+
+
+def changed(value: Any, name: str) -> dict[str, dict[str, dict[str, Any]]]:
+    """Return what training changed of a module and its state dict does not hold.
+
+    The modes are left out, and the devices of tensors: everything is loaded to the CPU. The state
+    dict is that of the first rank, and so is this if it differs from rank to rank.
+
+    Args:
+        value: The content of a file; of one that is no checkpoint of a run nothing is known.
+        name: Name of the module in the run.
+
+    Returns:
+        The entries of the checkpoint, by the path in the module and by the attribute.
+    """
+    if not is_ours(value):
+        return {}
+    own = value.get("own") or [{}]
+    of_parts = (value.get("attributes") or own[0].get("attributes") or {}).get(name, {})
+    kept = {
+        path: {
+            key: {word: each for word, each in entry.items() if word != "device"}
+            for key, entry in of_part.items()
+            if key != "training"
+        }
+        for path, of_part in of_parts.items()
+    }
+    return {path: of_part for path, of_part in kept.items() if of_part}
+
+
+def beside_note(kept: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
+    """Name what `changed` has returned, without what is frozen, or return "" if it is nothing."""
+    names = [
+        f"{joined(path, key.removeprefix(BUFFER))} = {spelled(entry.get('now', ABSENT))}"
+        for path, of_part in kept.items()
+        for key, entry in of_part.items()
+        if not key.endswith(REQUIRES_GRAD)
+    ]
+    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
+    named = ", ".join(names[:MOST_NAMED])
+    return f"changed in training and in no state dict: {named}{more}" if names else ""
 
 
 def _called(word: str, kind: str) -> str:

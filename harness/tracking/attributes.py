@@ -66,6 +66,36 @@ def as_built(tracked: Mapping[str, Any]) -> Built:
     }
 
 
+def restore_changed(tracked: Mapping[str, Any], as_built: Built, changed: Changed) -> list[str]:
+    """Set changed attributes of objects; return a message for each that keeps its own value.
+
+    An attribute is set only if its value as built is the same now as at the time of the save.
+
+    Args:
+        tracked: the objects by name.
+        as_built: their attributes as built.
+        changed: what to set.
+    """
+    messages = []
+    for name, of_parts in changed.items():
+        modules = dict(parts(tracked.get(name)))
+        for path, of_part in of_parts.items():
+            here = as_built.get(name, {}).get(path, {})
+            for key, kept in of_part.items():
+                then = kept.get("built", ABSENT)
+                now = kept.get("now", ABSENT)
+                built = here.get(key, ABSENT)
+                if path in modules and is_same(then, built):
+                    set_value(modules[path], key, now, kept)
+                elif not is_same(now, built):
+                    was = f"was built as {spelled(then)} and had become {spelled(now)}"
+                    messages.append(
+                        f"{joined(name, path, key)} {was}; "
+                        f"it is built as {spelled(built)} now, and that stands"
+                    )
+    return messages
+
+
 class Attributes:
     """The attributes of all tracked modules and optimizers, on one rank.
 
@@ -173,24 +203,7 @@ class Attributes:
 
         An attribute is set only if its value as built is the same now as at the time of the save.
         """
-        messages = []
-        for name, of_parts in changed.items():
-            modules = dict(parts(self._tracked.get(name)))
-            for path, of_part in of_parts.items():
-                here = self._built.get(name, {}).get(path, {})
-                for key, kept in of_part.items():
-                    then = kept.get("built", ABSENT)
-                    now = kept.get("now", ABSENT)
-                    built = here.get(key, ABSENT)
-                    if path in modules and is_same(then, built):
-                        set_value(modules[path], key, now, kept)
-                    elif not is_same(now, built):
-                        was = f"was built as {spelled(then)} and had become {spelled(now)}"
-                        messages.append(
-                            f"{joined(name, path, key)} {was}; "
-                            f"it is built as {spelled(built)} now, and that stands"
-                        )
-        return messages
+        return restore_changed(self._tracked, self._built, changed)
 
     def put_back(self, kept: Changed) -> None:
         """Set the attributes once more that were changed since they were restored from `kept`.

@@ -239,6 +239,37 @@ class Odd(Net):
         assert given == {"version": 3}
 
 
+class Annealed(Net):
+    """Training changes more of it than its weights: a plain attribute of it and of a part without
+    weights, and a buffer that is not persistent."""
+
+    scale: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tau = 1.0
+        self.squeeze = Squeeze()
+        self.register_buffer("scale", torch.ones(CLASSES), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            self.tau *= 0.7
+            self.squeeze.by *= 0.8
+            self.scale.mul_(torch.tensor([0.6, 0.7, 0.8]))
+        return self.squeeze(self.body(x)) * self.scale / self.tau
+
+
+class Squeeze(nn.Module):
+    """Has no weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.by = 1.0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (x * self.by).tanh()
+
+
 class Locked(Net):
     """Cannot be pickled."""
 
@@ -285,6 +316,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "tied": Tied,
     "shell": Shell,
     "odd": Odd,
+    "annealed": Annealed,
     "locked": Locked,
 }
 

@@ -32,7 +32,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from conftest import ENVIRONMENT, kill_tree, run, start, undone, wait_until
 from conftest import harness as program
-from export_task import CLASSES, WIDTH, Keyed, Net, Tied, samples, sequential
+from export_task import CLASSES, WIDTH, Annealed, Keyed, Net, Tied, samples, sequential
 from s3_server import S3Server
 from small_disks import fill
 from there import there
@@ -1200,6 +1200,76 @@ def test_state_beside_the_tensors_goes_along_or_is_refused(runs: Runs, tmp_path:
     assert "_extra_state" in refused(
         tmp_path, (78,), runs("odd"), tmp_path / "x.safetensors", "--format", "safetensors"
     )
+
+
+def left_by_training(directory: Path) -> Annealed:
+    """The model as it was at the end of a run, put together by hand from its checkpoint."""
+    payload, model = payload_of(directory), Annealed()
+    model.load_state_dict(payload["model_state_dict"])
+    kept = payload["attributes"]["model"]
+    model.tau, model.squeeze.by = kept[""]["tau"]["now"], kept["squeeze"]["by"]["now"]
+    model.scale = kept[""]["buffer scale"]["now"]
+    assert model.tau < 0.2 and model.squeeze.by < 0.3 and model.scale[0] < 0.1
+    model.eval()
+    return model
+
+
+def test_what_training_changed_beside_the_weights_is_in_the_model(
+    runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = runs("annealed")
+    wanted = answers_of(left_by_training(source))
+    assert torch.equal(answers_of(load_model(str(source))), wanted)
+    assert torch.equal(answers_of(load_model(str(source), into=Annealed())), wanted)
+    copied = shutil.copy(next(source.glob("checkpoints/*6-0001.pt")), tmp_path / "copied.pt")
+    assert torch.equal(answers_of(load_model(copied)), wanted)
+    assert "annealed" not in capsys.readouterr().err
+    for format, loads in {
+        "module": lambda path: torch.load(path, weights_only=False),
+        "torchscript": torch.jit.load,
+        "exported": lambda path: torch.export.load(path).module(),
+    }.items():
+        out = tmp_path / f"{format}.pt2"
+        assert "in no state dict" not in export(source, out, "--format", format).out
+        close(answers_of(loads(out)), wanted)
+
+
+def test_a_module_that_is_built_otherwise_keeps_its_own_and_is_told(
+    runs: Runs, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = Annealed()
+    other.tau = 3.0
+    model = load_model(str(runs("annealed")), into=other)
+    assert model.tau == 3.0 and model.squeeze.by < 0.3
+    assert "model.tau was built as 1.0 and had become 0.1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("format", ["weights", "full", "safetensors"])
+def test_a_file_of_weights_names_what_it_cannot_hold(
+    format: str, runs: Runs, tmp_path: Path
+) -> None:
+    said = export(runs("annealed"), tmp_path / "x", "--format", format).out
+    (line,) = [line for line in said.splitlines() if "not in the file" in line]
+    for name in ("model", "tau = 0.1", "scale = a tensor (3,)", "squeeze.by = 0.2"):
+        assert name in line
+    plain = export(runs("net"), tmp_path / "plain", "--format", format).out
+    assert "not in the file" not in plain
+
+
+def test_loaded_weights_name_what_is_not_among_them(runs: Runs) -> None:
+    assert "tau = 0.1" in harness.load_weights(Annealed(), str(runs("annealed")))
+    assert "in no state dict" not in harness.load_weights(Net(), str(runs("net")))
+
+
+def test_an_average_has_the_buffers_of_the_run_and_its_own_attributes(
+    runs: Runs, tmp_path: Path
+) -> None:
+    source = runs("annealed", "train.ema_decay=0.5")
+    model = load_model(str(source), ema=True)
+    assert torch.equal(model.scale, left_by_training(source).scale)
+    assert model.tau == 1.0  # as in every evaluation of the average
+    said = export(source, tmp_path / "x", "--ema").out
+    assert "scale = a tensor" in said and "tau" not in said
 
 
 def own_loop(directory: Path, **options: Any) -> Path:
