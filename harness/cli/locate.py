@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 
 from harness.checkpoint import load
-from harness.checkpoint.catalog import Catalog
 from harness.checkpoint.format import Manifest, NewerFormatError
 from harness.errors import DamagedError, HarnessError, StorageError
 from harness.monitoring.console import ProgressBar
 from harness.store import Store
-from harness.supervision.run_address import WAIT_S, checkpoint, is_run, run, stores
-from harness.text import number, say, table
+from harness.supervision.run_address import WAIT_S, checkpoint, everywhere, is_run, run, stores
+from harness.text import number, table
 
 __all__ = [
     "WAIT_S",
@@ -26,23 +24,6 @@ __all__ = [
     "table",
     "verify",
 ]
-
-
-def everywhere(path: str) -> tuple[Store, Catalog]:
-    """Return a run's first store, and the catalog of all its stores.
-
-    If the remote store that a run directory remembers cannot be reached, a warning is printed and
-    the catalog is that of the directory alone. Raises UsageError if there is no run, StorageError
-    if the first store cannot be listed.
-    """
-    first, *others = stores(path)
-    try:
-        return run(first, *others)
-    except StorageError as error:
-        if not others:
-            raise
-        say(f"harness: warning: only what is in {first}: {error.what} ({error.found})", sys.stderr)
-        return run(first)
 
 
 # Errors that say nothing about the bytes of a checkpoint: it is not damaged for them.

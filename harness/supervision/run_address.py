@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 from harness.checkpoint import format as fmt
@@ -11,9 +12,10 @@ from harness.checkpoint.attempts import remembered
 from harness.checkpoint.catalog import Catalog, read_catalog
 from harness.checkpoint.format import Manifest
 from harness.config.rules import METRIC
-from harness.errors import DamagedError, UsageError
+from harness.errors import DamagedError, HarnessError, StorageError, UsageError
 from harness.store import LocalStore, Store, is_url, open_store
 from harness.supervision import launches
+from harness.text import say
 
 # Suffixes by which a URL of one file is recognised.
 FILES = (
@@ -63,6 +65,34 @@ def run(*places: Store | str) -> tuple[Store, Catalog]:
     return opened[0], catalog
 
 
+def everywhere(path: str) -> tuple[Store, Catalog]:
+    """Return a run's first store, and the catalog of all its stores.
+
+    If the remote store that a run directory remembers cannot be opened or reached, a warning is
+    printed and the catalog is that of the directory alone.
+
+    Raises:
+        UsageError: There is no run, or the stores hold different runs.
+        StorageError: The first store cannot be listed.
+    """
+    first, others = open_store(path, WAIT_S), list[Store]()
+    problem: HarnessError
+    try:
+        _, *others = stores(path)
+    except UsageError as error:  # what opens the remote store is not installed here
+        problem = error
+    else:
+        try:
+            return run(first, *others)
+        except StorageError as error:
+            if not others:
+                raise
+            problem = error
+    found = f" ({problem.found})" if problem.found else ""
+    say(f"harness: warning: only what is in {first}: {problem.what}{found}", sys.stderr)
+    return run(first)
+
+
 def _was_submitted(store: Store) -> bool:
     """Return whether a run was submitted or launched, even if no attempt has begun."""
     return store.exists(launches.SUBMITTED) or bool(store.entries(launches.LAUNCHES))
@@ -90,12 +120,14 @@ def is_checkpoint(path: str) -> bool:
 def checkpoint(path: str, which: str | int = NEWEST) -> tuple[Store, Manifest]:
     """Find a checkpoint by the path or URL of its `.pt` or `.json` file, or of its run.
 
+    That of a run is chosen from all of its stores: the remote one may hold what is newer.
+
     Args:
         path: Path or URL of a checkpoint or a run.
         which: Checkpoint of a run: "newest", "best" or a step.
 
     Returns:
-        The store that holds the checkpoint, and its manifest.
+        A store that holds the checkpoint, the first that has it whole, and its manifest.
 
     Raises:
         UsageError: There is no such run or checkpoint, it needs a newer harness to be read, or
@@ -104,8 +136,9 @@ def checkpoint(path: str, which: str | int = NEWEST) -> tuple[Store, Manifest]:
         StorageError: The store cannot be listed or read.
     """
     if is_run(path):
-        store, catalog = run(path)
-        return store, _chosen(store, catalog, which)
+        store, catalog = everywhere(path)
+        manifest = _chosen(store, catalog, which)
+        return _holder(catalog, manifest), manifest
     if which != NEWEST:
         raise UsageError(
             f"{path} is one file: there is nothing to choose from",
@@ -138,6 +171,12 @@ def checkpoint(path: str, which: str | int = NEWEST) -> tuple[Store, Manifest]:
         ) from None
 
 
+def _holder(catalog: Catalog, manifest: Manifest) -> Store:
+    """Return the first store that has a checkpoint whole, so far as its listing shows."""
+    copies, whole = catalog.copies(manifest), catalog.whole_copies(manifest)
+    return next((store for store in copies if store in whole), copies[0])
+
+
 def _chosen(store: Store, catalog: Catalog, which: str | int) -> Manifest:
     if which in (NEWEST, BEST):
         catalog.check_readable()
@@ -148,7 +187,7 @@ def _chosen(store: Store, catalog: Catalog, which: str | int) -> Manifest:
     if which == NEWEST:
         return catalog.head
     if which == BEST:
-        return _best(store, catalog, catalog.head)
+        return _best(_holder(catalog, catalog.head), catalog, catalog.head)
     of_step = [manifest for manifest in catalog.history if str(manifest.step) == str(which)]
     if not of_step:
         steps = ", ".join(str(manifest.step) for manifest in catalog.history)

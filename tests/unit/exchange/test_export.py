@@ -896,6 +896,84 @@ def test_it_goes_from_and_to_a_bucket(
     )
 
 
+def with_remote(directory: Path, remote: Path | str) -> None:
+    """Let a run directory remember a store elsewhere, which is a plain directory here."""
+    record = directory / "attempts" / "0001.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"remote": str(remote)}))
+
+
+@pytest.fixture
+def halves(averaged: Path, tmp_path: Path) -> tuple[Path, Path]:
+    """A run whose directory was left behind at step 2, and whose remote store has the rest."""
+    here, remote = tmp_path / "here", tmp_path / "remote"
+    shutil.copytree(averaged, here)
+    shutil.copytree(averaged, remote)
+    for file in (here / "checkpoints").iterdir():
+        if "00000002" not in file.name:
+            file.unlink()
+    for file in (remote / "checkpoints").glob("*00000002*"):
+        file.unlink()
+    with_remote(here, remote)
+    return here, remote
+
+
+def test_what_is_newest_may_be_in_the_remote_store(
+    halves: tuple[Path, Path], averaged: Path, tmp_path: Path
+) -> None:
+    here, remote = halves
+    out = tmp_path / "x.pt"
+
+    def held() -> object:
+        return torch.load(out, weights_only=True)
+
+    assert str(remote) in export(here, out).out
+    assert same(held(), payload_of(averaged, 6)["model_state_dict"])
+    best = load_model(here, "best").state_dict()
+    assert same(dict(best), dict(load_model(averaged, "best").state_dict()))
+    assert f"{here}/checkpoints" in export(here, out, "--which", "2", "--force").out
+    assert same(held(), payload_of(averaged, 2)["model_state_dict"])
+    assert str(harness.describe(here, 4).where).startswith(str(remote))
+    assert harness.compare(here, averaged).count == 0
+    assert command("import", here, tmp_path / "fork", "--dry-run").code == 0
+    loaded = harness.load_weights(sequential(), here)
+    assert f"{remote}/checkpoints/step_00000006" in loaded
+
+
+def test_an_export_follows_a_rollback(averaged: Path, tmp_path: Path) -> None:
+    here, remote, out = tmp_path / "here", tmp_path / "remote", tmp_path / "x.pt"
+    shutil.copytree(averaged, here)
+    shutil.copytree(averaged, remote)
+    with_remote(here, remote)
+    assert command("rollback", here, "2").code == 0
+    export(here, out)
+    assert same(torch.load(out, weights_only=True), payload_of(averaged, 2)["model_state_dict"])
+
+
+def test_data_that_is_gone_from_the_directory_comes_from_the_remote_store(
+    averaged: Path, tmp_path: Path
+) -> None:
+    here, remote, out = tmp_path / "here", tmp_path / "remote", tmp_path / "x.pt"
+    shutil.copytree(averaged, here)
+    shutil.copytree(averaged, remote)
+    with_remote(here, remote)
+    (here / "checkpoints" / "step_00000006-0001.pt").unlink()
+    export(here, out)
+    assert same(torch.load(out, weights_only=True), payload_of(averaged, 6)["model_state_dict"])
+
+
+@pytest.mark.parametrize("remote", ["{0}/file", "nosuch://bucket/run"])
+def test_without_the_remote_store_what_is_here_is_taken_and_that_is_said(
+    remote: str, halves: tuple[Path, Path], averaged: Path, tmp_path: Path
+) -> None:
+    here, _ = halves
+    (tmp_path / "file").touch()
+    with_remote(here, remote.format(tmp_path))
+    done = export(here, tmp_path / "x.pt")
+    assert f"warning: only what is in {here}" in done.err
+    held = torch.load(tmp_path / "x.pt", weights_only=True)
+    assert same(held, payload_of(averaged, 2)["model_state_dict"])
+
+
 # --- whole or not at all --------------------------------------------------------------------------
 
 # What a full disk has stopped before its end.
