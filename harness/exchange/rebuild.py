@@ -23,7 +23,13 @@ from harness.exchange.recognise import MODULE, Part
 from harness.task import Task, find, named
 from harness.text import say
 from harness.tracking.attribute_values import BUFFER
-from harness.tracking.attributes import Changed, as_built, restore_changed
+from harness.tracking.attributes import (
+    Changed,
+    as_built,
+    changed_in,
+    restore_changed,
+    spelled_out,
+)
 
 
 def load_model(
@@ -126,9 +132,9 @@ def build_module(
     chosen = settings_of(loaded) if by_file else load_settings(config, list(settings))[0]
     job = build(chosen, named_by_file=by_file and not trust)
     modules = named(job.modules, "model")
-    name = name if name in modules or len(modules) > 1 else next(iter(modules))
+    asked, name = name, name if name in modules or len(modules) > 1 else next(iter(modules))
     picked = pick(modules, name, chosen.task.name)
-    notes = fill(picked, loaded, ema=ema)
+    notes = fill(picked, loaded, ema=ema, called={name: asked})
     return Rebuilt(job, chosen.task.name, name, picked[name].eval(), notes)
 
 
@@ -229,7 +235,13 @@ def states(loaded: Loaded, *, ema: bool = False) -> dict[str, Part]:
         "model" if name == "ema" else name.removesuffix("_ema"): name for name in of_weights
     }
     if not ema:
-        return {name: part for name, part in modules.items() if name not in averages.values()}
+        return {name: part for name, part in modules.items() if name not in of_weights}
+    if len(averages) < len(of_weights):
+        raise UsageError(
+            f"{loaded.file.where}: which of its averaged weights are meant cannot be told",
+            f"found: {', '.join(of_weights)}",
+            f"Name it: load_weights(model, FILE, part={of_weights[0]!r}) in Python.",
+        )
     if not averages:
         raise UsageError(
             f"{loaded.file.where} holds no averaged weights",
@@ -237,9 +249,7 @@ def states(loaded: Loaded, *, ema: bool = False) -> dict[str, Part]:
             "They are kept when train.ema_decay is set.",
         )
     return {
-        name: dataclasses.replace(
-            modules[average], note=recognise.beside_note(_of_average(loaded, name))
-        )
+        name: dataclasses.replace(modules[average], note=spelled_out(_of_average(loaded, name)))
         for name, average in averages.items()
     }
 
@@ -253,17 +263,34 @@ def missing_in_weights(loaded: Loaded, held: Mapping[str, Part]) -> list[str]:
     ]
 
 
+def _changed(loaded: Loaded, name: str) -> dict[str, dict[str, dict[str, Any]]]:
+    """Return what training changed of a module and its state dict does not hold."""
+    return changed_in(loaded.value, name) if recognise.is_ours(loaded.value) else {}
+
+
 def _of_average(loaded: Loaded, name: str) -> dict[str, dict[str, dict[str, Any]]]:
     """Return what training changed of a module and its average took over: its buffers."""
     kept = {
         path: {key: entry for key, entry in of_part.items() if key.startswith(BUFFER)}
-        for path, of_part in recognise.changed(loaded.value, name).items()
+        for path, of_part in _changed(loaded, name).items()
     }
     return {path: of_part for path, of_part in kept.items() if of_part}
 
 
-def fill(modules: Mapping[str, nn.Module], loaded: Loaded, *, ema: bool = False) -> list[str]:
+def fill(
+    modules: Mapping[str, nn.Module],
+    loaded: Loaded,
+    *,
+    ema: bool = False,
+    called: Mapping[str, str] | None = None,
+) -> list[str]:
     """Load a file's weights, or their averages, into the modules, and what training changed beside.
+
+    Args:
+        modules: The modules by name.
+        loaded: The file.
+        ema: Load the averaged weights.
+        called: Names of modules in the file, where they are others.
 
     Returns:
         A message for each attribute that keeps the value of the module as built.
@@ -274,20 +301,22 @@ def fill(modules: Mapping[str, nn.Module], loaded: Loaded, *, ema: bool = False)
     """
     held = states(loaded, ema=ema)
     every, modules = modules, {name: each for name, each in modules.items() if each.state_dict()}
-    in_file = {name: name for name in every}  # names of the modules
+    in_file = {name: (called or {}).get(name, name) for name in every}
     for name in modules:
-        if name not in held and len(modules) == len(held) == 1:
-            in_file[name], part = next(iter(held.items()))
-            held = {name: part}
-        if name not in held:
+        if in_file[name] not in held and len(modules) == len(held) == 1:
+            in_file[name] = next(iter(held))
+        if in_file[name] not in held:
             raise UsageError(
-                f"{loaded.file.where} holds no weights of {name!r}", f"found: {', '.join(held)}"
+                f"{loaded.file.where} holds no weights of {in_file[name]!r}",
+                f"found: {', '.join(held)}",
+                f"Name it: --module {next(iter(held))} of `harness export`, "
+                "load_model(…, into=module, module=…).",
             )
-    saved = {name: state.to_live(each, held[name].value) for name, each in modules.items()}
+    saved = {name: state.to_live(each, held[in_file[name]].value) for name, each in modules.items()}
     for name, each in modules.items():
         state.check_tensors(name, each.state_dict(), saved[name], loaded.file.where)
     changed: Changed = {
-        name: _of_average(loaded, source) if ema else recognise.changed(loaded.value, source)
+        name: _of_average(loaded, source) if ema else _changed(loaded, source)
         for name, source in in_file.items()
     }
     # Before the weights: a module's own load_state_dict may set more than tensors.

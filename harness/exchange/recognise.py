@@ -6,6 +6,7 @@ such as the epoch.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -21,7 +22,7 @@ from harness import state
 from harness.errors import UsageError
 from harness.exchange.files import Loaded
 from harness.exchange.safe_unpickle import NotLoaded
-from harness.tracking.attribute_values import ABSENT, BUFFER, REQUIRES_GRAD, joined, spelled
+from harness.tracking.attributes import changed_in, spelled_out
 
 MODULE = "module"
 OPTIMIZER = "optimizer"
@@ -47,7 +48,6 @@ NAMES = {
     "loss": "loss train_loss val_loss best_loss",
 }
 CALLED = {word: name for name, spellings in NAMES.items() for word in spellings.split()}
-MOST_NAMED = 5  # attributes of a module in one note
 COMPILED = re.compile(r"(^|\.)_orig_mod\.")
 # The kind of optimizer that has a setting of a given name in its parameter groups; first match.
 KINDS = (
@@ -120,7 +120,26 @@ def recognise(loaded: Loaded) -> list[Part]:
             f"found: {present or 'nothing'}",
             "Save model.state_dict() with it.",
         )
-    return parts
+    return _apart(parts)
+
+
+def _apart(parts: list[Part]) -> list[Part]:
+    """Call parts of one kind that would have the same name by their keys, so that none is taken.
+
+    The part whose key is that name keeps it, and has a note on the others.
+    """
+    made = []
+    for part in parts:
+        alike = [each.key for each in parts if (each.kind, each.name) == (part.kind, part.name)]
+        others = [key for key in alike if key != part.key]
+        if part.kind in (MODULE, OPTIMIZER, SCHEDULER, SCALER) and others:
+            note = part.note
+            if part.kind == MODULE and part.key == part.name:
+                chosen = f"taken by its key {part.key!r}, and not {', '.join(others)}"
+                note = "; ".join(filter(None, (note, chosen)))
+            part = dataclasses.replace(part, name=part.key, note=note)
+        made.append(part)
+    return made
 
 
 def _part(key: str, word: str, value: Any, ours: Mapping[str, Any] | None) -> Part:
@@ -135,7 +154,7 @@ def _part(key: str, word: str, value: Any, ours: Mapping[str, Any] | None) -> Pa
             return Part(MODULE, key, _called(word, "model"), *_bare(value))
         name = word.removesuffix("_state_dict")
         bare = state.without_shells(None, value)
-        return Part(MODULE, key, name, bare, beside_note(changed(ours, name)))
+        return Part(MODULE, key, name, bare, spelled_out(changed_in(ours, name)))
     if isinstance(value, Mapping) and "last_epoch" in value:
         return Part(SCHEDULER, key, _called(word, "scheduler"), value)
     if isinstance(value, Mapping) and {"scale", "growth_factor"} <= set(value):
@@ -156,47 +175,6 @@ def _part(key: str, word: str, value: Any, ours: Mapping[str, Any] | None) -> Pa
 def is_ours(value: Any) -> bool:
     """Return whether the content of a file is a checkpoint of a run of this harness."""
     return isinstance(value, Mapping) and "format_version" in value
-
-
-def changed(value: Any, name: str) -> dict[str, dict[str, dict[str, Any]]]:
-    """Return what training changed of a module and its state dict does not hold.
-
-    The modes are left out, and the devices of tensors: everything is loaded to the CPU. The state
-    dict is that of the first rank, and so is this if it differs from rank to rank.
-
-    Args:
-        value: The content of a file; of one that is no checkpoint of a run nothing is known.
-        name: Name of the module in the run.
-
-    Returns:
-        The entries of the checkpoint, by the path in the module and by the attribute.
-    """
-    if not is_ours(value):
-        return {}
-    own = value.get("own") or [{}]
-    of_parts = (value.get("attributes") or own[0].get("attributes") or {}).get(name, {})
-    kept = {
-        path: {
-            key: {word: each for word, each in entry.items() if word != "device"}
-            for key, entry in of_part.items()
-            if key != "training"
-        }
-        for path, of_part in of_parts.items()
-    }
-    return {path: of_part for path, of_part in kept.items() if of_part}
-
-
-def beside_note(kept: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
-    """Name what `changed` has returned, without what is frozen, or return "" if it is nothing."""
-    names = [
-        f"{joined(path, key.removeprefix(BUFFER))} = {spelled(entry.get('now', ABSENT))}"
-        for path, of_part in kept.items()
-        for key, entry in of_part.items()
-        if not key.endswith(REQUIRES_GRAD)
-    ]
-    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
-    named = ", ".join(names[:MOST_NAMED])
-    return f"changed in training and in no state dict: {named}{more}" if names else ""
 
 
 def _called(word: str, kind: str) -> str:
@@ -298,8 +276,14 @@ def _strange(value: Any) -> str:
 
 
 def number_of(parts: list[Part], name: str) -> float | None:
-    """Return the first number of that name, or None."""
-    return next((part.value for part in parts if part.kind == NUMBER and part.name == name), None)
+    """Return the number with that key, else the first one of that name, or None."""
+    return next((part.value for part in numbers_of(parts, name)), None)
+
+
+def numbers_of(parts: list[Part], name: str) -> list[Part]:
+    """Return the numbers of that name; only the one with exactly that key, if there is one."""
+    alike = [part for part in parts if part.kind == NUMBER and part.name == name]
+    return [part for part in alike if part.key == name] or alike
 
 
 def called(parts: list[Part], kind: str, wanted: str) -> Part:

@@ -108,7 +108,14 @@ def _meant(
 
 
 def _whole(parts: list[Part], name: str) -> int | None:
-    value = recognise.number_of(parts, name)
+    alike = recognise.numbers_of(parts, name)
+    if len({part.value for part in alike}) > 1:
+        raise UsageError(
+            f"which {name} a run is to resume with cannot be told",
+            f"found: {', '.join(f'{part.key} {part.value}' for part in alike)}",
+            f"Say it: --{name} ({name}=…).",
+        )
+    value = alike[0].value if alike else None
     if value is None or (value == value and 0 <= value < MOST and value == int(value)):
         return None if value is None else int(value)
     raise UsageError(

@@ -31,6 +31,8 @@ from harness.distributed import wrappers
 from harness.state.plain_values import is_same
 from harness.tracking.attribute_values import (
     ABSENT,
+    BUFFER,
+    REQUIRES_GRAD,
     Classes,
     Values,
     class_of,
@@ -53,6 +55,8 @@ Built = dict[str, dict[str, Values]]  # by object name and module path
 # there was no such attribute as built, or that there is none now.
 Changed = dict[str, dict[str, dict[str, dict[str, Any]]]]
 
+MOST_NAMED = 5  # attributes in one line
+
 
 def as_built(tracked: Mapping[str, Any]) -> Built:
     """Record the plain values of all tracked objects, and digests of their other tensors."""
@@ -64,6 +68,41 @@ def as_built(tracked: Mapping[str, Any]) -> Built:
         }
         for name, obj in tracked.items()
     }
+
+
+def changed_in(payload: Mapping[str, Any], name: str) -> dict[str, dict[str, dict[str, Any]]]:
+    """Return what a checkpoint holds of one object beside its state dict, for use without a run.
+
+    The modes are left out, and the devices of tensors. What differs from rank to rank is that of
+    the first rank, as the state dict is.
+
+    Returns:
+        The entries by module path and attribute.
+    """
+    own = payload.get("own") or [{}]
+    of_parts = (payload.get("attributes") or own[0].get("attributes") or {}).get(name, {})
+    kept = {
+        path: {
+            key: {word: each for word, each in entry.items() if word != "device"}
+            for key, entry in of_part.items()
+            if key != "training"
+        }
+        for path, of_part in of_parts.items()
+    }
+    return {path: of_part for path, of_part in kept.items() if of_part}
+
+
+def spelled_out(kept: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
+    """Name what `changed_in` has returned, without what is frozen; return "" if it is nothing."""
+    names = [
+        f"{joined(path, key.removeprefix(BUFFER))} = {spelled(entry.get('now', ABSENT))}"
+        for path, of_part in kept.items()
+        for key, entry in of_part.items()
+        if not key.endswith(REQUIRES_GRAD)
+    ]
+    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
+    named = ", ".join(names[:MOST_NAMED])
+    return f"changed in training and in no state dict: {named}{more}" if names else ""
 
 
 def restore_changed(tracked: Mapping[str, Any], as_built: Built, changed: Changed) -> list[str]:

@@ -853,6 +853,79 @@ def test_one_of_several_modules_is_taken_for_a_task_with_one(
         )
 
 
+@pytest.mark.parametrize(
+    "keys", [("model_state_dict", "model_weights"), ("state_dict", "net"), ("network", "params")]
+)
+def test_of_two_parts_that_may_be_the_model_none_is_taken_unasked(
+    keys: tuple[str, str], tmp_path: Path, done: Trained, command: Command
+) -> None:
+    """The current weights and the best ones, say: only whoever wrote the file knows."""
+    other = recipes.trained(seed=8, epochs=1)
+    states = [dict(each.model.state_dict()) for each in (done, other)]
+    file = tmp_path / "two.pt"
+    torch.save(dict(zip(keys, states, strict=True)), file)
+    answer = command("import", file, tmp_path / "run", *TASK)
+    refused(answer, tmp_path / "run", (78,))
+    assert all(key in answer.err for key in keys) and "--as model=" in answer.err, answer.err
+    with pytest.raises(UsageError, match=rf"{keys[0]}, {keys[1]}"):
+        harness.load_weights(Net(), file)
+    with pytest.raises(UsageError, match=rf"{keys[0]}, {keys[1]}"):
+        harness.load_model(file, into=Net())
+    refused(command("export", file, tmp_path / "x", "--format", "safetensors"), tmp_path / "x")
+    assert command("diff", file, file, "--weights").code == 0
+    for key, weights in zip(keys, states, strict=True):
+        named = command("import", file, tmp_path / key, *TASK, "--as", f"model={key}")
+        assert named.code == 0, named.err
+        assert differing(dict(newest(tmp_path / key)["model_state_dict"]), weights) == []
+        model = Net()
+        harness.load_weights(model, file, part=key)
+        assert differing(dict(model.state_dict()), weights) == []
+        loaded = harness.load_model(file, into=Net(), module=key)
+        assert differing(dict(loaded.state_dict()), weights) == []
+        out = tmp_path / f"{key}.out"
+        made = command("export", file, out, "--format", "safetensors", "--module", key)
+        assert made.code == 0, made.err
+        assert differing(safetensors.torch.load_file(out), weights) == []
+        module = tmp_path / f"{key}.module"
+        made = command("export", file, module, "--format", "module", "--module", key, *TASK[:1])
+        assert made.code == 0, made.err
+        held = torch.load(module, weights_only=False).state_dict()
+        assert differing(dict(held), weights) == []
+
+
+def test_the_part_with_exactly_the_name_is_taken_and_the_other_is_named(
+    tmp_path: Path, done: Trained
+) -> None:
+    other = recipes.trained(seed=8, epochs=1)
+    file, model = tmp_path / "two.pt", Net()
+    torch.save({"net": other.model.state_dict(), "model": done.model.state_dict()}, file)
+    assert "taken by its key 'model', and not net" in harness.load_weights(model, file)
+    assert differing(dict(model.state_dict()), dict(done.model.state_dict())) == []
+
+
+def test_of_two_optimizers_averages_or_counts_none_is_taken_unasked(
+    tmp_path: Path, done: Trained, command: Command
+) -> None:
+    whole = {"model": done.model.state_dict(), "epoch": 2}
+    state = done.optimizer.state_dict()
+    for name, more, words in (
+        ("optimizers", {"optim": state, "opt_state": state}, ("optim", "opt_state", "--as")),
+        (
+            "counts",
+            {"iteration": 20, "num_updates": 5},
+            ("iteration 20", "num_updates 5", "--step"),
+        ),
+    ):
+        torch.save(whole | more, tmp_path / f"{name}.pt")
+        answer = command("import", tmp_path / f"{name}.pt", tmp_path / name, *TASK)
+        refused(answer, tmp_path / name, (78,))
+        assert all(word in answer.err for word in words), answer.err
+    weights = done.model.state_dict()
+    torch.save(whole | {"ema": weights, "model_ema": weights}, tmp_path / "a.pt")
+    refused(command("export", tmp_path / "a.pt", tmp_path / "x", "--ema"), tmp_path / "x", (78,))
+    assert command("export", tmp_path / "a.pt", tmp_path / "x").code == 0
+
+
 @pytest.mark.parametrize("sent", ["model=nowhere", "nothing=netG", "model", "=netG", "model="])
 def test_a_part_that_is_sent_wrongly_is_refused(
     sent: str, tmp_path: Path, pair: TrainedPair, command: Command
