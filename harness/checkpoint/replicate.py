@@ -16,7 +16,9 @@ from harness.store import Store
 def wanted(history: Sequence[Manifest], there: Collection[str], policy: Policy) -> list[Manifest]:
     """Return the checkpoints still to be copied: the newest, then the best, then every n-th.
 
-    A checkpoint that was overtaken while the other store was unreachable is not copied.
+    The last checkpoint of a finished run comes last. With it the run counts as finished, so that no
+    later start would copy the others. A checkpoint that was overtaken while the other store was
+    unreachable is not copied.
 
     Args:
         history: Checkpoints of the source store.
@@ -26,7 +28,9 @@ def wanted(history: Sequence[Manifest], there: Collection[str], policy: Policy) 
     newest_first = sorted(history, key=lambda m: m.order, reverse=True)
     urgent = newest_first[:1] + retention.best(newest_first, policy)[: policy.best]
     urgent += [m for m in newest_first if policy.every_steps and m.step % policy.every_steps == 0]
-    return list({m.name: m for m in urgent if m.name not in there}.values())
+    missing = list({m.name: m for m in urgent if m.name not in there}.values())
+    final = [m.name for m in newest_first[:1] if m.final is not None]
+    return sorted(missing, key=lambda m: m.name in final)
 
 
 def replicate(source: Store, manifest: Manifest, target: Store, attempt: Attempt) -> None:

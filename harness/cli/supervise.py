@@ -248,11 +248,16 @@ def _ended(catalog: Catalog, name: str, code: int, stopped: bool) -> tuple[str, 
 
 
 def show(stands: Outcome, failed: Sequence[Failure]) -> None:
-    """Print the state of the run, after the traceback of the first failure."""
+    """Print the state of the run, after the traceback of the first failure.
+
+    A finished run's own line does not hold the error of a failure, so that is printed as well.
+    """
     for failure in failed[:1]:
         if failure.trace:
             say(
                 f"harness: {failure.subject}, the first error:\n{failure.trace.rstrip()}",
                 sys.stderr,
             )
+        elif stands.exit_code == EXIT_FINISHED:
+            say(f"harness: {failure}; the last checkpoint is in place all the same", sys.stderr)
     say(f"harness: {stands.state}: {stands.why}", sys.stderr)

@@ -190,7 +190,12 @@ class Checkpointer(CurrentAttempt):
         assert self.attempt is not None and job.lease is not None
         self._at_save(job.head["step"])
         key = fmt.data_key(job.head["step"], self.attempt.number)
-        with self._uploader.ahead(key, job.lease) if self._uploader else contextlib.nullcontext():
+        is_final = job.about.final is not None
+        with (
+            self._uploader.ahead(key, job.lease, is_final=is_final)
+            if self._uploader
+            else contextlib.nullcontext()
+        ):
             job.problem = self._commit(
                 job.head, job.about, job.began_at, write, check, job.costs, job.snapshot.places
             )

@@ -111,8 +111,7 @@ def hand_in(catalog: Catalog | None, last: Manifest | None, policy: Policy) -> s
     """Copy what the last store of a finished run lacks, without claiming an attempt.
 
     This is what the run would have uploaded before its end: the last checkpoint, the best and every
-    n-th. The last checkpoint is copied last, because with it the run counts as finished, and no
-    supervisor starts it again.
+    n-th. The last checkpoint is copied last, see `wanted`.
 
     Args:
         catalog: the catalog of the run's stores.
@@ -136,7 +135,7 @@ def hand_in(catalog: Catalog | None, last: Manifest | None, policy: Policy) -> s
     there = [m.name for m in catalog.history if target in catalog.whole_copies(m)]
     missing = [m for m in wanted(catalog.history, there, policy) if source in catalog.copies(m)]
     copied, problems, attempt = [], list[str](), Attempt(catalog.greatest, last.run_id, "")
-    for manifest in reversed(missing):
+    for manifest in missing:
         target.prepare(fmt.FOLDERS)
         try:
             replicate(source, manifest, target, attempt)

@@ -24,6 +24,7 @@ class EarlyUpload:
     key: str
     chunks: Iterable[bytes] = ()
     is_decided: bool = False  # True once the checkpoint is committed, or never will be
+    is_final: bool = False  # the run is finished with it
 
 
 class UploadQueue:
@@ -58,7 +59,7 @@ class UploadQueue:
         self._there = {m.name for m in there}
 
     @contextlib.contextmanager
-    def ahead(self, key: str, lease: ReadLease) -> Iterator[None]:
+    def ahead(self, key: str, lease: ReadLease, *, is_final: bool = False) -> Iterator[None]:
         """Add a checkpoint that is being written to the run directory.
 
         The bytes come from the staging buffer. When the context ends, the checkpoint has been
@@ -67,8 +68,9 @@ class UploadQueue:
         Args:
             key: the key of the data file.
             lease: the read lease on the staging buffer.
+            is_final: whether it is the last checkpoint of a run that is finished.
         """
-        early = EarlyUpload(key, lease.chunks())
+        early = EarlyUpload(key, lease.chunks(), is_final=is_final)
         with self._changed:
             self._early = early if self._is_on else None
             self._changed.notify_all()
@@ -115,11 +117,20 @@ class UploadQueue:
             return bool(self.wanted() or self._early)
 
     def next(self) -> EarlyUpload | None:
-        """Return the next upload, or None: the newest checkpoint, even if not committed yet."""
+        """Return the next upload, or None: the newest checkpoint, even if not committed yet.
+
+        The last checkpoint of a finished run comes last; see `replicate.wanted`. If others are
+        missing, this waits until it is committed, because only then is it known which of them are
+        still wanted.
+        """
         with self._changed:
             early, self._early = self._early, None
+            while early is not None and early.is_final and self.wanted():
+                if early.is_decided or self.is_closed:
+                    break
+                self._changed.wait()
             keys = [manifest.data_key for manifest in self.wanted()]
-            if early is not None and (not early.is_decided or early.key in keys):
+            if early is not None and (not early.is_decided or early.key in keys[:1]):
                 return early
             return EarlyUpload(keys[0], is_decided=True) if keys else None
 

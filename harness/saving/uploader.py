@@ -115,7 +115,9 @@ class Uploader:
         self.origin = origin
         self._thread.start()
 
-    def ahead(self, key: str, lease: ReadLease) -> AbstractContextManager[None]:
+    def ahead(
+        self, key: str, lease: ReadLease, *, is_final: bool = False
+    ) -> AbstractContextManager[None]:
         """Begin to upload a checkpoint that is being written to the run directory.
 
         The bytes come from the staging buffer. When the context ends, the checkpoint has been
@@ -124,8 +126,9 @@ class Uploader:
         Args:
             key: the key of the data file.
             lease: the read lease on the staging buffer.
+            is_final: whether it is the last checkpoint of a run that is finished.
         """
-        return self._queue.ahead(key, lease)
+        return self._queue.ahead(key, lease, is_final=is_final)
 
     def offer(self, manifest: Manifest) -> None:
         """Register a committed checkpoint for upload.

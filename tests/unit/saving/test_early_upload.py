@@ -4,6 +4,7 @@ never ahead of the disk, nor wrong."""
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import subprocess
 import threading
@@ -19,6 +20,7 @@ from fault_proxy import FaultProxy
 from library_runs import checkpointer_of, steps_of, train
 from remote_runs import Home
 from s3_server import S3Server
+from there import there
 
 import harness
 from harness.checkpoint.attempts import Attempt
@@ -31,7 +33,7 @@ from harness.errors import DamagedError
 from harness.monitoring.event_log import EventLog
 from harness.monitoring.store_health import StoreHealth
 from harness.saving.locations import listen
-from harness.saving.upload_queue import UploadQueue
+from harness.saving.upload_queue import EarlyUpload, UploadQueue
 from harness.saving.uploader import Route, Uploader
 from harness.store import LocalStore, open_store
 from harness.store.staging_buffer import LENT_BYTES, StagingBuffer
@@ -287,6 +289,63 @@ def test_the_thread_ends_with_the_loop_once_it_has_sent_what_there_is(
         hold.release()
         wait_until(lambda: not uploader._thread.is_alive(), "the thread has ended")
     assert home.steps() == [4] and not uploader.has_failed
+
+
+@pytest.mark.usefixtures("process_as_it_was")
+def test_the_last_checkpoint_is_sent_after_all_others_that_are_wanted(
+    home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With it the run counts as finished, and nobody would send the others. The server answers
+    again once the last one is on the disk."""
+    with FaultProxy(home.server.host, home.server.port) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        hold = proxy.hold("PUT", "step_00000004-0001.json")
+
+        def answer() -> None:
+            wait_until(lambda: 12 in steps_of(tmp_path / "a"), "the last step is on the disk")
+            hold.release()
+
+        answering = threading.Thread(target=answer)
+        answering.start()
+        train(tmp_path / "a", remote=home.url, keep_every_steps=4)
+        answering.join()
+        manifests = [
+            request.path.rpartition("/")[2]
+            for request in list(proxy.requests)
+            if request.method == "PUT" and "step_" in request.path and ".json" in request.path
+        ]
+    assert manifests == [f"step_{step:08d}-0001.json" for step in (4, 8, 12)]
+    check_like_the_directory(home, tmp_path / "a")
+
+
+@pytest.mark.parametrize("missing", ["nothing", "an overtaken one", "one that is kept"])
+def test_the_last_checkpoint_waits_only_for_those_that_are_still_wanted_beside_it(
+    committed, missing: str
+) -> None:
+    _, saved, _ = committed
+    last = dataclasses.replace(saved, step=2, final={"epochs": 1, "max_steps": None})
+    last = dataclasses.replace(last, files=(dataclasses.replace(saved.data, name="last.pt"),))
+    policy = Policy(best=0, every_steps=1 if missing == "one that is kept" else None)
+    queue = UploadQueue(policy, threading.Condition(), is_on=True)
+    queue.begin([] if missing == "nothing" else [saved], [])
+    staging, found = StagingBuffer(), list[EarlyUpload | None]()
+    staging.reserve(1)
+    taking = threading.Thread(target=lambda: found.append(queue.next()))
+    with queue.ahead(last.data_key, staging.lend(), is_final=True):
+        taking.start()
+        taking.join(0.5)
+        assert len(found) == (missing == "nothing"), "it is sent ahead if nothing else is missing"
+        queue.add(last)
+    taking.join(10)
+    (first,) = [there(upload) for upload in found]
+    if missing == "one that is kept":
+        assert first.key == saved.data_key
+        queue.arrived(saved)
+        first = there(queue.next())
+    assert first.key == last.data_key
+    queue.arrived(last)
+    assert queue.next() is None
+    staging.close()
 
 
 def test_what_retention_deletes_before_it_was_sent_is_waited_for_by_nobody(committed) -> None:

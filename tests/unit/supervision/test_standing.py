@@ -730,6 +730,15 @@ def test_after_counts_and_says_what_the_launch_died_of(run, harness):
     assert "each at step 5" in said.splitlines()[-1]
 
 
+def test_after_a_finished_run_says_what_failed_beside_it(run, harness):
+    """The process leaves that to its supervisor; the reply to its last request was lost, say."""
+    job = Job("100", LocalStore(run)).begin()
+    error = "finished at step 10, but not everything is in the remote store"
+    job.attempt(10, why="failed", error=error, code=74, step=10, rank=0, final=True)
+    code, said = harness("supervise", "after", "--code", "74", f"run.dir={run}", launch="100.0")
+    assert code == 0 and error in said and "in place all the same" in said
+
+
 def test_after_a_launch_that_never_began_says_so_and_counts_it(run, harness):
     for count, expected in ((0, 75), (1, 75), (2, 1)):
         harness("supervise", "before", f"run.dir={run}", launch=f"100.{count}")
