@@ -1,7 +1,8 @@
 """Let a run resume from an older checkpoint.
 
-The older checkpoint is copied as the first one of a new attempt, which cuts off all later
-checkpoints. Nothing is deleted. A training process of the run that is still alive ends as
+The checkpoint is copied as the first one of a new attempt, which cuts off all later ones, also
+those where this command does not look: in a machine's memory, or in a directory whose bucket is
+named here. Nothing is deleted. A training process of the run that is still alive ends as
 superseded. To undo a rollback, roll back to the former newest checkpoint, by its name.
 
 example: harness rollback runs/a 1200
@@ -29,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(given: argparse.Namespace) -> int:
-    """Copy the older checkpoint as a new attempt and return 0; do nothing if it is the newest one.
+    """Copy the checkpoint as a new attempt and return 0; do nothing if the run has ended with it.
 
     Raises:
         UsageError: There is no run, or it has no such checkpoint.
@@ -39,7 +40,7 @@ def run(given: argparse.Namespace) -> int:
     """
     store, catalog = locate.run(*locate.stores(given.run))
     manifest = _find(catalog, given.to, str(store))
-    if manifest is catalog.head and manifest.final is None and catalog.unreadable_head is None:
+    if manifest is catalog.head and _has_ended_with(catalog, manifest):
         say(f"the run stands at {manifest.name} already; nothing to do")
         return 0
     source, target = catalog.copies(manifest)[0], catalog.stores[-1]
@@ -50,6 +51,18 @@ def run(given: argparse.Namespace) -> int:
         attempts.end_copied(store, attempt, copy, by="rollback")
     say(f"{copy.name}: the next start resumes from step {copy.step}, as {manifest.name} was")
     return 0
+
+
+def _has_ended_with(catalog: Catalog, head: Manifest) -> bool:
+    """Return whether the newest attempt was stopped and has saved its last step as `head`.
+
+    After any other end there may be a newer checkpoint in the memory of some machine, or in a store
+    that is not listed here, or the attempt may still be alive. A finished run ends with no step to
+    go on from.
+    """
+    end = catalog.ends.get(catalog.greatest, {})
+    is_whole = bool(end.get("saved")) and end.get("saved_step") == head.step
+    return is_whole and head.final is None and catalog.unreadable_head is None
 
 
 def _find(catalog: Catalog, wanted: str, where: str) -> Manifest:

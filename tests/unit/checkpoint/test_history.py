@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from there import there
 from harness import cli
 from harness.checkpoint import attempts, load, resume, retention
 from harness.checkpoint import format as fmt
+from harness.checkpoint.attempts import Attempt
 from harness.checkpoint.catalog import Catalog, going_on_from, read_catalog
 from harness.checkpoint.commit import About, commit
 from harness.checkpoint.format import Manifest
@@ -442,7 +444,22 @@ def test_a_rollback_is_undone_by_name(grown, world):
     )
 
 
-def test_a_rollback_to_what_is_not_there_changes_nothing(grown, capsys):
+@pytest.mark.parametrize("end", ["none", "failed", "stopped, not saved", "stopped elsewhere"])
+def test_a_rollback_to_the_newest_checkpoint_cuts_off_what_may_lie_elsewhere(grown, end):
+    """In the memory of another machine, or in a store that is not listed."""
+    details: dict[str, Any] = {
+        "failed": {"step": 45},
+        "stopped, not saved": {"step": 45, "saved": False, "saved_step": 40},
+        "stopped elsewhere": {"step": 50, "saved": True, "saved_step": 50},
+    }.get(end, {})
+    if details:
+        attempts.end(grown, Attempt(2, "", ""), end.partition(",")[0].split()[0], **details)
+    assert cli.main(["rollback", str(grown.root), "40"]) == 0
+    assert orders(grown) == [(40, 3), (40, 2), (30, 2), (20, 1), (10, 1)]
+
+
+def test_a_rollback_to_what_is_not_there_or_to_where_it_ended_changes_nothing(grown, capsys):
+    attempts.end(grown, Attempt(2, "", ""), "stopped", step=40, saved=True, saved_step=40)
     before = sorted(grown.root.rglob("*"))
     assert cli.main(["rollback", str(grown.root), "25"]) == 78
     assert "40, 30, 20, 10" in capsys.readouterr().err

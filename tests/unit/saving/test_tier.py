@@ -173,6 +173,26 @@ def test_what_a_newer_version_has_kept_in_memory_is_not_passed_over(tmp_path, ke
     assert {file: file.read_bytes() for file in kept.root.rglob("*") if file.is_file()} == before
 
 
+@pytest.mark.parametrize("how", ["whole", "of a newer version"])
+def test_a_rollback_to_the_newest_step_on_the_disk_leaves_what_memory_has(
+    tmp_path, kept, uninterrupted, capfd, how
+):
+    left_at(tmp_path / "a", 7, save_every_steps=4)
+    if how == "of a newer version":
+        (manifest,) = read_catalog(kept).manifests
+        path = kept.root / manifest.key
+        path.write_bytes(seal(json.loads(path.read_bytes()) | {"format_version": 99}))
+        with pytest.raises(UsageError, match="format version 99"):
+            train(tmp_path / "a", **ON_DISK)
+    assert cli.main(["rollback", str(tmp_path / "a"), "4"]) == 0
+    assert cli.main(["rollback", str(tmp_path / "a"), "4"]) == 0
+    said = capfd.readouterr().out
+    assert said.count("the next start resumes from step 4") == 1 and "nothing to do" in said
+    train(tmp_path / "a", **ON_DISK)
+    assert "resumes from step 4 (step_00000004-0002)" in capfd.readouterr().out
+    assert not kept.root.exists() and list_differences(tmp_path / "a", uninterrupted) == []
+
+
 def test_what_is_older_than_the_disk_is_let_go(tmp_path, kept, uninterrupted, capfd):
     left_at(tmp_path / "a", 4)
     old = {path.name: path.read_bytes() for path in (kept.root / "checkpoints").iterdir()}
