@@ -10,7 +10,9 @@ from harness.checkpoint.attempts import Attempt, check_fence
 from harness.checkpoint.format import Manifest
 from harness.checkpoint.retention import Policy
 from harness.errors import DamagedError, StorageError
-from harness.store import Store
+from harness.store import Sink, Store
+
+FLUSH_BYTES = 64 << 20
 
 
 def wanted(history: Sequence[Manifest], there: Collection[str], policy: Policy) -> list[Manifest]:
@@ -55,6 +57,7 @@ def send(
     committed: Callable[[], Manifest | None],
     target: Store,
     attempt: Attempt,
+    sent: Callable[[], object] = lambda: None,
 ) -> Manifest | None:
     """Commit a byte-for-byte copy of a checkpoint of `source` in another store, manifest last.
 
@@ -68,6 +71,7 @@ def send(
         committed: Waits for the manifest; returns None if the checkpoint will not be committed.
         target: Store that receives the copy.
         attempt: Attempt that writes the copy.
+        sent: Called whenever `target` has taken a part of the data.
 
     Returns:
         The manifest, or None if `committed` has returned None; then `target` receives nothing.
@@ -79,22 +83,31 @@ def send(
     """
     check_fence(target, attempt)
     with target.writer(key, attempt.number) as sink:
-        for chunk in early:
-            sink.write(chunk)
+        _write(sink, early, sent)
         if (manifest := committed()) is None:
             return None
-        for chunk in (
-            load.chunks(source, key, sink.size_bytes)
-            if sink.size_bytes != manifest.size_bytes
-            else ()
-        ):
-            sink.write(chunk)
+        if sink.size_bytes != manifest.size_bytes:
+            _write(sink, load.chunks(source, key, sink.size_bytes), sent)
         load.compare(sink.size_bytes, sink.digest(), manifest.data, key)
         sink.commit()
     # If this raises, the data stays: a successor may rely on the same data by now.
     check_fence(target, attempt)
     _create_manifest(manifest, target, attempt)
     return manifest
+
+
+def _write(sink: Sink, chunks: Iterable[bytes], sent: Callable[[], object]) -> None:
+    """Write the chunks, and tell of each one that was taken.
+
+    A disk takes much more than it has written. What was taken is flushed now and then, so that it
+    is progress of the disk, and the flush at the end is a short one.
+    """
+    for chunk in chunks:
+        before = sink.size_bytes
+        sink.write(chunk)
+        if before // FLUSH_BYTES != sink.size_bytes // FLUSH_BYTES:
+            sink.make_durable()
+        sent()
 
 
 def _create_manifest(manifest: Manifest, target: Store, attempt: Attempt) -> None:

@@ -87,8 +87,9 @@ class Uploader:
         )
         self._give_up_at = math.inf  # requests are not retried after this time
         self._newest_first = self._is_left = False  # see `settle` and `leave`
-        # The time of the last request of this thread that succeeded. Requests of others, which the
-        # store answers meanwhile, say nothing about an upload.
+        # The time of the last request of this thread that succeeded, or at which the store took a
+        # part of an upload. Requests of others, which the store answers meanwhile, say nothing
+        # about an upload.
         self._worked_at = clock()
         self._thread = threading.Thread(target=self._run, daemon=True, name="uploader")
 
@@ -289,8 +290,11 @@ class Uploader:
         store.listen(self.store_health.on_retry, self._on_success)
         return store
 
-    def _on_success(self) -> None:
+    def _on_progress(self) -> None:
         self._worked_at = self.clock()
+
+    def _on_success(self) -> None:
+        self._on_progress()
         self.store_health.on_success()
 
     def _upload(self, early: EarlyUpload) -> None:
@@ -308,6 +312,7 @@ class Uploader:
                 lambda: self._queue.committed(early),
                 remote,
                 self.attempt,
+                self._on_progress,
             )
         except DamagedError as error:  # the run directory's copy is damaged: nothing can be sent
             name = early.key.rpartition("/")[2].removesuffix(".pt")

@@ -164,6 +164,13 @@ class Sink(io.RawIOBase):
         """Store all bytes of `view`, which is valid only during this call."""
         raise NotImplementedError
 
+    def make_durable(self) -> None:
+        """Make the bytes written so far durable, if they are written to a disk.
+
+        Raises:
+            StorageError: The disk fails.
+        """
+
     def commit(self, *, exclusive: bool = False) -> None:
         """Make the written bytes durable and let the file appear under its key.
 

@@ -63,6 +63,11 @@ class LocalSink(Sink):
         while done < len(view):
             done += os.write(self._fd, view[done:])
 
+    def make_durable(self) -> None:
+        """Make the bytes written so far durable. Raises StorageError if the disk fails."""
+        with _storage_errors(self.key, "write"):
+            os.fdatasync(self._fd)
+
     def write_staged(
         self, staging: StagingBuffer, write: Callable[[StagingBuffer, Path], str]
     ) -> None:

@@ -8,6 +8,7 @@ import dataclasses
 import os
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from s3_server import S3Server
 from there import there
 
 import harness
+from harness.checkpoint import format as fmt
 from harness.checkpoint.attempts import Attempt
 from harness.checkpoint.catalog import read_catalog
 from harness.checkpoint.format import Manifest
@@ -226,6 +228,46 @@ def test_a_stalled_upload_is_given_up_although_the_store_answers_others(
             asking.join()
             hold.release(forward=False)
             uploader.close(10)
+
+
+class SlowDisk(LocalStore):
+    """A run directory whose large files are read slowly, or no further than their first piece."""
+
+    takes_s = 0.0
+    goes_on = threading.Event()
+
+    def chunks(self, key: str, start: int = 0) -> Iterator[bytes]:
+        pieces = list(super().chunks(key, start))
+        for piece in pieces:
+            time.sleep(self.takes_s / len(pieces))
+            yield piece
+            self.goes_on.wait()
+
+
+@pytest.mark.parametrize("how", ["slow", "stalled"])
+@pytest.mark.parametrize("target", ["a bucket", "file://"])
+def test_an_upload_that_makes_progress_is_waited_for_wherever_it_goes(
+    committed, home: Home, tmp_path: Path, target: str, how: str
+) -> None:
+    """A directory as the remote store makes no requests that could succeed."""
+    source, manifest, _ = committed
+    store = SlowDisk(source.root)
+    store.goes_on, store.takes_s = threading.Event(), 4.0
+    if how == "slow":
+        store.goes_on.set()
+    remote = open_store(home.url if target == "a bucket" else f"file://{tmp_path}/there", 30)
+    remote.prepare(fmt.FOLDERS)
+    attempt = Attempt(1, manifest.run_id, "")
+    events = EventLog(source, "events/0001.jsonl", kept=True)
+    uploader = Uploader(
+        Route(store, remote, Policy()), attempt, events, StoreHealth(str(remote), print)
+    )
+    uploader.start([manifest], [], None, set(), Known())
+    problem = uploader.settle(1)
+    assert (problem == "") == (how == "slow"), problem
+    assert [m.step for m in read_catalog(remote).manifests] == ([1] if how == "slow" else [])
+    store.goes_on.set()
+    uploader.close(30)
 
 
 @pytest.mark.usefixtures("process_as_it_was")
