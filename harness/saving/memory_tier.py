@@ -53,7 +53,9 @@ class MemoryTier:
         """Begin to keep a checkpoint of this step in memory. For the training thread.
 
         Nothing is done if the tier is off, if a save is in flight, or if states cannot be copied in
-        the background. If there is not enough memory, the tier reports that and turns itself off.
+        the background; nor if the last save has failed or must be repeated, which the next save to
+        the disk raises or does. If there is not enough memory, the tier reports that and turns
+        itself off.
 
         Args:
             capture: returns the state to keep.
@@ -62,7 +64,10 @@ class MemoryTier:
         Returns:
             Whether the state was passed to the background saver.
         """
-        if not self.is_on or self.background.is_busy or self.background.is_unable:
+        saver = self.background
+        if not self.is_on or saver.is_busy or saver.is_unable:
+            return False
+        if saver.has_failed or saver.must_repeat:
             return False
         began_at, captured = time.perf_counter(), capture()
         try:

@@ -28,9 +28,11 @@ from harness import cli, preemption
 from harness.checkpoint import memory_copy
 from harness.checkpoint.attempts import Attempt
 from harness.checkpoint.catalog import read_catalog
-from harness.errors import UsageError
+from harness.checkpoint.commit import About
+from harness.errors import NonFiniteError, UsageError
 from harness.saving import memory_tier as writers
-from harness.saving.async_saver import AsyncSaver
+from harness.saving.async_saver import HEAD, AsyncSaver
+from harness.saving.save_job import Job, MutatedDuringCopyError
 from harness.state import Captured
 from harness.store import LocalStore
 
@@ -253,6 +255,35 @@ def test_a_save_that_waits_for_an_update_is_not_forgotten_for_one_in_memory(
         if run_.step == 11:
             break
     assert steps_of(tmp_path / "a") == [4, 8]
+
+
+@pytest.mark.parametrize("how", ["failed", "torn"])
+def test_a_save_that_failed_or_must_be_repeated_is_not_replaced_by_one_in_memory(
+    tmp_path, kept, how
+):
+    """The next save to the disk raises its error, or repeats it; other ranks ask for that only now
+    and then."""
+    model = net()
+    saver = AsyncSaver(overlapped=True, compare=False)
+    tier = writers.MemoryTier(kept, saver, print, is_on=True)
+    tier.begin(Attempt(1, "", ""), None)
+
+    def captured() -> Captured:
+        content = dict.fromkeys(HEAD, 0) | {"model_state_dict": model.state_dict()}
+        return Captured(content, set(), {}, {"model": model})
+
+    def finish(job: Job, write: object, check: object) -> None:
+        raise {"failed": NonFiniteError, "torn": MutatedDuringCopyError}[how]("a weight is NaN")
+
+    about = About(1, (), {}, "-")
+    saver.start(captured(), about, time.perf_counter(), finish)
+    saver.release()
+    saver.at_boundary()
+    wait_until(lambda: not saver.is_busy, "the save to the disk is over")
+    assert (saver.has_failed, saver.must_repeat) == (how == "failed", how == "torn")
+    assert not tier.remember(captured, lambda: about)
+    assert (saver.has_failed, saver.must_repeat) == (how == "failed", how == "torn")
+    saver.close()
 
 
 def test_every_so_many_steps(tmp_path, kept):
