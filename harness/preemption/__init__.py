@@ -3,42 +3,61 @@
 Only this part of the package uses `signal`. A handler does nothing but set the flag, except that a
 second SIGINT ends the process. All ranks decide together at a step boundary how to act on it: a
 handler that saved a checkpoint or called a collective would deadlock if only some ranks received
-the signal. Once a run is over, SIGINT raises KeyboardInterrupt, as it does without these handlers.
+the signal. Once a run is over, the stop signals do what they did before it: nobody would look at
+the flag any more.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import math
 import os
 import signal
 import sys
 import time
 from types import FrameType
+from typing import Any
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 PR_SET_PDEATHSIG = 1
-# A second SIGINT within this time is the same one, forwarded by a launcher.
+# A second SIGINT within this time is the same one, forwarded by a launcher. So is every signal
+# once a run is over: a launcher may forward one under another name.
 AGAIN_S = 0.5
 
 _requested: list[tuple[str, float]] = []  # reason, and `time.monotonic` of the request
 _runs = 0  # number of times that the handlers were installed
 _is_over = False  # whether the run that they were installed for last is over
+_has_acted = False  # whether that run has ended because of the requests
+_before: dict[int, Any] = {}  # what a signal did before the handlers were installed
+# `time.monotonic` of the last signal that was passed on, or of the end of a run that had got one.
+_passed_on_at = -math.inf
 
 
 def install() -> None:
     """Install the handlers that let stop signals set the flag, for a run that begins.
 
     A second SIGINT, more than `AGAIN_S` seconds after the first, ends the process at once. SIGHUP
-    stays ignored if it is ignored now. Requests to stop a run that is over are cleared.
+    stays ignored if it is ignored now. Requests to stop a run that is over are cleared. A signal
+    that came too late to stop that run stays: it was meant for the whole process. SIGINT is not
+    kept, because people interrupt what they see.
     """
-    global _runs, _is_over
+    global _runs, _is_over, _has_acted
     if _is_over:
-        clear()
-    _runs, _is_over = _runs + 1, False
+        _requested[:] = [
+            (why, at)
+            for why, at in _requested
+            if not _has_acted and why.startswith("SIG") and why != "SIGINT"
+        ]
+    _runs, _is_over, _has_acted = _runs + 1, False, False
     for number in STOP_SIGNALS:
+        action = signal.getsignal(number)
         # Under nohup, SIGHUP is ignored and stays so.
-        if number is not signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, handle)
+        if number is signal.SIGHUP and action is signal.SIG_IGN:
+            continue
+        if not is_caught(number):
+            _before[number] = action
+        signal.signal(number, handle)
 
 
 def current_run() -> int:
@@ -46,10 +65,32 @@ def current_run() -> int:
     return _runs
 
 
-def over(run: int) -> None:
-    """Note that a run is over; nothing changes if another run of this process has begun."""
-    global _is_over
-    _is_over = _is_over or run == _runs
+def over(run: int, *, has_acted: bool = False) -> None:
+    """Note that a run is over, and give the stop signals back what they did before it.
+
+    Nothing changes if another run of this process has begun.
+
+    Args:
+        run: Number of the run.
+        has_acted: Whether it has ended because of the requests.
+    """
+    global _is_over, _has_acted, _passed_on_at
+    if _is_over or run != _runs:
+        return
+    _is_over, _has_acted = True, has_acted
+    if signalled_at() is not None:
+        # The same signal may still be forwarded; `_pass_on` tells it from a new one.
+        _passed_on_at = time.monotonic()
+        return
+    with contextlib.suppress(ValueError):  # not in the main thread; `_pass_on` does the same later
+        for number, action in _before.items():
+            # SIGINT keeps its handler: people and launchers send it twice.
+            if (
+                number != signal.SIGINT
+                and signal.getsignal(number) is handle
+                and action is not None
+            ):
+                signal.signal(number, action)
 
 
 def clear() -> None:
@@ -60,17 +101,32 @@ def clear() -> None:
 def handle(number: int, frame: FrameType | None) -> None:
     """Set the flag for a signal; exit at once on a second SIGINT after `AGAIN_S` seconds.
 
+    Once the run is over, the signal does what it did before the run.
+
     Raises:
-        KeyboardInterrupt: The signal is SIGINT and the run is over, unless the signal before came
-            within `AGAIN_S` seconds.
+        KeyboardInterrupt: The signal is SIGINT, the run is over, and nothing else was installed.
     """
     name, now = name_of(number), time.monotonic()
+    if _is_over:
+        _pass_on(number, frame, now)
+        return
     before = [at for why, at in _requested if why == name]
     request(name)
-    if number == signal.SIGINT and before and not _is_over and now - before[0] > AGAIN_S:
+    if number == signal.SIGINT and before and now - before[0] > AGAIN_S:
         os._exit(128 + number)
-    if number == signal.SIGINT and _is_over and not (before and now - before[-1] <= AGAIN_S):
-        raise KeyboardInterrupt
+
+
+def _pass_on(number: int, frame: FrameType | None, now: float) -> None:
+    """Do what a signal did before the run, unless it may be one that was acted on just now."""
+    global _passed_on_at
+    if now - _passed_on_at <= AGAIN_S:
+        return
+    _passed_on_at, action = now, _before.get(number, signal.SIG_DFL)
+    if callable(action):
+        action(number, frame)
+    elif action is signal.SIG_DFL:
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
 
 
 def request(why: str) -> None:

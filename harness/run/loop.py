@@ -202,8 +202,10 @@ class Loop:
         if origin is not None and self._checkpointer.has_reached(self._work.end):
             self.finished, self._payload = True, None
             self._work.source.close()
-            self._stop_agreement.close()
-            done = self._checkpointer.hand_in(preemption.requested)
+            try:
+                done = self._checkpointer.hand_in(preemption.requested)
+            finally:
+                self._stop_agreement.close()
             self.say(
                 f"harness: the run in {self.store} is finished: "
                 f"step {self.step} ({origin.name}); {done or 'nothing to do'}"
@@ -239,7 +241,15 @@ class Loop:
             )
         self._checkpointer.end("finished", preemption.requested, step=self.step)
         self.finished = True
-        self.say(f"harness: finished at step {self.step}")
+        late = preemption.requested() or ""
+        self.say(
+            f"harness: finished at step {self.step}"
+            + (
+                f"; {late} came too late to stop it: send it again to end the program"
+                if late.startswith("SIG")
+                else ""
+            )
+        )
         # All ranks leave together: the writer may host the store that the others still read from.
         self.world.agree([0])
 

@@ -82,10 +82,10 @@ class StopAgreement:
                 target=self._look, args=(store, attempt), daemon=True, name="requests"
             ).start()
 
-    def close(self) -> None:
-        """Stop polling: the run is over."""
+    def close(self, *, has_stopped: bool = False) -> None:
+        """Stop polling: the run is over, and `has_stopped` if it was asked to stop and has."""
         self._over.set()
-        preemption.over(self._run)
+        preemption.over(self._run, has_acted=has_stopped)
 
     def _look(self, store: Store, attempt: int) -> None:
         seen: set[str] = set()
@@ -214,7 +214,7 @@ class StopAgreement:
         say(f"harness: {message}")
         self.world.agree([0])  # all ranks leave together, after the writer has printed
         self.world.leave()
-        self.close()
+        self.close(has_stopped=True)
         raise SystemExit(0)
 
 

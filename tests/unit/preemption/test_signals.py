@@ -542,3 +542,79 @@ def test_an_interrupt_of_one_run_does_not_stop_the_next_one_in_the_same_process(
     ):
         assert line in lived.text, lived.text
     assert lived.text.count("interrupted\n") == 2, lived.text
+
+
+AFTER = """
+import time
+
+def train(name, number=None, at=10):
+    run = harness.init(os.path.join(sys.argv[1], name), seed=1)
+    model = nn.Linear(8, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    run.track(model=model, optimizer=optimizer)
+    for x, y in run.batches(points(), 16, epochs=1):
+        if run.step == at and number:
+            os.kill(os.getpid(), number)
+        model(x).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return run
+
+signal.signal(signal.SIGUSR1, lambda number, frame: print("the program's own", flush=True))
+"""
+LATE = (
+    AFTER
+    + """
+print("finished", train("a", signal.SIGTERM).finished)
+train("b")
+print("not reached")
+"""
+)
+TWICE = (
+    AFTER
+    + """
+from harness.preemption import AGAIN_S
+try:
+    train("a", signal.SIGTERM, 5)
+except SystemExit:
+    os.kill(os.getpid(), signal.SIGTERM)  # the same one, passed on by a launcher
+    time.sleep(AGAIN_S + 0.1)
+    os.kill(os.getpid(), signal.SIGUSR1)
+print("finished", train("a").finished)
+time.sleep(AGAIN_S + 0.1)
+os.kill(os.getpid(), signal.SIGTERM)
+print("not reached")
+"""
+)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2])
+def test_after_a_run_a_signal_does_what_it_did_before(
+    number: signal.Signals, tmp_path: Path
+) -> None:
+    source = f"""
+print("finished", train("a").finished)
+os.kill(os.getpid(), signal.SIGUSR1)
+os.kill(os.getpid(), {int(number)})
+time.sleep(1)
+print("not reached")
+"""
+    lived = live(tmp_path, AFTER + source, "run")
+    assert lived.code == -number, lived.text
+    assert "finished True\nthe program's own\n" in lived.text and "not reached" not in lived.text
+
+
+def test_a_signal_that_came_too_late_for_one_run_stops_the_next(tmp_path: Path) -> None:
+    lived = live(tmp_path, LATE, "run")
+    assert lived.code == 0 and "finished True" in lived.text, lived.text
+    assert "SIGTERM came too late to stop it" in lived.text, lived.text
+    assert "stopped before training began" in lived.text and "not reached" not in lived.text
+
+
+def test_a_stop_that_is_over_neither_stops_the_next_run_nor_keeps_signals_away(
+    tmp_path: Path,
+) -> None:
+    lived = live(tmp_path, TWICE, "run")
+    assert lived.code == -signal.SIGTERM, lived.text
+    assert "the program's own\n" in lived.text and "finished True" in lived.text, lived.text
+    assert "not reached" not in lived.text
