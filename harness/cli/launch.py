@@ -4,8 +4,8 @@ A failed launch is repeated, with growing pauses, until `run.max_failures` launc
 have died without a new checkpoint. That is a crash loop, which no restart can fix. A signal to
 this process, the job's time limit and `harness stop` also end the supervision. The configuration is
 checked before any process is started. Options that are not listed here go to torchrun. With several
-nodes torchrun is started only once, and the job that starts it on all nodes supervises (see
-`harness submit`).
+nodes (--nnodes) torchrun is started only once, and the job that starts it on all nodes supervises
+(see `harness submit`).
 
 A program of your own may follow the settings, with its arguments: it is started in place of
 harness/train.py. `run.dir` and `run.remote` must then name the same stores as the program's call of
@@ -75,12 +75,19 @@ class CommandLine:
         return (["--config", self.config_file] if self.config_file else []) + self.settings_given
 
     @property
+    def nodes(self) -> str:
+        """Return torchrun's number of nodes as it is given: N or MIN:MAX."""
+        found, words = os.environ.get("PET_NNODES", "1"), iter(self.options)
+        for word in words:
+            name, _, value = word.partition("=")
+            if len(name) > 3 and "--nnodes".startswith(name):  # torchrun takes shortened names
+                found = value or next(words, "")
+        return found
+
+    @property
     def is_for_several_nodes(self) -> bool:
-        """Return whether torchrun is told how to meet other nodes."""
-        return any(
-            option.startswith(("--nnodes", "--rdzv", "--standalone", "--master"))
-            for option in self.options
-        )
+        """Return whether torchrun may meet other nodes; with one node it has nobody to meet."""
+        return self.nodes not in ("1", "1:1")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -99,8 +106,8 @@ def run(given: argparse.Namespace, rest: list[str]) -> int:
     """Train, under supervision if this process has no supervisor; return the exit code.
 
     A process that a supervisor has started (HARNESS_LAUNCH is set) runs torchrun once and records a
-    failure. With options for several nodes, torchrun also runs only once. Otherwise this process
-    supervises.
+    failure. With several nodes, torchrun also runs only once, and a line says so. Otherwise this
+    process supervises.
 
     Args:
         given: The arguments that the parser knows.
@@ -117,6 +124,12 @@ def run(given: argparse.Namespace, rest: list[str]) -> int:
     join.check_environment()
     _check_code(line)
     if line.is_for_several_nodes:
+        say(
+            f"harness launch: not supervised, because it is for several nodes ({line.nodes}): "
+            "torchrun is started once, and not again after a crash. harness submit supervises a "
+            "job of several nodes; --max-restarts=3 lets torchrun restart crashed processes",
+            sys.stderr,
+        )
         return _run_once(line)
     if line.nproc_per_node.isdigit() and int(line.nproc_per_node) and not line.settings.run.loop:
         check_batch(

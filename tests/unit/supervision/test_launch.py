@@ -30,6 +30,8 @@ from launches import (
 from s3_server import free_ports
 
 from harness import retry
+from harness.cli.launch import CommandLine
+from harness.config import load
 
 Start = Callable[..., "subprocess.Popen[str]"]
 # So that a save, which goes on in the background, is over when a crash comes some steps later.
@@ -211,6 +213,57 @@ def test_torchrun_may_start_again_in_place(
         20,
     ]
     check_equal(directory, whole(2))
+
+
+@pytest.mark.parametrize(
+    ("options", "is_supervised"),
+    [
+        (("--standalone", "--nnodes", "1:1", "--rdzv-backend=c10d"), True),
+        (
+            (
+                "--nnodes=1:2",
+                "--rdzv-backend=c10d",
+                "--rdzv-endpoint=localhost:0",
+                "--rdzv-conf=last_call_timeout=1",
+            ),
+            False,
+        ),
+    ],
+    ids=["one node", "several nodes"],
+)
+def test_options_for_one_node_do_not_end_the_supervision_and_those_for_several_say_so(
+    options: tuple[str, ...], is_supervised: bool, folder: Path
+) -> None:
+    settings = crashing(folder, "3-0-raise-1")
+    done = run(harness("launch", *options, "--nproc-per-node=1", *settings), cwd=folder)
+    assert done.returncode == (0 if is_supervised else 1), done.stdout + done.stderr
+    assert ("harness launch: not supervised" in done.stderr) != is_supervised, done.stderr
+    assert len(begun(folder / "run", "launches")) == (2 if is_supervised else 0)
+
+
+@pytest.mark.parametrize(
+    ("options", "environment", "expected"),
+    [
+        ([], {}, False),
+        (["--nnodes=1"], {}, False),
+        (["--nn", "1", "--master-addr=a"], {}, False),
+        (["--nnodes", "2"], {}, True),
+        (["--nnode=1:4"], {}, True),
+        ([], {"PET_NNODES": "2"}, True),
+        (["--no-python"], {}, False),
+    ],
+)
+def test_only_more_than_one_node_is_several(
+    options: list[str],
+    environment: dict[str, str],
+    expected: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("PET_NNODES", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    line = CommandLine("1", options, None, [], load(None, [])[0], {})
+    assert line.is_for_several_nodes == expected
 
 
 # --- asked to stop ---
