@@ -20,6 +20,8 @@ from harness.data.loading import Batching, Workers, as_first, is_iterable
 from harness.errors import UsageError
 
 KEPT = ("timeout", "prefetch_factor", "multiprocessing_context")
+# The methods and properties of a DataLoader that are not called, because it is not iterated over.
+NOT_CALLED = ("__iter__", "_get_iterator", "_index_sampler", "_auto_collation")
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ def adopt(loader: object) -> FromDataLoader | None:
 
     Raises:
         UsageError: A run could not find the samples again. The DataLoader has no fixed batch size,
-            or its sampler gives each rank a different order.
+            an iteration of its own, or a sampler that gives each rank a different order.
     """
     if not isinstance(loader, DataLoader):
         return None
@@ -51,8 +53,9 @@ def adopt(loader: object) -> FromDataLoader | None:
         # A loader with a state of its own is a stream of batches.
         stream = Batching(False, loader.drop_last, None, as_first, Workers(), loader.batch_size)
         return FromDataLoader(loader, loader.batch_size, stream)
+    _check_iteration(loader)
     batches: Any = loader.batch_sampler
-    if type(batches) is not BatchSampler and not _is_stateful(batches):
+    if type(batches) is not BatchSampler and not _is_of_torchdata(type(batches)):
         raise UsageError(
             "this DataLoader does not batch samples by a number of its own, so no run could go on"
             " in the middle of it",
@@ -70,9 +73,30 @@ def adopt(loader: object) -> FromDataLoader | None:
     return FromDataLoader(loader.dataset, batches.batch_size, batching)
 
 
-def _is_stateful(sampler: object) -> bool:
-    """Return whether the sampler is torchdata's: one of torch's samplers with a state."""
-    return type(sampler).__module__.startswith("torchdata.")
+def _check_iteration(loader: DataLoader[Any]) -> None:
+    """Refuse a DataLoader that iterates in a way of its own, which would be dropped silently.
+
+    torchdata's iterates as torch's does, and counts meanwhile what it has read.
+
+    Raises:
+        UsageError: A class of the program, or of a library, overrides the iteration.
+    """
+    for name in NOT_CALLED:
+        owner = next((cls for cls in type(loader).__mro__ if name in vars(cls)), DataLoader)
+        if name in vars(loader) or not (owner is DataLoader or _is_of_torchdata(owner)):
+            raise UsageError(
+                f"{type(loader).__name__} iterates in a way of its own, and a DataLoader is taken"
+                " apart: its batches are loaded without it, so that they can be found again",
+                f"found: {name} of {owner.__module__}.{owner.__qualname__}",
+                "Do what it does to samples in the dataset, what it does to batches in collate_fn"
+                " or at the head of the loop, and give a plain DataLoader; their order is"
+                " sampler= or order=.",
+            )
+
+
+def _is_of_torchdata(kind: type) -> bool:
+    """Return whether a class is torchdata's: a loader or a sampler of torch's with a state."""
+    return kind.__module__.startswith("torchdata.")
 
 
 def _order(sampler: Any, dataset: Any) -> tuple[bool, Callable[[int], Sequence[int]] | None]:
@@ -84,13 +108,13 @@ def _order(sampler: Any, dataset: Any) -> tuple[bool, Callable[[int], Sequence[i
     if type(sampler) is SequentialSampler:
         return False, None
     is_random = type(sampler) is RandomSampler or (
-        _is_stateful(sampler) and hasattr(sampler, "replacement")
+        _is_of_torchdata(type(sampler)) and hasattr(sampler, "replacement")
     )
     if is_random and not sampler.replacement and sampler.num_samples == len(dataset):
         return True, None
     # The harness splits the samples over the ranks itself, whatever this sampler would do.
     if type(sampler) is DistributedSampler or (
-        _is_stateful(sampler) and isinstance(sampler, DistributedSampler)
+        _is_of_torchdata(type(sampler)) and isinstance(sampler, DistributedSampler)
     ):
         return sampler.shuffle, None
     if getattr(sampler, "num_replicas", 1) == 1:
