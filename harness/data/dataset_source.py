@@ -64,6 +64,11 @@ class MapSource:
         ):
             say(note)
 
+    def put_back(self) -> None:
+        """Restore the state of the sampler of a given order once more."""
+        if isinstance(self.plan.order, GivenOrder):
+            self.plan.order.put_back()
+
     @property
     def _keeps(self) -> bool:
         """Return whether the workers live from the beginning of the loop to its end.

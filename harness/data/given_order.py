@@ -49,6 +49,7 @@ class GivenOrder:
         self._epoch_paths, self._as_built = set[str](), dict[str, str]()
         self._last: tuple[int, Sequence[int]] | None = None  # an epoch, and its order
         self._kept: tuple[int, Sequence[int]] | None = None  # the same, from the checkpoint
+        self._at_begin: dict[str, Any] | None = None  # of a resumed run, in its first epoch
         # Whether an answer changes the state, and whether it takes longer than CHEAP_S.
         self._moves, self._is_costly = False, False
 
@@ -84,22 +85,37 @@ class GivenOrder:
             self._state.put_back(state)
         if type(self._sampler) not in TORCHS and not self._is_costly:
             self._prove(answer, epoch)
-        saved = (before or {}).get("order")
+        return "" if before is None else self._restore(before.get("order"))
+
+    def _restore(self, saved: Mapping[str, Any] | None) -> str:
+        """Restore what a checkpoint holds of the order; return a notice, as `begin` does."""
         if saved is None:
+            self._at_begin = self._state.read()
             return (
                 "the checkpoint has not kept the order of its epoch: the rest of it is dealt out"
                 " anew"
-                if before and self._moves
+                if self._moves
                 else ""
             )
         if left := [int(sample) for sample in saved["left"]]:
             self._kept = saved["epoch"], [left[0]] * saved["used"] + left
         lost = self._state.put_back(saved["state"])
+        # What is missing now may be added before `put_back`.
+        self._at_begin = self._state.read() | dict(saved["state"])
         return (
             f"the sampler has no {', '.join(lost)} any more, which the checkpoint holds"
             if lost
             else ""
         )
+
+    def put_back(self) -> None:
+        """Restore the state of a resumed run once more, as it was when its loop began.
+
+        Nothing is done once a second epoch has begun.
+        """
+        if self._at_begin is not None:
+            self._state.put_back(self._at_begin)
+            self._at_begin = None
 
     @property
     def handled(self) -> set[int]:
@@ -159,6 +175,8 @@ class GivenOrder:
 
     def begun(self, epoch: int, samples: Sequence[int]) -> None:
         """Record the order of an epoch that begins."""
+        if self._last is not None:
+            self._at_begin = None  # frees the memory: weights of samples may be large
         self._last = epoch, samples
 
     def kept(self, position: Position, again: Callable[[int], list[int]]) -> dict[str, Any]:

@@ -37,6 +37,13 @@ class Source(Protocol):
             by_epoch: Whether the user's loop is one over epochs.
         """
 
+    def put_back(self) -> None:
+        """Restore the state of samplers once more, as it was after `begin` of a resumed run.
+
+        Called before the first share is requested, after code of the user's that runs again where
+        a run resumes inside an epoch.
+        """
+
     def steps_after(self, position: Position, epochs: int) -> int | None:
         """Return the number of steps to the end of the last epoch, or None if it is unknown."""
 
@@ -74,6 +81,9 @@ class InThisProcess:
     ) -> None:
         """Do nothing."""
 
+    def put_back(self) -> None:
+        """Do nothing: there is no sampler."""
+
     def kept(self, position: Position) -> dict[str, Any]:
         """Return {}: the position is enough."""
         return {}
@@ -104,6 +114,11 @@ class CombinedSource:
         for name, source in self.others.items():
             own = None if before is None else orders.get(name, {})
             source.begin(self.positions.get(name, Position()), own, say, by_epoch=False)
+
+    def put_back(self) -> None:
+        """Restore the state of the samplers of all sources once more."""
+        for source in (self.main, *self.others.values()):
+            source.put_back()
 
     def close(self) -> None:
         """Close all sources."""

@@ -141,9 +141,9 @@ class Run(Loop):
         to the last step of the epoch and is saved with it. The epoch in which a run resumes yields
         only the rest of its batches: count with `run.step`, not with `enumerate`. The code of the
         outer loop before the inner loop runs again there. What it changes of the state that a
-        checkpoint holds is put back when the first batch is requested, because the checkpoint
-        contains the change already; plain variables keep what it sets. Run the inner loop to its
-        end.
+        checkpoint holds, also of samplers, is put back when the first batch is requested, because
+        the checkpoint contains the change already; plain variables keep what it sets. Run the inner
+        loop to its end.
 
         Collective: every rank must call it.
 

@@ -123,6 +123,7 @@ class Loop:
         Collective: every rank must call it.
         """
         if self._payload is not None:
+            self._work.source.put_back()
             self._kept_state.put_back(self.tracked, self.state, self._payload)
             self._metric_buffer.begin_step()
             self._metric_buffer.restore(self._payload)

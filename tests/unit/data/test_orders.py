@@ -357,6 +357,70 @@ def test_an_epoch_goes_on_in_the_order_in_which_it_began_and_the_next_ones_as_th
     )
 
 
+SKEWED = """
+class Skewed(Sampler):
+    def __init__(self):
+        self.skew, self.generator = 1.0, torch.Generator().manual_seed(5)
+
+    def __len__(self):
+        return 40
+
+    def __iter__(self):
+        drawn = torch.randperm(40, generator=self.generator) / 40
+        skew = self.skew + getattr(self, "more", 0.0)
+        return iter((drawn - skew * torch.arange(40).remainder(7)).argsort().tolist())
+
+sampler = Skewed()
+"""
+MORE = """
+run = init()
+torch.manual_seed(0)
+model = nn.Linear(8, 1)
+optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
+run.track(model=model, optimizer=optimizer)
+used = []
+more = {"more": DataLoader(TensorDataset(torch.arange(40)), 4, sampler=sampler)}
+for epoch, batches in run.by_epoch(run.batches(points(40), 4, epochs=4, beside=more)):
+    HEAD
+    for (x, y), also in batches:
+        used += also["more"][0].tolist()
+        optimizer.zero_grad()
+        (model(x) - y).square().mean().backward()
+        optimizer.step()
+        die(run)
+print("used", *used, flush=True)
+"""
+HEADS = {
+    "changes an attribute": "sampler.skew *= 1.5",
+    "draws from its generator": "torch.rand(3, generator=sampler.generator)",
+    "adds an attribute": "sampler.more = getattr(sampler, 'more', 0.5) * 1.5",
+}
+
+
+@pytest.mark.parametrize(
+    ("head", "where", "wrapped"),
+    [
+        *((head, "main", False) for head in HEADS),
+        ("changes an attribute", "beside", False),
+        ("changes an attribute", "main", True),
+    ],
+)
+def test_what_an_epoch_begins_with_is_not_applied_again_to_a_sampler(
+    head, where, wrapped, tmp_path
+):
+    if where == "main":
+        source = program(SKEWED, head=HEADS[head]).replace("epochs=3", "epochs=4")
+    else:
+        source = SKEWED + MORE.replace("HEAD", HEADS[head])
+    if wrapped:  # as by tqdm: the first batch of an epoch is loaded before the head of the loop
+        source = source.replace("run.by_epoch(run", "run.by_epoch(b for b in run")
+    outcome = killed_once(tmp_path, source, die=18)
+    assert "resumes from step 15" in outcome.resumed.text, outcome.resumed.text
+    whole, rest = said(outcome.whole.text, "used"), said(outcome.resumed.text, "used")
+    assert len(set(whole)) > 1 and rest == whole[60:]
+    assert outcome.is_equal, outcome.rows
+
+
 ORDERED = (
     BEGIN
     + """
