@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,7 +118,7 @@ def _order(sampler: Any, dataset: Any) -> tuple[bool, Callable[[int], Sequence[i
     ):
         return sampler.shuffle, None
     if getattr(sampler, "num_replicas", 1) == 1:
-        return False, GivenOrder(lambda epoch: _epoch_of(sampler, epoch), sampler, dataset)
+        return False, GivenOrder(lambda epoch: _at_epoch(sampler, epoch), sampler, dataset)
     raise UsageError(
         "this DataLoader's sampler splits the samples over the ranks, and so does the harness",
         f"found: a {type(sampler).__name__} for rank {getattr(sampler, 'rank', '?')}"
@@ -128,8 +128,8 @@ def _order(sampler: Any, dataset: Any) -> tuple[bool, Callable[[int], Sequence[i
     )
 
 
-def _epoch_of(sampler: Any, epoch: int) -> list[int]:
-    """Return the sampler's order for an epoch."""
+def _at_epoch(sampler: Any, epoch: int) -> Iterable[int]:
+    """Return the sampler, set to an epoch."""
     if hasattr(sampler, "set_epoch"):
         sampler.set_epoch(epoch)
-    return [int(sample) for sample in sampler]
+    return sampler  # type: ignore[no-any-return]

@@ -8,8 +8,9 @@ another order.
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from typing import Any
 
 import torch
@@ -33,6 +34,8 @@ TORCHS = (
 )
 CHEAP_S = 0.02  # an order that takes longer is stored, not computed again
 MOST_BYTES = 2 << 30
+# The numbers that are read of an order without a length; of large datasets, four times theirs.
+UNCOUNTED = 1 << 22
 ANOTHER_EPOCH = 7919
 KEPT = "kept"  # the kind of an order that the checkpoint stores
 
@@ -41,9 +44,10 @@ class GivenOrder:
     """A sampler or function that gives the order, with its state as far as it can be found."""
 
     def __init__(
-        self, ask: Callable[[int], Sequence[int]], sampler: Any = None, dataset: Any = None
+        self, ask: Callable[[int], Iterable[int]], sampler: Any = None, dataset: Any = None
     ) -> None:
         self._ask, self._sampler = ask, sampler
+        self._size = len(dataset) if isinstance(dataset, Sized) else 0
         self._state = SamplerState(ask, sampler, dataset)
         # The parts of the state that `set_epoch` changes; a digest of each part of the state.
         self._epoch_paths, self._as_built = set[str](), dict[str, str]()
@@ -124,8 +128,8 @@ class GivenOrder:
 
     def length(self, answer: Callable[[int], list[int]]) -> int:
         """Return the number of samples in an epoch."""
-        if hasattr(self._sampler, "__len__"):
-            return len(self._sampler)
+        if (known := self._known_length()) is not None:
+            return known
         state = self._state.read()
         samples = answer(0)
         self._state.put_back(state)
@@ -157,10 +161,41 @@ class GivenOrder:
         if self._kept is not None and self._kept[0] == epoch:
             return self._kept[1]
         before, began_at = self._state.digests(), time.perf_counter()
-        samples = self._ask(epoch)
+        samples = self._read(self._ask(epoch))
         self._is_costly = time.perf_counter() - began_at > CHEAP_S
         self._moves = self._moves or bool(self._changed_since(before))
         return samples
+
+    def _read(self, samples: Iterable[int]) -> Sequence[int]:
+        """Return an order as a sequence.
+
+        Raises:
+            UsageError: It does not end where its length says, or without a length not at all.
+        """
+        if self._sampler is None and isinstance(samples, Sized):
+            return samples  # type: ignore[return-value]
+        known, longest = self._known_length(), max(UNCOUNTED, 4 * self._size)
+        if known is None or known <= max(longest, MOST_BYTES // 4):
+            limit = longest if known is None else known
+            read = [int(sample) for sample in itertools.islice(samples, limit + 1)]
+            if len(read) <= limit:
+                return read
+        about = (
+            f"no len(), and more than {longest}" if known is None else f"len() {known}, and more"
+        )
+        raise UsageError(
+            "the order of an epoch never ends, or not where it should",
+            f"found: {self._name} with {about} numbers",
+            "Give an order of one epoch: let the sampler stop after the samples of an epoch, and"
+            " give their number as its len(). How many epochs there are is epochs=.",
+        )
+
+    def _known_length(self) -> int | None:
+        """Return the length of the sampler; None for one without a length, and for a function."""
+        try:
+            return len(self._sampler)
+        except (TypeError, NotImplementedError):
+            return None
 
     def _changed_since(self, before: Mapping[str, str]) -> set[str]:
         """Return the paths of the parts that have changed, except those that `set_epoch` changes.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -100,7 +100,7 @@ class SamplerState:
         dataset: The dataset, which is not part of the sampler's state.
     """
 
-    def __init__(self, ask: Callable[[int], Sequence[int]], sampler: Any, dataset: Any) -> None:
+    def __init__(self, ask: Callable[[int], Iterable[int]], sampler: Any, dataset: Any) -> None:
         self._ask, self._sampler, self._dataset = ask, sampler, dataset
 
     def digests(self) -> dict[str, str]:

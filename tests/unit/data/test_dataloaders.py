@@ -2,14 +2,42 @@
 
 from __future__ import annotations
 
+import itertools
+import sys
+
 import pytest
 import torch
-from torch.utils.data import DataLoader, TensorDataset, default_collate
+from torch.utils.data import DataLoader, Sampler, TensorDataset, default_collate
 
+from harness.data import dataset_source, loading
 from harness.data.dataloader import adopt
+from harness.data.dataset_source import MapSource
+from harness.data.plan import Position
+from harness.distributed.ranks import World
 from harness.errors import UsageError
 
 DATA = TensorDataset(torch.arange(40.0))
+
+
+def source_of(loader: DataLoader) -> MapSource:
+    """The source of a loop over the loader, begun."""
+    adopted = adopt(loader)
+    assert adopted is not None
+    world = World(0, 1, torch.device("cpu"), 10)
+    source = dataset_source.source(adopted.dataset, world, 1, 4, 1, adopted.batching)
+    assert isinstance(source, MapSource)
+    source.begin(Position(), None, print, by_epoch=False)
+    return source
+
+
+def numbers(source: MapSource, epochs: int = 1) -> list[int]:
+    """What a loop over the source would train on; each sample is its number."""
+    return [
+        int(x)
+        for _, batches in source.shares(Position(), epochs)
+        for (batch,) in batches
+        for x in batch
+    ]
 
 
 class Scaling(DataLoader):
@@ -65,3 +93,41 @@ def test_a_loader_that_only_sets_arguments_is_taken_over():
 def test_a_loader_of_torchdata_is_taken_over():
     own = {"__module__": "torchdata.stateful_dataloader", "__iter__": lambda self: iter([])}
     assert adopt(type("StatefulDataLoader", (DataLoader,), own)(DATA, 4)) is not None
+
+
+class Endless(Sampler):
+    def __iter__(self):
+        while True:
+            yield from torch.randperm(40).tolist()
+
+
+class EndlessOfKnownLength(Endless):
+    def __len__(self):
+        return 40
+
+
+class EndlessAndSaysSo(Endless):
+    def __len__(self):
+        return sys.maxsize
+
+
+class Counted(Sampler):
+    def __iter__(self):
+        return iter(range(0, 40, 2))
+
+
+@pytest.mark.parametrize("kind", [Endless, EndlessOfKnownLength, EndlessAndSaysSo])
+def test_a_sampler_that_never_ends_is_refused(kind):
+    with pytest.raises(UsageError, match="never ends") as refused:
+        source_of(DataLoader(DATA, 4, sampler=kind()))
+    assert kind.__name__ in str(refused.value)
+
+
+def test_an_order_that_never_ends_is_refused():
+    batching = loading.Batching(False, True, lambda _: itertools.count(), None, loading.Workers())
+    with pytest.raises(UsageError, match="never ends"):
+        dataset_source.source(DATA, World(0, 1, torch.device("cpu"), 10), 1, 4, 1, batching)
+
+
+def test_a_sampler_without_a_length_is_read_to_its_end():
+    assert numbers(source_of(DataLoader(DATA, 4, sampler=Counted()))) == list(range(0, 40, 2))
