@@ -167,19 +167,12 @@ def command(arguments: list[str], folder: str, errors: str) -> None:
     """Be `python ARGUMENTS`, started in that folder."""
     os.dup2(os.open(errors, os.O_WRONLY | os.O_APPEND), 2)
     os.chdir(folder)
-    try:
-        if arguments[0] == "-m":
-            sys.argv, sys.path[0] = arguments[1:], folder
-            runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
-        else:
-            sys.argv, sys.path[0] = arguments, str(Path(arguments[0]).resolve().parent)
-            runpy.run_path(arguments[0], run_name="__main__")
-    except Exception:  # noqa: BLE001 - as the interpreter does
-        sys.excepthook(*sys.exc_info())
-        sys.exit(1)
-    finally:
-        threading._shutdown()  # type: ignore[attr-defined]
-        atexit._run_exitfuncs()
+    if arguments[0] == "-m":
+        sys.argv, sys.path[0] = arguments[1:], folder
+        runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv, sys.path[0] = arguments, str(Path(arguments[0]).resolve().parent)
+        runpy.run_path(arguments[0], run_name="__main__")
 
 
 def run_forked(
@@ -378,6 +371,9 @@ def _live(order: dict[str, Any]) -> int:
     except BaseException:  # noqa: BLE001  whatever else it is, it is the finding
         sys.excepthook(*sys.exc_info())
         code = 1
+    if order["life"] in ("command", "program"):  # it may have begun threads and processes
+        threading._shutdown()  # type: ignore[attr-defined]
+        atexit._run_exitfuncs()
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()
         sys.stderr.flush()
