@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,18 +103,20 @@ def _order(sampler: Any, dataset: Any) -> tuple[bool, Callable[[int], Sequence[i
     """Return whether to shuffle the samples, and the sampler's own order, if it has one.
 
     Raises:
-        UsageError: The sampler gives each rank a different order.
+        UsageError: The sampler gives each rank a different order, or a part of the dataset.
     """
-    if type(sampler) is SequentialSampler:
+    is_whole = _reads_all_of(sampler, dataset)
+    if type(sampler) is SequentialSampler and is_whole:
         return False, None
     is_random = type(sampler) is RandomSampler or (
         _is_of_torchdata(type(sampler)) and hasattr(sampler, "replacement")
     )
-    if is_random and not sampler.replacement and sampler.num_samples == len(dataset):
+    if is_random and is_whole and not sampler.replacement and sampler.num_samples == len(dataset):
         return True, None
     # The harness splits the samples over the ranks itself, whatever this sampler would do.
-    if type(sampler) is DistributedSampler or (
-        _is_of_torchdata(type(sampler)) and isinstance(sampler, DistributedSampler)
+    if is_whole and (
+        type(sampler) is DistributedSampler
+        or (_is_of_torchdata(type(sampler)) and isinstance(sampler, DistributedSampler))
     ):
         return sampler.shuffle, None
     if getattr(sampler, "num_replicas", 1) == 1:
@@ -122,10 +124,30 @@ def _order(sampler: Any, dataset: Any) -> tuple[bool, Callable[[int], Sequence[i
     raise UsageError(
         "this DataLoader's sampler splits the samples over the ranks, and so does the harness",
         f"found: a {type(sampler).__name__} for rank {getattr(sampler, 'rank', '?')}"
-        f" of {sampler.num_replicas}",
+        f" of {sampler.num_replicas}"
+        + (
+            ""
+            if is_whole
+            else f", over {_samples_of(sampler)} samples; the dataset has {len(dataset)}"
+        ),
         "Build it with num_replicas=1, rank=0 on every rank: the harness splits its order over the"
-        " ranks.",
+        " ranks."
+        + ("" if is_whole else " Or give it and the DataLoader Subset(dataset, range(…))."),
     )
+
+
+def _samples_of(sampler: Any) -> int | None:
+    """Return the number of the samples over which one of torch's samplers goes, if it says so."""
+    over = getattr(sampler, "data_source", getattr(sampler, "dataset", None))
+    return len(over) if isinstance(over, Sized) else None
+
+
+def _reads_all_of(sampler: Any, dataset: Any) -> bool:
+    """Return whether a sampler goes over as many samples as the dataset has, as far as it says.
+
+    A program may give a sampler other data than the DataLoader: range(10) for the first ten.
+    """
+    return _samples_of(sampler) in (None, len(dataset))
 
 
 def _at_epoch(sampler: Any, epoch: int) -> Iterable[int]:

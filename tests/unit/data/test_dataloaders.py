@@ -4,10 +4,20 @@ from __future__ import annotations
 
 import itertools
 import sys
+from typing import Any
 
 import pytest
 import torch
-from torch.utils.data import DataLoader, Sampler, TensorDataset, default_collate
+from torch.utils.data import (
+    DataLoader,
+    RandomSampler,
+    Sampler,
+    SequentialSampler,
+    Subset,
+    TensorDataset,
+    default_collate,
+)
+from torch.utils.data.distributed import DistributedSampler
 
 from harness.data import dataset_source, loading
 from harness.data.dataloader import adopt
@@ -69,7 +79,7 @@ def test_a_loader_with_an_iteration_of_its_own_is_refused(kind):
 
 def test_a_loader_whose_iterator_is_replaced_is_refused():
     loader = DataLoader(DATA, 4)
-    loader._get_iterator = lambda: iter([])  # type: ignore[method-assign]
+    vars(loader)["_get_iterator"] = lambda: iter([])
     with pytest.raises(UsageError, match="iterates in a way of its own"):
         adopt(loader)
 
@@ -124,10 +134,34 @@ def test_a_sampler_that_never_ends_is_refused(kind):
 
 
 def test_an_order_that_never_ends_is_refused():
-    batching = loading.Batching(False, True, lambda _: itertools.count(), None, loading.Workers())
+    endless: Any = itertools.count
+    batching = loading.Batching(False, True, lambda _: endless(), None, loading.Workers())
     with pytest.raises(UsageError, match="never ends"):
         dataset_source.source(DATA, World(0, 1, torch.device("cpu"), 10), 1, 4, 1, batching)
 
 
 def test_a_sampler_without_a_length_is_read_to_its_end():
     assert numbers(source_of(DataLoader(DATA, 4, sampler=Counted()))) == list(range(0, 40, 2))
+
+
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        SequentialSampler(range(12)),
+        RandomSampler(range(12), num_samples=40),
+        DistributedSampler(range(12), num_replicas=1, rank=0),  # type: ignore[arg-type]
+    ],
+    ids=["in order", "drawn", "of one rank"],
+)
+def test_a_sampler_over_fewer_samples_than_the_dataset_keeps_to_them(sampler):
+    found = numbers(source_of(DataLoader(DATA, 4, sampler=sampler)))
+    assert len(found) == len(sampler) and set(found) == set(range(12))
+
+
+def test_a_sampler_that_splits_fewer_samples_than_the_dataset_is_refused():
+    sampler: Any = DistributedSampler(range(12), num_replicas=2, rank=0)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="12") as refused:
+        adopt(DataLoader(DATA, 4, sampler=sampler))
+    assert "Subset" in str(refused.value)
+    adopted = adopt(DataLoader(Subset(DATA, range(12)), 4, sampler=sampler))
+    assert adopted is not None and adopted.batching.order is None
