@@ -90,6 +90,14 @@ def of(obj: Any) -> ArrayMarks:
     return marks
 
 
+def arrays_of(obj: Any) -> dict[str, Any]:
+    """Return the arrays of an object by the names that `of` gives them, at most MOST."""
+    with contextlib.suppress(Exception):
+        found = itertools.islice(_arrays(obj, set()), MOST)
+        return {name: array for name, _, array in found}
+    return {}
+
+
 def _arrays(obj: Any, containers: set[int]) -> Iterator[tuple[str, int, Any]]:
     if isinstance(obj, torch.Tensor | np.ndarray):
         yield "", ATTRIBUTE, obj

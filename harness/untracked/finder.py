@@ -16,6 +16,7 @@ checked at the first step boundary; generators and arrays are checked again afte
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import sys
 import time
@@ -44,6 +45,7 @@ from harness.untracked.candidates import (
     walk,
 )
 from harness.untracked.foreign_optimizers import on_untracked_update
+from harness.untracked.given_state import GivenState, are_searched
 from harness.untracked.object_walk import MOST_OBJECTS
 from harness.untracked.program_frames import of_source
 from harness.untracked.program_roots import Roots, of_torch, of_tracked, sharing
@@ -71,7 +73,8 @@ class UntrackedFinder:
         self._updates, self._named = list[tuple[Any, str]](), set[int]()
         self._unhook: Callable[[], None] = lambda: None
         self._unwatch: Callable[[], None] = lambda: None
-        self._held = set[int]()
+        self._held, self._within = set[int](), set[int]()
+        self._given: GivenState | None = None
         self._source: Any = None
         self._roots: Roots | None = Roots()
         self._values, self._sharing = ProgramValues(), set[str]()
@@ -93,13 +96,21 @@ class UntrackedFinder:
         ).remove
         self._unwatch = on_untracked_update(tracked, lambda *update: self._updates.append(update))
         with self._harmless():
-            self._candidates = find_candidates(
-                list(self._all_roots(frame)), {id(obj) for obj in tracked.values()}, source
-            )
-            self._held = self._addresses()
+            own = self._ask()
+            others = {id(obj) for obj in tracked.values()} - own
+            found = find_candidates(list(self._all_roots(frame)), others, source)
+            self._candidates = [each for each in found if id(each.obj) not in own]
             enters = self._enters(self._kept())
             self._values.begin(self._all_roots(frame), enters, self._held)
             self._sharing = sharing(tracked)
+            self._given = None
+
+    def _ask(self) -> set[int]:
+        """Ask the program's own tracked objects for what they save; return their ids."""
+        own = are_searched(self._tracked) if self._roots is not None else {}
+        self._given = GivenState(own)
+        self._held = self._given.addresses | self._addresses(own)
+        return {id(obj) for obj in own.values()}
 
     @contextlib.contextmanager
     def _harmless(self) -> Iterator[None]:
@@ -150,7 +161,7 @@ class UntrackedFinder:
 
     def _look(self, frame: FrameType) -> None:
         """Report candidates whose state would be lost, and values that the program carries on."""
-        self._held = self._addresses()
+        self._ask()
         kept = self._kept()
         if self._candidates:
             lost = [
@@ -172,7 +183,10 @@ class UntrackedFinder:
             )
         known = [name.rpartition(" (")[0] for name in self.names]
         enters = self._enters(kept)
-        carried = self._values.changed(self._all_roots(frame), enters, self._held, known)
+        carried = self._values.changed(
+            self._all_roots(frame), enters, self._held, known, self._is_given
+        )
+        self._given = None
         shared = sharing(self._tracked)
         carried += [f"{group} (shared memory)" for group in sorted(shared - self._sharing)]
         self._sharing |= shared
@@ -210,12 +224,16 @@ class UntrackedFinder:
     def _kept(self) -> set[int]:
         """Return the ids of tracked objects, of their contents, and of objects kept otherwise.
 
-        The optimizer of a scheduler or gradient scaler is not regarded as held by it.
+        The optimizer of a scheduler or gradient scaler is not regarded as held by it. Of the
+        program's own objects, only what their `state_dict` gives is kept; their optimizers are
+        looked after by `foreign_optimizers`.
         """
+        own = are_searched(self._tracked)
         kept, until = set(self._handled), time.perf_counter() + WITHIN_S
-        roots = [("", wrappers.unwrap(obj)) for obj in self._tracked.values()]
+        others = [obj for name, obj in self._tracked.items() if name not in own]
+        roots = [("", wrappers.unwrap(obj)) for obj in others]
         roots.append(("", self._saved))
-        kept |= {id(obj) for obj in self._tracked.values()}
+        kept |= {id(obj) for obj in others}
         for _, obj, _ in walk(
             roots,
             until,
@@ -225,7 +243,21 @@ class UntrackedFinder:
             ),
         ):
             kept.add(id(obj))
+        inside = [("", obj) for obj in own.values()]
+        until = time.perf_counter() + WITHIN_S
+        self._within = set()
+        for _, obj, _ in walk(inside, until, lambda *item: id(item[-1]) not in kept):
+            self._within.add(id(obj))
+            if kind_of(obj) == OPTIMIZER:
+                kept.add(id(obj))
         return kept
+
+    def _is_given(self, holder: Any, value: Any) -> bool:
+        """Return whether a value lies in one of the program's own objects, which saves it."""
+        if self._given is None or self._within.isdisjoint((id(holder), id(value))):
+            return False
+        is_item = isinstance(holder, Mapping | list | tuple | set | collections.deque)
+        return self._given.has(value) or (is_item and self._given.has(holder))
 
     def _is_lost(self, candidate: Candidate) -> bool:
         """Return whether a candidate has been used such that a restart would lose its state."""
@@ -236,18 +268,29 @@ class UntrackedFinder:
             optimizer = getattr(obj, "optimizer", None)
             return optimizer is None or id(optimizer) in tracked or id(optimizer) in self._stepped
         if candidate.kind == NUMBERS:
-            return obj is not None and bool(
-                candidate.before.changed(array_changes.of(obj), self._held)
-            )
+            changed = candidate.before.changed(array_changes.of(obj), self._held)
+            return obj is not None and bool(changed) and not self._are_given(obj, changed)
+        if self._is_given(None, obj):
+            return False
         return (
             candidate.kind != GENERATOR
             or candidate.of_workers
             or drawn_from(obj) != candidate.before
         )
 
-    def _addresses(self) -> set[int]:
-        """Return the addresses of the arrays of tracked objects."""
-        objects = list(map(wrappers.unwrap, self._tracked.values()))
+    def _are_given(self, obj: Any, names: list[str]) -> bool:
+        """Return whether arrays of an object lie in one of the program's own, which saves them."""
+        arrays = array_changes.arrays_of(obj) if id(obj) in self._within else {}
+        given = self._given
+        return given is not None and all(
+            name in arrays and given.has(arrays[name]) for name in names
+        )
+
+    def _addresses(self, left_out: Mapping[str, Any]) -> set[int]:
+        """Return the addresses of the arrays of tracked objects, but for those with some names."""
+        objects = [
+            wrappers.unwrap(obj) for name, obj in self._tracked.items() if name not in left_out
+        ]
         return array_changes.addresses(objects) | {
             mark.address
             for obj in objects

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import random
-import re
 import sys
 import threading
 import time
@@ -14,7 +12,6 @@ from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -23,6 +20,7 @@ from harness.distributed import wrappers
 from harness.state.kinds import PLAIN
 from harness.threads import current_frames, no_collection
 from harness.untracked.array_changes import address_of
+from harness.untracked.given_state import GivenState, are_searched
 from harness.untracked.loop_variables import passing, values_of
 from harness.untracked.object_walk import OF_OPTIMIZERS
 from harness.untracked.program_frames import is_programs_file, program_frames, stack
@@ -125,9 +123,10 @@ def _other_threads() -> Iterator[tuple[str, FrameType]]:
 def of_tracked(tracked: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """Yield what tracked objects hold besides the state that is saved, each after its path.
 
-    These are hooks of the program, attributes of parameters and of torch's optimizers, and
-    attributes of the program's own objects that are not in their `state_dict`.
+    These are hooks of the program, attributes of parameters and of torch's optimizers, and the
+    program's own objects. What the `state_dict` of these gives is told apart by `GivenState`.
     """
+    own = are_searched(tracked)
     for name, obj in tracked.items():
         inner = wrappers.unwrap(obj)
         if isinstance(inner, nn.Module):
@@ -143,46 +142,15 @@ def of_tracked(tracked: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
                     for key, value in list(vars(inner).items())
                     if key not in OF_OPTIMIZERS and not key.startswith("_")
                 )
+        elif name in own:
+            yield name, inner
         elif is_of_program(inner):
-            saved = list(_leaves(inner.state_dict()))
+            given = GivenState({name: inner})
             yield from (
                 (f"{name}.{key}", value if type(value) in PLAIN else drawn_from(value))
                 for key, value in list(getattr(inner, "__dict__", {}).items())
-                if _is_forgotten(value, saved)
+                if (type(value) in PLAIN or is_generator(value)) and not given.has(value)
             )
-
-
-def _is_forgotten(value: Any, saved: list[Any]) -> bool:
-    """Return whether a plain value, or the state of a generator, is not among saved values.
-
-    A generator's state may have any form: bytes and arrays of whole numbers may hold it.
-    """
-    if type(value) in PLAIN:
-        return repr(value) not in map(repr, saved)
-    if not is_generator(value):
-        return False
-    first = value.getstate()[1][:3] if isinstance(value, random.Random) else drawn_from(value)
-    numbers = re.findall(r"\d{3,}", str(first))
-    return not any(
-        isinstance(item, bytes | torch.Tensor)
-        or (isinstance(item, np.ndarray) and item.dtype.kind in "ui")
-        or any(number in str(item) for number in numbers)
-        for item in saved
-    )
-
-
-def _leaves(value: Any) -> Iterator[Any]:
-    """Yield the values in nested data; a tensor of one number is yielded as that, too."""
-    if isinstance(value, Mapping):
-        for item in value.values():
-            yield from _leaves(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _leaves(item)
-    elif isinstance(value, torch.Tensor) and value.is_floating_point():
-        yield from [value.item()] if value.numel() == 1 and value.is_cpu else []
-    else:
-        yield value
 
 
 def _hooks(holders: list[Any], tensors: list[torch.Tensor]) -> list[Any]:

@@ -55,10 +55,15 @@ class ProgramValues:
 
     def begin(self, roots: Iterable[Root], enters: Enters, held: Collection[int]) -> None:
         """Record the values before the first step; for the arguments see `changed`."""
-        self._before, self.is_whole = marks(roots, enters, held)
+        self._before, self.is_whole = marks(roots, enters, held, {})
 
     def changed(
-        self, roots: Iterable[Root], enters: Enters, held: Collection[int], known: Iterable[str]
+        self,
+        roots: Iterable[Root],
+        enters: Enters,
+        held: Collection[int],
+        known: Iterable[str],
+        is_given: Enters,
     ) -> list[str]:
         """Return the paths of values that have changed since the last look, each only once.
 
@@ -69,8 +74,10 @@ class ProgramValues:
             enters: Whether to search a value, by its holder and itself.
             held: Addresses of the memory of tracked objects.
             known: Paths that were reported otherwise; what they hold is left out.
+            is_given: Whether a checkpoint holds a value all the same, by its holder and itself.
         """
-        before, (now, is_whole) = self._before, marks(roots, enters, held)
+        found = dict[str, tuple[Any, Any]]()
+        before, (now, is_whole) = self._before, marks(roots, enters, held, found)
         self._before, self.is_whole = now, self.is_whole and is_whole
         paths = [
             path
@@ -78,6 +85,7 @@ class ProgramValues:
             if path in before
             and _differs(before[path], mark)
             and not (self._is_first and before[path] in EMPTY)
+            and not is_given(*found[path])
         ]
         self._is_first = False
         reported = (*known, *self._reported)
@@ -92,8 +100,16 @@ class ProgramValues:
         return names
 
 
-def marks(roots: Iterable[Root], enters: Enters, held: Collection[int]) -> tuple[Marks, bool]:
-    """Return a fingerprint of each value that the roots hold, and whether all were reached."""
+def marks(
+    roots: Iterable[Root],
+    enters: Enters,
+    held: Collection[int],
+    found: dict[str, tuple[Any, Any]],
+) -> tuple[Marks, bool]:
+    """Return a fingerprint of each value that the roots hold, and whether all were reached.
+
+    The holder of each value and itself are put into `found`, by path.
+    """
     by_path: Marks = {}
     walk = _Walk(roots, enters)
     for path, value, holder in walk:
@@ -103,6 +119,7 @@ def marks(roots: Iterable[Root], enters: Enters, held: Collection[int]) -> tuple
             continue
         if mark is not None:
             by_path[path] = mark
+            found[path] = holder, value
     return by_path, not walk.is_cut
 
 
