@@ -35,7 +35,7 @@ def is_generator(obj: object) -> bool:
 
 
 def drawn_from(generator: Any) -> str:
-    """Return a fingerprint of a generator's state, which changes with each draw."""
+    """Return a fingerprint of a generator's state, which changes with each draw or spawn."""
     if isinstance(generator, torch.Generator):
         return str(hash(generator.get_state().numpy().tobytes()))
     if isinstance(generator, random.Random):
@@ -43,7 +43,7 @@ def drawn_from(generator: Any) -> str:
     if isinstance(generator, np.random.RandomState):
         return str(_hashed(generator.get_state(legacy=False)))
     bits = generator if isinstance(generator, np.random.BitGenerator) else generator.bit_generator
-    return str(_hashed(bits.state))
+    return str((_hashed(bits.state), _spawned(bits)))
 
 
 def _hashed(value: Any) -> Any:

@@ -6,7 +6,8 @@ a closure). Only the author of the program knows which, so all of them are repor
 
 Every value is searched that can be reached from the variables of the program: its plain values,
 arrays and tensors, the sizes of its containers, and the positions of its iterators. What the loop
-sets anew in each step is left out, and what tracked objects hold.
+sets anew in each step is left out, and what tracked objects hold. Of objects of libraries, only
+those are searched that `library_values` tells of.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import torch
 from torch import nn
 
 import harness.untracked.array_changes as array_changes
+import harness.untracked.library_values as library_values
 from harness.data.held_generators import tells_its_class
 from harness.state.kinds import PLAIN
 from harness.untracked.array_changes import ATTRIBUTE, MODULE, ArrayMark
@@ -146,7 +148,7 @@ class _Walk:
                     continue
                 seen.add(id(value))
             yield path, value, holder
-            if not is_plain and depth < DEPTH and _is_searched(value):
+            if not is_plain and depth < DEPTH and _is_searched(holder, value):
                 try:
                     held = list(itertools.islice(_parts(value), MOST_OBJECTS))
                 except Exception:  # noqa: BLE001 - a class of the program may raise
@@ -156,14 +158,22 @@ class _Walk:
                 )
 
 
-def _is_searched(value: Any) -> bool:
-    """Return whether to search what a value holds: containers, and what the program has defined."""
+def _is_searched(holder: Any, value: Any) -> bool:
+    """Return whether to search what a value holds.
+
+    Searched are containers, what the program has defined, and some objects of libraries.
+    """
     if isinstance(value, type):
         return is_programs(value)
     if isinstance(value, types.FunctionType):
         return is_programs_file(value.__code__.co_filename)
     kind = type(value)
-    return kind.__module__ in SEARCHED or isinstance(value, nn.Module) or is_of_program(value)
+    return (
+        kind.__module__ in SEARCHED
+        or isinstance(value, nn.Module)
+        or is_of_program(value)
+        or library_values.is_searched(holder, value)
+    )
 
 
 def _parts(value: Any) -> Iterator[tuple[str, Any]]:
@@ -186,6 +196,8 @@ def _parts(value: Any) -> Iterator[tuple[str, Any]]:
         items = [item for part in (made_of, *more) if isinstance(part, tuple) for item in part]
         yield " (its position)", str([_place(item) for item in items])
         yield from ((f" ({at})", item) for at, item in enumerate(items) if _place(item) is None)
+    elif library_values.is_library_object(value):
+        yield from library_values.parts(value)
     else:
         yield from parts(value)
 
@@ -221,6 +233,8 @@ def _mark(value: Any, holder: Any, path: str, held: Collection[int]) -> Any:
     if isinstance(value, np.generic):
         return type(value).__name__, value.tobytes()
     if isinstance(value, np.ndarray) and value.dtype != object:
+        if library_values.is_library_object(holder):
+            return array_changes.mark(ATTRIBUTE, value)
         if value.nbytes <= HASHED_BYTES:
             digest = hashlib.blake2b(np.ascontiguousarray(value).data, digest_size=8)
             return _where(holder, path), value.shape, digest.digest()
@@ -233,6 +247,8 @@ def _mark(value: Any, holder: Any, path: str, held: Collection[int]) -> Any:
         return "len", len(value)
     if isinstance(value, itertools.count):
         return "at", repr(value)
+    if (count := library_values.count_of(value)) is not None:
+        return type(value).__name__, count
     if type(value).__module__ == "builtins" and hasattr(value, "__length_hint__"):
         return "left", value.__length_hint__()
     # Elsewhere, objects of libraries may be made anew in each step.
@@ -246,6 +262,8 @@ def _carried(holder: Any) -> Collection[str]:
 
 
 def _where(holder: Any, path: str) -> int:
+    if library_values.is_library_object(holder):
+        return ATTRIBUTE
     is_attribute = is_of_program(holder) or isinstance(holder, nn.Module)
     name = path.rpartition(".")[2]
     return ATTRIBUTE if is_attribute and name not in _carried(holder) else MODULE

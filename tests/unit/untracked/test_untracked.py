@@ -276,18 +276,18 @@ def test_what_is_installed_for_another_python_is_a_library_all_the_same(tmp_path
     package = tmp_path / "opt/python/lib/site-packages"
     package.mkdir(parents=True)
     (package / "elsewhere.py").write_text(
-        "class Counter:\n    def __init__(self):\n        self.count = 0\n"
+        "class Counter:\n    def __init__(self):\n        self._count = 0\n"
     )
     before = f"import sys\nsys.path.append({str(package)!r})\nimport elsewhere"
     source = (
         PROGRAM.replace("BEFORE", before)
         .replace("SETUP", "counter = elsewhere.Counter()")
-        .replace("STEP", "counter.count += 1")
+        .replace("STEP", "counter._count += 1")
     )
     assert "counter" not in live(tmp_path, source, "whole").text
     source = source.replace(str(package), str(package.parent))
     (package / "elsewhere.py").rename(package.parent / "elsewhere.py")
-    assert "counter.count" in live(tmp_path, source, "mine").text
+    assert "counter._count" in live(tmp_path, source, "mine").text
 
 
 @pytest.mark.parametrize(
