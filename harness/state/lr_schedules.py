@@ -132,13 +132,17 @@ def as_built(obj: Any) -> dict[str, Any]:
     """
     inner = unwrap(obj)
     if isinstance(inner, torch.optim.Optimizer):
-        return {
-            "param_groups": [
-                {key: value for key, value in group.items() if key != "params"}
-                for group in inner.param_groups
-            ]
-        }
+        return {"param_groups": [_settings(group) for group in inner.param_groups]}
     return copy.deepcopy(dict(inner.state_dict())) if is_schedule(inner) else {}
+
+
+def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a parameter group, with copies of what a restore fills in place."""
+    return {
+        key: copy.deepcopy(value) if isinstance(value, torch.Tensor | list | dict) else value
+        for key, value in group.items()
+        if key != "params"
+    }
 
 
 def is_schedule(obj: Any) -> bool:
@@ -260,7 +264,7 @@ def apply_override(built: Mapping[str, Any], tracked: Mapping[str, Any]) -> list
 
 
 def _overridden(group: dict[str, Any], fresh: Mapping[str, Any]) -> dict[str, Any]:
-    new = {key: value for key, value in fresh.items() if key != "params"}
+    new = _settings(fresh)
     old_initial, new_initial = group.get("initial_lr"), fresh.get("initial_lr")
     if old_initial and new_initial is not None:
         new["lr"] = (

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -243,6 +245,66 @@ def put_into(held: Any, new: Any, filled: dict[int, Any] | None = None) -> Any:
 
 def _is_container(value: Any) -> bool:
     return isinstance(value, dict | list | deque)
+
+
+@contextlib.contextmanager
+def in_place(obj: Any) -> Iterator[None]:
+    """Keep the groups and the state of an optimizer the same objects when the block loads it.
+
+    What refers to them, or to their tensors, then sees the restored values: a schedule that holds
+    `optimizer.param_groups`, or a wrapper around the optimizer. The same is done for optimizers
+    that are attributes of the object.
+    """
+    parts = (obj, *getattr(obj, "__dict__", {}).values())
+    optimizers = [part for part in parts if isinstance(part, torch.optim.Optimizer)]
+    before = [
+        (own, key, own[key])
+        for own in map(vars, optimizers)
+        for key in ("state", "param_groups")
+        if key in own
+    ]
+
+    def put() -> None:
+        for own, key, held in before:
+            if own[key] is not held:
+                own[key] = put_into(held, placed(own[key], held, {}))
+
+    def set_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+        type(optimizer).__setstate__(optimizer, state)
+        put()
+
+    # Hooks, and an own `load_state_dict`, that go on after torch's already see the kept objects.
+    for optimizer in optimizers:
+        vars(optimizer)["__setstate__"] = functools.partial(set_state, optimizer)
+    try:
+        yield
+    finally:
+        for optimizer in optimizers:
+            vars(optimizer).pop("__setstate__", None)
+    put()
+
+
+def placed(saved: Any, present: Any, moved: dict[int, torch.Tensor]) -> Any:
+    """Move the tensors of a saved state to the devices of those in the present one, in place.
+
+    Args:
+        saved: the saved state or a part of it, a copy.
+        present: the object's own state dict, or the part of it in the same place.
+        moved: the tensors that were moved already, by the id of the saved one: shared ones stay so.
+    """
+    if isinstance(saved, torch.Tensor) and isinstance(present, torch.Tensor):
+        if saved.device != present.device:
+            return moved.setdefault(id(saved), saved.to(present.device))
+    elif isinstance(saved, dict) and isinstance(present, Mapping):
+        saved.update(
+            {key: placed(saved[key], present[key], moved) for key in saved if key in present}
+        )
+    elif isinstance(saved, list) and isinstance(present, list | tuple):
+        items = [placed(mine, its, moved) for mine, its in zip(saved, present, strict=False)]
+        saved[: len(items)] = items
+    elif type(saved) is tuple and isinstance(present, list | tuple) and len(saved) == len(present):
+        return tuple(placed(mine, its, moved) for mine, its in zip(saved, present, strict=True))
+    return saved
 
 
 def is_same(a: Any, b: Any) -> bool:

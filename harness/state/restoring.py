@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import traceback
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -27,7 +26,7 @@ from harness.state.checks import (
     mismatches,
     of_another,
 )
-from harness.state.plain_values import put_into
+from harness.state.plain_values import in_place, placed
 
 # The errors by which any `load_state_dict` may refuse a state.
 REFUSALS = (
@@ -52,7 +51,8 @@ def restore(
 ) -> list[str]:
     """Restore all tracked objects, bit for bit; return a text for each accepted difference.
 
-    The state that an optimizer keeps for a parameter goes to the parameter of the same name.
+    The state that an optimizer keeps for a parameter goes to the parameter of the same name. Its
+    groups and its state stay the same objects, because the program may hold them.
 
     Args:
         tracked: the tracked objects by name.
@@ -62,7 +62,7 @@ def restore(
         accept: the differences that are accepted (`DTYPE`).
         says_names: whether the checkpoint records all parameter names that do not follow from it. A
             file of an older harness does not.
-        only: the names of the objects to restore once more, in place. None: restore all.
+        only: the names of the objects to restore once more. None: restore all.
 
     Raises:
         UsageError: on a mismatch, before anything is changed; also if an object itself refuses its
@@ -83,10 +83,9 @@ def restore(
     if are_all_there:
         states |= _by_name(tracked, payload, states, source, says_names=says_names)
     for name, obj in ((name, unwrap(obj)) for name, obj in tracked.items()):
-        if only is None and (are_all_there or not _has_other_groups(obj, states[name])):
-            restore_object(name, obj, states[name], source, cast=cast)
-        elif name in (only or ()):
-            with _in_place(obj):
+        is_due = are_all_there or not _has_other_groups(obj, states[name])
+        if is_due if only is None else name in only:
+            with in_place(obj):
                 restore_object(name, obj, states[name], source, cast=cast)
     return texts
 
@@ -104,18 +103,6 @@ def _has_other_groups(obj: Any, state: Any) -> bool:
         and parameter_names.is_optimizer(obj)
         and sizes != [len(group["params"]) for group in obj.param_groups]
     )
-
-
-@contextlib.contextmanager
-def _in_place(obj: Any) -> Iterator[None]:
-    """Keep the groups and the state of an optimizer the same objects when the block loads it.
-
-    What refers to them, or to their tensors, then sees the restored values.
-    """
-    own = vars(obj) if isinstance(obj, torch.optim.Optimizer) else {}
-    before = {key: own[key] for key in ("state", "param_groups") if key in own}
-    yield
-    own.update({key: put_into(held, own[key]) for key, held in before.items()})
 
 
 def _check_class(name: str, obj: Any, classes: Mapping[str, str], source: str) -> None:
@@ -229,35 +216,12 @@ def restore_object(
             buffers.load(obj, state)
         else:
             obj.load_state_dict(
-                state if is_torchs else _placed(kinds.copied(state), obj.state_dict(), {})
+                state if is_torchs else placed(kinds.copied(state), obj.state_dict(), {})
             )
     except REFUSALS as error:
         raise _refused(name, obj, state, source, error) from error
     if isinstance(obj, torch.optim.Optimizer):
         _mend(obj, state, cast)
-
-
-def _placed(saved: Any, present: Any, moved: dict[int, torch.Tensor]) -> Any:
-    """Move the tensors of a saved state to the devices of those in the present one, in place.
-
-    Args:
-        saved: the saved state or a part of it, a copy.
-        present: the object's own state dict, or the part of it in the same place.
-        moved: the tensors that were moved already, by the id of the saved one: shared ones stay so.
-    """
-    if isinstance(saved, torch.Tensor) and isinstance(present, torch.Tensor):
-        if saved.device != present.device:
-            return moved.setdefault(id(saved), saved.to(present.device))
-    elif isinstance(saved, dict) and isinstance(present, Mapping):
-        saved.update(
-            {key: _placed(saved[key], present[key], moved) for key in saved if key in present}
-        )
-    elif isinstance(saved, list) and isinstance(present, list | tuple):
-        items = [_placed(mine, its, moved) for mine, its in zip(saved, present, strict=False)]
-        saved[: len(items)] = items
-    elif type(saved) is tuple and isinstance(present, list | tuple) and len(saved) == len(present):
-        return tuple(_placed(mine, its, moved) for mine, its in zip(saved, present, strict=True))
-    return saved
 
 
 def _refused(name: str, obj: Any, state: Any, source: str, error: Exception) -> UsageError:
@@ -306,7 +270,11 @@ def _mend(optimizer: torch.optim.Optimizer, state: Any, cast: Collection[int]) -
                 and number in state["state"]
                 and (part is optimizer or _has_keys(held[parameter], saved))
             ):
-                held[parameter] = _mended(held[parameter], saved, is_cast=id(parameter) in cast)
+                mended = _mended(held[parameter], saved, is_cast=id(parameter) in cast)
+                if isinstance(held[parameter], dict):
+                    held[parameter].update(mended)  # the program may hold it
+                else:
+                    held[parameter] = mended
 
 
 def _has_keys(held: Any, saved: Any) -> bool:

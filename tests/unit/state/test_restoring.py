@@ -867,6 +867,89 @@ def test_an_update_of_an_optimizer_inside_another_waits_for_the_copy():
     assert len(calls) == 3
 
 
+class ByHook(Lookahead):
+    """Its state is that of the optimizer inside; it goes on to use what that has then."""
+
+    def state_dict(self):
+        return self.inner.state_dict()
+
+    def load_state_dict(self, saved):
+        self.inner.load_state_dict(saved)
+        self.param_groups = self.inner.param_groups
+        self.first = self.inner.param_groups[0]
+
+
+@pytest.mark.parametrize("kind", [None, Delegates, ByHook])
+def test_who_holds_the_groups_and_the_state_of_an_optimizer_holds_the_restored_ones(kind):
+    """A tensor too: a learning rate that the program holds is the optimizer's after a restore."""
+
+    def made():
+        model, rate = net(3, 3), torch.tensor(0.1)
+        groups = [{"params": [p], "lr": rate} for p in model.parameters()]
+        optimizer = torch.optim.AdamW(groups)
+        return {"model": model, "optimizer": kind(optimizer) if kind else optimizer}, rate
+
+    (one, rate), (other, other_rate) = made(), made()
+    rate.fill_(0.02)
+    stepped(one["model"], one["optimizer"])
+    payload = saved_and_read(state.capture(one))
+    optimizer = getattr(other["optimizer"], "inner", other["optimizer"])
+    seen: list[Any] = []
+    optimizer.register_load_state_dict_post_hook(lambda it: seen.append(it.param_groups))
+    groups, first, held = optimizer.param_groups, optimizer.param_groups[0], optimizer.state
+    state.restore(other, {}, payload, "it")
+    entry = next(iter(held.values()))
+    for _ in range(2):  # as at a later `track`
+        assert optimizer.param_groups is groups is other["optimizer"].param_groups is seen[-1]
+        assert groups[0] is first is getattr(other["optimizer"], "first", first)
+        assert optimizer.state is held and next(iter(held.values())) is entry
+        assert all(group["lr"] is other_rate for group in groups) and other_rate == rate
+        assert not list(differences(payload, state.capture(other)))
+        other_rate.fill_(0.5)
+        state.restore(other, {}, payload, "it")
+
+
+WARM_UP = """
+run = init()
+model = nn.Linear(8, 1)
+optimizer = torch.optim.AdamW([{"params": [p]} for p in model.parameters()], lr=0.05)
+class Warmup:
+    def __init__(self):
+        self.groups, self.n = optimizer.param_groups, 0
+    def step(self):
+        self.n += 1
+        for group in self.groups:
+            group["lr"] = 0.01 * self.n
+    def state_dict(self):
+        return {"n": self.n}
+    def load_state_dict(self, saved):
+        self.n = saved["n"]
+warmup = Warmup()
+weight, bias = optimizer.param_groups
+run.track(model=model, optimizer=optimizer)
+run.track(warmup=warmup)
+"""
+
+
+def test_a_schedule_that_holds_the_groups_moves_the_learning_rate_after_a_restart(tmp_path):
+    loop = WARM_UP + LOOP.format("(warmup.step(), bias.update(weight_decay=0.01 * run.step))")
+    outcome = killed_once(tmp_path, loop)
+    assert outcome.is_equal, (outcome.rows, outcome.whole.text, outcome.resumed.text)
+
+
+def test_settings_as_built_are_not_what_a_restore_fills():
+    rate = torch.tensor(0.1)
+    optimizer = torch.optim.AdamW(net(3, 3).parameters(), lr=rate)
+    saved = copy.deepcopy(optimizer.state_dict())
+    built = {"optimizer": state.as_built(optimizer)}
+    saved["param_groups"][0]["lr"].fill_(0.02)
+    for _ in range(2):
+        state.restore({"optimizer": optimizer}, {}, {"optimizer_state_dict": saved}, "it")
+        assert rate == torch.tensor(0.02)
+        (text,) = state.apply_override(built, {"optimizer": optimizer})
+        assert "lr" in text and optimizer.param_groups[0]["lr"] == torch.tensor(0.1)
+
+
 class Wraps(torch.optim.Optimizer):
     """As SAM does: the momentum is the inner optimizer's."""
 
