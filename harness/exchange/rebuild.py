@@ -27,6 +27,7 @@ from harness.tracking.attributes import (
     Changed,
     as_built,
     changed_in,
+    containers_in,
     restore_changed,
     spelled_out,
 )
@@ -320,7 +321,8 @@ def fill(
         for name, source in in_file.items()
     }
     # Before the weights: a module's own load_state_dict may set more than tensors.
-    built = as_built({name: every[name] for name, kept in changed.items() if kept})
+    objects = {name: every[name] for name, kept in changed.items() if kept}
+    built, containers = as_built(objects), containers_in(objects)
     for name, each in modules.items():
         each.load_state_dict(saved[name])
-    return restore_changed(every, built, changed)
+    return restore_changed(every, built, changed, containers)

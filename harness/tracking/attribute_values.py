@@ -14,7 +14,6 @@ from torch import nn
 from harness.data.quantized import scale_of
 from harness.distributed import wrappers
 from harness.state.kinds import PLAIN
-from harness.state.plain_values import put_into
 from harness.untracked.object_walk import OF_MODULES, OF_OPTIMIZERS
 
 BARE = OF_MODULES - {"training"}  # nn.Module's own bookkeeping
@@ -245,9 +244,9 @@ def set_value(part: Part, key: str, now: Any, kept: Mapping[str, Any]) -> None:
     Args:
         part: the module or optimizer.
         key: the attribute, `buffer NAME` or `NAME.requires_grad`.
-        now: the value, which is copied; ABSENT to delete the attribute.
+        now: the value; a tensor is copied. ABSENT to delete the attribute.
         kept: the entry of a checkpoint, which holds the device of a tensor that is not where the
-            module is, and whether a container in the value had been replaced by another one.
+            module is.
     """
     if key.endswith(REQUIRES_GRAD) and isinstance(
         parameter := own_dict(part, "_parameters").get(key.removesuffix(REQUIRES_GRAD)),
@@ -260,9 +259,7 @@ def set_value(part: Part, key: str, now: Any, kept: Mapping[str, Any]) -> None:
         if key.startswith(BUFFER):
             own_dict(part, "_buffers")[key.removeprefix(BUFFER)] = None
             return
-        now = copy.deepcopy(now)
-        new = now if kept.get("replaced") else put_into(current_value(part, key), now)
-        setattr(part, key, new)
+        setattr(part, key, now)
     else:
         before = tensor_of(part, key)
         own = now.to(

@@ -16,7 +16,8 @@ value is stored together with the value as built:
 the value from before the load counts as built. A restore sets an attribute only if it had changed,
 and only if its value as built is the same as at the time of the save. Otherwise the program itself
 has changed, and its new value stands. A dict or list that was changed in place is filled in place,
-because other parts and variables of the program may hold the same one.
+because other parts and variables of the program may hold the same one, and one that several parts
+hold stays one.
 
 Only plain values, and tensors that exist at the start of the loop, are kept. Any other attribute
 that changes is reported by name (`unkept`).
@@ -34,6 +35,7 @@ from harness.tracking.attribute_values import (
     BUFFER,
     REQUIRES_GRAD,
     Classes,
+    Part,
     Values,
     class_of,
     current_value,
@@ -46,7 +48,7 @@ from harness.tracking.attribute_values import (
     tensors_of,
     values_of,
 )
-from harness.tracking.watched_part import PartList, WatchedPart
+from harness.tracking.watched_part import Containers, PartList, WatchedPart
 from harness.untracked.array_changes import addresses
 from harness.untracked.unkept_values import UnkeptValues
 
@@ -68,6 +70,13 @@ def as_built(tracked: Mapping[str, Any]) -> Built:
         }
         for name, obj in tracked.items()
     }
+
+
+def containers_in(tracked: Mapping[str, Any]) -> Containers:
+    """Return the dicts and lists in the attributes of objects, for `restore_changed`."""
+    return Containers(
+        {name: [WatchedPart(*part) for part in parts(obj)] for name, obj in tracked.items()}
+    )
 
 
 def changed_in(payload: Mapping[str, Any], name: str) -> dict[str, dict[str, dict[str, Any]]]:
@@ -105,7 +114,9 @@ def spelled_out(kept: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
     return f"changed in training and in no state dict: {named}{more}" if names else ""
 
 
-def restore_changed(tracked: Mapping[str, Any], as_built: Built, changed: Changed) -> list[str]:
+def restore_changed(
+    tracked: Mapping[str, Any], as_built: Built, changed: Changed, containers: Containers
+) -> list[str]:
     """Set changed attributes of objects; return a message for each that keeps its own value.
 
     An attribute is set only if its value as built is the same now as at the time of the save.
@@ -114,8 +125,10 @@ def restore_changed(tracked: Mapping[str, Any], as_built: Built, changed: Change
         tracked: the objects by name.
         as_built: their attributes as built.
         changed: what to set.
+        containers: the dicts and lists in the attributes as built.
     """
     messages = []
+    containers.begin_restore()
     for name, of_parts in changed.items():
         modules = dict(parts(tracked.get(name)))
         for path, of_part in of_parts.items():
@@ -125,7 +138,7 @@ def restore_changed(tracked: Mapping[str, Any], as_built: Built, changed: Change
                 now = kept.get("now", ABSENT)
                 built = here.get(key, ABSENT)
                 if path in modules and is_same(then, built):
-                    set_value(modules[path], key, now, kept)
+                    _set(containers, (name, path, key), modules[path], now, kept)
                 elif not is_same(now, built):
                     was = f"was built as {spelled(then)} and had become {spelled(now)}"
                     messages.append(
@@ -151,6 +164,7 @@ class Attributes:
         self._parts: dict[str, PartList] = {}
         self._listed: dict[str, list[tuple[str, Any]]] = {}  # the parts, when last asked
         self._watched: dict[str, list[WatchedPart]] = {}  # for each of these
+        self._containers = Containers({})
         self._classes: dict[str, Classes] = {}  # as built, by object name
         self.replaced: dict[str, str] = {}  # by path: how a module is not as built
         self.unkept = UnkeptValues()
@@ -180,6 +194,7 @@ class Attributes:
             name: [WatchedPart(path, part) for path, part in listed]
             for name, listed in self._listed.items()
         }
+        self._containers = Containers(self._watched)
         self._classes = {name: _classes(watched) for name, watched in self._watched.items()}
         held = self._kept()
         for name, watched in self._watched.items():
@@ -206,6 +221,7 @@ class Attributes:
         changed = {
             name: differences for name in self._tracked if (differences := self._changed(name))
         }
+        self._containers.refer(changed, self._watched)
         if self.unkept.is_time():
             held = self._kept()
             for name, watched in self._watched.items():
@@ -242,7 +258,7 @@ class Attributes:
 
         An attribute is set only if its value as built is the same now as at the time of the save.
         """
-        return restore_changed(self._tracked, self._built, changed)
+        return restore_changed(self._tracked, self._built, changed, self._containers)
 
     def put_back(self, kept: Changed) -> None:
         """Set the attributes once more that were changed since they were restored from `kept`.
@@ -250,6 +266,7 @@ class Attributes:
         An attribute that is not in `kept` gets its value as built, unless that is a tensor: of
         tensors as built there are only digests.
         """
+        self._containers.begin_restore()
         for name, obj in self._tracked.items():
             now, then, modules = self._changed(name), kept.get(name, {}), dict(parts(obj))
             tensors = {watch.path: watch.tensors for watch in self._watched[name]}
@@ -265,7 +282,23 @@ class Attributes:
                     live = here[key].get("now", ABSENT) if key in here else as_built
                     is_other = not is_same(entry.get("built", ABSENT), as_built)
                     if not (is_other or is_same(live, value)):
-                        set_value(modules[path], key, value, entry)
+                        _set(self._containers, (name, path, key), modules[path], value, entry)
+
+
+def _set(
+    containers: Containers, at: tuple[str, str, str], part: Part, now: Any, kept: Mapping[str, Any]
+) -> None:
+    """Set one attribute; dicts and lists in it that were the same as built are filled.
+
+    Args:
+        containers: the dicts and lists in the attributes as built.
+        at: object name, module path and attribute.
+        part: the module or optimizer.
+        now: the value.
+        kept: the entry of a checkpoint.
+    """
+    held = current_value(part, at[2])
+    set_value(part, at[2], containers.restored((*at, ()), now, kept, held), kept)
 
 
 def _classes(watched: list[WatchedPart]) -> Classes:

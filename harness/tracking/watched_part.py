@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -32,6 +35,9 @@ from harness.tracking.attribute_values import (
 )
 from harness.untracked.unkept_values import is_programs
 
+Path = tuple[Any, ...]  # keys and indices, from an attribute's value to a container in it
+Place = tuple[str, str, str, Path]  # object name, module path, attribute, path in its value
+
 
 class WatchedPart:
     """One module or optimizer at the start of the loop, with a quick check for changes.
@@ -47,13 +53,15 @@ class WatchedPart:
             for key, tensor in ({} if is_late else tensors_of(part)).items()
         }
         odd = {key: id(value) for key, value in own.items() if not is_plain(value)}
-        self._mutable = {
+        self.containers = {
             key: containers_of(value)
             for key, value in own.items()
             if key not in odd and is_mutable(value)
         }
         self._same = {
-            key: value for key, value in own.items() if key not in odd and key not in self._mutable
+            key: value
+            for key, value in own.items()
+            if key not in odd and key not in self.containers
         }
         self._odd = [(key, number) for key, number in odd.items() if key not in self.tensors]
         self._kinds = list(map(type, vars(part).values()))
@@ -92,7 +100,7 @@ class WatchedPart:
         now = vars(self.part)
         return (
             self._is_late
-            or bool(self._mutable)
+            or bool(self.containers)
             or list(map(type, now.values())) != self._kinds  # True is equal to 1
             or not self._same.items() <= now.items()
             or (bool(self._odd) and any(id(now.get(key)) != number for key, number in self._odd))
@@ -135,19 +143,23 @@ class WatchedPart:
             )
             return {"now": tensor.detach().to("cpu", copy=True)} | elsewhere
         if key in now:
-            return {"now": now[key]} | ({"replaced": True} if self._is_replaced(key) else {})
+            return {"now": now[key]}
         is_gone = current_value(self.part, key) is None and key not in vars(self.part)
         return {} if is_gone else None
 
-    def _is_replaced(self, key: str) -> bool:
-        """Return whether a dict or list in a value was replaced: the one as built is not changed.
+    def other_containers(self, key: str) -> list[tuple[Path, Any, bool]]:
+        """List the dicts and lists in an attribute's value that are not those as built there.
 
-        Then a restore must not fill that one, because others may hold it.
+        Each comes with its path and whether there was one as built in its place: a restore must not
+        fill that one, because others may hold it. If the part itself has come later, its whole
+        value is another one.
         """
-        built, now = self._mutable.get(key, {}), containers_of(vars(self.part).get(key))
-        return (self._is_late and bool(now)) or any(
-            now[path] is not built[path] for path in built.keys() & now.keys()
-        )
+        built = {} if self._is_late else self.containers.get(key, {})
+        return [
+            (path, container, path in built or (self._is_late and path == ()))
+            for path, container in containers_of(vars(self.part).get(key)).items()
+            if container is not built.get(path)
+        ]
 
     def _is_another(self, key: str) -> bool:
         """Return whether a tensor was replaced or written to; compare a small one by value."""
@@ -159,6 +171,112 @@ class WatchedPart:
         ):
             return not is_at(place, now)
         return not torch.equal(now.detach(), before)
+
+
+class Containers:
+    """Tell which dicts and lists in the parts of tracked objects are one, also after a restart.
+
+    An entry of a checkpoint says under `replaced` which containers of its value are not those that
+    were built in their places, as pairs of a path in the value and a reference: the place where
+    that one was built, or else a number of its own.
+    """
+
+    def __init__(self, watched: Mapping[str, list[WatchedPart]]) -> None:
+        self._built: dict[Place, Any] = {
+            (name, watch.path, key, path): container
+            for name, of_object in watched.items()
+            for watch in of_object
+            for key, containers in watch.containers.items()
+            for path, container in containers.items()
+        }
+        self._places: dict[int, Place] = {}
+        for place, container in self._built.items():
+            self._places.setdefault(id(container), place)
+        self._made: dict[int, Any] = {}  # by number: those that a restore has made
+        self._filled: dict[int, Any] = {}  # by identity: the values, in one restore
+
+    def refer(self, changed: Mapping[str, Any], watched: Mapping[str, list[WatchedPart]]) -> None:
+        """Add `replaced` to the entries of changed values.
+
+        A container in a new place that nothing else holds needs no reference.
+        """
+        others = [
+            (entry, *other)
+            for name, of_parts in changed.items()
+            for watch in watched[name]
+            for key, entry in of_parts.get(watch.path, {}).items()
+            for other in watch.other_containers(key)
+        ]
+        counts = Counter(id(container) for _, _, container, _ in others)
+        numbers: dict[int, int] = {}
+        for entry, path, container, has_replaced in others:
+            place = self._places.get(id(container))
+            if place is not None or has_replaced or counts[id(container)] > 1:
+                number = numbers.setdefault(id(container), len(numbers)) if place is None else 0
+                entry.setdefault("replaced", []).append((path, place or number))
+
+    def begin_restore(self) -> None:
+        """Forget which containers were filled by the restore before."""
+        self._filled.clear()
+
+    def restored(self, place: Place, value: Any, kept: Mapping[str, Any], held: Any) -> Any:
+        """Return a value to set, with each container filled that was the same one when saved.
+
+        Args:
+            place: the place of the attribute.
+            value: the plain value from a checkpoint.
+            kept: the entry of the checkpoint.
+            held: the present value, whose containers are filled where none is known as built.
+        """
+        replaced = kept.get("replaced", ())
+        if replaced is True:  # as older files say it: some of it
+            return copy.deepcopy(value)
+        references = {tuple(path): reference for path, reference in replaced}
+        return self._restored(place, value, references, held)
+
+    def _restored(self, place: Place, value: Any, references: Mapping[Path, Any], held: Any) -> Any:
+        *owner, path = place
+        target: Any
+        if type(value) not in (dict, list, tuple):
+            return value
+        if type(value) is tuple:
+            target = held if type(held) is tuple else ()
+        else:
+            target = self._target(place, references.get(path), type(value), held)
+            if id(target) in self._filled:
+                same = is_same(self._filled[id(target)], value)
+                return target if same else copy.deepcopy(value)
+            self._filled[id(target)] = value
+        inner = {
+            key: self._restored((*owner, (*path, key)), item, references, held_item)  # type: ignore[arg-type]
+            for key, item, held_item in _pairs(value, target)
+        }
+        if type(value) is tuple:
+            return tuple(inner.values())
+        target.clear()
+        target.update(inner) if type(value) is dict else target.extend(inner.values())
+        return target
+
+    def _target(self, place: Place, reference: Any, kind: type, held: Any) -> Any:
+        """Return the dict or list that is filled with a value, a new one if there is none."""
+        if isinstance(reference, int):
+            found = self._made.setdefault(reference, kind())
+        elif reference is not None:
+            name, path, key, inner = reference
+            found = self._built.get((name, path, key, tuple(inner)))
+        else:
+            found = self._built.get(place, held)
+        return found if type(found) is kind else kind()
+
+
+def _pairs(value: Any, held: Any) -> Iterator[tuple[Any, Any, Any]]:
+    """Yield each key or index in a container with its item and the one in another container."""
+    if type(value) is dict:
+        for key, item in value.items():
+            yield key, item, held.get(key)
+    else:
+        for at, item in enumerate(value):
+            yield at, item, held[at] if at < len(held) else None
 
 
 class PartList:

@@ -26,6 +26,7 @@ from harness.checkpoint.catalog import read_catalog
 from harness.errors import UsageError
 from harness.exchange.compare import differences
 from harness.store import LocalStore
+from harness.tracking.attributes import Attributes
 
 pytestmark = pytest.mark.usefixtures("process_as_it_was")
 
@@ -499,6 +500,71 @@ def test_a_dict_that_layers_and_the_loop_share_is_shared_after_a_restart(tmp_pat
     kept = payloads(tmp_path / "killed")[18]["attributes"]["model"]
     assert kept["0"]["own"]["replaced"] and "replaced" not in kept["1"]["own"]
     assert not any("replaced" in kept[path][key] for path in "01" for key in ("cfg", "pair"))
+
+
+TORN = (
+    """
+run = init()
+torch.manual_seed(0)
+shared = {"counts": [0, 0], "alpha": 0.0, "by": {"layer": 1.0}}
+class Block(nn.Linear):
+    def __init__(self):
+        super().__init__(8, 8)
+        self.shared, self.swapped, self.made, self.seen = shared, [0.0], {"sum": 0.0}, [[0.0]]
+    def forward(self, x):
+        if self is layers[0]:  # one inner list is another one in each step
+            self.shared["counts"] = [0, 0]
+        self.shared["counts"][0] += 1
+        self.shared["by"]["layer"] *= 0.99
+        self.made["sum"] += 0.01
+        noise = self.shared["counts"][0] + self.made["sum"] + self.alias[0] + self.swapped[0]
+        y = super().forward(x) * self.shared["by"]["layer"] + self.seen[-1][0]
+        return 0.2 * noise * y
+layers = [Block(), Block(), Block()]
+swapped = layers[0].swapped
+for layer in layers:
+    layer.alias = [1.0]
+model = nn.Sequential(*layers, nn.Linear(8, 1))
+optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+run.track(model=model, optimizer=optimizer)
+for x, y in run.batches(points(), 16, epochs=2):
+    if run.step == 4:
+        one = {"sum": 0.5}  # another one for all
+        for layer in layers:
+            layer.made = one
+        layers[2].alias = layers[1].alias = layers[0].swapped
+        layers[1].seen.append(layers[0].seen[0])
+        layers[2].seen.append([0.25])
+    swapped[0] += 0.125
+    layers[0].seen[0][0] += 0.01
+    layers[2].seen[-1][0] += 0.01
+"""
+    + STEP
+)
+
+
+def test_a_dict_stays_shared_where_what_is_in_it_is_replaced_or_all_of_it_is(tmp_path):
+    """Or where another attribute comes to hold what one was built with."""
+    outcome = killed_once(tmp_path, TORN, die=11)
+    assert outcome.is_equal, (outcome.rows, outcome.whole.text, outcome.resumed.text)
+    kept = payloads(tmp_path / "killed")[18]["attributes"]["model"]
+    for path in "012":
+        assert kept[path]["shared"]["replaced"] == [(("counts",), 0)]
+        assert kept[path]["made"]["replaced"] == [((), 1)]
+    place = ("model", "0", "swapped", ())
+    assert kept["2"]["alias"]["replaced"] == [((), place)] and "replaced" not in kept["0"]["seen"]
+
+
+def test_what_an_older_file_says_of_a_replaced_dict_is_understood():
+    shared = {"a": [1], "b": 2}
+    tracked = {"model": nn.Sequential(nn.ReLU(), nn.ReLU())}
+    for part in tracked["model"]:
+        part.shared = shared
+    attributes = Attributes(set)
+    attributes.begin(tracked)
+    entry = {"built": {"a": [1], "b": 2}, "now": {"a": [3], "b": 4}}
+    attributes.restore({"model": {"0": {"shared": entry | {"replaced": True}}}})
+    assert tracked["model"][0].shared == entry["now"] and shared == entry["built"]
 
 
 class Becoming(nn.Module):
