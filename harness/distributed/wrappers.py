@@ -53,6 +53,20 @@ def submodules(module: object) -> list[tuple[str, nn.Module]]:
     return list(modules.values())
 
 
+def shells(module: object) -> dict[int, list[nn.Module]]:
+    """Return the wrappers around a module and around its parts, outermost first.
+
+    They come by the id of the plain module inside; modules without wrappers are left out.
+    """
+    children = [child for _, part in submodules(module) for child in part._modules.values()]
+    around: dict[int, list[nn.Module]] = {}
+    for outer in (module, *children):
+        *found, inner = wrappers(outer)
+        if found:
+            around[id(inner)] = [shell for shell in found if isinstance(shell, nn.Module)]
+    return around
+
+
 def ddp_wrappers(module: object) -> list[DistributedDataParallel]:
     """Return every DDP wrapper around a tracked object or around a part of it."""
     outer = [shell for shell in wrappers(module) if isinstance(shell, DistributedDataParallel)]

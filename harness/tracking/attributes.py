@@ -48,7 +48,13 @@ from harness.tracking.attribute_values import (
     tensors_of,
     values_of,
 )
-from harness.tracking.watched_part import Containers, PartList, WatchedPart
+from harness.tracking.watched_part import (
+    Containers,
+    PartList,
+    WatchedPart,
+    add_outer_modes,
+    set_outer_modes,
+)
 from harness.untracked.array_changes import addresses
 from harness.untracked.unkept_values import UnkeptValues
 
@@ -145,6 +151,7 @@ def restore_changed(
                         f"{joined(name, path, key)} {was}; "
                         f"it is built as {spelled(built)} now, and that stands"
                     )
+    set_outer_modes(tracked, changed)
     return messages
 
 
@@ -222,6 +229,7 @@ class Attributes:
             name: differences for name in self._tracked if (differences := self._changed(name))
         }
         self._containers.refer(changed, self._watched)
+        add_outer_modes(self._listed, self._tracked, changed)
         if self.unkept.is_time():
             held = self._kept()
             for name, watched in self._watched.items():
@@ -267,6 +275,7 @@ class Attributes:
         tensors as built there are only digests.
         """
         self._containers.begin_restore()
+        set_back: Changed = {}
         for name, obj in self._tracked.items():
             now, then, modules = self._changed(name), kept.get(name, {}), dict(parts(obj))
             tensors = {watch.path: watch.tensors for watch in self._watched[name]}
@@ -283,6 +292,8 @@ class Attributes:
                     is_other = not is_same(entry.get("built", ABSENT), as_built)
                     if not (is_other or is_same(live, value)):
                         _set(self._containers, (name, path, key), modules[path], value, entry)
+                        set_back.setdefault(name, {}).setdefault(path, {})[key] = entry
+        set_outer_modes(self._tracked, set_back)
 
 
 def _set(

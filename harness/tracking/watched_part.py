@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from harness.distributed import wrappers
 from harness.state.plain_values import is_same
 from harness.tracking.attribute_values import (
     ABSENT,
@@ -299,3 +300,45 @@ class PartList:
 
 def _children(part: Part) -> list[Any]:
     return list(own_dict(part, "_modules").values())
+
+
+def add_outer_modes(
+    listed: Mapping[str, list[tuple[str, Any]]],
+    tracked: Mapping[str, Any],
+    changed: Mapping[str, Any],
+) -> None:
+    """Add `outside` to each changed mode: the modes of the wrappers around, if one differs.
+
+    Args:
+        listed: the parts of the tracked objects, with their paths.
+        tracked: the objects by name.
+        changed: the changed attributes, by object name, module path and attribute.
+    """
+    for name, of_parts in changed.items():
+        if any("training" in entries for entries in of_parts.values()):
+            around = wrappers.shells(tracked[name])
+            for path, part in listed[name]:
+                entry = of_parts.get(path, {}).get("training", {})
+                modes = [shell.training for shell in around.get(id(part), ())]
+                if entry and any(mode is not entry.get("now") for mode in modes):
+                    entry["outside"] = modes
+
+
+def set_outer_modes(tracked: Mapping[str, Any], changed: Mapping[str, Any]) -> None:
+    """Set the modes of the wrappers around the modules whose mode was set.
+
+    Args:
+        tracked: the objects by name.
+        changed: the attributes that were set, by object name, module path and attribute.
+    """
+    for name, of_parts in changed.items():
+        if any("training" in entries for entries in of_parts.values()):
+            around = wrappers.shells(tracked.get(name))
+            for path, part in parts(tracked.get(name)):
+                entry = of_parts.get(path, {}).get("training", {})
+                if not entry or getattr(part, "training", None) is not entry.get("now"):
+                    continue
+                outer, modes = around.get(id(part), []), entry.get("outside", ())
+                modes = modes if len(modes) == len(outer) else [entry["now"]] * len(outer)
+                for shell, mode in zip(outer, modes, strict=True):
+                    shell.training = mode

@@ -559,12 +559,12 @@ def test_what_an_older_file_says_of_a_replaced_dict_is_understood():
     shared = {"a": [1], "b": 2}
     tracked = {"model": nn.Sequential(nn.ReLU(), nn.ReLU())}
     for part in tracked["model"]:
-        part.shared = shared
+        vars(part)["shared"] = shared
     attributes = Attributes(set)
     attributes.begin(tracked)
     entry = {"built": {"a": [1], "b": 2}, "now": {"a": [3], "b": 4}}
     attributes.restore({"model": {"0": {"shared": entry | {"replaced": True}}}})
-    assert tracked["model"][0].shared == entry["now"] and shared == entry["built"]
+    assert vars(tracked["model"][0])["shared"] == entry["now"] and shared == entry["built"]
 
 
 class Becoming(nn.Module):
@@ -764,6 +764,40 @@ def test_a_part_that_is_replaced_by_another_is_named_once_and_a_resume_does_not_
     assert said.count(f"warning: model.drop was built as Dropout and is {word} now") == 1
     assert said.count("warning") == 1
     assert trained(tmp_path / "a", make).finished
+
+
+class Wrapped(nn.Module):
+    """With a wrapper inside; what is in the wrappers is called directly, as there may be a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.drop = nn.Linear(8, 8), nn.DataParallel(nn.Dropout(0.5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.drop.module(self.layer(x))
+
+
+@pytest.mark.parametrize("inside_only", [False, True])
+def test_the_mode_of_a_wrapper_comes_back_with_that_of_what_is_inside(tmp_path, inside_only):
+    def make(run):
+        model = nn.DataParallel(Wrapped())
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        run.track(model=model, optimizer=optimizer)
+
+        def step(x):
+            if run.step == 3:
+                for part in (model, model.module.drop):
+                    (part.module if inside_only else part).eval()
+            if run.step == 8:  # a validation of the program's own
+                for part in (model.module.drop, model):
+                    was = part.training
+                    part.eval()
+                    part.train(was)
+            return updated(model.module, optimizer, x)
+
+        return step
+
+    goes_on(tmp_path, make, (4, 7))
 
 
 def test_an_ordinary_model_has_nothing_to_keep(tmp_path, capsys):
