@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import weakref
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -20,6 +19,11 @@ BARE = OF_MODULES - {"training"}  # nn.Module's own bookkeeping
 
 
 MOST_ITEMS = 1000  # a longer list, tuple or dict does not count as plain
+
+# One that was no longer than that as built, or was not there, is kept up to this number of items.
+MOST_KEPT = 100_000
+
+IS_PLAIN = frozenset(PLAIN)
 
 
 # A CPU tensor of up to this size is compared by value, any other tensor by identity and version.
@@ -91,12 +95,15 @@ def own_dict(part: Part, name: str) -> dict[str, Any]:
     return getattr(part, name) if isinstance(part, nn.Module) else {}
 
 
-def values_of(part: Part) -> Values:
-    """Return all plain attributes, copied, and the `requires_grad` of each own parameter."""
+def values_of(part: Part, odd: Collection[str] | None = None) -> Values:
+    """Return all plain attributes, copied, and the `requires_grad` of each own parameter.
+
+    `odd` names those that were not plain as built; None if it is being built.
+    """
     own = {
-        key: copy.deepcopy(value) if type(value) in (list, dict, tuple) else value
+        key: plain_copy(value)
         for key, value in vars(part).items()
-        if is_looked_at(part, key) and is_plain(value)
+        if is_looked_at(part, key) and is_kept(value, odd is not None and key not in odd)
     }
     return own | {
         f"{key}{REQUIRES_GRAD}": parameter.requires_grad
@@ -207,17 +214,54 @@ def digest_of(tensor: torch.Tensor | None) -> str:
     return f"{'x'.join(map(str, tensor.shape)) or 'scalar'} {tensor.dtype}{scale} {values}"
 
 
-def is_plain(value: Any) -> bool:
+def is_plain(value: Any, most: int = MOST_ITEMS) -> bool:
     """Return whether this is a number, a string, None, or a small container of such values."""
-    if type(value) in PLAIN:
+    if type(value) in IS_PLAIN:
         return True
-    if type(value) in (list, tuple):
-        return len(value) <= MOST_ITEMS and all(map(is_plain, value))
-    return (
-        type(value) is dict
-        and len(value) <= MOST_ITEMS
-        and all(type(k) in PLAIN and is_plain(item) for k, item in value.items())
+    if type(value) not in (list, tuple, dict) or len(value) > most:
+        return False
+    return (type(value) is not dict or IS_PLAIN.issuperset(map(type, value))) and all(
+        is_plain(item, most) for item in _containers_in(value)
     )
+
+
+def is_kept(value: Any, may_be_long: bool) -> bool:
+    """Return whether a plain value is kept; one that was small may grow to `MOST_KEPT` items."""
+    if is_plain(value):
+        return True
+    return may_be_long and is_plain(value, MOST_KEPT) and _count(value) <= MOST_KEPT
+
+
+def _count(value: Any) -> int:
+    """Return the number of items in a plain container and in those inside it."""
+    return len(value) + sum(map(_count, filter(_is_container, _containers_in(value))))
+
+
+def _is_container(value: Any) -> bool:
+    return type(value) in (list, tuple, dict)
+
+
+def _items(value: Any) -> Any:
+    return value.values() if type(value) is dict else value
+
+
+def _containers_in(value: Any) -> list[Any]:
+    """List the items that are no numbers, strings and the like."""
+    items = _items(value)
+    if IS_PLAIN.issuperset(map(type, items)):  # a quick answer for long lists of numbers
+        return []
+    return [item for item in items if type(item) not in IS_PLAIN]
+
+
+def plain_copy(value: Any) -> Any:
+    """Return a copy of a plain value; faster than `copy.deepcopy`."""
+    if not _is_container(value):
+        return value
+    if not _containers_in(value):
+        return type(value)(value)
+    if type(value) is dict:
+        return {key: plain_copy(item) for key, item in value.items()}
+    return type(value)(map(plain_copy, value))
 
 
 def is_mutable(value: Any) -> bool:
@@ -230,8 +274,10 @@ def containers_of(value: Any, path: tuple[Any, ...] = ()) -> dict[tuple[Any, ...
 
     A tuple is searched and is not in the result.
     """
-    if type(value) not in (dict, list, tuple):
+    if not _is_container(value):
         return {}
+    if not _containers_in(value):
+        return {} if type(value) is tuple else {path: value}
     items = value.items() if type(value) is dict else enumerate(value)
     inner = [containers_of(item, (*path, key)) for key, item in items]
     own = {} if type(value) is tuple else {path: value}

@@ -20,7 +20,8 @@ because other parts and variables of the program may hold the same one, and one 
 hold stays one.
 
 Only plain values, and tensors that exist at the start of the loop, are kept. Any other attribute
-that changes is reported by name (`unkept`).
+that changes is reported by name (`unkept`), and so is one that was kept and cannot be any more, at
+the first save without it.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from harness.distributed import wrappers
+from harness.distributed.wrappers import add_outer_modes, set_outer_modes
 from harness.state.plain_values import is_same
 from harness.tracking.attribute_values import (
     ABSENT,
@@ -48,13 +50,8 @@ from harness.tracking.attribute_values import (
     tensors_of,
     values_of,
 )
-from harness.tracking.watched_part import (
-    Containers,
-    PartList,
-    WatchedPart,
-    add_outer_modes,
-    set_outer_modes,
-)
+from harness.tracking.shared_containers import Containers
+from harness.tracking.watched_part import PartList, WatchedPart
 from harness.untracked.array_changes import addresses
 from harness.untracked.unkept_values import UnkeptValues
 
@@ -229,7 +226,11 @@ class Attributes:
             name: differences for name in self._tracked if (differences := self._changed(name))
         }
         self._containers.refer(changed, self._watched)
-        add_outer_modes(self._listed, self._tracked, changed)
+        add_outer_modes(self._tracked, changed)
+        for name, watched in self._watched.items():
+            for watch in watched:
+                for key, reason in watch.lost.items():
+                    self.unkept.lose(joined(name, watch.path, key), reason)
         if self.unkept.is_time():
             held = self._kept()
             for name, watched in self._watched.items():
@@ -266,6 +267,9 @@ class Attributes:
 
         An attribute is set only if its value as built is the same now as at the time of the save.
         """
+        for name, of_parts in changed.items():
+            for watch in self._watched.get(name, ()):
+                watch.kept.update(of_parts.get(watch.path, ()))
         return restore_changed(self._tracked, self._built, changed, self._containers)
 
     def put_back(self, kept: Changed) -> None:

@@ -235,7 +235,14 @@ class _OwnAttributes:
                 f"harness: warning: {name} {problem}: "
                 "if it is state, make it a plain value, a buffer or part of a state_dict"
             )
+        for name, reason in self._attributes.unkept.lost.items():
+            self._say(
+                f"harness: warning: {name} was saved until now and is not any more: it {reason}. "
+                "A restart begins with the one as built: if it is state, keep less in it (the last "
+                "items, a sum), or make it a buffer or part of a state_dict"
+            )
         self._attributes.unkept.names.clear()
+        self._attributes.unkept.lost.clear()
         for path, problem in sorted(self._attributes.replaced.items()):
             if path not in self._replaced:
                 self._replaced.add(path)

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import copy
-from collections import Counter
-from collections.abc import Iterator, Mapping
+import sys
 from typing import Any
 
 import torch
 
-from harness.distributed import wrappers
 from harness.state.plain_values import is_same
 from harness.tracking.attribute_values import (
     ABSENT,
     BUFFER,
+    MOST_KEPT,
     REQUIRES_GRAD,
     Part,
     Values,
@@ -21,6 +19,7 @@ from harness.tracking.attribute_values import (
     current_value,
     home_device,
     is_at,
+    is_kept,
     is_looked_at,
     is_mutable,
     is_plain,
@@ -37,7 +36,6 @@ from harness.tracking.attribute_values import (
 from harness.untracked.unkept_values import is_programs
 
 Path = tuple[Any, ...]  # keys and indices, from an attribute's value to a container in it
-Place = tuple[str, str, str, Path]  # object name, module path, attribute, path in its value
 
 
 class WatchedPart:
@@ -65,6 +63,9 @@ class WatchedPart:
             if key not in odd and key not in self.containers
         }
         self._odd = [(key, number) for key, number in odd.items() if key not in self.tensors]
+        self._not_plain = odd.keys()  # as built
+        self.kept = set[str]()  # the attributes that a checkpoint has held
+        self.lost = dict[str, str]()  # those of them that it cannot hold now, with the reason
         self._kinds = list(map(type, vars(part).values()))
         self._trained = self._which_are_trained()
 
@@ -93,7 +94,7 @@ class WatchedPart:
             if not (is_simple(value) if key in self.tensors else is_small(value))
             and is_looked_at(self.part, key)
             and not (key.startswith("_") and not is_programs(type(self.part)))
-            and not is_plain(value)
+            and not is_kept(value, key not in self._not_plain)
         }
 
     def may_have_changed(self) -> bool:
@@ -111,7 +112,7 @@ class WatchedPart:
 
     def differences(self, built: Values) -> dict[str, dict[str, Any]]:
         """Return the attributes that differ from `built`, each with both values."""
-        now, differing = values_of(self.part), dict[str, dict[str, Any]]()
+        now, differing = values_of(self.part, self._not_plain), dict[str, dict[str, Any]]()
         made = [
             key
             for key, value in vars(self.part).items()
@@ -122,6 +123,14 @@ class WatchedPart:
                 kept := self._kept(key, now)
             ) is not None:
                 differing[key] = ({"built": built[key]} if key in built else {}) | kept
+        self.lost = {
+            key: f"has more than {MOST_KEPT:,} items"
+            if is_plain(value, sys.maxsize)
+            else "is not plain data any more"
+            for key in self.kept - differing.keys() - now.keys()
+            if type(value := vars(self.part).get(key)) in (list, tuple, dict)
+        }
+        self.kept |= differing.keys()
         return differing
 
     def _has_changed(self, key: str, built: Values, now: Values) -> bool:
@@ -174,112 +183,6 @@ class WatchedPart:
         return not torch.equal(now.detach(), before)
 
 
-class Containers:
-    """Tell which dicts and lists in the parts of tracked objects are one, also after a restart.
-
-    An entry of a checkpoint says under `replaced` which containers of its value are not those that
-    were built in their places, as pairs of a path in the value and a reference: the place where
-    that one was built, or else a number of its own.
-    """
-
-    def __init__(self, watched: Mapping[str, list[WatchedPart]]) -> None:
-        self._built: dict[Place, Any] = {
-            (name, watch.path, key, path): container
-            for name, of_object in watched.items()
-            for watch in of_object
-            for key, containers in watch.containers.items()
-            for path, container in containers.items()
-        }
-        self._places: dict[int, Place] = {}
-        for place, container in self._built.items():
-            self._places.setdefault(id(container), place)
-        self._made: dict[int, Any] = {}  # by number: those that a restore has made
-        self._filled: dict[int, Any] = {}  # by identity: the values, in one restore
-
-    def refer(self, changed: Mapping[str, Any], watched: Mapping[str, list[WatchedPart]]) -> None:
-        """Add `replaced` to the entries of changed values.
-
-        A container in a new place that nothing else holds needs no reference.
-        """
-        others = [
-            (entry, *other)
-            for name, of_parts in changed.items()
-            for watch in watched[name]
-            for key, entry in of_parts.get(watch.path, {}).items()
-            for other in watch.other_containers(key)
-        ]
-        counts = Counter(id(container) for _, _, container, _ in others)
-        numbers: dict[int, int] = {}
-        for entry, path, container, has_replaced in others:
-            place = self._places.get(id(container))
-            if place is not None or has_replaced or counts[id(container)] > 1:
-                number = numbers.setdefault(id(container), len(numbers)) if place is None else 0
-                entry.setdefault("replaced", []).append((path, place or number))
-
-    def begin_restore(self) -> None:
-        """Forget which containers were filled by the restore before."""
-        self._filled.clear()
-
-    def restored(self, place: Place, value: Any, kept: Mapping[str, Any], held: Any) -> Any:
-        """Return a value to set, with each container filled that was the same one when saved.
-
-        Args:
-            place: the place of the attribute.
-            value: the plain value from a checkpoint.
-            kept: the entry of the checkpoint.
-            held: the present value, whose containers are filled where none is known as built.
-        """
-        replaced = kept.get("replaced", ())
-        if replaced is True:  # as older files say it: some of it
-            return copy.deepcopy(value)
-        references = {tuple(path): reference for path, reference in replaced}
-        return self._restored(place, value, references, held)
-
-    def _restored(self, place: Place, value: Any, references: Mapping[Path, Any], held: Any) -> Any:
-        *owner, path = place
-        target: Any
-        if type(value) not in (dict, list, tuple):
-            return value
-        if type(value) is tuple:
-            target = held if type(held) is tuple else ()
-        else:
-            target = self._target(place, references.get(path), type(value), held)
-            if id(target) in self._filled:
-                same = is_same(self._filled[id(target)], value)
-                return target if same else copy.deepcopy(value)
-            self._filled[id(target)] = value
-        inner = {
-            key: self._restored((*owner, (*path, key)), item, references, held_item)  # type: ignore[arg-type]
-            for key, item, held_item in _pairs(value, target)
-        }
-        if type(value) is tuple:
-            return tuple(inner.values())
-        target.clear()
-        target.update(inner) if type(value) is dict else target.extend(inner.values())
-        return target
-
-    def _target(self, place: Place, reference: Any, kind: type, held: Any) -> Any:
-        """Return the dict or list that is filled with a value, a new one if there is none."""
-        if isinstance(reference, int):
-            found = self._made.setdefault(reference, kind())
-        elif reference is not None:
-            name, path, key, inner = reference
-            found = self._built.get((name, path, key, tuple(inner)))
-        else:
-            found = self._built.get(place, held)
-        return found if type(found) is kind else kind()
-
-
-def _pairs(value: Any, held: Any) -> Iterator[tuple[Any, Any, Any]]:
-    """Yield each key or index in a container with its item and the one in another container."""
-    if type(value) is dict:
-        for key, item in value.items():
-            yield key, item, held.get(key)
-    else:
-        for at, item in enumerate(value):
-            yield at, item, held[at] if at < len(held) else None
-
-
 class PartList:
     """The parts of one tracked object with their paths (see `parts`)."""
 
@@ -300,45 +203,3 @@ class PartList:
 
 def _children(part: Part) -> list[Any]:
     return list(own_dict(part, "_modules").values())
-
-
-def add_outer_modes(
-    listed: Mapping[str, list[tuple[str, Any]]],
-    tracked: Mapping[str, Any],
-    changed: Mapping[str, Any],
-) -> None:
-    """Add `outside` to each changed mode: the modes of the wrappers around, if one differs.
-
-    Args:
-        listed: the parts of the tracked objects, with their paths.
-        tracked: the objects by name.
-        changed: the changed attributes, by object name, module path and attribute.
-    """
-    for name, of_parts in changed.items():
-        if any("training" in entries for entries in of_parts.values()):
-            around = wrappers.shells(tracked[name])
-            for path, part in listed[name]:
-                entry = of_parts.get(path, {}).get("training", {})
-                modes = [shell.training for shell in around.get(id(part), ())]
-                if entry and any(mode is not entry.get("now") for mode in modes):
-                    entry["outside"] = modes
-
-
-def set_outer_modes(tracked: Mapping[str, Any], changed: Mapping[str, Any]) -> None:
-    """Set the modes of the wrappers around the modules whose mode was set.
-
-    Args:
-        tracked: the objects by name.
-        changed: the attributes that were set, by object name, module path and attribute.
-    """
-    for name, of_parts in changed.items():
-        if any("training" in entries for entries in of_parts.values()):
-            around = wrappers.shells(tracked.get(name))
-            for path, part in parts(tracked.get(name)):
-                entry = of_parts.get(path, {}).get("training", {})
-                if not entry or getattr(part, "training", None) is not entry.get("now"):
-                    continue
-                outer, modes = around.get(id(part), []), entry.get("outside", ())
-                modes = modes if len(modes) == len(outer) else [entry["now"]] * len(outer)
-                for shell, mode in zip(outer, modes, strict=True):
-                    shell.training = mode

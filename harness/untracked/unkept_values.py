@@ -45,6 +45,7 @@ class UnkeptValues:
 
     def __init__(self) -> None:
         self.names: list[str] = []  # not reported yet
+        self.lost: dict[str, str] = {}  # likewise: those that were kept before, with the reason
         self._before: dict[str, Print] = {}
         self._reported: set[str] = set()
         self._looks, self._next = 0, 1
@@ -56,6 +57,12 @@ class UnkeptValues:
         """
         for key, value in values.items():
             self._before[f"{name}.{key}"] = fingerprint(value, held)
+
+    def lose(self, name: str, reason: str) -> None:
+        """Take the name of an attribute that was kept until now, and why it is not any more."""
+        if name not in self._reported:
+            self._reported.add(name)
+            self.lost[name] = reason
 
     def is_time(self) -> bool:
         """Return whether to check at this save: at saves 1, 2, 4, 8 … of the attempt.

@@ -709,6 +709,65 @@ def test_what_cannot_be_kept_is_named_once(tmp_path, capsys):
     assert said.count("changes in training") == 2
 
 
+class Growing(nn.Linear):
+    """Scales by the middle of a list that grows by so many items in each step."""
+
+    late: list[float]
+
+    def __init__(self, each: int) -> None:
+        super().__init__(8, 1)
+        self.each = each
+        self.history: list[float] = []
+        self.names = {f"word {n}": n for n in range(5_000)}  # as built: never looked into
+        self.cache: list[int] = []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.cache = self.cache or [0] * 120_000
+        mean = x.detach().mean().item()
+        self.history.extend(mean / n for n in range(1, self.each + 1))
+        vars(self).setdefault("late", []).extend(self.history[-self.each :])
+        return super().forward(x) * (1 + self.history[len(self.late) // 2])
+
+
+def growing(each: int, at_step=lambda _model, _step: None):
+    def make(run):
+        model = Growing(each)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        run.track(model=model, optimizer=optimizer)
+
+        def step(x):
+            at_step(model, run.step)
+            return updated(model, optimizer, x)
+
+        return step
+
+    return make
+
+
+def test_a_list_that_grows_beyond_what_is_looked_into_as_built_is_kept(tmp_path, capsys):
+    goes_on(tmp_path, growing(700), (4, 7))
+    assert "warning" not in capsys.readouterr().out
+    kept = payloads(tmp_path / "whole")[9]["attributes"]["model"][""]
+    assert len(kept["history"]["now"]) == len(kept["late"]["now"]) == 6300
+    assert kept.keys() == {"history", "late"}
+
+
+def test_what_was_kept_and_cannot_be_any_more_is_named_at_the_first_save_without_it(
+    tmp_path, capsys
+):
+    def at_step(model, step):
+        if step == 8:
+            model.late.append(object())
+
+    for leave_at in (7, 10):
+        trained(tmp_path / "a", growing(12_000, at_step), leave_at=leave_at)
+    said = capsys.readouterr().out
+    assert said.count("warning: model.history was saved until now and is not any more") == 1
+    assert "it has more than 100,000 items" in said
+    assert said.count("warning: model.late was saved until now and is not any more") == 1
+    assert "it is not plain data any more" in said and said.count("warning") == 2
+
+
 class Replacing(nn.Module):
     """Has parts without parameters, which the loop replaces."""
 
