@@ -156,10 +156,10 @@ class Attributes:
     """The attributes of all tracked modules and optimizers, on one rank.
 
     Args:
-        generators: returns the ids of the generators whose state is kept.
+        generators: returns the names of the generators whose state is kept, by id.
     """
 
-    def __init__(self, generators: Callable[[], set[int]]) -> None:
+    def __init__(self, generators: Callable[[], dict[int, str]]) -> None:
         self._generators = generators
         self._before: Built = {}  # when tracked, before the restore
         self._after: Built = {}  # when tracked, after the restore
@@ -211,10 +211,13 @@ class Attributes:
                 }
                 self.unkept.begin(joined(name, watch.path), watch.odd_values() | kept, held)
 
-    def _kept(self) -> set[int]:
-        """Return the addresses of the parameters of tracked modules, and the ids of generators."""
+    def _kept(self) -> dict[int, str]:
+        """Return the addresses of tracked modules' parameters, and the ids of generators.
+
+        The latter come with the names under which a checkpoint holds them.
+        """
         objects = map(wrappers.unwrap, self._tracked.values())
-        return addresses(objects, with_buffers=False) | self._generators()
+        return dict.fromkeys(addresses(objects, with_buffers=False), "") | self._generators()
 
     def state(self) -> Changed | None:
         """Return the differences from the modules as built, or None if there are none.

@@ -44,7 +44,7 @@ class ExtraState:
     ) -> None:
         self.world, self.own, self._step = world, own, step
         self._gradients, self._generators = Gradients(step), Generators()
-        self._attributes = Attributes(self._generators.ids)
+        self._attributes = Attributes(self._generators.places)
         self._kept = _OwnGradients(self._gradients)
         self._changed = _OwnAttributes(self._attributes, say)
         self._hooks = Hooks()

@@ -74,8 +74,13 @@ class Generators:
 
     def ids(self) -> set[int]:
         """Search again, and return the ids of the generators whose state is kept."""
+        return set(self.places())
+
+    def places(self) -> dict[int, str]:
+        """Search again, and return the names of the generators whose state is kept, by id."""
         self._find()
-        return {id(obj) for obj in (*self._all.values(), *GLOBAL_GENERATORS)}
+        shared = {id(obj): f"generator {at}" for at, obj in enumerate(GLOBAL_GENERATORS)}
+        return shared | {id(obj): name for name, obj in self._all.items()}
 
     @property
     def _all(self) -> dict[str, Any]:

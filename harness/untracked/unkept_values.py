@@ -37,6 +37,7 @@ HASHED_BYTES = 1 << 20  # of a larger array the beginning is compared
 DEPTH = 3
 PACKAGE = f"{Path(__file__).resolve().parents[1]}{os.sep}"
 
+NONE: Mapping[int, str] = types.MappingProxyType({})
 Print = Any  # the fingerprint of a value; None if it is empty, or computed again
 
 
@@ -50,10 +51,11 @@ class UnkeptValues:
         self._reported: set[str] = set()
         self._looks, self._next = 0, 1
 
-    def begin(self, name: str, values: Mapping[str, Any], held: Collection[int]) -> None:
+    def begin(self, name: str, values: Mapping[str, Any], held: Mapping[int, str]) -> None:
         """Record an object at the start of the loop: its attributes that are no plain data.
 
-        `held` are the addresses of the tensors that are saved, and the ids of such generators.
+        `held` are the addresses of the tensors that are saved, and the ids of such generators, each
+        with the name under which it is saved.
         """
         for key, value in values.items():
             self._before[f"{name}.{key}"] = fingerprint(value, held)
@@ -75,7 +77,7 @@ class UnkeptValues:
         self._next *= 2
         return True
 
-    def look(self, name: str, values: Mapping[str, Any], held: Collection[int]) -> None:
+    def look(self, name: str, values: Mapping[str, Any], held: Mapping[int, str]) -> None:
         """Compare an object's attributes with the last check; collect the names of changed ones."""
         for key, value in values.items():
             spelled = f"{name}.{key}"
@@ -91,12 +93,12 @@ class UnkeptValues:
             self._before[spelled] = now
 
 
-def fingerprint(value: Any, held: Collection[int] = ()) -> Print:
+def fingerprint(value: Any, held: Mapping[int, str] = NONE) -> Print:
     """Return a fingerprint that differs when the value has changed.
 
     No device is read, and at most some thousand objects are examined; a change elsewhere is not
     detected. Tensors at the addresses in `held`, and generators with an id there, are saved by
-    others: their changes do not count.
+    others: their changes do not count, but that the value is another one of them does.
     """
     try:
         return _print(value, DEPTH, [MOST_ITEMS], held)
@@ -105,7 +107,7 @@ def fingerprint(value: Any, held: Collection[int] = ()) -> Print:
         return None
 
 
-def _print(value: Any, depth: int, left: list[int], held: Collection[int]) -> Print:
+def _print(value: Any, depth: int, left: list[int], held: Mapping[int, str]) -> Print:
     """Return the fingerprint of a value to a depth; `left` counts down the items to examine."""
     left[0] -= 1
     if isinstance(value, torch.Tensor | np.ndarray):
@@ -118,7 +120,9 @@ def _print(value: Any, depth: int, left: list[int], held: Collection[int]) -> Pr
     if isinstance(value, itertools.count):
         return repr(value)
     if is_generator(value):
-        return "held" if id(value) in held else (id(value), drawn_from(value))
+        # By its name: one that is made anew in its place gets the state that is saved there.
+        is_held = id(value) in held
+        return ("held", held[id(value)]) if is_held else (id(value), drawn_from(value))
     if isinstance(value, Dataset | Sampler):  # what they hold is seeded, saved or named as data
         return id(value)
     if depth == 0 or left[0] < 0:

@@ -9,6 +9,7 @@ import itertools
 import random
 import signal
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -560,7 +561,7 @@ def test_what_an_older_file_says_of_a_replaced_dict_is_understood():
     tracked = {"model": nn.Sequential(nn.ReLU(), nn.ReLU())}
     for part in tracked["model"]:
         vars(part)["shared"] = shared
-    attributes = Attributes(set)
+    attributes = Attributes(dict)
     attributes.begin(tracked)
     entry = {"built": {"a": [1], "b": 2}, "now": {"a": [3], "b": 4}}
     attributes.restore({"model": {"0": {"shared": entry | {"replaced": True}}}})
@@ -706,6 +707,36 @@ def test_what_cannot_be_kept_is_named_once(tmp_path, capsys):
     said = capsys.readouterr().out
     assert said.count("warning: model.act changes in training") == 1
     assert said.count("warning: model.seen changes in training") == 1
+    assert said.count("changes in training") == 2
+
+
+def test_an_attribute_that_comes_to_hold_another_generator_is_named(tmp_path, capsys):
+    """But not one that gets a new generator, whose state is kept in its place."""
+
+    def make(run):
+        model = nn.Linear(8, 1)
+        own: dict[str, Any] = vars(model)
+        for name in ("a", "b", "new"):
+            own[f"rng_{name}"] = np.random.default_rng(0)
+        own["rng"], own["by"] = own["rng_a"], {"now": own["rng_a"]}
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        run.track(model=model, optimizer=optimizer)
+
+        def step(x):
+            if run.step == 2:
+                own["rng"] = own["rng_b"]
+            if run.step == 5:
+                own["by"]["now"] = own["rng_b"]
+            own["rng_new"] = np.random.default_rng(run.step)
+            drawn = own["rng"].normal() + own["rng_new"].normal() + own["by"]["now"].normal()
+            return updated(model, optimizer, x + 0.01 * drawn)
+
+        return step
+
+    trained(tmp_path / "a", make)
+    said = capsys.readouterr().out
+    for name in ("model.rng", "model.by"):
+        assert said.count(f"warning: {name} changes in training, and is not saved") == 1
     assert said.count("changes in training") == 2
 
 
