@@ -20,6 +20,8 @@ from harness.state.raw_bytes import raw
 # The longest integer that is saved: the safe loader (`weights_only`) reads none much longer.
 MOST_BITS = 2000
 
+NUMBERS = (float, complex, np.inexact)  # those that may be NaN
+
 
 class TensorRef(NamedTuple):
     """A captured tensor. The reference keeps its address from being reused for another tensor."""
@@ -311,7 +313,7 @@ def is_same(a: Any, b: Any) -> bool:
     """Return whether two pieces of plain data have the same types, order of keys and values.
 
     Tensors are the same if device, dtype, shape and numbers are equal. Numbers are compared by
-    value: -0.0 equals 0.0, and two separate tensors with NaNs differ.
+    value: -0.0 equals 0.0. A NaN is the same as another, but two separate tensors with NaNs differ.
     """
     if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
         return (a.device, a.dtype) == (b.device, b.dtype) and torch.equal(a, b)
@@ -321,7 +323,9 @@ def is_same(a: Any, b: Any) -> bool:
         return type(a) is type(b) and len(a) == len(b) and all(map(is_same, a, b))
     if isinstance(a, np.ndarray) and isinstance(b, np.ndarray):
         return a.dtype == b.dtype and np.array_equal(a, b)
-    return a is b or (type(a) is type(b) and bool(a == b))
+    if a is b or type(a) is not type(b):
+        return a is b
+    return bool(a == b) or (isinstance(a, NUMBERS) and a != a and repr(a) == repr(b))
 
 
 def _takes(held: Any, new: Any) -> bool:

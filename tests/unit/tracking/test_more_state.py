@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
+import math
 import random
 import signal
 from pathlib import Path
@@ -26,6 +27,7 @@ from harness.checkpoint import load
 from harness.checkpoint.catalog import read_catalog
 from harness.errors import UsageError
 from harness.exchange.compare import differences
+from harness.state.plain_values import is_same
 from harness.store import LocalStore
 from harness.tracking.attributes import Attributes
 
@@ -738,6 +740,33 @@ def test_an_attribute_that_comes_to_hold_another_generator_is_named(tmp_path, ca
     for name in ("model.rng", "model.by"):
         assert said.count(f"warning: {name} changes in training, and is not saved") == 1
     assert said.count("changes in training") == 2
+
+
+def test_a_number_that_is_not_one_as_built_comes_back(tmp_path, capsys):
+    def make(run):
+        model = nn.Linear(8, 1)
+        own: dict[str, Any] = vars(model)
+        own["ema"], own["by"] = float("nan"), {"low": [float("nan")], "high": 0.0}
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        run.track(model=model, optimizer=optimizer)
+
+        def step(x):
+            mean = x.mean().item()
+            own["ema"] = mean if math.isnan(own["ema"]) else 0.9 * own["ema"] + 0.1 * mean
+            own["by"]["high"] = max(own["by"]["high"], mean)
+            return updated(model, optimizer, x * (1 + own["ema"] + own["by"]["high"]))
+
+        return step
+
+    goes_on(tmp_path, make, (4,))
+    assert "that stands" not in capsys.readouterr().out
+
+
+def test_values_that_are_no_numbers_are_the_same():
+    nan = float("nan")
+    assert is_same({"a": [nan, complex(nan, 1)]}, {"a": [-nan, complex(nan, 1)]})
+    assert not is_same(nan, 0.0) and not is_same(complex(nan, 1), complex(nan, 2))
+    assert not is_same(np.float32("nan"), nan) and is_same(np.float32("nan"), np.float32("nan"))
 
 
 class Growing(nn.Linear):
