@@ -71,10 +71,7 @@ class Source(Protocol):
 
 
 class InThisProcess:
-    """Defaults for a source that reads its dataset, if any, in this process.
-
-    Such a source yields no borders.
-    """
+    """Defaults for a source that reads its dataset, if any, in this process."""
 
     def begin(
         self, position: Position, before: Mapping[str, Any] | None, say: Say, *, by_epoch: bool

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from harness.data.held_generators import Randomness
-from harness.data.plan import Position, Share, kept_generators, seed_cpu, seed_of
-from harness.data.source import ENDLESS, InThisProcess
+from harness.data.plan import Border, Position, Share, kept_generators, seed_cpu, seed_of
+from harness.data.source import ENDLESS, Bordered, InThisProcess, Say
 from harness.distributed.ranks import World
 from harness.errors import UsageError
 
@@ -43,6 +43,7 @@ class StreamSource(InThisProcess):
     reading: Randomness = field(init=False)
     _collating: Randomness = field(init=False)
     _state: Any = None
+    _by_epoch: bool = False
     is_own = False
 
     def __post_init__(self) -> None:
@@ -50,6 +51,12 @@ class StreamSource(InThisProcess):
         # that this is exact.
         self.reading = Randomness({"dataset": self.dataset}, seeds_held=False)
         self._collating = Randomness({"collate_fn": self.collate}, self.seeds_held)
+
+    def begin(
+        self, position: Position, before: Mapping[str, Any] | None, say: Say, *, by_epoch: bool
+    ) -> None:
+        """Store whether the user's loop is one over epochs."""
+        self._by_epoch = by_epoch
 
     def steps_after(self, position: Position, epochs: int) -> int | None:
         """Return None: the length of a stream is unknown."""
@@ -63,14 +70,17 @@ class StreamSource(InThisProcess):
         """Load a state into the dataset, unless it is None."""
         self._state = state
         if state is not None:
-            self.dataset.load_state_dict(state)
+            # A dataset may go on in the very containers that it is given.
+            self.dataset.load_state_dict(copy.deepcopy(state))
 
-    def shares(self, position: Position, epochs: int) -> Iterator[tuple[Share, list[Any]]]:
+    def shares(self, position: Position, epochs: int) -> Bordered:
         """Yield this rank's share of each step with its micro-batches, pass after pass.
 
         A pass ends on all ranks as soon as one of them has too few items left for a share. The
         remaining items are not used. To know whether a share is the last one, the next share is
         read before it is handed out. The state is captured in between.
+
+        In a loop over epochs, a border comes before anything of a pass is read.
 
         Raises:
             UsageError: `epochs` is `ENDLESS`, and the first pass gives less than one share.
@@ -79,10 +89,14 @@ class StreamSource(InThisProcess):
         held: tuple[Position, list[Any], Any] | None = None
         for epoch in range(position.epoch, epochs):
             used = position.sample if epoch == position.epoch else 0
-            iterator = begin_pass(
-                self.dataset, epoch, self.seed, self.world.rank, tells_epoch=self.tells_epoch
-            )
-            self.reading.look(), self._collating.look()
+            if self._by_epoch:
+                if held is not None:
+                    yield self._hand_out(held, weights, last=False)
+                    held = None
+                yield Border(epoch), []
+                if used:  # the outer loop has begun this pass once more; the state is from after
+                    self.restore(self._state)
+            iterator = self._pass(epoch)
             while (samples := self._next(iterator, epoch, used)) is not None:
                 if held is not None:
                     yield self._hand_out(held, weights, last=False)
@@ -95,14 +109,27 @@ class StreamSource(InThisProcess):
             # The pass is over: a resume starts from its end, not from before the unused rest.
             if held is not None:
                 held = Position(epoch + 1, 0), held[1], copy.deepcopy(self.dataset.state_dict())
+            elif self._by_epoch:
+                yield Border(epoch), []
             elif epochs == ENDLESS and used == 0:
-                raise UsageError(
-                    f"a pass over {type(self.dataset).__name__} gives less than one step's share",
-                    f"found: fewer than {self.share_size} item(s), on at least one rank",
-                    "Take a smaller batch, or more data.",
-                )
+                raise self._too_few()
         if held is not None:
             yield self._hand_out(held, weights, last=True)
+
+    def _pass(self, epoch: int) -> Iterator[Any]:
+        """Begin a pass over the dataset."""
+        iterator = begin_pass(
+            self.dataset, epoch, self.seed, self.world.rank, tells_epoch=self.tells_epoch
+        )
+        self.reading.look(), self._collating.look()
+        return iterator
+
+    def _too_few(self) -> UsageError:
+        return UsageError(
+            f"a pass over {type(self.dataset).__name__} gives less than one step's share",
+            f"found: fewer than {self.share_size} item(s), on at least one rank",
+            "Take a smaller batch, or more data.",
+        )
 
     def _next(self, iterator: Iterator[Any], epoch: int, used: int) -> list[Any] | None:
         """Read the items of a share, or return None if any rank has too few left.

@@ -274,6 +274,68 @@ def test_a_stream_is_looped_over_by_epochs(tmp_path):
     assert list(differences(newest(tmp_path / "whole"), newest(tmp_path / "a"))) == []
 
 
+class Levelled(Stream):
+    """Reads as the program has set it, as data of a curriculum does."""
+
+    level, begun = 0, 0
+
+    def __iter__(self):
+        for (x,) in super().__iter__():
+            yield (x + self.level + self.begun,)
+
+    def state_dict(self):
+        return {"at": self.at, "begun": self.begun}
+
+    def load_state_dict(self, state):
+        self.at, self.begun = state["at"], state["begun"]
+
+
+def drawing(samples: list[Any]) -> list[torch.Tensor]:
+    torch.rand(1)
+    return torch.utils.data.default_collate(samples)
+
+
+def levelled(directory: Path, leave_at: int = 0) -> list[float]:
+    """A loop over the epochs of a stream whose collate function draws, and whose head sets the
+    stream; the batches, in order."""
+    job, model, optimizer, _ = begin(directory)
+    stream, seen = Levelled(), []
+    for epoch, batches in job.by_epoch(job.batches(stream, 8, epochs=3, collate_fn=drawing)):
+        stream.level, stream.begun = 100 * (epoch + 1), stream.begun + 1000
+        torch.rand(3)
+        for (x,) in batches:
+            seen.append(x.sum().item())
+            update(model, optimizer, x / 1000 + torch.rand(1))
+            if job.step == leave_at:
+                raise LeftError
+    return seen
+
+
+@pytest.mark.parametrize("leave_at", [4, 7, 9, 13])
+def test_an_epoch_of_a_stream_is_yielded_before_anything_of_it_is_read(leave_at, tmp_path):
+    whole = levelled(tmp_path / "whole")
+    assert [round(value / 32, -2) for value in whole] == [1100.0] * 6 + [2200.0] * 6 + [3300.0] * 6
+    with pytest.raises(LeftError):
+        levelled(tmp_path / "a", leave_at)
+    rest = levelled(tmp_path / "a")
+    assert rest == whole[-len(rest) :]
+    assert list(differences(newest(tmp_path / "whole"), newest(tmp_path / "a"))) == []
+
+
+def test_an_epoch_for_which_a_stream_has_nothing_left_has_an_end_and_no_batch(tmp_path):
+    class Once(Stream):
+        def __iter__(self):
+            if self.at < 48:
+                yield from super().__iter__()
+            self.at = 48
+
+    job, model, optimizer, _ = begin(tmp_path / "a")
+    did = []
+    for epoch, batches in job.by_epoch(job.batches(Once(), 8, epochs=2, check_stream=False)):
+        did.append((epoch, sum(update(model, optimizer, x).numel() for (x,) in batches)))
+    assert job.finished and did == [(0, 6), (1, 0)]
+
+
 @pytest.mark.parametrize(
     "other",
     ["a loop that is still alive", "an optimizer of the same parameters", "a second update"],
