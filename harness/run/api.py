@@ -143,7 +143,9 @@ class Run(Loop):
         outer loop before the inner loop runs again there. What it changes of the state that a
         checkpoint holds, also of samplers, is put back when the first batch is requested, because
         the checkpoint contains the change already; plain variables keep what it sets. Run the inner
-        loop to its end.
+        loop to its end. An iterator of your own goes around the inner one,
+        `for batch in mixed(batches)`: with one around `run.batches`, the first batch of an epoch is
+        loaded before the epoch is yielded.
 
         Collective: every rank must call it.
 
@@ -152,7 +154,9 @@ class Run(Loop):
             SaveError, StorageError, NonFiniteError, SupersededError: As `batches`.
         """
         self._in_epochs = True
-        return by_epoch(batches, lambda: self._share, self._put_back, lambda: self.step)
+        return by_epoch(
+            batches, lambda: self._share, self._note_ahead, self._put_back, lambda: self.step
+        )
 
     def steps(self, max_steps: int) -> Iterator[int]:
         """Yield the rest of `range(max_steps)`, for a loop that produces its own data.

@@ -93,6 +93,7 @@ class Batches(Iterator[Any]):
 def by_epoch(
     batches: Iterator[Any],
     at: Callable[[], Share],
+    is_ahead: Callable[[], object],
     before_first: Callable[[], object],
     step: Callable[[], int],
 ) -> Iterator[tuple[int, Iterator[Any]]]:
@@ -106,25 +107,27 @@ def by_epoch(
     Args:
         batches: The batches of all epochs.
         at: Returns the share that was yielded last.
+        is_ahead: Called before an epoch is yielded whose first batch was requested already.
         before_first: Called when the first batch of an epoch is requested.
         step: Returns the number of the present step.
 
     Raises:
         UsageError: The loop over the batches of an epoch was left before its end.
     """
-    return Lasting(_epochs(batches, at, before_first, step), step)
+    return Lasting(_epochs(batches, at, is_ahead, before_first, step), step)
 
 
 def _epochs(
     batches: Iterator[Any],
     at: Callable[[], Share],
+    is_ahead: Callable[[], object],
     before_first: Callable[[], object],
     step: Callable[[], int],
 ) -> Iterator[tuple[int, Iterator[Any]]]:
     work = batches.work if isinstance(batches, Batches) else None
     if isinstance(batches, Batches):
         batches.with_borders()
-    bordered = Lasting(_bordered(batches, at), step)
+    bordered = Lasting(_bordered(batches, at, is_ahead), step)
     border = next(bordered, END)
     while border is not END:
         epoch = _Epoch(bordered, at, before_first, work)
@@ -139,7 +142,9 @@ def _epochs(
         border = END if epoch.was_last else next(bordered, END)
 
 
-def _bordered(batches: Iterator[Any], at: Callable[[], Share]) -> Iterator[Any]:
+def _bordered(
+    batches: Iterator[Any], at: Callable[[], Share], is_ahead: Callable[[], object]
+) -> Iterator[Any]:
     """Yield the batches, and add a border before each epoch that has none."""
     epoch = -1
     for batch in batches:
@@ -147,6 +152,7 @@ def _bordered(batches: Iterator[Any], at: Callable[[], Share]) -> Iterator[Any]:
             epoch = batch.epoch
         elif at().epoch != epoch:
             epoch = at().epoch
+            is_ahead()
             yield Border(epoch)
         yield batch
 

@@ -20,8 +20,10 @@ from harness.distributed.ranks import World
 from harness.errors import UsageError
 from harness.run.protocols import StepCounter
 from harness.state import Captured
+from harness.state.kinds import PLAIN
+from harness.state.plain_values import is_same
 from harness.tracking.extra_state import ExtraState
-from harness.tracking.own_values import give_own
+from harness.tracking.own_values import KINDS, STATE, give_own
 from harness.tracking.payload import OfRank, captured
 from harness.tracking.rank_differences import RankDifferences
 from harness.tracking.rank_entries import RankEntries
@@ -34,6 +36,12 @@ AHEAD = (
     "the second batch was requested before the first one was trained on: no optimizer has made a "
     "step, and there is no gradient. Each restart loses the batches that the program has requested "
     "ahead: request one when the one before is used. num_workers loads ahead already"
+)
+TOO_LATE = (
+    "the loop over epochs sets {names} of its dataset after the epoch's first batch was loaded,"
+    " because run.by_epoch was given another iterator than that of run.batches: that batch is made"
+    " as the dataset was before, and after a restart as it was built. Give run.batches(…) itself to"
+    " run.by_epoch, and put your iterator around the inner one"
 )
 
 
@@ -65,6 +73,9 @@ class KeptState:
         self._counter, self._say = counter, say
         self._thread = threading.get_ident()
         self._awaits_update = False  # whether the first step of a loop over data is still to come
+        # The plain attributes of the dataset when an epoch was yielded after its first batch.
+        self._before_head: dict[str, Any] | None = None
+        self._dataset, self._is_told = None, False
         self._values, self._built = UserState(), dict[str, Any]()
         self._more = ExtraState(world, own, lambda: counter.step, say)
         self._by_rank = RankDifferences(world, own, say, note)
@@ -150,9 +161,66 @@ class KeptState:
         )
         messages += self._more.begin(tracked, payload)
         self._awaits_update = not source.is_own
+        self._dataset = getattr(getattr(source, "main", source), "dataset", None)
         if self._world.is_writer:
             self._untracked.begin(tracked, source, self._more.handled | _handled_by(source))
         return messages
+
+    def ahead(
+        self,
+        tracked: Mapping[str, Any],
+        values: dict[str, Any],
+        payload: dict[str, Any] | None,
+    ) -> dict[str, Any] | None:
+        """Return the checkpoint with what has changed since `begin`, for `put_back`.
+
+        An iterator of the program's around that of `batches` makes a batch before the head of the
+        epoch runs. What it draws and changes belongs to the step, what the head does is put back.
+
+        Args:
+            tracked: The tracked objects, by name.
+            values: `run.state`.
+            payload: Contents of the checkpoint at the resume point; None if nothing is put back.
+        """
+        self._before_head = _plain_attributes(self._dataset)
+        if payload is None:
+            return None
+        self._more.note_generators()
+        rank, rng = self._world.rank, list(payload["rng"])
+        rng += [None] * (rank + 1 - len(rng))
+        rng[rank] = state.rng_state(rank)
+        live = {}
+        if any(_has_changed(*item, payload) for item in tracked.items()):
+            live = state.capture(tracked)
+        user = state.as_captured(STATE, dict(values))
+        now = state.copied(live | user.fill())
+        kinds = {
+            path: kind
+            for path, kind in (live or payload).get("kinds", {}).items()
+            if not path.startswith(f"{STATE}[")
+        } | user.seen.kinds
+        own = [  # the values that differ by rank are in `now` already
+            {
+                name: part
+                for name, part in entry.items()
+                if name not in (STATE, KINDS) and not name.endswith("_state_dict")
+            }
+            for entry in payload.get("own", ())
+        ]
+        before = {name: part for name, part in payload.items() if name != "names" or not live}
+        return before | now | {"kinds": kinds, "own": own, "rng": rng}
+
+    def head_over(self) -> None:
+        """Warn, once, if the head of an epoch has set attributes of the dataset too late."""
+        before, self._before_head = self._before_head, None
+        if before is None or self._is_told:
+            return
+        now = _plain_attributes(self._dataset)
+        if names := [
+            name for name in now if name not in before or not is_same(now[name], before[name])
+        ]:
+            self._is_told = True
+            self._say(f"harness: warning: {TOO_LATE.format(names=', '.join(names))}")
 
     def put_back(
         self, tracked: Mapping[str, Any], values: dict[str, Any], payload: dict[str, Any]
@@ -254,6 +322,13 @@ def _has_changed(name: str, obj: Any, payload: Mapping[str, Any]) -> bool:
     """Return whether the state of a tracked object is not that of the checkpoint."""
     saved = state.as_captured(name, payload[f"{name}_state_dict"])
     return digests_of(state.captured_object(name, obj)) != digests_of(saved)
+
+
+def _plain_attributes(obj: Any) -> dict[str, Any]:
+    """Return the attributes of an object that are plain values."""
+    return {
+        key: value for key, value in getattr(obj, "__dict__", {}).items() if type(value) in PLAIN
+    }
 
 
 def _handled_by(source: Any) -> set[int]:

@@ -114,6 +114,10 @@ class Loop:
             self._step_timeouts.close()
             self._stop_agreement.close()
 
+    def _note_ahead(self) -> None:
+        """Note the state before the head of a loop over epochs, if its first batch is there."""
+        self._payload = self._kept_state.ahead(self.tracked, self.state, self._payload)
+
     def _put_back(self) -> None:
         """Put back what the head of a loop over epochs has changed, where that ran once more.
 
@@ -122,6 +126,7 @@ class Loop:
 
         Collective: every rank must call it.
         """
+        self._kept_state.head_over()
         if self._payload is not None:
             self._work.source.put_back()
             self._kept_state.put_back(self.tracked, self.state, self._payload)

@@ -158,6 +158,17 @@ class KeptState(Protocol):
     ) -> list[str]:
         """Restore everything that is not tracked; return notices."""
 
+    def ahead(
+        self,
+        tracked: Mapping[str, Any],
+        values: dict[str, Any],
+        payload: dict[str, Any] | None,
+    ) -> dict[str, Any] | None:
+        """Return the checkpoint with what has changed since, before the head of an epoch."""
+
+    def head_over(self) -> None:
+        """Check what the head of an epoch has changed too late."""
+
     def put_back(
         self, tracked: Mapping[str, Any], values: dict[str, Any], payload: dict[str, Any]
     ) -> None:

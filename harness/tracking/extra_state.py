@@ -131,6 +131,10 @@ class ExtraState:
         notes += [*self._changed.messages, *self._generators.messages]
         return [f"warning: {note}" for note in notes]
 
+    def note_generators(self) -> None:
+        """Have `put_back` set generators to their present states, and not to those at `begin`."""
+        self._generators.note_begun()
+
     def put_back(self, payload: Mapping[str, Any]) -> None:
         """Restore once more what was changed since `begin`."""
         entries = payload.get("own") or ()

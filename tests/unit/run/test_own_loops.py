@@ -322,6 +322,64 @@ def test_an_epoch_of_a_stream_is_yielded_before_anything_of_it_is_read(leave_at,
     assert list(differences(newest(tmp_path / "whole"), newest(tmp_path / "a"))) == []
 
 
+class Mixed:
+    """An iterator of the program's, with state: it draws, and counts batches."""
+
+    def __init__(self, run: harness.Run) -> None:
+        self.run, self.batches, self.count = run, iter(()), 0
+        self.rng = torch.Generator().manual_seed(5)
+
+    def over(self, batches: Iterator[Any]) -> Iterator[Any]:
+        for (x,) in batches:
+            self.count += 1
+            self.run.state["mixed"] = self.run.state.get("mixed", 0) + 1
+            noise = torch.rand(1) + torch.rand(1, generator=self.rng)
+            yield (x + noise + self.count * 0.01 + self.run.state["mixed"] * 0.01,)
+
+    def state_dict(self):
+        return {"count": self.count}
+
+    def load_state_dict(self, state):
+        self.count = state["count"]
+
+
+def mixing(directory: Path, leave_at: int = 0, *, sets: bool = False) -> list[float]:
+    """A loop over epochs whose batches another iterator has mixed; the batches, in order."""
+    job, model, optimizer, _ = begin(directory)
+    data, mixed, seen = points(), Mixed(job), []
+    job.track(mixed=mixed, rng=mixed.rng)
+    for epoch, batches in job.by_epoch(mixed.over(job.batches(data, 8, epochs=3))):
+        torch.rand(3 + torch.rand(3, generator=mixed.rng).numel())
+        mixed.count += 100
+        job.state["mixed"] += 100
+        if sets:
+            data.level = epoch
+        for (x,) in batches:
+            seen.append(x.sum().item())
+            update(model, optimizer, (x + torch.rand(1)).tanh())
+            if job.step == leave_at:
+                raise LeftError
+    return seen
+
+
+@pytest.mark.parametrize("leave_at", [4, 7, 9, 13])
+def test_what_a_program_does_to_batches_before_the_head_of_an_epoch_is_not_put_back(
+    leave_at, tmp_path
+):
+    whole = mixing(tmp_path / "whole")
+    with pytest.raises(LeftError):
+        mixing(tmp_path / "a", leave_at)
+    rest = mixing(tmp_path / "a")
+    assert rest == whole[-len(rest) :]
+    assert list(differences(newest(tmp_path / "whole"), newest(tmp_path / "a"))) == []
+
+
+@pytest.mark.parametrize("sets", [True, False])
+def test_a_head_that_sets_the_dataset_after_the_first_batch_is_warned(sets, tmp_path, capfd):
+    mixing(tmp_path / "a", sets=sets)
+    assert capfd.readouterr().out.count("sets level of its dataset") == sets
+
+
 def test_an_epoch_for_which_a_stream_has_nothing_left_has_an_end_and_no_batch(tmp_path):
     class Once(Stream):
         def __iter__(self):
