@@ -20,7 +20,6 @@ from typing import Any, BinaryIO, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from harness.errors import EXIT_FAILED, HarnessError, LostRankError, by_exit_code
 
@@ -113,25 +112,17 @@ class World:
             return self.gather(numbers)
         return [dict(zip(numbers, values, strict=False)) for _, *values in gathered]
 
-    def share_buffers(self, module: nn.Module) -> None:
-        """Broadcast the writer's buffers to every rank, as DDP does before each forward pass.
+    def from_writer(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return a contiguous copy of the writer's tensor; each rank gives one of that shape.
 
+        Backends send memory as it lies, and take no account of strides.
         Collective: every rank must call it.
         """
+        copy = tensor.detach().clone(memory_format=torch.contiguous_format)
         if self.size > 1:
             with lost_rank_errors():
-                for buffer in module.buffers():
-                    dist.broadcast(buffer, 0)
-
-    def share_state(self, module: nn.Module) -> None:
-        """Broadcast the writer's parameters and buffers to every rank.
-
-        Collective: every rank must call it.
-        """
-        if self.size > 1:
-            with lost_rank_errors():
-                for tensor in (*module.parameters(), *module.buffers()):
-                    dist.broadcast(tensor.detach(), 0)
+                dist.broadcast(copy.view(-1).view(torch.uint8), 0)
+        return copy
 
     def on_writer(
         self, work: Callable[[], T], *, give_up: Callable[[], object] = lambda: None

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from harness import preemption, state
+from harness.distributed.shared_tensors import share_state
 from harness.distributed.wrappers import unwrap
 from harness.errors import UsageError
 from harness.exchange import files, recognise
@@ -113,7 +114,7 @@ def warm_start(
 
     run.say(f"harness: {run.world.on_writer(load, give_up=preemption.requested)}")
     for module in mine.values():
-        run.world.share_state(unwrap(module))
+        share_state(unwrap(module), run.world)
 
 
 def choose(

@@ -12,8 +12,9 @@ from torch import nn
 from harness import state
 from harness.data import loading
 from harness.data.plan import Position, Share
-from harness.distributed import ddp, wrappers
+from harness.distributed import ddp
 from harness.distributed.ranks import World
+from harness.distributed.shared_tensors import writers_buffers
 from harness.errors import UsageError
 from harness.run.usage_checks import check_loggable
 
@@ -48,14 +49,16 @@ def evaluate(
     samples = range(
         world.rank * len(dataset) // world.size, (world.rank + 1) * len(dataset) // world.size
     )
-    with state.kept_generators():
-        for module in modules:
-            world.share_buffers(wrappers.unwrap(module))
-        with _eval_mode(modules), torch.no_grad(), ddp.no_buffer_sync(list(modules)):
-            for _, batches in loading.load(dataset, _shares(samples, batch_size), 0, collate):
-                beat()
-                for name, value in fn(loading.to_device(batches[0], world.device)).items():
-                    sums[name] = sums.get(name, 0.0) + float(value)
+    with contextlib.ExitStack() as meanwhile:
+        meanwhile.enter_context(state.kept_generators())
+        meanwhile.enter_context(writers_buffers(modules, world))
+        meanwhile.enter_context(_eval_mode(modules))
+        meanwhile.enter_context(torch.no_grad())
+        meanwhile.enter_context(ddp.no_buffer_sync(list(modules)))
+        for _, batches in loading.load(dataset, _shares(samples, batch_size), 0, collate):
+            beat()
+            for name, value in fn(loading.to_device(batches[0], world.device)).items():
+                sums[name] = sums.get(name, 0.0) + float(value)
     check_loggable(sums)
     sizes, parts = zip(*world.gather((len(dataset), sums)), strict=True)
     if len(set(sizes)) > 1:

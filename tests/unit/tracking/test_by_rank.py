@@ -252,6 +252,91 @@ def test_what_ddp_is_set_to_ignore_comes_back_to_each_rank(tmp_path):
     assert {path for path, _ in kept["model_state_dict"]} == {("own",), ("sum",)}
 
 
+EVALUATED = (
+    """
+class Own(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.memory = torch.zeros(8)
+        self.register_buffer("sum", torch.zeros(3))
+        self.register_buffer("sliced", self.memory[1::3])
+        self.register_buffer("overlapping", self.memory[0:5])
+        self.register_buffer("expanded", torch.zeros(1).expand(64, 64))
+        self.register_buffer("sparse", torch.eye(2).to_sparse())
+        self.register_buffer("flags", torch.zeros((), dtype=torch.bool))
+        self.register_buffer("complex", torch.zeros(2, dtype=torch.complex64))
+        self.register_buffer("sized", torch.zeros(run.rank))
+
+    def forward(self, x):
+        if self.training:
+            self.sum += x.sum()
+            self.memory += run.rank + 1
+            self.expanded[:1, :1] += run.rank + 1
+            self.flags ^= run.rank == 1
+            self.complex += run.rank * 1j
+        return x
+
+run = init()
+torch.manual_seed(0)
+own = Own()
+layers = nn.Linear(8, 4), nn.BatchNorm1d(4), nn.Linear(4, 1)
+model = nn.parallel.DistributedDataParallel(nn.Sequential(*layers))
+optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+run.track(model=model, optimizer=optimizer, holder=own)
+
+def told():
+    return [own.sum.tolist(), own.sliced.tolist(), own.overlapping.tolist(),
+            own.expanded[5, 5].item(), own.flags.item(), own.complex.tolist()]
+
+def measure(batch):
+    seen.append(told())
+    return {"val_loss": model(own(batch[0])).square().sum()}
+
+seen = []
+"""
+    + LOOP.replace("model(x)", "model(own(x))").replace(
+        "    die(run)",
+        """    before, memory = told(), own.memory.tolist()
+    if run.step % 2 == 0:
+        run.evaluate(points(5), measure, batch_size=3)
+        mine = run.world.gather(before)
+        assert all(of == mine[0] for of in seen), (seen, mine)
+        seen.clear()
+    assert (told(), own.memory.tolist()) == (before, memory), (told(), before)
+    die(run)""",
+    )
+    + "print('last:', told())\n"
+)
+
+
+def test_an_evaluation_gives_each_rank_its_own_buffers_back(tmp_path):
+    """Also those that are views of memory, or repeat it."""
+    outcome = killed_once(tmp_path, EVALUATED, ranks=2)
+    assert outcome.is_equal, (outcome.rows, outcome.whole.texts, outcome.resumed.texts)
+    assert last(outcome.whole) == last(outcome.resumed)
+    assert last(outcome.whole)[0] != last(outcome.whole)[1]
+
+
+SHARED = """
+from harness.distributed.shared_tensors import share_state
+run = init()
+memory = torch.full((4, 4), float(run.rank))
+model = nn.Linear(4, 2)
+model.weight = nn.Parameter(memory[:, 1:3].t())
+model.register_buffer("sparse", (run.rank + torch.eye(2)).to_sparse())
+model.register_buffer("expanded", torch.full((1,), float(run.rank)).expand(64, 64))
+share_state(model, run.world)
+assert memory.tolist() == [[run.rank, 0, 0, run.rank]] * 4, memory
+assert model.sparse.to_dense().tolist() == torch.eye(2).tolist() and not model.expanded.any()
+assert len({str(of) for of in run.world.gather(model.bias.tolist())}) == 1
+"""
+
+
+def test_shared_weights_are_written_where_they_lie(tmp_path):
+    lived = live(tmp_path, SHARED, "a", ranks=2)
+    assert lived.codes == [0, 0], lived.texts
+
+
 PLATEAU = (
     DDP
     + """
