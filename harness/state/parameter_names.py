@@ -253,7 +253,7 @@ def _held(
     held: dict[str, dict[str, int]] = {}
     for key, state in payload.items():
         name = key.removesuffix("_state_dict")
-        if name in modules:
+        if name in modules and name != key:  # a module may be called like another entry
             clean = {called: f"{name}.{_clean(called, set())}" for called in state}
             dimensions = {
                 clean[called]: _dims(value)

@@ -111,6 +111,15 @@ def test_a_schedule_with_milestones_keeps_its_counter():
     )
 
 
+@pytest.mark.parametrize("name", ["own", "rng", "data", "kinds"])
+def test_a_module_may_be_called_like_another_entry_of_a_checkpoint(name):
+    model = nn.Linear(2, 1)
+    tracked = {name: model, "optimizer": torch.optim.SGD(model.parameters())}
+    values = {"own": [{}, {"x": [1]}], "rng": [{"cuda": []}], "data": {"epoch": 1}, "state": {}}
+    payload = state.captured(values, tracked).payload
+    assert payload[f"{name}_state_dict"].keys() == {"weight", "bias"} and "names" not in payload
+
+
 def test_optimizer_state_that_is_nested_keeps_its_dtype():
     class Nested(torch.optim.Optimizer):
         def __init__(self, parameters):
