@@ -69,11 +69,9 @@ class MetricBuffer:
         self._held.append((step, now(), copies))
 
     def log(self, values: Mapping[str, Any]) -> None:
-        """Set the logged values of this step; tensors are not read from the device."""
-        self.logged = {
-            name: value.detach() if isinstance(value, torch.Tensor) else value
-            for name, value in values.items()
-        }
+        """Add to the logged values of this step; tensors are not read from the device."""
+        for name, value in values.items():
+            self.logged[name] = value.detach() if isinstance(value, torch.Tensor) else value
 
     def evaluated(self, metrics: dict[str, float]) -> None:
         """Add the metrics of an evaluation, and update the best value.

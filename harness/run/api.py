@@ -197,7 +197,8 @@ class Run(Loop):
     def log(self, **values: Any) -> None:
         """Log numbers of this step. Every rank should log the same names.
 
-        A tensor is read from the device only when it is printed or saved.
+        Several calls in a step are merged; of a name that is logged twice, the last value counts. A
+        tensor is read from the device only when it is printed or saved.
 
         Raises:
             UsageError: A value is not one number, or its name is one that every event has.

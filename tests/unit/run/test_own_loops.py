@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import events, run
 from conftest import harness as harness_command
-from conftest import run
 from library_runs import newest, steps_of
 from loop_data import Stream, points
 from torch import nn
@@ -392,6 +392,23 @@ def test_an_epoch_for_which_a_stream_has_nothing_left_has_an_end_and_no_batch(tm
     for epoch, batches in job.by_epoch(job.batches(Once(), 8, epochs=2, check_stream=False)):
         did.append((epoch, sum(update(model, optimizer, x).numel() for (x,) in batches)))
     assert job.finished and did == [(0, 6), (1, 0)]
+
+
+def test_several_logs_of_a_step_are_merged_and_those_of_the_next_one_begin_anew(tmp_path):
+    job, model, optimizer, _ = begin(tmp_path / "a", log_every_steps=1)
+    for (x,) in job.batches(points(), 8, epochs=1, max_steps=3):
+        loss = update(model, optimizer, x)
+        job.log(loss=loss, again=1.0)
+        if job.step < 3:
+            job.log(acc=0.5, again=2.0)
+    steps = events(tmp_path / "a", "step")
+    names = {"loss", "again", "acc"}
+    assert [{name: step[name] for name in names & step.keys() - {"loss"}} for step in steps] == [
+        {"again": 2.0, "acc": 0.5},
+        {"again": 2.0, "acc": 0.5},
+        {"again": 1.0},
+    ]
+    assert newest(tmp_path / "a")["loss"] == steps[-1]["loss"] and "loss" in steps[0]
 
 
 @pytest.mark.parametrize(
