@@ -1,4 +1,8 @@
-"""Fingerprints of a dataset's content, so that a run does not resume with another dataset."""
+"""Fingerprints of a dataset's content, so that a run does not resume with another dataset.
+
+Samples are loaded one by one. Whether a dataset would give others to a DataLoader, which asks for a
+batch at once where there is a `__getitems__`, is found out here, too.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.data import StackDataset, Subset, default_collate
 
 from harness.data.given_order import KEPT
 from harness.data.held_generators import Randomness, find
@@ -16,7 +21,7 @@ from harness.data.plan import kept_generators
 from harness.data.quantized import scale_of
 
 SAMPLES = 64
-
+FEW = 8  # samples that are also loaded at once
 
 DIFFER = ", its samples differ each time they are loaded"
 
@@ -115,12 +120,68 @@ def _digest(dataset: Any, randomness: Randomness) -> str:
     """Return a digest of a dataset's length and of up to `SAMPLES` samples, spread evenly."""
     size = len(dataset)
     digest = hashlib.blake2b(str(size).encode(), digest_size=16)
-    spread = {at * (size - 1) // (SAMPLES - 1) for at in range(SAMPLES)} if size else set()
     with kept_generators(), randomness.kept():
-        for sample in sorted(spread):
+        for sample in _spread(size, SAMPLES):
             randomness.seed("fingerprint", sample)
             digest_into(digest, dataset[sample])
     return digest.hexdigest()
+
+
+def _spread(size: int, number: int) -> list[int]:
+    """Return up to `number` sample numbers of a dataset, spread evenly."""
+    return sorted({at * (size - 1) // (number - 1) for at in range(number)}) if size else []
+
+
+def batched(dataset: Any) -> Any:
+    """Return the dataset whose own `__getitems__` a DataLoader calls, or None.
+
+    torch's own datasets only pass the call on to those that they are made of.
+    """
+    if type(dataset) is Subset:
+        return batched(dataset.dataset)
+    if type(dataset) is StackDataset:
+        parts = dataset.datasets
+        inner = parts.values() if isinstance(parts, dict) else parts
+        return next((found for part in inner if (found := batched(part)) is not None), None)
+    is_own = not type(dataset).__module__.startswith("torch.utils.data.")
+    return dataset if is_own and getattr(dataset, "__getitems__", None) else None
+
+
+def batches_unlike(dataset: Any, collate: Any, *, seeds_held: bool) -> tuple[bool, bool]:
+    """Return whether `__getitems__` gives other batches than `__getitem__`, and whether it must.
+
+    The second value is False if the samples draw random numbers: both may be alike but for the
+    order in which they draw. Batches are compared under equal seeds, first as lists of samples and
+    then collated: what is unlike only before it is collated trains the same model.
+    """
+    few = _spread(len(dataset), FEW)
+    if not few or batched(dataset) is None:
+        return False, False
+    randomness = Randomness({"dataset": dataset, "collate_fn": collate}, seeds_held)
+    randomness.look()
+
+    def digest(seed: int, load: Callable[[], Any], put_together: Callable[[Any], Any]) -> str:
+        name = hashlib.blake2b(digest_size=16)
+        randomness.seed("at once", seed)
+        digest_into(name, put_together(load()))
+        return name.hexdigest()
+
+    def by_number() -> list[Any]:
+        return [dataset[sample] for sample in few]
+
+    with kept_generators(), randomness.kept():
+        for put_together in (list, collate or default_collate):
+            try:
+                at_once = digest(0, lambda: dataset.__getitems__(few), put_together)
+            except Exception:  # noqa: BLE001 # user code: a DataLoader could not load it either
+                return False, False
+            try:
+                one_by_one = digest(0, by_number, put_together)
+            except Exception:  # noqa: BLE001 # user code: samples that only fit as a batch
+                return True, True
+            if at_once == one_by_one:
+                return False, False
+        return True, one_by_one == digest(1, by_number, put_together)
 
 
 def _kind(value: Any) -> bytes:

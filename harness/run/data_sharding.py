@@ -14,7 +14,14 @@ from typing import Any
 from harness import state
 from harness.data import dataset_source, loading, stream_check
 from harness.data.dataloader import adopt
-from harness.data.fingerprint import DIFFER, describe, drawn_from, named
+from harness.data.fingerprint import (
+    DIFFER,
+    batched,
+    batches_unlike,
+    describe,
+    drawn_from,
+    named,
+)
 from harness.data.held_generators import find
 from harness.data.source import Source
 from harness.data.stream import StreamSource, check_resumable, set_epoch_of
@@ -169,9 +176,10 @@ class DataSharding:
             return Dealt(source, global_batch_size, lambda: proven)
 
         def described() -> Described:
-            asked = source.asked(partial(named, seeds_held=seeds_held))
+            asked, unlike = source.asked(partial(_examined, seeds_held=seeds_held))
             data = about(asked=asked)
-            return Described(data, _notes(dataset, data, asked[1], seeds_held=seeds_held))
+            notes = _notes(dataset, data, asked[1], seeds_held=seeds_held)
+            return Described(data, notes + _by_number(dataset, *unlike, is_new=before is None))
 
         return Dealt(source, global_batch_size, cache(described))
 
@@ -206,6 +214,38 @@ def _seeds_held(
         or "sample_rng" in before.get("kinds", {})
         or not find(drawn_from(dataset, collate))
     )
+
+
+def _examined(dataset: Any, collate: loading.Collate | None, *, seeds_held: bool) -> Any:
+    """Return what `named` and `batches_unlike` do, in a process that loads the dataset."""
+    return (
+        named(dataset, collate, seeds_held=seeds_held),
+        batches_unlike(dataset, collate, seeds_held=seeds_held),
+    )
+
+
+def _by_number(dataset: Any, is_unlike: bool, is_certain: bool, *, is_new: bool) -> tuple[str, ...]:
+    """Return a warning if samples loaded one by one are not those that a DataLoader would load.
+
+    Raises:
+        UsageError: They are certainly not, and the run is new.
+    """
+    if not is_unlike:
+        return ()
+    kind = type(batched(dataset)).__name__
+    what = (
+        f"{kind}.__getitems__ gives a DataLoader other samples than {kind}.__getitem__, and a run"
+        " loads samples by the latter, each under a seed of its own"
+    )
+    remedy = (
+        "Do in collate_fn what __getitems__ does to a batch as a whole, as padding, or let both"
+        " give the same samples."
+    )
+    if is_new and is_certain:
+        found = "found: samples loaded both ways, under equal seeds, are unlike after collating"
+        raise UsageError(what, found, remedy)
+    draws = "" if is_certain else " (both draw random numbers: only their order may be unlike)"
+    return (f"{what}{draws}. {remedy}",)
 
 
 def _check_alone(given: LoadSettings) -> None:

@@ -6,19 +6,24 @@ import itertools
 import sys
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from torch import nn
 from torch.utils.data import (
     DataLoader,
+    Dataset,
     RandomSampler,
     Sampler,
     SequentialSampler,
+    StackDataset,
     Subset,
     TensorDataset,
     default_collate,
 )
 from torch.utils.data.distributed import DistributedSampler
 
+import harness
 from harness.data import dataset_source, loading
 from harness.data.dataloader import adopt
 from harness.data.dataset_source import MapSource
@@ -165,3 +170,99 @@ def test_a_sampler_that_splits_fewer_samples_than_the_dataset_is_refused():
     assert "Subset" in str(refused.value)
     adopted = adopt(DataLoader(Subset(DATA, range(12)), 4, sampler=sampler))
     assert adopted is not None and adopted.batching.order is None
+
+
+class AtOnce(Dataset):
+    """Its samples are lists of the numbers below a number; a batch is as long as its longest."""
+
+    pads, draws, shifts = False, False, 0.0
+
+    def __len__(self):
+        return 16
+
+    def __getitem__(self, index):
+        noise = torch.rand(()) if self.draws else torch.zeros(())
+        return {"x": torch.arange(index + 1.0) + noise, "length": index + 1}
+
+    def __getitems__(self, indices):
+        samples = [self[index] for index in indices]
+        if self.draws:
+            samples = samples[::-1]
+        for sample in samples:
+            sample["length"] = np.int64(sample["length"])
+            sample["x"] = sample["x"] + self.shifts
+        return padded(samples) if self.pads else samples
+
+
+class Shifting(AtOnce):
+    shifts = 1.0
+
+
+class Padding(AtOnce):
+    pads = True
+
+
+class Drawing(AtOnce):
+    draws = True
+
+
+def padded(samples):
+    longest = max(len(sample["x"]) for sample in samples)
+    for sample in samples:
+        sample["x"] = nn.functional.pad(sample["x"], (0, longest - len(sample["x"])))
+    return samples
+
+
+def collated(samples):
+    return default_collate(padded(samples))
+
+
+def gives_back(samples):
+    return samples
+
+
+def begin(tmp_path, loader) -> None:
+    run = harness.init(tmp_path / "run", seed=1, save_every_s=None)
+    run.track(model=nn.Linear(1, 1))
+    batches: Any = run.batches(loader, epochs=1)
+    next(batches)
+    batches.close()
+
+
+@pytest.mark.parametrize(
+    ("data", "collate"),
+    [
+        (Shifting(), collated),
+        (Padding(), None),
+        (Padding(), gives_back),
+        (Subset(Shifting(), range(3, 9)), collated),
+    ],
+    ids=["other values", "padded", "padded and not collated", "inside a subset"],
+)
+@pytest.mark.usefixtures("process_as_it_was")
+def test_a_dataset_that_gives_other_samples_at_once_is_refused(data, collate, tmp_path):
+    with pytest.raises(UsageError, match="__getitems__ gives a DataLoader other samples"):
+        begin(tmp_path, DataLoader(data, 4, collate_fn=collate))
+    assert not (tmp_path / "run" / "attempts").exists(), "nothing was begun"
+
+
+@pytest.mark.usefixtures("process_as_it_was")
+def test_a_dataset_that_draws_and_gives_other_samples_at_once_is_warned_of(tmp_path, capsys):
+    begin(tmp_path, DataLoader(Drawing(), 4, collate_fn=collated))
+    assert "Drawing.__getitems__ gives a DataLoader other samples" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("data", "collate"),
+    [
+        (AtOnce(), collated),
+        (Padding(), collated),
+        (Subset(DATA, range(9)), None),
+        (StackDataset(DATA, DATA), None),
+    ],
+    ids=["kinds of numbers", "padded again", "a subset", "a stack"],
+)
+@pytest.mark.usefixtures("process_as_it_was")
+def test_nothing_is_said_where_batches_at_once_train_the_same(data, collate, tmp_path, capsys):
+    begin(tmp_path, DataLoader(data, 4, collate_fn=collate))
+    assert "__getitems__" not in capsys.readouterr().out
