@@ -28,5 +28,6 @@ Modules: `files` (read any file safely), `formats` (detect, outline and write th
 `single_read` (fetch each byte range once), `safe_unpickle` (read pickles without their classes),
 `recognise` (find the parts of a file), `weights` (load weights into a module; warm start),
 `rebuild` (build a run's model), `export`, `program` (pickled module, TorchScript, torch.export),
-`importing`, `training_state` (epoch and step, optimizers, schedulers), `describe`, `compare`.
+`importing`, `training_state` (optimizers, schedulers), `describe` (also: the epoch and the step),
+`compare`.
 """

@@ -1,4 +1,8 @@
-"""Describe the contents of a file for people to read."""
+"""Describe the contents of a file for people to read, and determine where its training stands.
+
+Scripts store different things under the same name ("epoch" may be the last epoch that was made, or
+the next one). The counts in a file are therefore checked against each other.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,8 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 from harness import config
 from harness.checkpoint.format import Manifest
@@ -15,6 +21,7 @@ from harness.exchange.files import Loaded
 from harness.exchange.recognise import MODULE, NUMBER, OPTIMIZER, SCALER, SCHEDULER, Part
 from harness.text import number, size, table
 
+MOST = 10**9  # limit on epochs and steps; a larger number is not a count
 Rows = Sequence[tuple[str, ...]]
 
 # The buffers of BatchNorm. In a state dict, other buffers cannot be told from parameters.
@@ -184,3 +191,114 @@ def _of_run(manifest: Manifest, data: Mapping[str, object]) -> list[tuple[str, s
     ]
     facts += [("size", size(manifest.size_bytes)), ("digest", manifest.data.digest)]
     return facts + [(f"class of {name}", kind) for name, kind in manifest.classes.items()]
+
+
+@dataclass(frozen=True)
+class Where:
+    """The epoch to resume with, counted from 0, and the number of updates made so far."""
+
+    epoch: int
+    step: int
+
+
+def position(
+    parts: list[Part], per_epoch: int | None, epoch: int | None, step: int | None
+) -> tuple[Where, str]:
+    """Determine where a file's training stands.
+
+    A stored "epoch" may be the last epoch that was made or the one to resume with. The optimizer's
+    count of updates, or the scheduler's count of epochs, decides between them.
+
+    Args:
+        parts: The recognised parts of the file.
+        per_epoch: Number of steps in an epoch; None if the data has no length.
+        epoch: Epoch given by the caller; it overrides the file.
+        step: Number of updates given by the caller; it overrides the file.
+
+    Returns:
+        The position, and a note ("" if there is none) on how a stored epoch was interpreted.
+
+    Raises:
+        UsageError: The number of updates cannot be determined, a stored count is no whole number,
+            or the position is out of range.
+    """
+    updates = _whole(parts, "step") if step is None else step
+    if updates is None:
+        updates = _updates(parts)
+    if epoch is None and (written := _whole(parts, "epoch")) is not None:
+        epoch, note = _meant(written, updates, per_epoch, _schedule(parts))
+    else:
+        note = ""
+    if epoch is None:
+        epoch = updates // per_epoch if updates is not None and per_epoch else 0
+    if updates is None and per_epoch is None and epoch:
+        raise UsageError(
+            "the number of updates made so far cannot be told", remedy="Say it: --step (step=…)."
+        )
+    where = Where(epoch, epoch * (per_epoch or 0) if updates is None else updates)
+    if not (0 <= where.epoch < MOST and 0 <= where.step < MOST):
+        raise UsageError(
+            "a run cannot resume from there",
+            f"found: epoch {where.epoch}, step {where.step}",
+            "Say: --epoch, --step.",
+        )
+    return where, note
+
+
+def _meant(
+    written: int, updates: int | None, per_epoch: int | None, schedule: int | None
+) -> tuple[int, str]:
+    made = [
+        count
+        for count in (updates // per_epoch if updates is not None and per_epoch else None, schedule)
+        if count is not None
+    ]
+    if written in made:
+        return written, ""
+    if written + 1 in made:
+        return (
+            written + 1,
+            f"epoch {written} is the last one that was made, as the file's other counts tell: "
+            f"goes on with {written + 1}",
+        )
+    return (
+        written,
+        f"epoch {written} is taken for the one to go on with; "
+        f"if it is the last one that was made: --epoch {written + 1}",
+    )
+
+
+def _whole(parts: list[Part], name: str) -> int | None:
+    alike = recognise.numbers_of(parts, name)
+    if len({part.value for part in alike}) > 1:
+        raise UsageError(
+            f"which {name} a run is to resume with cannot be told",
+            f"found: {', '.join(f'{part.key} {part.value}' for part in alike)}",
+            f"Say it: --{name} ({name}=…).",
+        )
+    value = alike[0].value if alike else None
+    if value is None or (value == value and 0 <= value < MOST and value == int(value)):
+        return None if value is None else int(value)
+    raise UsageError(
+        f"a run cannot resume from {name} {value}",
+        "found: in the file",
+        f"Say it: --{name} ({name}=…).",
+    )
+
+
+def _updates(parts: list[Part]) -> int | None:
+    """Return the greatest step count that optimizers such as Adam keep for each parameter."""
+    counts = [
+        int(kept["step"])
+        for part in parts
+        if part.kind == OPTIMIZER
+        for kept in part.value["state"].values()
+        if isinstance(kept, dict) and isinstance(kept.get("step"), int | float | torch.Tensor)
+    ]
+    return max(counts, default=None)
+
+
+def _schedule(parts: list[Part]) -> int | None:
+    return max(
+        (int(part.value["last_epoch"]) for part in parts if part.kind == SCHEDULER), default=None
+    )

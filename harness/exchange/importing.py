@@ -27,10 +27,10 @@ from harness.data.plan import Plan
 from harness.distributed.ranks import World
 from harness.errors import UsageError
 from harness.exchange import files, rebuild, recognise, weights
-from harness.exchange.describe import assignment_table
+from harness.exchange.describe import Where, assignment_table, position
 from harness.exchange.files import Loaded
 from harness.exchange.recognise import MODULE, OPTIMIZER, SCHEDULER, Part
-from harness.exchange.training_state import Assignment, Where, load_training_state, position
+from harness.exchange.training_state import Assignment, load_training_state
 from harness.step import Ema, Stepper
 from harness.store import Store, open_store
 from harness.supervision import run_address
@@ -202,7 +202,9 @@ class Import:
         self.stepper = Stepper(self.job, settings.train, world)
         self.tracked = self.stepper.tracked
         counts = {OPTIMIZER: len(self.stepper.optimizers), SCHEDULER: len(self.stepper.schedulers)}
-        self.assignment = Assignment(loaded.file.where, parts, dict(named), set(without), counts)
+        self.assignment = Assignment(
+            loaded.file.where, parts, dict(named), set(without), counts, settings.init.rename
+        )
         self._check_names()
 
     def _check_names(self) -> None:

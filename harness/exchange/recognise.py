@@ -249,6 +249,11 @@ def _bare(state: Mapping[str, Any]) -> tuple[Mapping[str, Any], str]:
     return made, f"without {' and '.join(map(repr, dict.fromkeys(stripped)))} before its names"
 
 
+def without_prefixes(named: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return values by the names of tensors, without the prefixes that wrappers put before them."""
+    return _bare(named)[0]
+
+
 def _without(prefix: str, name: str) -> str:
     return name.removeprefix(prefix) if prefix == "module." else COMPILED.sub(r"\1", name)
 

@@ -1,26 +1,26 @@
-"""Take the training state from a file that somebody else's script wrote.
-
-It consists of the epoch and the step, and of the state of optimizers, schedulers and the gradient
-scaler. Scripts store different things under the same name ("epoch" may be the last epoch that was
-made, or the next one). The counts in a file are therefore checked against each other.
-"""
+"""Take the state of optimizers, schedulers and the gradient scaler from somebody else's file."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 
 from harness import state
+from harness.distributed.wrappers import unwrap
 from harness.errors import UsageError
-from harness.exchange import recognise
+from harness.exchange import recognise, weights
 from harness.exchange.recognise import OPTIMIZER, SCALER, SCHEDULER, Part
+from harness.selfcheck import optimizer_fit
+from harness.state import parameter_names
+from harness.state.parameter_names import Names
 from harness.step import Stepper
 from harness.text import muted
 
-MOST = 10**9  # limit on epochs and steps; a larger number is not a count
 # Entries that the state of a scheduler of any kind may hold.
 BOOKKEEPING = {
     "last_epoch",
@@ -33,117 +33,6 @@ BOOKKEEPING = {
 
 
 @dataclass(frozen=True)
-class Where:
-    """The epoch to resume with, counted from 0, and the number of updates made so far."""
-
-    epoch: int
-    step: int
-
-
-def position(
-    parts: list[Part], per_epoch: int | None, epoch: int | None, step: int | None
-) -> tuple[Where, str]:
-    """Determine where a file's training stands.
-
-    A stored "epoch" may be the last epoch that was made or the one to resume with. The optimizer's
-    count of updates, or the scheduler's count of epochs, decides between them.
-
-    Args:
-        parts: The recognised parts of the file.
-        per_epoch: Number of steps in an epoch; None if the data has no length.
-        epoch: Epoch given by the caller; it overrides the file.
-        step: Number of updates given by the caller; it overrides the file.
-
-    Returns:
-        The position, and a note ("" if there is none) on how a stored epoch was interpreted.
-
-    Raises:
-        UsageError: The number of updates cannot be determined, a stored count is no whole number,
-            or the position is out of range.
-    """
-    updates = _whole(parts, "step") if step is None else step
-    if updates is None:
-        updates = _updates(parts)
-    if epoch is None and (written := _whole(parts, "epoch")) is not None:
-        epoch, note = _meant(written, updates, per_epoch, _schedule(parts))
-    else:
-        note = ""
-    if epoch is None:
-        epoch = updates // per_epoch if updates is not None and per_epoch else 0
-    if updates is None and per_epoch is None and epoch:
-        raise UsageError(
-            "the number of updates made so far cannot be told", remedy="Say it: --step (step=…)."
-        )
-    where = Where(epoch, epoch * (per_epoch or 0) if updates is None else updates)
-    if not (0 <= where.epoch < MOST and 0 <= where.step < MOST):
-        raise UsageError(
-            "a run cannot resume from there",
-            f"found: epoch {where.epoch}, step {where.step}",
-            "Say: --epoch, --step.",
-        )
-    return where, note
-
-
-def _meant(
-    written: int, updates: int | None, per_epoch: int | None, schedule: int | None
-) -> tuple[int, str]:
-    made = [
-        count
-        for count in (updates // per_epoch if updates is not None and per_epoch else None, schedule)
-        if count is not None
-    ]
-    if written in made:
-        return written, ""
-    if written + 1 in made:
-        return (
-            written + 1,
-            f"epoch {written} is the last one that was made, as the file's other counts tell: "
-            f"goes on with {written + 1}",
-        )
-    return (
-        written,
-        f"epoch {written} is taken for the one to go on with; "
-        f"if it is the last one that was made: --epoch {written + 1}",
-    )
-
-
-def _whole(parts: list[Part], name: str) -> int | None:
-    alike = recognise.numbers_of(parts, name)
-    if len({part.value for part in alike}) > 1:
-        raise UsageError(
-            f"which {name} a run is to resume with cannot be told",
-            f"found: {', '.join(f'{part.key} {part.value}' for part in alike)}",
-            f"Say it: --{name} ({name}=…).",
-        )
-    value = alike[0].value if alike else None
-    if value is None or (value == value and 0 <= value < MOST and value == int(value)):
-        return None if value is None else int(value)
-    raise UsageError(
-        f"a run cannot resume from {name} {value}",
-        "found: in the file",
-        f"Say it: --{name} ({name}=…).",
-    )
-
-
-def _updates(parts: list[Part]) -> int | None:
-    """Return the greatest step count that optimizers such as Adam keep for each parameter."""
-    counts = [
-        int(kept["step"])
-        for part in parts
-        if part.kind == OPTIMIZER
-        for kept in part.value["state"].values()
-        if isinstance(kept, dict) and isinstance(kept.get("step"), int | float | torch.Tensor)
-    ]
-    return max(counts, default=None)
-
-
-def _schedule(parts: list[Part]) -> int | None:
-    return max(
-        (int(part.value["last_epoch"]) for part in parts if part.kind == SCHEDULER), default=None
-    )
-
-
-@dataclass(frozen=True)
 class Assignment:
     """The parts of a file, and which of them the objects of a task take."""
 
@@ -152,6 +41,7 @@ class Assignment:
     named: Mapping[str, str]  # key or name of the part to use, by the object's name
     without: Collection[str]  # names of objects that take no state from the file
     counts: Mapping[str, int]  # number of the task's objects, by kind; 1 if absent
+    rename: Mapping[str, str]  # new names of tensors, as of `init.rename`
     taken: dict[str, Part] = field(default_factory=dict)  # by the object's name
     notes: list[str] = field(default_factory=list)  # lines for the user on what was taken
 
@@ -194,7 +84,9 @@ def load_training_state(stepper: Stepper, assignment: Assignment, step: int) -> 
             assignment.notes.append(f"{name}: not taken from the file; begins anew")
         else:
             keeps_rate = id(optimizer) in own_rates
-            _load_optimizer(name, optimizer, part, assignment.where, keeps_rate=keeps_rate)
+            part = _in_live_order(stepper, assignment, name, part)
+            note = _load_optimizer(name, optimizer, part, assignment.where, keeps_rate=keeps_rate)
+            assignment.notes.extend(note)
     for name, part in held.items():
         if part is not None:
             notes = _load_scheduler(name, stepper.schedulers[name], part, assignment.where)
@@ -232,10 +124,63 @@ def _scheduler_part(stepper: Stepper, assignment: Assignment, name: str, step: i
     return None
 
 
+def _in_live_order(stepper: Stepper, assignment: Assignment, name: str, part: Part) -> Part:
+    """Return the state of an optimizer in the file in the order of the task's parameters.
+
+    Raises:
+        UsageError: The state is of another kind of optimizer or of other parameters, or its order
+            cannot be told.
+    """
+    optimizer, groups = stepper.optimizers[name], part.value["param_groups"]
+    _check_optimizer(name, optimizer, part)
+    mine = parameter_names.names(stepper.tracked)[name]
+    here = [called for called, _ in parameter_names.parameters_of(stepper.tracked)]
+    there = [
+        called
+        for module, own in stepper.modules.items()
+        if module in assignment.taken
+        for called in _called(module, unwrap(own), assignment.taken[module].value, assignment)
+    ]
+    said: list[list[Any]] = [group.get("param_names") or group["params"] for group in groups]
+    said_here: Names | None = None
+    if all(isinstance(called, str) for group in said for called in group):
+        own_names = {called for group in mine for called in group}
+        bare = [recognise.without_prefixes(dict.fromkeys(group)) for group in said]
+        for module, own in stepper.modules.items():
+            names = [_called(module, unwrap(own), group, assignment) for group in bare]
+            if own_names == {called for group in names for called in group}:
+                said_here = [list(group) for group in names]
+    value, note = optimizer_fit.matched(
+        name, optimizer, part.value, (mine, said_here), (here, there), assignment.where
+    )
+    if note:
+        assignment.notes.append(note)
+    if bad := optimizer_fit.misshaped(optimizer, value):
+        raise _of_other_parameters(name, optimizer, part, bad)
+    return dataclasses.replace(part, value=value)
+
+
+def _called(
+    name: str, module: nn.Module, named: Mapping[Any, Any], assignment: Assignment
+) -> list[str]:
+    """Return the names that tensors of a file have in the task, in the file's order.
+
+    Args:
+        name: Name of the module.
+        module: The task's module.
+        named: Tensors by their names in the file.
+        assignment: The parts of the file and the new names of tensors.
+    """
+    new, _ = weights.with_new_names(module, named, assignment.rename, assignment.where)
+    return [f"{name}.{key}" for key in parameter_names.clean_keys(module, list(new)).values()]
+
+
 def _load_optimizer(
     name: str, optimizer: torch.optim.Optimizer, part: Part, where: str, *, keeps_rate: bool
-) -> None:
-    """Load an optimizer's state; settings that the file lacks keep the task's values.
+) -> list[str]:
+    """Load an optimizer's state; return a note on the settings that the file has changed.
+
+    Settings that the file lacks keep the task's values.
 
     Args:
         name: Name of the optimizer.
@@ -245,50 +190,53 @@ def _load_optimizer(
         keeps_rate: Keep the learning rates of the task.
 
     Raises:
-        UsageError: The state is of another kind of optimizer or of other parameters.
+        UsageError: The optimizer refuses the state.
     """
-    fresh = optimizer.state_dict()
-    _check_optimizer(name, optimizer, part)
+    fresh = optimizer.state_dict()["param_groups"]
     state.restore_object(name, optimizer, part.value, where)
-    for group, before in zip(optimizer.param_groups, fresh["param_groups"], strict=True):
+    changed = []
+    for at, (group, before) in enumerate(zip(optimizer.param_groups, fresh, strict=True)):
         for key, value in before.items():
             if key not in group or (keeps_rate and key in ("lr", "initial_lr")):
                 group[key] = value
+            elif key not in ("params", "param_names") and _plainly(value) != _plainly(group[key]):
+                called = f"{key} of group {at}" if len(fresh) > 1 else key
+                changed.append(f"{called} {value} -> {group[key]}")
+    return [f"{name}: as in the file: {', '.join(changed)}"] if changed else []
 
 
 def _check_optimizer(name: str, optimizer: torch.optim.Optimizer, part: Part) -> None:
     """Raise UsageError if the state is of another kind of optimizer or of other parameters."""
     kind = recognise.optimizer_kind(optimizer.state_dict())
-    if kind != part.note:
+    sizes, held = (
+        [len(group["params"]) for group in groups]
+        for groups in (optimizer.param_groups, part.value["param_groups"])
+    )
+    other = part.note if kind != part.note else ""
+    if not other and sizes == held:
+        other = optimizer_fit.other_kind(optimizer, part.value)
+    if other:
         raise UsageError(
             f"{name} is {type(optimizer).__name__}, and what the file holds is of another kind",
-            f"found: {part.note}",
+            f"found: {other}",
             f"Take the task's old optimizer, or begin anew: --without {name}.",
         )
-    own = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    numbers = [number for group in part.value["param_groups"] for number in group["params"]]
-    held = part.value["state"]
-    bad = [
-        at
-        for at, number in enumerate(numbers[: len(own)])
-        if _misshaped(held.get(number, {}), own[at])
-    ]
-    if len(own) != len(numbers) or bad:
-        shapes = f"; of another shape: parameter(s) {', '.join(map(str, bad[:5]))}" if bad else ""
-        raise UsageError(
-            f"{name} is of other parameters than the task's",
-            f"found: {len(numbers)} parameters, expected: {len(own)}{shapes}",
-            f"Begin anew: --without {name}.",
-        )
+    if sum(sizes) != sum(held):
+        raise _of_other_parameters(name, optimizer, part, [])
 
 
-def _misshaped(held: Any, parameter: torch.Tensor) -> bool:
-    kept = held.values() if isinstance(held, Mapping) else ()
-    return any(
-        isinstance(item, torch.Tensor)
-        and item.dim() == parameter.dim() > 0
-        and item.shape != parameter.shape
-        for item in kept
+def _of_other_parameters(
+    name: str, optimizer: torch.optim.Optimizer, part: Part, bad: list[int]
+) -> UsageError:
+    expected, found = (
+        sum(len(group["params"]) for group in groups)
+        for groups in (optimizer.param_groups, part.value["param_groups"])
+    )
+    shapes = f"; of another shape: parameter(s) {', '.join(map(str, bad[:5]))}" if bad else ""
+    return UsageError(
+        f"{name} is of other parameters than the task's",
+        f"found: {found} parameters, expected: {expected}{shapes}",
+        f"Begin anew: --without {name}.",
     )
 
 

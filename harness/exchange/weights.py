@@ -192,7 +192,7 @@ def fit(
             not valid. No module has been changed.
     """
     saved = {
-        name: _renamed(unwrap(module), part.value, rename, where)
+        name: with_new_names(unwrap(module), part.value, rename, where)
         for name, (module, part) in pairs.items()
     }
     fits = {name: _fitted(unwrap(module), saved[name][0]) for name, (module, _) in pairs.items()}
@@ -221,7 +221,7 @@ def _full(name: str, key: str, several: Mapping[str, Any]) -> str:
     return f"{name}: {key}" if len(several) > 1 else key
 
 
-def _renamed(
+def with_new_names(
     module: nn.Module, saved: Mapping[str, Any], rename: Mapping[str, str], where: str
 ) -> tuple[Mapping[str, Any], set[str]]:
     """Return the state dict under the module's names, and the patterns that matched a name."""

@@ -127,3 +127,39 @@ def build_pair(
         return values
 
     return Task(modules=parts, optimizers=owners, train_data=points(), step=step)
+
+
+class Twins(torch.nn.Module):
+    """Two layers of one shape, defined in the order that is given."""
+
+    first: torch.nn.Linear
+    second: torch.nn.Linear
+
+    def __init__(self, order: str) -> None:
+        super().__init__()
+        for name in order.split(","):
+            setattr(self, name, torch.nn.Linear(6, 6))
+
+    def forward(self, x):
+        return self.second(self.first(x).tanh())
+
+
+def build_twins(
+    order: str = "first,second",
+    given: str = "",
+    kind: str = "AdamW",
+    more: dict | None = None,
+    groups: bool = False,
+) -> Task:
+    """Twins, and an optimizer that gets their parameters in the order `given`, else by default; in
+    a group for each layer, if that is asked for."""
+    model = Twins(order)
+    layers = [list(getattr(model, name).parameters()) for name in (given or order).split(",")]
+    flat = [parameter for layer in layers for parameter in layer]
+    parameters = [{"params": layer} for layer in layers] if groups else flat
+    return Task(
+        modules=model,
+        optimizers=getattr(torch.optim, kind)(parameters, lr=0.01, **(more or {})),
+        train_data=points(),
+        loss=loss,
+    )

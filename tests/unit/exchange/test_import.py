@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import recipe_task
 import recipes
 import safetensors.torch
 import torch
@@ -50,6 +51,7 @@ from recipes import (
     Trained,
     TrainedPair,
     made,
+    points,
     save_new,
     save_old,
 )
@@ -1105,6 +1107,151 @@ def test_adams_state_does_not_make_an_adam_of_an_adamw(
             ]
             is True
         )
+
+
+TWINS = ("task.name=recipe_task:build_twins", *TASK[1:])
+
+
+def twins_file(
+    file: Path, order: str, kind: str = "AdamW", *, groups: bool = False, **more: Any
+) -> Any:
+    """What a script has saved after three steps of a model of two equal layers.
+
+    Returns the optimizer's state for each parameter, by the parameter's name."""
+    torch.manual_seed(3)
+    task = recipe_task.build_twins(order, "", kind, more, groups)
+    model, optimizer = task.modules, task.optimizers
+    for _ in range(3):
+        optimizer.zero_grad()
+        recipe_task.loss(model, points()[:24]).backward()
+        optimizer.step()
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
+    return {name: optimizer.state[p] for name, p in model.named_parameters() if optimizer.state[p]}
+
+
+def moments_of(directory: Path, names: list[str]) -> dict[str, Any]:
+    """The optimizer's state in a new run, by the parameters' names in the optimizer's order."""
+    held = newest(directory)["optimizer_state_dict"]
+    numbers = held["param_groups"][0]["params"]
+    return {
+        name: held["state"][number]
+        for name, number in zip(names, numbers, strict=True)
+        if number in held["state"]
+    }
+
+
+AB = ["first.weight", "first.bias", "second.weight", "second.bias"]
+BA = AB[2:] + AB[:2]
+
+
+@pytest.mark.parametrize("names", ["", "param_names", "params"])
+def test_what_an_optimizer_keeps_goes_to_the_parameter_that_it_was_of(
+    names: str, tmp_path: Path, command: Command
+) -> None:
+    """Another order of definition, and the same shapes: nothing but names can tell."""
+    file = tmp_path / "a.pt"
+    wanted = twins_file(file, "second,first")
+    content = torch.load(file)
+    (group,) = content["optimizer"]["param_groups"]
+    if names:
+        group[names] = [f"module.{name}" for name in BA]
+    if names == "params":
+        content["optimizer"]["state"] = {
+            f"module.{BA[number]}": kept for number, kept in content["optimizer"]["state"].items()
+        }
+    torch.save(content, file)
+    answer = command("import", file, tmp_path / "run", *TWINS)
+    assert answer.code == 0, answer.err
+    assert differing(moments_of(tmp_path / "run", AB), wanted) == []
+    assert "optimizer: its parameters are matched" in answer.out
+    train_on(tmp_path / "run", "train.max_steps=5", task=TWINS)
+
+
+def test_names_are_matched_after_they_are_changed(tmp_path: Path, command: Command) -> None:
+    file = tmp_path / "a.pt"
+    wanted = twins_file(file, "second,first")
+    content = torch.load(file)
+    content["model"] = {f"net.{name}": value for name, value in content["model"].items()}
+    torch.save(content, file)
+    rename = r"init.rename={'^net\.': ''}"
+    answer = command("import", file, tmp_path / "run", *TWINS, rename)
+    assert answer.code == 0, answer.err
+    assert differing(moments_of(tmp_path / "run", AB), wanted) == []
+
+
+def test_an_order_that_cannot_be_told_is_refused(tmp_path: Path, command: Command) -> None:
+    file = tmp_path / "a.pt"
+    twins_file(file, "first,second")
+    task = (*TWINS, "task.args.given='second,first'")
+    answer = command("import", file, tmp_path / "run", *task)
+    refused(answer, tmp_path / "run", (78,))
+    assert "--without optimizer" in answer.err and "cannot be told" in answer.err
+    # With names it can.
+    content = torch.load(file)
+    content["optimizer"]["param_groups"][0]["param_names"] = AB
+    torch.save(content, file)
+    assert command("import", file, tmp_path / "run", *task).code == 0
+
+
+def test_groups_of_other_parameters_are_refused(tmp_path: Path, command: Command) -> None:
+    """As large as the task's, with the same names in all: their settings would be exchanged."""
+    file = tmp_path / "a.pt"
+    twins_file(file, "first,second", groups=True)
+    content = torch.load(file)
+    for group, names in zip(content["optimizer"]["param_groups"], (AB[2:], AB[:2]), strict=True):
+        group["param_names"] = names
+    torch.save(content, file)
+    answer = command("import", file, tmp_path / "run", *TWINS, "task.args.groups=true")
+    refused(answer, tmp_path / "run", (78,))
+    assert "in other groups" in answer.err
+
+
+def test_state_of_another_rank_than_its_parameter_is_refused(
+    tmp_path: Path, command: Command
+) -> None:
+    file = tmp_path / "a.pt"
+    twins_file(file, "first,second")
+    content = torch.load(file)
+    kept = content["optimizer"]["state"]
+    kept[0], kept[1] = kept[1], kept[0]
+    torch.save(content, file)
+    answer = command("import", file, tmp_path / "run", *TWINS)
+    refused(answer, tmp_path / "run", (78,))
+    assert "of another shape: parameter(s) 0, 1" in answer.err
+
+
+KINDS = ("Adam", "AdamW", "Adamax", "NAdam", "RAdam", "SGD", "RMSprop", "Adagrad", "Adadelta")
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "ASGD", "Rprop", "Adafactor"])
+def test_an_optimizer_takes_the_state_of_its_own_kind_only(
+    kind: str, tmp_path: Path, command: Command
+) -> None:
+    file = tmp_path / "a.pt"
+    wanted = twins_file(file, "first,second", kind=kind)
+    others = ("Adam", "Adamax", "NAdam", "RAdam") if kind in KINDS[:5] else ("Adamax",)
+    for other in dict.fromkeys((kind, *others)):
+        directory, task = tmp_path / other, (*TWINS, f"task.args.kind={other}")
+        answer = command("import", file, directory, *task)
+        if other != kind and {kind, other} != {"Adam", "AdamW"}:
+            refused(answer, directory, (78,))
+            assert "another kind" in answer.err and "--without optimizer" in answer.err
+        elif other == kind:
+            assert answer.code == 0, answer.err
+            assert differing(moments_of(directory, AB), wanted) == []
+
+
+def test_settings_of_an_optimizer_that_the_file_changes_are_named(
+    tmp_path: Path, command: Command
+) -> None:
+    file = tmp_path / "a.pt"
+    twins_file(file, "first,second", betas=(0.8, 0.95))
+    answer = command("import", file, tmp_path / "run", *TWINS, "task.args.more={weight_decay: 0.3}")
+    assert answer.code == 0, answer.err
+    said = "optimizer: as in the file: betas (0.9, 0.999) -> (0.8, 0.95), weight_decay 0.3 -> 0.01"
+    assert said in answer.out, answer.out
+    same = command("import", file, tmp_path / "same", *TWINS, "task.args.more={betas: [0.8, 0.95]}")
+    assert same.code == 0 and "as in the file" not in same.out, same.out
 
 
 def test_an_optimizer_of_other_parameters_is_refused(
