@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import threading
+import time
 
 from harness.checkpoint import format as fmt
 from harness.checkpoint.attempts import Attempt, check_fence
@@ -10,6 +12,7 @@ from harness.monitoring.event_log import EventLog
 from harness.monitoring.store_health import StoreHealth
 from harness.store import Store
 
+FENCE_S = 1.0  # interval at which the files of a run directory check for a newer attempt
 MOST_KEPT_BYTES = 64 << 20  # limit of the files that are queued, as in an outage
 
 
@@ -31,6 +34,35 @@ def write_file(store: Store, key: str, data: bytes, attempt: Attempt) -> None:
         store.prepare(folders)
         store.sweep(folders, attempt.number)
     store.write(key, data, attempt.number)
+
+
+class DirectoryFiles:
+    """The user's files in the run directory, which are written at once.
+
+    Args:
+        store: The run's first store; if it is a remote store, nothing is written.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self._store, self._checked_at = store, -math.inf
+
+    def write(self, key: str, data: bytes, attempt: Attempt) -> None:
+        """Write a file, unless a newer attempt has begun, whose files must not be replaced.
+
+        That is checked at most once in `FENCE_S` seconds: a program may keep a file in each step,
+        and the check lists all attempts. The clock goes on while the process or its machine is
+        frozen, so that a process that wakes checks at once.
+
+        Raises:
+            SupersededError: A newer attempt has begun.
+            StorageError: The attempts cannot be listed, or the file cannot be written.
+        """
+        if not self._store.is_local:
+            return
+        if time.clock_gettime(time.CLOCK_BOOTTIME) - self._checked_at >= FENCE_S:
+            check_fence(self._store, attempt)
+            self._checked_at = time.clock_gettime(time.CLOCK_BOOTTIME)
+        write_file(self._store, key, data, attempt)
 
 
 class KeptFiles:

@@ -216,6 +216,7 @@ class Run(Loop):
         Raises:
             UsageError: The name leads out of `files`, `data` is not bytes, or it was called outside
                 the loop.
+            SupersededError: A newer start of the run has begun.
         """
         self._checkpointer.keep(name, data)
 

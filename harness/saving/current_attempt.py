@@ -20,7 +20,7 @@ from harness.errors import EXIT_FAILED, StorageError, UsageError
 from harness.monitoring.console import Console
 from harness.monitoring.event_log import EventLog
 from harness.monitoring.goodput import SAVE, Goodput
-from harness.monitoring.kept_files import write_file
+from harness.monitoring.kept_files import DirectoryFiles
 from harness.monitoring.resume_notice import resumed
 from harness.monitoring.store_health import StoreHealth
 from harness.monitoring.trackers import Trackers
@@ -79,6 +79,7 @@ class CurrentAttempt:
         self._resume_point, self._exit_record = parts.resume_point, parts.exit_record
         self._store_health, self._suspects = parts.store_health, parts.suspects
         self._ended = self._origin_is_here = False
+        self._files = DirectoryFiles(self.store)
         self.timer = SavePolicy(
             parts.settings.save_every_s, parts.settings.when_busy, parts.clock, self.note
         )
@@ -210,6 +211,7 @@ class CurrentAttempt:
         Raises:
             UsageError: the call is outside the loop, the name leads out of the folder of files, or
                 the data is not bytes.
+            SupersededError: a newer attempt has begun.
         """
         key = fmt.file_key(name)
         if self.attempt is None or self._ended:
@@ -226,8 +228,7 @@ class CurrentAttempt:
         if self.event_log is None:
             return
         try:
-            if self.store.is_local:
-                write_file(self.store, key, data, self.attempt)
+            self._files.write(key, data, self.attempt)
         except StorageError as error:
             self.event_log.write("not_kept", file=key, store=str(self.store), error=str(error))
             self._store_health.say(

@@ -87,9 +87,8 @@ class Uploader:
         )
         self._give_up_at = math.inf  # requests are not retried after this time
         self._newest_first = self._is_left = False  # see `settle` and `leave`
-        # The time of the last request of this thread that succeeded, or at which the store took a
-        # part of an upload. Requests of others, which the store answers meanwhile, say nothing
-        # about an upload.
+        # When the last request of this thread succeeded, or the store took a part of an upload.
+        # What the store answers others meanwhile says nothing about an upload.
         self._worked_at = clock()
         self._thread = threading.Thread(target=self._run, daemon=True, name="uploader")
 
@@ -119,15 +118,9 @@ class Uploader:
     def ahead(
         self, key: str, lease: ReadLease, *, is_final: bool = False
     ) -> AbstractContextManager[None]:
-        """Begin to upload a checkpoint that is being written to the run directory.
+        """Begin to upload a checkpoint that is being written; see `UploadQueue.ahead`.
 
-        The bytes come from the staging buffer. When the context ends, the checkpoint has been
-        passed to `offer` or will never be. Without a run directory nothing is uploaded early.
-
-        Args:
-            key: the key of the data file.
-            lease: the read lease on the staging buffer.
-            is_final: whether it is the last checkpoint of a run that is finished.
+        Without a run directory nothing is uploaded early.
         """
         return self._queue.ahead(key, lease, is_final=is_final)
 

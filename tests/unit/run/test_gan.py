@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import io
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,9 @@ from there import there
 from torch import nn
 
 import harness
-from harness.checkpoint import load
+from harness.checkpoint import attempts, load
 from harness.checkpoint.catalog import read_catalog
-from harness.errors import UsageError
+from harness.errors import SupersededError, UsageError
 from harness.monitoring import kept_files
 from harness.store import LocalStore
 from harness.tasks import gan
@@ -210,6 +211,27 @@ def test_a_kept_file_is_in_the_directory_at_once_and_the_newest_data_counts(tmp_
 
     loop(tmp_path, each)
     assert [file.name for file in left.parent.iterdir()] == ["a.png"]
+
+
+@pytest.mark.parametrize("how", ["checked each time", "frozen for a while"])
+def test_a_superseded_process_replaces_no_file_of_its_successor(
+    how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between two saves, which would notice."""
+    if how == "checked each time":
+        monkeypatch.setattr(kept_files, "FENCE_S", 0.0)
+    store = LocalStore(tmp_path)
+
+    def each(own: Any, step: int) -> None:
+        own.keep("table.json", b"%d" % step)
+        if step == 3:
+            successor = attempts.claim(read_catalog(store), None, 1)
+            kept_files.write_file(store, "files/table.json", b"the successor's", successor)
+            time.sleep(kept_files.FENCE_S)
+
+    with pytest.raises(SupersededError, match="attempt 2"):
+        loop(tmp_path, each, save_every_steps=None)
+    assert store.read("files/table.json") == b"the successor's"
 
 
 @pytest.mark.parametrize(
