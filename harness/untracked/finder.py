@@ -24,9 +24,11 @@ from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
 from typing import Any
 
+import numpy as np
+import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, Sampler
 
 import harness.untracked.array_changes as array_changes
 from harness.data.generator_objects import drawn_from
@@ -50,8 +52,10 @@ from harness.untracked.object_walk import MOST_OBJECTS
 from harness.untracked.program_frames import of_source
 from harness.untracked.program_roots import Roots, of_torch, of_tracked, sharing
 from harness.untracked.program_values import ProgramValues
+from harness.untracked.unkept_values import is_of_program
 
 MOST_NAMES = 10  # names in one message
+OF_DATA = (dict, list, tuple, set, collections.deque, np.ndarray, torch.Tensor)
 OF_THE_RUN = ("harness.run", "harness.data", "harness.saving", "harness.distributed")
 
 
@@ -73,8 +77,10 @@ class UntrackedFinder:
         self._updates, self._named = list[tuple[Any, str]](), set[int]()
         self._unhook: Callable[[], None] = lambda: None
         self._unwatch: Callable[[], None] = lambda: None
-        self._held, self._within = set[int](), set[int]()
+        self._held = set[int]()
         self._given: GivenState | None = None
+        # Ids of datasets that are not the loop's, and of what they hold.
+        self._of_other_data = set[int]()
         self._source: Any = None
         self._roots: Roots | None = Roots()
         self._values, self._sharing = ProgramValues(), set[str]()
@@ -184,7 +190,7 @@ class UntrackedFinder:
         known = [name.rpartition(" (")[0] for name in self.names]
         enters = self._enters(kept)
         carried = self._values.changed(
-            self._all_roots(frame), enters, self._held, known, self._is_given
+            self._all_roots(frame), enters, self._held, known, self._is_spared
         )
         self._given = None
         shared = sharing(self._tracked)
@@ -209,15 +215,21 @@ class UntrackedFinder:
         """Return a function that tells whether to search a value of the program."""
         dataset = getattr(self._source, "dataset", None)
         is_stream = dataset is not None and not hasattr(self._source, "plan")
+        others = self._of_other_data = set[int]()
 
         def enters(holder: Any, value: Any) -> bool:
-            return (
-                id(value) not in kept
-                and not (is_stream and value is dataset)
-                and not isinstance(value, Sampler)
-                and not is_of_evaluation(holder, value, self._source)
-                and not str(type(value).__module__).startswith(OF_THE_RUN)
-            )
+            if (
+                id(value) in kept
+                or (is_stream and value is dataset)
+                or isinstance(value, Sampler)
+                or str(type(value).__module__).startswith(OF_THE_RUN)
+                or (id(holder) in others and not _is_data(value))
+            ):
+                return False
+            is_other = is_of_evaluation(holder, value, self._source)
+            if id(holder) in others or is_other:
+                others.add(id(value))
+            return not (is_other and isinstance(value, DataLoader))
 
         return enters
 
@@ -243,21 +255,12 @@ class UntrackedFinder:
             ),
         ):
             kept.add(id(obj))
-        inside = [("", obj) for obj in own.values()]
-        until = time.perf_counter() + WITHIN_S
-        self._within = set()
-        for _, obj, _ in walk(inside, until, lambda *item: id(item[-1]) not in kept):
-            self._within.add(id(obj))
-            if kind_of(obj) == OPTIMIZER:
-                kept.add(id(obj))
-        return kept
+        return kept | (self._given.search(kept) if self._given is not None else set())
 
-    def _is_given(self, holder: Any, value: Any) -> bool:
-        """Return whether a value lies in one of the program's own objects, which saves it."""
-        if self._given is None or self._within.isdisjoint((id(holder), id(value))):
-            return False
-        is_item = isinstance(holder, Mapping | list | tuple | set | collections.deque)
-        return self._given.has(value) or (is_item and self._given.has(holder))
+    def _is_spared(self, holder: Any, value: Any, was_empty: bool) -> bool:
+        """Return whether a change is no loss: a cache of other data is filled, or it is saved."""
+        is_cache = was_empty and id(holder) in self._of_other_data
+        return is_cache or (self._given is not None and self._given.keeps(holder, value))
 
     def _is_lost(self, candidate: Candidate) -> bool:
         """Return whether a candidate has been used such that a restart would lose its state."""
@@ -269,21 +272,14 @@ class UntrackedFinder:
             return optimizer is None or id(optimizer) in tracked or id(optimizer) in self._stepped
         if candidate.kind == NUMBERS:
             changed = candidate.before.changed(array_changes.of(obj), self._held)
-            return obj is not None and bool(changed) and not self._are_given(obj, changed)
-        if self._is_given(None, obj):
+            is_given = self._given is not None and self._given.keeps_arrays(obj, changed)
+            return obj is not None and bool(changed) and not is_given
+        if self._given is not None and self._given.keeps(None, obj):
             return False
         return (
             candidate.kind != GENERATOR
             or candidate.of_workers
             or drawn_from(obj) != candidate.before
-        )
-
-    def _are_given(self, obj: Any, names: list[str]) -> bool:
-        """Return whether arrays of an object lie in one of the program's own, which saves them."""
-        arrays = array_changes.arrays_of(obj) if id(obj) in self._within else {}
-        given = self._given
-        return given is not None and all(
-            name in arrays and given.has(arrays[name]) for name in names
         )
 
     def _addresses(self, left_out: Mapping[str, Any]) -> set[int]:
@@ -311,6 +307,14 @@ class UntrackedFinder:
                 "of a generator: draw from the global ones, which are saved. What each step fills "
                 "anew is not lost."
             )
+
+
+def _is_data(value: Any) -> bool:
+    """Return whether to search a value in a dataset that may only be evaluated.
+
+    Containers, arrays and the program's objects are; positions of iterators are not.
+    """
+    return isinstance(value, OF_DATA) or is_of_program(value)
 
 
 def _listed(names: list[str]) -> str:

@@ -12,7 +12,8 @@ import collections
 import itertools
 import random
 import re
-from collections.abc import Iterator, Mapping, Set
+import time
+from collections.abc import Collection, Iterator, Mapping, Set
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ import harness.untracked.array_changes as array_changes
 from harness.data.generator_objects import drawn_from, is_generator
 from harness.distributed import wrappers
 from harness.state.kinds import PLAIN
+from harness.untracked.candidates import OPTIMIZER, WITHIN_S, kind_of, walk
 from harness.untracked.unkept_values import is_of_program
 
 MOST_NUMBERS = 20_000  # of a larger container or array only some are compared
@@ -51,7 +53,9 @@ class GivenState:
     """
 
     def __init__(self, objects: Mapping[str, Any]) -> None:
+        self._objects = [("", obj) for obj in objects.values()]
         self._states = [obj.state_dict() for obj in objects.values()]
+        self._within = set[int]()  # ids of what the objects hold
         self.ids = set[int]()  # of the containers and arrays in them
         self.addresses = set[int]()  # of the memory of these arrays
         self._plain = set[Any]()
@@ -94,6 +98,34 @@ class GivenState:
             self._contents.add(_content(value))
             if _count(value) == 1:
                 self._plain.add(_spelled(value.item()))
+
+    def search(self, kept: Collection[int]) -> set[int]:
+        """Search the objects for what they hold; return the ids of the optimizers in them.
+
+        `kept` are ids of values that are not searched.
+        """
+        optimizers = set[int]()
+        until = time.perf_counter() + WITHIN_S
+        for _, obj, _ in walk(self._objects, until, lambda *item: id(item[-1]) not in kept):
+            self._within.add(id(obj))
+            if kind_of(obj) == OPTIMIZER:
+                optimizers.add(id(obj))
+        return optimizers
+
+    def keeps(self, holder: Any, value: Any) -> bool:
+        """Return whether a value lies in one of the objects, and a checkpoint holds it."""
+        if self._within.isdisjoint((id(holder), id(value))):
+            return False
+        is_item = isinstance(holder, (Mapping, Set, *SEQUENCES))
+        return self.has(value) or (is_item and self.has(holder))
+
+    def keeps_arrays(self, obj: Any, names: list[str]) -> bool:
+        """Return whether a part of one of the objects has these arrays, and a checkpoint too.
+
+        The names are those of `array_changes.of`.
+        """
+        arrays = array_changes.arrays_of(obj) if id(obj) in self._within else {}
+        return all(name in arrays and self.has(arrays[name]) for name in names)
 
     def has(self, value: Any) -> bool:
         """Return whether a checkpoint holds a value of one of the objects, as it is now."""

@@ -11,6 +11,7 @@ import functools
 import inspect
 import sys
 import textwrap
+from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
@@ -73,7 +74,32 @@ def _loops_around(frame: FrameType) -> list[ast.For | ast.While] | None:
 @functools.lru_cache(1000)
 def carried_attributes(kind: type) -> frozenset[str]:
     """Return the attributes that a method of the class reads before it sets them."""
-    carried = set[str]()
+    return frozenset(name for _, read, stored in _methods(kind) for name in read & stored)
+
+
+@functools.lru_cache(1000)
+def told_attributes(kind: type) -> frozenset[str] | None:
+    """Return the attributes that `set_epoch` of the class, or a method that it calls, sets anew.
+
+    A restart sets them again. What these methods read before they set it is left out. The result is
+    None if there is no source code.
+    """
+    methods = list(_methods(kind))
+    names, told, carried = ["set_epoch"], set[str](), set[str]()
+    for name in names:
+        for own, read, stored in methods:
+            if own == name:
+                told, carried = told | stored, carried | (read & stored)
+                called = {other for other, _, _ in methods} & read
+                names += sorted(called.difference(names))
+    return frozenset(told - carried) if any(own == "set_epoch" for own, _, _ in methods) else None
+
+
+def _methods(kind: type) -> Iterator[tuple[str, set[str], set[str]]]:
+    """Yield the methods of a class: name, and the attributes that it reads first and that it sets.
+
+    Methods without source code, and those of torch's `Module`, are left out.
+    """
     for base in kind.__mro__:
         if base.__module__ in ("builtins", "torch.nn.modules.module"):
             continue
@@ -85,9 +111,11 @@ def carried_attributes(kind: type) -> frozenset[str]:
             if isinstance(method, ast.FunctionDef) and method.args.args:
                 own, flow = f"{method.args.args[0].arg}.", _Flow()
                 flow.in_order(*method.body)
-                names = flow.exposed & flow.assigned
-                carried |= {name.removeprefix(own) for name in names if name.startswith(own)}
-    return frozenset(carried)
+                read, stored = (
+                    {name.removeprefix(own) for name in names if name.startswith(own)}
+                    for names in (flow.exposed, flow.assigned)
+                )
+                yield method.name, read, stored
 
 
 class _Flow(ast.NodeVisitor):

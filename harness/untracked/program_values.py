@@ -30,7 +30,7 @@ import harness.untracked.library_values as library_values
 from harness.data.held_generators import tells_its_class
 from harness.state.kinds import PLAIN
 from harness.untracked.array_changes import ATTRIBUTE, MODULE, ArrayMark
-from harness.untracked.loop_variables import carried_attributes
+from harness.untracked.loop_variables import carried_attributes, told_attributes
 from harness.untracked.object_walk import DEPTH, FEW, MOST_OBJECTS, parts
 from harness.untracked.program_frames import is_programs_file
 from harness.untracked.unkept_values import is_of_program, is_programs
@@ -65,7 +65,7 @@ class ProgramValues:
         enters: Enters,
         held: Collection[int],
         known: Iterable[str],
-        is_given: Enters,
+        is_spared: Callable[[Any, Any, bool], bool],
     ) -> list[str]:
         """Return the paths of values that have changed since the last look, each only once.
 
@@ -76,7 +76,8 @@ class ProgramValues:
             enters: Whether to search a value, by its holder and itself.
             held: Addresses of the memory of tracked objects.
             known: Paths that were reported otherwise; what they hold is left out.
-            is_given: Whether a checkpoint holds a value all the same, by its holder and itself.
+            is_spared: Whether a change need not be reported, by the holder, the value, and whether
+                it was empty or None.
         """
         found = dict[str, tuple[Any, Any]]()
         before, (now, is_whole) = self._before, marks(roots, enters, held, found)
@@ -87,7 +88,7 @@ class ProgramValues:
             if path in before
             and _differs(before[path], mark)
             and not (self._is_first and before[path] in EMPTY)
-            and not is_given(*found[path])
+            and not is_spared(*found[path], before[path] in EMPTY)
         ]
         self._is_first = False
         reported = (*known, *self._reported)
@@ -150,7 +151,7 @@ class _Walk:
             yield path, value, holder
             if not is_plain and depth < DEPTH and _is_searched(holder, value):
                 try:
-                    held = list(itertools.islice(_parts(value), MOST_OBJECTS))
+                    held = list(itertools.islice(_carried_parts(value), MOST_OBJECTS))
                 except Exception:  # noqa: BLE001 - a class of the program may raise
                     continue
                 (self._last if len(held) > FEW else self._waiting).extend(
@@ -174,6 +175,21 @@ def _is_searched(holder: Any, value: Any) -> bool:
         or is_of_program(value)
         or library_values.is_searched(holder, value)
     )
+
+
+def is_told_the_epoch(value: Any) -> bool:
+    """Return whether an object has a `set_epoch`, which is called again after a restart."""
+    own = getattr(value, "__dict__", {})
+    return not isinstance(value, type) and callable(
+        own.get("set_epoch") or getattr(type(value), "set_epoch", None)
+    )
+
+
+def _carried_parts(value: Any) -> Iterator[tuple[str, Any]]:
+    """Yield what a value holds, except for what its `set_epoch` sets."""
+    kind: Any = type(value)
+    told = (told_attributes(kind) or ()) if is_told_the_epoch(value) else ()
+    yield from (item for item in _parts(value) if item[0].removeprefix(".") not in told)
 
 
 def _parts(value: Any) -> Iterator[tuple[str, Any]]:
@@ -224,8 +240,10 @@ def _mark(value: Any, holder: Any, path: str, held: Collection[int]) -> Any:
     while it stays the same array.
     """
     if value is None or type(value) in PLAIN:
-        if type(value) is int and callable(getattr(holder, "set_epoch", None)):
-            return None  # the epoch, which is told again after a restart
+        if type(value) is int and is_told_the_epoch(holder):
+            kind: Any = type(holder)
+            if "epoch" in path.rpartition(".")[2] or told_attributes(kind) is None:
+                return None
         if type(value) is float and _is_clock(value):
             return None
         text = repr(value)
@@ -237,7 +255,9 @@ def _mark(value: Any, holder: Any, path: str, held: Collection[int]) -> Any:
             return array_changes.mark(ATTRIBUTE, value)
         if value.nbytes <= HASHED_BYTES:
             digest = hashlib.blake2b(np.ascontiguousarray(value).data, digest_size=8)
-            return _where(holder, path), value.shape, digest.digest()
+            address = array_changes.mark(0, value).address
+            some = f"{value.shape} {digest.hexdigest()}"
+            return ArrayMark(_where(holder, path), address, 0, some)
         return array_changes.mark(MODULE, value)
     if isinstance(value, torch.Tensor):
         if not array_changes.is_marked(value) or value.data_ptr() in held:
@@ -275,8 +295,6 @@ EMPTY = (("NoneType", "None"), ("len", 0))
 def _differs(before: Any, now: Any) -> bool:
     if isinstance(before, ArrayMark) and isinstance(now, ArrayMark):
         return before.is_other(now)
-    if now and now[0] == ATTRIBUTE:
-        return False
     return bool(before != now)
 
 

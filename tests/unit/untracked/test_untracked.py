@@ -511,6 +511,23 @@ KEPT = {
         "data.epoch = run.epoch",
         "",
     ),
+    "told the epoch by itself": (
+        "curriculum = Curriculum(points())",
+        "curriculum.set_epoch(run.epoch); curriculum.level += 1; curriculum.calls[0] += 1",
+        "curriculum.calls[0], curriculum.level, curriculum.times",
+    ),
+    "a rehearsal memory": (
+        "replay = Replay(points())",
+        "replay.items.append(x[0]); replay.ring[run.step] = 1.0",
+        "replay.items, replay.ring",
+    ),
+    "an evaluation's": (
+        "held, whole = Own(points()), DataLoader(Own(points()), generator=torch.Generator()); "
+        "held.cache, held.rng, held.rows = {}, np.random.default_rng(2), iter(range(99))",
+        "held.rng.random(), next(held.rows), next(iter(whole)); "
+        "held.cache.update(dict.fromkeys(range(run.step // 4 * 4)) if run.step < 8 else {})",
+        "",
+    ),
 }
 KEEPERS = """
 import argparse, copy, itertools, threading, time, types
@@ -567,6 +584,19 @@ class Own(Dataset):
         return len(self.other)
     def __getitem__(self, at):
         return self.other[at]
+class Replay(Own):
+    def __init__(self, other):
+        self.other, self.items, self.ring = other, [], np.zeros(40)
+class Curriculum(Own):
+    def __init__(self, other):
+        self.other, self.level, self.calls, self.times = other, 0, [0], 0
+        self.set_epoch(0)
+    def set_epoch(self, epoch):
+        self.rate, self.seed = 0.1 * epoch, epoch + 7
+        self.times += 1
+        self.mix()
+    def mix(self):
+        self.order = [(at * 7 + self.seed) % 9 for at in range(9)]
 def drawn():
     while True:
         for i in range(4):
