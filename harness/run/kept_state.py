@@ -208,7 +208,8 @@ class KeptState:
             for entry in payload.get("own", ())
         ]
         before = {name: part for name, part in payload.items() if name != "names" or not live}
-        return before | now | {"kinds": kinds, "own": own, "rng": rng}
+        made: dict[str, Any] = before | now | {"kinds": kinds, "own": own, "rng": rng}
+        return made
 
     def head_over(self) -> None:
         """Warn, once, if the head of an epoch has set attributes of the dataset too late."""
