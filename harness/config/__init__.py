@@ -1,4 +1,4 @@
-"""Read, check, compare and store the settings of a run.
+"""Read and check the settings of a run. `changes` compares them, `stored_form` writes them.
 
 All settings are defined in `schema.py`. This package is the only one that uses omegaconf, which is
 imported on first use. A `key=value` argument overrides the YAML file, which overrides the defaults.
@@ -8,31 +8,21 @@ known name.
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from harness.config.names import RESOLVED, flatten, nested, stored_under_todays_names
-from harness.config.schema import FREE, Config
+from harness.config.names import flatten, nested
+from harness.config.schema import Config
 from harness.config.table import arguments, help_text
-from harness.errors import UsageError
 
 __all__ = [
-    "Change",
     "Config",
     "arguments",
-    "changes",
-    "check_changes",
-    "digest",
     "flatten",
     "from_yaml",
     "given",
     "help_text",
     "load",
     "nested",
-    "to_yaml",
 ]
 
 
@@ -79,115 +69,3 @@ def from_yaml(text: bytes) -> dict[str, Any]:
     except yaml.YAMLError:
         return {}
     return content if isinstance(content, dict) else {}
-
-
-def to_yaml(settings: dict[str, Any]) -> str:
-    """Return the settings as YAML text."""
-    # A run that uses only the library has no settings. It does not need to import omegaconf.
-    if not settings:
-        return "{}\n"
-    from harness.config import loader
-
-    return loader.to_yaml({name: of for name, of in settings.items() if name != RESOLVED})
-
-
-def digest(settings: dict[str, Any]) -> str:
-    """Return the first 16 hex digits of the SHA-256 of the settings."""
-    text = json.dumps(_with_text_keys(settings), sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _with_text_keys(value: Any) -> Any:
-    """Return the value with keys that can be sorted together."""
-    if isinstance(value, dict):
-        return {str(key): _with_text_keys(item) for key, item in value.items()}
-    return [_with_text_keys(item) for item in value] if isinstance(value, list | tuple) else value
-
-
-@dataclass(frozen=True)
-class Change:
-    """One setting that differs between two attempts."""
-
-    name: str
-    old: Any
-    new: Any
-    is_free: bool  # whether it may change without changing the trained model
-
-    def __str__(self) -> str:
-        if _is_equal(self.old, self.new):
-            return f"{self.name}: {self.new!r} has another value than before"
-        return f"{self.name}: {self.old!r} -> {self.new!r}"
-
-
-def changes(old: dict[str, Any], new: dict[str, Any]) -> list[Change]:
-    """Return every setting that differs, sorted by name; `task.args` itself is left out."""
-    was, now = stored_under_todays_names(old), stored_under_todays_names(new)
-    names = sorted((was.keys() | now.keys()) - {"task.args"})
-    digests, is_of_train = (old.get(RESOLVED), new.get(RESOLVED)), _is_of_train(new)
-    return [
-        Change(name, was.get(name), now.get(name), is_of_train and _may_change(name))
-        for name in names
-        if not _is_equal(was.get(name), now.get(name)) or _has_other_value(name, *digests)
-    ]
-
-
-def _has_other_value(name: str, old: Any, new: Any) -> bool:
-    """Return whether an interpolation has another value than before, where both are known."""
-    both = isinstance(old, dict) and isinstance(new, dict) and name in old and name in new
-    return bool(both and old[name] != new[name])
-
-
-def _is_equal(old: Any, new: Any) -> bool:
-    """Return whether two values are equal; NaN is equal to NaN."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        return old.keys() == new.keys() and all(_is_equal(old[key], new[key]) for key in old)
-    if isinstance(old, list | tuple) and isinstance(new, list | tuple):
-        return len(old) == len(new) and all(map(_is_equal, old, new))
-    if hasattr(old, "shape") and hasattr(new, "shape"):  # tensors
-        return bool(old.shape == new.shape and (old == new).all())
-    return bool(old == new or (old != old and new != new))
-
-
-def _is_of_train(settings: dict[str, Any]) -> bool:
-    """Return whether these are settings as `train.py` stores them, not a program's own config."""
-    return settings.keys() >= {"run", "task", "train", "data", "checkpoint"}
-
-
-def _may_change(name: str) -> bool:
-    return any(name == free or (free.endswith(".") and name.startswith(free)) for free in FREE)
-
-
-def check_changes(
-    old: dict[str, Any], new: dict[str, Any], accept: Sequence[str], override: Sequence[str]
-) -> list[Change]:
-    """Return the changes of the settings, if all of them are allowed.
-
-    Settings of `resume` and `init` are not compared, since they concern only this start. In the
-    config of a program with a loop of its own every name is its own: each change is refused.
-
-    Args:
-        old: Settings of the previous attempt.
-        new: Settings of this attempt.
-        accept: Value of `resume.accept`; "config" allows every change.
-        override: Value of `resume.override`: names of settings that may change.
-
-    Raises:
-        UsageError: With every change that would alter the training trajectory and is not allowed.
-    """
-    of_this_start = ("resume.", "init.") if _is_of_train(new) else ()
-    changed = [change for change in changes(old, new) if not change.name.startswith(of_this_start)]
-    refused = (
-        []
-        if "config" in accept
-        else [change for change in changed if not change.is_free and change.name not in override]
-    )
-    if refused:
-        raise UsageError(
-            "the configuration is not the one that this run was trained with so far:",
-            "\n".join(f"  {change}" for change in refused),
-            "Put the old values back, or take another run.dir. "
-            "To insist: resume.accept=[config]; to apply a changed optimizer setting "
-            "to the restored optimizer: "
-            f"resume.override=[{','.join(change.name for change in refused)}].",
-        )
-    return changed

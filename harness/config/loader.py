@@ -24,8 +24,6 @@ from harness.errors import UsageError
 from harness.store.urls import redacted
 from harness.text import say
 
-NATIVE = (str, int, float, bool, type(None))
-
 
 def read(file: str | None, overrides: list[str]) -> tuple[Config, dict[str, Any]]:
     """Read and check the settings; see `harness.config.load`."""
@@ -134,12 +132,8 @@ def _line_settings(overrides: list[str], problems: list[str]) -> list[tuple[str,
 def _named(parsed: Any, written: Any, origin: str) -> list[tuple[str, Any, str]]:
     """Return name, value and origin of each setting; of those that are text, as it is written.
 
-    YAML reads `2024_10_01`, `0123` and `off` as numbers and as False.
-
-    Args:
-        parsed: The settings as YAML reads them.
-        written: The same settings with every value as text.
-        origin: Where they are from, for messages.
+    YAML reads `2024_10_01`, `0123` and `off` as numbers and as False. `written` has the same
+    settings as `parsed` with every value as text.
     """
     texts = {of.name for of in all_settings() if of.kind in ("str", "str | None")}
     lists = {of.name for of in all_settings() if of.kind == "list[str]"}
@@ -155,8 +149,7 @@ def _named(parsed: Any, written: Any, origin: str) -> list[tuple[str, Any, str]]
 
 
 def _text(value: Any, written: Any) -> Any:
-    is_misread = isinstance(value, bool | int | float) and isinstance(written, str)
-    return written if is_misread else value
+    return written if isinstance(value, int | float) and isinstance(written, str) else value
 
 
 def _unread(text: str) -> Any:
@@ -198,25 +191,5 @@ def _nearest(name: str, known: list[str]) -> str:
 
 def _lacks(value: Any) -> bool:
     """Return whether a value is omegaconf's mark for a missing one, or holds it."""
-    if isinstance(value, dict):
-        return any(map(_lacks, value.values()))
-    return any(map(_lacks, value)) if isinstance(value, list) else value == MISSING
-
-
-def to_yaml(settings: dict[str, Any]) -> str:
-    """Return the settings as YAML text; what YAML has no form for is written as text."""
-    try:
-        return OmegaConf.to_yaml(OmegaConf.create(settings))
-    except OmegaConfBaseException:
-        return str(yaml.safe_dump(_spelled(settings), sort_keys=False, allow_unicode=True))
-
-
-def _spelled(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {
-            key if isinstance(key, NATIVE) else str(key): _spelled(item)
-            for key, item in value.items()
-        }
-    if isinstance(value, list | tuple):
-        return [_spelled(item) for item in value]
-    return value if isinstance(value, NATIVE) else str(value)
+    items = value.values() if isinstance(value, dict) else value
+    return any(map(_lacks, items)) if isinstance(value, dict | list) else value == MISSING

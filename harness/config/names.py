@@ -74,13 +74,8 @@ def flatten(
 ) -> dict[str, Any]:
     """Convert nested dicts to dotted names: {"a": {"b": 1}} becomes {"a.b": 1}.
 
-    Lists, empty dicts and the dicts named in `WHOLE` are not split.
-
-    Args:
-        nested: The settings.
-        prefix: What the names begin with.
-        whole_arguments: Do not split the arguments of the task either. Their keys may be numbers or
-            have dots in them; both would be lost.
+    Lists, empty dicts and the dicts named in `WHOLE` are not split; with `whole_arguments` neither
+    are those among the task's arguments, whose keys may be numbers or have dots in them.
     """
     flat: dict[str, Any] = {}
     for key, value in nested.items():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -89,40 +89,3 @@ def wrap(module: nn.Module, world: World) -> nn.Module:
     return DistributedDataParallel(
         module, device_ids=[world.device.index] if world.device.type == "cuda" else None
     )
-
-
-def add_outer_modes(tracked: Mapping[str, Any], changed: Mapping[str, Any]) -> None:
-    """Add `outside` to each changed mode: the modes of the wrappers around, if one differs.
-
-    Args:
-        tracked: the objects by name.
-        changed: the changed attributes, by object name, module path and attribute.
-    """
-    for name, of_parts in changed.items():
-        if any("training" in entries for entries in of_parts.values()):
-            around = shells(tracked[name])
-            for path, part in submodules(tracked[name]):
-                entry = of_parts.get(path, {}).get("training", {})
-                modes = [shell.training for shell in around.get(id(part), ())]
-                if entry and any(mode is not entry.get("now") for mode in modes):
-                    entry["outside"] = modes
-
-
-def set_outer_modes(tracked: Mapping[str, Any], changed: Mapping[str, Any]) -> None:
-    """Set the modes of the wrappers around the modules whose mode was set.
-
-    Args:
-        tracked: the objects by name.
-        changed: the attributes that were set, by object name, module path and attribute.
-    """
-    for name, of_parts in changed.items():
-        if any("training" in entries for entries in of_parts.values()):
-            around = shells(tracked.get(name))
-            for path, part in submodules(tracked.get(name)):
-                entry = of_parts.get(path, {}).get("training", {})
-                if not entry or part.training is not entry.get("now"):
-                    continue
-                outer, modes = around.get(id(part), []), entry.get("outside", ())
-                modes = modes if len(modes) == len(outer) else [part.training] * len(outer)
-                for shell, mode in zip(outer, modes, strict=True):
-                    shell.training = mode

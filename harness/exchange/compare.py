@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
+import harness.config.changes as config_changes
 import harness.state.lr_schedules as lr_schedules
 import harness.state.parameter_names as parameter_names
-from harness import config
-from harness.config import Change
+from harness.config.changes import Change
 from harness.data.quantized import scale_of
 from harness.errors import HarnessError, printable
 from harness.exchange import files, rebuild, recognise
@@ -172,7 +172,7 @@ def compare(a: str | Path, b: str | Path, *, weights_only: bool = False) -> Comp
     """
     both = [files.read_any(path) for path in (a, b)]
     if all(loaded.manifest for loaded in both) and not weights_only:
-        settings = config.changes(both[0].value.pop("config"), both[1].value.pop("config"))
+        settings = config_changes.changes(both[0].value.pop("config"), both[1].value.pop("config"))
         return Comparison(
             settings, list(differences(*_by_name(both[0].value, both[1].value))), _empty(*both)
         )

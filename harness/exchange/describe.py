@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 
-from harness import config
 from harness.checkpoint.format import Manifest
+from harness.config import stored_form
 from harness.errors import UsageError, printable
 from harness.exchange import files, rebuild, recognise
 from harness.exchange.files import Loaded
@@ -97,7 +97,7 @@ def describe(path: str | Path, which: str | int = "newest") -> Description:
         loaded.file.where,
         facts,
         [(part.name, _place(part), _of_part(part, loaded)) for part in shown],
-        config.to_yaml(dict(stored))
+        stored_form.to_yaml(dict(stored))
         if isinstance(stored, Mapping) and (manifest or rebuild.names_task(stored))
         else "",
         rows,

@@ -20,7 +20,7 @@ from harness.checkpoint import attempts, commit
 from harness.checkpoint import format as fmt
 from harness.checkpoint.catalog import Catalog, read_catalog
 from harness.checkpoint.commit import About
-from harness.config import Config
+from harness.config import Config, stored_form
 from harness.data import loading
 from harness.data.fingerprint import describe
 from harness.data.plan import Plan
@@ -181,9 +181,7 @@ def _commit(
     classes = {name: state.class_name(obj) for name, obj in tracked.items()}
     store.prepare(fmt.FOLDERS)
     attempt = attempts.claim(catalog, None, 1, kind="import")
-    about = About(
-        1, (), classes, configuration.digest(payload["config"]), metrics={}, read_back=True
-    )
+    about = About(1, (), classes, stored_form.digest(payload["config"]), metrics={}, read_back=True)
     manifest = commit.commit(store, attempt, payload, about)
     attempts.end_copied(store, attempt, manifest, by="import")
     return manifest

@@ -278,13 +278,13 @@ def _fitted(
         rows = [row for row in rows if row[0] != "missing"]
     bad = {key for _, key, _, _ in rows}
     taken = [key for key in own if key in saved and key not in bad]
-    merged = OrderedDict((key, saved[key] if key in taken else own[key]) for key in own)
+    made = OrderedDict((key, saved[key] if key in taken else own[key]) for key in own)
     of_file = {key[:dot] for key in taken for dot in (0, *_dots(key))}
-    merged._metadata = {  # type: ignore[attr-defined]
+    made._metadata = {  # type: ignore[attr-defined]
         path: versions.get(path, {}) if path in of_file else version
         for path, version in getattr(own, "_metadata", {}).items()
     }
-    return merged, taken, rows
+    return made, taken, rows
 
 
 def _dots(key: str) -> list[int]:

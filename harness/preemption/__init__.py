@@ -68,11 +68,8 @@ def current_run() -> int:
 def over(run: int, *, has_acted: bool = False) -> None:
     """Note that a run is over, and give the stop signals back what they did before it.
 
-    Nothing changes if another run of this process has begun.
-
-    Args:
-        run: Number of the run.
-        has_acted: Whether it has ended because of the requests.
+    Nothing changes if another run of this process has begun. `has_acted` says that the run has
+    ended because of the requests.
     """
     global _is_over, _has_acted, _passed_on_at
     if _is_over or run != _runs:

@@ -13,6 +13,7 @@ import harness.selfcheck.resume_checks as resume_checks
 from harness import state
 from harness.arguments import Settings
 from harness.checkpoint.format import Manifest
+from harness.config.changes import check_changes
 from harness.data.given_order import GivenOrder
 from harness.data.held_generators import find
 from harness.data.source import Source
@@ -23,10 +24,9 @@ from harness.state import Captured
 from harness.state.kinds import PLAIN
 from harness.state.plain_values import is_same
 from harness.tracking.extra_state import ExtraState
-from harness.tracking.own_values import KINDS, STATE, give_own
-from harness.tracking.payload import OfRank, captured
+from harness.tracking.own_values import give_own, renewed
+from harness.tracking.payload import OfRank, RankEntries, captured
 from harness.tracking.rank_differences import RankDifferences
-from harness.tracking.rank_entries import RankEntries
 from harness.tracking.tensor_leaves import digests_of
 from harness.tracking.user_state import UserState
 from harness.untracked.finder import UntrackedFinder
@@ -80,6 +80,16 @@ class KeptState:
         self._more = ExtraState(world, own, lambda: counter.step, say)
         self._by_rank = RankDifferences(world, own, say, note)
         self._untracked, self._strays = UntrackedFinder(suspects, say, note), StrayLoaders()
+
+    def check_config(self, payload: Mapping[str, Any]) -> None:
+        """Check the config against the checkpoint's; print what has changed.
+
+        Raises:
+            UsageError: A change would alter the training and is not accepted.
+        """
+        own = self._settings
+        for change in check_changes(payload["config"], own.config, own.accept, own.override):
+            self._say(f"harness: setting changed: {change}")
 
     def restored_values(self, payload: dict[str, Any]) -> dict[str, Any]:
         """Select this rank's values in the payload, in place, and return a copy of `run.state`."""
@@ -186,30 +196,9 @@ class KeptState:
         if payload is None:
             return None
         self._more.note_generators()
-        rank, rng = self._world.rank, list(payload["rng"])
-        rng += [None] * (rank + 1 - len(rng))
-        rng[rank] = state.rng_state(rank)
-        live = {}
-        if any(_has_changed(*item, payload) for item in tracked.items()):
-            live = state.capture(tracked)
-        user = state.as_captured(STATE, dict(values))
-        now = state.copied(live | user.fill())
-        kinds = {
-            path: kind
-            for path, kind in (live or payload).get("kinds", {}).items()
-            if not path.startswith(f"{STATE}[")
-        } | user.seen.kinds
-        own = [  # the values that differ by rank are in `now` already
-            {
-                name: part
-                for name, part in entry.items()
-                if name not in (STATE, KINDS) and not name.endswith("_state_dict")
-            }
-            for entry in payload.get("own", ())
-        ]
-        before = {name: part for name, part in payload.items() if name != "names" or not live}
-        made: dict[str, Any] = before | now | {"kinds": kinds, "own": own, "rng": rng}
-        return made
+        has_changed = any(_has_changed(*item, payload) for item in tracked.items())
+        live = state.capture(tracked) if has_changed else {}
+        return renewed(payload, live, values, self._world.rank)
 
     def head_over(self) -> None:
         """Warn, once, if the head of an epoch has set attributes of the dataset too late."""

@@ -7,7 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import harness.run.usage_checks as usage_checks
-from harness import config, preemption
+from harness import preemption
 from harness.data.plan import Border, Position, Share, end_step
 
 if TYPE_CHECKING:
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from harness.run.work import Work
     from harness.state import Captured
     from harness.tracking.payload import OfRank
+
+TOO_LATE = "came too late to stop it: send it again to end the program"
 
 
 class Loop:
@@ -69,11 +71,7 @@ class Loop:
         Raises:
             UsageError: A changed setting would alter the training and is not accepted.
         """
-        settings = self._settings
-        for change in config.check_changes(
-            payload["config"], settings.config, settings.accept, settings.override
-        ):
-            self.say(f"harness: setting changed: {change}")
+        self._kept_state.check_config(payload)
         self.state = self._kept_state.restored_values(payload)
         self._counter.resume_at(payload["step"])
         self.epoch = payload["epoch"]
@@ -248,14 +246,8 @@ class Loop:
         self._checkpointer.end("finished", preemption.requested, step=self.step)
         self.finished = True
         late = preemption.requested() or ""
-        self.say(
-            f"harness: finished at step {self.step}"
-            + (
-                f"; {late} came too late to stop it: send it again to end the program"
-                if late.startswith("SIG")
-                else ""
-            )
-        )
+        note = f"; {late} {TOO_LATE}" if late.startswith("SIG") else ""
+        self.say(f"harness: finished at step {self.step}{note}")
         # All ranks leave together: the writer may host the store that the others still read from.
         self.world.agree([0])
 

@@ -135,6 +135,9 @@ class Checkpointer(Protocol):
 class KeptState(Protocol):
     """The state of the user's program that a checkpoint holds (`kept_state.py`)."""
 
+    def check_config(self, payload: Mapping[str, Any]) -> None:
+        """Check the config against the checkpoint's; print what has changed."""
+
     def restored_values(self, payload: dict[str, Any]) -> dict[str, Any]:
         """Select this rank's values in the payload, in place, and return `run.state`."""
 

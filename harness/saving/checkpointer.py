@@ -7,11 +7,12 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from harness import config, preemption, state
+from harness import preemption, state
 from harness.checkpoint import format as fmt
 from harness.checkpoint import retention
 from harness.checkpoint.catalog import going_on_from
 from harness.checkpoint.commit import About, commit
+from harness.config import stored_form
 from harness.errors import HarnessError, SaveError, StorageError
 from harness.saving.current_attempt import CurrentAttempt, Parts
 from harness.saving.save_job import Job
@@ -318,7 +319,7 @@ class Checkpointer(CurrentAttempt):
             metrics: the metrics that were measured at this step.
             final: what the run was finished for, in epochs and steps; None if it is not finished.
         """
-        lineage, digest = going_on_from(self.origin), config.digest(self.settings.config)
+        lineage, digest = going_on_from(self.origin), stored_form.digest(self.settings.config)
         return About(
             self.world.size, lineage, classes, digest, final, metrics, read_back=not self._committed
         )

@@ -7,12 +7,12 @@ from functools import partial
 from typing import Any
 
 import harness.selfcheck.identity as identity
-from harness import config
 from harness.arguments import Settings
 from harness.checkpoint import attempts, resume, retention
 from harness.checkpoint import format as fmt
 from harness.checkpoint.attempts import Attempt
 from harness.checkpoint.catalog import Catalog, read_catalog
+from harness.config import stored_form
 from harness.errors import OvertakenError, StorageError
 from harness.store import Store, probe
 from harness.supervision import control_requests
@@ -59,7 +59,7 @@ def claim(
     attempt = attempts.claim(resume_point.catalog, resume_point.manifest, world_size, more=more)
     _check_not_overtaken(stores, resume_point.catalog, attempt)
     _set_aside(stores, resume_point, say)
-    text = config.to_yaml(settings.config).encode()
+    text = stored_form.to_yaml(settings.config).encode()
     for store in stores:
         _clean_up(store, attempt, text, say)
     return attempt

@@ -341,3 +341,40 @@ def spelled(value: Any) -> str:
 def joined(*names: str) -> str:
     """Join the names that are not empty with dots."""
     return ".".join(filter(None, names))
+
+
+def add_outer_modes(tracked: Mapping[str, Any], changed: Mapping[str, Any]) -> None:
+    """Add `outside` to each changed mode: the modes of the wrappers around, if one differs.
+
+    Args:
+        tracked: the objects by name.
+        changed: the changed attributes, by object name, module path and attribute.
+    """
+    for name, of_parts in changed.items():
+        if any("training" in entries for entries in of_parts.values()):
+            around = wrappers.shells(tracked[name])
+            for path, part in wrappers.submodules(tracked[name]):
+                entry = of_parts.get(path, {}).get("training", {})
+                modes = [shell.training for shell in around.get(id(part), ())]
+                if entry and any(mode is not entry.get("now") for mode in modes):
+                    entry["outside"] = modes
+
+
+def set_outer_modes(tracked: Mapping[str, Any], changed: Mapping[str, Any]) -> None:
+    """Set the modes of the wrappers around the modules whose mode was set.
+
+    Args:
+        tracked: the objects by name.
+        changed: the attributes that were set, by object name, module path and attribute.
+    """
+    for name, of_parts in changed.items():
+        if any("training" in entries for entries in of_parts.values()):
+            around = wrappers.shells(tracked.get(name))
+            for path, part in wrappers.submodules(tracked.get(name)):
+                entry = of_parts.get(path, {}).get("training", {})
+                if not entry or part.training is not entry.get("now"):
+                    continue
+                outer, modes = around.get(id(part), []), entry.get("outside", ())
+                modes = modes if len(modes) == len(outer) else [part.training] * len(outer)
+                for shell, mode in zip(outer, modes, strict=True):
+                    shell.training = mode

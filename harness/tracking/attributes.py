@@ -30,7 +30,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from harness.distributed import wrappers
-from harness.distributed.wrappers import add_outer_modes, set_outer_modes
 from harness.state.plain_values import is_same
 from harness.tracking.attribute_values import (
     ABSENT,
@@ -39,12 +38,14 @@ from harness.tracking.attribute_values import (
     Classes,
     Part,
     Values,
+    add_outer_modes,
     class_of,
     current_value,
     digest_of,
     joined,
     parts,
     replaced_parts,
+    set_outer_modes,
     set_value,
     spelled,
     tensors_of,

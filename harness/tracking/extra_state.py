@@ -22,7 +22,7 @@ from harness.tracking.attributes import Attributes, Changed
 from harness.tracking.comm_hooks import Hooks, check_hooks
 from harness.tracking.generators import Generators
 from harness.tracking.gradients import Gradients, Kept, digest
-from harness.tracking.rank_entries import ATTRIBUTES, RankEntries
+from harness.tracking.payload import ATTRIBUTES, RankEntries
 
 # The key in a checkpoint: at the top level if all ranks have the same gradients, else in the entry
 # of each rank.

@@ -119,7 +119,7 @@ class Generators:
     def state(self) -> dict[str, Any] | None:
         """Return the states of tracked generators, and of held ones that have changed or are new.
 
-        See `rank_entries.Part`.
+        See `payload.Part`.
         """
         self._find()
         states = {name: generator_state(generator) for name, generator in self._all.items()}

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from harness import state
 from harness.distributed.ranks import World
 from harness.tracking.payload import OfRank
 from harness.tracking.tensor_leaves import Leaves, Path, put_leaf
@@ -94,3 +95,36 @@ def give_own(payload: dict[str, Any], world: World) -> dict[str, Any]:
         entry if rank == world.rank else dict.fromkeys(entry) for rank, entry in enumerate(entries)
     ]
     return payload
+
+
+def renewed(
+    payload: Mapping[str, Any], live: Mapping[str, Any], values: Mapping[str, Any], rank: int
+) -> dict[str, Any]:
+    """Return the contents of a checkpoint with what one rank has changed since.
+
+    Args:
+        payload: the contents.
+        live: the state of the tracked objects; empty if it has not changed.
+        values: `run.state`.
+        rank: the rank.
+    """
+    rng = list(payload["rng"])
+    rng += [None] * (rank + 1 - len(rng))
+    rng[rank] = state.rng_state(rank)
+    user = state.as_captured(STATE, dict(values))
+    now: dict[str, Any] = state.copied({**live, **user.fill()})
+    kinds = {
+        path: kind
+        for path, kind in (live or payload).get(KINDS, {}).items()
+        if not path.startswith(f"{STATE}[")
+    } | user.seen.kinds
+    own = [  # the values that differ by rank are in `now` already
+        {
+            name: part
+            for name, part in entry.items()
+            if name not in (STATE, KINDS) and not name.endswith("_state_dict")
+        }
+        for entry in payload.get("own", ())
+    ]
+    before = {name: part for name, part in payload.items() if name != "names" or not live}
+    return before | now | {KINDS: kinds, "own": own, "rng": rng}

@@ -1,21 +1,86 @@
 """Assemble the contents of a checkpoint that are not the state of tracked objects.
 
-`harness/state` lists everything that a checkpoint contains.
+`harness/state` lists everything that a checkpoint contains. Under `own` it holds the state that
+differs by rank, besides the generators: a list with one entry per rank, each a dict of its parts by
+name. A part is anything with such state: gradients in flight, a communication hook, an object that
+differs from rank to rank. If no rank has such state, the checkpoint has no such key.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from harness import state
 from harness.checkpoint.format import version_of
+from harness.distributed.ranks import World
 from harness.state import Captured
-from harness.tracking.rank_entries import lifted
+from harness.state.plain_values import is_same
 
 # One rank's contribution to a checkpoint: the state of its generators, the state of its data
 # iterator, and its own entries.
 OfRank = tuple[Any, Any, dict[str, Any]]
+# A part that is kept once, at the top level, if it is the same on all ranks.
+ATTRIBUTES = "attributes"
+
+
+class Part(Protocol):
+    """State that this rank keeps for itself."""
+
+    def state(self) -> Any:
+        """Return the state to keep now, as plain data; None for nothing.
+
+        It is called at a step boundary, on every rank, and must not use a collective.
+        """
+
+    def restore(self, state: Any) -> None:
+        """Restore the result of `state`; None if there is none."""
+
+
+def lifted(entries: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Separate the attributes from the entries of all ranks if they are the same on each.
+
+    Returns:
+        A dict for the top level (empty if the attributes differ or are missing), and the entries
+        without its content.
+    """
+    attributes = [entry.get(ATTRIBUTES) for entry in entries]
+    if attributes[0] is None or not all(is_same(attributes[0], other) for other in attributes[1:]):
+        return {}, list(entries)
+    return {ATTRIBUTES: attributes[0]}, [
+        {name: part for name, part in entry.items() if name != ATTRIBUTES} for entry in entries
+    ]
+
+
+class RankEntries:
+    """The parts of one rank, by name."""
+
+    def __init__(self) -> None:
+        self._parts: dict[str, Part] = {}
+
+    def add(self, name: str, part: Part) -> None:
+        """Keep the state of `part` from now on."""
+        self._parts[name] = part
+
+    def state(self) -> dict[str, Any]:
+        """Return the state of every part that has any."""
+        states = {name: part.state() for name, part in self._parts.items()}
+        return {name: of for name, of in states.items() if of is not None}
+
+    def restore(self, payload: Mapping[str, Any], world: World) -> str:
+        """Restore this rank's entry into each part; return a notice if that fails, or ""."""
+        entries = payload.get("own")
+        if not entries:
+            return ""
+        if len(entries) != world.size:
+            names = sorted({name for entry in entries for name in entry})
+            return (
+                f"{len(entries)} rank(s) before, {world.size} now: "
+                f"what each rank had for itself is lost ({', '.join(names)})"
+            )
+        for name, part in self._parts.items():
+            part.restore(entries[world.rank].get(name))
+        return ""
 
 
 def assembled(

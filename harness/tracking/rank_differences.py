@@ -25,8 +25,7 @@ from harness.distributed.ranks import World
 from harness.state.capturing import state_of
 from harness.text import size
 from harness.tracking.own_values import KINDS, STATE, OwnKinds, OwnValues, without_same_kinds
-from harness.tracking.payload import OfRank
-from harness.tracking.rank_entries import RankEntries
+from harness.tracking.payload import OfRank, RankEntries
 from harness.tracking.tensor_leaves import Leaf, Leaves, Path, leaves_of, short_digest
 
 SMALL_BYTES = 1 << 20  # an object below this size is compared at each save

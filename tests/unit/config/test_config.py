@@ -15,7 +15,7 @@ from remote_lives import run_forked
 
 import harness
 from harness import cli, config, train
-from harness.config import settings_page, table
+from harness.config import changes, settings_page, stored_form, table
 from harness.config.names import RESOLVED
 from harness.config.stored import restored
 from harness.errors import EXIT_USAGE, UsageError
@@ -207,8 +207,8 @@ def test_secrets_are_given_to_the_task_and_kept_nowhere(monkeypatch, tmp_path):
         "token": "${oc.env:THE_SECRET}",
         "other": "x-${oc.env:THE_SECRET}",
     }
-    assert "hunter2" not in config.to_yaml(stored) and "hunter2" not in str(stored)
-    assert "${oc.env:THE_SECRET}" in config.to_yaml(stored)
+    assert "hunter2" not in stored_form.to_yaml(stored) and "hunter2" not in str(stored)
+    assert "${oc.env:THE_SECRET}" in stored_form.to_yaml(stored)
 
 
 @pytest.mark.parametrize(
@@ -255,7 +255,7 @@ def stored_of(*overrides: str) -> dict:
     ],
 )
 def test_what_cannot_change_the_model_may_change(free):
-    (change,) = config.check_changes(stored_of(), stored_of(free), [], [])
+    (change,) = changes.check_changes(stored_of(), stored_of(free), [], [])
     assert change.is_free and change.name == free.partition("=")[0]
 
 
@@ -280,19 +280,19 @@ def test_what_changes_the_model_may_change_only_on_insistence(bound):
     name = bound.partition("=")[0]
     old, new = stored_of(), stored_of(bound)
     with pytest.raises(UsageError) as caught:
-        config.check_changes(old, new, [], [])
+        changes.check_changes(old, new, [], [])
     assert f"{name}: " in str(caught.value) and "resume.accept=[config]" in str(caught.value)
     assert f"resume.override=[{name}]" in str(caught.value)
-    assert [change.name for change in config.check_changes(old, new, ["config"], [])] == [name]
-    assert [change.name for change in config.check_changes(old, new, [], [name])] == [name]
+    assert [change.name for change in changes.check_changes(old, new, ["config"], [])] == [name]
+    assert [change.name for change in changes.check_changes(old, new, [], [name])] == [name]
     with pytest.raises(UsageError):
-        config.check_changes(old, new, ["data"], ["train.other"])
+        changes.check_changes(old, new, ["data"], ["train.other"])
 
 
 def test_only_what_is_overridden_is_let_through():
     old, new = stored_of("task.args.lr=1"), stored_of("task.args.lr=2", "train.seed=5", "run.dir=x")
     with pytest.raises(UsageError) as caught:
-        config.check_changes(old, new, [], ["task.args.lr"])
+        changes.check_changes(old, new, [], ["task.args.lr"])
     assert "train.seed: 1 -> 5" in caught.value.found
     assert "task.args.lr" not in caught.value.found and "run.dir" not in caught.value.found
 
@@ -309,29 +309,29 @@ def test_only_what_is_overridden_is_let_through():
 )
 def test_the_names_in_a_programs_own_config_are_its_own(old, new):
     with pytest.raises(UsageError, match="not the one that this run was trained with"):
-        config.check_changes(old, new, [], [])
-    assert config.check_changes(old, old, [], []) == []
+        changes.check_changes(old, new, [], [])
+    assert changes.check_changes(old, old, [], []) == []
 
 
 def test_an_interpolation_that_has_another_value_is_a_change(monkeypatch):
     line = ["task.args.lr=${oc.env:RATE}", "run.dir=${oc.env:RATE}"]
     monkeypatch.setenv("RATE", "0.5")
     old, same = stored_of(*line), stored_of(*line)
-    assert "0.5" not in str(old) and config.check_changes(old, same, [], []) == []
-    assert restored(old).task.args["lr"] == "0.5" and "digests" not in config.to_yaml(old)
+    assert "0.5" not in str(old) and changes.check_changes(old, same, [], []) == []
+    assert restored(old).task.args["lr"] == "0.5" and "digests" not in stored_form.to_yaml(old)
     monkeypatch.setenv("RATE", "0.25")
     new = stored_of(*line)
     with pytest.raises(UsageError, match="has another value than before") as caught:
-        config.check_changes(old, new, [], [])
+        changes.check_changes(old, new, [], [])
     assert "0.25" not in str(caught.value) and "run.dir" not in str(caught.value).split("Put")[0]
     without = {name: of for name, of in old.items() if name != RESOLVED}
-    assert config.check_changes(without, new, [], []) == [], "an older checkpoint"
+    assert changes.check_changes(without, new, [], []) == [], "an older checkpoint"
 
 
 def test_a_value_that_is_no_number_is_no_change():
     nan = {"a": float("nan"), "b": [1, {"c": float("nan")}]}
     other = {"a": float("nan"), "b": [1, {"c": float("nan")}]}
-    assert config.check_changes(nan, other, [], []) == []
+    assert changes.check_changes(nan, other, [], []) == []
 
 
 @pytest.mark.parametrize(
@@ -339,9 +339,9 @@ def test_a_value_that_is_no_number_is_no_change():
     [torch.device("cpu"), torch.bfloat16, torch.ones(2), 1j, "an open ${", {None: 1, 2: 3, "a": 4}],
 )
 def test_any_config_of_a_program_is_written_and_has_a_digest(value):
-    text = config.to_yaml({"lr": 0.1, "value": value})
+    text = stored_form.to_yaml({"lr": 0.1, "value": value})
     assert config.from_yaml(text.encode())["lr"] == 0.1
-    assert len(config.digest({"value": value})) == 16
+    assert len(stored_form.digest({"value": value})) == 16
 
 
 ARGUMENTS = """
@@ -393,22 +393,23 @@ def test_settings_that_came_or_went_are_changes():
         {"train": {"old": 1}, "task": {"args": {}}},
         {"train": {"new": 2}, "task": {"args": {"lr": 1}}},
     )
-    assert [str(change) for change in config.changes(old, new)] == [
+    assert [str(change) for change in changes.changes(old, new)] == [
         "task.args.lr: None -> 1", "train.new: None -> 2", "train.old: 1 -> None",
     ]  # fmt: skip
-    assert config.changes(old, old) == []
+    assert changes.changes(old, old) == []
 
 
 def test_the_digest_tells_settings_apart_and_nothing_else():
-    assert config.digest(stored_of()) == config.digest(stored_of("train.seed=1"))
-    assert config.digest(stored_of()) != config.digest(stored_of("train.seed=2"))
+    assert stored_form.digest(stored_of()) == stored_form.digest(stored_of("train.seed=1"))
+    assert stored_form.digest(stored_of()) != stored_form.digest(stored_of("train.seed=2"))
 
 
 def test_the_stored_settings_load_again(tmp_path):
     _, stored = config.load(None, ["task.args.lr=0.5", "train.max_steps=3"])
-    again, stored_again = config.load(written(tmp_path / "config.yaml", config.to_yaml(stored)), [])
+    file = written(tmp_path / "config.yaml", stored_form.to_yaml(stored))
+    again, stored_again = config.load(file, [])
     assert stored_again == stored and again.task.args == {"lr": 0.5}
-    assert yaml.safe_load(config.to_yaml(stored)) == stored
+    assert yaml.safe_load(stored_form.to_yaml(stored)) == stored
 
 
 def test_a_wrong_command_line_ends_with_78_and_without_a_traceback(tmp_path):
@@ -497,12 +498,12 @@ def test_settings_that_a_checkpoint_holds_under_earlier_names_are_todays():
     found = restored(earlier)
     assert found.store.keep == {"every_steps": 10} and found.checkpoint.memory == 4
     today = {"store": {"wait_s": 300.0, "keep": {"every_steps": 10}}, "checkpoint": {"memory": 4}}
-    assert config.changes(earlier, today) == []
+    assert changes.changes(earlier, today) == []
     plain = {
         "store": {"keep_last": None, "keep_every_steps": None, "keep_best": None},
         "checkpoint": {"memory": False, "memory_every_steps": 1},
     }
-    assert config.changes(plain, {"store": {"keep": {}}, "checkpoint": {"memory": False}}) == []
+    assert changes.changes(plain, {"store": {"keep": {}}, "checkpoint": {"memory": False}}) == []
 
 
 @pytest.mark.parametrize(
