@@ -213,12 +213,15 @@ class Attributes:
                 self.unkept.begin(joined(name, watch.path), watch.odd_values() | kept, held)
 
     def _kept(self) -> dict[int, str]:
-        """Return the addresses of tracked modules' parameters, and the ids of generators.
+        """Return the addresses of tracked modules' parameters, and the ids of what is kept.
 
-        The latter come with the names under which a checkpoint holds them.
+        These are the ids of the modules themselves and of generators. The latter come with the
+        names under which a checkpoint holds them.
         """
         objects = map(wrappers.unwrap, self._tracked.values())
-        return dict.fromkeys(addresses(objects, with_buffers=False), "") | self._generators()
+        kept = addresses(objects, with_buffers=False)
+        kept |= {id(part) for listed in self._listed.values() for _, part in listed}
+        return dict.fromkeys(kept, "") | self._generators()
 
     def state(self) -> Changed | None:
         """Return the differences from the modules as built, or None if there are none.

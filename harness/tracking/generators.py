@@ -1,9 +1,9 @@
 """Save and restore generators: tracked ones, and those that tracked modules and optimizers hold.
 
 A generator may lie in an attribute, or in containers, functions and objects of the program's own
-that the module holds. The search is repeated at each save, because some are made when they are
-first drawn from. Such a one is made again when its state is restored, in the same place, so that
-the program finds it there and does not make another.
+that the module holds, and in modules there that are no children of it. The search is repeated at
+each save, because some are made when they are first drawn from. Such a one is made again when its
+state is restored, in the same place, so that the program finds it there and does not make another.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ SEARCHED = (
     argparse.Namespace,
 )
 # Generators in data are seeded for each sample, or saved with its order.
-ELSEWHERE = (nn.Module, Optimizer, Dataset, Sampler, DataLoader)
+ELSEWHERE = (Optimizer, Dataset, Sampler, DataLoader)
 HOLDS_NOTHING = frozenset(PLAIN)
 
 
@@ -96,9 +96,11 @@ class Generators:
         """Search all modules and optimizers; return what was searched inside them, by path."""
         self._held, holders = {}, dict[str, Any]()
         known = {id(obj) for obj in (*self.tracked.values(), *GLOBAL_GENERATORS)}
+        listed = {name: of_object.now() for name, of_object in self._parts.items()}
         seen = {id(of_object.obj) for of_object in self._parts.values()}
-        for name, of_object in self._parts.items():
-            for path, part in of_object.now():
+        seen |= {id(part) for parts in listed.values() for _, part in parts}
+        for name, parts in listed.items():
+            for path, part in parts:
                 if not (own := _own(part)):
                     continue  # most modules: this runs at each save
                 for place, value in _search(joined(name, path), own, seen, holders):
@@ -166,7 +168,9 @@ def _is_searched(value: Any) -> bool:
     if type(value) is types.FunctionType:
         return is_programs_file(value.__code__.co_filename)
     return type(value) in SEARCHED or (
-        tells_its_class(value) and is_of_program(value) and not isinstance(value, ELSEWHERE)
+        tells_its_class(value)
+        and (is_of_program(value) or isinstance(value, nn.Module))
+        and not isinstance(value, ELSEWHERE)
     )
 
 
@@ -201,9 +205,14 @@ def _search(
         path, holder, depth = (waiting or last).popleft()
         holders[path] = holder
         try:
-            items = list(inside(holder))
+            items = _of_hidden(holder) if isinstance(holder, nn.Module) else list(inside(holder))
         except Exception:  # noqa: BLE001 - a class of the program may raise
             items = []
+
+
+def _of_hidden(module: nn.Module) -> list[tuple[str, Any]]:
+    """List what may hold a generator in a module that lies in a list, say, and is no child."""
+    return _own(module) + [(f".{name}", child) for name, child in module._modules.items()]
 
 
 def _own(part: Any) -> list[tuple[str, Any]]:

@@ -4,7 +4,8 @@ Such an attribute is in no `state_dict` and is no plain data, so only its name i
 attribute that becomes another object, a container whose tensors or values change (an optimizer's
 own `self.moments = {}`), or an object of one of the program's classes whose attributes change. An
 attribute that is empty at first and does not change once it has a value is a cache, not state. The
-result of a forward pass is not state either, because it is computed again.
+result of a forward pass is not state either, because it is computed again. A module that is hidden
+from its parent, in a list, is searched attribute by attribute.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import itertools
 import os
 import sys
 import types
-from collections.abc import Collection, Iterable, Mapping, Set
+from collections.abc import Collection, Iterable, Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from harness.data.generator_objects import drawn_from, is_generator
 from harness.data.held_generators import is_library
 from harness.state.kinds import PLAIN
 from harness.untracked.array_changes import address_of
-from harness.untracked.object_walk import parts
+from harness.untracked.object_walk import OF_MODULES, parts
 
 MOST_ITEMS = 5000  # limit of items that are examined for one value
 HASHED_BYTES = 1 << 20  # of a larger array the beginning is compared
@@ -54,10 +55,10 @@ class UnkeptValues:
     def begin(self, name: str, values: Mapping[str, Any], held: Mapping[int, str]) -> None:
         """Record an object at the start of the loop: its attributes that are no plain data.
 
-        `held` are the addresses of the tensors that are saved, and the ids of such generators, each
-        with the name under which it is saved.
+        `held` are the addresses of the tensors that are saved, and the ids of such modules and
+        generators, the latter each with the name under which it is saved.
         """
-        for key, value in values.items():
+        for key, value in _with_hidden(values, held):
             self._before[f"{name}.{key}"] = fingerprint(value, held)
 
     def lose(self, name: str, reason: str) -> None:
@@ -79,7 +80,7 @@ class UnkeptValues:
 
     def look(self, name: str, values: Mapping[str, Any], held: Mapping[int, str]) -> None:
         """Compare an object's attributes with the last check; collect the names of changed ones."""
-        for key, value in values.items():
+        for key, value in _with_hidden(values, held):
             spelled = f"{name}.{key}"
             before, now = self._before.get(spelled), fingerprint(value, held)
             if (
@@ -97,8 +98,8 @@ def fingerprint(value: Any, held: Mapping[int, str] = NONE) -> Print:
     """Return a fingerprint that differs when the value has changed.
 
     No device is read, and at most some thousand objects are examined; a change elsewhere is not
-    detected. Tensors at the addresses in `held`, and generators with an id there, are saved by
-    others: their changes do not count, but that the value is another one of them does.
+    detected. Tensors at the addresses in `held`, and modules and generators with an id there, are
+    saved by others: their changes do not count, but that the value is another one of them does.
     """
     try:
         return _print(value, DEPTH, [MOST_ITEMS], held)
@@ -107,12 +108,54 @@ def fingerprint(value: Any, held: Mapping[int, str] = NONE) -> Print:
         return None
 
 
+def _with_hidden(values: Mapping[str, Any], held: Collection[int]) -> Iterator[tuple[str, Any]]:
+    """Yield attributes, and those of the modules that are hidden in them, each after its path.
+
+    A module in a list, say, is no child: neither its attributes nor its mode are saved. Modules
+    with an id in `held` are children elsewhere.
+    """
+    yield from values.items()
+    waiting = collections.deque((key, value, 0) for key, value in values.items())
+    seen, left = set(held), MOST_ITEMS
+    while waiting and left > 0:
+        path, value, depth = waiting.popleft()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, nn.Module):
+            yield f"{path}.training", str([part.training for part in value.modules()])
+            inside = list(itertools.islice(_of_hidden(value, seen), left))
+            yield from ((path + name, item) for name, item in inside)
+        elif isinstance(value, dict | list | tuple | collections.deque) or is_of_program(value):
+            inside = list(itertools.islice(parts(value), left))
+        else:
+            continue
+        left -= len(inside)
+        if depth < DEPTH:
+            waiting.extend((path + name, item, depth + 1) for name, item in inside)
+
+
+def _of_hidden(module: nn.Module, seen: set[int]) -> Iterator[tuple[str, Any]]:
+    """Yield the attributes of a module and of its children, but for private ones of a library's."""
+    for path, part in module.named_modules():
+        if part is module or id(part) not in seen:
+            seen.add(id(part))
+            is_own = is_programs(type(part))
+            yield from (
+                (f"{path and '.'}{path}.{name}", item)
+                for name, item in list(vars(part).items())
+                if name not in OF_MODULES and (is_own or not name.startswith("_"))
+            )
+
+
 def _print(value: Any, depth: int, left: list[int], held: Mapping[int, str]) -> Print:
     """Return the fingerprint of a value to a depth; `left` counts down the items to examine."""
     left[0] -= 1
     if isinstance(value, torch.Tensor | np.ndarray):
         return _print_of_array(value, held)
     if isinstance(value, nn.Module):
+        if id(value) in held:
+            return "held"
         tensors = [*value.parameters(), *value.buffers()]
         return id(value), *[_print_of_array(tensor, held) for tensor in tensors]
     if isinstance(value, PLAIN):

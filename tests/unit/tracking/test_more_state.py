@@ -8,6 +8,7 @@ import copy
 import itertools
 import math
 import random
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -1295,13 +1296,38 @@ optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
 )
 
 
+HIDDEN_GENERATORS = (
+    """
+run = init()
+torch.manual_seed(0)
+class Noise(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.rng = torch.Generator().manual_seed(3)
+    def forward(self, x):
+        return x + torch.randn(x.shape, generator=self.rng)
+class Noisy(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner, self.first = nn.Linear(8, 1), Noise()
+        self.noise, self.same = [nn.Sequential(Noise())], [self.inner, self, self.first]
+    def forward(self, x):
+        return self.inner(self.noise[0](self.first(x)))
+model = Noisy()
+optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+"""
+    + LOOP_OF_TWO_EPOCHS
+)
+
+
 @pytest.mark.parametrize(
     "source",
-    [OWN_OPTIMIZER, OWN_GENERATORS, LATE_GENERATORS],
+    [OWN_OPTIMIZER, OWN_GENERATORS, LATE_GENERATORS, HIDDEN_GENERATORS],
     ids=[
         "attributes of an optimizer",
         "generators of modules and optimizers",
         "generators that are made late, or lie in objects of the program",
+        "generators of modules in a list",
     ],
 )
 def test_what_no_state_dict_tells_of_goes_on(tmp_path, source):
@@ -1363,6 +1389,56 @@ def test_generators_that_cannot_be_kept_are_named(tmp_path, capsys):
         "warning: the generator model.noise.rng is not there when training begins, "
         "so its state is lost" in capsys.readouterr().out
     )
+
+
+class Aux(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale, self.cache, self.inner = 1.0, None, nn.Dropout(0.5)
+        self.rates, self.last = [0.1], None
+
+    def forward(self, x):
+        self.scale *= 0.9
+        self.cache = self.cache or {"size": len(x)}
+        self.last = x * 2
+        return x
+
+
+class Hiding(nn.Linear):
+    """It hides modules from itself, and holds itself and its child in a list, too."""
+
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.norm, self.kept = nn.BatchNorm1d(8), 0
+        self.aux, self.by, self.whole = [Aux()], {"a": nn.Sequential(Aux())}, [self, self.norm]
+
+    def forward(self, x):
+        self.kept += 1
+        return super().forward(self.aux[0](self.norm(x)))
+
+
+def test_what_changes_in_modules_that_are_hidden_from_their_parent_is_named(tmp_path, capsys):
+    def make(run):
+        model = Hiding(8, 1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        run.track(model=model, optimizer=optimizer)
+
+        def step(x):
+            model.norm.train(run.step % 2 == 0)
+            model.by["a"].train(run.step < 2)
+            model.aux[0].rates[0] *= 0.9
+            return updated(model, optimizer, x)
+
+        return step
+
+    trained(tmp_path / "a", make, leave_at=9)
+    said = capsys.readouterr().out
+    named = re.findall(r"warning: (\S+) changes in training, and is not saved", said)
+    assert sorted(named) == [
+        "model.aux[0].rates",
+        "model.aux[0].scale",
+        "model.by['a'].training",
+    ]
 
 
 def test_an_optimizers_tensors_that_are_in_no_state_dict_are_told(tmp_path, capsys):
