@@ -26,11 +26,10 @@ from harness.tracking.attribute_values import BUFFER
 from harness.tracking.attributes import (
     Changed,
     as_built,
-    changed_in,
     containers_in,
     restore_changed,
-    spelled_out,
 )
+from harness.tracking.payload import changed_in, spelled_out
 
 
 def load_model(

@@ -22,7 +22,7 @@ from harness import state
 from harness.errors import UsageError
 from harness.exchange.files import Loaded
 from harness.exchange.safe_unpickle import NotLoaded
-from harness.tracking.attributes import changed_in, spelled_out
+from harness.tracking.payload import changed_in, spelled_out
 
 MODULE = "module"
 OPTIMIZER = "optimizer"

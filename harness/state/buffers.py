@@ -1,17 +1,19 @@
 """Load a module's state in cases where `load_state_dict` alone fails.
 
 These cases are buffers that get their size in training, nested buffers, and expanded tensors
-(several elements share one memory location).
+(several elements share one memory location). Tensors that training adds or takes away cannot be
+loaded at all; `misfits` tells them while the program still runs.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 
 def load(module: nn.Module, saved: Mapping[str, Any]) -> None:
@@ -103,6 +105,97 @@ def _loads_itself(part: nn.Module) -> bool:
     return own or (
         type(part)._load_from_state_dict is not nn.Module._load_from_state_dict and not is_torchs
     )
+
+
+# The shape of each tensor in a `state_dict`, by module path and name: None for a buffer that is
+# None, LAZY for a parameter that gets its shape later.
+Layout = dict[str, dict[str, Any]]
+LAZY, GONE, PARAMETER_GROUP = "lazy", "gone", "parameter group"
+
+
+def layout_of(parts: Iterable[tuple[str, Any]]) -> Layout:
+    """Return the layout of a module's parts, given with their paths, or that of an optimizer.
+
+    Parts with their own way of saving or loading are left out, with what is inside them.
+    """
+    layout, left_out = Layout(), set[str]()
+    for path, part in parts:
+        steps = path.split(".")
+        if any(".".join(steps[:n]) in left_out for n in range(len(steps) + 1)):
+            continue
+        if _is_torchs_form(part):
+            layout[path] = _shapes(part)
+        else:
+            left_out.add(path)
+    return layout
+
+
+def _is_torchs_form(part: Any) -> bool:
+    if isinstance(part, torch.optim.Optimizer):
+        return type(part).load_state_dict is torch.optim.Optimizer.load_state_dict
+    return not (
+        _loads_itself(part)
+        or part._state_dict_hooks
+        or type(part).state_dict is not nn.Module.state_dict
+        or type(part)._save_to_state_dict is not nn.Module._save_to_state_dict
+    )
+
+
+def _shapes(part: Any) -> dict[str, Any]:
+    if isinstance(part, torch.optim.Optimizer):
+        groups = enumerate(part.param_groups)
+        return {f"{PARAMETER_GROUP} {at}": (len(group["params"]),) for at, group in groups}
+    shapes: dict[str, Any] = {
+        key: LAZY if is_lazy(value) else value.shape
+        for key, value in part._parameters.items()
+        if value is not None
+    }
+    for key, value in part._buffers.items():
+        if key not in part._non_persistent_buffers_set:
+            shapes[key] = None if value is None else LAZY if is_lazy(value) else value.shape
+    return shapes
+
+
+def held_by(part: Any) -> list[int]:
+    """Return the ids of a part's parameters and buffers, or the size of each parameter group."""
+    if isinstance(part, torch.optim.Optimizer):
+        return [len(group["params"]) for group in part.param_groups]
+    return [*map(id, part._parameters.values()), *map(id, part._buffers.values())]
+
+
+def misfits(built: Layout, parts: Iterable[tuple[str, Any]]) -> dict[str, str]:
+    """Return what of the present tensors a module with the layout `built` could not load.
+
+    Returns:
+        By the path of the tensor, or the parameter group of an optimizer: how it is another one.
+    """
+    said = {}
+    for path, part in parts:
+        if (before := built.get(path)) is None or (now := _shapes(part)) == before:
+            continue
+        for key in dict.fromkeys((*before, *now)):
+            was, is_now = before.get(key, GONE), now.get(key, GONE)
+            if not _fits(was, is_now):
+                said[f"{path}.{key}".lstrip(".")] = (
+                    "is new"
+                    if was == GONE
+                    else "is gone"
+                    if is_now in (None, GONE)
+                    else f"was {_spelled(was)} and is {_spelled(is_now)}"
+                )
+    return said
+
+
+def _fits(was: Any, now: Any) -> bool:
+    if was is None or was == now:
+        return True
+    if was == GONE:
+        return now is None
+    return (was == LAZY or 0 in was) and now not in (None, GONE)
+
+
+def _spelled(shape: Any) -> str:
+    return shape if isinstance(shape, str) else "x".join(map(str, shape)) or "a scalar"
 
 
 def _make_room(module: nn.Module, saved: Mapping[str, Any]) -> bool:

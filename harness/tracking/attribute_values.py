@@ -229,7 +229,14 @@ def is_kept(value: Any, may_be_long: bool) -> bool:
     """Return whether a plain value is kept; one that was small may grow to `MOST_KEPT` items."""
     if is_plain(value):
         return True
-    return may_be_long and is_plain(value, MOST_KEPT) and _count(value) <= MOST_KEPT
+    if not (may_be_long and _is_container(value) and len(value) <= MOST_KEPT):
+        return False
+    if type(value) is dict and not IS_PLAIN.issuperset(map(type, value)):
+        return False
+    inside = _containers_in(value)
+    return not inside or (
+        all(is_plain(item, MOST_KEPT) for item in inside) and _count(value) <= MOST_KEPT
+    )
 
 
 def _count(value: Any) -> int:

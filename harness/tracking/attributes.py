@@ -29,12 +29,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
+
+import harness.state.buffers as buffers
 from harness.distributed import wrappers
 from harness.state.plain_values import is_same
 from harness.tracking.attribute_values import (
     ABSENT,
-    BUFFER,
-    REQUIRES_GRAD,
     Classes,
     Part,
     Values,
@@ -61,8 +62,6 @@ Built = dict[str, dict[str, Values]]  # by object name and module path
 # there was no such attribute as built, or that there is none now.
 Changed = dict[str, dict[str, dict[str, dict[str, Any]]]]
 
-MOST_NAMED = 5  # attributes in one line
-
 
 def as_built(tracked: Mapping[str, Any]) -> Built:
     """Record the plain values of all tracked objects, and digests of their other tensors."""
@@ -81,41 +80,6 @@ def containers_in(tracked: Mapping[str, Any]) -> Containers:
     return Containers(
         {name: [WatchedPart(*part) for part in parts(obj)] for name, obj in tracked.items()}
     )
-
-
-def changed_in(payload: Mapping[str, Any], name: str) -> dict[str, dict[str, dict[str, Any]]]:
-    """Return what a checkpoint holds of one object beside its state dict, for use without a run.
-
-    The modes are left out, and the devices of tensors. What differs from rank to rank is that of
-    the first rank, as the state dict is.
-
-    Returns:
-        The entries by module path and attribute.
-    """
-    own = payload.get("own") or [{}]
-    of_parts = (payload.get("attributes") or own[0].get("attributes") or {}).get(name, {})
-    kept = {
-        path: {
-            key: {word: each for word, each in entry.items() if word != "device"}
-            for key, entry in of_part.items()
-            if key != "training"
-        }
-        for path, of_part in of_parts.items()
-    }
-    return {path: of_part for path, of_part in kept.items() if of_part}
-
-
-def spelled_out(kept: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
-    """Name what `changed_in` has returned, without what is frozen; return "" if it is nothing."""
-    names = [
-        f"{joined(path, key.removeprefix(BUFFER))} = {spelled(entry.get('now', ABSENT))}"
-        for path, of_part in kept.items()
-        for key, entry in of_part.items()
-        if not key.endswith(REQUIRES_GRAD)
-    ]
-    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
-    named = ", ".join(names[:MOST_NAMED])
-    return f"changed in training and in no state dict: {named}{more}" if names else ""
 
 
 def restore_changed(
@@ -173,6 +137,15 @@ class Attributes:
         self._classes: dict[str, Classes] = {}  # as built, by object name
         self.replaced: dict[str, str] = {}  # by path: how a module is not as built
         self.unkept = UnkeptValues()
+        self._layouts: dict[str, buffers.Layout] = {}  # when tracked, by object name
+        self._tensors: dict[int, list[int]] = {}  # see `buffers.held_by`, by the id of the part
+        self.misfits: dict[str, dict[str, str]] = {}  # by object name: see `buffers.misfits`
+
+    def note_layouts(self, objects: Mapping[str, Any]) -> None:
+        """Record which tensors newly tracked objects have: those that a restart would have."""
+        self._layouts |= {
+            name: buffers.layout_of(_laid_out(obj, parts(obj))) for name, obj in objects.items()
+        }
 
     def before_restore(self, tracked: Mapping[str, Any]) -> None:
         """Record newly tracked objects as built, before a checkpoint is loaded into them."""
@@ -238,7 +211,9 @@ class Attributes:
             for watch in watched:
                 for key, reason in watch.lost.items():
                     self.unkept.lose(joined(name, watch.path, key), reason)
-        if self.unkept.is_time():
+        is_time = self.unkept.is_time()
+        self._look_for_misfits(is_thorough=is_time)
+        if is_time:
             held = self._kept()
             for name, watched in self._watched.items():
                 for watch in watched:
@@ -268,6 +243,27 @@ class Attributes:
             ):
                 changed[watch.path] = differs
         return changed
+
+    def _look_for_misfits(self, *, is_thorough: bool) -> None:
+        """Find which tensors of each object a restart could not load, until there are some.
+
+        Args:
+            is_thorough: look at all parts, not only where a tensor is another object than before.
+        """
+        told = tuple(f"{path}." for path in self.replaced)
+        for name, obj in self._tracked.items():
+            if self.misfits.get(name):
+                continue
+            changed = []
+            for path, part in _laid_out(obj, self._listed[name]):
+                held = buffers.held_by(part)
+                if is_thorough or held != self._tensors.get(id(part)):
+                    changed.append((path, part))
+                    self._tensors[id(part)] = held
+            found = buffers.misfits(self._layouts.get(name, {}), changed)
+            self.misfits[name] = {
+                key: how for key, how in found.items() if not f"{name}.{key}".startswith(told)
+            }
 
     def restore(self, changed: Changed) -> list[str]:
         """Set the changed attributes; return a message for each that keeps the program's value.
@@ -321,6 +317,12 @@ def _set(
     """
     held = current_value(part, at[2])
     set_value(part, at[2], containers.restored((*at, ()), now, kept, held), kept)
+
+
+def _laid_out(obj: Any, listed: list[tuple[str, Any]]) -> list[tuple[str, Any]]:
+    """Return the parts of an object that have a layout; of an optimizer it is itself."""
+    inner = wrappers.unwrap(obj)
+    return [("", inner)] if isinstance(inner, torch.optim.Optimizer) else listed
 
 
 def _classes(watched: list[WatchedPart]) -> Classes:

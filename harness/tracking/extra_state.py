@@ -18,6 +18,7 @@ from harness.data.generator_objects import is_generator
 from harness.distributed import ddp
 from harness.distributed.ranks import World
 from harness.errors import UsageError
+from harness.state.buffers import PARAMETER_GROUP
 from harness.tracking.attributes import Attributes, Changed
 from harness.tracking.comm_hooks import Hooks, check_hooks
 from harness.tracking.generators import Generators
@@ -87,6 +88,7 @@ class ExtraState:
             name: obj for name, obj in objects.items() if is_generator(obj)
         }
         self._is_resumed = is_resumed
+        self._attributes.note_layouts(stateful)
         if is_resumed:
             self._attributes.before_restore(stateful)
         for obj in stateful.values():
@@ -230,6 +232,7 @@ class _OwnAttributes:
     def __init__(self, attributes: Attributes, say: Callable[[str], None]) -> None:
         self._attributes, self._say, self.messages = attributes, say, list[str]()
         self._replaced: set[str] = set()  # modules that were reported
+        self._unfit: set[str] = set()  # objects whose tensors were reported
 
     def state(self) -> Changed | None:
         changed = self._attributes.state()
@@ -254,7 +257,27 @@ class _OwnAttributes:
                     f"harness: warning: {path} {problem}, and a restart builds it as before: "
                     "let the program build it as it is now when it resumes, before run.track(…)"
                 )
+        for name, misfits in self._attributes.misfits.items():
+            if misfits and name not in self._unfit:
+                self._unfit.add(name)
+                self._say(f"harness: warning: {_of_misfits(name, misfits)}")
         return changed
 
     def restore(self, state: Changed | None) -> None:
         self.messages += self._attributes.restore(state or {})
+
+
+def _of_misfits(name: str, misfits: Mapping[str, str]) -> str:
+    """Say which tensors of an object a restart could not load, and what it needs."""
+    some = ", ".join(f"{key} {how}" for key, how in list(misfits.items())[:5])
+    more = f", and {len(misfits) - 5} more" if len(misfits) > 5 else ""
+    advice = (
+        "let the program change it likewise when it resumes, before run.track(…), where run.epoch "
+        "and run.step are known"
+    )
+    if not all(key.startswith(PARAMETER_GROUP) for key in misfits):
+        advice += "; or register such a buffer in __init__, as None, and give it its value later"
+    return (
+        f"{name} does not have the tensors with which it was tracked: {some}{more}. A restart "
+        f"that builds it as before is refused: {advice}"
+    )

@@ -16,7 +16,9 @@ from harness.checkpoint.format import version_of
 from harness.distributed.ranks import World
 from harness.state import Captured
 from harness.state.plain_values import is_same
+from harness.tracking.attribute_values import ABSENT, BUFFER, REQUIRES_GRAD, joined, spelled
 
+MOST_NAMED = 5  # attributes in one line
 # One rank's contribution to a checkpoint: the state of its generators, the state of its data
 # iterator, and its own entries.
 OfRank = tuple[Any, Any, dict[str, Any]]
@@ -124,3 +126,38 @@ def captured(
     whole = state.captured(assembled(of_ranks, data, values), tracked)
     whole.payload["format_version"] = version_of(whole.payload)
     return whole
+
+
+def changed_in(payload: Mapping[str, Any], name: str) -> dict[str, dict[str, dict[str, Any]]]:
+    """Return what a checkpoint holds of one object beside its state dict, for use without a run.
+
+    The modes are left out, and the devices of tensors. What differs from rank to rank is that of
+    the first rank, as the state dict is.
+
+    Returns:
+        The entries by module path and attribute.
+    """
+    own = payload.get("own") or [{}]
+    of_parts = (payload.get("attributes") or own[0].get("attributes") or {}).get(name, {})
+    kept = {
+        path: {
+            key: {word: each for word, each in entry.items() if word != "device"}
+            for key, entry in of_part.items()
+            if key != "training"
+        }
+        for path, of_part in of_parts.items()
+    }
+    return {path: of_part for path, of_part in kept.items() if of_part}
+
+
+def spelled_out(kept: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
+    """Name what `changed_in` has returned, without what is frozen; return "" if it is nothing."""
+    names = [
+        f"{joined(path, key.removeprefix(BUFFER))} = {spelled(entry.get('now', ABSENT))}"
+        for path, of_part in kept.items()
+        for key, entry in of_part.items()
+        if not key.endswith(REQUIRES_GRAD)
+    ]
+    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
+    named = ", ".join(names[:MOST_NAMED])
+    return f"changed in training and in no state dict: {named}{more}" if names else ""

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.utils.prune
 from conftest import undone
 from library_runs import newest, steps_of
 from programs import STEP, killed_once, live
@@ -711,6 +712,99 @@ def test_what_cannot_be_kept_is_named_once(tmp_path, capsys):
     assert said.count("warning: model.act changes in training") == 1
     assert said.count("warning: model.seen changes in training") == 1
     assert said.count("changes in training") == 2
+
+
+class Bank(nn.Module):
+    """Has buffers that are empty at first."""
+
+    keys: torch.Tensor
+    scale: torch.Tensor | None
+    wide: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("keys", torch.empty(0, 2))
+        self.register_buffer("scale", None)
+        self.register_buffer("wide", torch.zeros(1, 8))
+
+    def grow(self) -> None:
+        self.keys, self.scale = torch.zeros(5, 2), torch.ones(())
+        self.register_buffer("cache", torch.zeros(8), persistent=False)
+
+
+class Prepares(Bank):
+    """Makes what it lacks when it is loaded."""
+
+    def _load_from_state_dict(self, state_dict, prefix, *others):
+        self.register_buffer("made", torch.zeros_like(state_dict[f"{prefix}made"]))
+        super()._load_from_state_dict(state_dict, prefix, *others)
+
+    def grow(self) -> None:
+        super().grow()
+        self.register_buffer("made", torch.zeros(8))
+
+
+def resized(resize):
+    def make(run):
+        banks = nn.ModuleList([Bank(), Prepares()])
+        model = nn.Sequential(nn.Linear(8, 4), nn.LazyLinear(4), nn.LazyBatchNorm1d(), nn.ReLU())
+        model[3].banks = banks
+        layers: list[Any] = list(model)
+        optimizer = torch.optim.SGD([layers[0].weight, layers[1].weight], lr=0.05)
+        run.track(model=model, optimizer=optimizer)
+
+        def step(x):
+            if run.step == 2:
+                resize(model, optimizer, banks)
+            return updated(model, optimizer, x)
+
+        return step
+
+    return make
+
+
+def test_what_gets_its_size_in_training_and_can_be_loaded_needs_no_words(tmp_path, capsys):
+    def resize(model, optimizer, banks):
+        for bank in banks:
+            bank.grow()
+
+    trained(tmp_path / "a", resized(resize), leave_at=7)
+    assert trained(tmp_path / "a", resized(lambda *_: None)).finished
+    assert "warning" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("resize", "said"),
+    [
+        (
+            lambda model, *_: model[0].register_buffer("mean", torch.zeros(8)),
+            "model does not have the tensors with which it was tracked: 0.mean is new. A",
+        ),
+        (
+            lambda model, *_: nn.utils.prune.l1_unstructured(model[0], "weight", 0.5),
+            ": 0.weight is gone, 0.weight_orig is new, 0.weight_mask is new. A",
+        ),
+        (lambda _, __, banks: setattr(banks[0], "wide", None), "3.banks.0.wide is gone. A"),
+        (
+            lambda _, __, banks: setattr(banks[0], "wide", torch.zeros(5, 8)),
+            "3.banks.0.wide was 1x8 and is 5x8. A",
+        ),
+        (
+            lambda model, optimizer, _: optimizer.add_param_group({"params": [model[0].bias]}),
+            "optimizer does not have the tensors with which it was tracked: "
+            "parameter group 1 is new. A",
+        ),
+    ],
+    ids=["made", "pruned", "gone", "grown", "group"],
+)
+def test_tensors_that_a_restart_could_not_load_are_told_at_the_first_save(
+    tmp_path, capsys, resize, said
+):
+    trained(tmp_path / "a", resized(resize), leave_at=10)
+    out = capsys.readouterr().out
+    assert out.count("warning") == 1 and said in out and "A restart that builds it as" in out
+    with pytest.raises(UsageError):
+        trained(tmp_path / "a", resized(resize))
 
 
 def test_an_attribute_that_comes_to_hold_another_generator_is_named(tmp_path, capsys):
