@@ -48,12 +48,20 @@ class Part:
         """Return a digest of the part's state."""
         return _digest(self.read())
 
-    def put_back(self, value: Any) -> None:
+    def reset(self, value: Any) -> None:
+        """Put the object that was the part back in its place, with a state that `read` returned."""
+        if self.owner is not None and getattr(self.owner, self.name, None) is not self.obj:
+            setattr(self.owner, self.name, self.obj)
+        if self.digest() != _digest(value):
+            self.put_back(value)
+
+    def put_back(self, value: Any, *, in_place: bool = True) -> None:
         """Set the part to a saved state, in place where possible.
 
-        Otherwise the attribute gets a new value made from the saved state. That is so if the two
-        are of different kinds: a sampler may create its generator only when it gives its first
-        order, so that a new process has None where the saved state is that of a generator.
+        Otherwise, and without `in_place`, the attribute gets a new value made from the saved state.
+        That is so if the two are of different kinds: a sampler may create its generator only when
+        it gives its first order, so that a new process has None where the saved state is that of a
+        generator.
 
         Raises:
             UsageError: A generator is of another kind than the saved one.
@@ -64,11 +72,11 @@ class Part:
             value = value.astype(obj.dtype) if value.shape == obj.shape else value
         if is_generator(obj) and (self.owner is None or generator_of(value) is not None):
             set_generator_state(self.name or "of order=", obj, value)
-        elif _is_alike(obj, value):
+        elif in_place and _is_alike(obj, value):
             with torch.no_grad():
                 obj[...] = value
-        elif type(obj) is list and isinstance(value, list):
-            obj[:] = value
+        elif in_place and type(obj) is list and isinstance(value, list):
+            obj[:] = _value(value)
         else:
             setattr(self.owner, self.name, _made(value))
 
@@ -91,6 +99,9 @@ def _made(value: Any) -> Any:
     return _value(value)
 
 
+Held = list[tuple[Part, Any]]
+
+
 class SamplerState:
     """Access to the state of a sampler or function. Each part of the state has a path.
 
@@ -111,12 +122,34 @@ class SamplerState:
         """Return a copy of each part of the state, by path."""
         return {part.path: part.read() for part in self.parts()}
 
+    def held(self) -> Held:
+        """Return each part with a copy of its state, for `reset` in the same process."""
+        return [(part, part.read()) for part in self.parts()]
+
+    def reset(self, held: Held) -> None:
+        """Undo what has changed since `held`: each part is the same object again, as it was.
+
+        What the sampler has put in its place meanwhile is not written to: that may be part of
+        another one, as an order that is one of several plans.
+        """
+        for part, value in held:
+            part.reset(value)
+
     def put_back(self, state: Mapping[str, Any]) -> list[str]:
         """Restore all parts that differ, in place where possible; return the paths now missing."""
         parts = {part.path: part for part in self.parts()}
-        for path, value in state.items():
-            if path in parts and parts[path].digest() != _digest(value):
+        given = {path: value for path, value in state.items() if path in parts}
+        wanted = {path: part.read() for path, part in parts.items()} | given
+        for path, value in given.items():
+            if parts[path].digest() != _digest(value):
                 parts[path].put_back(value)
+        # What shares memory with another part has now changed as well, or has changed it. It gets
+        # memory of its own.
+        for part in self.parts():
+            if part.path not in wanted or is_generator(part.obj):
+                continue
+            if part.digest() != _digest(wanted[part.path]):
+                part.put_back(wanted[part.path], in_place=False)
         return [path for path in state if path not in parts]
 
     def parts(self) -> Iterator[Part]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import sys
 from typing import Any
@@ -19,6 +20,7 @@ from torch.utils.data import (
     StackDataset,
     Subset,
     TensorDataset,
+    WeightedRandomSampler,
     default_collate,
 )
 from torch.utils.data.distributed import DistributedSampler
@@ -28,20 +30,21 @@ from harness.data import dataset_source, loading
 from harness.data.dataloader import adopt
 from harness.data.dataset_source import MapSource
 from harness.data.plan import Position
+from harness.data.sampler_state import SamplerState
 from harness.distributed.ranks import World
 from harness.errors import UsageError
 
 DATA = TensorDataset(torch.arange(40.0))
 
 
-def source_of(loader: DataLoader) -> MapSource:
+def source_of(loader: DataLoader, position=Position(), epochs=2, size=4) -> MapSource:  # noqa: B008
     """The source of a loop over the loader, begun."""
     adopted = adopt(loader)
     assert adopted is not None
     world = World(0, 1, torch.device("cpu"), 10)
-    source = dataset_source.source(adopted.dataset, world, 1, 4, 1, adopted.batching)
+    source = dataset_source.source(adopted.dataset, world, 1, size, 1, adopted.batching)
     assert isinstance(source, MapSource)
-    source.begin(Position(), None, print, by_epoch=False)
+    source.begin(position, None, print, by_epoch=False)
     return source
 
 
@@ -266,3 +269,44 @@ def test_a_dataset_that_draws_and_gives_other_samples_at_once_is_warned_of(tmp_p
 def test_nothing_is_said_where_batches_at_once_train_the_same(data, collate, tmp_path, capsys):
     begin(tmp_path, DataLoader(data, 4, collate_fn=collate))
     assert "__getitems__" not in capsys.readouterr().out
+
+
+class Shared(Sampler):
+    """A sampler one of whose attributes is a part of another one, and which gives the former."""
+
+    def __init__(self, plans):
+        self.order = plans[0]
+        self.plans = plans
+
+    def set_epoch(self, epoch):
+        self.order = self.plans[epoch]
+
+    def __len__(self):
+        return 3
+
+    def __iter__(self):
+        return iter(self.order)
+
+
+PLANS = [[0, 1, 2], [10, 11, 12], [20, 21, 22]]
+AS = {"lists": copy.deepcopy, "a tensor": torch.tensor, "an array": np.array}
+
+
+@pytest.mark.parametrize("kind", AS)
+def test_a_restored_order_is_not_written_into_what_it_is_a_part_of(kind):
+    sampler = Shared(AS[kind](PLANS))
+    state = SamplerState(lambda epoch: [], sampler, None)
+    assert state.put_back({"order": AS[kind]([7, 8, 9])}) == []
+    assert [int(number) for number in sampler.order] == [7, 8, 9] and [
+        [int(number) for number in plan] for plan in sampler.plans
+    ] == PLANS
+
+
+def test_restored_weights_are_still_those_of_the_program():
+    weights, sampler = torch.ones(40), WeightedRandomSampler([1.0] * 40, 40)
+    sampler.weights, sampler.first = weights, weights[:3]
+    state = SamplerState(lambda epoch: [], sampler, None)
+    state.put_back({"weights": torch.arange(40.0), "first": torch.arange(3.0)})
+    assert sampler.weights is weights and weights[39] == 39
+    weights[1] = 5
+    assert sampler.first[1] == 5
