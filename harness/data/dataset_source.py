@@ -55,12 +55,18 @@ class MapSource:
         self._size = len(self.dataset)
 
     def begin(
-        self, position: Position, before: Mapping[str, Any] | None, say: Say, *, by_epoch: bool
+        self,
+        position: Position,
+        epochs: int | None,
+        before: Mapping[str, Any] | None,
+        say: Say,
+        *,
+        by_epoch: bool,
     ) -> None:
         """Store the settings of the loop, restore a given order, and report its notice, if any."""
         self._by_epoch, self._say = by_epoch, say
         if isinstance(self.plan.order, GivenOrder) and (
-            note := self.plan.order.begin(self.plan.ordered, position.epoch, before)
+            note := self.plan.order.begin(self.plan.ordered, position.epoch, epochs, before)
         ):
             say(note)
 

@@ -36,7 +36,6 @@ CHEAP_S = 0.02  # an order that takes longer is stored, not computed again
 MOST_BYTES = 2 << 30
 # The numbers that are read of an order without a length; of large datasets, four times theirs.
 UNCOUNTED = 1 << 22
-ANOTHER_EPOCH = 7919
 KEPT = "kept"  # the kind of an order that the checkpoint stores
 
 
@@ -58,7 +57,11 @@ class GivenOrder:
         self._moves, self._is_costly = False, False
 
     def begin(
-        self, answer: Callable[[int], list[int]], epoch: int, before: Mapping[str, Any] | None
+        self,
+        answer: Callable[[int], list[int]],
+        epoch: int,
+        epochs: int | None,
+        before: Mapping[str, Any] | None,
     ) -> str:
         """Check that the order can be reproduced, and restore what a checkpoint holds of it.
 
@@ -68,6 +71,7 @@ class GivenOrder:
         Args:
             answer: A function that computes the order of an epoch.
             epoch: The epoch in which the run stands.
+            epochs: The number of epochs of the whole run; None if it is not limited.
             before: The data record of the checkpoint; None in a new run.
 
         Returns:
@@ -79,17 +83,27 @@ class GivenOrder:
         """
         self._as_built = self._state.digests()
         if hasattr(self._sampler, "set_epoch"):
-            state = self._state.read()
-            self._sampler.set_epoch(ANOTHER_EPOCH)
-            self._epoch_paths = {
-                path
-                for path, digest in self._state.digests().items()
-                if digest != self._as_built.get(path)
-            }
-            self._state.put_back(state)
-        if type(self._sampler) not in TORCHS and not self._is_costly:
+            self._epoch_paths = self._set_by_epoch(epoch + 1 if epochs is None else epochs - 1)
+        is_over = epochs is not None and epoch >= epochs  # then no order is needed any more
+        if type(self._sampler) not in TORCHS and not (self._is_costly or is_over):
             self._prove(answer, epoch)
         return "" if before is None else self._restore(before.get("order"))
+
+    def _set_by_epoch(self, epoch: int) -> set[str]:
+        """Return the paths of the parts that `set_epoch` changes, found by a call with that epoch.
+
+        A sampler may know only the epochs of the run, or those up to now. If it raises an error,
+        the answer is unknown, and the state that it sets is stored as any other.
+        """
+        held = self._state.held()
+        try:
+            self._sampler.set_epoch(epoch)
+            after = self._state.digests()
+        except Exception:  # noqa: BLE001 # user code
+            return set()
+        finally:
+            self._state.reset(held)
+        return {path for path, digest in after.items() if digest != self._as_built.get(path)}
 
     def _restore(self, saved: Mapping[str, Any] | None) -> str:
         """Restore what a checkpoint holds of the order; return a notice, as `begin` does."""
@@ -130,18 +144,18 @@ class GivenOrder:
         """Return the number of samples in an epoch."""
         if (known := self._known_length()) is not None:
             return known
-        state = self._state.read()
+        held = self._state.held()
         samples = answer(0)
-        self._state.put_back(state)
+        self._state.reset(held)
         return len(samples)
 
     def _prove(self, answer: Callable[[int], list[int]], epoch: int) -> None:
         """Raise UsageError if two answers for an epoch, from the same state, differ."""
-        state = self._state.read()
+        held = self._state.held()
         first = answer(epoch)
-        self._state.put_back(state)
+        self._state.reset(held)
         second = [] if self._is_costly else answer(epoch)
-        self._state.put_back(state)
+        self._state.reset(held)
         if first != second and not self._is_costly:
             raise UsageError(
                 "the order of samples cannot be found again after a restart",
@@ -250,10 +264,10 @@ class GivenOrder:
             return False
         if self._is_costly:
             return True
-        state = self._state.read()
+        held = self._state.held()
         try:
             return self._last is None or again(epoch) != list(self._last[1])
         except Exception:  # noqa: BLE001 # user code: on any error the order is stored
             return True
         finally:
-            self._state.put_back(state)
+            self._state.reset(held)

@@ -26,12 +26,19 @@ class Source(Protocol):
     is_own: bool  # whether the loop finds its data itself
 
     def begin(
-        self, position: Position, before: Mapping[str, Any] | None, say: Say, *, by_epoch: bool
+        self,
+        position: Position,
+        epochs: int | None,
+        before: Mapping[str, Any] | None,
+        say: Say,
+        *,
+        by_epoch: bool,
     ) -> None:
         """Prepare the source; called before the methods below.
 
         Args:
             position: The position of the run in its data.
+            epochs: The number of epochs of the whole run; None if it is not limited.
             before: The data record of the checkpoint; None in a new run.
             say: A function that shows a warning to the user.
             by_epoch: Whether the user's loop is one over epochs.
@@ -74,7 +81,13 @@ class InThisProcess:
     """Defaults for a source that reads its dataset, if any, in this process."""
 
     def begin(
-        self, position: Position, before: Mapping[str, Any] | None, say: Say, *, by_epoch: bool
+        self,
+        position: Position,
+        epochs: int | None,
+        before: Mapping[str, Any] | None,
+        say: Say,
+        *,
+        by_epoch: bool,
     ) -> None:
         """Do nothing."""
 
@@ -103,14 +116,21 @@ class CombinedSource:
     is_own = False
 
     def begin(
-        self, position: Position, before: Mapping[str, Any] | None, say: Say, *, by_epoch: bool
+        self,
+        position: Position,
+        epochs: int | None,
+        before: Mapping[str, Any] | None,
+        say: Say,
+        *,
+        by_epoch: bool,
     ) -> None:
         """Begin the main source at `position`, and every other source at its own position."""
-        self.main.begin(position, before, say, by_epoch=by_epoch)
+        self.main.begin(position, epochs, before, say, by_epoch=by_epoch)
         orders = (before or {}).get(ORDERS, {})
         for name, source in self.others.items():
             own = None if before is None else orders.get(name, {})
-            source.begin(self.positions.get(name, Position()), own, say, by_epoch=False)
+            at = self.positions.get(name, Position())
+            source.begin(at, None, own, say, by_epoch=False)
 
     def put_back(self) -> None:
         """Restore the state of the samplers of all sources once more."""

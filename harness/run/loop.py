@@ -86,6 +86,7 @@ class Loop:
         before = self._payload["data"] if self._payload else None
         self._work.source.begin(
             self._position,
+            self._work.epochs,
             before,
             lambda text: self.say(f"harness: warning: {text}"),
             by_epoch=by_epoch,

@@ -462,11 +462,11 @@ def test_an_order_is_kept_by_a_resumed_run_that_makes_no_step():
         source = both()
         epoch, sample = record["beside_at"]["more"]
         source.positions["more"] = Position(epoch, sample)
-        source.begin(Position(1, 4), record, print, by_epoch=False)
+        source.begin(Position(1, 4), 3, record, print, by_epoch=False)
         return source
 
     whole = both()
-    whole.begin(Position(), None, print, by_epoch=False)
+    whole.begin(Position(), 3, None, print, by_epoch=False)
     shares = whole.shares(Position(), 3)
     for _ in range(4):
         next(shares)

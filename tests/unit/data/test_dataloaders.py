@@ -44,7 +44,7 @@ def source_of(loader: DataLoader, position=Position(), epochs=2, size=4) -> MapS
     world = World(0, 1, torch.device("cpu"), 10)
     source = dataset_source.source(adopted.dataset, world, 1, size, 1, adopted.batching)
     assert isinstance(source, MapSource)
-    source.begin(position, None, print, by_epoch=False)
+    source.begin(position, epochs, None, print, by_epoch=False)
     return source
 
 
@@ -271,6 +271,44 @@ def test_nothing_is_said_where_batches_at_once_train_the_same(data, collate, tmp
     assert "__getitems__" not in capsys.readouterr().out
 
 
+class Planned(Sampler):
+    """A sampler with a plan for each of its epochs, and none for others."""
+
+    def __init__(self, epochs=3, says=len):
+        self.plans = [list(range(epoch, 40, 4)) for epoch in range(epochs)]
+        self.epoch, self.order, self.says = 0, self.plans[0], says
+
+    def set_epoch(self, epoch):
+        self.says([epoch])
+        self.epoch = epoch
+        self.order = self.plans[epoch]
+
+    def __len__(self):
+        return len(self.order)
+
+    def __iter__(self):
+        return iter(self.order)
+
+
+@pytest.mark.parametrize("epoch", [0, 2, 3], ids=["new", "in the last epoch", "finished"])
+def test_a_sampler_is_asked_for_no_epoch_beyond_the_last_one(epoch):
+    said: list[int] = []
+    loader = DataLoader(DATA, 4, sampler=Planned(says=said.extend))
+    source = source_of(loader, Position(epoch), epochs=3)
+    assert set(said) <= {0, 1, 2}
+    assert len(list(source.shares(Position(epoch), 3))) == 3 * (3 - epoch)
+    if epoch < 3:
+        next(source.shares(Position(epoch), 3))
+        assert not source.kept(Position(epoch, 4)), "set_epoch gives the order of an epoch again"
+
+
+def test_a_sampler_that_cannot_be_set_to_the_last_epoch_is_not_left_half_set():
+    sampler = Planned(epochs=1)
+    source = source_of(DataLoader(DATA, 4, sampler=sampler), Position(), epochs=3)
+    assert (sampler.epoch, sampler.order) == (0, sampler.plans[0])
+    assert numbers(source) == sampler.plans[0]
+
+
 class Shared(Sampler):
     """A sampler one of whose attributes is a part of another one, and which gives the former."""
 
@@ -290,6 +328,15 @@ class Shared(Sampler):
 
 PLANS = [[0, 1, 2], [10, 11, 12], [20, 21, 22]]
 AS = {"lists": copy.deepcopy, "a tensor": torch.tensor, "an array": np.array}
+
+
+@pytest.mark.parametrize("kind", AS)
+def test_trying_an_epoch_changes_nothing_that_a_sampler_shares_with_itself(kind):
+    sampler = Shared(AS[kind](PLANS))
+    before = vars(sampler).copy()
+    source = source_of(DataLoader(DATA, 3, sampler=sampler), epochs=3, size=3)
+    assert all(vars(sampler)[name] is value for name, value in before.items())
+    assert numbers(source, epochs=3) == [*PLANS[0], *PLANS[1], *PLANS[2]]
 
 
 @pytest.mark.parametrize("kind", AS)
