@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import copy
 import dataclasses
 import weakref
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import UserDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -311,17 +313,32 @@ def to_device(batch: Any, device: torch.device) -> Any:
     """Return the batch with every tensor in it copied to the device."""
     if device.type == "cpu":  # batches are on the CPU already
         return batch
-    if isinstance(batch, torch.Tensor):
-        return batch.to(device, non_blocking=True)
-    if isinstance(batch, PackedSequence):  # part of it stays on the CPU
+    if isinstance(batch, torch.Tensor | PackedSequence):  # part of the latter stays on the CPU
         return batch.to(device, non_blocking=True)  # type: ignore[arg-type]
-    if isinstance(batch, Mapping):
-        return {key: to_device(value, device) for key, value in batch.items()}
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(to_device(item, device) for item in batch))
+    moves = callable(getattr(batch, "to", None)) and not isinstance(batch, type)
+    if isinstance(batch, dict | UserDict) or (isinstance(batch, Mapping) and not moves):
+        return _as_before(batch, {key: to_device(value, device) for key, value in batch.items()})
     if isinstance(batch, list | tuple):
-        return type(batch)(to_device(item, device) for item in batch)
+        there = [to_device(item, device) for item in batch]
+        return type(batch)(*there) if hasattr(batch, "_fields") else type(batch)(there)
+    if moves:  # a batch of graphs, for example
+        for options in ({"non_blocking": True}, {}):
+            with contextlib.suppress(TypeError):  # it may not take this option, or no device
+                return batch.to(device, **options)
     return batch
+
+
+def _as_before(batch: Mapping[Any, Any], there: dict[Any, Any]) -> Mapping[Any, Any]:
+    """Return a mapping of the batch's kind, with its attributes, of what is on the device now."""
+    if type(batch) is dict:
+        return there
+    with contextlib.suppress(Exception):  # user code; PyTorch's pin_memory tries the same
+        if not isinstance(batch, MutableMapping):
+            return type(batch)(there)  # type: ignore[call-arg]
+        copied = copy.copy(batch)
+        copied.update(there)
+        return copied
+    return there
 
 
 def takes_epoch(dataset: Any) -> bool:

@@ -6,9 +6,10 @@ from __future__ import annotations
 import copy
 import itertools
 import random
-from collections import Counter
-from collections.abc import Callable
+from collections import Counter, OrderedDict, UserDict, defaultdict
+from collections.abc import Callable, MutableMapping
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -598,6 +599,92 @@ def test_batches_of_any_shape_are_moved_whole():
     (there,) = loading.to_device([packed], torch.device("meta"))
     places = [part.device.type for part in there]
     assert places == ["meta", "cpu", "meta", "meta"], "PyTorch wants batch_sizes on the CPU"
+
+
+class Encoding(UserDict):
+    """As a tokenizer's: a mapping with attributes and methods of its own."""
+
+    def __init__(self, data, encodings):
+        super().__init__(data)
+        self.encodings = encodings
+
+
+class Dense(MutableMapping):
+    """As a TensorDict: a mapping that has one device."""
+
+    def __init__(self, data, device="cpu"):
+        self.data, self.device = data, device
+
+    def __getitem__(self, key):
+        return self.data[key]
+
+    def __setitem__(self, key, value):
+        self.data[key] = value.to(self.device)
+
+    def __delitem__(self, key):
+        del self.data[key]
+
+    def __iter__(self):
+        return iter(self.data)
+
+    def __len__(self):
+        return len(self.data)
+
+    def to(self, device, non_blocking=False):
+        there = {key: value.to(device, non_blocking=non_blocking) for key, value in self.items()}
+        return Dense(there, device)
+
+
+class Graphs:
+    """As a batch of graphs, which is no container of torch's."""
+
+    def __init__(self, x):
+        self.x = x
+
+    def to(self, device):
+        return Graphs(self.x.to(device))
+
+
+class Fixed(OrderedDict):
+    """As a model's output, which cannot be updated."""
+
+    def update(self, *args, **kwargs):
+        raise RuntimeError("no update")
+
+
+class Quantity:
+    def to(self, unit):
+        raise TypeError("not a unit")
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        Encoding({"x": torch.ones(2)}, "words"),
+        Dense({"x": torch.ones(2)}),
+        defaultdict(lambda: torch.zeros(1), x=torch.ones(2)),
+        MappingProxyType({"x": torch.ones(2)}),
+    ],
+    ids=lambda batch: type(batch).__name__,
+)
+def test_a_batch_that_is_a_mapping_of_its_own_is_moved_as_what_it_is(batch):
+    moved = loading.to_device([batch], torch.device("meta"))[0]
+    assert type(moved) is type(batch) and moved["x"].device.type == "meta"
+    assert getattr(moved, "encodings", "words") == "words"
+    assert batch["x"].device.type == "cpu", "the dataset may hold it"
+
+
+def test_a_batch_that_can_be_moved_is():
+    moved = loading.to_device({"graphs": Graphs(torch.ones(2))}, torch.device("meta"))
+    assert isinstance(moved["graphs"], Graphs) and moved["graphs"].x.device.type == "meta"
+
+
+def test_what_cannot_be_moved_is_left_as_it_is():
+    quantity = Quantity()
+    batch = [Fixed(x=torch.ones(2)), quantity, Graphs, "text", None]
+    moved = loading.to_device(batch, torch.device("meta"))
+    assert moved[0]["x"].device.type == "meta", "at least what it holds"
+    assert moved[1:] == [quantity, Graphs, "text", None]
 
 
 @pytest.mark.filterwarnings("ignore:.*pin_memory")

@@ -327,7 +327,7 @@ class Shared(Sampler):
 
 
 PLANS = [[0, 1, 2], [10, 11, 12], [20, 21, 22]]
-AS = {"lists": copy.deepcopy, "a tensor": torch.tensor, "an array": np.array}
+AS: dict[str, Any] = {"lists": copy.deepcopy, "a tensor": torch.tensor, "an array": np.array}
 
 
 @pytest.mark.parametrize("kind", AS)
@@ -349,8 +349,14 @@ def test_a_restored_order_is_not_written_into_what_it_is_a_part_of(kind):
     ] == PLANS
 
 
+class Drawn(WeightedRandomSampler):
+    def __init__(self):
+        super().__init__([1.0] * 40, 40)
+        self.first = self.weights[:3]
+
+
 def test_restored_weights_are_still_those_of_the_program():
-    weights, sampler = torch.ones(40), WeightedRandomSampler([1.0] * 40, 40)
+    weights, sampler = torch.ones(40), Drawn()
     sampler.weights, sampler.first = weights, weights[:3]
     state = SamplerState(lambda epoch: [], sampler, None)
     state.put_back({"weights": torch.arange(40.0), "first": torch.arange(3.0)})
