@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Collection, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel
 
 from harness.distributed.wrappers import ddp_wrappers, unwrap, wrappers
 from harness.errors import UsageError
@@ -124,3 +127,56 @@ def no_buffer_sync(modules: list[object]) -> Iterator[None]:
     finally:
         for shell, value in zip(shells, before, strict=True):
             shell.require_forward_param_sync = value
+
+
+def keeps_alike(obj: Any, held: Collection[int]) -> bool:
+    """Return whether DDP keeps an object the same on all ranks, if it is let synchronise.
+
+    This holds for a module in DDP, and for an optimizer all of whose parameters are `held`: the ids
+    of the parameters in DDP modules.
+    """
+    inner = unwrap(obj)
+    if isinstance(inner, Optimizer):
+        return bool(held) and all(
+            id(parameter) in held for group in inner.param_groups for parameter in group["params"]
+        )
+    return any(isinstance(shell, DistributedDataParallel) for shell in wrappers(obj))
+
+
+def names_ignored(shell: DistributedDataParallel) -> set[str]:
+    """Return the names that a module in DDP is set to ignore.
+
+    DDP expects a dot before the names of parameters of the outermost module.
+    """
+    return {name.removeprefix(".") for name in shell.parameters_to_ignore}
+
+
+def parameters_of(obj: Any) -> Iterator[nn.Parameter]:
+    """Yield the parameters of the DDP modules in an object, without those that DDP ignores."""
+    for shell in ddp_wrappers(obj):
+        ignored = names_ignored(shell)
+        for path, parameter in shell.module.named_parameters():
+            if path not in ignored:
+                yield parameter
+
+
+def moments_of(obj: Any) -> Iterator[torch.Tensor]:
+    """Yield the tensors that an optimizer keeps for each parameter, in the order of these."""
+    inner = unwrap(obj)
+    for group in inner.param_groups if isinstance(inner, Optimizer) else ():
+        for parameter in group["params"]:
+            kept = inner.state.get(parameter)
+            for value in kept.values() if isinstance(kept, Mapping) else ():
+                if isinstance(value, torch.Tensor):
+                    yield value
+
+
+def copies_buffers(obj: Any) -> bool:
+    """Return whether an object is a weight average that copies a module's buffers at each update.
+
+    Such copies need not be kept, because DDP broadcasts the buffers again. Other averages that only
+    equal the module now (many begin as a copy) may differ from it after the next step.
+    """
+    return getattr(obj, "copies_buffers", False) is True or (
+        isinstance(obj, AveragedModel) and not obj.use_buffers
+    )

@@ -169,6 +169,7 @@ class KeptState:
         messages = resume_checks.restore_generators(
             payload, self._world, source, self._settings.seed, self._counter.step
         )
+        self._by_rank.begin(tracked)
         messages += self._more.begin(tracked, payload)
         self._awaits_update = not source.is_own
         self._dataset = getattr(getattr(source, "main", source), "dataset", None)

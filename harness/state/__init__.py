@@ -35,7 +35,8 @@ These entries are optional. Each exists only if there is something to keep:
       own                         one entry per rank, for the state that each rank has for itself:
                                   gradients and attributes, if they differ by rank; communication
                                   hooks; tracked generators; values, and their kinds, that differ
-                                  by rank
+                                  by rank; ddp: of modules in DDP that differ, whether the next
+                                  forward pass broadcasts buffers
       names                       the parameter names of each optimizer, group by group, if their
                                   order is not the order of the tracked modules
       kinds                       by path: the kind of each value, in the user's state or in a state

@@ -7,16 +7,20 @@ of its values, under `kinds`, unless all ranks have the same.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch.nn.parallel import DistributedDataParallel
+
 from harness import state
 from harness.distributed.ranks import World
+from harness.distributed.wrappers import ddp_wrappers
 from harness.tracking.payload import OfRank
 from harness.tracking.tensor_leaves import Leaves, Path, put_leaf
 
 STATE = "state"  # the key of `run.state` in a checkpoint
+SYNCS = "ddp"  # the key of `ForwardSyncs` in a rank's own entry
 KINDS = "kinds"  # the key of the kinds of values, in a checkpoint and in a rank's own entry
 
 
@@ -59,6 +63,40 @@ class OwnKinds:
 
     def restore(self, state: Any) -> None:
         """Do nothing: `give_own` has replaced the writer's kinds before any restore."""
+
+
+class ForwardSyncs:
+    """Whether the next forward pass of a DDP module broadcasts the writer's buffers.
+
+    It does not after a pass within `no_sync`, where each rank's own buffers are to go on. This is
+    kept for modules that differ by rank.
+    """
+
+    def __init__(self) -> None:
+        self._shells: dict[str, list[DistributedDataParallel]] = {}
+        self._kept: dict[str, list[bool]] = {}
+
+    def begin(self, tracked: Mapping[str, Any]) -> None:
+        """Find the DDP modules, by the keys of the objects that hold them."""
+        self._shells = {f"{name}_state_dict": ddp_wrappers(obj) for name, obj in tracked.items()}
+
+    def look(self, kept: Collection[str]) -> None:
+        """Take the present values for the objects that are kept for each rank."""
+        self._kept = {
+            key: [shell.require_forward_param_sync for shell in shells]
+            for key, shells in self._shells.items()
+            if shells and key in kept
+        }
+
+    def state(self) -> dict[str, list[bool]] | None:
+        """Return the values on this rank."""
+        return self._kept or None
+
+    def restore(self, state: Mapping[str, list[bool]] | None) -> None:
+        """Set the values again."""
+        for key, flags in (state or {}).items():
+            for shell, flag in zip(self._shells.get(key, []), flags, strict=False):
+                shell.require_forward_param_sync = flag
 
 
 def without_same_kinds(given: Sequence[OfRank]) -> None:

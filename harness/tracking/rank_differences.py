@@ -1,9 +1,11 @@
 """Find state that differs from rank to rank by comparing digests, and keep it for each rank.
 
 The modules in DistributedDataParallel, and optimizers with no other parameters than theirs, are the
-same on all ranks by construction, but for the parameters and buffers that it is set to ignore.
-Everything else that is tracked is compared in full at saves 1, 2, 4, 8 … of an attempt. The other
-saves compare small objects and `run.state`.
+same on all ranks by construction, but for the parameters and buffers that it is set to ignore. They
+are trusted, but a program may keep DDP from synchronising (`no_sync`, a hook that does not reduce,
+parameters that were frozen when it was made). So at saves 1, 2, 4, 8 … of an attempt some elements
+of each of their tensors are compared, and everything else that is tracked is compared in full. The
+other saves compare small objects and `run.state`.
 
 If an object differs, only its differing parts are kept for each rank. They are stored in `own`,
 under the object's name in the checkpoint (see `own_values`).
@@ -15,22 +17,39 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch.nn.parallel import DistributedDataParallel
-from torch.optim import Optimizer
-from torch.optim.swa_utils import AveragedModel
-
 from harness import state
-from harness.distributed import wrappers
+from harness.distributed import ddp, wrappers
 from harness.distributed.ranks import World
 from harness.state.capturing import state_of
 from harness.text import size
-from harness.tracking.own_values import KINDS, STATE, OwnKinds, OwnValues, without_same_kinds
+from harness.tracking.own_values import (
+    KINDS,
+    STATE,
+    SYNCS,
+    ForwardSyncs,
+    OwnKinds,
+    OwnValues,
+    without_same_kinds,
+)
 from harness.tracking.payload import OfRank, RankEntries
-from harness.tracking.tensor_leaves import Leaf, Leaves, Path, leaves_of, short_digest
+from harness.tracking.tensor_leaves import (
+    Leaf,
+    Leaves,
+    Path,
+    digest_of_samples,
+    leaves_of,
+    short_digest,
+)
 
 SMALL_BYTES = 1 << 20  # an object below this size is compared at each save
 SETTINGS = ((), ("param_groups",))  # where the paths of an optimizer's settings begin
 MOST_BYTES = 64 << 20  # limit per rank: a larger difference is not kept, a larger sum is reported
+
+UNWRAPPED = "Wrap it in DistributedDataParallel, or make it alike on all ranks."
+UNSYNCHRONISED = (
+    "DistributedDataParallel does not keep it alike (no_sync, a communication hook, parameters that"
+    " were frozen when it was made): save at steps at which it is alike on all ranks."
+)
 
 
 @dataclass(frozen=True)
@@ -59,12 +78,18 @@ class RankDifferences:
         self._kept: dict[str, OwnValues] = {}
         self._kinds = OwnKinds()
         own.add(KINDS, self._kinds)
+        self._syncs = ForwardSyncs()
+        own.add(SYNCS, self._syncs)
         self._passed: dict[str, set[Path]] = {}  # differences that are not kept
         self._structures: dict[str, bytes] = {}
         self._small: set[str] = set()
         self._saves, self._is_reported = 0, False
-        # Objects of DDP are trusted to be the same until settings of an optimizer differ.
-        self._trusts_ddp, self._trusted = True, set[str]()
+        # Objects of DDP are trusted to be the same until samples or an optimizer's settings differ.
+        self._trusts_ddp, self._trusted, self._of_ddp = True, set[str](), set[str]()
+
+    def begin(self, tracked: Mapping[str, Any]) -> None:
+        """Note the DDP modules, before each rank's own entry is restored."""
+        self._syncs.begin(tracked)
 
     def of_ranks(
         self, tracked: Mapping[str, Any], values: Mapping[str, Any], iterator: Any
@@ -112,13 +137,17 @@ class RankDifferences:
             for key, own in leaves.items()
             if in_full or key in self._small
         }
-        number = int.from_bytes(short_digest(repr(reports).encode())[:7], "big")
+        number = _number(short_digest(repr(reports).encode()))
         grown = not in_full and any(
             self._structures.get(key) != structures[key] for key in leaves if key not in reports
         )
-        greatest, least, again = self._world.agree([number, -number, int(grown)])
+        sampled = self._samples(tracked) if in_full else 0
+        greatest, least, again, most, fewest = self._world.agree(
+            [number, -number, int(grown), sampled, -sampled]
+        )
         self._structures |= structures
-        if again:
+        self._trusts_ddp = self._trusts_ddp and most == -fewest
+        if again or most != -fewest:
             self._look(tracked, values, in_full=True)
             return
         if greatest != -least and self._compare(tracked, reports, leaves):
@@ -127,6 +156,7 @@ class RankDifferences:
         for key, kept in self._kept.items():
             kept.look(leaves[key])
         self._kinds.look(self._kept, leaves)
+        self._syncs.look(self._kept)
 
     def _states(
         self, tracked: Mapping[str, Any], values: Mapping[str, Any], in_full: bool
@@ -137,17 +167,11 @@ class RankDifferences:
         ignores.
         """
         if in_full:
-            held = {
-                id(parameter)
-                for obj in tracked.values()
-                for shell in wrappers.ddp_wrappers(obj)
-                for path, parameter in shell.module.named_parameters()
-                if path not in _names_ignored(shell)
+            held = {id(part) for obj in tracked.values() for part in ddp.parameters_of(obj)}
+            self._of_ddp = {
+                f"{name}_state_dict" for name, obj in tracked.items() if ddp.keeps_alike(obj, held)
             }
-            alike = {name for name, obj in tracked.items() if _is_alike(obj, held)}
-            self._trusted = {
-                f"{name}_state_dict" for name in alike if self._trusts_ddp
-            } - self._kept.keys()
+            self._trusted = self._of_ddp - self._kept.keys() if self._trusts_ddp else set()
         states = {STATE: state.as_captured(STATE, dict(values))}
         for name, obj in tracked.items():
             key = f"{name}_state_dict"
@@ -160,6 +184,17 @@ class RankDifferences:
             elif in_full or key in self._small or key in self._kept:
                 states[key] = state.captured_object(name, obj)
         return states
+
+    def _samples(self, tracked: Mapping[str, Any]) -> int:
+        """Return a number for samples of all objects of DDP that are trusted."""
+        return _number(
+            digest_of_samples(
+                tensor
+                for name, obj in tracked.items()
+                if f"{name}_state_dict" in self._trusted
+                for tensor in (*ddp.parameters_of(obj), *ddp.moments_of(obj))
+            )
+        )
 
     def _report(self, key: str, structure: bytes, leaves: Mapping[Path, Leaf]) -> _Report:
         """Report on one object, without the leaves that are known to differ."""
@@ -191,7 +226,7 @@ class RankDifferences:
         for name in (
             name
             for name, obj in tracked.items()
-            if _copies_buffers(obj) and f"{name}_state_dict" in reports
+            if ddp.copies_buffers(obj) and f"{name}_state_dict" in reports
         ):
             report = reports[f"{name}_state_dict"]
             reports[f"{name}_state_dict"] = replace(
@@ -241,7 +276,7 @@ class RankDifferences:
                 f"and {size(size_bytes)} of it differ: only the writer's is saved, "
                 "and all ranks go on with that after a restart; "
                 f"each can keep {size(MOST_BYTES)}. "
-                "Wrap it in DistributedDataParallel, or make it alike on all ranks."
+                f"{UNSYNCHRONISED if key in self._of_ddp else UNWRAPPED}"
             )
 
     def _tell_of_big(self, given: list[OfRank]) -> None:
@@ -266,43 +301,14 @@ class RankDifferences:
                 )
 
 
-def _is_alike(obj: Any, held: set[int]) -> bool:
-    """Return whether an object is the same on all ranks by construction.
-
-    This holds for a module in DDP, and for an optimizer all of whose parameters are `held`: the ids
-    of the parameters in DDP modules.
-    """
-    inner = wrappers.unwrap(obj)
-    if isinstance(inner, Optimizer):
-        return bool(held) and all(
-            id(parameter) in held for group in inner.param_groups for parameter in group["params"]
-        )
-    return any(isinstance(shell, DistributedDataParallel) for shell in wrappers.wrappers(obj))
-
-
-def _names_ignored(shell: DistributedDataParallel) -> set[str]:
-    """Return the names that a module in DDP is set to ignore.
-
-    DDP expects a dot before the names of parameters of the outermost module.
-    """
-    return {name.removeprefix(".") for name in shell.parameters_to_ignore}
+def _number(digest: bytes) -> int:
+    return int.from_bytes(digest[:7], "big")
 
 
 def _ignored(obj: Any) -> dict[str, Any]:
     """Return what a module in DDP holds that DDP is set to ignore, as in its state dict."""
-    names = {name for shell in wrappers.ddp_wrappers(obj) for name in _names_ignored(shell)}
+    names = {name for shell in wrappers.ddp_wrappers(obj) for name in ddp.names_ignored(shell)}
     return {name: value for name, value in state_of(obj).items() if name in names} if names else {}
-
-
-def _copies_buffers(obj: Any) -> bool:
-    """Return whether an object is a weight average that copies a module's buffers at each update.
-
-    Such copies need not be kept, because DDP broadcasts the buffers again. Other averages that only
-    equal the module now (many begin as a copy) may differ from it after the next step.
-    """
-    return getattr(obj, "copies_buffers", False) is True or (
-        isinstance(obj, AveragedModel) and not obj.use_buffers
-    )
 
 
 def _is_small(leaves: Mapping[Path, Leaf]) -> bool:

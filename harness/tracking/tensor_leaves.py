@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import marshal
 import zlib
-from collections.abc import Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,12 +14,13 @@ import torch
 
 from harness.data.quantized import scale_of
 from harness.state.capturing import Captured
-from harness.state.kinds import PLAIN
+from harness.state.kinds import PLAIN, parts_of
 from harness.state.raw_bytes import raw
 
 Path = tuple[Any, ...]  # keys and indices, outermost first
 WORDS = 1 << 20  # 8-byte words that are summed at once
 SUMMED_FROM_BYTES = 4 << 10  # shorter content is compared as it is
+SAMPLED = 64  # elements of a tensor in a digest of samples
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,19 @@ def leaves_of(captured: Captured) -> Leaves:
 def digests_of(captured: Captured) -> dict[Path, bytes]:
     """Return a digest of each leaf of one object's state, the same on whatever device it lies."""
     return {path: Leaf(leaf.value()).digest() for path, leaf in leaves_of(captured).items()}
+
+
+@torch.no_grad()
+def digest_of_samples(tensors: Iterable[torch.Tensor]) -> bytes:
+    """Return a digest of some elements of each tensor, at some 10 us a tensor."""
+    by_kind = defaultdict[tuple[torch.device, torch.dtype], list[torch.Tensor]](list)
+    for part in (part for tensor in tensors for part in parts_of(tensor)):
+        if part.layout is torch.strided and (count := part.numel()) and not part.is_quantized:
+            # An odd stride, so that not all samples are of one column of a matrix.
+            spread = part.reshape(-1)[:: -(-count // SAMPLED) | 1]
+            by_kind[part.device, part.dtype].append(spread)
+    sampled = [torch.cat(of_kind).view(torch.uint8).cpu() for of_kind in by_kind.values()]
+    return short_digest(b"".join(samples.numpy().tobytes() for samples in sampled))
 
 
 def put_leaf(value: Any, path: Path, leaf: Any) -> Any:

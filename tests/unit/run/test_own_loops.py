@@ -353,7 +353,7 @@ def mixing(directory: Path, leave_at: int = 0, *, sets: bool = False) -> list[fl
         mixed.count += 100
         job.state["mixed"] += 100
         if sets:
-            data.level = epoch  # type: ignore[attr-defined]
+            vars(data)["level"] = epoch
         for (x,) in batches:
             seen.append(x.sum().item())
             update(model, optimizer, (x + torch.rand(1)).tanh())

@@ -337,6 +337,51 @@ def test_shared_weights_are_written_where_they_lie(tmp_path):
     assert lived.codes == [0, 0], lived.texts
 
 
+UNSYNCHRONISED = {
+    "local steps": """
+    with model.no_sync():
+        (model(x) - y).square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    if run.step % 4 == 0:
+        for parameter in model.parameters():
+            torch.distributed.all_reduce(parameter.data)
+            parameter.data /= 2
+    die(run)
+""",
+    "a hook that does not reduce": STEP,
+    "a body unfrozen late": STEP,
+}
+
+
+@pytest.mark.parametrize("how", UNSYNCHRONISED)
+def test_what_ddp_is_kept_from_synchronising_comes_back_to_each_rank(how, tmp_path):
+    setup = DDP
+    if how == "a hook that does not reduce":
+        setup += """
+from torch.distributed.algorithms.ddp_comm_hooks.debugging_hooks import noop_hook
+model.register_comm_hook(None, noop_hook)
+"""
+    if how == "a body unfrozen late":
+        frozen = """
+body = nn.Linear(8, 8).requires_grad_(False)
+model = nn.parallel.DistributedDataParallel(nn.Sequential(body, nn.Linear(8, 1)))
+body.requires_grad_(True)
+"""
+        setup = setup.replace("optimizer =", frozen + "optimizer =")
+    source = (
+        setup
+        + "run.track(model=model, optimizer=optimizer)"
+        + "\nfor x, y in run.batches(points(), 16, epochs=2):"
+        + UNSYNCHRONISED[how]
+        + "print('last:', sum(p.double().sum().item() for p in model.parameters()))\n"
+    )
+    outcome = killed_once(tmp_path, source, ranks=2)
+    assert outcome.is_equal, (outcome.rows, outcome.resumed.texts)
+    assert last(outcome.whole) == last(outcome.resumed)
+    assert "model is another one on each rank: each keeps its own" in outcome.whole.text
+
+
 PLATEAU = (
     DDP
     + """
