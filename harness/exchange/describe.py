@@ -216,7 +216,7 @@ def position(
         step: Number of updates given by the caller; it overrides the file.
 
     Returns:
-        The position, and a note ("" if there is none) on how a stored epoch was interpreted.
+        The position, and a note ("" if there is none) on how the counts were interpreted.
 
     Raises:
         UsageError: The number of updates cannot be determined, a stored count is no whole number,
@@ -225,6 +225,7 @@ def position(
     updates = _whole(parts, "step") if step is None else step
     if updates is None:
         updates = _updates(parts)
+    is_given = epoch is not None
     if epoch is None and (written := _whole(parts, "epoch")) is not None:
         epoch, note = _meant(written, updates, per_epoch, _schedule(parts))
     else:
@@ -242,7 +243,27 @@ def position(
             f"found: epoch {where.epoch}, step {where.step}",
             "Say: --epoch, --step.",
         )
-    return where, note
+    begun = "" if is_given or not per_epoch else _begun(where, per_epoch)
+    return where, "; ".join(filter(None, (note, begun)))
+
+
+def _begun(where: Where, per_epoch: int) -> str:
+    """Return a note if the updates are not those of the whole epochs before `where`, or ""."""
+    beyond = where.step - where.epoch * per_epoch
+    if beyond == 0:
+        return ""
+    another = "its epochs had another number of steps (another batch size, another dataset)"
+    if not 0 < beyond < per_epoch:
+        return (
+            f"step {where.step} is not after {where.epoch} epoch(s) of {per_epoch} steps: "
+            f"{another}, or the epoch is another: --epoch {where.step // per_epoch}"
+        )
+    return (
+        f"step {where.step} is {beyond} of {per_epoch} steps into epoch {where.epoch}: either the "
+        f"file was saved in mid-epoch, and the run goes through epoch {where.epoch} from its "
+        f"beginning, so that some samples are seen twice (to leave out the rest of it: --epoch "
+        f"{where.epoch + 1}), or {another}"
+    )
 
 
 def _meant(

@@ -597,6 +597,37 @@ def test_epoch_and_step_can_be_given(tmp_path: Path, done: Trained, command: Com
 
 
 @pytest.mark.parametrize(
+    ("counts", "options", "words"),
+    [
+        ({"epoch": 1, "global_step": 15}, (), ("5 of 10 steps into epoch 1", "--epoch 2")),
+        ({"epoch": 0, "global_step": 15}, (), ("5 of 10 steps into epoch 1", "goes on with 1")),
+        ({"global_step": 15}, (), ("5 of 10 steps into epoch 1", "another number of steps")),
+        ({}, ("--step", 15), ("5 of 10 steps into epoch 1",)),
+        ({"epoch": 4, "global_step": 20}, (), ("not after 4 epoch(s)", "--epoch 2")),
+        ({"epoch": 2, "global_step": 20}, (), ()),
+        ({"epoch": 1, "global_step": 20}, (), ("goes on with 2",)),
+        ({"epoch": 1, "global_step": 15}, ("--epoch", 1), ()),
+        ({"epoch": 2}, (), ()),
+    ],
+)
+def test_a_file_that_was_saved_in_mid_epoch_says_so(
+    counts: dict[str, int],
+    options: tuple[Any, ...],
+    words: tuple[str, ...],
+    tmp_path: Path,
+    done: Trained,
+    command: Command,
+) -> None:
+    file = tmp_path / "a.pt"
+    torch.save({"state_dict": done.model.state_dict(), **counts}, file)
+    answer = command("import", file, tmp_path / "run", *TASK, *options, "--dry-run")
+    assert answer.code == 0, answer.err
+    assert all(word in answer.out for word in words), answer.out
+    is_said = "steps into" in answer.out or "not after" in answer.out
+    assert is_said == any("steps into" in word or "not after" in word for word in words)
+
+
+@pytest.mark.parametrize(
     "options", [("--epoch", "-1"), ("--step", "-5"), ("--epoch", "two"), ("--step", "1.5")]
 )
 def test_a_wrong_epoch_or_step_is_refused(
