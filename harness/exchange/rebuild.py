@@ -48,9 +48,8 @@ def load_model(
     this package is called by the name in the settings. Any other task is called only if the caller
     names it (`task`) or trusts the file (`trust`). The random number generators are unchanged.
 
-    Beside the weights, what training changed of the module is set: plain attributes and buffers
-    that are not persistent. If the module is built with other values than it was then, these
-    stand, and a warning names them.
+    Plain attributes and non-persistent buffers that training changed are set too; if the module is
+    built with other values than it was then, these stand, and a warning names them.
 
     Args:
         source: Directory or URL of a run, or one of its checkpoints.
@@ -72,8 +71,7 @@ def load_model(
     """
     loaded = files.read_any(source, which)
     if into is not None:
-        into_name = module or "model"
-        _warn(fill({into_name: into}, loaded, ema=ema))
+        _warn(fill({module or "model": into}, loaded, ema=ema))
         return into.eval()
     settings = settings_of(loaded)
     if task is not None:

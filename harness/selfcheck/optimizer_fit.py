@@ -68,8 +68,8 @@ def _kept(optimizer: torch.optim.Optimizer, groups: list[Mapping[str, Any]]) -> 
         for mine, theirs in zip(twin.param_groups, groups, strict=True):
             mine.update({key: theirs[key] for key in mine if key in theirs and key != "params"})
             mine.update({key: way for key, way in WAYS.items() if key in mine})
-        for each in twins.values():
-            each.grad = torch.zeros_like(each)
+        for parameter in twins.values():
+            parameter.grad = torch.zeros_like(parameter)
         twin.step()
         return [set(twin.state.get(each, {})) for each in twins.values()]
     except FAILURES:
@@ -86,10 +86,7 @@ def matched(
 ) -> tuple[Mapping[str, Any], str]:
     """Return a saved state with its parameters in the order of the live optimizer, and a note.
 
-    If the file names them, they are matched by name. Else an optimizer has in each group the order
-    of a module: in the file that of the file's module, which may define its parts in another order.
-    A task's optimizer may deviate from its module, and the script may have done the same; then the
-    shapes decide.
+    If the file names them, they are matched by name, else by the order of the file's module.
 
     Args:
         name: Name of the optimizer.
@@ -104,20 +101,37 @@ def matched(
     Raises:
         UsageError: The order in the file cannot be told, or its groups are others.
     """
-    (mine, said), (here, there) = names, orders
+    mine, said = names
     if not are_known(mine):
         return saved, ""
-    if said is not None:
-        if [set(group) for group in mine] != [set(group) for group in said]:
-            raise UsageError(
-                f"{name} has its parameters in other groups than in {where}",
-                f"found: {_groups(mine)}; expected: {_groups(said)}",
-                f"Group them as in the file, or begin anew: --without {name}.",
-            )
-        note = "" if mine == said else f"{name}: its parameters are matched by their names"
-        return in_live_order(name, mine, said, saved, where), note
+    if said is None:
+        return _by_order(name, optimizer, saved, mine, orders, where)
+    if [set(group) for group in mine] != [set(group) for group in said]:
+        raise UsageError(
+            f"{name} has its parameters in other groups than in {where}",
+            f"found: {_groups(mine)}; expected: {_groups(said)}",
+            f"Group them as in the file, or begin anew: --without {name}.",
+        )
+    note = "" if mine == said else f"{name}: its parameters are matched by their names"
+    return in_live_order(name, mine, said, saved, where), note
+
+
+def _by_order(
+    name: str,
+    optimizer: torch.optim.Optimizer,
+    saved: Mapping[str, Any],
+    mine: Names,
+    orders: tuple[list[str], list[str]],
+    where: str,
+) -> tuple[Mapping[str, Any], str]:
+    """Match parameters that the file does not name, as `matched` does.
+
+    An optimizer has, in each group, the order of a module: in the file that of the file's module,
+    which may define its parts in another order. A task's optimizer may deviate from its module,
+    and the script may have done the same; then the shapes decide.
+    """
     sizes = [len(group["params"]) for group in saved["param_groups"]]
-    of_module, of_file = (_in_order(mine, order) for order in (here, there))
+    of_module, of_file = (_in_order(mine, order) for order in orders)
     if sizes != [len(group) for group in mine] or of_file is None or of_file == mine:
         return saved, ""
     other = in_live_order(name, mine, of_file, saved, where)
@@ -125,8 +139,8 @@ def matched(
     if fits and other_fits and mine != of_module:
         raise UsageError(
             f"which parameter of {name} each state in {where} is of cannot be told",
-            "found: parameters of the same shapes, which the file's module, the task's module and "
-            f"{name} have in three orders or in two",
+            f"found: parameters of equal shapes, and {name} has them in another order than the "
+            "task's module and the file's module",
             f"Give {name} the parameters in the module's order, as model.parameters() does, "
             f"save with named parameters, or begin anew: --without {name}.",
         )

@@ -139,6 +139,11 @@ def checkpoint(path: str, which: str | int = NEWEST) -> tuple[Store, Manifest]:
         store, catalog = everywhere(path)
         manifest = _chosen(store, catalog, which)
         return _holder(catalog, manifest), manifest
+    return _of_file(path, which)
+
+
+def _of_file(path: str, which: str | int) -> tuple[Store, Manifest]:
+    """Return the store and the manifest of one checkpoint's file (see `checkpoint`)."""
     if which != NEWEST:
         raise UsageError(
             f"{path} is one file: there is nothing to choose from",
