@@ -128,11 +128,14 @@ def _apart(parts: list[Part]) -> list[Part]:
 
     The part whose key is that name keeps it, and has a note on the others.
     """
+    keys: dict[tuple[str, str], list[str]] = {}
+    for part in parts:
+        keys.setdefault((part.kind, part.name), []).append(part.key)
     made = []
     for part in parts:
-        alike = [each.key for each in parts if (each.kind, each.name) == (part.kind, part.name)]
-        others = [key for key in alike if key != part.key]
-        if part.kind in (MODULE, OPTIMIZER, SCHEDULER, SCALER) and others:
+        alike = keys[part.kind, part.name]
+        if part.kind in (MODULE, OPTIMIZER, SCHEDULER, SCALER) and len(alike) > 1:
+            others = [key for key in alike if key != part.key]
             note = part.note
             if part.kind == MODULE and part.key == part.name:
                 chosen = f"taken by its key {part.key!r}, and not {', '.join(others)}"

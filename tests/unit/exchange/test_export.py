@@ -1312,6 +1312,19 @@ def test_what_training_changed_beside_the_weights_is_in_the_model(
         close(answers_of(loads(out)), wanted)
 
 
+def test_of_what_differs_by_rank_the_first_ranks_is_in_the_model(
+    runs: Runs, tmp_path: Path
+) -> None:
+    """Whose state dict it is too."""
+    payload = payload_of(runs("annealed"))
+    first = {"attributes": payload.pop("attributes")}
+    payload["own"] = [first, {"attributes": {"model": {"": {"tau": {"built": 1.0, "now": 9.0}}}}}]
+    torch.save(payload, tmp_path / "of two ranks.pt")
+    wanted = answers_of(left_by_training(runs("annealed")))
+    model = load_model(tmp_path / "of two ranks.pt", into=Annealed())
+    assert torch.equal(answers_of(model), wanted)
+
+
 def test_a_module_that_is_built_otherwise_keeps_its_own_and_is_told(
     runs: Runs, capsys: pytest.CaptureFixture[str]
 ) -> None:
