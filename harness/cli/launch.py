@@ -179,8 +179,8 @@ def _run_supervised(line: CommandLine, name: str) -> int:
     code, error = end.exit_code, end.error
     if code == EXIT_STOPPED:
         # The run's records show the stop. srun would treat any other exit code as a crash and end
-        # the other nodes.
-        return EXIT_FINISHED
+        # the other nodes. They do not show what became of a program after its loop.
+        return EXIT_STOPPED if _is_after_loop(line.settings) else EXIT_FINISHED
     if code == EXIT_FINISHED and _trained_nothing(line.settings, name):
         # Started again, the program would end in the same way.
         code = EXIT_USAGE
@@ -250,6 +250,17 @@ def _trained_nothing(settings: Config, name: str) -> bool:
     return not (
         is_ended or launches.attempts_of(catalog, name) or supervise.is_complete(catalog, settings)
     )
+
+
+def _is_after_loop(settings: Config) -> bool:
+    """Return whether a program of the user's own has finished its run; False if it is not known."""
+    if not settings.run.loop:
+        return False
+    try:
+        stores = [store.with_retry_limit(RECORD_S) for store in supervise.places(settings)]
+        return supervise.is_complete(read_catalog(*stores), settings)
+    except StorageError:
+        return False
 
 
 def _record(settings: Config, name: str, code: int, message: str) -> None:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import PurePath
 
 from harness import config
 from harness.checkpoint.catalog import Catalog, reaches, read_catalog
@@ -102,7 +103,8 @@ def before(settings: Config, name: str, *, submitted: bool = False) -> int:
 
     Returns:
         75 if the launch may begin; 0 if the run is finished; 1 after a crash loop; 130 if
-        `harness stop` has stopped it.
+        `harness stop` has stopped it. A finished run's own program begins nevertheless, unless this
+        supervisor has seen it end well.
 
     Raises:
         StorageError: A store cannot be read or written.
@@ -116,12 +118,19 @@ def before(settings: Config, name: str, *, submitted: bool = False) -> int:
     catalog.check_same_run()
     catalog.check_readable()
     known = launches.read(stores)
-    if catalog.head is not None and is_complete(catalog, settings):
-        where = catalog.copies(catalog.head)[0]
-        say(f"harness: the run in {where} is finished, {outcome(catalog).why}; nothing to do")
-        return EXIT_FINISHED
     supervisor = name.rpartition(".")[0]
-    for last in [launch for launch in known if launch.supervisor == supervisor][-1:]:
+    own = [launch for launch in known if launch.supervisor == supervisor]
+    is_over = is_complete(catalog, settings)
+    if catalog.head is not None and is_over:
+        finished = (
+            f"the run in {catalog.copies(catalog.head)[0]} is finished, {outcome(catalog).why}"
+        )
+        if not settings.run.loop or (own and own[-1].has_ended_well):
+            say(f"harness: {finished}; nothing to do")
+            return EXIT_FINISHED
+        # Only the program knows its length, and what stands after its loop.
+        say(f"harness: {finished}; {_name_of(settings)} is started, in case that it goes on")
+    for last in own[-1:]:
         # After `harness stop`, SLURM may have queued the job again before it could end itself.
         asked, _ = verdict(catalog, known, last.name)
         if asked.exit_code == EXIT_ASKED:
@@ -135,13 +144,18 @@ def before(settings: Config, name: str, *, submitted: bool = False) -> int:
         "failures": len(failed),
         "most_failures": most,
         "steps_back": len(failed) == most - 1 and _have_resumed(catalog, failed),
-    }
+    } | ({"loop": _name_of(settings)} if settings.run.loop else {})
     launches.begin(stores, name, catalog, **details)
-    if catalog.attempts:
+    if catalog.attempts and not is_over:
         step = catalog.head.step if catalog.head else 0
         message = f"resumes from step {step}"
         notify(settings.notify, "resumed", str(stores[0]), message, step=step, launch=name)
     return EXIT_STOPPED
+
+
+def _name_of(settings: Config) -> str:
+    """Return the name of the user's program."""
+    return PurePath(settings.run.loop[0]).name
 
 
 def _have_resumed(catalog: Catalog, failed: Sequence[Failure]) -> bool:
@@ -192,7 +206,9 @@ def after(settings: Config, name: str, code: int, *, stopped: bool) -> Outcome:
         catalog = read_catalog(*stores)
         is_over = code == EXIT_FINISHED and is_complete(catalog, settings)
         why, details = (
-            ("ended", {"code": code}) if is_over else _ended(catalog, name, code, stopped)
+            ("ended", {"code": code})
+            if is_over
+            else _ended(catalog, settings, name, code, stopped=stopped)
         )
         for store in stores:
             launches.end(store, name, why, **details)
@@ -222,13 +238,16 @@ def _notice(stands: Outcome, failed: Sequence[Failure]) -> str | None:
     }.get(stands.exit_code)
 
 
-def _ended(catalog: Catalog, name: str, code: int, stopped: bool) -> tuple[str, dict[str, object]]:
+def _ended(
+    catalog: Catalog, settings: Config, name: str, code: int, *, stopped: bool
+) -> tuple[str, dict[str, object]]:
     """Return how the launch ended, and the details for its record.
 
     Only the exit code is known here. The end records of attempts hold more.
 
     Args:
         catalog: Catalog of the run's stores.
+        settings: Settings of the run.
         name: Name of the launch.
         code: Exit code of the launch.
         stopped: Whether the launch was ended from outside.
@@ -239,12 +258,12 @@ def _ended(catalog: Catalog, name: str, code: int, stopped: bool) -> tuple[str, 
     # ended the launcher before any rank began to train.
     if stopped or (is_alone and code == EXIT_FINISHED):
         return "stopped", {"code": code}
-    if is_alone:
-        return "failed", {
-            "code": code,
-            "error": f"no rank began to train (exit code {code}); the log above says why",
-        }
-    return "ended", {"code": code}
+    if not is_alone:
+        return "ended", {"code": code}
+    # What the program does after its loop needs no attempt.
+    is_rest = settings.run.loop and is_complete(catalog, settings)
+    what = f"exit code {code}" if is_rest else f"no rank began to train (exit code {code})"
+    return "failed", {"code": code, "error": f"{what}; the log above says why"}
 
 
 def show(stands: Outcome, failed: Sequence[Failure]) -> None:

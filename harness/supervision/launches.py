@@ -66,6 +66,12 @@ class Launch:
         return int(self.name.rpartition(".")[2])
 
     @property
+    def has_ended_well(self) -> bool:
+        """Return whether all its processes have ended by themselves, with exit code 0."""
+        end = self.end or {}
+        return end.get("why") == "ended" and end.get("code") == 0
+
+    @property
     def greatest(self) -> int:
         """Return the number of the run's greatest attempt when the launch began."""
         return int(self.record.get("greatest", 0))

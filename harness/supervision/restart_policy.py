@@ -94,7 +94,12 @@ def deaths(catalog: Catalog, launches: Sequence[Launch], supervisor: str) -> lis
                         _failure(f"attempt {number}", end, launch.name, is_fruitless),
                     )
                 )
-        if not attempts and launch.end is not None and launch.end.get("why") == "failed":
+        has_died = bool(died) and died[-1][2].launch == launch.name
+        if launch.end is not None and (
+            _is_unfinished(catalog, launch) and not has_died
+            if attempts
+            else launch.end.get("why") == "failed"
+        ):
             is_fruitless = launch.record.get("reached", -1) >= catalog.reached
             died.append(
                 (
@@ -104,6 +109,44 @@ def deaths(catalog: Catalog, launches: Sequence[Launch], supervisor: str) -> lis
                 )
             )
     return [failure for _, _, failure in sorted(died, key=lambda item: item[:2])]
+
+
+def _is_unfinished(catalog: Catalog, launch: Launch) -> bool:
+    """Return whether a program of the user's own has not ended well, though the run is finished.
+
+    What stands after its loop (an evaluation, an export) belongs to it.
+    """
+    head, end = catalog.head, launch.end or {}
+    if not launch.record.get("loop") or head is None or head.final is None:
+        return False
+    attempts = attempts_of(catalog, launch.name)
+    return (not attempts or head.attempt in attempts) and (
+        end.get("why") in ("failed", "stopped") or bool(end.get("code"))
+    )
+
+
+def _rest(catalog: Catalog, launches: Sequence[Launch], launch: Launch) -> Outcome:
+    """Return what must follow a launch for which `_is_unfinished` is true."""
+    end, start = launch.end or {}, f"the run is finished, but {launch.record.get('loop')}"
+    if end.get("why") == "stopped":
+        why = f"{start} was ended from outside; a start runs it once more"
+        return Outcome("to be continued", why, EXIT_STOPPED)
+    error = end.get("error") or f"exit code {end.get('code')}"
+    return _counted(catalog, launches, launch, f"{start} failed: {error}")
+
+
+def _counted(catalog: Catalog, launches: Sequence[Launch], launch: Launch, error: str) -> Outcome:
+    """Return whether a launch that failed is followed by another one, by the number of failures."""
+    failed = failures(catalog, launches, launch.supervisor)
+    most = int(launch.record.get("most_failures", MOST_FAILURES))
+    if len(failed) >= most:
+        return Outcome("failed", crash_loop(failed), EXIT_FAILED)
+    count = (
+        f"{len(failed)} of {most} in a row without a new checkpoint"
+        if failed
+        else "after new checkpoints"
+    )
+    return Outcome("to be continued", f"failed ({count}): {error}", EXIT_STOPPED)
 
 
 def _end_of(catalog: Catalog, number: int, launch: Launch) -> dict[str, Any] | None:
@@ -212,16 +255,7 @@ def _ended(catalog: Catalog, launches: Sequence[Launch]) -> Outcome:
     error = str(end.get("error", "unknown error"))
     if launch is None or end.get("code") == EXIT_USAGE:
         return Outcome("failed", error, EXIT_FAILED)
-    failed = failures(catalog, launches, launch.supervisor)
-    most = int(launch.record.get("most_failures", MOST_FAILURES))
-    if len(failed) >= most:
-        return Outcome("failed", crash_loop(failed), EXIT_FAILED)
-    count = (
-        f"{len(failed)} of {most} in a row without a new checkpoint"
-        if failed
-        else "after new checkpoints"
-    )
-    return Outcome("to be continued", f"failed ({count}): {error}", EXIT_STOPPED)
+    return _counted(catalog, launches, launch, error)
 
 
 def _last(catalog: Catalog, launches: Sequence[Launch]) -> Launch | None:
@@ -279,23 +313,22 @@ def verdict(
     end = (catalog.ends.get(latest) if attempts else launch.end) or {}
     died = deaths(catalog, launches, launch.supervisor)
     failed = [death for death in died if death.launch == name]
-    if (
-        end.get("why") == "finished"
-        and (stands := outcome(catalog, launches)).exit_code == EXIT_FINISHED
-    ):
-        return stands, failed  # attempts that were claimed since, if any, were overtaken
-    if newest > latest or end.get("why") == "superseded":
+    whole = outcome(catalog, launches)
+    is_whole = whole.exit_code == EXIT_FINISHED
+    # Attempts that were claimed after the end of a finished run, if any, were overtaken.
+    if (newest > latest and not (end.get("why") == "finished" and is_whole)) or end.get(
+        "why"
+    ) == "superseded":
         return Outcome(
             "superseded", f"attempt {newest} has begun elsewhere, and goes on", EXIT_SUPERSEDED
         ), failed
     # A launch of a finished run is begun to extend it. If it ended before its first attempt, its
     # end counts, and not the checkpoint by which the run is finished.
-    wanted_more = not attempts and end.get("why") in (
-        "failed",
-        "stopped",
-    )
-    stands = _ended(catalog, launches) if wanted_more else outcome(catalog, launches)
-    if stands.exit_code == EXIT_FINISHED:
+    wanted_more = not attempts and end.get("why") in ("failed", "stopped")
+    stands = _ended(catalog, launches) if wanted_more else whole
+    if is_whole and _is_unfinished(catalog, launch):
+        stands, end = _rest(catalog, launches, launch), launch.end or {}
+    elif stands.exit_code == EXIT_FINISHED:
         return stands, failed
     if end.get("by") == ASKED:
         return Outcome("stopped", f"{describe_end(end)}; not started again", EXIT_ASKED), failed

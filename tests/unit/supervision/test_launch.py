@@ -467,6 +467,57 @@ def test_a_finished_run_is_not_started_again_where_the_directory_is_empty(tmp_pa
     assert not (tmp_path / "second").exists()
 
 
+LOOP = """
+import os, signal, sys, time
+from pathlib import Path
+import torch
+import harness
+
+run = harness.init(sys.argv[1], seed=1)
+model = torch.nn.Linear(8, 1)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+run.track(model=model, optimizer=optimizer)
+data = torch.utils.data.TensorDataset(torch.ones(160, 8))
+for (x,) in run.batches(data, 16, epochs=EPOCHS):
+    model(x).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+here = Path(__file__).parent
+with open(here / "after.txt", "a") as file:
+    file.write(f"{run.step}\\n")
+if (here / "kill").exists():
+    (here / "kill").unlink()
+    os.kill(os.getpid(), signal.SIGKILL)
+if (here / "wait").exists():
+    time.sleep(300)
+"""
+
+
+def test_a_program_goes_on_after_its_loop_whatever_is_killed_there_and_may_become_longer(
+    tmp_path: Path, started: Start
+) -> None:
+    program, after = tmp_path / "my_loop.py", tmp_path / "after.txt"
+    program.write_text(LOOP.replace("EPOCHS", "1"))
+    for name in ("kill", "wait"):
+        (tmp_path / name).touch()
+    command = launch(1, f"run.dir={tmp_path}/run", str(program), f"{tmp_path}/run")
+    process = started(command)
+    wait_until(
+        lambda: (after.exists() and after.read_text() == "10\n10\n") or process.poll() is not None,
+        "the second start's end of the loop",
+    )
+    code, text = interrupt(process, signal.SIGTERM)
+    assert code == 75 and "my_loop.py was ended from outside; a start" in text, text
+    assert "failed (after new checkpoints): the run is finished, but" in text, text
+    (tmp_path / "wait").unlink()
+    for epochs, steps in ((1, 10), (2, 20)):
+        program.write_text(LOOP.replace("EPOCHS", str(epochs)))
+        done = run(command)
+        assert done.returncode == 0 and "my_loop.py is started" in done.stdout, done.stderr
+        assert after.read_text().endswith(f"\n{steps}\n"), done.stdout
+    assert left_behind(tmp_path / "run") == []
+
+
 def test_a_task_that_exits_before_training_ends_as_a_failure(folder: Path) -> None:
     done = run(launch(1, *crashing(folder, "0-0-quit-99")), cwd=folder, limit_s=120)
     assert done.returncode == 78, done.stdout + done.stderr

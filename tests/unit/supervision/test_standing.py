@@ -376,6 +376,61 @@ def test_a_finished_run_stays_finished_whatever_its_processes_did_afterwards(sto
     assert job.end(code=134).verdict.exit_code == 0
 
 
+def test_a_program_that_fails_after_its_loop_is_started_again_and_given_up_in_the_end(store):
+    job = Job("100", store).begin(loop="my_loop.py")
+    job.attempt(10, why="finished", final=True)
+    state = job.end(code=137).verdict
+    assert (state.exit_code, state.why) == (
+        75,
+        "failed (after new checkpoints): the run is finished, but my_loop.py failed: exit code 137",
+    )
+    for code in (75, 75, 1):
+        job.begin(loop="my_loop.py").end("failed", code=1, error="my_loop.py failed")
+        assert job.verdict.exit_code == code
+    assert len(job.failures) == 3 and job.outcome.exit_code == 0, "the run itself is finished"
+
+
+def test_a_program_that_was_killed_before_its_end_was_recorded_counts_once(store):
+    job = Job("100", store).stops(5).begin(loop="my_loop.py", most_failures=2)
+    job.attempt(10, final=True)
+    assert job.end(code=137).verdict.exit_code == 75
+    job.begin(loop="my_loop.py", most_failures=2).end("failed", code=1, error="no")
+    assert (job.verdict.exit_code, len(job.failures)) == (75, 1)
+
+
+def test_a_program_that_is_ended_from_outside_after_its_loop_is_to_be_started(store):
+    job = Job("100", store)
+    for _ in range(4):
+        job.begin(loop="my_loop.py")
+        job.attempt(10, why="finished", final=True)
+        assert job.end("stopped", code=143).verdict.exit_code == 75
+    assert job.failures == []
+
+
+def test_what_no_restart_can_mend_after_a_loop_is_final_at_once(store):
+    job = Job("100", store).begin(loop="my_loop.py")
+    job.attempt(10, why="finished", final=True)
+    assert job.end("failed", code=78, error="no such thing").verdict.exit_code == 78
+
+
+def test_a_program_of_a_finished_run_is_started_until_this_supervisor_saw_it_end_well(run, harness):
+    job = Job("100", LocalStore(run)).begin(loop="my_loop.py")
+    job.attempt(10, why="finished", final=True)
+    job.end(code=0)
+    words = (f"run.dir={run}", 'run.loop=["my_loop.py"]')
+    code, said = harness("supervise", "before", *words, launch="100.1")
+    assert (code, "nothing to do" in said) == (0, True), "the same job, queued again"
+    code, said = harness("supervise", "before", *words, launch="101.0")
+    assert code == 75 and "finished, at step 10; my_loop.py is started" in said, (
+        "it may be longer now"
+    )
+    code, said = harness("supervise", "after", "--code", "1", *words, launch="101.0")
+    assert code == 75 and "the run is finished, but my_loop.py failed: exit code 1" in said
+    assert harness("supervise", "before", *words, launch="101.1")[0] == 75
+    assert harness("supervise", "after", "--code", "0", *words, launch="101.1")[0] == 0
+    assert harness("supervise", "before", *words, launch="101.2")[0] == 0
+
+
 def test_the_number_of_failures_in_a_row_is_what_the_run_was_told(store):
     job = Job("100", store)
     for most, code in ((5, 75), (5, 75), (5, 75), (5, 75), (5, 1)):
