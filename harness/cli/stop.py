@@ -1,7 +1,8 @@
 """Ask a running job to save and stop, through its store: for those who may not signal it.
 
 The job does both within seconds. Its supervisor does not start it again, because the stop was
-requested. `harness launch`, or submitting it again, resumes from that step.
+requested; one that was killed and waits in a queue ends when it begins. `harness launch`, or
+submitting it again, resumes from that step.
 
 example: harness stop runs/a
 """

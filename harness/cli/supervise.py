@@ -33,9 +33,11 @@ from harness.errors import (
     UsageError,
 )
 from harness.store import Store, open_store, redacted
-from harness.supervision import launches
+from harness.supervision import control_requests, launches
+from harness.supervision.launches import Launch
 from harness.supervision.notify import notify
 from harness.supervision.restart_policy import (
+    ASKED,
     EXIT_ASKED,
     Failure,
     Outcome,
@@ -119,9 +121,28 @@ def before(settings: Config, name: str, *, submitted: bool = False) -> int:
     catalog.check_readable()
     known = launches.read(stores)
     supervisor = name.rpartition(".")[0]
+    if (code := _code_without_launch(catalog, known, settings, supervisor)) is not None:
+        return code
+    failed, most = failures(catalog, known, supervisor), settings.run.max_failures
+    details = {
+        "failures": len(failed),
+        "most_failures": most,
+        "steps_back": len(failed) == most - 1 and _have_resumed(catalog, failed),
+    } | ({"loop": _name_of(settings)} if settings.run.loop else {})
+    launches.begin(stores, name, catalog, **details)
+    if catalog.attempts and not is_complete(catalog, settings):
+        step = catalog.head.step if catalog.head else 0
+        message = f"resumes from step {step}"
+        notify(settings.notify, "resumed", str(stores[0]), message, step=step, launch=name)
+    return EXIT_STOPPED
+
+
+def _code_without_launch(
+    catalog: Catalog, known: Sequence[Launch], settings: Config, supervisor: str
+) -> int | None:
+    """Return the exit code of a supervisor that needs no launch, after a line that says why."""
     own = [launch for launch in known if launch.supervisor == supervisor]
-    is_over = is_complete(catalog, settings)
-    if catalog.head is not None and is_over:
+    if catalog.head is not None and is_complete(catalog, settings):
         finished = (
             f"the run in {catalog.copies(catalog.head)[0]} is finished, {outcome(catalog).why}"
         )
@@ -130,27 +151,34 @@ def before(settings: Config, name: str, *, submitted: bool = False) -> int:
             return EXIT_FINISHED
         # Only the program knows its length, and what stands after its loop.
         say(f"harness: {finished}; {_name_of(settings)} is started, in case that it goes on")
-    for last in own[-1:]:
+    if own:
         # After `harness stop`, SLURM may have queued the job again before it could end itself.
-        asked, _ = verdict(catalog, known, last.name)
+        asked = _asked(catalog, supervisor) or verdict(catalog, known, own[-1].name)[0]
         if asked.exit_code == EXIT_ASKED:
             show(asked, [])
             return EXIT_ASKED
-    failed, most = failures(catalog, known, supervisor), settings.run.max_failures
-    if len(failed) >= most:
+    failed = failures(catalog, known, supervisor)
+    if len(failed) >= settings.run.max_failures:
         show(Outcome("failed", crash_loop(failed), EXIT_FAILED), failed)
         return EXIT_FAILED
-    details = {
-        "failures": len(failed),
-        "most_failures": most,
-        "steps_back": len(failed) == most - 1 and _have_resumed(catalog, failed),
-    } | ({"loop": _name_of(settings)} if settings.run.loop else {})
-    launches.begin(stores, name, catalog, **details)
-    if catalog.attempts and not is_over:
-        step = catalog.head.step if catalog.head else 0
-        message = f"resumes from step {step}"
-        notify(settings.notify, "resumed", str(stores[0]), message, step=step, launch=name)
-    return EXIT_STOPPED
+    return None
+
+
+def _asked(catalog: Catalog, supervisor: str) -> Outcome | None:
+    """Return the outcome if the newest attempt could not act on a request to stop any more.
+
+    It was killed, or ended for another reason. The request concerns this supervisor, if the attempt
+    was its own: a new one is started by somebody who wants the run to go on.
+    """
+    newest = max(catalog.attempts, default=0)
+    if str(catalog.attempts.get(newest, {}).get("launch")).rpartition(".")[0] != supervisor:
+        return None
+    if not any(
+        "stop" in control_requests.pending(store, newest).values() for store in catalog.stores
+    ):
+        return None
+    why = f"attempt {newest} was asked to by {ASKED}, and has ended without it; not started again"
+    return Outcome("stopped", why, EXIT_ASKED)
 
 
 def _name_of(settings: Config) -> str:

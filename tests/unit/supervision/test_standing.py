@@ -478,6 +478,26 @@ def test_who_was_asked_to_stop_by_a_person_is_not_started_again(stores):
     assert job.outcome.exit_code == 75, "it may go on, if somebody starts it"
 
 
+@pytest.mark.parametrize("end", [None, "failed"])
+def test_who_was_asked_to_stop_and_died_before_it_could_is_not_started_again(run, harness, end):
+    """The job has lost its node and waits in the queue."""
+    job = Job("100", LocalStore(run)).stops(10).begin()
+    job.attempt(20, why=end, error="no", step=21)
+    if end:  # it dies after it was asked
+        (run / "attempts" / "0002.end.json").rename(run / "later")
+    assert harness("save", run)[0] == 0
+    assert harness("supervise", "before", f"run.dir={run}", launch="100.2")[0] == 75
+    assert harness("stop", run)[0] == 0
+    if end:
+        (run / "later").rename(run / "attempts" / "0002.end.json")
+    for _ in range(2):
+        code, said = harness("supervise", "before", f"run.dir={run}", launch="100.2")
+        assert code == 130 and "attempt 2 was asked to by harness stop" in said, said
+    assert harness("supervise", "before", f"run.dir={run}", launch="101.0")[0] == 75, (
+        "somebody wants it to go on"
+    )
+
+
 def test_what_no_restart_can_mend_is_final_at_once(stores):
     job = Job("100", *stores).begin()
     job.attempt(why="failed", error="two objects are tracked as 'model'", code=78)
