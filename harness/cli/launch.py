@@ -180,7 +180,7 @@ def _run_supervised(line: CommandLine, name: str) -> int:
     if code == EXIT_STOPPED:
         # The run's records show the stop. srun would treat any other exit code as a crash and end
         # the other nodes. They do not show what became of a program after its loop.
-        return EXIT_STOPPED if _is_after_loop(line.settings) else EXIT_FINISHED
+        return EXIT_STOPPED if _is_after_loop(line.settings, name) else EXIT_FINISHED
     if code == EXIT_FINISHED and _trained_nothing(line.settings, name):
         # Started again, the program would end in the same way.
         code = EXIT_USAGE
@@ -208,7 +208,10 @@ def _run_once(line: CommandLine) -> int:
     if end.exit_code != EXIT_FINISHED:
         return end.exit_code
     # After a stop on request, torchrun also ends with 0; the run's records show the difference.
-    return outcome(read_catalog(*supervise.places(line.settings))).exit_code
+    catalog = read_catalog(*supervise.places(line.settings))
+    if supervise.is_complete(catalog, line.settings):
+        return EXIT_FINISHED
+    return outcome(catalog).exit_code
 
 
 def _run_torchrun(line: CommandLine) -> WorkersEnd:
@@ -248,17 +251,19 @@ def _trained_nothing(settings: Config, name: str) -> bool:
         return False
     is_ended = any(launch.name == name and launch.end is not None for launch in known)
     return not (
-        is_ended or launches.attempts_of(catalog, name) or supervise.is_complete(catalog, settings)
+        is_ended
+        or launches.attempts_of(catalog, name)
+        or supervise.found_complete(catalog, settings, name)
     )
 
 
-def _is_after_loop(settings: Config) -> bool:
+def _is_after_loop(settings: Config, name: str) -> bool:
     """Return whether a program of the user's own has finished its run; False if it is not known."""
     if not settings.run.loop:
         return False
     try:
         stores = [store.with_retry_limit(RECORD_S) for store in supervise.places(settings)]
-        return supervise.is_complete(read_catalog(*stores), settings)
+        return supervise.found_complete(read_catalog(*stores), settings, name)
     except StorageError:
         return False
 

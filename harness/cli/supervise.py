@@ -43,6 +43,7 @@ from harness.supervision.restart_policy import (
     Outcome,
     crash_loop,
     failures,
+    has_final,
     outcome,
     verdict,
 )
@@ -143,9 +144,8 @@ def _code_without_launch(
     """Return the exit code of a supervisor that needs no launch, after a line that says why."""
     own = [launch for launch in known if launch.supervisor == supervisor]
     if catalog.head is not None and is_complete(catalog, settings):
-        finished = (
-            f"the run in {catalog.copies(catalog.head)[0]} is finished, {outcome(catalog).why}"
-        )
+        where = catalog.copies(catalog.head)[0]
+        finished = f"the run in {where} is finished, at step {catalog.head.step}"
         if not settings.run.loop or (own and own[-1].has_ended_well):
             say(f"harness: {finished}; nothing to do")
             return EXIT_FINISHED
@@ -208,13 +208,26 @@ def _check_submitted(stores: Sequence[Store]) -> None:
 def is_complete(catalog: Catalog, settings: Config) -> bool:
     """Return whether the run is finished, and as long as these settings require.
 
-    A program of the user's own decides its length itself.
+    An attempt to extend it that has saved nothing changes nothing. A program of the user's own
+    decides its length itself: if it has begun to extend its run, it wants more.
     """
     head = catalog.head
-    if outcome(catalog).exit_code != EXIT_FINISHED or head is None or head.final is None:
+    if head is None or head.final is None or not has_final(catalog):
         return False
-    end = {"epochs": settings.train.epochs, "max_steps": settings.train.max_steps}
-    return bool(settings.run.loop) or reaches(head.final, end)
+    if settings.run.loop:
+        return outcome(catalog).exit_code == EXIT_FINISHED
+    return reaches(
+        head.final, {"epochs": settings.train.epochs, "max_steps": settings.train.max_steps}
+    )
+
+
+def found_complete(catalog: Catalog, settings: Config, name: str) -> bool:
+    """Return whether the run was complete for the processes of a launch that have all ended well.
+
+    An own program that has claimed no attempt did not want to extend its run.
+    """
+    is_idle = bool(settings.run.loop) and not launches.attempts_of(catalog, name)
+    return is_complete(catalog, settings) or (is_idle and has_final(catalog))
 
 
 def after(settings: Config, name: str, code: int, *, stopped: bool) -> Outcome:
@@ -232,7 +245,7 @@ def after(settings: Config, name: str, code: int, *, stopped: bool) -> Outcome:
     try:
         stores = [store.with_retry_limit(settings.store.wait_s) for store in places(settings)]
         catalog = read_catalog(*stores)
-        is_over = code == EXIT_FINISHED and is_complete(catalog, settings)
+        is_over = code == EXIT_FINISHED and found_complete(catalog, settings, name)
         why, details = (
             ("ended", {"code": code})
             if is_over
@@ -289,7 +302,7 @@ def _ended(
     if not is_alone:
         return "ended", {"code": code}
     # What the program does after its loop needs no attempt.
-    is_rest = settings.run.loop and is_complete(catalog, settings)
+    is_rest = settings.run.loop and found_complete(catalog, settings, name)
     what = f"exit code {code}" if is_rest else f"no rank began to train (exit code {code})"
     return "failed", {"code": code, "error": f"{what}; the log above says why"}
 

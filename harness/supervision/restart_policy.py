@@ -207,22 +207,31 @@ def outcome(catalog: Catalog, launches: Sequence[Launch] = ()) -> Outcome:
             "there is a history, but the data of every checkpoint is missing or cut short",
             EXIT_FAILED,
         )
-    # If there is a newer attempt, it extends the finished run.
-    if head is not None and head.final is not None and newest <= head.attempt:
-        if catalog.stores[-1] in catalog.whole_copies(head):
+    # If there is a newer attempt, it extends the finished run, unless a later launch found that
+    # there was nothing to do.
+    last = _last(catalog, launches)
+    is_enough = last is not None and last.has_ended_well and not attempts_of(catalog, last.name)
+    if head is not None and head.final is not None and (newest <= head.attempt or is_enough):
+        if has_final(catalog):
             return Outcome("finished", f"at step {head.step}", EXIT_FINISHED)
-        if head in whole:
-            return Outcome(
-                "to be continued",
-                f"the last checkpoint is not in {catalog.stores[-1]}; a start uploads it",
-                EXIT_STOPPED,
-            )
-        return Outcome(
-            "to be continued",
-            f"the last checkpoint's data is gone; a start resumes from step {whole[0].step}",
-            EXIT_STOPPED,
+        why = (
+            f"the last checkpoint is not in {catalog.stores[-1]}; a start uploads it"
+            if head in whole
+            else f"the last checkpoint's data is gone; a start resumes from step {whole[0].step}"
         )
+        return Outcome("to be continued", why, EXIT_STOPPED)
     return _ended(catalog, launches)
+
+
+def has_final(catalog: Catalog) -> bool:
+    """Return whether the last store has the final checkpoint whole, and it is the newest one."""
+    head = catalog.head
+    return (
+        head is not None
+        and head.final is not None
+        and catalog.unreadable_head is None
+        and catalog.stores[-1] in catalog.whole_copies(head)
+    )
 
 
 def _is_overtaken(catalog: Catalog, number: int) -> bool:

@@ -24,6 +24,8 @@ from harness import cli
 from harness.checkpoint import format as fmt
 from harness.checkpoint.catalog import read_catalog
 from harness.checkpoint.retention import Policy
+from harness.cli import supervise
+from harness.config import load
 from harness.saving.locations import hand_in
 from harness.store import LocalStore, Store, open_store
 from harness.supervision import attempt_history, launches
@@ -599,6 +601,42 @@ def test_a_finished_run_is_left_alone_and_a_longer_one_begins(run, harness):
         harness("supervise", "before", f"run.dir={run}", "train.epochs=31", launch="101.0")[0] == 75
     )
     assert (run / "launches" / "101.0.json").exists()
+
+
+def test_an_abandoned_extension_leaves_a_finished_run_finished(run, harness):
+    store = LocalStore(run)
+    job = Job("100", store).begin()
+    job.attempt(10, why="finished", final=True)
+    job.end(code=0)
+    longer = Job("101", store).begin()
+    longer.attempt()  # killed before its first save
+    longer.end(code=137)
+    before = tree(run)
+    code, said = harness("supervise", "before", f"run.dir={run}", launch="102.0")
+    assert (code, "is finished, at step 10; nothing to do" in said) == (0, True), said
+    assert tree(run) == before
+    assert (
+        harness("supervise", "before", f"run.dir={run}", "train.epochs=31", launch="101.1")[0] == 75
+    ), "the extension goes on"
+    # A program of the user's own has to be asked, and ends at once.
+    words = (f"run.dir={run}", 'run.loop=["my_loop.py"]')
+    assert harness("supervise", "before", *words, launch="103.0")[0] == 75
+    assert supervise.found_complete(read_catalog(store), load(None, [*words])[0], "103.0")
+    code, said = harness("supervise", "after", "--code", "0", *words, launch="103.0")
+    assert (code, "finished: at step 10" in said) == (0, True), said
+
+
+def test_a_stopped_extension_of_a_program_is_not_taken_for_its_end(run, harness):
+    job = Job("100", LocalStore(run)).begin(loop="my_loop.py")
+    job.attempt(10, why="finished", final=True)
+    job.end(code=0)
+    words = (f"run.dir={run}", 'run.loop=["my_loop.py"]')
+    assert harness("supervise", "before", *words, launch="101.0")[0] == 75
+    longer = Job("101", LocalStore(run))
+    longer.count = 1
+    longer.attempt(why="stopped", saved=True, step=11, signals=["SIGUSR1"])
+    assert harness("supervise", "after", "--code", "0", *words, launch="101.0")[0] == 75
+    assert harness("supervise", "before", *words, launch="101.1")[0] == 75
 
 
 def test_a_finished_run_that_a_store_lacks_is_begun_to_be_copied_there(run, harness):
