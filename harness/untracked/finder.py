@@ -100,7 +100,9 @@ class UntrackedFinder:
         self._unhook = register_optimizer_step_pre_hook(
             lambda optimizer, *_: self._stepped.update({id(optimizer): optimizer})
         ).remove
-        self._unwatch = on_untracked_update(tracked, lambda *update: self._updates.append(update))
+        self._unwatch = on_untracked_update(
+            tracked, lambda *update: self._updates.append(update), lambda: self._steps
+        )
         with self._harmless():
             own = self._ask()
             others = {id(obj) for obj in tracked.values()} - own

@@ -6,6 +6,7 @@ This is the state of optimizers and schedulers that nobody tracks, and of tracke
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -19,24 +20,36 @@ from harness.state.kinds import parts_of
 
 
 def on_untracked_update(
-    tracked: Mapping[str, Any], call: Callable[[torch.optim.Optimizer, str], None]
+    tracked: Mapping[str, Any],
+    call: Callable[[torch.optim.Optimizer, str], None],
+    step: Callable[[], int],
 ) -> Callable[[], None]:
     """Report each optimizer that makes updates and whose state no tracked object saves.
 
-    `call` gets the optimizer and the report as text. An optimizer that an attribute of a tracked
-    object holds is accepted only if the tracked state dicts contain its state, as it is after its
-    first step.
+    An optimizer that makes updates in only one step of the loop is not reported: it carries nothing
+    to the next one. The inner loop of meta-learning makes such an optimizer anew in each step. An
+    optimizer that an attribute of a tracked object holds is accepted only if the tracked state
+    dicts contain its state, as it is in the second of these steps.
+
+    Args:
+        tracked: the tracked objects, by name.
+        call: gets the optimizer and the report as text.
+        step: returns the number of the loop's present step.
 
     Returns:
         A function that ends the observation.
     """
     objects = {name: unwrap(obj) for name, obj in tracked.items()}
-    known = {id(obj) for obj in objects.values()}
+    # The step in which each optimizer was seen first; None if there is no more to find out.
+    known = weakref.WeakKeyDictionary[Any, int | None](
+        {obj: None for obj in objects.values() if isinstance(obj, torch.optim.Optimizer)}
+    )
 
     def look(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        if id(optimizer) in known:
+        first = known.setdefault(optimizer, step())
+        if first is None or first == step():
             return
-        known.add(id(optimizer))
+        known[optimizer] = None
         inside = next(
             (
                 name

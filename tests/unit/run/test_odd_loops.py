@@ -342,6 +342,37 @@ def test_an_optimizer_that_updates_and_is_not_tracked_is_told_of_once(how, tmp_p
     assert "warning" not in capsys.readouterr().out, "the loop is over"
 
 
+@pytest.mark.parametrize("is_held", [False, True])
+def test_an_optimizer_that_each_step_makes_anew_is_not_told_of(is_held, tmp_path, capsys):
+    """As the inner loop of meta-learning does, or the fit of a latent."""
+
+    class Fit:
+        """It holds the inner optimizer of the last step."""
+
+        inner: torch.optim.Optimizer | None = None
+
+        def state_dict(self):
+            return {"nothing": 0}
+
+        def load_state_dict(self, state):
+            pass
+
+    job, fit = harness.init(tmp_path), Fit() if is_held else None
+    step = simple(job, None, **({"fit": fit} if is_held else {}))
+    for (x,) in job.batches(points(), global_batch_size=8, epochs=1):
+        latent = nn.Parameter(torch.zeros(4))
+        inner = torch.optim.Adam([latent], lr=0.1)
+        for _ in range(3):
+            inner.zero_grad()
+            (x - latent).square().mean().backward()
+            inner.step()
+        if fit is not None:
+            fit.inner = inner
+        step(x + latent.detach())
+    said = capsys.readouterr().out
+    assert "Adam" not in said and "warning" not in said, said
+
+
 def test_only_what_was_measured_on_its_own_weights_makes_a_checkpoint_a_best_one(tmp_path):
     job = harness.init(
         tmp_path, save_every_s=None, save_every_steps=1, keep_last=2, keep_best=2, best="acc:max"

@@ -967,9 +967,14 @@ class Wraps(torch.optim.Optimizer):
 @pytest.mark.parametrize("shares", [False, True])
 def test_an_inner_optimizer_whose_momentum_nobody_keeps_is_told(shares):
     model = net(3, 3)
-    said: list[str] = []
+    said, steps = list[str](), [0]
     tracked = {"model": model, "optimizer": Wraps(list(model.parameters()), shares=shares)}
-    end = foreign_optimizers.on_untracked_update(tracked, lambda _, text: said.append(text))
+    end = foreign_optimizers.on_untracked_update(
+        tracked, lambda _, text: said.append(text), lambda: steps[0]
+    )
+    stepped(model, tracked["optimizer"])
+    assert said == []
+    steps[0] += 1
     stepped(model, tracked["optimizer"])
     end()
     expected = [
