@@ -6,6 +6,7 @@ imports.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import hashlib
 import sys
@@ -154,10 +155,8 @@ def _text(value: Any, written: Any) -> Any:
 
 def _unread(text: str) -> Any:
     """Return what a YAML text holds with every value as text; None if it is not YAML."""
-    try:
+    with contextlib.suppress(yaml.YAMLError):
         return yaml.load(text, Loader=yaml.BaseLoader)
-    except yaml.YAMLError:
-        return None
 
 
 def _renamed(settings: list[tuple[str, Any, str]]) -> list[tuple[str, Any, str]]:

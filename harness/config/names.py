@@ -7,8 +7,7 @@ from typing import Any
 
 from harness.config.schema import WHOLE
 
-# Beside the stored settings: digests of the values that interpolations have, by setting. The values
-# themselves may be secret.
+# Beside the stored settings: digests of the values of interpolations, which may be secret.
 RESOLVED = "digests of interpolations"
 ARGUMENTS = "task.args."  # what the names of the task's arguments begin with
 # Earlier names of settings, for ever in the settings that a checkpoint holds.

@@ -53,7 +53,13 @@ class StreamSource(InThisProcess):
         self._collating = Randomness({"collate_fn": self.collate}, self.seeds_held)
 
     def begin(
-        self, position: Position, before: Mapping[str, Any] | None, say: Say, *, by_epoch: bool
+        self,
+        position: Position,
+        epochs: int | None,
+        before: Mapping[str, Any] | None,
+        say: Say,
+        *,
+        by_epoch: bool,
     ) -> None:
         """Store whether the user's loop is one over epochs."""
         self._by_epoch = by_epoch

@@ -142,11 +142,7 @@ class DataSharding:
 
         Collective: every rank must call it.
 
-        Args:
-            settings: How the dataset is loaded.
-            global_batch_size: As in `deal`; for a DataLoader too.
-            seed: As in `deal`.
-            before: As in `deal`.
+        The arguments are as in `deal`; the batch size is that of a DataLoader too.
 
         Raises:
             UsageError: A run could not resume exactly with this dataset or this batch size.

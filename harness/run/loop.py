@@ -66,11 +66,7 @@ class Loop:
             self._console.say(text)
 
     def _take_up(self, payload: dict[str, Any]) -> None:
-        """Check the config against the checkpoint's; restore all but tracked objects from it.
-
-        Raises:
-            UsageError: A changed setting would alter the training and is not accepted.
-        """
+        """Check the config against the checkpoint's; restore all but tracked objects from it."""
         self._kept_state.check_config(payload)
         self.state = self._kept_state.restored_values(payload)
         self._counter.resume_at(payload["step"])

@@ -31,13 +31,8 @@ def on_untracked_update(
     optimizer that an attribute of a tracked object holds is accepted only if the tracked state
     dicts contain its state, as it is in the second of these steps.
 
-    Args:
-        tracked: the tracked objects, by name.
-        call: gets the optimizer and the report as text.
-        step: returns the number of the loop's present step.
-
-    Returns:
-        A function that ends the observation.
+    `call` gets the optimizer and the report as text; `step` returns the number of the loop's
+    present step. The function that is returned ends the observation.
     """
     objects = {name: unwrap(obj) for name, obj in tracked.items()}
     # The step in which each optimizer was seen first; None if there is no more to find out.
