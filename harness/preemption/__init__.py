@@ -81,12 +81,8 @@ def over(run: int, *, has_acted: bool = False) -> None:
         return
     with contextlib.suppress(ValueError):  # not in the main thread; `_pass_on` does the same later
         for number, action in _before.items():
-            # SIGINT keeps its handler: people and launchers send it twice.
-            if (
-                number != signal.SIGINT
-                and signal.getsignal(number) is handle
-                and action is not None
-            ):
+            is_ours = action is not None and signal.getsignal(number) is handle
+            if is_ours and number != signal.SIGINT:  # people and launchers send that one twice
                 signal.signal(number, action)
 
 

@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from harness.state import Captured
     from harness.tracking.payload import OfRank
 
-TOO_LATE = "came too late to stop it: send it again to end the program"
-
 
 class Loop:
     """The state of a run's loop on one rank, and what happens between two steps of the user's."""
@@ -242,9 +240,7 @@ class Loop:
             )
         self._checkpointer.end("finished", preemption.requested, step=self.step)
         self.finished = True
-        late = preemption.requested() or ""
-        note = f"; {late} {TOO_LATE}" if late.startswith("SIG") else ""
-        self.say(f"harness: finished at step {self.step}{note}")
+        self.say(f"harness: finished at step {self.step}{self._stop_agreement.too_late()}")
         # All ranks leave together: the writer may host the store that the others still read from.
         self.world.agree([0])
 

@@ -216,6 +216,9 @@ class StopAgreement(Protocol):
     def agree(self, step: int, end_step: int | None) -> tuple[bool, bool, bool]:
         """Return whether the ranks communicated, whether all stop, whether all save. Collective."""
 
+    def too_late(self) -> str:
+        """Return an addition to the message of the run's end, if a signal came too late for it."""
+
     def stop(self, step: int, save: Callable[[], bool], say: Callable[[str], None]) -> None:
         """Save if there is time, and leave. Collective."""
 

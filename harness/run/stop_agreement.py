@@ -209,6 +209,12 @@ class StopAgreement:
         outcome = "everything saved" if step else "before there was anything to save"
         self.leave(f"stopped by {by} at step {step}, {outcome}; start again to go on", say)
 
+    def too_late(self) -> str:
+        """Return an addition to the message of the run's end, if a signal came too late for it."""
+        late = preemption.requested() or ""
+        text = f"; {late} came too late to stop it: send it again to end the program"
+        return text if late.startswith("SIG") else ""
+
     def leave(self, message: str, say: Callable[[str], None]) -> None:
         """Leave: raise SystemExit(0) on all ranks. Collective: every rank must call it."""
         say(f"harness: {message}")

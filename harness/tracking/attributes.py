@@ -254,13 +254,15 @@ class Attributes:
         for name, obj in self._tracked.items():
             if self.misfits.get(name):
                 continue
-            changed = []
+            layout, changed = self._layouts.get(name, {}), []
             for path, part in _laid_out(obj, self._listed[name]):
+                if path not in layout:
+                    continue
                 held = buffers.held_by(part)
                 if is_thorough or held != self._tensors.get(id(part)):
                     changed.append((path, part))
                     self._tensors[id(part)] = held
-            found = buffers.misfits(self._layouts.get(name, {}), changed)
+            found = buffers.misfits(layout, changed)
             self.misfits[name] = {
                 key: how for key, how in found.items() if not f"{name}.{key}".startswith(told)
             }

@@ -31,8 +31,13 @@ def on_untracked_update(
     optimizer that an attribute of a tracked object holds is accepted only if the tracked state
     dicts contain its state, as it is in the second of these steps.
 
-    `call` gets the optimizer and the report as text; `step` returns the number of the loop's
-    present step. The function that is returned ends the observation.
+    Args:
+        tracked: the tracked objects, by name.
+        call: gets the optimizer and the report as text.
+        step: returns the number of the loop's present step.
+
+    Returns:
+        A function that ends the observation.
     """
     objects = {name: unwrap(obj) for name, obj in tracked.items()}
     # The step in which each optimizer was seen first; None if there is no more to find out.
@@ -45,14 +50,7 @@ def on_untracked_update(
         if first is None or first == step():
             return
         known[optimizer] = None
-        inside = next(
-            (
-                name
-                for name, obj in objects.items()
-                if any(part is optimizer for part in parts_in(obj))
-            ),
-            None,
-        )
+        inside = _holder_of(optimizer, objects)
         if inside is None:
             call(optimizer, f"({type(optimizer).__name__}) that is not tracked makes updates")
             return
@@ -69,6 +67,14 @@ def on_untracked_update(
         hook = optimizer.register_step_post_hook(after)
 
     return register_optimizer_step_pre_hook(look).remove
+
+
+def _holder_of(optimizer: Any, objects: Mapping[str, Any]) -> str | None:
+    """Return the name of the object that holds an optimizer in an attribute; None if none does."""
+    holders = (
+        name for name, obj in objects.items() if any(part is optimizer for part in parts_in(obj))
+    )
+    return next(holders, None)
 
 
 def parts_in(obj: Any) -> Iterator[Any]:
