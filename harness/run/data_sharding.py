@@ -173,8 +173,7 @@ class DataSharding:
 
         def described() -> Described:
             asked, unlike = source.asked(partial(_examined, seeds_held=seeds_held))
-            data = about(asked=asked)
-            notes = _notes(dataset, data, asked[1], seeds_held=seeds_held)
+            notes = _notes(dataset, data := about(asked=asked), asked[1], seeds_held=seeds_held)
             return Described(data, notes + _by_number(dataset, *unlike, is_new=before is None))
 
         return Dealt(source, global_batch_size, cache(described))
