@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import functools
 import hashlib
 import itertools
@@ -122,14 +123,14 @@ def _with_hidden(values: Mapping[str, Any], held: Collection[int]) -> Iterator[t
         if id(value) in seen:
             continue
         seen.add(id(value))
-        if isinstance(value, nn.Module):
-            yield f"{path}.training", str([part.training for part in value.modules()])
-            inside = list(itertools.islice(_of_hidden(value, seen), left))
-            yield from ((path + name, item) for name, item in inside)
-        elif isinstance(value, dict | list | tuple | collections.deque) or is_of_program(value):
-            inside = list(itertools.islice(parts(value), left))
-        else:
-            continue
+        inside = list[tuple[str, Any]]()
+        with contextlib.suppress(Exception):  # a class of the program may raise at any question
+            if isinstance(value, nn.Module):
+                inside = list(itertools.islice(_of_hidden(value, seen), left))
+                modes = str([part.training for part in value.modules()])
+                yield from ((path + name, item) for name, item in (*inside, (".training", modes)))
+            elif isinstance(value, dict | list | tuple | collections.deque) or is_of_program(value):
+                inside = list(itertools.islice(parts(value), left))
         left -= len(inside)
         if depth < DEPTH:
             waiting.extend((path + name, item, depth + 1) for name, item in inside)
