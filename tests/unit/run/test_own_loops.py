@@ -771,9 +771,10 @@ def test_launch_starts_a_loop_of_ones_own_with_its_arguments_and_again_after_a_c
         "that is how it looks from here"
     )
     again = run(harness_command(*words), cwd=folder)
-    assert (
-        again.returncode == 0 and "is finished" in again.stdout and "arguments" not in again.stdout
-    ), again.stdout
+    # It is asked again whether it is longer now, and says that it is not.
+    assert again.returncode == 0 and "is finished" in again.stdout, again.stdout
+    assert "arguments" in again.stdout and "nothing to do" in again.stdout, again.stdout
+    assert not (folder / "runs/a/attempts/0003.json").exists()
 
 
 def test_launch_refuses_to_watch_over_another_run_than_the_loops_own(program: Write) -> None:
