@@ -119,7 +119,7 @@ SBATCH_OPTIONS = Rule(
 )
 SLURM_TIME = matching(
     r"\d+-\d+(:\d+){0,2}|\d+(:\d+){1,2}",
-    "'hours:minutes:seconds', in quotes, or YAML makes a number of it",
+    "hours:minutes:seconds, or days-hours",
 )
 RENAMES = Rule(
     lambda v: all(map(_is_pattern, v)),

@@ -445,15 +445,15 @@ def test_what_follows_drill_is_no_option_of_it_unless_it_is_one(place, submit, b
     assert code == 0 and " --steps 9 --faults 2 " in said, said
 
 
-def test_a_time_that_yaml_has_made_a_number_of_is_refused_in_words(place, submit):
+def test_a_time_that_yaml_would_make_a_number_of_is_taken_as_it_is_written(place, submit):
+    code, said = submit("--dry-run", "slurm.time=half a day")
+    assert code == 78 and "slurm.time" in said and "hours:minutes:seconds" in said
     (place / "c.yaml").write_text("slurm:\n  time: 12:00:00\n")
-    for arguments in (["--config", "c.yaml"], ["slurm.time=12:00:00"]):
-        code, said = submit("--dry-run", *arguments)
-        assert code == 78
-        assert "slurm.time" in said and "quotes" in said and "Traceback" not in said
-    (place / "c.yaml").write_text("slurm:\n  time: '12:00:00'\n")
+    (place / "quoted.yaml").write_text("slurm:\n  time: '12:00:00'\n")
     for arguments in (
         ["--config", "c.yaml"],
+        ["--config", "quoted.yaml"],
+        ["slurm.time=12:00:00"],
         ["slurm.time='12:00:00'"],
         ["--time", "12:00:00"],
         ["--config", "c.yaml", "--time", "1-0"],
