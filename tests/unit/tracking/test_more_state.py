@@ -130,6 +130,15 @@ def goes_on(tmp_path: Path, make, steps: tuple[int, ...], **options) -> None:
         assert equal(tmp_path / "whole", tmp_path / f"{how}{step}") == [], (how, step)
 
 
+def warnings_in(text: str) -> list[str]:
+    """The warnings, without one about this process, which holds more than a program does."""
+    return [
+        line
+        for line in text.splitlines()
+        if "warning" in line and "holds more objects than are searched" not in line
+    ]
+
+
 def accumulating(run: harness.Run):
     model = nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 1))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
@@ -802,7 +811,8 @@ def test_tensors_that_a_restart_could_not_load_are_told_at_the_first_save(
 ):
     trained(tmp_path / "a", resized(resize), leave_at=10)
     out = capsys.readouterr().out
-    assert out.count("warning") == 1 and said in out and "A restart that builds it as" in out
+    (warning,) = warnings_in(out)
+    assert said in warning and "A restart that builds it as" in out
     with pytest.raises(UsageError):
         trained(tmp_path / "a", resized(resize))
 
@@ -901,7 +911,7 @@ def growing(each: int, at_step=lambda _model, _step: None):
 
 def test_a_list_that_grows_beyond_what_is_looked_into_as_built_is_kept(tmp_path, capsys):
     goes_on(tmp_path, growing(700), (4, 7))
-    assert "warning" not in capsys.readouterr().out
+    assert warnings_in(capsys.readouterr().out) == []
     kept = payloads(tmp_path / "whole")[9]["attributes"]["model"][""]
     assert len(kept["history"]["now"]) == len(kept["late"]["now"]) == 6300
     assert kept.keys() == {"history", "late"}
