@@ -53,6 +53,7 @@ from harness.text import say
 
 if TYPE_CHECKING:
     from harness.distributed.torchrun import WorkersEnd
+    from harness.store import Store
 
 # Interval between two looks at the child process; retry limit for recording a failure.
 LOOK_S, RECORD_S = 0.1, 10.0
@@ -238,6 +239,11 @@ def _program(line: CommandLine) -> list[str]:
     return [str(check_loop(run.loop)), *run.loop[1:]]
 
 
+def _stores_for_records(settings: Config) -> list[Store]:
+    """Return the run's stores, with the retry limit of the records at the end of a launch."""
+    return [store.with_retry_limit(RECORD_S) for store in supervise.places(settings)]
+
+
 def _trained_nothing(settings: Config, name: str) -> bool:
     """Return whether the stores show no trace of training in a launch that ended well.
 
@@ -245,7 +251,7 @@ def _trained_nothing(settings: Config, name: str) -> bool:
     Returns False if a store cannot be read.
     """
     try:
-        stores = [store.with_retry_limit(RECORD_S) for store in supervise.places(settings)]
+        stores = _stores_for_records(settings)
         catalog, known = read_catalog(*stores), launches.read(stores)
     except StorageError:
         return False
@@ -262,7 +268,7 @@ def _is_after_loop(settings: Config, name: str) -> bool:
     if not settings.run.loop:
         return False
     try:
-        stores = [store.with_retry_limit(RECORD_S) for store in supervise.places(settings)]
+        stores = _stores_for_records(settings)
         return supervise.found_complete(read_catalog(*stores), settings, name)
     except StorageError:
         return False

@@ -10,19 +10,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from harness.config.names import flatten, nested
 from harness.config.schema import Config
 from harness.config.table import arguments, help_text
 
 __all__ = [
     "Config",
     "arguments",
-    "flatten",
     "from_yaml",
     "given",
     "help_text",
     "load",
-    "nested",
 ]
 
 

@@ -9,16 +9,17 @@ from __future__ import annotations
 import contextlib
 import difflib
 import hashlib
+import io
 import sys
 from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from harness.config.defaults import defaults
-from harness.config.names import RESOLVED, TODAY, flatten, nested, renamed
+from harness.config.names import ARGUMENTS, RESOLVED, TODAY, flatten, nested, renamed
 from harness.config.schema import SPELLED, Config
 from harness.config.table import settings as all_settings
 from harness.errors import UsageError
@@ -38,7 +39,7 @@ def read(file: str | None, overrides: list[str]) -> tuple[Config, dict[str, Any]
             continue
         if value is None and any(other.startswith(f"{name}.") for other in known):
             continue  # an empty section
-        if name not in known and not name.startswith("task.args."):
+        if name not in known and not name.startswith(ARGUMENTS):
             problems.append(f"{name}: unknown setting ({origin}){_nearest(name, list(known))}")
             continue
         try:
@@ -56,7 +57,8 @@ def read(file: str | None, overrides: list[str]) -> tuple[Config, dict[str, Any]
             )
             # Print the unresolved value, since the resolved one may be secret.
             problems.append(f"{name}={value!r} ({origin}): {why}")
-    problems += _broken_rules(merged)
+    written, values = (flatten(_plain(merged, resolve=resolve)) for resolve in (False, True))
+    problems += _broken_rules(values, written)
     if merged.run.dir is None and merged.run.remote is None:
         problems.append("run.dir=None: a run needs a place; give run.dir, run.remote, or both")
     if problems:
@@ -66,7 +68,7 @@ def read(file: str | None, overrides: list[str]) -> tuple[Config, dict[str, Any]
             "Nothing was started.",
         )
     stored = _plain(merged, resolve=False)
-    if digests := _of_interpolations(flatten(stored), flatten(_plain(merged, resolve=True))):
+    if digests := _of_interpolations(written, values):
         stored[RESOLVED] = digests
     return OmegaConf.to_object(merged), stored  # type: ignore[return-value]
 
@@ -98,7 +100,8 @@ def _file_settings(file: str | None, problems: list[str]) -> list[tuple[str, Any
     if file is None:
         return []
     try:
-        content = OmegaConf.to_container(OmegaConf.load(file))
+        text = Path(file).read_text(encoding="utf-8")  # once: it may be a pipe
+        content = OmegaConf.to_container(OmegaConf.load(io.StringIO(text)))
     except FileNotFoundError:
         problems.append(f"--config {file}: no such file (relative to {Path.cwd()})")
         return []
@@ -110,7 +113,7 @@ def _file_settings(file: str | None, problems: list[str]) -> list[tuple[str, Any
             f"--config {file}: expected names and values, found a {type(content).__name__}"
         )
         return []
-    return _named(content, _unread(Path(file).read_text()), str(file))
+    return _named(content, _unread(text), str(file))
 
 
 def _line_settings(overrides: list[str], problems: list[str]) -> list[tuple[str, Any, str]]:
@@ -170,9 +173,8 @@ def _renamed(settings: list[tuple[str, Any, str]]) -> list[tuple[str, Any, str]]
     ]
 
 
-def _broken_rules(merged: DictConfig) -> list[str]:
+def _broken_rules(values: dict[str, Any], written: dict[str, Any]) -> list[str]:
     """Return a message for each setting that violates its rule; null violates none."""
-    values, written = (flatten(_plain(merged, resolve=resolve)) for resolve in (True, False))
     return [
         f"{of.name}={redacted(repr(written[of.name]))}: allowed is {of.allowed}"
         for of in all_settings()

@@ -138,7 +138,7 @@ def changed_in(payload: Mapping[str, Any], name: str) -> dict[str, dict[str, dic
         The entries by module path and attribute.
     """
     own = payload.get("own") or [{}]
-    of_parts = (payload.get("attributes") or own[0].get("attributes") or {}).get(name, {})
+    of_parts = (payload.get(ATTRIBUTES) or own[0].get(ATTRIBUTES) or {}).get(name, {})
     kept = {
         path: {
             key: {word: each for word, each in entry.items() if word != "device"}

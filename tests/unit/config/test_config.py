@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import os
 from pathlib import Path
 
 import pytest
@@ -375,6 +376,15 @@ def test_what_is_text_is_taken_as_it_is_written(tmp_path, written):
     ):
         settings, _ = config.load(file, line)
         assert settings.run.dir == written and settings.run.loop == ["loop.py", written]
+
+
+def test_a_pipe_is_read_once():
+    reading, writing = os.pipe()
+    os.write(writing, b"run:\n  dir: 0123\n")
+    os.close(writing)
+    settings, _ = config.load(f"/dev/fd/{reading}", [])
+    os.close(reading)
+    assert settings.run.dir == "0123"
 
 
 def test_what_is_quoted_or_null_is_taken_as_yaml_has_it():
