@@ -15,7 +15,7 @@ from harness.distributed import wrappers
 from harness.state.kinds import PLAIN
 from harness.untracked.object_walk import OF_MODULES, OF_OPTIMIZERS
 
-BARE = OF_MODULES - {"training"}  # nn.Module's own bookkeeping
+BARE = OF_MODULES - {"training"}
 
 
 MOST_ITEMS = 1000  # a longer list, tuple or dict does not count as plain
@@ -114,9 +114,12 @@ def values_of(part: Part, odd: Collection[str] | None = None) -> Values:
 
 def is_looked_at(part: Part, key: str) -> bool:
     """Return whether an attribute may be the program's, not the bookkeeping of a torch class."""
-    return key not in (BARE if isinstance(part, nn.Module) else OF_OPTIMIZERS) and not (
-        key.startswith("_") and is_torchs(part)
-    )
+    return key not in bookkeeping_of(part) and not (key.startswith("_") and is_torchs(part))
+
+
+def bookkeeping_of(part: Part) -> frozenset[str]:
+    """Return the names of the attributes that torch itself gives to a module or an optimizer."""
+    return BARE if isinstance(part, nn.Module) else OF_OPTIMIZERS
 
 
 def tensors_of(part: Part) -> dict[str, torch.Tensor | None]:

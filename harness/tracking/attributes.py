@@ -214,10 +214,15 @@ class Attributes:
         is_time = self.unkept.is_time()
         self._look_for_misfits(is_thorough=is_time)
         if is_time:
-            held = self._kept()
-            for name, watched in self._watched.items():
-                for watch in watched:
-                    self.unkept.look(joined(name, watch.path), watch.odd_values(), held)
+            odd = {
+                joined(name, watch.path): values
+                for name, watched in self._watched.items()
+                for watch in watched
+                if (values := watch.odd_values())
+            }
+            held = self._kept() if odd else {}
+            for where, values in odd.items():
+                self.unkept.look(where, values, held)
         return changed or None
 
     def _changed(self, name: str) -> dict[str, dict[str, dict[str, Any]]]:

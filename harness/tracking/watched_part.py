@@ -11,10 +11,12 @@ from harness.state.plain_values import is_same
 from harness.tracking.attribute_values import (
     ABSENT,
     BUFFER,
+    IS_PLAIN,
     MOST_KEPT,
     REQUIRES_GRAD,
     Part,
     Values,
+    bookkeeping_of,
     containers_of,
     current_value,
     home_device,
@@ -84,6 +86,7 @@ class WatchedPart:
         buffers = {
             key: current_value(self.part, key) for key in self.tensors if key.startswith(BUFFER)
         }
+        bookkeeping = bookkeeping_of(self.part)
         return {
             key: value
             for key, value in buffers.items()
@@ -91,8 +94,10 @@ class WatchedPart:
         } | {
             key: value
             for key, value in vars(self.part).items()
-            if not (is_simple(value) if key in self.tensors else is_small(value))
+            if key not in bookkeeping
+            and type(value) not in IS_PLAIN  # most are left out here
             and is_looked_at(self.part, key)
+            and not (is_simple(value) if key in self.tensors else is_small(value))
             and not (key.startswith("_") and not is_programs(type(self.part)))
             and not is_kept(value, key not in self._not_plain)
         }

@@ -117,16 +117,16 @@ def _with_hidden(values: Mapping[str, Any], held: Collection[int]) -> Iterator[t
     """
     yield from values.items()
     waiting = collections.deque((key, value, 0) for key, value in values.items())
-    seen, left = set(held), MOST_ITEMS
+    seen, left = set[int](), MOST_ITEMS
     while waiting and left > 0:
         path, value, depth = waiting.popleft()
-        if id(value) in seen:
+        if id(value) in seen or id(value) in held:
             continue
         seen.add(id(value))
         inside = list[tuple[str, Any]]()
         with contextlib.suppress(Exception):  # a class of the program may raise at any question
             if isinstance(value, nn.Module):
-                inside = list(itertools.islice(_of_hidden(value, seen), left))
+                inside = list(itertools.islice(_of_hidden(value, seen, held), left))
                 modes = str([part.training for part in value.modules()])
                 yield from ((path + name, item) for name, item in (*inside, (".training", modes)))
             elif isinstance(value, dict | list | tuple | collections.deque) or is_of_program(value):
@@ -136,10 +136,12 @@ def _with_hidden(values: Mapping[str, Any], held: Collection[int]) -> Iterator[t
             waiting.extend((path + name, item, depth + 1) for name, item in inside)
 
 
-def _of_hidden(module: nn.Module, seen: set[int]) -> Iterator[tuple[str, Any]]:
+def _of_hidden(
+    module: nn.Module, seen: set[int], held: Collection[int]
+) -> Iterator[tuple[str, Any]]:
     """Yield the attributes of a module and of its children, but for private ones of a library's."""
     for path, part in module.named_modules():
-        if part is module or id(part) not in seen:
+        if part is module or not (id(part) in seen or id(part) in held):
             seen.add(id(part))
             is_own = is_programs(type(part))
             yield from (
