@@ -36,6 +36,7 @@ from harness.untracked.program_frames import is_programs_file
 from harness.untracked.unkept_values import is_of_program, is_programs
 
 WITHIN_S = 1.0  # limit of a search
+IMPORTED_AT = time.perf_counter()
 HASHED_BYTES = 1 << 20  # of a larger array some numbers are compared
 ITERATORS = (zip, map, enumerate, itertools.cycle, itertools.islice, itertools.chain)
 SEARCHED = ("builtins", "collections", "functools", "itertools", "types", "argparse")
@@ -219,9 +220,13 @@ def _parts(value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _is_clock(value: float) -> bool:
-    """Return whether a number is a reading of a clock within the last hour."""
+    """Return whether a number is a reading of a clock within the last hour.
+
+    Small numbers are none, unless the machine has started only now, as its clocks then have.
+    """
     clocks = (time.time(), time.perf_counter(), time.monotonic())
-    return value > 1000.0 and any(0.0 <= clock - value < 3600.0 for clock in clocks)
+    is_possible = value > 1000.0 or value >= IMPORTED_AT
+    return is_possible and any(0.0 <= clock - value < 3600.0 for clock in clocks)
 
 
 def _place(item: Any) -> Any:

@@ -10,10 +10,13 @@ import runpy
 import socket
 import subprocess
 import sys
+import time
 
 import pytest
 from conftest import REPO
 from programs import live
+
+from harness.untracked import program_values
 
 PROGRAM = """
 BEFORE
@@ -629,6 +632,20 @@ def test_whatever_the_program_keeps_from_step_to_step_is_named(tmp_path):
     }
     expected = {path for _, _, paths in KEPT.values() for path in paths.split(", ") if path}
     assert found == expected
+
+
+@pytest.mark.parametrize("started_s_ago", [30.0, 7200.0])
+def test_a_reading_of_a_clock_is_none_of_a_programs_values_also_on_a_machine_just_started(
+    monkeypatch, started_s_ago
+):
+    clock = time.perf_counter
+    first = clock() - started_s_ago
+    monkeypatch.setattr(time, "perf_counter", lambda: clock() - first)
+    monkeypatch.setattr(time, "monotonic", time.perf_counter)
+    monkeypatch.setattr(program_values, "IMPORTED_AT", time.perf_counter() - 10)
+    values = {"since": time.perf_counter() - 1, "wall": time.time(), "loss": 3.5}
+    marked, _ = program_values.marks(values.items(), lambda *_: True, (), {})
+    assert set(marked) == {"loss"}
 
 
 def test_memory_that_tracked_tensors_come_to_share_is_named(tmp_path):
