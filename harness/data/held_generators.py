@@ -195,7 +195,7 @@ def is_library(file: str) -> bool:
     if file.startswith("<"):
         return file.startswith("<frozen")
     return (
-        bool(INSTALLED.intersection(Path(file).parts))
+        not INSTALLED.isdisjoint(file.split(os.sep))
         or file.startswith(LIBRARIES)
         or str(Path(file).resolve()).startswith(LIBRARIES)
     )

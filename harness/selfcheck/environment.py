@@ -5,6 +5,7 @@ The differences are those from the hardware and software on which the resume poi
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import os
 import platform
@@ -53,7 +54,7 @@ class Environment:
         self._installed = None
         if world.is_writer:
             with_thread = ThreadPoolExecutor(1, thread_name_prefix="environment")
-            self._installed = with_thread.submit(importlib.metadata.packages_distributions)
+            self._installed = with_thread.submit(installed)
             with_thread.shutdown(wait=False)
 
     def collect(self) -> dict[str, Any]:
@@ -145,6 +146,12 @@ def _driver() -> str | None:
     except OSError:
         return None
     return version[0] if version else None
+
+
+@functools.cache
+def installed() -> Mapping[str, list[str]]:
+    """Return the names of the installed distributions by their top-level packages."""
+    return importlib.metadata.packages_distributions()
 
 
 def imported(installed: Mapping[str, list[str]]) -> dict[str, str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import functools
 import inspect
+import linecache
 import sys
 import textwrap
 from collections.abc import Iterator
@@ -55,7 +56,7 @@ def passing(frame: FrameType) -> set[str] | None:
 def _loops_around(frame: FrameType) -> list[ast.For | ast.While] | None:
     """Return the loops around a frame's current line, outermost first; None: no source code."""
     try:
-        lines, first = inspect.getsourcelines(frame)
+        lines, first = _source_lines(frame)
         source = textwrap.dedent("".join(lines))
         tree = ast.parse(source) if len(source) <= MOST_SOURCE else None
     except (OSError, TypeError, SyntaxError, ValueError, RecursionError):
@@ -69,6 +70,20 @@ def _loops_around(frame: FrameType) -> list[ast.For | ast.While] | None:
         if isinstance(node, ast.For | ast.While) and node.lineno <= line <= (node.end_lineno or 0)
     ]
     return sorted(loops, key=lambda node: node.lineno)
+
+
+def _source_lines(frame: FrameType) -> tuple[list[str], int]:
+    """Return the source code of a frame's function or file, and the number of its first line.
+
+    `inspect.getsourcelines` goes through all modules for each frame.
+    """
+    code = frame.f_code
+    lines = linecache.getlines(code.co_filename, frame.f_globals)
+    if not lines:
+        raise OSError(f"no source code of {code.co_filename}")
+    if code.co_name == "<module>":
+        return lines, 0
+    return inspect.getblock(lines[code.co_firstlineno - 1 :]), code.co_firstlineno
 
 
 @functools.lru_cache(1000)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import FrameType
@@ -11,7 +12,8 @@ from typing import Any
 
 from harness.data.held_generators import is_library
 
-PACKAGE = Path(__file__).resolve().parents[1]
+PACKAGE = str(Path(__file__).resolve().parents[1])
+TRAINER, TASKS = os.path.join(PACKAGE, "train.py"), os.path.join(PACKAGE, "tasks")
 
 
 def stack(frame: FrameType | None) -> list[FrameType]:
@@ -44,9 +46,8 @@ def is_programs_file(file: str) -> bool:
     """
     if file.startswith("<"):
         return not file.startswith("<frozen")
-    path = Path(file)
-    if path.is_relative_to(PACKAGE):
-        return path == PACKAGE / "train.py" or path.parent == PACKAGE / "tasks"
+    if file.startswith(PACKAGE + os.sep):
+        return file == TRAINER or os.path.dirname(file) == TASKS
     return not is_library(file)
 
 

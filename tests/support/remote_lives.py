@@ -11,6 +11,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import functools
+import gc
 import json
 import os
 import runpy
@@ -48,6 +49,7 @@ from harness.saving import uploader
 from harness.saving.checkpointer import Checkpointer
 from harness.saving.current_attempt import Parts
 from harness.saving.locations import listen
+from harness.selfcheck.environment import installed
 from harness.state import Captured
 from harness.store import Store, open_store
 from harness.supervision import exit_record as run_ending
@@ -331,7 +333,11 @@ def _serve() -> None:
     # what a life imports is imported before the first fork
     import harness.store.s3_client  # noqa: F401
 
+    installed()  # read once for all
     small_task.build()  # an optimizer imports half of torch when the first one is made
+    # A collection in a life would look at all of torch's objects, and so copy their memory.
+    gc.collect()
+    gc.freeze()
     rest = b""
     births, numbers = 0, dict[int, int]()
     while True:
