@@ -53,7 +53,7 @@ def check(store: Store, manifest: Manifest) -> None:
 
     Raises:
         NewerFormatError: Only a newer harness can read the checkpoint.
-        StorageError: The checkpoint could not be read, which says nothing about it.
+        StorageError: The checkpoint could not be read, so that it is unknown whether it is damaged.
         DamagedError: The check has found any other error.
     """
     for _, problem in verify(store, manifest):

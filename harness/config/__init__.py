@@ -1,9 +1,9 @@
 """Read and check the settings of a run. `changes` compares them, `stored_form` writes them.
 
-All settings are defined in `schema.py`. This package is the only one that uses omegaconf, which is
-imported on first use. A `key=value` argument overrides the YAML file, which overrides the defaults.
-`load` reports every problem at once, with the name, the value, the allowed values and the nearest
-known name.
+All settings are defined in `schema.py` and `schema_services.py`. This package is the only one that
+uses omegaconf, which is imported on first use. A `key=value` argument overrides the YAML file,
+which overrides the defaults. `load` reports every problem at once, with the name, the value, the
+allowed values and the nearest known name.
 """
 
 from __future__ import annotations

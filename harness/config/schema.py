@@ -1,4 +1,6 @@
-"""Define every setting of a run once: its default, its meaning, and its allowed values.
+"""Define each setting of a run once: its default, its meaning, and its allowed values.
+
+Those of SLURM, logs and notices are in `schema_services`.
 
 From these definitions come the defaults of `harness.init`, the checks of its arguments and of the
 settings, the help text, and `configs/README.md` (`scripts/settings`).

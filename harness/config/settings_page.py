@@ -48,4 +48,4 @@ the checkpoint; `resume.accept=[config]` insists. Names that end in `_s` are sec
 `${oc.env:NAME}` is taken from the environment, and stored unresolved. "In Python" is the argument
 of `harness.init`, `run.batches` or `run.steps` that means the same.
 
-This page is made from `harness/config/schema.py` by `scripts/settings`."""
+This page is made from `harness/config/schema.py` and `schema_services.py` by `scripts/settings`."""

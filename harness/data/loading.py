@@ -115,7 +115,7 @@ class _PlannedDataset(Dataset[Any]):
             # This gives the same values as default_collate, a whole micro-batch at once. Nothing
             # here can draw a random number.
             return share, [
-                _rows(tensors, _numbers(self.dataset, micro)) for micro in share.micro_batches
+                _rows(tensors, _indices(self.dataset, micro)) for micro in share.micro_batches
             ]
         if share.epoch != self._looked_at:  # generators may be created anew for each epoch
             self._looked_at = share.epoch
@@ -168,8 +168,8 @@ def plain_tensors(dataset: Any) -> tuple[torch.Tensor, ...] | None:
     return dataset.tensors if plain else None
 
 
-def _numbers(dataset: Any, samples: Sequence[int]) -> Sequence[int]:
-    """Return the numbers of the samples in the TensorDataset of which this is a Subset."""
+def _indices(dataset: Any, samples: Sequence[int]) -> Sequence[int]:
+    """Map indices into a Subset, also a nested one, to indices into the dataset beneath it."""
     while type(dataset) is Subset:
         samples, dataset = [int(dataset.indices[sample]) for sample in samples], dataset.dataset
     return samples

@@ -35,11 +35,10 @@ END = b"end of a pass"
 
 @dataclass(frozen=True)
 class Tried:
-    """The outcome of a check.
+    """The outcome of a check whether a restored stream reads what the original one reads next.
 
-    The stream is exact, or exact if the generators that it holds are seeded for each share
-    (`seeds`), or not exact (`unlike` holds the reason). `untried` holds the reason why no check was
-    possible.
+    `is_exact`: it does, or no check was possible (`untried` holds the reason). `seeds`: it does if
+    the generators that the stream holds are seeded for each share. `unlike`: the first difference.
     """
 
     is_exact: bool = True

@@ -10,7 +10,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of fault: the point of the run at which it is due, and the signal that is sent."""
+    """A kind of fault: the point of the run at which it is due, the signal, and who gets it."""
 
     point: str  # name of the point in `run/drill_hooks.py`
     description: str  # for people

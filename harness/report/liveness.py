@@ -65,7 +65,9 @@ def alive(
 
 
 def silence_s(events: Sequence[dict[str, Any]]) -> float:
-    """Return how long nothing may be heard of an attempt that trains, in seconds.
+    """Return how many seconds without an event still count as running.
+
+    That is twice the longest gap between recent events, within limits.
 
     Args:
         events: Events of the attempt.

@@ -220,10 +220,18 @@ def _examined(dataset: Any, collate: loading.Collate | None, *, seeds_held: bool
 
 
 def _by_number(dataset: Any, is_unlike: bool, is_certain: bool, *, is_new: bool) -> tuple[str, ...]:
-    """Return a warning if samples loaded one by one are not those that a DataLoader would load.
+    """Return a warning if `__getitems__` of a dataset gives other samples than `__getitem__`.
+
+    A DataLoader calls the former, a run the latter.
+
+    Args:
+        dataset: The dataset.
+        is_unlike: The samples compared differ.
+        is_certain: They differ under equal seeds too.
+        is_new: The run has no checkpoint yet.
 
     Raises:
-        UsageError: They are certainly not, and the run is new.
+        UsageError: They certainly differ, and the run is new.
     """
     if not is_unlike:
         return ()

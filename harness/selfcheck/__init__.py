@@ -1,4 +1,5 @@
 """Self-check of a resume: compare recomputed steps with the original ones.
 
-The comparison works on the same machine and software and on others.
+Samples must be equal. Losses must be equal on the same machine and software with deterministic
+algorithms; otherwise those of the first steps are compared with a tolerance.
 """

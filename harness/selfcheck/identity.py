@@ -24,7 +24,7 @@ ALIKE = ("torch", "device", "world_size", "threads", "deterministic")
 
 
 def of_machine(world: World) -> dict[str, Any]:
-    """Return the machine and software that compute the steps.
+    """Return what determines whether steps can be equal bit for bit: host, device, software, ranks.
 
     Called on rank 0, whose machine represents those of all ranks.
     """

@@ -177,8 +177,8 @@ def misshaped(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> lis
 def _is_misshaped(held: Any, parameter: torch.Tensor, *, is_torchs: bool) -> bool:
     """Return whether something that an optimizer keeps has another shape than its parameter.
 
-    Of an optimizer that is not torch's, only what has as many dimensions is compared: it may keep
-    anything.
+    Of torch's optimizers the moments are compared. Any other optimizer may keep anything: of it,
+    only tensors with as many dimensions as the parameter are compared.
     """
     kept = held.items() if isinstance(held, Mapping) else ()
     return any(

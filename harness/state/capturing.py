@@ -244,10 +244,10 @@ def is_finite(tensor: torch.Tensor) -> bool:
 
 
 def before_update(tracked: Mapping[str, Any], call: Callable[[], None]) -> None:
-    """Have `call` called before each update by a tracked optimizer.
+    """Register `call` as a step pre-hook of each tracked optimizer.
 
-    An object that announces no steps of its own makes its updates by the optimizers that its
-    attributes hold.
+    For an object that cannot have one (a wrapper), it is registered on the optimizers in the
+    attributes of the object.
     """
     parts: dict[int, Any] = {}
     for obj in map(unwrap, tracked.values()):

@@ -298,8 +298,8 @@ def saved_names(
     Args:
         tracked: the tracked objects by name.
         payload: the content of the checkpoint.
-        says_all: whether the checkpoint records all names that do not follow from it. If so, the
-            names that follow from it are returned too.
+        says_all: whether the checkpoint records each name that the order of its parameters does
+            not give. If so, the names that it gives are returned too.
     """
     recorded: dict[str, Names] = payload.get("names", {})
     return (_derived_of(tracked, payload) if says_all else {}) | recorded

@@ -60,8 +60,8 @@ def restore(
         payload: the content of the checkpoint.
         source: the name of the checkpoint, for messages.
         accept: the differences that are accepted (`DTYPE`).
-        says_names: whether the checkpoint records all parameter names that do not follow from it. A
-            file of an older harness does not.
+        says_names: whether the checkpoint records each parameter name that the order of its
+            parameters does not give. A file of an older harness does not.
         only: the names of the objects to restore once more. None: restore all.
 
     Raises:
@@ -145,7 +145,8 @@ def _by_name(
         payload: the content of the checkpoint.
         states: the saved state of each tracked object.
         source: the name of the checkpoint, for messages.
-        says_names: whether the checkpoint records all names that do not follow from it.
+        says_names: whether the checkpoint records each name that the order of its parameters does
+            not give.
 
     Raises:
         UsageError: for other parameters.

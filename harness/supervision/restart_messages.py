@@ -135,7 +135,7 @@ def _tolerance(record: Mapping[str, Any]) -> float | None:
 
 
 def _pair(record: Mapping[str, Any], name: str) -> list[Any]:
-    """Return what is recorded of the earlier attempt and of this one; "?" if it is not a pair."""
+    """Return the values recorded for the earlier attempt and for this one; "?" if unknown."""
     values = record.get(name)
     return values if isinstance(values, list) and len(values) == 2 else ["?", "?"]
 

@@ -177,7 +177,10 @@ class ExtraState:
         return not self._waits
 
     def _look(self, *, may_wait: bool) -> bool:
-        """Return whether the save should wait on any rank; note whether any rank has gradients."""
+        """Return whether the save should wait on any rank; note whether any rank has gradients.
+
+        Collective: every rank must call it.
+        """
         waits, has_some = self.world.agree(
             [int(flag) for flag in self._gradients.look(may_wait=may_wait)]
         )

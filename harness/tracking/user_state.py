@@ -1,8 +1,8 @@
 """Check `run.state` at each step boundary.
 
-A value that a restore could not give back is refused at the boundary after the program has set it,
-not after a kill. A tensor that is not on the CPU is reported, because a restore does not know where
-the program wants it.
+A new value (by its name, identity or length) that cannot be restored is refused at the next step
+boundary, not after a kill; an item replaced inside a container is found at the next save. A tensor
+that is not on the CPU is reported, because a restore does not know where the program wants it.
 """
 
 from __future__ import annotations

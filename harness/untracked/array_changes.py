@@ -91,7 +91,7 @@ def of(obj: Any) -> ArrayMarks:
 
 
 def arrays_of(obj: Any) -> dict[str, Any]:
-    """Return the arrays of an object by the names that `of` gives them, at most MOST."""
+    """Return the arrays of an object by their names in `ArrayMarks.arrays`, at most MOST."""
     with contextlib.suppress(Exception):
         found = itertools.islice(_arrays(obj, set()), MOST)
         return {name: array for name, _, array in found}
@@ -143,7 +143,13 @@ def is_marked(tensor: torch.Tensor) -> bool:
 
 
 def mark(where: int, array: Any) -> ArrayMark:
-    """Mark an array: a strided tensor that has data, or a NumPy array."""
+    """Return the address, version counter and some numbers of an array.
+
+    Args:
+        where: MODULE, ATTRIBUTE, or the id of the container that holds it.
+        array: A strided tensor that has data, or a NumPy array. Of a tensor subclass the id stands
+            for the address.
+    """
     if isinstance(array, np.ndarray):
         return ArrayMark(
             where,

@@ -113,7 +113,10 @@ def _plain(item: Any) -> Any:
 
 
 def count_of(value: Any) -> Any:
-    """Return how far a sequence of seeds or of quasi-random numbers is; None for other objects."""
+    """Return how many children a NumPy SeedSequence has, or how many numbers a SobolEngine gave.
+
+    None for other objects.
+    """
     kind = type(value)
     name = COUNTS.get(str(kind.__module__).partition(".")[0])
     if name is None or isinstance(value, nn.Module | torch.Tensor | np.ndarray):

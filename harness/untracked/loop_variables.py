@@ -97,7 +97,7 @@ def told_attributes(kind: type) -> frozenset[str] | None:
     """Return the attributes that `set_epoch` of the class, or a method that it calls, sets anew.
 
     A restart sets them again. What these methods read before they set it is left out. The result is
-    None if there is no source code.
+    None if no source code of a `set_epoch` is found.
     """
     methods = list(_methods(kind))
     names, told, carried = ["set_epoch"], set[str](), set[str]()
@@ -111,9 +111,9 @@ def told_attributes(kind: type) -> frozenset[str] | None:
 
 
 def _methods(kind: type) -> Iterator[tuple[str, set[str], set[str]]]:
-    """Yield the methods of a class: name, and the attributes that it reads first and that it sets.
+    """Yield the methods of a class and its bases: name, attributes read before set, attributes set.
 
-    Methods without source code, and those of torch's `Module`, are left out.
+    Classes without source code, and torch's `Module`, are left out.
     """
     for base in kind.__mro__:
         if base.__module__ in ("builtins", "torch.nn.modules.module"):
