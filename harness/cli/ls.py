@@ -88,8 +88,9 @@ def _checkpoints(catalog: Catalog, verify: bool) -> list[tuple[str, ...]]:
 def _chosen(catalog: Catalog, states: dict[str, dict[str, str]]) -> str | None:
     """Return the name of the checkpoint from which the next start resumes, or None.
 
-    This repeats the order of `Chooser` in `checkpoint/resume.py`, but for the memory tier. `states`
-    are the results of `_states`, by the name of the checkpoint.
+    This repeats the order of `Chooser` in `checkpoint/resume.py`, but for the memory tier and for
+    `launches.steps_back`, which depends on the supervisor of the start. `states` are the results of
+    `_states`, by the name of the checkpoint.
     """
     # No start resumes from anything while only a newer harness can read the newest checkpoint.
     candidates = catalog.candidates if catalog.unreadable_head is None else []
