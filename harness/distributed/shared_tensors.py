@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from harness.distributed.wrappers import ddp_wrappers, unwrap
+from harness.distributed.wrappers import unwrap
 
 if TYPE_CHECKING:
     from harness.distributed.ranks import World
@@ -34,14 +34,12 @@ def share_state(module: nn.Module, world: World) -> None:
 def writers_buffers(modules: Sequence[Any], world: World) -> Iterator[None]:
     """Give every rank the writer's buffers of modules while the block runs.
 
-    Buffers that DDP broadcasts keep the writer's values, as after the next forward pass. In all
-    others each rank gets its own values back, bit for bit. Buffers that are not plain tensors of
-    the same shape on all ranks stay each rank's own. Collective: every rank must call it.
+    Afterwards each rank gets its own values back, bit for bit. Buffers that are not plain tensors
+    of the same shape on all ranks stay each rank's own. Collective: every rank must call it.
     """
     if world.size == 1:
         yield
         return
-    synced = {id(buffer) for module in modules for buffer in _synced(module)}
     buffers = {
         (at, name): buffer
         for at, module in enumerate(modules)
@@ -56,24 +54,14 @@ def writers_buffers(modules: Sequence[Any], world: World) -> Iterator[None]:
             if any(theirs.get(key) != everyones[0][key] for theirs in everyones):
                 continue
             value = world.from_writer(buffer := buffers[key])
-            if id(buffer) not in synced:
-                if torch.equal(buffer, value):
-                    continue
+            if not torch.equal(buffer, value):
                 own.append((buffer, buffer.detach().clone()))
-            _put(buffer, value)
+                _put(buffer, value)
         yield
     finally:
         # Backwards: two buffers may be views of the same memory.
         for buffer, value in reversed(own):
             _put(buffer, value)
-
-
-def _synced(module: Any) -> Iterator[torch.Tensor]:
-    """Yield the buffers that DDP broadcasts before each forward pass."""
-    for shell in ddp_wrappers(module):
-        for name, buffer in shell.module.named_buffers() if shell.broadcast_buffers else ():
-            if name not in shell.parameters_to_ignore:
-                yield buffer
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:

@@ -230,9 +230,8 @@ class Run(Loop):
     ) -> dict[str, float]:
         """Evaluate on all ranks, each sample once; the means over all samples go to `run.metrics`.
 
-        All ranks evaluate with the writer's buffers. Afterwards each rank has its own again, but
-        for those that DDP broadcasts. The modes of the modules and the generators are restored,
-        also if `fn` raises.
+        All ranks evaluate with the writer's buffers. Afterwards each rank has its own again. The
+        modes of the modules and the generators are restored, also if `fn` raises.
 
         Collective: every rank must call it.
 

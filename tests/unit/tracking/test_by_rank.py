@@ -156,8 +156,15 @@ run.track(model=model, optimizer=optimizer, scheduler=scheduler, ema=ema)
 )
 
 
-def test_an_ordinary_loop_keeps_nothing_for_each_rank_and_is_told_nothing(tmp_path):
-    lived = live(tmp_path, ORDINARY, "whole", ranks=2)
+EVALUATE = """    if run.step % 3 == 0:
+        run.evaluate(points(4), lambda batch: {"val_loss": model(batch[0]).square().sum()})
+"""
+
+
+@pytest.mark.parametrize("evaluate", ["", EVALUATE], ids=["trains", "evaluates"])
+def test_an_ordinary_loop_keeps_nothing_for_each_rank_and_is_told_nothing(evaluate, tmp_path):
+    source = ORDINARY.replace("    run.log", evaluate + "    run.log")
+    lived = live(tmp_path, source, "whole", ranks=2)
     assert lived.codes == [0, 0], lived.texts
     assert "another one on each rank" not in lived.text
     payload = newest(tmp_path / "whole")
