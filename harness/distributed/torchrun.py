@@ -51,12 +51,15 @@ def run(arguments: list[str]) -> WorkersEnd:
     """Run torchrun in this process until all workers have ended.
 
     `arguments` are options of torchrun, then the program with its arguments. The environment is
-    prepared for the workers: OMP_NUM_THREADS and TORCH_ELASTIC_SHUTDOWN_TIMEOUT are set.
+    prepared for the workers: OMP_NUM_THREADS, PYTHONHASHSEED and TORCH_ELASTIC_SHUTDOWN_TIMEOUT
+    are set, unless the user has set them.
 
     Raises:
         UsageError: torchrun does not accept the options.
     """
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # torchrun's value, without its warning
+    # Else a set of strings, and what is numbered by it, has another order at each start.
+    os.environ.setdefault("PYTHONHASHSEED", "0")
     # The workers read this variable to know how much time they have for a save.
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SHUTDOWN_S))
     parsed = _parsed([*_own_options(), *arguments])

@@ -25,7 +25,9 @@ from harness.distributed.ranks import World
 from harness.errors import UsageError
 from harness.supervision.machine_record import (
     DISTRIBUTIONS,
+    HASHING,
     NOT_EXACT,
+    RANDOM,
     Difference,
     describe,
     differences,
@@ -97,6 +99,7 @@ def software(device: torch.device) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "float32 matmul precision": _asked(torch.get_float32_matmul_precision),
+        HASHING: string_hashing(),
         **{name: os.environ.get(name) for name in VARIABLES},
     }
     if device.type != "cuda":
@@ -113,6 +116,25 @@ def software(device: torch.device) -> dict[str, Any]:
         "cuDNN deterministic": cudnn.deterministic,
         "cuDNN benchmark": cudnn.benchmark,
     }
+
+
+@functools.cache
+def string_hashing() -> str:
+    """Return what the hashes of strings are made with: "PYTHONHASHSEED=0", or `RANDOM`.
+
+    The order of a set of strings depends on them. A program that sets the variable itself comes too
+    late, so it is read as this process was started with it.
+    """
+    if not sys.flags.hash_randomization:
+        return "PYTHONHASHSEED=0"
+    try:
+        variables = Path("/proc/self/environ").read_bytes().split(b"\0")
+    except OSError:
+        variables = []
+    prefix = b"PYTHONHASHSEED="
+    seed = next((item for item in variables if item.startswith(prefix)), prefix).decode()
+    is_fixed = seed.partition("=")[2].isdigit() and not sys.flags.ignore_environment
+    return seed if is_fixed else RANDOM
 
 
 def _asked(flag: Callable[[], Any]) -> Any:

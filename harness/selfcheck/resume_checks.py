@@ -15,12 +15,18 @@ from harness.data.fingerprint import lasting
 from harness.data.source import Source
 from harness.distributed.ranks import World
 from harness.errors import UsageError
+from harness.selfcheck.environment import string_hashing
+from harness.supervision.machine_record import RANDOM
 from harness.untracked import foreign_optimizers
 
 DRAW = "The global generators of Python, NumPy and torch are saved for each rank: draw from them."
 EMPTY = (
     "nothing of it survives a kill. Let it give its values (torchmetrics: metric.persistent(True)),"
     " or do not track it."
+)
+SETS = (
+    "Sets of strings have another order at each start, because PYTHONHASHSEED is not set: sort a"
+    " set before its items are numbered (`sorted(set(text))`). "
 )
 HOW_DEALT = ("global_batch_size", "shuffle", "drop_last", "seed")
 
@@ -79,6 +85,7 @@ def check_data(now: Mapping[str, Any], before: Mapping[str, Any], accept: tuple[
                     f"  {name}: found {now[name]!r}, expected {before.get(name)!r}"
                     for name in names
                 ),
+                f"{SETS if insist == 'data' and string_hashing() == RANDOM else ''}"
                 "Put it back as it was, or take another run directory. To insist: "
                 f"resume.accept=[{insist}].",
             )

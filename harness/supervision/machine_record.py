@@ -16,6 +16,8 @@ from harness.checkpoint.catalog import Catalog
 # Field with the versions of the distributions that were imported besides torch and NumPy. Another
 # version of one of them may or may not change the results.
 DISTRIBUTIONS = "distributions"
+# Field with what the hashes of strings are made with: a program may depend on the order of a set.
+HASHING, RANDOM = "string hashing", "random"
 NOT_EXACT = "state exact, trajectory no longer bit for bit"
 
 
@@ -24,7 +26,7 @@ class Difference:
     """A value of the machine record that has changed.
 
     `is_exact` is True if the results may be the same, bit for bit, in spite of the change: another
-    version of an imported distribution.
+    version of an imported distribution, or another order of sets of strings.
     """
 
     name: str
@@ -47,7 +49,9 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Diffe
     """
     names = [name for name in now if name in before and name != DISTRIBUTIONS]
     changed = [
-        Difference(name, before[name], now[name]) for name in names if before[name] != now[name]
+        Difference(name, before[name], now[name], is_exact=name == HASHING)
+        for name in names
+        if before[name] != now[name]
     ]
     was, are = before.get(DISTRIBUTIONS) or {}, now.get(DISTRIBUTIONS) or {}
     return changed + [
@@ -87,10 +91,20 @@ def changes(catalog: Catalog, attempt: int) -> list[Difference]:
 def describe(differing: Sequence[Difference]) -> str:
     """Return one line with all differences, both values of each, and the consequence."""
     inexact = [str(difference) for difference in differing if not difference.is_exact]
-    others = [str(difference) for difference in differing if difference.is_exact]
+    hashing = [
+        f"{difference} (sets of strings have another order)"
+        for difference in differing
+        if difference.name == HASHING
+    ]
+    others = [
+        str(difference)
+        for difference in differing
+        if difference.is_exact and difference.name != HASHING
+    ]
     parts = [f"{', '.join(inexact)} ({NOT_EXACT})"] if inexact else []
     return "; ".join(
         parts
+        + hashing
         + ([f"other versions of what the program imports: {', '.join(others)}"] if others else [])
     )
 

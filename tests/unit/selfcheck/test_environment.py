@@ -3,9 +3,14 @@ told."""
 
 from __future__ import annotations
 
+import inspect
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
+import pytest
 import torch
 from conftest import events
 from programs import live
@@ -14,12 +19,16 @@ from harness import cli
 from harness.checkpoint import attempts
 from harness.checkpoint import format as fmt
 from harness.checkpoint.catalog import read_catalog
-from harness.errors import EXIT_USAGE
-from harness.selfcheck.environment import hardware, imported, software
+from harness.distributed import torchrun
+from harness.errors import EXIT_USAGE, UsageError
+from harness.selfcheck import resume_checks
+from harness.selfcheck.environment import hardware, imported, software, string_hashing
 from harness.store import LocalStore
 from harness.supervision.machine_record import (
     DISTRIBUTIONS,
+    HASHING,
     NOT_EXACT,
+    RANDOM,
     Difference,
     changes,
     describe,
@@ -72,6 +81,45 @@ def test_what_differs_is_named_with_both_values_and_what_cannot_be_compared_is_n
         "another version of something else need not change anything"
     )
     assert differences(HERE, HERE) == []
+
+
+@pytest.mark.parametrize(("set_to", "found"), [(None, "0"), ("7", "7"), ("random", "random")])
+def test_launch_gives_its_ranks_one_order_of_a_set_of_strings(monkeypatch, set_to, found):
+    seen = []
+    monkeypatch.setattr(torchrun, "run_workers", lambda _: seen.append(dict(os.environ)))
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    os.environ.pop("PYTHONHASHSEED", None)
+    os.environ |= {"PYTHONHASHSEED": set_to} if set_to else {}
+    torchrun.run(["--nproc-per-node=1", "program.py"])
+    assert seen[0]["PYTHONHASHSEED"] == found
+
+
+@pytest.mark.parametrize(("seed", "found"), [("0", "PYTHONHASHSEED=0"), ("7", "PYTHONHASHSEED=7"),
+    ("random", "random"), ("", "random")])  # fmt: skip
+def test_what_strings_are_hashed_with_is_told_as_the_process_was_started(seed, found):
+    source = inspect.getsource(string_hashing).replace("@functools.cache\n", "")
+    program = "import os, sys\nfrom pathlib import Path\nos.environ['PYTHONHASHSEED'] = '3'\n"
+    program += f"RANDOM = 'random'\n{source}\nprint(string_hashing())"
+    env = os.environ | {"PYTHONHASHSEED": seed}
+    done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True)
+    assert done.stdout == f"{found}\n", done.stderr
+
+
+def test_another_order_of_sets_is_said_and_is_a_cause_of_other_samples(monkeypatch):
+    was, now = ({HASHING: seed} for seed in ("PYTHONHASHSEED=0", RANDOM))
+    assert differences(was, was) == differences(now, now) == []
+    found = differences(was, now)
+    assert describe(found) == (
+        "string hashing: PYTHONHASHSEED=0 -> random (sets of strings have another order)"
+    )
+    for hashing, is_said in ((RANDOM, True), ("PYTHONHASHSEED=0", False)):
+        monkeypatch.setattr(resume_checks, "string_hashing", lambda hashing=hashing: hashing)
+        with pytest.raises(UsageError) as raised:
+            resume_checks.check_data({"fingerprint": "a"}, {"fingerprint": "b"}, ())
+        assert ("sorted(set(text))" in str(raised.value)) == is_said
+        with pytest.raises(UsageError) as raised:
+            resume_checks.check_data({"seed": 1}, {"seed": 2}, ())
+        assert "sorted(set(text))" not in str(raised.value)
 
 
 def test_what_is_recorded_is_what_results_depend_on():
