@@ -6,19 +6,22 @@ position to lose. A pass that begins and ends within one step, such as an evalua
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import sys
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 from harness.data import held_generators, loading
+from harness.data.plan import kept_generators
 
 OWN = f"{Path(loading.__file__).parent}{os.sep}"
 # The iterators that read a DataLoader now.
@@ -36,7 +39,8 @@ class _Begun:
 def watch() -> None:
     """Record from now on which DataLoaders are read in this process.
 
-    PyTorch has no hook for that, so the constructor of DataLoader iterators is wrapped.
+    PyTorch has no hook for that, so the constructor of DataLoader iterators is wrapped. What it
+    draws for persistent workers is put back.
     """
     begin = _BaseDataLoaderIter.__init__
     if hasattr(begin, "__wrapped__"):
@@ -44,11 +48,26 @@ def watch() -> None:
 
     @functools.wraps(begin)
     def noted(self: Any, loader: Any, *others: Any) -> None:
-        begin(self, loader, *others)
-        if (where := _where()) is not None:
+        where = _where()
+        # Persistent workers are made once in a process, not once in each pass: after a restart
+        # their seed would be drawn once more. The sampler draws in each pass, after this.
+        once = where is not None and bool(getattr(loader, "persistent_workers", False))
+        with _undrawn(loader.generator) if once else contextlib.nullcontext():
+            begin(self, loader, *others)
+        if where is not None:
             _begun[self] = _Begun(weakref.ref(loader), where)
 
     _BaseDataLoaderIter.__init__ = noted  # type: ignore[method-assign]
+
+
+@contextlib.contextmanager
+def _undrawn(generator: torch.Generator | None) -> Iterator[None]:
+    """Put back the global generators, and a loader's own, when the block ends."""
+    before = None if generator is None else generator.get_state()
+    with kept_generators():
+        yield
+    if generator is not None and before is not None:
+        generator.set_state(before)
 
 
 def _where() -> str | None:

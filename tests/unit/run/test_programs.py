@@ -163,6 +163,31 @@ class Counter:
     assert "loads: 1" in outcome.resumed.text
 
 
+VALIDATION = """
+for each in validation:
+    for x, y in each:
+        pass
+torch.rand(1)"""
+
+
+def test_persistent_workers_of_a_validation_draw_no_number_more_after_a_restart(tmp_path):
+    before = """
+class Eager(Sampler):
+    def __iter__(self):
+        return iter([int(torch.randint(20, (1,))), random.randrange(20)])
+own = torch.Generator()
+options = [{}, {"generator": own}, {"shuffle": True}, {"sampler": Eager()}]
+workers = dict(num_workers=1, persistent_workers=True)
+validation = [DataLoader(points(20), 20, **each, **workers) for each in options]
+validation.append(DataLoader(points(20), 20, shuffle=True))
+"""
+    source = epochs("pass", before, DROPOUT).replace("run.track(", "run.track(own=own, ")
+    tail = "\n".join(f"    {line}" for line in VALIDATION.splitlines())
+    outcome = killed_once(tmp_path, source + tail, die=18)
+    assert "resumes from step 15" in outcome.resumed.text
+    assert outcome.is_equal, outcome.rows
+
+
 PREFETCHER = """
 class Prefetcher:  # as those that copy a batch to the GPU ahead of its use
     def __init__(self, batches):
