@@ -294,15 +294,20 @@ def containers_of(value: Any, path: tuple[Any, ...] = ()) -> dict[tuple[Any, ...
     return own | {at: container for part in inner for at, container in part.items()}
 
 
-def set_value(part: Part, key: str, now: Any, kept: Mapping[str, Any]) -> None:
-    """Set one attribute, buffer or `requires_grad`; copy into a tensor of the same shape.
+def set_value(
+    part: Part, key: str, now: Any, kept: Mapping[str, Any], made: dict[Any, torch.Tensor]
+) -> None:
+    """Set one attribute, buffer or `requires_grad`.
+
+    It is copied into a tensor of the same shape, unless that had been replaced by another one.
 
     Args:
         part: the module or optimizer.
         key: the attribute, `buffer NAME` or `NAME.requires_grad`.
         now: the value; a tensor is copied. ABSENT to delete the attribute.
         kept: the entry of a checkpoint, which holds the device of a tensor that is not where the
-            module is.
+            module is, and whether it is another one than that as built (`replaced`).
+        made: the new tensors by `memory_of` the value: those that shared memory do so again.
     """
     if key.endswith(REQUIRES_GRAD) and isinstance(
         parameter := own_dict(part, "_parameters").get(key.removesuffix(REQUIRES_GRAD)),
@@ -322,13 +327,21 @@ def set_value(part: Part, key: str, now: Any, kept: Mapping[str, Any]) -> None:
             kept.get("device") or (before.device if before is not None else home_device(part, now)),
             copy=True,
         )
-        if before is not None and (before.shape, before.dtype) == (own.shape, own.dtype):
+        is_like = before is not None and (before.shape, before.dtype) == (own.shape, own.dtype)
+        if before is not None and is_like and "replaced" not in kept:
             with torch.no_grad():
                 before.copy_(own)
-        elif key.startswith(BUFFER):
+            return
+        own = made.setdefault((memory_of(now), own.device), own)
+        if key.startswith(BUFFER):
             own_dict(part, "_buffers")[key.removeprefix(BUFFER)] = own
         else:
             setattr(part, key, own)
+
+
+def memory_of(tensor: torch.Tensor) -> tuple[object, ...]:
+    """Return what two tensors have in common that are the same view of one memory."""
+    return tensor.data_ptr() or id(tensor), tensor.shape, tensor.stride(), tensor.dtype
 
 
 def _updated(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:

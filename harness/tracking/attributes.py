@@ -53,7 +53,7 @@ from harness.tracking.attribute_values import (
     values_of,
 )
 from harness.tracking.shared_containers import Containers
-from harness.tracking.watched_part import PartList, WatchedPart
+from harness.tracking.watched_part import Copies, PartList, WatchedPart
 from harness.untracked.array_changes import addresses
 from harness.untracked.unkept_values import UnkeptValues
 
@@ -202,8 +202,11 @@ class Attributes:
         Tensors are copied to the CPU. At some of the saves (see `UnkeptValues.is_time`) the
         attributes that cannot be kept are checked as well.
         """
+        copies: Copies = {}
         changed = {
-            name: differences for name in self._tracked if (differences := self._changed(name))
+            name: differences
+            for name in self._tracked
+            if (differences := self._changed(name, copies))
         }
         self._containers.refer(changed, self._watched)
         add_outer_modes(self._tracked, changed)
@@ -225,7 +228,7 @@ class Attributes:
                 self.unkept.look(where, values, held)
         return changed or None
 
-    def _changed(self, name: str) -> dict[str, dict[str, dict[str, Any]]]:
+    def _changed(self, name: str, copies: Copies) -> dict[str, dict[str, dict[str, Any]]]:
         """Return the differences of one tracked object, by module path."""
         if (now := self._parts[name].now()) is not self._listed[name]:
             self._listed[name] = now
@@ -244,7 +247,7 @@ class Attributes:
                 # The attributes of another class mean nothing to the module as built.
                 and classes[watch.path] is self._classes[name].get(watch.path)
                 and watch.may_have_changed()
-                and (differs := watch.differences(built))
+                and (differs := watch.differences(built, copies))
             ):
                 changed[watch.path] = differs
         return changed
@@ -291,7 +294,7 @@ class Attributes:
         self._containers.begin_restore()
         set_back: Changed = {}
         for name, obj in self._tracked.items():
-            now, then, modules = self._changed(name), kept.get(name, {}), dict(parts(obj))
+            now, then, modules = self._changed(name, {}), kept.get(name, {}), dict(parts(obj))
             tensors = {watch.path: watch.tensors for watch in self._watched[name]}
             for path in [path for path in {**now, **then} if path in modules]:
                 built, here = self._built[name].get(path, {}), now.get(path, {})
@@ -323,7 +326,9 @@ def _set(
         kept: the entry of a checkpoint.
     """
     held = current_value(part, at[2])
-    set_value(part, at[2], containers.restored((*at, ()), now, kept, held), kept)
+    value = containers.restored((*at, ()), now, kept, held)
+    if (entry := containers.parted(held, now, kept)) is not None:
+        set_value(part, at[2], value, entry, containers.tensors)
 
 
 def _laid_out(obj: Any, listed: list[tuple[str, Any]]) -> list[tuple[str, Any]]:

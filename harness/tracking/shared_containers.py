@@ -1,4 +1,4 @@
-"""Keep dicts and lists that several parts hold shared, in checkpoints and restores."""
+"""Keep dicts, lists and tensors that several parts hold shared, in checkpoints and restores."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
+
 from harness.state.plain_values import is_same
-from harness.tracking.attribute_values import plain_copy
+from harness.tracking.attribute_values import own_dict, plain_copy
 from harness.tracking.watched_part import Path, WatchedPart
+from harness.untracked.array_changes import address_of
 
 Place = tuple[str, str, str, Path]  # object name, module path, attribute, path in its value
 
@@ -34,6 +37,30 @@ class Containers:
             self._places.setdefault(id(container), place)
         self._made: dict[int, Any] = {}  # by number: those that a restore has made
         self._filled: dict[int, Any] = {}  # by identity: the values, in one restore
+        self.tensors: dict[Any, torch.Tensor] = {}  # those made in one restore, see `set_value`
+        self._saved = {
+            tensor.untyped_storage().data_ptr()
+            for of_object in watched.values()
+            for watch in of_object
+            for tensor in _saved_tensors(watch.part)
+            if tensor is not None and address_of(tensor)
+        }
+
+    def parted(self, held: Any, now: Any, kept: Mapping[str, Any]) -> Mapping[str, Any] | None:
+        """Return the entry of an attribute to set; None if `load_state_dict` has restored it.
+
+        What lies in the memory of a parameter or a persistent buffer is not written to: if its
+        value is another one than theirs, it had parted from them.
+
+        Args:
+            held: the present value.
+            now: the value from a checkpoint.
+            kept: the entry of the checkpoint.
+        """
+        if not address_of(held) or held.untyped_storage().data_ptr() not in self._saved:
+            return kept
+        is_restored = isinstance(now, torch.Tensor) and is_same(held.detach().cpu(), now)
+        return None if is_restored else {**kept, "replaced": True}
 
     def refer(self, changed: Mapping[str, Any], watched: Mapping[str, list[WatchedPart]]) -> None:
         """Add `replaced` to the entries of changed values.
@@ -58,6 +85,7 @@ class Containers:
     def begin_restore(self) -> None:
         """Forget which containers were filled by the restore before."""
         self._filled.clear()
+        self.tensors.clear()
 
     def restored(self, place: Place, value: Any, kept: Mapping[str, Any], held: Any) -> Any:
         """Return a value to set, with each container filled that was the same one when saved.
@@ -107,6 +135,13 @@ class Containers:
         else:
             found = self._built.get(place, held)
         return found if type(found) is kind else kind()
+
+
+def _saved_tensors(part: Any) -> list[torch.Tensor | None]:
+    """Return the parameters and buffers in the `state_dict` of a module itself."""
+    others = own_dict(part, "_non_persistent_buffers_set")
+    own = [tensor for key, tensor in own_dict(part, "_buffers").items() if key not in others]
+    return [*own_dict(part, "_parameters").values(), *own]
 
 
 def _pairs(value: Any, held: Any) -> Iterator[tuple[Any, Any, Any]]:

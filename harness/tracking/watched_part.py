@@ -27,6 +27,7 @@ from harness.tracking.attribute_values import (
     is_plain,
     is_simple,
     is_small,
+    memory_of,
     own_dict,
     parts,
     place_of,
@@ -35,8 +36,9 @@ from harness.tracking.attribute_values import (
     tensors_of,
     values_of,
 )
-from harness.untracked.unkept_values import is_programs
+from harness.untracked.unkept_values import is_programs, recomputed
 
+Copies = dict[tuple[object, ...], torch.Tensor]
 Path = tuple[Any, ...]  # keys and indices, from an attribute's value to a container in it
 
 
@@ -52,6 +54,11 @@ class WatchedPart:
         self.tensors = {
             key: (place_of(tensor), small_copy(tensor))
             for key, tensor in ({} if is_late else tensors_of(part)).items()
+        }
+        self._memory = {
+            key: tensor.data_ptr()
+            for key in self.tensors
+            if (tensor := tensor_of(part, key)) is not None
         }
         odd = {key: id(value) for key, value in own.items() if not is_plain(value)}
         self.containers = {
@@ -86,7 +93,7 @@ class WatchedPart:
         buffers = {
             key: current_value(self.part, key) for key in self.tensors if key.startswith(BUFFER)
         }
-        bookkeeping = bookkeeping_of(self.part)
+        bookkeeping = bookkeeping_of(self.part) | recomputed(self.part)
         return {
             key: value
             for key, value in buffers.items()
@@ -115,8 +122,11 @@ class WatchedPart:
             or (bool(self.tensors) and any(map(self._is_another, self.tensors)))
         )
 
-    def differences(self, built: Values) -> dict[str, dict[str, Any]]:
-        """Return the attributes that differ from `built`, each with both values."""
+    def differences(self, built: Values, copies: Copies) -> dict[str, dict[str, Any]]:
+        """Return the attributes that differ from `built`, each with both values.
+
+        `copies` are the tensors that were copied already, by `memory_of`: shared ones stay so.
+        """
         now, differing = values_of(self.part, self._not_plain), dict[str, dict[str, Any]]()
         made = [
             key
@@ -125,7 +135,7 @@ class WatchedPart:
         ]
         for key in dict.fromkeys((*built, *now, *made)):
             if (key in made or self._has_changed(key, built, now)) and (
-                kept := self._kept(key, now)
+                kept := self._kept(key, now, copies)
             ) is not None:
                 differing[key] = ({"built": built[key]} if key in built else {}) | kept
         self.lost = {
@@ -145,7 +155,7 @@ class WatchedPart:
             return not is_same(built.get(key, ABSENT), now[key])
         return key not in vars(self.part) and not key.endswith(REQUIRES_GRAD)
 
-    def _kept(self, key: str, now: Values) -> dict[str, Any] | None:
+    def _kept(self, key: str, now: Values, copies: Copies) -> dict[str, Any] | None:
         """Return the present value of an attribute in the form in which a checkpoint stores it.
 
         Returns {} for an attribute that no longer exists, and None for one that cannot be stored.
@@ -156,7 +166,11 @@ class WatchedPart:
                 if home_device(self.part, tensor).type != tensor.device.type
                 else {}
             )
-            return {"now": tensor.detach().to("cpu", copy=True)} | elsewhere
+            if (at := memory_of(tensor)) not in copies:
+                copies[at] = tensor.detach().to("cpu", copy=True)
+            place, _ = self.tensors.get(key, (None, None))
+            is_built = place is not None and place[0]() is tensor and at[0] == self._memory.get(key)
+            return {"now": copies[at]} | elsewhere | ({} if is_built else {"replaced": True})
         if key in now:
             return {"now": now[key]}
         is_gone = current_value(self.part, key) is None and key not in vars(self.part)

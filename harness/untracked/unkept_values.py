@@ -143,11 +143,13 @@ def _of_hidden(
     for path, part in module.named_modules():
         if part is module or not (id(part) in seen or id(part) in held):
             seen.add(id(part))
-            is_own = is_programs(type(part))
+            is_own, computed = is_programs(type(part)), recomputed(part)
             yield from (
                 (f"{path and '.'}{path}.{name}", item)
                 for name, item in list(vars(part).items())
-                if name not in OF_MODULES and (is_own or not name.startswith("_"))
+                if name not in OF_MODULES
+                and name not in computed
+                and (is_own or not name.startswith("_"))
             )
 
 
@@ -214,6 +216,19 @@ def is_of_program(value: Any) -> bool:
     Modules are left out, because they have a `state_dict`.
     """
     return not isinstance(value, nn.Module | type) and is_programs(type(value))
+
+
+def recomputed(module: Any) -> set[str]:
+    """Return the attributes that hooks of torch compute from parameters before each forward pass.
+
+    These are the weights of `weight_norm`, `spectral_norm` and `prune` (in `torch.nn.utils`).
+    """
+    hooks = getattr(module, "_forward_pre_hooks", None) or {}
+    return {
+        str(getattr(hook, "_tensor_name", None) or getattr(hook, "name", ""))
+        for hook in hooks.values()
+        if any(base.__module__.startswith("torch.nn.utils.") for base in type(hook).__mro__)
+    }
 
 
 def is_programs(kind: type) -> bool:

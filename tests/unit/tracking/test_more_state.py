@@ -1572,3 +1572,82 @@ def test_an_optimizers_tensors_that_are_in_no_state_dict_are_told(tmp_path, caps
     said = capsys.readouterr().out
     assert said.count("warning: optimizer.momenta changes in training, and is not saved") == 1
     assert "optimizer.cache" not in said
+
+
+class Parting(nn.Module):
+    """Tensors that are one memory as built and part in training; others that come to be one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.normed = nn.utils.spectral_norm(nn.Linear(8, 8))
+        self.body = nn.Linear(8, 1)
+        self.h = self.c = torch.zeros(8)
+        self.bias = self.body.bias.data
+        self.mask, self.same = torch.ones(8), torch.zeros(8)
+        self.joined = torch.zeros(8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.tanh(self.normed(x * self.mask)) + 0.1 * (self.h - self.c)
+        now = x.detach().mean(0)
+        self.h, self.c = self.h + now, 0.5 * self.c + now
+        return self.body(x) * (self.bias + 1)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_tensors_that_part_in_training_have_parted_after_a_restart(tmp_path, capsys):
+    def make(run):
+        model = Parting()
+        held = model.mask
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        run.track(model=model, optimizer=optimizer)
+
+        def step(x):
+            with torch.no_grad():
+                model(x)  # computes the attribute `weight` of the layer that is normed
+            held.mul_(0.9)
+            if run.step == 2:
+                model.bias = model.body.bias.data * 2
+                model.same = model.joined = model.same + 1
+            if run.step > 2:
+                model.same.add_(1)
+                model.body.bias.data.mul_(1 + 0.01 * model.joined[0])
+            loss = updated(model, optimizer, x)
+            with torch.no_grad():
+                model(x)
+            return loss
+
+        return step
+
+    goes_on(tmp_path, make, (2, 5))
+    assert "changes in training" not in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize(
+    "reparametrized",
+    [
+        nn.utils.weight_norm,
+        nn.utils.spectral_norm,
+        lambda layer: nn.utils.prune.l1_unstructured(layer, "weight", 0.5),
+    ],
+    ids=["weight_norm", "spectral_norm", "prune"],
+)
+def test_a_weight_that_is_computed_before_each_forward_pass_needs_no_words(
+    tmp_path, capsys, reparametrized
+):
+    def make(run):
+        hidden = nn.Linear(8, 2100)  # more than a tensor of an attribute that becomes one may have
+        model = nn.Sequential(reparametrized(hidden), nn.Tanh(), nn.Linear(2100, 1))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        run.track(model=model, optimizer=optimizer)
+
+        def step(x):
+            loss = updated(model, optimizer, x)
+            with torch.no_grad():
+                model(x)
+            return loss
+
+        return step
+
+    trained(tmp_path / "a", make)
+    assert "changes in training" not in capsys.readouterr().out
