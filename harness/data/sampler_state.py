@@ -6,9 +6,11 @@ found.
 
 from __future__ import annotations
 
+import copy
 import functools
 import hashlib
 import inspect
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -26,6 +28,7 @@ from harness.data.generator_objects import (
 from harness.data.quantized import scale_of
 
 PLAIN = (bool, int, float, str, type(None))
+CONTAINERS = (dict, list, deque, set)
 DEPTH, MOST_FUNCTIONS = 3, 20
 
 State = dict[str, Any]
@@ -66,19 +69,12 @@ class Part:
         Raises:
             UsageError: A generator is of another kind than the saved one.
         """
-        obj = self.obj
-        if isinstance(obj, np.ndarray) and isinstance(value, torch.Tensor):
-            value = value.numpy()  # a checkpoint holds tensors only
-            value = value.astype(obj.dtype) if value.shape == obj.shape else value
-        if is_generator(obj) and (self.owner is None or generator_of(value) is not None):
-            set_generator_state(self.name or "of order=", obj, value)
-        elif in_place and _is_alike(obj, value):
-            with torch.no_grad():
-                obj[...] = value
-        elif in_place and type(obj) is list and isinstance(value, list):
-            obj[:] = _value(value)
-        else:
-            setattr(self.owner, self.name, _made(value))
+        if is_generator(self.obj) and (self.owner is None or generator_of(value) is not None):
+            set_generator_state(self.name or "of order=", self.obj, value)
+            return
+        obj = self.obj if in_place else _emptied(self.obj)
+        if (made := _filled(obj, value)) is not self.obj:
+            setattr(self.owner, self.name, made)
 
 
 def _is_alike(obj: Any, value: Any) -> bool:
@@ -89,6 +85,46 @@ def _is_alike(obj: Any, value: Any) -> bool:
         and obj.shape == value.shape
         and obj.dtype == value.dtype
     )
+
+
+def _emptied(obj: Any) -> Any:
+    """Return an empty container of the same kind, to be filled; None for anything else."""
+    if not isinstance(obj, CONTAINERS):
+        return None
+    own = copy.copy(obj)
+    own.clear()
+    return own
+
+
+def _filled(obj: Any, value: Any) -> Any:
+    """Put a saved state into an object, which others may hold; return a new one if it cannot be.
+
+    A container stays what it is, a `defaultdict` say, and so do those inside it.
+    """
+    if type(value) in PLAIN:
+        return value
+    if isinstance(obj, np.ndarray) and isinstance(value, torch.Tensor):
+        value = value.numpy()  # a checkpoint holds tensors only
+        value = value.astype(obj.dtype) if value.shape == obj.shape else value
+    if _is_alike(obj, value):
+        with torch.no_grad():
+            obj[...] = value
+    elif isinstance(obj, dict) and isinstance(value, Mapping) and generator_of(value) is None:
+        items = {key: _filled(obj.get(key), item) for key, item in value.items()}
+        obj.clear()
+        for key, item in items.items():
+            obj[key] = item
+    elif isinstance(obj, list | deque) and isinstance(value, list):
+        held = [*obj, *[None] * len(value)]
+        items = [_filled(*pair) for pair in zip(held, value, strict=False)]
+        obj.clear()
+        obj.extend(items)
+    elif isinstance(obj, set) and isinstance(value, list):
+        obj.clear()
+        obj.update(value)
+    else:
+        return _made(value)
+    return obj
 
 
 def _made(value: Any) -> Any:
@@ -217,8 +253,10 @@ def _drawn_from(function: Any, met: set[int]) -> Iterator[Part]:
 
 def _is_plain(value: Any) -> bool:
     """Return whether an attribute is plain data: scalars, strings, tensors, arrays, containers."""
-    if isinstance(value, list | tuple):
+    if isinstance(value, list | tuple | deque):
         return all(_is_plain(item) for item in value)
+    if isinstance(value, set):
+        return all(type(item) in PLAIN for item in value)
     if isinstance(value, dict):
         return all(isinstance(key, PLAIN) and _is_plain(item) for key, item in value.items())
     if isinstance(value, np.ndarray):
@@ -234,8 +272,12 @@ def _value(obj: Any) -> Any:
         return obj.detach().clone()
     if isinstance(obj, np.ndarray):
         return obj.copy()
-    if isinstance(obj, list | tuple):
-        return type(obj)(_value(item) for item in obj) if type(obj) in (list, tuple) else obj
+    if isinstance(obj, list | deque):
+        return [_value(item) for item in obj]
+    if isinstance(obj, set):
+        return sorted(obj, key=repr)  # its own order is another one in each process
+    if isinstance(obj, tuple):
+        return tuple(_value(item) for item in obj) if type(obj) is tuple else obj
     return {key: _value(item) for key, item in obj.items()} if isinstance(obj, dict) else obj
 
 

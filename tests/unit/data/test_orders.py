@@ -290,6 +290,29 @@ LAZY_NUMPY = LAZY.replace("MADE", "np.random.default_rng(5)").replace(
 LAZY_PYTHON = LAZY.replace("MADE", "random.Random(5)").replace(
     "DRAWN", "self.generator.randrange(99)"
 )
+CONTAINERS = """
+from collections import Counter, OrderedDict, defaultdict, deque
+hard, counts, recent, done = OrderedDict(at=[1]), Counter(), deque([0], maxlen=3), {0}
+
+class Hard(Sampler):
+    def __init__(self):
+        self.hard, self.counts, self.recent, self.done = hard, counts, recent, done
+        self.seen = defaultdict(int)
+
+    def __len__(self):
+        return 40
+
+    def __iter__(self):
+        self.seen[len(hard["at"]) % 3] += 1
+        self.counts.update(self.seen)
+        self.hard.move_to_end("at")
+        numbers = [*self.hard["at"], *self.counts.elements(), *self.recent, *sorted(self.done)]
+        seed = sum(at * number for at, number in enumerate(numbers))
+        return iter(torch.randperm(40, generator=torch.Generator().manual_seed(seed)).tolist())
+
+sampler = Hard()
+"""
+MINE = 'mine = int(index[0]); hard["at"].append(mine); recent.append(mine); done.add(mine)'
 SCORE = (
     "sampler.weights = torch.rand(40, generator=torch.Generator().manual_seed("
     "int(1e6 * model.bias.item()) % 1000)).double()"
@@ -319,6 +342,7 @@ def program(sampler: str, head: str = "pass", step: str = "pass") -> str:
             True,
         ),
         (program(WEIGHTED.replace("GENERATOR", "None"), head=SCORE), True),
+        (program(CONTAINERS, step=MINE), True),
         (program(SCORED), False),
         (program(WEIGHTED.replace("GENERATOR", "None")), False),
         (program(BY_EPOCH, head="sampler.set_epoch(epoch)"), False),
@@ -334,6 +358,7 @@ def program(sampler: str, head: str = "pass", step: str = "pass") -> str:
         "weighted with a generator",
         "weights of the losses",
         "weights set each epoch",
+        "containers that the loop shares",
         "by the model",
         "weighted",
         "by the epoch",
