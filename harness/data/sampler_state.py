@@ -110,9 +110,9 @@ def _filled(obj: Any, value: Any) -> Any:
         with torch.no_grad():
             obj[...] = value
     elif isinstance(obj, dict) and isinstance(value, Mapping) and generator_of(value) is None:
-        items = {key: _filled(obj.get(key), item) for key, item in value.items()}
+        by_key = {key: _filled(obj.get(key), item) for key, item in value.items()}
         obj.clear()
-        for key, item in items.items():
+        for key, item in by_key.items():
             obj[key] = item
     elif isinstance(obj, list | deque) and isinstance(value, list):
         held = [*obj, *[None] * len(value)]

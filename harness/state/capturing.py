@@ -321,7 +321,7 @@ def _check_covered(tracked: Mapping[str, Any]) -> None:
                     f"{name} updates {len(lost)} parameter(s) that belong to nothing tracked: "
                     "they would be lost at a restart",
                     f"found: shapes {', '.join(map(str, lost[:5]))}",
-                    "Track the module that holds them too.",
+                    "Track the module that holds them too. If none does: " + kinds.IN_MODULE,
                 )
 
 

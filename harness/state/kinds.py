@@ -33,6 +33,7 @@ FACTORIES: dict[Any, str] = {
     tuple: "tuple",
     dict: "dict",
 }
+IN_MODULE = "run.track(…, own=torch.nn.ParameterList([tensor]))"
 CONTAINERS = (dict, OrderedDict, defaultdict, Counter, list, tuple, deque, torch.Size)
 MADE = {name: factory for factory, name in FACTORIES.items()}
 
@@ -265,9 +266,26 @@ def check_values(value: Any, where: Where) -> None:
                 check_values(item, (where, key))
         if not isinstance(value, defaultdict) or taken_apart(value):
             return
+    elif _is_trained(value):
+        raise UsageError(
+            f"{spelled(where)} would not come back as what it is",
+            f"found: a {type(value).__module__}.{type(value).__qualname__} that requires a"
+            " gradient, of which only the numbers can be saved",
+            "Put tensor.detach() there. What is trained belongs into a tracked module: "
+            f"{IN_MODULE}.",
+        )
     elif _is_leaf(value):
         return
     raise not_plain(where, value)
+
+
+def _is_trained(value: Any) -> bool:
+    """Return whether a value is a parameter, or a tensor that could be one.
+
+    Not the result of a forward pass, of which the program can use no more than the numbers.
+    """
+    is_leaf = isinstance(value, torch.Tensor) and value.is_leaf
+    return isinstance(value, torch.nn.Parameter) or (is_leaf and value.requires_grad)
 
 
 def _is_leaf(value: Any) -> bool:

@@ -241,8 +241,9 @@ def test_parameters_that_belong_to_nothing_tracked_are_refused(tmp_path):
 
     with pytest.raises(
         UsageError, match=r"updates 1 parameter\(s\) that belong to nothing tracked"
-    ):
+    ) as refused:
         loop(tmp_path, make)
+    assert "own=torch.nn.ParameterList([tensor])" in str(refused.value)
 
 
 def test_a_sparse_buffer_and_a_lazy_module_go_on(tmp_path):

@@ -37,6 +37,21 @@ def test_on_two_ranks_too(tmp_path):
     assert outcome.is_equal, outcome.rows
 
 
+@pytest.mark.parametrize(
+    "made", ["nn.Parameter(torch.zeros(1))", "torch.zeros(1, requires_grad=True)"]
+)
+def test_a_parameter_that_no_module_holds_goes_on_as_the_refusal_of_it_says(tmp_path, made):
+    source = (
+        PLAIN.replace("optimizer =", f"log_sigma = {made}\noptimizer =")
+        .replace("model.parameters()", "[*model.parameters(), log_sigma]")
+        .replace("run.track(", "run.track(own=torch.nn.ParameterList([log_sigma]), ")
+        .replace(".mean()", ".mean() * log_sigma.exp() - log_sigma")
+    )
+    outcome = killed_once(tmp_path, source)
+    assert "resumes from step 6" in outcome.resumed.text and "warning" not in outcome.whole.text
+    assert outcome.is_equal, outcome.rows
+
+
 def epochs(head: str, before: str = "", model: str = "nn.Linear(8, 1)") -> str:
     """A program with a loop over epochs whose outer loop begins with these lines."""
     lines = "\n".join(f"    {line}" for line in head.splitlines())
