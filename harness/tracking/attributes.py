@@ -218,14 +218,14 @@ class Attributes:
         self._look_for_misfits(is_thorough=is_time)
         if is_time:
             odd = {
-                joined(name, watch.path): values
+                joined(name, watch.path): (values, type(watch.part))
                 for name, watched in self._watched.items()
                 for watch in watched
                 if (values := watch.odd_values())
             }
             held = self._kept() if odd else {}
-            for where, values in odd.items():
-                self.unkept.look(where, values, held)
+            for where, (values, kind) in odd.items():
+                self.unkept.look(where, values, held, kind)
         return changed or None
 
     def _changed(self, name: str, copies: Copies) -> dict[str, dict[str, dict[str, Any]]]:

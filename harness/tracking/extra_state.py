@@ -245,6 +245,12 @@ class _OwnAttributes:
                 f"harness: warning: {name} {problem}: "
                 "if it is state, make it a plain value, a buffer or part of a state_dict"
             )
+        for name in self._attributes.unkept.graphs:
+            self._say(
+                f"harness: warning: {name} is carried on to the next step, and is not saved: it "
+                "has its graph. Detach it when it is stored, each tensor in an attribute of its "
+                "own, or keep it in a buffer"
+            )
         for name, reason in self._attributes.unkept.lost.items():
             self._say(
                 f"harness: warning: {name} was saved until now and is not any more: it {reason}. "
@@ -252,6 +258,7 @@ class _OwnAttributes:
                 "items, a sum), or make it a buffer or part of a state_dict"
             )
         self._attributes.unkept.names.clear()
+        self._attributes.unkept.graphs.clear()
         self._attributes.unkept.lost.clear()
         for path, problem in sorted(self._attributes.replaced.items()):
             if path not in self._replaced:

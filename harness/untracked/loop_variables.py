@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
+DETACHES = ("detach", "detach_", "data")  # attributes of a tensor that has a graph
 MOST_SOURCE = 1 << 20  # characters; longer source code is not parsed
 
 
@@ -89,7 +90,30 @@ def _source_lines(frame: FrameType) -> tuple[list[str], int]:
 @functools.lru_cache(1000)
 def carried_attributes(kind: type) -> frozenset[str]:
     """Return the attributes that a method of the class reads before it sets them."""
-    return frozenset(name for _, read, stored in _methods(kind) for name in read & stored)
+    return frozenset(name for _, flow in _methods(kind) for name in flow.exposed & flow.assigned)
+
+
+@functools.lru_cache(1000)
+def detached_attributes(kind: type) -> frozenset[str]:
+    """Return those that a method reads without their graph before it sets them: `self.h.detach()`.
+
+    A graph ends with its step, so what is carried on to the next one is detached there. What only
+    the calls of one step carry on (a cell, for each element of a sequence) is not.
+    """
+    scope = vars(sys.modules.get(kind.__module__, inspect))
+    return frozenset(
+        name
+        for _, flow in _methods(kind)
+        for name in flow.assigned
+        & (flow.detached | {name for by, name in flow.given if _detaches(scope.get(by))})
+    )
+
+
+def _detaches(function: Any) -> bool:
+    try:
+        return inspect.isfunction(function) and "detach" in inspect.getsource(function)
+    except (OSError, TypeError):
+        return False
 
 
 @functools.lru_cache(1000)
@@ -102,16 +126,16 @@ def told_attributes(kind: type) -> frozenset[str] | None:
     methods = list(_methods(kind))
     names, told, carried = ["set_epoch"], set[str](), set[str]()
     for name in names:
-        for own, read, stored in methods:
+        for own, flow in methods:
             if own == name:
-                told, carried = told | stored, carried | (read & stored)
-                called = {other for other, _, _ in methods} & read
+                told, carried = told | flow.assigned, carried | (flow.exposed & flow.assigned)
+                called = {other for other, _ in methods} & flow.exposed
                 names += sorted(called.difference(names))
-    return frozenset(told - carried) if any(own == "set_epoch" for own, _, _ in methods) else None
+    return frozenset(told - carried) if any(own == "set_epoch" for own, _ in methods) else None
 
 
-def _methods(kind: type) -> Iterator[tuple[str, set[str], set[str]]]:
-    """Yield the methods of a class and its bases: name, attributes read before set, attributes set.
+def _methods(kind: type) -> Iterator[tuple[str, _Flow]]:
+    """Yield the methods of a class and its bases, with what they do with their attributes.
 
     Classes without source code, and torch's `Module`, are left out.
     """
@@ -124,13 +148,9 @@ def _methods(kind: type) -> Iterator[tuple[str, set[str], set[str]]]:
             continue
         for method in ast.walk(tree):
             if isinstance(method, ast.FunctionDef) and method.args.args:
-                own, flow = f"{method.args.args[0].arg}.", _Flow()
+                flow = _Flow()
                 flow.in_order(*method.body)
-                read, stored = (
-                    {name.removeprefix(own) for name in names if name.startswith(own)}
-                    for names in (flow.exposed, flow.assigned)
-                )
-                yield method.name, read, stored
+                yield method.name, flow.within(f"{method.args.args[0].arg}.")
 
 
 class _Flow(ast.NodeVisitor):
@@ -144,6 +164,37 @@ class _Flow(ast.NodeVisitor):
         self.stored: set[str] = set()
         self.assigned: set[str] = set()  # names that are stored on some way
         self.exposed: set[str] = set()  # names that are read before they are stored
+        self.detached: set[str] = set()  # those of them that are read without their graph
+        self.given: set[tuple[str, str]] = set()  # function and name: its only argument
+        self.alias: dict[str, str] = {}  # by variable: the attribute that it was read from
+
+    def within(self, prefix: str) -> _Flow:
+        """Return what is done with the names that begin so, without that beginning."""
+        own = _Flow()
+        for word in ("assigned", "exposed", "detached"):
+            names = vars(self)[word]
+            vars(own)[word] |= {
+                name.removeprefix(prefix) for name in names if name.startswith(prefix)
+            }
+        own.given = {(by, name.removeprefix(prefix)) for by, name in self.given}
+        return own
+
+    def _attribute(self, node: ast.AST) -> str | None:
+        """Return the attribute that an expression is, or was read from, if it is not stored yet."""
+        if isinstance(node, ast.Name):
+            return self.alias.get(node.id)
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            name = f"{node.value.id}.{node.attr}"
+            return name if name not in self.stored else None
+        return None
+
+    def _name(self, target: ast.AST, value: ast.AST) -> None:
+        """Note variables that are given an attribute, or the parts of one."""
+        source = self._attribute(value)
+        for name in ast.walk(target):
+            if isinstance(name, ast.Name) and isinstance(name.ctx, ast.Store):
+                self.alias.pop(name.id, None)
+                self.alias |= {name.id: source} if source else {}
 
     def _use(self, name: str, *, is_read: bool) -> None:
         if is_read:
@@ -155,13 +206,24 @@ class _Flow(ast.NodeVisitor):
     def visit_Name(self, node: ast.Name) -> None:
         self._use(node.id, is_read=isinstance(node.ctx, ast.Load))
 
+    def visit_Call(self, node: ast.Call) -> None:
+        """Note a function that is called with an attribute alone: it may detach it."""
+        source = self._attribute(node.args[0]) if len(node.args) == 1 else None
+        if source and isinstance(node.func, ast.Name):
+            self.given.add((node.func.id, source))
+        self.generic_visit(node)
+
     def visit_Attribute(self, node: ast.Attribute) -> None:
+        if node.attr in DETACHES and (source := self._attribute(node.value)):
+            self.detached.add(source)
         if isinstance(node.value, ast.Name):
             self._use(f"{node.value.id}.{node.attr}", is_read=isinstance(node.ctx, ast.Load))
         self.visit(node.value)
 
     def visit_For(self, node: ast.For) -> None:
-        self.in_order(node.iter, node.target, *node.body, *node.orelse)
+        self.visit(node.iter)
+        self._name(node.target, node.iter)
+        self.in_order(node.target, *node.body, *node.orelse)
 
     def visit_If(self, node: ast.If) -> None:
         self.visit(node.test)
@@ -189,7 +251,10 @@ class _Flow(ast.NodeVisitor):
         self.stored = set.intersection(*ends) if ends else before
 
     def visit_Assign(self, node: ast.Assign) -> None:
-        self.in_order(node.value, *node.targets)
+        self.visit(node.value)
+        for target in node.targets:
+            self._name(target, node.value)
+        self.in_order(*node.targets)
 
     def visit_AnnAssign(self, node: ast.AnnAssign) -> None:
         self.in_order(*filter(None, (node.value, node.target if node.value else None)))
@@ -219,7 +284,9 @@ class _Flow(ast.NodeVisitor):
     ) -> None:
         within = _Flow()
         within.stored |= self.stored
+        within.alias, within.detached, within.given = dict(self.alias), self.detached, self.given
         for part in node.generators:
+            within._name(part.target, part.iter)
             within.in_order(part.iter, part.target, *part.ifs)
         within.in_order(
             *((node.key, node.value) if isinstance(node, ast.DictComp) else (node.elt,))

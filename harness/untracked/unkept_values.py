@@ -32,7 +32,8 @@ from harness.data.generator_objects import drawn_from, is_generator
 from harness.data.held_generators import is_library
 from harness.state.kinds import PLAIN
 from harness.untracked.array_changes import address_of
-from harness.untracked.object_walk import OF_MODULES, parts
+from harness.untracked.loop_variables import detached_attributes
+from harness.untracked.object_walk import FEW, OF_MODULES, parts
 
 MOST_ITEMS = 5000  # limit of items that are examined for one value
 HASHED_BYTES = 1 << 20  # of a larger array the beginning is compared
@@ -48,6 +49,7 @@ class UnkeptValues:
 
     def __init__(self) -> None:
         self.names: list[str] = []  # not reported yet
+        self.graphs: list[str] = []  # likewise: those carried from step to step with their graph
         self.lost: dict[str, str] = {}  # likewise: those that were kept before, with the reason
         self._before: dict[str, Print] = {}
         self._reported: set[str] = set()
@@ -79,8 +81,22 @@ class UnkeptValues:
         self._next *= 2
         return True
 
-    def look(self, name: str, values: Mapping[str, Any], held: Mapping[int, str]) -> None:
-        """Compare an object's attributes with the last check; collect the names of changed ones."""
+    def look(
+        self, name: str, values: Mapping[str, Any], held: Mapping[int, str], kind: type
+    ) -> None:
+        """Compare an object's attributes with the last check; collect the names of changed ones.
+
+        Args:
+            name: the path of the object.
+            values: the attributes.
+            held: as in `begin`.
+            kind: the class of the object.
+        """
+        for key in filter(lambda key: has_graph(values[key]), values) if is_programs(kind) else ():
+            spelled = f"{name}.{key}"
+            if spelled not in self._reported and key in detached_attributes(kind):
+                self._reported.add(spelled)
+                self.graphs.append(spelled)
         for key, value in _with_hidden(values, held):
             spelled = f"{name}.{key}"
             before, now = self._before.get(spelled), fingerprint(value, held)
@@ -216,6 +232,15 @@ def is_of_program(value: Any) -> bool:
     Modules are left out, because they have a `state_dict`.
     """
     return not isinstance(value, nn.Module | type) and is_programs(type(value))
+
+
+def has_graph(value: Any) -> bool:
+    """Return whether this is the result of a forward pass, or a small container of such."""
+    if isinstance(value, torch.Tensor):
+        return value.grad_fn is not None
+    is_small = isinstance(value, list | tuple | dict) and len(value) <= FEW
+    items = value.values() if isinstance(value, dict) else value
+    return is_small and any(isinstance(item, torch.Tensor) and has_graph(item) for item in items)
 
 
 def recomputed(module: Any) -> set[str]:

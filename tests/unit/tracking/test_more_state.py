@@ -1651,3 +1651,61 @@ def test_a_weight_that_is_computed_before_each_forward_pass_needs_no_words(
 
     trained(tmp_path / "a", make)
     assert "changes in training" not in capsys.readouterr().out
+
+
+def repackaged(hidden):
+    return tuple(part.detach() for part in hidden)
+
+
+class Carrying(nn.Module):
+    """A recurrent part whose state has its graph until the next step reads it."""
+
+    h: Any
+    pair: Any
+    parts: Any
+    cache: Any
+    aux: Any
+    of_sequence: Any
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.h = self.pair = self.parts = None
+        self.cell, self.lstm, self.body = nn.RNN(8, 4), nn.LSTM(8, 4), nn.Linear(4, 1)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        h = None if self.h is None else self.h.detach()
+        y, self.h = self.cell(x, h)
+        pair = self.pair
+        z, self.pair = self.lstm(x, pair and tuple(part.detach() for part in pair))
+        w, self.parts = self.lstm(x, repackaged(self.parts) if self.parts else None)
+        self.reset()
+        for row in x.split(4):
+            y = y + self.inner(row).mean()
+        return self.body(torch.tanh(y + z + w)) + self.cached() + self.aux
+
+    def reset(self) -> None:
+        self.cache, self.aux, self.of_sequence = None, 0.0, torch.zeros(1)
+
+    def inner(self, row: torch.Tensor) -> Any:
+        """What only the calls of one forward pass carry on."""
+        self.aux = self.aux + self.body.weight.mean()
+        self.of_sequence = torch.tanh(self.cell(row)[0].mean() + self.of_sequence)
+        self.shown = self.of_sequence.detach()
+        return self.of_sequence
+
+    def cached(self) -> Any:
+        if self.cache is None:
+            self.cache = self.body.weight.mean()
+        return self.cache
+
+
+def test_what_is_carried_on_with_its_graph_is_named_and_no_cache_is(tmp_path, capsys):
+    def make(run):
+        model = Carrying()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        run.track(model=model, optimizer=optimizer)
+        return lambda x: updated(model, optimizer, x)
+
+    trained(tmp_path / "a", make, leave_at=4)
+    named = re.findall(r"model\.(\w+) is carried on to the next step", capsys.readouterr().out)
+    assert sorted(named) == ["h", "pair", "parts"]
