@@ -192,7 +192,7 @@ def backward(
         modules: The modules; DDP modules do not communicate before the last micro-batch.
         scale: Scales a loss before its backward pass, as a gradient scaler does.
     """
-    total = torch.zeros(())
+    total = torch.zeros((), device="cpu")
     for at, (batch, weight) in enumerate(zip(micro_batches, weights, strict=True)):
         with contextlib.ExitStack() as stack:
             if at + 1 < len(micro_batches):

@@ -64,7 +64,7 @@ def generator_state(generator: Any) -> dict[str, Any]:
         return {
             "kind": "random.Random",
             "version": version,
-            "words": torch.tensor(internal_state, dtype=torch.int64),
+            "words": torch.tensor(internal_state, dtype=torch.int64, device="cpu"),
             "gauss": gauss,
         }
     if isinstance(generator, np.random.RandomState):

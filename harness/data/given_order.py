@@ -250,9 +250,8 @@ class GivenOrder:
                 f"found: {len(left)} numbers are left of what {self._name} gave",
                 "Let the order follow from the epoch's number alone.",
             )
-        numbers = torch.tensor(
-            left, dtype=torch.int64 if left and max(left) >= 1 << 31 else torch.int32
-        )
+        dtype = torch.int64 if left and max(left) >= 1 << 31 else torch.int32
+        numbers = torch.tensor(left, dtype=dtype, device="cpu")
         state = {path: value for path, value in self._state.read().items() if path in changed}
         return {"epoch": position.epoch, "used": position.sample, "left": numbers, "state": state}
 

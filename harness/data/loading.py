@@ -274,7 +274,8 @@ class Loader:
             # A DataLoader would do the same here, at a higher cost.
             return map(self._planned.__getitem__, items)
         self._dealt.items = items
-        with children.loader_workers():
+        # The program may have another default device; iter() draws from a generator of the CPU.
+        with children.loader_workers(), torch.device("cpu"):
             reading = iter(self._loader)
         _READING.add(reading)
         atexit.unregister(_end_workers)

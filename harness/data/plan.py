@@ -179,8 +179,8 @@ class Plan:
             return samples
         if not self.shuffle:
             return range(self.size)
-        generator = torch.Generator().manual_seed(seed_of(self.seed, "order", epoch))
-        return torch.randperm(self.size, generator=generator).tolist()
+        generator = torch.Generator("cpu").manual_seed(seed_of(self.seed, "order", epoch))
+        return torch.randperm(self.size, generator=generator, device="cpu").tolist()
 
     def ordered(self, epoch: int) -> list[int]:
         """Return the order that the user's `order` gives for an epoch.

@@ -59,7 +59,7 @@ class World:
         """Return the element-wise maximum over all ranks. Collective: every rank must call it."""
         if self.size == 1:
             return values
-        tensor = torch.tensor(values, dtype=torch.int64)
+        tensor = torch.tensor(values, dtype=torch.int64, device="cpu")
         with lost_rank_errors():
             dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self._group)
         return [int(value) for value in tensor.tolist()]
@@ -102,7 +102,8 @@ class World:
             if len(numbers) <= FEW
             else -1
         )
-        row = torch.tensor([name, *numbers.values(), *[0.0] * FEW][: 1 + FEW], dtype=torch.float64)
+        numbered = [name, *numbers.values(), *[0.0] * FEW][: 1 + FEW]
+        row = torch.tensor(numbered, dtype=torch.float64, device="cpu")
         rows = [torch.empty_like(row) for _ in range(self.size)]
         with lost_rank_errors():
             dist.all_gather(rows, row, group=self._group)
@@ -189,7 +190,8 @@ class World:
         The file has to be at its beginning and `size_bytes` long.
         Collective: every rank must call it, and take all parts.
         """
-        buffer = torch.empty(min(SHARED_AT_ONCE_BYTES, size_bytes), dtype=torch.uint8)
+        length = min(SHARED_AT_ONCE_BYTES, size_bytes)
+        buffer = torch.empty(length, dtype=torch.uint8, device="cpu")
         for at in range(0, size_bytes, SHARED_AT_ONCE_BYTES):
             part = buffer[: size_bytes - at]
             if self.is_writer and file is not None:

@@ -25,7 +25,7 @@ def rng_state(rank: int = 0) -> dict[str, Any]:
     return {
         "python": {
             "version": version,
-            "words": torch.tensor(internal_state, dtype=torch.int64),
+            "words": torch.tensor(internal_state, dtype=torch.int64, device="cpu"),
             "gauss": gauss,
         },
         "numpy": {

@@ -38,7 +38,10 @@ ATOMS = (
 # The attributes of every nn.Module. Child modules are listed by their own names.
 OF_MODULES = frozenset(vars(nn.Module()))
 # The attributes of every optimizer of torch's. LR schedulers set the last two.
-OF_OPTIMIZERS = frozenset(vars(torch.optim.SGD([torch.zeros(1)], 0.1))) | {"step", "_opt_called"}
+OF_OPTIMIZERS = frozenset(vars(torch.optim.SGD([torch.zeros(1, device="cpu")], 0.1))) | {
+    "step",
+    "_opt_called",
+}
 
 
 def parts(value: Any) -> Iterator[tuple[str, Any]]:
