@@ -274,8 +274,7 @@ class Loader:
             # A DataLoader would do the same here, at a higher cost.
             return map(self._planned.__getitem__, items)
         self._dealt.items = items
-        # The program may have another default device; iter() draws from a generator of the CPU.
-        with children.loader_workers(), torch.device("cpu"):
+        with children.loader_workers(), torch.device("cpu"):  # where iter() draws its seed
             reading = iter(self._loader)
         _READING.add(reading)
         atexit.unregister(_end_workers)
