@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from harness.checkpoint import records
 from harness.errors import DamagedError, StorageError, UsageError
 from harness.store.base import TEMP, check_key
 
+FileName = str | os.PathLike[str]  # of one of the user's own files
 OTHERS = "`harness ls RUN` shows the other checkpoints."
 READABLE = (1, 2)  # format versions that this harness reads
 # Top-level keys that an older harness would drop silently.
@@ -89,15 +91,16 @@ def rank_events_key(attempt: int, rank: int) -> str:
     return f"{EVENTS}/{attempt:04d}-rank{rank}.jsonl"
 
 
-def file_key(name: str) -> str:
+def file_key(name: FileName) -> str:
     """Return the key of a user's file.
 
     Raises UsageError for a name that leads out of the folder of these files, or that is reserved
     for temporary files.
     """
+    name = os.fspath(name) if isinstance(name, os.PathLike) else name
     try:
         check_key(FILES, name)
-    except StorageError:
+    except (StorageError, AttributeError):  # the latter: it is no text
         raise UsageError(
             f"{name!r} cannot be kept",
             remedy="Give a relative path without '..', such as samples/a.png.",

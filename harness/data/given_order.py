@@ -175,7 +175,14 @@ class GivenOrder:
         if self._kept is not None and self._kept[0] == epoch:
             return self._kept[1]
         before, began_at = self._state.digests(), time.perf_counter()
-        samples = self._read(self._ask(epoch))
+        samples = self._ask(epoch)
+        if not isinstance(samples, Iterable):
+            raise UsageError(
+                f"order({epoch}) gives no order",
+                f"found: a {type(samples).__name__}, expected: sample numbers",
+                "Let it return the numbers of the epoch's samples, as a list.",
+            )
+        samples = self._read(samples)
         self._is_costly = time.perf_counter() - began_at > CHEAP_S
         self._moves = self._moves or bool(self._changed_since(before))
         return samples

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from harness.errors import UsageError
 from harness.text import now
 
 if TYPE_CHECKING:
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
 # Keys of numbers that the ranks exchange: the last loss, and the steps since it was logged. Those
 # of logged values begin with a number.
 LOSS, SINCE = "last loss", "steps since"
+# Names that every event has.
+EVERYWHERE = ("event", "kind", "time", "step", "of", "spent")
 
 
 class MetricBuffer:
@@ -69,7 +72,12 @@ class MetricBuffer:
         self._held.append((step, now(), copies))
 
     def log(self, values: Mapping[str, Any]) -> None:
-        """Add to the logged values of this step; tensors are not read from the device."""
+        """Add to the logged values of this step; tensors are not read from the device.
+
+        Raises:
+            UsageError: A value is not one number, or its name is one that every event has.
+        """
+        check_loggable(values)
         for name, value in values.items():
             self.logged[name] = value.detach() if isinstance(value, torch.Tensor) else value
 
@@ -135,3 +143,31 @@ class MetricBuffer:
     def restore(self, payload: Mapping[str, Any]) -> None:
         """Restore the values from a checkpoint's payload."""
         self.loss, self.metrics, self.best = payload["loss"], payload["metrics"], payload["best"]
+
+
+def check_loggable(values: Mapping[str, Any], by: str = "log") -> None:
+    """Raise UsageError if a value is not one number, or has a name that every event has.
+
+    No value is read from the device.
+    """
+    for name, value in values.items():
+        if name in EVERYWHERE:
+            raise UsageError(
+                f"nothing that is logged can be called {name!r}",
+                f"reserved, because every event has them: {', '.join(EVERYWHERE)}",
+                "Give it another name.",
+            )
+        if not _is_number(value):
+            raise UsageError(
+                f"log({name}=…) takes one number"
+                if by == "log"
+                else f"{by}() takes one number as {name}",
+                f"found: {str(value)[:200]}",
+                "Log a number or a tensor with one element.",
+            )
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, torch.Tensor):
+        return value.numel() == 1 and not value.is_complex()
+    return hasattr(value, "__float__") and getattr(value, "size", 1) == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from os import PathLike
 from typing import Any
 
 import harness.run.usage_checks as usage_checks
@@ -150,10 +151,12 @@ class Run(Loop):
         Collective: every rank must call it.
 
         Raises:
-            UsageError: The inner loop was left before its end; otherwise as `batches`.
+            UsageError: The inner loop was left before its end, or the batches are not those of
+                `batches`; otherwise as `batches`.
             SaveError, StorageError, NonFiniteError, SupersededError: As `batches`.
         """
         self._in_epochs = True
+        self._work_builder.check_batches(batches)
         return by_epoch(
             batches, lambda: self._share, self._note_ahead, self._put_back, lambda: self.step
         )
@@ -179,10 +182,11 @@ class Run(Loop):
         A step in which `finish` was called is the last one, too.
 
         Raises:
-            UsageError: It was called before the loop.
+            UsageError: It was called before the loop, or with what is no number.
         """
-        usage_checks.check_begun(
-            self._looping or self.finished or self._checkpointer.attempt is not None
+        usage_checks.check_due(
+            every_steps,
+            self._looping or self.finished or self._checkpointer.attempt is not None,
         )
         is_last = self.finished or self._finish or self._share.last or self.step == self._end_step
         return is_last or bool(every_steps and self.step % every_steps == 0)
@@ -203,10 +207,9 @@ class Run(Loop):
         Raises:
             UsageError: A value is not one number, or its name is one that every event has.
         """
-        usage_checks.check_loggable(values)
         self._metric_buffer.log(values)
 
-    def keep(self, name: str, data: bytes) -> None:
+    def keep(self, name: str | PathLike[str], data: bytes) -> None:
         """Write a small file (a picture, a table) atomically to every store, as `files/NAME`.
 
         Only the writer writes; other ranks do nothing. `name` may have subfolders; an existing file
@@ -236,7 +239,8 @@ class Run(Loop):
         Collective: every rank must call it.
 
         Args:
-            dataset: A dataset with `__len__` and `__getitem__`.
+            dataset: A dataset with `__len__` and `__getitem__`. Of a DataLoader, the dataset, batch
+                size, collate function and workers are taken; each sample is evaluated once.
             fn: Function from a batch to sums over its samples: {"val_loss": …, "val_acc": …}. It is
                 called without gradients and with all tracked modules in eval mode.
             batch_size: Samples in one batch of one rank.

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from harness import preemption, state
-from harness.arguments import Settings
+from harness.arguments import Settings, check_kinds, plain_config
 from harness.checkpoint import resume, retention
 from harness.config.init_arguments import check
 from harness.distributed import join, ranks
@@ -65,6 +65,7 @@ def assemble(arguments: Mapping[str, Any]) -> Run:
 def _assembled(arguments: Mapping[str, Any]) -> Run:
     exit_record = ExitRecord()  # from here on user errors are reported without a traceback
     check(arguments)
+    check_kinds(arguments)
     if arguments["deterministic"]:
         _be_deterministic()
     # A drill replaces the stores and some settings.
@@ -212,7 +213,9 @@ def _settings(arguments: Mapping[str, Any]) -> Settings:
         "override": tuple(arguments["override"]),
         "memory_every_steps": int(arguments["memory"]) or None,
         "log_to": tuple(arguments["log_to"]),
-        "config": state.plain_data({"config": dict(arguments["config"] or {})})["config"],
+        "config": state.plain_data({"config": dict(plain_config(arguments["config"] or {}))})[
+            "config"
+        ],
     }
     fields = {field.name for field in dataclasses.fields(Settings)}
     unchanged = {name: value for name, value in arguments.items() if name in fields}

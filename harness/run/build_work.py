@@ -7,14 +7,16 @@ from collections.abc import Callable, Mapping
 from functools import cache, partial
 from typing import Any
 
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
+from harness.arguments import check_kinds
 from harness.config.init_arguments import check
 from harness.data import loading
 from harness.data.dataset_source import OwnSource
 from harness.data.plan import Position, seed_of
 from harness.data.source import CombinedSource
 from harness.distributed.ranks import World
+from harness.errors import UsageError
 from harness.run.data_sharding import DataSharding
 from harness.run.work import DataArguments, Described, Work
 
@@ -48,6 +50,7 @@ class WorkBuilder:
             UsageError: An argument is invalid, or a run could not resume exactly with this data.
         """
         check(vars(arguments))
+        check_kinds(vars(arguments))
         dealing = DataSharding(
             self._world,
             arguments.accumulate,
@@ -106,6 +109,15 @@ class WorkBuilder:
         )
         return dataclasses.replace(work, source=source, described=cache(together))
 
+    def check_batches(self, batches: Any) -> None:
+        """Refuse what cannot be the batches of a run, for a loop over epochs.
+
+        Raises:
+            UsageError: It is a DataLoader, a dataset, or nothing that can be iterated over.
+        """
+        if isinstance(batches, DataLoader | Dataset) or not hasattr(batches, "__iter__"):
+            raise not_of_the_run(f"found: a {type(batches).__name__}")
+
     def of_own(self, max_steps: int, number: Callable[[], int]) -> Work:
         """Build the work of a loop that produces its own data; it yields `number()` in each step.
 
@@ -123,6 +135,16 @@ class WorkBuilder:
             self._to_device,
             lambda _: number(),
         )
+
+
+def not_of_the_run(found: str) -> UsageError:
+    """Return the error for a loop over epochs around other batches than those of the run."""
+    return UsageError(
+        "by_epoch(…) goes around the batches of the run",
+        found,
+        "for epoch, batches in run.by_epoch(run.batches(loader, epochs=5)): an iterator of your own"
+        " goes around the inner one.",
+    )
 
 
 def _only(micro_batches: list[Any]) -> Any:

@@ -113,6 +113,7 @@ class DataSharding:
             UsageError: The dataset cannot resume, or settings are given beside a DataLoader.
         """
         settings = given
+        _check_is_dataset(given.dataset)
         adopted = adopt(given.dataset)
         if adopted is not None:
             _check_alone(given)
@@ -249,6 +250,23 @@ def _by_number(dataset: Any, is_unlike: bool, is_certain: bool, *, is_new: bool)
         raise UsageError(what, found, remedy)
     draws = "" if is_certain else " (both draw random numbers: only their order may be unlike)"
     return (f"{what}{draws}. {remedy}",)
+
+
+def _check_is_dataset(dataset: Any) -> None:
+    """Refuse what has no samples, as a class, and a dict of datasets.
+
+    Raises:
+        UsageError: It is no dataset.
+    """
+    is_class, is_dict = isinstance(dataset, type), isinstance(dataset, dict) and 0 not in dataset
+    if is_class or is_dict or not (hasattr(dataset, "__getitem__") or hasattr(dataset, "__iter__")):
+        keys = f" with {', '.join(map(repr, list(dataset)[:3]))}" if is_dict else ""
+        raise UsageError(
+            "batches() takes a dataset or a DataLoader",
+            f"found: {'the class' if is_class else 'a'} "
+            f"{dataset.__name__ if is_class else type(dataset).__name__}{keys}",
+            "Give one dataset with __len__ and __getitem__, an iterable one, or a DataLoader.",
+        )
 
 
 def _check_alone(given: LoadSettings) -> None:

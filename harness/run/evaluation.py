@@ -10,13 +10,15 @@ import torch
 from torch import nn
 
 from harness import state
+from harness.config.rules import COUNT
 from harness.data import loading
+from harness.data.dataloader import adopt
 from harness.data.plan import Position, Share
 from harness.distributed import ddp
 from harness.distributed.ranks import World
 from harness.distributed.shared_tensors import writers_buffers
 from harness.errors import UsageError
-from harness.run.usage_checks import check_loggable
+from harness.monitoring.metric_buffer import check_loggable
 
 
 def evaluate(
@@ -35,31 +37,31 @@ def evaluate(
     Args:
         world: The ranks; each one evaluates a contiguous part of the samples.
         tracked: The tracked objects; their modules are in eval mode meanwhile.
-        dataset: A dataset with `__len__` and `__getitem__`.
+        dataset: A dataset with `__len__` and `__getitem__`, or a DataLoader, whose settings count.
         fn: Function from a batch on the device to named sums over its samples.
         batch_size: Samples in one batch of one rank.
         collate: Collate function; None for the default one.
         beat: Called before each batch.
 
     Raises:
-        UsageError: `fn` uses a name that every event has, or the ranks' datasets have unlike sizes.
+        UsageError: There is no such dataset, `fn` does not return sums by name, or uses a name that
+            every event has, or the ranks' datasets have unlike sizes.
     """
+    dataset, batch_size, collate, workers = _adopted(dataset, batch_size, collate)
+    _check(dataset, fn, batch_size, collate)
     modules = [module for obj in tracked for module in _modules_of(obj)]
     sums: dict[str, float] = {}
-    samples = range(
-        world.rank * len(dataset) // world.size, (world.rank + 1) * len(dataset) // world.size
-    )
+    samples = _shares(len(dataset), world, batch_size)
     with contextlib.ExitStack() as meanwhile:
         meanwhile.enter_context(state.kept_generators())
         meanwhile.enter_context(writers_buffers(modules, world))
         meanwhile.enter_context(_eval_mode(modules))
         meanwhile.enter_context(torch.no_grad())
         meanwhile.enter_context(ddp.no_buffer_sync(list(modules)))
-        for _, batches in loading.load(dataset, _shares(samples, batch_size), 0, collate):
+        for _, batches in loading.load(dataset, samples, 0, collate, workers):
             beat()
-            for name, value in fn(loading.to_device(batches[0], world.device)).items():
+            for name, value in _sums(fn(loading.to_device(batches[0], world.device))).items():
                 sums[name] = sums.get(name, 0.0) + float(value)
-    check_loggable(sums)
     sizes, parts = zip(*world.gather((len(dataset), sums)), strict=True)
     if len(set(sizes)) > 1:
         raise UsageError(
@@ -71,6 +73,69 @@ def evaluate(
     return {name: sum(part.get(name, 0.0) for part in parts) / len(dataset) for name in names}
 
 
+def _adopted(
+    dataset: Any, batch_size: int, collate: loading.Collate | None
+) -> tuple[Any, int, loading.Collate | None, loading.Workers]:
+    """Return what to evaluate, and how: as given, or as a DataLoader says.
+
+    Raises:
+        UsageError: A DataLoader gives its samples in a way of its own, or some of them only.
+    """
+    found = adopt(dataset)
+    if found is None:
+        return dataset, batch_size, collate, loading.Workers()
+    if found.batching.order is not None or loading.is_iterable(found.dataset):
+        raise UsageError(
+            "evaluate() gives each sample of a dataset once",
+            f"found: a DataLoader with a {type(getattr(dataset, 'sampler', None)).__name__}, over"
+            f" a {type(found.dataset).__name__}",
+            "Give a dataset: evaluate(Subset(dataset, numbers), fn, batch_size=…).",
+        )
+    batching = found.batching
+    return found.dataset, found.batch_size, batching.collate, batching.workers
+
+
+def _check(dataset: Any, fn: Any, batch_size: Any, collate: Any) -> None:
+    """Raise UsageError for arguments of other kinds than `evaluate` takes."""
+    wrong = [
+        f"found: {name}={value!r:.80}, expected: {expected}"
+        for name, value, is_right, expected in (
+            (
+                "dataset",
+                dataset,
+                not isinstance(dataset, type) and not loading.is_iterable(dataset),
+                "a dataset with __len__ and __getitem__, or a DataLoader of one",
+            ),
+            ("fn", fn, callable(fn), "a function from a batch to sums over its samples"),
+            ("batch_size", batch_size, COUNT.holds(batch_size), COUNT.allowed),
+            ("collate_fn", collate, collate is None or callable(collate), "a function, or None"),
+        )
+        if not is_right
+    ]
+    if wrong:
+        raise UsageError(
+            "evaluate() takes a dataset and a function",
+            "\n".join(wrong),
+            'As in run.evaluate(held_out, lambda batch: {"val_loss": loss(model, batch)}).',
+        )
+
+
+def _sums(found: Any) -> Mapping[str, Any]:
+    """Return what the function gave for a batch.
+
+    Raises:
+        UsageError: It is no dict of numbers, or a name is one that every event has.
+    """
+    if not isinstance(found, Mapping) or not all(isinstance(name, str) for name in found):
+        raise UsageError(
+            "the function given to evaluate() returns sums by name",
+            f"found: {found!r:.200}",
+            'Let it return a dict of numbers: {"val_loss": loss.sum()}.',
+        )
+    check_loggable(found, "evaluate")
+    return found
+
+
 def _modules_of(obj: Any) -> Iterator[nn.Module]:
     """Yield a tracked module, or the module inside a tracked average of weights."""
     inner = obj if isinstance(obj, nn.Module) else getattr(obj, "module", None)
@@ -78,7 +143,9 @@ def _modules_of(obj: Any) -> Iterator[nn.Module]:
         yield inner
 
 
-def _shares(samples: range, batch_size: int) -> Iterator[Share]:
+def _shares(size: int, world: World, batch_size: int) -> Iterator[Share]:
+    """Yield the batches of this rank's part of a dataset of that size."""
+    samples = range(world.rank * size // world.size, (world.rank + 1) * size // world.size)
     for at in range(0, len(samples), batch_size):
         yield Share(
             0, samples[at], (tuple(samples[at : at + batch_size]),), (1.0,), Position(), last=False

@@ -19,6 +19,7 @@ from harness.data.held_generators import find
 from harness.data.source import Source
 from harness.distributed.ranks import World
 from harness.errors import UsageError
+from harness.run.build_work import not_of_the_run
 from harness.run.protocols import StepCounter
 from harness.state import Captured
 from harness.state.kinds import PLAIN
@@ -75,7 +76,7 @@ class KeptState:
         self._awaits_update = False  # whether the first step of a loop over data is still to come
         # The plain attributes of the dataset when an epoch was yielded after its first batch.
         self._before_head: dict[str, Any] | None = None
-        self._dataset, self._is_told = None, False
+        self._dataset, self._is_told, self._is_begun = None, False, False
         self._values, self._built = UserState(), dict[str, Any]()
         self._more = ExtraState(world, own, lambda: counter.step, say)
         self._by_rank = RankDifferences(world, own, say, note)
@@ -171,7 +172,7 @@ class KeptState:
         )
         self._by_rank.begin(tracked)
         messages += self._more.begin(tracked, payload)
-        self._awaits_update = not source.is_own
+        self._awaits_update, self._is_begun = not source.is_own, True
         self._dataset = getattr(getattr(source, "main", source), "dataset", None)
         if self._world.is_writer:
             self._untracked.begin(tracked, source, self._more.handled | _handled_by(source))
@@ -192,7 +193,12 @@ class KeptState:
             tracked: The tracked objects, by name.
             values: `run.state`.
             payload: Contents of the checkpoint at the resume point; None if nothing is put back.
+
+        Raises:
+            UsageError: The batch is not one of the run's: `begin` was not called.
         """
+        if not self._is_begun:
+            raise not_of_the_run("found: an iterator that has yielded a batch that is not theirs")
         self._before_head = _plain_attributes(self._dataset)
         if payload is None:
             return None

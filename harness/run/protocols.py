@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
+    from os import PathLike
 
     from harness.arguments import Settings
     from harness.checkpoint.attempts import Attempt
@@ -119,7 +120,7 @@ class Checkpointer(Protocol):
     def note(self, kind: str, **fields: Any) -> None:
         """Add an event to the event log."""
 
-    def keep(self, name: str, data: bytes) -> None:
+    def keep(self, name: str | PathLike[str], data: bytes) -> None:
         """Write a file of the user's to every store."""
 
     def best_file(self) -> str | None:
@@ -297,6 +298,9 @@ class WorkBuilder(Protocol):
         self, dataset: Any, arguments: DataArguments, before: Mapping[str, Any] | None
     ) -> Work:
         """Build the work of a loop over a dataset. Collective."""
+
+    def check_batches(self, batches: Any) -> None:
+        """Refuse for `by_epoch` what cannot be the batches of a run."""
 
     def of_own(self, max_steps: int, number: Callable[[], int]) -> Work:
         """Build the work of a loop that produces its own data."""

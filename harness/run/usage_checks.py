@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from numbers import Real
 from typing import Any
 
-import torch
-
 from harness.errors import UsageError
-
-# Names that every event has.
-EVERYWHERE = ("event", "kind", "time", "step", "of", "spent")
 
 
 def check_single_loop(looping: bool, looped: bool) -> None:
@@ -29,8 +24,14 @@ def check_single_loop(looping: bool, looped: bool) -> None:
         )
 
 
-def check_begun(begun: bool) -> None:
-    """Raise UsageError if `run.due` is called before the loop."""
+def check_due(every_steps: Any, begun: bool) -> None:
+    """Raise UsageError if `run.due` is called before the loop, or with what is no number."""
+    if not isinstance(every_steps, Real | None):
+        raise UsageError(
+            "run.due(…) takes a number of steps",
+            f"found: {every_steps!r:.200}",
+            "As in run.due(100); None asks only for the last step.",
+        )
     if not begun:
         raise UsageError(
             "run.due(…) was asked before the loop",
@@ -50,26 +51,3 @@ def check_some_steps(step: int, global_batch_size: int | None) -> None:
             "least one rank",
             "Take a smaller batch, or more data.",
         )
-
-
-def check_loggable(values: Mapping[str, Any]) -> None:
-    """Raise UsageError if a value is not one number, or has a name that every event has.
-
-    No value is read from the device.
-    """
-    for name, value in values.items():
-        if name in EVERYWHERE:
-            raise UsageError(
-                f"nothing that is logged can be called {name!r}",
-                f"reserved, because every event has them: {', '.join(EVERYWHERE)}",
-                "Give it another name.",
-            )
-        is_number = (
-            value.numel() == 1 if isinstance(value, torch.Tensor) else hasattr(value, "__float__")
-        )
-        if not is_number:
-            raise UsageError(
-                f"log({name}=…) takes one number",
-                f"found: {str(value)[:200]}",
-                "Log a number or a tensor with one element.",
-            )

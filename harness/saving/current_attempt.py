@@ -202,7 +202,7 @@ class CurrentAttempt:
             verified = self._resume_point.read_from(len(self.stores) - 1)
             self._uploader.start(here, there, self.origin, verified, catalog.parts[-1].known)
 
-    def keep(self, name: str, data: bytes) -> None:
+    def keep(self, name: fmt.FileName, data: bytes) -> None:
         """Write one of the user's files, on the writer; other ranks only check the arguments.
 
         The run directory is written at once, and the remote store in the background. A failed write

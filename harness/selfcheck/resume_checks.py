@@ -237,6 +237,12 @@ def check_trackable(name: str, obj: Any, tracked: Mapping[str, Any], *, is_late:
         raise UsageError(
             f"two objects are tracked as {name!r}", remedy="Give each one a name of its own."
         )
+    if isinstance(obj, type):
+        raise UsageError(
+            f"{name} cannot be tracked",
+            f"found: the class {obj.__name__}, not an object of it",
+            f"Build one, {obj.__name__}(…), and track that.",
+        )
     if not state.is_generator(obj) and not (
         hasattr(obj, "state_dict") and hasattr(obj, "load_state_dict")
     ):

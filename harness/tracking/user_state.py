@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from harness import state
+from harness.errors import UsageError
 from harness.state.kinds import PLAIN
 
 MOST = 100  # new items that are checked in one container; the next save checks all items
@@ -36,6 +37,12 @@ class UserState:
             UsageError: if a new value would not come back from a checkpoint as what it is.
         """
         warnings = []
+        if not isinstance(values, Mapping):
+            raise UsageError(
+                "run.state has been replaced by what is no dict",
+                f"found: a {type(values).__name__}, expected: a dict",
+                'Put values into it by name: run.state["patience"] = 3.',
+            )
         for name, value in values.items():
             if type(value) in PLAIN:
                 continue
