@@ -34,11 +34,16 @@ MOMENTS = (
 )
 
 
+# Between two epochs `run.epoch` is the next one: what its head changes is still to come.
+BEFORE_TRACK = (
+    "before run.track(…): `if run.step > N` what it does before step N + 1, as at the head of an "
+    "epoch, and `if run.step >= N` what it does in step N or after it. run.epoch and run.step are "
+    "known as soon as harness.init has returned, but the head of the epoch run.epoch may not have "
+    "run; where it has, it runs again, and has to leave out what is done already"
+)
 CHANGES = (
     "If the loop itself changes them as it goes (layers, parameter groups), let it do so again "
-    "before run.track(…): run.epoch and run.step "
-    "are known as soon as harness.init has returned. "
-    "Else put the old ones back, or take a new run directory."
+    f"{BEFORE_TRACK}. Else put the old ones back, or take a new run directory."
 )
 
 

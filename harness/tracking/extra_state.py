@@ -19,6 +19,7 @@ from harness.distributed import ddp
 from harness.distributed.ranks import World
 from harness.errors import UsageError
 from harness.state.buffers import PARAMETER_GROUP
+from harness.state.checks import BEFORE_TRACK
 from harness.tracking.attributes import Attributes, Changed
 from harness.tracking.comm_hooks import Hooks, check_hooks
 from harness.tracking.generators import Generators
@@ -281,10 +282,7 @@ def _of_misfits(name: str, misfits: Mapping[str, str]) -> str:
     """Say which tensors of an object a restart could not load, and what it needs."""
     some = ", ".join(f"{key} {how}" for key, how in list(misfits.items())[:5])
     more = f", and {len(misfits) - 5} more" if len(misfits) > 5 else ""
-    advice = (
-        "let the program change it likewise when it resumes, before run.track(…), where run.epoch "
-        "and run.step are known"
-    )
+    advice = f"let the program change it likewise when it resumes, {BEFORE_TRACK}"
     if not all(key.startswith(PARAMETER_GROUP) for key in misfits):
         advice += "; or register such a buffer in __init__, as None, and give it its value later"
     return (

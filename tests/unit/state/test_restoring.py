@@ -1017,6 +1017,40 @@ def test_groups_that_the_loop_adds_are_explained_and_the_advice_is_true(tmp_path
     assert compare(tmp_path / "whole", tmp_path / "run").count == 0
 
 
+GROWS_AT_A_HEAD = """
+run = init()
+model, head = nn.Linear(8, 1), nn.Linear(8, 1)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+def grow():
+    optimizer.add_param_group({"params": head.parameters()})
+if "GROWN" in os.environ and run.step > 9:
+    grow()
+run.track(model=model, head=head, optimizer=optimizer)
+for epoch, batches in run.by_epoch(run.batches(points(144), 16, epochs=2)):
+    if epoch == 1 and len(optimizer.param_groups) < 2:
+        grow()
+    for x, y in batches:
+        loss = (model(x) + head(x) - y).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        run.log(loss=loss)
+        die(run)
+"""
+
+
+@pytest.mark.parametrize("die", [10, 14], ids=["at the border", "inside the epoch"])
+def test_the_advice_is_true_for_groups_that_the_head_of_an_epoch_adds(die, tmp_path):
+    outcome = killed_once(tmp_path, GROWS_AT_A_HEAD, die=die, then={"GROWN": "1"})
+    assert f"resumes from step {(die - 1) // 3 * 3}" in outcome.resumed.text
+    assert outcome.is_equal, outcome.rows
+    if die == 14:
+        refused = live(tmp_path, GROWS_AT_A_HEAD, "run", env={"DIE": "14"})
+        refused = live(tmp_path, GROWS_AT_A_HEAD, "run")
+        assert refused.code == 78 and "its parameter groups are others" in refused.text
+        assert "`if run.step > N` what it does before step N + 1" in refused.text
+
+
 # --- objects that give nothing, and schedules ---
 
 
