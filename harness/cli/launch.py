@@ -291,14 +291,14 @@ def _supervise(settings: Config, arguments: list[str]) -> int:
     """Run this command as a child that runs torchrun, until the run is done or stopped.
 
     Returns the exit code. Raises RefusedError, or another StorageError if the stores could not be
-    read or written before `run.max_failures` launches in a row.
+    read or written before `run.max_failures` launches in a row. After as many it returns 74.
     """
     supervisor = f"launch-{secrets.token_hex(6)}"
     preemption.install()
-    count = misses = 0
+    count = misses = misses_after = 0
 
     def once() -> tuple[int, bool]:
-        nonlocal count, misses
+        nonlocal count, misses, misses_after
         if preemption.requested():
             return EXIT_STOPPED, False
         name, count = f"{supervisor}.{count}", count + 1
@@ -321,10 +321,10 @@ def _supervise(settings: Config, arguments: list[str]) -> int:
             # The launch was stopped and has printed the path of the checkpoint. The next start
             # tries the store again.
             return EXIT_STOPPED, False
-        return stands.exit_code, stands.exit_code in (
-            EXIT_STOPPED,
-            EXIT_STORAGE,
-        ) and kind is None and not stands.is_leaving
+        misses_after = misses_after + 1 if stands.exit_code == EXIT_STORAGE else 0
+        is_again = stands.exit_code in (EXIT_STOPPED, EXIT_STORAGE) and kind is None
+        is_enough = stands.is_leaving or misses_after >= settings.run.max_failures
+        return stands.exit_code, is_again and not is_enough
 
     code, _ = retry.until_enough(once, lambda result: result[1], give_up=preemption.requested)
     # A run that was stopped by `harness stop` can be continued by a new start.

@@ -95,11 +95,15 @@ requeue() {{
     exit $answer
 }}
 
-# Count the failures to reach the store in a file here, because the store cannot record them.
+# Count the failures to reach the store in a file here, because the store cannot record them. If this
+# folder cannot be written either, the restarts of the job are counted: it must not be requeued for
+# ever. `sync` detects what a file server reports late.
 unreachable=$code/.unreachable-$SLURM_JOB_ID
 requeue_unreachable() {{
-    echo >>"$unreachable"
-    [ "$(wc -l <"$unreachable")" -ge {most} ] || requeue
+    local count=$((restarts + 1))
+    {{ echo >>"$unreachable.$1" && sync "$unreachable.$1"; }} 2>/dev/null &&
+        count=$(wc -l <"$unreachable.$1")
+    [ "${{count:-{most}}}" -ge {most} ] || requeue
     exit 74
 }}
 
@@ -107,9 +111,9 @@ requeue_unreachable() {{
 # crashing, or lies on another disk.
 "${{harness[@]}}" supervise before{submitted} "${{settings[@]}}"
 answer=$?
-[ $answer -ne 74 ] || requeue_unreachable
+[ $answer -ne 74 ] || requeue_unreachable before
 [ $answer -eq 75 ] || exit $answer
-rm -f "$unreachable"
+rm -f "$unreachable.before"
 
 # At a preemption SLURM signals the job steps. It signals this shell only to end the job, and then
 # the ranks have little time left to save, so the trap must only set a variable. Never signal srun:
@@ -137,8 +141,9 @@ job=$(describe)
 [[ $job == *" Reason=TimeLimit "* ]] && stopped=
 "${{harness[@]}}" supervise after --code $status $stopped "${{settings[@]}}"
 answer=$?
-[ $answer -ne 74 ] || requeue_unreachable
+[ $answer -ne 74 ] || requeue_unreachable after
 [ $answer -eq 75 ] || exit $answer
+rm -f "$unreachable.after"
 requeue    # must be last
 """
 

@@ -30,8 +30,11 @@ from launches import (
 from s3_server import free_ports
 
 from harness import retry
+from harness.cli import launch as launching
+from harness.cli import supervise
 from harness.cli.launch import CommandLine
 from harness.config import load
+from harness.supervision.restart_policy import Outcome
 
 Start = Callable[..., "subprocess.Popen[str]"]
 # So that a save, which goes on in the background, is over when a crash comes some steps later.
@@ -648,3 +651,20 @@ def test_what_raises_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None
     with pytest.raises(ValueError, match="a mistake"):
         retry.until_enough(work, lambda result: True, sleep=pauses.sleep)
     assert calls == [1]
+
+
+def test_stores_that_fail_at_each_end_of_a_launch_end_it(monkeypatch, tmp_path) -> None:
+    """The begin of each launch is recorded: only its end, when the disk is full, is not."""
+    codes = itertools.chain([74, 75, 74, 74, 74], itertools.repeat(0))
+    began = list[str]()
+    monkeypatch.setattr(supervise, "before", lambda settings, name: began.append(name) or 75)
+    monkeypatch.setattr(
+        supervise, "after", lambda *given, stopped: Outcome("unknown", "full", next(codes))
+    )
+    monkeypatch.setattr(launching, "_child", lambda name, arguments: 1)
+    monkeypatch.setattr(launching.preemption, "install", lambda: None)
+    monkeypatch.setattr(retry.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(retry, "FIRST_PAUSE_S", 0.001)
+    settings, _ = load(None, [f"run.dir={tmp_path}"])
+    assert launching._supervise(settings, []) == 74
+    assert len(began) == 5, "those before one that could be read are forgotten"

@@ -374,7 +374,33 @@ def test_a_store_that_does_not_answer_at_the_end_is_counted_and_the_job_requeued
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert (tmp_path / "scontrol").read_text() == "requeue 7\n"
-    assert (tmp_path / ".unreachable-7").read_text() == "\n"
+    assert (tmp_path / ".unreachable-7.after").read_text() == "\n"
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize(
+    ("restarts", "lines", "code"), [(0, None, 75), (1, None, 75), (2, None, 74), (9, None, 74),
+                                    (9, 0, 75), (9, 1, 75), (0, 2, 74)]
+)  # fmt: skip
+def test_a_store_that_does_not_answer_never_requeues_a_job_for_ever(
+    when, restarts, lines, code, tmp_path
+):
+    """Also where the failures cannot be counted, because the disk is full: `lines` is None."""
+    file = tmp_path / f".unreachable-7.{when}"
+    if lines is None:
+        file.symlink_to("/dev/full")
+    else:
+        file.write_text("\n" * lines)
+    text = script(Job(SlurmSettings(), "a", "out", [], code=str(tmp_path)))
+    counting = text[text.index("unreachable=") : text.index("# Is there anything to train?")]
+    before = f"SLURM_JOB_ID=7 code={tmp_path} restarts={restarts}; requeue() {{ exit 75; }}"
+    done = subprocess.run(
+        ["bash", "-c", f"{before}\n{counting}\nrequeue_unreachable {when}"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (code, "")
 
 
 # --- what is refused ---
