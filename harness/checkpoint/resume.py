@@ -56,6 +56,10 @@ class ResumePoint:
     # (index of the store, manifest key) of each damaged copy, to be set aside after the claim.
     damaged: list[tuple[int, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    # Digests of the settings as built that optimizers and schedulers have begun with, by name: in
+    # the checkpoint, and in this attempt, whose record keeps them.
+    built_before: dict[str, str] = field(default_factory=dict)
+    built: dict[str, str] = field(default_factory=dict)
 
     def read_from(self, place: int) -> set[str]:
         """Return the name of the chosen checkpoint as a set, empty if another store was read."""

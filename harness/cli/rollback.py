@@ -45,7 +45,8 @@ def run(given: argparse.Namespace) -> int:
         return 0
     source, target = catalog.copies(manifest)[0], catalog.stores[-1]
     locate.check(source, manifest)  # before anything is claimed
-    attempt = attempts.claim(catalog, manifest, manifest.world_size, kind="rollback")
+    more = {"built": catalog.attempts.get(manifest.attempt, {}).get("built", {})}
+    attempt = attempts.claim(catalog, manifest, manifest.world_size, "rollback", more)
     copy = commit.adopt(source, manifest, target, attempt, going_on_from(manifest))
     for store in catalog.stores:
         attempts.end_copied(store, attempt, copy, by="rollback")

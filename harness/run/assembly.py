@@ -14,6 +14,7 @@ import torch
 from harness import preemption, state
 from harness.arguments import Settings, check_kinds, plain_config
 from harness.checkpoint import resume, retention
+from harness.checkpoint.format import Manifest
 from harness.config.init_arguments import check
 from harness.distributed import join, ranks
 from harness.distributed.ranks import World
@@ -120,7 +121,22 @@ def _resume_point(
     )
     if chosen.payload is not None and chosen.payload["best"] is not None:
         _rank_anew(chosen, chosen.payload, world, settings.policy.ranking)
+    if chosen.manifest is not None:
+        _note_built(chosen, chosen.manifest, world)
     return chosen
+
+
+def _note_built(chosen: resume.ResumePoint, manifest: Manifest, world: World) -> None:
+    """Note the settings as built with which the checkpoint's optimizers and schedulers have begun.
+
+    The record of its attempt has them. Collective: every rank must call it.
+    """
+
+    def recorded() -> dict[str, str]:
+        found = chosen.catalog.attempts.get(manifest.attempt, {}) if chosen.catalog else {}
+        return found["built"] if isinstance(found.get("built"), dict) else {}
+
+    chosen.built_before.update(world.on_writer(recorded, give_up=preemption.requested))
 
 
 def _rank_anew(
@@ -165,7 +181,7 @@ def _wired(parts: Parts, console: Console) -> Run:
     kept_state = KeptState(
         world,
         settings,
-        parts.resume_point.manifest,
+        parts.resume_point,
         counter,
         say,
         checkpointer.note,

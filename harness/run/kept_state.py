@@ -12,7 +12,7 @@ from typing import Any
 import harness.selfcheck.resume_checks as resume_checks
 from harness import state
 from harness.arguments import Settings
-from harness.checkpoint.format import Manifest
+from harness.checkpoint.resume import ResumePoint
 from harness.config.changes import check_changes
 from harness.data.given_order import GivenOrder
 from harness.data.held_generators import find
@@ -52,7 +52,7 @@ class KeptState:
     Args:
         world: The ranks of this attempt.
         settings: Validated arguments of `harness.init`.
-        origin: Manifest of the resume point, or None.
+        resume_point: The resume point; the settings that objects begin with are noted in it.
         counter: The number of the step that is being made.
         say: Prints a line on the writer.
         note: Adds an event to the event log.
@@ -63,14 +63,15 @@ class KeptState:
         self,
         world: World,
         settings: Settings,
-        origin: Manifest | None,
+        resume_point: ResumePoint,
         counter: StepCounter,
         say: Callable[[str], None],
         note: Callable[..., None],
         suspects: list[str],
     ) -> None:
         own = RankEntries()
-        self._world, self._settings, self._origin = world, settings, origin
+        self._world, self._settings, self._origin = world, settings, resume_point.manifest
+        self._built_before, self._begun = resume_point.built_before, resume_point.built
         self._counter, self._say = counter, say
         self._thread = threading.get_ident()
         self._awaits_update = False  # whether the first step of a loop over data is still to come
@@ -126,8 +127,17 @@ class KeptState:
         stateful = self._more.track(objects, is_resumed=payload is not None)
         tracked |= stateful
         messages = resume_checks.give_back(
-            tracked, stateful, self._built, self._origin, payload, self._settings
+            tracked,
+            stateful,
+            self._built,
+            self._origin,
+            payload,
+            self._settings,
+            self._built_before,
         )
+        anew = {name: state.digest_of_built(self._built[name]) for name in stateful}
+        has_own = payload is None or self._settings.override
+        self._begun.update(anew if has_own else self._built_before)
         if payload is not None:
             self._more.restored(tracked)
         return messages
@@ -240,7 +250,8 @@ class KeptState:
         flags = world.agree([int(_has_changed(*item, payload)) for item in tracked.items()])
         # What has changed on one rank is restored on all of them.
         changed = {name: tracked[name] for name, flag in zip(tracked, flags, strict=True) if flag}
-        resume_checks.put_back(tracked, changed, self._built, self._origin, payload, settings)
+        built, before = self._built, self._built_before
+        resume_checks.put_back(tracked, changed, built, self._origin, payload, settings, before)
         self._more.put_back(payload)
         state.put_into(values, self.restored_values(payload))
         # Last: code of the program that runs above may draw.

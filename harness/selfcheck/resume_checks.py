@@ -143,6 +143,7 @@ def give_back(
     origin: Manifest | None,
     payload: Mapping[str, Any] | None,
     settings: Settings,
+    before: Mapping[str, str],
 ) -> list[str]:
     """Restore the state of all tracked objects, if there is a checkpoint.
 
@@ -156,6 +157,7 @@ def give_back(
         origin: Manifest of the resume point, or None.
         payload: Contents of the checkpoint at the resume point, or None.
         settings: Validated arguments of `harness.init`.
+        before: Digests of the settings as built with which the checkpoint's objects have begun.
 
     Returns:
         Warnings and notices to print.
@@ -168,22 +170,37 @@ def give_back(
         for name, obj in new.items()
         if foreign_optimizers.gives_nothing(obj)
     ]
+    built |= {name: state.as_built(obj) for name, obj in new.items()}
     if payload is None or origin is None:
         return messages
-    built |= {name: state.as_built(obj) for name, obj in new.items()}
-    # Only newer versions of harness store every parameter name that the file does not imply.
-    written = "harness" in origin.versions
+    written = "harness" in origin.versions  # every parameter name that the file does not imply
     notes = state.restore(
         tracked, origin.classes, payload, origin.name, settings.accept, says_names=written
     )
     messages += [f"warning: {note}" for note in notes]
     if settings.override:
-        return messages + [f"overridden: {line}" for line in state.apply_override(built, tracked)]
+        lines = state.apply_override(built, _built_anew(tracked, built, before))
+        return messages + [f"overridden: {line}" for line in lines]
     changed = state.other_settings(built, {name: tracked[name] for name in new})
     return messages + [
         f"warning: {line}. The checkpoint's is taken; for the one as built: {_override(line)}"
         for line in changed
     ]
+
+
+def _built_anew(
+    tracked: Mapping[str, Any], built: Mapping[str, Any], before: Mapping[str, str]
+) -> dict[str, Any]:
+    """Return the objects to which `resume.override` applies.
+
+    Their settings as built are others than those that they have begun with. Those of the others
+    were applied before, and what has changed since then is the training's.
+    """
+    return {
+        name: obj
+        for name, obj in tracked.items()
+        if state.digest_of_built(built[name]) != before.get(name)
+    }
 
 
 def _override(line: str) -> str:
@@ -260,6 +277,7 @@ def put_back(
     origin: Manifest | None,
     payload: Mapping[str, Any],
     settings: Settings,
+    before: Mapping[str, str],
 ) -> None:
     """Restore some of the tracked objects once more, in place.
 
@@ -270,6 +288,7 @@ def put_back(
         origin: Manifest of the resume point, or None.
         payload: Contents of the checkpoint at the resume point.
         settings: Validated arguments of `harness.init`.
+        before: See `give_back`.
 
     Raises:
         UsageError: The checkpoint does not fit an object any more.
@@ -286,7 +305,7 @@ def put_back(
         only=changed,
     )
     if settings.override:
-        state.apply_override(built, changed)
+        state.apply_override(built, _built_anew(changed, built, before))
 
 
 def set_generators(payload: Mapping[str, Any], world: World, seed: int, step: int) -> list[str]:

@@ -63,7 +63,7 @@ from harness.state.capturing import (
 )
 from harness.state.checks import check_tensors, mismatch_table, mismatches
 from harness.state.kinds import copied, rebuilt
-from harness.state.lr_schedules import apply_override, as_built, other_settings
+from harness.state.lr_schedules import apply_override, as_built, digest_of_built, other_settings
 from harness.state.parameter_names import to_live, without_shells
 from harness.state.plain_values import put_into
 from harness.state.restoring import class_name, restore, restore_object
@@ -90,6 +90,7 @@ __all__ = [
     "check_user_state",
     "class_name",
     "copied",
+    "digest_of_built",
     "is_generator",
     "kept_generators",
     "mismatch_table",

@@ -7,6 +7,7 @@ checkpoint restores.
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -134,6 +135,21 @@ def as_built(obj: Any) -> dict[str, Any]:
     if isinstance(inner, torch.optim.Optimizer):
         return {"param_groups": [_settings(group) for group in inner.param_groups]}
     return copy.deepcopy(dict(inner.state_dict())) if is_schedule(inner) else {}
+
+
+def digest_of_built(built: Mapping[str, Any]) -> str:
+    """Return a digest of the settings as built, from `as_built`; the same in each process."""
+    return hashlib.sha256(repr(_plain_form(built)).encode()).hexdigest()[:16]
+
+
+def _plain_form(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return sorted((str(key), repr(_plain_form(item))) for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return [_plain_form(item) for item in value]
+    if isinstance(value, torch.Tensor):
+        return value.tolist()
+    return value if value is None or _is_plain(value) else type(value).__qualname__
 
 
 def _settings(group: Mapping[str, Any]) -> dict[str, Any]:

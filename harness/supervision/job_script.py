@@ -95,9 +95,9 @@ requeue() {{
     exit $answer
 }}
 
-# Count the failures to reach the store in a file here, because the store cannot record them. If this
-# folder cannot be written either, the restarts of the job are counted: it must not be requeued for
-# ever. `sync` detects what a file server reports late.
+# Count the failures to reach the store in a file here, because the store cannot record them. If
+# this folder cannot be written either, the restarts of the job are counted: it must not be requeued
+# for ever. `sync` detects what a file server reports late.
 unreachable=$code/.unreachable-$SLURM_JOB_ID
 requeue_unreachable() {{
     local count=$((restarts + 1))

@@ -8,6 +8,7 @@ import copy
 import io
 import itertools
 import re
+import shutil
 from typing import Any, cast
 
 import numpy as np
@@ -1116,7 +1117,8 @@ model = nn.Linear(8, 1)
 optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
 steps = 10 * int(os.environ.get("EPOCHS", 2))
 make = {"cosine": lambda: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps),
-        "cycle": lambda: torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=steps)}
+        "cycle": lambda: torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=steps),
+        "plateau": lambda: torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, "min", 0.5, 2)}
 scheduler = make[os.environ["KIND"]]()
 run.track(model=model, optimizer=optimizer, scheduler=scheduler)
 """
@@ -1134,6 +1136,22 @@ def test_a_schedule_of_another_length_is_told_with_both_values_and_can_be_overri
     assert overridden.code == 0 and "overridden: scheduler.T_max: 20 -> 30" in overridden.text, (
         overridden.text
     )
+
+
+def test_an_override_is_applied_once_and_not_at_each_restart(tmp_path):
+    """What a schedule has made of the settings since then is the training's."""
+    loop = SCHEDULED.replace("lr=0.05", "lr=float(os.environ['LR'])") + LOOP.format(
+        "scheduler.step(1.0)"
+    )
+    then = {"KIND": "plateau", "LR": "0.04", "OVERRIDE": "optimizer"}
+    live(tmp_path, loop, "killed", env={"KIND": "plateau", "LR": "0.05", "DIE": "7"})
+    shutil.copytree(tmp_path / "killed", tmp_path / "whole")
+    killed = live(tmp_path, loop, "killed", env=then | {"DIE": "14"})
+    assert "overridden: optimizer[0].lr: 0.025 -> 0.04" in killed.text, killed.text
+    for name in ("whole", "killed"):
+        lived = live(tmp_path, loop, name, env=then)
+        assert lived.code == 0 and ("overridden" in lived.text) == (name == "whole"), lived.text
+    assert compare(tmp_path / "whole", tmp_path / "killed").count == 0
 
 
 def test_a_cycle_past_its_end_has_words(tmp_path):
