@@ -87,18 +87,41 @@ class Catalog:
         return [m for m in reversed(self.manifests) if m.step <= limits.get(m.attempt, -1)]
 
     @property
+    def _rollbacks(self) -> list[int]:
+        """Return the numbers of the rollbacks that took effect, the newest last."""
+        known = {number for m in self.manifests for number, _ in m.lineage} | {
+            number for number, end in self.ends.items() if end.get("saved_step") is not None
+        }
+        return sorted(n for n in known if self.attempts.get(n, {}).get("kind") == "rollback")
+
+    @property
     def reached(self) -> int:
-        """Return the greatest step that was ever committed, as far as any file still shows it."""
-        names = [
-            fmt.CHECKPOINT_NAME.match(key) for key in (*self.damaged, *self.newer, *self.set_aside)
-        ]
-        steps = [int(match["step"]) for match in names if match] + [
-            step for m in self.manifests for _, step in m.lineage
-        ]
-        steps += [int(record.get("reached") or 0) for record in self.attempts.values()]
-        return max(
-            [*steps, *(int(end.get("saved_step") or 0) for end in self.ends.values())], default=0
-        )
+        """Return the greatest step that was ever committed, as far as any file still shows it.
+
+        After a rollback, steps of attempts before it do not count.
+        """
+        since = max(self._rollbacks, default=0)
+        keys = (*self.damaged, *self.newer, *self.set_aside)
+        matches = [match for key in keys if (match := fmt.CHECKPOINT_NAME.match(key))]
+        steps = [(int(match["attempt"]), int(match["step"])) for match in matches]
+        steps += [entry for m in self.manifests for entry in m.lineage]
+        steps += [(n, int(end.get("saved_step") or 0)) for n, end in self.ends.items()]
+        # The record of the rollback itself tells what was reached before it.
+        steps += [(n - 1, int(r.get("reached") or 0)) for n, r in self.attempts.items()]
+        return max((step for number, step in steps if number >= since), default=0)
+
+    def has_progressed(self, greatest: int, reached: int) -> bool:
+        """Return whether the run has got further since a time, or further since a later rollback.
+
+        Args:
+            greatest: The greatest attempt at that time.
+            reached: `reached` at that time.
+        """
+        for number in (number for number in self._rollbacks if number > greatest):
+            if int(self.attempts[number].get("reached", -1)) > reached:
+                return True
+            reached = int((self.attempts[number].get("from") or {}).get("step", -1))
+        return self.reached > reached
 
     def event_files(self, store: Store) -> list[Entry]:
         """Return the files in the folder of events of a store, which is listed by the first call.

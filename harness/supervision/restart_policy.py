@@ -2,7 +2,7 @@
 
 All functions are pure. Stops do not count as failures: a preemption, a time limit, a request, a
 lost machine. Failures are counted per supervisor, and the count returns to zero as soon as the run
-reaches a greater step than ever before. `MOST_FAILURES` failures in a row (or the number in the
+reaches a greater step than ever before, or than ever since a rollback. `MOST_FAILURES` failures in a row (or the number in the
 launch's record) are a crash loop, which a restart cannot repair.
 """
 
@@ -63,7 +63,7 @@ class Failure:
 def failures(catalog: Catalog, launches: Sequence[Launch], supervisor: str) -> list[Failure]:
     """Return this supervisor's failures since the last progress of the run, oldest first.
 
-    Progress is a checkpoint at a greater step than ever before.
+    Progress is a checkpoint at a greater step than ever before, or than ever since a rollback.
 
     Args:
         catalog: Catalog of the run's stores.
@@ -86,7 +86,7 @@ def deaths(catalog: Catalog, launches: Sequence[Launch], supervisor: str) -> lis
         for number, record in attempts.items():
             end = _end_of(catalog, number, launch)
             if end is not None and end.get("why") == "failed":
-                is_fruitless = record.get("reached", -1) >= catalog.reached
+                is_fruitless = not catalog.has_progressed(number, record.get("reached", -1))
                 died.append(
                     (
                         launch.number,
@@ -100,7 +100,8 @@ def deaths(catalog: Catalog, launches: Sequence[Launch], supervisor: str) -> lis
             if attempts
             else launch.end.get("why") == "failed"
         ):
-            is_fruitless = launch.record.get("reached", -1) >= catalog.reached
+            reached = launch.record.get("reached", -1)
+            is_fruitless = not catalog.has_progressed(launch.greatest, reached)
             died.append(
                 (
                     launch.number,

@@ -29,7 +29,7 @@ from launches import (
 )
 from s3_server import free_ports
 
-from harness import retry
+from harness import preemption, retry
 from harness.cli import launch as launching
 from harness.cli import supervise
 from harness.cli.launch import CommandLine
@@ -657,13 +657,18 @@ def test_stores_that_fail_at_each_end_of_a_launch_end_it(monkeypatch, tmp_path) 
     """The begin of each launch is recorded: only its end, when the disk is full, is not."""
     codes = itertools.chain([74, 75, 74, 74, 74], itertools.repeat(0))
     began = list[str]()
-    monkeypatch.setattr(supervise, "before", lambda settings, name: began.append(name) or 75)
+
+    def before(settings: object, name: str) -> int:
+        began.append(name)
+        return 75
+
+    monkeypatch.setattr(supervise, "before", before)
     monkeypatch.setattr(
         supervise, "after", lambda *given, stopped: Outcome("unknown", "full", next(codes))
     )
     monkeypatch.setattr(launching, "_child", lambda name, arguments: 1)
-    monkeypatch.setattr(launching.preemption, "install", lambda: None)
-    monkeypatch.setattr(retry.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(preemption, "install", lambda: None)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
     monkeypatch.setattr(retry, "FIRST_PAUSE_S", 0.001)
     settings, _ = load(None, [f"run.dir={tmp_path}"])
     assert launching._supervise(settings, []) == 74

@@ -125,14 +125,19 @@ def test_progress_is_a_step_further_than_ever_and_not_one_made_again(store):
     assert job.failures == []
 
 
-def test_neither_a_rollback_nor_what_follows_it_below_the_old_step_is_progress(store, harness):
+def test_a_rollback_is_no_progress_and_what_follows_it_is(store, harness):
     job = Job("100", store).stops(10, 20, 30).fails().fails()
     assert harness("rollback", store.root, 10)[0] == 0
     assert len(job.failures) == 2, "a rollback neither counts nor forgives"
     job.fails(15)
-    assert len(job.failures) == 3
-    assert job.verdict.exit_code == 1
-    job.stops(31)
+    assert job.failures == [] and job.verdict.exit_code == 75
+    job.fails(15)
+    assert [job.fails(step).verdict.exit_code for step in (16, 17, 18)] == [75, 75, 75]
+    assert [job.fails().verdict.exit_code for _ in range(3)] == [75, 75, 1]
+    assert harness("rollback", store.root, "step_00000030-0001")[0] == 0
+    job.fails(29)
+    assert len(job.failures) == 4, "undone, the steps after it do not count any more"
+    job.fails(31)
     assert job.failures == []
 
 
