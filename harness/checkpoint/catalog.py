@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,14 +9,8 @@ from typing import Any
 from harness.checkpoint import format as fmt
 from harness.checkpoint.format import Lineage, Manifest
 from harness.checkpoint.known import Known
-from harness.errors import DamagedError, UsageError
+from harness.errors import UsageError
 from harness.store import TEMP, Entry, Store
-
-REFUSED_FRESH = (
-    "To go on, put a good checkpoint back (harness verify RUN names what is damaged) "
-    "or import one into a new run directory; "
-    "to start over, take a new run.dir."
-)
 
 
 @dataclass
@@ -198,40 +191,6 @@ class Catalog:
         """Raise NewerFormatError if the run's newest checkpoint has a newer format."""
         if (error := self.unreadable_head) is not None:
             raise error
-
-    def check_fresh_start(self, where: str, notes: list[str]) -> None:
-        """Raise DamagedError if anything hints at a history.
-
-        Only a run without such a hint may start from step 0. A resume point that lay only in a
-        machine's memory is none: no store has ever had it. It is recognised by a step beyond all
-        that were committed when its attempt was claimed.
-
-        `notes` describe the problem of each checkpoint that was tried. `where` names the stores.
-        """
-        unusable = bool(self.manifests or self.damaged or self.strangers)
-        hints = (notes if unusable else []) + [f"{key} is set aside" for key in self.set_aside]
-        for number, record in self.attempts.items():
-            origin = record.get("from", "unreadable")
-            if origin is None or (
-                isinstance(origin, dict) and origin["step"] > record.get("reached", math.inf)
-            ):
-                continue
-            hints.append(
-                f"{fmt.attempt_key(number)}: "
-                f"resumed from {record.get('from', 'an unreadable record')}"
-            )
-        hints += [
-            f"{fmt.end_key(n)}: saved step {end['saved_step']}"
-            for n, end in self.ends.items()
-            if end.get("saved_step")
-        ]
-        if hints:
-            raise DamagedError(
-                f"{where} has a history, but no checkpoint that can be loaded; "
-                "not starting from step 0",
-                "\n".join(f"  {hint}" for hint in hints),
-                REFUSED_FRESH,
-            )
 
 
 def read_catalog(*stores: Store, known: Sequence[Known] = ()) -> Catalog:

@@ -14,6 +14,7 @@ from harness.checkpoint import memory_copy
 from harness.checkpoint.broadcast import broadcast
 from harness.checkpoint.catalog import Catalog, joined, read_catalog
 from harness.checkpoint.format import Manifest
+from harness.checkpoint.fresh_start import check_fresh_start
 from harness.checkpoint.known import Known
 from harness.checkpoint.load import checked, parse, verified
 from harness.distributed.ranks import World
@@ -179,9 +180,8 @@ class Chooser:
 
     def _check_fresh(self, resume_point: ResumePoint) -> None:
         if resume_point.catalog is not None:
-            resume_point.catalog.check_fresh_start(
-                " and ".join(map(str, self.stores)), resume_point.notes
-            )
+            where = " and ".join(map(str, self.stores))
+            check_fresh_start(resume_point.catalog, where, resume_point.notes)
 
     def _why(self, catalog: Catalog | None, manifest: Manifest, source: Store) -> list[str]:
         if catalog is not None and source is self.tier:

@@ -20,6 +20,7 @@ from harness.checkpoint import attempts, commit
 from harness.checkpoint import format as fmt
 from harness.checkpoint.catalog import Catalog, read_catalog
 from harness.checkpoint.commit import About
+from harness.checkpoint.fresh_start import is_half_imported
 from harness.config import Config, stored_form
 from harness.data import loading
 from harness.data.fingerprint import describe
@@ -144,12 +145,14 @@ def _imported(file: str | Path, run: str | Path, asked: ImportOptions) -> str:
 def empty_store(run: str | Path) -> tuple[Store, Catalog]:
     """Open a store for a new run and read its catalog, which must be empty.
 
+    Imports that did not come to their end may have begun there: an import may be repeated.
+
     Raises:
         UsageError: The store holds a run already.
     """
     store = open_store(run)
     catalog = read_catalog(store)
-    if catalog.greatest or catalog.manifests:
+    if (catalog.greatest or catalog.manifests) and not is_half_imported(catalog):
         raise UsageError(
             f"{store} holds a run already",
             f"found: attempt {catalog.greatest}",

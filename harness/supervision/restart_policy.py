@@ -2,8 +2,8 @@
 
 All functions are pure. Stops do not count as failures: a preemption, a time limit, a request, a
 lost machine. Failures are counted per supervisor, and the count returns to zero as soon as the run
-reaches a greater step than ever before, or than ever since a rollback. `MOST_FAILURES` failures in a row (or the number in the
-launch's record) are a crash loop, which a restart cannot repair.
+reaches a greater step than ever before, or than ever since a rollback. `MOST_FAILURES` failures in
+a row (or the number in the launch's record) are a crash loop, which a restart cannot repair.
 """
 
 from __future__ import annotations

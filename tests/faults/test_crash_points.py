@@ -33,6 +33,7 @@ from harness.checkpoint import attempts, load, retention
 from harness.checkpoint import format as fmt
 from harness.checkpoint.catalog import going_on_from, read_catalog
 from harness.checkpoint.commit import About, commit
+from harness.checkpoint.fresh_start import check_fresh_start
 from harness.errors import HarnessError, SaveError, StorageError
 from harness.state.snapshot import Snapshot
 from harness.store import TEMP, LocalStore
@@ -620,7 +621,7 @@ def test_a_kill_in_the_first_attempt_leaves_nothing_or_its_first_checkpoint(serv
         code = server.live(root, *injecting({point.name: f"signal=SIGKILL:when={point.k}"}))
         found = read_catalog(LocalStore(root))
         if not found.manifests:
-            found.check_fresh_start(str(root), [])
+            check_fresh_start(found, str(root), [])
         for manifest in found.manifests:
             assert same(load.load(LocalStore(root), manifest), payload(NEW))
         shutil.rmtree(root)

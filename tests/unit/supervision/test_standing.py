@@ -21,11 +21,14 @@ from remote_lives import shared_nursery
 from there import there
 
 from harness import cli
+from harness.checkpoint import attempts, commit
 from harness.checkpoint import format as fmt
 from harness.checkpoint.catalog import read_catalog
+from harness.checkpoint.fresh_start import check_fresh_start
 from harness.checkpoint.retention import Policy
 from harness.cli import supervise
 from harness.config import load
+from harness.errors import StorageError, UsageError
 from harness.saving.locations import hand_in
 from harness.store import LocalStore, Store, open_store
 from harness.supervision import attempt_history, launches
@@ -123,6 +126,32 @@ def test_progress_is_a_step_further_than_ever_and_not_one_made_again(store):
     assert len(job.failures) == 3 and job.verdict.exit_code == 1
     job.fails(21)
     assert job.failures == []
+
+
+def test_an_import_that_failed_may_be_repeated_and_nothing_trains_from_step_0_before(
+    store, harness, tmp_path, monkeypatch
+):
+    Job("100", store).stops(10)
+    run, adopt = LocalStore(tmp_path / "fork"), commit.adopt
+
+    def full(*given: object) -> None:
+        raise StorageError("the disk is full")
+
+    monkeypatch.setattr(commit, "adopt", full)
+    assert harness("import", store.root, run.root)[0] == 74
+    with pytest.raises(UsageError, match="harness import FILE RUN"):
+        check_fresh_start(read_catalog(run), "here", [])
+    monkeypatch.setattr(commit, "adopt", adopt)
+    assert harness("import", store.root, run.root)[0] == 0
+    assert [m.order for m in read_catalog(run).history] == [(2, 10)]
+    code, said = harness("import", store.root, run.root)
+    assert code == 78 and "holds a run already" in said
+
+
+def test_an_imported_file_of_others_that_did_not_get_there_is_no_fresh_start(store):
+    attempts.claim(read_catalog(store), None, 1, "import")
+    with pytest.raises(UsageError, match="attempt 1, an import without a checkpoint"):
+        check_fresh_start(read_catalog(store), "here", [])
 
 
 def test_a_rollback_is_no_progress_and_what_follows_it_is(store, harness):
