@@ -293,7 +293,7 @@ def _supervise(settings: Config, arguments: list[str]) -> int:
     Returns the exit code. Raises RefusedError, or another StorageError if the stores could not be
     read or written before `run.max_failures` launches in a row. After as many it returns 74.
     """
-    supervisor = f"launch-{secrets.token_hex(6)}"
+    supervisor = f"{launches.OF_LAUNCH}{secrets.token_hex(6)}"
     preemption.install()
     count = misses = misses_after = 0
 

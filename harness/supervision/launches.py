@@ -40,6 +40,7 @@ LAUNCH_NAME = re.compile(
 # Marks a run as submitted. If it is missing, a submitted job has the wrong disk or an empty one.
 SUBMITTED = "run.json"
 ENVIRONMENT = "HARNESS_LAUNCH"  # variable with the name of the launch
+OF_LAUNCH = "launch-"  # beginning of the name of `harness launch` as a supervisor
 # Variable with the folder of the run's stores under `harness drill`, in place of the program's own.
 REDIRECT = "HARNESS_REDIRECT"
 # Variable with the stores in which the supervisor of this process looks for the run.
@@ -64,6 +65,11 @@ class Launch:
     def number(self) -> int:
         """Return the number of the launch among those of its supervisor."""
         return int(self.name.rpartition(".")[2])
+
+    @property
+    def is_of_launch(self) -> bool:
+        """Return whether the supervisor is `harness launch`, which no queue starts again."""
+        return self.name.startswith(OF_LAUNCH)
 
     @property
     def has_ended_well(self) -> bool:

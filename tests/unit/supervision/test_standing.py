@@ -534,6 +534,33 @@ def test_who_was_asked_to_stop_and_died_before_it_could_is_not_started_again(run
     )
 
 
+def test_a_job_that_was_preempted_and_waits_in_the_queue_can_be_stopped(run, harness):
+    Job("100", LocalStore(run)).stops(10)
+    code, said = harness("stop", run)
+    assert code == 0 and "its job ends when it begins again" in said
+    code, said = harness("supervise", "before", f"run.dir={run}", launch="100.1")
+    assert code == 130 and "attempt 1 was asked to by harness stop" in said, said
+    assert harness("save", run)[0] == 78, "nothing is there to be saved"
+    assert harness("supervise", "before", f"run.dir={run}", launch="101.0")[0] == 75
+
+
+@pytest.mark.parametrize(
+    ("name", "end", "code"),
+    [
+        ("100", {"why": "stopped", "by": "harness stop"}, 78),
+        ("100", {"why": "failed", "code": 78, "error": "no"}, 78),
+        ("100", {"why": "failed", "error": "no"}, 0),
+        ("launch-00", {"why": "failed", "error": "no"}, 0),
+        ("launch-00", {"why": "stopped", "by": "time limit"}, 78),
+    ],
+)
+def test_what_is_not_started_again_is_not_asked_to_stop(name, end, code, run, harness):
+    job = Job(name, LocalStore(run)).begin()
+    job.attempt(**end)
+    job.end(code=1)
+    assert harness("stop", run)[0] == code
+
+
 def test_what_no_restart_can_mend_is_final_at_once(stores):
     job = Job("100", *stores).begin()
     job.attempt(why="failed", error="two objects are tracked as 'model'", code=78)
