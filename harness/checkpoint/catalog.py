@@ -39,6 +39,7 @@ class Catalog:
     ends: dict[int, dict[str, Any]] = field(default_factory=dict)  # attempt number -> end record
     greatest: int = 0  # greatest attempt number in any file name
     events: dict[str, list[Entry]] = field(default_factory=dict)  # store -> see `event_files`
+    unread: str = ""  # why the run's remote store is not in the catalog, though it has one
 
     @property
     def run_id(self) -> str | None:

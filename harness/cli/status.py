@@ -1,6 +1,7 @@
 """Show the state of a run: running, to be continued, finished or failed, and why.
 
-Every attempt is listed, with the steps that it lost.
+Every attempt is listed, with the steps that it lost. If the remote store of a run directory cannot
+be read, only what the directory holds is listed, and neither finished nor failed is said of it.
 
 Exit code: 0 finished · 75 to be continued (stopped, running, or killed) · 1 failed · 74 cannot
 tell, or no such run · 78 only a newer harness can read the newest checkpoint.
@@ -80,9 +81,8 @@ def _read(store: Store, catalog: Catalog) -> RunStatus:
         attempt_history.summarise(catalog, number, events.get(number, []))
         for number in sorted(catalog.attempts)
     ]
-    stands = alive(
-        outcome(catalog, known), attempts, events.get(attempts[-1].attempt, []) if attempts else []
-    )
+    newest = events.get(attempts[-1].attempt, []) if attempts else []
+    stands = alive(outcome(catalog, known), attempts, newest, catalog.unread)
     return RunStatus(store, catalog, known, attempts, stands, step_records.verdicts(catalog.stores))
 
 

@@ -8,7 +8,7 @@ from itertools import pairwise
 from typing import Any
 
 from harness.checkpoint import records
-from harness.errors import EXIT_STOPPED
+from harness.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_STOPPED, EXIT_STORAGE
 from harness.supervision.attempt_history import AttemptSummary
 from harness.supervision.restart_policy import Outcome
 from harness.text import duration
@@ -21,7 +21,10 @@ LAST_EVENTS, TIMES, MOST_S = 100, 2.0, 3600.0
 
 
 def alive(
-    stands: Outcome, attempts: Sequence[AttemptSummary], events: Sequence[dict[str, Any]]
+    stands: Outcome,
+    attempts: Sequence[AttemptSummary],
+    events: Sequence[dict[str, Any]],
+    unread: str = "",
 ) -> Outcome:
     """Distinguish a run that trains from one that was killed, by its last sign of life.
 
@@ -32,12 +35,17 @@ def alive(
         stands: State of the run by its records alone.
         attempts: Summaries of the attempts, oldest first.
         events: Events of the last attempt.
+        unread: Why the run's remote store was not read; "" if it was, or there is none.
 
     Returns:
         "running" if the last sign of life is not older than `silence_s`, else "to be continued".
         `stands` unchanged, if it is not that of an attempt without an end, or if no time is
-        recorded.
+        recorded. "cannot tell" in place of an end that only the unread store could confirm.
     """
+    if unread and stands.exit_code in (EXIT_FINISHED, EXIT_FAILED):
+        return Outcome(
+            "cannot tell", f"{stands.state} by the run directory alone; {unread}", EXIT_STORAGE
+        )
     if (
         stands.exit_code != EXIT_STOPPED
         or not attempts

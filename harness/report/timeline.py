@@ -138,7 +138,8 @@ def timeline(catalog: Catalog) -> Timeline:
     )
     events = {number: attempt_history.first_log(catalog, number, math.inf) for number in numbers}
     attempts = [attempt_history.summarise(catalog, number, events[number]) for number in numbers]
-    stands = alive(outcome(catalog, known), attempts, events[numbers[-1]] if numbers else [])
+    newest = events[numbers[-1]] if numbers else []
+    stands = alive(outcome(catalog, known), attempts, newest, catalog.unread)
     seen = [
         _span(
             attempt,

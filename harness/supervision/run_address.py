@@ -65,15 +65,20 @@ def run(*places: Store | str) -> tuple[Store, Catalog]:
     return opened[0], catalog
 
 
-def everywhere(path: str) -> tuple[Store, Catalog]:
+def everywhere(path: str, *, strict: bool = False) -> tuple[Store, Catalog]:
     """Return a run's first store, and the catalog of all its stores.
 
-    If the remote store that a run directory remembers cannot be opened or reached, a warning is
-    printed and the catalog is that of the directory alone.
+    The remote store that a run directory remembers may be impossible to open or reach. Then a
+    warning is printed, and the catalog is that of the directory alone, with `unread` set: the
+    remote store may hold newer checkpoints and attempts, or a rollback.
+
+    Args:
+        path: Path or URL of the run.
+        strict: Raise StorageError instead of returning the catalog of the directory alone.
 
     Raises:
         UsageError: There is no run, or the stores hold different runs.
-        StorageError: The first store cannot be listed.
+        StorageError: The first store cannot be listed, or with `strict`, the remote one cannot.
     """
     first, others = open_store(path, WAIT_S), list[Store]()
     problem: HarnessError
@@ -89,8 +94,17 @@ def everywhere(path: str) -> tuple[Store, Catalog]:
                 raise
             problem = error
     found = f" ({problem.found})" if problem.found else ""
+    if strict:
+        raise StorageError(
+            f"only {first} can be read, not the run's remote store: {problem.what}{found}",
+            "The remote store decides which checkpoint is the newest one.",
+            f"Make it readable here, or name one checkpoint of the directory: "
+            f"{first}/{fmt.CHECKPOINTS}/NAME.pt",
+        ) from problem
     say(f"harness: warning: only what is in {first}: {problem.what}{found}", sys.stderr)
-    return run(first)
+    _, catalog = run(first)
+    catalog.unread = problem.what
+    return first, catalog
 
 
 def _was_submitted(store: Store) -> bool:
@@ -120,7 +134,8 @@ def is_checkpoint(path: str) -> bool:
 def checkpoint(path: str, which: str | int = NEWEST) -> tuple[Store, Manifest]:
     """Find a checkpoint by the path or URL of its `.pt` or `.json` file, or of its run.
 
-    That of a run is chosen from all of its stores: the remote one may hold what is newer.
+    That of a run is chosen from all of its stores: the remote one may hold what is newer. If that
+    cannot be read, only the file of a checkpoint can be named.
 
     Args:
         path: Path or URL of a checkpoint or a run.
@@ -133,10 +148,10 @@ def checkpoint(path: str, which: str | int = NEWEST) -> tuple[Store, Manifest]:
         UsageError: There is no such run or checkpoint, it needs a newer harness to be read, or
             `which` is given for the file of one checkpoint.
         DamagedError: The checkpoint has no manifest, or its manifest cannot be read.
-        StorageError: The store cannot be listed or read.
+        StorageError: A store of the run cannot be listed or read.
     """
     if is_run(path):
-        store, catalog = everywhere(path)
+        store, catalog = everywhere(path, strict=True)
         manifest = _chosen(store, catalog, which)
         return _holder(catalog, manifest), manifest
     return _of_file(path, which)

@@ -962,16 +962,42 @@ def test_data_that_is_gone_from_the_directory_comes_from_the_remote_store(
 
 
 @pytest.mark.parametrize("remote", ["{0}/file", "nosuch://bucket/run"])
-def test_without_the_remote_store_what_is_here_is_taken_and_that_is_said(
+def test_without_the_remote_store_no_checkpoint_is_taken_for_the_newest(
     remote: str, halves: tuple[Path, Path], averaged: Path, tmp_path: Path
 ) -> None:
+    """It may hold a newer one, or a rollback. One that is named by its file is taken."""
     here, _ = halves
     (tmp_path / "file").touch()
     with_remote(here, remote.format(tmp_path))
-    done = export(here, tmp_path / "x.pt")
-    assert f"warning: only what is in {here}" in done.err
-    held = torch.load(tmp_path / "x.pt", weights_only=True)
+    out, file = tmp_path / "x.pt", here / "checkpoints" / "step_00000002-0001.pt"
+    for line in (
+        ("export", here, out),
+        ("show", here),
+        ("import", here, tmp_path / "fork"),
+        ("diff", here, averaged),
+    ):
+        answer = command(*line)
+        assert answer.code == 74 and f"only {here} can be read" in answer.err, answer.err
+        assert f"{here}/checkpoints/NAME.pt" in answer.err
+    export(file, out)
+    held = torch.load(out, weights_only=True)
     assert same(held, payload_of(averaged, 2)["model_state_dict"])
+
+
+@pytest.mark.parametrize("remote", ["{0}/file", "nosuch://bucket/run"])
+def test_without_the_remote_store_no_run_is_said_to_be_finished(
+    remote: str, averaged: Path, tmp_path: Path
+) -> None:
+    here = tmp_path / "here"
+    shutil.copytree(averaged, here)
+    (tmp_path / "file").touch()
+    assert command("status", here).code == 0
+    with_remote(here, remote.format(tmp_path))
+    answer = command("status", here)
+    assert answer.code == 74 and "cannot tell (finished by the run directory alone" in answer.out
+    assert f"warning: only what is in {here}" in answer.err
+    assert "step_00000006-0001" in answer.out
+    assert json.loads(command("status", here, "--json").out)["state"] == "cannot tell"
 
 
 # --- whole or not at all --------------------------------------------------------------------------
