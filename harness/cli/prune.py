@@ -4,7 +4,9 @@ Without --yes it only prints what it would delete. All checkpoints of the run's 
 verified first, so that a damaged checkpoint never displaces a good one. Files that were set aside
 as damaged are listed; they are deleted only with --set-aside.
 
-In a bucket it also finds uploads that were begun more than a day ago and never completed.
+Of a run directory, what the run's remote store still lacks and would keep stays. Nothing is deleted
+if the remote store cannot be listed. In a bucket it also finds the run's uploads that were begun
+more than a day ago and never completed.
 
 example: harness prune runs/a --keep-last 1 --yes
 example: harness prune s3://bucket/a
@@ -14,11 +16,12 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import re
 from typing import Any
 
 from harness.checkpoint import format as fmt
-from harness.checkpoint import load, retention
-from harness.checkpoint.catalog import Catalog
+from harness.checkpoint import load, replicate, retention
+from harness.checkpoint.catalog import Catalog, read_catalog
 from harness.cli import locate
 from harness.config.init_arguments import check
 from harness.config.names import stored_under_todays_names
@@ -27,6 +30,9 @@ from harness.store import SET_ASIDE, TEMP, Store
 from harness.store.bucket import Unfinished
 from harness.store.remote import RemoteStore
 from harness.text import say
+
+# The keys of the files that a run uploads; see `fmt`. Only a large file is uploaded in parts.
+OWN = re.compile(rf"{fmt.CHECKPOINTS}/step_\d+-\d+\.|{fmt.EVENTS}/\d+[.-]|{fmt.FILES}/.")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,7 +66,10 @@ def run(given: argparse.Namespace) -> int:
     store, catalog = locate.run(given.run)
     # Raises if only a newer harness can derive the run's history.
     catalog.check_readable()
+    waiting = _waiting(store, catalog, given.run)
     manifests, history = _to_delete(store, catalog, given), {m.name for m in catalog.history}
+    kept = [m.name for m in manifests if m.name in waiting]
+    manifests = [m for m in manifests if m.name not in waiting]
     keys = (
         _left_behind(store, catalog)
         + _done(store, catalog)
@@ -85,6 +94,8 @@ def run(given: argparse.Namespace) -> int:
         )
         if given.yes and isinstance(store, RemoteStore):
             store.abort(upload)
+    if kept:
+        say(f"kept, to be uploaded by the next start: {', '.join(kept)}")
     if not given.set_aside and _set_aside(catalog):
         say(f"kept, set aside as damaged: {', '.join(_set_aside(catalog))}")
     if not manifests and not keys and not uploads:
@@ -112,6 +123,30 @@ def _to_delete(store: Store, catalog: Catalog, given: argparse.Namespace) -> lis
     return manifests + [m for m in catalog.manifests if good and m.name not in history]
 
 
+def _waiting(store: Store, catalog: Catalog, path: str) -> set[str]:
+    """Return the names of a run directory's checkpoints that are still to be uploaded.
+
+    These are the ones that a start, or the uploader of a running one, copies to the remote store.
+
+    Raises:
+        StorageError: The run's remote store cannot be listed.
+        UsageError: It cannot be opened, or holds another run.
+    """
+    _, *others = locate.stores(path)
+    if not others:
+        return set()
+    both = read_catalog(store, *others)
+    both.check_same_run()
+    there = [
+        m.name
+        for m in both.history
+        if m.key not in both.parts[-1].marked and others[-1] in both.whole_copies(m)
+    ]
+    here = [m for m in both.history if m in catalog.manifests]
+    policy = retention.recorded(catalog, is_local=False) or _of_settings(store, catalog, False)
+    return {m.name for m in replicate.wanted(here, there, policy)}
+
+
 def _set_aside(catalog: Catalog) -> list[str]:
     """Return the keys of the files that were set aside as damaged, in the order of deletion.
 
@@ -125,14 +160,17 @@ def _set_aside(catalog: Catalog) -> list[str]:
 
 
 def _unfinished(store: Store) -> list[Unfinished]:
-    """Return the uploads under this run's prefix that were begun more than a day ago.
+    """Return the uploads of this run's own files that were begun more than a day ago.
 
-    The age is measured by the server's own clock. Younger uploads may still be in flight.
+    The age is measured by the server's own clock. Younger uploads may still be in flight. Under the
+    run's prefix, above all in a bucket's root, there may be uploads of others.
     """
     if not isinstance(store, RemoteStore):
         return []
     oldest = store.now() - datetime.timedelta(days=1)
-    return [upload for upload in store.unfinished() if upload.began < oldest]
+    return [
+        upload for upload in store.unfinished() if upload.began < oldest and OWN.match(upload.key)
+    ]
 
 
 def _left_behind(store: Store, catalog: Catalog) -> list[str]:
@@ -189,16 +227,21 @@ def _policy(store: Store, catalog: Catalog, given: argparse.Namespace) -> retent
     own = {"last": given.keep_last, "every_steps": given.keep_every_steps, "best": given.keep_best}
     policy = retention.recorded(catalog, is_local=store.is_local)
     if policy is None:
-        policy = _of_settings(store, catalog)
+        policy = _of_settings(store, catalog, store.is_local)
     if given.best:
         policy = retention.policy(policy.last, policy.every_steps, policy.best, given.best)
     return retention.changed(policy, own)
 
 
-def _of_settings(store: Store, catalog: Catalog) -> retention.Policy:
+def _of_settings(store: Store, catalog: Catalog, is_local: bool) -> retention.Policy:
     """Return the policy by the run's settings, for a run without a recorded policy.
 
     For a remote store, `store.keep` takes precedence over `checkpoint.keep_*`.
+
+    Args:
+        store: Store that the settings are read from.
+        catalog: Catalog of this store.
+        is_local: Whether the policy of the run directory is returned, or that of a remote store.
     """
     settings, default = stored_under_todays_names(_settings(store, catalog)), retention.Policy()
     policy = retention.policy(
@@ -207,4 +250,4 @@ def _of_settings(store: Store, catalog: Catalog) -> retention.Policy:
         settings.get("checkpoint.keep_best", default.best),
         settings.get("checkpoint.best", f"{default.metric}:min"),
     )
-    return policy if store.is_local else retention.changed(policy, settings.get("store.keep") or {})
+    return policy if is_local else retention.changed(policy, settings.get("store.keep") or {})

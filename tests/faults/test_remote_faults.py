@@ -1006,12 +1006,23 @@ def begin(way: Way, key: str) -> str:
 
 
 def test_prune_ends_old_uploads_of_this_run_and_of_no_other(way, a_day_later, monkeypatch, capsys):
-    """The day is the server's: ours has not passed."""
+    """The day is the server's: ours has not passed. Another run may lie below this one, as all runs
+    do below one in the bucket's root."""
     theirs = [
         begin(way, key)
-        for key in ("run2/checkpoints/a.pt", "ru/a", "run", "another/run/checkpoints/a.pt")
+        for key in (
+            "run2/checkpoints/a.pt",
+            "ru/a",
+            "run",
+            "another/run/checkpoints/a.pt",
+            "run/deeper/checkpoints/step_00000002-0001.pt",
+            "run/checkpoints/theirs.pt",
+            "run/data.tar",
+        )
     ]
-    ours = [begin(way, key) for key in ("run/checkpoints/step_00000002-0001.pt", "run/deeper/a")]
+    ours = [
+        begin(way, key) for key in ("run/checkpoints/step_00000002-0001.pt", "run/files/deeper/a")
+    ]
     way.put(b"{}", "attempts/0001.json")
     assert cli.main(["prune", way.base.url, "--yes"]) == 0
     assert capsys.readouterr().out == "nothing to delete\n"

@@ -8,7 +8,9 @@ import dataclasses
 import json
 import math
 import random
+import secrets
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,10 +24,11 @@ from harness.checkpoint import format as fmt
 from harness.checkpoint.catalog import going_on_from, read_catalog
 from harness.checkpoint.commit import About, commit
 from harness.checkpoint.format import Manifest
+from harness.checkpoint.replicate import replicate
 from harness.checkpoint.retention import Policy, to_delete
 from harness.cli import main
 from harness.errors import SupersededError
-from harness.store import LocalStore
+from harness.store import LocalStore, Store, open_store
 from harness.supervision import run_address
 
 
@@ -197,11 +200,11 @@ def payload(step: int, val_loss: float) -> dict:
 class Life:
     """An attempt on a real store."""
 
-    def __init__(self, store: LocalStore) -> None:
+    def __init__(self, store: Store, *others: Store, **more: Any) -> None:
         self.store = store
-        found = read_catalog(store)
+        found = read_catalog(store, *others)
         self.origin = found.history[0] if found.history else None
-        self.attempt = attempts.claim(found, self.origin, 1)
+        self.attempt = attempts.claim(found, self.origin, 1, more=more)
         self.verified = {self.origin.name} if self.origin else set()
 
     def save(self, step: int, val_loss: float = 1.0) -> Manifest:
@@ -394,6 +397,40 @@ def test_the_best_of_a_programs_own_loop_is_that_by_its_metric_and_prune_keeps_i
         10,
         12,
     ], "two, and the two best"
+
+
+def test_prune_keeps_what_waits_for_its_upload(store, capsys):
+    """The bucket was away: it lacks the best one and an n-th one, and wants neither of the rest."""
+    remote = open_store(f"memory://{secrets.token_hex(6)}/run")
+    policies = retention.record(Policy(last=2, best=0), Policy(last=2, every_steps=30))
+    life = Life(store, remote, **policies)
+    for step in range(10, 80, 10):
+        made = life.save(step, val_loss=0.1 if step == 40 else 1.0)
+        if step in (10, 70):
+            replicate(store, made, remote, life.attempt)
+    assert main(["prune", str(store), "--yes"]) == 0
+    out = capsys.readouterr().out
+    assert (
+        "kept, to be uploaded by the next start: step_00000030-0001, step_00000040-0001" in out
+    ), out
+    assert files(store) == of((30, 1), (40, 1), (60, 1), (70, 1))
+    for manifest in read_catalog(store).manifests[:2]:
+        replicate(store, manifest, remote, life.attempt)
+    assert main(["prune", str(store), "--yes"]) == 0
+    assert files(store) == of((60, 1), (70, 1))
+
+
+def test_prune_deletes_nothing_while_it_is_not_known_what_was_uploaded(store, tmp_path, capsys):
+    remote = LocalStore(tmp_path / "remote")
+    remote.prepare(fmt.FOLDERS)
+    life = Life(store, remote)
+    for step in (10, 20, 30):
+        life.save(step)
+    remote.root.rename(tmp_path / "gone")
+    remote.root.touch()
+    assert main(["prune", str(store), "--keep-last", "2", "--keep-best", "0", "--yes"]) == 74
+    assert f"cannot list {remote}" in capsys.readouterr().err
+    assert files(store) == of((10, 1), (20, 1), (30, 1))
 
 
 @pytest.mark.usefixtures("process_as_it_was")
