@@ -17,7 +17,7 @@ from blake3 import blake3
 
 from harness.checkpoint import format as fmt
 from harness.checkpoint.format import DataFile, Manifest
-from harness.errors import DamagedError, HarnessError
+from harness.errors import DamagedError, GoneError, HarnessError
 from harness.store import SealedMemory, Store, keep
 from harness.text import size
 
@@ -111,17 +111,25 @@ def chunks(store: Store, key: str, start: int = 0) -> Iterator[bytes]:
     """Yield the data file under `key` in chunks from byte `start` on, without verifying it.
 
     Raises:
-        DamagedError: There is no such file; the checkpoint's manifest is there without its data.
+        GoneError: There is neither such a file nor its manifest any more.
+        DamagedError: The checkpoint's manifest is there without its data.
         StorageError: The store fails.
     """
     try:
         yield from store.chunks(key, start)
     except FileNotFoundError as error:
-        raise DamagedError(
-            f"{key} is missing, or no regular file",
-            "found: its manifest, without its data",
-            "It was deleted from outside. `harness ls RUN` shows the others.",
-        ) from error
+        raise _absent(store, key) from error
+
+
+def _absent(store: Store, key: str) -> DamagedError:
+    """Return the error for a data file that does not exist. Raises StorageError."""
+    if not store.exists(f"{key.removesuffix('.pt')}.json"):
+        return GoneError(key)
+    return DamagedError(
+        f"{key} is missing, or no regular file",
+        "found: its manifest, without its data",
+        "It was deleted from outside. `harness ls RUN` shows the others.",
+    )
 
 
 def verified_chunks(
@@ -229,6 +237,7 @@ def check(store: Store, manifest: Manifest, tell: Tell = _ignore_progress) -> No
 
     Raises:
         DamagedError: The data does not match the manifest, or cannot be parsed.
+        GoneError: The checkpoint was deleted after it was listed.
         StorageError: The data cannot be read.
         NewerFormatError: The format version is not readable.
     """
@@ -236,6 +245,8 @@ def check(store: Store, manifest: Manifest, tell: Tell = _ignore_progress) -> No
         pass
     try:
         content = outline(store, manifest.data_key)
+    except FileNotFoundError as error:
+        raise _absent(store, manifest.data_key) from error
     except UNPARSEABLE as error:
         raise DamagedError(
             f"{manifest.data.name} cannot be parsed", f"found: {reason(error)}"

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from harness.checkpoint import load
 from harness.checkpoint.format import Manifest, NewerFormatError
-from harness.errors import DamagedError, HarnessError, StorageError
+from harness.errors import DamagedError, GoneError, HarnessError, StorageError
 from harness.monitoring.console import ProgressBar
 from harness.store import Store
 from harness.supervision.run_address import WAIT_S, checkpoint, everywhere, is_run, run, stores
@@ -54,10 +54,11 @@ def check(store: Store, manifest: Manifest) -> None:
     Raises:
         NewerFormatError: Only a newer harness can read the checkpoint.
         StorageError: The checkpoint could not be read, so that it is unknown whether it is damaged.
+        GoneError: The checkpoint was deleted after it was listed.
         DamagedError: The check has found any other error.
     """
     for _, problem in verify(store, manifest):
-        if isinstance(problem, UNKNOWN):
+        if isinstance(problem, (*UNKNOWN, GoneError)):
             raise problem
         if problem is not None:
             raise DamagedError(f"{problem.what} {problem.found}".rstrip())

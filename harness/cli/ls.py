@@ -15,7 +15,7 @@ from harness.checkpoint import memory_copy
 from harness.checkpoint.catalog import Catalog
 from harness.checkpoint.format import Manifest
 from harness.cli import locate
-from harness.errors import StorageError
+from harness.errors import GoneError, StorageError
 from harness.store import Store
 from harness.supervision import attempt_history
 from harness.text import duration, say, size
@@ -161,6 +161,8 @@ def _state(store: Store, part: Catalog, manifest: Manifest, verify: bool) -> str
             if not problem
             else "NOT READ"
             if isinstance(problem, StorageError)
+            else "deleted meanwhile"
+            if isinstance(problem, GoneError)
             else "DAMAGED"
         )
     return "marked as damaged" if manifest.key in part.marked else "size ok"

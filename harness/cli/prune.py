@@ -25,6 +25,7 @@ from harness.checkpoint.catalog import Catalog, read_catalog
 from harness.cli import locate
 from harness.config.init_arguments import check
 from harness.config.names import stored_under_todays_names
+from harness.errors import GoneError
 from harness.selfcheck import step_records
 from harness.store import SET_ASIDE, TEMP, Store
 from harness.store.bucket import Unfinished
@@ -117,7 +118,9 @@ def _to_delete(store: Store, catalog: Catalog, given: argparse.Namespace) -> lis
         if isinstance(problem, locate.UNKNOWN):
             raise problem
     good = {name for name, problem in problems.items() if problem is None}
-    manifests = retention.to_delete(catalog.history, good, _policy(store, catalog, given))
+    # A run that trains deletes checkpoints, too.
+    here = [m for m in catalog.history if not isinstance(problems[m.name], GoneError)]
+    manifests = retention.to_delete(here, good, _policy(store, catalog, given))
     history = {m.name for m in catalog.history}
     # Checkpoints that were cut off are kept as long as the history has no intact one.
     return manifests + [m for m in catalog.manifests if good and m.name not in history]

@@ -1,7 +1,7 @@
 """Read and check every byte of a run's checkpoints, or of one.
 
 For a run directory that has a remote store, only the directory is read. Name the remote store to
-check it.
+check it. A checkpoint that retention deletes meanwhile is noted, and is no damage.
 
 Exit code: 0 intact · 1 something is damaged, and is named · 74 nothing is known to be damaged, but
 something could not be read · 78 the same, but only a newer harness can check one of the
@@ -16,7 +16,14 @@ import argparse
 
 from harness.checkpoint.format import NewerFormatError
 from harness.cli import locate
-from harness.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_STORAGE, EXIT_USAGE, StorageError
+from harness.errors import (
+    EXIT_FAILED,
+    EXIT_FINISHED,
+    EXIT_STORAGE,
+    EXIT_USAGE,
+    GoneError,
+    StorageError,
+)
 from harness.text import say, size
 
 
@@ -45,9 +52,11 @@ def run(given: argparse.Namespace) -> int:
     else:
         store, manifest = locate.checkpoint(given.path)
         manifests, problems, newer, notes = [manifest], [], [], []
-    unread = []
+    unread, is_run = [], locate.is_run(given.path)
     for manifest, problem in locate.verify(store, *manifests):
-        if isinstance(problem, StorageError):
+        if isinstance(problem, GoneError) and is_run:
+            notes.append(f"{manifest.name}: deleted meanwhile")
+        elif isinstance(problem, StorageError | GoneError):
             unread.append(f"{manifest.name}: {problem.what} {problem.found}".rstrip())
         elif isinstance(problem, NewerFormatError):
             newer.append(f"{problem.what}; {problem.found}")

@@ -9,6 +9,7 @@ import json
 import math
 import random
 import secrets
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -397,6 +398,42 @@ def test_the_best_of_a_programs_own_loop_is_that_by_its_metric_and_prune_keeps_i
         10,
         12,
     ], "two, and the two best"
+
+
+@pytest.mark.parametrize("when", ["before it is read", "before it is parsed"])
+def test_what_retention_deletes_while_others_are_read_is_not_damaged(
+    when, store, capsys, monkeypatch
+):
+    life = Life(store)
+    for step in (10, 20, 30):
+        life.save(step)
+
+    def deleting(check: Callable[..., Any]) -> Callable[..., Any]:
+        def deletes_first(*arguments: Any) -> Any:
+            life.apply(Policy(last=2, best=0))
+            return check(*arguments)
+
+        return deletes_first
+
+    name = "check" if when == "before it is read" else "outline"
+    monkeypatch.setattr(load, name, deleting(getattr(load, name)))
+    assert main(["verify", str(store)]) == 0
+    out = capsys.readouterr().out
+    assert "note     step_00000010-0001: deleted meanwhile" in out and out.count("ok  ") == 2
+    life.save(40)
+    assert main(["ls", "--verify", str(store)]) == 0
+    assert "deleted meanwhile" in capsys.readouterr().out
+    life.save(50)
+    assert main(["prune", str(store), "--keep-best", "0"]) == 0
+    assert capsys.readouterr().out == "nothing to delete\n"
+
+
+def test_what_loses_its_data_alone_while_others_are_read_is_damaged(store, capsys):
+    life = Life(store)
+    life.save(10)
+    store.delete(fmt.data_key(10, 1))
+    assert main(["verify", str(store)]) == 1
+    assert "DAMAGED  step_00000010-0001" in capsys.readouterr().out
 
 
 def test_prune_keeps_what_waits_for_its_upload(store, capsys):
