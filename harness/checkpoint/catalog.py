@@ -10,7 +10,7 @@ from harness.checkpoint import format as fmt
 from harness.checkpoint.format import Lineage, Manifest
 from harness.checkpoint.known import Known
 from harness.errors import UsageError
-from harness.store import TEMP, Entry, Store
+from harness.store import SET_ASIDE, TEMP, Entry, Store
 
 
 @dataclass
@@ -264,11 +264,15 @@ def _list(store: Store, known: Known) -> Catalog:
         (m for m in catalog.manifests if m.run_id == catalog.run_id), key=lambda m: m.order
     )
     named = {key.removesuffix(".json") for key in keys if key.endswith(".json")}
-    catalog.orphans = [
+    alone = [
         key
         for key in catalog.sizes
         if fmt.CHECKPOINT_NAME.match(key) and key.removesuffix(".pt") not in named
     ]
+    # A kill between the two renames of `set_aside` leaves the data under its name.
+    halves = {key for key in alone if f"{key.removesuffix('.pt')}.json{SET_ASIDE}" in keys}
+    catalog.set_aside += sorted(halves)
+    catalog.orphans = [key for key in alone if key not in halves]
     return catalog
 
 

@@ -62,7 +62,7 @@ def send(
     """Commit a byte-for-byte copy of a checkpoint of `source` in another store, manifest last.
 
     The copy may begin before the checkpoint is committed in `source`. After an error no checkpoint
-    appears in `target`.
+    appears in `target`. The mark of an earlier, damaged copy is lifted.
 
     Args:
         source: Store that holds the checkpoint, or will hold it.
@@ -93,6 +93,8 @@ def send(
     # If this raises, the data stays: a successor may rely on the same data by now.
     check_fence(target, attempt)
     _create_manifest(manifest, target, attempt)
+    # Last: until the whole copy is there, an earlier, damaged one stays marked.
+    target.lift_mark(manifest.key)
     return manifest
 
 

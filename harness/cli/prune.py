@@ -50,7 +50,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--best", metavar="NAME:max|min", help="instead of checkpoint.best")
     parser.add_argument(
-        "--set-aside", action="store_true", help="also what was set aside as damaged"
+        "--set-aside",
+        action="store_true",
+        help="also what was set aside as damaged; of marks on whole copies, the mark alone",
     )
     parser.add_argument("--yes", action="store_true", help="delete, do not only say so")
 
@@ -74,7 +76,7 @@ def run(given: argparse.Namespace) -> int:
     keys = (
         _left_behind(store, catalog)
         + _done(store, catalog)
-        + (_set_aside(catalog) if given.set_aside else [])
+        + (_still_damaged(store, catalog) if given.set_aside else [])
     )
     uploads = _unfinished(store)
     for manifest in manifests:
@@ -151,15 +153,35 @@ def _waiting(store: Store, catalog: Catalog, path: str) -> set[str]:
 
 
 def _set_aside(catalog: Catalog) -> list[str]:
-    """Return the keys of the files that were set aside as damaged, in the order of deletion.
+    """Return the keys of what was set aside as damaged.
 
-    Where the store can rename, these are the renamed files. Where it marks instead, each
-    checkpoint's manifest comes first, then its data, then the mark.
+    Where the store can rename, these are the renamed files. Where it marks instead, they are the
+    manifests of the checkpoints.
     """
-    marked = [
-        (key, f"{key.removesuffix('.json')}.pt", key + SET_ASIDE) for key in sorted(catalog.marked)
-    ]
-    return catalog.set_aside + [key for keys in marked for key in keys]
+    return catalog.set_aside + sorted(catalog.marked)
+
+
+def _still_damaged(store: Store, catalog: Catalog) -> list[str]:
+    """Return the keys of what was set aside as damaged, in the order of deletion.
+
+    A checkpoint that is only marked is read again. If it is whole, as after a second upload, only
+    the mark goes; else its manifest comes first, then its data, then the mark.
+
+    Raises:
+        NewerFormatError: Only a newer harness can read a marked checkpoint.
+        StorageError: The store fails.
+    """
+    keys, manifests = list(catalog.set_aside), {m.key: m for m in catalog.manifests}
+    for key in sorted(catalog.marked):
+        is_damaged, mark = True, key + SET_ASIDE
+        if key in manifests:
+            (_, problem), *_ = locate.verify(store, manifests[key])
+            if isinstance(problem, locate.UNKNOWN):
+                raise problem
+            # Since it was listed, the run may have uploaded it again, and lifted the mark.
+            is_damaged = problem is not None and store.exists(mark)
+        keys += [key, f"{key.removesuffix('.json')}.pt", mark] if is_damaged else [mark]
+    return keys
 
 
 def _unfinished(store: Store) -> list[Unfinished]:

@@ -132,7 +132,10 @@ def hand_in(catalog: Catalog | None, last: Manifest | None, policy: Policy) -> s
     source, target = catalog.stores[0], catalog.stores[-1]
     if source is target:
         return ""
-    there = [m.name for m in catalog.history if target in catalog.whole_copies(m)]
+    marked = catalog.parts[-1].marked
+    there = [
+        m.name for m in catalog.history if m.key not in marked and target in catalog.whole_copies(m)
+    ]
     missing = [m for m in wanted(catalog.history, there, policy) if source in catalog.copies(m)]
     copied, problems, attempt = [], list[str](), Attempt(catalog.greatest, last.run_id, "")
     for manifest in missing:

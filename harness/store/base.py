@@ -295,6 +295,13 @@ class Store(abc.ABC):
         A local store renames them, so that they are no longer found. A remote store adds a mark.
         """
 
+    def lift_mark(self, key: str) -> None:  # noqa: B027 - a local store renames and never marks
+        """Remove the mark of `set_aside` next to a key, if there is one; the copy is whole again.
+
+        Raises:
+            StorageError: The store fails; the mark may have stayed.
+        """
+
     @abc.abstractmethod
     def prepare(self, folders: tuple[str, ...]) -> None:
         """Create the folders durably.

@@ -266,6 +266,14 @@ class RemoteStore(Store):
         )
         self.write(keys[0] + SET_ASIDE, mark.encode(), 0)
 
+    def lift_mark(self, key: str) -> None:
+        """Remove the mark next to a key, if there is one.
+
+        Where a bucket keeps versions, each delete of what is not there would add one: look first.
+        """
+        if self.exists(key + SET_ASIDE):
+            self.delete(key + SET_ASIDE)
+
     def prepare(self, folders: tuple[str, ...]) -> None:
         """Do nothing: an object store has no folders to create."""
 

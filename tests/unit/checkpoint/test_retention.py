@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import json
 import math
 import random
@@ -29,7 +30,7 @@ from harness.checkpoint.replicate import replicate
 from harness.checkpoint.retention import Policy, to_delete
 from harness.cli import main
 from harness.errors import SupersededError
-from harness.store import LocalStore, Store, open_store
+from harness.store import SET_ASIDE, LocalStore, Store, open_store
 from harness.supervision import run_address
 
 
@@ -434,6 +435,70 @@ def test_what_loses_its_data_alone_while_others_are_read_is_damaged(store, capsy
     store.delete(fmt.data_key(10, 1))
     assert main(["verify", str(store)]) == 1
     assert "DAMAGED  step_00000010-0001" in capsys.readouterr().out
+
+
+def marked(store: LocalStore) -> tuple[Life, Store]:
+    """A run whose remote copy of step 20 was damaged, and marked so."""
+    remote = open_store(f"memory://{secrets.token_hex(6)}/run")
+    life = Life(store, remote)
+    for step in (10, 20, 30):
+        replicate(store, life.save(step), remote, life.attempt)
+    with remote.writer(fmt.data_key(20, 1), 1) as sink:
+        sink.write(b"damaged")
+        sink.commit()
+    remote.set_aside([fmt.manifest_key(20, 1)])
+    return life, remote
+
+
+def test_a_copy_that_is_sent_again_whole_is_not_marked_any_more(store, monkeypatch):
+    life, remote = marked(store)
+    of_20 = read_catalog(store).manifests[1]
+    mark, order = of_20.key + SET_ASIDE, list[str]()
+
+    def noted(name: str, does: Callable[..., Any], key: str, *more: Any) -> Any:
+        load.check(remote, of_20)  # whole already
+        order.append(f"{name} {key}")
+        return does(key, *more)
+
+    for name in ("delete", "create"):
+        monkeypatch.setattr(remote, name, functools.partial(noted, name, getattr(remote, name)))
+    replicate(store, of_20, remote, life.attempt)
+    assert order == [f"create {of_20.key}", f"delete {mark}"]
+    found = read_catalog(store, remote)
+    assert not found.parts[-1].marked and len(found.whole_copies(of_20)) == 2
+    assert [entry.key for entry in remote.entries(fmt.CHECKPOINTS) if "damaged" in entry.key] == []
+
+
+@pytest.mark.parametrize("is_whole", [False, True])
+def test_prune_deletes_of_what_is_marked_only_what_is_damaged(is_whole, store, capsys):
+    """One that an earlier harness has sent again still bears its mark."""
+    _, remote = marked(store)
+    if is_whole:
+        with remote.writer(fmt.data_key(20, 1), 1) as sink:
+            sink.write(store.read(fmt.data_key(20, 1)))
+            sink.commit()
+    assert main(["prune", str(remote), "--keep-last", "3"]) == 0
+    assert f"kept, set aside as damaged: {fmt.manifest_key(20, 1)}" in capsys.readouterr().out
+    assert main(["prune", str(remote), "--keep-last", "3", "--set-aside", "--yes"]) == 0
+    left = [entry.key.partition("/")[2] for entry in remote.entries(fmt.CHECKPOINTS)]
+    assert left == of((10, 1), *([(20, 1)] if is_whole else []), (30, 1))
+
+
+def test_data_whose_manifest_is_set_aside_is_kept_with_it(store, capsys):
+    """A kill between the two renames."""
+    Life(store).save(10)
+    store.set_aside([fmt.manifest_key(10, 1)])
+    second = Life(store)
+    for step in (20, 30, 40):
+        second.save(step)
+    assert second.apply(Policy(last=2, best=0)) == ["step_00000020-0002"]
+    assert store.exists(fmt.data_key(10, 1))
+    assert main(["prune", str(store), "--yes"]) == 0
+    assert f"kept, set aside as damaged: {fmt.manifest_key(10, 1)}{SET_ASIDE}, " in (
+        capsys.readouterr().out
+    )
+    assert main(["prune", str(store), "--set-aside", "--yes"]) == 0
+    assert files(store) == of((30, 2), (40, 2))
 
 
 def test_prune_keeps_what_waits_for_its_upload(store, capsys):
