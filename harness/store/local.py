@@ -28,6 +28,7 @@ from harness.store.base import (
     delete_all,
     storage_error,
 )
+from harness.store.folders import fsync_folder, take_name
 
 # Small enough that a chunk is still in the CPU cache when it is copied after being digested.
 READ_BYTES = 1 << 20
@@ -103,22 +104,10 @@ class LocalSink(Sink):
             fd, self._fd = self._fd, -1
             os.close(fd)
             if exclusive:
-                self._link()
+                take_name(self.temp, self._path)
             else:
                 os.replace(self.temp, self._path)
-            _fsync_folder(self._path.parent)
-
-    def _link(self) -> None:
-        """Give the file its final name with `link`, which never overwrites a file as `rename` does.
-
-        NFS may lose the reply and report an error for a link that was made. The link count of the
-        temporary file is 2 in that case.
-        """
-        try:
-            os.link(self.temp, self._path)
-        except OSError:
-            if os.stat(self.temp).st_nlink != 2:
-                raise
+            fsync_folder(self._path.parent)
 
     def discard(self) -> None:
         """Close and delete the temporary file. Raises nothing."""
@@ -249,14 +238,14 @@ class LocalStore(Store):
             if self.exists(key):
                 with _storage_errors(key, "rename"):
                     os.rename(self.path(key), self.path(key + SET_ASIDE))
-                    _fsync_folder(self.path(key).parent)
+                    fsync_folder(self.path(key).parent)
 
     def delete(self, key: str) -> None:
         """Delete a file and fsync its folder; a file that does not exist is no error."""
         with _storage_errors(key, "delete"):
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self.path(key))
-            _fsync_folder(self.path(key).parent)
+            fsync_folder(self.path(key).parent)
 
     def prepare(self, folders: tuple[str, ...]) -> None:
         """Create the folders and fsync the parent of each new one.
@@ -277,7 +266,7 @@ class LocalStore(Store):
                         "make", str(path), NotADirectoryError(errno.ENOTDIR, "a file is in the way")
                     ) from error
                 for made in missing:
-                    _fsync_folder(made.parent)
+                    fsync_folder(made.parent)
 
     def sweep(self, folders: tuple[str, ...], below_attempt: int) -> list[str]:
         """Delete temporary files of attempts before `below_attempt` and return their keys."""
@@ -289,14 +278,6 @@ class LocalStore(Store):
         ]
         delete_all(self, old)
         return old
-
-
-def _fsync_folder(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 @contextlib.contextmanager

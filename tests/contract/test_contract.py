@@ -8,9 +8,12 @@ fsspec, by a plain S3 client.
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import errno
 import io
 import os
 import secrets
+import stat
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -25,10 +28,11 @@ from blake3 import blake3
 from fsspec.spec import AbstractFileSystem
 from s3_server import S3Server, free_ports
 
+from harness.checkpoint import attempts
 from harness.checkpoint import format as fmt
 from harness.checkpoint.catalog import read_catalog
 from harness.errors import RefusedError, StorageError
-from harness.store import SET_ASIDE, Entry, LocalStore, Store, open_store, probe
+from harness.store import SET_ASIDE, Entry, LocalStore, Store, folders, open_store, probe
 from harness.store.remote import RemoteStore
 from harness.store.s3_client import S3Client
 
@@ -153,9 +157,39 @@ def memory_place() -> Place:
     return Place("memory", neighbour("run"), keys, list, fill, neighbour)
 
 
-@pytest.fixture(params=["local", "memory", "s3"])
-def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
-    if request.param == "local":
+def without(patch: pytest.MonkeyPatch, *operations: str) -> None:
+    """Let this process find a file system that supports none of these, as gcsfuse or vfat."""
+
+    def refuses(code: int) -> Callable[..., Any]:
+        def refuse(*arguments: Any, **more: Any) -> Any:
+            raise OSError(code, os.strerror(code))
+
+        return refuse
+
+    def fsync(fd: int, does: Callable[[int], None] = os.fsync) -> None:
+        if stat.S_ISDIR(os.fstat(fd).st_mode):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        does(fd)
+
+    if "links" in operations:
+        patch.setattr(os, "link", refuses(errno.EPERM))
+    if "exclusive renames" in operations:
+        patch.setattr(ctypes, "CDLL", lambda *arguments, **more: object())
+    if "fsync of folders" in operations:
+        patch.setattr(os, "fsync", fsync)
+
+
+LACKING: dict[str, tuple[str, ...]] = {
+    "local": (),
+    "local without links": ("links", "fsync of folders"),
+    "local without links and exclusive renames": ("links", "exclusive renames"),
+}
+
+
+@pytest.fixture(params=[*LACKING, "memory", "s3"])
+def place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
+    if request.param in LACKING:
+        without(monkeypatch, *LACKING[request.param])
         return local_place(tmp_path)
     if request.param == "memory":
         return memory_place()
@@ -540,6 +574,45 @@ def test_what_is_set_aside_is_no_longer_chosen_first_and_not_lost(place):
             kept = {key: place.store.read(key) for key in keys}
         assert kept == before
         assert found.greatest == 1 and found.orphans == [] and found.foreign == []
+
+
+def test_a_file_system_that_creates_nothing_exclusively_is_refused_in_true_words(
+    tmp_path, monkeypatch
+):
+    without(monkeypatch, "links", "exclusive renames")
+    store = local_place(tmp_path).store
+
+    def open_(path: Any, flags: int, *more: Any, does: Any = os.open) -> int:
+        if flags & os.O_EXCL and str(path).endswith(".json"):
+            raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+        return int(does(path, flags, *more))
+
+    monkeypatch.setattr(os, "open", open_)
+    with pytest.raises(StorageError, match="cannot create a file exclusively"):
+        store.create("attempts/0001.json", b"{}", 1)
+    assert store.entries("attempts") == []
+
+
+def test_a_record_that_a_kill_left_torn_is_a_number_that_is_taken(tmp_path, monkeypatch):
+    """Only where there is neither a link nor an exclusive rename: it is written under its name."""
+    store = local_place(tmp_path).store
+    first = attempts.claim(read_catalog(store), None, 1)
+    (tmp_path / "run" / "attempts" / "0002.json").write_bytes(b'{"attempt": 2, "no')
+    without(monkeypatch, "links", "exclusive renames")
+    with pytest.raises(FileExistsError):
+        store.create("attempts/0002.json", b"{}", 2)
+    third = attempts.claim(read_catalog(store), None, 1)
+    assert (first.number, third.number) == (1, 3) and attempts.holds(store, third)
+
+
+def test_that_a_folder_cannot_be_made_durable_is_said_once(tmp_path, monkeypatch, capsys):
+    without(monkeypatch, "fsync of folders")
+    monkeypatch.setattr(folders, "_warned", set())
+    store = local_place(tmp_path).store
+    store.create("attempts/0001.json", b"{}", 1)
+    store.delete("attempts/0001.json")
+    said = capsys.readouterr().err
+    assert said.count("harness: warning: ") == 1 and "cannot fsync a folder" in said
 
 
 # --- trying out ---
