@@ -38,6 +38,52 @@ def load(module: nn.Module, saved: Mapping[str, Any]) -> None:
         _put_back(repeated)
         for held, name, tensor in nested:
             held[name] = tensor
+    _part_buffers(module, saved)
+
+
+def _part_buffers(module: nn.Module, saved: Mapping[str, Any]) -> None:
+    """Give memory of their own to buffers that share some as built and had parted when saved.
+
+    Two buffers may be registered from one tensor, and training may set each to another one. A load
+    writes both into the one memory. Those that are still alike stay one.
+    """
+    shared: dict[int, list[tuple[Any, str, Any]]] = {}
+    for path, part in module.named_modules():
+        registered: tuple[Any, ...] = (part._parameters, part._buffers)
+        for held in registered:
+            for name, tensor in held.items():
+                value = saved.get(f"{path}.{name}".lstrip("."))
+                if _is_loaded(tensor, value) and not _loads_itself(part):
+                    shared.setdefault(tensor.untyped_storage().data_ptr(), []).append(
+                        (held, name, value)
+                    )
+    with torch.no_grad():
+        for group in shared.values():
+            if len(group) == 1 or all(_is_equal(held[name], value) for held, name, value in group):
+                continue
+            for held, name, value in group:
+                if isinstance(held[name], nn.Parameter):  # is what an optimizer has
+                    held[name].copy_(value)
+            for held, name, value in group:
+                if not (isinstance(held[name], nn.Parameter) or _is_equal(held[name], value)):
+                    held[name] = torch.empty_like(held[name]).copy_(value)
+
+
+def _is_loaded(tensor: Any, value: Any) -> bool:
+    """Return whether a tensor with memory of its own kind has got the saved value."""
+    return (
+        type(tensor) in (torch.Tensor, nn.Parameter)
+        and type(value) is torch.Tensor
+        and tensor.layout is torch.strided
+        and not (tensor.is_meta or tensor.is_nested or tensor.is_quantized or tensor.numel() == 0)
+        and (tensor.shape, tensor.dtype) == (value.shape, value.dtype)
+    )
+
+
+def _is_equal(tensor: torch.Tensor, value: torch.Tensor) -> bool:
+    """Return whether two tensors have the same numbers, or are NaN in the same places."""
+    other = value.to(tensor.device)
+    return bool(((tensor == other) | ((tensor != tensor) & (other != other))).all())
 
 
 def _nested(

@@ -50,7 +50,7 @@ from harness.untracked.foreign_optimizers import on_untracked_update
 from harness.untracked.given_state import GivenState, are_searched
 from harness.untracked.object_walk import MOST_OBJECTS
 from harness.untracked.program_frames import of_source
-from harness.untracked.program_roots import Roots, of_torch, of_tracked, sharing
+from harness.untracked.program_roots import Roots, of_torch, of_tracked, sharing, untied
 from harness.untracked.program_values import ProgramValues
 from harness.untracked.unkept_values import is_of_program
 
@@ -197,7 +197,9 @@ class UntrackedFinder:
         self._given = None
         shared = sharing(self._tracked)
         carried += [f"{group} (shared memory)" for group in sorted(shared - self._sharing)]
-        self._sharing |= shared
+        ended = untied(self._tracked, self._sharing, shared)
+        carried += [f"{group} (no longer shared memory)" for group in ended]
+        self._sharing = (self._sharing | shared).difference(ended)
         if carried:
             anew = "what the program carries from step to step begins anew after a restart"
             self._say(

@@ -198,6 +198,23 @@ def sharing(tracked: Mapping[str, Any]) -> set[str]:
     return {" = ".join(sorted(own)) for own in names.values() if len(own) > 1}
 
 
+def untied(tracked: Mapping[str, Any], before: set[str], now: set[str]) -> list[str]:
+    """Return the groups of parameters that shared memory before (see `sharing`) and do not now."""
+    parameters = {
+        f"{name}.{path}"
+        for name, obj in tracked.items()
+        if isinstance(inner := wrappers.unwrap(obj), nn.Module)
+        for path, _ in inner.named_parameters(remove_duplicate=False)
+    }
+    groups = [set(group.split(" = ")) for group in now]
+    return sorted(
+        group
+        for group in before - now
+        if parameters.issuperset(names := group.split(" = "))
+        and not any(map(set(names).issubset, groups))
+    )
+
+
 def of_torch() -> Iterator[tuple[str, Any]]:
     """Yield settings of torch that a program may change, each after the function that reads it."""
     yield "torch.get_default_dtype()", str(torch.get_default_dtype())

@@ -575,6 +575,35 @@ def test_an_expanded_buffer_comes_back_and_stays_a_view():
     assert other.wide.stride() == (0, 1) and (other.wide == 7).all()
 
 
+class FromOne(nn.Module):
+    """Tied weights, and buffers that are registered from one tensor."""
+
+    h: torch.Tensor
+    c: torch.Tensor
+    first: torch.Tensor
+    bias: torch.Tensor
+
+    def __init__(self):
+        super().__init__()
+        self.inside, self.head = nn.Embedding(2, 2), nn.Linear(2, 2)
+        self.head.weight = self.inside.weight
+        for name, zeros in zip(("h", "c", "first"), [torch.zeros(3)] * 3, strict=True):
+            self.register_buffer(name, zeros)
+        self.register_buffer("bias", self.head.bias.data)
+
+
+def test_buffers_that_have_parted_come_back_apart_and_what_is_tied_stays_tied():
+    one, other = FromOne(), FromOne()
+    one.c, one.bias = one.h + 1, one.head.bias.data + 1
+    state.restore({"model": other}, {}, saved_and_read(state.capture({"model": one})), "it")
+    assert list(differences(one.state_dict(), other.state_dict())) == []
+    other.h.add_(5)
+    other.head.bias.data.add_(5)
+    assert other.first.tolist() == [5.0] * 3 and other.c.tolist() == [1.0] * 3
+    assert torch.equal(other.bias, one.bias)
+    assert other.head.weight is other.inside.weight
+
+
 @pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
 def test_nested_tensors_come_back(layout):
     def nested(value):

@@ -648,20 +648,23 @@ def test_a_reading_of_a_clock_is_none_of_a_programs_values_also_on_a_machine_jus
     assert set(marked) == {"loss"}
 
 
-def test_memory_that_tracked_tensors_come_to_share_is_named(tmp_path):
+def test_memory_that_tracked_tensors_come_to_share_or_cease_to_is_named(tmp_path):
     """A restart gives each of them its own: torch's optimizers share the state that one loads from
-    another."""
+    another. Weights that are tied as built are tied again."""
     setup = (
         "other = torch.nn.Linear(8, 1); "
         "second = torch.optim.SGD(other.parameters(), 0.1, momentum=0.9); "
     )
     setup += (
         "first = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9); "
-        "run.track(other=other, first=first, second=second)"
+        "tied = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)); "
+        "tied[1].weight = tied[0].weight; "
+        "run.track(other=other, first=first, second=second, tied=tied)"
     )
     step = (
         "other(x).sum().backward(); first.step(); second.step(); "
-        "run.step == 3 and second.load_state_dict(first.state_dict())"
+        "run.step == 3 and second.load_state_dict(first.state_dict()); "
+        "_ = run.step == 3 and setattr(tied[1], 'weight', torch.nn.Parameter(torch.ones(8, 8)))"
     )
     lived = live(
         tmp_path,
@@ -673,6 +676,7 @@ def test_memory_that_tracked_tensors_come_to_share_is_named(tmp_path):
         "first.state[0]['momentum_buffer'] = second.state[0]['momentum_buffer'] (shared memory)"
         in lived.text
     )
+    assert "tied.0.weight = tied.1.weight (no longer shared memory)" in lived.text
 
 
 LOOP_OF = """
