@@ -24,9 +24,8 @@ def check_resumable(name: str, module: object, world: World) -> None:
     """Refuse a wrapping that no resume could make exact.
 
     Raises:
-        UsageError: Parameters or the optimizer are sharded; DDP has static_graph=True on more than
-            two ranks; or DDP has broadcast_buffers=False around a module with buffers, on more than
-            one rank.
+        UsageError: Parameters or the optimizer are sharded, or DDP has static_graph=True on more
+            than two ranks.
     """
     shells = [type(shell).__name__ for shell in wrappers(module)]
     sharded = isinstance(unwrap(module), nn.Module) and any(
@@ -45,14 +44,6 @@ def check_resumable(name: str, module: object, world: World) -> None:
                 " order after a resume",
                 f"found: static_graph=True on {world.size} ranks",
                 "Leave static_graph out.",
-            )
-        if not ddp.broadcast_buffers and any(True for _ in ddp.module.buffers()):
-            raise UsageError(
-                f"{name}: with broadcast_buffers=False each rank has buffers of its own, and only"
-                " the writer's are saved",
-                "found: DistributedDataParallel(broadcast_buffers=False) around a module with"
-                " buffers",
-                "Leave broadcast_buffers out.",
             )
 
 
@@ -149,6 +140,12 @@ def names_ignored(shell: DistributedDataParallel) -> set[str]:
     DDP expects a dot before the names of parameters of the outermost module.
     """
     return {name.removeprefix(".") for name in shell.parameters_to_ignore}
+
+
+def names_unsynchronised(shell: DistributedDataParallel) -> set[str]:
+    """Return the names of what DDP lets differ by rank: what it ignores, and buffers if told so."""
+    buffers = () if shell.broadcast_buffers else shell.module.named_buffers()
+    return names_ignored(shell) | {name for name, _ in buffers}
 
 
 def parameters_of(obj: Any) -> Iterator[nn.Parameter]:

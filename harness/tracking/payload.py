@@ -76,10 +76,13 @@ class RankEntries:
             return ""
         if len(entries) != world.size:
             names = sorted({name for entry in entries for name in entry})
+            of_writer = [
+                name.removesuffix("_state_dict") for name in names if name.endswith("_state_dict")
+            ]
             return (
                 f"{len(entries)} rank(s) before, {world.size} now: "
                 f"what each rank had for itself is lost ({', '.join(names)})"
-            )
+            ) + (f"; of {', '.join(of_writer)} all have that of rank 0" if of_writer else "")
         for name, part in self._parts.items():
             part.restore(entries[world.rank].get(name))
         return ""

@@ -1,8 +1,8 @@
 """Find state that differs from rank to rank by comparing digests, and keep it for each rank.
 
 The modules in DistributedDataParallel, and optimizers with no other parameters than theirs, are the
-same on all ranks by construction, but for the parameters and buffers that it is set to ignore. They
-are trusted, but a program may keep DDP from synchronising (`no_sync`, a hook that does not reduce,
+same on all ranks by construction, but for what it is set to ignore or not to broadcast. They are
+trusted, but a program may keep DDP from synchronising (`no_sync`, a hook that does not reduce,
 parameters that were frozen when it was made). So at saves 1, 2, 4, 8 … of an attempt some elements
 of each of their tensors are compared, and everything else that is tracked is compared in full. The
 other saves compare small objects and `run.state`.
@@ -306,8 +306,9 @@ def _number(digest: bytes) -> int:
 
 
 def _ignored(obj: Any) -> dict[str, Any]:
-    """Return what a module in DDP holds that DDP is set to ignore, as in its state dict."""
-    names = {name for shell in wrappers.ddp_wrappers(obj) for name in ddp.names_ignored(shell)}
+    """Return what a module in DDP holds that DDP does not keep alike, as in its state dict."""
+    shells = wrappers.ddp_wrappers(obj)
+    names = {name for shell in shells for name in ddp.names_unsynchronised(shell)}
     return {name: value for name, value in state_of(obj).items() if name in names} if names else {}
 
 
@@ -324,6 +325,7 @@ def _ddp_buffers(tracked: Mapping[str, Any]) -> list[Leaf]:
     return [
         leaf
         for shell in shells
+        if shell.broadcast_buffers
         for leaf in leaves_of(state.as_captured("", dict(shell.module.named_buffers()))).values()
     ]
 

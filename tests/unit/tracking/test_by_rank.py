@@ -10,8 +10,10 @@ from programs import STEP, killed_once, live
 
 from harness import state
 from harness.data import sampler_state
+from harness.distributed.ranks import World
 from harness.run import drill_hooks
 from harness.tracking.attribute_values import digest_of
+from harness.tracking.payload import RankEntries
 from harness.tracking.tensor_leaves import leaves_of
 
 NORMALISER = """
@@ -257,6 +259,35 @@ def test_what_ddp_is_set_to_ignore_comes_back_to_each_rank(tmp_path):
     assert last(outcome.whole)[0] != last(outcome.whole)[1]
     kept = newest(tmp_path / "whole")["own"][1]
     assert {path for path, _ in kept["model_state_dict"]} == {("own",), ("sum",)}
+
+
+NOT_BROADCAST = (
+    DDP.replace("nn.Linear(8, 1))\n)", "nn.Linear(8, 1)), broadcast_buffers=False\n)")
+    + """
+model.module.register_buffer("mask", torch.ones(3))
+average = torch.optim.swa_utils.AveragedModel(model.module)
+run.track(model=model, optimizer=optimizer, average=average)
+"""
+    + LOOP.replace("    die(run)", "    average.update_parameters(model.module)\n    die(run)")
+    + "means = [one.module[1].running_mean.tolist() for one in (model, average)]\n"
+    + "print('last:', means, model.module.mask.tolist())\n"
+)
+
+
+def test_buffers_that_ddp_does_not_broadcast_come_back_to_each_rank(tmp_path):
+    outcome = killed_once(tmp_path, NOT_BROADCAST, ranks=2)
+    assert outcome.is_equal, (outcome.rows, outcome.resumed.texts)
+    assert last(outcome.whole) == last(outcome.resumed)
+    assert last(outcome.whole)[0] != last(outcome.whole)[1]
+    kept = newest(tmp_path / "whole")["own"][1]
+    assert {path for path, _ in kept["model_state_dict"]} == {
+        ("1.running_mean",),
+        ("1.running_var",),
+    }
+    alone = World(0, 1, torch.device("cpu"), 10)
+    assert "of average, model all have that of rank 0" in RankEntries().restore(
+        {"own": [{"average_state_dict": [], "model_state_dict": []}] * 2}, alone
+    )
 
 
 EVALUATED = (
