@@ -257,8 +257,10 @@ class KeptState:
         # Last: code of the program that runs above may draw.
         resume_checks.set_generators(payload, world, settings.seed, payload["step"])
 
-    def at_boundary(self, tracked: Mapping[str, Any], values: Mapping[str, Any]) -> None:
-        """Check `run.state` (`values`) and untracked state at a step boundary.
+    def at_boundary(
+        self, tracked: Mapping[str, Any], values: Mapping[str, Any], epoch: int
+    ) -> None:
+        """Check `run.state` (`values`) and untracked state at the boundary of a step in `epoch`.
 
         Raises:
             UsageError: A value cannot be restored from a checkpoint.
@@ -268,7 +270,7 @@ class KeptState:
         self._awaits_update = False
         for warning in self._values.look(values):
             self._say(f"harness: warning: {warning}")
-        self._untracked.at_boundary(values)
+        self._untracked.at_boundary(values, epoch)
         if warning := self._strays.at_boundary(tracked):
             self._say(f"harness: warning: {warning}")
 
@@ -292,6 +294,7 @@ class KeptState:
             values: `run.state`.
             iterator: State of this rank's iterator over the data, as plain data.
         """
+        self._untracked.at_save(values)
         self._more.hold()
         return self._by_rank.of_ranks(tracked, values, iterator)
 

@@ -179,7 +179,7 @@ class Loop:
         logged = self._metric_buffer.logged
         self._traces.step_made(step, share, batch, logged, self.tracked)
         self._checkpointer.at_boundary(self.tracked)
-        self._kept_state.at_boundary(self.tracked, self.state)
+        self._kept_state.at_boundary(self.tracked, self.state, self.epoch)
         self._checkpointer.step_made(step, share.digest, logged)
         self._position, self.epoch = share.after, share.after.epoch
         self._checkpointer.alive(step)

@@ -178,7 +178,9 @@ class KeptState(Protocol):
     ) -> None:
         """Restore everything once more that was changed since `begin`. Collective."""
 
-    def at_boundary(self, tracked: Mapping[str, Any], values: Mapping[str, Any]) -> None:
+    def at_boundary(
+        self, tracked: Mapping[str, Any], values: Mapping[str, Any], epoch: int
+    ) -> None:
         """Check `run.state`, and look for state that is not saved."""
 
     def is_time(self, is_due: bool, cannot_wait: bool) -> bool:

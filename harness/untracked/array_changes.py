@@ -11,7 +11,8 @@ from __future__ import annotations
 import collections
 import contextlib
 import itertools
-from collections.abc import Collection, Iterable, Iterator
+import weakref
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -38,6 +39,7 @@ class ArrayMark(NamedTuple):
     address: int
     version: int
     some: str | None
+    ask: Callable[[], Any] | None = None  # of one in an attribute: returns it, or None once freed
 
     def is_other(self, now: ArrayMark) -> bool:
         """Return whether the array has changed.
@@ -45,8 +47,8 @@ class ArrayMark(NamedTuple):
         A different array in an attribute counts as no change. A different array in a module or a
         container counts as a change, unless the compared numbers are the same.
         """
-        if self.where != now.where:
-            return False
+        if self.where != now.where or (self.ask is not None and self.ask() is None):
+            return False  # another one may have the memory of one that was freed
         if self.address == now.address:
             return (self.version, self.some) != (now.version, now.some)
         return self.where != ATTRIBUTE and (self.some is None or self.some != now.some)
@@ -156,17 +158,22 @@ def mark(where: int, array: Any) -> ArrayMark:
             array.__array_interface__["data"][0],
             0,
             str(array.flat[:: max(1, array.size // SAMPLES)].tolist()),
+            _asked(where, array),
         )
-    version = 0 if array.is_inference() else array._version
+    version, ask = 0 if array.is_inference() else array._version, _asked(where, array)
     if type(array) not in (torch.Tensor, nn.Parameter):
-        return ArrayMark(where, id(array), version, None)
+        return ArrayMark(where, id(array), version, None, ask)
     is_read = array.is_cpu and array.is_contiguous()
     some = (
         str(array.detach().reshape(-1)[:: max(1, array.numel() // SAMPLES)].tolist())
         if is_read
         else None
     )
-    return ArrayMark(where, array.data_ptr(), version, some)
+    return ArrayMark(where, array.data_ptr(), version, some, ask)
+
+
+def _asked(where: int, array: Any) -> Callable[[], Any] | None:
+    return weakref.ref(array) if where == ATTRIBUTE else None
 
 
 def address_of(value: Any) -> int | None:

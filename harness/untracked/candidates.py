@@ -6,7 +6,7 @@ import collections
 import sys
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 import harness.untracked.array_changes as array_changes
 from harness.data.generator_objects import GLOBAL_GENERATORS, drawn_from, is_generator
 from harness.data.held_generators import tells_its_class
+from harness.distributed import wrappers
 from harness.untracked.object_walk import ATOMS, DEPTH, FEW, MOST_OBJECTS, parts
 from harness.untracked.program_frames import of_source
 from harness.untracked.unkept_values import is_of_program
@@ -39,6 +40,7 @@ OURS = (
 # Modules of the standard library whose instances are searched.
 PLAIN_LIBRARY = ("builtins", "collections", "functools", "types", "argparse", "random", "__main__")
 WITHIN_S = 0.2  # limit of a search
+MOST_CHEAP, CHEAP_S = 32, 0.03  # see `LookTimes`
 
 
 @dataclass
@@ -198,3 +200,76 @@ def kind_of(obj: Any) -> str:
 
 def _has_method(obj: Any, name: str) -> bool:
     return callable(getattr(type(obj), name, None))
+
+
+@dataclass
+class Tracked:
+    """What a checkpoint holds: tracked objects by name, addresses of their memory, `GivenState`."""
+
+    objects: Mapping[str, Any]
+    held: Collection[int]
+    given: Any
+
+
+def is_lost(candidate: Candidate, stepped: Collection[int], tracked: Tracked) -> bool:
+    """Return whether a candidate has been used such that a restart would lose its state.
+
+    `stepped` are the ids of the optimizers that have made a step.
+    """
+    obj, given = candidate.obj, tracked.given
+    if candidate.kind == OPTIMIZER:
+        return id(obj) in stepped
+    if candidate.kind == SCHEDULER:
+        optimizer = getattr(obj, "optimizer", None)
+        objects = {id(wrappers.unwrap(each)) for each in tracked.objects.values()}
+        return optimizer is None or id(optimizer) in objects or id(optimizer) in stepped
+    if candidate.kind == NUMBERS:
+        changed = candidate.before.changed(array_changes.of(obj), tracked.held)
+        is_given = given is not None and given.keeps_arrays(obj, changed)
+        return obj is not None and bool(changed) and not is_given
+    if given is not None and given.keeps(None, obj):
+        return False
+    return (
+        candidate.kind != GENERATOR or candidate.of_workers or drawn_from(obj) != candidate.before
+    )
+
+
+class LookTimes:
+    """When to look at the candidates and values: after steps 1, 2, 4, 8 … of the attempt.
+
+    In between also in the first step of an epoch, and at a save, as often as that is cheap: each
+    of the first `MOST_CHEAP` times if a look takes less than `CHEAP_S`, else while all of them take
+    less than a hundredth of the time.
+    """
+
+    def __init__(self) -> None:
+        self.steps, self._next = 0, 0
+        self._epoch, self._between, self._looked_at = -1, 0, 0
+        self._took_s, self._ended_s = 0.0, 0.0
+
+    def begin(self) -> None:
+        """Begin to count; before, it is never time to look."""
+        self._next = 1
+
+    def at_boundary(self, epoch: int) -> bool:
+        """Count a step, and return whether to look after it."""
+        self.steps += 1
+        is_new, self._epoch = epoch != self._epoch, epoch
+        if self.steps == self._next:
+            self._next *= 2
+            return True
+        return is_new and self.is_cheap()
+
+    def is_cheap(self) -> bool:
+        """Return whether to look once more, between two steps of those above."""
+        if self._looked_at == 0 or self._looked_at == self.steps:
+            return False
+        is_few = self._between < MOST_CHEAP and self._took_s < CHEAP_S
+        if not is_few and self._took_s > 0.01 * (time.perf_counter() - self._ended_s):
+            return False
+        self._between += 1
+        return True
+
+    def looked(self, took_s: float) -> None:
+        """Record a look after the last step, and how long this thread computed for it."""
+        self._looked_at, self._took_s, self._ended_s = self.steps, took_s, time.perf_counter()

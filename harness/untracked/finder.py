@@ -3,7 +3,8 @@
 Objects are searched for once, on the writer, before the first step. The search starts from the
 variables of the program's frames and from the data that the loop iterates over, and follows
 attributes and containers. It never follows what libraries keep globally. The objects found are
-checked at the first step boundary; generators and arrays are checked again after steps 2, 4, 8 …:
+checked at the first step boundary; generators and arrays are checked again after steps 2, 4, 8 …,
+and, where that is cheap, in the first step of an epoch and at a save:
 
 * An optimizer is reported if it has made a step; a scheduler, if its optimizer has made one or is
   tracked.
@@ -31,7 +32,6 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.data import DataLoader, Sampler
 
 import harness.untracked.array_changes as array_changes
-from harness.data.generator_objects import drawn_from
 from harness.distributed import wrappers
 from harness.untracked.candidates import (
     GENERATOR,
@@ -41,14 +41,17 @@ from harness.untracked.candidates import (
     SCHEDULER,
     WITHIN_S,
     Candidate,
+    LookTimes,
+    Tracked,
     find_candidates,
+    is_lost,
     is_of_evaluation,
     kind_of,
     walk,
 )
 from harness.untracked.foreign_optimizers import on_untracked_update
 from harness.untracked.given_state import GivenState, are_searched
-from harness.untracked.object_walk import MOST_OBJECTS
+from harness.untracked.object_walk import MOST_OBJECTS, plain_in
 from harness.untracked.program_frames import of_source
 from harness.untracked.program_roots import Roots, of_torch, of_tracked, sharing, untied
 from harness.untracked.program_values import ProgramValues
@@ -71,7 +74,7 @@ class UntrackedFinder:
         self._say, self._note = say, note
         self._candidates: list[Candidate] = []
         self._stepped: dict[int, Any] = {}
-        self._steps, self._next = 0, 0
+        self._times = LookTimes()
         self._tracked: Mapping[str, Any] = {}
         # Updates of this step by optimizers that nobody tracks, and the ids of those named before.
         self._updates, self._named = list[tuple[Any, str]](), set[int]()
@@ -96,12 +99,13 @@ class UntrackedFinder:
             handled: ids of objects that are kept in other ways.
         """
         self._handled, self._source = handled, source
-        self._tracked, self._next, frame = tracked, 1, sys._getframe(1)
+        self._tracked, frame = tracked, sys._getframe(1)
+        self._times.begin()
         self._unhook = register_optimizer_step_pre_hook(
             lambda optimizer, *_: self._stepped.update({id(optimizer): optimizer})
         ).remove
         self._unwatch = on_untracked_update(
-            tracked, lambda *update: self._updates.append(update), lambda: self._steps
+            tracked, lambda *update: self._updates.append(update), lambda: self._times.steps
         )
         with self._harmless():
             own = self._ask()
@@ -109,7 +113,8 @@ class UntrackedFinder:
             found = find_candidates(list(self._all_roots(frame)), others, source)
             self._candidates = [each for each in found if id(each.obj) not in own]
             enters = self._enters(self._kept())
-            self._values.begin(self._all_roots(frame), enters, self._held)
+            named = self._by_id(own)
+            self._values.begin(self._all_roots(frame), enters, self._held, named)
             self._sharing = sharing(tracked)
             self._given = None
 
@@ -119,6 +124,15 @@ class UntrackedFinder:
         self._given = GivenState(own)
         self._held = self._given.addresses | self._addresses(own)
         return {id(obj) for obj in own.values()}
+
+    def _by_id(self, left_out: set[int]) -> dict[int, str]:
+        """Return the names of the tracked objects by their ids and those of what they wrap."""
+        return {
+            key: name
+            for name, obj in self._tracked.items()
+            for key in (id(obj), id(wrappers.unwrap(obj)))
+            if key not in left_out
+        }
 
     @contextlib.contextmanager
     def _harmless(self) -> Iterator[None]:
@@ -136,21 +150,28 @@ class UntrackedFinder:
             )
             self._note("not_looked", error=f"{type(error).__name__}: {error}")
 
-    def at_boundary(self, saved: Any) -> None:
-        """Check what was found, at the end of steps 1, 2, 4, 8 … of the attempt.
+    def at_boundary(self, saved: Any, epoch: int) -> None:
+        """Check what was found, at the end of steps 1, 2, 4, 8 … of the attempt, and of some more.
 
         After the first check, only generators, arrays and values are checked again. `saved` is
         nested data that is saved: the program may hold parts of it in variables, too.
         """
-        self._steps += 1
-        if self._steps == self._next:
-            self._saved = saved
-            self._next *= 2
+        if self._times.at_boundary(epoch):
             self._unhook()
-            with self._harmless():
-                self._look(sys._getframe(1))
-            self._stepped = {}
+            self._check(saved, sys._getframe(1))
         self._tell_of_update()
+
+    def at_save(self, saved: Any) -> None:
+        """Check what was found, if that is cheap."""
+        if self._times.is_cheap():
+            self._check(saved, sys._getframe(1))
+
+    def _check(self, saved: Any, frame: FrameType) -> None:
+        self._saved, began_s = saved, time.thread_time()
+        with self._harmless():
+            self._look(frame)
+        self._stepped = {}
+        self._times.looked(time.thread_time() - began_s)
 
     def close(self) -> None:
         """Remove the hooks."""
@@ -170,12 +191,12 @@ class UntrackedFinder:
     def _look(self, frame: FrameType) -> None:
         """Report candidates whose state would be lost, and values that the program carries on."""
         self._ask()
-        kept = self._kept()
+        kept, tracked = self._kept(), Tracked(self._tracked, self._held, self._given)
         if self._candidates:
             lost = [
                 candidate
                 for candidate in self._candidates
-                if id(candidate.obj) not in kept and self._is_lost(candidate)
+                if id(candidate.obj) not in kept and is_lost(candidate, self._stepped, tracked)
             ]
             self._tell(lost)
             self._candidates = [
@@ -191,8 +212,9 @@ class UntrackedFinder:
             )
         known = [name.rpartition(" (")[0] for name in self.names]
         enters = self._enters(kept)
+        roots, is_carried = self._all_roots(frame), self._is_carried
         carried = self._values.changed(
-            self._all_roots(frame), enters, self._held, known, self._is_spared
+            roots, enters, self._held, known, self._is_spared, is_carried
         )
         self._given = None
         shared = sharing(self._tracked)
@@ -261,29 +283,15 @@ class UntrackedFinder:
             kept.add(id(obj))
         return kept | (self._given.search(kept) if self._given is not None else set())
 
+    def _is_carried(self, path: str) -> bool:
+        return self._roots is not None and self._roots.is_carried(path)
+
     def _is_spared(self, holder: Any, value: Any, was_empty: bool) -> bool:
         """Return whether a change is no loss: a cache of other data is filled, or it is saved."""
         is_cache = was_empty and id(holder) in self._of_other_data
-        return is_cache or (self._given is not None and self._given.keeps(holder, value))
-
-    def _is_lost(self, candidate: Candidate) -> bool:
-        """Return whether a candidate has been used such that a restart would lose its state."""
-        obj, tracked = candidate.obj, {id(wrappers.unwrap(obj)) for obj in self._tracked.values()}
-        if candidate.kind == OPTIMIZER:
-            return id(obj) in self._stepped
-        if candidate.kind == SCHEDULER:
-            optimizer = getattr(obj, "optimizer", None)
-            return optimizer is None or id(optimizer) in tracked or id(optimizer) in self._stepped
-        if candidate.kind == NUMBERS:
-            changed = candidate.before.changed(array_changes.of(obj), self._held)
-            is_given = self._given is not None and self._given.keeps_arrays(obj, changed)
-            return obj is not None and bool(changed) and not is_given
-        if self._given is not None and self._given.keeps(None, obj):
-            return False
+        is_saved = type(value) is float and any(value is item for item in plain_in(self._saved))
         return (
-            candidate.kind != GENERATOR
-            or candidate.of_workers
-            or drawn_from(obj) != candidate.before
+            is_cache or is_saved or (self._given is not None and self._given.keeps(holder, value))
         )
 
     def _addresses(self, left_out: Mapping[str, Any]) -> set[int]:

@@ -10,67 +10,132 @@ import ast
 import functools
 import inspect
 import linecache
+import re
 import sys
 import textwrap
 from collections.abc import Iterator
-from types import FrameType
-from typing import Any
+from types import FrameType, FunctionType
+from typing import Any, NamedTuple
 
 DETACHES = ("detach", "detach_", "data")  # attributes of a tensor that has a graph
+# What a tensor tells of itself beside its numbers; functions that draw or copy.
+OF_SHAPE = (
+    "shape",
+    "size",
+    "dim",
+    "ndim",
+    "numel",
+    "device",
+    "dtype",
+    "len",
+    "range",
+    "isinstance",
+)
+COPIES = re.compile("rand|normal|perm|choice|sample|shuffle|uniform|copy|clone|detach|item$")
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
 MOST_SOURCE = 1 << 20  # characters; longer source code is not parsed
 
 
-def values_of(frame: FrameType) -> dict[str, Any]:
-    """Return the variables of a frame, and keep no other reference to their values."""
-    local = frame.f_locals
-    values = dict(local)
-    if (
-        frame.f_code.co_flags & inspect.CO_OPTIMIZED
-        and type(local) is dict
-        and sys.gettrace() is None
-        and sys.getrefcount(local) <= 3
-    ):
-        # Before Python 3.13 this is a copy, which would keep objects alive that the program frees.
-        local.clear()
-    return values
+class LoopNames(NamedTuple):
+    """Variables of a frame that its loops set.
 
-
-def passing(frame: FrameType) -> set[str] | None:
-    """Return the variables that hold nothing from one step to the next, as far as loops set them.
-
-    The outermost loop around a frame's current line sets such a variable before it reads it, and no
-    loop inside it around that line carries it: a sum that an outer loop over epochs sets to 0 is
-    carried by the inner loop over batches. None: there is no source code. The set is empty if there
-    is no loop.
+    Of those in `passing` nothing is left from one step to the next. Those in `carried` hold a value
+    that an earlier step has set.
     """
-    loops = _loops_around(frame)
-    if not loops:
-        return None if loops is None else set()
+
+    passing: set[str]
+    carried: set[str]
+
+
+def names_of(frame: FrameType) -> LoopNames | None:
+    """Return the variables that the loops around a frame's current line set.
+
+    The outermost loop sets a passing variable before it reads it, and no loop inside it around that
+    line carries it: a sum that an outer loop over epochs sets to 0 is carried by the inner loop
+    over batches. A variable that is set at times only is carried, too, if a function reads it, or
+    what follows the loop. None: there is no source code. The names are empty if there is no loop.
+    """
+    loops, tree = _loops_around(frame)
+    if not loops or tree is None:
+        return None if tree is None else LoopNames(set(), set())
     flows = [_Flow() for _ in loops]
     for flow, loop in zip(flows, loops, strict=True):
         flow.visit(loop)
-    outermost, *inner = flows
-    carried = set[str]().union(*(flow.assigned & flow.exposed for flow in inner))
-    return outermost.assigned - outermost.exposed - carried
+    outermost = flows[0]
+    carried = set[str]().union(*(flow.assigned & flow.exposed for flow in flows))
+    own = tree.body[0] if frame.f_code.co_flags & inspect.CO_OPTIMIZED else None
+    carried |= (outermost.assigned - outermost.stored) & _read_elsewhere(tree, own, loops[0])
+    return LoopNames(outermost.assigned - carried, carried)
 
 
-def _loops_around(frame: FrameType) -> list[ast.For | ast.While] | None:
-    """Return the loops around a frame's current line, outermost first; None: no source code."""
+def _read_elsewhere(tree: ast.AST, own: ast.AST | None, loop: ast.For | ast.While) -> set[str]:
+    """Return the variables that functions in a tree but `own` read, or what follows a loop."""
+    names = set[str]()
+    for node in ast.walk(tree):
+        if isinstance(node, FUNCTIONS) and node is not own:
+            names |= _read_from_outside(node)
+        elif isinstance(node, ast.Name) and node.lineno > (loop.end_lineno or 0):
+            names |= {node.id} if isinstance(node.ctx, ast.Load) else set()
+    return names
+
+
+def _read_from_outside(function: ast.AST) -> set[str]:
+    """Return the names that a function reads and does not set, or declares not to be its own."""
+    within = [*ast.walk(function)]
+    names = [node for node in within if isinstance(node, ast.Name)]
+    own = {node.id for node in names if not isinstance(node.ctx, ast.Load)}
+    own |= {node.arg for node in within if isinstance(node, ast.arg)}
+    return {node.id for node in names if isinstance(node.ctx, ast.Load)} - (own - _declared(within))
+
+
+def _declared(nodes: list[ast.AST]) -> set[str]:
+    """Return the names that are declared to be those of a module or of an outer function."""
+    return {
+        name for node in nodes if isinstance(node, ast.Global | ast.Nonlocal) for name in node.names
+    }
+
+
+@functools.lru_cache(1000)
+def carried_outside(function: FunctionType) -> frozenset[str]:
+    """Return the names outside a function that it reads before it sets them.
+
+    These are variables of its module or of an outer function, and its own attributes.
+    """
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    except (OSError, TypeError, SyntaxError, ValueError, RecursionError):
+        return frozenset()
+    own = next((node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)), None)
+    if own is None:
+        return frozenset()
+    flow, outside = _Flow(), _declared([*ast.walk(own)])
+    flow.in_order(*own.body)
+    carried, prefix = flow.assigned & flow.exposed, f"{own.name}."
+    return frozenset(
+        name.removeprefix(prefix) for name in carried if name in outside or name.startswith(prefix)
+    )
+
+
+def _loops_around(frame: FrameType) -> tuple[list[ast.For | ast.While], ast.Module | None]:
+    """Return the loops around a frame's current line, outermost first, and the source code.
+
+    The latter is None if there is none.
+    """
     try:
         lines, first = _source_lines(frame)
         source = textwrap.dedent("".join(lines))
         tree = ast.parse(source) if len(source) <= MOST_SOURCE else None
     except (OSError, TypeError, SyntaxError, ValueError, RecursionError):
-        return None
+        return [], None
     if tree is None:
-        return None
+        return [], None
     line = frame.f_lineno - max(first, 1) + 1
     loops = [
         node
         for node in ast.walk(tree)
         if isinstance(node, ast.For | ast.While) and node.lineno <= line <= (node.end_lineno or 0)
     ]
-    return sorted(loops, key=lambda node: node.lineno)
+    return sorted(loops, key=lambda node: node.lineno), tree
 
 
 def _source_lines(frame: FrameType) -> tuple[list[str], int]:
@@ -117,6 +182,62 @@ def _detaches(function: Any) -> bool:
 
 
 @functools.lru_cache(1000)
+def kept_attributes(kind: type) -> frozenset[str]:
+    """Return those of `carried_attributes` that are made of what a method is given, or drawn.
+
+    The first loss is one, and a noise that is drawn once. A table that is computed from sizes and
+    devices is none: a restart computes the same.
+    """
+    made = {name for method, own in _method_nodes(kind) for name in _made_of_values(method, own)}
+    return carried_attributes(kind) & made
+
+
+def _made_of_values(method: ast.FunctionDef, own: str) -> set[str]:
+    """Return the attributes of `own`, in a method, that are set to what depends on values."""
+    known = {arg.arg for arg in ast.walk(method.args) if isinstance(arg, ast.arg)} - {own}
+    made = set[str]()
+    for node in ast.walk(method):
+        if not isinstance(node, ast.Assign | ast.AugAssign | ast.AnnAssign) or not node.value:
+            continue
+        if not _depends(node.value, known):
+            continue
+        for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
+            for part in ast.walk(target):
+                if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store):
+                    known.add(part.id)
+                elif isinstance(part, ast.Attribute) and isinstance(part.ctx, ast.Store):
+                    made.add(part.attr)
+    return made
+
+
+def _depends(node: ast.AST, known: set[str]) -> bool:
+    """Return whether an expression depends on the values of some names, or draws or copies."""
+    if isinstance(node, ast.Attribute) and node.attr in OF_SHAPE:
+        return False
+    if isinstance(node, ast.Call):
+        function = node.func
+        name = getattr(function, "attr", getattr(function, "id", ""))
+        if name in OF_SHAPE:
+            return False
+        if COPIES.search(name):
+            return True
+        if name.startswith("to") or name.startswith("new_"):  # a receiver of these may count
+            parts = [function.value] if isinstance(function, ast.Attribute) else node.args
+            return name.startswith("to") and any(_depends(part, known) for part in parts)
+    if isinstance(node, ast.Name):
+        return node.id in known
+    return any(_depends(part, known) for part in ast.iter_child_nodes(node))
+
+
+def is_told_the_epoch(value: Any) -> bool:
+    """Return whether an object has a `set_epoch`, which is called again after a restart."""
+    own = getattr(value, "__dict__", {})
+    return not isinstance(value, type) and callable(
+        own.get("set_epoch") or getattr(type(value), "set_epoch", None)
+    )
+
+
+@functools.lru_cache(1000)
 def told_attributes(kind: type) -> frozenset[str] | None:
     """Return the attributes that `set_epoch` of the class, or a method that it calls, sets anew.
 
@@ -139,6 +260,14 @@ def _methods(kind: type) -> Iterator[tuple[str, _Flow]]:
 
     Classes without source code, and torch's `Module`, are left out.
     """
+    for method, own in _method_nodes(kind):
+        flow = _Flow()
+        flow.in_order(*method.body)
+        yield method.name, flow.within(f"{own}.")
+
+
+def _method_nodes(kind: type) -> Iterator[tuple[ast.FunctionDef, str]]:
+    """Yield the methods of a class and its bases, each with the name of its first argument."""
     for base in kind.__mro__:
         if base.__module__ in ("builtins", "torch.nn.modules.module"):
             continue
@@ -148,9 +277,7 @@ def _methods(kind: type) -> Iterator[tuple[str, _Flow]]:
             continue
         for method in ast.walk(tree):
             if isinstance(method, ast.FunctionDef) and method.args.args:
-                flow = _Flow()
-                flow.in_order(*method.body)
-                yield method.name, flow.within(f"{method.args.args[0].arg}.")
+                yield method, method.args.args[0].arg
 
 
 class _Flow(ast.NodeVisitor):

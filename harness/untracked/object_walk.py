@@ -8,13 +8,18 @@ from __future__ import annotations
 import collections
 import functools
 import inspect
+import itertools
 import types
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
+
+from harness.state.kinds import PLAIN
+from harness.untracked.program_frames import is_programs_file
 
 MOST_ITEMS = 1000  # items per container
 DEPTH, MOST_OBJECTS = 8, 20_000  # limits of a search
@@ -35,6 +40,7 @@ ATOMS = (
     torch.dtype,
     torch.device,
 )
+ITERATORS = (zip, map, enumerate, itertools.cycle, itertools.islice, itertools.chain)
 # The attributes of every nn.Module. Child modules are listed by their own names.
 OF_MODULES = frozenset(vars(nn.Module()))
 # The attributes of every optimizer of torch's. LR schedulers set the last two.
@@ -101,6 +107,51 @@ def _of_function(value: types.FunctionType) -> Iterator[tuple[str, Any]]:
         for name, item in ((value.__kwdefaults__ or {}) | value.__dict__).items()
         if name != "__wrapped__"
     )
+
+
+def parts_with_places(value: Any) -> Iterator[tuple[str, Any]]:
+    """Yield what `parts` does; of a class its values, of an iterator its position and what it has.
+
+    Each comes after its path.
+    """
+    if isinstance(value, type):
+        yield from (
+            (f".{name}", item)
+            for name, item in list(vars(value).items())
+            if not name.startswith("__") and not callable(item) and not hasattr(item, "__get__")
+        )
+    elif isinstance(value, types.GeneratorType):
+        if not value.gi_running and value.gi_frame and is_programs_file(value.gi_code.co_filename):
+            local = [item for item in value.gi_frame.f_locals.values() if type(item) in PLAIN]
+            yield " (its position)", str((value.gi_frame.f_lasti, local))
+    elif isinstance(value, ITERATORS):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # deprecated for those of itertools
+            reduced: Any = value.__reduce__()
+        _, made_of, *more = reduced
+        items = [item for part in (made_of, *more) if isinstance(part, tuple) for item in part]
+        yield " (its position)", str([_place(item) for item in items])
+        yield from ((f" ({at})", item) for at, item in enumerate(items) if _place(item) is None)
+    else:
+        yield from parts(value)
+
+
+def _place(item: Any) -> Any:
+    """Return how far an iterator of Python's own is, or a number or the length of a list."""
+    if isinstance(item, list | tuple):
+        return len(item)
+    if type(item).__module__ == "builtins" and hasattr(item, "__length_hint__"):
+        return item.__length_hint__()
+    return item if type(item) in PLAIN else None
+
+
+def plain_in(value: Any) -> Iterator[Any]:
+    """Yield the values in nested dicts, lists and tuples that are none of these."""
+    if isinstance(value, dict | list | tuple):
+        for item in list(value.values() if isinstance(value, dict) else value)[:MOST_ITEMS]:
+            yield from plain_in(item)
+    else:
+        yield value
 
 
 def spelled(key: Any, at: int) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import os
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import FrameType
@@ -36,6 +37,21 @@ def program_frames(frames: Iterable[FrameType]) -> Iterator[tuple[str, FrameType
             file = Path(code.co_filename).name
             is_function = bool(code.co_flags & inspect.CO_OPTIMIZED)
             yield f"{file}: {code.co_name}(): " if is_function else f"{file}: ", frame
+
+
+def values_of(frame: FrameType) -> dict[str, Any]:
+    """Return the variables of a frame, and keep no other reference to their values."""
+    local = frame.f_locals
+    values = dict(local)
+    if (
+        frame.f_code.co_flags & inspect.CO_OPTIMIZED
+        and type(local) is dict
+        and sys.gettrace() is None
+        and sys.getrefcount(local) <= 3
+    ):
+        # Before Python 3.13 this is a copy, which would keep objects alive that the program frees.
+        local.clear()
+    return values
 
 
 @functools.lru_cache(10_000)

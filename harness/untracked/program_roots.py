@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from inspect import CO_OPTIMIZED
 from pathlib import Path
-from types import CodeType, FrameType
+from types import CodeType, FrameType, FunctionType
 from typing import Any
 
 import torch
@@ -21,9 +21,9 @@ from harness.state.kinds import PLAIN
 from harness.threads import current_frames, no_collection
 from harness.untracked.array_changes import address_of
 from harness.untracked.given_state import GivenState, are_searched
-from harness.untracked.loop_variables import passing, values_of
+from harness.untracked.loop_variables import LoopNames, carried_outside, names_of
 from harness.untracked.object_walk import OF_OPTIMIZERS
-from harness.untracked.program_frames import is_programs_file, program_frames, stack
+from harness.untracked.program_frames import is_programs_file, program_frames, stack, values_of
 from harness.untracked.unkept_values import is_of_program
 
 HOOKS = (
@@ -40,8 +40,10 @@ class Roots:
     """The variables of a program, and the names among them that hold nothing between two steps."""
 
     def __init__(self) -> None:
-        # The names of each code that hold nothing, by the lines at which it was seen so far.
-        self._passing: dict[CodeType, dict[int, set[str] | None]] = {}
+        # The names of each code that its loops set, by the lines at which it was seen so far.
+        self._by_line: dict[CodeType, dict[int, LoopNames | None]] = {}
+        self._carried = set[str]()  # paths of variables that loops carry
+        self._modules = dict[str, dict[str, Any]]()  # variables of modules, by their path
 
     def of_program(self, frame: FrameType | None) -> Iterator[tuple[str, Any]]:
         """Yield the program's variables, each after its path: "train.py: main(): x"."""
@@ -49,7 +51,7 @@ class Roots:
         modules: dict[int, tuple[str, dict[str, Any], set[str] | None]] = {}
         for spelled, inner in (*program_frames(stack(frame)), *_other_threads()):
             code, own = inner.f_code, inner.f_globals
-            names, is_function = self._names(inner), code.co_flags & CO_OPTIMIZED
+            names, is_function = self._names(inner, spelled), code.co_flags & CO_OPTIMIZED
             if is_function:
                 yield from _without(spelled, values_of(inner), names)
             file = str(own.get("__file__") or code.co_filename)
@@ -61,20 +63,32 @@ class Roots:
             if isinstance(path, str) and isinstance(values, dict) and is_programs_file(path):
                 modules.setdefault(id(values), (f"{Path(path).name}: ", values, set()))
         for spelled, values, left_out in modules.values():
+            self._modules[spelled] = values
             yield from _without(spelled, values, left_out)
 
-    def _names(self, frame: FrameType) -> set[str] | None:
+    def is_carried(self, path: str) -> bool:
+        """Return whether a loop, or a function of a module, reads a variable before it sets it."""
+        module, _, name = path.rpartition(": ")
+        return path in self._carried or any(
+            name in carried_outside(value)
+            for value in list(self._modules.get(f"{module}: ", {}).values())
+            if isinstance(value, FunctionType) and is_programs_file(value.__code__.co_filename)
+        )
+
+    def _names(self, frame: FrameType, spelled: str) -> set[str] | None:
         """Return the variables of a frame that hold nothing between two steps; None if unknown.
 
         In a loop over epochs, the frame is at the outer loop before the first step and at the end
         of an epoch, and at the inner one between two steps: what a loop carries at one of these
         lines is carried. A line outside of all loops says nothing.
         """
-        lines = self._passing.setdefault(frame.f_code, {})
+        lines = self._by_line.setdefault(frame.f_code, {})
         if frame.f_lineno not in lines:
-            lines[frame.f_lineno] = passing(frame)
-        found = [names for names in lines.values() if names]
-        return set.intersection(*found) if found else lines[frame.f_lineno]
+            names = lines[frame.f_lineno] = names_of(frame)
+            self._carried |= {spelled + name for name in (names.carried if names else ())}
+        found = [names.passing for names in lines.values() if names and names.passing]
+        names = lines[frame.f_lineno]
+        return set.intersection(*found) if found else names and names.passing
 
 
 def _without(

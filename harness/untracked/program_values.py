@@ -12,35 +12,44 @@ those are searched that `library_values` tells of.
 
 from __future__ import annotations
 
+import argparse
 import collections
 import hashlib
 import itertools
 import time
 import types
-import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
+from torch.utils.data import Dataset
 
 import harness.untracked.array_changes as array_changes
 import harness.untracked.library_values as library_values
 from harness.data.held_generators import tells_its_class
 from harness.state.kinds import PLAIN
 from harness.untracked.array_changes import ATTRIBUTE, MODULE, ArrayMark
-from harness.untracked.loop_variables import carried_attributes, told_attributes
-from harness.untracked.object_walk import DEPTH, FEW, MOST_OBJECTS, parts
+from harness.untracked.loop_variables import (
+    carried_attributes,
+    carried_outside,
+    is_told_the_epoch,
+    kept_attributes,
+    told_attributes,
+)
+from harness.untracked.object_walk import DEPTH, FEW, MOST_OBJECTS, parts_with_places
 from harness.untracked.program_frames import is_programs_file
 from harness.untracked.unkept_values import is_of_program, is_programs
 
 WITHIN_S = 1.0  # limit of a search
 IMPORTED_AT = time.perf_counter()
 HASHED_BYTES = 1 << 20  # of a larger array some numbers are compared
-ITERATORS = (zip, map, enumerate, itertools.cycle, itertools.islice, itertools.chain)
 SEARCHED = ("builtins", "collections", "functools", "itertools", "types", "argparse")
 CONTAINERS = (dict, list, set, collections.deque)
+OF_USE = (int, float, complex, np.generic, np.ndarray, torch.Tensor, nn.Module, dict)
+NOTHING: Mapping[int, str] = types.MappingProxyType({})
+NAMESPACES = (types.SimpleNamespace, argparse.Namespace)
 
 Root = tuple[str, Any]  # a value of the program, after its path
 Enters = Callable[[Any, Any], bool]  # of a holder and a value: whether to search the value
@@ -52,13 +61,27 @@ class ProgramValues:
 
     def __init__(self) -> None:
         self._before: Marks = {}
+        self._holders = set[int]()  # ids of what held a value at the last look
         self._is_first = True
+        self._tracked: Mapping[int, str] = {}  # names of tracked objects, by id
         self._reported: set[str] = set()
         self.is_whole = True  # the limits of a search were not reached
 
-    def begin(self, roots: Iterable[Root], enters: Enters, held: Collection[int]) -> None:
-        """Record the values before the first step; for the arguments see `changed`."""
-        self._before, self.is_whole = marks(roots, enters, held, {})
+    def begin(
+        self,
+        roots: Iterable[Root],
+        enters: Enters,
+        held: Collection[int],
+        tracked: Mapping[int, str],
+    ) -> dict[str, tuple[Any, Any]]:
+        """Record the values before the first step, and return the holder of each and itself.
+
+        For the arguments see `changed`; `tracked` are the names of tracked objects, by id.
+        """
+        found, self._tracked = dict[str, tuple[Any, Any]](), tracked
+        self._before, self.is_whole = marks(roots, enters, held, found, tracked)
+        self._holders = {id(holder) for holder, _ in found.values()}
+        return found
 
     def changed(
         self,
@@ -67,10 +90,12 @@ class ProgramValues:
         held: Collection[int],
         known: Iterable[str],
         is_spared: Callable[[Any, Any, bool], bool],
+        is_carried: Callable[[str], bool],
     ) -> list[str]:
         """Return the paths of values that have changed since the last look, each only once.
 
-        A value that was empty or None before the first step is taken to be set up by that step.
+        A value that was empty or None before the first step is taken to be set up by that step,
+        unless the source code shows that later steps use what an earlier one has set.
 
         Args:
             roots: The variables of the program, after their paths.
@@ -79,19 +104,32 @@ class ProgramValues:
             known: Paths that were reported otherwise; what they hold is left out.
             is_spared: Whether a change need not be reported, by the holder, the value, and whether
                 it was empty or None.
+            is_carried: Whether a loop or function carries a variable, by its path.
         """
         found = dict[str, tuple[Any, Any]]()
-        before, (now, is_whole) = self._before, marks(roots, enters, held, found)
-        self._before, self.is_whole = now, self.is_whole and is_whole
+        before = self._before
+        now, is_whole = marks(roots, enters, held, found, self._tracked)
+
+        def is_new(path: str) -> bool:
+            if path in before and not (self._is_first and before[path] in EMPTY):
+                return _differs(before[path], now[path])
+            mark, holder = before.get(path), id(found[path][0])
+            if mark is None and not (self.is_whole and holder in self._holders):
+                return False
+            return mark != now[path] and _is_set_once(path, *found[path], mark, is_carried)
+
         paths = [
             path
-            for path, mark in now.items()
-            if path in before
-            and _differs(before[path], mark)
-            and not (self._is_first and before[path] in EMPTY)
-            and not is_spared(*found[path], before[path] in EMPTY)
+            for path in now
+            if is_new(path) and not is_spared(*found[path], before.get(path) in EMPTY)
         ]
+        self._before, self.is_whole = now, self.is_whole and is_whole
+        self._holders = {id(holder) for holder, _ in found.values()}
         self._is_first = False
+        return self._new_names(paths, known, before)
+
+    def _new_names(self, paths: list[str], known: Iterable[str], before: Marks) -> list[str]:
+        """Return the names of changed values that were not reported yet."""
         reported = (*known, *self._reported)
         names = [
             name
@@ -101,7 +139,9 @@ class ProgramValues:
             )
         ]
         self._reported.update(names)
-        return names
+        was = {path: mark[1] for path, mark in before.items() if mark[0] == TRACKED}
+        other = "another object than the tracked"
+        return [f"{name} ({other} {was[name]})" if name in was else name for name in names]
 
 
 def marks(
@@ -109,16 +149,19 @@ def marks(
     enters: Enters,
     held: Collection[int],
     found: dict[str, tuple[Any, Any]],
+    tracked: Mapping[int, str] = NOTHING,
 ) -> tuple[Marks, bool]:
     """Return a fingerprint of each value that the roots hold, and whether all were reached.
 
-    The holder of each value and itself are put into `found`, by path.
+    The holder of each value and itself are put into `found`, by path. Of tracked objects, whose
+    names are given by id, only the name counts.
     """
     by_path: Marks = {}
-    walk = _Walk(roots, enters)
+    walk = _Walk(roots, enters, tracked)
     for path, value, holder in walk:
         try:
-            mark = _mark(value, holder, path, held)
+            name = tracked.get(id(value))
+            mark = (TRACKED, name) if name else _mark(value, holder, path, held)
         except Exception:  # noqa: BLE001 - another thread may change it, or a class may raise
             continue
         if mark is not None:
@@ -130,8 +173,11 @@ def marks(
 class _Walk:
     """An iterator over path, value and holder of everything that the roots hold, breadth first."""
 
-    def __init__(self, roots: Iterable[Root], enters: Enters) -> None:
+    def __init__(
+        self, roots: Iterable[Root], enters: Enters, tracked: Collection[int] = ()
+    ) -> None:
         self._enters, self._until = enters, time.perf_counter() + WITHIN_S
+        self._tracked = tracked  # ids of what is not searched
         self._waiting = collections.deque((path, value, None, 0) for path, value in roots)
         self._last = collections.deque[tuple[str, Any, Any, int]]()  # of large containers
         self.is_cut = False  # a limit was reached
@@ -143,6 +189,9 @@ class _Walk:
                 self.is_cut = True
                 return
             path, value, holder, depth = (self._waiting or self._last).popleft()
+            if id(value) in self._tracked:
+                yield path, value, holder
+                continue
             is_plain = value is None or type(value) in PLAIN
             if not is_plain:
                 is_new = tells_its_class(value) and id(value) not in seen
@@ -178,45 +227,13 @@ def _is_searched(holder: Any, value: Any) -> bool:
     )
 
 
-def is_told_the_epoch(value: Any) -> bool:
-    """Return whether an object has a `set_epoch`, which is called again after a restart."""
-    own = getattr(value, "__dict__", {})
-    return not isinstance(value, type) and callable(
-        own.get("set_epoch") or getattr(type(value), "set_epoch", None)
-    )
-
-
 def _carried_parts(value: Any) -> Iterator[tuple[str, Any]]:
     """Yield what a value holds, except for what its `set_epoch` sets."""
     kind: Any = type(value)
     told = (told_attributes(kind) or ()) if is_told_the_epoch(value) else ()
-    yield from (item for item in _parts(value) if item[0].removeprefix(".") not in told)
-
-
-def _parts(value: Any) -> Iterator[tuple[str, Any]]:
-    """Yield what a value holds, each after its path."""
-    if isinstance(value, type):
-        yield from (
-            (f".{name}", item)
-            for name, item in list(vars(value).items())
-            if not name.startswith("__") and not callable(item) and not hasattr(item, "__get__")
-        )
-    elif isinstance(value, types.GeneratorType):
-        if not value.gi_running and value.gi_frame and is_programs_file(value.gi_code.co_filename):
-            local = [item for item in value.gi_frame.f_locals.values() if type(item) in PLAIN]
-            yield " (its position)", str((value.gi_frame.f_lasti, local))
-    elif isinstance(value, ITERATORS):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # deprecated for those of itertools
-            reduced: Any = value.__reduce__()
-        _, made_of, *more = reduced
-        items = [item for part in (made_of, *more) if isinstance(part, tuple) for item in part]
-        yield " (its position)", str([_place(item) for item in items])
-        yield from ((f" ({at})", item) for at, item in enumerate(items) if _place(item) is None)
-    elif library_values.is_library_object(value):
-        yield from library_values.parts(value)
-    else:
-        yield from parts(value)
+    is_library = library_values.is_library_object(value)
+    held = library_values.parts(value) if is_library else parts_with_places(value)
+    yield from (item for item in held if item[0].removeprefix(".") not in told)
 
 
 def _is_clock(value: float) -> bool:
@@ -227,15 +244,6 @@ def _is_clock(value: float) -> bool:
     clocks = (time.time(), time.perf_counter(), time.monotonic())
     is_possible = value > 1000.0 or value >= IMPORTED_AT
     return is_possible and any(0.0 <= clock - value < 3600.0 for clock in clocks)
-
-
-def _place(item: Any) -> Any:
-    """Return how far an iterator of Python's own is, or a number or the length of a list."""
-    if isinstance(item, list | tuple):
-        return len(item)
-    if type(item).__module__ == "builtins" and hasattr(item, "__length_hint__"):
-        return item.__length_hint__()
-    return item if type(item) in PLAIN else None
 
 
 def _mark(value: Any, holder: Any, path: str, held: Collection[int]) -> Any:
@@ -260,9 +268,8 @@ def _mark(value: Any, holder: Any, path: str, held: Collection[int]) -> Any:
             return array_changes.mark(ATTRIBUTE, value)
         if value.nbytes <= HASHED_BYTES:
             digest = hashlib.blake2b(np.ascontiguousarray(value).data, digest_size=8)
-            address = array_changes.mark(0, value).address
             some = f"{value.shape} {digest.hexdigest()}"
-            return ArrayMark(_where(holder, path), address, 0, some)
+            return array_changes.mark(_where(holder, path), value)._replace(some=some)
         return array_changes.mark(MODULE, value)
     if isinstance(value, torch.Tensor):
         if not array_changes.is_marked(value) or value.data_ptr() in held:
@@ -281,6 +288,37 @@ def _mark(value: Any, holder: Any, path: str, held: Collection[int]) -> Any:
     return (type(value).__name__, id(value)) if is_object else None
 
 
+def _is_set_once(
+    path: str, holder: Any, value: Any, before: Any, is_carried: Callable[[str], bool]
+) -> bool:
+    """Return whether a value that was not there before is one that later steps use.
+
+    Args:
+        path: The path of the value.
+        holder: What holds it; None for a variable.
+        value: The value.
+        before: Its fingerprint at the last look, one of `EMPTY`; None if there was none.
+        is_carried: Whether a loop or function carries a variable, by its path.
+    """
+    is_list = isinstance(value, list | tuple | collections.deque)
+    items = itertools.islice(value, FEW) if is_list else [value]
+    if isinstance(holder, Dataset) or not any(map(_is_state, items)):
+        return False
+    name = path.rpartition(".")[2]
+    if holder is None:
+        return (is_list and before == EMPTY[1]) or is_carried(path)
+    if isinstance(holder, types.FunctionType):
+        return name in carried_outside(holder)
+    if isinstance(holder, type | nn.Module) or is_of_program(holder):
+        return name in kept_attributes(holder if isinstance(holder, type) else type(holder))
+    return before == EMPTY[0] and isinstance(holder, (*CONTAINERS, *NAMESPACES))
+
+
+def _is_state(value: Any) -> bool:
+    """Return whether a value may be of use to training: a number, an array, a module, its own."""
+    return isinstance(value, OF_USE) or is_of_program(value)
+
+
 def _carried(holder: Any) -> Collection[str]:
     kind: Any = type(holder)
     return carried_attributes(kind)
@@ -294,6 +332,7 @@ def _where(holder: Any, path: str) -> int:
     return ATTRIBUTE if is_attribute and name not in _carried(holder) else MODULE
 
 
+TRACKED = "tracked as"
 EMPTY = (("NoneType", "None"), ("len", 0))
 
 

@@ -634,6 +634,131 @@ def test_whatever_the_program_keeps_from_step_to_step_is_named(tmp_path):
     assert found == expected
 
 
+SET_ONCE = """
+import copy, types
+class Once:
+    def __init__(self):
+        self.first, self.ref, self.table = None, None, None
+    def __call__(self, loss, model):
+        if self.first is None:
+            self.first = loss.detach()
+        if self.ref is None:
+            self.ref = copy.deepcopy(model)
+        if not hasattr(self, "late"):
+            self.late = torch.randn(8)
+        if self.table is None:
+            self.table = torch.ones(8).to(loss.device)
+        return loss / self.first * self.late.sum() * self.table.sum()
+class Window(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.window = None
+    def forward(self, x):
+        if self.window is None or self.window.shape[0] != x.shape[1]:
+            size, kind = x.shape[1], x.dtype
+            self.window = torch.hann_window(size, dtype=kind).to(x)
+        return x * self.window
+def once_closure():
+    kept = None
+    def up(x):
+        nonlocal kept
+        if kept is None:
+            kept = x.mean(0)
+        return x * kept
+    return up
+global_first = None
+def set_global(loss):
+    global global_first
+    if global_first is None:
+        global_first = loss.detach()
+    return global_first
+def by_attribute(loss):
+    if by_attribute.first is None:
+        by_attribute.first = loss.detach()
+by_attribute.first = None
+def main():
+    run = init()
+    model = nn.Linear(8, 1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
+    run.track(model=model, optimizer=optimizer)
+    first, hold, listed, config, mode = None, {"at": None}, [], types.SimpleNamespace(c=None), None
+    once, lazy, window, cache = Once(), once_closure(), Window(), {}
+    for x, y in run.batches(points(), 16, epochs=2):
+        loss = (model(x) - y).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if first is None:
+            first = loss.detach() + 0
+        if not listed:
+            listed.append(loss.item())
+        if mode is None:
+            mode = "train"
+        if run.step == 1:
+            start, hold["at"], config.c, best, shown = 1.0, x.mean(0), 1.5, loss.item(), 7
+            cache["mask"] = torch.ones(3)
+        ratio = loss / start
+        late = ratio.item()
+        once(loss, model), lazy(x), set_global(loss), by_attribute(loss), window(x)
+    print(best)
+main()
+"""
+
+
+def test_what_is_set_once_in_the_first_step_is_named_and_what_is_computed_again_is_not(tmp_path):
+    lived = live(tmp_path, SET_ONCE, "whole")
+    assert lived.code == 0, lived.text
+    (line,) = [line for line in lived.text.splitlines() if "carries from step" in line]
+    names = "by_attribute.first best config.c first global_first hold['at'] lazy.kept listed "
+    names += "once.first once.late once.ref start"
+    path = tmp_path / "whole/events/0001.jsonl"
+    events = [json.loads(text) for text in path.read_text().splitlines()]
+    (found,) = [event["names"] for event in events if event["event"] == "carried"]
+    assert {name.split(": ")[-1] for name in found} == set(names.split()), line
+
+
+SELDOM = """
+def main():
+    run = init(save_every_steps=7)
+    model = nn.Linear(8, 1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 3)
+    trainer = [optimizer]
+    run.track(model=model, optimizer=optimizer, scheduler=scheduler)
+    factor, late, best = 1.0, 1.0, run.state.get("best")
+    for epoch, loader in run.by_epoch(run.batches(points(80), 16, epochs=5)):
+        if epoch == 4:
+            factor, scheduler = 0.1, torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+            trainer[0] = torch.optim.SGD(model.parameters(), lr=0.05)
+        for x, y in loader:
+            loss = (model(x) - y).square().mean() * factor * late
+            if best is None:
+                best = run.state["best"] = loss.item()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            if run.step == SAVED:
+                late = 0.1
+        scheduler.step()
+main()
+"""
+
+
+@pytest.mark.parametrize("saved", [21, 99])
+def test_what_changes_seldom_is_named_in_that_epoch_or_at_the_next_save(tmp_path, saved):
+    lived = live(tmp_path, SELDOM.replace("SAVED", str(saved)), "whole")
+    assert lived.code == 0, lived.text
+    path = tmp_path / "whole/events/0001.jsonl"
+    events = [json.loads(text) for text in path.read_text().splitlines()]
+    names = [name for event in events if event["event"] == "carried" for name in event["names"]]
+    assert {name.removeprefix("program.py: main(): ") for name in names} == {
+        "factor",
+        "scheduler (another object than the tracked scheduler)",
+        "trainer[0] (another object than the tracked optimizer)",
+        *(["late"] if saved == 21 else []),
+    }
+
+
 @pytest.mark.parametrize("started_s_ago", [30.0, 7200.0])
 def test_a_reading_of_a_clock_is_none_of_a_programs_values_also_on_a_machine_just_started(
     monkeypatch, started_s_ago
@@ -681,10 +806,10 @@ def test_memory_that_tracked_tensors_come_to_share_or_cease_to_is_named(tmp_path
 
 LOOP_OF = """
 import sys
-from harness.untracked.loop_variables import passing
+from harness.untracked.loop_variables import names_of
 
 def batches():
-    found.append(passing(sys._getframe(1)))
+    found.append(names_of(sys._getframe(1)).passing)
     yield 1
 
 found, a, b, c, d, e, f, h, k = [], 1, 1, 1, 1, 1, [0, 1], 1, 1
