@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,10 +26,9 @@ from harness.data.loading import (
     Workers,
     as_is,
     is_iterable,
-    takes_epoch,
 )
 from harness.data.plan import Border, Plan, Position, Share, seed_of
-from harness.data.source import Batches, Bordered, InThisProcess, Say
+from harness.data.source import Batches, Bordered, InThisProcess, Say, takes_epoch
 from harness.data.stream import StreamSource, check_resumable
 from harness.distributed.ranks import World
 
@@ -52,7 +51,7 @@ class MapSource:
     _say: Say = as_is
 
     def __post_init__(self) -> None:
-        self._size = len(self.dataset)
+        self._size, self._changed = len(self.dataset), set[str]()
 
     def begin(
         self,
@@ -149,7 +148,8 @@ class MapSource:
         """
         try:
             if not (self._by_epoch or self._tells or self.plan.order):
-                for share, batches in self._kept().over(self.plan.shares(position, epochs)):
+                items = self._kept().over(self.plan.shares(position, epochs))
+                for share, batches in self._looked_at(items):
                     if share.start == 0 and share.epoch:
                         self._look_at_size()
                     yield share, batches
@@ -160,7 +160,7 @@ class MapSource:
                     yield Border(position.epoch), []
                 loader = self._kept() if self._keeps else self._begun(self.workers)
                 plan, is_empty = self._planned(position.epoch), True
-                for item in loader.over(plan.of_epoch(position, epochs)):
+                for item in self._looked_at(loader.over(plan.of_epoch(position, epochs))):
                     is_empty = False
                     yield item
                 if is_empty and self._by_epoch:
@@ -168,6 +168,19 @@ class MapSource:
                 position = Position(position.epoch + 1)
         finally:
             self.close()
+
+    def _looked_at(self, items: Iterator[Any]) -> Iterator[Any]:
+        """Yield each share with its micro-batches; report what has changed in a worker, once."""
+        for share, batches, *changed in items:
+            if changed and (new := [path for path in changed[0] if path not in self._changed]):
+                self._changed |= set(new)
+                self._say(
+                    f"changes in the worker processes that load samples: {', '.join(new[:10])}. It"
+                    " begins anew in each worker, also after a restart. A cache does no harm; what"
+                    " samples and batches depend on has to follow from their numbers, the epoch or"
+                    " the generators"
+                )
+            yield share, batches
 
     def _planned(self, epoch: int) -> Plan:
         """Return the plan with the order of an epoch fixed, the same on all ranks.

@@ -16,23 +16,23 @@ from typing import Any
 import torch
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils.data import (
-    ConcatDataset,
     DataLoader,
     Dataset,
     IterableDataset,
-    StackDataset,
     Subset,
     TensorDataset,
     default_collate,
+    get_worker_info,
 )
 
 from harness.data.held_generators import Randomness
 from harness.data.plan import Share, kept_generators, seed_of
-from harness.data.source import Batches
+from harness.data.source import Batches, tell
 from harness.preemption import children
 
 Collate = Callable[[list[Any]], Any]
 Ask = Callable[[Any, Collate | None], Any]  # of a dataset and its collate function
+Watch = Callable[[Any, Any], Callable[[], list[str]]]  # of both: a function that names changes
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ class Workers:
     init: Callable[[int], object] | None = None
     others: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     persistent: bool = False  # whether they outlive an epoch even in a loop over epochs
+    watch: Watch | None = None  # called in each worker
 
     def begin(self, number: int) -> None:
         """Initialise a worker process; called in each of them."""
@@ -94,8 +95,11 @@ class _PlannedDataset(Dataset[Any]):
         *,
         seeds_held: bool = True,
         tells: bool = False,
+        watch: Watch | None = None,
     ) -> None:
         self.dataset, self.collate, self.seed = dataset, collate, seed
+        self._watch, self._shares = watch, 0
+        self._changed: Callable[[], list[str]] = list
         # Whether `set_epoch` of the dataset is called here, and the epoch of the last call.
         self._tells, self._epoch_set = tells, -1
         self.randomness = Randomness({"dataset": dataset, "collate_fn": collate}, seeds_held)
@@ -103,7 +107,7 @@ class _PlannedDataset(Dataset[Any]):
         self._is_new = True
 
     def __getitem__(self, share: Share | Question) -> Any:
-        """Return the share with its micro-batches, or the answer to the question."""
+        """Return the share, its micro-batches and `_changes`, or the answer to the question."""
         if isinstance(share, Question):
             return share.ask(
                 self.dataset, None if self.collate is default_collate else self.collate
@@ -128,7 +132,16 @@ class _PlannedDataset(Dataset[Any]):
                     self.seed, "collate", share.epoch, share.start, number, *micro[:1]
                 )
                 batches.append(self.collate(samples))
-        return share, batches
+        return share, batches, *self._changes()
+
+    def _changes(self) -> list[list[str]]:
+        """Look for changes after shares 2, 4, 8 … of a worker; the first one sets objects up."""
+        if self._watch is None or get_worker_info() is None:
+            return []
+        if self._shares == 0:
+            self._changed = self._watch(self.dataset, self.collate)
+        self._shares += 1
+        return [self._changed()] if self._shares & (self._shares - 1) == 0 else []
 
     def _sample(self, epoch: int, sample: int) -> Any:
         """Load a sample under its own seed."""
@@ -244,7 +257,12 @@ class Loader:
                 global ones are.
         """
         self._planned = _PlannedDataset(
-            dataset, collate or default_collate, seed, seeds_held=seeds_held, tells=tells
+            dataset,
+            collate or default_collate,
+            seed,
+            seeds_held=seeds_held,
+            tells=tells,
+            watch=workers.watch,
         )
         self._dealt = _Dealt()
         self._loader: DataLoader[Any] | None = None
@@ -339,26 +357,3 @@ def _as_before(batch: Mapping[Any, Any], there: dict[Any, Any]) -> Mapping[Any, 
         copied.update(there)
         return copied
     return there
-
-
-def takes_epoch(dataset: Any) -> bool:
-    """Return whether the dataset, or a dataset that it is made of, has a `set_epoch`."""
-    return any(True for _ in _listeners(dataset))
-
-
-def tell(dataset: Any, epoch: int) -> None:
-    """Call `set_epoch` of the dataset or, if it has none, of the datasets that it is made of."""
-    for listener in _listeners(dataset):
-        listener.set_epoch(epoch)
-
-
-def _listeners(dataset: Any) -> Iterator[Any]:
-    """Yield the datasets whose `set_epoch` has to be called."""
-    if callable(getattr(dataset, "set_epoch", None)):
-        yield dataset
-    elif isinstance(dataset, Subset):
-        yield from _listeners(dataset.dataset)
-    elif isinstance(dataset, ConcatDataset | StackDataset):
-        parts = dataset.datasets
-        for part in parts.values() if isinstance(parts, dict) else parts:
-            yield from _listeners(part)

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from torch.utils.data import ConcatDataset, StackDataset, Subset
+
 from harness.data.plan import Border, Position, Share
 
 Batches = Iterator[tuple[Share, list[Any]]]
@@ -193,3 +195,26 @@ class CombinedSource:
         self.main.restore(parts["main"])
         for name, source in self.others.items():
             source.restore(parts["beside"].get(name))
+
+
+def takes_epoch(dataset: Any) -> bool:
+    """Return whether the dataset, or a dataset that it is made of, has a `set_epoch`."""
+    return any(True for _ in _listeners(dataset))
+
+
+def tell(dataset: Any, epoch: int) -> None:
+    """Call `set_epoch` of the dataset or, if it has none, of the datasets that it is made of."""
+    for listener in _listeners(dataset):
+        listener.set_epoch(epoch)
+
+
+def _listeners(dataset: Any) -> Iterator[Any]:
+    """Yield the datasets whose `set_epoch` has to be called."""
+    if callable(getattr(dataset, "set_epoch", None)):
+        yield dataset
+    elif isinstance(dataset, Subset):
+        yield from _listeners(dataset.dataset)
+    elif isinstance(dataset, ConcatDataset | StackDataset):
+        parts = dataset.datasets
+        for part in parts.values() if isinstance(parts, dict) else parts:
+            yield from _listeners(part)

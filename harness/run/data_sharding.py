@@ -28,6 +28,7 @@ from harness.data.stream import StreamSource, check_resumable, set_epoch_of
 from harness.distributed.ranks import World
 from harness.errors import UsageError
 from harness.run.work import Described
+from harness.untracked.stray_loaders import WorkerValues
 
 IN_STREAM = "held in the stream"  # generators inside a stream are seeded for each share
 BY_SET_EPOCH = "told the epoch"  # the stream has set_epoch
@@ -127,6 +128,7 @@ class DataSharding:
         workers = settings.batching.workers
         if not (is_beside or loading.is_iterable(settings.dataset)):
             workers = dataclasses.replace(workers, number=self.as_drilled(workers.number))
+        workers = dataclasses.replace(workers, watch=WorkerValues)
         # `run.weights` holds the weights of the main source only: no short batches beside it.
         drop_last = settings.batching.drop_last or is_beside
         batching = dataclasses.replace(settings.batching, workers=workers, drop_last=drop_last)

@@ -238,6 +238,13 @@ def is_told_the_epoch(value: Any) -> bool:
 
 
 @functools.lru_cache(1000)
+def results(kind: type) -> frozenset[str]:
+    """Return the attributes that methods of the class set, and never read before they set them."""
+    own = {name for by, flow in _methods(kind) if by != "__init__" for name in flow.assigned}
+    return frozenset(own - carried_attributes(kind))
+
+
+@functools.lru_cache(1000)
 def told_attributes(kind: type) -> frozenset[str] | None:
     """Return the attributes that `set_epoch` of the class, or a method that it calls, sets anew.
 

@@ -1,7 +1,8 @@
-"""Find DataLoaders that a program reads in addition to the run, and report one of them, once.
+"""Find DataLoaders that a program reads in addition to the run, and values that workers carry.
 
-Their position is lost with the process. Only a pass that continues from one step to the next has a
-position to lose. A pass that begins and ends within one step, such as an evaluation's, has none.
+Of the loaders, one is reported, once. Their position is lost with the process. Only a pass that
+continues from one step to the next has a position to lose. A pass that begins and ends within one
+step, such as an evaluation's, has none.
 """
 
 from __future__ import annotations
@@ -17,11 +18,19 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import numpy as np
 import torch
+from torch.utils.data import Dataset
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 from harness.data import held_generators, loading
+from harness.data.generator_objects import is_generator
 from harness.data.plan import kept_generators
+from harness.state.kinds import PLAIN
+from harness.untracked.loop_variables import results
+from harness.untracked.object_walk import parts
+from harness.untracked.program_frames import is_programs_file
+from harness.untracked.program_values import ProgramValues, Root
 
 OWN = f"{Path(loading.__file__).parent}{os.sep}"
 # The iterators that read a DataLoader now.
@@ -122,3 +131,63 @@ class StrayLoaders:
                 )
         self._under_way = now
         return ""
+
+
+class WorkerValues:
+    """The values that a loader worker carries from one batch to the next.
+
+    They lie in the dataset, the collate function, and the numbers among the globals of the modules
+    that define them. A dict that grows, and what was empty or None, is taken for a cache.
+    """
+
+    def __init__(self, dataset: Any, collate: Any) -> None:
+        self._dataset, self._collate, self._values = dataset, collate, ProgramValues()
+        with contextlib.suppress(Exception):  # a class of the program may raise at any question
+            self._values.begin(self._roots(), self._enters, (), {})
+
+    def __call__(self) -> list[str]:
+        """Return the paths of what has changed since the last call."""
+        with contextlib.suppress(Exception):  # likewise
+            return self._values.changed(
+                self._roots(), self._enters, (), (), self._is_cache, lambda path: False
+            )
+        return []
+
+    def _roots(self) -> Iterator[Root]:
+        datasets = list(_of_data("dataset", self._dataset))
+        yield from (*datasets, ("collate_fn", self._collate))
+        loads = [getattr(type(dataset), "__getitem__", None) for _, dataset in datasets]
+        collate = getattr(self._collate, "__func__", self._collate)
+        calls = [vars(kind).get("__call__") for kind in type(collate).__mro__]
+        for function in (*loads, collate, *calls):
+            own = getattr(function, "__globals__", {})
+            if is_programs_file(file := str(own.get("__file__", "__main__"))):
+                name = os.path.basename(file)
+                yield from (
+                    (f"{name}: {key}", own[key]) for key in [*own] if type(own[key]) in PLAIN
+                )
+
+    @staticmethod
+    def _enters(_: Any, value: Any) -> bool:
+        return not is_generator(value)
+
+    @staticmethod
+    def _is_cache(holder: Any, value: Any, was_empty: bool) -> bool:
+        """Return whether a change is that of a cache, or an array that each sample makes anew."""
+        if was_empty or isinstance(value, dict):
+            return True
+        kind: Any = type(holder)
+        return isinstance(value, np.ndarray | torch.Tensor) and any(
+            getattr(holder, name, None) is value for name in results(kind)
+        )
+
+
+def _of_data(path: str, dataset: Any) -> Iterator[Root]:
+    """Yield a dataset, and those that a dataset of torch's is made of, each after its path."""
+    yield path, dataset
+    if str(type(dataset).__module__).startswith("torch.utils.data."):
+        for name, part in parts(dataset):
+            inner = parts(part) if isinstance(part, list | tuple | dict) else [("", part)]
+            for at, item in inner:
+                if isinstance(item, Dataset):
+                    yield from _of_data(path + name + at, item)

@@ -14,7 +14,7 @@ import time
 
 import pytest
 from conftest import REPO
-from programs import live
+from programs import STEP, live
 
 from harness.untracked import program_values
 
@@ -854,3 +854,75 @@ def test_variables_hold_nothing_if_they_are_set_before_they_are_read(tmp_path, b
     assert runpy.run_path(str(path))["found"][:2] == [{"x", *names.split()}] * 2, (
         "in a module, and in a function"
     )
+
+
+IN_WORKERS = """
+import tempfile
+DRAWN = 0
+
+class Inner:
+    calls = 0
+    def __call__(self, x):
+        self.calls += 1
+        return x
+
+class Counting(Dataset):
+    def __init__(self):
+        self.inner = Inner()
+        self.seen, self.mean, self.stats = [], np.zeros(8), {"samples": 0}
+        # what follows changes, too, and no sample is another one for it
+        self.file, self.is_open, self.epoch, self.images = None, False, 0, {}
+        self.filled = [None] * 160
+        self.rngs = [random.Random(1), np.random.default_rng(1), torch.Generator()]
+        self.scratch, self.took, self.names = np.zeros(8), time.perf_counter(), ["a"] * 5000
+    def __len__(self):
+        return 160
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+    def __getitem__(self, at):
+        global DRAWN
+        DRAWN += 1
+        if self.file is None:
+            self.file, self.is_open = tempfile.TemporaryFile(), True
+        self.rngs[0].random(), self.rngs[1].random(), torch.rand(1, generator=self.rngs[2])
+        self.scratch = np.full(8, at)
+        self.took = time.perf_counter()
+        if at not in self.images:
+            self.images[at] = self.filled[at] = torch.full((8,), at / 160)
+        self.stats["samples"] += 1
+        self.mean += self.scratch
+        self.seen.append(at)
+        return self.inner(self.images[at]), torch.ones(1)
+
+class Collate:
+    batch_count, img_size = 0, 416
+    def __call__(self, samples):
+        self.batch_count += 1
+        if self.batch_count % 2 == 0:
+            self.img_size = random.choice([320, 352, 384, 448, 480])
+        return torch.utils.data.default_collate(samples)
+
+run = init()
+model = nn.Linear(8, 1)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+run.track(model=model, optimizer=optimizer)
+data = torch.utils.data.Subset(Counting(), range(160))
+for x, y in run.batches(DataLoader(data, 16, num_workers=WORKERS, collate_fn=Collate()), epochs=2):
+"""
+IN_WORKERS_NAMES = {
+    "collate_fn.batch_count",
+    "collate_fn.img_size",
+    "dataset.dataset.inner.calls",
+    "dataset.dataset.mean",
+    "dataset.dataset.seen",
+    "dataset.dataset.stats['samples']",
+    "program.py: DRAWN",
+}
+
+
+def test_what_loader_workers_carry_from_batch_to_batch_is_named_once(tmp_path):
+    lived = live(tmp_path, IN_WORKERS.replace("WORKERS", "1") + STEP, "run")
+    assert lived.code == 0, lived.text
+    said = re.findall("changes in the worker processes that load samples: (.*?)\\. It", lived.text)
+    names = [name for names in said for name in names.split(", ")]
+    assert sorted(names) == sorted(IN_WORKERS_NAMES), lived.text
