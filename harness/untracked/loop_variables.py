@@ -310,7 +310,7 @@ class _Flow(ast.NodeVisitor):
             vars(own)[word] |= {
                 name.removeprefix(prefix) for name in names if name.startswith(prefix)
             }
-        own.given = {(by, name.removeprefix(prefix)) for by, name in self.given}
+        own.given.update((by, name.removeprefix(prefix)) for by, name in self.given)
         return own
 
     def _attribute(self, node: ast.AST) -> str | None:
@@ -418,7 +418,7 @@ class _Flow(ast.NodeVisitor):
     ) -> None:
         within = _Flow()
         within.stored |= self.stored
-        within.alias, within.detached, within.given = dict(self.alias), self.detached, self.given
+        within.alias.update(self.alias)
         for part in node.generators:
             within._name(part.target, part.iter)
             within.in_order(part.iter, part.target, *part.ifs)
@@ -426,6 +426,8 @@ class _Flow(ast.NodeVisitor):
             *((node.key, node.value) if isinstance(node, ast.DictComp) else (node.elt,))
         )
         self.exposed |= within.exposed
+        self.detached |= within.detached
+        self.given |= within.given
 
     visit_SetComp = visit_GeneratorExp = visit_DictComp = visit_ListComp  # noqa: N815
 
