@@ -28,6 +28,13 @@ SETS = (
     "Sets of strings have another order at each start, because PYTHONHASHSEED is not set: sort a"
     " set before its items are numbered (`sorted(set(text))`). "
 )
+# A fingerprint is a digest of the bytes of samples, unless the dataset names itself.
+LAST_BITS = (
+    " If only the machine is another one: a type of CPU or a version of a library may compute the "
+    "last bits of floats otherwise (a resize, a spectrum), and then the samples are others to that "
+    "degree. For machines of several kinds, let the dataset have a text `fingerprint` that names "
+    "its content: it is compared instead."
+)
 HOW_DEALT = ("global_batch_size", "shuffle", "drop_last", "seed")
 
 
@@ -87,7 +94,7 @@ def check_data(now: Mapping[str, Any], before: Mapping[str, Any], accept: tuple[
                 ),
                 f"{SETS if insist == 'data' and string_hashing() == RANDOM else ''}"
                 "Put it back as it was, or take another run directory. To insist: "
-                f"resume.accept=[{insist}].",
+                f"resume.accept=[{insist}]." + LAST_BITS * (names == ["fingerprint"]),
             )
 
 
@@ -122,7 +129,7 @@ def check_same_data(world: World, data: Mapping[str, Any], accept: tuple[str, ..
             for name in others
         ),
         "Give every rank the whole dataset: batches() gives each rank its share of it."
-        + ("" if other_sizes else " To insist: resume.accept=[data]."),
+        + ("" if other_sizes else f" To insist: resume.accept=[data].{LAST_BITS}"),
     )
 
 
