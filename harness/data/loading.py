@@ -6,6 +6,7 @@ import atexit
 import contextlib
 import copy
 import dataclasses
+import os
 import weakref
 from array import array
 from collections import UserDict
@@ -213,6 +214,7 @@ def as_is(item: Any) -> Any:
 
 # Iterators of DataLoaders. Each has worker processes as long as it exists.
 _READING: weakref.WeakSet[Any] = weakref.WeakSet()
+os.register_at_fork(after_in_child=_READING.clear)  # a child has no worker processes of its own
 
 
 def _end_workers() -> None:

@@ -8,11 +8,12 @@ they are often sent to all processes of a job.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from harness import preemption
 
@@ -38,6 +39,12 @@ def _in_child() -> None:
 
 
 os.register_at_fork(before=_before_fork, after_in_parent=_unblock, after_in_child=_in_child)
+
+
+def at_exit(function: Callable[[], object]) -> None:
+    """Call a function at the exit of this process, but not at that of one that it has forked."""
+    pid = os.getpid()
+    atexit.register(lambda: function() if os.getpid() == pid else None)
 
 
 @contextlib.contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import dataclasses
 import os
 from collections.abc import Mapping
@@ -25,7 +24,7 @@ from harness.monitoring.rank_logs import divert
 from harness.monitoring.step_timeouts import StepTimeouts
 from harness.monitoring.throughput import Throughput
 from harness.monitoring.wait_notices import watch
-from harness.preemption import blocked
+from harness.preemption import blocked, children
 from harness.run.api import Run
 from harness.run.build_work import WorkBuilder
 from harness.run.drill_hooks import Traces, redirected
@@ -100,7 +99,7 @@ def _joined(
         watch(goodput)
     with blocked.noticed_at_once() as noticed, goodput.joining():
         world = join.join(timeout_s, noticed, exit_record.leave_alone)
-    atexit.register(world.leave)  # else gloo threads may abort a process that exits
+    children.at_exit(world.leave)  # else gloo threads may abort a process that exits
     exit_record.take_hook()
     return world
 

@@ -101,11 +101,12 @@ class Loop:
             raise
         finally:
             self._looping = False
-            self._goodput.closed.set()
-            self._kept_state.close()
-            self._checkpointer.close()
-            self._step_timeouts.close()
-            self._stop_agreement.close()
+            if self._exit_record.is_here:  # else the program has forked this process
+                self._goodput.closed.set()
+                self._kept_state.close()
+                self._checkpointer.close()
+                self._step_timeouts.close()
+                self._stop_agreement.close()
 
     def _note_ahead(self) -> None:
         """Note the state before the head of a loop over epochs, if its first batch is there."""

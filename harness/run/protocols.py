@@ -286,6 +286,10 @@ class Traces(Protocol):
 class ExitRecord(Protocol):
     """Records how the attempt ends (`supervision/exit_record.py`)."""
 
+    @property
+    def is_here(self) -> bool:
+        """Return whether this is the process that joined the run, not one that it has forked."""
+
     def left(self, say: Callable[[str], None], *, is_finishing: bool) -> None:
         """Handle a loop that was left before its end."""
 

@@ -47,10 +47,12 @@ MOST_TRACE = 6000  # characters
 class ExitRecord:
     """Recorder of how this process's attempt ends.
 
-    A new instance installs itself as `sys.excepthook` and `threading.excepthook`.
+    A new instance installs itself as `sys.excepthook` and `threading.excepthook`. In a process that
+    the program forks it records nothing.
     """
 
     def __init__(self) -> None:
+        self._pid = os.getpid()
         self._stores: tuple[Store, ...] = ()
         self._attempt: Attempt | None = None
         self._ended = set[str]()  # the stores that have the attempt's end record, ours or another
@@ -63,6 +65,11 @@ class ExitRecord:
         self._finish: Callable[[float], object] = lambda limit_s: None
         self._default, self._default_of_threads = sys.excepthook, threading.excepthook
         self.take_hook()
+
+    @property
+    def is_here(self) -> bool:
+        """Return whether this is the process that joined the run, not one that it has forked."""
+        return os.getpid() == self._pid
 
     def take_hook(self) -> None:
         """Install this object's hooks as `sys.excepthook` and `threading.excepthook`.
@@ -111,7 +118,7 @@ class ExitRecord:
             say: Prints a line to the user.
             is_finishing: Whether `run.finish()` was called.
         """
-        if not self.failed:
+        if not self.failed and self.is_here:
             consequence = (
                 "ends the run when the loop asks for its next batch: "
                 "go on to there, without a break"
@@ -155,7 +162,7 @@ class ExitRecord:
     def _create(self, why: str, stores: tuple[Store, ...], details: dict[str, Any]) -> bool:
         """Create the record in each store; return whether this call created it in any of them."""
         made = False
-        for store in stores:
+        for store in stores if self.is_here else ():
             try:
                 made = self._create_in(store.with_retry_limit(RECORD_S), why, details) or made
             except StorageError as error:
@@ -191,6 +198,9 @@ class ExitRecord:
         self, kind: type[BaseException], error: BaseException, trace: TracebackType | None
     ) -> None:
         sys.excepthook, self.failed = self._default, True
+        if not self.is_here:
+            self._default(kind, error, trace)
+            return
         self._finish(FINISH_S)
         if is_lost_peer(error):
             # The rank that caused this must record its error first. When torchrun stops the other

@@ -483,6 +483,42 @@ def test_a_program_that_ends_its_children_by_sigterm_does_not_wait_for_them_for_
     assert lived.code == 0 and "a child ended with -15" in lived.text, lived.text
 
 
+CHILDREN = """
+import multiprocessing
+
+def fail():
+    raise ValueError("the child's own")
+
+run = init()
+model = nn.Linear(8, 1)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+run.track(model=model, optimizer=optimizer)
+for x, y in run.batches(points(), 16, epochs=1):
+    if run.step in (4, 5):
+        if not (child := os.fork()):
+            sys.exit(3) if run.step == 4 else fail()
+        print("a child ended with", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+    if run.step == 6:
+        child = multiprocessing.get_context("fork").Process(target=fail)
+        child.start()
+        child.join()
+        print("a child ended with", child.exitcode, flush=True)
+    model(x).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+"""
+
+
+def test_a_child_that_ends_by_itself_says_nothing_of_the_run_of_its_parent(tmp_path):
+    lived = live(tmp_path, CHILDREN, "run", limit_s=60)
+    assert lived.code == 0 and "finished at step 10" in lived.text, lived.text
+    assert lived.text.count("a child ended with") == 3 and "child ended with 3" in lived.text
+    assert lived.text.count("Error: the child's own") == 2, lived.text
+    assert "the loop was left" not in lived.text and "uncaught error" not in lived.text
+    end = json.loads((tmp_path / "run/attempts/0001.end.json").read_bytes())
+    assert (end["why"], end["step"]) == ("finished", 10)
+
+
 TWO_RUNS = """
 import time
 from harness.preemption import AGAIN_S
