@@ -35,6 +35,9 @@ MOST_BYTES = 1 << 16  # limit of a response body
 LONGEST_TIME = 64  # limit of a time stamp in characters, since it becomes part of a message
 TOKEN_S = 6 * 3600  # the longest lifetime of a token that AWS allows
 AWS_ACTIONS = ("terminate", "stop", "hibernate")
+# Beginning of the text of a recommendation. It may come early, or without an end of the machine,
+# and stays: a run that left each time would make one step per start.
+ADVICE = "aws spot: rebalance recommended"
 AZURE_TYPES = ("Preempt", "Terminate")
 
 # Only the handlers added here are active: no proxy, no redirect and no scheme except http. A
@@ -61,7 +64,7 @@ class Answer:
 
 
 def ask(cloud: str, base_url: str | None = None) -> str | None:
-    """Query the service once and return the text of a notice, or None.
+    """Query the service once and return the text of a notice or a recommendation, or None.
 
     A service that is absent, slow or returns an invalid response has given no notice.
 
@@ -74,6 +77,7 @@ def ask(cloud: str, base_url: str | None = None) -> str | None:
 def watch(
     cloud: str,
     on_notice: Callable[[str], object],
+    on_advice: Callable[[], object] = lambda: None,
     *,
     base_url: str | None = None,
     every_s: float = 5.0,
@@ -87,6 +91,7 @@ def watch(
         cloud: "aws", "gcp" or "azure".
         on_notice: Callback for the text of the notice, called once. It runs in the polling thread,
             so it may set a flag but must not call a collective.
+        on_advice: The same for a recommendation to leave the machine, which is no notice.
         base_url: Address of the service in place of the cloud's own.
         every_s: Seconds between two polls.
         stop: Event that ends the thread.
@@ -99,9 +104,14 @@ def watch(
     token: dict[str, str] = {}
 
     def poll() -> None:
+        is_advised = False
         while not ended.is_set():
             notice = _look(cloud, base, token)
-            if notice is not None and not ended.is_set():
+            if notice is not None and notice.startswith(ADVICE):
+                if not is_advised:
+                    on_advice()
+                is_advised = True
+            elif notice is not None and not ended.is_set():
                 on_notice(notice)
                 return
             ended.wait(every_s)
@@ -158,7 +168,7 @@ def _aws(base: str, token: dict[str, str]) -> str | None:
             return f"aws spot: {kind}{_at(action.fields().get('time'))}"
         advice = _request(f"{base}/latest/meta-data/events/recommendations/rebalance", token)
         if at := _at(advice.fields().get("noticeTime")):
-            return f"aws spot: rebalance recommended{at}"
+            return f"{ADVICE}{at}"
         if 401 not in (action.status, advice.status):
             return None
         token.clear()

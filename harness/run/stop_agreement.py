@@ -73,7 +73,7 @@ class StopAgreement:
         if self.settings.notices and os.environ.get("LOCAL_RANK", "0") == "0":
             from harness.preemption import spot_notices
 
-            spot_notices.watch(self.settings.notices, preemption.request)
+            spot_notices.watch(self.settings.notices, preemption.request, self._saves_asked.set)
         if not self.world.is_writer:
             return
         self.deadline.ask()
@@ -123,12 +123,10 @@ class StopAgreement:
             if self.world.size == 1
             else min(throughput.steps_within(AGREE_EVERY_S, step), 2 * self._interval, MOST_STEPS)
         )
-        saving = False
+        saving = self._saves_asked.is_set()
+        self._saves_asked.clear()
         if self.world.is_writer:
-            saving = (
-                checkpointer.is_due(throughput.left_s(step, end_step)) or self._saves_asked.is_set()
-            )
-            self._saves_asked.clear()
+            saving = checkpointer.is_due(throughput.left_s(step, end_step)) or saving
             # Before the time limit there must be time for one more step, a save and an upload.
             needed_s = (
                 self._step_timeouts.longest_s + checkpointer.to_save_s + checkpointer.upload_s

@@ -231,6 +231,19 @@ def test_a_rebalance_recommendation_is_a_notice_too(service):
     assert ask("aws", service.url) == AWS_WORDS  # the nearer one
 
 
+def test_a_recommendation_is_no_notice_and_asks_once_for_a_save(service):
+    """It may come long before an end of the machine, or without one, and stays."""
+    service.says[REBALANCE] = json.dumps({"noticeTime": "soon"})
+    heard, advised, stop = list[str](), list[int](), threading.Event()
+    watch("aws", heard.append, lambda: advised.append(1), base_url=service.url, every_s=EVERY_S,
+          stop=stop)  # fmt: skip
+    eventually(lambda: service.count("GET", REBALANCE) >= 3)
+    assert (heard, advised) == ([], [1])
+    service.says[ACTION] = AWS_NOTICE
+    eventually(lambda: heard == [AWS_WORDS])
+    stop.set()
+
+
 def test_an_interruption_is_told_even_if_the_recommendations_hang(service):
     service.says[ACTION] = AWS_NOTICE
     service.fault, service.fault_at = hang, REBALANCE
