@@ -123,6 +123,7 @@ def adopt(
     """
 
     def write(sink: Any) -> None:
+        sink.expect(manifest.size_bytes)
         # DamagedError is raised at the end of the data, before anything is committed.
         for chunk in verified_chunks(source, manifest):
             sink.write(chunk)

@@ -47,12 +47,13 @@ def replicate(source: Store, manifest: Manifest, target: Store, attempt: Attempt
     Raises:
         The same errors as `send`.
     """
-    send(source, manifest.data_key, (), lambda: manifest, target, attempt)
+    send(source, manifest.data_key, manifest.size_bytes, (), lambda: manifest, target, attempt)
 
 
 def send(
     source: Store,
     key: str,
+    size_bytes: int,
     early: Iterable[bytes],
     committed: Callable[[], Manifest | None],
     target: Store,
@@ -67,6 +68,7 @@ def send(
     Args:
         source: Store that holds the checkpoint, or will hold it.
         key: Key of its data file.
+        size_bytes: Size of the data file.
         early: First bytes of the data file, from another place than `source`.
         committed: Waits for the manifest; returns None if the checkpoint will not be committed.
         target: Store that receives the copy.
@@ -83,6 +85,7 @@ def send(
     """
     check_fence(target, attempt)
     with target.writer(key, attempt.number) as sink:
+        sink.expect(size_bytes)
         _write(sink, early, sent)
         if (manifest := committed()) is None:
             return None

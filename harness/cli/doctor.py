@@ -242,6 +242,7 @@ def _speed(store: Store, place: Store, settings: Config, size_bytes: int) -> Ite
     began = time.monotonic()
     try:
         with place.writer(key, 0) as sink:
+            sink.expect(count * CHUNK_BYTES)
             for _ in range(count):
                 sink.write(sample)
             sink.commit()

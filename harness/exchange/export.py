@@ -345,6 +345,7 @@ def _scratch(store: Store, key: str) -> Iterator[Path]:
 
 def _put(path: Path, store: Store, key: str) -> None:
     with path.open("rb") as file, store.writer(key, 0) as sink:
+        sink.expect(path.stat().st_size)
         while chunk := file.read(CHUNK_BYTES):
             sink.write(chunk)
         sink.commit()

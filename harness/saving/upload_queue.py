@@ -22,6 +22,7 @@ class EarlyUpload:
     """
 
     key: str
+    size_bytes: int
     chunks: Iterable[bytes] = ()
     is_decided: bool = False  # True once the checkpoint is committed, or never will be
     is_final: bool = False  # the run is finished with it
@@ -70,7 +71,7 @@ class UploadQueue:
             lease: the read lease on the staging buffer.
             is_final: whether it is the last checkpoint of a run that is finished.
         """
-        early = EarlyUpload(key, lease.chunks(), is_final=is_final)
+        early = EarlyUpload(key, lease.size_bytes, lease.chunks(), is_final=is_final)
         with self._changed:
             self._early = early if self._is_on else None
             self._changed.notify_all()
@@ -129,10 +130,14 @@ class UploadQueue:
                 if early.is_decided or self.is_closed:
                     break
                 self._changed.wait()
-            keys = [manifest.data_key for manifest in self.wanted()]
-            if early is not None and (not early.is_decided or early.key in keys[:1]):
+            first = next(iter(self.wanted()), None)
+            if early is not None and (
+                not early.is_decided or (first is not None and early.key == first.data_key)
+            ):
                 return early
-            return EarlyUpload(keys[0], is_decided=True) if keys else None
+            if first is None:
+                return None
+            return EarlyUpload(first.data_key, first.size_bytes, is_decided=True)
 
     def is_overtaken(self, early: EarlyUpload) -> bool:
         """Return whether another checkpoint is more urgent than the one that is being uploaded."""

@@ -301,6 +301,7 @@ class Uploader:
             manifest = replicate.send(
                 self.route.local,
                 early.key,
+                early.size_bytes,
                 early.chunks,
                 lambda: self._queue.committed(early),
                 remote,
@@ -330,11 +331,7 @@ class Uploader:
     def _prune(self, remote: Store) -> None:
         try:
             if gone := retention.apply(
-                remote,
-                self.attempt,
-                self._verified,
-                self.route.policy,
-                known=self._known,
+                remote, self.attempt, self._verified, self.route.policy, known=self._known
             ):
                 self.event_log.write("deleted", names=gone, store=str(remote))
         except StorageError as error:

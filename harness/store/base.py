@@ -101,6 +101,7 @@ class Sink(io.RawIOBase):
     def __init__(self, key: str) -> None:
         self.key = key
         self.size_bytes = 0
+        self.expected_bytes = 0  # see `expect`
         # Keep the original error: torch.save replaces it with a RuntimeError of its own.
         self.failure: StorageError | None = None
         self._digest = blake3()
@@ -120,6 +121,10 @@ class Sink(io.RawIOBase):
     def writable(self) -> bool:
         """Return True: the file can be written."""
         return True
+
+    def expect(self, size_bytes: int) -> None:
+        """Take the size that the file will have, which allows parts of one size; before a write."""
+        self.expected_bytes = size_bytes
 
     def write(self, data: object) -> int:
         """Append all of `data`, a bytes-like object, and return its length in bytes.
@@ -153,6 +158,7 @@ class Sink(io.RawIOBase):
         Raises:
             StorageError: The file cannot be written.
         """
+        self.expect(staging.size_bytes)
         for chunk in staging.chunks():
             self.write(chunk)
 

@@ -134,8 +134,11 @@ class ObjectClient(Protocol):
         """Begin a multipart upload and return its id."""
         ...
 
-    def part_bytes(self, number: int) -> int:
-        """Return the size in bytes of part `number`, from 1 on; the last part may be smaller."""
+    def part_bytes(self, number: int, expected_bytes: int) -> int:
+        """Return the size in bytes of part `number`, from 1 on; the last part may be smaller.
+
+        `expected_bytes` is the size of the whole file, or 0 if it is not known yet.
+        """
         ...
 
     def part(self, key: str, upload: str, number: int, data: bytes, limit_s: float) -> Part:

@@ -29,6 +29,10 @@ REMEDIES = {
     "ExpiredTokenException": "Renew the credentials: the ones in the environment are too old.",
     "RequestTimeTooSkewed": "Set this machine's clock: it is too far from the server's.",
     "InvalidBucketName": "Fix the name in run.remote: s3://bucket/prefix.",
+    "NotImplemented": (
+        "A run needs a server that can create an object exclusively (If-None-Match: * on a PUT): "
+        "use a newer server, or another store."
+    ),
     "ParamValidationError": "Fix the name in run.remote: s3://bucket/prefix.",
 }
 
@@ -38,7 +42,7 @@ def explained(failure: str, error: BaseException) -> StorageError:
 
     A RefusedError is returned for every error that has a remedy in `REMEDIES`, and for status 400,
     401 and 403 unless the error is transient. A 404 without a specific code means a missing bucket,
-    since a missing object is handled before.
+    since a missing object is handled before. A 501 is that of a server without conditional writes.
 
     Args:
         failure: The failed operation and its object, for the message.
@@ -49,6 +53,8 @@ def explained(failure: str, error: BaseException) -> StorageError:
         code = "NoSuchBucket"
     elif status == 403 and code in ("403", ""):
         code = "AccessDenied"
+    elif status == 501:
+        code = "NotImplemented"
     kinds = [type(cause).__name__ for cause in causes(error)]
     name = code or next((kind for kind in kinds if kind in REMEDIES), kinds[0])
     text = _text(error) or ("no answer in time" if "Timeout" in name else "no error message")

@@ -232,7 +232,7 @@ class FsspecClient:
             self._open[str(id(file))] = file
         return str(id(file))
 
-    def part_bytes(self, number: int) -> int:
+    def part_bytes(self, number: int, expected_bytes: int) -> int:
         """Return the size of every part in bytes, 16 MiB."""
         return PART_BYTES
 

@@ -49,7 +49,8 @@ class RemoteSink(Sink):
     def take(self, view: memoryview) -> None:
         """Buffer the bytes of `view` and send each part that is full."""
         while len(view):
-            wanted = self.store.bucket.part_bytes(len(self._parts) + 1) - len(self._buffer)
+            part_bytes = self.store.bucket.part_bytes(len(self._parts) + 1, self.expected_bytes)
+            wanted = part_bytes - len(self._buffer)
             piece, view = view[:wanted], view[wanted:]
             if self._buffer or len(piece) < wanted:
                 self._buffer += piece

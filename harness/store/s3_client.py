@@ -23,7 +23,7 @@ from harness.retry import answer, is_expired, is_transient
 from harness.store.bucket import MissingError, ObjectMetadata, Part, TakenError, Unfinished
 
 CONNECT_S, READ_S = 5.0, 20.0
-FIRST_PART_BYTES = 8 << 20
+FIRST_PART_BYTES, MOST_PARTS, MIB = 8 << 20, 10_000, 1 << 20
 CRC = "CRC32"
 # Status codes of a server that does not support these checksums.
 REFUSED = (400, 501)
@@ -211,12 +211,17 @@ class S3Client:
             self._call(limit_s, "create_multipart_upload", Key=self.prefix + key)["UploadId"]
         )
 
-    def part_bytes(self, number: int) -> int:
+    def part_bytes(self, number: int, expected_bytes: int) -> int:
         """Return the size in bytes of part `number`, counted from 1.
 
-        The size doubles every 2000 parts, from 8 MiB on. Ten thousand parts, the limit of S3,
-        therefore hold a large checkpoint (484 GiB), and a small one needs little memory.
+        If the size of the file is known, all parts but the last have one size, which Cloudflare R2
+        and others demand: 8 MiB, or more where the file would have too many parts.
+
+        Otherwise the size doubles every 2000 parts, from 8 MiB on. Ten thousand parts, the limit of
+        S3, therefore hold a large checkpoint (484 GiB), and a small one needs little memory.
         """
+        if expected_bytes:
+            return max(FIRST_PART_BYTES, -(-expected_bytes // MOST_PARTS // MIB) * MIB)
         return FIRST_PART_BYTES << number // 2000
 
     def part(self, key: str, upload: str, number: int, data: bytes, limit_s: float) -> Part:

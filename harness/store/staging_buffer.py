@@ -34,7 +34,7 @@ class ReadLease:
     """A permission to read a staging buffer until the buffer is needed again."""
 
     def __init__(self, fd: int, size_bytes: int) -> None:
-        self._fd, self._size_bytes = fd, size_bytes
+        self._fd, self.size_bytes = fd, size_bytes
         self._is_over, self._reading = False, threading.Lock()
 
     def chunks(self) -> Iterator[bytes]:
@@ -44,12 +44,12 @@ class ReadLease:
         bytes.
         """
         at = 0
-        while at < self._size_bytes:
+        while at < self.size_bytes:
             with self._reading:
                 if self._is_over:
                     return
                 # Unlike a copy from the mapping, `pread` releases the GIL.
-                chunk = os.pread(self._fd, min(LENT_BYTES, self._size_bytes - at), at)
+                chunk = os.pread(self._fd, min(LENT_BYTES, self.size_bytes - at), at)
             at += len(chunk)
             yield chunk
 

@@ -137,6 +137,7 @@ def test_the_rest_comes_from_the_file(committed, home: Home, early: str) -> None
         send(
             store,
             manifest.data_key,
+            manifest.size_bytes,
             lent,
             lambda: manifest,
             open_store(home.url, 30),
@@ -163,10 +164,13 @@ def test_nothing_appears_that_is_not_what_the_manifest_says(
 
     target, attempt = open_store(home.url, 30), Attempt(1, manifest.run_id, "")
     if what == "no manifest":
-        assert send(store, manifest.data_key, pieces, told, target, attempt) is None
+        assert (
+            send(store, manifest.data_key, manifest.size_bytes, pieces, told, target, attempt)
+            is None
+        )
     else:
         with pytest.raises(DamagedError, match="wrong size" if what == "the file" else "checksum"):
-            send(store, manifest.data_key, pieces, told, target, attempt)
+            send(store, manifest.data_key, manifest.size_bytes, pieces, told, target, attempt)
     assert home.keys() == []
     assert "Uploads" not in home.client.list_multipart_uploads(Bucket=home.bucket)
 
@@ -377,11 +381,12 @@ def test_the_last_checkpoint_waits_only_for_those_that_are_still_wanted_beside_i
         taking.start()
         taking.join(0.5)
         assert len(found) == (missing == "nothing"), "it is sent ahead if nothing else is missing"
+        assert all(there(upload).size_bytes == 1 for upload in found), "as much as is lent"
         queue.add(last)
     taking.join(10)
     (first,) = [there(upload) for upload in found]
     if missing == "one that is kept":
-        assert first.key == saved.data_key
+        assert (first.key, first.size_bytes) == (saved.data_key, saved.size_bytes)
         queue.arrived(saved)
         first = there(queue.next())
     assert first.key == last.data_key

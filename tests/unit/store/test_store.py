@@ -10,15 +10,22 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 import pytest
 from blake3 import blake3
+from botocore.exceptions import ClientError
 from conftest import ENVIRONMENT
 from there import there
 
-from harness.errors import StorageError
-from harness.store import TEMP, Entry, LocalStore
+from harness.errors import RefusedError, StorageError
+from harness.store import TEMP, Entry, LocalStore, s3_client
+from harness.store.explain import explained
+from harness.store.remote import RemoteStore
+from harness.store.remote_sink import RemoteSink
+from harness.store.s3_client import S3Client
 
 NOBODY = 65534
 FOLDERS = ("checkpoints", "attempts")
@@ -542,3 +549,71 @@ def test_a_home_and_a_relative_root_are_resolved_once(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "elsewhere")
     relative.prepare(FOLDERS)
     assert relative.root == tmp_path / "run" and (tmp_path / "run" / "attempts").is_dir()
+
+
+class EqualParts(S3Client):
+    """Answers as Cloudflare R2: all parts of an upload but the last have one size."""
+
+    def __init__(self) -> None:
+        super().__init__("s3://bucket/run")
+        self.sizes: list[int] = []
+
+    def _call(self, limit_s: float, method: str, **arguments: Any) -> dict[str, Any]:
+        if method == "upload_part":
+            self.sizes.append(len(arguments["Body"]))
+        if method == "complete_multipart_upload" and len(set(self.sizes[:-1])) > 1:
+            raise OSError("All non-trailing parts must have the same length.")
+        return {
+            "UploadId": "1",
+            "ETag": "",
+            "ContentLength": sum(self.sizes),
+            "ServerSideEncryption": "aws:kms",  # so that the ETag says nothing
+        }
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_file_of_known_size_is_uploaded_in_equal_parts(monkeypatch, known):
+    """The size of the parts grows only where it is not known how many there will be."""
+    monkeypatch.setattr(s3_client, "FIRST_PART_BYTES", 8)
+    monkeypatch.setattr(s3_client, "MIB", 1)
+    monkeypatch.setattr(RemoteSink, "_submit", at_once)
+    client = EqualParts()
+    with RemoteStore("s3://bucket/run", client, 0).writer("checkpoints/a.pt", 1) as sink:
+        if known:
+            sink.expect(16_020)
+        sink.write(bytes(16_020))
+        with contextlib.nullcontext() if known else pytest.raises(StorageError, match="complete"):
+            sink.commit()
+    assert set(client.sizes[:-1]) == ({8} if known else {8, 16})
+
+
+def at_once(sink: RemoteSink, verb: str, request: Callable[[float], Any]) -> Future[Any]:
+    done = Future[Any]()
+    done.set_result(request(1.0))
+    return done
+
+
+@pytest.mark.parametrize("gib", [1e-9, 15.7, 78.2, 484, 5000])
+def test_the_parts_of_a_large_file_are_equal_and_not_too_many(gib):
+    size_bytes, client = int(gib * (1 << 30)), S3Client("s3://bucket/run")
+    parts = {client.part_bytes(number, size_bytes) for number in range(1, 10_001)}
+    (part_bytes,) = parts
+    assert 8 << 20 <= part_bytes <= 1 << 30 and -(-size_bytes // part_bytes) <= 10_000
+
+
+def test_a_server_without_conditional_writes_is_refused_in_words():
+    where = "cannot create s3://bucket/run/attempts/0001.json"
+    error = explained(where, translated_501())
+    assert isinstance(error, RefusedError) and error.exit_code == 78
+    assert "NotImplemented (501)" in error.found and "If-None-Match" in error.remedy
+
+
+def translated_501() -> OSError:
+    """What s3fs makes of it."""
+    said: Any = {
+        "Error": {"Code": "NotImplemented", "Message": "A header implies functionality …"},
+        "ResponseMetadata": {"HTTPStatusCode": 501},
+    }
+    error = OSError("A header implies functionality that is not implemented")
+    error.__cause__ = ClientError(said, "PutObject")
+    return error
