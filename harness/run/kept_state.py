@@ -21,6 +21,7 @@ from harness.distributed.ranks import World
 from harness.errors import UsageError
 from harness.run.build_work import not_of_the_run
 from harness.run.protocols import StepCounter
+from harness.selfcheck.data_checks import check_same_data
 from harness.state import Captured
 from harness.state.kinds import PLAIN
 from harness.state.plain_values import is_same
@@ -161,7 +162,7 @@ class KeptState:
                 "of their use; a checkpoint would count batches that were not trained on",
                 "Loop over run.batches(…) in the thread that trains; num_workers loads ahead.",
             )
-        resume_checks.check_same_data(self._world, data, self._settings.accept)
+        check_same_data(self._world, data, self._settings.accept)
         return resume_checks.check(tracked, payload, data, self._settings.accept)
 
     def begin(

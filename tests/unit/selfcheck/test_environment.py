@@ -21,7 +21,7 @@ from harness.checkpoint import format as fmt
 from harness.checkpoint.catalog import read_catalog
 from harness.distributed import torchrun
 from harness.errors import EXIT_USAGE, UsageError
-from harness.selfcheck import resume_checks
+from harness.selfcheck import data_checks
 from harness.selfcheck.environment import hardware, imported, software, string_hashing
 from harness.store import LocalStore
 from harness.supervision.machine_record import (
@@ -113,12 +113,12 @@ def test_another_order_of_sets_is_said_and_is_a_cause_of_other_samples(monkeypat
         "string hashing: PYTHONHASHSEED=0 -> random (sets of strings have another order)"
     )
     for hashing, is_said in ((RANDOM, True), ("PYTHONHASHSEED=0", False)):
-        monkeypatch.setattr(resume_checks, "string_hashing", lambda hashing=hashing: hashing)
+        monkeypatch.setattr(data_checks, "string_hashing", lambda hashing=hashing: hashing)
         with pytest.raises(UsageError) as raised:
-            resume_checks.check_data({"fingerprint": "a"}, {"fingerprint": "b"}, ())
+            data_checks.check_data({"fingerprint": "a"}, {"fingerprint": "b"}, ())
         assert ("sorted(set(text))" in str(raised.value)) == is_said
         with pytest.raises(UsageError) as raised:
-            resume_checks.check_data({"seed": 1}, {"seed": 2}, ())
+            data_checks.check_data({"seed": 1}, {"seed": 2}, ())
         assert "sorted(set(text))" not in str(raised.value)
 
 
