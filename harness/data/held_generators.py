@@ -81,6 +81,32 @@ def find(roots: Mapping[str, Any]) -> list[HeldGenerator]:
     return held
 
 
+def of_source(source: Any) -> tuple[dict[str, Any], set[int]]:
+    """Find the generators of all data of a loop.
+
+    Returns:
+        Those that are seeded for each sample, by path: loading leaves them as they are, so they
+        change only if the program draws from them elsewhere. And the ids of those that are saved
+        with an order or a stream.
+    """
+    of_samples, saved = dict[str, Any](), set[int]()
+    parts = {"": getattr(source, "main", source)} | {
+        f"beside[{name!r}].": other for name, other in getattr(source, "others", {}).items()
+    }
+    for prefix, part in parts.items():
+        roots = {
+            f"{prefix}dataset": getattr(part, "dataset", None),
+            f"{prefix}collate_fn": getattr(part, "collate", None),
+        }
+        found = find(roots) if getattr(part, "seeds_held", True) else []
+        if plan := getattr(part, "plan", None):
+            of_samples |= {held.path: held.generator for held in found}
+            saved |= getattr(plan.order, "handled", set())
+        else:
+            saved |= {id(held.generator) for held in found}
+    return {path: own for path, own in of_samples.items() if id(own) not in saved}, saved
+
+
 def walk(roots: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """Yield each object that is reachable from the roots within the bounds, with its path.
 

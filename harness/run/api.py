@@ -158,7 +158,7 @@ class Run(Loop):
         self._in_epochs = True
         self._work_builder.check_batches(batches)
         return by_epoch(
-            batches, lambda: self._share, self._note_ahead, self._put_back, lambda: self.step
+            batches, lambda: self._share, self._at_head, self._put_back, lambda: self.step
         )
 
     def steps(self, max_steps: int) -> Iterator[int]:

@@ -93,7 +93,7 @@ class Batches(Iterator[Any]):
 def by_epoch(
     batches: Iterator[Any],
     at: Callable[[], Share],
-    is_ahead: Callable[[], object],
+    at_head: Callable[[bool], object],
     before_first: Callable[[], object],
     step: Callable[[], int],
 ) -> Iterator[tuple[int, Iterator[Any]]]:
@@ -107,27 +107,27 @@ def by_epoch(
     Args:
         batches: The batches of all epochs.
         at: Returns the share that was yielded last.
-        is_ahead: Called before an epoch is yielded whose first batch was requested already.
+        at_head: Called before an epoch is yielded; whether its first batch was requested already.
         before_first: Called when the first batch of an epoch is requested.
         step: Returns the number of the present step.
 
     Raises:
         UsageError: The loop over the batches of an epoch was left before its end.
     """
-    return Lasting(_epochs(batches, at, is_ahead, before_first, step), step)
+    return Lasting(_epochs(batches, at, at_head, before_first, step), step)
 
 
 def _epochs(
     batches: Iterator[Any],
     at: Callable[[], Share],
-    is_ahead: Callable[[], object],
+    at_head: Callable[[bool], object],
     before_first: Callable[[], object],
     step: Callable[[], int],
 ) -> Iterator[tuple[int, Iterator[Any]]]:
     work = batches.work if isinstance(batches, Batches) else None
     if isinstance(batches, Batches):
         batches.with_borders()
-    bordered = Lasting(_bordered(batches, at, is_ahead), step)
+    bordered = Lasting(_bordered(batches, at, at_head), step)
     border = next(bordered, END)
     while border is not END:
         epoch = _Epoch(bordered, at, before_first, work)
@@ -143,16 +143,17 @@ def _epochs(
 
 
 def _bordered(
-    batches: Iterator[Any], at: Callable[[], Share], is_ahead: Callable[[], object]
+    batches: Iterator[Any], at: Callable[[], Share], at_head: Callable[[bool], object]
 ) -> Iterator[Any]:
     """Yield the batches, and add a border before each epoch that has none."""
     epoch = -1
     for batch in batches:
         if isinstance(batch, Border):
             epoch = batch.epoch
+            at_head(False)
         elif at().epoch != epoch:
             epoch = at().epoch
-            is_ahead()
+            at_head(True)
             yield Border(epoch)
         yield batch
 

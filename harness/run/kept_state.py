@@ -14,8 +14,7 @@ from harness import state
 from harness.arguments import Settings
 from harness.checkpoint.resume import ResumePoint
 from harness.config.changes import check_changes
-from harness.data.given_order import GivenOrder
-from harness.data.held_generators import find
+from harness.data import held_generators
 from harness.data.source import Source
 from harness.distributed.ranks import World
 from harness.errors import UsageError
@@ -182,20 +181,22 @@ class KeptState:
             payload, self._world, source, self._settings.seed, self._counter.step
         )
         self._by_rank.begin(tracked)
-        messages += self._more.begin(tracked, payload)
+        of_data, saved = held_generators.of_source(source)
+        messages += self._more.begin(tracked, payload, of_data)
         self._awaits_update, self._is_begun = not source.is_own, True
         self._dataset = getattr(getattr(source, "main", source), "dataset", None)
         if self._world.is_writer:
-            self._untracked.begin(tracked, source, self._more.handled | _handled_by(source))
+            self._untracked.begin(tracked, source, self._more.handled | saved)
         return messages
 
-    def ahead(
+    def at_head(
         self,
         tracked: Mapping[str, Any],
         values: dict[str, Any],
         payload: dict[str, Any] | None,
+        is_ahead: bool,
     ) -> dict[str, Any] | None:
-        """Return the checkpoint with what has changed since `begin`, for `put_back`.
+        """Set the generators for the head of an epoch; return the checkpoint for `put_back`.
 
         An iterator of the program's around that of `batches` makes a batch before the head of the
         epoch runs. What it draws and changes belongs to the step, what the head does is put back.
@@ -204,22 +205,35 @@ class KeptState:
             tracked: The tracked objects, by name.
             values: `run.state`.
             payload: Contents of the checkpoint at the resume point; None if nothing is put back.
+            is_ahead: Whether the first batch of the epoch was made already.
+
+        Returns:
+            The checkpoint, with what has changed since `begin` if the batch was made already.
 
         Raises:
             UsageError: The batch is not one of the run's: `begin` was not called.
         """
-        if not self._is_begun:
-            raise not_of_the_run("found: an iterator that has yielded a batch that is not theirs")
-        self._before_head = _plain_attributes(self._dataset)
-        if payload is None:
-            return None
+        if is_ahead:
+            if not self._is_begun:
+                raise not_of_the_run("found: an iterator that yielded a batch that is not theirs")
+            self._before_head = _plain_attributes(self._dataset)
+            payload = payload and self._renewed(tracked, values, payload)
+        self._more.head.begins(is_again=payload is not None)
+        return payload
+
+    def _renewed(
+        self, tracked: Mapping[str, Any], values: dict[str, Any], payload: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Return the checkpoint with what has changed since `begin`."""
         self._more.note_generators()
         has_changed = any(_has_changed(*item, payload) for item in tracked.items())
         live = state.capture(tracked) if has_changed else {}
         return renewed(payload, live, values, self._world.rank)
 
     def head_over(self) -> None:
-        """Warn, once, if the head of an epoch has set attributes of the dataset too late."""
+        """Keep what the head of an epoch has drawn from; warn if it sets the dataset too late."""
+        if warning := self._more.head.over():
+            self._say(f"harness: warning: {warning}")
         before, self._before_head = self._before_head, None
         if before is None or self._is_told:
             return
@@ -341,18 +355,3 @@ def _plain_attributes(obj: Any) -> dict[str, Any]:
     return {
         key: value for key, value in getattr(obj, "__dict__", {}).items() if type(value) in PLAIN
     }
-
-
-def _handled_by(source: Any) -> set[int]:
-    """Return the ids of objects that the source seeds for each sample or saves with an order."""
-    handled: set[int] = set()
-    for component in (getattr(source, "main", source), *getattr(source, "others", {}).values()):
-        roots = {
-            "dataset": getattr(component, "dataset", None),
-            "collate_fn": getattr(component, "collate", None),
-        }
-        if getattr(component, "seeds_held", True):
-            handled |= {id(held.generator) for held in find(roots)}
-        order = getattr(getattr(component, "plan", None), "order", None)
-        handled |= order.handled if isinstance(order, GivenOrder) else set()
-    return handled

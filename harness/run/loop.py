@@ -108,9 +108,9 @@ class Loop:
                 self._step_timeouts.close()
                 self._stop_agreement.close()
 
-    def _note_ahead(self) -> None:
-        """Note the state before the head of a loop over epochs, if its first batch is there."""
-        self._payload = self._kept_state.ahead(self.tracked, self.state, self._payload)
+    def _at_head(self, is_ahead: bool) -> None:
+        """Prepare the head of a loop over epochs, whose first batch may be there already."""
+        self._payload = self._kept_state.at_head(self.tracked, self.state, self._payload, is_ahead)
 
     def _put_back(self) -> None:
         """Put back what the head of a loop over epochs has changed, where that ran once more.

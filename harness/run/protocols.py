@@ -162,16 +162,17 @@ class KeptState(Protocol):
     ) -> list[str]:
         """Restore everything that is not tracked; return notices."""
 
-    def ahead(
+    def at_head(
         self,
         tracked: Mapping[str, Any],
         values: dict[str, Any],
         payload: dict[str, Any] | None,
+        is_ahead: bool,
     ) -> dict[str, Any] | None:
-        """Return the checkpoint with what has changed since, before the head of an epoch."""
+        """Set the generators for the head of an epoch; return the checkpoint for `put_back`."""
 
     def head_over(self) -> None:
-        """Check what the head of an epoch has changed too late."""
+        """Keep what the head of an epoch has drawn from; check what it has changed too late."""
 
     def put_back(
         self, tracked: Mapping[str, Any], values: dict[str, Any], payload: dict[str, Any]

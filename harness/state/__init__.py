@@ -36,7 +36,9 @@ These entries are optional. Each exists only if there is something to keep:
                                   gradients and attributes, if they differ by rank; communication
                                   hooks; tracked generators; values, and their kinds, that differ
                                   by rank; ddp: of modules in DDP that differ, whether the next
-                                  forward pass broadcasts buffers
+                                  forward pass broadcasts buffers; head: inside an epoch, the
+                                  generators (by name, the global ones under "") before what the
+                                  loop over epochs has drawn ahead of its first batch
       names                       the parameter names of each optimizer, group by group, if their
                                   order is not the order of the tracked modules
       kinds                       by path: the kind of each value, in the user's state or in a state

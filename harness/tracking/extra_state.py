@@ -4,7 +4,8 @@ This extra state consists of:
 
 * gradients in flight, changed attributes of modules, and the state of communication hooks;
 * generators, which are tracked like any other object but have a different state on each rank;
-* generators that tracked modules and optimizers hold.
+* generators that tracked modules and optimizers hold;
+* the generators before the head of the present epoch, if the head draws from them.
 
 If a program has none of these, its checkpoints are the same as without this module.
 """
@@ -22,9 +23,9 @@ from harness.state.buffers import PARAMETER_GROUP
 from harness.state.checks import BEFORE_TRACK
 from harness.tracking.attributes import Attributes, Changed
 from harness.tracking.comm_hooks import Hooks, check_hooks
-from harness.tracking.generators import Generators
+from harness.tracking.generators import Generators, HeadDraws
 from harness.tracking.gradients import Gradients, Kept, digest
-from harness.tracking.payload import ATTRIBUTES, RankEntries
+from harness.tracking.payload import ATTRIBUTES, HEAD, RankEntries
 
 # The key in a checkpoint: at the top level if all ranks have the same gradients, else in the entry
 # of each rank.
@@ -49,7 +50,7 @@ class ExtraState:
         self._attributes = Attributes(self._generators.places)
         self._kept = _OwnGradients(self._gradients)
         self._changed = _OwnAttributes(self._attributes, say)
-        self._hooks = Hooks()
+        self._hooks, self.head = Hooks(), HeadDraws(self._generators, world.rank)
         self._waits = False  # whether a due save waits for an update
         # The step in which the gradients were last examined, and whether any rank has some to keep.
         self._looked = (-1, False)
@@ -59,6 +60,7 @@ class ExtraState:
             (ATTRIBUTES, self._changed),
             ("hooks", self._hooks),
             ("generators", self._generators),
+            (HEAD, self.head),
         ):
             own.add(name, part)
 
@@ -105,8 +107,15 @@ class ExtraState:
         """Record the attributes of all tracked objects after a checkpoint was loaded into them."""
         self._attributes.after_restore(tracked)
 
-    def begin(self, tracked: Mapping[str, Any], payload: Mapping[str, Any]) -> list[str]:
+    def begin(
+        self, tracked: Mapping[str, Any], payload: Mapping[str, Any], of_data: Mapping[str, Any]
+    ) -> list[str]:
         """Restore the extra state at the start of the loop, and track changes from then on.
+
+        Args:
+            tracked: the tracked objects, by name.
+            payload: contents of the checkpoint at the resume point; {} for a new run.
+            of_data: generators that are seeded for each sample of the data, by name.
 
         Returns:
             Warnings about state that could not be restored.
@@ -116,7 +125,8 @@ class ExtraState:
                 program does not have, if a generator is of another kind, if the state of a hook
                 cannot be saved, or if a hook was registered after `track`.
         """
-        for part in (self._generators, self._gradients, self._attributes, self._hooks):
+        self._generators.begin(tracked, of_data)
+        for part in (self._gradients, self._attributes, self._hooks):
             part.begin(tracked)
         notes = [note] if (note := self.own.restore(payload, self.world)) else []
         self._changed.restore(payload.get(ATTRIBUTES))

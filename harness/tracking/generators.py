@@ -1,4 +1,4 @@
-"""Save and restore generators: tracked ones, and those that tracked modules and optimizers hold.
+"""Save and restore generators: tracked ones, and those that tracked objects and the data hold.
 
 A generator may lie in an attribute, or in containers, functions and objects of the program's own
 that the module holds, and in modules there that are no children of it. The search is repeated at
@@ -29,6 +29,7 @@ from harness.data.generator_objects import (
 )
 from harness.data.held_generators import tells_its_class
 from harness.errors import UsageError
+from harness.state import restore_rng_state, rng_state
 from harness.state.kinds import PLAIN
 from harness.state.plain_values import is_same
 from harness.tracking.attribute_values import joined
@@ -57,6 +58,12 @@ SEARCHED = (
 # Generators in data are seeded for each sample, or saved with its order.
 ELSEWHERE = (Optimizer, Dataset, Sampler, DataLoader)
 HOLDS_NOTHING = frozenset(PLAIN)
+NOT_HELD = (
+    "the loop over epochs draws random numbers before its inner loop, and the checkpoint does not"
+    " hold the generators as they were then: what it draws for the rest of this epoch differs from"
+    " what it drew"
+)
+GLOBAL = ""  # the name of the global generators among those of `HeadDraws`
 
 
 class Generators:
@@ -65,6 +72,7 @@ class Generators:
     def __init__(self) -> None:
         self.tracked: dict[str, Any] = {}
         self.restored: set[str] = set()
+        self._of_data: Mapping[str, Any] = {}
         self.messages: list[str] = []  # about what could not be restored
         self._parts: dict[str, PartList] = {}  # of each tracked object
         self._held: dict[str, Any] = {}
@@ -86,16 +94,22 @@ class Generators:
     def _all(self) -> dict[str, Any]:
         return self._held | self.tracked
 
-    def begin(self, tracked: Mapping[str, Any]) -> None:
-        """Find the generators that tracked objects hold, and record their state."""
+    def begin(self, tracked: Mapping[str, Any], of_data: Mapping[str, Any]) -> None:
+        """Find the generators that tracked objects hold, and record their state.
+
+        Those of the loop's data are held, too: the program may draw from them beside the samples.
+        """
+        self._of_data = of_data
         self._parts = {name: PartList(obj) for name, obj in tracked.items()}
         self._find()
         self._built = {name: generator_state(obj) for name, obj in self._held.items()}
 
     def _find(self) -> dict[str, Any]:
         """Search all modules and optimizers; return what was searched inside them, by path."""
-        self._held, holders = {}, dict[str, Any]()
+        holders = dict[str, Any]()
         known = {id(obj) for obj in (*self.tracked.values(), *GLOBAL_GENERATORS)}
+        self._held = {name: obj for name, obj in self._of_data.items() if id(obj) not in known}
+        known |= {id(obj) for obj in self._held.values()}
         listed = {name: of_object.now() for name, of_object in self._parts.items()}
         seen = {id(of_object.obj) for of_object in self._parts.values()}
         seen |= {id(part) for parts in listed.values() for _, part in parts}
@@ -111,7 +125,15 @@ class Generators:
 
     def note_begun(self) -> None:
         """Record the state of each generator, for `put_back`."""
-        self._begun = [(name, obj, generator_state(obj)) for name, obj in self._all.items()]
+        self._begun = self._present()
+
+    def present(self) -> list[tuple[str, Any, Any]]:
+        """Search again, and return the name and the state of each generator, and itself."""
+        self._find()
+        return self._present()
+
+    def _present(self) -> list[tuple[str, Any, Any]]:
+        return [(name, obj, generator_state(obj)) for name, obj in self._all.items()]
 
     def put_back(self) -> None:
         """Set each generator to the state in which the loop began."""
@@ -162,6 +184,55 @@ class Generators:
             else:
                 set_generator_state(name, generator, kept)
                 self.restored.add(name)
+
+
+class HeadDraws:
+    """The generators before the head of an epoch, in a loop over epochs, if the head draws.
+
+    A resume inside the epoch executes the head again, from these states. A checkpoint holds them
+    beside those of its own step.
+    """
+
+    def __init__(self, generators: Generators, rank: int) -> None:
+        self._generators, self._rank = generators, rank
+        self._before, self._is_again = list[tuple[str, Any, Any]](), False
+        self._kept: dict[str, Any] | None = None
+        self._restored: Mapping[str, Any] | None = None
+
+    def begins(self, *, is_again: bool) -> None:
+        """Record the states before the head; restore the recorded ones if it is executed again."""
+        restored, self._restored = (self._restored or {}) if is_again else {}, None
+        self._is_again, self._kept = is_again and not restored, None
+        for name, obj, _ in self._present() if restored else ():
+            if name in restored and obj is None:
+                restore_rng_state(restored[name], self._rank)
+            elif name in restored:
+                set_generator_state(name, obj, restored[name])
+        self._before = self._present()
+
+    def _present(self) -> list[tuple[str, Any, Any]]:
+        return [(GLOBAL, None, rng_state(self._rank)), *self._generators.present()]
+
+    def over(self) -> str:
+        """Compare the states with those before the head, and keep those that it has changed.
+
+        Returns:
+            A warning if the head was executed again and has drawn from unknown states, else "".
+        """
+        self._kept = {
+            name: before
+            for name, obj, before in self._before
+            if not is_same(before, rng_state(self._rank) if obj is None else generator_state(obj))
+        } or None
+        return NOT_HELD if self._is_again and self._kept is not None else ""
+
+    def state(self) -> dict[str, Any] | None:
+        """Return the states before the head; see `payload.Part`."""
+        return self._kept
+
+    def restore(self, state: Mapping[str, Any] | None) -> None:
+        """Keep the states until the head is executed again."""
+        self._restored = state
 
 
 def _is_searched(value: Any) -> bool:

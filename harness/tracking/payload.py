@@ -24,6 +24,8 @@ MOST_NAMED = 5  # attributes in one line
 OfRank = tuple[Any, Any, dict[str, Any]]
 # A part that is kept once, at the top level, if it is the same on all ranks.
 ATTRIBUTES = "attributes"
+# A part that is kept only inside an epoch: the generators before the head of the epoch.
+HEAD = "head"
 
 
 class Part(Protocol):
@@ -126,9 +128,15 @@ def captured(
         UsageError: if something is not plain data.
         NonFiniteError: if a parameter is not finite.
     """
+    if not data["sample"]:
+        of_ranks = [(rng, iterator, _without_head(own)) for rng, iterator, own in of_ranks]
     whole = state.captured(assembled(of_ranks, data, values), tracked)
     whole.payload["format_version"] = version_of(whole.payload)
     return whole
+
+
+def _without_head(own: dict[str, Any]) -> dict[str, Any]:
+    return {name: part for name, part in own.items() if name != HEAD}
 
 
 def changed_in(payload: Mapping[str, Any], name: str) -> dict[str, dict[str, dict[str, Any]]]:

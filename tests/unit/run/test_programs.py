@@ -26,6 +26,21 @@ def test_a_plain_loop_ends_as_the_one_that_was_not_killed(tmp_path):
     assert outcome.is_equal, outcome.rows
 
 
+STREAM = """
+class Numbers(IterableDataset):
+    at = 0
+    def __iter__(self):
+        while self.at < 160:
+            self.at += 1
+            yield torch.full((8,), self.at / 160), torch.ones(1)
+        self.at = 0
+    def state_dict(self):
+        return {"at": self.at}
+    def load_state_dict(self, state):
+        self.at = state["at"]
+"""
+
+
 def test_on_two_ranks_too(tmp_path):
     outcome = killed_once(
         tmp_path,
@@ -107,6 +122,61 @@ def test_a_generator_of_the_program_that_an_epoch_begins_with_is_put_back(tmp_pa
     assert outcome.is_equal, outcome.rows
 
 
+DRAWN = """
+sizes = [random.random(), np.random.rand(), torch.rand(1).item()] + [
+    torch.rand(1, generator=own).item(), mine.random(), model[1].rng.random(), data.rng.random()
+]"""
+OWN = """
+class Data(Dataset):
+    def __init__(self):
+        self.rng, self.of = np.random.default_rng(5), points()
+    def __len__(self):
+        return 160
+    def __getitem__(self, number):
+        x, y = self.of[number]
+        return x + self.rng.random(), y
+data = Data()
+own, mine = torch.Generator().manual_seed(5), np.random.default_rng(5)
+model[1].rng = random.Random(5)"""
+MIXED = """
+def mixed(batches):
+    for x, y in batches:
+        yield x * torch.rand(1), y"""
+
+
+def drawn(before: str = "") -> str:
+    return (
+        epochs(DRAWN, OWN + before, model=DROPOUT)
+        .replace("run.track(", "run.track(own=own, mine=mine, ")
+        .replace("model(x)", "model(x * sum(sizes) / 7)")
+        .replace("batches(points()", "batches(data")
+    )
+
+
+@pytest.mark.parametrize(("first", "die"), [(14, 17), (18, 27)])
+def test_what_an_epoch_begins_with_draws_the_same_again_where_a_run_resumes_inside_it(
+    first, die, tmp_path
+):
+    live(tmp_path, drawn(), "killed", env={"DIE": str(first)})
+    outcome = killed_once(tmp_path, drawn(), die=die)
+    assert f"resumes from step {(die - 1) // 3 * 3}" in outcome.resumed.text
+    assert outcome.is_equal, outcome.rows
+    assert "warning" not in outcome.resumed.text
+
+
+def test_so_it_does_behind_an_iterator_of_the_program_and_on_each_rank(tmp_path):
+    source = drawn(MIXED).replace("by_epoch(run", "by_epoch(mixed(run").replace("=3)):", "=3))):")
+    outcome = killed_once(tmp_path, source, die=18, ranks=2)
+    assert "resumes from step 15" in outcome.resumed.text
+    assert outcome.is_equal, outcome.rows
+
+
+def test_a_head_that_draws_only_where_a_run_resumes_is_warned(tmp_path):
+    head = "if 'NEW' in os.environ: random.random()"
+    outcome = killed_once(tmp_path, epochs(head), die=18, then={"NEW": "1"})
+    assert outcome.resumed.text.count("draws random numbers before its inner loop") == 1
+
+
 def test_what_one_rank_begins_an_epoch_with_is_put_back_on_all(tmp_path):
     head = """
 if run.rank == 0:
@@ -143,20 +213,7 @@ def test_a_setting_that_is_overridden_stays_so_where_the_state_is_put_back(tmp_p
 
 
 def test_what_a_stream_begins_an_epoch_with_is_not_applied_again(tmp_path):
-    stream = """
-class Numbers(IterableDataset):
-    at = 0
-    def __iter__(self):
-        while self.at < 160:
-            self.at += 1
-            yield torch.full((8,), self.at / 160), torch.ones(1)
-        self.at = 0
-    def state_dict(self):
-        return {"at": self.at}
-    def load_state_dict(self, state):
-        self.at = state["at"]
-"""
-    source = stream + epochs(HEADS["lowers the learning rate"]).replace("points()", "Numbers()")
+    source = STREAM + epochs(HEADS["lowers the learning rate"]).replace("points()", "Numbers()")
     outcome = killed_once(tmp_path, source, die=18)
     assert "resumes from step 15" in outcome.resumed.text
     assert outcome.is_equal, outcome.rows
