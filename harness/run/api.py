@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from os import PathLike
 from typing import Any
 
@@ -25,6 +25,16 @@ class Run(Loop):
     def metrics(self) -> dict[str, float]:
         """The metrics of the last evaluation."""
         return self._metric_buffer.metrics
+
+    @property
+    def batch(self) -> int:
+        """The number of the present batch, from 0 on: within its epoch in `by_epoch`, else in all.
+
+        At the head of an epoch it is that of the first batch to come.
+        """
+        if not (self._in_epochs and self._looping):
+            return self._counter.made
+        return self._position.sample // (self._work.data["global_batch_size"] or 1)
 
     @property
     def is_writer(self) -> bool:
@@ -140,7 +150,7 @@ class Run(Loop):
 
         The code of the outer loop after the inner loop (a scheduler's step, an evaluation) belongs
         to the last step of the epoch and is saved with it. The epoch in which a run resumes yields
-        only the rest of its batches: count with `run.step`, not with `enumerate`. The code of the
+        only the rest of its batches: count with `run.enumerate`, not `enumerate`. The code of the
         outer loop before the inner loop runs again there. What it changes of the state that a
         checkpoint holds, also of samplers, is put back when the first batch is requested, because
         the checkpoint contains the change already; plain variables keep what it sets. Run the inner
@@ -160,6 +170,15 @@ class Run(Loop):
         return by_epoch(
             batches, lambda: self._share, self._at_head, self._put_back, lambda: self.step
         )
+
+    def enumerate(self, batches: Iterable[Any], start: int = 0) -> Iterator[tuple[int, Any]]:
+        """Yield each batch after `start` plus its number, which is `run.batch`.
+
+        It counts on where a run resumes, as `enumerate` does not: `batches` is what `Run.batches`
+        returns or what `by_epoch` yields.
+        """
+        # A generator would be over, and the run look complete, after an error.
+        return map(lambda batch: (start + self.batch, batch), batches)  # noqa: C417
 
     def steps(self, max_steps: int) -> Iterator[int]:
         """Yield the rest of `range(max_steps)`, for a loop that produces its own data.
@@ -251,14 +270,8 @@ class Run(Loop):
         """
         self._traces.point("evaluation", self.step)
         with self._goodput.during("evaluation"):
-            means = self._evaluate(
-                list(self.tracked.values()),
-                dataset,
-                fn,
-                batch_size,
-                collate_fn,
-                self._step_timeouts.evaluation,
-            )
+            tracked, beat = list(self.tracked.values()), self._step_timeouts.evaluation
+            means = self._evaluate(tracked, dataset, fn, batch_size, collate_fn, beat)
         self._step_timeouts.evaluated() if self._looping else self._step_timeouts.rest()
         self._metric_buffer.evaluated(means)
         self._checkpointer.note("evaluated", step=self.step, **means)

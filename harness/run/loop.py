@@ -22,12 +22,8 @@ class Loop:
 
     def __init__(self, parts: LoopParts) -> None:
         world, resume_point = parts.world, parts.resume_point
-        self.world, self.rank, self.world_size, self.device = (
-            world,
-            world.rank,
-            world.size,
-            world.device,
-        )
+        self.world, self.rank = world, world.rank
+        self.world_size, self.device = world.size, world.device
         self.epoch = 0
         self.state: dict[str, Any] = {}
         self.weights: tuple[float, ...] = (1.0,)
@@ -292,15 +288,9 @@ class Loop:
         return saved
 
     def _capture(self, data: dict[str, Any], of_ranks: list[OfRank]) -> Captured:
-        values = {
-            "step": self.step,
-            "epoch": self.epoch,
-            "state": self.state,
-            "config": self._settings.config,
-        }
-        return self._kept_state.captured(
-            of_ranks, data, values | self._metric_buffer.state(), self.tracked
-        )
+        values = {"step": self.step, "epoch": self.epoch, "state": self.state}
+        values |= {"config": self._settings.config, **self._metric_buffer.state()}
+        return self._kept_state.captured(of_ranks, data, values, self.tracked)
 
     def _show(self) -> None:
         """Record and print the buffered metrics. Collective: every rank must call it."""

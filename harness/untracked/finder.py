@@ -87,7 +87,7 @@ class UntrackedFinder:
         self._source: Any = None
         self._roots: Roots | None = Roots()
         self._values, self._sharing = ProgramValues(), set[str]()
-        self._is_cut_reported = False
+        self._is_cut_reported, self._counters = False, 0
         self._saved: Any = None
 
     def begin(self, tracked: Mapping[str, Any], source: Any, handled: set[int]) -> None:
@@ -217,6 +217,7 @@ class UntrackedFinder:
             roots, enters, self._held, known, self._is_spared, is_carried
         )
         self._given = None
+        self._tell_of_counters()
         shared = sharing(self._tracked)
         carried += [f"{group} (shared memory)" for group in sorted(shared - self._sharing)]
         ended = untied(self._tracked, self._sharing, shared)
@@ -229,6 +230,14 @@ class UntrackedFinder:
                 "run.state."
             )
             self._note("carried", names=carried)
+
+    def _tell_of_counters(self) -> None:
+        """Report what loops count beside the batches, once."""
+        if self._roots is not None and (names := [*self._roots.counted_anew][self._counters :]):
+            self._counters += len(names)
+            beside = "what a loop counts or reads beside the batches begins anew after a restart"
+            self._say(f"harness: {beside}: {_listed(names)}. run.enumerate(batches) counts on.")
+            self._note("carried", names=names)
 
     def _all_roots(self, frame: FrameType) -> Iterator[tuple[str, Any]]:
         if self._roots is not None:

@@ -21,7 +21,7 @@ from harness.state.kinds import PLAIN
 from harness.threads import current_frames, no_collection
 from harness.untracked.array_changes import address_of
 from harness.untracked.given_state import GivenState, are_searched
-from harness.untracked.loop_variables import LoopNames, carried_outside, names_of
+from harness.untracked.loop_variables import LoopNames, carried_outside, counted_anew, names_of
 from harness.untracked.object_walk import OF_OPTIMIZERS
 from harness.untracked.program_frames import is_programs_file, program_frames, stack, values_of
 from harness.untracked.unkept_values import is_of_program
@@ -44,6 +44,8 @@ class Roots:
         self._by_line: dict[CodeType, dict[int, LoopNames | None]] = {}
         self._carried = set[str]()  # paths of variables that loops carry
         self._modules = dict[str, dict[str, Any]]()  # variables of modules, by their path
+        # What loops around the seen lines count or read beside the batches, each after its path.
+        self.counted_anew: dict[str, None] = {}
 
     def of_program(self, frame: FrameType | None) -> Iterator[tuple[str, Any]]:
         """Yield the program's variables, each after its path: "train.py: main(): x"."""
@@ -86,6 +88,7 @@ class Roots:
         if frame.f_lineno not in lines:
             names = lines[frame.f_lineno] = names_of(frame)
             self._carried |= {spelled + name for name in (names.carried if names else ())}
+            self.counted_anew |= {spelled + name: None for name in counted_anew(frame)}
         found = [names.passing for names in lines.values() if names and names.passing]
         names = lines[frame.f_lineno]
         return set.intersection(*found) if found else names and names.passing

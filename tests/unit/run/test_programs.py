@@ -26,6 +26,15 @@ def test_a_plain_loop_ends_as_the_one_that_was_not_killed(tmp_path):
     assert outcome.is_equal, outcome.rows
 
 
+COUNTED = {
+    "in the run": "for i, (x, y) in run.enumerate(run.batches(points(), 16, epochs=3), 1):",
+    "in the epoch": """
+for epoch, batches in run.by_epoch(run.batches(points(), 16, epochs=3)):
+  for i, (x, y) in run.enumerate(batches):""",
+    "in the epoch of a stream, in micro-batches": """
+for epoch, batches in run.by_epoch(run.batches(Numbers(), 16, epochs=3, accumulate=2)):
+  for i, ((x, y), more) in run.enumerate(batches):""",
+}
 STREAM = """
 class Numbers(IterableDataset):
     at = 0
@@ -39,6 +48,22 @@ class Numbers(IterableDataset):
     def load_state_dict(self, state):
         self.at = state["at"]
 """
+
+
+@pytest.mark.parametrize("loop", COUNTED)
+def test_what_the_run_enumerates_goes_on(loop, tmp_path):
+    step = STEP.replace(
+        "\n    opt", "\n    optimizer.param_groups[0]['lr'] = 0.05 / (1 + i)\n    opt", 1
+    )
+    step += "    run.state.setdefault('numbers', []).append(i)\n    assert run.batch in (i, i - 1)"
+    head, _, _ = PLAIN.partition("for x, y")
+    source = STREAM + head + COUNTED[loop] + step
+    outcome = killed_once(tmp_path, source + "\nprint(run.state['numbers'])", die=18)
+    assert "resumes from step 15" in outcome.resumed.text
+    assert outcome.is_equal, outcome.rows
+    numbers = [*range(1, 31)] if loop == "in the run" else [*range(10)] * 3
+    assert str(numbers) in outcome.resumed.text, outcome.resumed.text
+    assert "begins anew" not in outcome.whole.text
 
 
 def test_on_two_ranks_too(tmp_path):

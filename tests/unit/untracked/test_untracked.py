@@ -926,3 +926,62 @@ def test_what_loader_workers_carry_from_batch_to_batch_is_named_once(tmp_path):
     said = re.findall("changes in the worker processes that load samples: (.*?)\\. It", lived.text)
     names = [name for names in said for name in names.split(", ")]
     assert sorted(names) == sorted(IN_WORKERS_NAMES), lived.text
+
+
+COUNTED = """
+import itertools, sys
+from types import SimpleNamespace
+from harness.run.epochs import Batches
+from harness.untracked.loop_variables import counted_anew
+
+found, run, lrs = [], SimpleNamespace(batch=0), [1, 2]
+bar = lambda batches, **_: batches
+def made():
+    for at in range(2):
+        found.extend(counted_anew(sys._getframe(1)))
+        yield at
+batches = Batches(print, print, print)
+def look():
+    found.extend(counted_anew(sys._getframe(1)))
+def g():
+    for LOOP
+g()
+"""
+
+
+@pytest.mark.parametrize(
+    ("loop", "named"),
+    [
+        ("i, b in enumerate(made()): f = i / 2", "i of enumerate(made())"),
+        ("i, b in bar(enumerate(made(), 1), of=2): f = i", "i of enumerate(made(), 1)"),
+        ("i, b in enumerate(bar(made())): (lambda: i)", "i of enumerate(bar(made()))"),
+        ("i, (b, f) in enumerate(zip(made(), lrs)): (b, f)", "zip(made(), lrs)"),
+        ("f, b in zip(itertools.count(), made()): f", "zip(itertools.count(), made())"),
+        ("at in enumerate(made()): at[0]", "the counter of enumerate(made())"),
+        ("i, b in enumerate([batches]): look(); i", "i of enumerate([batches])"),
+        ("i, b in enumerate(made()): b", ""),
+        ("i, b in enumerate(made()):\n        if i % 2 == 0: print(i, b)", ""),
+        ("i, b in enumerate(made()):\n        if i % 2 == 0: f = i", "i of enumerate(made())"),
+        ("i, b in enumerate(made(), run.batch): i", ""),
+        ("i, b in zip(itertools.count(run.batch), made()): i", ""),
+        ("b, f in zip(made(), itertools.repeat(1)): b * f", ""),
+        ("b, f in zip(made(), lrs): b", ""),
+        ("i, f in enumerate(lrs):\n        for b in made(): i", ""),
+        ("i, f in enumerate(lrs): look(); i", ""),
+        ("i, f in enumerate(list(made())): i", ""),
+    ],
+)
+def test_what_a_loop_counts_beside_the_batches_is_named(tmp_path, loop, named):
+    path = tmp_path / "loop.py"
+    path.write_text(COUNTED.replace("LOOP", loop))
+    assert ", ".join(dict.fromkeys(runpy.run_path(str(path))["found"])) == named
+
+
+def test_that_it_begins_anew_is_said_once(tmp_path):
+    source = SUMMED.replace("for x, y in loader:", "for i, (x, y) in enumerate(loader):").replace(
+        "total += loss.item()", "optimizer.param_groups[0]['lr'] = 0.05 / (1 + i)"
+    )
+    lived = live(tmp_path, source.replace("CALL", "main()"), "a")
+    assert lived.code == 0, lived.text
+    said = [line for line in lived.text.splitlines() if "begins anew after a restart" in line]
+    assert len(said) == 1 and "main(): i of enumerate(loader). run.enumerate" in said[0], said
