@@ -21,6 +21,7 @@ from harness.errors import UsageError
 from harness.run.build_work import not_of_the_run
 from harness.run.protocols import StepCounter
 from harness.selfcheck.data_checks import check_same_data
+from harness.selfcheck.start_values import StartValues
 from harness.state import Captured
 from harness.state.kinds import PLAIN
 from harness.state.plain_values import is_same
@@ -82,6 +83,7 @@ class KeptState:
         self._more = ExtraState(world, own, lambda: counter.step, say)
         self._by_rank = RankDifferences(world, own, say, note)
         self._untracked, self._strays = UntrackedFinder(suspects, say, note), StrayLoaders()
+        self._at_start = StartValues(resume_point.catalog, self._origin, say, note)
 
     def check_config(self, payload: Mapping[str, Any]) -> None:
         """Check the config against the checkpoint's; print what has changed.
@@ -186,7 +188,8 @@ class KeptState:
         self._awaits_update, self._is_begun = not source.is_own, True
         self._dataset = getattr(getattr(source, "main", source), "dataset", None)
         if self._world.is_writer:
-            self._untracked.begin(tracked, source, self._more.handled | saved)
+            handled = self._more.handled | saved
+            self._at_start.begin(*self._untracked.begin(tracked, source, handled))
         return messages
 
     def at_head(
@@ -342,6 +345,7 @@ class KeptState:
         """Release the hooks; the loop calls it at its end."""
         self._more.close()
         self._untracked.close()
+        self._at_start.close()
 
 
 def _has_changed(name: str, obj: Any, payload: Mapping[str, Any]) -> bool:

@@ -19,6 +19,7 @@ from harness.store import Entry, Store
 TAIL_BYTES = 1 << 18
 # Kinds of events and ends that hold the number of the step under way, not of a complete one.
 IN_A_STEP = ("evaluated", "hang", "failed", "superseded")
+FEW_FILES = 3  # segments of a bucket that are searched for an event of an attempt's beginning
 FEW = 20  # number of last steps that the throughput is computed from
 
 
@@ -138,6 +139,27 @@ def first_log(
     """
     each = (events([store], number, most_bytes, catalog.event_files) for store in catalog.stores)
     return next(filter(None, each), [])
+
+
+def first_of(catalog: Catalog, number: int, kind: str) -> dict[str, Any]:
+    """Return an event of this kind from the beginning of an attempt's events; {} if there is none.
+
+    The first store in which it is found counts. A store that cannot be read is left out.
+    """
+    names = f"{fmt.EVENTS}/{number:04d}.jsonl", f"{fmt.EVENTS}/{number:04d}-"
+    for store in catalog.stores:
+        with contextlib.suppress(StorageError, FileNotFoundError):
+            keys = sorted(entry.key for entry in catalog.event_files(store))
+            for key in [key for key in keys if key.startswith(names)][:FEW_FILES]:
+                read = b""
+                for chunk in store.chunks(key) if key.endswith(".jsonl") else ():
+                    read += chunk
+                    if len(read) >= TAIL_BYTES:
+                        break
+                for event in map(records.parse, read.splitlines()):
+                    if event.get("event") == kind:
+                        return event
+    return {}
 
 
 def _tail(store: Store, number: int, most_bytes: float, files: list[Entry]) -> bytes:

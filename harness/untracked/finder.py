@@ -90,8 +90,13 @@ class UntrackedFinder:
         self._is_cut_reported, self._counters = False, 0
         self._saved: Any = None
 
-    def begin(self, tracked: Mapping[str, Any], source: Any, handled: set[int]) -> None:
+    def begin(
+        self, tracked: Mapping[str, Any], source: Any, handled: set[int]
+    ) -> tuple[dict[str, tuple[Any, Any]], set[int]]:
         """Search for objects with state, before the first step.
+
+        Return the holder of each value of the program and itself, by its path, and the addresses of
+        tracked memory.
 
         Args:
             tracked: the tracked objects, by name.
@@ -114,9 +119,11 @@ class UntrackedFinder:
             self._candidates = [each for each in found if id(each.obj) not in own]
             enters = self._enters(self._kept())
             named = self._by_id(own)
-            self._values.begin(self._all_roots(frame), enters, self._held, named)
+            values = self._values.begin(self._all_roots(frame), enters, self._held, named)
             self._sharing = sharing(tracked)
             self._given = None
+            return values, self._held
+        return {}, set()
 
     def _ask(self) -> set[int]:
         """Ask the program's own tracked objects for what they save; return their ids."""
