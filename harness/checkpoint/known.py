@@ -50,7 +50,7 @@ class Known:
         """
         newer, damaged = dict[str, fmt.NewerFormatError](), dict[str, str]()
         parsed = {key: self.manifests[key] for key in keys if key in self.manifests}
-        for key, text in _read_all(store, [key for key in keys if key not in parsed]):
+        for key, text in read_files(store, [key for key in keys if key not in parsed]):
             try:
                 parsed[key] = _manifest(store, key, text)
             except FileNotFoundError:  # deleted since the first read
@@ -68,16 +68,16 @@ class Known:
         A record that cannot be parsed is {}. One that was deleted since the listing is left out.
         """
         parsed = {key: self.records[key] for key in keys if key in self.records}
-        for key, text in _read_all(store, [key for key in keys if key not in parsed]):
+        for key, text in read_files(store, [key for key in keys if key not in parsed]):
             parsed[key] = records.parse(text)
         self.records = {key: record for key, record in parsed.items() if record}
         return {key: parsed[key] for key in keys if key in parsed}
 
 
-def _read_all(store: Store, keys: list[str]) -> Iterator[tuple[str, bytes]]:
+def read_files(store: Store, keys: list[str]) -> Iterator[tuple[str, bytes]]:
     """Read small files and yield (key, content), concurrently from a remote store.
 
-    A file that was deleted since the listing is left out.
+    A file that was deleted since the listing is left out. Raises StorageError.
     """
     store = store.together()
 

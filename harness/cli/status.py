@@ -72,11 +72,15 @@ def _read(store: Store, catalog: Catalog) -> RunStatus:
         StorageError: A store cannot be read.
     """
     known = launches.read(catalog.stores)
-    events = {
-        n: attempt_history.events(catalog.stores, n)
-        for n in catalog.attempts
-        if catalog.ends.get(n, {"why": "failed"}).get("why") == "failed"
-    }
+    last = max(catalog.attempts, default=0)
+    events = attempt_history.logs(
+        catalog,
+        {
+            n: attempt_history.TAIL_BYTES if n == last else attempt_history.LAST_BYTES
+            for n in catalog.attempts
+            if catalog.ends.get(n, {"why": "failed"}).get("why") == "failed"
+        },
+    )
     attempts = [
         attempt_history.summarise(catalog, number, events.get(number, []))
         for number in sorted(catalog.attempts)

@@ -12,6 +12,7 @@ import importlib.util
 import math
 import os
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -23,9 +24,11 @@ from harness.store import LocalStore, Store
 from harness.supervision import attempt_history
 
 CLOSE_S = 10.0
+READ_S, AT_ONCE = 60.0, 32  # seconds to read events in at a start; attempts read concurrently
 # The kinds of events that hold numbers, and the prefix of their names.
 KINDS = {"step": "", "evaluated": "eval/"}
 Values = dict[str, float]
+Before = Callable[[int], Mapping[int, Values]]  # the values of the steps from one step on
 
 
 def values_of(event: Mapping[str, Any]) -> Values:
@@ -40,19 +43,49 @@ def values_of(event: Mapping[str, Any]) -> Values:
     }
 
 
-def history(catalog: Catalog, until: int) -> dict[int, Values]:
-    """Return the logged values of the steps up to `until`, in the order of steps.
+def history(
+    catalog: Catalog,
+    until: int,
+    since: int = 0,
+    say: Callable[[str], object] = lambda text: None,
+) -> dict[int, Values]:
+    """Return the logged values of the steps from `since` up to `until`, in the order of steps.
 
-    If several attempts made a step, its values are those of the last one.
+    If several attempts made a step, its values are those of the last one. The attempts are read
+    from the newest on, without those of which nothing is left. After `READ_S` the others are left
+    out, which is said.
+
+    Args:
+        catalog: Catalog of the run's stores.
+        until: Last step.
+        since: First step.
+        say: Prints a line.
     """
-    steps: dict[int, Values] = {}
-    for number in sorted(catalog.attempts):
+    limits, limit = dict[int, int](), until
+    for number in sorted(catalog.attempts, reverse=True):
         began = (catalog.attempts[number].get("from") or {}).get("step", 0)
-        steps = {step: values for step, values in steps.items() if step <= began}
-        for event in attempt_history.first_log(catalog, number, math.inf):
-            if (values := values_of(event)) and isinstance(step := event.get("step"), int):
-                steps[step] = steps.get(step, {}) | values
-    return {step: steps[step] for step in sorted(steps) if step <= until}
+        if began < limit and limit >= since:
+            limits[number] = limit  # its steps after this one were made again
+        limit = min(limit, began)
+    steps = dict[int, Values]()
+    numbers, until_s = list(limits), time.monotonic() + READ_S
+    for at in range(0, len(numbers), AT_ONCE):
+        if at and time.monotonic() > until_s:
+            say(
+                f"harness: warning: the curve up to step {limits[numbers[at]]} is not told again: "
+                f"reading the later events took {READ_S:.0f} s"
+            )
+            break
+        read = attempt_history.logs(catalog, dict.fromkeys(numbers[at : at + AT_ONCE], math.inf))
+        for number, events in read.items():
+            own: dict[int, Values] = {}
+            for event in events:
+                values, step = values_of(event), event.get("step")
+                if values and isinstance(step, int) and since <= step <= limits[number]:
+                    own[step] = own.get(step, {}) | values
+            for step, values in own.items():
+                steps[step] = values | steps.get(step, {})
+    return {step: steps[step] for step in sorted(steps)}
 
 
 class TensorBoard:
@@ -64,13 +97,13 @@ class TensorBoard:
         OSError: The store is remote, but TensorBoard's files need a disk.
     """
 
-    def __init__(self, store: Store, run_id: str, before: Mapping[int, Values]) -> None:
+    def __init__(self, store: Store, run_id: str, before: Before) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         if not isinstance(store, LocalStore):
             raise OSError("its files need a disk, and this run has no directory")
         self._writer: Any = SummaryWriter(store.where("tensorboard"), purge_step=0, flush_secs=10)
-        for step, values in before.items():
+        for step, values in before(0).items():
             self.log(step, values)
 
     def log(self, step: int, values: Values) -> None:
@@ -90,7 +123,7 @@ class WeightsAndBiases:
     accepts each step once and ignores recomputed steps, whose values are the same.
     """
 
-    def __init__(self, store: Store, run_id: str, before: Mapping[int, Values]) -> None:
+    def __init__(self, store: Store, run_id: str, before: Before) -> None:
         import wandb
 
         folder = str(store) if isinstance(store, LocalStore) else None
@@ -100,10 +133,8 @@ class WeightsAndBiases:
             dir=folder,
             project=os.environ.get("WANDB_PROJECT", "harness"),
         )
-        known = int(self._run.starting_step or 0)
-        for step, values in before.items():
-            if step >= known:
-                self.log(step, values)
+        for step, values in before(int(self._run.starting_step or 0)).items():
+            self.log(step, values)
 
     def log(self, step: int, values: Values) -> None:
         """Log the values of a step."""
@@ -114,7 +145,7 @@ class WeightsAndBiases:
         self._run.finish(exit_code=exit_code)
 
 
-MAKERS: dict[str, Callable[[Store, str, Mapping[int, Values]], TensorBoard | WeightsAndBiases]] = {
+MAKERS: dict[str, Callable[[Store, str, Before], TensorBoard | WeightsAndBiases]] = {
     "tensorboard": TensorBoard,
     "wandb": WeightsAndBiases,
 }
@@ -158,11 +189,14 @@ class Trackers:
         """
         self._say = say
         self._trackers: dict[str, TensorBoard | WeightsAndBiases] = {}
-        before = history(catalog, step) if names else {}
+
+        def before(since: int) -> dict[int, Values]:
+            return history(catalog, step, since, say)
+
         for name in names:
             self._safely(name, partial(self._open, name, catalog.stores[0], run_id, before))
 
-    def _open(self, name: str, store: Store, run_id: str, before: Mapping[int, Values]) -> None:
+    def _open(self, name: str, store: Store, run_id: str, before: Before) -> None:
         self._trackers[name] = MAKERS[name](store, run_id, before)
 
     def on_event(self, event: Mapping[str, Any]) -> None:

@@ -136,7 +136,7 @@ def timeline(catalog: Catalog) -> Timeline:
         for number, record in catalog.attempts.items()
         if record.get("kind", "train") == "train"
     )
-    events = {number: attempt_history.first_log(catalog, number, math.inf) for number in numbers}
+    events = attempt_history.logs(catalog, dict.fromkeys(numbers, math.inf))
     attempts = [attempt_history.summarise(catalog, number, events[number]) for number in numbers]
     newest = events[numbers[-1]] if numbers else []
     stands = alive(outcome(catalog, known), attempts, newest, catalog.unread)

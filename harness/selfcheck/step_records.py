@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 
 from harness.checkpoint import format as fmt
 from harness.checkpoint import records
+from harness.checkpoint.known import read_files
 from harness.errors import StorageError
 from harness.store import Entry, Store
 
@@ -233,10 +234,11 @@ def verdicts(stores: Iterable[Store]) -> dict[int, dict[str, Any]]:
     """Read the results of the comparisons, by attempt. Raises StorageError."""
     by_attempt: dict[int, dict[str, Any]] = {}
     for store in stores:
-        for entry in store.entries(fmt.ATTEMPTS):
-            if (match := VERDICT_NAME.match(entry.key)) and int(match["attempt"]) not in by_attempt:
-                with contextlib.suppress(FileNotFoundError):
-                    # Its fields have other types than those of the same names in other records.
-                    if record := records.fields(store.read(entry.key)):
-                        by_attempt[int(match["attempt"])] = record
+        names = [VERDICT_NAME.match(entry.key) for entry in store.entries(fmt.ATTEMPTS)]
+        numbers = {match.string: int(match["attempt"]) for match in names if match}
+        missing = [key for key, number in numbers.items() if number not in by_attempt]
+        for key, text in read_files(store, missing):
+            # Its fields have other types than those of the same names in other records.
+            if record := records.fields(text):
+                by_attempt[numbers[key]] = record
     return by_attempt

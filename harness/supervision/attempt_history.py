@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +19,12 @@ from harness.store import Entry, Store
 
 # How much is read from the end of an attempt's events. A million steps are tens of megabytes.
 TAIL_BYTES = 1 << 18
+# Enough to find the last step of an attempt that is not the newest one.
+LAST_BYTES = 1 << 15
+READERS = 16  # small files that are read concurrently from a remote store
+# Without the separator, the name of attempt 1000 is the beginning of that of 10000. The step
+# records (.steps) are in the same folder.
+EVENTS_NAME = re.compile(rf"^{fmt.EVENTS}/(?P<attempt>[0-9]{{4,}})[.-].*jsonl\Z")
 # Kinds of events and ends that hold the number of the step under way, not of a complete one.
 IN_A_STEP = ("evaluated", "hang", "failed", "superseded")
 FEW_FILES = 3  # segments of a bucket that are searched for an event of an attempt's beginning
@@ -116,29 +124,75 @@ def events(
         most_bytes: How much is read from the end of each store's events.
         files: Lists the folder of events of a store.
     """
-    parsed = []
+    found = list[dict[str, Any]]()
     for store in stores:
-        with contextlib.suppress(StorageError, FileNotFoundError):
-            for line in _tail(store, number, most_bytes, files(store)).splitlines():
-                # {} for a line that the tail cuts off or that is not completely written.
-                parsed.append(records.parse(line))
-    return [event for event in parsed if event]
+        with contextlib.suppress(StorageError):
+            found += _tails(store, files(store), {number: most_bytes}).get(number, [])
+    return found
+
+
+def logs(catalog: Catalog, wanted: Mapping[int, float]) -> dict[int, list[dict[str, Any]]]:
+    """Return the last events of attempts, each from the first store that has any of it.
+
+    Each store holds all events of an attempt, so one is enough, and no event is returned twice. A
+    store is listed once, and the files of all the attempts are read concurrently.
+
+    Args:
+        catalog: Catalog of the run's stores.
+        wanted: How much is read from the end of a store's events, in bytes, by attempt.
+    """
+    found = dict[int, list[dict[str, Any]]]()
+    for store in catalog.stores:
+        missing = {number: most for number, most in wanted.items() if not found.get(number)}
+        with contextlib.suppress(StorageError):
+            found |= _tails(store, catalog.event_files(store), missing) if missing else {}
+    return {number: found.get(number, []) for number in wanted}
 
 
 def first_log(
     catalog: Catalog, number: int, most_bytes: float = TAIL_BYTES
 ) -> list[dict[str, Any]]:
-    """Return the last events of an attempt from the first store that has any.
+    """Return the last events of one attempt from the first store that has any; see `logs`."""
+    return logs(catalog, {number: most_bytes})[number]
 
-    Each store holds all events of an attempt, so one is enough, and no event is returned twice.
+
+def _tails(
+    store: Store, files: list[Entry], wanted: Mapping[int, float]
+) -> dict[int, list[dict[str, Any]]]:
+    """Return the last events of attempts in one store; without the attempts that cannot be read.
 
     Args:
-        catalog: Catalog of the run's stores.
-        number: Number of the attempt.
-        most_bytes: How much is read from the end of a store's events.
+        store: The store.
+        files: The files in its folder of events, in key order.
+        wanted: See `logs`.
     """
-    each = (events([store], number, most_bytes, catalog.event_files) for store in catalog.stores)
-    return next(filter(None, each), [])
+    entries: dict[int, list[Entry]] = {number: [] for number in wanted}
+    for entry in files:
+        match = EVENTS_NAME.match(entry.key)
+        if match and int(match["attempt"]) in entries:
+            entries[int(match["attempt"])].append(entry)
+    pieces = list[tuple[int, str, int]]()  # attempt, key, start
+    for number, most_bytes in wanted.items():
+        own = list[tuple[int, str, int]]()
+        for entry in reversed(entries[number]):
+            if most_bytes <= 0:
+                break
+            own.append((number, entry.key, int(max(0, entry.size_bytes - most_bytes))))
+            most_bytes -= entry.size_bytes
+        pieces += reversed(own)
+    texts = dict[int, list[bytes]]()
+    failed = set[int]()
+    for (number, _, _), text in zip(pieces, _read(store, pieces), strict=True):
+        if text is None:
+            failed.add(number)
+        else:
+            texts.setdefault(number, []).append(text)
+    # {} for a line that the tail cuts off or that is not completely written.
+    return {
+        number: [event for line in b"".join(own).splitlines() if (event := records.parse(line))]
+        for number, own in texts.items()
+        if number not in failed
+    }
 
 
 def first_of(catalog: Catalog, number: int, kind: str) -> dict[str, Any]:
@@ -162,24 +216,21 @@ def first_of(catalog: Catalog, number: int, kind: str) -> dict[str, Any]:
     return {}
 
 
-def _tail(store: Store, number: int, most_bytes: float, files: list[Entry]) -> bytes:
-    """Return the last bytes of the events files of an attempt, in key order."""
-    parts: list[bytes] = []
-    # Without the separator, the name of attempt 1000 is the beginning of that of 10000.
-    names = tuple(f"{fmt.EVENTS}/{number:04d}{separator}" for separator in ".-")
-    # The step records (.steps) are in the same folder.
-    entries = [
-        entry for entry in files if entry.key.startswith(names) and entry.key.endswith(".jsonl")
-    ]
-    for entry in reversed(entries):
-        if most_bytes <= 0:
-            break
-        start = max(0, entry.size_bytes - most_bytes)
-        parts.append(
-            b"".join(store.chunks(entry.key, int(start))) if start else store.read(entry.key)
-        )
-        most_bytes -= entry.size_bytes
-    return b"".join(reversed(parts))
+def _read(store: Store, pieces: list[tuple[int, str, int]]) -> list[bytes | None]:
+    """Return the ends of files, from their starts on; None for each one that cannot be read."""
+    together = store.together()
+
+    def read(piece: tuple[int, str, int]) -> bytes | None:
+        _, key, start = piece
+        try:
+            return b"".join(together.chunks(key, start)) if start else together.read(key)
+        except (StorageError, FileNotFoundError):
+            return None
+
+    if store.is_local or len(pieces) < 2:
+        return [read(piece) for piece in pieces]
+    with ThreadPoolExecutor(READERS, thread_name_prefix="events") as pool:
+        return list(pool.map(read, pieces))
 
 
 def steps_per_s(events: Sequence[dict[str, Any]]) -> float | None:
@@ -214,14 +265,15 @@ def steps_again(catalog: Catalog, origin: Manifest | None, newest: list[dict[str
         newest: Events of the newest attempt.
     """
     attempt, step = (origin.attempt, origin.step) if origin else (0, 0)
-    reached = [step]
-    for number in (number for number in catalog.attempts if number >= attempt):
-        is_known = (catalog.ends.get(number) or {}).get("step") is not None
-        last = (
-            newest if number == catalog.greatest else [] if is_known else first_log(catalog, number)
-        )
-        reached.append(summarise(catalog, number, last).reached)
-    return max(reached) - step
+    later = [number for number in catalog.attempts if number >= attempt]
+    unknown = [
+        number
+        for number in later
+        if number != catalog.greatest and (catalog.ends.get(number) or {}).get("step") is None
+    ]
+    events = logs(catalog, dict.fromkeys(unknown, LAST_BYTES)) | {catalog.greatest: newest}
+    reached = [summarise(catalog, number, events.get(number, [])).reached for number in later]
+    return max([step, *reached]) - step
 
 
 def age_s(manifest: Manifest) -> float:

@@ -29,6 +29,7 @@ from harness.checkpoint import records
 from harness.checkpoint.attempts import first_word
 from harness.checkpoint.catalog import Catalog
 from harness.checkpoint.format import Manifest
+from harness.checkpoint.known import read_files
 from harness.errors import UsageError
 from harness.store import Store
 from harness.text import now
@@ -210,14 +211,11 @@ def read(stores: Sequence[Store]) -> list[Launch]:
     failures: dict[str, dict[str, Any]] = {}
     kinds = {None: begun, ".end": ends, ".failed": failures}
     for store in stores:
-        for entry in store.entries(LAUNCHES):
-            match = LAUNCH_NAME.match(entry.key)
-            if match is None:
-                continue
-            try:
-                content = records.parse(store.read(entry.key))
-            except FileNotFoundError:
-                content = {}
+        names = [LAUNCH_NAME.match(entry.key) for entry in store.entries(LAUNCHES)]
+        matches = {match.string: match for match in names if match}
+        contents = dict(read_files(store, list(matches)))
+        for key, match in matches.items():
+            content = records.parse(contents.get(key, b""))
             kinds[match["end"]].setdefault(match["name"], content)
     launches = []
     for name in begun.keys() | ends.keys() | failures.keys():

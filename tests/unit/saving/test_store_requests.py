@@ -7,6 +7,7 @@ import json
 import os
 import secrets
 import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,9 @@ from harness.checkpoint.catalog import Catalog, going_on_from, read_catalog
 from harness.checkpoint.commit import About, commit
 from harness.checkpoint.known import Known
 from harness.checkpoint.retention import Policy
+from harness.cli import main
 from harness.errors import SupersededError
+from harness.monitoring import trackers
 from harness.store import LocalStore, Store, open_store
 
 COMMITS = 4
@@ -139,6 +142,80 @@ def test_the_end_of_an_attempt_is_written_once(tmp_path, where):
         assert requests.of(part, "read", fmt.end_key(1)) == {}
 
 
+def killed_attempts(count: int, segments: int) -> Store:
+    """A run in a bucket whose attempts have made steps, and no checkpoint."""
+    bucket = open_store(f"counted://{secrets.token_hex(6)}/run")
+    for number in range(1, count + 1):
+        attempts.claim(read_catalog(bucket), None, 1)
+        for at in range(segments):
+            step = {"event": "step", "step": at + 1, "time": "", "loss": 1.0, "more": "x" * 4000}
+            bucket.write(fmt.segment_key(number, at), f"{json.dumps(step)}\n".encode(), number)
+    return bucket
+
+
+def test_status_of_many_attempts_lists_once_and_reads_their_ends_together(
+    tmp_path, monkeypatch, capsys
+):
+    bucket, requests = killed_attempts(16, 30), Requests()
+    launch = {"launch": "7.0", "supervisor": "7"}
+    for number in range(16):
+        bucket.write(f"launches/{number}.0.json", json.dumps(launch).encode(), 0)
+    # Each read waits until others are under way.
+    together, does = threading.Barrier(4, timeout=20), CountedBucket.cat_file
+
+    def cat_file(self: CountedBucket, path: str, *range_: Any, **more: Any) -> Any:
+        if "/launches/" in path or "-000029." in path:
+            together.wait()
+        return does(self, path, *range_, **more)
+
+    monkeypatch.setattr(CountedBucket, "cat_file", cat_file)
+    requests.begin(tmp_path)
+    try:
+        assert main(["status", str(bucket)]) == 75
+    finally:
+        requests.end()
+    assert requests.of(BUCKET, "list", "events") == {"events": 1}
+    reads = requests.of(BUCKET, "read", "events/")
+    assert len(reads) < 15 * 10 + 31, "the end of each, and all that is left of the newest"
+    assert max(reads.values()) == 1
+    assert "0–30" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("names", [[], ["mute"]])
+def test_trackers_are_told_only_of_attempts_of_which_something_is_left(
+    tmp_path, names, monkeypatch
+):
+    bucket, requests, told = killed_attempts(5, 3), Requests(), dict[int, Any]()
+
+    def mute(store: Store, run_id: str, before: Callable[[int], Any]) -> Any:
+        told.update(before(2))
+
+    monkeypatch.setitem(trackers.MAKERS, "mute", mute)
+    catalog = read_catalog(bucket)
+    requests.begin(tmp_path)
+    trackers.Trackers(names, catalog, "run", 2, print)
+    requests.end()
+    segments = [fmt.segment_key(5, at) for at in range(3)] if names else []
+    assert sorted(requests.of(BUCKET, "read", "events/")) == segments
+    assert requests.of(BUCKET, "list") == ({"events": 1} if names else {})
+    assert list(told) == ([2] if names else [])
+
+
+def test_a_curve_that_takes_too_long_to_read_is_told_in_part_and_that_is_said(monkeypatch):
+    bucket, said = open_store(f"counted://{secrets.token_hex(6)}/run"), list[str]()
+    for number in (1, 2, 3):
+        attempt = attempts.claim(found := read_catalog(bucket), found.head, 1)
+        saved(bucket, attempt, number * 10)
+        line = json.dumps({"event": "step", "step": number * 10, "loss": 1.0})
+        bucket.write(fmt.segment_key(number, 0), line.encode(), number)
+    catalog = read_catalog(bucket)
+    assert list(trackers.history(catalog, 30, 0, said.append)) == [10, 20, 30] and not said
+    monkeypatch.setattr(trackers, "AT_ONCE", 1)
+    monkeypatch.setattr(trackers, "READ_S", -1.0)
+    assert list(trackers.history(catalog, 30, 0, said.append)) == [30], "the newest always"
+    assert len(said) == 1 and "the curve up to step 20 is not told again" in said[0]
+
+
 def lacks(bucket: Store, *names: str) -> None:
     """The bucket has not got these checkpoints."""
     for name in names:
@@ -184,7 +261,7 @@ def store(tmp_path: Path) -> LocalStore:
     return store
 
 
-def saved(store: LocalStore, attempt: Attempt, *steps: int) -> set[str]:
+def saved(store: Store, attempt: Attempt, *steps: int) -> set[str]:
     """Commit these steps; returns their names."""
     origin = next((m for m in read_catalog(store).history if m.attempt != attempt.number), None)
     about, names = About(1, going_on_from(origin), {}, "-"), set()
