@@ -258,14 +258,8 @@ class Loader:
             seeds_held: Whether generators held by the dataset are seeded for each sample, as the
                 global ones are.
         """
-        self._planned = _PlannedDataset(
-            dataset,
-            collate or default_collate,
-            seed,
-            seeds_held=seeds_held,
-            tells=tells,
-            watch=workers.watch,
-        )
+        options: dict[str, Any] = {"seeds_held": seeds_held, "tells": tells, "watch": workers.watch}
+        self._planned = _PlannedDataset(dataset, collate or default_collate, seed, **options)
         self._dealt = _Dealt()
         self._loader: DataLoader[Any] | None = None
         if workers.number == 0 and not pin:
