@@ -16,7 +16,7 @@ Reading order, which is the order of a run:
     text.py         lines, tables, durations           arguments.py  validated arguments of `init`
     task.py         the task that a user defines       errors.py     errors and exit codes
     cli/            the commands                       tasks/        example tasks
-    threads.py      the frames of all threads
+    threads.py      the frames of all threads      source_code/  names that a program sets or reads
 
 Imports only go down these layers, and each third-party library has one door:
 
@@ -36,7 +36,7 @@ Imports only go down these layers, and each third-party library has one door:
     distributed
     config
     store, preemption, task
-    retry, text, threads
+    retry, text, threads, source_code
     errors
 """
 

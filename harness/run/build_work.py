@@ -20,6 +20,18 @@ from harness.errors import UsageError
 from harness.run.data_sharding import DataSharding
 from harness.run.work import DataArguments, Described, Work
 
+AHEAD = (
+    "the second batch was requested before the first one was trained on: no optimizer has made a "
+    "step, and there is no gradient. Each restart loses the batches that the program has requested "
+    "ahead: request one when the one before is used. num_workers loads ahead already"
+)
+TOO_LATE = (
+    "the loop over epochs sets {names} of its dataset after the epoch's first batch was loaded,"
+    " because run.by_epoch was given another iterator than that of run.batches: that batch is made"
+    " as the dataset was before, and after a restart as it was built. Give run.batches(…) itself to"
+    " run.by_epoch, and put your iterator around the inner one"
+)
+
 
 class WorkBuilder:
     """Builds what the loop of a run goes over.

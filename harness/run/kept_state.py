@@ -18,7 +18,7 @@ from harness.data import held_generators
 from harness.data.source import Source
 from harness.distributed.ranks import World
 from harness.errors import UsageError
-from harness.run.build_work import not_of_the_run
+from harness.run.build_work import AHEAD, TOO_LATE, not_of_the_run
 from harness.run.protocols import StepCounter
 from harness.selfcheck.data_checks import check_same_data
 from harness.selfcheck.start_values import StartValues
@@ -29,22 +29,10 @@ from harness.tracking.extra_state import ExtraState
 from harness.tracking.own_values import give_own, renewed
 from harness.tracking.payload import OfRank, RankEntries, captured
 from harness.tracking.rank_differences import RankDifferences
-from harness.tracking.tensor_leaves import digests_of
+from harness.tracking.tensor_leaves import has_changed
 from harness.tracking.user_state import UserState
 from harness.untracked.finder import UntrackedFinder
 from harness.untracked.stray_loaders import StrayLoaders
-
-AHEAD = (
-    "the second batch was requested before the first one was trained on: no optimizer has made a "
-    "step, and there is no gradient. Each restart loses the batches that the program has requested "
-    "ahead: request one when the one before is used. num_workers loads ahead already"
-)
-TOO_LATE = (
-    "the loop over epochs sets {names} of its dataset after the epoch's first batch was loaded,"
-    " because run.by_epoch was given another iterator than that of run.batches: that batch is made"
-    " as the dataset was before, and after a restart as it was built. Give run.batches(…) itself to"
-    " run.by_epoch, and put your iterator around the inner one"
-)
 
 
 class KeptState:
@@ -229,8 +217,8 @@ class KeptState:
     ) -> dict[str, Any]:
         """Return the checkpoint with what has changed since `begin`."""
         self._more.note_generators()
-        has_changed = any(_has_changed(*item, payload) for item in tracked.items())
-        live = state.capture(tracked) if has_changed else {}
+        is_other = any(has_changed(*item, payload) for item in tracked.items())
+        live = state.capture(tracked) if is_other else {}
         return renewed(payload, live, values, self._world.rank)
 
     def head_over(self) -> None:
@@ -265,7 +253,7 @@ class KeptState:
             UsageError: The checkpoint does not fit an object any more.
         """
         world, settings = self._world, self._settings
-        flags = world.agree([int(_has_changed(*item, payload)) for item in tracked.items()])
+        flags = world.agree([int(has_changed(*item, payload)) for item in tracked.items()])
         # What has changed on one rank is restored on all of them.
         changed = {name: tracked[name] for name, flag in zip(tracked, flags, strict=True) if flag}
         built, before = self._built, self._built_before
@@ -346,12 +334,6 @@ class KeptState:
         self._more.close()
         self._untracked.close()
         self._at_start.close()
-
-
-def _has_changed(name: str, obj: Any, payload: Mapping[str, Any]) -> bool:
-    """Return whether the state of a tracked object is not that of the checkpoint."""
-    saved = state.as_captured(name, payload[f"{name}_state_dict"])
-    return digests_of(state.captured_object(name, obj)) != digests_of(saved)
 
 
 def _plain_attributes(obj: Any) -> dict[str, Any]:

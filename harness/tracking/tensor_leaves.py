@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from harness.data.quantized import scale_of
-from harness.state.capturing import Captured
+from harness.state.capturing import Captured, as_captured, captured_object
 from harness.state.kinds import PLAIN, parts_of
 from harness.state.raw_bytes import raw
 
@@ -118,6 +118,12 @@ def leaves_of(captured: Captured) -> Leaves:
 def digests_of(captured: Captured) -> dict[Path, bytes]:
     """Return a digest of each leaf of one object's state, the same on whatever device it lies."""
     return {path: Leaf(leaf.value()).digest() for path, leaf in leaves_of(captured).items()}
+
+
+def has_changed(name: str, obj: Any, payload: Mapping[str, Any]) -> bool:
+    """Return whether the state of a tracked object is not that of the checkpoint."""
+    saved = as_captured(name, payload[f"{name}_state_dict"])
+    return digests_of(captured_object(name, obj)) != digests_of(saved)
 
 
 @torch.no_grad()

@@ -31,6 +31,7 @@ AVERAGE = "average"
 GENERATOR = "generator"
 OTHER = "with state_dict"
 NUMBERS = "numbers"
+OF_DATA = (dict, list, tuple, set, collections.deque, np.ndarray, torch.Tensor)
 # Modules of the harness whose instances hold objects of the program.
 OURS = (
     "harness.task",
@@ -273,3 +274,11 @@ class LookTimes:
     def looked(self, took_s: float) -> None:
         """Record a look after the last step, and how long this thread computed for it."""
         self._looked_at, self._took_s, self._ended_s = self.steps, took_s, time.perf_counter()
+
+
+def is_data(value: Any) -> bool:
+    """Return whether to search a value in a dataset that may only be evaluated.
+
+    Containers, arrays and the program's objects are; positions of iterators are not.
+    """
+    return isinstance(value, OF_DATA) or is_of_program(value)

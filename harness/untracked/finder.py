@@ -17,7 +17,6 @@ and, where that is cheap, in the first step of an epoch and at a save:
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import sys
 import time
@@ -25,8 +24,6 @@ from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
 from typing import Any
 
-import numpy as np
-import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.data import DataLoader, Sampler
@@ -44,6 +41,7 @@ from harness.untracked.candidates import (
     LookTimes,
     Tracked,
     find_candidates,
+    is_data,
     is_lost,
     is_of_evaluation,
     kind_of,
@@ -53,12 +51,10 @@ from harness.untracked.foreign_optimizers import on_untracked_update
 from harness.untracked.given_state import GivenState, are_searched
 from harness.untracked.object_walk import MOST_OBJECTS, plain_in
 from harness.untracked.program_frames import of_source
-from harness.untracked.program_roots import Roots, of_torch, of_tracked, sharing, untied
+from harness.untracked.program_roots import Roots, Sharing, of_torch, of_tracked
 from harness.untracked.program_values import ProgramValues
-from harness.untracked.unkept_values import is_of_program
 
 MOST_NAMES = 10  # names in one message
-OF_DATA = (dict, list, tuple, set, collections.deque, np.ndarray, torch.Tensor)
 OF_THE_RUN = ("harness.run", "harness.data", "harness.saving", "harness.distributed")
 
 
@@ -86,7 +82,7 @@ class UntrackedFinder:
         self._of_other_data = set[int]()
         self._source: Any = None
         self._roots: Roots | None = Roots()
-        self._values, self._sharing = ProgramValues(), set[str]()
+        self._values, self._sharing = ProgramValues(), Sharing({})
         self._is_cut_reported, self._counters = False, 0
         self._saved: Any = None
 
@@ -120,7 +116,7 @@ class UntrackedFinder:
             enters = self._enters(self._kept())
             named = self._by_id(own)
             values = self._values.begin(self._all_roots(frame), enters, self._held, named)
-            self._sharing = sharing(tracked)
+            self._sharing = Sharing(tracked)
             self._given = None
             return values, self._held
         return {}, set()
@@ -225,12 +221,7 @@ class UntrackedFinder:
         )
         self._given = None
         self._tell_of_counters()
-        shared = sharing(self._tracked)
-        carried += [f"{group} (shared memory)" for group in sorted(shared - self._sharing)]
-        ended = untied(self._tracked, self._sharing, shared)
-        carried += [f"{group} (no longer shared memory)" for group in ended]
-        self._sharing = (self._sharing | shared).difference(ended)
-        if carried:
+        if carried := [*carried, *self._sharing.changed()]:
             anew = "what the program carries from step to step begins anew after a restart"
             self._say(
                 f"harness: {anew}: {_listed(carried)}. What training depends on belongs in "
@@ -265,7 +256,7 @@ class UntrackedFinder:
                 or (is_stream and value is dataset)
                 or isinstance(value, Sampler)
                 or str(type(value).__module__).startswith(OF_THE_RUN)
-                or (id(holder) in others and not _is_data(value))
+                or (id(holder) in others and not is_data(value))
             ):
                 return False
             is_other = is_of_evaluation(holder, value, self._source)
@@ -335,14 +326,6 @@ class UntrackedFinder:
                 "of a generator: draw from the global ones, which are saved. What each step fills "
                 "anew is not lost."
             )
-
-
-def _is_data(value: Any) -> bool:
-    """Return whether to search a value in a dataset that may only be evaluated.
-
-    Containers, arrays and the program's objects are; positions of iterators are not.
-    """
-    return isinstance(value, OF_DATA) or is_of_program(value)
 
 
 def _listed(names: list[str]) -> str:

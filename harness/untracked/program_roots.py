@@ -17,11 +17,11 @@ from torch import nn
 
 from harness.data.generator_objects import drawn_from, is_generator
 from harness.distributed import wrappers
+from harness.source_code.loops import LoopNames, carried_outside, counted_anew, names_of
 from harness.state.kinds import PLAIN
 from harness.threads import current_frames, no_collection
 from harness.untracked.array_changes import address_of
 from harness.untracked.given_state import GivenState, are_searched
-from harness.untracked.loop_variables import LoopNames, carried_outside, counted_anew, names_of
 from harness.untracked.object_walk import OF_OPTIMIZERS
 from harness.untracked.program_frames import is_programs_file, program_frames, stack, values_of
 from harness.untracked.unkept_values import is_of_program
@@ -185,6 +185,21 @@ def _hooks(holders: list[Any], tensors: list[torch.Tensor]) -> list[Any]:
 def _is_programs(hook: Any) -> bool:
     code = getattr(getattr(hook, "__func__", hook), "__code__", None)
     return is_of_program(hook) if code is None else is_programs_file(code.co_filename)
+
+
+class Sharing:
+    """Groups of tracked tensors that share memory, as built or at the last look."""
+
+    def __init__(self, tracked: Mapping[str, Any]) -> None:
+        self._tracked, self._groups = tracked, sharing(tracked)
+
+    def changed(self) -> list[str]:
+        """Return the groups that have begun or ceased to share memory since the last look."""
+        now = sharing(self._tracked)
+        begun = [f"{group} (shared memory)" for group in sorted(now - self._groups)]
+        ended = untied(self._tracked, self._groups, now)
+        self._groups = (self._groups | now).difference(ended)
+        return begun + [f"{group} (no longer shared memory)" for group in ended]
 
 
 def sharing(tracked: Mapping[str, Any]) -> set[str]:

@@ -29,15 +29,15 @@ from torch.utils.data import Dataset
 import harness.untracked.array_changes as array_changes
 import harness.untracked.library_values as library_values
 from harness.data.held_generators import tells_its_class
-from harness.state.kinds import PLAIN
-from harness.untracked.array_changes import ATTRIBUTE, MODULE, ArrayMark
-from harness.untracked.loop_variables import (
+from harness.source_code.loops import carried_outside
+from harness.source_code.methods import (
     carried_attributes,
-    carried_outside,
     is_told_the_epoch,
     kept_attributes,
     told_attributes,
 )
+from harness.state.kinds import PLAIN
+from harness.untracked.array_changes import ATTRIBUTE, MODULE, ArrayMark
 from harness.untracked.object_walk import DEPTH, FEW, MOST_OBJECTS, parts_with_places
 from harness.untracked.program_frames import is_programs_file
 from harness.untracked.unkept_values import is_of_program, is_programs

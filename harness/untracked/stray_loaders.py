@@ -26,8 +26,8 @@ from torch.utils.data.dataloader import _BaseDataLoaderIter
 from harness.data import held_generators, loading
 from harness.data.generator_objects import is_generator
 from harness.data.plan import kept_generators
+from harness.source_code.methods import results
 from harness.state.kinds import PLAIN
-from harness.untracked.loop_variables import results
 from harness.untracked.object_walk import parts
 from harness.untracked.program_frames import is_programs_file
 from harness.untracked.program_values import ProgramValues, Root

@@ -30,9 +30,9 @@ from torch.utils.data import Dataset, Sampler
 
 from harness.data.generator_objects import drawn_from, is_generator
 from harness.data.held_generators import is_library
+from harness.source_code.methods import detached_attributes
 from harness.state.kinds import PLAIN
 from harness.untracked.array_changes import address_of
-from harness.untracked.loop_variables import detached_attributes
 from harness.untracked.object_walk import FEW, OF_MODULES, parts
 
 MOST_ITEMS = 5000  # limit of items that are examined for one value

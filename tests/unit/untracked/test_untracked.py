@@ -806,7 +806,7 @@ def test_memory_that_tracked_tensors_come_to_share_or_cease_to_is_named(tmp_path
 
 LOOP_OF = """
 import sys
-from harness.untracked.loop_variables import names_of
+from harness.source_code.loops import names_of
 
 def batches():
     found.append(names_of(sys._getframe(1)).passing)
@@ -932,7 +932,7 @@ COUNTED = """
 import itertools, sys
 from types import SimpleNamespace
 from harness.run.epochs import Batches
-from harness.untracked.loop_variables import counted_anew
+from harness.source_code.loops import counted_anew
 
 found, run, lrs = [], SimpleNamespace(batch=0), [1, 2]
 bar = lambda batches, **_: batches
