@@ -6,7 +6,6 @@ import atexit
 import contextlib
 import copy
 import dataclasses
-import os
 import weakref
 from array import array
 from collections import UserDict
@@ -214,7 +213,6 @@ def as_is(item: Any) -> Any:
 
 # Iterators of DataLoaders. Each has worker processes as long as it exists.
 _READING: weakref.WeakSet[Any] = weakref.WeakSet()
-os.register_at_fork(after_in_child=_READING.clear)  # a child has no worker processes of its own
 
 
 def _end_workers() -> None:
@@ -224,9 +222,9 @@ def _end_workers() -> None:
     multiprocessing would wait for them.
     """
     for reading in list(_READING):
-        if getattr(reading, "_workers", None):
-            with contextlib.suppress(Exception):  # the iterator may be only half built
-                reading._shutdown_workers()
+        with contextlib.suppress(Exception):  # half built, without workers, or another process's
+            reading._workers[0].is_alive()  # raises AssertionError for a child of another process
+            reading._shutdown_workers()
 
 
 class Loader:
