@@ -3,7 +3,8 @@
 The checkpoint is copied as the first one of a new attempt, which cuts off all later ones, also
 those where this command does not look: in a machine's memory, or in a directory whose bucket is
 named here. Nothing is deleted. A training process of the run that is still alive ends as
-superseded. To undo a rollback, roll back to the former newest checkpoint, by its name.
+superseded, and its job resumes from there. To undo a rollback, roll back to the former newest
+checkpoint, by its name.
 
 example: harness rollback runs/a 1200
 example: harness rollback runs/a step_00002000-0003
@@ -17,7 +18,8 @@ from harness.checkpoint import attempts, commit
 from harness.checkpoint.catalog import Catalog, going_on_from
 from harness.checkpoint.format import Manifest
 from harness.cli import locate
-from harness.errors import UsageError
+from harness.errors import DamagedError, HarnessError, StorageError, UsageError
+from harness.store import Store
 from harness.text import say
 
 
@@ -43,8 +45,7 @@ def run(given: argparse.Namespace) -> int:
     if manifest is catalog.head and _has_ended_with(catalog, manifest):
         say(f"the run stands at {manifest.name} already; nothing to do")
         return 0
-    source, target = catalog.copies(manifest)[0], catalog.stores[-1]
-    locate.check(source, manifest)  # before anything is claimed
+    source, target = _verified(catalog, manifest), catalog.stores[-1]
     more = {"built": catalog.attempts.get(manifest.attempt, {}).get("built", {})}
     attempt = attempts.claim(catalog, manifest, manifest.world_size, "rollback", more)
     copy = commit.adopt(source, manifest, target, attempt, going_on_from(manifest))
@@ -52,6 +53,23 @@ def run(given: argparse.Namespace) -> int:
         attempts.end_copied(store, attempt, copy, by="rollback")
     say(f"{copy.name}: the next start resumes from step {copy.step}, as {manifest.name} was")
     return 0
+
+
+def _verified(catalog: Catalog, manifest: Manifest) -> Store:
+    """Return the first store whose copy of a checkpoint verifies, before anything is claimed.
+
+    Raises the error of the first copy if there is none.
+    """
+    problems, copies = list[HarnessError](), catalog.copies(manifest)
+    whole = catalog.whole_copies(manifest)
+    for store in sorted(copies, key=lambda store: store not in whole):
+        try:
+            locate.check(store, manifest)
+        except (DamagedError, StorageError) as error:
+            problems.append(error)
+        else:
+            return store
+    raise problems[0]
 
 
 def _has_ended_with(catalog: Catalog, head: Manifest) -> bool:

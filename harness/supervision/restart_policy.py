@@ -87,13 +87,8 @@ def deaths(catalog: Catalog, launches: Sequence[Launch], supervisor: str) -> lis
             end = _end_of(catalog, number, launch)
             if end is not None and end.get("why") == "failed":
                 is_fruitless = not catalog.has_progressed(number, record.get("reached", -1))
-                died.append(
-                    (
-                        launch.number,
-                        number,
-                        _failure(f"attempt {number}", end, launch.name, is_fruitless),
-                    )
-                )
+                failure = _failure(f"attempt {number}", end, launch.name, is_fruitless)
+                died.append((launch.number, number, failure))
         has_died = bool(died) and died[-1][2].launch == launch.name
         if launch.end is not None and (
             _is_unfinished(catalog, launch) and not has_died
@@ -102,13 +97,8 @@ def deaths(catalog: Catalog, launches: Sequence[Launch], supervisor: str) -> lis
         ):
             reached = launch.record.get("reached", -1)
             is_fruitless = not catalog.has_progressed(launch.greatest, reached)
-            died.append(
-                (
-                    launch.number,
-                    0,
-                    _failure(f"launch {launch.name}", launch.end, launch.name, is_fruitless),
-                )
-            )
+            failure = _failure(f"launch {launch.name}", launch.end, launch.name, is_fruitless)
+            died.append((launch.number, 0, failure))
     return [failure for _, _, failure in sorted(died, key=lambda item: item[:2])]
 
 
@@ -167,16 +157,8 @@ def _end_of(catalog: Catalog, number: int, launch: Launch) -> dict[str, Any] | N
 
 def _failure(subject: str, end: dict[str, Any], launch: str, is_fruitless: bool) -> Failure:
     error, trace = str(end.get("error", "unknown error")), str(end.get("trace", ""))
-    return Failure(
-        subject,
-        error,
-        end.get("step"),
-        end.get("rank"),
-        trace,
-        int(end.get("code", EXIT_FAILED)),
-        launch,
-        is_fruitless,
-    )
+    code, step, rank = int(end.get("code", EXIT_FAILED)), end.get("step"), end.get("rank")
+    return Failure(subject, error, step, rank, trace, code, launch, is_fruitless)
 
 
 def crash_loop(failed: Sequence[Failure]) -> str:
@@ -301,6 +283,22 @@ def _end(catalog: Catalog, launch: Launch | None) -> dict[str, Any] | None:
     )
 
 
+def _overtaken(catalog: Catalog, latest: int) -> Outcome:
+    """Return what must follow a launch whose newest attempt, `latest`, has a successor.
+
+    After a rollback nothing else trains the run. Before its end, a start would overtake it.
+    """
+    newest = max(catalog.attempts, default=0)
+    kinds = {record.get("kind") for n, record in catalog.attempts.items() if n > latest}
+    if kinds != {"rollback"}:
+        why = f"attempt {newest} has begun elsewhere, and goes on"
+        return Outcome("superseded", why, EXIT_SUPERSEDED)
+    what = f"attempt {newest}, a rollback, has taken its place"
+    if newest not in catalog.ends:
+        return Outcome("superseded", f"{what}; start again when it is done", EXIT_SUPERSEDED)
+    return Outcome("to be continued", f"{what}; a start resumes from there", EXIT_STOPPED)
+
+
 def verdict(
     catalog: Catalog, launches: Sequence[Launch], name: str
 ) -> tuple[Outcome, list[Failure]]:
@@ -329,9 +327,7 @@ def verdict(
     if (newest > latest and not (end.get("why") == "finished" and is_whole)) or end.get(
         "why"
     ) == "superseded":
-        return Outcome(
-            "superseded", f"attempt {newest} has begun elsewhere, and goes on", EXIT_SUPERSEDED
-        ), failed
+        return _overtaken(catalog, latest), failed
     # A launch of a finished run is begun to extend it. If it ended before its first attempt, its
     # end counts, and not the checkpoint by which the run is finished.
     wanted_more = not attempts and end.get("why") in ("failed", "stopped")
