@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from pathlib import PurePath
 
 from harness import config
+from harness.checkpoint.attempts import spell
 from harness.checkpoint.catalog import Catalog, reaches, read_catalog
 from harness.config import Config
 from harness.errors import (
@@ -47,7 +48,7 @@ from harness.supervision.restart_policy import (
     outcome,
     verdict,
 )
-from harness.text import say
+from harness.text import now, say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -115,9 +116,9 @@ def before(settings: Config, name: str, *, submitted: bool = False) -> int:
             only a newer harness can read the newest checkpoint.
     """
     stores = [store.with_retry_limit(settings.store.wait_s) for store in places(settings)]
-    if submitted:
-        _check_submitted(stores)
     catalog = read_catalog(*stores)
+    if submitted:
+        _check_submitted(stores, catalog)
     catalog.check_same_run()
     catalog.check_readable()
     known = launches.read(stores)
@@ -195,14 +196,24 @@ def _have_resumed(catalog: Catalog, failed: Sequence[Failure]) -> bool:
     )
 
 
-def _check_submitted(stores: Sequence[Store]) -> None:
-    """Raise UsageError unless a store has the record of `harness submit`."""
-    if not any(store.exists(launches.SUBMITTED) for store in stores):
+def _check_submitted(stores: Sequence[Store], catalog: Catalog) -> None:
+    """Raise UsageError unless a store has the record of `harness submit`, or attempts of the run.
+
+    The record is written anew, since a file system may delete files that are old.
+    """
+    has_begun = catalog.greatest or catalog.manifests
+    if not (has_begun or any(store.exists(launches.SUBMITTED) for store in stores)):
         raise UsageError(
             "this run was submitted, but its record is not here: the disk is another one, or empty",
             f"searched: {' and '.join(store.where(launches.SUBMITTED) for store in stores)}",
             "Put run.dir on a file system that all nodes share, or give the run a run.remote.",
         )
+    try:
+        record = stores[-1].read(launches.SUBMITTED)
+    except FileNotFoundError:
+        record = spell({"submitted": now()})
+    stores[-1].prepare((launches.LAUNCHES,))
+    stores[-1].write(launches.SUBMITTED, record, 0)
 
 
 def is_complete(catalog: Catalog, settings: Config) -> bool:
