@@ -16,23 +16,31 @@ FENCE_S = 1.0  # interval at which the files of a run directory check for a newe
 MOST_KEPT_BYTES = 64 << 20  # limit of the files that are queued, as in an outage
 
 
-def write_file(store: Store, key: str, data: bytes, attempt: Attempt) -> None:
+def write_file(
+    store: Store, key: str, data: bytes, attempt: Attempt, swept: set[str] | None = None
+) -> None:
     """Write one of the user's files to a store; create its folder in a run directory.
+
+    A sweep of the folder lists it all, and a program may keep a file in each step.
 
     Args:
         store: The run directory or the remote store.
         key: The key of the file.
         data: The content of the file.
         attempt: The attempt that writes.
+        swept: Folders that this attempt has swept already; the file's is added.
 
     Raises:
         StorageError: The file cannot be written.
     """
+    swept = set() if swept is None else swept
     # A run directory that has vanished is not created again.
     if store.is_local and store.exists(fmt.attempt_key(attempt.number)):
         folders = (key.rpartition("/")[0],)
         store.prepare(folders)
-        store.sweep(folders, attempt.number)
+        if not swept.issuperset(folders):
+            store.sweep(folders, attempt.number)
+            swept.update(folders)
     store.write(key, data, attempt.number)
 
 
@@ -44,7 +52,7 @@ class DirectoryFiles:
     """
 
     def __init__(self, store: Store) -> None:
-        self._store, self._checked_at = store, -math.inf
+        self._store, self._checked_at, self._swept = store, -math.inf, set[str]()
 
     def write(self, key: str, data: bytes, attempt: Attempt) -> None:
         """Write a file, unless a newer attempt has begun, whose files must not be replaced.
@@ -62,7 +70,7 @@ class DirectoryFiles:
         if time.clock_gettime(time.CLOCK_BOOTTIME) - self._checked_at >= FENCE_S:
             check_fence(self._store, attempt)
             self._checked_at = time.clock_gettime(time.CLOCK_BOOTTIME)
-        write_file(self._store, key, data, attempt)
+        write_file(self._store, key, data, attempt, self._swept)
 
 
 class KeptFiles:
