@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
+import math
 import os
 import platform
 import secrets
@@ -32,7 +33,7 @@ from harness.checkpoint.catalog import read_catalog
 from harness.cli import locate
 from harness.config import Config
 from harness.distributed import join
-from harness.errors import EXIT_USAGE, HarnessError, StorageError
+from harness.errors import EXIT_USAGE, HarnessError, StorageError, UsageError
 from harness.store import CHUNK_BYTES, LocalStore, Store, is_url, open_store, probe
 from harness.store.remote import RemoteStore
 from harness.text import duration, say, size
@@ -137,6 +138,8 @@ def _size(stores: list[Store], size_mb: float | None) -> int:
     The size comes from the command line, else from the run's newest checkpoint; else it is a guess.
     """
     if size_mb is not None:
+        if not 0 < size_mb < math.inf:
+            raise UsageError("--size-mb is no size", f"found: {size_mb}", "Such as 500.")
         return int(size_mb * 1e6)
     for store in stores:
         try:

@@ -37,6 +37,7 @@ from harness.config import Config
 from harness.config.user_program import check_loop, check_named
 from harness.data.plan import check_batch
 from harness.errors import HarnessError, StorageError, UsageError
+from harness.store import expanded
 from harness.supervision import job_script, launches
 from harness.supervision.code_copy import copy_code
 from harness.text import now, say
@@ -181,11 +182,7 @@ def _name(settings: Config) -> str:
 
     Of all jobs with the same name, SLURM runs only one at a time.
     """
-    place = (
-        str(Path(settings.run.dir).expanduser().absolute())
-        if settings.run.dir
-        else settings.run.remote or ""
-    )
+    place = str(expanded(settings.run.dir)) if settings.run.dir else settings.run.remote or ""
     name = re.sub(r"[^\w.+-]", "_", Path(place).name, flags=re.ASCII)
     return (
         settings.slurm.job_name
@@ -209,11 +206,7 @@ def _as_yaml(word: str) -> str:
 def _home(settings: Config) -> Path:
     """Return the folder for script, code and logs, which the nodes must share."""
     is_shared = settings.run.dir is not None and not settings.run.scratch
-    return (
-        Path(settings.run.dir if is_shared and settings.run.dir else _name(settings))
-        .expanduser()
-        .absolute()
-    )
+    return expanded(settings.run.dir if is_shared and settings.run.dir else _name(settings))
 
 
 def _next_folder(home: Path) -> Path:

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 from harness.distributed.ranks import own_rank, prints
+from harness.store import expanded
 from harness.supervision import launches
 from harness.text import say
 
@@ -27,7 +28,7 @@ def divert(directory: str | Path | None) -> None:
     name = launches.own()
     if name is None or directory is None or prints():
         return
-    folder = Path(directory).expanduser() / LOGS
+    folder = expanded(directory) / LOGS
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = os.open(

@@ -26,6 +26,7 @@ from harness.store.base import (
     Store,
     check_key,
     delete_all,
+    expanded,
     storage_error,
 )
 from harness.store.folders import fsync_folder, take_name
@@ -126,7 +127,7 @@ class LocalStore(Store):
     is_local = True
 
     def __init__(self, root: str | Path) -> None:
-        self.root = Path(root).expanduser().absolute()
+        self.root = expanded(root)
 
     def __str__(self) -> str:
         return str(self.root)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from collections.abc import Iterable
@@ -76,10 +77,8 @@ def _sources(directory: Path) -> Iterable[Path]:
         "--exclude-standard",
     ]
     try:
-        names = subprocess.run(listed, capture_output=True, text=True, check=True).stdout.split(
-            "\0"
-        )
-        paths: Iterable[Path] = [directory / name for name in names if name]
+        names = subprocess.run(listed, capture_output=True, check=True).stdout.split(b"\0")
+        paths: Iterable[Path] = [directory / os.fsdecode(name) for name in names if name]
     except (OSError, subprocess.CalledProcessError):
         paths = (path for path in directory.rglob("*") if path.suffix in SOURCES)
     mine = (path for path in paths if not _is_foreign(path, directory))

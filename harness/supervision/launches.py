@@ -31,7 +31,7 @@ from harness.checkpoint.catalog import Catalog
 from harness.checkpoint.format import Manifest
 from harness.checkpoint.known import read_files
 from harness.errors import UsageError
-from harness.store import Store
+from harness.store import Store, expanded
 from harness.text import now
 
 LAUNCHES = "launches"
@@ -169,7 +169,7 @@ def supervise(directory: str | None, remote: str | None) -> None:
 def _spelled(directory: str | Path | None, remote: str | None) -> list[str | None]:
     """Return the run's directory and URL in a form that can be compared."""
     return [
-        str(Path(directory).expanduser().absolute()) if directory is not None else None,
+        str(expanded(directory)) if directory is not None else None,
         remote.rstrip("/") if remote else None,
     ]
 

@@ -13,6 +13,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from remote_lives import run_forked
 from s3_server import S3Server
 
+from harness import cli
 from harness.cli import doctor
 from harness.errors import RefusedError
 from harness.store import open_store, probe
@@ -110,3 +111,9 @@ def test_under_torchrun_the_ranks_are_compared(tmp_path: Path) -> None:
     )
     assert done.stdout.count("create exclusively") == 1, "only one rank tries things out"
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("size", ["nan", "inf", "-1"])
+def test_a_size_that_is_none_is_refused(size, tmp_path, capsys):
+    assert cli.main(["doctor", str(tmp_path / "a"), "--size-mb", size]) == 78
+    assert f"found: {size}" in capsys.readouterr().err

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 import secrets
 import shutil
 import tempfile
@@ -780,6 +781,48 @@ def test_a_submitted_run_without_its_record_stands_before_another_disk(tmp_path,
     assert (
         harness("supervise", "before", "--submitted", f"run.dir={directory}", launch="1.0")[0] == 75
     )
+
+
+def test_a_submitted_run_whose_record_was_purged_is_known_by_its_attempts(run, harness):
+    Job("1", LocalStore(run)).stops(10)
+    before = ("supervise", "before", "--submitted", f"run.dir={run}")
+    assert harness(*before, launch="1.1")[0] == 75
+    assert (run / "run.json").exists()
+    os.utime(run / "run.json", (0, 0))
+    assert harness(*before, launch="1.2")[0] == 75
+    assert (run / "run.json").stat().st_mtime > 0, "it is not older than the last start"
+
+
+def test_a_rollback_takes_a_copy_that_is_whole(tmp_path, harness):
+    remote = f"memory://{secrets.token_hex(8)}/run"
+    stores = LocalStore(tmp_path / "run"), open_store(remote)
+    Job("1", *stores).stops(10, 20)
+    path = stores[0].path(fmt.data_key(10, 1))
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    code, said = harness("rollback", tmp_path / "run", 10)
+    assert code == 0, said
+    assert there(read_catalog(*stores).head).order == (2, 10)
+
+
+def test_a_job_whose_run_is_rolled_back_goes_on_from_there(store, harness):
+    job = Job("1", store).begin()
+    life = job.attempt(10, 20)
+    rolled = attempts.claim(read_catalog(store), read_catalog(store).manifests[0], 1, "rollback")
+    attempts.end(store, life.attempt, "superseded", error="attempt 2 has begun", code=76)
+    job.end(code=76)
+    assert job.verdict.exit_code == 76 and "start again when it is done" in job.verdict.why
+    attempts.end(store, rolled, "stopped", saved=True, saved_step=10, by="rollback")
+    assert job.verdict.exit_code == 75 and "a rollback" in job.verdict.why
+    job.begin().attempt(30)
+    assert verdict(read_catalog(store), launches.read([store]), "1.0")[0].exit_code == 76
+
+
+@pytest.mark.parametrize("command", ["status", "ls", "launch"])
+def test_a_home_that_does_not_exist_is_said_in_words(command, harness):
+    place = "~nosuchuser/x"
+    code, said = harness(command, f"run.dir={place}" if command == "launch" else place)
+    assert code == (74 if command == "status" else 78), said
+    assert "~nosuchuser" in said and "Traceback" not in said
 
 
 def test_a_submitted_run_on_scratch_is_known_by_the_record_in_its_other_store(tmp_path, harness):

@@ -797,6 +797,14 @@ def test_names_that_git_would_quote_are_copied(place, submit, sbatch):
     }
 
 
+def test_a_name_that_is_no_utf_8_is_copied(place, submit, sbatch):
+    name = add_task(place)
+    git(place, "init", "-q")
+    odd = os.fsdecode(b"caf\xe9.py")
+    fill(place, odd)
+    assert copied(place, submit, f"task.name={name}") == {f"{name.partition(':')[0]}.py", odd}
+
+
 def test_a_task_that_is_installed_is_not_copied(place, submit, sbatch, monkeypatch):
     installed = place / "lib" / "site-packages"
     installed.mkdir(parents=True)
