@@ -103,6 +103,22 @@ def fix_bucket_order(module: object, world: World) -> None:
             parameter.grad = None
 
 
+def rounds_restored_gradients(module: object, world: World) -> bool:
+    """Return whether DDP rounds a gradient that was restored otherwise than one that has lasted.
+
+    With gradient_as_bucket_view, a gradient that lasts is a part of a bucket and is divided by the
+    number of ranks; another one is multiplied by its inverse, which is the same for powers of two.
+    Where DDP regroups (see `fix_bucket_order`), it makes restored gradients parts of the buckets.
+    """
+    return world.size & (world.size - 1) != 0 and any(
+        ddp.gradient_as_bucket_view
+        and ddp.find_unused_parameters
+        and not ddp._comm_hooks
+        and any(parameter.grad is not None for parameter in ddp.module.parameters())
+        for ddp in ddp_wrappers(module)
+    )
+
+
 @contextlib.contextmanager
 def no_buffer_sync(modules: list[object]) -> Iterator[None]:
     """Keep forward passes from calling collectives while the block runs.

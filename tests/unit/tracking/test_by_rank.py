@@ -572,3 +572,27 @@ def test_a_loss_that_each_rank_logs_now_and_then_and_another_metric(tmp_path):
     )
     assert more.code == 0 and "are ranked by down:min from here on" in more.text
     assert newest(tmp_path / "whole")["best"] == pytest.approx(-0.25)
+
+
+VIEWS = """
+run = init()
+model = nn.parallel.DistributedDataParallel(
+    nn.Linear(8, 8), gradient_as_bucket_view=True, find_unused_parameters=True
+)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+run.track(model=model, optimizer=optimizer)
+for x, y in run.batches(points(60), 6, epochs=1):
+    optimizer.zero_grad(set_to_none=False)
+    (model(x) - y).square().mean().backward()
+    optimizer.step()
+    run.log(loss=0)
+    die(run)
+"""
+
+
+def test_gradients_that_ddp_rounds_otherwise_after_a_restart_are_named(tmp_path):
+    """Torch divides a gradient that is part of a bucket, and multiplies another one."""
+    live(tmp_path, VIEWS, "run", ranks=3, env={"DIE": "7"})
+    resumed = live(tmp_path, VIEWS, "run", ranks=3)
+    assert "resumes from step 6" in resumed.text, resumed.text
+    assert resumed.text.count("model: DDP with gradient_as_bucket_view") == 1, resumed.text
