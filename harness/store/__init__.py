@@ -61,12 +61,11 @@ from harness.store.base import (
     Sink,
     Store,
     delete_all,
-    expanded,
 )
 from harness.store.bucket import ObjectClient
 from harness.store.local import LocalStore
 from harness.store.sealed_memory import Handle, SealedMemory, attached, keep
-from harness.store.urls import DEFAULT_WAIT_S, check_url, is_url, redacted
+from harness.store.urls import DEFAULT_WAIT_S, check_url, expanded, is_url, redacted
 
 __all__ = [
     "CHUNK_BYTES",

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from blake3 import blake3
 
-from harness.errors import HarnessError, StorageError, UsageError
+from harness.errors import HarnessError, StorageError
 from harness.retry import RetryEvent
 
 if TYPE_CHECKING:
@@ -335,17 +335,6 @@ def delete_all(store: Store, keys: Sequence[str]) -> None:
             failed.append(error)
     if failed:
         raise failed[0]
-
-
-def expanded(path: str | Path) -> Path:
-    """Return the absolute path of a directory; a leading ~ stands for a home directory.
-
-    Raises UsageError if there is no such home.
-    """
-    try:
-        return Path(path).expanduser().absolute()
-    except RuntimeError as error:
-        raise UsageError(f"{path} is not a place for a run", f"found: {error}") from None
 
 
 def check_key(store: object, key: str) -> list[str]:

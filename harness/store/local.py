@@ -26,10 +26,10 @@ from harness.store.base import (
     Store,
     check_key,
     delete_all,
-    expanded,
     storage_error,
 )
 from harness.store.folders import fsync_folder, take_name
+from harness.store.urls import expanded
 
 # Small enough that a chunk is still in the CPU cache when it is copied after being digested.
 READ_BYTES = 1 << 20

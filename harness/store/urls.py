@@ -1,13 +1,27 @@
-"""Check the URLs of stores, and remove secrets from texts about them."""
+"""Check the addresses of stores, and remove secrets from texts about them."""
 
 from __future__ import annotations
 
 import os
 import re
+from pathlib import Path
 from urllib.parse import urlsplit
+
+from harness.errors import UsageError
 
 DEFAULT_WAIT_S = 300.0  # retry limit of a request in seconds
 SECRETS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_SECURITY_TOKEN")
+
+
+def expanded(path: str | Path) -> Path:
+    """Return the absolute path of a directory; a leading ~ stands for a home directory.
+
+    Raises UsageError if there is no such home.
+    """
+    try:
+        return Path(path).expanduser().absolute()
+    except RuntimeError as error:
+        raise UsageError(f"{path} is not a place for a run", f"found: {error}") from None
 
 
 def is_url(text: str) -> bool:

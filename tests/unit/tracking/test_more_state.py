@@ -69,6 +69,8 @@ for x, y in run.batches(points(192), 16, epochs=1):
         optimizer.step()
         optimizer.zero_grad()
     run.log(loss=loss)
+    if "STOP" in os.environ:
+        time.sleep(0.3)  # several ranks agree on a stop every quarter of a second
     if run.step == int(os.environ.get("STOP", 0)):
         os.kill(os.getpid(), signal.SIGTERM)
     die(run)
