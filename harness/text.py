@@ -32,7 +32,11 @@ def redraw(text: str, start: str = ERASED) -> None:
 
 def _print(text: str, target: TextIO) -> None:
     try:
-        target.write(text)
+        try:
+            target.write(text)
+        except UnicodeEncodeError:  # the terminal's encoding lacks a character
+            encoding = target.encoding or "ascii"
+            target.write(text.encode(encoding, errors="replace").decode(encoding))
         target.flush()
     except (OSError, ValueError):
         silence(target)

@@ -15,7 +15,10 @@ from harness.checkpoint.catalog import Catalog, read_catalog
 from harness.config import stored_form
 from harness.errors import OvertakenError, StorageError
 from harness.store import Store, probe
-from harness.supervision import control_requests
+from harness.supervision import control_requests, launches
+
+# Folders that supervisors and commands write to.
+WRITTEN_BY_OTHERS = (launches.LAUNCHES, control_requests.REQUESTS)
 
 
 def claim(
@@ -82,7 +85,7 @@ def _set_aside(
 def _clean_up(store: Store, attempt: Attempt, text: bytes, say: Callable[[str], object]) -> None:
     """Delete the temporary files and requests of earlier attempts, and write config.yaml anew."""
     _done(
-        partial(store.sweep, fmt.FOLDERS, attempt.number),
+        partial(store.sweep, ("", *fmt.FOLDERS, *WRITTEN_BY_OTHERS), attempt.number),
         f"not all temporary files are deleted in {store}",
         say,
     )

@@ -111,7 +111,9 @@ class Uploader:
         """
         self._queue.begin(history, there)
         self._status.begin(there)
-        self._verified, self._known = set(verified), known
+        # The resume point was verified here, and its copy when it was uploaded. Otherwise attempts
+        # that upload a single checkpoint would never prune.
+        self._verified, self._known = verified | {m.name for m in there if m == origin}, known
         self.origin = origin
         self._thread.start()
 

@@ -13,6 +13,7 @@ import itertools
 import os
 import secrets
 import stat
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
@@ -33,6 +34,7 @@ from harness.store.urls import expanded
 
 # Small enough that a chunk is still in the CPU cache when it is copied after being digested.
 READ_BYTES = 1 << 20
+DAY_S = 86_400.0
 
 if TYPE_CHECKING:
     from harness.store.staging_buffer import StagingBuffer
@@ -270,15 +272,30 @@ class LocalStore(Store):
                     fsync_folder(made.parent)
 
     def sweep(self, folders: tuple[str, ...], below_attempt: int) -> list[str]:
-        """Delete temporary files of attempts before `below_attempt` and return their keys."""
-        entries = [entry.key for folder in folders for entry in self.entries(folder)]
-        old = [
-            key
-            for key in entries
-            if (match := TEMP.match(key)) and int(match["attempt"]) < below_attempt
-        ]
+        """Delete temporary files of attempts before `below_attempt` and return their keys.
+
+        The folder "" is the store's root. A file of number 0 belongs to no attempt (a supervisor or
+        a command wrote it), and is deleted once it is a day old.
+        """
+        old = []
+        for folder in folders:
+            keys = [entry.key for entry in self.entries(folder)] if folder else self._root_keys()
+            for key in keys:
+                match = TEMP.match(key)
+                number = int(match["attempt"]) if match else below_attempt
+                if number < below_attempt and (number or self._is_old(key)):
+                    old.append(key)
         delete_all(self, old)
         return old
+
+    def _root_keys(self) -> list[str]:
+        with _storage_errors(str(self.root), "list"):
+            return os.listdir(self.root)
+
+    def _is_old(self, key: str) -> bool:
+        with contextlib.suppress(FileNotFoundError):
+            return time.time() - os.lstat(self.path(key)).st_mtime > DAY_S
+        return False
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ hangs, several runs at once."""
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import re
 import secrets
@@ -32,7 +33,7 @@ from harness.monitoring.throughput import TRUSTED_S, Throughput
 from harness.monitoring.wait_notices import WaitNotices
 from harness.store import LocalStore, open_store
 from harness.supervision import attempt_history, hang_report
-from harness.text import now
+from harness.text import now, say
 
 pytestmark = pytest.mark.usefixtures("process_as_it_was")
 TASK = (
@@ -206,6 +207,17 @@ def test_a_resumed_run_knows_its_rate_and_what_is_left_at_once(
     assert 40 < int(rate[1].replace(",", "")) < 150, (
         "ten samples in each of nearly ten steps a second"
     )
+
+
+@pytest.mark.parametrize("encoding", ["iso-8859-1", "ascii", "utf-8"])
+def test_a_terminal_that_lacks_a_character_shows_the_rest(encoding: str) -> None:
+    raw = io.BytesIO()
+    terminal = io.TextIOWrapper(raw, encoding)
+    say("steps 0–30 … ü", terminal)
+    say("the next line", terminal)
+    shown = raw.getvalue().decode(encoding)
+    expected = {"ascii": "steps 0?30 ? ?", "iso-8859-1": "steps 0?30 ? ü"}
+    assert shown == f"{expected.get(encoding, 'steps 0–30 … ü')}\nthe next line\n"
 
 
 # --- who else is told ---

@@ -17,6 +17,7 @@ import torch
 from conftest import wait_until
 from library_runs import checkpointer_of, train
 from store_requests import BUCKET, DIRECTORY, CountedBucket, Requests
+from there import there
 
 import harness
 from harness.checkpoint import attempts, retention
@@ -140,6 +141,16 @@ def test_the_end_of_an_attempt_is_written_once(tmp_path, where):
     for part in run.parts:
         assert requests.of(part, "write", fmt.end_key(1)) == {fmt.end_key(1): 1}
         assert requests.of(part, "read", fmt.end_key(1)) == {}
+
+
+@IN_PROCESS
+def test_lives_of_a_single_upload_do_not_fill_the_bucket(tmp_path):
+    """Each of them reads the resume point in the run directory, and none of the bucket."""
+    run = Place(tmp_path / "a", "both")
+    for step in range(2, 5):
+        run.train(leave_at=step, keep_last=2, each=run.settle)
+    found = read_catalog(open_store(there(run.remote)))
+    assert found.greatest == 3 and [m.step for m in found.manifests] == [2, 3]
 
 
 def killed_attempts(count: int, segments: int) -> Store:

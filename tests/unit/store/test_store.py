@@ -525,12 +525,17 @@ def test_an_attempt_sweeps_the_temporary_files_below_its_own_and_nothing_else(st
         "attempts/0001.json.tmp-0001-00",
         "checkpoints/a.pt.tmp-0002-0123abcd",
         "checkpoints/b.pt.tmp-0000-ff",
+        "config.yaml.tmp-0002-0f",
+        "x.tmp-0000-ff",
     ]
+    kept += ["checkpoints/b.pt.tmp-0000-00", "config.yaml.tmp-0003-0f", "config.yaml"]
     store.prepare(("events",))
     for key in kept + swept:
         store.path(key).write_bytes(b"half")
+        if "tmp-0000-ff" in key:  # of a supervisor that was killed long ago
+            os.utime(store.path(key), (0, 0))
     store.path("checkpoints/c.pt.tmp-0001-ab").symlink_to(store.path("attempts/0002.json"))
-    assert sorted(store.sweep(FOLDERS, below_attempt=3)) == sorted(swept)
+    assert sorted(store.sweep(("", *FOLDERS), below_attempt=3)) == sorted(swept)
     assert names(store) == sorted([*kept, "checkpoints/c.pt.tmp-0001-ab"])
 
 
