@@ -31,7 +31,6 @@ AVERAGE = "average"
 GENERATOR = "generator"
 OTHER = "with state_dict"
 NUMBERS = "numbers"
-OF_DATA = (dict, list, tuple, set, collections.deque, np.ndarray, torch.Tensor)
 # Modules of the harness whose instances hold objects of the program.
 OURS = (
     "harness.task",
@@ -40,6 +39,7 @@ OURS = (
 )
 # Modules of the standard library whose instances are searched.
 PLAIN_LIBRARY = ("builtins", "collections", "functools", "types", "argparse", "random", "__main__")
+OF_DATA = (dict, list, tuple, set, collections.deque, np.ndarray, torch.Tensor)
 WITHIN_S = 0.2  # limit of a search
 MOST_CHEAP, CHEAP_S = 32, 0.03  # see `LookTimes`
 
@@ -104,6 +104,14 @@ def is_of_evaluation(holder: Any, part: Any, source: Any) -> bool:
         and part is not getattr(source, "dataset", None)
         and not isinstance(holder, Dataset)
     )
+
+
+def is_data(value: Any) -> bool:
+    """Return whether to search a value in a dataset that may only be evaluated.
+
+    Containers, arrays and the program's objects are; positions of iterators are not.
+    """
+    return isinstance(value, OF_DATA) or is_of_program(value)
 
 
 def _candidate(path: str, obj: Any, kind: str, *, of_workers: bool) -> Candidate:
@@ -245,7 +253,7 @@ class LookTimes:
 
     def __init__(self) -> None:
         self.steps, self._next = 0, 0
-        self._epoch, self._between, self._looked_at = -1, 0, 0
+        self.epoch, self._between, self._looked_at = -1, 0, 0
         self._took_s, self._ended_s = 0.0, 0.0
 
     def begin(self) -> None:
@@ -255,7 +263,7 @@ class LookTimes:
     def at_boundary(self, epoch: int) -> bool:
         """Count a step, and return whether to look after it."""
         self.steps += 1
-        is_new, self._epoch = epoch != self._epoch, epoch
+        is_new, self.epoch = epoch != self.epoch, epoch
         if self.steps == self._next:
             self._next *= 2
             return True
@@ -274,11 +282,3 @@ class LookTimes:
     def looked(self, took_s: float) -> None:
         """Record a look after the last step, and how long this thread computed for it."""
         self._looked_at, self._took_s, self._ended_s = self.steps, took_s, time.perf_counter()
-
-
-def is_data(value: Any) -> bool:
-    """Return whether to search a value in a dataset that may only be evaluated.
-
-    Containers, arrays and the program's objects are; positions of iterators are not.
-    """
-    return isinstance(value, OF_DATA) or is_of_program(value)

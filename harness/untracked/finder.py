@@ -81,7 +81,7 @@ class UntrackedFinder:
         # Ids of datasets that are not the loop's, and of what they hold.
         self._of_other_data = set[int]()
         self._source: Any = None
-        self._roots: Roots | None = Roots()
+        self._roots, self._is_over = Roots(), False
         self._values, self._sharing = ProgramValues(), Sharing({})
         self._is_cut_reported, self._counters = False, 0
         self._saved: Any = None
@@ -123,7 +123,7 @@ class UntrackedFinder:
 
     def _ask(self) -> set[int]:
         """Ask the program's own tracked objects for what they save; return their ids."""
-        own = are_searched(self._tracked) if self._roots is not None else {}
+        own = are_searched(self._tracked) if not self._is_over else {}
         self._given = GivenState(own)
         self._held = self._given.addresses | self._addresses(own)
         return {id(obj) for obj in own.values()}
@@ -146,7 +146,7 @@ class UntrackedFinder:
         try:
             yield
         except Exception as error:  # noqa: BLE001
-            self._candidates, self._roots = [], None
+            self._candidates, self._is_over = [], True
             self._say(
                 "harness: warning: what is not tracked cannot be looked for in this program: "
                 f"{type(error).__name__}: {error}"
@@ -215,10 +215,12 @@ class UntrackedFinder:
             )
         known = [name.rpartition(" (")[0] for name in self.names]
         enters = self._enters(kept)
-        roots, is_carried = self._all_roots(frame), self._is_carried
-        carried = self._values.changed(
-            roots, enters, self._held, known, self._is_spared, is_carried
+        of_frame, spared, is_carried = (
+            self._all_roots(frame),
+            self._is_spared,
+            self._roots.is_carried,
         )
+        carried = self._values.changed(of_frame, enters, self._held, known, spared, is_carried)
         self._given = None
         self._tell_of_counters()
         if carried := [*carried, *self._sharing.changed()]:
@@ -231,15 +233,15 @@ class UntrackedFinder:
 
     def _tell_of_counters(self) -> None:
         """Report what loops count beside the batches, once."""
-        if self._roots is not None and (names := [*self._roots.counted_anew][self._counters :]):
+        if names := [*self._roots.counted_anew][self._counters :]:
             self._counters += len(names)
             beside = "what a loop counts or reads beside the batches begins anew after a restart"
             self._say(f"harness: {beside}: {_listed(names)}. run.enumerate(batches) counts on.")
             self._note("carried", names=names)
 
     def _all_roots(self, frame: FrameType) -> Iterator[tuple[str, Any]]:
-        if self._roots is not None:
-            yield from self._roots.of_program(frame)
+        if not self._is_over:
+            yield from self._roots.of_program(frame, self._times.epoch)
             yield from of_source(self._source)
             yield from of_tracked(self._tracked)
             yield from of_torch()
@@ -290,16 +292,16 @@ class UntrackedFinder:
             kept.add(id(obj))
         return kept | (self._given.search(kept) if self._given is not None else set())
 
-    def _is_carried(self, path: str) -> bool:
-        return self._roots is not None and self._roots.is_carried(path)
+    def _is_spared(self, path: str, holder: Any, value: Any, was_empty: bool) -> bool:
+        """Return whether a change is no loss.
 
-    def _is_spared(self, holder: Any, value: Any, was_empty: bool) -> bool:
-        """Return whether a change is no loss: a cache of other data is filled, or it is saved."""
+        A cache of other data is filled, it is saved, or it is a variable of another call.
+        """
+        is_given = self._given is not None and self._given.keeps(holder, value)
         is_cache = was_empty and id(holder) in self._of_other_data
         is_saved = type(value) is float and any(value is item for item in plain_in(self._saved))
-        return (
-            is_cache or is_saved or (self._given is not None and self._given.keeps(holder, value))
-        )
+        is_anew = holder is None and self._roots.is_called_anew(path)
+        return is_given or is_cache or is_saved or is_anew
 
     def _addresses(self, left_out: Mapping[str, Any]) -> set[int]:
         """Return the addresses of the arrays of tracked objects, but for those with some names."""

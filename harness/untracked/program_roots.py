@@ -46,9 +46,14 @@ class Roots:
         self._modules = dict[str, dict[str, Any]]()  # variables of modules, by their path
         # What loops around the seen lines count or read beside the batches, each after its path.
         self.counted_anew: dict[str, None] = {}
+        # Ids of frames by path: at the first look; at the last one, with the epoch, of later ones.
+        self._at_first = dict[str, int]()
+        self._calls = dict[str, tuple[int, int]]()
+        self._called_anew = set[str]()
 
-    def of_program(self, frame: FrameType | None) -> Iterator[tuple[str, Any]]:
+    def of_program(self, frame: FrameType | None, epoch: int) -> Iterator[tuple[str, Any]]:
         """Yield the program's variables, each after its path: "train.py: main(): x"."""
+        self._note_calls(frame, epoch)
         # By id of its globals: path, globals, and the names that are left out.
         modules: dict[int, tuple[str, dict[str, Any], set[str] | None]] = {}
         for spelled, inner in (*program_frames(stack(frame)), *_other_threads()):
@@ -67,6 +72,24 @@ class Roots:
         for spelled, values, left_out in modules.values():
             self._modules[spelled] = values
             yield from _without(spelled, values, left_out)
+
+    def _note_calls(self, frame: FrameType | None, epoch: int) -> None:
+        """Note which functions on the stack were called anew since the last look.
+
+        Those that were there at the first look are not. Others are in another epoch, although a
+        frame may have the id of an earlier one.
+        """
+        frames = {path: id(own) for path, own in program_frames(stack(frame))}
+        self._at_first = self._at_first or frames
+        before, first = self._calls, self._at_first
+        self._calls = {path: (own, epoch) for path, own in frames.items() if first.get(path) != own}
+        self._called_anew = {
+            path for path, call in self._calls.items() if before.get(path, call) != call
+        }
+
+    def is_called_anew(self, path: str) -> bool:
+        """Return whether a variable is one of a function that was called anew since then."""
+        return f"{path.rpartition(': ')[0]}: " in self._called_anew
 
     def is_carried(self, path: str) -> bool:
         """Return whether a loop, or a function of a module, reads a variable before it sets it."""

@@ -89,7 +89,7 @@ class ProgramValues:
         enters: Enters,
         held: Collection[int],
         known: Iterable[str],
-        is_spared: Callable[[Any, Any, bool], bool],
+        is_spared: Callable[[str, Any, Any, bool], bool],
         is_carried: Callable[[str], bool],
     ) -> list[str]:
         """Return the paths of values that have changed since the last look, each only once.
@@ -102,8 +102,8 @@ class ProgramValues:
             enters: Whether to search a value, by its holder and itself.
             held: Addresses of the memory of tracked objects.
             known: Paths that were reported otherwise; what they hold is left out.
-            is_spared: Whether a change need not be reported, by the holder, the value, and whether
-                it was empty or None.
+            is_spared: Whether a change need not be reported, by path, holder and value, and whether
+                that was empty or None.
             is_carried: Whether a loop or function carries a variable, by its path.
         """
         found = dict[str, tuple[Any, Any]]()
@@ -121,7 +121,7 @@ class ProgramValues:
         paths = [
             path
             for path in now
-            if is_new(path) and not is_spared(*found[path], before.get(path) in EMPTY)
+            if is_new(path) and not is_spared(path, *found[path], before.get(path) in EMPTY)
         ]
         self._before, self.is_whole = now, self.is_whole and is_whole
         self._holders = {id(holder) for holder, _ in found.values()}

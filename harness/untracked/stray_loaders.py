@@ -172,7 +172,7 @@ class WorkerValues:
         return not is_generator(value)
 
     @staticmethod
-    def _is_cache(holder: Any, value: Any, was_empty: bool) -> bool:
+    def _is_cache(_: str, holder: Any, value: Any, was_empty: bool) -> bool:
         """Return whether a change is that of a cache, or an array that each sample makes anew."""
         if was_empty or isinstance(value, dict):
             return True
