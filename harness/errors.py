@@ -62,19 +62,6 @@ class ChangedError(DamagedError):
         )
 
 
-class GoneError(DamagedError):
-    """A checkpoint was deleted, with its manifest, after it was listed."""
-
-    exit_code = EXIT_STORAGE
-
-    def __init__(self, key: str) -> None:
-        super().__init__(
-            f"{key} was deleted while it was read",
-            "found: neither its data nor its manifest",
-            "Retention deletes older checkpoints while a run trains: try again.",
-        )
-
-
 class SaveError(HarnessError):
     """A checkpoint could not be committed; the previous one is intact."""
 

@@ -32,11 +32,8 @@ def redraw(text: str, start: str = ERASED) -> None:
 
 def _print(text: str, target: TextIO) -> None:
     try:
-        try:
-            target.write(text)
-        except UnicodeEncodeError:  # the terminal's encoding lacks a character
-            encoding = target.encoding or "ascii"
-            target.write(text.encode(encoding, errors="replace").decode(encoding))
+        encoding = getattr(target, "encoding", None) or "utf-8"  # it may lack some characters
+        target.write(text.encode(encoding, errors="replace").decode(encoding))
         target.flush()
     except (OSError, ValueError):
         silence(target)

@@ -17,7 +17,7 @@ from blake3 import blake3
 
 from harness.checkpoint import format as fmt
 from harness.checkpoint.format import DataFile, Manifest
-from harness.errors import DamagedError, GoneError, HarnessError
+from harness.errors import EXIT_STORAGE, DamagedError, HarnessError
 from harness.store import SealedMemory, Store, keep
 from harness.text import size
 
@@ -38,6 +38,19 @@ UNPARSEABLE = (
     struct.error,
 )
 ESCAPES = re.compile(r"\x1b\[[0-9;]*m")  # terminal escape codes for bold text
+
+
+class GoneError(DamagedError):
+    """A checkpoint was deleted, with its manifest, after it was listed."""
+
+    exit_code = EXIT_STORAGE
+
+    def __init__(self, key: str) -> None:
+        super().__init__(
+            f"{key} was deleted while it was read",
+            "found: neither its data nor its manifest",
+            "Retention deletes older checkpoints while a run trains: try again.",
+        )
 
 
 def first_line(error: BaseException) -> str:

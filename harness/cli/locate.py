@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 from harness.checkpoint import load
 from harness.checkpoint.format import Manifest, NewerFormatError
-from harness.errors import DamagedError, GoneError, HarnessError, StorageError
+from harness.checkpoint.load import GoneError
+from harness.errors import DamagedError, HarnessError, StorageError
 from harness.monitoring.console import ProgressBar
 from harness.store import Store
 from harness.supervision.run_address import WAIT_S, checkpoint, everywhere, is_run, run, stores

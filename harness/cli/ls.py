@@ -14,8 +14,9 @@ import json
 from harness.checkpoint import memory_copy
 from harness.checkpoint.catalog import Catalog
 from harness.checkpoint.format import Manifest
+from harness.checkpoint.load import GoneError
 from harness.cli import locate
-from harness.errors import GoneError, StorageError
+from harness.errors import StorageError
 from harness.store import Store
 from harness.supervision import attempt_history
 from harness.text import duration, say, size

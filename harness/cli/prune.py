@@ -22,10 +22,10 @@ from typing import Any
 from harness.checkpoint import format as fmt
 from harness.checkpoint import load, replicate, retention
 from harness.checkpoint.catalog import Catalog, read_catalog
+from harness.checkpoint.load import GoneError
 from harness.cli import locate
 from harness.config.init_arguments import check
 from harness.config.names import stored_under_todays_names
-from harness.errors import GoneError
 from harness.selfcheck import step_records
 from harness.store import SET_ASIDE, TEMP, Store
 from harness.store.bucket import Unfinished

@@ -15,13 +15,13 @@ from __future__ import annotations
 import argparse
 
 from harness.checkpoint.format import NewerFormatError
+from harness.checkpoint.load import GoneError
 from harness.cli import locate
 from harness.errors import (
     EXIT_FAILED,
     EXIT_FINISHED,
     EXIT_STORAGE,
     EXIT_USAGE,
-    GoneError,
     StorageError,
 )
 from harness.text import say, size
