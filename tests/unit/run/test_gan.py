@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -203,7 +204,8 @@ def home(bucket: tuple[S3Server, str], monkeypatch: pytest.MonkeyPatch) -> Home:
 def test_a_kept_file_is_in_the_directory_at_once_and_the_newest_data_counts(tmp_path: Path) -> None:
     left = tmp_path / "files" / "samples" / "a.png.tmp-0000-0123abcd"
     left.parent.mkdir(parents=True)
-    left.write_bytes(b"of a killed attempt")
+    left.write_bytes(b"of a killed command")
+    os.utime(left, (0, 0))
 
     def each(own: Any, step: int) -> None:
         own.keep("samples/a.png", b"step %d" % step)
