@@ -113,6 +113,7 @@ def restore_changed(
                         f"{joined(name, path, key)} {was}; "
                         f"it is built as {spelled(built)} now, and that stands"
                     )
+    containers.end_restore()
     set_outer_modes(tracked, changed)
     return messages
 
@@ -310,6 +311,7 @@ class Attributes:
                     if not (is_other or is_same(live, value)):
                         _set(self._containers, (name, path, key), modules[path], value, entry)
                         set_back.setdefault(name, {}).setdefault(path, {})[key] = entry
+        self._containers.end_restore()
         set_outer_modes(self._tracked, set_back)
 
 

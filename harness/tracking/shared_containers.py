@@ -38,29 +38,31 @@ class Containers:
         self._made: dict[int, Any] = {}  # by number: those that a restore has made
         self._filled: dict[int, Any] = {}  # by identity: the values, in one restore
         self.tensors: dict[Any, torch.Tensor] = {}  # those made in one restore, see `set_value`
-        self._saved = {
-            tensor.untyped_storage().data_ptr()
-            for of_object in watched.values()
-            for watch in of_object
-            for tensor in _saved_tensors(watch.part)
-            if tensor is not None and address_of(tensor)
-        }
+        self._watched = watched
+        # In one restore: the parameters and persistent buffers, by the address of their memory.
+        self._saved: dict[int, list[torch.Tensor]] = {}
 
     def parted(self, held: Any, now: Any, kept: Mapping[str, Any]) -> Mapping[str, Any] | None:
         """Return the entry of an attribute to set; None if `load_state_dict` has restored it.
 
-        What lies in the memory of a parameter or a persistent buffer is not written to: if its
-        value is another one than theirs, it had parted from them.
+        What shares memory with a parameter or a persistent buffer, and has another value than
+        theirs there, had parted from them. It is not written to that memory.
 
         Args:
             held: the present value.
             now: the value from a checkpoint.
             kept: the entry of the checkpoint.
         """
-        if not address_of(held) or held.untyped_storage().data_ptr() not in self._saved:
+        if not address_of(held) or not (
+            saved := self._saved.get(held.untyped_storage().data_ptr())
+        ):
             return kept
-        is_restored = isinstance(now, torch.Tensor) and is_same(held.detach().cpu(), now)
-        return None if is_restored else {**kept, "replaced": True}
+        if isinstance(now, torch.Tensor):
+            if is_same(held.detach().cpu(), now):
+                return None
+            if (held.shape, held.dtype) == (now.shape, now.dtype) and _fits(held, now, saved):
+                return kept
+        return {**kept, "replaced": True}
 
     def refer(self, changed: Mapping[str, Any], watched: Mapping[str, list[WatchedPart]]) -> None:
         """Add `replaced` to the entries of changed values.
@@ -83,9 +85,19 @@ class Containers:
                 entry.setdefault("replaced", []).append((path, place or number))
 
     def begin_restore(self) -> None:
-        """Forget which containers were filled by the restore before."""
+        """List the memory of all parameters and persistent buffers; call `end_restore` after."""
+        self.end_restore()
+        for watch in (watch for of_object in self._watched.values() for watch in of_object):
+            for tensor in _saved_tensors(watch.part):
+                if tensor is not None and address_of(tensor):
+                    memory = tensor.untyped_storage().data_ptr()
+                    self._saved.setdefault(memory, []).append(tensor)
+
+    def end_restore(self) -> None:
+        """Forget what the restore has filled and made: the program may free it."""
         self._filled.clear()
         self.tensors.clear()
+        self._saved.clear()
 
     def restored(self, place: Place, value: Any, kept: Mapping[str, Any], held: Any) -> Any:
         """Return a value to set, with each container filled that was the same one when saved.
@@ -142,6 +154,17 @@ def _saved_tensors(part: Any) -> list[torch.Tensor | None]:
     others = own_dict(part, "_non_persistent_buffers_set")
     own = [tensor for key, tensor in own_dict(part, "_buffers").items() if key not in others]
     return [*own_dict(part, "_parameters").values(), *own]
+
+
+@torch.no_grad()
+def _fits(held: torch.Tensor, now: torch.Tensor, saved: list[torch.Tensor]) -> bool:
+    """Return whether a value, written to a tensor, leaves others in the same memory as they are."""
+    before, others = held.detach().clone(), [tensor.detach().clone() for tensor in saved]
+    held.copy_(now)
+    if all(map(torch.equal, saved, others)):
+        return True
+    held.copy_(before)
+    return False
 
 
 def _pairs(value: Any, held: Any) -> Iterator[tuple[Any, Any, Any]]:
