@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import math
 import sys
 import time
 import weakref
@@ -42,6 +43,7 @@ PLAIN_LIBRARY = ("builtins", "collections", "functools", "types", "argparse", "r
 OF_DATA = (dict, list, tuple, set, collections.deque, np.ndarray, torch.Tensor)
 WITHIN_S = 0.2  # limit of a search
 MOST_CHEAP, CHEAP_S = 32, 0.03  # see `LookTimes`
+MOST_OF_TIME, MOST_AT_SAVES = 0.01, 0.001  # likewise, as shares of the time
 
 
 @dataclass
@@ -246,9 +248,9 @@ def is_lost(candidate: Candidate, stepped: Collection[int], tracked: Tracked) ->
 class LookTimes:
     """When to look at the candidates and values: after steps 1, 2, 4, 8 … of the attempt.
 
-    In between also in the first step of an epoch, and at a save, as often as that is cheap: each
-    of the first `MOST_CHEAP` times if a look takes less than `CHEAP_S`, else while all of them take
-    less than a hundredth of the time.
+    In between also in the first step of an epoch, as often as that is cheap: each of the first
+    `MOST_CHEAP` times if a look takes less than `CHEAP_S`, else while all of them take less than a
+    hundredth of the time. At a save, which training waits for, while it is a thousandth.
     """
 
     def __init__(self) -> None:
@@ -267,17 +269,21 @@ class LookTimes:
         if self.steps == self._next:
             self._next *= 2
             return True
-        return is_new and self.is_cheap()
-
-    def is_cheap(self) -> bool:
-        """Return whether to look once more, between two steps of those above."""
-        if self._looked_at == 0 or self._looked_at == self.steps:
-            return False
         is_few = self._between < MOST_CHEAP and self._took_s < CHEAP_S
-        if not is_few and self._took_s > 0.01 * (time.perf_counter() - self._ended_s):
+        if not is_new or not self._is_within(math.inf if is_few else MOST_OF_TIME):
             return False
         self._between += 1
         return True
+
+    def at_save(self) -> bool:
+        """Return whether to look at a save after the last step."""
+        return self._is_within(MOST_AT_SAVES)
+
+    def _is_within(self, share: float) -> bool:
+        """Return whether one more look after this step takes at most this share of the time."""
+        if self._looked_at == 0 or self._looked_at == self.steps:
+            return False
+        return self._took_s <= share * (time.perf_counter() - self._ended_s)
 
     def looked(self, took_s: float) -> None:
         """Record a look after the last step, and how long this thread computed for it."""

@@ -166,7 +166,7 @@ class UntrackedFinder:
 
     def at_save(self, saved: Any) -> None:
         """Check what was found, if that is cheap."""
-        if self._times.is_cheap():
+        if self._times.at_save():
             self._check(saved, sys._getframe(1))
 
     def _check(self, saved: Any, frame: FrameType) -> None:
