@@ -59,13 +59,13 @@ def _part_buffers(module: nn.Module, saved: Mapping[str, Any]) -> None:
                     )
     with torch.no_grad():
         for group in shared.values():
-            if len(group) == 1 or all(_is_equal(held[name], value) for held, name, value in group):
+            if len(group) == 1 or all(is_equal(held[name], value) for held, name, value in group):
                 continue
             for held, name, value in group:
                 if isinstance(held[name], nn.Parameter):  # is what an optimizer has
                     held[name].copy_(value)
             for held, name, value in group:
-                if not (isinstance(held[name], nn.Parameter) or _is_equal(held[name], value)):
+                if not (isinstance(held[name], nn.Parameter) or is_equal(held[name], value)):
                     held[name] = torch.empty_like(held[name]).copy_(value)
 
 
@@ -80,7 +80,7 @@ def _is_loaded(tensor: Any, value: Any) -> bool:
     )
 
 
-def _is_equal(tensor: torch.Tensor, value: torch.Tensor) -> bool:
+def is_equal(tensor: torch.Tensor, value: torch.Tensor) -> bool:
     """Return whether two tensors have the same numbers, or are NaN in the same places."""
     other = value.to(tensor.device)
     return bool(((tensor == other) | ((tensor != tensor) & (other != other))).all())

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from harness.state.buffers import is_equal
 from harness.state.plain_values import is_same
 from harness.tracking.attribute_values import own_dict, plain_copy
 from harness.tracking.watched_part import Path, WatchedPart
@@ -161,7 +162,7 @@ def _fits(held: torch.Tensor, now: torch.Tensor, saved: list[torch.Tensor]) -> b
     """Return whether a value, written to a tensor, leaves others in the same memory as they are."""
     before, others = held.detach().clone(), [tensor.detach().clone() for tensor in saved]
     held.copy_(now)
-    if all(map(torch.equal, saved, others)):
+    if all(map(is_equal, saved, others)):
         return True
     held.copy_(before)
     return False

@@ -32,6 +32,8 @@ from harness.exchange.compare import differences
 from harness.state.plain_values import is_same
 from harness.store import LocalStore
 from harness.tracking.attributes import Attributes
+from harness.tracking.shared_containers import Containers
+from harness.tracking.watched_part import WatchedPart
 
 pytestmark = pytest.mark.usefixtures("process_as_it_was")
 
@@ -1711,3 +1713,15 @@ def test_what_is_carried_on_with_its_graph_is_named_and_no_cache_is(tmp_path, ca
     trained(tmp_path / "a", make, leave_at=4)
     named = re.findall(r"model\.(\w+) is carried on to the next step", capsys.readouterr().out)
     assert sorted(named) == ["h", "pair", "parts"]
+
+
+@pytest.mark.parametrize("held", [1.0, float("nan")])
+def test_memory_that_buffers_view_is_written_where_these_stay_as_they_are(held):
+    module, memory = nn.Module(), torch.tensor([0.0, held, held, 0.0])
+    module.memory = memory
+    module.register_buffer("view", memory[1:3])
+    containers = Containers({"model": [WatchedPart("", module)]})
+    containers.begin_restore()
+    now = torch.tensor([5.0, held, held, 5.0])
+    assert containers.parted(memory, now, {}) == {}
+    assert containers.parted(memory, now + 1, {}) == ({"replaced": True} if held == 1.0 else {})
