@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from harness.checkpoint import format as fmt
 from harness.checkpoint import load, retention
 from harness.checkpoint.attempts import Attempt, check_fence
+from harness.checkpoint.catalog import Catalog
 from harness.checkpoint.format import Manifest
 from harness.checkpoint.retention import Policy
 from harness.errors import DamagedError, StorageError
@@ -33,6 +34,14 @@ def wanted(history: Sequence[Manifest], there: Collection[str], policy: Policy) 
     missing = list({m.name: m for m in urgent if m.name not in there}.values())
     final = [m.name for m in newest_first[:1] if m.final is not None]
     return sorted(missing, key=lambda m: m.name in final)
+
+
+def arrived(catalog: Catalog) -> list[str]:
+    """Return the names of the history's checkpoints that the last store has whole and unmarked."""
+    target, marked = catalog.stores[-1], catalog.parts[-1].marked
+    return [
+        m.name for m in catalog.history if m.key not in marked and target in catalog.whole_copies(m)
+    ]
 
 
 def replicate(source: Store, manifest: Manifest, target: Store, attempt: Attempt) -> None:

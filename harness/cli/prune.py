@@ -142,14 +142,9 @@ def _waiting(store: Store, catalog: Catalog, path: str) -> set[str]:
         return set()
     both = read_catalog(store, *others)
     both.check_same_run()
-    there = [
-        m.name
-        for m in both.history
-        if m.key not in both.parts[-1].marked and others[-1] in both.whole_copies(m)
-    ]
     here = [m for m in both.history if m in catalog.manifests]
     policy = retention.recorded(catalog, is_local=False) or _of_settings(store, catalog, False)
-    return {m.name for m in replicate.wanted(here, there, policy)}
+    return {m.name for m in replicate.wanted(here, replicate.arrived(both), policy)}
 
 
 def _set_aside(catalog: Catalog) -> list[str]:

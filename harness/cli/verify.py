@@ -17,13 +17,7 @@ import argparse
 from harness.checkpoint.format import NewerFormatError
 from harness.checkpoint.load import GoneError
 from harness.cli import locate
-from harness.errors import (
-    EXIT_FAILED,
-    EXIT_FINISHED,
-    EXIT_STORAGE,
-    EXIT_USAGE,
-    StorageError,
-)
+from harness.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_STORAGE, EXIT_USAGE, StorageError
 from harness.text import say, size
 
 

@@ -11,7 +11,7 @@ from harness.checkpoint import format as fmt
 from harness.checkpoint.attempts import Attempt, remembered
 from harness.checkpoint.catalog import Catalog
 from harness.checkpoint.format import Manifest
-from harness.checkpoint.replicate import replicate, wanted
+from harness.checkpoint.replicate import arrived, replicate, wanted
 from harness.checkpoint.retention import Policy
 from harness.distributed.ranks import World
 from harness.errors import DamagedError, UsageError
@@ -132,10 +132,7 @@ def hand_in(catalog: Catalog | None, last: Manifest | None, policy: Policy) -> s
     source, target = catalog.stores[0], catalog.stores[-1]
     if source is target:
         return ""
-    marked = catalog.parts[-1].marked
-    there = [
-        m.name for m in catalog.history if m.key not in marked and target in catalog.whole_copies(m)
-    ]
+    there = arrived(catalog)
     missing = [m for m in wanted(catalog.history, there, policy) if source in catalog.copies(m)]
     copied, problems, attempt = [], list[str](), Attempt(catalog.greatest, last.run_id, "")
     for manifest in missing:

@@ -101,9 +101,11 @@ def _depends(node: ast.AST, known: set[str]) -> bool:
             return False
         if COPIES.search(name):
             return True
-        if name.startswith("to") or name.startswith("new_"):  # a receiver of these may count
+        if name.startswith("new_"):  # of its receiver only shape, type and device
+            return False
+        if name.startswith("to"):
             parts = [function.value] if isinstance(function, ast.Attribute) else node.args
-            return name.startswith("to") and any(_depends(part, known) for part in parts)
+            return any(_depends(part, known) for part in parts)
     if isinstance(node, ast.Name):
         return node.id in known
     return any(_depends(part, known) for part in ast.iter_child_nodes(node))

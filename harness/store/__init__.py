@@ -53,15 +53,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from harness.errors import UsageError
-from harness.store.base import (
-    CHUNK_BYTES,
-    SET_ASIDE,
-    TEMP,
-    Entry,
-    Sink,
-    Store,
-    delete_all,
-)
+from harness.store.base import CHUNK_BYTES, SET_ASIDE, TEMP, Entry, Sink, Store, delete_all
 from harness.store.bucket import ObjectClient
 from harness.store.local import LocalStore
 from harness.store.sealed_memory import Handle, SealedMemory, attached, keep

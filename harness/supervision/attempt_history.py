@@ -166,15 +166,11 @@ def _tails(
         files: The files in its folder of events, in key order.
         wanted: See `logs`.
     """
-    entries: dict[int, list[Entry]] = {number: [] for number in wanted}
-    for entry in files:
-        match = EVENTS_NAME.match(entry.key)
-        if match and int(match["attempt"]) in entries:
-            entries[int(match["attempt"])].append(entry)
+    entries = _by_attempt(files)
     pieces = list[tuple[int, str, int]]()  # attempt, key, start
     for number, most_bytes in wanted.items():
         own = list[tuple[int, str, int]]()
-        for entry in reversed(entries[number]):
+        for entry in reversed(entries.get(number, [])):
             if most_bytes <= 0:
                 break
             own.append((number, entry.key, int(max(0, entry.size_bytes - most_bytes))))
@@ -195,18 +191,25 @@ def _tails(
     }
 
 
+def _by_attempt(files: list[Entry]) -> dict[int, list[Entry]]:
+    """Return the files with events, in key order, by attempt."""
+    entries: dict[int, list[Entry]] = {}
+    for entry in files:
+        if match := EVENTS_NAME.match(entry.key):
+            entries.setdefault(int(match["attempt"]), []).append(entry)
+    return entries
+
+
 def first_of(catalog: Catalog, number: int, kind: str) -> dict[str, Any]:
     """Return an event of this kind from the beginning of an attempt's events; {} if there is none.
 
     The first store in which it is found counts. A store that cannot be read is left out.
     """
-    names = f"{fmt.EVENTS}/{number:04d}.jsonl", f"{fmt.EVENTS}/{number:04d}-"
     for store in catalog.stores:
         with contextlib.suppress(StorageError, FileNotFoundError):
-            keys = sorted(entry.key for entry in catalog.event_files(store))
-            for key in [key for key in keys if key.startswith(names)][:FEW_FILES]:
+            for entry in _by_attempt(catalog.event_files(store)).get(number, [])[:FEW_FILES]:
                 read = b""
-                for chunk in store.chunks(key) if key.endswith(".jsonl") else ():
+                for chunk in store.chunks(entry.key):
                     read += chunk
                     if len(read) >= TAIL_BYTES:
                         break

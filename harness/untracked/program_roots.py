@@ -53,10 +53,11 @@ class Roots:
 
     def of_program(self, frame: FrameType | None, epoch: int) -> Iterator[tuple[str, Any]]:
         """Yield the program's variables, each after its path: "train.py: main(): x"."""
-        self._note_calls(frame, epoch)
+        own_frames = list(program_frames(stack(frame)))
+        self._note_calls(own_frames, epoch)
         # By id of its globals: path, globals, and the names that are left out.
         modules: dict[int, tuple[str, dict[str, Any], set[str] | None]] = {}
-        for spelled, inner in (*program_frames(stack(frame)), *_other_threads()):
+        for spelled, inner in (*own_frames, *_other_threads()):
             code, own = inner.f_code, inner.f_globals
             names, is_function = self._names(inner, spelled), code.co_flags & CO_OPTIMIZED
             if is_function:
@@ -73,13 +74,13 @@ class Roots:
             self._modules[spelled] = values
             yield from _without(spelled, values, left_out)
 
-    def _note_calls(self, frame: FrameType | None, epoch: int) -> None:
+    def _note_calls(self, own_frames: list[tuple[str, FrameType]], epoch: int) -> None:
         """Note which functions on the stack were called anew since the last look.
 
         Those that were there at the first look are not. Others are in another epoch, although a
         frame may have the id of an earlier one.
         """
-        frames = {path: id(own) for path, own in program_frames(stack(frame))}
+        frames = {path: id(own) for path, own in own_frames}
         self._at_first = self._at_first or frames
         before, first = self._calls, self._at_first
         self._calls = {path: (own, epoch) for path, own in frames.items() if first.get(path) != own}

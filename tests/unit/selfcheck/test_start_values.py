@@ -7,12 +7,13 @@ import json
 
 import numpy as np
 import torch
-from programs import live
+from programs import STEP, live
 from torch import nn
 
 from harness.selfcheck.start_values import MOST, digests_of
 
-PROGRAM = """
+PROGRAM = (
+    """
 import copy
 class Holder:
     pass
@@ -31,14 +32,10 @@ def main():
     anchors = {name: value.detach().clone() for name, value in model.named_parameters()}
     norms = [value.norm().item() for value in model.parameters()]
     for x, y in run.batches(data, 16, epochs=1):
-        loss = (model(x) - y).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        run.log(loss=loss)
-        die(run)
-main()
 """
+    + STEP.replace("\n    ", "\n        ")
+    + "main()\n"
+)
 OTHER = {"teacher", "holder.centre", "norms", "anchors['weight']"}
 
 

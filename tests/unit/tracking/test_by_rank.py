@@ -71,11 +71,15 @@ def last(lived):
     ]
 
 
-def test_a_normaliser_and_plain_values_of_its_own_come_back_to_each_rank(tmp_path):
-    outcome = killed_once(tmp_path, OWN, ranks=2)
+def check_each_has_its_own(outcome):
     assert outcome.is_equal, (outcome.rows, outcome.resumed.texts)
     assert last(outcome.whole) == last(outcome.resumed)
     assert last(outcome.whole)[0] != last(outcome.whole)[1]
+
+
+def test_a_normaliser_and_plain_values_of_its_own_come_back_to_each_rank(tmp_path):
+    outcome = killed_once(tmp_path, OWN, ranks=2)
+    check_each_has_its_own(outcome)
     assert "normaliser is another one on each rank: each keeps its own" in outcome.whole.text
     payload = newest(tmp_path / "whole")
     assert payload["format_version"] == 2
@@ -189,9 +193,7 @@ run.track(model=model, optimizer=optimizer)
 
 def test_a_model_without_ddp_comes_back_to_each_rank(tmp_path):
     outcome = killed_once(tmp_path, ALONE, ranks=2)
-    assert outcome.is_equal, (outcome.rows, outcome.resumed.texts)
-    assert last(outcome.whole) == last(outcome.resumed)
-    assert last(outcome.whole)[0] != last(outcome.whole)[1]
+    check_each_has_its_own(outcome)
 
 
 LATER = (
@@ -254,9 +256,7 @@ run.track(model=ddp, optimizer=optimizer)
 
 def test_what_ddp_is_set_to_ignore_comes_back_to_each_rank(tmp_path):
     outcome = killed_once(tmp_path, IGNORED, ranks=2)
-    assert outcome.is_equal, (outcome.rows, outcome.resumed.texts)
-    assert last(outcome.whole) == last(outcome.resumed)
-    assert last(outcome.whole)[0] != last(outcome.whole)[1]
+    check_each_has_its_own(outcome)
     kept = newest(tmp_path / "whole")["own"][1]
     assert {path for path, _ in kept["model_state_dict"]} == {("own",), ("sum",)}
 
@@ -276,9 +276,7 @@ run.track(model=model, optimizer=optimizer, average=average)
 
 def test_buffers_that_ddp_does_not_broadcast_come_back_to_each_rank(tmp_path):
     outcome = killed_once(tmp_path, NOT_BROADCAST, ranks=2)
-    assert outcome.is_equal, (outcome.rows, outcome.resumed.texts)
-    assert last(outcome.whole) == last(outcome.resumed)
-    assert last(outcome.whole)[0] != last(outcome.whole)[1]
+    check_each_has_its_own(outcome)
     kept = newest(tmp_path / "whole")["own"][1]
     assert {path for path, _ in kept["model_state_dict"]} == {
         ("1.running_mean",),
@@ -437,9 +435,7 @@ def test_a_schedule_by_each_ranks_own_loss_makes_the_model_differ_and_all_of_it_
     tmp_path,
 ):
     outcome = killed_once(tmp_path, PLATEAU, ranks=2)
-    assert outcome.is_equal, (outcome.rows, outcome.resumed.texts)
-    assert last(outcome.whole) == last(outcome.resumed)
-    assert last(outcome.whole)[0] != last(outcome.whole)[1]
+    check_each_has_its_own(outcome)
 
 
 BIG = (
