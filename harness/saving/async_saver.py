@@ -15,7 +15,7 @@ from harness import state
 from harness.checkpoint.commit import About
 from harness.errors import StorageError
 from harness.preemption import children
-from harness.saving.save_job import Finish, Job, MutatedDuringCopyError
+from harness.saving.save_job import Finish, Job, MutatedDuringCopyError, warm_up
 from harness.saving.writer_process import WriterProcess
 from harness.state import Captured
 from harness.state.gpu_copy import GpuCopy
@@ -141,9 +141,7 @@ class AsyncSaver:
             job.sealed.set()
         with self._changed:
             self._job = job
-            if not self._thread.is_alive():
-                self._thread.start()
-            self._changed.notify()
+            self._notify()
         job.blocked_s = time.perf_counter() - began_at
 
     def make_room(self, size_bytes: int, device: torch.device) -> None:
@@ -159,9 +157,13 @@ class AsyncSaver:
         with self._changed:
             # One percent and 1 MiB more, for headers, generator states and so on.
             self._room_bytes = size_bytes + size_bytes // 100 + (1 << 20)
-            if not self._thread.is_alive():
-                self._thread.start()
-            self._changed.notify()
+            self._notify()
+
+    def _notify(self) -> None:
+        if not self._thread.is_alive():
+            warm_up()
+            self._thread.start()
+        self._changed.notify()
 
     def release(self) -> None:
         """Allow the copy to begin; call it when the training thread is about to compute.

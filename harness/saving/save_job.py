@@ -1,7 +1,9 @@
-"""One save in flight."""
+"""One save in flight, and a small one without a file that comes before the first."""
 
 from __future__ import annotations
 
+import functools
+import io
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -9,10 +11,12 @@ from typing import Any
 
 import torch
 
+import harness.selfcheck.trial_load as trial_load
+from harness import state
 from harness.checkpoint.commit import About
 from harness.state.snapshot import Snapshot
 from harness.store import Sink
-from harness.store.staging_buffer import ReadLease
+from harness.store.staging_buffer import ReadLease, StagingBuffer
 
 
 class MutatedDuringCopyError(Exception):
@@ -50,3 +54,38 @@ class Job:
             "blocked_s": round(self.blocked_s + self.snapshot.held_s(), 6),
             "copy_s": round(self.snapshot.copy_s, 6),
         }
+
+
+@functools.cache
+def warm_up() -> None:
+    """Call what saving threads call of torch once, on the training thread, with small tensors.
+
+    The first call of each operator registers a function with `__cxa_atexit`, under a lock of the C
+    library. A loader worker that is forked meanwhile inherits the lock as locked, and waits for it
+    for ever in its first new operator (`torch.set_num_threads`). This is not as rare as the lock is
+    short: a thread that holds it and writes to memory waits until the fork is over.
+    """
+    model = torch.nn.LayerNorm(2, device="cpu")  # nothing in it is drawn from a generator
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    for parameter in model.parameters():
+        # One that is kept at loading, and one that is cast and mended.
+        momentum = {
+            "same": torch.zeros_like(parameter),
+            "other": torch.zeros_like(parameter).double(),
+        }
+        optimizer.state[parameter] = momentum
+    values = {"integers": torch.zeros(2, dtype=torch.uint8, device="cpu")}
+    captured = state.captured(values, {"model": model, "optimizer": optimizer})
+    shapes = trial_load.without_data(captured.payload)
+    staging = StagingBuffer()
+    snapshot = Snapshot(captured.payload, captured.steady)
+    snapshot.copy_at_once(staging)
+    snapshot.is_torn(compare=True)
+    snapshot.check_finite(captured.parameters)
+    snapshot.forget()
+    file = io.BytesIO(b"".join(staging.chunks()))
+    torch.frombuffer(staging.memory, dtype=torch.uint8).zero_()
+    staging.close()
+    torch.load(file, map_location="meta", weights_only=True)
+    trial_load.of_torchs("model", model, shapes["model_state_dict"])
+    trial_load.of_torchs("optimizer", optimizer, shapes["optimizer_state_dict"])

@@ -11,6 +11,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import functools
+import gc
 import json
 import os
 import runpy
@@ -334,6 +335,9 @@ def _serve() -> None:
 
     installed()  # read once for all
     small_task.build()  # an optimizer imports half of torch when the first one is made
+    # A collection in a life would look at all of torch's objects, and so copy their memory.
+    gc.collect()
+    gc.freeze()
     rest = b""
     births, numbers = 0, dict[int, int]()
     while True:
