@@ -187,7 +187,7 @@ def parameters(
     """
     named, frozen, elsewhere = {}, set(), []
     for name, key, parameter, is_trained in _parameters(tracked):
-        if (met := seen.find(parameter)) is not None:
+        if (met := seen.find(parameter.data_ptr(), parameter)) is not None:
             if is_trained:
                 named[met.saved.data_ptr()] = f"{name}.{key}", parameter.dtype
             else:
@@ -223,7 +223,8 @@ def _parameters(tracked: Mapping[str, Any]) -> Iterator[tuple[str, str, torch.Te
         for key, parameter in obj.named_parameters() if isinstance(obj, nn.Module) else ():
             if not is_lazy(parameter):
                 is_trained = parameter.requires_grad or id(parameter) in updated
-                yield from ((name, key, part, is_trained) for part in kinds.parts_of(parameter))
+                for part in kinds.parts_of(parameter):
+                    yield name, key, part, is_trained
 
 
 def is_finite(tensor: torch.Tensor) -> bool:

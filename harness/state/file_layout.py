@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from harness.state.kinds import PLAIN
 from harness.store.staging_buffer import StagingBuffer
 
 
@@ -41,7 +42,8 @@ def tensors_in(value: Any, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
         tensors.append(value)
     elif isinstance(value, dict | list | tuple):
         for item in value.values() if isinstance(value, dict) else value:
-            tensors_in(item, tensors)
+            if type(item) not in PLAIN:  # a call less: there are many
+                tensors_in(item, tensors)
     return tensors
 
 

@@ -42,25 +42,33 @@ class TensorRefs:
         # Further tensors at an address where one was captured, by `_place`: other shapes or dtypes.
         self._others: dict[Any, TensorRef] = {}
 
-    def find(self, tensor: torch.Tensor) -> TensorRef | None:
+    def find(self, address: int, tensor: torch.Tensor) -> TensorRef | None:
         """Return the captured tensor with the same memory, shape, strides and dtype, or None."""
-        first = self._first.get(tensor.data_ptr())
+        first = self._first.get(address)
         return (
             first
             if first is None or _is_like(first.tensor, tensor)
             else self._others.get(_place(tensor))
         )
 
-    def add(self, met: TensorRef) -> None:
-        """Add a tensor that `find` has not found."""
+    def add(self, address: int, met: TensorRef) -> None:
+        """Add a tensor at an address that `find` has not found."""
         self.all.append(met)
-        if self._first.setdefault(met.tensor.data_ptr(), met) is not met:
+        if self._first.setdefault(address, met) is not met:
             self._others[_place(met.tensor)] = met
 
 
 def _is_like(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Return whether two tensors at the same address are the same view of it."""
-    return a is b or _place(a) == _place(b)
+    is_known = (  # a quick check, which is enough for most
+        a.dtype is b.dtype
+        and a.device == b.device
+        and not a.is_quantized
+        and a.is_set_to(b)  # the same storage, offset, shape and strides
+        and a.is_conj() == b.is_conj()
+        and a.is_neg() == b.is_neg()
+    )
+    return a is b or is_known or _place(a) == _place(b)
 
 
 def _place(tensor: torch.Tensor) -> tuple[object, ...]:
@@ -84,22 +92,22 @@ def _tensor_to_cpu(tensor: torch.Tensor, seen: TensorRefs) -> torch.Tensor:
     """
     if tensor.layout is not torch.strided:
         return tensor.to("cpu", copy=True)
-    if (met := seen.find(tensor)) is None:
+    if (met := seen.find(address := tensor.data_ptr(), tensor)) is None:
         is_whole = (
             tensor.nbytes == tensor.untyped_storage().nbytes() and not tensor.storage_offset()
         )
-        if (
+        if is_whole and tensor.is_cpu:
+            met = TensorRef(tensor, tensor, tensor)
+        elif (
             tensor.is_cuda
             and (is_whole or tensor.is_contiguous())
             and not (tensor.is_conj() or tensor.is_neg())
         ):
             met = TensorRef(tensor, tensor, _without_data(tensor))
         else:
-            saved = (
-                tensor if is_whole and tensor.is_cpu else tensor.to("cpu", copy=True).contiguous()
-            )
+            saved = tensor.to("cpu", copy=True).contiguous()
             met = TensorRef(tensor, saved, saved)
-        seen.add(met)
+        seen.add(address, met)
     return met.saved
 
 
@@ -137,6 +145,8 @@ def to_cpu(value: Any, where: Where, seen: TensorRefs) -> Any:
     """
     if isinstance(value, torch.Tensor):
         if type(value) is torch.Tensor and not value.requires_grad:
+            if value.is_cpu and not value.is_nested:  # most of them
+                return _tensor_to_cpu(value, seen)
             bare = value
         elif is_lazy(value):
             return value

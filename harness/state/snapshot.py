@@ -99,14 +99,15 @@ class Snapshot:
         self._at = OFFSETS.random()  # the position of the samples in each stride, from 0 to 1
         self._small: list[int] = []  # identities of steady memory that is copied at the boundary
         self._samples: Samples | None = None  # of all other steady memory, at the boundary
+        storages, sources = self._storages, self._gpu_sources  # faster: there are many tensors
         for tensor in tensors_in(payload, []):
             storage = tensor.untyped_storage()
-            if (identity := storage._cdata) not in self._storages:
+            if (identity := storage._cdata) not in storages:
                 address, size_bytes = storage.data_ptr(), storage.nbytes()
                 self.size_bytes += size_bytes
-                self._storages[identity] = storage, address, size_bytes
+                storages[identity] = storage, address, size_bytes
                 if address in steady:
-                    live = self._gpu_sources.get(address, tensor)
+                    live = sources.get(address, tensor)
                     self._versions[address] = live, version_of(live)
                 else:
                     self.rest_bytes += size_bytes
@@ -124,8 +125,9 @@ class Snapshot:
         """
         whole_bytes = self.size_bytes + 1 if self.is_small else SMALL_BYTES
         in_memory, on_gpus = dict[int, torch.UntypedStorage](), dict[int, torch.Tensor]()
+        steady, is_small = self._steady, self.is_small
         for identity, (storage, address, size_bytes) in self._storages.items():
-            if address not in self._steady:
+            if address not in steady:
                 continue
             if size_bytes >= whole_bytes:
                 if (live := self._gpu_sources.get(address)) is None:
@@ -133,8 +135,8 @@ class Snapshot:
                 else:
                     on_gpus[address] = raw(live)
                 continue
-            self._steady.discard(address)
-            if self.is_small:
+            steady.remove(address)
+            if is_small:
                 self._versions.pop(address, None)
             else:  # if it changes, other memory has probably changed too
                 self._small.append(identity)
@@ -155,12 +157,14 @@ class Snapshot:
 
     def copy_rest(self) -> None:
         """Copy all memory that is not steady at once. The training thread calls it."""
-        rest = (
-            identity
-            for identity, (_, address, _) in self._storages.items()
-            if address not in self._steady
-        )
-        self._taken = {identity: self._copy_of(identity) for identity in rest}
+        steady, sources = self._steady, self._gpu_sources
+        self._taken = {
+            identity: ctypes.string_at(address, size_bytes)  # most of them
+            if size_bytes < READ_BYTES and address not in sources
+            else copy(self._live(storage, address))
+            for identity, (storage, address, size_bytes) in self._storages.items()
+            if address not in steady
+        }
         self._gpu_copy.begin()
 
     def copy_at_once(self, staging: StagingBuffer) -> None:

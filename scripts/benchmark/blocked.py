@@ -21,7 +21,8 @@ SPACE = 8  # between two saves lies so much time as torch.save takes, times this
 
 def measure(bench: Bench) -> list[Finding]:
     pace = bench.sample("blocked", "pace", size_mb=bench.size_mb)
-    every = max(4, math.ceil(SPACE * pace["save_s"] / pace["step_s"]))
+    # An odd number: at steps 2, 4, 8 … a run also looks at what the program holds.
+    every = max(4, math.ceil(SPACE * pace["save_s"] / pace["step_s"])) | 1
     longer = pace["forward_backward_s"] / pace["copy_s"]
     is_long = (
         "longer than a copy, as required"
