@@ -97,7 +97,8 @@ class Workload:
 
 def build(size_mb: int, device: str = "cpu") -> Workload:
     model = Gpt(size_mb).to(device)
-    tokens = torch.randint(256, (SEQUENCES, CONTEXT + 1), dtype=torch.int64)
+    same = torch.Generator().manual_seed(1)  # every rank is given the same data
+    tokens = torch.randint(256, (SEQUENCES, CONTEXT + 1), dtype=torch.int64, generator=same)
     return Workload(
         model, torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True), TensorDataset(tokens)
     )
