@@ -47,7 +47,7 @@ from harness.errors import HarnessError
 if TYPE_CHECKING:
     from harness.exchange.compare import compare
     from harness.exchange.describe import describe
-    from harness.exchange.export import export
+    from harness.exchange.exporting import export
     from harness.exchange.importing import import_checkpoint
     from harness.exchange.rebuild import load_model
     from harness.exchange.weights import load_weights, warm_start
@@ -80,7 +80,7 @@ def __getattr__(name: str) -> Any:
         "Task": "task",
         "compare": "exchange.compare",
         "describe": "exchange.describe",
-        "export": "exchange.export",
+        "export": "exchange.exporting",
         "import_checkpoint": "exchange.importing",
         "load_model": "exchange.rebuild",
         "load_weights": "exchange.weights",

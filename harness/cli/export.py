@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 
-from harness.exchange import export as exchange
+from harness.exchange import exporting
 from harness.text import say
 
 
@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "settings", nargs="*", metavar="key=value", help="the task of a file that does not name it"
     )
-    parser.add_argument("--format", choices=exchange.FORMATS, default="weights")
+    parser.add_argument("--format", choices=exporting.FORMATS, default="weights")
     parser.add_argument("--which", default="newest", metavar="newest|best|STEP", help="of a run")
     parser.add_argument("--ema", action="store_true", help="the averaged weights")
     parser.add_argument("--module", metavar="NAME", help="of several modules")
@@ -41,18 +41,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(given: argparse.Namespace) -> int:
     """Export the model, print the lines of code that load it, and return 0."""
-    summary = exchange.export(
-        given.checkpoint,
-        given.out,
-        given.format,
+    asked = exporting.ExportOptions(
+        format=given.format,
         which=given.which,
         ema=given.ema,
         module=given.module,
-        legacy=given.legacy,
         overwrite=given.force,
         trust=given.trust,
+        legacy=given.legacy,
         config=given.config,
         settings=given.settings,
     )
+    summary = exporting.export_as_asked(given.checkpoint, given.out, asked)
     say(f"wrote {given.out} {summary}")
     return 0

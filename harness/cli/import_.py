@@ -21,8 +21,8 @@ from harness.checkpoint import attempts, commit
 from harness.checkpoint import format as fmt
 from harness.cli import locate
 from harness.errors import UsageError
+from harness.exchange import importing
 from harness.exchange.files import is_ours
-from harness.exchange.importing import empty_store, import_checkpoint
 from harness.store import is_url
 from harness.text import say
 
@@ -81,18 +81,17 @@ def run(given: argparse.Namespace) -> int:
         )
     if given.trust:
         say(f"harness: warning: {given.file} may run any code while it is loaded", sys.stderr)
-    summary = import_checkpoint(
-        given.file,
-        given.run,
-        config=given.config,
+    asked = importing.ImportOptions(
         settings=given.settings,
         parts=dict(part.split("=", 1) for part in given.parts),
         without=given.without,
         epoch=given.epoch,
         step=given.step,
         trust=given.trust,
+        config=given.config,
         dry_run=given.dry_run,
     )
+    summary = importing.import_as_asked(given.file, given.run, asked)
     say(summary)
     if not given.dry_run:
         config = ["--config", given.config] if given.config else []
@@ -116,7 +115,7 @@ def _fork(file: str, place: str, dry_run: bool) -> int:
         dry_run: Verify the checkpoint, but write nothing.
     """
     source, manifest = locate.checkpoint(file)
-    store, catalog = empty_store(place)
+    store, catalog = importing.empty_store(place)
     locate.check(source, manifest)  # before anything is written
     if dry_run:
         say(f"{store} would begin with {manifest.name}; nothing was written")

@@ -39,16 +39,21 @@ from harness.supervision import run_address
 
 @dataclass(frozen=True)
 class ImportOptions:
-    """The options of `import_checkpoint`, which describes them."""
+    """The options of `import_checkpoint`, which describes them, and those of the command alone.
 
-    config: str | None
+    Args:
+        config: YAML file with the settings of the run.
+        dry_run: Write nothing; only report.
+    """
+
     settings: Sequence[str]
     parts: Mapping[str, str]
     without: Collection[str]
     epoch: int | None
     step: int | None
     trust: bool
-    dry_run: bool
+    config: str | None = None
+    dry_run: bool = False
 
     @property
     def names_task(self) -> bool:
@@ -66,14 +71,12 @@ def import_checkpoint(
     file: str | Path,
     run: str | Path,
     *,
-    config: str | None = None,
     settings: Sequence[str] = (),
     parts: Mapping[str, str] | None = None,
     without: Collection[str] = (),
     epoch: int | None = None,
     step: int | None = None,
     trust: bool = False,
-    dry_run: bool = False,
 ) -> str:
     """Create a run whose first checkpoint is made from somebody else's checkpoint file.
 
@@ -82,7 +85,6 @@ def import_checkpoint(
     Args:
         file: Path or URL of the file to import.
         run: Directory or URL of the new run; it must not hold a run yet.
-        config: YAML file with the settings of the run.
         settings: Settings of the run as a list: ["task.name=…", "init.strict=false"].
         parts: Part of the file for an object of the task, by the object's name, where the
             assignment is ambiguous.
@@ -91,7 +93,6 @@ def import_checkpoint(
         epoch: Epoch to resume with, counted from 0; by default the file's.
         step: Number of updates made so far; by default the file's.
         trust: Let a pickle run the code that it names.
-        dry_run: Write nothing; only report.
 
     Returns:
         A text on what was recognised in the file and what was taken from it.
@@ -103,11 +104,11 @@ def import_checkpoint(
         StorageError: A store cannot be read or written.
         NonFiniteError: An imported parameter is not finite.
     """
-    asked = ImportOptions(config, settings, parts or {}, without, epoch, step, trust, dry_run)
-    return _imported(file, run, asked)
+    asked = ImportOptions(settings, parts or {}, without, epoch, step, trust)
+    return import_as_asked(file, run, asked)
 
 
-def _imported(file: str | Path, run: str | Path, asked: ImportOptions) -> str:
+def import_as_asked(file: str | Path, run: str | Path, asked: ImportOptions) -> str:
     """Import a file as `import_checkpoint` does."""
     if files.is_ours(str(file)):
         run_address.checkpoint(str(file))  # raises if the checkpoint is invalid

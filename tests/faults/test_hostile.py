@@ -58,7 +58,7 @@ def stored(tmp_path: Path, name: str, args: dict[str, Any]) -> str:
 @pytest.mark.parametrize(
     "name",
     [
-        "harness.exchange.export:export",
+        "harness.exchange.exporting:export",
         "harness.tasks:os",
         "harness.tasks.digits:Task",
         "harness.tasks.digits.x:build",

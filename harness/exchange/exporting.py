@@ -39,17 +39,23 @@ Write = Callable[[Path], list[str]]
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """The options of `export`, which describes them."""
+    """The options of `export`, which describes them, and those of the command alone.
+
+    Args:
+        legacy: Write the format of PyTorch before 1.6.
+        config: YAML file of settings that name the task, where the file does not name it.
+        settings: The same as a list: ["task.name=…"].
+    """
 
     format: str
     which: str | int
     ema: bool
     module: str | None
-    legacy: bool
     overwrite: bool
     trust: bool
-    config: str | None
-    settings: Sequence[str]
+    legacy: bool = False
+    config: str | None = None
+    settings: Sequence[str] = ()
 
 
 def export(
@@ -60,11 +66,8 @@ def export(
     which: str | int = "newest",
     ema: bool = False,
     module: str | None = None,
-    legacy: bool = False,
     overwrite: bool = False,
     trust: bool = False,
-    config: str | None = None,
-    settings: Sequence[str] = (),
 ) -> str:
     """Write the model of a run, a checkpoint or any model file to a path or URL.
 
@@ -79,11 +82,8 @@ def export(
         which: Checkpoint of a run: "newest", "best" or a step.
         ema: Export the averaged weights.
         module: Name of the module to export, where there are several.
-        legacy: Write the format of PyTorch before 1.6.
         overwrite: Replace `out` if it exists.
         trust: Let the file name a task from outside this package, and let a pickle run its code.
-        config: YAML file of settings that name the task, where the file does not name it.
-        settings: The same as a list: ["task.name=…"].
 
     Returns:
         A text with the source of the model and the lines of code that load the file.
@@ -94,14 +94,11 @@ def export(
         StorageError: A store cannot be read or written.
         HarnessError: The written file or program differs from its source, or memory is short.
     """
-    return _exported(
-        checkpoint,
-        str(out),
-        ExportOptions(format, which, ema, module, legacy, overwrite, trust, config, settings),
-    )
+    asked = ExportOptions(format, which, ema, module, overwrite, trust)
+    return export_as_asked(checkpoint, str(out), asked)
 
 
-def _exported(checkpoint: str | Path, out: str, asked: ExportOptions) -> str:
+def export_as_asked(checkpoint: str | Path, out: str, asked: ExportOptions) -> str:
     """Export a model as `export` does, after a check of what is asked."""
     _check_asked(asked, out)
     store, key = _destination(out, asked.overwrite)
