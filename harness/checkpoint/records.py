@@ -74,7 +74,7 @@ def seconds(value: object) -> float | None:
     return at if at > 0 else None
 
 
-def is_time(value: object) -> bool:
+def is_timestamp(value: object) -> bool:
     """Return whether the value is a valid time."""
     return seconds(value) is not None
 
@@ -139,7 +139,7 @@ KINDS = (
     | dict.fromkeys(("loss", "seconds", "blocked_s", "copy_s"), is_number)
     | {
         "from": _is_origin,
-        "time": is_time,
+        "time": is_timestamp,
         "code": _is_code,
         "spent": _is_mapping,
         "sources": _is_mapping,

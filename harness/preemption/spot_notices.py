@@ -30,7 +30,7 @@ BASE_URLS = {
     "azure": "http://169.254.169.254",
 }
 
-REQUEST_S = 1.0  # time limit of a request
+ANSWER_S = 1.0  # time limit of a request
 MOST_BYTES = 1 << 16  # limit of a response body
 LONGEST_TIME = 64  # limit of a time stamp in characters, since it becomes part of a message
 TOKEN_S = 6 * 3600  # the longest lifetime of a token that AWS allows
@@ -218,17 +218,17 @@ def _at(when: object) -> str:
 
 def _request(url: str, headers: dict[str, str], method: str = "GET") -> Answer:
     """Send one request and read the response. Raises OSError or HTTPException without one."""
-    until = time.monotonic() + REQUEST_S
+    until = time.monotonic() + ANSWER_S
     body = b""
     response: http.client.HTTPResponse
     with _opener.open(
-        urllib.request.Request(url, headers=headers, method=method), timeout=REQUEST_S
+        urllib.request.Request(url, headers=headers, method=method), timeout=ANSWER_S
     ) as response:
         while len(body) <= MOST_BYTES and (block := response.read1(MOST_BYTES + 1 - len(body))):
             body += block
             # The time-out of `open` holds for each block, and blocks can be small.
             if time.monotonic() > until:
-                raise TimeoutError(f"{url}: no end of the answer within {REQUEST_S} s")
+                raise TimeoutError(f"{url}: no end of the answer within {ANSWER_S} s")
     return Answer(
         response.status,
         response.headers.get("Metadata-Flavor"),

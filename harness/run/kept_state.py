@@ -280,13 +280,13 @@ class KeptState:
         if warning := self._strays.at_boundary(tracked):
             self._say(f"harness: warning: {warning}")
 
-    def is_time(self, is_due: bool, cannot_wait: bool) -> bool:
+    def may_save(self, is_due: bool, cannot_wait: bool) -> bool:
         """Return whether to save now; a save that is due may wait for the next update.
 
         It waits if there are accumulated gradients that the next update will use, unless
         `cannot_wait`.
         """
-        return self._more.is_time(is_due, cannot_wait)
+        return self._more.may_save(is_due, cannot_wait)
 
     def of_ranks(
         self, tracked: Mapping[str, Any], values: Mapping[str, Any], iterator: Any

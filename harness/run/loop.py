@@ -158,7 +158,7 @@ class Loop:
                 self._show()
             if stopping:
                 self._stop()
-            if self._kept_state.is_time(
+            if self._kept_state.may_save(
                 timed or self._metric_buffer.new_best or self._settings.saves_at(step),
                 self._metric_buffer.new_best,
             ):

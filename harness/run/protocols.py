@@ -184,7 +184,7 @@ class KeptState(Protocol):
     ) -> None:
         """Check `run.state`, and look for state that is not saved."""
 
-    def is_time(self, is_due: bool, cannot_wait: bool) -> bool:
+    def may_save(self, is_due: bool, cannot_wait: bool) -> bool:
         """Return whether to save now; it may have to wait for the next update."""
 
     def of_ranks(

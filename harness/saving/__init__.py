@@ -11,6 +11,6 @@ A save is due at a step boundary if one of these holds:
     the run is complete, or is stopped    `Loop._complete`, `Loop._stop`
 
 `Loop._steps` puts them together. A save waits while gradients are accumulated that the next update
-will use (`KeptState.is_time`), unless the metric is a new best. The memory tier has a rule of its
+will use (`KeptState.may_save`), unless the metric is a new best. The memory tier has a rule of its
 own: `Settings.remembers_at`.
 """

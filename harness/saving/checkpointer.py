@@ -83,9 +83,9 @@ class Checkpointer(CurrentAttempt):
             or (self._resume_point.in_memory and not self._committed)
         ):
             return True  # `save` raises or reports what failed
-        if self.timer.is_due(left_s, self.save_s, self.background.is_busy_with(self._finish)):
+        if self.save_policy.is_due(left_s, self.save_s, self.background.is_busy_with(self._finish)):
             return True
-        if self.replay.has_failed or (
+        if self.recomputed.has_failed or (
             self._uploader and (self._uploader.has_failed or self._uploader.origin_is_gone)
         ):
             return True  # `save` raises what failed
@@ -134,7 +134,7 @@ class Checkpointer(CurrentAttempt):
                 lambda: self._begin(capture, about, began_at, wait), give_up=give_up
             )
         )
-        self.timer.begun()
+        self.save_policy.begun()
         return is_saved
 
     def settle(self, give_up: Callable[[], object]) -> None:
@@ -168,7 +168,7 @@ class Checkpointer(CurrentAttempt):
         wait: bool,
     ) -> list[Any]:
         self.background.wait()
-        self.replay.check()
+        self.recomputed.check()
         if self._uploader:
             self._uploader.check()
         captured, details, problem = capture(), about(), ""
@@ -275,11 +275,11 @@ class Checkpointer(CurrentAttempt):
 
         After the first step all state exists: rank 0 then reserves the memory for saves.
         """
-        self.timer.step(self.background.is_busy_with(self._finish), self.save_s)
+        self.save_policy.step(self.background.is_busy_with(self._finish), self.save_s)
         if not self._has_room and self.world.is_writer:
             self._has_room = True
             self.background.make_room(state.size_bytes(tracked), self.world.device)
-            self.replay.look_at(tracked)
+            self.recomputed.look_at(tracked)
         self.background.at_boundary()
 
     def step_made(self, step: int, samples: bytes | None, logged: Mapping[str, Any]) -> None:
@@ -287,7 +287,7 @@ class Checkpointer(CurrentAttempt):
 
         `samples` is a digest of the samples; `logged` holds the logged values of this rank.
         """
-        self.replay.step_made(step, samples, logged)
+        self.recomputed.step_made(step, samples, logged)
 
     def record_steps(
         self,
@@ -302,7 +302,7 @@ class Checkpointer(CurrentAttempt):
             by_rank: step, rank, name and value.
             end_step: the last step of the run, or None if unknown.
         """
-        self.replay.gathered(by_rank)
+        self.recomputed.gathered(by_rank)
         for step, at, values in steps:
             self.note("step", step=step, time=at, of=end_step, **values)
 

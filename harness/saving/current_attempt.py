@@ -65,7 +65,8 @@ class CurrentAttempt:
     """
 
     def __init__(self, parts: Parts) -> None:
-        self.stores, self.world, self.settings = parts.stores, parts.world, parts.settings
+        self.stores, self.world = parts.stores, parts.world
+        self.settings = settings = parts.settings
         self.store = parts.stores[0]  # where a checkpoint is committed; a second store gets a copy
         self.origin, self.goodput = parts.resume_point.manifest, parts.goodput
         self.saved_step: int | None = (
@@ -80,24 +81,23 @@ class CurrentAttempt:
         self._store_health, self._suspects = parts.store_health, parts.suspects
         self._ended = self._origin_is_here = False
         self._files = DirectoryFiles(self.store)
-        self.timer = SavePolicy(
-            parts.settings.save_every_s, parts.settings.when_busy, parts.clock, self.note
-        )
+        every_s, when_busy = settings.save_every_s, settings.when_busy
+        self.save_policy = SavePolicy(every_s, when_busy, parts.clock, self.note)
         self.background = AsyncSaver(
-            overlapped=parts.settings.snapshot != "at_once",
-            compare=parts.settings.snapshot == "checked",
+            overlapped=settings.snapshot != "at_once",
+            compare=settings.snapshot == "checked",
             waiting=partial(parts.goodput.during, SAVE),
         )
         self.tier = MemoryTier(
             memory_copy.place(self.store),
             self.background,
             self._say,
-            is_on=bool(parts.settings.memory_every_steps and parts.world.is_writer),
+            is_on=bool(settings.memory_every_steps and parts.world.is_writer),
         )
-        self.replay = RecomputedSteps(parts.world, parts.settings, self.tier.halt, parts.suspects)
+        self.recomputed = RecomputedSteps(self.world, settings, self.tier.halt, parts.suspects)
         is_new = self.origin is None  # a resume has rehearsed already that the state loads
         self._rehearsal = Rehearsal(
-            self.background.writer, self._say, self.note, is_on=parts.settings.rehearse and is_new
+            self.background.writer, self._say, self.note, is_on=settings.rehearse and is_new
         )
         self.resumed = ""
         # `differences` lists how the checkpoint's environment differed; on the writer only.
@@ -136,7 +136,7 @@ class CurrentAttempt:
         self._exit_record.begun(self.stores, self.attempt, self.world, self.background.close)
         if len(self.stores) == 1 and self.store.is_local:
             check_shared(self.store, self.attempt, self.world)
-        self.timer.begun()
+        self.save_policy.begun()
         return self.attempt
 
     def _claim(self, progress: Console, environment: dict[str, Any]) -> Attempt:
@@ -163,7 +163,7 @@ class CurrentAttempt:
         self.tier.begin(attempt, self.origin)
         self._print, last = (
             progress.say,
-            self.replay.read(catalog, self.origin, attempt, progress.say),
+            self.recomputed.read(catalog, self.origin, attempt, progress.say),
         )
         self.resumed = resumed(catalog, self.origin, self.goodput, last)
         self._listen(attempt, catalog)
@@ -176,7 +176,7 @@ class CurrentAttempt:
         """Start the event log and the uploader."""
         local = self.store if isinstance(self.store, LocalStore) else None
         has_remote = local is None or len(self.stores) > 1
-        self.timer.learn(catalog)
+        self.save_policy.learn(catalog)
         here = [m for m in catalog.history if local and m in catalog.parts[0].manifests]
         self._origin_is_here, self._known = self.origin in here, catalog.parts[0].known
         event_log = self.event_log = EventLog(
@@ -189,12 +189,12 @@ class CurrentAttempt:
             world_size=self.world.size,
             went_on_from=self.origin and self.origin.name,
         )
-        self.replay.begin(event_log, self.goodput.redone_until)
+        self.recomputed.begin(event_log, self.goodput.redone_until)
         if has_remote:
             self._store_health.record_to(event_log.write)
             route = Route(local, self.stores[-1], self.settings.remote_policy)
             self._uploader = Uploader(
-                route, attempt, event_log, self._store_health, self.replay.log
+                route, attempt, event_log, self._store_health, self.recomputed.log
             )
             there = [
                 m for m in catalog.parts[-1].manifests if m.key not in catalog.parts[-1].marked
@@ -309,7 +309,7 @@ class CurrentAttempt:
         )
         if problem and why == "finished":
             raise failure
-        self.replay.close()
+        self.recomputed.close()
         self.note(why, **record)
         if self._uploader:
             self._uploader.close(1.0 if problem else END_S)
@@ -329,7 +329,7 @@ class CurrentAttempt:
     def close(self) -> None:
         """End the background work, also after an error; what is committed is still uploaded."""
         self.background.close()
-        self.replay.close()
+        self.recomputed.close()
         if self._uploader:
             self._uploader.leave()
         if self.metrics:

@@ -28,7 +28,7 @@ from harness.selfcheck.step_log import StepLog
 from harness.store import LocalStore, Store
 from harness.store.staging_buffer import ReadLease
 
-REQUEST_S = 60.0  # retry limit of one request; after it the whole upload starts again
+RETRIED_S = 60.0  # retry limit of one request; after it the whole upload starts again
 AGAIN_S = 10.0  # pause after a failed upload
 # Interval at which events are sent, and the resume point is checked, with nothing to upload.
 IDLE_S = 20.0
@@ -278,7 +278,7 @@ class Uploader:
 
     def _store(self, drop: Callable[[], object] = lambda: None) -> Store:
         store = self.route.remote.with_retry_limit(
-            REQUEST_S,
+            RETRIED_S,
             lambda: self._queue.is_closed or self.clock() > self._give_up_at or drop(),
             drop,
         )

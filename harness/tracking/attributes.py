@@ -200,7 +200,7 @@ class Attributes:
     def state(self) -> Changed | None:
         """Return the differences from the modules as built, or None if there are none.
 
-        Tensors are copied to the CPU. At some of the saves (see `UnkeptValues.is_time`) the
+        Tensors are copied to the CPU. At some of the saves (see `UnkeptValues.is_due`) the
         attributes that cannot be kept are checked as well.
         """
         copies: Copies = {}
@@ -215,9 +215,9 @@ class Attributes:
             for watch in watched:
                 for key, reason in watch.lost.items():
                     self.unkept.lose(joined(name, watch.path, key), reason)
-        is_time = self.unkept.is_time()
-        self._look_for_misfits(is_thorough=is_time)
-        if is_time:
+        is_due = self.unkept.is_due()
+        self._look_for_misfits(is_thorough=is_due)
+        if is_due:
             odd = {
                 joined(name, watch.path): (values, type(watch.part))
                 for name, watched in self._watched.items()

@@ -179,7 +179,7 @@ class ExtraState:
         """Stop observing optimizers, at the end of the loop."""
         self._gradients.close()
 
-    def is_time(self, is_due: bool, is_at_once: bool) -> bool:
+    def may_save(self, is_due: bool, is_at_once: bool) -> bool:
         """Return whether to save at this step boundary.
 
         A save that is due, or was due earlier, waits as long as gradients are in flight that the

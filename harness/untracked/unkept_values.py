@@ -70,7 +70,7 @@ class UnkeptValues:
             self._reported.add(name)
             self.lost[name] = reason
 
-    def is_time(self) -> bool:
+    def is_due(self) -> bool:
         """Return whether to check at this save: at saves 1, 2, 4, 8 … of the attempt.
 
         Checks become less frequent because it takes a while to examine all objects.

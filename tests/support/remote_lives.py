@@ -114,7 +114,7 @@ def write(places: list[str], steps: list[int], wait_s: float, told: str) -> None
     once it is in every store (u)."""
     # The program's own patience with a failing upload and with the last record is for people who
     # wait; here all of it is `wait_s`.
-    uploader.REQUEST_S = run_ending.RECORD_S = wait_s
+    uploader.RETRIED_S = run_ending.RECORD_S = wait_s
     stores = tuple(open_store(place, wait_s) for place in places)
     exit_record, world = ExitRecord(), join.join(60)
     store_health = listen(stores, True)

@@ -20,7 +20,7 @@ from conftest import ENVIRONMENT
 
 from harness.errors import UsageError
 from harness.preemption import spot_notices
-from harness.preemption.spot_notices import BASE_URLS, CLOUDS, MOST_BYTES, REQUEST_S, ask, watch
+from harness.preemption.spot_notices import ANSWER_S, BASE_URLS, CLOUDS, MOST_BYTES, ask, watch
 
 TOKEN = "/latest/api/token"
 ACTION = "/latest/meta-data/spot/instance-action"
@@ -68,13 +68,13 @@ AWS_NOTICE, AWS_WORDS = NOTICE["aws"]
 def patience(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the service is well, what it says counts, and not how slow the machine is on which it
     runs beside the test."""
-    monkeypatch.setattr(spot_notices, "REQUEST_S", 60.0)
+    monkeypatch.setattr(spot_notices, "ANSWER_S", 60.0)
 
 
 @pytest.fixture
 def impatience(patience: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """As in the program."""
-    monkeypatch.setattr(spot_notices, "REQUEST_S", REQUEST_S)
+    monkeypatch.setattr(spot_notices, "ANSWER_S", ANSWER_S)
 
 
 @dataclass
@@ -391,7 +391,7 @@ def test_a_service_that_hangs_costs_no_more_than_its_time_out(cloud, fault, serv
     service.fault, service.fault_at = fault, ASKED[cloud]
     began = time.monotonic()
     assert ask(cloud, service.url) is None
-    assert spot_notices.REQUEST_S < 2.5
+    assert spot_notices.ANSWER_S < 2.5
     assert 0.9 < time.monotonic() - began < 15, "not as long as it hangs"
 
 
@@ -515,7 +515,7 @@ def test_a_proxy_in_the_environment_is_not_used(cloud, service, other):
         "NO_PROXY": "",
     }
     imports = "import sys, harness.preemption.spot_notices as n, urllib.request as u"
-    code = f"{imports}; n.REQUEST_S = 60; print(u.getproxies()['http'], n.ask(*sys.argv[1:]))"
+    code = f"{imports}; n.ANSWER_S = 60; print(u.getproxies()['http'], n.ask(*sys.argv[1:]))"
     service.says[ASKED[cloud]], words = NOTICE[cloud]
     done = subprocess.run(
         [sys.executable, "-c", code, cloud, service.url],
