@@ -29,11 +29,16 @@ class LoopNames(NamedTuple):
     """Variables of a frame that its loops set.
 
     Of those in `passing` nothing is left from one step to the next. Those in `carried` hold a value
-    that an earlier step has set.
+    that an earlier step has set. Those in `made` hold what a loop around the innermost one has set,
+    and that one reads: its steps may fill it, as a list of losses that each epoch makes.
     """
 
     passing: set[str]
     carried: set[str]
+    made: set[str]
+
+
+NO_NAMES = LoopNames(set(), set(), set())
 
 
 def names_of(frame: FrameType) -> LoopNames | None:
@@ -46,7 +51,7 @@ def names_of(frame: FrameType) -> LoopNames | None:
     """
     loops, tree = _loops_around(frame)
     if not loops or tree is None:
-        return None if tree is None else LoopNames(set(), set())
+        return None if tree is None else NO_NAMES
     flows = [NameFlow() for _ in loops]
     for flow, loop in zip(flows, loops, strict=True):
         flow.visit(loop)
@@ -54,7 +59,8 @@ def names_of(frame: FrameType) -> LoopNames | None:
     carried = set[str]().union(*(flow.assigned & flow.exposed for flow in flows))
     own = tree.body[0] if frame.f_code.co_flags & inspect.CO_OPTIMIZED else None
     carried |= (outermost.assigned - outermost.stored) & _read_elsewhere(tree, own, loops[0])
-    return LoopNames(outermost.assigned - carried, carried)
+    made = set[str]().union(*(flow.exposed for flow in flows[1:])) & (outermost.assigned - carried)
+    return LoopNames(outermost.assigned - carried - made, carried, made)
 
 
 def _read_elsewhere(tree: ast.AST, own: ast.AST | None, loop: ast.For | ast.While) -> set[str]:

@@ -300,7 +300,7 @@ class UntrackedFinder:
         is_given = self._given is not None and self._given.keeps(holder, value)
         is_cache = was_empty and id(holder) in self._of_other_data
         is_saved = type(value) is float and any(value is item for item in plain_in(self._saved))
-        is_anew = holder is None and self._roots.is_called_anew(path)
+        is_anew = self._roots.is_anew(path, is_variable=holder is None)
         return is_given or is_cache or is_saved or is_anew
 
     def _addresses(self, left_out: Mapping[str, Any]) -> set[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import threading
 import time
@@ -17,7 +18,7 @@ from torch import nn
 
 from harness.data.generator_objects import drawn_from, is_generator
 from harness.distributed import wrappers
-from harness.source_code.loops import LoopNames, carried_outside, counted_anew, names_of
+from harness.source_code.loops import NO_NAMES, LoopNames, carried_outside, counted_anew, names_of
 from harness.state.kinds import PLAIN
 from harness.threads import current_frames, no_collection
 from harness.untracked.array_changes import address_of
@@ -50,29 +51,32 @@ class Roots:
         self._at_first = dict[str, int]()
         self._calls = dict[str, tuple[int, int]]()
         self._called_anew = set[str]()
+        # What loops around the innermost one have made, by path: its id and the epoch at the last
+        # look; and the paths where another one has come since then.
+        self._made, self._made_anew = dict[str, tuple[int, int]](), set[str]()
 
     def of_program(self, frame: FrameType | None, epoch: int) -> Iterator[tuple[str, Any]]:
         """Yield the program's variables, each after its path: "train.py: main(): x"."""
         own_frames = list(program_frames(stack(frame)))
         self._note_calls(own_frames, epoch)
-        # By id of its globals: path, globals, and the names that are left out.
-        modules: dict[int, tuple[str, dict[str, Any], set[str] | None]] = {}
+        self._made_anew = set()
+        # By id of its globals: path, globals, and the names that its loops set.
+        modules: dict[int, tuple[str, dict[str, Any], LoopNames | None]] = {}
         for spelled, inner in (*own_frames, *_other_threads()):
             code, own = inner.f_code, inner.f_globals
             names, is_function = self._names(inner, spelled), code.co_flags & CO_OPTIMIZED
             if is_function:
-                yield from _without(spelled, values_of(inner), names)
+                yield from self._of(spelled, values_of(inner), names, epoch)
             file = str(own.get("__file__") or code.co_filename)
             if is_programs_file(file) and (not is_function or id(own) not in modules):
-                left_out = set[str]() if is_function else names
-                modules[id(own)] = f"{Path(file).name}: ", own, left_out
+                modules[id(own)] = f"{Path(file).name}: ", own, NO_NAMES if is_function else names
         for module in list(sys.modules.values()):
             path, values = getattr(module, "__file__", None), getattr(module, "__dict__", None)
             if isinstance(path, str) and isinstance(values, dict) and is_programs_file(path):
-                modules.setdefault(id(values), (f"{Path(path).name}: ", values, set()))
-        for spelled, values, left_out in modules.values():
+                modules.setdefault(id(values), (f"{Path(path).name}: ", values, NO_NAMES))
+        for spelled, values, names in modules.values():
             self._modules[spelled] = values
-            yield from _without(spelled, values, left_out)
+            yield from self._of(spelled, values, names, epoch)
 
     def _note_calls(self, own_frames: list[tuple[str, FrameType]], epoch: int) -> None:
         """Note which functions on the stack were called anew since the last look.
@@ -88,9 +92,39 @@ class Roots:
             path for path, call in self._calls.items() if before.get(path, call) != call
         }
 
-    def is_called_anew(self, path: str) -> bool:
-        """Return whether a variable is one of a function that was called anew since then."""
-        return f"{path.rpartition(': ')[0]}: " in self._called_anew
+    def _of(
+        self, spelled: str, own: dict[str, Any], names: LoopNames | None, epoch: int
+    ) -> Iterator[tuple[str, Any]]:
+        """Yield variables, each after its path, except those that hold nothing between two steps.
+
+        If it is not known which do (None), numbers, strings, tuples and tensors are left out. Those
+        that a loop over epochs sets are no state of the loop inside it, but what they hold may be.
+        """
+        for name, value in list(own.items()):
+            is_set = value is None or isinstance(value, (*PLAIN, tuple))
+            if name.startswith("__") or (names is not None and name in names.passing):
+                continue
+            if names is None and (is_set or isinstance(value, torch.Tensor)):
+                continue
+            if names is not None and name in names.made:
+                if is_set:
+                    continue
+                made = id(value), epoch
+                if self._made.get(path := spelled + name, made) != made:
+                    self._made_anew.add(path)
+                self._made[path] = made
+            yield spelled + name, value
+
+    def is_anew(self, path: str, *, is_variable: bool) -> bool:
+        """Return whether a value is another one than at the last look because of where it lies.
+
+        It is a variable of a function that was called anew since then, or it lies in what a loop
+        over epochs has made anew.
+        """
+        name = path.rpartition(": ")[2]
+        root = path.removesuffix(name) + re.split(r"[.\[]", name, maxsplit=1)[0]
+        is_called_anew = f"{path.rpartition(': ')[0]}: " in self._called_anew
+        return (is_variable and is_called_anew) or root in self._made_anew
 
     def is_carried(self, path: str) -> bool:
         """Return whether a loop, or a function of a module, reads a variable before it sets it."""
@@ -101,8 +135,8 @@ class Roots:
             if isinstance(value, FunctionType) and is_programs_file(value.__code__.co_filename)
         )
 
-    def _names(self, frame: FrameType, spelled: str) -> set[str] | None:
-        """Return the variables of a frame that hold nothing between two steps; None if unknown.
+    def _names(self, frame: FrameType, spelled: str) -> LoopNames | None:
+        """Return which variables of a frame hold nothing between two steps; None if unknown.
 
         In a loop over epochs, the frame is at the outer loop before the first step and at the end
         of an epoch, and at the inner one between two steps: what a loop carries at one of these
@@ -113,25 +147,12 @@ class Roots:
             names = lines[frame.f_lineno] = names_of(frame)
             self._carried |= {spelled + name for name in (names.carried if names else ())}
             self.counted_anew |= {spelled + name: None for name in counted_anew(frame)}
-        found = [names.passing for names in lines.values() if names and names.passing]
-        names = lines[frame.f_lineno]
-        return set.intersection(*found) if found else names and names.passing
-
-
-def _without(
-    spelled: str, own: dict[str, Any], left_out: set[str] | None
-) -> Iterator[tuple[str, Any]]:
-    """Yield the variables, each after its path, except those in `left_out`.
-
-    None stands for an unknown set: then numbers, strings, tuples and tensors are left out, because
-    each step may set them anew.
-    """
-    for name, value in list(own.items()):
-        may_pass = left_out is None and (
-            value is None or isinstance(value, (*PLAIN, tuple, torch.Tensor))
-        )
-        if not name.startswith("__") and not may_pass and name not in (left_out or ()):
-            yield spelled + name, value
+        found = [names for names in lines.values() if names and names.passing]
+        if not found:
+            return lines[frame.f_lineno]
+        passing = set.intersection(*(names.passing for names in found))
+        made = set[str]().union(*(names.made for names in found))
+        return LoopNames(passing, set(), made)
 
 
 def _other_threads() -> Iterator[tuple[str, FrameType]]:

@@ -809,6 +809,53 @@ def test_memory_that_tracked_tensors_come_to_share_or_cease_to_is_named(tmp_path
     assert "tied.0.weight = tied.1.weight (no longer shared memory)" in lived.text
 
 
+OF_EPOCHS = """
+class Meter:
+    def __init__(self):
+        self.total = 0.0
+
+model = nn.Linear(8, 1)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+run = init()
+run.track(model=model, optimizer=optimizer)
+for epoch, batches in run.by_epoch(run.batches(points(), 16, epochs=3)):
+    HEAD
+    for x, y in batches:
+        loss = (model(x) - y).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        BODY
+    print(epoch)
+"""
+
+
+@pytest.mark.parametrize(
+    ("head", "body", "names"),
+    [
+        ("meter = Meter()", "meter.total += loss.item()", "meter.total"),
+        ("losses = []", "losses.append(loss.item())", "losses"),
+        ("seen = {'n': 0}", "seen['n'] += 1", "seen['n']"),
+        ("counts = np.zeros(3)", "counts[0] += 1", "counts"),
+        ("sums = torch.zeros(8)", "sums.add_(x.sum(0))", "sums"),
+        ("others = iter([[1] * 99][0])", "next(others)", "others"),
+        # Each epoch sets these, its steps only read them.
+        ("rates, text, at = [0.1 * epoch], str(epoch), time.time()", "(rates, text, at)", ""),
+        ("loss_of, two = nn.MSELoss(), (epoch, epoch)", "loss_of(model(x), y), two", ""),
+        ("noise = torch.full((8,), float(epoch))", "model(x + noise)", ""),
+    ],
+)
+def test_what_the_steps_of_an_epoch_fill_is_named_and_what_they_only_read_is_not(
+    tmp_path, head, body, names
+):
+    lived = live(tmp_path, OF_EPOCHS.replace("HEAD", head).replace("BODY", body), "whole")
+    assert lived.code == 0, lived.text
+    found = [line for line in lived.text.splitlines() if "begins anew" in line]
+    expected = [f"program.py: {names}. What"] if names else []
+    assert len(found) == len(expected), lived.text
+    assert all(words in line for words, line in zip(expected, found, strict=True)), found
+
+
 LOOP_OF = """
 import sys
 from harness.source_code.loops import names_of
