@@ -237,7 +237,7 @@ def outline(store: Store, key: str) -> dict[str, Any]:
     with store.open(key) as file:
         try:
             return torch.load(  # type: ignore[no-any-return]
-                file, map_location="meta", weights_only=True
+                file, map_location="meta", weights_only=True, mmap=False
             )
         except UNPARSEABLE as error:
             if failure := getattr(getattr(file, "raw", None), "failure", None):

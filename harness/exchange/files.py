@@ -203,7 +203,7 @@ def _inert(file: File) -> Loaded:
                 "get it again from its source.",
             )
         opened.seek(0)
-        whole = torch.load(opened, weights_only=False, pickle_module=safe_unpickle)
+        whole = torch.load(opened, weights_only=False, pickle_module=safe_unpickle, mmap=False)
         safe_unpickle.check_nesting(whole)
         value = safe_unpickle.opened(whole)
     return _checked(Loaded(file, value, {"needs code": f"{', '.join(_wanted(file))} (not loaded)"}))
@@ -213,10 +213,10 @@ def _without_data(opened: BinaryIO) -> Any:
     with muted():
         try:
             with FakeTensorMode():
-                return torch.load(opened, weights_only=True)
+                return torch.load(opened, weights_only=True, mmap=False)
         except NotImplementedError:  # fake tensors cannot be quantized or have some sparse layouts
             opened.seek(0)
-            return torch.load(opened, map_location="cpu", weights_only=True)
+            return torch.load(opened, map_location="cpu", weights_only=True, mmap=False)
 
 
 def read(file: File, *, trust: bool = False) -> Loaded:
@@ -253,7 +253,9 @@ def _loaded(file: File, memory: SealedMemory, *, trust: bool) -> Loaded:
             return _script(file, plain, with_data=True)
         if file.kind == EXPORTED:
             return Loaded(file, dict(torch.export.load(plain).state_dict))
-        return Loaded(file, torch.load(plain, map_location="cpu", weights_only=not trust))
+        return Loaded(
+            file, torch.load(plain, map_location="cpu", weights_only=not trust, mmap=False)
+        )
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
 import threading
@@ -10,6 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.nn.modules.normalization import LayerNorm
+from torch.optim.sgd import SGD
 
 import harness.selfcheck.trial_load as trial_load
 from harness import state
@@ -65,8 +68,14 @@ def warm_up() -> None:
     for ever in its first new operator (`torch.set_num_threads`). This is not as rare as the lock is
     short: a thread that holds it and writes to memory waits until the fork is over.
     """
-    model = torch.nn.LayerNorm(2, device="cpu")  # nothing in it is drawn from a generator
-    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    with contextlib.suppress(Exception):  # a program may have patched what is called here
+        _save_and_load()
+
+
+def _save_and_load() -> None:
+    """Save the state of a small model to memory, and load it."""
+    model = LayerNorm(2, device="cpu")  # nothing in it is drawn from a generator
+    optimizer = SGD(model.parameters(), lr=1.0)
     for parameter in model.parameters():
         # One that is kept at loading, and one that is cast and mended.
         momentum = {
@@ -77,15 +86,14 @@ def warm_up() -> None:
     values = {"integers": torch.zeros(2, dtype=torch.uint8, device="cpu")}
     captured = state.captured(values, {"model": model, "optimizer": optimizer})
     shapes = trial_load.without_data(captured.payload)
-    staging = StagingBuffer()
     snapshot = Snapshot(captured.payload, captured.steady)
-    snapshot.copy_at_once(staging)
-    snapshot.is_torn(compare=True)
-    snapshot.check_finite(captured.parameters)
-    snapshot.forget()
-    file = io.BytesIO(b"".join(staging.chunks()))
-    torch.frombuffer(staging.memory, dtype=torch.uint8).zero_()
-    staging.close()
-    torch.load(file, map_location="meta", weights_only=True)
+    with contextlib.closing(StagingBuffer()) as staging:
+        snapshot.copy_at_once(staging)
+        snapshot.is_torn(compare=True)
+        snapshot.check_finite(captured.parameters)
+        snapshot.forget()
+        file = io.BytesIO(b"".join(staging.chunks()))
+        torch.frombuffer(staging.memory, dtype=torch.uint8).zero_()
+    torch.load(file, map_location="meta", weights_only=True, mmap=False)
     trial_load.of_torchs("model", model, shapes["model_state_dict"])
     trial_load.of_torchs("optimizer", optimizer, shapes["optimizer_state_dict"])

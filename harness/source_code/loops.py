@@ -59,19 +59,27 @@ def names_of(frame: FrameType) -> LoopNames | None:
     carried = set[str]().union(*(flow.assigned & flow.exposed for flow in flows))
     own = tree.body[0] if frame.f_code.co_flags & inspect.CO_OPTIMIZED else None
     carried |= (outermost.assigned - outermost.stored) & _read_elsewhere(tree, own, loops[0])
-    made = set[str]().union(*(flow.exposed for flow in flows[1:])) & (outermost.assigned - carried)
+    inner, made = flows[1:], set[str]()
+    if inner:
+        made = set[str]().union(*(flow.exposed for flow in inner), _read_by_functions(tree, own))
+        made &= outermost.assigned - carried - set[str]().union(*(flow.assigned for flow in inner))
     return LoopNames(outermost.assigned - carried - made, carried, made)
 
 
 def _read_elsewhere(tree: ast.AST, own: ast.AST | None, loop: ast.For | ast.While) -> set[str]:
     """Return the variables that functions in a tree but `own` read, or what follows a loop."""
-    names = set[str]()
-    for node in ast.walk(tree):
-        if isinstance(node, FUNCTIONS) and node is not own:
-            names |= _read_from_outside(node)
-        elif isinstance(node, ast.Name) and node.lineno > (loop.end_lineno or 0):
-            names |= {node.id} if isinstance(node.ctx, ast.Load) else set()
-    return names
+    return _read_by_functions(tree, own) | {
+        node.id
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Name)
+        and isinstance(node.ctx, ast.Load)
+        and node.lineno > (loop.end_lineno or 0)
+    }
+
+
+def _read_by_functions(tree: ast.AST, own: ast.AST | None) -> set[str]:
+    functions = (node for node in ast.walk(tree) if isinstance(node, FUNCTIONS) and node is not own)
+    return set[str]().union(*map(_read_from_outside, functions))
 
 
 def _read_from_outside(function: ast.AST) -> set[str]:

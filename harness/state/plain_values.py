@@ -62,6 +62,7 @@ def _is_like(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Return whether two tensors at the same address are the same view of it."""
     is_known = (  # a quick check, which is enough for most
         a.dtype is b.dtype
+        and (a.is_cpu or a.is_cuda)
         and a.device == b.device
         and not a.is_quantized
         and a.is_set_to(b)  # the same storage, offset, shape and strides

@@ -137,6 +137,8 @@ def build(
     block_size: int = 128,
     dropout: float = 0.1,
     lr: float = 1e-3,
+    weight_decay: float = 0.1,
+    warmup_steps: int = 50,
     decay_steps: int = 2000,
     eval_windows: int = 256,
 ) -> Task:
@@ -149,16 +151,19 @@ def build(
         block_size: Bytes that the model sees at once.
         dropout: Dropout probability.
         lr: Peak learning rate of AdamW.
-        decay_steps: Step at which the learning rate has reached its minimum, after a linear
-            warm-up in the first fortieth of these steps.
+        weight_decay: Weight decay of AdamW.
+        warmup_steps: Steps of linear warm-up.
+        decay_steps: Step at which the learning rate has reached its minimum.
         eval_windows: The most held-out windows in one evaluation.
     """
     text = standard_library()
     split = int(len(text) * (1 - HELD_OUT))
     model = Gpt(layers, channels, heads, block_size, dropout)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.1)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=weight_decay
+    )
     scheduler = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, warmup_cosine(decay_steps // 40, decay_steps)
+        optimizer, warmup_cosine(warmup_steps, decay_steps)
     )
     return Task(
         modules=model,

@@ -289,7 +289,7 @@ def _of_hidden(module: nn.Module) -> list[tuple[str, Any]]:
 def _holds_none(part: Any) -> bool:
     """Return True if `_own` lists nothing, or tuples of plain values only."""
     left_out = OF_MODULES if isinstance(part, nn.Module) else OF_OPTIMIZERS
-    for key, value in vars(part).items():  # half the time of the same with `any`
+    for key, value in list(vars(part).items()):  # half the time of the same with `any`
         if (
             key not in left_out
             and type(value) not in HOLDS_NOTHING

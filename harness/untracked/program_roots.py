@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+import gc
 import sys
 import threading
 import time
@@ -27,6 +27,7 @@ from harness.untracked.object_walk import OF_OPTIMIZERS
 from harness.untracked.program_frames import is_programs_file, program_frames, stack, values_of
 from harness.untracked.unkept_values import is_of_program
 
+PASSING = (type(None), *PLAIN)
 HOOKS = (
     "_forward_pre_hooks",
     "_forward_hooks",
@@ -62,9 +63,12 @@ class Roots:
         self._made_anew = set()
         # By id of its globals: path, globals, and the names that its loops set.
         modules: dict[int, tuple[str, dict[str, Any], LoopNames | None]] = {}
-        for spelled, inner in (*own_frames, *_other_threads()):
+        others = list(_other_threads())
+        for spelled, inner in (*own_frames, *others):
             code, own = inner.f_code, inner.f_globals
             names, is_function = self._names(inner, spelled), code.co_flags & CO_OPTIMIZED
+            if names and (spelled, inner) in others:  # its loops know no epoch
+                names = LoopNames(names.passing | names.made, names.carried, set())
             if is_function:
                 yield from self._of(spelled, values_of(inner), names, epoch)
             file = str(own.get("__file__") or code.co_filename)
@@ -101,13 +105,12 @@ class Roots:
         that a loop over epochs sets are no state of the loop inside it, but what they hold may be.
         """
         for name, value in list(own.items()):
-            is_set = value is None or isinstance(value, (*PLAIN, tuple))
             if name.startswith("__") or (names is not None and name in names.passing):
                 continue
-            if names is None and (is_set or isinstance(value, torch.Tensor)):
+            if names is None and issubclass(type(value), (*PASSING, tuple, torch.Tensor)):
                 continue
             if names is not None and name in names.made:
-                if is_set:
+                if issubclass(type(value), PASSING) or _is_of_plain(value) or _wraps_ours(value):
                     continue
                 made = id(value), epoch
                 if self._made.get(path := spelled + name, made) != made:
@@ -121,10 +124,11 @@ class Roots:
         It is a variable of a function that was called anew since then, or it lies in what a loop
         over epochs has made anew.
         """
-        name = path.rpartition(": ")[2]
-        root = path.removesuffix(name) + re.split(r"[.\[]", name, maxsplit=1)[0]
         is_called_anew = f"{path.rpartition(': ')[0]}: " in self._called_anew
-        return (is_variable and is_called_anew) or root in self._made_anew
+        return (is_variable and is_called_anew) or any(
+            path == root or path.startswith((f"{root}.", f"{root}[", f"{root} ("))
+            for root in self._made_anew
+        )
 
     def is_carried(self, path: str) -> bool:
         """Return whether a loop, or a function of a module, reads a variable before it sets it."""
@@ -132,7 +136,7 @@ class Roots:
         return path in self._carried or any(
             name in carried_outside(value)
             for value in list(self._modules.get(f"{module}: ", {}).values())
-            if isinstance(value, FunctionType) and is_programs_file(value.__code__.co_filename)
+            if type(value) is FunctionType and is_programs_file(value.__code__.co_filename)
         )
 
     def _names(self, frame: FrameType, spelled: str) -> LoopNames | None:
@@ -151,8 +155,24 @@ class Roots:
         if not found:
             return lines[frame.f_lineno]
         passing = set.intersection(*(names.passing for names in found))
-        made = set[str]().union(*(names.made for names in found))
-        return LoopNames(passing, set(), made)
+        carried = set[str]().union(*(names.carried for names in found))
+        made = set[str]().union(*(names.made for names in found)) - carried
+        return LoopNames(passing, carried, made)
+
+
+def _is_of_plain(value: Any) -> bool:
+    """Return whether a value is a tuple of plain values, which no step changes."""
+    return type(value) is tuple and all(issubclass(type(item), PASSING) for item in value)
+
+
+def _wraps_ours(value: Any) -> bool:
+    """Return whether a value is an iterator of Python's own around the batches of a run.
+
+    Its position is that of the batches, or what `counted_anew` tells of.
+    """
+    return type(value).__module__ in ("builtins", "itertools") and any(
+        str(type(inner).__module__).startswith("harness.") for inner in gc.get_referents(value)
+    )
 
 
 def _other_threads() -> Iterator[tuple[str, FrameType]]:

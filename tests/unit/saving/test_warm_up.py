@@ -46,3 +46,33 @@ def test_only_the_training_thread_calls_an_operator_first(tmp_path: Path, width:
     seen = json.loads((tmp_path / "whole.json").read_text())
     assert seen["threads"] > 1, "no operator of another thread was seen"
     assert seen["late"] == []
+
+
+PATCHED = """
+class Fused(nn.LayerNorm):
+    def __init__(self, size, eps=1e-5):  # takes no device
+        super().__init__(size, eps)
+
+BEFORE
+model = nn.Linear(8, 1)
+run = init()
+run.track(model=model)
+for x, y in run.batches(points(48), 8, epochs=1):
+    pass
+"""
+
+
+@pytest.mark.parametrize(
+    "before",
+    [
+        "nn.LayerNorm = Fused",
+        "torch.nn.modules.normalization.LayerNorm = Fused",
+        "import harness.saving.save_job as job; job.LayerNorm = Fused",
+        "from torch.utils.serialization import config; config.load.mmap = True",
+        "import harness.store.staging_buffer as s; s.free_memory_bytes = lambda: 1000",
+    ],
+)
+def test_what_a_program_has_patched_does_not_end_it(tmp_path: Path, before: str):
+    lived = programs.live(tmp_path, PATCHED.replace("BEFORE", before), "whole")
+    assert lived.code == 0, lived.text
+    assert "finished at step 6" in lived.text

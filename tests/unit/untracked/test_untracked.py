@@ -814,6 +814,24 @@ class Meter:
     def __init__(self):
         self.total = 0.0
 
+def note(value):
+    noted.append(value)
+
+class Unbound:
+    @property
+    def __class__(self):
+        raise RuntimeError("outside of its context")
+
+def produce():  # its loops know no epoch
+    while True:
+        stats = {}
+        for _ in range(50):
+            stats["a"] = random.Random().random()
+            time.sleep(0.0002)
+
+import threading
+threading.Thread(target=produce, daemon=True).start()
+proxy = Unbound()
 model = nn.Linear(8, 1)
 optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
 run = init()
@@ -839,10 +857,15 @@ for epoch, batches in run.by_epoch(run.batches(points(), 16, epochs=3)):
         ("counts = np.zeros(3)", "counts[0] += 1", "counts"),
         ("sums = torch.zeros(8)", "sums.add_(x.sum(0))", "sums"),
         ("others = iter([[1] * 99][0])", "next(others)", "others"),
+        ("meters = (Meter(), Meter())", "meters[0].total += 1.0", "meters[0].total"),
+        ("noted = []", "note(loss.item())", "noted"),
         # Each epoch sets these, its steps only read them.
         ("rates, text, at = [0.1 * epoch], str(epoch), time.time()", "(rates, text, at)", ""),
         ("loss_of, two = nn.MSELoss(), (epoch, epoch)", "loss_of(model(x), y), two", ""),
         ("noise = torch.full((8,), float(epoch))", "model(x + noise)", ""),
+        ("options = {'a: b': epoch}", "options['a: b']", ""),
+        ("held = enumerate(batches, run.batch)", "held", ""),
+        ("scaled = map(lambda batch, by=(epoch,): batch[0] * by[0], batches)", "scaled", ""),
     ],
 )
 def test_what_the_steps_of_an_epoch_fill_is_named_and_what_they_only_read_is_not(
@@ -854,6 +877,34 @@ def test_what_the_steps_of_an_epoch_fill_is_named_and_what_they_only_read_is_not
     expected = [f"program.py: {names}. What"] if names else []
     assert len(found) == len(expected), lived.text
     assert all(words in line for words, line in zip(expected, found, strict=True)), found
+
+
+TWO_LOOPS = """
+model = nn.Linear(8, 1)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+run = init()
+run.track(model=model, optimizer=optimizer)
+def step(x, y, weight):
+    loss = (model(x) - y).square().mean() * weight
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return loss.item()
+for epoch, batches in run.by_epoch(run.batches(points(), 16, epochs=3)):
+    total = 0.0
+    for x, y in batches:
+        step(x, y, 1 + total)
+        if run.batch >= 5:
+            break
+    for x, y in batches:
+        total += step(x, y, 1 + total)
+"""
+
+
+def test_what_one_of_two_inner_loops_carries_is_named_although_the_other_only_reads_it(tmp_path):
+    lived = live(tmp_path, TWO_LOOPS, "whole")
+    assert lived.code == 0, lived.text
+    assert "begins anew after a restart: program.py: total." in lived.text
 
 
 LOOP_OF = """
