@@ -153,8 +153,9 @@ class Run(Loop):
         only the rest of its batches: count with `run.enumerate`, not `enumerate`. The code of the
         outer loop before the inner loop runs again there. What it changes of the state that a
         checkpoint holds, also of samplers, is put back when the first batch is requested, because
-        the checkpoint contains the change already; plain variables keep what it sets. Run the inner
-        loop to its end. An iterator of your own goes around the inner one,
+        the checkpoint contains the change already; plain variables keep what it sets, and what it
+        computes from the model is that of the resumed step: keep it in a tracked copy, or in
+        `run.state`. Run the inner loop to its end. An iterator of your own goes around the inner one,
         `for batch in mixed(batches)`: with one around `run.batches`, the first batch of an epoch is
         loaded before the epoch is yielded.
 

@@ -141,6 +141,21 @@ def test_what_an_epoch_begins_with_is_not_applied_again_where_a_run_resumes_insi
     assert outcome.is_equal, outcome.rows
 
 
+def test_what_an_epoch_takes_from_the_model_goes_on_in_a_tracked_copy_and_in_the_state(tmp_path):
+    head = """
+old.load_state_dict(model.state_dict())
+run.state["scale"] = 1 / (1 + model.weight.detach().norm().item())
+"""
+    source = epochs(head, "import copy\nold = copy.deepcopy(model)\n")
+    source = source.replace("scheduler=scheduler)", "scheduler=scheduler, old=old)").replace(
+        ".mean()",
+        ".mean() * run.state['scale'] + (model.weight - old.weight.detach()).square().sum()",
+    )
+    outcome = killed_once(tmp_path, source, die=18)
+    assert "resumes from step 15" in outcome.resumed.text
+    assert outcome.is_equal, outcome.rows
+
+
 def test_a_generator_of_the_program_that_an_epoch_begins_with_is_put_back(tmp_path):
     source = epochs("torch.randn(3, generator=own)", "own = torch.Generator().manual_seed(5)")
     outcome = killed_once(tmp_path, source.replace("run.track(", "run.track(own=own, "), die=18)
