@@ -155,9 +155,9 @@ class Run(Loop):
         checkpoint holds, also of samplers, is put back when the first batch is requested, because
         the checkpoint contains the change already; plain variables keep what it sets, and what it
         computes from the model is that of the resumed step: keep it in a tracked copy, or in
-        `run.state`. Run the inner loop to its end. An iterator of your own goes around the inner one,
-        `for batch in mixed(batches)`: with one around `run.batches`, the first batch of an epoch is
-        loaded before the epoch is yielded.
+        `run.state`. Run the inner loop to its end. An iterator of your own goes around the inner
+        one, `for batch in mixed(batches)`: with one around `run.batches`, the first batch of an
+        epoch is loaded before the epoch is yielded.
 
         Collective: every rank must call it.
 
