@@ -21,6 +21,7 @@ from harness.errors import UsageError
 from harness.run.build_work import AHEAD, TOO_LATE, not_of_the_run
 from harness.run.protocols import StepCounter
 from harness.selfcheck.data_checks import check_same_data
+from harness.selfcheck.epoch_values import EpochValues
 from harness.selfcheck.start_values import StartValues
 from harness.state import Captured
 from harness.state.kinds import PLAIN
@@ -72,6 +73,7 @@ class KeptState:
         self._by_rank = RankDifferences(world, own, say, note)
         self._untracked, self._strays = UntrackedFinder(suspects, say, note), StrayLoaders()
         self._at_start = StartValues(resume_point.catalog, self._origin, say, note)
+        self._of_epoch = EpochValues(say, note)
 
     def check_config(self, payload: Mapping[str, Any]) -> None:
         """Check the config against the checkpoint's; print what has changed.
@@ -210,6 +212,7 @@ class KeptState:
             self._before_head = _plain_attributes(self._dataset)
             payload = payload and self._renewed(tracked, values, payload)
         self._more.head.begins(is_again=payload is not None)
+        self._of_epoch.begins(payload)
         return payload
 
     def _renewed(
@@ -222,9 +225,11 @@ class KeptState:
         return renewed(payload, live, values, self._world.rank)
 
     def head_over(self) -> None:
-        """Keep what the head of an epoch has drawn from; warn if it sets the dataset too late."""
+        """Keep what the head of an epoch has drawn from and made; warn of what cannot be kept."""
         if warning := self._more.head.over():
             self._say(f"harness: warning: {warning}")
+        if self._world.is_writer:
+            self._of_epoch.head_over(*self._untracked.made_by_head())
         before, self._before_head = self._before_head, None
         if before is None or self._is_told:
             return
@@ -323,7 +328,8 @@ class KeptState:
             UsageError: State is not plain data.
             NonFiniteError: A parameter is not finite.
         """
-        return captured(of_ranks, data, values | self._more.values(), tracked)
+        values = values | self._more.values() | self._of_epoch.values()
+        return captured(of_ranks, data, values, tracked)
 
     def class_names(self, tracked: Mapping[str, Any]) -> dict[str, str]:
         """Return the class of each tracked object, for the manifest."""

@@ -27,6 +27,9 @@ This is the one list of the entries of a checkpoint:
 
 These entries are optional. Each exists only if there is something to keep:
 
+      made_by_head                by path: the digest of what the head of the epoch has made on the
+                                  writer, such as a copy of the model; it is no state, and does
+                                  not raise the version
       gradients                   by parameter: the gradient as written after the last step of its
                                   optimizer ("zeros" if it is zero everywhere)
       attributes                  of tracked modules: what differs from the module as built, namely

@@ -52,7 +52,7 @@ from harness.untracked.given_state import GivenState, are_searched
 from harness.untracked.object_walk import MOST_OBJECTS, plain_in
 from harness.untracked.program_frames import of_source
 from harness.untracked.program_roots import Roots, Sharing, of_torch, of_tracked
-from harness.untracked.program_values import ProgramValues
+from harness.untracked.program_values import ProgramValues, marks
 
 MOST_NAMES = 10  # names in one message
 OF_THE_RUN = ("harness.run", "harness.data", "harness.saving", "harness.distributed")
@@ -120,6 +120,16 @@ class UntrackedFinder:
             self._given = None
             return values, self._held
         return {}, set()
+
+    def made_by_head(self) -> tuple[dict[str, tuple[Any, Any]], set[int]]:
+        """Search what the head of an epoch has made; return the same as `begin`."""
+        found, frame = dict[str, tuple[Any, Any]](), sys._getframe(1)
+        with self._harmless():
+            if made := [] if self._is_over else list(self._roots.made(frame)):
+                self._ask()
+                marks(made, self._enters(self._kept()), self._held, found)
+                self._given = None
+        return found, self._held
 
     def _ask(self) -> set[int]:
         """Ask the program's own tracked objects for what they save; return their ids."""
@@ -196,17 +206,11 @@ class UntrackedFinder:
         self._ask()
         kept, tracked = self._kept(), Tracked(self._tracked, self._held, self._given)
         if self._candidates:
-            lost = [
-                candidate
-                for candidate in self._candidates
-                if id(candidate.obj) not in kept and is_lost(candidate, self._stepped, tracked)
-            ]
+            others = [each for each in self._candidates if id(each.obj) not in kept]
+            lost = [each for each in others if is_lost(each, self._stepped, tracked)]
             self._tell(lost)
-            self._candidates = [
-                candidate
-                for candidate in self._candidates
-                if candidate.kind in (GENERATOR, NUMBERS) and candidate not in lost
-            ]
+            again = [each for each in self._candidates if each.kind in (GENERATOR, NUMBERS)]
+            self._candidates = [each for each in again if each not in lost]
         if not self._values.is_whole and not self._is_cut_reported:
             self._is_cut_reported = True
             self._say(
@@ -215,12 +219,8 @@ class UntrackedFinder:
             )
         known = [name.rpartition(" (")[0] for name in self.names]
         enters = self._enters(kept)
-        of_frame, spared, is_carried = (
-            self._all_roots(frame),
-            self._is_spared,
-            self._roots.is_carried,
-        )
-        carried = self._values.changed(of_frame, enters, self._held, known, spared, is_carried)
+        roots, spared, is_carried = self._all_roots(frame), self._is_spared, self._roots.is_carried
+        carried = self._values.changed(roots, enters, self._held, known, spared, is_carried)
         self._given = None
         self._tell_of_counters()
         if carried := [*carried, *self._sharing.changed()]:

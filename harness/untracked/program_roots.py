@@ -27,6 +27,7 @@ from harness.untracked.object_walk import OF_OPTIMIZERS
 from harness.untracked.program_frames import is_programs_file, program_frames, stack, values_of
 from harness.untracked.unkept_values import is_of_program
 
+OWN = ("harness.run.epochs", "harness.run.api")
 PASSING = (type(None), *PLAIN)
 HOOKS = (
     "_forward_pre_hooks",
@@ -81,6 +82,17 @@ class Roots:
         for spelled, values, names in modules.values():
             self._modules[spelled] = values
             yield from self._of(spelled, values, names, epoch)
+
+    def made(self, frame: FrameType | None) -> Iterator[tuple[str, Any]]:
+        """Yield what a loop around the innermost one has made for it, each after its path."""
+        for spelled, inner in program_frames(stack(frame)):
+            names, is_function = self._names(inner, spelled), inner.f_code.co_flags & CO_OPTIMIZED
+            values = values_of(inner) if is_function else inner.f_globals
+            for name in sorted(names.made & values.keys()) if names else ():
+                kind = type(value := values[name])
+                is_float = issubclass(kind, float)  # most have only the epoch and its batches
+                if is_float or not (issubclass(kind, PASSING) or kind.__module__ in OWN):
+                    yield spelled + name, value
 
     def _note_calls(self, own_frames: list[tuple[str, FrameType]], epoch: int) -> None:
         """Note which functions on the stack were called anew since the last look.

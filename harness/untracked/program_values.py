@@ -236,7 +236,7 @@ def _carried_parts(value: Any) -> Iterator[tuple[str, Any]]:
     yield from (item for item in held if item[0].removeprefix(".") not in told)
 
 
-def _is_clock(value: float) -> bool:
+def is_clock(value: float) -> bool:
     """Return whether a number is a reading of a clock within the last hour.
 
     Small numbers are none, unless the machine has started only now, as its clocks then have.
@@ -257,7 +257,7 @@ def _mark(value: Any, holder: Any, path: str, held: Collection[int]) -> Any:
             kind: Any = type(holder)
             if "epoch" in path.rpartition(".")[2] or told_attributes(kind) is None:
                 return None
-        if type(value) is float and _is_clock(value):
+        if type(value) is float and is_clock(value):
             return None
         text = repr(value)
         return type(value).__name__, text if len(text) < 100 else hash(text)

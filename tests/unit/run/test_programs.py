@@ -141,6 +141,40 @@ def test_what_an_epoch_begins_with_is_not_applied_again_where_a_run_resumes_insi
     assert outcome.is_equal, outcome.rows
 
 
+@pytest.mark.parametrize(
+    ("head", "used", "name"),
+    [
+        (
+            "old = copy.deepcopy(model)",
+            "(model.weight - old.weight.detach()).square().sum()",
+            "old",
+        ),
+        ("scale = 1 + model.weight.detach().norm().item()", "model.bias.sum() * scale", "scale"),
+        (
+            "old = {'w': model.weight.detach().clone()}",
+            "(model.weight - old['w']).square().sum()",
+            "old['w']",
+        ),
+        # As when the epoch began, or of no use: draws, clocks, what is tracked, shown at the end.
+        ("noise, at = torch.randn(8), time.time()", "(model.weight * noise).sum() + 0 * at", ""),
+        ("own = list(model.parameters())", "own[0].sum()", ""),
+        ("rate = 0.5 ** epoch", "model.bias.sum() * rate", ""),
+        ("norm = model.weight.detach().norm().item(); print(norm)", "0", ""),
+    ],
+)
+def test_what_an_epoch_takes_from_the_model_is_named_where_a_resume_takes_it_anew(
+    tmp_path, head, used, name
+):
+    source = epochs(head, "import copy").replace(".mean()", f".mean() + {used}")
+    outcome = killed_once(tmp_path, source, die=18)
+    assert "resumes from step 15" in outcome.resumed.text
+    assert "not as when" not in outcome.whole.text + outcome.killed.text
+    named = [line for line in outcome.resumed.text.splitlines() if "not as when" in line]
+    assert len(named) == bool(name), outcome.resumed.text
+    assert all(f"program.py: {name}. Where" in line for line in named)
+    assert outcome.is_equal == (not name), outcome.rows
+
+
 def test_what_an_epoch_takes_from_the_model_goes_on_in_a_tracked_copy_and_in_the_state(tmp_path):
     head = """
 old.load_state_dict(model.state_dict())
