@@ -15,6 +15,7 @@ from typing import TextIO
 from harness.errors import printable
 
 ERASED = "\r\x1b[K"  # erases the last line of the terminal
+MOST_NAMES = 10  # names in one message
 
 
 def say(text: str, stream: TextIO | None = None) -> None:
@@ -87,6 +88,12 @@ def table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
         for line in lines
     )
+
+
+def listed(names: Sequence[str]) -> str:
+    """Return names in one line, at most MOST_NAMES of them."""
+    more = len(names) - MOST_NAMES
+    return ", ".join([*names[:MOST_NAMES], *[f"{more} more"] * (more > 0)])
 
 
 def number(value: float | None) -> str:

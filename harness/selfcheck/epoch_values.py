@@ -11,7 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-from harness.selfcheck.start_values import MOST_NAMES, digests_of
+from harness.selfcheck.start_values import digests_of
+from harness.text import listed
 from harness.untracked.program_values import is_clock
 
 ENTRY = "made_by_head"  # in a checkpoint
@@ -50,10 +51,9 @@ class EpochValues:
         self._digests = now if self._before is None else dict(self._before)
         if other := [path for path in now if self._digests.get(path, now[path]) != now[path]]:
             self._note("made_other", names=other)
-            more = [f"{len(other) - MOST_NAMES} more"] * (len(other) > MOST_NAMES)
             self._say(
                 "harness: warning: not as when the epoch began: "
-                f"{', '.join([*other[:MOST_NAMES], *more])}. Where a run resumes inside an epoch, "
+                f"{listed(other)}. Where a run resumes inside an epoch, "
                 "its head computes this from the state of the resumed step: keep a number in "
                 "run.state, and what is copied in a tracked object that is loaded in place."
             )

@@ -22,12 +22,12 @@ import harness.untracked.array_changes as array_changes
 from harness.checkpoint.catalog import Catalog
 from harness.checkpoint.format import Manifest
 from harness.supervision import attempt_history
+from harness.text import listed
 
 EVENT = "held_at_start"
 MOST = 1000  # tensors and arrays that are looked at
 FEW_ATTEMPTS = 3  # attempts that are asked for what they have handed on
 SAMPLES = 64  # numbers that are compared of each
-MOST_NAMES = 10  # names in one message
 CLOSE_S = 5.0  # how long the end of the loop waits for the comparison
 
 
@@ -70,10 +70,9 @@ class StartValues:
             self._note(EVENT, digests=now | before)
         if other := [path for path in now if (before or now).get(path, now[path]) != now[path]]:
             self._note("held_other", names=other)
-            more = [f"{len(other) - MOST_NAMES} more"] * (len(other) > MOST_NAMES)
             self._say(
                 "harness: warning: not as when the run began: "
-                f"{', '.join([*other[:MOST_NAMES], *more])}. It is made from what was restored, or "
+                f"{listed(other)}. It is made from what was restored, or "
                 "from what differs at each start: make it before run.track, or track it (a tensor: "
                 "in run.state)."
             )

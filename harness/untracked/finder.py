@@ -30,6 +30,7 @@ from torch.utils.data import DataLoader, Sampler
 
 import harness.untracked.array_changes as array_changes
 from harness.distributed import wrappers
+from harness.text import listed
 from harness.untracked.candidates import (
     GENERATOR,
     NUMBERS,
@@ -54,7 +55,6 @@ from harness.untracked.program_frames import of_source
 from harness.untracked.program_roots import Roots, Sharing, of_torch, of_tracked
 from harness.untracked.program_values import ProgramValues, marks
 
-MOST_NAMES = 10  # names in one message
 OF_THE_RUN = ("harness.run", "harness.data", "harness.saving", "harness.distributed")
 
 
@@ -226,7 +226,7 @@ class UntrackedFinder:
         if carried := [*carried, *self._sharing.changed()]:
             anew = "what the program carries from step to step begins anew after a restart"
             self._say(
-                f"harness: {anew}: {_listed(carried)}. What training depends on belongs in "
+                f"harness: {anew}: {listed(carried)}. What training depends on belongs in "
                 "run.state."
             )
             self._note("carried", names=carried)
@@ -236,7 +236,7 @@ class UntrackedFinder:
         if names := [*self._roots.counted_anew][self._counters :]:
             self._counters += len(names)
             beside = "what a loop counts or reads beside the batches begins anew after a restart"
-            self._say(f"harness: {beside}: {_listed(names)}. run.enumerate(batches) counts on.")
+            self._say(f"harness: {beside}: {listed(names)}. run.enumerate(batches) counts on.")
             self._note("carried", names=names)
 
     def _all_roots(self, frame: FrameType) -> Iterator[tuple[str, Any]]:
@@ -323,14 +323,8 @@ class UntrackedFinder:
             self._named |= {id(candidate.obj) for candidate in candidates}
             self._note("untracked", names=names)
             self._say(
-                f"harness: warning: not tracked, so lost at a restart: {_listed(names)}. "
+                f"harness: warning: not tracked, so lost at a restart: {listed(names)}. "
                 "Name it in run.track(…), and keep tensors and arrays in run.state; "
                 "of a generator: draw from the global ones, which are saved. What each step fills "
                 "anew is not lost."
             )
-
-
-def _listed(names: list[str]) -> str:
-    """Return names in one line, at most MOST_NAMES of them."""
-    more = len(names) - MOST_NAMES
-    return ", ".join([*names[:MOST_NAMES], *[f"{more} more"] * (more > 0)])
