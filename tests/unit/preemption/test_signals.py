@@ -198,7 +198,7 @@ def test_a_stopped_peer_is_given_up_within_the_time_limit_and_the_run_goes_on(
     began = time.monotonic()
     survivor = workers_of(process.pid)[0]
     survivor.wait(timeout=30)
-    assert time.monotonic() - began < 12
+    assert time.monotonic() - began < 25
     frozen.kill()
     process.communicate(timeout=60)
     assert process.returncode == 1

@@ -200,12 +200,15 @@ def test_events_are_of_one_attempt_also_where_its_number_begins_another_one(tmp_
 def test_a_resumed_run_knows_its_rate_and_what_is_left_at_once(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    def rates() -> list[int]:
+        found = re.findall(r"([\d,]+) samples/s", capfd.readouterr().out)
+        return [int(rate.replace(",", "")) for rate in found]
+
     train(tmp_path / "a", leave_at=9, log_every_steps=1, each=lambda job: time.sleep(0.1))
-    capfd.readouterr()
+    before = rates()[-1]
     train(tmp_path / "a", log_every_steps=1)
-    assert (rate := re.search(r"([\d,]+) samples/s", capfd.readouterr().out)) is not None
-    assert 40 < int(rate[1].replace(",", "")) < 150, (
-        "ten samples in each of nearly ten steps a second"
+    assert before / 2 < rates()[0] < before * 2 and before < 105, (
+        "that of the first attempt: ten samples in each of nearly ten steps a second at most"
     )
 
 

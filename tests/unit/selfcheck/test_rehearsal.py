@@ -79,8 +79,8 @@ run.track(
     event, text = rehearsed(tmp_path, track)
     assert (event["problems"], event["not_rehearsed"]) == ([], [])
     assert "restart" not in text
-    assert event["seconds"] < 20
-    assert event["training_s"] < 1
+    assert event["seconds"] < 60
+    assert event["training_s"] < 10
 
 
 KINDS = """

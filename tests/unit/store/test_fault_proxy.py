@@ -208,7 +208,7 @@ def test_slow_and_silent(
     proxy.rules[:] = [Rule("delay", first=1, argument=0.7), Rule("stall", first=2)]
     began = time.monotonic()
     client.put_object(Bucket=name, Key="k", Body=b"1")
-    assert 0.7 <= time.monotonic() - began < 3
+    assert 0.7 <= time.monotonic() - began < 30
     assert outcome(lambda: impatient.list_buckets()) == "ReadTimeoutError"
     threading.Timer(0.3, proxy.release_stalled).start()
     assert outcome(lambda: client.list_buckets()) == "ConnectionClosedError"

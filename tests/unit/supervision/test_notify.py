@@ -115,7 +115,7 @@ def test_a_command_that_hangs_is_ended_with_all_that_it_has_started(
 ) -> None:
     script = f"sleep 61.5 & echo $! > {tmp_path}/child; sleep 61.5"
     words, took_s = told(capfd, command=["sh", "-c", script])
-    assert took_s < 4 and "took longer than 1 s" in words
+    assert took_s < 30 and "took longer than 1 s" in words
     child = int((tmp_path / "child").read_text())
     assert not psutil.pid_exists(child) or outliving([psutil.Process(child)]) == []
 
@@ -145,9 +145,9 @@ def test_a_webhook_that_refuses_hangs_or_is_not_there_is_said_and_no_more(
     hook.status = 500
     words, _ = told(capfd, webhook_env="MY_HOOK")
     assert "500" in words and "secret" not in words
-    hook.status, hook.pause_s = 200, 5.0
+    hook.status, hook.pause_s = 200, 60.0
     words, took_s = told(capfd, webhook_env="MY_HOOK")
-    assert took_s < 4 and "time" in words
+    assert took_s < 30 and "time" in words
     monkeypatch.setenv("MY_HOOK", "http://127.0.0.1:9/secret")
     words, _ = told(capfd, webhook_env="MY_HOOK")
     assert "refused" in words and "secret" not in words
