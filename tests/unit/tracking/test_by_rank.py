@@ -14,7 +14,7 @@ from harness.distributed.ranks import World
 from harness.run import drill_hooks
 from harness.tracking.attribute_values import digest_of
 from harness.tracking.payload import RankEntries
-from harness.tracking.tensor_leaves import leaves_of
+from harness.tracking.tensor_leaves import Leaf, leaves_of
 
 NORMALISER = """
 class Normaliser:
@@ -592,3 +592,26 @@ def test_gradients_that_ddp_rounds_otherwise_after_a_restart_are_named(tmp_path)
     resumed = live(tmp_path, VIEWS, "run", ranks=3)
     assert "resumes from step 6" in resumed.text, resumed.text
     assert resumed.text.count("model: DDP with gradient_as_bucket_view") == 1, resumed.text
+
+
+@pytest.mark.parametrize("count", [1, 511, 512, 513, 1 << 15, (1 << 15) + 1, 300_005])
+def test_a_digest_tells_changed_and_exchanged_elements(count: int) -> None:
+    content, last = torch.arange(count, dtype=torch.int64) ** 2 + 1, count - 1
+    places = {(0, last), (last // 2, last), (0, min(1 << 15, last)), (0, min(1, last))} - {(0, 0)}
+    found = [content, content.roll(1)] if last else [content]
+    for one, other in places:
+        exchanged, changed = content.clone(), content.clone()
+        exchanged[[one, other]] = content[[other, one]]
+        changed[[one, other]] += torch.tensor([5, -5])
+        found += [exchanged, changed]
+    assert len({Leaf(tensor).digest() for tensor in found}) == len(found)
+    assert Leaf(content.clone()).digest() == Leaf(content).digest()
+
+
+@pytest.mark.parametrize("width", [64, 512, 2048])
+def test_permutation_matrices_have_other_digests(width: int) -> None:
+    found = {
+        Leaf(torch.eye(width, dtype=torch.float64)[torch.randperm(width)]).digest()
+        for _ in range(3)
+    }
+    assert len(found) == 3
