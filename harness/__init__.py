@@ -17,6 +17,7 @@ Reading order, which is the order of a run:
     task.py         the task that a user defines       errors.py     errors and exit codes
     cli/            the commands                       tasks/        example tasks
     threads.py      the frames of all threads      source_code/  names that a program sets or reads
+    sharding/       checkpoints of sharded models
 
 Imports only go down these layers, and each third-party library has one door:
 
@@ -26,7 +27,7 @@ Imports only go down these layers, and each third-party library has one door:
     exchange
     run
     saving
-    selfcheck, tracking
+    selfcheck, tracking, sharding
     untracked
     arguments
     monitoring

@@ -3,6 +3,7 @@
 The files of a run:
 
     <run>/checkpoints/step_00000120-0003.pt     data of step 120, written by attempt 3
+    <run>/checkpoints/step_00000120-0003/00007.pt   the parts of rank 7, if the state is sharded
     <run>/checkpoints/step_00000120-0003.json   manifest of that checkpoint
     <run>/attempts/0003.json                    attempt 3: host, pid, nonce, the resume point,
                                                 the retention
@@ -24,7 +25,9 @@ The files of a run:
 
 The data file is a `torch.save` file except for the CRC-32 of its tensors, which no reader checks.
 `harness/state` lists its content. The manifest holds the size and the BLAKE3 digest of the data
-file, which is computed during the write. The manifest also holds a digest of its own fields.
+file, which is computed during the write. The manifest also holds a digest of its own fields. A
+checkpoint of a sharded model has a shard for each rank beside the data file, which is then called
+its main file (`harness/sharding`). They are written before it, and the manifest names them all.
 
 * A checkpoint exists if and only if its manifest exists. The manifest is written last and deleted
   first. A file never changes after it was written under its name.

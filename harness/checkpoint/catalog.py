@@ -31,6 +31,7 @@ class Catalog:
     # Manifest keys whose copy was found damaged, on a store that cannot rename.
     marked: set[str] = field(default_factory=set)
     orphans: list[str] = field(default_factory=list)  # data without a manifest
+    orphan_folders: list[str] = field(default_factory=list)  # shards without a manifest
     foreign: list[str] = field(default_factory=list)  # files in the folder that are no checkpoint
     strangers: list[str] = field(default_factory=list)  # checkpoints of another run
     sizes: dict[str, int] = field(default_factory=dict)  # data key -> bytes in the store
@@ -146,7 +147,7 @@ class Catalog:
             store
             for store, part in zip(self.stores, self.parts, strict=True)
             if manifest in part.manifests
-            and part.sizes.get(manifest.data_key) == manifest.size_bytes
+            and part.sizes.get(manifest.data_key) == manifest.data.size_bytes
         ]
 
     @property
@@ -220,7 +221,7 @@ def joined(stores: tuple[Store, ...], parts: list[Catalog]) -> Catalog:
         whole.ends |= part.ends
         whole.newer |= part.newer
         whole.greatest = max(whole.greatest, part.greatest)
-        for name in ("set_aside", "orphans", "foreign", "strangers"):
+        for name in ("set_aside", "orphans", "orphan_folders", "foreign", "strangers"):
             setattr(whole, name, sorted({*getattr(whole, name), *getattr(part, name)}))
     readable = {m.key: m for part in parts for m in part.manifests}
     whole.manifests = sorted(
@@ -239,7 +240,7 @@ def joined(stores: tuple[Store, ...], parts: list[Catalog]) -> Catalog:
 
 def _list(store: Store, known: Known) -> Catalog:
     catalog = Catalog(known=known)
-    checkpoints = store.entries(fmt.CHECKPOINTS)
+    checkpoints, folders = store.listing(fmt.CHECKPOINTS)
     keys, manifests = {entry.key for entry in checkpoints}, list[str]()
     catalog.sizes = {
         entry.key: entry.size_bytes for entry in checkpoints if entry.key.endswith(".pt")
@@ -273,6 +274,12 @@ def _list(store: Store, known: Known) -> Catalog:
     halves = {key for key in alone if f"{key.removesuffix('.pt')}.json{SET_ASIDE}" in keys}
     catalog.set_aside += sorted(halves)
     catalog.orphans = [key for key in alone if key not in halves]
+    catalog.orphan_folders = [
+        folder
+        for folder in folders
+        if fmt.FOLDER_NAME.match(folder)
+        and not {f"{folder}.json", f"{folder}.json{SET_ASIDE}"} & keys
+    ]
     return catalog
 
 

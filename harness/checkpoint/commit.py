@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from harness.checkpoint import format as fmt
+from harness.checkpoint import retention
 from harness.checkpoint.attempts import Attempt, check_fence
 from harness.checkpoint.catalog import extended
 from harness.checkpoint.format import DataFile, Lineage, Manifest
@@ -38,6 +39,7 @@ class About:
     # Measured on exactly these weights; None: the metrics of the state.
     metrics: dict[str, float] | None = None
     read_back: bool = False  # parse the file before it becomes a checkpoint
+    shards: tuple[DataFile, ...] = ()  # durable already, in the order of ranks
 
 
 def commit(
@@ -121,19 +123,19 @@ def adopt(
         SaveError: As for `commit`.
         SupersededError: A newer attempt has begun.
     """
+    shards = list[DataFile]()
 
     def write(sink: Any) -> None:
-        sink.expect(manifest.size_bytes)
-        # DamagedError is raised at the end of the data, before anything is committed.
-        for chunk in verified_chunks(source, manifest):
-            sink.write(chunk)
+        for rank, shard in enumerate(manifest.shards):
+            shards.append(_copy_shard(source, shard, store, attempt, manifest.step, rank))
+        _copy(source, manifest.data, sink)
 
     def build(file: DataFile) -> Manifest:
         fields = {name: getattr(manifest, name) for name in manifest.__dataclass_fields__}
         changed = {
             "run_id": attempt.run_id,
             "attempt": attempt.number,
-            "files": (file,),
+            "files": (file, *shards),
             "final": None,
             "time": now(),
         }
@@ -141,7 +143,32 @@ def adopt(
             **(fields | changed | {"lineage": extended(lineage, attempt.number, manifest.step)})
         )
 
-    return _commit(store, attempt, manifest.step, write, build)
+    try:
+        return _commit(store, attempt, manifest.step, write, build)
+    except BaseException:
+        with contextlib.suppress(StorageError):
+            if not store.exists(fmt.manifest_key(manifest.step, attempt.number)):
+                retention.delete_folder(store, fmt.folder_key(manifest.step, attempt.number))
+        raise
+
+
+def _copy_shard(
+    source: Store, shard: DataFile, store: Store, attempt: Attempt, step: int, rank: int
+) -> DataFile:
+    """Copy one shard as that of `attempt`; return its entry in the new manifest."""
+    name = fmt.shard_name(step, attempt.number, rank)
+    store.make_folder(fmt.folder_key(step, attempt.number))
+    with store.writer(f"{fmt.CHECKPOINTS}/{name}", attempt.number) as sink:
+        _copy(source, shard, sink)
+        sink.commit()
+        return DataFile(name, sink.size_bytes, sink.digest())
+
+
+def _copy(source: Store, file: DataFile, sink: Any) -> None:
+    sink.expect(file.size_bytes)
+    # DamagedError is raised at the end of the data, before anything is committed.
+    for chunk in verified_chunks(source, file):
+        sink.write(chunk)
 
 
 def _commit(
@@ -208,7 +235,7 @@ def _manifest(
         metrics={name: value for name, value in metrics.items() if math.isfinite(value)},
         world_size=about.world_size,
         lineage=extended(about.lineage, attempt.number, payload["step"]),
-        files=(file,),
+        files=(file, *about.shards),
         classes=about.classes,
         final=about.final,
         time=now(),

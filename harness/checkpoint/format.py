@@ -18,7 +18,8 @@ from harness.store.base import TEMP, check_key
 
 FileName = str | os.PathLike[str]  # of one of the user's own files
 OTHERS = "`harness ls RUN` shows the other checkpoints."
-READABLE = (1, 2)  # format versions that this harness reads
+SHARDED = 3  # the format version of a checkpoint with shards
+READABLE = (1, 2, SHARDED)  # format versions that this harness reads
 # Top-level keys that an older harness would drop silently.
 WITH_MORE = ("names", "kinds", "gradients", "attributes", "own")
 CHECKPOINTS, ATTEMPTS, EVENTS = "checkpoints", "attempts", "events"
@@ -31,6 +32,7 @@ CHECKPOINT_NAME = re.compile(
     r"^checkpoints/step_(?P<step>[0-9]{8,})-(?P<attempt>[0-9]{4,})"
     r"\.(?P<kind>pt|json)(?P<aside>\.damaged)?\Z"
 )
+FOLDER_NAME = re.compile(r"^checkpoints/(?P<stem>step_[0-9]{8,}-(?P<attempt>[0-9]{4,}))\Z")
 ATTEMPT_NAME = re.compile(r"^attempts/(?P<attempt>[0-9]{4,})(?P<end>\.end)?\.json\Z")
 
 Lineage = tuple[tuple[int, int], ...]
@@ -39,8 +41,11 @@ Lineage = tuple[tuple[int, int], ...]
 def version_of(payload: Mapping[str, Any]) -> int:
     """Return the format version of a checkpoint with this content.
 
-    The version is 2 if the content has state that an older harness would drop silently, else 1.
+    The version is SHARDED if there are shards beside it, 2 if the content has state that an older
+    harness would drop silently, else 1.
     """
+    if "layout" in payload:
+        return SHARDED
     data, generators = payload.get("data", ()), payload.get("rng", ())
     has_more = (
         any(name in payload for name in WITH_MORE)
@@ -61,9 +66,24 @@ def data_key(step: int, attempt: int) -> str:
     return f"{CHECKPOINTS}/{stem(step, attempt)}.pt"
 
 
+def folder_key(step: int, attempt: int) -> str:
+    """Return the key of the folder of a checkpoint's shards."""
+    return f"{CHECKPOINTS}/{stem(step, attempt)}"
+
+
+def shard_name(step: int, attempt: int, rank: int) -> str:
+    """Return the name of a rank's shard in the manifest."""
+    return f"{stem(step, attempt)}/{rank:05d}.pt"
+
+
 def manifest_key(step: int, attempt: int) -> str:
     """Return the key of a checkpoint's manifest."""
     return f"{CHECKPOINTS}/{stem(step, attempt)}.json"
+
+
+def manifest_of(data_key: str) -> str:
+    """Return the key of the manifest that names a data file."""
+    return f"{CHECKPOINTS}/{data_key.split('/')[1].removesuffix('.pt')}.json"
 
 
 def attempt_key(attempt: int) -> str:
@@ -121,6 +141,11 @@ class DataFile:
     size_bytes: int
     digest: str
 
+    @property
+    def key(self) -> str:
+        """Return the key of the file."""
+        return f"{CHECKPOINTS}/{self.name}"
+
 
 @dataclass(frozen=True)
 class Manifest:
@@ -165,13 +190,18 @@ class Manifest:
 
     @property
     def data(self) -> DataFile:
-        """Return the entry of the data file."""
+        """Return the entry of the main file: the only one, unless the state is sharded."""
         return self.files[0]
 
     @property
+    def shards(self) -> tuple[DataFile, ...]:
+        """Return the entries of the shards, in the order of the ranks that wrote them."""
+        return self.files[1:]
+
+    @property
     def data_key(self) -> str:
-        """Return the key of the data file."""
-        return f"{CHECKPOINTS}/{self.data.name}"
+        """Return the key of the main file."""
+        return self.data.key
 
     @property
     def size_bytes(self) -> int:
@@ -224,7 +254,7 @@ def from_bytes(key: str, text: bytes) -> Manifest:
         ) from None
     if (
         manifest.key != key
-        or [file.name for file in manifest.files] != [f"{manifest.name}.pt"]
+        or [file.name for file in manifest.files] != _file_names(manifest)
         or manifest.lineage[-1:] != (manifest.order,)
     ):
         raise DamagedError(
@@ -232,6 +262,14 @@ def from_bytes(key: str, text: bytes) -> Manifest:
             f"found: {manifest.key} with {[file.name for file in manifest.files]}",
         )
     return manifest
+
+
+def _file_names(manifest: Manifest) -> list[str]:
+    """Return the names that a manifest's files must have."""
+    is_sharded = manifest.format_version == SHARDED
+    ranks = range(max(1, len(manifest.shards)) if is_sharded else 0)
+    shards = [shard_name(manifest.step, manifest.attempt, rank) for rank in ranks]
+    return [f"{manifest.name}.pt", *shards]
 
 
 class NewerFormatError(UsageError):

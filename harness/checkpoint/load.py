@@ -136,7 +136,7 @@ def chunks(store: Store, key: str, start: int = 0) -> Iterator[bytes]:
 
 def _absent(store: Store, key: str) -> DamagedError:
     """Return the error for a data file that does not exist. Raises StorageError."""
-    if not store.exists(f"{key.removesuffix('.pt')}.json"):
+    if not store.exists(fmt.manifest_of(key)):
         return GoneError(key)
     return DamagedError(
         f"{key} is missing, or no regular file",
@@ -145,19 +145,17 @@ def _absent(store: Store, key: str) -> DamagedError:
     )
 
 
-def verified_chunks(
-    store: Store, manifest: Manifest, tell: Tell = _ignore_progress
-) -> Iterator[bytes]:
-    """Return an iterator over a checkpoint's data; after the last chunk, compare size and digest.
+def verified_chunks(store: Store, file: DataFile, tell: Tell = _ignore_progress) -> Iterator[bytes]:
+    """Return an iterator over a data file; after the last chunk, compare size and digest.
 
     Until then, do nothing with the chunks that cannot be undone. `tell` is called with the size of
     each chunk. Iterating raises DamagedError or StorageError.
     """
-    return checked(chunks(store, manifest.data_key), manifest.data, manifest.data_key, tell)
+    return checked(chunks(store, file.key), file, file.key, tell)
 
 
-def verified(store: Store, manifest: Manifest, tell: Tell = _ignore_progress) -> SealedMemory:
-    """Read a checkpoint's data into sealed memory and verify size and digest of those bytes.
+def verified(store: Store, file: DataFile, tell: Tell = _ignore_progress) -> SealedMemory:
+    """Read a data file into sealed memory and verify size and digest of those bytes.
 
     Later changes of the file have no effect.
 
@@ -166,11 +164,11 @@ def verified(store: Store, manifest: Manifest, tell: Tell = _ignore_progress) ->
         StorageError: The data cannot be read.
         HarnessError: There is not enough memory.
     """
-    return keep(verified_chunks(store, manifest, tell), manifest.size_bytes, manifest.data.name)
+    return keep(verified_chunks(store, file, tell), file.size_bytes, file.name)
 
 
 def parse(memory: SealedMemory, manifest: Manifest) -> dict[str, Any]:
-    """Parse a checkpoint in verified memory into plain data on the CPU.
+    """Parse a checkpoint's main file in verified memory into plain data on the CPU.
 
     The tensors in `..._state_dict` are views of that memory. They are copied only on write, and the
     memory is freed with the last of them. All other values are small and are copied, so that
@@ -189,7 +187,8 @@ def parse(memory: SealedMemory, manifest: Manifest) -> dict[str, Any]:
     except UNPARSEABLE as error:
         if any(phrase in str(error) for phrase in NO_ROOM):  # the file itself is intact
             raise HarnessError(
-                f"there is not enough memory to load {name}, which has {size(manifest.size_bytes)}",
+                f"there is not enough memory to load {name}, "
+                f"which has {size(manifest.data.size_bytes)}",
                 f"found: {first_line(error)}",
                 "Free memory on this machine, or ask for more (SLURM: --mem).",
             ) from error
@@ -220,11 +219,11 @@ def is_plain_zip(memory: SealedMemory) -> bool:
 
 
 def load(store: Store, manifest: Manifest, tell: Tell = _ignore_progress) -> dict[str, Any]:
-    """Read, verify and parse a checkpoint into plain data on the CPU.
+    """Read, verify and parse a checkpoint's main file into plain data on the CPU.
 
     Raises DamagedError, StorageError, or the other errors of `parse`.
     """
-    with verified(store, manifest, tell) as memory:
+    with verified(store, manifest.data, tell) as memory:
         return parse(memory, manifest)
 
 
@@ -254,8 +253,9 @@ def check(store: Store, manifest: Manifest, tell: Tell = _ignore_progress) -> No
         StorageError: The data cannot be read.
         NewerFormatError: The format version is not readable.
     """
-    for _ in verified_chunks(store, manifest, tell):
-        pass
+    for file in manifest.files:
+        for _ in verified_chunks(store, file, tell):
+            pass
     try:
         content = outline(store, manifest.data_key)
     except FileNotFoundError as error:

@@ -31,6 +31,8 @@ def wanted(history: Sequence[Manifest], there: Collection[str], policy: Policy) 
     newest_first = sorted(history, key=lambda m: m.order, reverse=True)
     urgent = newest_first[:1] + retention.best(newest_first, policy)[: policy.best]
     urgent += [m for m in newest_first if policy.every_steps and m.step % policy.every_steps == 0]
+    # Shards are not yet copied to another store; a run with a remote store makes none.
+    urgent = [m for m in urgent if not m.shards]
     missing = list({m.name: m for m in urgent if m.name not in there}.values())
     final = [m.name for m in newest_first[:1] if m.final is not None]
     return sorted(missing, key=lambda m: m.name in final)
@@ -56,7 +58,7 @@ def replicate(source: Store, manifest: Manifest, target: Store, attempt: Attempt
     Raises:
         The same errors as `send`.
     """
-    send(source, manifest.data_key, manifest.size_bytes, (), lambda: manifest, target, attempt)
+    send(source, manifest.data_key, manifest.data.size_bytes, (), lambda: manifest, target, attempt)
 
 
 def send(
@@ -98,7 +100,7 @@ def send(
         _write(sink, early, sent)
         if (manifest := committed()) is None:
             return None
-        if sink.size_bytes != manifest.size_bytes:
+        if sink.size_bytes != manifest.data.size_bytes:
             _write(sink, load.chunks(source, key, sink.size_bytes), sent)
         load.compare(sink.size_bytes, sink.digest(), manifest.data, key)
         sink.commit()

@@ -34,6 +34,9 @@ UNREAD_REMEDY = (
 )
 
 
+AddParts = Callable[[Store, Manifest, dict[str, Any], World], None]
+
+
 @dataclass(frozen=True)
 class Problem:
     """The reason why a run does not resume from a checkpoint."""
@@ -83,9 +86,10 @@ class Chooser:
         steps_back: Callable[[Catalog, Manifest], bool],
         memory: LocalStore,
         check: Callable[[Catalog], object],
+        add_parts: AddParts,
     ) -> None:
         self.stores, self.world, self.give_up, self.steps_back = stores, world, give_up, steps_back
-        self.check = check
+        self.check, self.add_parts = check, add_parts
         self._known = [Known() for _ in stores]  # of all listings, on rank 0 only
         self.sources: tuple[Store, ...] = (*stores, memory)
         self.tier = memory
@@ -218,6 +222,8 @@ class Chooser:
             # Rank 0 has verified the stored bytes: what is wrong here alone happened on the way.
             if fields[1] == DAMAGED and not self.world.is_writer:
                 fields[1:] = [UNREAD, ""]
+        if manifest.shards and payload is not None:
+            fields = self._add_parts(store, manifest, payload)
         problems = [
             (rank, Problem(*fields))
             for rank, fields in enumerate(self.world.gather(fields))
@@ -230,6 +236,14 @@ class Chooser:
         )
         return None, Problem(f"{first.message} (rank {rank})", first.kind, first.remedy)
 
+    def _add_parts(self, store: Store, manifest: Manifest, payload: dict[str, Any]) -> list[str]:
+        """Verify this rank's share of the shards and add the parts; return the problem or []."""
+        try:
+            self.add_parts(store, manifest, payload, self.world)
+        except HarnessError as error:
+            return _problem_fields(error)
+        return []
+
     def _open(self, store: Store, manifest: Manifest) -> tuple[dict[str, str] | None, list[str]]:
         """Verify the data on rank 0.
 
@@ -238,9 +252,9 @@ class Chooser:
         for last in (store.is_local, True):
             try:
                 self._memory = (
-                    reading(partial(verified, store, manifest))
+                    reading(partial(verified, store, manifest.data))
                     if store.is_local
-                    else verified(store, manifest)
+                    else verified(store, manifest.data)
                 )
                 return vars(self._memory.offer), []
             except HarnessError as error:
@@ -258,7 +272,7 @@ class Chooser:
             return keep(checked(chunks, expected, where), expected.size_bytes, expected.name)
 
         def read() -> SealedMemory | None:
-            return reading(partial(verified, store, manifest)) if store.is_local else None
+            return reading(partial(verified, store, expected)) if store.is_local else None
 
         return broadcast(self.world, memory, offer, expected.size_bytes, read, receive)
 
@@ -269,6 +283,7 @@ def choose(
     give_up: Callable[[], object] = lambda: None,
     steps_back: Callable[[Catalog, Manifest], bool] = lambda catalog, newest: False,
     check: Callable[[Catalog], object] = lambda here: None,
+    add_parts: AddParts = lambda *of_sharded: None,
 ) -> ResumePoint:
     """Find and load the newest checkpoint of the run's history that verifies on every rank.
 
@@ -285,6 +300,7 @@ def choose(
             that is the last choice.
         check: Called on rank 0 with the catalog of the first store, before another store is listed;
             its errors pass through.
+        add_parts: Adds the parts of a checkpoint with shards to the content of its main file.
 
     Returns:
         The resume point; its `manifest` is None for step 0.
@@ -295,7 +311,8 @@ def choose(
         UsageError: The stores hold different runs, or only a newer harness can read a checkpoint.
     """
     places = (stores,) if isinstance(stores, Store) else stores
-    chooser = Chooser(places, world, give_up, steps_back, memory_copy.place(places[0]), check)
+    memory = memory_copy.place(places[0])
+    chooser = Chooser(places, world, give_up, steps_back, memory, check, add_parts)
     for _ in range(LISTINGS):
         resume_point, vanished = chooser.once()
         if not vanished:

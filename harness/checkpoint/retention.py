@@ -219,11 +219,17 @@ def apply(
         check_fence(store, attempt)
         delete(store, manifest)
         gone.append(manifest.name)
-    for key in catalog.orphans if store.is_local else ():
-        match = fmt.CHECKPOINT_NAME.match(key)
+    return gone + (_sweep(store, attempt, catalog) if store.is_local else [])
+
+
+def _sweep(store: Store, attempt: Attempt, catalog: Catalog) -> list[str]:
+    """Delete what earlier attempts have left without a manifest; return the keys."""
+    gone = []
+    for key in (*catalog.orphans, *catalog.orphan_folders):
+        match = fmt.CHECKPOINT_NAME.match(key) or fmt.FOLDER_NAME.match(key)
         if match and int(match["attempt"]) < attempt.number:
             check_fence(store, attempt)
-            store.delete(key)
+            store.delete(key) if key in catalog.orphans else delete_folder(store, key)
             gone.append(key)
     return gone
 
@@ -235,4 +241,16 @@ def delete(store: Store, manifest: Manifest) -> None:
     """
     store.delete(manifest.key)
     for file in manifest.files:
-        store.delete(f"{fmt.CHECKPOINTS}/{file.name}")
+        store.delete(file.key)
+    if manifest.shards:
+        store.drop_folder(f"{fmt.CHECKPOINTS}/{manifest.name}")
+
+
+def delete_folder(store: Store, folder: str) -> None:
+    """Delete shards that no manifest names, with their folder.
+
+    Raises StorageError.
+    """
+    for entry in store.entries(folder):
+        store.delete(entry.key)
+    store.drop_folder(folder)

@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
+from harness.distributed.dtensors import check_sharded_by_fsdp
 from harness.distributed.wrappers import ddp_wrappers, unwrap, wrappers
 from harness.errors import UsageError
 
@@ -24,19 +25,17 @@ def check_resumable(name: str, module: object, world: World) -> None:
     """Refuse a wrapping that no resume could make exact.
 
     Raises:
-        UsageError: Parameters or the optimizer are sharded, or DDP has static_graph=True on more
-            than two ranks.
+        UsageError: Parameters or the optimizer are sharded in a way that is not supported, or DDP
+            has static_graph=True on more than two ranks.
     """
     shells = [type(shell).__name__ for shell in wrappers(module)]
-    sharded = isinstance(unwrap(module), nn.Module) and any(
-        hasattr(parameter, "_local_tensor") for parameter in unwrap(module).parameters()
-    )
-    if sharded or "FullyShardedDataParallel" in shells or "ZeroRedundancyOptimizer" in shells:
+    if "FullyShardedDataParallel" in shells or "ZeroRedundancyOptimizer" in shells:
         raise UsageError(
-            f"{name}: sharded state is not supported yet",
+            f"{name}: what FSDP1 and ZeroRedundancyOptimizer shard is not supported",
             f"found: {shells}",
-            "Use DistributedDataParallel and a plain optimizer.",
+            "Use fully_shard (FSDP2), or DistributedDataParallel, and a plain optimizer.",
         )
+    check_sharded_by_fsdp(name, module)
     for ddp in ddp_wrappers(module) if world.size > 1 else ():
         if ddp.static_graph and world.size > 2:
             raise UsageError(

@@ -1,7 +1,7 @@
 """Describe how sharded tensors are cut into parts, one for each rank.
 
-This is the only module that knows `torch.distributed.tensor`. A `Layout` is plain data, which a
-checkpoint holds beside the whole tensor's shape; all else follows from it by the cutting rule:
+A `Layout` is plain data, which a checkpoint holds beside the whole tensor's shape; all else follows
+from it by the cutting rule:
 
 * Part i of n of a dimension of length L begins at min(i * ceil(L / n), L). It may be empty.
 * A dimension that several placements cut is cut from left to right in the order of the mesh, except
@@ -9,7 +9,7 @@ checkpoint holds beside the whole tensor's shape; all else follows from it by th
 
 The rule is written down here, because `compute_local_shape_and_global_offset` of PyTorch tells
 other boxes than `fully_shard` makes if tensor parallel has cut uneven rows (pytorch#161368). A
-writer compares it with the shape of each local tensor that it has.
+writer compares it with the shape of each local tensor that it has (`dtensors.layout_of`).
 """
 
 from __future__ import annotations
@@ -18,12 +18,6 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
-
-import torch
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
-from torch.distributed.tensor.placement_types import _StridedShard
-
-from harness.errors import UsageError
 
 SHARD, STRIDED, COPIES = "shard", "strided", "copies"
 
@@ -95,11 +89,12 @@ class Layout:
         return sorted(other for other in self.ranks if self._cut(other) == own)
 
     def boxes(self, shape: Sequence[int]) -> dict[int, Box]:
-        """Return each part that is not empty once, by the lowest rank that holds it."""
-        found = {
-            rank: self.box(rank, shape) for rank in self.ranks if self.holders(rank)[0] == rank
-        }
-        return {rank: box for rank, box in found.items() if box.numel or 0 in shape}
+        """Return each part that is not empty, by the lowest rank that holds it, which writes it."""
+        first = dict[tuple[int, ...], int]()  # by the coordinates that cut
+        for rank in sorted(self.ranks):
+            first.setdefault(self._cut(rank), rank)
+        found = {rank: self.box(rank, shape) for rank in first.values()}
+        return {rank: box for rank, box in found.items() if box.numel}
 
     def _cut(self, rank: int) -> tuple[int, ...]:
         """Return a rank's coordinates along the dimensions of the mesh that cut the tensor."""
@@ -123,72 +118,6 @@ def _order(placements: Sequence[Placement]) -> list[int]:
     plain = [number for number, placement in enumerate(placements) if placement[0] == SHARD]
     strided = [number for number, placement in enumerate(placements) if placement[0] == STRIDED]
     return plain + strided[::-1]
-
-
-def is_sharded(value: object) -> bool:
-    """Return whether a value is a tensor that is cut over ranks, or lies on a mesh of them."""
-    return isinstance(value, DTensor)
-
-
-def layout_of(name: str, tensor: DTensor) -> Layout:
-    """Return the layout of a sharded tensor.
-
-    Raises:
-        UsageError: It is not cut into boxes, or its local tensor is not the part that the cutting
-            rule gives; `name` is its path for the message.
-    """
-    mesh: Any = tensor.device_mesh
-    dimensions, placements = tensor.ndim, list[Placement]()
-    for number, placement in enumerate(tensor.placements):
-        to_the_right = [
-            mesh.size(other)
-            for other, it in enumerate(tensor.placements[number + 1 :], number + 1)
-            if isinstance(it, Shard | _StridedShard)
-            and it.dim % dimensions == _dimension(placement, dimensions)
-        ]
-        placements.append(_spelled(name, placement, dimensions, math.prod(to_the_right)))
-    layout = Layout(tuple(mesh.shape), tuple(mesh.mesh.flatten().tolist()), tuple(placements))
-    rank = torch.distributed.get_rank()
-    if rank not in layout.ranks:
-        raise UsageError(
-            f"{name} lies on a mesh without this rank",
-            f"found: ranks {list(layout.ranks)}, not {rank}",
-            "Every rank that trains must hold a part of what it tracks.",
-        )
-    expected, found = layout.box(rank, tensor.shape).size, tuple(tensor.to_local().shape)
-    if expected != found:
-        raise UsageError(
-            f"{name} is not cut as torch {torch.__version__} is expected to cut it",
-            f"found: a part of shape {found} on rank {rank}, expected: {expected}",
-            "Take a version of PyTorch that is tested.",
-        )
-    return layout
-
-
-def _dimension(placement: Any, dimensions: int) -> int:
-    return int(placement.dim % dimensions) if hasattr(placement, "dim") else -1
-
-
-def _spelled(name: str, placement: Any, dimensions: int, parts: int) -> Placement:
-    """Spell a placement as plain data; `parts` is into how many those to its right cut.
-
-    Raises:
-        UsageError: as `layout_of`.
-    """
-    if isinstance(placement, Replicate):
-        return (COPIES,)
-    # In some versions a strided placement is one of `Shard`, too.
-    if isinstance(placement, _StridedShard):
-        if placement.split_factor == parts:
-            return STRIDED, placement.dim % dimensions, placement.split_factor
-    elif isinstance(placement, Shard):
-        return SHARD, placement.dim % dimensions
-    what = "holds sums that are not added up" if isinstance(placement, Partial) else "is in pieces"
-    raise UsageError(
-        f"{name} is not cut into one box for each rank",
-        f"found: {placement}, which {what}",
-        "Shard it with fully_shard, parallelize_module, or Shard(dim) along each dimension.",
-    )
 
 
 def uncovered(boxes: Iterable[Box], shape: Sequence[int]) -> str:

@@ -41,6 +41,7 @@ class World:
     _group: Any = None
     _store: Any = None
     _calls: int = field(default=0)
+    _parts: int = field(default=0)
 
     @property
     def is_writer(self) -> bool:
@@ -163,26 +164,75 @@ class World:
             self._store.delete_key(f"result/{self._calls - LAG}")
         return result
 
+    def on_each(
+        self, work: Callable[[], T], *, give_up: Callable[[], object] = lambda: None
+    ) -> list[T]:
+        """Run `work` on every rank; return all results (JSON-serialisable) on every rank.
+
+        No rank waits in a collective meanwhile: see `on_writer`. A rank that is lost is noticed by
+        its own heartbeat.
+
+        Raises LostRankError if a heartbeat stops. An error of `work` on any rank is raised on every
+        rank, that of the lowest rank first.
+        Collective: every rank must call it.
+        """
+        if self.size == 1:
+            return [work()]
+        self._parts += 1
+        number, own = self._parts, f"heartbeat/{self.rank}"
+        failure: BaseException | None = None
+        with _heart(lambda: self._store.add(own, 1)):
+            try:
+                part: dict[str, Any] = {"result": work()}
+            except BaseException as error:  # noqa: BLE001 - raised below, on every rank
+                is_own = isinstance(error, HarnessError)
+                text = str(error) if is_own else f"{type(error).__name__}: {error}"
+                code = getattr(error, "exit_code", EXIT_FAILED)
+                part, failure = {"code": code, "error": f"rank {self.rank}: {text}"}, error
+            self._store.set(f"part/{number}/{self.rank}", json.dumps(part))
+        parts = self.on_writer(lambda: self._heard(number, give_up), give_up=give_up)
+        if failure is not None:
+            raise failure
+        for part in parts:
+            if "error" in part:
+                raise by_exit_code(part["code"], part["error"])
+        return [part["result"] for part in parts]
+
+    def _heard(self, number: int, give_up: Callable[[], object]) -> list[Any]:
+        """Wait for each rank's part of `on_each`, and return them; called on the writer."""
+        keys = [f"part/{number}/{rank}" for rank in range(self.size)]
+        parts = [
+            self._received(key, f"heartbeat/{rank}", f"rank {rank}", give_up)
+            for rank, key in enumerate(keys)
+        ]
+        for key in keys:
+            self._store.delete_key(key)
+        return parts
+
     def _await(self, key: str, give_up: Callable[[], object]) -> Any:
         """Wait for the writer's result under a key, as long as its heartbeat continues."""
+        reply = self._received(key, "heartbeat", "the writing rank", give_up)
+        if "error" in reply:
+            raise by_exit_code(reply["code"], reply["error"])
+        return reply["result"]
+
+    def _received(self, key: str, heart: str, who: str, give_up: Callable[[], object]) -> Any:
+        """Wait for a JSON value under a key, as long as the heartbeat of its rank continues."""
         beat, beat_at, pause_s = -1, time.monotonic(), 0.0005
         with lost_rank_errors():
             while not self._store.check([key]):
                 time.sleep(pause_s)
                 pause_s = min(pause_s * 1.5, 0.05)
-                if (now := self._store.add("heartbeat", 0)) != beat:
+                if (now := self._store.add(heart, 0)) != beat:
                     beat, beat_at = now, time.monotonic()
                 limit_s = min(5.0, self.timeout_s) if give_up() else self.timeout_s
                 if time.monotonic() - beat_at > limit_s:
                     raise LostRankError(
-                        "the writing rank does not answer",
+                        f"{who} does not answer",
                         f"no sign of life for {limit_s:.0f} s",
                         "See its log.",
                     )
-            reply = json.loads(self._store.get(key))
-        if "error" in reply:
-            raise by_exit_code(reply["code"], reply["error"])
-        return reply["result"]
+            return json.loads(self._store.get(key))
 
     def share(self, file: BinaryIO | None, size_bytes: int) -> Iterator[bytes]:
         """Broadcast the content of the writer's `file`, and yield it part by part on every rank.

@@ -20,11 +20,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from harness.checkpoint import load
 from harness.checkpoint.format import Manifest
 from harness.checkpoint.load import first_line
+from harness.distributed.reshard import made_whole
 from harness.errors import DamagedError, HarnessError, UsageError
 from harness.exchange import formats, safe_unpickle
 from harness.exchange.formats import EXPORTED, LEGACY, SAFETENSORS, TORCH, TORCHSCRIPT, UNREADABLE
 from harness.exchange.single_read import File, SingleRead
 from harness.monitoring.console import ProgressBar
+from harness.sharding.shards import ShardFiles
 from harness.store import SealedMemory, Store, check_url, is_url, open_store, redacted
 from harness.supervision import run_address
 from harness.supervision.run_address import WAIT_S
@@ -112,6 +114,8 @@ def read_any(
     store, manifest = run_address.checkpoint(str(path), which)
     bar = ProgressBar(f"reading {manifest.name} from {store}", manifest.size_bytes)
     payload = load.load(store, manifest, bar)
+    if manifest.shards:
+        payload = dict(made_whole(payload, ShardFiles(store, manifest, payload)))
     bar.end()
     return Loaded(_file_of(store, manifest), payload, manifest=manifest)
 

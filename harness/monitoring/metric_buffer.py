@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from harness.distributed.dtensors import is_sharded, replicated
 from harness.errors import UsageError
 from harness.text import now
 
@@ -77,6 +78,7 @@ class MetricBuffer:
         Raises:
             UsageError: A value is not one number, or its name is one that every event has.
         """
+        values = {name: _logged(name, value) for name, value in values.items()}
         check_loggable(values)
         for name, value in values.items():
             self.logged[name] = value.detach() if isinstance(value, torch.Tensor) else value
@@ -171,3 +173,16 @@ def _is_number(value: Any) -> bool:
     if isinstance(value, torch.Tensor):
         return value.numel() == 1 and not value.is_complex()
     return hasattr(value, "__float__") and getattr(value, "size", 1) == 1
+
+
+def _logged(name: str, value: Any) -> Any:
+    """Return a value as a plain one. Raises UsageError if it is spread over the ranks."""
+    if not is_sharded(value):
+        return value
+    if (whole := replicated(value)) is None:
+        raise UsageError(
+            f"log({name}=…) takes one number",
+            f"found: a sharded tensor, {value.placements}",
+            f"Log the whole of it: {name}.full_tensor(), on every rank.",
+        )
+    return whole

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from harness.config.rules import COUNT
 from harness.data import loading
 from harness.data.dataloader import adopt
 from harness.data.plan import Position, Share
-from harness.distributed import ddp
+from harness.distributed import ddp, dtensors
 from harness.distributed.ranks import World
 from harness.distributed.shared_tensors import writers_buffers
 from harness.errors import UsageError
@@ -51,24 +51,23 @@ def evaluate(
     _check(dataset, fn, batch_size, collate)
     modules = [module for obj in tracked for module in _modules_of(obj)]
     sums: dict[str, float] = {}
-    samples = _shares(len(dataset), world, batch_size)
+    own = list(_shares(len(dataset), world.rank, world.size, batch_size))
+    more = _surplus(modules, len(dataset), world, batch_size)
     with contextlib.ExitStack() as meanwhile:
         meanwhile.enter_context(state.kept_generators())
         meanwhile.enter_context(writers_buffers(modules, world))
         meanwhile.enter_context(_eval_mode(modules))
         meanwhile.enter_context(torch.no_grad())
         meanwhile.enter_context(ddp.no_buffer_sync(list(modules)))
-        for _, batches in loading.load(dataset, samples, 0, collate, workers):
+        for number, (_, batches) in enumerate(
+            loading.load(dataset, [*own, *more], 0, collate, workers)
+        ):
             beat()
-            for name, value in _sums(fn(loading.to_device(batches[0], world.device))).items():
+            found = _sums(fn(loading.to_device(batches[0], world.device)))
+            for name, value in found.items() if number < len(own) else ():
                 sums[name] = sums.get(name, 0.0) + float(value)
     sizes, parts = zip(*world.gather((len(dataset), sums)), strict=True)
-    if len(set(sizes)) > 1:
-        raise UsageError(
-            "the ranks were not given the same data to evaluate",
-            f"found: {', '.join(map(str, sizes))} samples, by rank",
-            "Give every rank the whole dataset: evaluate() gives each rank its share of it.",
-        )
+    _check_sizes(sizes)
     names = dict.fromkeys(name for part in parts for name in part)
     return {name: sum(part.get(name, 0.0) for part in parts) / len(dataset) for name in names}
 
@@ -143,9 +142,37 @@ def _modules_of(obj: Any) -> Iterator[nn.Module]:
         yield inner
 
 
-def _shares(size: int, world: World, batch_size: int) -> Iterator[Share]:
-    """Yield the batches of this rank's part of a dataset of that size."""
-    samples = range(world.rank * size // world.size, (world.rank + 1) * size // world.size)
+def _check_sizes(sizes: Sequence[int]) -> None:
+    """Raise UsageError if the ranks' datasets have unlike sizes."""
+    if len(set(sizes)) > 1:
+        raise UsageError(
+            "the ranks were not given the same data to evaluate",
+            f"found: {', '.join(map(str, sizes))} samples, by rank",
+            "Give every rank the whole dataset: evaluate() gives each rank its share of it.",
+        )
+
+
+def _surplus(modules: list[nn.Module], size: int, world: World, batch_size: int) -> list[Share]:
+    """Return the batches that this rank makes beyond its own; their results do not count.
+
+    A forward pass of a sharded module is a collective, so all ranks make as many.
+
+    Raises:
+        UsageError: The ranks' datasets have unlike sizes.
+    """
+    if not dtensors.holds_sharded({str(at): module for at, module in enumerate(modules)}):
+        return []
+    _check_sizes(world.gather(size))
+    counts = [
+        sum(1 for _ in _shares(size, rank, world.size, batch_size)) for rank in range(world.size)
+    ]
+    first = Share(0, 0, ((0,),), (1.0,), Position(), last=False)
+    return [first] * (max(counts) - counts[world.rank])
+
+
+def _shares(size: int, rank: int, ranks: int, batch_size: int) -> Iterator[Share]:
+    """Yield the batches of a rank's part of a dataset of that size."""
+    samples = range(rank * size // ranks, (rank + 1) * size // ranks)
     for at in range(0, len(samples), batch_size):
         yield Share(
             0, samples[at], (tuple(samples[at : at + batch_size]),), (1.0,), Position(), last=False

@@ -138,7 +138,7 @@ class Loop:
             if not isinstance(share, Border):
                 self._share, self.weights = share, share.weights
             batch = self._work.to_device(micro_batches)
-            self._checkpointer.release()
+            self._checkpointer.background.release()
             step = self.step
             self._goodput.train(step)
             # In a loop over epochs, the outer loop runs between the border and the loading of the
@@ -177,7 +177,7 @@ class Loop:
         self._traces.step_made(step, share, batch, logged, self.tracked)
         self._checkpointer.at_boundary(self.tracked)
         self._kept_state.at_boundary(self.tracked, self.state, self.epoch)
-        self._checkpointer.step_made(step, share.digest, logged)
+        self._checkpointer.recomputed.step_made(step, share.digest, logged)
         self._position, self.epoch = share.after, share.after.epoch
         self._checkpointer.alive(step)
         if step % self._settings.log_every_steps == 0:
@@ -190,6 +190,7 @@ class Loop:
         checkpoint that the remote store lacks is uploaded.
         """
         payload, origin = self._payload or {}, self.origin
+        self._checkpointer.look_at(self.tracked)
         for warning in (
             *self._kept_state.check(self.tracked, payload, self._work.data),
             *self._work.notes,
@@ -280,7 +281,7 @@ class Loop:
                 self._work.end if final else None,
             )
             saved = (
-                self._checkpointer.remember(capture, about)
+                self._checkpointer.tier.remember(capture, about)
                 if in_memory
                 else self._checkpointer.save(capture, about, preemption.requested, wait=wait)
             )

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from harness.monitoring.metric_buffer import MetricBuffer
     from harness.monitoring.throughput import Throughput
     from harness.run.work import DataArguments, Work
+    from harness.saving.async_saver import AsyncSaver
+    from harness.saving.memory_tier import MemoryTier
+    from harness.selfcheck.recomputed import RecomputedSteps
     from harness.state import Captured
     from harness.store import Store
     from harness.tracking.payload import OfRank
@@ -56,6 +59,9 @@ class Checkpointer(Protocol):
     stores: tuple[Store, ...]
     attempt: Attempt | None  # None until `begin` has claimed one
     resumed: str  # how much is recomputed, for the first line
+    background: AsyncSaver
+    tier: MemoryTier
+    recomputed: RecomputedSteps
 
     @property
     def status_line(self) -> str:
@@ -70,17 +76,14 @@ class Checkpointer(Protocol):
     def begin(self, progress: Console, give_up: Callable[[], object]) -> Attempt:
         """Claim the next attempt. Collective."""
 
+    def look_at(self, tracked: Mapping[str, Any]) -> None:
+        """Note whether tracked state is sharded."""
+
     def watch_updates(self, tracked: Mapping[str, Any]) -> None:
         """Finish each copy before the optimizers change the state."""
 
-    def release(self) -> None:
-        """Let the copy of a save go on; the next batch is loaded."""
-
     def at_boundary(self, tracked: Mapping[str, Any]) -> None:
         """Account for a finished step."""
-
-    def step_made(self, step: int, samples: bytes | None, logged: Mapping[str, Any]) -> None:
-        """Record a step for the comparison, and compare it if it was recomputed."""
 
     def about(
         self, classes: dict[str, str], metrics: dict[str, float], final: dict[str, Any] | None
@@ -96,9 +99,6 @@ class Checkpointer(Protocol):
         wait: bool,
     ) -> bool:
         """Begin to commit a checkpoint; return False if there is none. Collective."""
-
-    def remember(self, capture: Callable[[], Captured], about: Callable[[], About]) -> bool:
-        """Begin to write a checkpoint to the memory tier only."""
 
     def settle(self, give_up: Callable[[], object]) -> None:
         """Wait for the save in flight. Collective."""

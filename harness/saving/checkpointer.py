@@ -16,6 +16,7 @@ from harness.config import stored_form
 from harness.errors import HarnessError, SaveError, StorageError
 from harness.saving.current_attempt import CurrentAttempt, Parts
 from harness.saving.save_job import Job
+from harness.sharding.sharded_save import ShardedSave, sharded_save
 from harness.state import Captured
 from harness.store import Sink, Store
 
@@ -38,8 +39,8 @@ class Checkpointer(CurrentAttempt):
         self._save_status = (
             "nothing saved yet" if self.saved_step is None else f"saved step {self.saved_step}"
         )
-        self._committed = self._has_room = False
-        self._slow_reason = ""
+        self._committed, self._has_room, self._slow_reason = False, False, ""
+        self._sharded: ShardedSave | None = None  # if tracked state is sharded
 
     @property
     def status_line(self) -> str:
@@ -129,13 +130,15 @@ class Checkpointer(CurrentAttempt):
                 loaded again.
         """
         began_at = time.perf_counter()
-        is_saved = self._apply_reply(
+        reply = (
             self.world.on_writer(
                 lambda: self._begin(capture, about, began_at, wait), give_up=give_up
             )
+            if self._sharded is None
+            else self._sharded.save(self, capture, about, began_at, give_up)
         )
         self.save_policy.begun()
-        return is_saved
+        return self._apply_reply(reply)
 
     def settle(self, give_up: Callable[[], object]) -> None:
         """Wait until the save in flight is committed or has failed.
@@ -144,7 +147,7 @@ class Checkpointer(CurrentAttempt):
         Collective: every rank must call it.
         """
         self._apply_reply(
-            self.world.on_writer(lambda: self._reply(self.background.wait()), give_up=give_up)
+            self.world.on_writer(lambda: self.reply(self.background.wait()), give_up=give_up)
         )
 
     def _apply_reply(self, reply: list[Any]) -> bool:
@@ -157,7 +160,8 @@ class Checkpointer(CurrentAttempt):
             self.saved_step, self._save_status = saved_step, status_line
         return not problem
 
-    def _reply(self, problem: str) -> list[Any]:
+    def reply(self, problem: str) -> list[Any]:
+        """Return what the other ranks learn of a save, with its problem or ""."""
         return [problem, self.saved_step, self._save_status]
 
     def _begin(
@@ -183,8 +187,12 @@ class Checkpointer(CurrentAttempt):
         if self.background.is_unable:
             self.background.saved_otherwise()
             state.check_finite(captured.tracked)
-            problem = self._commit(captured.fill(), details, began_at, None, lambda: None, dict)
-        return self._reply(problem)
+            problem = self.commit_at_once(captured.fill(), details, began_at)
+        return self.reply(problem)
+
+    def commit_at_once(self, payload: Mapping[str, Any], about: About, began_at: float) -> str:
+        """Commit a state that `torch.save` writes; return "" or why there is no checkpoint."""
+        return self._commit(payload, about, began_at, None, lambda: None, None)
 
     def _finish(self, job: Job, write: Callable[[Sink], None], check: Callable[[], None]) -> None:
         """Commit a copied state; called in the background."""
@@ -208,7 +216,7 @@ class Checkpointer(CurrentAttempt):
         began_at: float,
         write: Callable[[Sink], None] | None,
         check: Callable[[], None],
-        costs: Callable[[], dict[str, float]],
+        costs: Callable[[], dict[str, float]] | None,
         places: Mapping[int, int] | None = None,
     ) -> str:
         """Commit a checkpoint and prune old ones, in any thread; return "" or why there is none.
@@ -219,7 +227,7 @@ class Checkpointer(CurrentAttempt):
             began_at: when the save began, by `time.perf_counter`.
             write: writes the data file; None to write `payload` with `torch.save`.
             check: called when the data is durable; its errors pass through.
-            costs: returns what the save has cost, for the event.
+            costs: returns what the save has cost, for the event; None if training has waited.
             places: where each tensor's memory begins in the file, by address; for the rehearsal.
         """
         assert self.attempt is not None and self.event_log is not None
@@ -228,24 +236,29 @@ class Checkpointer(CurrentAttempt):
         try:
             manifest = commit(store, self.attempt, payload, about, write, check)
         except SaveError as error:
-            self.event_log.write("not_saved", step=payload["step"], error=str(error))
-            self._save_status = " ".join(str(error).split("\n"))
-            if not about.final:
-                self._say(f"harness: NOT SAVED, training goes on: {self._save_status}")
-            return self._save_status
+            return self.not_saved(payload["step"], str(error), is_final=about.final is not None)
         self.save_s = time.perf_counter() - began_at
         self.saved_step, self._committed = manifest.step, True
         self._save_status = f"saved step {manifest.step} in {self.save_s:.2g} s"
         self._verified.add(manifest.name)
         self._known.wrote(manifest)
         self.tier.drop(before=(manifest.attempt, manifest.step + 1))
-        written = {"size_bytes": manifest.size_bytes, "seconds": round(self.save_s, 6)} | costs()
+        written = {"size_bytes": manifest.size_bytes, "seconds": round(self.save_s, 6)}
+        written |= costs() if costs else {"blocked_s": written["seconds"]}
         self.event_log.write("saved", step=manifest.step, checkpoint=manifest.name, **written)
         if self._uploader:
             self._uploader.offer(manifest)
         self._prune(store)
         self._rehearsal.begin(self.store, manifest, places or {})
         return ""
+
+    def not_saved(self, step: int, error: str, *, is_final: bool = False) -> str:
+        """Report that a save has failed and return why; on the writer."""
+        self.note("not_saved", step=step, error=error)
+        self._save_status = " ".join(error.split("\n"))
+        if not is_final:
+            self._say(f"harness: NOT SAVED, training goes on: {self._save_status}")
+        return self._save_status
 
     def _prune(self, store: Store) -> None:
         assert self.attempt is not None and self.event_log is not None
@@ -261,9 +274,9 @@ class Checkpointer(CurrentAttempt):
         if self._uploader:
             self._uploader.forget(gone)
 
-    def release(self) -> None:
-        """Let the copy of a save go on; the next batch is loaded."""
-        self.background.release()
+    def look_at(self, tracked: Mapping[str, Any]) -> None:
+        """Note whether tracked state is sharded. Raises UsageError if it cannot be saved so."""
+        self._sharded = sharded_save(tracked, self.world, self.stores, self.settings)
 
     def watch_updates(self, tracked: Mapping[str, Any]) -> None:
         """Finish each copy before the optimizers change the state."""
@@ -278,16 +291,10 @@ class Checkpointer(CurrentAttempt):
         self.save_policy.step(self.background.is_busy_with(self._finish), self.save_s)
         if not self._has_room and self.world.is_writer:
             self._has_room = True
-            self.background.make_room(state.size_bytes(tracked), self.world.device)
+            if self._sharded is None:
+                self.background.make_room(state.size_bytes(tracked), self.world.device)
             self.recomputed.look_at(tracked)
         self.background.at_boundary()
-
-    def step_made(self, step: int, samples: bytes | None, logged: Mapping[str, Any]) -> None:
-        """Record a step for the comparison, and compare it if it was recomputed.
-
-        `samples` is a digest of the samples; `logged` holds the logged values of this rank.
-        """
-        self.recomputed.step_made(step, samples, logged)
 
     def record_steps(
         self,
@@ -297,10 +304,8 @@ class Checkpointer(CurrentAttempt):
     ) -> None:
         """Record the logged values of steps as events, and for the comparison.
 
-        Args:
-            steps: number, time and means over ranks of each step.
-            by_rank: step, rank, name and value.
-            end_step: the last step of the run, or None if unknown.
+        `steps` holds number, time and means over ranks of each step; `by_rank` step, rank, name and
+        value; `end_step` is the last step of the run, or None if unknown.
         """
         self.recomputed.gathered(by_rank)
         for step, at, values in steps:
@@ -336,7 +341,3 @@ class Checkpointer(CurrentAttempt):
             lambda: retention.best_file(self.stores, self.settings.policy),
             give_up=preemption.requested,
         )
-
-    def remember(self, capture: Callable[[], Captured], about: Callable[[], About]) -> bool:
-        """Begin to write a checkpoint to the memory tier only; return whether it was begun."""
-        return self.tier.remember(capture, about)

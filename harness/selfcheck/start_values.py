@@ -21,6 +21,7 @@ from torch.utils.data import Dataset
 import harness.untracked.array_changes as array_changes
 from harness.checkpoint.catalog import Catalog
 from harness.checkpoint.format import Manifest
+from harness.distributed.dtensors import plain, without_collectives
 from harness.supervision import attempt_history
 from harness.text import listed
 
@@ -104,7 +105,8 @@ def digests_of(found: Mapping[str, tuple[Any, Any]], held: Collection[int]) -> d
         if isinstance(holder, Dataset) or left <= 0:
             continue
         try:
-            parts = [str(part) for part in _digested(holder, value, held, left)]
+            with without_collectives():
+                parts = [str(part) for part in _digested(holder, value, held, left)]
         except Exception:  # noqa: BLE001 - a class of the program may raise
             continue
         if parts:
@@ -120,7 +122,7 @@ def _digested(holder: Any, value: Any, held: Collection[int], most: int) -> Iter
         if not isinstance(holder, nn.Module):
             own = (*value.parameters(), *value.buffers())
             some = [tensor for tensor in own if array_changes.is_marked(tensor)][:most]
-            yield from (_some(each) for each in some if each.data_ptr() not in held)
+            yield from (_some(each) for each in map(plain, some) if each.data_ptr() not in held)
     elif isinstance(value, torch.Tensor):
         if array_changes.is_marked(value) and value.numel() > 1 and value.data_ptr() not in held:
             yield _some(value)
@@ -134,5 +136,6 @@ def _digested(holder: Any, value: Any, held: Collection[int], most: int) -> Iter
 
 
 def _some(tensor: torch.Tensor) -> tuple[Any, ...]:
+    tensor = plain(tensor)
     spread = tensor.detach().reshape(-1)[:: max(1, tensor.numel() // SAMPLES)]
     return tuple(tensor.shape), tensor.dtype, spread.cpu().tolist()

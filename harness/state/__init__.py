@@ -21,12 +21,15 @@ This is the one list of the entries of a checkpoint:
     state                         the user's plain values (`run.state`)
     best                          the best value so far of the metric that ranks checkpoints
     config                        the settings of the run
-    format_version                the version of this list: 2 if the checkpoint holds an optional
-                                  entry (below), if `data` holds kinds or second sources, or `rng`
-                                  an own_gpu; else 1
+    format_version                the version of this list: 3 if the state is sharded; 2 if the
+                                  checkpoint holds an optional entry (below), if `data` holds kinds
+                                  or second sources, or `rng` an own_gpu; else 1
 
 These entries are optional. Each exists only if there is something to keep:
 
+      layout                      how sharded tensors are cut into the parts that the shards hold
+                                  (`harness/sharding/shards.py`); they stand in the state dicts
+                                  without data
       made_by_head                by path: the digest of what the head of the epoch has made on the
                                   writer, such as a copy of the model; it is no state, and does
                                   not raise the version

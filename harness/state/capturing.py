@@ -15,6 +15,7 @@ from torch.nn.parameter import is_lazy
 
 import harness.state.kinds as kinds
 import harness.state.parameter_names as parameter_names
+from harness.distributed.parts import Part
 from harness.distributed.wrappers import unwrap
 from harness.errors import NonFiniteError, UsageError
 from harness.state.plain_values import TensorRefs, fill, to_cpu
@@ -40,6 +41,11 @@ class Captured:
             met.saved.data_ptr(): met.source for met in self.seen.all if met.saved is not met.source
         }
 
+    @property
+    def parts(self) -> Mapping[str, Part]:
+        """Return this rank's parts of sharded tensors, by path."""
+        return self.seen.parts or {}
+
     def fill(self) -> dict[str, Any]:
         """Copy the missing bytes from the GPUs; return the complete payload."""
         fill(self.seen)
@@ -60,7 +66,7 @@ def captured(values: Mapping[str, Any], tracked: Mapping[str, Any]) -> Captured:
         UsageError: for a value or a state that cannot be saved as plain data.
         NonFiniteError: as `parameters` raises it.
     """
-    seen = TensorRefs()
+    seen = TensorRefs({})
     payload = _plain_values(values, seen)
     steady = {tensor.data_ptr() for tensor in _tensors([payload.get(name) for name in COPIES])}
     for name, obj in tracked.items():
@@ -90,7 +96,7 @@ def as_captured(name: str, value: Any) -> Captured:
 
 def captured_object(name: str, obj: Any) -> Captured:
     """Capture the state of one tracked object, in the same way as `as_captured`."""
-    seen = TensorRefs()
+    seen = TensorRefs({})
     return Captured(_capture({name: obj}, seen), set(), {}, {name: obj}, seen)
 
 
@@ -289,7 +295,7 @@ def check(tracked: Mapping[str, Any]) -> None:
         UsageError: for state that cannot be saved, and for parameters that would not be saved.
     """
     for name, obj in tracked.items():
-        to_cpu(state_of(obj), f"{name}_state_dict", TensorRefs())
+        to_cpu(state_of(obj), f"{name}_state_dict", TensorRefs({}))
     _check_covered(tracked)
 
 

@@ -74,7 +74,7 @@ def check_module(
         UsageError: for other parameters, and for other dtypes unless they are accepted.
     """
     own, parameters = module.state_dict(), dict(module.named_parameters(remove_duplicate=False))
-    rows = mismatches(own, saved)
+    rows = mismatches(own, saved, has_shards=True)
     if any(key in parameters or not buffers.decides(module, key) for _, key, *_ in rows):
         raise of_another(name, rows, source)
     both = {
@@ -272,14 +272,18 @@ def of_another(name: str, rows: list[tuple[str, str, str, str]], source: str) ->
     )
 
 
-def mismatches(own: Mapping[str, Any], saved: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
+def mismatches(
+    own: Mapping[str, Any], saved: Mapping[str, Any], *, has_shards: bool = False
+) -> list[tuple[str, str, str, str]]:
     """Return the differences because of which one state dict cannot replace another.
+
+    With `has_shards`, the data of a saved tensor without data is in the shards of the checkpoint.
 
     Returns:
         Rows of ("missing" | "unexpected" | "mis-shaped", name, own shape, saved shape).
     """
 
-    def shape(value: Any) -> str:
+    def shape(value: Any, has_data: bool = False) -> str:
         if not isinstance(value, torch.Tensor):
             return type(value).__name__
         if value.is_nested:
@@ -292,7 +296,7 @@ def mismatches(own: Mapping[str, Any], saved: Mapping[str, Any]) -> list[tuple[s
             else " sparse"
         )
         return ("x".join(map(str, value.shape)) or "scalar") + (
-            " without data" if value.is_meta else odd
+            " without data" if value.is_meta and not has_data else odd
         )
 
     rows = [("missing", key, shape(own[key]), "-") for key in own if key not in saved]
@@ -300,7 +304,7 @@ def mismatches(own: Mapping[str, Any], saved: Mapping[str, Any]) -> list[tuple[s
     return rows + [
         ("mis-shaped", key, shape(own[key]), shape(saved[key]))
         for key in own
-        if key in saved and shape(own[key]) != shape(saved[key])
+        if key in saved and shape(own[key]) != shape(saved[key], has_shards)
     ]
 
 

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from harness.distributed.dtensors import is_sharded, local_of
 from harness.errors import UsageError
 
 Where = str | tuple[Any, Any]  # a name, or the path of a container and a key or index in it
@@ -103,9 +104,14 @@ def _of_tensor(tensor: torch.Tensor) -> tuple[str, Any] | None:
 
 
 def parts_of(tensor: torch.Tensor) -> list[torch.Tensor]:
-    """Return the plain tensors that a tensor consists of: the tensor itself if it is plain."""
+    """Return the plain tensors that a tensor consists of: the tensor itself if it is plain.
+
+    Of a sharded tensor it is the part of this rank.
+    """
     if type(tensor) in (torch.Tensor, torch.nn.Parameter) and not tensor.is_nested:
         return [tensor]
+    if is_sharded(tensor):
+        return [local_of(tensor)]
     if tensor.is_nested:
         return list(tensor.unbind())
     if is_traceable_wrapper_subclass(tensor):

@@ -13,6 +13,8 @@ import torch
 from torch.nn.parameter import is_lazy
 
 import harness.state.kinds as kinds
+from harness.distributed.dtensors import is_sharded
+from harness.distributed.parts import Part, take
 from harness.errors import UsageError
 from harness.state.kinds import PLAIN, Where
 from harness.state.raw_bytes import raw
@@ -35,9 +37,10 @@ class TensorRef(NamedTuple):
 class TensorRefs:
     """The captured tensors, in order and by memory location, and the kinds of non-plain values."""
 
-    def __init__(self) -> None:
+    def __init__(self, parts: dict[str, Part] | None = None) -> None:
         self.all: list[TensorRef] = []
         self.kinds: dict[str, str] = {}
+        self.parts = parts  # of sharded tensors, by path; None where there may be none
         self._first: dict[int, TensorRef] = {}  # by address
         # Further tensors at an address where one was captured, by `_place`: other shapes or dtypes.
         self._others: dict[Any, TensorRef] = {}
@@ -162,6 +165,8 @@ def to_cpu(value: Any, where: Where, seen: TensorRefs) -> Any:
             )
         if type(bare) is torch.Tensor and not bare.is_nested:
             return _tensor_to_cpu(bare, seen)
+        if is_sharded(bare):
+            return take(seen.parts, where, bare, lambda part: _tensor_to_cpu(part, seen))
         return _of_kind(bare, where, seen)
     if type(value) in PLAIN and not (type(value) is int and value.bit_length() > MOST_BITS):
         return value

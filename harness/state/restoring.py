@@ -14,6 +14,9 @@ import harness.state.buffers as buffers
 import harness.state.kinds as kinds
 import harness.state.lr_schedules as lr_schedules
 import harness.state.parameter_names as parameter_names
+from harness.distributed import reshard
+from harness.distributed.dtensors import class_behind
+from harness.distributed.parts import PARTS
 from harness.distributed.wrappers import unwrap
 from harness.errors import UsageError
 from harness.state.checks import (
@@ -51,8 +54,8 @@ def restore(
 ) -> list[str]:
     """Restore all tracked objects, bit for bit; return a text for each accepted difference.
 
-    The state that an optimizer keeps for a parameter goes to the parameter of the same name. Its
-    groups and its state stay the same objects, because the program may hold them.
+    The state of an optimizer's parameter goes to that of the same name. Its groups and its state
+    stay the same objects, because the program may hold them.
 
     Args:
         tracked: the tracked objects by name.
@@ -66,7 +69,7 @@ def restore(
 
     Raises:
         UsageError: on a mismatch, before anything is changed; also if an object itself refuses its
-            state, in which case the objects before it are restored already.
+            state: the objects before it are restored then.
     """
     cast: set[int] = set()  # by identity: parameters of another dtype than before
     states = {name: _state_for(name, unwrap(obj), payload, source) for name, obj in tracked.items()}
@@ -78,16 +81,31 @@ def restore(
     are_all_there = all(
         key.removesuffix("_state_dict") in tracked for key in payload if key.endswith("_state_dict")
     )
+    due = {name: unwrap(obj) for name, obj in tracked.items() if only is None or name in only}
     # Otherwise some names are not known yet: all objects are restored again with the rest. Until
     # then an optimizer with groups of other sizes, in their order, does not take its state.
     if are_all_there:
         states |= _by_name(tracked, payload, states, source, says_names=says_names)
-    for name, obj in ((name, unwrap(obj)) for name, obj in tracked.items()):
-        is_due = are_all_there or not _has_other_groups(obj, states[name])
-        if is_due if only is None else name in only:
-            with in_place(obj):
-                restore_object(name, obj, states[name], source, cast=cast)
+    elif only is None:
+        due = {n: obj for n, obj in due.items() if not _has_other_groups(obj, states[n])}
+    for name, state in _as_live(due, states, payload.get(PARTS)).items():
+        with in_place(due[name]):
+            restore_object(name, due[name], state, source, cast=cast)
     return texts
+
+
+def _as_live(due: Mapping[str, Any], states: Mapping[str, Any], parts: Any) -> dict[str, Any]:
+    """Return the states of objects in the form that these have, sharded as they are or whole."""
+    made = {name: states[name] for name in due}
+    if not reshard.is_concerned(due, parts):
+        return made
+    wanted = []
+    for name, obj in due.items():
+        made[name], more = reshard.as_live(name, obj, states[name], parts)
+        wanted += more
+    if wanted:
+        parts.fill(wanted)
+    return made
 
 
 def _is_lazy(module: nn.Module) -> bool:
@@ -309,5 +327,5 @@ def _mended(held: Any, saved: Any, *, is_cast: bool) -> Any:
 
 
 def class_name(obj: Any) -> str:
-    """Return the name of the object's class without the wrappers of DDP and torch.compile."""
-    return type(unwrap(obj)).__name__
+    """Return the name of the object's class without those of DDP, FSDP2 and torch.compile."""
+    return class_behind(type(unwrap(obj))).__name__

@@ -244,8 +244,18 @@ class Store(abc.ABC):
     def entries(self, folder: str) -> list[Entry]:
         """Return every file directly in `folder`, sorted by key.
 
-        The list is empty if there is no such folder. Symbolic links are not followed.
+        It is [] if there is no such folder. Symbolic links are not followed.
         """
+
+    def listing(self, folder: str) -> tuple[list[Entry], list[str]]:
+        """Return the files directly in `folder`, and the keys of its folders; a bucket has none."""
+        return self.entries(folder), []
+
+    def make_folder(self, folder: str) -> None:  # noqa: B027 - a bucket needs none
+        """Create a folder durably in one that exists. Raises StorageError."""
+
+    def drop_folder(self, folder: str) -> None:  # noqa: B027 - a bucket has none
+        """Delete a folder if it is there and empty. Raises StorageError."""
 
     @abc.abstractmethod
     def exists(self, key: str) -> bool:
@@ -322,11 +332,7 @@ class Store(abc.ABC):
 
 
 def delete_all(store: Store, keys: Sequence[str]) -> None:
-    """Delete the files, continuing after a failure.
-
-    Raises:
-        StorageError: The first failure, after every deletion was tried.
-    """
+    """Delete the files; raise the first StorageError after every deletion was tried."""
     failed = []
     for key in keys:
         try:

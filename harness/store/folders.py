@@ -1,4 +1,4 @@
-"""Give a file its final name in a folder, exclusively and durably, on any file system.
+"""Give files and folders their names durably, on any file system; of files, also exclusively.
 
 Hard links do that, and most file systems have them. Some network and FUSE file systems (gcsfuse,
 vfat, exFAT) do not, and some cannot fsync a folder.
@@ -110,3 +110,22 @@ def _warn(path: Path, device: int) -> None:
             "after a power loss there the last files may be missing",
             sys.stderr,
         )
+
+
+def make(path: Path) -> None:
+    """Create a folder durably in one that exists, if it is not there. Raises OSError."""
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(path)
+    fsync_folder(path.parent)
+
+
+def drop(path: Path) -> None:
+    """Delete a folder if it is there and empty. Raises OSError for any other failure."""
+    try:
+        os.rmdir(path)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+    fsync_folder(path.parent)

@@ -29,7 +29,7 @@ from harness.store.base import (
     delete_all,
     storage_error,
 )
-from harness.store.folders import fsync_folder, take_name
+from harness.store.folders import drop, fsync_folder, make, take_name
 from harness.store.urls import expanded
 
 # Small enough that a chunk is still in the CPU cache when it is copied after being digested.
@@ -148,23 +148,36 @@ class LocalStore(Store):
 
     def entries(self, folder: str) -> list[Entry]:
         """Return every regular file directly in `folder`, sorted by key; links are not followed."""
-        files = []
+        return self.listing(folder)[0]
+
+    def listing(self, folder: str) -> tuple[list[Entry], list[str]]:
+        """Return the files directly in `folder` as `entries` does, and the keys of the folders."""
+        files, folders = list[Entry](), list[str]()
         with _storage_errors(f"{self.root}/{folder}", "list"):
             try:
                 with os.scandir(self.path(folder)) as entries:
                     for entry in entries:
+                        key = f"{folder}/{entry.name}"
                         # Another process may delete a file during the listing.
                         with contextlib.suppress(FileNotFoundError):
                             if entry.is_file(follow_symlinks=False):
-                                files.append(
-                                    Entry(
-                                        f"{folder}/{entry.name}",
-                                        entry.stat(follow_symlinks=False).st_size,
-                                    )
-                                )
+                                size_bytes = entry.stat(follow_symlinks=False).st_size
+                                files.append(Entry(key, size_bytes))
+                            elif entry.is_dir(follow_symlinks=False):
+                                folders.append(key)
             except FileNotFoundError:
-                return []
-        return sorted(files, key=lambda entry: entry.key)
+                return [], []
+        return sorted(files, key=lambda entry: entry.key), sorted(folders)
+
+    def make_folder(self, folder: str) -> None:
+        """Create a folder durably in one that exists, if it is not there."""
+        with _storage_errors(folder, "create"):
+            make(self.path(folder))
+
+    def drop_folder(self, folder: str) -> None:
+        """Delete a folder if it is there and empty."""
+        with _storage_errors(folder, "delete"):
+            drop(self.path(folder))
 
     def exists(self, key: str) -> bool:
         """Return whether there is a regular file under this key; links are not followed."""

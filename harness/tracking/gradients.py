@@ -27,6 +27,7 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from harness.distributed.dtensors import plain, with_part
 from harness.distributed.wrappers import submodules, unwrap
 from harness.errors import UsageError
 
@@ -130,7 +131,7 @@ class Gradients:
                         is_first = False
                         self._note_lasting(owner, parameter, gradient, step)
                     try:
-                        setattr(gradient, mark, gradient._version)
+                        setattr(gradient, mark, plain(gradient)._version)
                     except RuntimeError:  # made for inference: it does not count its versions
                         setattr(gradient, mark, 0)
 
@@ -155,7 +156,7 @@ class Gradients:
 
                 def look(_: torch.Tensor) -> None:
                     handle.remove()
-                    if parameter.grad is gradient and bool(_numbers(gradient).any()):
+                    if parameter.grad is gradient and bool(_numbers(plain(gradient)).any()):
                         self._summed.add(owner)
 
                 handle = parameter.register_hook(look)  # type: ignore[no-untyped-call]
@@ -165,7 +166,7 @@ class Gradients:
         for name, parameter in self._named.items():
             gradient = parameter.grad
             if gradient is not None and getattr(gradient, self._mark, None) != (
-                0 if gradient.is_inference() else gradient._version
+                0 if gradient.is_inference() else plain(gradient)._version
             ):
                 yield name, parameter
 
@@ -322,7 +323,7 @@ def _numbers(gradient: torch.Tensor) -> torch.Tensor:
 
 def _plain(gradient: torch.Tensor) -> Any:
     """Copy a gradient to the CPU: a tensor, ZEROS, or a dict with the parts of a sparse tensor."""
-    gradient = gradient.detach()
+    gradient = plain(gradient.detach())
     if gradient.layout is torch.sparse_coo:
         parts = {"indices": gradient._indices(), "values": gradient._values()}
         copies = {name: part.to("cpu", copy=True) for name, part in parts.items()}
@@ -334,7 +335,7 @@ def _plain(gradient: torch.Tensor) -> Any:
 def _tensor(gradient: Any, parameter: nn.Parameter) -> torch.Tensor:
     """Rebuild a gradient, dense or sparse, on the device of its parameter."""
     if isinstance(gradient, torch.Tensor):
-        return gradient.to(parameter.device, copy=True)
+        return with_part(parameter, gradient)
     parts = gradient["indices"].to(parameter.device), gradient["values"].to(parameter.device)
     return torch.sparse_coo_tensor(
         *parts,

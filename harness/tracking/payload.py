@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from harness import state
 from harness.checkpoint.format import version_of
+from harness.distributed.parts import described
 from harness.distributed.ranks import World
 from harness.state import Captured
 from harness.state.plain_values import is_same
@@ -119,7 +120,8 @@ def captured(
     """Capture a whole checkpoint.
 
     Args:
-        of_ranks: the contribution of each rank, in the order of ranks.
+        of_ranks: the contribution of each rank, in the order of ranks; empty on other ranks than
+            the writer.
         data: the run's data and its position in it.
         values: what else the checkpoint contains, at the top level.
         tracked: the tracked objects, by name.
@@ -128,9 +130,13 @@ def captured(
         UsageError: if something is not plain data.
         NonFiniteError: if a parameter is not finite.
     """
+    if not of_ranks:  # not the writer: this rank only has parts of what is sharded
+        return state.captured({"step": values["step"]}, tracked)
     if not data["sample"]:
         of_ranks = [(rng, iterator, _without_head(own)) for rng, iterator, own in of_ranks]
     whole = state.captured(assembled(of_ranks, data, values), tracked)
+    if whole.parts:
+        whole.payload["layout"] = described(whole.parts)
     whole.payload["format_version"] = version_of(whole.payload)
     return whole
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from harness.distributed.dtensors import plain
 from harness.state.buffers import is_equal
 from harness.state.plain_values import is_same
 from harness.tracking.attribute_values import own_dict, plain_copy
@@ -55,7 +56,7 @@ class Containers:
             kept: the entry of the checkpoint.
         """
         if not address_of(held) or not (
-            saved := self._saved.get(held.untyped_storage().data_ptr())
+            saved := self._saved.get(plain(held).untyped_storage().data_ptr())
         ):
             return kept
         if isinstance(now, torch.Tensor):
@@ -91,7 +92,7 @@ class Containers:
         for watch in (watch for of_object in self._watched.values() for watch in of_object):
             for tensor in _saved_tensors(watch.part):
                 if tensor is not None and address_of(tensor):
-                    memory = tensor.untyped_storage().data_ptr()
+                    memory = plain(tensor).untyped_storage().data_ptr()
                     self._saved.setdefault(memory, []).append(tensor)
 
     def end_restore(self) -> None:

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 
 from harness.data.quantized import scale_of
-from harness.state.capturing import Captured, as_captured, captured_object
+from harness.distributed.parts import PARTS, is_same
+from harness.state.capturing import Captured, captured_object
 from harness.state.kinds import PLAIN, parts_of
 from harness.state.raw_bytes import raw
 
@@ -80,6 +81,8 @@ class Leaves(dict[Path, Leaf]):
         (value,) = captured.payload.values()
         for path, leaf in _walk(value, ()):
             is_tensor = isinstance(leaf, torch.Tensor)
+            if is_tensor and leaf.is_meta:  # sharded: each rank has another part
+                continue
             live = (
                 elsewhere.get(leaf.data_ptr(), leaf)
                 if is_tensor and leaf.layout is torch.strided and elsewhere
@@ -124,8 +127,16 @@ def digests_of(captured: Captured) -> dict[Path, bytes]:
 
 def has_changed(name: str, obj: Any, payload: Mapping[str, Any]) -> bool:
     """Return whether the state of a tracked object is not that of the checkpoint."""
-    saved = as_captured(name, payload[f"{name}_state_dict"])
-    return digests_of(captured_object(name, obj)) != digests_of(saved)
+    live = captured_object(name, obj)
+    saved = {
+        path: Leaf(leaf).digest()
+        for path, leaf in _walk(payload[f"{name}_state_dict"], ())
+        if not (isinstance(leaf, torch.Tensor) and leaf.is_meta)
+    }
+    if digests_of(live) != saved:
+        return True
+    parts = payload.get(PARTS)
+    return bool(live.parts) and (parts is None or not is_same(live.parts, parts))
 
 
 @torch.no_grad()
@@ -197,7 +208,7 @@ def _checksums(content: Any) -> bytes:
     whole = len(words) // BLOCK_WORDS * BLOCK_WORDS
     sums = words[:whole].reshape(-1, BLOCK_WORDS) @ _factors()
     rest = words[whole:] @ _factors()[: len(words) - whole]
-    return sums.tobytes() + rest.tobytes() + bytes(content[8 * len(words) :])
+    return bytes(sums.tobytes() + rest.tobytes() + bytes(content[8 * len(words) :]))
 
 
 @functools.cache

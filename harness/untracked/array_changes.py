@@ -21,6 +21,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from harness.distributed.dtensors import plain
 from harness.untracked.object_walk import spelled
 
 MOST = 5000  # limit of arrays per object
@@ -178,6 +179,7 @@ def _asked(where: int, array: Any) -> Callable[[], Any] | None:
 
 def address_of(value: Any) -> int | None:
     """Return the address of a tensor's data; None for any other value, or if it has none."""
+    value = plain(value)
     is_plain = type(value) in (torch.Tensor, nn.Parameter) and is_marked(value)
     return value.data_ptr() if is_plain else None
 

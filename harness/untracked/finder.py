@@ -30,6 +30,7 @@ from torch.utils.data import DataLoader, Sampler
 
 import harness.untracked.array_changes as array_changes
 from harness.distributed import wrappers
+from harness.distributed.dtensors import without_collectives
 from harness.text import listed
 from harness.untracked.candidates import (
     GENERATOR,
@@ -154,7 +155,8 @@ class UntrackedFinder:
         Such an error must not make the run fail.
         """
         try:
-            yield
+            with without_collectives():
+                yield
         except Exception as error:  # noqa: BLE001
             self._candidates, self._is_over = [], True
             self._say(

@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 import harness.untracked.array_changes as array_changes
 from harness.data.generator_objects import drawn_from, is_generator
 from harness.distributed import wrappers
+from harness.distributed.dtensors import plain
 from harness.state.kinds import PLAIN
 from harness.untracked.candidates import OPTIMIZER, WITHIN_S, kind_of, walk
 from harness.untracked.unkept_values import is_of_program
@@ -87,6 +88,7 @@ class GivenState:
 
     def _add_array(self, value: Any) -> None:
         self.ids.add(id(value))
+        value = plain(value)
         if (address := _address(value)) is not None:
             self.addresses.add(address)
         self._arrays[tuple(value.shape)].append((_some(value), value))
@@ -152,6 +154,7 @@ class GivenState:
         return any(re.search(word, text) for text in self._texts)
 
     def _has_array(self, value: Any) -> bool:
+        value = plain(value)
         if _address(value) in self.addresses:
             return True
         some = _some(value)
@@ -202,7 +205,7 @@ def _short(spelled: Any) -> Any:
 
 def _content(value: Any) -> Any:
     """Return a key that is equal for containers and arrays of equal items, in any order."""
-    if isinstance(value, torch.Tensor | np.ndarray):
+    if isinstance(value := plain(value), torch.Tensor | np.ndarray):
         if not _is_read(value):
             return tuple(value.shape), _some(value)
         value = value.tolist()

@@ -186,9 +186,9 @@ def test_a_flipped_bit_in_any_byte_of_the_data_is_caught(store):
     for at in range(len(whole)):
         flip(data_path(store), at, at % 8)
         with pytest.raises(DamagedError):
-            load.verified(store, manifest)
+            load.verified(store, manifest.data)
         data_path(store).write_bytes(whole)
-    load.verified(store, manifest).close()
+    load.verified(store, manifest.data).close()
 
 
 def test_data_that_is_cut_short_at_any_length_is_caught(store, capsys):

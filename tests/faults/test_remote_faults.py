@@ -674,8 +674,8 @@ def test_a_bit_that_flips_on_its_way_to_us_is_caught_by_the_digest(way, position
     way.put(data, fmt.data_key(1, 1))
     way.fault(Rule("flip_get", "GET", ".pt", first=1, argument=position))
     with pytest.raises(DamagedError, match="checksum does not match"):
-        list(verified_chunks(way.store(), described(data)))
-    assert b"".join(verified_chunks(way.store(), described(data))) == data, (
+        list(verified_chunks(way.store(), described(data).data))
+    assert b"".join(verified_chunks(way.store(), described(data).data)) == data, (
         "the copy was whole all the time"
     )
 
@@ -683,7 +683,7 @@ def test_a_bit_that_flips_on_its_way_to_us_is_caught_by_the_digest(way, position
 def test_a_file_that_is_overwritten_while_it_is_read_is_told(way):
     data = os.urandom(64 * MB)
     way.put(data, fmt.data_key(1, 1))
-    chunks = verified_chunks(way.store(), described(data))
+    chunks = verified_chunks(way.store(), described(data).data)
     next(chunks)
     way.put(os.urandom(64 * MB), fmt.data_key(1, 1))
     with pytest.raises(DamagedError, match="changed while it was read"):

@@ -18,7 +18,9 @@ from torch import nn
 import harness
 from harness.checkpoint import load
 from harness.checkpoint.catalog import read_catalog
+from harness.distributed.reshard import made_whole
 from harness.saving.checkpointer import Checkpointer
+from harness.sharding.shards import ShardFiles
 from harness.store import LocalStore
 
 
@@ -77,7 +79,9 @@ def steps_of(directory: Path) -> list[int]:
 
 def newest(directory: Path) -> dict:
     store = LocalStore(directory)
-    return load.load(store, there(read_catalog(store).head))
+    manifest = there(read_catalog(store).head)
+    payload = load.load(store, manifest)
+    return made_whole(payload, ShardFiles(store, manifest, payload)) if manifest.shards else payload
 
 
 @pytest.fixture(scope="module")

@@ -237,7 +237,7 @@ except HarnessError as error:
 
 def test_what_happens_to_the_file_after_it_was_verified_does_not_matter(store):
     expected = payload(3, 1000)["model_state_dict"]
-    with load.verified(store, the_one(store)) as memory:
+    with load.verified(store, the_one(store).data) as memory:
         data_path(store).write_bytes(bytes(data_path(store).stat().st_size))
         loaded = load.parse(memory, the_one(store))["model_state_dict"]
     assert loaded.keys() == expected.keys()
@@ -245,7 +245,7 @@ def test_what_happens_to_the_file_after_it_was_verified_does_not_matter(store):
 
 
 def test_verified_memory_can_be_changed_by_nobody(store):
-    with load.verified(store, the_one(store)) as memory:
+    with load.verified(store, the_one(store).data) as memory:
         fd = os.open(memory.path, os.O_RDWR)
         for attack in (
             lambda: os.pwrite(fd, b"x", 100),
@@ -267,7 +267,7 @@ def test_verified_memory_can_be_changed_by_nobody(store):
 def test_a_file_that_is_cut_short_while_it_is_read_is_refused(medium, tmp_path):
     shutil.copytree(medium.root, tmp_path / "run")
     store = LocalStore(tmp_path / "run")
-    chunks = load.verified_chunks(store, the_one(store))
+    chunks = load.verified_chunks(store, the_one(store).data)
     next(chunks)
     os.truncate(data_path(store), MEDIUM_BYTES // 2)
     with pytest.raises(DamagedError, match="wrong size"):

@@ -103,7 +103,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel, RowwiseParallel, parallelize_module
 )
-from harness.distributed.layout import is_sharded, layout_of, uncovered
+from harness.distributed.dtensors import is_sharded, layout_of
+from harness.errors import UsageError
+from harness.distributed.layout import uncovered
 
 def mesh(one, other, *sizes):
     names = (one,) if other is None else (one, other)
@@ -124,6 +126,12 @@ rank, seen = torch.distributed.get_rank(), {}
 for name, parameter in model.named_parameters():
     if not is_sharded(parameter):
         continue
+    if parameter.device_mesh.size() < torch.distributed.get_world_size():
+        try:  # tensor parallel has left it alone
+            layout_of(name, parameter)
+        except UsageError as error:
+            assert "without all ranks" in str(error)
+            continue
     layout = layout_of(name, parameter)
     box = layout.box(rank, parameter.shape)
     expected = whole[name][tuple(slice(a, b) for a, b in zip(box.begin, box.end))]

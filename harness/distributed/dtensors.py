@@ -1,0 +1,259 @@
+"""Look into sharded tensors; this is the only module that knows torch.distributed.tensor.
+
+That package takes more than half a second to import, so it is not imported before the program has
+done so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from harness.distributed.layout import COPIES, SHARD, STRIDED, Layout, Placement
+from harness.distributed.wrappers import unwrap
+from harness.errors import UsageError
+
+_layouts = dict[Any, Layout]()  # by mesh, placements and shape
+
+
+def is_sharded(value: object) -> bool:
+    """Return whether a value is a tensor that is cut over ranks, or lies on a mesh of them."""
+    package = sys.modules.get("torch.distributed.tensor")
+    return package is not None and issubclass(type(value), package.DTensor)
+
+
+def holds_sharded(tracked: Mapping[str, Any]) -> bool:
+    """Return whether an object has sharded parameters or buffers, or an optimizer has some."""
+    return "torch.distributed.tensor" in sys.modules and any(
+        is_sharded(tensor) for obj in map(unwrap, tracked.values()) for tensor in _tensors_of(obj)
+    )
+
+
+def _tensors_of(obj: Any) -> list[Any]:
+    if isinstance(obj, nn.Module):
+        return [*obj.parameters(), *obj.buffers()]
+    groups = getattr(obj, "param_groups", ()) if isinstance(obj, torch.optim.Optimizer) else ()
+    return [parameter for group in groups for parameter in group["params"]]
+
+
+def class_behind(kind: type) -> type:
+    """Return the class of a module before `fully_shard` made one of its own for it."""
+    package = sys.modules.get("torch.distributed.fsdp")
+    is_made = package is not None and package.FSDPModule in kind.__bases__
+    return kind.__bases__[1] if is_made else kind
+
+
+def local_of(tensor: Any) -> torch.Tensor:
+    """Return the part of a sharded tensor that this rank holds, in the same memory."""
+    local: torch.Tensor = tensor.detach().to_local()
+    return local
+
+
+def plain(value: Any) -> Any:
+    """Return this rank's part of a sharded tensor; any other value as it is."""
+    return local_of(value) if is_sharded(value) else value
+
+
+def replicated(value: Any) -> torch.Tensor | None:
+    """Return a sharded tensor as a plain one if each rank holds all of it, else None."""
+    is_copied = all(placement.is_replicate() for placement in value.placements)
+    return local_of(value) if is_copied else None
+
+
+@contextlib.contextmanager
+def without_collectives() -> Iterator[None]:
+    """Refuse work on sharded tensors while the block runs, as it runs on one rank only.
+
+    Nearly any operator on a sharded tensor is a collective: the rank would wait for the others.
+
+    Raises:
+        RuntimeError: an operator is called on a sharded tensor.
+    """
+    if "torch.distributed.tensor" not in sys.modules:
+        yield
+        return
+    with _refusing()():
+        yield
+
+
+@functools.cache
+def _refusing() -> Any:
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
+
+    aten: Any = torch.ops.aten
+    local = (aten.detach.default, aten.alias.default)
+
+    class Refusing(TorchDispatchMode):  # type: ignore[no-untyped-call]
+        """Refuse all but what is done on each rank's own part."""
+
+        def __torch_dispatch__(
+            self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            if function not in local and any(map(is_sharded, tree_leaves((args, kwargs)))):
+                raise RuntimeError(f"{function} on a sharded tensor waits for the other ranks")
+            return function(*args, **(kwargs or {}))
+
+    return Refusing
+
+
+def empty_like(tensor: Any, dtype: torch.dtype) -> Any:
+    """Return a new sharded tensor that is cut as another one is, without content."""
+    return torch.empty_like(tensor.detach(), dtype=dtype)
+
+
+def with_part(like: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
+    """Return a copy of this rank's part as a tensor that lies as another one does.
+
+    Raises:
+        UsageError: The other one is cut otherwise.
+    """
+    if not is_sharded(like):
+        return part.to(like.device, copy=True)
+    made: torch.Tensor = empty_like(like, part.dtype)
+    local = local_of(made)
+    if local.shape != part.shape:
+        raise UsageError(
+            "a rank has kept a part of a sharded tensor that it does not hold now",
+            f"found: {tuple(local.shape)}, expected: {tuple(part.shape)}",
+            "Shard the model as before.",
+        )
+    with torch.no_grad():
+        local.copy_(part)
+    return made
+
+
+def check_sharded_by_fsdp(name: str, module: object) -> None:
+    """Check that `fully_shard` has made all sharded parameters of a module.
+
+    Raises:
+        UsageError: It has not: tensor parallelism, or something else, has sharded some of them.
+    """
+    inner = unwrap(module)
+    if not isinstance(inner, nn.Module):
+        return
+    by_fsdp = {id(held.sharded_param) for held in _fsdp_parameters(inner) if not held.is_dtensor}
+    others = [
+        key
+        for key, tensor in (*inner.named_parameters(), *inner.named_buffers())
+        if is_sharded(tensor) and id(tensor) not in by_fsdp
+    ]
+    if others:
+        raise UsageError(
+            f"{name}: tensor parallelism is not supported yet",
+            f"found: {len(others)} tensor(s) that fully_shard alone has not sharded, "
+            f"such as {others[0]}",
+            "Its ranks would need the same samples, and `run.batches` gives each rank its own. "
+            "Shard with fully_shard (FSDP2, HSDP) alone.",
+        )
+
+
+def unsharded_gradients(module: object) -> list[str]:
+    """Return the names of parameters whose gradients are accumulated whole on each rank.
+
+    That is so between `set_requires_gradient_sync(False)` and the next synchronisation.
+    """
+    inner = unwrap(module)
+    if not isinstance(inner, nn.Module):
+        return []
+    waiting = {
+        id(held.sharded_param)
+        for held in _fsdp_parameters(inner)
+        if getattr(held, "unsharded_accumulated_grad", None) is not None
+    }
+    return [key for key, parameter in inner.named_parameters() if id(parameter) in waiting]
+
+
+def _fsdp_parameters(module: nn.Module) -> Iterator[Any]:
+    """Yield what `fully_shard` keeps of each parameter. There is no public way to it."""
+    if (package := sys.modules.get("torch.distributed.fsdp")) is None:
+        return
+    for part in module.modules():
+        if isinstance(part, package.FSDPModule):
+            held = part._get_fsdp_state()
+            groups = getattr(held, "_fsdp_param_groups", [getattr(held, "_fsdp_param_group", None)])
+            for group in filter(None, groups):
+                yield from group.fsdp_params
+
+
+def layout_of(name: str, tensor: Any) -> Layout:
+    """Return the layout of a sharded tensor.
+
+    Raises:
+        UsageError: It is not cut into boxes, a rank has no part of it, or its local tensor is not
+            the part that the cutting rule gives; `name` is its path for the message.
+    """
+    key = tensor.device_mesh, tensor.placements, tensor.shape
+    if (layout := _layouts.get(key)) is None:
+        layout = _layouts[key] = _described(name, tensor)
+    rank = torch.distributed.get_rank()
+    expected, found = layout.box(rank, tensor.shape).size, tuple(local_of(tensor).shape)
+    if expected != found:
+        raise UsageError(
+            f"{name} is not cut as torch {torch.__version__} is expected to cut it",
+            f"found: a part of shape {found} on rank {rank}, expected: {expected}",
+            "Take a version of PyTorch that is tested.",
+        )
+    return layout
+
+
+def _described(name: str, tensor: Any) -> Layout:
+    from torch.distributed.tensor import Shard
+    from torch.distributed.tensor.placement_types import _StridedShard
+
+    mesh: Any = tensor.device_mesh
+    dimensions, placements = tensor.ndim, list[Placement]()
+    for number, placement in enumerate(tensor.placements):
+        to_the_right = [
+            mesh.size(other)
+            for other, it in enumerate(tensor.placements[number + 1 :], number + 1)
+            if isinstance(it, Shard | _StridedShard)
+            and it.dim % dimensions == _dimension(placement, dimensions)
+        ]
+        placements.append(_spelled(name, placement, dimensions, math.prod(to_the_right)))
+    layout = Layout(tuple(mesh.shape), tuple(mesh.mesh.flatten().tolist()), tuple(placements))
+    everyone = range(torch.distributed.get_world_size())
+    if lacking := [rank for rank in everyone if rank not in layout.ranks]:
+        raise UsageError(
+            f"{name} lies on a mesh without all ranks",
+            f"found: ranks {list(layout.ranks)}, not {lacking}",
+            "Every rank that trains must hold a part, or a copy, of what it tracks: shard it, or "
+            "replicate it, along each dimension of the mesh.",
+        )
+    return layout
+
+
+def _dimension(placement: Any, dimensions: int) -> int:
+    return int(placement.dim % dimensions) if hasattr(placement, "dim") else -1
+
+
+def _spelled(name: str, placement: Any, dimensions: int, parts: int) -> Placement:
+    """Spell a placement as plain data; `parts` is into how many those to its right cut.
+
+    Raises:
+        UsageError: as `layout_of`.
+    """
+    from torch.distributed.tensor import Partial, Replicate, Shard
+    from torch.distributed.tensor.placement_types import _StridedShard
+
+    if isinstance(placement, Replicate):
+        return (COPIES,)
+    # In some versions a strided placement is one of `Shard`, too.
+    if isinstance(placement, _StridedShard):
+        if placement.split_factor == parts:
+            return STRIDED, placement.dim % dimensions, placement.split_factor
+    elif isinstance(placement, Shard):
+        return SHARD, placement.dim % dimensions
+    what = "holds sums that are not added up" if isinstance(placement, Partial) else "is in pieces"
+    raise UsageError(
+        f"{name} is not cut into one box for each rank",
+        f"found: {placement}, which {what}",
+        "Shard it with fully_shard, parallelize_module, or Shard(dim) along each dimension.",
+    )

@@ -1,0 +1,172 @@
+"""The parts of sharded tensors: those that this rank holds, and those of a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from harness.distributed import dtensors
+from harness.distributed.layout import Box, Layout
+from harness.errors import DamagedError, UsageError
+
+PARTS = "parts"  # the key of a loaded checkpoint under which its `Parts` are
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Part:
+    """This rank's part of a sharded tensor, as plain data."""
+
+    tensor: torch.Tensor
+    layout: Layout
+    shape: Shape  # of the whole tensor
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A part of a whole tensor to be filled from a checkpoint, whoever has written it."""
+
+    path: str
+    box: Box
+    into: torch.Tensor
+
+
+class Parts(Protocol):
+    """The parts of all sharded tensors of a checkpoint."""
+
+    def path_of(self, tensor: object) -> str | None:
+        """Return the path of a tensor that stands for a sharded one; None for any other value."""
+
+    def fill(self, wanted: Sequence[Wanted]) -> None:
+        """Fill tensors from the parts.
+
+        Raises:
+            DamagedError: A part is not what was written.
+            StorageError: A part cannot be read.
+        """
+
+
+def path_of(where: Any) -> str:
+    """Return the path of a value in a checkpoint: its keys, with slashes between them."""
+    return where if isinstance(where, str) else f"{path_of(where[0])}/{where[1]}"
+
+
+def take(parts: dict[str, Part] | None, where: Any, tensor: Any, saved: Any) -> torch.Tensor:
+    """Add this rank's part of a sharded tensor; return what stands for it in the main file.
+
+    Args:
+        parts: where to add it, by path; None where no part can be kept.
+        where: the path of the tensor, nested as in `kinds.spelled`.
+        tensor: the sharded tensor.
+        saved: function that returns what is saved of a plain tensor.
+
+    Raises:
+        UsageError: The tensor cannot be kept.
+    """
+    path = path_of(where)
+    if parts is None or path in parts:
+        raise UsageError(
+            f"{path} is a sharded tensor, which cannot be kept",
+            "found: a DTensor, where whole tensors alone are kept",
+            "Those in the state_dicts of tracked objects are kept while their model is trained. "
+            "Others: tensor.full_tensor(), or track the object that holds them.",
+        )
+    layout, local = dtensors.layout_of(path, tensor), dtensors.local_of(tensor)
+    if type(local) is not torch.Tensor:
+        raise UsageError(
+            f"{path} cannot be saved as plain data",
+            f"found: a part of the class {type(local).__name__}",
+            "Shard a tensor of an ordinary class.",
+        )
+    parts[path] = Part(saved(local), layout, tuple(tensor.shape))
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+
+
+def described(parts: Mapping[str, Part]) -> dict[str, Any]:
+    """Return how tensors are cut, as the main file of a checkpoint has it under `layout`."""
+    meshes = list[Any]()
+    tensors = {}
+    for path, part in parts.items():
+        nested = torch.tensor(part.layout.ranks).reshape(part.layout.mesh).tolist()
+        if nested not in meshes:
+            meshes.append(nested)
+        placements = [list(placement) for placement in part.layout.placements]
+        tensors[path] = [meshes.index(nested), placements]
+    return {"meshes": meshes, "tensors": tensors}
+
+
+def tensors_without_data(value: Any, where: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the tensors in plain data that stand for sharded ones, each after its path."""
+    if isinstance(value, torch.Tensor):
+        if value.is_meta:
+            yield path_of(where), value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from tensors_without_data(item, (where, key))
+    elif isinstance(value, list | tuple):
+        for at, item in enumerate(value):
+            yield from tensors_without_data(item, (where, at))
+
+
+class HeldParts:
+    """Parts that are in this process's memory, with the tensors that stand for them by path."""
+
+    def __init__(
+        self, standing: Mapping[str, torch.Tensor], held: Mapping[str, tuple[Box, torch.Tensor]]
+    ) -> None:
+        self._standing = dict(standing)  # keeps their identities from being used again
+        self._paths = {id(tensor): path for path, tensor in standing.items()}
+        self._held = held
+
+    def path_of(self, tensor: object) -> str | None:
+        """Return the path of a tensor that stands for a sharded one; None for any other value."""
+        return self._paths.get(id(tensor))
+
+    def fill(self, wanted: Sequence[Wanted]) -> None:
+        """Fill tensors from the parts. Raises DamagedError if a part of them is not there."""
+        left = {number: one.box.numel for number, one in enumerate(wanted)}
+        for held in self.shards(wanted):
+            for number, one in enumerate(wanted):
+                if one.path in held and left[number]:
+                    left[number] -= copy_overlap(one, *held[one.path])
+        if lacking := [wanted[number].path for number, count in left.items() if count]:
+            raise DamagedError(
+                f"the checkpoint lacks parts of {len(lacking)} sharded tensor(s)",
+                f"found: not all of {lacking[0]}",
+            )
+
+    def shards(self, wanted: Sequence[Wanted]) -> Iterable[Mapping[str, tuple[Box, torch.Tensor]]]:
+        """Return the parts that are wanted, rank by rank, each by its path."""
+        return [self._held]
+
+
+def copy_overlap(wanted: Wanted, box: Box, part: torch.Tensor) -> int:
+    """Copy what a part has of a wanted one; return the number of elements."""
+    if (overlap := wanted.box.overlap(box)) is None:
+        return 0
+    with torch.no_grad():
+        wanted.into[overlap.within(wanted.box)].copy_(part[overlap.within(box)])
+    return overlap.numel
+
+
+def is_same(live: Mapping[str, Part], saved: Parts) -> bool:
+    """Return whether the parts of this rank have the bytes that a checkpoint has in their place.
+
+    Raises:
+        DamagedError: A part of the checkpoint is not what was written.
+        StorageError: A part cannot be read.
+    """
+    rank = torch.distributed.get_rank()
+    wanted = [
+        Wanted(path, part.layout.box(rank, part.shape), torch.empty_like(part.tensor))
+        for path, part in live.items()
+    ]
+    saved.fill(wanted)
+    return all(torch.equal(_bytes(one.into), _bytes(live[one.path].tensor)) for one in wanted)
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().view(-1).view(torch.uint8)

@@ -1,0 +1,154 @@
+"""Give saved state the form that live objects have: sharded as they are, or whole."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from harness.distributed import dtensors
+from harness.distributed.layout import Box
+from harness.distributed.parts import Parts, Wanted
+from harness.errors import UsageError
+
+
+def as_live(name: str, obj: Any, state: Any, parts: Parts | None) -> tuple[Any, list[Wanted]]:
+    """Return a saved state with its tensors as the object has them, and what is to be filled.
+
+    A tensor that is sharded, here or in the checkpoint, becomes a new one: sharded as the object's
+    own is, or whole. The state of an optimizer's parameter is sharded as the parameter if it has
+    its shape. All other values are returned as they are.
+
+    Args:
+        name: the name of the object, for messages.
+        obj: the object itself, without wrappers.
+        state: its saved state dict.
+        parts: the parts of the checkpoint; None if nothing in it is sharded.
+
+    Raises:
+        UsageError: the object has no tensor of that shape to shard a saved one as.
+    """
+    taker = _Taker(parts)
+    if isinstance(obj, torch.optim.Optimizer) and _is_numbered(state):
+        live = _like_parameters(obj, state)
+    else:
+        live = obj.state_dict()
+    return taker.taken(f"{name}_state_dict", state, live), taker.wanted
+
+
+def is_concerned(tracked: Mapping[str, Any], parts: Parts | None) -> bool:
+    """Return whether anything is sharded, in the checkpoint or in the tracked objects."""
+    return parts is not None or dtensors.holds_sharded(tracked)
+
+
+def made_whole(payload: Mapping[str, Any], parts: Parts) -> dict[str, Any]:
+    """Return the content of a checkpoint with each sharded tensor as a whole one.
+
+    Raises:
+        DamagedError: A part is not what was written.
+        StorageError: A part cannot be read.
+    """
+    taker = _Taker(parts)
+    whole = {
+        key: taker.taken(key, value, None) if str(key).endswith("_state_dict") else value
+        for key, value in payload.items()
+    }
+    parts.fill(taker.wanted)
+    return whole
+
+
+class _Taker:
+    """Walks a saved state beside a live one, and replaces what is sharded in either."""
+
+    def __init__(self, parts: Parts | None) -> None:
+        self.wanted = list[Wanted]()
+        self._parts = parts
+
+    def taken(self, where: str, saved: Any, live: Any) -> Any:
+        """Return a saved value as the live one is; a live value of None asks for whole tensors."""
+        if isinstance(saved, torch.Tensor):
+            return self._tensor(where, saved, live)
+        if isinstance(saved, Mapping):
+            items = {
+                key: self.taken(f"{where}/{key}", item, _at(live, key))
+                for key, item in saved.items()
+            }
+            if all(items[key] is item for key, item in saved.items()):
+                return saved
+            made: Any = type(saved)(items) if type(saved) is not dict else items  # type: ignore[call-arg]
+            if hasattr(saved, "_metadata"):
+                made._metadata = saved._metadata
+            return made
+        if type(saved) in (list, tuple):
+            each = [
+                self.taken(f"{where}/{at}", item, _at(live, at)) for at, item in enumerate(saved)
+            ]
+            changed = any(new is not old for new, old in zip(each, saved, strict=True))
+            return type(saved)(each) if changed else saved
+        return saved
+
+    def _tensor(self, where: str, saved: torch.Tensor, live: Any) -> Any:
+        path = self._parts.path_of(saved) if self._parts is not None else None
+        is_sharded = dtensors.is_sharded(live)
+        if path is None and saved.is_meta:
+            raise UsageError(
+                f"{where} is in no shard of the checkpoint",
+                "found: the place of a sharded tensor that each rank has kept for itself",
+                "Track objects whose state_dict has the same keys on every rank.",
+            )
+        if path is None and not (is_sharded and live.shape == saved.shape):
+            return saved
+        if isinstance(live, torch.Tensor) and live.shape != saved.shape:
+            raise UsageError(
+                f"{where} was sharded, and is of another shape now",
+                f"found: {tuple(live.shape)}, expected: {tuple(saved.shape)}",
+                "Build the objects as they were.",
+            )
+        whole_box = Box((0,) * saved.dim(), tuple(saved.shape))
+        if not is_sharded:
+            whole = torch.empty(saved.shape, dtype=saved.dtype, device="cpu")
+            assert path is not None, "a whole tensor is returned as it is"
+            self.wanted.append(Wanted(path, whole_box, whole))
+            return whole
+        made = dtensors.empty_like(live, saved.dtype)
+        box = dtensors.layout_of(where, live).box(torch.distributed.get_rank(), tuple(saved.shape))
+        local = dtensors.local_of(made)
+        if path is None:
+            with torch.no_grad():
+                local.copy_(saved[box.within(whole_box)])
+        else:
+            self.wanted.append(Wanted(path, box, local))
+        return made
+
+
+def _at(live: Any, key: Any) -> Any:
+    if isinstance(live, Mapping):
+        return live.get(key)
+    return live[key] if isinstance(live, list | tuple) and key < len(live) else None
+
+
+def _is_numbered(state: Any) -> bool:
+    return isinstance(state, Mapping) and isinstance(state.get("state"), Mapping)
+
+
+def _like_parameters(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> Any:
+    """Return the form of an optimizer's state: that of its parameter for each tensor of its shape.
+
+    An optimizer that has made no update has no state of its own to compare with.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    numbers = [number for group in state["param_groups"] for number in group["params"]]
+    of_number = dict(zip(numbers, parameters, strict=False))
+    return {
+        "state": {
+            number: {
+                key: of_number.get(number)
+                for key, value in kept.items()
+                if isinstance(value, torch.Tensor)
+                and value.shape == getattr(of_number.get(number), "shape", None)
+            }
+            for number, kept in state["state"].items()
+            if isinstance(kept, Mapping)
+        }
+    }

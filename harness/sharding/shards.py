@@ -1,0 +1,219 @@
+"""The files of a sharded checkpoint: a shard for each rank, and the layouts in the main file.
+
+A shard is what `torch.save` writes of
+
+    format_version, step, rank
+    parts       by path (model_state_dict/layers.0.weight): a plain tensor, without padding
+    boxes       by the same path: where the part begins in the whole tensor, and its size
+
+The main file has a tensor without data (on the device meta) for each sharded tensor, and under
+`layout` how it was cut:
+
+    meshes      the ranks of each mesh, as nested lists
+    tensors     by path: the number of its mesh, and a placement for each dimension of that
+                (["shard", dimension], ["strided", dimension, parts to its right], ["copies"])
+
+Of a part that several ranks hold, the lowest of them writes it. The boxes follow from the layout;
+each shard names its own as well, and a reader compares the two.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from harness.checkpoint import format as fmt
+from harness.checkpoint.attempts import Attempt
+from harness.checkpoint.format import DataFile, Manifest
+from harness.checkpoint.load import UNPARSEABLE, is_plain_zip, reason, verified
+from harness.distributed.layout import Box, Layout, uncovered
+from harness.distributed.parts import PARTS, HeldParts, Part, Wanted, tensors_without_data
+from harness.distributed.ranks import World
+from harness.errors import DamagedError, UsageError
+from harness.store import SealedMemory, Store
+
+Shard = dict[str, tuple[Box, torch.Tensor]]  # by path
+
+
+def write(
+    store: Store, attempt: Attempt, step: int, rank: int, parts: Mapping[str, Part]
+) -> DataFile:
+    """Write this rank's shard durably and return its entry in the manifest.
+
+    Raises:
+        StorageError: The store fails; nothing is left under the name.
+    """
+    own = {path: part for path, part in parts.items() if rank in part.layout.boxes(part.shape)}
+    boxes = {path: part.layout.box(rank, part.shape) for path, part in own.items()}
+    content = {
+        "format_version": fmt.SHARDED,
+        "step": step,
+        "rank": rank,
+        "parts": {path: part.tensor.contiguous() for path, part in own.items()},
+        "boxes": {path: [list(box.begin), list(box.size)] for path, box in boxes.items()},
+    }
+    name = fmt.shard_name(step, attempt.number, rank)
+    store.make_folder(fmt.folder_key(step, attempt.number))
+    with store.writer(f"{fmt.CHECKPOINTS}/{name}", attempt.number) as sink:
+        try:
+            torch.save(content, sink)  # type: ignore[arg-type]
+        except (RuntimeError, OSError) as error:
+            if sink.failure is None:
+                raise
+            raise sink.failure from error
+        sink.commit()
+        return DataFile(name, sink.size_bytes, sink.digest())
+
+
+def add_parts(store: Store, manifest: Manifest, payload: dict[str, Any], world: World) -> None:
+    """Verify this rank's share of a checkpoint's shards, and add the parts to its content.
+
+    Raises:
+        DamagedError: A shard is not what was written.
+        StorageError: A shard cannot be read.
+    """
+    parts = payload[PARTS] = ShardFiles(store, manifest, payload)
+    parts.keep(world.rank, world.size)
+
+
+def check_covered(parts: Mapping[str, Part]) -> None:
+    """Check that the parts of all ranks hold each element exactly once.
+
+    Raises:
+        UsageError: They do not.
+    """
+    for path, part in parts.items():
+        if problem := uncovered(part.layout.boxes(part.shape).values(), part.shape):
+            raise UsageError(
+                f"{path} is not held whole by all ranks together",
+                f"found: {problem}",
+                "Take a version of PyTorch that is tested.",
+            )
+
+
+class ShardFiles(HeldParts):
+    """The parts of a checkpoint in its store. A shard is verified each time that it is opened.
+
+    Args:
+        store: the store that holds the checkpoint.
+        manifest: the manifest of the checkpoint.
+        payload: the content of its main file; the entry `layout` is taken out.
+
+    Raises:
+        DamagedError: the layouts are not those of the tensors in the main file.
+    """
+
+    def __init__(self, store: Store, manifest: Manifest, payload: dict[str, Any]) -> None:
+        standing = {
+            path: tensor
+            for key, value in payload.items()
+            if str(key).endswith("_state_dict")
+            for path, tensor in tensors_without_data(value, key)
+        }
+        super().__init__(standing, {})
+        self._store, self._manifest = store, manifest
+        self._layouts = _parsed(payload.pop("layout", None), manifest)
+        if self._layouts.keys() != standing.keys():
+            raise _other(manifest.data, "layouts of other tensors than it has")
+        # By path: the part of each rank.
+        self._boxes = {
+            path: layout.boxes(standing[path].shape) for path, layout in self._layouts.items()
+        }
+        self._kept = dict[int, tuple[SealedMemory, Shard]]()
+
+    def keep(self, rank: int, ranks: int) -> None:
+        """Verify this rank's share of the shards, and keep them in memory.
+
+        With as many ranks as shards, that is the rank's own.
+
+        Raises:
+            DamagedError: One is not what was written.
+            StorageError: One cannot be read.
+        """
+        for number in range(rank, len(self._manifest.shards), ranks):
+            self._kept[number] = self._opened(number)
+
+    def shards(self, wanted: Sequence[Wanted]) -> Iterator[Shard]:
+        """Yield the shards that have a part of what is wanted, one after the other.
+
+        Raises:
+            DamagedError: One is not what was written.
+            StorageError: One cannot be read.
+        """
+        needed = {
+            rank
+            for one in wanted
+            for rank, box in self._boxes[one.path].items()
+            if one.box.overlap(box)
+        }
+        for number in sorted(needed):
+            if number in self._kept:
+                yield self._kept[number][1]
+                continue
+            memory, shard = self._opened(number)
+            with memory:
+                yield shard
+                shard.clear()
+
+    def _opened(self, number: int) -> tuple[SealedMemory, Shard]:
+        file = self._manifest.shards[number]
+        memory = verified(self._store, file)
+        with contextlib.ExitStack() as on_failure:
+            on_failure.enter_context(memory)
+            try:
+                content = torch.load(
+                    memory.path, mmap=is_plain_zip(memory), map_location="cpu", weights_only=True
+                )
+            except UNPARSEABLE as error:
+                raise _other(file, f"no shard: {reason(error)}") from None
+            shard = self._checked(content, number, file)
+            on_failure.pop_all()
+        return memory, shard
+
+    def _checked(self, content: Any, number: int, file: DataFile) -> Shard:
+        """Return the parts in a shard. Raises DamagedError unless they are what it must hold."""
+        try:
+            is_it = (content["step"], content["rank"]) == (self._manifest.step, number)
+            parts = dict(content["parts"])
+            boxes = {
+                path: Box(tuple(begin), tuple(size))
+                for path, (begin, size) in content["boxes"].items()
+            }
+        except (TypeError, ValueError, LookupError, AttributeError) as error:
+            raise _other(file, f"no shard: {type(error).__name__}: {error}") from None
+        expected = {
+            path: of_ranks[number] for path, of_ranks in self._boxes.items() if number in of_ranks
+        }
+        if not is_it or boxes != expected or parts.keys() != boxes.keys():
+            raise _other(file, "other parts than those of its rank in its step")
+        for path, box in boxes.items():
+            part, whole = parts[path], self._standing[path]
+            if not isinstance(part, torch.Tensor) or (tuple(part.shape), part.dtype) != (
+                box.size,
+                whole.dtype,
+            ):
+                raise _other(file, f"another part of {path} than it names")
+        return {path: (boxes[path], part) for path, part in parts.items()}
+
+
+def _other(file: DataFile, found: str) -> DamagedError:
+    return DamagedError(f"{file.name} is not what its manifest describes", f"found: {found}")
+
+
+def _parsed(described: Any, manifest: Manifest) -> dict[str, Layout]:
+    """Return the layouts in a main file, by path. Raises DamagedError if they are none."""
+    try:
+        meshes = [torch.tensor(nested) for nested in described["meshes"]]
+        return {
+            str(path): Layout(
+                tuple(meshes[number].shape),
+                tuple(meshes[number].flatten().tolist()),
+                tuple(map(tuple, placements)),
+            )
+            for path, (number, placements) in described["tensors"].items()
+        }
+    except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:
+        raise _other(manifest.data, f"{type(error).__name__} in its layouts: {error}") from None

@@ -1,0 +1,355 @@
+"""Runs whose state is sharded: killed and resumed, equal bit for bit, on as many ranks or others,
+and what one rank's trouble does to all of them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from library_runs import newest, steps_of
+from programs import Lived, killed_once, live
+
+from harness.checkpoint.catalog import read_catalog
+from harness.cli import main
+from harness.exchange.compare import differences
+from harness.store import LocalStore
+
+BUILT = """
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+run = init()
+torch.manual_seed(3)
+model = nn.Sequential(
+    nn.Linear(8, 13), nn.ReLU(), nn.Dropout(0.1), nn.BatchNorm1d(13), nn.Linear(13, 7),
+    nn.Linear(7, 1),
+)
+model[5].bias.requires_grad_(False)
+WRAP
+optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
+scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 30)
+run.track(model=model, optimizer=optimizer, scheduler=scheduler)
+"""
+LOOP = """
+for x, y in run.batches(points(), 12, epochs=2):
+    loss = (model(x) - y).square().mean()
+    optimizer.zero_grad()
+    loss.backward()
+    norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    scheduler.step()
+    run.log(loss=loss)
+    die(run)
+"""
+FSDP = "for part in (model[0], model[4]): fully_shard(part)\nfully_shard(model)"
+HSDP = (
+    "fully_shard(model, mesh=init_device_mesh('cpu', (2, run.world_size // 2), "
+    "mesh_dim_names=('copies', 'shards')))"
+)
+DDP = "model = nn.parallel.DistributedDataParallel(model)"
+WHOLE = """
+import hashlib, json
+
+
+def digest(value):
+    hasher = hashlib.sha256()
+
+    def add(path, value):
+        if isinstance(value, dict):
+            for key in sorted(value, key=str):
+                add(f"{path}/{key}", value[key])
+        elif isinstance(value, torch.Tensor):
+            whole = value.full_tensor() if hasattr(value, "full_tensor") else value
+            hasher.update(f"{path} {tuple(whole.shape)}".encode() + whole.numpy().tobytes())
+
+    add("", value)
+    return hasher.hexdigest()
+
+
+inner = getattr(model, "module", model)
+found = {key: value for key, value in inner.state_dict().items() if not key.startswith("3.r")}
+found = [run.step, digest(found), digest(optimizer.state_dict()["state"])]
+print("whole", json.dumps(found), flush=True)
+"""
+
+
+def program(wrap: str, loop: str = LOOP) -> str:
+    return BUILT.replace("WRAP", wrap) + loop
+
+
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("ranks", "wrap"),
+    [
+        pytest.param(2, FSDP, id="fsdp"),
+        pytest.param(3, FSDP, id="fsdp, uneven", marks=SLOW),
+        pytest.param(4, HSDP, id="hsdp", marks=SLOW),
+    ],
+)
+def test_a_killed_run_of_a_sharded_model_equals_the_undisturbed_one(
+    tmp_path: Path, ranks: int, wrap: str
+) -> None:
+    outcome = killed_once(tmp_path, program(wrap), ranks=ranks)
+    assert outcome.is_equal, (outcome.rows, outcome.resumed.texts)
+    assert "warning" not in outcome.resumed.text, outcome.resumed.text
+    manifest = read_catalog(LocalStore(tmp_path / "killed")).manifests[-1]
+    assert (len(manifest.shards), manifest.format_version) == (ranks, 3)
+
+
+def said(lived: Lived) -> list[object]:
+    """Return the step at which a program began, and the digests of its model and optimizer."""
+    assert set(lived.codes) == {0}, "\n".join(lived.texts)
+    lines = [line for line in lived.text.splitlines() if line.startswith("whole ")]
+    return list(json.loads(lines[-1].removeprefix("whole ")))
+
+
+STEPS = LOOP.replace("epochs=2", "epochs=2, max_steps=STEPS")
+END = "\n" + WHOLE
+
+
+def begun(folder: Path, wrap: str, ranks: int, name: str = "run") -> list[object]:
+    """Train six steps and return the digests at their end."""
+    source = program(wrap, STEPS.replace("STEPS", "6") + END)
+    return said(live(folder, source, name, ranks=ranks))
+
+
+def resumed(folder: Path, wrap: str, ranks: int, name: str = "run") -> list[object]:
+    """Resume from step 6 and return the digests before the first step."""
+    source = program(wrap, WHOLE + STEPS.replace("STEPS", "8"))
+    return said(live(folder, source, name, ranks=ranks))
+
+
+NONE = "pass"
+OTHERS = [
+    ("three to two", (FSDP, 3), (FSDP, 2)),
+    ("two to three", (FSDP, 2), (FSDP, 3)),
+    ("to one process", (FSDP, 2), (NONE, 1)),
+    ("to ddp", (FSDP, 2), (DDP, 2)),
+    ("from ddp", (DDP, 2), (FSDP, 2)),
+    ("from one process", (NONE, 1), (FSDP, 2)),
+    ("to hsdp", (FSDP, 2), (HSDP, 4)),
+    ("from hsdp", (HSDP, 4), (FSDP, 3)),
+]
+QUICK = ("three to two", "to one process", "from ddp")
+
+
+@pytest.mark.parametrize(
+    ("saved", "then"),
+    [
+        pytest.param(saved, then, id=name, marks=() if name in QUICK else SLOW)
+        for name, saved, then in OTHERS
+    ],
+)
+def test_any_ranks_resume_what_any_other_have_saved(
+    tmp_path: Path, saved: tuple[str, int], then: tuple[str, int]
+) -> None:
+    assert begun(tmp_path, *saved) == resumed(tmp_path, *then)
+
+
+@pytest.fixture(scope="module")
+def six_steps(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[object]]:
+    """A run of a sharded model with checkpoints at steps 3 and 6, and the digests at its end."""
+    folder = tmp_path_factory.mktemp("six")
+    return folder / "run", begun(folder, FSDP, 2)
+
+
+def test_every_file_of_a_checkpoint_is_read_without_the_package(
+    six_steps: tuple[Path, list[object]], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run, _ = six_steps
+    manifest = json.loads((run / "checkpoints/step_00000006-0001.json").read_text())
+    assert manifest["format_version"] == 3
+    names = [file["name"] for file in manifest["files"]]
+    stem = "step_00000006-0001"
+    assert names == [f"{stem}.pt", f"{stem}/00000.pt", f"{stem}/00001.pt"]
+    read = [torch.load(run / "checkpoints" / name, weights_only=True) for name in names]
+    main_file, *shards = read
+    weight = main_file["model_state_dict"]["0.weight"]
+    assert weight.is_meta and tuple(weight.shape) == (13, 8)
+    assert main_file["layout"]["tensors"]["model_state_dict/0.weight"] == [0, [["shard", 0]]]
+    path = "optimizer_state_dict/state/0/exp_avg"
+    assert [shard["boxes"][path] for shard in shards] == [[[0, 0], [7, 8]], [[7, 0], [6, 8]]]
+    whole = torch.cat([shard["parts"][path] for shard in shards])
+    assert torch.equal(newest(run)["optimizer_state_dict"]["state"][0]["exp_avg"], whole)
+    assert main(["export", str(run), str(tmp_path / "m.pt")]) == 0
+    exported = torch.load(tmp_path / "m.pt", weights_only=True)
+    parts = [shard["parts"]["model_state_dict/0.weight"] for shard in shards]
+    assert torch.equal(exported["0.weight"], torch.cat(parts))
+    for command in ("ls", "show", "verify", "status", "report"):
+        assert main([command, str(run)]) == 0, capfd.readouterr().err
+    assert main(["diff", str(run), str(run)]) == 0
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def swap(path: Path) -> None:
+    shutil.copy(path.parents[1] / "step_00000003-0001" / path.name, path)
+
+
+@pytest.mark.parametrize("harm", [flip, swap, Path.unlink], ids=["flipped", "swapped", "deleted"])
+@pytest.mark.parametrize("name", ["00000.pt", "00001.pt"])
+def test_a_damaged_shard_is_passed_over_by_all_ranks(
+    six_steps: tuple[Path, list[object]], tmp_path: Path, harm: Callable[[Path], object], name: str
+) -> None:
+    run, _ = six_steps
+    shutil.copytree(run, tmp_path / "run")
+    harm(tmp_path / "run/checkpoints/step_00000006-0001" / name)
+    if harm is not flip or name != "00001.pt":  # the commands alone: a start takes seconds
+        assert main(["verify", str(tmp_path / "run")]) != 0
+        return
+    source = program(FSDP, WHOLE + STEPS.replace("STEPS", "8"))
+    lived = live(tmp_path, source, "run", ranks=2)
+    assert said(lived)[0] == 3, lived.text
+    assert "skipped" in lived.text and "step_00000006-0001/00001.pt" in lived.text
+    assert steps_of(tmp_path / "run")[-1] == 8
+
+
+TROUBLE = """
+import resource
+
+for x, y in run.batches(points(), 12, epochs=2):
+    optimizer.zero_grad()
+    (model(x) - y).square().mean().backward()
+    optimizer.step()
+    least, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if run.rank == 1 and TROUBLE == "disk":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (500 if run.step == 3 else most, most))
+    if run.rank == 1 and TROUBLE == "nan" and run.step == 6:
+        with torch.no_grad():
+            model[0].weight.to_local()[0] = float("nan")
+    if run.rank == 1 and TROUBLE == "dies" and run.step == 6:
+        from harness.sharding import shards
+
+        write = shards.write
+
+        def writes_and_dies(*arguments):
+            write(*arguments)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        shards.write = writes_and_dies
+"""
+
+
+def troubled(folder: Path, trouble: str, name: str = "run") -> Lived:
+    source = BUILT.replace("init()", "init(timeout_s=4, keep_last=9)").replace("WRAP", FSDP)
+    return live(folder, source + TROUBLE.replace("TROUBLE", repr(trouble)), name, ranks=2)
+
+
+def test_a_disk_that_refuses_on_one_rank_costs_all_ranks_that_checkpoint(tmp_path: Path) -> None:
+    lived = troubled(tmp_path, "disk")
+    assert lived.codes == [0, 0], lived.texts
+    assert lived.text.count("NOT SAVED, training goes on: rank 1: cannot write") == 1, lived.text
+    assert steps_of(tmp_path / "run") == [*range(6, 25, 3), 26]
+    there = {path.name for path in (tmp_path / "run/checkpoints").iterdir()}
+    assert not any(name.startswith("step_00000003") for name in there), "its shards are deleted"
+
+
+def test_a_parameter_that_is_not_finite_on_one_rank_ends_all_ranks(tmp_path: Path) -> None:
+    lived = troubled(tmp_path, "nan")
+    assert lived.codes == [1, 1], lived.texts
+    assert "rank 1: nothing is saved: parameters are not finite" in lived.text, lived.text
+    assert steps_of(tmp_path / "run") == [3]
+    assert not (tmp_path / "run/checkpoints/step_00000006-0001").exists()
+
+
+def test_a_rank_that_dies_after_its_shard_leaves_no_checkpoint(tmp_path: Path) -> None:
+    lived = troubled(tmp_path, "dies")
+    assert lived.codes[1] == -9 and lived.codes[0] not in (0, -9), lived.texts
+    assert "rank 1 does not answer" in lived.text, lived.text
+    left = tmp_path / "run/checkpoints/step_00000006-0001"
+    assert steps_of(tmp_path / "run") == [3] and (left / "00001.pt").exists()
+    again = troubled(tmp_path, "nothing")
+    assert again.codes == [0, 0] and "resumes from step 3" in again.text, again.texts
+    assert steps_of(tmp_path / "run") == [*range(3, 25, 3), 26] and not left.exists()
+
+
+REFUSED = {
+    "tensor parallel": (
+        "from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module\n"
+        "parallelize_module(model, init_device_mesh('cpu', (2,)), {'0': ColwiseParallel()})",
+        "init()",
+        "tensor parallelism is not supported yet",
+    ),
+    "a bucket": (FSDP, "init(remote=f'file://{sys.argv[1]}-remote')", "run.remote"),
+    "memory": (FSDP, "init(memory=2)", "memory"),
+}
+
+
+@pytest.mark.parametrize("kind", list(REFUSED))
+def test_what_is_not_there_yet_is_refused_before_the_first_step(tmp_path: Path, kind: str) -> None:
+    wrap, init, words = REFUSED[kind]
+    source = program(wrap, LOOP).replace("init()", init)
+    lived = live(tmp_path, source, "run", ranks=2)
+    assert set(lived.codes) == {78} and words in lived.text, lived.texts
+
+
+ACCUMULATED = """
+for x, y in run.batches(points(), 12, epochs=2):
+    (model(x) - y).square().mean().backward()
+    if run.step == 24:
+        optimizer.step()
+        optimizer.zero_grad()
+    if run.step == int(os.environ.get("STOP", 0)):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.2)
+"""
+
+
+def test_gradients_under_way_come_back_to_each_rank(tmp_path: Path) -> None:
+    source = program(FSDP, ACCUMULATED)
+    whole = live(tmp_path, source, "whole", ranks=2)
+    stopped = live(tmp_path, source, "run", ranks=2, env={"STOP": "10"})
+    again = live(tmp_path, source, "run", ranks=2)
+    assert [*whole.codes, *stopped.codes, *again.codes] == [0] * 6, (stopped.texts, again.texts)
+    assert "resumes from step 1" in again.text, again.text  # step 10, or when all have agreed
+    kept = newest(tmp_path / "whole")
+    assert kept["own"][0]["gradients"].keys() == kept["own"][1]["gradients"].keys() != set()
+    assert list(differences(kept, newest(tmp_path / "run"))) == []
+
+
+LOGGED = """
+for x, y in run.batches(points(), 12, epochs=2):
+    loss = (model(x) - y).square().mean()
+    optimizer.zero_grad()
+    loss.backward()
+    norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    run.log(loss=loss, norm=norm)
+    if run.step == 5:
+        run.log(total=model[0].weight.detach().square().sum())
+"""
+
+
+def test_a_number_that_is_spread_over_the_ranks_is_not_logged_silently(tmp_path: Path) -> None:
+    lived = live(tmp_path, program(FSDP, LOGGED), "run", ranks=2)
+    assert set(lived.codes) == {78} and "total.full_tensor()" in lived.text, lived.texts
+
+
+EVALUATED = """
+for x, y in run.batches(points(), 12, epochs=1):
+    optimizer.zero_grad()
+    (model(x) - y).square().mean().backward()
+    optimizer.step()
+
+    def sums(batch):
+        return {"val_loss": (model(batch[0]) - batch[1]).square().sum(), "seen": len(batch[0])}
+
+    for count in (1, 5):
+        means = run.evaluate(points(count), sums, batch_size=2)
+        assert means["seen"] == 1.0, means
+"""
+
+
+def test_an_evaluation_with_unlike_numbers_of_batches_does_not_hang(tmp_path: Path) -> None:
+    lived = live(tmp_path, program(FSDP, EVALUATED), "run", ranks=2, limit_s=60)
+    assert lived.codes == [0, 0], lived.texts
