@@ -147,7 +147,7 @@ class Catalog:
             store
             for store, part in zip(self.stores, self.parts, strict=True)
             if manifest in part.manifests
-            and part.sizes.get(manifest.data_key) == manifest.data.size_bytes
+            and all(part.sizes.get(file.key) == file.size_bytes for file in manifest.files)
         ]
 
     @property
@@ -245,6 +245,8 @@ def _list(store: Store, known: Known) -> Catalog:
     catalog.sizes = {
         entry.key: entry.size_bytes for entry in checkpoints if entry.key.endswith(".pt")
     }
+    folders = [folder for folder in folders if fmt.FOLDER_NAME.match(folder)]
+    shards = {entry.key: entry.size_bytes for folder in folders for entry in store.entries(folder)}
     for entry in checkpoints:
         match = fmt.CHECKPOINT_NAME.match(entry.key)
         if match is None:
@@ -275,11 +277,9 @@ def _list(store: Store, known: Known) -> Catalog:
     catalog.set_aside += sorted(halves)
     catalog.orphans = [key for key in alone if key not in halves]
     catalog.orphan_folders = [
-        folder
-        for folder in folders
-        if fmt.FOLDER_NAME.match(folder)
-        and not {f"{folder}.json", f"{folder}.json{SET_ASIDE}"} & keys
+        folder for folder in folders if not {f"{folder}.json", f"{folder}.json{SET_ASIDE}"} & keys
     ]
+    catalog.sizes |= shards
     return catalog
 
 

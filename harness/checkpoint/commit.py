@@ -71,6 +71,12 @@ def commit(
         UsageError: `about.read_back` is set and `torch.load` refuses the file.
     """
     step = int(payload["step"])
+    if payload.get("format_version") == fmt.SHARDED and not about.shards:
+        raise UsageError(
+            "sharded tensors are tracked, and their parts cannot be saved",
+            "found: a state_dict with DTensors, of no module or optimizer that is tracked",
+            "Track the sharded module and its optimizer themselves.",
+        )
 
     def build(file: DataFile) -> Manifest:
         if about.read_back:
@@ -123,6 +129,7 @@ def adopt(
         SaveError: As for `commit`.
         SupersededError: A newer attempt has begun.
     """
+    _check_copyable(manifest, store)
     shards = list[DataFile]()
 
     def write(sink: Any) -> None:
@@ -150,6 +157,15 @@ def adopt(
             if not store.exists(fmt.manifest_key(manifest.step, attempt.number)):
                 retention.delete_folder(store, fmt.folder_key(manifest.step, attempt.number))
         raise
+
+
+def _check_copyable(manifest: Manifest, store: Store) -> None:
+    if manifest.shards and not store.is_local:
+        raise UsageError(
+            f"{manifest.name} is sharded, and cannot be copied to {store} yet",
+            "found: a checkpoint with shards",
+            "Copy it to a directory.",
+        )
 
 
 def _copy_shard(

@@ -185,14 +185,7 @@ def parse(memory: SealedMemory, manifest: Manifest) -> dict[str, Any]:
             memory.path, mmap=is_plain_zip(memory), map_location="cpu", weights_only=True
         )
     except UNPARSEABLE as error:
-        if any(phrase in str(error) for phrase in NO_ROOM):  # the file itself is intact
-            raise HarnessError(
-                f"there is not enough memory to load {name}, "
-                f"which has {size(manifest.data.size_bytes)}",
-                f"found: {first_line(error)}",
-                "Free memory on this machine, or ask for more (SLURM: --mem).",
-            ) from error
-        raise DamagedError(f"{name} cannot be parsed", f"found: {reason(error)}") from None
+        raise unparseable(manifest.data, error) from error
     if not isinstance(payload, dict) or payload.get("step") != manifest.step:
         raise DamagedError(f"{name} is not the checkpoint that its manifest describes")
     _check_version(payload, name)
@@ -200,6 +193,17 @@ def parse(memory: SealedMemory, manifest: Manifest) -> dict[str, Any]:
         key: value if str(key).endswith("_state_dict") else copy.deepcopy(value)
         for key, value in payload.items()
     }
+
+
+def unparseable(file: DataFile, error: Exception) -> HarnessError:
+    """Return the error for a verified file that torch does not load: damage, or lack of memory."""
+    if any(phrase in str(error) for phrase in NO_ROOM):  # the file itself is intact
+        return HarnessError(
+            f"there is not enough memory to load {file.name}, which has {size(file.size_bytes)}",
+            f"found: {first_line(error)}",
+            "Free memory on this machine, or ask for more (SLURM: --mem).",
+        )
+    return DamagedError(f"{file.name} cannot be parsed", f"found: {reason(error)}")
 
 
 def is_plain_zip(memory: SealedMemory) -> bool:

@@ -34,7 +34,7 @@ UNREAD_REMEDY = (
 )
 
 
-AddParts = Callable[[Store, Manifest, dict[str, Any], World], None]
+AddParts = Callable[[Store, Manifest, dict[str, Any] | None, World], None]
 
 
 @dataclass(frozen=True)
@@ -222,8 +222,11 @@ class Chooser:
             # Rank 0 has verified the stored bytes: what is wrong here alone happened on the way.
             if fields[1] == DAMAGED and not self.world.is_writer:
                 fields[1:] = [UNREAD, ""]
-        if manifest.shards and payload is not None:
-            fields = self._add_parts(store, manifest, payload)
+        if manifest.shards:
+            try:
+                self.add_parts(store, manifest, payload, self.world)
+            except HarnessError as error:
+                fields = fields or _problem_fields(error)
         problems = [
             (rank, Problem(*fields))
             for rank, fields in enumerate(self.world.gather(fields))
@@ -235,14 +238,6 @@ class Chooser:
             problems, key=lambda problem: (NEWER, DAMAGED, UNREAD).index(problem[1].kind)
         )
         return None, Problem(f"{first.message} (rank {rank})", first.kind, first.remedy)
-
-    def _add_parts(self, store: Store, manifest: Manifest, payload: dict[str, Any]) -> list[str]:
-        """Verify this rank's share of the shards and add the parts; return the problem or []."""
-        try:
-            self.add_parts(store, manifest, payload, self.world)
-        except HarnessError as error:
-            return _problem_fields(error)
-        return []
 
     def _open(self, store: Store, manifest: Manifest) -> tuple[dict[str, str] | None, list[str]]:
         """Verify the data on rank 0.

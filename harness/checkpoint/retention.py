@@ -19,7 +19,7 @@ from harness.checkpoint.format import Manifest
 from harness.checkpoint.known import Known
 from harness.checkpoint.records import is_count
 from harness.errors import UsageError
-from harness.store import Store
+from harness.store import TEMP, Store
 
 ALWAYS_KEPT = 2
 RECORDED = "retention"  # field of an attempt's record
@@ -247,10 +247,11 @@ def delete(store: Store, manifest: Manifest) -> None:
 
 
 def delete_folder(store: Store, folder: str) -> None:
-    """Delete shards that no manifest names, with their folder.
+    """Delete shards that no manifest names, with their folder if nothing else is in it.
 
     Raises StorageError.
     """
     for entry in store.entries(folder):
-        store.delete(entry.key)
+        if fmt.SHARD_NAME.match(entry.key) or TEMP.match(entry.key):
+            store.delete(entry.key)
     store.drop_folder(folder)

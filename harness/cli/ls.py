@@ -127,7 +127,10 @@ def _others(catalog: Catalog) -> list[tuple[str, str]]:
             for key, error in catalog.newer.items()
         ),
         *((key, "set aside as damaged") for key in catalog.set_aside),
-        *((key, "data without a manifest: no checkpoint") for key in catalog.orphans),
+        *(
+            (key, "data without a manifest: no checkpoint")
+            for key in (*catalog.orphans, *catalog.orphan_folders)
+        ),
         *((key, "of another run") for key in catalog.strangers),
         *((key, "no checkpoint") for key in catalog.foreign),
     ]
@@ -155,6 +158,8 @@ def _state(store: Store, part: Catalog, manifest: Manifest, verify: bool) -> str
     key = manifest.data_key
     if part.sizes.get(key) != manifest.data.size_bytes:
         return "WRONG SIZE" if key in part.sizes else "MISSING"
+    if any(part.sizes.get(file.key) != file.size_bytes for file in manifest.shards):
+        return "SHARDS MISSING"
     if verify:
         (_, problem), *_ = locate.verify(store, manifest)
         return (

@@ -89,7 +89,7 @@ def run(given: argparse.Namespace) -> int:
     for key in keys:
         say(f"{'delete' if given.yes else 'would delete'}  {key}")
         if given.yes:
-            store.delete(key)
+            _delete(store, key)
     for upload in uploads:
         say(
             f"{'abort' if given.yes else 'would abort'}  the upload of {upload.key}, "
@@ -167,6 +167,9 @@ def _still_damaged(store: Store, catalog: Catalog) -> list[str]:
         StorageError: The store fails.
     """
     keys, manifests = list(catalog.set_aside), {m.key: m for m in catalog.manifests}
+    for key in catalog.set_aside:
+        if key.endswith(f".json{SET_ASIDE}"):
+            keys += _shards_in(store, key.removesuffix(f".json{SET_ASIDE}"))
     for key in sorted(catalog.marked):
         is_damaged, mark = True, key + SET_ASIDE
         if key in manifests:
@@ -193,6 +196,18 @@ def _unfinished(store: Store) -> list[Unfinished]:
     ]
 
 
+def _delete(store: Store, key: str) -> None:
+    """Delete a file, and its folder if that is one of shards and empty then."""
+    store.delete(key)
+    if fmt.FOLDER_NAME.match(folder := key.rpartition("/")[0]):
+        store.drop_folder(folder)
+
+
+def _shards_in(store: Store, folder: str) -> list[str]:
+    keys = [entry.key for entry in store.entries(folder)]
+    return [key for key in keys if fmt.SHARD_NAME.match(key) or TEMP.match(key)]
+
+
 def _left_behind(store: Store, catalog: Catalog) -> list[str]:
     """Return the keys of data without a manifest and of temporary files.
 
@@ -204,6 +219,9 @@ def _left_behind(store: Store, catalog: Catalog) -> list[str]:
         if (match := fmt.CHECKPOINT_NAME.match(key)) and int(match["attempt"]) < catalog.greatest
     ]
     entries = [entry.key for folder in fmt.FOLDERS for entry in store.entries(folder)]
+    for folder in catalog.orphan_folders:
+        if (match := fmt.FOLDER_NAME.match(folder)) and int(match["attempt"]) < catalog.greatest:
+            orphans += _shards_in(store, folder)
     return orphans + [
         key
         for key in entries

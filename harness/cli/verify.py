@@ -42,7 +42,10 @@ def run(given: argparse.Namespace) -> int:
             f"{key}: was found damaged once, and is the last choice"
             for key in sorted(catalog.marked)
         ]
-        notes += [f"{key}: data without a manifest, does not count" for key in catalog.orphans]
+        notes += [
+            f"{key}: data without a manifest, does not count"
+            for key in (*catalog.orphans, *catalog.orphan_folders)
+        ]
     else:
         store, manifest = locate.checkpoint(given.path)
         manifests, problems, newer, notes = [manifest], [], [], []

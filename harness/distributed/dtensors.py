@@ -20,6 +20,7 @@ from harness.distributed.layout import COPIES, SHARD, STRIDED, Layout, Placement
 from harness.distributed.wrappers import unwrap
 from harness.errors import UsageError
 
+COLLECTIVES = ("c10d", "_c10d_functional", "_c10d_functional_autograd", "_dtensor")
 _layouts = dict[Any, Layout]()  # by mesh, placements and shape
 
 
@@ -33,6 +34,21 @@ def holds_sharded(tracked: Mapping[str, Any]) -> bool:
     """Return whether an object has sharded parameters or buffers, or an optimizer has some."""
     return "torch.distributed.tensor" in sys.modules and any(
         is_sharded(tensor) for obj in map(unwrap, tracked.values()) for tensor in _tensors_of(obj)
+    )
+
+
+def holds_sharded_state(tracked: Mapping[str, Any]) -> bool:
+    """Return whether the state dict of an object of another class has sharded tensors."""
+
+    def within(value: Any) -> bool:
+        if isinstance(value, Mapping):
+            return any(map(within, value.values()))
+        if isinstance(value, list | tuple):
+            return any(map(within, value))
+        return is_sharded(value)
+
+    return "torch.distributed.tensor" in sys.modules and any(
+        within(obj.state_dict()) for obj in map(unwrap, tracked.values())
     )
 
 
@@ -59,6 +75,13 @@ def local_of(tensor: Any) -> torch.Tensor:
 def plain(value: Any) -> Any:
     """Return this rank's part of a sharded tensor; any other value as it is."""
     return local_of(value) if is_sharded(value) else value
+
+
+def version_of(tensor: torch.Tensor) -> Any:
+    """Return a value that changes with each write that torch counts, also to the part alone."""
+    if not is_sharded(tensor):
+        return tensor._version
+    return tensor._version, tensor._local_tensor._version  # type: ignore[attr-defined]
 
 
 def replicated(value: Any) -> torch.Tensor | None:
@@ -97,8 +120,11 @@ def _refusing() -> Any:
         def __torch_dispatch__(
             self, function: Any, types: Any, args: Any = (), kwargs: Any = None
         ) -> Any:
-            if function not in local and any(map(is_sharded, tree_leaves((args, kwargs)))):
-                raise RuntimeError(f"{function} on a sharded tensor waits for the other ranks")
+            is_collective = function.namespace in COLLECTIVES
+            if is_collective or (
+                function not in local and any(map(is_sharded, tree_leaves((args, kwargs))))
+            ):
+                raise RuntimeError(f"{function} on sharded tensors waits for the other ranks")
             return function(*args, **(kwargs or {}))
 
     return Refusing
@@ -115,16 +141,16 @@ def with_part(like: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
     Raises:
         UsageError: The other one is cut otherwise.
     """
-    if not is_sharded(like):
-        return part.to(like.device, copy=True)
-    made: torch.Tensor = empty_like(like, part.dtype)
-    local = local_of(made)
+    made: torch.Tensor = empty_like(like, part.dtype) if is_sharded(like) else like
+    local = plain(made)
     if local.shape != part.shape:
         raise UsageError(
             "a rank has kept a part of a sharded tensor that it does not hold now",
             f"found: {tuple(local.shape)}, expected: {tuple(part.shape)}",
             "Shard the model as before.",
         )
+    if made is like:
+        return part.to(like.device, copy=True)
     with torch.no_grad():
         local.copy_(part)
     return made
@@ -155,6 +181,37 @@ def check_sharded_by_fsdp(name: str, module: object) -> None:
         )
 
 
+def check_optimizer_state(name: str, optimizer: object) -> None:
+    """Check that an optimizer shards its state as it does the parameters.
+
+    Raises:
+        UsageError: It does not, so that no resume could tell how to shard it.
+    """
+    inner = unwrap(optimizer)
+    if not isinstance(inner, torch.optim.Optimizer):
+        return
+    held: Mapping[Any, Any] = inner.state
+    for parameter, kept in held.items():
+        for key, value in kept.items() if isinstance(kept, Mapping) else ():
+            if is_sharded(value) and not (
+                is_sharded(parameter)
+                and value.shape == parameter.shape
+                and (value.device_mesh, value.placements)
+                == (parameter.device_mesh, parameter.placements)
+            ):
+                raise UsageError(
+                    f"{name} keeps state that is sharded otherwise than its parameter",
+                    f"found: {key}, {tuple(value.shape)}, {value.placements}",
+                    "Take an optimizer whose state has the shapes of the parameters.",
+                )
+
+
+def reshard(module: object) -> None:
+    """Let a module hold its parts again, where it holds whole parameters after a forward pass."""
+    for part in _fsdp_modules(module):
+        part.reshard()
+
+
 def unsharded_gradients(module: object) -> list[str]:
     """Return the names of parameters whose gradients are accumulated whole on each rank.
 
@@ -167,20 +224,24 @@ def unsharded_gradients(module: object) -> list[str]:
         id(held.sharded_param)
         for held in _fsdp_parameters(inner)
         if getattr(held, "unsharded_accumulated_grad", None) is not None
+        or getattr(getattr(held, "_unsharded_param", None), "grad", None) is not None
     }
     return [key for key, parameter in inner.named_parameters() if id(parameter) in waiting]
 
 
-def _fsdp_parameters(module: nn.Module) -> Iterator[Any]:
+def _fsdp_parameters(module: object) -> Iterator[Any]:
     """Yield what `fully_shard` keeps of each parameter. There is no public way to it."""
-    if (package := sys.modules.get("torch.distributed.fsdp")) is None:
-        return
-    for part in module.modules():
-        if isinstance(part, package.FSDPModule):
-            held = part._get_fsdp_state()
-            groups = getattr(held, "_fsdp_param_groups", [getattr(held, "_fsdp_param_group", None)])
-            for group in filter(None, groups):
-                yield from group.fsdp_params
+    for part in _fsdp_modules(module):
+        held = part._get_fsdp_state()
+        groups = getattr(held, "_fsdp_param_groups", [getattr(held, "_fsdp_param_group", None)])
+        for group in filter(None, groups):
+            yield from group.fsdp_params
+
+
+def _fsdp_modules(module: object) -> Iterator[Any]:
+    inner, package = unwrap(module), sys.modules.get("torch.distributed.fsdp")
+    if package is not None and isinstance(inner, nn.Module):
+        yield from (part for part in inner.modules() if isinstance(part, package.FSDPModule))
 
 
 def layout_of(name: str, tensor: Any) -> Layout:

@@ -14,8 +14,9 @@ writer compares it with the shape of each local tensor that it has (`dtensors.la
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,13 +89,9 @@ class Layout:
         own = self._cut(rank)
         return sorted(other for other in self.ranks if self._cut(other) == own)
 
-    def boxes(self, shape: Sequence[int]) -> dict[int, Box]:
+    def boxes(self, shape: Sequence[int]) -> Mapping[int, Box]:
         """Return each part that is not empty, by the lowest rank that holds it, which writes it."""
-        first = dict[tuple[int, ...], int]()  # by the coordinates that cut
-        for rank in sorted(self.ranks):
-            first.setdefault(self._cut(rank), rank)
-        found = {rank: self.box(rank, shape) for rank in first.values()}
-        return {rank: box for rank, box in found.items() if box.numel}
+        return _boxes(self, tuple(shape))
 
     def _cut(self, rank: int) -> tuple[int, ...]:
         """Return a rank's coordinates along the dimensions of the mesh that cut the tensor."""
@@ -111,6 +108,15 @@ class Layout:
             number, place = divmod(number, length)
             at.insert(0, place)
         return at
+
+
+@functools.lru_cache(maxsize=4096)
+def _boxes(layout: Layout, shape: tuple[int, ...]) -> Mapping[int, Box]:
+    first = dict[tuple[int, ...], int]()  # by the coordinates that cut
+    for rank in sorted(layout.ranks):
+        first.setdefault(layout._cut(rank), rank)
+    found = {rank: layout.box(rank, shape) for rank in first.values()}
+    return {rank: box for rank, box in found.items() if box.numel}
 
 
 def _order(placements: Sequence[Placement]) -> list[int]:

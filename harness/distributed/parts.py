@@ -23,6 +23,19 @@ class Part:
     tensor: torch.Tensor
     layout: Layout
     shape: Shape  # of the whole tensor
+    standing: torch.Tensor  # stands for it in the main file; one for tied tensors
+
+
+class TakenParts(dict[str, Part]):
+    """The parts that this rank holds, by path."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.by_identity = dict[int, Part]()  # of the plain tensor
+
+    def take(self, path: str, part: Part) -> None:
+        """Add a part."""
+        self[path] = self.by_identity[id(part.tensor)] = part
 
 
 @dataclass(frozen=True)
@@ -54,7 +67,7 @@ def path_of(where: Any) -> str:
     return where if isinstance(where, str) else f"{path_of(where[0])}/{where[1]}"
 
 
-def take(parts: dict[str, Part] | None, where: Any, tensor: Any, saved: Any) -> torch.Tensor:
+def take(parts: TakenParts | None, where: Any, tensor: Any, saved: Any) -> torch.Tensor:
     """Add this rank's part of a sharded tensor; return what stands for it in the main file.
 
     Args:
@@ -81,8 +94,14 @@ def take(parts: dict[str, Part] | None, where: Any, tensor: Any, saved: Any) -> 
             f"found: a part of the class {type(local).__name__}",
             "Shard a tensor of an ordinary class.",
         )
-    parts[path] = Part(saved(local), layout, tuple(tensor.shape))
-    return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+    kept = saved(local)
+    tied = parts.by_identity.get(id(kept))
+    if tied is not None and (tied.layout, tied.shape) == (layout, tuple(tensor.shape)):
+        standing = tied.standing
+    else:
+        standing = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+    parts.take(path, Part(kept, layout, tuple(tensor.shape), standing))
+    return standing
 
 
 def described(parts: Mapping[str, Part]) -> dict[str, Any]:

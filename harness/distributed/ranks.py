@@ -179,9 +179,11 @@ class World:
         if self.size == 1:
             return [work()]
         self._parts += 1
-        number, own = self._parts, f"heartbeat/{self.rank}"
+        number, own = self._parts, [f"heartbeat/{self.rank}"]
+        if self.is_writer:  # ranks that are done wait for its answer already
+            own.append("heartbeat")
         failure: BaseException | None = None
-        with _heart(lambda: self._store.add(own, 1)):
+        with _heart(lambda: [self._store.add(key, 1) for key in own]):
             try:
                 part: dict[str, Any] = {"result": work()}
             except BaseException as error:  # noqa: BLE001 - raised below, on every rank

@@ -49,7 +49,7 @@ def made_whole(payload: Mapping[str, Any], parts: Parts) -> dict[str, Any]:
         DamagedError: A part is not what was written.
         StorageError: A part cannot be read.
     """
-    taker = _Taker(parts)
+    taker = _Taker(parts, to_whole=True)
     whole = {
         key: taker.taken(key, value, None) if str(key).endswith("_state_dict") else value
         for key, value in payload.items()
@@ -61,9 +61,10 @@ def made_whole(payload: Mapping[str, Any], parts: Parts) -> dict[str, Any]:
 class _Taker:
     """Walks a saved state beside a live one, and replaces what is sharded in either."""
 
-    def __init__(self, parts: Parts | None) -> None:
+    def __init__(self, parts: Parts | None, *, to_whole: bool = False) -> None:
         self.wanted = list[Wanted]()
-        self._parts = parts
+        self._parts, self._to_whole = parts, to_whole
+        self._whole = dict[str, torch.Tensor]()  # by path: tied tensors stay one
 
     def taken(self, where: str, saved: Any, live: Any) -> Any:
         """Return a saved value as the live one is; a live value of None asks for whole tensors."""
@@ -99,6 +100,12 @@ class _Taker:
             )
         if path is None and not (is_sharded and live.shape == saved.shape):
             return saved
+        if live is None and not self._to_whole:
+            raise UsageError(
+                f"{where} was sharded, and nothing tells how it is sharded now",
+                "found: no tensor of that shape: neither a parameter nor state that is there",
+                "Give the objects their state before run.track, or train without it.",
+            )
         if isinstance(live, torch.Tensor) and live.shape != saved.shape:
             raise UsageError(
                 f"{where} was sharded, and is of another shape now",
@@ -107,10 +114,12 @@ class _Taker:
             )
         whole_box = Box((0,) * saved.dim(), tuple(saved.shape))
         if not is_sharded:
-            whole = torch.empty(saved.shape, dtype=saved.dtype, device="cpu")
             assert path is not None, "a whole tensor is returned as it is"
-            self.wanted.append(Wanted(path, whole_box, whole))
-            return whole
+            if path not in self._whole:
+                whole = torch.empty(saved.shape, dtype=saved.dtype, device="cpu")
+                self._whole[path] = whole
+                self.wanted.append(Wanted(path, whole_box, whole))
+            return self._whole[path]
         made = dtensors.empty_like(live, saved.dtype)
         box = dtensors.layout_of(where, live).box(torch.distributed.get_rank(), tuple(saved.shape))
         local = dtensors.local_of(made)

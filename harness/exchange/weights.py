@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from harness import preemption, state
+from harness.distributed import dtensors
 from harness.distributed.shared_tensors import share_state
 from harness.distributed.wrappers import unwrap
 from harness.errors import UsageError
@@ -64,6 +65,7 @@ def load_weights(
             "load_weights takes a module, and then a file",
             f"found: first a {type(module).__name__}",
         )
+    _check_whole({"model": module})
     loaded = files.read_any(source, which, trust=trust)
     chosen = choose(
         ["model"], recognise.recognise(loaded), {"model": part} if part else {}, loaded.file.where
@@ -100,6 +102,7 @@ def warm_start(
         )
         return
     mine = named(modules, "model")
+    _check_whole(mine)
 
     def load() -> str:
         loaded = files.read_any(source)
@@ -115,6 +118,16 @@ def warm_start(
     run.say(f"harness: {run.world.on_writer(load, give_up=preemption.requested)}")
     for module in mine.values():
         share_state(unwrap(module), run.world)
+
+
+def _check_whole(modules: Mapping[str, nn.Module]) -> None:
+    """Raise UsageError if a module is sharded already."""
+    if dtensors.holds_sharded(modules):
+        raise UsageError(
+            "weights cannot be loaded into a sharded module yet",
+            f"found: {', '.join(modules)}, after fully_shard",
+            "Load them before fully_shard, on every rank.",
+        )
 
 
 def choose(

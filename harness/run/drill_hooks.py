@@ -135,9 +135,13 @@ class Traces:
         own, held_bytes = {}, 0
         if step % self._every == 0:
             for name, obj in tracked.items():
-                for path, leaf in leaves_of(state.captured_object(name, obj)).items():
+                captured = state.captured_object(name, obj)
+                for path, leaf in leaves_of(captured).items():
                     own[".".join(map(str, (name, *path)))] = digest(leaf.value())
                     held_bytes += leaf.size_bytes
+                for place, part in captured.parts.items():
+                    own[place.replace("/", ".")] = digest(part.tensor.cpu())
+                    held_bytes += part.tensor.nbytes
             self._every = 1 + held_bytes // MOST_BYTES
         seen = {
             "samples": share.micro_batches,

@@ -197,7 +197,6 @@ class Checkpointer(CurrentAttempt):
     def _finish(self, job: Job, write: Callable[[Sink], None], check: Callable[[], None]) -> None:
         """Commit a copied state; called in the background."""
         assert self.attempt is not None and job.lease is not None
-        self._at_save(job.head["step"])
         key = fmt.data_key(job.head["step"], self.attempt.number)
         is_final = job.about.final is not None
         with (
@@ -231,6 +230,7 @@ class Checkpointer(CurrentAttempt):
             places: where each tensor's memory begins in the file, by address; for the rehearsal.
         """
         assert self.attempt is not None and self.event_log is not None
+        self._at_save(payload["step"])
         limit_s = self.settings.wait_s if about.final else min(SAVE_S, self.settings.wait_s)
         store = self.store.with_retry_limit(limit_s)
         try:
@@ -276,7 +276,7 @@ class Checkpointer(CurrentAttempt):
 
     def look_at(self, tracked: Mapping[str, Any]) -> None:
         """Note whether tracked state is sharded. Raises UsageError if it cannot be saved so."""
-        self._sharded = sharded_save(tracked, self.world, self.stores, self.settings)
+        self._sharded = sharded_save(tracked, self.world, self.stores, self.settings, self.origin)
 
     def watch_updates(self, tracked: Mapping[str, Any]) -> None:
         """Finish each copy before the optimizers change the state."""

@@ -132,6 +132,12 @@ def hand_in(catalog: Catalog | None, last: Manifest | None, policy: Policy) -> s
     source, target = catalog.stores[0], catalog.stores[-1]
     if source is target:
         return ""
+    if last.shards:
+        raise UsageError(
+            f"{last.name} is sharded, and cannot be copied to {target} yet",
+            "found: a finished run, and a run.remote",
+            "Leave run.remote out, or export the checkpoint: harness export.",
+        )
     there = arrived(catalog)
     missing = [m for m in wanted(catalog.history, there, policy) if source in catalog.copies(m)]
     copied, problems, attempt = [], list[str](), Attempt(catalog.greatest, last.run_id, "")

@@ -17,7 +17,7 @@ from harness.arguments import Settings
 from harness.checkpoint import format as fmt
 from harness.checkpoint.attempts import Attempt
 from harness.checkpoint.commit import About
-from harness.checkpoint.format import DataFile
+from harness.checkpoint.format import DataFile, Manifest
 from harness.distributed import dtensors
 from harness.distributed.ranks import World
 from harness.errors import HarnessError, LostRankError, StorageError, UsageError
@@ -60,10 +60,11 @@ class ShardedSave:
     Args:
         world: the ranks of this attempt.
         store: the store of the run, which all ranks see.
+        tracked: the tracked objects, by name.
     """
 
-    def __init__(self, world: World, store: Store) -> None:
-        self._world, self._store = world, store
+    def __init__(self, world: World, store: Store, tracked: Mapping[str, Any]) -> None:
+        self._world, self._store, self._tracked = world, store, tracked
         self._is_checked = False
 
     def save(
@@ -95,6 +96,8 @@ class ShardedSave:
 
         def write() -> dict[str, Any]:
             checkpointer.recomputed.check()
+            for obj in self._tracked.values():
+                dtensors.reshard(obj)
             captured.append(capture())
             return self._written(attempt, captured[0])
 
@@ -130,6 +133,8 @@ class ShardedSave:
         state.check_finite(captured.tracked)
         if not self._is_checked:
             shards.check_covered(captured.parts)
+            for name, obj in captured.tracked.items():
+                dtensors.check_optimizer_state(name, obj)
         captured.fill()
         step, rank = int(captured.payload["step"]), self._world.rank
         try:
@@ -153,30 +158,42 @@ class ShardedSave:
 
 
 def sharded_save(
-    tracked: Mapping[str, Any], world: World, stores: tuple[Store, ...], settings: Settings
+    tracked: Mapping[str, Any],
+    world: World,
+    stores: tuple[Store, ...],
+    settings: Settings,
+    origin: Manifest | None,
 ) -> ShardedSave | None:
     """Return how the tracked objects are saved if any of their state is sharded, else None.
 
+    Args:
+        tracked: the tracked objects, by name.
+        world: the ranks of this attempt.
+        stores: the stores of the run.
+        settings: validated arguments of `harness.init`.
+        origin: the checkpoint that the attempt resumes from.
+
     Raises:
-        UsageError: It is, and the stores of the run cannot hold it yet.
+        UsageError: State is sharded, or was, and the stores of the run cannot hold it yet.
     """
-    if not dtensors.holds_sharded(tracked):
+    is_sharded = dtensors.holds_sharded(tracked) or dtensors.holds_sharded_state(tracked)
+    if not is_sharded and not (origin is not None and origin.shards and len(stores) > 1):
         return None
     lacking = [
         name
         for name, is_asked in (
             ("run.remote", len(stores) > 1 or not stores[0].is_local),
-            ("checkpoint.memory", bool(settings.memory_every_steps)),
+            ("checkpoint.memory", is_sharded and bool(settings.memory_every_steps)),
         )
         if is_asked
     ]
     if lacking:
         raise UsageError(
             f"sharded state is not yet kept with {' and '.join(lacking)}",
-            "found: tracked tensors that are sharded (DTensor)",
+            "found: tensors that are sharded (DTensor), tracked or in the checkpoint",
             "Leave it out, and put run.dir on a file system that all nodes share.",
         )
-    return ShardedSave(world, stores[0])
+    return ShardedSave(world, stores[0], tracked)
 
 
 def _committed(

@@ -19,8 +19,8 @@ each shard names its own as well, and a reader compares the two.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,14 +28,16 @@ import torch
 from harness.checkpoint import format as fmt
 from harness.checkpoint.attempts import Attempt
 from harness.checkpoint.format import DataFile, Manifest
-from harness.checkpoint.load import UNPARSEABLE, is_plain_zip, reason, verified
-from harness.distributed.layout import Box, Layout, uncovered
-from harness.distributed.parts import PARTS, HeldParts, Part, Wanted, tensors_without_data
+from harness.checkpoint.load import UNPARSEABLE, is_plain_zip, unparseable, verified
+from harness.distributed.layout import COPIES, SHARD, STRIDED, Box, Layout, uncovered
+from harness.distributed.parts import PARTS, HeldParts, Part, Shape, Wanted, tensors_without_data
 from harness.distributed.ranks import World
-from harness.errors import DamagedError, UsageError
-from harness.store import SealedMemory, Store
+from harness.errors import DamagedError, HarnessError, StorageError, UsageError
+from harness.retry import reading
+from harness.store import Store
 
 Shard = dict[str, tuple[Box, torch.Tensor]]  # by path
+MOST_TIMES = 16  # the size of the whole tensors, over that of all files
 
 
 def write(
@@ -68,15 +70,55 @@ def write(
         return DataFile(name, sink.size_bytes, sink.digest())
 
 
-def add_parts(store: Store, manifest: Manifest, payload: dict[str, Any], world: World) -> None:
+def add_parts(
+    store: Store, manifest: Manifest, payload: dict[str, Any] | None, world: World
+) -> None:
     """Verify this rank's share of a checkpoint's shards, and add the parts to its content.
+
+    A shard that is damaged for another rank than the writer alone is not damaged: it was so on the
+    way, or this rank's machine does not see it.
+    Collective: every rank must call it, with None where the main file could not be read.
 
     Raises:
         DamagedError: A shard is not what was written.
-        StorageError: A shard cannot be read.
+        StorageError: A shard cannot be read by this rank.
     """
-    parts = payload[PARTS] = ShardFiles(store, manifest, payload)
-    parts.keep(world.rank, world.size)
+    problem: HarnessError | None = None
+
+    def read() -> bool:
+        nonlocal problem
+        try:
+            if payload is not None:
+                parts = payload[PARTS] = ShardFiles(store, manifest, payload)
+                parts.keep(world.rank, world.size)
+        except HarnessError as error:
+            problem = error
+        return isinstance(problem, DamagedError)
+
+    is_damaged = world.on_each(read)
+    if ranks := [rank for rank, found in enumerate(is_damaged) if found and rank]:
+        shares = [manifest.shards[rank :: world.size] for rank in ranks]
+        whole = world.on_writer(lambda: [_are_whole(store, share) for share in shares])
+        if problem is not None and world.rank in ranks and whole[ranks.index(world.rank)]:
+            raise StorageError(
+                f"{problem.what}, for this rank alone",
+                problem.found,
+                "Is run.dir on a file system that all nodes share?",
+            )
+    if problem is not None:
+        raise problem
+
+
+def _are_whole(store: Store, files: Sequence[DataFile]) -> bool:
+    """Return whether none of the files is damaged, as far as they can be read."""
+    try:
+        for file in files:
+            verified(store, file).close()
+    except DamagedError:
+        return False
+    except HarnessError:
+        pass
+    return True
 
 
 def check_covered(parts: Mapping[str, Part]) -> None:
@@ -115,14 +157,16 @@ class ShardFiles(HeldParts):
         }
         super().__init__(standing, {})
         self._store, self._manifest = store, manifest
-        self._layouts = _parsed(payload.pop("layout", None), manifest)
-        if self._layouts.keys() != standing.keys():
+        shapes = {path: tuple(tensor.shape) for path, tensor in standing.items()}
+        layouts = _parsed(payload.pop("layout", None), manifest, shapes)
+        if layouts.keys() != standing.keys():
             raise _other(manifest.data, "layouts of other tensors than it has")
+        # Tied tensors are in the shards once, so the whole of them may be larger than these.
+        if sum(tensor.nbytes for tensor in standing.values()) > MOST_TIMES * manifest.size_bytes:
+            raise _other(manifest.data, "tensors that are far larger than its shards")
         # By path: the part of each rank.
-        self._boxes = {
-            path: layout.boxes(standing[path].shape) for path, layout in self._layouts.items()
-        }
-        self._kept = dict[int, tuple[SealedMemory, Shard]]()
+        self._boxes = {path: layout.boxes(standing[path].shape) for path, layout in layouts.items()}
+        self._kept = dict[int, Shard]()
 
     def keep(self, rank: int, ranks: int) -> None:
         """Verify this rank's share of the shards, and keep them in memory.
@@ -151,27 +195,22 @@ class ShardFiles(HeldParts):
         }
         for number in sorted(needed):
             if number in self._kept:
-                yield self._kept[number][1]
-                continue
-            memory, shard = self._opened(number)
-            with memory:
-                yield shard
-                shard.clear()
+                yield self._kept[number]
+            else:
+                yield self._opened(number)
 
-    def _opened(self, number: int) -> tuple[SealedMemory, Shard]:
-        file = self._manifest.shards[number]
-        memory = verified(self._store, file)
-        with contextlib.ExitStack() as on_failure:
-            on_failure.enter_context(memory)
+    def _opened(self, number: int) -> Shard:
+        """Verify a shard and return its parts, which are views of verified memory."""
+        store, file = self._store, self._manifest.shards[number]
+        read = partial(verified, store, file)
+        with reading(read) if store.is_local else read() as memory:
             try:
                 content = torch.load(
                     memory.path, mmap=is_plain_zip(memory), map_location="cpu", weights_only=True
                 )
             except UNPARSEABLE as error:
-                raise _other(file, f"no shard: {reason(error)}") from None
-            shard = self._checked(content, number, file)
-            on_failure.pop_all()
-        return memory, shard
+                raise unparseable(file, error) from error
+        return self._checked(content, number, file)
 
     def _checked(self, content: Any, number: int, file: DataFile) -> Shard:
         """Return the parts in a shard. Raises DamagedError unless they are what it must hold."""
@@ -191,10 +230,8 @@ class ShardFiles(HeldParts):
             raise _other(file, "other parts than those of its rank in its step")
         for path, box in boxes.items():
             part, whole = parts[path], self._standing[path]
-            if not isinstance(part, torch.Tensor) or (tuple(part.shape), part.dtype) != (
-                box.size,
-                whole.dtype,
-            ):
+            is_plain = type(part) is torch.Tensor and part.is_cpu and part.is_contiguous()
+            if not is_plain or (tuple(part.shape), part.dtype) != (box.size, whole.dtype):
                 raise _other(file, f"another part of {path} than it names")
         return {path: (boxes[path], part) for path, part in parts.items()}
 
@@ -203,11 +240,11 @@ def _other(file: DataFile, found: str) -> DamagedError:
     return DamagedError(f"{file.name} is not what its manifest describes", f"found: {found}")
 
 
-def _parsed(described: Any, manifest: Manifest) -> dict[str, Layout]:
+def _parsed(described: Any, manifest: Manifest, shapes: Mapping[str, Shape]) -> dict[str, Layout]:
     """Return the layouts in a main file, by path. Raises DamagedError if they are none."""
     try:
         meshes = [torch.tensor(nested) for nested in described["meshes"]]
-        return {
+        made = {
             str(path): Layout(
                 tuple(meshes[number].shape),
                 tuple(meshes[number].flatten().tolist()),
@@ -215,5 +252,27 @@ def _parsed(described: Any, manifest: Manifest) -> dict[str, Layout]:
             )
             for path, (number, placements) in described["tensors"].items()
         }
+        for path, layout in made.items():
+            if not _is_possible(layout, len(manifest.shards), len(shapes[path])):
+                raise ValueError(f"{path} cannot be cut so")
     except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:
         raise _other(manifest.data, f"{type(error).__name__} in its layouts: {error}") from None
+    return made
+
+
+def _is_possible(layout: Layout, ranks: int, dimensions: int) -> bool:
+    """Return whether a layout is over these ranks, for a tensor of so many dimensions."""
+    return (
+        sorted(layout.ranks) == list(range(ranks))
+        and len(layout.placements) == len(layout.mesh)
+        and all(
+            placement == (COPIES,)
+            or (
+                len(placement) == (3 if placement[0] == STRIDED else 2)
+                and placement[0] in (SHARD, STRIDED)
+                and type(placement[1]) is int
+                and 0 <= placement[1] < dimensions
+            )
+            for placement in layout.placements
+        )
+    )

@@ -143,14 +143,20 @@ def decides(module: nn.Module, key: str) -> bool:
 
 
 def _loads_itself(part: nn.Module) -> bool:
-    own = type(part).load_state_dict is not nn.Module.load_state_dict or bool(
-        part._load_state_dict_pre_hooks
+    own = type(part).load_state_dict is not nn.Module.load_state_dict or any(
+        not _is_of_fsdp(hook) for hook in part._load_state_dict_pre_hooks.values()
     )
     # torch's own overrides, such as those of batch norms, only read what older versions wrote.
     is_torchs = type(part).__module__.startswith("torch.nn.modules")
     return own or (
         type(part)._load_from_state_dict is not nn.Module._load_from_state_dict and not is_torchs
     )
+
+
+def _is_of_fsdp(hook: Any) -> bool:
+    """Return whether a hook is one by which `fully_shard` shards before a load."""
+    module = getattr(getattr(hook, "hook", hook), "__module__", None)
+    return str(module).startswith("torch.distributed.fsdp.")
 
 
 # The shape of each tensor in a `state_dict`, by module path and name: None for a buffer that is

@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 
 import harness.state.kinds as kinds
 import harness.state.parameter_names as parameter_names
-from harness.distributed.parts import Part
+from harness.distributed.parts import Part, TakenParts
 from harness.distributed.wrappers import unwrap
 from harness.errors import NonFiniteError, UsageError
 from harness.state.plain_values import TensorRefs, fill, to_cpu
@@ -66,7 +66,7 @@ def captured(values: Mapping[str, Any], tracked: Mapping[str, Any]) -> Captured:
         UsageError: for a value or a state that cannot be saved as plain data.
         NonFiniteError: as `parameters` raises it.
     """
-    seen = TensorRefs({})
+    seen = TensorRefs(TakenParts())
     payload = _plain_values(values, seen)
     steady = {tensor.data_ptr() for tensor in _tensors([payload.get(name) for name in COPIES])}
     for name, obj in tracked.items():
@@ -96,7 +96,7 @@ def as_captured(name: str, value: Any) -> Captured:
 
 def captured_object(name: str, obj: Any) -> Captured:
     """Capture the state of one tracked object, in the same way as `as_captured`."""
-    seen = TensorRefs({})
+    seen = TensorRefs(TakenParts())
     return Captured(_capture({name: obj}, seen), set(), {}, {name: obj}, seen)
 
 
@@ -295,7 +295,7 @@ def check(tracked: Mapping[str, Any]) -> None:
         UsageError: for state that cannot be saved, and for parameters that would not be saved.
     """
     for name, obj in tracked.items():
-        to_cpu(state_of(obj), f"{name}_state_dict", TensorRefs({}))
+        to_cpu(state_of(obj), f"{name}_state_dict", TensorRefs(TakenParts()))
     _check_covered(tracked)
 
 

@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 
 import harness.state.kinds as kinds
 from harness.distributed.dtensors import is_sharded
-from harness.distributed.parts import Part, take
+from harness.distributed.parts import TakenParts, take
 from harness.errors import UsageError
 from harness.state.kinds import PLAIN, Where
 from harness.state.raw_bytes import raw
@@ -37,7 +37,7 @@ class TensorRef(NamedTuple):
 class TensorRefs:
     """The captured tensors, in order and by memory location, and the kinds of non-plain values."""
 
-    def __init__(self, parts: dict[str, Part] | None = None) -> None:
+    def __init__(self, parts: TakenParts | None = None) -> None:
         self.all: list[TensorRef] = []
         self.kinds: dict[str, str] = {}
         self.parts = parts  # of sharded tensors, by path; None where there may be none

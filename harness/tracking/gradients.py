@@ -27,7 +27,7 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from harness.distributed.dtensors import plain, with_part
+from harness.distributed.dtensors import is_sharded, plain, version_of, with_part
 from harness.distributed.wrappers import submodules, unwrap
 from harness.errors import UsageError
 
@@ -131,7 +131,7 @@ class Gradients:
                         is_first = False
                         self._note_lasting(owner, parameter, gradient, step)
                     try:
-                        setattr(gradient, mark, plain(gradient)._version)
+                        setattr(gradient, mark, version_of(gradient))
                     except RuntimeError:  # made for inference: it does not count its versions
                         setattr(gradient, mark, 0)
 
@@ -166,7 +166,7 @@ class Gradients:
         for name, parameter in self._named.items():
             gradient = parameter.grad
             if gradient is not None and getattr(gradient, self._mark, None) != (
-                0 if gradient.is_inference() else plain(gradient)._version
+                0 if gradient.is_inference() else version_of(gradient)
             ):
                 yield name, parameter
 
@@ -216,17 +216,16 @@ class Gradients:
         for name, parameter in self._named.items():
             if (gradient := parameter.grad) is None:
                 continue
+            owner = self._owner.get(id(parameter))
+            is_lasting = owner in self._lasting
             if name in under_way:
                 kept[name] = _plain(gradient)
-            elif self._owner.get(id(parameter)) in self._summed:
+            elif owner in self._summed or (is_lasting and is_sharded(gradient)):
                 kept[name] = {USED: _plain(gradient)}
-            elif self._owner.get(id(parameter)) in self._lasting:
+            elif is_lasting:
                 # `zero_grad(set_to_none=False)` comes next; a sparse gradient stays sparse.
-                kept[name] = (
-                    _plain(gradient.detach().clone().zero_())
-                    if gradient.layout is torch.sparse_coo
-                    else ZEROS
-                )
+                is_sparse = gradient.layout is torch.sparse_coo
+                kept[name] = _plain(gradient.detach().clone().zero_()) if is_sparse else ZEROS
         return kept
 
     def restore(self, kept: Kept) -> None:

@@ -15,6 +15,7 @@ import torch
 
 from harness.data.quantized import scale_of
 from harness.distributed.parts import PARTS, is_same
+from harness.errors import UsageError
 from harness.state.capturing import Captured, captured_object
 from harness.state.kinds import PLAIN, parts_of
 from harness.state.raw_bytes import raw
@@ -102,7 +103,17 @@ class Leaves(dict[Path, Leaf]):
 
     @property
     def whole(self) -> Any:
-        """Return the complete state on the CPU, with GPU tensors copied there."""
+        """Return the complete state on the CPU, with GPU tensors copied there.
+
+        Raises:
+            UsageError: Some of it is sharded.
+        """
+        if self._captured.parts:
+            raise UsageError(
+                "the state of a sharded object has other keys or kinds on other ranks",
+                f"found: in {', '.join(self._captured.payload)}",
+                "Let its state_dict have the same keys on every rank; run.state may differ.",
+            )
         (value,) = self._captured.fill().values()
         return value
 

@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader, Sampler
 
 import harness.untracked.array_changes as array_changes
 from harness.distributed import wrappers
-from harness.distributed.dtensors import without_collectives
+from harness.distributed.dtensors import holds_sharded, without_collectives
 from harness.text import listed
 from harness.untracked.candidates import (
     GENERATOR,
@@ -134,7 +134,8 @@ class UntrackedFinder:
 
     def _ask(self) -> set[int]:
         """Ask the program's own tracked objects for what they save; return their ids."""
-        own = are_searched(self._tracked) if not self._is_over else {}
+        # A state_dict of a sharded model is a matter of all ranks, and only the writer searches.
+        own = {} if self._is_over or holds_sharded(self._tracked) else are_searched(self._tracked)
         self._given = GivenState(own)
         self._held = self._given.addresses | self._addresses(own)
         return {id(obj) for obj in own.values()}

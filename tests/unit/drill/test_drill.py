@@ -49,7 +49,7 @@ class Counting(TensorDataset):
 
 data = {data}(torch.randn(160, 8), torch.randn(160, 1))
 model = nn.Sequential(nn.Linear(8, 16), nn.Dropout(0.2), nn.Linear(16, 1))
-model = nn.parallel.DistributedDataParallel(model) if run.world_size > 1 else model
+{wrap}
 optimizer = torch.optim.AdamW(model.parameters(), lr=float(sys.argv[1]))
 run.track(model=model, optimizer=optimizer)
 hidden = [torch.Generator().manual_seed(0), 1.0]
@@ -66,6 +66,8 @@ for epoch, batches in run.by_epoch(run.batches(data, 16, epochs=4)):
 
 
 WHERE = "'elsewhere', seed=1"
+DDP = "model = nn.parallel.DistributedDataParallel(model) if run.world_size > 1 else model"
+FSDP = "from torch.distributed.fsdp import fully_shard; fully_shard(model)"
 
 
 def drill(
@@ -74,10 +76,12 @@ def drill(
     planted: str = "pass",
     data: str = "TensorDataset",
     where: str = WHERE,
+    wrap: str = DDP,
     limit_s: float = 400,
 ) -> dict:
     """Run a drill of the program with this line in its loop; what it found, with its exit code."""
-    (folder / "my_loop.py").write_text(PROGRAM.format(planted=planted, data=data, where=where))
+    program = PROGRAM.format(planted=planted, data=data, where=where, wrap=wrap)
+    (folder / "my_loop.py").write_text(program)
     done = run(
         harness("drill", "--json", "--steps", "32", *words, "my_loop.py", "0.05"),
         cwd=folder,
@@ -302,6 +306,15 @@ def test_killed_itself_it_leaves_no_process(tmp_path, started: Callable[..., obj
     assert not [
         child for child in below if child.is_running() and child.status() != psutil.STATUS_ZOMBIE
     ]
+
+
+@pytest.mark.slow
+def test_a_sharded_model_is_found_equal(tmp_path):
+    kinds = ("--kinds", "kill,kill-rank,sigterm,save,evaluation")
+    words = ("--nproc-per-node", "2", "--faults", "5", *kinds)
+    found = drill(tmp_path, *words, wrap=FSDP, where=f"{WHERE}, save_every_steps=3")
+    assert (found["code"], found["equal"]) == (0, True), found
+    assert len(found["faults"]) == 5
 
 
 @pytest.mark.slow

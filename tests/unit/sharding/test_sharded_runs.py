@@ -13,9 +13,14 @@ import torch
 from library_runs import newest, steps_of
 from programs import Lived, killed_once, live
 
+from harness.checkpoint import load
+from harness.checkpoint.attempts import Attempt
 from harness.checkpoint.catalog import read_catalog
 from harness.cli import main
+from harness.errors import DamagedError
 from harness.exchange.compare import differences
+from harness.saving.claim import sweep
+from harness.sharding.shards import ShardFiles
 from harness.store import LocalStore
 
 BUILT = """
@@ -353,3 +358,196 @@ for x, y in run.batches(points(), 12, epochs=1):
 def test_an_evaluation_with_unlike_numbers_of_batches_does_not_hang(tmp_path: Path) -> None:
     lived = live(tmp_path, program(FSDP, EVALUATED), "run", ranks=2, limit_s=60)
     assert lived.codes == [0, 0], lived.texts
+
+
+AFTER_EVALUATION = """
+held_out = points(7)
+for x, y in run.batches(points(), 12, epochs=2):
+    loss = (model(x) - y).square().mean()
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    scheduler.step()
+    run.log(loss=loss)
+    if run.step % 3 == 0:  # the save follows a forward pass without a backward pass
+        run.evaluate(held_out, lambda b: {"val_loss": (model(b[0]) - b[1]).square().sum()})
+    die(run)
+"""
+
+
+def test_a_save_after_an_evaluation_holds_the_parts(tmp_path: Path) -> None:
+    outcome = killed_once(tmp_path, program(FSDP, AFTER_EVALUATION), ranks=2)
+    assert outcome.is_equal, (outcome.rows, outcome.resumed.texts)
+    assert "warning" not in outcome.resumed.text + outcome.whole.text, outcome.whole.text
+    names = newest(tmp_path / "whole")["names"]["optimizer"]
+    assert names[0][0] == "model.0.weight" and None not in names[0], names
+
+
+def test_what_is_missing_or_left_behind_of_a_checkpoint_is_shown_and_pruned(
+    six_steps: tuple[Path, list[object]], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(six_steps[0], run)
+    folder = run / "checkpoints/step_00000003-0001"
+    (folder / "00001.pt").unlink()
+    main(["ls", str(run)])
+    assert "SHARDS MISSING" in capfd.readouterr().out
+    (run / "checkpoints/step_00000003-0001.json").unlink()
+    (run / "checkpoints/step_00000003-0001.pt").unlink()
+    (folder / "00001.pt.tmp-0001-00c0ffee").write_bytes(b"cut off")
+    (folder / "of somebody else").write_bytes(b"kept")
+    for command in ("ls", "verify"):
+        main([command, str(run)])
+        assert "checkpoints/step_00000003-0001" in capfd.readouterr().out
+    (run / "attempts/0002.json").write_text("{}")  # a newer attempt: the first writes no more
+    assert main(["prune", "--yes", str(run)]) == 0
+    assert [path.name for path in folder.iterdir()] == ["of somebody else"]
+    assert steps_of(run) == [6]
+
+
+def test_a_claim_deletes_what_a_killed_save_has_left_in_a_folder(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path)
+    store.prepare(("checkpoints/step_00000003-0001",))
+    left = tmp_path / "checkpoints/step_00000003-0001/00001.pt.tmp-0001-00c0ffee"
+    left.write_bytes(b"cut off")
+    sweep(store, Attempt(2, "run", "nonce"))
+    assert not left.exists()
+
+
+TIED = """
+from torch.distributed.fsdp import fully_shard
+
+run = init()
+torch.manual_seed(3)
+model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.Linear(8, 1))
+model[2].weight = model[0].weight
+fully_shard(model)
+optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+run.track(model=model, optimizer=optimizer)
+for x, y in run.batches(points(), 12, epochs=2):
+    loss = (model(x) - y).square().mean()
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    die(run)
+held = [os.readlink(f"/proc/self/fd/{number}") for number in os.listdir("/proc/self/fd")
+        if os.path.islink(f"/proc/self/fd/{number}")]
+assert not [name for name in held if "memfd:step" in name], held
+try:
+    harness.load_weights(model, sys.argv[1])
+    raise AssertionError("it was loaded")
+except harness.HarnessError as error:
+    assert "before fully_shard" in str(error), error
+"""
+
+
+def test_tied_weights_stay_tied_and_are_written_once(tmp_path: Path) -> None:
+    outcome = killed_once(tmp_path, TIED, ranks=2)
+    assert outcome.is_equal, (outcome.rows, outcome.resumed.texts)
+    run = str(tmp_path / "killed")
+    assert main(["show", run]) == 0 and main(["export", run, str(tmp_path / "m.pt")]) == 0
+    exported = torch.load(tmp_path / "m.pt", weights_only=True)
+    assert exported["0.weight"].data_ptr() == exported["2.weight"].data_ptr()
+
+
+def test_layouts_that_cannot_be_are_damage(six_steps: tuple[Path, list[object]]) -> None:
+    store = LocalStore(six_steps[0])
+    manifest = read_catalog(store).manifests[-1]
+    weight = "model_state_dict/0.weight"
+    for placements, mesh in (
+        ([["shard", 7]], 0),
+        ([["shard", None]], 0),
+        ([], 0),
+        ([["strided", 0]], 0),
+        ([["elsewhere", 0]], 0),
+        ([["shard", 0]], 1),
+        ("shard", 0),
+    ):
+        payload = load.load(store, manifest)
+        payload["layout"]["meshes"].append([0, 5])
+        payload["layout"]["tensors"][weight] = [mesh, placements]
+        with pytest.raises(DamagedError, match="layouts"):
+            ShardFiles(store, manifest, payload)
+    payload = load.load(store, manifest)
+    payload["model_state_dict"]["0.weight"] = torch.empty(10**9, 10**3, device="meta")
+    with pytest.raises(DamagedError, match="far larger"):
+        ShardFiles(store, manifest, payload)
+
+
+NOT_SYNCHRONISED = """
+for x, y in run.batches(points(), 12, epochs=2):
+    model.set_requires_gradient_sync(run.step % 4 == 0)
+    (model(x) - y).square().mean().backward()
+    if run.step % 4 == 0:
+        optimizer.step()
+        optimizer.zero_grad()
+"""
+LASTING = """
+for x, y in run.batches(points(), 12, epochs=2):
+    (model(x) - y).square().mean().backward()
+    if run.step % 4 == 0:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=False)
+    if run.step == int(os.environ.get("STOP", 0)):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.2)
+"""
+STATE = """
+class AppState:
+    def state_dict(self):
+        return {"model": model.state_dict()}
+
+    def load_state_dict(self, state):
+        model.load_state_dict(state["model"])
+
+run.track(app=AppState())
+for x, y in run.batches(points(), 12, epochs=1):
+    die(run)
+"""
+SLOW_WRITER = """
+for x, y in run.batches(points(), 12, epochs=1):
+    if run.rank == 0 and run.step == 3:
+        from harness.sharding import shards
+
+        write = shards.write
+
+        def writes_late(*arguments):
+            time.sleep(7)
+            return write(*arguments)
+
+        shards.write = writes_late
+    if run.step == 6:
+        break
+"""
+
+
+def test_gradients_that_no_state_holds_cost_the_checkpoint_and_are_said(tmp_path: Path) -> None:
+    lived = live(tmp_path, program(FSDP, NOT_SYNCHRONISED), "run", ranks=2)
+    assert "NOT SAVED, training goes on: rank 0: gradients are accumulated" in lived.text
+    assert steps_of(tmp_path / "run")[-1] == 24, lived.text
+
+
+def test_gradients_that_last_come_back(tmp_path: Path) -> None:
+    source = program(FSDP, LASTING)
+    live(tmp_path, source, "whole", ranks=2)
+    stopped = live(tmp_path, source, "run", ranks=2, env={"STOP": "9"})
+    again = live(tmp_path, source, "run", ranks=2)
+    assert stopped.codes == again.codes == [0, 0], (stopped.texts, again.texts)
+    rows = list(differences(newest(tmp_path / "whole"), newest(tmp_path / "run")))
+    assert rows == [], (rows, again.text)
+
+
+def test_the_state_of_an_object_of_the_programs_own_is_sharded_too(tmp_path: Path) -> None:
+    source = BUILT.partition("optimizer =")[0].replace("WRAP", FSDP) + STATE
+    lived = live(tmp_path, source, "run", ranks=2)
+    assert lived.codes == [0, 0], lived.texts
+    assert len(read_catalog(LocalStore(tmp_path / "run")).manifests[-1].shards) == 2
+    again = live(tmp_path, source.replace("epochs=1", "epochs=2"), "run", ranks=2)
+    assert again.codes == [0, 0] and "resumes from step 13" in again.text, again.texts
+
+
+def test_ranks_that_are_done_wait_for_a_slow_writer(tmp_path: Path) -> None:
+    source = BUILT.replace("init()", "init(timeout_s=4)").replace("WRAP", FSDP) + SLOW_WRITER
+    lived = live(tmp_path, source, "run", ranks=2)
+    assert "does not answer" not in "".join(lived.texts), lived.texts
+    assert 3 in steps_of(tmp_path / "run")
