@@ -169,23 +169,3 @@ def copy_overlap(wanted: Wanted, box: Box, part: torch.Tensor) -> int:
     with torch.no_grad():
         wanted.into[overlap.within(wanted.box)].copy_(part[overlap.within(box)])
     return overlap.numel
-
-
-def is_same(live: Mapping[str, Part], saved: Parts) -> bool:
-    """Return whether the parts of this rank have the bytes that a checkpoint has in their place.
-
-    Raises:
-        DamagedError: A part of the checkpoint is not what was written.
-        StorageError: A part cannot be read.
-    """
-    rank = torch.distributed.get_rank()
-    wanted = [
-        Wanted(path, part.layout.box(rank, part.shape), torch.empty_like(part.tensor))
-        for path, part in live.items()
-    ]
-    saved.fill(wanted)
-    return all(torch.equal(_bytes(one.into), _bytes(live[one.path].tensor)) for one in wanted)
-
-
-def _bytes(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.contiguous().view(-1).view(torch.uint8)

@@ -94,6 +94,12 @@ def as_captured(name: str, value: Any) -> Captured:
     return Captured({name: to_cpu(value, name, seen)}, set(), {}, {}, seen)
 
 
+def captured_state(key: str, value: Any) -> Captured:
+    """Capture a state dict as `captured_object` does, which may hold sharded tensors."""
+    seen = TensorRefs(TakenParts())
+    return Captured({key: to_cpu(value, key, seen)}, set(), {}, {}, seen)
+
+
 def captured_object(name: str, obj: Any) -> Captured:
     """Capture the state of one tracked object, in the same way as `as_captured`."""
     seen = TensorRefs(TakenParts())

@@ -8,15 +8,17 @@ import marshal
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 
 from harness.data.quantized import scale_of
-from harness.distributed.parts import PARTS, is_same
+from harness.distributed.parts import PARTS
+from harness.distributed.reshard import as_live
+from harness.distributed.wrappers import unwrap
 from harness.errors import UsageError
-from harness.state.capturing import Captured, captured_object
+from harness.state.capturing import Captured, captured_object, captured_state
 from harness.state.kinds import PLAIN, parts_of
 from harness.state.raw_bytes import raw
 
@@ -138,16 +140,21 @@ def digests_of(captured: Captured) -> dict[Path, bytes]:
 
 def has_changed(name: str, obj: Any, payload: Mapping[str, Any]) -> bool:
     """Return whether the state of a tracked object is not that of the checkpoint."""
-    live = captured_object(name, obj)
-    saved = {
-        path: Leaf(leaf).digest()
-        for path, leaf in _walk(payload[f"{name}_state_dict"], ())
-        if not (isinstance(leaf, torch.Tensor) and leaf.is_meta)
-    }
-    if digests_of(live) != saved:
-        return True
-    parts = payload.get(PARTS)
-    return bool(live.parts) and (parts is None or not is_same(live.parts, parts))
+    key, parts = f"{name}_state_dict", cast("Any", payload.get(PARTS))
+    live, saved = captured_object(name, obj), payload[key]
+    if live.parts or parts is not None:
+        saved, wanted = as_live(name, unwrap(obj), saved, parts)
+        if wanted:
+            parts.fill(wanted)
+    before = captured_state(key, saved)
+    return (
+        digests_of(live) != digests_of(before)
+        or live.parts.keys() != before.parts.keys()
+        or any(
+            Leaf(part.tensor).digest() != Leaf(before.parts[path].tensor).digest()
+            for path, part in live.parts.items()
+        )
+    )
 
 
 @torch.no_grad()

@@ -551,3 +551,28 @@ def test_ranks_that_are_done_wait_for_a_slow_writer(tmp_path: Path) -> None:
     lived = live(tmp_path, source, "run", ranks=2)
     assert "does not answer" not in "".join(lived.texts), lived.texts
     assert 3 in steps_of(tmp_path / "run")
+
+
+AHEAD = """
+def ahead(batches):
+    yield from batches
+
+for epoch, batches in run.by_epoch(ahead(run.batches(points(), 12, epochs=2))):
+    noise = torch.rand(1)
+    for x, y in batches:
+        loss = (model(x) - y).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        run.log(loss=loss)
+        die(run)
+"""
+
+
+def test_a_resume_inside_an_epoch_whose_first_batch_is_made_ahead(tmp_path: Path) -> None:
+    outcome = killed_once(tmp_path, program(FSDP, AHEAD), ranks=2)
+    assert outcome.is_equal, (outcome.rows, outcome.resumed.texts)
+    shutil.rmtree(tmp_path / "killed")
+    live(tmp_path, program(DDP, AHEAD), "killed", ranks=2, env={"DIE": "7"})
+    again = live(tmp_path, program(FSDP, AHEAD), "killed", ranks=2)
+    assert again.codes == [0, 0] and "resumes from step 6" in again.text, again.texts
