@@ -10,12 +10,13 @@ from __future__ import annotations
 import os
 import runpy
 import signal
-import socket
 import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from ports import free_port
 
 HEAD = """
 import os, random, signal, sys, time
@@ -124,9 +125,7 @@ def live(
 
     path = folder / "program.py"
     path.write_text(head + source)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     joined = {
         "WORLD_SIZE": str(ranks),
         "MASTER_ADDR": "127.0.0.1",

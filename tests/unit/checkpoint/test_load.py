@@ -12,7 +12,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import zipfile
@@ -23,6 +22,7 @@ import pytest
 import torch
 from blake3 import blake3
 from conftest import ENVIRONMENT
+from ports import free_port
 from there import there
 
 from harness import state
@@ -435,12 +435,6 @@ def ended(*processes: subprocess.Popen[str]) -> list[list]:
         assert process.returncode == 0, err
         said.append(json.loads(out.splitlines()[-1]))
     return said
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ import torch
 from conftest import run
 from library_runs import Versioned, newest
 from loop_data import Stream, points
+from ports import free_port
 from torch import nn
 
 import harness
@@ -471,12 +472,9 @@ if __name__ == "__main__":
 
 
 def ranks(tmp_path: Path, size: int, directory: Path, steps: int, kind: str) -> int:
-    import socket
     import sys
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     (tmp_path / "program.py").write_text(RANKS)
     done = run(
         [

@@ -7,13 +7,13 @@ import json
 import os
 import re
 import runpy
-import socket
 import subprocess
 import sys
 import time
 
 import pytest
 from conftest import REPO
+from ports import free_port
 from programs import STEP, live
 
 from harness.untracked import program_values
@@ -301,15 +301,13 @@ def test_what_is_installed_for_another_python_is_a_library_all_the_same(tmp_path
     ],
 )
 def test_no_loop_of_ours_is_suspected(tmp_path, loop):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        alone = {
-            "RANK": "0",
-            "WORLD_SIZE": "1",
-            "LOCAL_RANK": "0",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(probe.getsockname()[1]),
-        }
+    alone = {
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+    }
     env = os.environ | alone | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, str(LOOPS / loop)],
