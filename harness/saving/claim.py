@@ -82,16 +82,10 @@ def _set_aside(
             say(f"harness: set aside: {key}" + (f" in {stores[place]}" if len(stores) > 1 else ""))
 
 
-def sweep(store: Store, attempt: Attempt) -> None:
-    """Delete the temporary files of earlier attempts."""
-    shards = [key for key in store.listing(fmt.CHECKPOINTS)[1] if fmt.FOLDER_NAME.match(key)]
-    store.sweep(("", *fmt.FOLDERS, *WRITTEN_BY_OTHERS, *shards), attempt.number)
-
-
 def _clean_up(store: Store, attempt: Attempt, text: bytes, say: Callable[[str], object]) -> None:
     """Delete the temporary files and requests of earlier attempts, and write config.yaml anew."""
     _done(
-        partial(sweep, store, attempt),
+        partial(store.sweep, ("", *fmt.FOLDERS, *WRITTEN_BY_OTHERS), attempt.number),
         f"not all temporary files are deleted in {store}",
         say,
     )

@@ -292,7 +292,7 @@ class LocalStore(Store):
         """
         old = []
         for folder in folders:
-            keys = [entry.key for entry in self.entries(folder)] if folder else self._root_keys()
+            keys = self._keys_within(folder) if folder else self._root_keys()
             for key in keys:
                 match = TEMP.match(key)
                 number = int(match["attempt"]) if match else below_attempt
@@ -300,6 +300,11 @@ class LocalStore(Store):
                     old.append(key)
         delete_all(self, old)
         return old
+
+    def _keys_within(self, folder: str) -> list[str]:
+        """Return the keys of the files in a folder and in the folders of it (of shards)."""
+        files, inner = self.listing(folder)
+        return [entry.key for each in (files, *map(self.entries, inner)) for entry in each]
 
     def _root_keys(self) -> list[str]:
         with _storage_errors(str(self.root), "list"):

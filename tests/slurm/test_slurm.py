@@ -80,7 +80,9 @@ def test_a_run_that_is_preempted_finishes_as_if_it_never_was(
     assert log.count("everything saved; start again to go on") == times and log.rstrip().endswith(
         "harness: finished: at step 40"
     ), log
-    assert "Traceback" not in log and "Terminated" not in log, log
+    # torchrun logs a traceback if another agent has left before its barrier at the end.
+    own = "\n".join(line for line in log.splitlines() if "elastic/agent/server/api.py" not in line)
+    assert "Traceback" not in own and "Terminated" not in own, log
 
 
 def test_what_always_crashes_is_started_three_times_and_then_fails_with_its_cause(

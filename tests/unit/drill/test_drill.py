@@ -243,7 +243,7 @@ def test_a_fault_whose_point_does_not_come_keeps_no_other_back(tmp_path, monkeyp
 
 def test_a_kind_that_the_program_cannot_have_is_refused(tmp_path):
     (tmp_path / "my_loop.py").write_text(
-        PROGRAM.format(planted="pass", data="TensorDataset", where=WHERE)
+        PROGRAM.format(planted="pass", data="TensorDataset", where=WHERE, wrap=DDP)
     )
     words = ("--kinds", "kill,lost-disk", "--steps", "4", "my_loop.py", "0.05")
     done = run(harness("drill", *words), cwd=tmp_path)
@@ -290,7 +290,9 @@ def test_a_program_that_fails_by_itself_is_said_to(tmp_path):
 
 def test_killed_itself_it_leaves_no_process(tmp_path, started: Callable[..., object]):
     (tmp_path / "my_loop.py").write_text(
-        PROGRAM.format(planted="__import__('time').sleep(0.2)", data="TensorDataset", where=WHERE)
+        PROGRAM.format(
+            planted="__import__('time').sleep(0.2)", data="TensorDataset", where=WHERE, wrap=DDP
+        )
     )
     process = started(harness("drill", "--keep", "kept", "my_loop.py", "0.05"), cwd=tmp_path)
     wait_until(lambda: list(tmp_path.glob("kept/whole/traces-*")), "it trains")
@@ -385,7 +387,7 @@ def test_the_loops_that_were_changed_by_four_lines_are_exact(name, tmp_path):
 @pytest.mark.slow
 def test_a_drill_is_one_job_of_slurm(tmp_path, slurm: SlurmCluster):
     (tmp_path / "my_loop.py").write_text(
-        PROGRAM.format(planted="pass", data="TensorDataset", where=WHERE)
+        PROGRAM.format(planted="pass", data="TensorDataset", where=WHERE, wrap=DDP)
     )
     options = (
         "--drill",

@@ -14,12 +14,10 @@ from library_runs import newest, steps_of
 from programs import Lived, killed_once, live
 
 from harness.checkpoint import load
-from harness.checkpoint.attempts import Attempt
 from harness.checkpoint.catalog import read_catalog
 from harness.cli import main
 from harness.errors import DamagedError
 from harness.exchange.compare import differences
-from harness.saving.claim import sweep
 from harness.sharding.shards import ShardFiles
 from harness.store import LocalStore
 
@@ -410,7 +408,8 @@ def test_a_claim_deletes_what_a_killed_save_has_left_in_a_folder(tmp_path: Path)
     store.prepare(("checkpoints/step_00000003-0001",))
     left = tmp_path / "checkpoints/step_00000003-0001/00001.pt.tmp-0001-00c0ffee"
     left.write_bytes(b"cut off")
-    sweep(store, Attempt(2, "run", "nonce"))
+    assert store.sweep(("checkpoints",), below_attempt=1) == []
+    assert store.sweep(("checkpoints",), below_attempt=2) != []
     assert not left.exists()
 
 
