@@ -27,7 +27,7 @@ from harness.exchange.rebuild import Rebuilt
 from harness.exchange.recognise import OPTIMIZER, Part
 from harness.state import kept_generators
 from harness.store import CHUNK_BYTES, LocalStore, Store, is_url, open_store
-from harness.supervision.run_address import WAIT_S, is_checkpoint
+from harness.supervision.run_address import WAIT_S, is_checkpoint, is_shard
 from harness.text import number
 
 PROGRAMS = ("torchscript", "exported")
@@ -186,7 +186,7 @@ def _check_asked(asked: ExportOptions, out: str) -> None:
 
 
 def _destination(out: str, overwrite: bool) -> tuple[Store, str]:
-    if is_checkpoint(out):
+    if is_checkpoint(out) or is_shard(out):
         raise UsageError(
             f"{out} is where a run keeps its checkpoints", remedy="Name a file elsewhere."
         )

@@ -131,6 +131,12 @@ def is_checkpoint(path: str) -> bool:
     )
 
 
+def is_shard(path: str) -> bool:
+    """Return whether a path or URL has the form of a shard in a run; it need not exist."""
+    parts = str(path if is_url(path) else Path(path).absolute()).split("/")
+    return fmt.SHARD_NAME.match("/".join(parts[-3:])) is not None
+
+
 def checkpoint(path: str, which: str | int = NEWEST) -> tuple[Store, Manifest]:
     """Find a checkpoint by the path or URL of its `.pt` or `.json` file, or of its run.
 

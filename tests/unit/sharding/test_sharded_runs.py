@@ -187,6 +187,8 @@ def test_every_file_of_a_checkpoint_is_read_without_the_package(
     for command in ("ls", "show", "verify", "status", "report"):
         assert main([command, str(run)]) == 0, capfd.readouterr().err
     assert main(["diff", str(run), str(run)]) == 0
+    shard = str(run / "checkpoints" / names[1])
+    assert main(["export", str(run), shard, "--force"]) == 78
 
 
 def flip(path: Path) -> None:
