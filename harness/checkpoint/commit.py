@@ -10,6 +10,7 @@ import socket
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -132,9 +133,10 @@ def adopt(
     _check_copyable(manifest, store)
     shards = list[DataFile]()
 
-    def write(sink: Any) -> None:
+    def write(sink: Sink) -> None:
         for rank, shard in enumerate(manifest.shards):
-            shards.append(_copy_shard(source, shard, store, attempt, manifest.step, rank))
+            copy = partial(_copy, source, shard)
+            shards.append(write_shard(store, attempt, manifest.step, rank, copy))
         _copy(source, manifest.data, sink)
 
     def build(file: DataFile) -> Manifest:
@@ -168,19 +170,34 @@ def _check_copyable(manifest: Manifest, store: Store) -> None:
         )
 
 
-def _copy_shard(
-    source: Store, shard: DataFile, store: Store, attempt: Attempt, step: int, rank: int
+def write_shard(
+    store: Store, attempt: Attempt, step: int, rank: int, write: Callable[[Sink], None]
 ) -> DataFile:
-    """Copy one shard as that of `attempt`; return its entry in the new manifest."""
+    """Write one shard of a checkpoint durably and return its entry in the manifest.
+
+    Raises:
+        StorageError: The store fails; nothing is left under the name.
+    """
     name = fmt.shard_name(step, attempt.number, rank)
     store.make_folder(fmt.folder_key(step, attempt.number))
     with store.writer(f"{fmt.CHECKPOINTS}/{name}", attempt.number) as sink:
-        _copy(source, shard, sink)
+        _fill(sink, write)
         sink.commit()
         return DataFile(name, sink.size_bytes, sink.digest())
 
 
-def _copy(source: Store, file: DataFile, sink: Any) -> None:
+def _fill(sink: Sink, write: Callable[[Sink], None]) -> None:
+    """Call `write` with the sink; raise the sink's own error if it has one."""
+    try:
+        write(sink)
+    # torch.save hides a failed write behind one of these errors.
+    except (RuntimeError, OSError, AttributeError) as error:
+        if sink.failure is None:
+            raise
+        raise sink.failure from error
+
+
+def _copy(source: Store, file: DataFile, sink: Sink) -> None:
     sink.expect(file.size_bytes)
     # DamagedError is raised at the end of the data, before anything is committed.
     for chunk in verified_chunks(source, file):
@@ -200,13 +217,7 @@ def _commit(
         if store.exists(manifest_key):
             raise FileExistsError(manifest_key)
         with store.writer(key, attempt.number) as sink:
-            try:
-                write(sink)
-            # torch.save hides a failed write behind one of these errors.
-            except (RuntimeError, OSError, AttributeError) as error:
-                if sink.failure is None:
-                    raise
-                raise sink.failure from error
+            _fill(sink, write)
             written.insert(0, key)
             sink.commit()
             file = DataFile(f"{fmt.stem(step, attempt.number)}.pt", sink.size_bytes, sink.digest())

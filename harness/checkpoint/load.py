@@ -9,7 +9,7 @@ import pickle
 import re
 import struct
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -248,6 +248,13 @@ def outline(store: Store, key: str) -> dict[str, Any]:
             raise
 
 
+def check_bytes(store: Store, files: Iterable[DataFile], tell: Tell = _ignore_progress) -> None:
+    """Verify every byte of data files without keeping it. Raises DamagedError or StorageError."""
+    for file in files:
+        for _ in verified_chunks(store, file, tell):
+            pass
+
+
 def check(store: Store, manifest: Manifest, tell: Tell = _ignore_progress) -> None:
     """Verify every byte of a checkpoint, without keeping it, and that it can be parsed.
 
@@ -257,9 +264,7 @@ def check(store: Store, manifest: Manifest, tell: Tell = _ignore_progress) -> No
         StorageError: The data cannot be read.
         NewerFormatError: The format version is not readable.
     """
-    for file in manifest.files:
-        for _ in verified_chunks(store, file, tell):
-            pass
+    check_bytes(store, manifest.files, tell)
     try:
         content = outline(store, manifest.data_key)
     except FileNotFoundError as error:

@@ -246,12 +246,17 @@ def delete(store: Store, manifest: Manifest) -> None:
         store.drop_folder(f"{fmt.CHECKPOINTS}/{manifest.name}")
 
 
+def shards_in(store: Store, folder: str) -> list[str]:
+    """Return the keys of the shards in a folder, of unfinished ones too; not of other files."""
+    keys = [entry.key for entry in store.entries(folder)]
+    return [key for key in keys if fmt.SHARD_NAME.match(key) or TEMP.match(key)]
+
+
 def delete_folder(store: Store, folder: str) -> None:
     """Delete shards that no manifest names, with their folder if nothing else is in it.
 
     Raises StorageError.
     """
-    for entry in store.entries(folder):
-        if fmt.SHARD_NAME.match(entry.key) or TEMP.match(entry.key):
-            store.delete(entry.key)
+    for key in shards_in(store, folder):
+        store.delete(key)
     store.drop_folder(folder)

@@ -169,7 +169,7 @@ def _still_damaged(store: Store, catalog: Catalog) -> list[str]:
     keys, manifests = list(catalog.set_aside), {m.key: m for m in catalog.manifests}
     for key in catalog.set_aside:
         if key.endswith(f".json{SET_ASIDE}"):
-            keys += _shards_in(store, key.removesuffix(f".json{SET_ASIDE}"))
+            keys += retention.shards_in(store, key.removesuffix(f".json{SET_ASIDE}"))
     for key in sorted(catalog.marked):
         is_damaged, mark = True, key + SET_ASIDE
         if key in manifests:
@@ -203,11 +203,6 @@ def _delete(store: Store, key: str) -> None:
         store.drop_folder(folder)
 
 
-def _shards_in(store: Store, folder: str) -> list[str]:
-    keys = [entry.key for entry in store.entries(folder)]
-    return [key for key in keys if fmt.SHARD_NAME.match(key) or TEMP.match(key)]
-
-
 def _left_behind(store: Store, catalog: Catalog) -> list[str]:
     """Return the keys of data without a manifest and of temporary files.
 
@@ -221,7 +216,7 @@ def _left_behind(store: Store, catalog: Catalog) -> list[str]:
     entries = [entry.key for folder in fmt.FOLDERS for entry in store.entries(folder)]
     for folder in catalog.orphan_folders:
         if (match := fmt.FOLDER_NAME.match(folder)) and int(match["attempt"]) < catalog.greatest:
-            orphans += _shards_in(store, folder)
+            orphans += retention.shards_in(store, folder)
     return orphans + [
         key
         for key in entries

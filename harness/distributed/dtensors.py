@@ -10,7 +10,7 @@ import contextlib
 import functools
 import math
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -30,15 +30,15 @@ def is_sharded(value: object) -> bool:
     return package is not None and issubclass(type(value), package.DTensor)
 
 
-def holds_sharded(tracked: Mapping[str, Any]) -> bool:
-    """Return whether an object has sharded parameters or buffers, or an optimizer has some."""
+def holds_sharded(objects: Iterable[Any]) -> bool:
+    """Return whether a module has sharded parameters or buffers, or an optimizer has some."""
     return "torch.distributed.tensor" in sys.modules and any(
-        is_sharded(tensor) for obj in map(unwrap, tracked.values()) for tensor in _tensors_of(obj)
+        is_sharded(tensor) for obj in map(unwrap, objects) for tensor in _tensors_of(obj)
     )
 
 
-def holds_sharded_state(tracked: Mapping[str, Any]) -> bool:
-    """Return whether the state dict of an object of another class has sharded tensors."""
+def holds_sharded_state(objects: Iterable[Any]) -> bool:
+    """Return whether the state dict of an object of any class has sharded tensors."""
 
     def within(value: Any) -> bool:
         if isinstance(value, Mapping):
@@ -48,7 +48,7 @@ def holds_sharded_state(tracked: Mapping[str, Any]) -> bool:
         return is_sharded(value)
 
     return "torch.distributed.tensor" in sys.modules and any(
-        within(obj.state_dict()) for obj in map(unwrap, tracked.values())
+        within(obj.state_dict()) for obj in map(unwrap, objects)
     )
 
 

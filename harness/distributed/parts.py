@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -10,7 +10,7 @@ import torch
 
 from harness.distributed import dtensors
 from harness.distributed.layout import Box, Layout
-from harness.errors import DamagedError, UsageError
+from harness.errors import UsageError
 
 PARTS = "parts"  # the key of a loaded checkpoint under which its `Parts` are
 Shape = tuple[int, ...]
@@ -128,38 +128,6 @@ def tensors_without_data(value: Any, where: Any) -> Iterator[tuple[str, torch.Te
     elif isinstance(value, list | tuple):
         for at, item in enumerate(value):
             yield from tensors_without_data(item, (where, at))
-
-
-class HeldParts:
-    """Parts that are in this process's memory, with the tensors that stand for them by path."""
-
-    def __init__(
-        self, standing: Mapping[str, torch.Tensor], held: Mapping[str, tuple[Box, torch.Tensor]]
-    ) -> None:
-        self._standing = dict(standing)  # keeps their identities from being used again
-        self._paths = {id(tensor): path for path, tensor in standing.items()}
-        self._held = held
-
-    def path_of(self, tensor: object) -> str | None:
-        """Return the path of a tensor that stands for a sharded one; None for any other value."""
-        return self._paths.get(id(tensor))
-
-    def fill(self, wanted: Sequence[Wanted]) -> None:
-        """Fill tensors from the parts. Raises DamagedError if a part of them is not there."""
-        left = {number: one.box.numel for number, one in enumerate(wanted)}
-        for held in self.shards(wanted):
-            for number, one in enumerate(wanted):
-                if one.path in held and left[number]:
-                    left[number] -= copy_overlap(one, *held[one.path])
-        if lacking := [wanted[number].path for number, count in left.items() if count]:
-            raise DamagedError(
-                f"the checkpoint lacks parts of {len(lacking)} sharded tensor(s)",
-                f"found: not all of {lacking[0]}",
-            )
-
-    def shards(self, wanted: Sequence[Wanted]) -> Iterable[Mapping[str, tuple[Box, torch.Tensor]]]:
-        """Return the parts that are wanted, rank by rank, each by its path."""
-        return [self._held]
 
 
 def copy_overlap(wanted: Wanted, box: Box, part: torch.Tensor) -> int:

@@ -13,33 +13,41 @@ from harness.distributed.parts import Parts, Wanted
 from harness.errors import UsageError
 
 
-def as_live(name: str, obj: Any, state: Any, parts: Parts | None) -> tuple[Any, list[Wanted]]:
-    """Return a saved state with its tensors as the object has them, and what is to be filled.
+def as_live(
+    objects: Mapping[str, Any], states: Mapping[str, Any], parts: Parts | None
+) -> dict[str, Any]:
+    """Return saved states with their tensors as the objects have them.
 
     A tensor that is sharded, here or in the checkpoint, becomes a new one: sharded as the object's
     own is, or whole. The state of an optimizer's parameter is sharded as the parameter if it has
     its shape. All other values are returned as they are.
 
     Args:
-        name: the name of the object, for messages.
-        obj: the object itself, without wrappers.
-        state: its saved state dict.
+        objects: the objects by name, without wrappers.
+        states: the saved state dict of each, by name.
         parts: the parts of the checkpoint; None if nothing in it is sharded.
 
     Raises:
-        UsageError: the object has no tensor of that shape to shard a saved one as.
+        UsageError: an object has no tensor of that shape to shard a saved one as.
+        DamagedError: a part is not what was written.
+        StorageError: a part cannot be read.
     """
-    taker = _Taker(parts)
-    if isinstance(obj, torch.optim.Optimizer) and _is_numbered(state):
-        live = _like_parameters(obj, state)
-    else:
-        live = obj.state_dict()
-    return taker.taken(f"{name}_state_dict", state, live), taker.wanted
+    taker, made = _Taker(parts), dict[str, Any]()
+    for name, obj in objects.items():
+        state = states[name]
+        if isinstance(obj, torch.optim.Optimizer) and _is_numbered(state):
+            live = _like_parameters(obj, state)
+        else:
+            live = obj.state_dict()
+        made[name] = taker.taken(f"{name}_state_dict", state, live)
+    if parts is not None:
+        parts.fill(taker.wanted)
+    return made
 
 
 def is_concerned(tracked: Mapping[str, Any], parts: Parts | None) -> bool:
     """Return whether anything is sharded, in the checkpoint or in the tracked objects."""
-    return parts is not None or dtensors.holds_sharded(tracked)
+    return parts is not None or dtensors.holds_sharded(tracked.values())
 
 
 def made_whole(payload: Mapping[str, Any], parts: Parts) -> dict[str, Any]:

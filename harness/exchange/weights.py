@@ -122,7 +122,7 @@ def warm_start(
 
 def _check_whole(modules: Mapping[str, nn.Module]) -> None:
     """Raise UsageError if a module is sharded already."""
-    if dtensors.holds_sharded(modules):
+    if dtensors.holds_sharded(modules.values()):
         raise UsageError(
             "weights cannot be loaded into a sharded module yet",
             f"found: {', '.join(modules)}, after fully_shard",

@@ -78,10 +78,9 @@ class MetricBuffer:
         Raises:
             UsageError: A value is not one number, or its name is one that every event has.
         """
-        values = {name: _logged(name, value) for name, value in values.items()}
         check_loggable(values)
         for name, value in values.items():
-            self.logged[name] = value.detach() if isinstance(value, torch.Tensor) else value
+            self.logged[name] = _logged(name, value) if isinstance(value, torch.Tensor) else value
 
     def evaluated(self, metrics: dict[str, float]) -> None:
         """Add the metrics of an evaluation, and update the best value.
@@ -175,10 +174,11 @@ def _is_number(value: Any) -> bool:
     return hasattr(value, "__float__") and getattr(value, "size", 1) == 1
 
 
-def _logged(name: str, value: Any) -> Any:
-    """Return a value as a plain one. Raises UsageError if it is spread over the ranks."""
+def _logged(name: str, value: Any) -> torch.Tensor:
+    """Return a tensor as a plain one. Raises UsageError if it is spread over the ranks."""
     if not is_sharded(value):
-        return value
+        detached: torch.Tensor = value.detach()
+        return detached
     if (whole := replicated(value)) is None:
         raise UsageError(
             f"log({name}=…) takes one number",

@@ -160,7 +160,7 @@ def _surplus(modules: list[nn.Module], size: int, world: World, batch_size: int)
     Raises:
         UsageError: The ranks' datasets have unlike sizes.
     """
-    if not dtensors.holds_sharded({str(at): module for at, module in enumerate(modules)}):
+    if not dtensors.holds_sharded(modules):
         return []
     _check_sizes(world.gather(size))
     counts = [

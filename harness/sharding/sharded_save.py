@@ -176,7 +176,8 @@ def sharded_save(
     Raises:
         UsageError: State is sharded, or was, and the stores of the run cannot hold it yet.
     """
-    is_sharded = dtensors.holds_sharded(tracked) or dtensors.holds_sharded_state(tracked)
+    objects = tracked.values()
+    is_sharded = dtensors.holds_sharded(objects) or dtensors.holds_sharded_state(objects)
     if not is_sharded and not (origin is not None and origin.shards and len(stores) > 1):
         return None
     lacking = [

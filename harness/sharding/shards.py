@@ -27,10 +27,18 @@ import torch
 
 from harness.checkpoint import format as fmt
 from harness.checkpoint.attempts import Attempt
+from harness.checkpoint.commit import write_shard
 from harness.checkpoint.format import DataFile, Manifest
-from harness.checkpoint.load import UNPARSEABLE, is_plain_zip, unparseable, verified
+from harness.checkpoint.load import UNPARSEABLE, check_bytes, is_plain_zip, unparseable, verified
 from harness.distributed.layout import COPIES, SHARD, STRIDED, Box, Layout, uncovered
-from harness.distributed.parts import PARTS, HeldParts, Part, Shape, Wanted, tensors_without_data
+from harness.distributed.parts import (
+    PARTS,
+    Part,
+    Shape,
+    Wanted,
+    copy_overlap,
+    tensors_without_data,
+)
 from harness.distributed.ranks import World
 from harness.errors import DamagedError, HarnessError, StorageError, UsageError
 from harness.retry import reading
@@ -57,17 +65,13 @@ def write(
         "parts": {path: part.tensor.contiguous() for path, part in own.items()},
         "boxes": {path: [list(box.begin), list(box.size)] for path, box in boxes.items()},
     }
-    name = fmt.shard_name(step, attempt.number, rank)
-    store.make_folder(fmt.folder_key(step, attempt.number))
-    with store.writer(f"{fmt.CHECKPOINTS}/{name}", attempt.number) as sink:
-        try:
-            torch.save(content, sink)  # type: ignore[arg-type]
-        except (RuntimeError, OSError) as error:
-            if sink.failure is None:
-                raise
-            raise sink.failure from error
-        sink.commit()
-        return DataFile(name, sink.size_bytes, sink.digest())
+    return write_shard(
+        store,
+        attempt,
+        step,
+        rank,
+        lambda sink: torch.save(content, sink),  # type: ignore[arg-type]
+    )
 
 
 def add_parts(
@@ -112,8 +116,7 @@ def add_parts(
 def _are_whole(store: Store, files: Sequence[DataFile]) -> bool:
     """Return whether none of the files is damaged, as far as they can be read."""
     try:
-        for file in files:
-            verified(store, file).close()
+        check_bytes(store, files)
     except DamagedError:
         return False
     except HarnessError:
@@ -136,7 +139,7 @@ def check_covered(parts: Mapping[str, Part]) -> None:
             )
 
 
-class ShardFiles(HeldParts):
+class ShardFiles:
     """The parts of a checkpoint in its store. A shard is verified each time that it is opened.
 
     Args:
@@ -155,7 +158,8 @@ class ShardFiles(HeldParts):
             if str(key).endswith("_state_dict")
             for path, tensor in tensors_without_data(value, key)
         }
-        super().__init__(standing, {})
+        self._standing = standing  # keeps their identities from being used again
+        self._paths = {id(tensor): path for path, tensor in standing.items()}
         self._store, self._manifest = store, manifest
         shapes = {path: tuple(tensor.shape) for path, tensor in standing.items()}
         layouts = _parsed(payload.pop("layout", None), manifest, shapes)
@@ -180,13 +184,30 @@ class ShardFiles(HeldParts):
         for number in range(rank, len(self._manifest.shards), ranks):
             self._kept[number] = self._opened(number)
 
-    def shards(self, wanted: Sequence[Wanted]) -> Iterator[Shard]:
-        """Yield the shards that have a part of what is wanted, one after the other.
+    def path_of(self, tensor: object) -> str | None:
+        """Return the path of a tensor that stands for a sharded one; None for any other value."""
+        return self._paths.get(id(tensor))
+
+    def fill(self, wanted: Sequence[Wanted]) -> None:
+        """Fill tensors from the parts, whichever rank has written them.
 
         Raises:
-            DamagedError: One is not what was written.
-            StorageError: One cannot be read.
+            DamagedError: A shard is not what was written, or a part is in none.
+            StorageError: A shard cannot be read.
         """
+        left = {number: one.box.numel for number, one in enumerate(wanted)}
+        for shard in self._shards(wanted):
+            for number, one in enumerate(wanted):
+                if one.path in shard and left[number]:
+                    left[number] -= copy_overlap(one, *shard[one.path])
+        if lacking := [wanted[number].path for number, count in left.items() if count]:
+            raise DamagedError(
+                f"the checkpoint lacks parts of {len(lacking)} sharded tensor(s)",
+                f"found: not all of {lacking[0]}",
+            )
+
+    def _shards(self, wanted: Sequence[Wanted]) -> Iterator[Shard]:
+        """Yield the shards that have a part of what is wanted, one after the other."""
         needed = {
             rank
             for one in wanted

@@ -84,20 +84,16 @@ def captured(values: Mapping[str, Any], tracked: Mapping[str, Any]) -> Captured:
     return Captured(payload, steady, named, tracked, seen)
 
 
-def as_captured(name: str, value: Any) -> Captured:
+def as_captured(name: str, value: Any, parts: TakenParts | None = None) -> Captured:
     """Capture one value as plain data; the bytes of GPU tensors stay there until `fill`.
+
+    With `parts`, to which they are added, it may hold sharded tensors.
 
     Raises:
         UsageError: for a value that cannot be saved as plain data.
     """
-    seen = TensorRefs()
+    seen = TensorRefs(parts)
     return Captured({name: to_cpu(value, name, seen)}, set(), {}, {}, seen)
-
-
-def captured_state(key: str, value: Any) -> Captured:
-    """Capture a state dict as `captured_object` does, which may hold sharded tensors."""
-    seen = TensorRefs(TakenParts())
-    return Captured({key: to_cpu(value, key, seen)}, set(), {}, {}, seen)
 
 
 def captured_object(name: str, obj: Any) -> Captured:

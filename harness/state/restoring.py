@@ -63,17 +63,15 @@ def restore(
         payload: the content of the checkpoint.
         source: the name of the checkpoint, for messages.
         accept: the differences that are accepted (`DTYPE`).
-        says_names: whether the checkpoint records each parameter name that the order of its
-            parameters does not give. A file of an older harness does not.
+        says_names: whether it records each parameter name that the order does not give (newer do).
         only: the names of the objects to restore once more. None: restore all.
 
     Raises:
         UsageError: on a mismatch, before anything is changed; also if an object itself refuses its
             state: the objects before it are restored then.
     """
-    cast: set[int] = set()  # by identity: parameters of another dtype than before
+    cast, texts = set[int](), list[str]()  # `cast`: ids of parameters of another dtype than before
     states = {name: _state_for(name, unwrap(obj), payload, source) for name, obj in tracked.items()}
-    texts = list[str]()
     for name, obj in tracked.items():
         _check_class(name, obj, classes, source)
         if isinstance(inner := unwrap(obj), nn.Module) and not _is_lazy(inner):
@@ -88,24 +86,12 @@ def restore(
         states |= _by_name(tracked, payload, states, source, says_names=says_names)
     elif only is None:
         due = {n: obj for n, obj in due.items() if not _has_other_groups(obj, states[n])}
-    for name, state in _as_live(due, states, payload.get(PARTS)).items():
-        with in_place(due[name]):
-            restore_object(name, due[name], state, source, cast=cast)
-    return texts
-
-
-def _as_live(due: Mapping[str, Any], states: Mapping[str, Any], parts: Any) -> dict[str, Any]:
-    """Return the states of objects in the form that these have, sharded as they are or whole."""
-    made = {name: states[name] for name in due}
-    if not reshard.is_concerned(due, parts):
-        return made
-    wanted = []
+    if reshard.is_concerned(due, parts := payload.get(PARTS)):
+        states |= reshard.as_live(due, states, parts)
     for name, obj in due.items():
-        made[name], more = reshard.as_live(name, obj, states[name], parts)
-        wanted += more
-    if wanted:
-        parts.fill(wanted)
-    return made
+        with in_place(obj):
+            restore_object(name, obj, states[name], source, cast=cast)
+    return texts
 
 
 def _is_lazy(module: nn.Module) -> bool:

@@ -8,17 +8,17 @@ import marshal
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 
 from harness.data.quantized import scale_of
-from harness.distributed.parts import PARTS
+from harness.distributed.parts import PARTS, TakenParts
 from harness.distributed.reshard import as_live
 from harness.distributed.wrappers import unwrap
 from harness.errors import UsageError
-from harness.state.capturing import Captured, captured_object, captured_state
+from harness.state.capturing import Captured, as_captured, captured_object
 from harness.state.kinds import PLAIN, parts_of
 from harness.state.raw_bytes import raw
 
@@ -140,13 +140,11 @@ def digests_of(captured: Captured) -> dict[Path, bytes]:
 
 def has_changed(name: str, obj: Any, payload: Mapping[str, Any]) -> bool:
     """Return whether the state of a tracked object is not that of the checkpoint."""
-    key, parts = f"{name}_state_dict", cast("Any", payload.get(PARTS))
+    key, parts = f"{name}_state_dict", payload.get(PARTS)
     live, saved = captured_object(name, obj), payload[key]
     if live.parts or parts is not None:
-        saved, wanted = as_live(name, unwrap(obj), saved, parts)
-        if wanted:
-            parts.fill(wanted)
-    before = captured_state(key, saved)
+        saved = as_live({name: unwrap(obj)}, {name: saved}, parts)[name]
+    before = as_captured(key, saved, TakenParts())
     return (
         digests_of(live) != digests_of(before)
         or live.parts.keys() != before.parts.keys()

@@ -135,7 +135,8 @@ class UntrackedFinder:
     def _ask(self) -> set[int]:
         """Ask the program's own tracked objects for what they save; return their ids."""
         # A state_dict of a sharded model is a matter of all ranks, and only the writer searches.
-        own = {} if self._is_over or holds_sharded(self._tracked) else are_searched(self._tracked)
+        is_skipped = self._is_over or holds_sharded(self._tracked.values())
+        own = {} if is_skipped else are_searched(self._tracked)
         self._given = GivenState(own)
         self._held = self._given.addresses | self._addresses(own)
         return {id(obj) for obj in own.values()}

@@ -16,8 +16,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ports import free_port
-
 HEAD = """
 import os, random, signal, sys, time
 import numpy as np
@@ -122,10 +120,11 @@ def live(
 ) -> Lived:
     """Let the program live once, on the run `name` in the folder, to whatever end."""
     from remote_lives import shared_nursery
+    from s3_server import free_ports
 
     path = folder / "program.py"
     path.write_text(head + source)
-    port = free_port()
+    (port,) = free_ports(1)
     joined = {
         "WORLD_SIZE": str(ranks),
         "MASTER_ADDR": "127.0.0.1",

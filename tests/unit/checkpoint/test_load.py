@@ -22,7 +22,7 @@ import pytest
 import torch
 from blake3 import blake3
 from conftest import ENVIRONMENT
-from ports import free_port
+from s3_server import free_ports
 from there import there
 
 from harness import state
@@ -464,7 +464,7 @@ LAST = float(9 + MEDIUM_BYTES // 40 - 1)
 
 
 def test_the_ranks_of_a_machine_parse_the_same_pages(medium):
-    port = free_port()
+    port = free_ports(1)[0]
     said = ended(
         *(
             started(medium, port, 3, rank, "the run" if rank == 0 else "nothing")
@@ -479,7 +479,7 @@ def test_the_ranks_of_a_machine_parse_the_same_pages(medium):
 def test_elsewhere_one_rank_reads_or_is_sent_the_data_and_the_others_share_its_pages(
     medium, elsewhere, sees
 ):
-    port = free_port()
+    port = free_ports(1)[0]
     said = ended(
         started(medium, port, 4, 0, "the run"),
         started(medium, port, 4, 1, sees, *elsewhere),
@@ -493,7 +493,7 @@ def test_elsewhere_one_rank_reads_or_is_sent_the_data_and_the_others_share_its_p
 
 def test_bytes_that_do_not_reach_a_rank_whole_are_no_damage_of_the_stored_copy(medium, elsewhere):
     """It is neither passed over for an older one nor set aside; a retry may succeed."""
-    port = free_port()
+    port = free_ports(1)[0]
     said = ended(
         started(medium, port, 2, 0, "the run"),
         started(medium, port, 2, 1, "nothing, and what it receives is flipped", *elsewhere),
@@ -504,7 +504,7 @@ def test_bytes_that_do_not_reach_a_rank_whole_are_no_damage_of_the_stored_copy(m
 
 
 def test_a_rank_without_room_is_named_and_the_others_do_not_wait_for_it(medium, elsewhere):
-    port = free_port()
+    port = free_ports(1)[0]
     limited = ("prlimit", f"--fsize={10 << 20}")
     said = ended(
         started(medium, port, 2, 0, "the run"),

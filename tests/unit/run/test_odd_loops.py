@@ -14,7 +14,7 @@ import torch
 from conftest import run
 from library_runs import Versioned, newest
 from loop_data import Stream, points
-from ports import free_port
+from s3_server import free_ports
 from torch import nn
 
 import harness
@@ -474,7 +474,7 @@ if __name__ == "__main__":
 def ranks(tmp_path: Path, size: int, directory: Path, steps: int, kind: str) -> int:
     import sys
 
-    port = free_port()
+    port = free_ports(1)[0]
     (tmp_path / "program.py").write_text(RANKS)
     done = run(
         [

@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import json
 import shutil
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from library_runs import newest, steps_of
-from programs import Lived, killed_once, live
+from programs import STEP, Lived, killed_once, live
 
 from harness.checkpoint import load
 from harness.checkpoint.catalog import read_catalog
@@ -116,16 +117,16 @@ STEPS = LOOP.replace("epochs=2", "epochs=2, max_steps=STEPS")
 END = "\n" + WHOLE
 
 
-def begun(folder: Path, wrap: str, ranks: int, name: str = "run") -> list[object]:
+def begun(folder: Path, wrap: str, ranks: int) -> list[object]:
     """Train six steps and return the digests at their end."""
     source = program(wrap, STEPS.replace("STEPS", "6") + END)
-    return said(live(folder, source, name, ranks=ranks))
+    return said(live(folder, source, "run", ranks=ranks))
 
 
-def resumed(folder: Path, wrap: str, ranks: int, name: str = "run") -> list[object]:
+def resumed(folder: Path, wrap: str, ranks: int) -> list[object]:
     """Resume from step 6 and return the digests before the first step."""
     source = program(wrap, WHOLE + STEPS.replace("STEPS", "8"))
-    return said(live(folder, source, name, ranks=ranks))
+    return said(live(folder, source, "run", ranks=ranks))
 
 
 NONE = "pass"
@@ -245,9 +246,9 @@ for x, y in run.batches(points(), 12, epochs=2):
 """
 
 
-def troubled(folder: Path, trouble: str, name: str = "run") -> Lived:
+def troubled(folder: Path, trouble: str) -> Lived:
     source = BUILT.replace("init()", "init(timeout_s=4, keep_last=9)").replace("WRAP", FSDP)
-    return live(folder, source + TROUBLE.replace("TROUBLE", repr(trouble)), name, ranks=2)
+    return live(folder, source + TROUBLE.replace("TROUBLE", repr(trouble)), "run", ranks=2)
 
 
 def test_a_disk_that_refuses_on_one_rank_costs_all_ranks_that_checkpoint(tmp_path: Path) -> None:
@@ -425,12 +426,7 @@ model[2].weight = model[0].weight
 fully_shard(model)
 optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
 run.track(model=model, optimizer=optimizer)
-for x, y in run.batches(points(), 12, epochs=2):
-    loss = (model(x) - y).square().mean()
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
-    die(run)
+for x, y in run.batches(points(), 12, epochs=2):STEP
 held = [os.readlink(f"/proc/self/fd/{number}") for number in os.listdir("/proc/self/fd")
         if os.path.islink(f"/proc/self/fd/{number}")]
 assert not [name for name in held if "memfd:step" in name], held
@@ -443,7 +439,7 @@ except harness.HarnessError as error:
 
 
 def test_tied_weights_stay_tied_and_are_written_once(tmp_path: Path) -> None:
-    outcome = killed_once(tmp_path, TIED, ranks=2)
+    outcome = killed_once(tmp_path, TIED.replace("STEP", STEP), ranks=2)
     assert outcome.is_equal, (outcome.rows, outcome.resumed.texts)
     run = str(tmp_path / "killed")
     assert main(["show", run]) == 0 and main(["export", run, str(tmp_path / "m.pt")]) == 0
@@ -560,14 +556,7 @@ def ahead(batches):
 
 for epoch, batches in run.by_epoch(ahead(run.batches(points(), 12, epochs=2))):
     noise = torch.rand(1)
-    for x, y in batches:
-        loss = (model(x) - y).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        run.log(loss=loss)
-        die(run)
-"""
+    for x, y in batches:""" + textwrap.indent(STEP, "    ")
 
 
 def test_a_resume_inside_an_epoch_whose_first_batch_is_made_ahead(tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ import time
 
 import pytest
 from conftest import REPO
-from ports import free_port
 from programs import STEP, live
+from s3_server import free_ports
 
 from harness.untracked import program_values
 
@@ -306,7 +306,7 @@ def test_no_loop_of_ours_is_suspected(tmp_path, loop):
         "WORLD_SIZE": "1",
         "LOCAL_RANK": "0",
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
+        "MASTER_PORT": str(free_ports(1)[0]),
     }
     env = os.environ | alone | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
