@@ -206,12 +206,6 @@ def check_optimizer_state(name: str, optimizer: object) -> None:
                 )
 
 
-def reshard(module: object) -> None:
-    """Let a module hold its parts again, where it holds whole parameters after a forward pass."""
-    for part in _fsdp_modules(module):
-        part.reshard()
-
-
 def unsharded_gradients(module: object) -> list[str]:
     """Return the names of parameters whose gradients are accumulated whole on each rank.
 

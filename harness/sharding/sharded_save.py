@@ -60,11 +60,10 @@ class ShardedSave:
     Args:
         world: the ranks of this attempt.
         store: the store of the run, which all ranks see.
-        tracked: the tracked objects, by name.
     """
 
-    def __init__(self, world: World, store: Store, tracked: Mapping[str, Any]) -> None:
-        self._world, self._store, self._tracked = world, store, tracked
+    def __init__(self, world: World, store: Store) -> None:
+        self._world, self._store = world, store
         self._is_checked = False
 
     def save(
@@ -96,8 +95,6 @@ class ShardedSave:
 
         def write() -> dict[str, Any]:
             checkpointer.recomputed.check()
-            for obj in self._tracked.values():
-                dtensors.reshard(obj)
             captured.append(capture())
             return self._written(attempt, captured[0])
 
@@ -194,7 +191,7 @@ def sharded_save(
             "found: tensors that are sharded (DTensor), tracked or in the checkpoint",
             "Leave it out, and put run.dir on a file system that all nodes share.",
         )
-    return ShardedSave(world, stores[0], tracked)
+    return ShardedSave(world, stores[0])
 
 
 def _committed(

@@ -480,8 +480,13 @@ for x, y in run.batches(points(), 12, epochs=2):
         optimizer.zero_grad()
 """
 LASTING = """
+from harness.distributed.dtensors import version_of
+
+before = None
 for x, y in run.batches(points(), 12, epochs=2):
     (model(x) - y).square().mean().backward()
+    assert before != version_of(model[0].weight.grad), "a sum that is no new one looks used"
+    before = version_of(model[0].weight.grad)
     if run.step % 4 == 0:
         optimizer.step()
         optimizer.zero_grad(set_to_none=False)
