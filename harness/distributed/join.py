@@ -15,7 +15,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from harness.distributed.ranks import World, lost_rank_errors, own_rank
+from harness.distributed.ranks import World, own_rank
+from harness.distributed.words import lost_rank_errors
 from harness.errors import UsageError
 
 ALONE_S = 5.0  # how long a rank waits for others to join after a stop signal

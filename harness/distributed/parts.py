@@ -87,7 +87,7 @@ def take(parts: TakenParts | None, where: Any, tensor: Any, saved: Any) -> torch
             "Those in the state_dicts of tracked objects are kept while their model is trained. "
             "Others: tensor.full_tensor(), or track the object that holds them.",
         )
-    layout, local = dtensors.layout_of(path, tensor), dtensors.local_of(tensor)
+    layout, local = dtensors.layout_of(path, tensor), dtensors.local_of(tensor).contiguous()
     if type(local) is not torch.Tensor:
         raise UsageError(
             f"{path} cannot be saved as plain data",

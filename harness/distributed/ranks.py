@@ -8,12 +8,9 @@ slow disk); they watch the writer's heartbeat instead: see `World.on_writer`.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
-import threading
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO, TypeVar
@@ -21,11 +18,11 @@ from typing import Any, BinaryIO, TypeVar
 import torch
 import torch.distributed as dist
 
-from harness.errors import EXIT_FAILED, HarnessError, LostRankError, by_exit_code
+from harness.distributed.words import Words, as_word, lost_rank_errors, raise_word
+from harness.errors import LostRankError
 
 T = TypeVar("T")
 LAG = 100  # calls; within fewer calls, a save synchronises all ranks
-HEARTBEAT_S = 1.0
 SHARED_AT_ONCE_BYTES = 16 << 20
 FEW = 63  # numbers in one message
 
@@ -55,6 +52,11 @@ class World:
         Without one, this object represents a process that does not train.
         """
         return self._group is not None
+
+    @property
+    def words(self) -> Words:
+        """Return the messages between the ranks; there are none without a process group."""
+        return Words(self._store, self.timeout_s)
 
     def agree(self, values: list[int]) -> list[int]:
         """Return the element-wise maximum over all ranks. Collective: every rank must call it."""
@@ -144,24 +146,16 @@ class World:
         key = f"result/{self._calls}"
         if not self.is_writer:
             return self._await(key, give_up)  # type: ignore[no-any-return]
-        with _heart(lambda: self._store.add("heartbeat", 1)):
+        with self.words.beating("heartbeat"):
             try:
                 result = work()
-            except HarnessError as error:
-                self._store.set(key, json.dumps({"code": error.exit_code, "error": str(error)}))
-                raise
             except BaseException as error:
-                self._store.set(
-                    key,
-                    json.dumps(
-                        {"code": EXIT_FAILED, "error": f"rank 0: {type(error).__name__}: {error}"}
-                    ),
-                )
+                self.words.tell(key, as_word(error, None))
                 raise
-            self._store.set(key, json.dumps({"result": result}))
+            self.words.tell(key, {"result": result})
         # This is no barrier: the writer may be some calls ahead of ranks that still have to read.
         if self._calls > LAG:
-            self._store.delete_key(f"result/{self._calls - LAG}")
+            self.words.drop(f"result/{self._calls - LAG}")
         return result
 
     def on_each(
@@ -183,58 +177,35 @@ class World:
         if self.is_writer:  # ranks that are done wait for its answer already
             own.append("heartbeat")
         failure: BaseException | None = None
-        with _heart(lambda: [self._store.add(key, 1) for key in own]):
+        with self.words.beating(*own):
             try:
                 part: dict[str, Any] = {"result": work()}
             except BaseException as error:  # noqa: BLE001 - raised below, on every rank
-                is_own = isinstance(error, HarnessError)
-                text = str(error) if is_own else f"{type(error).__name__}: {error}"
-                code = getattr(error, "exit_code", EXIT_FAILED)
-                part, failure = {"code": code, "error": f"rank {self.rank}: {text}"}, error
-            self._store.set(f"part/{number}/{self.rank}", json.dumps(part))
+                part, failure = as_word(error, self.rank), error
+            self.words.tell(f"part/{number}/{self.rank}", part)
         parts = self.on_writer(lambda: self._heard(number, give_up), give_up=give_up)
         if failure is not None:
             raise failure
         for part in parts:
-            if "error" in part:
-                raise by_exit_code(part["code"], part["error"])
+            raise_word(part)
         return [part["result"] for part in parts]
 
     def _heard(self, number: int, give_up: Callable[[], object]) -> list[Any]:
         """Wait for each rank's part of `on_each`, and return them; called on the writer."""
         keys = [f"part/{number}/{rank}" for rank in range(self.size)]
         parts = [
-            self._received(key, f"heartbeat/{rank}", f"rank {rank}", give_up)
+            self.words.receive(key, f"heartbeat/{rank}", f"rank {rank}", give_up)
             for rank, key in enumerate(keys)
         ]
         for key in keys:
-            self._store.delete_key(key)
+            self.words.drop(key)
         return parts
 
     def _await(self, key: str, give_up: Callable[[], object]) -> Any:
         """Wait for the writer's result under a key, as long as its heartbeat continues."""
-        reply = self._received(key, "heartbeat", "the writing rank", give_up)
-        if "error" in reply:
-            raise by_exit_code(reply["code"], reply["error"])
+        reply = self.words.receive(key, "heartbeat", "the writing rank", give_up)
+        raise_word(reply)
         return reply["result"]
-
-    def _received(self, key: str, heart: str, who: str, give_up: Callable[[], object]) -> Any:
-        """Wait for a JSON value under a key, as long as the heartbeat of its rank continues."""
-        beat, beat_at, pause_s = -1, time.monotonic(), 0.0005
-        with lost_rank_errors():
-            while not self._store.check([key]):
-                time.sleep(pause_s)
-                pause_s = min(pause_s * 1.5, 0.05)
-                if (now := self._store.add(heart, 0)) != beat:
-                    beat, beat_at = now, time.monotonic()
-                limit_s = min(5.0, self.timeout_s) if give_up() else self.timeout_s
-                if time.monotonic() - beat_at > limit_s:
-                    raise LostRankError(
-                        f"{who} does not answer",
-                        f"no sign of life for {limit_s:.0f} s",
-                        "See its log.",
-                    )
-            return json.loads(self._store.get(key))
 
     def share(self, file: BinaryIO | None, size_bytes: int) -> Iterator[bytes]:
         """Broadcast the content of the writer's `file`, and yield it part by part on every rank.
@@ -258,40 +229,6 @@ class World:
         self._group = self._store = None
         if dist.is_initialized():
             dist.destroy_process_group()
-
-
-@contextlib.contextmanager
-def _heart(beat: Callable[[], object]) -> Iterator[None]:
-    """Call `beat` from a thread every `HEARTBEAT_S` seconds while the block runs."""
-    done = threading.Event()
-
-    def run() -> None:
-        # The store ends with the launcher. The main thread will notice that too.
-        with contextlib.suppress(RuntimeError):
-            while not done.wait(HEARTBEAT_S):
-                beat()
-
-    thread = threading.Thread(target=run, daemon=True, name="heartbeat")
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
-
-
-@contextlib.contextmanager
-def lost_rank_errors() -> Iterator[None]:
-    """Raise LostRankError in place of a RuntimeError of torch.distributed."""
-    try:
-        yield
-    except RuntimeError as error:
-        line = str(error).splitlines()[0][:300] if str(error) else type(error).__name__
-        raise LostRankError(
-            "another rank of this attempt is lost",
-            f"found: {line}",
-            "The first error is in that rank's log.",
-        ) from error
 
 
 def is_lost_peer(error: BaseException) -> bool:

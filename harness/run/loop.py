@@ -100,6 +100,7 @@ class Loop:
             if self._exit_record.is_here:  # else the program has forked this process
                 self._goodput.closed.set()
                 self._kept_state.close()
+                self._step_timeouts.saving()  # a save in flight may take longer than a step
                 self._checkpointer.close()
                 self._step_timeouts.close()
                 self._stop_agreement.close()
@@ -297,8 +298,9 @@ class Loop:
         """Record and print the buffered metrics. Collective: every rank must call it."""
         work, rate = self._work, self._throughput.steps_per_s(self.step)
         held = self._metric_buffer.read(self.world)
-        self._checkpointer.record_steps(held, self._metric_buffer.by_rank, self._end_step)
-        for step, _, values in held if self.world.is_writer else ():
+        self._checkpointer.recomputed.gathered(self._metric_buffer.by_rank)
+        for step, at, values in held if self.world.is_writer else ():
+            self._checkpointer.note("step", step=step, time=at, of=self._end_step, **values)
             self._console.show(
                 step,
                 self._end_step,

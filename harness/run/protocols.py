@@ -106,14 +106,6 @@ class Checkpointer(Protocol):
     def failure(self, what: str, remedy: str) -> HarnessError:
         """Return the error that ends the run after a failed save."""
 
-    def record_steps(
-        self,
-        steps: Sequence[tuple[int, str, dict[str, float]]],
-        by_rank: Sequence[tuple[int, int, str, float]],
-        end_step: int | None,
-    ) -> None:
-        """Record the logged values of steps as events."""
-
     def alive(self, step: int) -> None:
         """Show a sign of life in the event log, unless it has a recent event."""
 

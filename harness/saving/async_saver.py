@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 from harness import state
-from harness.checkpoint.commit import About
+from harness.checkpoint.commit import HEAD, About
 from harness.errors import StorageError
 from harness.preemption import children
-from harness.saving.save_job import Finish, Job, MutatedDuringCopyError, warm_up
+from harness.saving.save_job import Ended, Finish, Job, MutatedDuringCopyError, warm_up
 from harness.saving.writer_process import WriterProcess
 from harness.state import Captured
 from harness.state.gpu_copy import GpuCopy
@@ -23,14 +23,6 @@ from harness.state.snapshot import Snapshot, UnsupportedStateError
 from harness.store.staging_buffer import StagingBuffer
 from harness.text import say, size
 
-# The entries of the state that the manifest repeats.
-HEAD = (
-    "format_version",
-    "step",
-    "epoch",
-    "loss",
-    "metrics",
-)
 # Limit of the state that may change at any time. Up to this size it gets a copy of its own.
 MOST_REST_BYTES = 64 << 20
 TOUCHED_BYTES = 16 << 20
@@ -100,7 +92,14 @@ class AsyncSaver:
         """Note that a save that was dropped need not be repeated."""
         self.must_repeat = False
 
-    def start(self, captured: Captured, about: About, began_at: float, finish: Finish) -> None:
+    def start(
+        self,
+        captured: Captured,
+        about: About,
+        began_at: float,
+        finish: Finish,
+        ended: Ended | None = None,
+    ) -> None:
         """Begin to save a captured state.
 
         For the training thread, at a step boundary, with no save in flight. If `is_unable` is True
@@ -110,8 +109,8 @@ class AsyncSaver:
             captured: the state to save.
             about: the manifest entries that are not part of the state.
             began_at: when the save began, by `time.perf_counter`.
-            finish: called on the saving thread as `finish(job, write, check)`; it commits what
-                `write` writes.
+            finish: on the saving thread, `finish(job, write, check)` commits what `write` writes.
+            ended: called there as `ended(job)` when the save is over, also after an error.
         """
         self._is_used = True
         compared, self._compare = self._compare, self._compare_all
@@ -135,8 +134,8 @@ class AsyncSaver:
             self.slow_reason, self.is_unable = " ".join(str(error).split()), True
             return
         self.must_repeat = False
-        head = {name: captured.payload[name] for name in HEAD}
-        job = Job(head, about, captured.parameters, snapshot, began_at, finish, compared)
+        head = {name: captured.payload[name] for name in HEAD if name in captured.payload}
+        job = Job(head, about, captured.parameters, snapshot, began_at, finish, compared, ended)
         if not self._overlapped:
             job.sealed.set()
         with self._changed:
@@ -276,6 +275,8 @@ class AsyncSaver:
                 self._touch()
             else:
                 self._save(job)
+                if job.ended is not None:
+                    self._end(job, job.ended)
                 job.snapshot.forget()
                 job.done.set()
 
@@ -321,6 +322,13 @@ class AsyncSaver:
             job.problem, self.must_repeat = self.slow_reason, True
         except BaseException as error:  # noqa: BLE001 - `wait` raises it on the training thread
             job.failure = error
+
+    def _end(self, job: Job, ended: Ended) -> None:
+        try:
+            job.problem, must_repeat = ended(job)
+            self.must_repeat = self.must_repeat or must_repeat
+        except BaseException as error:  # noqa: BLE001 - `wait` raises it on the training thread
+            job.failure = job.failure or error
 
     def _check_whole(self, job: Job) -> None:
         # It may be long until the next update, and PyTorch has counted any write until now.

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from harness import preemption, state
@@ -16,7 +17,7 @@ from harness.config import stored_form
 from harness.errors import HarnessError, SaveError, StorageError
 from harness.saving.current_attempt import CurrentAttempt, Parts
 from harness.saving.save_job import Job
-from harness.sharding.sharded_save import ShardedSave, sharded_save
+from harness.sharding.sharded_save import Request, ShardedSave, sharded_save
 from harness.state import Captured
 from harness.store import Sink, Store
 
@@ -61,6 +62,11 @@ class Checkpointer(CurrentAttempt):
         """Return how long the last upload took, in seconds."""
         return self._uploader.upload_s if self._uploader else 0.0
 
+    @property
+    def is_saving(self) -> bool:
+        """Return whether a save is in flight that is not for the memory tier."""
+        return self.background.is_busy and not self.tier.is_writing
+
     def failure(self, problem: str, remedy: str) -> HarnessError:
         """Return the error that ends the run after a failed save.
 
@@ -84,7 +90,7 @@ class Checkpointer(CurrentAttempt):
             or (self._resume_point.in_memory and not self._committed)
         ):
             return True  # `save` raises or reports what failed
-        if self.save_policy.is_due(left_s, self.save_s, self.background.is_busy_with(self._finish)):
+        if self.save_policy.is_due(left_s, self.save_s, self.is_saving):
             return True
         if self.recomputed.has_failed or (
             self._uploader and (self._uploader.has_failed or self._uploader.origin_is_gone)
@@ -130,13 +136,11 @@ class Checkpointer(CurrentAttempt):
                 loaded again.
         """
         began_at = time.perf_counter()
-        reply = (
-            self.world.on_writer(
-                lambda: self._begin(capture, about, began_at, wait), give_up=give_up
-            )
-            if self._sharded is None
-            else self._sharded.save(self, capture, about, began_at, give_up)
-        )
+        if self._sharded:
+            reply = self._sharded.save(self, Request(capture, about, began_at, wait), give_up)
+        else:
+            begin = partial(self._begin, capture, about, began_at, wait)
+            reply = self.world.on_writer(begin, give_up=give_up)
         self.save_policy.begun()
         return self._apply_reply(reply)
 
@@ -148,6 +152,8 @@ class Checkpointer(CurrentAttempt):
         """
         self._apply_reply(
             self.world.on_writer(lambda: self.reply(self.background.wait()), give_up=give_up)
+            if self._sharded is None
+            else self._sharded.settle(self, give_up)
         )
 
     def _apply_reply(self, reply: list[Any]) -> bool:
@@ -172,27 +178,31 @@ class Checkpointer(CurrentAttempt):
         wait: bool,
     ) -> list[Any]:
         self.background.wait()
-        self.recomputed.check()
-        if self._uploader:
-            self._uploader.check()
+        self.check()
         captured, details, problem = capture(), about(), ""
         self._rehearsal.take(captured)
         if not self.background.is_unable:
             self.background.start(captured, details, began_at, self._finish)
             problem = self.background.wait() if wait else ""
-        if self.background.slow_reason != self._slow_reason:
-            self._slow_reason = self.background.slow_reason
-            self._say(f"harness: saves make training wait: {self._slow_reason}")
+        self.report_wait(self.background.slow_reason)
         # There is no memory for a copy of the state, or the state holds more than plain tensors.
         if self.background.is_unable:
             self.background.saved_otherwise()
             state.check_finite(captured.tracked)
-            problem = self.commit_at_once(captured.fill(), details, began_at)
+            problem = self.commit(captured.fill(), details, began_at)
         return self.reply(problem)
 
-    def commit_at_once(self, payload: Mapping[str, Any], about: About, began_at: float) -> str:
-        """Commit a state that `torch.save` writes; return "" or why there is no checkpoint."""
-        return self._commit(payload, about, began_at, None, lambda: None, None)
+    def check(self) -> None:
+        """Raise the error of the background work that ends the run, if there is one."""
+        self.recomputed.check()
+        if self._uploader:
+            self._uploader.check()
+
+    def report_wait(self, reason: str) -> None:
+        """Say why saves make training wait, unless that was said; "" for nothing."""
+        if reason not in ("", self._slow_reason):
+            self._slow_reason = reason
+            self._say(f"harness: saves make training wait: {reason}")
 
     def _finish(self, job: Job, write: Callable[[Sink], None], check: Callable[[], None]) -> None:
         """Commit a copied state; called in the background."""
@@ -204,18 +214,18 @@ class Checkpointer(CurrentAttempt):
             if self._uploader
             else contextlib.nullcontext()
         ):
-            job.problem = self._commit(
+            job.problem = self.commit(
                 job.head, job.about, job.began_at, write, check, job.costs, job.snapshot.places
             )
 
-    def _commit(
+    def commit(
         self,
         payload: Mapping[str, Any],
         about: About,
         began_at: float,
-        write: Callable[[Sink], None] | None,
-        check: Callable[[], None],
-        costs: Callable[[], dict[str, float]] | None,
+        write: Callable[[Sink], None] | None = None,
+        check: Callable[[], None] = lambda: None,
+        costs: Callable[[], dict[str, float]] | None = None,
         places: Mapping[int, int] | None = None,
     ) -> str:
         """Commit a checkpoint and prune old ones, in any thread; return "" or why there is none.
@@ -280,7 +290,7 @@ class Checkpointer(CurrentAttempt):
 
     def watch_updates(self, tracked: Mapping[str, Any]) -> None:
         """Finish each copy before the optimizers change the state."""
-        if self.world.is_writer:
+        if self.world.is_writer or self._sharded:
             self.background.watch_updates(tracked)
 
     def at_boundary(self, tracked: Mapping[str, Any]) -> None:
@@ -288,28 +298,13 @@ class Checkpointer(CurrentAttempt):
 
         After the first step all state exists: rank 0 then reserves the memory for saves.
         """
-        self.save_policy.step(self.background.is_busy_with(self._finish), self.save_s)
-        if not self._has_room and self.world.is_writer:
+        self.save_policy.step(self.is_saving, self.save_s)
+        if not self._has_room and (self.world.is_writer or self._sharded):
             self._has_room = True
-            if self._sharded is None:
-                self.background.make_room(state.size_bytes(tracked), self.world.device)
-            self.recomputed.look_at(tracked)
+            self.background.make_room(state.size_bytes(tracked), self.world.device)
+            if self.world.is_writer:
+                self.recomputed.look_at(tracked)
         self.background.at_boundary()
-
-    def record_steps(
-        self,
-        steps: Sequence[tuple[int, str, dict[str, float]]],
-        by_rank: Sequence[tuple[int, int, str, float]],
-        end_step: int | None,
-    ) -> None:
-        """Record the logged values of steps as events, and for the comparison.
-
-        `steps` holds number, time and means over ranks of each step; `by_rank` step, rank, name and
-        value; `end_step` is the last step of the run, or None if unknown.
-        """
-        self.recomputed.gathered(by_rank)
-        for step, at, values in steps:
-            self.note("step", step=step, time=at, of=end_step, **values)
 
     def about(
         self,
@@ -328,6 +323,11 @@ class Checkpointer(CurrentAttempt):
         return About(
             self.world.size, lineage, classes, digest, final, metrics, read_back=not self._committed
         )
+
+    def close(self) -> None:
+        """End the background work, also after an error; what is committed is still uploaded."""
+        with self._sharded or contextlib.nullcontext():
+            super().close()
 
     def best_file(self) -> str | None:
         """Return the path or URL of the best checkpoint so far, or None.

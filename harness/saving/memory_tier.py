@@ -49,6 +49,11 @@ class MemoryTier:
         self._say, self._has_room = say, False
         self._attempt: Attempt | None = None
 
+    @property
+    def is_writing(self) -> bool:
+        """Return whether the save in flight is one for the tier."""
+        return self.background.is_busy_with(self._keep)
+
     def remember(self, capture: Callable[[], Captured], about: Callable[[], About]) -> bool:
         """Begin to keep a checkpoint of this step in memory. For the training thread.
 

@@ -27,6 +27,8 @@ class MutatedDuringCopyError(Exception):
 
 
 Finish = Callable[["Job", Callable[[Sink], None], Callable[[], None]], None]
+# Returns why there is no checkpoint, or "", and whether to save again at the next step.
+Ended = Callable[["Job"], tuple[str, bool]]
 
 
 @dataclass
@@ -40,6 +42,7 @@ class Job:
     began_at: float
     finish: Finish  # commits the copy
     is_compared: bool  # copied at once, and compared with the state before the next update
+    ended: Ended | None = None  # called last
     blocked_s: float = 0.0  # how long training has waited for this save, in seconds
     problem: str = ""  # why there is no checkpoint, if training may go on all the same
     is_torn: bool = False  # the state was mutated during the copy

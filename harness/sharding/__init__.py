@@ -2,7 +2,9 @@
 
 A tensor that is sharded stands in the checkpoint's main file without data, and each rank writes the
 parts that it holds into a file of its own, a shard. Names, shapes and dtypes are those of whole
-tensors, so a checkpoint does not depend on how its tensors were cut. `shards` writes, reads and
-verifies the files, `sharded_save` is one save by all ranks. How tensors are cut, and how saved
-state is given the form of live objects, stands in `../distributed/`: `layout`, `parts`, `reshard`.
+tensors, so a checkpoint does not depend on how its tensors were cut. `shards` makes, reads and
+verifies them. `sharded_save` begins a save on all ranks, `rank_save` is what follows on each in the
+background, and `main_file` and `writer_commit` are what the writer adds. How tensors are cut, and
+how saved state is given the form of live objects, stands in `../distributed/`: `layout`, `parts`,
+`reshard`.
 """

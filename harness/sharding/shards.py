@@ -26,8 +26,6 @@ from typing import Any
 import torch
 
 from harness.checkpoint import format as fmt
-from harness.checkpoint.attempts import Attempt
-from harness.checkpoint.commit import write_shard
 from harness.checkpoint.format import DataFile, Manifest
 from harness.checkpoint.load import UNPARSEABLE, check_bytes, is_plain_zip, unparseable, verified
 from harness.distributed.layout import COPIES, SHARD, STRIDED, Box, Layout, uncovered
@@ -48,30 +46,17 @@ Shard = dict[str, tuple[Box, torch.Tensor]]  # by path
 MOST_TIMES = 16  # the size of the whole tensors, over that of all files
 
 
-def write(
-    store: Store, attempt: Attempt, step: int, rank: int, parts: Mapping[str, Part]
-) -> DataFile:
-    """Write this rank's shard durably and return its entry in the manifest.
-
-    Raises:
-        StorageError: The store fails; nothing is left under the name.
-    """
+def content(step: int, rank: int, parts: Mapping[str, Part]) -> dict[str, Any]:
+    """Return the content of this rank's shard, as plain data; the tensors are not copied."""
     own = {path: part for path, part in parts.items() if rank in part.layout.boxes(part.shape)}
     boxes = {path: part.layout.box(rank, part.shape) for path, part in own.items()}
-    content = {
+    return {
         "format_version": fmt.SHARDED,
         "step": step,
         "rank": rank,
-        "parts": {path: part.tensor.contiguous() for path, part in own.items()},
+        "parts": {path: part.tensor for path, part in own.items()},
         "boxes": {path: [list(box.begin), list(box.size)] for path, box in boxes.items()},
     }
-    return write_shard(
-        store,
-        attempt,
-        step,
-        rank,
-        lambda sink: torch.save(content, sink),  # type: ignore[arg-type]
-    )
 
 
 def add_parts(

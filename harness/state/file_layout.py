@@ -17,6 +17,8 @@ class UnsupportedStateError(Exception):
 def tensors_in(value: Any, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
     """Append the tensors in plain data to `tensors`, in the order in which pickle visits them.
 
+    Tensors without data (on the device meta) are left out.
+
     Returns:
         `tensors`.
 
@@ -24,6 +26,8 @@ def tensors_in(value: Any, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
         UnsupportedStateError: for tensors that are not plain, such as sparse or quantized ones.
     """
     if isinstance(value, torch.Tensor):
+        if value.is_meta:
+            return tensors
         if (
             type(value) is not torch.Tensor
             or value.layout is not torch.strided

@@ -155,7 +155,7 @@ def to_cpu(value: Any, where: Where, seen: TensorRefs) -> Any:
         elif is_lazy(value):
             return value
         else:
-            bare = value.detach()
+            bare = value if is_sharded(value) else value.detach()
         if bare.is_meta:
             raise UsageError(
                 f"{kinds.spelled(where)} is a tensor without data",

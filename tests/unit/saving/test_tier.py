@@ -28,10 +28,10 @@ from harness import cli, preemption
 from harness.checkpoint import memory_copy
 from harness.checkpoint.attempts import Attempt
 from harness.checkpoint.catalog import read_catalog
-from harness.checkpoint.commit import About
+from harness.checkpoint.commit import HEAD, About
 from harness.errors import NonFiniteError, UsageError
 from harness.saving import memory_tier as writers
-from harness.saving.async_saver import HEAD, AsyncSaver
+from harness.saving.async_saver import AsyncSaver
 from harness.saving.save_job import Job, MutatedDuringCopyError
 from harness.state import Captured
 from harness.store import LocalStore

@@ -221,33 +221,30 @@ def test_a_damaged_shard_is_passed_over_by_all_ranks(
 
 
 TROUBLE = """
-import resource
-
 for x, y in run.batches(points(), 12, epochs=2):
     optimizer.zero_grad()
     (model(x) - y).square().mean().backward()
     optimizer.step()
-    least, most = resource.getrlimit(resource.RLIMIT_FSIZE)
-    if run.rank == 1 and TROUBLE == "disk":
-        resource.setrlimit(resource.RLIMIT_FSIZE, (500 if run.step == 3 else most, most))
+    if run.rank == 1 and TROUBLE == "disk" and run.step == 3:  # something is in the way
+        os.makedirs(f"{sys.argv[1]}/checkpoints/step_00000003-0001/00001.pt")
     if run.rank == 1 and TROUBLE == "nan" and run.step == 6:
         with torch.no_grad():
             model[0].weight.to_local()[0] = float("nan")
     if run.rank == 1 and TROUBLE == "dies" and run.step == 6:
-        from harness.sharding import shards
+        from harness.sharding import rank_save
 
-        write = shards.write
+        write = rank_save.write_shard
 
         def writes_and_dies(*arguments):
             write(*arguments)
             os.kill(os.getpid(), signal.SIGKILL)
 
-        shards.write = writes_and_dies
+        rank_save.write_shard = writes_and_dies
 """
 
 
 def troubled(folder: Path, trouble: str) -> Lived:
-    source = BUILT.replace("init()", "init(timeout_s=4, keep_last=9)").replace("WRAP", FSDP)
+    source = BUILT.replace("init()", "init(timeout_s=9, keep_last=9)").replace("WRAP", FSDP)
     return live(folder, source + TROUBLE.replace("TROUBLE", repr(trouble)), "run", ranks=2)
 
 
@@ -256,8 +253,8 @@ def test_a_disk_that_refuses_on_one_rank_costs_all_ranks_that_checkpoint(tmp_pat
     assert lived.codes == [0, 0], lived.texts
     assert lived.text.count("NOT SAVED, training goes on: rank 1: cannot write") == 1, lived.text
     assert steps_of(tmp_path / "run") == [*range(6, 25, 3), 26]
-    there = {path.name for path in (tmp_path / "run/checkpoints").iterdir()}
-    assert not any(name.startswith("step_00000003") for name in there), "its shards are deleted"
+    there = {path.name for path in (tmp_path / "run/checkpoints").glob("step_00000003*/*")}
+    assert there == {"00001.pt"}, "the other shard is deleted"
 
 
 def test_a_parameter_that_is_not_finite_on_one_rank_ends_all_ranks(tmp_path: Path) -> None:
@@ -271,7 +268,8 @@ def test_a_parameter_that_is_not_finite_on_one_rank_ends_all_ranks(tmp_path: Pat
 def test_a_rank_that_dies_after_its_shard_leaves_no_checkpoint(tmp_path: Path) -> None:
     lived = troubled(tmp_path, "dies")
     assert lived.codes[1] == -9 and lived.codes[0] not in (0, -9), lived.texts
-    assert "rank 1 does not answer" in lived.text, lived.text
+    lost = ("another rank of this attempt is lost", "rank 1 does not answer")
+    assert any(words in lived.text for words in lost), lived.text
     left = tmp_path / "run/checkpoints/step_00000006-0001"
     assert steps_of(tmp_path / "run") == [3] and (left / "00001.pt").exists()
     again = troubled(tmp_path, "nothing")
@@ -509,15 +507,15 @@ for x, y in run.batches(points(), 12, epochs=1):
 SLOW_WRITER = """
 for x, y in run.batches(points(), 12, epochs=1):
     if run.rank == 0 and run.step == 3:
-        from harness.sharding import shards
+        from harness.sharding import rank_save
 
-        write = shards.write
+        write = rank_save.write_shard
 
         def writes_late(*arguments):
             time.sleep(7)
             return write(*arguments)
 
-        shards.write = writes_late
+        rank_save.write_shard = writes_late
     if run.step == 6:
         break
 """
@@ -552,7 +550,7 @@ def test_ranks_that_are_done_wait_for_a_slow_writer(tmp_path: Path) -> None:
     source = BUILT.replace("init()", "init(timeout_s=4)").replace("WRAP", FSDP) + SLOW_WRITER
     lived = live(tmp_path, source, "run", ranks=2)
     assert "does not answer" not in "".join(lived.texts), lived.texts
-    assert 3 in steps_of(tmp_path / "run")
+    assert 3 in steps_of(tmp_path / "run"), lived.texts
 
 
 AHEAD = """
