@@ -610,13 +610,26 @@ def test_of_a_large_tensor_each_run_of_a_strides_length_that_is_written_is_notic
 
 
 def test_what_is_no_plain_tensor_is_left_to_torch():
-    for value in (
-        torch.eye(2).to_sparse(),
-        torch.nn.parameter.UninitializedParameter(),
-        torch.empty(2, device="meta"),
-    ):
+    for value in (torch.eye(2).to_sparse(), torch.nn.parameter.UninitializedParameter()):
         with pytest.raises(UnsupportedStateError):
             Snapshot({"step": 1, "value": value}, set())
+
+
+@pytest.mark.filterwarnings("ignore:Serializing tensors on the meta device")
+def test_a_tensor_without_data_stands_in_the_file_as_one(tmp_path):
+    """It stands for a sharded tensor, whose parts are in other files."""
+    stands = torch.empty((3, 2), dtype=torch.bfloat16, device="meta")
+    snapshot, staging = (
+        Snapshot({"stands": stands, "value": torch.arange(5)}, set()),
+        StagingBuffer(),
+    )
+    snapshot.copy_rest()
+    snapshot.copy_into(staging)
+    (tmp_path / "file").write_bytes(b"".join(staging.chunks()))
+    staging.close()
+    loaded = torch.load(tmp_path / "file", weights_only=True)
+    assert torch.equal(loaded["value"], torch.arange(5)) and loaded["stands"].is_meta
+    assert (loaded["stands"].shape, loaded["stands"].dtype) == (stands.shape, stands.dtype)
 
 
 def test_a_tensor_in_an_attribute_of_another_is_named():
