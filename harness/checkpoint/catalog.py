@@ -34,7 +34,8 @@ class Catalog:
     orphan_folders: list[str] = field(default_factory=list)  # shards without a manifest
     foreign: list[str] = field(default_factory=list)  # files in the folder that are no checkpoint
     strangers: list[str] = field(default_factory=list)  # checkpoints of another run
-    sizes: dict[str, int] = field(default_factory=dict)  # data key -> bytes in the store
+    sizes: dict[str, int] = field(default_factory=dict)  # data key -> bytes; see `size_of`
+    unlisted: set[str] = field(default_factory=set)  # folders of shards, see `size_of`
     # Attempt number -> record; {} if the record cannot be read.
     attempts: dict[int, dict[str, Any]] = field(default_factory=dict)
     ends: dict[int, dict[str, Any]] = field(default_factory=dict)  # attempt number -> end record
@@ -127,6 +128,19 @@ class Catalog:
             self.events[str(store)] = store.entries(fmt.EVENTS)
         return self.events[str(store)]
 
+    def size_of(self, store: Store, file: fmt.DataFile) -> int | None:
+        """Return the size of a data file in the only store of this catalog; None: it is not there.
+
+        A folder of shards is listed when the size of one of them is asked for.
+
+        Raises StorageError.
+        """
+        folder = file.key.rpartition("/")[0]
+        if folder in self.unlisted:
+            self.sizes |= {entry.key: entry.size_bytes for entry in store.entries(folder)}
+            self.unlisted.remove(folder)
+        return self.sizes.get(file.key)
+
     def copies(self, manifest: Manifest) -> list[Store]:
         """Return the stores that have exactly this checkpoint, in store order (local first).
 
@@ -147,7 +161,7 @@ class Catalog:
             store
             for store, part in zip(self.stores, self.parts, strict=True)
             if manifest in part.manifests
-            and all(part.sizes.get(file.key) == file.size_bytes for file in manifest.files)
+            and all(part.size_of(store, file) == file.size_bytes for file in manifest.files)
         ]
 
     @property
@@ -246,7 +260,6 @@ def _list(store: Store, known: Known) -> Catalog:
         entry.key: entry.size_bytes for entry in checkpoints if entry.key.endswith(".pt")
     }
     folders = [folder for folder in folders if fmt.FOLDER_NAME.match(folder)]
-    shards = {entry.key: entry.size_bytes for folder in folders for entry in store.entries(folder)}
     for entry in checkpoints:
         match = fmt.CHECKPOINT_NAME.match(entry.key)
         if match is None:
@@ -279,7 +292,7 @@ def _list(store: Store, known: Known) -> Catalog:
     catalog.orphan_folders = [
         folder for folder in folders if not {f"{folder}.json", f"{folder}.json{SET_ASIDE}"} & keys
     ]
-    catalog.sizes |= shards
+    catalog.unlisted = set(folders)
     return catalog
 
 

@@ -131,7 +131,6 @@ def adopt(
         SaveError: As for `commit`.
         SupersededError: A newer attempt has begun.
     """
-    _check_copyable(manifest, store)
     shards = list[DataFile]()
 
     def write(sink: Sink) -> None:
@@ -160,15 +159,6 @@ def adopt(
             if not store.exists(fmt.manifest_key(manifest.step, attempt.number)):
                 retention.delete_folder(store, fmt.folder_key(manifest.step, attempt.number))
         raise
-
-
-def _check_copyable(manifest: Manifest, store: Store) -> None:
-    if manifest.shards and not store.is_local:
-        raise UsageError(
-            f"{manifest.name} is sharded, and cannot be copied to {store} yet",
-            "found: a checkpoint with shards",
-            "Copy it to a directory.",
-        )
 
 
 def write_shard(

@@ -8,7 +8,7 @@ from harness.checkpoint import format as fmt
 from harness.checkpoint import load, retention
 from harness.checkpoint.attempts import Attempt, check_fence
 from harness.checkpoint.catalog import Catalog
-from harness.checkpoint.format import Manifest
+from harness.checkpoint.format import DataFile, Manifest
 from harness.checkpoint.retention import Policy
 from harness.errors import DamagedError, StorageError
 from harness.store import Sink, Store
@@ -31,8 +31,6 @@ def wanted(history: Sequence[Manifest], there: Collection[str], policy: Policy) 
     newest_first = sorted(history, key=lambda m: m.order, reverse=True)
     urgent = newest_first[:1] + retention.best(newest_first, policy)[: policy.best]
     urgent += [m for m in newest_first if policy.every_steps and m.step % policy.every_steps == 0]
-    # Shards are not yet copied to another store; a run with a remote store makes none.
-    urgent = [m for m in urgent if not m.shards]
     missing = list({m.name: m for m in urgent if m.name not in there}.values())
     final = [m.name for m in newest_first[:1] if m.final is not None]
     return sorted(missing, key=lambda m: m.name in final)
@@ -58,7 +56,41 @@ def replicate(source: Store, manifest: Manifest, target: Store, attempt: Attempt
     Raises:
         The same errors as `send`.
     """
-    send(source, manifest.data_key, manifest.data.size_bytes, (), lambda: manifest, target, attempt)
+
+    def committed() -> Manifest:
+        for shard in manifest.shards:
+            send_shard(source, shard, target, attempt)
+        return manifest
+
+    send(source, manifest.data_key, manifest.data.size_bytes, (), committed, target, attempt)
+
+
+def send_shard(
+    source: Store,
+    file: DataFile,
+    target: Store,
+    attempt: Attempt,
+    sent: Callable[[], object] = lambda: None,
+) -> None:
+    """Copy one shard of a checkpoint to another store.
+
+    Args:
+        source: Store that holds the shard.
+        file: Entry of the shard in the manifest.
+        target: Store that receives the copy.
+        attempt: Attempt that writes the copy.
+        sent: Called whenever `target` has taken a part of the data.
+
+    Raises:
+        DamagedError: The sent data does not match the manifest.
+        StorageError: A store fails.
+    """
+    target.make_folder(file.key.rpartition("/")[0])
+    with target.writer(file.key, attempt.number) as sink:
+        sink.expect(file.size_bytes)
+        _write(sink, load.chunks(source, file.key), sent)
+        load.compare(sink.size_bytes, sink.digest(), file, file.key)
+        sink.commit()
 
 
 def send(
@@ -81,7 +113,8 @@ def send(
         key: Key of its data file.
         size_bytes: Size of the data file.
         early: First bytes of the data file, from another place than `source`.
-        committed: Waits for the manifest; returns None if the checkpoint will not be committed.
+        committed: Waits for the manifest, and until `target` has the shards; returns None if the
+            checkpoint will not be committed.
         target: Store that receives the copy.
         attempt: Attempt that writes the copy.
         sent: Called whenever `target` has taken a part of the data.

@@ -158,7 +158,7 @@ def _state(store: Store, part: Catalog, manifest: Manifest, verify: bool) -> str
     key = manifest.data_key
     if part.sizes.get(key) != manifest.data.size_bytes:
         return "WRONG SIZE" if key in part.sizes else "MISSING"
-    if any(part.sizes.get(file.key) != file.size_bytes for file in manifest.shards):
+    if any(part.size_of(store, file) != file.size_bytes for file in manifest.shards):
         return "SHARDS MISSING"
     if verify:
         (_, problem), *_ = locate.verify(store, manifest)

@@ -35,33 +35,56 @@ class Words:
         with lost_rank_errors():
             self._store.delete_key(key)
 
-    def receive(self, key: str, heart: str, who: str, give_up: Callable[[], object]) -> Any:
+    def peek(self, key: str) -> Any:
+        """Return the value under a key, or None if there is none."""
+        with lost_rank_errors():
+            return json.loads(self._store.get(key)) if self._store.check([key]) else None
+
+    def beat(self, heart: str) -> None:
+        """Count one more sign of life, or of progress, under a key."""
+        with lost_rank_errors():
+            self._store.add(heart, 1)
+
+    def beats(self, heart: str) -> int:
+        """Return how many signs there were under a key."""
+        with lost_rank_errors():
+            return int(self._store.add(heart, 0))
+
+    def receive(
+        self,
+        key: str,
+        heart: str,
+        who: str,
+        give_up: Callable[[], object],
+        is_it: Callable[[Any], bool] = lambda value: True,
+    ) -> Any:
         """Wait for the value under a key, as long as the heartbeat of its rank continues.
 
         Args:
             key: the key.
             heart: the key of the heartbeat.
             who: the rank that will leave the value, for the error.
-            give_up: returns a true value if a missing heartbeat is waited for only a few seconds.
+            give_up: returns a true value if a missing heartbeat is waited for only a few seconds;
+                its errors pass through.
+            is_it: whether a value is the one that is waited for.
 
         Raises:
             LostRankError: the heartbeat stops.
         """
         beat, beat_at, pause_s = -1, time.monotonic(), 0.0005
-        with lost_rank_errors():
-            while not self._store.check([key]):
-                time.sleep(pause_s)
-                pause_s = min(pause_s * 1.5, 0.05)
-                if (now := self._store.add(heart, 0)) != beat:
-                    beat, beat_at = now, time.monotonic()
-                limit_s = min(5.0, self._timeout_s) if give_up() else self._timeout_s
-                if time.monotonic() - beat_at > limit_s:
-                    raise LostRankError(
-                        f"{who} does not answer",
-                        f"no sign of life for {limit_s:.0f} s",
-                        "See its log.",
-                    )
-            return json.loads(self._store.get(key))
+        while (value := self.peek(key)) is None or not is_it(value):
+            time.sleep(pause_s)
+            pause_s = min(pause_s * 1.5, 0.05)
+            if (now := self.beats(heart)) != beat:
+                beat, beat_at = now, time.monotonic()
+            limit_s = min(5.0, self._timeout_s) if give_up() else self._timeout_s
+            if time.monotonic() - beat_at > limit_s:
+                raise LostRankError(
+                    f"{who} does not answer",
+                    f"no sign of life for {limit_s:.0f} s",
+                    "See its log.",
+                )
+        return value
 
     @contextlib.contextmanager
     def beating(self, *hearts: str) -> Iterator[None]:

@@ -8,12 +8,30 @@ import time
 
 from harness.checkpoint import format as fmt
 from harness.checkpoint.attempts import Attempt, check_fence
+from harness.errors import UsageError
 from harness.monitoring.event_log import EventLog
 from harness.monitoring.store_health import StoreHealth
 from harness.store import Store
 
 FENCE_S = 1.0  # interval at which the files of a run directory check for a newer attempt
 MOST_KEPT_BYTES = 64 << 20  # limit of the files that are queued, as in an outage
+
+
+def check_file(name: fmt.FileName, data: object, *, in_loop: bool) -> None:
+    """Check the arguments of `Run.keep`, and that it is called while the loop runs.
+
+    Raises:
+        UsageError: The call is outside the loop, or the data is not bytes.
+    """
+    if not in_loop:
+        raise UsageError(
+            f"keep({name!r}) came outside the loop",
+            remedy="Keep files between the first batch and the last.",
+        )
+    if not isinstance(data, bytes):
+        raise UsageError(
+            f"keep({name!r}) takes bytes", f"found: {type(data).__name__}", "Text: text.encode()."
+        )
 
 
 def write_file(

@@ -17,7 +17,7 @@ from harness.config import stored_form
 from harness.errors import HarnessError, SaveError, StorageError
 from harness.saving.current_attempt import CurrentAttempt, Parts
 from harness.saving.save_job import Job
-from harness.sharding.sharded_save import Request, ShardedSave, sharded_save
+from harness.sharding.sharded_save import Request, sharded_save
 from harness.state import Captured
 from harness.store import Sink, Store
 
@@ -41,7 +41,6 @@ class Checkpointer(CurrentAttempt):
             "nothing saved yet" if self.saved_step is None else f"saved step {self.saved_step}"
         )
         self._committed, self._has_room, self._slow_reason = False, False, ""
-        self._sharded: ShardedSave | None = None  # if tracked state is sharded
 
     @property
     def status_line(self) -> str:
@@ -73,9 +72,8 @@ class Checkpointer(CurrentAttempt):
         It is a SaveError if the store is a disk, and a StorageError if it is a remote store, which
         may be reachable again later.
         """
-        return (SaveError if self.store.is_local else StorageError)(
-            problem, self._save_status, remedy
-        )
+        kind = SaveError if self.store.is_local else StorageError
+        return kind(problem, self._save_status, remedy)
 
     def is_due(self, left_s: float) -> bool:
         """Return whether to save now: by the clock, or because the resume point is gone.
@@ -136,8 +134,8 @@ class Checkpointer(CurrentAttempt):
                 loaded again.
         """
         began_at = time.perf_counter()
-        if self._sharded:
-            reply = self._sharded.save(self, Request(capture, about, began_at, wait), give_up)
+        if self.sharded:
+            reply = self.sharded.save(self, Request(capture, about, began_at, wait), give_up)
         else:
             begin = partial(self._begin, capture, about, began_at, wait)
             reply = self.world.on_writer(begin, give_up=give_up)
@@ -152,8 +150,8 @@ class Checkpointer(CurrentAttempt):
         """
         self._apply_reply(
             self.world.on_writer(lambda: self.reply(self.background.wait()), give_up=give_up)
-            if self._sharded is None
-            else self._sharded.settle(self, give_up)
+            if self.sharded is None
+            else self.sharded.settle(self, give_up)
         )
 
     def _apply_reply(self, reply: list[Any]) -> bool:
@@ -241,8 +239,7 @@ class Checkpointer(CurrentAttempt):
         """
         assert self.attempt is not None and self.event_log is not None
         self._at_save(payload["step"])
-        limit_s = self.settings.wait_s if about.final else min(SAVE_S, self.settings.wait_s)
-        store = self.store.with_retry_limit(limit_s)
+        store = self.store_for(about)
         try:
             manifest = commit(store, self.attempt, payload, about, write, check)
         except SaveError as error:
@@ -261,6 +258,11 @@ class Checkpointer(CurrentAttempt):
         self._prune(store)
         self._rehearsal.begin(self.store, manifest, places or {})
         return ""
+
+    def store_for(self, about: About) -> Store:
+        """Return the store of a save; only for the last one are requests retried for long."""
+        limit_s = self.settings.wait_s if about.final else min(SAVE_S, self.settings.wait_s)
+        return self.store.with_retry_limit(limit_s)
 
     def not_saved(self, step: int, error: str, *, is_final: bool = False) -> str:
         """Report that a save has failed and return why; on the writer."""
@@ -286,11 +288,11 @@ class Checkpointer(CurrentAttempt):
 
     def look_at(self, tracked: Mapping[str, Any]) -> None:
         """Note whether tracked state is sharded. Raises UsageError if it cannot be saved so."""
-        self._sharded = sharded_save(tracked, self.world, self.stores, self.settings, self.origin)
+        self.sharded = sharded_save(tracked, self.world, self.stores, self.settings)
 
     def watch_updates(self, tracked: Mapping[str, Any]) -> None:
         """Finish each copy before the optimizers change the state."""
-        if self.world.is_writer or self._sharded:
+        if self.world.is_writer or self.sharded:
             self.background.watch_updates(tracked)
 
     def at_boundary(self, tracked: Mapping[str, Any]) -> None:
@@ -299,7 +301,7 @@ class Checkpointer(CurrentAttempt):
         After the first step all state exists: rank 0 then reserves the memory for saves.
         """
         self.save_policy.step(self.is_saving, self.save_s)
-        if not self._has_room and (self.world.is_writer or self._sharded):
+        if not self._has_room and (self.world.is_writer or self.sharded):
             self._has_room = True
             self.background.make_room(state.size_bytes(tracked), self.world.device)
             if self.world.is_writer:
@@ -326,7 +328,7 @@ class Checkpointer(CurrentAttempt):
 
     def close(self) -> None:
         """End the background work, also after an error; what is committed is still uploaded."""
-        with self._sharded or contextlib.nullcontext():
+        with self.sharded or contextlib.nullcontext():
             super().close()
 
     def best_file(self) -> str | None:

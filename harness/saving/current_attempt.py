@@ -16,11 +16,11 @@ from harness.checkpoint.attempts import Attempt
 from harness.checkpoint.catalog import Catalog, reaches
 from harness.checkpoint.known import Known
 from harness.distributed.ranks import World
-from harness.errors import EXIT_FAILED, StorageError, UsageError
+from harness.errors import EXIT_FAILED, StorageError
 from harness.monitoring.console import Console
 from harness.monitoring.event_log import EventLog
 from harness.monitoring.goodput import SAVE, Goodput
-from harness.monitoring.kept_files import DirectoryFiles
+from harness.monitoring.kept_files import DirectoryFiles, check_file
 from harness.monitoring.resume_notice import resumed
 from harness.monitoring.store_health import StoreHealth
 from harness.monitoring.trackers import Trackers
@@ -30,9 +30,11 @@ from harness.saving.locations import check_shared, hand_in
 from harness.saving.memory_tier import MemoryTier
 from harness.saving.rehearsal import Rehearsal
 from harness.saving.save_policy import SavePolicy
-from harness.saving.uploader import END_S, Route, Uploader
+from harness.saving.upload_queue import Route
+from harness.saving.uploader import END_S, Uploader
 from harness.selfcheck.environment import Environment, check
 from harness.selfcheck.recomputed import RecomputedSteps
+from harness.sharding.sharded_save import ShardedSave
 from harness.store import LocalStore, Store
 from harness.supervision.exit_record import ExitRecord
 from harness.supervision.machine_record import Difference
@@ -73,6 +75,7 @@ class CurrentAttempt:
             self.origin.step if self.origin and not parts.resume_point.in_memory else None
         )
         self.attempt: Attempt | None = None
+        self.sharded: ShardedSave | None = None  # if tracked state is sharded
         self.event_log: EventLog | None = None
         self._known = Known()  # of the first store, from the claim on
         self.metrics: Trackers | None = None
@@ -134,8 +137,10 @@ class CurrentAttempt:
         number, run_id, nonce = self.world.on_writer(claim, give_up=give_up)
         self.attempt = Attempt(number, run_id, nonce)
         self._exit_record.begun(self.stores, self.attempt, self.world, self.background.close)
-        if len(self.stores) == 1 and self.store.is_local:
+        if self.store.is_local and (len(self.stores) == 1 or self.sharded):
             check_shared(self.store, self.attempt, self.world)
+        if self.sharded:
+            self.sharded.begin(self.attempt)
         self.save_policy.begun()
         return self.attempt
 
@@ -192,7 +197,8 @@ class CurrentAttempt:
         self.recomputed.begin(event_log, self.goodput.redone_until)
         if has_remote:
             self._store_health.record_to(event_log.write)
-            route = Route(local, self.stores[-1], self.settings.remote_policy)
+            shards = self.sharded.uploads if self.sharded else None
+            route = Route(local, self.stores[-1], self.settings.remote_policy, shards)
             self._uploader = Uploader(
                 route, attempt, event_log, self._store_health, self.recomputed.log
             )
@@ -214,18 +220,8 @@ class CurrentAttempt:
             SupersededError: a newer attempt has begun.
         """
         key = fmt.file_key(name)
-        if self.attempt is None or self._ended:
-            raise UsageError(
-                f"keep({name!r}) came outside the loop",
-                remedy="Keep files between the first batch and the last.",
-            )
-        if not isinstance(data, bytes):
-            raise UsageError(
-                f"keep({name!r}) takes bytes",
-                f"found: {type(data).__name__}",
-                "Text: text.encode().",
-            )
-        if self.event_log is None:
+        check_file(name, data, in_loop=self.attempt is not None and not self._ended)
+        if self.attempt is None or self.event_log is None:
             return
         try:
             self._files.write(key, data, self.attempt)

@@ -16,7 +16,7 @@ from harness.checkpoint.retention import Policy
 from harness.distributed.ranks import World
 from harness.errors import DamagedError, UsageError
 from harness.monitoring.store_health import StoreHealth
-from harness.store import LocalStore, Store, open_store
+from harness.store import LocalStore, Store, is_url, open_store, redacted
 from harness.text import say
 
 SHARED_WITHIN_S = 10.0
@@ -31,8 +31,14 @@ def places(directory: str | Path | None, remote: str | None, wait_s: float) -> t
         wait_s: how long a request to the remote store is retried, in seconds.
 
     Raises:
-        UsageError: no store is given, or both are the same one.
+        UsageError: no store is given, both are the same one, or the directory is a URL.
     """
+    if directory is not None and is_url(str(directory)):
+        raise UsageError(
+            f"run.dir is a URL: {redacted(str(directory))}",
+            "expected: a local directory",
+            "For a bucket alone: harness.init(None, remote=URL), or run.dir=null run.remote=URL.",
+        )
     stores: list[Store] = [] if directory is None else [LocalStore(directory)]
     if remote is not None:
         stores.append(open_store(remote, wait_s))
@@ -132,12 +138,6 @@ def hand_in(catalog: Catalog | None, last: Manifest | None, policy: Policy) -> s
     source, target = catalog.stores[0], catalog.stores[-1]
     if source is target:
         return ""
-    if last.shards:
-        raise UsageError(
-            f"{last.name} is sharded, and cannot be copied to {target} yet",
-            "found: a finished run, and a run.remote",
-            "Leave run.remote out, or export the checkpoint: harness export.",
-        )
     there = arrived(catalog)
     missing = [m for m in wanted(catalog.history, there, policy) if source in catalog.copies(m)]
     copied, problems, attempt = [], list[str](), Attempt(catalog.greatest, last.run_id, "")

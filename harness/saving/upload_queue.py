@@ -4,13 +4,30 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 
 from harness.checkpoint import replicate
 from harness.checkpoint.format import Manifest
 from harness.checkpoint.retention import Policy
+from harness.sharding.shard_uploads import ShardUploads
+from harness.store import LocalStore, Store
 from harness.store.staging_buffer import ReadLease
+
+
+@dataclass(frozen=True)
+class Route:
+    """The source and the target of the uploads, and the retention policy of the target.
+
+    Without a run directory (`local` is None) no checkpoints are copied, as they are committed in
+    the remote store. Events, the step log and the user's files are still uploaded. Without
+    `shards`, this process alone sends the shards of a checkpoint.
+    """
+
+    local: LocalStore | None
+    remote: Store
+    policy: Policy
+    shards: ShardUploads | None = None
 
 
 @dataclass
@@ -137,7 +154,7 @@ class UploadQueue:
                 return early
             if first is None:
                 return None
-            return EarlyUpload(first.data_key, first.size_bytes, is_decided=True)
+            return EarlyUpload(first.data_key, first.data.size_bytes, is_decided=True)
 
     def is_overtaken(self, early: EarlyUpload) -> bool:
         """Return whether another checkpoint is more urgent than the one that is being uploaded."""
@@ -145,10 +162,12 @@ class UploadQueue:
             first = next(iter(self.wanted()), None)
             return early.is_decided and first is not None and first.data_key != early.key
 
-    def committed(self, early: EarlyUpload) -> Manifest | None:
+    def committed(
+        self, early: EarlyUpload, send_shards: Callable[[Manifest], None]
+    ) -> Manifest | None:
         """Wait until the checkpoint is committed, or never will be; return its manifest or None.
 
-        Returns None as well if the queue is closed.
+        Returns None as well if the queue is closed. `send_shards` is called if it has shards.
         """
         with self._changed:
             while True:
@@ -156,8 +175,11 @@ class UploadQueue:
                     (m for m in self._history.values() if m.data_key == early.key), None
                 )
                 if manifest is not None or early.is_decided or self.is_closed:
-                    return manifest
+                    break
                 self._changed.wait()
+        if manifest is not None and manifest.shards:
+            send_shards(manifest)
+        return manifest
 
     @property
     def missing_newest(self) -> Manifest | None:

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from functools import partial
 
 from harness.checkpoint import replicate, retention
 from harness.checkpoint.attempts import Attempt, check_fence
@@ -23,9 +23,10 @@ from harness.monitoring.event_log import EventLog
 from harness.monitoring.kept_files import KeptFiles
 from harness.monitoring.store_health import StoreHealth
 from harness.monitoring.upload_status import UploadStatus
-from harness.saving.upload_queue import EarlyUpload, UploadQueue
+from harness.saving.upload_queue import EarlyUpload, Route, UploadQueue
 from harness.selfcheck.step_log import StepLog
-from harness.store import LocalStore, Store
+from harness.sharding.shard_uploads import Shipment, send_alone
+from harness.store import Store
 from harness.store.staging_buffer import ReadLease
 
 RETRIED_S = 60.0  # retry limit of one request; after it the whole upload starts again
@@ -34,19 +35,6 @@ AGAIN_S = 10.0  # pause after a failed upload
 IDLE_S = 20.0
 STALLED_S = 20.0  # after its time limit, an upload without progress for this long is given up
 END_S = 10.0  # how long to wait for the last events to be sent
-
-
-@dataclass(frozen=True)
-class Route:
-    """The source and the target of the uploads, and the retention policy of the target.
-
-    Without a run directory (`local` is None) no checkpoints are copied, as they are committed in
-    the remote store. Events, the step log and the user's files are still uploaded.
-    """
-
-    local: LocalStore | None
-    remote: Store
-    policy: retention.Policy
 
 
 class Uploader:
@@ -298,6 +286,7 @@ class Uploader:
 
         assert self.route.local is not None
         began, remote = self.clock(), self._store(is_dropped)
+        send_shards = partial(self._send_shards, remote, is_dropped)
         self._status.upload_begins()
         try:
             manifest = replicate.send(
@@ -305,7 +294,7 @@ class Uploader:
                 early.key,
                 early.size_bytes,
                 early.chunks,
-                lambda: self._queue.committed(early),
+                lambda: self._queue.committed(early, send_shards),
                 remote,
                 self.attempt,
                 self._on_progress,
@@ -329,6 +318,16 @@ class Uploader:
         self._status.report_upload(manifest, self.clock() - began, behind)
         self._send_events()
         self._prune(self._store())
+
+    def _send_shards(self, remote: Store, is_dropped: Callable[[], bool], of: Manifest) -> None:
+        """Send the shards of a committed checkpoint, from all ranks if there are more."""
+        assert self.route.local is not None
+        send = self.route.shards.send if self.route.shards else send_alone
+
+        def gives_up() -> bool:
+            return is_dropped() or self._queue.is_closed
+
+        send(Shipment(of, self.route.local, remote, self.attempt, self._on_progress, gives_up))
 
     def _prune(self, remote: Store) -> None:
         try:

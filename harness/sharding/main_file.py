@@ -49,6 +49,7 @@ class MainFile:
             self._snapshot.arrive()
         except UnsupportedStateError as error:
             raise StorageError("the main file cannot be written", str(error)) from error
+        sink.expect(self._staging.size_bytes)
         for chunk in self._staging.chunks():
             sink.write(chunk)
         self._snapshot.forget()

@@ -18,14 +18,15 @@ import torch
 
 from harness import preemption, state
 from harness.arguments import Settings
+from harness.checkpoint.attempts import Attempt
 from harness.checkpoint.commit import About
-from harness.checkpoint.format import Manifest
 from harness.distributed import dtensors
 from harness.distributed.ranks import World
 from harness.errors import HarnessError, UsageError
 from harness.sharding import shards
 from harness.sharding.main_file import MainFile
 from harness.sharding.rank_save import RankSave
+from harness.sharding.shard_uploads import ShardUploads
 from harness.sharding.writer_commit import RankCheckpointer, WriterCommit
 from harness.state import Captured
 from harness.store import Sink, Store
@@ -87,14 +88,20 @@ class ShardedSave:
 
     Args:
         world: the ranks of this attempt.
-        store: the store of the run, which all ranks see.
+        stores: the stores of the run; all ranks see the first one, in which a save is committed.
     """
 
-    def __init__(self, world: World, store: Store) -> None:
-        self._world, self._store = world, store
+    def __init__(self, world: World, stores: tuple[Store, ...]) -> None:
+        self._world = world
+        self.uploads = ShardUploads(world, *stores) if len(stores) > 1 else None
         self._main, self._count, self._is_checked = MainFile(), 0, False
         self._current: RankSave | None = None
         self._is_background = self._is_left = False
+
+    def begin(self, attempt: Attempt) -> None:
+        """Take part in the uploads from now on."""
+        if self.uploads:
+            self.uploads.begin(attempt)
 
     def save(
         self, checkpointer: RankCheckpointer, request: Request, give_up: Callable[[], object]
@@ -155,6 +162,8 @@ class ShardedSave:
     def __exit__(self, *error: object) -> None:
         """Free the memory, as no save is in flight any more."""
         self._main.close()
+        if self.uploads:
+            self.uploads.close()
 
     def _begin(
         self, checkpointer: RankCheckpointer, request: Request, captured: list[Captured]
@@ -185,7 +194,7 @@ class ShardedSave:
             self._count,
             step,
             self._world,
-            self._store,
+            checkpointer.store_for(about),
             checkpointer.attempt,
             commit,
             self._gives_up,
@@ -270,7 +279,6 @@ def sharded_save(
     world: World,
     stores: tuple[Store, ...],
     settings: Settings,
-    origin: Manifest | None,
 ) -> ShardedSave | None:
     """Return how the tracked objects are saved if any of their state is sharded, else None.
 
@@ -279,30 +287,20 @@ def sharded_save(
         world: the ranks of this attempt.
         stores: the stores of the run.
         settings: validated arguments of `harness.init`.
-        origin: the checkpoint that the attempt resumes from.
 
     Raises:
-        UsageError: State is sharded, or was, and the stores of the run cannot hold it yet.
+        UsageError: State is sharded, and the memory tier cannot hold it yet.
     """
     objects = tracked.values()
-    is_sharded = dtensors.holds_sharded(objects) or dtensors.holds_sharded_state(objects)
-    if not is_sharded and not (origin is not None and origin.shards and len(stores) > 1):
+    if not (dtensors.holds_sharded(objects) or dtensors.holds_sharded_state(objects)):
         return None
-    lacking = [
-        name
-        for name, is_asked in (
-            ("run.remote", len(stores) > 1 or not stores[0].is_local),
-            ("checkpoint.memory", is_sharded and bool(settings.memory_every_steps)),
-        )
-        if is_asked
-    ]
-    if lacking:
+    if settings.memory_every_steps:
         raise UsageError(
-            f"sharded state is not yet kept with {' and '.join(lacking)}",
-            "found: tensors that are sharded (DTensor), tracked or in the checkpoint",
-            "Leave it out, and put run.dir on a file system that all nodes share.",
+            "sharded state is not yet kept with checkpoint.memory",
+            "found: tensors that are sharded (DTensor), tracked",
+            "Leave it out.",
         )
-    return ShardedSave(world, stores[0])
+    return ShardedSave(world, stores)
 
 
 def _not_saved(

@@ -11,7 +11,7 @@ from harness.checkpoint.commit import HEAD, About
 from harness.checkpoint.format import DataFile
 from harness.sharding.main_file import MainFile
 from harness.state import Captured
-from harness.store import Sink
+from harness.store import Sink, Store
 
 Costs = Callable[[], dict[str, float]]
 
@@ -35,6 +35,9 @@ class RankCheckpointer(Protocol):
         costs: Costs | None = None,
     ) -> str:
         """Commit a state; return "" or why there is no checkpoint."""
+
+    def store_for(self, about: About) -> Store:
+        """Return the store of a save, with its retry limit."""
 
     def not_saved(self, step: int, error: str, *, is_final: bool = False) -> str:
         """Report that a save has failed and return why."""

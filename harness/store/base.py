@@ -247,9 +247,9 @@ class Store(abc.ABC):
         It is [] if there is no such folder. Symbolic links are not followed.
         """
 
+    @abc.abstractmethod
     def listing(self, folder: str) -> tuple[list[Entry], list[str]]:
-        """Return the files directly in `folder`, and the keys of its folders; a bucket has none."""
-        return self.entries(folder), []
+        """Return the files directly in `folder` as `entries` does, and the keys of its folders."""
 
     def make_folder(self, folder: str) -> None:  # noqa: B027 - a bucket needs none
         """Create a folder durably in one that exists. Raises StorageError."""

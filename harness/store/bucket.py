@@ -77,7 +77,10 @@ class ObjectClient(Protocol):
     def list_page(
         self, folder: str, token: str | None, limit_s: float
     ) -> tuple[list[ObjectMetadata], str | None]:
-        """Return one page of the objects directly in `folder` and the token of the next page."""
+        """Return one page of what is directly in `folder`, and the token of the next page.
+
+        The keys of folders end with a slash.
+        """
         ...
 
     def head(self, key: str, limit_s: float) -> ObjectMetadata | None:

@@ -111,7 +111,7 @@ class FsspecClient:
     def list_page(
         self, folder: str, token: str | None, limit_s: float
     ) -> tuple[list[ObjectMetadata], str | None]:
-        """Return all files directly in `folder`, without tags, and no token: there is one page."""
+        """Return all that is directly in `folder`, without tags, and no token: it is one page."""
         self.fs.invalidate_cache()
         try:
             entries = self.fs.ls(self._path(folder), detail=True)
@@ -119,14 +119,15 @@ class FsspecClient:
             return [], None
         # The prefix excludes the entry that `ls` returns for a path that is a file.
         inside = f"{self._path(folder)}/"
-        files = [
-            entry
-            for entry in entries
-            if entry["type"] == "file" and entry["name"].startswith(inside)
-        ]
+        ends = {"file": "", "directory": "/"}
         return [
-            ObjectMetadata(f"{folder}/{entry['name'][len(inside) :]}", entry["size"], "")
-            for entry in files
+            ObjectMetadata(
+                f"{folder}/{entry['name'].rstrip('/')[len(inside) :]}{ends[entry['type']]}",
+                entry["size"] or 0,
+                "",
+            )
+            for entry in entries
+            if entry["type"] in ends and entry["name"].startswith(inside)
         ], None
 
     def head(self, key: str, limit_s: float) -> ObjectMetadata | None:

@@ -137,6 +137,10 @@ class RemoteStore(Store):
 
     def entries(self, folder: str) -> list[Entry]:
         """Return every object directly in `folder`, sorted by key."""
+        return self.listing(folder)[0]
+
+    def listing(self, folder: str) -> tuple[list[Entry], list[str]]:
+        """Return the objects directly in `folder`, and the keys of its folders, both sorted."""
         where, objects, token = self.where(folder), list[ObjectMetadata](), None
         while True:
             page, token = self.ask(
@@ -145,10 +149,9 @@ class RemoteStore(Store):
             objects += page
             if token is None:
                 break
-        return sorted(
-            (Entry(o.key, o.size_bytes) for o in objects if not o.key.endswith("/")),
-            key=lambda entry: entry.key,
-        )
+        found = sorted(objects, key=lambda metadata: metadata.key)
+        files = [Entry(o.key, o.size_bytes) for o in found if not o.key.endswith("/")]
+        return files, [o.key.rstrip("/") for o in found if o.key.endswith("/")]
 
     def head(self, key: str) -> ObjectMetadata | None:
         """Return the metadata of an object, or None if it does not exist."""

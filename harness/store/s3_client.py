@@ -100,7 +100,7 @@ class S3Client:
     def list_page(
         self, folder: str, token: str | None, limit_s: float
     ) -> tuple[list[ObjectMetadata], str | None]:
-        """Return one page of the objects directly in `folder` and the token of the next page.
+        """Return one page of what is directly in `folder`, and the token of the next page.
 
         A missing bucket raises an error.
         """
@@ -111,6 +111,10 @@ class S3Client:
         objects = [
             ObjectMetadata(o["Key"][len(self.prefix) :], o["Size"], o["ETag"].strip('"'))
             for o in reply.get("Contents", [])
+        ]
+        objects += [
+            ObjectMetadata(common["Prefix"][len(self.prefix) :], 0, "")
+            for common in reply.get("CommonPrefixes", [])
         ]
         if not objects and token is None:
             # Some servers list a missing bucket as an empty folder, so check the bucket.

@@ -35,8 +35,8 @@ from harness.errors import DamagedError
 from harness.monitoring.event_log import EventLog
 from harness.monitoring.store_health import StoreHealth
 from harness.saving.locations import listen
-from harness.saving.upload_queue import EarlyUpload, UploadQueue
-from harness.saving.uploader import Route, Uploader
+from harness.saving.upload_queue import EarlyUpload, Route, UploadQueue
+from harness.saving.uploader import Uploader
 from harness.store import LocalStore, open_store
 from harness.store.staging_buffer import LENT_BYTES, StagingBuffer
 
@@ -401,7 +401,9 @@ def test_what_retention_deletes_before_it_was_sent_is_waited_for_by_nobody(commi
     queue.add(manifest)
     early = queue.next()
     queue.forget([manifest.name])
-    waiting = threading.Thread(target=queue.committed, args=(early,), daemon=True)
+    waiting = threading.Thread(
+        target=queue.committed, args=(early, lambda manifest: None), daemon=True
+    )
     waiting.start()
     waiting.join(5)
     assert not waiting.is_alive()

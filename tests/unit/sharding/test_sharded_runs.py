@@ -284,7 +284,6 @@ REFUSED = {
         "init()",
         "tensor parallelism is not supported yet",
     ),
-    "a bucket": (FSDP, "init(remote=f'file://{sys.argv[1]}-remote')", "run.remote"),
     "memory": (FSDP, "init(memory=2)", "memory"),
 }
 

@@ -1,0 +1,188 @@
+"""Sharded checkpoints in a bucket: all ranks send their shards, and any of the stores will do."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from library_runs import newest, steps_of
+from programs import Lived, live
+from s3_server import S3Server
+
+from harness.checkpoint.catalog import read_catalog
+from harness.cli import main
+from harness.exchange.compare import differences
+from harness.store import LocalStore, open_store
+
+BUILT = """
+from torch.distributed.fsdp import fully_shard
+from harness.errors import StorageError
+from harness.saving import uploader
+from harness.sharding import shard_uploads
+from harness.store import open_store
+
+run = init(remote=os.environ.get("REMOTE"), seed=0)
+torch.manual_seed(3)
+model = nn.Sequential(nn.Linear(8, 13), nn.BatchNorm1d(13), nn.Linear(13, 1))
+fully_shard(model[0])
+fully_shard(model)
+optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+run.track(model=model, optimizer=optimizer)
+
+
+def die(run):
+    # Once the bucket has what was saved before it.
+    if run.step == int(os.environ.get("DIE", 0)):
+        while run.is_writer and not store.exists("checkpoints/step_00000006-0001.json"):
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGKILL) if run.is_writer else time.sleep(60)
+
+
+store = open_store(os.environ["REMOTE"]) if "REMOTE" in os.environ else None
+send, failed = shard_uploads.send_shard, []
+
+
+def sends(source, file, *arguments):
+    TROUBLE
+    send(source, file, *arguments)
+    print("sent", file.name, flush=True)
+
+
+shard_uploads.send_shard = sends
+uploader.AGAIN_S = 0.2
+for x, y in run.batches(points(), 16, epochs=1):
+    loss = (model(x) - y).square().mean()
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    die(run)
+"""
+
+
+@pytest.fixture
+def home(bucket: tuple[S3Server, str], monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """What a program needs to keep its run in an empty bucket, too; the test sees it as well."""
+    server, called = bucket
+    for name, value in server.environment.items():
+        monkeypatch.setenv(name, value)
+    return server.environment | {"REMOTE": f"s3://{called}/run"}
+
+
+def lived(folder: Path, home: dict[str, str], trouble: str = "pass", ranks: int = 2) -> Lived:
+    return live(folder, BUILT.replace("TROUBLE", trouble), "run", ranks=ranks, env=home)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    life = lived(folder, {})
+    assert life.codes == [0, 0], life.texts
+    return folder / "run"
+
+
+def sent(life: Lived, rank: int) -> list[str]:
+    lines = [line for line in life.texts[rank].splitlines() if line.startswith("sent ")]
+    return [line.removeprefix("sent ") for line in lines]
+
+
+def equals(undisturbed: Path, run: Path) -> bool:
+    return list(differences(newest(undisturbed), newest(run))) == []
+
+
+def test_each_rank_sends_its_own_shards_and_either_store_resumes_the_run(
+    undisturbed: Path, tmp_path: Path, home: dict[str, str]
+) -> None:
+    killed = lived(tmp_path, home | {"DIE": "8"})
+    assert killed.code == -9, killed.texts
+    remote = open_store(home["REMOTE"])
+    (first,) = read_catalog(remote).manifests[:1]
+    assert len(first.shards) == 2 and sent(killed, 0) and sent(killed, 1), killed.texts
+    for rank in (0, 1):
+        assert all(name.endswith(f"/0000{rank}.pt") for name in sent(killed, rank))
+    for name in ("verify", "ls", "show"):
+        assert main([name, home["REMOTE"]]) == 0
+    shutil.rmtree(tmp_path / "run")
+    again = lived(tmp_path, home)
+    assert again.codes == [0, 0] and "resumes from step" in again.text, again.texts
+    assert equals(undisturbed, tmp_path / "run")
+    here, there = read_catalog(LocalStore(tmp_path / "run")), read_catalog(remote)
+    assert there.head is not None and there.head == here.head
+    assert there.whole_copies(there.head) == [remote]
+    assert main(["export", home["REMOTE"], str(tmp_path / "there.pt")]) == 0
+    assert main(["export", str(tmp_path / "run"), str(tmp_path / "here.pt")]) == 0
+    assert (tmp_path / "there.pt").read_bytes() == (tmp_path / "here.pt").read_bytes()
+
+
+def test_a_shard_that_is_damaged_in_one_store_is_read_from_the_other(
+    undisturbed: Path, tmp_path: Path, home: dict[str, str]
+) -> None:
+    killed = lived(tmp_path, home | {"DIE": "8"})
+    assert killed.code == -9 and sent(killed, 1), killed.texts
+    for shard in (tmp_path / "run/checkpoints").glob("*/00001.pt"):
+        shard.write_bytes(b"not what was written")
+    again = lived(tmp_path, home)
+    assert again.codes == [0, 0] and "skipped" in again.text, again.texts
+    assert f"from {home['REMOTE']}" in again.text, again.text
+    assert equals(undisturbed, tmp_path / "run")
+
+
+def test_a_bucket_alone_holds_the_run(
+    undisturbed: Path, tmp_path: Path, home: dict[str, str]
+) -> None:
+    source = BUILT.replace("TROUBLE", "pass").replace(
+        'init(remote=os.environ.get("REMOTE"), seed=0)',
+        'harness.init(None, remote=os.environ["REMOTE"], seed=0, save_every_steps=3)',
+    )
+    killed = live(
+        tmp_path, source.replace("()\n    die(run)", "()\n    " + STOPS), "run", ranks=2, env=home
+    )
+    assert killed.codes == [0, 0] and "resumes" not in killed.text, killed.texts
+    again = live(tmp_path, source, "run", ranks=2, env=home)
+    assert again.codes == [0, 0] and "resumes from step" in again.text, again.texts
+    copied = tmp_path / "copied"
+    assert main(["import", home["REMOTE"], str(copied)]) == 0
+    assert equals(undisturbed, copied)
+
+
+STOPS = "os.kill(os.getpid(), signal.SIGTERM) if run.step == 7 else None; time.sleep(0.1)"
+
+ONCE = """if run.rank == 1 and file.name.startswith("step_00000010") and not failed:
+        failed.append(True)
+        raise StorageError("cannot write it", "found: 503", "Wait.")"""
+
+
+def test_a_rank_whose_upload_fails_tries_again_and_nothing_is_sent_twice(
+    tmp_path: Path, home: dict[str, str]
+) -> None:
+    life = lived(tmp_path, home, ONCE)
+    assert life.codes == [0, 0], life.texts
+    assert "rank 1: cannot write it" in life.text, life.text
+    last = [f"step_00000010-0001/0000{rank}.pt" for rank in (0, 1)]
+    assert [sent(life, rank).count(last[rank]) for rank in (0, 1)] == [1, 1], life.texts
+    remote = open_store(home["REMOTE"])
+    head = read_catalog(remote).head
+    assert head is not None and head.step == 10 and read_catalog(remote).whole_copies(head)
+
+
+def test_what_the_bucket_lacks_of_a_finished_run_is_sent_by_the_next_start(
+    tmp_path: Path, home: dict[str, str]
+) -> None:
+    assert lived(tmp_path, home).codes == [0, 0]
+    remote = open_store(home["REMOTE"])
+    remote.delete("checkpoints/step_00000010-0001.json")
+    remote.delete("checkpoints/step_00000010-0001/00001.pt")
+    again = lived(tmp_path, home)
+    assert again.codes == [0, 0] and "is there now" in again.text, again.texts
+    assert main(["verify", home["REMOTE"]]) == 0
+    assert steps_of(tmp_path / "run")[-1] == 10
+
+
+def test_run_directories_of_the_nodes_own_are_refused(tmp_path: Path, home: dict[str, str]) -> None:
+    source = (
+        BUILT.replace("TROUBLE", "pass")
+        .replace("init(remote", "sys.argv[1] += os.environ['RANK']; run = init(remote")
+        .replace("run = sys", "sys")
+    )
+    life = live(tmp_path, source, "run", ranks=2, env=home)
+    assert life.codes == [78, 78] and "not shared" in life.text, life.texts
