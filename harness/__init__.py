@@ -17,7 +17,7 @@ Reading order, which is the order of a run:
     task.py         the task that a user defines       errors.py     errors and exit codes
     cli/            the commands                       tasks/        example tasks
     threads.py      the frames of all threads      source_code/  names that a program sets or reads
-    sharding/       checkpoints of sharded models
+    sharding/       checkpoints of sharded models      ema.py         average of the weights
 
 Imports only go down these layers, and each third-party library has one door:
 
@@ -36,7 +36,7 @@ Imports only go down these layers, and each third-party library has one door:
     data
     distributed
     config
-    store, preemption, task
+    store, preemption, task, ema
     retry, text, threads, source_code
     errors
 """

@@ -17,6 +17,7 @@ from harness.task import named
 if TYPE_CHECKING:
     from harness.config.schema import TrainSettings
     from harness.distributed.ranks import World
+    from harness.ema import Ema
     from harness.task import Task
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -31,29 +32,46 @@ class Stepper:
 
     def __init__(self, task: Task, settings: TrainSettings, world: World) -> None:
         self.task, self.settings, self.device = task, settings, world.device
-        self.modules = {
-            name: self._ready(module, world)
-            for name, module in named(task.modules, "model").items()
-        }
+        self._is_sharded = settings.shard != "none" and world.joined
         self.optimizers = named(task.optimizers, "optimizer")
+        self.modules, copies = self._prepared(world)
         self.schedulers = named(task.schedulers, "scheduler")
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=settings.precision == "fp16")
         self.guard = FiniteGuard(settings.nonfinite, settings.nonfinite_limit)
         self.averages: dict[str, Ema] = {}
         if settings.ema_decay is not None:
-            lone = not isinstance(task.modules, Mapping)
-            self.averages = {
-                "ema" if lone else f"{name}_ema": Ema(module, settings.ema_decay)
-                for name, module in self.modules.items()
-            }
+            from harness.ema import Ema
 
-    def _ready(self, module: nn.Module, world: World) -> nn.Module:
-        wrapped = wrap(module.to(world.device), world)
-        return (
-            torch.compile(wrapped)  # type: ignore[return-value]
-            if self.settings.compile
-            else wrapped
-        )
+            for name, average in copies.items():
+                key = f"{name}_ema" if isinstance(task.modules, Mapping) else "ema"
+                self.averages[key] = Ema(unwrap(self.modules[name]), average, settings.ema_decay)
+
+    def _prepared(self, world: World) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return the modules for training on all ranks, and their copies for averages if asked for.
+
+        Raises:
+            UsageError: The settings do not fit the ranks, or the optimizers the settings.
+        """
+        settings, modules = self.settings, named(self.task.modules, "model")
+        for module in modules.values():
+            module.to(world.device)
+        copies = dict[str, Any]()
+        if self._is_sharded or settings.checkpoint_activations:
+            from harness.distributed import fsdp
+
+            blocks, optimizers = self.task.blocks, self.optimizers.values()
+            copies = fsdp.prepare(modules, blocks, optimizers, settings, world)
+        elif settings.ema_decay is not None:
+            copies = copy.deepcopy(modules)
+        if not self._is_sharded:
+            modules = {name: wrap(module, world) for name, module in modules.items()}
+        if settings.compile:
+            modules = {name: torch.compile(module) for name, module in modules.items()}
+        return modules, copies
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """Return the context of a forward pass; FSDP2 casts by itself."""
+        return autocast(self.device, "fp32" if self._is_sharded else self.settings.precision)
 
     @property
     def tracked(self) -> dict[str, Any]:
@@ -119,7 +137,7 @@ class Stepper:
             raise UsageError(
                 "the task has neither `loss` nor `step`", remedy="Give Task(…, loss=…)."
             )
-        with autocast(self.device, self.settings.precision):
+        with self._autocast():
             return self.task.loss(self._as_given(self.modules), batch)
 
     def evaluate(self, batch: Any) -> dict[str, Any]:
@@ -140,7 +158,7 @@ class Stepper:
         return sums
 
     def _sums(self, modules: dict[str, nn.Module], batch: Any) -> dict[str, Any]:
-        with autocast(self.device, self.settings.precision):
+        with self._autocast():
             if self.task.evaluate is not None:
                 return dict(self.task.evaluate(self._as_given(modules), batch))
             if self.task.loss is None:
@@ -189,16 +207,18 @@ def backward(
         losses: Function from a micro-batch to its mean loss, a scalar.
         micro_batches: The micro-batches of this rank.
         weights: The factor for the mean loss of each micro-batch.
-        modules: The modules; DDP modules do not communicate before the last micro-batch.
+        modules: The modules; those of DDP and FSDP2 do not sum gradients before the last one.
         scale: Scales a loss before its backward pass, as a gradient scaler does.
     """
     total = torch.zeros((), device="cpu")
     for at, (batch, weight) in enumerate(zip(micro_batches, weights, strict=True)):
         with contextlib.ExitStack() as stack:
-            if at + 1 < len(micro_batches):
-                for module in modules:
-                    if hasattr(module, "no_sync"):
-                        stack.enter_context(module.no_sync())  # type: ignore[operator]
+            is_last = at + 1 == len(micro_batches)
+            for module in modules:
+                if hasattr(module, "set_requires_gradient_sync"):  # sharded
+                    module.set_requires_gradient_sync(is_last)  # type: ignore[operator]
+                elif hasattr(module, "no_sync") and not is_last:
+                    stack.enter_context(module.no_sync())  # type: ignore[operator]
             loss = losses(batch)
             poison = 1.0 + 0.0 * loss.detach()
             scale(loss * weight * poison).backward()  # type: ignore[no-untyped-call]
@@ -217,7 +237,8 @@ def gradient_norm(modules: Sequence[nn.Module], clip_norm: float | None) -> torc
         for parameter in module.parameters()
         if parameter.grad is not None
     ]
-    return nn.utils.clip_grad_norm_(parameters, float("inf") if clip_norm is None else clip_norm)
+    norm = nn.utils.clip_grad_norm_(parameters, float("inf") if clip_norm is None else clip_norm)
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of sharded gradients
 
 
 class FiniteGuard:
@@ -270,41 +291,3 @@ class FiniteGuard:
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Restore the number of updates skipped in a row."""
         self.skipped_in_a_row = state["skipped_in_a_row"]
-
-
-class Ema:
-    """An exponential moving average of a module's weights; buffers are copied.
-
-    average += (1 - decay) * (weight - average)
-    """
-
-    copies_buffers = True
-
-    def __init__(self, module: nn.Module, decay: float) -> None:
-        self.source, self.decay = unwrap(module), decay
-        self.module = copy.deepcopy(self.source).requires_grad_(False).eval()
-        self._hook: Callable[..., object] = lambda *_: None
-
-    def register_step_pre_hook(self, hook: Callable[..., object]) -> None:
-        """Call `hook` before each update, as an optimizer does.
-
-        The average is constant until then.
-        """
-        self._hook = hook
-
-    @torch.no_grad()
-    def update(self) -> None:
-        """Update the average with the present weights of the source module."""
-        self._hook(self)
-        if own := list(self.module.parameters()):
-            torch._foreach_lerp_(own, list(self.source.parameters()), 1 - self.decay)
-        for own, theirs in zip(self.module.buffers(), self.source.buffers(), strict=True):
-            own.copy_(theirs)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state of the averaged module."""
-        return self.module.state_dict()  # type: ignore[no-any-return]
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the state of the averaged module."""
-        self.module.load_state_dict(state)

@@ -10,7 +10,7 @@ import importlib
 import inspect
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,9 @@ class Task:
     * `evaluate(modules, batch)` returns sums over the samples of the batch, as
       {"val_loss": …, "val_acc": …}; each sum is divided by the number of samples. Without it, the
       mean of `loss` is used as "val_loss".
+    * `blocks` are the parts of the modules that are sharded (train.shard), and whose activations
+      are computed again (train.checkpoint_activations), one by one; by default, the modules of one
+      class in each ModuleList and Sequential.
     * `step(run, batch)` replaces forward, backward and update for a task with several optimizers.
       It returns the values to log.
     """
@@ -43,6 +46,7 @@ class Task:
     schedulers: Any = field(default_factory=dict)
     step: Callable[[Any, Any], Mapping[str, Any]] | None = None
     collate: Callable[[list[Any]], Any] | None = None
+    blocks: Sequence[Any] = ()
 
 
 def named(given: Any, name: str) -> dict[str, Any]:

@@ -7,8 +7,26 @@ from dataclasses import dataclass
 from typing import Any
 
 from harness.config.names import RESOLVED, stored_under_todays_names
-from harness.config.schema import FREE
 from harness.errors import UsageError
+
+# Settings that may change between two attempts without changing the trained model.
+FREE = (
+    "run.",
+    "data.num_workers",
+    "data.check_stream",
+    "checkpoint.",
+    "store.",
+    "log.",
+    "resume.",
+    "slurm.",
+    "notify.",
+    "train.epochs",
+    "train.max_steps",
+    "train.shard",
+    "train.shard_size",
+    "eval.batch_size",
+    "init.",  # read once, before the first checkpoint
+)
 
 
 @dataclass(frozen=True)

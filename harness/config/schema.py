@@ -132,6 +132,18 @@ class TrainSettings:
         one_of("fp32", "bf16", "fp16"),
     )
     compile: bool = setting(False, "Run the modules through `torch.compile`.")
+    shard: str = setting(
+        "none",
+        "Shard modules over the ranks with FSDP2: over all of them, or (hsdp) over those of a "
+        "replica.",
+        one_of("none", "fsdp", "hsdp"),
+    )
+    shard_size: int | None = setting(
+        None, "Ranks of one replica with hsdp. null: those of a node.", COUNT
+    )
+    checkpoint_activations: bool = setting(
+        False, "Compute the activations of the blocks again in the backward pass: less memory."
+    )
     clip_norm: float | None = setting(1.0, "Largest norm of the gradients.", POSITIVE)
     ema_decay: float | None = setting(None, "Decay of averaged weights. null: none.", FRACTION)
     deterministic: bool = setting(
@@ -311,22 +323,6 @@ class Config:
     slurm: SlurmSettings = field(default_factory=SlurmSettings)
 
 
-# Settings that may change between two attempts without changing the trained model.
-FREE = (
-    "run.",
-    "data.num_workers",
-    "data.check_stream",
-    "checkpoint.",
-    "store.",
-    "log.",
-    "resume.",
-    "slurm.",
-    "notify.",
-    "train.epochs",
-    "train.max_steps",
-    "eval.batch_size",
-    "init.",  # read once, before the first checkpoint
-)
 # Dicts that `flatten` does not split: values of one setting.
 WHOLE = ("init.rename", "store.keep")
 # Setting names that are keywords of Python, with the attribute names that are used instead.

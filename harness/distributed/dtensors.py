@@ -225,6 +225,16 @@ def unsharded_gradients(module: object) -> list[str]:
     return [key for key, parameter in inner.named_parameters() if id(parameter) in waiting]
 
 
+def reshard(modules: Iterable[nn.Module]) -> None:
+    """Have modules under `fully_shard` hold their parts alone, as before a forward pass.
+
+    After one without a backward pass the outermost module still holds whole parameters.
+    """
+    for module in modules:
+        for part in _fsdp_modules(module):
+            part.reshard()
+
+
 def _fsdp_parameters(module: object) -> Iterator[Any]:
     """Yield what `fully_shard` keeps of each parameter. There is no public way to it."""
     for part in _fsdp_modules(module):

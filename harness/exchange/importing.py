@@ -26,13 +26,14 @@ from harness.data import loading
 from harness.data.fingerprint import describe
 from harness.data.plan import Plan
 from harness.distributed.ranks import World
+from harness.ema import Ema
 from harness.errors import UsageError
 from harness.exchange import files, rebuild, recognise, weights
 from harness.exchange.describe import Where, assignment_table, position
 from harness.exchange.files import Loaded
 from harness.exchange.recognise import MODULE, OPTIMIZER, SCHEDULER, Part
 from harness.exchange.training_state import Assignment, load_training_state
-from harness.step import Ema, Stepper
+from harness.step import Stepper
 from harness.store import Store, open_store
 from harness.supervision import run_address
 

@@ -66,6 +66,7 @@ def evaluate(
             found = _sums(fn(loading.to_device(batches[0], world.device)))
             for name, value in found.items() if number < len(own) else ():
                 sums[name] = sums.get(name, 0.0) + float(value)
+    dtensors.reshard(modules)
     sizes, parts = zip(*world.gather((len(dataset), sums)), strict=True)
     _check_sizes(sizes)
     names = dict.fromkeys(name for part in parts for name in part)

@@ -25,11 +25,11 @@ import harness.selfcheck.trial_load as trial_load
 from harness import state
 from harness.checkpoint.format import Manifest
 from harness.distributed.wrappers import unwrap
+from harness.ema import Ema
 from harness.preemption import children
 from harness.saving import readback
 from harness.saving.writer_process import WriterProcess
 from harness.state import Captured
-from harness.step import Ema
 from harness.store import LocalStore, Store
 
 MOST_PRINTED = 5

@@ -19,6 +19,7 @@ import torch
 from harness.arguments import Settings
 from harness.distributed.ranks import World
 
+SHARDING = ("shard", "shard_size")  # settings of `train`
 # Fields that must be equal for bitwise equal steps.
 ALIKE = ("torch", "device", "world_size", "threads", "deterministic")
 
@@ -52,7 +53,7 @@ def of_program(settings: Settings) -> dict[str, Any]:
     """Return digests of the program's and the task's source, and the accepted deviations.
 
     A user who changes the source, or sets resume.accept or resume.override, expects different
-    steps.
+    steps. How `train.shard` shards is there, too: the order of sums depends on it.
     """
     task = str(setting(settings.config, "task", "name") or "").partition(":")[0]
     code = {}
@@ -65,7 +66,8 @@ def of_program(settings: Settings) -> dict[str, Any]:
     accepted = [deviation for deviation in settings.accept if deviation != "remote"]
     insisted = [f"resume.accept=[{','.join(accepted)}]"] * bool(accepted)
     insisted += [f"resume.override=[{','.join(settings.override)}]"] * bool(settings.override)
-    return {"sources": code, "insisted": insisted}
+    sharding = [setting(settings.config, "train", name) for name in SHARDING]
+    return {"sources": code, "insisted": insisted, "sharding": sharding}
 
 
 @dataclass(frozen=True)
@@ -146,15 +148,23 @@ def _machine_of(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Return which source files differ between the records of two attempts, in words."""
+    """Return what differs between the programs of two attempts, in words."""
+    kinds = [_sharding(record) for record in (before, now)]
+    sharding = [f"train.shard: {kinds[0]} before, {kinds[1]} now"] * (kinds[0] != kinds[1])
     was, is_now = (record.get("sources") for record in (before, now))
     if not (isinstance(was, dict) and isinstance(is_now, dict)):
-        return []
-    return [
+        return sharding
+    return sharding + [
         f"{name} has changed"
         for name in sorted(was.keys() | is_now.keys())
         if was.get(name) != is_now.get(name)
     ]
+
+
+def _sharding(record: Mapping[str, Any]) -> str:
+    kind = record.get("sharding")
+    shard, size = kind if isinstance(kind, list) and len(kind) == 2 else (None, None)
+    return "none" if shard in (None, "none") else f"{shard}" + (f" by {size}" if size else "")
 
 
 def _device(device: torch.device) -> str:

@@ -16,8 +16,8 @@ import harness
 from harness import state
 from harness.checkpoint import load
 from harness.checkpoint.catalog import read_catalog
+from harness.ema import Ema
 from harness.exchange.compare import differences
-from harness.step import Ema
 from harness.store import LocalStore
 
 
@@ -56,7 +56,7 @@ def trained(
         directory, seed=1, save_every_s=None, save_every_steps=1, keep_last=99, **options
     )
     model = (model or Big()).to(job.device)
-    optimizer, average = make(model), Ema(model, 0.9)
+    optimizer, average = make(model), Ema(model, copy.deepcopy(model), 0.9)
     job.track(model=model, optimizer=optimizer, average=average)
     seen: dict[int, dict] = {}
     for (x,) in job.batches(points(8 * steps), global_batch_size=8, epochs=1):

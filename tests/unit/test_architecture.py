@@ -158,7 +158,12 @@ def test_there_are_no_import_cycles():
 
 # What a loop needs only sometimes, and what builds everything else: both are imported when they
 # are used.
-GATES = {"harness.run.assembly", "harness.exchange.weights"}
+GATES = {
+    "harness.run.assembly",
+    "harness.exchange.weights",
+    "harness.ema",
+    "harness.distributed.fsdp",
+}
 
 
 def _without_types(tree: ast.Module) -> ast.Module:

@@ -29,6 +29,7 @@ from harness import train as training
 from harness.checkpoint.catalog import read_catalog
 from harness.config.schema import TrainSettings
 from harness.distributed.ranks import World
+from harness.ema import Ema
 from harness.errors import NonFiniteError, UsageError
 from harness.exchange.compare import differences
 from harness.store import LocalStore
@@ -861,15 +862,16 @@ def restored(thing, other, tmp_path):
 
 def test_averaged_weights_survive(tmp_path):
     model = net()
-    average = step.Ema(model, 0.9)
+    averaged = copy.deepcopy(model)
+    average = Ema(model, averaged, 0.9)
     with torch.no_grad():
         model.get_parameter("0.weight").fill_(1.0)
         model.get_buffer("1.running_mean").fill_(5.0)
-    start = average.module[0].weight.clone()
+    start = averaged.get_parameter("0.weight").clone()
     average.update()
-    torch.testing.assert_close(average.module[0].weight, start + 0.1 * (1 - start))
-    assert torch.all(average.module[1].running_mean == 5.0)
-    other = restored(average, step.Ema(net(), 0.9), tmp_path)
+    torch.testing.assert_close(averaged.get_parameter("0.weight"), start + 0.1 * (1 - start))
+    assert torch.all(averaged.get_buffer("1.running_mean") == 5.0)
+    other = restored(average, Ema(net(), net(), 0.9), tmp_path)
     assert list(differences(average.state_dict(), other.state_dict())) == []
     assert not other.module.training and not any(p.requires_grad for p in other.module.parameters())
 
