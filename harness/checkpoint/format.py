@@ -82,9 +82,14 @@ def manifest_key(step: int, attempt: int) -> str:
     return f"{CHECKPOINTS}/{stem(step, attempt)}.json"
 
 
+def stem_of(data_key: str) -> str:
+    """Return the name of the checkpoint that a data file belongs to."""
+    return data_key.split("/")[1].removesuffix(".pt")
+
+
 def manifest_of(data_key: str) -> str:
     """Return the key of the manifest that names a data file."""
-    return f"{CHECKPOINTS}/{data_key.split('/')[1].removesuffix('.pt')}.json"
+    return f"{CHECKPOINTS}/{stem_of(data_key)}.json"
 
 
 def attempt_key(attempt: int) -> str:

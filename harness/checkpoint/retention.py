@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,7 @@ from harness.errors import UsageError
 from harness.store import TEMP, Store
 
 ALWAYS_KEPT = 2
+DELETED_AT_ONCE = 8
 RECORDED = "retention"  # field of an attempt's record
 
 
@@ -191,8 +193,9 @@ def apply(
     """Delete checkpoints that the policy does not keep, and unfinished data of earlier attempts.
 
     Call it right after a commit of this attempt. That commit has cut off every earlier attempt, so
-    data that those left without a manifest can never count again. In a remote store such data stays
-    all the same: its owner may be alive elsewhere and would fail without it.
+    data that those left without a manifest can never count again. In a remote store a main file
+    stays all the same: its owner may be alive elsewhere and would fail without it. Shards go there,
+    too: a kill leaves as many as there are ranks.
 
     The store is listed each time, because others may have deleted checkpoints.
 
@@ -219,13 +222,13 @@ def apply(
         check_fence(store, attempt)
         delete(store, manifest)
         gone.append(manifest.name)
-    return gone + (_sweep(store, attempt, catalog) if store.is_local else [])
+    return gone + _sweep(store, attempt, catalog)
 
 
 def _sweep(store: Store, attempt: Attempt, catalog: Catalog) -> list[str]:
     """Delete what earlier attempts have left without a manifest; return the keys."""
     gone = []
-    for key in (*catalog.orphans, *catalog.orphan_folders):
+    for key in (*(catalog.orphans if store.is_local else ()), *catalog.orphan_folders):
         match = fmt.CHECKPOINT_NAME.match(key) or fmt.FOLDER_NAME.match(key)
         if match and int(match["attempt"]) < attempt.number:
             check_fence(store, attempt)
@@ -240,10 +243,19 @@ def delete(store: Store, manifest: Manifest) -> None:
     Data that remains after a crash in between is no checkpoint.
     """
     store.delete(manifest.key)
-    for file in manifest.files:
-        store.delete(file.key)
+    _delete_keys(store, [file.key for file in manifest.files])
     if manifest.shards:
         store.drop_folder(f"{fmt.CHECKPOINTS}/{manifest.name}")
+
+
+def _delete_keys(store: Store, keys: Sequence[str]) -> None:
+    """Delete files, several at once where each one takes a request."""
+    if store.is_local:
+        for key in keys:
+            store.delete(key)
+        return
+    with ThreadPoolExecutor(DELETED_AT_ONCE) as pool:
+        list(pool.map(store.delete, keys))
 
 
 def shards_in(store: Store, folder: str) -> list[str]:
@@ -257,6 +269,5 @@ def delete_folder(store: Store, folder: str) -> None:
 
     Raises StorageError.
     """
-    for key in shards_in(store, folder):
-        store.delete(key)
+    _delete_keys(store, shards_in(store, folder))
     store.drop_folder(folder)

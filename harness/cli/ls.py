@@ -159,7 +159,7 @@ def _state(store: Store, part: Catalog, manifest: Manifest, verify: bool) -> str
     if part.sizes.get(key) != manifest.data.size_bytes:
         return "WRONG SIZE" if key in part.sizes else "MISSING"
     if any(part.size_of(store, file) != file.size_bytes for file in manifest.shards):
-        return "SHARDS MISSING"
+        return "SHARDS MISSING" if store.exists(manifest.key) else "deleted meanwhile"
     if verify:
         (_, problem), *_ = locate.verify(store, manifest)
         return (

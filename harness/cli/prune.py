@@ -33,7 +33,7 @@ from harness.store.remote import RemoteStore
 from harness.text import say
 
 # The keys of the files that a run uploads; see `fmt`. Only a large file is uploaded in parts.
-OWN = re.compile(rf"{fmt.CHECKPOINTS}/step_\d+-\d+\.|{fmt.EVENTS}/\d+[.-]|{fmt.FILES}/.")
+OWN = re.compile(rf"{fmt.CHECKPOINTS}/step_\d+-\d+[./]|{fmt.EVENTS}/\d+[.-]|{fmt.FILES}/.")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -178,7 +178,10 @@ def _still_damaged(store: Store, catalog: Catalog) -> list[str]:
                 raise problem
             # Since it was listed, the run may have uploaded it again, and lifted the mark.
             is_damaged = problem is not None and store.exists(mark)
-        keys += [key, f"{key.removesuffix('.json')}.pt", mark] if is_damaged else [mark]
+        if is_damaged:
+            data = key.removesuffix(".json")
+            keys += [key, f"{data}.pt", *retention.shards_in(store, data)]
+        keys.append(mark)
     return keys
 
 

@@ -167,7 +167,12 @@ def check_sharded_by_fsdp(name: str, module: object) -> None:
     inner = unwrap(module)
     if not isinstance(inner, nn.Module):
         return
-    by_fsdp = {id(held.sharded_param) for held in _fsdp_parameters(inner) if not held.is_dtensor}
+    by_fsdp = {
+        id(held.sharded_param)
+        for group in _fsdp_groups(inner)
+        for held in group.fsdp_params
+        if not held.is_dtensor
+    }
     others = [
         key
         for key, tensor in (*inner.named_parameters(), *inner.named_buffers())
@@ -208,21 +213,23 @@ def check_optimizer_state(name: str, optimizer: object) -> None:
                 )
 
 
-def unsharded_gradients(module: object) -> list[str]:
-    """Return the names of parameters whose gradients are accumulated whole on each rank.
+def hidden_gradients(module: object) -> set[int]:
+    """Return the ids of parameters whose gradients are accumulated where no state holds them.
 
-    That is so between `set_requires_gradient_sync(False)` and the next synchronisation.
+    That is so between `set_requires_gradient_sync(False)`, or `set_requires_all_reduce(False)` with
+    a mesh of two dimensions, and the next synchronisation.
     """
-    inner = unwrap(module)
-    if not isinstance(inner, nn.Module):
-        return []
-    waiting = {
-        id(held.sharded_param)
-        for held in _fsdp_parameters(inner)
-        if getattr(held, "unsharded_accumulated_grad", None) is not None
-        or getattr(getattr(held, "_unsharded_param", None), "grad", None) is not None
-    }
-    return [key for key, parameter in inner.named_parameters() if id(parameter) in waiting]
+    found = set[int]()
+    for group in _fsdp_groups(module):
+        is_summed = getattr(group, "_partial_reduce_output", None) is not None
+        for held in group.fsdp_params:
+            if (
+                is_summed
+                or getattr(held, "unsharded_accumulated_grad", None) is not None
+                or getattr(getattr(held, "_unsharded_param", None), "grad", None) is not None
+            ):
+                found.add(id(held.sharded_param))
+    return found
 
 
 def reshard(modules: Iterable[nn.Module]) -> None:
@@ -235,13 +242,12 @@ def reshard(modules: Iterable[nn.Module]) -> None:
             part.reshard()
 
 
-def _fsdp_parameters(module: object) -> Iterator[Any]:
-    """Yield what `fully_shard` keeps of each parameter. There is no public way to it."""
+def _fsdp_groups(module: object) -> Iterator[Any]:
+    """Yield what `fully_shard` keeps of the parameters. There is no public way to it."""
     for part in _fsdp_modules(module):
         held = part._get_fsdp_state()
         groups = getattr(held, "_fsdp_param_groups", [getattr(held, "_fsdp_param_group", None)])
-        for group in filter(None, groups):
-            yield from group.fsdp_params
+        yield from filter(None, groups)
 
 
 def _fsdp_modules(module: object) -> Iterator[Any]:

@@ -32,6 +32,8 @@ class TakenParts(dict[str, Part]):
     def __init__(self) -> None:
         super().__init__()
         self.by_identity = dict[int, Part]()  # of the plain tensor
+        # By address of the plain tensor: the sharded one, which counts writes that it does not.
+        self.live = dict[int, Any]()
 
     def take(self, path: str, part: Part) -> None:
         """Add a part."""
@@ -101,6 +103,7 @@ def take(parts: TakenParts | None, where: Any, tensor: Any, saved: Any) -> torch
     else:
         standing = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
     parts.take(path, Part(kept, layout, tuple(tensor.shape), standing))
+    parts.live[kept.data_ptr()] = tensor
     return standing
 
 

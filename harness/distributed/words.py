@@ -92,9 +92,9 @@ class Words:
         done = threading.Event()
 
         def run() -> None:
-            # The store ends with the launcher. The main thread will notice that too.
-            with contextlib.suppress(RuntimeError):
-                while not done.wait(HEARTBEAT_S):
+            while not done.wait(HEARTBEAT_S):
+                # The store ends with the launcher. The main thread will notice that too.
+                with contextlib.suppress(RuntimeError):
                     for heart in hearts:
                         self._store.add(heart, 1)
 
@@ -116,13 +116,18 @@ def as_word(error: BaseException, rank: int | None) -> dict[str, Any]:
     text = str(error) if is_known else f"{type(error).__name__}: {error}"
     if rank is not None or not is_known:
         text = f"rank {rank or 0}: {text}"
-    return {"code": getattr(error, "exit_code", EXIT_FAILED), "error": text}
+    code = getattr(error, "exit_code", EXIT_FAILED)
+    return {"code": code, "error": text, "is_lost": isinstance(error, LostRankError)}
 
 
 def raise_word(word: dict[str, Any]) -> None:
     """Raise the error in a word, if it is one."""
     if "error" in word:
-        raise by_exit_code(word["code"], word["error"])
+        raise (
+            LostRankError(word["error"])
+            if word["is_lost"]
+            else by_exit_code(word["code"], word["error"])
+        )
 
 
 @contextlib.contextmanager

@@ -59,6 +59,7 @@ class StopAgreement:
         self._throughput = throughput
         self.deadline = deadline.Deadline(settings.grace_s, clock=clock)
         self._next, self._interval = 0, 1
+        self._held_back = 0  # steps by which a stop was put off, until the state can be saved
         self._clock, self._looks_at_s = clock, 0.0
         self._saves_asked = threading.Event()
         self._over = threading.Event()
@@ -135,12 +136,16 @@ class StopAgreement:
                 self.settings.margin_s + deadline.SAFETY * needed_s
             ):
                 preemption.request(TIME_LIMIT)
+        is_asked, sharded = preemption.requested() is not None, checkpointer.sharded
         proposal = [
-            int(preemption.requested() is not None),
+            int(is_asked),
             int(saving),
             interval if self.world.is_writer else 0,
+            int(is_asked and sharded is not None and sharded.must_go_on()),
         ]
-        stopping, save, interval = self.world.agree(proposal)
+        stopping, save, interval, goes_on = self.world.agree(proposal)
+        if stopping and goes_on and self._held_back < MOST_STEPS:
+            self._held_back, stopping, interval = self._held_back + 1, 0, 1
         self._next, self._interval = step + interval, interval
         return True, bool(stopping), bool(save)
 

@@ -115,9 +115,7 @@ class AsyncSaver:
         self._is_used = True
         compared, self._compare = self._compare, self._compare_all
         try:
-            snapshot = Snapshot(
-                captured.payload, captured.steady, captured.gpu_sources(), self._gpu_copy
-            )
+            snapshot = self._snapshot(captured)
             self._staging.check_room(snapshot.size_bytes)
             if snapshot.rest_bytes > MOST_REST_BYTES:
                 self._take_at_once(
@@ -142,6 +140,10 @@ class AsyncSaver:
             self._job = job
             self._notify()
         job.blocked_s = time.perf_counter() - began_at
+
+    def _snapshot(self, captured: Captured) -> Snapshot:
+        sources, watched = captured.gpu_sources(), captured.watched
+        return Snapshot(captured.payload, captured.steady, sources, self._gpu_copy, watched)
 
     def make_room(self, size_bytes: int, device: torch.device) -> None:
         """Prepare the staging buffer in the background, before it is needed.

@@ -17,7 +17,8 @@ from harness.config import stored_form
 from harness.errors import HarnessError, SaveError, StorageError
 from harness.saving.current_attempt import CurrentAttempt, Parts
 from harness.saving.save_job import Job
-from harness.sharding.sharded_save import Request, sharded_save
+from harness.sharding.save_protocols import WAIT, Request
+from harness.sharding.sharded_save import sharded_save
 from harness.state import Captured
 from harness.store import Sink, Store
 
@@ -40,7 +41,7 @@ class Checkpointer(CurrentAttempt):
         self._save_status = (
             "nothing saved yet" if self.saved_step is None else f"saved step {self.saved_step}"
         )
-        self._committed, self._has_room, self._slow_reason = False, False, ""
+        self._committed, self._has_room, self._said = False, False, {""}
 
     @property
     def status_line(self) -> str:
@@ -78,9 +79,8 @@ class Checkpointer(CurrentAttempt):
     def is_due(self, left_s: float) -> bool:
         """Return whether to save now: by the clock, or because the resume point is gone.
 
-        Also returns True if a background task has failed, as `save` raises or reports that, and if
-        the state that the attempt resumed from is only in memory. `left_s` is the time until the
-        end of the run, in seconds.
+        Also if a background task has failed, as `save` raises or reports that, and if the resume
+        point is only in memory. `left_s` is the time until the end of the run, in seconds.
         """
         if (
             self.background.has_failed
@@ -98,10 +98,9 @@ class Checkpointer(CurrentAttempt):
             return False
         # Until the first commit only the resume point holds the state of the run. A stale process
         # that still runs may have deleted it.
-        try:
+        with contextlib.suppress(StorageError):
             return not self.store.exists(self.origin.key)
-        except StorageError:
-            return False
+        return False
 
     def save(
         self,
@@ -182,7 +181,7 @@ class Checkpointer(CurrentAttempt):
         if not self.background.is_unable:
             self.background.start(captured, details, began_at, self._finish)
             problem = self.background.wait() if wait else ""
-        self.report_wait(self.background.slow_reason)
+        self.say_once(WAIT.format(reason) if (reason := self.background.slow_reason) else "")
         # There is no memory for a copy of the state, or the state holds more than plain tensors.
         if self.background.is_unable:
             self.background.saved_otherwise()
@@ -196,11 +195,11 @@ class Checkpointer(CurrentAttempt):
         if self._uploader:
             self._uploader.check()
 
-    def report_wait(self, reason: str) -> None:
-        """Say why saves make training wait, unless that was said; "" for nothing."""
-        if reason not in ("", self._slow_reason):
-            self._slow_reason = reason
-            self._say(f"harness: saves make training wait: {reason}")
+    def say_once(self, text: str) -> None:
+        """Print a line, once; "" for nothing."""
+        if text not in self._said:
+            self._said.add(text)
+            self._say(f"harness: {text}")
 
     def _finish(self, job: Job, write: Callable[[Sink], None], check: Callable[[], None]) -> None:
         """Commit a copied state; called in the background."""
@@ -303,9 +302,10 @@ class Checkpointer(CurrentAttempt):
         self.save_policy.step(self.is_saving, self.save_s)
         if not self._has_room and (self.world.is_writer or self.sharded):
             self._has_room = True
-            self.background.make_room(state.size_bytes(tracked), self.world.device)
-            if self.world.is_writer:
-                self.recomputed.look_at(tracked)
+            size_bytes = state.size_bytes(tracked)
+            if self.sharded is None or self.sharded.has_room(size_bytes):
+                self.background.make_room(size_bytes, self.world.device)
+            self.recomputed.look_at(tracked)
         self.background.at_boundary()
 
     def about(

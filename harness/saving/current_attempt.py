@@ -137,8 +137,9 @@ class CurrentAttempt:
         number, run_id, nonce = self.world.on_writer(claim, give_up=give_up)
         self.attempt = Attempt(number, run_id, nonce)
         self._exit_record.begun(self.stores, self.attempt, self.world, self.background.close)
-        if self.store.is_local and (len(self.stores) == 1 or self.sharded):
-            check_shared(self.store, self.attempt, self.world)
+        for store in self.stores if self.sharded or len(self.stores) == 1 else ():
+            if store.is_local:
+                check_shared(store, self.attempt, self.world)
         if self.sharded:
             self.sharded.begin(self.attempt)
         self.save_policy.begun()
@@ -203,7 +204,10 @@ class CurrentAttempt:
                 route, attempt, event_log, self._store_health, self.recomputed.log
             )
             there = [
-                m for m in catalog.parts[-1].manifests if m.key not in catalog.parts[-1].marked
+                m
+                for m in catalog.parts[-1].manifests
+                if m.key not in catalog.parts[-1].marked
+                and (not m.shards or self.stores[-1] in catalog.whole_copies(m))
             ]
             verified = self._resume_point.read_from(len(self.stores) - 1)
             self._uploader.start(here, there, self.origin, verified, catalog.parts[-1].known)

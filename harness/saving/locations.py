@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from pathlib import Path
@@ -16,7 +17,7 @@ from harness.checkpoint.retention import Policy
 from harness.distributed.ranks import World
 from harness.errors import DamagedError, UsageError
 from harness.monitoring.store_health import StoreHealth
-from harness.store import LocalStore, Store, is_url, open_store, redacted
+from harness.store import LocalStore, Store, open_store, redacted
 from harness.text import say
 
 SHARED_WITHIN_S = 10.0
@@ -33,7 +34,7 @@ def places(directory: str | Path | None, remote: str | None, wait_s: float) -> t
     Raises:
         UsageError: no store is given, both are the same one, or the directory is a URL.
     """
-    if directory is not None and is_url(str(directory)):
+    if directory is not None and re.match(r"[a-z][a-z0-9+.-]+:/", str(directory)):
         raise UsageError(
             f"run.dir is a URL: {redacted(str(directory))}",
             "expected: a local directory",
@@ -109,7 +110,7 @@ def check_shared(store: Store, attempt: Attempt, world: World) -> None:
         raise UsageError(
             f"the run directory is not shared: rank(s) {blind} do not see what rank 0 wrote",
             f"found: {store}",
-            "Put run.dir on a file system that all nodes share.",
+            "Put it on a file system that all nodes share.",
         )
 
 

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 
+from harness.checkpoint import format as fmt
 from harness.checkpoint import replicate
 from harness.checkpoint.format import Manifest
 from harness.checkpoint.retention import Policy
@@ -65,6 +66,7 @@ class UploadQueue:
         self._there: set[str] = set()
         self._newest: Manifest | None = None
         self._early: EarlyUpload | None = None
+        self._current: EarlyUpload | None = None  # the last result of `next`
 
     def begin(self, history: Collection[Manifest], there: Collection[Manifest]) -> None:
         """Set which checkpoints exist before the upload thread starts.
@@ -128,6 +130,12 @@ class UploadQueue:
                 else []
             )
 
+    def pinned(self) -> set[str]:
+        """Return the names of the checkpoints that are still to be uploaded, or are on the way."""
+        with self._changed:
+            current = {fmt.stem_of(self._current.key)} if self._current else set[str]()
+            return current | {manifest.name for manifest in self.wanted()}
+
     @property
     def has_next(self) -> bool:
         """Return whether `next` has an upload to return, as far as is known."""
@@ -141,6 +149,11 @@ class UploadQueue:
         missing, this waits until it is committed, because only then is it known which of them are
         still wanted.
         """
+        with self._changed:
+            self._current = self._next()
+            return self._current
+
+    def _next(self) -> EarlyUpload | None:
         with self._changed:
             early, self._early = self._early, None
             while early is not None and early.is_final and self.wanted():

@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
 from functools import partial
 
+from harness.checkpoint import format as fmt
 from harness.checkpoint import replicate, retention
 from harness.checkpoint.attempts import Attempt, check_fence
 from harness.checkpoint.format import Manifest
@@ -135,7 +136,7 @@ class Uploader:
 
     def pinned(self) -> set[str]:
         """Return the names of checkpoints that must not be deleted from the run directory yet."""
-        return {manifest.name for manifest in self._queue.wanted()}
+        return self._queue.pinned()
 
     def check(self) -> None:
         """Raise the error that ends the run, if any: SupersededError, or an internal error."""
@@ -300,7 +301,7 @@ class Uploader:
                 self._on_progress,
             )
         except DamagedError as error:  # the run directory's copy is damaged: nothing can be sent
-            name = early.key.rpartition("/")[2].removesuffix(".pt")
+            name = fmt.stem_of(early.key)
             self._queue.forget([name])
             self._status.report_damage(name, error)
             return

@@ -21,7 +21,8 @@ from harness.checkpoint.format import DataFile
 from harness.distributed.ranks import World
 from harness.distributed.words import as_word, raise_word
 from harness.errors import StorageError
-from harness.sharding.writer_commit import Costs, WriterCommit
+from harness.sharding.save_protocols import Costs
+from harness.sharding.writer_commit import WriterCommit
 from harness.store import Sink, Store
 
 CLEAN_UP_S = 5.0  # retry limit for deleting what a failed save has left
@@ -57,6 +58,7 @@ class RankSave:
         self._commit, self._give_up = commit, give_up
         self._decided, self._is_on = threading.Event(), False
         self._file: DataFile | None = None
+        self._error: BaseException | None = None  # of the commit, on the writer
         self._begun_at = time.perf_counter()
         self.waited_s = 0.0  # how long training has waited until all ranks had begun
         self.problem = ""  # why there is no checkpoint, although training goes on
@@ -74,6 +76,8 @@ class RankSave:
         self.waited_s = time.perf_counter() - self._begun_at
         self._is_on = is_on
         self._decided.set()
+        if not is_on:
+            self._heart.close()
 
     def write(self, write: Callable[[Sink], None], check: Callable[[], None]) -> None:
         """Write the shard durably, once all ranks have begun.
@@ -124,19 +128,21 @@ class RankSave:
             if self._commit is not None:
                 answer = self._answer(word, self._commit, costs)
             else:
-                self._world.words.tell(self._key(self._world.rank), word)
+                self._world.words.tell(self._key(str(self._world.rank)), word)
                 answer = self._world.words.receive(
-                    f"saved/{self._number}", "saving/0", "the writing rank", self._give_up
+                    self._key("answer"), "saving/0", "the writing rank", self._give_up
                 )
-            if answer.get("problem") or "error" in answer:
+            if answer["is_left_over"]:
                 self._clean_up()
+            if self._error is not None:
+                raise self._error
             raise_word(answer)
             self.problem, self.must_repeat = answer["problem"], answer["must_repeat"]
         finally:
             self._heart.close()
 
-    def _key(self, rank: int) -> str:
-        return f"shard/{self._number}/{rank}"
+    def _key(self, name: str) -> str:
+        return f"save/{self._attempt.number}/{self._number}/{name}"
 
     def _word(
         self, problem: str, must_repeat: bool, failure: BaseException | None
@@ -156,21 +162,26 @@ class RankSave:
         An error ends training, on all ranks: it is in the answer.
         """
         words = self._world.words
+        # A request to create the manifest in a bucket may still be carried out after it has failed.
+        may_exist = False
         try:
             heard = [own, *map(self._heard, range(1, self._world.size))]
-            if self._number > 1 and self._world.size > 1:
-                words.drop(f"saved/{self._number - 1}")  # all ranks have received it
             for word in heard:
                 raise_word(word)
+            lacking = [word for word in heard if "problem" in word]
+            may_exist = not (lacking or self._store.is_local)
             answer = _outcome(heard, commit, costs)
         except BaseException as error:  # noqa: BLE001 - `end` raises it, on every rank
-            answer = as_word(error, None)
+            answer, self._error = as_word(error, None), error
+        failed = bool("error" in answer or answer["problem"])
+        answer["is_left_over"] = failed and not may_exist
         if self._world.size > 1:
-            words.tell(f"saved/{self._number}", answer)
+            words.tell(self._key("answer"), answer)
+            words.drop(f"save/{self._attempt.number}/{self._number - 1}/answer")  # all have it
         return answer
 
     def _heard(self, rank: int) -> dict[str, Any]:
-        words, key = self._world.words, self._key(rank)
+        words, key = self._world.words, self._key(str(rank))
         word: dict[str, Any] = words.receive(key, f"saving/{rank}", f"rank {rank}", self._give_up)
         words.drop(key)
         return word
@@ -197,4 +208,5 @@ def _outcome(
             commit.not_saved(problem)
         return {"problem": problem, "must_repeat": must_repeat}
     files = tuple(DataFile(word["name"], word["size_bytes"], word["digest"]) for word in heard)
-    return {"problem": commit.commit(files, costs), "must_repeat": False}
+    problem, must_repeat = commit.commit(files, costs)
+    return {"problem": problem, "must_repeat": must_repeat}

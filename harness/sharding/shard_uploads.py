@@ -7,14 +7,18 @@ manifest there.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
+from harness.checkpoint import format as fmt
 from harness.checkpoint.attempts import Attempt
 from harness.checkpoint.format import DataFile, Manifest
+from harness.checkpoint.load import check_bytes
 from harness.checkpoint.replicate import send_shard
 from harness.distributed.ranks import World
 from harness.distributed.words import as_word, raise_word
@@ -46,7 +50,21 @@ def send_alone(shipment: Shipment) -> None:
         StorageError: a store fails.
     """
     for file in shipment.manifest.shards:
-        send_shard(shipment.source, file, shipment.remote, shipment.attempt, shipment.sent)
+        _send(shipment, file)
+    _complete(shipment)
+
+
+def _send(shipment: Shipment, file: DataFile) -> None:
+    send_shard(shipment.source, file, shipment.remote, shipment.attempt, shipment.sent)
+
+
+def _complete(shipment: Shipment) -> None:
+    """Send what has vanished from the remote store since it was sent: others may delete there."""
+    folder = fmt.folder_key(shipment.manifest.step, shipment.manifest.attempt)
+    there = {entry.key: entry.size_bytes for entry in shipment.remote.entries(folder)}
+    for file in shipment.manifest.shards:
+        if there.get(file.key) != file.size_bytes:
+            _send(shipment, file)
 
 
 class ShardUploads:
@@ -73,7 +91,7 @@ class ShardUploads:
             self._thread.start()
 
     def close(self) -> None:
-        """End the thread; an upload in flight is given up."""
+        """End the thread; an upload in flight is given up. The writer sends alone from now on."""
         self._over.set()
         if self._thread.is_alive():
             self._thread.join(2 * LOOK_S)
@@ -85,91 +103,106 @@ class ShardUploads:
             DamagedError: a shard does not match the manifest.
             StorageError: a store fails for a rank, or a rank does not answer.
         """
-        files = shipment.manifest.shards
-        words, size = self._world.words, self._world.size
+        files, words = shipment.manifest.shards, self._world.words
+        shares = [files[rank :: self._world.size] for rank in range(self._world.size)]
         self._number += 1
-        for rank in range(1, size):
-            share = [dataclasses.asdict(file) for file in files[rank::size]]
-            words.tell(f"send/{rank}", {"number": self._number, "files": share})
-        self._send(files[::size], shipment.attempt, shipment.remote, shipment.sent)
-        seen = [-1]
+        for rank, share in list(enumerate(shares))[1:]:
+            named = [dataclasses.asdict(file) for file in share]
+            words.tell(_request(shipment.attempt, rank), {"number": self._number, "files": named})
+        self._send_share(shares[0], partial(_send, shipment))
+        for rank, share in list(enumerate(shares))[1:]:
+            answer = None if self._over.is_set() else self._heard(shipment, rank)
+            if answer is None:
+                for file in share:
+                    _send(shipment, file)
+                continue
+            raise_word(answer)
+            if answer["problem"] and answer["is_damaged"]:
+                check_bytes(shipment.source, share)  # raises if it is damaged for all
+                for file in share:
+                    _send(shipment, file)
+            elif answer["problem"]:
+                what = f"rank {rank}: {answer['problem']}"
+                raise StorageError(what, answer["found"], answer["remedy"])
+        _complete(shipment)
+
+    def _heard(self, shipment: Shipment, rank: int) -> dict[str, Any] | None:
+        """Return the answer of a rank; None if it is silent, or this process has left the loop."""
+        words, seen = self._world.words, -1
 
         def look() -> None:
+            nonlocal seen
+            if self._over.is_set():
+                raise _LeftError
             if shipment.is_given_up():
                 raise StorageError(f"the upload of {shipment.manifest.name} is given up")
-            if (now := words.beats(PROGRESS)) != seen[0]:
-                seen[0] = now
+            if (now := words.beats(PROGRESS)) != seen:
+                seen = now
                 shipment.sent()
 
-        for rank in range(1, size):
-            try:
-                answer = words.receive(
-                    f"sent/{rank}",
-                    f"sending/{rank}",
-                    f"rank {rank}",
-                    look,
-                    lambda word: word["number"] == self._number,
-                )
-            except LostRankError as error:
-                raise StorageError(error.what, error.found, error.remedy) from error
-            raise_word(answer)
-            if answer["problem"]:
-                kind = DamagedError if answer["is_damaged"] else StorageError
-                raise kind(f"rank {rank}: {answer['problem']}", answer["found"], answer["remedy"])
+        try:
+            answer: dict[str, Any] = words.receive(
+                f"{_request(shipment.attempt, rank)}/sent",
+                f"sending/{rank}",
+                f"rank {rank}",
+                look,
+                lambda word: word["number"] == self._number,
+            )
+        except (LostRankError, _LeftError):
+            return None
+        return answer
 
-    def _send(
-        self,
-        files: Sequence[DataFile],
-        attempt: Attempt,
-        remote: Store,
-        sent: Callable[[], object],
-    ) -> None:
+    def _send_share(self, files: Sequence[DataFile], send: Callable[[DataFile], object]) -> None:
         """Send these shards, but for those that have arrived in an earlier try."""
         self._arrived &= {file.name for file in files}
         for file in files:
             if file.name not in self._arrived:
-                send_shard(self._source, file, remote, attempt, sent)
+                send(file)
                 self._arrived.add(file.name)
 
     def _run(self) -> None:
+        assert self._attempt is not None, "it has begun"
         words, rank = self._world.words, self._world.rank
-        try:
-            while not self._over.wait(LOOK_S):
-                request = words.peek(f"send/{rank}")
+        key = _request(self._attempt, rank)
+        while not self._over.wait(LOOK_S):
+            with contextlib.suppress(LostRankError):  # the main thread will notice that too
+                request = words.peek(key)
                 if request is None or request["number"] == self._number:
                     continue
-                self._number = request["number"]
                 with words.beating(f"sending/{rank}"):
-                    answer = self._answer(request)
-                words.tell(f"sent/{rank}", answer | {"number": self._number})
-        except LostRankError:
-            return  # the writer has ended; the main thread will notice that too
+                    answer = self._answer(key, request, self._attempt)
+                words.tell(f"{key}/sent", answer | {"number": request["number"]})
+                self._number = request["number"]
 
-    def _answer(self, request: dict[str, Any]) -> dict[str, Any]:
+    def _answer(self, key: str, request: dict[str, Any], attempt: Attempt) -> dict[str, Any]:
         """Send what a request of the writer names; return the answer to it."""
-        words = self._world.words
-        counted_at, looked_at, is_dropped = 0.0, time.monotonic(), False
+        words, counted_at, looked_at, is_dropped = self._world.words, 0.0, time.monotonic(), False
 
         def count() -> None:
             nonlocal counted_at
             if time.monotonic() > counted_at + 1:
                 counted_at = time.monotonic()
-                words.beat(PROGRESS)
+                with contextlib.suppress(LostRankError):
+                    words.beat(PROGRESS)
 
         def drops() -> bool:
-            """Return whether the writer has asked for something else meanwhile."""
+            """Return whether the writer has asked for other shards meanwhile, or has ended."""
             nonlocal looked_at, is_dropped
-            if time.monotonic() > looked_at + LOOK_S:
+            if time.monotonic() > looked_at + LOOK_S and not is_dropped:
                 looked_at = time.monotonic()
-                newer = words.peek(f"send/{self._world.rank}")
-                is_dropped = newer is not None and newer["number"] != request["number"]
+                try:
+                    is_dropped = words.peek(key)["files"] != request["files"]
+                except LostRankError:
+                    is_dropped = True
             return is_dropped or self._over.is_set()
 
-        assert self._attempt is not None, "it has begun"
-        files = [DataFile(**file) for file in request["files"]]
-        remote = self._remote.with_retry_limit(RETRIED_S, drops, drops)
         try:
-            self._send(files, self._attempt, remote, count)
+            files = [DataFile(**file) for file in request["files"]]
+            remote = self._remote.with_retry_limit(RETRIED_S, drops, drops)
+            remote.listen(lambda *retried: None, count)
+            self._send_share(
+                files, lambda file: send_shard(self._source, file, remote, attempt, count)
+            )
         except (StorageError, DamagedError) as error:
             return {
                 "problem": error.what,
@@ -180,3 +213,11 @@ class ShardUploads:
         except BaseException as error:  # noqa: BLE001 - the writer raises it
             return as_word(error, self._world.rank)
         return {"problem": ""}
+
+
+class _LeftError(Exception):
+    """The writer has left the loop, and waits for no other rank."""
+
+
+def _request(attempt: Attempt, rank: int) -> str:
+    return f"send/{attempt.number}/{rank}"

@@ -12,7 +12,7 @@ import dataclasses
 import hashlib
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -25,62 +25,13 @@ from harness.distributed.ranks import World
 from harness.errors import HarnessError, UsageError
 from harness.sharding import shards
 from harness.sharding.main_file import MainFile
+from harness.sharding.memory_room import lacking_memory
 from harness.sharding.rank_save import RankSave
+from harness.sharding.save_protocols import WAIT, Job, RankCheckpointer, Request, Saver
 from harness.sharding.shard_uploads import ShardUploads
-from harness.sharding.writer_commit import RankCheckpointer, WriterCommit
+from harness.sharding.writer_commit import WriterCommit
 from harness.state import Captured
-from harness.store import Sink, Store
-
-
-class Job(Protocol):
-    """A save in flight of the background saver."""
-
-    problem: str
-    failure: BaseException | None
-
-    def costs(self) -> dict[str, float]:
-        """Return what the save has cost so far."""
-
-
-class Saver(Protocol):
-    """The background saver of a rank."""
-
-    is_unable: bool
-    must_repeat: bool
-    slow_reason: str
-
-    def start(
-        self,
-        captured: Captured,
-        about: About,
-        began_at: float,
-        finish: Callable[[Any, Callable[[Sink], None], Callable[[], None]], None],
-        ended: Callable[[Any], tuple[str, bool]],
-    ) -> None:
-        """Begin to save a captured state."""
-
-    def wait(self) -> str:
-        """Wait for the save in flight; return why there is no checkpoint, or ""."""
-
-    def saved_otherwise(self) -> None:
-        """Note that a save that was dropped need not be repeated."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """A save that the loop asks for.
-
-    Args:
-        capture: returns the state to save.
-        about: returns the manifest entries that are not part of the state; for the writer.
-        began_at: when the save began, by `time.perf_counter`.
-        wait: wait until the checkpoint is committed.
-    """
-
-    capture: Callable[[], Captured]
-    about: Callable[[], About]
-    began_at: float
-    wait: bool
+from harness.store import Store
 
 
 class ShardedSave:
@@ -89,14 +40,16 @@ class ShardedSave:
     Args:
         world: the ranks of this attempt.
         stores: the stores of the run; all ranks see the first one, in which a save is committed.
+        tracked: the tracked objects, by name.
     """
 
-    def __init__(self, world: World, stores: tuple[Store, ...]) -> None:
-        self._world = world
+    def __init__(self, world: World, stores: tuple[Store, ...], tracked: Mapping[str, Any]) -> None:
+        self._world, self._tracked = world, tracked
         self.uploads = ShardUploads(world, *stores) if len(stores) > 1 else None
-        self._main, self._count, self._is_checked = MainFile(), 0, False
+        self._main, self._count, self._checked_table = MainFile(), 0, ""
         self._current: RankSave | None = None
         self._is_background = self._is_left = False
+        self._no_room = ""  # why parts cannot be copied, if they cannot
 
     def begin(self, attempt: Attempt) -> None:
         """Take part in the uploads from now on."""
@@ -104,7 +57,12 @@ class ShardedSave:
             self.uploads.begin(attempt)
 
     def save(
-        self, checkpointer: RankCheckpointer, request: Request, give_up: Callable[[], object]
+        self,
+        checkpointer: RankCheckpointer,
+        request: Request,
+        give_up: Callable[[], object],
+        *,
+        is_repeated: bool = False,
     ) -> list[Any]:
         """Begin to save a checkpoint; return the writer's reply, with the problem if there is none.
 
@@ -114,6 +72,7 @@ class ShardedSave:
             checkpointer: the checkpointer of this rank.
             request: the save.
             give_up: returns a true value if this process was asked to stop.
+            is_repeated: whether this is the second try of a save that is waited for.
 
         Raises:
             NonFiniteError: a parameter is not finite. This and the next errors may come from the
@@ -121,31 +80,64 @@ class ShardedSave:
             UsageError: the state of a rank cannot be saved, or the ranks hold other tensors.
             LostRankError: a rank does not answer.
         """
-        self._current, self._count = None, self._count + 1
+        self._current = None
+        replies, whole = self._begun(checkpointer, request, give_up)
+
+        def reply(problem: str, *, is_reported: bool) -> list[Any]:
+            if problem and not is_reported:
+                is_final = request.about().final is not None
+                step = int(whole.payload["step"])
+                problem = checkpointer.not_saved(step, problem, is_final=is_final)
+            return checkpointer.reply(problem)
+
+        if problem := next((each["problem"] for each in replies if each["problem"]), ""):
+            return self._world.on_writer(lambda: reply(problem, is_reported=False), give_up=give_up)
+        slow = [f"rank {rank}: {it['slow']}" for rank, it in enumerate(replies) if it["slow"]]
+        checkpointer.say_once(WAIT.format(slow[0]) if slow else "")
+        for text in (reply["warning"] for reply in replies):
+            checkpointer.say_once(text)
+        if not request.wait and not any(reply["is_unable"] for reply in replies):
+            return list(replies[0]["reply"])
+        ends = self._world.on_each(lambda: self._finished(checkpointer, whole), give_up=give_up)
+        problem, must_repeat = ends[0]
+        if must_repeat and request.wait and not is_repeated:  # it will not be copied as before
+            return self.save(checkpointer, request, give_up, is_repeated=True)
+        return self._world.on_writer(
+            lambda: reply(problem, is_reported=not must_repeat), give_up=give_up
+        )
+
+    def _begun(
+        self, checkpointer: RankCheckpointer, request: Request, give_up: Callable[[], object]
+    ) -> tuple[list[dict[str, Any]], Captured]:
+        """Begin a save on all ranks; return their replies, and the state as this rank has it.
+
+        Collective: every rank must call it.
+        """
         captured, is_on = list[Captured](), False
         try:
             replies = self._world.on_each(
                 lambda: self._begin(checkpointer, request, captured), give_up=give_up
             )
             _check_same(replies)
-            problem = next((reply["problem"] for reply in replies if reply["problem"]), "")
-            self._is_checked = is_on = not problem
+            is_on = not any(reply["problem"] for reply in replies)
+            self._count += is_on
         finally:
             if self._current is not None:
                 self._current.decide(is_on=is_on)
-        if problem:
-            return self._world.on_writer(
-                lambda: checkpointer.reply(_not_saved(checkpointer, request, captured[0], problem)),
-                give_up=give_up,
-            )
-        slow = [f"rank {rank}: {it['slow']}" for rank, it in enumerate(replies) if it["slow"]]
-        checkpointer.report_wait(slow[0] if slow else "")
-        if not request.wait and not any(reply["is_unable"] for reply in replies):
-            return list(replies[0]["reply"])
-        problems = self._world.on_each(
-            lambda: self._finished(checkpointer, captured[0]), give_up=give_up
-        )
-        return self._world.on_writer(lambda: checkpointer.reply(problems[0]), give_up=give_up)
+            if not is_on:
+                self._main.forget()
+        return replies, captured[0]
+
+    def has_room(self, size_bytes: int) -> bool:
+        """Return whether there is memory for the copies of all ranks of this machine.
+
+        Collective: every rank must call it.
+
+        Args:
+            size_bytes: the size of the state of this rank.
+        """
+        self._no_room = lacking_memory(self._world, size_bytes)
+        return not self._no_room
 
     def settle(self, checkpointer: RankCheckpointer, give_up: Callable[[], object]) -> list[Any]:
         """Wait for the save in flight, and return the writer's reply.
@@ -181,17 +173,36 @@ class ShardedSave:
         reply = {"reply": checkpointer.reply(""), "slow": saver.slow_reason}
         whole = request.capture()
         captured.append(whole)
-        reply["problem"] = self._check(whole)
+        about = request.about()
+        reply["problem"], reply["warning"] = self._checked(whole, is_final=about.final is not None)
         if reply["problem"]:
             return reply
+        self._start(checkpointer, request.began_at, whole, about)
+        return reply | {
+            "is_unable": not self._is_background or bool(self._main.slow_reason),
+            "slow": self._no_room or saver.slow_reason or self._main.slow_reason,
+            "table": self._checked_table,
+        }
+
+    def _start(
+        self, checkpointer: RankCheckpointer, began_at: float, whole: Captured, about: About
+    ) -> None:
+        """Begin to copy the state, as far as there is memory for copies.
+
+        Args:
+            checkpointer: the checkpointer of this rank.
+            began_at: when the save began, by `time.perf_counter`.
+            whole: the captured state.
+            about: the manifest entries that are not part of the state.
+        """
         assert checkpointer.attempt is not None, "a loop runs"
+        saver: Saver = checkpointer.background
         step, rank = int(whole.payload["step"]), self._world.rank
-        about, commit = request.about(), None
+        commit = None
         if self._world.is_writer:
-            self._main.take(whole)
-            commit = WriterCommit(checkpointer, self._main, whole, about, request.began_at)
+            commit = WriterCommit(checkpointer, self._main, whole, about, began_at)
         save = self._current = RankSave(
-            self._count,
+            self._count + 1,
             step,
             self._world,
             checkpointer.store_for(about),
@@ -199,30 +210,32 @@ class ShardedSave:
             commit,
             self._gives_up,
         )
-        if not saver.is_unable:
+        self._is_background = not (saver.is_unable or self._no_room)
+        if self._is_background:
             own = dataclasses.replace(whole, payload=shards.content(step, rank, whole.parts))
             saver.start(
                 own,
                 about,
-                request.began_at,
+                began_at,
                 lambda job, write, check: save.write(write, check),
                 partial(_ended, save, saver),
             )
-        self._is_background = not saver.is_unable
+            self._is_background = not saver.is_unable
+        if self._world.is_writer:
+            self._main.take(whole)  # after the saver has ordered the copies after all updates
         save.begun()
-        return reply | {
-            "is_unable": saver.is_unable,
-            "slow": saver.slow_reason,
-            "table": _table(whole),
-        }
 
-    def _finished(self, checkpointer: RankCheckpointer, whole: Captured) -> str:
-        """Wait for the save, or make it here; return why there is no checkpoint, or ""."""
+    def _finished(self, checkpointer: RankCheckpointer, whole: Captured) -> tuple[str, bool]:
+        """Wait for the save, or make it here.
+
+        Returns:
+            Why there is no checkpoint, or "", and whether to try again.
+        """
         saver: Saver = checkpointer.background
         save = self._current
         assert save is not None, "all ranks have begun"
         if self._is_background:
-            return saver.wait()
+            return saver.wait(), save.must_repeat
         # There is no memory for a copy of this rank's parts.
         saver.saved_otherwise()
         own = shards.content(int(whole.payload["step"]), self._world.rank, whole.parts)
@@ -235,29 +248,30 @@ class ShardedSave:
                 save.end(failure=error)
             raise
         save.end()
-        return save.problem
+        return save.problem, save.must_repeat
 
-    def _check(self, whole: Captured) -> str:
-        """Check that the parts hold the state; return a problem that costs this checkpoint, or "".
+    def _checked(self, whole: Captured, *, is_final: bool) -> tuple[str, str]:
+        """Return a problem that costs this checkpoint, and a warning; "" for none.
 
         Raises:
-            UsageError: They do not hold it.
+            UsageError: The parts do not hold the state.
         """
-        waiting = [
-            f"{name}.{key}"
-            for name, obj in whole.tracked.items()
-            for key in dtensors.unsharded_gradients(obj)
-        ]
-        if waiting:
-            return (
-                f"rank {self._world.rank}: gradients are accumulated that are in no state "
-                f"({waiting[0]} …): save after set_requires_gradient_sync(True)"
-            )
-        if not self._is_checked:
+        table = _table(whole)
+        if table != self._checked_table:
             shards.check_covered(whole.parts)
             for name, obj in whole.tracked.items():
                 dtensors.check_optimizer_state(name, obj)
-        return ""
+            self._checked_table = table
+        if not self.must_go_on():
+            return "", ""
+        found = f"rank {self._world.rank}: gradients are accumulated that are in no state"
+        if is_final:
+            return "", f"warning: {found}: a longer run would begin without them"
+        return f"{found}: save after set_requires_gradient_sync(True)", ""
+
+    def must_go_on(self) -> bool:
+        """Return whether a stop should wait for an update: no state holds the gradients now."""
+        return any(map(dtensors.hidden_gradients, self._tracked.values()))
 
     def _gives_up(self) -> object:
         return self._is_left or preemption.requested()
@@ -300,14 +314,7 @@ def sharded_save(
             "found: tensors that are sharded (DTensor), tracked",
             "Leave it out.",
         )
-    return ShardedSave(world, stores)
-
-
-def _not_saved(
-    checkpointer: RankCheckpointer, request: Request, whole: Captured, problem: str
-) -> str:
-    is_final = request.about().final is not None
-    return checkpointer.not_saved(int(whole.payload["step"]), problem, is_final=is_final)
+    return ShardedSave(world, stores, tracked)
 
 
 def _with_wait(costs: dict[str, float], waited_s: float) -> dict[str, float]:

@@ -27,7 +27,14 @@ import torch
 
 from harness.checkpoint import format as fmt
 from harness.checkpoint.format import DataFile, Manifest
-from harness.checkpoint.load import UNPARSEABLE, check_bytes, is_plain_zip, unparseable, verified
+from harness.checkpoint.load import (
+    UNPARSEABLE,
+    GoneError,
+    check_bytes,
+    is_plain_zip,
+    unparseable,
+    verified,
+)
 from harness.distributed.layout import COPIES, SHARD, STRIDED, Box, Layout, uncovered
 from harness.distributed.parts import (
     PARTS,
@@ -40,7 +47,7 @@ from harness.distributed.parts import (
 from harness.distributed.ranks import World
 from harness.errors import DamagedError, HarnessError, StorageError, UsageError
 from harness.retry import reading
-from harness.store import Store
+from harness.store import SealedMemory, Store
 
 Shard = dict[str, tuple[Box, torch.Tensor]]  # by path
 MOST_TIMES = 16  # the size of the whole tensors, over that of all files
@@ -92,7 +99,7 @@ def add_parts(
             raise StorageError(
                 f"{problem.what}, for this rank alone",
                 problem.found,
-                "Is run.dir on a file system that all nodes share?",
+                "Is run.dir on a file system that all nodes share? Else start again.",
             )
     if problem is not None:
         raise problem
@@ -208,8 +215,11 @@ class ShardFiles:
     def _opened(self, number: int) -> Shard:
         """Verify a shard and return its parts, which are views of verified memory."""
         store, file = self._store, self._manifest.shards[number]
-        read = partial(verified, store, file)
-        with reading(read) if store.is_local else read() as memory:
+        with (
+            reading(partial(verified, store, file))
+            if store.is_local
+            else _read(store, file) as memory
+        ):
             try:
                 content = torch.load(
                     memory.path, mmap=is_plain_zip(memory), map_location="cpu", weights_only=True
@@ -240,6 +250,16 @@ class ShardFiles:
             if not is_plain or (tuple(part.shape), part.dtype) != (box.size, whole.dtype):
                 raise _other(file, f"another part of {path} than it names")
         return {path: (boxes[path], part) for path, part in parts.items()}
+
+
+def _read(store: Store, file: DataFile) -> SealedMemory:
+    """Read and verify a shard; once more if it is damaged, as it may be so on the way only."""
+    try:
+        return verified(store, file)
+    except GoneError:
+        raise
+    except DamagedError:
+        return verified(store, file)
 
 
 def _other(file: DataFile, found: str) -> DamagedError:

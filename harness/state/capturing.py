@@ -46,6 +46,17 @@ class Captured:
         """Return this rank's parts of sharded tensors, by path."""
         return self.seen.parts or {}
 
+    @property
+    def watched(self) -> Mapping[int, torch.Tensor]:
+        """Return the sharded tensors by the address of this rank's part."""
+        return self.seen.parts.live if self.seen.parts is not None else {}
+
+    def fill_payload(self) -> dict[str, Any]:
+        """Copy the missing bytes of the payload alone, not those of parts of sharded tensors."""
+        held = {tensor.data_ptr() for tensor in _tensors(self.payload)}
+        fill(self.seen, held)
+        return self.payload
+
     def fill(self) -> dict[str, Any]:
         """Copy the missing bytes from the GPUs; return the complete payload."""
         fill(self.seen)
@@ -175,7 +186,7 @@ def check_finite(tracked: Mapping[str, Any]) -> None:
     broken = [
         f"{name}.{key}"
         for name, key, parameter, is_trained in _parameters(tracked)
-        if is_trained and not is_finite(parameter.detach())
+        if is_trained and not all(is_finite(part.detach()) for part in kinds.parts_of(parameter))
     ]
     if broken:
         raise not_finite(broken)
@@ -195,13 +206,17 @@ def parameters(
     """
     named, frozen, elsewhere = {}, set(), []
     for name, key, parameter, is_trained in _parameters(tracked):
-        if (met := seen.find(parameter.data_ptr(), parameter)) is not None:
-            if is_trained:
-                named[met.saved.data_ptr()] = f"{name}.{key}", parameter.dtype
-            else:
-                frozen.add(met.saved.data_ptr())
-        elif is_trained and not is_finite(parameter.detach()):
-            elsewhere.append(f"{name}.{key}")
+        for part in kinds.parts_of(parameter):
+            if (met := seen.find(part.data_ptr(), part)) is not None:
+                address = met.saved.data_ptr()
+                if is_trained:
+                    named[address] = f"{name}.{key}", part.dtype
+                else:
+                    frozen.add(address)
+                if seen.parts is not None and address in seen.parts.live:
+                    seen.parts.live[address] = parameter  # counts more than that in a state dict
+            elif is_trained and not is_finite(part.detach()):
+                elsewhere.append(f"{name}.{key}")
     if elsewhere:
         raise not_finite(elsewhere)
     return named, frozen
@@ -218,7 +233,7 @@ def not_finite(names: list[str]) -> NonFiniteError:
 
 
 def _parameters(tracked: Mapping[str, Any]) -> Iterator[tuple[str, str, torch.Tensor, bool]]:
-    """Yield object, name and plain tensors of all parameters, and whether they are trained."""
+    """Yield object, name and tensor of all parameters, and whether they are trained."""
     objects = {name: unwrap(obj) for name, obj in tracked.items()}
     updated = {
         id(parameter)
@@ -231,8 +246,7 @@ def _parameters(tracked: Mapping[str, Any]) -> Iterator[tuple[str, str, torch.Te
         for key, parameter in obj.named_parameters() if isinstance(obj, nn.Module) else ():
             if not is_lazy(parameter):
                 is_trained = parameter.requires_grad or id(parameter) in updated
-                for part in kinds.parts_of(parameter):
-                    yield name, key, part, is_trained
+                yield name, key, parameter, is_trained
 
 
 def is_finite(tensor: torch.Tensor) -> bool:

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from harness.distributed.wrappers import unwrap
+from harness.distributed.wrappers import submodules, unwrap
 
 Names = list[list[str | None]]  # the name of each parameter, group by group
 # The attribute names of the wrapped module in torch.compile and in activation checkpointing.
@@ -303,3 +303,31 @@ def saved_names(
     """
     recorded: dict[str, Names] = payload.get("names", {})
     return (_derived_of(tracked, payload) if says_all else {}) | recorded
+
+
+def named_parameters(tracked: Mapping[str, Any]) -> dict[str, nn.Parameter]:
+    """Find the parameters of all tracked objects, by name.
+
+    A parameter of a module is named after the object and its own path. A parameter that only an
+    optimizer has is named after its position in the optimizer: NAME.param_groups.GROUP.NUMBER.
+    """
+    parameters: dict[str, nn.Parameter] = {}
+    known: set[int] = set()
+    objects = {name: unwrap(obj) for name, obj in tracked.items()}
+    listed = [
+        (".".join(filter(None, (name, path, key))), parameter)
+        for name, obj in objects.items()
+        for path, part in submodules(obj)
+        for key, parameter in part._parameters.items()
+    ] + [
+        (f"{name}.param_groups.{at}.{number}", parameter)
+        for name, obj in objects.items()
+        if isinstance(obj, torch.optim.Optimizer)
+        for at, group in enumerate(obj.param_groups)
+        for number, parameter in enumerate(group["params"])
+    ]
+    for name, parameter in listed:
+        if parameter is not None and id(parameter) not in known:
+            known.add(id(parameter))
+            parameters[name] = parameter
+    return parameters

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -126,10 +126,10 @@ def _without_data(tensor: torch.Tensor) -> torch.Tensor:
     )
 
 
-def fill(seen: TensorRefs) -> None:
-    """Copy GPU tensors into the CPU memory that stands for them in the payload."""
+def fill(seen: TensorRefs, only: Collection[int] | None = None) -> None:
+    """Copy GPU tensors into the CPU memory that stands for them; `only` to these addresses."""
     for met in seen.all:
-        if met.saved is not met.source:
+        if met.saved is not met.source and (only is None or met.saved.data_ptr() in only):
             raw(met.saved).copy_(raw(met.source))
 
 

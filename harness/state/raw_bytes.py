@@ -11,6 +11,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from harness.distributed import dtensors
+
 STRIDE_BYTES = 1 << 20  # of each stride of a tensor that is copied later, one word is compared
 WORD_BYTES = 8
 STRIDE_WORDS = STRIDE_BYTES // WORD_BYTES
@@ -152,9 +154,12 @@ def bytes_of(storage: torch.UntypedStorage) -> torch.Tensor:
     return torch.empty(0, dtype=torch.uint8, device="cpu").set_(storage)
 
 
-def version_of(tensor: torch.Tensor) -> int:
-    """Return how many writes PyTorch has counted; 0 for inference tensors, which have no count."""
-    return 0 if tensor.is_inference() else tensor._version
+def version_of(tensor: torch.Tensor) -> Any:
+    """Return a value that changes with each write that PyTorch counts.
+
+    It does not count those to inference tensors.
+    """
+    return 0 if tensor.is_inference() else dtensors.version_of(tensor)
 
 
 def equal(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -70,6 +70,7 @@ class Snapshot:
         steady: Collection[int],
         gpu_sources: Mapping[int, torch.Tensor] | None = None,
         gpu_copy: GpuCopy | None = None,
+        watched: Mapping[int, torch.Tensor] | None = None,
     ) -> None:
         """Register the memory of all tensors in the payload.
 
@@ -78,6 +79,7 @@ class Snapshot:
             steady: addresses of the memory that is constant until the next update.
             gpu_sources: GPU tensors, by the address of the unfilled CPU memory for their bytes.
             gpu_copy: makes the device-to-host copies.
+            watched: sharded tensors, which count the writes to this rank's part, by its address.
 
         Raises:
             UnsupportedStateError: if there are tensors that are not plain.
@@ -93,13 +95,13 @@ class Snapshot:
         self._storages: dict[int, tuple[torch.UntypedStorage, int, int]] = {}
         self._copies: dict[int, torch.Tensor] = {}  # by address: the copy in the staging buffer
         self._sources: dict[int, torch.Tensor] = {}  # by address: what a copy was made from
-        self._versions: dict[int, tuple[torch.Tensor, int]] = {}  # by address
+        self._versions: dict[int, tuple[torch.Tensor, Any]] = {}  # by address
         # By identity: the bytes at the boundary of memory that is not steady.
         self._taken: dict[int, bytes | torch.Tensor] = {}
         self._at = OFFSETS.random()  # the position of the samples in each stride, from 0 to 1
         self._small: list[int] = []  # identities of steady memory that is copied at the boundary
         self._samples: Samples | None = None  # of all other steady memory, at the boundary
-        storages, sources = self._storages, self._gpu_sources  # faster: there are many tensors
+        storages, seen = self._storages, self._gpu_sources | dict(watched or {})
         for tensor in tensors_in(payload, []):
             storage = tensor.untyped_storage()
             if (identity := storage._cdata) not in storages:
@@ -107,7 +109,7 @@ class Snapshot:
                 self.size_bytes += size_bytes
                 storages[identity] = storage, address, size_bytes
                 if address in steady:
-                    live = sources.get(address, tensor)
+                    live = seen.get(address, tensor)
                     self._versions[address] = live, version_of(live)
                 else:
                     self.rest_bytes += size_bytes

@@ -133,6 +133,9 @@ class ObjectClient(Protocol):
         """Delete an object."""
         ...
 
+    def drop_folder(self, folder: str, limit_s: float) -> None:
+        """Delete an empty folder, if there are folders."""
+
     def begin(self, key: str, limit_s: float) -> str:
         """Begin a multipart upload and return its id."""
         ...

@@ -153,6 +153,10 @@ class RemoteStore(Store):
         files = [Entry(o.key, o.size_bytes) for o in found if not o.key.endswith("/")]
         return files, [o.key.rstrip("/") for o in found if o.key.endswith("/")]
 
+    def drop_folder(self, folder: str) -> None:
+        """Delete a folder if it is there and empty; a bucket has none."""
+        self.ask("delete", self.where(folder), functools.partial(self.bucket.drop_folder, folder))
+
     def head(self, key: str) -> ObjectMetadata | None:
         """Return the metadata of an object, or None if it does not exist."""
         return self.ask("look up", self.where(key), functools.partial(self.bucket.head, key))

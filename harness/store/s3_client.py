@@ -196,6 +196,9 @@ class S3Client:
         """Delete an object."""
         self._call(limit_s, "delete_object", Key=self.prefix + key)
 
+    def drop_folder(self, folder: str, limit_s: float) -> None:
+        """Do nothing: there are no folders."""
+
     def begin(self, key: str, limit_s: float) -> str:
         """Begin a multipart upload, with CRC-32 if the server supports it, and return its id."""
         if self._knows_crc:

@@ -183,8 +183,8 @@ def outcome(catalog: Catalog, launches: Sequence[Launch] = ()) -> Outcome:
     )
     if (error := catalog.unreadable_head) is not None:
         return Outcome("not readable", f"{error.what}; {error.found}", EXIT_USAGE)
-    whole = [m for m in catalog.history if catalog.whole_copies(m)]
-    if catalog.history and not whole:
+    whole = next((m for m in catalog.history if catalog.whole_copies(m)), None)
+    if catalog.history and whole is None:
         return Outcome(
             "failed",
             "there is a history, but the data of every checkpoint is missing or cut short",
@@ -199,8 +199,8 @@ def outcome(catalog: Catalog, launches: Sequence[Launch] = ()) -> Outcome:
             return Outcome("finished", f"at step {head.step}", EXIT_FINISHED)
         why = (
             f"the last checkpoint is not in {catalog.stores[-1]}; a start uploads it"
-            if head in whole
-            else f"the last checkpoint's data is gone; a start resumes from step {whole[0].step}"
+            if whole is None or whole == head
+            else f"the last checkpoint's data is gone; a start resumes from step {whole.step}"
         )
         return Outcome("to be continued", why, EXIT_STOPPED)
     return _ended(catalog, launches)

@@ -27,9 +27,16 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from harness.distributed.dtensors import is_sharded, plain, version_of, with_part
-from harness.distributed.wrappers import submodules, unwrap
+from harness.distributed.dtensors import (
+    hidden_gradients,
+    is_sharded,
+    plain,
+    version_of,
+    with_part,
+)
+from harness.distributed.wrappers import unwrap
 from harness.errors import UsageError
+from harness.state.parameter_names import named_parameters
 
 # An attribute of a gradient, numbered by who observes it (several loops may be alive in a process):
 # its version after the last step that used it.
@@ -185,6 +192,8 @@ class Gradients:
         """
         self._look()
         owners = {self._owner.get(id(parameter)) for _, parameter in self._under_way()}
+        hidden = set[int]().union(*map(hidden_gradients, self._tracked.values()))
+        owners |= {self._owner.get(number) for number in hidden}
         awaited = {
             owner
             for owner in owners - self._given_up - {None}
@@ -262,34 +271,6 @@ class Gradients:
             if name not in kept and name not in self._held:
                 parameter.grad = None
         self.restore(kept)
-
-
-def named_parameters(tracked: Mapping[str, Any]) -> dict[str, nn.Parameter]:
-    """Find the parameters of all tracked objects, by name.
-
-    A parameter of a module is named after the object and its own path. A parameter that only an
-    optimizer has is named after its position in the optimizer: NAME.param_groups.GROUP.NUMBER.
-    """
-    parameters: dict[str, nn.Parameter] = {}
-    known: set[int] = set()
-    objects = {name: unwrap(obj) for name, obj in tracked.items()}
-    listed = [
-        (".".join(filter(None, (name, path, key))), parameter)
-        for name, obj in objects.items()
-        for path, part in submodules(obj)
-        for key, parameter in part._parameters.items()
-    ] + [
-        (f"{name}.param_groups.{at}.{number}", parameter)
-        for name, obj in objects.items()
-        if isinstance(obj, torch.optim.Optimizer)
-        for at, group in enumerate(obj.param_groups)
-        for number, parameter in enumerate(group["params"])
-    ]
-    for name, parameter in listed:
-        if parameter is not None and id(parameter) not in known:
-            known.add(id(parameter))
-            parameters[name] = parameter
-    return parameters
 
 
 def digest(kept: Kept) -> str:

@@ -470,11 +470,14 @@ def test_layouts_that_cannot_be_are_damage(six_steps: tuple[Path, list[object]])
 
 NOT_SYNCHRONISED = """
 for x, y in run.batches(points(), 12, epochs=2):
-    model.set_requires_gradient_sync(run.step % 4 == 0)
+    model.SET(run.step % 4 == 0)
     (model(x) - y).square().mean().backward()
     if run.step % 4 == 0:
         optimizer.step()
         optimizer.zero_grad()
+    if run.step == int(os.environ.get("STOP", 0)):
+        os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(0.1)
 """
 LASTING = """
 from harness.distributed.dtensors import version_of
@@ -520,10 +523,27 @@ for x, y in run.batches(points(), 12, epochs=1):
 """
 
 
-def test_gradients_that_no_state_holds_cost_the_checkpoint_and_are_said(tmp_path: Path) -> None:
-    lived = live(tmp_path, program(FSDP, NOT_SYNCHRONISED), "run", ranks=2)
-    assert "NOT SAVED, training goes on: rank 0: gradients are accumulated" in lived.text
-    assert steps_of(tmp_path / "run")[-1] == 24, lived.text
+@pytest.mark.parametrize(
+    ("ranks", "wrap", "switch"),
+    [
+        pytest.param(2, FSDP, "set_requires_gradient_sync", id="fsdp"),
+        pytest.param(4, HSDP, "set_requires_all_reduce", id="hsdp", marks=SLOW),
+    ],
+)
+def test_saves_and_stops_wait_for_gradients_that_no_state_holds(
+    tmp_path: Path, ranks: int, wrap: str, switch: str
+) -> None:
+    source = program(wrap, NOT_SYNCHRONISED.replace("SET", switch))
+    whole = live(tmp_path, source, "whole", ranks=ranks)
+    stopped = live(tmp_path, source, "run", ranks=ranks, env={"STOP": "9"})
+    assert set(whole.codes) == set(stopped.codes) == {0}, (whole.texts, stopped.texts)
+    assert "NOT SAVED" not in whole.text and "not saved" not in stopped.text, whole.text
+    assert "warning: rank 0: gradients are accumulated that are in no state" in whole.text
+    assert [step % 4 for step in steps_of(tmp_path / "whole")] == [0, 0, 2]
+    assert steps_of(tmp_path / "run")[-1] in (12, 16), stopped.text
+    again = live(tmp_path, source, "run", ranks=ranks)
+    assert set(again.codes) == {0}, again.texts
+    assert list(differences(newest(tmp_path / "whole"), newest(tmp_path / "run"))) == []
 
 
 def test_gradients_that_last_come_back(tmp_path: Path) -> None:

@@ -122,3 +122,73 @@ def test_all_ranks_leave_when_a_newer_attempt_has_begun(tmp_path: Path) -> None:
     assert life.codes == [76, 76], life.texts
     assert steps_of(tmp_path / "run") == [3]
     assert not (tmp_path / "run/checkpoints/step_00000006-0001").exists()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_write_to_a_part_that_only_the_sharded_tensor_counts_is_noticed(
+    tmp_path: Path, rank: int
+) -> None:
+    changed = "if run.rank == RANK and run.step == 7: torch.no_grad()(model[2].weight.mul_)(mask)"
+    life = lived(tmp_path, MASK, changed, rank)
+    assert life.codes == [0, 0], life.texts
+    assert 6 not in steps_of(tmp_path / "run"), life.text
+    assert f"saves make training wait: rank {rank}: the state changes" in life.text
+
+
+MASK = """
+from torch.distributed.tensor import distribute_tensor
+
+mask = torch.ones(1500, 1500)
+mask[::397, 3] = 0.5  # between the words that are sampled
+mask = distribute_tensor(mask, model[2].weight.device_mesh, model[2].weight.placements)
+"""
+BESIDE = """
+beside = nn.Linear(3, 3)
+run.track(beside=beside)
+"""
+
+
+def test_a_parameter_beside_the_sharded_ones_that_is_not_finite_ends_all_ranks(
+    tmp_path: Path,
+) -> None:
+    broken = "if run.step == 5: beside.weight.data[0] = float('nan')"
+    life = lived(tmp_path, BESIDE, broken)
+    assert life.codes == [1, 1] and "NaN or Inf in beside.weight" in life.text, life.texts
+    assert steps_of(tmp_path / "run") == [3]
+
+
+def test_a_main_file_that_cannot_be_copied_is_written_while_all_wait(
+    undisturbed: Path, tmp_path: Path
+) -> None:
+    life = lived(tmp_path, NO_MEMORY.replace("> 1 << 20", "< 1 << 20"), rank=0)
+    assert life.codes == [0, 0], life.texts
+    assert "saves make training wait: rank 0: there is no memory for a copy" in life.text
+    assert steps_of(tmp_path / "run") == STEPS
+    assert list(differences(newest(undisturbed), newest(tmp_path / "run"))) == []
+
+
+def test_ranks_that_have_no_room_together_write_while_all_wait(
+    undisturbed: Path, tmp_path: Path
+) -> None:
+    little = "from harness.sharding import memory_room\nmemory_room.free_memory_bytes = lambda: 1"
+    life = lived(tmp_path, little)
+    assert life.codes == [0, 0], life.texts
+    assert "there is no memory for copies of the parts of 2 rank(s)" in life.text
+    assert steps_of(tmp_path / "run") == STEPS
+    assert list(differences(newest(undisturbed), newest(tmp_path / "run"))) == []
+
+
+def test_a_last_save_that_cannot_be_copied_is_made_in_another_way(
+    undisturbed: Path, tmp_path: Path
+) -> None:
+    full = "if run.rank == 1 and run.step == 10: StagingBuffer.reserve = full"
+    life = lived(tmp_path, FULL, full)
+    assert life.codes == [0, 0], life.texts
+    assert steps_of(tmp_path / "run")[-1] == STEPS[-1]
+    assert list(differences(newest(undisturbed), newest(tmp_path / "run"))) == []
+
+
+FULL = """
+def full(self, size_bytes):
+    raise StorageError("there is not enough memory for a copy of the state", "found: none")
+"""

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from library_runs import newest, steps_of
 from programs import Lived, live
 from s3_server import S3Server
 
+from harness.checkpoint import load
 from harness.checkpoint.catalog import read_catalog
 from harness.cli import main
+from harness.cli.prune import OWN
 from harness.exchange.compare import differences
+from harness.sharding.shards import ShardFiles
 from harness.store import LocalStore, open_store
+from harness.store.remote import RemoteStore
 
 BUILT = """
 from torch.distributed.fsdp import fully_shard
-from harness.errors import StorageError
+from harness.errors import DamagedError, StorageError
 from harness.saving import uploader
 from harness.sharding import shard_uploads
 from harness.store import open_store
@@ -186,3 +192,94 @@ def test_run_directories_of_the_nodes_own_are_refused(tmp_path: Path, home: dict
     )
     life = live(tmp_path, source, "run", ranks=2, env=home)
     assert life.codes == [78, 78] and "not shared" in life.text, life.texts
+
+
+def whole_in(home: dict[str, str]) -> list[int]:
+    """Return the steps whose checkpoints the bucket has whole."""
+    catalog = read_catalog(open_store(home["REMOTE"]))
+    return [m.step for m in catalog.manifests if catalog.whole_copies(m)]
+
+
+SLOW = """while file.name.startswith("step_00000003") and run.rank == 1:
+        if os.path.exists(f"{sys.argv[1]}/checkpoints/step_00000010-0001.json"):
+            break
+        time.sleep(0.02)"""
+
+
+def test_a_checkpoint_on_its_way_is_not_deleted_in_the_run_directory(
+    tmp_path: Path, home: dict[str, str]
+) -> None:
+    life = lived(tmp_path, home, SLOW)
+    assert life.codes == [0, 0] and "cannot be uploaded" not in life.text, life.texts
+    assert whole_in(home) == [3, 10]
+
+
+def test_a_shard_that_somebody_deletes_on_the_way_is_sent_again(
+    tmp_path: Path, home: dict[str, str]
+) -> None:
+    source = BUILT.replace("TROUBLE", "pass").replace(
+        'print("sent", file.name, flush=True)',
+        "store.delete(file.key) if run.rank == 1 else None",
+    )
+    life = live(tmp_path, source, "run", ranks=2, env=home)
+    assert life.codes == [0, 0], life.texts
+    assert 10 in whole_in(home)
+
+
+ALONE = 'if run.rank == 1:\n        raise DamagedError("cut short", "found: another node")'
+
+
+def test_what_a_rank_alone_reads_damaged_is_sent_by_the_writer(
+    tmp_path: Path, home: dict[str, str]
+) -> None:
+    life = lived(tmp_path, home, ALONE)
+    assert life.codes == [0, 0] and "damaged" not in life.text, life.texts
+    assert 10 in whole_in(home) and "step_00000010-0001/00001.pt" in sent(life, 0)
+
+
+LEFT = """()
+    if run.step == 7:
+        break
+until = time.monotonic() + 20
+while run.is_writer and time.monotonic() < until:
+    if store.exists("checkpoints/step_00000006-0001.json"):
+        break
+    time.sleep(0.1)
+"""
+
+
+def test_a_loop_that_is_left_uploads_what_is_committed(
+    tmp_path: Path, home: dict[str, str]
+) -> None:
+    slow = "time.sleep(30 if run.rank == 1 else 0)"
+    source = BUILT.replace("TROUBLE", slow).replace("()\n    die(run)\n", LEFT)
+    life = live(tmp_path, source, "run", ranks=2, env=home)
+    assert life.codes == [0, 0], life.texts
+    assert whole_in(home)[-1:] == [6], life.texts
+
+
+class Garbled(RemoteStore):
+    """A store whose first read of a large file is damaged on the way."""
+
+    def spans(self, *arguments: Any) -> Iterator[bytes]:
+        for number, chunk in enumerate(super().spans(*arguments)):
+            is_first, self.was_read = not getattr(self, "was_read", False), True
+            yield b"x" + chunk[1:] if is_first and number == 0 else chunk
+
+
+def test_a_shard_that_is_damaged_on_the_way_is_read_once_more(
+    tmp_path: Path, home: dict[str, str]
+) -> None:
+    assert lived(tmp_path, home).codes == [0, 0]
+    plain = open_store(home["REMOTE"])
+    assert isinstance(plain, RemoteStore)
+    head = read_catalog(plain).head
+    assert head is not None
+    payload = load.load(plain, head)
+    files = ShardFiles(Garbled(plain.url, plain.bucket, 60), head, payload)
+    files.keep(0, 1)
+
+
+def test_prune_finds_unfinished_uploads_of_shards() -> None:
+    assert OWN.match("checkpoints/step_00000006-0001/00001.pt")
+    assert not OWN.match("checkpoints/of somebody else/00001.pt")

@@ -1,0 +1,99 @@
+"""What a save of sharded state is asked for, and what it needs of the parts around it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+from harness.checkpoint.attempts import Attempt
+from harness.checkpoint.commit import About
+from harness.state import Captured
+from harness.store import Sink, Store
+
+WAIT = "saves make training wait: {}"
+Costs = Callable[[], dict[str, float]]
+
+
+class RankCheckpointer(Protocol):
+    """What a save needs of the rank's checkpointer."""
+
+    attempt: Attempt | None
+    background: Any
+
+    def check(self) -> None:
+        """Raise the error of the background work that ends the run, if there is one."""
+
+    def commit(
+        self,
+        payload: Mapping[str, Any],
+        about: About,
+        began_at: float,
+        write: Callable[[Sink], None] | None = None,
+        *,
+        costs: Costs | None = None,
+    ) -> str:
+        """Commit a state; return "" or why there is no checkpoint."""
+
+    def store_for(self, about: About) -> Store:
+        """Return the store of a save, with its retry limit."""
+
+    def not_saved(self, step: int, error: str, *, is_final: bool = False) -> str:
+        """Report that a save has failed and return why."""
+
+    def reply(self, problem: str) -> list[Any]:
+        """Return what the other ranks learn of a save."""
+
+    def say_once(self, text: str) -> None:
+        """Print a line, unless that was done; "" for nothing."""
+
+
+class Job(Protocol):
+    """A save in flight of the background saver."""
+
+    problem: str
+    failure: BaseException | None
+
+    def costs(self) -> dict[str, float]:
+        """Return what the save has cost so far."""
+
+
+class Saver(Protocol):
+    """The background saver of a rank."""
+
+    is_unable: bool
+    must_repeat: bool
+    slow_reason: str
+
+    def start(
+        self,
+        captured: Captured,
+        about: About,
+        began_at: float,
+        finish: Callable[[Any, Callable[[Sink], None], Callable[[], None]], None],
+        ended: Callable[[Any], tuple[str, bool]],
+    ) -> None:
+        """Begin to save a captured state."""
+
+    def wait(self) -> str:
+        """Wait for the save in flight; return why there is no checkpoint, or ""."""
+
+    def saved_otherwise(self) -> None:
+        """Note that a save that was dropped need not be repeated."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """A save that the loop asks for.
+
+    Args:
+        capture: returns the state to save.
+        about: returns the manifest entries that are not part of the state; for the writer.
+        began_at: when the save began, by `time.perf_counter`.
+        wait: wait until the checkpoint is committed.
+    """
+
+    capture: Callable[[], Captured]
+    about: Callable[[], About]
+    began_at: float
+    wait: bool
