@@ -432,6 +432,7 @@ def writes(point: Point) -> bool:
     )
 
 
+@pytest.mark.slow
 def test_a_call_that_fails_with_an_io_error_ends_in_words_and_never_in_half_a_checkpoint(
     servers, template, points, tmp_path
 ):

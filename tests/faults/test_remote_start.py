@@ -81,6 +81,7 @@ def test_unreachable_for_a_while_it_says_so_and_goes_on_where_the_run_stands(
     assert home.steps()[-1] == 25 and home.attempts()[2]["from"]["step"] == 20
 
 
+@pytest.mark.slow
 def test_what_waiting_cannot_mend_exits_78_before_anything_begins(
     bucket: tuple[S3Server, str], tmp_path: Path, started: Start
 ) -> None:

@@ -133,6 +133,7 @@ esac
 """
 
 
+@pytest.mark.slow
 def test_a_job_array_that_is_submitted_without_and_with_the_variables_of_others(
     slurm: SlurmCluster, tmp_path: Path
 ) -> None:

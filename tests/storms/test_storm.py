@@ -208,6 +208,7 @@ def batches(folder: Path) -> dict[int, list[int]]:
     return found
 
 
+@pytest.mark.slow
 def test_killed_processes_leave_nobody_behind(tmp_path: Path) -> None:
     settings = (
         *SMALL,

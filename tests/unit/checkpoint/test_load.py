@@ -475,6 +475,7 @@ def test_the_ranks_of_a_machine_parse_the_same_pages(medium):
     assert len({inode for maps, _, _ in said for inode in maps}) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sees", ["the run", "nothing"])
 def test_elsewhere_one_rank_reads_or_is_sent_the_data_and_the_others_share_its_pages(
     medium, elsewhere, sees

@@ -23,6 +23,7 @@ from s3_server import S3Server
 Command = Callable[..., tuple[int, str]]
 
 
+@pytest.mark.slow
 def test_they_answer_for_a_url_as_for_a_directory(
     trained: Trained,  # noqa: F811
     command: Command,  # noqa: F811

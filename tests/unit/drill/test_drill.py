@@ -241,6 +241,7 @@ def test_a_fault_whose_point_does_not_come_keeps_no_other_back(tmp_path, monkeyp
     assert (tmp_path / "reached-2.json").exists() and not (tmp_path / "reached-0.json").exists()
 
 
+@pytest.mark.slow
 def test_a_kind_that_the_program_cannot_have_is_refused(tmp_path):
     (tmp_path / "my_loop.py").write_text(
         PROGRAM.format(planted="pass", data="TensorDataset", where=WHERE, wrap=DDP)
@@ -288,6 +289,7 @@ def test_a_program_that_fails_by_itself_is_said_to(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_killed_itself_it_leaves_no_process(tmp_path, started: Callable[..., object]):
     (tmp_path / "my_loop.py").write_text(
         PROGRAM.format(

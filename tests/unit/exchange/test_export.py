@@ -386,6 +386,7 @@ def test_it_loads_by_the_printed_lines_where_no_harness_is(
     assert f"wrote {each.file}" in each.printed.out and each.said == ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", ["weights", "full", "module"])
 def test_the_older_format_is_what_pytorch_before_1_6_wrote(
     format: str, read: dict[str, SimpleNamespace]

@@ -144,6 +144,7 @@ def test_a_second_interrupt_ends_a_process_that_cannot_save(folder: Path, starte
     assert process.returncode == 130
 
 
+@pytest.mark.slow
 def test_an_attempt_whose_origin_vanishes_before_its_first_commit_saves_at_once(
     tmp_path: Path, started: Start
 ) -> None:

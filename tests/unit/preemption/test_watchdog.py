@@ -145,6 +145,7 @@ ctypes.PyDLL(None).sleep(60)
 # --- what does not hang goes on ---
 
 
+@pytest.mark.slow
 def test_rest_expect_and_close_prevent_it(started: Start) -> None:
     text = """
 watchdog.BACKSTOP_S = 0.5
@@ -166,6 +167,7 @@ say([thread.name for thread in threading.enumerate() if thread.name == "watchdog
     assert (process.returncode, out, err) == (0, "[]\n", "")
 
 
+@pytest.mark.slow
 def test_a_process_that_was_stopped_is_not_taken_for_one_that_hangs(started: Start) -> None:
     text = """
 dog = watchdog.Watchdog(tell)

@@ -473,6 +473,7 @@ def streamed(
     return found
 
 
+@pytest.mark.slow
 def test_a_stream_goes_on_after_its_last_used_sample(tmp_path):
     whole = streamed(tmp_path / "whole")
     assert whole == [[0, 1, 2, 3], [4, 5, 6, 7]] * 3
@@ -1244,6 +1245,7 @@ run.world.leave()
 """
 
 
+@pytest.mark.slow
 def test_what_ranks_log_is_averaged_whether_they_name_the_same_or_not(tmp_path):
     (tmp_path / "logging_.py").write_text(LOGGING)
     command = [

@@ -362,6 +362,7 @@ def mixing(directory: Path, leave_at: int = 0, *, sets: bool = False) -> list[fl
     return seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("leave_at", [4, 7, 9, 13])
 def test_what_a_program_does_to_batches_before_the_head_of_an_epoch_is_not_put_back(
     leave_at, tmp_path
@@ -777,6 +778,7 @@ def test_launch_starts_a_loop_of_ones_own_with_its_arguments_and_again_after_a_c
     assert not (folder / "runs/a/attempts/0003.json").exists()
 
 
+@pytest.mark.slow
 def test_launch_refuses_to_watch_over_another_run_than_the_loops_own(program: Write) -> None:
     folder = program("runs/other")
     done = run(harness_command("launch", "run.dir=runs/a", "my_loop.py"), cwd=folder)

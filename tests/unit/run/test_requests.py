@@ -244,6 +244,7 @@ def test_a_run_saves_when_it_is_asked_to_and_stops_saved_when_it_is_asked_to(
     assert differing(whole, directory) == []
 
 
+@pytest.mark.slow
 def test_what_one_attempt_was_asked_never_stops_a_later_one(tmp_path, live, harness):
     directory = tmp_path / "run"
     born = live(SLOW, "checkpoint.every_steps=1")

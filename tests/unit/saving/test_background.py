@@ -124,6 +124,7 @@ for x in run.batches(Data(), 2, epochs=1, shuffle=False):
 """
 
 
+@pytest.mark.slow
 def test_what_is_saved_when_the_next_batch_cannot_be_loaded_is_committed_and_nobody_waits(tmp_path):
     """The error comes between a step's boundary, where its copy is asked for, and the next batch,
     with which it begins."""
@@ -202,6 +203,7 @@ def test_an_update_that_nothing_tells_of_is_found_out(tmp_path, capfd):
     )
 
 
+@pytest.mark.slow
 def test_what_nothing_tells_the_changes_of_is_copied_at_once(tmp_path, capfd):
     """Buffers, here more of them than are worth a copy of their own, that each forward pass
     changes."""

@@ -99,6 +99,7 @@ def test_it_is_sent_while_it_is_written_and_appears_after_it(
     check_like_the_directory(home, tmp_path / "a")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("process_as_it_was")
 def test_what_is_dropped_here_does_not_appear_there(home: Home, tmp_path: Path) -> None:
     """From some step on the state changes while it is copied; that is known only when all of it may
@@ -202,6 +203,7 @@ def test_one_that_is_never_committed_is_dropped_and_the_next_one_sent(
     check_like_the_directory(home, Path(str(store)))
 
 
+@pytest.mark.slow
 def test_a_stalled_upload_is_given_up_although_the_store_answers_others(
     committed, home: Home, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -90,6 +90,7 @@ def test_a_start_reads_each_manifest_and_each_record_once(tmp_path, where):
         assert requests.of(part, "list", "events") == {"events": 1 + searches}
 
 
+@pytest.mark.slow
 @IN_PROCESS
 @EVERYWHERE
 def test_a_commit_reads_no_more_of_many_checkpoints_than_of_few(tmp_path, where):

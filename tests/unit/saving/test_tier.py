@@ -195,6 +195,7 @@ def test_a_rollback_to_the_newest_step_on_the_disk_leaves_what_memory_has(
     assert not kept.root.exists() and list_differences(tmp_path / "a", uninterrupted) == []
 
 
+@pytest.mark.slow
 def test_what_is_older_than_the_disk_is_let_go(tmp_path, kept, uninterrupted, capfd):
     left_at(tmp_path / "a", 4)
     old = {path.name: path.read_bytes() for path in (kept.root / "checkpoints").iterdir()}
@@ -328,6 +329,7 @@ def test_what_somebody_else_could_have_put_there_is_not_touched(tmp_path, kept, 
         kept.root.unlink()
 
 
+@pytest.mark.slow
 def test_a_resume_point_that_was_lost_with_the_memory_is_no_history(
     tmp_path, kept, uninterrupted, capfd
 ):

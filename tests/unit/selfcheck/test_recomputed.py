@@ -198,6 +198,7 @@ def test_a_launcher_starts_again_after_a_kill_and_not_after_a_mismatch(tmp_path)
     assert not list(directory.glob("attempts/0003.json"))
 
 
+@pytest.mark.slow
 def test_what_each_step_was_outlives_a_kill_of_the_whole_tree(tmp_path, started):
     settings = [
         "task.name=small_task:build",

@@ -373,6 +373,7 @@ for x, y in run.batches(points(), 12, epochs=2):
 """
 
 
+@pytest.mark.slow
 def test_a_save_after_an_evaluation_holds_the_parts(tmp_path: Path) -> None:
     outcome = killed_once(tmp_path, program(FSDP, AFTER_EVALUATION), ranks=2)
     assert outcome.is_equal, (outcome.rows, outcome.resumed.texts)
@@ -546,6 +547,7 @@ def test_saves_and_stops_wait_for_gradients_that_no_state_holds(
     assert list(differences(newest(tmp_path / "whole"), newest(tmp_path / "run"))) == []
 
 
+@pytest.mark.slow
 def test_gradients_that_last_come_back(tmp_path: Path) -> None:
     source = program(FSDP, LASTING)
     live(tmp_path, source, "whole", ranks=2)
@@ -565,6 +567,7 @@ def test_the_state_of_an_object_of_the_programs_own_is_sharded_too(tmp_path: Pat
     assert again.codes == [0, 0] and "resumes from step 13" in again.text, again.texts
 
 
+@pytest.mark.slow
 def test_ranks_that_are_done_wait_for_a_slow_writer(tmp_path: Path) -> None:
     source = BUILT.replace("init()", "init(timeout_s=4)").replace("WRAP", FSDP) + SLOW_WRITER
     lived = live(tmp_path, source, "run", ranks=2)
@@ -581,6 +584,7 @@ for epoch, batches in run.by_epoch(ahead(run.batches(points(), 12, epochs=2))):
     for x, y in batches:""" + textwrap.indent(STEP, "    ")
 
 
+@pytest.mark.slow
 def test_a_resume_inside_an_epoch_whose_first_batch_is_made_ahead(tmp_path: Path) -> None:
     outcome = killed_once(tmp_path, program(FSDP, AHEAD), ranks=2)
     assert outcome.is_equal, (outcome.rows, outcome.resumed.texts)

@@ -218,6 +218,7 @@ def test_torchrun_may_start_again_in_place(
     check_equal(directory, whole(2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "is_supervised"),
     [
@@ -383,6 +384,7 @@ def test_a_signal_in_the_pause_between_two_starts_ends_it(
 # --- killed ---
 
 
+@pytest.mark.slow
 def test_killed_it_takes_all_its_processes_with_it(tmp_path: Path, started: Start) -> None:
     directory = tmp_path / "run"
     process = started(
@@ -457,6 +459,7 @@ def test_killed_while_it_starts_it_leaves_nobody_behind(
 # --- what is finished, or trains nothing, is not started again ---
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_not_started_again_where_the_directory_is_empty(tmp_path: Path) -> None:
     bucket = f"run.remote=file://{tmp_path}/bucket"
     first, second = (
@@ -521,6 +524,7 @@ def test_a_program_goes_on_after_its_loop_whatever_is_killed_there_and_may_becom
     assert left_behind(tmp_path / "run") == []
 
 
+@pytest.mark.slow
 def test_a_task_that_exits_before_training_ends_as_a_failure(folder: Path) -> None:
     done = run(launch(1, *crashing(folder, "0-0-quit-99")), cwd=folder, limit_s=120)
     assert done.returncode == 78, done.stdout + done.stderr
@@ -532,6 +536,7 @@ def test_a_task_that_exits_before_training_ends_as_a_failure(folder: Path) -> No
 # --- what cannot work is refused at once ---
 
 
+@pytest.mark.slow
 def test_a_wrong_configuration_spawns_nothing_and_writes_nothing(
     tmp_path: Path, started: Start
 ) -> None:

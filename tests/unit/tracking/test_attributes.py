@@ -227,6 +227,7 @@ class Becoming(nn.Module):
         return self.body(x) * (0.5 if self.warm is True else 1.0) + len(self.pair[0])
 
 
+@pytest.mark.slow
 def test_attributes_that_become_something_of_another_kind_come_back(tmp_path, capsys):
     def make(run: harness.Run):
         model = Becoming()
@@ -523,6 +524,7 @@ def growing(each: int, at_step=lambda _model, _step: None):
     return make
 
 
+@pytest.mark.slow
 def test_a_list_that_grows_beyond_what_is_looked_into_as_built_is_kept(tmp_path, capsys):
     goes_on(tmp_path, growing(700), (4, 7))
     assert warnings_in(capsys.readouterr().out) == []
@@ -615,6 +617,7 @@ class Wrapped(nn.Module):
         return self.drop.module(self.layer(x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("inside_only", [False, True])
 def test_the_mode_of_a_wrapper_comes_back_with_that_of_what_is_inside(tmp_path, inside_only):
     def make(run):
@@ -799,6 +802,7 @@ class Parting(nn.Module):
         return self.body(x) * (self.bias + 1)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_tensors_that_part_in_training_have_parted_after_a_restart(tmp_path, capsys):
     def make(run):

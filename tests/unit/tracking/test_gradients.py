@@ -123,12 +123,14 @@ def adversaries(run: harness.Run):
     return step
 
 
+@pytest.mark.slow
 def test_gradients_that_are_always_under_way_are_kept_without_waiting(tmp_path):
     goes_on(tmp_path, adversaries, (4, 7))
     assert steps_of(tmp_path / "whole") == [3, 6, 9, 12]
     assert set(payloads(tmp_path / "whole")[6]["gradients"]) == {"critic.weight", "critic.bias"}
 
 
+@pytest.mark.slow
 def test_a_gradient_of_zeros_is_another_thing_than_none(tmp_path):
     """To an optimizer that decays weights. Here a part takes part in some steps only."""
 
@@ -154,6 +156,7 @@ def test_a_gradient_of_zeros_is_another_thing_than_none(tmp_path):
     goes_on(tmp_path, make, (4, 11))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("decay", [1.0, 0.9])
 def test_gradients_that_nobody_sets_to_zero_are_kept(tmp_path, decay):
     def make(run):
@@ -176,6 +179,7 @@ def test_gradients_that_nobody_sets_to_zero_are_kept(tmp_path, decay):
     assert steps_of(tmp_path / "whole") == [3, 6, 9, 12]
 
 
+@pytest.mark.slow
 def test_a_save_waits_for_an_optimizer_that_never_steps_no_longer_than_it_must(
     tmp_path, monkeypatch
 ):
@@ -202,6 +206,7 @@ def test_a_save_waits_for_an_optimizer_that_never_steps_no_longer_than_it_must(
     assert steps_of(tmp_path / "whole") == [5, 6, 9, 12]
 
 
+@pytest.mark.slow
 def test_an_update_that_was_skipped_is_waited_for(tmp_path):
     """As a gradient scaler does when a gradient is not finite; and sparse gradients stay sparse."""
 
@@ -226,6 +231,7 @@ def test_an_update_that_was_skipped_is_waited_for(tmp_path):
     assert payloads(tmp_path / "whole")[12]["gradients"]["model.weight"]["indices"].shape[0] == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_zeroed", [True, False])
 def test_used_sparse_gradients_that_persist_stay_sparse(tmp_path, is_zeroed):
     def make(run):
@@ -266,6 +272,7 @@ class Other:
         self.count = state["count"]
 
 
+@pytest.mark.slow
 def test_gradients_of_an_optimizer_that_tells_nothing_are_kept(tmp_path):
     def make(run):
         model = nn.Linear(8, 1)
