@@ -18,6 +18,7 @@ Reading order, which is the order of a run:
     cli/            the commands                       tasks/        example tasks
     threads.py      the frames of all threads      source_code/  names that a program sets or reads
     sharding/       checkpoints of sharded models      ema.py         average of the weights
+    hf/             safetensors, Hugging Face folders
 
 Imports only go down these layers, and each third-party library has one door:
 
@@ -37,6 +38,7 @@ Imports only go down these layers, and each third-party library has one door:
     distributed
     config
     store, preemption, task, ema
+    hf
     retry, text, threads, source_code
     errors
 """

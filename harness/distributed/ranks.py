@@ -8,9 +8,11 @@ slow disk); they watch the writer's heartbeat instead: see `World.on_writer`.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO, TypeVar
@@ -24,6 +26,7 @@ from harness.errors import LostRankError
 T = TypeVar("T")
 LAG = 100  # calls; within fewer calls, a save synchronises all ranks
 SHARED_AT_ONCE_BYTES = 16 << 20
+HEARD_WITHIN_S = 2.0
 FEW = 63  # numbers in one message
 
 
@@ -151,6 +154,7 @@ class World:
                 result = work()
             except BaseException as error:
                 self.words.tell(key, as_word(error, None))
+                self._all_hear(key)
                 raise
             self.words.tell(key, {"result": result})
         # This is no barrier: the writer may be some calls ahead of ranks that still have to read.
@@ -184,11 +188,23 @@ class World:
                 part, failure = as_word(error, self.rank), error
             self.words.tell(f"part/{number}/{self.rank}", part)
         parts = self.on_writer(lambda: self._heard(number, give_up), give_up=give_up)
+        if any("error" in part for part in parts):
+            self._all_hear(f"part/{number}")
         if failure is not None:
             raise failure
         for part in parts:
             raise_word(part)
         return [part["result"] for part in parts]
+
+    def _all_hear(self, key: str) -> None:
+        """Let every rank hear of an error before the writer leaves, which may host the store."""
+        heard, until = f"{key}/heard", time.monotonic() + HEARD_WITHIN_S
+        with contextlib.suppress(LostRankError):
+            if not self.is_writer:
+                self.words.beat(heard)
+                return
+            while self.words.beats(heard) < self.size - 1 and time.monotonic() < until:
+                time.sleep(0.005)
 
     def _heard(self, number: int, give_up: Callable[[], object]) -> list[Any]:
         """Wait for each rank's part of `on_each`, and return them; called on the writer."""
@@ -204,6 +220,8 @@ class World:
     def _await(self, key: str, give_up: Callable[[], object]) -> Any:
         """Wait for the writer's result under a key, as long as its heartbeat continues."""
         reply = self.words.receive(key, "heartbeat", "the writing rank", give_up)
+        if "error" in reply:
+            self._all_hear(key)
         raise_word(reply)
         return reply["result"]
 

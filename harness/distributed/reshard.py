@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import nn
 
 from harness.distributed import dtensors
 from harness.distributed.layout import Box
@@ -50,8 +51,12 @@ def is_concerned(tracked: Mapping[str, Any], parts: Parts | None) -> bool:
     return parts is not None or dtensors.holds_sharded(tracked.values())
 
 
-def made_whole(payload: Mapping[str, Any], parts: Parts) -> dict[str, Any]:
+def made_whole(
+    payload: Mapping[str, Any], parts: Parts, *, weights_only: bool = False
+) -> dict[str, Any]:
     """Return the content of a checkpoint with each sharded tensor as a whole one.
+
+    With `weights_only`, the state of optimizers stays without data.
 
     Raises:
         DamagedError: A part is not what was written.
@@ -59,11 +64,30 @@ def made_whole(payload: Mapping[str, Any], parts: Parts) -> dict[str, Any]:
     """
     taker = _Taker(parts, to_whole=True)
     whole = {
-        key: taker.taken(key, value, None) if str(key).endswith("_state_dict") else value
+        key: taker.taken(key, value, None)
+        if str(key).endswith("_state_dict") and not (weights_only and _is_numbered(value))
+        else value
         for key, value in payload.items()
     }
     parts.fill(taker.wanted)
     return whole
+
+
+def sharded_alike(module: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
+    """Return a state dict whose whole tensors are sharded as those of the module.
+
+    No collective is used: each rank takes its part of what it has whole.
+    """
+    own, taker = module.state_dict(), _Taker(None)
+    if not dtensors.holds_sharded([module]):
+        return state
+    made = type(state)(
+        (key, value if dtensors.is_sharded(value) else taker.taken(key, value, own.get(key)))
+        for key, value in state.items()
+    )
+    if hasattr(state, "_metadata"):
+        made._metadata = state._metadata  # type: ignore[attr-defined]
+    return made
 
 
 class _Taker:

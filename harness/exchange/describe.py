@@ -16,7 +16,7 @@ import torch
 from harness.checkpoint.format import Manifest
 from harness.config import stored_form
 from harness.errors import UsageError, printable
-from harness.exchange import files, rebuild, recognise
+from harness.exchange import files, formats, rebuild, recognise
 from harness.exchange.files import Loaded
 from harness.exchange.recognise import MODULE, NUMBER, OPTIMIZER, SCALER, SCHEDULER, Part
 from harness.text import number, size, table
@@ -91,7 +91,7 @@ def describe(path: str | Path, which: str | int = "newest") -> Description:
             "x".join(map(str, t.shape)) or "scalar",
             size(t.numel() * t.element_size()),
         )
-        for name, t in files.tensors(value)
+        for name, t in formats.tensors(value)
     ]
     return Description(
         loaded.file.where,
@@ -136,7 +136,7 @@ def summary(part: Part) -> str:
     if part.kind == NUMBER:
         return f"{part.value:.6g}" if isinstance(part.value, float) else str(part.value)
     if part.kind == MODULE:
-        held = dict(files.tensors(part.value))
+        held = dict(formats.tensors(part.value))
         learned = sum(
             t.numel()
             for name, t in held.items()

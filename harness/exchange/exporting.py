@@ -7,16 +7,11 @@ compared with its source. Only then does it appear, complete, under its final na
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import secrets
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import torch
 
@@ -25,13 +20,12 @@ from harness.exchange import compare, files, formats, program, rebuild, recognis
 from harness.exchange.files import Loaded
 from harness.exchange.rebuild import Rebuilt
 from harness.exchange.recognise import OPTIMIZER, Part
+from harness.hf import hf_folder, safetensors_file
 from harness.state import kept_generators
-from harness.store import CHUNK_BYTES, LocalStore, Store, is_url, open_store
-from harness.supervision.run_address import WAIT_S, is_checkpoint, is_shard
 from harness.text import number
 
 PROGRAMS = ("torchscript", "exported")
-FORMATS = ("weights", "full", "module", "safetensors", *PROGRAMS)
+FORMATS = ("weights", "full", "module", "safetensors", "hf", *PROGRAMS)
 
 # Writes the file, checks it, and returns the lines of code that load it.
 Write = Callable[[Path], list[str]]
@@ -43,6 +37,7 @@ class ExportOptions:
 
     Args:
         legacy: Write the format of PyTorch before 1.6.
+        file_bytes: Size of the tensors in one file of "hf".
         config: YAML file of settings that name the task, where the file does not name it.
         settings: The same as a list: ["task.name=…"].
     """
@@ -54,6 +49,7 @@ class ExportOptions:
     overwrite: bool
     trust: bool
     legacy: bool = False
+    file_bytes: int = 5_000_000_000
     config: str | None = None
     settings: Sequence[str] = ()
 
@@ -77,8 +73,8 @@ def export(
         checkpoint: Path or URL of a run, a checkpoint or a file.
         out: Path or URL of the file to write.
         format: "weights" (the state dict), "full" (model, optimizer, epoch and loss under the keys
-            of PyTorch's tutorial), "module" (the pickled module), "safetensors", "torchscript" or
-            "exported" (`torch.export`).
+            of PyTorch's tutorial), "module" (the pickled module), "safetensors", "hf" (a folder of
+            them as Hugging Face has it), "torchscript" or "exported" (`torch.export`).
         which: Checkpoint of a run: "newest", "best" or a step.
         ema: Export the averaged weights.
         module: Name of the module to export, where there are several.
@@ -101,8 +97,9 @@ def export(
 def export_as_asked(checkpoint: str | Path, out: str, asked: ExportOptions) -> str:
     """Export a model as `export` does, after a check of what is asked."""
     _check_asked(asked, out)
-    store, key = _destination(out, asked.overwrite)
-    loaded = files.read_any(checkpoint, asked.which, trust=asked.trust)
+    store, key = formats.destination(out, asked.overwrite, is_folder=asked.format == "hf")
+    is_full = asked.format == "full"
+    loaded = files.read_any(checkpoint, asked.which, trust=asked.trust, weights_only=not is_full)
     held = rebuild.pick(rebuild.states(loaded, ema=asked.ema), asked.module, loaded.file.where)
     if len(held) > 1 and asked.format not in ("weights", "full"):
         raise UsageError(
@@ -111,10 +108,10 @@ def export_as_asked(checkpoint: str | Path, out: str, asked: ExportOptions) -> s
             f"Name one: --module {next(iter(held))}.",
         )
     # Data and modules may draw random numbers, so the generators are restored afterwards.
-    with kept_generators(), _scratch(store, key) as path:
+    with kept_generators(), formats.scratch(store, key) as path:
         write, notes = _writer(loaded, held, asked)
         lines = _written(write, path, out)
-        _put(path, store, key)
+        formats.put(path, store, key)
     name = json.dumps(Path(out).name, ensure_ascii=False)
     return "\n".join(
         [_origin(loaded), *notes, "", *(line.replace('"OUT"', name) for line in lines)]
@@ -130,7 +127,7 @@ def _writer(
     """
     if asked.format not in ("module", *PROGRAMS):
         lone = asked.module is not None or len(held) == 1
-        write = _of_data(loaded, held, asked.format, lone=lone, legacy=asked.legacy)
+        write = _of_data(loaded, held, asked, lone=lone)
         return write, rebuild.missing_in_weights(loaded, held)
     rebuilt = rebuild.build_module(
         loaded,
@@ -185,53 +182,25 @@ def _check_asked(asked: ExportOptions, out: str) -> None:
         )
 
 
-def _destination(out: str, overwrite: bool) -> tuple[Store, str]:
-    if is_checkpoint(out) or is_shard(out):
-        raise UsageError(
-            f"{out} is where a run keeps its checkpoints", remedy="Name a file elsewhere."
-        )
-    if is_url(out):
-        if not urlsplit(out).path.strip("/") or out.endswith("/"):
-            raise UsageError(f"{out} names no file", remedy="Name one: s3://bucket/model.pt.")
-        folder, _, key = out.rpartition("/")
-        store = open_store(folder, WAIT_S)
-        is_there = store.exists(key)
-    else:
-        path = Path(os.path.realpath(Path(out).expanduser()))  # write to the target of a link
-        store, key, is_there = open_store(path.parent, WAIT_S), path.name, os.path.lexists(out)
-        if path.exists() and not path.is_file():
-            raise UsageError(
-                f"{out} is {'a directory' if path.is_dir() else 'no plain file'}",
-                remedy="Name a file.",
-            )
-        if not path.parent.is_dir():
-            raise UsageError(f"there is no folder {path.parent}", remedy="Make it first.")
-    if is_there and not overwrite:
-        raise UsageError(
-            f"{out} is there already",
-            remedy="Name another file, or insist: --force (overwrite=True).",
-        )
-    return store, key
-
-
 def _of_data(
-    loaded: Loaded, held: Mapping[str, Part], format: str, *, lone: bool, legacy: bool
+    loaded: Loaded, held: Mapping[str, Part], asked: ExportOptions, *, lone: bool
 ) -> Write:
     """Return a writer for a format that holds only state dicts and needs no task code.
 
     Args:
         loaded: The source file.
         held: The module states to write, by module name.
-        format: "weights", "full" or "safetensors".
+        asked: The options; the format is "weights", "full", "safetensors" or "hf".
         lone: Write only the first module, as "model".
-        legacy: Write the format of PyTorch before 1.6.
 
     Raises:
         UsageError: The format is "full" and the source holds no optimizer.
     """
-    first = next(iter(held.values())).value
+    first, format, legacy = next(iter(held.values())).value, asked.format, asked.legacy
     if format == "safetensors":
         return lambda path: _write_safetensors(path, loaded, first)
+    if format == "hf":
+        return lambda path: _write_hf(path, loaded, first, asked.file_bytes)
     states = {
         f"{name}_state_dict": part.value
         for name, part in ({"model": next(iter(held.values()))} if lone else held).items()
@@ -308,41 +277,29 @@ def _write_torch(path: Path, value: Any, legacy: bool, lines: list[str]) -> list
     return lines
 
 
-def _write_safetensors(path: Path, loaded: Loaded, value: Mapping[str, Any]) -> list[str]:
+def _facts(loaded: Loaded) -> dict[str, str]:
+    """Return the metadata of a safetensors file: the run and the step."""
     of_run = loaded.manifest
     facts = (
         {"run": of_run.run_id, "step": of_run.step, "epoch": of_run.epoch, "loss": of_run.loss}
         if of_run
         else {}
     )
-    metadata = {"format": "pt"} | {name: str(fact) for name, fact in facts.items()}
-    written = formats.save_safetensors(path, value, metadata)
-    compare.check_equal(path, written, formats.load_safetensors(path)[0])
+    return {"format": "pt"} | {name: str(fact) for name, fact in facts.items()}
+
+
+def _write_safetensors(path: Path, loaded: Loaded, value: Mapping[str, Any]) -> list[str]:
+    written = safetensors_file.save_safetensors(path, value, _facts(loaded))
+    compare.check_equal(path, written, safetensors_file.load_safetensors(path)[0])
     return ["from safetensors.torch import load_file", *_reading('load_file("OUT")', {"model": ""})]
 
 
-@contextlib.contextmanager
-def _scratch(store: Store, key: str) -> Iterator[Path]:
-    """Yield the path of a temporary file and delete the file afterwards.
-
-    The file lies beside its destination if the store is local, else in a temporary directory.
-    """
-    name = f"{key}.tmp-0000-{secrets.token_hex(4)}"
-    with (
-        tempfile.TemporaryDirectory()
-        if not isinstance(store, LocalStore)
-        else contextlib.nullcontext(store.root) as folder
-    ):
-        path = Path(folder, name)
-        try:
-            yield path
-        finally:
-            path.unlink(missing_ok=True)
-
-
-def _put(path: Path, store: Store, key: str) -> None:
-    with path.open("rb") as file, store.writer(key, 0) as sink:
-        sink.expect(path.stat().st_size)
-        while chunk := file.read(CHUNK_BYTES):
-            sink.write(chunk)
-        sink.commit()
+def _write_hf(path: Path, loaded: Loaded, value: Mapping[str, Any], file_bytes: int) -> list[str]:
+    path.mkdir()
+    for name, tensors in hf_folder.save_hf(path, value, _facts(loaded), file_bytes).items():
+        compare.check_equal(path / name, tensors, safetensors_file.load_safetensors(path / name)[0])
+    return [
+        "from transformers import AutoModel  # or the class of your model",
+        'model.config.save_pretrained("OUT")  # once: a checkpoint has no config.json',
+        'model = AutoModel.from_pretrained("OUT")',
+    ]

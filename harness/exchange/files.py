@@ -25,9 +25,19 @@ from harness.errors import DamagedError, HarnessError, UsageError
 from harness.exchange import formats, safe_unpickle
 from harness.exchange.formats import EXPORTED, LEGACY, SAFETENSORS, TORCH, TORCHSCRIPT, UNREADABLE
 from harness.exchange.single_read import File, SingleRead
+from harness.hf import hf_folder
+from harness.hf.safetensors_file import load_safetensors, safetensors_outline
 from harness.monitoring.console import ProgressBar
 from harness.sharding.shards import ShardFiles
-from harness.store import SealedMemory, Store, check_url, is_url, open_store, redacted
+from harness.store import (
+    LocalStore,
+    SealedMemory,
+    Store,
+    check_url,
+    is_url,
+    open_store,
+    redacted,
+)
 from harness.supervision import run_address
 from harness.supervision.run_address import WAIT_S
 from harness.text import muted
@@ -89,7 +99,11 @@ def _there(path: Path) -> Path:
 
 
 def read_any(
-    path: str | Path, which: str | int = run_address.NEWEST, *, trust: bool = False
+    path: str | Path,
+    which: str | int = run_address.NEWEST,
+    *,
+    trust: bool = False,
+    weights_only: bool = False,
 ) -> Loaded:
     """Read a checkpoint of a run, which is verified, or any other file, with all data.
 
@@ -97,12 +111,15 @@ def read_any(
         path: Path or URL of a run, a checkpoint or a file.
         which: Checkpoint of a run: "newest", "best" or a step.
         trust: Let a pickle run the code that it names.
+        weights_only: Leave optimizer state that is sharded without data.
 
     Raises:
         UsageError: There is no such file, it holds no model, or it wants to run code.
         DamagedError: The file is damaged or cut short.
         StorageError: The store cannot be read.
     """
+    if (folder := _of_hugging_face(path)) is not None:
+        return folder
     if not is_ours(str(path)):
         if which != run_address.NEWEST:
             raise UsageError(
@@ -115,9 +132,21 @@ def read_any(
     bar = ProgressBar(f"reading {manifest.name} from {store}", manifest.size_bytes)
     payload = load.load(store, manifest, bar)
     if manifest.shards:
-        payload = dict(made_whole(payload, ShardFiles(store, manifest, payload)))
+        parts = ShardFiles(store, manifest, payload)
+        payload = made_whole(payload, parts, weights_only=weights_only)
     bar.end()
     return Loaded(_file_of(store, manifest), payload, manifest=manifest)
+
+
+def _of_hugging_face(path: str | Path) -> Loaded | None:
+    """Return the weights in a folder of Hugging Face, as views of its files; else None."""
+    folder = Path(path)
+    if is_url(str(path)) or not (names := hf_folder.hf_files(folder)):
+        return None
+    size_bytes = sum(each.stat().st_size for each in names)
+    file = File(LocalStore(folder), names[0].name, SAFETENSORS, size_bytes)
+    with _reader_errors(file):
+        return Loaded(file, hf_folder.mapped(names))
 
 
 def outline_any(path: str | Path, which: str | int = run_address.NEWEST) -> Loaded:
@@ -126,6 +155,8 @@ def outline_any(path: str | Path, which: str | int = run_address.NEWEST) -> Load
     Raises the same errors as `read_any`, except for a pickle that wants to run code: its objects
     are replaced by texts (`NotLoaded`).
     """
+    if (folder := _of_hugging_face(path)) is not None:
+        return folder
     if not is_ours(str(path)):
         file = find(path)
         try:
@@ -175,11 +206,11 @@ def outline(file: File) -> Loaded:
     """
     with file.view() as opened, _reader_errors(file, opened):
         if file.kind == SAFETENSORS:
-            return Loaded(file, *formats.safetensors_outline(file.where, file.size_bytes, opened))
+            return Loaded(file, *safetensors_outline(file.where, file.size_bytes, opened))
         if file.kind == TORCHSCRIPT:
             return _checked(_script(file, opened, with_data=False))
         if file.kind == EXPORTED:
-            return Loaded(file, formats.exported_outline(zipfile.ZipFile(opened)))
+            return Loaded(file, safe_unpickle.exported_outline(zipfile.ZipFile(opened)))
         value = _without_data(opened)
         safe_unpickle.check_nesting(value)
         return _checked(Loaded(file, value))
@@ -247,7 +278,7 @@ def read(file: File, *, trust: bool = False) -> Loaded:
 def _loaded(file: File, memory: SealedMemory, *, trust: bool) -> Loaded:
     """Load a file whose bytes are all in memory."""
     if file.kind == SAFETENSORS:
-        return Loaded(file, *formats.load_safetensors(memory.path))
+        return Loaded(file, *load_safetensors(memory.path))
     if file.kind == TORCH and load.is_plain_zip(memory):  # the tensors are views of `memory`
         return Loaded(
             file, torch.load(memory.path, mmap=True, map_location="cpu", weights_only=not trust)
@@ -316,20 +347,6 @@ def _checked(loaded: Loaded) -> Loaded:
     Raises:
         DamagedError: The tensors' storages exceed the file's size, or their views exceed it far.
     """
-    held = (tensor for _, tensor in tensors(loaded.value))
+    held = (tensor for _, tensor in formats.tensors(loaded.value))
     formats.check_claims(held, loaded.file.where, loaded.file.size_bytes)
     return loaded
-
-
-def tensors(value: Any, where: str = "") -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield every tensor in a nested structure with the path that leads to it."""
-    if isinstance(value, torch.nn.Module):
-        value = value.state_dict()
-    if isinstance(value, torch.Tensor):
-        yield where, value
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from tensors(item, f"{where}.{key}" if where else str(key))
-    elif isinstance(value, list | tuple):
-        for at, item in enumerate(value):
-            yield from tensors(item, f"{where}[{at}]")

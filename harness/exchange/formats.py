@@ -1,4 +1,4 @@
-"""Handle the file formats of models: detect them, read their headers, load and write them.
+"""Handle the file formats of models: detect them, and let a written file appear whole.
 
 The first bytes of a file determine its format, not its name: torch.save's format, its format before
 PyTorch 1.6, safetensors, TorchScript, or a program of torch.export. An outline holds a file's
@@ -7,18 +7,23 @@ tensors with their names, dtypes and shapes, without their data.
 
 from __future__ import annotations
 
-import json
+import contextlib
 import os
-import struct
+import secrets
+import shutil
+import tempfile
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
+from urllib.parse import urlsplit
 
 import torch
 
 from harness.checkpoint.load import UNPARSEABLE, first_line
 from harness.errors import DamagedError, UsageError
+from harness.store import CHUNK_BYTES, LocalStore, Store, is_url, open_store
+from harness.supervision.run_address import WAIT_S, is_checkpoint, is_shard
 from harness.text import size
 
 TORCH = "torch.save"
@@ -41,39 +46,6 @@ STRANGERS = (
     (b"\x1f\x8b", "compressed by gzip: unpack it first"),
     (b"\x80", "a plain pickle, not of torch.save"),
 )
-HEADER_BYTES = 100 << 20  # largest safetensors header that its specification allows
-SAFETENSORS_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U64": torch.uint64,
-    "U32": torch.uint32,
-    "U16": torch.uint16,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "C64": torch.complex64,
-}
-EXPORT_DTYPES = {
-    1: torch.uint8,
-    2: torch.int8,
-    3: torch.int16,
-    4: torch.int32,
-    5: torch.int64,
-    6: torch.float16,
-    7: torch.float32,
-    8: torch.float64,
-    10: torch.complex64,
-    11: torch.complex128,
-    12: torch.bool,
-    13: torch.bfloat16,
-}
 
 
 def identify(opened: BinaryIO, where: str) -> str:
@@ -143,6 +115,20 @@ def _identify_zip(opened: BinaryIO, where: str, size_bytes: int) -> str:
     return kind
 
 
+def tensors(value: Any, where: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield every tensor in a nested structure with the path that leads to it."""
+    if isinstance(value, torch.nn.Module):
+        value = value.state_dict()
+    if isinstance(value, torch.Tensor):
+        yield where, value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from tensors(item, f"{where}.{key}" if where else str(key))
+    elif isinstance(value, list | tuple):
+        for at, item in enumerate(value):
+            yield from tensors(item, f"{where}[{at}]")
+
+
 def check_claims(tensors: Iterable[torch.Tensor], where: str, size_bytes: int) -> None:
     """Check that a file's tensors are not larger than the file that claims to hold them.
 
@@ -164,110 +150,6 @@ def check_claims(tensors: Iterable[torch.Tensor], where: str, size_bytes: int) -
         )
 
 
-def safetensors_outline(
-    where: str, size_bytes: int, opened: BinaryIO
-) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Read the header of a safetensors file: 8 bytes with its length, then JSON.
-
-    Source: https://huggingface.co/docs/safetensors/index#format
-
-    Args:
-        where: Name of the file in error messages.
-        size_bytes: Size of the whole file.
-        opened: The file, at its beginning.
-
-    Returns:
-        Meta tensors by name, and the file's metadata.
-
-    Raises:
-        DamagedError: The header claims more bytes than the file has, or a tensor's range does not
-            match its dtype and shape. Other malformed headers raise errors such as KeyError or
-            struct.error, which the caller converts.
-    """
-    (length,) = struct.unpack("<Q", opened.read(8))
-    if length > min(HEADER_BYTES, size_bytes - 8):
-        raise DamagedError(
-            f"{where} is damaged: its header claims {size(length)}",
-            f"found: a file of {size(size_bytes)}",
-        )
-    header = json.loads(opened.read(length))
-    metadata = {str(name): str(value) for name, value in header.pop("__metadata__", {}).items()}
-    tensors: dict[str, torch.Tensor] = {}
-    for name, entry in header.items():
-        start, end = entry["data_offsets"]
-        dtype = SAFETENSORS_DTYPES[entry["dtype"]]
-        tensor = torch.empty(entry["shape"], dtype=dtype, device="meta")
-        if (
-            not 0 <= start <= end <= size_bytes - 8 - length
-            or tensor.numel() * tensor.element_size() != end - start
-        ):
-            raise DamagedError(
-                f"{where} is damaged, or cut short: {name} does not lie in it as its header says"
-            )
-        tensors[name] = tensor
-    return tensors, metadata
-
-
-def load_safetensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Return the tensors of a safetensors file by name, and the file's metadata."""
-    from safetensors import safe_open
-
-    with safe_open(path, "pt") as opened:
-        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-        return tensors, dict(opened.metadata() or {})
-
-
-def save_safetensors(
-    path: Path, state: Mapping[str, Any], metadata: dict[str, str]
-) -> dict[str, torch.Tensor]:
-    """Write a state dict as a safetensors file, and return the tensors as they were written.
-
-    Raises:
-        UsageError: The state dict holds something other than plain tensors.
-        OSError: The file cannot be written.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    strange = [
-        key
-        for key, item in state.items()
-        if not isinstance(item, torch.Tensor)
-        or item.layout is not torch.strided
-        or item.is_quantized
-    ]
-    if strange:
-        raise UsageError(
-            "safetensors holds plain tensors only",
-            f"found: {', '.join(strange[:5])}",
-            "Take --format weights.",
-        )
-    # safetensors refuses tensors that share memory, so tied tensors are written as copies.
-    apart = {key: item.clone().contiguous() for key, item in state.items()}
-    try:
-        save_file(apart, path, metadata)
-    except SafetensorError as error:
-        raise OSError(str(error)) from error
-    return apart
-
-
-def exported_outline(archive: zipfile.ZipFile) -> dict[str, torch.Tensor]:
-    """Return the weights of a torch.export program as meta tensors; {} for an older file layout.
-
-    Source: `ScalarType` and `PayloadConfig` in torch/_export/serde/schema.py.
-    """
-    weights: dict[str, torch.Tensor] = {}
-    for name in archive.namelist():
-        if name.endswith("data/weights/model_weights_config.json"):
-            config: dict[str, Any] = json.loads(archive.read(name))["config"]
-            for weight, entry in config.items():
-                shape = [number["as_int"] for number in entry["tensor_meta"]["sizes"]]
-                weights[weight] = torch.empty(
-                    shape, dtype=EXPORT_DTYPES[entry["tensor_meta"]["dtype"]], device="meta"
-                )
-    return weights
-
-
 def save_torch(path: Path, value: Any, legacy: bool) -> None:
     """Write a file of torch.save, in the format before PyTorch 1.6 if `legacy`.
 
@@ -285,3 +167,73 @@ def save_torch(path: Path, value: Any, legacy: bool) -> None:
             if "write()" in str(error):  # the legacy format's message for a failed write
                 raise OSError(str(error)) from error
             raise
+
+
+def destination(out: str, overwrite: bool, *, is_folder: bool = False) -> tuple[Store, str]:
+    """Return the store and the key of a file, or a folder, to be written.
+
+    Raises:
+        UsageError: It is there already, or nothing can be written there.
+    """
+    if is_folder and (is_url(out) or os.path.lexists(out)):
+        raise UsageError(
+            f"{out} is {'a URL' if is_url(out) else 'there already'}",
+            remedy="Name a folder on a disk that is not there yet.",
+        )
+    if is_checkpoint(out) or is_shard(out):
+        raise UsageError(
+            f"{out} is where a run keeps its checkpoints", remedy="Name a file elsewhere."
+        )
+    if is_url(out):
+        if not urlsplit(out).path.strip("/") or out.endswith("/"):
+            raise UsageError(f"{out} names no file", remedy="Name one: s3://bucket/model.pt.")
+        folder, _, key = out.rpartition("/")
+        store = open_store(folder, WAIT_S)
+        is_there = store.exists(key)
+    else:
+        path = Path(os.path.realpath(Path(out).expanduser()))  # write to the target of a link
+        store, key, is_there = open_store(path.parent, WAIT_S), path.name, os.path.lexists(out)
+        if path.exists() and not path.is_file():
+            raise UsageError(
+                f"{out} is {'a directory' if path.is_dir() else 'no plain file'}",
+                remedy="Name a file.",
+            )
+        if not path.parent.is_dir():
+            raise UsageError(f"there is no folder {path.parent}", remedy="Make it first.")
+    if is_there and not overwrite:
+        raise UsageError(
+            f"{out} is there already",
+            remedy="Name another file, or insist: --force (overwrite=True).",
+        )
+    return store, key
+
+
+@contextlib.contextmanager
+def scratch(store: Store, key: str) -> Iterator[Path]:
+    """Yield the path of a temporary file or folder, and delete it afterwards.
+
+    The file lies beside its destination if the store is local, else in a temporary directory.
+    """
+    name = f"{key}.tmp-0000-{secrets.token_hex(4)}"
+    with (
+        tempfile.TemporaryDirectory()
+        if not isinstance(store, LocalStore)
+        else contextlib.nullcontext(store.root) as folder
+    ):
+        path = Path(folder, name)
+        try:
+            yield path
+        finally:
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def put(path: Path, store: Store, key: str) -> None:
+    """Let a temporary file, or a folder, appear whole under its key."""
+    if path.is_dir():
+        os.rename(path, store.where(key))
+        return
+    with path.open("rb") as file, store.writer(key, 0) as sink:
+        sink.expect(path.stat().st_size)
+        while chunk := file.read(CHUNK_BYTES):
+            sink.write(chunk)
+        sink.commit()

@@ -69,7 +69,7 @@ def load_model(
         DamagedError: The checkpoint is damaged.
         StorageError: The store cannot be read.
     """
-    loaded = files.read_any(source, which)
+    loaded = files.read_any(source, which, weights_only=True)
     if into is not None:
         _warn(fill({module or "model": into}, loaded, ema=ema))
         return into.eval()

@@ -11,6 +11,7 @@ from __future__ import annotations
 import collections
 import functools
 import io
+import json
 import pickle
 import pickletools
 import zipfile
@@ -27,6 +28,20 @@ REBUILD = (
     "_rebuild_parameter",
     "_rebuild_parameter_with_state",
 )
+EXPORT_DTYPES = {
+    1: torch.uint8,
+    2: torch.int8,
+    3: torch.int16,
+    4: torch.int32,
+    5: torch.int64,
+    6: torch.float16,
+    7: torch.float32,
+    8: torch.float64,
+    10: torch.complex64,
+    11: torch.complex128,
+    12: torch.bool,
+    13: torch.bfloat16,
+}
 
 
 class StandIn:
@@ -229,3 +244,20 @@ def _parameters(
     for name, child in inner.items() if isinstance(inner, dict) and depth < 100 else ():
         if isinstance(child, StandIn) and isinstance(child.state, dict):
             yield from _parameters(child, f"{prefix}{name}.", depth + 1)
+
+
+def exported_outline(archive: zipfile.ZipFile) -> dict[str, torch.Tensor]:
+    """Return the weights of a torch.export program as meta tensors; {} for an older file layout.
+
+    Source: `ScalarType` and `PayloadConfig` in torch/_export/serde/schema.py.
+    """
+    weights: dict[str, torch.Tensor] = {}
+    for name in archive.namelist():
+        if name.endswith("data/weights/model_weights_config.json"):
+            config: dict[str, Any] = json.loads(archive.read(name))["config"]
+            for weight, entry in config.items():
+                shape = [number["as_int"] for number in entry["tensor_meta"]["sizes"]]
+                weights[weight] = torch.empty(
+                    shape, dtype=EXPORT_DTYPES[entry["tensor_meta"]["dtype"]], device="meta"
+                )
+    return weights

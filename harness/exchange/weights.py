@@ -16,6 +16,7 @@ from torch import nn
 
 from harness import preemption, state
 from harness.distributed import dtensors
+from harness.distributed.reshard import sharded_alike
 from harness.distributed.shared_tensors import share_state
 from harness.distributed.wrappers import unwrap
 from harness.errors import UsageError
@@ -65,8 +66,7 @@ def load_weights(
             "load_weights takes a module, and then a file",
             f"found: first a {type(module).__name__}",
         )
-    _check_whole({"model": module})
-    loaded = files.read_any(source, which, trust=trust)
+    loaded = files.read_any(source, which, trust=trust, weights_only=True)
     chosen = choose(
         ["model"], recognise.recognise(loaded), {"model": part} if part else {}, loaded.file.where
     )["model"]
@@ -85,8 +85,9 @@ def warm_start(
 ) -> None:
     """Initialise a run that has no checkpoint of its own from the weights in a file.
 
-    Rank 0 (the writer) reads the file and broadcasts the weights to the other ranks. Call it before
-    `run.track`. Collective: every rank must call it.
+    Rank 0 (the writer) reads the file and broadcasts the weights to the other ranks; into a module
+    that is sharded, each rank reads its parts. Call it before `run.track`. Collective: every rank
+    must call it.
 
     Args:
         run: The run. If it resumes from a checkpoint, the file is not read.
@@ -102,10 +103,9 @@ def warm_start(
         )
         return
     mine = named(modules, "model")
-    _check_whole(mine)
 
     def load() -> str:
-        loaded = files.read_any(source)
+        loaded = files.read_any(source, weights_only=True)
         where = loaded.file.where
         chosen = choose(list(mine), recognise.recognise(loaded), {}, where, partly=not strict)
         return fit(
@@ -115,19 +115,13 @@ def warm_start(
             where=where,
         )
 
-    run.say(f"harness: {run.world.on_writer(load, give_up=preemption.requested)}")
-    for module in mine.values():
+    if dtensors.holds_sharded(mine.values()):  # each rank reads what it holds
+        text = run.world.on_each(load, give_up=preemption.requested)[0]
+    else:
+        text = run.world.on_writer(load, give_up=preemption.requested)
+    run.say(f"harness: {text}")
+    for module in mine.values() if not dtensors.holds_sharded(mine.values()) else ():
         share_state(unwrap(module), run.world)
-
-
-def _check_whole(modules: Mapping[str, nn.Module]) -> None:
-    """Raise UsageError if a module is sharded already."""
-    if dtensors.holds_sharded(modules.values()):
-        raise UsageError(
-            "weights cannot be loaded into a sharded module yet",
-            f"found: {', '.join(modules)}, after fully_shard",
-            "Load them before fully_shard, on every rank.",
-        )
 
 
 def choose(
@@ -224,7 +218,7 @@ def fit(
         notes = [idle_note, *hints, INSIST if count else NOTHING_FITS]
         raise UsageError(problem, state.mismatch_table(rows), " ".join(filter(None, notes)))
     for name, (module, _) in pairs.items():
-        unwrap(module).load_state_dict(fits[name][0])
+        unwrap(module).load_state_dict(sharded_alike(unwrap(module), fits[name][0]))
     notes = [part.note for _, part in pairs.values() if part.note] + ([idle_note] if idle else [])
     text = "; ".join([f"loaded {count} of {total} tensors from {where}", *notes])
     return f"{text}\n{state.mismatch_table(rows)}" if rows else text
@@ -314,7 +308,7 @@ def _place(tensor: torch.Tensor) -> tuple[int, int, tuple[int, ...]]:
     return (
         (id(tensor), 0, ())
         if empty
-        else (tensor.data_ptr(), int(tensor.storage_offset()), tuple(tensor.shape))
+        else (dtensors.plain(tensor).data_ptr(), int(tensor.storage_offset()), tuple(tensor.shape))
     )
 
 

@@ -29,6 +29,7 @@ ROWS = {
         "what saves cost a model on a GPU that are due after every step; "
         "left out where there is no GPU"
     ),
+    "sharded": "saves of a model that FSDP2 shards over two ranks, beside DCP's ways",
     "restart": "from kill -9 of a rank to a new step, beside torchrun and torch.load",
 }
 

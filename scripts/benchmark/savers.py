@@ -131,7 +131,7 @@ def _dcp(work: Workload, *, process: bool, background: bool) -> Start:
             work.payload(),
             checkpoint_id=folder / "checkpoint",
             async_checkpointer_type=kind,
-            no_dist=not process,
+            no_dist=not (process or dist.is_initialized()),
             async_stager=kept or DefaultStager(options),
         )
         staged, saved = (

@@ -215,7 +215,7 @@ DOORS = {
     "blake3": {"store", "checkpoint", "saving"},
     "sklearn": {"tasks"},
     "PIL": {"tasks"},
-    "safetensors": {"exchange"},
+    "safetensors": {"hf"},
     "torch.utils.tensorboard": {"monitoring"},
     "wandb": {"monitoring"},
     "torch.distributed": {"distributed"},

@@ -1,0 +1,91 @@
+"""Read and write the weights in a folder as Hugging Face lays it out.
+
+They are in one file, or in several that an index names.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from harness.errors import DamagedError
+from harness.hf.safetensors_file import mapped_safetensors, save_safetensors
+
+HF_FILE, HF_INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+def hf_files(folder: Path) -> list[Path]:
+    """Return the safetensors files of a folder as Hugging Face lays it out; [] if it is none.
+
+    Source: https://huggingface.co/docs/huggingface_hub/package_reference/serialization
+
+    Raises:
+        DamagedError: The index is not valid, or names a file that is not there.
+    """
+    index = folder / HF_INDEX
+    if not index.is_file():
+        return [folder / HF_FILE] if (folder / HF_FILE).is_file() else []
+    try:
+        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+        files = [folder / name for name in names if name == os.path.basename(name)]
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        raise DamagedError(f"{index} is no index", f"found: {error}") from None
+    if lacking := [name for name in names if folder / name not in files] or [
+        file.name for file in files if not file.is_file()
+    ]:
+        raise DamagedError(f"{index} names {len(lacking)} file(s) that are not there: {lacking[0]}")
+    return files
+
+
+def mapped(files: Sequence[Path]) -> dict[str, torch.Tensor]:
+    """Return the tensors of all files by name, as views of the files; see `mapped_safetensors`."""
+    tensors: dict[str, torch.Tensor] = {}
+    for file in files:
+        tensors |= mapped_safetensors(file)
+    return tensors
+
+
+def save_hf(
+    folder: Path, state: Mapping[str, Any], metadata: dict[str, str], most_bytes: int
+) -> dict[str, dict[str, torch.Tensor]]:
+    """Write a state dict into a folder as Hugging Face lays it out.
+
+    Args:
+        folder: The folder, which is there and empty.
+        state: The state dict.
+        metadata: Facts for the header of each file.
+        most_bytes: Size of the tensors in one file; a single tensor may be larger.
+
+    Returns:
+        The tensors of each file as they were written, by its name.
+
+    Raises:
+        UsageError, OSError: As `save_safetensors`.
+    """
+    groups, held_bytes = list[dict[str, Any]]([{}]), 0
+    for key, item in state.items():
+        size_bytes = getattr(item, "nbytes", 0)
+        if held_bytes and held_bytes + size_bytes > most_bytes:
+            groups.append({})
+            held_bytes = 0
+        groups[-1][key] = item
+        held_bytes += size_bytes
+    count = len(groups)
+    names = [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+    written = {
+        name: save_safetensors(folder / name, group, metadata)
+        for name, group in zip(names if count > 1 else [HF_FILE], groups, strict=True)
+    }
+    for name in written:  # safetensors makes files that their owner alone can read
+        (folder / name).chmod(folder.stat().st_mode & 0o666)
+    if count > 1:
+        total = sum(item.nbytes for group in written.values() for item in group.values())
+        files = {key: name for name, group in written.items() for key in group}
+        index = {"metadata": {"total_size": total}, "weight_map": files}
+        (folder / HF_INDEX).write_text(json.dumps(index, indent=2))
+    return written
