@@ -27,10 +27,11 @@ class Part:
 
 
 class TakenParts(dict[str, Part]):
-    """The parts that this rank holds, by path."""
+    """The parts that this rank holds, by path; or none of them, if they are of no interest."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, are_left_out: bool = False) -> None:
         super().__init__()
+        self.are_left_out = are_left_out
         self.by_identity = dict[int, Part]()  # of the plain tensor
         # By address of the plain tensor: the sharded one, which counts writes that it does not.
         self.live = dict[int, Any]()
@@ -81,6 +82,8 @@ def take(parts: TakenParts | None, where: Any, tensor: Any, saved: Any) -> torch
     Raises:
         UsageError: The tensor cannot be kept.
     """
+    if parts is not None and parts.are_left_out:
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
     path = path_of(where)
     if parts is None or path in parts:
         raise UsageError(

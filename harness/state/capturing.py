@@ -107,9 +107,12 @@ def as_captured(name: str, value: Any, parts: TakenParts | None = None) -> Captu
     return Captured({name: to_cpu(value, name, seen)}, set(), {}, {}, seen)
 
 
-def captured_object(name: str, obj: Any) -> Captured:
-    """Capture the state of one tracked object, in the same way as `as_captured`."""
-    seen = TensorRefs(TakenParts())
+def captured_object(name: str, obj: Any, *, without_parts: bool = False) -> Captured:
+    """Capture the state of one tracked object, in the same way as `as_captured`.
+
+    With `without_parts`, sharded tensors are there without this rank's part.
+    """
+    seen = TensorRefs(TakenParts(are_left_out=without_parts))
     return Captured(_capture({name: obj}, seen), set(), {}, {name: obj}, seen)
 
 

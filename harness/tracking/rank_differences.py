@@ -182,7 +182,8 @@ class RankDifferences:
                 ]
                 states[key] = state.as_captured(key, {"param_groups": groups} | _ignored(obj))
             elif in_full or key in self._small or key in self._kept:
-                states[key] = state.captured_object(name, obj)
+                # Each rank has another part of what is sharded.
+                states[key] = state.captured_object(name, obj, without_parts=True)
         return states
 
     def _samples(self, tracked: Mapping[str, Any]) -> int:
