@@ -92,6 +92,7 @@ def test_a_state_that_changes_on_one_rank_while_it_is_copied_is_not_saved(
     assert life.codes == [0, 0], life.texts
     steps = steps_of(tmp_path / "run")
     assert (steps[0], steps[-2:]) == (3, [9, 10]) and 6 not in steps, life.text
+    assert "NOT SAVED" not in life.text, "it is saved again at once, and nothing is lost"
     assert f"saves make training wait: rank {rank}: the state changes" in life.text
     assert main(["verify", str(tmp_path / "run")]) == 0
 
