@@ -56,9 +56,12 @@ def test_a_folder_of_other_files_is_none(tmp_path: Path) -> None:
     ],
 )
 def test_an_index_that_names_what_is_not_there_is_damage(tmp_path: Path, index: str) -> None:
-    (tmp_path / "model.safetensors.index.json").write_text(index)
+    (tmp_path / "secret.safetensors").write_bytes(b"not of the model")
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "model.safetensors.index.json").write_text(index)
     with pytest.raises(DamagedError):
-        hf_files(tmp_path)
+        hf_files(folder)
 
 
 @pytest.mark.parametrize("offsets", [[0, 999], [-8, 16], [0, 8], [8, 0]])

@@ -14,6 +14,7 @@ from torch import nn
 from harness.distributed import fsdp
 from harness.errors import UsageError
 from harness.exchange.compare import differences
+from harness.selfcheck.identity import AttemptIdentities
 
 PROGRAM = """
 import threading
@@ -96,6 +97,22 @@ def test_sharding_may_change_at_a_restart_and_other_last_bits_are_expected_then(
     assert again.codes == [0, 0], again.texts
     assert "setting changed: train.shard: 'none' -> 'fsdp'" in again.text
     assert "warning" not in again.text, again.text
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "said"),
+    [
+        ({}, ["fsdp", None], ["train.shard: none before, fsdp now"]),
+        ({"sharding": ["hsdp", 2]}, ["hsdp", 4], ["train.shard: hsdp by 2 before, hsdp by 4 now"]),
+        ({"sharding": "nonsense"}, ["none", None], []),
+        ({"sharding": ["fsdp", None]}, ["fsdp", None], []),
+    ],
+)
+def test_a_change_of_sharding_explains_other_steps(
+    before: dict[str, Any], now: list[Any], said: list[str]
+) -> None:
+    programs = {1: before, 2: {"sharding": now}}
+    assert AttemptIdentities(2, {}, {1: {}}, programs).expected(1) == said
 
 
 def test_ranks_that_do_not_divide_into_replicas_are_refused(tmp_path: Path) -> None:
