@@ -34,10 +34,11 @@ Imports only go down these layers, and each third-party library has one door:
     monitoring
     supervision
     state, step, checkpoint
+    ema
     data
     distributed
     config
-    store, preemption, task, ema
+    store, preemption, task
     hf
     retry, text, threads, source_code
     errors

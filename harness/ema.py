@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from harness.distributed import dtensors
+
 
 class Ema:
     """An exponential moving average of a module's weights; buffers are copied.
@@ -35,6 +37,7 @@ class Ema:
         """Update the average with the present weights of the source module."""
         self._hook(self)
         own, theirs = self.module, self.source
+        dtensors.reshard([own, theirs])
         if weights := list[torch.Tensor](own.parameters()):
             torch._foreach_lerp_(weights, list(theirs.parameters()), 1 - self.decay)
         for buffer, its in zip(own.buffers(), theirs.buffers(), strict=True):

@@ -56,6 +56,11 @@ class Stepper:
         for module in modules.values():
             module.to(world.device)
         copies = dict[str, Any]()
+        if self._is_sharded and self.task.step is not None:
+            raise UsageError(
+                "train.shard does not go together with a task that has a `step` of its own",
+                remedy="Write a loop of your own: fully_shard, run.track.",
+            )
         if self._is_sharded or settings.checkpoint_activations:
             from harness.distributed import fsdp
 

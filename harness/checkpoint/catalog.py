@@ -141,6 +141,13 @@ class Catalog:
             self.unlisted.remove(folder)
         return self.sizes.get(file.key)
 
+    def has_all(self, store: Store, manifest: Manifest) -> bool:
+        """Return whether the only store of this catalog has each shard of a checkpoint.
+
+        Raises StorageError.
+        """
+        return all(self.size_of(store, file) == file.size_bytes for file in manifest.shards)
+
     def copies(self, manifest: Manifest) -> list[Store]:
         """Return the stores that have exactly this checkpoint, in store order (local first).
 

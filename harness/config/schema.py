@@ -128,7 +128,8 @@ class TrainSettings:
     seed: int = setting(1, "Seed of all generators and of the order of samples.", SEED, "seed")
     precision: str = setting(
         "fp32",
-        "Precision of the forward pass; fp16 with a gradient scaler.",
+        "Precision of the forward pass: autocast, or FSDP2's mixed precision with `train.shard`; "
+        "fp16 with a gradient scaler.",
         one_of("fp32", "bf16", "fp16"),
     )
     compile: bool = setting(False, "Run the modules through `torch.compile`.")

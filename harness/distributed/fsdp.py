@@ -50,17 +50,19 @@ def prepare(
     """
     chosen = {name: blocks_of(module, blocks) for name, module in modules.items()}
     if settings.checkpoint_activations:
+        check_recomputable([block for of_module in chosen.values() for block in of_module])
         chosen = {name: checkpointed(module, chosen[name]) for name, module in modules.items()}
     copies, of_copies = dict[str, nn.Module](), dict[str, list[nn.Module]]()
     if settings.ema_decay is not None:
         copies, of_copies = copy.deepcopy((dict(modules), chosen))
     if settings.shard != NONE and world.joined:
+        check_apart(modules)
         sharder = Sharder(world, settings.shard, settings.shard_size, DTYPES[settings.precision])
         for name, module in modules.items():
             sharder.shard(module, chosen[name])
-        for name, module in copies.items():
-            sharder.shard(module, of_copies[name])
         sharder.follow(optimizers)
+        for name, module in copies.items():
+            sharder.shard(module.requires_grad_(False), of_copies[name])
     return copies
 
 
@@ -89,6 +91,12 @@ class Sharder:
             self._mesh = init_device_mesh(world.device.type, (world.size,))
             return
         size = size or int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
+        if len(set(world.gather(size))) > 1:
+            raise UsageError(
+                "train.shard=hsdp: the nodes have unlike numbers of ranks",
+                f"found: {world.gather(size)}, by rank",
+                "Set train.shard_size.",
+            )
         if world.size % size:
             fitting = [number for number in range(1, world.size + 1) if world.size % number == 0]
             raise UsageError(
@@ -113,21 +121,33 @@ class Sharder:
         of_root = MixedPrecisionPolicy(
             self._dtype, self._dtype and torch.float32, self._dtype and torch.float32
         )
-        for block in blocks:
-            fully_shard(block, mesh=self._mesh, mp_policy=of_block)
-        fully_shard(module, mesh=self._mesh, mp_policy=of_root)
+        order = {id(part): number for number, part in enumerate(module.modules())}
+        try:
+            for block in sorted(blocks, key=lambda block: -order[id(block)]):  # inner ones first
+                fully_shard(block, mesh=self._mesh, mp_policy=of_block)
+            fully_shard(module, mesh=self._mesh, mp_policy=of_root)
+        except (ValueError, TypeError, NotImplementedError, AssertionError) as error:
+            raise UsageError(
+                f"train.shard: torch cannot shard {type(module).__name__}",
+                f"found: {str(error).splitlines()[0]}",
+                "Name other blocks (Task.blocks), or train without train.shard.",
+            ) from error
         after = dict(module.named_parameters())
         for name, parameter in before.items():
             self._built.append(parameter)
             self._sharded[id(parameter)] = after[name]
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(_refuse)  # type: ignore[no-untyped-call]
         return module
 
     def follow(self, optimizers: Iterable[Any]) -> None:
         """Have optimizers that were made of the parameters as built update the sharded ones.
 
         Raises:
-            UsageError: An optimizer has state for the parameters already.
+            UsageError: An optimizer has state for the parameters already, or none that is found
+                updates a parameter that is trained.
         """
+        followed = set[int]()
         for optimizer in optimizers:
             for part in (optimizer, *vars(optimizer).values()):
                 if not isinstance(part, torch.optim.Optimizer):
@@ -136,12 +156,69 @@ class Sharder:
                     raise UsageError(
                         "an optimizer of the task has state before the first step",
                         f"found: {type(part).__name__} with state of {len(part.state)} parameters",
-                        "Let `build` make it of the parameters alone; the run restores its state.",
+                        "Take one that makes its state in the first step (AdamW, SGD), or train "
+                        "without train.shard.",
                     )
                 for group in part.param_groups:
+                    followed |= set(map(id, group["params"]))
                     group["params"][:] = [
                         self._sharded.get(id(parameter), parameter) for parameter in group["params"]
                     ]
+
+        lost = [one for one in self._built if one.requires_grad and id(one) not in followed]
+        if lost:
+            raise UsageError(
+                f"train.shard: no optimizer of the task updates {len(lost)} parameter(s)",
+                f"found: shapes {', '.join(str(tuple(one.shape)) for one in lost[:5])}",
+                "Name each optimizer: Task(optimizers={NAME: …}); freeze what is not trained.",
+            )
+
+
+def _refuse(parameter: torch.Tensor) -> None:
+    """Refuse a gradient of a parameter as built: the model has a sharded one in its place."""
+    raise UsageError(
+        "train.shard: the task computes with a parameter that it has kept from before",
+        f"found: a gradient of shape {tuple(parameter.shape)}",
+        "Ask the module for it in each step: module.weight, module.parameters().",
+    )
+
+
+def check_apart(modules: Mapping[str, nn.Module]) -> None:
+    """Check that no parameter is in two modules, and no module in another one.
+
+    Raises:
+        UsageError: One is, and sharding each module would part them.
+    """
+    owner: dict[int, str] = {}
+    for name, module in modules.items():
+        for key, parameter in module.named_parameters():
+            if owner.setdefault(id(parameter), name) != name:
+                raise UsageError(
+                    f"train.shard: {owner[id(parameter)]} and {name} share parameters",
+                    f"found: {key}",
+                    "Put them into one module: Task(modules=…).",
+                )
+
+
+def check_recomputable(blocks: Sequence[nn.Module]) -> None:
+    """Check that there are blocks, and that a second forward pass changes nothing in them.
+
+    Raises:
+        UsageError: There are none, or one counts its forward passes.
+    """
+    counting = [
+        type(part).__name__
+        for block in blocks
+        for part in block.modules()
+        if getattr(part, "num_batches_tracked", None) is not None
+    ]
+    if counting or not blocks:
+        raise UsageError(
+            "train.checkpoint_activations: "
+            + ("a block counts its forward passes" if counting else "the task has no blocks"),
+            f"found: {counting[0]}" if counting else "found: no repeated modules",
+            "Name others: Task(blocks=[…]).",
+        )
 
 
 def blocks_of(module: nn.Module, given: Sequence[nn.Module]) -> list[nn.Module]:
@@ -178,7 +255,11 @@ def _repeated(module: nn.Module) -> Iterator[nn.Module]:
     if isinstance(module, nn.ModuleList | nn.Sequential):
         with_parameters = [child for child in module if next(child.parameters(), None) is not None]
         counts = Counter(map(type, with_parameters))
-        chosen = {id(child) for child in with_parameters if counts[type(child)] > 1}
+        chosen = {
+            id(child)
+            for child in with_parameters
+            if counts[type(child)] > 1 and not isinstance(child, nn.ModuleList | nn.ModuleDict)
+        }
     else:
         chosen = set()
     for child in module.children():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from typing import Any, BinaryIO
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from harness.checkpoint import format as fmt
 from harness.checkpoint import load
 from harness.checkpoint.format import Manifest
 from harness.checkpoint.load import first_line
@@ -32,7 +34,6 @@ from harness.sharding.shards import ShardFiles
 from harness.store import (
     LocalStore,
     SealedMemory,
-    Store,
     check_url,
     is_url,
     open_store,
@@ -118,7 +119,7 @@ def read_any(
         DamagedError: The file is damaged or cut short.
         StorageError: The store cannot be read.
     """
-    if (folder := _of_hugging_face(path)) is not None:
+    if (folder := _of_hugging_face(path, which)) is not None:
         return folder
     if not is_ours(str(path)):
         if which != run_address.NEWEST:
@@ -135,18 +136,21 @@ def read_any(
         parts = ShardFiles(store, manifest, payload)
         payload = made_whole(payload, parts, weights_only=weights_only)
     bar.end()
-    return Loaded(_file_of(store, manifest), payload, manifest=manifest)
+    file = File(store, manifest.data_key, TORCH, manifest.size_bytes)
+    return Loaded(file, payload, manifest=manifest)
 
 
-def _of_hugging_face(path: str | Path) -> Loaded | None:
+def _of_hugging_face(path: str | Path, which: str | int) -> Loaded | None:
     """Return the weights in a folder of Hugging Face, as views of its files; else None."""
-    folder = Path(path)
-    if is_url(str(path)) or not (names := hf_folder.hf_files(folder)):
+    is_other = is_url(str(path)) or os.path.isdir(f"{path}/{fmt.CHECKPOINTS}")
+    if is_other or not (paths := hf_folder.hf_files(Path(path))):
         return None
-    size_bytes = sum(each.stat().st_size for each in names)
-    file = File(LocalStore(folder), names[0].name, SAFETENSORS, size_bytes)
+    if which != run_address.NEWEST:
+        raise UsageError(f"{path} is one model: there is nothing to choose from", f"found: {which}")
+    size_bytes = sum(each.stat().st_size for each in paths)
+    file = File(LocalStore(path), paths[0].name, SAFETENSORS, size_bytes)
     with _reader_errors(file):
-        return Loaded(file, hf_folder.mapped(names))
+        return Loaded(file, hf_folder.mapped(Path(path)))
 
 
 def outline_any(path: str | Path, which: str | int = run_address.NEWEST) -> Loaded:
@@ -155,7 +159,7 @@ def outline_any(path: str | Path, which: str | int = run_address.NEWEST) -> Load
     Raises the same errors as `read_any`, except for a pickle that wants to run code: its objects
     are replaced by texts (`NotLoaded`).
     """
-    if (folder := _of_hugging_face(path)) is not None:
+    if (folder := _of_hugging_face(path, which)) is not None:
         return folder
     if not is_ours(str(path)):
         file = find(path)
@@ -164,7 +168,7 @@ def outline_any(path: str | Path, which: str | int = run_address.NEWEST) -> Load
         except WantsCodeError:
             return _inert(file)
     store, manifest = run_address.checkpoint(str(path), which)
-    file = _file_of(store, manifest)
+    file = File(store, manifest.data_key, TORCH, manifest.size_bytes)
     opened = dataclasses.replace(file, once=file.opened())
     return Loaded(file, outline(opened).value, manifest=manifest)
 
@@ -188,10 +192,6 @@ def is_ours(path: str) -> bool:
         or folder.endswith(("/", ":"))
         or not open_store(folder, WAIT_S).exists(key)
     )
-
-
-def _file_of(store: Store, manifest: Manifest) -> File:
-    return File(store, manifest.data_key, TORCH, manifest.size_bytes)
 
 
 def outline(file: File) -> Loaded:

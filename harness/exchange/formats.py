@@ -175,7 +175,7 @@ def destination(out: str, overwrite: bool, *, is_folder: bool = False) -> tuple[
     Raises:
         UsageError: It is there already, or nothing can be written there.
     """
-    if is_folder and (is_url(out) or os.path.lexists(out)):
+    if is_folder and (is_url(out) or os.path.lexists(Path(out).expanduser())):
         raise UsageError(
             f"{out} is {'a URL' if is_url(out) else 'there already'}",
             remedy="Name a folder on a disk that is not there yet.",
@@ -192,7 +192,11 @@ def destination(out: str, overwrite: bool, *, is_folder: bool = False) -> tuple[
         is_there = store.exists(key)
     else:
         path = Path(os.path.realpath(Path(out).expanduser()))  # write to the target of a link
-        store, key, is_there = open_store(path.parent, WAIT_S), path.name, os.path.lexists(out)
+        store, key, is_there = (
+            open_store(path.parent, WAIT_S),
+            path.name,
+            os.path.lexists(Path(out).expanduser()),
+        )
         if path.exists() and not path.is_file():
             raise UsageError(
                 f"{out} is {'a directory' if path.is_dir() else 'no plain file'}",

@@ -67,12 +67,9 @@ def load_weights(
             f"found: first a {type(module).__name__}",
         )
     loaded = files.read_any(source, which, trust=trust, weights_only=True)
-    chosen = choose(
-        ["model"], recognise.recognise(loaded), {"model": part} if part else {}, loaded.file.where
-    )["model"]
-    return fit(
-        {"model": (module, chosen)}, strict=strict, rename=rename or {}, where=loaded.file.where
-    )
+    where, called = loaded.file.where, {"model": part} if part else {}
+    chosen = choose(["model"], recognise.recognise(loaded), called, where)["model"]
+    return fit({"model": (module, chosen)}, strict=strict, rename=rename or {}, where=where)
 
 
 def warm_start(
@@ -98,8 +95,8 @@ def warm_start(
     """
     if run.origin is not None:
         run.say(
-            "harness: init.from is not read: the run has a checkpoint of its own; "
-            "for other weights take another run directory"
+            "harness: init.from is not read: the run has a checkpoint of its own; for other "
+            "weights take another run directory"
         )
         return
     mine = named(modules, "model")
@@ -116,12 +113,23 @@ def warm_start(
         )
 
     if dtensors.holds_sharded(mine.values()):  # each rank reads what it holds
-        text = run.world.on_each(load, give_up=preemption.requested)[0]
+        text = _same(run.world.on_each(load, give_up=preemption.requested), source)
     else:
         text = run.world.on_writer(load, give_up=preemption.requested)
+        for module in mine.values():
+            share_state(unwrap(module), run.world)
     run.say(f"harness: {text}")
-    for module in mine.values() if not dtensors.holds_sharded(mine.values()) else ():
-        share_state(unwrap(module), run.world)
+
+
+def _same(texts: Sequence[str], source: str | Path) -> str:
+    """Return what all ranks have loaded. Raises UsageError if they differ."""
+    if unlike := [text for text in texts if text != texts[0]]:
+        raise UsageError(
+            f"the ranks have not read the same weights from {source}",
+            f"found: {unlike[0]}; {texts[0]} (rank 0)",
+            "Name a file that all nodes see, and that nobody writes.",
+        )
+    return texts[0]
 
 
 def choose(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,32 +22,50 @@ HF_FILE, HF_INDEX = "model.safetensors", "model.safetensors.index.json"
 def hf_files(folder: Path) -> list[Path]:
     """Return the safetensors files of a folder as Hugging Face lays it out; [] if it is none.
 
-    Source: https://huggingface.co/docs/huggingface_hub/package_reference/serialization
-
     Raises:
         DamagedError: The index is not valid, or names a file that is not there.
     """
+    return sorted({folder / name for name in _weight_map(folder).values()})
+
+
+def _weight_map(folder: Path) -> dict[str, str]:
+    """Return the file of each tensor by its name; {"": HF_FILE} if one file holds all.
+
+    Source: https://huggingface.co/docs/huggingface_hub/package_reference/serialization
+
+    Raises:
+        DamagedError: As `hf_files`.
+    """
     index = folder / HF_INDEX
-    if not index.is_file():
-        return [folder / HF_FILE] if (folder / HF_FILE).is_file() else []
+    if os.path.isfile(folder / HF_FILE):  # comes first in transformers, too
+        return {"": HF_FILE}
+    if not os.path.isfile(index):
+        return {}
     try:
-        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-        files = [folder / name for name in names if name == os.path.basename(name)]
-    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        found = dict(json.loads(index.read_bytes())["weight_map"])
+        strange = [name for name in found.values() if name != os.path.basename(name)]
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError, OSError) as error:
         raise DamagedError(f"{index} is no index", f"found: {error}") from None
-    if lacking := [name for name in names if folder / name not in files] or [
-        file.name for file in files if not file.is_file()
-    ]:
+    lacking = strange or [name for name in found.values() if not (folder / name).is_file()]
+    if lacking:
         raise DamagedError(f"{index} names {len(lacking)} file(s) that are not there: {lacking[0]}")
-    return files
+    return found
 
 
-def mapped(files: Sequence[Path]) -> dict[str, torch.Tensor]:
-    """Return the tensors of all files by name, as views of the files; see `mapped_safetensors`."""
-    tensors: dict[str, torch.Tensor] = {}
-    for file in files:
-        tensors |= mapped_safetensors(file)
-    return tensors
+def mapped(folder: Path) -> dict[str, torch.Tensor]:
+    """Return the tensors of a folder by name, as views of its files; see `mapped_safetensors`.
+
+    Raises:
+        DamagedError: As `hf_files`; or a file lacks a tensor that the index places there.
+    """
+    files = {file.name: mapped_safetensors(file) for file in hf_files(folder)}
+    if (of_index := _weight_map(folder)).keys() == {""}:
+        return files[HF_FILE]
+    if lacking := [key for key, name in of_index.items() if key not in files[name]]:
+        raise DamagedError(
+            f"{folder / HF_INDEX} places {lacking[0]} in {of_index[lacking[0]]}, which lacks it"
+        )
+    return {key: files[name][key] for key, name in of_index.items()}
 
 
 def save_hf(
@@ -88,4 +106,15 @@ def save_hf(
         files = {key: name for name, group in written.items() for key in group}
         index = {"metadata": {"total_size": total}, "weight_map": files}
         (folder / HF_INDEX).write_text(json.dumps(index, indent=2))
+    for path in (*folder.iterdir(), folder):
+        _make_durable(path)
     return written
+
+
+def _make_durable(path: Path) -> None:
+    """Flush a file or a folder to the disk."""
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)

@@ -128,13 +128,8 @@ class StopAgreement:
         self._saves_asked.clear()
         if self.world.is_writer:
             saving = checkpointer.is_due(throughput.left_s(step, end_step)) or saving
-            # Before the time limit there must be time for one more step, a save and an upload.
-            needed_s = (
-                self._step_timeouts.longest_s + checkpointer.to_save_s + checkpointer.upload_s
-            )
-            if preemption.requested() is None and self.deadline.is_near(
-                self.settings.margin_s + deadline.SAFETY * needed_s
-            ):
+            near_s = self.settings.margin_s + self._needed_s
+            if preemption.requested() is None and self.deadline.is_near(near_s):
                 preemption.request(TIME_LIMIT)
         is_asked, sharded = preemption.requested() is not None, checkpointer.sharded
         proposal = [
@@ -142,12 +137,19 @@ class StopAgreement:
             int(saving),
             interval if self.world.is_writer else 0,
             int(is_asked and sharded is not None and sharded.must_go_on()),
+            int(self.world.is_writer and self.deadline.left_s() < self._needed_s),
         ]
-        stopping, save, interval, goes_on = self.world.agree(proposal)
-        if stopping and goes_on and self._held_back < MOST_STEPS:
+        stopping, save, interval, goes_on, is_last = self.world.agree(proposal)
+        if stopping and goes_on and not is_last and self._held_back < MOST_STEPS:
             self._held_back, stopping, interval = self._held_back + 1, 0, 1
         self._next, self._interval = step + interval, interval
         return True, bool(stopping), bool(save)
+
+    @property
+    def _needed_s(self) -> float:
+        """Return how long one more step, a save and an upload take, in seconds, with a margin."""
+        of_save_s = self._checkpointer.to_save_s + self._checkpointer.upload_s
+        return deadline.SAFETY * (self._step_timeouts.longest_s + of_save_s)
 
     def _may_wait(self) -> bool:
         """Return whether a single rank has no request, and has looked at the clocks just now."""

@@ -279,7 +279,9 @@ class AsyncSaver:
                 self._save(job)
                 if job.ended is not None:
                     self._end(job, job.ended)
-                job.snapshot.forget()
+                with self._sealing:  # a seal may compare the copy at this moment
+                    job.sealed.set()
+                    job.snapshot.forget()
                 job.done.set()
 
     def _touch(self) -> None:

@@ -207,7 +207,7 @@ class CurrentAttempt:
                 m
                 for m in catalog.parts[-1].manifests
                 if m.key not in catalog.parts[-1].marked
-                and (not m.shards or self.stores[-1] in catalog.whole_copies(m))
+                and catalog.parts[-1].has_all(self.stores[-1], m)
             ]
             verified = self._resume_point.read_from(len(self.stores) - 1)
             self._uploader.start(here, there, self.origin, verified, catalog.parts[-1].known)

@@ -67,6 +67,8 @@ def of_program(settings: Settings) -> dict[str, Any]:
     insisted = [f"resume.accept=[{','.join(accepted)}]"] * bool(accepted)
     insisted += [f"resume.override=[{','.join(settings.override)}]"] * bool(settings.override)
     sharding = [setting(settings.config, "train", name) for name in SHARDING]
+    if sharding == ["hsdp", None]:
+        sharding[1] = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return {"sources": code, "insisted": insisted, "sharding": sharding}
 
 

@@ -89,5 +89,6 @@ class MainFile:
 
     def close(self) -> None:
         """Free the memory."""
+        self.forget()
         self._gpu_copy.unpin()
         self._staging.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from pathlib import Path
 
 from harness.distributed.ranks import World
 from harness.store.staging_buffer import SPARE, free_memory_bytes
@@ -18,7 +19,7 @@ def lacking_memory(world: World, size_bytes: int) -> str:
         world: the ranks.
         size_bytes: the size of the state of this rank.
     """
-    own = socket.gethostname(), size_bytes, free_memory_bytes()
+    own = f"{socket.gethostname()} {_boot_id()}", size_bytes, free_memory_bytes()
     here = [row for row in world.gather(own) if row[0] == own[0]]
     needed, free = sum(row[1] for row in here), min(row[2] for row in here)
     if needed <= SPARE * free:
@@ -27,3 +28,11 @@ def lacking_memory(world: World, size_bytes: int) -> str:
         f"there is no memory for copies of the parts of {len(here)} rank(s): "
         f"{size(needed)} are needed, {size(free)} are free"
     )
+
+
+def _boot_id() -> str:
+    """Return what tells machines of one name apart, or "" where the kernel does not say."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""

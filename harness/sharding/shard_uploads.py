@@ -103,6 +103,9 @@ class ShardUploads:
             DamagedError: a shard does not match the manifest.
             StorageError: a store fails for a rank, or a rank does not answer.
         """
+        if self._over.is_set():
+            send_alone(shipment)
+            return
         files, words = shipment.manifest.shards, self._world.words
         shares = [files[rank :: self._world.size] for rank in range(self._world.size)]
         self._number += 1
@@ -111,14 +114,15 @@ class ShardUploads:
             words.tell(_request(shipment.attempt, rank), {"number": self._number, "files": named})
         self._send_share(shares[0], partial(_send, shipment))
         for rank, share in list(enumerate(shares))[1:]:
-            answer = None if self._over.is_set() else self._heard(shipment, rank)
-            if answer is None:
+            answer = self._heard(shipment, rank)
+            if answer is None or (self._over.is_set() and answer.get("problem")):
                 for file in share:
                     _send(shipment, file)
                 continue
             raise_word(answer)
             if answer["problem"] and answer["is_damaged"]:
-                check_bytes(shipment.source, share)  # raises if it is damaged for all
+                # Raises if it is damaged for all.
+                check_bytes(shipment.source, share, lambda *_: shipment.sent())
                 for file in share:
                     _send(shipment, file)
             elif answer["problem"]:

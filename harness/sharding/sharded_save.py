@@ -100,7 +100,7 @@ class ShardedSave:
             return list(replies[0]["reply"])
         ends = self._world.on_each(lambda: self._finished(checkpointer, whole), give_up=give_up)
         problem, must_repeat = ends[0]
-        if must_repeat and request.wait and not is_repeated:  # it will not be copied as before
+        if must_repeat and not is_repeated:  # it will not be copied as before
             return self.save(checkpointer, request, give_up, is_repeated=True)
         return self._world.on_writer(
             lambda: reply(problem, is_reported=not must_repeat), give_up=give_up
@@ -148,14 +148,14 @@ class ShardedSave:
         return self._world.on_writer(lambda: checkpointer.reply(problems[0]), give_up=give_up)
 
     def __enter__(self) -> None:
-        """Begin to close: from now on a silent rank is waited for only a few seconds."""
+        """Begin to close: a silent rank is waited for only a few seconds, and sends no shard."""
         self._is_left = True
+        if self.uploads:
+            self.uploads.close()
 
     def __exit__(self, *error: object) -> None:
         """Free the memory, as no save is in flight any more."""
         self._main.close()
-        if self.uploads:
-            self.uploads.close()
 
     def _begin(
         self, checkpointer: RankCheckpointer, request: Request, captured: list[Captured]

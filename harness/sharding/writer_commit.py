@@ -48,5 +48,6 @@ class WriterCommit:
 
     def not_saved(self, problem: str) -> str:
         """Report why there is no checkpoint, and return it."""
+        self._main.forget()
         is_final = self._about.final is not None
         return self._checkpointer.not_saved(self._head["step"], problem, is_final=is_final)

@@ -46,6 +46,7 @@ USED = "used"  # key of a gradient that the last step used and the next backward
 # Stands for a gradient that is zero everywhere. An optimizer does not treat it like None.
 ZEROS = "zeros"
 MOST_STEPS, MOST_S = 64, 60.0  # limits of how long a save waits for an update
+MOST_HIDDEN_STEPS = 1024  # the same, if the gradients are where no state holds them
 # By name of the parameter: its gradient (in parts if it is sparse), the same under USED, or ZEROS.
 Kept = dict[str, Any]
 
@@ -194,12 +195,15 @@ class Gradients:
         owners = {self._owner.get(id(parameter)) for _, parameter in self._under_way()}
         hidden = set[int]().union(*map(hidden_gradients, self._tracked.values()))
         owners |= {self._owner.get(number) for number in hidden}
+        since, at = self._waiting or (self._step(), self._clock())
+        if may_wait and hidden and self._step() - since < MOST_HIDDEN_STEPS:
+            self._waiting = since, at  # no state holds them: a save would be refused
+            return True, True
         awaited = {
             owner
             for owner in owners - self._given_up - {None}
             if self._stepped.get(owner) != self._step()
         }
-        since, at = self._waiting or (self._step(), self._clock())
         most = max(
             (min(MOST_STEPS, self._gaps.get(owner, MOST_STEPS)) for owner in awaited), default=0
         )

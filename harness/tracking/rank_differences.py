@@ -182,7 +182,6 @@ class RankDifferences:
                 ]
                 states[key] = state.as_captured(key, {"param_groups": groups} | _ignored(obj))
             elif in_full or key in self._small or key in self._kept:
-                # Each rank has another part of what is sharded.
                 states[key] = state.captured_object(name, obj, without_parts=True)
         return states
 

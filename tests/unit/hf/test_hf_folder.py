@@ -15,7 +15,7 @@ import harness
 from harness.cli import main
 from harness.errors import DamagedError, UsageError
 from harness.hf.hf_folder import hf_files, mapped, save_hf
-from harness.hf.safetensors_file import mapped_safetensors
+from harness.hf.safetensors_file import mapped_safetensors, save_safetensors
 
 STATE = {
     "one": torch.arange(6.0).reshape(2, 3),
@@ -34,7 +34,7 @@ def test_what_is_written_is_read_in_one_file_or_in_several(tmp_path: Path) -> No
         files = hf_files(folder)
         assert (len(files) == 1) == (most_bytes == 1 << 20)
         assert {file.stat().st_mode & 0o777 for file in files} == {0o644}
-        found = mapped(files)
+        found = mapped(folder)
         assert found.keys() == STATE.keys()
         for key, value in STATE.items():
             assert found[key].dtype == value.dtype and torch.equal(found[key], value), key
@@ -43,6 +43,33 @@ def test_what_is_written_is_read_in_one_file_or_in_several(tmp_path: Path) -> No
 def test_a_folder_of_other_files_is_none(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     assert hf_files(tmp_path) == [] == hf_files(tmp_path / "nothing")
+
+
+def test_the_index_says_which_file_has_a_tensor(tmp_path: Path) -> None:
+    for name, value in (("a", 1.0), ("b", 2.0)):
+        save_safetensors(tmp_path / f"{name}.safetensors", {"x": torch.full((2,), value)}, {})
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"x": "a.safetensors", "y": "b.safetensors"}}))
+    with pytest.raises(DamagedError, match="places y in b"):
+        mapped(tmp_path)
+    index.write_text(json.dumps({"weight_map": {"x": "a.safetensors"}}))
+    assert torch.equal(mapped(tmp_path)["x"], torch.ones(2))
+
+
+def test_a_run_that_holds_an_export_of_itself_is_a_run(tmp_path: Path) -> None:
+    assert live(tmp_path, SHARDED, "run").codes == [0]
+    run = tmp_path / "run"
+    assert main(["export", str(run), str(tmp_path / "model.pt")]) == 0
+    stale = {key: torch.zeros_like(value) for key, value in read(tmp_path / "model.pt").items()}
+    save_safetensors(run / "model.safetensors", stale, {})
+    assert main(["export", str(run), str(tmp_path / "again.pt")]) == 0
+    assert torch.equal(
+        read(tmp_path / "again.pt")["0.weight"], read(tmp_path / "model.pt")["0.weight"]
+    )
+
+
+def read(path: Path) -> dict[str, torch.Tensor]:
+    return dict(torch.load(path, weights_only=True))
 
 
 @pytest.mark.parametrize(

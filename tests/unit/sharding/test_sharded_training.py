@@ -143,11 +143,95 @@ def test_a_block_that_shares_a_parameter_with_another_part_is_none() -> None:
     assert fsdp.blocks_of(model, ()) == [model.blocks[1]]
 
 
+def sharder_of(model: nn.Module) -> fsdp.Sharder:
+    """A sharder that has sharded the model, as far as it concerns optimizers."""
+    sharder = object.__new__(fsdp.Sharder)
+    vars(sharder).update(_built=list(model.parameters()), _sharded={})
+    return sharder
+
+
 def test_an_optimizer_with_state_is_refused() -> None:
     model = nn.Linear(2, 2)
     optimizer = torch.optim.Adam(model.parameters())
     model(torch.ones(1, 2)).sum().backward()
     optimizer.step()
-    sharder = object.__new__(fsdp.Sharder)
     with pytest.raises(UsageError, match="state before the first step"):
-        sharder.follow([optimizer])
+        sharder_of(model).follow([optimizer])
+
+
+def test_a_parameter_that_no_optimizer_updates_is_refused() -> None:
+    """Or one that nothing finds, such as one in a list: the model would not be trained."""
+    model = nn.Linear(2, 2)
+    sharder_of(model).follow([torch.optim.SGD(model.parameters(), lr=0.1)])
+    model.bias.requires_grad_(False)
+    sharder_of(model).follow([torch.optim.SGD([model.weight], lr=0.1)])
+    hidden = type("Several", (), {})()
+    hidden.parts = [torch.optim.SGD(model.parameters(), lr=0.1)]
+    with pytest.raises(UsageError, match="no optimizer of the task updates 1 parameter"):
+        sharder_of(model).follow([hidden])
+
+
+def test_modules_that_share_a_parameter_are_refused() -> None:
+    one, other = nn.Linear(2, 2), nn.Linear(2, 2)
+    fsdp.check_apart({"one": one, "other": other})
+    other.weight = one.weight
+    with pytest.raises(UsageError, match="one and other share parameters"):
+        fsdp.check_apart({"one": one, "other": other})
+
+
+def test_blocks_that_count_their_forward_passes_are_not_made_again() -> None:
+    fsdp.check_recomputable([nn.Linear(2, 2)])
+    with pytest.raises(UsageError, match="counts its forward passes"):
+        fsdp.check_recomputable([nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))])
+    with pytest.raises(UsageError, match="no blocks"):
+        fsdp.check_recomputable([])
+
+
+def test_lists_of_modules_are_no_blocks() -> None:
+    model = nn.Sequential(*(nn.ModuleList(nn.Linear(2, 2) for _ in range(2)) for _ in range(2)))
+    assert len(fsdp.blocks_of(model, ())) == 4
+
+
+TASK = """
+from harness.task import Task
+
+
+def build():
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    kept = list(model.parameters())
+
+    def loss(model, batch):
+        penalty = sum(one.square().sum() for one in kept)
+        return (model(batch[0]) - batch[1]).square().mean() + penalty * KEPT
+
+    def step(run, batch):
+        return {"loss": 0.0}
+
+    return Task(model, optimizer, points(), loss=loss, step=STEP)
+
+
+sys.modules["task_of_test"] = sys.modules["__main__"]
+from harness import train
+
+train.main([
+    f"run.dir={sys.argv[1]}", "task.name=task_of_test:build", "train.global_batch_size=8",
+    "train.max_steps=3", "train.shard=fsdp"
+])
+"""
+
+
+@pytest.mark.parametrize(
+    ("kept", "step", "words"),
+    [
+        ("1", "None", "a parameter that it has kept from before"),
+        ("0", "step", "a `step` of its own"),
+    ],
+)
+def test_a_task_that_would_train_something_else_is_refused(
+    tmp_path: Path, kept: str, step: str, words: str
+) -> None:
+    source = TASK.replace("KEPT", kept).replace("STEP", step)
+    life = live(tmp_path, source, "run", ranks=2)
+    assert life.codes == [78, 78] and words in life.text, life.texts
