@@ -982,6 +982,7 @@ def test_a_finished_run_is_left_as_it_is(train, place, tmp_path, directory):
     assert snapshot(tmp_path / "b") == {}
 
 
+@pytest.mark.slow
 def test_a_run_that_is_finished_but_for_its_last_upload_says_so_and_the_next_start_uploads_it(
     train, place, remote, tmp_path
 ):

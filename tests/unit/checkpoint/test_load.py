@@ -463,6 +463,7 @@ def elsewhere() -> Iterator[tuple[str, ...]]:
 LAST = float(9 + MEDIUM_BYTES // 40 - 1)
 
 
+@pytest.mark.slow
 def test_the_ranks_of_a_machine_parse_the_same_pages(medium):
     port = free_ports(1)[0]
     said = ended(
@@ -492,6 +493,7 @@ def test_elsewhere_one_rank_reads_or_is_sent_the_data_and_the_others_share_its_p
     assert writer == mate and first == second and len(writer) == len(first) == 1 and writer != first
 
 
+@pytest.mark.slow
 def test_bytes_that_do_not_reach_a_rank_whole_are_no_damage_of_the_stored_copy(medium, elsewhere):
     """It is neither passed over for an older one nor set aside; a retry may succeed."""
     port = free_ports(1)[0]
@@ -504,6 +506,7 @@ def test_bytes_that_do_not_reach_a_rank_whole_are_no_damage_of_the_stored_copy(m
         assert "as it was sent to this rank, is damaged" in text and "(rank 1)" in text
 
 
+@pytest.mark.slow
 def test_a_rank_without_room_is_named_and_the_others_do_not_wait_for_it(medium, elsewhere):
     port = free_ports(1)[0]
     limited = ("prlimit", f"--fsize={10 << 20}")

@@ -132,6 +132,7 @@ def build(
 # --- the command line and the cluster -------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_batch_that_cannot_be_dealt_out_is_refused_once_and_in_words(tmp_path):
     ended = run(torchrun(2, *SMALL_TASK, "train.global_batch_size=7", "run.dir=a"))
     assert ended.returncode != 0

@@ -397,6 +397,7 @@ def test_the_older_format_is_what_pytorch_before_1_6_wrote(
     assert each.file.read_bytes().startswith(b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", [format for format in FORMATS if format != "full"])
 def test_averaged_weights_are_exported(format: str, read: dict[str, SimpleNamespace]) -> None:
     each = checked(read[f"averages {format}"])

@@ -570,6 +570,7 @@ def test_it_is_a_run_like_any_other(tmp_path: Path, done: Trained, command: Comm
 # What can be said beside the file
 
 
+@pytest.mark.slow
 def test_epoch_and_step_can_be_given(tmp_path: Path, done: Trained, command: Command) -> None:
     file = made("tutorial general checkpoint", tmp_path, done)
     for name, options, epoch, step, sample in (

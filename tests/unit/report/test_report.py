@@ -422,6 +422,7 @@ def test_the_time_of_a_run_with_kills_a_slow_bucket_and_evaluations_sums_to_wall
     )
 
 
+@pytest.mark.slow
 def test_a_run_under_a_pipe_prints_no_control_characters(tmp_path: Path) -> None:
     done = run(torchrun(1, *TASK, f"run.dir={tmp_path}/run", "train.epochs=2"))
     assert done.returncode == 0, done.stderr

@@ -76,6 +76,7 @@ def test_a_loop_that_was_left_goes_on_exactly(tmp_path, uninterrupted, leave_at)
     assert cli.main(["diff", str(uninterrupted), str(tmp_path / "a")]) == 0
 
 
+@pytest.mark.slow
 def test_a_start_says_what_the_end_before_it_has_cost(tmp_path, capfd):
     train(tmp_path / "a", leave_at=7, log_every_steps=1)
     assert "to recompute" not in capfd.readouterr().out

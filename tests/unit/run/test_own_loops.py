@@ -266,6 +266,7 @@ def test_a_program_that_catches_the_end_by_a_stop_gets_it_again(tmp_path):
     assert not job.finished
 
 
+@pytest.mark.slow
 def test_a_stream_is_looped_over_by_epochs(tmp_path):
     with pytest.raises(LeftError):
         nested(tmp_path / "a", leave=(9, "in"), data=DataLoader(Stream(), batch_size=8))
@@ -311,6 +312,7 @@ def levelled(directory: Path, leave_at: int = 0) -> list[float]:
     return seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("leave_at", [4, 7, 9, 13])
 def test_an_epoch_of_a_stream_is_yielded_before_anything_of_it_is_read(leave_at, tmp_path):
     whole = levelled(tmp_path / "whole")

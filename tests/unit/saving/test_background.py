@@ -280,6 +280,7 @@ def test_when_the_writing_process_dies_the_one_that_trains_writes_itself(tmp_pat
         load.check(store, manifest)
 
 
+@pytest.mark.slow
 def test_a_stop_signal_that_comes_while_the_writing_process_starts_does_not_end_it(tmp_path):
     """Sent as soon as there is such a process, again and again, before its interpreter can have
     begun."""

@@ -62,6 +62,7 @@ def check_like_the_directory(home: Home, directory: Path) -> None:
     assert "Uploads" not in home.client.list_multipart_uploads(Bucket=home.bucket)
 
 
+@pytest.mark.slow
 def test_it_is_sent_while_it_is_written_and_appears_after_it(
     home: Home, tmp_path: Path, started: Callable[..., subprocess.Popen[str]]
 ) -> None:
@@ -250,6 +251,7 @@ class SlowDisk(LocalStore):
             self.goes_on.wait()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["slow", "stalled"])
 @pytest.mark.parametrize("target", ["a bucket", "file://"])
 def test_an_upload_that_makes_progress_is_waited_for_wherever_it_goes(

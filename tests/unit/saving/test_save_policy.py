@@ -153,6 +153,7 @@ def test_a_run_chooses_by_itself(tmp_path, monkeypatch):
     assert len(steps_of(tmp_path / "a")) > 2
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("process_as_it_was")
 def test_a_run_does_not_save_twice_at_its_end(tmp_path):
     """A save is always due, and takes much longer than the steps that are left when it is known how

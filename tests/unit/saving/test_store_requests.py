@@ -65,6 +65,7 @@ class Place:
         )
 
 
+@pytest.mark.slow
 @IN_PROCESS
 @EVERYWHERE
 def test_a_start_reads_each_manifest_and_each_record_once(tmp_path, where):

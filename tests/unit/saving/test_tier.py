@@ -212,6 +212,7 @@ def test_what_is_older_than_the_disk_is_let_go(tmp_path, kept, uninterrupted, ca
     assert not kept.root.exists() and list_differences(tmp_path / "a", uninterrupted) == []
 
 
+@pytest.mark.slow
 def test_another_runs_memory_under_the_same_path_is_let_go(tmp_path, kept, uninterrupted, capfd):
     left_at(tmp_path / "a", 7)
     shutil.rmtree(tmp_path / "a")
@@ -307,6 +308,7 @@ def test_where_there_is_no_room_it_says_so_and_goes_on(
     assert not kept.root.exists() and list_differences(tmp_path / "a", uninterrupted) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["open to others", "a link"])
 def test_what_somebody_else_could_have_put_there_is_not_touched(tmp_path, kept, capfd, how):
     left_at(tmp_path / "a", 7)

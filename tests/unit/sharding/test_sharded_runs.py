@@ -265,6 +265,7 @@ def test_a_parameter_that_is_not_finite_on_one_rank_ends_all_ranks(tmp_path: Pat
     assert not (tmp_path / "run/checkpoints/step_00000006-0001").exists()
 
 
+@pytest.mark.slow
 def test_a_rank_that_dies_after_its_shard_leaves_no_checkpoint(tmp_path: Path) -> None:
     lived = troubled(tmp_path, "dies")
     assert lived.codes[1] == -9 and lived.codes[0] not in (0, -9), lived.texts
@@ -308,6 +309,7 @@ for x, y in run.batches(points(), 12, epochs=2):
 """
 
 
+@pytest.mark.slow
 def test_gradients_under_way_come_back_to_each_rank(tmp_path: Path) -> None:
     source = program(FSDP, ACCUMULATED)
     whole = live(tmp_path, source, "whole", ranks=2)

@@ -120,6 +120,7 @@ def test_each_rank_sends_its_own_shards_and_either_store_resumes_the_run(
     assert (tmp_path / "there.pt").read_bytes() == (tmp_path / "here.pt").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_shard_that_is_damaged_in_one_store_is_read_from_the_other(
     undisturbed: Path, tmp_path: Path, home: dict[str, str]
 ) -> None:
@@ -184,6 +185,7 @@ def test_what_the_bucket_lacks_of_a_finished_run_is_sent_by_the_next_start(
     assert steps_of(tmp_path / "run")[-1] == 10
 
 
+@pytest.mark.slow
 def test_run_directories_of_the_nodes_own_are_refused(tmp_path: Path, home: dict[str, str]) -> None:
     source = (
         BUILT.replace("TROUBLE", "pass")

@@ -462,6 +462,7 @@ def test_an_attribute_that_comes_to_hold_another_generator_is_named(tmp_path, ca
     assert said.count("changes in training") == 2
 
 
+@pytest.mark.slow
 def test_a_number_that_is_not_one_as_built_comes_back(tmp_path, capsys):
     def make(run):
         model = nn.Linear(8, 1)
@@ -533,6 +534,7 @@ def test_a_list_that_grows_beyond_what_is_looked_into_as_built_is_kept(tmp_path,
     assert kept.keys() == {"history", "late"}
 
 
+@pytest.mark.slow
 def test_what_was_kept_and_cannot_be_any_more_is_named_at_the_first_save_without_it(
     tmp_path, capsys
 ):
@@ -580,6 +582,7 @@ def replacing(with_what):
     return make
 
 
+@pytest.mark.slow
 def test_a_part_that_is_replaced_by_one_of_its_class_comes_back(tmp_path, capsys):
     goes_on(tmp_path, replacing(lambda: nn.Dropout(0.5)), (4,))
     assert warnings_in(capsys.readouterr().out) == []

@@ -390,6 +390,7 @@ UNSYNCHRONISED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", UNSYNCHRONISED)
 def test_what_ddp_is_kept_from_synchronising_comes_back_to_each_rank(how, tmp_path):
     setup = DDP
