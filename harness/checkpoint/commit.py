@@ -26,7 +26,7 @@ from harness.store import Sink, Store
 from harness.text import now
 
 HEAD = ("format_version", "step", "epoch", "loss", "metrics")  # what the manifest repeats
-CLEAN_UP_S = 5.0  # retry limit for deleting what a failed commit has left
+CLEAN_UP_S = 5.0  # retry limit for deleting what a failed save has left
 
 
 @dataclass(frozen=True)

@@ -91,10 +91,11 @@ class Sharder:
             self._mesh = init_device_mesh(world.device.type, (world.size,))
             return
         size = size or int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
-        if len(set(world.gather(size))) > 1:
+        sizes = world.gather(size)
+        if len(set(sizes)) > 1:
             raise UsageError(
                 "train.shard=hsdp: the nodes have unlike numbers of ranks",
-                f"found: {world.gather(size)}, by rank",
+                f"found: {sizes}, by rank",
                 "Set train.shard_size.",
             )
         if world.size % size:
@@ -108,8 +109,8 @@ class Sharder:
             world.device.type, (world.size // size, size), mesh_dim_names=("replica", "shard")
         )
 
-    def shard(self, module: nn.Module, blocks: Sequence[nn.Module]) -> nn.Module:
-        """Shard a module in place and return it.
+    def shard(self, module: nn.Module, blocks: Sequence[nn.Module]) -> None:
+        """Shard a module in place.
 
         The parameters of each block are gathered when that is used, the others with the module's.
         """
@@ -138,7 +139,6 @@ class Sharder:
             self._sharded[id(parameter)] = after[name]
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(_refuse)  # type: ignore[no-untyped-call]
-        return module
 
     def follow(self, optimizers: Iterable[Any]) -> None:
         """Have optimizers that were made of the parameters as built update the sharded ones.
@@ -229,25 +229,22 @@ def blocks_of(module: nn.Module, given: Sequence[nn.Module]) -> list[nn.Module]:
     """
     within = {id(part) for part in module.modules()} - {id(module)}
     chosen = [block for block in given if id(block) in within] if given else list(_repeated(module))
-    holders = Counter(
+    holders = _holders(module)
+    return [
+        block
+        for block in chosen
+        if all(holders[number] == count for number, count in _holders(block).items())
+    ]
+
+
+def _holders(module: nn.Module) -> Counter[int]:
+    """Count the places in a module that hold each parameter, by the parameter's id."""
+    return Counter(
         id(parameter)
         for part in module.modules()
         for parameter in part._parameters.values()
         if parameter is not None
     )
-    return [
-        block
-        for block in chosen
-        if all(
-            holders[number] == count
-            for number, count in Counter(
-                id(parameter)
-                for part in block.modules()
-                for parameter in part._parameters.values()
-                if parameter is not None
-            ).items()
-        )
-    ]
 
 
 def _repeated(module: nn.Module) -> Iterator[nn.Module]:

@@ -78,9 +78,9 @@ def sharded_alike(module: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
 
     No collective is used: each rank takes its part of what it has whole.
     """
-    own, taker = module.state_dict(), _Taker(None)
     if not dtensors.holds_sharded([module]):
         return state
+    own, taker = module.state_dict(), _Taker(None)
     made = type(state)(
         (key, value if dtensors.is_sharded(value) else taker.taken(key, value, own.get(key)))
         for key, value in state.items()

@@ -25,7 +25,11 @@ def hf_files(folder: Path) -> list[Path]:
     Raises:
         DamagedError: The index is not valid, or names a file that is not there.
     """
-    return sorted({folder / name for name in _weight_map(folder).values()})
+    return _files(folder, _weight_map(folder))
+
+
+def _files(folder: Path, of_index: Mapping[str, str]) -> list[Path]:
+    return sorted({folder / name for name in of_index.values()})
 
 
 def _weight_map(folder: Path) -> dict[str, str]:
@@ -58,8 +62,9 @@ def mapped(folder: Path) -> dict[str, torch.Tensor]:
     Raises:
         DamagedError: As `hf_files`; or a file lacks a tensor that the index places there.
     """
-    files = {file.name: mapped_safetensors(file) for file in hf_files(folder)}
-    if (of_index := _weight_map(folder)).keys() == {""}:
+    of_index = _weight_map(folder)
+    files = {file.name: mapped_safetensors(file) for file in _files(folder, of_index)}
+    if of_index.keys() == {""}:
         return files[HF_FILE]
     if lacking := [key for key, name in of_index.items() if key not in files[name]]:
         raise DamagedError(

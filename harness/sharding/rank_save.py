@@ -16,7 +16,7 @@ from typing import Any
 
 from harness.checkpoint import format as fmt
 from harness.checkpoint.attempts import Attempt
-from harness.checkpoint.commit import write_shard
+from harness.checkpoint.commit import CLEAN_UP_S, write_shard
 from harness.checkpoint.format import DataFile
 from harness.distributed.ranks import World
 from harness.distributed.words import as_word, raise_word
@@ -25,7 +25,6 @@ from harness.sharding.save_protocols import Costs
 from harness.sharding.writer_commit import WriterCommit
 from harness.store import Sink, Store
 
-CLEAN_UP_S = 5.0  # retry limit for deleting what a failed save has left
 NOT_BEGUN = "not all ranks have begun this save"
 
 
