@@ -28,7 +28,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import BinaryIO, TypeVar
 
-from harness.errors import HarnessError
+from harness.errors import HarnessError, StorageError
 from harness.retry import RetryEvent, retrying
 from harness.store.base import SET_ASIDE, Entry, Seekable, Store, check_key
 from harness.store.bucket import MissingError, ObjectClient, ObjectMetadata, TakenError, Unfinished
@@ -61,7 +61,8 @@ class RemoteStore(Store):
         self.on_success: Callable[[], object] = nothing
         self.give_up: Callable[[], object] = nothing
         self.drop: Callable[[], object] = nothing
-        self.on_failure: Callable[[], object] = nothing  # see `together`
+        self.stop: Callable[[], object] = nothing  # see `together`
+        self.first_failure: Callable[[StorageError], StorageError] = lambda failure: failure
 
     def __str__(self) -> str:
         return self.url
@@ -83,10 +84,20 @@ class RemoteStore(Store):
         return twin
 
     def together(self) -> RemoteStore:
-        """Return a copy that retries no request once one of its requests has failed."""
-        twin, failed = copy.copy(self), threading.Event()
-        twin.give_up = lambda: failed.is_set() or self.give_up()
-        twin.on_failure = failed.set
+        """Return a copy that retries no request once one of its requests has failed.
+
+        Requests that were given up for it raise that first failure: it says what went wrong, and
+        whether another attempt can help. Call `stop` of the copy if no request is of use any more.
+        """
+        twin, stopped, failures = copy.copy(self), threading.Event(), list[StorageError]()
+
+        def first_failure(failure: StorageError) -> StorageError:
+            failures.append(self.first_failure(failure))  # of a copy of a copy, too
+            stopped.set()
+            return failures[0]
+
+        twin.give_up = lambda: stopped.is_set() or self.give_up()
+        twin.stop, twin.first_failure = stopped.set, first_failure
         return twin
 
     def listen(
@@ -121,10 +132,12 @@ class RemoteStore(Store):
         except (MissingError, TakenError, HarnessError):
             raise
         except Exception as error:  # each client library has error classes of its own
-            self.on_failure()
-            raise explained(f"cannot {verb} {subject}", error) from error
-        self.on_success()
-        return result
+            failure = explained(f"cannot {verb} {subject}", error)
+            failure.__cause__ = error
+        else:
+            self.on_success()
+            return result
+        raise self.first_failure(failure)
 
     def where(self, key: str) -> str:
         """Return the URL of a key, for messages.
@@ -230,7 +243,7 @@ class RemoteStore(Store):
                 while ahead:
                     yield ahead.popleft().result()
             finally:
-                store.on_failure()  # the caller may have left early
+                store.stop()  # the caller may have left early
                 for future in ahead:
                     future.cancel()
 

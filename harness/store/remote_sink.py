@@ -171,7 +171,7 @@ class RemoteSink(Sink):
         arrive after the upload was aborted.
         """
         if self._pool is not None:
-            self.store.on_failure()  # no part is of use any more
+            self.store.stop()  # no part is of use any more
             self._pool.shutdown(wait=not self.store.drop(), cancel_futures=True)
         if self._upload is not None and not self._done:
             try:
