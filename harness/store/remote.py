@@ -131,7 +131,7 @@ class RemoteStore(Store):
             )
         except (MissingError, TakenError, HarnessError):
             raise
-        except Exception as error:  # each client library has error classes of its own
+        except Exception as error:  # noqa: BLE001 - each client library has error classes of its own
             failure = explained(f"cannot {verb} {subject}", error)
             failure.__cause__ = error
         else:
