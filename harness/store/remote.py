@@ -131,13 +131,11 @@ class RemoteStore(Store):
             )
         except (MissingError, TakenError, HarnessError):
             raise
-        except Exception as error:  # noqa: BLE001 - each client library has error classes of its own
-            failure = explained(f"cannot {verb} {subject}", error)
-            failure.__cause__ = error
-        else:
-            self.on_success()
-            return result
-        raise self.first_failure(failure)
+        except Exception as error:  # each client library has error classes of its own
+            failure = self.first_failure(explained(f"cannot {verb} {subject}", error))
+            raise failure from failure.__cause__ or error  # another request's has its own
+        self.on_success()
+        return result
 
     def where(self, key: str) -> str:
         """Return the URL of a key, for messages.
