@@ -131,7 +131,7 @@ class RemoteStore(Store):
             )
         except (MissingError, TakenError, HarnessError):
             raise
-        except Exception as error:  # each client library has error classes of its own
+        except Exception as error:  # noqa: BLE001 - each client has error classes of its own
             failure = self.first_failure(explained(f"cannot {verb} {subject}", error))
             raise failure from failure.__cause__ or error  # another request's has its own
         self.on_success()
