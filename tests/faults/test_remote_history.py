@@ -496,6 +496,7 @@ def test_of_two_launches_by_hand_the_later_takes_over_and_the_first_ends_as_supe
     assert read_catalog(LocalStore(tmp_path / "a")).ends[1]["why"] == "superseded"
 
 
+@pytest.mark.slow
 def test_two_starts_at_the_same_moment_make_one_history(train, place, remote):
     hold = place.proxy.hold("PUT", fmt.attempt_key(1), count=2)
     both = [train(name, *KEEP_ALL, "train.max_steps=20", proxied=True) for name in ("a", "b")]

@@ -23,6 +23,7 @@ def check_nothing_began(directory: Path, text: str) -> None:
     assert "Traceback" not in text and "harness: error" in text, text
 
 
+@pytest.mark.slow
 def test_unreachable_it_waits_as_long_as_it_was_told_and_exits_74(
     bucket: tuple[S3Server, str], tmp_path: Path, started: Start
 ) -> None:

@@ -369,7 +369,7 @@ def test_going_on_in_mid_epoch_reads_nothing_that_is_thrown_away():
     assert sum(1 for _ in loader) == 9 and len(read) == 100
 
 
-@pytest.mark.parametrize("size", [1, 2, 5, 63, 64])
+@pytest.mark.parametrize("size", [1, 2, 5, pytest.param(63, marks=pytest.mark.slow), 64])
 def test_the_fingerprint_tells_when_one_of_few_samples_changes(size):
     class Plain(list):
         pass

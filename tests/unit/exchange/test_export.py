@@ -583,6 +583,7 @@ def test_a_program_for_one_size_of_batch_says_so(runs: Runs, tmp_path: Path) -> 
     )
 
 
+@pytest.mark.slow
 def test_few_held_out_samples_do_not_make_the_batch_size_fixed_unsaid(
     runs: Runs, tmp_path: Path
 ) -> None:

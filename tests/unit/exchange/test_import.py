@@ -376,6 +376,7 @@ def test_several_optimizers_of_lightning_go_where_they_are_sent(
     refused(answer, tmp_path / "no")  # the shapes tell that they were exchanged
 
 
+@pytest.mark.slow
 def test_optimizers_of_older_versions_of_pytorch_are_taken(
     tmp_path: Path, adamw: Trained, done: Trained, command: Command
 ) -> None:

@@ -432,6 +432,7 @@ def test_a_run_leaves_by_itself_before_its_time_limit_with_everything_saved(whol
     assert differing(whole, tmp_path / "run") == []
 
 
+@pytest.mark.slow
 def test_a_run_leaves_by_itself_when_only_squeue_knows_its_limit(tmp_path, live, programs):
     programs.put("squeue", "echo 7 0:33")
     programs.put("scontrol", "exec sleep 20")

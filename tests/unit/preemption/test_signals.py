@@ -129,6 +129,7 @@ def is_pending(process: subprocess.Popen[str], number: signal.Signals) -> bool:
     )
 
 
+@pytest.mark.slow
 def test_a_second_interrupt_ends_a_process_that_cannot_save(folder: Path, started: Start) -> None:
     process = started(alone(*crashing(folder, "1-0-hang-1")), cwd=folder)
     wait_until(
@@ -335,7 +336,7 @@ def test_of_two_live_starts_the_later_takes_over_and_the_first_ends_superseded(
     assert ends == {"0001.end.json": "superseded", "0002.end.json": "finished"}
 
 
-@pytest.mark.parametrize("way", ["module", "elsewhere"])
+@pytest.mark.parametrize("way", [pytest.param("module", marks=pytest.mark.slow), "elsewhere"])
 def test_it_starts_as_a_module_and_from_any_working_directory(way: str, tmp_path: Path) -> None:
     program = ["-m", "harness.train"] if way == "module" else [str(TRAIN)]
     environment = {} if way == "module" else {"PYTHONPATH": ""}
@@ -396,6 +397,7 @@ def _listens(port: int) -> bool:
         return client.connect_ex(("127.0.0.1", port)) == 0
 
 
+@pytest.mark.slow
 def test_an_interrupt_that_a_launcher_passes_on_at_once_is_no_second_one(
     folder: Path, started: Start
 ) -> None:
@@ -564,6 +566,7 @@ except SystemExit as ended:
 """
 
 
+@pytest.mark.slow
 def test_an_interrupt_of_one_run_does_not_stop_the_next_one_in_the_same_process(tmp_path):
     lived = live(tmp_path, TWO_RUNS, "run")
     assert lived.code == 0, lived.text

@@ -197,6 +197,7 @@ def test_events_are_of_one_attempt_also_where_its_number_begins_another_one(tmp_
     assert [event["attempt"] for event in attempt_history.events([store], 10000)] == [10000] * 2
 
 
+@pytest.mark.slow
 def test_a_resumed_run_knows_its_rate_and_what_is_left_at_once(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -245,6 +246,7 @@ def told(directory: Path) -> dict[int, object]:
     }
 
 
+@pytest.mark.slow
 def test_tensorboard_shows_one_curve_after_three_kills(tmp_path: Path) -> None:
     for leave_at in (3, 7, 10, None):
         train(tmp_path / "a", leave_at=leave_at, log_every_steps=1, log_to=["tensorboard"])

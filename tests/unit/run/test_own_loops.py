@@ -117,12 +117,12 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict:
 @pytest.mark.parametrize(
     "leave",
     [
-        (3, "in"),
-        (6, "in"),
         (6, "before the rest"),
-        (6, "after the rest"),
         (7, "in"),
-        (18, "after the rest"),
+        *(
+            pytest.param(leave, marks=pytest.mark.slow)
+            for leave in ((3, "in"), (6, "in"), (6, "after the rest"), (18, "after the rest"))
+        ),
     ],
 )
 def test_a_loop_over_epochs_goes_on_exactly_and_repeats_no_rest_that_was_saved(
@@ -746,6 +746,7 @@ def program(tmp_path: Path) -> Write:
     return write
 
 
+@pytest.mark.slow
 def test_launch_starts_a_loop_of_ones_own_with_its_arguments_and_again_after_a_crash(
     program: Write,
 ) -> None:

@@ -305,6 +305,7 @@ def test_a_stop_signal_that_comes_while_the_writing_process_starts_does_not_end_
     assert process.returncode == 0 and "NOT SAVED" not in out, out + err
 
 
+@pytest.mark.slow
 def test_the_writing_process_dies_with_the_one_that_trains_and_commits_nothing(tmp_path):
     process = start(written(tmp_path, STOPPED + "if job.step == 5: time.sleep(3600)"), cwd=tmp_path)
     assert any("stopped" in line for line in there(process.stdout))

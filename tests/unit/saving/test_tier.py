@@ -141,7 +141,16 @@ def test_who_goes_on_from_memory_and_is_stopped_before_the_first_step_puts_it_on
     assert steps_of(tmp_path / "a") == [6] and not kept.root.exists()
 
 
-@pytest.mark.parametrize("how", ["flipped", "cut short", "no data", "manifest torn"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        "flipped",
+        *(
+            pytest.param(how, marks=pytest.mark.slow)
+            for how in ("cut short", "no data", "manifest torn")
+        ),
+    ],
+)
 def test_what_is_damaged_in_memory_is_passed_over(tmp_path, kept, uninterrupted, capfd, how):
     left_at(tmp_path / "a", 7, save_every_steps=4)
     data = kept.path("checkpoints/step_00000006-0001.pt")

@@ -164,6 +164,7 @@ def test_a_loop_that_logs_no_loss_is_compared_in_its_samples(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_on_another_number_of_ranks_samples_are_compared_and_means_of_losses_about(tmp_path):
     source = LOOP.replace(
         "nn.Linear(8, 1)", "nn.parallel.DistributedDataParallel(nn.Linear(8, 1))"

@@ -531,7 +531,7 @@ for x, y in run.batches(points(), 12, epochs=1):
 @pytest.mark.parametrize(
     ("ranks", "wrap", "switch"),
     [
-        pytest.param(2, FSDP, "set_requires_gradient_sync", id="fsdp"),
+        pytest.param(2, FSDP, "set_requires_gradient_sync", id="fsdp", marks=SLOW),
         pytest.param(4, HSDP, "set_requires_all_reduce", id="hsdp", marks=SLOW),
     ],
 )

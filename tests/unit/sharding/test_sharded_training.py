@@ -56,7 +56,7 @@ def lived(folder: Path, name: str, *settings: str, ranks: int = 2, die: bool = F
     ("ranks", "settings"),
     [
         pytest.param(2, ("train.shard=fsdp",), id="fsdp"),
-        pytest.param(2, ("train.shard=fsdp", *EVERYTHING), id="everything"),
+        pytest.param(2, ("train.shard=fsdp", *EVERYTHING), id="everything", marks=SLOW),
         pytest.param(2, ("train.shard=fsdp", "train.precision=fp16"), id="fp16", marks=SLOW),
         pytest.param(2, ("train.checkpoint_activations=true",), id="ddp", marks=SLOW),
         pytest.param(4, ("train.shard=hsdp", "train.shard_size=2"), id="hsdp", marks=SLOW),

@@ -134,6 +134,7 @@ def test_a_shard_that_is_damaged_in_one_store_is_read_from_the_other(
     assert equals(undisturbed, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_bucket_alone_holds_the_run(
     undisturbed: Path, tmp_path: Path, home: dict[str, str]
 ) -> None:
@@ -172,6 +173,7 @@ def test_a_rank_whose_upload_fails_tries_again_and_nothing_is_sent_twice(
     assert head is not None and head.step == 10 and read_catalog(remote).whole_copies(head)
 
 
+@pytest.mark.slow
 def test_what_the_bucket_lacks_of_a_finished_run_is_sent_by_the_next_start(
     tmp_path: Path, home: dict[str, str]
 ) -> None:
@@ -216,6 +218,7 @@ def test_a_checkpoint_on_its_way_is_not_deleted_in_the_run_directory(
     assert whole_in(home) == [3, 10]
 
 
+@pytest.mark.slow
 def test_a_shard_that_somebody_deletes_on_the_way_is_sent_again(
     tmp_path: Path, home: dict[str, str]
 ) -> None:
@@ -231,6 +234,7 @@ def test_a_shard_that_somebody_deletes_on_the_way_is_sent_again(
 ALONE = 'if run.rank == 1:\n        raise DamagedError("cut short", "found: another node")'
 
 
+@pytest.mark.slow
 def test_what_a_rank_alone_reads_damaged_is_sent_by_the_writer(
     tmp_path: Path, home: dict[str, str]
 ) -> None:
@@ -269,6 +273,7 @@ class Garbled(RemoteStore):
             yield b"x" + chunk[1:] if is_first and number == 0 else chunk
 
 
+@pytest.mark.slow
 def test_a_shard_that_is_damaged_on_the_way_is_read_once_more(
     tmp_path: Path, home: dict[str, str]
 ) -> None:

@@ -886,6 +886,7 @@ run.track(model=model, optimizer=optimizer)
 """ + LOOP.format("")
 
 
+@pytest.mark.slow
 def test_an_optimizer_that_is_no_whole_one_of_torchs_goes_on(tmp_path):
     """It announces no step, and keeps the state of its parameters under keys of its own."""
     outcome = killed_once(tmp_path, LOOKAHEAD, die=9)

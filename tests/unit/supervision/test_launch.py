@@ -499,6 +499,7 @@ if (here / "wait").exists():
 """
 
 
+@pytest.mark.slow
 def test_a_program_goes_on_after_its_loop_whatever_is_killed_there_and_may_become_longer(
     tmp_path: Path, started: Start
 ) -> None:

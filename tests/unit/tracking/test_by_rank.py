@@ -125,6 +125,7 @@ mine = run.rank == 0
 )
 
 
+@pytest.mark.slow
 def test_values_of_other_kinds_on_each_rank_come_back_in_their_kinds(tmp_path):
     outcome = killed_once(tmp_path, KINDS, ranks=2)
     assert outcome.is_equal, (outcome.rows, outcome.resumed.texts)
@@ -218,6 +219,7 @@ run.track(model=model, optimizer=optimizer, counter=counter)
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", ["", ', "table": torch.full((1 << 20,), self.n)'])
 def test_what_begins_to_differ_after_the_first_save_is_found_at_the_next(tmp_path, more):
     """What is large, too."""
@@ -432,6 +434,7 @@ run.track(model=model, optimizer=optimizer, scheduler=scheduler)
 )
 
 
+@pytest.mark.slow
 def test_a_schedule_by_each_ranks_own_loss_makes_the_model_differ_and_all_of_it_comes_back(
     tmp_path,
 ):
@@ -497,6 +500,7 @@ run.track(model=model, optimizer=optimizer, average=average)
 )
 
 
+@pytest.mark.slow
 def test_an_average_that_begins_as_a_copy_of_each_ranks_buffers_is_kept_for_each(tmp_path):
     # Resumes from step 3, where it still is a copy.
     outcome = killed_once(tmp_path, AVERAGED, ranks=2, die=5)
@@ -555,6 +559,7 @@ run = init(log_every_steps=50, best=os.environ.get("BEST", "up:max"))""",
 )
 
 
+@pytest.mark.slow
 def test_a_loss_that_each_rank_logs_now_and_then_and_another_metric(tmp_path):
     outcome = killed_once(tmp_path, LOSSES, die=14, ranks=2)
     assert outcome.is_equal, (outcome.rows, outcome.resumed.text)

@@ -195,7 +195,7 @@ class Two(nn.Module):
         return self.out(self.inner(x))
 
 
-@pytest.mark.parametrize("width", [8, 100_000])
+@pytest.mark.parametrize("width", [8, pytest.param(100_000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("at_head", "undo"),
     [

@@ -35,6 +35,7 @@ def accumulating(run: harness.Run):
     return step
 
 
+@pytest.mark.slow
 def test_a_loop_that_accumulates_by_hand_goes_on_exactly_from_any_step(tmp_path):
     goes_on(tmp_path, accumulating, (3, 4, 6))
     whole, stopped = tmp_path / "whole", tmp_path / "stop_at6"
