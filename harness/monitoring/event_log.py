@@ -81,26 +81,29 @@ class EventLog:
             taken.append(self._kept.popleft())
         return b"".join(taken)
 
-    def write(self, kind: str, **fields: Any) -> None:
-        """Append one event; about one event per second includes the goodput accounting.
+    def write(self, kind: str, *rows: Mapping[str, Any], **fields: Any) -> None:
+        """Append one event, or one for each row of further fields, in a single write.
 
-        The first failed write is reported on stderr. All failed writes are counted in `lost`.
+        About one event per second includes the goodput accounting. The first failed write is
+        reported on stderr. All failed writes are counted in `lost`.
         """
+        at_all: dict[str, Any] = {"event": kind, "time": now()} | fields
+        events = [at_all | dict(row) for row in rows or ({},)]
         if self._spent is not None and (
             kind in ENDS or self.clock() - self._spent_at >= SPENT_EVERY_S
         ):
-            self._spent_at, fields["spent"] = self.clock(), self._spent()
+            self._spent_at, events[-1]["spent"] = self.clock(), self._spent()
         self._written_at = self.clock()
-        event = {"event": kind, "time": now()} | fields
-        for listener in self.listeners:
-            listener(event)
-        line = (json.dumps(event, default=str) + "\n").encode()
+        for event in events:
+            for listener in self.listeners:
+                listener(event)
+        lines = [(json.dumps(event, default=str) + "\n").encode() for event in events]
         if self._kept is not None:
-            self._kept.append(line)
+            self._kept.extend(lines)
         if self.store is None:
             return
         try:
-            self.store.append(self.key, line)
+            self.store.append(self.key, b"".join(lines))
         except (StorageError, OSError) as error:
             if self.lost == 0:
                 say(f"harness: events are not recorded: {str(error).splitlines()[0]}", sys.stderr)

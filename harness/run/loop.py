@@ -98,6 +98,8 @@ class Loop:
         finally:
             self._looping = False
             if self._exit_record.is_here:  # else the program has forked this process
+                if self.world.size == 1:
+                    self._show()
                 self._goodput.closed.set()
                 self._kept_state.close()
                 self._step_timeouts.saving()  # a save in flight may take longer than a step
@@ -299,14 +301,15 @@ class Loop:
         work, rate = self._work, self._throughput.steps_per_s(self.step)
         held = self._metric_buffer.read(self.world)
         self._checkpointer.recomputed.gathered(self._metric_buffer.by_rank)
-        for step, at, values in held if self.world.is_writer else ():
-            self._checkpointer.note("step", step=step, time=at, of=self._end_step, **values)
+        if held and self.world.is_writer:
+            rows = [{"step": step, "time": at} | values for step, at, values in held]
+            self._checkpointer.note("step", *rows, of=self._end_step)
             self._console.show(
-                step,
+                held[-1][0],
                 self._end_step,
                 self.epoch,
                 work.epochs,
-                values,
+                held[-1][2],
                 rate,
                 work.rate(rate),
                 self._checkpointer.status_line,

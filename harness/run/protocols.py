@@ -109,8 +109,8 @@ class Checkpointer(Protocol):
     def alive(self, step: int) -> None:
         """Show a sign of life in the event log, unless it has a recent event."""
 
-    def note(self, kind: str, **fields: Any) -> None:
-        """Add an event to the event log."""
+    def note(self, kind: str, *rows: Mapping[str, Any], **fields: Any) -> None:
+        """Add an event to the event log, or one for each row of further fields."""
 
     def keep(self, name: str | PathLike[str], data: bytes) -> None:
         """Write a file of the user's to every store."""

@@ -117,7 +117,7 @@ class StopAgreement:
         if step < self._next:
             return False, False, False
         if self.world.size == 1 and self._may_wait():
-            return True, False, False
+            return False, False, False
         checkpointer, throughput = self._checkpointer, self._throughput
         interval = (
             1

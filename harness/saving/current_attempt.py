@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -258,10 +258,10 @@ class CurrentAttempt:
         catalog, policy = self._resume_point.catalog, self.settings.remote_policy
         return self.world.on_writer(lambda: hand_in(catalog, self.origin, policy), give_up=give_up)
 
-    def note(self, kind: str, **fields: Any) -> None:
-        """Add an event to the event log; does nothing on ranks other than the writer."""
+    def note(self, kind: str, *rows: Mapping[str, Any], **fields: Any) -> None:
+        """Add events to the log, see `EventLog.write`; does nothing but on the writer."""
         if self.event_log:
-            self.event_log.write(kind, **fields)
+            self.event_log.write(kind, *rows, **fields)
 
     def alive(self, step: int) -> None:
         """Record that a step was made, if no event was written for long; only on the writer."""

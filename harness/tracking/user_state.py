@@ -37,7 +37,7 @@ class UserState:
             UsageError: if a new value would not come back from a checkpoint as what it is.
         """
         warnings = []
-        if not isinstance(values, Mapping):
+        if type(values) is not dict and not isinstance(values, Mapping):
             raise UsageError(
                 "run.state has been replaced by what is no dict",
                 f"found: a {type(values).__name__}, expected: a dict",

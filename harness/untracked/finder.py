@@ -176,7 +176,8 @@ class UntrackedFinder:
         if self._times.at_boundary(epoch):
             self._unhook()
             self._check(saved, sys._getframe(1))
-        self._tell_of_update()
+        if self._updates:
+            self._tell_of_update()
 
     def at_save(self, saved: Any) -> None:
         """Check what was found, if that is cheap."""

@@ -40,12 +40,13 @@ def on_untracked_update(
         A function that ends the observation.
     """
     objects = {name: unwrap(obj) for name, obj in tracked.items()}
-    # The step in which each optimizer was seen first; None if there is no more to find out.
-    known = weakref.WeakKeyDictionary[Any, int | None](
-        {obj: None for obj in objects.values() if isinstance(obj, torch.optim.Optimizer)}
-    )
+    tracked_ids = {id(obj) for obj in objects.values()}  # they live as long as this does
+    # The step in which each other optimizer was seen first; None if there is no more to find out.
+    known = weakref.WeakKeyDictionary[Any, int | None]()
 
     def look(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        if id(optimizer) in tracked_ids:
+            return
         first = known.setdefault(optimizer, step())
         if first is None or first == step():
             return
