@@ -278,8 +278,9 @@ def source(
     """
     if is_iterable(dataset):
         check_resumable(dataset)
-        Plan(global_batch_size, global_batch_size, accumulate, world.rank, world.size, seed).check()
-        items = global_batch_size // world.size // batching.samples_each
+        rank, size = world.data_rank, world.data_size
+        Plan(global_batch_size, global_batch_size, accumulate, rank, size, seed).check()
+        items = global_batch_size // size // batching.samples_each
         collate, each = batching.collate or default_collate, batching.samples_each
         return StreamSource(dataset, world, items, accumulate, collate, seed, each, seeds_held)
     order = batching.order
@@ -289,8 +290,8 @@ def source(
         len(dataset) if order is None else 0,
         global_batch_size,
         accumulate,
-        world.rank,
-        world.size,
+        world.data_rank,
+        world.data_size,
         seed,
         batching.shuffle,
         batching.drop_last,

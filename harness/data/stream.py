@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from harness.data.fingerprint import digest_into
 from harness.data.held_generators import Randomness
 from harness.data.plan import Border, Position, Share, kept_generators, seed_cpu, seed_of
 from harness.data.source import ENDLESS, Bordered, InThisProcess, Say
@@ -44,6 +46,7 @@ class StreamSource(InThisProcess):
     _collating: Randomness = field(init=False)
     _state: Any = None
     _by_epoch: bool = False
+    _is_compared: bool = False
     is_own = False
 
     def __post_init__(self) -> None:
@@ -104,9 +107,10 @@ class StreamSource(InThisProcess):
                     self.restore(self._state)
             iterator = self._pass(epoch)
             while (samples := self._next(iterator, epoch, used)) is not None:
+                self._check_alike(samples)
                 if held is not None:
                     yield self._hand_out(held, weights, last=False)
-                used += self.share_size * self.samples_each * self.world.size
+                used += self.share_size * self.samples_each * self.world.data_size
                 held = Position(epoch, used), samples, copy.deepcopy(self.dataset.state_dict())
             # Read the rest on a rank whose stream is longer, so that the next pass begins at the
             # beginning on every rank.
@@ -125,10 +129,33 @@ class StreamSource(InThisProcess):
     def _pass(self, epoch: int) -> Iterator[Any]:
         """Begin a pass over the dataset."""
         iterator = begin_pass(
-            self.dataset, epoch, self.seed, self.world.rank, tells_epoch=self.tells_epoch
+            self.dataset, epoch, self.seed, self.world.data_rank, tells_epoch=self.tells_epoch
         )
         self.reading.look(), self._collating.look()
         return iterator
+
+    def _check_alike(self, samples: list[Any]) -> None:
+        """Check that ranks which compute a step together read the same samples, at their first.
+
+        Collective: every rank must call it.
+
+        Raises:
+            UsageError: They read others.
+        """
+        if self._is_compared or self.world.data_size == self.world.size:
+            return
+        self._is_compared = True
+        digest = hashlib.blake2b(digest_size=16)
+        digest_into(digest, samples)
+        found = self.world.gather((self.world.data_rank, digest.digest()))
+        if len(set(found)) > self.world.data_size:
+            raise UsageError(
+                f"ranks that compute each step together read other samples of "
+                f"{type(self.dataset).__name__}",
+                f"found: data ranks {list(self.world.data_ranks)}, and a first share for each rank",
+                "Split the stream over the ranks of the data-parallel mesh, not over all: "
+                "mesh['dp'].get_local_rank() and .size().",
+            )
 
     def _too_few(self) -> UsageError:
         return UsageError(
@@ -143,7 +170,7 @@ class StreamSource(InThisProcess):
         They are read before the previous step is executed, so they get their own seed.
         """
         with kept_generators():
-            self.reading.seed(self.seed, "stream", self.world.rank, epoch, used)
+            self.reading.seed(self.seed, "stream", self.world.data_rank, epoch, used)
             samples = [sample for _, sample in zip(range(self.share_size), iterator, strict=False)]
         short = int(len(samples) < self.share_size)
         return None if self.world.agree([short])[0] else samples
@@ -156,7 +183,7 @@ class StreamSource(InThisProcess):
         size = self.share_size // self.accumulate
         with self._collating.kept():
             self._collating.seed_held(
-                self.seed, "collate", self.world.rank, after.epoch, after.sample
+                self.seed, "collate", self.world.data_rank, after.epoch, after.sample
             )
             batches = [
                 self.collate(samples[at : at + size]) for at in range(0, self.share_size, size)

@@ -18,6 +18,9 @@ from harness.distributed.ranks import World
 from harness.distributed.wrappers import ddp_wrappers, unwrap
 from harness.errors import UsageError
 
+# Key in a rank's own entry of a checkpoint: its data rank, kept if that is another number.
+DATA_RANK = "data_rank"
+
 
 def deal(world: World, tracked: Mapping[str, Any]) -> str:
     """Set the data rank of each rank as the tracked modules need it; return a notice, or "".
@@ -50,6 +53,20 @@ def deal(world: World, tracked: Mapping[str, Any]) -> str:
         f"{', '.join(map(str, together[:4]))}{' …' if len(together) > 4 else ''} the same) and are "
         f"given the same samples, which are dealt out as to {size} rank(s)"
     )
+
+
+def dealt_to(payload: Mapping[str, Any]) -> list[int]:
+    """Return the data rank of each rank that has made a checkpoint; [] for no checkpoint."""
+    own = payload.get("own") or [{}] * len(payload.get("rng", ()))
+    return [entry.get(DATA_RANK, rank) for rank, entry in enumerate(own)]
+
+
+def changed_ranks(payload: Mapping[str, Any], world: World) -> str:
+    """Return in words how the ranks differ from those of a checkpoint."""
+    before = dealt_to(payload)
+    if len(before) != world.size:
+        return f"{len(before)} rank(s) before, {world.size} now"
+    return f"samples were dealt out to {max(before) + 1} rank(s) before, to {world.data_size} now"
 
 
 def _averaged_over(tracked: Mapping[str, Any], rank: int, size: int) -> tuple[int, ...]:

@@ -13,7 +13,6 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
-from harness.distributed.dtensors import check_sharded_by_fsdp
 from harness.distributed.wrappers import ddp_wrappers, unwrap, wrappers
 from harness.errors import UsageError
 
@@ -35,7 +34,6 @@ def check_resumable(name: str, module: object, world: World) -> None:
             f"found: {shells}",
             "Use fully_shard (FSDP2), or DistributedDataParallel, and a plain optimizer.",
         )
-    check_sharded_by_fsdp(name, module)
     for ddp in ddp_wrappers(module) if world.size > 1 else ():
         if ddp.static_graph and world.size > 2:
             raise UsageError(

@@ -10,7 +10,7 @@ import contextlib
 import functools
 import math
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,14 +21,18 @@ from harness.distributed.wrappers import unwrap
 from harness.errors import UsageError
 
 COLLECTIVES = ("c10d", "_c10d_functional", "_c10d_functional_autograd", "_dtensor")
+UNSUMMED = "unsummed"  # a key of `summand_of`
 # By mesh, placements and shape: the layout, and the shape of this rank's part.
 _layouts = dict[Any, tuple[Layout, tuple[int, ...]]]()
 
 
 def is_sharded(value: object) -> bool:
     """Return whether a value is a tensor that is cut over ranks, or lies on a mesh of them."""
+    kind = type(value)
+    if kind is torch.Tensor or kind is nn.Parameter:  # asked for every gradient in each step
+        return False
     package = sys.modules.get("torch.distributed.tensor")
-    return package is not None and issubclass(type(value), package.DTensor)
+    return package is not None and issubclass(kind, package.DTensor)
 
 
 def holds_sharded(objects: Iterable[Any]) -> bool:
@@ -158,34 +162,61 @@ def with_part(like: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
     return made
 
 
-def check_sharded_by_fsdp(name: str, module: object) -> None:
-    """Check that `fully_shard` has made all sharded parameters of a module.
+def summand_of(gradient: torch.Tensor) -> dict[str, Any]:
+    """Return this rank's summand of a gradient that is still to be summed over ranks, else {}.
+
+    Sequence parallelism leaves gradients of replicated parameters so until the optimizer uses them.
+    `UNSUMMED` is the kind of sum along each dimension of the mesh, "" where nothing is summed.
+    """
+    if not is_sharded(gradient):
+        return {}
+    placements = gradient.placements  # type: ignore[attr-defined]
+    kinds = [it.reduce_op if it.is_partial() else "" for it in placements]
+    # With the rank, no two are alike: what is alike on all ranks is given to any number of them.
+    of_rank = {"rank": torch.distributed.get_rank(), "summand": local_of(gradient).cpu().clone()}
+    return {UNSUMMED: kinds} | of_rank if any(kinds) else {}
+
+
+def with_summand(like: Any, kept: Mapping[str, Any]) -> torch.Tensor:
+    """Return the gradient of a sharded parameter `like` from the result of `summand_of`.
 
     Raises:
-        UsageError: It has not: tensor parallelism, or something else, has sharded some of them.
+        UsageError: The parameter is sharded otherwise now.
     """
-    inner = unwrap(module)
-    if not isinstance(inner, nn.Module):
-        return
-    by_fsdp = {
-        id(held.sharded_param)
-        for group in _fsdp_groups(inner)
-        for held in group.fsdp_params
-        if not held.is_dtensor
-    }
-    others = [
-        key
-        for key, tensor in (*inner.named_parameters(), *inner.named_buffers())
-        if is_sharded(tensor) and id(tensor) not in by_fsdp
-    ]
-    if others:
+    from torch.distributed.tensor import DTensor, Partial
+
+    kinds = kept[UNSUMMED]
+    if not is_sharded(like) or len(like.placements) != len(kinds):
         raise UsageError(
-            f"{name}: tensor parallelism is not supported yet",
-            f"found: {len(others)} tensor(s) that fully_shard alone has not sharded, "
-            f"such as {others[0]}",
-            "Its ranks would need the same samples, and `run.batches` gives each rank its own. "
-            "Shard with fully_shard (FSDP2, HSDP) alone.",
+            "a gradient that was not summed over the ranks has no place in the model as it is now",
+            f"found: sums {kinds} along the dimensions of the mesh",
+            "Shard the model as before.",
         )
+    pairs = zip(like.placements, kinds, strict=True)
+    return DTensor.from_local(
+        kept["summand"].to(like.device, copy=True),
+        like.device_mesh,
+        [Partial(kind) if kind else placement for placement, kind in pairs],
+        run_check=False,
+        shape=like.shape,
+        stride=like.stride(),
+    )
+
+
+def averaged_over(module: nn.Module, rank: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Yield the name of each sharded parameter with the ranks that average its gradient.
+
+    These are the ranks of the mesh of `fully_shard`; without it, as with tensor parallelism alone,
+    a rank averages over no other.
+    """
+    by_fsdp = {
+        id(held.sharded_param): tuple(group.mesh_info.mesh.mesh.flatten().tolist())
+        for group in _fsdp_groups(module)
+        for held in group.fsdp_params
+    }
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if is_sharded(tensor):
+            yield name, by_fsdp.get(id(tensor), (rank,))
 
 
 def check_optimizer_state(name: str, optimizer: object) -> None:
@@ -292,7 +323,7 @@ def _described(name: str, tensor: Any) -> Layout:
             and it.dim % dimensions == _dimension(placement, dimensions)
         ]
         placements.append(_spelled(name, placement, dimensions, math.prod(to_the_right)))
-    layout = Layout(tuple(mesh.shape), tuple(mesh.mesh.flatten().tolist()), tuple(placements))
+    layout = _on_whole_mesh(mesh, placements)
     everyone = range(torch.distributed.get_world_size())
     if lacking := [rank for rank in everyone if rank not in layout.ranks]:
         raise UsageError(
@@ -302,6 +333,21 @@ def _described(name: str, tensor: Any) -> Layout:
             "replicate it, along each dimension of the mesh.",
         )
     return layout
+
+
+def _on_whole_mesh(mesh: Any, placements: Sequence[Placement]) -> Layout:
+    """Return a layout over all ranks of the mesh that this one was sliced from.
+
+    A tensor that lies on `mesh["dp"]` of a mesh of ("dp", "tp") has copies along "tp". The slice of
+    each rank tells only those that share its copy.
+    """
+    root = mesh._get_root_mesh() if hasattr(mesh, "_get_root_mesh") else mesh
+    names, own = root.mesh_dim_names or (), mesh.mesh_dim_names or ()
+    if not own or own != tuple(name for name in names if name in own):
+        root, names = mesh, own  # without names, or sliced in another order
+    placed = dict(zip(own, placements, strict=False))
+    whole = tuple(placed.get(name, (COPIES,)) for name in names) if own else tuple(placements)
+    return Layout(tuple(root.shape), tuple(root.mesh.flatten().tolist()), whole)
 
 
 def _dimension(placement: Any, dimensions: int) -> int:

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from harness.distributed.words import Words, as_word, lost_rank_errors, raise_word
-from harness.errors import LostRankError
+from harness.errors import LostRankError, UsageError
 
 T = TypeVar("T")
 LAG = 100  # calls; within fewer calls, a save synchronises all ranks
@@ -42,11 +42,47 @@ class World:
     _store: Any = None
     _calls: int = field(default=0)
     _parts: int = field(default=0)
+    _data_ranks: tuple[int, ...] = ()
+    _is_read: bool = False
 
     @property
     def is_writer(self) -> bool:
         """Return whether this is rank 0 (the writer)."""
         return self.rank == 0
+
+    @property
+    def data_ranks(self) -> tuple[int, ...]:
+        """Return the data rank of each rank; those with the same number train on the same samples.
+
+        It is the rank itself, unless tensor parallelism has several ranks compute a step together.
+        """
+        return self._data_ranks or tuple(range(self.size))
+
+    @property
+    def data_rank(self) -> int:
+        """Return the number of this rank among those that train on different samples."""
+        return self.data_ranks[self.rank]
+
+    @property
+    def data_size(self) -> int:
+        """Return the number of ranks that train on different samples."""
+        self._is_read = True
+        return max(self.data_ranks) + 1
+
+    def deal_to(self, data_ranks: tuple[int, ...]) -> None:
+        """Set the data rank of each rank.
+
+        Raises:
+            UsageError: Samples were dealt out otherwise already.
+        """
+        if self._is_read and data_ranks != self.data_ranks:
+            raise UsageError(
+                "the data was dealt out before the model was tracked, whose ranks need the same "
+                "samples",
+                f"found: data ranks {list(self.data_ranks)}, then {list(data_ranks)}",
+                "Call run.track(…) before len(batches) and before run.evaluate(…).",
+            )
+        self._data_ranks = data_ranks
 
     @property
     def joined(self) -> bool:

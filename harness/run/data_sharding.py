@@ -120,7 +120,7 @@ class DataSharding:
             _check_alone(given)
             settings = LoadSettings(
                 adopted.dataset,
-                adopted.batch_size * self.world.size * self.accumulate,
+                adopted.batch_size * self.world.data_size * self.accumulate,
                 adopted.batching,
             )
         elif loading.is_iterable(given.dataset):

@@ -51,7 +51,7 @@ def evaluate(
     _check(dataset, fn, batch_size, collate)
     modules = [module for obj in tracked for module in _modules_of(obj)]
     sums: dict[str, float] = {}
-    own = list(_shares(len(dataset), world.rank, world.size, batch_size))
+    own = list(_shares(len(dataset), world.data_rank, world.data_size, batch_size))
     more = _surplus(modules, len(dataset), world, batch_size)
     with contextlib.ExitStack() as meanwhile:
         meanwhile.enter_context(state.kept_generators())
@@ -67,10 +67,21 @@ def evaluate(
             for name, value in found.items() if number < len(own) else ():
                 sums[name] = sums.get(name, 0.0) + float(value)
     dtensors.reshard(modules)
-    sizes, parts = zip(*world.gather((len(dataset), sums)), strict=True)
+    return _means(world, len(dataset), sums)
+
+
+def _means(world: World, size: int, sums: Mapping[str, float]) -> dict[str, float]:
+    """Return the means over all samples from each rank's sums.
+
+    Collective: every rank must call it. Raises UsageError if the ranks' datasets have unlike sizes.
+    """
+    sizes, everyones = zip(*world.gather((size, sums)), strict=True)
     _check_sizes(sizes)
+    # Ranks with the same data rank have evaluated the same samples: one of them counts.
+    ranks = world.data_ranks
+    parts = [part for rank, part in enumerate(everyones) if ranks.index(ranks[rank]) == rank]
     names = dict.fromkeys(name for part in parts for name in part)
-    return {name: sum(part.get(name, 0.0) for part in parts) / len(dataset) for name in names}
+    return {name: sum(part.get(name, 0.0) for part in parts) / size for name in names}
 
 
 def _adopted(
@@ -165,10 +176,11 @@ def _surplus(modules: list[nn.Module], size: int, world: World, batch_size: int)
         return []
     _check_sizes(world.gather(size))
     counts = [
-        sum(1 for _ in _shares(size, rank, world.size, batch_size)) for rank in range(world.size)
+        sum(1 for _ in _shares(size, rank, world.data_size, batch_size))
+        for rank in range(world.data_size)
     ]
     first = Share(0, 0, ((0,),), (1.0,), Position(), last=False)
-    return [first] * (max(counts) - counts[world.rank])
+    return [first] * (max(counts) - counts[world.data_rank])
 
 
 def _shares(size: int, rank: int, ranks: int, batch_size: int) -> Iterator[Share]:

@@ -12,6 +12,7 @@ from harness import state
 from harness.arguments import Settings
 from harness.checkpoint.format import Manifest
 from harness.data.source import Source
+from harness.distributed.data_ranks import changed_ranks, dealt_to
 from harness.distributed.ranks import World
 from harness.errors import UsageError
 from harness.selfcheck.data_checks import check_data
@@ -143,7 +144,7 @@ def check_tracked(tracked: Mapping[str, Any], payload: Mapping[str, Any]) -> Non
         )
 
 
-def check_same_ranks(iterators: list[Any], world_size: int) -> None:
+def check_same_ranks(iterators: list[Any], change: str) -> None:
     """Raise UsageError if the states of iterable datasets are those of another number of ranks.
 
     Call it only when the number of ranks has changed.
@@ -151,7 +152,7 @@ def check_same_ranks(iterators: list[Any], world_size: int) -> None:
     if any(iterator is not None for iterator in iterators):
         raise UsageError(
             "an iterable dataset keeps its state per rank, so the number of ranks cannot change",
-            f"found: {world_size} rank(s), expected: {len(iterators)}",
+            f"found: {change}",
             "Start as many as before.",
         )
 
@@ -236,11 +237,13 @@ def set_generators(payload: Mapping[str, Any], world: World, seed: int, step: in
     Returns:
         A notice if a generator of a GPU could not be restored, else [].
     """
-    entries = payload.get("rng", [])
-    if world.rank < len(entries):
-        notice = state.restore_rng_state(entries[world.rank], world.rank)
+    before = dealt_to(payload)
+    is_same = before == list(world.data_ranks)
+    if is_same or world.data_rank in before:  # ranks that compute together need the same ones
+        at = world.rank if is_same else before.index(world.data_rank)
+        notice = state.restore_rng_state(payload["rng"][at], world.rank)
         return [notice] * bool(notice)
-    state.seed_rank(seed, "rank", world.rank, step)
+    state.seed_rank(seed, "rank", world.data_rank, step)
     return []
 
 
@@ -265,15 +268,15 @@ def restore_generators(
     Raises:
         UsageError: The data is an iterable dataset and the number of ranks has changed.
     """
-    entries = payload.get("rng", [])
+    before = dealt_to(payload)
     notices = set_generators(payload, world, seed, step)
-    if len(entries) in (0, world.size):
-        source.restore(payload["data"]["iterators"][world.rank] if entries else None)
+    if before in ([], list(world.data_ranks)):
+        source.restore(payload["data"]["iterators"][world.rank] if before else None)
         return notices
-    check_same_ranks(payload["data"]["iterators"], world.size)
+    check_same_ranks(payload["data"]["iterators"], changed_ranks(payload, world))
     same = (
         "the loop finds its data itself, and other data now"
         if source.is_own
         else "same samples, same global batches, other last bits"
     )
-    return [*notices, f"{len(entries)} rank(s) before, {world.size} now: {same}"]
+    return [*notices, f"{changed_ranks(payload, world)}: {same}"]

@@ -14,7 +14,7 @@ import torch
 
 from harness.distributed.layout import Layout
 from harness.distributed.parts import Part
-from harness.tracking.tensor_leaves import digest_of_samples
+from harness.state.raw_bytes import digest_of_samples
 
 
 def samples_of_copies(parts: Mapping[str, Part], rank: int) -> dict[str, str]:

@@ -24,6 +24,7 @@ from harness.distributed import dtensors
 from harness.distributed.ranks import World
 from harness.errors import HarnessError, UsageError
 from harness.sharding import shards
+from harness.sharding.copies import samples_of_copies, unlike_copies
 from harness.sharding.main_file import MainFile
 from harness.sharding.memory_room import lacking_memory
 from harness.sharding.rank_save import RankSave
@@ -94,7 +95,7 @@ class ShardedSave:
             return self._world.on_writer(lambda: reply(problem, is_reported=False), give_up=give_up)
         slow = [f"rank {rank}: {it['slow']}" for rank, it in enumerate(replies) if it["slow"]]
         checkpointer.say_once(WAIT.format(slow[0]) if slow else "")
-        for text in (reply["warning"] for reply in replies):
+        for text in (unlike_copies(replies), *(reply["warning"] for reply in replies)):
             checkpointer.say_once(text)
         if not request.wait and not any(reply["is_unable"] for reply in replies):
             return list(replies[0]["reply"])
@@ -170,13 +171,15 @@ class ShardedSave:
         saver: Saver = checkpointer.background
         saver.wait()
         checkpointer.check()
-        reply = {"reply": checkpointer.reply(""), "slow": saver.slow_reason}
+        reply: dict[str, Any] = {"reply": checkpointer.reply(""), "slow": saver.slow_reason}
         whole = request.capture()
         captured.append(whole)
         about = request.about()
         reply["problem"], reply["warning"] = self._checked(whole, is_final=about.final is not None)
         if reply["problem"]:
             return reply
+        if (self._count + 1).bit_count() == 1:  # saves 1, 2, 4, 8 …
+            reply["copies"] = samples_of_copies(whole.parts, self._world.rank)
         self._start(checkpointer, request.began_at, whole, about)
         return reply | {
             "is_unable": not self._is_background or bool(self._main.slow_reason),

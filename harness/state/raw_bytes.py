@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -12,9 +13,11 @@ import numpy.typing as npt
 import torch
 
 from harness.distributed import dtensors
+from harness.state.kinds import parts_of
 
 STRIDE_BYTES = 1 << 20  # of each stride of a tensor that is copied later, one word is compared
 WORD_BYTES = 8
+SAMPLED = 64  # elements of a tensor in a digest of samples
 STRIDE_WORDS = STRIDE_BYTES // WORD_BYTES
 # All memory of this process as one array: the word at each address. Only those of live tensors may
 # be read. An array cannot begin at the null pointer.
@@ -160,6 +163,20 @@ def version_of(tensor: torch.Tensor) -> Any:
     It does not count those to inference tensors.
     """
     return 0 if tensor.is_inference() else dtensors.version_of(tensor)
+
+
+@torch.no_grad()
+def digest_of_samples(tensors: Iterable[torch.Tensor]) -> bytes:
+    """Return a digest of some elements of each tensor, at some 10 us a tensor."""
+    by_kind = defaultdict[tuple[torch.device, torch.dtype], list[torch.Tensor]](list)
+    for part in (part for tensor in tensors for part in parts_of(tensor)):
+        if part.layout is torch.strided and (count := part.numel()) and not part.is_quantized:
+            # An odd stride, so that not all samples are of one column of a matrix.
+            spread = part.reshape(-1)[:: -(-count // SAMPLED) | 1]
+            by_kind[part.device, part.dtype].append(spread)
+    sampled = [torch.cat(of_kind).view(torch.uint8).cpu() for of_kind in by_kind.values()]
+    content = b"".join(samples.numpy().tobytes() for samples in sampled)
+    return hashlib.blake2b(content, digest_size=16).digest()
 
 
 def equal(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from harness.data.generator_objects import is_generator
-from harness.distributed import ddp
+from harness.distributed import data_ranks, ddp
 from harness.distributed.ranks import World
 from harness.errors import UsageError
 from harness.state.buffers import PARAMETER_GROUP
@@ -25,7 +25,7 @@ from harness.tracking.attributes import Attributes, Changed
 from harness.tracking.comm_hooks import Hooks, check_hooks
 from harness.tracking.generators import Generators, HeadDraws
 from harness.tracking.gradients import Gradients, Kept, digest
-from harness.tracking.payload import ATTRIBUTES, HEAD, RankEntries
+from harness.tracking.payload import ATTRIBUTES, HEAD, RankEntries, own_entry
 
 ROUNDED = (
     "DDP with gradient_as_bucket_view and find_unused_parameters rounds the first gradients after a"
@@ -59,8 +59,10 @@ class ExtraState:
         self._waits = False  # whether a due save waits for an update
         # The step in which the gradients were last examined, and whether any rank has some to keep.
         self._looked = (-1, False)
-        self._is_resumed = False
+        self._is_resumed, self._say = False, say
+        self._stateful = dict[str, Any]()
         for name, part in (
+            (data_ranks.DATA_RANK, _OwnDataRank(world)),
             (GRADIENTS, self._kept),
             (ATTRIBUTES, self._changed),
             ("hooks", self._hooks),
@@ -87,6 +89,9 @@ class ExtraState:
         for name, obj in stateful.items():
             ddp.check_resumable(name, obj, self.world)
             self._hooks.known += check_hooks(name, obj, self.world)
+        self._stateful |= stateful
+        if notice := data_ranks.deal(self.world, self._stateful):
+            self._say(f"harness: {notice}")
         if taken := [name for name in objects if name in self._generators.tracked]:
             raise UsageError(
                 f"two objects are tracked as {taken[0]!r}",
@@ -160,8 +165,7 @@ class ExtraState:
 
     def put_back(self, payload: Mapping[str, Any]) -> None:
         """Restore once more what was changed since `begin`."""
-        entries = payload.get("own") or ()
-        own = entries[self.world.rank] if len(entries) == self.world.size else {}
+        own = own_entry(payload, self.world)
         self._attributes.put_back(payload.get(ATTRIBUTES) or own.get(ATTRIBUTES) or {})
         self._gradients.put_back(payload.get(GRADIENTS) or own.get(GRADIENTS) or {})
         self._hooks.put_back(own.get("hooks"))
@@ -229,6 +233,21 @@ class ExtraState:
         """Return what a checkpoint holds of it at the top level, and forget it; for the writer."""
         kept, self._kept.values = self._kept.values, {}
         return {GRADIENTS: kept} if kept else {}
+
+
+class _OwnDataRank:
+    """The data rank of this rank, which is kept unless it is the rank itself."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+
+    def state(self) -> int | None:
+        """Return the data rank; None if each rank trains on samples of its own."""
+        is_own = self._world.data_ranks == tuple(range(self._world.size))
+        return None if is_own else self._world.data_rank
+
+    def restore(self, state: int | None) -> None:
+        """Do nothing: the tracked modules set it."""
 
 
 class _OwnGradients:

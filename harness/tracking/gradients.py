@@ -28,11 +28,14 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from harness.distributed.dtensors import (
+    UNSUMMED,
     hidden_gradients,
     is_sharded,
     plain,
+    summand_of,
     version_of,
     with_part,
+    with_summand,
 )
 from harness.distributed.wrappers import unwrap
 from harness.errors import UsageError
@@ -47,7 +50,8 @@ USED = "used"  # key of a gradient that the last step used and the next backward
 ZEROS = "zeros"
 MOST_STEPS, MOST_S = 64, 60.0  # limits of how long a save waits for an update
 MOST_HIDDEN_STEPS = 1024  # the same, if the gradients are where no state holds them
-# By name of the parameter: its gradient (in parts if it is sparse), the same under USED, or ZEROS.
+# By name of the parameter: its gradient (a dict if it is sparse or not summed yet), the same under
+# USED, or ZEROS.
 Kept = dict[str, Any]
 
 
@@ -306,7 +310,13 @@ def _numbers(gradient: torch.Tensor) -> torch.Tensor:
 
 
 def _plain(gradient: torch.Tensor) -> Any:
-    """Copy a gradient to the CPU: a tensor, ZEROS, or a dict with the parts of a sparse tensor."""
+    """Copy a gradient to the CPU: a tensor, ZEROS, or a dict.
+
+    The dict holds the parts of a sparse tensor, or this rank's summand of a gradient that is not
+    summed over the ranks yet (tensor parallelism).
+    """
+    if summand := summand_of(gradient):
+        return summand
     gradient = plain(gradient.detach())
     if gradient.layout is torch.sparse_coo:
         parts = {"indices": gradient._indices(), "values": gradient._values()}
@@ -320,6 +330,8 @@ def _tensor(gradient: Any, parameter: nn.Parameter) -> torch.Tensor:
     """Rebuild a gradient, dense or sparse, on the device of its parameter."""
     if isinstance(gradient, torch.Tensor):
         return with_part(parameter, gradient)
+    if UNSUMMED in gradient:
+        return with_summand(parameter, gradient)
     parts = gradient["indices"].to(parameter.device), gradient["values"].to(parameter.device)
     return torch.sparse_coo_tensor(
         *parts,

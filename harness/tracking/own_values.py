@@ -14,6 +14,7 @@ from typing import Any
 from torch.nn.parallel import DistributedDataParallel
 
 from harness import state
+from harness.distributed.data_ranks import DATA_RANK
 from harness.distributed.ranks import World
 from harness.distributed.wrappers import ddp_wrappers
 from harness.tracking.payload import OfRank
@@ -130,7 +131,10 @@ def give_own(payload: dict[str, Any], world: World) -> dict[str, Any]:
         }
         payload[KINDS] = others | kinds
     payload["own"] = [
-        entry if rank == world.rank else dict.fromkeys(entry) for rank, entry in enumerate(entries)
+        entry
+        if rank == world.rank
+        else {name: part if name == DATA_RANK else None for name, part in entry.items()}
+        for rank, entry in enumerate(entries)
     ]
     return payload
 

@@ -13,8 +13,10 @@ from typing import Any, Protocol
 
 from harness import state
 from harness.checkpoint.format import version_of
+from harness.distributed.data_ranks import DATA_RANK, changed_ranks, dealt_to
 from harness.distributed.parts import described
 from harness.distributed.ranks import World
+from harness.errors import UsageError
 from harness.state import Captured
 from harness.state.plain_values import is_same
 from harness.tracking.attribute_values import ABSENT, BUFFER, REQUIRES_GRAD, joined, spelled
@@ -77,18 +79,34 @@ class RankEntries:
         entries = payload.get("own")
         if not entries:
             return ""
-        if len(entries) != world.size:
-            names = sorted({name for entry in entries for name in entry})
-            of_writer = [
-                name.removesuffix("_state_dict") for name in names if name.endswith("_state_dict")
-            ]
-            return (
-                f"{len(entries)} rank(s) before, {world.size} now: "
-                f"what each rank had for itself is lost ({', '.join(names)})"
-            ) + (f"; of {', '.join(of_writer)} all have that of rank 0" if of_writer else "")
-        for name, part in self._parts.items():
-            part.restore(entries[world.rank].get(name))
-        return ""
+        if dealt_to(payload) == list(world.data_ranks):
+            for name, part in self._parts.items():
+                part.restore(own_entry(payload, world).get(name))
+            return ""
+        names = sorted({name for entry in entries for name in entry} - {DATA_RANK})
+        of_values = [name for name in names if name == "state" or name.endswith("_state_dict")]
+        if of_values and len(entries) == world.size:
+            raise UsageError(
+                "other ranks train on the same samples than before, and each rank has values of "
+                "its own",
+                f"found: {', '.join(of_values)} differ by rank; data ranks "
+                f"{dealt_to(payload)} before, {list(world.data_ranks)} now",
+                "Go on with the same mesh, or on another number of ranks: then all have the values "
+                "of rank 0.",
+            )
+        of_writer = [name.removesuffix("_state_dict") for name in of_values if name != "state"]
+        return (
+            f"{changed_ranks(payload, world)}: "
+            f"what each rank had for itself is lost ({', '.join(names)})"
+            + (f"; of {', '.join(of_writer)} all have that of rank 0" if of_writer else "")
+        ) * bool(names)
+
+
+def own_entry(payload: Mapping[str, Any], world: World) -> dict[str, Any]:
+    """Return what a checkpoint holds for this rank alone; {} if the ranks are others now."""
+    entries = payload.get("own")
+    is_same = entries and dealt_to(payload) == list(world.data_ranks)
+    return entries[world.rank] if entries and is_same else {}
 
 
 def assembled(

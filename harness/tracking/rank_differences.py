@@ -21,6 +21,7 @@ from harness import state
 from harness.distributed import ddp, wrappers
 from harness.distributed.ranks import World
 from harness.state.capturing import state_of
+from harness.state.raw_bytes import digest_of_samples
 from harness.text import size
 from harness.tracking.own_values import (
     KINDS,
@@ -36,7 +37,6 @@ from harness.tracking.tensor_leaves import (
     Leaf,
     Leaves,
     Path,
-    digest_of_samples,
     leaves_of,
     short_digest,
 )

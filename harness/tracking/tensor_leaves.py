@@ -5,8 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import marshal
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,14 +18,13 @@ from harness.distributed.reshard import as_live
 from harness.distributed.wrappers import unwrap
 from harness.errors import UsageError
 from harness.state.capturing import Captured, as_captured, captured_object
-from harness.state.kinds import PLAIN, parts_of
+from harness.state.kinds import PLAIN
 from harness.state.raw_bytes import raw
 
 Path = tuple[Any, ...]  # keys and indices, outermost first
 WORDS = 1 << 20  # 8-byte words that are summed at once
 BLOCK_WORDS = 1 << 15  # 8-byte words in a checksum
 SUMMED_FROM_BYTES = 4 << 10  # shorter content is compared as it is
-SAMPLED = 64  # elements of a tensor in a digest of samples
 
 
 @dataclass(frozen=True)
@@ -153,19 +151,6 @@ def has_changed(name: str, obj: Any, payload: Mapping[str, Any]) -> bool:
             for path, part in live.parts.items()
         )
     )
-
-
-@torch.no_grad()
-def digest_of_samples(tensors: Iterable[torch.Tensor]) -> bytes:
-    """Return a digest of some elements of each tensor, at some 10 us a tensor."""
-    by_kind = defaultdict[tuple[torch.device, torch.dtype], list[torch.Tensor]](list)
-    for part in (part for tensor in tensors for part in parts_of(tensor)):
-        if part.layout is torch.strided and (count := part.numel()) and not part.is_quantized:
-            # An odd stride, so that not all samples are of one column of a matrix.
-            spread = part.reshape(-1)[:: -(-count // SAMPLED) | 1]
-            by_kind[part.device, part.dtype].append(spread)
-    sampled = [torch.cat(of_kind).view(torch.uint8).cpu() for of_kind in by_kind.values()]
-    return short_digest(b"".join(samples.numpy().tobytes() for samples in sampled))
 
 
 def put_leaf(value: Any, path: Path, leaf: Any) -> Any:
