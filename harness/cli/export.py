@@ -1,8 +1,9 @@
 """Write a model for use elsewhere: weights, checkpoint, safetensors, TorchScript or torch.export.
 
 CHECKPOINT is a run, one of its checkpoints, or any file that torch.save, safetensors or TorchScript
-wrote, or a folder of Hugging Face. Both CHECKPOINT and OUT are a path or a URL; for hf, OUT is a
-new folder, as `from_pretrained` takes it. The formats module, torchscript and exported need the
+wrote, or a folder of Hugging Face or of torch.distributed.checkpoint. Both CHECKPOINT and OUT are a
+path or a URL; for hf and dcp, OUT is a new folder, as `from_pretrained` or `dcp.load` takes it. The
+formats module, torchscript and exported need the
 task that builds the model. It is the run's task if that comes with this package. A task of your own
 is code that a file names: confirm it by --trust, or name it yourself, as for files of other
 programs: --config FILE, task.name=package.module:build.

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -143,3 +145,21 @@ def copy_overlap(wanted: Wanted, box: Box, part: torch.Tensor) -> int:
     with torch.no_grad():
         wanted.into[overlap.within(wanted.box)].copy_(part[overlap.within(box)])
     return overlap.numel
+
+
+def save_dcp(folder: Path, state: Mapping[str, Any]) -> None:
+    """Write nested state into a folder of DCP, durably, without a process group.
+
+    Args:
+        folder: The folder, which is there and empty.
+        state: The state: plain values and tensors.
+
+    Raises:
+        OSError: The disk refuses.
+    """
+    import torch.distributed.checkpoint as dcp
+
+    writer = dcp.FileSystemWriter(folder, sync_files=True)  # type: ignore[attr-defined]
+    with warnings.catch_warnings():  # that no other process takes part
+        warnings.simplefilter("ignore")
+        dcp.save(dict(state), storage_writer=writer, no_dist=True)  # type: ignore[attr-defined]

@@ -15,17 +15,21 @@ from typing import Any
 
 import torch
 
+from harness.distributed.parts import save_dcp
 from harness.errors import StorageError, UsageError
 from harness.exchange import compare, files, formats, program, rebuild, recognise
 from harness.exchange.files import Loaded
 from harness.exchange.rebuild import Rebuilt
 from harness.exchange.recognise import OPTIMIZER, Part
 from harness.hf import hf_folder, safetensors_file
-from harness.state import kept_generators
+from harness.sharding import dcp_folder
+from harness.state import kept_generators, parameter_names
 from harness.text import number
 
+BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 PROGRAMS = ("torchscript", "exported")
-FORMATS = ("weights", "full", "module", "safetensors", "hf", *PROGRAMS)
+FOLDERS = ("hf", "dcp")  # formats that are a folder
+FORMATS = ("weights", "full", "module", "safetensors", *FOLDERS, *PROGRAMS)
 
 # Writes the file, checks it, and returns the lines of code that load it.
 Write = Callable[[Path], list[str]]
@@ -74,7 +78,8 @@ def export(
         out: Path or URL of the file to write.
         format: "weights" (the state dict), "full" (model, optimizer, epoch and loss under the keys
             of PyTorch's tutorial), "module" (the pickled module), "safetensors", "hf" (a folder of
-            them as Hugging Face has it), "torchscript" or "exported" (`torch.export`).
+            them as Hugging Face has it), "dcp" (a folder of torch.distributed.checkpoint, with the
+            optimizers), "torchscript" or "exported" (`torch.export`).
         which: Checkpoint of a run: "newest", "best" or a step.
         ema: Export the averaged weights.
         module: Name of the module to export, where there are several.
@@ -97,9 +102,9 @@ def export(
 def export_as_asked(checkpoint: str | Path, out: str, asked: ExportOptions) -> str:
     """Export a model as `export` does, after a check of what is asked."""
     _check_asked(asked, out)
-    store, key = formats.destination(out, asked.overwrite, is_folder=asked.format == "hf")
-    is_full = asked.format == "full"
-    loaded = files.read_any(checkpoint, asked.which, trust=asked.trust, weights_only=not is_full)
+    store, key = formats.destination(out, asked.overwrite, is_folder=asked.format in FOLDERS)
+    weights_only = asked.format not in ("full", "dcp")
+    loaded = files.read_any(checkpoint, asked.which, trust=asked.trust, weights_only=weights_only)
     held = rebuild.pick(rebuild.states(loaded, ema=asked.ema), asked.module, loaded.file.where)
     if len(held) > 1 and asked.format not in ("weights", "full"):
         raise UsageError(
@@ -190,7 +195,7 @@ def _of_data(
     Args:
         loaded: The source file.
         held: The module states to write, by module name.
-        asked: The options; the format is "weights", "full", "safetensors" or "hf".
+        asked: The options; the format is "weights", "full", "safetensors", "hf" or "dcp".
         lone: Write only the first module, as "model".
 
     Raises:
@@ -201,6 +206,9 @@ def _of_data(
         return lambda path: _write_safetensors(path, loaded, first)
     if format == "hf":
         return lambda path: _write_hf(path, loaded, first, asked.file_bytes)
+    if format == "dcp":
+        name, value = next(iter(held)), {"model": first}
+        return lambda path: _write_dcp(path, value | _by_name(loaded, "" if asked.ema else name))
     states = {
         f"{name}_state_dict": part.value
         for name, part in ({"model": next(iter(held.values()))} if lone else held).items()
@@ -303,3 +311,31 @@ def _write_hf(path: Path, loaded: Loaded, value: Mapping[str, Any], file_bytes: 
         'model.config.save_pretrained("OUT")  # once: a checkpoint has no config.json',
         'model = AutoModel.from_pretrained("OUT")',
     ]
+
+
+def _by_name(loaded: Loaded, module: str) -> dict[str, Any]:
+    """Return the states of a module's optimizers with its parameters by name, as DCP has them.
+
+    A checkpoint records no names that follow from the order of the module's parameters, which are
+    its tensors but for the buffers of batch norms. With other buffers the numbers do not fit, and
+    the optimizer is left out.
+    """
+    if not recognise.is_ours(loaded.value):
+        return {}
+    keys = loaded.value.get(f"{module}_state_dict", ())
+    parameters = {f"{module}.{key}" for key in keys if not key.endswith(BUFFERS)}
+    names = parameter_names.derived(loaded.value, {module}, parameters)
+    names |= loaded.value.get("names") or {}
+    found = {
+        part.name: dcp_folder.by_name(part.value, names.get(part.name, []), f"{module}.")
+        for part in recognise.recognise(loaded)
+        if part.kind == OPTIMIZER
+    }
+    return {name: value for name, value in found.items() if value}
+
+
+def _write_dcp(path: Path, value: dict[str, Any]) -> list[str]:
+    path.mkdir()
+    save_dcp(path, value)
+    compare.check_equal(path, value, dcp_folder.read_dcp(path)[0])
+    return dcp_folder.loading_code([name for name in value if name != "model"])

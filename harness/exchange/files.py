@@ -25,11 +25,12 @@ from harness.checkpoint.load import first_line
 from harness.distributed.reshard import made_whole
 from harness.errors import DamagedError, HarnessError, UsageError
 from harness.exchange import formats, safe_unpickle
-from harness.exchange.formats import EXPORTED, LEGACY, SAFETENSORS, TORCH, TORCHSCRIPT, UNREADABLE
+from harness.exchange.formats import UNREADABLE
 from harness.exchange.single_read import File, SingleRead
 from harness.hf import hf_folder
 from harness.hf.safetensors_file import load_safetensors, safetensors_outline
 from harness.monitoring.console import ProgressBar
+from harness.sharding import dcp_folder
 from harness.sharding.shards import ShardFiles
 from harness.store import (
     LocalStore,
@@ -119,16 +120,15 @@ def read_any(
         DamagedError: The file is damaged or cut short.
         StorageError: The store cannot be read.
     """
-    if (folder := _of_hugging_face(path, which)) is not None:
-        return folder
-    if not is_ours(str(path)):
+    folder = _files_in(path)
+    if folder or not is_ours(str(path)):
         if which != run_address.NEWEST:
             raise UsageError(
-                f"{path} is one file: there is nothing to choose from",
+                f"{path} is one model: there is nothing to choose from",
                 f"found: {which}",
                 "Name a run to choose from it.",
             )
-        return read(find(path), trust=trust)
+        return _of_folder(path, folder) if folder else read(find(path), trust=trust)
     store, manifest = run_address.checkpoint(str(path), which)
     bar = ProgressBar(f"reading {manifest.name} from {store}", manifest.size_bytes)
     payload = load.load(store, manifest, bar)
@@ -136,21 +136,28 @@ def read_any(
         parts = ShardFiles(store, manifest, payload)
         payload = made_whole(payload, parts, weights_only=weights_only)
     bar.end()
-    file = File(store, manifest.data_key, TORCH, manifest.size_bytes)
+    file = File(store, manifest.data_key, formats.TORCH, manifest.size_bytes)
     return Loaded(file, payload, manifest=manifest)
 
 
-def _of_hugging_face(path: str | Path, which: str | int) -> Loaded | None:
-    """Return the weights in a folder of Hugging Face, as views of its files; else None."""
-    is_other = is_url(str(path)) or os.path.isdir(f"{path}/{fmt.CHECKPOINTS}")
-    if is_other or not (paths := hf_folder.hf_files(Path(path))):
-        return None
-    if which != run_address.NEWEST:
-        raise UsageError(f"{path} is one model: there is nothing to choose from", f"found: {which}")
-    size_bytes = sum(each.stat().st_size for each in paths)
-    file = File(LocalStore(path), paths[0].name, SAFETENSORS, size_bytes)
+def _files_in(path: str | Path) -> list[Path]:
+    """Return the files of a folder of formats.DCP, or of Hugging Face; [] if it is neither."""
+    if is_url(str(path)) or os.path.isdir(f"{path}/{fmt.CHECKPOINTS}"):
+        return []
+    return dcp_folder.dcp_files(Path(path)) or hf_folder.hf_files(Path(path))
+
+
+def _of_folder(path: str | Path, held: list[Path], *, with_data: bool = True) -> Loaded:
+    """Return what the files `held` in a folder hold; those of Hugging Face are mapped."""
+    size_bytes = sum(each.stat().st_size for each in held)
+    is_dcp = held[0].name == dcp_folder.METADATA
+    file = File(
+        LocalStore(path), held[0].name, formats.DCP if is_dcp else formats.SAFETENSORS, size_bytes
+    )
     with _reader_errors(file):
-        return Loaded(file, hf_folder.mapped(Path(path)))
+        if not is_dcp:
+            return Loaded(file, hf_folder.mapped(Path(path)))
+        return Loaded(file, *dcp_folder.read_dcp(Path(path), with_data=with_data))
 
 
 def outline_any(path: str | Path, which: str | int = run_address.NEWEST) -> Loaded:
@@ -159,8 +166,8 @@ def outline_any(path: str | Path, which: str | int = run_address.NEWEST) -> Load
     Raises the same errors as `read_any`, except for a pickle that wants to run code: its objects
     are replaced by texts (`NotLoaded`).
     """
-    if (folder := _of_hugging_face(path, which)) is not None:
-        return folder
+    if folder := _files_in(path):
+        return _of_folder(path, folder, with_data=False)
     if not is_ours(str(path)):
         file = find(path)
         try:
@@ -168,7 +175,7 @@ def outline_any(path: str | Path, which: str | int = run_address.NEWEST) -> Load
         except WantsCodeError:
             return _inert(file)
     store, manifest = run_address.checkpoint(str(path), which)
-    file = File(store, manifest.data_key, TORCH, manifest.size_bytes)
+    file = File(store, manifest.data_key, formats.TORCH, manifest.size_bytes)
     opened = dataclasses.replace(file, once=file.opened())
     return Loaded(file, outline(opened).value, manifest=manifest)
 
@@ -184,7 +191,7 @@ def is_ours(path: str) -> bool:
     """
     if is_url(path) and (problem := check_url(path)):
         raise UsageError(f"{redacted(path)} is not a place for a file", f"expected: {problem}")
-    if not run_address.is_run(path):
+    if _files_in(path) or not run_address.is_run(path):
         return run_address.is_checkpoint(path)
     folder, _, key = path.rstrip("/").rpartition("/")
     return (
@@ -205,13 +212,13 @@ def outline(file: File) -> Loaded:
         StorageError: The store cannot be read.
     """
     with file.view() as opened, _reader_errors(file, opened):
-        if file.kind == SAFETENSORS:
+        if file.kind == formats.SAFETENSORS:
             return Loaded(file, *safetensors_outline(file.where, file.size_bytes, opened))
-        if file.kind == TORCHSCRIPT:
+        if file.kind == formats.TORCHSCRIPT:
             return _checked(_script(file, opened, with_data=False))
-        if file.kind == EXPORTED:
+        if file.kind == formats.EXPORTED:
             return Loaded(file, safe_unpickle.exported_outline(zipfile.ZipFile(opened)))
-        value = _without_data(opened)
+        value = safe_unpickle.without_data(opened)
         safe_unpickle.check_nesting(value)
         return _checked(Loaded(file, value))
 
@@ -228,7 +235,7 @@ def _inert(file: File) -> Loaded:
     """Read a pickle that wants to run code, with stand-ins in place of that code."""
     with file.view() as opened, _reader_errors(file, opened), muted(), FakeTensorMode():
         if (
-            file.kind == TORCH
+            file.kind == formats.TORCH
             and "constants.pkl" in torch._C.PyTorchFileReader(opened).get_all_records()
         ):
             raise DamagedError(
@@ -244,23 +251,13 @@ def _inert(file: File) -> Loaded:
     return _checked(Loaded(file, value, {"needs code": f"{', '.join(_wanted(file))} (not loaded)"}))
 
 
-def _without_data(opened: BinaryIO) -> Any:
-    with muted():
-        try:
-            with FakeTensorMode():
-                return torch.load(opened, weights_only=True, mmap=False)
-        except NotImplementedError:  # fake tensors cannot be quantized or have some sparse layouts
-            opened.seek(0)
-            return torch.load(opened, map_location="cpu", weights_only=True, mmap=False)
-
-
 def read(file: File, *, trust: bool = False) -> Loaded:
     """Read all of a file to the CPU.
 
     A pickle may run the code that it names only with `trust`. Raises the same errors as `outline`,
     UsageError for a program of torch.export without `trust`, and HarnessError if memory is short.
     """
-    if file.kind == EXPORTED and not trust:
+    if file.kind == formats.EXPORTED and not trust:
         raise UsageError(
             f"{file.where} is a program of torch.export, "
             "and PyTorch's own loader runs pickles that may be in it",
@@ -277,16 +274,18 @@ def read(file: File, *, trust: bool = False) -> Loaded:
 
 def _loaded(file: File, memory: SealedMemory, *, trust: bool) -> Loaded:
     """Load a file whose bytes are all in memory."""
-    if file.kind == SAFETENSORS:
+    if file.kind == formats.SAFETENSORS:
         return Loaded(file, *load_safetensors(memory.path))
-    if file.kind == TORCH and load.is_plain_zip(memory):  # the tensors are views of `memory`
+    if file.kind == formats.TORCH and load.is_plain_zip(
+        memory
+    ):  # the tensors are views of `memory`
         return Loaded(
             file, torch.load(memory.path, mmap=True, map_location="cpu", weights_only=not trust)
         )
     with memory.open() as plain:
-        if file.kind == TORCHSCRIPT:
+        if file.kind == formats.TORCHSCRIPT:
             return _script(file, plain, with_data=True)
-        if file.kind == EXPORTED:
+        if file.kind == formats.EXPORTED:
             return Loaded(file, dict(torch.export.load(plain).state_dict))
         return Loaded(
             file, torch.load(plain, map_location="cpu", weights_only=not trust, mmap=False)
@@ -332,11 +331,11 @@ def _wanted(file: File) -> list[str]:
 
     The list is empty if the pickle cannot be scanned.
     """
-    if file.kind not in (TORCH, LEGACY):
+    if file.kind not in (formats.TORCH, formats.LEGACY):
         return []
     with file.view() as opened:
         try:
-            return safe_unpickle.wanted(opened, is_zip=file.kind == TORCH)
+            return safe_unpickle.wanted(opened, is_zip=file.kind == formats.TORCH)
         except UNREADABLE:
             return []
 

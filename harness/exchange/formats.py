@@ -31,6 +31,7 @@ LEGACY = "torch.save, before 1.6"
 SAFETENSORS = "safetensors"
 TORCHSCRIPT = "TorchScript"
 EXPORTED = "torch.export"
+DCP = "torch.distributed.checkpoint"
 LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 SLACK_BYTES = 64 << 20  # allowance on top of the limits relative to a file's size
 # What a reader raises for a file that it cannot read.

@@ -19,6 +19,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any, BinaryIO
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from harness.text import muted
 
 # These functions only make tensors and parameters from their arguments. Inspection needs no other
 # functions of `torch._utils`.
@@ -261,3 +264,14 @@ def exported_outline(archive: zipfile.ZipFile) -> dict[str, torch.Tensor]:
                     shape, dtype=EXPORT_DTYPES[entry["tensor_meta"]["dtype"]], device="meta"
                 )
     return weights
+
+
+def without_data(opened: BinaryIO) -> Any:
+    """Load a file of torch.save with fake tensors, as far as these can stand for its own."""
+    with muted():
+        try:
+            with FakeTensorMode():
+                return torch.load(opened, weights_only=True, mmap=False)
+        except NotImplementedError:  # fake tensors cannot be quantized or have some sparse layouts
+            opened.seek(0)
+            return torch.load(opened, map_location="cpu", weights_only=True, mmap=False)
