@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import inspect
+import pickle
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -146,7 +147,7 @@ class StreamSource(InThisProcess):
             return
         self._is_compared = True
         digest = hashlib.blake2b(digest_size=16)
-        digest_into(digest, samples)
+        digest_into(digest, samples, pickle.dumps)
         found = self.world.gather((self.world.data_rank, digest.digest()))
         if len(set(found)) > self.world.data_size:
             raise UsageError(

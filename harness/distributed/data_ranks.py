@@ -8,9 +8,10 @@ numbers. The number of a rank among those it averages gradients with is its *dat
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from harness.distributed import dtensors
@@ -20,6 +21,7 @@ from harness.errors import UsageError
 
 # Key in a rank's own entry of a checkpoint: its data rank, kept if that is another number.
 DATA_RANK = "data_rank"
+Group = tuple[int, ...]  # ranks that average their gradients, in the order of their mesh
 
 
 def deal(world: World, tracked: Mapping[str, Any]) -> str:
@@ -32,19 +34,16 @@ def deal(world: World, tracked: Mapping[str, Any]) -> str:
         tracked: the tracked objects, by name.
 
     Raises:
-        UsageError: The modules or the ranks do not agree, or the data was dealt out already.
+        UsageError: The modules or the ranks do not agree, it cannot be told which ranks need the
+            same samples, or the data was dealt out already.
     """
-    groups = world.gather(_averaged_over(tracked, world.rank, world.size))
-    for rank, group in enumerate(groups):
-        if len(group) != len(groups[0]) or any(groups[other] != group for other in group):
-            raise UsageError(
-                "the ranks do not agree on which of them train on the same samples",
-                f"found: rank {rank} averages gradients over ranks {list(group)}, "
-                f"rank {group[-1]} over {list(groups[group[-1]])}",
-                "Shard on the same mesh on every rank, with as many ranks along each dimension.",
-            )
+    modules = {name: part for own, obj in tracked.items() for name, part in _modules_of(own, obj)}
+    dtensors.reshard(map(unwrap, modules.values()))
+    mine = _averaged_over(modules, world.rank, world.size)
+    groups = _checked(world.gather(("track", sorted(tracked), mine)))
     before, ranks = world.data_ranks, tuple(group.index(at) for at, group in enumerate(groups))
-    world.deal_to(ranks)
+    dtensors.note_groups(groups)
+    world.deal_to(ranks, dtensors.summary(map(unwrap, modules.values())))
     if ranks == before or (size := max(ranks) + 1) == world.size:
         return ""
     together = [rank for rank, number in enumerate(ranks) if number == 0]
@@ -52,6 +51,98 @@ def deal(world: World, tracked: Mapping[str, Any]) -> str:
         f"tensor parallelism: {len(together)} ranks compute each step together (ranks "
         f"{', '.join(map(str, together[:4]))}{' …' if len(together) > 4 else ''} the same) and are "
         f"given the same samples, which are dealt out as to {size} rank(s)"
+    ) + "; on GPUs it was never measured" * (world.device.type == "cuda")
+
+
+def _modules_of(name: str, obj: Any) -> Iterator[tuple[str, nn.Module]]:
+    """Yield a tracked module, or the modules in the attributes of another object, with a name."""
+    if isinstance(unwrap(obj), nn.Module):
+        yield name, obj
+    else:
+        for key, value in getattr(obj, "__dict__", {}).items():
+            if isinstance(value, nn.Module):
+                yield f"{name}.{key}", value
+
+
+def _checked(everyones: list[tuple[str, list[str], Group]]) -> list[Group]:
+    """Return the group of each rank.
+
+    Raises:
+        UsageError: The ranks do not track the same names, or do not agree on the groups.
+    """
+    for rank, found in enumerate(everyones):
+        is_here = isinstance(found, tuple) and found[:1] == ("track",)
+        if not is_here or found[1] != everyones[0][1]:
+            raise UsageError(
+                "the ranks do not track the same objects",
+                f"found: {', '.join(everyones[0][1])} on rank 0, "
+                f"{', '.join(found[1]) if is_here else 'no run.track(…)'} on rank {rank}",
+                "Call run.track(…) with the same names on every rank, and not on the writer alone.",
+            )
+    groups = [group for _, _, group in everyones]
+    for rank, group in enumerate(groups):
+        other = next((each for each in group if groups[each] != group), None)
+        if other is not None or len(group) != len(groups[0]):
+            raise UsageError(
+                "the ranks do not agree on which of them train on the same samples",
+                f"found: rank {rank} averages gradients over ranks {list(group)}, "
+                f"rank {other or 0} over {list(groups[other or 0])}",
+                "Shard on the same mesh on every rank, with as many ranks along each dimension.",
+            )
+    return groups
+
+
+def _averaged_over(modules: Mapping[str, nn.Module], rank: int, size: int) -> Group:
+    """Return the ranks with which a rank averages its gradients, itself among them.
+
+    Raises:
+        UsageError: They are not the same for all parameters, or cannot be told.
+    """
+    found, everyone = dict[Group, str](), tuple(range(size))
+    by_fsdp = dtensors.fsdp_groups(map(unwrap, modules.values()))
+    is_spanned = False
+    for name, module in modules.items():
+        plain = unwrap(module)
+        tensors = dict((*plain.named_parameters(), *plain.named_buffers()))
+        sharded = {key: of for key, of in tensors.items() if dtensors.is_sharded(of)}
+        others = {key: of for key, of in sharded.items() if id(of) not in by_fsdp}
+        if others and len(others) == len(tensors) and not dtensors.are_cut_unlike(others.values()):
+            raise _not_told(name)
+        for key, tensor in sharded.items():
+            is_spanned |= dtensors.ranks_of(tensor) >= set(everyone)
+            group = by_fsdp.get(id(tensor), (rank,))
+            found.setdefault(everyone if len(group) == size else group, f"{name}.{key}")
+        for shell in ddp_wrappers(module):
+            ranks = tuple(torch.distributed.get_process_group_ranks(shell.process_group))
+            found.setdefault(everyone if len(ranks) == size else ranks, name)
+    if len(found) > 1:
+        (one, first), (other, second), *_ = found.items()
+        raise UsageError(
+            "the gradients of some parameters are averaged over other ranks than those of others",
+            f"found: on rank {rank}, {first} over ranks {list(one)}, {second} over {list(other)}",
+            "Which ranks need the same samples must be the same for all of them: put a model with "
+            "tensor parallelism under fully_shard(…, mesh=…) as a whole, or not at all. Expert "
+            "parallelism is not supported.",
+        )
+    group = next(iter(found), everyone)
+    if group != everyone and not is_spanned:
+        raise UsageError(
+            f"{found[group]} is trained on some of the ranks only",
+            f"found: its gradients are averaged over ranks {list(group)} of {size}, and no tensor "
+            "of it is cut over all of them, as tensor parallelism does",
+            "Models of their own on each group of ranks (pipelines, local SGD, ensembles, DDP on a "
+            "part of the ranks) are not supported.",
+        )
+    return group
+
+
+def _not_told(name: str) -> UsageError:
+    return UsageError(
+        f"{name}: it cannot be told which ranks need the same samples",
+        "found: sharded parameters that are all cut alike, and no module under fully_shard that "
+        "holds them",
+        "Track the whole module that was given to fully_shard, and not its parts. Data parallelism "
+        "by DTensors alone is not supported.",
     )
 
 
@@ -67,29 +158,3 @@ def changed_ranks(payload: Mapping[str, Any], world: World) -> str:
     if len(before) != world.size:
         return f"{len(before)} rank(s) before, {world.size} now"
     return f"samples were dealt out to {max(before) + 1} rank(s) before, to {world.data_size} now"
-
-
-def _averaged_over(tracked: Mapping[str, Any], rank: int, size: int) -> tuple[int, ...]:
-    """Return the ranks with which a rank averages its gradients, itself among them, in order.
-
-    Raises:
-        UsageError: They are not the same for all parameters.
-    """
-    found = dict[tuple[int, ...], str]()  # by ranks: what is averaged over them
-    for name, obj in tracked.items():
-        module = unwrap(obj)
-        if not isinstance(module, nn.Module):
-            continue
-        for key, group in dtensors.averaged_over(module, rank):
-            found.setdefault(tuple(range(size)) if len(group) == size else group, f"{name}.{key}")
-        if ddp_wrappers(obj):
-            found.setdefault(tuple(range(size)), name)
-    if len(found) > 1:
-        (one, first), (other, second), *_ = found.items()
-        raise UsageError(
-            "the gradients of some parameters are averaged over other ranks than those of others",
-            f"found: on rank {rank}, {first} over ranks {list(one)}, {second} over {list(other)}",
-            "Which ranks need the same samples must be the same for all of them: put a model with "
-            "tensor parallelism under fully_shard(…, mesh=…) as a whole, or not at all.",
-        )
-    return next(iter(found), tuple(range(size)))

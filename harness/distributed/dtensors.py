@@ -21,9 +21,10 @@ from harness.distributed.wrappers import unwrap
 from harness.errors import UsageError
 
 COLLECTIVES = ("c10d", "_c10d_functional", "_c10d_functional_autograd", "_dtensor")
-UNSUMMED = "unsummed"  # a key of `summand_of`
+CONTEXT = ("cp", "context", "context_parallel")  # names of mesh dimensions
 # By mesh, placements and shape: the layout, and the shape of this rank's part.
 _layouts = dict[Any, tuple[Layout, tuple[int, ...]]]()
+_groups = list[tuple[int, ...]]()  # of each rank: the ranks that average its gradients
 
 
 def is_sharded(value: object) -> bool:
@@ -162,61 +163,55 @@ def with_part(like: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
     return made
 
 
-def summand_of(gradient: torch.Tensor) -> dict[str, Any]:
-    """Return this rank's summand of a gradient that is still to be summed over ranks, else {}.
-
-    Sequence parallelism leaves gradients of replicated parameters so until the optimizer uses them.
-    `UNSUMMED` is the kind of sum along each dimension of the mesh, "" where nothing is summed.
-    """
-    if not is_sharded(gradient):
-        return {}
-    placements = gradient.placements  # type: ignore[attr-defined]
-    kinds = [it.reduce_op if it.is_partial() else "" for it in placements]
-    # With the rank, no two are alike: what is alike on all ranks is given to any number of them.
-    of_rank = {"rank": torch.distributed.get_rank(), "summand": local_of(gradient).cpu().clone()}
-    return {UNSUMMED: kinds} | of_rank if any(kinds) else {}
-
-
-def with_summand(like: Any, kept: Mapping[str, Any]) -> torch.Tensor:
-    """Return the gradient of a sharded parameter `like` from the result of `summand_of`.
+def fsdp_groups(modules: Iterable[nn.Module]) -> dict[int, tuple[int, ...]]:
+    """Return the ranks that average the gradient of each parameter under `fully_shard`, by its id.
 
     Raises:
-        UsageError: The parameter is sharded otherwise now.
+        UsageError: The mesh is one for context parallelism.
     """
-    from torch.distributed.tensor import DTensor, Partial
-
-    kinds = kept[UNSUMMED]
-    if not is_sharded(like) or len(like.placements) != len(kinds):
-        raise UsageError(
-            "a gradient that was not summed over the ranks has no place in the model as it is now",
-            f"found: sums {kinds} along the dimensions of the mesh",
-            "Shard the model as before.",
-        )
-    pairs = zip(like.placements, kinds, strict=True)
-    return DTensor.from_local(
-        kept["summand"].to(like.device, copy=True),
-        like.device_mesh,
-        [Partial(kind) if kind else placement for placement, kind in pairs],
-        run_check=False,
-        shape=like.shape,
-        stride=like.stride(),
-    )
+    found = dict[int, tuple[int, ...]]()
+    for group in (group for module in modules for group in _fsdp_groups(module)):
+        mesh = group.mesh_info.mesh
+        root = mesh._get_root_mesh() if hasattr(mesh, "_get_root_mesh") else mesh
+        sizes = dict(zip(root.mesh_dim_names or (), root.shape, strict=False))
+        if any(sizes.get(name, 1) > 1 for name in CONTEXT):
+            raise UsageError(
+                "context parallelism is not supported",
+                f"found: a mesh of {sizes}",
+                "Its ranks need the same samples, and their gradients are averaged like those of "
+                "ranks with other samples.",
+            )
+        of_group = tuple(mesh.mesh.flatten().tolist())
+        found |= {id(held.sharded_param): of_group for held in group.fsdp_params}
+    return found
 
 
-def averaged_over(module: nn.Module, rank: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Yield the name of each sharded parameter with the ranks that average its gradient.
+def are_cut_unlike(tensors: Iterable[Any]) -> bool:
+    """Return whether sharded tensors are cut in several ways, and some are cut at all."""
+    found = {str(tensor.placements) for tensor in tensors}
+    return len(found) > 1
 
-    These are the ranks of the mesh of `fully_shard`; without it, as with tensor parallelism alone,
-    a rank averages over no other.
-    """
-    by_fsdp = {
-        id(held.sharded_param): tuple(group.mesh_info.mesh.mesh.flatten().tolist())
-        for group in _fsdp_groups(module)
-        for held in group.fsdp_params
+
+def ranks_of(tensor: Any) -> set[int]:
+    """Return the ranks of the mesh of a sharded tensor."""
+    return set(tensor.device_mesh.mesh.flatten().tolist())
+
+
+def summary(modules: Iterable[nn.Module]) -> str:
+    """Return in a few words how the tensors of modules are sharded; "" if none is."""
+    tensors = (of for module in modules for of in _tensors_of(module) if is_sharded(of))
+    found = {
+        f"{'x'.join(map(str, of.device_mesh.shape))} {', '.join(map(str, of.placements))}"
+        for of in tensors
     }
-    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-        if is_sharded(tensor):
-            yield name, by_fsdp.get(id(tensor), (rank,))
+    return "; ".join(sorted(found))[:200]
+
+
+def note_groups(groups: Sequence[tuple[int, ...]]) -> None:
+    """Note which ranks average their gradients; a tensor on these alone has copies on others."""
+    if list(groups) != _groups:
+        _groups[:] = groups
+        _layouts.clear()
 
 
 def check_optimizer_state(name: str, optimizer: object) -> None:
@@ -322,7 +317,7 @@ def _described(name: str, tensor: Any) -> Layout:
             if isinstance(it, Shard | _StridedShard)
             and it.dim % dimensions == _dimension(placement, dimensions)
         ]
-        placements.append(_spelled(name, placement, dimensions, math.prod(to_the_right)))
+        placements.append(spelled(name, placement, dimensions, math.prod(to_the_right)))
     layout = _on_whole_mesh(mesh, placements)
     everyone = range(torch.distributed.get_world_size())
     if lacking := [rank for rank in everyone if rank not in layout.ranks]:
@@ -336,25 +331,26 @@ def _described(name: str, tensor: Any) -> Layout:
 
 
 def _on_whole_mesh(mesh: Any, placements: Sequence[Placement]) -> Layout:
-    """Return a layout over all ranks of the mesh that this one was sliced from.
+    """Return a layout over all ranks.
 
-    A tensor that lies on `mesh["dp"]` of a mesh of ("dp", "tp") has copies along "tp". The slice of
-    each rank tells only those that share its copy.
+    A tensor that `fully_shard` alone has sharded, beside tensor parallelism, lies on those ranks
+    that average its gradient, and the other groups of ranks have copies.
     """
-    root = mesh._get_root_mesh() if hasattr(mesh, "_get_root_mesh") else mesh
-    names, own = root.mesh_dim_names or (), mesh.mesh_dim_names or ()
-    if not own or own != tuple(name for name in names if name in own):
-        root, names = mesh, own  # without names, or sliced in another order
-    placed = dict(zip(own, placements, strict=False))
-    whole = tuple(placed.get(name, (COPIES,)) for name in names) if own else tuple(placements)
-    return Layout(tuple(root.shape), tuple(root.mesh.flatten().tolist()), whole)
+    own = tuple(mesh.mesh.flatten().tolist())
+    if own not in _groups:
+        return Layout(tuple(mesh.shape), own, tuple(placements))
+    groups = list(dict.fromkeys(_groups))
+    ranks = tuple(rank for group in groups for rank in group)
+    if len(groups) == 1:
+        return Layout(tuple(mesh.shape), own, tuple(placements))
+    return Layout((len(groups), *mesh.shape), ranks, ((COPIES,), *placements))
 
 
 def _dimension(placement: Any, dimensions: int) -> int:
     return int(placement.dim % dimensions) if hasattr(placement, "dim") else -1
 
 
-def _spelled(name: str, placement: Any, dimensions: int, parts: int) -> Placement:
+def spelled(name: str, placement: Any, dimensions: int, parts: int) -> Placement:
     """Spell a placement as plain data; `parts` is into how many those to its right cut.
 
     Raises:

@@ -44,6 +44,7 @@ class World:
     _parts: int = field(default=0)
     _data_ranks: tuple[int, ...] = ()
     _is_read: bool = False
+    sharding: str = ""  # of the tracked tensors; "" if none is sharded
 
     @property
     def is_writer(self) -> bool:
@@ -69,8 +70,8 @@ class World:
         self._is_read = True
         return max(self.data_ranks) + 1
 
-    def deal_to(self, data_ranks: tuple[int, ...]) -> None:
-        """Set the data rank of each rank.
+    def deal_to(self, data_ranks: tuple[int, ...], sharding: str) -> None:
+        """Set the data rank of each rank, and in words how tracked tensors are sharded.
 
         Raises:
             UsageError: Samples were dealt out otherwise already.
@@ -82,7 +83,7 @@ class World:
                 f"found: data ranks {list(self.data_ranks)}, then {list(data_ranks)}",
                 "Call run.track(…) before len(batches) and before run.evaluate(…).",
             )
-        self._data_ranks = data_ranks
+        self._data_ranks, self.sharding = data_ranks, sharding
 
     @property
     def joined(self) -> bool:

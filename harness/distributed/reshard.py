@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from harness.distributed import dtensors
+from harness.distributed import dtensors, layout
 from harness.distributed.layout import Box
 from harness.distributed.parts import Parts, Wanted
 from harness.errors import UsageError
+
+PLACED, PARTIAL = "placed", "partial"  # a key of `placed_gradient`, and a kind of placement
 
 
 def as_live(
@@ -193,3 +195,52 @@ def _like_parameters(optimizer: torch.optim.Optimizer, state: Mapping[str, Any])
             if isinstance(kept, Mapping)
         }
     }
+
+
+def placed_gradient(gradient: Any, parameter: Any) -> dict[str, Any]:
+    """Return this rank's part of a gradient that is placed otherwise than its parameter, else {}.
+
+    Tensor and sequence parallelism leave gradients of replicated parameters as summands of each
+    rank, or cut, until the optimizer uses them.
+    """
+    if not dtensors.is_sharded(gradient) or gradient.placements == parameter.placements:
+        return {}
+    placements = [
+        [PARTIAL, it.reduce_op]
+        if it.is_partial()
+        else list(dtensors.spelled("a gradient", it, gradient.ndim, getattr(it, "split_factor", 1)))
+        for it in gradient.placements
+    ]
+    # With the rank, no two are alike: what is alike on all ranks is given to any number of them.
+    of_rank = {
+        "rank": torch.distributed.get_rank(),
+        "part": dtensors.local_of(gradient).cpu().clone(),
+    }
+    return {PLACED: placements} | of_rank
+
+
+def with_placed(like: Any, kept: Mapping[str, Any]) -> torch.Tensor:
+    """Return the gradient of a sharded parameter `like` from the result of `placed_gradient`.
+
+    Raises:
+        UsageError: The parameter is sharded otherwise now.
+    """
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+    from torch.distributed.tensor.placement_types import _StridedShard
+
+    made: dict[str, Callable[..., Any]] = {
+        PARTIAL: Partial,
+        layout.SHARD: Shard,
+        layout.COPIES: Replicate,
+        layout.STRIDED: lambda dimension, factor: _StridedShard(dimension, split_factor=factor),
+    }
+    placements = [made[kind](*rest) for kind, *rest in kept[PLACED]]
+    if not dtensors.is_sharded(like) or len(like.placements) != len(placements):
+        raise UsageError(
+            "a gradient has no place in the model as it is now",
+            f"found: placements {kept[PLACED]}",
+            "Shard the model as before.",
+        )
+    local = kept["part"].to(like.device, copy=True)
+    of = {"run_check": False, "shape": like.shape, "stride": like.stride()}
+    return DTensor.from_local(local, like.device_mesh, placements, **of)

@@ -55,7 +55,8 @@ def evaluate(
     more = _surplus(modules, len(dataset), world, batch_size)
     with contextlib.ExitStack() as meanwhile:
         meanwhile.enter_context(state.kept_generators())
-        meanwhile.enter_context(writers_buffers(modules, world))
+        if world.data_size == world.size:  # else a buffer may belong to a rank's part of a layer
+            meanwhile.enter_context(writers_buffers(modules, world))
         meanwhile.enter_context(_eval_mode(modules))
         meanwhile.enter_context(torch.no_grad())
         meanwhile.enter_context(ddp.no_buffer_sync(list(modules)))

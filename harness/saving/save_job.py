@@ -54,10 +54,14 @@ class Job:
     done: threading.Event = field(default_factory=threading.Event)
     failure: BaseException | None = None
 
-    def costs(self) -> dict[str, float]:
-        """Return how long training has waited so far and how long the copy took, in seconds."""
+    def costs(self, more_blocked_s: float = 0.0) -> dict[str, float]:
+        """Return how long training has waited so far and how long the copy took, in seconds.
+
+        Args:
+            more_blocked_s: how long it has waited for the save in other ways.
+        """
         return {
-            "blocked_s": round(self.blocked_s + self.snapshot.held_s(), 6),
+            "blocked_s": round(self.blocked_s + self.snapshot.held_s() + more_blocked_s, 6),
             "copy_s": round(self.snapshot.copy_s, 6),
         }
 

@@ -21,7 +21,7 @@ from harness.distributed.ranks import World
 
 SHARDING = ("shard", "shard_size")  # settings of `train`
 # Fields that must be equal for bitwise equal steps.
-ALIKE = ("torch", "device", "world_size", "threads", "deterministic")
+ALIKE = ("torch", "device", "world_size", "data_size", "sharding", "threads", "deterministic")
 
 
 def of_machine(world: World) -> dict[str, Any]:
@@ -29,7 +29,7 @@ def of_machine(world: World) -> dict[str, Any]:
 
     Called on rank 0, whose machine represents those of all ranks.
     """
-    return {
+    machine = {
         "host": socket.gethostname(),
         "device": _device(world.device),
         "torch": torch.__version__,
@@ -37,6 +37,8 @@ def of_machine(world: World) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "deterministic": world.device.type == "cpu" or torch.are_deterministic_algorithms_enabled(),
     }
+    machine |= {"sharding": world.sharding} if world.sharding else {}
+    return machine | ({"data_size": world.data_size} if world.data_size < world.size else {})
 
 
 def setting(config: Mapping[str, Any], part: str, name: str) -> Any:

@@ -29,7 +29,7 @@ class KnownSteps:
         before: Step records of earlier attempts.
         origin: Step of the resume point.
         machines: The machine of each attempt that has step records, by its number.
-        world_size: Number of ranks of the current attempt.
+        machine: The machine of the current attempt.
     """
 
     def __init__(
@@ -37,9 +37,10 @@ class KnownSteps:
         before: step_records.Before,
         origin: int,
         machines: Mapping[int, Mapping[str, Any]],
-        world_size: int,
+        machine: Mapping[str, Any],
     ) -> None:
-        world_sizes = {number: machine.get("world_size") for number, machine in machines.items()}
+        world_sizes = {number: _ranks(known) for number, known in machines.items()}
+        world_size = _ranks(machine)
         self._steps = {
             step: _known(lines, world_sizes, world_size)
             for step, lines in before.after(origin).items()
@@ -78,8 +79,15 @@ class KnownSteps:
         self._steps = {}
 
 
+def _ranks(machine: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Return the number of ranks of an attempt, and over how many samples are dealt if fewer."""
+    return machine.get("world_size"), machine.get("data_size")
+
+
 def _known(
-    lines: list[tuple[int, step_records.Line]], world_sizes: Mapping[int, Any], world_size: int
+    lines: list[tuple[int, step_records.Line]],
+    world_sizes: Mapping[int, tuple[Any, Any]],
+    world_size: tuple[Any, Any],
 ) -> Known:
     """Return the recorded values of one step.
 
@@ -88,8 +96,8 @@ def _known(
 
     Args:
         lines: Lines of the step, each with the number of its attempt; the newest comes last.
-        world_sizes: Number of ranks of each attempt.
-        world_size: Number of ranks of the current attempt.
+        world_sizes: `_ranks` of each attempt.
+        world_size: `_ranks` of the current attempt.
     """
     known = Known()
     ranks: dict[tuple[int, int], dict[int, float]] = {}
@@ -101,6 +109,6 @@ def _known(
         elif line.loss is not None:
             ranks.setdefault((number, line.name), {})[line.rank] = line.loss
     for (number, name), values in ranks.items():
-        if len(values) == world_sizes[number]:
+        if len(values) == world_sizes[number][0]:
             known.losses[MEAN, name] = number, sum(values.values()) / len(values)
     return known

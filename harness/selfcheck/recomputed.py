@@ -106,7 +106,8 @@ class RecomputedSteps:
             catalog.attempts | {attempt.number: identity.of_program(self._settings)},
             [number for number, _ in origin.lineage] if origin else [],
         )
-        known = KnownSteps(self._left, self._origin, self._identities.machines, self._world.size)
+        own, machines = self._identities.machine, self._identities.machines
+        known = KnownSteps(self._left, self._origin, machines, own)
         self._left.logs.clear()
         self._comparison = StepComparison(known, self._origin, self._identities, self._tolerance)
         return known.last

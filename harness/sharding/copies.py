@@ -44,8 +44,9 @@ def unlike_copies(replies: Sequence[Mapping[str, Any]]) -> str:
     unlike = [ranks for ranks, digests in found.items() if len(digests) > 1]
     return (
         f"warning: the copies of sharded state on ranks {unlike[0]} are no longer the same: only "
-        "that of the first of them is saved, and all go on with it after a restart. Sum the "
-        "gradients over these ranks before each update"
+        "that of the first of them is saved, and all go on with it after a restart. These ranks "
+        "must draw the same random numbers, see the same samples where they compute a step "
+        "together, and sum their gradients before each update"
         if unlike
         else ""
     )

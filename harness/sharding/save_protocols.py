@@ -54,8 +54,8 @@ class Job(Protocol):
     problem: str
     failure: BaseException | None
 
-    def costs(self) -> dict[str, float]:
-        """Return what the save has cost so far."""
+    def costs(self, more_blocked_s: float = 0.0) -> dict[str, float]:
+        """Return what the save has cost so far, and what it has blocked training in other ways."""
 
 
 class Saver(Protocol):

@@ -178,7 +178,7 @@ class ShardedSave:
         reply["problem"], reply["warning"] = self._checked(whole, is_final=about.final is not None)
         if reply["problem"]:
             return reply
-        if (self._count + 1).bit_count() == 1:  # saves 1, 2, 4, 8 …
+        if request.wait or (self._count + 1).bit_count() == 1:  # saves 1, 2, 4, 8 …
             reply["copies"] = samples_of_copies(whole.parts, self._world.rank)
         self._start(checkpointer, request.began_at, whole, about)
         return reply | {
@@ -286,7 +286,7 @@ def _ended(save: RankSave, saver: Saver, job: Job) -> tuple[str, bool]:
         problem=job.problem,
         must_repeat=bool(job.problem) and saver.must_repeat,
         failure=job.failure,
-        costs=lambda: _with_wait(job.costs(), save.waited_s),
+        costs=lambda: job.costs(more_blocked_s=save.waited_s),
     )
     return save.problem, save.must_repeat
 
@@ -311,6 +311,12 @@ def sharded_save(
     objects = tracked.values()
     if not (dtensors.holds_sharded(objects) or dtensors.holds_sharded_state(objects)):
         return None
+    if not world.sharding:
+        raise UsageError(
+            "sharded state is tracked, and it cannot be told which ranks need the same samples",
+            "found: no sharded module, neither tracked nor in an attribute of what is tracked",
+            "Track the model itself: run.track(model=model, optimizer=optimizer).",
+        )
     if settings.memory_every_steps:
         raise UsageError(
             "sharded state is not yet kept with checkpoint.memory",
@@ -318,11 +324,6 @@ def sharded_save(
             "Leave it out.",
         )
     return ShardedSave(world, stores, tracked)
-
-
-def _with_wait(costs: dict[str, float], waited_s: float) -> dict[str, float]:
-    """Add the time for which training has waited until all ranks had begun."""
-    return costs | {"blocked_s": round(costs["blocked_s"] + waited_s, 6)}
 
 
 def _table(captured: Captured) -> str:

@@ -28,15 +28,13 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from harness.distributed.dtensors import (
-    UNSUMMED,
     hidden_gradients,
     is_sharded,
     plain,
-    summand_of,
     version_of,
     with_part,
-    with_summand,
 )
+from harness.distributed.reshard import PLACED, placed_gradient, with_placed
 from harness.distributed.wrappers import unwrap
 from harness.errors import UsageError
 from harness.state.parameter_names import named_parameters
@@ -50,8 +48,8 @@ USED = "used"  # key of a gradient that the last step used and the next backward
 ZEROS = "zeros"
 MOST_STEPS, MOST_S = 64, 60.0  # limits of how long a save waits for an update
 MOST_HIDDEN_STEPS = 1024  # the same, if the gradients are where no state holds them
-# By name of the parameter: its gradient (a dict if it is sparse or not summed yet), the same under
-# USED, or ZEROS.
+# By name of the parameter: its gradient (a dict if it is sparse, or placed otherwise than it), the
+# same under USED, or ZEROS.
 Kept = dict[str, Any]
 
 
@@ -236,13 +234,14 @@ class Gradients:
             owner = self._owner.get(id(parameter))
             is_lasting = owner in self._lasting
             if name in under_way:
-                kept[name] = _plain(gradient)
+                kept[name] = _plain(gradient, parameter)
             elif owner in self._summed or (is_lasting and is_sharded(gradient)):
-                kept[name] = {USED: _plain(gradient)}
+                kept[name] = {USED: _plain(gradient, parameter)}
             elif is_lasting:
                 # `zero_grad(set_to_none=False)` comes next; a sparse gradient stays sparse.
                 is_sparse = gradient.layout is torch.sparse_coo
-                kept[name] = _plain(gradient.detach().clone().zero_()) if is_sparse else ZEROS
+                zeros = gradient.detach().clone().zero_()
+                kept[name] = _plain(zeros, parameter) if is_sparse else ZEROS
         return kept
 
     def restore(self, kept: Kept) -> None:
@@ -262,8 +261,9 @@ class Gradients:
             is_used, kept_as = isinstance(gradient, dict) and USED in gradient, gradient
             if is_used:
                 kept_as = gradient[USED]
-                self._summed.add(self._owner.get(id(parameter)))
                 self._lasting.add(self._owner.get(id(parameter)))
+                if not is_sharded(parameter):  # those that are sharded are kept so in any case
+                    self._summed.add(self._owner.get(id(parameter)))
             parameter.grad = (
                 torch.zeros_like(parameter)
                 if isinstance(kept_as, str)
@@ -309,14 +309,14 @@ def _numbers(gradient: torch.Tensor) -> torch.Tensor:
     return gradient._values() if gradient.layout is torch.sparse_coo else gradient
 
 
-def _plain(gradient: torch.Tensor) -> Any:
+def _plain(gradient: torch.Tensor, parameter: nn.Parameter) -> Any:
     """Copy a gradient to the CPU: a tensor, ZEROS, or a dict.
 
-    The dict holds the parts of a sparse tensor, or this rank's summand of a gradient that is not
-    summed over the ranks yet (tensor parallelism).
+    The dict holds the parts of a sparse tensor, or this rank's part of a gradient that is placed
+    otherwise than its parameter (tensor parallelism).
     """
-    if summand := summand_of(gradient):
-        return summand
+    if kept := placed_gradient(gradient, parameter):
+        return kept
     gradient = plain(gradient.detach())
     if gradient.layout is torch.sparse_coo:
         parts = {"indices": gradient._indices(), "values": gradient._values()}
@@ -330,8 +330,8 @@ def _tensor(gradient: Any, parameter: nn.Parameter) -> torch.Tensor:
     """Rebuild a gradient, dense or sparse, on the device of its parameter."""
     if isinstance(gradient, torch.Tensor):
         return with_part(parameter, gradient)
-    if UNSUMMED in gradient:
-        return with_summand(parameter, gradient)
+    if PLACED in gradient:
+        return with_placed(parameter, gradient)
     parts = gradient["indices"].to(parameter.device), gradient["values"].to(parameter.device)
     return torch.sparse_coo_tensor(
         *parts,

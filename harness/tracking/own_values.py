@@ -7,7 +7,7 @@ of its values, under `kinds`, unless all ranks have the same.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,11 +17,14 @@ from harness import state
 from harness.distributed.data_ranks import DATA_RANK
 from harness.distributed.ranks import World
 from harness.distributed.wrappers import ddp_wrappers
+from harness.state.plain_values import is_same
+from harness.text import size
 from harness.tracking.payload import OfRank
-from harness.tracking.tensor_leaves import Leaves, Path, put_leaf
+from harness.tracking.tensor_leaves import Leaves, Path, leaves_of, put_leaf
 
 STATE = "state"  # the key of `run.state` in a checkpoint
 SYNCS = "ddp"  # the key of `ForwardSyncs` in a rank's own entry
+MOST_BYTES = 64 << 20  # limit per rank: a larger difference is not kept, a larger sum is reported
 KINDS = "kinds"  # the key of the kinds of values, in a checkpoint and in a rank's own entry
 
 
@@ -98,6 +101,63 @@ class ForwardSyncs:
         for key, flags in (state or {}).items():
             for shell, flag in zip(self._shells.get(key, []), flags, strict=False):
                 shell.require_forward_param_sync = flag
+
+
+class GivenWarnings:
+    """Warnings about what the ranks give to a checkpoint, each made once, on the writer.
+
+    Args:
+        say: prints a message to the user.
+        note: records an event.
+    """
+
+    def __init__(self, say: Callable[[str], None], note: Callable[..., None]) -> None:
+        self._say, self._note = say, note
+        self._is_big_reported = self._are_generators_reported = False
+
+    def look(self, given: Sequence[OfRank], data_ranks: Sequence[int]) -> None:
+        """Look at the contributions of all ranks; there are none on other ranks than the writer."""
+        self._tell_of_big(given)
+        pair = _unlike([generators for generators, _, _ in given], data_ranks) if given else None
+        if pair is not None and not self._are_generators_reported:
+            self._are_generators_reported = True
+            self._note("generators_parted", ranks=list(pair))
+            self._say(
+                f"harness: warning: ranks {pair[0]} and {pair[1]} compute each step together, and "
+                "their generators are not the same any more: one of them has drawn numbers alone. "
+                "Draw on every rank, or from a generator of your own"
+            )
+
+    def _tell_of_big(self, given: Sequence[OfRank]) -> None:
+        """Warn if a rank's own entries are larger than MOST_BYTES in total."""
+        for rank, (_, _, own) in enumerate(given):
+            if self._is_big_reported or not own:
+                continue
+            sizes = {
+                name: sum(
+                    leaf.size_bytes for leaf in leaves_of(state.as_captured(name, part)).values()
+                )
+                for name, part in own.items()
+            }
+            if (total := sum(sizes.values())) > MOST_BYTES:
+                self._is_big_reported = True
+                parts = ", ".join(f"{name}: {size(number)}" for name, number in sizes.items())
+                self._note("big_own_state", rank=rank, size_bytes=total)
+                self._say(
+                    f"harness: warning: rank {rank} keeps {size(total)} for itself "
+                    f"in each checkpoint ({parts}), which all ranks read at a restart: "
+                    f"expected at most {size(MOST_BYTES)}. Let less state differ by rank."
+                )
+
+
+def _unlike(values: Sequence[Any], data_ranks: Sequence[int]) -> tuple[int, int] | None:
+    """Return two ranks with one data rank whose values differ; None if there are none."""
+    first = {number: rank for rank, number in reversed([*enumerate(data_ranks)])}
+    pairs = ((first[number], rank) for rank, number in enumerate(data_ranks))
+    return next(
+        ((a, b) for a, b in pairs if a != b and not is_same(values[a], values[b])),
+        None,
+    )
 
 
 def without_same_kinds(given: Sequence[OfRank]) -> None:

@@ -25,9 +25,11 @@ from harness.state.raw_bytes import digest_of_samples
 from harness.text import size
 from harness.tracking.own_values import (
     KINDS,
+    MOST_BYTES,
     STATE,
     SYNCS,
     ForwardSyncs,
+    GivenWarnings,
     OwnKinds,
     OwnValues,
     without_same_kinds,
@@ -43,7 +45,6 @@ from harness.tracking.tensor_leaves import (
 
 SMALL_BYTES = 1 << 20  # an object below this size is compared at each save
 SETTINGS = ((), ("param_groups",))  # where the paths of an optimizer's settings begin
-MOST_BYTES = 64 << 20  # limit per rank: a larger difference is not kept, a larger sum is reported
 
 UNWRAPPED = "Wrap it in DistributedDataParallel, or make it alike on all ranks."
 UNSYNCHRONISED = (
@@ -83,7 +84,7 @@ class RankDifferences:
         self._passed: dict[str, set[Path]] = {}  # differences that are not kept
         self._structures: dict[str, bytes] = {}
         self._small: set[str] = set()
-        self._saves, self._is_reported = 0, False
+        self._saves, self._warnings = 0, GivenWarnings(say, note)
         # Objects of DDP are trusted to be the same until samples or an optimizer's settings differ.
         self._trusts_ddp, self._trusted, self._of_ddp = True, set[str](), set[str]()
 
@@ -114,7 +115,7 @@ class RankDifferences:
             (state.rng_state(self._world.rank), iterator, self._own.state())
         )
         without_same_kinds(given)
-        self._tell_of_big(given)
+        self._warnings.look(given, self._world.data_ranks)
         return given
 
     def _look(
@@ -278,27 +279,6 @@ class RankDifferences:
                 f"each can keep {size(MOST_BYTES)}. "
                 f"{UNSYNCHRONISED if key in self._of_ddp else UNWRAPPED}"
             )
-
-    def _tell_of_big(self, given: list[OfRank]) -> None:
-        """Warn, once, if a rank's own entries are larger than MOST_BYTES in total."""
-        for rank, (_, _, own) in enumerate(given):
-            if self._is_reported or not own:
-                continue
-            sizes = {
-                name: sum(
-                    leaf.size_bytes for leaf in leaves_of(state.as_captured(name, part)).values()
-                )
-                for name, part in own.items()
-            }
-            if (total := sum(sizes.values())) > MOST_BYTES:
-                self._is_reported = True
-                parts = ", ".join(f"{name}: {size(number)}" for name, number in sizes.items())
-                self._note("big_own_state", rank=rank, size_bytes=total)
-                self._say(
-                    f"harness: warning: rank {rank} keeps {size(total)} for itself "
-                    f"in each checkpoint ({parts}), which all ranks read at a restart: "
-                    f"expected at most {size(MOST_BYTES)}. Let less state differ by rank."
-                )
 
 
 def _number(digest: bytes) -> int:

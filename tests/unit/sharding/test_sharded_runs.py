@@ -486,14 +486,17 @@ for x, y in run.batches(points(), 12, epochs=2):
         time.sleep(0.2)
 """
 STATE = """
-class AppState:
+class AppState:  # as DCP's `Stateful`
+    def __init__(self, model):
+        self.model = model
+
     def state_dict(self):
-        return {"model": model.state_dict()}
+        return {"model": self.model.state_dict()}
 
     def load_state_dict(self, state):
-        model.load_state_dict(state["model"])
+        self.model.load_state_dict(state["model"])
 
-run.track(app=AppState())
+run.track(app=AppState(model))
 for x, y in run.batches(points(), 12, epochs=1):
     die(run)
 """

@@ -270,33 +270,82 @@ def test_a_stream_that_is_read_alike_goes_on_and_another_is_refused(tmp_path: Pa
     assert set(lived.codes) == {78} and "read other samples of Stream" in lived.text, lived.texts
 
 
+OTHERWISE = "trained on some of the ranks only"
 REFUSED = {
     "parts of it under fully_shard": (
         "mesh = two_d(); parallel(mesh['tp']); fully_shard(model[0], mesh=mesh['dp'])",
         4,
-        LOOP,
         "averaged over other ranks than those of others",
     ),
     "beside ddp": (
         TP + "; ddp = nn.parallel.DistributedDataParallel(nn.Linear(2, 2)); run.track(ddp=ddp)",
         2,
-        LOOP,
         "averaged over other ranks than those of others",
     ),
     "a length before the model is tracked": (
         "len(run.batches(DataLoader(points(), 4), epochs=1)); " + TP,
         2,
-        LOOP,
         "dealt out before the model was tracked",
+    ),
+    "a model of its own on each half of the ranks": (
+        "sharded(mesh=two_d()['tp'])",
+        4,
+        OTHERWISE,
+    ),
+    "ddp on each half of the ranks": (
+        DDP.replace("(model)", "(model, process_group=two_d()['dp'].get_group())"),
+        4,
+        OTHERWISE,
+    ),
+    "parts of a sharded model": (
+        "fully_shard(model); run.track(first=model[0], second=model[1])",
+        2,
+        "cannot be told which ranks need the same samples",
+    ),
+    "context parallel": (
+        "mesh = init_device_mesh('cpu', (1, 2), mesh_dim_names=('dp', 'cp')); "
+        "sharded(mesh=mesh['dp', 'cp']._flatten('dp_cp'))",
+        2,
+        "context parallelism is not supported",
+    ),
+    "state that no module is known for": (
+        TP
+        + """
+class State:
+    def state_dict(self):
+        return {"model": theirs.state_dict()}
+    def load_state_dict(self, state):
+        theirs.load_state_dict(state["model"])
+theirs, model = model, State()""",
+        2,
+        "cannot be told which ranks need the same samples",
+    ),
+    "the writer alone": (
+        DDP + "; run.is_writer and run.track(ema=nn.Linear(2, 2))",
+        2,
+        "the ranks do not track the same objects",
     ),
 }
 
 
-@pytest.mark.parametrize("kind", list(REFUSED))
+@pytest.mark.parametrize(
+    "kind",
+    [
+        kind
+        if kind in ("beside ddp", "parts of a sharded model")
+        else pytest.param(kind, marks=SLOW)
+        for kind in REFUSED
+    ],
+)
 def test_what_cannot_be_is_refused_before_the_first_step(tmp_path: Path, kind: str) -> None:
-    wrap, ranks, loop, words = REFUSED[kind]
-    lived = live(tmp_path, program(wrap, loop), "run", ranks=ranks, limit_s=60)
-    assert set(lived.codes) == {78} and words in lived.text, lived.texts
+    wrap, ranks, words = REFUSED[kind]
+    source = program(wrap)
+    if "State()" in wrap:
+        source = source.replace("AdamW(model.", "AdamW(theirs.")
+        source = source.replace("optimizer=optimizer", "other=model")
+    lived = live(tmp_path, source, "run", ranks=ranks, limit_s=60)
+    assert lived.codes[0] == 78 and words in lived.text, lived.texts
+    assert kind == "the writer alone" or set(lived.codes) == {78}, lived.texts
 
 
 PARTED = """
@@ -314,3 +363,92 @@ def test_copies_that_have_parted_are_named(tmp_path: Path) -> None:
     lived = live(tmp_path, program(TP, PARTED), "run", ranks=2)
     assert set(lived.codes) == {0}, lived.texts
     assert "copies of sharded state on ranks 0, 1 are no longer the same" in lived.text, lived.text
+
+
+def test_generators_that_have_parted_are_named(tmp_path: Path) -> None:
+    """The writer draws alone: harmless under DDP, another dropout on each half of a layer here."""
+    drawing = "    if run.is_writer and run.step == 2:\n        torch.randn(3)\n"
+    loop = LOOP.replace("    run.log", f"{drawing}    run.log")
+    lived = live(tmp_path, program(TP, loop, 6), "run", ranks=2)
+    assert set(lived.codes) == {0}, lived.texts
+    assert "ranks 0 and 1 compute each step together, and their generators" in lived.text
+
+
+ROOT = "mesh = two_d(); parallel(mesh['tp']); fully_shard(model, mesh=mesh['dp'])"
+
+
+@SLOW
+def test_a_forward_pass_before_the_model_is_tracked_changes_nothing(tmp_path: Path) -> None:
+    warm = "with torch.no_grad():\n    model(torch.randn(2, 8))\nrun.track(model"
+    source = program(ROOT, LOOP + END, 3).replace("run.track(model", warm)
+    ends = said(live(tmp_path, source, "run", ranks=4), "end")
+    assert ends[0] == ends[1] and ends[2] == ends[3] and ends[0][2] != ends[2][2]
+
+
+@SLOW
+@pytest.mark.parametrize(
+    ("ranks", "wrap"),
+    [
+        pytest.param(
+            4,
+            "mesh = init_device_mesh('cpu', (2, 1, 2), mesh_dim_names=('a', 'b', 'tp')); "
+            "parallel(mesh['tp']); sharded(mesh=mesh['a', 'b']._flatten('dp'))",
+            id="flattened",
+        ),
+        pytest.param(
+            8,
+            "mesh = init_device_mesh('cpu', (2, 2, 2), mesh_dim_names=('copies', 'shards', 'tp')); "
+            "parallel(mesh['tp']); sharded(mesh=mesh['copies', 'shards'])",
+            id="hsdp and tp",
+        ),
+    ],
+)
+def test_other_meshes_go_on_exactly(tmp_path: Path, ranks: int, wrap: str) -> None:
+    outcome = killed_once(tmp_path, program(wrap, steps=9), ranks=ranks)
+    assert outcome.is_equal, (outcome.rows, outcome.resumed.texts)
+
+
+SCALED = """
+for block in model[:2]:
+    block.forward = scaled.__get__(block)
+    block.scale = nn.Parameter(DTensor.from_local(
+        torch.full((14,), 0.5), block.up.weight.device_mesh, [Replicate()], run_check=False,
+    ))
+"""
+SCALED_BLOCK = """
+def scaled(self, x):
+    return x + self.down(self.up(self.norm(x)) * self.scale)
+"""
+
+
+@SLOW
+@pytest.mark.parametrize("how", ["stopped", "killed"])
+def test_gradients_that_are_placed_otherwise_than_their_parameters_come_back(
+    tmp_path: Path, how: str
+) -> None:
+    """The scale is replicated, and its gradient is cut as what it scales."""
+    plan = '{"up": ColwiseParallel(use_local_output=False), "down": RowwiseParallel()}'
+    mesh = "init_device_mesh('cpu', (2,), mesh_dim_names=('tp',))"
+    wrap = f"parallel({mesh}, {plan})\n{SCALED_BLOCK}{SCALED}"
+    if how == "killed":  # gradients that last are in each checkpoint
+        loop = LOOP.replace("zero_grad()", "zero_grad(set_to_none=False)")
+        outcome = killed_once(tmp_path, program(wrap, loop), ranks=2)
+        assert outcome.is_equal, (outcome.rows, outcome.resumed.texts)
+        return
+    source = program(wrap, ACCUMULATED)
+    whole = live(tmp_path, source, "whole", ranks=2)
+    stopped = live(tmp_path, source, "run", ranks=2, env={"STOP": "11"})
+    again = live(tmp_path, source, "run", ranks=2)
+    assert [*whole.codes, *stopped.codes, *again.codes] == [0] * 6, (stopped.texts, again.texts)
+    assert list(differences(newest(tmp_path / "whole"), newest(tmp_path / "run"))) == []
+
+
+def test_another_mesh_on_as_many_ranks_is_no_mismatch(tmp_path: Path) -> None:
+    """Each rank logs the loss of other samples then: means are compared, with a tolerance."""
+    env = "WRAP_BY_ENV = os.environ['KIND']\nTP() if WRAP_BY_ENV == 'tp' else FSDP()"
+    either = f"def TP():\n    {TP}\ndef FSDP():\n    {FSDP}\n{env}"
+    source = program(either, steps=12)
+    killed = live(tmp_path, source, "run", ranks=2, env={"KIND": "tp", "DIE": "9"})
+    assert killed.codes[0] == -9, killed.texts
+    again = live(tmp_path, source, "run", ranks=2, env={"KIND": "fsdp"})
+    assert again.codes == [0, 0] and "MISMATCH" not in again.text, again.texts
