@@ -115,9 +115,8 @@ class Checkpointer(CurrentAttempt):
         Collective: every rank must call it.
 
         Args:
-            capture: returns the state to save; called on the writer.
-            about: returns the manifest entries that are not part of the state; called on the
-                writer.
+            capture: returns the state to save; called on the writer, and where ranks hold parts.
+            about: returns the manifest entries that are not part of the state; for the writer.
             give_up: see `begin`.
             wait: wait until the checkpoint is committed.
 
@@ -288,6 +287,7 @@ class Checkpointer(CurrentAttempt):
     def look_at(self, tracked: Mapping[str, Any]) -> None:
         """Note whether tracked state is sharded. Raises UsageError if it cannot be saved so."""
         self.sharded = sharded_save(tracked, self.world, self.stores, self.settings)
+        self.tier.save_by_shards(self.world, self, self.sharded)
 
     def watch_updates(self, tracked: Mapping[str, Any]) -> None:
         """Finish each copy before the optimizers change the state."""

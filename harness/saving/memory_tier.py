@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from harness import state
 from harness.checkpoint import format as fmt
@@ -18,9 +20,12 @@ from harness.checkpoint.catalog import read_catalog
 from harness.checkpoint.commit import About, commit
 from harness.checkpoint.format import Manifest
 from harness.checkpoint.memory_copy import is_ours
+from harness.distributed.ranks import World
 from harness.errors import SaveError, StorageError
 from harness.saving.async_saver import AsyncSaver
 from harness.saving.save_job import Job
+from harness.sharding.save_protocols import RankCheckpointer, ShardSaves
+from harness.sharding.tier_saves import TierSaves
 from harness.state import Captured
 from harness.store import LocalStore, Sink
 from harness.store.staging_buffer import SPARE, free_memory_bytes
@@ -48,14 +53,23 @@ class MemoryTier:
         self.store, self.background, self.is_on = store, background, is_on
         self._say, self._has_room = say, False
         self._attempt: Attempt | None = None
+        self._by_shards: TierSaves | None = None
+
+    def save_by_shards(
+        self, world: World, checkpointer: RankCheckpointer, saves: ShardSaves | None
+    ) -> None:
+        """Keep steps of a sharded state, of which each rank holds parts; None if it is not."""
+        self._by_shards = TierSaves(world, checkpointer, saves, self) if saves else None
 
     @property
     def is_writing(self) -> bool:
         """Return whether the save in flight is one for the tier."""
+        if self._by_shards is not None:
+            return self._by_shards.is_writing and self.background.is_busy
         return self.background.is_busy_with(self._keep)
 
     def remember(self, capture: Callable[[], Captured], about: Callable[[], About]) -> bool:
-        """Begin to keep a checkpoint of this step in memory. For the training thread.
+        """Begin to keep a checkpoint of this step in memory. For the training thread of each rank.
 
         Nothing is done if the tier is off, if a save is in flight, or if states cannot be copied in
         the background; nor if the last save has failed or must be repeated, which the next save to
@@ -69,6 +83,8 @@ class MemoryTier:
         Returns:
             Whether the state was passed to the background saver.
         """
+        if self._by_shards is not None:
+            return self._by_shards.remember(capture, about)
         saver = self.background
         if not self.is_on or saver.is_busy or saver.is_unable:
             return False
@@ -78,7 +94,7 @@ class MemoryTier:
         try:
             self._check_room(state.size_bytes(captured.tracked))
         except (StorageError, OSError) as error:
-            self._turn_off(error)
+            self.turn_off(error)
             return False
         self.background.start(captured, about(), began_at, self._keep)
         return True
@@ -95,7 +111,8 @@ class MemoryTier:
             )
         self._has_room = True
 
-    def _make(self) -> None:
+    def make(self) -> None:
+        """Make the folders. Raises StorageError if somebody else has done so, and OSError."""
         with contextlib.suppress(FileExistsError):
             os.mkdir(self.store.root, 0o700)
         if not is_ours(self.store):
@@ -108,9 +125,10 @@ class MemoryTier:
         """Keep no further step."""
         self.is_on = False
 
-    def _turn_off(self, error: Exception) -> None:
+    def turn_off(self, problem: object) -> None:
+        """Keep no further step, and say why."""
         self.is_on = False
-        self._say(f"harness: checkpoints are not kept in memory: {' '.join(str(error).split())}")
+        self._say(f"harness: checkpoints are not kept in memory: {' '.join(str(problem).split())}")
         # What is there stays until the disk has something newer: it may be the only copy of the
         # resume point, or belong to a newer attempt.
         self._leave_if_empty()
@@ -121,10 +139,12 @@ class MemoryTier:
         Incomplete checkpoints are deleted as well.
         """
         self._attempt = attempt
-        names = (f"{origin.name}.pt", f"{origin.name}.json") if origin else ()
+        names = (origin.name, f"{origin.name}.pt", f"{origin.name}.json") if origin else ()
         if is_ours(self.store):
             for path in (self.store.root / fmt.CHECKPOINTS).glob("*"):
-                if path.name not in names:
+                if path.name not in names and path.is_dir():  # shards
+                    shutil.rmtree(path, ignore_errors=True)
+                elif path.name not in names:
                     path.unlink(missing_ok=True)
         self._leave_if_empty()
 
@@ -133,14 +153,29 @@ class MemoryTier:
 
         If the tier cannot be written, it reports that and turns itself off; training goes on.
         """
+        self.commit(job.head, job.about, write, check)
+
+    def commit(
+        self,
+        payload: Mapping[str, Any],
+        about: About,
+        write: Callable[[Sink], None] | None,
+        check: Callable[[], None] = lambda: None,
+    ) -> str:
+        """Commit a checkpoint and delete the older ones; return why there is none, or "".
+
+        The arguments are those of `commit.commit`. If the tier cannot be written, it reports that
+        and turns itself off.
+        """
         try:
-            self._make()
+            self.make()
             assert self._attempt is not None, "a loop runs"
-            manifest = commit(self.store, self._attempt, job.head, job.about, write, check)
+            manifest = commit(self.store, self._attempt, payload, about, write, check)
         except (SaveError, StorageError, OSError) as error:
-            self._turn_off(error)
-        else:
-            self.drop(before=manifest.order)
+            self.turn_off(error)
+            return str(error)
+        self.drop(before=manifest.order)
+        return ""
 
     def drop(self, before: tuple[int, int]) -> None:
         """Delete the checkpoints that are older than `before`, an (attempt, step) pair.

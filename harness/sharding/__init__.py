@@ -4,7 +4,9 @@ A tensor that is sharded stands in the checkpoint's main file without data, and 
 parts that it holds into a file of its own, a shard. Names, shapes and dtypes are those of whole
 tensors, so a checkpoint does not depend on how its tensors were cut. `shards` makes, reads and
 verifies them. `sharded_save` begins a save on all ranks, `rank_save` is what follows on each in the
-background, and `main_file` and `writer_commit` are what the writer adds. How tensors are cut, and
-how saved state is given the form of live objects, stands in `../distributed/`: `layout`, `parts`,
-`reshard`.
+background, and `main_file` and `writer_commit` are what the writer adds. `copies` compares what
+several ranks hold. `shard_uploads` sends the files to a bucket, `tier_saves` keeps the newest step
+in memory, and `dcp_folder` reads and writes the folders of torch.distributed.checkpoint. How
+tensors are cut, and how saved state is given the form of live objects, stands in
+`../distributed/`: `layout`, `parts`, `reshard`, `data_ranks`.
 """

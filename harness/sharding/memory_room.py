@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 from pathlib import Path
 
@@ -19,7 +20,7 @@ def lacking_memory(world: World, size_bytes: int) -> str:
         world: the ranks.
         size_bytes: the size of the state of this rank.
     """
-    own = f"{socket.gethostname()} {_boot_id()}", size_bytes, free_memory_bytes()
+    own = _machine(), size_bytes, free_memory_bytes()
     here = [row for row in world.gather(own) if row[0] == own[0]]
     needed, free = sum(row[1] for row in here), min(row[2] for row in here)
     if needed <= SPARE * free:
@@ -30,9 +31,14 @@ def lacking_memory(world: World, size_bytes: int) -> str:
     )
 
 
-def _boot_id() -> str:
-    """Return what tells machines of one name apart, or "" where the kernel does not say."""
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        return ""
+def machines(world: World) -> int:
+    """Return on how many machines the ranks are. Collective: every rank must call it."""
+    return len(set(world.gather(_machine())))
+
+
+def _machine() -> str:
+    """Return the name of this machine, with what tells it from others where the kernel says so."""
+    boot_id = ""
+    with contextlib.suppress(OSError):
+        boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{socket.gethostname()} {boot_id}"

@@ -18,8 +18,11 @@ Costs = Callable[[], dict[str, float]]
 class RankCheckpointer(Protocol):
     """What a save needs of the rank's checkpointer."""
 
-    attempt: Attempt | None
     background: Any
+
+    @property
+    def attempt(self) -> Attempt | None:
+        """Return the attempt that saves."""
 
     def check(self) -> None:
         """Raise the error of the background work that ends the run, if there is one."""
@@ -80,6 +83,47 @@ class Saver(Protocol):
 
     def saved_otherwise(self) -> None:
         """Note that a save that was dropped need not be repeated."""
+
+
+class ShardSaves(Protocol):
+    """Makes saves of sharded state (`sharded_save.ShardedSave`)."""
+
+    @property
+    def tracked(self) -> Mapping[str, Any]:
+        """Return the tracked objects, by name."""
+
+    @property
+    def current(self) -> object:
+        """Return the newest save of this rank."""
+
+    def must_go_on(self) -> bool:
+        """Return whether no state holds the gradients now."""
+
+    def save(
+        self, checkpointer: RankCheckpointer, request: Request, give_up: Callable[[], object]
+    ) -> list[Any]:
+        """Begin to save a checkpoint. Collective: every rank must call it."""
+
+
+class Tier(Protocol):
+    """The memory tier of a run (`saving/memory_tier.py`)."""
+
+    is_on: bool
+
+    @property
+    def store(self) -> Store:
+        """Return the store in memory."""
+
+    def make(self) -> None:
+        """Make the folders. Raises StorageError and OSError."""
+
+    def turn_off(self, problem: object) -> None:
+        """Keep no further step, and say why."""
+
+    def commit(
+        self, payload: Mapping[str, Any], about: About, write: Callable[[Sink], None] | None
+    ) -> str:
+        """Commit a checkpoint and delete older ones; return why there is none, or ""."""
 
 
 @dataclasses.dataclass(frozen=True)

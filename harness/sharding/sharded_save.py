@@ -26,7 +26,7 @@ from harness.errors import HarnessError, UsageError
 from harness.sharding import shards
 from harness.sharding.copies import samples_of_copies, unlike_copies
 from harness.sharding.main_file import MainFile
-from harness.sharding.memory_room import lacking_memory
+from harness.sharding.memory_room import lacking_memory, machines
 from harness.sharding.rank_save import RankSave
 from harness.sharding.save_protocols import WAIT, Job, RankCheckpointer, Request, Saver
 from harness.sharding.shard_uploads import ShardUploads
@@ -45,10 +45,10 @@ class ShardedSave:
     """
 
     def __init__(self, world: World, stores: tuple[Store, ...], tracked: Mapping[str, Any]) -> None:
-        self._world, self._tracked = world, tracked
+        self._world, self.tracked = world, tracked
         self.uploads = ShardUploads(world, *stores) if len(stores) > 1 else None
         self._main, self._count, self._checked_table = MainFile(), 0, ""
-        self._current: RankSave | None = None
+        self.current: RankSave | None = None  # the newest save of this rank
         self._is_background = self._is_left = False
         self._no_room = ""  # why parts cannot be copied, if they cannot
 
@@ -81,7 +81,7 @@ class ShardedSave:
             UsageError: the state of a rank cannot be saved, or the ranks hold other tensors.
             LostRankError: a rank does not answer.
         """
-        self._current = None
+        self.current = None
         replies, whole = self._begun(checkpointer, request, give_up)
 
         def reply(problem: str, *, is_reported: bool) -> list[Any]:
@@ -123,8 +123,8 @@ class ShardedSave:
             is_on = not any(reply["problem"] for reply in replies)
             self._count += is_on
         finally:
-            if self._current is not None:
-                self._current.decide(is_on=is_on)
+            if self.current is not None:
+                self.current.decide(is_on=is_on)
             if not is_on:
                 self._main.forget()
         return replies, captured[0]
@@ -204,7 +204,7 @@ class ShardedSave:
         commit = None
         if self._world.is_writer:
             commit = WriterCommit(checkpointer, self._main, whole, about, began_at)
-        save = self._current = RankSave(
+        save = self.current = RankSave(
             self._count + 1,
             step,
             self._world,
@@ -235,7 +235,7 @@ class ShardedSave:
             Why there is no checkpoint, or "", and whether to try again.
         """
         saver: Saver = checkpointer.background
-        save = self._current
+        save = self.current
         assert save is not None, "all ranks have begun"
         if self._is_background:
             return saver.wait(), save.must_repeat
@@ -274,7 +274,7 @@ class ShardedSave:
 
     def must_go_on(self) -> bool:
         """Return whether a stop should wait for an update: no state holds the gradients now."""
-        return any(map(dtensors.hidden_gradients, self._tracked.values()))
+        return any(map(dtensors.hidden_gradients, self.tracked.values()))
 
     def _gives_up(self) -> object:
         return self._is_left or preemption.requested()
@@ -306,7 +306,7 @@ def sharded_save(
         settings: validated arguments of `harness.init`.
 
     Raises:
-        UsageError: State is sharded, and the memory tier cannot hold it yet.
+        UsageError: State is sharded, and the memory tier cannot hold it, or its ranks are unknown.
     """
     objects = tracked.values()
     if not (dtensors.holds_sharded(objects) or dtensors.holds_sharded_state(objects)):
@@ -317,10 +317,10 @@ def sharded_save(
             "found: no sharded module, neither tracked nor in an attribute of what is tracked",
             "Track the model itself: run.track(model=model, optimizer=optimizer).",
         )
-    if settings.memory_every_steps:
+    if settings.memory_every_steps and (count := machines(world)) > 1:
         raise UsageError(
-            "sharded state is not yet kept with checkpoint.memory",
-            "found: tensors that are sharded (DTensor), tracked",
+            "sharded state is kept with checkpoint.memory on one machine only",
+            f"found: ranks on {count} machines",
             "Leave it out.",
         )
     return ShardedSave(world, stores, tracked)

@@ -278,11 +278,6 @@ def test_a_rank_that_dies_after_its_shard_leaves_no_checkpoint(tmp_path: Path) -
     assert steps_of(tmp_path / "run") == [*range(3, 25, 3), 26] and not left.exists()
 
 
-def test_what_is_not_there_yet_is_refused_before_the_first_step(tmp_path: Path) -> None:
-    lived = live(tmp_path, program(FSDP, LOOP).replace("init()", "init(memory=2)"), "run", ranks=2)
-    assert set(lived.codes) == {78} and "checkpoint.memory" in lived.text, lived.texts
-
-
 ACCUMULATED = """
 for x, y in run.batches(points(), 12, epochs=2):
     (model(x) - y).square().mean().backward()
