@@ -25,14 +25,10 @@ from harness.errors import SaveError, StorageError
 from harness.saving.async_saver import AsyncSaver
 from harness.saving.save_job import Job
 from harness.sharding.save_protocols import RankCheckpointer, ShardSaves
-from harness.sharding.tier_saves import TierSaves
+from harness.sharding.tier_saves import COPIES, TierSaves
 from harness.state import Captured
 from harness.store import LocalStore, Sink
 from harness.store.staging_buffer import SPARE, free_memory_bytes
-
-# How many checkpoints must fit: the newest one, and the next one while it is written. The staging
-# buffer that they are written from is allocated in any case.
-COPIES = 2
 
 
 class MemoryTier:

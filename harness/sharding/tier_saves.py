@@ -19,7 +19,9 @@ from harness.sharding.save_protocols import Costs, RankCheckpointer, Request, Sh
 from harness.state import Captured
 from harness.store import Sink, Store
 
-COPIES = 2  # how many checkpoints must fit: the newest one, and the next one while it is written
+# How many checkpoints must fit: the newest one, and the next one while it is written. The staging
+# buffer that they are written from is allocated in any case.
+COPIES = 2
 
 
 class TierSaves:
