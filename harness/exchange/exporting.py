@@ -23,10 +23,10 @@ from harness.exchange.rebuild import Rebuilt
 from harness.exchange.recognise import OPTIMIZER, Part
 from harness.hf import hf_folder, safetensors_file
 from harness.sharding import dcp_folder
-from harness.state import kept_generators, parameter_names
+from harness.sharding.dcp_state import loading_code, optimizers_by_name
+from harness.state import kept_generators
 from harness.text import number
 
-BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 PROGRAMS = ("torchscript", "exported")
 FOLDERS = ("hf", "dcp")  # formats that are a folder
 FORMATS = ("weights", "full", "module", "safetensors", *FOLDERS, *PROGRAMS)
@@ -133,7 +133,12 @@ def _writer(
     if asked.format not in ("module", *PROGRAMS):
         lone = asked.module is not None or len(held) == 1
         write = _of_data(loaded, held, asked, lone=lone)
-        return write, rebuild.missing_in_weights(loaded, held)
+        notes = rebuild.missing_in_weights(loaded, held)
+        left_out = _optimizers(loaded, held)[1] if asked.format == "dcp" and not asked.ema else []
+        return write, notes + [
+            f"{name} is left out: it cannot be told which tensors are its parameters"
+            for name in left_out
+        ]
     rebuilt = rebuild.build_module(
         loaded,
         next(iter(held)),
@@ -207,8 +212,8 @@ def _of_data(
     if format == "hf":
         return lambda path: _write_hf(path, loaded, first, asked.file_bytes)
     if format == "dcp":
-        name, value = next(iter(held)), {"model": first}
-        return lambda path: _write_dcp(path, value | _by_name(loaded, "" if asked.ema else name))
+        optimizers = {} if asked.ema else _optimizers(loaded, held)[0]
+        return lambda path: _write_dcp(path, {"model": first} | optimizers)
     states = {
         f"{name}_state_dict": part.value
         for name, part in ({"model": next(iter(held.values()))} if lone else held).items()
@@ -313,29 +318,16 @@ def _write_hf(path: Path, loaded: Loaded, value: Mapping[str, Any], file_bytes: 
     ]
 
 
-def _by_name(loaded: Loaded, module: str) -> dict[str, Any]:
-    """Return the states of a module's optimizers with its parameters by name, as DCP has them.
-
-    A checkpoint records no names that follow from the order of the module's parameters, which are
-    its tensors but for the buffers of batch norms. With other buffers the numbers do not fit, and
-    the optimizer is left out.
-    """
-    if not recognise.is_ours(loaded.value):
-        return {}
-    keys = loaded.value.get(f"{module}_state_dict", ())
-    parameters = {f"{module}.{key}" for key in keys if not key.endswith(BUFFERS)}
-    names = parameter_names.derived(loaded.value, {module}, parameters)
-    names |= loaded.value.get("names") or {}
-    found = {
-        part.name: dcp_folder.by_name(part.value, names.get(part.name, []), f"{module}.")
-        for part in recognise.recognise(loaded)
-        if part.kind == OPTIMIZER
-    }
-    return {name: value for name, value in found.items() if value}
+def _optimizers(
+    loaded: Loaded, held: Mapping[str, Part]
+) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """Return the optimizers of the module in a checkpoint of a run by name, and those left out."""
+    is_ours = recognise.is_ours(loaded.value)
+    return optimizers_by_name(loaded.value, next(iter(held))) if is_ours else ({}, [])
 
 
 def _write_dcp(path: Path, value: dict[str, Any]) -> list[str]:
     path.mkdir()
     save_dcp(path, value)
     compare.check_equal(path, value, dcp_folder.read_dcp(path)[0])
-    return dcp_folder.loading_code([name for name in value if name != "model"])
+    return loading_code([name for name in value if name != "model"])

@@ -179,7 +179,7 @@ def destination(out: str, overwrite: bool, *, is_folder: bool = False) -> tuple[
     if is_folder and (is_url(out) or os.path.lexists(Path(out).expanduser())):
         raise UsageError(
             f"{out} is {'a URL' if is_url(out) else 'there already'}",
-            remedy="Name a folder on a disk that is not there yet.",
+            remedy="Name a new folder on a disk: a folder is never written over.",
         )
     if is_checkpoint(out) or is_shard(out):
         raise UsageError(

@@ -6,7 +6,7 @@ tensors, so a checkpoint does not depend on how its tensors were cut. `shards` m
 verifies them. `sharded_save` begins a save on all ranks, `rank_save` is what follows on each in the
 background, and `main_file` and `writer_commit` are what the writer adds. `copies` compares what
 several ranks hold. `shard_uploads` sends the files to a bucket, `tier_saves` keeps the newest step
-in memory, and `dcp_folder` reads and writes the folders of torch.distributed.checkpoint. How
-tensors are cut, and how saved state is given the form of live objects, stands in
-`../distributed/`: `layout`, `parts`, `reshard`, `data_ranks`.
+in memory, `dcp_folder` and `dcp_state` read and write what torch.distributed.checkpoint does, and
+`start_checks` refuses what could not be saved. How are cut, and how saved state is given the form of live objects, stands in `../distributed/`:
+`layout`, `parts`, `reshard`, `data_ranks`.
 """

@@ -12,7 +12,6 @@ import math
 import os
 import pickle
 import zipfile
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,16 +40,6 @@ _CLASSES = (
     "_StorageInfo",
 )
 _IGNORED = {("torch.serialization", "_get_layout"), ("pathlib", "PosixPath")}
-
-_LOADING = """\
-state = {"model": model.state_dict()}
-dcp.load(state, checkpoint_id="OUT")
-model.load_state_dict(state["model"])"""
-_LOADING_ALL = """\
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-weights, moments = get_state_dict(model, optimizer)
-dcp.load({"model": weights, "NAME": moments}, checkpoint_id="OUT")
-set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)"""
 
 
 class _Record:
@@ -281,40 +270,3 @@ def _unflattened(value: Any) -> Any:
             groups.append(group := own | {"params": []})
         group["params"].append(name)
     return {"state": state, "param_groups": groups}
-
-
-def by_name(
-    optimizer: Mapping[str, Any], names: Sequence[Sequence[str | None]], prefix: str
-) -> dict[str, Any]:
-    """Return the state of an optimizer with parameters by name, as DCP's helpers give and take it.
-
-    Args:
-        optimizer: The state, with parameters by number.
-        names: The names of each group's parameters, from a checkpoint.
-        prefix: The beginning of all names, which is removed.
-
-    Returns:
-        {} if a name is not known, or begins otherwise.
-    """
-    known = [name for group in names for name in group]
-    if not known or not all(name is not None and name.startswith(prefix) for name in known):
-        return {}
-    called, groups = dict[Any, str](), list[dict[str, Any]]()
-    for group, own in zip(optimizer["param_groups"], names, strict=True):
-        bare = [str(name).removeprefix(prefix) for name in own]
-        called |= dict(zip(group["params"], bare, strict=True))
-        groups.append(group | {"params": bare})
-    state = {called[number]: own for number, own in optimizer["state"].items()}
-    return {"state": state, "param_groups": groups}
-
-
-def loading_code(optimizers: Sequence[str]) -> list[str]:
-    """Return the lines of code that load a folder `OUT` of `save_dcp`, as DCP means it.
-
-    Args:
-        optimizers: The names of the optimizers in the folder; of several none is loaded.
-    """
-    lines = ["import torch.distributed.checkpoint as dcp", "model = …  # built as for training"]
-    if len(optimizers) != 1:
-        return [*lines, *_LOADING.splitlines()]
-    return [*lines, "optimizer = …", *_LOADING_ALL.replace("NAME", optimizers[0]).splitlines()]

@@ -26,10 +26,11 @@ from harness.errors import HarnessError, UsageError
 from harness.sharding import shards
 from harness.sharding.copies import samples_of_copies, unlike_copies
 from harness.sharding.main_file import MainFile
-from harness.sharding.memory_room import lacking_memory, machines
+from harness.sharding.memory_room import lacking_memory
 from harness.sharding.rank_save import RankSave
 from harness.sharding.save_protocols import WAIT, Job, RankCheckpointer, Request, Saver
 from harness.sharding.shard_uploads import ShardUploads
+from harness.sharding.start_checks import check_start
 from harness.sharding.writer_commit import WriterCommit
 from harness.state import Captured
 from harness.store import Store
@@ -311,18 +312,7 @@ def sharded_save(
     objects = tracked.values()
     if not (dtensors.holds_sharded(objects) or dtensors.holds_sharded_state(objects)):
         return None
-    if not world.sharding:
-        raise UsageError(
-            "sharded state is tracked, and it cannot be told which ranks need the same samples",
-            "found: no sharded module, neither tracked nor in an attribute of what is tracked",
-            "Track the model itself: run.track(model=model, optimizer=optimizer).",
-        )
-    if settings.memory_every_steps and (count := machines(world)) > 1:
-        raise UsageError(
-            "sharded state is kept with checkpoint.memory on one machine only",
-            f"found: ranks on {count} machines",
-            "Leave it out.",
-        )
+    check_start(tracked, world, settings)
     return ShardedSave(world, stores, tracked)
 
 

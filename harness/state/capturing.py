@@ -230,8 +230,8 @@ def not_finite(names: list[str]) -> NonFiniteError:
     return NonFiniteError(
         "nothing is saved: parameters are not finite",
         f"found: NaN or Inf in {', '.join(names[:5])}{' …' if len(names) > 5 else ''}",
-        "The newest checkpoint is from before. "
-        "Lower the learning rate, clip gradients (train.clip_norm), or check the data.",
+        "Checkpoints from before are whole. Lower the learning rate, clip gradients, or check the "
+        "data; in the first steps, whether all parameters were initialised (to_empty does not).",
     )
 
 

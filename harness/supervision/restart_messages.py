@@ -107,7 +107,10 @@ def _describe_equal(record: Mapping[str, Any]) -> str:
     )
     steps = f"{made} recomputed step{'s' * (made != 1)}"
     if not compared:
-        return f"{steps}, none compared: nothing is left of what they were"
+        return (
+            f"{steps}, none compared: nothing is left of what they were "
+            "(run.log(loss=…) in each step leaves something to compare)"
+        )
     tolerance = _tolerance(record)
     equal = (
         f"all within {tolerance:g}, not exactly: {_listed(record, 'why')}"

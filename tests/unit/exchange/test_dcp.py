@@ -26,6 +26,7 @@ import harness
 from harness.cli import main
 from harness.errors import DamagedError, HarnessError, UsageError
 from harness.sharding.dcp_folder import read_dcp
+from harness.sharding.dcp_state import optimizers_by_name
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is", "ignore:TypedStorage")
 dcp: Any = torch_dcp  # torch does not list what it exports
@@ -196,6 +197,11 @@ def first_info(found: Metadata) -> Any:
     return next(iter(found.storage_data.values()))
 
 
+def without_last_piece(found: Metadata) -> None:
+    described: Any = found.state_dict_metadata["model.0.weight"]
+    described.chunks.pop()
+
+
 def claims(found: Metadata) -> None:
     described: Any = found.state_dict_metadata["model.0.weight"]
     described.size = torch.Size([1 << 40, 8])
@@ -234,6 +240,7 @@ HOSTILE: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda folder: changed(folder, lambda found: setattr(first_info(found), "offset", -5)),
         "at no place",
     ),
+    "a hole": (lambda folder: changed(folder, without_last_piece), "elements are there"),
     "terabytes": (lambda folder: changed(folder, claims), "claims 35184.4 GB"),
     "a file that is gone": (lambda folder: (folder / "__1_0.distcp").unlink(), "not there"),
     "compressed pieces": (
@@ -251,6 +258,7 @@ def test_nothing_in_a_folder_is_run_or_believed(saved: Path, tmp_path: Path, kin
     harm, words = HOSTILE[kind]
     folder = tmp_path / "folder"
     shutil.copytree(saved / "nested", folder)
+    shutil.copy(saved / "whole.pt", tmp_path)  # outside of the folder
     harm(folder)
     with pytest.raises((DamagedError, UsageError), match=words):
         read_dcp(folder)
@@ -286,3 +294,13 @@ def test_a_piece_that_unpacks_to_more_is_refused(tmp_path: Path) -> None:
     changed(folder, lambda found: setattr(first_info(found), "length", len(content)))
     with pytest.raises(HarnessError, match="unpack to"):
         read_dcp(folder)
+
+
+def test_an_optimizer_whose_parameters_cannot_be_told_is_left_out() -> None:
+    optimizer = {"state": {0: {"exp_avg": torch.ones(3)}}, "param_groups": [{"params": [0]}]}
+    for shape, names in (((4,), ["w"]), ((3,), None)):  # of a buffer beside the parameter
+        model = {"w": torch.zeros(3), "mask": torch.zeros(shape)}
+        payload = {"model_state_dict": model, "optimizer_state_dict": optimizer}
+        found, left_out = optimizers_by_name(payload, "model")
+        assert left_out == ([] if names else ["optimizer"])
+        assert [own["param_groups"][0]["params"] for own in found.values()] == [names] * bool(names)

@@ -580,3 +580,10 @@ def test_a_resume_inside_an_epoch_whose_first_batch_is_made_ahead(tmp_path: Path
     live(tmp_path, program(DDP, AHEAD), "killed", ranks=2, env={"DIE": "7"})
     again = live(tmp_path, program(FSDP, AHEAD), "killed", ranks=2)
     assert again.codes == [0, 0] and "resumes from step 6" in again.text, again.texts
+
+
+def test_what_to_empty_has_left_uninitialised_is_refused_at_the_start(tmp_path: Path) -> None:
+    wrap = f"{FSDP}\nwith torch.no_grad():\n    model[4].bias.to_local().fill_(float('nan'))"
+    lived = live(tmp_path, program(wrap), "run", ranks=2)
+    assert set(lived.codes) == {78} and "to_empty()" in lived.text, lived.texts
+    assert "model.4.bias" in lived.text and steps_of(tmp_path / "run") == []
