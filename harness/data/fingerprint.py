@@ -7,6 +7,7 @@ batch at once where there is a `__getitems__`, is found out here, too.
 from __future__ import annotations
 
 import hashlib
+import pickle
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -227,3 +228,11 @@ def digest_into(digest: Any, value: Any, other: Callable[[Any], bytes] = _kind) 
         digest.update(repr(value).encode() + b"\0")
     else:  # for example an image object, whose repr contains its address
         digest.update(other(value))
+
+
+def pickled(value: Any) -> bytes:
+    """Return the pickle of an object (an image, say), or its class name if it has no pickle."""
+    try:
+        return pickle.dumps(value)
+    except (pickle.PicklingError, TypeError, AttributeError):
+        return type(value).__name__.encode()

@@ -5,12 +5,11 @@ from __future__ import annotations
 import copy
 import hashlib
 import inspect
-import pickle
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from harness.data.fingerprint import digest_into
+from harness.data.fingerprint import digest_into, pickled
 from harness.data.held_generators import Randomness
 from harness.data.plan import Border, Position, Share, kept_generators, seed_cpu, seed_of
 from harness.data.source import ENDLESS, Bordered, InThisProcess, Say
@@ -147,7 +146,7 @@ class StreamSource(InThisProcess):
             return
         self._is_compared = True
         digest = hashlib.blake2b(digest_size=16)
-        digest_into(digest, samples, pickle.dumps)
+        digest_into(digest, samples, pickled)
         found = self.world.gather((self.world.data_rank, digest.digest()))
         if len(set(found)) > self.world.data_size:
             raise UsageError(

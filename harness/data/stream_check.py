@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import hashlib
-import pickle
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from harness.data.fingerprint import digest_into
+from harness.data.fingerprint import digest_into, pickled
 from harness.data.held_generators import Randomness, walk
 from harness.data.plan import kept_generators
 from harness.data.stream import StreamSource, advice, begin_pass
@@ -292,16 +291,8 @@ class _Copy:
 def _digest(item: Any) -> bytes:
     """Return a digest of an item."""
     digest = hashlib.blake2b(digest_size=16)
-    digest_into(digest, item, _pickled)
+    digest_into(digest, item, pickled)
     return digest.digest()
-
-
-def _pickled(value: Any) -> bytes:
-    """Return the pickle of an object (an image, say), or its class name if it has no pickle."""
-    try:
-        return pickle.dumps(value)
-    except (pickle.PicklingError, TypeError, AttributeError):
-        return type(value).__name__.encode()
 
 
 def _copied(dataset: Any) -> Any:

@@ -98,7 +98,7 @@ class Loop:
         finally:
             self._looping = False
             if self._exit_record.is_here:  # else the program has forked this process
-                if self.world.size == 1:
+                if self.world.size == 1:  # what it has logged since the last look
                     self._show()
                 self._goodput.closed.set()
                 self._kept_state.close()

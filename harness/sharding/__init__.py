@@ -7,6 +7,6 @@ verifies them. `sharded_save` begins a save on all ranks, `rank_save` is what fo
 background, and `main_file` and `writer_commit` are what the writer adds. `copies` compares what
 several ranks hold. `shard_uploads` sends the files to a bucket, `tier_saves` keeps the newest step
 in memory, `dcp_folder` and `dcp_state` read and write what torch.distributed.checkpoint does, and
-`start_checks` refuses what could not be saved. How tensors are cut, and how saved state is given the
-form of live objects, stands in `../distributed/`: `layout`, `parts`, `reshard`, `data_ranks`.
+`start_checks` refuses what could not be saved. How tensors are cut, and how saved state is given
+the form of live objects, stands in `../distributed/`: `layout`, `parts`, `reshard`, `data_ranks`.
 """
