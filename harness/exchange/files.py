@@ -149,15 +149,15 @@ def _files_in(path: str | Path) -> list[Path]:
 
 def _of_folder(path: str | Path, held: list[Path], *, with_data: bool = True) -> Loaded:
     """Return what the files `held` in a folder hold; those of Hugging Face are mapped."""
-    size_bytes = sum(each.stat().st_size for each in held)
     is_dcp = held[0].name == dcp_folder.METADATA
-    file = File(
-        LocalStore(path), held[0].name, formats.DCP if is_dcp else formats.SAFETENSORS, size_bytes
-    )
+    kind = formats.DCP if is_dcp else formats.SAFETENSORS
+    file = File(LocalStore(path), held[0].name, kind, sum(each.stat().st_size for each in held))
     with _reader_errors(file):
         if not is_dcp:
             return Loaded(file, hf_folder.mapped(Path(path)))
-        return Loaded(file, *dcp_folder.read_dcp(Path(path), with_data=with_data))
+        loaded = Loaded(file, *dcp_folder.read_dcp(Path(path), with_data=with_data))
+        safe_unpickle.check_nesting(loaded.value)
+    return _checked(loaded)
 
 
 def outline_any(path: str | Path, which: str | int = run_address.NEWEST) -> Loaded:

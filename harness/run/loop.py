@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -98,8 +99,8 @@ class Loop:
         finally:
             self._looping = False
             if self._exit_record.is_here:  # else the program has forked this process
-                if self.world.size == 1:  # what it has logged since the last look
-                    self._show()
+                with contextlib.suppress(Exception):  # a device may be gone
+                    self._show() if self.world.size == 1 else None
                 self._goodput.closed.set()
                 self._kept_state.close()
                 self._step_timeouts.saving()  # a save in flight may take longer than a step

@@ -11,6 +11,7 @@ import io
 import math
 import os
 import pickle
+import pickletools
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ _MODULES = (
     "torch.distributed.checkpoint.metadata",
     "torch.distributed.checkpoint.filesystem",
     "torch.distributed.checkpoint._storage_utils",
+    "torch.distributed._shard.sharded_tensor.metadata",
 )
 _CLASSES = (
     "Metadata",
@@ -37,9 +39,18 @@ _CLASSES = (
     "MetadataIndex",
     "StorageMeta",
     "_MEM_FORMAT_ENCODING",
+    "MEM_FORMAT_ENCODING",
     "_StorageInfo",
 )
-_IGNORED = {("torch.serialization", "_get_layout"), ("pathlib", "PosixPath")}
+_IGNORED = {("torch.serialization", "_get_layout")} | {
+    (module, name)
+    for module in ("pathlib", "pathlib._local")
+    for name in ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")
+}
+
+
+class _Node(dict[Any, Any]):
+    """A dict of the nested state, as the metadata tells; what a piece holds is none."""
 
 
 class _Record:
@@ -91,7 +102,7 @@ def read_dcp(folder: Path, *, with_data: bool = True) -> tuple[dict[str, Any], d
         DamagedError: The metadata or a piece is not valid, or pieces are missing.
         UsageError: The pieces are stored in a way that is not supported (compressed).
     """
-    known, left_out, state = _metadata(folder), list[str](), dict[str, Any]()
+    known, left_out, state = _metadata(folder), list[str](), _Node()
     _check_claims(folder, known)
     pieces = dict[str, list[tuple[Any, Any]]]()
     for index, info in known.storage_data.items():
@@ -103,19 +114,30 @@ def read_dcp(folder: Path, *, with_data: bool = True) -> tuple[dict[str, Any], d
         else:
             try:
                 value = _value(folder, name, held)
-            except pickle.UnpicklingError:
+            except pickle.UnpicklingError as error:
+                if "lobal" not in str(error):  # it names none that is not allowed
+                    raise DamagedError(f"{folder}: {name} is damaged") from None
                 left_out.append(name)
                 continue
         _put(state, (known.planner_data or {}).get(name, (name,)), value)
     facts = {"needs code": f"{', '.join(left_out)} (not loaded)"} if left_out else {}
-    return _usual(_as_lists(state)), facts
+    usual, numbered = _usual(_as_lists(state))
+    if numbered:
+        told = f"{', '.join(numbered)}: the order of its numbered parameters is not known"
+        facts["left out"] = told
+    return usual, facts
 
 
 def _metadata(folder: Path) -> Any:
     path = folder / METADATA
     try:
-        with path.open("rb") as file:
-            known = _Reader(file).load()
+        content = path.read_bytes()
+        if any(
+            isinstance(argument, int) and code.name.endswith("PUT") and argument > len(content)
+            for code, argument, _ in pickletools.genops(content)
+        ):
+            raise ValueError("it numbers more objects than it can hold")
+        known = _Reader(io.BytesIO(content)).load()
         for part in (known.state_dict_metadata, known.storage_data):
             if not isinstance(part, dict):
                 raise TypeError(f"{type(part).__name__} in place of a dict")
@@ -131,11 +153,14 @@ def _metadata(folder: Path) -> Any:
 def _check_claims(folder: Path, known: Any) -> None:
     """Raise DamagedError if the tensors are larger than the files that should hold them."""
     held_bytes = sum(path.stat().st_size for path in dcp_files(folder))
-    claimed_bytes = sum(
-        math.prod(described.size) * described.properties.values[0].itemsize
-        for described in known.state_dict_metadata.values()
-        if hasattr(described, "chunks")
-    )
+    claimed_bytes = 0
+    for name, described in known.state_dict_metadata.items():
+        if not hasattr(described, "chunks"):
+            continue
+        of_chunks = [n for chunk in described.chunks for n in (*chunk.offsets, *chunk.sizes)]
+        if not all(type(n) is int and n >= 0 for n in (*described.size, *of_chunks)):
+            raise DamagedError(f"{folder / METADATA}: {name} has lengths that are none")
+        claimed_bytes += math.prod(described.size) * _dtype(described).itemsize
     if claimed_bytes > held_bytes:
         raise DamagedError(
             f"{folder / METADATA} claims {size(claimed_bytes)} of tensors",
@@ -157,7 +182,8 @@ def _bytes(folder: Path, name: str, info: Any) -> bytes:
             "Save it without extensions of the writer.",
         )
     file = str(info.relative_path)
-    if file != os.path.basename(file) or not os.path.isfile(folder / file):
+    path = folder / file
+    if file != os.path.basename(file) or not path.is_file() or path.is_symlink():
         raise DamagedError(f"{folder / METADATA} places {name} in {file!r}, which is not there")
     if not all(isinstance(number, int) and number >= 0 for number in (info.offset, info.length)):
         raise DamagedError(f"{folder / METADATA} places {name} at no place in {file}")
@@ -172,9 +198,12 @@ def _bytes(folder: Path, name: str, info: Any) -> bytes:
 def _loaded(folder: Path, name: str, info: Any) -> Any:
     content = _bytes(folder, name, info)
     try:
-        unpacked = sum(part.file_size for part in zipfile.ZipFile(io.BytesIO(content)).infolist())
+        records = zipfile.ZipFile(io.BytesIO(content))
+        unpacked = sum(part.file_size for part in records.infolist())
         if unpacked > MOST_TIMES * len(content):
             raise ValueError(f"it would unpack to {size(unpacked)}")
+        if (bad := records.testzip()) is not None:
+            raise ValueError(f"the checksum of {bad} does not fit")
         return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise
@@ -201,7 +230,7 @@ def _tensor(
         held: Where its pieces lie.
         with_data: False: return a meta tensor.
     """
-    shape, dtype = tuple(described.size), described.properties.values[0]
+    shape, dtype = tuple(described.size), _dtype(described)
     boxes = [Box(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in described.chunks]
     if problem := uncovered(boxes, shape):
         raise DamagedError(f"{folder / METADATA}: {name}: {problem}")
@@ -221,33 +250,84 @@ def _tensor(
     return whole
 
 
-def _put(state: dict[Any, Any], path: tuple[Any, ...], value: Any) -> None:
-    for key in path[:-1]:
-        state = state.setdefault(key, {})
+def _dtype(described: Any) -> torch.dtype:
+    properties = vars(described.properties)
+    found = properties.get("dtype") or properties["values"][0]
+    if not isinstance(found, torch.dtype):
+        raise DamagedError("the metadata of DCP tells no dtype of a tensor")
+    return found
+
+
+def _put(state: _Node, path: Any, value: Any) -> None:
+    is_path = isinstance(path, tuple) and path and all(type(key) in (str, int) for key in path)
+    for key in path[:-1] if is_path else ():
+        state = state.setdefault(key, _Node())
+        is_path = is_path and isinstance(state, _Node)
+        if not is_path:
+            break
+    if not is_path or path[-1] in state:
+        raise DamagedError(f"the metadata of DCP places a value at no place: {path!r:.80}")
     state[path[-1]] = value
 
 
 def _as_lists(value: Any) -> Any:
     """Return nested dicts with those that are keyed by 0, 1, 2 … as lists."""
-    if not isinstance(value, dict):
+    if not isinstance(value, _Node):
         return value
-    if value and list(value) == list(range(len(value))):
-        return [_as_lists(item) for item in value.values()]
+    if value and all(type(key) is int for key in value) and sorted(value) == [*range(len(value))]:
+        return [_as_lists(value[number]) for number in range(len(value))]
     made = {key: _as_lists(item) for key, item in value.items()}
-    if "param_groups" in value and isinstance(value.get("state"), dict):
-        made["state"] = {key: _as_lists(item) for key, item in value["state"].items()}
+    if isinstance(made.get("param_groups"), list):  # a dict that is empty has no entry
+        of_state = value.get("state", _Node())
+        if isinstance(of_state, _Node):
+            made["state"] = {key: _as_lists(item) for key, item in of_state.items()}
     return made
 
 
-def _usual(state: dict[str, Any]) -> dict[str, Any]:
-    """Return the state with optimizers in their usual form, and a model at the top by its name."""
+def _usual(state: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Return the state as scripts have it, and the names of optimizers that are left out.
+
+    Optimizers get their usual form; a model at the top gets a name. Numbers of parameters are of
+    no use here: DCP does not keep the order of a model's tensors.
+    """
+    if len(state) == 1 and any(isinstance(item, dict) for item in _items(state)):
+        (state,) = state.values()  # of one object that holds all, as in DCP's tutorial
     made = {key: _unflattened(value) for key, value in state.items()}
-    at_top = {key: item for key, item in made.items() if isinstance(item, torch.Tensor)}
+    numbered = [key for key, value in made.items() if _is_numbered(value)]
+    made = {key: value for key, value in made.items() if key not in numbered}
+    named = {
+        name
+        for value in made.values()
+        if isinstance(value, dict) and isinstance(value.get("param_groups"), list)
+        for group in value["param_groups"]
+        for name in group.get("params", ())
+    }
+    weights = {
+        key: item
+        for key, item in made.items()
+        if isinstance(item, torch.Tensor) and ("." in key or key in named or item.dim())
+    }
     nested = any(isinstance(item, dict) for item in made.values())
-    if "model" in made or not nested or not any("." in key for key in at_top):
-        return made
-    weights = {key: item for key, item in at_top.items() if "." in key}
-    return {"model": weights} | {key: item for key, item in made.items() if key not in weights}
+    if "model" in made or not nested or not any("." in key for key in weights):
+        return made, numbered
+    others = {key: item for key, item in made.items() if key not in weights}
+    return {"model": weights} | others, numbered
+
+
+def _items(state: dict[str, Any]) -> list[Any]:
+    (value,) = state.values()
+    return list(value.values()) if isinstance(value, dict) else []
+
+
+def _is_numbered(value: Any) -> bool:
+    """Return whether a value is the state of an optimizer whose parameters are numbers."""
+    groups = value.get("param_groups") if isinstance(value, dict) else None
+    return isinstance(groups, list) and any(
+        not isinstance(name, str)
+        for group in groups
+        if isinstance(group, dict)
+        for name in group.get("params") or ()
+    )
 
 
 def _unflattened(value: Any) -> Any:

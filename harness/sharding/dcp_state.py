@@ -45,7 +45,8 @@ def optimizers_by_name(
     parameters = {
         f"{module}.{key}"
         for key, value in payload[f"{module}_state_dict"].items()
-        if not key.endswith(BUFFERS) and tuple(getattr(value, "shape", ())) in shapes
+        if not key.endswith(BUFFERS)
+        and (not shapes or tuple(getattr(value, "shape", ())) in shapes)
     }
     names = parameter_names.derived(payload, {module}, parameters) | payload.get("names", {})
     found = {

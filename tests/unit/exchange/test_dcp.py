@@ -6,6 +6,7 @@ import io
 import os
 import pickle
 import shutil
+import struct
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -210,6 +211,30 @@ def claims(found: Metadata) -> None:
     del described.chunks[1:]
 
 
+def negative(found: Metadata) -> None:
+    described: Any = found.state_dict_metadata["model.0.weight"]
+    described.size = torch.Size([-4, 8])
+
+
+def flip_a_piece(folder: Path) -> None:
+    found = pickle.loads((folder / ".metadata").read_bytes())
+    pieces = found.storage_data.items()
+    info = next(of for index, of in pieces if index.fqn == "model.0.weight")
+    path = folder / info.relative_path
+    content = bytearray(path.read_bytes())
+    with zipfile.ZipFile(io.BytesIO(content[info.offset : info.offset + info.length])) as records:
+        record = next(each for each in records.infolist() if "/data/" in each.filename)
+    header = info.offset + record.header_offset
+    name, extra = struct.unpack("<HH", content[header + 26 : header + 30])
+    content[header + 30 + name + extra] ^= 1
+    path.write_bytes(content)
+
+
+def link_out(folder: Path) -> None:
+    (folder / "__1_0.distcp").rename(folder.parent / "elsewhere")
+    (folder / "__1_0.distcp").symlink_to(folder.parent / "elsewhere")
+
+
 HOSTILE: dict[str, tuple[Callable[[Path], object], str]] = {
     "code": (
         lambda folder: (folder / ".metadata").write_bytes(pickle.dumps(Runs(folder / "made"))),
@@ -241,6 +266,20 @@ HOSTILE: dict[str, tuple[Callable[[Path], object], str]] = {
         "at no place",
     ),
     "a hole": (lambda folder: changed(folder, without_last_piece), "elements are there"),
+    "a negative length": (
+        lambda folder: changed(folder, negative),
+        "has lengths that are none",
+    ),
+    "a number that takes memory": (
+        lambda folder: (folder / ".metadata").write_bytes(b"\x80\x02Nr\xff\xff\xff\x07."),
+        "more objects than it can hold",
+    ),
+    "a flipped bit": (flip_a_piece, "checksum|damaged|CRC"),
+    "a value at the place of others": (
+        lambda folder: changed(folder, lambda found: found.planner_data.update(step=("model",))),
+        "at no place",
+    ),
+    "a link": (link_out, "which is not there"),
     "terabytes": (lambda folder: changed(folder, claims), "claims 35184.4 GB"),
     "a file that is gone": (lambda folder: (folder / "__1_0.distcp").unlink(), "not there"),
     "compressed pieces": (
@@ -304,3 +343,50 @@ def test_an_optimizer_whose_parameters_cannot_be_told_is_left_out() -> None:
         found, left_out = optimizers_by_name(payload, "model")
         assert left_out == ([] if names else ["optimizer"])
         assert [own["param_groups"][0]["params"] for own in found.values()] == [names] * bool(names)
+
+
+def saved_alone(folder: Path, state: dict[str, Any]) -> dict[str, Any]:
+    dcp.save(state, checkpoint_id=folder, no_dist=True)
+    return read_dcp(folder)[0]
+
+
+def test_an_optimizer_with_numbered_parameters_is_left_out_and_that_is_said(tmp_path: Path) -> None:
+    """DCP does not keep the order of a model's tensors: moments would go to other parameters."""
+    model, optimizer = trained()
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    assert saved_alone(tmp_path / "a", state).keys() == {"model"}
+    assert "optimizer" in read_dcp(tmp_path / "a")[1]["left out"]
+    said = harness.import_checkpoint(tmp_path / "a", tmp_path / "run", settings=TASK, epoch=1)
+    assert "optimizer: not taken from the file" in said
+    assert newest(tmp_path / "run")["optimizer_state_dict"]["state"] == {}
+
+
+def test_a_model_at_the_top_keeps_all_its_tensors(tmp_path: Path) -> None:
+    one = torch.ones(3)
+    named = {
+        "state": {"token": {"m": one}},
+        "param_groups": [{"lr": 0.1, "params": ["token", "s"]}],
+    }
+    state = {"a.w": one, "token": one, "s": torch.tensor(2.0), "step": torch.tensor(5)}
+    found = saved_alone(tmp_path / "a", state | {"optimizer": named})
+    assert found["model"].keys() == {"a.w", "token", "s"} and int(found["step"]) == 5
+
+
+def test_what_one_object_holds_and_what_is_empty_is_found(tmp_path: Path) -> None:
+    empty = {"state": {}, "param_groups": [{"lr": 0.1, "params": ["a"]}]}
+    of_app = {"app": {"model": {"a": torch.ones(3)}, "optim": empty}}
+    found = saved_alone(tmp_path / "a", of_app)
+    assert found["optim"] == empty and torch.equal(found["model"]["a"], torch.ones(3))
+
+
+def test_lists_come_back_in_their_order(tmp_path: Path) -> None:
+    folder = tmp_path / "a"
+    saved_alone(
+        folder, {"model": {"a": torch.ones(3)}, "list": [torch.tensor(n) for n in range(3)]}
+    )
+
+    def turn_round(found: Metadata) -> None:
+        found.state_dict_metadata = dict(reversed(found.state_dict_metadata.items()))
+
+    changed(folder, turn_round)
+    assert [int(item) for item in read_dcp(folder)[0]["list"]] == [0, 1, 2]
