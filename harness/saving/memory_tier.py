@@ -25,10 +25,14 @@ from harness.errors import SaveError, StorageError
 from harness.saving.async_saver import AsyncSaver
 from harness.saving.save_job import Job
 from harness.sharding.save_protocols import RankCheckpointer, ShardSaves
-from harness.sharding.tier_saves import COPIES, TierSaves
+from harness.sharding.tier_saves import TierSaves
 from harness.state import Captured
 from harness.store import LocalStore, Sink
 from harness.store.staging_buffer import SPARE, free_memory_bytes
+
+# How many checkpoints must fit: the newest one, and the next one while it is written. The staging
+# buffer that they are written from is allocated in any case.
+COPIES = 2
 
 
 class MemoryTier:
@@ -88,14 +92,19 @@ class MemoryTier:
             return False
         began_at, captured = time.perf_counter(), capture()
         try:
-            self._check_room(state.size_bytes(captured.tracked))
+            self.check_room(state.size_bytes(captured.tracked))
         except (StorageError, OSError) as error:
             self.turn_off(error)
             return False
         self.background.start(captured, about(), began_at, self._keep)
         return True
 
-    def _check_room(self, size_bytes: int) -> None:
+    def check_room(self, size_bytes: int) -> None:
+        """Check, once, that checkpoints of a state of that size fit into memory.
+
+        Raises:
+            StorageError: They do not.
+        """
         if self._has_room:
             return
         memory = os.statvfs(self.store.root.parent)

@@ -114,6 +114,9 @@ class Tier(Protocol):
     def store(self) -> Store:
         """Return the store in memory."""
 
+    def check_room(self, size_bytes: int) -> None:
+        """Raise StorageError if checkpoints of a state of that size do not fit."""
+
     def make(self) -> None:
         """Make the folders. Raises StorageError and OSError."""
 

@@ -14,14 +14,9 @@ from harness.checkpoint.attempts import Attempt
 from harness.checkpoint.commit import About
 from harness.distributed.ranks import World
 from harness.errors import HarnessError
-from harness.sharding.memory_room import lacking_memory
 from harness.sharding.save_protocols import Costs, RankCheckpointer, Request, ShardSaves, Tier
 from harness.state import Captured
 from harness.store import Sink, Store
-
-# How many checkpoints must fit: the newest one, and the next one while it is written. The staging
-# buffer that they are written from is allocated in any case.
-COPIES = 2
 
 
 class TierSaves:
@@ -38,7 +33,7 @@ class TierSaves:
         self, world: World, checkpointer: RankCheckpointer, saves: ShardSaves, tier: Tier
     ) -> None:
         self._world, self._checkpointer, self._saves, self._tier = world, checkpointer, saves, tier
-        self.background, self._has_room = checkpointer.background, False
+        self.background = checkpointer.background
         self._kept: object = None  # the newest save for the tier
 
     @property
@@ -73,19 +68,17 @@ class TierSaves:
 
         Collective: every rank must call it.
         """
-        if not self._has_room:
-            size_bytes = state.size_bytes(self._saves.tracked)
-            if problem := lacking_memory(self._world, COPIES * size_bytes):
-                self._tier.turn_off(problem)
-                return False
-            self._has_room = True
-        problem = self._world.on_writer(self._made, give_up=preemption.requested)
+        sizes_bytes = self._world.gather(state.size_bytes(self._saves.tracked))
+        problem = self._world.on_writer(
+            lambda: self._made(sum(sizes_bytes)), give_up=preemption.requested
+        )
         if problem:
             self._tier.turn_off(problem)
         return not problem
 
-    def _made(self) -> str:
+    def _made(self, size_bytes: int) -> str:
         try:
+            self._tier.check_room(size_bytes)
             self._tier.make()
         except (HarnessError, OSError) as error:
             return str(error)
