@@ -230,7 +230,14 @@ def digest_into(digest: Any, value: Any, other: Callable[[Any], bytes] = _kind) 
         digest.update(other(value))
 
 
-def pickled(value: Any) -> bytes:
+def content_digest(value: Any) -> bytes:
+    """Return a digest of a sample or an item, with the content of objects of any class."""
+    digest = hashlib.blake2b(digest_size=16)
+    digest_into(digest, value, _pickled)
+    return digest.digest()
+
+
+def _pickled(value: Any) -> bytes:
     """Return the pickle of an object (an image, say), or its class name if it has no pickle."""
     try:
         return pickle.dumps(value)

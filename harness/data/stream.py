@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from harness.data.fingerprint import digest_into, pickled
+from harness.data.fingerprint import content_digest
 from harness.data.held_generators import Randomness
 from harness.data.plan import Border, Position, Share, kept_generators, seed_cpu, seed_of
 from harness.data.source import ENDLESS, Bordered, InThisProcess, Say
@@ -145,9 +144,7 @@ class StreamSource(InThisProcess):
         if self._is_compared or self.world.data_size == self.world.size:
             return
         self._is_compared = True
-        digest = hashlib.blake2b(digest_size=16)
-        digest_into(digest, samples, pickled)
-        found = self.world.gather((self.world.data_rank, digest.digest()))
+        found = self.world.gather((self.world.data_rank, content_digest(samples)))
         if len(set(found)) > self.world.data_size:
             raise UsageError(
                 f"ranks that compute each step together read other samples of "

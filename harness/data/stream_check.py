@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import hashlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from harness.data.fingerprint import digest_into, pickled
+from harness.data.fingerprint import content_digest
 from harness.data.held_generators import Randomness, walk
 from harness.data.plan import kept_generators
 from harness.data.stream import StreamSource, advice, begin_pass
@@ -277,7 +276,7 @@ class _Copy:
         state = copy.deepcopy(self.dataset.state_dict()) if with_state or item is END else None
         if item is END:
             self.leave_pass()
-        return _Item(END if item is END else _digest(item), state, self.epoch)
+        return _Item(END if item is END else content_digest(item), state, self.epoch)
 
     def leave_pass(self) -> None:
         """Leave the pass, so that the next item begins another one.
@@ -286,13 +285,6 @@ class _Copy:
         which state outlasts a pass.
         """
         self._iterator, self.epoch = None, self.epoch + 1
-
-
-def _digest(item: Any) -> bytes:
-    """Return a digest of an item."""
-    digest = hashlib.blake2b(digest_size=16)
-    digest_into(digest, item, pickled)
-    return digest.digest()
 
 
 def _copied(dataset: Any) -> Any:

@@ -131,14 +131,12 @@ def _writer(
     The task is built if the format needs it.
     """
     if asked.format not in ("module", *PROGRAMS):
-        lone = asked.module is not None or len(held) == 1
-        write = _of_data(loaded, held, asked, lone=lone)
         notes = rebuild.missing_in_weights(loaded, held)
-        left_out = _optimizers(loaded, held)[1] if asked.format == "dcp" and not asked.ema else []
-        return write, notes + [
-            f"{name} is left out: it cannot be told which tensors are its parameters"
-            for name in left_out
-        ]
+        if asked.format == "dcp":
+            write, more = _of_dcp(loaded, held, asked)
+            return write, [*notes, *more]
+        lone = asked.module is not None or len(held) == 1
+        return _of_data(loaded, held, asked, lone=lone), notes
     rebuilt = rebuild.build_module(
         loaded,
         next(iter(held)),
@@ -200,7 +198,7 @@ def _of_data(
     Args:
         loaded: The source file.
         held: The module states to write, by module name.
-        asked: The options; the format is "weights", "full", "safetensors", "hf" or "dcp".
+        asked: The options; the format is "weights", "full", "safetensors" or "hf".
         lone: Write only the first module, as "model".
 
     Raises:
@@ -211,9 +209,6 @@ def _of_data(
         return lambda path: _write_safetensors(path, loaded, first)
     if format == "hf":
         return lambda path: _write_hf(path, loaded, first, asked.file_bytes)
-    if format == "dcp":
-        optimizers = {} if asked.ema else _optimizers(loaded, held)[0]
-        return lambda path: _write_dcp(path, {"model": first} | optimizers)
     states = {
         f"{name}_state_dict": part.value
         for name, part in ({"model": next(iter(held.values()))} if lone else held).items()
@@ -318,12 +313,18 @@ def _write_hf(path: Path, loaded: Loaded, value: Mapping[str, Any], file_bytes: 
     ]
 
 
-def _optimizers(
-    loaded: Loaded, held: Mapping[str, Part]
-) -> tuple[dict[str, dict[str, Any]], list[str]]:
-    """Return the optimizers of the module in a checkpoint of a run by name, and those left out."""
-    is_ours = recognise.is_ours(loaded.value)
-    return optimizers_by_name(loaded.value, next(iter(held))) if is_ours else ({}, [])
+def _of_dcp(
+    loaded: Loaded, held: Mapping[str, Part], asked: ExportOptions
+) -> tuple[Write, list[str]]:
+    """Return a writer of a folder of DCP, and notes on optimizers that it does not hold."""
+    ((name, part), *_) = held.items()
+    has_more = recognise.is_ours(loaded.value) and not asked.ema
+    optimizers, left_out = optimizers_by_name(loaded.value, name) if has_more else ({}, [])
+    notes = [
+        f"{optimizer} is left out: it cannot be told which tensors are its parameters"
+        for optimizer in left_out
+    ]
+    return lambda path: _write_dcp(path, {"model": part.value} | optimizers), notes
 
 
 def _write_dcp(path: Path, value: dict[str, Any]) -> list[str]:

@@ -276,9 +276,8 @@ def _loaded(file: File, memory: SealedMemory, *, trust: bool) -> Loaded:
     """Load a file whose bytes are all in memory."""
     if file.kind == formats.SAFETENSORS:
         return Loaded(file, *load_safetensors(memory.path))
-    if file.kind == formats.TORCH and load.is_plain_zip(
-        memory
-    ):  # the tensors are views of `memory`
+    if file.kind == formats.TORCH and load.is_plain_zip(memory):
+        # The tensors are views of `memory`.
         return Loaded(
             file, torch.load(memory.path, mmap=True, map_location="cpu", weights_only=not trust)
         )

@@ -176,7 +176,8 @@ def destination(out: str, overwrite: bool, *, is_folder: bool = False) -> tuple[
     Raises:
         UsageError: It is there already, or nothing can be written there.
     """
-    if is_folder and (is_url(out) or os.path.lexists(Path(out).expanduser())):
+    is_there = not is_url(out) and os.path.lexists(Path(out).expanduser())
+    if is_folder and (is_url(out) or is_there):
         raise UsageError(
             f"{out} is {'a URL' if is_url(out) else 'there already'}",
             remedy="Name a new folder on a disk: a folder is never written over.",
@@ -193,11 +194,7 @@ def destination(out: str, overwrite: bool, *, is_folder: bool = False) -> tuple[
         is_there = store.exists(key)
     else:
         path = Path(os.path.realpath(Path(out).expanduser()))  # write to the target of a link
-        store, key, is_there = (
-            open_store(path.parent, WAIT_S),
-            path.name,
-            os.path.lexists(Path(out).expanduser()),
-        )
+        store, key = open_store(path.parent, WAIT_S), path.name
         if path.exists() and not path.is_file():
             raise UsageError(
                 f"{out} is {'a directory' if path.is_dir() else 'no plain file'}",

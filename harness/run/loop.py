@@ -99,8 +99,9 @@ class Loop:
         finally:
             self._looping = False
             if self._exit_record.is_here:  # else the program has forked this process
-                with contextlib.suppress(Exception):  # a device may be gone
-                    self._show() if self.world.size == 1 else None
+                if self.world.size == 1:  # what it has logged since the last look
+                    with contextlib.suppress(Exception):  # a device may be gone
+                        self._show()
                 self._goodput.closed.set()
                 self._kept_state.close()
                 self._step_timeouts.saving()  # a save in flight may take longer than a step

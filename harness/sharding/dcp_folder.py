@@ -187,11 +187,11 @@ def _bytes(folder: Path, name: str, info: Any) -> bytes:
         raise DamagedError(f"{folder / METADATA} places {name} in {file!r}, which is not there")
     if not all(isinstance(number, int) and number >= 0 for number in (info.offset, info.length)):
         raise DamagedError(f"{folder / METADATA} places {name} at no place in {file}")
-    with (folder / file).open("rb") as opened:
+    with path.open("rb") as opened:
         opened.seek(info.offset)
         content = opened.read(info.length)
     if len(content) != info.length:
-        raise DamagedError(f"{folder / file} is cut short: {name} ends beyond it")
+        raise DamagedError(f"{path} is cut short: {name} ends beyond it")
     return content
 
 

@@ -81,7 +81,7 @@ class RankEntries:
             return ""
         if dealt_to(payload) == list(world.data_ranks):
             for name, part in self._parts.items():
-                part.restore(own_entry(payload, world).get(name))
+                part.restore(entries[world.rank].get(name))
             return ""
         names = sorted({name for entry in entries for name in entry} - {DATA_RANK})
         of_values = [name for name in names if name == "state" or name.endswith("_state_dict")]

@@ -7,6 +7,8 @@ life takes a fraction of a second; they are killed for real.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import runpy
 import signal
@@ -68,6 +70,23 @@ def die(run: Any) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def whole_digest(*values: Any) -> str:
+    """In a program: a digest of the tensors in nested dicts, those that are sharded made whole."""
+    hasher = hashlib.sha256()
+
+    def add(path: str, value: Any) -> None:
+        if isinstance(value, dict):
+            for key in sorted(value, key=str):
+                add(f"{path}/{key}", value[key])
+        elif hasattr(value, "numpy"):
+            whole = value.full_tensor() if hasattr(value, "full_tensor") else value
+            hasher.update(f"{path} {tuple(whole.shape)}".encode() + whole.numpy().tobytes())
+
+    for value in values:
+        add("", value)
+    return hasher.hexdigest()
+
+
 def program(path: str, folder: str, arguments: list[str]) -> None:
     """In a process of the nursery: be that program, started in that folder."""
     os.chdir(folder)
@@ -91,6 +110,17 @@ class Lived:
     def text(self) -> str:
         """What the writer has printed."""
         return self.texts[0]
+
+
+def printed(lived: Lived, what: str) -> list[Any]:
+    """What a program without an error has printed as JSON after that word, rank by rank."""
+    assert set(lived.codes) == {0}, "\n".join(lived.texts)
+    return [
+        json.loads(line.removeprefix(f"{what} "))
+        for text in lived.texts
+        for line in text.splitlines()
+        if line.startswith(f"{what} ")
+    ]
 
 
 @dataclass

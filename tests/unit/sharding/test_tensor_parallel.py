@@ -3,17 +3,17 @@ bit; which ranks are given the same samples; and what other ranks make of their 
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 from library_runs import newest
-from programs import Lived, killed_once, live
+from programs import killed_once, live, printed
 
 from harness.exchange.compare import differences
 
 BUILT = """
 import hashlib, json
+from programs import whole_digest
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
@@ -39,22 +39,6 @@ class Scattered(Block):  # sequence parallelism: the norm has a part of the rows
         return x + self.down(torch.relu(self.up(self.norm(rows.to_local()))))
 
 
-def whole_digest(model, optimizer):
-    hasher = hashlib.sha256()
-
-    def add(path, value):
-        if isinstance(value, dict):
-            for key in sorted(value, key=str):
-                add(f"{path}/{key}", value[key])
-        elif isinstance(value, torch.Tensor):
-            whole = value.full_tensor() if isinstance(value, DTensor) else value
-            hasher.update(f"{path} {tuple(whole.shape)}".encode() + whole.numpy().tobytes())
-
-    add("", model.state_dict())
-    add("", optimizer.state_dict()["state"])
-    return hasher.hexdigest()
-
-
 PLAN = {"up": ColwiseParallel(), "down": RowwiseParallel()}
 SCATTERED = {
     "norm": SequenceParallel(sequence_dim=0), "up": ColwiseParallel(input_layouts=Shard(0)),
@@ -65,6 +49,11 @@ SCATTERED = {
 def parallel(mesh, plan=PLAN):
     for block in model[:2]:
         parallelize_module(block, mesh, plan)
+
+
+def digest(model):
+    inner = getattr(model, "module", model)
+    return whole_digest(inner.state_dict(), optimizer.state_dict()["state"])
 
 
 def two_d(dp=2):
@@ -96,10 +85,10 @@ for x, y in run.batches(points(), 12, epochs=2, max_steps=STEPS):
     die(run)
 """
 END = """
-print("end", json.dumps([run.step, whole_digest(model, optimizer), seen]), flush=True)
+print("end", json.dumps([run.step, digest(model), seen]), flush=True)
 """
 BEGIN = """
-print("begin", json.dumps([run.step, whole_digest(model, optimizer)]), flush=True)
+print("begin", json.dumps([run.step, digest(model)]), flush=True)
 """
 TP = "parallel(init_device_mesh('cpu', (2,), mesh_dim_names=('tp',)))"
 FSDP_TP = "mesh = two_d(); parallel(mesh['tp']); sharded(mesh=mesh['dp'])"
@@ -135,19 +124,9 @@ def test_a_killed_run_equals_the_undisturbed_one(tmp_path: Path, ranks: int, wra
     assert [own["data_rank"] for own in saved["own"]] == [rank // 2 for rank in range(ranks)]
 
 
-def said(lived: Lived, what: str) -> list[list[object]]:
-    assert set(lived.codes) == {0}, "\n".join(lived.texts)
-    return [
-        json.loads(line.removeprefix(f"{what} "))
-        for text in lived.texts
-        for line in text.splitlines()
-        if line.startswith(f"{what} ")
-    ]
-
-
 def test_ranks_that_compute_together_have_the_same_samples_and_dropout(tmp_path: Path) -> None:
     """Else the model would be none: two halves, each of another batch."""
-    ends = said(live(tmp_path, program(FSDP_TP, LOOP + END, 6), "run", ranks=4), "end")
+    ends = printed(live(tmp_path, program(FSDP_TP, LOOP + END, 6), "run", ranks=4), "end")
     assert ends[0] == ends[1] and ends[2] == ends[3] and ends[0][2] != ends[2][2]
     own = newest(tmp_path / "run")
     generators = [str(entry) for entry in own["rng"]]
@@ -177,11 +156,9 @@ OTHERS = [
 def test_any_mesh_resumes_what_any_other_has_saved(
     tmp_path: Path, saved: tuple[str, int], then: tuple[str, int]
 ) -> None:
-    inner = "\nmodel = getattr(model, 'module', model)"
-    begin = BEGIN.replace("(model,", "(getattr(model, 'module', model),")
-    first = live(tmp_path, program(saved[0], LOOP + inner + END, 6), "run", ranks=saved[1])
-    again = live(tmp_path, program(then[0], begin + LOOP, 8), "run", ranks=then[1])
-    (before, *_), (after, *_) = said(first, "end"), said(again, "begin")
+    first = live(tmp_path, program(saved[0], LOOP + END, 6), "run", ranks=saved[1])
+    again = live(tmp_path, program(then[0], BEGIN + LOOP, 8), "run", ranks=then[1])
+    (before, *_), (after, *_) = printed(first, "end"), printed(again, "begin")
     assert before[:2] == after == [6, before[1]]
     if then[0] in (TP, FSDP_TP):  # the generators of ranks that compute together stay the same
         generators = [str(entry) for entry in newest(tmp_path / "run")["rng"]]
@@ -381,7 +358,7 @@ ROOT = "mesh = two_d(); parallel(mesh['tp']); fully_shard(model, mesh=mesh['dp']
 def test_a_forward_pass_before_the_model_is_tracked_changes_nothing(tmp_path: Path) -> None:
     warm = "with torch.no_grad():\n    model(torch.randn(2, 8))\nrun.track(model"
     source = program(ROOT, LOOP + END, 3).replace("run.track(model", warm)
-    ends = said(live(tmp_path, source, "run", ranks=4), "end")
+    ends = printed(live(tmp_path, source, "run", ranks=4), "end")
     assert ends[0] == ends[1] and ends[2] == ends[3] and ends[0][2] != ends[2][2]
 
 
