@@ -12,11 +12,18 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from harness.distributed import dtensors
 from harness.state.kinds import parts_of
 
 STRIDE_BYTES = 1 << 20  # of each stride of a tensor that is copied later, one word is compared
 WORD_BYTES = 8
+# Types of numbers by their size in bytes.
+WORDS = {
+    1: torch.uint8,
+    2: torch.int16,
+    4: torch.int32,
+    8: torch.int64,
+    16: torch.complex128,
+}
 SAMPLED = 64  # elements of a tensor in a digest of samples
 STRIDE_WORDS = STRIDE_BYTES // WORD_BYTES
 # All memory of this process as one array: the word at each address. Only those of live tensors may
@@ -157,23 +164,17 @@ def bytes_of(storage: torch.UntypedStorage) -> torch.Tensor:
     return torch.empty(0, dtype=torch.uint8, device="cpu").set_(storage)
 
 
-def version_of(tensor: torch.Tensor) -> Any:
-    """Return a value that changes with each write that PyTorch counts.
-
-    It does not count those to inference tensors.
-    """
-    return 0 if tensor.is_inference() else dtensors.version_of(tensor)
-
-
 @torch.no_grad()
 def digest_of_samples(tensors: Iterable[torch.Tensor]) -> bytes:
     """Return a digest of some elements of each tensor, at some 10 us a tensor."""
     by_kind = defaultdict[tuple[torch.device, torch.dtype], list[torch.Tensor]](list)
     for part in (part for tensor in tensors for part in parts_of(tensor)):
         if part.layout is torch.strided and (count := part.numel()) and not part.is_quantized:
+            # As words of that size, which all operators take.
+            words = part.resolve_conj().resolve_neg().view(WORDS[part.itemsize])
             # An odd stride, so that not all samples are of one column of a matrix.
-            spread = part.reshape(-1)[:: -(-count // SAMPLED) | 1]
-            by_kind[part.device, part.dtype].append(spread)
+            spread = words.reshape(-1)[:: -(-count // SAMPLED) | 1]
+            by_kind[part.device, words.dtype].append(spread)
     sampled = [torch.cat(of_kind).view(torch.uint8).cpu() for of_kind in by_kind.values()]
     content = b"".join(samples.numpy().tobytes() for samples in sampled)
     return hashlib.blake2b(content, digest_size=16).digest()

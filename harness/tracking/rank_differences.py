@@ -4,8 +4,9 @@ The modules in DistributedDataParallel, and optimizers with no other parameters 
 same on all ranks by construction, but for what it is set to ignore or not to broadcast. They are
 trusted, but a program may keep DDP from synchronising (`no_sync`, a hook that does not reduce,
 parameters that were frozen when it was made). So at saves 1, 2, 4, 8 … of an attempt some elements
-of each of their tensors are compared, and everything else that is tracked is compared in full. The
-other saves compare small objects and `run.state`.
+of each of their tensors are compared, and of each tensor of other large objects. The first save
+compares everything that is tracked and not trusted in full. All saves compare small objects and
+`run.state`.
 
 If an object differs, only its differing parts are kept for each rank. They are stored in `own`,
 under the object's name in the checkpoint (see `own_values`).
@@ -13,9 +14,11 @@ under the object's name in the checkpoint (see `own_values`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
+
+import torch
 
 from harness import state
 from harness.distributed import ddp, wrappers
@@ -110,7 +113,8 @@ class RankDifferences:
         """
         if self._world.size > 1:
             self._saves += 1
-            self._look(tracked, values, in_full=self._saves.bit_count() == 1)
+            is_sampled = self._saves.bit_count() == 1
+            self._look(tracked, values, in_full=self._saves == 1, is_sampled=is_sampled)
         given = self._world.to_writer(
             (state.rng_state(self._world.rank), iterator, self._own.state())
         )
@@ -119,55 +123,68 @@ class RankDifferences:
         return given
 
     def _look(
-        self, tracked: Mapping[str, Any], values: Mapping[str, Any], *, in_full: bool
+        self,
+        tracked: Mapping[str, Any],
+        values: Mapping[str, Any],
+        *,
+        in_full: bool = True,
+        is_sampled: bool = True,
     ) -> None:
         """Compare the digests of all ranks, and collect this rank's differing state.
 
         Digests are exchanged only if a checksum over all of them differs. The comparison is
-        repeated in full if the structure of an object that was left out has changed, or if objects
-        of DDP are no longer trusted.
+        repeated in full if the structure or the samples of an object that was left out differ, or
+        if objects of DDP are no longer trusted.
+
+        Args:
+            tracked: the tracked objects, by name.
+            values: `run.state`.
+            in_full: compare large objects in full.
+            is_sampled: compare samples of objects of DDP, and of large objects.
         """
         leaves = {
-            key: leaves_of(value) for key, value in self._states(tracked, values, in_full).items()
+            key: leaves_of(value)
+            for key, value in self._states(tracked, values, is_sampled).items()
         }
-        if in_full:
+        if is_sampled:
             self._small = {STATE} | {key for key, own in leaves.items() if _is_small(own)}
         structures = {key: own.structure for key, own in leaves.items()}
-        reports = {
-            key: self._report(key, structures[key], own)
-            for key, own in leaves.items()
-            if in_full or key in self._small
-        }
-        number = _number(short_digest(repr(reports).encode()))
-        grown = not in_full and any(
-            self._structures.get(key) != structures[key] for key in leaves if key not in reports
-        )
-        sampled = self._samples(tracked) if in_full else 0
-        greatest, least, again, most, fewest = self._world.agree(
-            [number, -number, int(grown), sampled, -sampled]
-        )
+        compared = leaves.keys() if in_full else self._small & leaves.keys()
+        reports = {key: self._report(key, structures[key], leaves[key]) for key in compared}
+        others = {key: own for key, own in leaves.items() if key not in reports}
+        has_grown = any(self._structures.get(key) != structures[key] for key in others)
+        sampled = [self._of_trusted(tracked), self._unknown(others)] if is_sampled else []
+        digests = [short_digest(repr(reports).encode()), *map(digest_of_samples, sampled)]
+        is_same, *are_same = self._are_same([*map(_number, digests), int(has_grown)])
         self._structures |= structures
-        self._trusts_ddp = self._trusts_ddp and most == -fewest
-        if again or most != -fewest:
-            self._look(tracked, values, in_full=True)
-            return
-        if greatest != -least and self._compare(tracked, reports, leaves):
-            self._look(tracked, values, in_full=True)
+        self._trusts_ddp = self._trusts_ddp and (are_same[0] or not is_sampled)
+        is_again = has_grown or not all(are_same)
+        if is_again or (not is_same and self._compare(tracked, reports, leaves)):
+            self._look(tracked, values)
             return
         for key, kept in self._kept.items():
             kept.look(leaves[key])
         self._kinds.look(self._kept, leaves)
         self._syncs.look(self._kept)
 
+    def _are_same(self, numbers: list[int]) -> list[bool]:
+        """Return of each number whether it is the same on all ranks.
+
+        Collective: every rank must call it.
+        """
+        greatest = self._world.agree([*numbers, *(-number for number in numbers)])
+        pairs = zip(greatest, greatest[len(numbers) :], strict=False)
+        return [most == -least for most, least in pairs]
+
     def _states(
-        self, tracked: Mapping[str, Any], values: Mapping[str, Any], in_full: bool
+        self, tracked: Mapping[str, Any], values: Mapping[str, Any], is_sampled: bool
     ) -> dict[str, state.Captured]:
         """Capture the objects to compare this time, by their names in the checkpoint.
 
         Of a trusted object only the settings of the parameter groups are compared, and what DDP
         ignores.
         """
-        if in_full:
+        if is_sampled:
             held = {id(part) for obj in tracked.values() for part in ddp.parameters_of(obj)}
             self._of_ddp = {
                 f"{name}_state_dict" for name, obj in tracked.items() if ddp.keeps_alike(obj, held)
@@ -182,31 +199,38 @@ class RankDifferences:
                     for group in getattr(wrappers.unwrap(obj), "param_groups", ())
                 ]
                 states[key] = state.as_captured(key, {"param_groups": groups} | _ignored(obj))
-            elif in_full or key in self._small or key in self._kept:
+            elif is_sampled or key in self._small or key in self._kept:
                 states[key] = state.captured_object(name, obj, without_parts=True)
         return states
 
-    def _samples(self, tracked: Mapping[str, Any]) -> int:
-        """Return a number for samples of all objects of DDP that are trusted."""
-        return _number(
-            digest_of_samples(
-                tensor
-                for name, obj in tracked.items()
-                if f"{name}_state_dict" in self._trusted
-                for tensor in (*ddp.parameters_of(obj), *ddp.moments_of(obj))
-            )
-        )
+    def _unknown(self, leaves: Mapping[str, Leaves]) -> Iterator[torch.Tensor]:
+        """Yield the tensors of these objects that are not known to differ."""
+        for key, own in leaves.items():
+            known = self._known(key)
+            for path, leaf in own.items():
+                if isinstance(leaf.live, torch.Tensor) and not known & {(), path}:
+                    yield leaf.live
+
+    def _of_trusted(self, tracked: Mapping[str, Any]) -> Iterator[torch.Tensor]:
+        """Yield the tensors of all objects of DDP that are trusted."""
+        for name, obj in tracked.items():
+            if f"{name}_state_dict" in self._trusted:
+                yield from ddp.parameters_of(obj)
+                yield from ddp.moments_of(obj)
 
     def _report(self, key: str, structure: bytes, leaves: Mapping[Path, Leaf]) -> _Report:
         """Report on one object, without the leaves that are known to differ."""
-        known = self._passed.get(key, set()) | (
-            self._kept[key].paths if key in self._kept else set()
-        )
+        known = self._known(key)
         if () in known:
             return _Report(b"", {})
         return _Report(
             structure, {path: leaf.digest() for path, leaf in leaves.items() if path not in known}
         )
+
+    def _known(self, key: str) -> set[Path]:
+        """Return the paths of the leaves of an object that are known to differ."""
+        kept = self._kept[key].paths if key in self._kept else set[Path]()
+        return self._passed.get(key, set()) | kept
 
     def _compare(
         self, tracked: Mapping[str, Any], reports: dict[str, _Report], leaves: Mapping[str, Leaves]
