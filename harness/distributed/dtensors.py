@@ -87,7 +87,7 @@ def plain(value: Any) -> Any:
 def version_of(tensor: torch.Tensor) -> Any:
     """Return a value that changes with each write that torch counts, also to the part alone."""
     if not is_sharded(tensor):
-        return tensor._version
+        return 0 if tensor.is_inference() else tensor._version  # torch counts none to such
     return tensor._version, tensor._local_tensor._version  # type: ignore[attr-defined]
 
 
@@ -278,7 +278,9 @@ def _fsdp_groups(module: object) -> Iterator[Any]:
 
 def _fsdp_modules(module: object) -> Iterator[Any]:
     inner, package = unwrap(module), sys.modules.get("torch.distributed.fsdp")
-    if package is not None and isinstance(inner, nn.Module):
+    if package is None or not package.FSDPModule.__subclasses__():  # one for each kind of module
+        return
+    if isinstance(inner, nn.Module):
         yield from (part for part in inner.modules() if isinstance(part, package.FSDPModule))
 
 

@@ -143,17 +143,19 @@ class Loop:
             if not isinstance(share, Border):
                 self._share, self.weights = share, share.weights
             batch = self._work.to_device(micro_batches)
-            self._checkpointer.background.release()
             step = self.step
             self._goodput.train(step)
             # In a loop over epochs, the outer loop runs between the border and the loading of the
             # samples; this already belongs to the next step.
             if is_begun := isinstance(share, Border):
+                self._checkpointer.background.release()
                 yield share
                 self._goodput.on("data")
                 continue
             self._traces.step_begins(step)
-            yield self._work.handed_out(batch)
+            handed_out = self._work.handed_out(batch)
+            self._checkpointer.background.release()
+            yield handed_out
             self._step_made(step, share, batch)
             if self._finish or share.last or step == self._end_step:
                 self._complete()

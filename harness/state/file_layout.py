@@ -37,7 +37,7 @@ def tensors_in(value: Any, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
             raise UnsupportedStateError(
                 "there is more in the state than plain tensors, such as sparse or quantized ones"
             )
-        for name, held in vars(value).items():
+        for name, held in vars(value).items() if vars(value) else ():
             if isinstance(held, torch.Tensor):  # torch.save writes it as well, in between
                 raise UnsupportedStateError(
                     f"a tensor in the state has an attribute {name!r} that is a tensor too. To "

@@ -47,12 +47,9 @@ class TensorRefs:
 
     def find(self, address: int, tensor: torch.Tensor) -> TensorRef | None:
         """Return the captured tensor with the same memory, shape, strides and dtype, or None."""
-        first = self._first.get(address)
-        return (
-            first
-            if first is None or _is_like(first.tensor, tensor)
-            else self._others.get(_place(tensor))
-        )
+        if (first := self._first.get(address)) is None or _is_like(first.tensor, tensor):
+            return first
+        return self._others.get(_place(tensor))
 
     def add(self, address: int, met: TensorRef) -> None:
         """Add a tensor at an address that `find` has not found."""
@@ -65,8 +62,7 @@ def _is_like(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Return whether two tensors at the same address are the same view of it."""
     is_known = (  # a quick check, which is enough for most
         a.dtype is b.dtype
-        and (a.is_cpu or a.is_cuda)
-        and a.device == b.device
+        and ((a.is_cpu and b.is_cpu) or (a.is_cuda and a.device == b.device))
         and not a.is_quantized
         and a.is_set_to(b)  # the same storage, offset, shape and strides
         and a.is_conj() == b.is_conj()
@@ -149,8 +145,6 @@ def to_cpu(value: Any, where: Where, seen: TensorRefs) -> Any:
     """
     if isinstance(value, torch.Tensor):
         if type(value) is torch.Tensor and not value.requires_grad:
-            if value.is_cpu and not value.is_nested:  # most of them
-                return _tensor_to_cpu(value, seen)
             bare = value
         elif is_lazy(value):
             return value
@@ -193,7 +187,11 @@ def _mapping_to_cpu(value: Mapping[Any, Any], where: Where, seen: TensorRefs) ->
             if type(key) is str or (type(key) is int and key.bit_length() <= MOST_BITS)
             else _key(key, where)
         )
-        items[name] = item if type(item) is float else to_cpu(item, (where, name), seen)
+        kind = type(item)
+        if kind is torch.Tensor and item.is_cpu and not (item.requires_grad or item.is_nested):
+            items[name] = _tensor_to_cpu(item, seen)  # most of them: two calls less
+        else:
+            items[name] = item if kind is float else to_cpu(item, (where, name), seen)
     if not isinstance(value, OrderedDict):
         return Counter(items) if isinstance(value, Counter) else items
     ordered = OrderedDict(items)

@@ -47,10 +47,11 @@ from typing import Any
 
 import torch
 
+from harness.distributed.dtensors import version_of
 from harness.state.capturing import is_finite, not_finite
 from harness.state.file_layout import UnsupportedStateError, tensors_in, write_outline
 from harness.state.gpu_copy import GpuCopy
-from harness.state.raw_bytes import Samples, bytes_of, copy, equal, is_same, raw, version_of
+from harness.state.raw_bytes import Samples, bytes_of, copy, equal, is_same, raw
 from harness.store.staging_buffer import StagingBuffer
 
 __all__ = ["Snapshot", "UnsupportedStateError"]

@@ -288,14 +288,12 @@ def _of_hidden(module: nn.Module) -> list[tuple[str, Any]]:
 
 def _holds_none(part: Any) -> bool:
     """Return True if `_own` lists nothing, or tuples of plain values only."""
-    left_out = OF_MODULES if isinstance(part, nn.Module) else OF_OPTIMIZERS
-    for key, value in list(vars(part).items()):  # half the time of the same with `any`
-        if (
-            key not in left_out
-            and type(value) not in HOLDS_NOTHING
-            # The shape of a LayerNorm, say.
-            and not (type(value) is tuple and HOLDS_NOTHING.issuperset(map(type, value)))
-        ):
+    left_out, own = OF_MODULES if isinstance(part, nn.Module) else OF_OPTIMIZERS, vars(part)
+    for key in own.keys() - left_out:
+        value = own[key]
+        # The shape of a LayerNorm, say.
+        is_plain = type(value) is tuple and HOLDS_NOTHING.issuperset(map(type, value))
+        if not (type(value) in HOLDS_NOTHING or is_plain):
             return False
     return True
 

@@ -140,10 +140,7 @@ class Gradients:
                     if is_first:
                         is_first = False
                         self._note_lasting(owner, parameter, gradient, step)
-                    try:
-                        setattr(gradient, mark, version_of(gradient))
-                    except RuntimeError:  # made for inference: it does not count its versions
-                        setattr(gradient, mark, 0)
+                    setattr(gradient, mark, version_of(gradient))
 
     def _note_lasting(
         self, owner: int, parameter: nn.Parameter, gradient: torch.Tensor, step: int
@@ -173,11 +170,10 @@ class Gradients:
 
     def _under_way(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield the parameters whose gradients are in flight, with their names."""
+        mark = self._mark
         for name, parameter in self._named.items():
             gradient = parameter.grad
-            if gradient is not None and getattr(gradient, self._mark, None) != (
-                0 if gradient.is_inference() else version_of(gradient)
-            ):
+            if gradient is not None and getattr(gradient, mark, None) != version_of(gradient):
                 yield name, parameter
 
     def look(self, *, may_wait: bool) -> tuple[bool, bool]:
