@@ -209,21 +209,23 @@ def _delete(store: Store, key: str) -> None:
 def _left_behind(store: Store, catalog: Catalog) -> list[str]:
     """Return the keys of data without a manifest and of temporary files.
 
-    Those of the newest attempt are left out, because it may still be writing.
+    Those of the newest attempt are left out as long as it has not ended: it may still be writing.
     """
+    newest = catalog.greatest
+    over = (
+        newest + 1 if newest in catalog.ends else newest
+    )  # attempts before this one write no more
     orphans = [
         key
         for key in catalog.orphans
-        if (match := fmt.CHECKPOINT_NAME.match(key)) and int(match["attempt"]) < catalog.greatest
+        if (match := fmt.CHECKPOINT_NAME.match(key)) and int(match["attempt"]) < over
     ]
     entries = [entry.key for folder in fmt.FOLDERS for entry in store.entries(folder)]
     for folder in catalog.orphan_folders:
-        if (match := fmt.FOLDER_NAME.match(folder)) and int(match["attempt"]) < catalog.greatest:
+        if (match := fmt.FOLDER_NAME.match(folder)) and int(match["attempt"]) < over:
             orphans += retention.shards_in(store, folder)
     return orphans + [
-        key
-        for key in entries
-        if (match := TEMP.match(key)) and int(match["attempt"]) < catalog.greatest
+        key for key in entries if (match := TEMP.match(key)) and int(match["attempt"]) < over
     ]
 
 
