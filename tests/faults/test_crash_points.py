@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -18,15 +17,14 @@ import sys
 import tempfile
 import threading
 import traceback
-from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import ENVIRONMENT
+from system_calls import OF_THE_HEAP, Point, check_strace, injecting, points_in
 from there import there
 
 from harness.checkpoint import attempts, load, retention
@@ -44,9 +42,6 @@ LANES = 2
 PHASES = ("claim", "commit", "retention")
 # exit code = 10 * phase + one of these
 DONE, RAISED_SAVE, RAISED_STORAGE, RAISED_OTHER = 0, 1, 2, 3
-# Whether these happen depends on how full the heap is, not on what is done.
-OF_THE_HEAP = {"brk", "mmap", "munmap", "mremap", "madvise", "mprotect", "futex"}
-CALL = re.compile(r"^(?:\d+ +)?(?P<name>\w+)\((?P<rest>.*)$")
 
 
 def payload(step: int) -> dict:
@@ -206,35 +201,6 @@ class Server:
         there(self.process.stdout).close()
 
 
-@dataclass(frozen=True)
-class Point:
-    """The k-th call of a name within a life."""
-
-    name: str
-    k: int
-    on_store: bool
-    text: str
-
-
-def cannot(why: str) -> None:
-    """Where the tools should be there, their absence is a failure; elsewhere it is said."""
-    if os.environ.get("CI"):
-        pytest.fail(why)
-    pytest.skip(why)
-
-
-def check_strace() -> None:
-    if shutil.which("strace") is None:
-        cannot("strace is not installed")
-    tried = subprocess.run(
-        ["strace", "-o", "/dev/null", "-e", "inject=getpid:error=EIO", "true"],
-        capture_output=True,
-        text=True,
-    )
-    if tried.returncode != 0:
-        cannot(f"strace cannot trace here: {tried.stderr.strip()}")
-
-
 @pytest.fixture(scope="module")
 def servers() -> Iterator[list[Server]]:
     check_strace()
@@ -265,15 +231,7 @@ def traced(server: Server, template: Path, folder: Path) -> list[Point]:
     root = folder / "run"
     shutil.copytree(template, root)
     assert server.live(root, "-y", "-s", "0", "-o", f"{folder}/trace") == DONE
-    counts: Counter[str] = Counter()
-    found = []
-    for line in (folder / "trace").read_text().splitlines():
-        match = CALL.match(line)
-        if match is None or "resumed" in line:  # a signal, an exit, the stop that it woke from
-            continue
-        counts[match["name"]] += 1
-        found.append(Point(match["name"], counts[match["name"]], str(root) in line, line))
-    return found
+    return points_in((folder / "trace").read_text(), root)
 
 
 def each(servers: list[Server], todo: list, act: Callable) -> list:
@@ -330,14 +288,6 @@ def check_next_attempt(root: Path) -> None:
         "of a start that died before it had claimed the number"
     )
     assert same(load.load(store, after.history[0]), payload(50))
-
-
-def injecting(faults: dict[str, str]) -> list[str]:
-    """The options with which strace lets a life meet these faults, by name of the system call."""
-    given = [
-        option for call, fault in faults.items() for option in ("-e", f"inject={call}:{fault}")
-    ]
-    return ["-o", "/dev/null", "-e", f"trace={','.join(faults)}", *given]
 
 
 def killed_at(
