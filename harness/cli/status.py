@@ -81,13 +81,15 @@ def _read(store: Store, catalog: Catalog) -> RunStatus:
             if catalog.ends.get(n, {"why": "failed"}).get("why") == "failed"
         },
     )
+    replays = step_records.verdicts(catalog.stores)
+    made = step_records.last_steps(catalog, replays)
     attempts = [
-        attempt_history.summarise(catalog, number, events.get(number, []))
+        attempt_history.summarise(catalog, number, events.get(number, []), made.get(number, 0))
         for number in sorted(catalog.attempts)
     ]
     newest = events.get(attempts[-1].attempt, []) if attempts else []
     stands = alive(outcome(catalog, known), attempts, newest, catalog.unread)
-    return RunStatus(store, catalog, known, attempts, stands, step_records.verdicts(catalog.stores))
+    return RunStatus(store, catalog, known, attempts, stands, replays)
 
 
 def _to_json(status: RunStatus) -> dict[str, Any]:

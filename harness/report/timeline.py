@@ -137,7 +137,12 @@ def timeline(catalog: Catalog) -> Timeline:
         if record.get("kind", "train") == "train"
     )
     events = attempt_history.logs(catalog, dict.fromkeys(numbers, math.inf))
-    attempts = [attempt_history.summarise(catalog, number, events[number]) for number in numbers]
+    replays = step_records.verdicts(catalog.stores)
+    made = step_records.last_steps(catalog, replays)
+    attempts = [
+        attempt_history.summarise(catalog, number, events[number], made.get(number, 0))
+        for number in numbers
+    ]
     newest = events[numbers[-1]] if numbers else []
     stands = alive(outcome(catalog, known), attempts, newest, catalog.unread)
     seen = [
@@ -156,7 +161,7 @@ def timeline(catalog: Catalog) -> Timeline:
     )
     return replace(
         whole,
-        replays=step_records.verdicts(catalog.stores),
+        replays=replays,
         environment=machine_record.messages(catalog),
     )
 

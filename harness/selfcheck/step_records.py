@@ -21,10 +21,12 @@ import struct
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 from harness.checkpoint import format as fmt
 from harness.checkpoint import records
+from harness.checkpoint.catalog import Catalog
 from harness.checkpoint.known import read_files
 from harness.errors import StorageError
 from harness.store import Entry, Store
@@ -242,3 +244,24 @@ def verdicts(stores: Iterable[Store]) -> dict[int, dict[str, Any]]:
             if record := records.fields(text):
                 by_attempt[numbers[key]] = record
     return by_attempt
+
+
+def last_steps(catalog: Catalog, verdicts: Mapping[int, Mapping[str, Any]]) -> dict[int, int]:
+    """Return the last step that each attempt has made, as far as step records show it.
+
+    These are its own, or what the attempt after it has recomputed. A loop that logs nothing has no
+    events of its steps.
+
+    Args:
+        catalog: Catalog of the run's stores.
+        verdicts: See `verdicts`.
+    """
+    logs = before(catalog.stores, catalog.greatest + 1, catalog.event_files)[0].logs
+    steps = {number: log.last for number, log in logs.items()}
+    numbers = sorted(catalog.attempts)
+    for earlier, number in pairwise(numbers):
+        recomputed = verdicts.get(number, {}).get("recomputed")
+        if records.is_count(recomputed):
+            origin = (catalog.attempts[number].get("from") or {}).get("step", 0)
+            steps[earlier] = max(steps.get(earlier, 0), origin + recomputed)
+    return steps

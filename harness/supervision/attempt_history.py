@@ -50,19 +50,22 @@ class AttemptSummary:
     def lost(self) -> int:
         """Return the number of complete steps that must be recomputed.
 
-        For a killed attempt, only steps that its events still show are counted. What is saved is
-        lost too, if the next attempt had to resume from an older checkpoint.
+        For a killed attempt, only steps that its events or step records still show are counted.
+        What is saved is lost too, if the next attempt had to resume from an older checkpoint.
         """
         return max(0, self.reached - (self.saved if self.next_from is None else self.next_from))
 
 
-def summarise(catalog: Catalog, number: int, events: list[dict[str, Any]]) -> AttemptSummary:
+def summarise(
+    catalog: Catalog, number: int, events: list[dict[str, Any]], made: int = 0
+) -> AttemptSummary:
     """Summarise one attempt.
 
     Args:
         catalog: Catalog of the run's stores.
         number: Number of the attempt.
         events: Events of the attempt; needed if its end record does not contain the last step.
+        made: A step that the attempt is known to have made otherwise, or 0.
     """
     record, end = catalog.attempts[number], catalog.ends.get(number)
     origin = (record.get("from") or {}).get("step", 0)
@@ -73,6 +76,7 @@ def summarise(catalog: Catalog, number: int, events: list[dict[str, Any]]) -> At
     reached = max(
         [
             saved,
+            made,
             _complete(str((end or {}).get("why")), end or {}),
             *(_complete(str(event.get("event")), event) for event in events),
         ]

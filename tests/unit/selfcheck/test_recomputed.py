@@ -57,6 +57,26 @@ for x, y in run.batches(points(), 16, epochs=2, order=order):
 NOISY = {"NOISY": "yes"}
 
 
+SILENT = LOOP.replace("    run.log(loss=loss)\n", "")
+
+
+def test_status_and_report_count_the_steps_that_a_loop_without_a_log_has_lost(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def seen() -> list[int]:
+        """The steps that were lost, and the last that was made, of the first attempt."""
+        capfd.readouterr()
+        main(["status", str(tmp_path / "run"), "--json"])
+        lost = json.loads(capfd.readouterr().out)["attempts"][0]["lost"]
+        main(["report", str(tmp_path / "run"), "--json"])
+        return [lost, json.loads(capfd.readouterr().out)["stretches"][0]["life"]["reached"]]
+
+    assert live(tmp_path, SILENT, "run", env={"DIE": "9"}).code == -9
+    assert seen() == [2, 8]
+    assert live(tmp_path, SILENT, "run").code == 0
+    assert seen() == [2, 8]
+
+
 def told(folder: Path, kind: str) -> list[dict]:
     """The events of that kind in the run's last attempt."""
     lines = sorted((folder / "killed" / "events").glob("*.jsonl"))[-1].read_text().splitlines()
