@@ -100,7 +100,10 @@ def _of_tensor(tensor: torch.Tensor) -> tuple[str, Any] | None:
             "size": list(tensor.shape),
             "stride": list(tensor.stride()),
         }
-    return None if vars(tensor) else (kind, tensor.as_subclass(torch.Tensor))
+    # A class with operators of its own may hold its numbers anywhere, or none.
+    is_plain = type(tensor).__torch_dispatch__ is torch.Tensor.__torch_dispatch__
+    is_whole = is_plain and not vars(tensor)
+    return (kind, tensor.as_subclass(torch.Tensor)) if is_whole else None
 
 
 def parts_of(tensor: torch.Tensor) -> list[torch.Tensor]:

@@ -169,6 +169,39 @@ def test_a_dataset_with_workers_is_never_asked_for_a_sample_in_the_process_that_
     assert set(opened) == {"False"} and len(opened) == (2 if loop == "flat" else 3)
 
 
+ELSEWHERE = (
+    OPENS[: OPENS.index("wrong = 0")]
+    + """
+def loader(shuffle):
+    return DataLoader(Opens(path), 20, shuffle=shuffle, num_workers=2)
+
+def wrong_in(batch):
+    return {"wrong": (batch[0][:, 0] != batch[1]).sum()}
+
+wrong = 0
+for x, more in run.batches(loader(True), epochs=1, beside={"more": loader(True)}):
+    wrong += int(wrong_in(x)["wrong"]) + int(wrong_in(more["more"])["wrong"])
+    loss = model(x[0].float() / 3000).square().mean()
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    if run.step == 5:
+        wrong += int(run.evaluate(loader(False), wrong_in)["wrong"] * 3000)
+    die(run)
+print("wrong", wrong, flush=True)
+"""
+)
+
+
+def test_nor_is_one_beside_it_or_one_of_an_evaluation(tmp_path):
+    """In a second life neither."""
+    killed = live(tmp_path, ELSEWHERE, "run", env={"DIE": "9"})
+    resumed = live(tmp_path, ELSEWHERE, "run")
+    assert (killed.code, resumed.code) == (-9, 0), resumed.text
+    assert said(resumed.text, "wrong") == ["0"]
+    assert set((tmp_path / "run.bin.opened").read_text().split()) == {"False"}
+
+
 SCHEDULED = """
 run = init()
 torch.manual_seed(0)
@@ -591,3 +624,15 @@ def test_a_dataset_that_grows_meanwhile_is_told_of_once_and_dealt_out_as_it_was(
     assert (
         said(grown.text, "used") == said(steady.text, "used") and "samples now" not in steady.text
     )
+
+
+def test_a_dataset_that_has_grown_at_a_restart_is_refused_with_both_sizes(tmp_path):
+    """Or taken, if that is said; a plain loop would have gone on with either."""
+    longer = GROWS.replace("run.step == 4 and GROWN", "False").replace("init()", "init(**more)")
+    source = longer.replace("points(40)", "points(int(os.environ.get('COUNT', 40)))")
+    source = f"more = dict(accept=['data']) if os.environ.get('ACCEPT') else {{}}\n{source}"
+    assert live(tmp_path, source, "run", env={"DIE": "8"}).code == -9
+    refused = live(tmp_path, source, "run", env={"COUNT": "48"})
+    assert refused.code == 78 and "size: found 48, expected 40" in refused.text, refused.text
+    accepted = live(tmp_path, source, "run", env={"COUNT": "48", "ACCEPT": "yes"})
+    assert accepted.code == 0 and "finished" in accepted.text, accepted.text

@@ -21,6 +21,7 @@ from torch import nn
 import harness
 from harness import state
 from harness.checkpoint.format import version_of
+from harness.checkpoint.load import reason
 from harness.data.dataset_source import OwnSource
 from harness.distributed.ranks import World
 from harness.errors import UsageError
@@ -367,6 +368,41 @@ def test_what_is_kept_of_parameters_of_the_same_dtype_stays_exact_beside_accepte
     assert all(torch.equal(kept[at], saved[at]["exp_avg"]) for at in range(4, 8))
 
 
+HALF = """
+run = init(accept=os.environ.get("ACCEPT", "").split())
+torch.manual_seed(0)
+dtype = getattr(torch, os.environ.get("DTYPE", "float32"))
+model = nn.Linear(8, 1).to(dtype)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+run.track(model=model, optimizer=optimizer)
+for x, y in run.batches(points(), 16, epochs=1):
+    loss = (model(x.to(dtype)) - y).square().mean()
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    die(run)
+"""
+
+
+def test_a_second_life_in_half_precision_is_refused_unless_it_is_accepted(tmp_path):
+    """SGD would go on without a word."""
+    assert live(tmp_path, HALF, "run", env={"DIE": "5"}).code == -9
+    refused = live(tmp_path, HALF, "run", env={"DTYPE": "bfloat16"})
+    assert refused.code == 78, refused.text
+    assert "weight: float32 in the checkpoint, bfloat16 here" in refused.text
+    accepted = live(tmp_path, HALF, "run", env={"DTYPE": "bfloat16", "ACCEPT": "dtype"})
+    assert accepted.code == 0, accepted.text
+    assert "2 tensor(s) are bfloat16 now, and were float32: no exact resume" in accepted.text
+
+
+def test_the_reason_of_a_refused_file_is_one_line_without_escape_codes(tmp_path):
+    torch.save({"a": collections.deque([1])}, tmp_path / "x.pt")
+    with pytest.raises(Exception, match="\x1b") as pages:
+        torch.load(tmp_path / "x.pt", weights_only=True)
+    text = reason(pages.value)
+    assert "\x1b" not in text and "\n" not in text and "deque" in text
+
+
 # --- kinds ---
 
 
@@ -665,6 +701,25 @@ class Codes(torch.Tensor):
 
 class Tagged(torch.Tensor):
     pass
+
+
+class Hidden(torch.Tensor):
+    """Holds no numbers that torch can take apart."""
+
+    @staticmethod
+    def __new__(cls):
+        return torch.Tensor._make_wrapper_subclass(cls, (3,), dtype=torch.float32)
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args, kwargs=None):  # type: ignore[override]
+        if func is torch.ops.aten.detach.default:
+            return args[0]
+        raise NotImplementedError(func)
+
+
+def test_a_tensor_that_cannot_be_taken_apart_is_refused_at_the_start():
+    with pytest.raises(UsageError, match=r"own_state_dict\['a'\] cannot be saved as plain data"):
+        state.check({"own": Custom({"a": Hidden()})})
 
 
 def test_tensors_of_a_class_of_their_own_are_kept_as_what_they_are_made_of():
