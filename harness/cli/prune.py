@@ -211,10 +211,7 @@ def _left_behind(store: Store, catalog: Catalog) -> list[str]:
 
     Those of the newest attempt are left out as long as it has not ended: it may still be writing.
     """
-    newest = catalog.greatest
-    over = (
-        newest + 1 if newest in catalog.ends else newest
-    )  # attempts before this one write no more
+    over = catalog.greatest + int(catalog.greatest in catalog.ends)  # those before write no more
     orphans = [
         key
         for key in catalog.orphans

@@ -86,9 +86,12 @@ def plain(value: Any) -> Any:
 
 def version_of(tensor: torch.Tensor) -> Any:
     """Return a value that changes with each write that torch counts, also to the part alone."""
-    if not is_sharded(tensor):
-        return 0 if tensor.is_inference() else tensor._version  # torch counts none to such
-    return tensor._version, tensor._local_tensor._version  # type: ignore[attr-defined]
+    try:
+        if not is_sharded(tensor):
+            return tensor._version
+        return tensor._version, tensor._local_tensor._version  # type: ignore[attr-defined]
+    except RuntimeError:  # an inference tensor: torch does not count the writes to it
+        return 0
 
 
 def replicated(value: Any) -> torch.Tensor | None:
