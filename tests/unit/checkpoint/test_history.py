@@ -722,6 +722,8 @@ def test_prune_deletes_what_rollbacks_cut_off_and_crashes_left_and_keeps_what_ma
     }
     for key in left:
         grown.path(key).write_bytes(b"x")
+    end = grown.path("attempts/0003.end.json")
+    elsewhere = end.rename(grown.root / "elsewhere")  # as of an attempt that still runs
     assert cli.main(["prune", str(grown.root), "--keep-last", "3", "--yes"]) == 0
     assert [(m.step, m.attempt) for m in read_catalog(grown).manifests] == [
         (10, 1),
@@ -729,6 +731,12 @@ def test_prune_deletes_what_rollbacks_cut_off_and_crashes_left_and_keeps_what_ma
         (20, 3),
     ]
     assert {key: grown.exists(key) for key in left} == left
+    elsewhere.rename(end)
+    assert cli.main(["prune", str(grown.root), "--keep-last", "3", "--yes"]) == 0
+    assert [key for key in left if grown.exists(key)] == [
+        "events/0001.jsonl",
+        "checkpoints/notes.txt",
+    ]
 
 
 def test_prune_keeps_what_is_set_aside_unless_told(grown, capsys):
