@@ -153,12 +153,12 @@ class RankDifferences:
         reports = {key: self._report(key, structures[key], leaves[key]) for key in compared}
         others = {key: own for key, own in leaves.items() if key not in reports}
         has_grown = any(self._structures.get(key) != structures[key] for key in others)
-        sampled = [self._of_trusted(tracked), self._unknown(others)] if is_sampled else []
+        sampled = (self._of_trusted(tracked), self._unknown(others)) if is_sampled else ((), ())
         digests = [short_digest(repr(reports).encode()), *map(digest_of_samples, sampled)]
-        is_same, *are_same = self._are_same([*map(_number, digests), int(has_grown)])
+        is_same, is_ddp_same, *are_same = self._are_same([*map(_number, digests), int(has_grown)])
         self._structures |= structures
-        self._trusts_ddp = self._trusts_ddp and (are_same[0] or not is_sampled)
-        is_again = has_grown or not all(are_same)
+        self._trusts_ddp = self._trusts_ddp and is_ddp_same
+        is_again = has_grown or not (is_ddp_same and all(are_same))
         if is_again or (not is_same and self._compare(tracked, reports, leaves)):
             self._look(tracked, values)
             return

@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,7 +38,7 @@ RANKS, LANES, OLD, NEW = 2, 2, 3, 6
 OTHERS = re.compile("step_000000(09|10)")  # later saves
 CHANGES = {"write", "pwrite64", "fsync", "rename", "renameat2", "link", "unlink", "mkdir", "rmdir"}
 PROGRAM = """
-import json, threading
+import json
 from torch.distributed.fsdp import fully_shard
 
 run = init(keep_last=1, timeout_s=20)
@@ -110,16 +110,12 @@ def life(folder: Path, rank: int, options: Callable[[str], list[str] | None]) ->
     while not stopped.exists() and time.monotonic() < until:
         time.sleep(0.01)
     threads = json.loads(stopped.read_text())
-    with ThreadPoolExecutor() as pool:
-        tracing = [
-            traced(tid, given)
-            for thread, tid in threads.items()
-            if (given := options(thread)) is not None
-        ]
-        list(pool.map(lambda each: each.__enter__(), tracing))
+    with ExitStack() as tracing:
+        for thread, tid in threads.items():
+            if (given := options(thread)) is not None:
+                tracing.enter_context(traced(tid, given))
         os.kill(threads["training"], signal.SIGCONT)
         living.join()
-        list(pool.map(lambda each: each.__exit__(None, None, None), tracing))
     return lives[0]
 
 
@@ -151,14 +147,13 @@ def places_of(rank: int, folder: Path) -> Iterator[Place]:
     assert lived.codes == [0] * RANKS, lived.texts
     for thread in ("training", "saving", "writing"):
         trace = folder / thread
-        points = points_in(trace.read_text(), folder / "run") if trace.exists() else []
+        points = points_in(trace.read_text(), f"{folder}/run/") if trace.exists() else []
         of_old, of_new = (
             [at for at, point in enumerate(points) if f"step_{step:08d}" in point.text]
             for step in (OLD, NEW)
         )
         for point in points[: (of_old or of_new or [-1])[-1] + 1]:
-            is_inside = f"{folder}/run/" in point.text and not OTHERS.search(point.text)
-            if is_inside and changes(point):
+            if point.on_store and changes(point) and not OTHERS.search(point.text):
                 yield Place(rank, thread, point)
 
 
@@ -195,11 +190,16 @@ def all_pass(places: list[Place], check: Callable[[Place], None]) -> None:
     assert not wrong, f"{len(wrong)} of {len(places)} places:\n" + "\n".join(wrong)
 
 
-def killed_at(folder: Path, undisturbed: Path, place: Place) -> None:
+def life_with(fault: str, folder: Path, place: Place) -> tuple[Path, Lived]:
+    """One life that meets a fault at a place, in a folder of its own."""
     own = folder / f"{place.rank}-{place.thread}-{place.point.name}-{place.point.k}"
     own.mkdir()
-    options = injecting({place.point.name: f"signal=SIGKILL:when={place.point.k}"})
-    killed = life(own, place.rank, lambda thread: options if thread == place.thread else None)
+    options = injecting({place.point.name: f"{fault}:when={place.point.k}"})
+    return own, life(own, place.rank, lambda name: options if name == place.thread else None)
+
+
+def killed_at(folder: Path, undisturbed: Path, place: Place) -> None:
+    own, killed = life_with("signal=SIGKILL", folder, place)
     if place.thread == "writing":  # another process: the rank writes by itself
         assert killed.codes == [0] * RANKS, killed.texts
     else:
@@ -222,10 +222,7 @@ def test_a_rank_that_dies_at_any_change_of_a_save_leaves_the_old_checkpoint_or_t
 
 
 def refused_at(folder: Path, undisturbed: Path, place: Place) -> None:
-    own = folder / f"{place.rank}-{place.thread}-{place.point.name}-{place.point.k}"
-    own.mkdir()
-    options = injecting({place.point.name: f"error=EIO:when={place.point.k}"})
-    lived = life(own, place.rank, lambda thread: options if thread == place.thread else None)
+    own, lived = life_with("error=EIO", folder, place)
     assert lived.codes == [0] * RANKS, lived.texts
     check_whole(own / "run")
     assert main(["prune", str(own / "run"), "--yes"]) == 0  # what could not be deleted

@@ -27,7 +27,7 @@ class Point:
     text: str
 
 
-def points_in(trace: str, root: Path) -> list[Point]:
+def points_in(trace: str, root: Path | str) -> list[Point]:
     """The calls in an output of strace, in order; those on the store name `root`."""
     counts: Counter[str] = Counter()
     found = []
