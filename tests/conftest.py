@@ -61,8 +61,21 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """All tests but those of GPUs go without, also where there is one: their ranks are more than it
     could serve."""
+    heed_signals()
     if not config.getoption("--gpu"):
         os.environ["CUDA_VISIBLE_DEVICES"] = ENVIRONMENT["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def heed_signals() -> None:
+    """Take back that a signal is ignored: the processes that tests start would ignore it as well.
+
+    A script's background job ignores SIGINT, and one under nohup SIGHUP."""
+    for number, action in (
+        (signal.SIGINT, signal.default_int_handler),
+        (signal.SIGHUP, signal.SIG_DFL),
+    ):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, action)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
