@@ -37,9 +37,7 @@ class Captured:
 
     def gpu_sources(self) -> dict[int, torch.Tensor]:
         """Return the GPU tensors whose bytes are missing, by the address of their CPU memory."""
-        return {
-            met.saved.data_ptr(): met.source for met in self.seen.all if met.saved is not met.source
-        }
+        return {met.address: met.source for met in self.seen.all if met.saved is not met.source}
 
     @property
     def parts(self) -> Mapping[str, Part]:
@@ -84,13 +82,11 @@ def captured(values: Mapping[str, Any], tracked: Mapping[str, Any]) -> Captured:
         before = len(seen.all)
         payload |= _capture({name: obj}, seen)
         if _announces(unwrap(obj)):
-            steady |= {met.saved.data_ptr() for met in seen.all[before:]}
+            steady |= {met.address for met in seen.all[before:]}
     named, frozen = parameters(tracked, seen)
     payload |= _beside(tracked, payload, seen)
     steady |= (
-        named.keys()
-        | frozen
-        | {met.saved.data_ptr() for met in seen.all if met.source is not met.tensor}
+        named.keys() | frozen | {met.address for met in seen.all if met.source is not met.tensor}
     )
     return Captured(payload, steady, named, tracked, seen)
 
@@ -211,7 +207,7 @@ def parameters(
     for name, key, parameter, is_trained in _parameters(tracked):
         for part in kinds.parts_of(parameter):
             if (met := seen.find(part.data_ptr(), part)) is not None:
-                address = met.saved.data_ptr()
+                address = met.address
                 if is_trained:
                     named[address] = f"{name}.{key}", part.dtype
                 else:
@@ -247,7 +243,7 @@ def _parameters(tracked: Mapping[str, Any]) -> Iterator[tuple[str, str, torch.Te
     }
     for name, obj in objects.items():
         for key, parameter in obj.named_parameters() if isinstance(obj, nn.Module) else ():
-            if not is_lazy(parameter):
+            if type(parameter) is nn.Parameter or not is_lazy(parameter):
                 is_trained = parameter.requires_grad or id(parameter) in updated
                 yield name, key, parameter, is_trained
 

@@ -28,27 +28,47 @@ def tensors_in(value: Any, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
     if isinstance(value, torch.Tensor):
         if value.is_meta:
             return tensors
-        if (
-            type(value) is not torch.Tensor
-            or value.layout is not torch.strided
-            or value.is_quantized
-            or not value.is_cpu
-        ):
-            raise UnsupportedStateError(
-                "there is more in the state than plain tensors, such as sparse or quantized ones"
-            )
-        for name, held in vars(value).items() if vars(value) else ():
-            if isinstance(held, torch.Tensor):  # torch.save writes it as well, in between
-                raise UnsupportedStateError(
-                    f"a tensor in the state has an attribute {name!r} that is a tensor too. To "
-                    "save in the background, make it an entry of its own in the state_dict"
-                )
+        if not _is_plain(value):
+            raise UnsupportedStateError(_why_not(value))
         tensors.append(value)
     elif isinstance(value, dict | list | tuple):
         for item in value.values() if isinstance(value, dict) else value:
-            if type(item) not in PLAIN:  # a call less: there are many
+            if type(item) is torch.Tensor and _is_plain(item):  # most of them: a call less
+                tensors.append(item)
+            elif type(item) not in PLAIN:
                 tensors_in(item, tensors)
     return tensors
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    """Return whether the file holds the bytes of a CPU tensor's memory, and nothing else of it."""
+    return (
+        type(tensor) is torch.Tensor
+        and tensor.is_cpu
+        and tensor.layout is torch.strided
+        and not tensor.is_quantized
+        and not (vars(tensor) and _named_tensor(tensor))
+    )
+
+
+def _named_tensor(tensor: torch.Tensor) -> str | None:
+    """Return the name of an attribute that is a tensor: torch.save writes it as well, in between.
+
+    None if there is no such attribute.
+    """
+    return next(
+        (name for name, held in vars(tensor).items() if isinstance(held, torch.Tensor)), None
+    )
+
+
+def _why_not(tensor: torch.Tensor) -> str:
+    """Return why a state with this tensor is not copied in the background."""
+    if (name := _named_tensor(tensor)) is not None:
+        return (
+            f"a tensor in the state has an attribute {name!r} that is a tensor too. To save in the "
+            "background, make it an entry of its own in the state_dict"
+        )
+    return "there is more in the state than plain tensors, such as sparse or quantized ones"
 
 
 def write_outline(payload: Any, sizes: list[int], staging: StagingBuffer) -> list[int]:

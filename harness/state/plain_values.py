@@ -32,6 +32,7 @@ class TensorRef(NamedTuple):
     source: torch.Tensor  # holds the bytes: the tensor itself, or a copy that nobody else holds
     # The tensor in the payload: the source, or unfilled CPU memory of its size if that is on a GPU.
     saved: torch.Tensor
+    address: int  # of the memory of `saved`
 
 
 class TensorRefs:
@@ -97,16 +98,16 @@ def _tensor_to_cpu(tensor: torch.Tensor, seen: TensorRefs) -> torch.Tensor:
             tensor.nbytes == tensor.untyped_storage().nbytes() and not tensor.storage_offset()
         )
         if is_whole and tensor.is_cpu:
-            met = TensorRef(tensor, tensor, tensor)
+            source = saved = tensor
         elif (
             tensor.is_cuda
             and (is_whole or tensor.is_contiguous())
             and not (tensor.is_conj() or tensor.is_neg())
         ):
-            met = TensorRef(tensor, tensor, _without_data(tensor))
+            source, saved = tensor, _without_data(tensor)
         else:
-            saved = tensor.to("cpu", copy=True).contiguous()
-            met = TensorRef(tensor, saved, saved)
+            source = saved = tensor.to("cpu", copy=True).contiguous()
+        met = TensorRef(tensor, source, saved, saved.data_ptr())
         seen.add(address, met)
     return met.saved
 
@@ -125,7 +126,7 @@ def _without_data(tensor: torch.Tensor) -> torch.Tensor:
 def fill(seen: TensorRefs, only: Collection[int] | None = None) -> None:
     """Copy GPU tensors into the CPU memory that stands for them; `only` to these addresses."""
     for met in seen.all:
-        if met.saved is not met.source and (only is None or met.saved.data_ptr() in only):
+        if met.saved is not met.source and (only is None or met.address in only):
             raw(met.saved).copy_(raw(met.source))
 
 

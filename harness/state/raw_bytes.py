@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from harness.distributed.dtensors import version_of
 from harness.state.kinds import parts_of
 
 STRIDE_BYTES = 1 << 20  # of each stride of a tensor that is copied later, one word is compared
@@ -24,6 +26,7 @@ WORDS = {
     8: torch.int64,
     16: torch.complex128,
 }
+COUNTED = frozenset((torch.Tensor, torch.nn.Parameter))  # classes whose own count is all
 SAMPLED = 64  # elements of a tensor in a digest of samples
 STRIDE_WORDS = STRIDE_BYTES // WORD_BYTES
 # All memory of this process as one array: the word at each address. Only those of live tensors may
@@ -31,6 +34,17 @@ STRIDE_WORDS = STRIDE_BYTES // WORD_BYTES
 FIRST_ADDRESS, ADDRESSES = 8, 1 << 59
 _ALL: Any = (ctypes.c_uint8 * (ADDRESSES + WORD_BYTES)).from_address(FIRST_ADDRESS)
 MEMORY = np.ndarray((ADDRESSES,), np.int64, _ALL, strides=(1,))
+
+
+def versions_of(tensors: Sequence[torch.Tensor]) -> list[Any]:
+    """Return a value for each tensor that changes with each write that torch counts.
+
+    As `version_of` does, in a fifth of the time for plain tensors.
+    """
+    if COUNTED.issuperset(map(type, tensors)):
+        with contextlib.suppress(RuntimeError):  # an inference tensor
+            return [tensor._version for tensor in tensors]
+    return [version_of(tensor) for tensor in tensors]
 
 
 def copy(source: torch.Tensor) -> torch.Tensor:

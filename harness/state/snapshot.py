@@ -47,11 +47,10 @@ from typing import Any
 
 import torch
 
-from harness.distributed.dtensors import version_of
 from harness.state.capturing import is_finite, not_finite
 from harness.state.file_layout import UnsupportedStateError, tensors_in, write_outline
 from harness.state.gpu_copy import GpuCopy
-from harness.state.raw_bytes import Samples, bytes_of, copy, equal, is_same, raw
+from harness.state.raw_bytes import Samples, bytes_of, copy, equal, is_same, raw, versions_of
 from harness.store.staging_buffer import StagingBuffer
 
 __all__ = ["Snapshot", "UnsupportedStateError"]
@@ -96,7 +95,7 @@ class Snapshot:
         self._storages: dict[int, tuple[torch.UntypedStorage, int, int]] = {}
         self._copies: dict[int, torch.Tensor] = {}  # by address: the copy in the staging buffer
         self._sources: dict[int, torch.Tensor] = {}  # by address: what a copy was made from
-        self._versions: dict[int, tuple[torch.Tensor, Any]] = {}  # by address
+        self._counted: list[torch.Tensor] = []  # torch counts the writes to each
         # By identity: the bytes at the boundary of memory that is not steady.
         self._taken: dict[int, bytes | torch.Tensor] = {}
         self._at = OFFSETS.random()  # the position of the samples in each stride, from 0 to 1
@@ -110,10 +109,10 @@ class Snapshot:
                 self.size_bytes += size_bytes
                 storages[identity] = storage, address, size_bytes
                 if address in steady:
-                    live = seen.get(address, tensor)
-                    self._versions[address] = live, version_of(live)
+                    self._counted.append(seen.get(address, tensor))
                 else:
                     self.rest_bytes += size_bytes
+        self._versions = versions_of(self._counted)
         self._gpu_copy.join({source.device for source in self._gpu_sources.values()})
 
     @property
@@ -139,10 +138,10 @@ class Snapshot:
                     on_gpus[address] = raw(live)
                 continue
             steady.remove(address)
-            if is_small:
-                self._versions.pop(address, None)
-            else:  # if it changes, other memory has probably changed too
+            if not is_small:  # if it changes, other memory has probably changed too
                 self._small.append(identity)
+        if is_small:
+            self._counted, self._versions = [], []
         self._samples = Samples(in_memory, on_gpus, self._at)
 
     def _live(self, storage: torch.UntypedStorage, address: int) -> torch.Tensor:
@@ -254,7 +253,7 @@ class Snapshot:
         """
         self.copied.wait()
         self._gpu_copy.hold()
-        if any(version_of(tensor) != version for tensor, version in self._versions.values()):
+        if versions_of(self._counted) != self._versions:
             return True
         if not compare:
             # The copy of a tensor may mix two states where no word was sampled. If the write has
@@ -303,7 +302,7 @@ class Snapshot:
         """Drop all references to live tensors."""
         self._copies = {}
         self._sources = {}
-        self._versions = {}
+        self._counted, self._versions = [], []
         self._storages = {}
         self._gpu_sources = {}
         self._samples, self._small, self._taken, self._payload = None, [], {}, None

@@ -6,6 +6,7 @@ import sys
 from typing import Any
 
 import torch
+from torch import nn
 
 from harness.state.plain_values import is_same
 from harness.tracking.attribute_values import (
@@ -211,14 +212,14 @@ class PartList:
 
     def _take(self) -> None:
         self._parts = parts(self.obj)
-        self._children = [_children(part) for _, part in self._parts]
+        self._modules = [part for _, part in self._parts if isinstance(part, nn.Module)]
+        self._children = self._present_children()
+
+    def _present_children(self) -> list[list[nn.Module | None]]:
+        return [[*module._modules.values()] for module in self._modules]
 
     def now(self) -> list[tuple[str, Part]]:
         """Return the present parts; the same list as long as no part was added or replaced."""
-        if [_children(part) for _, part in self._parts] != self._children:
+        if self._present_children() != self._children:
             self._take()
         return self._parts
-
-
-def _children(part: Part) -> list[Any]:
-    return list(own_dict(part, "_modules").values())
