@@ -2,12 +2,36 @@
 
 from __future__ import annotations
 
+import pickle
+import time
+from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 from harness.state.kinds import PLAIN
 from harness.store.staging_buffer import StagingBuffer
+
+# How long a background thread keeps the GIL at most, and for how long it then leaves it to others.
+TURN_S, PAUSE_S = 0.5e-3, 50e-6
+
+
+class Turns:
+    """Short turns of a thread that computes in Python while another one trains.
+
+    A thread keeps the GIL for 5 ms (`sys.getswitchinterval`) if another one waits for it, so every
+    operator of the training thread could take that much longer.
+    """
+
+    def __init__(self) -> None:
+        self._end_s = time.perf_counter() + TURN_S
+
+    def pause(self) -> None:
+        """Leave the GIL to other threads if this turn is over."""
+        if time.perf_counter() > self._end_s:
+            time.sleep(PAUSE_S)
+            self._end_s = time.perf_counter() + TURN_S
 
 
 class UnsupportedStateError(Exception):
@@ -71,7 +95,9 @@ def _why_not(tensor: torch.Tensor) -> str:
     return "there is more in the state than plain tensors, such as sparse or quantized ones"
 
 
-def write_outline(payload: Any, sizes: list[int], staging: StagingBuffer) -> list[int]:
+def write_outline(
+    payload: Any, sizes: list[int], staging: StagingBuffer, pause: Callable[[], object]
+) -> list[int]:
     """Let `torch.save` write all but the tensors' bytes into the staging buffer.
 
     Args:
@@ -79,6 +105,7 @@ def write_outline(payload: Any, sizes: list[int], staging: StagingBuffer) -> lis
         sizes: the size in bytes of each piece of memory that the tensors lie in, in the order in
             which pickle visits them; none is empty.
         staging: the staging buffer.
+        pause: called for every tensor and every record.
 
     Returns:
         The offset in the file of each piece of memory.
@@ -87,9 +114,19 @@ def write_outline(payload: Any, sizes: list[int], staging: StagingBuffer) -> lis
         UnsupportedStateError: if torch.save writes the tensors in an unexpected order.
         StorageError: if there is not enough memory.
     """
-    outline = _Outline()
+    outline = _Outline(pause)
+
+    class Pickler(pickle.Pickler):
+        def reducer_override(self, obj: Any) -> Any:
+            pause()
+            return NotImplemented
+
     with torch.serialization.skip_data():
-        torch.save(payload, outline)  # type: ignore[arg-type]
+        torch.save(
+            payload,
+            outline,  # type: ignore[arg-type]
+            pickle_module=SimpleNamespace(__name__="pickle", Pickler=Pickler),
+        )
     if [size_bytes for _, size_bytes in outline.holes] != sizes:
         raise UnsupportedStateError(
             f"torch {torch.__version__} writes the tensors of this state in another order than "
@@ -106,8 +143,8 @@ def write_outline(payload: Any, sizes: list[int], staging: StagingBuffer) -> lis
 class _Outline:
     """A file for `torch.save` that records what is written and where gaps are left."""
 
-    def __init__(self) -> None:
-        self.at = 0
+    def __init__(self, pause: Callable[[], object]) -> None:
+        self.at, self._pause = 0, pause
         self.written: list[tuple[int, bytes]] = []
         self.holes: list[tuple[int, int]] = []  # offset and length
 
@@ -117,6 +154,7 @@ class _Outline:
         return len(data)
 
     def seek(self, offset: int, whence: int) -> int:
+        self._pause()
         self.holes.append((self.at, offset))
         self.at += offset
         return self.at

@@ -42,13 +42,13 @@ import ctypes
 import random
 import threading
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
 
 from harness.state.capturing import is_finite, not_finite
-from harness.state.file_layout import UnsupportedStateError, tensors_in, write_outline
+from harness.state.file_layout import Turns, UnsupportedStateError, tensors_in, write_outline
 from harness.state.gpu_copy import GpuCopy
 from harness.state.raw_bytes import Samples, bytes_of, copy, equal, is_same, raw, versions_of
 from harness.store.staging_buffer import StagingBuffer
@@ -85,7 +85,7 @@ class Snapshot:
             UnsupportedStateError: if there are tensors that are not plain.
         """
         self.copied = threading.Event()  # GPU copies are queued by then, and end in `arrive`
-        self.copy_s = 0.0
+        self.copy_s, self._thread = 0.0, threading.get_ident()
         self.places: dict[int, int] = {}  # by address: the offset in the file
         self.size_bytes = self.rest_bytes = 0  # of all tensors; of those that are not steady
         self._payload: Any = payload
@@ -192,13 +192,16 @@ class Snapshot:
             StorageError: if there is not enough memory.
         """
         began = time.perf_counter()
+        is_beside = threading.get_ident() != self._thread  # beside the thread that trains
+        pause = Turns().pause if is_beside else lambda: None
         try:
-            places = self._places(staging)
+            places = self._places(staging, pause)
             self.places = {self._storages[identity][1]: at for at, identity in places}
             assert staging.memory is not None
             self._gpu_copy.pin(staging.memory)
             with self._gpu_copy.copying():
                 for at, identity in places:
+                    pause()
                     storage, address, size_bytes = self._storages[identity]
                     memory = torch.frombuffer(
                         staging.memory, dtype=torch.uint8, count=size_bytes, offset=at
@@ -214,7 +217,7 @@ class Snapshot:
             self.copy_s = time.perf_counter() - began
             self.copied.set()
 
-    def _places(self, staging: StagingBuffer) -> list[tuple[int, int]]:
+    def _places(self, staging: StagingBuffer, pause: Callable[[], object]) -> list[tuple[int, int]]:
         """Let `torch.save` write all but the tensors' bytes into the staging buffer.
 
         Returns:
@@ -226,7 +229,7 @@ class Snapshot:
             for identity, (_, _, size_bytes) in self._storages.items()
             if size_bytes
         }
-        offsets = write_outline(payload, list(parts.values()), staging)
+        offsets = write_outline(payload, list(parts.values()), staging, pause)
         return list(zip(offsets, parts, strict=True))
 
     def arrive(self) -> None:

@@ -531,6 +531,33 @@ def test_the_image_is_the_file_that_torch_would_have_written(tmp_path, steady):
     staging.close()
 
 
+def test_a_thread_that_copies_leaves_the_others_their_turns():
+    """Else the training thread waits for it after each operator, for 5 ms."""
+    memory = torch.arange(3000.0)
+    snapshot = Snapshot({str(at): memory[at : at + 1] for at in range(3000)}, set())
+    snapshot.copy_rest()
+    staging, begun, turns = StagingBuffer(), threading.Event(), 0
+
+    def save() -> None:
+        begun.set()
+        snapshot.copy_into(staging)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(60)  # no thread has to leave it to the others
+    try:
+        saving = threading.Thread(target=save)
+        saving.start()
+        begun.wait()
+        while not snapshot.copied.is_set():
+            turns += 1
+            time.sleep(0)
+    finally:
+        sys.setswitchinterval(interval)
+    saving.join()
+    staging.close()
+    assert turns > 30, f"{turns} turns for the other thread"
+
+
 def test_a_change_while_it_is_copied_is_seen():
     for change, compare in ((lambda t: t.add_(1), False), (lambda t: t.data.add_(1), True)):
         payload, staging = tree(), StagingBuffer()
