@@ -21,7 +21,7 @@ import harness.untracked.array_changes as array_changes
 from harness.data.generator_objects import GLOBAL_GENERATORS, drawn_from, is_generator
 from harness.data.held_generators import tells_its_class
 from harness.distributed import wrappers
-from harness.untracked.object_walk import ATOMS, DEPTH, FEW, MOST_OBJECTS, parts
+from harness.untracked.object_walk import ATOMS, DEPTH, FEW, MOST_OBJECTS, TimeLimit, parts
 from harness.untracked.program_frames import of_source
 from harness.untracked.unkept_values import is_of_program
 
@@ -66,7 +66,7 @@ def find_candidates(
     roots: list[tuple[str, Any]], tracked: set[int], source: Any
 ) -> list[Candidate]:
     """Find every object with state, by the shortest path to it."""
-    until = time.perf_counter() + WITHIN_S
+    limit = TimeLimit(WITHIN_S)
     own_dataset = getattr(source, "dataset", None)
     in_workers = bool(getattr(getattr(source, "workers", None), "number", 0))
 
@@ -74,10 +74,10 @@ def find_candidates(
         return id(part) not in tracked and not is_of_evaluation(holder, part, source)
 
     of_workers = (
-        {id(obj) for _, obj, _ in walk(of_source(source), until, enters)} if in_workers else set()
+        {id(obj) for _, obj, _ in walk(of_source(source), limit, enters)} if in_workers else set()
     )
     candidates, inside = [], set[int]()  # `inside`: ids of the parts of modules that were found
-    for path, obj, _ in walk(roots, until, enters):
+    for path, obj, _ in walk(roots, limit, enters):
         kind = kind_of(obj)
         # The state of a stream is saved for each rank.
         is_stream = obj is own_dataset and not hasattr(source, "plan")
@@ -134,13 +134,13 @@ def _asked(obj: Any, kind: str) -> Callable[[], Any]:
 
 
 def walk(
-    roots: Iterable[tuple[str, Any]], until: float, enters: Callable[[Any, str, Any], bool]
+    roots: Iterable[tuple[str, Any]], limit: TimeLimit, enters: Callable[[Any, str, Any], bool]
 ) -> Iterator[tuple[str, Any, int]]:
     """Yield path, object and depth of everything that the roots hold, breadth first.
 
     Args:
         roots: paths and objects to start from.
-        until: the time, of `time.perf_counter`, at which the search ends.
+        limit: when the search ends.
         enters: returns whether to search an object, given its holder, its name there and itself.
     """
     seen: set[int] = set()
@@ -148,7 +148,7 @@ def walk(
         (path, obj, 0) for path, obj in roots if tells_its_class(obj) and enters(None, "", obj)
     )
     last = collections.deque[tuple[str, Any, int]]()  # of large containers
-    while (waiting or last) and len(seen) < MOST_OBJECTS and time.perf_counter() < until:
+    while (waiting or last) and len(seen) < MOST_OBJECTS and not limit.is_over():
         path, obj, depth = (waiting or last).popleft()
         if id(obj) in seen or _is_a_librarys(obj):
             continue

@@ -51,10 +51,10 @@ from harness.untracked.candidates import (
 )
 from harness.untracked.foreign_optimizers import on_untracked_update
 from harness.untracked.given_state import GivenState, are_searched
-from harness.untracked.object_walk import MOST_OBJECTS, plain_in
+from harness.untracked.object_walk import MOST_OBJECTS, TimeLimit, plain_in
 from harness.untracked.program_frames import of_source
 from harness.untracked.program_roots import Roots, Sharing, of_torch, of_tracked
-from harness.untracked.program_values import ProgramValues, marks
+from harness.untracked.program_values import LOOK_S, ProgramValues, marks
 
 OF_THE_RUN = ("harness.run", "harness.data", "harness.saving", "harness.distributed")
 
@@ -220,7 +220,8 @@ class UntrackedFinder:
             self._is_cut_reported = True
             self._say(
                 "harness: warning: the program holds more objects than are searched for state that "
-                f"is not tracked ({MOST_OBJECTS}): some of it may be lost at a restart unnamed"
+                f"is not tracked ({MOST_OBJECTS}, or as many as take {LOOK_S:g} s): some of it may "
+                "be lost at a restart unnamed"
             )
         known = [name.rpartition(" (")[0] for name in self.names]
         enters = self._enters(kept)
@@ -281,14 +282,14 @@ class UntrackedFinder:
         looked after by `foreign_optimizers`.
         """
         own = are_searched(self._tracked)
-        kept, until = set(self._handled), time.perf_counter() + WITHIN_S
+        kept, limit = set(self._handled), TimeLimit(WITHIN_S)
         others = [obj for name, obj in self._tracked.items() if name not in own]
         roots = [("", wrappers.unwrap(obj)) for obj in others]
         roots.append(("", self._saved))
         kept |= {id(obj) for obj in others}
         for _, obj, _ in walk(
             roots,
-            until,
+            limit,
             lambda holder, name, _: (
                 not (name == ".optimizer" and kind_of(holder) in (SCHEDULER, SCALER))
                 and not (name.startswith("._optimizer") and kind_of(holder) == OPTIMIZER)  # hooks

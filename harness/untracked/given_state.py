@@ -12,7 +12,6 @@ import collections
 import itertools
 import random
 import re
-import time
 from collections.abc import Collection, Iterator, Mapping, Set
 from typing import Any
 
@@ -26,6 +25,7 @@ from harness.distributed import wrappers
 from harness.distributed.dtensors import plain
 from harness.state.kinds import PLAIN
 from harness.untracked.candidates import OPTIMIZER, WITHIN_S, kind_of, walk
+from harness.untracked.object_walk import TimeLimit
 from harness.untracked.unkept_values import is_of_program
 
 MOST_NUMBERS = 20_000  # of a larger container or array only some are compared
@@ -107,8 +107,8 @@ class GivenState:
         `kept` are ids of values that are not searched.
         """
         optimizers = set[int]()
-        until = time.perf_counter() + WITHIN_S
-        for _, obj, _ in walk(self._objects, until, lambda *item: id(item[-1]) not in kept):
+        limit = TimeLimit(WITHIN_S)
+        for _, obj, _ in walk(self._objects, limit, lambda *item: id(item[-1]) not in kept):
             self._within.add(id(obj))
             if kind_of(obj) == OPTIMIZER:
                 optimizers.add(id(obj))

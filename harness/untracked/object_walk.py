@@ -9,6 +9,7 @@ import collections
 import functools
 import inspect
 import itertools
+import time
 import types
 import warnings
 from collections.abc import Iterator, Mapping
@@ -48,6 +49,20 @@ OF_OPTIMIZERS = frozenset(vars(torch.optim.SGD([torch.zeros(1, device="cpu")], 0
     "step",
     "_opt_called",
 }
+
+
+class TimeLimit:
+    """The end of a search, after so many seconds in which its thread computes.
+
+    On a busy machine these are more seconds of the clock, which is read alone until then.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self._until_s, self._own_s = time.perf_counter() + seconds, time.thread_time() + seconds
+
+    def is_over(self) -> bool:
+        """Return whether the time is over."""
+        return time.perf_counter() > self._until_s and time.thread_time() > self._own_s
 
 
 def parts(value: Any) -> Iterator[tuple[str, Any]]:

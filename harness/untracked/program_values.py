@@ -38,11 +38,11 @@ from harness.source_code.methods import (
 )
 from harness.state.kinds import PLAIN
 from harness.untracked.array_changes import ATTRIBUTE, MODULE, ArrayMark
-from harness.untracked.object_walk import DEPTH, FEW, MOST_OBJECTS, parts_with_places
+from harness.untracked.object_walk import DEPTH, FEW, MOST_OBJECTS, TimeLimit, parts_with_places
 from harness.untracked.program_frames import is_programs_file
 from harness.untracked.unkept_values import is_of_program, is_programs
 
-WITHIN_S = 1.0  # limit of a search
+LOOK_S = 1.0  # limit of a search
 IMPORTED_AT = time.perf_counter()
 HASHED_BYTES = 1 << 20  # of a larger array some numbers are compared
 SEARCHED = ("builtins", "collections", "functools", "itertools", "types", "argparse")
@@ -176,7 +176,7 @@ class _Walk:
     def __init__(
         self, roots: Iterable[Root], enters: Enters, tracked: Collection[int] = ()
     ) -> None:
-        self._enters, self._until = enters, time.perf_counter() + WITHIN_S
+        self._enters, self._limit = enters, TimeLimit(LOOK_S)
         self._tracked = tracked  # ids of what is not searched
         self._waiting = collections.deque((path, value, None, 0) for path, value in roots)
         self._last = collections.deque[tuple[str, Any, Any, int]]()  # of large containers
@@ -185,7 +185,7 @@ class _Walk:
     def __iter__(self) -> Iterator[tuple[str, Any, Any]]:
         seen: set[int] = set()
         while self._waiting or self._last:
-            if len(seen) >= MOST_OBJECTS or time.perf_counter() > self._until:
+            if len(seen) >= MOST_OBJECTS or self._limit.is_over():
                 self.is_cut = True
                 return
             path, value, holder, depth = (self._waiting or self._last).popleft()

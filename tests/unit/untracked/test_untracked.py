@@ -17,6 +17,7 @@ from programs import STEP, live
 from s3_server import free_ports
 
 from harness.untracked import program_values
+from harness.untracked.object_walk import TimeLimit
 
 PROGRAM = """
 BEFORE
@@ -1086,3 +1087,11 @@ def test_that_it_begins_anew_is_said_once(tmp_path):
     assert lived.code == 0, lived.text
     said = [line for line in lived.text.splitlines() if "begins anew after a restart" in line]
     assert len(said) == 1 and "main(): i of enumerate(loader). run.enumerate" in said[0], said
+
+
+def test_a_search_is_not_cut_short_because_the_machine_is_busy():
+    limit = TimeLimit(0.05)
+    time.sleep(0.1)  # others compute
+    assert not limit.is_over()
+    while not limit.is_over():
+        sum(range(1000))
