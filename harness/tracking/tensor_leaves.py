@@ -77,12 +77,13 @@ class Leaves(dict[Path, Leaf]):
     """All leaves of one object's state, by path; `whole` is the complete state."""
 
     def __init__(self, captured: Captured) -> None:
-        self._captured = captured
+        self._captured, self._is_sharded = captured, False
         elsewhere = captured.gpu_sources()
         (value,) = captured.payload.values()
         for path, leaf in _walk(value, ()):
             is_tensor = isinstance(leaf, torch.Tensor)
             if is_tensor and leaf.is_meta:  # sharded: each rank has another part
+                self._is_sharded = True
                 continue
             live = (
                 elsewhere.get(leaf.data_ptr(), leaf)
@@ -108,7 +109,7 @@ class Leaves(dict[Path, Leaf]):
         Raises:
             UsageError: Some of it is sharded.
         """
-        if self._captured.parts:
+        if self._is_sharded:
             raise UsageError(
                 "the state of a sharded object has other keys or kinds on other ranks",
                 f"found: in {', '.join(self._captured.payload)}",

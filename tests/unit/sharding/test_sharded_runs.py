@@ -565,6 +565,39 @@ def test_a_resume_inside_an_epoch_whose_first_batch_is_made_ahead(tmp_path: Path
     assert again.codes == [0, 0] and "resumes from step 6" in again.text, again.texts
 
 
+SEEN = """
+class Seen(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.seen = {}
+
+    def forward(self, x):
+        self.seen[f"by rank {run.rank}"] = 1
+        return x
+
+    def get_extra_state(self):
+        return dict(self.seen)
+
+    def set_extra_state(self, state):
+        self.seen = dict(state)
+
+model.append(Seen())
+run.track("""
+
+
+def test_a_sharded_model_whose_state_has_other_keys_on_other_ranks_is_refused(
+    tmp_path: Path,
+) -> None:
+    source = program(FSDP).replace("run.track(", SEEN.lstrip(), 1)
+    lived = live(tmp_path, source, "run", ranks=2)
+    assert lived.code == 78, lived.text
+    for text in (
+        "the state of a sharded object has other keys or kinds on other ranks",
+        "found: in model_state_dict",
+    ):
+        assert text in lived.text, lived.text
+
+
 def test_what_to_empty_has_left_uninitialised_is_refused_at_the_start(tmp_path: Path) -> None:
     wrap = f"{FSDP}\nwith torch.no_grad():\n    model[4].bias.to_local().fill_(float('nan'))"
     lived = live(tmp_path, program(wrap), "run", ranks=2)
