@@ -137,9 +137,8 @@ class CurrentAttempt:
         number, run_id, nonce = self.world.on_writer(claim, give_up=give_up)
         self.attempt = Attempt(number, run_id, nonce)
         self._exit_record.begun(self.stores, self.attempt, self.world, self.background.close)
-        for store in self.stores if self.sharded or len(self.stores) == 1 else ():
-            if store.is_local:
-                check_shared(store, self.attempt, self.world)
+        if self.sharded or len(self.stores) == 1:
+            check_shared(self.stores, self.attempt, self.world)
         if self.sharded:
             self.sharded.begin(self.attempt)
         self.save_policy.begun()

@@ -196,6 +196,7 @@ def test_run_directories_of_the_nodes_own_are_refused(tmp_path: Path, home: dict
     )
     life = live(tmp_path, source, "run", ranks=2, env=home)
     assert life.codes == [78, 78] and "not shared" in life.text, life.texts
+    assert f"or keep checkpoints in {home['REMOTE']} alone: run.dir=null" in life.text, life.texts
 
 
 def whole_in(home: dict[str, str]) -> list[int]:
