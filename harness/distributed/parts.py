@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from harness.distributed.layout import Box, Layout
 from harness.errors import UsageError
 
 PARTS = "parts"  # the key of a loaded checkpoint under which its `Parts` are
+LEFT_OUT = torch.empty(0, device="meta")  # stands for all tensors whose parts are left out
 Shape = tuple[int, ...]
 
 
@@ -85,7 +87,7 @@ def take(parts: TakenParts | None, where: Any, tensor: Any, saved: Any) -> torch
         UsageError: The tensor cannot be kept.
     """
     if parts is not None and parts.are_left_out:
-        return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+        return LEFT_OUT
     path = path_of(where)
     if parts is None or path in parts:
         raise UsageError(
@@ -106,23 +108,30 @@ def take(parts: TakenParts | None, where: Any, tensor: Any, saved: Any) -> torch
     if tied is not None and (tied.layout, tied.shape) == (layout, tuple(tensor.shape)):
         standing = tied.standing
     else:
-        standing = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+        standing = _standing(path, tensor.shape, tensor.dtype)
     parts.take(path, Part(kept, layout, tuple(tensor.shape), standing))
     parts.live[kept.data_ptr()] = tensor
     return standing
 
 
+@functools.lru_cache(1 << 16)
+def _standing(path: str, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+    """Return a tensor without data that stands for that at a path; the same one at each save."""
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
 def described(parts: Mapping[str, Part]) -> dict[str, Any]:
     """Return how tensors are cut, as the main file of a checkpoint has it under `layout`."""
-    meshes = list[Any]()
-    tensors = {}
-    for path, part in parts.items():
-        nested = torch.tensor(part.layout.ranks).reshape(part.layout.mesh).tolist()
+    meshes, known = list[Any](), dict[int, list[Any]]()  # by the identity of the layout: few
+    for layout in {id(part.layout): part.layout for part in parts.values()}.values():
+        nested = torch.tensor(layout.ranks).reshape(layout.mesh).tolist()
         if nested not in meshes:
             meshes.append(nested)
-        placements = [list(placement) for placement in part.layout.placements]
-        tensors[path] = [meshes.index(nested), placements]
-    return {"meshes": meshes, "tensors": tensors}
+        known[id(layout)] = [meshes.index(nested), [*map(list, layout.placements)]]
+    return {
+        "meshes": meshes,
+        "tensors": {path: known[id(part.layout)] for path, part in parts.items()},
+    }
 
 
 def tensors_without_data(value: Any, where: Any) -> Iterator[tuple[str, torch.Tensor]]:

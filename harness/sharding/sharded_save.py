@@ -21,6 +21,8 @@ from harness.arguments import Settings
 from harness.checkpoint.attempts import Attempt
 from harness.checkpoint.commit import About
 from harness.distributed import dtensors
+from harness.distributed.layout import Layout
+from harness.distributed.parts import Shape
 from harness.distributed.ranks import World
 from harness.errors import HarnessError, UsageError
 from harness.sharding import shards
@@ -48,7 +50,10 @@ class ShardedSave:
     def __init__(self, world: World, stores: tuple[Store, ...], tracked: Mapping[str, Any]) -> None:
         self._world, self.tracked = world, tracked
         self.uploads = ShardUploads(world, *stores) if len(stores) > 1 else None
-        self._main, self._count, self._checked_table = MainFile(), 0, ""
+        self._main, self._count = MainFile(), 0
+        # Which tensors are sharded, and how, as it was checked; a digest that is the same on every
+        # rank.
+        self._checked_table, self._digest = list[tuple[str, Layout, Shape]](), ""
         self.current: RankSave | None = None  # the newest save of this rank
         self._is_background = self._is_left = False
         self._no_room = ""  # why parts cannot be copied, if they cannot
@@ -185,7 +190,7 @@ class ShardedSave:
         return reply | {
             "is_unable": not self._is_background or bool(self._main.slow_reason),
             "slow": self._no_room or saver.slow_reason or self._main.slow_reason,
-            "table": self._checked_table,
+            "table": self._digest,
         }
 
     def _start(
@@ -260,12 +265,13 @@ class ShardedSave:
         Raises:
             UsageError: The parts do not hold the state.
         """
-        table = _table(whole)
+        table = [(path, part.layout, part.shape) for path, part in whole.parts.items()]
         if table != self._checked_table:
             shards.check_covered(whole.parts)
             for name, obj in whole.tracked.items():
                 dtensors.check_optimizer_state(name, obj)
             self._checked_table = table
+            self._digest = hashlib.blake2b(repr(table).encode(), digest_size=8).hexdigest()
         if not self.must_go_on():
             return "", ""
         found = f"rank {self._world.rank}: gradients are accumulated that are in no state"
@@ -314,12 +320,6 @@ def sharded_save(
         return None
     check_start(tracked, world, settings)
     return ShardedSave(world, stores, tracked)
-
-
-def _table(captured: Captured) -> str:
-    """Return a digest of which tensors are sharded, and how: the same on every rank."""
-    rows = [(path, part.layout, part.shape) for path, part in captured.parts.items()]
-    return hashlib.blake2b(repr(rows).encode(), digest_size=8).hexdigest()
 
 
 def _check_same(replies: list[dict[str, Any]]) -> None:
