@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import library_runs
 import psutil
 import pytest
 import torch
@@ -219,6 +220,43 @@ def test_a_lost_node_costs_one_checkpoint_interval_at_most(
     assert max(run.failures()) <= 1, (
         "a rank may see the other one vanish before SLURM sees the node do so, but once only"
     )
+
+
+def test_a_sharded_run_on_nodes_that_share_nothing_but_a_bucket_survives_a_lost_node(
+    slurm: SlurmCluster,
+    tmp_path: Path,
+    bucket: tuple[S3Server, str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    server, name = bucket
+    for variable, value in server.environment.items():
+        monkeypatch.setenv(variable, value)
+    home = Home(server, name)
+    whole = train_whole(tmp_path / "whole", "train.shard=fsdp")
+    run = submitted(
+        slurm,
+        tmp_path,
+        "sharded",
+        "run.dir=null",
+        f"run.remote={home.url}",
+        "train.shard=fsdp",
+        "checkpoint.every_steps=5",
+        "slurm.job_name=sharded",
+        env=server.environment,
+    )
+    run.home = run.work / "sharded"
+    run.wait(lambda: max(home.steps(), default=0) >= 10, "two checkpoints")
+    lost = run.nodes().split(",")[1]
+    slurm.kill_node(lost)
+    slurm.mark_down(lost)
+    run.hasten()
+    run.ended(limit_s=200)
+    assert lost not in run.nodes() and slurm.restarts(run.job) == 1
+    assert [file["name"].count("/") for file in home.manifests()[-1]["files"]] == [0, 1, 1]
+    rows = differences(library_runs.newest(whole), library_runs.newest(home.url))
+    assert [row for row in rows if not row[0].startswith("config.")] == []
+    assert "resumes from step" in run.log()
+    assert remote_losses(home) == losses(whole)
 
 
 @pytest.mark.parametrize("place", [0, 1], ids=["batch", "other"])

@@ -21,7 +21,7 @@ from harness.checkpoint.catalog import read_catalog
 from harness.distributed.reshard import made_whole
 from harness.saving.checkpointer import Checkpointer
 from harness.sharding.shards import ShardFiles
-from harness.store import LocalStore
+from harness.store import open_store
 
 
 def net() -> nn.Module:
@@ -74,11 +74,11 @@ def checkpointer_of(run_: harness.Run) -> Checkpointer:
 
 
 def steps_of(directory: Path) -> list[int]:
-    return [manifest.step for manifest in read_catalog(LocalStore(directory)).manifests]
+    return [manifest.step for manifest in read_catalog(open_store(directory)).manifests]
 
 
-def newest(directory: Path) -> dict:
-    store = LocalStore(directory)
+def newest(place: Path | str) -> dict:
+    store = open_store(place)
     manifest = there(read_catalog(store).head)
     payload = load.load(store, manifest)
     return made_whole(payload, ShardFiles(store, manifest, payload)) if manifest.shards else payload
