@@ -16,7 +16,10 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from remote_lives import Born
 
 HEAD = """
 import os, random, signal, sys, time
@@ -138,17 +141,16 @@ class Outcome:
         return self.whole.code == self.resumed.code == 0 and not self.rows
 
 
-def live(
+def born(
     folder: Path,
     source: str,
     name: str,
     *,
     ranks: int = 1,
     env: dict[str, str] | None = None,
-    limit_s: float = 120,
     head: str = HEAD,
-) -> Lived:
-    """Let the program live once, on the run `name` in the folder, to whatever end."""
+) -> list[Born]:
+    """Begin a life of the program, on the run `name` in the folder; the processes of its ranks."""
     from remote_lives import shared_nursery
     from s3_server import free_ports
 
@@ -161,28 +163,43 @@ def live(
         "MASTER_PORT": str(port),
         "LOCAL_WORLD_SIZE": str(ranks),
     }
-    born = []
+    processes = []
     for rank in range(ranks):
         own = (joined | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}) | (
             env or {}
         )
         output = folder / f"{name}.{time.monotonic_ns()}.{rank}.txt"
-        born.append(
+        processes.append(
             shared_nursery().bear(
                 "program", own, output, str(path), str(folder), [str(folder / name)]
             )
         )
+    return processes
+
+
+def live(
+    folder: Path,
+    source: str,
+    name: str,
+    *,
+    ranks: int = 1,
+    env: dict[str, str] | None = None,
+    limit_s: float = 120,
+    head: str = HEAD,
+) -> Lived:
+    """Let the program live once, on the run `name` in the folder, to whatever end."""
+    processes = born(folder, source, name, ranks=ranks, env=env, head=head)
     until = time.monotonic() + limit_s
     try:
-        first = born[0].wait(limit_s)
-        for other in born[1:]:
+        first = processes[0].wait(limit_s)
+        for other in processes[1:]:
             if first == -signal.SIGKILL:
                 other.kill()
             other.wait(max(1.0, until - time.monotonic()))
     finally:
-        for one in born:
+        for one in processes:
             one.kill()
-    return Lived([one.wait() for one in born], [one.text for one in born])
+    return Lived([one.wait() for one in processes], [one.text for one in processes])
 
 
 def killed_once(
