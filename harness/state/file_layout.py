@@ -53,46 +53,33 @@ def tensors_in(value: Any, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
         if value.is_meta:
             return tensors
         if not _is_plain(value):
-            raise UnsupportedStateError(_why_not(value))
+            raise UnsupportedStateError(
+                "there is more in the state than plain tensors, such as sparse or quantized ones"
+            )
+        for name, held in vars(value).items() if vars(value) else ():
+            if isinstance(held, torch.Tensor):  # torch.save writes it as well, in between
+                raise UnsupportedStateError(
+                    f"a tensor in the state has an attribute {name!r} that is a tensor too. To "
+                    "save in the background, make it an entry of its own in the state_dict"
+                )
         tensors.append(value)
     elif isinstance(value, dict | list | tuple):
         for item in value.values() if isinstance(value, dict) else value:
-            if type(item) is torch.Tensor and _is_plain(item):  # most of them: a call less
-                tensors.append(item)
+            if type(item) is torch.Tensor and not vars(item) and _is_plain(item):
+                tensors.append(item)  # most of them: a call less
             elif type(item) not in PLAIN:
                 tensors_in(item, tensors)
     return tensors
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:
-    """Return whether the file holds the bytes of a CPU tensor's memory, and nothing else of it."""
+    """Return whether the file holds a tensor as the bytes of its memory on the CPU."""
     return (
         type(tensor) is torch.Tensor
         and tensor.is_cpu
         and tensor.layout is torch.strided
         and not tensor.is_quantized
-        and not (vars(tensor) and _named_tensor(tensor))
     )
-
-
-def _named_tensor(tensor: torch.Tensor) -> str | None:
-    """Return the name of an attribute that is a tensor: torch.save writes it as well, in between.
-
-    None if there is no such attribute.
-    """
-    return next(
-        (name for name, held in vars(tensor).items() if isinstance(held, torch.Tensor)), None
-    )
-
-
-def _why_not(tensor: torch.Tensor) -> str:
-    """Return why a state with this tensor is not copied in the background."""
-    if (name := _named_tensor(tensor)) is not None:
-        return (
-            f"a tensor in the state has an attribute {name!r} that is a tensor too. To save in the "
-            "background, make it an entry of its own in the state_dict"
-        )
-    return "there is more in the state than plain tensors, such as sparse or quantized ones"
 
 
 def write_outline(
@@ -116,7 +103,7 @@ def write_outline(
     """
     outline = _Outline(pause)
 
-    class Pickler(pickle.Pickler):
+    class Pickler(pickle.Pickler):  # the way into the long loop over the objects
         def reducer_override(self, obj: Any) -> Any:
             pause()
             return NotImplemented
