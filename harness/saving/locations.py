@@ -93,38 +93,30 @@ def listen(stores: tuple[Store, ...], is_writer: bool) -> StoreHealth:
 
 
 def check_shared(stores: tuple[Store, ...], attempt: Attempt, world: World) -> None:
-    """Check that every rank sees the claim in the run directory, if there is one.
+    """Check that every rank sees the claim in each store that is a directory.
 
     Several nodes with a run directory each would be several runs.
     Collective: every rank must call it.
 
-    Args:
-        stores: the stores of the run.
-        attempt: the claimed attempt.
-        world: the ranks of this attempt.
-
     Raises:
         UsageError: at least one rank does not see the claim.
     """
-    if not stores[0].is_local:
-        return
-    # Network file systems may show the claim late.
-    until = time.monotonic() + (SHARED_WITHIN_S if world.size > 1 else 0)
-    while not (seen := attempts.holds(stores[0], attempt)) and time.monotonic() < until:
-        time.sleep(0.1)
-    blind = [rank for rank, sees in enumerate(world.gather(seen)) if not sees]
-    if blind:
-        raise UsageError(
-            f"the run directory is not shared: rank(s) {blind} do not see what rank 0 wrote",
-            f"found: {stores[0]}",
-            "Put it on a file system that all nodes share"
-            + (
+    for store in (store for store in stores if store.is_local):
+        # Network file systems may show the claim late.
+        until = time.monotonic() + (SHARED_WITHIN_S if world.size > 1 else 0)
+        while not (seen := attempts.holds(store, attempt)) and time.monotonic() < until:
+            time.sleep(0.1)
+        if blind := [rank for rank, sees in enumerate(world.gather(seen)) if not sees]:
+            alone = (
                 f", or keep checkpoints in {stores[-1]} alone: run.dir=null, "
-                "or harness.init(None, remote=…)."
-                if len(stores) > 1
-                else "."
-            ),
-        )
+                "or harness.init(None, remote=…)"
+            )
+            raise UsageError(
+                f"the run directory is not shared: rank(s) {blind} do not see what rank 0 wrote",
+                f"found: {store}",
+                "Put it on a file system that all nodes share"
+                f"{'' if store is stores[-1] else alone}.",
+            )
 
 
 def hand_in(catalog: Catalog | None, last: Manifest | None, policy: Policy) -> str:

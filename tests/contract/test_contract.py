@@ -103,8 +103,7 @@ def s3_place(s3_server: S3Server) -> Iterator[tuple[Place, Callable[[], None]]]:
             client.delete_objects(Bucket=bucket, Delete={"Objects": names[at : at + 1000]})
 
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in s3_server.environment.items():
-            patch.setenv(name, value)
+        s3_server.lend(patch)
         store = open_store(f"s3://{bucket}/run", 20)
         yield (
             Place(

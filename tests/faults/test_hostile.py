@@ -555,8 +555,7 @@ def test_a_range_of_a_bucket_is_asked_of_the_object_that_was_found(
     bucket: tuple[S3Server, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server, name = bucket
-    for variable, value in server.environment.items():
-        monkeypatch.setenv(variable, value)
+    server.lend(monkeypatch)
     store = open_store(f"s3://{name}/a", 5)
     store.write("m", bytes(300_000), 1)
     file = store.open("m")

@@ -165,8 +165,7 @@ def lives(s3_server: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Iter
     own = not torch.distributed.is_initialized()
     world, nursery = join.join(60), shared_nursery()
     with pytest.MonkeyPatch.context() as patch:
-        for variable, value in s3_server.environment.items():
-            patch.setenv(variable, value)
+        s3_server.lend(patch)
         yield Lives(s3_server, name, nursery, tmp_path_factory.mktemp("lives"), world)
     nursery.end_all()
     if own:

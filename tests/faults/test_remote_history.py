@@ -93,8 +93,7 @@ class Place:
 @pytest.fixture
 def place(bucket: tuple[S3Server, str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
     server, name = bucket
-    for variable, value in server.environment.items():
-        monkeypatch.setenv(variable, value)
+    server.lend(monkeypatch)
     with FaultProxy(server.host, server.port) as proxy:
         yield Place(server, name, proxy)
 

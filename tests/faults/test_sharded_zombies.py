@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from library_runs import newest, steps_of
-from programs import born, live
+from programs import SHARDED, born, live
 
 from harness.checkpoint.catalog import read_catalog
 from harness.cli import main
@@ -21,20 +21,17 @@ pytestmark = pytest.mark.slow
 
 # Each rank stops in the save of step 6 at the place that AT names for it: the writer before it
 # looks whether it is superseded or after that, the other one around its shard and its word.
-PROGRAM = """
+PROGRAM = (
+    """
 from torch.distributed.fsdp import fully_shard
 from harness.checkpoint import commit
 from harness.distributed.words import Words
 from harness.sharding import rank_save
 
 run = init()
-torch.manual_seed(3)
-model = nn.Sequential(nn.Linear(8, 13), nn.BatchNorm1d(13), nn.Linear(13, 1))
-fully_shard(model[0])
-fully_shard(model)
-optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-run.track(model=model, optimizer=optimizer)
-place = os.environ.get("AT", ",").split(",")[run.rank]
+"""
+    + SHARDED
+    + """place = os.environ.get("AT", ",").split(",")[run.rank]
 steps = []
 
 
@@ -70,6 +67,7 @@ for x, y in run.batches(points(), 16, epochs=1):
     loss.backward()
     optimizer.step()
 """
+)
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +80,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("at", "killed"),
     [
-        pytest.param(",before its word", None, id="before the fence"),
+        pytest.param(",before its word", None, id="before the last word"),
         pytest.param("after the fence,after its word", None, id="after the fence"),
         pytest.param("before the fence,after its word", 1, id="the writer alone"),
         pytest.param("after the fence,after its word", 1, id="the writer alone, after the fence"),

@@ -229,8 +229,7 @@ def test_a_sharded_run_on_nodes_that_share_nothing_but_a_bucket_survives_a_lost_
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     server, name = bucket
-    for variable, value in server.environment.items():
-        monkeypatch.setenv(variable, value)
+    server.lend(monkeypatch)
     home = Home(server, name)
     whole = train_whole(tmp_path / "whole", "train.shard=fsdp")
     run = submitted(

@@ -44,6 +44,15 @@ def points(count=160):
     )
 """
 
+# A small model under `fully_shard`, which a program has imported, and its optimizer.
+SHARDED = """
+torch.manual_seed(3)
+model = nn.Sequential(nn.Linear(8, 13), nn.BatchNorm1d(13), nn.Linear(13, 1))
+fully_shard(model[0])
+fully_shard(model)
+optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+run.track(model=model, optimizer=optimizer)
+"""
 STEP = """
     loss = (model(x) - y).square().mean()
     optimizer.zero_grad()

@@ -129,6 +129,11 @@ class S3Server:
             "AWS_EC2_METADATA_DISABLED": "true",
         }
 
+    def lend(self, patch: pytest.MonkeyPatch) -> None:
+        """Let this process find the server, and be let in, as long as the patch lasts."""
+        for variable, value in self.environment.items():
+            patch.setenv(variable, value)
+
     def client(self, url: str | None = None, **config: Any) -> Any:
         """A plain synchronous client for what the test itself wants to know: one try, no retries,
         short timeouts."""

@@ -838,8 +838,7 @@ def test_a_checkpoint_of_a_run_is_not_overwritten(averaged: Path, tmp_path: Path
 def cloud(bucket: tuple[S3Server, str], monkeypatch: pytest.MonkeyPatch) -> tuple[Any, str]:
     """A client and an empty bucket, which this process finds by its environment."""
     server, name = bucket
-    for key, value in server.environment.items():
-        monkeypatch.setenv(key, value)
+    server.lend(monkeypatch)
     return server.client(), name
 
 

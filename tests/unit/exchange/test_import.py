@@ -1042,8 +1042,7 @@ def test_files_and_runs_may_be_in_a_bucket(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     server, place = bucket
-    for variable, value in server.environment.items():
-        monkeypatch.setenv(variable, value)
+    server.lend(monkeypatch)
     file = made(name, tmp_path, done)
     url = put(server, place, file)
     answer = command(

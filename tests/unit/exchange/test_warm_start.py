@@ -196,8 +196,7 @@ def test_weights_come_from_a_bucket(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     server, place = bucket
-    for variable, value in server.environment.items():
-        monkeypatch.setenv(variable, value)
+    server.lend(monkeypatch)
     expected = dict(done.model.state_dict())
     if what in ("run", "checkpoint"):
         train_on(tmp_path / "old", f"run.remote=s3://{place}/old", "train.max_steps=3")

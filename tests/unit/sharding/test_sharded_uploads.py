@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from library_runs import newest, steps_of
-from programs import Lived, live
+from programs import SHARDED, Lived, live
 from s3_server import S3Server
 
 from harness.checkpoint import load
@@ -21,7 +21,8 @@ from harness.sharding.shards import ShardFiles
 from harness.store import LocalStore, open_store
 from harness.store.remote import RemoteStore
 
-BUILT = """
+BUILT = (
+    """
 from torch.distributed.fsdp import fully_shard
 from harness.errors import DamagedError, StorageError
 from harness.saving import uploader
@@ -29,13 +30,9 @@ from harness.sharding import shard_uploads
 from harness.store import open_store
 
 run = init(remote=os.environ.get("REMOTE"), seed=0)
-torch.manual_seed(3)
-model = nn.Sequential(nn.Linear(8, 13), nn.BatchNorm1d(13), nn.Linear(13, 1))
-fully_shard(model[0])
-fully_shard(model)
-optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-run.track(model=model, optimizer=optimizer)
-
+"""
+    + SHARDED
+    + """
 
 def die(run):
     # Once the bucket has what was saved before it.
@@ -64,14 +61,14 @@ for x, y in run.batches(points(), 16, epochs=1):
     optimizer.step()
     die(run)
 """
+)
 
 
 @pytest.fixture
 def home(bucket: tuple[S3Server, str], monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     """What a program needs to keep its run in an empty bucket, too; the test sees it as well."""
     server, called = bucket
-    for name, value in server.environment.items():
-        monkeypatch.setenv(name, value)
+    server.lend(monkeypatch)
     return server.environment | {"REMOTE": f"s3://{called}/run"}
 
 
@@ -197,6 +194,16 @@ def test_run_directories_of_the_nodes_own_are_refused(tmp_path: Path, home: dict
     life = live(tmp_path, source, "run", ranks=2, env=home)
     assert life.codes == [78, 78] and "not shared" in life.text, life.texts
     assert f"or keep checkpoints in {home['REMOTE']} alone: run.dir=null" in life.text, life.texts
+
+
+@pytest.mark.slow
+def test_a_remote_directory_that_the_nodes_do_not_share_is_refused(tmp_path: Path) -> None:
+    source = BUILT.replace("TROUBLE", "pass").replace(
+        'remote=os.environ.get("REMOTE")', 'remote=os.environ["REMOTE"] + os.environ["RANK"]'
+    )
+    life = live(tmp_path, source, "run", ranks=2, env={"REMOTE": str(tmp_path / "remote")})
+    assert life.codes == [78, 78] and "not shared" in life.text, life.texts
+    assert f"found: {tmp_path}/remote0" in life.text and "alone" not in life.text, life.texts
 
 
 def whole_in(home: dict[str, str]) -> list[int]:
