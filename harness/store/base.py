@@ -301,8 +301,8 @@ class Store(abc.ABC):
         """
 
     @abc.abstractmethod
-    def delete(self, key: str) -> None:
-        """Delete a file durably; a file that does not exist is no error."""
+    def delete(self, *keys: str) -> None:
+        """Delete files durably; a file that does not exist is no error."""
 
     @abc.abstractmethod
     def set_aside(self, keys: Sequence[str]) -> None:

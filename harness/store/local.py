@@ -250,18 +250,18 @@ class LocalStore(Store):
 
     def set_aside(self, keys: Sequence[str]) -> None:
         """Rename the files that exist, so that they are no longer taken for a checkpoint."""
-        for key in keys:
-            if self.exists(key):
-                with _storage_errors(key, "rename"):
-                    os.rename(self.path(key), self.path(key + SET_ASIDE))
-                    fsync_folder(self.path(key).parent)
+        for key in filter(self.exists, keys):
+            with _storage_errors(key, "rename"):
+                os.rename(self.path(key), self.path(key + SET_ASIDE))
+                fsync_folder(self.path(key).parent)
 
-    def delete(self, key: str) -> None:
-        """Delete a file and fsync its folder; a file that does not exist is no error."""
-        with _storage_errors(key, "delete"):
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(self.path(key))
-            fsync_folder(self.path(key).parent)
+    def delete(self, *keys: str) -> None:
+        """Delete files, then fsync each of their folders; a file that is not there is no error."""
+        with _storage_errors(keys[0], "delete"):
+            for path in map(self.path, keys):
+                path.unlink(missing_ok=True)
+            for folder in {self.path(key).parent for key in keys}:
+                fsync_folder(folder)
 
     def prepare(self, folders: tuple[str, ...]) -> None:
         """Create the folders and fsync the parent of each new one.

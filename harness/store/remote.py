@@ -36,7 +36,7 @@ from harness.store.explain import explained
 from harness.store.remote_sink import RemoteSink
 
 T = TypeVar("T")
-RANGE_BYTES, READ_AHEAD = 8 << 20, 6
+RANGE_BYTES, READ_AHEAD, DELETED_AT_ONCE = 8 << 20, 6, 8
 # The longest time that a single request may take, whatever the retry limit: a part of 8 MiB at
 # 70 kB/s.
 REQUEST_S = 120.0
@@ -267,10 +267,18 @@ class RemoteStore(Store):
             if not is_ours:
                 raise
 
-    def delete(self, key: str) -> None:
-        """Delete an object; an object that does not exist is no error."""
-        with contextlib.suppress(MissingError):
-            self.ask("delete", self.where(key), functools.partial(self.bucket.delete, key))
+    def delete(self, *keys: str) -> None:
+        """Delete objects, several at a time; an object that does not exist is no error."""
+
+        def delete(key: str) -> None:
+            with contextlib.suppress(MissingError):
+                self.ask("delete", self.where(key), functools.partial(self.bucket.delete, key))
+
+        if len(keys) == 1:
+            delete(*keys)
+            return
+        with ThreadPoolExecutor(DELETED_AT_ONCE) as pool:
+            list(pool.map(delete, keys))
 
     def set_aside(self, keys: Sequence[str]) -> None:
         """Write a mark next to the first key, which makes this copy the last choice on a resume.

@@ -649,9 +649,9 @@ class Keeping(LocalStore):
 
     kept = False
 
-    def delete(self, key: str) -> None:
+    def delete(self, *keys: str) -> None:
         if self.kept:
-            super().delete(key)
+            super().delete(*keys)
         self.kept = True
 
 
