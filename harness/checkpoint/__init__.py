@@ -45,8 +45,10 @@ its main file (`harness/sharding`). They are written before it, and the manifest
 
 A run may live in two stores, a directory and a bucket. Both hold the same tree. Then:
 
-* The history comes from both listings together. If a checkpoint is damaged in one store, the other
-  store's copy is tried before an older checkpoint.
+* The history comes from both listings together. If a file of a checkpoint is damaged in one store,
+  that of the other store is tried before an older checkpoint.
+* The directory may be one that each machine has for itself (`run.scratch=true`): each rank writes
+  and reads its shard in its own, and a shard that is not there is looked for in the bucket.
 * An attempt is claimed in the bucket, which is the authority, and recorded in the directory too.
 * Each checkpoint is committed in the directory, then copied to the bucket under the same name, byte
   for byte, in the same order: data, then manifest.
@@ -58,9 +60,9 @@ A run may live in two stores, a directory and a bucket. Both hold the same tree.
   `harness prune` deletes it.
 * A checkpoint that could not be fetched does not count as damaged. The start fails and is retried.
 
-The newest step may also lie in the memory of the machine that writes, in a store of its own (the
-memory tier). It counts if it is newer than the head. No other file is ever looked up there, and no
-attempt is claimed there.
+The newest step may also lie in the memory of the machines that write, in a store of its own (the
+memory tier). It counts if it is newer than the head, and if each rank finds its shard there. No
+other file is ever looked up there, and no attempt is claimed there.
 
 Modules: `format` (names and manifests), `records` (field validation of small JSON records),
 `attempts` (claim and fence), `catalog` (listing of a run and its history), `known` (each small file

@@ -148,6 +148,11 @@ class Catalog:
         """
         return all(self.size_of(store, file) == file.size_bytes for file in manifest.shards)
 
+    def may_be_apart(self, manifest: Manifest) -> bool:
+        """Return whether shards of a checkpoint may be in directories of other machines."""
+        record = self.attempts.get(manifest.attempt, {})
+        return bool(manifest.shards) and record.get("is_scratch") is True
+
     def copies(self, manifest: Manifest) -> list[Store]:
         """Return the stores that have exactly this checkpoint, in store order (local first).
 

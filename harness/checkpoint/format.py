@@ -32,7 +32,7 @@ CHECKPOINT_NAME = re.compile(
     r"^checkpoints/step_(?P<step>[0-9]{8,})-(?P<attempt>[0-9]{4,})"
     r"\.(?P<kind>pt|json)(?P<aside>\.damaged)?\Z"
 )
-SHARD_NAME = re.compile(r"^checkpoints/step_[0-9]{8,}-[0-9]{4,}/[0-9]{5,}\.pt\Z")
+SHARD_NAME = re.compile(r"^checkpoints/step_[0-9]{8,}-[0-9]{4,}/[0-9]{5,}\.pt(\.damaged)?\Z")
 FOLDER_NAME = re.compile(r"^checkpoints/(?P<stem>step_[0-9]{8,}-(?P<attempt>[0-9]{4,}))\Z")
 ATTEMPT_NAME = re.compile(r"^attempts/(?P<attempt>[0-9]{4,})(?P<end>\.end)?\.json\Z")
 

@@ -1,7 +1,8 @@
-"""Decide whether a run without a checkpoint may start from step 0."""
+"""Tell what is unusable in the stores, and decide whether a run may start from step 0."""
 
 from __future__ import annotations
 
+import itertools
 import math
 
 from harness.checkpoint import format as fmt
@@ -13,6 +14,22 @@ REFUSED_FRESH = (
     "or import one into a new run directory; "
     "to start over, take a new run.dir."
 )
+
+
+def passed_over(catalog: Catalog) -> list[str]:
+    """Return lines about what the listing of a run's stores shows, and a start does not use."""
+    notes = [f"skipped: {why}" for part in catalog.parts for why in part.damaged.values()]
+    notes += [
+        f"ignored, not of this run: {' '.join(key.split())}"
+        for key in catalog.foreign + catalog.strangers
+    ]
+    if catalog.candidates[:1] != catalog.history[:1]:
+        notes += [
+            f"skipped: {m.name} was found damaged before, and is marked so in "
+            f"{' and '.join(map(str, catalog.copies(m)))} (harness verify reads it again)"
+            for m in itertools.takewhile(lambda m: m.key in catalog.marked, catalog.history)
+        ]
+    return notes
 
 
 def is_half_imported(catalog: Catalog) -> bool:

@@ -10,6 +10,7 @@ import re
 import struct
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from blake3 import blake3
 from harness.checkpoint import format as fmt
 from harness.checkpoint.format import DataFile, Manifest
 from harness.errors import EXIT_STORAGE, DamagedError, HarnessError
+from harness.retry import reading
 from harness.store import SealedMemory, Store, keep
 from harness.text import size
 
@@ -51,6 +53,23 @@ class GoneError(DamagedError):
             "found: neither its data nor its manifest",
             "Retention deletes older checkpoints while a run trains: try again.",
         )
+
+
+class AbsentError(DamagedError):
+    """A checkpoint's manifest is in a store without its data."""
+
+    def __init__(self, key: str) -> None:
+        super().__init__(
+            f"{key} is missing, or no regular file",
+            "found: its manifest, without its data",
+            "It was deleted from outside. `harness ls RUN` shows the others.",
+        )
+
+
+class ElsewhereError(HarnessError):
+    """Files of a checkpoint are on the disks, or in the memory, of other machines."""
+
+    exit_code = EXIT_STORAGE
 
 
 def first_line(error: BaseException) -> str:
@@ -138,11 +157,7 @@ def _absent(store: Store, key: str) -> DamagedError:
     """Return the error for a data file that does not exist. Raises StorageError."""
     if not store.exists(fmt.manifest_of(key)):
         return GoneError(key)
-    return DamagedError(
-        f"{key} is missing, or no regular file",
-        "found: its manifest, without its data",
-        "It was deleted from outside. `harness ls RUN` shows the others.",
-    )
+    return AbsentError(key)
 
 
 def verified_chunks(store: Store, file: DataFile, tell: Tell = _ignore_progress) -> Iterator[bytes]:
@@ -165,6 +180,27 @@ def verified(store: Store, file: DataFile, tell: Tell = _ignore_progress) -> Sea
         HarnessError: There is not enough memory.
     """
     return keep(verified_chunks(store, file, tell), file.size_bytes, file.name)
+
+
+def verified_at_start(store: Store, file: DataFile) -> SealedMemory:
+    """Return the verified content of a data file, which is read again before it counts as damaged.
+
+    Data that was damaged on the network may be intact in the second read; a disk is asked again
+    where that may help.
+
+    Raises:
+        DamagedError: The data does not match the manifest.
+        StorageError: The data cannot be read.
+        HarnessError: There is not enough memory.
+    """
+    if store.is_local:
+        return reading(partial(verified, store, file))
+    try:
+        return verified(store, file)
+    except GoneError:
+        raise
+    except DamagedError:
+        return verified(store, file)
 
 
 def parse(memory: SealedMemory, manifest: Manifest) -> dict[str, Any]:

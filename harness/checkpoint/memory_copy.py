@@ -70,6 +70,15 @@ def check_readable(there: Catalog, catalog: Catalog) -> None:
         raise error
 
 
+def drop_if_empty(store: LocalStore) -> None:
+    """Delete the folders of a tier of this user that holds no checkpoint any more."""
+    if not is_ours(store):
+        return
+    for folder in (store.root / fmt.CHECKPOINTS, store.root):
+        with contextlib.suppress(OSError):  # the folder is not empty
+            folder.rmdir()
+
+
 def is_ours(store: LocalStore) -> bool:
     """Return whether the tier exists, belongs to this user and is closed to all other users.
 

@@ -47,6 +47,8 @@ def arrived(catalog: Catalog) -> list[str]:
 def replicate(source: Store, manifest: Manifest, target: Store, attempt: Attempt) -> None:
     """Commit the same checkpoint, byte for byte, in another store.
 
+    Shards that other ranks have sent from machines of their own are there already.
+
     Args:
         source: Store that holds the checkpoint.
         manifest: Manifest of the checkpoint.
@@ -58,8 +60,11 @@ def replicate(source: Store, manifest: Manifest, target: Store, attempt: Attempt
     """
 
     def committed() -> Manifest:
+        folder = fmt.folder_key(manifest.step, manifest.attempt)
+        there = {entry.key: entry.size_bytes for entry in target.entries(folder)}
         for shard in manifest.shards:
-            send_shard(source, shard, target, attempt)
+            if there.get(shard.key) != shard.size_bytes or source.exists(shard.key):
+                send_shard(source, shard, target, attempt)
         return manifest
 
     send(source, manifest.data_key, manifest.data.size_bytes, (), committed, target, attempt)

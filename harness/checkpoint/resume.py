@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+import dataclasses
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -14,27 +14,26 @@ from harness.checkpoint import memory_copy
 from harness.checkpoint.broadcast import broadcast
 from harness.checkpoint.catalog import Catalog, joined, read_catalog
 from harness.checkpoint.format import Manifest
-from harness.checkpoint.fresh_start import check_fresh_start
+from harness.checkpoint.fresh_start import check_fresh_start, passed_over
 from harness.checkpoint.known import Known
-from harness.checkpoint.load import checked, parse, verified
+from harness.checkpoint.load import ElsewhereError, checked, parse, verified, verified_at_start
 from harness.distributed.ranks import World
 from harness.errors import DamagedError, HarnessError, StorageError, UsageError
 from harness.retry import reading
 from harness.store import Handle, LocalStore, SealedMemory, Store, keep
 
 LISTINGS = 5  # number of listings to try while listed checkpoints vanish
-
-
-NEWER, DAMAGED, UNREAD = "newer", "damaged", "unread"
-
-
+NEWER, DAMAGED, UNREAD, ELSEWHERE = "newer", "damaged", "unread", "elsewhere"
 UNREAD_REMEDY = (
     "It may be whole. Start again when it can be read; "
     "to leave it behind for good: harness rollback RUN STEP."
 )
 
 
-AddParts = Callable[[Store, Manifest, dict[str, Any] | None, World], None]
+# See `sharding.resume_shards.add_parts`.
+Payload = dict[str, Any] | None
+Found = tuple[list[str], list[str]]
+AddParts = Callable[[tuple[Store, ...], Manifest, Payload, World, bool], Found]
 
 
 @dataclass(frozen=True)
@@ -43,9 +42,10 @@ class Problem:
 
     message: str = ""
     # NEWER: only another harness can read it; DAMAGED: the data is not what was written; UNREAD:
-    # it could not be read and may be intact.
+    # it could not be read and may be intact; ELSEWHERE: other machines have it, or had it.
     kind: str = ""
     remedy: str = ""
+    of_shards: bool = False  # all stores were asked
 
 
 @dataclass
@@ -57,7 +57,10 @@ class ResumePoint:
     payload: dict[str, Any] | None = None
     place: int = 0  # index of the store that it was read from
     in_memory: bool = False  # read from the memory tier; no store on a disk has this step
-    # (index of the store, manifest key) of each damaged copy, to be set aside after the claim.
+    is_mixed: bool = False  # some of its shards were read from another store
+    elsewhere: set[str] = field(default_factory=set)  # names; not all is where it is needed
+    # (index of the store, manifest key) of each damaged copy, to be set aside after the claim; or
+    # the key of a single shard, which was read from another store.
     damaged: list[tuple[int, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     # Digests of the settings as built that optimizers and schedulers have begun with, by name: in
@@ -66,8 +69,9 @@ class ResumePoint:
     built: dict[str, str] = field(default_factory=dict)
 
     def read_from(self, place: int) -> set[str]:
-        """Return the name of the chosen checkpoint as a set, empty if another store was read."""
-        return {self.manifest.name} if self.manifest and self.place == place else set()
+        """Return the name of the chosen checkpoint as a set, if all of it is from this store."""
+        is_it = self.manifest and self.place == place and not self.is_mixed
+        return {self.manifest.name} if self.manifest and is_it else set()
 
     def take_payload(self) -> dict[str, Any] | None:
         """Return the payload; the caller then holds the only reference to it."""
@@ -87,9 +91,10 @@ class Chooser:
         memory: LocalStore,
         check: Callable[[Catalog], object],
         add_parts: AddParts,
+        are_apart: bool,
     ) -> None:
         self.stores, self.world, self.give_up, self.steps_back = stores, world, give_up, steps_back
-        self.check, self.add_parts = check, add_parts
+        self.check, self.add_parts, self.are_apart = check, add_parts, are_apart
         self._known = [Known() for _ in stores]  # of all listings, on rank 0 only
         self.sources: tuple[Store, ...] = (*stores, memory)
         self.tier = memory
@@ -106,26 +111,32 @@ class Chooser:
             manifest, unread = _parse_manifest(text), list[str]()
             for place in places:
                 source, in_memory = self.sources[place], place == len(self.stores)
-                payload, problem = self._try(source, manifest)
+                is_apart = in_memory or (self.are_apart and places == [0])
+                payload, problem, notes, bad = self._try(source, manifest, is_apart=is_apart)
                 if payload is not None:
-                    resume_point.manifest = manifest
-                    resume_point.payload = payload
-                    resume_point.place = place
-                    resume_point.in_memory = in_memory
-                    resume_point.notes += self._why(resume_point.catalog, manifest, source)
+                    resume_point.manifest, resume_point.payload = manifest, payload
+                    resume_point.place, resume_point.in_memory = place, in_memory
+                    # With two stores, shards are read from the first one where it has them.
+                    resume_point.is_mixed = bool(notes or (manifest.shards and place == 1))
+                    resume_point.damaged += [(0, key) for key in bad]
+                    resume_point.notes += self._why(resume_point.catalog, manifest, source) + notes
                     return resume_point, False
                 if not self._on_writer(partial(source.exists, manifest.key)):
                     return resume_point, True
-                message = problem.message + (
-                    f" in {source}" if len(self.stores) > 1 or in_memory else ""
-                )
+                is_named = in_memory or (len(self.stores) > 1 and not problem.of_shards)
+                message = problem.message + (f" in {source}" if is_named else "")
                 if problem.kind == NEWER:
                     raise UsageError(message, remedy=problem.remedy)
                 resume_point.notes.append(f"skipped: {message}")
                 if problem.kind == UNREAD:
                     unread.append(message)
-                elif not in_memory:
-                    resume_point.damaged.append((place, manifest.key))
+                elif problem.kind == DAMAGED and not in_memory:
+                    of_all = places if problem.of_shards else [place]
+                    resume_point.damaged += [(each, manifest.key) for each in of_all]
+                elif problem.kind == ELSEWHERE:
+                    resume_point.elsewhere.add(manifest.name)
+                if problem.of_shards:
+                    break
             if unread:  # it may be intact, and a resume from an older one would cut it off
                 raise StorageError(
                     f"{manifest.name} cannot be read", "; ".join(unread), UNREAD_REMEDY
@@ -146,19 +157,7 @@ class Chooser:
             for key in part.damaged
             if key not in part.marked
         ]
-        resume_point.notes = [
-            f"skipped: {why}" for part in catalog.parts for why in part.damaged.values()
-        ]
-        resume_point.notes += [
-            f"ignored, not of this run: {' '.join(key.split())}"
-            for key in catalog.foreign + catalog.strangers
-        ]
-        if catalog.candidates[:1] != catalog.history[:1]:
-            resume_point.notes += [
-                f"skipped: {m.name} was found damaged before, and is marked so in "
-                f"{' and '.join(map(str, catalog.copies(m)))} (harness verify reads it again)"
-                for m in itertools.takewhile(lambda m: m.key in catalog.marked, catalog.history)
-            ]
+        resume_point.notes = passed_over(catalog)
         candidates = [
             (m, [self.stores.index(copy) for copy in catalog.copies(m)]) for m in catalog.candidates
         ]
@@ -203,19 +202,22 @@ class Chooser:
             f"taking {manifest.name} from {source}: the newest that verifies ({', '.join(heads)})"
         ]
 
-    def _try(self, store: Store, manifest: Manifest) -> tuple[dict[str, Any] | None, Problem]:
-        """Load a checkpoint on all ranks.
+    def _try(
+        self, source: Store, manifest: Manifest, *, is_apart: bool
+    ) -> tuple[Payload, Problem, list[str], list[str]]:
+        """Load a checkpoint on all ranks: the main file from this store, shards from any.
 
-        Returns the payload on every rank, or None on every rank and the problem.
+        Returns the payload on every rank, or None on every rank and the problem; then what
+        `add_parts` returns.
         """
-        offer, fields = self._on_writer(partial(self._open, store, manifest))
+        offer, fields = self._on_writer(partial(self._open, source, manifest))
         if fields:
-            return None, Problem(*fields)
+            return None, Problem(*fields), [], []
         payload: dict[str, Any] | None = None
         memory, self._memory = self._memory, None
-        fields = list[str]()
+        fields, notes, bad = list[Any](), list[str](), list[str]()
         try:
-            with self._spread(store, manifest, memory, Handle(**offer)) as own:
+            with self._spread(source, manifest, memory, Handle(**offer)) as own:
                 payload = parse(own, manifest)
         except HarnessError as error:
             fields = _problem_fields(error)
@@ -223,40 +225,33 @@ class Chooser:
             if fields[1] == DAMAGED and not self.world.is_writer:
                 fields[1:] = [UNREAD, ""]
         if manifest.shards:
+            stores = (source,) if source is self.tier else self.stores
             try:
-                self.add_parts(store, manifest, payload, self.world)
+                notes, bad = self.add_parts(stores, manifest, payload, self.world, is_apart)
             except HarnessError as error:
-                fields = fields or _problem_fields(error)
+                fields = fields or [*_problem_fields(error), True]
         problems = [
             (rank, Problem(*fields))
             for rank, fields in enumerate(self.world.gather(fields))
             if fields
         ]
         if not problems:
-            return payload, Problem()
+            return payload, Problem(), notes, bad
         rank, first = min(
-            problems, key=lambda problem: (NEWER, DAMAGED, UNREAD).index(problem[1].kind)
+            problems, key=lambda problem: (NEWER, DAMAGED, UNREAD, ELSEWHERE).index(problem[1].kind)
         )
-        return None, Problem(f"{first.message} (rank {rank})", first.kind, first.remedy)
+        return None, dataclasses.replace(first, message=f"{first.message} (rank {rank})"), [], []
 
     def _open(self, store: Store, manifest: Manifest) -> tuple[dict[str, str] | None, list[str]]:
         """Verify the data on rank 0.
 
         Returns the handle by which other processes of this machine open it, or the problem.
         """
-        for last in (store.is_local, True):
-            try:
-                self._memory = (
-                    reading(partial(verified, store, manifest.data))
-                    if store.is_local
-                    else verified(store, manifest.data)
-                )
-                return vars(self._memory.offer), []
-            except HarnessError as error:
-                # Data that was damaged on the network may be intact in the second read.
-                if last or not isinstance(error, DamagedError):
-                    return None, _problem_fields(error)
-        raise AssertionError("the last try returns")
+        try:
+            self._memory = verified_at_start(store, manifest.data)
+        except HarnessError as error:
+            return None, _problem_fields(error)
+        return vars(self._memory.offer), []
 
     def _spread(
         self, store: Store, manifest: Manifest, memory: SealedMemory | None, offer: Handle
@@ -278,13 +273,15 @@ def choose(
     give_up: Callable[[], object] = lambda: None,
     steps_back: Callable[[Catalog, Manifest], bool] = lambda catalog, newest: False,
     check: Callable[[Catalog], object] = lambda here: None,
-    add_parts: AddParts = lambda *of_sharded: None,
+    add_parts: AddParts = lambda *of_sharded: ([], []),
+    *,
+    are_apart: bool = False,
 ) -> ResumePoint:
     """Find and load the newest checkpoint of the run's history that verifies on every rank.
 
     No store is changed. The data is fetched from a remote store once, by rank 0 (the writer). The
-    other ranks map its memory or receive the data from it. If the copy in one store is damaged, the
-    copy in the other store is tried before an older checkpoint.
+    other ranks map its memory or receive the data from it. If a file is damaged in one store, that
+    of the other store is tried before an older checkpoint.
     Collective: every rank must call it.
 
     Args:
@@ -296,6 +293,7 @@ def choose(
         check: Called on rank 0 with the catalog of the first store, before another store is listed;
             its errors pass through.
         add_parts: Adds the parts of a checkpoint with shards to the content of its main file.
+        are_apart: Whether the first store is a directory that each machine may have for itself.
 
     Returns:
         The resume point; its `manifest` is None for step 0.
@@ -307,7 +305,7 @@ def choose(
     """
     places = (stores,) if isinstance(stores, Store) else stores
     memory = memory_copy.place(places[0])
-    chooser = Chooser(places, world, give_up, steps_back, memory, check, add_parts)
+    chooser = Chooser(places, world, give_up, steps_back, memory, check, add_parts, are_apart)
     for _ in range(LISTINGS):
         resume_point, vanished = chooser.once()
         if not vanished:
@@ -327,19 +325,15 @@ def _parse_manifest(text: str) -> Manifest:
 
 def _problem_fields(error: HarnessError) -> list[str]:
     """Return the fields of a `Problem` in a form that can be sent to other ranks."""
-    kind = (
-        NEWER
-        if isinstance(error, fmt.NewerFormatError)
-        else DAMAGED
-        if isinstance(error, DamagedError)
-        else UNREAD
-    )
+    kinds = {fmt.NewerFormatError: NEWER, ElsewhereError: ELSEWHERE, DamagedError: DAMAGED}
+    kind = next((kind for of, kind in kinds.items() if isinstance(error, of)), UNREAD)
     return [error.what + (f" ({error.found})" if error.found else ""), kind, error.remedy]
 
 
-def set_aside(store: Store, manifest_key: str) -> None:
-    """Set a damaged checkpoint aside without deleting it.
+def set_aside(store: Store, key: str) -> None:
+    """Set a damaged checkpoint aside by the key of its manifest, or a single shard; delete nothing.
 
     The manifest comes first, so that the checkpoint ceases to exist at once.
     """
-    store.set_aside((manifest_key, f"{manifest_key.removesuffix('.json')}.pt"))
+    data = [f"{key.removesuffix('.json')}.pt"] if key.endswith(".json") else []
+    store.set_aside([key, *data])

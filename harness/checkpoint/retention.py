@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,10 +19,9 @@ from harness.checkpoint.format import Manifest
 from harness.checkpoint.known import Known
 from harness.checkpoint.records import is_count
 from harness.errors import UsageError
-from harness.store import TEMP, Store
+from harness.store import SET_ASIDE, TEMP, Store
 
 ALWAYS_KEPT = 2
-DELETED_AT_ONCE = 8
 RECORDED = "retention"  # field of an attempt's record
 
 
@@ -243,23 +241,32 @@ def delete(store: Store, manifest: Manifest) -> None:
     Data that remains after a crash in between is no checkpoint.
     """
     store.delete(manifest.key)
-    _delete_keys(store, [file.key for file in manifest.files])
+    store.delete(*(file.key for file in manifest.files))
     if manifest.shards:
         store.drop_folder(f"{fmt.CHECKPOINTS}/{manifest.name}")
 
 
-def _delete_keys(store: Store, keys: Sequence[str]) -> None:
-    """Delete files, several at once where each one takes a request."""
-    if store.is_local:
-        for key in keys:
-            store.delete(key)
-        return
-    with ThreadPoolExecutor(DELETED_AT_ONCE) as pool:
-        list(pool.map(store.delete, keys))
+def follow(store: Store, standing: Collection[str], before: tuple[int, int]) -> None:
+    """Delete shards on this machine whose checkpoint the writer has deleted on its own machine.
+
+    Nothing is deleted that has a manifest here. Raises StorageError.
+
+    Args:
+        store: Store of this machine: a directory, or the memory tier.
+        standing: Names of the checkpoints that stand on the writer's machine.
+        before: The (attempt, step) of the writer's newest one; what is newer stays.
+    """
+    files, folders = store.listing(fmt.CHECKPOINTS)
+    keys = {entry.key for entry in files}
+    for folder in folders:
+        if fmt.FOLDER_NAME.match(folder) and fmt.order_of(f"{folder}.json") < before:
+            is_named = {f"{folder}.json", f"{folder}.json{SET_ASIDE}"} & keys
+            if fmt.stem_of(folder) not in standing and not is_named:
+                delete_folder(store, folder)
 
 
 def shards_in(store: Store, folder: str) -> list[str]:
-    """Return the keys of the shards in a folder, of unfinished ones too; not of other files."""
+    """Return the keys of the shards in a folder, unfinished and damaged ones too; of no others."""
     keys = [entry.key for entry in store.entries(folder)]
     return [key for key in keys if fmt.SHARD_NAME.match(key) or TEMP.match(key)]
 
@@ -269,5 +276,6 @@ def delete_folder(store: Store, folder: str) -> None:
 
     Raises StorageError.
     """
-    _delete_keys(store, shards_in(store, folder))
+    if keys := shards_in(store, folder):
+        store.delete(*keys)
     store.drop_folder(folder)

@@ -159,6 +159,8 @@ def _state(store: Store, part: Catalog, manifest: Manifest, verify: bool) -> str
     if part.sizes.get(key) != manifest.data.size_bytes:
         return "WRONG SIZE" if key in part.sizes else "MISSING"
     if any(part.size_of(store, file) != file.size_bytes for file in manifest.shards):
+        if store.is_local and part.may_be_apart(manifest):
+            return "shards on other nodes"
         return "SHARDS MISSING" if store.exists(manifest.key) else "deleted meanwhile"
     if verify:
         (_, problem), *_ = locate.verify(store, manifest)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 
 from harness.checkpoint.format import NewerFormatError
-from harness.checkpoint.load import GoneError
+from harness.checkpoint.load import AbsentError, GoneError
 from harness.cli import locate
 from harness.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_STORAGE, EXIT_USAGE, StorageError
 from harness.text import say, size
@@ -53,6 +53,8 @@ def run(given: argparse.Namespace) -> int:
     for manifest, problem in locate.verify(store, *manifests):
         if isinstance(problem, GoneError) and is_run:
             notes.append(f"{manifest.name}: deleted meanwhile")
+        elif isinstance(problem, AbsentError) and is_run and catalog.may_be_apart(manifest):
+            notes.append(f"{manifest.name}: not all of its shards are on this node (run.scratch)")
         elif isinstance(problem, StorageError | GoneError):
             unread.append(f"{manifest.name}: {problem.what} {problem.found}".rstrip())
         elif isinstance(problem, NewerFormatError):

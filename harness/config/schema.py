@@ -77,7 +77,7 @@ class RunSettings:
     )
     scratch: bool = setting(
         False,
-        "`run.dir` is lost with the job: a stop waits for its upload.",
+        "`run.dir` is lost with the job: a stop waits for its upload. Each node may have its own.",
         argument="is_scratch",
     )
     max_failures: int = setting(

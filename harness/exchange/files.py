@@ -133,7 +133,7 @@ def read_any(
     bar = ProgressBar(f"reading {manifest.name} from {store}", manifest.size_bytes)
     payload = load.load(store, manifest, bar)
     if manifest.shards:
-        parts = ShardFiles(store, manifest, payload)
+        parts = ShardFiles((store,), manifest, payload)
         payload = made_whole(payload, parts, weights_only=weights_only)
     bar.end()
     file = File(store, manifest.data_key, formats.TORCH, manifest.size_bytes)

@@ -120,7 +120,7 @@ def init(
             SLURM job.
         margin_s: Seconds to leave between a stop and the time limit of the job, 30 by default.
         is_scratch: True: the directory is lost with the job, and a save before a stop counts only
-            if it is uploaded. False (default): the directory outlives the job.
+            if it is uploaded; each node may have its own. False (default): it outlives the job.
         notices: Cloud whose metadata service announces that a spot machine is taken away: "aws",
             "gcp" or "azure". None: no service is polled.
         log_to: Trackers that receive all logged values: "tensorboard", "wandb". Default: none.

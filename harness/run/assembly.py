@@ -35,7 +35,7 @@ from harness.run.stop_agreement import StopAgreement
 from harness.saving.checkpointer import Checkpointer
 from harness.saving.current_attempt import Parts
 from harness.saving.locations import check_remembered, listen, places
-from harness.sharding.shards import add_parts
+from harness.sharding.resume_shards import add_parts
 from harness.store import Store
 from harness.supervision import launches
 from harness.supervision.exit_record import ExitRecord
@@ -119,6 +119,7 @@ def _resume_point(
         steps_back=partial(launches.steps_back, retrying[-1]),
         check=partial(check_remembered, stores, settings.accept),
         add_parts=add_parts,
+        are_apart=settings.is_scratch and len(stores) > 1,
     )
     if chosen.payload is not None and chosen.payload["best"] is not None:
         _rank_anew(chosen, chosen.payload, world, settings.policy.ranking)

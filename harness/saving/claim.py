@@ -58,7 +58,7 @@ def claim(
         identity.of_program(settings)
         | retention.record(settings.policy, settings.remote_policy)
         | ({"environment": dict(environment)} if environment else {})
-        | {"built": dict(resume_point.built)}
+        | {"built": dict(resume_point.built), "is_scratch": settings.is_scratch}
     )
     attempt = attempts.claim(resume_point.catalog, resume_point.manifest, world_size, more=more)
     _check_not_overtaken(stores, resume_point.catalog, attempt)

@@ -26,7 +26,7 @@ from harness.monitoring.store_health import StoreHealth
 from harness.monitoring.trackers import Trackers
 from harness.saving.async_saver import AsyncSaver
 from harness.saving.claim import claim
-from harness.saving.locations import check_shared, hand_in
+from harness.saving.locations import check_shared, hand_in, hand_in_shards
 from harness.saving.memory_tier import MemoryTier
 from harness.saving.rehearsal import Rehearsal
 from harness.saving.save_policy import SavePolicy
@@ -69,6 +69,7 @@ class CurrentAttempt:
     def __init__(self, parts: Parts) -> None:
         self.stores, self.world = parts.stores, parts.world
         self.settings = settings = parts.settings
+        self.is_apart = settings.is_scratch and len(parts.stores) > 1  # a directory a machine
         self.store = parts.stores[0]  # where a checkpoint is committed; a second store gets a copy
         self.origin, self.goodput = parts.resume_point.manifest, parts.goodput
         self.saved_step: int | None = (
@@ -137,7 +138,9 @@ class CurrentAttempt:
         number, run_id, nonce = self.world.on_writer(claim, give_up=give_up)
         self.attempt = Attempt(number, run_id, nonce)
         self._exit_record.begun(self.stores, self.attempt, self.world, self.background.close)
-        if self.sharded or len(self.stores) == 1:
+        if self.sharded and self.is_apart:
+            self.world.on_each(lambda: self.store.prepare((fmt.CHECKPOINTS,)))
+        elif self.sharded or len(self.stores) == 1:
             check_shared(self.stores, self.attempt, self.world)
         if self.sharded:
             self.sharded.begin(self.attempt)
@@ -182,7 +185,8 @@ class CurrentAttempt:
         local = self.store if isinstance(self.store, LocalStore) else None
         has_remote = local is None or len(self.stores) > 1
         self.save_policy.learn(catalog)
-        here = [m for m in catalog.history if local and m in catalog.parts[0].manifests]
+        usable = [m for m in catalog.history if m.name not in self._resume_point.elsewhere]
+        here = [m for m in usable if local and m in catalog.parts[0].manifests]
         self._origin_is_here, self._known = self.origin in here, catalog.parts[0].known
         event_log = self.event_log = EventLog(
             local, fmt.events_key(attempt.number), kept=has_remote, spent=self.goodput.spent
@@ -246,15 +250,10 @@ class CurrentAttempt:
         """Copy what the remote store of a finished run still lacks; see `locations.hand_in`.
 
         No attempt is claimed. Collective: every rank must call it.
-
-        Returns:
-            A description of what was done, or "".
-
-        Raises:
-            StorageError: a store cannot be read or written. For other errors see
-                `locations.hand_in`.
         """
         catalog, policy = self._resume_point.catalog, self.settings.remote_policy
+        if self.is_apart and self.origin is not None and self.origin.shards:
+            hand_in_shards(self.stores, catalog, self.origin, self.world, give_up)
         return self.world.on_writer(lambda: hand_in(catalog, self.origin, policy), give_up=give_up)
 
     def note(self, kind: str, *rows: Mapping[str, Any], **fields: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from harness.checkpoint import attempts
@@ -12,7 +13,7 @@ from harness.checkpoint import format as fmt
 from harness.checkpoint.attempts import Attempt, remembered
 from harness.checkpoint.catalog import Catalog
 from harness.checkpoint.format import Manifest
-from harness.checkpoint.replicate import arrived, replicate, wanted
+from harness.checkpoint.replicate import arrived, replicate, send_shard, wanted
 from harness.checkpoint.retention import Policy
 from harness.distributed.ranks import World
 from harness.errors import DamagedError, UsageError
@@ -108,8 +109,8 @@ def check_shared(stores: tuple[Store, ...], attempt: Attempt, world: World) -> N
             time.sleep(0.1)
         if blind := [rank for rank, sees in enumerate(world.gather(seen)) if not sees]:
             alone = (
-                f", or keep checkpoints in {stores[-1]} alone: run.dir=null, "
-                "or harness.init(None, remote=…)"
+                ", or say that each node has its own: run.scratch=true, or "
+                "harness.init(…, is_scratch=True)"
             )
             raise UsageError(
                 f"the run directory is not shared: rank(s) {blind} do not see what rank 0 wrote",
@@ -117,6 +118,44 @@ def check_shared(stores: tuple[Store, ...], attempt: Attempt, world: World) -> N
                 "Put it on a file system that all nodes share"
                 f"{'' if store is stores[-1] else alone}.",
             )
+
+
+def hand_in_shards(
+    stores: tuple[Store, ...],
+    catalog: Catalog | None,
+    last: Manifest,
+    world: World,
+    give_up: Callable[[], object],
+) -> None:
+    """Send the shards of a finished run's last checkpoint that only this machine has.
+
+    Collective: every rank must call it.
+
+    Args:
+        stores: the stores of the run: a directory that each machine has for itself, a remote one.
+        catalog: the catalog of the run's stores, on the writer.
+        last: the last checkpoint of the run.
+        world: the ranks.
+        give_up: returns a true value if this process was asked to stop.
+
+    Raises:
+        StorageError: a store cannot be read or written.
+        DamagedError: a shard is damaged, or this machine does not have it.
+    """
+
+    def look() -> list[int]:
+        assert catalog is not None, "the writer has listed the stores"
+        return [catalog.greatest, last.name not in arrived(catalog)]
+
+    number, is_lacking = world.on_writer(look, give_up=give_up)
+    attempt = Attempt(number, last.run_id, "")
+
+    def send() -> None:
+        for file in last.shards[world.rank :: world.size]:
+            send_shard(stores[0], file, stores[-1], attempt)
+
+    if is_lacking:
+        world.on_each(send, give_up=give_up)
 
 
 def hand_in(catalog: Catalog | None, last: Manifest | None, policy: Policy) -> str:

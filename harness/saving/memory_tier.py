@@ -19,7 +19,7 @@ from harness.checkpoint.attempts import Attempt
 from harness.checkpoint.catalog import read_catalog
 from harness.checkpoint.commit import About, commit
 from harness.checkpoint.format import Manifest
-from harness.checkpoint.memory_copy import is_ours
+from harness.checkpoint.memory_copy import drop_if_empty, is_ours
 from harness.distributed.ranks import World
 from harness.errors import SaveError, StorageError
 from harness.saving.async_saver import AsyncSaver
@@ -136,7 +136,7 @@ class MemoryTier:
         self._say(f"harness: checkpoints are not kept in memory: {' '.join(str(problem).split())}")
         # What is there stays until the disk has something newer: it may be the only copy of the
         # resume point, or belong to a newer attempt.
-        self._leave_if_empty()
+        drop_if_empty(self.store)
 
     def begin(self, attempt: Attempt, origin: Manifest | None) -> None:
         """Delete what earlier attempts left in memory, except the resume point.
@@ -151,7 +151,7 @@ class MemoryTier:
                     shutil.rmtree(path, ignore_errors=True)
                 elif path.name not in names:
                     path.unlink(missing_ok=True)
-        self._leave_if_empty()
+        drop_if_empty(self.store)
 
     def _keep(self, job: Job, write: Callable[[Sink], None], check: Callable[[], None]) -> None:
         """Commit a checkpoint to the memory tier and delete the older ones.
@@ -192,11 +192,4 @@ class MemoryTier:
                 for manifest in read_catalog(self.store).manifests:
                     if manifest.order < before:
                         retention.delete(self.store, manifest)
-        self._leave_if_empty()
-
-    def _leave_if_empty(self) -> None:
-        if not is_ours(self.store):
-            return
-        for folder in (self.store.root / fmt.CHECKPOINTS, self.store.root):
-            with contextlib.suppress(OSError):  # the folder is not empty
-                folder.rmdir()
+        drop_if_empty(self.store)

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from harness.checkpoint import format as fmt
+from harness.checkpoint import memory_copy, retention
 from harness.checkpoint.attempts import Attempt
 from harness.checkpoint.commit import CLEAN_UP_S, write_shard
 from harness.checkpoint.format import DataFile
@@ -23,9 +24,42 @@ from harness.distributed.words import as_word, raise_word
 from harness.errors import StorageError
 from harness.sharding.save_protocols import Costs
 from harness.sharding.writer_commit import WriterCommit
-from harness.store import Sink, Store
+from harness.store import LocalStore, Sink, Store
 
 NOT_BEGUN = "not all ranks have begun this save"
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """Where a save goes.
+
+    Args:
+        store: the store of the save.
+        is_apart: whether it is a directory, or memory, that each machine may have for itself: ranks
+            then delete on theirs what the writer has deleted on its own.
+        tier: the memory tier of this machine, if what it holds is outdated by the save.
+    """
+
+    store: Store
+    is_apart: bool
+    tier: LocalStore | None
+
+    def standing(self) -> list[str]:
+        """Return the names of the checkpoints with shards on this machine. Raises StorageError."""
+        return [fmt.stem_of(folder) for folder in self.store.listing(fmt.CHECKPOINTS)[1]]
+
+    def follow(self, standing: Sequence[str], order: tuple[int, int]) -> None:
+        """Delete older shards on this machine. Raises StorageError.
+
+        Args:
+            standing: the names of those that stand on the writer's machine.
+            order: the (attempt, step) that is saved.
+        """
+        if self.is_apart:
+            retention.follow(self.store, standing, order)
+        if self.tier is not None and memory_copy.is_ours(self.tier):
+            retention.follow(self.tier, (), order)
+            memory_copy.drop_if_empty(self.tier)
 
 
 class RankSave:
@@ -35,7 +69,7 @@ class RankSave:
         number: the number of this save; the same on all ranks.
         step: the step that is saved.
         world: the ranks of this attempt.
-        store: the store of the run, which all ranks see.
+        target: where the save goes.
         attempt: the attempt that saves.
         commit: how to commit the checkpoint, on the writer; None on other ranks.
         give_up: returns a true value if a rank that gives no sign of life is waited for only a few
@@ -47,13 +81,13 @@ class RankSave:
         number: int,
         step: int,
         world: World,
-        store: Store,
+        target: Target,
         attempt: Attempt,
         commit: WriterCommit | None,
         give_up: Callable[[], object],
     ) -> None:
         self._number, self._step, self._world = number, step, world
-        self._store, self._attempt = store, attempt
+        self._target, self._store, self._attempt = target, target.store, attempt
         self._commit, self._give_up = commit, give_up
         self._decided, self._is_on = threading.Event(), False
         self._file: DataFile | None = None
@@ -137,6 +171,9 @@ class RankSave:
                 raise self._error
             raise_word(answer)
             self.problem, self.must_repeat = answer["problem"], answer["must_repeat"]
+            if self._commit is None and not self.problem:
+                with contextlib.suppress(StorageError):  # the next save deletes it
+                    self._target.follow(answer["standing"], (self._attempt.number, self._step))
         finally:
             self._heart.close()
 
@@ -169,7 +206,10 @@ class RankSave:
                 raise_word(word)
             lacking = [word for word in heard if "problem" in word]
             may_exist = not (lacking or self._store.is_local)
-            answer = _outcome(heard, commit, costs)
+            answer = _outcome(heard, commit, costs) | {"standing": []}
+            if self._target.is_apart and not answer["problem"]:
+                with contextlib.suppress(StorageError):
+                    answer["standing"] = self._target.standing()
         except BaseException as error:  # noqa: BLE001 - `end` raises it, on every rank
             answer, self._error = as_word(error, None), error
         failed = bool("error" in answer or answer["problem"])

@@ -19,6 +19,7 @@ class RankCheckpointer(Protocol):
     """What a save needs of the rank's checkpointer."""
 
     background: Any
+    is_apart: bool  # each machine may have a store of its own
 
     @property
     def attempt(self) -> Attempt | None:

@@ -72,7 +72,7 @@ class ShardUploads:
 
     Args:
         world: the ranks of this attempt.
-        source: the store in which checkpoints are committed; all ranks see it.
+        source: the store in which checkpoints are committed; each rank sees its own shards in it.
         remote: the store that receives copies.
     """
 
@@ -121,6 +121,9 @@ class ShardUploads:
                 continue
             raise_word(answer)
             if answer["problem"] and answer["is_damaged"]:
+                if not all(shipment.source.exists(file.key) for file in share):
+                    what = f"rank {rank}: {answer['problem']}"
+                    raise DamagedError(what, answer["found"], answer["remedy"])
                 # Raises if it is damaged for all.
                 check_bytes(shipment.source, share, lambda *_: shipment.sent())
                 for file in share:

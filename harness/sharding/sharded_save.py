@@ -18,6 +18,7 @@ import torch
 
 from harness import preemption, state
 from harness.arguments import Settings
+from harness.checkpoint import memory_copy
 from harness.checkpoint.attempts import Attempt
 from harness.checkpoint.commit import About
 from harness.distributed import dtensors
@@ -28,11 +29,10 @@ from harness.errors import HarnessError, UsageError
 from harness.sharding import shards
 from harness.sharding.copies import samples_of_copies, unlike_copies
 from harness.sharding.main_file import MainFile
-from harness.sharding.memory_room import lacking_memory
-from harness.sharding.rank_save import RankSave
+from harness.sharding.rank_save import RankSave, Target
 from harness.sharding.save_protocols import WAIT, Job, RankCheckpointer, Request, Saver
 from harness.sharding.shard_uploads import ShardUploads
-from harness.sharding.start_checks import check_start
+from harness.sharding.start_checks import check_start, lacking_memory
 from harness.sharding.writer_commit import WriterCommit
 from harness.state import Captured
 from harness.store import Store
@@ -43,12 +43,12 @@ class ShardedSave:
 
     Args:
         world: the ranks of this attempt.
-        stores: the stores of the run; all ranks see the first one, in which a save is committed.
+        stores: the stores of the run; a save is committed in the first one.
         tracked: the tracked objects, by name.
     """
 
     def __init__(self, world: World, stores: tuple[Store, ...], tracked: Mapping[str, Any]) -> None:
-        self._world, self.tracked = world, tracked
+        self._world, self.tracked, self._tier = world, tracked, memory_copy.place(stores[0])
         self.uploads = ShardUploads(world, *stores) if len(stores) > 1 else None
         self._main, self._count = MainFile(), 0
         # Which tensors are sharded, and how, as it was checked; a digest that is the same on every
@@ -214,7 +214,7 @@ class ShardedSave:
             self._count + 1,
             step,
             self._world,
-            checkpointer.store_for(about),
+            self._target(checkpointer, about),
             checkpointer.attempt,
             commit,
             self._gives_up,
@@ -233,6 +233,11 @@ class ShardedSave:
         if self._world.is_writer:
             self._main.take(whole)  # after the saver has ordered the copies after all updates
         save.begun()
+
+    def _target(self, checkpointer: RankCheckpointer, about: About) -> Target:
+        store = checkpointer.store_for(about)
+        is_tier = str(store) == str(self._tier)
+        return Target(store, checkpointer.is_apart, None if is_tier else self._tier)
 
     def _finished(self, checkpointer: RankCheckpointer, whole: Captured) -> tuple[str, bool]:
         """Wait for the save, or make it here.
@@ -313,12 +318,12 @@ def sharded_save(
         settings: validated arguments of `harness.init`.
 
     Raises:
-        UsageError: State is sharded, and the memory tier cannot hold it, or its ranks are unknown.
+        UsageError: State is sharded, and it cannot be trained or saved as it is.
     """
     objects = tracked.values()
     if not (dtensors.holds_sharded(objects) or dtensors.holds_sharded_state(objects)):
         return None
-    check_start(tracked, world, settings)
+    check_start(tracked, world)
     return ShardedSave(world, stores, tracked)
 
 

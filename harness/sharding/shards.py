@@ -20,7 +20,6 @@ each shard names its own as well, and a reader compares the two.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -29,25 +28,22 @@ from harness.checkpoint import format as fmt
 from harness.checkpoint.format import DataFile, Manifest
 from harness.checkpoint.load import (
     UNPARSEABLE,
+    AbsentError,
     GoneError,
-    check_bytes,
     is_plain_zip,
     unparseable,
-    verified,
+    verified_at_start,
 )
 from harness.distributed.layout import COPIES, SHARD, STRIDED, Box, Layout, uncovered
 from harness.distributed.parts import (
-    PARTS,
     Part,
     Shape,
     Wanted,
     copy_overlap,
     tensors_without_data,
 )
-from harness.distributed.ranks import World
-from harness.errors import DamagedError, HarnessError, StorageError, UsageError
-from harness.retry import reading
-from harness.store import SealedMemory, Store
+from harness.errors import DamagedError, HarnessError, UsageError
+from harness.store import Store
 
 Shard = dict[str, tuple[Box, torch.Tensor]]  # by path
 MOST_TIMES = 16  # the size of the whole tensors, over that of all files
@@ -64,56 +60,6 @@ def content(step: int, rank: int, parts: Mapping[str, Part]) -> dict[str, Any]:
         "parts": {path: parts[path].tensor for path in boxes},
         "boxes": {path: [list(box.begin), list(box.size)] for path, box in boxes.items()},
     }
-
-
-def add_parts(
-    store: Store, manifest: Manifest, payload: dict[str, Any] | None, world: World
-) -> None:
-    """Verify this rank's share of a checkpoint's shards, and add the parts to its content.
-
-    A shard that is damaged for another rank than the writer alone is not damaged: it was so on the
-    way, or this rank's machine does not see it.
-    Collective: every rank must call it, with None where the main file could not be read.
-
-    Raises:
-        DamagedError: A shard is not what was written.
-        StorageError: A shard cannot be read by this rank.
-    """
-    problem: HarnessError | None = None
-
-    def read() -> bool:
-        nonlocal problem
-        try:
-            if payload is not None:
-                parts = payload[PARTS] = ShardFiles(store, manifest, payload)
-                parts.keep(world.rank, world.size)
-        except HarnessError as error:
-            problem = error
-        return isinstance(problem, DamagedError)
-
-    is_damaged = world.on_each(read)
-    if ranks := [rank for rank, found in enumerate(is_damaged) if found and rank]:
-        shares = [manifest.shards[rank :: world.size] for rank in ranks]
-        whole = world.on_writer(lambda: [_are_whole(store, share) for share in shares])
-        if problem is not None and world.rank in ranks and whole[ranks.index(world.rank)]:
-            raise StorageError(
-                f"{problem.what}, for this rank alone",
-                problem.found,
-                "Is run.dir on a file system that all nodes share? Else start again.",
-            )
-    if problem is not None:
-        raise problem
-
-
-def _are_whole(store: Store, files: Sequence[DataFile]) -> bool:
-    """Return whether none of the files is damaged, as far as they can be read."""
-    try:
-        check_bytes(store, files)
-    except DamagedError:
-        return False
-    except HarnessError:
-        pass
-    return True
 
 
 def check_covered(parts: Mapping[str, Part]) -> None:
@@ -133,18 +79,27 @@ def check_covered(parts: Mapping[str, Part]) -> None:
 
 
 class ShardFiles:
-    """The parts of a checkpoint in its store. A shard is verified each time that it is opened.
+    """The parts of a checkpoint in its shards. A shard is verified each time that it is opened.
 
     Args:
-        store: the store that holds the checkpoint.
+        stores: the stores in which shards are looked for, one after the other: one that is damaged
+            or missing in the first is taken from the next.
         manifest: the manifest of the checkpoint.
         payload: the content of its main file; the entry `layout` is taken out.
+        are_apart: whether each machine may have stores of its own, of which this rank sees one.
 
     Raises:
         DamagedError: the layouts are not those of the tensors in the main file.
     """
 
-    def __init__(self, store: Store, manifest: Manifest, payload: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        stores: tuple[Store, ...],
+        manifest: Manifest,
+        payload: dict[str, Any],
+        *,
+        are_apart: bool = False,
+    ) -> None:
         standing = {
             path: tensor
             for key, value in payload.items()
@@ -153,7 +108,7 @@ class ShardFiles:
         }
         self._standing = standing  # keeps their identities from being used again
         self._paths = {id(tensor): path for path, tensor in standing.items()}
-        self._store, self._manifest = store, manifest
+        self._stores, self._manifest, self._are_apart = stores, manifest, are_apart
         shapes = {path: tuple(tensor.shape) for path, tensor in standing.items()}
         layouts = _parsed(payload.pop("layout", None), manifest, shapes)
         if layouts.keys() != standing.keys():
@@ -164,6 +119,9 @@ class ShardFiles:
         # By path: the part of each rank.
         self._boxes = {path: layout.boxes(standing[path].shape) for path, layout in layouts.items()}
         self._kept = dict[int, Shard]()
+        # By number of the shards that were opened: the store that had it whole, and the errors of
+        # those before.
+        self.found = dict[int, tuple[Store, dict[Store, HarnessError]]]()
 
     def keep(self, rank: int, ranks: int) -> None:
         """Verify this rank's share of the shards, and keep them in memory.
@@ -210,17 +168,60 @@ class ShardFiles:
         for number in sorted(needed):
             if number in self._kept:
                 yield self._kept[number]
-            else:
+                continue
+            try:
                 yield self._opened(number)
+            except (AbsentError, GoneError) as error:
+                if not self._are_apart:
+                    raise
+                raise UsageError(
+                    f"this rank needs {self._manifest.shards[number].name}, which is on another "
+                    "machine",
+                    f"found: nothing in {' nor in '.join(map(str, self._stores))}",
+                    "Start with the same sharding, or go back to a checkpoint that is in "
+                    "run.remote: harness rollback RUN STEP.",
+                ) from error
+
+    def missing_here(self) -> list[int]:
+        """Return the numbers of the shards that none of the stores shows in full size.
+
+        Raises:
+            StorageError: A store cannot be listed.
+        """
+        folder = fmt.folder_key(self._manifest.step, self._manifest.attempt)
+        missing = dict(enumerate(self._manifest.shards))
+        for store in self._stores:
+            if missing:
+                there = {entry.key: entry.size_bytes for entry in store.entries(folder)}
+                missing = {
+                    number: file
+                    for number, file in missing.items()
+                    if there.get(file.key) != file.size_bytes
+                }
+        return list(missing)
 
     def _opened(self, number: int) -> Shard:
-        """Verify a shard and return its parts, which are views of verified memory."""
-        store, file = self._store, self._manifest.shards[number]
-        with (
-            reading(partial(verified, store, file))
-            if store.is_local
-            else _read(store, file) as memory
-        ):
+        """Return the parts in a shard, from the first store that has it whole.
+
+        Raises:
+            DamagedError: No store has it whole.
+            StorageError: A store that may have it cannot be read.
+        """
+        problems = dict[Store, HarnessError]()
+        for store in self._stores:
+            try:
+                shard = self._verified(store, number)
+            except HarnessError as error:
+                problems[store] = error
+            else:
+                self.found[number] = store, problems
+                return shard
+        raise _joint(problems)
+
+    def _verified(self, store: Store, number: int) -> Shard:
+        """Verify a shard in a store and return its parts, which are views of verified memory."""
+        file = self._manifest.shards[number]
+        with verified_at_start(store, file) as memory:
             try:
                 content = torch.load(
                     memory.path, mmap=is_plain_zip(memory), map_location="cpu", weights_only=True
@@ -253,14 +254,16 @@ class ShardFiles:
         return {path: (boxes[path], part) for path, part in parts.items()}
 
 
-def _read(store: Store, file: DataFile) -> SealedMemory:
-    """Read and verify a shard; once more if it is damaged, as it may be so on the way only."""
-    try:
-        return verified(store, file)
-    except GoneError:
-        raise
-    except DamagedError:
-        return verified(store, file)
+def _joint(problems: Mapping[Store, HarnessError]) -> HarnessError:
+    """Return the error of several stores: that of one that may have the data whole, if there is."""
+    errors = list(problems.values())
+    if unread := [error for error in errors if not isinstance(error, DamagedError)]:
+        return unread[0]
+    damaged = [error for error in errors if not isinstance(error, AbsentError | GoneError)]
+    if len(errors) == 1 or not damaged:
+        return errors[0]
+    what = "; ".join(f"{error.what} in {store}" for store, error in problems.items())
+    return DamagedError(what, damaged[0].found, damaged[0].remedy)
 
 
 def _other(file: DataFile, found: str) -> DamagedError:

@@ -1,6 +1,7 @@
 """Keep the newest step of a sharded state in the memory tier: each rank its part, the writer last.
 
-All ranks are on one machine, so that a checkpoint in its memory is whole or lost as a whole.
+Each machine has the shards of its ranks in its memory. A start takes such a step if every rank
+finds its shard there.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from harness.checkpoint.commit import About
 from harness.distributed.ranks import World
 from harness.errors import HarnessError
 from harness.sharding.save_protocols import Costs, RankCheckpointer, Request, ShardSaves, Tier
+from harness.sharding.start_checks import on_this_machine
 from harness.state import Captured
 from harness.store import Sink, Store
 
@@ -33,7 +35,7 @@ class TierSaves:
         self, world: World, checkpointer: RankCheckpointer, saves: ShardSaves, tier: Tier
     ) -> None:
         self._world, self._checkpointer, self._saves, self._tier = world, checkpointer, saves, tier
-        self.background = checkpointer.background
+        self.background, self.is_apart = checkpointer.background, True
         self._kept: object = None  # the newest save for the tier
 
     @property
@@ -68,11 +70,11 @@ class TierSaves:
 
         Collective: every rank must call it.
         """
-        sizes_bytes = self._world.gather(state.size_bytes(self._saves.tracked))
-        problem = self._world.on_writer(
+        sizes_bytes = on_this_machine(self._world, state.size_bytes(self._saves.tracked))
+        problems = self._world.on_each(
             lambda: self._made(sum(sizes_bytes)), give_up=preemption.requested
         )
-        if problem:
+        if problem := next(filter(None, problems), ""):
             self._tier.turn_off(problem)
         return not problem
 

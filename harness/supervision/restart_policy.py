@@ -183,7 +183,9 @@ def outcome(catalog: Catalog, launches: Sequence[Launch] = ()) -> Outcome:
     )
     if (error := catalog.unreadable_head) is not None:
         return Outcome("not readable", f"{error.what}; {error.found}", EXIT_USAGE)
-    whole = next((m for m in catalog.history if catalog.whole_copies(m)), None)
+    whole = next(
+        (m for m in catalog.history if catalog.may_be_apart(m) or catalog.whole_copies(m)), None
+    )
     if catalog.history and whole is None:
         return Outcome(
             "failed",

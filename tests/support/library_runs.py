@@ -81,7 +81,9 @@ def newest(place: Path | str) -> dict:
     store = open_store(place)
     manifest = there(read_catalog(store).head)
     payload = load.load(store, manifest)
-    return made_whole(payload, ShardFiles(store, manifest, payload)) if manifest.shards else payload
+    if not manifest.shards:
+        return payload
+    return made_whole(payload, ShardFiles((store,), manifest, payload))
 
 
 @pytest.fixture(scope="module")

@@ -430,11 +430,11 @@ def test_layouts_that_cannot_be_are_damage(six_steps: tuple[Path, list[object]])
         payload["layout"]["meshes"].append([0, 5])
         payload["layout"]["tensors"][weight] = [mesh, placements]
         with pytest.raises(DamagedError, match="layouts"):
-            ShardFiles(store, manifest, payload)
+            ShardFiles((store,), manifest, payload)
     payload = load.load(store, manifest)
     payload["model_state_dict"]["0.weight"] = torch.empty(10**9, 10**3, device="meta")
     with pytest.raises(DamagedError, match="far larger"):
-        ShardFiles(store, manifest, payload)
+        ShardFiles((store,), manifest, payload)
 
 
 NOT_SYNCHRONISED = """

@@ -171,7 +171,7 @@ def test_a_main_file_that_cannot_be_copied_is_written_while_all_wait(
 def test_ranks_that_have_no_room_together_write_while_all_wait(
     undisturbed: Path, tmp_path: Path
 ) -> None:
-    little = "from harness.sharding import memory_room\nmemory_room.free_memory_bytes = lambda: 1"
+    little = "from harness.sharding import start_checks\nstart_checks.free_memory_bytes = lambda: 1"
     life = lived(tmp_path, little)
     assert life.codes == [0, 0], life.texts
     assert "there is no memory for copies of the parts of 2 rank(s)" in life.text
