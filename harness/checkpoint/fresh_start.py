@@ -7,7 +7,9 @@ import math
 
 from harness.checkpoint import format as fmt
 from harness.checkpoint.catalog import Catalog
+from harness.distributed.ranks import World
 from harness.errors import DamagedError, UsageError
+from harness.store import Store
 
 REFUSED_FRESH = (
     "To go on, put a good checkpoint back (harness verify RUN names what is damaged) "
@@ -30,6 +32,31 @@ def passed_over(catalog: Catalog) -> list[str]:
             for m in itertools.takewhile(lambda m: m.key in catalog.marked, catalog.history)
         ]
     return notes
+
+
+def newer_on_other_machines(store: Store, world: World, chosen: tuple[int, int]) -> list[str]:
+    """Return lines about newer checkpoints in a directory that other machines have for themselves.
+
+    The writer was on one of them before. Collective: every rank must call it.
+
+    Args:
+        store: the directory, of which this rank sees that of its machine.
+        world: the ranks.
+        chosen: the (attempt, step) of the checkpoint that the run resumes from.
+    """
+
+    def newest() -> tuple[int, int]:
+        keys = [entry.key for entry in store.entries(fmt.CHECKPOINTS)]
+        named = [key for key in keys if fmt.CHECKPOINT_NAME.match(key) and key.endswith(".json")]
+        return max(map(fmt.order_of, named), default=(0, 0))
+
+    here, *others = [(attempt, step) for attempt, step in world.on_each(newest)]
+    ranks = {order: rank for rank, order in reversed(list(enumerate(others, 1)))}
+    return [
+        f"not taken: {fmt.stem(step, attempt)}, whose main file is in {store} of rank {rank} alone"
+        for (attempt, step), rank in ranks.items()
+        if (attempt, step) > max(chosen, here)
+    ]
 
 
 def is_half_imported(catalog: Catalog) -> bool:

@@ -14,7 +14,7 @@ from harness.checkpoint import memory_copy
 from harness.checkpoint.broadcast import broadcast
 from harness.checkpoint.catalog import Catalog, joined, read_catalog
 from harness.checkpoint.format import Manifest
-from harness.checkpoint.fresh_start import check_fresh_start, passed_over
+from harness.checkpoint.fresh_start import check_fresh_start, newer_on_other_machines, passed_over
 from harness.checkpoint.known import Known
 from harness.checkpoint.load import ElsewhereError, checked, parse, verified, verified_at_start
 from harness.distributed.ranks import World
@@ -309,6 +309,9 @@ def choose(
     for _ in range(LISTINGS):
         resume_point, vanished = chooser.once()
         if not vanished:
+            if are_apart:
+                order = resume_point.manifest.order if resume_point.manifest else (0, 0)
+                resume_point.notes += newer_on_other_machines(places[0], world, order)
             return resume_point
     raise StorageError(
         f"checkpoints of {chooser.stores[-1]} vanish while they are read",

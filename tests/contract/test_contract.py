@@ -337,6 +337,15 @@ def test_what_is_not_there_is_said_so_by_every_operation(place):
     assert place.held() == []
 
 
+def test_several_files_go_in_one_call_whether_they_are_there_or_not(place):
+    keys = [f"checkpoints/step_00000001-0001/{rank:05d}.pt" for rank in range(20)]
+    place.store.make_folder("checkpoints/step_00000001-0001")
+    for key in (*keys[:-1], "checkpoints/stays"):
+        place.store.write(key, b"data", 1)
+    place.store.delete(*keys, "checkpoints/none")
+    assert place.held() == ["checkpoints/stays"]
+
+
 @pytest.mark.parametrize("size_bytes", [0, 1, 8 * MB, 9 * MB, 40 * MB + 7], ids=str)
 def test_what_was_written_is_read_back_whole(place, size_bytes):
     data = os.urandom(size_bytes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,59 @@ def test_with_a_bucket_as_all_that_survives_a_preempted_run_loses_nothing(
         "only the writer writes"
     )
     assert server.secret_key not in run.log()
+
+
+def is_swapped(log: str) -> bool:
+    """Whether the writer of the second life is on another node than that of the first."""
+    writers = re.findall(r"attempt [12] (?:begins|resumes) .* in \S+/(n[12])", log)
+    assert len(writers) == 2, log
+    return writers[0] != writers[1]
+
+
+@pytest.mark.parametrize("lost", ["n2", "n1", "*"])
+def test_a_sharded_run_on_disks_of_the_nodes_goes_on_after_the_loss_of_one(
+    slurm: SlurmCluster,
+    tmp_path: Path,
+    bucket: tuple[S3Server, str],
+    monkeypatch: pytest.MonkeyPatch,
+    lost: str,
+) -> None:
+    server, name = bucket
+    server.lend(monkeypatch)
+    home, local = Home(server, name), tmp_path / "local"
+    sharded = ("train.shard=fsdp", "checkpoint.every_steps=10")
+    run = submitted(
+        slurm,
+        tmp_path,
+        "sharded",
+        *("--partition", "low"),
+        f"run.dir={local}/${{oc.env:SLURMD_NODENAME,login}}",
+        f"run.remote={home.url}",
+        "run.scratch=true",
+        "slurm.job_name=sharded",
+        'slurm.extra=["--nodelist=n1,n2"]',
+        f"slurm.setup=['rm -rf {local}/{lost}']",
+        *sharded,
+        env=server.environment,
+    )
+    run.home = run.work / "sharded"
+    run.wait(lambda: sum(len(events(local / node, "step")) for node in ("n1", "n2")) >= 4, "steps")
+    run.preempt()
+    wait_until(lambda: slurm.state(run.job) != "RUNNING", "the preemption")
+    run.hasten()
+    run.ended()
+    # Each node holds one shard of a checkpoint, and only the writer's its manifests.
+    kept = [sorted({path.name for path in local.glob(f"{node}/*/*/*.pt")}) for node in ("n1", "n2")]
+    assert sorted(kept) == [["00000.pt"], ["00001.pt"]]
+    assert len({path.parent for path in local.glob("*/checkpoints/*.json")}) == 1
+    # torchrun orders nodes by their addresses. These have one, so that their ranks may be swapped:
+    # then no rank finds its shard on its node.
+    assert f"{2 if lost == '*' or is_swapped(run.log()) else 1} of 2 shards of step_" in run.log()
+    assert [event["step"] for event in home.events("step")] == list(range(1, STEPS + 1))
+    done = train_whole(tmp_path / "whole", *sharded)
+    rows = differences(library_runs.newest(home.url), library_runs.newest(done))
+    assert [row for row in rows if not row[0].startswith("config.")] == []
+    assert sorted(home.attempts()) == [1, 2] and slurm.restarts(run.job) == 1
 
 
 def newest(directory: Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import json
 import math
+import os
 import random
 import secrets
 from collections.abc import Callable
@@ -247,6 +248,34 @@ def test_nine_ten_and_a_hundred_go_in_the_order_of_numbers(store):
         life.save(step)
     assert life.apply(Policy(last=2, best=0)) == ["step_00000009-0001"]
     assert files(store) == of((10, 1), (100, 1))
+
+
+def test_a_folder_is_made_durable_once_for_all_shards_that_go(store, monkeypatch):
+    keys = [f"{fmt.folder_key(1, 1)}/{rank:05d}.pt" for rank in range(50)]
+    store.make_folder(fmt.folder_key(1, 1))
+    for key in keys:
+        store.write(key, b"data", 1)
+    synced, fsync = [], os.fsync
+
+    def syncs(fd: int) -> None:
+        synced.append(fd)
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", syncs)
+    retention.delete_folder(store, fmt.folder_key(1, 1))
+    assert len(synced) == 2 and files(store) == []  # the folder's files, and the folder itself
+
+
+def test_ranks_on_other_machines_delete_what_the_writer_has_deleted_and_nothing_newer(store):
+    for step, attempt in ((1, 1), (2, 1), (3, 1), (9, 1), (1, 2), (2, 3)):
+        store.make_folder(fmt.folder_key(step, attempt))
+        store.write(f"{fmt.folder_key(step, attempt)}/00001.pt", b"data", attempt)
+    store.write(f"{fmt.folder_key(1, 1)}/00003.pt.tmp-0001-ab", b"half", 1)
+    store.write(fmt.manifest_key(3, 1), b"{}", 1)
+    retention.follow(store, [fmt.stem(2, 1)], (2, 1))
+    assert files(store) == sorted(
+        [fmt.stem(*of) for of in ((2, 1), (3, 1), (1, 2), (2, 3))] + [f"{fmt.stem(3, 1)}.json"]
+    )
 
 
 def test_what_stays_still_loads(store):

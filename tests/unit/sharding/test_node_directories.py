@@ -198,6 +198,16 @@ def test_the_nodes_in_another_order_read_from_the_bucket(
     assert "2 of 2 shards" in again.text and equals(undisturbed, home)
 
 
+def test_a_step_whose_main_file_is_on_another_node_is_named(
+    undisturbed: dict[str, Any], tmp_path: Path, home: dict[str, str]
+) -> None:
+    assert lived(tmp_path, home, DIE="8", KEPT_BACK="6").code == -9
+    again = lived(tmp_path, home, NODES="1,0")
+    assert again.codes == [0, 0] and "resumes from step 3" in again.text, again.texts
+    assert "not taken: step_00000006-0001, whose main file is in" in again.text, again.text
+    assert "of rank 1 alone" in again.text and equals(undisturbed, home)
+
+
 @pytest.mark.slow
 def test_another_sharding_that_needs_what_is_on_another_node_is_refused_in_words(
     tmp_path: Path, home: dict[str, str]
