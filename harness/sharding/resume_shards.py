@@ -139,7 +139,11 @@ def _damaged_here(
     Collective: every rank must call it.
     """
     if files := [manifest.shards[row["number"]] for row in rows if row["is_damaged"]]:
-        return world.on_writer(lambda: [file.key for file in files if not _is_whole(store, file)])
+        return world.on_writer(
+            lambda: [
+                file.key for file in files if store.exists(file.key) and not _is_whole(store, file)
+            ]
+        )
     return []
 
 
